@@ -1,0 +1,57 @@
+"""How many operations does the model need? Multiply-adds x 2 of the matrix products, and nothing else.
+
+Model FLOPs, as in PaLM (arXiv:2204.02311, appendix B): what the mathematics asks for, not what the program runs, so
+recomputation (remat), masked-out blocks and optimizer work don't count. Unlike there, causal attention counts only the
+keys that a query may see. Norms, softmax, activations and the embedding lookup are no matrix products and are left out.
+
+D width, L layers, N heads, K key/value heads, H head width, F feed-forward width, V vocabulary, T sequence length.
+"""
+
+
+def mean_keys(sequence_length: float, window: int = 0, document_length: float | None = None) -> float:
+  """Keys that a query attends to under a causal mask, itself included, averaged over the positions.
+
+  (T + 1) / 2 without a window; with a window W < T, position t sees min(t + 1, W), whose mean is W - W (W - 1) / (2 T).
+
+  Packed documents end the view earlier: `document_length` takes the place of T when it is shorter. For documents of
+  different lengths d pass the mean as a token sees it, E[d^2] / E[d], which makes the result exact without a window.
+  Raises ValueError for lengths below 1 and a negative window.
+  """
+  if sequence_length < 1 or (document_length is not None and document_length < 1) or window < 0:
+    raise ValueError(f'{sequence_length=}, {document_length=} and {window=}: lengths start at 1 and window at 0 (none)')
+  length = sequence_length if document_length is None else min(sequence_length, document_length)
+  if not window or window >= length:
+    return (length + 1) / 2
+  return window - window * (window - 1) / (2 * length)
+
+
+def forward_flops_per_token(model, sequence_length: int, document_length: float | None = None) -> float:
+  """FLOPs of one token's forward pass: 2 x (weights that multiply it) + attention's two products.
+
+      2 [L (2 D N H + 2 D K H + g D F) + D V] + L 4 N H keys,    g = 3 if gated else 2, keys = mean_keys(...)
+
+  `model` is a ModelConfig: D, L, N, K, H, F, V, `gated` and `window` are read. Tying the embeddings changes the number
+  of parameters, not of operations: the head multiplies either way. Raises ValueError while the vocabulary is 0 (open).
+  """
+  if model.V < 1:
+    raise ValueError(f'vocabulary={model.V}: the head has no size yet; resolve the config with the tokenizer first')
+  attention = 2 * model.D * model.H * (model.N + model.K)
+  feed_forward = (3 if model.gated else 2) * model.D * model.F
+  weights = model.L * (attention + feed_forward) + model.D * model.V
+  keys = mean_keys(sequence_length, model.window, document_length)
+  return 2 * weights + model.L * 4 * model.N * model.H * keys
+
+
+def train_flops_per_token(model, sequence_length: int, document_length: float | None = None) -> float:
+  """FLOPs of training on one token: the forward pass and twice that backward (d inputs and d weights)."""
+  return 3 * forward_flops_per_token(model, sequence_length, document_length)
+
+
+def six_nd(parameters: int, tokens: float) -> float:
+  """The usual estimate of training FLOPs, 6 N D (arXiv:2001.08361, section 2.1); attention is not in it."""
+  return 6 * parameters * tokens
+
+
+def mfu(flops_per_second: float, devices: int, peak: float | None) -> float | None:
+  """Model FLOPs utilisation, 0 to 1: model FLOPs per second / (devices x peak of one), or None for an unknown peak."""
+  return None if peak is None else flops_per_second / (devices * peak)

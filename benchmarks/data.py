@@ -1,0 +1,167 @@
+"""How fast is each stage of the data pipeline, against what the machine could do, and does memory stay bounded?
+
+    python -m benchmarks.data [--json FILE] [--gigabytes 1]
+
+Each rate is divided by that of a named peer that works on the same bytes in the same run.
+"""
+
+import collections
+import gzip
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from benchmarks import common
+from data import clean, duplicates, packing, sources, tokenizer
+from data.batch import Batch
+from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from data.loader import train_loader
+from data.prepare import prepare
+
+LENGTH, BATCH = 512, 8
+
+PREPARE = """
+import json, sys
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.prepare import prepare
+source = SourceConfig(kind='jsonl', path=sys.argv[1], text_field='text')
+prepared = prepare(DataConfig(sources=(source,), tokenizer=TokenizerConfig(vocabulary=4096), cache_dir=sys.argv[2]),
+                   log=lambda line: print(line, file=sys.stderr, flush=True))
+print(json.dumps(prepared.report))
+"""
+
+
+def stages(texts: list[str]) -> dict[str, dict]:
+  """Rates of the stages on a list of documents, against peers; MB/s of UTF-8 text unless named otherwise."""
+  size = sum(len(text.encode()) for text in texts) / 1e6
+  sample = texts[:len(texts) // 4]
+  sample_size = sum(len(text.encode()) for text in sample) / 1e6
+  compressed = sample_size / common.seconds(lambda: [gzip.compress(text.encode(), 9) for text in sample], 1)
+  rates = {}
+
+  def rate(name: str, value: float, peer: str, peer_value: float) -> None:
+    rates[name] = {'rate': value, 'peer': peer, 'peer_rate': peer_value, 'ratio': value / peer_value}
+
+  for preset in ('code', 'prose'):
+    config = CleanConfig(filters=preset, near_duplicates=0.0)
+    took = common.seconds(lambda config=config: [clean.clean(text, config) for text in texts])
+    rate(f'clean ({preset})', size / took, 'gzip -9', compressed)
+  words = [text.lower().encode().split() for text in sample]
+  rate('minhash', sample_size / common.seconds(lambda: [duplicates.minhash(each) for each in words]),
+       "datasketch's own loop", sample_size / common.seconds(lambda: [_plain_minhash(each) for each in words], 1))
+
+  config = TokenizerConfig(vocabulary=4096)
+  began = time.perf_counter()
+  made = tokenizer.build(config, texts, texts)
+  rate('train tokenizer', size / (time.perf_counter() - began), 'gzip -9', compressed)
+  encoded = made.encode_arrays(texts)
+  bare = common.seconds(lambda: made._processor.encode(texts, num_threads=os.cpu_count()))
+  rate('encode', size / common.seconds(lambda: made.encode_arrays(texts)), 'bare SentencePiece', size / bare)
+
+  offsets = np.concatenate([[0], np.cumsum([len(ids) + 2 for ids in encoded])])
+
+  def pack() -> tuple[np.ndarray, np.ndarray]:
+    pieces = packing.cut(offsets, LENGTH)
+    return packing.pack(pieces[:, 1], LENGTH)
+
+  tokens = np.concatenate(encoded).astype(np.uint16)
+  rate('pack', size / common.seconds(pack), 'memcpy of the tokens', size / common.seconds(lambda: tokens.copy(), 20))
+  short = np.random.default_rng(0).integers(8, 64, 200_000)  # documents of 36 tokens: nothing but searching for room
+  rate('pack short documents, M tokens/s', short.sum() / 1e6 / common.seconds(lambda: packing.pack(short, LENGTH)),
+       'memcpy of the tokens', short.sum() / 1e6 / common.seconds(np.zeros(int(short.sum()), np.uint16).copy, 20))
+  return rates
+
+
+def _plain_minhash(words: list[bytes]) -> np.ndarray:
+  from datasketch import MinHash
+  sketch = MinHash(num_perm=duplicates.BANDS * duplicates.ROWS)
+  sketch.update_batch({b' '.join(words[i:i + 5]) for i in range(max(1, len(words) - 4))})
+  return sketch.hashvalues
+
+
+def loading(directory: str) -> dict[str, dict]:
+  """M tokens/s of the loader, against copying batches that are there already, and the seconds of a warm start."""
+  config = DataConfig(sequence_length=LENGTH, batch_size=BATCH, cache_dir=directory,
+                      tokenizer=TokenizerConfig(vocabulary=4096))
+  quiet = lambda line: None
+  began = time.perf_counter()
+  prepare(config, quiet)
+  cold = time.perf_counter() - began
+  warm = common.seconds(lambda: prepare(config, quiet))
+  prepared = prepare(config, quiet)
+  loader = train_loader(prepared, config)
+  steps = 300
+  next(loader)
+  rate = steps * LENGTH * BATCH / 1e6 / common.seconds(lambda: [next(loader) for _ in range(steps)])
+  loader.close()
+  ready = Batch.empty(BATCH, LENGTH)
+  copied = LENGTH * BATCH / 1e6 / common.seconds(lambda: jax.tree.map(np.copy, ready), 50)
+  return {
+      'load, M tokens/s': {'rate': rate, 'peer': 'copying a ready batch', 'peer_rate': copied, 'ratio': rate / copied},
+      'start, per second': {'rate': 1 / warm, 'peer': 'cold start', 'peer_rate': 1 / cold, 'ratio': cold / warm}}
+
+
+def write_corpus(path: pathlib.Path, size: float, texts: list[str]) -> int:
+  """Writes about `size` bytes of JSONL, documents of some 5 KB of random lines of `texts`; returns the exact size."""
+  rng = random.Random(0)
+  lines = [line for text in texts for line in text.splitlines(keepends=True) if line.strip()]
+  written = 0
+  with open(path, 'w') as file:
+    while written < size:
+      written += file.write(json.dumps({'text': ''.join(rng.choices(lines, k=rng.randrange(20, 230)))}) + '\n')
+  return path.stat().st_size
+
+
+def bounded(gigabytes: float, texts: list[str]) -> dict:
+  """Prepares a generated corpus in a fresh process while its memory, and its workers', is sampled."""
+  with tempfile.TemporaryDirectory() as directory:
+    corpus = pathlib.Path(directory) / 'corpus.jsonl'
+    size = write_corpus(corpus, gigabytes * 1e9, texts)
+    began = time.perf_counter()
+    command = [sys.executable, '-c', PREPARE, str(corpus), directory]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with common.PeakMemory(process.pid) as memory:
+      output, _ = process.communicate()
+    took = time.perf_counter() - began
+    if process.returncode:
+      raise RuntimeError(f'preparing {corpus} failed with exit status {process.returncode}; see above')
+    report = json.loads(output)
+  split = report['sources'][0]['train']
+  return {'corpus_bytes': size, 'documents': report['sources'][0]['read']['documents'], 'tokens': split['tokens'],
+          'shards': len(split['shards']), 'seconds': took, 'stage_seconds': report['seconds'],
+          'peak_bytes': memory.peak}
+
+
+def main() -> None:
+  parser = common.parser(__doc__.split('\n')[0])
+  parser.add_argument('--gigabytes', type=float, default=1.0, help='size of the generated corpus; 0 leaves it out')
+  arguments = parser.parse_args()
+  texts = list(sources.documents(SourceConfig(), collections.Counter()))
+  rates = stages(texts)
+  with tempfile.TemporaryDirectory() as directory:
+    rates |= loading(directory)
+  common.table(f'Stages on the standard library ({len(texts)} documents; MB/s of text unless named otherwise)',
+               ('stage', 'rate', 'ratio', 'peer', "peer's rate"),
+               [(name, row['rate'], row['ratio'], row['peer'], row['peer_rate']) for name, row in rates.items()])
+  results = {'stages': rates}
+  if arguments.gigabytes:
+    results['bounded'] = run = bounded(arguments.gigabytes, texts)
+    gzipped = rates['clean (code)']['peer_rate']
+    run |= {'rate': run['corpus_bytes'] / 1e6 / run['seconds'], 'gzip_rate': gzipped}
+    common.table('A corpus that need not fit in memory', ('', 'value'), [
+        ('corpus, MB', run['corpus_bytes'] / 1e6), ('documents', run['documents']), ('tokens, M', run['tokens'] / 1e6),
+        ('seconds', run['seconds']), ('MB/s', run['rate']), ('ratio to gzip -9', run['rate'] / gzipped),
+        ('peak memory, MB', run['peak_bytes'] / 1e6), ('peak / corpus', run['peak_bytes'] / run['corpus_bytes'])])
+  common.write_json(arguments.json, 'data', results)
+
+
+if __name__ == '__main__':
+  main()

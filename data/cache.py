@@ -1,0 +1,108 @@
+"""How does a directory in the cache appear whole or not at all, and how is it known to be intact later?"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import files
+
+INDEX = 'index.json'  # written last: a directory without it is not finished
+CHECK_BYTES = 2**28  # more than this is not read at every start just to verify its checksums
+
+
+@contextlib.contextmanager
+def building(final: pathlib.Path, log: Callable[[str], object]) -> Iterator[pathlib.Path]:
+  """A directory that becomes `final` in one step when the block ends well, and vanishes when it doesn't."""
+  prefix = f'{final.name}.partial-{socket.gethostname()}-'
+  final.parent.mkdir(parents=True, exist_ok=True)
+  for left in final.parent.glob(f'{prefix}*'):
+    process = int(left.name.removeprefix(prefix))
+    if process == os.getpid() or not _alive(process):
+      log(f'data: removed {left}, left by a run that was killed')
+      shutil.rmtree(left)
+  partial = final.with_name(f'{prefix}{os.getpid()}')
+  partial.mkdir()
+  try:
+    yield partial
+    try:
+      os.rename(partial, final)
+    except OSError:
+      if not (final / INDEX).exists():
+        raise
+      log(f'data: {final} was finished by another process first')
+      shutil.rmtree(partial)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _alive(process: int) -> bool:
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return True
+
+
+class CorruptShardError(ValueError):
+  """A file of a prepared corpus isn't what was written."""
+
+
+def record(directory: pathlib.Path, name: str) -> dict:
+  """Name, size and CRC-32 of a file in a directory, for its index."""
+  return {'name': name, 'bytes': (directory / name).stat().st_size, 'crc32': _crc32(directory / name)}
+
+
+def _crc32(path: pathlib.Path) -> int:
+  checksum = 0
+  with open(path, 'rb') as file:
+    while block := file.read(2**22):
+      checksum = zlib.crc32(block, checksum)
+  return checksum
+
+
+def check(directory: pathlib.Path, records: Sequence[dict], contents: bool) -> None:
+  """Compares files with their records.
+
+  Args:
+    directory: where the files are.
+    records: from `record`.
+    contents: also read them and compare checksums.
+
+  Raises:
+    CorruptShardError: a file is missing, has another size, or another checksum.
+  """
+  for entry in records:
+    path = directory / entry['name']
+    if not path.is_file():
+      raise CorruptShardError(f'{path} is missing; {_remedy(directory)}')
+    if path.stat().st_size != entry['bytes']:
+      raise CorruptShardError(f'{path} has {path.stat().st_size} bytes but {entry["bytes"]} were written '
+                              f'(truncated or overwritten); {_remedy(directory)}')
+    if contents and _crc32(path) != entry['crc32']:
+      raise CorruptShardError(f'{path} has the right size but not the checksum {entry["crc32"]:08x} that it was '
+                              f'written with (bits have changed); {_remedy(directory)}')
+
+
+def write_index(directory: pathlib.Path, records: list[dict], report: dict) -> None:
+  """Writes the index of a directory: its files' records and a report."""
+  files.replace(directory / INDEX, json.dumps({'report': report, 'files': records}, indent=1))
+
+
+def read_index(directory: pathlib.Path) -> dict:
+  """The index that `write_index` wrote: 'report' and 'files'. Raises CorruptShardError when it can't be parsed."""
+  try:
+    return json.loads((directory / INDEX).read_text())
+  except ValueError as error:
+    raise CorruptShardError(f'{directory / INDEX} is no JSON ({error}); {_remedy(directory)}') from error
+
+
+def _remedy(directory: pathlib.Path) -> str:
+  return f'delete {directory} and run again: it is prepared anew from the sources'

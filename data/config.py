@@ -1,0 +1,150 @@
+"""Which settings does the data pipeline have, and which of them are impossible?"""
+
+import dataclasses
+import math
+
+import names
+
+SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'csv')
+FILTER_PRESETS = ('none', 'code', 'prose')
+ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
+TOKENIZER_KINDS = ('sentencepiece', 'byte', 'char')
+TOKENIZER_ALGORITHMS = ('bpe', 'unigram')
+SPLITS = ('hash', 'tail')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+  """One source of documents.
+
+  Attributes:
+    kind: 'stdlib' (the running interpreter's own source, without tests), 'text' (a document per file),
+      'jsonl' (a document per line), 'csv' (a document per record).
+    path: glob of the files ('**' crosses directories); '' for 'stdlib'.
+    text_field: the JSON key or CSV column that holds the text; '' for 'stdlib' and 'text'.
+    weight: this source's share of the training examples, relative to the other sources' weights.
+  """
+
+  kind: str = 'stdlib'
+  path: str = ''
+  text_field: str = ''
+  weight: float = 1.0
+
+  def __post_init__(self):
+    names.check('source.kind', self.kind, SOURCE_KINDS)
+    if bool(self.path) == (self.kind == 'stdlib'):
+      remedy = "leave it '' (the interpreter knows its own library)" if self.path else 'give a file or a glob'
+      raise ValueError(f'source.path={self.path!r} with kind={self.kind!r}: {remedy}')
+    if bool(self.text_field) != (self.kind in ('jsonl', 'csv')):
+      remedy = "leave it '' (the whole file is the text)" if self.text_field else 'name the field that holds the text'
+      raise ValueError(f'source.text_field={self.text_field!r} with kind={self.kind!r}: {remedy}')
+    if not (self.weight > 0 and math.isfinite(self.weight)):
+      raise ValueError(f'source.weight={self.weight} must be positive; remove a source that should give nothing')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+  """What is dropped and what is masked before anything is learned from the text.
+
+  Attributes:
+    filters: quality rules, see data/clean.py: 'none', 'code' (StarCoder's) or 'prose' (Gopher's, C4's, FineWeb's).
+    anonymise: kinds replaced by placeholders such as <EMAIL>: 'email', 'ip', 'phone', 'digits' (runs of nine or more).
+    exact_duplicates: drop documents equal to an earlier one up to case and whitespace.
+    near_duplicates: drop documents whose estimated Jaccard similarity (5-word shingles) with an earlier one is
+      at least this; 0 switches the stage off.
+  """
+
+  filters: str = 'none'
+  anonymise: tuple[str, ...] = ANONYMISED_KINDS
+  exact_duplicates: bool = True
+  near_duplicates: float = 0.75
+
+  def __post_init__(self):
+    names.check('clean.filters', self.filters, FILTER_PRESETS)
+    for kind in self.anonymise:
+      names.check('clean.anonymise', kind, ANONYMISED_KINDS)
+    if self.near_duplicates != 0 and not 0.5 <= self.near_duplicates <= 1:
+      raise ValueError(f'clean.near_duplicates={self.near_duplicates} must be 0 (off) or in [0.5, 1]: the MinHash '
+                       'bands find hardly any pair below 0.5')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+  """How text becomes integers.
+
+  Attributes:
+    kind: 'sentencepiece', 'byte' (256 bytes) or 'char' (the characters found in the corpus).
+    path: a SentencePiece .model file to load; '' trains one on the training split.
+    vocabulary: number of ids. 0: the kind's own (4096 for a trained SentencePiece model). For a kind that fixes its
+      own number, any other value than that number is an error.
+    algorithm: 'bpe' or 'unigram', for training.
+    split_by_whitespace: keep pieces within words; False lets frequent phrases become pieces (shorter sequences).
+    training_bytes: train on an evenly spread sample of about this many bytes of text.
+  """
+
+  kind: str = 'sentencepiece'
+  path: str = ''
+  vocabulary: int = 0
+  algorithm: str = 'bpe'
+  split_by_whitespace: bool = True
+  training_bytes: int = 32_000_000
+
+  def __post_init__(self):
+    names.check('tokenizer.kind', self.kind, TOKENIZER_KINDS)
+    names.check('tokenizer.algorithm', self.algorithm, TOKENIZER_ALGORITHMS)
+    if self.path and self.kind != 'sentencepiece':
+      raise ValueError(f'tokenizer.path={self.path!r} is for kind=\'sentencepiece\', not {self.kind!r}')
+    if self.vocabulary < 0 or self.vocabulary > 2**31 - 1:
+      raise ValueError(f'tokenizer.vocabulary={self.vocabulary} must be in [0, 2**31 - 1]; 0 takes the kind\'s own')
+    if self.trained and 0 < self.vocabulary < 512:
+      raise ValueError(f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 special '
+                       "ones come first; use kind='byte' for a smaller one")
+    if self.training_bytes < 1000:
+      raise ValueError(f'tokenizer.training_bytes={self.training_bytes} must be >= 1000')
+
+  @property
+  def trained(self) -> bool:
+    """Whether this tokenizer is a SentencePiece model to be trained here."""
+    return self.kind == 'sentencepiece' and not self.path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """The whole data pipeline.
+
+  Attributes:
+    sources: where text comes from; examples are drawn in proportion to the sources' weights.
+    clean: what is dropped and masked.
+    tokenizer: how text becomes integers.
+    sequence_length: T, positions per row.
+    batch_size: B, rows per global batch (all processes together).
+    validation_fraction: held-out share: of the documents ('hash') or of each source's characters ('tail').
+    split: 'hash' decides by a hash of the document's content, so a document keeps its side as the corpus grows and
+      duplicates never straddle; 'tail' holds out the end of each source, for a corpus that is a single text.
+    seed: order of the training examples.
+    cache_dir: where prepared corpora are kept, each under a hash of its content and settings.
+  """
+
+  sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+  clean: CleanConfig = CleanConfig()
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  sequence_length: int = 512
+  batch_size: int = 8
+  validation_fraction: float = 0.05
+  split: str = 'hash'
+  seed: int = 0
+  cache_dir: str = 'runs/cache'
+
+  def __post_init__(self):
+    names.check('data.split', self.split, SPLITS)
+    if not self.sources:
+      raise ValueError('data.sources is empty: give at least one SourceConfig')
+    if self.sequence_length < 1 or self.batch_size < 1:
+      raise ValueError(f'data.sequence_length={self.sequence_length} and data.batch_size={self.batch_size} '
+                       'must be >= 1')
+    if not 0 < self.validation_fraction < 1:
+      raise ValueError(f'data.validation_fraction={self.validation_fraction} must be between 0 and 1, both excluded')
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f'data.seed={self.seed} must be in [0, 2**32)')
+    if not self.cache_dir:
+      raise ValueError("data.cache_dir is '': give a directory that can be written")

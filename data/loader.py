@@ -1,0 +1,143 @@
+"""Which rows make up the next batch, on this process, now and after any restart?
+
+Global batch b is rows b * B .. (b + 1) * B - 1 of one endless, randomly accessible sequence of training rows; process p
+of P takes its p-th part. So a position in the sequence is the whole state, whatever the number of processes.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from data.batch import Batch
+from data.config import DataConfig
+from data.prepare import Prepared
+
+THREADS = 2  # gathering rows is copying; more threads than this only contend for the interpreter
+BUFFERED_BATCHES = 8
+
+
+def _local_rows(config: DataConfig, process_index: int, process_count: int) -> range:
+  """Which rows of a global batch belong to a process."""
+  if not 0 <= process_index < process_count:
+    raise ValueError(f'process_index={process_index} must be in [0, process_count={process_count})')
+  if config.batch_size % process_count:
+    raise ValueError(f'batch_size={config.batch_size} is not divisible by {process_count} processes; '
+                     f'the nearest that is: {-(-config.batch_size // process_count) * process_count}')
+  local = config.batch_size // process_count
+  return range(process_index * local, (process_index + 1) * local)
+
+
+class Loader:
+  """An endless iterator of training batches, numpy int32 [B / processes, T]; see `train_loader`."""
+
+  def __init__(self, prepared: Prepared, config: DataConfig, rows: range):
+    self._prepared, self._config, self._rows = prepared, config, rows
+    self._sequence = _row_sequence(prepared, config)
+    self._examples = 0
+    self._batches = self._read_from(0)
+
+  def __iter__(self) -> 'Loader':
+    return self
+
+  def __next__(self) -> Batch:
+    batch = next(self._batches)
+    self._examples += self._config.batch_size
+    return batch
+
+  def state(self) -> dict:
+    """What `restore` needs, JSON-able: how many examples all processes together have been given, and of what."""
+    return {'examples': self._examples, **self._identity()}
+
+  def _identity(self) -> dict:
+    return {'key': self._prepared.key, 'seed': self._config.seed,
+            'weights': [source.weight for source in self._prepared.train]}
+
+  def restore(self, state: dict) -> None:
+    """Goes on where `state` was taken, without repeating or skipping an example; processes and batch size may differ.
+
+    Raises:
+      ValueError: the state belongs to other data, another seed or other weights, so its position means nothing here.
+    """
+    differing = [f'{name}: {state.get(name)!r} then, {value!r} now' for name, value in self._identity().items()
+                 if state.get(name) != value]
+    if differing:
+      raise ValueError('the data order has changed since this loader state was saved (' + '; '.join(differing) +
+                       '); use the data config it was saved with, or start without the state')
+    self._batches.close()
+    self._examples = int(state['examples'])
+    self._batches = self._read_from(self._examples)
+
+  def close(self) -> None:
+    """Stops the prefetching threads."""
+    self._batches.close()
+
+  def _read_from(self, example: int) -> Iterator[Batch]:
+    import grain
+    size, length = self._config.batch_size, self._config.sequence_length
+
+    def batch(b: int) -> Batch:
+      gathered = Batch.empty(len(self._rows), length)
+      for into, row in enumerate(self._rows):
+        source, index = self._sequence[example + int(b) * size + row]
+        self._prepared.train[source].fill(index, gathered, into)
+      return gathered
+
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFERED_BATCHES)
+    return iter(grain.MapDataset.range((sys.maxsize - example) // size).map(batch).to_iter_dataset(options))
+
+
+def _row_sequence(prepared: Prepared, config: DataConfig):
+  """The endless sequence of training rows, a grain.MapDataset of (source, row): each source in a new random order in
+  every epoch, mixed in exact proportion to the weights (which grain rounds to 1% of the smallest)."""
+  import grain
+
+  def rows(i: int):
+    # grain seeds epoch e with seed + e: seeds of different sources must be far apart.
+    seed = (config.seed + i * 0x9E3779B1) % 2**32
+    return grain.MapDataset.range(len(prepared.train[i])).shuffle(seed=seed).repeat().map(lambda row: (i, int(row)))
+
+  sources = [rows(i) for i in range(len(prepared.train))]
+  if len(sources) == 1:
+    return sources[0]
+  return grain.MapDataset.mix(sources, [source.weight for source in prepared.train])
+
+
+def train_loader(prepared: Prepared, config: DataConfig, process_index: int = 0, process_count: int = 1) -> Loader:
+  """Training batches for one process, for ever; deterministic in the prepared data, config.seed and the weights.
+
+  Args:
+    prepared: from `prepare(config)`.
+    config: its batch_size B is global; process p gets rows p * B / P .. (p + 1) * B / P of every batch.
+    process_index, process_count: p and P.
+
+  Raises:
+    ValueError: B is not divisible by P.
+  """
+  return Loader(prepared, config, _local_rows(config, process_index, process_count))
+
+
+class ValidationBatches:
+  """The held-out rows in order, as batches [B / processes, T]; can be iterated again; see `validation_batches`."""
+
+  def __init__(self, prepared: Prepared, config: DataConfig, rows: range):
+    self._source, self._config, self._rows = prepared.validation, config, rows
+
+  def __len__(self) -> int:
+    return -(-len(self._source) // self._config.batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    for b in range(len(self)):
+      batch = Batch.empty(len(self._rows), self._config.sequence_length)
+      for into, row in enumerate(self._rows):
+        index = b * self._config.batch_size + row
+        if index < len(self._source):
+          self._source.fill(index, batch, into)
+      yield batch
+
+
+def validation_batches(prepared: Prepared, config: DataConfig, process_index: int = 0, process_count: int = 1
+                       ) -> ValidationBatches:
+  """Held-out batches for one process: every held-out token is predicted exactly once; the last batch ends in padding.
+
+  Args and errors are those of `train_loader`.
+  """
+  return ValidationBatches(prepared, config, _local_rows(config, process_index, process_count))

@@ -1,0 +1,157 @@
+"""How are tokens kept on disk, so that any corpus is written once, read without copying, and never trusted blindly?
+
+A split is a list of shards. A shard is three files: tokens (raw uint16 or uint32), documents (int64 offsets) and, per
+sequence length, a packing plan (pieces and rows). An index lists every file with its size and checksum.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from data import cache, packing
+from data.batch import Batch
+
+SHARD_TOKENS = 2**26  # a shard is closed at the first document that reaches this: 128 MiB of uint16
+
+
+class ShardWriter:
+  """Writes documents into numbered shards; use as a context manager.
+
+  Args:
+    directory: an existing directory.
+    name: what the files' names begin with.
+    vocabulary: tokens are kept as uint16 up to 65,536 ids, else as uint32.
+  """
+
+  def __init__(self, directory: pathlib.Path, name: str, vocabulary: int):
+    self._directory, self._name = directory, name
+    self._dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+    self._file = None
+    self._offsets = [0]
+    self.shards: list[dict] = []
+
+  def __enter__(self) -> 'ShardWriter':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._close()
+
+  def add(self, document: np.ndarray) -> None:
+    """Appends a document, int [tokens], bos and eos included."""
+    if self._file is None:
+      self._file = open(self._path('tokens'), 'wb')
+    self._file.write(document.astype(self._dtype).tobytes())
+    self._offsets.append(self._offsets[-1] + len(document))
+    if self._offsets[-1] >= SHARD_TOKENS:
+      self._close()
+
+  def _path(self, suffix: str) -> pathlib.Path:
+    return self._directory / f'{self._name}-{len(self.shards):05d}.{suffix}'
+
+  def _close(self) -> None:
+    if self._file is None:
+      return
+    self._file.close()
+    np.save(self._path('documents.npy'), np.array(self._offsets, np.int64))
+    self.shards.append({
+        'name': f'{self._name}-{len(self.shards):05d}', 'dtype': self._dtype.name, 'tokens': self._offsets[-1],
+        'documents': len(self._offsets) - 1,
+        'files': [cache.record(self._directory, self._path(suffix).name) for suffix in ('tokens', 'documents.npy')]})
+    self._file = None
+    self._offsets = [0]
+
+
+def write_plan(corpus: pathlib.Path, directory: pathlib.Path, shard: dict, length: int, in_order: bool) -> dict:
+  """Packs one shard's documents into rows of `length` and writes the plan.
+
+  Args:
+    corpus: where the shard is.
+    directory: where the plan goes.
+    shard: its entry, from ShardWriter.shards.
+    length: T.
+    in_order: keep the documents' order (validation) instead of filling rows best.
+
+  Returns:
+    The plan's entry: rows, pairs, files.
+  """
+  pieces = packing.cut(np.load(corpus / f'{shard["name"]}.documents.npy'), length)
+  order, rows = (packing.pack_in_order if in_order else packing.pack)(pieces[:, 1], length)
+  names = f'{shard["name"]}.pieces.npy', f'{shard["name"]}.rows.npy'
+  np.save(directory / names[0], pieces[order])
+  np.save(directory / names[1], rows)
+  return {'rows': len(rows) - 1, 'pairs': int(pieces[:, 1].sum()),
+          'files': [cache.record(directory, name) for name in names]}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedShard:
+  """One shard and its plan, memory-mapped when first used.
+
+  Attributes:
+    corpus, plan: the directories of the tokens and of the plan.
+    name: the shard's name.
+    dtype: of the tokens on disk.
+  """
+
+  corpus: pathlib.Path
+  plan: pathlib.Path
+  name: str
+  dtype: str
+
+  @functools.cached_property
+  def tokens(self) -> np.ndarray:
+    return np.memmap(self.corpus / f'{self.name}.tokens', self.dtype, 'r')
+
+  @functools.cached_property
+  def pieces(self) -> np.ndarray:
+    return np.load(self.plan / f'{self.name}.pieces.npy', mmap_mode='r')
+
+  @functools.cached_property
+  def rows(self) -> np.ndarray:
+    return np.load(self.plan / f'{self.name}.rows.npy', mmap_mode='r')
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSource:
+  """The packed rows of one source's split (or of all sources').
+
+  Attributes:
+    name: for messages.
+    weight: share of the examples drawn from here, relative to the other sources.
+    shards: in order.
+    ends: int64 [shards], cumulative number of rows.
+  """
+
+  name: str
+  weight: float
+  shards: tuple[PackedShard, ...]
+  ends: np.ndarray
+
+  def __len__(self) -> int:
+    return int(self.ends[-1]) if len(self.ends) else 0
+
+  def fill(self, index: int, batch: Batch, into: int) -> None:
+    """Writes row `index` into row `into` of a Batch of numpy arrays made by Batch.empty."""
+    which = int(np.searchsorted(self.ends, index, side='right'))
+    shard = self.shards[which]
+    row = index - (int(self.ends[which - 1]) if which else 0)
+    first, last = shard.rows[row:row + 2].tolist()
+    at = 0
+    for segment, (start, n) in enumerate(shard.pieces[first:last].tolist(), start=1):
+      here = slice(at, at + n)
+      piece = shard.tokens[start:start + n + 1]
+      batch.tokens[into, here] = piece[:-1]
+      batch.targets[into, here] = piece[1:]
+      batch.positions[into, here] = np.arange(n, dtype=np.int32)
+      batch.segments[into, here] = segment
+      at += n
+
+  def documents(self) -> Iterator[np.ndarray]:
+    """Tokens of every document, in order, bos and eos included."""
+    for shard in self.shards:
+      offsets = np.load(shard.corpus / f'{shard.name}.documents.npy', mmap_mode='r')
+      for d in range(len(offsets) - 1):
+        yield np.asarray(shard.tokens[offsets[d]:offsets[d + 1]])

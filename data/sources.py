@@ -1,0 +1,126 @@
+"""Where does text come from, and what identifies it?"""
+
+import collections
+import csv
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+
+import files
+from data.config import SourceConfig
+
+# Directories of the standard library that hold tests, third-party packages or byte code.
+STDLIB_EXCLUDED = frozenset({'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'})
+# A file changed less than this before it was hashed may change again under the same mtime (git: "racily clean").
+RACY_SECONDS = 2.0
+
+
+def paths(source: SourceConfig) -> list[str]:
+  """The files of a source, sorted.
+
+  Raises:
+    FileNotFoundError: nothing matches.
+  """
+  if source.kind == 'stdlib':
+    root = sysconfig.get_path('stdlib')
+    found = []
+    for directory, inner, names in os.walk(root):
+      inner[:] = [name for name in inner if name not in STDLIB_EXCLUDED]  # site-packages alone may hold 10,000 files
+      found += [os.path.join(directory, name) for name in names if name.endswith('.py')]
+    found.sort()
+    where = f'the standard library at {root}'
+  else:
+    found = sorted(path for path in glob.glob(os.path.expanduser(source.path), recursive=True) if os.path.isfile(path))
+    where = f'path={source.path!r} (seen from {os.getcwd()})'
+  if not found:
+    raise FileNotFoundError(f'a {source.kind!r} source found no file: {where}; correct the path or glob')
+  return found
+
+
+def documents(source: SourceConfig, problems: collections.Counter) -> Iterator[str]:
+  """Streams the texts of a source in a fixed order.
+
+  Args:
+    source: what to read.
+    problems: counts, updated while reading, of what gave no document: 'undecodable' files or lines,
+      'unreadable' files, 'malformed' lines, records with 'no_text'.
+  """
+  for path in paths(source):
+    try:
+      if source.kind in ('stdlib', 'text'):
+        yield pathlib.Path(path).read_bytes().decode('utf-8-sig')
+      elif source.kind == 'jsonl':
+        yield from _jsonl(path, source.text_field, problems)
+      else:
+        yield from _csv(path, source.text_field, problems)
+    except UnicodeDecodeError:
+      problems['undecodable'] += 1
+    except OSError:
+      problems['unreadable'] += 1
+
+
+def _jsonl(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
+  with open(path, 'rb') as lines:
+    for line in lines:
+      if not line.strip():
+        continue
+      try:
+        record = json.loads(line.decode('utf-8-sig'))
+      except UnicodeDecodeError:
+        problems['undecodable'] += 1
+        continue
+      except json.JSONDecodeError:
+        problems['malformed'] += 1
+        continue
+      text = record.get(field) if isinstance(record, dict) else None
+      if isinstance(text, str):
+        yield text
+      else:
+        problems['no_text'] += 1
+
+
+def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
+  csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 131,072 characters rejects longer documents
+  # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts: the rest of the file is kept.
+  with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
+    reader = csv.DictReader(lines)
+    if field not in (reader.fieldnames or ()):
+      raise ValueError(f'{path} has no column {field!r}; its columns: {", ".join(reader.fieldnames or ())}. '
+                       'Set source.text_field to one of them')
+    for record in reader:
+      if record[field] is None:
+        problems['no_text'] += 1
+      else:
+        yield record[field]
+
+
+def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
+  """Digest (hex) of the files' names and bytes.
+
+  Reading 1 GB to hash it costs a second at every start, so (size, mtime) -> digest is remembered in `memo_file`, as
+  make and git do; unlike make, an entry is trusted only if the file had been left alone for RACY_SECONDS when hashed.
+  """
+  memo = json.loads(memo_file.read_text()) if memo_file.exists() else {}
+  changed = False
+  total = hashlib.blake2b(digest_size=16)
+  for path in names:
+    status = os.stat(path)
+    name = os.path.abspath(path)
+    entry = memo.get(name)
+    if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+      now = time.time()
+      with open(path, 'rb') as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+      entry = [status.st_size, status.st_mtime_ns, digest]
+      if now - status.st_mtime > RACY_SECONDS:
+        memo[name], changed = entry, True
+    total.update(f'{os.path.basename(path)}\0{entry[2]}\n'.encode())
+  if changed:
+    files.replace(memo_file, json.dumps(memo))
+  return total.hexdigest()

@@ -1,0 +1,154 @@
+"""How does a person generate? Load a run's directory once, then ask it for text, whole or as it comes."""
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+import names
+from data import tokenizer as tokenizers
+from decode.loop import decode_chunk, prefill
+from decode.sampling import make_sampling
+from decode.text import TextStream
+from model import params, transformer
+from model.cache import init_cache
+from parallel import axes as ax
+from parallel.mesh import MeshConfig, make_mesh
+from training import config as configs
+from training.checkpoint import Checkpoints, abstract
+
+CHUNK = 16  # tokens a call to the device: the first ones come soon, and dispatch costs little
+SMALLEST_BUCKET = 32  # prompt lengths and capacities are rounded up to powers of two from here, so that few programs compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """One generated text.
+
+  Attributes: prompt; text, without the prompt; ids of the text (with end-of-text, if it came); finish: 'stop' for
+    end-of-text, 'length' for max_new_tokens.
+  """
+  prompt: str
+  text: str
+  ids: list[int]
+  finish: str
+
+
+class Generator:
+  """A model with its tokenizer, on one device."""
+
+  def __init__(self, model: transformer.Decoder, tokenizer: tokenizers.Tokenizer, mesh: jax.sharding.Mesh):
+    self.tokenizer, self.mesh = tokenizer, mesh
+    with jax.set_mesh(mesh):
+      self.model = jax.jit(_in_compute_dtype)(model)
+
+  @classmethod
+  def load(cls, workdir: str | os.PathLike, checkpoint: str = 'last') -> 'Generator':
+    """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's.
+
+    Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a checkpoint that is
+    not there or damaged.
+    """
+    config = configs.load(workdir)
+    checkpoints = Checkpoints(workdir)
+    steps = checkpoints.steps()
+    if not steps:
+      raise FileNotFoundError(f'{checkpoints.directory} holds no checkpoint; train with train.py --workdir={workdir} first')
+    if checkpoint == 'last':
+      step = checkpoints.latest()
+    else:
+      best = checkpoints.best()
+      known = {str(s): s for s in steps} | ({'best': best} if best is not None else {})
+      step = known[names.check('checkpoint', checkpoint, [*known, 'last'])]
+      problems = checkpoints.problems(step)
+      if problems:
+        raise ValueError(f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'")
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+      target = abstract(lambda: transformer.init(config.model, config.train.seed), mesh)
+      model = checkpoints.restore(step, target, only='model')
+    return cls(model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh)
+
+  def __call__(self, prompts: str | Sequence[str], **options) -> list[Completion]:
+    """Completions of the prompts, generated side by side; options as for `ids`."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [[] for _ in prompts]
+    with contextlib.closing(self.ids(prompts, **options)) as chunks:
+      for chunk in chunks:
+        for row, new in zip(rows, chunk, strict=True):
+          row.extend(new)
+    eos = self.tokenizer.eos
+    return [Completion(prompt, self.tokenizer.decode(row), row, 'stop' if row and row[-1] == eos else 'length')
+            for prompt, row in zip(prompts, rows, strict=True)]
+
+  def stream(self, prompt: str, **options) -> Iterator[str]:
+    """Pieces of one completion's text as they come, whole characters each; options as for `ids`."""
+    return self._pieces(self.ids([prompt], **options))  # not a generator itself: bad options raise here and now
+
+  def _pieces(self, chunks):
+    text = TextStream(self.tokenizer)
+    with contextlib.closing(chunks):
+      for (ids,) in chunks:
+        if piece := text.add(ids):
+          yield piece
+    if rest := text.end():
+      yield rest
+
+  def ids(self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+          seed: int = 0, chunk: int = CHUNK) -> Iterator[list[list[int]]]:
+    """New ids of every row, a chunk at a time, until all rows have ended. Chunk k + 1 runs while chunk k is read.
+
+    Args:
+      max_new_tokens: a row ends there if it has not ended itself. temperature, top_k, top_p, seed: see decode.sampling.
+      chunk: tokens a call to the device; the text does not depend on it.
+    Raises ValueError for no prompts, options that make no sense, and lengths beyond the model's.
+    """
+    if not prompts:
+      raise ValueError('there are no prompts; give at least one (it may be empty text)')
+    for name, value in (('max_new_tokens', max_new_tokens), ('chunk', chunk)):
+      if value < 1:
+        raise ValueError(f'{name}={value} must be at least 1')
+    encoded = [[self.tokenizer.bos, *ids] for ids in self.tokenizer.encode_batch(prompts)]
+    longest, limit = max(map(len, encoded)), self.model.config.max_length
+    if longest + max_new_tokens > limit:
+      raise ValueError(f'a prompt of {longest} tokens and max_new_tokens={max_new_tokens} pass model.max_length={limit}; '
+                       'shorten the prompt or ask for fewer')
+    sampling = make_sampling(len(prompts), temperature, top_k, top_p, seed)
+    return self._chunks(encoded, min(limit, _bucket(longest)), min(limit, _bucket(longest + max_new_tokens)), max_new_tokens, sampling, chunk)
+
+  def _chunks(self, encoded, bucket, capacity, max_new_tokens, sampling, chunk):
+    tokens = np.full((len(encoded), bucket), self.tokenizer.pad, np.int32)
+    for row, ids in zip(tokens, encoded, strict=True):
+      row[:len(ids)] = ids
+    lengths = np.array([len(ids) for ids in encoded], np.int32)
+    advance = lambda state: decode_chunk(self.model, state, sampling, steps=chunk, eos=self.tokenizer.eos, pad=self.tokenizer.pad)
+    put = lambda x: jax.device_put(x, jax.NamedSharding(self.mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1))))
+    with jax.set_mesh(self.mesh):
+      sampling = jax.tree.map(put, sampling)
+      cache = init_cache(self.model.config, len(encoded), capacity)
+      state = prefill(self.model, put(tokens), put(lengths), cache, put(lengths + max_new_tokens))
+      done = np.zeros(len(encoded), bool)
+      state, *ahead = advance(state)
+    left = max_new_tokens
+    while not done.all():
+      ids, real = ahead
+      left -= chunk
+      if left > 0:
+        with jax.set_mesh(self.mesh):
+          state, *ahead = advance(state)
+      ids, real = np.asarray(ids), np.asarray(real)
+      yield [row[flags].tolist() for row, flags in zip(ids, real, strict=True)]
+      done = ~real[:, -1] | (ids[:, -1] == self.tokenizer.eos) | (left <= 0)
+
+
+def _bucket(tokens: int) -> int:
+  return max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
+
+
+def _in_compute_dtype(model):
+  # What `params.use` would do at every token; norms and biases keep their own precision.
+  cast = lambda p: p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
+  return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

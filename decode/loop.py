@@ -1,0 +1,67 @@
+"""How are tokens generated? Prefill, then jitted chunks of steps over a cache that is rewritten in place.
+
+B rows · T prompt bucket · V vocabulary
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from decode.sampling import Sampling, sample
+from model.cache import Cache
+from model.transformer import Decoder
+from parallel import axes as ax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+  """What generation carries from token to token; its buffers are donated.
+
+  Attributes:
+    cache: of all tokens so far. logits: [B, V] f32 for each row's next token.
+    done: [B] rows that have ended. stop_at: [B] length, prompt included, at which a row ends at the latest.
+  """
+  cache: Cache
+  logits: Float[Array, 'B V']
+  done: Bool[Array, 'B']
+  stop_at: Int[Array, 'B']
+
+
+@functools.partial(jax.jit, donate_argnums=3)
+def prefill(model: Decoder, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], cache: Cache, stop_at: Int[Array, 'B']) -> DecodeState:
+  """Reads prompts into an empty cache.
+
+  tokens: each row's prompt, then padding, whose ids are free: it is never seen. lengths: of the prompts, at least 1.
+  """
+  x, cache = model(tokens, cache=cache)
+  last = jnp.arange(tokens.shape[1])[None] == lengths[:, None] - 1
+  x = jnp.where(last[..., None], x, 0).sum(1)
+  # Slots behind the prompt hold padding; from here on they count as unused.
+  return DecodeState(dataclasses.replace(cache, lengths=lengths), _scores(model, x), lengths >= stop_at, stop_at)
+
+
+@functools.partial(jax.jit, static_argnames=('steps', 'eos', 'pad'), donate_argnums=1)
+def decode_chunk(model: Decoder, state: DecodeState, sampling: Sampling, *, steps: int, eos: int,
+                 pad: int) -> tuple[DecodeState, Int[Array, 'B C'], Bool[Array, 'B C']]:
+  """`steps` more tokens of each row: the new state, the ids, and which of them are the row's (not after its end).
+
+  The id `eos` ends a row and belongs to it; behind a row's end ids are `pad`.
+  """
+  def step(state, _):
+    position = state.cache.lengths
+    ids = jnp.where(state.done, pad, sample(state.logits, sampling, position))
+    real = ~state.done
+    x, cache = model(ids[:, None], cache=state.cache)
+    lengths = jnp.where(real, cache.lengths, position)  # a row that has ended stays as it is
+    done = state.done | (ids == eos) | (lengths >= state.stop_at)
+    new = DecodeState(dataclasses.replace(cache, lengths=lengths), _scores(model, x[:, 0]), done, state.stop_at)
+    return new, (ids, real)
+  state, (ids, real) = jax.lax.scan(step, state, None, length=steps)
+  return state, ids.T, real.T
+
+
+def _scores(model, x):
+  return ax.place(model.logits(x), 'batch', None)  # sampling ranks the whole vocabulary of a row

@@ -1,0 +1,100 @@
+"""Which backend computes attention? One function, one table of what each backend honours; nothing is dropped silently.
+
+`reference`: the jnp oracle, everything, [T, S] scores in memory. `blocked`: the oracle on blocks of queries, keys that no query
+of a block can see skipped and scores recomputed in the backward pass, so that memory and work follow the mask. `xla`:
+jax.nn.dot_product_attention, cuDNN's kernel on NVIDIA GPUs where it honours the spec.
+`auto`: `xla` on GPU and TPU where it honours the spec, else `blocked` where it does, else `reference`.
+
+B batch · T query length · S key length · N query heads · K key/value heads · H head width
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jaxtyping import Array, Float
+
+import names
+from kernels import reference
+from kernels.mask import Mask
+
+HONOURS = {
+    'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks'},
+    'blocked': {'causal', 'window', 'segments', 'softcap', 'sinks'},
+    'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
+}
+BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
+
+
+def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, *, softcap: float = 0.0,
+              sinks: Float[Array, 'N'] | None = None, scale: float | None = None,
+              backend: str = 'auto') -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+  """Attention and the log-sum-exp of its scores.
+
+  Args:
+    mask: who sees whom. softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per query head that joins the softmax.
+    scale: of q.k; default H ** -0.5. backend: 'auto', 'reference', 'blocked' or 'xla'.
+  Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
+  Raises: ValueError for shapes that do not fit or an unknown backend; NotImplementedError for a spec that the backend does
+    not honour, naming those that do.
+  """
+  N, H, K = q.shape[2], q.shape[3], k.shape[2]
+  if N % K:
+    raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
+  spec = mask.fields() | ({'softcap'} if softcap else set()) | ({'sinks'} if sinks is not None else set())
+  backend = choose(frozenset(spec), jax.default_backend()) if backend == 'auto' else check(backend, spec)
+  scale = H**-0.5 if scale is None else scale
+  run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla}[backend]
+  return run(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale)
+
+
+def check(backend: str, spec: set[str]) -> str:
+  """`backend` if it honours every part of `spec`; raises as attention() says otherwise."""
+  names.check('attention backend', backend, ('auto', *HONOURS))
+  missing = spec - HONOURS[backend]
+  if missing:
+    able = [name for name, honoured in HONOURS.items() if spec <= honoured]
+    raise NotImplementedError(f'attention backend {backend!r} does not honour {sorted(missing)}; these do: {able}')
+  return backend
+
+
+@functools.cache
+def choose(spec: frozenset[str], platform: str) -> str:
+  """What `auto` means for this spec on this platform; logged once for each."""
+  order = ('blocked', 'reference') if platform == 'cpu' else ('xla', 'blocked', 'reference')
+  chosen = next(name for name in order if spec <= HONOURS[name])
+  logging.info('attention: auto is %r on %s for %s', chosen, platform, sorted(spec))
+  return chosen
+
+
+def blocked(q, k, v, mask, *, softcap, sinks, scale):
+  """Same contract as reference.attention, for masks over indices: a loop over query blocks, each with the keys it can see."""
+  T, S = q.shape[1], k.shape[1]
+  if T != S:
+    raise ValueError(f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; use reference')
+  outs, lses = [], []
+  for start in range(0, T, BLOCK):
+    stop = min(start + BLOCK, T)
+    first = max(0, start - mask.window + 1) if mask.window else 0
+    last = stop if mask.causal else S
+    run = functools.partial(reference.attention, softcap=softcap, scale=scale)
+    # Scores are as large as everything else of a block together: cheaper to compute again than to keep.
+    run = jax.checkpoint(lambda q, k, v, m, s, run=run: run(q, k, v, m, sinks=s), prevent_cse=False)
+    queries, keys = slice(start, stop), slice(first, last)
+    out, lse = run(q[:, queries], k[:, keys], v[:, keys], mask.block(queries, keys, T), sinks)
+    outs.append(out)
+    lses.append(lse)
+  return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+
+
+def xla(q, k, v, mask, *, softcap, sinks, scale):
+  """jax.nn.dot_product_attention: its own causal and window flags where they say it all (so that cuDNN can take it)."""
+  del softcap, sinks  # not honoured: check() has refused them
+  T, S = q.shape[1], k.shape[1]
+  if mask.fields() <= {'causal', 'window'} and T == S:
+    window = (mask.window - 1, 0) if mask.window else None
+    dense = None
+    causal = mask.causal
+  else:
+    window, causal, dense = None, False, mask.allowed(T, S)[:, None]
+  return jax.nn.dot_product_attention(q, k, v, mask=dense, scale=scale, is_causal=causal, local_window_size=window, return_residual=True)

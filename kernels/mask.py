@@ -1,0 +1,83 @@
+"""Which key may a query see? A mask is a small spec, the same for every attention backend, never a dense array.
+
+B batch · T query length · S key length
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+  """A query sees a key when every part of the spec that is set allows it.
+
+  Attributes:
+    causal: the key's position is not after the query's.
+    window: the key's position is less than `window` before the query's (itself included); 0 means no limit. A window looks
+      back only: it needs causal.
+    prefix: [B] keys at positions below this are seen by every query of the row whatever causal says (prefix LM, T5 paper
+      arXiv:1910.10683, figure 4); segments still hold.
+    query_segments [B, T], key_segments [B, S]: both or neither; a query sees keys of its own segment only.
+    query_positions [B, T], key_positions [B, S]: both or neither; default: the index in the row, for which T == S.
+
+  Raises ValueError for contradictory parts.
+  """
+  causal: bool = True
+  window: int = 0
+  prefix: Int[Array, 'B'] | None = None
+  query_segments: Int[Array, 'B T'] | None = None
+  key_segments: Int[Array, 'B S'] | None = None
+  query_positions: Int[Array, 'B T'] | None = None
+  key_positions: Int[Array, 'B S'] | None = None
+
+  def __post_init__(self):
+    if self.window < 0:
+      raise ValueError(f'window={self.window} must be 0 (no limit) or the number of keys that a query sees')
+    if self.window and not self.causal:
+      raise ValueError(f'window={self.window} looks back only: set causal=True')
+    for a, b in (('query_segments', 'key_segments'), ('query_positions', 'key_positions')):
+      if (getattr(self, a) is None) != (getattr(self, b) is None):
+        raise ValueError(f'{a} and {b} come together; one of them is missing')
+    if self.prefix is not None and not self.causal:
+      raise ValueError('prefix loosens causal: without causal every key is seen already; drop prefix or set causal=True')
+
+  def fields(self) -> set[str]:
+    """The parts that are set: what a backend must honour."""
+    named = {'causal': self.causal, 'window': self.window, 'prefix': self.prefix is not None,
+             'segments': self.query_segments is not None, 'positions': self.query_positions is not None}
+    return {name for name, is_set in named.items() if is_set}
+
+  def allowed(self, T: int, S: int) -> Bool[Array, '#B T S']:
+    """The dense mask that the spec stands for (True: seen). The oracle's view; fast backends never build it whole."""
+    if self.query_positions is None:
+      if T != S:
+        raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
+      q = k = jnp.arange(T, dtype=jnp.int32)[None]
+    else:
+      q, k = self.query_positions, self.key_positions
+    q, k = q[:, :, None], k[:, None, :]
+    seen = jnp.ones((1, T, S), bool)
+    if self.causal:
+      seen = k <= q
+    if self.prefix is not None:
+      seen = seen | (k < self.prefix[:, None, None])
+    if self.window:
+      seen = seen & (q - k < self.window)
+    if self.query_segments is not None:
+      seen = seen & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+    return seen
+
+  def block(self, queries: slice, keys: slice, T: int) -> 'Mask':
+    """The same mask for a block of queries and of keys, of a mask whose positions are indices 0..T-1."""
+    B = 1 if self.query_segments is None else self.query_segments.shape[0]
+    index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    cut = lambda x, s: None if x is None else x[:, s]
+    return dataclasses.replace(self, query_segments=cut(self.query_segments, queries), key_segments=cut(self.key_segments, keys),
+                               query_positions=index[:, queries], key_positions=index[:, keys])
+
+
+jax.tree_util.register_dataclass(
+    Mask, data_fields=['prefix', 'query_segments', 'key_segments', 'query_positions', 'key_positions'],
+    meta_fields=['causal', 'window'])

@@ -1,0 +1,44 @@
+"""What do all tests share? Eight virtual CPU devices, strict shapes, exact products, checked annotations."""
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import hypothesis
+import jax
+import jaxtyping
+
+# Before the packages are imported: their jaxtyping annotations are checked at run time.
+jaxtyping.install_import_hook(['model', 'kernels', 'objectives', 'decode', 'training.precision', 'training.adam8bit', 'training.accumulate'],
+                              'beartype.beartype')
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+# The machine may be busy: an example that takes long is no failure.
+hypothesis.settings.register_profile('tandem', deadline=None)
+hypothesis.settings.load_profile('tandem')
+
+import pathlib
+
+import pytest
+
+from parallel.mesh import MeshConfig, make_mesh
+
+SHARED_DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
+
+
+@pytest.fixture
+def one_device():
+  """A mesh of one device, in context."""
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@pytest.fixture(scope='session')
+def shared_data():
+  """Real text beside the checkout; tests that use it are skipped where it is not there."""
+  if not SHARED_DATA.is_dir():
+    pytest.skip(f'{SHARED_DATA} is not there')
+  return SHARED_DATA

@@ -1,0 +1,142 @@
+"""Tokenizers: exact round trips over all of Unicode, streaming, saving, and errors that say what to do."""
+
+import collections
+import functools
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import sources, tokenizer
+from data.config import SourceConfig, TokenizerConfig
+
+T5 = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 't5.model'
+HARD = ['', ' ', '  a  ', 'a\u2581b', '\u2581', '\0', '\r\n', '\t\tx', '\u2047', '<s>', '</s>', '<unk>', '<0x0A>',
+        '\ufeffx', 'e\u0301', '\u2028', '\ufb01', '\U0001f600\u20ac', '\ufffd', '\n    def f():\n\n']
+anything = st.text(st.characters(exclude_categories=['Cs']), max_size=40)
+
+
+@functools.cache
+def corpus():
+  texts = [text for text in sources.documents(SourceConfig(), collections.Counter()) if len(text) < 20_000]
+  return texts[:80]
+
+
+@functools.cache
+def trained(**kinds):
+  return tokenizer.build(TokenizerConfig(vocabulary=1024, **kinds), corpus(), corpus())
+
+
+def made(kind):
+  if kind == 'char':
+    return tokenizer.CharTokenizer(set(''.join(HARD)) | set(map(chr, range(0x250))))
+  return {'byte': tokenizer.ByteTokenizer, 'bpe': trained,
+          'phrases': functools.partial(trained, split_by_whitespace=False),
+          'unigram': functools.partial(trained, algorithm='unigram')}[kind]()
+
+
+@pytest.mark.parametrize('kind', ['byte', 'char', 'bpe', 'phrases', 'unigram'])
+def test_round_trip_of_hard_texts_and_code(kind):
+  tok = made(kind)
+  texts = HARD + ([] if kind == 'char' else corpus()[:10])
+  for text, ids in zip(texts, tok.encode_batch(texts)):
+    assert tok.decode(ids) == text and tok.losses(text, ids) == 0
+    assert ids == tok.encode(text)
+    assert not {tok.pad, tok.bos, tok.eos}.intersection(ids)
+
+
+@pytest.mark.parametrize('kind', ['byte', 'bpe', 'phrases', 'unigram'])
+@given(text=anything, other=anything)
+@settings(max_examples=80, deadline=None)
+def test_round_trip_of_anything_and_bytes_join(kind, text, other):
+  tok = made(kind)
+  one, two = tok.encode(text), tok.encode(other)
+  assert tok.decode(one) == text
+  assert tok.decode_bytes(one + two) == tok.decode_bytes(one) + tok.decode_bytes(two) == (text + other).encode()
+  assert b''.join(tok.decode_bytes([i]) for i in one) == text.encode()
+
+
+def test_decoding_agrees_with_sentencepiece():
+  tok = trained()
+  for text in corpus()[:20]:
+    ids = tok.encode(text)
+    assert tok.decode(ids) == tok._processor.decode(ids)
+
+
+def test_training_is_deterministic_and_uses_the_share():
+  config = TokenizerConfig(vocabulary=1024)
+  assert tokenizer.train_sentencepiece(config, corpus()) == trained().model
+  assert tokenizer.train_sentencepiece(config, corpus(), share=0.5) != trained().model
+  assert list(tokenizer._sample('abcdefghij', 0.3)) == ['d', 'g', 'j']
+
+
+def test_code_compresses():
+  tok = trained()
+  texts = corpus()
+  assert sum(len(text.encode()) for text in texts) / sum(map(len, tok.encode_batch(texts))) > 2.7
+  assert b'    ' in tok.token_bytes and any(b'\n' in piece[1:] for piece in tok.token_bytes)
+
+
+@pytest.mark.parametrize('kind', ['byte', 'char', 'bpe'])
+def test_save_and_load(kind, tmp_path):
+  tok = made(kind)
+  tok.save(tmp_path / 'run')
+  again = tokenizer.load(tmp_path / 'run')
+  assert again.token_bytes == tok.token_bytes and again.kind == tok.kind
+  assert (again.pad, again.bos, again.eos) == (tok.pad, tok.bos, tok.eos)
+  assert again.encode('a\r\n b') == tok.encode('a\r\n b')
+
+
+def test_char_ids_are_nanogpts_after_the_special_ones():
+  tok = tokenizer.CharTokenizer('hello\n')
+  assert tok.vocabulary == 3 + 5 and tok.encode('\nehlo') == [3, 4, 5, 6, 7]
+
+
+def test_char_names_an_unknown_character():
+  with pytest.raises(ValueError, match=r"'Z' \(U\+005A\), at 2"):
+    tokenizer.CharTokenizer('ab').encode('abZ')
+
+
+def test_ids_outside_the_vocabulary_are_named():
+  for wrong in (259, -1):
+    with pytest.raises(ValueError, match=f'id {wrong} is outside the vocabulary of 259'):
+      tokenizer.ByteTokenizer().decode([5, wrong])
+
+
+def test_losses_count_characters():
+  tok = tokenizer.ByteTokenizer()
+  tok.token_bytes[3 + ord('a')] = b'o'
+  assert tok.losses('banana', tok.encode('banana')) == 3 and tok.losses('bonn', tok.encode('bonn')) == 0
+
+
+def test_vocabulary_must_be_the_one_that_comes_out():
+  with pytest.raises(ValueError, match='vocabulary=300.*259'):
+    tokenizer.build(TokenizerConfig(kind='byte', vocabulary=300), [], [])
+
+
+def test_too_many_pieces_for_a_small_corpus():
+  with pytest.raises(ValueError, match='lower tokenizer.vocabulary'):
+    tokenizer.build(TokenizerConfig(vocabulary=4096), ['a b c'], [])
+
+
+def test_no_tokenizer_there(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no tokenizer at'):
+    tokenizer.load(tmp_path)
+
+
+@pytest.mark.skipif(not T5.exists(), reason=f'{T5} is not beside the checkout')
+def test_a_loaded_model_keeps_its_ids_and_its_losses_are_counted():
+  tok = tokenizer.load(T5)
+  assert (tok.vocabulary, tok.pad, tok.bos, tok.eos) == (32000, 0, 1, 1)
+  assert tok.encode('summarize:') == [21603, 10]
+  ids = tok.encode('Hello, world!')
+  assert tok.decode(ids) == 'Hello, world!' and tok.losses('Hello, world!', ids) == 0
+  assert tok.losses('two  spaces\n', tok.encode('two  spaces\n')) == 2
+  assert tok.losses('{', tok.encode('{')) > 0
+
+
+def test_arrays_are_int32():
+  for kind in ('byte', 'char', 'bpe'):
+    assert all(array.dtype == np.int32 for array in made(kind).encode_arrays(['ab', '']))

@@ -1,0 +1,205 @@
+"""Trains a language model: python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.a.b=value ...]
+
+Reads top to bottom: config -> mesh -> data -> model and optimizer -> where to start -> steps -> report.
+"""
+from parallel import hosts
+
+if __name__ == '__main__':
+  hosts.use_huge_pages()
+
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags, logging
+
+from analysis import flops, hardware
+from data import loader
+from data.batch import Batch
+from data.prepare import prepare
+from model import params, transformer
+from objectives.pretrain import pretrain
+from parallel import axes
+from parallel.mesh import make_mesh
+from training import config as configs
+from training import precision
+from training import state as states
+from training.accumulate import accumulate
+from training.checkpoint import Checkpoints, abstract
+from training.optimizer import clip, make_optimizer, make_schedule
+from training.report import compression_baselines, write_report
+from training.progress import Progress, check_finite
+from training.watch import ProfileWindow, Watch
+
+CONFIG = configs.define_flag()
+WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: config, tokenizer, checkpoints, metrics, report.')
+PROFILE = flags.DEFINE_string('profile', '', 'Steps to trace with the XLA profiler, as in 10-12.')
+ALLOW_CHANGE = flags.DEFINE_bool('allow_config_change', False, 'Resume although model or data order changed.')
+
+
+def make_train_step(config: configs.Config, optimizer: optax.GradientTransformation):
+  """The step: (state, batch) -> (new state, metrics, gradient norms by parameter). The state's buffers are donated."""
+  schedule = make_schedule(config.optimizer, config.train.steps)
+
+  def loss_fn(model, batch, scale):
+    total, sums = pretrain(model, batch, config.train.z_loss)
+    return precision.scale(total, scale), sums
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_step(state: states.TrainState, batch: Batch):
+    grads, sums = accumulate(loss_fn, state.model, batch, state.scale, config.train.accumulation)
+    tokens = jnp.maximum(sums['tokens'], 1)
+    grads = jax.tree.map(lambda g: g / (tokens * state.scale.scale), grads)
+    norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)))), grads)
+    norm = optax.global_norm(norms)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums['nll'])
+
+    updates, optimizer_state = optimizer.update(clip(grads, norm, config.optimizer.clip_norm), state.optimizer, state.model)
+    model = optax.apply_updates(state.model, updates)
+    # A step that is not finite leaves no trace, whether the host then stops the run or goes on.
+    model, optimizer_state = precision.select(finite, (model, optimizer_state), (state.model, state.optimizer))
+    scale = precision.update(state.scale, finite)
+
+    metrics = {'loss': sums['nll'] / tokens, 'accuracy': sums['correct'] / tokens, 'grad_norm': norm,
+               'learning_rate': schedule(state.step), 'predicted_tokens': sums['tokens']}
+    if config.model.dtype == 'float16':
+      metrics |= {'loss_scale': state.scale.scale, 'skipped_steps': scale.skipped_steps}
+    return states.TrainState(state.step + 1, model, optimizer_state, scale, state.key), metrics, norms
+
+  return train_step
+
+
+def make_evaluate(config: configs.Config, prepared, put):
+  """The evaluation: (model, batches to read, 0 for all) -> validation_loss in nats per token, and bits_per_byte.
+
+  Of all batches, it also gives what compressors make of the same documents: gzip_bits_per_byte, xz_bits_per_byte.
+  """
+  baselines = functools.cache(lambda: compression_baselines(prepared.validation_documents()))
+
+  @jax.jit
+  def eval_step(model, batch, sums):
+    _, new = pretrain(model, batch, 0.0)
+    return jax.tree.map(jnp.add, sums, {name: new[name] for name in ('nll', 'tokens')})
+
+  def evaluate(model, batches: int = 0) -> dict[str, float]:
+    sums = {'nll': jnp.float32(0), 'tokens': jnp.float32(0)}
+    for i, batch in enumerate(loader.validation_batches(prepared, config.data, jax.process_index(), jax.process_count())):
+      if batches and i == batches:
+        break
+      sums = eval_step(model, put(batch), sums)
+    nll, tokens = (float(sums[name]) for name in ('nll', 'tokens'))
+    # Bytes of the tokens read: exact for all of them, in proportion for a part.
+    bytes_read = prepared.validation_bytes * tokens / prepared.report['packing']['validation']['pairs']
+    found = {'validation_loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / bytes_read}
+    return found | ({} if batches else {f'{name}_bits_per_byte': value for name, value in baselines().items()})
+
+  return evaluate
+
+
+def train_steps(config, state, steps, batches, put, train_step, evaluate, checkpoints, watch, profile, signal) -> str:
+  """Runs `steps`; step n is dispatched before n - 1 is looked at. Returns why it stopped early, or ''."""
+  every = lambda n, step: bool(n) and step % n == 0
+  tokens = config.data.batch_size * config.data.sequence_length
+  progress = Progress.resume(checkpoints, steps.start - 1)
+  norms, reason = None, ''
+  for step in steps:
+    profile.before(step)
+    state, metrics, step_norms = train_step(state, put(next(batches)))
+    profile.after(step, metrics)
+    check_finite(watch.step(step, metrics, tokens), norms, config, checkpoints)
+    norms = step_norms
+    final, evaluation = step == config.train.steps, {}
+    if final or every(config.train.eval_every, step):
+      with watch.pause() as done:
+        check_finite(done, norms, config, checkpoints)
+        evaluation = evaluate(state.model, 0 if final else config.train.eval_batches)
+        watch.log(step, evaluation)
+      progress = progress.after(evaluation['validation_loss'])
+      if config.train.patience and progress.waited >= config.train.patience:
+        reason = f'no better validation loss in {progress.waited} evaluations'
+    reason = reason or signal.name
+    if final or reason or every(config.train.save_every, step) or (evaluation and progress.waited == 0):
+      with watch.pause() as done:
+        check_finite(done, norms, config, checkpoints)
+        checkpoints.save(step, state, batches.state(), progress.record(), evaluation.get('validation_loss'))
+    if reason:
+      break
+  checkpoints.wait()
+  return reason
+
+
+def main(_):
+  # 1. Config: what is asked for, and whether this directory has begun something else.
+  if CONFIG.value is None or not WORKDIR.value:
+    raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
+  logging.set_verbosity(logging.WARNING)
+  workdir = pathlib.Path(WORKDIR.value)
+  try:
+    config = configs.from_flag(CONFIG.value)
+  except ValueError as error:
+    raise app.UsageError(str(error)) from error
+  hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
+  log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
+
+  # 2. Mesh: every device of every process, six explicit axes.
+  mesh = make_mesh(config.mesh)
+  jax.set_mesh(mesh)
+  device, devices = jax.devices()[0], jax.device_count()
+  chip = hardware.lookup(device.device_kind, getattr(device, 'num_cores', None) if device.platform == 'tpu' else None)
+  log(f'mesh: {devices} x {device.device_kind}, {dict(mesh.shape)}')
+
+  # 3. Data: text to token shards, once; then batches, from any position.
+  prepared = prepare(config.data, log=log)
+  config = config.resolve(prepared.tokenizer.vocabulary)
+  config.check_mesh(dict(mesh.shape))
+  configs.begin(config, workdir, ALLOW_CHANGE.value)
+  prepared.tokenizer.save(workdir / 'tokenizer')
+  batches = loader.train_loader(prepared, config.data, jax.process_index(), jax.process_count())
+  rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
+  put = lambda batch: jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)
+
+  # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
+  model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
+  optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+  make_state = functools.partial(states.init, config, optimizer)
+  parameters = params.count(model)
+  flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length)
+  log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token')
+
+  # 5. Where to start: (1) the last whole checkpoint of this directory, (2) step 0.
+  checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
+  first = checkpoints.latest() or 0
+  if first >= config.train.steps:
+    log(f'nothing to do: checkpoint {first} has reached train.steps={config.train.steps}; raise it to go on')
+    return
+  if first:
+    state = checkpoints.restore(first, abstract(make_state, mesh))
+    batches.restore(checkpoints.record(first)['data'])
+    log(f'going on from checkpoint {first}')
+  else:
+    state = jax.jit(make_state)()
+
+  # 6. Steps, watched; a signal ends them after the one in flight.
+  steps = range(first + 1, config.train.steps + 1)
+  peak = hardware.peak(chip, config.model.dtype)
+  profile = ProfileWindow(PROFILE.value, workdir / 'profile', steps)
+  watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices, peak=peak)
+  with watching as watch, hosts.StopSignal() as signal:
+    stopped = train_steps(config, state, steps, batches, put, make_train_step(config, optimizer), make_evaluate(config, prepared, put),
+                          checkpoints, watch, profile, signal)
+    profile.close()
+  if stopped:
+    log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}; the same command goes on from there')
+
+  # 7. Report: what it achieved and what it cost.
+  if jax.process_index() == 0 and not signal.name:
+    report = write_report(workdir, config.report, parameters=parameters, flops_per_token=flops_per_token,
+                          chips=devices // (chip.devices if chip else 1), hardware=device.device_kind)
+    log(report.read_text() + f'\nwrote {report}')
+
+
+if __name__ == '__main__':
+  app.run(main)

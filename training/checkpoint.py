@@ -1,0 +1,184 @@
+"""What survives a crash? Checkpoints that are complete and unharmed, or are not used.
+
+    checkpoints/00000100/       arrays of the train state, written by orbax in the background
+    checkpoints/00000100.json   the record: written last, so that without it the directory does not count; holds the data
+                                loader's state, the validation loss, and size and digest of every file
+
+A kill while saving leaves a directory without a record; a truncated or changed file no longer matches its digest.
+"""
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import files
+
+
+class Checkpoints:
+  """The checkpoints of one run: the last `keep_last` and the one with the lowest validation loss.
+
+  Args:
+    directory: of the run; checkpoints/ is made below it.
+    log: receives a line for everything that a reader of the run should know.
+  """
+
+  def __init__(self, directory: str | os.PathLike, keep_last: int = 2, log: Callable[[str], Any] = print):
+    self.directory = pathlib.Path(directory).absolute() / 'checkpoints'
+    self._keep_last, self._log = keep_last, log
+    self._writer = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
+    self._writing: concurrent.futures.Future | None = None
+    self._orbax = None
+
+  def save(self, step: int, state, data: dict, progress: dict, validation_loss: float | None = None) -> None:
+    """Starts writing; returns once the state may be donated. Waits for the save before it, and raises what that raised.
+
+    data, progress: JSON-able; of the data loader, and of what the run has achieved.
+    """
+    import orbax.checkpoint as ocp
+    self.wait()
+    self._orbax = self._orbax or ocp.StandardCheckpointer()
+    leaves = named_leaves(state)
+    if jax.default_backend() == 'cpu':
+      # A host copy of a CPU array is a view of it: the next step's donation would write under orbax's hands.
+      leaves = {name: jnp.copy(x) for name, x in leaves.items()}
+    path = self._path(step)
+    if jax.process_index() == 0:
+      self._remove(step)
+      path.parent.mkdir(parents=True, exist_ok=True)
+    record = {'step': step, 'validation_loss': validation_loss, 'data': data, 'progress': progress,
+              'leaves': {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}}
+    self._orbax.save(path, leaves)
+    self._writing = self._writer.submit(self._commit, step, record)
+
+  def wait(self) -> None:
+    """Returns when nothing is being written. Raises what the last save raised."""
+    if self._writing is not None:
+      writing, self._writing = self._writing, None
+      writing.result()
+
+  def steps(self) -> list[int]:
+    """Steps with a record, ascending; says nothing of their files."""
+    return sorted(int(path.stem) for path in self.directory.glob('*.json') if path.stem.isdecimal())
+
+  def record(self, step: int) -> dict:
+    """What the record of `step` holds, or ValueError if it cannot be read."""
+    path = self._path(step).with_suffix('.json')
+    try:
+      return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+      raise ValueError(f'{path} is damaged: {error}') from error
+
+  def best(self) -> int | None:
+    """The step with the lowest validation loss; None where no checkpoint was evaluated."""
+    losses = {}
+    for step in self.steps():
+      try:
+        loss = self.record(step)['validation_loss']
+      except ValueError:
+        continue  # restore() reports it
+      if loss is not None:
+        losses[step] = loss
+    return min(losses, key=losses.get, default=None)
+
+  def problems(self, step: int) -> list[str]:
+    """What is wrong with a checkpoint: files that are missing, truncated or changed since they were written."""
+    try:
+      record = self.record(step)
+    except ValueError as error:
+      return [str(error)]
+    found = []
+    for name, (size, digest) in record['files'].items():
+      path = self._path(step) / name
+      if not path.exists():
+        found.append(f'{path} is missing')
+      elif path.stat().st_size != size:
+        found.append(f'{path} has {path.stat().st_size} bytes, {size} were written')
+      elif _digest(path) != digest:
+        found.append(f'{path} was changed: its digest is not the one recorded')
+    return found
+
+  def latest(self) -> int | None:
+    """The last step whose checkpoint is whole, None if there never was one. Damaged ones are named in the log.
+
+    Raises ValueError when there are checkpoints and all are damaged: starting over must be asked for.
+    """
+    steps = self.steps()
+    for step in reversed(steps):
+      problems = self.problems(step)
+      if not problems:
+        return step
+      self._log(f'WARNING: checkpoint {step} is damaged and will not be used: ' + '; '.join(problems))
+    if steps:
+      raise ValueError(f'all checkpoints in {self.directory} are damaged: {steps}; remove that directory to start over')
+    return None
+
+  def restore(self, step: int, target, only: str = ''):
+    """The state of `step` in the shape of `target`, an abstract tree with shardings (see `abstract`).
+
+    only: 'model' restores that field alone; `target` is then the abstract model.
+    Raises ValueError that lists what is missing, left over or of another shape or type.
+    """
+    import orbax.checkpoint as ocp
+    saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()}
+    wanted = named_leaves(target, only)
+    scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
+    wrong = [f'{name}: not in the checkpoint' for name in wanted if name not in scope]
+    wrong += [f'{name}: in the checkpoint only' for name in scope if name not in wanted]
+    wrong += [f'{name}: {scope[name]} in the checkpoint, {(x.shape, str(x.dtype))} in the model'
+              for name, x in wanted.items() if name in scope and scope[name] != (tuple(x.shape), str(x.dtype))]
+    if wrong:
+      raise ValueError(f'checkpoint {step} in {self.directory} does not fit the config:\n  ' + '\n  '.join(wrong))
+    request = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}
+    with ocp.PyTreeCheckpointer() as reader:
+      arguments = ocp.checkpoint_utils.construct_restore_args(request)
+      leaves = reader.restore(self._path(step), args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+    return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
+
+  def _commit(self, step: int, record: dict) -> None:
+    self._orbax.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    path = self._path(step)
+    record['files'] = {str(p.relative_to(path)): [p.stat().st_size, _digest(p)] for p in sorted(path.rglob('*')) if p.is_file()}
+    files.replace(path.with_suffix('.json'), json.dumps(record))
+    keep = {*self.steps()[-self._keep_last:], self.best()}
+    for old in self.steps():
+      if old not in keep:
+        self._remove(old)
+
+  def _remove(self, step: int) -> None:
+    self._path(step).with_suffix('.json').unlink(missing_ok=True)  # first: what has no record does not count
+    if self._path(step).exists():
+      shutil.rmtree(self._path(step))
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self.directory / f'{step:08d}'
+
+
+def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
+  """Leaves by name, in the order of jax.tree.leaves: 'model.blocks.attention.q'."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  names_ = (jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value') for path, _ in leaves)
+  return {f'{prefix}.{name}' if prefix else name: leaf for name, (_, leaf) in zip(names_, leaves, strict=True)}
+
+
+def abstract(function: Callable[[], Any], mesh: Mesh):
+  """The result of `function` as ShapeDtypeStructs with the shardings on `mesh` that it would be born with."""
+  def one(x):
+    spec = getattr(x.sharding, 'spec', None) or P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  return jax.tree.map(one, jax.eval_shape(function))
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

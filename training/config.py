@@ -1,0 +1,254 @@
+"""What is a run? One frozen Config: how it is built, overridden by flags, saved, loaded and compared.
+
+A file under configs/ has `get_config()` that returns a Config. `--config=FILE --config.a.b=value` goes through ml_collections'
+config_flags; the result is built anew from the overridden values, so that every check of every part runs again.
+"""
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import sys
+import typing
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict
+from ml_collections.config_flags import config_flags, config_path
+
+import files
+import names
+from data.config import DataConfig
+from model.config import ModelConfig
+from parallel.mesh import MeshConfig
+from training.optimizer import OptimizerConfig
+from training.report import ReportConfig
+
+FILE = 'config.json'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """How long to train, what to watch and when to keep it.
+
+  Attributes:
+    steps: optimizer updates in all. seed: of the initial parameters.
+    accumulation: microbatches of a step; exactly equal to one big batch.
+    z_loss: weight of log(Z)^2 in the loss.
+    log_every, eval_every, save_every: in steps; eval_every=0 evaluates only at the end.
+    eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always does).
+    keep_last: checkpoints to keep besides the best one by validation loss.
+    patience: evaluations without a better validation loss before training stops; 0 never stops early.
+    nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update. (Steps that overflow
+      under f16 loss scaling are always skipped: the scale is what they correct.)
+  """
+  steps: int = 200
+  seed: int = 0
+  accumulation: int = 1
+  z_loss: float = 0.0
+  log_every: int = 10
+  eval_every: int = 0
+  eval_batches: int = 0
+  save_every: int = 100
+  keep_last: int = 2
+  patience: int = 0
+  nonfinite: str = 'stop'
+
+  def __post_init__(self):
+    for field, least in (('steps', 1), ('accumulation', 1), ('log_every', 1), ('save_every', 1), ('keep_last', 1), ('eval_every', 0),
+                         ('eval_batches', 0), ('patience', 0), ('z_loss', 0), ('seed', 0)):
+      if getattr(self, field) < least:
+        raise ValueError(f'train.{field}={getattr(self, field)} must be at least {least}')
+    names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
+    if self.patience and not self.eval_every:
+      raise ValueError(f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set train.eval_every')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Everything that decides a run. Raises ValueError for parts that do not fit together."""
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+  report: ReportConfig = ReportConfig()
+
+  def __post_init__(self):
+    T, B = self.data.sequence_length, self.data.batch_size
+    if self.model.max_length and self.model.max_length < T:
+      raise ValueError(f'data.sequence_length={T} passes model.max_length={self.model.max_length}; raise it, or set it to 0')
+    if B % self.train.accumulation:
+      raise ValueError(f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}')
+    if self.optimizer.warmup_steps >= self.train.steps:
+      raise ValueError(f'optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps={self.train.steps}; '
+                       'warm up for fewer steps')
+
+  def resolve(self, vocabulary: int) -> 'Config':
+    """With the model's open sizes filled in from the data: vocabulary of the tokenizer, longest sequence.
+
+    Raises ValueError when the model's vocabulary is too small for the tokenizer.
+    """
+    model = dataclasses.replace(self.model, vocabulary=self.model.vocabulary or vocabulary, max_length=self.model.max_length or self.data.sequence_length)
+    if model.vocabulary < vocabulary:
+      raise ValueError(f'model.vocabulary={model.vocabulary} is smaller than the tokenizer\'s {vocabulary}; set it to 0 to take that')
+    return dataclasses.replace(self, model=model)
+
+  def check_mesh(self, sizes: dict[str, int]) -> None:
+    """Raises ValueError when an array cannot be split evenly over a mesh of these sizes."""
+    rows = sizes['data'] * sizes['fsdp']
+    micro = self.data.batch_size // self.train.accumulation
+    if micro % rows:
+      raise ValueError(f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
+                       f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]}); '
+                       'make the batch a multiple')
+    m = self.model
+    for what, size, axis in (('model.width', m.D, 'fsdp'), ('model.heads', m.N, 'tensor'), ('model.kv_heads', m.K, 'tensor'),
+                             ('model.feed_forward', m.F, 'tensor'), ('model.vocabulary', m.V, 'tensor')):
+      if size % sizes[axis]:
+        raise ValueError(f'{what}={size} does not split over mesh.{axis}={sizes[axis]}; make it a multiple, or the axis smaller')
+
+
+def to_dict(config) -> dict:
+  """Nested plain dict of a config, for JSON and flags; tuples stay tuples."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict, path: str = 'config'):
+  """A config dataclass from a nested dict. Raises ValueError for unknown names (with the nearest) and wrong types."""
+  hints = typing.get_type_hints(cls)
+  known = {field.name for field in dataclasses.fields(cls)}
+  for name in values:
+    if name not in known:
+      raise ValueError(unknown_field(path, name, sorted(known)))
+  return cls(**{name: _convert(hints[name], value, f'{path}.{name}') for name, value in values.items()})
+
+
+def _convert(hint, value, path):
+  if dataclasses.is_dataclass(hint):
+    return from_dict(hint, value, path)
+  if typing.get_origin(hint) is tuple:
+    item = typing.get_args(hint)[0]
+    if not isinstance(value, (list, tuple)):
+      raise ValueError(f'{path}={value!r} must be a list of {getattr(item, "__name__", item)}')
+    return tuple(_convert(item, v, f'{path}[{i}]') for i, v in enumerate(value))
+  if type(None) in typing.get_args(hint):
+    return None if value is None else _convert(next(t for t in typing.get_args(hint) if t is not type(None)), value, path)
+  if hint is float and type(value) is int:
+    return float(value)
+  if type(value) is not hint:
+    raise ValueError(f'{path}={value!r} is {type(value).__name__}, must be {hint.__name__}')
+  return value
+
+
+def define_flag() -> flags.FlagHolder:
+  """Defines --config=FILE and its overrides; `from_flag` turns the holder's value into a Config."""
+  holder = config_flags.DEFINE_config_file('config', help_string='A file under configs/; override fields with --config.a.b=value.')
+  flags.FLAGS['config'].parser = _ConfigFile('config')
+  return holder
+
+
+def from_flag(value: ConfigDict) -> Config:
+  """The frozen, validated Config that the flag's file and overrides stand for."""
+  return from_dict(Config, value.to_dict())
+
+
+class _ConfigFile(config_flags.ConfigFileFlagParser):
+  """Loads a config file; flags override a mutable copy of its frozen Config (lists can be indexed: sources[0].path)."""
+
+  def parse(self, path):
+    config = super().parse(path)
+    if not isinstance(config, Config):
+      raise ValueError(f'get_config() of {path} returned {type(config).__name__}; it must return a training.config.Config')
+    config = _mutable(config)
+    for argument in sys.argv:
+      if argument.startswith('--config.'):
+        _check_path(config, argument.removeprefix('--config.').split('=')[0])
+    return config
+
+
+def _mutable(config) -> ConfigDict:
+  hints = typing.get_type_hints(type(config))
+
+  def one(name, value):
+    if dataclasses.is_dataclass(value):
+      return _mutable(value)
+    if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) for v in value):
+      return [_mutable(v) for v in value]
+    if value is None:  # unset, but of a known type
+      return config_dict.placeholder(next(t for t in typing.get_args(hints[name]) if t is not type(None)))
+    return value
+  return ConfigDict({field.name: one(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)}, sort_keys=False)
+
+
+def _check_path(config: ConfigDict, path: str) -> None:
+  """Raises ValueError where an override names a field or an index that is not there."""
+  holder, walked = config, 'config'
+  for part in config_path.split(path) if '.' in path else (path,):
+    if isinstance(part, int):
+      if not isinstance(holder, list) or part >= len(holder):
+        raise ValueError(f'{walked} has no item {part}; it holds {len(holder) if isinstance(holder, list) else "no list"}')
+      holder, walked = holder[part], f'{walked}[{part}]'
+    else:
+      if not hasattr(holder, 'keys'):
+        raise ValueError(f'{walked} is a value, it has no field {part!r}')
+      if part not in holder:
+        raise ValueError(unknown_field(walked, part, holder.keys()))
+      holder, walked = holder[part], f'{walked}.{part}'
+
+
+def unknown_field(path: str, name: str, known) -> str:
+  """What to say of a field that is not there."""
+  near = difflib.get_close_matches(name, known, 1)
+  return f'{path} has no field {name!r}' + (f'; did you mean {near[0]!r}?' if near else '.') + f' Known: {", ".join(known)}'
+
+
+def save(config: Config, directory: str | os.PathLike) -> None:
+  """Writes config.json, atomically."""
+  files.replace(pathlib.Path(directory) / FILE, json.dumps(to_dict(config), indent=2) + '\n')
+
+
+def load(directory: str | os.PathLike) -> Config:
+  """Reads config.json. Raises FileNotFoundError, or ValueError for a file that is not a Config."""
+  path = pathlib.Path(directory) / FILE
+  if not path.exists():
+    raise FileNotFoundError(f'{path} does not exist: {directory} is not the directory of a run; train one with train.py --workdir')
+  try:
+    return from_dict(Config, json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+
+
+# What decides the parameters' shapes and values, the optimizer's state, or which example comes when. Everything else may
+# change when a run goes on: how long it is, its schedule, what is logged, the mesh.
+IDENTITY = ('model', 'data', 'optimizer.name', 'train.seed')
+INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.remat')
+
+
+def differences(old: Config, new: Config) -> list[str]:
+  """Lines 'path: old -> new' of what changes the model or the data order; empty when `new` may resume `old`."""
+  before, after = _flat(to_dict(old)), _flat(to_dict(new))
+  def matters(path):
+    under = lambda names_: any(path == name or path.startswith(name + '.') for name in names_)
+    return under(IDENTITY) and not under(INDIFFERENT)
+  return [f'{path}: {before.get(path)!r} -> {after.get(path)!r}' for path in sorted({*before, *after})
+          if matters(path) and before.get(path) != after.get(path)]
+
+
+def begin(config: Config, directory: str | os.PathLike, allow_change: bool = False) -> None:
+  """Writes the config of a run that starts or goes on in `directory`.
+
+  Raises ValueError where the directory was begun with another model or data order, unless that is allowed.
+  """
+  changes = differences(load(directory), config) if (pathlib.Path(directory) / FILE).exists() else []
+  if changes and not allow_change:
+    raise ValueError(f'{directory} was begun with another model or data order:\n  ' + '\n  '.join(changes)
+                     + '\nUse another --workdir, or --allow_config_change to go on all the same.')
+  save(config, directory)
+
+
+def _flat(value, path: str = '') -> dict:
+  if isinstance(value, dict):
+    return {k: v for name, item in value.items() for k, v in _flat(item, f'{path}.{name}' if path else name).items()}
+  if isinstance(value, (list, tuple)) and any(isinstance(v, dict) for v in value):
+    return {k: v for i, item in enumerate(value) for k, v in _flat(item, f'{path}.{i}').items()}
+  return {path: value}

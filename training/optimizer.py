@@ -1,0 +1,273 @@
+"""How do gradients become updates? Optimizers, schedules and clipping, built from one config through optax.
+
+Every optimizer is the same chain: its own rescaling of the gradient, decoupled weight decay, the learning rate's schedule.
+"""
+import dataclasses
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxtyping import Array, Float
+
+import names
+from training import adam8bit
+
+# What each optimizer and each schedule reads, with its defaults; a field that is set but not read is an error.
+_ADAM = {'b1': 0.9, 'b2': 0.95, 'epsilon': 1e-8}
+OPTIMIZERS = {
+    'adamw': _ADAM,
+    'adam8bit': _ADAM,
+    'adafactor': {'epsilon': 1e-30},
+    'lion': {'b1': 0.95, 'b2': 0.98},
+    'muon': {**_ADAM, 'momentum': 0.95, 'adam_ratio': 1.0},
+    'sgd': {'momentum': 0.9},
+}
+SCHEDULES = {
+    'constant': {},
+    'cosine': {'final_fraction': 0.1},
+    'linear': {'final_fraction': 0.0},
+    'wsd': {'final_fraction': 0.0, 'decay_fraction': 0.2},
+}
+KINDS = ('matrix', 'embedding', 'vector')
+DEFAULT = -1.0
+
+_SHARE = (0, 1, 'a share from 0 to 1')
+_DECAY = (0, math.nextafter(1, 0), 'a decay rate, at least 0 and below 1')
+_POSITIVE = (sys.float_info.min, sys.float_info.max, 'finite and above 0')
+_OFF_OR_POSITIVE = (0, sys.float_info.max, 'finite and at least 0 (0 turns it off)')
+LIMITS = {
+    'learning_rate': _POSITIVE, 'warmup_steps': _OFF_OR_POSITIVE, 'final_fraction': _SHARE, 'decay_fraction': _SHARE,
+    'weight_decay': _OFF_OR_POSITIVE, 'clip_norm': _OFF_OR_POSITIVE, 'b1': _DECAY, 'b2': _DECAY, 'epsilon': _POSITIVE,
+    'momentum': _DECAY, 'adam_ratio': _POSITIVE,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """Which optimizer, at which learning rate. A field left -1 takes its default in OPTIMIZERS or SCHEDULES.
+
+  Attributes:
+    name: 'adamw' (Loshchilov and Hutter, arXiv:1711.05101), 'adam8bit' (see training/adam8bit.py), 'adafactor'
+      (Shazeer and Stern, arXiv:1804.04235; without momentum or parameter scaling, updates clipped to RMS 1), 'lion'
+      (Chen et al., arXiv:2302.06675), 'muon' (see `scale_by_muon`; AdamW for all that is not a hidden matrix), 'sgd'.
+    learning_rate: the peak, reached after warm-up.
+    schedule: after warm-up: 'constant'; 'cosine' or 'linear' down to final_fraction; 'wsd' (warm-up, stable, decay: Hu et
+      al., arXiv:2404.06395), constant until the last decay_fraction of the run, then linear.
+    warmup_steps: linear warm-up from learning_rate / (warmup_steps + 1).
+    final_fraction: the learning rate at the end of the run, as a share of the peak.
+    decay_fraction: the share of all steps over which 'wsd' decays.
+    weight_decay: decoupled, times the learning rate; on matrices and embeddings, not on norms and biases.
+    clip_norm: largest global norm of the gradient; 0 means no clipping.
+    b1, b2, epsilon: of Adam or Lion (of the AdamW group in 'muon'); epsilon of Adafactor is added to squared gradients.
+    momentum: of 'sgd' (heavy ball) and 'muon' (Nesterov).
+    adam_ratio: learning rate of Muon's AdamW group as a multiple of learning_rate. Muon's updates are scaled to the RMS of
+      AdamW's, so 1 is a fair start and one learning rate serves both groups.
+
+  Raises ValueError when a value is impossible, or is set and would not be read.
+  """
+  name: str = 'adamw'
+  learning_rate: float = 1e-3
+  schedule: str = 'cosine'
+  warmup_steps: int = 0
+  final_fraction: float = DEFAULT
+  decay_fraction: float = DEFAULT
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  b1: float = DEFAULT
+  b2: float = DEFAULT
+  epsilon: float = DEFAULT
+  momentum: float = DEFAULT
+  adam_ratio: float = DEFAULT
+
+  def __post_init__(self):
+    names.check('optimizer.name', self.name, OPTIMIZERS)
+    names.check('optimizer.schedule', self.schedule, SCHEDULES)
+    read = {**OPTIMIZERS[self.name], **SCHEDULES[self.schedule]}
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name in ('name', 'schedule') or (field.default == DEFAULT and value == DEFAULT):
+        continue
+      if field.default == DEFAULT and field.name not in read:
+        readers = [name for name, settings in {**OPTIMIZERS, **SCHEDULES}.items() if field.name in settings]
+        raise ValueError(f'optimizer.{field.name}={value} would not be read by {self.name!r} with schedule {self.schedule!r} (it is '
+                         f'by {", ".join(readers)}); leave it at {DEFAULT}')
+      least, most, limit = LIMITS[field.name]
+      if not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(f'optimizer.{field.name}={value} must be {limit}')
+
+  def settings(self) -> dict[str, float]:
+    """What this optimizer and schedule read: the fields that are set, else their defaults."""
+    defaults = {**OPTIMIZERS[self.name], **SCHEDULES[self.schedule]}
+    return {name: default if getattr(self, name) == DEFAULT else getattr(self, name) for name, default in defaults.items()}
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """The learning rate as a function of the number of updates made so far, for a run of `steps` updates.
+
+  The first update gets learning_rate / (warmup_steps + 1), update number warmup_steps the peak; the final value would be
+  reached at number `steps` and is held after it.
+
+  Raises ValueError when warm-up and decay do not fit into the run.
+  """
+  s, peak = config.settings(), config.learning_rate
+  after = steps - config.warmup_steps
+  decay = round(s.get('decay_fraction', 0) * steps)
+  if after < max(1, decay):
+    raise ValueError(f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not fit into '
+                     f'{steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps')
+  if config.schedule == 'constant':
+    schedule = optax.constant_schedule(peak)
+  elif config.schedule == 'cosine':
+    schedule = optax.cosine_decay_schedule(peak, after, alpha=s['final_fraction'])
+  elif config.schedule == 'linear':
+    schedule = optax.linear_schedule(peak, peak * s['final_fraction'], after)
+  else:
+    schedule = optax.linear_schedule(peak, peak * s['final_fraction'], max(1, decay), transition_begin=after - decay)
+  if not config.warmup_steps:
+    return schedule
+  warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+  return optax.join_schedules([warmup, schedule], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, specs) -> optax.GradientTransformation:
+  """The transformation from (clipped) gradients to updates; clipping itself is `clip`, in the train step.
+
+  Args:
+    steps: number of updates of the whole run.
+    specs: the parameters' tree (or a prefix of it) with a description at each parameter: an object with `axes` (logical
+      axis names, 'layers' first where blocks are stacked), `kind` ('matrix', 'embedding', 'vector') and `inputs` (the
+      number of axes, after layers, that a matrix contracts over).
+  Raises ValueError for a description that makes no sense, and when 'muon' finds no matrix to work on.
+  """
+  for path, spec in jax.tree_util.tree_leaves_with_path(specs):
+    _check_spec(jax.tree_util.keystr(path, simple=True, separator='.'), spec)
+  # As a function, because optax would call a tree that is itself a callable module.
+  decayed = lambda _: jax.tree.map(lambda spec: spec.kind != 'vector', specs)
+  return optax.chain(
+      _rescaling(config, specs),
+      optax.add_decayed_weights(config.weight_decay, mask=decayed),
+      optax.scale_by_learning_rate(make_schedule(config, steps)))
+
+
+def clip(grads, norm: Float[Array, ''], max_norm: float):
+  """Gradients scaled down so that their global norm, which is given, is at most max_norm; 0 leaves them alone.
+
+  Pascanu et al., arXiv:1211.5063. The norm is an argument because the train step computes it anyway, to log it.
+  """
+  if max_norm == 0:
+    return grads
+  factor = jnp.minimum(1.0, max_norm / norm)
+  return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+
+
+def scale_by_muon(momentum: float, specs) -> optax.GradientTransformation:
+  """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised layer by layer.
+
+  A matrix of a layer is seen as [inputs, outputs]: q of [L, D, N, H] is L matrices of D x (N H). Updates are scaled by
+  0.2 sqrt(max(inputs, outputs)), which gives them the RMS of AdamW's (Liu et al., arXiv:2502.16982, eq. 4).
+  optax.contrib.muon computes the same, but cannot run on sharded matrices, and takes 1.4 to 2 times as long on a CPU.
+  """
+  def update(updates, state, params=None):
+    del params
+    # specs may be a prefix: below a spec there is the parameter's own node, or nothing where another group owns it.
+    return jax.tree.map(lambda spec, x: jax.tree.map(lambda m: _muon_update(m, spec), x), specs, updates), state
+  # The orthogonalisation ignores magnitude, so momentum needs neither dampening nor bias correction.
+  return optax.chain(optax.trace(momentum, nesterov=True), optax.GradientTransformation(optax.init_empty_state, update))
+
+
+def orthogonalize(x: Float[Array, 'L M N']) -> Float[Array, 'L M N']:
+  """Each matrix U S V^T replaced by nearly U V^T: singular values end between about 0.7 and 1.2.
+
+  Five Newton-Schulz steps of the quintic with Jordan's coefficients; a zero matrix stays zero. Matrix products run at
+  JAX's default precision, whose bfloat16 passes on TPU are enough for it.
+  """
+  if x.shape[1] > x.shape[2]:
+    return orthogonalize(x.mT).mT
+  norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True))
+  x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
+  for _ in range(5):
+    gram = x @ x.mT
+    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
+  return x
+
+
+def _muon_update(x: jax.Array, spec) -> jax.Array:
+  stacked = x if _is_stacked(spec) else x[None]
+  layers, *shape = stacked.shape
+  fan_in, fan_out = math.prod(shape[:spec.inputs]), math.prod(shape[spec.inputs:])
+  # Each device orthogonalises whole layers: all-to-alls bring them together and take the updates back to their shards.
+  # Layers of zeros fill up the last round, so that any number of layers suits any mesh.
+  route = _route_to_layers(jax.typeof(stacked).sharding)
+  devices = math.prod(route[-1].mesh.shape[axis] for axis in _mesh_axes(route[-1])[0])
+  stacked = jnp.pad(stacked, [(0, -layers % devices)] + [(0, 0)] * len(shape))
+  for sharding in route[1:]:
+    stacked = jax.sharding.reshard(stacked, sharding)
+  update = orthogonalize(stacked.reshape(-1, fan_in, fan_out)).reshape(stacked.shape)
+  for sharding in route[-2::-1]:
+    update = jax.sharding.reshard(update, sharding)
+  update = 0.2 * math.sqrt(max(fan_in, fan_out)) * update[:layers]
+  return update if _is_stacked(spec) else update[0]
+
+
+def _route_to_layers(sharding: NamedSharding) -> list[NamedSharding]:
+  """From `sharding` to the one that splits only dimension 0, one mesh axis a step.
+
+  One axis at a time because the compiler turns such a step into an all-to-all; asked for all at once, it gathers the whole
+  array on every device.
+  """
+  axes, route = _mesh_axes(sharding), [sharding]
+  for dimension in range(1, len(axes)):
+    for axis in reversed(axes[dimension]):
+      axes[dimension] = axes[dimension][:-1]
+      axes[0] = (*axes[0], axis)
+      route.append(NamedSharding(sharding.mesh, P(*axes)))
+  return route
+
+
+def _mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
+  """The mesh axes that split each dimension."""
+  return [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+
+
+def _is_stacked(spec) -> bool:
+  return spec.axes[:1] == ('layers',)
+
+
+def _is_hidden_matrix(spec) -> bool:
+  return spec.kind == 'matrix' and 'vocab' not in spec.axes
+
+
+def _check_spec(path: str, spec) -> None:
+  if spec.kind not in KINDS:
+    raise ValueError(f'{path}: kind {spec.kind!r} is unknown; known: {list(KINDS)}')
+  if 'layers' in spec.axes[1:]:
+    raise ValueError(f"{path}: axes {spec.axes} must name 'layers' first")
+  matrix_axes = len(spec.axes) - _is_stacked(spec)
+  if spec.kind == 'matrix' and not 1 <= spec.inputs < matrix_axes:
+    raise ValueError(f'{path}: a matrix of axes {spec.axes} contracts over 1 to {matrix_axes - 1} axes, not inputs={spec.inputs}')
+
+
+def _rescaling(config: OptimizerConfig, specs) -> optax.GradientTransformation:
+  """What makes the optimizer itself: gradients to updates at learning rate 1, before decay."""
+  s = config.settings()
+  if config.name == 'adamw':
+    return optax.scale_by_adam(s['b1'], s['b2'], s['epsilon'])
+  if config.name == 'adam8bit':
+    matrices = lambda _: jax.tree.map(lambda spec: spec.kind == 'matrix', specs)
+    return adam8bit.scale_by_adam8bit(s['b1'], s['b2'], s['epsilon'], matrices)
+  if config.name == 'adafactor':
+    return optax.chain(optax.scale_by_factored_rms(epsilon=s['epsilon']), optax.clip_by_block_rms(1.0))
+  if config.name == 'lion':
+    return optax.scale_by_lion(s['b1'], s['b2'])
+  if config.name == 'sgd':
+    return optax.trace(s['momentum'])
+  groups = jax.tree.map(lambda spec: 'muon' if _is_hidden_matrix(spec) else 'adamw', specs)
+  if 'muon' not in jax.tree.leaves(groups):
+    raise ValueError("optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use 'adamw'")
+  return optax.partition({
+      'muon': scale_by_muon(s['momentum'], specs),
+      'adamw': optax.chain(optax.scale_by_adam(s['b1'], s['b2'], s['epsilon']), optax.scale(s['adam_ratio'])),
+  }, lambda _: groups)

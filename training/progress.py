@@ -1,0 +1,54 @@
+"""Is the run getting better, and is its arithmetic still sound?"""
+import dataclasses
+import math
+
+import jax
+
+from training import precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What evaluations have shown so far: the lowest validation loss, and how many evaluations have not beaten it."""
+  best: float = math.inf
+  waited: int = 0
+
+  def after(self, validation_loss: float) -> 'Progress':
+    """The progress after one more evaluation."""
+    return Progress(validation_loss, 0) if validation_loss < self.best else Progress(self.best, self.waited + 1)
+
+  def record(self) -> dict:
+    """JSON-able; None stands for no evaluation yet."""
+    return {'best': self.best if math.isfinite(self.best) else None, 'waited': self.waited}
+
+  @classmethod
+  def resume(cls, checkpoints, step: int) -> 'Progress':
+    """As it was when the checkpoint of `step` was saved; fresh for step 0."""
+    if not step:
+      return cls()
+    record = checkpoints.record(step)['progress']
+    return cls(math.inf if record['best'] is None else record['best'], record['waited'])
+
+
+def check_finite(done: dict | None, norms, config, checkpoints) -> None:
+  """Raises FloatingPointError when a completed step was not finite and the config says to stop.
+
+  The message names the step, the norm of each module's gradient and the last good checkpoint. The state is as before that
+  step: an update that is not finite is never applied.
+
+  Args:
+    done: metrics of the step, as Watch returns them. norms: its gradient norms by parameter, on device.
+  """
+  if done is None or config.train.nonfinite == 'skip' or config.model.dtype == 'float16':
+    return
+  if math.isfinite(done['loss']) and math.isfinite(done['grad_norm']):
+    return
+  by_module = precision.norms_by_module(jax.device_get(norms))
+  bad = precision.non_finite(by_module)
+  checkpoints.wait()
+  steps = checkpoints.steps()
+  good = f'checkpoint {steps[-1]} in {checkpoints.directory}' if steps else 'there is none yet'
+  raise FloatingPointError(
+      f'step {done["step"]}: loss {done["loss"]}, gradient norm {done["grad_norm"]}. Gradient norm by module: '
+      + ', '.join(f'{name} {norm:.3g}' for name, norm in by_module.items())
+      + f'. Not finite: {bad}. Last good checkpoint: {good}. Lower optimizer.learning_rate, or set train.nonfinite=skip to go on.')

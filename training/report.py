@@ -1,0 +1,233 @@
+"""What did the run achieve, and what did it cost? report.md and loss.png, written at its end from metrics.jsonl."""
+import dataclasses
+import gzip
+import io
+import lzma
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+
+import files
+from analysis import flops
+from training.metrics import FILE, read_metrics
+from training.watch import short
+
+CHINCHILLA_TOKENS_PER_PARAMETER = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+  """Rates for the report's costs. A rate of 0 is unknown, and what needs it is reported as 'no rate given'.
+
+  Attributes:
+    dollars_per_chip_hour: price of a chip, while the run holds it.
+    watts_per_chip: mean draw of a chip with its share of the host.
+    kilograms_co2_per_kwh: carbon intensity of the grid.
+    pue: power usage effectiveness, the data centre's draw per watt of its machines; 1 leaves cooling out.
+
+  Raises ValueError for negative or non-finite rates and a pue below 1.
+  """
+  dollars_per_chip_hour: float = 0.0
+  watts_per_chip: float = 0.0
+  kilograms_co2_per_kwh: float = 0.0
+  pue: float = 1.0
+
+  def __post_init__(self):
+    for field, least in (('dollars_per_chip_hour', 0), ('watts_per_chip', 0), ('kilograms_co2_per_kwh', 0), ('pue', 1)):
+      value = getattr(self, field)
+      if not least <= value < math.inf:
+        raise ValueError(f'report.{field}={value} must be a number from {least} up' + (' (0: unknown)', '')[least])
+
+
+def compression_baselines(documents: Iterable[str]) -> dict[str, float]:
+  """What general compressors make of the documents, one by one: {'gzip': bits/byte, 'xz': bits/byte} at level 9.
+
+  8 x (sum of compressed sizes, headers included) / (sum of UTF-8 sizes). Raises ValueError when there is no text.
+  """
+  raw = packed_gzip = packed_xz = 0
+  for document in documents:
+    data = document.encode()
+    raw += len(data)
+    packed_gzip += len(gzip.compress(data, 9, mtime=0))
+    # Preset 9 clears a 64 MiB dictionary per document; one that holds the document gives the same size, 18x sooner.
+    dictionary = min(64 * 2**20, max(4096, 1 << len(data).bit_length()))
+    packed_xz += len(lzma.compress(data, filters=[{'id': lzma.FILTER_LZMA2, 'preset': 9, 'dict_size': dictionary}]))
+  if not raw:
+    raise ValueError('there are no bytes to compress; give documents that are not all empty')
+  return {'gzip': 8 * packed_gzip / raw, 'xz': 8 * packed_xz / raw}
+
+
+def write_report(directory: str | os.PathLike, config: ReportConfig, *, parameters: int, flops_per_token: float,
+                 chips: int, hardware: str) -> pathlib.Path:
+  """Writes report.md and loss.png into the run's directory, each atomically, and returns the path of report.md.
+
+  Everything measured comes from metrics.jsonl, so a resumed run is covered whole.
+
+  Args:
+    parameters: trained ones, all of them. flops_per_token: of training (analysis.flops.train_flops_per_token).
+    chips: how many the run held. hardware: their name, as the reader should see it.
+  Raises ValueError when metrics.jsonl has no training step.
+  """
+  directory = pathlib.Path(directory)
+  lines = read_metrics(directory / FILE)
+  if not any('loss' in line for line in lines):
+    raise ValueError(f'{directory / FILE} has no training step to report; train first')
+  files.replace(directory / 'loss.png', plot(lines))
+  rows = _progress(lines) + _speed(lines, chips, hardware) + _compute(lines, parameters, flops_per_token)
+  rows += _cost(lines, config, chips)
+  table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
+  text = f'# {directory.resolve().name}\n\n![Loss curve](loss.png)\n\n| | |\n| --- | ---: |\n{table}\n'
+  files.replace(directory / 'report.md', text)
+  return directory / 'report.md'
+
+
+def plot(lines: Sequence[dict[str, float]]) -> bytes:
+  """The loss curve as PNG: training (raw and smoothed) and validation in nats per token, on a logarithmic axis.
+
+  Where evaluations gave bits per byte, the right axis shows the same heights in that unit (nats per token x the ratio
+  of the two at the last evaluation), and gzip and xz, if measured, are lines to get under.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+  figure = Figure(figsize=(8, 4.5), dpi=150, layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  steps, losses = _points(lines, 'loss')
+  axes.plot(steps, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
+  axes.plot(steps, _smooth(losses), color='tab:blue', linewidth=1.8, label='training')
+  evaluated, validation = _points(lines, 'validation_loss')
+  if validation:
+    axes.plot(evaluated, validation, color='tab:red', marker='o', markersize=4.5, linestyle='none', label='validation')
+  seen = losses + validation
+  bits_per_nat = _bits_per_nat(lines)
+  if bits_per_nat:
+    for (name, value), style in zip(_baselines(lines).items(), ('--', ':'), strict=False):
+      label = f'{name}: {value:.2f} bits/byte'
+      axes.axhline(value / bits_per_nat, color='0.35', linestyle=style, linewidth=1, label=label)
+      seen.append(value / bits_per_nat)
+  axes.set(xlabel='step', ylabel='loss (nats per token)', xlim=(0, max(1, *steps, *evaluated) * 1.01))
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+  axes.grid(alpha=0.25, linewidth=0.6)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(frameon=False)
+  seen = [value for value in seen if math.isfinite(value)]
+  if seen and min(seen) > 0:
+    low, high = min(seen) / 1.04, max(seen) * 1.04
+    _log_scale(axes, low, high)
+    if bits_per_nat:
+      right = axes.twinx()
+      right.set_ylabel('held-out bits per byte')
+      right.spines[['top', 'left']].set_visible(False)
+      _log_scale(right, low * bits_per_nat, high * bits_per_nat)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png')
+  return buffer.getvalue()
+
+
+def _log_scale(axes, low: float, high: float):
+  from matplotlib import ticker
+  axes.set(yscale='log', ylim=(low, high))
+  # Rounder numbers for a wide range, more of them for a narrow one; the default labels powers of ten only.
+  digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if high > 2 * low else tuple(digit / 10 for digit in range(10, 100))
+  axes.yaxis.set_major_locator(ticker.LogLocator(subs=digits, numticks=99))
+  axes.yaxis.set_major_formatter('{x:g}')
+  axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _bits_per_nat(lines) -> float | None:
+  ratios = [line['bits_per_byte'] / line['validation_loss'] for line in lines
+            if line.get('bits_per_byte') and line.get('validation_loss')]
+  return next((ratio for ratio in reversed(ratios) if 0 < ratio < math.inf), None)
+
+
+def _points(lines, name):
+  found = [(line['step'], line[name]) for line in lines if name in line]
+  return [step for step, _ in found], [value for _, value in found]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+  # A centred mean whose width grows with the step: a trailing one would lag behind the steep start. Gaps stay gaps.
+  smooth = []
+  for i, value in enumerate(values):
+    half = min(i // 8, len(values) // 40)
+    near = [near for near in values[i - half:i + half + 1] if math.isfinite(near)]
+    smooth.append(statistics.fmean(near) if math.isfinite(value) else math.nan)
+  return smooth
+
+
+def _last(lines, name):
+  return next((line[name] for line in reversed(lines) if name in line), None)
+
+
+def _baselines(lines) -> dict[str, float]:
+  found = {'gzip -9': _last(lines, 'gzip_bits_per_byte'), 'xz -9': _last(lines, 'xz_bits_per_byte')}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def _progress(lines):
+  rows = [('Steps', f'{lines[-1]["step"]:,}'), ('Tokens', short(lines[-1]['tokens'])),
+          ('Training loss, last', f'{_last(lines, "loss"):.4f} nats/token')]
+  steps, validation = _points(lines, 'validation_loss')
+  if validation:
+    best = min(validation, key=lambda value: (math.isnan(value), value))
+    at = steps[validation.index(best)]
+    rows.append(('Validation loss, last (best)', f'{validation[-1]:.4f} ({best:.4f} at step {at:,}) nats/token'))
+  bits = _last(lines, 'bits_per_byte')
+  if bits is not None:
+    rows.append(('**Held-out bits per byte**', f'**{bits:.3f}**'))
+    for name, value in _baselines(lines).items():
+      rows.append((f'{name} of the same documents', f'{value:.3f}: {"beaten" if bits < value else "not beaten"}'))
+  if skipped := sum(line.get('nonfinite_steps', 0) for line in lines):
+    rows.append(('Steps with a non-finite number', f'{skipped:,}'))
+  return rows
+
+
+def _speed(lines, chips, hardware):
+  seconds = [line['step_seconds'] for line in lines if 'step_seconds' in line]
+  rates = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
+  utilisation = [line['mfu'] for line in lines if 'mfu' in line]
+  rows = [('Hardware', f'{chips} x {hardware}')]
+  if seconds:
+    ninety = statistics.quantiles(seconds, n=10, method='inclusive')[-1] if len(seconds) > 1 else seconds[0]
+    rows.append(('Tokens/s (median)', short(statistics.median(rates))))
+    rows.append(('Seconds per step (median, p90 of the lines logged)',
+                 f'{short(statistics.median(seconds))}, {short(ninety)}'))
+  if utilisation:
+    rows.append(('MFU (median; causal attention at half)', f'{statistics.median(utilisation):.1%}'))
+  if (first := _last(lines, 'first_step_seconds')) is not None:
+    rows.append(('First step, compilation included', f'{first:.1f} s'))
+  for name, label in (('device_bytes', 'Device memory, peak'), ('host_bytes', 'Host memory, largest seen')):
+    if used := max((line.get(name, 0) for line in lines), default=0):
+      rows.append((label, f'{used / 2**30:.2f} GiB'))
+  return rows
+
+
+def _compute(lines, parameters, flops_per_token):
+  tokens = lines[-1]['tokens']
+  spent, estimate = flops_per_token * tokens, flops.six_nd(parameters, tokens)
+  ratio = tokens / parameters
+  return [
+      ('Parameters', short(parameters)),
+      ('Model FLOPs spent', f'{spent:.3g}'),
+      ('6ND estimate (arXiv:2001.08361)', f'{estimate:.3g}: spent is {spent / estimate:.2f}x'),
+      ('Tokens per parameter', f'{ratio:.3g}'),
+      (f'Chinchilla ratio {CHINCHILLA_TOKENS_PER_PARAMETER} (arXiv:2203.15556)',
+       f'{short(CHINCHILLA_TOKENS_PER_PARAMETER * parameters)} tokens: '
+       f'{ratio / CHINCHILLA_TOKENS_PER_PARAMETER:.1%} seen')]
+
+
+def _cost(lines, config, chips):
+  hours = lines[-1]['wall_seconds'] / 3600
+  energy = hours * chips * config.watts_per_chip / 1000 * config.pue
+  dollars = hours * chips * config.dollars_per_chip_hour
+  carbon = energy * config.kilograms_co2_per_kwh
+  unknown = 'no rate given'
+  return [
+      ('Hours, steps only', f'{lines[-1]["train_seconds"] / 3600:.3g}'),
+      ('Hours, with evaluation and checkpoints', f'{hours:.3g}'),
+      ('Chip-hours', f'{hours * chips:.3g}'),
+      ('Cost', f'${dollars:,.2f}' if config.dollars_per_chip_hour else unknown),
+      (f'Energy (PUE {config.pue:g})', f'{energy:.3g} kWh' if config.watts_per_chip else unknown),
+      ('CO2', f'{carbon:.3g} kg' if config.watts_per_chip and config.kilograms_co2_per_kwh else unknown)]

@@ -1,0 +1,36 @@
+"""What does training carry from step to step?"""
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from model import transformer
+from training import precision
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """A step takes one and returns a new one; its buffers are donated.
+
+  Attributes:
+    step: [] int32, updates that were tried (skipped ones count).
+    model: the parameters. optimizer: the state of the optax transformation, sharded as the parameters are.
+    scale: precision.LossScale; constant 1 unless the compute dtype is float16.
+    key: [2] uint32, data of the run's random key; what a step draws, it draws from this folded with `step`.
+  """
+  step: Array
+  model: Any
+  optimizer: Any
+  scale: Any
+  key: Array
+
+
+def init(config, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first step, on the mesh in context. Traced: use under jit or jax.eval_shape."""
+  model = transformer.init(config.model, config.train.seed)
+  key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1))
+  return TrainState(jnp.int32(0), model, optimizer.init(model), precision.init_loss_scale(config.model.dtype), key)

@@ -1,0 +1,362 @@
+"""How is the run going? metrics.jsonl, TensorBoard, a progress bar, true step times, device memory and profiles.
+
+A step's time is from the completion of the step before it to its own, with pauses (evaluation, checkpoints) taken out.
+The trainer hands over step n right after dispatching it, and only then does the watch wait for step n - 1, so that the
+device always has work queued:
+
+    with Watch(workdir, steps=range(start, total), log_every=10) as watch:
+      for step in range(start, total):
+        state, metrics = train_step(state, batch)
+        done = watch.step(step, metrics, tokens)        # numbers of step - 1
+        if step in evaluations:
+          with watch.pause() as done:                   # numbers of `step`: nothing is left in flight
+            watch.log(step, evaluate(state))
+      done = watch.flush()                              # numbers of the last step
+"""
+import contextlib
+import datetime
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+import jax
+
+from analysis import flops
+from training.metrics import FILE, TensorBoard, append_line, drop_from, nonfinite, read_metrics, scalars
+
+
+class Watch:
+  """Times, records and shows the steps of one run; a context manager around the training loop.
+
+  Args:
+    directory: where metrics.jsonl and tensorboard/ go. Lines there at or after `steps.start` are dropped, atomically,
+      so that a resumed run has each step once; tokens, train_seconds and wall_seconds go on from the last line kept.
+    steps: the steps that this process will run, e.g. range(resumed_step, total_steps).
+    log_every: a line is written when step % log_every == 0, at the last step, and at each pause.
+    flops_per_token: model FLOPs of training on a token (analysis.flops.train_flops_per_token).
+    devices, peak: how many jax devices compute, and FLOP/s of one (analysis.hardware.peak). With peak=None, no MFU is
+      recorded or shown.
+    tensorboard: also write TensorBoard events, from a background thread.
+    write: False keeps the clock and the host copies but writes and shows nothing: processes other than 0.
+    stream: a terminal gets a progress bar, anything else plain lines.
+    clock: seconds, monotonic.
+
+  A line holds `step`, the mean of each metric over the steps since the last line (over its finite values, if some are
+  not: `nonfinite_steps` counts steps with others), and tokens, tokens_per_second, step_seconds (mean), mfu,
+  train_seconds (in steps), wall_seconds (pauses too), device_bytes (peak), device_share (of the limit), host_bytes
+  (resident). The first step holds the compilation: it is `first_step_seconds`, and in no other time or rate of its line
+  but the totals.
+  """
+
+  def __init__(self, directory: str | os.PathLike, *, steps: range, log_every: int = 10, flops_per_token: float = 0.0,
+               devices: int = 1, peak: float | None = None, tensorboard: bool = True, write: bool | None = None,
+               stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter):
+    if log_every < 1:
+      raise ValueError(f'log_every={log_every}: a line cannot be written more than once a step; give 1 or more')
+    if steps.step != 1:
+      raise ValueError(f'steps={steps}: steps follow one another; give range(first, last + 1)')
+    self.path = pathlib.Path(directory) / FILE
+    self._steps, self._log_every, self._clock = steps, log_every, clock
+    self._flops_per_token, self._devices, self._peak = flops_per_token, devices, peak
+    self._write = jax.process_index() == 0 if write is None else write
+    self._stream = stream or sys.stdout
+    events = self.path.parent / 'tensorboard'
+    self._tensorboard = TensorBoard(events, steps.start) if tensorboard and self._write else None
+    self._view: _Lines | None = None
+    self._window = _Window()
+    self._pending: tuple[int, Any, int] | None = None
+    self._line: dict[str, Any] = {}
+    self._pauses = 0
+    self._handed = steps.start - 1
+    self._totals = {'tokens': 0, 'train_seconds': 0.0, 'wall_seconds': 0.0}
+
+  def __enter__(self) -> 'Watch':
+    if self._write:
+      self._view = (_Bar if self._stream.isatty() else _Lines)(self._stream, self._steps)
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      dropped = drop_from(self.path, self._steps.start)
+      if dropped:
+        self.print(f'{self.path}: dropped {dropped} line(s) at or after step {self._steps.start}, which runs again')
+      kept = read_metrics(self.path)
+      self._totals.update({name: kept[-1][name] for name in self._totals if kept and name in kept[-1]})
+      self._file = open(self.path, 'a')
+    self._mark = self._entered = self._clock()
+    self._first = True
+    return self
+
+  def __exit__(self, kind, error, trace):
+    # After an error the step in flight may never complete, or fail again; what completed before it is kept.
+    try:
+      if kind is None:
+        self.flush()
+      self._close_window()
+      self._write_line()
+    finally:
+      if self._write:
+        self._file.close()
+        self._view.close()
+    if self._tensorboard:
+      self._tensorboard.close()
+
+  def step(self, step: int, metrics: Mapping[str, Any], tokens: int) -> dict[str, float] | None:
+    """Takes over step `step`, just dispatched, and returns the numbers of the step before it, once that has completed.
+
+    Args:
+      metrics: scalars on device or host, nested mappings allowed (joined with '/').
+      tokens: how many tokens the step trains on, over all processes.
+    Returns `step` and each metric of the completed step as floats, non-finite ones included, or None where a pause or
+    `flush` gave them already. Raises ValueError for a step out of order and a metric that isn't a scalar.
+    """
+    if step != self._handed + 1:
+      raise ValueError(f'step {step} does not follow step {self._handed}; call Watch.step once per step, in order')
+    self._handed = step
+    done = self._complete()
+    self._pending = (step, metrics, tokens)
+    return done
+
+  def flush(self) -> dict[str, float] | None:
+    """Waits for the step in flight and returns its numbers, as `step` does; None when nothing is in flight."""
+    return self._complete()
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[dict[str, float] | None]:
+    """Takes what happens inside out of the step times; yields the numbers of the step that it first waits for."""
+    self._pauses += 1
+    try:
+      done = self.flush()
+      self._close_window()
+      yield done
+    finally:
+      self._pauses -= 1
+      if not self._pauses:
+        self._write_line()
+      self._mark = self._clock()
+
+  def log(self, step: int, values: Mapping[str, Any]):
+    """Adds values to the line of `step`, typically an evaluation inside a pause."""
+    with self.pause():
+      if self._line and self._line['step'] != step:
+        self._write_line()
+      self._line = {'step': step, **self._line, **scalars(values)}
+
+  def print(self, text: str):
+    """Shows a line of text without disturbing the progress bar."""
+    if self._view is not None:
+      self._view.print(text)
+    elif self._write:
+      print(text, file=self._stream, flush=True)
+
+  def _complete(self) -> dict[str, float] | None:
+    if self._pending is None:
+      return None
+    (step, metrics, tokens), self._pending = self._pending, None
+    values = scalars(metrics)
+    now = self._clock()
+    seconds, self._mark = now - self._mark, now
+    self._totals['tokens'] += tokens
+    self._totals['train_seconds'] += seconds
+    self._window.add(step, values, tokens, seconds, self._first)
+    self._first = False
+    if step % self._log_every == 0 or step == self._steps[-1]:
+      self._close_window()
+      if not self._pauses:
+        self._write_line()
+    if self._view is not None:
+      self._view.advance(step)
+    return {'step': step, **values}
+
+  def _close_window(self):
+    if not self._window.steps:
+      return
+    if self._line:
+      self._write_line()
+    self._line = self._window.line()
+    if self._peak is not None and 'tokens_per_second' in self._line:
+      rate = self._flops_per_token * self._line['tokens_per_second']
+      self._line['mfu'] = flops.mfu(rate, self._devices, self._peak)
+    self._window = _Window()
+
+  def _write_line(self):
+    line, self._line = self._line, {}
+    if not line or not self._write:
+      return
+    wall = self._totals['wall_seconds'] + self._clock() - self._entered
+    line |= self._totals | {'wall_seconds': wall} | memory()
+    append_line(self._file, line)
+    if self._tensorboard:
+      self._tensorboard.write(line)
+    self._view.show(line)
+
+
+class _Window:
+  """The steps since the last line."""
+
+  def __init__(self):
+    self.steps = self._nonfinite = 0
+    self._last, self._first_seconds = -1, None
+    self._sums: dict[str, list[float]] = {}
+    self._timed_steps, self._tokens, self._seconds = 0, 0, 0.0
+
+  def add(self, step: int, metrics: dict[str, float], tokens: int, seconds: float, first: bool):
+    self.steps, self._last = self.steps + 1, step
+    self._nonfinite += bool(nonfinite(metrics))
+    for name, value in metrics.items():
+      self._sums.setdefault(name, []).append(value)
+    if first:
+      self._first_seconds = seconds
+    else:
+      self._timed_steps += 1
+      self._tokens += tokens
+      self._seconds += seconds
+
+  def line(self) -> dict[str, float]:
+    line = {'step': self._last}
+    for name, values in self._sums.items():
+      line[name] = statistics.fmean([value for value in values if math.isfinite(value)] or values)
+    if self._nonfinite:
+      line['nonfinite_steps'] = self._nonfinite
+    if self._first_seconds is not None:
+      line['first_step_seconds'] = self._first_seconds
+    if self._timed_steps and self._seconds > 0:
+      line['step_seconds'] = self._seconds / self._timed_steps
+      line['tokens_per_second'] = self._tokens / self._seconds
+    return line
+
+
+def memory() -> dict[str, float]:
+  """Bytes in use: device_bytes (peak) and device_share (of the limit) of the first local device, host_bytes (resident).
+
+  A name is missing where the backend or the system doesn't tell (a CPU has no device statistics).
+  """
+  found = {}
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and 'peak_bytes_in_use' in stats:
+    found['device_bytes'] = stats['peak_bytes_in_use']
+    if stats.get('bytes_limit'):
+      found['device_share'] = stats['peak_bytes_in_use'] / stats['bytes_limit']
+  statm = pathlib.Path('/proc/self/statm')
+  if statm.exists():
+    found['host_bytes'] = int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+  return found
+
+
+class ProfileWindow:
+  """Traces the steps named, e.g. '10-12' or '10', with jax.profiler, for XProf or Perfetto.
+
+  Call `before(step)` and `after(step, outputs)` around each step's dispatch. The last step named is waited for, so that
+  the trace holds all of it. '' names no step. Raises ValueError for other text, and for steps that the run won't reach.
+  """
+
+  def __init__(self, steps: str, directory: str | os.PathLike, run: range):
+    self.directory = os.fspath(directory)
+    self.steps = range(0)
+    self._annotation = None
+    self._tracing = False
+    if steps:
+      first, _, last = steps.partition('-')
+      if not (first.isdecimal() and (last or first).isdecimal()) or steps.endswith('-'):
+        raise ValueError(f'profile={steps!r} names no steps; write the first and the last, as in 10-12')
+      self.steps = range(int(first), int(last or first) + 1)
+      if not self.steps or self.steps[0] not in run or self.steps[-1] not in run:
+        raise ValueError(f'profile={steps!r} is not within the steps of this run, {run.start}-{run.stop - 1}')
+
+  def before(self, step: int):
+    """Starts the trace if `step` is the first one named."""
+    if step in self.steps:
+      if step == self.steps[0]:
+        jax.profiler.start_trace(self.directory)
+        self._tracing = True
+      self._annotation = jax.profiler.StepTraceAnnotation('train', step_num=step)
+      self._annotation.__enter__()
+
+  def after(self, step: int, outputs: Any):
+    """Ends the trace if `step` is the last one named; `outputs` are any of its results (a pytree of arrays)."""
+    if step in self.steps:
+      self._annotation.__exit__(None, None, None)
+      if step == self.steps[-1]:
+        jax.block_until_ready(outputs)
+        self.close()
+
+  def close(self):
+    """Ends the trace if it is still running: a run that stopped early keeps what was traced."""
+    if self._tracing:
+      jax.profiler.stop_trace()
+      self._tracing = False
+
+
+def short(number: float) -> str:
+  """Three digits and a suffix: 12345 -> '12.3k'."""
+  for size, suffix in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+    if abs(number) >= size * 0.9995:
+      return f'{number / size:.3g}{suffix}'
+  return f'{number:.3g}'
+
+
+class _Lines:
+  """Plain text, a line per line of metrics: for files and pipes."""
+
+  FORMS = {
+      'loss': 'loss {:.4f}', 'validation_loss': 'validation {:.4f}', 'bits_per_byte': '{:.3f} bits/byte',
+      'nonfinite_steps': '{} non-finite', 'first_step_seconds': 'first step {:.1f} s',
+      'tokens_per_second': '{} tokens/s', 'step_seconds': '{} s/step', 'mfu': 'MFU {:.1%}',
+      'device_share': 'HBM {:.0%}', 'left': '{} left'}
+
+  def __init__(self, stream: TextIO, steps: range):
+    self._stream, self._steps = stream, steps
+
+  def print(self, text: str):
+    print(text, file=self._stream, flush=True)
+
+  def show(self, line: dict[str, float]):
+    self.print(f'step {line["step"]}/{self._steps.stop - 1}  {self._describe(line)}')
+
+  def advance(self, step: int):
+    pass
+
+  def close(self):
+    pass
+
+  def _describe(self, line: dict[str, float]) -> str:
+    shown = dict(line)
+    for name in ('tokens_per_second', 'step_seconds'):
+      if name in line:
+        shown[name] = short(line[name])
+    if 'step_seconds' in line:
+      left = (self._steps.stop - 1 - line['step']) * line['step_seconds']
+      shown['left'] = datetime.timedelta(seconds=round(left))
+    return '  '.join(form.format(shown[name]) for name, form in self.FORMS.items() if name in shown)
+
+
+class _Bar(_Lines):
+  """A progress bar that keeps the last known numbers beside it, within 80 columns: for terminals."""
+
+  FORMS = {'loss': 'loss {:.3f}', 'tokens_per_second': '{} tok/s', 'mfu': 'MFU {:.0%}', 'left': '{} left',
+           'bits_per_byte': '{:.3f} bits/byte'}
+
+  def __init__(self, stream: TextIO, steps: range):
+    super().__init__(stream, steps)
+    from rich import console, progress
+    self._progress = progress.Progress(progress.MofNCompleteColumn(), progress.BarColumn(bar_width=6),
+                                       progress.TextColumn('{task.description}'), console=console.Console(file=stream))
+    self._task = self._progress.add_task('first step: compiling', total=steps.stop - 1,
+                                         completed=max(steps.start - 1, 0))
+    self._known: dict[str, float] = {}
+    self._progress.start()
+
+  def print(self, text: str):
+    self._progress.console.print(text, markup=False, highlight=False)
+
+  def show(self, line: dict[str, float]):
+    self._known |= line
+    self._progress.update(self._task, description=self._describe(self._known))
+
+  def advance(self, step: int):
+    self._progress.update(self._task, completed=step)
+
+  def close(self):
+    self._progress.stop()
