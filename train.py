@@ -7,8 +7,10 @@ from parallel import hosts
 if __name__ == '__main__':
   hosts.use_huge_pages()
 
+import contextlib
 import functools
 import math
+import sys
 import pathlib
 
 import jax
@@ -43,18 +45,21 @@ ALLOW_CHANGE = flags.DEFINE_bool('allow_config_change', False, 'Resume although 
 def make_train_step(config: configs.Config, optimizer: optax.GradientTransformation):
   """The step: (state, batch) -> (new state, metrics, gradient norms by parameter). The state's buffers are donated."""
   schedule = make_schedule(config.optimizer, config.train.steps)
+  # What is differentiated is a sum over tokens times this, nearly a mean: sums over a large batch would pass f16's largest
+  # number. A power of two costs no precision.
+  unit = 2.0 ** -round(math.log2(config.data.batch_size * config.data.sequence_length))
 
   def loss_fn(model, batch, scale):
     total, sums = pretrain(model, batch, config.train.z_loss)
-    return precision.scale(total, scale), sums
+    return precision.scale(total * unit, scale), sums
 
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state: states.TrainState, batch: Batch):
     grads, sums = accumulate(loss_fn, state.model, batch, state.scale, config.train.accumulation)
     tokens = jnp.maximum(sums['tokens'], 1)
-    grads = jax.tree.map(lambda g: g / (tokens * state.scale.scale), grads)
+    grads = jax.tree.map(lambda g: g / (tokens * unit * state.scale.scale), grads)
     norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)))), grads)
-    norm = optax.global_norm(norms)
+    norm = optax.tree.norm(norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['nll'])
 
     updates, optimizer_state = optimizer.update(clip(grads, norm, config.optimizer.clip_norm), state.optimizer, state.model)
@@ -64,7 +69,7 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
     scale = precision.update(state.scale, finite)
 
     metrics = {'loss': sums['nll'] / tokens, 'accuracy': sums['correct'] / tokens, 'grad_norm': norm,
-               'learning_rate': schedule(state.step), 'predicted_tokens': sums['tokens']}
+               'learning_rate': schedule(state.step - state.scale.skipped_steps), 'predicted_tokens': sums['tokens']}
     if config.model.dtype == 'float16':
       metrics |= {'loss_scale': state.scale.scale, 'skipped_steps': scale.skipped_steps}
     return states.TrainState(state.step + 1, model, optimizer_state, scale, state.key), metrics, norms
@@ -99,12 +104,11 @@ def make_evaluate(config: configs.Config, prepared, put):
   return evaluate
 
 
-def train_steps(config, state, steps, batches, put, train_step, evaluate, checkpoints, watch, profile, signal) -> str:
-  """Runs `steps`; step n is dispatched before n - 1 is looked at. Returns why it stopped early, or ''."""
+def train_steps(config, state, steps, progress, batches, put, train_step, evaluate, checkpoints, watch, profile, signal) -> str:
+  """Runs `steps`; step n is dispatched before n - 1 is looked at. Returns why it stopped before the last one, or ''."""
   every = lambda n, step: bool(n) and step % n == 0
   tokens = config.data.batch_size * config.data.sequence_length
-  progress = Progress.resume(checkpoints, steps.start - 1)
-  norms, reason = None, ''
+  norms, impatient = None, ''
   for step in steps:
     profile.before(step)
     state, metrics, step_norms = train_step(state, put(next(batches)))
@@ -115,12 +119,12 @@ def train_steps(config, state, steps, batches, put, train_step, evaluate, checkp
     if final or every(config.train.eval_every, step):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
-        evaluation = evaluate(state.model, 0 if final else config.train.eval_batches)
-        watch.log(step, evaluation)
-      progress = progress.after(evaluation['validation_loss'])
-      if config.train.patience and progress.waited >= config.train.patience:
-        reason = f'no better validation loss in {progress.waited} evaluations'
-    reason = reason or signal.name
+        # What decides about the best checkpoint and about stopping is of the same batches each time; the last number is of all.
+        evaluation = evaluate(state.model, config.train.eval_batches)
+        progress = progress.after(evaluation['validation_loss'])
+        impatient = progress.impatient(config.train.patience)
+        watch.log(step, evaluate(state.model, 0) if config.train.eval_batches and (final or impatient) else evaluation)
+    reason = impatient or signal.name
     if final or reason or every(config.train.save_every, step) or (evaluation and progress.waited == 0):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
@@ -128,36 +132,58 @@ def train_steps(config, state, steps, batches, put, train_step, evaluate, checkp
     if reason:
       break
   checkpoints.wait()
-  return reason
+  return '' if final else reason
+
+
+def restore_order(batches: loader.Loader, position: dict, allow_change: bool, log) -> None:
+  """Goes on in the data where `position` was taken; in other data, if that is allowed, from its beginning."""
+  try:
+    batches.restore(position)
+  except ValueError as error:
+    if not allow_change:
+      raise
+    log(f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning')
+
+
+@contextlib.contextmanager
+def mendable():
+  """What the person who started the run can mend ends it with one message, not with a traceback."""
+  try:
+    yield
+  except (ValueError, NotImplementedError, FileNotFoundError) as error:
+    sys.exit(f'error: {error}')
 
 
 def main(_):
-  # 1. Config: what is asked for, and whether this directory has begun something else.
+  # 1. Config: what is asked for.
   if CONFIG.value is None or not WORKDIR.value:
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)
-  workdir = pathlib.Path(WORKDIR.value)
-  try:
+  with mendable():
     config = configs.from_flag(CONFIG.value)
-  except ValueError as error:
-    raise app.UsageError(str(error)) from error
+  run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
+
+
+def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False) -> None:
+  """Trains in `workdir`, from its last whole checkpoint on; profile and allow_change are as the flags."""
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
 
   # 2. Mesh: every device of every process, six explicit axes.
-  mesh = make_mesh(config.mesh)
+  with mendable():
+    mesh = make_mesh(config.mesh)
   jax.set_mesh(mesh)
   device, devices = jax.devices()[0], jax.device_count()
   chip = hardware.lookup(device.device_kind, getattr(device, 'num_cores', None) if device.platform == 'tpu' else None)
   log(f'mesh: {devices} x {device.device_kind}, {dict(mesh.shape)}')
 
   # 3. Data: text to token shards, once; then batches, from any position.
-  prepared = prepare(config.data, log=log)
-  config = config.resolve(prepared.tokenizer.vocabulary)
-  config.check_mesh(dict(mesh.shape))
-  configs.begin(config, workdir, ALLOW_CHANGE.value)
-  prepared.tokenizer.save(workdir / 'tokenizer')
-  batches = loader.train_loader(prepared, config.data, jax.process_index(), jax.process_count())
+  with mendable():
+    prepared = prepare(config.data, log=log)
+    config = config.resolve(prepared.tokenizer.vocabulary)
+    config.check_mesh(dict(mesh.shape))
+    configs.check_unchanged(config, workdir, allow_change)
+    batches = loader.train_loader(prepared, config.data, jax.process_index(), jax.process_count())
   rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
   put = lambda batch: jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)
 
@@ -169,33 +195,42 @@ def main(_):
   flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length)
   log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token')
 
-  # 5. Where to start: (1) the last whole checkpoint of this directory, (2) step 0.
+  # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
-  first = checkpoints.latest() or 0
-  if first >= config.train.steps:
-    log(f'nothing to do: checkpoint {first} has reached train.steps={config.train.steps}; raise it to go on')
-    return
-  if first:
-    state = checkpoints.restore(first, abstract(make_state, mesh))
-    batches.restore(checkpoints.record(first)['data'])
-    log(f'going on from checkpoint {first}')
-  else:
+  with mendable():
+    first = checkpoints.latest() or 0
+    progress = Progress.resume(checkpoints, first)
+    ended = progress.impatient(config.train.patience) or (f'train.steps={config.train.steps}' if first >= config.train.steps else '')
+    if ended:
+      log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
+    elif first:
+      state = checkpoints.restore(first, abstract(make_state, mesh))
+      restore_order(batches, checkpoints.record(first)['data'], allow_change, log)
+      log(f'going on from checkpoint {first}')
+  if not first:
     state = jax.jit(make_state)()
 
   # 6. Steps, watched; a signal ends them after the one in flight.
-  steps = range(first + 1, config.train.steps + 1)
-  peak = hardware.peak(chip, config.model.dtype)
-  profile = ProfileWindow(PROFILE.value, workdir / 'profile', steps)
-  watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices, peak=peak)
-  with watching as watch, hosts.StopSignal() as signal:
-    stopped = train_steps(config, state, steps, batches, put, make_train_step(config, optimizer), make_evaluate(config, prepared, put),
-                          checkpoints, watch, profile, signal)
-    profile.close()
-  if stopped:
-    log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}; the same command goes on from there')
+  if not ended:
+    steps = range(first + 1, config.train.steps + 1)
+    with mendable():
+      window = ProfileWindow(profile, workdir / 'profile', steps)
+    configs.save(config, workdir)
+    prepared.tokenizer.save(workdir / 'tokenizer')
+    watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
+                     peak=hardware.peak(chip, config.model.dtype))
+    with watching as watch, hosts.StopSignal() as signal:
+      stopped = train_steps(config, state, steps, progress, batches, put, make_train_step(config, optimizer),
+                            make_evaluate(config, prepared, put), checkpoints, watch, window, signal)
+      window.close()
+    interrupted = stopped and stopped == signal.name
+    if stopped:
+      log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}' + ('; the same command goes on from there' if interrupted else ''))
+    if interrupted:
+      return
 
   # 7. Report: what it achieved and what it cost.
-  if jax.process_index() == 0 and not signal.name:
+  if jax.process_index() == 0:
     report = write_report(workdir, config.report, parameters=parameters, flops_per_token=flops_per_token,
                           chips=devices // (chip.devices if chip else 1), hardware=device.device_kind)
     log(report.read_text() + f'\nwrote {report}')

@@ -27,7 +27,7 @@ def _permutations() -> np.ndarray:
 def minhash(words: list[bytes]) -> np.ndarray:
   """MinHash (Broder 1997) of the set of 5-word shingles, uint32 [BANDS * ROWS].
 
-  Shingles are hashed here, in numpy; datasketch's own loop calls SHA-1 once per shingle, twenty times slower.
+  Shingles are hashed here, in numpy; datasketch's own loop calls SHA-1 for each of them, which takes four times as long.
   """
   from datasketch import MinHash
   hashes = np.fromiter(map(zlib.crc32, words), np.uint32, len(words)).astype(np.uint64)
@@ -45,7 +45,7 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
   Locality-sensitive hashing (Leskovec, Rajaraman & Ullman, "Mining of Massive Datasets", section 3.4): documents that
   agree on all ROWS values of a band are candidates; a candidate pair counts when the share of equal values (the
   estimated Jaccard similarity) is at least `threshold`. Pairs are closed transitively; each cluster keeps its first
-  document. The bands are sorted one at a time rather than kept in dictionaries: 30 bytes per document, not 5 KB.
+  document. The bands are sorted one at a time rather than kept in dictionaries: 30 bytes per document, not kilobytes.
 
   Args:
     signatures: uint32 [documents, BANDS * ROWS], in memory or memory-mapped.

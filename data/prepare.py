@@ -2,7 +2,7 @@
 
   read -> clean -> drop duplicates -> split -> train the tokenizer -> encode -> pack
 
-Everything streams: memory holds one chunk of documents, and about 150 bytes per document. The result lies in
+Everything streams: memory holds one chunk of documents, and some 200 bytes per document. The result lies in
 cache_dir/<key>, where the key is a hash of the sources' content and of the settings that change it; a second call loads
 it. cache_dir/<key>/rows-<T> holds the packing for one sequence length, so that another one needs no second tokenising.
 """
@@ -153,7 +153,8 @@ def _build_corpus(config: DataConfig, directory: pathlib.Path, log: Callable[[st
     made = tokenizer.build(config.tokenizer, training(), everything(),
                            share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)))
     made.save(directory / 'tokenizer')
-  log(f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s')
+  log(f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s'
+      + ('; it has no bos, so documents begin with its eos' if made.bos == made.eos else ''))
 
   with _timed(report, 'encode'):
     written = _encode(directory, texts, kept, boundary, bounds, made, report)
@@ -294,6 +295,8 @@ def _load(config: DataConfig, directory: pathlib.Path, plan: pathlib.Path, log: 
   if size > cache.CHECK_BYTES:
     log(f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB; Prepared.verify() reads them')
   report = indices[directory]['report'] | {'packing': indices[plan]['report']}
+  for of, counts in zip(config.sources, report['sources']):
+    counts['source'] = dataclasses.asdict(of)  # weight and path may differ from those of the run that built this
 
   def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:
     return shards.PackedSource(

@@ -19,8 +19,8 @@ from kernels import reference
 from kernels.mask import Mask
 
 HONOURS = {
-    'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks'},
-    'blocked': {'causal', 'window', 'segments', 'softcap', 'sinks'},
+    'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks', 'value_width'},
+    'blocked': {'causal', 'window', 'segments', 'softcap', 'sinks', 'value_width'},
     'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
@@ -33,7 +33,7 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
 
   Args:
     mask: who sees whom. softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per query head that joins the softmax.
-    scale: of q.k; default H ** -0.5. backend: 'auto', 'reference', 'blocked' or 'xla'.
+    scale: of q.k; default H ** -0.5. v may be wider or narrower than q and k ('value_width'). backend: 'auto', 'reference', 'blocked' or 'xla'.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
   Raises: ValueError for shapes that do not fit or an unknown backend; NotImplementedError for a spec that the backend does
     not honour, naming those that do.
@@ -42,6 +42,7 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   if N % K:
     raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
   spec = mask.fields() | ({'softcap'} if softcap else set()) | ({'sinks'} if sinks is not None else set())
+  spec |= {'value_width'} if v.shape[3] != H else set()
   backend = choose(frozenset(spec), jax.default_backend()) if backend == 'auto' else check(backend, spec)
   scale = H**-0.5 if scale is None else scale
   run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla}[backend]
@@ -89,7 +90,6 @@ def blocked(q, k, v, mask, *, softcap, sinks, scale):
 
 def xla(q, k, v, mask, *, softcap, sinks, scale):
   """jax.nn.dot_product_attention: its own causal and window flags where they say it all (so that cuDNN can take it)."""
-  del softcap, sinks  # not honoured: check() has refused them
   T, S = q.shape[1], k.shape[1]
   if mask.fields() <= {'causal', 'window'} and T == S:
     window = (mask.window - 1, 0) if mask.window else None
@@ -97,4 +97,9 @@ def xla(q, k, v, mask, *, softcap, sinks, scale):
     causal = mask.causal
   else:
     window, causal, dense = None, False, mask.allowed(T, S)[:, None]
-  return jax.nn.dot_product_attention(q, k, v, mask=dense, scale=scale, is_causal=causal, local_window_size=window, return_residual=True)
+  out = jax.nn.dot_product_attention(q, k, v, mask=dense, scale=scale, is_causal=causal, local_window_size=window)
+  if dense is not None:  # a query that sees no key is given the mean of all values
+    out = jnp.where(dense.any(-1).swapaxes(1, 2)[..., None], out, 0)
+  # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp that nobody reads costs nothing.
+  _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale)
+  return out, lse

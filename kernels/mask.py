@@ -71,7 +71,7 @@ class Mask:
 
   def block(self, queries: slice, keys: slice, T: int) -> 'Mask':
     """The same mask for a block of queries and of keys, of a mask whose positions are indices 0..T-1."""
-    B = 1 if self.query_segments is None else self.query_segments.shape[0]
+    B = next((x.shape[0] for x in (self.query_segments, self.prefix) if x is not None), 1)
     index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     cut = lambda x, s: None if x is None else x[:, s]
     return dataclasses.replace(self, query_segments=cut(self.query_segments, queries), key_segments=cut(self.key_segments, keys),

@@ -79,6 +79,6 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '') -
   if config.max_length and capacity > config.max_length:
     raise ValueError(f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer tokens')
   shape = (config.L, rows, capacity, config.K, config.H)
-  sharding = ax.out('layers', 'batch', 'length', 'kv_heads', 'head_width')
-  zeros = lambda: jnp.zeros(shape, dtype or config.dtype, out_sharding=sharding)
-  return Cache(k=zeros(), v=zeros(), lengths=jnp.zeros((rows,), jnp.int32, out_sharding=ax.out('batch')))
+  zeros = lambda shape, dtype, *axes: ax.place(jnp.zeros(shape, dtype, out_sharding=ax.out(*axes)), *axes)
+  tokens = lambda: zeros(shape, dtype or config.dtype, 'layers', 'batch', 'length', 'kv_heads', 'head_width')
+  return Cache(k=tokens(), v=tokens(), lengths=zeros((rows,), jnp.int32, 'batch'))

@@ -77,12 +77,13 @@ def _sums_and_gradients(x, head, targets, *, settings, rows, columns):
     values, d_logits = _score(*chunk, head, z_loss, softcap, columns)
     d_logits = d_logits.astype(x.dtype)
     d_x = _sum_over(jnp.einsum('BCV,VD->BCD', d_logits, head), columns)
-    d_head += jnp.einsum('BCV,BCD->VD', d_logits, chunk[0], preferred_element_type=jnp.float32)
+    # As [D, V], so that what a CPU has to transpose for the product is the chunk of x, not of the logits (7% of a step).
+    d_head += jnp.einsum('BCD,BCV->DV', chunk[0], d_logits, preferred_element_type=jnp.float32)
     return (jax.tree.map(jnp.add, totals, values), d_head), d_x
-  start = _zeros(), jnp.zeros(head.shape, jnp.float32)
+  start = _zeros(), jnp.zeros(head.shape[::-1], jnp.float32)
   (totals, d_head), d_x = jax.lax.scan(step, start, _chunks(x, targets, chunk_tokens))
   d_x = jnp.moveaxis(d_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :x.shape[1]]
-  return _outputs(totals, rows), (d_x, _sum_over(d_head, rows).astype(head.dtype))
+  return _outputs(totals, rows), (d_x, _sum_over(d_head.T, rows).astype(head.dtype))
 
 
 def _score(x, targets, head, z_loss, softcap, columns):

@@ -44,7 +44,7 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
   else:
     value = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=sharding) * init
     value = value.astype(dtype)
-  return nnx.Param(value, axes=axes, kind=kind, inputs=inputs)
+  return nnx.Param(ax.place(value, *axes), axes=axes, kind=kind, inputs=inputs)
 
 
 def use(p: nnx.Param, dtype: str) -> jax.Array:

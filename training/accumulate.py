@@ -11,7 +11,8 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int):
   Args:
     loss_fn: (model, batch, scale) -> (loss, sums): both sums over tokens, so that parts add up to the whole exactly.
     batch: a pytree of [B, ...] arrays, B a multiple of `microbatches`.
-  Returns: gradients of the summed loss in the parameters' dtype, and the summed sums.
+  Returns: gradients of the summed loss in the parameters' dtype, and the summed sums. Parts are added in f32: a narrower sum
+    would stop growing after a few.
   """
   gradient = jax.grad(loss_fn, has_aux=True)
   if microbatches == 1:
@@ -24,8 +25,10 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int):
 
   def step(totals, part):
     return jax.tree.map(jnp.add, totals, gradient(model, part, scale)), None
+
   parts = jax.tree.map(split, batch)
   shapes = jax.eval_shape(gradient, model, jax.tree.map(lambda x: x[0], parts), scale)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=getattr(x.sharding, 'spec', None)), shapes)
+  wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x), out_sharding=getattr(x.sharding, 'spec', None)), shapes)
   totals, _ = jax.lax.scan(step, zeros, parts)
-  return totals
+  return jax.tree.map(lambda total, x: total.astype(x.dtype), totals, shapes)

@@ -1,9 +1,10 @@
 """How does Adam keep its two moments in a byte each? Blockwise dynamic quantisation, as an optax transformation.
 
-Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861. A block is 256 neighbours along the last
-axis (the last block of a row may be shorter). It stores the largest magnitude in f32 and, for each element, a byte that
-stands for a fraction of it on a scale that is dense near zero: tiny second moments survive, which a linear scale would flush.
-A parameter of width W costs 2 + 8 / min(256, W) bytes of state (2.03 from 256 on) where f32 Adam takes 8.
+Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861. A block is 256 neighbours along the
+last axis (the last block of a row may be shorter). It stores the largest magnitude in f32 and, for each element, a byte
+that stands for a fraction of it on a scale that is dense near zero: tiny second moments survive, which a linear scale
+would flush. A parameter whose last axis is W wide (W <= 256, or a multiple) has 2 + 8 / min(256, W) bytes of state per
+element, 2.03 from 256 on, where f32 Adam has 8.
 
 The paper's blocks run over the flattened tensor; along the last axis they follow a sharded tensor. Codes have the
 parameter's own shape and sharding, and blocks are the same on every mesh, so a checkpoint moves between meshes.
@@ -19,12 +20,12 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 BLOCK = 256
-SMALLEST = 4096  # Elements; below it a tensor stays f32 (the paper's choice): there is nothing to save.
+SMALLEST = 4096  # Elements; below it a tensor stays f32, as in bitsandbytes: there is little to save.
 _DECADES = 7
 
 
 class Quantized(NamedTuple):
-  """A tensor of shape [..., W] as codes of shape [..., W] and the largest magnitudes of blocks, [..., ceil(W / 256)]."""
+  """A tensor of shape [..., W] as codes, [..., W], and the largest magnitudes of its blocks, [..., ceil(W / 256)]."""
   codes: UInt8[Array, '... W']
   largest: Float[Array, '... K']
 
@@ -40,18 +41,18 @@ def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.Gradi
   """optax.scale_by_adam whose moments are quantised between steps; the update is made from the f32 moments.
 
   Args:
-    mask: a tree of bools (or a function from parameters to one), a prefix of the parameters' tree: which may be quantised.
-      Leave embeddings out: their gradients are sparse and very uneven (section 2.3 of the paper keeps them stable otherwise).
-      What is masked out, or smaller than SMALLEST, is treated exactly as optax.scale_by_adam does.
+    mask: which parameters may be quantised: a tree of bools, a prefix of theirs, or a function from parameters to one.
+      Leave embeddings out: their gradients are sparse and very uneven. What is masked out, or smaller than SMALLEST, is
+      treated as optax.scale_by_adam does.
   """
   def init(params):
-    def zeros(p, signed):
-      z = jnp.zeros_like(p)
-      return quantize(z, signed) if p.size >= SMALLEST else z
-    mask_tree = mask(params) if callable(mask) else mask
-    moments = lambda signed: jax.tree.map(
-        lambda may, sub: jax.tree.map(lambda p: zeros(p, signed) if may else jnp.zeros_like(p), sub), mask_tree, params)
-    return Adam8bitState(jnp.zeros([], jnp.int32), moments(True), moments(False))
+    def moments(signed):
+      def zeros(may, p):
+        z = jnp.zeros_like(p)
+        return quantize(z, signed) if may and p.size >= SMALLEST else z
+      return jax.tree.map(lambda may, sub: jax.tree.map(lambda p: zeros(may, p), sub), allowed, params)
+    allowed = mask(params) if callable(mask) else mask
+    return Adam8bitState(jnp.zeros([], jnp.int32), moments(signed=True), moments(signed=False))
 
   def update(updates, state, params=None):
     del params
@@ -61,11 +62,11 @@ def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.Gradi
       m = b1 * dequantize(mu, signed=True) + (1 - b1) * g
       v = b2 * dequantize(nu, signed=False) + (1 - b2) * jnp.square(g)
       m_hat, v_hat = m / (1 - b1**count), v / (1 - b2**count)
-      small = not isinstance(mu, Quantized)
-      return m_hat / (jnp.sqrt(v_hat) + epsilon), m if small else quantize(m, True), v if small else quantize(v, False)
+      update = m_hat / (jnp.sqrt(v_hat) + epsilon)
+      return (update, quantize(m, True), quantize(v, False)) if isinstance(mu, Quantized) else (update, m, v)
 
     leaves, tree = jax.tree.flatten(updates)
-    results = [one(*leaf) for leaf in zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)]
+    results = map(one, leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu))
     updates, mu, nu = (tree.unflatten(column) for column in zip(*results, strict=True))
     return updates, Adam8bitState(count, mu, nu)
 
@@ -73,11 +74,11 @@ def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.Gradi
 
 
 def dynamic_map(signed: bool) -> Float[np.ndarray, '256']:
-  """The 256 values that codes stand for, in order (appendix of the paper; the reference for `encode` and `decode`).
+  """The 256 values that codes stand for, in order: the reference for `encode` and `decode`.
 
-  Seven decades up to 1; each spans 0.1 to 1 times its power of ten and holds twice as many equally spaced levels as the
-  decade below, from 1 (signed) or 2 (unsigned) to 64 or 128; the levels are the centres of their intervals. Zero and one
-  are added, so that the largest magnitude of a block is exact where it is positive.
+  The paper's dynamic quantisation. Seven decades up to 1; each spans 0.1 to 1 times its power of ten and holds twice as
+  many equally spaced levels as the decade below, from 1 (signed) or 2 (unsigned) to 64 or 128; the levels are the
+  centres of their intervals. Zero and one are added, so that the largest magnitude of a block is exact (if positive).
   """
   magnitudes = []
   for decade in range(_DECADES):
@@ -104,8 +105,8 @@ def dequantize(q: Quantized | Float[Array, '...'], signed: bool) -> Float[Array,
 def encode(x: Float[Array, '...'], signed: bool) -> UInt8[Array, '...']:
   """Index of the value of `dynamic_map` nearest to each x in [-1, 1] ([0, 1] when unsigned).
 
-  Computed, not looked up: the map is a small floating-point format, and arithmetic is 20 times as fast as a binary search
-  on a CPU, runs on vector units and keeps any sharding, where gathers from a table do not.
+  Computed, not looked up: the map is a small floating-point format, and arithmetic is 20 times as fast as a binary
+  search on a CPU, runs on vector units and keeps any sharding, where gathers from a table do not.
   """
   values = dynamic_map(signed)
   magnitudes = values[np.argmax(values == 0):]

@@ -2,7 +2,7 @@
 
     checkpoints/00000100/       arrays of the train state, written by orbax in the background
     checkpoints/00000100.json   the record: written last, so that without it the directory does not count; holds the data
-                                loader's state, the validation loss, and size and digest of every file
+                                loader's state, the validation loss, size and digest of every file, and its own digest
 
 A kill while saving leaves a directory without a record; a truncated or changed file no longer matches its digest.
 """
@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -73,14 +73,17 @@ class Checkpoints:
     """What the record of `step` holds, or ValueError if it cannot be read."""
     path = self._path(step).with_suffix('.json')
     try:
-      return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+      sealed = json.loads(path.read_text())
+      if _seal(sealed['record']) != sealed:
+        raise ValueError('it was changed since it was written')
+      return sealed['record']
+    except (OSError, ValueError, KeyError, TypeError) as error:
       raise ValueError(f'{path} is damaged: {error}') from error
 
-  def best(self) -> int | None:
-    """The step with the lowest validation loss; None where no checkpoint was evaluated."""
+  def best(self, among: Iterable[int] | None = None) -> int | None:
+    """The step with the lowest validation loss (of all, or of those given); None where no checkpoint was evaluated."""
     losses = {}
-    for step in self.steps():
+    for step in self.steps() if among is None else among:
       try:
         loss = self.record(step)['validation_loss']
       except ValueError:
@@ -111,6 +114,8 @@ class Checkpoints:
 
     Raises ValueError when there are checkpoints and all are damaged: starting over must be asked for.
     """
+    for left in self._unfinished():
+      self._log(f'WARNING: {left} has no record: it is being written, or its writer was killed; it will not be used')
     steps = self.steps()
     for step in reversed(steps):
       problems = self.problems(step)
@@ -149,16 +154,25 @@ class Checkpoints:
       return
     path = self._path(step)
     record['files'] = {str(p.relative_to(path)): [p.stat().st_size, _digest(p)] for p in sorted(path.rglob('*')) if p.is_file()}
-    files.replace(path.with_suffix('.json'), json.dumps(record))
-    keep = {*self.steps()[-self._keep_last:], self.best()}
+    files.replace(path.with_suffix('.json'), json.dumps(_seal(record)))
+    # Later steps are of a past that was gone back from, because its checkpoints were damaged.
+    known = [old for old in self.steps() if old <= step]
+    keep = {*known[-self._keep_last:], self.best(known)}
     for old in self.steps():
       if old not in keep:
         self._remove(old)
+    for left in self._unfinished():
+      shutil.rmtree(left)
 
   def _remove(self, step: int) -> None:
     self._path(step).with_suffix('.json').unlink(missing_ok=True)  # first: what has no record does not count
     if self._path(step).exists():
       shutil.rmtree(self._path(step))
+
+  def _unfinished(self) -> list[pathlib.Path]:
+    """Directories without a record."""
+    names_ = {self._path(step).name for step in self.steps()}
+    return sorted(path for path in self.directory.glob('*') if path.is_dir() and path.name not in names_)
 
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'
@@ -177,6 +191,11 @@ def abstract(function: Callable[[], Any], mesh: Mesh):
     spec = getattr(x.sharding, 'spec', None) or P()
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
   return jax.tree.map(one, jax.eval_shape(function))
+
+
+def _seal(record: dict) -> dict:
+  """A record with the digest by which it is known to be unharmed."""
+  return {'sha256': hashlib.sha256(json.dumps(record).encode()).hexdigest(), 'record': record}
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -6,6 +6,7 @@ config_flags; the result is built anew from the overridden values, so that every
 import dataclasses
 import difflib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -20,7 +21,7 @@ import names
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig
-from training.optimizer import OptimizerConfig
+from training.optimizer import OptimizerConfig, make_schedule
 from training.report import ReportConfig
 
 FILE = 'config.json'
@@ -56,8 +57,10 @@ class TrainConfig:
   def __post_init__(self):
     for field, least in (('steps', 1), ('accumulation', 1), ('log_every', 1), ('save_every', 1), ('keep_last', 1), ('eval_every', 0),
                          ('eval_batches', 0), ('patience', 0), ('z_loss', 0), ('seed', 0)):
-      if getattr(self, field) < least:
-        raise ValueError(f'train.{field}={getattr(self, field)} must be at least {least}')
+      if not least <= getattr(self, field) < math.inf:
+        raise ValueError(f'train.{field}={getattr(self, field)} must be at least {least}, and finite')
+    if self.seed >= 2**32:
+      raise ValueError(f'train.seed={self.seed} must be below 2**32, of which jax.random.key keeps no more bits')
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
     if self.patience and not self.eval_every:
       raise ValueError(f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set train.eval_every')
@@ -78,10 +81,8 @@ class Config:
     if self.model.max_length and self.model.max_length < T:
       raise ValueError(f'data.sequence_length={T} passes model.max_length={self.model.max_length}; raise it, or set it to 0')
     if B % self.train.accumulation:
-      raise ValueError(f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}')
-    if self.optimizer.warmup_steps >= self.train.steps:
-      raise ValueError(f'optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps={self.train.steps}; '
-                       'warm up for fewer steps')
+      raise ValueError(f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}; make the batch a multiple')
+    make_schedule(self.optimizer, self.train.steps)  # raises where warm-up and decay do not fit into the run
 
   def resolve(self, vocabulary: int) -> 'Config':
     """With the model's open sizes filled in from the data: vocabulary of the tokenizer, longest sequence.
@@ -140,10 +141,11 @@ def _convert(hint, value, path):
   return value
 
 
-def define_flag() -> flags.FlagHolder:
+def define_flag(among: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
   """Defines --config=FILE and its overrides; `from_flag` turns the holder's value into a Config."""
-  holder = config_flags.DEFINE_config_file('config', help_string='A file under configs/; override fields with --config.a.b=value.')
-  flags.FLAGS['config'].parser = _ConfigFile('config')
+  holder = config_flags.DEFINE_config_file('config', help_string='A file under configs/; override fields with --config.a.b=value.',
+                                           flag_values=among)
+  among['config'].parser = _ConfigFile('config')
   return holder
 
 
@@ -183,7 +185,7 @@ def _mutable(config) -> ConfigDict:
 def _check_path(config: ConfigDict, path: str) -> None:
   """Raises ValueError where an override names a field or an index that is not there."""
   holder, walked = config, 'config'
-  for part in config_path.split(path) if '.' in path else (path,):
+  for part in config_path.split(path):
     if isinstance(part, int):
       if not isinstance(holder, list) or part >= len(holder):
         raise ValueError(f'{walked} has no item {part}; it holds {len(holder) if isinstance(holder, list) else "no list"}')
@@ -234,16 +236,12 @@ def differences(old: Config, new: Config) -> list[str]:
           if matters(path) and before.get(path) != after.get(path)]
 
 
-def begin(config: Config, directory: str | os.PathLike, allow_change: bool = False) -> None:
-  """Writes the config of a run that starts or goes on in `directory`.
-
-  Raises ValueError where the directory was begun with another model or data order, unless that is allowed.
-  """
+def check_unchanged(config: Config, directory: str | os.PathLike, allow_change: bool = False) -> None:
+  """Raises ValueError where the directory was begun with another model or data order, unless that is allowed."""
   changes = differences(load(directory), config) if (pathlib.Path(directory) / FILE).exists() else []
   if changes and not allow_change:
     raise ValueError(f'{directory} was begun with another model or data order:\n  ' + '\n  '.join(changes)
                      + '\nUse another --workdir, or --allow_config_change to go on all the same.')
-  save(config, directory)
 
 
 def _flat(value, path: str = '') -> dict:

@@ -1,6 +1,6 @@
 """How do gradients become updates? Optimizers, schedules and clipping, built from one config through optax.
 
-Every optimizer is the same chain: its own rescaling of the gradient, decoupled weight decay, the learning rate's schedule.
+Every optimizer is the same chain: its own rescaling of the gradient, decoupled weight decay, the schedule.
 """
 import dataclasses
 import math
@@ -54,8 +54,8 @@ class OptimizerConfig:
       (Shazeer and Stern, arXiv:1804.04235; without momentum or parameter scaling, updates clipped to RMS 1), 'lion'
       (Chen et al., arXiv:2302.06675), 'muon' (see `scale_by_muon`; AdamW for all that is not a hidden matrix), 'sgd'.
     learning_rate: the peak, reached after warm-up.
-    schedule: after warm-up: 'constant'; 'cosine' or 'linear' down to final_fraction; 'wsd' (warm-up, stable, decay: Hu et
-      al., arXiv:2404.06395), constant until the last decay_fraction of the run, then linear.
+    schedule: after warm-up: 'constant'; 'cosine' or 'linear' down to final_fraction; 'wsd' (warm-up, stable, decay;
+      Hu et al., arXiv:2404.06395), constant until the last decay_fraction of the run, then linear.
     warmup_steps: linear warm-up from learning_rate / (warmup_steps + 1).
     final_fraction: the learning rate at the end of the run, as a share of the peak.
     decay_fraction: the share of all steps over which 'wsd' decays.
@@ -63,8 +63,8 @@ class OptimizerConfig:
     clip_norm: largest global norm of the gradient; 0 means no clipping.
     b1, b2, epsilon: of Adam or Lion (of the AdamW group in 'muon'); epsilon of Adafactor is added to squared gradients.
     momentum: of 'sgd' (heavy ball) and 'muon' (Nesterov).
-    adam_ratio: learning rate of Muon's AdamW group as a multiple of learning_rate. Muon's updates are scaled to the RMS of
-      AdamW's, so 1 is a fair start and one learning rate serves both groups.
+    adam_ratio: of 'muon': learning rate of the AdamW group (not its decay) as a multiple of learning_rate. Muon's
+      updates are scaled to the RMS of AdamW's, so that one learning rate can serve both groups.
 
   Raises ValueError when a value is impossible, or is set and would not be read.
   """
@@ -92,23 +92,23 @@ class OptimizerConfig:
         continue
       if field.default == DEFAULT and field.name not in read:
         readers = [name for name, settings in {**OPTIMIZERS, **SCHEDULES}.items() if field.name in settings]
-        raise ValueError(f'optimizer.{field.name}={value} would not be read by {self.name!r} with schedule {self.schedule!r} (it is '
-                         f'by {", ".join(readers)}); leave it at {DEFAULT}')
+        raise ValueError(f'optimizer.{field.name}={value} would not be read by {self.name!r} with schedule '
+                         f'{self.schedule!r} (it is by {", ".join(readers)}); leave it at {DEFAULT}')
       least, most, limit = LIMITS[field.name]
       if not (least <= value <= most and math.isfinite(value)):
         raise ValueError(f'optimizer.{field.name}={value} must be {limit}')
 
   def settings(self) -> dict[str, float]:
     """What this optimizer and schedule read: the fields that are set, else their defaults."""
-    defaults = {**OPTIMIZERS[self.name], **SCHEDULES[self.schedule]}
-    return {name: default if getattr(self, name) == DEFAULT else getattr(self, name) for name, default in defaults.items()}
+    settings = {**OPTIMIZERS[self.name], **SCHEDULES[self.schedule]}
+    return {**settings, **{name: getattr(self, name) for name in settings if getattr(self, name) != DEFAULT}}
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """The learning rate as a function of the number of updates made so far, for a run of `steps` updates.
 
-  The first update gets learning_rate / (warmup_steps + 1), update number warmup_steps the peak; the final value would be
-  reached at number `steps` and is held after it.
+  The first update gets learning_rate / (warmup_steps + 1), update number warmup_steps the peak; the final value would
+  be reached at number `steps` and is held after it.
 
   Raises ValueError when warm-up and decay do not fit into the run.
   """
@@ -116,8 +116,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   after = steps - config.warmup_steps
   decay = round(s.get('decay_fraction', 0) * steps)
   if after < max(1, decay):
-    raise ValueError(f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not fit into '
-                     f'{steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps')
+    raise ValueError(f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not fit '
+                     f'into {steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps')
   if config.schedule == 'constant':
     schedule = optax.constant_schedule(peak)
   elif config.schedule == 'cosine':
@@ -167,8 +167,8 @@ def scale_by_muon(momentum: float, specs) -> optax.GradientTransformation:
   """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised layer by layer.
 
   A matrix of a layer is seen as [inputs, outputs]: q of [L, D, N, H] is L matrices of D x (N H). Updates are scaled by
-  0.2 sqrt(max(inputs, outputs)), which gives them the RMS of AdamW's (Liu et al., arXiv:2502.16982, eq. 4).
-  optax.contrib.muon computes the same, but cannot run on sharded matrices, and takes 1.4 to 2 times as long on a CPU.
+  0.2 sqrt(max(inputs, outputs)), which gives them the RMS of AdamW's (Liu et al., arXiv:2502.16982, section 2.2).
+  optax.contrib.muon cannot run on matrices that explicit axes shard, and takes 1.4 to 2 times as long on a CPU.
   """
   def update(updates, state, params=None):
     del params
@@ -215,8 +215,8 @@ def _muon_update(x: jax.Array, spec) -> jax.Array:
 def _route_to_layers(sharding: NamedSharding) -> list[NamedSharding]:
   """From `sharding` to the one that splits only dimension 0, one mesh axis a step.
 
-  One axis at a time because the compiler turns such a step into an all-to-all; asked for all at once, it gathers the whole
-  array on every device.
+  One axis at a time because the compiler turns such a step into an all-to-all; asked for all at once, it gathers the
+  whole array on every device.
   """
   axes, route = _mesh_axes(sharding), [sharding]
   for dimension in range(1, len(axes)):
@@ -247,7 +247,8 @@ def _check_spec(path: str, spec) -> None:
     raise ValueError(f"{path}: axes {spec.axes} must name 'layers' first")
   matrix_axes = len(spec.axes) - _is_stacked(spec)
   if spec.kind == 'matrix' and not 1 <= spec.inputs < matrix_axes:
-    raise ValueError(f'{path}: a matrix of axes {spec.axes} contracts over 1 to {matrix_axes - 1} axes, not inputs={spec.inputs}')
+    raise ValueError(f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 and '
+                     f'at most {matrix_axes - 1} of them')
 
 
 def _rescaling(config: OptimizerConfig, specs) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Is the arithmetic holding? Dynamic loss scaling, the check for finite gradients, and norms that name what is not finite."""
+"""Is the arithmetic holding? Dynamic loss scaling, the check for finite gradients, and norms that name the culprit."""
 import dataclasses
 import functools
 import math
@@ -44,12 +44,14 @@ def init_loss_scale(compute_dtype: str, *, initial: float = 2.0**15, interval: i
   dynamic = compute_dtype == 'float16'
   # Two zeros, not one used twice: the state is donated, and a buffer can be donated once.
   return LossScale(
-      scale=jnp.float32(initial if dynamic else 1.0), good_steps=jnp.zeros((), jnp.int32), skipped_steps=jnp.zeros((), jnp.int32),
-      growth=2.0 if dynamic else 1.0, backoff=0.5 if dynamic else 1.0, interval=interval, smallest=smallest, largest=largest)
+      scale=jnp.float32(initial if dynamic else 1.0),
+      good_steps=jnp.zeros((), jnp.int32), skipped_steps=jnp.zeros((), jnp.int32),
+      growth=2.0 if dynamic else 1.0, backoff=0.5 if dynamic else 1.0,
+      interval=interval, smallest=smallest, largest=largest)
 
 
 def scale(loss: Float[Array, ''], state: LossScale) -> Float[Array, '']:
-  """The loss to differentiate."""
+  """The loss to differentiate; an f32 loss, for f16 does not hold large scales."""
   return loss * state.scale.astype(loss.dtype)
 
 
@@ -81,7 +83,7 @@ def select(finite: Bool[Array, ''], new, old):
 def norms_by_module(tree) -> dict[str, float]:
   """L2 norms, in f32, of each top-level module ('blocks') and of each parameter in it ('blocks.attention.q').
 
-  A stacked parameter is one entry for all layers. Waits for the arrays; on several hosts, every process must call it.
+  A stacked parameter is one entry for all layers. Waits for the arrays; on several hosts every process must call it.
   A norm of finite elements is finite unless it exceeds f32 itself.
   """
   def norm(x):
@@ -105,6 +107,6 @@ def non_finite(norms: dict[str, float]) -> list[str]:
 
 
 def _name(path) -> str:
-  if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == 'value':  # An nnx.Param adds a step of its own.
+  if path[-1] == jax.tree_util.GetAttrKey('value'):  # An nnx.Param adds a step of its own.
     path = path[:-1]
   return jax.tree_util.keystr(path, simple=True, separator='.')

@@ -17,6 +17,10 @@ class Progress:
     """The progress after one more evaluation."""
     return Progress(validation_loss, 0) if validation_loss < self.best else Progress(self.best, self.waited + 1)
 
+  def impatient(self, patience: int) -> str:
+    """Why to stop: `patience` evaluations or more in a row were no better; '' while there is no reason (or patience is 0)."""
+    return f'train.patience={patience}: no better validation loss in {self.waited} evaluations' if 0 < patience <= self.waited else ''
+
   def record(self) -> dict:
     """JSON-able; None stands for no evaluation yet."""
     return {'best': self.best if math.isfinite(self.best) else None, 'waited': self.waited}
@@ -34,12 +38,13 @@ def check_finite(done: dict | None, norms, config, checkpoints) -> None:
   """Raises FloatingPointError when a completed step was not finite and the config says to stop.
 
   The message names the step, the norm of each module's gradient and the last good checkpoint. The state is as before that
-  step: an update that is not finite is never applied.
+  step: an update that is not finite is never applied. Under f16 loss scaling a step may overflow, which lowers the scale;
+  it is an error once the scale can go no lower.
 
   Args:
     done: metrics of the step, as Watch returns them. norms: its gradient norms by parameter, on device.
   """
-  if done is None or config.train.nonfinite == 'skip' or config.model.dtype == 'float16':
+  if done is None or config.train.nonfinite == 'skip' or done.get('loss_scale', 1) > 1:
     return
   if math.isfinite(done['loss']) and math.isfinite(done['grad_norm']):
     return

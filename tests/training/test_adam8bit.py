@@ -27,7 +27,7 @@ def oracle_map(signed):
 
 
 def oracle_quantize(x, signed):
-  """Nearest entry by brute force, a block at a time; returns the values that the codes stand for, and the block maxima."""
+  """Nearest entry by brute force, a block at a time: the values that the codes stand for, and the block maxima."""
   values, out, largest = oracle_map(signed), np.zeros_like(x), []
   for row, out_row in zip(x.reshape(-1, x.shape[-1]), out.reshape(-1, x.shape[-1])):
     for start in range(0, len(row), BLOCK):
@@ -59,7 +59,8 @@ def test_map_and_codes(signed):
 def test_encode_is_nearest(seed, signed):
   rng = np.random.default_rng(seed)
   values = oracle_map(signed).astype(np.float64)
-  x = np.concatenate([spread(rng, 300), rng.uniform(-1, 1, 300), (values[1:] + values[:-1]) / 2 * (1 + rng.normal() * 1e-5)])
+  middle = (values[1:] + values[:-1]) / 2
+  x = np.concatenate([spread(rng, 300), rng.uniform(-1, 1, 300), middle * (1 + rng.normal() * 1e-5)])
   x = np.clip(x if signed else abs(x), -1, 1).astype(np.float32)
   distance = abs(np.float64(decode(encode(x, signed), signed)) - x)
   # In the middle between two values, f32 may choose either.
@@ -93,7 +94,7 @@ def test_nan_is_not_rounded_away():
   assert np.isnan(y[0, 3]) and (y[0, BLOCK:] == 1).all()
 
 
-# 512 splits into whole blocks over 2 devices, and a block over 4; shards of 1408 (352, 176) straddle blocks; 24 is a run of 8.
+# 512 is a whole block on each of 2 devices and half of one on each of 4; shards of 1408 (352 or 176) straddle blocks.
 @pytest.mark.parametrize('spec', [P(None, ('fsdp', 'tensor')), P('tensor', 'fsdp'), P('fsdp', 'tensor')])
 @pytest.mark.parametrize('width', [512, 1408, 24])
 def test_blocks_are_the_same_on_every_mesh(width, spec):
@@ -132,7 +133,8 @@ def test_state_size():
   state = scale_by_adam8bit(0.9, 0.95, 1e-8, MASK).init(random_tree(0))
   size = {name: (nbytes(state.mu[name]) + nbytes(state.nu[name])) / np.prod(PARAMS[name]) for name in PARAMS}
   assert size == {'matrix': 2 + 8 / 256, 'small': 8, 'masked': 8}
-  assert all(jax.tree.leaves(jax.tree.map(lambda m: not np.asarray(m).any(), (dequantize(state.mu['matrix'], True), dequantize(state.nu['matrix'], False)))))
+  for moments, signed in ((state.mu, True), (state.nu, False)):
+    assert not np.asarray(dequantize(moments['matrix'], signed)).any()
 
 
 def test_equals_adam_where_not_quantised_and_at_the_first_step():
@@ -170,10 +172,10 @@ def train(transformation, steps=400):
   rng = np.random.default_rng(0)
   scales = 10.0 ** rng.uniform(-2, 0, (1, 32))
   x = jnp.asarray(rng.normal(size=(512, 32)) * scales, jnp.float32)
-  init = lambda seed: {name: jnp.asarray(np.random.default_rng(seed + i).normal(size=shape) / shape[0] ** 0.5, jnp.float32)
-                       for i, (name, shape) in enumerate({'w1': (32, 256), 'w2': (256, 32)}.items())}
+  shapes = {'w1': (32, 256), 'w2': (256, 32)}
+  init = lambda rng: {n: jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for n, s in shapes.items()}
   model = lambda p: jax.nn.gelu(x @ p['w1']) @ p['w2']
-  target = model(init(7))
+  target = model(init(rng))
   loss = lambda p: jnp.mean(jnp.square(model(p) - target)) / jnp.mean(jnp.square(target))
   chain = optax.chain(transformation, optax.scale_by_learning_rate(optax.linear_schedule(3e-3, 0.0, steps)))
 
@@ -181,7 +183,7 @@ def train(transformation, steps=400):
     params, state = carry
     updates, state = chain.update(jax.grad(loss)(params), state, params)
     return (optax.apply_updates(params, updates), state), None
-  params = init(1)
+  params = init(rng)
   (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((params, chain.init(params)))
   return float(loss(params))
 
@@ -192,8 +194,10 @@ def test_trains_like_adam(monkeypatch):
   print(f'loss of f32 Adam {adam:.6f}, 8-bit {ours:.6f}')
   assert adam < 0.05 and ours < 1.05 * adam
   # Planted fault: a linear scale flushes small second moments, and updates explode.
-  monkeypatch.setattr(adam8bit, 'encode', lambda x, signed: jnp.round(x * 127 + 127 if signed else x * 255).astype(jnp.uint8))
-  monkeypatch.setattr(adam8bit, 'decode', lambda c, signed: (c.astype(jnp.float32) - 127) / 127 if signed else c / 255)
+  encode_linear = lambda x, signed: jnp.round(x * 127 + 127 if signed else x * 255).astype(jnp.uint8)
+  decode_linear = lambda codes, signed: (codes.astype(jnp.float32) - 127) / 127 if signed else codes / 255
+  monkeypatch.setattr(adam8bit, 'encode', encode_linear)
+  monkeypatch.setattr(adam8bit, 'decode', decode_linear)
   linear = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))
   print(f'linear {linear}')
   assert not linear < 2 * adam

@@ -34,10 +34,9 @@ SPECS = {
     'mixer': Spec(('embed', 'feed_forward'), 'matrix'),
     'head': Spec(('embed', 'vocab'), 'matrix'),
 }
-SHAPES = {'embedding': (64, 32), 'q': (3, 32, 4, 16), 'o': (3, 4, 16, 32), 'up': (3, 32, 128), 'bias': (3, 4, 16), 'norm': (3, 32),
-          'mixer': (32, 48), 'head': (32, 64)}
+SHAPES = {'embedding': (64, 32), 'q': (3, 32, 4, 16), 'o': (3, 4, 16, 32), 'up': (3, 32, 128), 'bias': (3, 4, 16),
+          'norm': (3, 32), 'mixer': (32, 48), 'head': (32, 64)}
 MESH_AXES = {'vocab': 'tensor', 'embed': 'fsdp', 'heads': 'tensor', 'feed_forward': 'tensor'}
-MUON = ('q', 'o', 'up', 'mixer')
 
 
 def random_tree(seed, shapes=SHAPES):
@@ -61,22 +60,29 @@ def run(transformation, params, steps=2, seed=10):
 
 def close(actual, expected, tolerance=2e-6):
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance), actual, expected)
+  check = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+  jax.tree.map(check, actual, expected)
 
 
 REFERENCES = {
     'adamw': lambda lr, mask: optax.adamw(lr, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=mask),
     'lion': lambda lr, mask: optax.lion(lr, 0.8, 0.9, weight_decay=0.3, mask=mask),
-    'sgd': lambda lr, mask: optax.chain(optax.trace(0.7), optax.add_decayed_weights(0.3, mask), optax.scale_by_learning_rate(lr)),
+    'sgd': lambda lr, mask: optax.chain(
+        optax.trace(0.7), optax.add_decayed_weights(0.3, mask), optax.scale_by_learning_rate(lr)),
     'adafactor': lambda lr, mask: optax.adafactor(lr, multiply_by_parameter_scale=False),
 }
-GIVEN = {'adamw': dict(b1=0.8, b2=0.9, epsilon=1e-6), 'lion': dict(b1=0.8, b2=0.9), 'sgd': dict(momentum=0.7), 'adafactor': {}}
+GIVEN = {
+    'adamw': dict(b1=0.8, b2=0.9, epsilon=1e-6, weight_decay=0.3),
+    'lion': dict(b1=0.8, b2=0.9, weight_decay=0.3),
+    'sgd': dict(momentum=0.7, weight_decay=0.3),
+    # Optax's own Adafactor decays weights by the rate alone, not times the learning rate: compared without decay.
+    'adafactor': dict(weight_decay=0.0),
+}
 
 
 @pytest.mark.parametrize('name', REFERENCES)
 def test_equals_optax(name):
-  # Optax's own Adafactor decays weights by the rate alone, not times the learning rate, so it is compared without decay.
-  config = OptimizerConfig(name=name, learning_rate=0.05, schedule='linear', warmup_steps=2, weight_decay=0.0 if name == 'adafactor' else 0.3, **GIVEN[name])
+  config = OptimizerConfig(name=name, learning_rate=0.05, schedule='linear', warmup_steps=2, **GIVEN[name])
   shapes = {**SHAPES, 'up': (3, 128, 160)}  # Wide enough for Adafactor to factor.
   params = random_tree(0, shapes)
   mask = {name: spec.kind != 'vector' for name, spec in SPECS.items()}
@@ -108,14 +114,15 @@ def test_decays_matrices_and_embeddings_only(name):
   used = ('embedding', 'up', 'bias', 'norm')
   params, specs = ({n: tree[n] for n in used} for tree in (random_tree(0), SPECS))
   zeros = jax.tree.map(jnp.zeros_like, params)
-  transformation = opt.make_optimizer(OptimizerConfig(name=name, learning_rate=0.1, schedule='constant', weight_decay=0.5), STEPS, specs)
+  config = OptimizerConfig(name=name, learning_rate=0.1, schedule='constant', weight_decay=0.5)
+  transformation = opt.make_optimizer(config, STEPS, specs)
   updates, _ = jax.jit(transformation.update)(zeros, jax.jit(transformation.init)(params), params)
   # With no gradient at all, decay is the whole update, whatever the optimizer.
   expected = {name: -0.05 * params[name] if spec.kind != 'vector' else zeros[name] for name, spec in specs.items()}
   close(updates, expected)
 
 
-@pytest.mark.parametrize('name', ['adamw', 'adam8bit', 'muon'])
+@pytest.mark.parametrize('name', ['adam8bit', 'muon'])
 def test_nnx_module_as_parameters(name):
   class Block(nnx.Module):
     def __init__(self, make):
@@ -135,17 +142,17 @@ def test_nnx_module_as_parameters(name):
   noise = [random_tree(10 + step, {n: SHAPES[n] for n in used}) for step in range(2)]
   grads = [Model(lambda name: nnx.Param(noise[step][name], spec=SPECS[name])) for step in range(2)]
   paths = {'up': '.block.up', 'norm': '.block.norm', 'embedding': '.embedding'}
-  in_place_of_parameter = jax.tree.map(lambda p: p.spec, model, is_leaf=lambda x: isinstance(x, nnx.Param))
-  inside_parameter = Model(lambda name: nnx.Param(SPECS[name], spec=SPECS[name]))
-  for specs in (in_place_of_parameter, inside_parameter):
+  in_place_of_parameters = jax.tree.map(lambda p: p.spec, model, is_leaf=lambda x: isinstance(x, nnx.Param))
+  inside_parameters = Model(lambda name: nnx.Param(SPECS[name], spec=SPECS[name]))
+  for specs in (in_place_of_parameters, inside_parameters) if name == 'muon' else (in_place_of_parameters,):
     transformation = opt.make_optimizer(config, STEPS, specs)
     state, trained = jax.jit(transformation.init)(model), model
     update = jax.jit(transformation.update)
     for grad in grads:
       updates, state = update(grad, state, trained)
       trained = optax.apply_updates(trained, updates)
-    by_path = {jax.tree_util.keystr(path).removesuffix('.value'): x for path, x in jax.tree_util.tree_leaves_with_path(trained)}
-    close({n: by_path[paths[n]] for n in used}, flat)
+    by_path = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trained)}
+    close({n: by_path[f'{paths[n]}.value'] for n in used}, flat)
 
 
 # Schedules.
@@ -161,7 +168,7 @@ def test_schedule_key_points():
   cosine = at(schedule='cosine', warmup_steps=20, final_fraction=0.1)
   np.testing.assert_allclose([cosine(60), cosine(100), cosine(200)], [(2.0 + 0.2) / 2, 0.2, 0.2], rtol=1e-6)
   linear = at(schedule='linear', warmup_steps=20)
-  np.testing.assert_allclose([linear(40), linear(60), linear(99), linear(100)], [1.5, 1.0, 0.025, 0.0], rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose([linear(40), linear(60), linear(99), linear(100)], [1.5, 1, 0.025, 0], atol=1e-6)
   wsd = at(schedule='wsd', warmup_steps=20, decay_fraction=0.4, final_fraction=0.5)
   np.testing.assert_allclose([wsd(20), wsd(60), wsd(80), wsd(100), wsd(150)], [2, 2, 1.5, 1, 1], rtol=1e-6)
   assert at(schedule='constant', warmup_steps=20)(99) == 2.0
@@ -201,7 +208,8 @@ def test_clip_off_and_not_finite():
   grads = random_tree(1)
   assert opt.clip(grads, optax.tree.norm(grads), 0.0) is grads
   bad = {'a': jnp.array([jnp.nan, 1.0])}
-  assert not np.isfinite(np.asarray(opt.clip(bad, optax.tree.norm(bad), 1.0)['a'])).any(), 'a NaN must not be clipped away'
+  clipped = opt.clip(bad, optax.tree.norm(bad), 1.0)
+  assert not np.isfinite(np.asarray(clipped['a'])).any(), 'a NaN must not be clipped away'
 
 
 # Muon.
@@ -232,20 +240,19 @@ def test_orthogonalize_equals_optax():
 
 
 def test_muon_splits_parameters_and_updates_layer_by_layer():
+  matrices = {'q': (32, 64), 'o': (64, 32), 'mixer': (32, 48)}
+  others = ('embedding', 'head', 'norm')
+  trees = random_tree(0), random_tree(1), SPECS
+  params, grads, specs = ({n: tree[n] for n in (*matrices, *others)} for tree in trees)
   config = OptimizerConfig(name='muon', learning_rate=0.1, schedule='constant', weight_decay=0.0, adam_ratio=0.5)
-  params, grads = random_tree(0), random_tree(1)
-  transformation = opt.make_optimizer(config, STEPS, SPECS)
+  transformation = opt.make_optimizer(config, STEPS, specs)
   updates, _ = jax.jit(transformation.update)(grads, transformation.init(params), params)
-  adam = opt.make_optimizer(OptimizerConfig(learning_rate=0.05, schedule='constant', weight_decay=0.0), STEPS, SPECS)
-  adam_updates, _ = adam.update(grads, adam.init(params), params)
-  for name in set(SPECS) - set(MUON):
-    close(updates[name], adam_updates[name])
-  matrix = {'q': (32, 64), 'o': (64, 32), 'up': (32, 128), 'mixer': (32, 48)}
-  for name in MUON:
-    layers = SHAPES[name][0] if 'layers' in SPECS[name].axes else 1
-    g, u = (np.asarray(tree[name]).reshape(layers, *matrix[name]) for tree in (grads, updates))
-    for layer in range(layers):
-      expected = -0.1 * 0.2 * max(matrix[name]) ** 0.5 * np.asarray(orthogonalize(g[layer:layer + 1]))[0]
+  for name in others:  # Adam's first step, at its own learning rate.
+    close(updates[name], -0.05 * grads[name] / (abs(grads[name]) + 1e-8))
+  for name, shape in matrices.items():
+    g, u = (np.asarray(tree[name]).reshape(-1, *shape) for tree in (grads, updates))
+    for layer in range(len(g)):
+      expected = -0.1 * 0.2 * max(shape) ** 0.5 * np.asarray(orthogonalize(g[layer:layer + 1]))[0]
       np.testing.assert_allclose(u[layer], expected, rtol=1e-3, atol=1e-5)
     # The RMS that AdamW's updates have, whatever the shape (arXiv:2502.16982, section 2.2).
     assert 0.15 < np.sqrt(np.mean(u**2)) / 0.1 < 0.25
@@ -274,7 +281,7 @@ def sharded(params):
 
 @pytest.mark.parametrize('name', opt.OPTIMIZERS)
 def test_sharded_equals_one_device(name):
-  used = ('embedding', 'q', 'o', 'norm', 'mixer')
+  used = ('embedding', 'q', 'norm')
   params, specs = ({n: tree[n] for n in used} for tree in (random_tree(0), SPECS))
   transformation = opt.make_optimizer(OptimizerConfig(name=name, learning_rate=0.01), STEPS, specs)
   expected, _ = run(transformation, params)
@@ -290,20 +297,23 @@ def test_sharded_equals_one_device(name):
   close(actual, expected, 5e-3 if name == 'adam8bit' else 1e-5)
 
 
-# Layers that fill the mesh and that do not; a dimension split twice; layers that are split already, as by pipeline stages.
-@pytest.mark.parametrize('layers, spec', [(8, P(None, 'fsdp', 'tensor')), (8, P(None, ('fsdp', 'tensor'))), (4, P('fsdp', None, 'tensor')), (3, P())])
-def test_muon_moves_whole_layers_without_gathering(layers, spec):
-  values = random_tree(0, {'q': (layers, 32, 4, 16)})
-  transformation = opt.scale_by_muon(0.95, {'q': SPECS['q']})
+@pytest.mark.parametrize('name, shape, spec', [
+    ('q', (8, 32, 4, 16), P(None, ('fsdp', 'tensor'))),
+    ('q', (4, 32, 4, 16), P('fsdp', None, 'tensor')),  # As by pipeline stages; half of the mesh gets layers of zeros.
+    ('mixer', (32, 48), P('tensor', 'fsdp')),
+])
+def test_muon_moves_whole_layers_without_gathering(name, shape, spec):
+  values = random_tree(0, {name: shape})
+  transformation = opt.scale_by_muon(0.95, {name: SPECS[name]})
   expected, _ = jax.jit(transformation.update)(values, transformation.init(values))
   with jax.set_mesh(mesh((2, 4))):
-    grads = {'q': jax.device_put(values['q'], spec)}
+    grads = {name: jax.device_put(values[name], spec)}
     state = transformation.init(grads)
     update = jax.jit(transformation.update).lower(grads, state).compile()
     actual, _ = update(grads, state)
   close(actual, expected, 1e-5)
   text = update.as_text()
-  assert ('all-to-all' in text) == (spec != P()) and 'all-gather' not in text and 'all-reduce' not in text
+  assert 'all-to-all' in text and 'all-gather' not in text and 'all-reduce' not in text
 
 
 def test_muon_under_auto_axes():
@@ -336,7 +346,7 @@ def test_config_errors(fields, message):
 
 @pytest.mark.parametrize('spec, message', [
     (Spec(('embed', 'feed_forward'), 'matrx'), "layer.w: kind 'matrx' is unknown"),
-    (Spec(('layers', 'embed', 'feed_forward'), 'matrix', 2), 'contracts over 1 to 1 axes, not inputs=2'),
+    (Spec(('layers', 'embed', 'feed_forward'), 'matrix', 2), 'inputs=2, but a matrix .* at least 1 and at most 1'),
     (Spec(('embed', 'layers'), 'vector'), "must name 'layers' first"),
 ])
 def test_spec_errors(spec, message):

@@ -101,8 +101,9 @@ def test_float16_training_backs_off_then_trains():
 
 def test_small_gradients_survive_in_float16_only_when_scaled():
   def grad(scale):
-    loss = lambda w: precision.scale(jnp.sum((w.astype(jnp.float16) * jnp.float16(1e-2)).astype(jnp.float32)) * 1e-6, scale)
-    return float(precision.unscale_and_check(jax.grad(loss)(jnp.ones(())), scale)[0])
+    half = lambda w: (w.astype(jnp.float16) * jnp.float16(1e-2)).astype(jnp.float32)
+    gradient = jax.grad(lambda w: precision.scale(half(w) * 1e-6, scale))(jnp.ones(()))
+    return float(precision.unscale_and_check(gradient, scale)[0])
   assert grad(precision.init_loss_scale('bfloat16')) == 0
   np.testing.assert_allclose(grad(precision.init_loss_scale('float16')), 1e-8, rtol=1e-2)
 
@@ -147,8 +148,8 @@ def test_norms_name_what_is_not_finite():
 
 
 def test_norms_of_plain_trees():
-  tree = {'a': {'value': jnp.array([3.0, 4.0]), 'x': jnp.array([0.0, 12.0])}, 'large': jnp.full((4,), 1e30), 'half': jnp.full((4,), 300, jnp.float16),
-          'zero': jnp.zeros((3,)), 'scalar': jnp.float32(-2)}
+  tree = {'a': {'value': jnp.array([3.0, 4.0]), 'x': jnp.array([0.0, 12.0])}, 'large': jnp.full((4,), 1e30),
+          'half': jnp.full((4,), 300, jnp.float16), 'zero': jnp.zeros((3,)), 'scalar': jnp.float32(-2)}
   norms = precision.norms_by_module(tree)
   expected = {'a': 13, 'a.value': 5, 'a.x': 12, 'large': 2e30, 'half': 600, 'zero': 0, 'scalar': 2}
   assert norms.keys() == expected.keys() and precision.non_finite(norms) == []

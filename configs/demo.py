@@ -1,0 +1,19 @@
+"""`make demo`: a small decoder of Python source, trained on the interpreter's own standard library.
+
+    python train.py --config=configs/demo.py --workdir=runs/demo
+
+Two CPU cores: RESULT
+"""
+from data.config import CleanConfig, DataConfig, TokenizerConfig
+from model.config import ModelConfig
+from training.config import Config, TrainConfig
+from training.optimizer import OptimizerConfig
+
+
+def get_config() -> Config:
+  return Config(
+      model=ModelConfig(width=192, layers=4, heads=3, kv_heads=1, feed_forward=576, qk_norm=True),
+      data=DataConfig(sequence_length=256, batch_size=8, validation_fraction=0.05, clean=CleanConfig(filters='code'),
+                      tokenizer=TokenizerConfig(vocabulary=2048)),
+      optimizer=OptimizerConfig(name='muon', learning_rate=0.012, schedule='linear', warmup_steps=20, weight_decay=0.01),
+      train=TrainConfig(steps=500, log_every=10, eval_every=100, eval_batches=16, save_every=100))

@@ -1,0 +1,184 @@
+"""Is every attention backend the oracle, and the oracle attention? Values and gradients over a product of features."""
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from kernels import attention as dispatch
+from kernels.attention import HONOURS, attention
+from kernels.mask import Mask
+
+MASKS = {'full': {'causal': False}, 'causal': {}, 'window': {'window': 3}, 'wide window': {'window': 99}, 'prefix': {'prefix': np.array([4, 1], np.int32)},
+         'prefix and window': {'prefix': np.array([4, 1], np.int32), 'window': 3}}
+SHAPES = [(4, 4, 4, 4, None), (4, 2, 6, 6, 0.3), (6, 1, 4, 8, None), (2, 2, 6, 2, 1.7)]  # N, K, H, Hv, scale
+
+
+def inputs(T, S, N, K, H, Hv, dtype=np.float32, B=2, seed=0):
+  draw = lambda *shape: jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+  return draw(B, T, N, H), draw(B, S, K, H), draw(B, S, K, Hv), draw(N)
+
+
+def mask_parts(name, segments, positions, T, S, B=2):
+  """Mask's keywords; with segments or positions some queries see nothing."""
+  draw = lambda high, *shape: np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
+  parts = dict(MASKS[name])
+  if segments:
+    parts |= {'query_segments': draw(3, B, T), 'key_segments': draw(3, B, S)}
+    parts['query_segments'][0, 1] = 9  # of no key
+  if positions:
+    parts |= {'query_positions': draw(T, B, T), 'key_positions': draw(T, B, S)}
+  return parts
+
+
+# Every pair and triple of features meets; of all products every other one, so that half as many programs compile.
+CASES = [case for case in itertools.product(MASKS, (False, True), (False, True), (0.0, 2.0), (False, True)) if sum(map(bool, case[1:])) % 2]
+
+
+@pytest.mark.parametrize('index', range(len(CASES)), ids=[str(case) for case in CASES])
+def test_reference_is_attention(index):
+  name, segments, positions, softcap, sinks = CASES[index]
+  N, K, H, Hv, scale = SHAPES[index % 3]
+  T, S = (5, 7) if positions else (6, 6)
+  q, k, v, sink = inputs(T, S, N, K, H, Hv)
+  parts = mask_parts(name, segments, positions, T, S)
+  options = {'softcap': softcap, 'sinks': sink if sinks else None, 'scale': scale}
+  out, lse = attention(q, k, v, oracle.mask(parts), backend='reference', **options)
+  expected_out, expected_lse = oracle.attention(q, k, v, parts, **options)
+  np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_cases_hold_queries_that_see_nothing():
+  parts = mask_parts('window', True, True, 5, 7)
+  _, lse = oracle.attention(*inputs(5, 7, 2, 2, 4, 4)[:3], parts)
+  assert np.isneginf(lse).any() and np.isfinite(lse).any()
+
+
+def values_and_gradients(backend, q, k, v, sinks, mask, softcap, scale):
+  """(out, lse), and gradients with respect to (q, k, v, sinks) of a random projection of `out`."""
+  weights = np.random.default_rng(5).normal(size=(*q.shape[:3], v.shape[-1])).astype(q.dtype)
+
+  def loss(q, k, v, sinks):
+    out, lse = attention(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale, backend=backend)
+    return jnp.sum(out * weights), (out, lse)
+  arguments = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+  (_, values), gradients = jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))(q, k, v, sinks)
+  return values, gradients
+
+
+def check_backend(backend, q, k, v, sinks, mask, tolerance, softcap=0.0, scale=None):
+  expected = values_and_gradients('reference', q, k, v, sinks, mask, softcap, scale)
+  found = values_and_gradients(backend, q, k, v, sinks, mask, softcap, scale)
+  for (a, b) in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# Every pair of features meets, in half of a half of all products.
+HALVES = [((0, 0, 0), (1, 1, 1)), ((0, 0, 1), (1, 1, 0)), ((0, 1, 0), (1, 0, 1)), ((1, 0, 0), (0, 1, 1))]
+BLOCKED = [(name, bool(segments), 2.0 * softcap, bool(sinks))
+           for name, half in zip(('full', 'causal', 'window', 'wide window'), HALVES) for segments, softcap, sinks in half]
+LENGTHS = [10, 8, 3, 9]  # of queries, in blocks of 4
+
+
+@pytest.mark.parametrize('index', range(len(BLOCKED)), ids=[str(case) for case in BLOCKED])
+def test_blocked_is_the_reference(index, monkeypatch):
+  monkeypatch.setattr(dispatch, 'BLOCK', 4)
+  name, segments, softcap, sinks = BLOCKED[index]
+  T, (N, K, H, Hv, scale) = LENGTHS[(index + index // 4) % 4], SHAPES[index % 4]
+  with jax.enable_x64(True):
+    q, k, v, sink = inputs(T, T, N, K, H, Hv, np.float64)
+    mask = oracle.mask(mask_parts(name, segments, False, T, T))
+    check_backend('blocked', q, k, v, sink if sinks else None, mask, 1e-12, softcap, scale)
+
+
+XLA = list(zip(MASKS, (False, True, False, True, False, True), (False, True, True, False, False, True)))
+
+
+@pytest.mark.parametrize('index', range(len(XLA)), ids=[str(case) for case in XLA])
+def test_xla_is_the_reference(index):
+  name, segments, positions = XLA[index]
+  T, S = (5, 7) if positions else (6, 6)
+  N, K, H, _, scale = SHAPES[index % 3]
+  q, k, v, _ = inputs(T, S, N, K, H, H)
+  check_backend('xla', q, k, v, None, oracle.mask(mask_parts(name, segments, positions, T, S)), 3e-5, 0.0, scale)
+
+
+@pytest.mark.parametrize('backend', HONOURS)
+def test_low_precision_inputs_keep_a_precise_log_sum_exp(backend):
+  q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs(9, 9, 4, 2, 8, 8))
+  out, lse = attention(q, k, v, Mask(window=4), backend=backend)
+  expected_out, expected_lse = oracle.attention(*(x.astype(np.float32) for x in (q, k, v)), {'window': 4})
+  assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+  np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(out.astype(np.float32), expected_out, atol=2e-2)
+
+
+@pytest.mark.parametrize('backend', HONOURS)
+def test_the_log_sum_exp_has_the_same_gradient_everywhere(backend):
+  q, k, v, _ = inputs(6, 6, 4, 2, 4, 4)
+  gradient = lambda backend: jax.grad(lambda q: jnp.sum(jnp.sin(attention(q, k, v, Mask(), backend=backend)[1])))(q)
+  np.testing.assert_allclose(gradient(backend), gradient('reference'), atol=1e-5)
+
+
+FEATURES = {
+    'causal': {},
+    'window': {'window': 2},
+    'prefix': {'prefix': np.array([1], np.int32)},
+    'segments': {'query_segments': np.zeros((1, 4), np.int32), 'key_segments': np.zeros((1, 4), np.int32)},
+    'positions': {'query_positions': np.arange(4, dtype=np.int32)[None], 'key_positions': np.arange(4, dtype=np.int32)[None]},
+}
+
+
+@pytest.mark.parametrize('backend, feature', itertools.product(HONOURS, (*FEATURES, 'softcap', 'sinks', 'value_width')))
+def test_a_backend_honours_a_feature_or_names_those_that_do(backend, feature):
+  q, k, v, sinks = inputs(4, 4, 2, 1, 4, 2 if feature == 'value_width' else 4, B=1)
+  options = {'softcap': 3.0} if feature == 'softcap' else {'sinks': sinks} if feature == 'sinks' else {}
+  run = functools.partial(attention, q, k, v, oracle.mask(FEATURES.get(feature, {})), backend=backend, **options)
+  if feature in HONOURS[backend]:
+    expected, _ = oracle.attention(q, k, v, FEATURES.get(feature, {}), **options)
+    np.testing.assert_allclose(run()[0], expected, atol=1e-5)
+  else:
+    able = [name for name, honoured in HONOURS.items() if {'causal', feature} <= honoured]
+    with pytest.raises(NotImplementedError, match=f"'{backend}' does not honour .*'{feature}'.*{able[0]}"):
+      run()
+
+
+def test_bad_arguments_raise():
+  q, k, v, _ = inputs(4, 4, 3, 2, 4, 4)
+  with pytest.raises(ValueError, match='3 query heads are not a multiple of 2 key/value heads'):
+    attention(q, k, v, Mask())
+  with pytest.raises(ValueError, match="'refrence' is unknown; did you mean 'reference'"):
+    attention(q[:, :, :2], k, v, Mask(), backend='refrence')
+  with pytest.raises(ValueError, match='4 queries and 2 keys do not align'):
+    attention(q[:, :, :2], k[:, :2], v[:, :2], Mask(), backend='blocked')
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_auto_finds_a_backend_for_every_spec(platform):
+  for size in range(len(HONOURS['reference']) + 1):
+    for spec in itertools.combinations(sorted(HONOURS['reference']), size):
+      chosen = dispatch.choose(frozenset(spec), platform)
+      assert set(spec) <= HONOURS[chosen]
+      others = [name for name in HONOURS if name != 'reference' and set(spec) <= HONOURS[name] and (platform, name) != ('cpu', 'xla')]
+      assert chosen != 'reference' or not others
+
+
+def test_memory_of_blocked_follows_the_mask(monkeypatch):
+  monkeypatch.setattr(dispatch, 'BLOCK', 128)
+  T, N, layers = 1024, 4, 3
+  shapes = [jax.ShapeDtypeStruct((1, T, heads, 16), jnp.float32) for heads in (N, 2, 2)]
+
+  def temporary_bytes(backend, mask):
+    def loss(q, k, v):
+      layer = lambda x, _: (x + attention(x, k, v, mask, backend=backend)[0], None)
+      return jnp.sum(jax.lax.scan(layer, q, None, length=layers)[0] ** 2)
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+  scores = 4 * N * T * T
+  reference, causal, window = (temporary_bytes(*case) for case in (('reference', Mask()), ('blocked', Mask()), ('blocked', Mask(window=128))))
+  assert reference > layers * scores, 'the oracle keeps the scores of every layer'
+  assert causal < reference / 4 and causal < 2.5 * scores, 'blocks of one layer, half of which the mask skips'
+  assert window < scores

@@ -1,0 +1,88 @@
+"""Does Mask say who sees whom? Held to the words of its docstring, written out query by query and key by key."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from kernels.mask import Mask
+
+
+@st.composite
+def masks(draw, positions=True):
+  """(Mask's keywords with numpy arrays, B, T, S), every part set or not."""
+  B, T = 2, 4
+  has_positions = positions and draw(st.booleans())
+  S = 6 if has_positions else T  # few shapes: each one compiles
+
+  def ids(high, *shape):
+    size = int(np.prod(shape))
+    return np.array(draw(st.lists(st.integers(0, high), min_size=size, max_size=size)), np.int32).reshape(shape)
+  causal = draw(st.booleans())
+  parts = {'causal': causal, 'window': draw(st.integers(0, 7)) if causal else 0}
+  if causal and draw(st.booleans()):
+    parts['prefix'] = ids(7, B)
+  if draw(st.booleans()):
+    parts |= {'query_segments': ids(2, B, T), 'key_segments': ids(2, B, S)}
+  if has_positions:
+    parts |= {'query_positions': ids(7, B, T), 'key_positions': ids(7, B, S)}
+  return parts, B, T, S
+
+
+def dense(parts, B, T, S) -> np.ndarray:
+  return np.array([[[oracle.visible(parts, b, t, s) for s in range(S)] for t in range(T)] for b in range(B)])
+
+
+@given(masks())
+@settings(max_examples=120)
+def test_allowed_is_the_definition(case):
+  parts, B, T, S = case
+  allowed = np.asarray(oracle.mask(parts).allowed(T, S))
+  np.testing.assert_array_equal(np.broadcast_to(allowed, (B, T, S)), dense(parts, B, T, S))
+
+
+@given(masks(positions=False), *[st.sampled_from([slice(0, 2), slice(1, 4), slice(2, 4), slice(0, 4)])] * 2)
+@settings(max_examples=60)
+def test_block_is_a_slice_of_the_whole(case, queries, keys):
+  parts, B, T, S = case
+  whole = dense(parts, B, T, S)[:, queries, keys]
+  block = oracle.mask(parts).block(queries, keys, T).allowed(*whole.shape[1:])
+  np.testing.assert_array_equal(np.broadcast_to(block, whole.shape), whole)
+
+
+@given(masks())
+@settings(max_examples=50)
+def test_fields_name_what_is_set_and_the_mask_is_a_pytree(case):
+  parts, _, T, S = case
+  mask = oracle.mask(parts)
+  expected = {name for name in ('causal', 'window') if parts[name]} | ({'prefix'} if 'prefix' in parts else set())
+  assert mask.fields() == expected | {part for part in ('segments', 'positions') if f'query_{part}' in parts}
+  leaves, structure = jax.tree.flatten(mask)
+  assert len(leaves) == len(parts) - 2
+  again = jax.tree.unflatten(structure, leaves)
+  assert (again.causal, again.window) == (mask.causal, mask.window)
+  np.testing.assert_array_equal(again.allowed(T, S), mask.allowed(T, S))
+
+
+ids = jnp.zeros((1, 3), jnp.int32)
+
+
+@pytest.mark.parametrize('parts, words', [
+    ({'window': -1}, r'window=-1 must be 0'),
+    ({'window': 3, 'causal': False}, r'window=3 looks back only: set causal=True'),
+    ({'prefix': ids[:, 0], 'causal': False}, r'prefix loosens causal'),
+    ({'query_segments': ids}, r'query_segments and key_segments come together'),
+    ({'key_segments': ids}, r'query_segments and key_segments come together'),
+    ({'query_positions': ids}, r'query_positions and key_positions come together'),
+])
+def test_contradictions_raise(parts, words):
+  with pytest.raises(ValueError, match=words):
+    Mask(**parts)
+
+
+def test_indices_of_unequal_lengths_do_not_align():
+  with pytest.raises(ValueError, match='3 queries and 4 keys need explicit positions'):
+    Mask().allowed(3, 4)
+  positions = jnp.arange(4, dtype=jnp.int32)[None]
+  assert Mask(query_positions=positions[:, :3], key_positions=positions).allowed(3, 4).shape == (1, 3, 4)

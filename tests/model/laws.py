@@ -1,0 +1,171 @@
+"""Which laws does every decoder obey? Functions that raise AssertionError where one is broken; planted faults must break them."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model import transformer
+from model.cache import init_cache
+from model.config import ModelConfig
+from parallel import axes as ax
+from parallel.mesh import MeshConfig, make_mesh
+
+TINY = dict(vocabulary=50, width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, max_length=24)
+CONFIGS = {
+    'llama': {},
+    'gpt2': dict(norm='layer', position='learned', gated=False, activation='gelu', biases=True, tie_embeddings=True, kv_heads=4),
+    'no positions': dict(position='none', activation='relu', layers=1),
+    'qwen3': dict(qk_norm=True, head_width=6, kv_heads=1, rope_base=100.0),
+    'mistral': dict(window=3, biases=True, activation='gelu'),
+    'gemma2': dict(attention_softcap=2.0, logit_softcap=1.5, window=5, tie_embeddings=True, activation='gelu'),
+    'layer norm': dict(norm='layer', gated=False, activation='relu2', layers=3),
+    'bfloat16': dict(dtype='bfloat16', qk_norm=True),
+}
+
+
+def make_config(name: str = 'llama', **changes) -> ModelConfig:
+  return ModelConfig(**TINY | CONFIGS[name] | changes)
+
+
+def on_one_device(function):
+  """`function` under a mesh of one device."""
+  @functools.wraps(function)
+  def run(*args, **kwargs):
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+      return function(*args, **kwargs)
+  return run
+
+
+def randomised(model, seed: int = 0):
+  """The model with every weight drawn anew, norm scales and biases too, so that none of them is 0 or 1."""
+  def one(index, x):
+    draw = np.random.default_rng([seed, index]).normal(size=x.shape)
+    values = draw * 0.3 + (1 if x.ndim < 3 and draw.size < 100 else 0)
+    return jax.device_put(values.astype(x.dtype), x.sharding)
+  leaves, structure = jax.tree.flatten(model)
+  return jax.tree.unflatten(structure, [one(index, x) for index, x in enumerate(leaves)])
+
+
+def make_model(config: ModelConfig, seed: int = 0):
+  return randomised(jax.jit(transformer.init, static_argnums=(0, 1))(config, seed), seed)
+
+
+def tokens_of(config: ModelConfig, rows: int, length: int, seed: int = 0):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, config.V, (rows, length)), jnp.int32)
+
+
+def forward():
+  """A new jitted full forward: (model, tokens, positions, segments) -> logits [B, T, V]. New, so that a planted fault is traced."""
+  return jax.jit(lambda model, tokens, positions=None, segments=None: model.logits(model(tokens, positions, segments)[0]))
+
+
+def cached():
+  """A new jitted step: (model, tokens, cache) -> (logits, cache)."""
+  def run(model, tokens, cache):
+    x, cache = model(tokens, cache=cache)
+    return model.logits(x), cache
+  return jax.jit(run)
+
+
+@on_one_device
+def check_causality(config: ModelConfig):
+  """Changing token t changes no logit before t, bitwise, and does change one at t."""
+  model, run = make_model(config), forward()
+  tokens = tokens_of(config, 1, 9)
+  before = run(model, tokens)
+  for t in range(9):
+    after = run(model, tokens.at[0, t].set((tokens[0, t] + 7) % config.V))
+    changed = np.asarray((before != after).any(-1)[0])
+    assert not changed[:t].any(), f'token {t} reached back to {np.flatnonzero(changed[:t])}'
+    assert changed[t], f'token {t} changes nothing'
+    assert changed[t + 1:t + 2].all() or (config.window == 1), f'token {t} is not seen by the one after it'
+
+
+@on_one_device
+def check_window(config: ModelConfig):
+  """With L layers a token is seen at most L * (window - 1) tokens later."""
+  model, run = make_model(config), forward()
+  tokens, reach = tokens_of(config, 1, 16), config.L * (config.window - 1)
+  changed = np.asarray((run(model, tokens) != run(model, tokens.at[0, 2].set((tokens[0, 2] + 7) % config.V))).any(-1)[0])
+  assert changed[2:3 + reach].any() and not changed[3 + reach:].any(), f'seen at {np.flatnonzero(changed)}, reach {reach}'
+
+
+@on_one_device
+def check_segments(config: ModelConfig):
+  """Documents packed in a row are isolated: another document's tokens change nothing, bitwise; alone it is the same."""
+  model, run = make_model(config), forward()
+  sizes = [5, 3, 4]
+  segments = jnp.asarray(np.repeat([1, 2, 3], sizes), jnp.int32)[None]
+  positions = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in sizes])[None]
+  tokens = tokens_of(config, 1, 12)
+  packed = run(model, tokens, positions, segments)
+  for other in (1, 2, 3):
+    changed = run(model, jnp.where(segments == other, (tokens + 7) % config.V, tokens), positions, segments)
+    same = np.asarray((changed == packed).all(-1))
+    assert (same == np.asarray(segments != other)).all(), f'changing document {other} reached another one'
+  # The same document in the same program, alone in a row of padding: only sums over other keys' exact zeros are regrouped.
+  alone = run(model, jnp.where(jnp.arange(12)[None] < 3, jnp.roll(tokens, -5, 1), 0), jnp.where(jnp.arange(12)[None] < 3, jnp.roll(positions, -5, 1), 0),
+              (jnp.arange(12, dtype=jnp.int32)[None] < 3).astype(jnp.int32))
+  np.testing.assert_allclose(alone[:, :3], packed[:, 5:8], rtol=1e-5, atol=1e-5)
+
+
+@on_one_device
+def check_cached_decode(config: ModelConfig, tolerance: float = 1e-5):
+  """The logits of prefill and decode, however a sequence is split into calls, are those of the full forward."""
+  model, step = make_model(config), cached()
+  tokens = tokens_of(config, 2, 9)
+  full = np.asarray(forward()(model, tokens))
+  scale = max(1.0, np.abs(full).max())
+  for split in ([9], [1] * 9, [4, 1, 4], [1, 4, 4]):
+    cache, seen = init_cache(config, 2, 16), 0
+    for size in split:
+      logits, cache = step(model, tokens[:, seen:seen + size], cache)
+      error = np.abs(np.asarray(logits) - full[:, seen:seen + size]).max() / scale
+      assert error <= tolerance, f'split {split}, tokens {seen}:{seen + size}: error {error:.2g}'
+      seen += size
+    assert cache.lengths.tolist() == [9, 9]
+
+
+@on_one_device
+def check_unused_slots(config: ModelConfig):
+  """What lies in unused slots of a cache, NaN included, changes no logit, bitwise."""
+  model, step = make_model(config), cached()
+  tokens = tokens_of(config, 2, 6)
+  clean = init_cache(config, 2, 16)
+  dirty = jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, clean)
+  for size in (5, 1):
+    expected, clean = step(model, tokens[:, -size:], clean)
+    found, dirty = step(model, tokens[:, -size:], dirty)
+    np.testing.assert_array_equal(found, expected)
+
+
+def padded_prefill(model, tokens, lengths, capacity):
+  """The logits of each row's next token after `tokens` [B, bucket], and after one token more."""
+  from decode.loop import prefill
+  run = jax.jit(prefill.__wrapped__)
+  lengths = jax.device_put(np.asarray(lengths, np.int32), ax.spec('batch'))
+  state = run(model, tokens, lengths, init_cache(model.config, tokens.shape[0], capacity), lengths + 4)
+  after, _ = cached()(model, jnp.full((tokens.shape[0], 1), 3, jnp.int32), state.cache)
+  return np.asarray(state.logits), np.asarray(after[:, 0])
+
+
+@on_one_device
+def check_padding_and_neighbours(config: ModelConfig, tolerance: float = 1e-6):
+  """Padding ids and the other rows of a batch change nothing, bitwise; another bucket, capacity or batch size at most rounding.
+
+  (Another size is another program: products of other shapes are summed in another order.)
+  """
+  model = make_model(config)
+  tokens, lengths = tokens_of(config, 3, 8), [8, 5, 2]
+  expected = padded_prefill(model, tokens, lengths, 16)
+  other = tokens_of(config, 3, 8, seed=1)
+  padding = jnp.arange(8)[None] >= jnp.asarray(lengths)[:, None]
+  for a, b in zip(padded_prefill(model, jnp.where(padding, other, tokens), lengths, 16), expected):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(padded_prefill(model, other.at[1].set(tokens[1]), [3, 5, 8], 16), expected):
+    np.testing.assert_array_equal(a[1], b[1])
+  for bucket, capacity, rows in ((12, 20, slice(1, 3)), (5, 12, slice(1, 2))):
+    alone = padded_prefill(model, jnp.pad(tokens, ((0, 0), (0, 4)))[rows, :bucket], lengths[rows], capacity)
+    for a, b in zip(alone, expected):
+      np.testing.assert_allclose(a, b[rows], rtol=tolerance, atol=tolerance * np.abs(b).max())

@@ -1,0 +1,120 @@
+"""Is the chunked, sharded loss the plain cross-entropy, values and gradients, and does it keep its promise about memory?"""
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+
+from data import batch
+from model import loss
+from model.loss import IGNORE, cross_entropy
+from parallel import axes as ax
+from parallel.mesh import MeshConfig, make_mesh
+
+
+def plain(x, head, targets, z_loss, softcap):
+  """(loss, {nll, tokens, correct}) by jax.nn.log_softmax over all the logits."""
+  logits = jnp.einsum('BTD,VD->BTV', x.astype(jnp.float32), head.astype(jnp.float32))
+  logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+  counted = targets != IGNORE
+  picked = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+  nll = -jnp.where(counted, picked, 0).sum()
+  penalty = jnp.where(counted, jnp.square(jax.nn.logsumexp(logits, -1)), 0).sum()
+  correct = (counted & (logits.argmax(-1) == targets)).sum()
+  return nll + z_loss * penalty, {'nll': nll, 'tokens': counted.sum(), 'correct': correct}
+
+
+def inputs(B=2, T=7, D=8, V=12, ignore=0.3, dtype='float32', seed=0):
+  draw = np.random.default_rng(seed)
+  targets = np.where(draw.random((B, T)) < ignore, IGNORE, draw.integers(0, V, (B, T)))
+  return jnp.asarray(draw.normal(size=(B, T, D)), dtype), jnp.asarray(draw.normal(size=(V, D)), dtype), jnp.asarray(targets, jnp.int32)
+
+
+def with_gradients(function, options):
+  """Jitted: of 3 * loss, so that the cotangent counts."""
+  def run(x, head, targets):
+    value, sums = function(x, head, targets, *options)
+    return 3 * value, sums
+  return jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+
+
+def check(arguments, z_loss=0.0, softcap=0.0, chunk_tokens=loss.CHUNK_TOKENS, mesh=None, tolerance=1e-5):
+  """Loss, sums and gradients are those of `plain`, with and without gradients being asked for."""
+  (expected, expected_sums), expected_gradients = with_gradients(plain, (z_loss, softcap))(*arguments)
+  options = (z_loss, softcap, chunk_tokens)
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    x, head, targets = arguments
+    if mesh is not None:
+      x, head, targets = (jax.device_put(a, ax.spec(*axes)) for a, axes in ((x, ('batch',)), (head, ('vocab',)), (targets, ('batch',))))
+    (value, sums), gradients = with_gradients(cross_entropy, options)(x, head, targets)
+    forward_value, forward_sums = jax.jit(cross_entropy, static_argnums=(3, 4, 5))(x, head, targets, *options)
+  np.testing.assert_allclose(value, expected, rtol=tolerance)
+  np.testing.assert_allclose(3 * forward_value, expected, rtol=tolerance)
+  for name in expected_sums:
+    np.testing.assert_allclose(sums[name], expected_sums[name], rtol=tolerance)
+    np.testing.assert_allclose(forward_sums[name], expected_sums[name], rtol=tolerance)
+  for found, wanted, of in zip(gradients, expected_gradients, (x, head)):
+    assert found.dtype == of.dtype and found.sharding.is_equivalent_to(of.sharding, of.ndim)
+    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+    np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize('chunk_tokens, settings', [(1024, (0.0, 0.0)), (2, (0.1, 0.0)), (6, (0.0, 2.0)), (10, (0.1, 2.0))])
+def test_loss_is_the_cross_entropy(chunk_tokens, settings):
+  check(inputs(), *settings, chunk_tokens)
+
+
+def test_in_bfloat16():
+  check(inputs(dtype='bfloat16'), 0.1, 2.0, 6, tolerance=1e-2)
+
+
+@pytest.mark.parametrize('sizes', [{'data': 8}, {'data': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str)
+def test_split_over_devices(sizes):
+  check(inputs(B=8), 0.1, 2.0, 2, make_mesh(MeshConfig(**sizes)))
+
+
+def test_split_over_auto_axes():
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=jax.sharding.AxisType.Auto)
+  check(inputs(B=8), 0.1, 2.0, 2, mesh)
+
+
+def test_gradients_are_slopes():
+  x, head, targets = inputs(T=5)
+  run = jax.jit(lambda x, head: cross_entropy(x, head, targets, 0.1, 2.0, 4)[0])
+  jax.test_util.check_grads(run, (x, head), order=1, modes=['rev'], atol=1e-2, rtol=1e-2, eps=1e-2)
+
+
+def test_nothing_to_predict_is_zero():
+  x, head, targets = inputs(ignore=1.1)
+  (value, sums), gradients = with_gradients(cross_entropy, (0.1, 2.0))(x, head, targets)
+  assert value == sums['nll'] == sums['tokens'] == sums['correct'] == 0
+  assert all((g == 0).all() for g in gradients)
+
+
+def test_large_logits_stay_finite():
+  x, head, targets = inputs()
+  (value, _), gradients = with_gradients(cross_entropy, (0.0, 0.0))(x * 1e4, head, targets)
+  assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
+
+
+def test_a_row_of_targets_that_is_ignored_costs_nothing():
+  x, head, targets = inputs(ignore=0)
+  _, (d_x, _) = with_gradients(cross_entropy, (0.1, 0.0))(x, head, targets.at[0].set(IGNORE))
+  assert (d_x[0] == 0).all() and (d_x[1] != 0).all()
+
+
+def test_ignore_is_one_number():
+  assert IGNORE == batch.IGNORE
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_memory_stays_far_below_the_logits(gradients):
+  B, T, D, V = 4, 1024, 32, 8192
+  shapes = [jax.ShapeDtypeStruct(*a) for a in (((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32))]
+  run = lambda x, head, targets: cross_entropy(x, head, targets, 1e-4, 0.0, 256)
+  run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True) if gradients else run)
+  logits = 4 * B * T * V
+  assert run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes < logits / 4
+  assert jax.jit(jax.grad(lambda *a: plain(*a, 1e-4, 0.0)[0])).lower(*shapes).compile().memory_analysis().temp_size_in_bytes > logits

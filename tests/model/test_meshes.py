@@ -1,0 +1,100 @@
+"""Are eight devices one device? Loss, gradients and decoding on every mesh are those of a single device, explicit or auto."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from data.batch import Batch
+from model import transformer
+from model.cache import init_cache
+from objectives.pretrain import pretrain
+from parallel import axes as ax
+from parallel.mesh import MeshConfig, make_mesh
+from training.checkpoint import named_leaves
+
+CONFIG = laws.make_config('gpt2', width=32, kv_heads=2, feed_forward=64, vocabulary=48, gated=True, qk_norm=True)
+MESHES = [{'data': 8}, {'fsdp': 8, 'data': 1}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 1, 'fsdp': 4, 'tensor': 2}]
+
+
+def batch():
+  draw = np.random.default_rng(0)
+  tokens = draw.integers(0, CONFIG.V, (8, 9)).astype(np.int32)
+  lengths = np.array([[3, 5, 0]] * 4 + [[8, 0, 0]] * 2 + [[2, 2, 3]] * 2)  # 0 padding or one token of it
+  segments = np.stack([np.repeat([1, 2, 3, 0], [*row, 8 - row.sum()]) for row in lengths]).astype(np.int32)
+  positions = np.stack([np.concatenate([np.arange(n) for n in [*row, 8 - row.sum()]]) for row in lengths]).astype(np.int32)
+  return Batch(tokens[:, :-1], np.where(segments > 0, tokens[:, 1:], -1).astype(np.int32), positions, segments)
+
+
+@functools.cache
+def born(config, mesh):
+  with jax.set_mesh(mesh):
+    return jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
+
+
+def loss_and_gradients(mesh, config=CONFIG):
+  """(loss, gradients by name, the model) of the randomised model, on `mesh`."""
+  model = laws.randomised(born(config, mesh))
+  rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
+  with jax.set_mesh(mesh):
+    run = jax.jit(jax.value_and_grad(functools.partial(pretrain, z_loss=1e-2), has_aux=True))
+    (value, sums), gradients = run(model, jax.tree.map(lambda x: jax.device_put(x, rows), batch()))
+  return float(value) / float(sums['tokens']), named_leaves(gradients), named_leaves(model)
+
+
+@pytest.fixture(scope='module')
+def expected():
+  return loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def check(mesh, expected, config=CONFIG):
+  loss, gradients, model = loss_and_gradients(mesh, config)
+  np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+  for name, wanted in expected[1].items():
+    found, wanted = np.asarray(gradients[name]), np.asarray(wanted)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+    assert AxisType.Auto in mesh.axis_types or gradients[name].sharding.is_equivalent_to(model[name].sharding, wanted.ndim), name
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_eight_devices_are_one(sizes, expected):
+  check(make_mesh(MeshConfig(**sizes)), expected)
+
+
+def test_the_auto_twin_gives_the_same(expected):
+  """The same code on a mesh of auto axes."""
+  check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=AxisType.Auto), expected)
+
+
+@pytest.mark.parametrize('changes', [{'attention': 'reference', 'remat': 'full'}, {'attention': 'xla', 'remat': 'dots'}], ids=str)
+def test_other_programs_split_too(changes, expected):
+  check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), expected, dataclasses.replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_parameters_are_born_sharded_and_equal(sizes, axis_type):
+  one, mesh = born(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1])), make_mesh(MeshConfig(**sizes), axis_type=axis_type)
+  for (name, x), wanted in zip(named_leaves(born(CONFIG, mesh)).items(), named_leaves(one).values(), strict=True):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted), err_msg=name)
+    assert x.sharding.mesh.shape == mesh.shape
+    split = mesh.shape['fsdp'] * (mesh.shape['tensor'] if 'positions' not in name else 1)
+    assert x.size < 300 or x.addressable_shards[0].data.size * split == x.size, f'{name} {x.shape} is {x.sharding.spec}'
+
+
+@pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_cached_decode_on_a_mesh(axis_type):
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=axis_type)
+  model, tokens = laws.randomised(born(CONFIG, mesh)), laws.tokens_of(CONFIG, 4, 6)
+  with jax.set_mesh(mesh):
+    tokens = jax.device_put(tokens, jax.NamedSharding(mesh, ax.spec('batch', 'length')))
+    full, step, cache = laws.forward()(model, tokens), laws.cached(), init_cache(CONFIG, 4, 8)
+    assert cache.k.addressable_shards[0].data.size * 8 == cache.k.size
+    for first, last in ((0, 4), (4, 5), (5, 6)):
+      logits, cache = step(model, tokens[:, first:last], cache)
+      np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-5, atol=1e-5)
+  assert jnp.all(cache.lengths == 6)

@@ -1,0 +1,70 @@
+"""Can the laws fail? Each fault that is planted here must break the law that exists to catch it."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import laws
+import pytest
+
+from kernels.mask import Mask
+from model import attention, cache, layers, transformer
+
+
+def allow_all(self, T, S):
+  return jnp.ones((1, T, S), bool)
+
+
+def without(field):
+  """Mask.allowed that forgets a field."""
+  original, empty = Mask.allowed, {'window': {'window': 0}, 'segments': {'query_segments': None, 'key_segments': None}}[field]
+  return lambda self, T, S: original(dataclasses.replace(self, **empty), T, S)
+
+
+def off_by_one(self, T, S):
+  """A query sees the next token too."""
+  index = jnp.arange(T)[None]
+  return index[:, None, :] <= index[:, :, None] + 1
+
+
+def shifted_when_decoding(positions, *args):
+  return layers.rope_angles(positions + (positions.shape[1] == 1), *args)
+
+
+def unguarded_append(self, k, v):
+  """Slots.append without the guard against what unused slots hold."""
+  new, _, _ = cache_append(self, k, v)
+  return new, *(jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in (new.k, new.v))
+
+
+def append_ahead(self, k, v):
+  """Slots.append that leaves a slot free at every call."""
+  original = dataclasses.replace(self, lengths=self.lengths + 1)
+  new, k, v = cache_append(original, k, v)
+  return dataclasses.replace(new, lengths=self.lengths), k, v
+
+
+cache_append = cache.Slots.append
+
+FAULTS = {
+    'dropped mask': (Mask, 'allowed', allow_all, laws.check_causality, 'llama'),
+    'mask off by one': (Mask, 'allowed', off_by_one, laws.check_causality, 'llama'),
+    'dropped window': (Mask, 'allowed', without('window'), laws.check_window, 'mistral'),
+    'dropped segments': (Mask, 'allowed', without('segments'), laws.check_segments, 'llama'),
+    'dropped cache mask': (cache.Cache, 'mask', lambda self, T, window: dataclasses.replace(cache_mask(self, T, window), causal=False, window=0),
+                           laws.check_cached_decode, 'llama'),
+    'shifted positions': (transformer, 'rope_angles', shifted_when_decoding, laws.check_cached_decode, 'llama'),
+    'cached keys not rotated': (attention, 'rotate', lambda x, cosines, sines: layers.rotate(x, cosines, sines) if x.shape[1] > 1 else x,
+                                laws.check_cached_decode, 'llama'),
+    'tokens written in the wrong slot': (cache.Slots, 'append', append_ahead, laws.check_cached_decode, 'llama'),
+    'no guard against unused slots': (cache.Slots, 'append', unguarded_append, laws.check_unused_slots, 'llama'),
+    'padding is seen': (Mask, 'allowed', allow_all, laws.check_padding_and_neighbours, 'llama'),
+}
+cache_mask = cache.Cache.mask
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_law_catches(fault, monkeypatch):
+  where, name, replacement, law, config = FAULTS[fault]
+  monkeypatch.setattr(where, name, replacement)
+  with pytest.raises(AssertionError):
+    law(laws.make_config(config, attention='reference'))

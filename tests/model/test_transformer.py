@@ -1,0 +1,156 @@
+"""Does the decoder obey its laws, and compute what an independent float64 forward computes?"""
+import dataclasses
+
+import float64
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+
+from model import params, transformer
+from training.checkpoint import named_leaves
+
+EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_logits_are_those_of_the_float64_forward(name, one_device):
+  config = laws.make_config(name)
+  model = laws.make_model(config)
+  tokens = laws.tokens_of(config, 2, 9)
+  found = np.asarray(laws.forward()(model, tokens))
+  for row in range(2):
+    expected = float64.logits(config, named_leaves(model), np.asarray(tokens[row]))
+    assert np.abs(expected).max() > 0.5, 'too small to tell anything'
+    np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_gradients_are_those_of_the_float64_forward(one_device):
+  """Along random directions, by central differences in float64."""
+  config = laws.make_config('gpt2', position='rope', gated=True, qk_norm=True, layers=1)
+  model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 5)
+  weights = np.random.default_rng(3).normal(size=(5, config.V))
+  gradient = named_leaves(jax.jit(jax.grad(lambda m: jnp.sum(m.logits(m(tokens)[0]) * weights[None].astype(np.float32))))(model))
+  values = {name: np.asarray(x, np.float64) for name, x in named_leaves(model).items()}
+  assert len(values) == 23
+  for index, name in enumerate(values):
+    direction = np.random.default_rng([4, index]).normal(size=values[name].shape)
+    at = lambda h: (float64.logits(config, values | {name: values[name] + h * direction}, np.asarray(tokens[0])) * weights).sum()
+    expected, size = (at(1e-5) - at(-1e-5)) / 2e-5, np.abs(np.asarray(gradient[name]) * direction).sum()
+    assert abs((np.asarray(gradient[name], np.float64) * direction).sum() - expected) < 1e-5 * size, name
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'mistral'])
+def test_causality(name):
+  laws.check_causality(laws.make_config(name))
+
+
+@pytest.mark.parametrize('backend', ['reference', 'xla'])
+def test_causality_of_other_backends(backend):
+  laws.check_causality(laws.make_config(attention=backend))
+
+
+def test_window():
+  laws.check_window(laws.make_config('mistral'))
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'mistral'])
+def test_segments(name):
+  laws.check_segments(laws.make_config(name))
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_cached_decode(name):
+  laws.check_cached_decode(laws.make_config(name))
+
+
+def test_cached_decode_in_bfloat16():
+  laws.check_cached_decode(laws.make_config('bfloat16'), tolerance=3e-2)  # 8 bits of mantissa over two layers
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'bfloat16'])
+def test_unused_slots(name):
+  laws.check_unused_slots(laws.make_config(name))
+
+
+def test_padding_and_neighbours():
+  laws.check_padding_and_neighbours(laws.make_config('gpt2', position='rope'))
+
+
+def loss_and_gradients(config, model, tokens):
+  model = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lambda: transformer.init(config, 0))), jax.tree.leaves(model))
+  return jax.jit(jax.value_and_grad(lambda m: jnp.mean(jnp.sin(m.logits(m(tokens)[0])))))(model)
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_remat_changes_nothing(remat, one_device):
+  config = laws.make_config('gpt2', gated=True)
+  model, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
+  expected = loss_and_gradients(config, model, tokens)
+  found = loss_and_gradients(dataclasses.replace(config, remat=remat), model, tokens)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_scan_is_a_loop(one_device):
+  config = laws.make_config('gpt2', layers=3)
+  model, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
+
+  def looped(model, tokens):
+    positions = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[None], (2, 7))
+    x = transformer.lookup(model.embedding[...], tokens) + transformer.lookup(model.positions[...], positions)
+    for layer in range(config.L):
+      block = jax.tree.map(lambda x, layer=layer: x[layer], model.blocks)
+      x, _ = block(x, None, transformer.Mask(), None)
+    return model.logits(model.final_norm(x))
+  loss = lambda run: jax.jit(jax.value_and_grad(lambda model: jnp.mean(jnp.sin(run(model, tokens)))))(model)
+  for a, b in zip(jax.tree.leaves(loss(laws.forward())), jax.tree.leaves(loss(looped)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', laws.CONFIGS)
+def test_the_abstract_model_is_the_model(name, one_device):
+  config = laws.make_config(name)
+  abstract = jax.eval_shape(lambda: transformer.init(config, 0))
+  model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
+  described = lambda tree: {name: (x.shape, x.dtype) for name, x in named_leaves(tree).items()}
+  assert described(abstract) == described(model)
+  is_spec = lambda x: isinstance(x, params.ParamSpec)
+  specs = jax.tree.leaves(params.specs(model), is_leaf=is_spec)
+  assert jax.tree.leaves(params.specs(abstract), is_leaf=is_spec) == specs
+  D, F, V, L, N, K, H = (getattr(config, letter) for letter in 'DFVLNKH')
+  matrices = L * (2 * D * (N + K) * H + (3 if config.gated else 2) * D * F)
+  vectors = L * 2 * D + D
+  if config.norm == 'layer' and config.biases:
+    vectors *= 2
+  vectors += L * 2 * H * config.qk_norm + L * config.biases * ((N + 2 * K) * H + D + (2 if config.gated else 1) * F + D)
+  tables = V * D * (1 if config.tie_embeddings else 2) + (config.max_length * D if config.position == 'learned' else 0)
+  assert params.count(model) == params.count(abstract) == matrices + vectors + tables
+  assert params.count_matmul(model) == matrices
+  for spec, (shape, _) in zip(specs, described(model).values(), strict=True):
+    assert spec.shape == shape and len(spec.axes) == len(shape) and spec.kind in ('matrix', 'embedding', 'vector')
+
+
+def test_seeds_and_layers_differ(one_device):
+  config = laws.make_config()
+  make = jax.jit(transformer.init, static_argnums=(0, 1))
+  one, same, other = make(config, 0), make(config, 0), make(config, 1)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert (one.embedding[...] != other.embedding[...]).all()
+  q = np.asarray(one.blocks.attention.q[...])
+  assert (q[0] != q[1]).all() and abs(q.std() * config.D**0.5 - 1) < 0.2
+
+
+def test_bad_calls_raise(one_device):
+  with pytest.raises(ValueError, match='model.vocabulary=0: set it to the size of the tokenizer'):
+    transformer.init(laws.make_config(vocabulary=0), 0)
+  with pytest.raises(ValueError, match='model.max_length=0: learned positions need'):
+    transformer.init(laws.make_config('gpt2', max_length=0), 0)
+  config = laws.make_config()
+  model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 4)
+  with pytest.raises(ValueError, match='segments and cache exclude each other'):
+    model(tokens, segments=tokens, cache=laws.init_cache(config, 1, 8))
+  with pytest.raises(ValueError, match='cache of 25 tokens passes model.max_length=24'):
+    laws.init_cache(config, 1, 25)

@@ -1,0 +1,272 @@
+"""Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, resumed, misused, asked for text."""
+import dataclasses
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from training.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).parents[1]
+SAVE_EVERY = 4
+CONFIG = f'''
+from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from model.config import ModelConfig
+from training.config import Config, TrainConfig
+from training.optimizer import OptimizerConfig
+
+
+def get_config():
+  return Config(
+      model=ModelConfig(width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
+      data=DataConfig(sources=(SourceConfig(kind='text', path='DIRECTORY/text.txt'),), clean=CleanConfig(near_duplicates=0.0),
+                      tokenizer=TokenizerConfig(kind='byte'), sequence_length=32, batch_size=8, split='tail', cache_dir='DIRECTORY/cache'),
+      optimizer=OptimizerConfig(learning_rate=0.01, schedule='constant'),
+      train=TrainConfig(steps=40, log_every=1, save_every={SAVE_EVERY}, eval_every=10, eval_batches=1))
+'''
+
+
+@dataclasses.dataclass
+class Finished:
+  code: int
+  out: str
+  error: str
+
+
+class Process:
+  """A command in the background; its output goes to a file."""
+
+  def __init__(self, directory: pathlib.Path, *command: str):
+    self.path = directory / f'output-{time.monotonic_ns()}'
+    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # which asks for eight devices
+    with open(self.path, 'w') as out, open(f'{self.path}.error', 'w') as error:
+      self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=error,
+                                      env=environment | {'JAX_PLATFORMS': 'cpu'})
+
+  def out(self) -> str:
+    return self.path.read_text()
+
+  def until(self, condition) -> bool:
+    """Waits for the condition; False where the process ended first."""
+    while not condition():
+      if self.process.poll() is not None:
+        return False
+      time.sleep(0.0005)
+    return True
+
+  def end(self) -> Finished:
+    code = self.process.wait()
+    return Finished(code, self.out(), pathlib.Path(f'{self.path}.error').read_text())
+
+
+class Runs:
+  """train.py and generate.py with a config file on a small text."""
+
+  def __init__(self, directory: pathlib.Path):
+    self.directory = directory
+    draw = random.Random(5)
+    words = [''.join(draw.choices('abcdefghijklmnop', k=draw.randint(2, 7))) for _ in range(80)]
+    (directory / 'text.txt').write_text(' '.join(draw.choices(words, k=4000)))
+    (directory / 'small.py').write_text(CONFIG.replace('DIRECTORY', str(directory)))
+
+  def start(self, workdir: pathlib.Path, *flags: str) -> Process:
+    return Process(self.directory, 'train.py', f'--config={self.directory / "small.py"}', f'--workdir={workdir}', *flags)
+
+  def train(self, workdir: pathlib.Path, *flags: str) -> Finished:
+    return self.start(workdir, *flags).end()
+
+  def generate(self, workdir: pathlib.Path, *flags: str) -> Finished:
+    return Process(self.directory, 'generate.py', f'--workdir={workdir}', *flags).end()
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  return Runs(tmp_path_factory.mktemp('runs'))
+
+
+@pytest.fixture(scope='module')
+def whole(runs):
+  """The directory of a run of 40 steps that nothing interrupted."""
+  workdir = runs.directory / 'whole'
+  done = runs.train(workdir)
+  assert done.code == 0, done.error
+  assert 'step 40/40' in done.out and 'Held-out bits per byte' in done.out
+  return workdir
+
+
+def arrays(workdir, step) -> dict[str, np.ndarray]:
+  import orbax.checkpoint as ocp
+  checkpoints = Checkpoints(workdir)
+  assert not checkpoints.problems(step)
+  request = dict.fromkeys(checkpoints.record(step)['leaves'], 0)
+  with ocp.PyTreeCheckpointer() as reader:
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), request)
+    return reader.restore(checkpoints.directory / f'{step:08d}', args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+
+
+def assert_same_end(workdir, whole, step=40):
+  """Parameters, optimizer, position in the data and every logged loss are those of the uninterrupted run."""
+  a, b = arrays(workdir, step), arrays(whole, step)
+  assert a.keys() == b.keys()
+  assert not [name for name in a if a[name].dtype != b[name].dtype or a[name].tobytes() != b[name].tobytes()]
+  assert Checkpoints(workdir).record(step)['data'] == Checkpoints(whole).record(step)['data']
+  assert Checkpoints(workdir).record(step)['progress'] == Checkpoints(whole).record(step)['progress']
+  assert losses(workdir) == losses(whole) and len(losses(workdir)) == step
+
+
+def losses(workdir) -> list[tuple[int, str]]:
+  return re.findall(r'"step": (\d+).*?"loss": ([\d.e-]+)', (workdir / 'metrics.jsonl').read_text())
+
+
+def checkpoint_of(out: str) -> int:
+  """Where the process says that it goes on."""
+  found = re.search(r'going on from checkpoint (\d+)', out)
+  return int(found[1]) if found else 0
+
+
+def assert_plain(done: Finished, *said: str):
+  """Failed with a message and without a traceback."""
+  assert done.code not in (0, -signal.SIGSEGV, -signal.SIGABRT)
+  assert 'Traceback' not in done.error + done.out
+  for part in said:
+    assert part in done.error, done.error
+
+
+def test_an_unknown_field_names_the_nearest(tmp_path):
+  done = Process(tmp_path, 'train.py', '--config=configs/tiny.py', f'--workdir={tmp_path / "run"}', '--config.modle.width=64').end()
+  assert_plain(done, "no field 'modle'; did you mean 'model'?")
+  assert not (tmp_path / 'run').exists()
+
+
+def test_impossible_wishes_end_in_one_line(runs, whole, tmp_path):
+  """In one go: what a config, a mesh and a directory can get wrong each goes through the same door."""
+  before = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file()}
+  done = runs.train(whole, '--config.model.width=64', '--config.train.steps=50')
+  assert_plain(done, 'error: ', 'model.width: 32 -> 64', 'Use another --workdir')
+  assert {path: path.read_bytes() for path in whole.rglob('*') if path.is_file()} == before
+  done = runs.train(tmp_path, '--config.mesh.fsdp=2')
+  assert_plain(done, 'error: ', 'change one of them')
+
+
+@pytest.mark.parametrize('numbers', [(signal.SIGTERM, signal.SIGINT)], ids=['SIGTERM, then SIGINT'])
+def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numbers):
+  last = 0
+  for number, step in zip(numbers, (6, 17), strict=True):
+    process = runs.start(tmp_path)
+    assert process.until(lambda: f'step {step}/40' in process.out())
+    process.process.send_signal(number)
+    done = process.end()
+    assert done.code == 0, done.error
+    assert 'Traceback' not in done.error
+    stopped = re.search(rf'stopped after step (\d+): {signal.Signals(number).name}; the same command goes on from there', done.out)
+    assert stopped and int(stopped[1]) >= step
+    assert Checkpoints(tmp_path).latest() == int(stopped[1])
+    assert checkpoint_of(done.out) == last
+    last = int(stopped[1])
+    assert not (tmp_path / 'report.md').exists()
+  done = runs.train(tmp_path)
+  assert done.code == 0 and checkpoint_of(done.out) == last
+  assert_same_end(tmp_path, whole)
+
+
+def test_more_steps_go_on_from_the_end(runs, whole, tmp_path):
+  subprocess.run(['cp', '-r', str(whole), str(tmp_path / 'run')], check=True)
+  done = runs.train(tmp_path / 'run', '--config.train.steps=44')
+  assert done.code == 0 and checkpoint_of(done.out) == 40
+  assert [int(step) for step, _ in losses(tmp_path / 'run')] == list(range(1, 45))
+
+
+def kill_and_restart(runs, workdir, kinds, draw, steps) -> list[dict]:
+  """Kills a process of training for each kind of moment, restarted each time, then lets one finish; what each kill cost."""
+  seen = []
+  checkpoints = Checkpoints(workdir, log=lambda _: None)
+  flag = f'--config.train.steps={steps}'
+  begun = lambda: max([0, *checkpoints.steps()])
+  unfinished = lambda: any(path.is_dir() and not path.with_suffix('.json').exists() for path in checkpoints.directory.glob('*'))
+  for kind in kinds:
+    process = runs.start(workdir, flag)
+    if kind == 'start':
+      time.sleep(draw.uniform(0.0, 3.0))
+    else:
+      first = begun()
+      alive = process.until(lambda: f'step {first + 1}/' in process.out())
+      target = first + draw.randint(2, steps // (len(kinds) + 3))
+      alive = alive and process.until(lambda: f'step {target}/' in process.out())
+      if kind == 'save':
+        alive = alive and process.until(unfinished)
+      else:
+        time.sleep(draw.uniform(0.0, 0.02))
+      assert alive, process.end()
+    process.process.kill()
+    done = process.end()
+    assert done.code == -signal.SIGKILL, 'the run ended before it was killed: give it more steps'
+    shown = [int(step) for step in re.findall(rf'step (\d+)/{steps}', done.out)]
+    seen.append({'kind': kind, 'writing': checkpoints.directory.exists() and unfinished(), 'lost': max(shown) - begun() if shown else 0,
+                 'checkpoint': begun()})
+  done = runs.train(workdir, flag)
+  assert done.code == 0, done.error
+  assert checkpoint_of(done.out) == seen[-1]['checkpoint']
+  return seen
+
+
+def assert_little_was_lost(seen):
+  """A save is asynchronous: when the process dies, the last one may not be complete, but the one before it is."""
+  assert all(0 <= kill['lost'] <= 2 * SAVE_EVERY for kill in seen), seen
+  assert any(kill['writing'] or kill['lost'] for kill in seen), seen
+  assert [kill['checkpoint'] for kill in seen] == sorted(kill['checkpoint'] for kill in seen), seen
+
+
+def test_two_kills_change_nothing(runs, whole, tmp_path):
+  seen = kill_and_restart(runs, tmp_path, ('step', 'save'), random.Random(1), 40)
+  assert_little_was_lost(seen)
+  assert_same_end(tmp_path, whole)
+  assert not [path for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir() and not path.with_suffix('.json').exists()]
+
+
+@pytest.mark.slow
+def test_twelve_kills_change_nothing(runs, tmp_path):
+  steps, draw = 200, random.Random(2)
+  whole = tmp_path / 'whole'
+  assert runs.train(whole, f'--config.train.steps={steps}').code == 0
+  kinds = ['start'] * 3 + ['step'] * 5 + ['save'] * 4
+  draw.shuffle(kinds)
+  seen = kill_and_restart(runs, tmp_path / 'killed', kinds, draw, steps)
+  print(*seen, sep='\n')
+  assert_little_was_lost(seen)
+  assert any(kill['writing'] for kill in seen)
+  assert_same_end(tmp_path / 'killed', whole, steps)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, whole, tmp_path):
+  workdir = tmp_path / 'run'
+  subprocess.run(['cp', '-r', str(whole), str(workdir)], check=True)
+  path = max((workdir / 'checkpoints' / '00000040').rglob('*'), key=lambda p: p.stat().st_size if p.is_file() else -1)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(data)
+  done = runs.train(workdir)
+  assert done.code == 0, done.error
+  assert 'WARNING: checkpoint 40 is damaged' in done.out and str(path) in done.out and checkpoint_of(done.out) == 36
+  assert_same_end(workdir, whole)
+
+
+def test_generate_writes_prompt_and_text_and_repeats_itself_by_seed(runs, whole):
+  flags = ('--prompt=abc d', '--prompt=', '--max_new_tokens=12', '--temperature=0.9')
+  first, again, other = (runs.generate(whole, *flags, f'--seed={seed}') for seed in (1, 1, 7))
+  assert first.code == again.code == other.code == 0, first.error
+  assert first.out.startswith('abc d') and len(first.out) > len('abc d\n\n') + 10
+  assert first.out == again.out != other.out
+
+
+def test_generate_says_what_is_wrong(runs, whole, tmp_path):
+  assert_plain(runs.generate(tmp_path / 'nowhere'), 'error: ', 'config.json does not exist', 'train.py --workdir')
+  assert_plain(runs.generate(whole, '--prompt=' + 'a' * 40), 'error: ', 'a prompt of 41 tokens', 'model.max_length=32', 'shorten')
+  assert_plain(runs.generate(whole, '--checkpoint=7'), 'error: ', "checkpoint='7' is unknown", '36', '40')

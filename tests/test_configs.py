@@ -1,0 +1,82 @@
+"""Does every file under configs/ build, resolve, and lower on meshes, with nothing large left whole on every device?"""
+import functools
+import importlib.util
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import train
+from data.batch import Batch
+from data.config import DataConfig
+from model import params, transformer
+from parallel import axes
+from parallel.mesh import MeshConfig, make_mesh
+from training import precision
+from training import state as states
+from training.checkpoint import abstract
+from training.config import Config
+from training.optimizer import make_optimizer
+
+# See tests/training/conftest.py.
+precision.LossScale.__init__ = getattr(precision.LossScale.__init__, '__wrapped__', precision.LossScale.__init__)
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted(path for path in (ROOT / 'configs').rglob('*.py') if path.name != '__init__.py')
+
+
+def load(path: pathlib.Path) -> Config:
+  spec = importlib.util.spec_from_file_location(f'configs_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert module.__doc__ and f'--config={path.relative_to(ROOT)}' in module.__doc__, f'{path}: the docstring gives the command'
+  config = module.get_config()
+  assert isinstance(config, Config)
+  vocabulary = config.data.tokenizer.vocabulary or {'byte': 259, 'char': 80}.get(config.data.tokenizer.kind, 4096)
+  return config.resolve(vocabulary)
+
+
+def lower(config: Config, mesh_config: MeshConfig, devices=None):
+  """The abstract state on the mesh, and the lowered train step."""
+  mesh = make_mesh(mesh_config, devices)
+  config.check_mesh(dict(mesh.shape))
+  with jax.set_mesh(mesh):
+    model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+    state = abstract(functools.partial(states.init, config, optimizer), mesh)
+    rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
+    tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows)
+    return state, train.make_train_step(config, optimizer).lower(state, Batch(tokens, tokens, tokens, tokens))
+
+
+def test_there_are_configs():
+  assert ROOT / 'configs' / 'tiny.py' in FILES
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_it_lowers_as_it_is(path):
+  config = load(path)
+  _, lowered = lower(config, config.mesh, jax.devices()[:max(1, math.prod(size for size in config.mesh.sizes().values() if size > 0))])
+  assert 'stablehlo' in lowered.as_text()[:10_000]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_nothing_large_is_replicated_under_fsdp(path):
+  config = load(path)
+  rows = config.data.batch_size // config.train.accumulation
+  shards = math.gcd(8, rows, config.model.width)
+  assert shards >= 2, f'{path}: {rows} rows of width {config.model.width} cannot be split over fsdp'
+  state, lowered = lower(config, MeshConfig(fsdp=shards, data=1), jax.devices()[:shards])
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  total = sum(x.size * x.dtype.itemsize for _, x in leaves)
+  whole = {jax.tree_util.keystr(p): x.size * x.dtype.itemsize for p, x in leaves if x.sharding.is_fully_replicated}
+  large = {name: size for name, size in whole.items() if size > max(4096, total // 1000)}
+  assert not large, f'bytes on every device, of {total} in all: {large}'
+  assert 'stablehlo' in lowered.as_text()[:10_000]
+
+
+def test_the_default_data_needs_no_download():
+  assert [source.kind for source in load(ROOT / 'configs' / 'tiny.py').data.sources] == ['stdlib']
+  assert DataConfig().sources[0].path == ''

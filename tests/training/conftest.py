@@ -1,0 +1,160 @@
+"""What do the tests of training share? A config as small as can be, batches with padding, and real steps of train.py on any mesh."""
+import dataclasses
+import functools
+import pathlib
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train
+from data.batch import IGNORE, Batch
+from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from model import params, transformer
+from model.config import ModelConfig
+from parallel import axes
+from parallel.mesh import MeshConfig, make_mesh
+from training import precision
+from training import state as states
+from training.checkpoint import abstract
+from training.config import Config, TrainConfig
+from training.optimizer import OptimizerConfig, make_optimizer
+
+# JAX rebuilds registered dataclasses with shapes in place of arrays (eval_shape, out of which the abstract state comes), and the
+# hook of tests/conftest.py checks the fields' annotations even then.
+precision.LossScale.__init__ = getattr(precision.LossScale.__init__, '__wrapped__', precision.LossScale.__init__)
+
+B, T, V = 8, 16, 264  # V: the byte tokenizer's 259, rounded up to split in eight
+
+
+def tiny(**parts) -> Config:
+  """The smallest Config; an argument such as train={'steps': 9} changes fields of that part."""
+  defaults = {
+      'model': ModelConfig(vocabulary=V, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64, max_length=T),
+      'data': DataConfig(sources=(SourceConfig(kind='text', path='nowhere'),), clean=CleanConfig(near_duplicates=0.0),
+                         tokenizer=TokenizerConfig(kind='byte'), sequence_length=T, batch_size=B, split='tail'),
+      'optimizer': OptimizerConfig(learning_rate=0.01, schedule='constant'),
+      'train': TrainConfig(steps=6, log_every=1, save_every=2),
+      'mesh': MeshConfig()}
+  return Config(**{name: dataclasses.replace(part, **parts.get(name, {})) for name, part in defaults.items()})
+
+
+def make_batches(count: int) -> list[Batch]:
+  """Packed rows with two documents and very different amounts of padding, so that a row's share of the tokens matters."""
+  draw = np.random.default_rng(7)
+  made = []
+  for _ in range(count):
+    batch = Batch.empty(B, T)
+    for row in range(B):
+      length = 2 + (row * 5) % (T - 1)
+      first = length // 2
+      batch.tokens[row, :length] = draw.integers(0, V, length)
+      batch.targets[row, :length] = draw.integers(0, V, length)
+      batch.targets[row, first] = IGNORE
+      batch.segments[row, :length] = np.where(np.arange(length) < first, 1, 2)
+      batch.positions[row, :length] = np.where(np.arange(length) < first, np.arange(length), np.arange(length) - first)
+    made.append(batch)
+  return made
+
+
+def quickly(function, *arguments):
+  """A jitted function compiled with the fewest passes: most of a test's time is the compiler's."""
+  return function.lower(*arguments).compile({'xla_backend_optimization_level': 0})
+
+
+@functools.cache
+def initial_model(config: ModelConfig, seed: int) -> list[np.ndarray]:
+  """Leaves of a new model; compiled once, for it takes longer than a train step."""
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    return [np.array(x) for x in jax.tree.leaves(quickly(jax.jit(functools.partial(transformer.init, config, seed)))())]
+
+
+class Trainer:
+  """A fresh state and the step of train.py, on a mesh over the first `devices` devices."""
+
+  def __init__(self, config: Config, devices: int = 1):
+    self.config, self.mesh = config, make_mesh(config.mesh, jax.devices()[:devices])
+    with jax.set_mesh(self.mesh):
+      init = functools.partial(transformer.init, config.model, config.train.seed)
+      shapes = abstract(init, self.mesh)
+      optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(shapes))
+      self.make_state = functools.partial(states.init, config, optimizer)
+      leaves = [jax.device_put(value, x.sharding) for value, x in zip(initial_model(config.model, config.train.seed), jax.tree.leaves(shapes))]
+      model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+      self.state = states.TrainState(
+          jnp.int32(0), model, jax.jit(optimizer.init)(model), precision.init_loss_scale(config.model.dtype),
+          jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1)))
+      # Born as states.init would have it, or what the tests see is not what train.py does.
+      place = lambda x, like: jax.device_put(x, like.sharding)
+      self.state = jax.tree.map(place, self.state, abstract(self.make_state, self.mesh))
+      self.train_step = train.make_train_step(config, optimizer)
+      self.compiled = None
+
+  def put(self, batch: Batch) -> Batch:
+    return jax.device_put(batch, jax.NamedSharding(self.mesh, axes.spec('batch', 'length')))
+
+  def step(self, batch: Batch) -> tuple[dict, dict]:
+    """Trains on one batch; its metrics, and the gradient norms by parameter."""
+    with jax.set_mesh(self.mesh):
+      batch = self.put(batch)
+      if self.compiled is None:
+        self.compiled = quickly(self.train_step, self.state, batch)
+      self.state, metrics, norms = self.compiled(self.state, batch)
+    return jax.device_get(metrics), jax.device_get(norms)
+
+  def run(self, batches: list[Batch]) -> list[dict]:
+    """Trains on the batches; the metrics of each step."""
+    return [self.step(batch)[0] for batch in batches]
+
+
+def host(tree) -> dict[str, np.ndarray]:
+  """Leaves on the host, by name."""
+  return {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same(a, b):
+  """Bitwise equal, names, shapes and types included."""
+  a, b = host(a), host(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+def assert_close(a, b, atol: float):
+  a, b = host(a), host(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory) -> pathlib.Path:
+  """A directory with text.txt, a text of made-up words, and room for caches."""
+  draw = random.Random(3)
+  words = [''.join(draw.choices('abcdefghijklmnop', k=draw.randint(2, 7))) for _ in range(80)]
+  directory = tmp_path_factory.mktemp('corpus')
+  (directory / 'text.txt').write_text(' '.join(draw.choices(words, k=4000)))
+  return directory
+
+
+@pytest.fixture
+def train_in_process(corpus):
+  """train.run(config, workdir, ...) on all 8 devices, with the global settings of JAX put back afterwards."""
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs', 'jax_persistent_cache_min_entry_size_bytes')
+  old = {name: getattr(jax.config, name) for name in names}
+
+  def run(config, workdir, **options):
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):  # leaving it undoes what run() sets
+      train.run(config, workdir, **options)
+
+  yield run
+  for name, value in old.items():
+    jax.config.update(name, value)
+
+
+def on(corpus: pathlib.Path, **parts) -> Config:
+  """`tiny`, reading the corpus."""
+  data = {'sources': (SourceConfig(kind='text', path=str(corpus / 'text.txt')),), 'cache_dir': str(corpus / 'cache')}
+  return tiny(**parts | {'data': data | parts.get('data', {})})

@@ -1,0 +1,58 @@
+"""Are microbatches exactly one big batch, tokens weighted, however unevenly the rows are filled?"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import B, Trainer, assert_close, make_batches, tiny
+
+from training.accumulate import accumulate
+
+SGD = {'name': 'sgd', 'learning_rate': 0.5}  # linear in the gradient, so that a difference stays as small as it is
+
+
+@pytest.fixture(scope='module')
+def whole():
+  trainer = Trainer(tiny(optimizer=SGD))
+  return trainer, trainer.run(make_batches(3))
+
+
+@pytest.mark.parametrize('parts, devices, mesh', [(2, 1, {}), (4, 1, {}), (2, 4, {'data': 2, 'fsdp': 2})])
+def test_microbatches_are_one_big_batch(whole, parts, devices, mesh):
+  trainer = Trainer(tiny(optimizer=SGD, mesh=mesh, train={'accumulation': parts}), devices)
+  metrics = trainer.run(make_batches(3))
+  # Only the order of f32 sums differs: a few units in the last place of parameters near 0.1, after three steps.
+  assert_close(trainer.state.model, whole[0].state.model, 1e-6)
+  for a, b in zip(metrics, whole[1], strict=True):
+    assert a['predicted_tokens'] == b['predicted_tokens']
+    np.testing.assert_allclose([a[name] for name in ('loss', 'grad_norm')], [b[name] for name in ('loss', 'grad_norm')], rtol=2e-6)
+
+
+def test_the_batches_can_tell_tokens_from_rows():
+  """Microbatches of these batches hold very different numbers of tokens, or the test above would not see a mean of means."""
+  for batch in make_batches(3):
+    for parts in (2, 4):
+      counts = [int((batch.targets[i::parts] >= 0).sum()) for i in range(parts)]
+      assert max(counts) > 1.1 * min(counts)
+
+
+def linear(model, batch, scale):
+  """A sum over rows whose gradient is exactly the rows' sum."""
+  total = jnp.einsum('BD,D->', batch, model.astype(jnp.float32)) * scale
+  return total, {'rows': jnp.float32(batch.shape[0])}
+
+
+def test_narrow_parameters_are_summed_in_f32(one_device):
+  """256 ones and then ones again: a bfloat16 sum stops at 256."""
+  model, batch = jnp.zeros(3, jnp.bfloat16), jnp.ones((512, 3))
+  grads, sums = jax.jit(accumulate, static_argnums=(0, 4))(linear, model, batch, 2.0, 512)
+  assert grads.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.array(grads, np.float32), 1024.0)
+  assert sums['rows'] == 512
+
+
+@pytest.mark.parametrize('parts', [1, 2, 4, 8])
+def test_every_row_is_used_once(one_device, parts):
+  batch = jnp.arange(B * 3.0).reshape(B, 3)
+  grads, sums = jax.jit(accumulate, static_argnums=(0, 4))(linear, jnp.zeros(3), batch, 1.0, parts)
+  np.testing.assert_array_equal(grads, batch.sum(0))
+  assert sums['rows'] == B

@@ -1,0 +1,239 @@
+"""Is a Config refused where it is impossible, rebuilt from flags and JSON exactly, and compared as the run's identity demands?"""
+import dataclasses
+import json
+import sys
+import types
+import typing
+
+import pytest
+from absl import flags
+from conftest import tiny
+from hypothesis import given, settings, strategies as st
+
+from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from model.config import CHOICES, ModelConfig
+from parallel.mesh import AXES
+from training import config as configs
+from training.config import Config, TrainConfig
+from training.optimizer import OptimizerConfig
+
+SIZES = dict.fromkeys(AXES, 1)
+
+
+def nested(**parts) -> dict:
+  """The dict of `tiny` with fields replaced by values of any type."""
+  values = configs.to_dict(tiny())
+  for name, changes in parts.items():
+    values[name] |= changes
+  return values
+
+
+# What is impossible, with what the message must hold: the field and its value, the limit, what to do.
+IMPOSSIBLE = {
+    'heads by kv_heads': ({'model': {'heads': 4, 'kv_heads': 3}}, ('model.heads=4', 'model.kv_heads=3', '[1, 2, 4]')),
+    'width by heads': ({'model': {'width': 33}}, ('model.width=33', 'model.heads=4', 'set model.head_width')),
+    'length beyond the model': ({'data': {'sequence_length': 17}}, ('data.sequence_length=17', 'model.max_length=16', 'raise it')),
+    'batch by accumulation': ({'train': {'accumulation': 3}}, ('data.batch_size=8', 'train.accumulation=3', 'a multiple')),
+    'warm-up as long as the run': ({'optimizer': {'warmup_steps': 6}}, ('optimizer.warmup_steps=6', '6 steps', 'fewer warm-up')),
+    'warm-up and decay': ({'optimizer': {'schedule': 'wsd', 'decay_fraction': 0.5, 'warmup_steps': 4}},
+                          ('optimizer.warmup_steps=4', '3 steps', '6 steps', 'decay_fraction')),
+    'patience without evaluations': ({'train': {'patience': 2}}, ('train.patience=2', 'train.eval_every=0', 'set train.eval_every')),
+    'no steps': ({'train': {'steps': 0}}, ('train.steps=0', 'at least 1')),
+    'no number': ({'train': {'z_loss': float('nan')}}, ('train.z_loss=nan', 'at least 0')),
+    'seed beyond 32 bits': ({'train': {'seed': 2**32}}, ('train.seed=4294967296', 'below 2**32')),
+    'unknown choice': ({'train': {'nonfinite': 'skipp'}}, ("train.nonfinite='skipp'", "did you mean 'skip'?", 'stop')),
+    'unknown optimizer': ({'optimizer': {'name': 'adanw'}}, ("optimizer.name='adanw'", "did you mean 'adamw'?")),
+    'a setting nobody reads': ({'optimizer': {'momentum': 0.9}}, ('optimizer.momentum=0.9', "'adamw'", 'muon, sgd')),
+    'two open axes': ({'mesh': {'fsdp': -1}}, ("['data', 'fsdp']", 'only one')),
+    'a field that is not there': ({'model': {'widht': 3}}, ("config.model has no field 'widht'", "did you mean 'width'?", 'layers')),
+    'text for a number': ({'model': {'width': '64'}}, ("config.model.width='64'", 'is str', 'must be int')),
+    'a fraction for a number': ({'train': {'steps': 1e4}}, ('config.train.steps=10000.0', 'is float', 'must be int')),
+    'truth for a number': ({'train': {'steps': True}}, ('config.train.steps=True', 'is bool', 'must be int')),
+    'a number for truth': ({'model': {'gated': 1}}, ('config.model.gated=1', 'is int', 'must be bool')),
+    'text for a tuple': ({'data': {'sources': 'stdlib'}}, ("config.data.sources='stdlib'", 'must be a list')),
+}
+
+
+@pytest.mark.parametrize('case', IMPOSSIBLE)
+def test_impossible_configs_are_refused(case):
+  changes, said = IMPOSSIBLE[case]
+  with pytest.raises(ValueError) as error:
+    configs.from_dict(Config, nested(**changes))
+  for part in said:
+    assert part in str(error.value)
+  assert configs.from_dict(Config, nested()) == tiny()
+
+
+def test_a_mesh_that_cannot_split_the_arrays_is_refused():
+  config = tiny()
+  config.check_mesh(SIZES | {'data': 2, 'fsdp': 4, 'tensor': 2})
+  for sizes, said in (({'data': 2, 'fsdp': 8}, ('microbatch of 8', 'batch_size=8', '16 devices', 'data 2 x fsdp 8', 'a multiple')),
+                      ({'tensor': 4}, ('model.kv_heads=2', 'mesh.tensor=4', 'a multiple')),
+                      ({'tensor': 3}, ('model.heads=4', 'mesh.tensor=3'))):
+    with pytest.raises(ValueError) as error:
+      config.check_mesh(SIZES | sizes)
+    for part in said:
+      assert part in str(error.value)
+  with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=8'):
+    tiny(model={'width': 36, 'head_width': 8}).check_mesh(SIZES | {'fsdp': 8})
+  with pytest.raises(ValueError, match='microbatch of 4 sequences.*train.accumulation=2'):
+    tiny(train={'accumulation': 2}).check_mesh(SIZES | {'data': 8})
+
+
+def test_open_sizes_come_from_the_data():
+  open_sizes = tiny(model={'vocabulary': 0, 'max_length': 0}).resolve(300)
+  assert (open_sizes.model.vocabulary, open_sizes.model.max_length) == (300, 16)
+  assert tiny().resolve(259) == tiny()
+  with pytest.raises(ValueError, match=r'model\.vocabulary=264 is smaller than the tokenizer\'s 265; set it to 0'):
+    tiny().resolve(265)
+
+
+def leaves(cls) -> int:
+  """Fields in all; those of a dataclass that is an item of a tuple count once."""
+  total = 0
+  for hint in typing.get_type_hints(cls).values():
+    inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+    total += leaves(inner) if inner else 1
+  return total
+
+
+def test_the_whole_config_stays_under_150_fields():
+  assert 60 < leaves(Config) < 150
+
+
+TEXT = st.text(max_size=8)
+SOURCES = st.builds(SourceConfig, kind=st.just('text'), path=TEXT.filter(bool), weight=st.floats(1e-3, 1e3)) | st.builds(
+    SourceConfig, kind=st.sampled_from(['jsonl', 'csv']), path=TEXT.filter(bool), text_field=TEXT.filter(bool)) | st.just(SourceConfig())
+CLEAN = st.builds(CleanConfig, anonymise=st.lists(st.sampled_from(ANONYMISED_KINDS), unique=True).map(tuple),
+                  near_duplicates=st.just(0.0) | st.floats(0.5, 1), exact_duplicates=st.booleans())
+DATA = st.builds(DataConfig, sources=st.lists(SOURCES, min_size=1, max_size=3).map(tuple), clean=CLEAN, seed=st.integers(0, 2**32 - 1),
+                 tokenizer=st.builds(TokenizerConfig, kind=st.sampled_from(['byte', 'char'])), sequence_length=st.integers(1, 99),
+                 validation_fraction=st.floats(0.01, 0.99))
+MODEL = st.builds(ModelConfig, layers=st.integers(1, 99), kv_heads=st.sampled_from([0, 1, 2, 4]), gated=st.booleans(),
+                  rope_base=st.floats(1, 1e9), **{name: st.sampled_from(known) for name, known in CHOICES.items()})
+OPTIMIZER = st.builds(OptimizerConfig, learning_rate=st.floats(1e-30, 1e3), b1=st.just(-1.0) | st.floats(0, 0.999), weight_decay=st.floats(0, 1))
+TRAIN = st.builds(TrainConfig, steps=st.integers(1, 10**9), seed=st.integers(0, 2**32 - 1), z_loss=st.floats(0, 1))
+ANY = st.builds(Config, model=MODEL, data=DATA, optimizer=OPTIMIZER, train=TRAIN)
+
+
+@settings(max_examples=50)
+@given(ANY)
+def test_to_json_and_back_is_the_identity(config):
+  back = configs.from_dict(Config, json.loads(json.dumps(configs.to_dict(config))))
+  assert back == config and hash(back) == hash(config)
+  assert not configs.differences(config, back)
+
+
+def test_to_disk_and_back(tmp_path):
+  configs.save(tiny(), tmp_path / 'run')
+  assert configs.load(tmp_path / 'run') == tiny()
+  assert [path.name for path in (tmp_path / 'run').iterdir()] == [configs.FILE]
+  with pytest.raises(FileNotFoundError, match='not the directory of a run; train one'):
+    configs.load(tmp_path)
+  (tmp_path / 'run' / configs.FILE).write_text('{"model": {"widht": 3}}')
+  with pytest.raises(ValueError, match=r"config\.json: config\.model has no field 'widht'; did you mean 'width'"):
+    configs.load(tmp_path / 'run')
+
+
+def test_optional_fields_take_values_and_none():
+  """No part has one today; the convention allows it."""
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Part:
+    cap: float | None = None
+  for value, expected in ((None, None), (2, 2.0), (0.5, 0.5)):
+    assert configs.from_dict(Part, {'cap': value}) == Part(cap=expected)
+  with pytest.raises(ValueError, match='config.cap=True is bool, must be float'):
+    configs.from_dict(Part, {'cap': True})
+
+
+def test_differences_are_those_that_change_the_model_or_the_data_order():
+  same = ({'train': {'steps': 9, 'log_every': 3, 'eval_every': 2, 'keep_last': 9, 'accumulation': 2, 'nonfinite': 'skip'}},
+          {'optimizer': {'learning_rate': 1.0, 'schedule': 'linear', 'b1': 0.5}}, {'mesh': {'fsdp': 2}},
+          {'data': {'cache_dir': 'elsewhere'}}, {'model': {'remat': 'full', 'attention': 'xla'}})
+  for changes in same:
+    assert not configs.differences(tiny(), tiny(**changes)), changes
+  other = {'model.width: 32 -> 64': {'model': {'width': 64}}, 'train.seed: 0 -> 1': {'train': {'seed': 1}},
+           'data.batch_size: 8 -> 4': {'data': {'batch_size': 4}}, 'data.clean.near_duplicates: 0.0 -> 0.9': {'data': {'clean': CleanConfig(near_duplicates=0.9)}},
+           "optimizer.name: 'adamw' -> 'lion'": {'optimizer': {'name': 'lion'}},
+           "data.sources.0.path: 'nowhere' -> 'here'": {'data': {'sources': (SourceConfig(kind='text', path='here'),)}}}
+  for line, changes in other.items():
+    assert configs.differences(tiny(), tiny(**changes)) == [line]
+  two = SourceConfig(kind='text', path='nowhere'), SourceConfig(weight=0.5)
+  assert "data.sources.1.weight: None -> 0.5" in configs.differences(tiny(), tiny(data={'sources': two}))
+
+
+def test_a_run_of_another_model_is_refused_and_nothing_is_written(tmp_path):
+  configs.check_unchanged(tiny(), tmp_path)  # a fresh directory
+  configs.save(tiny(), tmp_path)
+  before = (tmp_path / configs.FILE).read_bytes()
+  configs.check_unchanged(tiny(train={'steps': 99}), tmp_path)
+  other = tiny(model={'width': 64}, data={'seed': 3})
+  with pytest.raises(ValueError) as error:
+    configs.check_unchanged(other, tmp_path)
+  for part in (str(tmp_path), '\n  data.seed: 0 -> 3', '\n  model.width: 32 -> 64', '--workdir', '--allow_config_change'):
+    assert part in str(error.value)
+  configs.check_unchanged(other, tmp_path, allow_change=True)
+  assert (tmp_path / configs.FILE).read_bytes() == before
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+  """Parses a command line with --config=FILE, whose get_config() returns what is given, as train.py does."""
+  def of(*arguments, returns='tiny()'):
+    path = tmp_path / 'config_file.py'
+    path.write_text(f'from conftest import tiny\n\ndef get_config():\n  return {returns}\n')
+    monkeypatch.setattr(sys, 'argv', ['train.py', f'--config={path}', *arguments])
+    values = flags.FlagValues()
+    holder = configs.define_flag(values)
+    values(sys.argv)
+    return configs.from_flag(holder.value)
+  return of
+
+
+def test_flags_override_any_field(parse):
+  assert parse() == tiny()
+  config = parse('--config.model.width=64', '--config.train.steps=7', '--config.optimizer.b1=0.5', '--config.optimizer.schedule=linear',
+                 '--config.data.sources[0].path=there/*.txt', '--config.data.sources[0].weight=2', '--config.model.gated=false',
+                 "--config.data.clean.anonymise=('email', 'ip')", '--config.data.clean.near_duplicates=0.8', '--config.mesh.fsdp=4')
+  assert config == tiny(
+      model={'width': 64, 'gated': False}, train={'steps': 7}, optimizer={'b1': 0.5, 'schedule': 'linear'}, mesh={'fsdp': 4},
+      data={'sources': (SourceConfig(kind='text', path='there/*.txt', weight=2.0),), 'clean': CleanConfig(anonymise=('email', 'ip'), near_duplicates=0.8)})
+
+
+def test_an_override_to_no_items_is_possible(parse):
+  assert parse('--config.data.clean.anonymise=()').data.clean.anonymise == ()
+
+
+@pytest.mark.parametrize('argument, said', [
+    ('--config.modle.width=64', "config has no field 'modle'; did you mean 'model'?"),
+    ('--config.model.widht=64', "config.model has no field 'widht'; did you mean 'width'?"),
+    ('--config.data.sources[0].pth=x', r"config.data.sources\[0\] has no field 'pth'; did you mean 'path'?"),
+    ('--config.data.sources[3].path=x', 'config.data.sources has no item 3; it holds 1'),
+    ('--config.model[0]=x', "config.model has no item 0; it holds no list"),
+    ('--config.model.width.x=1', "config.model.width is a value, it has no field 'x'"),
+    ('--config.model.width=x', "config.model.width"),
+    ('--config.train.steps=2.5', "config.train.steps"),
+    ("--config.data.clean.anonymise=('emial',)", "did you mean 'email'?"),
+    ('--config.model.kv_heads=3', r'model.kv_heads=3; kv_heads must be one of \[1, 2, 4\]')])
+def test_a_wrong_override_is_an_error(parse, argument, said):
+  with pytest.raises((ValueError, flags.Error), match=said):
+    parse(argument)
+
+
+def test_a_file_must_return_a_config(parse):
+  with pytest.raises((ValueError, flags.Error), match='returned dict; it must return a training.config.Config'):
+    parse(returns="{'model': 1}")
+
+
+def test_the_convention_of_field_types():
+  """Only types that flags and JSON carry: numbers, text, truth, tuples of those, optionals, other configs."""
+  def check(hint, path):
+    if dataclasses.is_dataclass(hint):
+      for name, inner in typing.get_type_hints(hint).items():
+        check(inner, f'{path}.{name}')
+    elif typing.get_origin(hint) in (tuple, types.UnionType):
+      for inner in typing.get_args(hint):
+        check(inner, path)
+    else:
+      assert hint in (int, float, bool, str, type(None), Ellipsis), f'{path}: {hint}'
+  check(Config, 'config')

@@ -1,0 +1,235 @@
+"""Are training's laws kept? Meshes, optimizers, skipped steps and stops change nothing they should not; resumed is uninterrupted."""
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Trainer, assert_close, assert_same, host, make_batches, on, quickly, tiny
+
+import train
+from parallel.mesh import MeshConfig, make_mesh
+from training.checkpoint import Checkpoints, abstract, named_leaves
+from training.metrics import read_metrics
+from training.optimizer import OPTIMIZERS
+
+BATCHES = make_batches(3)
+MESHES = ({'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'data': 4, 'tensor': 2})
+
+
+def trained(devices=1, **parts):
+  trainer = Trainer(tiny(**parts), devices)
+  return trainer, trainer.run(BATCHES)
+
+
+@pytest.fixture(scope='module')
+def alone():
+  return trained()
+
+
+def assert_equivalent(a, b, learning_rate=0.01, steps=3):
+  """Equal but for the order of f32 sums. Adam and its kin divide by a gradient's own size, so where a gradient is all rounding
+  error, so is the update: such elements are few, and no step moves one further than a few learning rates."""
+  a, b = host(a), host(b)
+  assert a.keys() == b.keys()
+  apart = {name: np.abs(a[name] - b[name]) for name in a}
+  for name in a:
+    assert apart[name].max() <= 2 * learning_rate * steps, name
+    assert (apart[name] > 2e-6).mean() < 5e-3, name
+
+
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+def test_eight_devices_are_one(alone, mesh):
+  trainer, metrics = trained(8, mesh=mesh)
+  assert_equivalent(trainer.state.model, alone[0].state.model)
+  for a, b in zip(metrics, alone[1], strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+  split = [x for x in jax.tree.leaves(trainer.state) if not x.is_fully_replicated]
+  assert split or mesh == {'data': 8}
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh(alone):
+  trainer = Trainer(tiny(mesh={'fsdp': 4, 'data': 2}), 8)
+  with jax.set_mesh(trainer.mesh):
+    born = quickly(jax.jit(trainer.make_state))()
+  assert_close(born, Trainer(tiny()).state, 1e-7)
+  for x, like in zip(jax.tree.leaves(born), jax.tree.leaves(trainer.state), strict=True):
+    assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+
+
+def test_the_states_buffers_are_reused(alone):
+  trainer, _ = alone
+  state = sum(x.nbytes for x in jax.tree.leaves(trainer.state))
+  assert trainer.compiled.memory_analysis().alias_size_in_bytes >= state
+  before = trainer.state
+  trainer.step(BATCHES[0])
+  assert all(x.is_deleted() for x in jax.tree.leaves(before))
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=() if name in ('muon', 'adam8bit') else pytest.mark.slow) for name in OPTIMIZERS])
+def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(name, tmp_path):
+  """AdamW without the checkpoint is above; the two optimizers of our own are tried each time."""
+  alone, _ = trained(optimizer={'name': name})
+  trainer, metrics = trained(8, optimizer={'name': name}, mesh={'fsdp': 8})
+  assert_equivalent(trainer.state.model, alone.state.model)
+  assert metrics[2]['skipped_steps'] == 0 if 'skipped_steps' in metrics[2] else True
+  checkpoints = Checkpoints(tmp_path, log=pytest.fail)
+  with jax.set_mesh(trainer.mesh):
+    checkpoints.save(3, trainer.state, {}, {})
+    checkpoints.wait()
+    restored = checkpoints.restore(3, abstract(trainer.make_state, trainer.mesh))
+  assert_same(restored, trainer.state)
+  trainer.run(BATCHES[:1])
+  again = trainer.state
+  trainer.state = restored
+  trainer.run(BATCHES[:1])
+  assert_same(trainer.state, again)
+
+
+def test_f16_overflow_is_skipped_and_halves_the_scale():
+  trainer = Trainer(tiny(model={'dtype': 'float16'}, optimizer={'schedule': 'linear'}, train={'steps': 40}))
+  largest = jax.device_put(jnp.float32(2.0**24), trainer.state.scale.scale.sharding)  # more than the gradients can take
+  trainer.state = dataclasses.replace(trainer.state, scale=dataclasses.replace(trainer.state.scale, scale=largest))
+  kept = host(trainer.state)
+  metrics, _ = trainer.step(BATCHES[0])
+  after = host(trainer.state)
+  changed = {name for name in kept if kept[name].tobytes() != after[name].tobytes()}
+  assert changed == {'.step', '.scale.scale', '.scale.skipped_steps'}
+  assert (after['.scale.scale'], after['.scale.skipped_steps'], after['.step']) == (2.0**23, 1, 1)
+  assert metrics['loss_scale'] == 2.0**24 and metrics['skipped_steps'] == 1 and not math.isfinite(metrics['grad_norm'])
+  assert math.isfinite(metrics['loss'])
+  seen = trainer.run(BATCHES[:1] * 14)
+  assert seen[-1]['skipped_steps'] == trainer.state.scale.skipped_steps < 15
+  assert seen[-1]['loss'] < metrics['loss']
+  # The schedule advances with updates, not with attempts, and what is logged is what is applied.
+  applied = jax.tree.leaves(trainer.state.optimizer)[-1]
+  assert applied == 15 - seen[-1]['skipped_steps']
+  at = train.make_schedule(trainer.config.optimizer, trainer.config.train.steps)
+  np.testing.assert_allclose(seen[-1]['learning_rate'], at(applied - 1), rtol=1e-6)
+
+
+# Whole runs, on all eight devices.
+
+def state_of(workdir, step):
+  """The arrays of a checkpoint, on the host."""
+  import orbax.checkpoint as ocp
+  checkpoints = Checkpoints(workdir, log=pytest.fail)
+  assert not checkpoints.problems(step)
+  request = dict.fromkeys(checkpoints.record(step)['leaves'], 0)
+  with ocp.PyTreeCheckpointer() as reader:
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), request)
+    return reader.restore(checkpoints._path(step), args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+
+
+@pytest.fixture(scope='module')
+def straight(corpus, tmp_path_factory):
+  """A run of six steps without interruption: its directory."""
+  workdir = tmp_path_factory.mktemp('straight')
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    train.run(on(corpus), workdir)
+  return workdir
+
+
+def steps_logged(workdir):
+  return [line['step'] for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, train_in_process, tmp_path, capsys):
+  """Three starts, with more steps each; the second one is before its checkpoint's last lines of metrics."""
+  for steps, checkpoint in ((2, None), (4, 2), (6, 4)):
+    train_in_process(on(corpus, train={'steps': steps}), tmp_path)
+    said = capsys.readouterr().out
+    assert (f'going on from checkpoint {checkpoint}' in said) == bool(checkpoint)
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:  # as if it had been killed further on
+      file.write(json.dumps({'step': steps + 1, 'loss': 0.0}) + '\n')
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join((tmp_path / 'metrics.jsonl').read_text().splitlines()[:-1]) + '\n')
+  assert_same(state_of(tmp_path, 6), state_of(straight, 6))
+  assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
+  assert steps_logged(tmp_path) == steps_logged(straight) == [1, 2, 3, 4, 5, 6]
+  losses = lambda workdir: [line['loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
+  assert losses(tmp_path) == losses(straight)
+
+
+def test_a_run_goes_on_on_another_mesh(straight, corpus, train_in_process, tmp_path):
+  train_in_process(on(corpus, train={'steps': 4}), tmp_path)
+  train_in_process(on(corpus, mesh={'data': 2, 'fsdp': 4}), tmp_path)
+  a, b = state_of(tmp_path, 6), state_of(straight, 6)
+  assert_equivalent({name: x for name, x in a.items() if name.startswith('model.')},
+                    {name: x for name, x in b.items() if name.startswith('model.')}, steps=2)
+  assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
+
+
+def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, train_in_process, capsys):
+  (straight / 'report.md').unlink()
+  before = sorted(path.name for path in (straight / 'checkpoints').iterdir())
+  train_in_process(on(corpus), straight)
+  assert 'nothing to do: checkpoint 6 has reached train.steps=6; raise it' in capsys.readouterr().out
+  assert (straight / 'report.md').exists()
+  assert sorted(path.name for path in (straight / 'checkpoints').iterdir()) == before
+
+
+def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(straight, corpus, train_in_process):
+  kept = {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()}
+  other = on(corpus, model={'width': 64}, data={'seed': 1}, train={'steps': 9})
+  with pytest.raises(SystemExit, match=r'(?s)data\.seed: 0 -> 1.*model\.width: 32 -> 64.*--allow_config_change'):
+    train_in_process(other, straight)
+  # Allowed, but impossible: parameters of this shape are not there.
+  with pytest.raises(SystemExit, match=r'(?s)checkpoint 6 .* does not fit the config.*model\.embedding'):
+    train_in_process(other, straight, allow_change=True)
+  assert {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()} == kept
+
+
+def test_an_allowed_change_of_the_data_starts_the_new_order_loudly(corpus, train_in_process, tmp_path, capsys):
+  train_in_process(on(corpus, train={'steps': 2}), tmp_path)
+  other = on(corpus, data={'seed': 1}, train={'steps': 4})
+  with pytest.raises(SystemExit, match='data.seed: 0 -> 1'):
+    train_in_process(other, tmp_path)
+  capsys.readouterr()
+  train_in_process(other, tmp_path, allow_change=True)
+  said = capsys.readouterr().out
+  assert 'WARNING: the data order has changed' in said and 'the new order starts at its beginning' in said
+  record = Checkpoints(tmp_path).record(4)['data']
+  assert (record['seed'], record['examples']) == (1, 2 * 8)
+
+
+EXPLODING = {'optimizer': {'name': 'sgd', 'learning_rate': 1e37, 'clip_norm': 0.0}}
+
+
+def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(corpus, train_in_process, tmp_path):
+  with pytest.raises(FloatingPointError) as error:
+    train_in_process(on(corpus, **EXPLODING, train={'save_every': 1}), tmp_path / 'stop')
+  said = str(error.value)
+  for part in ('step 2: loss', 'Gradient norm by module: ', ' embedding nan', 'blocks.attention.q nan', 'Not finite: [', 'Last good checkpoint: checkpoint 1 in',
+               'train.nonfinite=skip'):
+    assert part in said
+  assert Checkpoints(tmp_path / 'stop').latest() == 1
+  train_in_process(on(corpus, **EXPLODING, train={'save_every': 1, 'keep_last': 9, 'nonfinite': 'skip'}), tmp_path / 'skip')
+  assert steps_logged(tmp_path / 'skip') == [1, 2, 3, 4, 5, 6]
+  last, first = state_of(tmp_path / 'skip', 6), state_of(tmp_path / 'skip', 1)
+  assert last['scale.skipped_steps'] == 5
+  assert {name for name in last if last[name].tobytes() != first[name].tobytes()} == {'step', 'scale.good_steps', 'scale.skipped_steps'}
+
+
+def test_training_stops_when_patience_ends_and_stays_stopped(corpus, train_in_process, tmp_path, capsys):
+  stuck = {'optimizer': {'learning_rate': 1e-30}, 'train': {'eval_every': 1, 'eval_batches': 1, 'patience': 2, 'keep_last': 1}}
+  train_in_process(on(corpus, **stuck), tmp_path)
+  said = capsys.readouterr().out
+  assert 'stopped after step 3: train.patience=2: no better validation loss in 2 evaluations' in said and 'same command' not in said
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.steps() == [1, 3] and checkpoints.best() == 1
+  assert checkpoints.record(3)['progress']['waited'] == 2
+  lines = read_metrics(tmp_path / 'metrics.jsonl')
+  assert lines[-1]['step'] == 3 and 'gzip_bits_per_byte' in lines[-1] and 'gzip_bits_per_byte' not in lines[-2]
+  assert (tmp_path / 'report.md').exists()
+  train_in_process(on(corpus, **stuck), tmp_path)
+  assert 'nothing to do: checkpoint 3 has reached train.patience=2' in capsys.readouterr().out
+  assert checkpoints.steps() == [1, 3]
+
+
+def test_the_checkpoint_holds_the_names_that_the_state_has(straight):
+  record = Checkpoints(straight).record(6)
+  assert set(record['leaves']) == set(named_leaves(Trainer(on(straight)).state))
