@@ -53,6 +53,8 @@ class Generator:
     not there or damaged.
     """
     config = configs.load(workdir)
+    # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache.
+    model_config = dataclasses.replace(config.model, attention='auto')
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     if not steps:
@@ -68,7 +70,7 @@ class Generator:
         raise ValueError(f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'")
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-      target = abstract(lambda: transformer.init(config.model, config.train.seed), mesh)
+      target = abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
       model = checkpoints.restore(step, target, only='model')
     return cls(model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh)
 
@@ -81,7 +83,9 @@ class Generator:
         for row, new in zip(rows, chunk, strict=True):
           row.extend(new)
     eos = self.tokenizer.eos
-    return [Completion(prompt, self.tokenizer.decode(row), row, 'stop' if row and row[-1] == eos else 'length')
+    # Not tokenizer.decode, which takes rows for whole texts: some tokenizers drop the space that a text begins with.
+    text = lambda row: self.tokenizer.decode_bytes(row).decode('utf-8', errors='replace')
+    return [Completion(prompt, text(row), row, 'stop' if row and row[-1] == eos else 'length')
             for prompt, row in zip(prompts, rows, strict=True)]
 
   def stream(self, prompt: str, **options) -> Iterator[str]:

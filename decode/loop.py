@@ -4,10 +4,11 @@ B rows · T prompt bucket · V vocabulary
 """
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from decode.sampling import Sampling, sample
 from model.cache import Cache
@@ -20,14 +21,16 @@ from parallel import axes as ax
 class DecodeState:
   """What generation carries from token to token; its buffers are donated.
 
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+
   Attributes:
     cache: of all tokens so far. logits: [B, V] f32 for each row's next token.
-    done: [B] rows that have ended. stop_at: [B] length, prompt included, at which a row ends at the latest.
+    done: [B] bool, rows that have ended. stop_at: [B] int32, length, prompt included, at which a row ends at the latest.
   """
-  cache: Cache
-  logits: Float[Array, 'B V']
-  done: Bool[Array, 'B']
-  stop_at: Int[Array, 'B']
+  cache: Any
+  logits: Any
+  done: Any
+  stop_at: Any
 
 
 @functools.partial(jax.jit, donate_argnums=3)

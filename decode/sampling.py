@@ -5,11 +5,12 @@ The order is fixed: temperature, then top-k, then top-p, each on what the one be
 B rows · V vocabulary
 """
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -17,17 +18,19 @@ from jaxtyping import Array, Float, Int, UInt32
 class Sampling:
   """Options of each row; arrays, so that another value compiles nothing anew.
 
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+
   Attributes:
-    temperature: [B] logits are divided by it; 0 is greedy.
-    top_k: [B] only the k most likely tokens; 0 keeps all.
-    top_p: [B] only the most likely tokens whose probabilities reach p, the one that reaches it included; 1 keeps all
+    temperature: [B] f32, logits are divided by it; 0 is greedy.
+    top_k: [B] int32, only the k most likely tokens; 0 keeps all.
+    top_p: [B] f32, only the most likely tokens whose probabilities reach p, the one that reaches it included; 1 keeps all
       (nucleus sampling, Holtzman et al., arXiv:1904.09751).
-    seed: [B] a row's draws depend on its seed and on the token's position, and on nothing else.
+    seed: [B] uint32, a row's draws depend on its seed and on the token's position, and on nothing else.
   """
-  temperature: Float[Array, 'B']
-  top_k: Int[Array, 'B']
-  top_p: Float[Array, 'B']
-  seed: UInt32[Array, 'B']
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  seed: Any
 
 
 def make_sampling(rows: int, temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
@@ -51,7 +54,8 @@ def law(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
   greedy = sampling.temperature[:, None] == 0
   logits = logits.astype(jnp.float32)
   best = jnp.where(jnp.arange(V)[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf)
-  scaled = logits / jnp.where(greedy, 1.0, sampling.temperature[:, None])
+  # From the best downwards, so that no temperature is too small to divide by.
+  scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(greedy, 1.0, sampling.temperature[:, None])
   filtering = jnp.any(((sampling.top_k > 0) | (sampling.top_p < 1)) & (sampling.temperature > 0))
   kept = jax.lax.cond(filtering, lambda: _filtered(scaled, sampling), lambda: scaled)  # most callers need no sort
   return jnp.where(greedy, best, jax.nn.log_softmax(kept, -1))

@@ -3,10 +3,11 @@
 B batch · T query length · S key length
 """
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,15 +23,17 @@ class Mask:
     query_segments [B, T], key_segments [B, S]: both or neither; a query sees keys of its own segment only.
     query_positions [B, T], key_positions [B, S]: both or neither; default: the index in the row, for which T == S.
 
+  Arrays are int32; they are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+
   Raises ValueError for contradictory parts.
   """
   causal: bool = True
   window: int = 0
-  prefix: Int[Array, 'B'] | None = None
-  query_segments: Int[Array, 'B T'] | None = None
-  key_segments: Int[Array, 'B S'] | None = None
-  query_positions: Int[Array, 'B T'] | None = None
-  key_positions: Int[Array, 'B S'] | None = None
+  prefix: Any = None
+  query_segments: Any = None
+  key_segments: Any = None
+  query_positions: Any = None
+  key_positions: Any = None
 
   def __post_init__(self):
     if self.window < 0:

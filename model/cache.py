@@ -3,10 +3,11 @@
 L layers · B rows · S capacity in tokens · K key/value heads · H head width
 """
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels.mask import Mask
 from model.config import ModelConfig
@@ -17,12 +18,14 @@ from parallel import axes as ax
 class Cache:
   """Slot i of a row holds its token at position i; slots from `lengths` on are unused, whatever they hold.
 
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+
   Attributes:
-    k, v: [L, B, S, K, H]. lengths: [B] tokens that each row holds.
+    k, v: [L, B, S, K, H]. lengths: [B] int32, tokens that each row holds.
   """
-  k: Float[Array, 'L B S K H']
-  v: Float[Array, 'L B S K H']
-  lengths: Int[Array, 'B']
+  k: Any
+  v: Any
+  lengths: Any
 
   @property
   def capacity(self) -> int:
@@ -38,11 +41,15 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """One layer's view of a cache: the buffers of all layers, carried through the scan so that writes stay in place."""
-  k: Float[Array, 'L B S K H']
-  v: Float[Array, 'L B S K H']
-  layer: Int[Array, '']
-  lengths: Int[Array, 'B']
+  """One layer's view of a cache: the buffers of all layers, carried through the scan so that writes stay in place.
+
+  Attributes:
+    k, v: [L, B, S, K, H]. layer: [] int32, the one that is viewed. lengths: [B] int32, as in the cache.
+  """
+  k: Any
+  v: Any
+  layer: Any
+  lengths: Any
 
   def append(self, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']) -> tuple['Slots', Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """Writes T tokens after each row's last one; returns the new buffers and this layer's keys and values.

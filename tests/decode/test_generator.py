@@ -1,14 +1,14 @@
 """Does the Generator write the same text whichever way it is asked, and say what is wrong with what it is given?"""
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 
+from data.config import DataConfig
 from data.tokenizer import ByteTokenizer
 from decode.generator import Generator
-from model import transformer
+from model import params, transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
@@ -16,9 +16,9 @@ from training import state as states
 from training.checkpoint import Checkpoints
 from training.config import Config
 from training.optimizer import make_optimizer
-from model import params
 
 MODEL = ModelConfig(vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=64, init_scale=1.0)
+CONFIG = Config(model=MODEL, data=DataConfig(sequence_length=64))
 PROMPTS = ['def main(', '', 'naïve']
 
 
@@ -39,6 +39,19 @@ def test_text_streams_and_ids_agree(generator):
     assert ''.join(generator.stream(PROMPTS[i], max_new_tokens=20, seed=3 + i)) == completion.text
     for chunk in (1, 7):
       assert generator(PROMPTS[i], max_new_tokens=20, seed=3 + i, chunk=chunk)[0] == completion
+
+
+class DropsFirstSpace(ByteTokenizer):
+  """As SentencePiece models that put a space before every text: decoding a whole text takes it away."""
+
+  def decode(self, ids):
+    return super().decode(ids).removeprefix(' ')
+
+
+def test_a_continuation_keeps_its_first_space(generator, monkeypatch):
+  spaced = Generator(generator.model, DropsFirstSpace(), generator.mesh)
+  monkeypatch.setattr(spaced, 'ids', lambda prompts, **_: (chunk for chunk in [[spaced.tokenizer.encode(' world')]]))
+  assert spaced('hello')[0].text == ''.join(spaced.stream('hello')) == ' world'
 
 
 def test_finish_reasons(generator):
@@ -77,8 +90,8 @@ def test_bad_options_raise_at_once(generator, prompts, options, words):
 
 def save_run(workdir, model=MODEL):
   """A run's directory with checkpoints 3 and 5, as train.py leaves it; returns the two models."""
-  config = Config(model=model)
-  configs.begin(config, workdir, False)
+  config = dataclasses.replace(CONFIG, model=model)
+  configs.save(config, workdir)
   ByteTokenizer().save(workdir / 'tokenizer')
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(jax.eval_shape(lambda: transformer.init(model, 0))))
@@ -102,8 +115,7 @@ def test_load(tmp_path):
   assert len(loaded('def', max_new_tokens=5)[0].ids) == 5
   with pytest.raises(ValueError, match=r"checkpoint='4' is unknown.*3, 5, best, last"):
     Generator.load(tmp_path, '4')
-  record = tmp_path / 'checkpoints' / '00000003.json'
-  name = next(iter(json.loads(record.read_text())['files']))
+  name = next(iter(Checkpoints(tmp_path).record(3)['files']))
   (tmp_path / 'checkpoints' / '00000003' / name).write_bytes(b'')
   with pytest.raises(ValueError, match="checkpoint 3 is damaged: .*use another, or 'last'"):
     Generator.load(tmp_path, '3')
@@ -117,7 +129,7 @@ def test_a_run_that_trained_with_a_backend_for_training_generates(tmp_path):
 def test_wrong_directories_raise(tmp_path):
   with pytest.raises(FileNotFoundError, match=str(tmp_path)):
     Generator.load(tmp_path)
-  configs.begin(Config(model=MODEL), tmp_path, False)
+  configs.save(CONFIG, tmp_path)
   with pytest.raises(FileNotFoundError, match='holds no checkpoint; train with train.py --workdir='):
     Generator.load(tmp_path)
 

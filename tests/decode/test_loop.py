@@ -63,11 +63,17 @@ def drawn(rows, seed=5):
   return make_sampling(rows, 1.0, 0, 0.95, seed)
 
 
+@jax.jit
+def full_forward(model, tokens):
+  return model.logits(model(tokens)[0])
+
+
 def teacher_forced(model, prompt, new):
   """The argmax of the full forward after the prompt and each of the tokens that were generated."""
-  tokens = jnp.asarray([prompt + new], jnp.int32)
-  logits = jax.jit(lambda model, tokens: model.logits(model(tokens)[0]))(model, tokens)
-  return np.asarray(logits[:, len(prompt) - 1:-1].argmax(-1))[0].tolist()
+  tokens = np.zeros((1, 24), np.int32)
+  tokens[0, :len(prompt) + len(new)] = prompt + new
+  best = np.asarray(full_forward(model, put(tokens)).argmax(-1))[0]
+  return best[len(prompt) - 1:len(prompt) + len(new) - 1].tolist()
 
 
 def check_greedy(model):

@@ -132,6 +132,15 @@ def test_the_abstract_model_is_the_model(name, one_device):
     assert spec.shape == shape and len(spec.axes) == len(shape) and spec.kind in ('matrix', 'embedding', 'vector')
 
 
+def test_caches_and_masks_are_pytrees_of_anything():
+  """Abstract arrays, shardings and placeholders take the place of arrays when programs are planned."""
+  cache = jax.eval_shape(lambda: laws.init_cache(laws.make_config(), 2, 8))
+  assert cache.k.shape == (2, 2, 8, 2, 4) and cache.capacity == 8
+  assert jax.tree.leaves(jax.tree.map(lambda x: 'anything', cache)) == ['anything'] * 3
+  mask = jax.eval_shape(lambda: transformer.Mask(prefix=jnp.zeros((2,), jnp.int32)))
+  assert jax.tree.map(lambda x: 'anything', mask).prefix == 'anything'
+
+
 def test_seeds_and_layers_differ(one_device):
   config = laws.make_config()
   make = jax.jit(transformer.init, static_argnums=(0, 1))

@@ -34,10 +34,9 @@ def assert_equivalent(a, b, learning_rate=0.01, steps=3):
   error, so is the update: such elements are few, and no step moves one further than a few learning rates."""
   a, b = host(a), host(b)
   assert a.keys() == b.keys()
-  apart = {name: np.abs(a[name] - b[name]) for name in a}
-  for name in a:
-    assert apart[name].max() <= 2 * learning_rate * steps, name
-    assert (apart[name] > 2e-6).mean() < 5e-3, name
+  apart = np.concatenate([np.abs(a[name] - b[name]).ravel() for name in a])
+  assert apart.max() <= 2 * learning_rate * steps
+  assert (apart > 2e-6).mean() < 2e-3
 
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
@@ -70,13 +69,13 @@ def test_the_states_buffers_are_reused(alone):
   assert all(x.is_deleted() for x in jax.tree.leaves(before))
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=() if name in ('muon', 'adam8bit') else pytest.mark.slow) for name in OPTIMIZERS])
+@pytest.mark.parametrize('name', [pytest.param(name, marks=() if name == 'muon' else pytest.mark.slow) for name in OPTIMIZERS])
 def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(name, tmp_path):
-  """AdamW without the checkpoint is above; the two optimizers of our own are tried each time."""
+  """AdamW is above too; Muon, which moves whole layers between devices, is tried each time."""
   alone, _ = trained(optimizer={'name': name})
   trainer, metrics = trained(8, optimizer={'name': name}, mesh={'fsdp': 8})
   assert_equivalent(trainer.state.model, alone.state.model)
-  assert metrics[2]['skipped_steps'] == 0 if 'skipped_steps' in metrics[2] else True
+  assert all(math.isfinite(step['grad_norm']) for step in metrics)
   checkpoints = Checkpoints(tmp_path, log=pytest.fail)
   with jax.set_mesh(trainer.mesh):
     checkpoints.save(3, trainer.state, {}, {})
