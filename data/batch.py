@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-IGNORE = -1  # a target that is not to be predicted
+from model.loss import IGNORE
 
 
 @jax.tree_util.register_dataclass

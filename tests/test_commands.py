@@ -17,6 +17,7 @@ from training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVE_EVERY = 4
+PATIENCE = 300  # seconds after which a process counts as hung
 CONFIG = f'''
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from model.config import ModelConfig
@@ -49,21 +50,26 @@ class Process:
     environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # which asks for eight devices
     with open(self.path, 'w') as out, open(f'{self.path}.error', 'w') as error:
       self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=error,
-                                      env=environment | {'JAX_PLATFORMS': 'cpu'})
+                                      env=environment | {'JAX_PLATFORMS': 'cpu', 'PYTHONFAULTHANDLER': '1'})
 
   def out(self) -> str:
     return self.path.read_text()
 
   def until(self, condition) -> bool:
     """Waits for the condition; False where the process ended first."""
+    give_up = time.monotonic() + PATIENCE
     while not condition():
-      if self.process.poll() is not None:
+      if self.process.poll() is not None or time.monotonic() > give_up:
         return False
       time.sleep(0.0005)
     return True
 
   def end(self) -> Finished:
-    code = self.process.wait()
+    try:
+      code = self.process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+      self.process.send_signal(signal.SIGABRT)  # the error output then tells where every thread hangs
+      code = self.process.wait()
     return Finished(code, self.out(), pathlib.Path(f'{self.path}.error').read_text())
 
 

@@ -13,7 +13,7 @@ import sys
 import typing
 
 from absl import flags
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags, config_path
 
 import files
@@ -132,8 +132,6 @@ def _convert(hint, value, path):
     if not isinstance(value, (list, tuple)):
       raise ValueError(f'{path}={value!r} must be a list of {getattr(item, "__name__", item)}')
     return tuple(_convert(item, v, f'{path}[{i}]') for i, v in enumerate(value))
-  if type(None) in typing.get_args(hint):
-    return None if value is None else _convert(next(t for t in typing.get_args(hint) if t is not type(None)), value, path)
   if hint is float and type(value) is int:
     return float(value)
   if type(value) is not hint:
@@ -168,18 +166,13 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     return config
 
 
-def _mutable(config) -> ConfigDict:
-  hints = typing.get_type_hints(type(config))
-
-  def one(name, value):
-    if dataclasses.is_dataclass(value):
-      return _mutable(value)
-    if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) for v in value):
-      return [_mutable(v) for v in value]
-    if value is None:  # unset, but of a known type
-      return config_dict.placeholder(next(t for t in typing.get_args(hints[name]) if t is not type(None)))
-    return value
-  return ConfigDict({field.name: one(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)}, sort_keys=False)
+def _mutable(value):
+  """A frozen config as a ConfigDict, its tuples of configs as lists, which flags can index."""
+  if dataclasses.is_dataclass(value):
+    return ConfigDict({field.name: _mutable(getattr(value, field.name)) for field in dataclasses.fields(value)}, sort_keys=False)
+  if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) for v in value):
+    return [_mutable(v) for v in value]
+  return value
 
 
 def _check_path(config: ConfigDict, path: str) -> None:

@@ -37,8 +37,7 @@ def test_text_streams_and_ids_agree(generator):
     assert completion.text == generator.tokenizer.decode(completion.ids)
     assert len(completion.ids) == 20 or completion.finish == 'stop'
     assert ''.join(generator.stream(PROMPTS[i], max_new_tokens=20, seed=3 + i)) == completion.text
-    for chunk in (1, 7):
-      assert generator(PROMPTS[i], max_new_tokens=20, seed=3 + i, chunk=chunk)[0] == completion
+    assert generator(PROMPTS[i], max_new_tokens=20, seed=3 + i, chunk=7)[0] == completion
 
 
 class DropsFirstSpace(ByteTokenizer):

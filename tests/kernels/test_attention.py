@@ -168,7 +168,7 @@ def test_auto_finds_a_backend_for_every_spec(platform):
 
 
 def test_memory_of_blocked_follows_the_mask(monkeypatch):
-  monkeypatch.setattr(dispatch, 'BLOCK', 128)
+  monkeypatch.setattr(dispatch, 'BLOCK', 256)
   T, N, layers = 1024, 4, 3
   shapes = [jax.ShapeDtypeStruct((1, T, heads, 16), jnp.float32) for heads in (N, 2, 2)]
 
@@ -178,7 +178,7 @@ def test_memory_of_blocked_follows_the_mask(monkeypatch):
       return jnp.sum(jax.lax.scan(layer, q, None, length=layers)[0] ** 2)
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
   scores = 4 * N * T * T
-  reference, causal, window = (temporary_bytes(*case) for case in (('reference', Mask()), ('blocked', Mask()), ('blocked', Mask(window=128))))
+  reference, causal, window = (temporary_bytes(*case) for case in (('reference', Mask()), ('blocked', Mask()), ('blocked', Mask(window=64))))
   assert reference > layers * scores, 'the oracle keeps the scores of every layer'
   assert causal < reference / 4 and causal < 2.5 * scores, 'blocks of one layer, half of which the mask skips'
-  assert window < scores
+  assert window < 0.7 * causal

@@ -17,9 +17,7 @@ EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
 @pytest.mark.parametrize('name', EXACT)
 def test_logits_are_those_of_the_float64_forward(name, one_device):
   config = laws.make_config(name)
-  model = laws.make_model(config)
-  tokens = laws.tokens_of(config, 2, 9)
-  found = np.asarray(laws.forward()(model, tokens))
+  model, tokens, found = laws.make_model(config), laws.tokens_of(config, 2, 9), laws.full_logits(config)
   for row in range(2):
     expected = float64.logits(config, named_leaves(model), np.asarray(tokens[row]))
     assert np.abs(expected).max() > 0.5, 'too small to tell anything'
@@ -66,7 +64,7 @@ def test_cached_decode(name):
 
 
 def test_cached_decode_in_bfloat16():
-  laws.check_cached_decode(laws.make_config('bfloat16'), tolerance=3e-2)  # 8 bits of mantissa over two layers
+  laws.check_cached_decode(laws.make_config('bfloat16'), 3e-2, [[4, 1, 4]])  # 8 bits of mantissa over two layers
 
 
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'bfloat16'])
@@ -83,18 +81,18 @@ def loss_and_gradients(config, model, tokens):
   return jax.jit(jax.value_and_grad(lambda m: jnp.mean(jnp.sin(m.logits(m(tokens)[0])))))(model)
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots'])
-def test_remat_changes_nothing(remat, one_device):
-  config = laws.make_config('gpt2', gated=True)
+def test_remat_changes_nothing(one_device):
+  config = laws.make_config('llama')
   model, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
   expected = loss_and_gradients(config, model, tokens)
-  found = loss_and_gradients(dataclasses.replace(config, remat=remat), model, tokens)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  for remat in ('full', 'dots'):
+    found = loss_and_gradients(dataclasses.replace(config, remat=remat), model, tokens)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_scan_is_a_loop(one_device):
-  config = laws.make_config('gpt2', layers=3)
+  config = laws.make_config('gpt2')
   model, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
 
   def looped(model, tokens):

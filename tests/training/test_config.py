@@ -135,17 +135,6 @@ def test_to_disk_and_back(tmp_path):
     configs.load(tmp_path / 'run')
 
 
-def test_optional_fields_take_values_and_none():
-  """No part has one today; the convention allows it."""
-  @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Part:
-    cap: float | None = None
-  for value, expected in ((None, None), (2, 2.0), (0.5, 0.5)):
-    assert configs.from_dict(Part, {'cap': value}) == Part(cap=expected)
-  with pytest.raises(ValueError, match='config.cap=True is bool, must be float'):
-    configs.from_dict(Part, {'cap': True})
-
-
 def test_differences_are_those_that_change_the_model_or_the_data_order():
   same = ({'train': {'steps': 9, 'log_every': 3, 'eval_every': 2, 'keep_last': 9, 'accumulation': 2, 'nonfinite': 'skip'}},
           {'optimizer': {'learning_rate': 1.0, 'schedule': 'linear', 'b1': 0.5}}, {'mesh': {'fsdp': 2}},

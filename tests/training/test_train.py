@@ -206,6 +206,8 @@ def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(corpus, train_in_
                'train.nonfinite=skip'):
     assert part in said
   assert Checkpoints(tmp_path / 'stop').latest() == 1
+  with pytest.raises(FloatingPointError, match='step 2: .*there is none yet'):  # seen at once, not only where a save waits
+    train_in_process(on(corpus, **EXPLODING, train={'save_every': 6}), tmp_path / 'at once')
   train_in_process(on(corpus, **EXPLODING, train={'save_every': 1, 'keep_last': 9, 'nonfinite': 'skip'}), tmp_path / 'skip')
   assert steps_logged(tmp_path / 'skip') == [1, 2, 3, 4, 5, 6]
   last, first = state_of(tmp_path / 'skip', 6), state_of(tmp_path / 'skip', 1)
