@@ -17,6 +17,7 @@ import numpy as np
 from data import duplicates, filters
 from data.config import CleanConfig
 
+
 @dataclasses.dataclass(frozen=True)
 class Cleaned:
   """One document after cleaning.

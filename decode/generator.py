@@ -121,7 +121,8 @@ class Generator:
       raise ValueError(f'a prompt of {longest} tokens and max_new_tokens={max_new_tokens} pass model.max_length={limit}; '
                        'shorten the prompt or ask for fewer')
     sampling = make_sampling(len(prompts), temperature, top_k, top_p, seed)
-    return self._chunks(encoded, min(limit, _bucket(longest)), min(limit, _bucket(longest + max_new_tokens)), max_new_tokens, sampling, chunk)
+    bucket, capacity = (min(limit, _bucket(tokens)) for tokens in (longest, longest + max_new_tokens))
+    return self._chunks(encoded, bucket, capacity, max_new_tokens, sampling, chunk)
 
   def _chunks(self, encoded, bucket, capacity, max_new_tokens, sampling, chunk):
     tokens = np.full((len(encoded), bucket), self.tokenizer.pad, np.int32)

@@ -33,7 +33,8 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
 
   Args:
     mask: who sees whom. softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per query head that joins the softmax.
-    scale: of q.k; default H ** -0.5. v may be wider or narrower than q and k ('value_width'). backend: 'auto', 'reference', 'blocked' or 'xla'.
+    scale: of q.k; default H ** -0.5. v may be wider or narrower than q and k ('value_width').
+    backend: 'auto', 'reference', 'blocked' or 'xla'.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
   Raises: ValueError for shapes that do not fit or an unknown backend; NotImplementedError for a spec that the backend does
     not honour, naming those that do.

@@ -2,8 +2,6 @@
 
 B batch · T query length · S cache length · D width · N query heads · K key/value heads · H head width
 """
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 

@@ -51,7 +51,8 @@ class Slots:
   layer: Any
   lengths: Any
 
-  def append(self, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H']) -> tuple['Slots', Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+  def append(self, k: Float[Array, 'B T K H'],
+             v: Float[Array, 'B T K H']) -> tuple['Slots', Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """Writes T tokens after each row's last one; returns the new buffers and this layer's keys and values.
 
     A token that would pass the capacity is not written: the caller stops rows before that (decode.loop does).

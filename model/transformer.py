@@ -49,7 +49,8 @@ class Decoder(nnx.Module):
     self.config = config
     self.embedding = param(rngs, (V, D), ('vocab', 'embed'), config.init_scale, kind='embedding', dtype=dtype)
     learned = config.position == 'learned'
-    self.positions = param(rngs, (config.max_length, D), ('position', 'embed'), config.init_scale, kind='embedding', dtype=dtype) if learned else None
+    self.positions = param(rngs, (config.max_length, D), ('position', 'embed'), config.init_scale, kind='embedding',
+                           dtype=dtype) if learned else None
     self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(jax.random.split(rngs.params(), config.L))
     self.final_norm = Norm(config, D, rngs)
     tied = config.tie_embeddings
@@ -70,7 +71,8 @@ class Decoder(nnx.Module):
     if positions is None:
       index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
       positions = ax.place(index, 'batch', 'length') if cache is None else index + cache.lengths[:, None]
-    mask = Mask(causal=True, window=config.window, query_segments=segments, key_segments=segments) if cache is None else cache.mask(T, config.window)
+    packed = Mask(causal=True, window=config.window, query_segments=segments, key_segments=segments)
+    mask = packed if cache is None else cache.mask(T, config.window)
 
     with jax.named_scope('embed'):
       x = lookup(use(self.embedding, config.dtype), tokens)

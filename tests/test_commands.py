@@ -1,4 +1,4 @@
-"""Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, resumed, misused, asked for text."""
+"""Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, misused, asked for text."""
 import dataclasses
 import os
 import pathlib
@@ -48,9 +48,9 @@ class Process:
   def __init__(self, directory: pathlib.Path, *command: str):
     self.path = directory / f'output-{time.monotonic_ns()}'
     environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # which asks for eight devices
+    environment |= {'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONFAULTHANDLER': '1'}
     with open(self.path, 'w') as out, open(f'{self.path}.error', 'w') as error:
-      self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=error,
-                                      env=environment | {'JAX_PLATFORMS': 'cpu', 'PYTHONFAULTHANDLER': '1'})
+      self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=error, env=environment)
 
   def out(self) -> str:
     return self.path.read_text()

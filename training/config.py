@@ -89,7 +89,8 @@ class Config:
 
     Raises ValueError when the model's vocabulary is too small for the tokenizer.
     """
-    model = dataclasses.replace(self.model, vocabulary=self.model.vocabulary or vocabulary, max_length=self.model.max_length or self.data.sequence_length)
+    model = dataclasses.replace(self.model, vocabulary=self.model.vocabulary or vocabulary,
+                                max_length=self.model.max_length or self.data.sequence_length)
     if model.vocabulary < vocabulary:
       raise ValueError(f'model.vocabulary={model.vocabulary} is smaller than the tokenizer\'s {vocabulary}; set it to 0 to take that')
     return dataclasses.replace(self, model=model)
@@ -222,6 +223,7 @@ INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.remat')
 def differences(old: Config, new: Config) -> list[str]:
   """Lines 'path: old -> new' of what changes the model or the data order; empty when `new` may resume `old`."""
   before, after = _flat(to_dict(old)), _flat(to_dict(new))
+
   def matters(path):
     under = lambda names_: any(path == name or path.startswith(name + '.') for name in names_)
     return under(IDENTITY) and not under(INDIFFERENT)

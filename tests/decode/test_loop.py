@@ -1,4 +1,4 @@
-"""Do prefill and decode_chunk generate what the full forward says, whatever the chunk, the bucket and the neighbours?"""
+"""Do prefill and decode_chunk generate what the full forward says, whatever the chunk, bucket and neighbours are?"""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from model.config import ModelConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
-CONFIG = ModelConfig(vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, max_length=64, init_scale=1.0)
+CONFIG = ModelConfig(vocabulary=40, width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, max_length=64,
+                     init_scale=1.0)
 PAD, EOS, NEVER = 0, 2, 99
 PROMPTS = [[1, 5, 9, 30], [1], [1, 7, 7, 7, 7, 12, 3]]
 
@@ -90,11 +91,12 @@ def test_greedy_is_the_argmax_of_the_full_forward(model):
 @pytest.mark.parametrize('fault', ['last position', 'lengths'])
 def test_planted_faults_break_it(model, fault, monkeypatch):
   """Scores read one token too early; padding that counts as part of the prompt."""
-  original = loop.prefill.__wrapped__
-  if fault == 'last position':
-    broken = lambda model, tokens, lengths, cache, stop: original(model, tokens, jnp.maximum(lengths - 1, 1), cache, stop)
-  else:
-    broken = lambda model, tokens, lengths, cache, stop: original(model, tokens, jnp.full_like(lengths, tokens.shape[1]), cache, stop + 8)
+  def broken(model, tokens, lengths, cache, stop_at):
+    if fault == 'last position':
+      lengths = jnp.maximum(lengths - 1, 1)
+    else:
+      lengths, stop_at = jnp.full_like(lengths, tokens.shape[1]), stop_at + 8
+    return loop.prefill.__wrapped__(model, tokens, lengths, cache, stop_at)
   monkeypatch.setitem(globals(), 'prefill', jax.jit(broken))
   with pytest.raises(AssertionError):
     check_greedy(model)
@@ -149,8 +151,6 @@ def test_other_options_compile_nothing(model):
   before = programs()
   for options in ((0.0, 0, 1.0, 0), (0.7, 5, 1.0, 1), (2.0, 0, 0.5, 2), (0.3, 7, 0.2, 3)):
     generate(model, PROMPTS, make_sampling(3, *options))
-  mixed = Sampling(*(np.asarray(x) for x in (np.float32([0, 1, 0.5]), np.int32([0, 3, 9]), np.float32([1, 0.9, 0.5]), np.uint32([1, 2, 3]))))
+  mixed = Sampling(np.float32([0, 1, 0.5]), np.int32([0, 3, 9]), np.float32([1, 0.9, 0.5]), np.uint32([1, 2, 3]))
   generate(model, PROMPTS[::-1], mixed)
   assert programs() == before
-
-

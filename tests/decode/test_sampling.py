@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from decode.sampling import Sampling, law, make_sampling, sample
 
 V = 12
+DTYPES = (jnp.float32, jnp.int32, jnp.float32, jnp.uint32)
 jitted_law, jitted_sample = jax.jit(law), jax.jit(sample)
 
 
@@ -33,8 +34,7 @@ def law64(logits, temperature, top_k, top_p):
 
 def options(rows):
   """Sampling of rows of (temperature, top_k, top_p, seed)."""
-  columns = zip(*rows)
-  return Sampling(*(jnp.asarray(column, dtype) for column, dtype in zip(columns, (jnp.float32, jnp.int32, jnp.float32, jnp.uint32))))
+  return Sampling(*(jnp.asarray(column, dtype) for column, dtype in zip(zip(*rows), DTYPES)))
 
 
 GRID = list(itertools.product((0.0, 0.3, 1.0, 2.5), (0, 1, 3, 11, 40), (0.05, 0.5, 0.77, 1.0), (0,)))
@@ -44,7 +44,8 @@ def test_law_over_a_grid_of_options():
   logits = np.random.default_rng(0).normal(0, 2, (len(GRID), V)).astype(np.float32)
   found = np.exp(np.asarray(jitted_law(jnp.asarray(logits), options(GRID))))
   for row, (temperature, top_k, top_p, _) in enumerate(GRID):
-    np.testing.assert_allclose(found[row], law64(logits[row], temperature, top_k, top_p), atol=1e-6, err_msg=str(GRID[row]))
+    expected = law64(logits[row], temperature, top_k, top_p)
+    np.testing.assert_allclose(found[row], expected, atol=1e-6, err_msg=str(GRID[row]))
 
 
 @given(st.integers(0, 2**31), st.floats(0.1, 3), st.integers(0, 15), st.floats(0.01, 1), st.floats(0.1, 8))
@@ -76,7 +77,8 @@ def test_extreme_temperatures_give_a_law(temperature):
 def test_greedy_takes_the_first_best():
   logits = jnp.asarray([[0.0, 5.0, 5.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
   for seed in range(5):
-    assert jitted_sample(logits, options([(0.0, 2, 0.5, seed)] * 2), jnp.asarray([seed, 7], jnp.int32)).tolist() == [1, 0]
+    positions = jnp.asarray([seed, 7], jnp.int32)
+    assert jitted_sample(logits, options([(0.0, 2, 0.5, seed)] * 2), positions).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize('case', [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.5, 0, 0.8), (1.0, 6, 0.9)], ids=str)
@@ -87,7 +89,7 @@ def test_draws_follow_the_law(case, over):
   numbers = np.arange(rows)
   same = np.full(rows, 3)
   seeds, positions = (numbers, same) if over == 'seeds' else (same, numbers)
-  sampling = Sampling(*(jnp.full(rows, value, dtype) for value, dtype in zip(case, (jnp.float32, jnp.int32, jnp.float32))), jnp.asarray(seeds, jnp.uint32))
+  sampling = options([(*case, seed) for seed in seeds])
   drawn = jitted_sample(jnp.broadcast_to(jnp.asarray(logits), (rows, V)), sampling, jnp.asarray(positions, jnp.int32))
   counts, p = np.bincount(drawn, minlength=V), law64(logits, *case)
   assert (counts[p == 0] == 0).all(), 'a token that is ruled out was drawn'

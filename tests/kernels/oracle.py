@@ -36,5 +36,6 @@ def attention(q, k, v, parts, *, softcap=0.0, sinks=None, scale=None):
     everything = scores + ([float(sinks[n])] if sinks is not None else [])
     if everything:
       lse[b, t, n] = np.logaddexp.reduce(everything)
-      out[b, t, n] = sum((np.exp(score - lse[b, t, n]) * v[b, s, head] for score, s in zip(scores, keys)), np.zeros(v.shape[-1]))
+      for score, s in zip(scores, keys):
+        out[b, t, n] += np.exp(score - lse[b, t, n]) * v[b, s, head]
   return out, lse

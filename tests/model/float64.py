@@ -1,4 +1,4 @@
-"""What should a decoder compute? A plain numpy float64 forward, written from the papers, sharing no line with model/."""
+"""What should a decoder compute? A plain float64 forward, written from the papers, sharing no line with model/."""
 import math
 
 import numpy as np
@@ -33,19 +33,23 @@ def logits(config, weights, tokens):
     x = x + w['positions'][:len(tokens)]
   for layer in range(config.layers):
     block = {name.removeprefix('blocks.'): value[layer] for name, value in w.items() if name.startswith('blocks.')}
-    normed = lambda x, name, kind=config.norm, block=block: norm(x, block[f'{name}.scale'], block.get(f'{name}.bias'), kind, config.norm_epsilon)
-    x = x + attend(config, block, normed(x, 'attention_norm'), normed)
-    x = x + feed_forward(config, block, normed(x, 'feed_forward_norm'))
+    x = x + attend(config, block, block_norm(config, block, 'attention_norm', x))
+    x = x + feed_forward(config, block, block_norm(config, block, 'feed_forward_norm', x))
   x = norm(x, w['final_norm.scale'], w.get('final_norm.bias'), config.norm, config.norm_epsilon)
   scores = x @ w.get('head', w['embedding']).T
   return config.logit_softcap * np.tanh(scores / config.logit_softcap) if config.logit_softcap else scores
 
 
-def attend(config, block, x, normed):
+def block_norm(config, block, name, x, kind=''):
+  return norm(x, block[f'{name}.scale'], block.get(f'{name}.bias'), kind or config.norm, config.norm_epsilon)
+
+
+def attend(config, block, x):
   T = len(x)
-  q, k, v = (np.einsum('td,dnh->tnh', x, block[f'attention.{name}']) + block.get(f'attention.{name}_bias', 0) for name in 'qkv')
+  project = lambda name: np.einsum('td,dnh->tnh', x, block[name]) + block.get(f'{name}_bias', 0)
+  q, k, v = (project(f'attention.{name}') for name in 'qkv')
   if config.qk_norm:
-    q, k = normed(q, 'attention.q_norm', 'rms'), normed(k, 'attention.k_norm', 'rms')
+    q, k = (block_norm(config, block, f'attention.{name}_norm', y, 'rms') for name, y in (('q', q), ('k', k)))
   if config.position == 'rope':
     q, k = (np.stack([rope(y[t], t, config.rope_base) for t in range(T)]) for y in (q, k))
   heads, mixed = q.shape[1], np.zeros_like(q)

@@ -24,9 +24,10 @@ def test_norm(kind, biases, dtype):
   assert found.dtype == x.dtype
   y = np.asarray(x, np.float64)
   mean = y.mean(-1, keepdims=True) if kind == 'layer' else 0
-  expected = (y - mean) / np.sqrt(((y - mean) ** 2).mean(-1, keepdims=True) + 1e-3) * np.asarray(norm.scale[...], np.float64)
-  expected += np.asarray(norm.bias[...]) if biases else 0
-  np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1e-5 if dtype == 'float32' else 1e-2, atol=1e-5 if dtype == 'float32' else 1e-2)
+  expected = (y - mean) / np.sqrt(((y - mean) ** 2).mean(-1, keepdims=True) + 1e-3)
+  expected = expected * np.asarray(norm.scale[...]) + (np.asarray(norm.bias[...]) if biases else 0)
+  tolerance = 1e-5 if dtype == 'float32' else 1e-2
+  np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=tolerance, atol=tolerance)
 
 
 def turned(x, position, base=100.0):
@@ -48,8 +49,8 @@ def test_rotary_frequencies():
   angles = np.outer([0, 1, 7], [1, 0.1, 0.01])
   np.testing.assert_allclose(cosines[0], np.cos(angles), atol=1e-6)
   np.testing.assert_allclose(sines[0], np.sin(angles), atol=1e-6)
-  quarter = layers.rotate(jnp.asarray([[[[1.0, 0.0]]]]), *(jnp.full((1, 1, 1), f(math.pi / 2)) for f in (math.cos, math.sin)))
-  np.testing.assert_allclose(quarter[0, 0, 0], [0, 1], atol=1e-6)
+  turn = (jnp.full((1, 1, 1), f(math.pi / 2)) for f in (math.cos, math.sin))
+  np.testing.assert_allclose(layers.rotate(jnp.asarray([[[[1.0, 0.0]]]]), *turn)[0, 0, 0], [0, 1], atol=1e-6)
 
 
 def test_parameters_name_their_axes():
@@ -57,7 +58,8 @@ def test_parameters_name_their_axes():
     param(nnx.Rngs(0), (2, 3), ('embed',), 1.0)
   p = param(nnx.Rngs(0), (40, 50), ('embed', None), 0.5, dtype='bfloat16')
   assert p[...].dtype == jnp.bfloat16 and abs(float(jnp.std(p[...].astype(jnp.float32))) - 0.5) < 0.05
-  assert (param(nnx.Rngs(0), (3,), ('norm',), 'ones')[...] == 1).all() and (param(nnx.Rngs(0), (3,), ('norm',), 'zeros')[...] == 0).all()
+  for init, value in (('ones', 1), ('zeros', 0)):
+    assert (param(nnx.Rngs(0), (3,), ('norm',), init)[...] == value).all()
 
 
 def test_activations_are_of_the_named_kind():

@@ -10,7 +10,7 @@ from parallel.remat import POLICIES
 
 @pytest.mark.parametrize('fields, words', [
     ({'width': 30, 'heads': 4}, r'model.width=30 is not divisible by model.heads=4; set model.head_width'),
-    ({'heads': 6, 'kv_heads': 4, 'head_width': 8}, r'model.heads=6 is not divisible by model.kv_heads=4; kv_heads must be one of \[1, 2, 3, 6\]'),
+    ({'heads': 6, 'kv_heads': 4, 'head_width': 8}, r'heads=6 is not divisible by model.kv_heads=4; .* \[1, 2, 3, 6\]'),
     ({'head_width': 5}, r'head width 5 is odd'),
     ({'width': 0}, r'model.width=0 must be at least 1'),
     ({'layers': -1}, r'model.layers=-1 must be at least 1'),

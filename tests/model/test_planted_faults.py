@@ -16,7 +16,8 @@ def allow_all(self, T, S):
 
 def without(field):
   """Mask.allowed that forgets a field."""
-  original, empty = Mask.allowed, {'window': {'window': 0}, 'segments': {'query_segments': None, 'key_segments': None}}[field]
+  original = Mask.allowed
+  empty = {'window': {'window': 0}, 'segments': {'query_segments': None, 'key_segments': None}}[field]
   return lambda self, T, S: original(dataclasses.replace(self, **empty), T, S)
 
 
@@ -43,23 +44,29 @@ def append_ahead(self, k, v):
   return dataclasses.replace(new, lengths=self.lengths), k, v
 
 
-cache_append = cache.Slots.append
+def maskless(self, T, window):
+  """Cache.mask that lets everything be seen."""
+  return dataclasses.replace(cache_mask(self, T, 0), causal=False)
+
+
+def rotate_prompts_only(x, cosines, sines):
+  return layers.rotate(x, cosines, sines) if x.shape[1] > 1 else x
+
+
+cache_append, cache_mask = cache.Slots.append, cache.Cache.mask
 
 FAULTS = {
     'dropped mask': (Mask, 'allowed', allow_all, laws.check_causality, 'llama'),
     'mask off by one': (Mask, 'allowed', off_by_one, laws.check_causality, 'llama'),
     'dropped window': (Mask, 'allowed', without('window'), laws.check_window, 'mistral'),
     'dropped segments': (Mask, 'allowed', without('segments'), laws.check_segments, 'llama'),
-    'dropped cache mask': (cache.Cache, 'mask', lambda self, T, window: dataclasses.replace(cache_mask(self, T, window), causal=False, window=0),
-                           laws.check_cached_decode, 'llama'),
+    'dropped cache mask': (cache.Cache, 'mask', maskless, laws.check_cached_decode, 'llama'),
     'shifted positions': (transformer, 'rope_angles', shifted_when_decoding, laws.check_cached_decode, 'llama'),
-    'cached keys not rotated': (attention, 'rotate', lambda x, cosines, sines: layers.rotate(x, cosines, sines) if x.shape[1] > 1 else x,
-                                laws.check_cached_decode, 'llama'),
+    'keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'llama'),
     'tokens written in the wrong slot': (cache.Slots, 'append', append_ahead, laws.check_cached_decode, 'llama'),
     'no guard against unused slots': (cache.Slots, 'append', unguarded_append, laws.check_unused_slots, 'llama'),
     'padding is seen': (Mask, 'allowed', allow_all, laws.check_padding_and_neighbours, 'llama'),
 }
-cache_mask = cache.Cache.mask
 
 
 @pytest.mark.parametrize('fault', FAULTS)

@@ -29,14 +29,16 @@ def test_gradients_are_those_of_the_float64_forward(one_device):
   config = laws.make_config('gpt2', position='rope', gated=True, qk_norm=True, layers=1)
   model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 5)
   weights = np.random.default_rng(3).normal(size=(5, config.V))
-  gradient = named_leaves(jax.jit(jax.grad(lambda m: jnp.sum(m.logits(m(tokens)[0]) * weights[None].astype(np.float32))))(model))
+  loss = lambda model: jnp.sum(model.logits(model(tokens)[0]) * weights[None].astype(np.float32))
+  gradient = named_leaves(jax.jit(jax.grad(loss))(model))
   values = {name: np.asarray(x, np.float64) for name, x in named_leaves(model).items()}
   assert len(values) == 23
   for index, name in enumerate(values):
     direction = np.random.default_rng([4, index]).normal(size=values[name].shape)
-    at = lambda h: (float64.logits(config, values | {name: values[name] + h * direction}, np.asarray(tokens[0])) * weights).sum()
-    expected, size = (at(1e-5) - at(-1e-5)) / 2e-5, np.abs(np.asarray(gradient[name]) * direction).sum()
-    assert abs((np.asarray(gradient[name], np.float64) * direction).sum() - expected) < 1e-5 * size, name
+    moved = lambda h: values | {name: values[name] + h * direction}
+    at = lambda h: (float64.logits(config, moved(h), np.asarray(tokens[0])) * weights).sum()
+    parts = np.asarray(gradient[name], np.float64) * direction
+    assert abs(parts.sum() - (at(1e-5) - at(-1e-5)) / 2e-5) < 1e-5 * np.abs(parts).sum(), name
 
 
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'mistral'])
@@ -77,7 +79,8 @@ def test_padding_and_neighbours():
 
 
 def loss_and_gradients(config, model, tokens):
-  model = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lambda: transformer.init(config, 0))), jax.tree.leaves(model))
+  structure = jax.tree.structure(jax.eval_shape(lambda: transformer.init(config, 0)))
+  model = jax.tree.unflatten(structure, jax.tree.leaves(model))
   return jax.jit(jax.value_and_grad(lambda m: jnp.mean(jnp.sin(m.logits(m(tokens)[0])))))(model)
 
 

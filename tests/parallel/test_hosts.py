@@ -42,9 +42,10 @@ print(sys.argv[1:], os.environ['GLIBC_TUNABLES'], 'jax' in sys.modules)
 def test_huge_pages_restart_once_with_the_same_arguments(given, starts, tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(SCRIPT)
-  environment = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'} | ({'GLIBC_TUNABLES': given} if given else {})
-  run = subprocess.run([sys.executable, str(script), 'a b', '--c=d'], env=environment | {'PYTHONPATH': os.getcwd()}, capture_output=True, text=True, check=True)
-  lines = run.stdout.splitlines()
+  environment = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'} | {'PYTHONPATH': os.getcwd()}
+  environment |= {'GLIBC_TUNABLES': given} if given else {}
+  command = [sys.executable, str(script), 'a b', '--c=d']
+  lines = subprocess.check_output(command, env=environment, text=True).splitlines()
   assert lines[:-1] == ['start'] * starts
   assert lines[-1] == f"['a b', '--c=d'] {given or hosts.TUNABLES} False"
 

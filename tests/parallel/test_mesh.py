@@ -1,4 +1,6 @@
 """Is the mesh what its config says, and are impossible ones refused?"""
+import math
+
 import jax
 import jax.ad_checkpoint
 import pytest
@@ -9,11 +11,11 @@ from parallel.mesh import AXES, MeshConfig, make_mesh
 from parallel.remat import POLICIES, remat
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from(['data', 'fsdp', 'tensor', '']), st.integers(1, 64))
-def test_sizes_multiply_to_the_devices_or_raise(data, fsdp, tensor, free, devices):
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+@given(st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from(['data', 'fsdp', 'tensor', '']), st.integers(1, 64))
+def test_sizes_multiply_to_the_devices_or_raise(wanted, free, devices):
+  sizes = dict(zip(('data', 'fsdp', 'tensor'), wanted))
   config = MeshConfig(**sizes | ({free: -1} if free else {}))
-  fixed = data * fsdp * tensor // (sizes[free] if free else 1)
+  fixed = math.prod(wanted) // (sizes[free] if free else 1)
   if devices % fixed if free else devices != fixed:
     with pytest.raises(ValueError, match=f'{devices}'):
       config.resolve(devices)
@@ -44,7 +46,8 @@ def test_mesh_that_does_not_fit_raises():
 @pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_mesh(axis_type):
   mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), axis_type=axis_type)
-  assert mesh.axis_names == AXES and mesh.axis_types == (axis_type,) * 6 and list(mesh.shape.values()) == [2, 2, 1, 1, 1, 2]
+  assert mesh.axis_names == AXES and mesh.axis_types == (axis_type,) * 6
+  assert list(mesh.shape.values()) == [2, 2, 1, 1, 1, 2]
   part = make_mesh(MeshConfig(tensor=2), jax.devices()[4:6], axis_type)
   assert [d.id for d in part.devices.flat] == [4, 5] and part.axis_types == (axis_type,) * 6
 
@@ -60,5 +63,6 @@ def test_remat_keeps_what_its_name_says(name, saved, capsys):
   w = jax.numpy.ones((4, 4))
   function = lambda x: jax.numpy.sin(jax.numpy.sin(x @ w)).sum()
   jax.ad_checkpoint.print_saved_residuals(remat(function, name), w)
-  lines = [line for line in capsys.readouterr().out.splitlines() if 'from the argument' not in line and 'from a constant' not in line]
-  assert len(lines) == saved, lines
+  lines = capsys.readouterr().out.splitlines()
+  computed = [line for line in lines if 'from the argument' not in line and 'from a constant' not in line]
+  assert len(computed) == saved, computed

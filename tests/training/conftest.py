@@ -81,7 +81,8 @@ class Trainer:
       shapes = abstract(init, self.mesh)
       optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(shapes))
       self.make_state = functools.partial(states.init, config, optimizer)
-      leaves = [jax.device_put(value, x.sharding) for value, x in zip(initial_model(config.model, config.train.seed), jax.tree.leaves(shapes))]
+      values = initial_model(config.model, config.train.seed)
+      leaves = [jax.device_put(value, x.sharding) for value, x in zip(values, jax.tree.leaves(shapes), strict=True)]
       model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
       self.state = states.TrainState(
           jnp.int32(0), model, jax.jit(optimizer.init)(model), precision.init_loss_scale(config.model.dtype),
@@ -139,19 +140,18 @@ def corpus(tmp_path_factory) -> pathlib.Path:
   return directory
 
 
-@pytest.fixture
-def train_in_process(corpus):
-  """train.run(config, workdir, ...) on all 8 devices, with the global settings of JAX put back afterwards."""
-  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs', 'jax_persistent_cache_min_entry_size_bytes')
-  old = {name: getattr(jax.config, name) for name in names}
-
-  def run(config, workdir, **options):
+def run_here(config: Config, workdir: pathlib.Path, **options) -> None:
+  """train.run on all 8 devices, compiled quickly; JAX's global settings are put back afterwards."""
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs', 'jax_persistent_cache_min_entry_size_bytes',
+           'jax_disable_most_optimizations')
+  old = {name: jax.config.values[name] for name in names}
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):  # leaving it undoes what run() sets
       train.run(config, workdir, **options)
-
-  yield run
-  for name, value in old.items():
-    jax.config.update(name, value)
+  finally:
+    for name, value in old.items():
+      jax.config.update(name, value)
 
 
 def on(corpus: pathlib.Path, **parts) -> Config:

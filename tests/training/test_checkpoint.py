@@ -171,7 +171,8 @@ def test_every_file_is_guarded_against_changes_truncation_and_loss(copy):
     harms = [('is missing', path.unlink), ('bytes', lambda: path.write_bytes(whole + b'0'))]
     if whole:
       harms += [('was changed', lambda: flip(path, len(whole) // 2)), ('was changed', lambda: flip(path, 0, 7)),
-                ('was changed', lambda: flip(path, -1)), ('bytes', lambda: path.write_bytes(whole[:-1])), ('bytes', lambda: path.write_bytes(b''))]
+                ('was changed', lambda: flip(path, -1)), ('bytes', lambda: path.write_bytes(whole[:-1])),
+                ('bytes', lambda: path.write_bytes(b''))]
     for said, harm in harms:
       harm()
       assert checkpoints.latest() == 2

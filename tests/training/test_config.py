@@ -111,7 +111,8 @@ DATA = st.builds(DataConfig, sources=st.lists(SOURCES, min_size=1, max_size=3).m
                  validation_fraction=st.floats(0.01, 0.99))
 MODEL = st.builds(ModelConfig, layers=st.integers(1, 99), kv_heads=st.sampled_from([0, 1, 2, 4]), gated=st.booleans(),
                   rope_base=st.floats(1, 1e9), **{name: st.sampled_from(known) for name, known in CHOICES.items()})
-OPTIMIZER = st.builds(OptimizerConfig, learning_rate=st.floats(1e-30, 1e3), b1=st.just(-1.0) | st.floats(0, 0.999), weight_decay=st.floats(0, 1))
+OPTIMIZER = st.builds(OptimizerConfig, learning_rate=st.floats(1e-30, 1e3), b1=st.just(-1.0) | st.floats(0, 0.999),
+                      weight_decay=st.floats(0, 1))
 TRAIN = st.builds(TrainConfig, steps=st.integers(1, 10**9), seed=st.integers(0, 2**32 - 1), z_loss=st.floats(0, 1))
 ANY = st.builds(Config, model=MODEL, data=DATA, optimizer=OPTIMIZER, train=TRAIN)
 
@@ -142,7 +143,8 @@ def test_differences_are_those_that_change_the_model_or_the_data_order():
   for changes in same:
     assert not configs.differences(tiny(), tiny(**changes)), changes
   other = {'model.width: 32 -> 64': {'model': {'width': 64}}, 'train.seed: 0 -> 1': {'train': {'seed': 1}},
-           'data.batch_size: 8 -> 4': {'data': {'batch_size': 4}}, 'data.clean.near_duplicates: 0.0 -> 0.9': {'data': {'clean': CleanConfig(near_duplicates=0.9)}},
+           'data.batch_size: 8 -> 4': {'data': {'batch_size': 4}},
+           'data.clean.near_duplicates: 0.0 -> 0.9': {'data': {'clean': CleanConfig(near_duplicates=0.9)}},
            "optimizer.name: 'adamw' -> 'lion'": {'optimizer': {'name': 'lion'}},
            "data.sources.0.path: 'nowhere' -> 'here'": {'data': {'sources': (SourceConfig(kind='text', path='here'),)}}}
   for line, changes in other.items():
@@ -186,7 +188,8 @@ def test_flags_override_any_field(parse):
                  "--config.data.clean.anonymise=('email', 'ip')", '--config.data.clean.near_duplicates=0.8', '--config.mesh.fsdp=4')
   assert config == tiny(
       model={'width': 64, 'gated': False}, train={'steps': 7}, optimizer={'b1': 0.5, 'schedule': 'linear'}, mesh={'fsdp': 4},
-      data={'sources': (SourceConfig(kind='text', path='there/*.txt', weight=2.0),), 'clean': CleanConfig(anonymise=('email', 'ip'), near_duplicates=0.8)})
+      data={'sources': (SourceConfig(kind='text', path='there/*.txt', weight=2.0),),
+            'clean': CleanConfig(anonymise=('email', 'ip'), near_duplicates=0.8)})
 
 
 def test_an_override_to_no_items_is_possible(parse):

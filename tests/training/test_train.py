@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Trainer, assert_close, assert_same, host, make_batches, on, quickly, tiny
+from conftest import Trainer, assert_close, assert_same, host, make_batches, on, quickly, run_here, tiny
 
 import train
-from parallel.mesh import MeshConfig, make_mesh
 from training.checkpoint import Checkpoints, abstract, named_leaves
 from training.metrics import read_metrics
 from training.optimizer import OPTIMIZERS
@@ -128,8 +127,7 @@ def state_of(workdir, step):
 def straight(corpus, tmp_path_factory):
   """A run of six steps without interruption: its directory."""
   workdir = tmp_path_factory.mktemp('straight')
-  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-    train.run(on(corpus), workdir)
+  run_here(on(corpus), workdir)
   return workdir
 
 
@@ -137,10 +135,10 @@ def steps_logged(workdir):
   return [line['step'] for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, train_in_process, tmp_path, capsys):
+def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, capsys):
   """Three starts, with more steps each; the second one is before its checkpoint's last lines of metrics."""
   for steps, checkpoint in ((2, None), (4, 2), (6, 4)):
-    train_in_process(on(corpus, train={'steps': steps}), tmp_path)
+    run_here(on(corpus, train={'steps': steps}), tmp_path)
     said = capsys.readouterr().out
     assert (f'going on from checkpoint {checkpoint}' in said) == bool(checkpoint)
     with open(tmp_path / 'metrics.jsonl', 'a') as file:  # as if it had been killed further on
@@ -153,42 +151,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, train_in_proce
   assert losses(tmp_path) == losses(straight)
 
 
-def test_a_run_goes_on_on_another_mesh(straight, corpus, train_in_process, tmp_path):
-  train_in_process(on(corpus, train={'steps': 4}), tmp_path)
-  train_in_process(on(corpus, mesh={'data': 2, 'fsdp': 4}), tmp_path)
+def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
+  run_here(on(corpus, train={'steps': 4}), tmp_path)
+  run_here(on(corpus, mesh={'data': 2, 'fsdp': 4}), tmp_path)
   a, b = state_of(tmp_path, 6), state_of(straight, 6)
   assert_equivalent({name: x for name, x in a.items() if name.startswith('model.')},
                     {name: x for name, x in b.items() if name.startswith('model.')}, steps=2)
   assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
 
 
-def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, train_in_process, capsys):
+def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
   (straight / 'report.md').unlink()
   before = sorted(path.name for path in (straight / 'checkpoints').iterdir())
-  train_in_process(on(corpus), straight)
+  run_here(on(corpus), straight)
   assert 'nothing to do: checkpoint 6 has reached train.steps=6; raise it' in capsys.readouterr().out
   assert (straight / 'report.md').exists()
   assert sorted(path.name for path in (straight / 'checkpoints').iterdir()) == before
 
 
-def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(straight, corpus, train_in_process):
+def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(straight, corpus):
   kept = {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()}
   other = on(corpus, model={'width': 64}, data={'seed': 1}, train={'steps': 9})
   with pytest.raises(SystemExit, match=r'(?s)data\.seed: 0 -> 1.*model\.width: 32 -> 64.*--allow_config_change'):
-    train_in_process(other, straight)
+    run_here(other, straight)
   # Allowed, but impossible: parameters of this shape are not there.
   with pytest.raises(SystemExit, match=r'(?s)checkpoint 6 .* does not fit the config.*model\.embedding'):
-    train_in_process(other, straight, allow_change=True)
+    run_here(other, straight, allow_change=True)
   assert {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()} == kept
 
 
-def test_an_allowed_change_of_the_data_starts_the_new_order_loudly(corpus, train_in_process, tmp_path, capsys):
-  train_in_process(on(corpus, train={'steps': 2}), tmp_path)
+def test_an_allowed_change_of_the_data_starts_the_new_order_loudly(corpus, tmp_path, capsys):
+  run_here(on(corpus, train={'steps': 2}), tmp_path)
   other = on(corpus, data={'seed': 1}, train={'steps': 4})
   with pytest.raises(SystemExit, match='data.seed: 0 -> 1'):
-    train_in_process(other, tmp_path)
+    run_here(other, tmp_path)
   capsys.readouterr()
-  train_in_process(other, tmp_path, allow_change=True)
+  run_here(other, tmp_path, allow_change=True)
   said = capsys.readouterr().out
   assert 'WARNING: the data order has changed' in said and 'the new order starts at its beginning' in said
   record = Checkpoints(tmp_path).record(4)['data']
@@ -198,26 +196,26 @@ def test_an_allowed_change_of_the_data_starts_the_new_order_loudly(corpus, train
 EXPLODING = {'optimizer': {'name': 'sgd', 'learning_rate': 1e37, 'clip_norm': 0.0}}
 
 
-def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(corpus, train_in_process, tmp_path):
+def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(corpus, tmp_path):
   with pytest.raises(FloatingPointError) as error:
-    train_in_process(on(corpus, **EXPLODING, train={'save_every': 1}), tmp_path / 'stop')
+    run_here(on(corpus, **EXPLODING, train={'save_every': 1}), tmp_path / 'stop')
   said = str(error.value)
-  for part in ('step 2: loss', 'Gradient norm by module: ', ' embedding nan', 'blocks.attention.q nan', 'Not finite: [', 'Last good checkpoint: checkpoint 1 in',
-               'train.nonfinite=skip'):
+  for part in ('step 2: loss', 'Gradient norm by module: ', ' embedding nan', 'blocks.attention.q nan', 'Not finite: [',
+               'Last good checkpoint: checkpoint 1 in', 'train.nonfinite=skip'):
     assert part in said
   assert Checkpoints(tmp_path / 'stop').latest() == 1
   with pytest.raises(FloatingPointError, match='step 2: .*there is none yet'):  # seen at once, not only where a save waits
-    train_in_process(on(corpus, **EXPLODING, train={'save_every': 6}), tmp_path / 'at once')
-  train_in_process(on(corpus, **EXPLODING, train={'save_every': 1, 'keep_last': 9, 'nonfinite': 'skip'}), tmp_path / 'skip')
+    run_here(on(corpus, **EXPLODING, train={'save_every': 6}), tmp_path / 'at once')
+  run_here(on(corpus, **EXPLODING, train={'save_every': 1, 'keep_last': 9, 'nonfinite': 'skip'}), tmp_path / 'skip')
   assert steps_logged(tmp_path / 'skip') == [1, 2, 3, 4, 5, 6]
   last, first = state_of(tmp_path / 'skip', 6), state_of(tmp_path / 'skip', 1)
   assert last['scale.skipped_steps'] == 5
   assert {name for name in last if last[name].tobytes() != first[name].tobytes()} == {'step', 'scale.good_steps', 'scale.skipped_steps'}
 
 
-def test_training_stops_when_patience_ends_and_stays_stopped(corpus, train_in_process, tmp_path, capsys):
+def test_training_stops_when_patience_ends_and_stays_stopped(corpus, tmp_path, capsys):
   stuck = {'optimizer': {'learning_rate': 1e-30}, 'train': {'eval_every': 1, 'eval_batches': 1, 'patience': 2, 'keep_last': 1}}
-  train_in_process(on(corpus, **stuck), tmp_path)
+  run_here(on(corpus, **stuck), tmp_path)
   said = capsys.readouterr().out
   assert 'stopped after step 3: train.patience=2: no better validation loss in 2 evaluations' in said and 'same command' not in said
   checkpoints = Checkpoints(tmp_path)
@@ -226,7 +224,7 @@ def test_training_stops_when_patience_ends_and_stays_stopped(corpus, train_in_pr
   lines = read_metrics(tmp_path / 'metrics.jsonl')
   assert lines[-1]['step'] == 3 and 'gzip_bits_per_byte' in lines[-1] and 'gzip_bits_per_byte' not in lines[-2]
   assert (tmp_path / 'report.md').exists()
-  train_in_process(on(corpus, **stuck), tmp_path)
+  run_here(on(corpus, **stuck), tmp_path)
   assert 'nothing to do: checkpoint 3 has reached train.patience=2' in capsys.readouterr().out
   assert checkpoints.steps() == [1, 3]
 
