@@ -42,7 +42,8 @@ def _forward(x, head, targets, z_loss, softcap, chunk_tokens):
 
 def _backward(z_loss, softcap, chunk_tokens, gradients, cotangents):
   scale, _ = cotangents
-  return (*((g * scale).astype(g.dtype) for g in gradients), None)
+  d_x, d_head = gradients  # d_head, a sum over all tokens, is still f32: f16 could not hold it before it is scaled
+  return (d_x * scale).astype(d_x.dtype), (d_head * scale).astype(d_x.dtype), None
 
 
 cross_entropy.defvjp(_forward, _backward)
@@ -83,7 +84,7 @@ def _sums_and_gradients(x, head, targets, *, settings, rows, columns):
   start = _zeros(), jnp.zeros(head.shape[::-1], jnp.float32)
   (totals, d_head), d_x = jax.lax.scan(step, start, _chunks(x, targets, chunk_tokens))
   d_x = jnp.moveaxis(d_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :x.shape[1]]
-  return _outputs(totals, rows), (d_x, _sum_over(d_head.T, rows).astype(head.dtype))
+  return _outputs(totals, rows), (d_x, _sum_over(d_head.T, rows))
 
 
 def _score(x, targets, head, z_loss, softcap, columns):

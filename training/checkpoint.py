@@ -47,7 +47,7 @@ class Checkpoints:
     self._orbax = self._orbax or ocp.StandardCheckpointer()
     leaves = named_leaves(state)
     if jax.default_backend() == 'cpu':
-      # A host copy of a CPU array is a view of it: the next step's donation would write under orbax's hands.
+      # A host copy of a CPU array is a view of it; what is written must not hang on donation sparing viewed buffers.
       leaves = {name: jnp.copy(x) for name, x in leaves.items()}
     path = self._path(step)
     if jax.process_index() == 0:
