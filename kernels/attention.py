@@ -2,7 +2,7 @@
 
 `reference`: the jnp oracle, everything, [T, S] scores in memory. `blocked`: the oracle on blocks of queries, keys that no query
 of a block can see skipped and scores recomputed in the backward pass, so that memory and work follow the mask. `xla`:
-jax.nn.dot_product_attention, cuDNN's kernel on NVIDIA GPUs where it honours the spec.
+jax.nn.dot_product_attention as XLA compiles it (jax does not pick cuDNN's kernel by itself).
 `auto`: `xla` on GPU and TPU where it honours the spec, else `blocked` where it does, else `reference`.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
@@ -90,7 +90,7 @@ def blocked(q, k, v, mask, *, softcap, sinks, scale):
 
 
 def xla(q, k, v, mask, *, softcap, sinks, scale):
-  """jax.nn.dot_product_attention: its own causal and window flags where they say it all (so that cuDNN can take it)."""
+  """jax.nn.dot_product_attention: its own causal and window flags where they say it all, else a dense mask."""
   T, S = q.shape[1], k.shape[1]
   if mask.fields() <= {'causal', 'window'} and T == S:
     window = (mask.window - 1, 0) if mask.window else None
