@@ -85,7 +85,8 @@ def test_parameters_are_born_sharded_and_equal(sizes, axis_type):
   one = born(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
   mesh = make_mesh(MeshConfig(**sizes), axis_type=axis_type)
   for (name, x), wanted in zip(named_leaves(born(CONFIG, mesh)).items(), named_leaves(one).values(), strict=True):
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted), err_msg=name)
+    # The same random bits; another partition may round the normal's polynomial otherwise in the last bit (seen on jax 0.12).
+    np.testing.assert_allclose(np.asarray(x), np.asarray(wanted), rtol=5e-7, err_msg=name)
     assert x.sharding.mesh.shape == mesh.shape
     split = mesh.shape['fsdp'] * (mesh.shape['tensor'] if 'positions' not in name else 1)
     assert x.size < 300 or x.addressable_shards[0].data.size * split == x.size, f'{name} {x.shape} is {x.sharding.spec}'
