@@ -6,11 +6,13 @@ Each rate is divided by that of a named peer that works on the same bytes in the
 """
 
 import collections
+import dataclasses
 import gzip
 import json
 import os
 import pathlib
 import random
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -87,6 +89,40 @@ def _plain_minhash(words: list[bytes]) -> np.ndarray:
   return sketch.hashvalues
 
 
+def appetite(directory: str) -> dict[str, dict]:
+  """M tokens/s of the loader on configs/tiny.py against what its train step consumes."""
+  import train
+  from model import params, transformer
+  from parallel.mesh import make_mesh
+  from training import state as states
+  from training.optimizer import make_optimizer
+  config = runpy.run_path('configs/tiny.py')['get_config']()
+  prepared = prepare(dataclasses.replace(config.data, cache_dir=directory), lambda line: None)
+  config = config.resolve(prepared.tokenizer.vocabulary)
+  tokens, steps = config.data.sequence_length * config.data.batch_size / 1e6, 20
+  loader = train_loader(prepared, config.data)
+  first = next(loader)
+  loaded = 10 * steps * tokens / common.seconds(lambda: [next(loader) for _ in range(10 * steps)])
+  loader.close()
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    model = jax.eval_shape(lambda: transformer.init(config.model, config.train.seed))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+    state = jax.jit(lambda: states.init(config, optimizer))()
+    train_step = train.make_train_step(config, optimizer)
+    batch = jax.device_put(first, jax.NamedSharding(mesh, train.axes.spec('batch', 'length')))
+
+    def run() -> None:
+      nonlocal state
+      for _ in range(steps):
+        state, metrics, _ = train_step(state, batch)
+      jax.block_until_ready(metrics)
+    run()
+    consumed = steps * tokens / common.seconds(run)
+  return {'load (tiny), M tokens/s': {'rate': loaded, 'peer': 'what its train step consumes', 'peer_rate': consumed,
+                                      'ratio': loaded / consumed}}
+
+
 def loading(directory: str) -> dict[str, dict]:
   """M tokens/s of the loader, against copying batches that are there already, and the seconds of a warm start."""
   config = DataConfig(sequence_length=LENGTH, batch_size=BATCH, cache_dir=directory,
@@ -147,7 +183,7 @@ def main() -> None:
   texts = list(sources.documents(SourceConfig(), collections.Counter()))
   rates = stages(texts)
   with tempfile.TemporaryDirectory() as directory:
-    rates |= loading(directory)
+    rates |= loading(directory) | appetite(directory)
   common.table(f'Stages on the standard library ({len(texts)} documents; MB/s of text unless named otherwise)',
                ('stage', 'rate', 'ratio', 'peer', "peer's rate"),
                [(name, row['rate'], row['ratio'], row['peer'], row['peer_rate']) for name, row in rates.items()])

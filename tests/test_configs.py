@@ -14,14 +14,11 @@ from data.config import DataConfig
 from model import params, transformer
 from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
-from training import precision
 from training import state as states
 from training.checkpoint import abstract
 from training.config import Config
 from training.optimizer import make_optimizer
 
-# See tests/training/conftest.py.
-precision.LossScale.__init__ = getattr(precision.LossScale.__init__, '__wrapped__', precision.LossScale.__init__)
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / 'configs').rglob('*.py') if path.name != '__init__.py')

@@ -2,10 +2,11 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=('scale', 'good_steps', 'skipped_steps'),
@@ -15,15 +16,15 @@ class LossScale:
   """The state of dynamic loss scaling (Micikevicius et al., arXiv:1710.03740, section 3.2).
 
   Attributes:
-    scale: what the loss is multiplied with, and gradients divided by.
-    good_steps: finite steps since the scale last changed.
-    skipped_steps: steps with gradients that were not finite, since the start.
+    scale: f32 []; what the loss is multiplied with, and gradients divided by.
+    good_steps: int32 []; finite steps since the scale last changed.
+    skipped_steps: int32 []; steps with gradients that were not finite, since the start.
     growth, backoff: factors after `interval` good steps, and after a step that is not finite.
     smallest, largest: limits of the scale.
   """
-  scale: Float[Array, '']
-  good_steps: Int[Array, '']
-  skipped_steps: Int[Array, '']
+  scale: Any  # Any, because JAX rebuilds registered dataclasses with tracers, specs and placeholders
+  good_steps: Any
+  skipped_steps: Any
   growth: float
   backoff: float
   interval: int

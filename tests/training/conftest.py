@@ -22,9 +22,6 @@ from training.checkpoint import abstract
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
 
-# JAX rebuilds registered dataclasses with shapes in place of arrays (eval_shape, out of which the abstract state comes), and the
-# hook of tests/conftest.py checks the fields' annotations even then.
-precision.LossScale.__init__ = getattr(precision.LossScale.__init__, '__wrapped__', precision.LossScale.__init__)
 
 B, T, V = 8, 16, 264  # V: the byte tokenizer's 259, rounded up to split in eight
 
