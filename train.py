@@ -10,8 +10,8 @@ if __name__ == '__main__':
 import contextlib
 import functools
 import math
-import sys
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,9 @@ from analysis import flops, hardware
 from data import loader
 from data.batch import Batch
 from data.prepare import prepare
+from kernels import attention
 from model import params, transformer
-from objectives.pretrain import pretrain
+from objectives.pretrain import check_model, pretrain, router_metrics
 from parallel import axes
 from parallel.mesh import make_mesh
 from training import config as configs
@@ -32,8 +33,8 @@ from training import state as states
 from training.accumulate import accumulate
 from training.checkpoint import Checkpoints, abstract
 from training.optimizer import clip, make_optimizer, make_schedule
-from training.report import compression_baselines, write_report
 from training.progress import Progress, check_finite
+from training.report import compression_baselines, write_report
 from training.watch import ProfileWindow, Watch
 
 CONFIG = configs.define_flag()
@@ -64,14 +65,17 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
 
     updates, optimizer_state = optimizer.update(clip(grads, norm, config.optimizer.clip_norm), state.optimizer, state.model)
     model = optax.apply_updates(state.model, updates)
+    if config.model.moe.bias_rate:
+      model = transformer.balanced(model, sums['load'], config.model.moe.bias_rate)
     # A step that is not finite leaves no trace, whether the host then stops the run or goes on.
     model, optimizer_state = precision.select(finite, (model, optimizer_state), (state.model, state.optimizer))
     scale = precision.update(state.scale, finite)
 
     metrics = {'loss': sums['nll'] / tokens, 'accuracy': sums['correct'] / tokens, 'grad_norm': norm,
-               'learning_rate': schedule(state.step - state.scale.skipped_steps), 'predicted_tokens': sums['tokens']}
+               'learning_rate': schedule(state.step - state.scale.skipped_steps), 'predicted_tokens': sums['tokens'],
+               **router_metrics(sums)}
     if config.model.dtype == 'float16':
-      metrics |= {'loss_scale': state.scale.scale, 'skipped_steps': scale.skipped_steps}
+      metrics |= {'loss_scale': state.scale.scale}
     return states.TrainState(state.step + 1, model, optimizer_state, scale, state.key), metrics, norms
 
   return train_step
@@ -171,6 +175,7 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
 
   # 2. Mesh: every device of every process, six explicit axes.
   with mendable():
+    check_model(config.model)
     mesh = make_mesh(config.mesh)
   jax.set_mesh(mesh)
   device, devices = jax.devices()[0], jax.device_count()
@@ -192,8 +197,9 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
   optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
   make_state = functools.partial(states.init, config, optimizer)
   parameters = params.count(model)
-  flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length)
-  log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token')
+  flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, prepared.document_length)
+  chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec, device.platform)
+  log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token, attention {chosen!r}')
 
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
@@ -215,8 +221,9 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     steps = range(first + 1, config.train.steps + 1)
     with mendable():
       window = ProfileWindow(profile, workdir / 'profile', steps)
-    configs.save(config, workdir)
-    prepared.tokenizer.save(workdir / 'tokenizer')
+    if jax.process_index() == 0:
+      configs.save(config, workdir)
+      prepared.tokenizer.save(workdir / 'tokenizer')
     watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
                      peak=hardware.peak(chip, config.model.dtype))
     with watching as watch, hosts.StopSignal() as signal:

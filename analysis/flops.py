@@ -4,8 +4,9 @@ Model FLOPs, as in PaLM (arXiv:2204.02311, appendix B): what the mathematics ask
 recomputation (remat), masked-out blocks and optimizer work don't count. Unlike there, causal attention counts only the
 keys that a query may see. Norms, softmax, activations and the embedding lookup are no matrix products and are left out.
 
-D width, L layers, N heads, K key/value heads, H head width, F feed-forward width, V vocabulary, T sequence length.
+D width, L layers, N heads, K key/value heads, H head width, F feed-forward width, V vocabulary, E experts, T sequence length.
 """
+from model.config import ModelConfig
 
 
 def mean_keys(sequence_length: float, window: int = 0, document_length: float | None = None) -> float:
@@ -25,24 +26,49 @@ def mean_keys(sequence_length: float, window: int = 0, document_length: float | 
   return window - window * (window - 1) / (2 * length)
 
 
-def forward_flops_per_token(model, sequence_length: int, document_length: float | None = None) -> float:
-  """FLOPs of one token's forward pass: 2 x (weights that multiply it) + attention's two products.
+def forward_flops_per_token(model: ModelConfig, sequence_length: int, document_length: float | None = None) -> float:
+  """FLOPs of one token's forward pass: 2 x (weights that multiply it) + attention's two products, summed over layers.
 
-      2 [L (2 D N H + 2 D K H + g D F) + D V] + L 4 N H keys,    g = 3 if gated else 2, keys = mean_keys(...)
+      2 [2 D N H + 2 D K H + g D F] + 4 N H keys, each layer, and 2 D V,    g = 3 if gated else 2, keys = mean_keys(...)
 
-  `model` is a ModelConfig: D, L, N, K, H, F, V, `gated` and `window` are read. Tying the embeddings changes the number
-  of parameters, not of operations: the head multiplies either way. Raises ValueError while the vocabulary is 0 (open).
+  keys follows the layer's window. Of a layer with experts, F is that of the experts that see a token (those chosen and the
+  shared one), and the router adds D E. Latent attention counts its own projections, every key formed as in training. Tying the
+  embeddings changes the number of parameters, not of operations: the head multiplies either way.
+  Raises ValueError while the vocabulary is 0 (open), NotImplementedError for an encoder-decoder, whose tokens are of two kinds.
   """
   if model.V < 1:
     raise ValueError(f'vocabulary={model.V}: the head has no size yet; resolve the config with the tokenizer first')
-  attention = 2 * model.D * model.H * (model.N + model.K)
-  feed_forward = (3 if model.gated else 2) * model.D * model.F
-  weights = model.L * (attention + feed_forward) + model.D * model.V
-  keys = mean_keys(sequence_length, model.window, document_length)
-  return 2 * weights + model.L * 4 * model.N * model.H * keys
+  if model.encoder_layers:
+    raise NotImplementedError(f'model.encoder_layers={model.encoder_layers}: FLOPs per token are counted for one stack of layers only')
+  length = sequence_length if document_length is None else min(sequence_length, document_length)
+  total = 2 * model.D * model.V
+  for kind in model.kinds:
+    keys = mean_keys(sequence_length, kind.window, document_length) if model.causal else length
+    total += 2 * (attention_weights(model) + feed_forward_weights(model, kind.moe))
+    total += 2 * model.N * (model.H + model.latent.rope_width + model.value_width) * keys
+  return total
 
 
-def train_flops_per_token(model, sequence_length: int, document_length: float | None = None) -> float:
+def attention_weights(model: ModelConfig) -> int:
+  """Weights of one layer's attention that multiply a token."""
+  D, N, H, latent = model.D, model.N, model.H, model.latent
+  if not latent.width:
+    return 2 * D * H * (N + model.K)
+  queries = latent.query_width or D
+  return ((D * queries if latent.query_width else 0) + queries * N * (H + latent.rope_width) + D * (latent.width + latent.rope_width)
+          + latent.width * N * (H + model.value_width) + N * model.value_width * D)
+
+
+def feed_forward_weights(model: ModelConfig, moe: bool) -> int:
+  """Weights of one layer's feed-forward, or of its router and the experts that see a token, that multiply it."""
+  matrices = 3 if model.gated else 2
+  if not moe:
+    return matrices * model.D * model.F
+  width = model.moe.per_token * (model.moe.feed_forward or model.F) + model.moe.shared_feed_forward
+  return matrices * model.D * width + model.D * model.E
+
+
+def train_flops_per_token(model: ModelConfig, sequence_length: int, document_length: float | None = None) -> float:
   """FLOPs of training on one token: the forward pass and twice that backward (d inputs and d weights)."""
   return 3 * forward_flops_per_token(model, sequence_length, document_length)
 

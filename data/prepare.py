@@ -25,7 +25,7 @@ from data import cache, clean, duplicates, shards, sources, tokenizer
 from data.config import DataConfig, SourceConfig
 from data.texts import Texts
 
-FORMAT = 1  # part of every key: raise it when the code changes what a config means
+FORMAT = 2  # part of every key: raise it when the code changes what a config means
 ENCODE_CHARACTERS = 2**22  # encoded at a time: SentencePiece returns Python integers, 36 bytes each
 PARALLEL_BYTES = 2**26  # below this, starting worker processes costs more than they save
 
@@ -54,6 +54,12 @@ class Prepared:
   def validation_bytes(self) -> int:
     """UTF-8 bytes of the held-out text: bits per byte = nats summed over validation / ln 2 / this."""
     return self.report['validation']['bytes']
+
+  @property
+  def document_length(self) -> float:
+    """Length of the piece of document that a training token stands in, averaged over tokens: what attention to it costs."""
+    means = [packing['squared_pairs'] / packing['pairs'] for packing in self.report['packing']['train']]
+    return float(np.average(means, weights=[source.weight for source in self.train]))
 
   def validation_documents(self) -> Iterator[str]:
     """The held-out documents as they were encoded, cleaned, in order."""
@@ -278,8 +284,9 @@ def _build_plan(config: DataConfig, corpus: pathlib.Path, directory: pathlib.Pat
   packed, written = [], []
   for entries, in_order in splits:
     plans = [shards.write_plan(corpus, directory, entry, length, in_order) for entry in entries]
-    rows, pairs = [plan['rows'] for plan in plans], sum(plan['pairs'] for plan in plans)
-    packed.append({'rows': sum(rows), 'pairs': pairs, 'fill': pairs / (sum(rows) * length), 'rows_per_shard': rows})
+    rows = [plan['rows'] for plan in plans]
+    pairs, squared = (sum(plan[name] for plan in plans) for name in ('pairs', 'squared_pairs'))
+    packed.append({'rows': sum(rows), 'pairs': pairs, 'squared_pairs': squared, 'fill': pairs / (sum(rows) * length), 'rows_per_shard': rows})
     written += [file for plan in plans for file in plan['files']]
   seconds = time.perf_counter() - began
   log(f'data: packed into rows of {length} in {seconds:.1f} s; filled '

@@ -75,14 +75,14 @@ def write_plan(corpus: pathlib.Path, directory: pathlib.Path, shard: dict, lengt
     in_order: keep the documents' order (validation) instead of filling rows best.
 
   Returns:
-    The plan's entry: rows, pairs, files.
+    The plan's entry: rows, pairs, squared_pairs (the sum over pieces of their pairs squared), files.
   """
   pieces = packing.cut(np.load(corpus / f'{shard["name"]}.documents.npy'), length)
   order, rows = (packing.pack_in_order if in_order else packing.pack)(pieces[:, 1], length)
   names = f'{shard["name"]}.pieces.npy', f'{shard["name"]}.rows.npy'
   np.save(directory / names[0], pieces[order])
   np.save(directory / names[1], rows)
-  return {'rows': len(rows) - 1, 'pairs': int(pieces[:, 1].sum()),
+  return {'rows': len(rows) - 1, 'pairs': int(pieces[:, 1].sum()), 'squared_pairs': int(np.square(pieces[:, 1]).sum()),
           'files': [cache.record(directory, name) for name in names]}
 
 

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -53,8 +54,10 @@ class Generator:
     not there or damaged.
     """
     config = configs.load(workdir)
-    # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache.
-    model_config = dataclasses.replace(config.model, attention='auto')
+    # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache. What an expert has
+    # no room for would depend on a row's neighbours.
+    moe = dataclasses.replace(config.model.moe, dispatch='dropless') if config.model.moe.dispatch == 'capacity' else config.model.moe
+    model_config = dataclasses.replace(config.model, attention='auto', moe=moe)
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     if not steps:
@@ -115,27 +118,45 @@ class Generator:
     for name, value in (('max_new_tokens', max_new_tokens), ('chunk', chunk)):
       if value < 1:
         raise ValueError(f'{name}={value} must be at least 1')
-    encoded = [[self.tokenizer.bos, *ids] for ids in self.tokenizer.encode_batch(prompts)]
-    longest, limit = max(map(len, encoded)), self.model.config.max_length
+    config, bos, eos = self.model.config, self.tokenizer.bos, self.tokenizer.eos
+    if not config.causal:
+      raise ValueError('model.causal=False: an encoder writes no text')
+    encoded = self.tokenizer.encode_batch(prompts)
+    if config.encoder_layers:  # the prompt is what the encoder reads; the decoder starts with nothing
+      source = self._padded([[*ids, eos] for ids in encoded])
+      encoded = [[bos]] * len(prompts)
+    else:
+      source, encoded = None, [[bos, *ids] for ids in encoded]
+    longest, limit = max(map(len, encoded)), config.max_length or sys.maxsize
     if longest + max_new_tokens > limit:
       raise ValueError(f'a prompt of {longest} tokens and max_new_tokens={max_new_tokens} pass model.max_length={limit}; '
                        'shorten the prompt or ask for fewer')
     sampling = make_sampling(len(prompts), temperature, top_k, top_p, seed)
-    bucket, capacity = (min(limit, _bucket(tokens)) for tokens in (longest, longest + max_new_tokens))
-    return self._chunks(encoded, bucket, capacity, max_new_tokens, sampling, chunk)
+    capacity = min(limit, _bucket(longest + max_new_tokens))
+    return self._chunks(self._padded(encoded), source, capacity, max_new_tokens, sampling, chunk)
 
-  def _chunks(self, encoded, bucket, capacity, max_new_tokens, sampling, chunk):
-    tokens = np.full((len(encoded), bucket), self.tokenizer.pad, np.int32)
-    for row, ids in zip(tokens, encoded, strict=True):
+  def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one array [B, bucket], and their lengths. Raises ValueError for a row that the model has no positions for."""
+    lengths, limit = np.array([len(ids) for ids in rows], np.int32), self.model.config.max_length or sys.maxsize
+    if lengths.max() > limit:
+      raise ValueError(f'a prompt of {lengths.max()} tokens passes model.max_length={limit}; shorten it')
+    tokens = np.full((len(rows), min(limit, _bucket(int(lengths.max())))), self.tokenizer.pad, np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
       row[:len(ids)] = ids
-    lengths = np.array([len(ids) for ids in encoded], np.int32)
+    return tokens, lengths
+
+  def _chunks(self, prompts, source, capacity, max_new_tokens, sampling, chunk):
+    tokens, lengths = prompts
     advance = lambda state: decode_chunk(self.model, state, sampling, steps=chunk, eos=self.tokenizer.eos, pad=self.tokenizer.pad)
     put = lambda x: jax.device_put(x, jax.NamedSharding(self.mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1))))
     with jax.set_mesh(self.mesh):
       sampling = jax.tree.map(put, sampling)
-      cache = init_cache(self.model.config, len(encoded), capacity)
-      state = prefill(self.model, put(tokens), put(lengths), cache, put(lengths + max_new_tokens))
-      done = np.zeros(len(encoded), bool)
+      cache = init_cache(self.model.config, len(tokens), capacity)
+      if source is not None:
+        ids, counts = source
+        source = put(ids), put((np.arange(ids.shape[1])[None] < counts[:, None]).astype(np.int32))
+      state = prefill(self.model, put(tokens), put(lengths), cache, put(lengths + max_new_tokens), source)
+      done = np.zeros(len(tokens), bool)
       state, *ahead = advance(state)
     left = max_new_tokens
     while not done.all():

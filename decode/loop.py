@@ -34,12 +34,16 @@ class DecodeState:
 
 
 @functools.partial(jax.jit, donate_argnums=3)
-def prefill(model: Decoder, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], cache: Cache, stop_at: Int[Array, 'B']) -> DecodeState:
+def prefill(model: Decoder, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], cache: Cache, stop_at: Int[Array, 'B'],
+            source: tuple[Int[Array, 'B S'], Int[Array, 'B S']] | None = None) -> DecodeState:
   """Reads prompts into an empty cache.
 
   tokens: each row's prompt, then padding, whose ids are free: it is never seen. lengths: of the prompts, at least 1.
+  source: of an encoder-decoder, what the encoder reads: ids, and 1 where they count, 0 where they are padding.
   """
-  x, cache = model(tokens, cache=cache)
+  if source is not None:
+    cache = model.read(cache, *source)
+  x, cache, _ = model(tokens, cache=cache)
   last = jnp.arange(tokens.shape[1])[None] == lengths[:, None] - 1
   x = jnp.where(last[..., None], x, 0).sum(1)
   # Slots behind the prompt hold padding; from here on they count as unused.
@@ -57,7 +61,7 @@ def decode_chunk(model: Decoder, state: DecodeState, sampling: Sampling, *, step
     position = state.cache.lengths
     ids = jnp.where(state.done, pad, sample(state.logits, sampling, position))
     real = ~state.done
-    x, cache = model(ids[:, None], cache=state.cache)
+    x, cache, _ = model(ids[:, None], cache=state.cache)
     lengths = jnp.where(real, cache.lengths, position)  # a row that has ended stays as it is
     done = state.done | (ids == eos) | (lengths >= state.stop_at)
     new = DecodeState(dataclasses.replace(cache, lengths=lengths), _scores(model, x[:, 0]), done, state.stop_at)

@@ -11,29 +11,29 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jaxtyping import Array, Float
 
 import names
 from kernels import reference
-from kernels.mask import Mask
+from kernels.mask import Mask, Relative
 
 HONOURS = {
-    'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks', 'value_width'},
-    'blocked': {'causal', 'window', 'segments', 'softcap', 'sinks', 'value_width'},
+    'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
+    'blocked': {'causal', 'window', 'segments', 'softcap', 'sinks', 'relative', 'value_width'},
     'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
 
 
 def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, *, softcap: float = 0.0,
-              sinks: Float[Array, 'N'] | None = None, scale: float | None = None,
+              sinks: Float[Array, 'N'] | None = None, relative: Relative | None = None, scale: float | None = None,
               backend: str = 'auto') -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """Attention and the log-sum-exp of its scores.
 
   Args:
     mask: who sees whom. softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per query head that joins the softmax.
-    scale: of q.k; default H ** -0.5. v may be wider or narrower than q and k ('value_width').
+    relative: scores by distance, added before the cap. scale: of q.k; default H ** -0.5. v may be wider or narrower than q
+      and k ('value_width').
     backend: 'auto', 'reference', 'blocked' or 'xla'.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
   Raises: ValueError for shapes that do not fit or an unknown backend; NotImplementedError for a spec that the backend does
@@ -43,11 +43,11 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   if N % K:
     raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
   spec = mask.fields() | ({'softcap'} if softcap else set()) | ({'sinks'} if sinks is not None else set())
-  spec |= {'value_width'} if v.shape[3] != H else set()
-  backend = choose(frozenset(spec), jax.default_backend()) if backend == 'auto' else check(backend, spec)
+  spec |= ({'relative'} if relative is not None else set()) | ({'value_width'} if v.shape[3] != H else set())
+  backend = choose(spec, jax.default_backend()) if backend == 'auto' else check(backend, spec)
   scale = H**-0.5 if scale is None else scale
   run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla}[backend]
-  return run(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale)
+  return run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
 
 
 def check(backend: str, spec: set[str]) -> str:
@@ -60,19 +60,16 @@ def check(backend: str, spec: set[str]) -> str:
   return backend
 
 
-@functools.cache
-def choose(spec: frozenset[str], platform: str) -> str:
-  """What `auto` means for this spec on this platform; logged once for each."""
+def choose(spec: set[str], platform: str) -> str:
+  """What `auto` means for this spec on this platform."""
   order = ('blocked', 'reference') if platform == 'cpu' else ('xla', 'blocked', 'reference')
-  chosen = next(name for name in order if spec <= HONOURS[name])
-  logging.info('attention: auto is %r on %s for %s', chosen, platform, sorted(spec))
-  return chosen
+  return next(name for name in order if spec <= HONOURS[name])
 
 
-def blocked(q, k, v, mask, *, softcap, sinks, scale):
+def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):
   """Same contract as reference.attention, for masks over indices: a loop over query blocks, each with the keys it can see."""
   T, S = q.shape[1], k.shape[1]
-  if T != S:
+  if T != S and (mask.causal or relative is not None):
     raise ValueError(f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; use reference')
   outs, lses = [], []
   for start in range(0, T, BLOCK):
@@ -81,15 +78,15 @@ def blocked(q, k, v, mask, *, softcap, sinks, scale):
     last = stop if mask.causal else S
     run = functools.partial(reference.attention, softcap=softcap, scale=scale)
     # Scores are as large as everything else of a block together: cheaper to compute again than to keep.
-    run = jax.checkpoint(lambda q, k, v, m, s, run=run: run(q, k, v, m, sinks=s), prevent_cse=False)
+    run = jax.checkpoint(lambda q, k, v, m, s, r, run=run: run(q, k, v, m, sinks=s, relative=r), prevent_cse=False)
     queries, keys = slice(start, stop), slice(first, last)
-    out, lse = run(q[:, queries], k[:, keys], v[:, keys], mask.block(queries, keys, T), sinks)
+    out, lse = run(q[:, queries], k[:, keys], v[:, keys], mask.block(queries, keys), sinks, relative)
     outs.append(out)
     lses.append(lse)
   return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 
 
-def xla(q, k, v, mask, *, softcap, sinks, scale):
+def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
   """jax.nn.dot_product_attention: its own causal and window flags where they say it all, else a dense mask."""
   T, S = q.shape[1], k.shape[1]
   if mask.fields() <= {'causal', 'window'} and T == S:
@@ -102,5 +99,5 @@ def xla(q, k, v, mask, *, softcap, sinks, scale):
   if dense is not None:  # a query that sees no key is given the mean of all values
     out = jnp.where(dense.any(-1).swapaxes(1, 2)[..., None], out, 0)
   # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp that nobody reads costs nothing.
-  _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale)
+  _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
   return out, lse

@@ -1,13 +1,16 @@
-"""Which key may a query see? A mask is a small spec, the same for every attention backend, never a dense array.
+"""Which key may a query see, and how far away is it? Small specs, the same for every attention backend, never a dense array.
 
-B batch · T query length · S key length
+B batch · T query length · S key length · N query heads
 """
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float, Int
+
+from parallel import axes as ax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,14 +55,17 @@ class Mask:
              'segments': self.query_segments is not None, 'positions': self.query_positions is not None}
     return {name for name, is_set in named.items() if is_set}
 
+  def positions(self, T: int, S: int) -> tuple[Int[Array, '#B T'], Int[Array, '#B S']]:
+    """Of queries and keys: as given, or their indices. Raises ValueError where indices do not align."""
+    if self.query_positions is not None:
+      return self.query_positions, self.key_positions
+    if T != S and self.causal:
+      raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
+    return jnp.arange(T, dtype=jnp.int32)[None], jnp.arange(S, dtype=jnp.int32)[None]
+
   def allowed(self, T: int, S: int) -> Bool[Array, '#B T S']:
     """The dense mask that the spec stands for (True: seen). The oracle's view; fast backends never build it whole."""
-    if self.query_positions is None:
-      if T != S:
-        raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
-      q = k = jnp.arange(T, dtype=jnp.int32)[None]
-    else:
-      q, k = self.query_positions, self.key_positions
+    q, k = self.positions(T, S)
     q, k = q[:, :, None], k[:, None, :]
     seen = jnp.ones((1, T, S), bool)
     if self.causal:
@@ -72,15 +78,52 @@ class Mask:
       seen = seen & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
     return seen
 
-  def block(self, queries: slice, keys: slice, T: int) -> 'Mask':
-    """The same mask for a block of queries and of keys, of a mask whose positions are indices 0..T-1."""
-    B = next((x.shape[0] for x in (self.query_segments, self.prefix) if x is not None), 1)
-    index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+  def block(self, queries: slice, keys: slice) -> 'Mask':
+    """The same mask for a block of queries and of keys, of a mask whose positions are indices."""
+    index = lambda s: jnp.arange(s.start, s.stop, dtype=jnp.int32)[None]
     cut = lambda x, s: None if x is None else x[:, s]
     return dataclasses.replace(self, query_segments=cut(self.query_segments, queries), key_segments=cut(self.key_segments, keys),
-                               query_positions=index[:, queries], key_positions=index[:, keys])
+                               query_positions=index(queries), key_positions=index(keys))
 
 
 jax.tree_util.register_dataclass(
     Mask, data_fields=['prefix', 'query_segments', 'key_segments', 'query_positions', 'key_positions'],
     meta_fields=['causal', 'window'])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Relative:
+  """A score that depends on how far the key is from the query (T5, arXiv:1910.10683, section 2.1; its code has the buckets).
+
+  Attributes:
+    table: [buckets, N], what is added to a scaled score (a backend may split N). Any: see Mask.
+    bidirectional: half of the buckets are for keys after the query; otherwise those share the bucket of distance 0.
+    max_distance: from here on all distances share the last bucket. Half of the buckets (of a direction) are for single
+      distances, the others grow with their logarithm.
+  """
+  table: Any
+  bidirectional: bool
+  max_distance: int
+
+  def bucket(self, distance: Int[Array, '#B T S']) -> Int[Array, '#B T S']:
+    """The row of the table for key position - query position."""
+    buckets, offset = self.table.shape[0], 0
+    if self.bidirectional:
+      buckets //= 2
+      offset = jnp.where(distance > 0, buckets, 0)
+      distance = jnp.abs(distance)
+    else:
+      distance = jnp.maximum(-distance, 0)
+    single = buckets // 2
+    # In f32 and truncated, as the models were trained: f64 would move a few edges.
+    far = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / single) / math.log(self.max_distance / single) * (buckets - single)
+    far = jnp.minimum(single + far.astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < single, distance, far)
+
+  def scores(self, q: Int[Array, '#B T'], k: Int[Array, '#B S']) -> Float[Array, '#B T S ...']:
+    """What is added to the scores of queries and keys at these positions: rows of the table."""
+    buckets = self.bucket(k[:, None, :] - q[:, :, None])
+    return self.table.at[buckets].get(out_sharding=ax.out_like(buckets, self.table, skip=1))
+
+
+jax.tree_util.register_dataclass(Relative, data_fields=['table'], meta_fields=['bidirectional', 'max_distance'])

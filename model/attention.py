@@ -1,54 +1,137 @@
 """How does a token look at others? Projections, norms of queries and keys, positions, the cache; the mixing is kernels.attention.
 
-B batch · T query length · S cache length · D width · N query heads · K key/value heads · H head width
+B batch · T query length · S key or cache length · D width · N query heads · K key/value heads · H head width · R latent width
 """
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from model.cache import Slots
 from kernels import attention as kernels
-from kernels.mask import Mask
+from kernels.mask import Mask, Relative
+from model.cache import Slots
 from model.config import ModelConfig
-from model.layers import Norm, add_bias, project, rotate
+from model.layers import Angles, Norm, add_bias, project, rotate
 from model.params import param, use
 from parallel import axes as ax
 
 
-class Attention(nnx.Module):
-  """Multi-head attention with grouped keys and values (Ainslie et al., arXiv:2305.13245)."""
+@dataclasses.dataclass(frozen=True)
+class View:
+  """What the layers of a stack share.
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  Attributes:
+    mask: who sees whom, but for the layer's window. angles, local_angles: of rotary positions, the second for layers with a
+      window; None without. relative: T5's table, or None.
+    memory: [B, S, D], what cross-attention looks at, or None: there is none, or the cache holds its keys and values.
+    memory_mask: who sees what of it.
+  """
+  mask: Mask
+  angles: Angles | None = None
+  local_angles: Angles | None = None
+  relative: Relative | None = None
+  memory: Any = None
+  memory_mask: Mask | None = None
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with grouped keys and values (Ainslie et al., arXiv:2305.13245); `cross`: to another sequence."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0, cross: bool = False):
     D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.parameter_dtype
     self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
+    self.scale, self.window = config.attention_scale or H**-0.5, window
     self.q = param(rngs, (D, N, H), ('embed', 'heads', 'head_width'), D**-0.5, dtype=dtype)
     self.k = param(rngs, (D, K, H), ('embed', 'kv_heads', 'head_width'), D**-0.5, dtype=dtype)
     self.v = param(rngs, (D, K, H), ('embed', 'kv_heads', 'head_width'), D**-0.5, dtype=dtype)
     self.o = param(rngs, (N, H, D), ('heads', 'head_width', 'embed'), (N * H * 2 * config.L) ** -0.5, inputs=2, dtype=dtype)
 
-    def bias(shape, axes):
-      return param(rngs, shape, axes, 'zeros', kind='vector', dtype=dtype) if config.biases else None
-    self.q_bias = bias((N, H), ('heads', 'head_width'))
-    self.k_bias = bias((K, H), ('kv_heads', 'head_width'))
-    self.v_bias = bias((K, H), ('kv_heads', 'head_width'))
-    self.o_bias = bias((D,), ('norm',))
-    self.q_norm = Norm(config, H, rngs, 'rms') if config.qk_norm else None
-    self.k_norm = Norm(config, H, rngs, 'rms') if config.qk_norm else None
+    def vector(wanted, *axes):
+      sizes = {'heads': N, 'kv_heads': K, 'head_width': H, 'norm': D}
+      return param(rngs, tuple(sizes[a] for a in axes), axes, 'zeros', kind='vector', dtype=dtype) if wanted else None
+    inner, outer = config.biases != 'none', config.biases == 'all'
+    self.q_bias, self.o_bias = vector(inner, 'heads', 'head_width'), vector(outer, 'norm')
+    self.k_bias, self.v_bias = vector(inner, 'kv_heads', 'head_width'), vector(inner, 'kv_heads', 'head_width')
+    self.sinks = vector(config.sinks and not cross, 'heads')
+    normed = config.qk_norm and not cross
+    self.q_norm = Norm(config, H, rngs, 'rms') if normed else None
+    self.k_norm = Norm(config, H, rngs, 'rms') if normed else None
 
-  def __call__(self, x: Float[Array, 'B T D'], angles: tuple[Array, Array] | None, mask: Mask,
-               slots: Slots | None) -> tuple[Float[Array, 'B T D'], Slots | None]:
-    """The mixed tokens; with `slots` keys and values are written there first and attention is over the whole cache.
-
-    angles: of layers.rope_angles, or None for a model without rotary positions.
-    """
+  def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> tuple[Float[Array, 'B T D'], Slots | None]:
+    """The mixed tokens; with `slots` keys and values are written there first and attention is over the whole cache."""
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
-    k = project('BTD,DKH->BTKH', x, self.k, self.k_bias, self.dtype)
-    v = project('BTD,DKH->BTKH', x, self.v, self.v_bias, self.dtype)
+    k, v = self.keys_values(x)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
+    angles = view.local_angles if self.window else view.angles
     if angles is not None:
-      q, k = rotate(q, *angles), rotate(k, *angles)
+      q, k = rotate(q, angles), rotate(k, angles)
     if slots is not None:
-      slots, k, v = slots.append(k, v)
-    out, _ = kernels.attention(q, k, v, mask, softcap=self.softcap, backend=self.backend)
+      slots, (k, v) = slots.append(k, v)
+    mask = dataclasses.replace(view.mask, window=self.window)
+    return self._mix(q, k, v, mask, None if self.sinks is None else self.sinks[...], view.relative), slots
+
+  def cross(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> Float[Array, 'B T D']:
+    """The same of another sequence: of view.memory, or of what the cache holds of it."""
+    k, v = self.keys_values(view.memory) if slots is None else slots.memory()
+    q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
+    return self._mix(q, k, v, view.memory_mask, None, None)
+
+  def keys_values(self, x: Float[Array, 'B S D']) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+    """Keys, without norm and position, and values of tokens."""
+    return project('BTD,DKH->BTKH', x, self.k, self.k_bias, self.dtype), project('BTD,DKH->BTKH', x, self.v, self.v_bias, self.dtype)
+
+  def _mix(self, q, k, v, mask, sinks, relative):
+    out, _ = kernels.attention(q, k, v, mask, softcap=self.softcap, sinks=sinks, relative=relative, scale=self.scale, backend=self.backend)
     out = ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ('batch', 'length', 'width'))  # row-parallel
-    return add_bias(out, self.o_bias, self.dtype), slots
+    return add_bias(out, self.o_bias, self.dtype)
+
+
+class LatentAttention(nnx.Module):
+  """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+  A token's keys and values of all heads come from one latent vector of R; positions go through a separate part of H' that all
+  heads share. The cache holds R + H' numbers per token. Against a cache, keys are never formed: the key projection is applied
+  to the queries instead, and the value projection to the mixed latents, which leaves attention with one key/value head.
+  """
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0):
+    D, N, H, dtype, latent = config.D, config.N, config.H, config.parameter_dtype, config.latent
+    R, Hr, Hv, Q = latent.width, latent.rope_width, config.value_width, latent.query_width
+    self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
+    self.scale, self.window, self.nope = config.attention_scale or (H + Hr) ** -0.5, window, H
+    self.q_down = param(rngs, (D, Q), ('embed', 'latent'), D**-0.5, dtype=dtype) if Q else None
+    self.q_down_norm = Norm(config, Q, rngs) if Q else None
+    self.q = param(rngs, (Q or D, N, H + Hr), ('latent' if Q else 'embed', 'heads', 'head_width'), (Q or D) ** -0.5, dtype=dtype)
+    self.kv_down = param(rngs, (D, R), ('embed', 'latent'), D**-0.5, dtype=dtype)
+    self.kv_norm = Norm(config, R, rngs)
+    self.rope_key = param(rngs, (D, Hr), ('embed', 'head_width'), D**-0.5, dtype=dtype)
+    self.k = param(rngs, (R, N, H), ('latent', 'heads', 'head_width'), R**-0.5, dtype=dtype)
+    self.v = param(rngs, (R, N, Hv), ('latent', 'heads', 'head_width'), R**-0.5, dtype=dtype)
+    self.o = param(rngs, (N, Hv, D), ('heads', 'head_width', 'embed'), (N * Hv * 2 * config.L) ** -0.5, inputs=2, dtype=dtype)
+
+  def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> tuple[Float[Array, 'B T D'], Slots | None]:
+    """As Attention.__call__."""
+    angles = view.local_angles if self.window else view.angles
+    queries = x if self.q_down is None else self.q_down_norm(project('BTD,DQ->BTQ', x, self.q_down, None, self.dtype))
+    q = project('BTD,DNH->BTNH', queries, self.q, None, self.dtype)
+    q, q_rope = q[..., :self.nope], rotate(q[..., self.nope:], angles)
+    latent = self.kv_norm(project('BTD,DR->BTR', x, self.kv_down, None, self.dtype))
+    rope_key = rotate(project('BTD,DH->BTH', x, self.rope_key, None, self.dtype)[:, :, None, :], angles)
+    mask = dataclasses.replace(view.mask, window=self.window)
+    if slots is None:
+      k = project('BSR,RNH->BSNH', latent, self.k, None, self.dtype)
+      shared = ax.place(jnp.broadcast_to(rope_key, (*k.shape[:3], rope_key.shape[3])), 'batch', 'length', 'heads', 'head_width')
+      out = self._mix(q, q_rope, jnp.concatenate([k, shared], -1), project('BSR,RNH->BSNH', latent, self.v, None, self.dtype), mask)
+    else:
+      slots, (cached,) = slots.append(jnp.concatenate([latent[:, :, None, :], rope_key], -1), heads=None)
+      q = jnp.einsum('BTNH,RNH->BTNR', q, use(self.k, self.dtype))
+      out = self._mix(q, q_rope, cached, cached[..., :latent.shape[-1]], mask)
+      out = jnp.einsum('BTNR,RNH->BTNH', out, use(self.v, self.dtype))
+    return ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ('batch', 'length', 'width')), slots  # row-parallel
+
+  def _mix(self, q, q_rope, k, v, mask):
+    q = jnp.concatenate([q, q_rope], -1)
+    return kernels.attention(q, k, v, mask, softcap=self.softcap, scale=self.scale, backend=self.backend)[0]

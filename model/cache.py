@@ -13,6 +13,8 @@ from kernels.mask import Mask
 from model.config import ModelConfig
 from parallel import axes as ax
 
+BUFFER = ('layers', 'batch', 'length', 'kv_heads', 'head_width')
+
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -21,22 +23,26 @@ class Cache:
   The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
 
   Attributes:
-    k, v: [L, B, S, K, H]. lengths: [B] int32, tokens that each row holds.
+    buffers: keys and values, [L, B, S, K, H] each; of latent attention one buffer, [L, B, S, 1, R + H'].
+    lengths: [B] int32, tokens that each row holds.
+    memory: keys and values of cross-attention, [L, B, S', K, H] each, or None before the source was read (and without one).
+    memory_segments: [B, S'] int32, 0 where the source is padding; or None.
   """
-  k: Any
-  v: Any
+  buffers: Any
   lengths: Any
+  memory: Any = None
+  memory_segments: Any = None
 
   @property
   def capacity(self) -> int:
-    return self.k.shape[2]
+    return self.buffers[0].shape[2]
 
-  def mask(self, T: int, window: int) -> Mask:
-    """Who T new tokens of every row may see: all before them and themselves, as far as the window reaches."""
-    B, S = self.k.shape[1:3]
+  def mask(self, T: int) -> Mask:
+    """Who T new tokens of every row may see: all before them and themselves."""
+    B, S = self.buffers[0].shape[1:3]
     queries = self.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     keys = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
-    return Mask(causal=True, window=window, query_positions=queries, key_positions=keys)
+    return Mask(causal=True, query_positions=queries, key_positions=keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +50,37 @@ class Slots:
   """One layer's view of a cache: the buffers of all layers, carried through the scan so that writes stay in place.
 
   Attributes:
-    k, v: [L, B, S, K, H]. layer: [] int32, the one that is viewed. lengths: [B] int32, as in the cache.
+    cache: as it was before this call, but for what the layers wrote. layer: [] int32, the one that is viewed.
   """
-  k: Any
-  v: Any
+  cache: Any
   layer: Any
-  lengths: Any
 
-  def append(self, k: Float[Array, 'B T K H'],
-             v: Float[Array, 'B T K H']) -> tuple['Slots', Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
-    """Writes T tokens after each row's last one; returns the new buffers and this layer's keys and values.
+  def append(self, *new: Float[Array, 'B T _ _'], heads: str | None = 'kv_heads') -> tuple['Slots', tuple[Float[Array, 'B S _ _'], ...]]:
+    """Writes T tokens of each buffer after each row's last one; returns the new slots and this layer's whole buffers.
 
-    A token that would pass the capacity is not written: the caller stops rows before that (decode.loop does).
+    heads: logical axis of the third dimension. A token that would pass the capacity is not written: the caller stops rows before
+    that (decode.loop does).
     """
-    T, S = k.shape[1], self.k.shape[2]
-    buffer, tokens = ('layers', 'batch', 'length', 'kv_heads', 'head_width'), ('batch', 'length', 'kv_heads', 'head_width')
-    write = ax.local(_write, (buffer, tokens, (), ('batch',)), buffer)
-    new = dataclasses.replace(self, k=write(self.k, k, self.layer, self.lengths), v=write(self.v, v, self.layer, self.lengths))
+    cache, T, S = self.cache, new[0].shape[1], self.cache.capacity
+    buffer = (*BUFFER[:3], heads, BUFFER[4])
+    write = ax.local(_write, (buffer, buffer[1:], (), ('batch',)), buffer)
+    buffers = tuple(write(buffer, tokens, self.layer, cache.lengths) for buffer, tokens in zip(cache.buffers, new, strict=True))
     # An unused slot may hold anything, NaN included, and 0 x NaN is NaN: the mask alone does not keep it out of the sum.
-    used = (jnp.arange(S, dtype=jnp.int32)[None] < self.lengths[:, None] + T)[..., None, None]
-    read = lambda buffer, like: jnp.where(used, jax.lax.dynamic_index_in_dim(buffer, self.layer, 0, keepdims=False), 0).astype(like.dtype)
-    return new, read(new.k, k), read(new.v, v)
+    used = (jnp.arange(S, dtype=jnp.int32)[None] < cache.lengths[:, None] + T)[..., None, None]
+    read = tuple(jnp.where(used, self._view(buffer), 0).astype(tokens.dtype) for buffer, tokens in zip(buffers, new))
+    return dataclasses.replace(self, cache=dataclasses.replace(cache, buffers=buffers)), read
+
+  def memory(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+    """This layer's keys and values of cross-attention."""
+    keys, values = self.cache.memory
+    return self._view(keys), self._view(values)
+
+  def next(self) -> 'Slots':
+    """The view of the next layer."""
+    return dataclasses.replace(self, layer=self.layer + 1)
+
+  def _view(self, buffer):
+    return jax.lax.dynamic_index_in_dim(buffer, self.layer, 0, keepdims=False)
 
 
 def _write(buffer, tokens, layer, lengths):
@@ -75,18 +91,22 @@ def _write(buffer, tokens, layer, lengths):
   return buffer.at[layer, rows, slots].set(tokens.astype(buffer.dtype), mode='drop', unique_indices=True)
 
 
-jax.tree_util.register_dataclass(Cache, data_fields=['k', 'v', 'lengths'], meta_fields=[])
-jax.tree_util.register_dataclass(Slots, data_fields=['k', 'v', 'layer', 'lengths'], meta_fields=[])
+jax.tree_util.register_dataclass(Cache, data_fields=['buffers', 'lengths', 'memory', 'memory_segments'], meta_fields=[])
+jax.tree_util.register_dataclass(Slots, data_fields=['cache', 'layer'], meta_fields=[])
 
 
 def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '') -> Cache:
   """An empty cache for `rows` sequences of at most `capacity` tokens, in `dtype` (default: the compute dtype).
 
-  Raises ValueError when the capacity passes the model's longest sequence.
+  Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which generates nothing.
   """
+  if not config.causal:
+    raise ValueError('model.causal=False: an encoder sees all tokens at once and has no use for a cache')
   if config.max_length and capacity > config.max_length:
     raise ValueError(f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer tokens')
-  shape = (config.L, rows, capacity, config.K, config.H)
   zeros = lambda shape, dtype, *axes: ax.place(jnp.zeros(shape, dtype, out_sharding=ax.out(*axes)), *axes)
-  tokens = lambda: zeros(shape, dtype or config.dtype, 'layers', 'batch', 'length', 'kv_heads', 'head_width')
-  return Cache(k=tokens(), v=tokens(), lengths=zeros((rows,), jnp.int32, 'batch'))
+  latent = config.latent
+  shapes = ((1, latent.width + latent.rope_width),) if latent.width else ((config.K, config.H),) * 2
+  axes = BUFFER[:3] + (None,) + BUFFER[4:] if latent.width else BUFFER  # one key for all heads: on every device
+  buffers = tuple(zeros((config.L, rows, capacity, *shape), dtype or config.dtype, *axes) for shape in shapes)
+  return Cache(buffers, zeros((rows,), jnp.int32, 'batch'))

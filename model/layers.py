@@ -1,22 +1,36 @@
-"""Norms, positions, feed-forward: the parts of a block that look at one token at a time.
+"""Embedding, norms, positions, feed-forward, head: the parts of a model that look at one token at a time.
 
-B batch · T length · D width · H head width · F feed-forward width
+B batch · T length · D width · H head width · F feed-forward width · V vocabulary
 """
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeConfig
 from model.params import param, use
 from parallel import axes as ax
 
 ACTIVATIONS = {
     'silu': jax.nn.silu,
     'gelu': jax.nn.gelu,
+    'gelu_exact': lambda x: jax.nn.gelu(x, approximate=False),
     'relu': jax.nn.relu,
     'relu2': lambda x: jnp.square(jax.nn.relu(x)),
 }
+CLAMP = 7.0  # of gpt-oss's activation
+
+
+def activate(gate: Float[Array, '*B F'] | None, up: Float[Array, '*B F'], name: str) -> Float[Array, '*B F']:
+  """act(gate) * up; act(up) where there is no gate; for 'clamped_silu' see ModelConfig.activation."""
+  if name == 'clamped_silu':
+    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+  return ACTIVATIONS[name](up) if gate is None else ACTIVATIONS[name](gate) * up
 
 
 class Norm(nnx.Module):
@@ -25,8 +39,9 @@ class Norm(nnx.Module):
   def __init__(self, config: ModelConfig, size: int, rngs: nnx.Rngs, kind: str = ''):
     self.kind = kind or config.norm
     self.epsilon = config.norm_epsilon
-    self.scale = param(rngs, (size,), ('norm',), 'ones', kind='vector', dtype=config.parameter_dtype)
-    biased = self.kind == 'layer' and config.biases
+    self.offset = float(config.norm_offset)
+    self.scale = param(rngs, (size,), ('norm',), 'zeros' if config.norm_offset else 'ones', kind='vector', dtype=config.parameter_dtype)
+    biased = self.kind == 'layer' and config.biases == 'all'
     self.bias = param(rngs, (size,), ('norm',), 'zeros', kind='vector', dtype=config.parameter_dtype) if biased else None
 
   def __call__(self, x: Float[Array, '... D']) -> Float[Array, '... D']:
@@ -34,47 +49,77 @@ class Norm(nnx.Module):
     if self.kind == 'layer':
       y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-    y = y * jnp.expand_dims(self.scale[...].astype(jnp.float32), range(x.ndim - 1))
+    y = y * jnp.expand_dims(self.scale[...].astype(jnp.float32) + self.offset, range(x.ndim - 1))
     if self.bias is not None:
       y = y + jnp.expand_dims(self.bias[...].astype(jnp.float32), range(x.ndim - 1))
     return y.astype(x.dtype)
 
 
-def rope_angles(positions: Int[Array, 'B T'], head_width: int, base: float) -> tuple[Float[Array, 'B T H2'], Float[Array, 'B T H2']]:
-  """Cosines and sines of rotary positions, f32: position / base^(2i/H) for pair i (RoFormer, arXiv:2104.09864, eq. 15)."""
-  frequencies = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+class Angles(NamedTuple):
+  """Of rotary positions: cosines and sines, f32 [B, T, H/2]."""
+  cosines: Array
+  sines: Array
+
+
+def rope_angles(positions: Int[Array, 'B T'], width: int, rope: RopeConfig, local: bool = False) -> Angles:
+  """Position / base^(2i/H) for pair i (RoFormer, arXiv:2104.09864, eq. 15), stretched as `rope` says; `local`: of a layer with a window."""
+  local = local and rope.local_base > 0
+  frequencies = jnp.asarray(rope_frequencies(width, rope.local_base if local else rope.base, 'none' if local else rope.scaling, rope))
   angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
-  return jnp.cos(angles), jnp.sin(angles)
+  scale = 1.0
+  if rope.scaling == 'yarn' and not local:
+    scale = rope.attention_factor or 0.1 * math.log(rope.factor) + 1.0
+  return Angles(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 
-def rotate(x: Float[Array, 'B T N H'], cosines: Float[Array, 'B T H2'], sines: Float[Array, 'B T H2']) -> Float[Array, 'B T N H']:
+def rope_frequencies(width: int, base: float, scaling: str, rope: RopeConfig) -> np.ndarray:
+  """Radians per position of each pair, f32 [H/2]: see RopeConfig.scaling."""
+  pair = np.arange(0, width, 2, dtype=np.float32) / width
+  frequencies = (1.0 / np.float32(base) ** pair).astype(np.float32)
+  if scaling == 'none':
+    return frequencies
+  slow = frequencies / np.float32(rope.factor)
+  if scaling == 'linear':
+    return slow
+  if scaling == 'llama3':  # the ramp is linear in the turns over the original length
+    turns = rope.original_length * frequencies / np.float32(2 * math.pi)
+    keep = (turns - rope.low) / (rope.high - rope.low)
+  else:  # YaRN's is linear in the pair's index
+    index = lambda turns: width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+    first, last = index(rope.high), index(rope.low)
+    if rope.truncate:
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    keep = 1 - (np.arange(width // 2) - first) / max(last - first, 1e-3)
+  keep = np.clip(keep, 0, 1).astype(np.float32)
+  return frequencies * keep + slow * (1 - keep)
+
+
+def rotate(x: Float[Array, 'B T N H'], angles: Angles) -> Float[Array, 'B T N H']:
   """Turns the pairs (i, i + H/2) of every head by the token's angles, in f32."""
   a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-  cosines, sines = cosines[:, :, None, :], sines[:, :, None, :]
+  cosines, sines = (part[:, :, None, :] for part in angles)
   return jnp.concatenate([a * cosines - b * sines, b * cosines + a * sines], -1).astype(x.dtype)
 
 
 class FeedForward(nnx.Module):
-  """act(x gate) * (x up) down, or act(x up) down when not gated."""
+  """act(x gate) * (x up) down, or act(x up) down when not gated; `width` takes the place of the config's F."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, F, dtype = config.D, config.F, config.parameter_dtype
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int = 0):
+    D, F, dtype = config.D, width or config.F, config.parameter_dtype
     self.dtype, self.activation = config.dtype, config.activation
     self.gate = param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype) if config.gated else None
     self.up = param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype)
     self.down = param(rngs, (F, D), ('feed_forward', 'embed'), (F * 2 * config.L) ** -0.5, dtype=dtype)
-    biased = config.biases
+    biased = config.biases == 'all'
     self.up_bias = param(rngs, (F,), ('feed_forward',), 'zeros', kind='vector', dtype=dtype) if biased else None
     self.gate_bias = param(rngs, (F,), ('feed_forward',), 'zeros', kind='vector', dtype=dtype) if biased and config.gated else None
     self.down_bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if biased else None
 
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    h = project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype)
-    act = ACTIVATIONS[self.activation]
-    if self.gate is None:
-      h = act(h)
-    else:
-      h = act(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype)) * h
+    up = project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype)
+    gate = None if self.gate is None else project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype)
+    h = activate(gate, up, self.activation)
     y = ax.einsum('BTF,FD->BTD', h, use(self.down, self.dtype), ('batch', 'length', 'width'))  # row-parallel
     return add_bias(y, self.down_bias, self.dtype)
 
@@ -90,3 +135,67 @@ def add_bias(x: Array, bias: nnx.Param | None, dtype: str) -> Array:
     return x
   b = bias[...].astype(dtype)
   return x + jnp.expand_dims(b, range(x.ndim - b.ndim))
+
+
+class Embedding(nnx.Module):
+  """Tokens, and where the config has them learned positions and token types, as vectors."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    D, dtype = config.D, config.parameter_dtype
+    self.dtype = config.dtype
+    self.scale = config.D**0.5 if config.embedding_scale else 1.0
+
+    def table(rows, axis):
+      return param(rngs, (rows, D), (axis, 'embed'), config.init_scale, kind='embedding', dtype=dtype) if rows else None
+    self.tokens = table(config.V, 'vocab')
+    self.positions = table(config.max_length if config.position == 'learned' else 0, 'position')
+    self.types = table(config.token_types, 'position')
+    self.norm = Norm(config, D, rngs) if config.norm_placement == 'post' else None
+
+  def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], types: Int[Array, 'B T'] | None) -> Float[Array, 'B T D']:
+    x = lookup(use(self.tokens, self.dtype), tokens)
+    if self.scale != 1.0:
+      x = x * jnp.asarray(self.scale, x.dtype)  # the factor is rounded, too, in the models that do it
+    if self.positions is not None:
+      x = x + lookup(use(self.positions, self.dtype), positions)
+    if self.types is not None:
+      x = x + lookup(use(self.types, self.dtype), jnp.zeros_like(tokens) if types is None else types)
+    return x if self.norm is None else self.norm(x)
+
+
+def lookup(table: Float[Array, 'V D'], ids: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+  """Rows of a table, laid out as activations are."""
+  return table.at[ids].get(out_sharding=ax.out('batch', 'length', 'width'))
+
+
+class Head(nnx.Module):
+  """What stands between the final hidden states and the output embedding: nothing, or BERT's projection and norm; its own table."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    D, V, dtype = config.D, config.V, config.parameter_dtype
+    self.dtype, self.activation = config.dtype, config.activation
+    mlm = config.head == 'mlm'
+    self.tokens = None if config.tie_embeddings else param(rngs, (V, D), ('vocab', 'embed'), D**-0.5, kind='embedding', dtype=dtype)
+    self.dense = param(rngs, (D, D), ('embed', None), D**-0.5, dtype=dtype) if mlm else None
+    self.dense_bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if mlm else None
+    self.norm = Norm(config, D, rngs) if mlm else None
+    self.bias = param(rngs, (V,), ('vocab',), 'zeros', kind='vector', dtype=dtype) if mlm else None
+
+  def __call__(self, x: Float[Array, '*B T D']) -> Float[Array, '*B T D']:
+    """What the output embedding is multiplied with."""
+    if self.dense is None:
+      return x
+    return self.norm(activate(None, project('...D,DE->...E', x, self.dense, self.dense_bias, self.dtype), self.activation))
+
+
+class Pooler(nnx.Module):
+  """A projection and tanh of a row's first token: what BERT classifies."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    D, dtype = config.D, config.parameter_dtype
+    self.dtype = config.dtype
+    self.dense = param(rngs, (D, D), ('embed', None), D**-0.5, dtype=dtype)
+    self.bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype)
+
+  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B D']:
+    return jnp.tanh(project('BD,DE->BE', x[:, 0], self.dense, self.bias, self.dtype))

@@ -64,9 +64,3 @@ def specs(model) -> nnx.Module:
 def count(model) -> int:
   """Number of parameters of a model, abstract or not."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(model))
-
-
-def count_matmul(model) -> int:
-  """Parameters that every token is multiplied with: all but tables that are only looked up and vectors."""
-  leaves = jax.tree.leaves(specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
-  return sum(math.prod(s.shape) for s in leaves if s.kind == 'matrix')

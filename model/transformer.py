@@ -1,112 +1,267 @@
-"""What is the network? A decoder: embedding, one block scanned over its layers, a norm, a head.
+"""What is the network? An embedding, a stack of blocks scanned over its layers, a head; and, where the config asks, an encoder.
 
-B batch · T length · S cache length · D width · V vocabulary · L layers
+B batch · T length · S source or cache length · D width · V vocabulary · L layers · E experts
 """
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels.mask import Mask, Relative
+from model.attention import Attention, LatentAttention, View
 from model.cache import Cache, Slots
-from kernels.mask import Mask
-from model.attention import Attention
-from model.config import ModelConfig
-from model.layers import FeedForward, Norm, rope_angles
+from model.config import Kind, ModelConfig
+from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
+from model.moe import MoE, moved
 from model.params import param, use
 from parallel import axes as ax
 from parallel.remat import remat
 
 
+class Output(NamedTuple):
+  """Attributes:
+    hidden: [B, T, D] final hidden states, in the compute dtype: what `logits` and loss.cross_entropy score.
+    cache: with the tokens appended; None without one.
+    router: what the experts report (model.moe), summed over the batch: `load` [layers with experts, E] and `dropped` of the same
+      layers; `balance_loss` and `router_z_loss`, weighted and summed over layers; None without experts.
+  """
+  hidden: Any
+  cache: Cache | None
+  router: dict[str, Array] | None
+
+
 class Block(nnx.Module):
-  """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """Attention, cross-attention where there is an encoder, feed-forward or experts; each with a residual."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.attention_norm = Norm(config, config.D, rngs)
-    self.attention = Attention(config, rngs)
-    self.feed_forward_norm = Norm(config, config.D, rngs)
-    self.feed_forward = FeedForward(config, rngs)
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: Kind = Kind(), cross: bool = False):
+    self.placement = config.norm_placement
+    norm = lambda wanted=True: Norm(config, config.D, rngs) if wanted else None
+    both = config.norm_placement == 'both'
+    self.attention_norm, self.attention_post_norm = norm(), norm(both)
+    self.attention = (LatentAttention if config.latent.width else Attention)(config, rngs, kind.window)
+    self.cross_norm, self.cross_post_norm = norm(cross), norm(cross and both)
+    self.cross = Attention(config, rngs, cross=True) if cross else None
+    self.feed_forward_norm, self.feed_forward_post_norm = norm(), norm(both)
+    self.feed_forward = MoE(config, rngs) if kind.moe else FeedForward(config, rngs)
 
-  def __call__(self, x: Float[Array, 'B T D'], angles, mask: Mask, slots: Slots | None):
+  def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None):
+    """The new x, the slots written, and what the experts report ({} without)."""
     with jax.named_scope('attention'):
-      mixed, slots = self.attention(self.attention_norm(x), angles, mask, slots)
-      x = x + mixed
+      mixed, slots = self.attention(self._before(x, self.attention_norm), view, slots)
+      x = self._after(x, mixed, self.attention_norm, self.attention_post_norm)
+    if self.cross is not None:
+      with jax.named_scope('cross'):
+        mixed = self.cross.cross(self._before(x, self.cross_norm), view, slots)
+        x = self._after(x, mixed, self.cross_norm, self.cross_post_norm)
     with jax.named_scope('feed_forward'):
-      x = x + self.feed_forward(self.feed_forward_norm(x))
-    return x, slots
+      h, report = self._before(x, self.feed_forward_norm), {}
+      if isinstance(self.feed_forward, MoE):
+        h, report = self.feed_forward(h, view.mask.query_segments)
+      else:
+        h = self.feed_forward(h)
+      x = self._after(x, h, self.feed_forward_norm, self.feed_forward_post_norm)
+    return x, slots, report
+
+  def _before(self, x, norm):
+    return x if self.placement == 'post' else norm(x)
+
+  def _after(self, x, new, norm, post_norm):
+    return norm(x + new) if self.placement == 'post' else x + (new if post_norm is None else post_norm(new))
+
+
+class Stack(nnx.Module):
+  """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a repeating period."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
+    self.remat = config.remat
+    self.periods = (((Kind(),), config.encoder_layers),) if encoder else config.stacks
+    cross = bool(config.encoder_layers) and not encoder
+    self.blocks = nnx.List([
+        jax.vmap(lambda key, kind=kind: Block(config, nnx.Rngs(params=key), kind, cross))(jax.random.split(rngs.params(), repeats))
+        for kinds, repeats in self.periods for kind in kinds])
+    self.norm = None if config.norm_placement == 'post' else Norm(config, config.D, rngs)
+    self.bidirectional, self.distance = encoder or not config.causal, config.relative_distance
+    self.relative = param(rngs, (config.relative_buckets, config.N), (None, 'heads'), config.D**-0.5, kind='vector',
+                          dtype=config.parameter_dtype) if config.position == 'relative' else None
+
+  def __call__(self, x: Float[Array, 'B T D'], view: View, cache: Cache | None) -> Output:
+    if self.relative is not None:
+      view = dataclasses.replace(view, relative=Relative(table=self.relative[...], bidirectional=self.bidirectional,
+                                                         max_distance=self.distance))
+    slots, reports, blocks = cache and Slots(cache, jnp.int32(0)), [], list(self.blocks)
+    run = remat(lambda block, x, slots: block(x, view, slots), self.remat)
+
+    def period(carry, blocks):
+      x, slots = carry
+      found = []
+      for block in blocks:
+        x, slots, report = run(block, x, slots)
+        slots = slots and slots.next()
+        found += [report] if report else []
+      return (x, slots), found
+    for kinds, _ in self.periods:
+      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
+      (x, slots), found = jax.lax.scan(period, (x, slots), own)
+      reports += _in_order(found)
+    cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
+    return Output(x if self.norm is None else self.norm(x), cache, _summed(reports) if reports else None)
+
+  def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[Float[Array, 'L B S K H'], Float[Array, 'L B S K H']]:
+    """Of cross-attention to `memory`, of every layer."""
+    found = []
+    blocks = list(self.blocks)
+    for kinds, _ in self.periods:
+      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
+      found += _in_order(jax.lax.scan(lambda _, own: (None, [block.cross.keys_values(memory) for block in own]), None, own)[1])
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+
+
+def _in_order(found):
+  """Results of a scan over periods, one tree a place of the period, as a list of one tree in the order of layers (or none)."""
+  merge = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
+  return [jax.tree.map(merge, *found)] if found else []
+
+
+def _summed(reports):
+  """What the layers with experts report: by layer, and losses summed over them."""
+  found = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
+  return {name: x.sum() if name.endswith('loss') else x for name, x in found.items()}
 
 
 class Decoder(nnx.Module):
-  """A decoder-only language model. `model(tokens, ...)` gives final hidden states, `model.logits` the scores of them."""
+  """A language model: `model(tokens, ...)` gives final hidden states, `model.logits` the scores of them.
+
+  With config.causal=False it is an encoder (BERT): every token sees all of its row or segment.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     if not config.V:
       raise ValueError('model.vocabulary=0: set it to the size of the tokenizer before building the model')
     if config.position == 'learned' and not config.max_length:
       raise ValueError('model.max_length=0: learned positions need the length of their table')
-    D, V, dtype = config.D, config.V, config.parameter_dtype
     self.config = config
-    self.embedding = param(rngs, (V, D), ('vocab', 'embed'), config.init_scale, kind='embedding', dtype=dtype)
-    learned = config.position == 'learned'
-    self.positions = param(rngs, (config.max_length, D), ('position', 'embed'), config.init_scale, kind='embedding',
-                           dtype=dtype) if learned else None
-    self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(jax.random.split(rngs.params(), config.L))
-    self.final_norm = Norm(config, D, rngs)
-    tied = config.tie_embeddings
-    self.head = None if tied else param(rngs, (V, D), ('vocab', 'embed'), D**-0.5, kind='embedding', dtype=dtype)
+    self.embedding = Embedding(config, rngs)
+    self.stack = Stack(config, rngs)
+    self.head = Head(config, rngs)
+    self.pooler = Pooler(config, rngs) if config.pooler else None
 
   def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None, segments: Int[Array, 'B T'] | None = None,
-               cache: Cache | None = None) -> tuple[Float[Array, 'B T D'], Cache | None]:
-    """Final hidden states, in the compute dtype, and the cache with the tokens appended.
+               cache: Cache | None = None, *, types: Int[Array, 'B T'] | None = None) -> Output:
+    """Final hidden states, the cache with the tokens appended, and what the experts report.
 
     Args:
       positions: of each token in its document; default: 0..T-1, or after the row's cached tokens.
       segments: document of each token in a packed row; tokens of different segments never see each other.
       cache: what earlier calls left; the row's new tokens follow its cached ones. Not together with segments.
+      types: rows of the table of token types; default 0.
+    Raises ValueError for more tokens than model.max_length, and for arguments that exclude each other.
     """
+    x, view = self._view(tokens, positions, segments, cache, types)
+    return self._scaled(self.stack(x, view, cache))
+
+  def _view(self, tokens, positions, segments, cache, types):
+    """What the stack is called with: the embedded tokens, and what its layers share."""
     config, (B, T) = self.config, tokens.shape
     if cache is not None and segments is not None:
       raise ValueError('a cache holds one document a row: segments and cache exclude each other')
+    if config.max_length and T > config.max_length:
+      raise ValueError(f'{T} tokens in a row pass model.max_length={config.max_length}; give fewer, or raise it')
+    if types is not None and not config.token_types:
+      raise ValueError('token types were given to a model without a table of them; set model.token_types')
     if positions is None:
       index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
       positions = ax.place(index, 'batch', 'length') if cache is None else index + cache.lengths[:, None]
-    packed = Mask(causal=True, window=config.window, query_segments=segments, key_segments=segments)
-    mask = packed if cache is None else cache.mask(T, config.window)
-
+    mask = Mask(causal=config.causal, query_segments=segments, key_segments=segments) if cache is None else cache.mask(T)
     with jax.named_scope('embed'):
-      x = lookup(use(self.embedding, config.dtype), tokens)
-      if self.positions is not None:
-        x = x + lookup(use(self.positions, config.dtype), positions)
-    angles = rope_angles(positions, config.H, config.rope_base) if config.position == 'rope' else None
+      x = self.embedding(tokens, positions, types)
+    angles = local = None
+    if config.position == 'rope':
+      width = config.latent.rope_width or config.H
+      angles, local = (rope_angles(positions, width, config.rope, local) for local in (False, True))
+    return x, View(mask, angles, local)
 
-    def layer(carry, block):
-      x, slots = carry
-      x, slots = block(x, angles, mask, slots)
-      return (x, slots and dataclasses.replace(slots, layer=slots.layer + 1)), None
+  def _scaled(self, output):
+    return output if self.config.logit_scale == 1 else output._replace(hidden=output.hidden * self.config.logit_scale)
 
-    slots = cache and Slots(cache.k, cache.v, jnp.int32(0), cache.lengths)
-    (x, slots), _ = jax.lax.scan(remat(layer, config.remat), (x, slots), self.blocks)
-    cache = cache and Cache(slots.k, slots.v, cache.lengths + T)
-    return self.final_norm(x), cache
-
-  @property
-  def output_embedding(self) -> nnx.Param:
-    """[V, D] table that hidden states are scored against."""
-    return self.embedding if self.head is None else self.head
+  def scored(self, x: Float[Array, '*B D']) -> tuple[Float[Array, '*B E'], Float[Array, 'V E']]:
+    """What final hidden states become before they are scored, and the table they are scored against, in the compute dtype."""
+    table = use(self.embedding.tokens if self.head.tokens is None else self.head.tokens, self.config.dtype)
+    x = self.head(x)
+    if self.head.bias is not None:  # a bias is one more input that is always 1
+      bias = self.head.bias[...].astype(table.dtype)
+      x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+      table = jnp.concatenate([table, bias[:, None]], -1)
+    return x, table
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
-    logits = jnp.einsum('...D,VD->...V', x, use(self.output_embedding, self.config.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum('...D,VD->...V', *self.scored(x), preferred_element_type=jnp.float32)
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def lookup(table: Float[Array, 'V D'], ids: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-  """Rows of a table, laid out as activations are."""
-  return table.at[ids].get(out_sharding=ax.out('batch', 'length', 'width'))
+class EncoderDecoder(Decoder):
+  """A decoder whose blocks also look at what an encoder, of the same sizes and with the same embedding, made of a source."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    super().__init__(config, rngs)
+    self.encoder = Stack(config, rngs, encoder=True)
+
+  def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None, segments: Int[Array, 'B T'] | None = None,
+               cache: Cache | None = None, *, source: Int[Array, 'B S'] | None = None,
+               source_positions: Int[Array, 'B S'] | None = None, source_segments: Int[Array, 'B S'] | None = None) -> Output:
+    """As Decoder.__call__; the source comes with the call, or was read into the cache before (`read`).
+
+    source_segments: document of each source token, 0 for padding; the tokens of a segment see the source of the same number.
+      Without segments every row is document 1.
+    """
+    if (source is None) == (cache is None):
+      raise ValueError('an encoder-decoder needs its source: give it with the call, or read it into the cache first, and not both')
+    x, view = self._view(tokens, positions, segments, cache, None)
+    if cache is None:
+      memory = self.encode(source, source_positions, source_segments)
+      keys = source_segments
+    else:
+      if cache.memory is None:
+        raise ValueError('the cache holds no source; call EncoderDecoder.read first')
+      memory, keys = None, cache.memory_segments
+    if segments is None:
+      segments = ax.place(jnp.ones(tokens.shape, jnp.int32), 'batch', 'length')
+    if keys is None:
+      keys = ax.place(jnp.ones(source.shape, jnp.int32), 'batch', 'length')
+    view = dataclasses.replace(view, memory=memory, memory_mask=Mask(causal=False, query_segments=segments, key_segments=keys))
+    return self._scaled(self.stack(x, view, cache))
+
+  def encode(self, source: Int[Array, 'B S'], positions: Int[Array, 'B S'] | None = None,
+             segments: Int[Array, 'B S'] | None = None) -> Float[Array, 'B S D']:
+    """The encoder's final hidden states; segments: 0 for padding."""
+    x, view = self._view(source, positions, segments, None, None)
+    return self.encoder(x, dataclasses.replace(view, mask=dataclasses.replace(view.mask, causal=False)), None).hidden
+
+  def read(self, cache: Cache, source: Int[Array, 'B S'], segments: Int[Array, 'B S']) -> Cache:
+    """Encodes a source and keeps, in the cache, what every layer of the decoder looks up of it; segments: 1, or 0 for padding."""
+    return dataclasses.replace(cache, memory=self.stack.keys_values(self.encode(source, segments=segments)), memory_segments=segments)
+
+
+def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
+  """The model with the selection bias of every router moved towards experts with less than their share (moe.moved).
+
+  load: choices that fell on each expert, of the layers with experts in order (Output.router).
+  """
+  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
+  layer, j = 0, 0
+  for kinds, repeats in model.stack.periods:
+    moe = [j + place for place, kind in enumerate(kinds) if kind.moe]
+    for place, block in enumerate(moe):
+      bias = model.stack.blocks[block].feed_forward.selection_bias
+      bias[...] = moved(bias[...], load[layer + place:layer + repeats * len(moe):len(moe)], rate)
+    layer, j = layer + repeats * len(moe), j + len(kinds)
+  return model
 
 
 def init(config: ModelConfig, seed: int) -> Decoder:
   """A new model, born sharded on the mesh in context. Traced: use under jit or jax.eval_shape."""
-  return Decoder(config, nnx.Rngs(params=jax.random.key(seed)))
+  return (EncoderDecoder if config.encoder_layers else Decoder)(config, nnx.Rngs(params=jax.random.key(seed)))

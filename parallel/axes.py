@@ -20,10 +20,12 @@ RULES = {
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'feed_forward': 'tensor',
+    'experts': 'expert',
     'head_width': None,
     'group': None,
     'norm': None,
     'position': None,
+    'latent': None,
     'layers': None,
     'chunk': None,
 }
@@ -54,6 +56,14 @@ def explicit() -> bool:
 def out(*axes: str | None) -> P | None:
   """The `out_sharding` argument for an operation whose result carries these logical names."""
   return spec(*axes) if explicit() else None
+
+
+def out_like(x: jax.Array, rows: jax.Array, skip: int) -> P | None:
+  """The `out_sharding` of looking up `x` in `rows`: laid out as `x`, then as `rows` behind its first `skip` dimensions."""
+  def entries(a):
+    found = tuple(jax.typeof(a).sharding.spec)
+    return found + (None,) * (a.ndim - len(found))
+  return P(*entries(x), *entries(rows)[skip:]) if explicit() else None
 
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:

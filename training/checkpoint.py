@@ -178,7 +178,7 @@ class Checkpoints:
 
 
 def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
-  """Leaves by name, in the order of jax.tree.leaves: 'model.blocks.attention.q'."""
+  """Leaves by name, in the order of jax.tree.leaves: 'model.stack.blocks.0.attention.q'."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   names_ = (jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value') for path, _ in leaves)
   return {f'{prefix}.{name}' if prefix else name: leaf for name, (_, leaf) in zip(names_, leaves, strict=True)}

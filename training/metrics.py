@@ -20,9 +20,9 @@ _NAMES = ('nan', 'inf', '-inf')
 
 
 def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
-  """The metrics on the host, flat: waits for device arrays; names in nested mappings are joined with '/'.
+  """The metrics on the host, flat: waits for device arrays; names in nested mappings, and indices of vectors, are joined with '/'.
 
-  Raises ValueError for a metric that isn't a scalar.
+  Raises ValueError for a metric that is neither a scalar nor a vector.
   """
   if not prefix:
     metrics = jax.device_get(metrics)
@@ -30,8 +30,10 @@ def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
   for name, value in metrics.items():
     if isinstance(value, Mapping):
       flat |= scalars(value, f'{prefix}{name}/')
+    elif np.ndim(value) == 1:
+      flat |= scalars({str(i): x for i, x in enumerate(np.asarray(value))}, f'{prefix}{name}/')
     elif np.ndim(value):
-      raise ValueError(f'metric {prefix + name!r} has shape {np.shape(value)}; give scalars, or a mapping of them')
+      raise ValueError(f'metric {prefix + name!r} has shape {np.shape(value)}; give scalars, vectors, or a mapping of them')
     else:
       flat[prefix + name] = np.asarray(value).item() if np.asarray(value).dtype.kind in 'iu' else float(value)
   return flat

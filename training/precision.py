@@ -82,7 +82,7 @@ def select(finite: Bool[Array, ''], new, old):
 
 
 def norms_by_module(tree) -> dict[str, float]:
-  """L2 norms, in f32, of each top-level module ('blocks') and of each parameter in it ('blocks.attention.q').
+  """L2 norms, in f32, of each top-level module ('stack') and of each parameter in it ('stack.blocks.0.attention.q').
 
   A stacked parameter is one entry for all layers. Waits for the arrays; on several hosts every process must call it.
   A norm of finite elements is finite unless it exceeds f32 itself.

@@ -1,6 +1,5 @@
 """Are the operations that the formulas count those of the matrix products that a model's program holds?"""
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +8,17 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from analysis import flops
+from model import transformer
+from model.config import LatentConfig, ModelConfig, MoEConfig
+from model.params import ParamSpec, specs
+
+
+LETTERS = {'V': 'vocabulary', 'D': 'width', 'L': 'layers', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_width', 'F': 'feed_forward'}
 
 
 def sizes(**changes):
   base = dict(V=97, D=24, L=3, N=4, K=2, H=6, F=40, gated=True, window=0)
-  return types.SimpleNamespace(**(base | changes))
+  return ModelConfig(**{LETTERS.get(name, name): value for name, value in (base | changes).items()})
 
 
 def loss(weights, tokens, m):
@@ -90,6 +95,25 @@ def test_impossible_lengths_are_refused():
       flops.mean_keys(*arguments)
   with pytest.raises(ValueError, match='vocabulary=0'):
     flops.forward_flops_per_token(sizes(V=0), 8)
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(K=4, latent=LatentConfig(width=5, query_width=7, rope_width=4, value_width=3)),
+    dict(K=4, latent=LatentConfig(width=5, rope_width=4)),
+    dict(moe=MoEConfig(experts=3, per_token=3, feed_forward=8, shared_feed_forward=16, first=1))], ids=str)
+def test_weights_that_multiply_are_the_parameters_that_are_matrices(changes):
+  """All of them, where every expert is chosen."""
+  m = sizes(**changes)
+  tree = specs(jax.eval_shape(lambda: transformer.init(m, 0)))
+  leaves = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, ParamSpec)) if x.kind == 'matrix']
+  counted = sum(flops.attention_weights(m) + flops.feed_forward_weights(m, kind.moe) for kind in m.kinds)
+  assert counted == sum(math.prod(x.shape) for x in leaves)
+
+
+def test_layers_have_their_own_windows():
+  each = [flops.forward_flops_per_token(sizes(L=1, window=window), 32) for window in (5, 0)]
+  head = 2 * 24 * 97
+  assert flops.forward_flops_per_token(sizes(L=5, window=5, global_every=2), 32) == 3 * each[0] + 2 * each[1] - 4 * head
 
 
 def test_approaches_6nd_when_attention_and_embedding_vanish():

@@ -66,7 +66,7 @@ def drawn(rows, seed=5):
 
 @jax.jit
 def full_forward(model, tokens):
-  return model.logits(model(tokens)[0])
+  return model.logits(model(tokens).hidden)
 
 
 def teacher_forced(model, prompt, new):
@@ -138,7 +138,7 @@ def test_a_row_stops_at_its_length(model):
 def test_the_cache_is_rewritten_in_place(model):
   state = start(model, PROMPTS)
   compiled = decode_chunk.lower(model, state, jax.tree.map(put, greedy(3)), steps=4, eos=EOS, pad=PAD).compile()
-  size = sum(x.nbytes for x in (state.cache.k, state.cache.v))
+  size = sum(x.nbytes for x in state.cache.buffers)
   assert compiled.memory_analysis().alias_size_in_bytes >= size
   tokens, lengths = put(np.ones((3, 8), np.int32)), put(np.full(3, 8, np.int32))
   reading = prefill.lower(model, tokens, lengths, init_cache(CONFIG, 3, 32), lengths).compile()

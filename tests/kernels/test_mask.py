@@ -47,7 +47,7 @@ def test_allowed_is_the_definition(case):
 def test_block_is_a_slice_of_the_whole(case, queries, keys):
   parts, B, T, S = case
   whole = dense(parts, B, T, S)[:, queries, keys]
-  block = oracle.mask(parts).block(queries, keys, T).allowed(*whole.shape[1:])
+  block = oracle.mask(parts).block(queries, keys).allowed(*whole.shape[1:])
   np.testing.assert_array_equal(np.broadcast_to(block, whole.shape), whole)
 
 

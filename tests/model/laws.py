@@ -7,7 +7,7 @@ import numpy as np
 
 from model import transformer
 from model.cache import init_cache
-from model.config import ModelConfig
+from model.config import LatentConfig, ModelConfig, RopeConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from training.checkpoint import abstract
@@ -15,12 +15,21 @@ from training.checkpoint import abstract
 TINY = dict(vocabulary=50, width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, max_length=24)
 CONFIGS = {
     'llama': {},
-    'gpt2': dict(norm='layer', position='learned', gated=False, activation='gelu', biases=True, tie_embeddings=True,
+    'gpt2': dict(norm='layer', position='learned', gated=False, activation='gelu', biases='all', tie_embeddings=True,
                  kv_heads=4),
     'no positions': dict(position='none', activation='relu', layers=1),
-    'qwen3': dict(qk_norm=True, head_width=6, kv_heads=1, rope_base=100.0),
-    'mistral': dict(window=3, biases=True, activation='gelu'),
-    'gemma2': dict(attention_softcap=2.0, logit_softcap=1.5, window=5, tie_embeddings=True, activation='gelu'),
+    'qwen3': dict(qk_norm=True, head_width=6, kv_heads=1, rope=RopeConfig(base=100.0)),
+    'mistral': dict(window=3, biases='qkv', activation='gelu_exact'),
+    'gemma2': dict(attention_softcap=2.0, logit_softcap=1.5, window=5, global_every=2, norm_placement='both', norm_offset=True,
+                   attention_scale=0.3, embedding_scale=True, tie_embeddings=True, activation='gelu'),
+    'gemma3': dict(layers=5, window=3, global_every=2, norm_placement='both', qk_norm=True,
+                   rope=RopeConfig(base=1000.0, local_base=10.0, scaling='linear', factor=4.0)),
+    'gpt-oss': dict(window=4, global_every=2, sinks=True, biases='all', activation='clamped_silu',
+                    rope=RopeConfig(base=100.0, scaling='yarn', factor=4.0, original_length=8, high=8.0)),
+    'deepseek': dict(kv_heads=4, head_width=6, latent=LatentConfig(width=5, query_width=7, rope_width=4, value_width=3),
+                     rope=RopeConfig(base=50.0, scaling='llama3', factor=8.0, original_length=16)),
+    'relative': dict(position='relative', relative_buckets=8, relative_distance=12, kv_heads=4, attention_scale=1.0, logit_scale=0.25,
+                     tie_embeddings=True),
     'layer norm': dict(norm='layer', gated=False, activation='relu2', layers=3),
     'bfloat16': dict(dtype='bfloat16', qk_norm=True),
 }
@@ -60,13 +69,13 @@ def tokens_of(config: ModelConfig, rows: int, length: int, seed: int = 0):
 
 def forward():
   """A new jitted (model, tokens, positions, segments) -> logits [B, T, V]: new, so that a planted fault is traced."""
-  return jax.jit(lambda model, *inputs: model.logits(model(*inputs)[0]))
+  return jax.jit(lambda model, *inputs: model.logits(model(*inputs).hidden))
 
 
 def cached():
   """A new jitted step: (model, tokens, cache) -> (logits, cache)."""
   def run(model, tokens, cache):
-    x, cache = model(tokens, cache=cache)
+    x, cache, _ = model(tokens, cache=cache)
     return model.logits(x), cache
   return jax.jit(run)
 

@@ -99,7 +99,7 @@ def test_cached_decode_on_a_mesh(axis_type):
   with jax.set_mesh(mesh):
     tokens = jax.device_put(tokens, jax.NamedSharding(mesh, ax.spec('batch', 'length')))
     full, step, cache = laws.forward()(model, tokens), laws.cached(), init_cache(CONFIG, 4, 8)
-    assert cache.k.addressable_shards[0].data.size * 8 == cache.k.size
+    assert all(x.addressable_shards[0].data.size * 8 == x.size for x in cache.buffers)
     for first, last in ((0, 4), (4, 5), (5, 6)):
       logits, cache = step(model, tokens[:, first:last], cache)
       np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-5, atol=1e-5)

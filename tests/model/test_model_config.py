@@ -3,9 +3,8 @@ import dataclasses
 
 import pytest
 
-from model.config import CHOICES, ModelConfig
+from model.config import CHOICES, Kind, LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from model.layers import ACTIVATIONS
-from parallel.remat import POLICIES
 
 
 @pytest.mark.parametrize('fields, words', [
@@ -14,16 +13,63 @@ from parallel.remat import POLICIES
     ({'head_width': 5}, r'head width 5 is odd'),
     ({'width': 0}, r'model.width=0 must be at least 1'),
     ({'layers': -1}, r'model.layers=-1 must be at least 1'),
-    ({'window': -1}, r'model.window=-1 must be 0'),
-    ({'attention_softcap': -2.0}, r'model.attention_softcap=-2.0 must be 0 \(none\) or positive'),
+    ({'window': -1}, r'model.window=-1 must be at least 0'),
+    ({'attention_softcap': -2.0}, r'model.attention_softcap=-2.0 must be at least 0'),
     ({'norm_epsilon': 0.0}, r'model.norm_epsilon=0.0 must be positive'),
-    ({'rope_base': float('nan')}, r'model.rope_base=nan must be positive'),
     ({'norm': 'rns'}, r"model.norm='rns' is unknown; did you mean 'rms'\? Known: rms, layer"),
     ({'remat': 'dot'}, r"model.remat='dot' is unknown; did you mean 'dots'"),
 ])
 def test_impossible_values_raise(fields, words):
   with pytest.raises(ValueError, match=words):
     ModelConfig(**fields)
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda: RopeConfig(base=float('nan')), r'model.rope.base=nan must be positive'),
+    (lambda: RopeConfig(scaling='dynamic'), r"model.rope.scaling='dynamic' is unknown.*Known: none, linear, llama3, yarn"),
+    (lambda: RopeConfig(scaling='yarn', factor=2.0), r"scaling='yarn' needs model.rope.original_length"),
+    (lambda: RopeConfig(scaling='llama3', original_length=9, low=4.0), r'model.rope.low=4.0 must be below model.rope.high=4.0'),
+    (lambda: LatentConfig(width=4, rope_width=3), r'model.latent.rope_width=3 must be even'),
+    (lambda: ModelConfig(latent=LatentConfig(width=4, rope_width=2), qk_norm=True), r'latent attention works with rotary positions'),
+    (lambda: MoEConfig(experts=6, groups=4), r'model.moe.groups=4 must divide model.moe.experts=6'),
+    (lambda: MoEConfig(experts=4, per_token=3, groups=2), r'model.moe.per_token=3 passes the 2 experts'),
+    (lambda: MoEConfig(experts=4, bias_rate=0.1), r'moves a bias that is not there; set model.moe.selection_bias=True'),
+    (lambda: ModelConfig(moe=MoEConfig(experts=4, first=9)), r'model.moe.first=9 leaves none of 4 layers'),
+    (lambda: ModelConfig(moe=MoEConfig(experts=4), encoder_layers=1), r'encoder-decoder has no experts'),
+    (lambda: ModelConfig(causal=False, window=3), r'model.window=3 looks back only'),
+    (lambda: ModelConfig(global_every=2), r'set model.window'),
+    (lambda: ModelConfig(activation='clamped_silu', gated=False), r'works on a gate'),
+])
+def test_impossible_combinations_raise(make, words):
+  with pytest.raises(ValueError, match=words):
+    make()
+
+
+def test_a_backend_that_cannot_honour_the_architecture_is_refused():
+  with pytest.raises(NotImplementedError, match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked'\]"):
+    ModelConfig(attention='xla', attention_softcap=2.0)
+  ModelConfig(attention='blocked', attention_softcap=2.0)
+
+
+@pytest.mark.parametrize('fields, stacks', [
+    ({}, [('g', 4)]),
+    ({'window': 3}, [('l', 4)]),
+    ({'window': 3, 'global_every': 2}, [('lg', 2)]),
+    ({'window': 3, 'global_every': 6, 'layers': 62}, [('lllllg', 10), ('l', 2)]),
+    ({'window': 3, 'global_every': 9}, [('l', 4)]),
+    ({'moe': MoEConfig(experts=4, first=1)}, [('g', 1), ('G', 3)]),
+    ({'moe': MoEConfig(experts=4, first=1, every=2), 'layers': 6}, [('gG', 3)]),
+    ({'moe': MoEConfig(experts=4, first=3), 'layers': 61}, [('g', 3), ('G', 58)]),
+    ({'moe': MoEConfig(experts=4), 'window': 3, 'global_every': 2}, [('LG', 2)]),
+    ({'moe': MoEConfig(experts=4, every=2), 'window': 3, 'global_every': 3, 'layers': 13}, [('LlGlLg', 2), ('L', 1)]),
+])
+def test_layers_are_few_scans_over_repeating_periods(fields, stacks):
+  """Letters: l sees a window, g all; capital ones have experts."""
+  config = ModelConfig(**fields)
+  letter = lambda kind: ('L' if kind.moe else 'l') if kind.window else ('G' if kind.moe else 'g')
+  assert [(''.join(map(letter, kinds)), repeats) for kinds, repeats in config.stacks] == stacks
+  assert sum((kinds * repeats for kinds, repeats in config.stacks), ()) == config.kinds
+  assert all(isinstance(kind, Kind) for kind in config.kinds) and len(config.kinds) == config.L
 
 
 def test_open_sizes_are_resolved():
@@ -37,7 +83,4 @@ def test_open_sizes_are_resolved():
 
 
 def test_choices_are_what_the_modules_know():
-  from kernels.attention import HONOURS
-  assert set(CHOICES['activation']) == set(ACTIVATIONS)
-  assert set(CHOICES['remat']) == set(POLICIES)
-  assert set(CHOICES['attention']) == {'auto', *HONOURS}
+  assert set(CHOICES['activation']) == {*ACTIVATIONS, 'clamped_silu'}

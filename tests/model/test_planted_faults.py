@@ -33,24 +33,24 @@ def shifted_when_decoding(positions, *args):
 
 def unguarded_append(self, k, v):
   """Slots.append without the guard against what unused slots hold."""
-  new, _, _ = cache_append(self, k, v)
-  return new, *(jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in (new.k, new.v))
+  new, _ = cache_append(self, k, v)
+  return new, tuple(jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in new.cache.buffers)
 
 
 def append_ahead(self, k, v):
   """Slots.append that leaves a slot free at every call."""
-  original = dataclasses.replace(self, lengths=self.lengths + 1)
-  new, k, v = cache_append(original, k, v)
-  return dataclasses.replace(new, lengths=self.lengths), k, v
+  ahead = lambda slots, lengths: dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, lengths=lengths))
+  new, read = cache_append(ahead(self, self.cache.lengths + 1), k, v)
+  return ahead(new, self.cache.lengths), read
 
 
-def maskless(self, T, window):
+def maskless(self, T):
   """Cache.mask that lets everything be seen."""
-  return dataclasses.replace(cache_mask(self, T, 0), causal=False)
+  return dataclasses.replace(cache_mask(self, T), causal=False)
 
 
-def rotate_prompts_only(x, cosines, sines):
-  return layers.rotate(x, cosines, sines) if x.shape[1] > 1 else x
+def rotate_prompts_only(x, angles):
+  return layers.rotate(x, angles) if x.shape[1] > 1 else x
 
 
 cache_append, cache_mask = cache.Slots.append, cache.Cache.mask

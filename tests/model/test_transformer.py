@@ -1,5 +1,6 @@
 """Does the decoder obey its laws, and compute what an independent float64 forward computes?"""
 import dataclasses
+import math
 
 import float64
 import jax
@@ -29,7 +30,7 @@ def test_gradients_are_those_of_the_float64_forward(one_device):
   config = laws.make_config('gpt2', position='rope', gated=True, qk_norm=True, layers=1)
   model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 5)
   weights = np.random.default_rng(3).normal(size=(5, config.V))
-  loss = lambda model: jnp.sum(model.logits(model(tokens)[0]) * weights[None].astype(np.float32))
+  loss = lambda model: jnp.sum(model.logits(model(tokens).hidden) * weights[None].astype(np.float32))
   gradient = named_leaves(jax.jit(jax.grad(loss))(model))
   values = {name: np.asarray(x, np.float64) for name, x in named_leaves(model).items()}
   assert len(values) == 23
@@ -81,7 +82,7 @@ def test_padding_and_neighbours():
 def loss_and_gradients(config, model, tokens):
   structure = jax.tree.structure(jax.eval_shape(lambda: transformer.init(config, 0)))
   model = jax.tree.unflatten(structure, jax.tree.leaves(model))
-  return jax.jit(jax.value_and_grad(lambda m: jnp.mean(jnp.sin(m.logits(m(tokens)[0])))))(model)
+  return jax.jit(jax.value_and_grad(lambda m: jnp.mean(jnp.sin(m.logits(m(tokens).hidden)))))(model)
 
 
 def test_remat_changes_nothing(one_device):
@@ -100,11 +101,11 @@ def test_scan_is_a_loop(one_device):
 
   def looped(model, tokens):
     positions = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[None], (2, 7))
-    x = transformer.lookup(model.embedding[...], tokens) + transformer.lookup(model.positions[...], positions)
+    x, view = model.embedding(tokens, positions, None), transformer.View(transformer.Mask())
     for layer in range(config.L):
-      block = jax.tree.map(lambda x, layer=layer: x[layer], model.blocks)
-      x, _ = block(x, None, transformer.Mask(), None)
-    return model.logits(model.final_norm(x))
+      block = jax.tree.map(lambda x, layer=layer: x[layer], model.stack.blocks[0])
+      x, _, _ = block(x, view, None)
+    return model.logits(model.stack.norm(x))
   loss = lambda run: jax.jit(jax.value_and_grad(lambda model: jnp.mean(jnp.sin(run(model, tokens)))))(model)
   for a, b in zip(jax.tree.leaves(loss(laws.forward())), jax.tree.leaves(loss(looped)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -121,14 +122,18 @@ def test_the_abstract_model_is_the_model(name, one_device):
   specs = jax.tree.leaves(params.specs(model), is_leaf=is_spec)
   assert jax.tree.leaves(params.specs(abstract), is_leaf=is_spec) == specs
   D, F, V, L, N, K, H = (getattr(config, letter) for letter in 'DFVLNKH')
-  matrices = L * (2 * D * (N + K) * H + (3 if config.gated else 2) * D * F)
-  vectors = L * 2 * D + D
-  if config.norm == 'layer' and config.biases:
+  Q, R, Hr, Hv = config.latent.query_width, config.latent.width, config.latent.rope_width, config.value_width
+  attention = D * Q + Q * N * (H + Hr) + D * (R + Hr) + R * N * (H + Hv) + N * Hv * D if R else 2 * D * (N + K) * H
+  matrices = L * (attention + (3 if config.gated else 2) * D * F)
+  vectors = L * D * (4 if config.norm_placement == 'both' else 2) + D
+  if config.norm == 'layer' and config.biases == 'all':
     vectors *= 2
-  vectors += L * 2 * H * config.qk_norm + L * config.biases * ((N + 2 * K) * H + D + (2 if config.gated else 1) * F + D)
+  inner, outer = config.biases != 'none', config.biases == 'all'
+  vectors += L * (2 * H * config.qk_norm + inner * (N + 2 * K) * H + outer * (2 * D + (2 if config.gated else 1) * F))
+  vectors += L * (N * config.sinks + Q + R) + (config.relative_buckets * N if config.position == 'relative' else 0)
   tables = V * D * (1 if config.tie_embeddings else 2) + (config.max_length * D if config.position == 'learned' else 0)
   assert params.count(model) == params.count(abstract) == matrices + vectors + tables
-  assert params.count_matmul(model) == matrices
+  assert sum(math.prod(spec.shape) for spec in specs if spec.kind == 'matrix') == matrices
   for spec, (shape, _) in zip(specs, described(model).values(), strict=True):
     assert spec.shape == shape and len(spec.axes) == len(shape) and spec.kind in ('matrix', 'embedding', 'vector')
 
@@ -136,7 +141,7 @@ def test_the_abstract_model_is_the_model(name, one_device):
 def test_caches_and_masks_are_pytrees_of_anything():
   """Abstract arrays, shardings and placeholders take the place of arrays when programs are planned."""
   cache = jax.eval_shape(lambda: laws.init_cache(laws.make_config(), 2, 8))
-  assert cache.k.shape == (2, 2, 8, 2, 4) and cache.capacity == 8
+  assert [x.shape for x in cache.buffers] == [(2, 2, 8, 2, 4)] * 2 and cache.capacity == 8
   assert jax.tree.leaves(jax.tree.map(lambda x: 'anything', cache)) == ['anything'] * 3
   mask = jax.eval_shape(lambda: transformer.Mask(prefix=jnp.zeros((2,), jnp.int32)))
   assert jax.tree.map(lambda x: 'anything', mask).prefix == 'anything'
@@ -148,8 +153,8 @@ def test_seeds_and_layers_differ(one_device):
   one, same, other = make(config, 0), make(config, 0), make(config, 1)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert (one.embedding[...] != other.embedding[...]).all()
-  q = np.asarray(one.blocks.attention.q[...])
+  assert (one.embedding.tokens[...] != other.embedding.tokens[...]).all()
+  q = np.asarray(one.stack.blocks[0].attention.q[...])
   assert (q[0] != q[1]).all() and abs(q.std() * config.D**0.5 - 1) < 0.2
 
 

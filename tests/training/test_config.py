@@ -11,7 +11,7 @@ from conftest import tiny
 from hypothesis import given, settings, strategies as st
 
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
-from model.config import CHOICES, ModelConfig
+from model.config import CHOICES, ModelConfig, RopeConfig
 from parallel.mesh import AXES
 from training import config as configs
 from training.config import Config, TrainConfig
@@ -109,8 +109,10 @@ CLEAN = st.builds(CleanConfig, anonymise=st.lists(st.sampled_from(ANONYMISED_KIN
 DATA = st.builds(DataConfig, sources=st.lists(SOURCES, min_size=1, max_size=3).map(tuple), clean=CLEAN, seed=st.integers(0, 2**32 - 1),
                  tokenizer=st.builds(TokenizerConfig, kind=st.sampled_from(['byte', 'char'])), sequence_length=st.integers(1, 99),
                  validation_fraction=st.floats(0.01, 0.99))
+NEEDS_MORE = ('clamped_silu', 'relative')  # of a gate, of an attention backend
 MODEL = st.builds(ModelConfig, layers=st.integers(1, 99), kv_heads=st.sampled_from([0, 1, 2, 4]), gated=st.booleans(),
-                  rope_base=st.floats(1, 1e9), **{name: st.sampled_from(known) for name, known in CHOICES.items()})
+                  rope=st.builds(RopeConfig, base=st.floats(1, 1e9), factor=st.floats(1, 99), scaling=st.sampled_from(['none', 'linear'])),
+                  **{name: st.sampled_from([x for x in known if x not in NEEDS_MORE]) for name, known in CHOICES.items()})
 OPTIMIZER = st.builds(OptimizerConfig, learning_rate=st.floats(1e-30, 1e3), b1=st.just(-1.0) | st.floats(0, 0.999),
                       weight_decay=st.floats(0, 1))
 TRAIN = st.builds(TrainConfig, steps=st.integers(1, 10**9), seed=st.integers(0, 2**32 - 1), z_loss=st.floats(0, 1))

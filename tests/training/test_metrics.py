@@ -64,12 +64,12 @@ def test_a_broken_line_is_named_and_nothing_is_lost(tmp_path, broken):
 
 
 def test_scalars_come_to_the_host_flat():
-  tree = {'loss': jnp.float32(1.5), 'norm': {'a': jnp.bfloat16(2), 'b': {'c': 3}}, 'count': jnp.int32(4), 'ok': True}
+  tree = {'loss': jnp.float32(1.5), 'norm': {'a': jnp.bfloat16(2), 'b': {'c': 3}}, 'count': jnp.int32(4), 'ok': True, 'load': jnp.asarray([0.5, 2])}
   found = metrics.scalars(tree)
-  assert found == {'loss': 1.5, 'norm/a': 2.0, 'norm/b/c': 3, 'count': 4, 'ok': 1.0}
+  assert found == {'loss': 1.5, 'norm/a': 2.0, 'norm/b/c': 3, 'count': 4, 'ok': 1.0, 'load/0': 0.5, 'load/1': 2.0}
   assert isinstance(found['count'], int) and isinstance(found['norm/a'], float)
-  with pytest.raises(ValueError, match=r"metric 'norm/a' has shape \(2,\)"):
-    metrics.scalars({'norm': {'a': jnp.ones(2)}})
+  with pytest.raises(ValueError, match=r"metric 'norm/a' has shape \(1, 2\)"):
+    metrics.scalars({'norm': {'a': jnp.ones((1, 2))}})
 
 
 def test_nonfinite_names():

@@ -1,0 +1,126 @@
+"""Which backend multiplies rows by the matrix of their group? One function; rows are sorted by group, as experts want them.
+
+`reference`: the jnp oracle, each row with its own copy of its matrix, [M, D, F] in memory. `blocked`: a scan over blocks of rows
+of one group each. `lax.ragged_dot` is not among them: on TPU and GPU it expands to a dense product per group, E times the work.
+`auto`: `blocked`.
+
+M rows · E groups · D width of a row · F width of a product · b rows of a block
+"""
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import names
+
+LEAST, MOST = 8, 512  # rows a block: what a vector register holds, and what feeds a matrix unit from memory without waiting
+
+
+def grouped_matmul(x: Float[Array, 'M D'], w: Float[Array, 'E D F'], sizes: Int[Array, 'E'], *,
+                   backend: str = 'auto') -> Float[Array, 'M F']:
+  """The first sizes[0] rows times w[0], the next sizes[1] rows times w[1], and so on; differentiable in x and w.
+
+  Args:
+    sizes: rows of each group; their sum is at most M. Rows behind it are zeros in the result and contribute nothing to
+      gradients, whatever they hold, NaN included.
+    backend: 'auto', 'reference' or 'blocked'.
+  Returns: the products, summed in f32 (or wider, as x is), in x's type.
+  Raises ValueError for an unknown backend, or when x and w differ in type.
+  """
+  if x.dtype != w.dtype:
+    raise ValueError(f'rows are {x.dtype} and matrices {w.dtype}; cast one of them, nothing is cast here')
+  names.check('grouped_matmul backend', backend, ('auto', *BACKENDS))
+  return BACKENDS['blocked' if backend == 'auto' else backend](x, w, sizes)
+
+
+def reference(x, w, sizes):
+  """Same contract as grouped_matmul, obviously right: each row has its own matrix."""
+  ends = jnp.cumsum(sizes)
+  row = jnp.arange(x.shape[0], dtype=sizes.dtype)
+  group = (row[:, None] >= ends[None]).sum(1)
+  used = row < ends[-1]
+  mine = w.astype(_wide(x))[jnp.minimum(group, len(w) - 1)]
+  y = jnp.einsum('MD,MDF->MF', _keep(x, used).astype(mine.dtype), mine)
+  return _keep(y, used).astype(x.dtype)  # kept here too, so that no gradient comes back from there
+
+
+@jax.custom_vjp
+def blocked(x, w, sizes):
+  """Same contract as grouped_matmul: blocks without rows are skipped, and so is every row behind the last group."""
+  return _products(x, w, sizes, 'MD,DF->MF')
+
+
+def _forward(x, w, sizes):
+  return blocked(x, w, sizes), (x, w, sizes)
+
+
+def _backward(residuals, dy):
+  x, w, sizes = residuals
+  return _products(dy, w, sizes, 'MF,DF->MD'), _outer_products(x, dy, w, sizes), None
+
+
+blocked.defvjp(_forward, _backward)
+BACKENDS = {'reference': reference, 'blocked': blocked}
+
+
+def block_rows(M: int, E: int) -> int:
+  """Rows of a block: the largest power of two that pads by at most a quarter, between LEAST and MOST (and no more than M).
+
+  Every group may leave its last block all but empty, which is E * (b - 1) rows at worst and half of that on average.
+  """
+  return min(M, MOST, max(LEAST, 1 << max(0, (M // (4 * E)).bit_length() - 1)))
+
+
+def _products(x, w, sizes, formula):
+  """Rows times the matrix of their group; each block writes its own rows and leaves the others as they are."""
+  M, F = x.shape[0], w.shape['EDF'.index(formula[-1])]
+  b = block_rows(M, w.shape[0])
+
+  def product(y, group, start, mine):
+    part = jnp.einsum(formula, _cut(x, start, mine), w[group], preferred_element_type=_wide(x)).astype(x.dtype)
+    kept = jax.lax.dynamic_slice_in_dim(y, start, b, 0)
+    return jax.lax.dynamic_update_slice_in_dim(y, jnp.where(mine[:, None], part, kept), start, 0)
+  return _scan(product, jnp.zeros((M, F), x.dtype), sizes, M, b)
+
+
+def _outer_products(x, dy, w, sizes):
+  """The gradient of the matrices: summed in place, in f32."""
+  M = x.shape[0]
+
+  def add(dw, group, start, mine):
+    part = jnp.einsum('MD,MF->DF', _cut(x, start, mine), _cut(dy, start, mine), preferred_element_type=dw.dtype)
+    return dw.at[group].add(part)
+  return _scan(add, jnp.zeros(w.shape, _wide(x)), sizes, M, block_rows(M, w.shape[0])).astype(w.dtype)
+
+
+def _scan(update, carry, sizes, M, b):
+  """`update(carry, group, start, mine)` for every block with rows: b rows from `start` on, of which `mine` [b] are the group's."""
+  E = len(sizes)
+  blocks = -(-sizes // b)
+  last = jnp.cumsum(blocks)
+  # No division of M rows among the groups needs more blocks, so their number is static.
+  index = jnp.arange((M + min(E, M) * (b - 1)) // b, dtype=sizes.dtype)
+  group = jnp.minimum((index[:, None] >= last[None]).sum(1), E - 1)
+  within = (index - (last - blocks)[group]) * b
+  first = (jnp.cumsum(sizes) - sizes)[group] + within
+  rows = jnp.clip(sizes[group] - within, 0, b)
+
+  def block(carry, found):
+    group, first, rows = found
+    start = jnp.minimum(first, M - b)  # the last block would reach over the end
+    row = start + jnp.arange(b, dtype=start.dtype)
+    mine = (row >= first) & (row < first + rows)
+    return jax.lax.cond(rows > 0, update, lambda carry, *_: carry, carry, group, start, mine), None
+  return jax.lax.scan(block, carry, (group, first, rows))[0]
+
+
+def _cut(x, start, mine):
+  """A block of rows, zeros where they are another group's or nobody's."""
+  return _keep(jax.lax.dynamic_slice_in_dim(x, start, mine.size, 0), mine)
+
+
+def _keep(x, rows):
+  return jnp.where(rows[:, None], x, jnp.zeros((), x.dtype))
+
+
+def _wide(x):
+  return jnp.promote_types(x.dtype, jnp.float32)
