@@ -8,7 +8,7 @@ import names
 SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'csv')
 FILTER_PRESETS = ('none', 'code', 'prose')
 ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
-TOKENIZER_KINDS = ('sentencepiece', 'byte', 'char')
+TOKENIZER_KINDS = ('sentencepiece', 'huggingface', 'byte', 'char')
 TOKENIZER_ALGORITHMS = ('bpe', 'unigram')
 SPLITS = ('hash', 'tail')
 
@@ -73,8 +73,10 @@ class TokenizerConfig:
   """How text becomes integers.
 
   Attributes:
-    kind: 'sentencepiece', 'byte' (256 bytes) or 'char' (the characters found in the corpus).
-    path: a SentencePiece .model file to load; '' trains one on the training split.
+    kind: 'sentencepiece', 'huggingface' (a tokenizer.json), 'byte' (256 bytes) or 'char' (the characters found in the
+      corpus).
+    path: what to load: a SentencePiece .model file ('' trains one on the training split), or a directory with
+      tokenizer.json and what Hugging Face keeps beside it.
     vocabulary: number of ids. 0: the kind's own (4096 for a trained SentencePiece model). For a kind that fixes its
       own number, any other value than that number is an error.
     algorithm: 'bpe' or 'unigram', for training.
@@ -92,8 +94,12 @@ class TokenizerConfig:
   def __post_init__(self):
     names.check('tokenizer.kind', self.kind, TOKENIZER_KINDS)
     names.check('tokenizer.algorithm', self.algorithm, TOKENIZER_ALGORITHMS)
-    if self.path and self.kind != 'sentencepiece':
-      raise ValueError(f'tokenizer.path={self.path!r} is for kind=\'sentencepiece\', not {self.kind!r}')
+    if self.path and self.kind not in ('sentencepiece', 'huggingface'):
+      raise ValueError(f'tokenizer.path={self.path!r} is for kind=\'sentencepiece\' or \'huggingface\', not '
+                       f'{self.kind!r}')
+    if self.kind == 'huggingface' and not self.path:
+      raise ValueError("tokenizer.path='' with kind='huggingface': give the directory that holds its tokenizer.json, "
+                       "or train one here with kind='sentencepiece'")
     if self.vocabulary < 0 or self.vocabulary > 2**31 - 1:
       raise ValueError(f'tokenizer.vocabulary={self.vocabulary} must be in [0, 2**31 - 1]; 0 takes the kind\'s own')
     if self.trained and 0 < self.vocabulary < 512:

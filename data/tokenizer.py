@@ -2,6 +2,7 @@
 
 All tokenizers are a table from id to bytes (so decoding, also of half a character while streaming, is one join) and a
 way to encode. A document is [bos] + ids + [eos]: bos gives its first token a context, eos lets a model end a text.
+Encoding adds neither, and text can't name them: '</s>' in a document is four characters (see `Tokenizer.encode`).
 """
 
 import collections
@@ -29,9 +30,12 @@ class Tokenizer:
   """A table of bytes per id, and `encode_arrays`, which subclasses give.
 
   Attributes:
-    kind: 'sentencepiece', 'byte' or 'char'.
+    kind: 'sentencepiece', 'huggingface', 'byte' or 'char'.
     token_bytes: what each id decodes to; b'' for special ids.
-    pad, bos, eos: special ids. pad only fills; it never is a target.
+    pad, bos, eos: special ids. pad only fills; it never is a target. bos is what a document's first token is predicted
+      from: where a tokenizer has none of that name, another of its special ids (its class says which).
+    special_tokens: names of control tokens by their role ('bos_token': '<s>'), for chat templates; {} when it has none.
+    chat_templates: Jinja texts by name, see data/chat.py; {} when it has none.
   """
 
   kind: str
@@ -39,6 +43,8 @@ class Tokenizer:
   def __init__(self, token_bytes: list[bytes], *, pad: int = PAD, bos: int = BOS, eos: int = EOS):
     self.token_bytes = token_bytes
     self.pad, self.bos, self.eos = pad, bos, eos
+    self.special_tokens: dict[str, str] = {}
+    self.chat_templates: dict[str, str] = {}
 
   @property
   def vocabulary(self) -> int:
@@ -53,8 +59,20 @@ class Tokenizer:
     """Ids of each text, without bos and eos."""
     return [ids.tolist() for ids in self.encode_arrays(texts)]
 
-  def encode(self, text: str) -> list[int]:
-    """Ids of a text, without bos and eos."""
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """Ids of a text, without bos and eos.
+
+    Args:
+      text: any text.
+      special: take the names of control tokens ('<|im_start|>') for those tokens, as in what a chat template renders.
+        Never for text that others wrote: it could end a turn, or begin one.
+
+    Raises:
+      ValueError: special, for a kind whose control tokens text can't name.
+    """
+    if special:
+      raise ValueError(f'special=True: text can\'t name the control tokens of a {self.kind!r} tokenizer; use one of '
+                       "kind='huggingface', or put their ids (bos, eos) around the text's")
     return self.encode_arrays([text])[0].tolist()
 
   def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
@@ -78,8 +96,6 @@ class Tokenizer:
 
   def losses(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
     """Number of characters of `text` that decode(ids) doesn't give back; 0 means an exact round trip."""
-    if self.decode_bytes(ids) == text.encode():
-      return 0
     decoded = self.decode(ids)
     if decoded == text:
       return 0
@@ -198,18 +214,23 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-  """Loads a directory written by `save`, or a SentencePiece .model file.
+  """Loads a directory written by `save` or of Hugging Face's form, a tokenizer.json of one, or a SentencePiece .model.
 
   Raises:
     FileNotFoundError: no tokenizer is there.
+    ValueError: a tokenizer.json that can't be used, see data/huggingface.py.
   """
   path = pathlib.Path(path).expanduser()
-  if path.is_file():
+  if path.is_file() and path.suffix != '.json':
     return SentencePieceTokenizer(path.read_bytes())
+  path = path.parent if path.name == _INDEX else path
   if not (path / _INDEX).is_file():
     raise FileNotFoundError(f'no tokenizer at {str(path)!r}: neither a SentencePiece .model file nor a directory with '
                             f'{_INDEX}')
-  index = json.loads((path / _INDEX).read_text())
+  index = json.loads((path / _INDEX).read_bytes())
+  if 'kind' not in index:
+    from data import huggingface
+    return huggingface.HuggingFaceTokenizer.read(path)
   if index['kind'] == 'byte':
     return ByteTokenizer()
   if index['kind'] == 'char':
@@ -228,7 +249,7 @@ def build(config: TokenizerConfig, training: Iterable[str], everything: Iterable
     share: of `training` that is to be trained on, see `train_sentencepiece`.
 
   Raises:
-    ValueError: config.vocabulary isn't the number of ids that came out.
+    ValueError: config.vocabulary isn't the number of ids that came out; the file at config.path is of another kind.
   """
   if config.kind == 'byte':
     tokenizer = ByteTokenizer()
@@ -236,6 +257,9 @@ def build(config: TokenizerConfig, training: Iterable[str], everything: Iterable
     tokenizer = CharTokenizer(set().union(*map(set, everything)))
   elif config.path:
     tokenizer = load(config.path)
+    if tokenizer.kind != config.kind:
+      raise ValueError(f'the tokenizer at tokenizer.path={config.path!r} is of kind {tokenizer.kind!r}, not '
+                       f'{config.kind!r}; set tokenizer.kind to that')
   else:
     tokenizer = SentencePieceTokenizer(train_sentencepiece(config, training, share))
   if config.vocabulary and config.vocabulary != tokenizer.vocabulary:

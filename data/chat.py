@@ -1,0 +1,160 @@
+"""How does a conversation become the text that a chat model was trained on?
+
+A template is a Jinja program that comes with the tokenizer. It is another's code, so it runs in Jinja's sandbox and
+sees nothing but JSON data. What it renders holds the names of control tokens: encode it with
+`tokenizer.encode(text, special=True)`.
+"""
+import datetime
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+import names
+from data.tokenizer import Tokenizer
+
+_NONCE = secrets.token_hex(16)  # no message can hold what can't be guessed
+_OPEN, _CLOSE = f'<{_NONCE}', f'{_NONCE}>'
+
+
+class ChatTemplate:
+  """A template in the dialect of transformers' apply_chat_template, with its {% generation %} blocks.
+
+  Args:
+    source: the Jinja text.
+    variables: what it may name besides messages, such as bos_token.
+
+  Attributes:
+    marks_generation: whether {% generation %} blocks tell what the assistant wrote, see `render_with_spans`.
+
+  Raises:
+    ValueError: source is '' or no valid template.
+  """
+
+  def __init__(self, source: str, variables: Mapping[str, object] | None = None):
+    import jinja2
+    if not source.strip():
+      raise ValueError('the chat template is empty: give its Jinja text')
+    self.source, self.variables = source, dict(variables or {})
+    environment = _environment()
+    try:
+      self._template = environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+      raise ValueError(f'line {error.lineno} of the chat template: {error.message}') from error
+    self.marks_generation = environment.marks_generation
+
+  @classmethod
+  def of(cls, tokenizer: Tokenizer, name: str = 'default') -> 'ChatTemplate':
+    """A tokenizer's own template, by name where it has several. Raises ValueError where there is none of that name."""
+    if not tokenizer.chat_templates:
+      raise ValueError(f'this {tokenizer.kind!r} tokenizer has no chat template (the model may be a base model): put a '
+                       'chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)')
+    names.check('chat template', name, tokenizer.chat_templates)
+    return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)
+
+  def render(self, messages: Sequence[Mapping], *, add_generation_prompt: bool = False, **variables) -> str:
+    """The conversation as text.
+
+    Args:
+      messages: [{'role': 'user', 'content': 'Hello'}, ...]; content is text or a list of parts, and may be missing
+        beside 'tool_calls'. Other keys are the template's matter; None counts as missing, as in transformers.
+      add_generation_prompt: end with what opens the assistant's turn.
+      **variables: for the template (tools, documents, enable_thinking, ...), before those of the constructor.
+
+    Raises:
+      ValueError: messages of another form; data that is not JSON; the template refuses, or fails.
+    """
+    return self._render(messages, add_generation_prompt, variables)[0]
+
+  def render_with_spans(self, messages: Sequence[Mapping], **options) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and [begin, end) in characters of each part of it that the assistant wrote. Arguments as for `render`.
+
+    Raises:
+      ValueError: as `render`, and where the template has no {% generation %} block, so that nobody trains on nothing.
+    """
+    if not self.marks_generation:
+      raise ValueError('this chat template has no {% generation %} blocks, so it does not tell what the assistant '
+                       "wrote; put them around the assistant's content")
+    return self._render(messages, options.pop('add_generation_prompt', False), options)
+
+  def _render(self, messages, add_generation_prompt: bool, variables: dict) -> tuple[str, list[tuple[int, int]]]:
+    given = {'tools': None, 'documents': None} | self.variables | variables
+    data = _plain({**given, 'messages': _checked(messages), 'add_generation_prompt': add_generation_prompt})
+    try:
+      return _spans(self._template.render(data))
+    except Exception as error:  # a template can fail in any way that a program can
+      raise ValueError(f'the chat template failed on these {len(messages)} messages: {type(error).__name__}: '
+                       f'{error}') from error
+
+
+def _checked(messages: Sequence[Mapping]) -> list[dict]:
+  """Messages without their None values. Raises ValueError that says which one has another form."""
+  form = "; give [{'role': 'user', 'content': 'Hello'}, ...]"
+  if not isinstance(messages, (list, tuple)) or not messages:
+    raise ValueError(f'messages={messages!r} must be a list of at least one message' + form)
+  checked = []
+  for i, message in enumerate(messages):
+    if not isinstance(message, Mapping):
+      raise ValueError(f'messages[{i}]={message!r} is {type(message).__name__}, not a mapping' + form)
+    message = {key: value for key, value in message.items() if value is not None}
+    if not isinstance(message.get('role'), str):
+      raise ValueError(f'messages[{i}] has role={message.get("role")!r}, which is no text' + form)
+    if not isinstance(message.get('content'), (str, list)) and ('content' in message or 'tool_calls' not in message):
+      raise ValueError(f'messages[{i}] has content={message.get("content")!r}, neither text nor a list of parts' + form)
+    checked.append(message)
+  return checked
+
+
+def _plain(data: dict) -> dict:
+  """A copy in JSON's types only: the methods of richer objects are a way out of the sandbox."""
+  try:
+    return json.loads(json.dumps(data))
+  except TypeError as error:
+    raise ValueError(f'a chat template sees JSON data only: {error}') from error
+
+
+def _spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
+  """Takes the marks out of a text; what stood between them are the spans, in order of their ends."""
+  text, begins, spans = '', [], []
+  for piece in re.split(f'({_OPEN}|{_CLOSE})', marked):
+    if piece == _OPEN:
+      begins.append(len(text))
+    elif piece == _CLOSE:
+      spans.append((begins.pop(), len(text)))
+    else:
+      text += piece
+  return text, spans
+
+
+def _environment():
+  import jinja2
+  import jinja2.ext
+  import jinja2.sandbox
+
+  class Generation(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}: what the assistant wrote, between marks."""
+    tags = {'generation'}
+
+    def parse(self, parser):
+      self.environment.marks_generation = True
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+      return jinja2.nodes.CallBlock(self.call_method('_mark'), [], [], body).set_lineno(line)
+
+    def _mark(self, caller):
+      return f'{_OPEN}{caller()}{_CLOSE}'
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # Jinja's own escapes <, > and & for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+  environment.marks_generation = False
+  environment.filters['tojson'] = tojson
+  environment.globals |= {'raise_exception': raise_exception,
+                          'strftime_now': lambda format: datetime.datetime.now().strftime(format)}
+  return environment
