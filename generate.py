@@ -17,6 +17,7 @@ from training import config as configs
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)
 PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to go on from; repeat the flag for several.')
+CHAT = flags.DEFINE_bool('chat', False, "Each prompt is a user's message, put into the tokenizer's chat template.")
 CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a step.")
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to generate at most.', lower_bound=1)
 TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'Divides the logits; 0 is greedy.', lower_bound=0)
@@ -30,12 +31,13 @@ def main(_):
   try:
     hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
     generator = Generator.load(WORKDIR.value, CHECKPOINT.value)
-    streams = [generator.stream(prompt, max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_k=TOP_K.value,
-                                top_p=TOP_P.value, seed=SEED.value + i) for i, prompt in enumerate(PROMPT.value)]
+    options = dict(max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
+    streams = [generator.chat([{'role': 'user', 'content': prompt}], seed=SEED.value + i, **options) if CHAT.value
+               else generator.stream(prompt, seed=SEED.value + i, **options) for i, prompt in enumerate(PROMPT.value)]
   except (FileNotFoundError, ValueError) as error:
     sys.exit(f'error: {error}')
   for prompt, pieces in zip(PROMPT.value, streams, strict=True):
-    print(prompt, end='', flush=True)
+    print(prompt, end='\n' if CHAT.value else '', flush=True)
     for piece in pieces:
       print(piece, end='', flush=True)
     print(flush=True)

@@ -175,6 +175,7 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
 
   # 2. Mesh: every device of every process, six explicit axes.
   with mendable():
+    config = configs.begin_from(config)
     check_model(config.model)
     mesh = make_mesh(config.mesh)
   jax.set_mesh(mesh)
@@ -204,7 +205,9 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
   with mendable():
-    first = checkpoints.latest() or 0
+    latest = checkpoints.latest()
+    first = latest or 0
+    begin = workdir if latest == 0 else config.init  # checkpoint 0 is an imported model, without a state of training
     progress = Progress.resume(checkpoints, first)
     ended = progress.impatient(config.train.patience) or (f'train.steps={config.train.steps}' if first >= config.train.steps else '')
     if ended:
@@ -213,8 +216,12 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
       state = checkpoints.restore(first, abstract(make_state, mesh))
       restore_order(batches, checkpoints.record(first)['data'], allow_change, log)
       log(f'going on from checkpoint {first}')
-  if not first:
-    state = jax.jit(make_state)()
+    elif begin:
+      log(f'beginning with the parameters of {begin}')
+      model = Checkpoints(begin, log=log).model(abstract(functools.partial(transformer.init, config.model, config.train.seed), mesh))
+      state = jax.jit(make_state, donate_argnums=0)(model)
+    else:
+      state = jax.jit(make_state)()
 
   # 6. Steps, watched; a signal ends them after the one in flight.
   if not ended:

@@ -75,8 +75,8 @@ class TokenizerConfig:
   Attributes:
     kind: 'sentencepiece', 'huggingface' (a tokenizer.json), 'byte' (256 bytes) or 'char' (the characters found in the
       corpus).
-    path: what to load: a SentencePiece .model file ('' trains one on the training split), or a directory with
-      tokenizer.json and what Hugging Face keeps beside it.
+    path: what to load: a run's tokenizer directory; a SentencePiece .model file ('' trains one on the training split); a
+      directory with tokenizer.json and what Hugging Face keeps beside it.
     vocabulary: number of ids. 0: the kind's own (4096 for a trained SentencePiece model). For a kind that fixes its
       own number, any other value than that number is an error.
     algorithm: 'bpe' or 'unigram', for training.
@@ -94,9 +94,8 @@ class TokenizerConfig:
   def __post_init__(self):
     names.check('tokenizer.kind', self.kind, TOKENIZER_KINDS)
     names.check('tokenizer.algorithm', self.algorithm, TOKENIZER_ALGORITHMS)
-    if self.path and self.kind not in ('sentencepiece', 'huggingface'):
-      raise ValueError(f'tokenizer.path={self.path!r} is for kind=\'sentencepiece\' or \'huggingface\', not '
-                       f'{self.kind!r}')
+    if self.path and self.kind == 'byte':
+      raise ValueError(f"tokenizer.path={self.path!r}: kind='byte' has nothing to load; drop the path")
     if self.kind == 'huggingface' and not self.path:
       raise ValueError("tokenizer.path='' with kind='huggingface': give the directory that holds its tokenizer.json, "
                        "or train one here with kind='sentencepiece'")

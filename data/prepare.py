@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data import cache, clean, duplicates, shards, sources, tokenizer
+from data import cache, clean, duplicates, huggingface, shards, sources, tokenizer
 from data.config import DataConfig, SourceConfig
 from data.texts import Texts
 
@@ -113,7 +113,10 @@ def corpus_key(config: DataConfig) -> str:
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
     path = os.path.expanduser(config.tokenizer.path)
-    within = sorted(str(file) for file in pathlib.Path(path).rglob('*')) if os.path.isdir(path) else [path]
+    if config.tokenizer.kind == 'huggingface':  # beside the tokenizer's files there may be a whole checkpoint
+      within = [str(file) for file in huggingface.paths(path)]
+    else:
+      within = sorted(str(file) for file in pathlib.Path(path).rglob('*')) if os.path.isdir(path) else [path]
     settings['path'] = sources.content_digest(within, memo)
   content = {
       'format': FORMAT,
@@ -159,8 +162,9 @@ def _build_corpus(config: DataConfig, directory: pathlib.Path, log: Callable[[st
     made = tokenizer.build(config.tokenizer, training(), everything(),
                            share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)))
     made.save(directory / 'tokenizer')
+  special = {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
   log(f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s'
-      + ('; it has no bos, so documents begin with its eos' if made.bos == made.eos else ''))
+      + (f'; it has no bos, so documents begin with its {special}' if special else ''))
 
   with _timed(report, 'encode'):
     written = _encode(directory, texts, kept, boundary, bounds, made, report)
@@ -286,7 +290,8 @@ def _build_plan(config: DataConfig, corpus: pathlib.Path, directory: pathlib.Pat
     plans = [shards.write_plan(corpus, directory, entry, length, in_order) for entry in entries]
     rows = [plan['rows'] for plan in plans]
     pairs, squared = (sum(plan[name] for plan in plans) for name in ('pairs', 'squared_pairs'))
-    packed.append({'rows': sum(rows), 'pairs': pairs, 'squared_pairs': squared, 'fill': pairs / (sum(rows) * length), 'rows_per_shard': rows})
+    packed.append({'rows': sum(rows), 'pairs': pairs, 'squared_pairs': squared, 'fill': pairs / (sum(rows) * length),
+                   'rows_per_shard': rows})
     written += [file for plan in plans for file in plan['files']]
   seconds = time.perf_counter() - began
   log(f'data: packed into rows of {length} in {seconds:.1f} s; filled '

@@ -253,7 +253,7 @@ def build(config: TokenizerConfig, training: Iterable[str], everything: Iterable
   """
   if config.kind == 'byte':
     tokenizer = ByteTokenizer()
-  elif config.kind == 'char':
+  elif config.kind == 'char' and not config.path:
     tokenizer = CharTokenizer(set().union(*map(set, everything)))
   elif config.path:
     tokenizer = load(config.path)

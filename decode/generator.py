@@ -11,6 +11,7 @@ import numpy as np
 
 import names
 from data import tokenizer as tokenizers
+from data.chat import ChatTemplate
 from decode.loop import decode_chunk, prefill
 from decode.sampling import make_sampling
 from decode.text import TextStream
@@ -59,14 +60,10 @@ class Generator:
     moe = dataclasses.replace(config.model.moe, dispatch='dropless') if config.model.moe.dispatch == 'capacity' else config.model.moe
     model_config = dataclasses.replace(config.model, attention='auto', moe=moe)
     checkpoints = Checkpoints(workdir)
-    steps = checkpoints.steps()
-    if not steps:
-      raise FileNotFoundError(f'{checkpoints.directory} holds no checkpoint; train with train.py --workdir={workdir} first')
-    if checkpoint == 'last':
-      step = checkpoints.latest()
-    else:
+    step = None
+    if checkpoint != 'last':
       best = checkpoints.best()
-      known = {str(s): s for s in steps} | ({'best': best} if best is not None else {})
+      known = {str(s): s for s in checkpoints.steps()} | ({'best': best} if best is not None else {})
       step = known[names.check('checkpoint', checkpoint, [*known, 'last'])]
       problems = checkpoints.problems(step)
       if problems:
@@ -74,7 +71,7 @@ class Generator:
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
       target = abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
-      model = checkpoints.restore(step, target, only='model')
+      model = checkpoints.model(target, step)
     return cls(model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh)
 
   def __call__(self, prompts: str | Sequence[str], **options) -> list[Completion]:
@@ -104,29 +101,40 @@ class Generator:
     if rest := text.end():
       yield rest
 
-  def ids(self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-          seed: int = 0, chunk: int = CHUNK) -> Iterator[list[list[int]]]:
+  def chat(self, messages: Sequence[dict[str, str]], **options) -> Iterator[str]:
+    """Pieces of the assistant's next turn, after messages of {'role': .., 'content': ..}; options as for `ids`.
+
+    Raises ValueError where the tokenizer has no chat template. The names of control tokens in a message become those tokens.
+    """
+    text = ChatTemplate.of(self.tokenizer).render(messages, add_generation_prompt=True)
+    return self._pieces(self.ids([self.tokenizer.encode(text, special=True)], **options))
+
+  def ids(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+          top_p: float = 1.0, seed: int = 0, chunk: int = CHUNK) -> Iterator[list[list[int]]]:
     """New ids of every row, a chunk at a time, until all rows have ended. Chunk k + 1 runs while chunk k is read.
 
     Args:
+      prompts: texts, which begin as documents do, or ids, which are taken as they are.
       max_new_tokens: a row ends there if it has not ended itself. temperature, top_k, top_p, seed: see decode.sampling.
       chunk: tokens a call to the device; the text does not depend on it.
     Raises ValueError for no prompts, options that make no sense, and lengths beyond the model's.
     """
     if not prompts:
       raise ValueError('there are no prompts; give at least one (it may be empty text)')
+    if not all(isinstance(prompt, str) or len(prompt) for prompt in prompts):
+      raise ValueError('a prompt has no ids; give at least one')
     for name, value in (('max_new_tokens', max_new_tokens), ('chunk', chunk)):
       if value < 1:
         raise ValueError(f'{name}={value} must be at least 1')
     config, bos, eos = self.model.config, self.tokenizer.bos, self.tokenizer.eos
     if not config.causal:
       raise ValueError('model.causal=False: an encoder writes no text')
-    encoded = self.tokenizer.encode_batch(prompts)
-    if config.encoder_layers:  # the prompt is what the encoder reads; the decoder starts with nothing
-      source = self._padded([[*ids, eos] for ids in encoded])
-      encoded = [[bos]] * len(prompts)
+    start, end = ([], [eos]) if config.encoder_layers else ([bos], [])
+    encoded = [[*start, *self.tokenizer.encode(prompt), *end] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    if config.encoder_layers:  # the prompt is what the encoder reads; the decoder starts with padding, as T5's
+      source, encoded = self._padded(encoded), [[self.tokenizer.pad]] * len(prompts)
     else:
-      source, encoded = None, [[bos, *ids] for ids in encoded]
+      source = None
     longest, limit = max(map(len, encoded)), config.max_length or sys.maxsize
     if longest + max_new_tokens > limit:
       raise ValueError(f'a prompt of {longest} tokens and max_new_tokens={max_new_tokens} pass model.max_length={limit}; '
@@ -147,7 +155,10 @@ class Generator:
 
   def _chunks(self, prompts, source, capacity, max_new_tokens, sampling, chunk):
     tokens, lengths = prompts
-    advance = lambda state: decode_chunk(self.model, state, sampling, steps=chunk, eos=self.tokenizer.eos, pad=self.tokenizer.pad)
+    # A table of embeddings may have more rows than there are tokens.
+    vocabulary = self.tokenizer.vocabulary
+    advance = lambda state: decode_chunk(self.model, state, sampling, steps=chunk, eos=self.tokenizer.eos, pad=self.tokenizer.pad,
+                                         vocabulary=vocabulary)
     put = lambda x: jax.device_put(x, jax.NamedSharding(self.mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1))))
     with jax.set_mesh(self.mesh):
       sampling = jax.tree.map(put, sampling)
@@ -155,7 +166,8 @@ class Generator:
       if source is not None:
         ids, counts = source
         source = put(ids), put((np.arange(ids.shape[1])[None] < counts[:, None]).astype(np.int32))
-      state = prefill(self.model, put(tokens), put(lengths), cache, put(lengths + max_new_tokens), source)
+      state = prefill(self.model, put(tokens), put(lengths), cache, put(lengths + max_new_tokens), source,
+                      vocabulary=vocabulary)
       done = np.zeros(len(tokens), bool)
       state, *ahead = advance(state)
     left = max_new_tokens

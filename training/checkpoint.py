@@ -147,6 +147,12 @@ class Checkpoints:
       leaves = reader.restore(self._path(step), args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
+  def model(self, target, step: int | None = None):
+    """The parameters of `step`, by default the last whole one, in the shape of `target`. Raises FileNotFoundError where there is none."""
+    if not self.steps():
+      raise FileNotFoundError(f'{self.directory} holds no checkpoint; train with train.py --workdir={self.directory.parent} first')
+    return self.restore(self.latest() if step is None else step, target, only='model')
+
   def _commit(self, step: int, record: dict) -> None:
     self._orbax.wait_until_finished()
     if jax.process_index() != 0:

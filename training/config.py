@@ -18,7 +18,8 @@ from ml_collections.config_flags import config_flags, config_path
 
 import files
 import names
-from data.config import DataConfig
+from data import tokenizer
+from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig
 from training.optimizer import OptimizerConfig, make_schedule
@@ -68,13 +69,20 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """Everything that decides a run. Raises ValueError for parts that do not fit together."""
+  """Everything that decides a run.
+
+  Attributes:
+    init: directory of a run, trained here or imported (model.checkpoint), whose parameters training starts from; see `begin_from`.
+
+  Raises ValueError for parts that do not fit together.
+  """
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
   report: ReportConfig = ReportConfig()
+  init: str = ''
 
   def __post_init__(self):
     T, B = self.data.sequence_length, self.data.batch_size
@@ -108,6 +116,31 @@ class Config:
                              ('model.feed_forward', m.F, 'tensor'), ('model.vocabulary', m.V, 'tensor')):
       if size % sizes[axis]:
         raise ValueError(f'{what}={size} does not split over mesh.{axis}={sizes[axis]}; make it a multiple, or the axis smaller')
+
+
+def begin_from(config: Config) -> Config:
+  """The config with the model and the tokenizer of the run at config.init, if it names one.
+
+  Fields of config.model that are not at their default replace that run's (dtype, remat, dropless instead of capacity, ...); where
+  they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes that run's; another one replaces it.
+  Raises FileNotFoundError where there is no run.
+  """
+  if not config.init:
+    return config
+  model, data = load(config.init).model, config.data
+  if data.tokenizer == TokenizerConfig():
+    path = pathlib.Path(config.init) / 'tokenizer'
+    kind = tokenizer.load(path).kind
+    data = dataclasses.replace(data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path)))
+  return dataclasses.replace(config, model=_over(model, config.model), data=data)
+
+
+def _over(below, above):
+  """`below` with the fields of `above` that are not at their default."""
+  default = type(above)()
+  changed = {f.name: getattr(above, f.name) for f in dataclasses.fields(above) if getattr(above, f.name) != getattr(default, f.name)}
+  return dataclasses.replace(below, **{name: _over(getattr(below, name), value) if dataclasses.is_dataclass(value) else value
+                                       for name, value in changed.items()})
 
 
 def to_dict(config) -> dict:

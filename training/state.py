@@ -29,8 +29,8 @@ class TrainState:
   key: Array
 
 
-def init(config, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first step, on the mesh in context. Traced: use under jit or jax.eval_shape."""
-  model = transformer.init(config.model, config.train.seed)
+def init(config, optimizer: optax.GradientTransformation, model: transformer.Decoder | None = None) -> TrainState:
+  """The state before the first step, on the mesh in context; of a new model, or of the one given. Traced: use under jit or eval_shape."""
+  model = transformer.init(config.model, config.train.seed) if model is None else model
   key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1))
   return TrainState(jnp.int32(0), model, optimizer.init(model), precision.init_loss_scale(config.model.dtype), key)

@@ -47,6 +47,14 @@ def decoded(prepared, source):
     yield tok.decode(ids[1:-1])
 
 
+def test_the_document_length_is_the_one_that_tokens_see(tmp_path):
+  write(tmp_path / 'a.jsonl', [text(i, words=3 + i) for i in range(40)])
+  prepared = prepare(config(tmp_path), log=quiet)
+  lengths = np.concatenate([np.asarray(shard.pieces[:, 1]) for shard in prepared.train[0].shards])
+  each = np.repeat(lengths, lengths)  # of every token
+  assert lengths.min() < 50 == lengths.max() and prepared.document_length == pytest.approx(each.mean())
+
+
 def test_every_document_comes_back_on_exactly_one_side(tmp_path, monkeypatch):
   monkeypatch.setattr(shards, 'SHARD_TOKENS', 5000)  # many shards
   texts = [text(i) for i in range(100)]
