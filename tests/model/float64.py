@@ -123,12 +123,38 @@ def latent(config, block, x, project):
 
 
 def feed_forward(config, block, x):
-  up = x @ block['feed_forward.up'] + block.get('feed_forward.up_bias', 0)
-  gate = x @ block['feed_forward.gate'] + block.get('feed_forward.gate_bias', 0) if config.gated else None
+  if 'feed_forward.router' in block:
+    return experts(config, block, x)
+  return dense(config, {name.removeprefix('feed_forward.'): value for name, value in block.items()}, x)
+
+
+def experts(config, block, x):
+  """Token by token, expert by expert."""
+  moe, out = config.moe, np.zeros_like(x)
+  of = {name.removeprefix('feed_forward.'): value for name, value in block.items() if name.startswith('feed_forward.')}
+  for t, scores in enumerate(x @ of['router']):
+    scores = 1 / (1 + np.exp(-scores)) if moe.router == 'sigmoid' else np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    wanted = scores + of.get('selection_bias', 0)
+    if moe.groups > 1:
+      best = [np.sort(group)[-2 if moe.router == 'sigmoid' else -1:].sum() for group in np.split(wanted, moe.groups)]
+      outside = np.argsort(best)[:moe.groups - moe.groups_per_token]
+      for group in outside:
+        np.split(wanted, moe.groups)[group][:] = 0.0  # as transformers: not -inf
+    chosen = np.argsort(-wanted)[:moe.per_token]
+    gates = scores[chosen] / (scores[chosen].sum() if moe.renormalise else 1) * moe.scale
+    for e, gate in zip(chosen, gates):
+      out[t] += gate * dense(config, {name: of[name][e] for name in ('gate', 'up', 'down') if name in of}, x[t])
+  shared = {name.removeprefix('shared.'): value for name, value in of.items() if name.startswith('shared.')}
+  return out + (dense(config, shared, x) if shared else 0)
+
+
+def dense(config, block, x):
+  up = x @ block['up'] + block.get('up_bias', 0)
+  gate = x @ block['gate'] + block.get('gate_bias', 0) if config.gated else None
   if config.activation == 'clamped_silu':
     gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
     hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
   else:
     act = ACTIVATIONS[config.activation]
     hidden = act(gate) * up if config.gated else act(up)
-  return hidden @ block['feed_forward.down'] + block.get('feed_forward.down_bias', 0)
+  return hidden @ block['down'] + block.get('down_bias', 0)

@@ -7,7 +7,7 @@ import numpy as np
 
 from model import transformer
 from model.cache import init_cache
-from model.config import LatentConfig, ModelConfig, RopeConfig
+from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from training.checkpoint import abstract
@@ -30,6 +30,9 @@ CONFIGS = {
                      rope=RopeConfig(base=50.0, scaling='llama3', factor=8.0, original_length=16)),
     'relative': dict(position='relative', relative_buckets=8, relative_distance=12, kv_heads=4, attention_scale=1.0, logit_scale=0.25,
                      tie_embeddings=True),
+    'mixtral': dict(moe=MoEConfig(experts=4, feed_forward=8)),
+    'deepseek moe': dict(layers=3, moe=MoEConfig(experts=8, per_token=3, feed_forward=8, shared_feed_forward=12, first=1, router='sigmoid',
+                                                 groups=4, groups_per_token=2, selection_bias=True, scale=1.5)),
     'layer norm': dict(norm='layer', gated=False, activation='relu2', layers=3),
     'bfloat16': dict(dtype='bfloat16', qk_norm=True),
 }

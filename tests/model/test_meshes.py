@@ -104,3 +104,17 @@ def test_cached_decode_on_a_mesh(axis_type):
       logits, cache = step(model, tokens[:, first:last], cache)
       np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-5, atol=1e-5)
   assert jnp.all(cache.lengths == 6)
+
+
+@pytest.mark.parametrize('name', ['gemma3', 'gpt-oss', 'deepseek', 'relative', 'deepseek moe'])
+def test_architectures_split_and_decode_on_a_mesh(name):
+  """Packed rows through loss and gradients with remat, then prefill and decode."""
+  config = dataclasses.replace(laws.make_config(name), vocabulary=48, remat='full')
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  check(mesh, loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config), config)
+  with jax.set_mesh(mesh):
+    model, tokens = laws.make_model(config), jax.device_put(laws.tokens_of(config, 4, 6), ax.spec('batch', 'length'))
+    full, step, cache = laws.forward()(model, tokens), laws.cached(), init_cache(config, 4, 8)
+    for first, last in ((0, 5), (5, 6)):
+      logits, cache = step(model, tokens[:, first:last], cache)
+      np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-4, atol=1e-5 * np.abs(full).max())

@@ -124,12 +124,15 @@ def test_the_abstract_model_is_the_model(name, one_device):
   D, F, V, L, N, K, H = (getattr(config, letter) for letter in 'DFVLNKH')
   Q, R, Hr, Hv = config.latent.query_width, config.latent.width, config.latent.rope_width, config.value_width
   attention = D * Q + Q * N * (H + Hr) + D * (R + Hr) + R * N * (H + Hv) + N * Hv * D if R else 2 * D * (N + K) * H
-  matrices = L * (attention + (3 if config.gated else 2) * D * F)
+  moe, sparse = config.moe, sum(kind.moe for kind in config.kinds)
+  matrices = L * attention + (L - sparse) * (3 if config.gated else 2) * D * F
+  matrices += sparse * (D * config.E + 3 * D * (config.E * moe.feed_forward + moe.shared_feed_forward))
   vectors = L * D * (4 if config.norm_placement == 'both' else 2) + D
   if config.norm == 'layer' and config.biases == 'all':
     vectors *= 2
   inner, outer = config.biases != 'none', config.biases == 'all'
   vectors += L * (2 * H * config.qk_norm + inner * (N + 2 * K) * H + outer * (2 * D + (2 if config.gated else 1) * F))
+  vectors += sparse * config.E * moe.selection_bias
   vectors += L * (N * config.sinks + Q + R) + (config.relative_buckets * N if config.position == 'relative' else 0)
   tables = V * D * (1 if config.tie_embeddings else 2) + (config.max_length * D if config.position == 'learned' else 0)
   assert params.count(model) == params.count(abstract) == matrices + vectors + tables

@@ -111,6 +111,27 @@ def test_f16_overflow_is_skipped_and_halves_the_scale():
   np.testing.assert_allclose(seen[-1]['learning_rate'], at(applied - 1), rtol=1e-6)
 
 
+EXPERTS = dataclasses.replace(tiny().model.moe, experts=4, feed_forward=16, first=1, router='sigmoid', selection_bias=True, bias_rate=0.01,
+                              balance_loss=0.1, z_loss=0.01)
+
+
+def test_experts_are_balanced_and_reported():
+  """On a mesh with microbatches as alone; the bias moves by the loads of the whole batch, and the optimizer leaves it alone."""
+  model, sgd = {'moe': EXPERTS, 'layers': 3}, {'name': 'sgd', 'learning_rate': 0.5}
+  alone, mesh = Trainer(tiny(model=model, optimizer=sgd)), {'data': 2, 'fsdp': 2, 'tensor': 2}
+  many = Trainer(tiny(model=model, optimizer=sgd, mesh=mesh, train={'accumulation': 2}), 8)
+  for batch in BATCHES:
+    (one, _), (other, _) = alone.step(batch), many.step(batch)
+    for name in one:
+      np.testing.assert_allclose(one[name], other[name], rtol=1e-5, err_msg=name)
+    assert one['dropped'] == 0 and one['expert_load'].shape == (4,) and one['expert_load'].sum() == pytest.approx(4)
+    assert one['expert_load_max'] >= one['expert_load'].max() and one['balance_loss'] > 0 and one['router_z_loss'] > 0
+  assert_close(alone.state.model, many.state.model, 1e-6)
+  bias = np.array(alone.state.model.stack.blocks[1].feed_forward.selection_bias[...])
+  assert bias.shape == (2, 4) and (bias != 0).any() and (np.abs(bias) < 0.031).all()
+  np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-5)  # whole steps of the rate, up or down
+
+
 # Whole runs, on all eight devices.
 
 def state_of(workdir, step):
