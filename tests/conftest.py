@@ -2,7 +2,9 @@
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Most of a test's time is the compiler's: without LLVM's optimizations the suite takes a third less.
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
+    ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
 
 import hypothesis
 import jax
