@@ -10,6 +10,9 @@ import pytest
 from conftest import Trainer, assert_close, assert_same, host, make_batches, on, quickly, run_here, tiny
 
 import train
+from data.config import TokenizerConfig
+from model.config import ModelConfig
+from training import config as configs
 from training.checkpoint import Checkpoints, abstract, named_leaves
 from training.metrics import read_metrics
 from training.optimizer import OPTIMIZERS
@@ -180,6 +183,32 @@ def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
   assert_equivalent({name: x for name, x in a.items() if name.startswith('model.')},
                     {name: x for name, x in b.items() if name.startswith('model.')}, steps=2)
   assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
+
+
+def test_a_run_begins_with_another_runs_parameters_and_tokenizer(straight, corpus, tmp_path, capsys):
+  """Taken as they are, and as an import leaves them: the model alone, at step 0 of the run's own directory."""
+  still = {'optimizer': {'learning_rate': 1e-30}, 'train': {'steps': 1, 'save_every': 1}}
+  begin = dataclasses.replace(on(corpus, **still), init=str(straight), model=ModelConfig(remat='full'))
+  begin = dataclasses.replace(begin, data=dataclasses.replace(begin.data, tokenizer=TokenizerConfig()))
+  run_here(begin, tmp_path / 'new')
+  assert f'beginning with the parameters of {straight}' in capsys.readouterr().out
+  saved = configs.load(tmp_path / 'new')
+  assert saved.model == dataclasses.replace(configs.load(straight).model, remat='full') and saved.data.tokenizer.kind == 'byte'
+  ours = lambda workdir, step: {name: x for name, x in state_of(workdir, step).items() if name.startswith('model.')}
+  assert_same(ours(tmp_path / 'new', 1), ours(straight, 6))
+
+  trainer = Trainer(on(corpus, **still))
+  imported = Checkpoints(tmp_path / 'imported')
+  imported.save(0, {'model': trainer.state.model}, {}, {})
+  imported.wait()
+  run_here(on(corpus, **still), tmp_path / 'imported')
+  assert f'beginning with the parameters of {tmp_path / "imported"}' in capsys.readouterr().out
+  assert_same(ours(tmp_path / 'imported', 1), {f'model.{name}': np.asarray(x) for name, x in named_leaves(trainer.state.model).items()})
+  with pytest.raises(SystemExit, match='nowhere is not the directory of a run'):
+    run_here(dataclasses.replace(begin, init=str(tmp_path / 'nowhere')), tmp_path / 'other')
+  wrong = dataclasses.replace(begin, model=ModelConfig(width=64))
+  with pytest.raises(SystemExit, match=r'(?s)does not fit the config.*in the checkpoint'):
+    run_here(wrong, tmp_path / 'other')
 
 
 def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
