@@ -1,7 +1,7 @@
-"""Which experts see a token, and how does it get there? A router, three dispatches that compute the same, their statistics.
+"""Which experts see a token, and how does it get there? A router, three dispatches that compute the same, statistics.
 
-B batch · T length · D width · F feed-forward width of an expert · E experts · k experts of a token · n = B * T tokens of this
-device · C capacity of an expert
+B batch · T length · D width · F feed-forward width of an expert · E experts · k experts of a token · C capacity of an expert
+n = B * T tokens of this device
 """
 import functools
 import math
@@ -90,12 +90,11 @@ def _dispatch(x, segments, routing, experts, *, moe, activation, rows, columns):
   stats = _losses(logits, scores, choices, real.reshape(B, T), moe, rows)
 
   expert = jnp.where(real[:, None], choices, E)  # E: nowhere
-  gates = jnp.where(real[:, None], gates, 0.0)
   if moe.dispatch == 'capacity':
     C = min(B * T, math.ceil(moe.capacity_factor * B * T * moe.per_token / E))
     kept = _rank(expert, E) < C
     stats['dropped'] = _sum_over((real[:, None] & ~kept).sum(dtype=jnp.float32), rows)
-    expert, gates = jnp.where(kept, expert, E), jnp.where(kept, gates, 0.0)
+    expert = jnp.where(kept, expert, E)
     y = capacity(flat, expert, gates, experts, activation, C)
   else:
     y = {'dense': dense, 'dropless': dropless}[moe.dispatch](flat, expert, gates, experts, activation)
@@ -151,8 +150,8 @@ def _losses(logits, scores, choices, real, moe, rows):
 def dense(x, expert, gates, experts, activation):
   """Every expert computes every token: obviously right. All dispatches take and give the same, but for capacity's own C.
 
-  x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32 · experts: weights by name; returns the sum over k of gate * expert,
-  f32 [n, D], without the bias of `down`.
+  x [n, D] · expert [n, k], E for nowhere, whatever its gate · gates [n, k], f32 · experts: weights by name.
+  Returns the sum over k of gate * expert, f32 [n, D], without the bias of `down`.
   """
   def one(y, found):
     index, w = found
