@@ -17,7 +17,7 @@ class ParamSpec:
     shape: with the leading layers dimension where blocks are stacked.
     axes: logical axis names, one for each dimension.
     kind: 'matrix', 'embedding' or 'vector'; decides about weight decay and Muon.
-    inputs: how many dimensions (after layers) a matrix contracts over.
+    inputs: how many dimensions (after layers and experts) a matrix contracts over.
   """
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]

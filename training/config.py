@@ -91,8 +91,8 @@ class Config:
     if B % self.train.accumulation:
       raise ValueError(f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}; make the batch a multiple')
     if self.model.moe.balance_loss and self.model.moe.balance_over == 'batch' and self.train.accumulation > 1:
-      raise ValueError(f"model.moe.balance_over='batch' looks at a microbatch when train.accumulation={self.train.accumulation}: parts would "
-                       "not add up to the whole; use balance_over='sequence', or no accumulation")
+      raise ValueError(f"model.moe.balance_over='batch' looks at a microbatch when train.accumulation={self.train.accumulation}: parts "
+                       "would not add up to the whole; use balance_over='sequence', or no accumulation")
     make_schedule(self.optimizer, self.train.steps)  # raises where warm-up and decay do not fit into the run
 
   def resolve(self, vocabulary: int) -> 'Config':

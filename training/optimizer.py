@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 import names
+from parallel import axes as ax
 from training import adam8bit
 
 # What each optimizer and each schedule reads, with its defaults; a field that is set but not read is an error.
@@ -139,7 +140,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, specs) -> optax.Gradient
     steps: number of updates of the whole run.
     specs: the parameters' tree (or a prefix of it) with a description at each parameter: an object with `axes` (logical
       axis names, 'layers' first where blocks are stacked), `kind` ('matrix', 'embedding', 'vector') and `inputs` (the
-      number of axes, after layers, that a matrix contracts over).
+      number of axes, after layers and experts, that a matrix contracts over).
   Raises ValueError for a description that makes no sense, and when 'muon' finds no matrix to work on.
   """
   for path, spec in jax.tree_util.tree_leaves_with_path(specs):
@@ -166,8 +167,8 @@ def clip(grads, norm: Float[Array, ''], max_norm: float):
 def scale_by_muon(momentum: float, specs) -> optax.GradientTransformation:
   """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised layer by layer.
 
-  A matrix of a layer is seen as [inputs, outputs]: q of [L, D, N, H] is L matrices of D x (N H). Updates are scaled by
-  0.2 sqrt(max(inputs, outputs)), which gives them the RMS of AdamW's (Liu et al., arXiv:2502.16982, section 2.2).
+  A matrix of a layer is seen as [inputs, outputs]: q of [L, D, N, H] is L matrices of D x (N H); every expert is one. Updates are
+  scaled by 0.2 sqrt(max(inputs, outputs)), which gives them the RMS of AdamW's (Liu et al., arXiv:2502.16982, section 2.2).
   optax.contrib.muon cannot run on matrices that explicit axes shard, and takes 1.4 to 2 times as long on a CPU.
   """
   def update(updates, state, params=None):
@@ -195,8 +196,13 @@ def orthogonalize(x: Float[Array, 'L M N']) -> Float[Array, 'L M N']:
 
 
 def _muon_update(x: jax.Array, spec) -> jax.Array:
-  stacked = x if _is_stacked(spec) else x[None]
-  layers, *shape = stacked.shape
+  stacks = _stacks(spec)
+  if stacks == 2:
+    x = jnp.moveaxis(x, 1, 0)  # experts, which a mesh may split, before layers: only so can the two become one dimension
+  before, shape = x.shape, x.shape[stacks:]
+  entries = tuple(jax.typeof(x).sharding.spec)
+  stacked = _reshape(x, (-1, *shape), (entries[0] if stacks else None, *entries[stacks:]))
+  layers = stacked.shape[0]
   fan_in, fan_out = math.prod(shape[:spec.inputs]), math.prod(shape[spec.inputs:])
   # Each device orthogonalises whole layers: all-to-alls bring them together and take the updates back to their shards.
   # Layers of zeros fill up the last round, so that any number of layers suits any mesh.
@@ -208,8 +214,8 @@ def _muon_update(x: jax.Array, spec) -> jax.Array:
   update = orthogonalize(stacked.reshape(-1, fan_in, fan_out)).reshape(stacked.shape)
   for sharding in route[-2::-1]:
     update = jax.sharding.reshard(update, sharding)
-  update = 0.2 * math.sqrt(max(fan_in, fan_out)) * update[:layers]
-  return update if _is_stacked(spec) else update[0]
+  update = _reshape(0.2 * math.sqrt(max(fan_in, fan_out)) * update[:layers], before, entries)
+  return jnp.moveaxis(update, 0, 1) if stacks == 2 else update
 
 
 def _route_to_layers(sharding: NamedSharding) -> list[NamedSharding]:
@@ -232,8 +238,13 @@ def _mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
   return [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
 
 
-def _is_stacked(spec) -> bool:
-  return spec.axes[:1] == ('layers',)
+def _stacks(spec) -> int:
+  """How many leading axes count matrices, of layers and of experts."""
+  return sum(axis in ('layers', 'experts') for axis in spec.axes[:2])
+
+
+def _reshape(x, shape, entries):
+  return x.reshape(shape, out_sharding=P(*entries) if ax.explicit() else None)
 
 
 def _is_hidden_matrix(spec) -> bool:
@@ -245,7 +256,7 @@ def _check_spec(path: str, spec) -> None:
     raise ValueError(f'{path}: kind {spec.kind!r} is unknown; known: {list(KINDS)}')
   if 'layers' in spec.axes[1:]:
     raise ValueError(f"{path}: axes {spec.axes} must name 'layers' first")
-  matrix_axes = len(spec.axes) - _is_stacked(spec)
+  matrix_axes = len(spec.axes) - _stacks(spec)
   if spec.kind == 'matrix' and not 1 <= spec.inputs < matrix_axes:
     raise ValueError(f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 and '
                      f'at most {matrix_axes - 1} of them')

@@ -80,7 +80,7 @@ def test_digest_follows_content_and_remembers_only_old_files(tmp_path):
     (lambda: CleanConfig(anonymise=('mail',)), "did you mean 'email'"),
     (lambda: CleanConfig(near_duplicates=0.2), r'\[0.5, 1\]'),
     (lambda: TokenizerConfig(kind='bytes'), "did you mean 'byte'"),
-    (lambda: TokenizerConfig(kind='char', path='x.model'), "kind='sentencepiece'"),
+    (lambda: TokenizerConfig(kind='byte', path='x.model'), "kind='byte' has nothing to load"),
     (lambda: TokenizerConfig(vocabulary=300), '>= 512'),
     (lambda: DataConfig(sources=()), 'at least one'),
     (lambda: DataConfig(batch_size=0), '>= 1'),

@@ -258,6 +258,19 @@ def test_muon_splits_parameters_and_updates_layer_by_layer():
     assert 0.15 < np.sqrt(np.mean(u**2)) / 0.1 < 0.25
 
 
+@pytest.mark.parametrize('sizes', [(1, 1), (2, 4)])
+def test_muon_sees_every_expert_as_a_matrix(sizes):
+  spec, values = Spec(('layers', 'experts', 'embed', 'feed_forward'), 'matrix'), np.random.default_rng(0).normal(size=(3, 2, 16, 24))
+  transformation = opt.scale_by_muon(0.0, {'w': spec})
+  with jax.set_mesh(mesh(sizes)):
+    grads = {'w': jax.device_put(jnp.asarray(values, jnp.float32), P(None, None, 'fsdp', 'tensor'))}
+    updates, _ = jax.jit(transformation.update)(grads, transformation.init(grads))
+    assert updates['w'].sharding.is_equivalent_to(grads['w'].sharding, 4)
+  for layer, expert in np.ndindex(3, 2):
+    expected = 0.2 * 24**0.5 * orthogonalize(jnp.asarray(values[layer, expert][None], jnp.float32))[0]
+    np.testing.assert_allclose(updates['w'][layer, expert], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_muon_momentum_is_nesterov():
   spec, params = {'w': Spec(('embed', 'feed_forward'), 'matrix')}, {'w': jnp.zeros((8, 8))}
   first, second = (jnp.asarray(np.random.default_rng(i).normal(size=(8, 8)), jnp.float32) for i in range(2))
