@@ -162,7 +162,7 @@ def _build_corpus(config: DataConfig, directory: pathlib.Path, log: Callable[[st
     made = tokenizer.build(config.tokenizer, training(), everything(),
                            share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)))
     made.save(directory / 'tokenizer')
-  special = {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
+  special = None if 'bos_token' in made.special_tokens else {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
   log(f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s'
       + (f'; it has no bos, so documents begin with its {special}' if special else ''))
 
