@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import laws
 import pytest
 
-from kernels.mask import Mask
+from kernels.mask import Mask, Relative
 from model import attention, cache, layers, transformer
 
 
@@ -53,6 +53,12 @@ def rotate_prompts_only(x, angles):
   return layers.rotate(x, angles) if x.shape[1] > 1 else x
 
 
+def scores_from_the_start(self, q, k):
+  """Relative.scores that takes new queries for the first ones of their row."""
+  return relative_scores(self, q - q[:, :1], k)
+
+
+relative_scores = Relative.scores
 cache_append, cache_mask = cache.Slots.append, cache.Cache.mask
 
 FAULTS = {
@@ -65,6 +71,8 @@ FAULTS = {
     'keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'llama'),
     'tokens written in the wrong slot': (cache.Slots, 'append', append_ahead, laws.check_cached_decode, 'llama'),
     'no guard against unused slots': (cache.Slots, 'append', unguarded_append, laws.check_unused_slots, 'llama'),
+    'distances from the wrong query': (Relative, 'scores', scores_from_the_start, laws.check_cached_decode, 'relative'),
+    'latent keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'deepseek'),
     'padding is seen': (Mask, 'allowed', allow_all, laws.check_padding_and_neighbours, 'llama'),
 }
 
