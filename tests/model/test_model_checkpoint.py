@@ -1,6 +1,7 @@
-"""Do checkpoints come in and go out whole? Bits, meshes, pieces, errors that list everything, nothing left behind by them."""
+"""Do checkpoints come in and go out whole? Bits, meshes, pieces; errors list everything and leave nothing."""
 import dataclasses
 import json
+import math
 import struct
 
 import jax
@@ -13,8 +14,10 @@ from model.tensorfiles import TensorFiles
 from parallel.mesh import MeshConfig, make_mesh
 from tests.goldens import ours, tiny
 
-LLAMA = dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=68, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=48, max_position_embeddings=64, num_hidden_layers=3, rms_norm_eps=1e-5, tie_word_embeddings=False)
+LLAMA = dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=68, hidden_size=32,
+             num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=48, max_position_embeddings=64, num_hidden_layers=3, rms_norm_eps=1e-5,
+             tie_word_embeddings=False)
 DEEPSEEK = dict(tiny.LATENT, model_type='deepseek_v3', vocab_size=68)
 
 
@@ -30,23 +33,27 @@ def rewrite(directory, change, kind='F32'):
   change(tensors)
   for path in directory.glob('*.safetensors*'):
     path.unlink()
-  tensorfiles.write(directory, {name: x.shape for name, x in tensors.items()}, kind, lambda name: [tensors[name]], 2**30)
+  tensorfiles.write(directory, {name: x.shape for name, x in tensors.items()}, kind, lambda name: [tensors[name]],
+                    2**30)
 
 
 def leaves(model):
   return {name: np.asarray(x) for name, x in checkpoint._named(model).items()}
 
 
-@pytest.mark.parametrize('hf', [LLAMA, DEEPSEEK], ids=lambda hf: hf['model_type'])
-@pytest.mark.parametrize('mesh', [dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_every_device_gets_its_shard(hf, mesh, tmp_path):
+@pytest.mark.parametrize('hf, mesh', [(LLAMA, dict(data=1, fsdp=8)), (LLAMA, dict(data=2, fsdp=2, tensor=2)),
+                                      (DEEPSEEK, dict(data=1, fsdp=2))], ids=['llama', 'llama-replicas', 'deepseek'])
+def test_every_device_gets_its_shard(hf, mesh, tmp_path, monkeypatch):
   ours.build(hf, tmp_path / 'model')
   _, one = checkpoint.load(tmp_path / 'model', mesh=ours.MESH)
-  _, many = checkpoint.load(tmp_path / 'model', mesh=make_mesh(MeshConfig(**mesh)))
+  monkeypatch.setattr(checkpoint, 'PIECE', 500)  # so that pieces begin and end within shards
+  mesh = make_mesh(MeshConfig(**mesh), jax.devices()[:math.prod(mesh.values())])
+  _, many = checkpoint.load(tmp_path / 'model', mesh=mesh)
   for name, x in leaves(one).items():
     np.testing.assert_array_equal(leaves(many)[name], x, err_msg=name)
   assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(many))
-  assert all(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(many) if not x.sharding.is_fully_replicated)
+  assert all(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(many)
+             if not x.sharding.is_fully_replicated)
 
 
 @pytest.mark.parametrize('piece', [1, 100, 1000])
@@ -62,18 +69,18 @@ def test_pieces_make_the_whole(llama, tmp_path, monkeypatch, piece):
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize('kind, dtype', [('BF16', 'bfloat16'), ('F16', 'float32'), ('F32', 'float32')])
-def test_dtypes(llama, tmp_path, kind, dtype, capsys):
+@pytest.mark.parametrize('kind, stored, dtype', [('BF16', 'bfloat16', 'bfloat16'), ('F16', 'float16', 'float32'),
+                                                 ('F32', 'float32', 'float32')])
+def test_dtypes(llama, tmp_path, kind, stored, dtype, capsys):
   rewrite(llama, lambda tensors: None, kind)
   config, model = checkpoint.load(llama, mesh=ours.MESH)
   assert config.parameter_dtype == config.dtype == dtype
   assert all(x.dtype == dtype for x in jax.tree.leaves(model))
   assert ('float16' in capsys.readouterr().out) == (kind == 'F16')
-  checkpoint.save(model, config, tmp_path / 'out', dtype={'BF16': 'bfloat16', 'F16': 'float16', 'F32': 'float32'}[kind])
+  checkpoint.save(model, config, tmp_path / 'out', dtype=stored)
   for name, x in ours.tensors(llama).items():
     np.testing.assert_array_equal(ours.tensors(tmp_path / 'out')[name], x, err_msg=name)
-  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['torch_dtype'] == {'BF16': 'bfloat16', 'F16': 'float16',
-                                                                                       'F32': 'float32'}[kind]
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['torch_dtype'] == stored
 
 
 def test_dtypes_that_are_asked_for(llama, capsys):
@@ -83,8 +90,9 @@ def test_dtypes_that_are_asked_for(llama, capsys):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), leaves(model), leaves(exact))
 
 
-def test_a_shard_is_written_in_place():
-  filling = stream.Filling(jax.ShapeDtypeStruct((4, 1000), jnp.float32, sharding=jax.NamedSharding(ours.MESH, jax.P())))
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_shard_is_written_in_place(dtype):
+  filling = stream.Filling(jax.ShapeDtypeStruct((4, 1000), dtype, sharding=jax.NamedSharding(ours.MESH, jax.P())))
   with jax.set_mesh(stream.NO_MESH):
     pointers = set()
     for i in range(4):
@@ -102,13 +110,16 @@ def test_one_error_lists_all_tensors_that_do_not_fit(llama):
   rewrite(llama, spoil)
   with pytest.raises(ValueError) as error:
     checkpoint.load(llama)
-  for line in ('missing: model.norm.weight', 'missing: model.layers.1.mlp.up_proj.weight', 'extra: model.layers.0.self_attn.q_proj.lora_A [3]',
+  for line in ('missing: model.norm.weight', 'missing: model.layers.1.mlp.up_proj.weight',
+               'extra: model.layers.0.self_attn.q_proj.lora_A [3]',
                'mis-shaped: model.layers.0.mlp.up_proj.weight is [32, 48], config.json makes it [48, 32]', '--ignore'):
     assert line in str(error.value)
 
 
 def test_extra_tensors_can_be_left_out(llama):
-  rewrite(llama, lambda tensors: tensors.update({'vision.x': np.zeros(3, np.float32), 'model.rotary_emb.inv_freq': np.zeros(4, np.float32)}))
+  rewrite(llama,
+          lambda tensors: tensors.update({'vision.x': np.zeros(3, np.float32),
+                                          'model.rotary_emb.inv_freq': np.zeros(4, np.float32)}))
   checkpoint.load(llama, ignore=r'vision\..*', mesh=ours.MESH)
   with pytest.raises(ValueError, match='matches no tensor'):
     checkpoint.load(llama, ignore='vision')
@@ -154,13 +165,14 @@ def test_damaged_files_are_named(llama):
   entries, rest = header(path)
   first = next(name for name in entries if name != '__metadata__')
   spoiled = {
-      'cut': whole[:-10], 'short': whole[:20], 'empty': b'', 'longer': whole + b'x', 'length': struct.pack('<Q', 2**60) + whole[8:],
-      'json': whole[:8] + b'?' + whole[9:]}
+      'cut': whole[:-10], 'short': whole[:20], 'empty': b'', 'longer': whole + b'x',
+      'length': struct.pack('<Q', 2**60) + whole[8:], 'json': whole[:8] + b'?' + whole[9:]}
   for name, data in spoiled.items():
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r'model\.safetensors is truncated or damaged'):
       checkpoint.load(llama)
-  for change in ({'dtype': 'F31'}, {'shape': [1]}, {'data_offsets': [4, 8]}, {'data_offsets': [-8, 0]}, {'shape': None}):
+  for change in ({'dtype': 'F31'}, {'shape': [1]}, {'data_offsets': [4, 8]}, {'data_offsets': [-8, 0]},
+                 {'shape': None}):
     write_header(path, entries | {first: entries[first] | change}, rest)
     with pytest.raises(ValueError, match='is truncated or damaged'):
       checkpoint.load(llama)
@@ -176,7 +188,8 @@ def test_what_lies_in_the_directory(llama, tmp_path):
   with pytest.raises(FileExistsError, match='is there already'):
     checkpoint.save(model, config, tmp_path / 'out')
   index = json.loads((tmp_path / 'out' / tensorfiles.INDEX).read_text())
-  index['weight_map']['model.norm.weight'] = files[0].name if index['weight_map']['model.norm.weight'] != files[0].name else files[1].name
+  index['weight_map']['model.norm.weight'] = next(path.name for path in files
+                                                  if path.name != index['weight_map']['model.norm.weight'])
   (tmp_path / 'out' / tensorfiles.INDEX).write_text(json.dumps(index))
   with pytest.raises(ValueError, match=r'promises tensors that are not there: model\.norm\.weight'):
     TensorFiles(tmp_path / 'out')
@@ -221,10 +234,12 @@ def write_tokenizer(directory):
   tokenizers = pytest.importorskip('tokenizers')
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   made = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-  made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = tokenizers.decoders.ByteLevel()
   made.add_special_tokens(['<end>'])
   made.save(str(directory / 'tokenizer.json'))
-  (directory / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>', 'chat_template': '{{ messages }}'}))
+  (directory / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>',
+                                                               'chat_template': '{{ messages }}'}))
 
 
 def test_a_checkpoint_becomes_a_run_that_writes_and_a_checkpoint_again(tmp_path, capsys):
@@ -266,8 +281,8 @@ def test_a_run_needs_no_tokenizer(llama, tmp_path, capsys):
 
 
 def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
-  config = json.loads(json.dumps(LLAMA)) | dict(vocab_size=128_256, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
-                                                intermediate_size=14_336, num_hidden_layers=32)
+  config = json.loads(json.dumps(LLAMA)) | dict(vocab_size=128_256, hidden_size=4096, num_attention_heads=32,
+                                                num_key_value_heads=8, intermediate_size=14_336, num_hidden_layers=32)
   (tmp_path / 'config.json').write_text(json.dumps(config))
   family, found = checkpoint.families.read(config)
   files = object.__new__(TensorFiles)

@@ -1,0 +1,77 @@
+"""Which architectures of transformers can be read and written? A family is a config function and a name map.
+
+Each family is a module with
+  TYPES          the `model_type`s of config.json that it reads
+  config(hf)     the ModelConfig of a parsed config.json; raises for whatever is not supported, naming it
+  to_hf(config)  a config.json that transformers loads
+  tensors(config)  our leaf -> common.Source: where each parameter lies in a checkpoint
+  BUFFERS, TIED  patterns of tensors that hold no parameter; names of one tensor twice
+and, where a checkpoint needs it, PREFIXES (a prefix of names -> others in use) and with_tensors(config, names).
+"""
+import dataclasses
+from types import ModuleType
+
+import names as names_
+from model.config import ModelConfig
+from model.families import (bert, common, deepseek, gemma2, gemma3, gpt2, gpt_oss, llama, mistral, mixtral, qwen2,
+                            qwen3, qwen3_moe, t5)
+
+FAMILIES = {module.__name__.rpartition('.')[2]: module for module in (
+    llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt2, mixtral, qwen3_moe, gpt_oss, deepseek, t5, bert)}
+TYPES = {kind: name for name, module in FAMILIES.items() for kind in module.TYPES}
+
+
+def read(hf: dict, tensors: set[str] = frozenset(), ignore: tuple[str, ...] = ()) -> tuple[ModuleType, ModelConfig]:
+  """The family and the ModelConfig of a parsed config.json.
+
+  Args:
+    tensors: names in the checkpoint, for families whose config.json does not tell all. ignore: keys not to look at.
+  Raises: ValueError for an unknown model_type, missing or unknown keys, and keys to ignore that are not there;
+    NotImplementedError for values that are not supported.
+  """
+  kind = names_.check('model_type of config.json', hf.get('model_type'), TYPES)
+  family = FAMILIES[TYPES[kind]]
+  for key in ignore:
+    names_.check('--ignore_key', key, hf)
+  config = family.config({key: value for key, value in hf.items() if key not in ignore})
+  return family, family.with_tensors(config, tensors) if tensors and hasattr(family, 'with_tensors') else config
+
+
+def name_of(family: ModuleType) -> str:
+  """What a family is called."""
+  return family.__name__.rpartition('.')[2]
+
+
+def problems(config: ModelConfig, family: ModuleType) -> list[str]:
+  """What of a config a family cannot express; [] when its config.json reads back as the same model."""
+  try:
+    back = family.config(family.to_hf(config))
+  except (ValueError, NotImplementedError) as error:
+    return [str(error)]
+  wanted, found = (_flat(dataclasses.asdict(common.canonical(c))) for c in (config, back))
+  return [f'model.{field}={value!r} (it has {found[field]!r})' for field,
+          value in wanted.items() if found[field] != value]
+
+
+def family_of(config: ModelConfig, name: str = '') -> ModuleType:
+  """The family to write a config as: the one called `name`, else the first that can express it.
+
+  Raises ValueError that names the fields that the family, or the nearest of all, cannot express.
+  """
+  if name:
+    among = {name: FAMILIES[names_.check('family', name, FAMILIES)]}
+  else:
+    among = FAMILIES
+  wrong = {name: problems(config, family) for name, family in among.items()}
+  nearest = min(wrong, key=lambda name: len(wrong[name]))
+  if wrong[nearest]:
+    raise ValueError(f'family {nearest!r}{"" if name else ", the nearest,"} cannot express '
+                     + ', '.join(wrong[nearest]))
+  return FAMILIES[nearest]
+
+
+def _flat(values: dict, path: str = '') -> dict:
+  flat = {}
+  for name, value in values.items():
+    flat |= _flat(value, f'{path}{name}.') if isinstance(value, dict) else {path + name: value}
+  return flat
