@@ -31,7 +31,7 @@ from training import config as configs
 from training import precision
 from training import state as states
 from training.accumulate import accumulate
-from training.checkpoint import Checkpoints, abstract
+from training.checkpoint import Checkpoints
 from training.optimizer import clip, make_optimizer, make_schedule
 from training.progress import Progress, check_finite
 from training.report import compression_baselines, write_report
@@ -213,12 +213,12 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     if ended:
       log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
     elif first:
-      state = checkpoints.restore(first, abstract(make_state, mesh))
+      state = checkpoints.restore(first, params.abstract(make_state, mesh))
       restore_order(batches, checkpoints.record(first)['data'], allow_change, log)
       log(f'going on from checkpoint {first}')
     elif begin:
       log(f'beginning with the parameters of {begin}')
-      model = Checkpoints(begin, log=log).model(abstract(functools.partial(transformer.init, config.model, config.train.seed), mesh))
+      model = Checkpoints(begin, log=log).model(params.abstract(functools.partial(transformer.init, config.model, config.train.seed), mesh))
       state = jax.jit(make_state, donate_argnums=0)(model)
     else:
       state = jax.jit(make_state)()

@@ -23,6 +23,7 @@ REPEATS = 5
 COMPILE = """
 import sys, time
 import jax
+from model.params import abstract
 import train
 from data.batch import Batch
 from data.config import DataConfig
@@ -30,7 +31,6 @@ from model import params, transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs, state as states
-from training.checkpoint import abstract
 from training.optimizer import make_optimizer
 model = ModelConfig(vocabulary=512, width=128, layers=int(sys.argv[1]), heads=4, max_length=128)
 config = configs.Config(model=model, data=DataConfig(sequence_length=128))

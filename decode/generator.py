@@ -20,7 +20,7 @@ from model.cache import init_cache
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
-from training.checkpoint import Checkpoints, abstract
+from training.checkpoint import Checkpoints
 
 CHUNK = 16  # tokens a call to the device: the first ones come soon, and dispatch costs little
 SMALLEST_BUCKET = 32  # prompt lengths and capacities are rounded up to powers of two from here, so that few programs compile
@@ -70,7 +70,7 @@ class Generator:
         raise ValueError(f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'")
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-      target = abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
+      target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
       model = checkpoints.model(target, step)
     return cls(model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh)
 

@@ -104,12 +104,12 @@ class LatentAttention(nnx.Module):
     self.scale, self.window, self.nope = config.attention_scale or (H + Hr) ** -0.5, window, H
     self.q_down = param(rngs, (D, Q), ('embed', 'latent'), D**-0.5, dtype=dtype) if Q else None
     self.q_down_norm = Norm(config, Q, rngs) if Q else None
-    self.q = param(rngs, (Q or D, N, H + Hr), ('latent' if Q else 'embed', 'heads', 'head_width'), (Q or D) ** -0.5, dtype=dtype)
+    self.q = param(rngs, (Q or D, N, H + Hr), ('embed', 'heads', 'head_width'), (Q or D) ** -0.5, dtype=dtype)
     self.kv_down = param(rngs, (D, R), ('embed', 'latent'), D**-0.5, dtype=dtype)
     self.kv_norm = Norm(config, R, rngs)
     self.rope_key = param(rngs, (D, Hr), ('embed', 'head_width'), D**-0.5, dtype=dtype)
-    self.k = param(rngs, (R, N, H), ('latent', 'heads', 'head_width'), R**-0.5, dtype=dtype)
-    self.v = param(rngs, (R, N, Hv), ('latent', 'heads', 'head_width'), R**-0.5, dtype=dtype)
+    self.k = param(rngs, (R, N, H), ('embed', 'heads', 'head_width'), R**-0.5, dtype=dtype)
+    self.v = param(rngs, (R, N, Hv), ('embed', 'heads', 'head_width'), R**-0.5, dtype=dtype)
     self.o = param(rngs, (N, Hv, D), ('heads', 'head_width', 'embed'), (N * Hv * 2 * config.L) ** -0.5, inputs=2, dtype=dtype)
 
   def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> tuple[Float[Array, 'B T D'], Slots | None]:

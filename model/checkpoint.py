@@ -21,16 +21,17 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh
 
 import files
 import names
 from model import families, transformer
 from model.config import ModelConfig
 from model.families.layout import Layout, sizes
-from model.stream import NO_MESH, Filling, Region, fetch
+from model.params import abstract, named_leaves
+from model.stream import Filling, Region, fetch
 from model.tensorfiles import DTYPES, TensorFiles, write
-from parallel.mesh import MeshConfig, make_mesh
+from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 
 PIECE = 2**20  # entries moved at a time
 SHARD_BYTES = 2_000_000_000  # of a file that is written
@@ -90,8 +91,8 @@ def load(directory: str | os.PathLike, config: ModelConfig | None = None, mesh: 
     _check_equal(tensors, name, called[other])
   mesh = mesh or default_mesh(config)
   with jax.set_mesh(mesh):
-    target = _abstract(config, mesh)
-    leaves = _named(target)
+    target = abstract(functools.partial(transformer.init, config, 0), mesh)
+    leaves = named_leaves(target)
     mapped = {part.leaf for shares in parts.values() for part in shares}
     if mapped != leaves.keys():
       raise RuntimeError(f'the name map of {family.__name__} and the model differ in {sorted(mapped ^ leaves.keys())}')
@@ -124,7 +125,7 @@ def save(model: transformer.Decoder, config: ModelConfig, directory: str | os.Pa
 
 
 def _save(model, config, directory, family, dtype, shard_bytes, special):
-  leaves, parts = _named(model), parts_of(family, config)
+  leaves, parts = named_leaves(model), parts_of(family, config)
   if not all(x.is_fully_addressable for x in leaves.values()):
     raise ValueError('some shards of this model lie on devices of other processes; export in one process')
 
@@ -220,20 +221,6 @@ def default_mesh(config: ModelConfig) -> Mesh:
   return make_mesh(MeshConfig(fsdp=math.gcd(jax.device_count(), config.D)))
 
 
-def _abstract(config: ModelConfig, mesh: Mesh):
-  """The model as shapes with the shardings that it is born with; the mesh must be in context."""
-  def one(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype,
-                                sharding=NamedSharding(mesh, getattr(x.sharding, 'spec', None) or P()))
-  return jax.tree.map(one, jax.eval_shape(functools.partial(transformer.init, config, 0)))
-
-
-def _named(model) -> dict:
-  """Leaves by name, in the order of jax.tree.leaves: 'stack.blocks.0.attention.q'."""
-  return {jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): leaf
-          for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-
-
 def _json(directory: pathlib.Path) -> dict:
   path = directory / 'config.json'
   if not path.is_file():
@@ -281,8 +268,9 @@ def _import(options) -> None:
       tokenizer.save(partial / 'tokenizer')
       data = dataclasses.replace(data, tokenizer=TokenizerConfig(kind=tokenizer.kind, path=str(workdir / 'tokenizer')))
     run = configs.Config(model=config, data=data).resolve(tokenizer.vocabulary if tokenizer else config.V)
-    checkpoints = Checkpoints(partial, log=_log)
-    checkpoints.save(0, {'model': model}, data={}, progress={})
+    largest = max(x.nbytes for x in jax.tree.leaves(model))  # no less can be on its way to the disk
+    checkpoints = Checkpoints(partial, log=_log, write_gb=1.01 * largest / 1e9)
+    checkpoints.save(0, {'model': model}, data={}, progress={}, donated=False)
     checkpoints.wait()
     configs.save(run, partial)
   title = families.TYPES[_json(source)['model_type']]
@@ -321,7 +309,7 @@ def _export(options) -> None:
   with _whole(target) as partial:
     mesh = default_mesh(config)
     with jax.set_mesh(mesh):
-      model = checkpoints.model(_abstract(config, mesh), step)
+      model = checkpoints.model(abstract(functools.partial(transformer.init, config, 0), mesh), step)
     special = {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')} if tokenizer else {}
     _save(model, config, partial, family, options.dtype or config.parameter_dtype, SHARD_BYTES, special)
     if tokenizer and tokenizer.kind == 'huggingface':

@@ -1,10 +1,13 @@
 """What is a parameter? One literal with shape, logical axes and initialiser; everything else is derived from it."""
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from parallel import axes as ax
 
@@ -50,6 +53,21 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
 def use(p: nnx.Param, dtype: str) -> jax.Array:
   """The value as a layer computes with it: in the compute dtype first, then with its embed shards gathered."""
   return ax.gather(p[...].astype(dtype), *p.axes)
+
+
+def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
+  """Leaves by name, in the order of jax.tree.leaves: 'stack.blocks.0.attention.q'."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  names_ = (jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value') for path, _ in leaves)
+  return {f'{prefix}.{name}' if prefix else name: leaf for name, (_, leaf) in zip(names_, leaves, strict=True)}
+
+
+def abstract(function: Callable[[], Any], mesh: Mesh):
+  """The result of `function` as ShapeDtypeStructs with the shardings on `mesh`, the one in context, that it would be born with."""
+  def one(x):
+    spec = getattr(x.sharding, 'spec', None) or P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  return jax.tree.map(one, jax.eval_shape(function))
 
 
 def specs(model) -> nnx.Module:

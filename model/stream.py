@@ -4,10 +4,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 Region = tuple[tuple[int, int], ...]  # start and end in each dimension
-NO_MESH = Mesh(np.empty((), object), ())  # in context, arrays of single devices can be worked on
 
 
 class Filling:

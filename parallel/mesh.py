@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
+NO_MESH = Mesh(np.empty((), object), ())  # in context, arrays of single devices can be worked on one by one
 UNSUPPORTED = ('stage', 'expert', 'context')
 
 

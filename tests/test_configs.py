@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from model.params import abstract
 import train
 from data.batch import Batch
 from data.config import DataConfig
@@ -15,7 +16,6 @@ from model import params, transformer
 from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
 from training import state as states
-from training.checkpoint import abstract
 from training.config import Config
 from training.optimizer import make_optimizer
 
@@ -36,7 +36,7 @@ def load(path: pathlib.Path) -> Config:
 
 
 def lower(config: Config, mesh_config: MeshConfig, devices=None):
-  """The abstract state on the mesh, and the lowered train step."""
+  """The abstract state on the mesh, and the lowered train step; of an encoder-decoder, which train.py refuses, the forward pass."""
   mesh = make_mesh(mesh_config, devices)
   config.check_mesh(dict(mesh.shape))
   with jax.set_mesh(mesh):
@@ -45,6 +45,10 @@ def lower(config: Config, mesh_config: MeshConfig, devices=None):
     state = abstract(functools.partial(states.init, config, optimizer), mesh)
     rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
     tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows)
+    if config.model.encoder_layers:
+      with pytest.raises(NotImplementedError, match='is an encoder-decoder; use a decoder'):
+        train.check_model(config.model)
+      return state, jax.jit(lambda state, tokens: state.model(tokens, source=tokens).hidden).lower(state, tokens)
     return state, train.make_train_step(config, optimizer).lower(state, Batch(tokens, tokens, tokens, tokens))
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import files
+from model.params import named_leaves
 
 
 class Checkpoints:
@@ -28,25 +28,27 @@ class Checkpoints:
   Args:
     directory: of the run; checkpoints/ is made below it.
     log: receives a line for everything that a reader of the run should know.
+    write_gb: what may be on its way to the disk at a time, in gigabytes of host memory.
   """
 
-  def __init__(self, directory: str | os.PathLike, keep_last: int = 2, log: Callable[[str], Any] = print):
+  def __init__(self, directory: str | os.PathLike, keep_last: int = 2, log: Callable[[str], Any] = print, write_gb: float = 96):
     self.directory = pathlib.Path(directory).absolute() / 'checkpoints'
-    self._keep_last, self._log = keep_last, log
+    self._keep_last, self._log, self._write_gb = keep_last, log, write_gb
     self._writer = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._writing: concurrent.futures.Future | None = None
     self._orbax = None
 
-  def save(self, step: int, state, data: dict, progress: dict, validation_loss: float | None = None) -> None:
+  def save(self, step: int, state, data: dict, progress: dict, validation_loss: float | None = None, donated: bool = True) -> None:
     """Starts writing; returns once the state may be donated. Waits for the save before it, and raises what that raised.
 
-    data, progress: JSON-able; of the data loader, and of what the run has achieved.
+    data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False promises that the state stays
+      as it is until `wait`, which saves a copy.
     """
     import orbax.checkpoint as ocp
     self.wait()
-    self._orbax = self._orbax or ocp.StandardCheckpointer()
+    self._orbax = self._orbax or ocp.StandardCheckpointer(save_concurrent_gb=self._write_gb)
     leaves = named_leaves(state)
-    if jax.default_backend() == 'cpu':
+    if donated and jax.default_backend() == 'cpu':
       # A host copy of a CPU array is a view of it; what is written must not hang on donation sparing viewed buffers.
       leaves = {name: jnp.copy(x) for name, x in leaves.items()}
     path = self._path(step)
@@ -181,21 +183,6 @@ class Checkpoints:
 
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'
-
-
-def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
-  """Leaves by name, in the order of jax.tree.leaves: 'model.stack.blocks.0.attention.q'."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  names_ = (jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value') for path, _ in leaves)
-  return {f'{prefix}.{name}' if prefix else name: leaf for name, (_, leaf) in zip(names_, leaves, strict=True)}
-
-
-def abstract(function: Callable[[], Any], mesh: Mesh):
-  """The result of `function` as ShapeDtypeStructs with the shardings on `mesh` that it would be born with."""
-  def one(x):
-    spec = getattr(x.sharding, 'spec', None) or P()
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-  return jax.tree.map(one, jax.eval_shape(function))
 
 
 def _seal(record: dict) -> dict:

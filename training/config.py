@@ -116,7 +116,11 @@ class Config:
                        'make the batch a multiple')
     m = self.model
     for what, size, axis in (('model.width', m.D, 'fsdp'), ('model.heads', m.N, 'tensor'), ('model.kv_heads', m.K, 'tensor'),
-                             ('model.feed_forward', m.F, 'tensor'), ('model.vocabulary', m.V, 'tensor')):
+                             ('model.feed_forward', m.F, 'tensor'), ('model.vocabulary', m.V, 'tensor'),
+                             ('model.moe.feed_forward', m.moe.feed_forward, 'tensor'),
+                             ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, 'tensor'),
+                             ('model.latent.width', m.latent.width, 'fsdp'),
+                             ('model.latent.query_width', m.latent.query_width, 'fsdp')):
       if size % sizes[axis]:
         raise ValueError(f'{what}={size} does not split over mesh.{axis}={sizes[axis]}; make it a multiple, or the axis smaller')
 

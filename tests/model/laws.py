@@ -8,9 +8,9 @@ import numpy as np
 from model import transformer
 from model.cache import init_cache
 from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.params import abstract
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
-from training.checkpoint import abstract
 
 TINY = dict(vocabulary=50, width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, max_length=24)
 CONFIGS = {
@@ -26,7 +26,7 @@ CONFIGS = {
                    rope=RopeConfig(base=1000.0, local_base=10.0, scaling='linear', factor=4.0)),
     'gpt-oss': dict(window=4, global_every=2, sinks=True, biases='all', activation='clamped_silu',
                     rope=RopeConfig(base=100.0, scaling='yarn', factor=4.0, original_length=8, high=8.0)),
-    'deepseek': dict(kv_heads=4, head_width=6, latent=LatentConfig(width=5, query_width=7, rope_width=4, value_width=3),
+    'deepseek': dict(kv_heads=4, head_width=6, latent=LatentConfig(width=6, query_width=8, rope_width=4, value_width=3),
                      rope=RopeConfig(base=50.0, scaling='llama3', factor=8.0, original_length=16)),
     'relative': dict(position='relative', relative_buckets=8, relative_distance=12, kv_heads=4, attention_scale=1.0, logit_scale=0.25,
                      tie_embeddings=True),

@@ -11,9 +11,9 @@ from decode.loop import prefill
 from model import transformer
 from model.cache import init_cache
 from model.config import ModelConfig
+from model.params import abstract, named_leaves
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
-from training.checkpoint import abstract, named_leaves
 
 T5 = ModelConfig(**laws.TINY | dict(kv_heads=4, encoder_layers=3, position='relative', relative_buckets=8, relative_distance=12,
                                     activation='gelu', attention_scale=1.0))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import checkpoint, families, transformer
+from model import checkpoint, families, params, transformer
 from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from model.families import common
 from model.families.layout import Layout, Source
@@ -72,7 +72,7 @@ def test_it_computes_what_transformers_computed(name, tmp_path):
 @pytest.mark.parametrize('name', CASES)
 def test_every_parameter_has_one_place(name):
   family, config = read(name)
-  leaves = checkpoint._named(jax.eval_shape(lambda: transformer.init(config, 0)))
+  leaves = params.named_leaves(jax.eval_shape(lambda: transformer.init(config, 0)))
   parts = checkpoint.parts_of(family, config)
   assert {part.leaf for shares in parts.values() for part in shares} == leaves.keys()
   filled = {leaf: np.zeros(x.shape, np.int8) for leaf, x in leaves.items()}

@@ -13,10 +13,10 @@ from data.batch import Batch
 from model import transformer
 from model.cache import init_cache
 from model.loss import IGNORE
+from model.params import named_leaves
 from objectives.pretrain import pretrain
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
-from training.checkpoint import named_leaves
 
 CONFIG = laws.make_config('gpt2', width=32, kv_heads=2, feed_forward=64, vocabulary=48, gated=True, qk_norm=True)
 MESHES = [{'data': 8}, {'fsdp': 8, 'data': 1}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 1, 'fsdp': 4, 'tensor': 2}]

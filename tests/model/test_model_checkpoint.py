@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import checkpoint, stream, tensorfiles
+from model import checkpoint, params, stream, tensorfiles
 from model.tensorfiles import TensorFiles
-from parallel.mesh import MeshConfig, make_mesh
+from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
 
 LLAMA = dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=68, hidden_size=32,
@@ -38,7 +38,7 @@ def rewrite(directory, change, kind='F32'):
 
 
 def leaves(model):
-  return {name: np.asarray(x) for name, x in checkpoint._named(model).items()}
+  return {name: np.asarray(x) for name, x in params.named_leaves(model).items()}
 
 
 @pytest.mark.parametrize('hf, mesh', [(LLAMA, dict(data=1, fsdp=8)), (LLAMA, dict(data=2, fsdp=2, tensor=2)),
@@ -93,7 +93,7 @@ def test_dtypes_that_are_asked_for(llama, capsys):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_shard_is_written_in_place(dtype):
   filling = stream.Filling(jax.ShapeDtypeStruct((4, 1000), dtype, sharding=jax.NamedSharding(ours.MESH, jax.P())))
-  with jax.set_mesh(stream.NO_MESH):
+  with jax.set_mesh(NO_MESH):
     pointers = set()
     for i in range(4):
       filling.put(np.full(1000, i, np.float32), ((i, i + 1), (0, 1000)))

@@ -14,9 +14,9 @@ from jax.sharding import AxisType
 from model import moe as moe_module
 from model.config import ModelConfig, MoEConfig
 from model.moe import MoE, moved, route
+from model.params import abstract, named_leaves
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
-from training.checkpoint import abstract, named_leaves
 
 D, F = 8, 12
 CASES = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model import params, transformer
-from training.checkpoint import named_leaves
+from model.params import named_leaves
 
 EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.params import abstract
 import train
 from data.batch import IGNORE, Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
@@ -18,7 +19,6 @@ from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
 from training import precision
 from training import state as states
-from training.checkpoint import abstract
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
 

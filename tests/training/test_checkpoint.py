@@ -11,8 +11,9 @@ import pytest
 from conftest import assert_same
 from jax.sharding import PartitionSpec as P
 
+from model.params import abstract, named_leaves
 from parallel.mesh import MeshConfig, make_mesh
-from training.checkpoint import Checkpoints, abstract, named_leaves
+from training.checkpoint import Checkpoints
 
 DATA, PROGRESS = {'examples': 24, 'key': 'abc'}, {'best': None, 'waited': 0}
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from conftest import Trainer, assert_close, assert_same, host, make_batches, on, quickly, run_here, tiny
 
+from model.params import abstract, named_leaves
 import train
 from data.config import TokenizerConfig
 from model.config import ModelConfig
 from training import config as configs
-from training.checkpoint import Checkpoints, abstract, named_leaves
+from training.checkpoint import Checkpoints
 from training.metrics import read_metrics
 from training.optimizer import OPTIMIZERS
 
