@@ -49,8 +49,7 @@ def problems(config: ModelConfig, family: ModuleType) -> list[str]:
   except (ValueError, NotImplementedError) as error:
     return [str(error)]
   wanted, found = (_flat(dataclasses.asdict(common.canonical(c))) for c in (config, back))
-  return [f'model.{field}={value!r} (it has {found[field]!r})' for field,
-          value in wanted.items() if found[field] != value]
+  return [f'model.{field}={value!r} (it has {found[field]!r})' for field, value in wanted.items() if found[field] != value]
 
 
 def family_of(config: ModelConfig, name: str = '') -> ModuleType:

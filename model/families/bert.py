@@ -63,8 +63,7 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
                                f'{ours}.bias': Source(f'{theirs}.bias', 'D -> D')}
   dense = lambda ours, bias, theirs, pattern, vector: {ours: Source(f'{theirs}.weight', pattern),
                                                        bias: Source(f'{theirs}.bias', vector)}
-  block = norm('attention_norm', f'{at}.attention.output.LayerNorm') | norm('feed_forward_norm',
-                                                                            f'{at}.output.LayerNorm')
+  block = norm('attention_norm', f'{at}.attention.output.LayerNorm') | norm('feed_forward_norm', f'{at}.output.LayerNorm')
   for x, theirs in (('q', 'query'), ('k', 'key'), ('v', 'value')):
     block |= dense(f'attention.{x}', f'attention.{x}_bias', f'{at}.attention.self.{theirs}', '(N H) D -> D N H',
                    '(N H) -> N H')

@@ -194,8 +194,7 @@ def llama_like(keys: Keys, **others) -> ModelConfig:
   return ModelConfig(**dict(
       vocabulary=keys('vocab_size'), width=width, layers=keys('num_hidden_layers'), heads=heads,
       kv_heads=keys('num_key_value_heads') or heads, head_width=keys('head_dim') or width // heads,
-      feed_forward=keys('intermediate_size'),
-      norm_epsilon=float(keys('rms_norm_eps')), max_length=keys('max_position_embeddings'),
+      feed_forward=keys('intermediate_size'), norm_epsilon=float(keys('rms_norm_eps')), max_length=keys('max_position_embeddings'),
       tie_embeddings=keys('tie_word_embeddings')) | others)
 
 
@@ -211,9 +210,8 @@ def llama_like_hf(config: ModelConfig, model_type: str, architecture: str, **oth
                      'write a config.json; set them')
   return dict(
       architectures=[architecture], model_type=model_type, vocab_size=config.V, hidden_size=config.D,
-      num_hidden_layers=config.L,
-      num_attention_heads=config.N, num_key_value_heads=config.K, head_dim=config.H, intermediate_size=config.F,
-      rms_norm_eps=config.norm_epsilon, max_position_embeddings=config.max_length,
+      num_hidden_layers=config.L, num_attention_heads=config.N, num_key_value_heads=config.K, head_dim=config.H,
+      intermediate_size=config.F, rms_norm_eps=config.norm_epsilon, max_position_embeddings=config.max_length,
       tie_word_embeddings=config.tie_embeddings, hidden_act=ACTIVATIONS_TO_HF.get(config.activation, config.activation),
       rope_parameters=rope_parameters(config)) | others
 
@@ -224,8 +222,7 @@ def blocks(config: ModelConfig, block: Callable[[Kind], dict[str, Source]], pref
   for period, repeats in config.stacks:
     for i, kind in enumerate(period):
       layers = tuple(first + i + len(period) * r for r in range(repeats))
-      found |= {f'{prefix}.blocks.{j}.{leaf}': dataclasses.replace(source, layers=layers) for leaf,
-                source in block(kind).items()}
+      found |= {f'{prefix}.blocks.{j}.{leaf}': dataclasses.replace(source, layers=layers) for leaf, source in block(kind).items()}
       j += 1
     first += len(period) * repeats
   return found

@@ -10,8 +10,7 @@ TYPES = ('deepseek_v3', 'deepseek_v2')
 BUFFERS, TIED = common.BUFFERS, common.TIED
 EPSILON = 1e-6  # of the norms of latents, whatever rms_norm_eps says
 DEFAULTS = common.LLAMA_LIKE | dict(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-                                    v_head_dim=128,
-                                    n_shared_experts=1, n_group=None, topk_group=None, routed_scaling_factor=1.0,
+                                    v_head_dim=128, n_shared_experts=1, n_group=None, topk_group=None, routed_scaling_factor=1.0,
                                     norm_topk_prob=False, first_k_dense_replace=0, topk_method='greedy')
 DEFAULTS_V3 = DEFAULTS | dict(n_group=8, topk_group=4, routed_scaling_factor=2.5, norm_topk_prob=True,
                               first_k_dense_replace=3, num_experts_per_tok=8)
@@ -97,8 +96,7 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
   """Where each parameter lies."""
   at, mlp, latent, H = f'{common.LAYER}.self_attn', f'{common.LAYER}.mlp', config.latent, config.H
   span = lambda start, length: tuple(range(start, start + length))
-  pairs = lambda start: tuple(range(start, start + latent.rope_width,
-                                    2)) + tuple(range(start + 1, start + latent.rope_width, 2))
+  pairs = lambda start: tuple(start + i for parity in (0, 1) for i in range(parity, latent.rope_width, 2))
   query = ('q_b_proj', 'Q') if latent.query_width else ('q_proj', 'D')
   mixed = {
       'attention.q': common.Source(f'{at}.{query[0]}.weight', f'(N key) {query[1]} -> {query[1]} N key',

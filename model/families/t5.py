@@ -26,11 +26,11 @@ def config(hf: dict) -> ModelConfig:
   name = 'gelu_new' if (gate, name) == ('gated', 'gelu') else name
   for key, *built in (('is_gated_act', bool(gate)), ('dense_act_fn', name), ('is_encoder_decoder', True)):
     keys.only(key, *built)
+  keys.only('decoder_start_token_id', hf.get('pad_token_id') or 0, None)  # decode.generator starts with padding
   width = keys('d_model')
   found = ModelConfig(
       vocabulary=keys('vocab_size'), width=width, layers=keys('num_decoder_layers') or keys('num_layers'),
-      encoder_layers=keys('num_layers'),
-      heads=keys('num_heads'), head_width=keys('d_kv'), feed_forward=keys('d_ff'), gated=bool(gate),
+      encoder_layers=keys('num_layers'), heads=keys('num_heads'), head_width=keys('d_kv'), feed_forward=keys('d_ff'), gated=bool(gate),
       activation=common.activation(name), norm_epsilon=float(keys('layer_norm_epsilon')), position='relative',
       relative_buckets=keys('relative_attention_num_buckets'),
       relative_distance=keys('relative_attention_max_distance'), attention_scale=1.0, max_length=keys('n_positions'),
@@ -53,7 +53,7 @@ def to_hf(config: ModelConfig) -> dict:
       layer_norm_epsilon=config.norm_epsilon,
       relative_attention_num_buckets=config.relative_buckets, relative_attention_max_distance=config.relative_distance,
       feed_forward_proj=f'gated-{act}' if config.gated else act, is_encoder_decoder=True,
-      tie_word_embeddings=config.tie_embeddings, scale_decoder_outputs=config.logit_scale != 1.0)
+      decoder_start_token_id=0, tie_word_embeddings=config.tie_embeddings, scale_decoder_outputs=config.logit_scale != 1.0)
   return found | ({'n_positions': config.max_length} if config.max_length else {})
 
 
@@ -73,16 +73,13 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
              'feed_forward_norm.scale': Source(f'{at}.{last}.layer_norm.weight', 'D -> D'),
              'feed_forward.down': Source(f'{dense}.wo.weight', 'D F -> F D')}
     names = {'gate': 'wi_0', 'up': 'wi_1'} if config.gated else {'up': 'wi'}
-    return found | {f'feed_forward.{ours}': Source(f'{dense}.{theirs}.weight', 'F D -> D F') for ours,
-                    theirs in names.items()}
+    return found | {f'feed_forward.{ours}': Source(f'{dense}.{theirs}.weight', 'F D -> D F') for ours, theirs in names.items()}
 
-  decoder = block('decoder',
-                  2) | {'cross_norm.scale': Source('decoder.block.{layer}.layer.1.layer_norm.weight', 'D -> D'),
-                                   **attention('decoder.block.{layer}.layer.1.EncDecAttention', 'cross')}
+  decoder = {**block('decoder', 2), 'cross_norm.scale': Source('decoder.block.{layer}.layer.1.layer_norm.weight', 'D -> D'),
+             **attention('decoder.block.{layer}.layer.1.EncDecAttention', 'cross')}
   encoder = {f'encoder.blocks.0.{leaf}': dataclasses.replace(source, layers=tuple(range(config.encoder_layers)))
              for leaf, source in block('encoder', 1).items()}
-  found = {'embedding.tokens': Source('shared.weight', 'V D -> V D'), **common.blocks(config, lambda kind: decoder),
-           **encoder}
+  found = {'embedding.tokens': Source('shared.weight', 'V D -> V D'), **common.blocks(config, lambda kind: decoder), **encoder}
   for ours, theirs in (('stack', 'decoder'), ('encoder', 'encoder')):
     found |= {f'{ours}.norm.scale': Source(f'{theirs}.final_layer_norm.weight', 'D -> D'),
               f'{ours}.relative': Source(f'{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
