@@ -1,6 +1,6 @@
 """What do transformers' models compute? Writes a file of results for each case: python -m tests.goldens.make [NAME ...]
 
-Needs torch and transformers. tests/model/test_families.py compares with the files, tests/oracle/test_families.py with
+Needs torch and transformers. tests/model/test_families.py compares with the files, tests/oracle/test_transformers.py with
 the models themselves; both know the weights by their names (tests.goldens.tiny).
 """
 import os
