@@ -231,7 +231,7 @@ def test_an_error_leaves_nothing_behind(llama, tmp_path, monkeypatch):
 
 def write_tokenizer(directory):
   """A byte-level tokenizer of 256 bytes and an end, as Hugging Face keeps one."""
-  tokenizers = pytest.importorskip('tokenizers')
+  import tokenizers
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   made = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
   made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
