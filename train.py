@@ -175,7 +175,6 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
 
   # 2. Mesh: every device of every process, six explicit axes.
   with mendable():
-    config = configs.begin_from(config)
     check_model(config.model)
     mesh = make_mesh(config.mesh)
   jax.set_mesh(mesh)

@@ -305,13 +305,25 @@ class ModelConfig:
   @property
   def stacks(self) -> tuple[tuple[tuple[Kind, ...], int], ...]:
     """The layers as (period of kinds, repeats), in order: each is one scan, so that compile time does not grow with depth."""
-    kinds, stacks = self.kinds, []
-    while kinds:
-      def repeats(period, kinds=kinds):
-        return next((n for n in range(1, len(kinds) // period + 1) if kinds[n * period:][:period] != kinds[:period]), 1)
-      # The period that covers most; of those, the shortest.
-      period = max(range(1, len(set(self.kinds)) * max(1, self.global_every) * self.moe.every + 1),
-                   key=lambda p: (p * repeats(p) if p <= len(kinds) and (repeats(p) > 1 or p == 1) else 0, -p))
-      stacks.append((kinds[:period], repeats(period)))
-      kinds = kinds[period * repeats(period):]
+    left, stacks = self.kinds, []
+    longest = max(1, self.global_every) * self.moe.every  # what the windows and the experts repeat after together
+    while left:
+      periods = [p for p in range(1, min(longest, len(left)) + 1) if p == 1 or _repeats(left, p) > 1]
+      period = max(periods, key=lambda p: (p * _repeats(left, p), -p))  # the one that covers most; of those, the shortest
+      stacks.append((left[:period], _repeats(left, period)))
+      left = left[period * stacks[-1][1]:]
     return tuple(stacks)
+
+  @property
+  def places(self) -> tuple[tuple[Kind, tuple[int, ...]], ...]:
+    """The kind, and the layers in order, of each place of each period: of transformer.Stack's blocks, one by one."""
+    places, first = [], 0
+    for kinds, repeats in self.stacks:
+      places += [(kind, tuple(first + i + len(kinds) * r for r in range(repeats))) for i, kind in enumerate(kinds)]
+      first += len(kinds) * repeats
+    return tuple(places)
+
+
+def _repeats(kinds: tuple[Kind, ...], period: int) -> int:
+  """How many times the first `period` kinds follow one another from the start."""
+  return next((n for n in range(1, len(kinds) // period + 1) if kinds[n * period:][:period] != kinds[:period]), 1)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -252,13 +253,11 @@ def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
   load: choices that fell on each expert, of the layers with experts in order (Output.router).
   """
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
-  layer, j = 0, 0
-  for kinds, repeats in model.stack.periods:
-    moe = [j + place for place, kind in enumerate(kinds) if kind.moe]
-    for place, block in enumerate(moe):
-      bias = model.stack.blocks[block].feed_forward.selection_bias
-      bias[...] = moved(bias[...], load[layer + place:layer + repeats * len(moe):len(moe)], rate)
-    layer, j = layer + repeats * len(moe), j + len(kinds)
+  row = {layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)}
+  for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
+    if kind.moe:
+      bias = block.feed_forward.selection_bias
+      bias[...] = moved(bias[...], load[np.array([row[layer] for layer in layers])], rate)
   return model
 
 

@@ -128,8 +128,9 @@ class Config:
 def begin_from(config: Config) -> Config:
   """The config with the model and the tokenizer of the run at config.init, if it names one.
 
-  Fields of config.model that are not at their default replace that run's (dtype, remat, dropless instead of capacity, ...); where
-  they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes that run's; another one replaces it.
+  Fields of config.model that are not at their default replace that run's (remat, a window, ...); where they change a parameter's
+  shape, restoring will say so. A tokenizer at its defaults becomes that run's; another one replaces it. The flag --config does this
+  before it applies overrides, so that these hold whatever their value is.
   Raises FileNotFoundError where there is no run.
   """
   if not config.init:
@@ -200,10 +201,17 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     config = super().parse(path)
     if not isinstance(config, Config):
       raise ValueError(f'get_config() of {path} returned {type(config).__name__}; it must return a training.config.Config')
+    overrides = [argument.removeprefix('--config.') for argument in sys.argv if argument.startswith('--config.')]
+    if 'init' in overrides:
+      raise ValueError('--config.init is read before the other overrides are; write it as --config.init=DIRECTORY')
+    init = [override.removeprefix('init=') for override in overrides if override.startswith('init=')]
+    try:
+      config = begin_from(dataclasses.replace(config, init=init[-1] if init else config.init))
+    except FileNotFoundError as error:
+      raise ValueError(f'config.init: {error}') from error
     config = _mutable(config)
-    for argument in sys.argv:
-      if argument.startswith('--config.'):
-        _check_path(config, argument.removeprefix('--config.').split('=')[0])
+    for override in overrides:
+      _check_path(config, override.split('=')[0])
     return config
 
 

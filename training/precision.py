@@ -1,4 +1,4 @@
-"""Is the arithmetic holding? Dynamic loss scaling, the check for finite gradients, and norms that name the culprit."""
+"""Is the arithmetic holding? Dynamic loss scaling, skipped steps, and norms that name the culprit."""
 import dataclasses
 import functools
 import math
@@ -54,14 +54,6 @@ def init_loss_scale(compute_dtype: str, *, initial: float = 2.0**15, interval: i
 def scale(loss: Float[Array, ''], state: LossScale) -> Float[Array, '']:
   """The loss to differentiate; an f32 loss, for f16 does not hold large scales."""
   return loss * state.scale.astype(loss.dtype)
-
-
-def unscale_and_check(grads, state: LossScale) -> tuple:
-  """Gradients of the unscaled loss, and whether every one of their elements is finite: (grads, Bool[])."""
-  # Scales are powers of two, so the division is exact.
-  grads = jax.tree.map(lambda g: g / state.scale.astype(g.dtype), grads)
-  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
-  return grads, finite
 
 
 def update(state: LossScale, finite: Bool[Array, '']) -> LossScale:

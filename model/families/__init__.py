@@ -15,6 +15,7 @@ import names as names_
 from model.config import ModelConfig
 from model.families import (bert, common, deepseek, gemma2, gemma3, gpt2, gpt_oss, llama, mistral, mixtral, qwen2,
                             qwen3, qwen3_moe, t5)
+from model.params import named_leaves
 
 FAMILIES = {module.__name__.rpartition('.')[2]: module for module in (
     llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt2, mixtral, qwen3_moe, gpt_oss, deepseek, t5, bert)}
@@ -48,7 +49,7 @@ def problems(config: ModelConfig, family: ModuleType) -> list[str]:
     back = family.config(family.to_hf(config))
   except (ValueError, NotImplementedError) as error:
     return [str(error)]
-  wanted, found = (_flat(dataclasses.asdict(common.canonical(c))) for c in (config, back))
+  wanted, found = (named_leaves(dataclasses.asdict(common.canonical(c))) for c in (config, back))
   return [f'model.{field}={value!r} (it has {found[field]!r})' for field, value in wanted.items() if found[field] != value]
 
 
@@ -67,10 +68,3 @@ def family_of(config: ModelConfig, name: str = '') -> ModuleType:
     raise ValueError(f'family {nearest!r}{"" if name else ", the nearest,"} cannot express '
                      + ', '.join(wrong[nearest]))
   return FAMILIES[nearest]
-
-
-def _flat(values: dict, path: str = '') -> dict:
-  flat = {}
-  for name, value in values.items():
-    flat |= _flat(value, f'{path}{name}.') if isinstance(value, dict) else {path + name: value}
-  return flat

@@ -218,14 +218,8 @@ def llama_like_hf(config: ModelConfig, model_type: str, architecture: str, **oth
 
 def blocks(config: ModelConfig, block: Callable[[Kind], dict[str, Source]], prefix: str = 'stack') -> dict[str, Source]:
   """Sources of all blocks of the decoder stack, from those of one block of a kind."""
-  found, first, j = {}, 0, 0
-  for period, repeats in config.stacks:
-    for i, kind in enumerate(period):
-      layers = tuple(first + i + len(period) * r for r in range(repeats))
-      found |= {f'{prefix}.blocks.{j}.{leaf}': dataclasses.replace(source, layers=layers) for leaf, source in block(kind).items()}
-      j += 1
-    first += len(period) * repeats
-  return found
+  return {f'{prefix}.blocks.{j}.{leaf}': dataclasses.replace(source, layers=layers)
+          for j, (kind, layers) in enumerate(config.places) for leaf, source in block(kind).items()}
 
 
 def attention(at: str, config: ModelConfig) -> dict[str, Source]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from model import params, transformer
+from model.config import MoEConfig
 from model.params import named_leaves
 
 EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
@@ -148,6 +149,26 @@ def test_caches_and_masks_are_pytrees_of_anything():
   assert jax.tree.leaves(jax.tree.map(lambda x: 'anything', cache)) == ['anything'] * 3
   mask = jax.eval_shape(lambda: transformer.Mask(prefix=jnp.zeros((2,), jnp.int32)))
   assert jax.tree.map(lambda x: 'anything', mask).prefix == 'anything'
+
+
+def test_layers_report_and_are_balanced_in_their_order(one_device):
+  """Windows and experts alternate, so that periods have several places and the last one is cut off."""
+  config = laws.make_config(layers=14, window=3, global_every=2, moe=MoEConfig(
+      experts=14, per_token=1, feed_forward=8, every=3, first=1, selection_bias=True))
+  sparse = [1, 4, 7, 10, 13]
+  assert [(len(kinds), repeats) for kinds, repeats in config.stacks] == [(6, 2), (1, 1), (1, 1)]
+  model = laws.make_model(config)
+  for block, (kind, layers) in zip(model.stack.blocks, config.places, strict=True):
+    if kind.moe:  # expert 1 in layer 1, 4 in layer 4, ... is chosen by all
+      bias = block.feed_forward.selection_bias
+      bias[...] = jnp.asarray([[10.0 * (expert == layer) for expert in range(14)] for layer in layers], jnp.float32)
+  tokens = laws.tokens_of(config, 2, 6)
+  load = jax.jit(lambda model: model(tokens).router['load'])(model)
+  np.testing.assert_array_equal(load, [[12 * (expert == layer) for expert in range(14)] for layer in sparse])
+  moved = transformer.balanced(model, load, 1.0)
+  for block, (kind, layers) in zip(moved.stack.blocks, config.places, strict=True):
+    for row, layer in zip(block.feed_forward.selection_bias[...] if kind.moe else (), layers):
+      assert row.tolist() == [9.0 if expert == layer else 1.0 for expert in range(14)]
 
 
 def test_seeds_and_layers_differ(one_device):

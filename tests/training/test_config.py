@@ -10,6 +10,7 @@ from absl import flags
 from conftest import tiny
 from hypothesis import given, settings, strategies as st
 
+from data import tokenizer
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from model.config import CHOICES, ModelConfig, RopeConfig
 from parallel.mesh import AXES
@@ -192,6 +193,20 @@ def test_flags_override_any_field(parse):
       model={'width': 64, 'gated': False}, train={'steps': 7}, optimizer={'b1': 0.5, 'schedule': 'linear'}, mesh={'fsdp': 4},
       data={'sources': (SourceConfig(kind='text', path='there/*.txt', weight=2.0),),
             'clean': CleanConfig(anonymise=('email', 'ip'), near_duplicates=0.8)})
+
+
+def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
+  """Also to a value that is a field's default; what the file sets replaces the run's, too."""
+  run = tiny(model={'dtype': 'bfloat16', 'remat': 'full', 'qk_norm': True, 'rope': RopeConfig(base=5.0, factor=2.0)})
+  configs.save(run, tmp_path / 'run')
+  tokenizer.ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
+  returns = "__import__('dataclasses').replace(tiny(), model=type(tiny().model)(remat='dots'))"
+  found = parse(f'--config.init={tmp_path}/run', '--config.model.dtype=float32', '--config.model.rope.factor=1.0', returns=returns)
+  assert found.model == dataclasses.replace(run.model, remat='dots', dtype='float32', rope=RopeConfig(base=5.0))
+  assert found.init == f'{tmp_path}/run'
+  for argument, said in (('--config.init=nowhere', 'nowhere is not the directory of a run'), ('--config.init', 'write it as --config.init=')):
+    with pytest.raises((ValueError, flags.Error), match=said):
+      parse(argument, 'x')
 
 
 def test_an_override_to_no_items_is_possible(parse):

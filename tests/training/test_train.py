@@ -191,7 +191,7 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(straight, corpu
   still = {'optimizer': {'learning_rate': 1e-30}, 'train': {'steps': 1, 'save_every': 1}}
   begin = dataclasses.replace(on(corpus, **still), init=str(straight), model=ModelConfig(remat='full'))
   begin = dataclasses.replace(begin, data=dataclasses.replace(begin.data, tokenizer=TokenizerConfig()))
-  run_here(begin, tmp_path / 'new')
+  run_here(configs.begin_from(begin), tmp_path / 'new')
   assert f'beginning with the parameters of {straight}' in capsys.readouterr().out
   saved = configs.load(tmp_path / 'new')
   assert saved.model == dataclasses.replace(configs.load(straight).model, remat='full') and saved.data.tokenizer.kind == 'byte'
@@ -205,11 +205,11 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(straight, corpu
   run_here(on(corpus, **still), tmp_path / 'imported')
   assert f'beginning with the parameters of {tmp_path / "imported"}' in capsys.readouterr().out
   assert_same(ours(tmp_path / 'imported', 1), {f'model.{name}': np.asarray(x) for name, x in named_leaves(trainer.state.model).items()})
-  with pytest.raises(SystemExit, match='nowhere is not the directory of a run'):
-    run_here(dataclasses.replace(begin, init=str(tmp_path / 'nowhere')), tmp_path / 'other')
+  with pytest.raises(FileNotFoundError, match='nowhere is not the directory of a run'):
+    configs.begin_from(dataclasses.replace(begin, init=str(tmp_path / 'nowhere')))
   wrong = dataclasses.replace(begin, model=ModelConfig(width=64))
   with pytest.raises(SystemExit, match=r'(?s)does not fit the config.*in the checkpoint'):
-    run_here(wrong, tmp_path / 'other')
+    run_here(configs.begin_from(wrong), tmp_path / 'other')
 
 
 def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
