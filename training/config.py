@@ -133,14 +133,19 @@ def begin_from(config: Config) -> Config:
   before it applies overrides, so that these hold whatever their value is.
   Raises FileNotFoundError where there is no run.
   """
-  if not config.init:
-    return config
-  model, data = load(config.init).model, config.data
+  return dataclasses.replace(config, **_begun(config, config.init))
+
+
+def _begun(config: Config, init: str) -> dict:
+  """The parts of a config that change where it begins with the run at `init`; not yet checked together."""
+  if not init:
+    return {}
+  model, data = load(init).model, config.data
   if data.tokenizer == TokenizerConfig():
-    path = pathlib.Path(config.init) / 'tokenizer'
+    path = pathlib.Path(init) / 'tokenizer'
     kind = tokenizer.load(path).kind
     data = dataclasses.replace(data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path)))
-  return dataclasses.replace(config, model=_over(model, config.model), data=data)
+  return {'model': _over(model, config.model), 'data': data, 'init': init}
 
 
 def _over(below, above):
@@ -206,10 +211,12 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
       raise ValueError('--config.init is read before the other overrides are; write it as --config.init=DIRECTORY')
     init = [override.removeprefix('init=') for override in overrides if override.startswith('init=')]
     try:
-      config = begin_from(dataclasses.replace(config, init=init[-1] if init else config.init))
+      begun = _begun(config, init[-1] if init else config.init)
     except FileNotFoundError as error:
       raise ValueError(f'config.init: {error}') from error
     config = _mutable(config)
+    for part, value in begun.items():
+      config[part] = _mutable(value)
     for override in overrides:
       _check_path(config, override.split('=')[0])
     return config

@@ -201,6 +201,13 @@ def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
   configs.save(run, tmp_path / 'run')
   tokenizer.ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
   returns = "__import__('dataclasses').replace(tiny(), model=type(tiny().model)(remat='dots'))"
+  run = dataclasses.replace(run, model=dataclasses.replace(run.model, max_length=99))
+  configs.save(run, tmp_path / 'run')
+  long = returns.replace("model=", "data=__import__('dataclasses').replace(tiny().data, sequence_length=128), model=")
+  with pytest.raises(ValueError, match='data.sequence_length=128 passes model.max_length=99'):
+    parse(f'--config.init={tmp_path}/run', returns=long)
+  # What the file and the run disagree about, an override can mend.
+  assert parse(f'--config.init={tmp_path}/run', '--config.data.sequence_length=64', returns=long).data.sequence_length == 64
   found = parse(f'--config.init={tmp_path}/run', '--config.model.dtype=float32', '--config.model.rope.factor=1.0', returns=returns)
   assert found.model == dataclasses.replace(run.model, remat='dots', dtype='float32', rope=RopeConfig(base=5.0))
   assert found.init == f'{tmp_path}/run'
