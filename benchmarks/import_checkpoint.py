@@ -5,8 +5,7 @@
 Each import runs in a fresh process that is watched from inside: resident memory, anonymous (RssAnon) and of mapped
 files (RssFile), sampled every 5 ms. On CPU devices the model itself lies in that memory, so what an import adds is what
 exceeds the model's bytes; the target is 1.2 times the largest tensor. `load` brings tensors onto the mesh; `import` is
-the command, which writes the run as well. Not held by the target: what the run's checkpoint writer (orbax) holds while
-it writes.
+the command, which writes the run as well.
 """
 import json
 import os

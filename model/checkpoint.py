@@ -268,8 +268,7 @@ def _import(options) -> None:
       tokenizer.save(partial / 'tokenizer')
       data = dataclasses.replace(data, tokenizer=TokenizerConfig(kind=tokenizer.kind, path=str(workdir / 'tokenizer')))
     run = configs.Config(model=config, data=data).resolve(tokenizer.vocabulary if tokenizer else config.V)
-    largest = max(x.nbytes for x in jax.tree.leaves(model))  # no less can be on its way to the disk
-    checkpoints = Checkpoints(partial, log=_log, write_gb=1.01 * largest / 1e9)
+    checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21)  # small: a file lies in memory while it is written
     checkpoints.save(0, {'model': model}, data={}, progress={}, donated=False)
     checkpoints.wait()
     configs.save(run, partial)
