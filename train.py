@@ -198,7 +198,7 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
   make_state = functools.partial(states.init, config, optimizer)
   parameters = params.count(model)
   flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, prepared.document_length)
-  chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec, device.platform)
+  chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec)
   log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token, attention {chosen!r}')
 
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written before it is known to fit.

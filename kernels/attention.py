@@ -3,10 +3,12 @@
 `reference`: the jnp oracle, everything, [T, S] scores in memory. `blocked`: the oracle on blocks of queries, keys that no query
 of a block can see skipped and scores recomputed in the backward pass, so that memory and work follow the mask. `xla`:
 jax.nn.dot_product_attention as XLA compiles it (jax does not pick cuDNN's kernel by itself).
-`auto`: `xla` on GPU and TPU where it honours the spec, else `blocked` where it does, else `reference`.
+`splash`: the Pallas kernel for TPUs that comes with jax.
+`auto`: on a TPU `splash`, then `xla`; on a GPU `xla`; else, and on a CPU, `blocked`, then `reference`: the first that honours the spec.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
+import dataclasses
 import functools
 
 import jax
@@ -16,12 +18,17 @@ from jaxtyping import Array, Float
 import names
 from kernels import reference
 from kernels.mask import Mask, Relative
+from parallel import axes as ax
+from parallel import mesh
 
 HONOURS = {
     'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
     'blocked': {'causal', 'window', 'segments', 'softcap', 'sinks', 'relative', 'value_width'},
+    'splash': {'causal', 'window', 'segments', 'softcap', 'sinks', 'value_width'},
     'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
+ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('xla', 'blocked', 'reference'), 'tpu': ('splash', 'xla', 'blocked', 'reference')}
+LANES = 128  # of a TPU's registers; a kernel's blocks are multiples
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
 
 
@@ -34,7 +41,7 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
     mask: who sees whom. softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per query head that joins the softmax.
     relative: scores by distance, added before the cap. scale: of q.k; default H ** -0.5. v may be wider or narrower than q
       and k ('value_width').
-    backend: 'auto', 'reference', 'blocked' or 'xla'.
+    backend: 'auto' or one of HONOURS.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
   Raises: ValueError for shapes that do not fit or an unknown backend; NotImplementedError for a spec that the backend does
     not honour, naming those that do.
@@ -44,9 +51,9 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
     raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
   spec = mask.fields() | ({'softcap'} if softcap else set()) | ({'sinks'} if sinks is not None else set())
   spec |= ({'relative'} if relative is not None else set()) | ({'value_width'} if v.shape[3] != H else set())
-  backend = choose(spec, jax.default_backend()) if backend == 'auto' else check(backend, spec)
+  backend = choose(spec) if backend == 'auto' else check(backend, spec)
   scale = H**-0.5 if scale is None else scale
-  run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla}[backend]
+  run = {'reference': reference.attention, 'blocked': blocked, 'splash': splash, 'xla': xla}[backend]
   return run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
 
 
@@ -60,10 +67,9 @@ def check(backend: str, spec: set[str]) -> str:
   return backend
 
 
-def choose(spec: set[str], platform: str) -> str:
-  """What `auto` means for this spec on this platform."""
-  order = ('blocked', 'reference') if platform == 'cpu' else ('xla', 'blocked', 'reference')
-  return next(name for name in order if spec <= HONOURS[name])
+def choose(spec: set[str], platform: str = '') -> str:
+  """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform)."""
+  return next(name for name in ORDER[platform or mesh.platform()] if spec <= HONOURS[name])
 
 
 def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):
@@ -100,4 +106,39 @@ def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
     out = jnp.where(dense.any(-1).swapaxes(1, 2)[..., None], out, 0)
   # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp that nobody reads costs nothing.
   _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
+  return out, lse
+
+
+def splash(q, k, v, mask, *, softcap, sinks, relative, scale):
+  """jax's Pallas flash attention, each device on its own rows and heads; rows are padded to whole blocks."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  B, T, N, H = q.shape
+  if T != k.shape[1]:
+    raise ValueError(f'backend splash aligns queries and keys by index, {T} queries and {k.shape[1]} keys do not align; use reference')
+  padded = -(-T // LANES) * LANES
+  block = next(size for size in (1024, 512, 256, LANES) if padded % size == 0)
+  names_ = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
+  heads = N // ax.size('heads')
+  if mask.window:
+    shape = masks.LocalMask((padded, padded), (mask.window - 1, 0), 0)
+  else:
+    shape = (masks.CausalMask if mask.causal else masks.FullMask)((padded, padded))
+  if mask.query_segments is None and not mask.causal and padded != T:
+    mask = dataclasses.replace(mask, query_segments=jnp.ones((B, T), jnp.int32), key_segments=jnp.ones((B, T), jnp.int32))
+
+  def local(q, k, v, queries, keys, sinks):
+    run = kernel.make_splash_mha(masks.MultiHeadMask([shape] * heads), block_sizes=kernel.BlockSizes(**dict.fromkeys(names_, block)),
+                                 head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap or None,
+                                 interpret=mesh.platform() != 'tpu')
+    fill = lambda x, value: jnp.pad(x, [(0, 0), (0, padded - T), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
+    q, k, v = (jnp.swapaxes(fill(x, 0), 1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+    segments = None if queries is None else kernel.SegmentIds(fill(queries, -1), fill(keys, -1))
+    return jnp.swapaxes(jax.vmap(run, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks), 1, 2)[:, :T]
+  heads_of = lambda name: ('batch', 'length', name, 'head_width')
+  tokens = None if mask.query_segments is None else ('batch', 'length')
+  k_heads = ax.whole_or('kv_heads', k.shape[2])
+  arrays = heads_of('heads'), heads_of(k_heads), heads_of(k_heads), tokens, tokens, None if sinks is None else ('heads',)
+  out = ax.local(local, arrays, heads_of('heads'))(q, k, v, mask.query_segments, mask.key_segments, sinks)
+  _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)  # as of xla
   return out, lse

@@ -43,17 +43,18 @@ class Attention(nnx.Module):
     D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.parameter_dtype
     self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
     self.scale, self.window = config.attention_scale or H**-0.5, window
+    kv_heads = ax.whole_or('kv_heads', K)
     self.q = param(rngs, (D, N, H), ('embed', 'heads', 'head_width'), D**-0.5, dtype=dtype)
-    self.k = param(rngs, (D, K, H), ('embed', 'kv_heads', 'head_width'), D**-0.5, dtype=dtype)
-    self.v = param(rngs, (D, K, H), ('embed', 'kv_heads', 'head_width'), D**-0.5, dtype=dtype)
+    self.k = param(rngs, (D, K, H), ('embed', kv_heads, 'head_width'), D**-0.5, dtype=dtype)
+    self.v = param(rngs, (D, K, H), ('embed', kv_heads, 'head_width'), D**-0.5, dtype=dtype)
     self.o = param(rngs, (N, H, D), ('heads', 'head_width', 'embed'), (N * H * 2 * config.L) ** -0.5, inputs=2, dtype=dtype)
 
     def vector(wanted, *axes):
-      sizes = {'heads': N, 'kv_heads': K, 'head_width': H, 'norm': D}
+      sizes = {'heads': N, 'kv_heads': K, None: K, 'head_width': H, 'norm': D}
       return param(rngs, tuple(sizes[a] for a in axes), axes, 'zeros', kind='vector', dtype=dtype) if wanted else None
     inner, outer = config.biases != 'none', config.biases == 'all'
     self.q_bias, self.o_bias = vector(inner, 'heads', 'head_width'), vector(outer, 'norm')
-    self.k_bias, self.v_bias = vector(inner, 'kv_heads', 'head_width'), vector(inner, 'kv_heads', 'head_width')
+    self.k_bias, self.v_bias = vector(inner, kv_heads, 'head_width'), vector(inner, kv_heads, 'head_width')
     self.sinks = vector(config.sinks and not cross, 'heads')
     normed = config.qk_norm and not cross
     self.q_norm = Norm(config, H, rngs, 'rms') if normed else None
@@ -69,7 +70,7 @@ class Attention(nnx.Module):
     if angles is not None:
       q, k = rotate(q, angles), rotate(k, angles)
     if slots is not None:
-      slots, (k, v) = slots.append(k, v)
+      slots, (k, v) = slots.append(k, v, heads=ax.whole_or('kv_heads', k.shape[2]))
     mask = dataclasses.replace(view.mask, window=self.window)
     return self._mix(q, k, v, mask, None if self.sinks is None else self.sinks[...], view.relative), slots
 
@@ -84,8 +85,11 @@ class Attention(nnx.Module):
     return project('BTD,DKH->BTKH', x, self.k, self.k_bias, self.dtype), project('BTD,DKH->BTKH', x, self.v, self.v_bias, self.dtype)
 
   def _mix(self, q, k, v, mask, sinks, relative):
+    copies = ax.size('heads') // k.shape[2]
+    if copies > 1:  # fewer keys than devices that share the queries: each holds the one that its queries need
+      k, v = (ax.place(jnp.repeat(x, copies, 2), 'batch', 'length', 'heads', 'head_width') for x in (k, v))
     out, _ = kernels.attention(q, k, v, mask, softcap=self.softcap, sinks=sinks, relative=relative, scale=self.scale, backend=self.backend)
-    out = ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ('batch', 'length', 'width'))  # row-parallel
+    out = ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ax.residual(out.shape[1]))  # row-parallel
     return add_bias(out, self.o_bias, self.dtype)
 
 
@@ -130,7 +134,7 @@ class LatentAttention(nnx.Module):
       q = jnp.einsum('BTNH,RNH->BTNR', q, use(self.k, self.dtype))
       out = self._mix(q, q_rope, cached, cached[..., :latent.shape[-1]], mask)
       out = jnp.einsum('BTNR,RNH->BTNH', out, use(self.v, self.dtype))
-    return ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ('batch', 'length', 'width')), slots  # row-parallel
+    return ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ax.residual(out.shape[1])), slots  # row-parallel
 
   def _mix(self, q, q_rope, k, v, mask):
     q = jnp.concatenate([q, q_rope], -1)

@@ -13,7 +13,7 @@ from kernels.mask import Mask
 from model.config import ModelConfig
 from parallel import axes as ax
 
-BUFFER = ('layers', 'batch', 'length', 'kv_heads', 'head_width')
+BUFFER = (None, 'batch', 'length', 'kv_heads', 'head_width')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Slots:
   cache: Any
   layer: Any
 
-  def append(self, *new: Float[Array, 'B T _ _'], heads: str | None = 'kv_heads') -> tuple['Slots', tuple[Float[Array, 'B S _ _'], ...]]:
+  def append(self, *new: Float[Array, 'B T _ _'], heads: str | None) -> tuple['Slots', tuple[Float[Array, 'B S _ _'], ...]]:
     """Writes T tokens of each buffer after each row's last one; returns the new slots and this layer's whole buffers.
 
     heads: logical axis of the third dimension. A token that would pass the capacity is not written: the caller stops rows before
@@ -107,6 +107,7 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '') -
   zeros = lambda shape, dtype, *axes: ax.place(jnp.zeros(shape, dtype, out_sharding=ax.out(*axes)), *axes)
   latent = config.latent
   shapes = ((1, latent.width + latent.rope_width),) if latent.width else ((config.K, config.H),) * 2
-  axes = BUFFER[:3] + (None,) + BUFFER[4:] if latent.width else BUFFER  # one key for all heads: on every device
+  # One key for all heads, or fewer than the devices that share the queries: on every device.
+  axes = (*BUFFER[:3], None if latent.width else ax.whole_or('kv_heads', config.K), *BUFFER[4:])
   buffers = tuple(zeros((config.L, rows, capacity, *shape), dtype or config.dtype, *axes) for shape in shapes)
   return Cache(buffers, zeros((rows,), jnp.int32, 'batch'))

@@ -120,7 +120,7 @@ class FeedForward(nnx.Module):
     up = project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype)
     gate = None if self.gate is None else project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype)
     h = activate(gate, up, self.activation)
-    y = ax.einsum('BTF,FD->BTD', h, use(self.down, self.dtype), ('batch', 'length', 'width'))  # row-parallel
+    y = ax.einsum('BTF,FD->BTD', h, use(self.down, self.dtype), ax.residual(x.shape[1]))  # row-parallel
     return add_bias(y, self.down_bias, self.dtype)
 
 
@@ -164,8 +164,8 @@ class Embedding(nnx.Module):
 
 
 def lookup(table: Float[Array, 'V D'], ids: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-  """Rows of a table, laid out as activations are."""
-  return table.at[ids].get(out_sharding=ax.out('batch', 'length', 'width'))
+  """Rows of a table, laid out as the residual stream is."""
+  return table.at[ids].get(out_sharding=ax.out(*ax.residual(ids.shape[1])))
 
 
 class Head(nnx.Module):

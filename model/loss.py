@@ -51,9 +51,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _over_mesh(function, settings, gradients: bool):
   """`function` on each device's rows and columns of the vocabulary; without a mesh, on everything."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return functools.partial(function, settings=settings, rows=(), columns=())
-  rows, columns = tuple(ax.RULES['batch']), (ax.RULES['vocab'],)
+  rows, columns = ax.mesh_axes('batch', 'length'), ax.mesh_axes('vocab')
   activations, table = ('batch', 'length', 'width'), ('vocab', None)
   sums = ((), ())
   return ax.local(functools.partial(function, settings=settings, rows=rows, columns=columns),

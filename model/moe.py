@@ -33,7 +33,7 @@ class MoE(nnx.Module):
       raise ValueError('model.moe.experts=0: a mixture of experts needs at least one')
     F, biased = moe.feed_forward or config.F, config.biases == 'all'
     self.moe, self.dtype, self.activation = moe, config.dtype, config.activation
-    inner, outer = ('experts', 'embed', 'feed_forward'), ('experts', 'feed_forward', 'embed')
+    inner, outer = ('experts', 'expert_embed', 'feed_forward'), ('experts', 'feed_forward', 'expert_embed')
 
     def vector(shape, axes, wanted, dtype=dtype):
       return param(rngs, shape, axes, 'zeros', kind='vector', dtype=dtype) if wanted else None
@@ -63,13 +63,13 @@ class MoE(nnx.Module):
     held = lambda table, dtype: {name: use(getattr(self, name), dtype) for name in table if getattr(self, name) is not None}
     # The router stays f32, whatever the compute dtype: a rounded score sends a token elsewhere.
     routing, experts = held(ROUTING, 'float32'), held(EXPERTS, self.dtype)
-    meshless = jax.sharding.get_abstract_mesh().empty
-    rows, columns = ((), ()) if meshless else (ax.RULES['batch'], ax.RULES['feed_forward'])
-    run = functools.partial(_dispatch, moe=self.moe, activation=self.activation, rows=rows, columns=columns)
+    run = functools.partial(_dispatch, moe=self.moe, activation=self.activation, rows=ax.mesh_axes('batch'),
+                            length=ax.mesh_axes('length'), columns=ax.mesh_axes('feed_forward'))
     tokens = ('batch', 'length', 'width')
     pick = lambda table, held: {name: table[name] for name in held}
     y, stats = ax.local(run, (tokens, ('batch', 'length'), pick(ROUTING, routing), pick(EXPERTS, experts)),
                         (tokens, STATS))(x, segments, routing, experts)
+    y = ax.place(y, *ax.residual(x.shape[1]))
     return y if self.shared is None else y + self.shared(x), stats
 
 
@@ -78,8 +78,11 @@ def moved(bias: Float[Array, '*L E'], load: Float[Array, '*L E'], rate: float) -
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def _dispatch(x, segments, routing, experts, *, moe, activation, rows, columns):
-  """Routes this device's tokens x [B, T, D] through its share of every expert; statistics are summed over `rows`, y over `columns`."""
+def _dispatch(x, segments, routing, experts, *, moe, activation, rows, length, columns):
+  """Routes this device's tokens x [B, T, D] through its share of every expert; y is summed over the mesh axes `columns`.
+
+  rows, length: mesh axes that B and T are split over, and statistics summed over.
+  """
   (B, T, D), E = x.shape, moe.experts
   real = (segments > 0).reshape(B * T)
   flat = jnp.where(real[:, None], x.reshape(B * T, D), jnp.zeros((), x.dtype))
@@ -87,13 +90,13 @@ def _dispatch(x, segments, routing, experts, *, moe, activation, rows, columns):
   if 'router_bias' in routing:
     logits = logits + routing['router_bias'][None]
   scores, choices, gates = route(logits, routing.get('selection_bias'), moe)
-  stats = _losses(logits, scores, choices, real.reshape(B, T), moe, rows)
+  stats = _losses(logits, scores, choices, real.reshape(B, T), moe, rows, length)
 
   expert = jnp.where(real[:, None], choices, E)  # E: nowhere
   if moe.dispatch == 'capacity':
     C = min(B * T, math.ceil(moe.capacity_factor * B * T * moe.per_token / E))
     kept = _rank(expert, E) < C
-    stats['dropped'] = _sum_over((real[:, None] & ~kept).sum(dtype=jnp.float32), rows)
+    stats['dropped'] = _sum_over((real[:, None] & ~kept).sum(dtype=jnp.float32), rows + length)
     expert = jnp.where(kept, expert, E)
     y = capacity(flat, expert, gates, experts, activation, C)
   else:
@@ -128,14 +131,14 @@ def route(logits: Float[Array, 'n E'], selection_bias: Float[Array, 'E'] | None,
   return scores, choices, gates * moe.scale
 
 
-def _losses(logits, scores, choices, real, moe, rows):
+def _losses(logits, scores, choices, real, moe, rows, length):
   """Load and losses of all devices' tokens; real [B, T] says which count."""
   (B, T), E, k = real.shape, moe.experts, moe.per_token
   probabilities = scores / scores.sum(-1, keepdims=True)
   chosen = (choices.reshape(B, T * k, 1) == jnp.arange(E)[None, None]) & jnp.repeat(real, k, 1)[..., None]
-  count = chosen.sum(1, dtype=jnp.float32)  # [B, E], as the next one
-  mass = jnp.where(real[..., None], probabilities.reshape(B, T, E), 0.0).sum(1)
-  tokens = real.sum(1, dtype=jnp.float32)
+  count = _sum_over(chosen.sum(1, dtype=jnp.float32), length)  # [B, E], as the next one
+  mass = _sum_over(jnp.where(real[..., None], probabilities.reshape(B, T, E), 0.0).sum(1), length)
+  tokens = _sum_over(real.sum(1, dtype=jnp.float32), length)
   load = _sum_over(count.sum(0), rows)
   # Tokens * E * sum(fraction of choices * mean probability), of a row or of everything.
   if moe.balance_over == 'sequence':
@@ -143,7 +146,7 @@ def _losses(logits, scores, choices, real, moe, rows):
   else:
     balance = (load * _sum_over(mass.sum(0), rows)).sum() / jnp.maximum(_sum_over(tokens.sum(), rows), 1.0)
   z = jnp.square(jax.nn.logsumexp(logits, -1))
-  z = _sum_over(jnp.where(real.reshape(-1), z, 0.0).sum(), rows)
+  z = _sum_over(jnp.where(real.reshape(-1), z, 0.0).sum(), rows + length)
   return {'load': load, 'dropped': jnp.float32(0), 'balance_loss': moe.balance_loss * E / k * balance, 'router_z_loss': moe.z_loss * z}
 
 

@@ -67,7 +67,8 @@ class Block(nnx.Module):
     return x, slots, report
 
   def _before(self, x, norm):
-    return x if self.placement == 'post' else norm(x)
+    # The products need all tokens of a device's sequences; what is gathered is normed already, and in the compute dtype.
+    return ax.place(x if self.placement == 'post' else norm(x), 'batch', 'length', 'width')
 
   def _after(self, x, new, norm, post_norm):
     return norm(x + new) if self.placement == 'post' else x + (new if post_norm is None else post_norm(new))
@@ -108,7 +109,8 @@ class Stack(nnx.Module):
       (x, slots), found = jax.lax.scan(period, (x, slots), own)
       reports += _in_order(found)
     cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
-    return Output(x if self.norm is None else self.norm(x), cache, _summed(reports) if reports else None)
+    x = ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
+    return Output(x, cache, _summed(reports) if reports else None)
 
   def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[Float[Array, 'L B S K H'], Float[Array, 'L B S K H']]:
     """Of cross-attention to `memory`, of every layer."""

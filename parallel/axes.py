@@ -3,19 +3,26 @@
 The helpers serve meshes of explicit axes (reshard, out_sharding) and of auto axes (constraints) alike, and do nothing
 without a mesh, so that the same model code runs on one device, on an explicit mesh, and as the auto-mode twin.
 """
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import names
 
-# Parameters name how they are stored; activations name how they flow. `embed` of a parameter is split over fsdp (ZeRO-3)
-# and gathered where it is used; the width of an activation (`width`) is never split.
+# Parameters name how they are stored; activations name how they flow. `embed` of a parameter is split over every axis but `data` whose
+# devices would hold copies of it, and gathered where it is used (see parallel.zero); `expert_embed` is the same of a parameter whose
+# experts are split already. The width of an activation (`width`) is never split. `length` is that of tokens where they are
+# multiplied with weights or with each other; between, `sequence` splits it over `tensor`, too (Megatron's sequence parallelism,
+# Korthikanti et al., arXiv:2205.05198, section 4.2.2).
 RULES = {
-    'batch': ('data', 'fsdp'),
-    'length': None,
+    'batch': ('data', 'fsdp', 'expert'),
+    'length': 'context',
+    'sequence': ('context', 'tensor'),
     'width': None,
-    'embed': 'fsdp',
+    'embed': ('fsdp', 'expert', 'context'),
+    'expert_embed': ('fsdp', 'context'),
     'vocab': 'tensor',
     'heads': 'tensor',
     'kv_heads': 'tensor',
@@ -26,25 +33,56 @@ RULES = {
     'norm': None,
     'position': None,
     'latent': None,
-    'layers': None,
+    'layers': 'stage',
     'chunk': None,
 }
+EMBED = ('embed', 'expert_embed')
 
 
 def spec(*axes: str | None) -> P:
   """PartitionSpec of an array whose dimensions carry these logical names (None: not split).
 
+  Mesh axes of size 1 are left out, so that what is not split has no type of its own; without a mesh in context all are there.
   Raises ValueError for an unknown name, or when two dimensions would be split over the same mesh axis.
   """
   entries, used = [], {}
+  shape = jax.sharding.get_abstract_mesh().shape
   for axis in axes:
-    entry = RULES[names.check('logical axis', axis, RULES)] if axis is not None else None
-    for mesh_axis in (entry if isinstance(entry, tuple) else (entry,) if entry else ()):
+    entry = _entry(axis) if axis is not None else ()
+    for mesh_axis in entry:
       if mesh_axis in used:
         raise ValueError(f'logical axes {used[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis {mesh_axis!r}')
       used[mesh_axis] = axis
-    entries.append(entry)
+    entry = tuple(a for a in entry if shape.get(a) != 1)
+    entries.append(entry if len(entry) > 1 else entry[0] if entry else None)
   return P(*entries)
+
+
+def _entry(axis: str) -> tuple[str, ...]:
+  entry = RULES[names.check('logical axis', axis, RULES)]
+  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def mesh_axes(*axes: str) -> tuple[str, ...]:
+  """The mesh axes that these logical axes are split over, of those in context that are larger than 1."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return tuple(a for axis in axes for a in _entry(axis) if shape.get(a, 1) > 1)
+
+
+def size(*axes: str) -> int:
+  """Into how many parts the mesh in context splits these logical axes together."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[axis] for axis in mesh_axes(*axes))
+
+
+def whole_or(axis: str, n: int) -> str | None:
+  """`axis` where n entries split over it, else None: not split."""
+  return None if n % size(axis) else axis
+
+
+def residual(T: int) -> tuple[str, str, str]:
+  """Logical axes of the residual stream [B, T, D]: over `sequence` where T can be split so, else (a few tokens of a decode) `length`."""
+  return 'batch', 'length' if T % size('sequence') else 'sequence', 'width'
 
 
 def explicit() -> bool:
@@ -77,8 +115,8 @@ def place(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-  """A parameter as it is used: its `embed` shards all-gathered (the transpose reduce-scatters the gradient)."""
-  return place(x, *(None if axis == 'embed' else axis for axis in axes))
+  """A parameter as it is used: its shards all-gathered (the transpose reduce-scatters the gradient)."""
+  return place(x, *(None if axis in EMBED else axis for axis in axes))
 
 
 def einsum(formula: str, x: jax.Array, y: jax.Array, axes: tuple[str | None, ...], **kwargs) -> jax.Array:

@@ -66,3 +66,10 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
   if len(devices) == len(jax.devices()):
     return jax.make_mesh(shape, AXES, axis_types=(axis_type,) * len(AXES), devices=devices)  # honours the topology
   return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def platform() -> str:
+  """What is compiled for: 'cpu', 'gpu' or 'tpu'; that of the mesh in context, which may lie on devices that are not here."""
+  mesh = jax.sharding.get_abstract_mesh()
+  found = jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
+  return 'gpu' if found in ('cuda', 'rocm') else found

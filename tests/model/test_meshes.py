@@ -42,8 +42,8 @@ def loss_and_gradients(mesh, config=CONFIG):
   """(loss, gradients by name, the model) of the randomised model, on `mesh`."""
   with jax.set_mesh(mesh):
     model = laws.randomised(born(config, mesh)) if AxisType.Auto in mesh.axis_types else laws.make_model(config)
-  rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
   with jax.set_mesh(mesh):
+    rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
     run = jax.jit(jax.value_and_grad(functools.partial(pretrain, z_loss=1e-2), has_aux=True))
     (value, sums), gradients = run(model, jax.tree.map(lambda x: jax.device_put(x, rows), batch()))
   return float(value) / float(sums['tokens']), named_leaves(gradients), named_leaves(model)

@@ -11,8 +11,13 @@ from parallel.mesh import AXES, MeshConfig, make_mesh
 
 def test_specs():
   assert ax.spec() == P()
-  assert ax.spec('batch', 'length', 'width') == P(('data', 'fsdp'), None, None)
-  assert ax.spec('embed', None, 'heads') == P('fsdp', None, 'tensor')
+  assert ax.spec('batch', 'length', 'width') == P(('data', 'fsdp', 'expert'), 'context', None)
+  assert ax.spec('embed', None, 'heads') == P(('fsdp', 'expert', 'context'), None, 'tensor')
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2))):  # axes of size 1 are left out
+    assert ax.spec('batch', 'sequence', 'width') == P(('data', 'fsdp'), 'tensor', None)
+    assert ax.spec('embed', 'heads') == P('fsdp', 'tensor')
+    assert ax.mesh_axes('batch', 'length') == ('data', 'fsdp') and ax.size('batch', 'sequence') == 8
+    assert ax.residual(6) == ('batch', 'sequence', 'width') and ax.residual(1) == ('batch', 'length', 'width')
 
 
 @pytest.mark.parametrize('axes, words', [
