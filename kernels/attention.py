@@ -20,6 +20,7 @@ from kernels import reference
 from kernels.mask import Mask, Relative
 from parallel import axes as ax
 from parallel import mesh
+from parallel.remat import named
 
 HONOURS = {
     'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
@@ -28,6 +29,7 @@ HONOURS = {
     'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
 ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('xla', 'blocked', 'reference'), 'tpu': ('splash', 'xla', 'blocked', 'reference')}
+NAMES_ITS_OWN = ('splash',)  # what their backward pass keeps has the name that remat policies know
 LANES = 128  # of a TPU's registers; a kernel's blocks are multiples
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
 
@@ -54,7 +56,8 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   backend = choose(spec) if backend == 'auto' else check(backend, spec)
   scale = H**-0.5 if scale is None else scale
   run = {'reference': reference.attention, 'blocked': blocked, 'splash': splash, 'xla': xla}[backend]
-  return run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
+  out, lse = run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
+  return (out if backend in NAMES_ITS_OWN else named(out, 'attention')), lse
 
 
 def check(backend: str, spec: set[str]) -> str:
@@ -129,7 +132,7 @@ def splash(q, k, v, mask, *, softcap, sinks, relative, scale):
 
   def local(q, k, v, queries, keys, sinks):
     run = kernel.make_splash_mha(masks.MultiHeadMask([shape] * heads), block_sizes=kernel.BlockSizes(**dict.fromkeys(names_, block)),
-                                 head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap or None,
+                                 head_shards=1, q_seq_shards=1, residual_checkpoint_name='attention', attn_logits_soft_cap=softcap or None,
                                  interpret=mesh.platform() != 'tpu')
     fill = lambda x, value: jnp.pad(x, [(0, 0), (0, padded - T), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
     q, k, v = (jnp.swapaxes(fill(x, 0), 1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))

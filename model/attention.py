@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.layers import Angles, Norm, add_bias, project, rotate
 from model.params import param, use
 from parallel import axes as ax
+from parallel.remat import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Attention(nnx.Module):
       q, k = rotate(q, angles), rotate(k, angles)
     if slots is not None:
       slots, (k, v) = slots.append(k, v, heads=ax.whole_or('kv_heads', k.shape[2]))
+    q, k, v = named(q, 'query'), named(k, 'key'), named(v, 'value')
     mask = dataclasses.replace(view.mask, window=self.window)
     return self._mix(q, k, v, mask, None if self.sinks is None else self.sinks[...], view.relative), slots
 
@@ -137,5 +139,5 @@ class LatentAttention(nnx.Module):
     return ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ax.residual(out.shape[1])), slots  # row-parallel
 
   def _mix(self, q, q_rope, k, v, mask):
-    q = jnp.concatenate([q, q_rope], -1)
+    q, k, v = named(jnp.concatenate([q, q_rope], -1), 'query'), named(k, 'key'), named(v, 'value')
     return kernels.attention(q, k, v, mask, softcap=self.softcap, scale=self.scale, backend=self.backend)[0]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import names
 from kernels.attention import HONOURS, check
-from parallel.remat import POLICIES
+from parallel.remat import NAMES, POLICIES, Remat
 
 CHOICES = {
     'norm': ('rms', 'layer'),
@@ -184,7 +184,8 @@ class ModelConfig:
       embedding (BERT). pooler: a projection and tanh of the first token.
     latent, moe: see there. encoder_layers: of an encoder that the decoder attends to; 0: decoder only.
     dtype: of activations and matrix products. parameter_dtype: of what the optimizer updates.
-    attention: backend of kernels.attention. remat: policy of parallel.remat around each block.
+    attention: backend of kernels.attention. remat, remat_save, remat_offload: what is kept of each block for the backward pass,
+      see parallel.remat.Remat.
     init_scale: standard deviation of the initial embedding; projections use 1 / sqrt(inputs), residual outputs that
       divided by sqrt(2 L) (Radford et al., GPT-2).
 
@@ -231,6 +232,8 @@ class ModelConfig:
   parameter_dtype: str = 'float32'
   attention: str = 'auto'
   remat: str = 'none'
+  remat_save: tuple[str, ...] = ()
+  remat_offload: tuple[str, ...] = ()
 
   def __post_init__(self):
     _check('model', self, CHOICES, width=1, layers=1, heads=1, vocabulary=0, kv_heads=0, head_width=0, feed_forward=0, max_length=0,
@@ -264,6 +267,7 @@ class ModelConfig:
     ):
       if wrong:
         raise ValueError(f'model.{message}')
+    self.kept
     if self.attention != 'auto':
       check(self.attention, self.attention_spec)
 
@@ -282,6 +286,17 @@ class ModelConfig:
     if self.feed_forward:
       return self.feed_forward
     return -(-8 * self.width // 3 // 64) * 64 if self.gated else 4 * self.width
+
+  @property
+  def kept(self) -> Remat:
+    """What is kept of each block. Raises ValueError for a name that no block of this model has."""
+    kept, plain = (Remat(self.remat, self.remat_save, self.remat_offload),
+                   bool(self.moe.shared_feed_forward) or not all(kind.moe for kind in self.kinds))
+    missing = {name for name, there in (('gate', self.gated and plain), ('up', plain)) if not there}
+    if wrong := missing & {*self.remat_save, *self.remat_offload}:
+      raise ValueError(f'model.remat_save and remat_offload name {sorted(wrong)}, which no block of this model has; it has '
+                       f'{", ".join(name for name in NAMES if name not in missing)}')
+    return kept
 
   @property
   def value_width(self) -> int:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig, RopeConfig
 from model.params import param, use
 from parallel import axes as ax
+from parallel.remat import named
 
 ACTIVATIONS = {
     'silu': jax.nn.silu,
@@ -117,8 +118,8 @@ class FeedForward(nnx.Module):
     self.down_bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if biased else None
 
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    up = project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype)
-    gate = None if self.gate is None else project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype)
+    up = named(project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype), 'up')
+    gate = None if self.gate is None else named(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype), 'gate')
     h = activate(gate, up, self.activation)
     y = ax.einsum('BTF,FD->BTD', h, use(self.down, self.dtype), ax.residual(x.shape[1]))  # row-parallel
     return add_bias(y, self.down_bias, self.dtype)
@@ -153,19 +154,37 @@ class Embedding(nnx.Module):
     self.norm = Norm(config, D, rngs) if config.norm_placement == 'post' else None
 
   def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], types: Int[Array, 'B T'] | None) -> Float[Array, 'B T D']:
-    x = lookup(use(self.tokens, self.dtype), tokens)
+    x = lookup(self.tokens, tokens, self.dtype)
     if self.scale != 1.0:
       x = x * jnp.asarray(self.scale, x.dtype)  # the factor is rounded, too, in the models that do it
     if self.positions is not None:
-      x = x + lookup(use(self.positions, self.dtype), positions)
+      x = x + lookup(self.positions, positions, self.dtype)
     if self.types is not None:
-      x = x + lookup(use(self.types, self.dtype), jnp.zeros_like(tokens) if types is None else types)
+      x = x + lookup(self.types, jnp.zeros_like(tokens) if types is None else types, self.dtype)
     return x if self.norm is None else self.norm(x)
 
 
-def lookup(table: Float[Array, 'V D'], ids: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-  """Rows of a table, laid out as the residual stream is."""
-  return table.at[ids].get(out_sharding=ax.out(*ax.residual(ids.shape[1])))
+def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array, 'B T D']:
+  """Rows of a table [V, D] in `dtype`, laid out as the residual stream is.
+
+  The table stays where it is: ids go to its shards, rows come back. Rows of a batch are far fewer bytes than a table of a large
+  vocabulary, and their gradient is added up on the shards.
+  """
+  rows, embed = (ax.mesh_axes(axis) if axis else () for axis in (table.axes[0], 'embed'))
+  out = ax.residual(ids.shape[1])
+
+  def local(table, ids):
+    everyone = jax.lax.all_gather(ids, embed) if embed else ids[None]  # [devices of embed, B, T]
+    if rows:
+      everyone = everyone - jax.lax.axis_index(rows) * table.shape[0]
+      here = (everyone >= 0) & (everyone < table.shape[0])
+      x = jnp.where(here[..., None], table.at[jnp.where(here, everyone, 0)].get(mode='promise_in_bounds'), 0).astype(dtype)
+      x = jax.lax.psum_scatter(x, rows, scatter_dimension=2, tiled=True) if out[1] == 'sequence' else jax.lax.psum(x, rows)
+    else:
+      x = table.at[everyone].get().astype(dtype)
+    return jax.lax.all_to_all(x, embed, split_axis=0, concat_axis=3, tiled=True)[0] if embed else x[0]
+  x = ax.local(local, (table.axes, ('batch', 'length')), out if rows else ('batch', 'length', 'width'))(table[...], ids)
+  return ax.place(x, *out)
 
 
 class Head(nnx.Module):

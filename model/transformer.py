@@ -19,7 +19,7 @@ from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
 from model.params import param, use
 from parallel import axes as ax
-from parallel.remat import remat
+from parallel import remat
 
 
 class Output(NamedTuple):
@@ -50,9 +50,10 @@ class Block(nnx.Module):
 
   def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None):
     """The new x, the slots written, and what the experts report ({} without)."""
+    x = remat.named(x, 'block')
     with jax.named_scope('attention'):
       mixed, slots = self.attention(self._before(x, self.attention_norm), view, slots)
-      x = self._after(x, mixed, self.attention_norm, self.attention_post_norm)
+      x = self._after(x, remat.named(mixed, 'attention_out'), self.attention_norm, self.attention_post_norm)
     if self.cross is not None:
       with jax.named_scope('cross'):
         mixed = self.cross.cross(self._before(x, self.cross_norm), view, slots)
@@ -63,7 +64,7 @@ class Block(nnx.Module):
         h, report = self.feed_forward(h, view.mask.query_segments)
       else:
         h = self.feed_forward(h)
-      x = self._after(x, h, self.feed_forward_norm, self.feed_forward_post_norm)
+      x = self._after(x, remat.named(h, 'feed_forward_out'), self.feed_forward_norm, self.feed_forward_post_norm)
     return x, slots, report
 
   def _before(self, x, norm):
@@ -78,7 +79,7 @@ class Stack(nnx.Module):
   """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a repeating period."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
-    self.remat = config.remat
+    self.remat = config.kept
     self.periods = (((Kind(),), config.encoder_layers),) if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
     self.blocks = nnx.List([
@@ -94,7 +95,8 @@ class Stack(nnx.Module):
       view = dataclasses.replace(view, relative=Relative(table=self.relative[...], bidirectional=self.bidirectional,
                                                          max_distance=self.distance))
     slots, reports, blocks = cache and Slots(cache, jnp.int32(0)), [], list(self.blocks)
-    run = remat(lambda block, x, slots: block(x, view, slots), self.remat)
+    # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again.
+    run = remat.remat(lambda block, x, slots: jax.lax.optimization_barrier(block)(x, view, slots), self.remat)
 
     def period(carry, blocks):
       x, slots = carry
@@ -106,7 +108,7 @@ class Stack(nnx.Module):
       return (x, slots), found
     for kinds, _ in self.periods:
       own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
-      (x, slots), found = jax.lax.scan(period, (x, slots), own)
+      (x, slots), found = remat.scan(period, (x, slots), own, self.remat)
       reports += _in_order(found)
     cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
     x = ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
@@ -190,18 +192,22 @@ class Decoder(nnx.Module):
     return output if self.config.logit_scale == 1 else output._replace(hidden=output.hidden * self.config.logit_scale)
 
   def scored(self, x: Float[Array, '*B D']) -> tuple[Float[Array, '*B E'], Float[Array, 'V E']]:
-    """What final hidden states become before they are scored, and the table they are scored against, in the compute dtype."""
-    table = use(self.embedding.tokens if self.head.tokens is None else self.head.tokens, self.config.dtype)
+    """What final hidden states become before they are scored, and the table they are scored against, in the compute dtype.
+
+    The table is laid out as it is stored, but for one with a bias, which is whole along E.
+    """
+    tokens = self.embedding.tokens if self.head.tokens is None else self.head.tokens
     x = self.head(x)
-    if self.head.bias is not None:  # a bias is one more input that is always 1
-      bias = self.head.bias[...].astype(table.dtype)
-      x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
-      table = jnp.concatenate([table, bias[:, None]], -1)
-    return x, table
+    if self.head.bias is None:
+      return x, tokens[...].astype(self.config.dtype)
+    bias = self.head.bias[...].astype(self.config.dtype)  # one more input that is always 1
+    return (jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1),
+            jnp.concatenate([use(tokens, self.config.dtype), bias[:, None]], -1))
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
-    logits = jnp.einsum('...D,VD->...V', *self.scored(x), preferred_element_type=jnp.float32)
+    x, table = self.scored(x)
+    logits = jnp.einsum('...D,VD->...V', x, ax.place(table, 'vocab', None), preferred_element_type=jnp.float32)
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 

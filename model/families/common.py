@@ -293,7 +293,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
   key = (config.H + config.latent.rope_width)**-0.5
   experts_at = [i for i, kind in enumerate(kinds) if kind.moe]
   changes = {field: getattr(default, field)
-             for field in ('dtype', 'parameter_dtype', 'attention', 'remat', 'init_scale')}
+             for field in ('dtype', 'parameter_dtype', 'attention', 'remat', 'remat_save', 'remat_offload', 'init_scale')}
   changes |= dict(kv_heads=config.K, head_width=config.H, feed_forward=config.F, window=max(looks), global_every=every,
                   attention_scale=0.0 if config.attention_scale == key else config.attention_scale,
                   latent=dataclasses.replace(config.latent, value_width=config.value_width) if config.latent.width

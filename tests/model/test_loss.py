@@ -40,14 +40,14 @@ def with_gradients(function, options):
   return jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
 
 
-def check(arguments, z_loss=0.0, softcap=0.0, chunk_tokens=loss.CHUNK_TOKENS, mesh=None, tolerance=1e-5):
+def check(arguments, z_loss=0.0, softcap=0.0, chunk=loss.CHUNK, mesh=None, tolerance=1e-5):
   """Loss, sums and gradients are those of `plain`, with and without gradients being asked for."""
   (expected, expected_sums), expected_gradients = with_gradients(plain, (z_loss, softcap))(*arguments)
-  options = (z_loss, softcap, chunk_tokens)
+  options = (z_loss, softcap, chunk)
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     x, head, targets = arguments
     if mesh is not None:
-      x, head, targets = (jax.device_put(a, ax.spec(axis)) for a, axis in zip(arguments, ('batch', 'vocab', 'batch')))
+      x, head, targets = (jax.device_put(a, ax.spec(*axis)) for a, axis in zip(arguments, (('batch',), ('vocab', 'embed'), ('batch',))))
     (value, sums), gradients = with_gradients(cross_entropy, options)(x, head, targets)
     forward_value, forward_sums = jax.jit(cross_entropy, static_argnums=(3, 4, 5))(x, head, targets, *options)
   np.testing.assert_allclose(value, expected, rtol=tolerance)
@@ -61,31 +61,35 @@ def check(arguments, z_loss=0.0, softcap=0.0, chunk_tokens=loss.CHUNK_TOKENS, me
     np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
 
 
-CASES = [(0.0, 0.0, 1024), (0.1, 0.0, 2), (0.0, 2.0, 6), (0.1, 2.0, 10)]
+CASES = [(0.0, 0.0, 1024), (0.1, 0.0, 1), (0.0, 2.0, 14 * 6), (0.1, 2.0, 14 * 5)]  # 1, 12, 2 and 3 chunks; 14 tokens, 12 ids
 
 
-@pytest.mark.parametrize('z_loss, softcap, chunk_tokens', CASES)
-def test_loss_is_the_cross_entropy(z_loss, softcap, chunk_tokens):
-  check(inputs(), z_loss, softcap, chunk_tokens)
+@pytest.mark.parametrize('z_loss, softcap, chunk', CASES)
+def test_loss_is_the_cross_entropy(z_loss, softcap, chunk):
+  check(inputs(), z_loss, softcap, chunk)
 
 
 def test_in_bfloat16():
-  check(inputs(dtype='bfloat16'), 0.1, 2.0, 6, tolerance=1e-2)
+  check(inputs(dtype='bfloat16'), 0.1, 2.0, 14 * 6, tolerance=1e-2)
+
+
+def test_a_vocabulary_of_prime_size():
+  check(inputs(V=13), 0.1, 2.0, 14 * 5)
 
 
 @pytest.mark.parametrize('sizes', [{'data': 8}, {'data': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str)
 def test_split_over_devices(sizes):
-  check(inputs(B=8), 0.1, 2.0, 2, make_mesh(MeshConfig(**sizes)))
+  check(inputs(B=8), 0.1, 2.0, 14 * 2, make_mesh(MeshConfig(**sizes)))
 
 
 def test_split_over_auto_axes():
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=jax.sharding.AxisType.Auto)
-  check(inputs(B=8), 0.1, 2.0, 2, mesh)
+  check(inputs(B=8), 0.1, 2.0, 14 * 2, mesh)
 
 
 def test_gradients_are_slopes():
   x, head, targets = inputs(T=5)
-  run = jax.jit(lambda x, head: cross_entropy(x, head, targets, 0.1, 2.0, 4)[0])
+  run = jax.jit(lambda x, head: cross_entropy(x, head, targets, 0.1, 2.0, 50)[0])
   jax.test_util.check_grads(run, (x, head), order=1, modes=['rev'], atol=1e-2, rtol=1e-2, eps=1e-2)
 
 
@@ -112,7 +116,7 @@ def test_a_row_of_targets_that_is_ignored_costs_nothing():
 def test_memory_stays_far_below_the_logits(gradients):
   B, T, D, V = 4, 1024, 32, 8192
   shapes = [jax.ShapeDtypeStruct(*a) for a in (((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32))]
-  run = lambda x, head, targets: cross_entropy(x, head, targets, 1e-4, 0.0, 256)
+  run = lambda x, head, targets: cross_entropy(x, head, targets, 1e-4, 0.0, 2**21)
   run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True) if gradients else run)
   naive = jax.jit(jax.grad(lambda *arguments: plain(*arguments, 1e-4, 0.0)[0]))
   ours, others = (f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes for f in (run, naive))

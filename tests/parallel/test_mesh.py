@@ -2,13 +2,11 @@
 import math
 
 import jax
-import jax.ad_checkpoint
 import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import AxisType
 
 from parallel.mesh import AXES, MeshConfig, make_mesh
-from parallel.remat import POLICIES, remat
 
 
 @given(st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from(['data', 'fsdp', 'tensor', '']), st.integers(1, 64))
@@ -50,19 +48,3 @@ def test_mesh(axis_type):
   assert list(mesh.shape.values()) == [2, 2, 1, 1, 1, 2]
   part = make_mesh(MeshConfig(tensor=2), jax.devices()[4:6], axis_type)
   assert [d.id for d in part.devices.flat] == [4, 5] and part.axis_types == (axis_type,) * 6
-
-
-def test_remat_policies_are_checked():
-  with pytest.raises(ValueError, match=f"remat='ful' is unknown; did you mean 'full'.*{', '.join(POLICIES)}"):
-    remat(abs, 'ful')
-  assert remat(abs, 'none') is abs
-
-
-@pytest.mark.parametrize('name, saved', [('none', 2), ('dots', 1), ('full', 0)])
-def test_remat_keeps_what_its_name_says(name, saved, capsys):
-  w = jax.numpy.ones((4, 4))
-  function = lambda x: jax.numpy.sin(jax.numpy.sin(x @ w)).sum()
-  jax.ad_checkpoint.print_saved_residuals(remat(function, name), w)
-  lines = capsys.readouterr().out.splitlines()
-  computed = [line for line in lines if 'from the argument' not in line and 'from a constant' not in line]
-  assert len(computed) == saved, computed
