@@ -25,7 +25,7 @@ from data.prepare import prepare
 from kernels import attention
 from model import params, transformer
 from objectives.pretrain import check_model, pretrain, router_metrics
-from parallel import axes
+from parallel import axes, offload
 from parallel.mesh import make_mesh
 from training import config as configs
 from training import precision
@@ -50,12 +50,17 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
   # number. A power of two costs no precision.
   unit = 2.0 ** -round(math.log2(config.data.batch_size * config.data.sequence_length))
 
-  def loss_fn(model, batch, scale):
-    total, sums = pretrain(model, batch, config.train.z_loss)
-    return precision.scale(total * unit, scale), sums
+  zero, dtype, offloaded = config.mesh.zero, config.model.dtype, config.train.offload_optimizer
 
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state: states.TrainState, batch: Batch):
+    whole = params.gathered(state.model, dtype) if zero == 2 else None
+
+    def loss_fn(model, batch, scale):
+      if zero < 3:
+        model = params.joined(model, params.gathered(model, dtype) if zero == 1 else whole, reduce=zero == 2)
+      total, sums = pretrain(model, batch, config.train.z_loss)
+      return precision.scale(total * unit, scale), sums
     grads, sums = accumulate(loss_fn, state.model, batch, state.scale, config.train.accumulation)
     tokens = jnp.maximum(sums['tokens'], 1)
     grads = jax.tree.map(lambda g: g / (tokens * unit * state.scale.scale), grads)
@@ -63,12 +68,14 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
     norm = optax.tree.norm(norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['nll'])
 
-    updates, optimizer_state = optimizer.update(clip(grads, norm, config.optimizer.clip_norm), state.optimizer, state.model)
+    before = offload.to_device(state.optimizer) if offloaded else state.optimizer
+    updates, optimizer_state = optimizer.update(clip(grads, norm, config.optimizer.clip_norm), before, state.model)
     model = optax.apply_updates(state.model, updates)
     if config.model.moe.bias_rate:
       model = transformer.balanced(model, sums['load'], config.model.moe.bias_rate)
     # A step that is not finite leaves no trace, whether the host then stops the run or goes on.
-    model, optimizer_state = precision.select(finite, (model, optimizer_state), (state.model, state.optimizer))
+    model, optimizer_state = precision.select(finite, (model, optimizer_state), (state.model, before))
+    optimizer_state = offload.to_host(optimizer_state) if offloaded else optimizer_state
     scale = precision.update(state.scale, finite)
 
     metrics = {'loss': sums['nll'] / tokens, 'accuracy': sums['correct'] / tokens, 'grad_norm': norm,

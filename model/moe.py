@@ -37,7 +37,7 @@ class MoE(nnx.Module):
 
     def vector(shape, axes, wanted, dtype=dtype):
       return param(rngs, shape, axes, 'zeros', kind='vector', dtype=dtype) if wanted else None
-    self.router = param(rngs, (D, E), ('embed', None), D**-0.5, dtype=dtype)
+    self.router = param(rngs, (D, E), ('embed', None), D**-0.5, wide=True, dtype=dtype)
     self.router_bias = vector((E,), ('norm',), biased)
     # A step moves it by 1e-3 or so, which bfloat16 would round away.
     self.selection_bias = vector((E,), ('norm',), moe.selection_bias, 'float32')

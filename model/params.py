@@ -1,5 +1,6 @@
 """What is a parameter? One literal with shape, logical axes and initialiser; everything else is derived from it."""
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
 
 from parallel import axes as ax
 
@@ -29,12 +30,12 @@ class ParamSpec:
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | str, *, kind: str = 'matrix',
-          inputs: int = 1, dtype: str = 'float32') -> nnx.Param:
+          inputs: int = 1, wide: bool = False, dtype: str = 'float32') -> nnx.Param:
   """A parameter, born sharded as `axes` say.
 
   Args:
     init: standard deviation of a normal, or 'zeros' or 'ones'.
-    kind, inputs: see ParamSpec.
+    kind, inputs: see ParamSpec. wide: it is computed with in f32 whatever the compute dtype.
   Raises ValueError when shape and axes differ in length or a name is unknown.
   """
   if len(shape) != len(axes):
@@ -47,12 +48,56 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
   else:
     value = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=sharding) * init
     value = value.astype(dtype)
-  return nnx.Param(ax.place(value, *axes), axes=axes, kind=kind, inputs=inputs)
+  return nnx.Param(ax.place(value, *axes), axes=axes, kind=kind, inputs=inputs, wide=wide)
 
 
 def use(p: nnx.Param, dtype: str) -> jax.Array:
-  """The value as a layer computes with it: in the compute dtype first, then with its embed shards gathered."""
-  return ax.gather(p[...].astype(dtype), *p.axes)
+  """The value as a layer computes with it: in the compute dtype first, then with its embed shards gathered, unless it is so already."""
+  value = p.get_value()
+  if isinstance(value, Gathered):
+    return _whole(value.shard, value.whole, p.axes)
+  return ax.gather(value.astype(dtype), *p.axes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+  """A parameter whose shards were gathered before: `whole` is what is computed with, `shard` what its gradient belongs to."""
+  shard: Any
+  whole: Any
+
+
+def gathered(model, dtype: str):
+  """The matrices that layers gather, whole and in the compute dtype; None in place of all else.
+
+  Left out are tables and experts, which stay where they are or are used by those that hold them, and what is computed with in f32.
+  """
+  def one(p):
+    if p.kind != 'matrix' or 'embed' not in p.axes or p.wide:
+      return None
+    value = p.get_value()
+    return ax.gather(value.astype(dtype), *('layers',) * (value.ndim - len(p.axes)), *p.axes)
+  return jax.tree.map(one, model, is_leaf=_is_param)
+
+
+def joined(model, whole, reduce: bool = True):
+  """The model that computes with `whole`, of `gathered`; with `reduce` gradients are reduced to shards where they arise."""
+  def one(p, whole):
+    return p if whole is None else p.replace(Gathered(p.get_value(), whole) if reduce else whole)
+  return jax.tree.map(one, model, whole, is_leaf=lambda x: x is None or _is_param(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _whole(shard, whole, axes):
+  return whole
+
+
+_whole.defvjp(lambda shard, whole, axes: (whole, jnp.zeros((), shard.dtype)),
+              lambda axes, shard, gradient: (ax.place(gradient, *axes).astype(shard.dtype), None))
+
+
+def _is_param(x) -> bool:
+  return isinstance(x, nnx.Variable)
 
 
 def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
@@ -64,10 +109,13 @@ def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
 
 def abstract(function: Callable[[], Any], mesh: Mesh):
   """The result of `function` as ShapeDtypeStructs with the shardings on `mesh`, the one in context, that it would be born with."""
-  def one(x):
-    spec = getattr(x.sharding, 'spec', None) or P()
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-  return jax.tree.map(one, jax.eval_shape(function))
+  program, result = jax.make_jaxpr(function, return_shape=True)()
+
+  def one(x, known):
+    memory = 'pinned_host' if known.memory_space == jax.memory.Space.Host else None  # offloaded: see parallel.offload
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, known.sharding.spec, memory_kind=memory))
+  leaves, structure = jax.tree.flatten(result)
+  return jax.tree.unflatten(structure, [one(x, known) for x, known in zip(leaves, program.out_avals, strict=True)])
 
 
 def specs(model) -> nnx.Module:
@@ -76,7 +124,7 @@ def specs(model) -> nnx.Module:
     shape = tuple(p.get_value().shape)
     stacked = ('layers',) * (len(shape) - len(p.axes))
     return ParamSpec(shape, (*stacked, *p.axes), p.kind, p.inputs)
-  return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return jax.tree.map(one, model, is_leaf=_is_param)
 
 
 def count(model) -> int:

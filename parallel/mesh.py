@@ -19,6 +19,11 @@ UNSUPPORTED = ('stage', 'expert', 'context')
 class MeshConfig:
   """Sizes of the mesh axes; one of them may be -1: it takes the devices that are left.
 
+  Attributes:
+    zero: what `fsdp` splits while a step computes (ZeRO, arXiv:1910.02054, section 5): 1 the optimizer's state and the parameters it
+      updates, 2 gradients too, 3 also the weights that layers compute with. Between steps all are split. With 3 a layer gathers its
+      weights forward and again backward; with 1 and 2 they are gathered once a step, and are whole, in the compute dtype, while it lasts.
+
   Raises ValueError for a size below 1 (except one -1) and NotImplementedError for a split along an axis that no module
   honours yet.
   """
@@ -28,6 +33,7 @@ class MeshConfig:
   expert: int = 1
   context: int = 1
   tensor: int = 1
+  zero: int = 3
 
   def __post_init__(self):
     sizes = self.sizes()
@@ -36,6 +42,8 @@ class MeshConfig:
         raise ValueError(f'mesh.{axis}={size} is not a size; give 1 or more, or -1 on one axis for the devices left')
     if sum(size == -1 for size in sizes.values()) > 1:
       raise ValueError(f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left')
+    if self.zero not in (1, 2, 3):
+      raise ValueError(f'mesh.zero={self.zero} must be 1, 2 or 3; for copies of everything use mesh.data instead of mesh.fsdp')
     for axis in UNSUPPORTED:
       if sizes[axis] != 1:
         raise NotImplementedError(f'mesh.{axis}={sizes[axis]}: nothing is split over {axis!r} yet, so the only size is 1; '

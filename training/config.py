@@ -35,6 +35,7 @@ class TrainConfig:
   Attributes:
     steps: optimizer updates in all. seed: of the initial parameters.
     accumulation: microbatches of a step; exactly equal to one big batch.
+    offload_optimizer: keeps the optimizer's state in the host's memory between steps (parallel.offload).
     z_loss: weight of log(Z)^2 in the loss.
     log_every, eval_every, save_every: in steps; eval_every=0 evaluates only at the end.
     eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always does).
@@ -46,6 +47,7 @@ class TrainConfig:
   steps: int = 200
   seed: int = 0
   accumulation: int = 1
+  offload_optimizer: bool = False
   z_loss: float = 0.0
   log_every: int = 10
   eval_every: int = 0

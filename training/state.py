@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array
 
 from model import transformer
+from parallel import offload
 from training import precision
 
 
@@ -18,7 +19,8 @@ class TrainState:
 
   Attributes:
     step: [] int32, updates that were tried (skipped ones count).
-    model: the parameters. optimizer: the state of the optax transformation, sharded as the parameters are.
+    model: the parameters. optimizer: the state of the optax transformation, sharded as the parameters are; in the host's memory
+      with train.offload_optimizer.
     scale: precision.LossScale; constant 1 unless the compute dtype is float16.
     key: [2] uint32, data of the run's random key; what a step draws, it draws from this folded with `step`.
   """
@@ -33,4 +35,6 @@ def init(config, optimizer: optax.GradientTransformation, model: transformer.Dec
   """The state before the first step, on the mesh in context; of a new model, or of the one given. Traced: use under jit or eval_shape."""
   model = transformer.init(config.model, config.train.seed) if model is None else model
   key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1))
-  return TrainState(jnp.int32(0), model, optimizer.init(model), precision.init_loss_scale(config.model.dtype), key)
+  state = optimizer.init(model)
+  state = offload.to_host(state) if config.train.offload_optimizer else state
+  return TrainState(jnp.int32(0), model, state, precision.init_loss_scale(config.model.dtype), key)
