@@ -41,6 +41,10 @@ CONFIG = configs.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: config, tokenizer, checkpoints, metrics, report.')
 PROFILE = flags.DEFINE_string('profile', '', 'Steps to trace with the XLA profiler, as in 10-12.')
 ALLOW_CHANGE = flags.DEFINE_bool('allow_config_change', False, 'Resume although model or data order changed.')
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, for several processes that no cluster manager introduces.')
+PROCESSES = flags.DEFINE_integer('processes', 0, 'With --coordinator: how many processes there are.')
+PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
+HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.')
 
 
 def make_train_step(config: configs.Config, optimizer: optax.GradientTransformation):
@@ -95,7 +99,7 @@ def make_evaluate(config: configs.Config, prepared, put):
 
   def evaluate(model, batches: int = 0) -> dict[str, float]:
     sums = {'nll': jnp.float32(0), 'tokens': jnp.float32(0)}
-    for i, batch in enumerate(loader.validation_batches(prepared, config.data, jax.process_index(), jax.process_count())):
+    for i, batch in enumerate(loader.validation_batches(prepared, config.data, put.rows)):
       if batches and i == batches:
         break
       sums = eval_step(model, put(batch), sums)
@@ -103,7 +107,7 @@ def make_evaluate(config: configs.Config, prepared, put):
     # Bytes of the tokens read: exact for all of them, in proportion for a part.
     bytes_read = prepared.validation_bytes * tokens / prepared.report['packing']['validation']['pairs']
     found = {'validation_loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / bytes_read}
-    return found | ({} if batches else {f'{name}_bits_per_byte': value for name, value in baselines().items()})
+    return found | ({} if batches or jax.process_index() else {f'{name}_bits_per_byte': value for name, value in baselines().items()})
 
   return evaluate
 
@@ -128,7 +132,7 @@ def train_steps(config, state, steps, progress, batches, put, train_step, evalua
         progress = progress.after(evaluation['validation_loss'])
         impatient = progress.impatient(config.train.patience)
         watch.log(step, evaluate(state.model, 0) if config.train.eval_batches and (final or impatient) else evaluation)
-    reason = impatient or signal.name
+    reason = impatient or signal.after(step)
     if final or reason or every(config.train.save_every, step) or (evaluation and progress.waited == 0):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
@@ -165,7 +169,9 @@ def main(_):
   logging.set_verbosity(logging.WARNING)
   with mendable():
     config = configs.from_flag(CONFIG.value)
-  run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
+    together = hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
+  with together:
+    run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
 
 
 def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False) -> None:
@@ -184,13 +190,13 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
 
   # 3. Data: text to token shards, once; then batches, from any position.
   with mendable():
-    prepared = prepare(config.data, log=log)
+    prepared = hosts.first_alone(lambda: prepare(config.data, log=log), 'data')
     config = config.resolve(prepared.tokenizer.vocabulary)
     config.check_mesh(dict(mesh.shape))
     configs.check_unchanged(config, workdir, allow_change)
-    batches = loader.train_loader(prepared, config.data, jax.process_index(), jax.process_count())
-  rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
-  put = lambda batch: jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)
+    hosts.check_same('config and data', f'{config} {prepared.key}')
+    put = hosts.RowShards(jax.NamedSharding(mesh, axes.spec('batch', 'length')), config.data.batch_size)
+    batches = loader.train_loader(prepared, config.data, put.rows)
 
   # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
   model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
@@ -230,6 +236,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     if jax.process_index() == 0:
       configs.save(config, workdir)
       prepared.tokenizer.save(workdir / 'tokenizer')
+    with mendable():
+      hosts.check_shared(workdir / configs.FILE)
     watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
                      peak=hardware.peak(chip, config.model.dtype))
     with watching as watch, hosts.StopSignal() as signal:
@@ -237,7 +245,7 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
                             make_evaluate(config, prepared, put), checkpoints, watch, window, signal)
       window.close()
     interrupted = stopped and stopped == signal.name
-    if stopped:
+    if stopped and jax.process_index() == 0:
       log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}' + ('; the same command goes on from there' if interrupted else ''))
     if interrupted:
       return

@@ -82,7 +82,7 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
 def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
   """How many slices each axis crosses; empty where the devices need no grouping into slices.
 
-  Raises ValueError for slices of unequal sizes, and for TPU slices that neither `data` nor `stage` nor both together can cross.
+  Raises ValueError for slices of unequal sizes, and for TPU slices that neither `data` nor `stage` nor both can cross.
   """
   counts = collections.Counter(getattr(device, 'slice_index', 0) for device in devices)
   slices = len(counts)
@@ -93,7 +93,7 @@ def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
   data = math.gcd(sizes['data'], slices)
   if sizes['stage'] % (slices // data) == 0:
     return {'data': data, 'stage': slices // data}
-  if devices[0].platform == 'gpu':  # to jax a node is a slice; the network between nodes carries any axis, the outermost first
+  if devices[0].platform != 'tpu':  # to jax a node is a slice; the network between nodes carries any axis, the outermost first
     return {}
   raise ValueError(f'mesh.data={sizes["data"]} and mesh.stage={sizes["stage"]} do not divide over {slices} slices, whose network only '
                    f'these two may cross; make one of them a multiple of {slices}')
