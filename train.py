@@ -44,6 +44,7 @@ ALLOW_CHANGE = flags.DEFINE_bool('allow_config_change', False, 'Resume although 
 COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, for several processes that no cluster manager introduces.')
 PROCESSES = flags.DEFINE_integer('processes', 0, 'With --coordinator: how many processes there are.')
 PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
+STOPPED_CODE = flags.DEFINE_integer('stopped_code', 0, 'Exit code of a run that a signal stopped, for launchers that start it again.')
 HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.')
 
 
@@ -171,11 +172,13 @@ def main(_):
     config = configs.from_flag(CONFIG.value)
     together = hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
   with together:
-    run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
+    interrupted = run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
+  return STOPPED_CODE.value if interrupted else 0
 
 
-def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False) -> None:
-  """Trains in `workdir`, from its last whole checkpoint on; profile and allow_change are as the flags."""
+def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False) -> bool:
+  """Trains in `workdir`, from its last whole checkpoint on; profile and allow_change are as the flags. Returns whether a signal ended it.
+  """
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
 
@@ -195,7 +198,7 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     config.check_mesh(dict(mesh.shape))
     configs.check_unchanged(config, workdir, allow_change)
     hosts.check_same('config and data', f'{config} {prepared.key}')
-    put = hosts.RowShards(jax.NamedSharding(mesh, axes.spec('batch', 'length')), config.data.batch_size)
+    put = hosts.RowShards(jax.NamedSharding(mesh, axes.spec('batch', 'length')), (config.data.batch_size, config.data.sequence_length))
     batches = loader.train_loader(prepared, config.data, put.rows)
 
   # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
@@ -244,17 +247,18 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
       stopped = train_steps(config, state, steps, progress, batches, put, make_train_step(config, optimizer),
                             make_evaluate(config, prepared, put), checkpoints, watch, window, signal)
       window.close()
-    interrupted = stopped and stopped == signal.name
+    interrupted = stopped != '' and stopped == signal.name
     if stopped and jax.process_index() == 0:
       log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}' + ('; the same command goes on from there' if interrupted else ''))
     if interrupted:
-      return
+      return True
 
   # 7. Report: what it achieved and what it cost.
   if jax.process_index() == 0:
     report = write_report(workdir, config.report, parameters=parameters, flops_per_token=flops_per_token,
                           chips=devices // (chip.devices if chip else 1), hardware=device.device_kind)
     log(report.read_text() + f'\nwrote {report}')
+  return False
 
 
 if __name__ == '__main__':

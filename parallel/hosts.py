@@ -62,8 +62,8 @@ def connect(coordinator: str = '', processes: int = 0, process: int = -1, heartb
   given = {'--coordinator=HOST:PORT': coordinator != '', '--processes=N': processes != 0, '--process=I': process != -1}
   if any(given.values()):
     if not all(given.values()):
-      raise ValueError(f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes need {", ".join(given)}; '
-                       'one process needs none of them')
+      raise ValueError(f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes need {", ".join(given)}; one '
+                       'process needs none of them')
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal():
       raise ValueError(f'--coordinator={coordinator} is not HOST:PORT; give the address of process 0 and a free port there')
@@ -78,8 +78,8 @@ def connect(coordinator: str = '', processes: int = 0, process: int = -1, heartb
       if 'coordinator_address' not in str(error):  # what jax misses where it finds no cluster
         raise
       if 'JOB_COMPLETION_INDEX' in os.environ:
-        raise ValueError('this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes only; install jax[k8s], or '
-                         f'give {", ".join(given)}') from error
+        raise ValueError('this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes only; install '
+                         f'jax[k8s], or give {", ".join(given)}') from error
   if count() > 1:
     print(f'{_who()}: {jax.local_device_count()} of {jax.device_count()} devices', flush=True)
   return _together(heartbeat_timeout)
@@ -202,22 +202,22 @@ class RowShards:
     the mesh that decides.
   """
 
-  def __init__(self, sharding, rows: int):
-    """sharding: of arrays [rows, T]."""
-    self._sharding, self._global = sharding, rows
-    slices = {index[0].indices(rows) for index in sharding.addressable_devices_indices_map((rows, 1)).values()}
+  def __init__(self, sharding, shape: tuple[int, int]):
+    """sharding: of arrays of this shape, [B, T]."""
+    self._sharding, self._shape = sharding, shape
+    slices = {index[0].indices(shape[0]) for index in sharding.addressable_devices_indices_map(shape).values()}
     self.rows = sorted({row for part in slices for row in range(*part)})
 
   def __call__(self, batch: T) -> T:
-    """A pytree of numpy arrays [this process's rows, T] as one of global jax.Arrays [all rows, T]."""
+    """A pytree of numpy arrays [rows of this process, T] as one of global jax.Arrays [B, T]."""
     import jax
     at = {row: i for i, row in enumerate(self.rows)}
 
     def put(x):
       def shard(index):
-        start, stop, _ = index[0].indices(self._global)
-        return x[at[start]:at[start] + stop - start, *index[1:]]
-      return jax.make_array_from_callback((self._global, *x.shape[1:]), self._sharding, shard)
+        start, stop, _ = index[0].indices(self._shape[0])
+        return x[at[start]:at[start] + stop - start, index[1]]
+      return jax.make_array_from_callback(self._shape, self._sharding, shard)
     return jax.tree.map(put, batch)
 
 

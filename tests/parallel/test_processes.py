@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from test_commands import PATIENCE, Finished, Process, Runs, arrays, assert_same_end, checkpoint_of, losses
+from test_commands import PATIENCE, Finished, Runs, arrays, assert_same_end, checkpoint_of, losses
 
 from training.checkpoint import Checkpoints
 
@@ -115,7 +115,7 @@ def assert_close_end(a, b, steps, tolerance=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', [('--config.mesh.fsdp=2', '--config.mesh.tensor=2'), ('--config.mesh.fsdp=4',), ()], ids=str)
+@pytest.mark.parametrize('mesh', [('--config.mesh.fsdp=2', '--config.mesh.tensor=2', '--config.model.vocabulary=260'), ('--config.mesh.fsdp=4',), ()], ids=str)
 def test_four_processes_are_one(runs, tmp_path, mesh):
   train(runs, tmp_path / 'four', 4, *SMALL, *mesh)
   train_alone(runs, tmp_path / 'one', 4, *SMALL, *mesh)
