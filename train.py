@@ -154,6 +154,14 @@ def restore_order(batches: loader.Loader, position: dict, allow_change: bool, lo
     log(f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning')
 
 
+def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
+  """Writes what makes the directory this run's. Raises ValueError where another process does not see it."""
+  if jax.process_index() == 0:
+    configs.save(config, workdir)
+    tokenizer.save(workdir / 'tokenizer')
+  hosts.check_shared(workdir / configs.FILE)
+
+
 @contextlib.contextmanager
 def mendable():
   """What the person who started the run can mend ends it with one message, not with a traceback."""
@@ -236,11 +244,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     steps = range(first + 1, config.train.steps + 1)
     with mendable():
       window = ProfileWindow(profile, workdir / 'profile', steps)
-    if jax.process_index() == 0:
-      configs.save(config, workdir)
-      prepared.tokenizer.save(workdir / 'tokenizer')
     with mendable():
-      hosts.check_shared(workdir / configs.FILE)
+      claim(workdir, config, prepared.tokenizer)
     watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
                      peak=hardware.peak(chip, config.model.dtype))
     with watching as watch, hosts.StopSignal() as signal:

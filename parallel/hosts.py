@@ -162,6 +162,7 @@ def from_first(function: Callable[[], int | None]) -> int | None:
   import numpy as np
   from jax.experimental import multihost_utils
   found = function() if jax.process_index() == 0 else None
+  barrier('the first has found it')  # not on the devices, whose collectives have timeouts
   found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
   return None if found < 0 else found
 
@@ -208,7 +209,7 @@ class RowShards:
     slices = {index[0].indices(shape[0]) for index in sharding.addressable_devices_indices_map(shape).values()}
     self.rows = sorted({row for part in slices for row in range(*part)})
 
-  def __call__(self, batch: T) -> T:
+  def __call__(self, batch):
     """A pytree of numpy arrays [rows of this process, T] as one of global jax.Arrays [B, T]."""
     import jax
     at = {row: i for i, row in enumerate(self.rows)}
