@@ -1,5 +1,6 @@
 """Are several processes one? Real ones of train.py on this machine: the same numbers, checkpoints for any number, and a common end."""
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from test_commands import PATIENCE, Finished, Runs, arrays, assert_same_end, checkpoint_of, losses
+from test_commands import PATIENCE, Finished, Process, Runs, arrays, assert_same_end, checkpoint_of, losses
 
 from training.checkpoint import Checkpoints
 
@@ -84,6 +85,39 @@ def runs(tmp_path_factory):
   return DevicesRuns(tmp_path_factory.mktemp('runs'))
 
 
+MEETING = f'''
+import json, pathlib, sys, time
+from parallel import hosts
+coordinator, process, path = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+with hosts.connect(coordinator, 2, process, {HEARTBEAT}):
+  def write():
+    time.sleep(0.5)
+    found = path.read_text() if path.exists() else ''
+    path.write_text(f'{{found}}{{process}}')
+    return found
+  found = hosts.first_alone(write, 'write')
+  seen = [hosts.from_first(lambda: 7), hosts.from_first(lambda: None), hosts.from_first(lambda: process)]
+  hosts.check_same('path', str(path))
+  print(json.dumps([found, seen, hosts.differing(str(process))]))
+  try:
+    hosts.check_same('numbers', str(process))
+  except ValueError as error:
+    sys.exit(f'error: {{error}}')
+'''
+
+
+def test_two_processes_wait_and_agree(tmp_path):
+  (tmp_path / 'meeting.py').write_text(MEETING)
+  coordinator = f'localhost:{free_port()}'
+  with environment(PYTHONPATH=str(pathlib.Path(__file__).parents[2])):
+    processes = [Process(tmp_path, str(tmp_path / 'meeting.py'), coordinator, str(i), str(tmp_path / 'file')) for i in range(2)]
+  done = [process.end() for process in processes]
+  for process, found in zip(done, ('', '0')):
+    assert json.loads(process.out.splitlines()[-1]) == [found, [7, None, 0], [1]], done
+  assert done[0].code == 1 and done[1].code != 0
+  assert 'error: numbers of processes [1] are not those of process 0' in done[0].error + done[1].error
+
+
 def test_two_processes_that_slurm_introduces_are_one_bit_for_bit(runs, tmp_path):
   """Two terms have one sum, in whatever order: no tolerance is needed."""
   one, two = tmp_path / 'one', tmp_path / 'two'
@@ -144,11 +178,11 @@ def whole(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_stops_all_after_the_same_step(runs, whole, tmp_path, number):
-  group = Group(runs, tmp_path, 2, *LONG)
+  group = Group(runs, tmp_path, 2, *LONG, '--stopped_code=75')
   group.until_step(5)
   group.send(1, number)
   done = group.end()
-  assert [process.code for process in done] == [0, 0], done
+  assert [process.code for process in done] == [75, 75], done
   stopped = int(re.search(r'stopped after step (\d+): SIGTERM; the same command goes on from there', done[0].out)[1])
   assert Checkpoints(tmp_path).latest() == stopped < 60
   assert checkpoint_of(train(runs, tmp_path, 2, *LONG)) == stopped
