@@ -20,6 +20,7 @@ from typing import TypeVar
 # up to half of its time in page faults (benchmarks/README.md has the figures).
 TUNABLES = 'glibc.malloc.hugetlb=1'
 
+MEETING_TIMEOUT = 300  # seconds
 HEARTBEAT_TIMEOUT = 100  # seconds
 BARRIER_TIMEOUT = 7 * 24 * 3600  # seconds; a process that is lost ends the wait far sooner
 LOOKS, LOOK_SECONDS = 30, 2  # NFS may show a new file only after a minute
@@ -69,8 +70,10 @@ def connect(coordinator: str = '', processes: int = 0, process: int = -1, heartb
       raise ValueError(f'--coordinator={coordinator} is not HOST:PORT; give the address of process 0 and a free port there')
     if not 0 <= process < processes:
       raise ValueError(f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}')
+    # jax gives up with an abort that does not say for whom it waited.
+    print(f'process {process} of {processes} meets the others at {coordinator}, within {MEETING_TIMEOUT} s or not at all', flush=True)
     jax.distributed.initialize(coordinator, processes, process, cluster_detection_method='deactivate',
-                               heartbeat_timeout_seconds=heartbeat_timeout)
+                               initialization_timeout=MEETING_TIMEOUT, heartbeat_timeout_seconds=heartbeat_timeout)
   elif not _alone():
     try:
       jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)

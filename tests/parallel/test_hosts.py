@@ -91,10 +91,12 @@ def test_half_an_introduction_is_refused(initialized, given, said):
   assert said in str(error.value) and not initialized
 
 
-def test_an_introduction_is_passed_on(initialized):
+def test_an_introduction_is_passed_on(initialized, capsys):
   with hosts.connect('a:1', 3, 2, 17):
     pass
-  assert initialized == [(('a:1', 3, 2), {'cluster_detection_method': 'deactivate', 'heartbeat_timeout_seconds': 17})]
+  [(arguments, options)] = initialized
+  assert arguments == ('a:1', 3, 2) and options['heartbeat_timeout_seconds'] == 17
+  assert 'process 2 of 3 meets the others at a:1' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('environment, searched', [
