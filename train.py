@@ -41,6 +41,11 @@ CONFIG = configs.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: config, tokenizer, checkpoints, metrics, report.')
 PROFILE = flags.DEFINE_string('profile', '', 'Steps to trace with the XLA profiler, as in 10-12.')
 ALLOW_CHANGE = flags.DEFINE_bool('allow_config_change', False, 'Resume although model or data order changed.')
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, for several processes that no cluster manager introduces.')
+PROCESSES = flags.DEFINE_integer('processes', 0, 'With --coordinator: how many processes there are.')
+PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
+STOPPED_CODE = flags.DEFINE_integer('stopped_code', 0, 'Exit code of a run that a signal stopped, for launchers that start it again.')
+HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.')
 
 
 def make_train_step(config: configs.Config, optimizer: optax.GradientTransformation):
@@ -102,7 +107,7 @@ def make_evaluate(config: configs.Config, prepared, put):
 
   def evaluate(model, batches: int = 0) -> dict[str, float]:
     sums = {'nll': jnp.float32(0), 'tokens': jnp.float32(0)}
-    for i, batch in enumerate(loader.validation_batches(prepared, config.data, jax.process_index(), jax.process_count())):
+    for i, batch in enumerate(loader.validation_batches(prepared, config.data, put.rows)):
       if batches and i == batches:
         break
       sums = eval_step(model, put(batch), sums)
@@ -110,7 +115,7 @@ def make_evaluate(config: configs.Config, prepared, put):
     # Bytes of the tokens read: exact for all of them, in proportion for a part.
     bytes_read = prepared.validation_bytes * tokens / prepared.report['packing']['validation']['pairs']
     found = {'validation_loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / bytes_read}
-    return found | ({} if batches else {f'{name}_bits_per_byte': value for name, value in baselines().items()})
+    return found | ({} if batches or jax.process_index() else {f'{name}_bits_per_byte': value for name, value in baselines().items()})
 
   return evaluate
 
@@ -135,7 +140,7 @@ def train_steps(config, state, steps, progress, batches, put, train_step, evalua
         progress = progress.after(evaluation['validation_loss'])
         impatient = progress.impatient(config.train.patience)
         watch.log(step, evaluate(state.model, 0) if config.train.eval_batches and (final or impatient) else evaluation)
-    reason = impatient or signal.name
+    reason = impatient or signal.after(step)
     if final or reason or every(config.train.save_every, step) or (evaluation and progress.waited == 0):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
@@ -156,6 +161,14 @@ def restore_order(batches: loader.Loader, position: dict, allow_change: bool, lo
     log(f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning')
 
 
+def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
+  """Writes what makes the directory this run's. Raises ValueError where another process does not see it."""
+  if jax.process_index() == 0:
+    configs.save(config, workdir)
+    tokenizer.save(workdir / 'tokenizer')
+  hosts.check_shared(workdir / configs.FILE)
+
+
 @contextlib.contextmanager
 def mendable():
   """What the person who started the run can mend ends it with one message, not with a traceback."""
@@ -172,11 +185,15 @@ def main(_):
   logging.set_verbosity(logging.WARNING)
   with mendable():
     config = configs.from_flag(CONFIG.value)
-  run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
+    together = hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
+  with together:
+    interrupted = run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
+  return STOPPED_CODE.value if interrupted else 0
 
 
-def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False) -> None:
-  """Trains in `workdir`, from its last whole checkpoint on; profile and allow_change are as the flags."""
+def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False) -> bool:
+  """Trains in `workdir`, from its last whole checkpoint on; profile and allow_change are as the flags. Returns whether a signal ended it.
+  """
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
 
@@ -191,13 +208,13 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
 
   # 3. Data: text to token shards, once; then batches, from any position.
   with mendable():
-    prepared = prepare(config.data, log=log)
+    prepared = hosts.first_alone(lambda: prepare(config.data, log=log), 'data')
     config = config.resolve(prepared.tokenizer.vocabulary)
     config.check_mesh(dict(mesh.shape))
     configs.check_unchanged(config, workdir, allow_change)
-    batches = loader.train_loader(prepared, config.data, jax.process_index(), jax.process_count())
-  rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
-  put = lambda batch: jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)
+    hosts.check_same('config and data', f'{config} {prepared.key}')
+    put = hosts.RowShards(jax.NamedSharding(mesh, axes.spec('batch', 'length')), (config.data.batch_size, config.data.sequence_length))
+    batches = loader.train_loader(prepared, config.data, put.rows)
 
   # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
   model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
@@ -234,26 +251,26 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     steps = range(first + 1, config.train.steps + 1)
     with mendable():
       window = ProfileWindow(profile, workdir / 'profile', steps)
-    if jax.process_index() == 0:
-      configs.save(config, workdir)
-      prepared.tokenizer.save(workdir / 'tokenizer')
+    with mendable():
+      claim(workdir, config, prepared.tokenizer)
     watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
                      peak=hardware.peak(chip, config.model.dtype))
     with watching as watch, hosts.StopSignal() as signal:
       stopped = train_steps(config, state, steps, progress, batches, put, make_train_step(config, optimizer),
                             make_evaluate(config, prepared, put), checkpoints, watch, window, signal)
       window.close()
-    interrupted = stopped and stopped == signal.name
-    if stopped:
+    interrupted = stopped != '' and stopped == signal.name
+    if stopped and jax.process_index() == 0:
       log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}' + ('; the same command goes on from there' if interrupted else ''))
     if interrupted:
-      return
+      return True
 
   # 7. Report: what it achieved and what it cost.
   if jax.process_index() == 0:
     report = write_report(workdir, config.report, parameters=parameters, flops_per_token=flops_per_token,
                           chips=devices // (chip.devices if chip else 1), hardware=device.device_kind)
     log(report.read_text() + f'\nwrote {report}')
+  return False
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
 """Which rows make up the next batch, on this process, now and after any restart?
 
-Global batch b is rows b * B .. (b + 1) * B - 1 of one endless, randomly accessible sequence of training rows; process p
-of P takes its p-th part. So a position in the sequence is the whole state, whatever the number of processes.
+Global batch b is rows b * B .. (b + 1) * B - 1 of one endless, randomly accessible sequence of training rows; a process reads
+those that its devices hold. So a position in the sequence is the whole state, whatever the number of processes.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from data.batch import Batch
 from data.config import DataConfig
@@ -15,21 +15,10 @@ THREADS = 2  # gathering rows is copying; more threads than this only contend fo
 BUFFERED_BATCHES = 8
 
 
-def _local_rows(config: DataConfig, process_index: int, process_count: int) -> range:
-  """Which rows of a global batch belong to a process."""
-  if not 0 <= process_index < process_count:
-    raise ValueError(f'process_index={process_index} must be in [0, process_count={process_count})')
-  if config.batch_size % process_count:
-    raise ValueError(f'batch_size={config.batch_size} is not divisible by {process_count} processes; '
-                     f'the nearest that is: {-(-config.batch_size // process_count) * process_count}')
-  local = config.batch_size // process_count
-  return range(process_index * local, (process_index + 1) * local)
-
-
 class Loader:
-  """An endless iterator of training batches, numpy int32 [B / processes, T]; see `train_loader`."""
+  """An endless iterator of training batches, numpy int32 [rows of this process, T]; see `train_loader`."""
 
-  def __init__(self, prepared: Prepared, config: DataConfig, rows: range):
+  def __init__(self, prepared: Prepared, config: DataConfig, rows: Sequence[int]):
     self._prepared, self._config, self._rows = prepared, config, rows
     self._sequence = _row_sequence(prepared, config)
     self._examples = 0
@@ -101,24 +90,21 @@ def _row_sequence(prepared: Prepared, config: DataConfig):
   return grain.MapDataset.mix(sources, [source.weight for source in prepared.train])
 
 
-def train_loader(prepared: Prepared, config: DataConfig, process_index: int = 0, process_count: int = 1) -> Loader:
+def train_loader(prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None) -> Loader:
   """Training batches for one process, for ever; deterministic in the prepared data, config.seed and the weights.
 
   Args:
     prepared: from `prepare(config)`.
-    config: its batch_size B is global; process p gets rows p * B / P .. (p + 1) * B / P of every batch.
-    process_index, process_count: p and P.
-
-  Raises:
-    ValueError: B is not divisible by P.
+    config: its batch_size B is global.
+    rows: which of the B rows of every batch this process reads; all by default.
   """
-  return Loader(prepared, config, _local_rows(config, process_index, process_count))
+  return Loader(prepared, config, range(config.batch_size) if rows is None else rows)
 
 
 class ValidationBatches:
-  """The held-out rows in order, as batches [B / processes, T]; can be iterated again; see `validation_batches`."""
+  """The held-out rows in order, as batches [rows of this process, T]; can be iterated again; see `validation_batches`."""
 
-  def __init__(self, prepared: Prepared, config: DataConfig, rows: range):
+  def __init__(self, prepared: Prepared, config: DataConfig, rows: Sequence[int]):
     self._source, self._config, self._rows = prepared.validation, config, rows
 
   def __len__(self) -> int:
@@ -134,10 +120,9 @@ class ValidationBatches:
       yield batch
 
 
-def validation_batches(prepared: Prepared, config: DataConfig, process_index: int = 0, process_count: int = 1
-                       ) -> ValidationBatches:
+def validation_batches(prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None) -> ValidationBatches:
   """Held-out batches for one process: every held-out token is predicted exactly once; the last batch ends in padding.
 
-  Args and errors are those of `train_loader`.
+  The arguments are those of `train_loader`.
   """
-  return ValidationBatches(prepared, config, _local_rows(config, process_index, process_count))
+  return ValidationBatches(prepared, config, range(config.batch_size) if rows is None else rows)

@@ -3,11 +3,13 @@
 Six axes, always all six, in this order: `data` (replicas), `fsdp` (replicas that share parameters), `stage`, `expert`,
 `context`, `tensor`. An axis that is not used has size 1, so that a spec never has to ask which axes exist.
 """
+import collections
 import dataclasses
 import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
@@ -68,12 +70,41 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.Explicit) -> Mesh:
-  """The six-axis mesh over `devices` (default: all). `axis_type=Auto` is for the compile-time twin in tests only."""
+  """The six-axis mesh over `devices` (default: all; those of a topology description will do).
+
+  Neighbours along an axis are neighbours in the network of a slice, the later axes first; slices are `data`'s or `stage`'s to
+  cross. `axis_type=Auto` is for the compile-time twin in tests only. Raises ValueError where the sizes do not fit the devices.
+  """
   devices = list(jax.devices() if devices is None else devices)
-  shape = tuple(config.resolve(len(devices)).values())
-  if len(devices) == len(jax.devices()):
-    return jax.make_mesh(shape, AXES, axis_types=(axis_type,) * len(AXES), devices=devices)  # honours the topology
-  return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(axis_type,) * len(AXES))
+  sizes = config.resolve(len(devices))
+  across = _across_slices(sizes, devices)
+  within = [size // across.get(axis, 1) for axis, size in sizes.items()]
+  # Splitting a physical axis changes nothing for meshes that need no splitting, and most others have no layout without it.
+  if across:
+    grid = mesh_utils.create_hybrid_device_mesh(within, [across.get(axis, 1) for axis in AXES], devices, allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
+  """How many slices each axis crosses; empty where the devices need no grouping into slices.
+
+  Raises ValueError for slices of unequal sizes, and for TPU slices that neither `data` nor `stage` nor both can cross.
+  """
+  counts = collections.Counter(getattr(device, 'slice_index', 0) for device in devices)
+  slices = len(counts)
+  if slices == 1:
+    return {}
+  if len(set(counts.values())) > 1:
+    raise ValueError(f'slices hold different numbers of devices, {dict(sorted(counts.items()))} by index; give as many of each')
+  data = math.gcd(sizes['data'], slices)
+  if sizes['stage'] % (slices // data) == 0:
+    return {'data': data, 'stage': slices // data}
+  if devices[0].platform != 'tpu':  # to jax a node is a slice; the network between nodes carries any axis, the outermost first
+    return {}
+  raise ValueError(f'mesh.data={sizes["data"]} and mesh.stage={sizes["stage"]} do not divide over {slices} slices, whose network only '
+                   f'these two may cross; make one of them a multiple of {slices}')
 
 
 def platform() -> str:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 import files
 from model.params import named_leaves
+from parallel import hosts
 
 # Orbax warns at every save that it merges no OCDBT files, which it was told not to write.
 logging.getLogger('absl').addFilter(lambda record: not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT'))
@@ -61,6 +62,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       self._remove(step)
       path.parent.mkdir(parents=True, exist_ok=True)
+    hosts.barrier(f'checkpoint {step} may be written')
     record = {'step': step, 'validation_loss': validation_loss, 'data': data, 'progress': progress,
               'leaves': {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}}
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), leaves)
@@ -120,8 +122,12 @@ class Checkpoints:
   def latest(self) -> int | None:
     """The last step whose checkpoint is whole, None if there never was one. Damaged ones are named in the log.
 
-    Raises ValueError when there are checkpoints and all are damaged: starting over must be asked for.
+    With several processes, the first one looks, for all. Raises ValueError when there are checkpoints and all are damaged: starting over
+    must be asked for.
     """
+    return hosts.from_first(self._latest)
+
+  def _latest(self) -> int | None:
     for left in self._unfinished():
       self._log(f'WARNING: {left} has no record: it is being written, or its writer was killed; it will not be used')
     steps = self.steps()
@@ -164,8 +170,11 @@ class Checkpoints:
 
   def _commit(self, step: int, record: dict) -> None:
     self._orbax.wait_until_finished()
-    if jax.process_index() != 0:
-      return
+    if jax.process_index() == 0:
+      self._seal_and_tidy(step, record)
+    hosts.barrier(f'checkpoint {step} is whole')
+
+  def _seal_and_tidy(self, step: int, record: dict) -> None:
     path = self._path(step)
     record['files'] = {str(p.relative_to(path)): [p.stat().st_size, _digest(p)] for p in sorted(path.rglob('*')) if p.is_file()}
     files.replace(path.with_suffix('.json'), json.dumps(_seal(record)))

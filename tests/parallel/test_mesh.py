@@ -1,7 +1,10 @@
 """Is the mesh what its config says, and are impossible ones refused?"""
+import dataclasses
 import math
+import random
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import AxisType
@@ -48,3 +51,78 @@ def test_mesh(axis_type):
   assert list(mesh.shape.values()) == [2, 2, 1, 1, 1, 2]
   part = make_mesh(MeshConfig(tensor=2), jax.devices()[4:6], axis_type)
   assert [d.id for d in part.devices.flat] == [4, 5] and part.axis_types == (axis_type,) * 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a mesh's layout asks of a device."""
+  id: int
+  slice_index: int
+  coords: tuple[int, int, int]
+  platform: str = 'tpu'
+  device_kind: str = 'TPU v5'
+  core_on_chip: int = 0
+
+
+def devices_of(slices, shape=(2, 2, 4), **kinds):
+  """Slices of this shape, x fastest, as libtpu describes them (v5p:2x2x4)."""
+  coords = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0])]
+  return [Device(s * 100000 + i, s, xyz, **kinds) for s in range(slices) for i, xyz in enumerate(coords)]
+
+
+def crossed(mesh) -> set[str]:
+  """The axes along which the slice changes."""
+  slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  return {axis for i, axis in enumerate(AXES) if (np.diff(slices, axis=i) != 0).any()}
+
+
+def layout(slices, shape=(2, 2, 4), stage=1, kinds={}, **sizes):
+  config = MeshConfig(**sizes)
+  object.__setattr__(config, 'stage', stage)  # the layout honours it whether or not the model does
+  return make_mesh(config, devices_of(slices, shape, **kinds))
+
+
+@pytest.mark.parametrize('slices, sizes, axes', [
+    (2, {'fsdp': 4, 'tensor': 4}, {'data'}),
+    (2, {'data': 4, 'fsdp': 4, 'tensor': 2}, {'data'}),
+    (2, {'data': 1, 'stage': 4, 'tensor': 8}, {'stage'}),
+    (4, {'data': 2, 'stage': 2, 'fsdp': 16}, {'data', 'stage'}),
+], ids=str)
+def test_only_data_and_stage_cross_slices(slices, sizes, axes):
+  mesh = layout(slices, **sizes)
+  assert crossed(mesh) == axes and len(set(mesh.devices.flat)) == 16 * slices
+
+
+def test_every_other_axis_across_slices_is_refused():
+  with pytest.raises(ValueError, match='mesh.data=1 and mesh.stage=1 do not divide over 2 slices.*a multiple of 2'):
+    layout(2, data=1, fsdp=32)
+  with pytest.raises(ValueError, match='mesh.data=3 and mesh.stage=1 do not divide over 2 slices'):
+    layout(2, (2, 1, 3), data=3, fsdp=4)
+  with pytest.raises(ValueError, match=r'different numbers of devices, \{0: 16, 1: 8\}'):
+    make_mesh(MeshConfig(), devices_of(2)[:24])
+
+
+@pytest.mark.parametrize('sizes, axes', [({'data': 1, 'fsdp': 8, 'tensor': 4}, {'fsdp'}), ({'data': 2, 'fsdp': 16}, {'data'})], ids=str)
+def test_any_axis_may_cross_nodes_of_gpus_but_the_inner_ones_do_last(sizes, axes):
+  assert crossed(layout(2, **sizes, kinds={'platform': 'gpu', 'device_kind': 'H100'})) == axes
+
+
+@pytest.mark.parametrize('slices', [1, 2])
+@pytest.mark.parametrize('sizes', [{'fsdp': 4, 'tensor': 4}, {'fsdp': 8, 'tensor': 2}, {'fsdp': 2, 'tensor': 8}], ids=str)
+def test_a_group_of_tensor_is_a_box_of_the_torus_in_whatever_order_devices_come(slices, sizes):
+  devices = devices_of(slices)
+  random.Random(1).shuffle(devices)
+  for group in make_mesh(MeshConfig(**sizes), devices).devices.reshape(-1, sizes['tensor']):
+    assert math.prod(np.ptp([device.coords for device in group], axis=0) + 1) == len(group)
+
+
+def test_devices_of_a_topology_form_meshes(monkeypatch):
+  pytest.importorskip('libtpu', reason='libtpu describes the topology: pip install -e .[plan]')
+  from jax.experimental import topologies
+  for name, value in {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
+                      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}.items():
+    monkeypatch.setenv(name, value)
+  two = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x2', num_slices=2).devices
+  assert crossed(make_mesh(MeshConfig(fsdp=4, tensor=2), two)) == {'data'}
+  one = topologies.get_topology_desc(platform='tpu', topology_name='v6e:4x4').devices
+  assert list(make_mesh(MeshConfig(fsdp=8, tensor=2), one).shape.values()) == [1, 8, 1, 1, 1, 2], 'splits a physical axis'

@@ -1,0 +1,45 @@
+#!/bin/bash
+# Trains on all workers of a TPU VM slice; launch/README.md tells more.
+#
+#   launch/tpu_vm.sh NAME setup                                        copies the checkout, installs it; again after every change
+#   launch/tpu_vm.sh NAME train --config=FILE --workdir=DIRECTORY ...  starts train.py, or goes on from its last checkpoint
+#   launch/tpu_vm.sh NAME log                                          follows what the first worker prints
+#   launch/tpu_vm.sh NAME stop                                         saves a checkpoint and stops
+#
+# gcloud's own configuration gives the project and the zone. PYTHON: the workers' interpreter, 3.11 or newer (python3).
+set -euo pipefail
+name=${1:?which TPU? Its name comes first} action=${2:?what to do? setup, train, log or stop}
+shift 2
+directory=tandem
+
+remote() {
+  local worker=$1 command=$2
+  gcloud compute tpus tpu-vm ssh "$name" --worker="$worker" --command="$command"
+}
+
+case $action in
+  setup)
+    archive=$(mktemp --suffix=.tgz)
+    trap 'rm -f "$archive"' EXIT
+    git ls-files -z | tar --null --files-from=- -czf "$archive"
+    gcloud compute tpus tpu-vm scp "$archive" "$name:$directory.tgz" --worker=all
+    remote all "mkdir -p $directory && cd $directory && tar -xzf ../$directory.tgz \
+&& ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install -q -e .[tpu]"
+    ;;
+  train)
+    # Detached, so that it outlives the connection.
+    flags=$(printf '%q ' "$@")
+    remote all "cd $directory || exit; if kill -0 \$(cat pid) 2>/dev/null; then echo 'train.py is running; stop it first' >&2; exit 1; fi
+nohup .venv/bin/python train.py $flags >> train.log 2>&1 < /dev/null & echo \$! > pid"
+    ;;
+  log)
+    remote 0 "tail -n 100 -F $directory/train.log"
+    ;;
+  stop)
+    remote 0 "kill -TERM \$(cat $directory/pid)"  # who tells the others
+    ;;
+  *)
+    echo "action '$action' is none of setup, train, log, stop" >&2
+    exit 1
+    ;;
+esac
