@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import names
 from kernels.attention import HONOURS, check
+from parallel.context import STRATEGIES
 from parallel.remat import POLICIES
 
 CHOICES = {
@@ -20,6 +21,7 @@ CHOICES = {
     'dtype': ('float32', 'bfloat16', 'float16'),
     'parameter_dtype': ('float32', 'bfloat16'),
     'attention': ('auto', *HONOURS),
+    'context': STRATEGIES,
     'remat': tuple(POLICIES),
 }
 
@@ -184,7 +186,8 @@ class ModelConfig:
       embedding (BERT). pooler: a projection and tanh of the first token.
     latent, moe: see there. encoder_layers: of an encoder that the decoder attends to; 0: decoder only.
     dtype: of activations and matrix products. parameter_dtype: of what the optimizer updates.
-    attention: backend of kernels.attention. remat: policy of parallel.remat around each block.
+    attention: backend of kernels.attention. context: how devices that share a row attend to all of it (parallel.context).
+    remat: policy of parallel.remat around each block.
     init_scale: standard deviation of the initial embedding; projections use 1 / sqrt(inputs), residual outputs that
       divided by sqrt(2 L) (Radford et al., GPT-2).
 
@@ -230,6 +233,7 @@ class ModelConfig:
   dtype: str = 'float32'
   parameter_dtype: str = 'float32'
   attention: str = 'auto'
+  context: str = 'ring'
   remat: str = 'none'
 
   def __post_init__(self):
