@@ -211,6 +211,8 @@ class EncoderDecoder(Decoder):
   """A decoder whose blocks also look at what an encoder, of the same sizes and with the same embedding, made of a source."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    if ax.size('length') > 1:
+      raise NotImplementedError(f'an encoder-decoder does not split its rows: mesh.context={ax.size("length")}; use data, fsdp or tensor')
     super().__init__(config, rngs)
     self.encoder = Stack(config, rngs, encoder=True)
 

@@ -94,17 +94,17 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   plain = mask.causal and mask.fields() <= {'causal', 'window', 'segments', 'zigzag'} and T == S
   zigzagged = R > 1 and plain and mask.zigzag == R and relative is None
   if R > 1 and (mask.causal or relative is not None) and (strategy == 'gather' or not zigzagged):
-    place = lambda x: ax.place(jnp.broadcast_to(x, (B, x.shape[1])), 'batch', 'length')
-    queries, keys = mask.positions(T, S)
-    mask = dataclasses.replace(mask, query_positions=place(queries), key_positions=place(keys))
-  data = {f.name: getattr(mask, f.name) for f in dataclasses.fields(mask) if isinstance(getattr(mask, f.name), jax.Array)}
+    queries, keys = (jnp.broadcast_to(x, (B, x.shape[1])) for x in mask.positions(T, S))
+    mask = dataclasses.replace(mask, query_positions=queries, key_positions=keys)
+  rows, heads, kv = ('batch', 'length'), ('batch', 'length', 'heads', 'head_width'), ('batch', 'length', k_heads, 'head_width')
+  data = {f.name: getattr(mask, f.name) for f in dataclasses.fields(mask)}
+  data = {name: ax.place(x, *rows[:x.ndim]) for name, x in data.items() if isinstance(x, jax.Array)}
   table = None if relative is None else relative.table
 
   def run(q, k, v, data, sinks, table):
     own = dataclasses.replace(mask, **data)
     bias = None if relative is None else dataclasses.replace(relative, table=table)
     return _on_device(q, k, v, own, local, sinks, bias, R, strategy == 'gather', zigzagged)
-  rows, heads, kv = ('batch', 'length'), ('batch', 'length', 'heads', 'head_width'), ('batch', 'length', k_heads, 'head_width')
   inputs = (heads, kv, kv, {name: rows[:x.ndim] for name, x in data.items()}, None if sinks is None else ('heads',),
             None if table is None else (None, 'heads'))
   return ax.local(run, inputs, (heads, heads[:3]))(q, k, v, data, sinks, table)

@@ -9,8 +9,9 @@ import oracle
 import pytest
 
 from kernels import attention as dispatch
+from kernels import reference
 from kernels.attention import HONOURS, attention
-from kernels.mask import Mask
+from kernels.mask import Mask, Relative
 
 PREFIX = np.array([4, 1], np.int32)
 MASKS = {'full': {'causal': False}, 'causal': {}, 'window': {'window': 3}, 'wide window': {'window': 99},
@@ -96,6 +97,40 @@ def test_blocked_is_the_reference(index, monkeypatch):
     q, k, v, sink = inputs(T, T, N, K, H, Hv, np.float64)
     mask = oracle.mask(mask_parts(name, segments, False, T, T))
     check_backend('blocked', q, k, v, sink if sinks else None, mask, 1e-12, softcap, scale)
+
+
+@pytest.mark.parametrize('backend', dispatch.PARTS)
+@pytest.mark.parametrize('parts, softcap, relative', [({'window': 5, 'segments': True}, 2.0, False), ({'positions': True}, 0.0, True),
+                                                     ({'causal': False, 'segments': True}, 0.0, True)], ids=str)
+def test_gradients_of_parts_add_up_to_those_of_the_whole(backend, parts, softcap, relative, monkeypatch):
+  """Keys in two parts; of each, the gradient from the whole's log-sum-exp and delta."""
+  monkeypatch.setattr(dispatch, 'BLOCK', 4)
+  T, S, N, K, H, Hv = (10, 14, 4, 2, 6, 4) if 'positions' in parts else (10, 10, 4, 2, 6, 4)
+  options = {'softcap': softcap, 'scale': 0.4}
+  with jax.enable_x64(True):
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).normal(size=shape))
+    q, k, v, _ = inputs(T, S, N, K, H, Hv, np.float64)
+    bias = Relative(table=draw(6, N), bidirectional=True, max_distance=9) if relative else None
+    mask = dict(parts) | mask_parts('full', parts.get('segments', False), True, T, S)
+    mask = oracle.mask({name: x for name, x in mask.items() if name not in ('segments', 'positions')} | {'causal': parts.get('causal', True)})
+    whole = lambda q, k, v, bias: reference.attention(q, k, v, mask, sinks=None, relative=bias, **options)
+    (out, lse), pull = jax.vjp(whole, q, k, v, bias)
+    d_out, d_lse = draw(*out.shape), jnp.where(jnp.isfinite(lse), draw(*lse.shape), 0)
+    expected = pull((d_out, d_lse))
+    delta = (d_out * out).sum(-1) - d_lse
+    found = []
+    for keys in (slice(0, 5), slice(5, S)):
+      part = mask.block(slice(0, T), keys)
+      arguments = q, k[:, keys], v[:, keys], part
+      one, one_lse = dispatch.part(*arguments, relative=bias, backend=backend, **options)
+      wanted = reference.attention(*arguments, sinks=None, relative=bias, **options)
+      np.testing.assert_allclose(one, wanted[0], atol=1e-12)
+      np.testing.assert_allclose(one_lse, wanted[1], atol=1e-12)
+      found.append(dispatch.part_backward(*arguments, lse, delta, d_out, relative=bias, backend=backend, **options))
+    (dq, dk, dv, dr), (dq2, dk2, dv2, dr2) = found
+    found = dq + dq2, jnp.concatenate([dk, dk2], 1), jnp.concatenate([dv, dv2], 1), jax.tree.map(jnp.add, dr, dr2)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-11)
 
 
 XLA = list(zip(MASKS, (False, True, False, True, False, True), (False, True, True, False, False, True)))
