@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 import names
@@ -265,7 +266,8 @@ def _ring(q, k, v, relative, mask, local, R, zigzagged):
       return state, ()
     start = jnp.zeros((*q.shape[:3], v.shape[3]), wide), jnp.full(q.shape[:3], -jnp.inf, wide)
     (out, lse), _ = _walk(visit, start, (k, v, _keys_data(mask)), (), mask, q.shape[1], R, zigzagged)
-    out = out.astype(v.dtype)
+    # With these kept (a name that remat policies know) the backward pass goes around once, not twice.
+    out, lse = checkpoint_name(out.astype(v.dtype), 'attention'), checkpoint_name(lse, 'attention')
     return (out, lse), (q, k, v, relative, mask, out, lse)
 
   def backward(kept, cotangents):

@@ -173,6 +173,16 @@ def test_collectives_are_those_of_the_strategy(strategy):
       assert len(re.findall(r' collective-permute(?:-start)?\(', compiled(strategy, 4, window=4).as_text())) == 6
 
 
+@pytest.mark.parametrize('names, transfers', [((), 18), (('attention',), 14)], ids=str)
+def test_remat_goes_around_the_ring_again_only_where_nothing_is_kept(names, transfers):
+  """4 transfers are written down for a forward pass (2 of them in a loop), 10 for a backward pass."""
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  run = jax.checkpoint(lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, Mask(zigzag=4))[0])), policy=policy)
+  with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])):
+    shapes = [jax.ShapeDtypeStruct((B, T, heads, H), jnp.float32, sharding=ax.out(*HEADS)) for heads in (N, K, K)]
+    assert str(jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(*shapes)).count('ppermute[') == transfers
+
+
 def test_memory_is_that_of_a_part(monkeypatch):
   monkeypatch.setattr(dispatch, 'BLOCK', 64)
 
