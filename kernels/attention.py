@@ -77,7 +77,7 @@ def part_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale,
 def _part(wide, mask, softcap, relative, backend):
   spec = _spec(wide, mask, softcap, None, relative)
   if backend == 'auto':
-    return next(name for name in ORDER[mesh.platform()] if name in PARTS and spec <= HONOURS[name])
+    return choose(spec, in_parts=True)
   return check_part(check(backend, spec))
 
 
@@ -104,9 +104,12 @@ def check(backend: str, spec: set[str]) -> str:
   return backend
 
 
-def choose(spec: set[str], platform: str = '') -> str:
-  """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform)."""
-  return next(name for name in ORDER[platform or mesh.platform()] if spec <= HONOURS[name])
+def choose(spec: set[str], platform: str = '', in_parts: bool = False) -> str:
+  """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform).
+
+  in_parts: of those that attention can be put together from part by part.
+  """
+  return next(name for name in ORDER[platform or mesh.platform()] if spec <= HONOURS[name] and (name in PARTS or not in_parts))
 
 
 def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):

@@ -50,6 +50,11 @@ def groups(strategy: str, heads: int, kv_heads: int) -> int:
   return P // degree(strategy, heads // tensor, max(1, kv_heads // tensor), P)
 
 
+def in_parts(strategy: str, heads: int, kv_heads: int) -> bool:
+  """Whether attention is put together from parts on the mesh in context, which not every backend can be (kernels.attention.PARTS)."""
+  return strategy != 'gather' and groups(strategy, heads, kv_heads) > 1
+
+
 def degree(strategy: str, N: int, K: int, P: int) -> int:
   """u for N query and K key heads of a device. Raises as `groups` does."""
   names.check('model.context', strategy, STRATEGIES)

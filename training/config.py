@@ -141,8 +141,8 @@ class Config:
     shards = sizes['fsdp'] * sizes['expert'] * P
     for what, size in (('width', m.D), ('latent.width', m.latent.width), ('latent.query_width', m.latent.query_width)):
       if size % shards:
-        raise ValueError(f'model.{what}={size} does not split over {shards} devices that share parameters (mesh fsdp {sizes["fsdp"]} x expert '
-                         f'{sizes["expert"]} x context {P}); make it a multiple, or an axis smaller')
+        raise ValueError(f'model.{what}={size} does not split over {shards} devices that share parameters (mesh fsdp {sizes["fsdp"]} '
+                         f'x expert {sizes["expert"]} x context {P}); make it a multiple, or an axis smaller')
 
 
 def begin_from(config: Config) -> Config:

@@ -198,7 +198,7 @@ def test_auto_finds_a_backend_for_every_spec(platform):
     for spec in itertools.combinations(sorted(HONOURS['reference']), size):
       chosen = dispatch.choose(set(spec), platform)
       assert set(spec) <= HONOURS[chosen]
-      faster = ('blocked',) if platform == 'cpu' else ('blocked', 'xla')
+      faster = {'cpu': ('blocked',), 'gpu': ('blocked', 'xla'), 'tpu': ('blocked', 'xla', 'splash')}[platform]
       assert (chosen in faster) == any(set(spec) <= HONOURS[name] for name in faster)
 
 
