@@ -351,7 +351,6 @@ def _seen(mask):
 
 def _merge(out, lse, new_out, new_lse):
   """Attention to two sets of keys together, each with the log-sum-exp of its scores."""
-  total = jnp.logaddexp(lse, new_lse)
-  base = jnp.where(total == -jnp.inf, 0, total)
-  weight = lambda lse: jnp.exp(lse - base)[..., None]
-  return out * weight(lse) + new_out * weight(new_lse), total
+  # Shares that are 1 together whatever the rounding of large log-sum-exps; of a set that nothing is seen of, 0.
+  share = jnp.where(new_lse == -jnp.inf, 0, jax.nn.sigmoid(new_lse - lse))[..., None]
+  return out + share * (new_out - out), jnp.logaddexp(lse, new_lse)
