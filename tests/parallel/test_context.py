@@ -80,6 +80,7 @@ def check(strategy, sizes, in_order=False, kv_heads=K, value_width=H, backend='a
 
 
 ALL = {'segments': True, 'softcap': 2.0, 'sinks': True, 'value_width': 6}
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
 CASES = [
     ('ring', {'context': 4}, ALL),
     ('ring', {'context': 4}, {'window': 5, 'segments': True, 'sinks': True}),  # looks into two chunks before its own
@@ -89,11 +90,11 @@ CASES = [
     ('ring', {'context': 2}, {'relative': True, 'segments': True}),
     ('ring', {'context': 2}, {'positions': True, 'prefix': PREFIX, 'window': 7, 'backend': 'reference'}),
     ('gather', {'context': 4}, ALL),
-    ('gather', {'context': 2, 'tensor': 2}, {'window': 5, 'relative': True}),
+    slow('gather', {'context': 2, 'tensor': 2}, {'window': 5, 'relative': True}),
     ('gather', {'context': 4}, {'in_order': True, 'prefix': PREFIX, 'segments': True}),
     ('ulysses', {'context': 4}, ALL | {'relative': True}),
     ('ulysses_ring', {'context': 8}, ALL),
-    ('ulysses_ring', {'context': 4, 'tensor': 2}, {'window': 5, 'kv_heads': 4, 'sinks': True}),
+    slow('ulysses_ring', {'context': 4, 'tensor': 2}, {'window': 5, 'kv_heads': 4, 'sinks': True}),
 ]
 
 
@@ -103,7 +104,7 @@ def test_devices_that_share_a_row_are_one(strategy, sizes, features):
     check(strategy, sizes, **features)
 
 
-@pytest.mark.parametrize('strategy', ['ring', 'gather'])
+@pytest.mark.parametrize('strategy', ['ring', slow('gather')])
 def test_float32_loses_no_more_than_a_rounding(strategy):
   check(strategy, {'context': 4}, dtype=np.float32, segments=True, sinks=True)
 
