@@ -25,7 +25,7 @@ from data.prepare import prepare
 from kernels import attention
 from model import params, transformer
 from objectives.pretrain import check_model, pretrain, router_metrics
-from parallel import axes, offload
+from parallel import axes, context, offload
 from parallel.mesh import make_mesh
 from training import config as configs
 from training import precision
@@ -222,8 +222,10 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
   make_state = functools.partial(states.init, config, optimizer)
   parameters = params.count(model)
   flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, prepared.document_length)
-  chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec)
-  log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token, attention {chosen!r}')
+  in_parts = context.in_parts(config.model.context, config.model.N, config.model.K)
+  chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec, in_parts=in_parts)
+  split = f', rows split by {config.model.context!r}' if axes.size('length') > 1 else ''
+  log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token, attention {chosen!r}{split}')
 
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)

@@ -5,6 +5,7 @@ of a block can see skipped and scores recomputed in the backward pass, so that m
 jax.nn.dot_product_attention as XLA compiles it (jax does not pick cuDNN's kernel by itself).
 `splash`: the Pallas kernel for TPUs that comes with jax.
 `auto`: on a TPU `splash`, then `xla`; on a GPU `xla`; else, and on a CPU, `blocked`, then `reference`: the first that honours the spec.
+Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
@@ -19,12 +20,13 @@ import names
 from kernels import reference
 from kernels.mask import Mask, Relative
 from parallel import axes as ax
+from parallel import context as cp
 from parallel import mesh
 from parallel.remat import named
 
 HONOURS = {
-    'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
-    'blocked': {'causal', 'window', 'segments', 'softcap', 'sinks', 'relative', 'value_width'},
+    'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'relative', 'value_width'},
+    'blocked': {'causal', 'window', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
     'splash': {'causal', 'window', 'segments', 'softcap', 'sinks', 'value_width'},
     'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
@@ -36,14 +38,14 @@ BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, l
 
 def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, *, softcap: float = 0.0,
               sinks: Float[Array, 'N'] | None = None, relative: Relative | None = None, scale: float | None = None,
-              backend: str = 'auto') -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+              backend: str = 'auto', context: str = 'ring') -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """Attention and the log-sum-exp of its scores.
 
   Args:
     mask: who sees whom. softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per query head that joins the softmax.
     relative: scores by distance, added before the cap. scale: of q.k; default H ** -0.5. v may be wider or narrower than q
       and k ('value_width').
-    backend: 'auto' or one of HONOURS.
+    backend: 'auto' or one of HONOURS. context: what devices that share a row do (parallel.context), where there are any.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
   Raises: ValueError for shapes that do not fit or an unknown backend; NotImplementedError for a spec that the backend does
     not honour, naming those that do.
@@ -51,13 +53,48 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   N, H, K = q.shape[2], q.shape[3], k.shape[2]
   if N % K:
     raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
-  spec = mask.fields() | ({'softcap'} if softcap else set()) | ({'sinks'} if sinks is not None else set())
-  spec |= ({'relative'} if relative is not None else set()) | ({'value_width'} if v.shape[3] != H else set())
-  backend = choose(spec) if backend == 'auto' else check(backend, spec)
   scale = H**-0.5 if scale is None else scale
+  if ax.size('length') > 1:
+    settings = {'softcap': softcap, 'scale': scale, 'backend': backend}
+    local = cp.Local(*(functools.partial(function, **settings) for function in (attention, part, part_backward)))
+    return cp.attention(q, k, v, mask, local, sinks=sinks, relative=relative, strategy=context)
+  spec = _spec(v.shape[3] != H, mask, softcap, sinks, relative)
+  backend = choose(spec) if backend == 'auto' else check(backend, spec)
   run = {'reference': reference.attention, 'blocked': blocked, 'splash': splash, 'xla': xla}[backend]
   out, lse = run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
   return (out if backend in NAMES_ITS_OWN else named(out, 'attention')), lse
+
+
+def part(q, k, v, mask, *, softcap, relative, scale, backend):
+  """Attention of this device's arrays to some of the keys, by a backend of PARTS; not to be differentiated."""
+  return PARTS[_part(v.shape[3] != q.shape[3], mask, softcap, relative, backend)][0](
+      q, k, v, mask, softcap=softcap, sinks=None, relative=relative, scale=scale)
+
+
+def part_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale, backend):
+  """What reference.backward gives, by the same backend as part()."""
+  return PARTS[_part(v.shape[3] != q.shape[3], mask, softcap, relative, backend)][1](
+      q, k, v, mask, lse, delta, d_out, softcap=softcap, relative=relative, scale=scale)
+
+
+def _part(wide, mask, softcap, relative, backend):
+  spec = _spec(wide, mask, softcap, None, relative)
+  if backend == 'auto':
+    return choose(spec, in_parts=True)
+  return check_part(check(backend, spec))
+
+
+def _spec(wide, mask, softcap, sinks, relative):
+  named = {'softcap': softcap, 'sinks': sinks is not None, 'relative': relative is not None, 'value_width': wide}
+  return mask.fields() | {name for name, is_set in named.items() if is_set}
+
+
+def check_part(backend: str) -> str:
+  """`backend`, of which attention can be put together part by part; raises NotImplementedError otherwise."""
+  if backend not in PARTS:
+    raise NotImplementedError(f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the parts together '
+                              f"by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'")
+  return backend
 
 
 def check(backend: str, spec: set[str]) -> str:
@@ -70,29 +107,51 @@ def check(backend: str, spec: set[str]) -> str:
   return backend
 
 
-def choose(spec: set[str], platform: str = '') -> str:
-  """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform)."""
-  return next(name for name in ORDER[platform or mesh.platform()] if spec <= HONOURS[name])
+def choose(spec: set[str], platform: str = '', in_parts: bool = False) -> str:
+  """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform).
+
+  in_parts: of those that attention can be put together from part by part.
+  """
+  return next(name for name in ORDER[platform or mesh.platform()] if spec <= HONOURS[name] and (name in PARTS or not in_parts))
 
 
 def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):
-  """Same contract as reference.attention, for masks over indices: a loop over query blocks, each with the keys it can see."""
-  T, S = q.shape[1], k.shape[1]
-  if T != S and (mask.causal or relative is not None):
+  """Same contract as reference.attention, without prefix: a loop over query blocks, each with the keys it can see."""
+  # Scores are as large as everything else of a block together: cheaper to compute again than to keep.
+  run = jax.checkpoint(lambda q, k, v, mask, sinks, relative: reference.attention(
+      q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale), prevent_cse=False)
+  outs, lses = zip(*[run(q[:, queries], k[:, keys], v[:, keys], block, sinks, relative)
+                     for queries, keys, block in _blocks(mask, q.shape[1], k.shape[1], relative)])
+  return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+
+
+def blocked_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale):
+  """Same contract as reference.backward, block by block."""
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  d_qs, d_k, d_v, d_relative = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), jax.tree.map(jnp.zeros_like, relative)
+  for queries, keys, block in _blocks(mask, q.shape[1], k.shape[1], relative):
+    cut = [x[:, queries] for x in (lse, delta, d_out)]
+    d_q, dk, dv, new = reference.backward(q[:, queries], k[:, keys], v[:, keys], block, *cut, softcap=softcap, relative=relative,
+                                          scale=scale)
+    d_qs.append(d_q)
+    d_k, d_v, d_relative = d_k.at[:, keys].add(dk), d_v.at[:, keys].add(dv), jax.tree.map(jnp.add, d_relative, new)
+  return jnp.concatenate(d_qs, 1), d_k, d_v, d_relative
+
+
+def _blocks(mask, T, S, relative):
+  """(queries, keys, mask) of each block; of rows in order, keys that no query of the block can see are left out."""
+  in_order = mask.query_positions is None
+  if T != S and in_order and (mask.causal or relative is not None):
     raise ValueError(f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; use reference')
-  outs, lses = [], []
   for start in range(0, T, BLOCK):
     stop = min(start + BLOCK, T)
-    first = max(0, start - mask.window + 1) if mask.window else 0
-    last = stop if mask.causal else S
-    run = functools.partial(reference.attention, softcap=softcap, scale=scale)
-    # Scores are as large as everything else of a block together: cheaper to compute again than to keep.
-    run = jax.checkpoint(lambda q, k, v, m, s, r, run=run: run(q, k, v, m, sinks=s, relative=r), prevent_cse=False)
-    queries, keys = slice(start, stop), slice(first, last)
-    out, lse = run(q[:, queries], k[:, keys], v[:, keys], mask.block(queries, keys), sinks, relative)
-    outs.append(out)
-    lses.append(lse)
-  return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+    first = max(0, start - mask.window + 1) if mask.window and in_order else 0
+    queries, keys = slice(start, stop), slice(first, stop if mask.causal and in_order else S)
+    yield queries, keys, mask.block(queries, keys)
+
+
+# Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward, backward).
+PARTS = {'reference': (reference.attention, reference.backward), 'blocked': (blocked, blocked_backward)}
 
 
 def xla(q, k, v, mask, *, softcap, sinks, relative, scale):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from parallel import axes as ax
@@ -25,6 +26,7 @@ class Mask:
       arXiv:1910.10683, figure 4); segments still hold.
     query_segments [B, T], key_segments [B, S]: both or neither; a query sees keys of its own segment only.
     query_positions [B, T], key_positions [B, S]: both or neither; default: the index in the row, for which T == S.
+    zigzag: n, where rows are laid out as zigzag(T, n) says and positions that are not given follow; 1: in order.
 
   Arrays are int32; they are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
 
@@ -32,6 +34,7 @@ class Mask:
   """
   causal: bool = True
   window: int = 0
+  zigzag: int = 1
   prefix: Any = None
   query_segments: Any = None
   key_segments: Any = None
@@ -52,7 +55,8 @@ class Mask:
   def fields(self) -> set[str]:
     """The parts that are set: what a backend must honour."""
     named = {'causal': self.causal, 'window': self.window, 'prefix': self.prefix is not None,
-             'segments': self.query_segments is not None, 'positions': self.query_positions is not None}
+             'segments': self.query_segments is not None, 'positions': self.query_positions is not None,
+             'zigzag': self.zigzag != 1 and self.causal and self.query_positions is None}
     return {name for name, is_set in named.items() if is_set}
 
   def positions(self, T: int, S: int) -> tuple[Int[Array, '#B T'], Int[Array, '#B S']]:
@@ -61,7 +65,8 @@ class Mask:
       return self.query_positions, self.key_positions
     if T != S and self.causal:
       raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
-    return jnp.arange(T, dtype=jnp.int32)[None], jnp.arange(S, dtype=jnp.int32)[None]
+    index = lambda length: jnp.asarray(zigzag(length, self.zigzag if T == S else 1), jnp.int32)[None]
+    return index(T), index(S)
 
   def allowed(self, T: int, S: int) -> Bool[Array, '#B T S']:
     """The dense mask that the spec stands for (True: seen). The oracle's view; fast backends never build it whole."""
@@ -79,16 +84,32 @@ class Mask:
     return seen
 
   def block(self, queries: slice, keys: slice) -> 'Mask':
-    """The same mask for a block of queries and of keys, of a mask whose positions are indices."""
+    """The same mask for a block of queries and of keys, of rows in order."""
     index = lambda s: jnp.arange(s.start, s.stop, dtype=jnp.int32)[None]
     cut = lambda x, s: None if x is None else x[:, s]
+    place = lambda x, s: index(s) if x is None else x[:, s]
     return dataclasses.replace(self, query_segments=cut(self.query_segments, queries), key_segments=cut(self.key_segments, keys),
-                               query_positions=index(queries), key_positions=index(keys))
+                               query_positions=place(self.query_positions, queries), key_positions=place(self.key_positions, keys))
 
 
 jax.tree_util.register_dataclass(
     Mask, data_fields=['prefix', 'query_segments', 'key_segments', 'query_positions', 'key_positions'],
-    meta_fields=['causal', 'window'])
+    meta_fields=['causal', 'window', 'zigzag'])
+
+
+def zigzag(T: int, n: int) -> np.ndarray:
+  """Which token of a row stands where when 2n chunks are laid out as 0, 2n-1, 1, 2n-2, ... n-1, n.
+
+  The queries of such a pair of chunks see as many keys under a causal mask as those of any other (Llama 3, arXiv:2407.21783,
+  section 3.3.2). Raises ValueError where T does not split.
+  """
+  if n > 1 and T % (2 * n):
+    raise ValueError(f'{T} tokens do not split into {2 * n} chunks, two for each of {n} parts; make the length a multiple')
+  index = np.arange(T, dtype=np.int32)
+  if n == 1:
+    return index
+  chunks = index.reshape(2 * n, -1)
+  return np.stack([chunks[:n], chunks[:n - 1:-1]], 1).reshape(T)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,20 +22,12 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   where there are sinks).
   """
   B, T, N, H = q.shape
-  S, K = k.shape[1:3]
+  K = k.shape[2]
   G = N // K
-  kv_heads, group = ('kv_heads', 'group') if K > 1 else (None, 'heads')  # one key for all heads: what is split is the group
+  kv_heads, group = _split(K)
   k, v = (ax.place(x, 'batch', 'length', kv_heads, 'head_width') for x in (k, v))
   q = jax.lax.reshape(q, (B, T, K, G, H), out_sharding=ax.out('batch', 'length', kv_heads, group, 'head_width'))
-  scores = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)) * scale
-  if relative is not None:
-    table = jax.lax.reshape(relative.table, (relative.table.shape[0], K, G), out_sharding=ax.out(None, kv_heads, group))
-    rows = dataclasses.replace(relative, table=table).scores(*mask.positions(T, S))
-    scores = scores + jnp.moveaxis(rows, (1, 2), (3, 4)).astype(scores.dtype)
-  if softcap:
-    scores = softcap * jnp.tanh(scores / softcap)
-  seen = mask.allowed(T, S)[:, None, None]
-  scores = jnp.where(seen, scores, -jnp.inf)
+  scores = _scores(_product('BTKGH,BSKH->BKGTS', q, k) * scale, relative, mask, softcap)
   top = scores.max(-1, keepdims=True)
   if sinks is not None:
     sink = jax.lax.reshape(sinks.astype(scores.dtype), (1, K, G, 1, 1), out_sharding=ax.out(None, kv_heads, group, None, None))
@@ -51,3 +43,47 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   out = jax.lax.reshape(out, (B, T, N, v.shape[-1]), out_sharding=ax.out('batch', 'length', 'heads', 'head_width'))
   lse = jax.lax.reshape(jnp.moveaxis(lse, 3, 1), (B, T, N), out_sharding=ax.out('batch', 'length', 'heads'))
   return out, lse
+
+
+def backward(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, lse: Float[Array, 'B T N'],
+             delta: Float[Array, 'B T N'], d_out: Float[Array, 'B T N Hv'], *, softcap: float, relative: Relative | None, scale: float):
+  """Gradients of a part of attention: of queries whose softmax also ran over keys that are not here.
+
+  Args:
+    lse: of all keys. delta: sum over Hv of d_out * out, less the gradient of lse; out being that of all keys. With these the gradient
+      of a score needs no other key (FlashAttention-2, arXiv:2307.08691, algorithm 2).
+  Returns: gradients of q, k, v and relative, at least f32. Nothing is split here: for what runs on one device.
+  """
+  B, T, N, H = q.shape
+  K, Hv = v.shape[2:]
+  grouped = lambda x: x.reshape(B, T, K, N // K, *x.shape[3:])
+  by_score = lambda x: jnp.moveaxis(grouped(x), 1, 3)[..., None]
+  q, d_out = grouped(q), grouped(d_out)
+  scores, pull = jax.vjp(lambda x, relative: _scores(x, relative, mask, softcap), _product('BTKGH,BSKH->BKGTS', q, k) * scale, relative)
+  weights = jnp.exp(scores - by_score(jnp.where(lse == -jnp.inf, jnp.inf, lse)))  # of a query that sees nothing: 0
+  d_weights = _product('BTKGH,BSKH->BKGTS', d_out, v)
+  d_scores, d_relative = pull(weights * (d_weights - by_score(delta)))
+  d_scores = (d_scores * scale).astype(q.dtype)
+  d_q = _product('BKGTS,BSKH->BTKGH', d_scores, k).reshape(B, T, N, H)
+  return d_q, _product('BKGTS,BTKGH->BSKH', d_scores, q), _product('BKGTS,BTKGH->BSKH', weights.astype(v.dtype), d_out), d_relative
+
+
+def _product(formula, x, y):
+  return jnp.einsum(formula, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _split(K):
+  """Logical axes of K key heads and of their queries: of one key for all heads, what is split is the group."""
+  return ('kv_heads', 'group') if K > 1 else (None, 'heads')
+
+
+def _scores(scores, relative, mask, softcap):
+  """Scaled products [B, K, G, T, S] as the softmax takes them."""
+  K, G, T, S = scores.shape[1:]
+  if relative is not None:
+    table = jax.lax.reshape(relative.table, (relative.table.shape[0], K, G), out_sharding=ax.out(None, *_split(K)))
+    rows = dataclasses.replace(relative, table=table).scores(*mask.positions(T, S))
+    scores = scores + jnp.moveaxis(rows, (1, 2), (3, 4)).astype(scores.dtype)
+  if softcap:
+    scores = softcap * jnp.tanh(scores / softcap)
+  return jnp.where(mask.allowed(T, S)[:, None, None], scores, -jnp.inf)

@@ -43,6 +43,7 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0, cross: bool = False):
     D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.parameter_dtype
     self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
+    self.context = config.context
     self.scale, self.window = config.attention_scale or H**-0.5, window
     kv_heads = ax.whole_or('kv_heads', K)
     self.q = param(rngs, (D, N, H), ('embed', 'heads', 'head_width'), D**-0.5, dtype=dtype)
@@ -90,7 +91,8 @@ class Attention(nnx.Module):
     copies = ax.size('heads') // k.shape[2]
     if copies > 1:  # fewer keys than devices that share the queries: each holds the one that its queries need
       k, v = (ax.place(jnp.repeat(x, copies, 2), 'batch', 'length', 'heads', 'head_width') for x in (k, v))
-    out, _ = kernels.attention(q, k, v, mask, softcap=self.softcap, sinks=sinks, relative=relative, scale=self.scale, backend=self.backend)
+    out, _ = kernels.attention(q, k, v, mask, softcap=self.softcap, sinks=sinks, relative=relative, scale=self.scale, backend=self.backend,
+                               context=self.context)
     out = ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ax.residual(out.shape[1]))  # row-parallel
     return add_bias(out, self.o_bias, self.dtype)
 
@@ -107,6 +109,7 @@ class LatentAttention(nnx.Module):
     D, N, H, dtype, latent = config.D, config.N, config.H, config.parameter_dtype, config.latent
     R, Hr, Hv, Q = latent.width, latent.rope_width, config.value_width, latent.query_width
     self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
+    self.context = config.context
     self.scale, self.window, self.nope = config.attention_scale or (H + Hr) ** -0.5, window, H
     self.q_down = param(rngs, (D, Q), ('embed', 'latent'), D**-0.5, dtype=dtype) if Q else None
     self.q_down_norm = Norm(config, Q, rngs) if Q else None
@@ -140,4 +143,4 @@ class LatentAttention(nnx.Module):
 
   def _mix(self, q, q_rope, k, v, mask):
     q, k, v = named(jnp.concatenate([q, q_rope], -1), 'query'), named(k, 'key'), named(v, 'value')
-    return kernels.attention(q, k, v, mask, softcap=self.softcap, scale=self.scale, backend=self.backend)[0]
+    return kernels.attention(q, k, v, mask, softcap=self.softcap, scale=self.scale, backend=self.backend, context=self.context)[0]

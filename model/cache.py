@@ -98,8 +98,12 @@ jax.tree_util.register_dataclass(Slots, data_fields=['cache', 'layer'], meta_fie
 def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '') -> Cache:
   """An empty cache for `rows` sequences of at most `capacity` tokens, in `dtype` (default: the compute dtype).
 
-  Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which generates nothing.
+  Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which generates nothing;
+  NotImplementedError on a mesh that splits rows along their length.
   """
+  if ax.size('length') > 1:
+    raise NotImplementedError(f'a cache is not split along its length: mesh.context={ax.size("length")}; generate with '
+                              'mesh.context=1, where tensor splits heads and data splits rows')
   if not config.causal:
     raise ValueError('model.causal=False: an encoder sees all tokens at once and has no use for a cache')
   if config.max_length and capacity > config.max_length:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import names
 from kernels.attention import HONOURS, check
+from parallel.context import STRATEGIES
 from parallel.remat import NAMES, POLICIES, Remat
 
 CHOICES = {
@@ -20,6 +21,7 @@ CHOICES = {
     'dtype': ('float32', 'bfloat16', 'float16'),
     'parameter_dtype': ('float32', 'bfloat16'),
     'attention': ('auto', *HONOURS),
+    'context': STRATEGIES,
     'remat': tuple(POLICIES),
 }
 
@@ -184,8 +186,8 @@ class ModelConfig:
       embedding (BERT). pooler: a projection and tanh of the first token.
     latent, moe: see there. encoder_layers: of an encoder that the decoder attends to; 0: decoder only.
     dtype: of activations and matrix products. parameter_dtype: of what the optimizer updates.
-    attention: backend of kernels.attention. remat, remat_save, remat_offload: what is kept of each block for the backward pass,
-      see parallel.remat.Remat.
+    attention: backend of kernels.attention. context: how devices that share a row attend to all of it (parallel.context).
+    remat, remat_save, remat_offload: what is kept of each block for the backward pass, see parallel.remat.Remat.
     init_scale: standard deviation of the initial embedding; projections use 1 / sqrt(inputs), residual outputs that
       divided by sqrt(2 L) (Radford et al., GPT-2).
 
@@ -231,6 +233,7 @@ class ModelConfig:
   dtype: str = 'float32'
   parameter_dtype: str = 'float32'
   attention: str = 'auto'
+  context: str = 'ring'
   remat: str = 'none'
   remat_save: tuple[str, ...] = ()
   remat_offload: tuple[str, ...] = ()

@@ -154,7 +154,7 @@ class Decoder(nnx.Module):
     self.pooler = Pooler(config, rngs) if config.pooler else None
 
   def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None, segments: Int[Array, 'B T'] | None = None,
-               cache: Cache | None = None, *, types: Int[Array, 'B T'] | None = None) -> Output:
+               cache: Cache | None = None, *, types: Int[Array, 'B T'] | None = None, zigzag: int = 1) -> Output:
     """Final hidden states, the cache with the tokens appended, and what the experts report.
 
     Args:
@@ -162,12 +162,13 @@ class Decoder(nnx.Module):
       segments: document of each token in a packed row; tokens of different segments never see each other.
       cache: what earlier calls left; the row's new tokens follow its cached ones. Not together with segments.
       types: rows of the table of token types; default 0.
+      zigzag: n, where all arguments are laid out as parallel.context.lay_out(.., n) does; so are the hidden states then.
     Raises ValueError for more tokens than model.max_length, and for arguments that exclude each other.
     """
-    x, view = self._view(tokens, positions, segments, cache, types)
+    x, view = self._view(tokens, positions, segments, cache, types, zigzag)
     return self._scaled(self.stack(x, view, cache))
 
-  def _view(self, tokens, positions, segments, cache, types):
+  def _view(self, tokens, positions, segments, cache, types, zigzag=1):
     """What the stack is called with: the embedded tokens, and what its layers share."""
     config, (B, T) = self.config, tokens.shape
     if cache is not None and segments is not None:
@@ -177,9 +178,9 @@ class Decoder(nnx.Module):
     if types is not None and not config.token_types:
       raise ValueError('token types were given to a model without a table of them; set model.token_types')
     if positions is None:
-      index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+      index = jnp.broadcast_to(Mask(zigzag=zigzag).positions(T, T)[0], (B, T))
       positions = ax.place(index, 'batch', 'length') if cache is None else index + cache.lengths[:, None]
-    mask = Mask(causal=config.causal, query_segments=segments, key_segments=segments) if cache is None else cache.mask(T)
+    mask = cache.mask(T) if cache is not None else Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
     angles = local = None
@@ -216,6 +217,8 @@ class EncoderDecoder(Decoder):
   """A decoder whose blocks also look at what an encoder, of the same sizes and with the same embedding, made of a source."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    if ax.size('length') > 1:
+      raise NotImplementedError(f'an encoder-decoder does not split its rows: mesh.context={ax.size("length")}; use data, fsdp or tensor')
     super().__init__(config, rngs)
     self.encoder = Stack(config, rngs, encoder=True)
 

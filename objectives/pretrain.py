@@ -7,6 +7,7 @@ from data.batch import Batch
 from model import loss
 from model.config import ModelConfig
 from model.transformer import Decoder
+from parallel import context
 
 
 def check_model(config: ModelConfig) -> None:
@@ -34,9 +35,12 @@ def pretrain(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Array, 
 
   Of a model with experts the sum holds what balances them, and the sums what they report (see model.moe).
   """
-  x, _, router = model(batch.tokens, batch.positions, batch.segments)
+  config = model.config
+  parts = context.groups(config.context, config.N, config.K)  # what causal attention takes is then the same for all devices of a row
+  batch = context.lay_out(batch, parts)
+  x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
   with jax.named_scope('loss'):
-    total, sums = loss.cross_entropy(*model.scored(x), batch.targets, z_loss, model.config.logit_softcap)
+    total, sums = loss.cross_entropy(*model.scored(x), batch.targets, z_loss, config.logit_softcap)
   if router is not None:
     total, sums = total + router['balance_loss'] + router['router_z_loss'], sums | router
   return total, sums

@@ -46,7 +46,7 @@ def spec(*axes: str | None) -> P:
   Raises ValueError for an unknown name, or when two dimensions would be split over the same mesh axis.
   """
   entries, used = [], {}
-  shape = jax.sharding.get_abstract_mesh().shape
+  shape = _mesh().shape
   for axis in axes:
     entry = _entry(axis) if axis is not None else ()
     for mesh_axis in entry:
@@ -63,15 +63,21 @@ def _entry(axis: str) -> tuple[str, ...]:
   return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
+def _mesh() -> jax.sharding.AbstractMesh:
+  """The mesh in context; an empty one inside `local`, where nothing is split any more."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.sharding.AbstractMesh((), ()) if set(mesh.axis_types) == {AxisType.Manual} else mesh
+
+
 def mesh_axes(*axes: str) -> tuple[str, ...]:
   """The mesh axes that these logical axes are split over, of those in context that are larger than 1."""
-  shape = jax.sharding.get_abstract_mesh().shape
+  shape = _mesh().shape
   return tuple(a for axis in axes for a in _entry(axis) if shape.get(a, 1) > 1)
 
 
 def size(*axes: str) -> int:
   """Into how many parts the mesh in context splits these logical axes together."""
-  shape = jax.sharding.get_abstract_mesh().shape
+  shape = _mesh().shape
   return math.prod(shape[axis] for axis in mesh_axes(*axes))
 
 
@@ -87,7 +93,7 @@ def residual(T: int) -> tuple[str, str, str]:
 
 def explicit() -> bool:
   """Whether the mesh in context has explicit axes."""
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh = _mesh()
   return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
@@ -106,7 +112,7 @@ def out_like(x: jax.Array, rows: jax.Array, skip: int) -> P | None:
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:
   """`x` laid out as these logical names say: a reshard under explicit axes, a constraint under auto axes."""
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh = _mesh()
   if mesh.empty:
     return x
   if explicit():
@@ -131,7 +137,7 @@ def local(function, inputs, outputs):
 
   inputs: logical axes of each argument, a tuple of names each. outputs: the same of the result (a pytree of such tuples).
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh = _mesh()
   if mesh.empty:
     return function
   is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)

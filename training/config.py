@@ -20,7 +20,9 @@ import files
 import names
 from data import tokenizer
 from data.config import DataConfig, TokenizerConfig
+from kernels import attention
 from model.config import ModelConfig
+from parallel import context
 from parallel.mesh import MeshConfig
 from training.optimizer import OptimizerConfig, make_schedule
 from training.report import ReportConfig
@@ -125,6 +127,24 @@ class Config:
                              ('model.latent.query_width', m.latent.query_width, 'fsdp')):
       if size % sizes[axis]:
         raise ValueError(f'{what}={size} does not split over mesh.{axis}={sizes[axis]}; make it a multiple, or the axis smaller')
+    if sizes['context'] > 1:
+      self._check_context(sizes)
+
+  def _check_context(self, sizes):
+    """The same of rows that are split, and of heads where devices exchange tokens for them."""
+    m, T, P, tensor = self.model, self.data.sequence_length, sizes['context'], sizes['tensor']
+    R = P // context.degree(m.context, m.N // tensor, max(1, m.K // tensor), P)
+    chunks = math.lcm(P, 2 * R) if R > 1 else P
+    if T % chunks:
+      raise ValueError(f'data.sequence_length={T} does not split into {chunks} chunks (mesh.context={P}, model.context={m.context!r}); '
+                       'make it a multiple')
+    if R > 1 and m.context != 'gather' and m.attention != 'auto':
+      attention.check_part(m.attention)
+    shards = sizes['fsdp'] * sizes['expert'] * P
+    for what, size in (('width', m.D), ('latent.width', m.latent.width), ('latent.query_width', m.latent.query_width)):
+      if size % shards:
+        raise ValueError(f'model.{what}={size} does not split over {shards} devices that share parameters (mesh fsdp {sizes["fsdp"]} '
+                         f'x expert {sizes["expert"]} x context {P}); make it a multiple, or an axis smaller')
 
 
 def begin_from(config: Config) -> Config:
@@ -274,7 +294,7 @@ def load(directory: str | os.PathLike) -> Config:
 # What decides the parameters' shapes and values, the optimizer's state, or which example comes when. Everything else may
 # change when a run goes on: how long it is, its schedule, what is logged, the mesh.
 IDENTITY = ('model', 'data', 'optimizer.name', 'train.seed')
-INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.remat', 'model.remat_save', 'model.remat_offload')
+INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.context', 'model.remat', 'model.remat_save', 'model.remat_offload')
 
 
 def differences(old: Config, new: Config) -> list[str]:

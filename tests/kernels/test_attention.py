@@ -9,8 +9,9 @@ import oracle
 import pytest
 
 from kernels import attention as dispatch
+from kernels import reference
 from kernels.attention import HONOURS, attention
-from kernels.mask import Mask
+from kernels.mask import Mask, Relative
 
 PREFIX = np.array([4, 1], np.int32)
 MASKS = {'full': {'causal': False}, 'causal': {}, 'window': {'window': 3}, 'wide window': {'window': 99},
@@ -98,6 +99,36 @@ def test_blocked_is_the_reference(index, monkeypatch):
     check_backend('blocked', q, k, v, sink if sinks else None, mask, 1e-12, softcap, scale)
 
 
+@pytest.mark.parametrize('backend, parts, softcap, relative', [
+    ('blocked', {'window': 5, 'segments': True}, 2.0, False), ('blocked', {'positions': True}, 0.0, True),
+    ('reference', {'causal': False, 'segments': True}, 2.0, True)], ids=str)
+def test_gradients_of_parts_add_up_to_those_of_the_whole(backend, parts, softcap, relative, monkeypatch):
+  """Keys in two parts; the gradient of each from the whole's log-sum-exp and delta."""
+  monkeypatch.setattr(dispatch, 'BLOCK', 4)
+  T, S, options = 6, 7, {'softcap': softcap, 'scale': 0.4}
+  parts = {**mask_parts('full', parts.get('segments', False), True, T, S), 'causal': True} | parts
+  mask = oracle.mask({name: x for name, x in parts.items() if name not in ('segments', 'positions')})
+
+  def gradients(q, k, v, bias, d_out, d_lse):
+    whole = lambda q, k, v, bias: reference.attention(q, k, v, mask, sinks=None, relative=bias, **options)
+    (out, lse), pull = jax.vjp(whole, q, k, v, bias)
+    d_lse = jnp.where(jnp.isfinite(lse), d_lse, 0)
+    delta, found, values = (d_out * out).sum(-1) - d_lse, [], []
+    for keys in (slice(0, 3), slice(3, S)):
+      arguments = q, k[:, keys], v[:, keys], mask.block(slice(0, T), keys)
+      values.append((dispatch.part(*arguments, relative=bias, backend=backend, **options),
+                     reference.attention(*arguments, sinks=None, relative=bias, **options)))
+      found.append(dispatch.part_backward(*arguments, lse, delta, d_out, relative=bias, backend=backend, **options))
+    (dq, dk, dv, dr), (dq2, dk2, dv2, dr2) = found
+    return values, pull((d_out, d_lse)), (dq + dq2, jnp.concatenate([dk, dk2], 1), jnp.concatenate([dv, dv2], 1), jax.tree.map(jnp.add, dr, dr2))
+  with jax.enable_x64(True):
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).normal(size=shape))
+    bias = Relative(table=draw(6, 4), bidirectional=True, max_distance=9) if relative else None
+    values, expected, found = jax.jit(gradients)(*inputs(T, S, 4, 2, 6, 5, np.float64)[:3], bias, draw(2, T, 4, 5), draw(2, T, 4))
+  for a, b in [*((a, b) for pair in values for a, b in zip(*pair)), *zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)]:
+    np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
 XLA = list(zip(MASKS, (False, True, False, True, False, True), (False, True, True, False, False, True)))
 
 
@@ -167,7 +198,7 @@ def test_auto_finds_a_backend_for_every_spec(platform):
     for spec in itertools.combinations(sorted(HONOURS['reference']), size):
       chosen = dispatch.choose(set(spec), platform)
       assert set(spec) <= HONOURS[chosen]
-      faster = ('blocked',) if platform == 'cpu' else ('blocked', 'xla')
+      faster = {'cpu': ('blocked',), 'gpu': ('blocked', 'xla'), 'tpu': ('blocked', 'xla', 'splash')}[platform]
       assert (chosen in faster) == any(set(spec) <= HONOURS[name] for name in faster)
 
 

@@ -1,4 +1,6 @@
 """Does Mask say who sees whom? Held to the words of its docstring, written out query by query and key by key."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import oracle
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kernels.mask import Mask
+from kernels.mask import Mask, zigzag
 
 
 @st.composite
@@ -79,6 +81,20 @@ ids = jnp.zeros((1, 3), jnp.int32)
 def test_contradictions_raise(parts, words):
   with pytest.raises(ValueError, match=words):
     Mask(**parts)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_zigzag_rows_are_rows_in_another_order(n):
+  order = zigzag(12, n)
+  assert sorted(order) == list(range(12)) and (n > 1 or (order == np.arange(12)).all())
+  size = 12 // (2 * n)
+  assert (order.reshape(n, 2, size)[:, :, 0] // size == [[i, 2 * n - 1 - i] for i in range(n)]).all() and order[:size].tolist() == list(range(size))
+  for mask in (Mask(), Mask(window=5), Mask(prefix=jnp.array([4], jnp.int32))):
+    laid_out = dataclasses.replace(mask, zigzag=n)
+    assert ('zigzag' in laid_out.fields()) == (n > 1)
+    np.testing.assert_array_equal(laid_out.allowed(12, 12)[0], np.asarray(mask.allowed(12, 12))[0][np.ix_(order, order)])
+  with pytest.raises(ValueError, match='10 tokens do not split into 4 chunks, two for each of 2 parts'):
+    zigzag(10, 2)
 
 
 def test_indices_of_unequal_lengths_do_not_align():

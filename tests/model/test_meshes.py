@@ -79,6 +79,30 @@ def test_another_backend_and_remat_split_too(expected):
   check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), expected, config)
 
 
+@pytest.mark.parametrize('strategy, remat, sizes', [
+    ('ring', 'full', {'context': 4, 'tensor': 2}), ('ulysses_ring', 'none', {'fsdp': 2, 'context': 4}),
+    pytest.param('gather', 'none', {'fsdp': 2, 'context': 2}, marks=pytest.mark.slow),
+    pytest.param('ulysses', 'dots', {'context': 2, 'tensor': 2}, marks=pytest.mark.slow),
+])
+def test_rows_split_over_devices(strategy, remat, sizes, expected):
+  config = dataclasses.replace(CONFIG, context=strategy, remat=remat)
+  check(make_mesh(MeshConfig(**sizes)), expected, config)
+
+
+@pytest.mark.slow
+def test_the_auto_twin_splits_rows_too(expected):
+  check(make_mesh(MeshConfig(context=2, tensor=2), axis_type=AxisType.Auto), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ring', 'gather'])
+@pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'gpt-oss', 'deepseek', 'relative', 'deepseek moe'])
+def test_architectures_split_their_rows(name, strategy):
+  config = dataclasses.replace(laws.make_config(name), vocabulary=48, context=strategy)
+  one = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
+  check(make_mesh(MeshConfig(context=2 if config.latent.width else 4)), one, config)
+
+
 @pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_parameters_are_born_sharded_and_equal(sizes, axis_type):

@@ -30,7 +30,7 @@ def test_sizes_multiply_to_the_devices_or_raise(wanted, free, devices):
     ({'data': 0}, ValueError, 'mesh.data=0 is not a size'),
     ({'tensor': -2}, ValueError, 'mesh.tensor=-2 is not a size'),
     ({'fsdp': -1}, ValueError, r"mesh has -1 on \['data', 'fsdp'\]; only one"),
-    ({'context': 2}, NotImplementedError, "mesh.context=2: nothing is split over 'context' yet"),
+    ({'stage': 2}, NotImplementedError, "mesh.stage=2: nothing is split over 'stage' yet"),
 ])
 def test_impossible_configs_raise(sizes, error, words):
   with pytest.raises(error, match=words):

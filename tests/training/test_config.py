@@ -81,6 +81,23 @@ def test_a_mesh_that_cannot_split_the_arrays_is_refused():
     tiny(train={'accumulation': 2}).check_mesh(SIZES | {'data': 8})
 
 
+def test_rows_that_do_not_split_are_refused():
+  config = tiny(model={'width': 32})
+  config.check_mesh(SIZES | {'context': 4, 'tensor': 2})
+  for model, sizes, said in (
+      ({}, {'context': 16}, ('data.sequence_length=16', '32 chunks', 'mesh.context=16', "'ring'", 'a multiple')),
+      ({'context': 'ulysses'}, {'context': 8}, ("'ulysses' splits heads: 4", 'mesh.context=8', "'ulysses_ring'")),
+      ({'context': 'ulysses_ring'}, {'context': 2, 'tensor': 2}, ('1 key heads', 'mesh.context=2', "'ring'")),
+      ({'width': 36, 'head_width': 8}, {'context': 4, 'fsdp': 2}, ('model.width=36', '8 devices', 'fsdp 2', 'context 4'))):
+    with pytest.raises(ValueError) as error:
+      tiny(model={'width': 32} | model).check_mesh(SIZES | sizes)
+    for part in said:
+      assert part in str(error.value)
+  with pytest.raises(NotImplementedError, match=r"'xla' gives no log-sum-exp .*\['reference', 'blocked'\]"):
+    tiny(model={'attention': 'xla'}).check_mesh(SIZES | {'context': 2})
+  tiny(model={'attention': 'xla', 'context': 'ulysses'}).check_mesh(SIZES | {'context': 2})
+
+
 def test_open_sizes_come_from_the_data():
   open_sizes = tiny(model={'vocabulary': 0, 'max_length': 0}).resolve(300)
   assert (open_sizes.model.vocabulary, open_sizes.model.max_length) == (300, 16)

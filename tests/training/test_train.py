@@ -19,7 +19,8 @@ from training.metrics import read_metrics
 from training.optimizer import OPTIMIZERS
 
 BATCHES = make_batches(3)
-MESHES = ({'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'data': 4, 'tensor': 2})
+MESHES = ({'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'data': 4, 'tensor': 2},
+          pytest.param({'data': 1, 'fsdp': 2, 'context': 4}, marks=pytest.mark.slow))
 
 
 def trained(devices=1, **parts):
