@@ -21,6 +21,8 @@ from parallel.experts import Exchange, count, from_experts, in_rounds, inverse, 
 
 ROUTING = 'router', 'router_bias', 'selection_bias'
 EXPERTS = 'gate', 'up', 'down', 'gate_bias', 'up_bias', 'down_bias'
+LANES = 128  # of a vector register
+PIECE = 4096  # columns of the feed-forward width that are gathered and computed at once
 STATS = {'load': (None,), 'dropped': (), 'balance_loss': (), 'router_z_loss': ()}
 
 
@@ -78,10 +80,10 @@ class MoE(nnx.Module):
     held = lambda names: {name: p for name in names if (p := getattr(self, name)) is not None}
     # The router stays f32, whatever the compute dtype: a rounded score sends a token elsewhere.
     routing = {name: use(p, 'float32') for name, p in held(ROUTING).items()}
-    experts = {name: p[...].astype(self.dtype) for name, p in held(EXPERTS).items()}
+    experts = {name: p[...] for name, p in held(EXPERTS).items()}
     tokens, stored = ax.residual(x.shape[1]), {name: p.axes for name, p in held(EXPERTS).items()}
     axes = Axes(*(ax.mesh_axes(name) for name in ('batch', 'length', 'feed_forward', 'experts', 'expert_embed')), 'sequence' in tokens)
-    run = functools.partial(_layer, moe=self.moe, activation=self.activation, axes=axes, stored=stored)
+    run = functools.partial(_layer, moe=self.moe, activation=self.activation, axes=axes, stored=stored, dtype=self.dtype)
     everywhere = {name: (None,) * value.ndim for name, value in routing.items()}
     y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, stored), (tokens, STATS))(
         ax.place(x, *tokens), segments, routing, experts)
@@ -93,11 +95,9 @@ def moved(bias: Float[Array, '*L E'], load: Float[Array, '*L E'], rate: float) -
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def _layer(x, segments, routing, experts, *, moe, activation, axes, stored):
+def _layer(x, segments, routing, experts, *, moe, activation, axes, stored, dtype):
   """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights, laid out as `stored`."""
-  # Inside, so that the gradient of a gather is a reduce-scatter: each device keeps its part of the sum.
   x = jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
-  experts = {name: _gathered(w, stored[name], axes.shards) for name, w in experts.items()}
   if 'down_bias' in experts and axes.columns:  # a part of a sum over columns: added once
     experts['down_bias'] = jnp.where(jax.lax.axis_index(axes.columns) == 0, experts['down_bias'], 0)
   (B, T, D), E = x.shape, moe.experts
@@ -116,15 +116,13 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, stored):
     stats['dropped'] = _sum_over((real[:, None] & ~kept).sum(dtype=jnp.float32), axes.rows + axes.length)
     expert = jnp.where(kept, expert, E)
   gates = jnp.where(expert < E, gates, 0.0)
-  y = DISPATCHES[moe.dispatch](x, expert, gates, experts, moe=moe, activation=activation, axes=axes)
+  gather = functools.partial(_gathered, stored=stored, shards=axes.shards, dtype=dtype)
+  compute = functools.partial(_in_pieces, activation=activation, gather=gather)
+  y = DISPATCHES[moe.dispatch](x, expert, gates, experts, moe=moe, compute=compute, axes=axes)
   y = y.astype(x.dtype).reshape(B, T, D)
   if axes.sequence and axes.columns:
     return jax.lax.psum_scatter(y, axes.columns, scatter_dimension=1, tiled=True), stats
   return _sum_over(y, axes.columns), stats
-
-
-def _gathered(w, stored, shards):
-  return jax.lax.all_gather(w, shards, axis=stored.index('expert_embed'), tiled=True) if shards and 'expert_embed' in stored else w
 
 
 def _slots(moe, n, parts):
@@ -175,10 +173,10 @@ def _losses(logits, scores, choices, real, moe, axes):
   return {'load': load, 'dropped': jnp.float32(0), 'balance_loss': moe.balance_loss * E / k * balance, 'router_z_loss': moe.z_loss * z}
 
 
-def dense(x, expert, gates, experts, *, moe, activation, axes):
+def dense(x, expert, gates, experts, *, moe, compute, axes):
   """Every expert computes every token: obviously right. All dispatches take and give the same, but for what capacity drops.
 
-  x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere · experts: weights by name, of those here.
+  x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere · experts: stored weights by name, of those here.
   Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over axes.columns.
   """
   everyone = lambda a: jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
@@ -189,65 +187,97 @@ def dense(x, expert, gates, experts, *, moe, activation, axes):
     index, w = found
     share = jnp.where(expert == first + index, gates, 0.0).sum(1, keepdims=True)
     w = {name: value[None] for name, value in w.items()}
-    return y + share * _feed_forward(x[None], w, activation)[0].astype(jnp.float32), None
+    return y + share * compute(x[None], w, _each)[0].astype(jnp.float32), None
   # What an expert computes is as large as everything else together: cheaper to compute again than to keep E times.
   found = jnp.arange(len(experts['up']), dtype=expert.dtype), experts
   y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), found)[0]
   return jax.lax.psum_scatter(y, axes.experts, scatter_dimension=0, tiled=True) if axes.experts else y
 
 
-def dropless(x, expert, gates, experts, *, moe, activation, axes):
+def dropless(x, expert, gates, experts, *, moe, compute, axes):
   """Each choice is computed, whatever the routing: on one device in one go, over several in rounds."""
   def weighted(rows, gates, expert, experts):
-    return (_sorted(rows, expert, experts, activation).astype(jnp.float32) * gates[:, None]).astype(rows.dtype)
+    return (_sorted(rows, expert, experts, compute).astype(jnp.float32) * gates[:, None]).astype(rows.dtype)
   if not axes.experts:
-    return _combine(_sorted(jnp.repeat(x, expert.shape[1], 0), expert.reshape(-1), experts, activation), gates)
+    return _combine(_sorted(jnp.repeat(x, expert.shape[1], 0), expert.reshape(-1), experts, compute), gates)
   E = len(experts['up'])
   exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
   rounds = plan(expert, exchange, axes.rows + axes.length + axes.columns)
   return in_rounds(weighted, exchange, x, gates, experts, rounds)
 
 
-def capacity(x, expert, gates, experts, *, moe, activation, axes):
+def capacity(x, expert, gates, experts, *, moe, compute, axes):
   """Each expert computes C slots of each device, filled or not; the caller has sent to nowhere what does not fit."""
   E, (n, D) = moe.experts, x.shape
   C = _slots(moe, n, E)
   slot = jnp.where(expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)).reshape(-1)
   choice = inverse(slot, E * C)
   rows = _permute(jnp.repeat(x, expert.shape[1], 0), choice, slot).reshape(E, C, D)
-  y = from_experts(_feed_forward(to_experts(rows, axes.experts), experts, activation), axes.experts)
+  y = from_experts(compute(to_experts(rows, axes.experts), experts, _each), axes.experts)
   return _combine(_permute(y.reshape(E * C, D), slot, choice), gates)
 
 
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
-def _feed_forward(rows, experts, activation):
-  """Rows [E, C, D] of each expert."""
-  def product(formula, x, name):
-    y = jnp.einsum(formula, x, experts[name])
-    return y if f'{name}_bias' not in experts else y + experts[f'{name}_bias'][:, None]
-  inner = lambda name: product('ECD,EDF->ECF', rows, name)
-  h = activate(inner('gate') if 'gate' in experts else None, inner('up'), activation)
-  return product('ECF,EFD->ECD', h, 'down')
-
-
-def _sorted(rows, expert, experts, activation):
+def _sorted(rows, expert, experts, compute):
   """Rows [M, D], each of its expert [M], E for none: sorted by expert, one grouped product per weight; none is not computed."""
   E = len(experts['up'])
   if E == 1:
-    return _feed_forward(rows[None], experts, activation)[0]
+    return compute(rows[None], experts, _each)[0]
   order = jnp.argsort(expert, stable=True)
   position = inverse(order, order.size)
   sizes = count(expert, E)
   sorted_expert = jnp.minimum(expert[order], E - 1)
 
-  def product(rows, name):
-    y = grouped_matmul(rows, experts[name], sizes)
-    return y if f'{name}_bias' not in experts else y + experts[f'{name}_bias'][sorted_expert]
-  rows = _permute(rows, order, position)
-  h = activate(product(rows, 'gate') if 'gate' in experts else None, product(rows, 'up'), activation)
-  return _permute(product(h, 'down'), position, order)
+  def product(rows, w, bias):
+    y = grouped_matmul(rows, w, sizes)
+    return y if bias is None else y + bias[sorted_expert]
+  return _permute(compute(_permute(rows, order, position), experts, product), position, order)
+
+
+def _each(rows, w, bias):
+  """Rows [E, C, D], of each expert as many."""
+  y = jnp.einsum('ECD,EDF->ECF', rows, w)
+  return y if bias is None else y + bias[:, None]
+
+
+def _in_pieces(rows, experts, product, *, activation, gather):
+  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; in the type of the rows.
+
+  A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients scattered, piece by piece, and what
+  a piece computes is computed again in the backward pass: of a model's largest arrays, only a piece is there at a time.
+  """
+  def one(w):
+    inner = lambda name: product(rows, w[name], w.get(f'{name}_bias'))
+    h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
+    return product(h, w['down'], w.get('down_bias'))
+  pieces = _pieces(experts['up'].shape[2])
+  if pieces == 1:
+    return one(gather(experts))
+  cut = lambda w, axis: jnp.moveaxis(w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1:]), axis, 0)
+  parts = {name: cut(w, {'down': 1}.get(name, w.ndim - 1)) for name, w in experts.items() if name != 'down_bias'}
+  if 'down_bias' in experts:  # added once
+    parts['down_bias'] = jnp.zeros((pieces, *experts['down_bias'].shape), experts['down_bias'].dtype).at[0].set(experts['down_bias'])
+
+  def add(y, part):
+    return y + one(gather(part)).astype(jnp.float32), None
+  y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros(rows.shape, jnp.float32), parts)
+  return y.astype(rows.dtype)
+
+
+def _pieces(F):
+  """The fewest equal pieces of whole lanes that are no wider than PIECE; 1 where there are none."""
+  return next((n for n in range(1, F + 1) if F % n == 0 and F // n <= PIECE and (n == 1 or F // n % LANES == 0)), 1)
+
+
+def _gathered(experts, *, stored, shards, dtype):
+  """Weights as they are computed with. Gathered inside of the shard_map, so that the gradient is scattered where it is summed."""
+  def one(name, w):
+    w = w.astype(dtype)
+    split = shards and 'expert_embed' in stored[name]
+    return jax.lax.all_gather(w, shards, axis=stored[name].index('expert_embed'), tiled=True) if split else w
+  return {name: one(name, w) for name, w in experts.items()}
 
 
 @jax.custom_vjp
