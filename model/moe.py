@@ -274,7 +274,8 @@ def _pieces(F):
 def _gathered(experts, *, stored, shards, dtype):
   """Weights as they are computed with. Gathered inside of the shard_map, so that the gradient is scattered where it is summed."""
   def one(name, w):
-    w = w.astype(dtype)
+    # Behind a barrier, or XLA converts the weights of all layers before its loop over them, and keeps both.
+    w = jax.lax.optimization_barrier(w).astype(dtype)
     split = shards and 'expert_embed' in stored[name]
     return jax.lax.all_gather(w, shards, axis=stored[name].index('expert_embed'), tiled=True) if split else w
   return {name: one(name, w) for name, w in experts.items()}
