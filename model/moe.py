@@ -196,14 +196,14 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
 
 def dropless(x, expert, gates, experts, *, moe, compute, axes):
   """Each choice is computed, whatever the routing: on one device in one go, over several in rounds."""
-  def weighted(rows, gates, expert, experts):
-    return (_sorted(rows, expert, experts, compute).astype(jnp.float32) * gates[:, None]).astype(rows.dtype)
+  run = functools.partial(_sorted, compute=compute)
   if not axes.experts:
-    return _combine(_sorted(jnp.repeat(x, expert.shape[1], 0), expert.reshape(-1), experts, compute), gates)
+    y = run(jnp.repeat(x, expert.shape[1], 0), gates.reshape(-1), expert.reshape(-1), experts)
+    return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
   E = len(experts['up'])
   exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
   rounds = plan(expert, exchange, axes.rows + axes.length + axes.columns)
-  return in_rounds(weighted, exchange, x, gates, experts, rounds)
+  return in_rounds(run, exchange, x, gates, experts, rounds)
 
 
 def capacity(x, expert, gates, experts, *, moe, compute, axes):
@@ -220,11 +220,14 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes):
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
-def _sorted(rows, expert, experts, compute):
-  """Rows [M, D], each of its expert [M], E for none: sorted by expert, one grouped product per weight; none is not computed."""
+def _sorted(rows, gates, expert, experts, *, compute):
+  """Rows [M, D], each through its expert [M] and times its gate [M]: one grouped product per weight, of rows sorted by expert.
+
+  E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
+  """
   E = len(experts['up'])
   if E == 1:
-    return compute(rows[None], experts, _each)[0]
+    return compute(rows[None], experts, _each, gates[None])[0]
   order = jnp.argsort(expert, stable=True)
   position = inverse(order, order.size)
   sizes = count(expert, E)
@@ -233,7 +236,8 @@ def _sorted(rows, expert, experts, compute):
   def product(rows, w, bias):
     y = grouped_matmul(rows, w, sizes)
     return y if bias is None else y + bias[sorted_expert]
-  return _permute(compute(_permute(rows, order, position), experts, product), position, order)
+  y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
+  return _permute(y, position, order)
 
 
 def _each(rows, w, bias):
@@ -242,8 +246,8 @@ def _each(rows, w, bias):
   return y if bias is None else y + bias[:, None]
 
 
-def _in_pieces(rows, experts, product, *, activation, gather):
-  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; in the type of the rows.
+def _in_pieces(rows, experts, product, gates=None, *, activation, gather):
+  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; times `gates` in f32, if given; in the type of the rows.
 
   A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients scattered, piece by piece, and what
   a piece computes is computed again in the backward pass: of a model's largest arrays, only a piece is there at a time.
@@ -251,10 +255,12 @@ def _in_pieces(rows, experts, product, *, activation, gather):
   def one(w):
     inner = lambda name: product(rows, w[name], w.get(f'{name}_bias'))
     h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
-    return product(h, w['down'], w.get('down_bias'))
+    y = product(h, w['down'], w.get('down_bias'))
+    # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece once more.
+    return y if gates is None else y.astype(jnp.float32) * gates[..., None]
   pieces = _pieces(experts['up'].shape[2])
   if pieces == 1:
-    return one(gather(experts))
+    return one(gather(experts)).astype(rows.dtype)
   cut = lambda w, axis: jnp.moveaxis(w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1:]), axis, 0)
   parts = {name: cut(w, {'down': 1}.get(name, w.ndim - 1)) for name, w in experts.items() if name != 'down_bias'}
   if 'down_bias' in experts:  # added once
@@ -276,8 +282,12 @@ def _gathered(experts, *, stored, shards, dtype):
   def one(name, w):
     # Behind a barrier, or XLA converts the weights of all layers before its loop over them, and keeps both.
     w = jax.lax.optimization_barrier(w).astype(dtype)
-    split = shards and 'expert_embed' in stored[name]
-    return jax.lax.all_gather(w, shards, axis=stored[name].index('expert_embed'), tiled=True) if split else w
+    if not shards or 'expert_embed' not in stored[name]:
+      return w
+    at = stored[name].index('expert_embed')
+    # In front of the others: of a minor dimension XLA for TPU would make an all-reduce of the gradient's reduce-scatter.
+    whole = jnp.moveaxis(jax.lax.all_gather(w, shards), 0, at)
+    return whole.reshape(*w.shape[:at], -1, *w.shape[at + 1:])
   return {name: one(name, w) for name, w in experts.items()}
 
 

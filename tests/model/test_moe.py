@@ -1,6 +1,7 @@
 """Do tokens reach the experts that their router chose, and nothing else? Three dispatches, a loop in numpy, many devices."""
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -330,9 +331,8 @@ def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
     like = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, ax.spec(*axes)))
     text = run.lower(layer, like((8, 6, D), jnp.float32, 'batch', 'length', 'width'),
                      like((8, 6), jnp.int32, 'batch', 'length')).compile().as_text()
-  gathered = re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', text)
-  assert 'all-to-all(' in text and 'reduce-scatter(' in text and {f'2,{D},{F}', f'2,{F},{D}'} & set(gathered)
-  assert not re.search(rf'\[8,({D},{F}|{F},{D})\]', text), 'all experts on one device'
+  gathered = [math.prod(map(int, shape.split(','))) for shape in re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', text)]
+  assert 'all-to-all(' in text and 'reduce-scatter(' in text and max(gathered) == 2 * D * F
 
 
 def test_the_auto_twin_gives_the_same():
