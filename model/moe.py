@@ -280,8 +280,7 @@ def _pieces(F):
 def _gathered(experts, *, stored, shards, dtype):
   """Weights as they are computed with. Gathered inside of the shard_map, so that the gradient is scattered where it is summed."""
   def one(name, w):
-    # Behind a barrier, or XLA converts the weights of all layers before its loop over them, and keeps both.
-    w = jax.lax.optimization_barrier(w).astype(dtype)
+    w = w.astype(dtype)
     if not shards or 'expert_embed' not in stored[name]:
       return w
     at = stored[name].index('expert_embed')
