@@ -5,6 +5,7 @@ n = B * T tokens of this device
 """
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,28 @@ from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param, use
 from parallel import axes as ax
+from parallel.experts import Exchange, count, from_experts, in_rounds, inverse, plan, rank, to_experts
 
-# Of the arguments of what runs on each device; weights are gathered over fsdp before.
-ROUTING = {'router': (None, None), 'router_bias': (None,), 'selection_bias': (None,)}
-EXPERTS = {'gate': ('experts', None, 'feed_forward'), 'up': ('experts', None, 'feed_forward'), 'down': ('experts', 'feed_forward', None),
-           'gate_bias': ('experts', 'feed_forward'), 'up_bias': ('experts', 'feed_forward'), 'down_bias': ('experts', None)}
+ROUTING = 'router', 'router_bias', 'selection_bias'
+EXPERTS = 'gate', 'up', 'down', 'gate_bias', 'up_bias', 'down_bias'
+LANES = 128  # of a vector register
+PIECE = 4096  # columns of the feed-forward width that are gathered and computed at once
 STATS = {'load': (None,), 'dropped': (), 'balance_loss': (), 'router_z_loss': ()}
+
+
+class Axes(NamedTuple):
+  """The mesh axes, larger than 1, over which a layer of experts is split.
+
+  Attributes:
+    rows, length: of tokens. columns: of the feed-forward width; where `sequence`, of the length of inputs and outputs, too.
+    experts: which hold different experts. shards: along which D of their weights is stored.
+  """
+  rows: tuple[str, ...]
+  length: tuple[str, ...]
+  columns: tuple[str, ...]
+  experts: tuple[str, ...]
+  shards: tuple[str, ...]
+  sequence: bool
 
 
 class MoE(nnx.Module):
@@ -60,17 +77,17 @@ class MoE(nnx.Module):
     """
     if segments is None:
       segments = ax.place(jnp.ones(x.shape[:2], jnp.int32), 'batch', 'length')
-    held = lambda table, dtype: {name: use(getattr(self, name), dtype) for name in table if getattr(self, name) is not None}
+    held = lambda names: {name: p for name in names if (p := getattr(self, name)) is not None}
     # The router stays f32, whatever the compute dtype: a rounded score sends a token elsewhere.
-    routing, experts = held(ROUTING, 'float32'), held(EXPERTS, self.dtype)
-    run = functools.partial(_dispatch, moe=self.moe, activation=self.activation, rows=ax.mesh_axes('batch'),
-                            length=ax.mesh_axes('length'), columns=ax.mesh_axes('feed_forward'))
-    tokens = ('batch', 'length', 'width')
-    pick = lambda table, held: {name: table[name] for name in held}
-    y, stats = ax.local(run, (tokens, ('batch', 'length'), pick(ROUTING, routing), pick(EXPERTS, experts)),
-                        (tokens, STATS))(x, segments, routing, experts)
-    y = ax.place(y, *ax.residual(x.shape[1]))
-    return y if self.shared is None else y + self.shared(x), stats
+    routing = {name: use(p, 'float32') for name, p in held(ROUTING).items()}
+    experts = {name: p[...] for name, p in held(EXPERTS).items()}
+    tokens, stored = ax.residual(x.shape[1]), {name: p.axes for name, p in held(EXPERTS).items()}
+    axes = Axes(*(ax.mesh_axes(name) for name in ('batch', 'length', 'feed_forward', 'experts', 'expert_embed')), 'sequence' in tokens)
+    run = functools.partial(_layer, moe=self.moe, activation=self.activation, axes=axes, stored=stored, dtype=self.dtype)
+    everywhere = {name: (None,) * value.ndim for name, value in routing.items()}
+    y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, stored), (tokens, STATS))(
+        ax.place(x, *tokens), segments, routing, experts)
+    return y if self.shared is None else y + self.shared(ax.place(x, 'batch', 'length', 'width')), stats
 
 
 def moved(bias: Float[Array, '*L E'], load: Float[Array, '*L E'], rate: float) -> Float[Array, '*L E']:
@@ -78,34 +95,40 @@ def moved(bias: Float[Array, '*L E'], load: Float[Array, '*L E'], rate: float) -
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def _dispatch(x, segments, routing, experts, *, moe, activation, rows, length, columns):
-  """Routes this device's tokens x [B, T, D] through its share of every expert; y is summed over the mesh axes `columns`.
-
-  rows, length: mesh axes that B and T are split over, and statistics summed over.
-  """
+def _layer(x, segments, routing, experts, *, moe, activation, axes, stored, dtype):
+  """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights, laid out as `stored`."""
+  x = jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
+  if 'down_bias' in experts and axes.columns:  # a part of a sum over columns: added once
+    experts['down_bias'] = jnp.where(jax.lax.axis_index(axes.columns) == 0, experts['down_bias'], 0)
   (B, T, D), E = x.shape, moe.experts
   real = (segments > 0).reshape(B * T)
-  flat = jnp.where(real[:, None], x.reshape(B * T, D), jnp.zeros((), x.dtype))
-  logits = jnp.einsum('nD,DE->nE', flat.astype(jnp.float32), routing['router'], precision=jax.lax.Precision.HIGHEST)
+  x = jnp.where(real[:, None], x.reshape(B * T, D), jnp.zeros((), x.dtype))
+  logits = jnp.einsum('nD,DE->nE', x.astype(jnp.float32), routing['router'], precision=jax.lax.Precision.HIGHEST)
   if 'router_bias' in routing:
     logits = logits + routing['router_bias'][None]
   scores, choices, gates = route(logits, routing.get('selection_bias'), moe)
-  stats = _losses(logits, scores, choices, real.reshape(B, T), moe, rows, length)
+  stats = _losses(logits, scores, choices, real.reshape(B, T), moe, axes)
 
   expert = jnp.where(real[:, None], choices, E)  # E: nowhere
   if moe.dispatch == 'capacity':
-    C = min(B * T, math.ceil(moe.capacity_factor * B * T * moe.per_token / E))
-    kept = _rank(expert, E) < C
-    stats['dropped'] = _sum_over((real[:, None] & ~kept).sum(dtype=jnp.float32), rows + length)
+    C = _slots(moe, B * T, E)
+    kept = rank(expert, E) < C
+    stats['dropped'] = _sum_over((real[:, None] & ~kept).sum(dtype=jnp.float32), axes.rows + axes.length)
     expert = jnp.where(kept, expert, E)
-    y = capacity(flat, expert, gates, experts, activation, C)
-  else:
-    y = {'dense': dense, 'dropless': dropless}[moe.dispatch](flat, expert, gates, experts, activation)
-  y = _sum_over(y.astype(x.dtype), columns)
-  if 'down_bias' in experts:
-    share = (jnp.where(expert[..., None] == jnp.arange(E)[None, None], gates[..., None], 0.0)).sum(1)
-    y = y + jnp.einsum('nE,ED->nD', share, experts['down_bias'].astype(jnp.float32)).astype(x.dtype)
-  return y.reshape(B, T, D), stats
+  gates = jnp.where(expert < E, gates, 0.0)
+  gather = functools.partial(_gathered, stored=stored, shards=axes.shards, dtype=dtype)
+  compute = functools.partial(_in_pieces, activation=activation, gather=gather)
+  y = DISPATCHES[moe.dispatch](x, expert, gates, experts, moe=moe, compute=compute, axes=axes)
+  y = y.astype(x.dtype).reshape(B, T, D)
+  if axes.sequence and axes.columns:
+    return jax.lax.psum_scatter(y, axes.columns, scatter_dimension=1, tiled=True), stats
+  return _sum_over(y, axes.columns), stats
+
+
+def _slots(moe, n, parts):
+  """Slots for the choices of n tokens that fall on one of `parts` equal parts of the experts."""
+  most = n * min(moe.per_token, moe.experts // parts)
+  return min(most, max(1, math.ceil(moe.capacity_factor * n * moe.per_token / parts)))
 
 
 def route(logits: Float[Array, 'n E'], selection_bias: Float[Array, 'E'] | None,
@@ -131,18 +154,18 @@ def route(logits: Float[Array, 'n E'], selection_bias: Float[Array, 'E'] | None,
   return scores, choices, gates * moe.scale
 
 
-def _losses(logits, scores, choices, real, moe, rows, length):
+def _losses(logits, scores, choices, real, moe, axes):
   """Load and losses of all devices' tokens; real [B, T] says which count."""
-  (B, T), E, k = real.shape, moe.experts, moe.per_token
+  (B, T), E, k, (rows, length) = real.shape, moe.experts, moe.per_token, axes[:2]
   probabilities = scores / scores.sum(-1, keepdims=True)
   chosen = (choices.reshape(B, T * k, 1) == jnp.arange(E)[None, None]) & jnp.repeat(real, k, 1)[..., None]
-  count = _sum_over(chosen.sum(1, dtype=jnp.float32), length)  # [B, E], as the next one
+  counts = _sum_over(chosen.sum(1, dtype=jnp.float32), length)  # [B, E], as the next one
   mass = _sum_over(jnp.where(real[..., None], probabilities.reshape(B, T, E), 0.0).sum(1), length)
   tokens = _sum_over(real.sum(1, dtype=jnp.float32), length)
-  load = _sum_over(count.sum(0), rows)
+  load = _sum_over(counts.sum(0), rows)
   # Tokens * E * sum(fraction of choices * mean probability), of a row or of everything.
   if moe.balance_over == 'sequence':
-    balance = _sum_over(((count * mass).sum(1) / jnp.maximum(tokens, 1.0)).sum(), rows)
+    balance = _sum_over(((counts * mass).sum(1) / jnp.maximum(tokens, 1.0)).sum(), rows)
   else:
     balance = (load * _sum_over(mass.sum(0), rows)).sum() / jnp.maximum(_sum_over(tokens.sum(), rows), 1.0)
   z = jnp.square(jax.nn.logsumexp(logits, -1))
@@ -150,67 +173,121 @@ def _losses(logits, scores, choices, real, moe, rows, length):
   return {'load': load, 'dropped': jnp.float32(0), 'balance_loss': moe.balance_loss * E / k * balance, 'router_z_loss': moe.z_loss * z}
 
 
-def dense(x, expert, gates, experts, activation):
-  """Every expert computes every token: obviously right. All dispatches take and give the same, but for capacity's own C.
+def dense(x, expert, gates, experts, *, moe, compute, axes):
+  """Every expert computes every token: obviously right. All dispatches take and give the same, but for what capacity drops.
 
-  x [n, D] · expert [n, k], E for nowhere, whatever its gate · gates [n, k], f32 · experts: weights by name.
-  Returns the sum over k of gate * expert, f32 [n, D], without the bias of `down`.
+  x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere · experts: stored weights by name, of those here.
+  Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over axes.columns.
   """
+  everyone = lambda a: jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
+  x, expert, gates = everyone(x), everyone(expert), everyone(gates)
+  first = jax.lax.axis_index(axes.experts) * len(experts['up']) if axes.experts else 0
+
   def one(y, found):
     index, w = found
-    product = lambda name: _biased(x @ w[name], w.get(f'{name}_bias'))
-    h = activate(product('gate') if 'gate' in w else None, product('up'), activation)
-    share = jnp.where(expert == index, gates, 0.0).sum(1, keepdims=True)
-    return y + share * (h @ w['down']).astype(jnp.float32), None
+    share = jnp.where(expert == first + index, gates, 0.0).sum(1, keepdims=True)
+    w = {name: value[None] for name, value in w.items()}
+    return y + share * compute(x[None], w, _each)[0].astype(jnp.float32), None
   # What an expert computes is as large as everything else together: cheaper to compute again than to keep E times.
   found = jnp.arange(len(experts['up']), dtype=expert.dtype), experts
-  return jax.lax.scan(jax.checkpoint(one, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), found)[0]
+  y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), found)[0]
+  return jax.lax.psum_scatter(y, axes.experts, scatter_dimension=0, tiled=True) if axes.experts else y
 
 
-def dropless(x, expert, gates, experts, activation):
-  """Choices sorted by expert, one grouped product per weight; those for nowhere come last and are not computed."""
-  E, k = len(experts['up']), expert.shape[1]
-  order = jnp.argsort(expert.reshape(-1), stable=True)
-  position = _inverse(order, order.size)
-  sizes = _sizes(expert, E)
-  sorted_expert = jnp.minimum(expert.reshape(-1)[order], E - 1)
+def dropless(x, expert, gates, experts, *, moe, compute, axes):
+  """Each choice is computed, whatever the routing: on one device in one go, over several in rounds."""
+  run = functools.partial(_sorted, compute=compute)
+  if not axes.experts:
+    y = run(jnp.repeat(x, expert.shape[1], 0), gates.reshape(-1), expert.reshape(-1), experts)
+    return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
+  E = len(experts['up'])
+  exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
+  rounds = plan(expert, exchange, axes.rows + axes.length + axes.columns)
+  return in_rounds(run, exchange, x, gates, experts, rounds)
 
-  def product(rows, name):
-    bias = experts.get(f'{name}_bias')
-    y = grouped_matmul(rows, experts[name], sizes)
+
+def capacity(x, expert, gates, experts, *, moe, compute, axes):
+  """Each expert computes C slots of each device, filled or not; the caller has sent to nowhere what does not fit."""
+  E, (n, D) = moe.experts, x.shape
+  C = _slots(moe, n, E)
+  slot = jnp.where(expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)).reshape(-1)
+  choice = inverse(slot, E * C)
+  rows = _permute(jnp.repeat(x, expert.shape[1], 0), choice, slot).reshape(E, C, D)
+  y = from_experts(compute(to_experts(rows, axes.experts), experts, _each), axes.experts)
+  return _combine(_permute(y.reshape(E * C, D), slot, choice), gates)
+
+
+DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
+
+
+def _sorted(rows, gates, expert, experts, *, compute):
+  """Rows [M, D], each through its expert [M] and times its gate [M]: one grouped product per weight, of rows sorted by expert.
+
+  E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
+  """
+  E = len(experts['up'])
+  if E == 1:
+    return compute(rows[None], experts, _each, gates[None])[0]
+  order = jnp.argsort(expert, stable=True)
+  position = inverse(order, order.size)
+  sizes = count(expert, E)
+  sorted_expert = jnp.minimum(expert[order], E - 1)
+
+  def product(rows, w, bias):
+    y = grouped_matmul(rows, w, sizes)
     return y if bias is None else y + bias[sorted_expert]
-  rows = _permute(jnp.repeat(x, k, 0), order, position)
-  h = activate(product(rows, 'gate') if 'gate' in experts else None, product(rows, 'up'), activation)
-  return _combine(_permute(grouped_matmul(h, experts['down'], sizes), position, order), gates)
+  y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
+  return _permute(y, position, order)
 
 
-def capacity(x, expert, gates, experts, activation, C):
-  """Each expert computes C slots, filled or not; the caller has sent to nowhere what does not fit."""
-  E, k, D = len(experts['up']), expert.shape[1], x.shape[1]
-  slot = jnp.where(expert < E, expert * C + _rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)).reshape(-1)
-  choice = _inverse(slot, E * C)
-  rows = _permute(jnp.repeat(x, k, 0), choice, slot).reshape(E, C, D)
-  product = lambda name: _biased(jnp.einsum('ECD,EDF->ECF', rows, experts[name]), experts.get(f'{name}_bias'))
-  h = activate(product('gate') if 'gate' in experts else None, product('up'), activation)
-  y = jnp.einsum('ECF,EFD->ECD', h, experts['down']).reshape(E * C, D)
-  return _combine(_permute(y, slot, choice), gates)
+def _each(rows, w, bias):
+  """Rows [E, C, D], of each expert as many."""
+  y = jnp.einsum('ECD,EDF->ECF', rows, w)
+  return y if bias is None else y + bias[:, None]
 
 
-def _rank(expert, E):
-  """[n, k]: how many earlier choices, in order of token, fell on the same expert."""
-  order = jnp.argsort(expert.reshape(-1), stable=True)
-  ends = jnp.cumsum(_sizes(expert, E + 1))
-  starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])
-  return _inverse(order, order.size).reshape(expert.shape) - starts[expert]
+def _in_pieces(rows, experts, product, gates=None, *, activation, gather):
+  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; times `gates` in f32, if given; in the type of the rows.
+
+  A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients scattered, piece by piece, and what
+  a piece computes is computed again in the backward pass: of a model's largest arrays, only a piece is there at a time.
+  """
+  def one(w):
+    inner = lambda name: product(rows, w[name], w.get(f'{name}_bias'))
+    h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
+    y = product(h, w['down'], w.get('down_bias'))
+    # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece once more.
+    return y if gates is None else y.astype(jnp.float32) * gates[..., None]
+  pieces = _pieces(experts['up'].shape[2])
+  if pieces == 1:
+    return one(gather(experts)).astype(rows.dtype)
+  cut = lambda w, axis: jnp.moveaxis(w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1:]), axis, 0)
+  parts = {name: cut(w, {'down': 1}.get(name, w.ndim - 1)) for name, w in experts.items() if name != 'down_bias'}
+  if 'down_bias' in experts:  # added once
+    parts['down_bias'] = jnp.zeros((pieces, *experts['down_bias'].shape), experts['down_bias'].dtype).at[0].set(experts['down_bias'])
+
+  def add(y, part):
+    return y + one(gather(part)).astype(jnp.float32), None
+  y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros(rows.shape, jnp.float32), parts)
+  return y.astype(rows.dtype)
 
 
-def _sizes(expert, E):
-  return (expert.reshape(-1, 1) == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
+def _pieces(F):
+  """The fewest equal pieces of whole lanes that are no wider than PIECE; 1 where there are none."""
+  return next((n for n in range(1, F + 1) if F % n == 0 and F // n <= PIECE and (n == 1 or F // n % LANES == 0)), 1)
 
 
-def _inverse(index, size):
-  """Where each of 0..size-1 stands in `index`; len(index), which is nowhere, for one that does not."""
-  return jnp.full(size, index.size, jnp.int32).at[index].set(jnp.arange(index.size, dtype=jnp.int32), mode='drop', unique_indices=True)
+def _gathered(experts, *, stored, shards, dtype):
+  """Weights as they are computed with. Gathered inside of the shard_map, so that the gradient is scattered where it is summed."""
+  def one(name, w):
+    w = w.astype(dtype)
+    if not shards or 'expert_embed' not in stored[name]:
+      return w
+    at = stored[name].index('expert_embed')
+    # In front of the others: of a minor dimension XLA for TPU would make an all-reduce of the gradient's reduce-scatter.
+    whole = jnp.moveaxis(jax.lax.all_gather(w, shards), 0, at)
+    return whole.reshape(*w.shape[:at], -1, *w.shape[at + 1:])
+  return {name: one(name, w) for name, w in experts.items()}
 
 
 @jax.custom_vjp
@@ -228,11 +305,6 @@ _permute.defvjp(lambda x, index, back: (_permute(x, index, back), (index, back))
 def _combine(y, gates):
   """Sum over k of gate * row, f32 [n, D], of rows [n * k, D]."""
   return (y.reshape(*gates.shape, -1).astype(jnp.float32) * gates[..., None]).sum(1)
-
-
-def _biased(y, bias):
-  """`y` [.., rows, F] plus `bias` [.., F]; `y` itself where there is none."""
-  return y if bias is None else y + bias[..., None, :]
 
 
 def _sum_over(value, axes):

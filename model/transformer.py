@@ -59,17 +59,20 @@ class Block(nnx.Module):
         mixed = self.cross.cross(self._before(x, self.cross_norm), view, slots)
         x = self._after(x, mixed, self.cross_norm, self.cross_post_norm)
     with jax.named_scope('feed_forward'):
-      h, report = self._before(x, self.feed_forward_norm), {}
-      if isinstance(self.feed_forward, MoE):
-        h, report = self.feed_forward(h, view.mask.query_segments)
+      report = {}
+      if isinstance(self.feed_forward, MoE):  # gathers what it needs itself
+        h, report = self.feed_forward(self._normed(x, self.feed_forward_norm), view.mask.query_segments)
       else:
-        h = self.feed_forward(h)
+        h = self.feed_forward(self._before(x, self.feed_forward_norm))
       x = self._after(x, remat.named(h, 'feed_forward_out'), self.feed_forward_norm, self.feed_forward_post_norm)
     return x, slots, report
 
   def _before(self, x, norm):
     # The products need all tokens of a device's sequences; what is gathered is normed already, and in the compute dtype.
-    return ax.place(x if self.placement == 'post' else norm(x), 'batch', 'length', 'width')
+    return ax.place(self._normed(x, norm), 'batch', 'length', 'width')
+
+  def _normed(self, x, norm):
+    return x if self.placement == 'post' else norm(x)
 
   def _after(self, x, new, norm, post_norm):
     return norm(x + new) if self.placement == 'post' else x + (new if post_norm is None else post_norm(new))

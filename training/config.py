@@ -112,21 +112,26 @@ class Config:
 
   def check_mesh(self, sizes: dict[str, int]) -> None:
     """Raises ValueError when an array cannot be split evenly over a mesh of these sizes."""
-    rows = sizes['data'] * sizes['fsdp']
+    over = lambda axes: ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
+    rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
     micro = self.data.batch_size // self.train.accumulation
     if micro % rows:
       raise ValueError(f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
-                       f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]}); '
-                       'make the batch a multiple')
-    m = self.model
-    for what, size, axis in (('model.width', m.D, 'fsdp'), ('model.heads', m.N, 'tensor'), ('model.kv_heads', m.K, 'tensor'),
-                             ('model.feed_forward', m.F, 'tensor'), ('model.vocabulary', m.V, 'tensor'),
-                             ('model.moe.feed_forward', m.moe.feed_forward, 'tensor'),
-                             ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, 'tensor'),
-                             ('model.latent.width', m.latent.width, 'fsdp'),
-                             ('model.latent.query_width', m.latent.query_width, 'fsdp')):
-      if size % sizes[axis]:
-        raise ValueError(f'{what}={size} does not split over mesh.{axis}={sizes[axis]}; make it a multiple, or the axis smaller')
+                       f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} '
+                       f'x expert {sizes["expert"]}); make the batch a multiple')
+    m, embed, tensor = self.model, ('fsdp', 'expert', 'context'), sizes['tensor']
+    for what, size, axes in (('model.width', m.D, embed), ('model.heads', m.N, ('tensor',)), ('model.feed_forward', m.F, ('tensor',)),
+                             ('model.vocabulary', m.V, ('tensor',)), ('model.moe.experts', m.E, ('expert',)),
+                             ('model.moe.feed_forward', m.moe.feed_forward, ('tensor',)),
+                             ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, ('tensor',)),
+                             ('model.latent.width', m.latent.width, embed), ('model.latent.query_width', m.latent.query_width, embed)):
+      if size % math.prod(sizes[axis] for axis in axes):
+        raise ValueError(f'{what}={size} does not split over {over(axes)}; make it a multiple, or the axis smaller')
+    if m.K % tensor and tensor % m.K:
+      raise ValueError(f'model.kv_heads={m.K} and mesh.tensor={tensor}: one has to be a multiple of the other; change either')
+    if self.data.sequence_length % (sizes['context'] * tensor):
+      raise ValueError(f'data.sequence_length={self.data.sequence_length} does not split over {over(("context", "tensor"))}, which share '
+                       'the residual stream; make it a multiple')
     if sizes['context'] > 1:
       self._check_context(sizes)
 
@@ -140,11 +145,6 @@ class Config:
                        'make it a multiple')
     if R > 1 and m.context != 'gather' and m.attention != 'auto':
       attention.check_part(m.attention)
-    shards = sizes['fsdp'] * sizes['expert'] * P
-    for what, size in (('width', m.D), ('latent.width', m.latent.width), ('latent.query_width', m.latent.query_width)):
-      if size % shards:
-        raise ValueError(f'model.{what}={size} does not split over {shards} devices that share parameters (mesh fsdp {sizes["fsdp"]} '
-                         f'x expert {sizes["expert"]} x context {P}); make it a multiple, or an axis smaller')
 
 
 def begin_from(config: Config) -> Config:

@@ -1,6 +1,8 @@
 """Do tokens reach the experts that their router chose, and nothing else? Three dispatches, a loop in numpy, many devices."""
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ CASES = {
     'deepseek v3': dict(experts=8, per_token=3, router='sigmoid', selection_bias=True, groups=4, groups_per_token=2, scale=2.5,
                         shared_feed_forward=8),
     'gpt-oss': dict(experts=5, per_token=2, biases='all', activation='clamped_silu', balance_over='batch'),
+    'biased': dict(experts=6, per_token=2, biases='all', activation='clamped_silu', shared_feed_forward=8),
     'all experts': dict(experts=3, per_token=3, router='sigmoid', gated=False, biases='all', activation='gelu'),
     'one expert': dict(experts=4, per_token=1, renormalise=False),
 }
@@ -265,7 +268,7 @@ def test_the_moved_bias_balances_the_load():
 
 
 @functools.cache
-def expected(case, dispatch):
+def expected(case, dispatch='dropless'):
   return run(make_moe(make_config(case, dispatch)), *inputs())
 
 
@@ -278,18 +281,58 @@ def on_mesh(mesh, config, x, segments):
     return run(layer, place(x, 'batch', 'length', 'width'), place(segments, 'batch', 'length')), layer
 
 
-@pytest.mark.parametrize('case, dispatch, sizes', [
-    ('gpt-oss', 'dropless', MESHES[2]), ('deepseek v3', 'capacity', MESHES[3]),
-    *(pytest.param(case, dispatch, sizes, marks=pytest.mark.slow) for sizes in MESHES
-      for case, dispatch in (('gpt-oss', 'dropless'), ('deepseek v3', 'capacity'), ('mixtral', 'dense')))], ids=str)
-def test_eight_devices_are_one(case, dispatch, sizes):
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# With a factor of 0.3 the exchange between experts' devices takes several rounds.
+SPLIT = [{'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}, {'data': 2, 'expert': 2, 'tensor': 2}, {'data': 2, 'fsdp': 2, 'expert': 2}]
+PARTS = [{'data': 4, 'expert': 2}, {'data': 1, 'fsdp': 4, 'expert': 2}, {'data': 1, 'expert': 2, 'tensor': 4}, *SPLIT]
+
+
+@pytest.mark.parametrize('case, dispatch, sizes, factor', [
+    ('gpt-oss', 'dropless', MESHES[2], 100.0), ('deepseek v3', 'capacity', MESHES[3], 100.0),
+    ('biased', 'dropless', SPLIT[0], 0.3), ('deepseek v3', 'capacity', SPLIT[0], 100.0),
+    *(slow(case, dispatch, sizes, 100.0) for sizes in MESHES
+      for case, dispatch in (('gpt-oss', 'dropless'), ('deepseek v3', 'capacity'), ('mixtral', 'dense'))),
+    *(slow('deepseek v3', dispatch, {'data': 1, 'expert': 8}, factor) for dispatch, factor in (('dropless', 0.3), ('dense', 1.0))),
+    *(slow(case, dispatch, sizes, factor) for sizes in PARTS for case, dispatch, factor in (
+        ('biased', 'dropless', 0.3), ('biased', 'dropless', 100.0), ('deepseek v3', 'capacity', 100.0), ('biased', 'dense', 1.0)))], ids=str)
+def test_eight_devices_are_one(case, dispatch, sizes, factor):
   mesh = make_mesh(MeshConfig(**sizes))
-  found, layer = on_mesh(mesh, make_config(case, dispatch), *inputs())
+  found, layer = on_mesh(mesh, make_config(case, dispatch, capacity_factor=factor), *inputs())
   close(found, expected(case, dispatch))
   for name, gradient in named_leaves(found[1][0]).items():
     assert gradient.sharding.is_equivalent_to(named_leaves(layer)[name].sharding, gradient.ndim), name
-  split = mesh.shape['fsdp'] * mesh.shape['tensor']
+  split = mesh.shape['fsdp'] * mesh.shape['tensor'] * mesh.shape['expert']
   assert layer.up[...].addressable_shards[0].data.size * split == layer.up[...].size
+
+
+@pytest.mark.parametrize('dispatch, sizes', [('dropless', {}), ('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])],
+                         ids=str)
+def test_wide_experts_in_pieces(dispatch, sizes, monkeypatch):
+  """Weights gathered, computed and scattered a third at a time: the same values and gradients."""
+  monkeypatch.setattr(moe_module, '_pieces', lambda F: 3 if F % 3 == 0 else 2)
+  config = make_config('biased', dispatch, capacity_factor=90.0)  # a factor of its own, or run() would remember the whole ones
+  found = on_mesh(make_mesh(MeshConfig(**sizes)), config, *inputs())[0] if sizes else run(make_moe(config), *inputs())
+  close(found, expected('biased', dispatch))
+
+
+def test_pieces_are_equal_whole_lanes():
+  assert [moe_module._pieces(F) for F in (12, 4096, 7168, 14336, 4099, 16384)] == [1, 1, 2, 4, 1, 4]
+
+
+@pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
+def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
+  """What XLA makes of it: all-to-alls of tokens; of weights, shards of D gathered and gradients scattered, and never all experts."""
+  config, mesh = make_config('mixtral', dispatch, capacity_factor=0.5), make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
+  with jax.set_mesh(mesh):
+    layer = abstract(lambda: MoE(config, nnx.Rngs(0)), mesh)
+    like = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, ax.spec(*axes)))
+    text = run.lower(layer, like((8, 6, D), jnp.float32, 'batch', 'length', 'width'),
+                     like((8, 6), jnp.int32, 'batch', 'length')).compile().as_text()
+  gathered = [math.prod(map(int, shape.split(','))) for shape in re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', text)]
+  assert 'all-to-all(' in text and 'reduce-scatter(' in text and max(gathered) == 2 * D * F
 
 
 def test_the_auto_twin_gives_the_same():
@@ -344,6 +387,19 @@ def test_bfloat16_experts_under_an_f32_router(dispatch):
   assert y.dtype == jnp.bfloat16
   close(stats, exact_stats, 1e-6)
   np.testing.assert_allclose(np.asarray(y, np.float32), wanted, atol=0.02 * np.abs(wanted).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('dispatch', DISPATCHES)
+def test_half_precision_on_split_experts(dispatch, dtype):
+  config = make_config('biased', dispatch, dtype=dtype)
+  x, segments = inputs()
+  ((_, (y, _)), gradients), _ = on_mesh(make_mesh(MeshConfig(**SPLIT[0])), config, x.astype(dtype), segments)
+  ((_, (wanted, _)), wanted_gradients) = run(make_moe(dataclasses.replace(config, dtype='float32')),
+                                             x.astype(dtype).astype(jnp.float32), segments)
+  for a, b in zip(jax.tree.leaves((y, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.03 * np.abs(b).max())
 
 
 def test_no_experts_raises():

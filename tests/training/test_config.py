@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from data import tokenizer
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
-from model.config import CHOICES, ModelConfig, RopeConfig
+from model.config import CHOICES, ModelConfig, MoEConfig, RopeConfig
 from parallel.mesh import AXES
 from training import config as configs
 from training.config import Config, TrainConfig
@@ -69,6 +69,7 @@ def test_a_mesh_that_cannot_split_the_arrays_is_refused():
   config = tiny()
   config.check_mesh(SIZES | {'data': 2, 'fsdp': 4, 'tensor': 2})
   for sizes, said in (({'data': 2, 'fsdp': 8}, ('microbatch of 8', 'batch_size=8', '16 devices', 'data 2 x fsdp 8', 'a multiple')),
+                      ({'data': 2, 'expert': 8}, ('microbatch of 8', '16 devices', 'data 2 x fsdp 1 x expert 8')),
                       ({'tensor': 4}, ('model.kv_heads=2', 'mesh.tensor=4', 'a multiple')),
                       ({'tensor': 3}, ('model.heads=4', 'mesh.tensor=3'))):
     with pytest.raises(ValueError) as error:
@@ -77,6 +78,10 @@ def test_a_mesh_that_cannot_split_the_arrays_is_refused():
       assert part in str(error.value)
   with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=8'):
     tiny(model={'width': 36, 'head_width': 8}).check_mesh(SIZES | {'fsdp': 8})
+  with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=2 x mesh\.expert=4; make it a multiple'):
+    tiny(model={'width': 36, 'head_width': 8}).check_mesh(SIZES | {'fsdp': 2, 'expert': 4})
+  with pytest.raises(ValueError, match=r'model\.moe\.experts=6 does not split over mesh\.expert=4'):
+    tiny(model={'moe': MoEConfig(experts=6)}).check_mesh(SIZES | {'expert': 4})
   with pytest.raises(ValueError, match='microbatch of 4 sequences.*train.accumulation=2'):
     tiny(train={'accumulation': 2}).check_mesh(SIZES | {'data': 8})
 

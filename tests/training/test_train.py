@@ -12,7 +12,7 @@ from conftest import Trainer, assert_close, assert_same, host, make_batches, on,
 from model.params import abstract, named_leaves
 import train
 from data.config import TokenizerConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, MoEConfig
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.metrics import read_metrics
@@ -135,6 +135,28 @@ def test_experts_are_balanced_and_reported():
   bias = np.array(alone.state.model.stack.blocks[1].feed_forward.selection_bias[...])
   assert bias.shape == (2, 4) and (bias != 0).any() and (np.abs(bias) < 0.031).all()
   np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-5)  # whole steps of the rate, up or down
+
+
+SPLIT = MoEConfig(experts=8, feed_forward=32, shared_feed_forward=16, router='sigmoid', groups=4, groups_per_token=2, selection_bias=True,
+                  bias_rate=0.01, balance_loss=0.1, z_loss=0.01, capacity_factor=0.5)
+
+
+@pytest.fixture(scope='module')
+def split_alone():
+  return trained(model={'moe': SPLIT})
+
+
+@pytest.mark.parametrize('mesh', [{'fsdp': 2, 'expert': 2, 'tensor': 2}] + [pytest.param(mesh, marks=pytest.mark.slow) for mesh in (
+    {'data': 2, 'expert': 4}, {'expert': 8}, {'fsdp': 2, 'expert': 4}, {'expert': 4, 'tensor': 2})], ids=str)
+def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
+  """Three steps with everything recomputed; the bias that balances the load moves alike, too."""
+  trainer, metrics = trained(8, mesh=mesh, model={'moe': SPLIT, 'remat': 'full'})
+  assert_equivalent(trainer.state.model, split_alone[0].state.model)
+  for a, b in zip(metrics, split_alone[1], strict=True):
+    for name in b:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6, err_msg=name)
+  bias = trainer.state.model.stack.blocks[0].feed_forward.selection_bias[...]
+  assert np.abs(np.asarray(bias)).max() > 0.005
 
 
 # Whole runs, on all eight devices.
