@@ -70,12 +70,16 @@ def test_a_mesh_that_cannot_split_the_arrays_is_refused():
   config.check_mesh(SIZES | {'data': 2, 'fsdp': 4, 'tensor': 2})
   for sizes, said in (({'data': 2, 'fsdp': 8}, ('microbatch of 8', 'batch_size=8', '16 devices', 'data 2 x fsdp 8', 'a multiple')),
                       ({'data': 2, 'expert': 8}, ('microbatch of 8', '16 devices', 'data 2 x fsdp 1 x expert 8')),
-                      ({'tensor': 4}, ('model.kv_heads=2', 'mesh.tensor=4', 'a multiple')),
                       ({'tensor': 3}, ('model.heads=4', 'mesh.tensor=3'))):
     with pytest.raises(ValueError) as error:
       config.check_mesh(SIZES | sizes)
     for part in said:
       assert part in str(error.value)
+  config.check_mesh(SIZES | {'tensor': 4})  # 2 key/value heads, copied
+  with pytest.raises(ValueError, match=r'model\.kv_heads=3 and mesh\.tensor=2: one has to be a multiple of the other'):
+    tiny(model={'heads': 6, 'kv_heads': 3, 'head_width': 8}).check_mesh(SIZES | {'tensor': 2})
+  with pytest.raises(ValueError, match=r'data\.sequence_length=14 does not split over mesh\.tensor=4, which share the residual stream'):
+    tiny(data={'sequence_length': 14}).check_mesh(SIZES | {'tensor': 4})
   with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=8'):
     tiny(model={'width': 36, 'head_width': 8}).check_mesh(SIZES | {'fsdp': 8})
   with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=2 x mesh\.expert=4; make it a multiple'):
@@ -93,7 +97,7 @@ def test_rows_that_do_not_split_are_refused():
       ({}, {'context': 16}, ('data.sequence_length=16', '32 chunks', 'mesh.context=16', "'ring'", 'a multiple')),
       ({'context': 'ulysses'}, {'context': 8}, ("'ulysses' splits heads: 4", 'mesh.context=8', "'ulysses_ring'")),
       ({'context': 'ulysses_ring'}, {'context': 2, 'tensor': 2}, ('1 key heads', 'mesh.context=2', "'ring'")),
-      ({'width': 36, 'head_width': 8}, {'context': 4, 'fsdp': 2}, ('model.width=36', '8 devices', 'fsdp 2', 'context 4'))):
+      ({'width': 36, 'head_width': 8}, {'context': 4, 'fsdp': 2}, ('model.width=36', 'mesh.fsdp=2 x mesh.context=4'))):
     with pytest.raises(ValueError) as error:
       tiny(model={'width': 32} | model).check_mesh(SIZES | sizes)
     for part in said:
