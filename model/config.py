@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import names
 from kernels.attention import HONOURS, check
+from parallel.pipeline import PipelineConfig
 from parallel.remat import POLICIES
 
 CHOICES = {
@@ -184,7 +185,7 @@ class ModelConfig:
       embedding (BERT). pooler: a projection and tanh of the first token.
     latent, moe: see there. encoder_layers: of an encoder that the decoder attends to; 0: decoder only.
     dtype: of activations and matrix products. parameter_dtype: of what the optimizer updates.
-    attention: backend of kernels.attention. remat: policy of parallel.remat around each block.
+    attention: backend of kernels.attention. remat: policy of parallel.remat around each block. pipeline: see parallel.pipeline.
     init_scale: standard deviation of the initial embedding; projections use 1 / sqrt(inputs), residual outputs that
       divided by sqrt(2 L) (Radford et al., GPT-2).
 
@@ -231,6 +232,7 @@ class ModelConfig:
   parameter_dtype: str = 'float32'
   attention: str = 'auto'
   remat: str = 'none'
+  pipeline: PipelineConfig = PipelineConfig()
 
   def __post_init__(self):
     _check('model', self, CHOICES, width=1, layers=1, heads=1, vocabulary=0, kv_heads=0, head_width=0, feed_forward=0, max_length=0,

@@ -19,6 +19,7 @@ from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
 from model.params import param, use
 from parallel import axes as ax
+from parallel import pipeline
 from parallel.remat import remat
 
 
@@ -78,12 +79,17 @@ class Stack(nnx.Module):
   """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a repeating period."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
-    self.remat = config.remat
+    self.remat, self.pipeline = config.remat, config.pipeline
     self.periods = (((Kind(),), config.encoder_layers),) if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
-    self.blocks = nnx.List([
-        jax.vmap(lambda key, kind=kind: Block(config, nnx.Rngs(params=key), kind, cross))(jax.random.split(rngs.params(), repeats))
-        for kinds, repeats in self.periods for kind in kinds])
+    if ax.size('layers') > 1:
+      pipeline.check(self.periods, config.pipeline, ax.size('layers'))
+
+    def born(kind, repeats, axis):
+      keys = ax.place(jax.random.split(rngs.params(), repeats), axis)  # vmap lays out what it stacks as it finds the keys
+      return jax.vmap(lambda key: Block(config, nnx.Rngs(params=key), kind, cross))(keys)
+    self.blocks = nnx.List([born(kind, repeats, 'layers' if i == pipeline.split_scan(self.periods) else None)
+                            for i, (kinds, repeats) in enumerate(self.periods) for kind in kinds])
     self.norm = None if config.norm_placement == 'post' else Norm(config, config.D, rngs)
     self.bidirectional, self.distance = encoder or not config.causal, config.relative_distance
     self.relative = param(rngs, (config.relative_buckets, config.N), (None, 'heads'), config.D**-0.5, kind='vector',
@@ -94,6 +100,19 @@ class Stack(nnx.Module):
       view = dataclasses.replace(view, relative=Relative(table=self.relative[...], bidirectional=self.bidirectional,
                                                          max_distance=self.distance))
     slots, reports, blocks = cache and Slots(cache, jnp.int32(0)), [], list(self.blocks)
+    for i, (kinds, _) in enumerate(self.periods):
+      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
+      if ax.size('layers') > 1 and i == pipeline.split_scan(self.periods):
+        x, found = self._pipelined(own, x, view)
+      else:
+        x, slots, found = self._scan(own, x, view, slots)
+      reports += _in_order(found)
+    cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
+    x = ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
+    return Output(x, cache, _summed(reports) if reports else None)
+
+  def _scan(self, blocks, x, view, slots):
+    """Periods of blocks, one after another: the new x, the slots written, and what each place of the period reports."""
     run = remat(lambda block, x, slots: block(x, view, slots), self.remat)
 
     def period(carry, blocks):
@@ -104,13 +123,17 @@ class Stack(nnx.Module):
         slots = slots and slots.next()
         found += [report] if report else []
       return (x, slots), found
-    for kinds, _ in self.periods:
-      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
-      (x, slots), found = jax.lax.scan(period, (x, slots), own)
-      reports += _in_order(found)
-    cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
-    x = ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
-    return Output(x, cache, _summed(reports) if reports else None)
+    (x, slots), found = jax.lax.scan(period, (x, slots), blocks)
+    return x, slots, found
+
+  def _pipelined(self, blocks, x, view):
+    """As _scan, over the stages of the mesh, without slots."""
+    def layers(blocks, x, shared, whole):
+      x, _, found = self._scan(blocks, x, View(**shared, **whole), None)
+      return x, found
+    fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+    whole = {'relative': fields.pop('relative')}
+    return pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
 
   def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[Float[Array, 'L B S K H'], Float[Array, 'L B S K H']]:
     """Of cross-attention to `memory`, of every layer."""

@@ -23,7 +23,7 @@ RULES = {
     'width': None,
     'embed': ('fsdp', 'expert', 'context'),
     'expert_embed': ('fsdp', 'context'),
-    'vocab': 'tensor',
+    'vocab': ('tensor', 'stage'),  # embedding and loss are outside of the pipeline: no stage does it all (arXiv:2411.05288)
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'feed_forward': 'tensor',
@@ -136,4 +136,6 @@ def local(function, inputs, outputs):
     return function
   is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
   specs = lambda tree: jax.tree.map(lambda axes: spec(*axes), tree, is_leaf=is_axes)
-  return jax.shard_map(function, mesh=mesh, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+  # Inside a pipeline's stage the axis `stage` is manual already.
+  free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+  return jax.shard_map(function, mesh=mesh, in_specs=specs(inputs), out_specs=specs(outputs), axis_names=free, check_vma=False)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
 NO_MESH = Mesh(np.empty((), object), ())  # in context, arrays of single devices can be worked on one by one
-UNSUPPORTED = ('stage', 'expert', 'context')
+UNSUPPORTED = ('expert', 'context')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class MeshConfig:
     for axis in UNSUPPORTED:
       if sizes[axis] != 1:
         raise NotImplementedError(f'mesh.{axis}={sizes[axis]}: nothing is split over {axis!r} yet, so the only size is 1; '
-                                  'use data, fsdp or tensor')
+                                  'use data, fsdp, stage or tensor')
 
   def sizes(self) -> dict[str, int]:
     """Axis name -> size as configured (may hold one -1)."""
