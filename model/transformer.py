@@ -105,13 +105,16 @@ class Stack(nnx.Module):
       if ax.size('layers') > 1 and i == pipeline.split_scan(self.periods):
         x, found = self._pipelined(own, x, view)
       else:
-        x, slots, found = self._scan(own, x, view, slots)
-      reports += _in_order(found)
+        x, slots, found = self.scan(own, x, view, slots)
+      reports += in_order(found)
     cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
-    x = ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
-    return Output(x, cache, _summed(reports) if reports else None)
+    return Output(self.normed(x), cache, summed(reports) if reports else None)
 
-  def _scan(self, blocks, x, view, slots):
+  def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    """What the last block leaves, as it is scored."""
+    return ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
+
+  def scan(self, blocks, x, view, slots):
     """Periods of blocks, one after another: the new x, the slots written, and what each place of the period reports."""
     run = remat(lambda block, x, slots: block(x, view, slots), self.remat)
 
@@ -127,9 +130,9 @@ class Stack(nnx.Module):
     return x, slots, found
 
   def _pipelined(self, blocks, x, view):
-    """As _scan, over the stages of the mesh, without slots."""
+    """As scan, over the stages of the mesh, without slots."""
     def layers(blocks, x, shared, whole):
-      x, _, found = self._scan(blocks, x, View(**shared, **whole), None)
+      x, _, found = self.scan(blocks, x, View(**shared, **whole), None)
       return x, found
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     whole = {'relative': fields.pop('relative')}
@@ -141,17 +144,17 @@ class Stack(nnx.Module):
     blocks = list(self.blocks)
     for kinds, _ in self.periods:
       own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
-      found += _in_order(jax.lax.scan(lambda _, own: (None, [block.cross.keys_values(memory) for block in own]), None, own)[1])
+      found += in_order(jax.lax.scan(lambda _, own: (None, [block.cross.keys_values(memory) for block in own]), None, own)[1])
     return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
 
 
-def _in_order(found):
+def in_order(found):
   """Results of a scan over periods, one tree a place of the period, as a list of one tree in the order of layers (or none)."""
   merge = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
   return [jax.tree.map(merge, *found)] if found else []
 
 
-def _summed(reports):
+def summed(reports):
   """What the layers with experts report: by layer, and losses summed over them."""
   found = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
   return {name: x.sum() if name.endswith('loss') else x for name, x in found.items()}
@@ -186,7 +189,7 @@ class Decoder(nnx.Module):
     Raises ValueError for more tokens than model.max_length, and for arguments that exclude each other.
     """
     x, view = self._view(tokens, positions, segments, cache, types)
-    return self._scaled(self.stack(x, view, cache))
+    return self.scaled(self.stack(x, view, cache))
 
   def _view(self, tokens, positions, segments, cache, types):
     """What the stack is called with: the embedded tokens, and what its layers share."""
@@ -203,13 +206,14 @@ class Decoder(nnx.Module):
     mask = Mask(causal=config.causal, query_segments=segments, key_segments=segments) if cache is None else cache.mask(T)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
-    angles = local = None
-    if config.position == 'rope':
-      width = config.latent.rope_width or config.H
-      angles, local = (rope_angles(positions, width, config.rope, local) for local in (False, True))
-    return x, View(mask, angles, local)
+    return x, View(mask, *self.angles(positions))
 
-  def _scaled(self, output):
+  def angles(self, positions: Int[Array, 'B T']):
+    """Of rotary positions, and those of layers with a window; None, None without."""
+    config, width = self.config, self.config.latent.rope_width or self.config.H
+    return tuple(rope_angles(positions, width, config.rope, local) if config.position == 'rope' else None for local in (False, True))
+
+  def scaled(self, output):
     return output if self.config.logit_scale == 1 else output._replace(hidden=output.hidden * self.config.logit_scale)
 
   def scored(self, x: Float[Array, '*B D']) -> tuple[Float[Array, '*B E'], Float[Array, 'V E']]:
@@ -259,7 +263,7 @@ class EncoderDecoder(Decoder):
     if keys is None:
       keys = ax.place(jnp.ones(source.shape, jnp.int32), 'batch', 'length')
     view = dataclasses.replace(view, memory=memory, memory_mask=Mask(causal=False, query_segments=segments, key_segments=keys))
-    return self._scaled(self.stack(x, view, cache))
+    return self.scaled(self.stack(x, view, cache))
 
   def encode(self, source: Int[Array, 'B S'], positions: Int[Array, 'B S'] | None = None,
              segments: Int[Array, 'B S'] | None = None) -> Float[Array, 'B S D']:

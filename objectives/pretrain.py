@@ -7,6 +7,7 @@ from data.batch import Batch
 from model import loss
 from model.config import ModelConfig
 from model.transformer import Decoder
+from objectives import pipelined
 
 
 def check_model(config: ModelConfig) -> None:
@@ -34,9 +35,12 @@ def pretrain(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Array, 
 
   Of a model with experts the sum holds what balances them, and the sums what they report (see model.moe).
   """
-  x, _, router = model(batch.tokens, batch.positions, batch.segments)
-  with jax.named_scope('loss'):
-    total, sums = loss.cross_entropy(*model.scored(x), batch.targets, z_loss, model.config.logit_softcap)
-  if router is not None:
-    total, sums = total + router['balance_loss'] + router['router_z_loss'], sums | router
-  return total, sums
+  def score(model, x, batch):
+    with jax.named_scope('loss'):
+      return loss.cross_entropy(*model.scored(x), batch.targets, z_loss, model.config.logit_softcap)
+
+  def whole(model, batch):
+    x, _, router = model(batch.tokens, batch.positions, batch.segments)
+    total, sums = score(model, x, batch)
+    return (total, sums) if router is None else (total + router['balance_loss'] + router['router_z_loss'], sums | router)
+  return pipelined.value(model, batch, score, whole) if pipelined.wanted(model) else whole(model, batch)

@@ -8,10 +8,13 @@ are, so that layers are written as if there were no pipeline. An idle stage comp
     gpipe      microbatch m is at stage p at tick m + p (Huang et al., arXiv:1811.06965)
     circular   every stage holds `repeats` runs of layers, and microbatches go round as often, P after P (the interleaved schedule of
                Narayanan et al., arXiv:2104.04473, section 2.2)
+    1f1b       backward passes begin as soon as they can, so that what is kept for them is of at most 2 P - 1 microbatches, however many
+               there are (Narayanan et al., arXiv:1806.03377, section 3.2; here a stage's tick holds one of each direction)
 
 B batch · M microbatches · P stages · R blocks (of layers that a scan repeats) · v repeats
 """
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ import names
 from parallel import axes as ax
 
 AXIS = 'stage'
-SCHEDULES = ('gpipe', 'circular')
+SCHEDULES = ('gpipe', 'circular', '1f1b')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ class PipelineConfig:
   """How microbatches flow through the stages; without effect where mesh.stage=1.
 
   Attributes:
-    schedule: 'gpipe', 'circular': see the head of this file.
+    schedule: 'gpipe', 'circular', '1f1b': see the head of this file. '1f1b' keeps only what enters a stage and computes its layers again
+      in the backward pass, whatever remat says of each of them; what has no backward pass runs as in 'gpipe'.
     microbatches: M that a batch is split into, its rows dealt out one by one; 0: as many as there are stages.
     repeats: runs of layers of a stage; more than 1 in, and only in, the circular schedule.
 
@@ -80,6 +84,15 @@ def schedule(stages: int, microbatches: int, repeats: int = 1) -> Slots:
   turn, k = np.divmod(k, stages)
   group, repeat = np.divmod(turn, repeats)
   return Slots(np.where(idle, -1, group * stages + k), np.where(idle, 0, repeat))
+
+
+def schedule_1f1b(stages: int, microbatches: int) -> tuple[np.ndarray, np.ndarray]:
+  """Whose forward pass, and whose backward pass, each stage runs at each tick, int32 [ticks, P] each; -1: none.
+
+  No stage runs forward in the last P - 1 ticks, and none backward in the first P - 1.
+  """
+  t, p = np.arange(microbatches + 2 * (stages - 1), dtype=np.int32)[:, None], np.arange(stages, dtype=np.int32)[None]
+  return tuple(np.where((m >= 0) & (m < microbatches), m, -1) for m in (t - p, t - 2 * (stages - 1) + p))
 
 
 def split_scan(periods) -> int:
@@ -148,6 +161,88 @@ def run(layers, blocks, x, shared, whole, config: PipelineConfig):
   return _merge(_from(_reshape(y, (M,), 2), stages - 1, 1)), jax.tree.map(lambda a: _whole(a.sum(0)), reports)
 
 
+def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
+  """A loss and its gradients, forward and backward passes of different microbatches side by side (see `schedule_1f1b`).
+
+  Args:
+    first: (rest, part) -> x, what enters the blocks. last: (rest, y, part) -> (loss, sums). All are sums over rows.
+    layers: (blocks, x, part) -> (y, loss, reports), of any number of blocks and rows.
+    rest, blocks: parameters, those of the blocks [R, ...], split over `stage`. rows: pytree of [B, ...] arrays, not differentiated.
+  Returns: (loss, sums, reports), and gradients of the loss for rest and blocks, added up in f32 or wider, in the parameters' dtypes.
+  """
+  stages = ax.size('layers')
+  M, kept_slots = config.count(stages), 2 * stages - 1
+  parts = jax.tree.map(lambda a: _split(a, M), rows)
+  spread = jax.tree.map(lambda a: _spread(a, stages), parts)
+  part_of = lambda parts, microbatch: jax.tree.map(lambda a: _at(a, jnp.maximum(microbatch, 0)), parts)
+  held = lambda tree: jax.tree.map(lambda a: a[0], tree)
+  add = functools.partial(jax.tree.map, lambda total, new: total + new.astype(total.dtype))
+
+  def forward(blocks, parts, entering, state, kept, slot):
+    microbatch = slot[0]
+    x = jnp.where(jax.lax.axis_index(AXIS) == 0, entering[0], state[0])
+    y, loss, reports = layers(blocks, x, part_of(held(parts), microbatch))
+    place = jnp.maximum(microbatch, 0) % kept_slots
+    kept = jax.lax.dynamic_update_index_in_dim(kept[0], jnp.where(microbatch >= 0, x, _at(kept[0], place)), place, 0)
+    count = lambda a: jnp.where(microbatch >= 0, a, 0)
+    return y[None], kept[None], count(loss)[None], jax.tree.map(count, reports)
+
+  def backward(blocks, parts, kept, above, d_y, slot):
+    microbatch = slot[0]
+    x, part = _at(kept[0], jnp.maximum(microbatch, 0) % kept_slots), part_of(held(parts), microbatch)
+    _, pull = jax.vjp(lambda blocks, x: layers(blocks, x, part)[:2], blocks, x)
+    d_y = jnp.where(jax.lax.axis_index(AXIS) == stages - 1, d_y[0], above[0])
+    d_blocks, d_x = pull((jnp.where(microbatch >= 0, d_y, 0), (microbatch >= 0).astype(jnp.float32)))
+    return d_blocks, d_x[None]
+
+  def tick(carry, slot, down, up):
+    (state, kept, above, totals), found = carry, None
+    d_y = jnp.zeros_like(above)
+    if down:
+      entering = _spread(first(rest, part_of(parts, slot.enters)), stages)
+      y, kept, loss, reports = _each(forward, (SPLIT,) * 6, SPLIT)(blocks, spread, entering, state, kept, slot.down)
+      state, found = _shift(y, stages, 1), (loss, reports)
+    if down and up:
+      last_of = jax.value_and_grad(last, (0, 1), has_aux=True)
+      (loss, sums), (d_rest, d_y) = last_of(rest, _from(y, stages - 1, 0), part_of(parts, slot.leaves))
+      d_y, totals = _spread(d_y, stages), totals | {'rest': add(totals['rest'], d_rest)}
+      found = found, (loss, sums)
+    if up:
+      d_blocks, d_x = _each(backward, (SPLIT,) * 6, SPLIT)(blocks, spread, kept, above, d_y, slot.up)
+      above = _shift(d_x, stages, -1)
+      _, pull = jax.vjp(lambda rest: first(rest, part_of(parts, slot.ends)), rest)
+      totals = {'rest': add(totals['rest'], pull(_from(d_x, 0, 0))[0]), 'blocks': add(totals['blocks'], d_blocks)}
+    return (state, kept, above, totals), found
+
+  down, up = schedule_1f1b(stages, M)
+  split = lambda a: ax.place(jnp.asarray(a), None, 'layers')
+  slots = Ticks(split(down), split(up), *(jnp.asarray(a) for a in (down[:, 0], down[:, -1], up[:, 0])))
+  state = jnp.zeros_like(_spread(first(rest, part_of(parts, 0)), stages))
+  kept = jnp.zeros((stages, kept_slots, *state.shape[1:]), state.dtype,
+                   out_sharding=PartitionSpec(AXIS, None, *_entries(state)[1:]) if ax.explicit() else None)
+  wide = lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32))
+  carry = state, kept, state, jax.tree.map(wide, {'rest': rest, 'blocks': blocks})
+  found = []
+  for begin, end, down, up in ((0, stages - 1, True, False), (stages - 1, M + stages - 1, True, True),
+                               (M + stages - 1, M + 2 * stages - 2, False, True)):
+    carry, new = jax.lax.scan(functools.partial(tick, down=down, up=up), carry, jax.tree.map(lambda a: a[begin:end], slots))
+    found.append(new)
+  warm, (steady, (loss, sums)) = found[:2]
+  (inner, reports), (loss, sums) = jax.tree.map(lambda a, b: a.sum(0) + b.sum(0), warm, steady), jax.tree.map(lambda a: a.sum(0), (loss, sums))
+  totals = jax.tree.map(lambda total, a: total.astype(a.dtype), carry[3], {'rest': rest, 'blocks': blocks})
+  return (loss + inner.sum(), sums, jax.tree.map(lambda a: _whole(a[None]), reports)), (totals['rest'], totals['blocks'])
+
+
+class Ticks(NamedTuple):
+  """Of a 1F1B schedule: whose forward and backward pass each stage runs, [ticks, P]; of all stages together, whose enters the first
+  one, leaves the last one, and ends its backward pass, [ticks]; -1: none."""
+  down: jax.Array
+  up: jax.Array
+  enters: jax.Array
+  leaves: jax.Array
+  ends: jax.Array
+
+
 SPLIT, OF_REPEATS = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
 
 
@@ -165,7 +260,7 @@ def _shift(x, stages, by):
 def _from(x, stage, axis):
   """What `stage` holds of x, whose dimension `axis` counts stages, on all of them."""
   held = jax.lax.broadcasted_iota(jnp.int32, [n if i == axis else 1 for i, n in enumerate(x.shape)], axis)
-  return jax.lax.reduce(jnp.where(held == stage, x, 0), jnp.zeros((), x.dtype), jax.lax.add, (axis,))
+  return jax.lax.reduce_sum(jnp.where(held == stage, x, 0), (axis,))  # in its own type: all but one are 0
 
 
 def _spread(x, stages):
