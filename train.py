@@ -25,7 +25,7 @@ from data.prepare import prepare
 from kernels import attention
 from model import params, transformer
 from objectives.pretrain import check_model, pretrain, router_metrics
-from parallel import axes
+from parallel import axes, pipeline
 from parallel.mesh import make_mesh
 from training import config as configs
 from training import precision
@@ -188,6 +188,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     config = config.resolve(prepared.tokenizer.vocabulary)
     config.check_mesh(dict(mesh.shape))
     configs.check_unchanged(config, workdir, allow_change)
+    if mesh.shape['stage'] > 1:
+      log(pipeline.describe(config.model.stacks, config.model.pipeline, mesh.shape['stage']))
     batches = loader.train_loader(prepared, config.data, jax.process_index(), jax.process_count())
   rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
   put = lambda batch: jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import names
 from kernels.attention import HONOURS, check
+from parallel import pipeline
 from parallel.pipeline import PipelineConfig
 from parallel.remat import POLICIES
 
@@ -315,6 +316,24 @@ class ModelConfig:
       stacks.append((left[:period], _repeats(left, period)))
       left = left[period * stacks[-1][1]:]
     return tuple(stacks)
+
+  def check_stages(self, stages: int) -> None:
+    """Raises ValueError or NotImplementedError where layers or losses cannot be split over so many pipeline stages."""
+    if stages == 1:
+      return
+    for what, periods in (('model.layers', self.stacks), ('model.encoder_layers', (((Kind(),), self.encoder_layers),))):
+      if periods[-1][1]:
+        pipeline.check(what, periods, self.pipeline, stages)
+    if self.moe.balance_loss and self.moe.balance_over == 'batch' and self.pipeline.count(stages) > 1:
+      raise ValueError(f"model.moe.balance_over='batch' looks at one of model.pipeline.microbatches={self.pipeline.count(stages)} at a "
+                       "time: parts would not add up to the whole; use balance_over='sequence'")
+    for wrong, what in (
+        (len(self.stacks) > 1, f'layers of {len(self.stacks)} scans (model.stacks): all have to be in the one that is split'),
+        (self.position == 'relative', "model.position='relative': it does not train a table that all layers share"),
+        (self.dtype == 'float16', "model.dtype='float16': it finds gradients before the loss is scaled"),
+    ):
+      if wrong and self.pipeline.schedule == '1f1b':
+        raise NotImplementedError(f"model.pipeline.schedule='1f1b' does not work with {what}; use 'gpipe' or 'circular'")
 
   @property
   def places(self) -> tuple[tuple[Kind, tuple[int, ...]], ...]:

@@ -82,8 +82,7 @@ class Stack(nnx.Module):
     self.remat, self.pipeline = config.remat, config.pipeline
     self.periods = (((Kind(),), config.encoder_layers),) if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
-    if ax.size('layers') > 1:
-      pipeline.check(self.periods, config.pipeline, ax.size('layers'))
+    config.check_stages(ax.size('layers'))
 
     def born(kind, repeats, axis):
       keys = ax.place(jax.random.split(rngs.params(), repeats), axis)  # vmap lays out what it stacks as it finds the keys

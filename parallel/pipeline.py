@@ -104,13 +104,13 @@ def split_scan(periods) -> int:
   return sizes.index(max(sizes))
 
 
-def check(periods, config: PipelineConfig, stages: int) -> None:
-  """Raises ValueError where layers do not split evenly, or microbatches do not suit the schedule."""
+def check(field: str, periods, config: PipelineConfig, stages: int) -> None:
+  """Raises ValueError where the layers that config field `field` counts do not split evenly, or microbatches do not suit the schedule."""
   kinds, blocks = periods[split_scan(periods)]
   if blocks % (stages * config.repeats):
     what = 'layers' if len(kinds) == 1 else f'repeats of a period of {len(kinds)} layers'
-    raise ValueError(f'{blocks} {what} do not split over mesh.stage={stages} x model.pipeline.repeats={config.repeats}; make '
-                     'model.layers a multiple, or the stages or repeats fewer')
+    raise ValueError(f'{field}: {blocks} {what} do not split over mesh.stage={stages} x model.pipeline.repeats={config.repeats}; make '
+                     'them a multiple, or the stages or repeats fewer')
   config.count(stages)
 
 
@@ -228,7 +228,8 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
     carry, new = jax.lax.scan(functools.partial(tick, down=down, up=up), carry, jax.tree.map(lambda a: a[begin:end], slots))
     found.append(new)
   warm, (steady, (loss, sums)) = found[:2]
-  (inner, reports), (loss, sums) = jax.tree.map(lambda a, b: a.sum(0) + b.sum(0), warm, steady), jax.tree.map(lambda a: a.sum(0), (loss, sums))
+  inner, reports = jax.tree.map(lambda a, b: a.sum(0) + b.sum(0), warm, steady)
+  loss, sums = jax.tree.map(lambda a: a.sum(0), (loss, sums))
   totals = jax.tree.map(lambda total, a: total.astype(a.dtype), carry[3], {'rest': rest, 'blocks': blocks})
   return (loss + inner.sum(), sums, jax.tree.map(lambda a: _whole(a[None]), reports)), (totals['rest'], totals['blocks'])
 

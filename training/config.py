@@ -114,9 +114,17 @@ class Config:
       raise ValueError(f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
                        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]}); '
                        'make the batch a multiple')
-    m = self.model
+    m, stages = self.model, sizes['stage']
+    m.check_stages(stages)
+    if stages > 1 and micro % (rows * m.pipeline.count(stages)):
+      raise ValueError(f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
+                       f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '
+                       'make the batch a multiple, or the microbatches fewer')
+    if m.V % (sizes['tensor'] * stages):
+      raise ValueError(f'model.vocabulary={m.V} does not split over mesh.tensor={sizes["tensor"]} x mesh.stage={stages}, which share '
+                       'embedding and loss; make it a multiple (ids that no token has cost little), or an axis smaller')
     for what, size, axis in (('model.width', m.D, 'fsdp'), ('model.heads', m.N, 'tensor'), ('model.kv_heads', m.K, 'tensor'),
-                             ('model.feed_forward', m.F, 'tensor'), ('model.vocabulary', m.V, 'tensor'),
+                             ('model.feed_forward', m.F, 'tensor'),
                              ('model.moe.feed_forward', m.moe.feed_forward, 'tensor'),
                              ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, 'tensor'),
                              ('model.latent.width', m.latent.width, 'fsdp'),

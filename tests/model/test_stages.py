@@ -1,0 +1,130 @@
+"""Are layers that are split over pipeline stages one stack? Loss, gradients, reports, memory, on products of meshes, by every schedule."""
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from test_meshes import CONFIG, batch, born, check, loss_and_gradients
+
+from data.batch import Batch
+from model.config import MoEConfig
+from model.params import abstract, named_leaves, specs
+from model import transformer
+from objectives.pretrain import pretrain
+from parallel import axes as ax
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.pipeline import PipelineConfig
+
+GPIPE, F1B1 = PipelineConfig(microbatches=4), PipelineConfig(schedule='1f1b', microbatches=4)
+CIRCULAR = PipelineConfig(schedule='circular', repeats=2, microbatches=4)
+EXPERTS = MoEConfig(experts=4, feed_forward=8, balance_loss=0.3, z_loss=0.1)
+PRODUCT, DATA, FSDP = {'stage': 2, 'data': 1, 'fsdp': 2, 'tensor': 2}, {'stage': 4, 'data': 2}, {'stage': 2, 'data': 1, 'fsdp': 4}
+TENSOR, FOUR = {'stage': 2, 'data': 1, 'tensor': 4}, {'stage': 4, 'data': 1, 'tensor': 2}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@functools.cache
+def alone(config):
+  return loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
+
+
+def model_config(name='', **changes):
+  config = CONFIG if not name else dataclasses.replace(laws.make_config(name), vocabulary=48)
+  return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize('pipeline, sizes, config', [
+    (CIRCULAR, {'stage': 2, 'data': 1, 'fsdp': 2}, model_config('llama', layers=4)),
+    (F1B1, {'stage': 2, 'data': 1, 'tensor': 2}, model_config('llama', layers=4)),
+    slow(CIRCULAR, PRODUCT, model_config(layers=4)),
+    slow(F1B1, PRODUCT, model_config('mixtral', moe=EXPERTS)),
+    slow(F1B1, DATA, model_config(layers=4, remat='full')),
+    slow(F1B1, FSDP, model_config(layers=4, remat='dots')),
+    slow(F1B1, FOUR, model_config('gemma2', layers=8)),
+    slow(PipelineConfig(schedule='1f1b', microbatches=8), FOUR, model_config(layers=4)),
+    slow(GPIPE, DATA, model_config(layers=4, remat='full')),
+    slow(GPIPE, TENSOR, model_config('mixtral', moe=EXPERTS, remat='full', heads=4, kv_heads=4)),
+    slow(GPIPE, PRODUCT, model_config('relative')),
+    slow(GPIPE, PRODUCT, model_config('deepseek')),
+    slow(GPIPE, PRODUCT, model_config('deepseek moe', remat='full')),  # its first layer is not split
+    slow(GPIPE, PRODUCT, model_config('gemma3')),  # nor its last
+    slow(CIRCULAR, FOUR, model_config('gpt-oss', layers=16, remat='full')),
+    slow(CIRCULAR, FSDP, model_config('mixtral', moe=EXPERTS, layers=4, remat='dots')),
+], ids=lambda x: ' '.join(f'{name}{n}' for name, n in x.items()) if isinstance(x, dict) else getattr(x, 'schedule', None))
+def test_stages_are_one_stack(pipeline, sizes, config):
+  """Packed rows of unequal padding, so that no two microbatches weigh the same."""
+  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:math.prod(sizes.values())])
+  check(mesh, alone(config), dataclasses.replace(config, pipeline=pipeline))
+
+
+@pytest.mark.slow
+def test_the_auto_twin_gives_the_same():
+  mesh = make_mesh(MeshConfig(stage=2, fsdp=2, tensor=2), axis_type=AxisType.Auto)
+  check(mesh, alone(CONFIG), dataclasses.replace(CONFIG, pipeline=GPIPE))
+
+
+def reports(mesh, config):
+  with jax.set_mesh(mesh):
+    rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
+    given = laws.make_model(config), jax.tree.map(lambda x: jax.device_put(x, rows), batch())
+    value = jax.jit(functools.partial(pretrain, z_loss=1e-2))
+    step = jax.jit(jax.grad(functools.partial(pretrain, z_loss=1e-2), has_aux=True))
+    return value(*given), step(*given)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pipeline', [GPIPE, CIRCULAR, F1B1], ids=lambda x: x.schedule)
+def test_experts_report_what_real_microbatches_did(pipeline):
+  """Loads and losses of every layer, in order; idle slots, which compute too, count nowhere."""
+  config = dataclasses.replace(laws.make_config('mixtral'), vocabulary=48, layers=4, moe=EXPERTS)
+  (expected, expected_sums), _ = reports(make_mesh(MeshConfig(), jax.devices()[:1]), config)
+  mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
+  (value, sums), with_gradients = reports(mesh, dataclasses.replace(config, pipeline=pipeline))
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  for found in (sums, with_gradients):
+    assert found.keys() == expected_sums.keys() >= {'load', 'dropped', 'balance_loss', 'router_z_loss'}
+    for name, wanted in expected_sums.items():
+      np.testing.assert_allclose(found[name], wanted, rtol=1e-5, err_msg=name)
+  assert (sums['load'] == expected_sums['load']).all() and sums['load'].shape == (4, 4)
+
+
+def test_parameters_are_born_split_over_stages():
+  """All of the stack that is split, biases and norms too; embedding and head over what the loss is split over."""
+  config = model_config('llama', layers=4)
+  mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
+  found, one = named_leaves(born(config, mesh)), named_leaves(born(config, make_mesh(MeshConfig(), jax.devices()[:1])))
+  with jax.set_mesh(mesh):
+    described = jax.tree.leaves(specs(abstract(lambda: transformer.init(config, 0), mesh)), is_leaf=lambda x: hasattr(x, 'axes'))
+  for (name, x), spec in zip(found.items(), described, strict=True):
+    np.testing.assert_allclose(x, one[name], rtol=5e-7, err_msg=name)
+    if name.startswith('stack.blocks'):
+      assert spec.axes[0] == 'layers' and x.sharding.spec[0] == 'stage' and x.addressable_shards[0].data.shape[0] == 2, name
+    else:
+      assert 'layers' not in spec.axes and (x.sharding.spec[0] == 'stage') == (spec.axes[0] == 'vocab'), name
+
+
+def temporaries(pipeline):
+  """Bytes that a gradient step needs besides its arguments and results, as the compiler says."""
+  M = pipeline.microbatches
+  config = laws.make_config('llama', width=32, layers=4, feed_forward=64, vocabulary=64, max_length=64, remat='full', pipeline=pipeline)
+  mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    ids = jax.ShapeDtypeStruct((2 * M, 64), jnp.int32, sharding=jax.NamedSharding(mesh, ax.spec('batch', 'length')))
+    model = abstract(lambda: transformer.init(config, 0), mesh)
+    step = jax.jit(jax.grad(functools.partial(pretrain, z_loss=0.0), has_aux=True))
+    return step.lower(model, Batch(ids, ids, ids, ids)).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
+  """But for their token ids, positions, segments and targets, twice; GPipe keeps at least what enters every stage."""
+  ids, entering = 4 * 2 * 64 * 4, 2 * 64 * 32 * 4  # bytes of a microbatch
+  few, many = (temporaries(PipelineConfig(schedule='1f1b', microbatches=M)) for M in (8, 32))
+  assert 0 <= many - few <= 2 * 24 * ids
+  few, many = (temporaries(PipelineConfig(microbatches=M)) for M in (8, 32))
+  assert many - few >= 24 * entering
