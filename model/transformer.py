@@ -102,7 +102,7 @@ class Stack(nnx.Module):
     for i, (kinds, _) in enumerate(self.periods):
       own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
       if ax.size('layers') > 1 and i == pipeline.split_scan(self.periods):
-        x, found = self._pipelined(own, x, view)
+        x, found = self._pipelined(own, x, view, slots)
       else:
         x, slots, found = self.scan(own, x, view, slots)
       reports += in_order(found)
@@ -128,8 +128,10 @@ class Stack(nnx.Module):
     (x, slots), found = jax.lax.scan(period, (x, slots), blocks)
     return x, slots, found
 
-  def _pipelined(self, blocks, x, view):
+  def _pipelined(self, blocks, x, view, slots):
     """As scan, over the stages of the mesh, without slots."""
+    if slots is not None:
+      raise NotImplementedError(f'a cache is not split over mesh.stage={ax.size("layers")} yet; generate on a mesh of other axes')
     def layers(blocks, x, shared, whole):
       x, _, found = self.scan(blocks, x, View(**shared, **whole), None)
       return x, found

@@ -249,7 +249,16 @@ SPLIT, OF_REPEATS = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
 
 def _each(function, inputs, outputs):
   """`function` run by every stage on its own part; inside, all other mesh axes are as outside."""
-  return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False)
+  run = lambda *arguments: jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False)(*arguments)
+  if jax.__version_info__ >= (0, 12) or not ax.explicit():
+    return run
+  # Before jax 0.12 a shard_map over some of the explicit axes gathers its arguments over all others; not so over auto axes.
+  others = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis != AXIS)
+
+  def automatic(*arguments):
+    specs = jax.tree.map(lambda x: x.sharding.spec, jax.eval_shape(run, *arguments))
+    return jax.sharding.auto_axes(run, axes=others, out_sharding=specs)(*arguments)
+  return automatic
 
 
 def _shift(x, stages, by):

@@ -1,6 +1,7 @@
 """Are the schedules of the pipeline what they say, tick by tick, and does the loop that follows them give what one loop over layers gives?"""
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig, MoEConfig
+from parallel import axes as ax
 from parallel import pipeline
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig, schedule, schedule_1f1b
@@ -109,6 +111,28 @@ def test_values_reports_and_gradients_are_those_of_one_loop(config, sizes, block
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
   assert found[1][0].sharding.spec[0] == 'stage'
+
+
+def test_only_microbatches_move_between_stages():
+  """One permutation a direction, and nothing else that crosses a tick is moved: each stage gathers its own weights over fsdp."""
+  def layer(x, w):
+    w = ax.gather(w, 'embed', 'feed_forward')
+    return ax.einsum('BF,DF->BD', jnp.tanh(jnp.einsum('BD,DF->BF', x, w)), w, ('batch', 'width')), None
+
+  def layers(blocks, x, shared, whole):
+    return jax.lax.scan(layer, x, blocks)[0], {}
+
+  def loss(blocks, x):
+    return jnp.square(pipeline.run(layers, blocks, x, {}, {}, PipelineConfig())[0]).sum()
+  mesh = make_mesh(MeshConfig(stage=2, fsdp=2, tensor=2))
+  with jax.set_mesh(mesh):
+    place = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, ax.spec(*axes)))
+    given = place((4, 16, 32), 'layers', 'embed', 'feed_forward'), place((8, 16), 'batch', 'width')
+    program = jax.jit(jax.grad(loss)).lower(*given).compile().as_text()
+  found = [line for line in program.splitlines() if re.search(r'= .*(all-gather|collective-permute|all-to-all)(-start)?\(', line)]
+  permuted = [line for line in found if 'collective-permute' in line]
+  assert len(permuted) == 2 and all('f32[1,2,16]' in line for line in permuted), permuted
+  assert {shape for line in found if line not in permuted for shape in re.findall(r'= f32\[([0-9,]*)\]', line)} <= {'16,16'}, found
 
 
 @pytest.mark.parametrize('stages, repeats', [(4, 2), (4, 6), (2, 3)])
