@@ -102,7 +102,7 @@ class Stack(nnx.Module):
     for i, (kinds, _) in enumerate(self.periods):
       own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
       if ax.size('layers') > 1 and i == pipeline.split_scan(self.periods):
-        x, found = self._pipelined(own, x, view, slots)
+        x, slots, found = self._pipelined(own, x, view, slots)
       else:
         x, slots, found = self.scan(own, x, view, slots)
       reports += in_order(found)
@@ -129,15 +129,25 @@ class Stack(nnx.Module):
     return x, slots, found
 
   def _pipelined(self, blocks, x, view, slots):
-    """As scan, over the stages of the mesh, without slots."""
-    if slots is not None:
-      raise NotImplementedError(f'a cache is not split over mesh.stage={ax.size("layers")} yet; generate on a mesh of other axes')
-    def layers(blocks, x, shared, whole):
-      x, _, found = self.scan(blocks, x, View(**shared, **whole), None)
-      return x, found
+    """As scan, over the stages of the mesh."""
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     whole = {'relative': fields.pop('relative')}
-    return pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
+    if slots is None:
+      def layers(blocks, x, shared, whole):
+        x, _, found = self.scan(blocks, x, View(**shared, **whole), None)
+        return x, found
+      x, found = pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
+      return x, None, found
+    cache = slots.cache
+
+    def cached(blocks, x, buffers, shared, active):
+      lengths, shared = shared
+      # Tokens of an idle stage would stand behind the last slot, where none is written.
+      slots = Slots(dataclasses.replace(cache, buffers=buffers, lengths=jnp.where(active, lengths, cache.capacity)), jnp.int32(0))
+      x, slots, found = self.scan(blocks, x, View(**shared), slots)
+      return x, slots.cache.buffers, found
+    x, buffers, found = pipeline.relay(cached, blocks, x, cache.buffers, (cache.lengths, fields | whole))
+    return x, dataclasses.replace(slots, cache=dataclasses.replace(cache, buffers=buffers)), found
 
   def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[Float[Array, 'L B S K H'], Float[Array, 'L B S K H']]:
     """Of cross-attention to `memory`, of every layer."""

@@ -42,18 +42,19 @@ EMBED = ('embed', 'expert_embed')
 def spec(*axes: str | None) -> P:
   """PartitionSpec of an array whose dimensions carry these logical names (None: not split).
 
-  Mesh axes of size 1 are left out, so that what is not split has no type of its own; without a mesh in context all are there.
+  Mesh axes of size 1 are left out, so that what is not split has no type of its own; so is `stage` inside of a stage, which sees its
+  own part only. Without a mesh in context all are there.
   Raises ValueError for an unknown name, or when two dimensions would be split over the same mesh axis.
   """
   entries, used = [], {}
-  shape = jax.sharding.get_abstract_mesh().shape
+  mesh = jax.sharding.get_abstract_mesh()
   for axis in axes:
     entry = _entry(axis) if axis is not None else ()
     for mesh_axis in entry:
       if mesh_axis in used:
         raise ValueError(f'logical axes {used[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis {mesh_axis!r}')
       used[mesh_axis] = axis
-    entry = tuple(a for a in entry if shape.get(a) != 1)
+    entry = tuple(a for a in entry if mesh.shape.get(a) != 1 and a not in mesh.manual_axes)
     entries.append(entry if len(entry) > 1 else entry[0] if entry else None)
   return P(*entries)
 

@@ -161,6 +161,30 @@ def run(layers, blocks, x, shared, whole, config: PipelineConfig):
   return _merge(_from(_reshape(y, (M,), 2), stages - 1, 1)), jax.tree.map(lambda a: _whole(a.sum(0)), reports)
 
 
+def relay(layers, blocks, x, kept, shared):
+  """All blocks on one microbatch that leaves something behind in every stage (a cache), which need not be differentiated.
+
+  Args:
+    layers: (blocks, x, kept, shared, active) -> (y, kept, reports); where `active` is not true, kept is to come back as it was.
+    blocks, kept: pytrees of arrays split over `stage` in their first dimension. x: [B, ...]. shared: pytree that all blocks see.
+  Returns: y, kept, and reports of all blocks. One stage works at a time: a bubble of (P - 1) / P.
+  """
+  stages = ax.size('layers')
+  shared = jax.tree.map(lambda a: _spread(a, stages), shared)
+
+  def one(blocks, shared, state, kept, microbatch):
+    active = microbatch[0] >= 0
+    y, kept, reports = layers(blocks, state[0], kept, jax.tree.map(lambda a: a[0], shared), active)
+    return y[None], kept, jax.tree.map(lambda a: jnp.where(active, a, 0)[None], reports)
+
+  def tick(carry, microbatch):
+    y, kept, reports = _each(one, (SPLIT,) * 5, (SPLIT, SPLIT, OF_REPEATS))(blocks, shared, *carry, microbatch)
+    return (_shift(y, stages, 1), kept), reports
+  turns = ax.place(jnp.asarray(schedule(stages, 1).microbatch), None, 'layers')
+  (y, kept), reports = jax.lax.scan(tick, (_spread(x, stages), kept), turns)
+  return _from(y, 0, 0), kept, jax.tree.map(lambda a: _whole(a.sum(0)), reports)  # what left the last stage has come to the first
+
+
 def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
   """A loss and its gradients, forward and backward passes of different microbatches side by side (see `schedule_1f1b`).
 

@@ -12,9 +12,10 @@ from jax.sharding import AxisType
 from test_meshes import CONFIG, batch, born, check, loss_and_gradients
 
 from data.batch import Batch
+from model import transformer
+from model.cache import init_cache
 from model.config import MoEConfig
 from model.params import abstract, named_leaves, specs
-from model import transformer
 from objectives.pretrain import pretrain
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
@@ -106,6 +107,40 @@ def test_parameters_are_born_split_over_stages():
       assert spec.axes[0] == 'layers' and x.sharding.spec[0] == 'stage' and x.addressable_shards[0].data.shape[0] == 2, name
     else:
       assert 'layers' not in spec.axes and (x.sharding.spec[0] == 'stage') == (spec.axes[0] == 'vocab'), name
+
+
+@pytest.mark.parametrize('name, sizes', [
+    ('llama', {'stage': 2, 'data': 1, 'fsdp': 2}),
+    slow('deepseek', {'stage': 2, 'data': 1, 'tensor': 2}),
+    slow('mixtral', PRODUCT),
+    slow('relative', {'stage': 2, 'data': 4}),
+], ids=str)
+def test_prefill_and_decode_through_stages(name, sizes):
+  """Each stage holds the cache of its layers. Unused slots hold NaN, also while a stage is idle."""
+  config = dataclasses.replace(laws.make_config(name), vocabulary=48)
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    full = np.asarray(laws.forward()(laws.make_model(config), laws.tokens_of(config, 4, 6)))
+  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:math.prod(sizes.values())])
+  with jax.set_mesh(mesh):
+    model, tokens = laws.make_model(config), jax.device_put(laws.tokens_of(config, 4, 6), ax.spec('batch', 'length'))
+    step, cache = laws.cached(), jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, init_cache(config, 4, 8))
+    born = [x.sharding for x in cache.buffers]
+    assert all(x.spec[0] == 'stage' for x in born)
+    for first, last in ((0, 5), (5, 6)):
+      logits, cache = step(model, tokens[:, first:last], cache)
+      np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-4, atol=1e-5 * np.abs(full).max())
+  assert jnp.all(cache.lengths == 6)
+  assert all(x.sharding.is_equivalent_to(like, 5) for x, like in zip(cache.buffers, born, strict=True))
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'layers': 5, 'moe': MoEConfig(experts=2, first=1)}, r'layers of 2 scans \(model.stacks\) is not split over mesh.stage=2; generate on'),
+    ({'layers': 4, 'encoder_layers': 2, 'position': 'relative'}, 'model.encoder_layers=2 is not split'),
+])
+def test_caches_that_do_not_split_raise(changes, words):
+  with jax.set_mesh(make_mesh(MeshConfig(stage=2, data=4))):
+    with pytest.raises(NotImplementedError, match=words):
+      init_cache(laws.make_config('llama', **changes), 4, 8)
 
 
 def temporaries(pipeline):
