@@ -25,7 +25,7 @@ GPIPE, F1B1 = PipelineConfig(microbatches=4), PipelineConfig(schedule='1f1b', mi
 CIRCULAR = PipelineConfig(schedule='circular', repeats=2, microbatches=4)
 EXPERTS = MoEConfig(experts=4, feed_forward=8, balance_loss=0.3, z_loss=0.1)
 PRODUCT, DATA, FSDP = {'stage': 2, 'data': 1, 'fsdp': 2, 'tensor': 2}, {'stage': 4, 'data': 2}, {'stage': 2, 'data': 1, 'fsdp': 4}
-TENSOR, FOUR = {'stage': 2, 'data': 1, 'tensor': 4}, {'stage': 4, 'data': 1, 'tensor': 2}
+TENSOR, FOUR, TWO = {'stage': 2, 'data': 1, 'tensor': 4}, {'stage': 4, 'data': 1, 'tensor': 2}, {'stage': 2, 'data': 1, 'tensor': 2}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -45,8 +45,8 @@ def model_config(name='', **changes):
     slow(CIRCULAR, PRODUCT, model_config(layers=4)),
     slow(F1B1, PRODUCT, model_config('mixtral', moe=EXPERTS)),
     slow(F1B1, DATA, model_config(layers=4, remat='full')),
-    slow(F1B1, FSDP, model_config(layers=4, remat='dots')),
-    slow(F1B1, FOUR, model_config('gemma2', layers=8)),
+    slow(PipelineConfig(schedule='1f1b'), FSDP, model_config(layers=4, remat='dots')),
+    slow(F1B1, TWO, model_config('gemma2', layers=4)),
     slow(PipelineConfig(schedule='1f1b', microbatches=8), FOUR, model_config(layers=4)),
     slow(GPIPE, DATA, model_config(layers=4, remat='full')),
     slow(GPIPE, TENSOR, model_config('mixtral', moe=EXPERTS, remat='full', heads=4, kv_heads=4)),
@@ -54,8 +54,8 @@ def model_config(name='', **changes):
     slow(GPIPE, PRODUCT, model_config('deepseek')),
     slow(GPIPE, PRODUCT, model_config('deepseek moe', remat='full')),  # its first layer is not split
     slow(GPIPE, PRODUCT, model_config('gemma3')),  # nor its last
-    slow(CIRCULAR, FOUR, model_config('gpt-oss', layers=16, remat='full')),
-    slow(CIRCULAR, FSDP, model_config('mixtral', moe=EXPERTS, layers=4, remat='dots')),
+    slow(CIRCULAR, TWO, model_config('gpt-oss', layers=8, remat='full')),
+    slow(PipelineConfig(schedule='circular', repeats=2), FSDP, model_config('mixtral', moe=EXPERTS, layers=4, remat='dots')),
 ], ids=lambda x: ' '.join(f'{name}{n}' for name, n in x.items()) if isinstance(x, dict) else getattr(x, 'schedule', None))
 def test_stages_are_one_stack(pipeline, sizes, config):
   """Packed rows of unequal padding, so that no two microbatches weigh the same."""
