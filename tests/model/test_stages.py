@@ -40,7 +40,7 @@ def model_config(name='', **changes):
 
 
 @pytest.mark.parametrize('pipeline, sizes, config', [
-    (CIRCULAR, {'stage': 2, 'data': 1, 'fsdp': 2}, model_config('llama', layers=4)),
+    slow(CIRCULAR, {'stage': 2, 'data': 1, 'fsdp': 2}, model_config('llama', layers=4)),
     (F1B1, {'stage': 2, 'data': 1, 'tensor': 2}, model_config('llama', layers=4)),
     slow(CIRCULAR, PRODUCT, model_config(layers=4)),
     slow(F1B1, PRODUCT, model_config('mixtral', moe=EXPERTS)),

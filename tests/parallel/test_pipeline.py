@@ -87,7 +87,7 @@ def inputs(blocks, rows):
 
 
 @pytest.mark.parametrize('config, sizes, blocks', [
-    (PipelineConfig(), {'stage': 8}, 8),
+    pytest.param(PipelineConfig(), {'stage': 8}, 8, marks=pytest.mark.slow),
     (PipelineConfig(microbatches=3), {'stage': 4, 'data': 2}, 8),
     pytest.param(PipelineConfig(microbatches=1), {'stage': 2, 'data': 4}, 6, marks=pytest.mark.slow),
     (PipelineConfig(schedule='circular', repeats=2, microbatches=8), {'stage': 4}, 8),
