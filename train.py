@@ -25,7 +25,7 @@ from data.prepare import prepare
 from kernels import attention
 from model import params, transformer
 from objectives.pretrain import check_model, pretrain, router_metrics
-from parallel import axes, context, offload
+from parallel import axes, context, offload, pipeline
 from parallel.mesh import make_mesh
 from training import config as configs
 from training import precision
@@ -213,6 +213,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     config.check_mesh(dict(mesh.shape))
     configs.check_unchanged(config, workdir, allow_change)
     hosts.check_same('config and data', f'{config} {prepared.key}')
+    if mesh.shape['stage'] > 1:
+      log(pipeline.describe(config.model.stacks, config.model.pipeline, mesh.shape['stage']))
     put = hosts.RowShards(jax.NamedSharding(mesh, axes.spec('batch', 'length')), (config.data.batch_size, config.data.sequence_length))
     batches = loader.train_loader(prepared, config.data, put.rows)
 

@@ -13,7 +13,7 @@ from kernels.mask import Mask
 from model.config import ModelConfig
 from parallel import axes as ax
 
-BUFFER = (None, 'batch', 'length', 'kv_heads', 'head_width')
+BUFFER = ('layers', 'batch', 'length', 'kv_heads', 'head_width')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,10 @@ jax.tree_util.register_dataclass(Slots, data_fields=['cache', 'layer'], meta_fie
 def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '') -> Cache:
   """An empty cache for `rows` sequences of at most `capacity` tokens, in `dtype` (default: the compute dtype).
 
+  Over pipeline stages, layers are split as the model's are.
   Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which generates nothing;
-  NotImplementedError on a mesh that splits rows along their length.
+  NotImplementedError on a mesh that splits rows along their length, and on one with stages for an encoder-decoder or layers of which
+  some are on every stage.
   """
   if ax.size('length') > 1:
     raise NotImplementedError(f'a cache is not split along its length: mesh.context={ax.size("length")}; generate with '
@@ -108,6 +110,10 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '') -
     raise ValueError('model.causal=False: an encoder sees all tokens at once and has no use for a cache')
   if config.max_length and capacity > config.max_length:
     raise ValueError(f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer tokens')
+  if ax.size('layers') > 1 and (len(config.stacks) > 1 or config.encoder_layers):
+    scans = f'layers of {len(config.stacks)} scans (model.stacks)'
+    what = f'model.encoder_layers={config.encoder_layers}' if config.encoder_layers else scans
+    raise NotImplementedError(f'a cache for {what} is not split over mesh.stage={ax.size("layers")}; generate on a mesh without stages')
   zeros = lambda shape, dtype, *axes: ax.place(jnp.zeros(shape, dtype, out_sharding=ax.out(*axes)), *axes)
   latent = config.latent
   shapes = ((1, latent.width + latent.rope_width),) if latent.width else ((config.K, config.H),) * 2

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import names
 from kernels.attention import HONOURS, check
+from parallel import pipeline
 from parallel.context import STRATEGIES
+from parallel.pipeline import PipelineConfig
 from parallel.remat import NAMES, POLICIES, Remat
 
 CHOICES = {
@@ -189,6 +191,7 @@ class ModelConfig:
     dtype: of activations and matrix products. parameter_dtype: of what the optimizer updates.
     attention: backend of kernels.attention. context: how devices that share a row attend to all of it (parallel.context).
     remat, remat_save, remat_offload: what is kept of each block for the backward pass, see parallel.remat.Remat.
+    pipeline: see parallel.pipeline.
     init_scale: standard deviation of the initial embedding; projections use 1 / sqrt(inputs), residual outputs that
       divided by sqrt(2 L) (Radford et al., GPT-2).
 
@@ -238,6 +241,7 @@ class ModelConfig:
   remat: str = 'none'
   remat_save: tuple[str, ...] = ()
   remat_offload: tuple[str, ...] = ()
+  pipeline: PipelineConfig = PipelineConfig()
 
   def __post_init__(self):
     _check('model', self, CHOICES, width=1, layers=1, heads=1, vocabulary=0, kv_heads=0, head_width=0, feed_forward=0, max_length=0,
@@ -332,6 +336,24 @@ class ModelConfig:
       stacks.append((left[:period], _repeats(left, period)))
       left = left[period * stacks[-1][1]:]
     return tuple(stacks)
+
+  def check_stages(self, stages: int) -> None:
+    """Raises ValueError or NotImplementedError where layers or losses cannot be split over so many pipeline stages."""
+    if stages == 1:
+      return
+    for what, periods in (('model.layers', self.stacks), ('model.encoder_layers', (((Kind(),), self.encoder_layers),))):
+      if periods[-1][1]:
+        pipeline.check(what, periods, self.pipeline, stages)
+    if self.moe.balance_loss and self.moe.balance_over == 'batch' and self.pipeline.count(stages) > 1:
+      raise ValueError(f"model.moe.balance_over='batch' looks at one of model.pipeline.microbatches={self.pipeline.count(stages)} at a "
+                       "time: parts would not add up to the whole; use balance_over='sequence'")
+    for wrong, what in (
+        (len(self.stacks) > 1, f'layers of {len(self.stacks)} scans (model.stacks): all have to be in the one that is split'),
+        (self.position == 'relative', "model.position='relative': it does not train a table that all layers share"),
+        (self.dtype == 'float16', "model.dtype='float16': it finds gradients before the loss is scaled"),
+    ):
+      if wrong and self.pipeline.schedule == '1f1b':
+        raise NotImplementedError(f"model.pipeline.schedule='1f1b' does not work with {what}; use 'gpipe' or 'circular'")
 
   @property
   def places(self) -> tuple[tuple[Kind, tuple[int, ...]], ...]:

@@ -172,6 +172,8 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
   """
   rows, embed = (ax.mesh_axes(axis) if axis else () for axis in (table.axes[0], 'embed'))
   out = ax.residual(ids.shape[1])
+  shared = tuple(axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence'))  # tokens are dealt out over these
+  whole = tuple(axis for axis in rows if axis not in shared)
 
   def local(table, ids):
     everyone = jax.lax.all_gather(ids, embed) if embed else ids[None]  # [devices of embed, B, T]
@@ -179,11 +181,12 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
       everyone = everyone - jax.lax.axis_index(rows) * table.shape[0]
       here = (everyone >= 0) & (everyone < table.shape[0])
       x = jnp.where(here[..., None], table.at[jnp.where(here, everyone, 0)].get(mode='promise_in_bounds'), 0).astype(dtype)
-      x = jax.lax.psum_scatter(x, rows, scatter_dimension=2, tiled=True) if out[1] == 'sequence' else jax.lax.psum(x, rows)
+      x = jax.lax.psum(x, whole) if whole else x
+      x = jax.lax.psum_scatter(x, shared, scatter_dimension=2, tiled=True) if shared else x
     else:
       x = table.at[everyone].get().astype(dtype)
     return jax.lax.all_to_all(x, embed, split_axis=0, concat_axis=3, tiled=True)[0] if embed else x[0]
-  x = ax.local(local, (table.axes, ('batch', 'length')), out if rows else ('batch', 'length', 'width'))(table[...], ids)
+  x = ax.local(local, (table.axes, ('batch', 'length')), out if shared else ('batch', 'length', 'width'))(table[...], ids)
   return ax.place(x, *out)
 
 

@@ -19,7 +19,7 @@ from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
 from model.params import param, use
 from parallel import axes as ax
-from parallel import remat
+from parallel import pipeline, remat
 
 
 class Output(NamedTuple):
@@ -82,12 +82,16 @@ class Stack(nnx.Module):
   """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a repeating period."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
-    self.remat = config.kept
+    self.remat, self.pipeline = config.kept, config.pipeline
     self.periods = (((Kind(),), config.encoder_layers),) if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
-    self.blocks = nnx.List([
-        jax.vmap(lambda key, kind=kind: Block(config, nnx.Rngs(params=key), kind, cross))(jax.random.split(rngs.params(), repeats))
-        for kinds, repeats in self.periods for kind in kinds])
+    config.check_stages(ax.size('layers'))
+
+    def born(kind, repeats, axis):
+      keys = ax.place(jax.random.split(rngs.params(), repeats), axis)  # vmap lays out what it stacks as it finds the keys
+      return jax.vmap(lambda key: Block(config, nnx.Rngs(params=key), kind, cross))(keys)
+    self.blocks = nnx.List([born(kind, repeats, 'layers' if i == pipeline.split_scan(self.periods) else None)
+                            for i, (kinds, repeats) in enumerate(self.periods) for kind in kinds])
     self.norm = None if config.norm_placement == 'post' else Norm(config, config.D, rngs)
     self.bidirectional, self.distance = encoder or not config.causal, config.relative_distance
     self.relative = param(rngs, (config.relative_buckets, config.N), (None, 'heads'), config.D**-0.5, kind='vector',
@@ -98,6 +102,22 @@ class Stack(nnx.Module):
       view = dataclasses.replace(view, relative=Relative(table=self.relative[...], bidirectional=self.bidirectional,
                                                          max_distance=self.distance))
     slots, reports, blocks = cache and Slots(cache, jnp.int32(0)), [], list(self.blocks)
+    for i, (kinds, _) in enumerate(self.periods):
+      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
+      if ax.size('layers') > 1 and i == pipeline.split_scan(self.periods):
+        x, slots, found = self._pipelined(own, x, view, slots)
+      else:
+        x, slots, found = self.scan(own, x, view, slots)
+      reports += in_order(found)
+    cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
+    return Output(self.normed(x), cache, summed(reports) if reports else None)
+
+  def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    """What the last block leaves, as it is scored."""
+    return ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
+
+  def scan(self, blocks, x, view, slots):
+    """Periods of blocks, one after another: the new x, the slots written, and what each place of the period reports."""
     # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again.
     run = remat.remat(lambda block, x, slots: jax.lax.optimization_barrier(block)(x, view, slots), self.remat)
 
@@ -109,13 +129,29 @@ class Stack(nnx.Module):
         slots = slots and slots.next()
         found += [report] if report else []
       return (x, slots), found
-    for kinds, _ in self.periods:
-      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
-      (x, slots), found = remat.scan(period, (x, slots), own, self.remat)
-      reports += _in_order(found)
-    cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
-    x = ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
-    return Output(x, cache, _summed(reports) if reports else None)
+    (x, slots), found = remat.scan(period, (x, slots), blocks, self.remat)
+    return x, slots, found
+
+  def _pipelined(self, blocks, x, view, slots):
+    """As scan, over the stages of the mesh."""
+    fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+    whole = {'relative': fields.pop('relative')}
+    if slots is None:
+      def layers(blocks, x, shared, whole):
+        x, _, found = self.scan(blocks, x, View(**shared, **whole), None)
+        return x, found
+      x, found = pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
+      return x, None, found
+    cache = slots.cache
+
+    def cached(blocks, x, buffers, shared, active):
+      lengths, shared = shared
+      # Tokens of an idle stage would stand behind the last slot, where none is written.
+      slots = Slots(dataclasses.replace(cache, buffers=buffers, lengths=jnp.where(active, lengths, cache.capacity)), jnp.int32(0))
+      x, slots, found = self.scan(blocks, x, View(**shared), slots)
+      return x, slots.cache.buffers, found
+    x, buffers, found = pipeline.relay(cached, blocks, x, cache.buffers, (cache.lengths, fields | whole))
+    return x, dataclasses.replace(slots, cache=dataclasses.replace(cache, buffers=buffers)), found
 
   def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[Float[Array, 'L B S K H'], Float[Array, 'L B S K H']]:
     """Of cross-attention to `memory`, of every layer."""
@@ -123,17 +159,17 @@ class Stack(nnx.Module):
     blocks = list(self.blocks)
     for kinds, _ in self.periods:
       own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
-      found += _in_order(jax.lax.scan(lambda _, own: (None, [block.cross.keys_values(memory) for block in own]), None, own)[1])
+      found += in_order(jax.lax.scan(lambda _, own: (None, [block.cross.keys_values(memory) for block in own]), None, own)[1])
     return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
 
 
-def _in_order(found):
+def in_order(found):
   """Results of a scan over periods, one tree a place of the period, as a list of one tree in the order of layers (or none)."""
   merge = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
   return [jax.tree.map(merge, *found)] if found else []
 
 
-def _summed(reports):
+def summed(reports):
   """What the layers with experts report: by layer, and losses summed over them."""
   found = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
   return {name: x.sum() if name.endswith('loss') else x for name, x in found.items()}
@@ -169,7 +205,7 @@ class Decoder(nnx.Module):
     Raises ValueError for more tokens than model.max_length, and for arguments that exclude each other.
     """
     x, view = self._view(tokens, positions, segments, cache, types, zigzag)
-    return self._scaled(self.stack(x, view, cache))
+    return self.scaled(self.stack(x, view, cache))
 
   def _view(self, tokens, positions, segments, cache, types, zigzag=1):
     """What the stack is called with: the embedded tokens, and what its layers share."""
@@ -186,13 +222,14 @@ class Decoder(nnx.Module):
     mask = cache.mask(T) if cache is not None else Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
-    angles = local = None
-    if config.position == 'rope':
-      width = config.latent.rope_width or config.H
-      angles, local = (rope_angles(positions, width, config.rope, local) for local in (False, True))
-    return x, View(mask, angles, local)
+    return x, View(mask, *self.angles(positions))
 
-  def _scaled(self, output):
+  def angles(self, positions: Int[Array, 'B T']):
+    """Of rotary positions, and those of layers with a window; None, None without."""
+    config, width = self.config, self.config.latent.rope_width or self.config.H
+    return tuple(rope_angles(positions, width, config.rope, local) if config.position == 'rope' else None for local in (False, True))
+
+  def scaled(self, output):
     return output if self.config.logit_scale == 1 else output._replace(hidden=output.hidden * self.config.logit_scale)
 
   def scored(self, x: Float[Array, '*B D']) -> tuple[Float[Array, '*B E'], Float[Array, 'V E']]:
@@ -248,7 +285,7 @@ class EncoderDecoder(Decoder):
     if keys is None:
       keys = ax.place(jnp.ones(source.shape, jnp.int32), 'batch', 'length')
     view = dataclasses.replace(view, memory=memory, memory_mask=Mask(causal=False, query_segments=segments, key_segments=keys))
-    return self._scaled(self.stack(x, view, cache))
+    return self.scaled(self.stack(x, view, cache))
 
   def encode(self, source: Int[Array, 'B S'], positions: Int[Array, 'B S'] | None = None,
              segments: Int[Array, 'B S'] | None = None) -> Float[Array, 'B S D']:

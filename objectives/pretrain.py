@@ -7,6 +7,7 @@ from data.batch import Batch
 from model import loss
 from model.config import ModelConfig
 from model.transformer import Decoder
+from objectives import pipelined
 from parallel import context
 
 
@@ -38,9 +39,13 @@ def pretrain(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Array, 
   config = model.config
   parts = context.groups(config.context, config.N, config.K)  # what causal attention takes is then the same for all devices of a row
   batch = context.lay_out(batch, parts)
-  x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
-  with jax.named_scope('loss'):
-    total, sums = loss.cross_entropy(*model.scored(x), batch.targets, z_loss, config.logit_softcap)
-  if router is not None:
-    total, sums = total + router['balance_loss'] + router['router_z_loss'], sums | router
-  return total, sums
+
+  def score(model, x, batch):
+    with jax.named_scope('loss'):
+      return loss.cross_entropy(*model.scored(x), batch.targets, z_loss, config.logit_softcap)
+
+  def whole(model, batch):
+    x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
+    total, sums = score(model, x, batch)
+    return (total, sums) if router is None else (total + router['balance_loss'] + router['router_z_loss'], sums | router)
+  return pipelined.value(model, batch, parts, score, whole) if pipelined.wanted(model) else whole(model, batch)

@@ -23,7 +23,7 @@ RULES = {
     'width': None,
     'embed': ('fsdp', 'expert', 'context'),
     'expert_embed': ('fsdp', 'context'),
-    'vocab': 'tensor',
+    'vocab': ('tensor', 'stage'),  # embedding and loss are outside of the pipeline: no stage does it all (arXiv:2411.05288)
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'feed_forward': 'tensor',
@@ -42,18 +42,19 @@ EMBED = ('embed', 'expert_embed')
 def spec(*axes: str | None) -> P:
   """PartitionSpec of an array whose dimensions carry these logical names (None: not split).
 
-  Mesh axes of size 1 are left out, so that what is not split has no type of its own; without a mesh in context all are there.
+  Mesh axes of size 1 are left out, so that what is not split has no type of its own; so is `stage` inside of a stage, which sees its
+  own part only. Without a mesh in context all are there.
   Raises ValueError for an unknown name, or when two dimensions would be split over the same mesh axis.
   """
   entries, used = [], {}
-  shape = _mesh().shape
+  free = _free()
   for axis in axes:
     entry = _entry(axis) if axis is not None else ()
     for mesh_axis in entry:
       if mesh_axis in used:
         raise ValueError(f'logical axes {used[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis {mesh_axis!r}')
       used[mesh_axis] = axis
-    entry = tuple(a for a in entry if shape.get(a) != 1)
+    entry = tuple(a for a in entry if free.get(a, 2) > 1)
     entries.append(entry if len(entry) > 1 else entry[0] if entry else None)
   return P(*entries)
 
@@ -69,16 +70,22 @@ def _mesh() -> jax.sharding.AbstractMesh:
   return jax.sharding.AbstractMesh((), ()) if set(mesh.axis_types) == {AxisType.Manual} else mesh
 
 
+def _free() -> dict[str, int]:
+  """Sizes of the axes of the mesh in context; 1 where a device, or a pipeline's stage, sees its own part only."""
+  mesh = _mesh()
+  return {axis: 1 if kind == AxisType.Manual else mesh.shape[axis] for axis, kind in zip(mesh.axis_names, mesh.axis_types)}
+
+
 def mesh_axes(*axes: str) -> tuple[str, ...]:
   """The mesh axes that these logical axes are split over, of those in context that are larger than 1."""
-  shape = _mesh().shape
-  return tuple(a for axis in axes for a in _entry(axis) if shape.get(a, 1) > 1)
+  free = _free()
+  return tuple(a for axis in axes for a in _entry(axis) if free.get(a, 1) > 1)
 
 
 def size(*axes: str) -> int:
   """Into how many parts the mesh in context splits these logical axes together."""
-  shape = _mesh().shape
-  return math.prod(shape[axis] for axis in mesh_axes(*axes))
+  free = _free()
+  return math.prod(free[axis] for axis in mesh_axes(*axes))
 
 
 def whole_or(axis: str, n: int) -> str | None:
@@ -142,4 +149,6 @@ def local(function, inputs, outputs):
     return function
   is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
   specs = lambda tree: jax.tree.map(lambda axes: spec(*axes), tree, is_leaf=is_axes)
-  return jax.shard_map(function, mesh=mesh, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+  # Inside a pipeline's stage the axis `stage` is manual already.
+  free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+  return jax.shard_map(function, mesh=mesh, in_specs=specs(inputs), out_specs=specs(outputs), axis_names=free, check_vma=False)

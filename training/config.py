@@ -119,10 +119,17 @@ class Config:
       raise ValueError(f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
                        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} '
                        f'x expert {sizes["expert"]}); make the batch a multiple')
-    m, embed, tensor = self.model, ('fsdp', 'expert', 'context'), sizes['tensor']
+    m, embed, tensor, stages = self.model, ('fsdp', 'expert', 'context'), sizes['tensor'], sizes['stage']
+    m.check_stages(stages)
+    if stages > 1 and micro % (rows * m.pipeline.count(stages)):
+      raise ValueError(f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
+                       f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '
+                       'make the batch a multiple, or the microbatches fewer')
+    if m.V % (tensor * stages):
+      raise ValueError(f'model.vocabulary={m.V} does not split over mesh.tensor={tensor} x mesh.stage={stages}, which share '
+                       'embedding and loss; make it a multiple (ids that no token has cost little), or an axis smaller')
     for what, size, axes in (('model.width', m.D, embed), ('model.heads', m.N, ('tensor',)), ('model.feed_forward', m.F, ('tensor',)),
-                             ('model.vocabulary', m.V, ('tensor',)), ('model.moe.experts', m.E, ('expert',)),
-                             ('model.moe.feed_forward', m.moe.feed_forward, ('tensor',)),
+                             ('model.moe.experts', m.E, ('expert',)), ('model.moe.feed_forward', m.moe.feed_forward, ('tensor',)),
                              ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, ('tensor',)),
                              ('model.latent.width', m.latent.width, embed), ('model.latent.query_width', m.latent.query_width, embed)):
       if size % math.prod(sizes[axis] for axis in axes):
@@ -294,7 +301,8 @@ def load(directory: str | os.PathLike) -> Config:
 # What decides the parameters' shapes and values, the optimizer's state, or which example comes when. Everything else may
 # change when a run goes on: how long it is, its schedule, what is logged, the mesh.
 IDENTITY = ('model', 'data', 'optimizer.name', 'train.seed')
-INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.context', 'model.remat', 'model.remat_save', 'model.remat_offload')
+INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.context', 'model.remat', 'model.remat_save', 'model.remat_offload',
+               'model.pipeline')
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -80,6 +80,14 @@ def test_a_mesh_that_cannot_split_the_arrays_is_refused():
     tiny(model={'heads': 6, 'kv_heads': 3, 'head_width': 8}).check_mesh(SIZES | {'tensor': 2})
   with pytest.raises(ValueError, match=r'data\.sequence_length=14 does not split over mesh\.tensor=4, which share the residual stream'):
     tiny(data={'sequence_length': 14}).check_mesh(SIZES | {'tensor': 4})
+  config.check_mesh(SIZES | {'stage': 2, 'fsdp': 4})
+  for sizes, said in (({'stage': 2, 'fsdp': 8}, ('8 sequences', 'batch_size=8', '8 devices', 'model.pipeline.microbatches=2', 'a multiple')),
+                      ({'stage': 4}, ('model.layers: 2 layers', 'mesh.stage=4', 'a multiple')),
+                      ({'stage': 2, 'tensor': 16}, ('model.vocabulary=264', 'mesh.tensor=16 x mesh.stage=2', 'a multiple'))):
+    with pytest.raises(ValueError) as error:
+      config.check_mesh(SIZES | sizes)
+    for part in said:
+      assert part in str(error.value)
   with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=8'):
     tiny(model={'width': 36, 'head_width': 8}).check_mesh(SIZES | {'fsdp': 8})
   with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=2 x mesh\.expert=4; make it a multiple'):

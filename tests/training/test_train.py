@@ -19,7 +19,7 @@ from training.metrics import read_metrics
 from training.optimizer import OPTIMIZERS
 
 BATCHES = make_batches(3)
-MESHES = ({'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'data': 4, 'tensor': 2},
+MESHES = ({'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'data': 4, 'tensor': 2}, {'stage': 2, 'fsdp': 2, 'tensor': 2},
           pytest.param({'data': 1, 'fsdp': 2, 'context': 4}, marks=pytest.mark.slow))
 
 

@@ -93,8 +93,3 @@ def test_optimizer_state_in_the_hosts_memory():
     target = params.abstract(functools.partial(states.init, config, optimizer), jax.sharding.get_mesh())
   for x, y in zip(jax.tree.leaves(target), jax.tree.leaves(state), strict=True):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim) and (x.sharding.memory_kind or 'device') == y.sharding.memory_kind
-
-
-def test_a_stage_that_is_none_raises():
-  with pytest.raises(ValueError, match='mesh.zero=4 must be 1, 2 or 3; for copies of everything use mesh.data'):
-    MeshConfig(zero=4)

@@ -1,0 +1,59 @@
+"""How does a decoder's loss run backward for some microbatches while others still run forward? Its parts, for a 1F1B pipeline.
+
+B batch · T length · D width
+"""
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from data.batch import Batch
+from kernels.mask import Mask
+from model.attention import View
+from model.transformer import Decoder, Output, in_order, summed
+from parallel import axes as ax
+from parallel import pipeline
+
+
+def wanted(model: Decoder) -> bool:
+  """Whether the config asks for 1F1B on a mesh that has stages."""
+  return model.config.pipeline.schedule == '1f1b' and ax.size('layers') > 1
+
+
+def value(model: Decoder, batch: Batch, zigzag: int, score, plain) -> tuple[Float[Array, ''], dict[str, Float[Array, '...']]]:
+  """plain(model, batch), differentiable in the model by the 1F1B schedule, which finds the gradients along with the value.
+
+  Args:
+    zigzag: of parallel.context, how the rows are laid out.
+    score: (model, hidden states [B, T, D], batch) -> (loss, sums), sums over rows: what plain makes of the final hidden states.
+    plain: (model, batch) -> (loss, sums), with the losses and reports of experts.
+  """
+  @jax.custom_vjp
+  def run(model, batch):
+    return plain(model, batch)
+
+  def backward(gradients, cotangents):
+    return jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients), None
+  run.defvjp(lambda model, batch: _forward(model, batch, zigzag, score), backward)
+  return run(model, batch)
+
+
+def _forward(model, batch, zigzag, score):
+  def first(rest, part):
+    return rest.embedding(part.tokens, part.positions, None)
+
+  def layers(blocks, x, part):
+    mask = Mask(causal=model.config.causal, zigzag=zigzag, query_segments=part.segments, key_segments=part.segments)
+    x, _, found = model.stack.scan(blocks, x, View(mask, *model.angles(part.positions)), None)
+    losses = (value.sum() for report in found for name, value in report.items() if name.endswith('loss'))
+    return x, sum(losses, start=jnp.float32(0)), found
+
+  def last(rest, y, part):
+    return score(rest, rest.scaled(Output(rest.stack.normed(y), None, None)).hidden, part)
+
+  rest = jax.tree.map(lambda x: x, model)  # a copy, without what the stages hold
+  rest.stack.blocks = nnx.List([])
+  (total, sums, found), (d_rest, d_blocks) = pipeline.gradients(first, layers, last, rest, tuple(model.stack.blocks), batch,
+                                                                model.config.pipeline)
+  d_rest.stack.blocks = nnx.List(d_blocks)
+  return (total, sums | summed(in_order(found)) if found else sums), d_rest
