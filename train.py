@@ -8,6 +8,7 @@ if __name__ == '__main__':
   hosts.use_huge_pages()
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -79,6 +80,30 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
     return states.TrainState(state.step + 1, model, optimizer_state, scale, state.key), metrics, norms
 
   return train_step
+
+
+def make_program(config: configs.Config):
+  """What a run of this config executes: a function that makes its initial state, and its step. plan.py compiles the same."""
+  model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
+  optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+  return functools.partial(states.init, config, optimizer), make_train_step(config, optimizer)
+
+
+def lower_step(config: configs.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, states.TrainState]:
+  """The step of a run of this config on a mesh, its devices here or not, and the state that it takes: shapes and shardings alone.
+
+  Raises ValueError for a batch or a size that the mesh does not divide, and for an open vocabulary.
+  """
+  if not config.model.vocabulary:
+    raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
+  config = config.resolve(config.model.vocabulary)
+  config.check_mesh(dict(mesh.shape))
+  with jax.set_mesh(mesh):
+    make_state, train_step = make_program(config)
+    state = params.abstract(make_state, mesh)
+    ids = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32,
+                               sharding=jax.NamedSharding(mesh, axes.spec('batch', 'length')))
+    return train_step.lower(state, Batch(*[ids] * len(dataclasses.fields(Batch)))), state
 
 
 def make_evaluate(config: configs.Config, prepared, put):
@@ -193,10 +218,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
   put = lambda batch: jax.tree.map(functools.partial(jax.make_array_from_process_local_data, rows), batch)
 
   # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
-  model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
-  optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
-  make_state = functools.partial(states.init, config, optimizer)
-  parameters = params.count(model)
+  make_state, train_step = make_program(config)
+  parameters = params.count(jax.eval_shape(make_state).model)
   flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, prepared.document_length)
   chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec, device.platform)
   log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token, attention {chosen!r}')
@@ -233,8 +256,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
                      peak=hardware.peak(chip, config.model.dtype))
     with watching as watch, hosts.StopSignal() as signal:
-      stopped = train_steps(config, state, steps, progress, batches, put, make_train_step(config, optimizer),
-                            make_evaluate(config, prepared, put), checkpoints, watch, window, signal)
+      stopped = train_steps(config, state, steps, progress, batches, put, train_step, make_evaluate(config, prepared, put),
+                            checkpoints, watch, window, signal)
       window.close()
     interrupted = stopped and stopped == signal.name
     if stopped:

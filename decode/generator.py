@@ -45,7 +45,7 @@ class Generator:
   def __init__(self, model: transformer.Decoder, tokenizer: tokenizers.Tokenizer, mesh: jax.sharding.Mesh):
     self.tokenizer, self.mesh = tokenizer, mesh
     with jax.set_mesh(mesh):
-      self.model = jax.jit(_in_compute_dtype)(model)
+      self.model = jax.jit(in_compute_dtype)(model)
 
   @classmethod
   def load(cls, workdir: str | os.PathLike, checkpoint: str = 'last') -> 'Generator':
@@ -186,7 +186,7 @@ def _bucket(tokens: int) -> int:
   return max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
 
 
-def _in_compute_dtype(model):
-  # What `params.use` would do at every token; norms and biases keep their own precision.
+def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
+  """The model as generation holds it: cast once, as `params.use` would at every token; norms and biases keep their own precision."""
   cast = lambda p: p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -8,6 +8,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
@@ -60,9 +61,27 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.Explicit) -> Mesh:
-  """The six-axis mesh over `devices` (default: all). `axis_type=Auto` is for the compile-time twin in tests only."""
+  """The six-axis mesh over `devices` (default: all), which may be those of a topology that is only compiled for.
+
+  Neighbours in the mesh are neighbours in a TPU's torus. Of several slices `data` crosses them: each holds a part of the replicas.
+  Raises ValueError where data does not divide into the slices. `axis_type=Auto` is for the compile-time twin in tests only.
+  """
   devices = list(jax.devices() if devices is None else devices)
-  shape = tuple(config.resolve(len(devices)).values())
-  if len(devices) == len(jax.devices()):
-    return jax.make_mesh(shape, AXES, axis_types=(axis_type,) * len(AXES), devices=devices)  # honours the topology
-  return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(axis_type,) * len(AXES))
+  sizes = config.resolve(len(devices))
+  return Mesh(_arranged(sizes, devices), AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
+  """Devices in the shape of the mesh. Links are known of whole TPU topologies only; other devices stay in their order."""
+  shape, first = tuple(sizes.values()), devices[0]
+  if first.platform != 'tpu' or len(devices) < len(first.client.devices()):
+    return np.asarray(devices).reshape(shape)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if sizes['data'] % slices:
+    raise ValueError(f'mesh.data={sizes["data"]} does not divide into {slices} slices, which only `data` crosses; make it a multiple of '
+                     f'{slices}')
+  within = tuple((sizes | {'data': sizes['data'] // slices}).values())
+  across = tuple(slices if axis == 'data' else 1 for axis in AXES)
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
