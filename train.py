@@ -89,8 +89,8 @@ def make_program(config: configs.Config):
   return functools.partial(states.init, config, optimizer), make_train_step(config, optimizer)
 
 
-def lower_step(config: configs.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, states.TrainState]:
-  """The step of a run of this config on a mesh, its devices here or not, and the state that it takes: shapes and shardings alone.
+def abstract_state(config: configs.Config, mesh: jax.sharding.Mesh) -> states.TrainState:
+  """Shapes and shardings of what a run of this config carries, on a mesh whose devices may be elsewhere.
 
   Raises ValueError for a batch or a size that the mesh does not divide, and for an open vocabulary.
   """
@@ -99,11 +99,17 @@ def lower_step(config: configs.Config, mesh: jax.sharding.Mesh) -> tuple[jax.sta
   config = config.resolve(config.model.vocabulary)
   config.check_mesh(dict(mesh.shape))
   with jax.set_mesh(mesh):
-    make_state, train_step = make_program(config)
-    state = params.abstract(make_state, mesh)
+    return params.abstract(make_program(config)[0], mesh)
+
+
+def lower_step(config: configs.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, states.TrainState]:
+  """The step that a run of this config takes on a mesh, lowered, and the state that it takes; raises as abstract_state does."""
+  state = abstract_state(config, mesh)
+  config = config.resolve(config.model.vocabulary)
+  with jax.set_mesh(mesh):
     ids = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32,
                                sharding=jax.NamedSharding(mesh, axes.spec('batch', 'length')))
-    return train_step.lower(state, Batch(*[ids] * len(dataclasses.fields(Batch)))), state
+    return make_program(config)[1].lower(state, Batch(*[ids] * len(dataclasses.fields(Batch)))), state
 
 
 def make_evaluate(config: configs.Config, prepared, put):

@@ -2,7 +2,6 @@
 
 TPU programs need libtpu (the extra `plan`), GPU programs jax's CUDA plugin; neither needs the hardware.
 """
-import functools
 import os
 import re
 
@@ -68,33 +67,34 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     raise ValueError(f'topology={name!r}: {first}') from error
 
 
-def abstract_model(config: ModelConfig, mesh: Mesh, cast: bool = False):
-  """A model's shapes and shardings on the mesh; `cast`: as generation holds it, matrices in the compute dtype."""
-  make = functools.partial(transformer.init, config, 0)
-  with jax.set_mesh(mesh):
-    return params.abstract((lambda: in_compute_dtype(make())) if cast else make, mesh)
-
-
-def decode_arguments(config: ModelConfig, mesh: Mesh, rows: int, context: int):
-  """What generation holds, as shapes and shardings: the model, the cache, and a maker of arrays split along the rows."""
+def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int):
+  """What generation holds as shapes and shardings, the matrices in the compute dtype; and a maker of arrays split along the rows."""
   rows_of = lambda shape: NamedSharding(mesh, ax.spec('batch', *(None,) * (len(shape) - 1)))
   row = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of(shape))
   with jax.set_mesh(mesh):
+    model = params.abstract(lambda: in_compute_dtype(transformer.init(config, 0)), mesh)
     cache = params.abstract(lambda: init_cache(config, rows, context), mesh)
-  return abstract_model(config, mesh, cast=True), cache, row
+  return {'parameters': model, 'cache': cache}, row
 
 
-def prefill(config: ModelConfig, mesh: Mesh, rows: int, context: int) -> jax.stages.Lowered:
-  """The program that reads `rows` prompts of `context` tokens into a cache of that size."""
-  model, cache, row = decode_arguments(config, mesh, rows, context)
+def prefill(config: ModelConfig, mesh: Mesh, rows: int, context: int) -> tuple[jax.stages.Lowered, dict]:
+  """The program that reads `rows` prompts of `context` tokens into a cache of that size, and what it holds.
+
+  Raises ValueError for a context beyond the model's longest sequence.
+  """
+  held, row = _held(config, mesh, rows, context)
   with jax.set_mesh(mesh):
-    return loop.prefill.lower(model, row(jnp.int32, rows, context), row(jnp.int32, rows), cache, row(jnp.int32, rows))
+    return loop.prefill.lower(held['parameters'], row(jnp.int32, rows, context), row(jnp.int32, rows), held['cache'],
+                              row(jnp.int32, rows)), held
 
 
-def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, steps: int = CHUNK) -> jax.stages.Lowered:
-  """The program that generates `steps` tokens of each of `rows` rows with a cache of `context` tokens."""
-  model, cache, row = decode_arguments(config, mesh, rows, context)
-  state = loop.DecodeState(cache, row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows))
+def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, steps: int = CHUNK) -> tuple[jax.stages.Lowered, dict]:
+  """The program that generates `steps` tokens of each of `rows` rows with a cache of `context` tokens, and what it holds.
+
+  Raises ValueError as prefill does.
+  """
+  held, row = _held(config, mesh, rows, context)
+  state = loop.DecodeState(held['cache'], row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows))
+  sampling = jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows, 1.0, 0, 1.0, 0))
   with jax.set_mesh(mesh):
-    sampling = jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows, 1.0, 0, 1.0, 0))
-    return loop.decode_chunk.lower(model, state, sampling, steps=steps, eos=1, pad=0)
+    return loop.decode_chunk.lower(held['parameters'], state, sampling, steps=steps, eos=1, pad=0), held

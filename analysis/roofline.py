@@ -32,8 +32,9 @@ class Prediction:
   Attributes:
     seconds: of the whole step = operations + kernels + exposed collectives + exposed copies.
     operations: XLA operations. kernels: Pallas kernels. copies: waits for transfers to and from host memory or VMEM.
-    exposed: mesh axes -> seconds that a chip waits for collectives over them. hidden: the same, beside other work.
-    roofline: 'compute', 'memory' and 'links ...' -> seconds that each would take alone; `bound` names the largest.
+    links: (kind, mesh axes) -> seconds that those collectives take. exposed: of these, what a chip waits for them, beside no work.
+    roofline: 'compute', 'memory', 'links AXES' and 'network AXES' (between slices or nodes) -> seconds that each would take alone;
+      `bound` names the largest.
     flops: hardware FLOPs of a chip. memory_bytes: moved to and from main memory.
     assumptions: what was assumed for lack of information, in words.
   """
@@ -41,8 +42,8 @@ class Prediction:
   operations: float
   kernels: float
   copies: float
-  exposed: dict[tuple[str, ...], float]
-  hidden: dict[tuple[str, ...], float]
+  links: dict[tuple[str, tuple[str, ...]], float]
+  exposed: dict[tuple[str, tuple[str, ...]], float]
   roofline: dict[str, float]
   flops: float
   memory_bytes: float
@@ -115,12 +116,13 @@ class _Walk:
       if collective is not None:
         seconds = self.links.seconds(collective)
         begin = max(self_time, link_free)
-        sums['link', collective.axes] += seconds
+        sums['network' if self.links.crosses(collective.group) else 'links', collective.kind, collective.axes] += seconds
+        waited = ('exposed', collective.kind, collective.axes)
         link_free = begin + seconds
         if collective.started:
-          pending[i.name] = (link_free, ('exposed', collective.axes))
+          pending[i.name] = (link_free, waited)
         else:
-          sums['exposed', collective.axes] += link_free - self_time
+          sums[waited] += link_free - self_time
           self_time = link_free
       elif i.opcode.endswith('-start'):
         dma_free = max(self_time, dma_free) + self._transfer(computation, i)
@@ -207,11 +209,14 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
       moved += times * declared(i)[1]
     elif not (i.free or i.opcode in ('while', 'conditional', 'call') or i.opcode.endswith(('-start', '-done', '-update'))):
       moved += times * traffic(module, computation, i)
-  links = {key[1]: value for key, value in sums.items() if isinstance(key, tuple) and key[0] == 'link'}
-  exposed = {key[1]: value for key, value in sums.items() if isinstance(key, tuple) and key[0] == 'exposed'}
-  roofline = {'compute': flops / walk.peak, 'memory': moved / walk.memory}
-  roofline |= {'links ' + ' x '.join(axes): seconds for axes, seconds in links.items()}
+  roofline = collections.Counter({'compute': flops / walk.peak, 'memory': moved / walk.memory})
+  links, exposed = collections.Counter(), {}
+  for key, value in sums.items():
+    if key[0] in ('links', 'network'):
+      links[key[1:]] += value
+      roofline[f'{key[0]} {" x ".join(key[2]) or "of one device"}'] += value
+    elif key[0] == 'exposed':
+      exposed[key[1:]] = value
   assert math.isclose(sums['time'], sums['operations'] + sums['kernels'] + sums['copies'] + sum(exposed.values()), rel_tol=1e-6)
-  return Prediction(sums['time'], sums['operations'], sums['kernels'], sums['copies'], exposed,
-                    {axes: max(0.0, seconds - exposed.get(axes, 0.0)) for axes, seconds in links.items()}, roofline, flops, moved,
+  return Prediction(sums['time'], sums['operations'], sums['kernels'], sums['copies'], dict(links), exposed, dict(roofline), flops, moved,
                     tuple(f'{text} ({count} x)' for text, count in walk.assumptions.items()))

@@ -184,8 +184,8 @@ class Links:
     """Bytes/s that a chip sends to the others of its group.
 
     A TPU sends along the dimensions of the torus that the group spans, each with its share of the links: both directions where
-    the group closes into a ring, else one (the ends of a line have one neighbour). GPUs of a node send through a switch. Between
-    slices or nodes the network's bandwidth holds.
+    the group closes into a ring, else one (the ends of a line have one neighbour). Groups that lie across each other share those
+    links. GPUs of a node send through a switch. Between slices or nodes the network's bandwidth holds.
     """
     chip, devices = self.chip, [self.mesh.devices.flat[i] for i in group]
     if self.crosses(group):
@@ -195,12 +195,10 @@ class Links:
     out = chip.interconnect / 2 / chip.devices
     if not chip.torus or devices[0].platform != 'tpu':
       return out
-    coords = np.array([device.coords for device in devices])
+    coords = np.array([device.coords for device in devices])  # [group, dimension]
     everywhere = np.array([device.coords for device in self.mesh.devices.flat])
     sides = everywhere.max(0) - everywhere.min(0) + 1
-    rings = 0.0
-    for dim in range(coords.shape[1]):
-      span = len(set(coords[:, dim]))
-      if span > 1:
-        rings += 1 if span == sides[dim] and sides[dim] % chip.wraps == 0 else 0.5
-    return out * (rings or 0.5) / chip.torus  # two cores of a chip: no dimension differs, and no link is slower than one
+    spans = [len(set(column)) for column in coords.T]
+    rings = sum(1 if span == side and side % chip.wraps == 0 else 0.5 for span, side in zip(spans, sides) if span > 1)
+    sharing = math.prod(spans) / len({tuple(place) for place in coords})
+    return out * (rings or 0.5) / chip.torus / sharing  # two cores of a chip span nothing, and their link is as fast as any

@@ -17,6 +17,7 @@ from decode.sampling import make_sampling
 from decode.text import TextStream
 from model import params, transformer
 from model.cache import init_cache
+from model.config import ModelConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
@@ -55,10 +56,7 @@ class Generator:
     not there or damaged.
     """
     config = configs.load(workdir)
-    # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache. What an expert has
-    # no room for would depend on a row's neighbours.
-    moe = dataclasses.replace(config.model.moe, dispatch='dropless') if config.model.moe.dispatch == 'capacity' else config.model.moe
-    model_config = dataclasses.replace(config.model, attention='auto', moe=moe)
+    model_config = generating(config.model)
     checkpoints = Checkpoints(workdir)
     step = None
     if checkpoint != 'last':
@@ -184,6 +182,14 @@ class Generator:
 
 def _bucket(tokens: int) -> int:
   return max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
+
+
+def generating(config: ModelConfig) -> ModelConfig:
+  """The config with which a trained model generates."""
+  # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache. What an expert has
+  # no room for would depend on a row's neighbours.
+  moe = dataclasses.replace(config.moe, dispatch='dropless') if config.moe.dispatch == 'capacity' else config.moe
+  return dataclasses.replace(config, attention='auto', moe=moe)
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:

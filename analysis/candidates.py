@@ -1,0 +1,93 @@
+"""Which other runs of a config are worth compiling? Meshes, remat policies and microbatches, and the flags that ask for them."""
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from parallel import remat
+from parallel.mesh import AXES, UNSUPPORTED, MeshConfig
+from training.config import Config
+
+LARGEST = 8  # of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
+
+
+def change(config: Config, mesh: dict[str, int] | None = None, policy: str = '', accumulation: int = 0) -> Config:
+  """The config with another mesh, remat policy or number of microbatches. Raises as Config does."""
+  model = dataclasses.replace(config.model, remat=policy or config.model.remat)
+  train = dataclasses.replace(config.train, accumulation=accumulation or config.train.accumulation)
+  return dataclasses.replace(config, model=model, train=train, mesh=MeshConfig(**mesh) if mesh else config.mesh)
+
+
+def flags(old: Config, new: Config) -> str:
+  """The flags that turn `old` into `new`, as far as `change` changes it."""
+  found = []
+  for path in ('model.remat', 'train.accumulation', *(f'mesh.{axis}' for axis in AXES)):
+    part, name = path.split('.')
+    value = getattr(getattr(new, part), name)
+    if value != getattr(getattr(old, part), name):
+      found.append(f'--config.{path}={value}')
+  return ' '.join(found)
+
+
+def refused(config: Config, sizes: dict[str, int]) -> str:
+  """Why a config cannot run on a mesh of these sizes, or ''."""
+  try:
+    config.check_mesh(sizes)
+  except (ValueError, NotImplementedError) as error:
+    return str(error)
+  return ''
+
+
+def policies(config: Config) -> list[str]:
+  """Remat policies other than the config's, those that keep most first ('none' keeps all, 'full' least of those without a host)."""
+  order = {'none': 0, 'full': 2}
+  return sorted((name for name in remat.POLICIES if name != config.model.remat), key=lambda name: order.get(name, 1))
+
+
+def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
+  """Sizes of the axes: `data` as small as the slices allow or all that fsdp leaves, `fsdp` the rest, the other axes in powers of
+  two up to LARGEST together. Those that the config's sizes do not divide into are left out.
+  """
+  cutting = [axis for axis in AXES if axis not in ('data', 'fsdp', *UNSUPPORTED)]
+  powers = [1 << n for n in range(LARGEST.bit_length())]
+  for sizes in itertools.product(powers, repeat=len(cutting)):
+    cut = 1
+    for size in sizes:
+      cut *= size
+    if cut > LARGEST or devices % (cut * slices):
+      continue
+    rest = devices // cut
+    for data in sorted({slices, rest, *(d for d in (2 * slices, 4 * slices) if rest % d == 0)}):
+      found = dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes)) | {'data': data, 'fsdp': rest // data}
+      if not refused(config, found):
+        yield found
+
+
+def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
+  """Numbers of microbatches above the config's, doubling, as long as each splits over the mesh."""
+  found, n = [], 2 * config.train.accumulation
+  while config.data.batch_size % n == 0:
+    try:
+      if refused(change(config, accumulation=n), sizes):
+        break
+    except ValueError:
+      break
+    found.append(n)
+    n *= 2
+  return found
+
+
+def nearest(config: Config, sizes: dict[str, int], devices: int, slices: int = 1) -> Iterator[Config]:
+  """Changes that need less memory, the nearest first: a remat policy, more microbatches, both, another mesh with both."""
+  stronger = policies(config)[1:] if config.model.remat != 'none' else policies(config)
+  strongest = stronger[-1] if stronger and stronger[-1] == 'full' else config.model.remat
+  stronger = [] if config.model.remat == 'full' else [name for name in stronger if name != 'none']
+  yield from (change(config, policy=name) for name in stronger)
+  counts = microbatches(config, sizes)
+  yield from (change(config, policy=strongest, accumulation=n) for n in counts)
+  own = {axis: size for axis, size in sizes.items()}
+  split = lambda mesh: mesh['data']  # fewer replicas, more shards
+  others = [mesh for mesh in meshes(config, devices, slices) if mesh != own]
+  for mesh in sorted(others, key=lambda mesh: (sum(mesh[axis] != own[axis] for axis in AXES), split(mesh))):
+    if mesh['data'] <= own['data']:
+      more = microbatches(config, mesh)
+      yield change(config, mesh, strongest, more[-1] if more else 0)
