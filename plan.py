@@ -69,8 +69,8 @@ class Plan:
 
   @property
   def available(self) -> float:
-    """Bytes of main memory that a device has."""
-    return self.chip.hbm_bytes / self.chip.devices
+    """Bytes of main memory that a program can have of a device."""
+    return (self.chip.usable or self.chip.hbm_bytes) / self.chip.devices
 
   @property
   def fits(self) -> bool:
@@ -128,10 +128,7 @@ def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'tr
   names.check('mode', mode, MODES)
   mesh = make_mesh(config.mesh, devices)
   config = dataclasses.replace(config, mesh=type(config.mesh)(**mesh.shape))
-  began, device = time.perf_counter(), devices[0]
-  chip = hardware.lookup(device.device_kind, device.num_cores if device.platform == 'tpu' else None)
-  if chip is None:
-    raise ValueError(f'device kind {device.device_kind!r} is not in analysis/hardware.py; add its peaks there')
+  began, chip = time.perf_counter(), chip_of(devices)
   lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context)
   bytes_held = {name: memory.shard_bytes(tree) for name, tree in held.items()}
   found = functools.partial(Plan, mode, config, chip, mesh.size)
@@ -146,6 +143,15 @@ def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'tr
   module = Module(compiled.as_text())
   return found('', bytes_held, memory.parts(compiled, held, held['parameters'] if mode == 'train' else ()), tokens, model_flops,
                schedule.collectives(module, mesh), roofline.predict(module, mesh, chip, config.model.dtype), seconds())
+
+
+def chip_of(devices: list[jax.Device]) -> hardware.Chip:
+  """The chip that devices are of. Raises ValueError for one that is not tabled."""
+  device = devices[0]
+  chip = hardware.lookup(device.device_kind, device.num_cores if device.platform == 'tpu' else None)
+  if chip is None:
+    raise ValueError(f'device kind {device.device_kind!r} is not in analysis/hardware.py; add its peaks there')
+  return chip
 
 
 def _lower(config, mesh, mode, rows, context):
@@ -183,14 +189,13 @@ def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan 
 def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
   """The plan for training; without compiling where parameters, optimizer state and gradients alone are too much."""
   mesh = make_mesh(config.mesh, devices)
-  chip = hardware.lookup(devices[0].device_kind, devices[0].num_cores if devices[0].platform == 'tpu' else None)
+  chip = chip_of(devices)
   held = train.abstract_state(config, mesh)
   sizes = {'parameters': memory.shard_bytes(held.model), 'optimizer state': memory.shard_bytes(held.optimizer)}
   least = sum(sizes.values()) + sizes['parameters']  # gradients are as large
-  if chip is not None and least > chip.hbm_bytes / chip.devices:
-    problem = f'parameters, optimizer state and gradients alone take {least / 1e9:.2f} GB'
-    return Plan('train', config, chip, len(devices), problem, sizes, None, 1, 0.0, [], None, 0.0)
-  return make_plan(config, devices)
+  refused = Plan('train', config, chip, len(devices), f'parameters, optimizer state and gradients alone take {least / 1e9:.2f} GB', sizes,
+                 None, 1, 0.0, [], None, 0.0)
+  return refused if least > refused.available else make_plan(config, devices)
 
 
 def search(config: configs.Config, devices: list[jax.Device], log=print) -> list[Plan]:
@@ -244,7 +249,7 @@ def main(_):
     if not plan.fits and MODE.value == 'train' and not SEARCH.value:
       print('\nlooking for the nearest change that fits:', flush=True)
       other = nearest_that_fits(plan, devices, functools.partial(print, flush=True))
-      print('add ' + candidates.flags(config, other.config) if other else 'none of these fits; use more chips')
+      print('add ' + candidates.flags(plan.config, other.config) if other else 'none of these fits; use more chips')
       extra = {'nearest': other and other.to_dict()}
   if JSON.value:
     files.replace(JSON.value, json.dumps(plan.to_dict() | {'cost': plan.cost(DOLLARS.value, WATTS.value)} | extra, indent=1) + '\n')

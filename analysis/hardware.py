@@ -21,7 +21,8 @@ class Chip:
   precision: one bf16 pass on a TPU, TF32 on a GPU. (`jax_default_matmul_precision='highest'` is several times slower
   than this peak.)
 
-  `hbm_bytes` and `hbm_bandwidth` (bytes/s) are of the chip's main memory; `interconnect` is bytes/s per chip over
+  `hbm_bytes` and `hbm_bandwidth` (bytes/s) are of the chip's main memory, `usable` what of it a program can have (of a TPU what its
+  compiler says it has; None: all); `interconnect` is bytes/s per chip over
   ICI or NVLink, both directions summed; `watts` is the maximum board power (TPU v4: the measured maximum), None where
   unpublished.
 
@@ -49,12 +50,15 @@ class Chip:
   torus: int = 0
   wraps: int = 0
   network: float | None = None
+  usable: float | None = None
 
 
-def _tpu(name, kinds, *, bfloat16, int8, hbm, bandwidth, ici, watts=None, cores=1, devices=1, clock, torus, wraps, network=None) -> Chip:
+def _tpu(name, kinds, *, bfloat16, int8, hbm, bandwidth, ici, watts=None, cores=1, devices=1, clock, torus, wraps, network=None,
+         usable) -> Chip:
   return Chip(name=name, kinds=kinds, bfloat16=bfloat16 * _TERA, float32=bfloat16 * _TERA, hbm_bytes=hbm * _GIB,
               hbm_bandwidth=bandwidth * _GIGA, interconnect=ici * _GIGA, int8=int8 and int8 * _TERA, watts=watts,
-              cores=cores, devices=devices, clock=clock * _GIGA, torus=torus, wraps=wraps, network=network and network * _GIGA)
+              cores=cores, devices=devices, clock=clock * _GIGA, torus=torus, wraps=wraps, network=network and network * _GIGA,
+              usable=usable * _GIB)
 
 
 def _gpu(name, kinds, *, bfloat16, tf32, int8, hbm, bandwidth, nvlink, watts, network=None) -> Chip:
@@ -65,15 +69,15 @@ def _gpu(name, kinds, *, bfloat16, tf32, int8, hbm, bandwidth, nvlink, watts, ne
 
 CHIPS = (
     _tpu('TPU v4', ('TPU v4',), bfloat16=275, int8=275, hbm=32, bandwidth=1200, ici=600, watts=192, cores=2,
-         clock=1.05, torus=3, wraps=4),
+         clock=1.05, torus=3, wraps=4, usable=30.75),
     _tpu('TPU v5e', ('TPU v5 lite', 'TPU v5e'), bfloat16=197, int8=393, hbm=16, bandwidth=819, ici=400,
-         clock=1.5, torus=2, wraps=16, network=3.125),
+         clock=1.5, torus=2, wraps=16, network=3.125, usable=15.75),
     _tpu('TPU v5p', ('TPU v5', 'TPU v5p'), bfloat16=459, int8=918, hbm=95, bandwidth=2765, ici=1200, cores=2,
-         clock=1.75, torus=3, wraps=4, network=6.25),
+         clock=1.75, torus=3, wraps=4, network=6.25, usable=95.73),
     _tpu('TPU v6e', ('TPU v6 lite', 'TPU v6e'), bfloat16=918, int8=1836, hbm=32, bandwidth=1638, ici=800,
-         clock=1.75, torus=2, wraps=16, network=12.5),
+         clock=1.75, torus=2, wraps=16, network=12.5, usable=31.24),
     _tpu('TPU 7x', ('TPU7x',), bfloat16=2307, int8=None, hbm=192, bandwidth=7380, ici=1200, cores=2, devices=2,
-         clock=2.2, torus=3, wraps=4),
+         clock=2.2, torus=3, wraps=4, usable=2 * 94.74),
     _gpu('A100 40GB SXM', ('NVIDIA A100-SXM4-40GB',), bfloat16=312, tf32=156, int8=624, hbm=40, bandwidth=1555,
          nvlink=600, watts=400),
     _gpu('A100 40GB PCIe', ('NVIDIA A100-PCIE-40GB',), bfloat16=312, tf32=156, int8=624, hbm=40, bandwidth=1555,

@@ -57,6 +57,10 @@ def show(plan, cost: dict[str, float]) -> None:
 def _memory(console, plan):
   console.print(f'\n[bold]{"FITS" if plan.fits else "DOES NOT FIT"}[/bold]: ' + (
       f'{plan.memory.peak / GB:.2f} GB of {plan.available / GB:.2f} GB a device' if plan.memory else plan.problem))
+  if plan.memory and not plan.fits and (plan.memory.alive or plan.available) < plan.available:
+    console.print(f'(The compiler took it: by its account no more than {plan.memory.alive / GB:.2f} GB are alive at once. It is close.)')
+  if plan.fits and not plan.chip.torus and plan.memory.share(plan.available) > 0.75:
+    console.print('(jax reserves 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION is raised.)')
   table = _table('memory of a device', 'what', 'GB', 'share')
   parts = plan.memory.parts if plan.memory else plan.held
   for name, size in parts.items():
