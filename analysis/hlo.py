@@ -104,6 +104,14 @@ class Module:
     """The instruction of (computation, name)."""
     return self._by_name[key[0]][key[1]]
 
+  def parameter(self, computation: str, number: int) -> Instruction:
+    """The computation's parameter of this number."""
+    return next(i for i in self.computations[computation] if i.opcode == 'parameter' and i.arguments == str(number))
+
+  def users(self, computation: str, name: str) -> list[Instruction]:
+    """Instructions of the computation that take this one's result."""
+    return [i for i in self.computations[computation] if name in i.operands]
+
   def walk(self, computation: str = '', times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
     """(computation, instruction, how often it runs) of everything that is scheduled, loops and calls unrolled in place.
 

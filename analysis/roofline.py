@@ -23,6 +23,9 @@ HOST_BANDWIDTH = 16e9  # bytes/s a device to its host's memory and back: half of
 ERROR = {'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls dominate; it ranks, it does not certify',
          'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute and '
                 f'{EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%'}
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+_UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is the part that is written
+_NOTABLE = 1e6  # bytes of an operation from which it is said that nothing else is known of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,23 +67,36 @@ def declared(i: Instruction) -> tuple[float, float] | None:
 
 
 def traffic(module: Module, computation: str, i: Instruction) -> int:
-  """Bytes that an instruction reads from and writes to main memory: of what it slices or updates, only the part."""
-  if i.opcode in ('dynamic-slice', 'slice', 'gather'):
+  """Bytes that an instruction reads from and writes to main memory: of what it slices or updates in place, only the part."""
+  if i.opcode in _SLICES:
     return 2 * _main(i.shape)
-  if i.opcode == 'dynamic-update-slice':
-    return 2 * _main(module[computation, i.operands[1]].shape)
+  if i.opcode in _UPDATES:
+    return 2 * _main(module[computation, i.operands[_UPDATES[i.opcode]]].shape)
   read, written = [_main(module[computation, name].shape) for name in i.operands], _main(i.shape)
   if i.opcode == 'fusion':
-    body = module.computations[i.called[0]]
-    for number, inner in ((int(p.arguments), p) for p in body if p.opcode == 'parameter'):
-      users = [other for other in body if inner.name in other.operands]
-      if users and all(u.opcode in ('dynamic-slice', 'slice', 'gather') and u.operands[0] == inner.name for u in users):
-        read[number] = min(read[number], sum(hlo.nbytes(u.shape) for u in users))
-      elif users and all(u.opcode == 'dynamic-update-slice' and u.operands[0] == inner.name for u in users):
-        update = sum(hlo.nbytes(module[i.called[0], u.operands[1]].shape) for u in users)
-        written = max(0, written - read[number]) + min(read[number], update)
-        read[number] = 0
-  return sum(read) + written
+    for number, whole in enumerate(read):
+      part, rewritten = _used(module, i.called[0], module.parameter(i.called[0], number).name)
+      read[number] = min(whole, part)
+      written -= max(0, whole - rewritten) if rewritten else 0  # the result is the operand, of which a part is new
+  return sum(read) + max(0, written)
+
+
+def _used(module: Module, computation: str, name: str) -> tuple[int, int]:
+  """Of an array of a fusion: bytes that are read of it, and bytes that are written to it in place."""
+  read, rewritten = 0, 0
+  for user in module.users(computation, name):
+    if user.opcode in _SLICES and user.operands[0] == name:
+      read += hlo.nbytes(user.shape)
+    elif user.opcode in _UPDATES and user.operands[0] == name:
+      rewritten += hlo.nbytes(module[computation, user.operands[_UPDATES[user.opcode]]].shape)
+    elif user.opcode in ('bitcast', 'fusion'):
+      inside = (computation, user.name) if user.opcode == 'bitcast' else (
+          user.called[0], module.parameter(user.called[0], user.operands.index(name)).name)
+      found = _used(module, *inside)
+      read, rewritten = read + found[0], rewritten + found[1]
+    elif not (user.opcode == 'tuple' and user.root):
+      return hlo.nbytes(module[computation, name].shape), 0
+  return read, rewritten
 
 
 def _main(shape: str) -> int:
@@ -185,6 +201,8 @@ class _Walk:
       return kind, i.cycles / self.chip.clock
     elif i.opcode == 'custom-call' and '__cudnn' in i.attributes:
       self.assumptions['cuDNN calls: only their operands and results were counted, not their products'] += 1
+    elif self.tpu and moved > _NOTABLE:
+      self.assumptions[f'{i.opcode} without an estimate of the compiler: its bytes at the memory\'s bandwidth'] += 1
     scale = 1 if self.tpu else EFFICIENCY['compute']
     return kind, max(flops / (self.peak * scale), self._bytes(i, moved))
 

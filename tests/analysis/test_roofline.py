@@ -90,16 +90,34 @@ def test_reading_a_slice_reads_a_slice():
   %n.1 = s32[] parameter(2)
   ROOT %w = f32[100,64]{1,0} dynamic-update-slice(%p.1, %u, %n.1, %n.1)
 }
+%h (p.2: f32[100,64], n.3: s32[]) -> f32[1,64] {
+  %p.2 = f32[100,64]{1,0} parameter(0)
+  %n.3 = s32[] parameter(1)
+  %v = f32[100,64]{1,0} bitcast(%p.2)
+  ROOT %inner = f32[1,64]{1,0} fusion(%v, %n.3), kind=kLoop, calls=%f
+}
+%sum (l: f32[], r: f32[]) -> f32[] {
+  %l = f32[] parameter(0)
+  ROOT %r = f32[] parameter(1)
+}
+%k (p.3: f32[100,64], u.3: f32[1,64], n.4: s32[]) -> f32[100,64] {
+  %p.3 = f32[100,64]{1,0} parameter(0)
+  %u.3 = f32[1,64]{1,0} parameter(1)
+  %n.4 = s32[] parameter(2)
+  ROOT %s.3 = f32[100,64]{1,0} scatter(%p.3, %n.4, %u.3), to_apply=%sum
+}
 ENTRY %main (x: f32[100,64], n.2: s32[]) -> f32[100,64] {
   %x = f32[100,64]{1,0} parameter(0)
   %n.2 = s32[] parameter(1)
   %a = f32[1,64]{1,0} fusion(%x, %n.2), kind=kLoop, calls=%f
+  %c = f32[1,64]{1,0} fusion(%x, %n.2), kind=kLoop, calls=%h
+  %d = f32[100,64]{1,0} fusion(%x, %a, %n.2), kind=kLoop, calls=%k
   ROOT %b = f32[100,64]{1,0} fusion(%x, %a, %n.2), kind=kLoop, calls=%g
 }
 """
   module = Module(text)
-  assert roofline.traffic(module, 'main', module['main', 'a']) == 256 + 4 + 256
-  assert roofline.traffic(module, 'main', module['main', 'b']) == 256 + 4 + 256
+  for name in 'abcd':  # read or written through a fusion, a fusion in a fusion, a scatter: a row, an index, a row
+    assert roofline.traffic(module, 'main', module['main', name]) == 256 + 4 + 256, name
   on_chip = Module(re.sub(r'\{1,0\}', '{1,0:S(1)}', text))
   assert roofline.traffic(on_chip, 'main', on_chip['main', 'b']) == 4
 
