@@ -1,6 +1,7 @@
 """Which other runs of a config are worth compiling? Meshes, remat policies and microbatches, and the flags that ask for them."""
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 from parallel import remat
@@ -38,7 +39,7 @@ def refused(config: Config, sizes: dict[str, int]) -> str:
 
 
 def policies(config: Config) -> list[str]:
-  """Remat policies other than the config's, those that keep most first ('none' keeps all, 'full' least of those without a host)."""
+  """Remat policies other than the config's: 'none' (keeps all) first, 'full' (keeps least) last."""
   order = {'none': 0, 'full': 2}
   return sorted((name for name in remat.POLICIES if name != config.model.remat), key=lambda name: order.get(name, 1))
 
@@ -50,9 +51,7 @@ def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, 
   cutting = [axis for axis in AXES if axis not in ('data', 'fsdp', *UNSUPPORTED)]
   powers = [1 << n for n in range(LARGEST.bit_length())]
   for sizes in itertools.product(powers, repeat=len(cutting)):
-    cut = 1
-    for size in sizes:
-      cut *= size
+    cut = math.prod(sizes)
     if cut > LARGEST or devices % (cut * slices):
       continue
     rest = devices // cut
@@ -77,17 +76,12 @@ def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
 
 
 def nearest(config: Config, sizes: dict[str, int], devices: int, slices: int = 1) -> Iterator[Config]:
-  """Changes that need less memory, the nearest first: a remat policy, more microbatches, both, another mesh with both."""
-  stronger = policies(config)[1:] if config.model.remat != 'none' else policies(config)
-  strongest = stronger[-1] if stronger and stronger[-1] == 'full' else config.model.remat
-  stronger = [] if config.model.remat == 'full' else [name for name in stronger if name != 'none']
+  """Changes that may need less memory, the nearest first: a remat policy, that with more microbatches, that with another mesh."""
+  stronger = [] if config.model.remat == 'full' else [name for name in policies(config) if name != 'none']
   yield from (change(config, policy=name) for name in stronger)
-  counts = microbatches(config, sizes)
-  yield from (change(config, policy=strongest, accumulation=n) for n in counts)
-  own = {axis: size for axis, size in sizes.items()}
-  split = lambda mesh: mesh['data']  # fewer replicas, more shards
-  others = [mesh for mesh in meshes(config, devices, slices) if mesh != own]
-  for mesh in sorted(others, key=lambda mesh: (sum(mesh[axis] != own[axis] for axis in AXES), split(mesh))):
-    if mesh['data'] <= own['data']:
-      more = microbatches(config, mesh)
-      yield change(config, mesh, strongest, more[-1] if more else 0)
+  least = change(config, policy=stronger[-1]) if stronger else config
+  yield from (change(least, accumulation=n) for n in microbatches(least, sizes))
+  moved = lambda mesh: sum(mesh[axis] != sizes[axis] for axis in AXES)
+  others = [mesh for mesh in meshes(config, devices, slices) if moved(mesh) and mesh['data'] <= sizes['data']]  # more shards, not fewer
+  for mesh in sorted(others, key=lambda mesh: (moved(mesh), mesh['data'])):
+    yield from (change(least, mesh, accumulation=n) for n in (0, *microbatches(least, mesh)[-1:]))

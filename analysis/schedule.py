@@ -169,29 +169,39 @@ class Links:
   mesh: Mesh
   chip: Chip
 
-  def seconds(self, c: Collective) -> float:
-    """Of one run of a collective. Raises ValueError where it crosses a network whose bandwidth is not tabled."""
-    return c.nbytes / self.bandwidth(c.group) if c.nbytes else 0.0
+  def seconds(self, c: Collective) -> tuple[float, float]:
+    """Of one run of a collective: on the links within slices (GPUs: nodes), and on the network between them.
 
-  def crosses(self, group: tuple[int, ...]) -> bool:
-    """Whether a group spans slices (TPU) or nodes (GPU)."""
-    return len({self._place(self.mesh.devices.flat[i]) for i in group}) > 1
+    Across slices it is done in two stages: within each, then each member exchanges its part with its peers in the others.
+    Latencies are not counted. Raises ValueError where it crosses a network whose bandwidth is not tabled.
+    """
+    if not c.nbytes:
+      return 0.0, 0.0
+    slices = len({self._place(self.mesh.devices.flat[i]) for i in c.group})
+    if slices == 1:
+      return c.nbytes / self.bandwidth(c.group), 0.0
+    if self.chip.network is None:
+      raise ValueError(f'no bandwidth between slices is tabled for a {self.chip.name}; add it to analysis/hardware.py (network=)')
+    network = self.chip.network / self.chip.devices
+    if c.kind == 'collective-permute':
+      return 0.0, c.nbytes / network
+    inside = max(1, c.size // slices)
+    share = lambda n: (n - 1) / n * c.size / (c.size - 1)
+    first = self._place(self.mesh.devices.flat[c.group[0]])
+    near = tuple(i for i in c.group if self._place(self.mesh.devices.flat[i]) == first)
+    return (c.nbytes * share(inside) / self.bandwidth(near) if inside > 1 else 0.0), c.nbytes * share(slices) / inside / network
 
   def _place(self, device):
     return (getattr(device, 'slice_index', 0), device.process_index if device.platform == 'gpu' else 0)
 
   def bandwidth(self, group: tuple[int, ...]) -> float:
-    """Bytes/s that a chip sends to the others of its group.
+    """Bytes/s that a chip sends to the others of its group, all in one slice or node.
 
     A TPU sends along the dimensions of the torus that the group spans, each with its share of the links: both directions where
     the group closes into a ring, else one (the ends of a line have one neighbour). Groups that lie across each other share those
-    links. GPUs of a node send through a switch. Between slices or nodes the network's bandwidth holds.
+    links. GPUs of a node send through a switch.
     """
     chip, devices = self.chip, [self.mesh.devices.flat[i] for i in group]
-    if self.crosses(group):
-      if chip.network is None:
-        raise ValueError(f'no bandwidth between slices is tabled for a {chip.name}; add it to analysis/hardware.py (network=)')
-      return chip.network / chip.devices
     out = chip.interconnect / 2 / chip.devices
     if not chip.torus or devices[0].platform != 'tpu':
       return out

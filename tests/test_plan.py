@@ -45,8 +45,9 @@ def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
     make_state, step = make_program(config)
 
     def run(state, batch):
-      ran.append(step.lower(state, batch).compile().as_text())
-      return step(state, batch)
+      compiled = step.lower(state, batch).compile()
+      ran.append(compiled.as_text())
+      return compiled(state, batch)
     return make_state, run
   monkeypatch.setattr(train, 'make_program', recording)
   monkeypatch.setattr(hosts, 'cache_compilations', lambda _: None)

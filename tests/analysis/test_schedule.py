@@ -124,10 +124,7 @@ class Fixed:
     self.bandwidth = bandwidth
 
   def seconds(self, c):
-    return c.nbytes / self.bandwidth
-
-  def crosses(self, group):
-    return False
+    return c.nbytes / self.bandwidth, 0.0
 
 
 def fake_mesh(coords, shape, **of_device):
@@ -150,15 +147,19 @@ def test_links_are_those_of_the_torus_that_a_group_spans():
   assert flat.bandwidth(tuple(range(16))) == pytest.approx(100e9)
 
 
-def test_between_slices_the_network_counts_or_raises():
-  two = [*np.ndindex(2, 2)] * 2
-  mesh = fake_mesh(two, (4, 2))
+def test_between_slices_a_member_exchanges_its_part_or_it_raises():
+  mesh = fake_mesh([*np.ndindex(2, 2)] * 2, (4, 2))
   for n, device in enumerate(mesh.devices.flat):
     device.slice_index = n // 4
+  reduce = lambda group, nbytes: schedule.Collective('all-reduce', ('fsdp',), len(group), 1, nbytes, False, '', group)
   links = schedule.Links(mesh, CHIP)
-  assert links.crosses((0, 4)) and not links.crosses((0, 3)) and links.bandwidth((0, 4)) == pytest.approx(3.125e9)
+  whole = 1e9  # an all-reduce of a GB: 2 x 7/8 of it is sent in all
+  near, far = links.seconds(reduce(tuple(range(8)), schedule.sent('all-reduce', int(whole), int(whole), 8)))
+  assert near == pytest.approx(2 * whole * 3 / 4 / 100e9) and far == pytest.approx(2 * whole / 2 / 4 / 3.125e9)
+  assert links.seconds(reduce((0, 4), int(whole))) == (0.0, pytest.approx(whole / 3.125e9))
+  assert links.seconds(reduce((0, 1), int(whole)))[1] == 0
   with pytest.raises(ValueError, match='no bandwidth between slices is tabled for a TPU v4; add it'):
-    schedule.Links(mesh, hardware.lookup('TPU v4')).bandwidth((0, 4))
+    schedule.Links(mesh, hardware.lookup('TPU v4')).seconds(reduce((0, 4), 8))
 
 
 def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
