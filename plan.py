@@ -25,7 +25,7 @@ from analysis import aot, candidates, flops as counts, hardware, memory, rooflin
 from analysis.hlo import Module
 from decode.generator import CHUNK, generating
 from objectives.pretrain import check_model
-from parallel.mesh import make_mesh
+from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
 
 MODES = ('train', 'prefill', 'decode')
@@ -126,8 +126,7 @@ def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'tr
   Raises ValueError or NotImplementedError for what cannot run there whatever the memory; too little memory is a Plan's `problem`.
   """
   names.check('mode', mode, MODES)
-  mesh = make_mesh(config.mesh, devices)
-  config = dataclasses.replace(config, mesh=type(config.mesh)(**mesh.shape))
+  mesh, config = make_mesh(config.mesh, devices), resolved(config, devices)
   began, chip = time.perf_counter(), chip_of(devices)
   lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context)
   bytes_held = {name: memory.shard_bytes(tree) for name, tree in held.items()}
@@ -143,6 +142,11 @@ def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'tr
   module = Module(compiled.as_text())
   return found('', bytes_held, memory.parts(compiled, held, held['parameters'] if mode == 'train' else ()), tokens, model_flops,
                schedule.collectives(module, mesh), roofline.predict(module, mesh, chip, config.model.dtype), seconds())
+
+
+def resolved(config: configs.Config, devices: list[jax.Device]) -> configs.Config:
+  """The config with the size of every mesh axis on these devices. Raises ValueError where they do not fit."""
+  return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.resolve(len(devices))))
 
 
 def chip_of(devices: list[jax.Device]) -> hardware.Chip:
@@ -204,7 +208,7 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
   All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones, the other policies, each with the
   fewest microbatches that fit.
   """
-  config = dataclasses.replace(config, mesh=type(config.mesh)(**config.mesh.resolve(len(devices))))
+  config = resolved(config, devices)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
   tried: dict[str, Plan] = {}
 
@@ -241,7 +245,7 @@ def main(_):
     if SEARCH.value:
       print('compiling candidates:', flush=True)
       plans = search(config, devices, log=functools.partial(print, flush=True))
-      tables.ranking(plans[0].config, plans)
+      tables.ranking(resolved(config, devices), plans)
       plan, extra = plans[0], {'candidates': [p.to_dict() for p in plans]}
     else:
       plan, extra = make_plan(config, devices, MODE.value, BATCH.value, CONTEXT.value), {}

@@ -17,7 +17,7 @@ from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from decode.generator import CHUNK
 from model.config import ModelConfig
 from parallel import hosts
-from parallel.mesh import AXES, UNSUPPORTED, MeshConfig, make_mesh
+from parallel.mesh import UNSUPPORTED, MeshConfig, make_mesh
 from training.config import Config, TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,10 +67,6 @@ def fake(config, devices=None, *, peak: float, seconds: float = 1.0, problem: st
   return plan.Plan('train', config, hardware.lookup('TPU v5 lite'), 8, problem, {'parameters': 1}, bytes_, 1000, 8e12, [], predicted, 0.0)
 
 
-def resolved(config):
-  return candidates.change(config, dict.fromkeys(AXES, 1) | {'data': 2, 'fsdp': 2, 'tensor': 2})
-
-
 def test_cost():
   got = fake(tiny(steps=3600), peak=1, seconds=2.0)
   assert got.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 8 * 1.5, 'kWh': 2 * 8 * 0.2}
@@ -81,7 +77,7 @@ def test_cost():
 
 def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
   """A policy before microbatches, and both before another mesh; nothing is proposed that was not compiled."""
-  config, compiled = resolved(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none'))), []
+  config, compiled = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none')), []
 
   def attempt(needed):
     def run(candidate, devices):
@@ -102,7 +98,7 @@ def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
   assert plan.nearest_that_fits(fake(config, peak=99e9), devices, log=lambda _: None) is None
 
 
-def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch):
+def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch, capsys):
   def attempt(config, devices):
     slow = {'full': 2.0, 'dots': 1.5}.get(config.model.remat, 1.0) * config.mesh.tensor + 0.01 * config.train.accumulation
     return fake(config, seconds=slow, peak=99e9 if config.model.remat == 'none' and config.train.accumulation < 2 else 1e9)
@@ -113,7 +109,9 @@ def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch):
   assert (best.model.remat, best.train.accumulation, best.mesh.tensor) == ('none', 2, 1)
   assert [p.fits for p in found] == sorted((p.fits for p in found), reverse=True)
   assert [p.seconds for p in found if p.fits] == sorted(p.seconds for p in found if p.fits)
-  tables.ranking(found[0].config, found)
+  tables.ranking(config, found)
+  lines = [line for line in capsys.readouterr().out.splitlines() if '(as given)' in line]
+  assert len(lines) == 1 and found[0].config != config
 
 
 def test_candidate_meshes_use_all_devices_and_only_axes_that_work():
