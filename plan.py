@@ -221,7 +221,7 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
   ranked = [compiled(candidates.change(config, mesh)) for mesh in candidates.meshes(config, len(devices), slices)]
   ranked.sort(key=lambda plan: (not plan.fits, plan.seconds))
   for plan in ranked[:SEARCHED]:
-    for policy in [config.model.remat, *candidates.policies(config)]:
+    for policy in candidates.policies(config):
       candidate = candidates.change(plan.config, policy=policy)
       for n in (0, *candidates.microbatches(candidate, plan.config.mesh.sizes())):
         if compiled(candidates.change(candidate, accumulation=n)).fits:

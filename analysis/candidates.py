@@ -8,6 +8,7 @@ from parallel import remat
 from parallel.mesh import AXES, UNSUPPORTED, MeshConfig
 from training.config import Config
 
+KEEPS = {'none': 0, 'dots': 1, 'full': 2, 'sqrt': 3}  # remat policies, in order of how little they keep
 LARGEST = 8  # of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
 
 
@@ -39,9 +40,13 @@ def refused(config: Config, sizes: dict[str, int]) -> str:
 
 
 def policies(config: Config) -> list[str]:
-  """Remat policies other than the config's: 'none' (keeps all) first, 'full' (keeps least) last."""
-  order = {'none': 0, 'full': 2}
-  return sorted((name for name in remat.POLICIES if name != config.model.remat), key=lambda name: order.get(name, 1))
+  """Remat policies that the config could have, those that keep most first; one that is not in KEEPS counts as in the middle."""
+  def possible(name):
+    try:
+      return bool(change(config, policy=name))
+    except ValueError:  # a policy that excludes the names that the config keeps
+      return False
+  return sorted(filter(possible, remat.POLICIES), key=lambda name: KEEPS.get(name, 1))
 
 
 def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
@@ -77,7 +82,8 @@ def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
 
 def nearest(config: Config, sizes: dict[str, int], devices: int, slices: int = 1) -> Iterator[Config]:
   """Changes that may need less memory, the nearest first: a remat policy, that with more microbatches, that with another mesh."""
-  stronger = [] if config.model.remat == 'full' else [name for name in policies(config) if name != 'none']
+  stronger = policies(config)
+  stronger = stronger[stronger.index(config.model.remat) + 1:]
   yield from (change(config, policy=name) for name in stronger)
   least = change(config, policy=stronger[-1]) if stronger else config
   yield from (change(least, accumulation=n) for n in microbatches(least, sizes))
