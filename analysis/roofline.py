@@ -8,6 +8,7 @@ GPU: no cycles are estimated; every operation takes its roofline at EFFICIENCY.
 import collections
 import dataclasses
 import functools
+import math
 import re
 
 from jax.sharding import Mesh
@@ -18,6 +19,10 @@ from analysis.hlo import Instruction, Module
 
 # Of the peaks, what large products and copies reach on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
+# jax's splash attention declares no cost. Products over pairs of a query and a key, by what a kernel's name says; and what share of the
+# peak its instruction bundles come to at 8k tokens and head width 128, where a 256-wide matrix unit is half empty.
+ATTENTION_PRODUCTS = {f'splash_{heads}_{part}': n for heads in ('mha', 'mqa') for part, n in (('fwd', 2), ('dkv', 4), ('dq', 3))}
+ATTENTION_EFFICIENCY = {'TPU v4': 0.7, 'TPU v5e': 0.7, 'TPU v5p': 0.7, 'TPU v6e': 0.26, 'TPU 7x': 0.26}
 HOST_BANDWIDTH = 16e9  # bytes/s a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
 ERROR = {'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls dominate; it ranks, it does not certify',
          'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute and '
@@ -63,6 +68,17 @@ def declared(i: Instruction) -> tuple[float, float] | None:
     return None
   costs = {name: float(value) for name, value in re.findall(r'"(\w+)":"?([\d.e+]+)"?', found[1])}
   return costs.get('flops', 0.0), costs.get('bytes_accessed', 0.0)
+
+
+def attention_flops(module: Module, computation: str, i: Instruction) -> float | None:
+  """FLOPs of one of jax's splash attention kernels under a causal mask, half of all pairs; None for another kernel."""
+  products = next((n for name, n in ATTENTION_PRODUCTS.items() if i.name.startswith(name)), None)
+  shapes = [module[computation, name].shape for name in i.operands]
+  arrays = [hlo.dims(shape) for shape in shapes if shape.startswith(('bf16', 'f32')) and len(hlo.dims(shape)) > 2]
+  if products is None or len(arrays) < 2:
+    return None
+  queries, keys = arrays[:2]  # [.. N T H] and [.. K S H]
+  return products * math.prod(queries) * keys[-2]  # 2 of a multiply-add, half of the pairs
 
 
 def traffic(module: Module, computation: str, i: Instruction) -> int:
@@ -192,8 +208,12 @@ class _Walk:
     flops = sum(self.module.flops(name) for name in i.called) if i.called else self.module.product(computation, i)
     kind = 'operations'
     if i.kernel:
-      kind, cost = 'kernels', declared(i)
-      if cost is None:
+      kind, cost, attention = 'kernels', declared(i), attention_flops(self.module, computation, i)
+      if cost is None and attention:
+        share = ATTENTION_EFFICIENCY[self.chip.name]
+        self.assumptions[f'attention kernels: half of all pairs (a causal mask), at {share:.0%} of the peak'] += 1
+        flops = attention / share
+      elif cost is None:
         self.assumptions[f'kernel {i.name.rstrip(".0123456789")} declares no cost: only its operands and results were counted'] += 1
       else:
         flops, moved = cost
@@ -222,9 +242,9 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
   sums = walk.run(module.entry)
   flops, moved = module.flops(), 0
   for computation, i, times in module.walk():
-    if i.kernel and declared(i):
-      flops += times * declared(i)[0]
-      moved += times * declared(i)[1]
+    if i.kernel:
+      cost = declared(i) or (attention_flops(module, computation, i) or 0.0, traffic(module, computation, i))
+      flops, moved = flops + times * cost[0], moved + times * cost[1]
     elif not (i.free or i.opcode in ('while', 'conditional', 'call') or i.opcode.endswith(('-start', '-done', '-update'))):
       moved += times * traffic(module, computation, i)
   roofline = collections.Counter({'compute': flops / walk.peak, 'memory': moved / walk.memory})

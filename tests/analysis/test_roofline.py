@@ -62,6 +62,21 @@ def test_a_kernel_costs_what_it_declares(topology, cost, seconds):
   assert not found.assumptions or 'kernel my_kernel declares no cost' in found.assumptions[0]
 
 
+def test_attention_kernels_are_known_by_their_names(topology):
+  """jax's splash declares nothing: forward two products over half of T x S pairs, for the keys four, for the queries three."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel, splash_attention_mask as masks
+  mesh, chip = one(topology, 'v5e:2x2')
+  T, N, H = 512, 2, 128
+  run = kernel.make_splash_mha(masks.MultiHeadMask([masks.CausalMask((T, T))] * N), head_shards=1, q_seq_shards=1)
+  x = jax.ShapeDtypeStruct((N, T, H), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
+  loss = lambda q, k, v: run(q, k, v).astype(jnp.float32).sum()
+  with jax.default_matmul_precision('default'):  # the kernel knows no other of bf16
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
+  found = roofline.predict(text, mesh, chip)
+  assert found.flops == (2 + 4 + 3) * N * H * T * T
+  assert found.kernels == pytest.approx(found.flops / 0.7 / 197e12) and any('half of all pairs' in text for text in found.assumptions)
+
+
 def test_the_text_of_a_kernel_holds_its_cost(topology):
   """What Pallas is told as cost_estimate is found again in the compiled program."""
   from jax.experimental import pallas as pl
