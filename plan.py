@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 import time
 
 import jax
@@ -241,7 +242,10 @@ def main(_):
     if SEARCH.value and MODE.value != 'train':
       raise NotImplementedError(f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}')
     config = configs.from_flag(train.CONFIG.value)
-    devices = aot.topology(TOPOLOGY.value, SLICES.value)
+    try:
+      devices = aot.topology(TOPOLOGY.value, SLICES.value)
+    except ImportError as error:
+      sys.exit(f'error: {error}')
     if SEARCH.value:
       print('compiling candidates:', flush=True)
       plans = search(config, devices, log=functools.partial(print, flush=True))
