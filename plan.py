@@ -207,7 +207,7 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
   """Plans of a small set of candidates that fit, fastest first; those that don't follow.
 
   All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones, the other policies, each with the
-  fewest microbatches that fit.
+  fewest microbatches that fit. Raises ValueError where no mesh divides the config's sizes.
   """
   config = resolved(config, devices)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
@@ -227,6 +227,9 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
       for n in (0, *candidates.microbatches(candidate, plan.config.mesh.sizes())):
         if compiled(candidates.change(candidate, accumulation=n)).fits:
           break
+  if not tried:
+    raise ValueError(f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / train.accumulation='
+                     f'{config.train.accumulation} and the sizes of the model; change the batch')
   return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
 
 
@@ -239,6 +242,8 @@ def main(_):
   logging.set_verbosity(logging.WARNING)
   with train.mendable():
     names.check('mode', MODE.value, MODES)
+    if MODE.value == 'train' and (BATCH.present or CONTEXT.present):
+      raise ValueError('--batch and --context are of prefill and decode; train takes --config.data.batch_size and .sequence_length')
     if SEARCH.value and MODE.value != 'train':
       raise NotImplementedError(f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}')
     config = configs.from_flag(train.CONFIG.value)

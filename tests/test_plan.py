@@ -114,6 +114,12 @@ def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch, capsys):
   assert len(lines) == 1 and found[0].config != config
 
 
+def test_a_batch_that_no_mesh_divides_raises():
+  config = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=3))
+  with pytest.raises(ValueError, match='no mesh of 8 devices divides data.batch_size=3'):
+    plan.search(config, jax.devices(), log=lambda _: None)
+
+
 def test_candidate_meshes_use_all_devices_and_only_axes_that_work():
   found = list(candidates.meshes(tiny(), 8))
   assert all(len(mesh) == 6 and MeshConfig(**mesh).resolve(8) == mesh for mesh in found)
@@ -216,6 +222,7 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
 @pytest.mark.parametrize('flags, words', [
     ((), 'give --config=configs/NAME.py and --topology=KIND:SHAPE'),
     (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
+    (('--topology=v5e:2x2', '--batch=8'), '--batch and --context are of prefill and decode'),
 ])
 def test_the_command_refuses(flags, words):
   done = subprocess.run([sys.executable, 'plan.py', f'--config={ROOT}/configs/tiny.py', *flags], cwd=ROOT, capture_output=True, text=True)
