@@ -32,7 +32,7 @@ $(VENV)/installed: setup.cfg
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(VENV)/bin/python -m pip install -q -e .[test]
+	$(VENV)/bin/python -m pip install -q -e .[test,plan]
 	touch $@
 
 $(VENV)/installed-oracle: $(VENV)/installed-test

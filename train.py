@@ -8,6 +8,7 @@ if __name__ == '__main__':
   hosts.use_huge_pages()
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -91,6 +92,36 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
     return states.TrainState(state.step + 1, model, optimizer_state, scale, state.key), metrics, norms
 
   return train_step
+
+
+def make_program(config: configs.Config):
+  """What a run of this config executes: a function that makes its initial state, and its step. plan.py compiles the same."""
+  model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
+  optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+  return functools.partial(states.init, config, optimizer), make_train_step(config, optimizer)
+
+
+def abstract_state(config: configs.Config, mesh: jax.sharding.Mesh) -> states.TrainState:
+  """Shapes and shardings of what a run of this config carries, on a mesh whose devices may be elsewhere.
+
+  Raises ValueError for a batch or a size that the mesh does not divide, and for an open vocabulary.
+  """
+  if not config.model.vocabulary:
+    raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
+  config = config.resolve(config.model.vocabulary)
+  config.check_mesh(dict(mesh.shape))
+  with jax.set_mesh(mesh):
+    return params.abstract(make_program(config)[0], mesh)
+
+
+def lower_step(config: configs.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, states.TrainState]:
+  """The step that a run of this config takes on a mesh, lowered, and the state that it takes; raises as abstract_state does."""
+  state = abstract_state(config, mesh)
+  config = config.resolve(config.model.vocabulary)
+  with jax.set_mesh(mesh):
+    ids = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32,
+                               sharding=jax.NamedSharding(mesh, axes.spec('batch', 'length')))
+    return make_program(config)[1].lower(state, Batch(*[ids] * len(dataclasses.fields(Batch)))), state
 
 
 def make_evaluate(config: configs.Config, prepared, put):
@@ -219,10 +250,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     batches = loader.train_loader(prepared, config.data, put.rows)
 
   # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
-  model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
-  optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
-  make_state = functools.partial(states.init, config, optimizer)
-  parameters = params.count(model)
+  make_state, train_step = make_program(config)
+  parameters = params.count(jax.eval_shape(make_state).model)
   flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, prepared.document_length)
   in_parts = context.in_parts(config.model.context, config.model.N, config.model.K)
   chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec, in_parts=in_parts)
@@ -260,8 +289,8 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
                      peak=hardware.peak(chip, config.model.dtype))
     with watching as watch, hosts.StopSignal() as signal:
-      stopped = train_steps(config, state, steps, progress, batches, put, make_train_step(config, optimizer),
-                            make_evaluate(config, prepared, put), checkpoints, watch, window, signal)
+      stopped = train_steps(config, state, steps, progress, batches, put, train_step, make_evaluate(config, prepared, put),
+                            checkpoints, watch, window, signal)
       window.close()
     interrupted = stopped != '' and stopped == signal.name
     if stopped and jax.process_index() == 0:

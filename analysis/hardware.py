@@ -1,8 +1,8 @@
 """What can each accelerator do at most? The table of published peaks that percentages are taken of.
 
 Sources. TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's links: arXiv:2304.01433. GPU: NVIDIA's A100
-datasheet (June 2021), H100 white paper (dense figures), H200 datasheet and HGX B200 datasheet. Structured sparsity
-is never counted. Unknown hardware has no entry, and so no percentage.
+datasheet (June 2021), H100 white paper (dense figures; network: DGX H100's one 400 Gb/s adapter a GPU), H200 datasheet and HGX B200
+datasheet. Structured sparsity is never counted. Unknown hardware has no entry, and so no percentage.
 """
 import dataclasses
 
@@ -21,9 +21,15 @@ class Chip:
   precision: one bf16 pass on a TPU, TF32 on a GPU. (`jax_default_matmul_precision='highest'` is several times slower
   than this peak.)
 
-  `hbm_bytes` and `hbm_bandwidth` (bytes/s) are of the chip's main memory; `interconnect` is bytes/s per chip over
+  `hbm_bytes` and `hbm_bandwidth` (bytes/s) are of the chip's main memory, `usable` what of it a program can have (of a TPU what its
+  compiler says it has; None: all); `interconnect` is bytes/s per chip over
   ICI or NVLink, both directions summed; `watts` is the maximum board power (TPU v4: the measured maximum), None where
   unpublished.
+
+  `clock` is a TPU core's cycles per second, which its bf16 peak implies: of a cycle it does 4 x 128^2 multiply-adds up to v5p,
+  4 x 256^2 in v6e and 7x (the compiler's own estimate of a large product comes to 87-97% of the peak at that clock). `torus`
+  counts the dimensions of a TPU's links, 0 where they meet in a switch; a side of a topology that is a multiple of `wraps` closes
+  into a ring. `network` is bytes/s per chip between slices or nodes, in one direction, None where unpublished.
 
   `cores` counts TensorCores on a TPU, 1 on a GPU. `devices` is how many jax devices one chip shows up as: a TPU v4 or
   v5p fuses its two cores into one device ("megacore"), a TPU 7x shows each of its two cores as a device.
@@ -40,26 +46,38 @@ class Chip:
   watts: float | None = None
   cores: int = 1
   devices: int = 1
+  clock: float | None = None
+  torus: int = 0
+  wraps: int = 0
+  network: float | None = None
+  usable: float | None = None
 
 
-def _tpu(name, kinds, *, bfloat16, int8, hbm, bandwidth, ici, watts=None, cores=1, devices=1) -> Chip:
+def _tpu(name, kinds, *, bfloat16, int8, hbm, bandwidth, ici, watts=None, cores=1, devices=1, clock, torus, wraps, network=None,
+         usable) -> Chip:
   return Chip(name=name, kinds=kinds, bfloat16=bfloat16 * _TERA, float32=bfloat16 * _TERA, hbm_bytes=hbm * _GIB,
               hbm_bandwidth=bandwidth * _GIGA, interconnect=ici * _GIGA, int8=int8 and int8 * _TERA, watts=watts,
-              cores=cores, devices=devices)
+              cores=cores, devices=devices, clock=clock * _GIGA, torus=torus, wraps=wraps, network=network and network * _GIGA,
+              usable=usable * _GIB)
 
 
-def _gpu(name, kinds, *, bfloat16, tf32, int8, hbm, bandwidth, nvlink, watts) -> Chip:
+def _gpu(name, kinds, *, bfloat16, tf32, int8, hbm, bandwidth, nvlink, watts, network=None) -> Chip:
   return Chip(name=name, kinds=kinds, bfloat16=bfloat16 * _TERA, float16=bfloat16 * _TERA, float32=tf32 * _TERA,
               int8=int8 * _TERA, hbm_bytes=hbm * _GIGA, hbm_bandwidth=bandwidth * _GIGA, interconnect=nvlink * _GIGA,
-              watts=watts)
+              watts=watts, network=network and network * _GIGA)
 
 
 CHIPS = (
-    _tpu('TPU v4', ('TPU v4',), bfloat16=275, int8=275, hbm=32, bandwidth=1200, ici=600, watts=192, cores=2),
-    _tpu('TPU v5e', ('TPU v5 lite', 'TPU v5e'), bfloat16=197, int8=393, hbm=16, bandwidth=819, ici=400),
-    _tpu('TPU v5p', ('TPU v5', 'TPU v5p'), bfloat16=459, int8=918, hbm=95, bandwidth=2765, ici=1200, cores=2),
-    _tpu('TPU v6e', ('TPU v6 lite', 'TPU v6e'), bfloat16=918, int8=1836, hbm=32, bandwidth=1638, ici=800),
-    _tpu('TPU 7x', ('TPU7x',), bfloat16=2307, int8=None, hbm=192, bandwidth=7380, ici=1200, cores=2, devices=2),
+    _tpu('TPU v4', ('TPU v4',), bfloat16=275, int8=275, hbm=32, bandwidth=1200, ici=600, watts=192, cores=2,
+         clock=1.05, torus=3, wraps=4, usable=30.75),
+    _tpu('TPU v5e', ('TPU v5 lite', 'TPU v5e'), bfloat16=197, int8=393, hbm=16, bandwidth=819, ici=400,
+         clock=1.5, torus=2, wraps=16, network=3.125, usable=15.75),
+    _tpu('TPU v5p', ('TPU v5', 'TPU v5p'), bfloat16=459, int8=918, hbm=95, bandwidth=2765, ici=1200, cores=2,
+         clock=1.75, torus=3, wraps=4, network=6.25, usable=95.73),
+    _tpu('TPU v6e', ('TPU v6 lite', 'TPU v6e'), bfloat16=918, int8=1836, hbm=32, bandwidth=1638, ici=800,
+         clock=1.75, torus=2, wraps=16, network=12.5, usable=31.24),
+    _tpu('TPU 7x', ('TPU7x',), bfloat16=2307, int8=None, hbm=192, bandwidth=7380, ici=1200, cores=2, devices=2,
+         clock=2.2, torus=3, wraps=4, usable=2 * 94.74),
     _gpu('A100 40GB SXM', ('NVIDIA A100-SXM4-40GB',), bfloat16=312, tf32=156, int8=624, hbm=40, bandwidth=1555,
          nvlink=600, watts=400),
     _gpu('A100 40GB PCIe', ('NVIDIA A100-PCIE-40GB',), bfloat16=312, tf32=156, int8=624, hbm=40, bandwidth=1555,
@@ -69,7 +87,7 @@ CHIPS = (
     _gpu('A100 80GB PCIe', ('NVIDIA A100 80GB PCIe',), bfloat16=312, tf32=156, int8=624, hbm=80, bandwidth=1935,
          nvlink=600, watts=300),
     _gpu('H100 SXM', ('NVIDIA H100 80GB HBM3',), bfloat16=989.4, tf32=494.7, int8=1978.9, hbm=80, bandwidth=3350,
-         nvlink=900, watts=700),
+         nvlink=900, watts=700, network=50),
     _gpu('H100 PCIe', ('NVIDIA H100 PCIe',), bfloat16=756, tf32=378, int8=1513, hbm=80, bandwidth=2000, nvlink=600,
          watts=350),
     _gpu('H200 SXM', ('NVIDIA H200',), bfloat16=989.4, tf32=494.7, int8=1978.9, hbm=141, bandwidth=4800, nvlink=900,

@@ -17,6 +17,7 @@ from decode.sampling import make_sampling
 from decode.text import TextStream
 from model import params, transformer
 from model.cache import init_cache
+from model.config import ModelConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
@@ -45,7 +46,7 @@ class Generator:
   def __init__(self, model: transformer.Decoder, tokenizer: tokenizers.Tokenizer, mesh: jax.sharding.Mesh):
     self.tokenizer, self.mesh = tokenizer, mesh
     with jax.set_mesh(mesh):
-      self.model = jax.jit(_in_compute_dtype)(model)
+      self.model = jax.jit(in_compute_dtype)(model)
 
   @classmethod
   def load(cls, workdir: str | os.PathLike, checkpoint: str = 'last') -> 'Generator':
@@ -55,10 +56,7 @@ class Generator:
     not there or damaged.
     """
     config = configs.load(workdir)
-    # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache. What an expert has
-    # no room for would depend on a row's neighbours.
-    moe = dataclasses.replace(config.model.moe, dispatch='dropless') if config.model.moe.dispatch == 'capacity' else config.model.moe
-    model_config = dataclasses.replace(config.model, attention='auto', moe=moe)
+    model_config = generating(config.model)
     checkpoints = Checkpoints(workdir)
     step = None
     if checkpoint != 'last':
@@ -186,7 +184,15 @@ def _bucket(tokens: int) -> int:
   return max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
 
 
-def _in_compute_dtype(model):
-  # What `params.use` would do at every token; norms and biases keep their own precision.
+def generating(config: ModelConfig) -> ModelConfig:
+  """The config with which a trained model generates."""
+  # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache. What an expert has
+  # no room for would depend on a row's neighbours.
+  moe = dataclasses.replace(config.moe, dispatch='dropless') if config.moe.dispatch == 'capacity' else config.moe
+  return dataclasses.replace(config, attention='auto', moe=moe)
+
+
+def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
+  """The model as generation holds it: cast once, as `params.use` would at every token; norms and biases keep their own precision."""
   cast = lambda p: p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -125,3 +125,11 @@ def test_approaches_6nd_when_attention_and_embedding_vanish():
 def test_mfu():
   assert flops.mfu(150e12, 3, 100e12) == 0.5
   assert flops.mfu(150e12, 3, None) is None
+
+
+@pytest.mark.parametrize('changes', [{}, {'window': 5}, {'window': 1}, {'K': 4, 'latent': LatentConfig(width=8, rope_width=2)}], ids=str)
+def test_decoding_token_by_token_is_the_forward_pass(changes):
+  m, T = sizes(**changes), 17
+  one_by_one = sum(flops.decode_flops(m, 3, context) for context in range(1, T + 1))
+  assert one_by_one == pytest.approx(3 * T * flops.forward_flops_per_token(m, T))
+  assert flops.prefill_flops(m, 3, T) == pytest.approx(one_by_one - 3 * (T - 1) * 2 * m.D * m.V)

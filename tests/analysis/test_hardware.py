@@ -26,6 +26,13 @@ def test_bf16_peak_is_what_the_chip_is_built_for(kind):
   assert hardware.lookup(kind).bfloat16 == pytest.approx(BUILT[kind], rel=0.01)
 
 
+@pytest.mark.parametrize('chip', [chip for chip in hardware.CHIPS if chip.torus], ids=lambda chip: chip.name)
+def test_a_tpus_peak_is_its_clock_times_its_matrix_units(chip):
+  units = 4 * (256 if chip.name in ('TPU v6e', 'TPU 7x') else 128)**2
+  assert chip.bfloat16 == pytest.approx(chip.cores * units * 2 * chip.clock, rel=0.01)
+  assert chip.torus in (2, 3) and chip.wraps in (4, 16) and 0.95 < chip.usable / chip.hbm_bytes < 1.01
+
+
 @pytest.mark.parametrize('chip', hardware.CHIPS, ids=lambda chip: chip.name)
 def test_entries_are_coherent(chip):
   assert chip.float32 == (chip.bfloat16 if chip.name.startswith('TPU') else pytest.approx(chip.bfloat16 / 2, rel=0.03))

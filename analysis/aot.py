@@ -1,0 +1,100 @@
+"""How is a program compiled for hardware that isn't here? Topologies by name, and the programs that generation runs on them.
+
+TPU programs need libtpu (the extra `plan`), GPU programs jax's CUDA plugin; neither needs the hardware.
+"""
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+import names
+from decode import loop
+from decode.generator import CHUNK, in_compute_dtype
+from decode.sampling import make_sampling
+from model import params, transformer
+from model.cache import init_cache
+from model.config import ModelConfig
+from parallel import axes as ax
+
+TPUS = ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')
+# libtpu without a TPU: don't ask for a machine's metadata, and don't keep other processes from doing the same.
+LIBTPU = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
+          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+GPUS = {'h100': """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""}
+
+
+def topology(name: str, slices: int = 1) -> list[jax.Device]:
+  """Devices, to be compiled for only, of 'v5p:4x4x4', 'v5e:16x16', '2*v5e:8x8' (two slices) or 'h100:1x4x8' (four nodes of eight).
+
+  Raises ValueError for a name that is none or a shape that doesn't exist, ImportError where the compiler is not installed.
+  """
+  found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', name)
+  if not found:
+    raise ValueError(f'topology={name!r} is none; write KIND:SHAPE, as in v5p:4x4x4, 2*v5e:8x8 or h100:1x1x8')
+  kind, shape = names.check('topology', found[2], (*TPUS, *GPUS)), found[3]
+  slices *= int(found[1] or 1)
+  if kind in GPUS:
+    nodes = [int(n) for n in shape.split('x')]
+    if len(nodes) != 3:
+      raise ValueError(f'topology={name!r}: the shape of GPUs is SLICESxNODESxGPUS, as in h100:1x4x8')
+    asked = {'platform': 'cuda', 'topology_name': '', 'topology': f'{nodes[0] * slices}x{nodes[1]}x{nodes[2]}', 'target_config': GPUS[kind]}
+  else:
+    for variable, value in LIBTPU.items():
+      os.environ.setdefault(variable, value)
+    if kind in ('v4', 'v5p', 'tpu7x') and shape.count('x') == 1:
+      shape += 'x1'
+    asked = {'platform': 'tpu', 'topology_name': f'{kind}:{shape}'} | ({'num_slices': slices} if slices > 1 else {})
+    asked |= {'chip_config_name': 'megacore'} if kind == 'v4' else {}
+  try:
+    return list(topologies.get_topology_desc(**asked).devices)
+  except Exception as error:  # plugins raise whatever they like
+    first = str(error).splitlines()[0]
+    if 'support not installed' in first or 'topology not implemented' in first:  # without libtpu, without a plugin
+      raise ImportError(f'no compiler for {asked["platform"]} is installed ({first}); pip install -e .[plan] for TPUs, .[cuda] for '
+                        'GPUs') from error
+    raise ValueError(f'topology={name!r}: {first}') from error
+
+
+def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int):
+  """What generation holds as shapes and shardings, the matrices in the compute dtype; and a maker of arrays split along the rows."""
+  rows_of = lambda shape: NamedSharding(mesh, ax.spec('batch', *(None,) * (len(shape) - 1)))
+  row = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of(shape))
+  with jax.set_mesh(mesh):
+    model = params.abstract(lambda: in_compute_dtype(transformer.init(config, 0)), mesh)
+    cache = params.abstract(lambda: init_cache(config, rows, context), mesh)
+  return {'parameters': model, 'cache': cache}, row
+
+
+def prefill(config: ModelConfig, mesh: Mesh, rows: int, context: int) -> tuple[jax.stages.Lowered, dict]:
+  """The program that reads `rows` prompts of `context` tokens into a cache of that size, and what it holds.
+
+  Raises ValueError for a context beyond the model's longest sequence.
+  """
+  held, row = _held(config, mesh, rows, context)
+  with jax.set_mesh(mesh):
+    return loop.prefill.lower(held['parameters'], row(jnp.int32, rows, context), row(jnp.int32, rows), held['cache'],
+                              row(jnp.int32, rows)), held
+
+
+def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, steps: int = CHUNK) -> tuple[jax.stages.Lowered, dict]:
+  """The program that generates `steps` tokens of each of `rows` rows with a cache of `context` tokens, and what it holds.
+
+  Raises ValueError as prefill does.
+  """
+  held, row = _held(config, mesh, rows, context)
+  state = loop.DecodeState(held['cache'], row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows))
+  sampling = jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows, 1.0, 0, 1.0, 0))
+  with jax.set_mesh(mesh):
+    return loop.decode_chunk.lower(held['parameters'], state, sampling, steps=steps, eos=1, pad=0), held

@@ -1,0 +1,96 @@
+"""Which other runs of a config are worth compiling? Meshes, remat policies and microbatches, and the flags that ask for them."""
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from parallel import remat
+from parallel.mesh import AXES, MeshConfig
+from training.config import Config
+
+KEEPS = {'none': 0, 'dots': 1, 'full': 2, 'sqrt': 3}  # remat policies, in order of how little they keep
+LARGEST = 8  # of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
+
+
+def change(config: Config, mesh: dict[str, int] | None = None, policy: str = '', accumulation: int = 0) -> Config:
+  """The config with another mesh, remat policy or number of microbatches. Raises as Config does."""
+  model = dataclasses.replace(config.model, remat=policy or config.model.remat)
+  train = dataclasses.replace(config.train, accumulation=accumulation or config.train.accumulation)
+  return dataclasses.replace(config, model=model, train=train, mesh=MeshConfig(**mesh) if mesh else config.mesh)
+
+
+def flags(old: Config, new: Config) -> str:
+  """The flags that turn `old` into `new`, as far as `change` changes it."""
+  found = []
+  for path in ('model.remat', 'train.accumulation', *(f'mesh.{axis}' for axis in AXES)):
+    part, name = path.split('.')
+    value = getattr(getattr(new, part), name)
+    if value != getattr(getattr(old, part), name):
+      found.append(f'--config.{path}={value}')
+  return ' '.join(found)
+
+
+def refused(config: Config, sizes: dict[str, int]) -> str:
+  """Why a config cannot run on a mesh of these sizes, or ''."""
+  try:
+    MeshConfig(**sizes)
+    config.check_mesh(sizes)
+  except (ValueError, NotImplementedError) as error:
+    return str(error)
+  return ''
+
+
+def policies(config: Config) -> list[str]:
+  """Remat policies that the config could have, those that keep most first; one that is not in KEEPS counts as in the middle."""
+  def possible(name):
+    try:
+      return bool(change(config, policy=name))
+    except ValueError:  # a policy that excludes the names that the config keeps
+      return False
+  return sorted(filter(possible, remat.POLICIES), key=lambda name: KEEPS.get(name, 1))
+
+
+def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
+  """Sizes of the axes: `data` as small as the slices allow or all that fsdp leaves, `fsdp` the rest, other axes in powers of two up to
+  LARGEST together: `tensor`, `expert` for experts, `context` for fewer rows than devices, and what the config uses already.
+  Those that the config's sizes do not divide into are left out.
+  """
+  useful = {'tensor': True, 'expert': bool(config.model.E), 'context': config.data.batch_size < devices}
+  cutting = [axis for axis in AXES if axis not in ('data', 'fsdp') and (useful.get(axis) or getattr(config.mesh, axis) != 1)]
+  powers = [1 << n for n in range(LARGEST.bit_length())]
+  for sizes in itertools.product(powers, repeat=len(cutting)):
+    cut = math.prod(sizes)
+    if cut > LARGEST or devices % (cut * slices):
+      continue
+    rest = devices // cut
+    for data in sorted({slices, rest, *(d for d in (2 * slices, 4 * slices) if rest % d == 0)}):
+      found = dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes)) | {'data': data, 'fsdp': rest // data}
+      if not refused(config, found):
+        yield found
+
+
+def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
+  """Numbers of microbatches above the config's, doubling, as long as each splits over the mesh."""
+  found, n = [], 2 * config.train.accumulation
+  while config.data.batch_size % n == 0:
+    try:
+      if refused(change(config, accumulation=n), sizes):
+        break
+    except ValueError:
+      break
+    found.append(n)
+    n *= 2
+  return found
+
+
+def nearest(config: Config, sizes: dict[str, int], devices: int, slices: int = 1) -> Iterator[Config]:
+  """Changes that may need less memory, the nearest first: a remat policy, that with more microbatches, that with another mesh."""
+  stronger = policies(config)
+  stronger = stronger[stronger.index(config.model.remat) + 1:]
+  yield from (change(config, policy=name) for name in stronger)
+  least = change(config, policy=stronger[-1]) if stronger else config
+  yield from (change(least, accumulation=n) for n in microbatches(least, sizes))
+  moved = lambda mesh: sum(mesh[axis] != sizes[axis] for axis in AXES)
+  others = [mesh for mesh in meshes(config, devices, slices) if moved(mesh) and mesh['data'] <= sizes['data']]  # more shards, not fewer
+  for mesh in sorted(others, key=lambda mesh: (moved(mesh), mesh['data'])):
+    yield from (change(least, mesh, accumulation=n) for n in (0, *microbatches(least, mesh)[-1:]))

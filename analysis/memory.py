@@ -1,0 +1,64 @@
+"""What fills a chip's memory? The compiler's bytes of a program, divided among what they hold."""
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+HOST_KINDS = ('pinned_host', 'unpinned_host')
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on each chip while a program runs.
+
+  Attributes:
+    parts: what holds how many, in order; their sum is `peak`. Arguments are exact, by their shardings; the compiler's padding of
+      them is a part of its own. `gradients` are as large as the parameters that they belong to (all are alive before the update,
+      which needs their norm) and are taken out of the compiler's temporaries.
+    peak: arguments + outputs that take no argument's place + temporaries + code: what the compiler reserves.
+    alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes), None where it gives none; the
+      difference is lost between buffers of unequal sizes.
+    host: bytes in the host's memory for each chip.
+  """
+  parts: dict[str, int]
+  peak: int
+  alive: int | None
+  host: int
+
+  def share(self, available: float) -> float:
+    """Of the memory that a chip has: above 1 it does not fit."""
+    return self.peak / available
+
+
+def shard_bytes(tree: Any, host: bool = False) -> int:
+  """Bytes of one device's shards of abstract or concrete arrays with shardings; of those in the host's memory, or of the others."""
+  total = 0
+  for x in jax.tree.leaves(tree):
+    shape = x.sharding.shard_shape(x.shape) if getattr(x, 'sharding', None) is not None else x.shape
+    if (getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS) == host:
+      total += math.prod(shape) * x.dtype.itemsize
+  return total
+
+
+def parts(compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients_of: Any = ()) -> Memory:
+  """Divides a compiled program's memory.
+
+  arguments: name -> tree of the arrays (abstract ones with shardings) that are passed. What is passed beyond them is named 'other
+  arguments'. gradients_of: the parameters that the program differentiates.
+  """
+  stats = compiled.memory_analysis()
+  found = {name: shard_bytes(tree) for name, tree in arguments.items()}
+  rest = stats.argument_size_in_bytes - sum(found.values())
+  found['padding and other arguments'] = max(0, rest)
+  gradients = min(shard_bytes(gradients_of), stats.temp_size_in_bytes)
+  if gradients:
+    found['gradients'] = gradients
+  found['activations and workspace'] = stats.temp_size_in_bytes - gradients
+  found['outputs in new memory'] = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+  found['code'] = stats.generated_code_size_in_bytes
+  peak = stats.argument_size_in_bytes + found['outputs in new memory'] + stats.temp_size_in_bytes + found['code']
+  host = (stats.host_argument_size_in_bytes + max(0, stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes)
+          + stats.host_temp_size_in_bytes)
+  return Memory(found, peak, getattr(stats, 'peak_memory_in_bytes', 0) or None, host)

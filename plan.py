@@ -1,0 +1,273 @@
+"""Says what a run costs before it starts: python plan.py --config=configs/models/llama3_8b.py --topology=v5p:4x4x4 [--search]
+
+Compiles the very step that train.py would run (or with --mode=prefill, --mode=decode what generates), for hardware that need not be
+here, and reads the compiled program: does it fit, what does it compute and move, how long does it take, what does that cost.
+Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
+"""
+import os
+
+if __name__ == '__main__':
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # what is compiled for is asked of the compiler, not of this machine
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+import time
+
+import jax
+from absl import app, flags, logging
+
+import files
+import names
+import train
+from analysis import aot, candidates, flops as counts, hardware, memory, roofline, schedule, tables
+from analysis.hlo import Module
+from decode.generator import CHUNK, generating
+from objectives.pretrain import check_model
+from parallel.mesh import MeshConfig, make_mesh
+from training import config as configs
+
+MODES = ('train', 'prefill', 'decode')
+SEARCHED = 3  # meshes whose remat policies and microbatches --search tries
+
+TOPOLOGY = flags.DEFINE_string('topology', None, 'KIND:SHAPE of the hardware, as in v5p:4x4x4, 2*v5e:16x16 or h100:1x4x8.')
+SLICES = flags.DEFINE_integer('slices', 1, 'How many such slices; `data` crosses them.', lower_bound=1)
+MODE = flags.DEFINE_string('mode', 'train', f'What runs: {", ".join(MODES)}.')
+BATCH = flags.DEFINE_integer('batch', 0, 'Rows that prefill or decode works on (train takes config.data.batch_size).', lower_bound=0)
+CONTEXT = flags.DEFINE_integer('context', 0, 'Tokens of a row: of the prompt, or of the cache.', lower_bound=0)
+SEARCH = flags.DEFINE_bool('search', False, 'Compile a small set of meshes, remat policies and microbatches; print them, fastest first.')
+JSON = flags.DEFINE_string('json', '', 'Write what was found to this file.')
+DOLLARS = flags.DEFINE_float('dollars_per_chip_hour', None, 'Price; without one no cost is printed.', lower_bound=0)
+WATTS = flags.DEFINE_float('watts_per_chip', None, "Power; default: the chip's published maximum, where there is one.", lower_bound=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A program on a topology and its cost. Bytes, FLOPs of hardware and seconds are of one device and one run of the program.
+
+  Attributes:
+    mode: one of MODES; a run is a training step, the prefill of all rows, or CHUNK tokens of every row.
+    config: with the mesh's sizes resolved. chip: what a device belongs to. devices: of the mesh.
+    problem: why the compiler refused, '' where it did not; then memory and prediction are None.
+    held: bytes of the arguments by name, known in any case.
+    tokens, model_flops: of a run, on all devices. collectives: each as found.
+    compile_seconds: tracing, lowering and compiling.
+  """
+  mode: str
+  config: configs.Config
+  chip: hardware.Chip
+  devices: int
+  problem: str
+  held: dict[str, int]
+  memory: memory.Memory | None
+  tokens: int
+  model_flops: float
+  collectives: list[schedule.Collective]
+  prediction: roofline.Prediction | None
+  compile_seconds: float
+
+  @property
+  def available(self) -> float:
+    """Bytes of main memory that a program can have of a device."""
+    return (self.chip.usable or self.chip.hbm_bytes) / self.chip.devices
+
+  @property
+  def fits(self) -> bool:
+    return self.memory is not None and self.memory.peak <= self.available
+
+  @property
+  def seconds(self) -> float:
+    """Predicted, of a run; infinite where nothing is predicted."""
+    return self.prediction.seconds if self.prediction else float('inf')
+
+  @property
+  def mfu(self) -> float | None:
+    """Model FLOPs utilisation at the predicted time, 0 to 1; None where there is none."""
+    if self.prediction is None:
+      return None
+    return counts.mfu(self.model_flops / self.seconds, self.devices, hardware.peak(self.chip, self.config.model.dtype))
+
+  @property
+  def chips(self) -> int:
+    return self.devices // self.chip.devices
+
+  def cost(self, dollars_per_chip_hour: float | None, watts_per_chip: float | None) -> dict[str, float]:
+    """Hours, dollars and kWh of the whole training run, or of a million tokens; only what is known."""
+    if self.prediction is None:
+      return {}
+    runs = self.config.train.steps if self.mode == 'train' else 1e6 / self.tokens
+    hours = self.seconds * runs / 3600
+    watts = self.chip.watts if watts_per_chip is None else watts_per_chip
+    found = {'hours': hours}
+    if dollars_per_chip_hour is not None:
+      found['dollars'] = hours * self.chips * dollars_per_chip_hour
+    if watts is not None:
+      found['kWh'] = hours * self.chips * watts / 1000
+    return found
+
+  def to_dict(self) -> dict:
+    """JSON-able."""
+    known = self.memory is not None
+    return {'mode': self.mode, 'chip': self.chip.name, 'chips': self.chips, 'mesh': self.config.mesh.sizes(), 'fits': self.fits,
+            'remat': self.config.model.remat, 'accumulation': self.config.train.accumulation, 'problem': self.problem,
+            'available_bytes': self.available, 'argument_bytes': self.held,
+            'memory': dataclasses.asdict(self.memory) if known else None, 'tokens': self.tokens, 'model_flops': self.model_flops,
+            'collectives': [dataclasses.asdict(c) | {'group': None} for c in self.collectives],
+            'prediction': tables.json_able(dataclasses.asdict(self.prediction)) if known else None,
+            'mfu': self.mfu, 'compile_seconds': self.compile_seconds,
+            'error': roofline.ERROR['tpu' if self.chip.torus else 'gpu'], 'config': configs.to_dict(self.config)}
+
+
+def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'train', rows: int = 0, context: int = 0) -> Plan:
+  """Compiles what `config` runs in this mode on these devices.
+
+  rows, context: of prefill and decode; see the flags --batch and --context.
+  Raises ValueError or NotImplementedError for what cannot run there whatever the memory; too little memory is a Plan's `problem`.
+  """
+  names.check('mode', mode, MODES)
+  mesh, config = make_mesh(config.mesh, devices), resolved(config, devices)
+  began, chip = time.perf_counter(), chip_of(devices)
+  lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context)
+  bytes_held = {name: memory.shard_bytes(tree) for name, tree in held.items()}
+  found = functools.partial(Plan, mode, config, chip, mesh.size)
+  seconds = lambda: time.perf_counter() - began
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    problem = re.sub(r'^RESOURCE_EXHAUSTED: ', '', str(error).splitlines()[0])
+    return found(problem, bytes_held, None, tokens, model_flops, [], None, seconds())
+  module = Module(compiled.as_text())
+  return found('', bytes_held, memory.parts(compiled, held, held['parameters'] if mode == 'train' else ()), tokens, model_flops,
+               schedule.collectives(module, mesh), roofline.predict(module, mesh, chip, config.model.dtype), seconds())
+
+
+def resolved(config: configs.Config, devices: list[jax.Device]) -> configs.Config:
+  """The config with the size of every mesh axis on these devices. Raises ValueError where they do not fit."""
+  return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.resolve(len(devices))))
+
+
+def chip_of(devices: list[jax.Device]) -> hardware.Chip:
+  """The chip that devices are of. Raises ValueError for one that is not tabled."""
+  device = devices[0]
+  chip = hardware.lookup(device.device_kind, device.num_cores if device.platform == 'tpu' else None)
+  if chip is None:
+    raise ValueError(f'device kind {device.device_kind!r} is not in analysis/hardware.py; add its peaks there')
+  return chip
+
+
+def _lower(config, mesh, mode, rows, context):
+  """The lowered program, the arguments that it holds by name, tokens and model FLOPs of a run."""
+  T = config.data.sequence_length
+  if mode == 'train':
+    check_model(config.model)
+    lowered, state = train.lower_step(config, mesh)
+    tokens = config.data.batch_size * T
+    held = {'parameters': state.model, 'optimizer state': state.optimizer}
+    return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
+  if rows < 1 or context < 1:
+    raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
+  if rows % (mesh.shape['data'] * mesh.shape['fsdp']):
+    raise ValueError(f'--batch={rows} does not split over mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; make it a multiple')
+  if not config.model.vocabulary:
+    raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
+  model = generating(config.model)
+  if mode == 'prefill':
+    return *aot.prefill(model, mesh, rows, context), rows * context, counts.prefill_flops(model, rows, context)
+  return *aot.decode(model, mesh, rows, context), rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context)
+
+
+def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan | None:
+  """The nearest change of a training config that fits, found by compiling; None where none does."""
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  for config in candidates.nearest(plan.config, plan.config.mesh.sizes(), len(devices), slices):
+    tried = attempt(config, devices)
+    log(f'  tried {candidates.flags(plan.config, config)}: {"fits" if tried.fits else tables.shortage(tried)}')
+    if tried.fits:
+      return tried
+  return None
+
+
+def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
+  """The plan for training; without compiling where parameters, optimizer state and gradients alone are too much."""
+  mesh = make_mesh(config.mesh, devices)
+  chip = chip_of(devices)
+  held = train.abstract_state(config, mesh)
+  sizes = {'parameters': memory.shard_bytes(held.model), 'optimizer state': memory.shard_bytes(held.optimizer)}
+  least = sum(sizes.values()) + sizes['parameters']  # gradients are as large
+  refused = Plan('train', config, chip, len(devices), f'parameters, optimizer state and gradients alone take {least / 1e9:.2f} GB', sizes,
+                 None, 1, 0.0, [], None, 0.0)
+  return refused if least > refused.available else make_plan(config, devices)
+
+
+def search(config: configs.Config, devices: list[jax.Device], log=print) -> list[Plan]:
+  """Plans of a small set of candidates that fit, fastest first; those that don't follow.
+
+  All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones, the other policies, each with the
+  fewest microbatches that fit. Raises ValueError where no mesh divides the config's sizes.
+  """
+  config = resolved(config, devices)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  tried: dict[str, Plan] = {}
+
+  def compiled(candidate):
+    flags_ = candidates.flags(config, candidate) or '(as given)'
+    if flags_ not in tried:
+      plan = tried[flags_] = attempt(candidate, devices)
+      log(f'  {flags_}: ' + (f'{plan.seconds:.3f} s, {plan.memory.peak / 1e9:.2f} GB' if plan.fits else tables.shortage(plan)))
+    return tried[flags_]
+  ranked = [compiled(candidates.change(config, mesh)) for mesh in candidates.meshes(config, len(devices), slices)]
+  ranked.sort(key=lambda plan: (not plan.fits, plan.seconds))
+  for plan in ranked[:SEARCHED]:
+    for policy in candidates.policies(config):
+      candidate = candidates.change(plan.config, policy=policy)
+      for n in (0, *candidates.microbatches(candidate, plan.config.mesh.sizes())):
+        if compiled(candidates.change(candidate, accumulation=n)).fits:
+          break
+  if not tried:
+    raise ValueError(f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / train.accumulation='
+                     f'{config.train.accumulation} and the sizes of the model; change the batch')
+  return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
+
+
+def main(_):
+  if train.CONFIG.value is None or not TOPOLOGY.value:
+    raise app.UsageError('give --config=configs/NAME.py and --topology=KIND:SHAPE')
+  for flag in (train.WORKDIR, train.PROFILE, train.ALLOW_CHANGE):  # defined with train.py, whose --config this is
+    if flag.present:
+      raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
+  logging.set_verbosity(logging.WARNING)
+  with train.mendable():
+    names.check('mode', MODE.value, MODES)
+    if MODE.value == 'train' and (BATCH.present or CONTEXT.present):
+      raise ValueError('--batch and --context are of prefill and decode; train takes --config.data.batch_size and .sequence_length')
+    if SEARCH.value and MODE.value != 'train':
+      raise NotImplementedError(f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}')
+    config = configs.from_flag(train.CONFIG.value)
+    try:
+      devices = aot.topology(TOPOLOGY.value, SLICES.value)
+    except ImportError as error:
+      sys.exit(f'error: {error}')
+    if SEARCH.value:
+      print('compiling candidates:', flush=True)
+      plans = search(config, devices, log=functools.partial(print, flush=True))
+      tables.ranking(resolved(config, devices), plans)
+      plan, extra = plans[0], {'candidates': [p.to_dict() for p in plans]}
+    else:
+      plan, extra = make_plan(config, devices, MODE.value, BATCH.value, CONTEXT.value), {}
+    tables.show(plan, plan.cost(DOLLARS.value, WATTS.value))
+    if not plan.fits and MODE.value == 'train' and not SEARCH.value:
+      print('\nlooking for the nearest change that fits:', flush=True)
+      other = nearest_that_fits(plan, devices, functools.partial(print, flush=True))
+      print('add ' + candidates.flags(plan.config, other.config) if other else 'none of these fits; use more chips')
+      extra = {'nearest': other and other.to_dict()}
+  if JSON.value:
+    files.replace(JSON.value, json.dumps(plan.to_dict() | {'cost': plan.cost(DOLLARS.value, WATTS.value)} | extra, indent=1) + '\n')
+    print(f'\nwrote {JSON.value}')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,58 @@
+"""Steps of a tiny model, compiled for hardware that isn't here; skipped, and said so, where its compiler is not installed."""
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+import train
+from analysis import aot, hardware
+from data.config import DataConfig, TokenizerConfig
+from model.config import ModelConfig
+from parallel.mesh import MeshConfig, make_mesh
+from training.config import Config
+
+TINY = Config(model=ModelConfig(vocabulary=512, width=256, layers=3, heads=2, kv_heads=2, feed_forward=512, dtype='bfloat16',
+                                attention='reference'),
+              data=DataConfig(sequence_length=128, batch_size=16, tokenizer=TokenizerConfig(kind='byte')),
+              mesh=MeshConfig(data=1, fsdp=2, tensor=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  config: Config
+  mesh: jax.sharding.Mesh
+  chip: hardware.Chip
+  state: Any
+  compiled: jax.stages.Compiled
+  text: str
+
+
+def devices_of(topology: str):
+  try:
+    return aot.topology(topology)
+  except ImportError as error:
+    pytest.skip(f'{topology} cannot be compiled for: {error}')
+
+
+@pytest.fixture(scope='session')
+def topology():
+  return devices_of
+
+
+@pytest.fixture(scope='session')
+def compile_step():
+  def compile_step(topology, config=TINY):
+    devices = devices_of(topology)
+    mesh = make_mesh(config.mesh, devices)
+    lowered, state = train.lower_step(config, mesh)
+    compiled = lowered.compile()
+    chip = hardware.lookup(devices[0].device_kind, devices[0].num_cores if devices[0].platform == 'tpu' else None)
+    return Step(config, mesh, chip, state, compiled, compiled.as_text())
+  return compile_step
+
+
+@pytest.fixture(scope='session')
+def tpu_step(compile_step):
+  """On four TPU v5e, fsdp 2 x tensor 2, without remat."""
+  return compile_step('v5e:2x2')

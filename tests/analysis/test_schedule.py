@@ -1,0 +1,175 @@
+"""Are collectives found, attributed to mesh axes, counted and measured; and is what runs beside them told from what waits?"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from analysis import hardware, roofline, schedule
+from analysis.hlo import Module
+from parallel.mesh import MeshConfig, make_mesh
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def compiled(function, mesh, specs, out, shape=(8, 16)):
+  x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs))
+  with jax.set_mesh(mesh):
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)).lower(x).compile().as_text()
+
+
+SHARD = 4 * 8 * 16 // 4  # bytes of a device's part of [8, 16] f32 split four ways
+CASES = {
+    'all-reduce': (lambda x: jax.lax.psum(x, ('data', 'tensor')), ('data', 'tensor'), 2 * SHARD * 3 // 4),
+    'all-gather': (lambda x: jax.lax.all_gather(x, 'fsdp', tiled=True), ('fsdp',), SHARD),
+    'reduce-scatter': (lambda x: jax.lax.psum_scatter(x, 'fsdp', tiled=True), ('fsdp',), SHARD // 2),
+    'all-to-all': (lambda x: jax.lax.all_to_all(x, 'tensor', 1, 0, tiled=True), ('tensor',), SHARD // 2),
+    'collective-permute': (lambda x: jax.lax.ppermute(x, 'tensor', [(0, 1), (1, 0)]), ('tensor',), SHARD),
+}
+
+
+@pytest.mark.parametrize('kind', CASES)
+def test_kind_axes_and_bytes(kind, mesh):
+  function, axes, nbytes = CASES[kind]
+  (found,) = schedule.collectives(compiled(function, mesh, P('data', 'tensor'), P()), mesh)
+  assert (found.kind, found.axes, found.nbytes, found.count) == (kind, axes, nbytes, 1)
+  assert found.size == (4 if len(axes) == 2 else 2)
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
+  step = lambda x, _: (jax.lax.psum(x, 'fsdp') / 2, None)
+  text = compiled(lambda x: jax.lax.scan(lambda x, _: jax.lax.scan(step, x, None, length=3), x, None, length=5)[0], mesh, P('data'), P('data'))
+  (found,) = schedule.collectives(text, mesh)
+  assert found.count == 15 and found.total == 15 * 4 * 4 * 16
+  assert schedule.total_bytes([found]) == {('all-reduce', ('fsdp',)): found.total}
+
+
+WAYS = {  # the groups of `tensor` in a mesh of data 2 x fsdp 2 x tensor 2, then those of `fsdp`
+    'tensor': ('replica_groups={{0,1},{2,3},{4,5},{6,7}}', 'replica_groups=[4,2]<=[8]', "replica_groups=mesh['a'=4,'b'=2] {'b'}",
+               "replica_groups=mesh['b'=2,'a'=4], device_ids=([4,2]T(1,0)) {'b'}"),
+    'fsdp': ('replica_groups={{0,2},{1,3},{4,6},{5,7}}', 'replica_groups=[4,2]<=[2,2,2]T(0,2,1)',
+             "replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}"),
+}
+
+
+@pytest.mark.parametrize('axis', WAYS)
+def test_every_way_to_write_groups_is_read(axis, mesh):
+  wanted = {tuple(sorted(group)) for group in schedule.groups(WAYS[axis][0], 8)}
+  for text in WAYS[axis]:
+    found = schedule.groups(f', channel_id=1, {text}, use_global_device_ids=true', 8)
+    assert {tuple(sorted(group)) for group in found} == wanted, text
+    assert all(schedule.axes_of(group, mesh) == (axis,) for group in found)
+  assert schedule.groups('replica_groups={}', 4) == [(0, 1, 2, 3)]
+  with pytest.raises(ValueError, match='replica groups in an unknown form'):
+    schedule.groups("replica_groups=mesh['a'=8] {'a':(1)2}", 8)
+
+
+# Two MB gathered by four: 1.5 MB on the wire. libtpu's chain: a start, a product that carries it on, the fusion that ends it.
+CHAIN = """HloModule m, is_scheduled=true
+%start (p: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
+  %p = bf16[256,1024]{1,0} parameter(0)
+  %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  ROOT %c = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.3 (p.1: bf16[256,1024], q: bf16[1024,1024]) -> (f32[8], bf16[256,1024], bf16[1024,1024]) {
+  %p.1 = bf16[256,1024]{1,0} parameter(0)
+  %q = bf16[1024,1024]{1,0} parameter(1)
+  %all-gather.2 = bf16[1024,1024]{1,0} all-gather(%p.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  %zero = f32[8]{0} constant({...})
+  ROOT %t = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) tuple(%zero, %p.1, %all-gather.2)
+}
+%done (p.2: bf16[256,1024], q.2: bf16[1024,1024]) -> bf16[1024,1024] {
+  %p.2 = bf16[256,1024]{1,0} parameter(0)
+  %q.2 = bf16[1024,1024]{1,0} parameter(1)
+  %all-gather.3 = bf16[1024,1024]{1,0} all-gather(%p.2), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  ROOT %c.2 = bf16[1024,1024]{1,0} custom-call(%p.2, %q.2, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+ENTRY %main (x: bf16[256,1024]) -> bf16[1024,1024] {
+  %x = bf16[256,1024]{1,0} parameter(0)
+  %acs = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
+  %a = bf16[256,1024]{1,0} get-tuple-element(%acs), index=0
+  %b = bf16[1024,1024]{1,0} get-tuple-element(%acs), index=1
+  %work = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) fusion(%a, %b), kind=kOutput, calls=%async_collective_fusion.3, BACKEND
+  %c = bf16[256,1024]{1,0} get-tuple-element(%work), index=1
+  %d = bf16[1024,1024]{1,0} get-tuple-element(%work), index=2
+  ROOT %acd = bf16[1024,1024]{1,0} fusion(%c, %d), kind=kCustom, calls=%done
+}
+"""
+CHIP = hardware.lookup('TPU v5 lite')
+
+
+@pytest.mark.parametrize('cycles, exposed', [(1500, 14.728e-6), (15000, 5.728e-6), (150_000, 0.0)])
+def test_a_chain_of_fusions_is_one_collective_beside_its_work(cycles, exposed):
+  mesh = make_mesh(MeshConfig(fsdp=4, data=1), jax.devices()[:4])
+  text = CHAIN.replace('BACKEND', f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}')
+  (found,) = schedule.collectives(text, mesh)
+  assert (found.kind, found.started, found.nbytes, found.axes) == ('all-gather', True, 2**21 * 3 // 4, ('fsdp',))
+  assert schedule.cycles(text) == cycles
+  walk = roofline._Walk(Module(text), mesh, CHIP, 'bfloat16')
+  walk.tpu, walk.links = True, Fixed(100e9)
+  sums = walk.run('main')
+  assert sums['exposed', 'all-gather', ('fsdp',)] == pytest.approx(exposed, abs=1e-9)
+  assert sums['time'] == pytest.approx(max(cycles / 1.5e9, 2**21 * 3 / 4 / 100e9))
+
+
+class Fixed:
+  """Links of one speed."""
+
+  def __init__(self, bandwidth):
+    self.bandwidth = bandwidth
+
+  def seconds(self, c):
+    return c.nbytes / self.bandwidth, 0.0
+
+
+def fake_mesh(coords, shape, **of_device):
+  """A mesh of made-up TPU devices at these places of a torus."""
+  devices = [type('Device', (), dict(coords=list(place), slice_index=0, process_index=0, platform='tpu') | of_device)() for place in coords]
+  return type('Mesh', (), dict(devices=np.array(devices, object).reshape(shape), axis_names=('fsdp', 'tensor')))()
+
+
+def test_links_are_those_of_the_torus_that_a_group_spans():
+  chip = hardware.lookup('TPU v5p')  # three dimensions of two links, 100 GB/s each way on each
+  torus = fake_mesh(np.ndindex(4, 4, 4), (16, 4))
+  links = schedule.Links(torus, chip)
+  ring, whole, part = tuple(range(4)), tuple(range(64)), (0, 1)
+  assert links.bandwidth(ring) == pytest.approx(200e9) and links.bandwidth(whole) == pytest.approx(600e9)
+  assert links.bandwidth(part) == pytest.approx(100e9)  # half a ring is a line
+  assert links.bandwidth((0, 5)) == pytest.approx(100e9)  # a diagonal: two dimensions, shared with the other diagonal
+  line = schedule.Links(fake_mesh(np.ndindex(2, 2, 2), (4, 2)), chip)
+  assert line.bandwidth((0, 1)) == pytest.approx(100e9) and line.bandwidth(tuple(range(8))) == pytest.approx(300e9)
+  flat = schedule.Links(fake_mesh(np.ndindex(16, 16), (16, 16)), CHIP)
+  assert flat.bandwidth(tuple(range(16))) == pytest.approx(100e9)
+
+
+def test_between_slices_a_member_exchanges_its_part_or_it_raises():
+  mesh = fake_mesh([*np.ndindex(2, 2)] * 2, (4, 2))
+  for n, device in enumerate(mesh.devices.flat):
+    device.slice_index = n // 4
+  reduce = lambda group, nbytes: schedule.Collective('all-reduce', ('fsdp',), len(group), 1, nbytes, False, '', group)
+  links = schedule.Links(mesh, CHIP)
+  whole = 1e9  # an all-reduce of a GB: 2 x 7/8 of it is sent in all
+  near, far = links.seconds(reduce(tuple(range(8)), schedule.sent('all-reduce', int(whole), int(whole), 8)))
+  assert near == pytest.approx(2 * whole * 3 / 4 / 100e9) and far == pytest.approx(2 * whole / 2 / 4 / 3.125e9)
+  assert links.seconds(reduce((0, 4), int(whole))) == (0.0, pytest.approx(whole / 3.125e9))
+  assert links.seconds(reduce((0, 1), int(whole)))[1] == 0
+  with pytest.raises(ValueError, match='no bandwidth between slices is tabled for a TPU v4; add it'):
+    schedule.Links(mesh, hardware.lookup('TPU v4')).seconds(reduce((0, 4), 8))
+
+
+def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
+  """Weights are gathered over fsdp, activations summed over tensor, nothing moves over an axis of size 1."""
+  found = schedule.collectives(tpu_step.text, tpu_step.mesh)
+  kinds = {(c.kind, c.axes) for c in found}
+  assert ('all-gather', ('fsdp',)) in kinds and ('all-reduce', ('tensor',)) in kinds
+  assert {axis for c in found for axis in c.axes} == {'fsdp', 'tensor'}
+  # Megatron: forward a sum of [B, T, D] after attention and one after feed-forward, backward the same, of every layer.
+  model, T = tpu_step.config.model, tpu_step.config.data.sequence_length
+  row = 2 * tpu_step.config.data.batch_size // 2 * T * model.D  # bytes of a device's activations, bf16
+  sums = sum(c.total for c in found if c.kind == 'all-reduce' and c.axes == ('tensor',) and c.nbytes == functools.reduce(max, [row]))
+  assert sums >= 4 * model.L * row

@@ -1,0 +1,231 @@
+"""Is what plan.py compiles what train.py runs, does it say what fits, and does what it proposes fit?"""
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import plan
+import train
+from analysis import aot, candidates, flops, hardware, memory, roofline, tables
+from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from decode.generator import CHUNK
+from model.config import ModelConfig
+from parallel import hosts
+from parallel.mesh import MeshConfig, make_mesh
+from training.config import Config, TrainConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def tiny(directory='nowhere', **train_) -> Config:
+  return Config(
+      model=ModelConfig(vocabulary=264, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
+      data=DataConfig(sources=(SourceConfig(kind='text', path=f'{directory}/text.txt'),), clean=CleanConfig(near_duplicates=0.0),
+                      tokenizer=TokenizerConfig(kind='byte'), sequence_length=16, batch_size=8, split='tail', cache_dir=f'{directory}/cache'),
+      train=TrainConfig(**{'steps': 1, **train_}), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def program(text: str) -> list[str]:
+  """The instructions of a module, without where they come from in the source."""
+  return [re.sub(r', metadata=\{[^}]*\}', '', line) for line in text.splitlines() if ' = ' in line]
+
+
+def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
+  """The step that a run executes, with its real state and batch, compiles to the program that is planned from shapes alone."""
+  (tmp_path / 'text.txt').write_text('\n\n'.join(f'{n} sentences, all of them different: {n * n}.' for n in range(200)))
+  config, ran, make_program = tiny(tmp_path), [], train.make_program
+
+  def recording(config):
+    make_state, step = make_program(config)
+
+    def run(state, batch):
+      compiled = step.lower(state, batch).compile()
+      ran.append(compiled.as_text())
+      return compiled(state, batch)
+    return make_state, run
+  monkeypatch.setattr(train, 'make_program', recording)
+  monkeypatch.setattr(hosts, 'cache_compilations', lambda _: None)
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    train.run(config, tmp_path / 'run')
+  monkeypatch.undo()
+  planned = train.lower_step(config, mesh)[0].compile().as_text()
+  assert len(ran) == 1 and len(program(planned)) > 500
+  assert program(planned) == program(ran[0])
+
+
+def fake(config, devices=None, *, peak: float, seconds: float = 1.0, problem: str = '') -> plan.Plan:
+  """A plan of a v5e chip, of this many bytes and seconds."""
+  bytes_ = None if problem else memory.Memory({'all': int(peak)}, int(peak), None, 0)
+  predicted = None if problem else roofline.Prediction(seconds, seconds, 0, 0, {}, {}, {'compute': seconds}, 1, 1, ())
+  return plan.Plan('train', config, hardware.lookup('TPU v5 lite'), 8, problem, {'parameters': 1}, bytes_, 1000, 8e12, [], predicted, 0.0)
+
+
+def test_cost():
+  got = fake(tiny(steps=3600), peak=1, seconds=2.0)
+  assert got.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 8 * 1.5, 'kWh': 2 * 8 * 0.2}
+  assert got.cost(None, None) == {'hours': 2.0}  # a v5e's power is not published, and no price was given
+  assert fake(tiny(), peak=1, problem='no').cost(1.0, 1.0) == {}
+  assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
+
+
+def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
+  """A policy before microbatches, and both before another mesh; nothing is proposed that was not compiled."""
+  config, compiled = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none')), []
+
+  def attempt(needed):
+    def run(candidate, devices):
+      compiled.append(candidate)
+      return fake(candidate, peak=1e9 if needed(candidate) else 99e9)
+    return run
+  devices = jax.devices()
+  for needed, flags in ((lambda c: c.model.remat == 'full', '--config.model.remat=full'),
+                        (lambda c: c.train.accumulation == 2, '--config.model.remat=full --config.train.accumulation=2'),
+                        (lambda c: c.mesh.fsdp == 4, None)):
+    compiled.clear()
+    monkeypatch.setattr(plan, 'attempt', attempt(needed))
+    found = plan.nearest_that_fits(fake(config, peak=99e9), devices, log=lambda _: None)
+    if flags:
+      assert candidates.flags(config, found.config) == flags
+    assert needed(found.config) and compiled[-1] is found.config and not any(needed(c) for c in compiled[:-1])
+  monkeypatch.setattr(plan, 'attempt', attempt(lambda c: False))
+  assert plan.nearest_that_fits(fake(config, peak=99e9), devices, log=lambda _: None) is None
+
+
+def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch, capsys):
+  def attempt(config, devices):
+    slow = {'full': 2.0, 'dots': 1.5}.get(config.model.remat, 1.0) * config.mesh.tensor + 0.01 * config.train.accumulation
+    return fake(config, seconds=slow, peak=99e9 if config.model.remat == 'none' and config.train.accumulation < 2 else 1e9)
+  monkeypatch.setattr(plan, 'attempt', attempt)
+  config = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=32))
+  found = plan.search(config, jax.devices(), log=lambda _: None)
+  best = found[0].config
+  assert (best.model.remat, best.train.accumulation, best.mesh.tensor) == ('none', 2, 1)
+  assert [p.fits for p in found] == sorted((p.fits for p in found), reverse=True)
+  assert [p.seconds for p in found if p.fits] == sorted(p.seconds for p in found if p.fits)
+  tables.ranking(config, found)
+  lines = [line for line in capsys.readouterr().out.splitlines() if '(as given)' in line]
+  assert len(lines) == 1 and found[0].config != config
+
+
+def test_a_batch_that_no_mesh_divides_raises():
+  config = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=3))
+  with pytest.raises(ValueError, match='no mesh of 8 devices divides data.batch_size=3'):
+    plan.search(config, jax.devices(), log=lambda _: None)
+
+
+def test_candidate_meshes_use_all_devices_and_the_axes_that_help():
+  found = list(candidates.meshes(tiny(), 8))
+  assert all(len(mesh) == 6 and MeshConfig(**mesh).resolve(8) == mesh for mesh in found)
+  split = lambda config, devices: {axis for mesh in candidates.meshes(config, devices) for axis, size in mesh.items() if size > 1}
+  assert split(tiny(), 8) == {'data', 'fsdp', 'tensor'}
+  few = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=4))
+  assert split(few, 8) == {'data', 'fsdp', 'tensor', 'context'}
+  assert {'data': 1, 'fsdp': 8} in [{k: v for k, v in mesh.items() if k in ('data', 'fsdp')} for mesh in found]
+  assert all(mesh['data'] % 2 == 0 for mesh in candidates.meshes(tiny(), 8, slices=2))
+
+
+def compiled_for(name, config, **options):
+  try:
+    devices = aot.topology(name)
+  except ImportError as error:
+    pytest.skip(f'{name} cannot be compiled for: {error}')
+  return plan.make_plan(config, devices, **options)
+
+
+SMALL = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, width=128, attention='reference', max_length=64),
+                            mesh=MeshConfig(fsdp=2, tensor=2))
+
+
+def test_decoding_shows_its_cache(capsys):
+  got = compiled_for('v5e:2x2', SMALL, mode='decode', rows=4, context=64)
+  model = SMALL.model
+  # [L, B, S, K, H] keys and values in the compute dtype, rows over fsdp, heads over tensor.
+  assert got.held['cache'] == 2 * model.L * 4 // 2 * 64 * model.K // 2 * model.H * 4 + 4 * 4 // 2
+  assert got.tokens == 4 * CHUNK and got.model_flops == CHUNK * flops.decode_flops(model, 4, 64)
+  assert got.fits and got.seconds > max(got.prediction.roofline.values())
+  tables.show(got, got.cost(1.0, None))
+  text = capsys.readouterr().out
+  assert 'FITS' in text and 'cache' in text and 'a million tokens' in text and 'all-reduce' in text
+  json.dumps(got.to_dict())
+
+
+@pytest.mark.slow
+def test_prefill_reads_every_prompt():
+  got = compiled_for('v5e:2x2', SMALL, mode='prefill', rows=4, context=64)
+  assert got.tokens == 4 * 64 and got.prediction.flops * 4 >= 0.98 * got.model_flops
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'mode': 'dekode'}, "mode='dekode' is unknown; did you mean 'decode'"),
+    ({'mode': 'decode'}, '--mode=decode needs --batch=0 and --context=0 to be at least 1'),
+    ({'mode': 'decode', 'rows': 3, 'context': 8}, '--batch=3 does not split over mesh data 1 x fsdp 2'),
+    ({'mode': 'decode', 'rows': 4, 'context': 128}, 'a cache of 128 tokens passes model.max_length=64'),
+])
+def test_what_cannot_run_raises(options, words, monkeypatch):
+  monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
+  with pytest.raises(ValueError, match=words):
+    plan.make_plan(dataclasses.replace(SMALL, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), jax.devices()[:4], **options)
+
+
+def test_an_open_vocabulary_and_unknown_hardware_raise():
+  open_ = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, vocabulary=0))
+  with pytest.raises(ValueError, match='model.vocabulary=0 is the tokenizer.s, which is not read here; set it'):
+    train.lower_step(open_, make_mesh(open_.mesh))
+  with pytest.raises(ValueError, match="device kind 'cpu' is not in analysis/hardware.py"):
+    plan.make_plan(tiny(), jax.devices())
+
+
+@pytest.mark.parametrize('name, words', [
+    ('v5p', "topology='v5p' is none; write KIND:SHAPE"), ('v5x:2x2', "topology='v5x' is unknown; did you mean"),
+    ('h100:8', 'the shape of GPUs is SLICESxNODESxGPUS'), ('v5p:3x9x1', "topology='v5p:3x9x1': "),
+])
+def test_names_that_are_no_topology_raise(name, words):
+  with pytest.raises(ValueError, match=words):
+    try:
+      aot.topology(name)
+    except ImportError as error:
+      pytest.skip(f'{name} cannot be compiled for: {error}')
+
+
+def test_slices():
+  try:
+    devices = aot.topology('2*v5e:2x2')
+  except ImportError as error:
+    pytest.skip(f'v5e cannot be compiled for: {error}')
+  assert len(devices) == 8 and len({device.slice_index for device in devices}) == 2
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+  assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+  with pytest.raises(ValueError, match='mesh.data=1 does not divide into 2 slices, which only `data` crosses'):
+    make_mesh(MeshConfig(data=1, fsdp=8), devices)
+
+
+@pytest.mark.slow
+def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
+  """On the command line, with a model that fits a v5e only when it is recomputed or split into microbatches."""
+  compiled_for('v5e:2x2', SMALL)
+  config = ROOT / 'configs' / 'tiny.py'
+  flags = ['--config.model.vocabulary=512', '--config.model.remat=none', '--config.model.attention=reference', '--config.mesh.data=1',
+           '--config.mesh.fsdp=-1', '--config.data.sequence_length=1024', '--config.data.batch_size=512', '--config.model.max_length=1024']
+  done = subprocess.run([sys.executable, 'plan.py', f'--config={config}', '--topology=v5e:2x2', *flags, f'--json={tmp_path}/plan.json'],
+                        cwd=ROOT, capture_output=True, text=True, env=os.environ | {'XLA_FLAGS': ''})
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert 'DOES NOT FIT' in done.stdout and 'looking for the nearest change' in done.stdout and 'add --config.' in done.stdout
+  written = json.loads((tmp_path / 'plan.json').read_text())
+  assert not written['fits'] and written['nearest']['fits']
+
+
+@pytest.mark.parametrize('flags, words', [
+    ((), 'give --config=configs/NAME.py and --topology=KIND:SHAPE'),
+    (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
+    (('--topology=v5e:2x2', '--batch=8'), '--batch and --context are of prefill and decode'),
+])
+def test_the_command_refuses(flags, words):
+  done = subprocess.run([sys.executable, 'plan.py', f'--config={ROOT}/configs/tiny.py', *flags], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode and words in done.stdout + done.stderr
