@@ -68,7 +68,10 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
 
 
 def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int):
-  """What generation holds as shapes and shardings, the matrices in the compute dtype; and a maker of arrays split along the rows."""
+  """What generation holds as shapes and shardings, the matrices in the compute dtype; and a maker of arrays split along the rows.
+
+  The maker is for use with the mesh in context.
+  """
   rows_of = lambda shape: NamedSharding(mesh, ax.spec('batch', *(None,) * (len(shape) - 1)))
   row = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of(shape))
   with jax.set_mesh(mesh):
@@ -94,7 +97,7 @@ def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, steps: int 
   Raises ValueError as prefill does.
   """
   held, row = _held(config, mesh, rows, context)
-  state = loop.DecodeState(held['cache'], row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows))
-  sampling = jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows, 1.0, 0, 1.0, 0))
   with jax.set_mesh(mesh):
+    state = loop.DecodeState(held['cache'], row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows))
+    sampling = jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows, 1.0, 0, 1.0, 0))
     return loop.decode_chunk.lower(held['parameters'], state, sampling, steps=steps, eos=1, pad=0), held

@@ -38,7 +38,8 @@ def test_a_step_adds_up_and_keeps_above_its_roofline(tpu_step):
   found = roofline.predict(tpu_step.text, tpu_step.mesh, tpu_step.chip)
   assert found.seconds == pytest.approx(found.operations + found.kernels + found.copies + sum(found.exposed.values()))
   assert found.operations == pytest.approx(schedule.cycles(tpu_step.text) / tpu_step.chip.clock, rel=0.2)
-  assert all(0 <= seconds <= found.links[key] * 1.001 for key, seconds in found.exposed.items() if seconds > 1e-6)
+  # One that waits for another to leave the link counts that time as its own, so that only the sums compare.
+  assert min(found.exposed.values()) >= 0 and sum(found.exposed.values()) <= sum(found.links.values()) * 1.001
   assert found.seconds > found.roofline['compute'] and found.bound in found.roofline
   assert found.roofline['links fsdp'] == pytest.approx(sum(s for (_, axes), s in found.links.items() if axes == ('fsdp',)))
 

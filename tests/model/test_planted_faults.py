@@ -31,16 +31,16 @@ def shifted_when_decoding(positions, *args):
   return layers.rope_angles(positions + (positions.shape[1] == 1), *args)
 
 
-def unguarded_append(self, k, v):
+def unguarded_append(self, k, v, heads):
   """Slots.append without the guard against what unused slots hold."""
-  new, _ = cache_append(self, k, v)
+  new, _ = cache_append(self, k, v, heads=heads)
   return new, tuple(jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in new.cache.buffers)
 
 
-def append_ahead(self, k, v):
+def append_ahead(self, k, v, heads):
   """Slots.append that leaves a slot free at every call."""
   ahead = lambda slots, lengths: dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, lengths=lengths))
-  new, read = cache_append(ahead(self, self.cache.lengths + 1), k, v)
+  new, read = cache_append(ahead(self, self.cache.lengths + 1), k, v, heads=heads)
   return ahead(new, self.cache.lengths), read
 
 
