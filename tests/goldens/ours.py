@@ -31,8 +31,8 @@ def build(hf: dict, directory: pathlib.Path) -> None:
 
 def put(x) -> jax.Array | None:
   """A [B, ...] array on the mesh in context."""
-  return None if x is None else jax.device_put(jnp.asarray(x),
-                                               jax.NamedSharding(MESH, ax.spec('batch', *(None,) * (np.ndim(x) - 1))))
+  with jax.set_mesh(MESH):  # which decides what a spec names
+    return None if x is None else jax.device_put(jnp.asarray(x), ax.spec('batch', *(None,) * (np.ndim(x) - 1)))
 
 
 def hidden(model, tokens, source=None, types=None, positions=None, segments=None, source_positions=None,
