@@ -299,7 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   if options.plot:
     plot(found, options.plot)
     print(f'\nwrote {options.plot}')
-  common.write_json(options.json, 'complexity', found)
+  named = lambda values: [None if math.isnan(value) else value for value in values]  # JSON has no NaN
+  common.write_json(options.json, 'complexity', jax.tree.map(named, found, is_leaf=lambda x: isinstance(x, list)))
   return found
 
 

@@ -61,7 +61,8 @@ def test_operations_are_the_models(points):
   assert points['generation, no cache']['flops'] == pytest.approx(128 * (128 * (needed(128) - head) + head), rel=1e-6)
   assert points['training, all scores held']['flops'] == pytest.approx(3 * 128 * needed(128), rel=0.02)
   one = points['training, flash attention']['flops']
-  assert points['training, remat full']['flops'] > 1.2 * one and points['training, remat sqrt']['flops'] > 1.5 * one
+  assert 1.1 * one < points['training, remat full']['flops'] < 1.34 * one  # a forward pass more, but for what no gradient asks for
+  assert 1.25 * one < points['training, remat sqrt']['flops'] < 1.67 * one  # two more
 
 
 def test_memory_holds_the_cache_and_no_parameters(points):
@@ -103,16 +104,24 @@ def test_the_crossover_is_where_both_are_equal():
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-  """On two programs, that run, of three sizes."""
-  monkeypatch.setattr(complexity, 'WAYS', (BY_NAME['generation, cache'], BY_NAME['training, flash attention']))
+  monkeypatch.setattr(complexity, 'WAYS', (BY_NAME['generation, cache'], BY_NAME['generation, no cache']))
   monkeypatch.setattr(complexity, 'QUICK', {'T': (16, 32, 64), 'L': (4, 8, 16)})
-  monkeypatch.setattr(complexity.common, 'seconds', lambda run: (run(), 0.5)[1])
-  found = complexity.main(['--quick', '--plot', str(tmp_path / 'c.png'), '--json', str(tmp_path / 'c.json')])
-  assert json.loads((tmp_path / 'c.json').read_text())['results'] == found
+  found = complexity.main(['--quick', '--untimed', '--plot', str(tmp_path / 'c.png'), '--json', str(tmp_path / 'c.json')])
+  written = json.loads((tmp_path / 'c.json').read_text())['results']
+  assert written['L']['sizes'] == [4, 8, 16] and written['T']['generation, cache']['flops'] == found['T']['generation, cache']['flops']
   assert (tmp_path / 'c.png').stat().st_size > 10_000
-  assert found['T']['generation, cache']['calls'] == [16, 32, 64] and found['L']['generation, cache']['seconds'] == [0.5] * 3
+  assert found['T']['generation, cache']['calls'] == [16, 32, 64]
   printed = capsys.readouterr().out
-  assert 'memory: exponents' in printed and 'seconds: exponents' in printed and 'T^2 rules from' in printed
+  assert 'memory: exponents' in printed and 'seconds: exponents' not in printed and 'T^2 rules from' in printed
   with pytest.raises(SystemExit):
     complexity.main(['--plot', 'c.bmp'])
   assert 'must end in .png' in capsys.readouterr().err
+
+
+def test_short_programs_are_timed_and_long_ones_not(monkeypatch):
+  ran = []
+  monkeypatch.setattr(complexity.common, 'seconds', lambda run: ran.append(run()) or 0.5)
+  small = complexity.config_of('T', 16)
+  assert complexity.measure(BY_NAME['generation, cache'], small, timed=True)['seconds'] == 0.5 and ran[0].shape == (1, 16)
+  monkeypatch.setattr(complexity, 'MOST_TIMED', 1)
+  assert math.isnan(complexity.measure(BY_NAME['generation, cache'], small, timed=True)['seconds']) and len(ran) == 1
