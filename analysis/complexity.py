@@ -1,6 +1,6 @@
 """Do training and generation cost what every course says? Memory, operations, time and calls, measured against length and depth.
 
-    python -m analysis.complexity [--json FILE] [--plot FILE.png] [--quick]
+    python -m analysis.complexity [--json FILE] [--plot FILE.png] [--quick] [--times]
 
 T tokens of a sequence · L layers. Compiled for and run on the CPU, in f32, one sequence. Two small models, each with the sizes that
 leave one term in sight: along T heads wider than the model, so that attention outweighs the weights already at short lengths; along L
@@ -8,7 +8,7 @@ a wide residual stream through narrow layers, so that what is kept between layer
 
 Memory: what the compiler reserves for the program (arguments + outputs + temporaries) without parameters and gradients. Operations:
 multiply-adds x 2 of the products of the compiled program, a loop as often as it runs. Calls: evaluations of a block in the traced
-program / L. Time: the best of three runs, of programs of at most MOST_TIMED operations.
+program / L. Time: the best of three runs, of programs of at most MOST_TIMED operations and bytes.
 """
 import collections
 import dataclasses
@@ -36,11 +36,11 @@ from objectives.pretrain import pretrain
 
 AXES = {
     'T': dict(base=dict(width=8, heads=2, head_width=16, feed_forward=8), fixed=4, sizes=(128, 256, 512, 1024, 2048)),
-    'L': dict(base=dict(width=64, heads=1, head_width=8, feed_forward=16), fixed=128, sizes=(16, 64, 256, 1024, 4096)),
+    'L': dict(base=dict(width=64, heads=1, head_width=2, feed_forward=2), fixed=512, sizes=(64, 256, 1024, 4096)),
 }
 QUICK = {'T': (128, 256, 512), 'L': (16, 64, 256)}
-MOST_TIMED = 2e9  # operations: a second or two on a core
-STRAIGHT = 0.1  # neighbouring slopes further than this from the last one belong to another term
+MOST_TIMED = 2e9, 2**28  # operations and bytes: small models run these at a small part of a core's rate
+STRAIGHT = 0.15  # neighbouring slopes further than this from the last one belong to another term
 QUANTITIES = ('memory', 'flops', 'seconds', 'calls')
 
 
@@ -157,7 +157,7 @@ def measure(way: Way, config: ModelConfig, timed: bool) -> dict[str, float]:
   memory = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
             - parameters * (2 if way.trains else 1))
   seconds = math.nan
-  if timed and operations <= MOST_TIMED:
+  if timed and operations <= MOST_TIMED[0] and memory <= MOST_TIMED[1]:
     compiled = traced.lower().compile()
     arguments = init(), jax.tree.map(lambda x: jnp.full(x.shape, T if x.ndim == 1 else 1, x.dtype), argument)
     run = lambda: jax.block_until_ready(compiled(*arguments))
@@ -222,6 +222,10 @@ def sweep(sizes: dict[str, Sequence[int]], timed: bool, log=print) -> dict:
   return found
 
 
+def _timed(found) -> bool:
+  return not math.isnan(found['T'][WAYS[0].name]['seconds'][0])
+
+
 def _slope(sizes, values, at):
   """The slope from one size to the next, in words."""
   slope = math.log(values[at + 1] / values[at]) / math.log(sizes[at + 1] / sizes[at])
@@ -234,8 +238,7 @@ def _said(found: Fit | None) -> str:
 
 def report(found: dict) -> None:
   """Prints taught beside measured exponents with the range of each, the calls, and what bends them."""
-  timed = not math.isnan(found['T'][WAYS[0].name]['seconds'][0])
-  for quantity in ('memory', 'flops', *(('seconds',) if timed else ())):
+  for quantity in ('memory', 'flops', *(('seconds',) if _timed(found) else ())):
     rows = []
     for way in WAYS:
       taught = way.taught['flops' if quantity == 'seconds' else quantity]
@@ -246,16 +249,16 @@ def report(found: dict) -> None:
         slope = math.log(along[1] / along[0]) / math.log(found[axis]['sizes'][1] / found[axis]['sizes'][0])
         row += [f'{taught[axis]:g}', _said(line), 'none' if math.isnan(slope) else f'{slope:.2f}']
       rows.append(row)
-    headers = [text for axis in found for text in (f'taught, {axis}', f'measured, {axis} (range)', 'slopes')]
+    headers = [text for axis in found for text in (f'taught, {axis}', f'measured, {axis} (range)', 'first and last slope')]
     common.table(f'{quantity}: exponents', ['', *headers], rows)
   rows = []
   for way in WAYS:
     T, last = found['T']['sizes'][-1], found['T'][way.name]
     calls, plain = last['calls'][-1], found['T'][WAYS[1].name]
     rows.append([way.name, way.calls, f'{calls / T:g} T' if not way.trains else f'{calls:g}', last['memory'][-1] / 2**20,
-                 last['flops'][-1] / plain['flops'][-1], last['seconds'][-1] / plain['seconds'][-1]])
+                 last['flops'][-1] / plain['flops'][-1]])
   common.table(f'forward calls, and at T={T}, L={AXES["T"]["fixed"]}',
-               ['', 'calls taught', 'counted', 'memory MiB', 'operations / flash training', 'time / the same'], rows)
+               ['', 'calls taught', 'counted', 'memory MiB', 'operations / flash training'], rows)
   small, large = crossover(config_of('T', 128)), crossover(llama3_8b.get_config().model)
   print(f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B from {large:,.0f} on: below, time is '
         'linear in T.')
@@ -264,8 +267,8 @@ def report(found: dict) -> None:
 def plot(found: dict, path: str) -> None:
   """Writes log-log plots of memory, operations and time, a column for T and one for L; `path` must end as an image does."""
   from matplotlib.figure import Figure
-  figure = Figure(figsize=(12, 12), layout='constrained')
-  names = {'memory': 'bytes', 'flops': 'operations', 'seconds': 's'}
+  names = {'memory': 'bytes', 'flops': 'operations'} | ({'seconds': 's'} if _timed(found) else {})
+  figure = Figure(figsize=(12, 4 * len(names)), layout='constrained')
   panels = figure.subplots(len(names), len(found), squeeze=False)
   for row, (quantity, unit) in zip(panels, names.items()):
     for panel, (axis, values) in zip(row, found.items()):
@@ -285,16 +288,16 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   parser = common.parser(__doc__.splitlines()[0])
   parser.add_argument('--plot', default='', metavar='FILE', help='write log-log plots here')
   parser.add_argument('--quick', action='store_true', help='three sizes along each axis')
-  parser.add_argument('--untimed', action='store_true', help='measure no times: they mean nothing on a busy machine')
+  parser.add_argument('--times', action='store_true', help='measure times, too: minutes more, and only on a machine that does nothing else')
   options = parser.parse_args(arguments)
   if options.plot and os.path.splitext(options.plot)[1] not in ('.png', '.pdf', '.svg'):
     parser.error(f'--plot={options.plot} must end in .png, .pdf or .svg')
   sizes = QUICK if options.quick else {axis: known['sizes'] for axis, known in AXES.items()}
   if jax.default_backend() != 'cpu':
     parser.error(f'this measures on a CPU, and jax found {jax.default_backend()}; set JAX_PLATFORMS=cpu')
-  if not options.untimed and os.getloadavg()[0] > 1.5:
-    print(f'WARNING: the machine is busy (load {os.getloadavg()[0]:.1f}): times will be wrong, or use --untimed')
-  found = sweep(sizes, not options.untimed, functools.partial(print, flush=True))
+  if options.times and os.getloadavg()[0] > 1.5:
+    print(f'WARNING: the machine is busy (load {os.getloadavg()[0]:.1f}): times will be wrong')
+  found = sweep(sizes, options.times, functools.partial(print, flush=True))
   report(found)
   if options.plot:
     plot(found, options.plot)

@@ -95,17 +95,21 @@ def measure(config: Config, chips: int) -> State:
 def formula(config: Config, chips: int, parameters: int) -> dict[str, float]:
   """Bytes on each chip as counted by hand: of P parameters, n chips, L layers, T tokens, D width, V rows of the vocabulary.
 
-  f32 parameters and gradients 4 P / n each; AdamW's two moments 8 P / n (adam8bit: 2 P / n and 8 / 256 P / n for scales; in the
-  host's memory 0); weights whole in the compute dtype (c bytes) c P, with stage 1 their gradients c P besides; activations with
-  remat='full' c (L + 2) T D: every block's input, the last block's output, and the gradient of the loss towards it, which is computed
-  forward, as that of the head is, c V D / n.
+  f32 parameters and gradients 4 P / n each; AdamW's two moments 8 P / n (adam8bit: 2 P / n and 8 / 256 P / n for scales, and 8 for
+  tables; in the host's memory 0); weights but for tables whole in the compute dtype (c bytes), with stage 1 their gradients besides;
+  activations with remat='full' c (L + 1) T D, every block's input and the gradient of the loss towards the last one's output, and
+  12 T D of the last norm in f32; the loss computes the gradient of the head forward, c V D / n.
+  Short of the truth where scales of adam8bit do not divide over the chips, which then hold them whole.
   """
   model, zero = config.model, config.mesh.zero
   P, n, c = parameters, chips, jnp.dtype(model.dtype).itemsize
-  moments = 0 if config.train.offload_optimizer else 2 + 8 / 256 if config.optimizer.name == 'adam8bit' else 8
-  return {'parameters': 4 * P / n, 'optimizer': moments * P / n, 'gradients': 4 * P / n, 'whole weights': c * P if zero < 3 else 0,
-          'whole gradients': c * P if zero == 1 else 0,
-          'activations': c * (model.L + 2) * model.max_length * model.D + c * model.V * model.D / n}
+  tables = model.V * model.D * (1 if model.tie_embeddings else 2) + (model.max_length * model.D if model.position == 'learned' else 0)
+  quantized = ((2 + 8 / 256) * (P - tables) + 8 * tables) / P
+  moments = 0 if config.train.offload_optimizer else quantized if config.optimizer.name == 'adam8bit' else 8
+  whole = c * (P - tables)
+  activations = (c * (model.L + 1) + 12) * model.max_length * model.D + c * model.V * model.D / n
+  return {'parameters': 4 * P / n, 'optimizer': moments * P / n, 'gradients': 4 * P / n, 'whole weights': whole if zero < 3 else 0,
+          'whole gradients': whole if zero == 1 else 0, 'activations': activations}
 
 
 def _loss(config, model, batch=None):
