@@ -249,7 +249,7 @@ def report(found: dict) -> None:
         slope = math.log(along[1] / along[0]) / math.log(found[axis]['sizes'][1] / found[axis]['sizes'][0])
         row += [f'{taught[axis]:g}', _said(line), 'none' if math.isnan(slope) else f'{slope:.2f}']
       rows.append(row)
-    headers = [text for axis in found for text in (f'taught, {axis}', f'measured, {axis} (range)', 'first and last slope')]
+    headers = [text for axis in found for text in (f'taught, {axis}', f'measured, {axis} (range)', 'first slope')]
     common.table(f'{quantity}: exponents', ['', *headers], rows)
   rows = []
   for way in WAYS:
