@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from parallel import axes as ax
 
@@ -107,7 +107,7 @@ def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
   return {f'{prefix}.{name}' if prefix else name: leaf for name, (_, leaf) in zip(names_, leaves, strict=True)}
 
 
-def abstract(function: Callable[[], Any], mesh: Mesh):
+def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
   """The result of `function` as ShapeDtypeStructs with the shardings on `mesh`, the one in context, that it would be born with."""
   program, result = jax.make_jaxpr(function, return_shape=True)()
 
