@@ -130,7 +130,8 @@ def test_cached_decode_on_a_mesh(axis_type):
   assert jnp.all(cache.lengths == 6)
 
 
-@pytest.mark.parametrize('name', ['gemma3', 'gpt-oss', 'deepseek', 'relative', 'deepseek moe'])
+@pytest.mark.parametrize('name', [pytest.param('gemma3', marks=pytest.mark.slow), 'gpt-oss', pytest.param('deepseek', marks=pytest.mark.slow),
+                                  'relative', 'deepseek moe'])
 def test_architectures_split_and_decode_on_a_mesh(name):
   """Packed rows through loss and gradients with remat, then prefill and decode."""
   config = dataclasses.replace(laws.make_config(name), vocabulary=48, remat='full')

@@ -58,7 +58,8 @@ def gathers_in_loops(text):
   return len(re.findall(r' all-gather\(', text[:text.index('\nENTRY ')]))
 
 
-@pytest.mark.parametrize('mesh', [{'data': 2, 'fsdp': 4}, {'data': 1, 'fsdp': 4, 'tensor': 2}], ids=str)
+@pytest.mark.parametrize('mesh', [{'data': 2, 'fsdp': 4}, pytest.param({'data': 1, 'fsdp': 4, 'tensor': 2}, marks=pytest.mark.slow)],
+                         ids=str)
 def test_every_stage_is_the_same_training(mesh):
   loops = []
   for zero in (3, 2, 1):
@@ -69,6 +70,7 @@ def test_every_stage_is_the_same_training(mesh):
   assert loops[0] >= loops[1] + 6 and loops[1] == loops[2], loops  # weights are gathered once a step, but for the tables
 
 
+@pytest.mark.slow
 def test_a_stage_with_experts():
   moe = {'moe': MoEConfig(experts=4, per_token=2, feed_forward=16)}
   check(setting({'data': 2, 'fsdp': 4, 'zero': 2}, moe), setting({'data': 1}, moe))
