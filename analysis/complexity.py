@@ -10,12 +10,10 @@ Memory: what the compiler reserves for the program (arguments + outputs + tempor
 multiply-adds x 2 of the products of the compiled program, a loop as often as it runs. Calls: evaluations of a block in the traced
 program / L. Time: the best of three runs, of programs of at most MOST_TIMED operations and bytes.
 """
-import collections
 import dataclasses
 import functools
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis import flops
+from analysis.hlo import Module
 from benchmarks import common
 from configs.models import llama3_8b
 from data.batch import Batch
@@ -112,36 +111,6 @@ def blocks(program) -> int:
   return total
 
 
-def products(text: str) -> int:
-  """Multiply-adds x 2 of the dots of a compiled program (its text), a loop as often as the compiler says that it runs.
-
-  Raises ValueError for a loop with dots whose trips it does not say.
-  """
-  own, called, name, shapes = collections.Counter(), collections.defaultdict(list), '', {}
-  for line in text.splitlines():
-    if found := re.match(r'(?:ENTRY )?%?([\w.-]+) \(.*\{$', line):
-      name, shapes = found[1], {}
-    elif found := re.match(r'\s+(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\S* (\w*)', line):
-      shapes[found[1]] = sizes = [int(n) for n in found[2].split(',') if n]
-      if found[3] == 'dot':
-        summed = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', line)[1]
-        left = shapes[re.search(r' dot\([^%]*%([\w.-]+)', line)[1]]
-        own[name] += 2 * math.prod(sizes) * math.prod(left[int(axis)] for axis in summed.split(',') if axis)
-    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-    times = None if ' while(' in line and not trips else int(trips[1]) if trips else 1
-    called[name] += [(other, times) for other in re.findall(r'(?:calls|body|to_apply)=%?([\w.-]+)', line)]
-    for branches in re.findall(r'branch_computations=\{([^}]*)\}', line):
-      called[name] += [(other.strip(' %'), 1) for other in branches.split(',')]
-
-  @functools.cache
-  def total(name):
-    parts = [(total(other), times) for other, times in called[name]]
-    if any(inside and times is None for inside, times in parts):
-      raise ValueError(f'{name} loops over dots, and the compiler does not say how often; write it as a scan')
-    return own[name] + sum(inside * (times or 0) for inside, times in parts)
-  return total(re.search(r'^ENTRY %?([\w.-]+)', text, re.MULTILINE)[1])
-
-
 def measure(way: Way, config: ModelConfig, timed: bool) -> dict[str, float]:
   """QUANTITIES of one program: memory in bytes, flops, seconds (NaN where not timed), calls. config: without the way's changes."""
   T, config = config.max_length, dataclasses.replace(config, **way.model)
@@ -151,7 +120,7 @@ def measure(way: Way, config: ModelConfig, timed: bool) -> dict[str, float]:
   traced = jax.jit(function).trace(model, argument)
   # LLVM's optimisations change the speed, and neither operations nor buffers.
   compiled = traced.lower().compile({'xla_backend_optimization_level': '0'})
-  operations = products(compiled.as_text())
+  operations = Module(compiled.as_text()).flops()
   stats = compiled.memory_analysis()
   parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
   memory = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes

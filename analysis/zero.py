@@ -12,14 +12,13 @@ product), of one sequence a chip; what a single block works with while it is gon
 """
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from analysis.memory import shard_bytes
 from benchmarks import common
 from configs.models import gpt2, llama3_70b
 from data.batch import Batch
@@ -85,11 +84,11 @@ def measure(config: Config, chips: int) -> State:
     gathered = params.abstract(lambda: params.gathered(init(), config.model.dtype), mesh)
     gradients = params.abstract(lambda: jax.grad(lambda model: _loss(config, model)[0])(init()), mesh)
     kept = _residuals(config, state.model, mesh)
-  whole = _bytes(gathered)
-  parts = {'parameters': _bytes(state.model), 'optimizer': _bytes(state.optimizer), 'gradients': _bytes(gradients),
+  whole = shard_bytes(gathered)
+  parts = {'parameters': shard_bytes(state.model), 'optimizer': shard_bytes(state.optimizer), 'gradients': shard_bytes(gradients),
            'whole weights': whole if config.mesh.zero < 3 else 0, 'whole gradients': whole if config.mesh.zero == 1 else 0,
            'activations': kept}
-  return State(parts, _bytes(state.optimizer, host=True), params.count(model))
+  return State(parts, shard_bytes(state.optimizer, host=True), params.count(model))
 
 
 def formula(config: Config, chips: int, parameters: int) -> dict[str, float]:
@@ -127,18 +126,9 @@ def _residuals(config, model, mesh) -> int:
   program = jax.make_jaxpr(forward)(model, Batch(tokens, tokens, tokens, tokens)).jaxpr
   given, total = {*program.invars}, 0
   for out in {*program.outvars} - given:
-    total += _shard(out.aval.shape, out.aval.dtype, jax.NamedSharding(mesh, out.aval.sharding.spec))
+    kept = jax.ShapeDtypeStruct(out.aval.shape, out.aval.dtype, sharding=jax.NamedSharding(mesh, out.aval.sharding.spec))
+    total += shard_bytes(kept)
   return total
-
-
-def _shard(shape, dtype, sharding) -> int:
-  return math.prod(sharding.shard_shape(shape)) * dtype.itemsize
-
-
-def _bytes(tree: Any, host: bool = False) -> int:
-  """Of one chip's shards, in the host's memory or in the chip's."""
-  return sum(_shard(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(tree)
-             if (x.sharding.memory_kind == 'pinned_host') == host)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict:
