@@ -125,7 +125,8 @@ def token_loop(layer, config, x, segments, drop=lambda expert: False):
         h = act(inner('gate') if config.gated else None, inner('up'))
         y[b, t] += gate * (h @ w['down'][e] + w.get('down_bias', np.zeros((E, 1)))[e])
     if moe.shared_feed_forward:
-      y[b, t] += act(token @ w['shared.gate'], token @ w['shared.up']) @ w['shared.down']
+      inner = lambda name: token @ w[f'shared.{name}'] + w.get(f'shared.{name}_bias', 0)
+      y[b, t] += act(inner('gate'), inner('up')) @ w['shared.down'] + w.get('shared.down_bias', 0)
   tokens = (np.asarray(segments) > 0).sum(1)
   balance = sum(E * n * (c / (k * n) * m / n).sum() for n, c, m in zip(tokens, counts, masses) if n)
   if moe.balance_over == 'batch':
@@ -399,7 +400,8 @@ def test_half_precision_on_split_experts(dispatch, dtype):
   ((_, (wanted, _)), wanted_gradients) = run(make_moe(dataclasses.replace(config, dtype='float32')),
                                              x.astype(dtype).astype(jnp.float32), segments)
   for a, b in zip(jax.tree.leaves((y, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True):
-    np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.03 * np.abs(b).max())
+    # A bias's gradient is a sum over all tokens whose terms were rounded to 8 bits, and nearly cancel.
+    np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.06 * np.abs(b).max())
 
 
 def test_no_experts_raises():
