@@ -229,7 +229,8 @@ class Decoder(nnx.Module):
     config, width = self.config, self.config.latent.rope_width or self.config.H
     return tuple(rope_angles(positions, width, config.rope, local) if config.position == 'rope' else None for local in (False, True))
 
-  def scaled(self, output):
+  def scaled(self, output: Output) -> Output:
+    """With hidden states times config.logit_scale."""
     return output if self.config.logit_scale == 1 else output._replace(hidden=output.hidden * self.config.logit_scale)
 
   def scored(self, x: Float[Array, '*B D']) -> tuple[Float[Array, '*B E'], Float[Array, 'V E']]:

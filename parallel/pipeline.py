@@ -37,8 +37,10 @@ class PipelineConfig:
   Attributes:
     schedule: 'gpipe', 'circular', '1f1b': see the head of this file. '1f1b' keeps only what enters a stage and computes its layers again
       in the backward pass, whatever remat says of each of them; what has no backward pass runs as in 'gpipe'.
-    microbatches: M that a batch is split into, its rows dealt out one by one; 0: as many as there are stages.
-    repeats: runs of layers of a stage; more than 1 in, and only in, the circular schedule.
+    microbatches: M that a batch is split into, its rows dealt out one by one; 0: as many as there are stages. What looks at a whole
+      batch (capacity of experts) looks at a microbatch.
+    repeats: runs of layers of a stage; more than 1 in, and only in, the circular schedule, which moves parameters between stages once
+      a step, and gradients back, so that checkpoints keep the order of layers.
 
   Raises ValueError when a value is impossible.
   """
@@ -272,7 +274,7 @@ SPLIT, OF_REPEATS = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
 
 
 def _each(function, inputs, outputs):
-  """`function` run by every stage on its own part; inside, all other mesh axes are as outside."""
+  """`function` run by every stage on its own part, split as the specs say; inside, all other mesh axes are as outside."""
   run = lambda *arguments: jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False)(*arguments)
   if jax.__version_info__ >= (0, 12) or not ax.explicit():
     return run
@@ -325,8 +327,7 @@ def _deal(blocks, stages, v):
   """[v, R / v, ...], split over stages in its second dimension, of [R, ...], split in its first.
 
   Stage q holds chunks q v .. q v + v - 1 of R / (P v) blocks each; stage p is to hold chunks p, P + p, 2 P + p, ... In each of v rounds
-  every stage sends one chunk and receives one. So checkpoints keep the order of layers, whatever the schedule; a step pays for it
-  with moving the parameters once, and their gradients back.
+  every stage sends one chunk and receives one.
   """
   apart = math.gcd(v, stages)
   rounds = []
