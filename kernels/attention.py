@@ -9,7 +9,6 @@ Where a mesh splits T, parallel.context calls these backends on each device's pa
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
-import dataclasses
 import functools
 
 import jax
@@ -172,35 +171,44 @@ def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
 
 
 def splash(q, k, v, mask, *, softcap, sinks, relative, scale):
-  """jax's Pallas flash attention, each device on its own rows and heads; rows are padded to whole blocks."""
+  """jax's Pallas flash attention, each device on its own rows and heads; queries and keys are padded to whole blocks."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-  B, T, N, H = q.shape
-  if T != k.shape[1]:
-    raise ValueError(f'backend splash aligns queries and keys by index, {T} queries and {k.shape[1]} keys do not align; use reference')
-  padded = -(-T // LANES) * LANES
-  block = next(size for size in (1024, 512, 256, LANES) if padded % size == 0)
-  names_ = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
-  heads = N // ax.size('heads')
+  B, T, N, _ = q.shape
+  S = k.shape[1]
+  if T != S and mask.causal:
+    raise ValueError(f'backend splash aligns queries and keys by index, {T} queries and {S} keys do not align; use reference')
+  (rows, block), (columns, key_block) = (_padded(length) for length in (T, S))
+  blocks = kernel.BlockSizes(block_q=block, block_q_dkv=block, block_q_dq=block,
+                             block_kv=key_block, block_kv_dkv=key_block, block_kv_dq=key_block)
   if mask.window:
-    shape = masks.LocalMask((padded, padded), (mask.window - 1, 0), 0)
+    shape = masks.LocalMask((rows, columns), (mask.window - 1, 0), 0)
   else:
-    shape = (masks.CausalMask if mask.causal else masks.FullMask)((padded, padded))
-  if mask.query_segments is None and not mask.causal and padded != T:
-    mask = dataclasses.replace(mask, query_segments=jnp.ones((B, T), jnp.int32), key_segments=jnp.ones((B, T), jnp.int32))
+    shape = (masks.CausalMask if mask.causal else masks.FullMask)((rows, columns))
+  queries, keys = mask.query_segments, mask.key_segments
+  if queries is None and not mask.causal:  # which hides the padding, being behind the last query
+    queries, keys = (ax.place(jnp.ones((B, length), jnp.int32), 'batch', 'length') for length in (T, S))
 
   def local(q, k, v, queries, keys, sinks):
-    run = kernel.make_splash_mha(masks.MultiHeadMask([shape] * heads), block_sizes=kernel.BlockSizes(**dict.fromkeys(names_, block)),
-                                 head_shards=1, q_seq_shards=1, residual_checkpoint_name='attention', attn_logits_soft_cap=softcap or None,
+    run = kernel.make_splash_mha(masks.MultiHeadMask([shape] * q.shape[2]), block_sizes=blocks, head_shards=1, q_seq_shards=1,
+                                 residual_checkpoint_name='attention', attn_logits_soft_cap=softcap or None,
                                  interpret=mesh.platform() != 'tpu')
-    fill = lambda x, value: jnp.pad(x, [(0, 0), (0, padded - T), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
-    q, k, v = (jnp.swapaxes(fill(x, 0), 1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-    segments = None if queries is None else kernel.SegmentIds(fill(queries, -1), fill(keys, -1))
+    fill = lambda x, to, value=0: jnp.pad(x, [(0, 0), (0, to - x.shape[1]), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (fill(q * jnp.asarray(scale, q.dtype), rows), fill(k, columns), fill(v, columns)))
+    segments = None if queries is None else kernel.SegmentIds(fill(queries, rows, -1), fill(keys, columns, -1))
     return jnp.swapaxes(jax.vmap(run, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks), 1, 2)[:, :T]
   heads_of = lambda name: ('batch', 'length', name, 'head_width')
-  tokens = None if mask.query_segments is None else ('batch', 'length')
+  tokens = None if queries is None else ('batch', 'length')
   k_heads = ax.whole_or('kv_heads', k.shape[2])
   arrays = heads_of('heads'), heads_of(k_heads), heads_of(k_heads), tokens, tokens, None if sinks is None else ('heads',)
-  out = ax.local(local, arrays, heads_of('heads'))(q, k, v, mask.query_segments, mask.key_segments, sinks)
+  out = ax.local(local, arrays, heads_of('heads'))(q, k, v, queries, keys, sinks)
+  if mask.query_segments is not mask.key_segments:  # a query that sees no key is given a mean of values
+    out = jnp.where(mask.allowed(T, S).any(-1)[..., None, None], out, 0)
   _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)  # as of xla
   return out, lse
+
+
+def _padded(length):
+  """A length filled up to whole blocks, and the largest block that it then is a multiple of."""
+  whole = -(-length // LANES) * LANES
+  return whole, next(size for size in (1024, 512, 256, LANES) if whole % size == 0)

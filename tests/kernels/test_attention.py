@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.sharding import AxisType
 
 from kernels import attention as dispatch
 from kernels import reference
 from kernels.attention import HONOURS, attention
 from kernels.mask import Mask, Relative
+from parallel import axes as ax
+from parallel.mesh import MeshConfig, make_mesh
 
 PREFIX = np.array([4, 1], np.int32)
 MASKS = {'full': {'causal': False}, 'causal': {}, 'window': {'window': 3}, 'wide window': {'window': 99},
@@ -127,6 +130,44 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(backend, parts, softcap
     values, expected, found = jax.jit(gradients)(*inputs(T, S, 4, 2, 6, 5, np.float64)[:3], bias, draw(2, T, 4, 5), draw(2, T, 4))
   for a, b in [*((a, b) for pair in values for a, b in zip(*pair)), *zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)]:
     np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+SPLASH = [('causal', True, 2.0, False), ('window', False, 0.0, True), ('full', True, 0.0, False), ('full', False, 2.0, True),
+          ('causal', False, 0.0, True), ('window', True, 2.0, False)]
+
+
+@pytest.mark.parametrize('name, segments, softcap, sinks', SPLASH)
+def test_splash_is_the_reference(name, segments, softcap, sinks):
+  """Rows that do not fill their blocks, key heads that are shared, values of another width, queries that see nothing."""
+  T, N, K, H, Hv, scale = 140, 4, 2, 8, 6, 0.4
+  q, k, v, sink = inputs(T, T, N, K, H, Hv)
+  parts = mask_parts(name, segments, False, T, T)
+  if segments and name != 'full':  # documents in a row, as packing makes them, and another one that no key is of
+    parts['key_segments'] = np.sort(parts['key_segments'])
+    parts['query_segments'] = np.where(np.arange(T) == 1, 9, parts['key_segments']).astype(np.int32)
+  check_backend('splash', q, k, v, sink if sinks else None, oracle.mask(parts), 1e-5, softcap, scale)
+
+
+def test_splash_attends_to_another_sequence():
+  """Queries and keys of different lengths, with padding and without."""
+  q, k, v, _ = inputs(9, 140, 4, 2, 8, 8)
+  check_backend('splash', q, k, v, None, Mask(causal=False), 1e-5)
+  segments = {'query_segments': np.ones((2, 9), np.int32), 'key_segments': (np.arange(140)[None] < [[3], [131]]).astype(np.int32)}
+  check_backend('splash', q, k, v, None, oracle.mask({'causal': False} | segments), 1e-5)
+  with pytest.raises(ValueError, match='9 queries and 140 keys do not align; use reference'):
+    attention(q, k, v, Mask(), backend='splash')
+
+
+@pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_splash_on_a_mesh(axis_type):
+  """Rows over fsdp, heads over tensor; padding without segments."""
+  q, k, v, _ = inputs(5, 7, 4, 2, 8, 8)
+  expected = values_and_gradients('reference', q, k, v, None, Mask(causal=False), 0.0, None)
+  with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4], axis_type)):
+    heads = ax.spec('batch', 'length', 'heads', 'head_width')
+    found = values_and_gradients('splash', *(jax.device_put(x, heads) for x in (q, k, v)), None, Mask(causal=False), 0.0, None)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 XLA = list(zip(MASKS, (False, True, False, True, False, True), (False, True, True, False, False, True)))
