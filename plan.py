@@ -18,6 +18,7 @@ import time
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import AxisType
 
 import files
 import names
@@ -120,14 +121,15 @@ class Plan:
             'error': roofline.ERROR['tpu' if self.chip.torus else 'gpu'], 'config': configs.to_dict(self.config)}
 
 
-def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'train', rows: int = 0, context: int = 0) -> Plan:
+def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'train', rows: int = 0, context: int = 0,
+              axis_type: AxisType = AxisType.Explicit) -> Plan:
   """Compiles what `config` runs in this mode on these devices.
 
-  rows, context: of prefill and decode; see the flags --batch and --context.
+  rows, context: of prefill and decode; see the flags --batch and --context. axis_type: Auto for the twin that XLA's partitioner lays out.
   Raises ValueError or NotImplementedError for what cannot run there whatever the memory; too little memory is a Plan's `problem`.
   """
   names.check('mode', mode, MODES)
-  mesh, config = make_mesh(config.mesh, devices), resolved(config, devices)
+  mesh, config = make_mesh(config.mesh, devices, axis_type), resolved(config, devices)
   began, chip = time.perf_counter(), chip_of(devices)
   lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context)
   bytes_held = {name: memory.shard_bytes(tree) for name, tree in held.items()}

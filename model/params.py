@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from parallel import axes as ax
 
@@ -108,8 +108,15 @@ def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
 
 
 def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
-  """The result of `function` as ShapeDtypeStructs with the shardings on `mesh`, the one in context, that it would be born with."""
-  program, result = jax.make_jaxpr(function, return_shape=True)()
+  """The result of `function` as ShapeDtypeStructs with the shardings on `mesh`, the one in context, that it would be born with.
+
+  On a mesh of auto axes, whose arrays have no sharding before they are compiled, these are its explicit twin's.
+  """
+  if mesh.are_all_axes_auto:
+    with jax.set_mesh(mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))):
+      program, result = jax.make_jaxpr(function, return_shape=True)()
+  else:
+    program, result = jax.make_jaxpr(function, return_shape=True)()
 
   def one(x, known):
     memory = 'pinned_host' if known.memory_space == jax.memory.Space.Host else None  # offloaded: see parallel.offload
