@@ -76,6 +76,8 @@ def gathered(model, dtype: str):
     if p.kind != 'matrix' or 'embed' not in p.axes or p.wide:
       return None
     value = p.get_value()
+    if isinstance(value, Gathered):
+      return None
     return ax.gather(value.astype(dtype), *('layers',) * (value.ndim - len(p.axes)), *p.axes)
   return jax.tree.map(one, model, is_leaf=_is_param)
 

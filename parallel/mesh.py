@@ -47,9 +47,6 @@ class MeshConfig:
     if self.stage != 1 and self.zero != 3:
       raise NotImplementedError(f'mesh.zero={self.zero} on mesh.stage={self.stage}: a stage gathers the weights of its layers one by one; '
                                 'use mesh.zero=3')
-    if self.stage != 1 and self.context != 1:
-      raise NotImplementedError(f'mesh.stage={self.stage} with mesh.context={self.context}: rows are not split inside of a pipeline; use '
-                                'tensor, which splits them between layers, or one of the two')
 
   def sizes(self) -> dict[str, int]:
     """Axis name -> size as configured (may hold one -1)."""

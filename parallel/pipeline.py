@@ -273,6 +273,12 @@ class Ticks(NamedTuple):
 SPLIT, OF_REPEATS = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
 
 
+def inside() -> bool:
+  """Whether what is traced is a stage's own part."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return AXIS in mesh.manual_axes
+
+
 def _each(function, inputs, outputs):
   """`function` run by every stage on its own part, split as the specs say; inside, all other mesh axes are as outside."""
   run = lambda *arguments: jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False)(*arguments)
