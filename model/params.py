@@ -70,7 +70,8 @@ class Gathered:
 def gathered(model, dtype: str):
   """The matrices that layers gather, whole and in the compute dtype; None in place of all else.
 
-  Left out are tables and experts, which stay where they are or are used by those that hold them, and what is computed with in f32.
+  Left out are tables and experts, which stay where they are or are used by those that hold them, what is computed with in f32, and what is
+  `Gathered` already.
   """
   def one(p):
     if p.kind != 'matrix' or 'embed' not in p.axes or p.wide:

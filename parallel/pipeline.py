@@ -38,7 +38,8 @@ class PipelineConfig:
     schedule: 'gpipe', 'circular', '1f1b': see the head of this file. '1f1b' keeps only what enters a stage and computes its layers again
       in the backward pass, whatever remat says of each of them; what has no backward pass runs as in 'gpipe'.
     microbatches: M that a batch is split into, its rows dealt out one by one; 0: as many as there are stages. What looks at a whole
-      batch (capacity of experts) looks at a microbatch.
+      batch (capacity of experts) looks at a microbatch. With remat='none' a stage (but of '1f1b') gathers weights once a step and keeps
+      them whole, those of experts once for every microbatch; with another, for every microbatch and layer, forward and again backward.
     repeats: runs of layers of a stage; more than 1 in, and only in, the circular schedule, which moves parameters between stages once
       a step, and gradients back, so that checkpoints keep the order of layers.
 
