@@ -70,12 +70,15 @@ class Gathered:
 def gathered(model, dtype: str):
   """The matrices that layers gather, whole and in the compute dtype; None in place of all else.
 
-  Left out are tables and experts, which stay where they are or are used by those that hold them, and what is computed with in f32.
+  Left out are tables and experts, which stay where they are or are used by those that hold them, what is computed with in f32, and what is
+  `Gathered` already.
   """
   def one(p):
     if p.kind != 'matrix' or 'embed' not in p.axes or p.wide:
       return None
     value = p.get_value()
+    if isinstance(value, Gathered):
+      return None
     return ax.gather(value.astype(dtype), *('layers',) * (value.ndim - len(p.axes)), *p.axes)
   return jax.tree.map(one, model, is_leaf=_is_param)
 

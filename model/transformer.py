@@ -17,7 +17,7 @@ from model.cache import Cache, Slots
 from model.config import Kind, ModelConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
-from model.params import param, use
+from model.params import gathered, joined, param, use
 from parallel import axes as ax
 from parallel import pipeline, remat
 
@@ -82,7 +82,7 @@ class Stack(nnx.Module):
   """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a repeating period."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
-    self.remat, self.pipeline = config.kept, config.pipeline
+    self.remat, self.pipeline, self.dtype = config.kept, config.pipeline, config.dtype
     self.periods = (((Kind(),), config.encoder_layers),) if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
     config.check_stages(ax.size('layers'))
@@ -118,8 +118,12 @@ class Stack(nnx.Module):
 
   def scan(self, blocks, x, view, slots):
     """Periods of blocks, one after another: the new x, the slots written, and what each place of the period reports."""
-    # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again.
-    run = remat.remat(lambda block, x, slots: jax.lax.optimization_barrier(block)(x, view, slots), self.remat)
+    # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again. With `x`
+    # it keeps jax from gathering all layers of a stage before the loop over ticks.
+    def one(block, x, slots):
+      block, x = jax.lax.optimization_barrier((block, x)) if pipeline.inside() else (jax.lax.optimization_barrier(block), x)
+      return block(x, view, slots)
+    run = remat.remat(one, self.remat)
 
     def period(carry, blocks):
       x, slots = carry
@@ -134,6 +138,8 @@ class Stack(nnx.Module):
 
   def _pipelined(self, blocks, x, view, slots):
     """As scan, over the stages of the mesh."""
+    if self.remat.policy == 'none':  # then what is gathered is kept: once, and not for every microbatch
+      blocks = joined(blocks, gathered(blocks, self.dtype), reduce=False)
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     whole = {'relative': fields.pop('relative')}
     if slots is None:

@@ -23,9 +23,10 @@ class MeshConfig:
   Attributes:
     zero: what `fsdp` splits while a step computes (ZeRO, arXiv:1910.02054, section 5): 1 the optimizer's state and the parameters it
       updates, 2 gradients too, 3 also the weights that layers compute with. Between steps all are split. With 3 a layer gathers its
-      weights forward and again backward; with 1 and 2 they are gathered once a step, and are whole, in the compute dtype, while it lasts.
+      weights forward and again backward (in a pipeline, for every microbatch); with 1 and 2 they are gathered once a step, and are whole,
+      in the compute dtype, while it lasts.
 
-  Raises ValueError for a size below 1 (except one -1), NotImplementedError for splits that do not work together.
+  Raises ValueError for a size below 1 (except one -1), and for another `zero`.
   """
   data: int = -1
   fsdp: int = 1
@@ -44,12 +45,6 @@ class MeshConfig:
       raise ValueError(f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left')
     if self.zero not in (1, 2, 3):
       raise ValueError(f'mesh.zero={self.zero} must be 1, 2 or 3; for copies of everything use mesh.data instead of mesh.fsdp')
-    if self.stage != 1 and self.zero != 3:
-      raise NotImplementedError(f'mesh.zero={self.zero} on mesh.stage={self.stage}: a stage gathers the weights of its layers one by one; '
-                                'use mesh.zero=3')
-    if self.stage != 1 and self.context != 1:
-      raise NotImplementedError(f'mesh.stage={self.stage} with mesh.context={self.context}: rows are not split inside of a pipeline; use '
-                                'tensor, which splits them between layers, or one of the two')
 
   def sizes(self) -> dict[str, int]:
     """Axis name -> size as configured (may hold one -1)."""

@@ -38,7 +38,8 @@ class PipelineConfig:
     schedule: 'gpipe', 'circular', '1f1b': see the head of this file. '1f1b' keeps only what enters a stage and computes its layers again
       in the backward pass, whatever remat says of each of them; what has no backward pass runs as in 'gpipe'.
     microbatches: M that a batch is split into, its rows dealt out one by one; 0: as many as there are stages. What looks at a whole
-      batch (capacity of experts) looks at a microbatch.
+      batch (capacity of experts) looks at a microbatch. With remat='none' a stage (but of '1f1b') gathers weights once a step and keeps
+      them whole, those of experts once for every microbatch; with another, for every microbatch and layer, forward and again backward.
     repeats: runs of layers of a stage; more than 1 in, and only in, the circular schedule, which moves parameters between stages once
       a step, and gradients back, so that checkpoints keep the order of layers.
 
@@ -216,6 +217,9 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
   def backward(blocks, parts, kept, above, d_y, slot):
     microbatch = slot[0]
     x, part = _at(kept[0], jnp.maximum(microbatch, 0) % kept_slots), part_of(held(parts), microbatch)
+    # After the forward pass of this tick, not beside it: XLA's CPU deadlocks on loops of collectives that nothing orders but a barrier.
+    # Where d_y is not finite, no gradient is.
+    x = x + 0 * d_y[0]
     _, pull = jax.vjp(lambda blocks, x: layers(blocks, x, part)[:2], blocks, x)
     d_y = jnp.where(jax.lax.axis_index(AXIS) == stages - 1, d_y[0], above[0])
     d_blocks, d_x = pull((jnp.where(microbatch >= 0, d_y, 0), (microbatch >= 0).astype(jnp.float32)))
@@ -271,6 +275,12 @@ class Ticks(NamedTuple):
 
 
 SPLIT, OF_REPEATS = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+
+
+def inside() -> bool:
+  """Whether what is traced is a stage's own part."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return AXIS in mesh.manual_axes
 
 
 def _each(function, inputs, outputs):

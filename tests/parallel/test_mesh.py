@@ -30,8 +30,6 @@ def test_sizes_multiply_to_the_devices_or_raise(wanted, free, devices):
     ({'data': 0}, ValueError, 'mesh.data=0 is not a size'),
     ({'tensor': -2}, ValueError, 'mesh.tensor=-2 is not a size'),
     ({'fsdp': -1}, ValueError, r"mesh has -1 on \['data', 'fsdp'\]; only one"),
-    ({'stage': 2, 'context': 2}, NotImplementedError, 'mesh.stage=2 with mesh.context=2: rows are not split inside of a pipeline'),
-    ({'stage': 2, 'zero': 2}, NotImplementedError, 'mesh.zero=2 on mesh.stage=2: .*use mesh.zero=3'),
     ({'zero': 4}, ValueError, 'mesh.zero=4 must be 1, 2 or 3; for copies of everything use mesh.data'),
 ])
 def test_impossible_configs_raise(sizes, error, words):

@@ -13,6 +13,7 @@ from model import params, transformer
 from model.config import ModelConfig, MoEConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
+from parallel.pipeline import PipelineConfig
 from training import state as states
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
@@ -58,12 +59,16 @@ def gathers_in_loops(text):
   return len(re.findall(r' all-gather\(', text[:text.index('\nENTRY ')]))
 
 
-@pytest.mark.parametrize('mesh', [{'data': 2, 'fsdp': 4}, pytest.param({'data': 1, 'fsdp': 4, 'tensor': 2}, marks=pytest.mark.slow)],
-                         ids=str)
-def test_every_stage_is_the_same_training(mesh):
+@pytest.mark.parametrize('mesh, model', [
+    ({'data': 2, 'fsdp': 4}, {}),
+    pytest.param({'data': 1, 'fsdp': 4, 'tensor': 2}, {}, marks=pytest.mark.slow),
+    pytest.param({'data': 1, 'fsdp': 4, 'stage': 2}, {}, marks=pytest.mark.slow),
+    pytest.param({'data': 1, 'fsdp': 4, 'stage': 2}, {'pipeline': PipelineConfig(schedule='1f1b')}, marks=pytest.mark.slow),
+], ids=str)
+def test_every_stage_is_the_same_training(mesh, model):
   loops = []
   for zero in (3, 2, 1):
-    compiled, state = check(setting(mesh | {'zero': zero}, accumulation=2), setting({'data': 1}, accumulation=2))
+    compiled, state = check(setting(mesh | {'zero': zero}, model, accumulation=2), setting({'data': 1}, accumulation=2))
     loops.append(gathers_in_loops(compiled.as_text()))
     for name, x in params.named_leaves(state).items():
       assert x.size < 2048 or not x.sharding.is_fully_replicated, name  # between steps all is split
