@@ -7,14 +7,17 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
-from model.params import abstract
+import plan
 import train
+from analysis import aot
 from data.batch import Batch
 from data.config import DataConfig
 from model import params, transformer
+from model.params import abstract
 from parallel import axes
-from parallel.mesh import MeshConfig, make_mesh
+from parallel.mesh import AXES, MeshConfig, make_mesh
 from training import state as states
 from training.config import Config
 from training.optimizer import make_optimizer
@@ -24,10 +27,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / 'configs').rglob('*.py') if path.name != '__init__.py')
 
 
-def load(path: pathlib.Path) -> Config:
+def module_of(path: pathlib.Path):
   spec = importlib.util.spec_from_file_location(f'configs_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  return module
+
+
+DECLARED = {path: module_of(path).TOPOLOGY for path in FILES if hasattr(module_of(path), 'TOPOLOGY')}
+
+
+def load(path: pathlib.Path) -> Config:
+  module = module_of(path)
   assert module.__doc__ and f'--config={path.relative_to(ROOT)}' in module.__doc__, f'{path}: the docstring gives the command'
   config = module.get_config()
   assert isinstance(config, Config)
@@ -76,6 +87,40 @@ def test_nothing_large_is_replicated_under_fsdp(path):
   large = {name: size for name, size in whole.items() if size > max(4096, total // 1000)}
   assert not large, f'bytes on every device, of {total} in all: {large}'
   assert 'stablehlo' in lowered.as_text()[:10_000]
+
+
+def test_the_models_declare_where_they_train():
+  declared = {path.stem for path in DECLARED}
+  assert declared == {path.stem for path in FILES if path.parent.name == 'models'} - {'flan_t5_xl'}, 'no objective trains it yet'
+
+
+@pytest.mark.parametrize('path', DECLARED, ids=lambda path: path.stem)
+def test_nothing_large_is_replicated_on_the_declared_topology(path):
+  config, topology = load(path), DECLARED[path]
+  devices = math.prod(int(n) for n in topology.partition(':')[2].split('x'))
+  sizes = config.mesh.resolve(devices)
+  config.check_mesh(sizes)
+  mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+  with jax.sharding.use_abstract_mesh(mesh):
+    state = abstract(train.make_program(config)[0], mesh)
+  leaves = params.named_leaves(state)
+  total = sum(x.size for x in leaves.values())
+  whole = {name: x.shape for name, x in leaves.items() if x.sharding.is_fully_replicated and x.size > total // devices // 100}
+  assert not whole, f'more than a hundredth of a device\'s share, on all {devices}: {whole}'
+  held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves.values())
+  assert held <= 1.02 * total / devices, f'a device holds {held * devices / total:.3f} times its share'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', DECLARED, ids=lambda path: path.stem)
+def test_it_compiles_for_the_declared_topology_and_fits(path):
+  try:
+    devices = aot.topology(DECLARED[path])
+  except ImportError as error:
+    pytest.skip(f'{DECLARED[path]} cannot be compiled for: {error}')
+  with jax.default_matmul_precision('default'):  # as train.py leaves it
+    made = plan.make_plan(module_of(path).get_config(), devices)
+  assert made.fits, made.problem or f'{made.memory.peak / 1e9:.2f} GB of {made.available / 1e9:.2f}'
 
 
 def test_the_default_data_needs_no_download():

@@ -15,6 +15,8 @@ from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
+TOPOLOGY = 'v5p:4x8x8'
+
 
 def get_config() -> Config:
   return Config(

@@ -13,6 +13,8 @@ from model.config import ModelConfig, RopeConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
+TOPOLOGY = 'v6e:16x16'
+
 
 def get_config() -> Config:
   return Config(

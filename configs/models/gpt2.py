@@ -13,6 +13,8 @@ from model.config import ModelConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
+TOPOLOGY = 'v5e:4x4'
+
 
 def get_config() -> Config:
   return Config(
