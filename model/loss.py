@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from parallel import axes as ax
+from parallel import axes as ax, zero
 
 IGNORE = -1  # a target that is not predicted
 CHUNK = 2**25  # logits of a device that are alive at once
@@ -84,7 +84,7 @@ def _sums_and_gradients(x, head, targets, *, settings, rows, columns, shards):
     d_head = jnp.einsum('BTD,BTC->DC', x, d_logits, preferred_element_type=jnp.float32)
     if x.dtype == jnp.bfloat16:  # as every other gradient crosses devices; f16 could not hold the sum before it is scaled
       d_head = d_head.astype(x.dtype)
-    d_head = jax.lax.psum_scatter(d_head, shards, scatter_dimension=0, tiled=True) if shards else d_head
+    d_head = zero.reduce_scatter(d_head, shards, 0) if shards else d_head
     return d_x, _sum_over(d_head, copies).T
   d_x, d_head = jax.lax.scan(step, jnp.zeros(x.shape, jnp.float32), chunks)
   d_x = _sum_over(d_x.astype(x.dtype), columns)
@@ -128,7 +128,7 @@ def _chunks(head, x, chunk, columns):
 
 
 def _gathered(head, shards):
-  return jax.lax.all_gather(head, shards, axis=1, tiled=True) if shards else head
+  return zero.all_gather(head, shards, 1) if shards else head
 
 
 def _totals(statistics, targets, z_loss, rows):

@@ -16,7 +16,7 @@ from kernels.grouped_matmul import grouped_matmul
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param, use
-from parallel import axes as ax
+from parallel import axes as ax, zero
 from parallel.experts import Exchange, count, from_experts, in_rounds, inverse, plan, rank, to_experts
 
 ROUTING = 'router', 'router_bias', 'selection_bias'
@@ -79,7 +79,7 @@ class MoE(nnx.Module):
       segments = ax.place(jnp.ones(x.shape[:2], jnp.int32), 'batch', 'length')
     held = lambda names: {name: p for name in names if (p := getattr(self, name)) is not None}
     # The router stays f32, whatever the compute dtype: a rounded score sends a token elsewhere.
-    routing = {name: use(p, 'float32') for name, p in held(ROUTING).items()}
+    routing = {name: use(p, 'float32', product=False) for name, p in held(ROUTING).items()}
     experts = {name: p[...] for name, p in held(EXPERTS).items()}
     tokens, stored = ax.residual(x.shape[1]), {name: p.axes for name, p in held(EXPERTS).items()}
     axes = Axes(*(ax.mesh_axes(name) for name in ('batch', 'length', 'feed_forward', 'experts', 'expert_embed')), 'sequence' in tokens)
@@ -285,7 +285,7 @@ def _gathered(experts, *, stored, shards, dtype):
       return w
     at = stored[name].index('expert_embed')
     # In front of the others: of a minor dimension XLA for TPU would make an all-reduce of the gradient's reduce-scatter.
-    whole = jnp.moveaxis(jax.lax.all_gather(w, shards), 0, at)
+    whole = jnp.moveaxis(zero.all_gather(w[None], shards, 0), 0, at)
     return whole.reshape(*w.shape[:at], -1, *w.shape[at + 1:])
   return {name: one(name, w) for name, w in experts.items()}
 

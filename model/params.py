@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from parallel import axes as ax
+from parallel import zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,15 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
   return nnx.Param(ax.place(value, *axes), axes=axes, kind=kind, inputs=inputs, wide=wide)
 
 
-def use(p: nnx.Param, dtype: str) -> jax.Array:
-  """The value as a layer computes with it: in the compute dtype first, then with its embed shards gathered, unless it is so already."""
+def use(p: nnx.Param, dtype: str, product: bool = True) -> jax.Array:
+  """The value as a layer computes with it: in the compute dtype first, then with its embed shards gathered, unless it is so already.
+
+  product: whether all that is done with it is a product with tokens (see parallel.zero.gather).
+  """
   value = p.get_value()
   if isinstance(value, Gathered):
     return _whole(value.shard, value.whole, p.axes)
-  return ax.gather(value.astype(dtype), *p.axes)
+  return (zero if product else ax).gather(value.astype(dtype), *p.axes)
 
 
 @jax.tree_util.register_dataclass

@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
       return x, tokens[...].astype(self.config.dtype)
     bias = self.head.bias[...].astype(self.config.dtype)  # one more input that is always 1
     return (jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1),
-            jnp.concatenate([use(tokens, self.config.dtype), bias[:, None]], -1))
+            jnp.concatenate([use(tokens, self.config.dtype, product=False), bias[:, None]], -1))
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""

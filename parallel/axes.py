@@ -60,8 +60,7 @@ def spec(*axes: str | None) -> P:
 
 
 def _entry(axis: str) -> tuple[str, ...]:
-  entry = RULES[names.check('logical axis', axis, RULES)]
-  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+  return _names(RULES[names.check('logical axis', axis, RULES)])
 
 
 def _mesh() -> jax.sharding.AbstractMesh:
@@ -133,10 +132,25 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def einsum(formula: str, x: jax.Array, y: jax.Array, axes: tuple[str | None, ...], **kwargs) -> jax.Array:
-  """jnp.einsum whose result carries `axes`; written where the result's sharding is a choice (row-parallel products)."""
-  if explicit():
+  """jnp.einsum whose result carries `axes`; written where the result's sharding is a choice (row-parallel products).
+
+  Of a dimension that is split and summed over, devices have parts of the sum, which the result's layout then adds up: an all-reduce,
+  or where it splits the result over the same devices a reduce-scatter, whose transpose gathers the gradient.
+  """
+  if not explicit():
+    return place(jnp.einsum(formula, x, y, **kwargs), *axes)
+  terms, result = formula.split('->')
+  split = dict(zip(terms.split(',')[0], jax.typeof(x).sharding.spec))
+  parts = {axis for letter, entry in split.items() if letter not in result for axis in _names(entry)}
+  if not parts:
     return jnp.einsum(formula, x, y, out_sharding=spec(*axes), **kwargs)
-  return place(jnp.einsum(formula, x, y, **kwargs), *axes)
+  kept = (tuple(axis for axis in _names(entry) if axis not in parts) for entry in spec(*axes))
+  sums = jnp.einsum(formula, x, y, out_sharding=P(*kept, unreduced=parts), **kwargs)
+  return jax.sharding.reshard(sums, spec(*axes))
+
+
+def _names(entry) -> tuple[str, ...]:
+  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def local(function, inputs, outputs):
@@ -144,11 +158,16 @@ def local(function, inputs, outputs):
 
   inputs: logical axes of each argument, a tuple of names each. outputs: the same of the result (a pytree of such tuples).
   """
-  mesh = _mesh()
-  if mesh.empty:
+  if _mesh().empty:
     return function
   is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
   specs = lambda tree: jax.tree.map(lambda axes: spec(*axes), tree, is_leaf=is_axes)
+  return manual(function, specs(inputs), specs(outputs))
+
+
+def manual(function, inputs, outputs):
+  """`local` by specs instead of names, on a mesh."""
+  mesh = _mesh()
   # Inside a pipeline's stage the axis `stage` is manual already.
   free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-  return jax.shard_map(function, mesh=mesh, in_specs=specs(inputs), out_specs=specs(outputs), axis_names=free, check_vma=False)
+  return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=free, check_vma=False)

@@ -14,11 +14,21 @@ import jax.numpy as jnp
 import names
 
 _policies = jax.checkpoint_policies
+
+
+def _products(primitive, *arrays, **how):
+  """Whether to keep: products with weights; of a product whose sum is open (see parallel.axes.einsum), what closes it instead."""
+  if primitive.name == 'reshard':
+    return bool(arrays[0].sharding.spec.unreduced)
+  sharding = how.get('out_sharding')
+  return _policies.dots_with_no_batch_dims_saveable(primitive, *arrays, **how) and not (sharding is not None and sharding.spec.unreduced)
+
+
 POLICIES = {
     'none': None,
     'full': _policies.nothing_saveable,
     'sqrt': _policies.nothing_saveable,
-    'dots': _policies.dots_with_no_batch_dims_saveable,
+    'dots': _products,
 }
 # What blocks call by these names (see `named`), in the order in which it is computed.
 NAMES = {
