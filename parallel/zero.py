@@ -20,7 +20,7 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
   For those products only: what else is done with it may not know how to leave a sum open, and takes `axes.gather`.
   """
-  split = ax.explicit() and any(axis in ax.EMBED and entry for axis, entry in zip(axes, jax.typeof(x).sharding.spec))
+  split = ax.opens() and any(axis in ax.EMBED and entry for axis, entry in zip(axes, jax.typeof(x).sharding.spec))
   return _gather(x, axes) if split else ax.gather(x, *axes)
 
 
