@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from training.disk import OnDisk
+
 HOST_KINDS = ('pinned_host', 'unpinned_host')
 
 
@@ -32,12 +34,16 @@ class Memory:
     return self.peak / available
 
 
-def shard_bytes(tree: Any, host: bool = False) -> int:
-  """Bytes of one device's shards of abstract or concrete arrays with shardings; of those in the host's memory, or of the others."""
+def shard_bytes(tree: Any, where: str = 'device') -> int:
+  """Bytes of one device's shards of abstract or concrete arrays with shardings; of those on the 'device', its 'host' or 'disk'."""
+  def place(x):
+    if isinstance(x, OnDisk):
+      return 'disk'
+    return 'host' if getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS else 'device'
   total = 0
   for x in jax.tree.leaves(tree):
     shape = x.sharding.shard_shape(x.shape) if getattr(x, 'sharding', None) is not None else x.shape
-    if (getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS) == host:
+    if place(x) == where:
       total += math.prod(shape) * x.dtype.itemsize
   return total
 

@@ -19,7 +19,7 @@ from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
 from model.params import param, use
 from parallel import axes as ax
-from parallel import pipeline, remat
+from parallel import offload, pipeline, remat
 
 
 class Output(NamedTuple):
@@ -119,7 +119,8 @@ class Stack(nnx.Module):
   def scan(self, blocks, x, view, slots):
     """Periods of blocks, one after another: the new x, the slots written, and what each place of the period reports."""
     # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again.
-    run = remat.remat(lambda block, x, slots: jax.lax.optimization_barrier(block)(x, view, slots), self.remat)
+    # What lies in the host's memory comes to the device here, forward and backward.
+    run = remat.remat(lambda block, x, slots: jax.lax.optimization_barrier(offload.to_device(block))(x, view, slots), self.remat)
 
     def period(carry, blocks):
       x, slots = carry
