@@ -88,7 +88,8 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
     """What a step does besides updating parameters by their gradients."""
     model = state.model
     if config.model.moe.bias_rate:
-      model = transformer.balanced(model, measured.load, jnp.where(measured.finite, config.model.moe.bias_rate, 0))
+      load = jnp.where(measured.finite, measured.load, 0)  # nothing moves where all experts have the same
+      model = transformer.balanced(model, load, config.model.moe.bias_rate)
     return dataclasses.replace(state, step=state.step + 1, model=model, scale=precision.update(state.scale, measured.finite))
 
   if config.train.offload_optimizer == 'disk':

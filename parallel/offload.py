@@ -36,10 +36,3 @@ def sum_by_layer(function, x: jax.Array) -> jax.Array:
     return function(x)
   total, _ = jax.lax.scan(lambda total, layer: (total + function(to_device(layer)), None), jnp.float32(0), x)
   return total
-
-
-def elementwise(function, x: jax.Array, *others: jax.Array) -> jax.Array:
-  """function(x, *others), elementwise, where x lies; layer by layer, where that is the host's memory."""
-  if not is_on_host(x):
-    return function(x, *others)
-  return jax.lax.map(lambda layers: jax.device_put(function(*to_device(layers)), _HOST), (x, *others))

@@ -1,11 +1,8 @@
 """How is a batch too big for memory trained on? In microbatches whose summed gradients are those of the whole."""
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from parallel import axes as ax
-from parallel import offload
 
 
 def accumulate(loss_fn, model, batch, scale, microbatches: int):
@@ -26,14 +23,12 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int):
     x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:], out_sharding=ax.out('batch', None, 'length'))
     return jnp.moveaxis(x, 1, 0)
 
-  add = functools.partial(offload.elementwise, jnp.add)
-
   def step(totals, part):
-    return jax.tree.map(add, totals, gradient(model, part, scale)), None
+    return jax.tree.map(jnp.add, totals, gradient(model, part, scale)), None
 
   parts = jax.tree.map(split, batch)
   shapes = jax.eval_shape(gradient, model, jax.tree.map(lambda x: x[0], parts), scale)
   wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x), out_sharding=getattr(x.sharding, 'spec', None)), shapes)
-  totals, _ = jax.lax.scan(step, (offload.back(zeros[0], model), zeros[1]), parts)
-  return jax.tree.map(lambda total, x: offload.elementwise(lambda total: total.astype(x.dtype), total), totals, shapes)
+  totals, _ = jax.lax.scan(step, zeros, parts)
+  return jax.tree.map(lambda total, x: total.astype(x.dtype), totals, shapes)

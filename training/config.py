@@ -41,7 +41,7 @@ class TrainConfig:
       (parallel.offload), 'disk' in files without a name (training.spill). It may change when a run goes on.
     spill_dir: on the disk for 'disk', best a local one; default: the run's directory.
     offload_parameters: keeps the matrices of stacked layers, and their gradients, in the host's memory; layers are on the device one at
-      a time. Needs a model.remat other than 'none' and mesh.zero=3.
+      a time. Needs remat='full' or 'dots', accumulation=1, zero=3, no stages.
     z_loss: weight of log(Z)^2 in the loss.
     log_every, eval_every, save_every: in steps; eval_every=0 evaluates only at the end.
     eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always does).
@@ -112,10 +112,16 @@ class Config:
     make_schedule(self.optimizer, self.train.steps)  # raises where warm-up and decay do not fit into the run
 
   def _check_offload(self):
-    """Raises ValueError where parameters that lie in the host's memory would come to the device all at once."""
+    """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would come to the device all at once."""
     if self.model.remat == 'none':
       raise ValueError("train.offload_parameters with model.remat='none' would keep on the device the weights of all layers, for the "
                        "backward pass; use model.remat='full' or 'dots'")
+    if self.model.remat == 'sqrt':
+      raise NotImplementedError("train.offload_parameters with model.remat='sqrt', whose groups of layers are a reshape that the compiler "
+                                "for TPUs does not do in the host's memory; use model.remat='full'")
+    if self.train.accumulation > 1:
+      raise NotImplementedError(f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler for TPUs fails '
+                                'on sums of gradients in the host\'s memory; use accumulation=1 and more chips')
     if self.mesh.zero != 3:
       raise ValueError(f'train.offload_parameters with mesh.zero={self.mesh.zero}, which holds the weights of all layers on every device; '
                        'use mesh.zero=3')

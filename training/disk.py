@@ -58,7 +58,9 @@ class OnDisk:
     return jax.make_array_from_single_device_arrays((rows, *self.shape[1:]), self.sharding, pieces)
 
   def write(self, x: jax.Array, first: int = 0) -> None:
-    """Replaces rows of its first dimension, from `first` on; x is sharded as it is. Waits for x."""
+    """Replaces rows of its first dimension, from `first` on; x is sharded as it is. Waits for x. Raises ValueError for rows of another kind."""
+    if x.dtype != self.dtype or x.shape[1:] != self.shape[1:]:
+      raise ValueError(f'{x.dtype} {x.shape} cannot be written to rows of a file of {self.dtype} {self.shape}')
     written = set()
     for piece in x.addressable_shards:
       shard = self.shards[piece.device]
@@ -103,7 +105,7 @@ class OnDisk:
 
   def _read(self, shard, first, shape):
     x = np.empty(shape, self.dtype)
-    left, offset = memoryview(x).cast('B') if x.size else b'', self._offset(shard, first)
+    left, offset = memoryview(x.reshape(-1).view(np.uint8)), self._offset(shard, first)
     while left:
       n = os.preadv(self._file.fileno(), [left[:2**30]], offset)
       if not n:
@@ -113,7 +115,7 @@ class OnDisk:
 
 
 def _write(file, x: np.ndarray, offset: int) -> None:
-  left = memoryview(np.ascontiguousarray(x)).cast('B') if x.size else b''
+  left = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
   while left:
     n = os.pwrite(file.fileno(), left[:2**30], offset)
     left, offset = left[n:], offset + n

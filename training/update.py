@@ -50,7 +50,8 @@ class Part:
     """The new state and parameters; those before where the step is not `finite`."""
     before = self.model.unflatten(parameters)
     updates, new = self.optimizer.update(self.model.unflatten(grads), self.state.unflatten(state), before)
-    new = jax.tree.leaves(new), jax.tree.leaves(optax.apply_updates(before, updates))
+    # State keeps its type, which gradients wider than their parameters would widen.
+    new = [x.astype(old.dtype) for x, old in zip(jax.tree.leaves(new), state)], jax.tree.leaves(optax.apply_updates(before, updates))
     return precision.select(finite, new, (state, parameters))
 
 
