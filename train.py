@@ -119,7 +119,7 @@ def make_target(config: configs.Config, make_state, mesh: jax.sharding.Mesh, dir
   return spill.on_disk(state, config.train.spill_dir or directory) if config.train.offload_optimizer == 'disk' else state
 
 
-def begin(config: configs.Config, make_state, target: states.TrainState, *model) -> states.TrainState:
+def begin_state(config: configs.Config, make_state, target: states.TrainState, *model) -> states.TrainState:
   """The first state, in the places of `target`; of the model given, which is donated, or of a new one."""
   if config.train.offload_optimizer != 'disk':
     return jax.jit(make_state, donate_argnums=range(len(model)))(*model)
@@ -302,9 +302,9 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     elif begin:
       log(f'beginning with the parameters of {begin}')
       model = Checkpoints(begin, log=log).model(params.abstract(functools.partial(transformer.init, config.model, config.train.seed), mesh))
-      state = begin(config, make_state, target, model)
+      state = begin_state(config, make_state, target, model)
     else:
-      state = begin(config, make_state, target)
+      state = begin_state(config, make_state, target)
 
   # 6. Steps, watched; a signal ends them after the one in flight.
   if not ended:

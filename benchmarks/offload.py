@@ -35,7 +35,7 @@ make_state, step = train.make_program(config)
 target = train.make_target(config, make_state, jax.sharding.get_mesh(), directory)
 sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make_state).__dict__[name])) for name in
          ('model', 'optimizer')}
-state = train.begin(config, make_state, target)
+state = train.begin_state(config, make_state, target)
 draw = np.random.default_rng(0).integers(0, 1024, (2, 1, 16)).astype(np.int32)
 batch = Batch(*draw, np.arange(16, dtype=np.int32)[None], np.ones_like(draw[0]))
 seconds = []

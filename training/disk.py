@@ -58,7 +58,10 @@ class OnDisk:
     return jax.make_array_from_single_device_arrays((rows, *self.shape[1:]), self.sharding, pieces)
 
   def write(self, x: jax.Array, first: int = 0) -> None:
-    """Replaces rows of its first dimension, from `first` on; x is sharded as it is. Waits for x. Raises ValueError for rows of another kind."""
+    """Replaces rows of its first dimension, from `first` on; x is sharded as it is. Waits for x.
+
+    Raises ValueError for rows of another kind.
+    """
     if x.dtype != self.dtype or x.shape[1:] != self.shape[1:]:
       raise ValueError(f'{x.dtype} {x.shape} cannot be written to rows of a file of {self.dtype} {self.shape}')
     written = set()

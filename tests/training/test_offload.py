@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import on, run_here
 import train
 from analysis.memory import shard_bytes
 from model.config import MoEConfig
@@ -46,7 +47,7 @@ class Run:
 
   def begin(self):
     with jax.set_mesh(self.mesh):
-      return train.begin(self.config, self.make_state, self.target)
+      return train.begin_state(self.config, self.make_state, self.target)
 
   def go(self, state, steps=3):
     with jax.set_mesh(self.mesh):
@@ -231,3 +232,15 @@ def test_what_cannot_work_is_an_error():
   with pytest.raises(NotImplementedError, match='mesh.stage=2'):
     setting({'data': 2, 'fsdp': 2, 'stage': 2}, offload_parameters=True).check_mesh({'data': 2, 'fsdp': 2, 'stage': 2, 'expert': 1,
                                                                                     'context': 1, 'tensor': 1})
+
+
+@pytest.mark.slow
+def test_a_run_of_the_command_goes_on_from_disk(corpus, tmp_path):
+  """Four steps on disk are two, and two more of the same command."""
+  config = lambda steps: on(corpus, train={'steps': steps, 'offload_optimizer': 'disk'})
+  run_here(config(4), tmp_path / 'straight')
+  for steps in (2, 4):
+    run_here(config(steps), tmp_path / 'twice')
+  files = [sorted((tmp_path / name / 'checkpoints' / '00000004' / SPILLED).iterdir()) for name in ('straight', 'twice')]
+  assert files[0] and [f.name for f in files[0]] == [f.name for f in files[1]]
+  assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
