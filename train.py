@@ -29,7 +29,7 @@ from objectives.pretrain import check_model, pretrain, router_metrics
 from parallel import axes, context, offload, pipeline
 from parallel.mesh import make_mesh
 from training import config as configs
-from training import precision
+from training import precision, spill, update
 from training import state as states
 from training.accumulate import accumulate
 from training.checkpoint import Checkpoints
@@ -56,10 +56,10 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
   # number. A power of two costs no precision.
   unit = 2.0 ** -round(math.log2(config.data.batch_size * config.data.sequence_length))
 
-  zero, dtype, offloaded = config.mesh.zero, config.model.dtype, config.train.offload_optimizer
+  zero, dtype, offloaded = config.mesh.zero, config.model.dtype, config.train.offload_optimizer or config.train.offload_parameters
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state: states.TrainState, batch: Batch):
+  def gradients(state: states.TrainState, batch: Batch):
+    """Of the loss summed over tokens and scaled; what an update takes of all of them; metrics, norms."""
     whole = params.gathered(state.model, dtype) if zero == 2 else None
 
     def loss_fn(model, batch, scale):
@@ -69,27 +69,39 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
       return precision.scale(total * unit, scale), sums
     grads, sums = accumulate(loss_fn, state.model, batch, state.scale, config.train.accumulation)
     tokens = jnp.maximum(sums['tokens'], 1)
-    grads = jax.tree.map(lambda g: g / (tokens * unit * state.scale.scale), grads)
-    norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)))), grads)
+    divisor = tokens * unit * state.scale.scale
+    squares = lambda g: jnp.sum(jnp.square((g / divisor).astype(jnp.float32)))
+    norms = jax.tree.map(lambda g: jnp.sqrt(offload.sum_by_layer(squares, g)), grads)
     norm = optax.tree.norm(norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['nll'])
-
-    before = offload.to_device(state.optimizer) if offloaded else state.optimizer
-    updates, optimizer_state = optimizer.update(clip(grads, norm, config.optimizer.clip_norm), before, state.model)
-    model = optax.apply_updates(state.model, updates)
-    if config.model.moe.bias_rate:
-      model = transformer.balanced(model, sums['load'], config.model.moe.bias_rate)
-    # A step that is not finite leaves no trace, whether the host then stops the run or goes on.
-    model, optimizer_state = precision.select(finite, (model, optimizer_state), (state.model, before))
-    optimizer_state = offload.to_host(optimizer_state) if offloaded else optimizer_state
-    scale = precision.update(state.scale, finite)
-
     metrics = {'loss': sums['nll'] / tokens, 'accuracy': sums['correct'] / tokens, 'grad_norm': norm,
                'learning_rate': schedule(state.step - state.scale.skipped_steps), 'predicted_tokens': sums['tokens'],
                **router_metrics(sums)}
     if config.model.dtype == 'float16':
       metrics |= {'loss_scale': state.scale.scale}
-    return states.TrainState(state.step + 1, model, optimizer_state, scale, state.key), metrics, norms
+    return grads, update.Measured(divisor, norm, finite, sums.get('load')), metrics, norms
+
+  def prepared(grads, measured):
+    return clip(jax.tree.map(lambda g: g / measured.divisor, grads), measured.norm, config.optimizer.clip_norm)
+
+  def advance(state: states.TrainState, measured):
+    """What a step does besides updating parameters by their gradients."""
+    model = state.model
+    if config.model.moe.bias_rate:
+      load = jnp.where(measured.finite, measured.load, 0)  # nothing moves where all experts have the same
+      model = transformer.balanced(model, load, config.model.moe.bias_rate)
+    return dataclasses.replace(state, step=state.step + 1, model=model, scale=precision.update(state.scale, measured.finite))
+
+  if config.train.offload_optimizer == 'disk':
+    return spill.Step(config, gradients, prepared, advance)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_step(state: states.TrainState, batch: Batch):
+    grads, measured, metrics, norms = gradients(state, batch)
+    parts = update.split(config, state.model) if offloaded else [update.whole(optimizer, state.model, state.optimizer)]
+    # A step that is not finite leaves no trace, whether the host then stops the run or goes on.
+    optimizer_state, model = update.run(parts, prepared, measured, grads, state.optimizer, state.model)
+    return advance(dataclasses.replace(state, model=model, optimizer=optimizer_state), measured), metrics, norms
 
   return train_step
 
@@ -99,6 +111,20 @@ def make_program(config: configs.Config):
   model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
   optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
   return functools.partial(states.init, config, optimizer), make_train_step(config, optimizer)
+
+
+def make_target(config: configs.Config, make_state, mesh: jax.sharding.Mesh, directory) -> states.TrainState:
+  """Shapes and places of what make_state makes: on the mesh, in context, and on disk below `directory`."""
+  state = params.abstract(make_state, mesh)
+  return spill.on_disk(state, config.train.spill_dir or directory) if config.train.offload_optimizer == 'disk' else state
+
+
+def begin_state(config: configs.Config, make_state, target: states.TrainState, *model) -> states.TrainState:
+  """The first state, in the places of `target`; of the model given, which is donated, or of a new one."""
+  if config.train.offload_optimizer != 'disk':
+    return jax.jit(make_state, donate_argnums=range(len(model)))(*model)
+  bare = jax.jit(lambda *model: dataclasses.replace(make_state(*model), optimizer=None), donate_argnums=range(len(model)))
+  return spill.begin(config, bare(*model), target)
 
 
 def abstract_state(config: configs.Config, mesh: jax.sharding.Mesh) -> states.TrainState:
@@ -111,7 +137,7 @@ def abstract_state(config: configs.Config, mesh: jax.sharding.Mesh) -> states.Tr
   config = config.resolve(config.model.vocabulary)
   config.check_mesh(dict(mesh.shape))
   with jax.set_mesh(mesh):
-    return params.abstract(make_program(config)[0], mesh)
+    return make_target(config, make_program(config)[0], mesh, '.')
 
 
 def lower_step(config: configs.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, states.TrainState]:
@@ -251,6 +277,7 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
 
   # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
   make_state, train_step = make_program(config)
+  target = make_target(config, make_state, mesh, workdir)
   parameters = params.count(jax.eval_shape(make_state).model)
   flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, prepared.document_length)
   in_parts = context.in_parts(config.model.context, config.model.N, config.model.K)
@@ -269,15 +296,15 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     if ended:
       log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
     elif first:
-      state = checkpoints.restore(first, params.abstract(make_state, mesh))
+      state = checkpoints.restore(first, target)
       restore_order(batches, checkpoints.record(first)['data'], allow_change, log)
       log(f'going on from checkpoint {first}')
     elif begin:
       log(f'beginning with the parameters of {begin}')
       model = Checkpoints(begin, log=log).model(params.abstract(functools.partial(transformer.init, config.model, config.train.seed), mesh))
-      state = jax.jit(make_state, donate_argnums=0)(model)
+      state = begin_state(config, make_state, target, model)
     else:
-      state = jax.jit(make_state)()
+      state = begin_state(config, make_state, target)
 
   # 6. Steps, watched; a signal ends them after the one in flight.
   if not ended:

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from training.disk import OnDisk
+
 HOST_KINDS = ('pinned_host', 'unpinned_host')
 
 
@@ -20,24 +22,30 @@ class Memory:
     peak: arguments + outputs that take no argument's place + temporaries + code: what the compiler reserves.
     alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes), None where it gives none; the
       difference is lost between buffers of unequal sizes.
-    host: bytes in the host's memory for each chip.
+    host, disk: bytes in the host's memory and on its disk for each chip. (A run whose optimizer state is on disk has other programs
+      besides, which update a few layers and are smaller.)
   """
   parts: dict[str, int]
   peak: int
   alive: int | None
   host: int
+  disk: int = 0
 
   def share(self, available: float) -> float:
     """Of the memory that a chip has: above 1 it does not fit."""
     return self.peak / available
 
 
-def shard_bytes(tree: Any, host: bool = False) -> int:
-  """Bytes of one device's shards of abstract or concrete arrays with shardings; of those in the host's memory, or of the others."""
+def shard_bytes(tree: Any, where: str = 'device') -> int:
+  """Bytes of one device's shards of abstract or concrete arrays with shardings; of those on the 'device', its 'host' or 'disk'."""
+  def place(x):
+    if isinstance(x, OnDisk):
+      return 'disk'
+    return 'host' if getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS else 'device'
   total = 0
   for x in jax.tree.leaves(tree):
     shape = x.sharding.shard_shape(x.shape) if getattr(x, 'sharding', None) is not None else x.shape
-    if (getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS) == host:
+    if place(x) == where:
       total += math.prod(shape) * x.dtype.itemsize
   return total
 
@@ -52,13 +60,16 @@ def parts(compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients
   found = {name: shard_bytes(tree) for name, tree in arguments.items()}
   rest = stats.argument_size_in_bytes - sum(found.values())
   found['padding and other arguments'] = max(0, rest)
-  gradients = min(shard_bytes(gradients_of), stats.temp_size_in_bytes)
+  outputs, gradients = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes), shard_bytes(gradients_of)
+  returned = min(gradients, outputs)  # by a program that leaves the update to others
+  inside = min(gradients - returned, stats.temp_size_in_bytes)
   if gradients:
-    found['gradients'] = gradients
-  found['activations and workspace'] = stats.temp_size_in_bytes - gradients
-  found['outputs in new memory'] = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    found['gradients'] = returned + inside
+  found['activations and workspace'] = stats.temp_size_in_bytes - inside
+  found['outputs in new memory'] = outputs - returned
   found['code'] = stats.generated_code_size_in_bytes
-  peak = stats.argument_size_in_bytes + found['outputs in new memory'] + stats.temp_size_in_bytes + found['code']
+  peak = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + found['code']
   host = (stats.host_argument_size_in_bytes + max(0, stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes)
           + stats.host_temp_size_in_bytes)
-  return Memory(found, peak, getattr(stats, 'peak_memory_in_bytes', 0) or None, host)
+  disk = sum(shard_bytes(tree, 'disk') for tree in arguments.values())
+  return Memory(found, peak, getattr(stats, 'peak_memory_in_bytes', 0) or None, host, disk)

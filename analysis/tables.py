@@ -72,6 +72,8 @@ def _memory(console, plan):
       alive = plan.memory.alive
       table.add_row("alive at once, by the compiler's account", f'{alive / GB:.3f}', f'{alive / plan.available:.1%}')
     table.add_row("in the host's memory", f'{plan.memory.host / GB:.3f}', '')
+    if plan.memory.disk:
+      table.add_row('on disk', f'{plan.memory.disk / GB:.3f}', '')
   console.print(table)
 
 

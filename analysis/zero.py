@@ -68,7 +68,7 @@ def setting(model: ModelConfig, chips: int, *, zero: int = 3, offload: bool = Fa
   """The run of one cell of the table: one sequence a chip, remat='full'."""
   return Config(model=dataclasses.replace(model, remat='full', attention='blocked'),
                 data=DataConfig(sequence_length=model.max_length, batch_size=chips), mesh=MeshConfig(data=1, fsdp=chips, zero=zero),
-                optimizer=OptimizerConfig(name=optimizer), train=TrainConfig(offload_optimizer=offload))
+                optimizer=OptimizerConfig(name=optimizer), train=TrainConfig(offload_optimizer='host' if offload else ''))
 
 
 def measure(config: Config, chips: int) -> State:
@@ -88,7 +88,7 @@ def measure(config: Config, chips: int) -> State:
   parts = {'parameters': shard_bytes(state.model), 'optimizer': shard_bytes(state.optimizer), 'gradients': shard_bytes(gradients),
            'whole weights': whole if config.mesh.zero < 3 else 0, 'whole gradients': whole if config.mesh.zero == 1 else 0,
            'activations': kept}
-  return State(parts, shard_bytes(state.optimizer, host=True), params.count(model))
+  return State(parts, shard_bytes(state.optimizer, 'host'), params.count(model))
 
 
 def formula(config: Config, chips: int, parameters: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
 from model.params import gathered, joined, param, use
 from parallel import axes as ax
-from parallel import pipeline, remat
+from parallel import offload, pipeline, remat
 
 
 class Output(NamedTuple):
@@ -119,8 +119,10 @@ class Stack(nnx.Module):
   def scan(self, blocks, x, view, slots):
     """Periods of blocks, one after another: the new x, the slots written, and what each place of the period reports."""
     # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again. With `x`
-    # it keeps jax from gathering all layers of a stage before the loop over ticks.
+    # it keeps jax from gathering all layers of a stage before the loop over ticks. What lies in the host's memory comes to the device
+    # here, forward and backward.
     def one(block, x, slots):
+      block = offload.to_device(block)
       block, x = jax.lax.optimization_barrier((block, x)) if pipeline.inside() else (jax.lax.optimization_barrier(block), x)
       return block(x, view, slots)
     run = remat.remat(one, self.remat)

@@ -68,7 +68,8 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
   """The six-axis mesh over `devices` (default: all; those of a topology description will do).
 
   Neighbours along an axis are neighbours in the network of a slice, the later axes first; slices are `data`'s or `stage`'s to
-  cross. `axis_type=Auto` is for the twin that explicit axes are compared with (benchmarks/explicit.py). Raises ValueError where the sizes do not fit the devices.
+  cross. `axis_type=Auto` is for the twin that explicit axes are compared with (benchmarks/explicit.py). Raises ValueError where the
+  sizes do not fit the devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = config.resolve(len(devices))

@@ -1,6 +1,7 @@
 """What survives a crash? Checkpoints that are complete and unharmed, or are not used.
 
-    checkpoints/00000100/       arrays of the train state, written by orbax in the background
+    checkpoints/00000100/       arrays of the train state, written by orbax in the background; below spilled/ those that lie on disk
+                                (training.disk), copied from there a few layers at a time while the run waits
     checkpoints/00000100.json   the record: written last, so that without it the directory does not count; holds the data
                                 loader's state, the validation loss, size and digest of every file, and its own digest
 
@@ -22,9 +23,12 @@ import jax.numpy as jnp
 import files
 from model.params import named_leaves
 from parallel import hosts
+from training import disk
 
 # Orbax warns at every save that it merges no OCDBT files, which it was told not to write.
 logging.getLogger('absl').addFilter(lambda record: not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT'))
+
+SPILLED = 'spilled'
 
 
 class Checkpoints:
@@ -55,6 +59,9 @@ class Checkpoints:
     # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes twice the time.
     self._orbax = self._orbax or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
     leaves = named_leaves(state)
+    shapes = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
+    spilled = {name: x for name, x in leaves.items() if isinstance(x, disk.OnDisk)}
+    leaves = {name: x for name, x in leaves.items() if name not in spilled}
     if donated and jax.default_backend() == 'cpu':
       # A host copy of a CPU array is a view of it; what is written must not hang on donation sparing viewed buffers.
       leaves = {name: jnp.copy(x) for name, x in leaves.items()}
@@ -62,9 +69,15 @@ class Checkpoints:
     if jax.process_index() == 0:
       self._remove(step)
       path.parent.mkdir(parents=True, exist_ok=True)
+      for name, x in spilled.items():
+        disk.reserve(_aside(path) / name, x)
     hosts.barrier(f'checkpoint {step} may be written')
     record = {'step': step, 'validation_loss': validation_loss, 'data': data, 'progress': progress,
-              'leaves': {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}}
+              'leaves': shapes, 'spilled': [*spilled]}
+    for name, x in spilled.items():  # the next step changes them
+      x.export(_aside(path) / name)
+    if spilled:
+      hosts.barrier(f'checkpoint {step} holds what was on disk')
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), leaves)
     self._orbax.save(path, args=ocp.args.PyTreeSave(leaves, save_args=pieces))
     self._writing = self._writer.submit(self._commit, step, record)
@@ -148,7 +161,7 @@ class Checkpoints:
     """
     import orbax.checkpoint as ocp
     saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()}
-    wanted = named_leaves(target, only)
+    wanted, spilled = named_leaves(target, only), {*self.record(step).get('spilled', ())}
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
     wrong = [f'{name}: not in the checkpoint' for name in wanted if name not in scope]
     wrong += [f'{name}: in the checkpoint only' for name in scope if name not in wanted]
@@ -156,10 +169,19 @@ class Checkpoints:
               for name, x in wanted.items() if name in scope and scope[name] != (tuple(x.shape), str(x.dtype))]
     if wrong:
       raise ValueError(f'checkpoint {step} in {self.directory} does not fit the config:\n  ' + '\n  '.join(wrong))
-    request = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}
+    path, leaves = self._path(step), {}
+    for name in spilled & {*wanted}:
+      where, x = path / SPILLED / name, wanted[name]
+      leaves[name] = x.load(where) if isinstance(x, disk.OnDisk) else disk.stored(where, x)
+    # What goes to disk is read one by one, the rest together.
+    alone = [name for name, x in wanted.items() if isinstance(x, disk.OnDisk) and name not in spilled]
     with ocp.PyTreeCheckpointer() as reader:
-      arguments = ocp.checkpoint_utils.construct_restore_args(request)
-      leaves = reader.restore(self._path(step), args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+      for names_ in ([name for name in wanted if name not in spilled and name not in alone], *([name] for name in alone)):
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        request = {name: like(wanted[name]) if name in names_ else ocp.PLACEHOLDER for name in saved if name not in spilled}
+        arguments = ocp.checkpoint_utils.construct_restore_args(request)
+        read = reader.restore(path, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+        leaves |= {name: wanted[name].filled(read[name]) if name in alone else read[name] for name in names_}
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
   def model(self, target, step: int | None = None):
@@ -176,6 +198,8 @@ class Checkpoints:
 
   def _seal_and_tidy(self, step: int, record: dict) -> None:
     path = self._path(step)
+    if record['spilled']:
+      _aside(path).rename(path / SPILLED)
     record['files'] = {str(p.relative_to(path)): [p.stat().st_size, _digest(p)] for p in sorted(path.rglob('*')) if p.is_file()}
     files.replace(path.with_suffix('.json'), json.dumps(_seal(record)))
     # Later steps are of a past that was gone back from, because its checkpoints were damaged.
@@ -189,8 +213,9 @@ class Checkpoints:
 
   def _remove(self, step: int) -> None:
     self._path(step).with_suffix('.json').unlink(missing_ok=True)  # first: what has no record does not count
-    if self._path(step).exists():
-      shutil.rmtree(self._path(step))
+    for path in (self._path(step), _aside(self._path(step))):
+      if path.exists():
+        shutil.rmtree(path)
 
   def _unfinished(self) -> list[pathlib.Path]:
     """Directories without a record."""
@@ -199,6 +224,11 @@ class Checkpoints:
 
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'
+
+
+def _aside(path: pathlib.Path) -> pathlib.Path:
+  """Where files of a checkpoint are until orbax has made its directory."""
+  return path.with_suffix('.' + SPILLED)
 
 
 def _seal(record: dict) -> dict:

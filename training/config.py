@@ -37,7 +37,11 @@ class TrainConfig:
   Attributes:
     steps: optimizer updates in all. seed: of the initial parameters.
     accumulation: microbatches of a step; exactly equal to one big batch.
-    offload_optimizer: keeps the optimizer's state in the host's memory between steps (parallel.offload).
+    offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host' in the host's memory
+      (parallel.offload), 'disk' in files without a name (training.spill). It may change when a run goes on.
+    spill_dir: on the disk for 'disk', best a local one; default: the run's directory.
+    offload_parameters: keeps the matrices of stacked layers, and their gradients, in the host's memory; layers are on the device one at
+      a time. Needs remat='full' or 'dots', accumulation=1, zero=3, no stages.
     z_loss: weight of log(Z)^2 in the loss.
     log_every, eval_every, save_every: in steps; eval_every=0 evaluates only at the end.
     eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always does).
@@ -49,7 +53,9 @@ class TrainConfig:
   steps: int = 200
   seed: int = 0
   accumulation: int = 1
-  offload_optimizer: bool = False
+  offload_optimizer: str = ''
+  offload_parameters: bool = False
+  spill_dir: str = ''
   z_loss: float = 0.0
   log_every: int = 10
   eval_every: int = 0
@@ -66,6 +72,10 @@ class TrainConfig:
         raise ValueError(f'train.{field}={getattr(self, field)} must be at least {least}, and finite')
     if self.seed >= 2**32:
       raise ValueError(f'train.seed={self.seed} must be below 2**32, of which jax.random.key keeps no more bits')
+    names.check('train.offload_optimizer', self.offload_optimizer, ('', 'host', 'disk'))
+    if self.spill_dir and self.offload_optimizer != 'disk':
+      raise ValueError(f"train.spill_dir={self.spill_dir!r} would not be read: train.offload_optimizer={self.offload_optimizer!r} is not "
+                       "'disk'; leave it empty")
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
     if self.patience and not self.eval_every:
       raise ValueError(f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set train.eval_every')
@@ -97,7 +107,24 @@ class Config:
     if self.model.moe.balance_loss and self.model.moe.balance_over == 'batch' and self.train.accumulation > 1:
       raise ValueError(f"model.moe.balance_over='batch' looks at a microbatch when train.accumulation={self.train.accumulation}: parts "
                        "would not add up to the whole; use balance_over='sequence', or no accumulation")
+    if self.train.offload_parameters:
+      self._check_offload()
     make_schedule(self.optimizer, self.train.steps)  # raises where warm-up and decay do not fit into the run
+
+  def _check_offload(self):
+    """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would come to the device all at once."""
+    if self.model.remat == 'none':
+      raise ValueError("train.offload_parameters with model.remat='none' would keep on the device the weights of all layers, for the "
+                       "backward pass; use model.remat='full' or 'dots'")
+    if self.model.remat == 'sqrt':
+      raise NotImplementedError("train.offload_parameters with model.remat='sqrt', whose groups of layers are a reshape that the compiler "
+                                "for TPUs does not do in the host's memory; use model.remat='full'")
+    if self.train.accumulation > 1:
+      raise NotImplementedError(f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler for TPUs fails '
+                                'on sums of gradients in the host\'s memory; use accumulation=1 and more chips')
+    if self.mesh.zero != 3:
+      raise ValueError(f'train.offload_parameters with mesh.zero={self.mesh.zero}, which holds the weights of all layers on every device; '
+                       'use mesh.zero=3')
 
   def resolve(self, vocabulary: int) -> 'Config':
     """With the model's open sizes filled in from the data: vocabulary of the tokenizer, longest sequence.
@@ -121,6 +148,9 @@ class Config:
                        f'x expert {sizes["expert"]}); make the batch a multiple')
     m, embed, tensor, stages = self.model, ('fsdp', 'expert', 'context'), sizes['tensor'], sizes['stage']
     m.check_stages(stages)
+    if stages > 1 and self.train.offload_parameters:
+      raise NotImplementedError(f'train.offload_parameters brings layers to the device one by one, a stage of a pipeline holds its own all '
+                                f'the time: mesh.stage={stages}; use fsdp')
     if stages > 1 and micro % (rows * m.pipeline.count(stages)):
       raise ValueError(f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
                        f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '

@@ -133,7 +133,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, schedule], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, specs) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, specs, whole: bool = True) -> optax.GradientTransformation:
   """The transformation from (clipped) gradients to updates; clipping itself is `clip`, in the train step.
 
   Args:
@@ -141,6 +141,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, specs) -> optax.Gradient
     specs: the parameters' tree (or a prefix of it) with a description at each parameter: an object with `axes` (logical
       axis names, 'layers' first where blocks are stacked), `kind` ('matrix', 'embedding', 'vector') and `inputs` (the
       number of axes, after layers and experts, that a matrix contracts over).
+    whole: whether these are all parameters of the model, not a part of them (see training.update).
   Raises ValueError for a description that makes no sense, and when 'muon' finds no matrix to work on.
   """
   for path, spec in jax.tree_util.tree_leaves_with_path(specs):
@@ -148,7 +149,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, specs) -> optax.Gradient
   # As a function, because optax would call a tree that is itself a callable module.
   decayed = lambda _: jax.tree.map(lambda spec: spec.kind != 'vector', specs)
   return optax.chain(
-      _rescaling(config, specs),
+      _rescaling(config, specs, whole),
       optax.add_decayed_weights(config.weight_decay, mask=decayed),
       optax.scale_by_learning_rate(make_schedule(config, steps)))
 
@@ -262,7 +263,7 @@ def _check_spec(path: str, spec) -> None:
                      f'at most {matrix_axes - 1} of them')
 
 
-def _rescaling(config: OptimizerConfig, specs) -> optax.GradientTransformation:
+def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTransformation:
   """What makes the optimizer itself: gradients to updates at learning rate 1, before decay."""
   s = config.settings()
   if config.name == 'adamw':
@@ -277,7 +278,7 @@ def _rescaling(config: OptimizerConfig, specs) -> optax.GradientTransformation:
   if config.name == 'sgd':
     return optax.trace(s['momentum'])
   groups = jax.tree.map(lambda spec: 'muon' if _is_hidden_matrix(spec) else 'adamw', specs)
-  if 'muon' not in jax.tree.leaves(groups):
+  if whole and 'muon' not in jax.tree.leaves(groups):
     raise ValueError("optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use 'adamw'")
   return optax.partition({
       'muon': scale_by_muon(s['momentum'], specs),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from model import transformer
+from model import params, transformer
 from parallel import offload
 from training import precision
 
@@ -19,8 +19,9 @@ class TrainState:
 
   Attributes:
     step: [] int32, updates that were tried (skipped ones count).
-    model: the parameters. optimizer: the state of the optax transformation, sharded as the parameters are; in the host's memory
-      with train.offload_optimizer.
+    model: the parameters; with train.offload_parameters the matrices of stacked layers in the host's memory.
+    optimizer: the state of the optax transformation, sharded as the parameters are; in the host's memory with
+      train.offload_optimizer='host'.
     scale: precision.LossScale; constant 1 unless the compute dtype is float16.
     key: [2] uint32, data of the run's random key; what a step draws, it draws from this folded with `step`.
   """
@@ -36,5 +37,8 @@ def init(config, optimizer: optax.GradientTransformation, model: transformer.Dec
   model = transformer.init(config.model, config.train.seed) if model is None else model
   key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1))
   state = optimizer.init(model)
-  state = offload.to_host(state) if config.train.offload_optimizer else state
+  state = offload.to_host(state) if config.train.offload_optimizer == 'host' else state
+  if config.train.offload_parameters:
+    away = lambda spec, p: offload.to_host(p) if spec.kind == 'matrix' and spec.axes[0] == 'layers' else p
+    model = jax.tree.map(away, params.specs(model), model)
   return TrainState(jnp.int32(0), model, state, precision.init_loss_scale(config.model.dtype), key)

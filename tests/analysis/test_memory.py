@@ -45,6 +45,6 @@ def test_what_is_on_the_host_is_told_apart(topology):
   here, there = (NamedSharding(mesh, P(), memory_kind=kind) for kind in ('device', 'pinned_host'))
   x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=there)
   compiled = jax.jit(lambda x: jax.device_put(x, here) * 2).lower(x).compile()
-  assert memory.shard_bytes(x) == 0 and memory.shard_bytes(x, host=True) == 2**22
+  assert memory.shard_bytes(x) == 0 and memory.shard_bytes(x, 'host') == 2**22
   got = memory.parts(compiled, {'x': x})
   assert got.host >= 2**22 and got.parts['outputs in new memory'] == 2**22

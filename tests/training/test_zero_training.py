@@ -90,11 +90,11 @@ def test_gradients_are_split_where_they_arise():
 
 
 def test_optimizer_state_in_the_hosts_memory():
-  _, state = check(setting({'data': 2, 'fsdp': 4}, offload_optimizer=True), setting({'data': 1}))
+  _, state = check(setting({'data': 2, 'fsdp': 4}, offload_optimizer='host'), setting({'data': 1}))
   arrays = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
   assert arrays and all(x.sharding.memory_kind == 'pinned_host' for x in arrays)
   assert all(x.sharding.memory_kind == 'device' for x in jax.tree.leaves(state.model))
-  config = setting({'data': 2, 'fsdp': 4}, offload_optimizer=True)
+  config = setting({'data': 2, 'fsdp': 4}, offload_optimizer='host')
   with jax.set_mesh(make_mesh(config.mesh)):
     optimizer = make_optimizer(config.optimizer, 200, params.specs(state.model))
     target = params.abstract(functools.partial(states.init, config, optimizer), jax.sharding.get_mesh())
