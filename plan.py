@@ -26,6 +26,7 @@ from analysis import aot, candidates, flops as counts, hardware, memory, rooflin
 from analysis.hlo import Module
 from decode.generator import CHUNK, generating
 from objectives.pretrain import check_model
+from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
 
@@ -170,8 +171,11 @@ def _lower(config, mesh, mode, rows, context):
     return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
   if rows < 1 or context < 1:
     raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
-  if rows % (mesh.shape['data'] * mesh.shape['fsdp']):
-    raise ValueError(f'--batch={rows} does not split over mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; make it a multiple')
+  with jax.set_mesh(mesh):
+    over, parts = axes.mesh_axes('batch'), axes.size('batch')
+  if rows % parts:
+    raise ValueError(f'--batch={rows} does not split over ' + ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in over) +
+                     f'; make it a multiple of {parts}')
   if not config.model.vocabulary:
     raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
   model = generating(config.model)
