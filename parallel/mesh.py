@@ -23,7 +23,8 @@ class MeshConfig:
   Attributes:
     zero: what `fsdp` splits while a step computes (ZeRO, arXiv:1910.02054, section 5): 1 the optimizer's state and the parameters it
       updates, 2 gradients too, 3 also the weights that layers compute with. Between steps all are split. With 3 a layer gathers its
-      weights forward and again backward; with 1 and 2 they are gathered once a step, and are whole, in the compute dtype, while it lasts.
+      weights forward and again backward. With 2 they are gathered once a step, with 1 once a microbatch (train.accumulation), and are
+      whole, in the compute dtype, while that lasts.
 
   Raises ValueError for a size below 1 (except one -1), NotImplementedError for splits that do not work together.
   """
