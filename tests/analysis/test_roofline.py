@@ -102,7 +102,6 @@ def test_a_transfer_that_a_loop_carries_ends_behind_it(topology):
     roofline.predict(CARRIED.replace('get-tuple-element(%loop), index=1', 'get-tuple-element(%loop), index=0'), mesh, chip)
 
 
-
 def test_attention_kernels_are_known_by_their_names(topology):
   """jax's splash declares nothing: forward two products over half of T x S pairs, for the keys four, for the queries three."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel, splash_attention_mask as masks
