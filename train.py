@@ -141,7 +141,8 @@ def make_evaluate(config: configs.Config, prepared, put):
     for i, batch in enumerate(loader.validation_batches(prepared, config.data, put.rows)):
       if batches and i == batches:
         break
-      sums = eval_step(model, put(batch), sums)
+      before, sums = sums, eval_step(model, put(batch), sums)
+      jax.block_until_ready(before)  # one batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good
     nll, tokens = (float(sums[name]) for name in ('nll', 'tokens'))
     # Bytes of the tokens read: exact for all of them, in proportion for a part.
     bytes_read = prepared.validation_bytes * tokens / prepared.report['packing']['validation']['pairs']
