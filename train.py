@@ -233,8 +233,10 @@ def mendable():
     sys.exit(f'error: {error}')
 
 
-def main(_):
+def main(arguments):
   # 1. Config: what is asked for.
+  if arguments[1:]:
+    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in --config.train.steps=100')
   if CONFIG.value is None or not WORKDIR.value:
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)

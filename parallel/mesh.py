@@ -42,7 +42,8 @@ class MeshConfig:
       if size < 1 and size != -1:
         raise ValueError(f'mesh.{axis}={size} is not a size; give 1 or more, or -1 on one axis for the devices left')
     if sum(size == -1 for size in sizes.values()) > 1:
-      raise ValueError(f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left')
+      raise ValueError(f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left, give the others '
+                       'their size, as in --config.mesh.data=1')
     if self.zero not in (1, 2, 3):
       raise ValueError(f'mesh.zero={self.zero} must be 1, 2 or 3; for copies of everything use mesh.data instead of mesh.fsdp')
     if self.stage != 1 and self.zero != 3:

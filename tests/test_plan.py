@@ -231,6 +231,7 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
 
 @pytest.mark.parametrize('flags, words', [
     ((), 'give --config=configs/NAME.py and --topology=KIND:SHAPE'),
+    (('--topology=v5e:2x2', 'config.model.width=64'), "['config.model.width=64'] are no flags"),
     (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
     (('--topology=v5e:2x2', '--batch=8'), '--batch and --context are of prefill and decode'),
 ])
