@@ -26,7 +26,9 @@ TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only the most likely tokens of this ma
 SEED = flags.DEFINE_integer('seed', 0, 'Of the draws; the same seed gives the same text.', lower_bound=0)
 
 
-def main(_):
+def main(arguments):
+  if arguments[1:]:
+    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in --prompt="def main("')
   logging.set_verbosity(logging.WARNING)
   try:
     hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')

@@ -27,6 +27,7 @@ from analysis import aot, candidates, flops as counts, hardware, memory, rooflin
 from analysis.hlo import Module
 from decode.generator import CHUNK, generating
 from objectives.pretrain import check_model
+from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
 
@@ -172,11 +173,14 @@ def _lower(config, mesh, mode, rows, context):
     return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
   if rows < 1 or context < 1:
     raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
-  if rows % (mesh.shape['data'] * mesh.shape['fsdp']):
-    raise ValueError(f'--batch={rows} does not split over mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}; make it a multiple')
+  with jax.set_mesh(mesh):
+    over, parts = axes.mesh_axes('batch'), axes.size('batch')
+  if rows % parts:
+    raise ValueError(f'--batch={rows} does not split over ' + ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in over) +
+                     f'; make it a multiple of {parts}')
   if not config.model.vocabulary:
     raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
-  model = generating(config.model)
+  model = generating(config.resolve(config.model.vocabulary).model)
   if mode == 'prefill':
     return *aot.prefill(model, mesh, rows, context), rows * context, counts.prefill_flops(model, rows, context)
   return *aot.decode(model, mesh, rows, context), rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context)
@@ -235,10 +239,13 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
   return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
 
 
-def main(_):
+def main(arguments):
+  if arguments[1:]:
+    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in --config.train.steps=100')
   if train.CONFIG.value is None or not TOPOLOGY.value:
     raise app.UsageError('give --config=configs/NAME.py and --topology=KIND:SHAPE')
-  for flag in (train.WORKDIR, train.PROFILE, train.ALLOW_CHANGE):  # defined with train.py, whose --config this is
+  for flag in (train.WORKDIR, train.PROFILE, train.ALLOW_CHANGE, train.COORDINATOR, train.PROCESSES, train.PROCESS, train.STOPPED_CODE,
+               train.HEARTBEAT):  # defined with train.py, whose --config this is
     if flag.present:
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
   logging.set_verbosity(logging.WARNING)

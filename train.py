@@ -167,7 +167,8 @@ def make_evaluate(config: configs.Config, prepared, put):
     for i, batch in enumerate(loader.validation_batches(prepared, config.data, put.rows)):
       if batches and i == batches:
         break
-      sums = eval_step(model, put(batch), sums)
+      before, sums = sums, eval_step(model, put(batch), sums)
+      jax.block_until_ready(before)  # one batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good
     nll, tokens = (float(sums[name]) for name in ('nll', 'tokens'))
     # Bytes of the tokens read: exact for all of them, in proportion for a part.
     bytes_read = prepared.validation_bytes * tokens / prepared.report['packing']['validation']['pairs']
@@ -208,6 +209,29 @@ def train_steps(config, state, steps, progress, batches, put, train_step, evalua
   return '' if final else reason
 
 
+def beginning(config, workdir, checkpoints, make_state, target, batches, allow_change, log):
+  """The step that the run has reached, the state there (None where nothing is left to do), and its progress; `batches` go on from there."""
+  latest = checkpoints.latest()
+  first = latest or 0
+  progress = Progress.resume(checkpoints, first)
+  ended = progress.impatient(config.train.patience) or (f'train.steps={config.train.steps}' if first >= config.train.steps else '')
+  begin = workdir if latest == 0 else config.init  # checkpoint 0 is an imported model, without a state of training
+  if ended:
+    log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
+    state = None
+  elif first:
+    state = checkpoints.restore(first, target)
+    restore_order(batches, checkpoints.record(first)['data'], allow_change, log)
+    log(f'going on from checkpoint {first}')
+  elif begin:
+    log(f'beginning with the parameters of {begin}')
+    model = params.abstract(functools.partial(transformer.init, config.model, config.train.seed), jax.sharding.get_mesh())
+    state = begin_state(config, make_state, target, Checkpoints(begin, log=log).model(model))
+  else:
+    state = begin_state(config, make_state, target)
+  return first, state, progress
+
+
 def restore_order(batches: loader.Loader, position: dict, allow_change: bool, log) -> None:
   """Goes on in the data where `position` was taken; in other data, if that is allowed, from its beginning."""
   try:
@@ -235,8 +259,10 @@ def mendable():
     sys.exit(f'error: {error}')
 
 
-def main(_):
+def main(arguments):
   # 1. Config: what is asked for.
+  if arguments[1:]:
+    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in --config.train.steps=100')
   if CONFIG.value is None or not WORKDIR.value:
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)
@@ -288,30 +314,13 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
   with mendable():
-    latest = checkpoints.latest()
-    first = latest or 0
-    begin = workdir if latest == 0 else config.init  # checkpoint 0 is an imported model, without a state of training
-    progress = Progress.resume(checkpoints, first)
-    ended = progress.impatient(config.train.patience) or (f'train.steps={config.train.steps}' if first >= config.train.steps else '')
-    if ended:
-      log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
-    elif first:
-      state = checkpoints.restore(first, target)
-      restore_order(batches, checkpoints.record(first)['data'], allow_change, log)
-      log(f'going on from checkpoint {first}')
-    elif begin:
-      log(f'beginning with the parameters of {begin}')
-      model = Checkpoints(begin, log=log).model(params.abstract(functools.partial(transformer.init, config.model, config.train.seed), mesh))
-      state = begin_state(config, make_state, target, model)
-    else:
-      state = begin_state(config, make_state, target)
+    first, state, progress = beginning(config, workdir, checkpoints, make_state, target, batches, allow_change, log)
 
   # 6. Steps, watched; a signal ends them after the one in flight.
-  if not ended:
+  if state is not None:
     steps = range(first + 1, config.train.steps + 1)
     with mendable():
       window = ProfileWindow(profile, workdir / 'profile', steps)
-    with mendable():
       claim(workdir, config, prepared.tokenizer)
     watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
                      peak=hardware.peak(chip, config.model.dtype))

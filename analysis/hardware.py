@@ -53,48 +53,43 @@ class Chip:
   usable: float | None = None
 
 
-def _tpu(name, kinds, *, bfloat16, int8, hbm, bandwidth, ici, watts=None, cores=1, devices=1, clock, torus, wraps, network=None,
-         usable) -> Chip:
-  return Chip(name=name, kinds=kinds, bfloat16=bfloat16 * _TERA, float32=bfloat16 * _TERA, hbm_bytes=hbm * _GIB,
-              hbm_bandwidth=bandwidth * _GIGA, interconnect=ici * _GIGA, int8=int8 and int8 * _TERA, watts=watts,
-              cores=cores, devices=devices, clock=clock * _GIGA, torus=torus, wraps=wraps, network=network and network * _GIGA,
-              usable=usable * _GIB)
+def _chips(columns: dict[str, float], rows, same: dict[str, str]) -> tuple[Chip, ...]:
+  """A chip of each row: name, kinds, then a value of each column, in the unit given with it; None is none, or not published.
+
+  same: fields that are as another one is.
+  """
+  def one(name, kinds, *values):
+    found = {column: value and value * unit for (column, unit), value in zip(columns.items(), values, strict=True)}
+    return Chip(name=name, kinds=kinds, **found, **{field: found[other] for field, other in same.items()})
+  return tuple(one(*row) for row in rows)
 
 
-def _gpu(name, kinds, *, bfloat16, tf32, int8, hbm, bandwidth, nvlink, watts, network=None) -> Chip:
-  return Chip(name=name, kinds=kinds, bfloat16=bfloat16 * _TERA, float16=bfloat16 * _TERA, float32=tf32 * _TERA,
-              int8=int8 * _TERA, hbm_bytes=hbm * _GIGA, hbm_bandwidth=bandwidth * _GIGA, interconnect=nvlink * _GIGA,
-              watts=watts, network=network and network * _GIGA)
+_TPUS = _chips({
+    'bfloat16': _TERA, 'int8': _TERA, 'hbm_bytes': _GIB, 'usable': _GIB, 'hbm_bandwidth': _GIGA, 'interconnect': _GIGA, 'network': _GIGA,
+    'clock': _GIGA, 'torus': 1, 'wraps': 1, 'cores': 1, 'devices': 1, 'watts': 1}, [
+    # name, kinds                            bf16  int8  hbm  usable  hbm/s  ici/s  network  clock  torus  wraps  cores  devices  watts
+    ('TPU v4', ('TPU v4',),                   275,  275,  32,  30.75,  1200,   600,    None,  1.05,     3,     4,     2,       1,   192),
+    ('TPU v5e', ('TPU v5 lite', 'TPU v5e'),   197,  393,  16,  15.75,   819,   400,   3.125,  1.5,      2,    16,     1,       1,  None),
+    ('TPU v5p', ('TPU v5', 'TPU v5p'),        459,  918,  95,  95.73,  2765,  1200,    6.25,  1.75,     3,     4,     2,       1,  None),
+    ('TPU v6e', ('TPU v6 lite', 'TPU v6e'),   918, 1836,  32,  31.24,  1638,   800,    12.5,  1.75,     2,    16,     1,       1,  None),
+    ('TPU 7x', ('TPU7x',),                   2307, None, 192, 189.48,  7380,  1200,    None,  2.2,      3,     4,     2,       2,  None),
+], same={'float32': 'bfloat16'})
 
+_GPUS = _chips({
+    'bfloat16': _TERA, 'float32': _TERA, 'int8': _TERA, 'hbm_bytes': _GIGA, 'hbm_bandwidth': _GIGA, 'interconnect': _GIGA,
+    'network': _GIGA, 'watts': 1}, [
+    # name, kinds                                    bf16   tf32    int8  hbm  hbm/s  nvlink/s  network  watts
+    ('A100 40GB SXM', ('NVIDIA A100-SXM4-40GB',),   312,   156,    624,    40,  1555,      600,    None,   400),
+    ('A100 40GB PCIe', ('NVIDIA A100-PCIE-40GB',),  312,   156,    624,    40,  1555,      600,    None,   250),
+    ('A100 80GB SXM', ('NVIDIA A100-SXM4-80GB',),   312,   156,    624,    80,  2039,      600,    None,   400),
+    ('A100 80GB PCIe', ('NVIDIA A100 80GB PCIe',),  312,   156,    624,    80,  1935,      600,    None,   300),
+    ('H100 SXM', ('NVIDIA H100 80GB HBM3',),        989.4, 494.7, 1978.9,  80,  3350,      900,      50,   700),
+    ('H100 PCIe', ('NVIDIA H100 PCIe',),            756,   378,   1513,    80,  2000,      600,    None,   350),
+    ('H200 SXM', ('NVIDIA H200',),                  989.4, 494.7, 1978.9, 141,  4800,      900,    None,   700),
+    ('B200', ('NVIDIA B200',),                     2250,  1100,   4500,   180,  8000,     1800,    None,  1000),
+], same={'float16': 'bfloat16'})
 
-CHIPS = (
-    _tpu('TPU v4', ('TPU v4',), bfloat16=275, int8=275, hbm=32, bandwidth=1200, ici=600, watts=192, cores=2,
-         clock=1.05, torus=3, wraps=4, usable=30.75),
-    _tpu('TPU v5e', ('TPU v5 lite', 'TPU v5e'), bfloat16=197, int8=393, hbm=16, bandwidth=819, ici=400,
-         clock=1.5, torus=2, wraps=16, network=3.125, usable=15.75),
-    _tpu('TPU v5p', ('TPU v5', 'TPU v5p'), bfloat16=459, int8=918, hbm=95, bandwidth=2765, ici=1200, cores=2,
-         clock=1.75, torus=3, wraps=4, network=6.25, usable=95.73),
-    _tpu('TPU v6e', ('TPU v6 lite', 'TPU v6e'), bfloat16=918, int8=1836, hbm=32, bandwidth=1638, ici=800,
-         clock=1.75, torus=2, wraps=16, network=12.5, usable=31.24),
-    _tpu('TPU 7x', ('TPU7x',), bfloat16=2307, int8=None, hbm=192, bandwidth=7380, ici=1200, cores=2, devices=2,
-         clock=2.2, torus=3, wraps=4, usable=2 * 94.74),
-    _gpu('A100 40GB SXM', ('NVIDIA A100-SXM4-40GB',), bfloat16=312, tf32=156, int8=624, hbm=40, bandwidth=1555,
-         nvlink=600, watts=400),
-    _gpu('A100 40GB PCIe', ('NVIDIA A100-PCIE-40GB',), bfloat16=312, tf32=156, int8=624, hbm=40, bandwidth=1555,
-         nvlink=600, watts=250),
-    _gpu('A100 80GB SXM', ('NVIDIA A100-SXM4-80GB',), bfloat16=312, tf32=156, int8=624, hbm=80, bandwidth=2039,
-         nvlink=600, watts=400),
-    _gpu('A100 80GB PCIe', ('NVIDIA A100 80GB PCIe',), bfloat16=312, tf32=156, int8=624, hbm=80, bandwidth=1935,
-         nvlink=600, watts=300),
-    _gpu('H100 SXM', ('NVIDIA H100 80GB HBM3',), bfloat16=989.4, tf32=494.7, int8=1978.9, hbm=80, bandwidth=3350,
-         nvlink=900, watts=700, network=50),
-    _gpu('H100 PCIe', ('NVIDIA H100 PCIe',), bfloat16=756, tf32=378, int8=1513, hbm=80, bandwidth=2000, nvlink=600,
-         watts=350),
-    _gpu('H200 SXM', ('NVIDIA H200',), bfloat16=989.4, tf32=494.7, int8=1978.9, hbm=141, bandwidth=4800, nvlink=900,
-         watts=700),
-    _gpu('B200', ('NVIDIA B200',), bfloat16=2250, tf32=1100, int8=4500, hbm=180, bandwidth=8000, nvlink=1800,
-         watts=1000),
-)
+CHIPS = _TPUS + _GPUS
 _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.kinds}
 
 

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from parallel.experts import ROUNDS
+
 HOST, VMEM = 5, 1  # memory spaces that a layout names: S(5), S(1); none is the device's main memory
 UNKNOWN_CYCLES = 2**62  # the compiler writes the largest integer where it has no estimate
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id', 'replica-id',
@@ -38,6 +40,12 @@ class Instruction:
   def free(self) -> bool:
     """Whether it names or regroups values and does no work."""
     return self.opcode in _FREE
+
+  @property
+  def index(self) -> int | None:
+    """Of a get-tuple-element its place in the tuple."""
+    found = re.search(r'\bindex=(\d+)', self.attributes)
+    return int(found[1]) if found else None
 
   @property
   def scope(self) -> str:
@@ -182,11 +190,17 @@ class Module:
     taps = math.prod(_taps(i.attributes, int(axis), left[labels[1].index(axis)], out[axis]) for axis in labels[3] if axis.isdigit())
     return 2 * out['b'] * out['f'] * right[labels[2].index('i')] * taps
 
-  def trips(self, computation: str, loop: Instruction) -> int:
-    """How often a `while` of `computation` runs its body: as the compiler says, or by running its counter.
+  def routed(self, loop: Instruction) -> bool:
+    """Whether a `while` runs for as long as the routing of experts asks for; once, if that is balanced (parallel.experts.Rounds)."""
+    return bool(re.search(rf'\b{ROUNDS}\)*/while$', loop.scope))
 
-    Raises ValueError where neither tells.
+  def trips(self, computation: str, loop: Instruction) -> int:
+    """How often a `while` of `computation` runs its body: as the compiler says, or by running its counter; 1 if it is `routed`.
+
+    Raises ValueError where none of these tells.
     """
+    if self.routed(loop):
+      return 1
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
       return int(known[1])
     return self._count(computation, loop.name)
@@ -217,7 +231,7 @@ class Module:
       text = i.arguments.strip()
       return {'true': 1, 'false': 0}.get(text, int(text) if re.fullmatch(r'-?\d+', text) else None)
     if i.opcode == 'get-tuple-element':
-      return ask(i.operands[0], (int(re.search(r'index=(\d+)', i.attributes)[1]), *path))
+      return ask(i.operands[0], (i.index, *path))
     if i.opcode == 'tuple':
       return ask(i.operands[path[0]], path[1:]) if path else None
     if i.opcode == 'parameter':

@@ -174,6 +174,8 @@ class _Walk:
     """Of a loop, a conditional or a call: the seconds of what it runs."""
     if i.opcode == 'while':
       trips = self.module.trips(computation, i)
+      if self.module.routed(i):
+        self.assumptions['experts were taken to be balanced: their devices exchange rows in one round'] += 1
       return _times(self.run(self.module.body(i)), trips)
     if i.opcode == 'conditional':
       self.assumptions['a conditional was taken to run its dearest branch'] += 1
@@ -194,14 +196,15 @@ class _Walk:
     return moved / (self.memory * (1 if self.tpu else EFFICIENCY['memory']))
 
   def _origin(self, computation, done, pending):
-    """The start that a done waits for: its operands, followed back."""
-    name = done.operands[0]
-    while name not in pending:
-      i = self.module[computation, name]
+    """The start that a done waits for: its operands, followed back; a loop may carry them in its tuple."""
+    i, place = done, 0
+    while i.name not in pending:
       if not i.operands:
         raise ValueError(f'{done.name} in {computation} ends nothing that was started there')
-      name = i.operands[0]
-    return name
+      carried = place if i.opcode == 'tuple' else 0
+      place = {'get-tuple-element': i.index, 'while': place}.get(i.opcode, 0)
+      i = self.module[computation, i.operands[carried]]
+    return i.name
 
   def _cost(self, computation, i):
     moved = traffic(self.module, computation, i)

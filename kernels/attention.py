@@ -31,6 +31,8 @@ HONOURS = {
 }
 ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('xla', 'blocked', 'reference'), 'tpu': ('splash', 'xla', 'blocked', 'reference')}
 NAMES_ITS_OWN = ('splash',)  # what their backward pass keeps has the name that remat policies know
+# Precisions that Mosaic has, and whether they are of f32 operands only: of bfloat16 it has one pass, of float16 nothing at all.
+SPLASH_PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True, 'float32': True}
 LANES = 128  # of a TPU's registers; a kernel's blocks are multiples
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
 
@@ -172,6 +174,12 @@ def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
 
 def splash(q, k, v, mask, *, softcap, sinks, relative, scale):
   """jax's Pallas flash attention, each device on its own rows and heads; queries and keys are padded to whole blocks."""
+  precision, dtype = jax.config.jax_default_matmul_precision, v.dtype
+  if precision not in SPLASH_PRECISIONS:
+    raise NotImplementedError(f'backend splash has no products of jax_default_matmul_precision={precision!r}; use one of '
+                              f"{list(SPLASH_PRECISIONS)}, or model.attention='xla'")
+  if SPLASH_PRECISIONS[precision] or dtype == jnp.float16:  # f32 holds both narrow types exactly
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   B, T, N, _ = q.shape
@@ -205,7 +213,7 @@ def splash(q, k, v, mask, *, softcap, sinks, relative, scale):
   if mask.query_segments is not mask.key_segments:  # a query that sees no key is given a mean of values
     out = jnp.where(mask.allowed(T, S).any(-1)[..., None, None], out, 0)
   _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)  # as of xla
-  return out, lse
+  return out.astype(dtype), lse
 
 
 def _padded(length):

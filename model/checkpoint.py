@@ -393,7 +393,9 @@ def main(arguments: list[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   try:
     options.run(options)
-  except (ValueError, NotImplementedError, OSError, re.error) as error:
+  except re.error as error:
+    sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')
+  except (ValueError, NotImplementedError, OSError) as error:
     sys.exit(f'error: {error}')
 
 

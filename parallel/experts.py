@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+ROUNDS = 'rounds'  # scope in a program of a loop whose end the routing decides
+
 
 def to_experts(slots: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Slots [P * E, C, D] of all experts, filled here, become those of the experts that are here, filled everywhere: [E, P * C, D]."""
@@ -110,7 +112,10 @@ in_rounds.defvjp(_forward, _backward)
 
 
 def _repeat(rounds, one, start):
-  return one(0, start) if rounds.count is None else jax.lax.fori_loop(0, rounds.count, one, start)
+  if rounds.count is None:
+    return one(0, start)
+  with jax.named_scope(ROUNDS):
+    return jax.lax.fori_loop(0, rounds.count, one, start)
 
 
 def _sent(exchange, rounds, i, x, gates):

@@ -23,8 +23,8 @@ class MeshConfig:
   Attributes:
     zero: what `fsdp` splits while a step computes (ZeRO, arXiv:1910.02054, section 5): 1 the optimizer's state and the parameters it
       updates, 2 gradients too, 3 also the weights that layers compute with. Between steps all are split. With 3 a layer gathers its
-      weights forward and again backward (in a pipeline, for every microbatch); with 1 and 2 they are gathered once a step, and are whole,
-      in the compute dtype, while it lasts.
+      weights forward and again backward (in a pipeline, for every microbatch). With 2 they are gathered once a step, with 1 once a
+      microbatch (train.accumulation), and are whole, in the compute dtype, while that lasts.
 
   Raises ValueError for a size below 1 (except one -1), and for another `zero`.
   """
@@ -42,7 +42,8 @@ class MeshConfig:
       if size < 1 and size != -1:
         raise ValueError(f'mesh.{axis}={size} is not a size; give 1 or more, or -1 on one axis for the devices left')
     if sum(size == -1 for size in sizes.values()) > 1:
-      raise ValueError(f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left')
+      raise ValueError(f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left, give the others '
+                       'their size, as in --config.mesh.data=1')
     if self.zero not in (1, 2, 3):
       raise ValueError(f'mesh.zero={self.zero} must be 1, 2 or 3; for copies of everything use mesh.data instead of mesh.fsdp')
 

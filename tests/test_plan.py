@@ -181,13 +181,21 @@ def test_prefill_reads_every_prompt():
 @pytest.mark.parametrize('options, words', [
     ({'mode': 'dekode'}, "mode='dekode' is unknown; did you mean 'decode'"),
     ({'mode': 'decode'}, '--mode=decode needs --batch=0 and --context=0 to be at least 1'),
-    ({'mode': 'decode', 'rows': 3, 'context': 8}, '--batch=3 does not split over mesh data 1 x fsdp 2'),
+    ({'mode': 'decode', 'rows': 3, 'context': 8}, r'--batch=3 does not split over mesh\.fsdp=2; make it a multiple of 2'),
     ({'mode': 'decode', 'rows': 4, 'context': 128}, 'a cache of 128 tokens passes model.max_length=64'),
 ])
 def test_what_cannot_run_raises(options, words, monkeypatch):
   monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
   with pytest.raises(ValueError, match=words):
     plan.make_plan(dataclasses.replace(SMALL, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), jax.devices()[:4], **options)
+
+
+def test_rows_that_do_not_split_over_the_experts_devices_raise(monkeypatch):
+  """Of a mesh all of whose axes that hold rows count."""
+  monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
+  config = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=2, expert=2))
+  with pytest.raises(ValueError, match=r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; make it a multiple of 8'):
+    plan.make_plan(config, jax.devices(), mode='prefill', rows=4, context=8)
 
 
 def test_an_open_vocabulary_and_unknown_hardware_raise():
@@ -239,6 +247,7 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
 
 @pytest.mark.parametrize('flags, words', [
     ((), 'give --config=configs/NAME.py and --topology=KIND:SHAPE'),
+    (('--topology=v5e:2x2', 'config.model.width=64'), "['config.model.width=64'] are no flags"),
     (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
     (('--topology=v5e:2x2', '--batch=8'), '--batch and --context are of prefill and decode'),
 ])

@@ -262,6 +262,9 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
   """Loads a config file; flags override a mutable copy of its frozen Config (lists can be indexed: sources[0].path)."""
 
   def parse(self, path):
+    file = path.split(':')[0]
+    if not os.path.isfile(file):  # which the library would tell only who reads a field
+      names.check('config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py')))
     config = super().parse(path)
     if not isinstance(config, Config):
       raise ValueError(f'get_config() of {path} returned {type(config).__name__}; it must return a training.config.Config')

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from analysis import flops, hlo
+from parallel import axes as ax
+from parallel import experts
+from parallel.mesh import MeshConfig, make_mesh
 
 
 def program(function, *shapes, dtype='float32'):
@@ -41,6 +44,25 @@ def test_a_loop_that_does_not_tell_raises():
   text = program(lambda x: jax.lax.while_loop(lambda x: jnp.sum(x) < 1e3, lambda x: x @ x, x), (8, 8))
   with pytest.raises(ValueError, match='no trip count is to be found of while'):
     hlo.Module(text).flops()
+
+
+def test_rounds_of_an_exchange_count_once():
+  """A product forward, two backward, whatever the routing that decides about the loop."""
+  P, E, D, n, k, C = 4, 2, 8, 6, 2, 2
+
+  def run(x, weights, expert):
+    exchange = experts.Exchange(('expert',), E, C)
+    function = lambda rows, gates, _, w: rows @ w * gates[:, None]
+    return experts.in_rounds(function, exchange, x, jnp.ones((n, k)), weights, experts.plan(expert, exchange, ('expert',)))
+  with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=P), jax.devices()[:P])):
+    local = ax.local(run, (('batch', None), (None, None), ('batch', None)), ('batch', None))
+    gradient = jax.grad(lambda x, weights, expert: jnp.sum(local(x, weights, expert) ** 2), argnums=(0, 1))
+    shapes = ((P * n, D), 'float32', ('batch', None)), ((D, D), 'float32', (None, None)), ((P * n, k), 'int32', ('batch', None))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(jax.sharding.get_mesh(), ax.spec(*axes)))
+              for shape, dtype, axes in shapes]
+    module = hlo.Module(jax.jit(gradient).lower(*shapes).compile().as_text())
+  assert sum(module.routed(i) for _, i, _ in module.walk() if i.opcode == 'while') == 2
+  assert module.flops() == 3 * 2 * P * C * D * D  # the gates need no gradient, nor the product for it
 
 
 def test_a_counter_may_start_anywhere_and_step_by_two():

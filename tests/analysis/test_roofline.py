@@ -63,6 +63,45 @@ def test_a_kernel_costs_what_it_declares(topology, cost, seconds):
   assert not found.assumptions or 'kernel my_kernel declares no cost' in found.assumptions[0]
 
 
+CARRIED = """HloModule m, is_scheduled=true
+%condition (state: (s32[], f32[1024], u32[])) -> pred[] {
+  %state = (s32[], f32[1024]{0}, u32[]) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %end = s32[] constant(3)
+  ROOT %less = pred[] compare(%n, %end), direction=LT
+}
+%body (state: (s32[], f32[1024], u32[])) -> (s32[], f32[1024], u32[]) {
+  %state = (s32[], f32[1024]{0}, u32[]) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %there = f32[1024]{0} get-tuple-element(%state), index=1
+  %context = u32[] get-tuple-element(%state), index=2
+  ROOT %out = (s32[], f32[1024]{0}, u32[]) tuple(%next, %there, %context)
+}
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %copy-start = (f32[1024]{0:S(5)}, f32[1024]{0}, u32[]) copy-start(%x)
+  %first = f32[1024]{0} get-tuple-element(%copy-start), index=1
+  %second = u32[] get-tuple-element(%copy-start), index=2
+  %carried = (s32[], f32[1024]{0}, u32[]) tuple(%zero, %first, %second)
+  %loop = (s32[], f32[1024]{0}, u32[]) while(%carried), condition=%condition, body=%body
+  %last = f32[1024]{0} get-tuple-element(%loop), index=1
+  ROOT %copy-done = f32[1024]{0} copy-done(%last)
+}
+"""
+
+
+def test_a_transfer_that_a_loop_carries_ends_behind_it(topology):
+  """It goes on while the loop runs: of both the longer one counts."""
+  mesh, chip = one(topology, 'v5e:2x2')
+  found = roofline.predict(CARRIED, mesh, chip)
+  assert found.seconds == pytest.approx(max(4096 / roofline.HOST_BANDWIDTH, found.operations)) and found.copies > 0
+  with pytest.raises(ValueError, match='copy-done in main ends nothing that was started there'):
+    roofline.predict(CARRIED.replace('get-tuple-element(%loop), index=1', 'get-tuple-element(%loop), index=0'), mesh, chip)
+
+
 def test_attention_kernels_are_known_by_their_names(topology):
   """jax's splash declares nothing: forward two products over half of T x S pairs, for the keys four, for the queries three."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel, splash_attention_mask as masks

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from jax.sharding import AxisType
 
+from analysis import aot
 from kernels import attention as dispatch
 from kernels import reference
 from kernels.attention import HONOURS, attention
@@ -168,6 +169,25 @@ def test_splash_on_a_mesh(axis_type):
     found = values_and_gradients('splash', *(jax.device_put(x, heads) for x in (q, k, v)), None, Mask(causal=False), 0.0, None)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype, precision', [('bfloat16', 'highest'), ('float16', None)])
+def test_splash_compiles_for_a_tpu_in_every_precision(dtype, precision):
+  try:
+    mesh = make_mesh(MeshConfig(), aot.topology('v5e:2x2')[:1])
+  except ImportError as error:
+    pytest.skip(f'v5e:2x2 cannot be compiled for: {error}')
+  with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+    x = jax.ShapeDtypeStruct((1, 128, 1, 128), dtype, sharding=jax.NamedSharding(mesh, ax.spec('batch', 'length', 'heads', None)))
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(attention(*x, Mask(), backend='splash')[0], dtype=jnp.float32), (0, 1, 2)))
+    compiled = gradients.lower(x, x, x).compile()
+  assert 'tpu_custom_call' in compiled.as_text() and {x.dtype.name for x in compiled.out_info} == {dtype}
+
+
+def test_a_precision_that_splash_does_not_have_raises():
+  q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
+  with jax.default_matmul_precision('high'), pytest.raises(NotImplementedError, match="jax_default_matmul_precision='high'; use one of"):
+    attention(q, k, v, Mask(), backend='splash')
 
 
 XLA = list(zip(MASKS, (False, True, False, True, False, True), (False, True, True, False, False, True)))

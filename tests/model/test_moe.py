@@ -309,14 +309,25 @@ def test_eight_devices_are_one(case, dispatch, sizes, factor):
   assert layer.up[...].addressable_shards[0].data.size * split == layer.up[...].size
 
 
-@pytest.mark.parametrize('dispatch, sizes', [('dropless', {}), ('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])],
-                         ids=str)
+@pytest.mark.parametrize('dispatch, sizes', [('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])], ids=str)
 def test_wide_experts_in_pieces(dispatch, sizes, monkeypatch):
   """Weights gathered, computed and scattered a third at a time: the same values and gradients."""
   monkeypatch.setattr(moe_module, '_pieces', lambda F: 3 if F % 3 == 0 else 2)
   config = make_config('biased', dispatch, capacity_factor=90.0)  # a factor of its own, or run() would remember the whole ones
-  found = on_mesh(make_mesh(MeshConfig(**sizes)), config, *inputs())[0] if sizes else run(make_moe(config), *inputs())
-  close(found, expected('biased', dispatch))
+  close(on_mesh(make_mesh(MeshConfig(**sizes)), config, *inputs())[0], expected('biased', dispatch))
+
+
+@pytest.mark.parametrize('sizes, split', [({'data': 8}, False), ({'data': 4, 'expert': 2}, False), ({'data': 1, 'fsdp': 8}, True)], ids=str)
+def test_only_what_is_gathered_comes_in_pieces(sizes, split, monkeypatch):
+  """Elsewhere a second forward pass would buy nothing."""
+  seen, in_pieces = [], moe_module._in_pieces
+  monkeypatch.setattr(moe_module, 'PIECE', 4)
+  monkeypatch.setattr(moe_module, 'LANES', 1)
+  monkeypatch.setattr(moe_module, '_in_pieces', lambda *arguments, pieces, **options: (
+      seen.append(pieces), in_pieces(*arguments, pieces=pieces, **options))[1])
+  with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+    jax.eval_shape(lambda x: MoE(make_config(), nnx.Rngs(params=0))(x)[0], jax.ShapeDtypeStruct((8, 6, D), jnp.float32))
+  assert set(seen) == {3 if split else 1}
 
 
 def test_pieces_are_equal_whole_lanes():

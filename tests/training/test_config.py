@@ -275,6 +275,12 @@ def test_a_file_must_return_a_config(parse):
     parse(returns="{'model': 1}")
 
 
+def test_a_file_that_is_not_there_is_named_with_the_nearest(parse, tmp_path):
+  parse()
+  with pytest.raises((ValueError, flags.Error), match="/config_fil.py' is unknown; did you mean '.*/config_file.py'"):
+    parse(f'--config={tmp_path}/config_fil.py')
+
+
 def test_the_convention_of_field_types():
   """Only types that flags and JSON carry: numbers, text, truth, tuples of those, optionals, other configs."""
   def check(hint, path):
