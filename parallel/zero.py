@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from parallel import axes as ax
 from parallel.mesh import platform
 
+WIDE = 64  # chips of a three-dimensional slice (v4, v5p, 7x; v5e and v6e, 'lite', have two) from which all-gathers are all-reduces
+
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
   """A parameter with these logical axes as products with tokens use it: whole along `embed`; its gradient is reduce-scattered.
@@ -51,22 +53,27 @@ def _split(axes):
   return dim, ax.mesh_axes(axes[dim]), ax.spec(*axes[:dim], None, *axes[dim + 1:])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def all_gather(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
   """Inside of a shard_map: dimension `dim` of all devices along the mesh axes `shards`, one after another."""
-  for groups in reversed(_steps(shards)):
+  for groups in reversed(_steps(shards, gathers=True)):
     x = jax.lax.all_gather(x, shards, axis=dim, tiled=True, axis_index_groups=groups)
   return x
 
 
+all_gather.defvjp(lambda x, shards, dim: (all_gather(x, shards, dim), None),
+                  lambda shards, dim, _, gradient: (reduce_scatter(gradient, shards, dim),))
+
+
 def reduce_scatter(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
   """Inside of a shard_map: the sum over all devices along the mesh axes `shards`, of which each has its part of dimension `dim`."""
-  for groups in _steps(shards):
+  for groups in _steps(shards, gathers=False):
     x = jax.lax.psum_scatter(x, shards, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
   return x
 
 
-def _steps(shards: tuple[str, ...]) -> list[list[list[int]] | None]:
-  """Groups of devices for each step of a reduce-scatter over these mesh axes; None: all at once.
+def _steps(shards: tuple[str, ...], gathers: bool) -> list[list[list[int]] | None]:
+  """Groups of devices for each step of a reduce-scatter over these mesh axes, or an all-gather backwards; None: all at once.
 
   libtpu (0.0.42 to 0.0.52) has no reduce-scatter over all chips of a slice: it all-reduces, which sends twice the bytes, and cuts. Nor has
   it an all-gather over all of three wide dimensions. In two steps over parts of the slice it has both.
@@ -74,6 +81,7 @@ def _steps(shards: tuple[str, ...]) -> list[list[list[int]] | None]:
   mesh = jax.sharding.get_abstract_mesh()
   n = math.prod(mesh.shape[axis] for axis in shards)
   inner = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-  if platform() != 'tpu' or n < mesh.size or inner == 1:
+  at_once = platform() != 'tpu' or n < mesh.size or inner == 1
+  if at_once or (gathers and (n < WIDE or 'lite' in mesh.abstract_device.device_kind)):
     return [None]
   return [[list(range(i, n, inner)) for i in range(inner)], [list(range(i, i + inner)) for i in range(0, n, inner)]]
