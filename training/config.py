@@ -118,12 +118,13 @@ class Config:
       raise ValueError(f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
                        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} '
                        f'x expert {sizes["expert"]}); make the batch a multiple')
-    tensor, stages, pipeline = sizes['tensor'], sizes['stage'], self.model.pipeline
-    self.check_parameters(sizes)
-    if stages > 1 and micro % (rows * pipeline.count(stages)):
+    m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
+    m.check_stages(stages)
+    if stages > 1 and micro % (rows * m.pipeline.count(stages)):
       raise ValueError(f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
-                       f'{rows} devices do not split into model.pipeline.microbatches={pipeline.count(stages)} (default: mesh.stage); '
+                       f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '
                        'make the batch a multiple, or the microbatches fewer')
+    self.check_parameters(sizes)
     if self.data.sequence_length % (sizes['context'] * tensor):
       raise ValueError(f'data.sequence_length={self.data.sequence_length} does not split over '
                        f'{_named(sizes, ("context", "tensor"))}, which share the residual stream; make it a multiple')
