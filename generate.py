@@ -1,6 +1,6 @@
 """Writes text: python generate.py --workdir=runs/tiny --prompt "def main(" --max_new_tokens=64 --temperature=0.8 --seed=1
 
-From Python or Colab: `from generate import Generator; g = Generator.load('runs/tiny'); g('def main(')[0].text`.
+From Python or Colab: `from generate import Generator; g = Generator.load('runs/tiny'); g('def main(', max_new_tokens=64)[0].text`.
 """
 from parallel import hosts
 

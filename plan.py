@@ -171,6 +171,9 @@ def _lower(config, mesh, mode, rows, context):
     tokens = config.data.batch_size * T
     held = {'parameters': state.model, 'optimizer state': state.optimizer}
     return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
+  if config.model.encoder_layers or not config.model.causal:
+    raise NotImplementedError(f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, model.causal={config.model.causal}: '
+                              'only what a decoder generates is planned so far')
   if rows < 1 or context < 1:
     raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
   with jax.set_mesh(mesh):
@@ -180,6 +183,7 @@ def _lower(config, mesh, mode, rows, context):
                      f'; make it a multiple of {parts}')
   if not config.model.vocabulary:
     raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
+  config.check_parameters(dict(mesh.shape))
   model = generating(config.resolve(config.model.vocabulary).model)
   if mode == 'prefill':
     return *aot.prefill(model, mesh, rows, context), rows * context, counts.prefill_flops(model, rows, context)

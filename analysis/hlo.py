@@ -14,7 +14,7 @@ from parallel.experts import ROUNDS
 HOST, VMEM = 5, 1  # memory spaces that a layout names: S(5), S(1); none is the device's main memory
 UNKNOWN_CYCLES = 2**62  # the compiler writes the largest integer where it has no estimate
 _FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id', 'replica-id',
-         'optimization-barrier'}
+         'optimization-barrier', 'recv'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Instruction:
     """Of a get-tuple-element its place in the tuple."""
     found = re.search(r'\bindex=(\d+)', self.attributes)
     return int(found[1]) if found else None
+
+  @property
+  def rendezvous(self) -> str:
+    """Of a send or a recv, the name under which they meet, or ''."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.attributes)
+    return found[1] if found else ''
 
   @property
   def scope(self) -> str:

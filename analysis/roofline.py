@@ -134,7 +134,7 @@ class _Walk:
   def run(self, computation: str) -> collections.Counter:
     """Seconds by what they go to, of one run of a computation; 'time' is their sum, the clock's advance."""
     sums, self_time = collections.Counter(), 0.0
-    pending, link_free, dma_free = {}, 0.0, 0.0
+    pending, free, dma_free = {}, collections.Counter(), 0.0
     for i in self.module.computations[computation]:
       if i.free or i.opcode.endswith('-update'):
         continue
@@ -146,21 +146,21 @@ class _Walk:
       collective = schedule.find(self.module, computation, i, self.mesh)
       if collective is not None:
         near, far = self.links.seconds(collective)
-        begin, seconds = max(self_time, link_free), near + far
+        lane = 'links' if near else 'network'
         sums['links', collective.kind, collective.axes] += near
         sums['network', collective.kind, collective.axes] += far
         waited = ('exposed', collective.kind, collective.axes)
-        link_free = begin + seconds
+        free[lane] = max(self_time, free[lane]) + near + far
         if collective.started:
-          pending[i.name] = (link_free, waited)
+          pending[i.name] = (free[lane], waited)
         else:
-          sums[waited] += link_free - self_time
-          self_time = link_free
+          sums[waited] += free[lane] - self_time
+          self_time = free[lane]
       elif i.opcode.endswith('-start'):
         dma_free = max(self_time, dma_free) + self._transfer(computation, i)
         pending[i.name] = (dma_free, 'copies')
       elif i.opcode.endswith('-done') or schedule.ends(self.module, i):
-        ready, kind = pending.pop(self._origin(computation, i, pending))
+        ready, kind = pending[self._origin(computation, i, pending)]
         sums[kind] += max(0.0, ready - self_time)
         self_time = max(self_time, ready)
       else:
@@ -196,7 +196,7 @@ class _Walk:
     return moved / (self.memory * (1 if self.tpu else EFFICIENCY['memory']))
 
   def _origin(self, computation, done, pending):
-    """The start that a done waits for: its operands, followed back; a loop may carry them in its tuple."""
+    """The start that a done waits for: its operands, followed back; a loop may carry them in its tuple. Of a recv it is the send."""
     i, place = done, 0
     while i.name not in pending:
       if not i.operands:
@@ -204,6 +204,8 @@ class _Walk:
       carried = place if i.opcode == 'tuple' else 0
       place = {'get-tuple-element': i.index, 'while': place}.get(i.opcode, 0)
       i = self.module[computation, i.operands[carried]]
+      if i.opcode == 'recv':
+        i = next(other for other in self.module.computations[computation] if other.opcode == 'send' and other.rendezvous == i.rendezvous)
     return i.name
 
   def _cost(self, computation, i):

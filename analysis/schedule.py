@@ -2,7 +2,7 @@
 
 The compiler's text is the schedule: instructions run in order, collectives that are split into a start and a done run beside
 what stands between. libtpu has a second form: a fusion that starts one (AsyncCollectiveStart), fusions that carry it on beside
-their own products, one that ends it (AsyncCollectiveDone).
+their own products, one that ends it (AsyncCollectiveDone). Between slices it sends and receives: its runtime does what the send asks for.
 """
 import collections
 import dataclasses
@@ -12,6 +12,7 @@ import re
 import numpy as np
 from jax.sharding import Mesh
 
+import names
 from analysis import hlo
 from analysis.hardware import Chip
 from analysis.hlo import Instruction, Module
@@ -92,7 +93,10 @@ def axes_of(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
 
 
 def find(module: Module, computation: str, i: Instruction, mesh: Mesh, count: int = 1) -> Collective | None:
-  """The collective that an instruction runs or starts, or None; of a chain of libtpu's fusions only the first one."""
+  """The collective that an instruction runs or starts, or None; of a chain of libtpu's fusions only the first one, of a send and a recv
+  that meet the send."""
+  if i.opcode == 'send' and 'xla_megascale' in i.attributes:
+    return _between_slices(module, computation, i, mesh, count)
   where, inner = computation, i
   if i.opcode == 'fusion' or (i.opcode == 'async-start' and i.called):
     held = list(module.inside(i))
@@ -106,7 +110,8 @@ def find(module: Module, computation: str, i: Instruction, mesh: Mesh, count: in
   result = _result(inner)
   if kind == 'all-reduce' and i.opcode == 'fusion' and hlo.nbytes(i.shape) < operand:
     kind = 'reduce-scatter'  # of which libtpu makes an all-reduce of which a part is kept
-  found = groups(inner.attributes, mesh.size)
+  numbers = _numbers(mesh)
+  found = [tuple(numbers[n] for n in group) for group in groups(inner.attributes, len(numbers))]
   if kind == 'collective-permute':
     found = [pair for pair in found if pair[0] != pair[1]] or found[:1]
     group, size = max(found, key=lambda pair: len(axes_of(pair, mesh))), 2
@@ -114,6 +119,27 @@ def find(module: Module, computation: str, i: Instruction, mesh: Mesh, count: in
     group, size = found[0], len(found[0])
   started = i.opcode.endswith('-start') or (i.opcode == 'fusion' and _target(module.inside(i)) == 'AsyncCollectiveStart')
   return Collective(kind, axes_of(group, mesh), size, count, sent(kind, operand, result, size), started, inner.scope or i.scope, group)
+
+
+def _numbers(mesh):
+  """Of the devices as a program numbers them, the indices into mesh.devices.flat: each TPU slice runs one of its own, as the first does."""
+  slices = [getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0 for device in mesh.devices.flat]
+  return [n for n, of in enumerate(slices) if of == slices[0]]
+
+
+def _between_slices(module, computation, send, mesh, count):
+  target, kind = re.search(r'_xla_megascale_target="?(\{.*?\})"?,_xla_megascale_transfer_type="(\w+)"', send.attributes).groups()
+  kind = {'ONE_TO_ONE': 'collective-permute'}.get(kind, kind.lower().replace('_', '-'))
+  names.check('kind of transfer between slices', kind, KINDS)
+  if every := re.fullmatch(r'\{([\d,:]+)\}x\{(\d+)[\d,:]*\}', target):  # slices x devices; a device's id is 100,000 x slice + place
+    first_last = [part.split(':') for part in every[1].split(',')]
+    ids = [100_000 * n + int(every[2]) for part in first_last for n in range(int(part[0]), int(part[-1]) + 1)]
+  else:
+    ids = [int(n) for n in re.findall(r'\d+', target[:target.index('}')])]
+  places = {device.id: n for n, device in enumerate(mesh.devices.flat)}
+  group, operand = tuple(places[n] for n in ids), hlo.nbytes(module[computation, send.operands[0]].shape)
+  nbytes = sent(kind, operand, operand * len(group), len(group))
+  return Collective(kind, axes_of(group, mesh), len(group), count, nbytes, True, send.scope, group)
 
 
 def ends(module: Module, i: Instruction) -> bool:

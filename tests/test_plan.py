@@ -190,12 +190,22 @@ def test_what_cannot_run_raises(options, words, monkeypatch):
     plan.make_plan(dataclasses.replace(SMALL, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), jax.devices()[:4], **options)
 
 
-def test_rows_that_do_not_split_over_the_experts_devices_raise(monkeypatch):
-  """Of a mesh all of whose axes that hold rows count."""
+@pytest.mark.parametrize('mesh, words', [
+    ({'data': 2, 'fsdp': 2, 'expert': 2}, r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; make it a multiple of 8'),
+    ({'data': 1, 'tensor': 8}, r'model\.heads=4 does not split over mesh\.tensor=8'),
+])
+def test_what_does_not_split_raises(mesh, words, monkeypatch):
+  """Rows over every axis that holds some; parameters as in training."""
   monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
-  config = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=2, expert=2))
-  with pytest.raises(ValueError, match=r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; make it a multiple of 8'):
-    plan.make_plan(config, jax.devices(), mode='prefill', rows=4, context=8)
+  with pytest.raises(ValueError, match=words):
+    plan.make_plan(dataclasses.replace(SMALL, mesh=MeshConfig(**mesh)), jax.devices(), mode='prefill', rows=4, context=8)
+
+
+def test_only_decoders_are_planned_to_generate(monkeypatch):
+  monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
+  both = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, encoder_layers=2), mesh=MeshConfig())
+  with pytest.raises(NotImplementedError, match='--mode=decode with model.encoder_layers=2.*only what a decoder generates'):
+    plan.make_plan(both, jax.devices()[:1], mode='decode', rows=1, context=8)
 
 
 def test_an_open_vocabulary_and_unknown_hardware_raise():

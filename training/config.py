@@ -139,14 +139,13 @@ class Config:
 
   def check_mesh(self, sizes: dict[str, int]) -> None:
     """Raises ValueError when an array cannot be split evenly over a mesh of these sizes."""
-    over = lambda axes: ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
     rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
     micro = self.data.batch_size // self.train.accumulation
     if micro % rows:
       raise ValueError(f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
                        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} '
                        f'x expert {sizes["expert"]}); make the batch a multiple')
-    m, embed, tensor, stages = self.model, ('fsdp', 'expert', 'context'), sizes['tensor'], sizes['stage']
+    m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
     m.check_stages(stages)
     if stages > 1 and self.train.offload_parameters:
       raise NotImplementedError(f'train.offload_parameters brings layers to the device one by one, a stage of a pipeline holds its own all '
@@ -155,6 +154,17 @@ class Config:
       raise ValueError(f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
                        f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '
                        'make the batch a multiple, or the microbatches fewer')
+    self.check_parameters(sizes)
+    if self.data.sequence_length % (sizes['context'] * tensor):
+      raise ValueError(f'data.sequence_length={self.data.sequence_length} does not split over '
+                       f'{_named(sizes, ("context", "tensor"))}, which share the residual stream; make it a multiple')
+    if sizes['context'] > 1:
+      self._check_context(sizes)
+
+  def check_parameters(self, sizes: dict[str, int]) -> None:
+    """Raises ValueError when a parameter cannot be split evenly over a mesh of these sizes."""
+    m, embed, tensor, stages = self.model, ('fsdp', 'expert', 'context'), sizes['tensor'], sizes['stage']
+    m.check_stages(stages)
     if m.V % (tensor * stages):
       raise ValueError(f'model.vocabulary={m.V} does not split over mesh.tensor={tensor} x mesh.stage={stages}, which share '
                        'embedding and loss; make it a multiple (ids that no token has cost little), or an axis smaller')
@@ -163,14 +173,9 @@ class Config:
                              ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, ('tensor',)),
                              ('model.latent.width', m.latent.width, embed), ('model.latent.query_width', m.latent.query_width, embed)):
       if size % math.prod(sizes[axis] for axis in axes):
-        raise ValueError(f'{what}={size} does not split over {over(axes)}; make it a multiple, or the axis smaller')
+        raise ValueError(f'{what}={size} does not split over {_named(sizes, axes)}; make it a multiple, or the axis smaller')
     if m.K % tensor and tensor % m.K:
       raise ValueError(f'model.kv_heads={m.K} and mesh.tensor={tensor}: one has to be a multiple of the other; change either')
-    if self.data.sequence_length % (sizes['context'] * tensor):
-      raise ValueError(f'data.sequence_length={self.data.sequence_length} does not split over {over(("context", "tensor"))}, which share '
-                       'the residual stream; make it a multiple')
-    if sizes['context'] > 1:
-      self._check_context(sizes)
 
   def _check_context(self, sizes):
     """The same of rows that are split, and of heads where devices exchange tokens for them."""
@@ -182,6 +187,10 @@ class Config:
                        'make it a multiple')
     if R > 1 and m.context != 'gather' and m.attention != 'auto':
       attention.check_part(m.attention)
+
+
+def _named(sizes, axes):
+  return ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
 
 
 def begin_from(config: Config) -> Config:

@@ -161,6 +161,37 @@ def test_between_slices_a_member_exchanges_its_part_or_it_raises():
     schedule.Links(mesh, hardware.lookup('TPU v4')).seconds(reduce((0, 4), 8))
 
 
+def test_between_slices_a_program_sends_and_receives(topology):
+  """What libtpu makes of a mean over `data` and a shift of `stage`, which cross slices, and of a sum over fsdp, which does not."""
+  mesh = make_mesh(MeshConfig(data=2, stage=2, fsdp=2, tensor=2), topology('4*v5e:2x2'))
+
+  def exchange(x):
+    total = jax.lax.psum(x, 'fsdp') + jax.lax.ppermute(x, 'stage', [(0, 1), (1, 0)])
+    return total @ total, jax.lax.psum(x, 'data')
+  text = compiled(exchange, mesh, P(('data', 'stage', 'fsdp', 'tensor')), P(('data', 'stage', 'fsdp', 'tensor')), (16 * 1024, 1024))
+  found = {(c.kind, c.axes): c for c in schedule.collectives(text, mesh)}
+  assert {key: c.nbytes for key, c in found.items()} == dict.fromkeys(
+      [('all-reduce', ('data',)), ('all-reduce', ('fsdp',)), ('collective-permute', ('stage',))], 4 * 1024**2)
+  assert all(len({mesh.devices.flat[n].slice_index for n in c.group}) == (1 if 'fsdp' in c.axes else 2) for c in found.values())
+  predicted = roofline.predict(text, mesh, CHIP, 'float32')
+  assert predicted.roofline['network data'] == predicted.roofline['network stage'] == pytest.approx(4 * 1024**2 / CHIP.network)
+  assert predicted.seconds >= 2 * 4 * 1024**2 / CHIP.network
+
+
+def test_every_slice_may_take_part(mesh):
+  """The short form of an exchange between all slices, and the devices that are meant."""
+  devices = [type('Device', (), {'id': 100_000 * (n // 4 + 1) + n % 4, 'slice_index': n // 4, 'platform': 'tpu'})() for n in range(8)]
+  slices = type('Mesh', (), {'devices': np.array(devices, object).reshape(2, 4), 'axis_names': ('data', 'fsdp'), 'size': 8})()
+  send = ('HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n  %x = f32[1024]{0} parameter(0)\n  %t = token[] after-all()\n'
+          '  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, frontend_attributes={'
+          '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n')
+  for target, kind in (('{1:2}x{0:3}', 'all-reduce'), ('{1,2}x{0:3}', 'all-reduce'), ('{{100000,200000},{100001,200001}}', 'all-gather')):
+    (found,) = schedule.collectives(send.replace('TARGET', target).replace('TYPE', kind.upper().replace('-', '_')), slices)
+    assert (found.kind, found.axes, found.group, found.nbytes) == (kind, ('data',), (0, 4), 4096)
+  with pytest.raises(ValueError, match="kind of transfer between slices='one' is unknown"):
+    schedule.collectives(send.replace('TARGET', '{1,2}x{0:3}').replace('TYPE', 'ONE'), slices)
+
+
 def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
   """Weights are gathered over fsdp; over tensor activations are gathered, and summed and dealt out; nothing moves over an axis of size 1."""
   found = schedule.collectives(tpu_step.text, tpu_step.mesh)
