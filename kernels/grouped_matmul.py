@@ -9,6 +9,7 @@ M rows · E groups · D width of a row · F width of a product · b rows of a bl
 """
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 import names
@@ -90,7 +91,9 @@ def _outer_products(x, dy, w, sizes):
   def add(dw, group, start, mine):
     part = jnp.einsum('MD,MF->DF', _cut(x, start, mine), _cut(dy, start, mine), preferred_element_type=dw.dtype)
     return dw.at[group].add(part)
-  return _scan(add, jnp.zeros(w.shape, _wide(x)), sizes, M, block_rows(M, w.shape[0])).astype(w.dtype)
+  dw = _scan(add, jnp.zeros(w.shape, _wide(x)), sizes, M, block_rows(M, w.shape[0]))
+  # Else what scatters it to shards decides about its layout in the loop, where XLA for TPU then transposes a matrix for every block.
+  return with_layout_constraint(dw, Layout(major_to_minor=(0, 1, 2))).astype(w.dtype)
 
 
 def _scan(update, carry, sizes, M, b):
