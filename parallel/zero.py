@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 from parallel import axes as ax
 from parallel.mesh import platform
 
-WIDE = 64  # chips of a three-dimensional slice (v4, v5p, 7x; v5e and v6e, 'lite', have two) from which all-gathers are all-reduces
+# The most chips that are all of a slice of two dimensions (v5e, v6e: 'lite'), or of three, over which libtpu (0.0.42 to 0.0.52) has each.
+# Over more it makes an all-reduce, which sends twice the bytes and is then cut; over parts of a slice it does not.
+AT_ONCE = {'all_gather': (math.inf, 32), 'reduce_scatter': (8, 4)}
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -56,7 +58,7 @@ def _split(axes):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def all_gather(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
   """Inside of a shard_map: dimension `dim` of all devices along the mesh axes `shards`, one after another."""
-  for groups in reversed(_steps(shards, gathers=True)):
+  for groups in reversed(_steps(shards, 'all_gather')):
     x = jax.lax.all_gather(x, shards, axis=dim, tiled=True, axis_index_groups=groups)
   return x
 
@@ -67,21 +69,19 @@ all_gather.defvjp(lambda x, shards, dim: (all_gather(x, shards, dim), None),
 
 def reduce_scatter(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
   """Inside of a shard_map: the sum over all devices along the mesh axes `shards`, of which each has its part of dimension `dim`."""
-  for groups in _steps(shards, gathers=False):
+  for groups in _steps(shards, 'reduce_scatter'):
     x = jax.lax.psum_scatter(x, shards, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
   return x
 
 
-def _steps(shards: tuple[str, ...], gathers: bool) -> list[list[list[int]] | None]:
-  """Groups of devices for each step of a reduce-scatter over these mesh axes, or an all-gather backwards; None: all at once.
+def _steps(shards: tuple[str, ...], kind: str) -> list[list[list[int]] | None]:
+  """Groups of devices for each step of a reduce-scatter over these mesh axes, or backwards of an all-gather; None: all at once.
 
-  libtpu (0.0.42 to 0.0.52) has no reduce-scatter over all chips of a slice: it all-reduces, which sends twice the bytes, and cuts. Nor has
-  it an all-gather over all of three wide dimensions. In two steps over parts of the slice it has both.
+  Over all chips of a TPU's slice there are two steps where one would be an all-reduce.
   """
   mesh = jax.sharding.get_abstract_mesh()
   n = math.prod(mesh.shape[axis] for axis in shards)
   inner = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-  at_once = platform() != 'tpu' or n < mesh.size or inner == 1
-  if at_once or (gathers and (n < WIDE or 'lite' in mesh.abstract_device.device_kind)):
+  if platform() != 'tpu' or n < mesh.size or inner == 1 or n <= AT_ONCE[kind]['lite' not in mesh.abstract_device.device_kind]:
     return [None]
   return [[list(range(i, n, inner)) for i in range(inner)], [list(range(i, i + inner)) for i in range(0, n, inner)]]
