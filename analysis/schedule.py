@@ -72,11 +72,17 @@ def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
     return [tuple(row) for row in _iota(found[2], found[3]).reshape(ints(found[1])).tolist()]
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-    ids = (_iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))).reshape(tuple(sizes.values()))
-    if all(re.fullmatch(r"'[^']+'", part) for part in found[4].split(',')):
-      inner = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", found[4])]
-      outer = [i for i in range(len(sizes)) if i not in inner]
-      return [tuple(row) for row in ids.transpose(outer + inner).reshape(-1, math.prod(ids.shape[i] for i in inner)).tolist()]
+    ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
+    # 'fsdp', or 'fsdp':(4)2, the part of 2 behind (more minor than) a part of 4 of it: cut into parts, outermost first.
+    parts = [re.fullmatch(r"'([^']+)'(?::\((\d+)\)(\d+))?", part) for part in found[4].split(',')]
+    if all(parts):
+      taken = [(part[1], int(part[2] or 1), int(part[2] or 1) * int(part[3] or sizes[part[1]])) for part in parts]
+      cuts = {name: sorted({1, size, *(end for axis, *ends in taken for end in ends if axis == name)}) for name, size in sizes.items()}
+      dims = [(name, low, high) for name in sizes for low, high in zip(cuts[name], cuts[name][1:])]
+      inner = [i for axis, begin, end in taken for i, (name, low, high) in enumerate(dims) if name == axis and begin <= low and high <= end]
+      outer = [i for i in range(len(dims)) if i not in inner]
+      ids = ids.reshape([high // low for _, low, high in dims]).transpose(outer + inner)
+      return [tuple(row) for row in ids.reshape(-1, math.prod(ids.shape[len(outer):])).tolist()]
   raise ValueError(f'replica groups in an unknown form: {attributes[:300]}')
 
 

@@ -286,7 +286,9 @@ def _gathered(experts, *, stored, shards, dtype):
     if not shards or 'expert_embed' not in stored[name]:
       return w
     at = stored[name].index('expert_embed')
-    return zero.all_gather(w, shards, at)
+    # In front of the others: of a minor dimension XLA for TPU would make an all-reduce of the gradient's reduce-scatter.
+    whole = jnp.moveaxis(zero.all_gather(w[None], shards, 0), 0, at)
+    return whole.reshape(*w.shape[:at], -1, *w.shape[at + 1:])
   return {name: one(name, w) for name, w in experts.items()}
 
 

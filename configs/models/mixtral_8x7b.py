@@ -25,4 +25,4 @@ def get_config() -> Config:
           remat='full'),
       data=DataConfig(sequence_length=4096, batch_size=256,
                       tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/mixtral_8x7b')),
-      mesh=MeshConfig(data=1, fsdp=-1))
+      mesh=MeshConfig(data=1, fsdp=-1, expert=8))
