@@ -31,4 +31,4 @@ def get_config() -> Config:
           dtype='bfloat16', remat='full'),
       data=DataConfig(sequence_length=4096, batch_size=256,
                       tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/deepseek_v3')),
-      mesh=MeshConfig(data=1, fsdp=-1, expert=32))
+      mesh=MeshConfig(data=1, fsdp=-1, expert=8))
