@@ -12,6 +12,7 @@ import sys
 
 from absl import app, flags, logging
 
+import names
 from decode.generator import Generator
 from training import config as configs
 
@@ -27,8 +28,7 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of the draws; the same seed gives the sa
 
 
 def main(arguments):
-  if arguments[1:]:
-    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in --prompt="def main("')
+  names.only_flags(arguments, '--prompt="def main("')
   logging.set_verbosity(logging.WARNING)
   try:
     hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')

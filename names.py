@@ -1,6 +1,8 @@
-"""Is this name known? One check for every name that comes from a config or a command line."""
+"""Is this name known? One check for every name that comes from a config or a command line, and one for what is there without a name."""
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from absl import app
 
 
 def check(what: str, name: str, known: Iterable[str]) -> str:
@@ -13,3 +15,9 @@ def check(what: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, 1)
     raise ValueError(f'{what}={name!r} is unknown' + (f'; did you mean {near[0]!r}?' if near else '.') + f' Known: {", ".join(known)}')
   return name
+
+
+def only_flags(arguments: Sequence[str], example: str) -> None:
+  """Raises absl's UsageError for what stands on a command line and is no flag; arguments are those of main()."""
+  if arguments[1:]:
+    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in {example}')

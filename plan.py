@@ -244,8 +244,7 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
 
 
 def main(arguments):
-  if arguments[1:]:
-    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in --config.train.steps=100')
+  names.only_flags(arguments, '--config.train.steps=100')
   if train.CONFIG.value is None or not TOPOLOGY.value:
     raise app.UsageError('give --config=configs/NAME.py and --topology=KIND:SHAPE')
   for flag in (train.WORKDIR, train.PROFILE, train.ALLOW_CHANGE, train.COORDINATOR, train.PROCESSES, train.PROCESS, train.STOPPED_CODE,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags, logging
 
+import names
 from analysis import flops, hardware
 from data import loader
 from data.batch import Batch
@@ -261,8 +262,7 @@ def mendable():
 
 def main(arguments):
   # 1. Config: what is asked for.
-  if arguments[1:]:
-    raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in --config.train.steps=100')
+  names.only_flags(arguments, '--config.train.steps=100')
   if CONFIG.value is None or not WORKDIR.value:
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)

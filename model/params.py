@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from parallel import axes as ax
-from parallel import zero
+from parallel import axes as ax, zero
 
 
 @dataclasses.dataclass(frozen=True)

@@ -229,7 +229,8 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize('backend, feature', itertools.product(HONOURS, (*FEATURES, 'softcap', 'sinks', 'value_width')))
+@pytest.mark.parametrize('backend', HONOURS)
+@pytest.mark.parametrize('feature', (*FEATURES, 'softcap', 'sinks', 'value_width'))
 def test_a_backend_honours_a_feature_or_names_those_that_do(backend, feature):
   q, k, v, sinks = inputs(4, 4, 2, 1, 4, 2 if feature == 'value_width' else 4, B=1)
   options = {'softcap': 3.0} if feature == 'softcap' else {'sinks': sinks} if feature == 'sinks' else {}
