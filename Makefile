@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
+# A test compiles on one core, and takes a few GiB at most.
+PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-.PHONY: demo test test-all test-oracle lint clean
+.PHONY: demo test test-all test-oracle test-slow lint clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=runs/demo
@@ -12,13 +14,16 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(RUN) -m flake8
-	$(RUN) -m pytest -m "not slow and not oracle"
+	$(PYTEST) -m "not slow and not oracle"
 
 test-all: $(VENV)/installed-oracle
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-oracle: $(VENV)/installed-oracle
-	$(RUN) -m pytest -m oracle
+	$(PYTEST) -m oracle
+
+test-slow: $(VENV)/installed-test
+	$(PYTEST) -m "slow and not oracle"
 
 lint: $(VENV)/installed-test
 	$(RUN) -m flake8

@@ -2,6 +2,7 @@
 
 TPU programs need libtpu (the extra `plan`), GPU programs jax's CUDA plugin; neither needs the hardware.
 """
+import math
 import os
 import re
 
@@ -20,6 +21,7 @@ from model.config import ModelConfig
 from parallel import axes as ax
 
 TPUS = ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')
+HOST_CHIPS = 4  # of a host, where nothing else is said
 # libtpu without a TPU: don't ask for a machine's metadata, and don't keep other processes from doing the same.
 LIBTPU = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
           'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
@@ -36,7 +38,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def topology(name: str, slices: int = 1) -> list[jax.Device]:
-  """Devices, to be compiled for only, of 'v5p:4x4x4', 'v5e:16x16', '2*v5e:8x8' (two slices) or 'h100:1x4x8' (four nodes of eight).
+  """Devices, to be compiled for only, of 'v5p:4x4x4', 'v5e:1x1', '2*v5e:8x8' (two slices) or 'h100:1x4x8' (four nodes of eight).
 
   Raises ValueError for a name that is none or a shape that doesn't exist, ImportError where the compiler is not installed.
   """
@@ -57,6 +59,9 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
       shape += 'x1'
     asked = {'platform': 'tpu', 'topology_name': f'{kind}:{shape}'} | ({'num_slices': slices} if slices > 1 else {})
     asked |= {'chip_config_name': 'megacore'} if kind == 'v4' else {}
+    sizes = [int(n) for n in shape.split('x')]
+    if math.prod(sizes) < HOST_CHIPS:  # a part of a host, which is all of what is there
+      asked['chips_per_host_bounds'] = (*sizes, 1, 1)[:3]
   try:
     return list(topologies.get_topology_desc(**asked).devices)
   except Exception as error:  # plugins raise whatever they like

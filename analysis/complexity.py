@@ -1,17 +1,19 @@
 """Do training and generation cost what every course says? Memory, operations, time and calls, measured against length and depth.
 
-    python -m analysis.complexity [--json FILE] [--plot FILE.png] [--quick] [--times]
+    python -m analysis.complexity [--json FILE] [--plot FILE.png] [--quick] [--times] [--topology v5e:1x1]
 
 T tokens of a sequence · L layers. Compiled for and run on the CPU, in f32, one sequence. Two small models, each with the sizes that
 leave one term in sight: along T heads wider than the model, so that attention outweighs the weights already at short lengths; along L
-a wide residual stream through narrow layers, so that what is kept between layers outweighs the work inside of one.
+a wide residual stream through narrow layers, so that what is kept between layers outweighs the work inside of one. With --topology
+besides compiled for such a chip (its first, if there are more) that need not be here, larger, in bfloat16; its time is predicted.
 
 Memory: what the compiler reserves for the program (arguments + outputs + temporaries) without parameters and gradients. Operations:
 multiply-adds x 2 of the products of the compiled program, a loop as often as it runs. Calls: evaluations of a block in the traced
-program / L. Time: the best of three runs, of programs of at most MOST_TIMED operations and bytes.
+program / L. Time: the best of three runs, of programs of at most MOST_TIMED operations and bytes; or as analysis.roofline predicts.
 """
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -21,24 +23,33 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from analysis import flops
+from analysis import aot, flops, hardware, roofline
 from analysis.hlo import Module
 from benchmarks import common
 from configs.models import llama3_8b
 from data.batch import Batch
 from decode.loop import DecodeState, decode_chunk
 from decode.sampling import make_sampling
-from model import transformer
+from model import params, transformer
 from model.cache import init_cache
 from model.config import ModelConfig
 from objectives.pretrain import pretrain
+from parallel.mesh import MeshConfig, make_mesh
 
 AXES = {
-    'T': dict(base=dict(width=8, heads=2, head_width=16, feed_forward=8), fixed=4, sizes=(128, 256, 512, 1024, 2048)),
-    'L': dict(base=dict(width=64, heads=1, head_width=2, feed_forward=2), fixed=512, sizes=(64, 256, 1024, 4096)),
+    'cpu': {
+        'T': dict(base=dict(width=8, heads=2, head_width=16, feed_forward=8), fixed=4, sizes=(128, 256, 512, 1024, 2048)),
+        'L': dict(base=dict(width=64, heads=1, head_width=2, feed_forward=2), fixed=512, sizes=(64, 256, 1024, 4096)),
+    },
+    'tpu': {  # whose tiles are 128 wide; parameters are not cast, or a copy of them all would hide what is between layers
+        'T': dict(base=dict(width=128, heads=8, head_width=128, feed_forward=128, dtype='bfloat16', parameter_dtype='bfloat16'), fixed=4,
+                  sizes=(1024, 2048, 4096, 8192, 16384)),
+        'L': dict(base=dict(width=1024, heads=1, head_width=128, feed_forward=128, dtype='bfloat16', parameter_dtype='bfloat16'), fixed=512,
+                  sizes=(16, 64, 256, 1024)),
+    },
 }
-QUICK = {'T': (128, 256, 512), 'L': (16, 64, 256)}
-MOST_TIMED = 2e9, 2**28  # operations and bytes: small models run these at a small part of a core's rate
+QUICK = 3  # sizes along each axis
+MOST_TIMED = 2e10, 2**32  # operations and bytes: small models run these at a small part of a core's rate
 STRAIGHT = 0.15  # neighbouring slopes further than this from the last one belong to another term
 QUANTITIES = ('memory', 'flops', 'seconds', 'calls')
 
@@ -87,10 +98,10 @@ class Way:
 _TIME = {'T': 2, 'L': 1}
 WAYS = (
     Way('training, all scores held', _train, {'memory': {'T': 1, 'L': 1}, 'flops': _TIME}, '1', {'attention': 'reference'}),
-    Way('training, flash attention', _train, {'memory': {'T': 1, 'L': 1}, 'flops': _TIME}, '1', {'attention': 'blocked'}),
-    Way('training, remat full', _train, {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME}, '2', {'attention': 'blocked', 'remat': 'full'}),
-    Way('training, remat sqrt', _train, {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME}, '2', {'attention': 'blocked', 'remat': 'sqrt'}),
-    Way('generation, no cache', _uncached, {'memory': {'T': 1, 'L': 0}, 'flops': {'T': 3, 'L': 1}}, 'T', {'attention': 'blocked'}),
+    Way('training, flash attention', _train, {'memory': {'T': 1, 'L': 1}, 'flops': _TIME}, '1', {'attention': 'auto'}),
+    Way('training, remat full', _train, {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME}, '2', {'attention': 'auto', 'remat': 'full'}),
+    Way('training, remat sqrt', _train, {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME}, '2', {'attention': 'auto', 'remat': 'sqrt'}),
+    Way('generation, no cache', _uncached, {'memory': {'T': 1, 'L': 0}, 'flops': {'T': 3, 'L': 1}}, 'T', {'attention': 'auto'}),
     Way('generation, cache', _cached, {'memory': {'T': 1, 'L': 1}, 'flops': _TIME}, 'T', {'attention': 'auto'}),
 )
 
@@ -111,28 +122,43 @@ def blocks(program) -> int:
   return total
 
 
-def measure(way: Way, config: ModelConfig, timed: bool) -> dict[str, float]:
-  """QUANTITIES of one program: memory in bytes, flops, seconds (NaN where not timed), calls. config: without the way's changes."""
+def measure(way: Way, config: ModelConfig, timed: bool, device: jax.Device | None = None) -> dict[str, float]:
+  """QUANTITIES of one program: memory in bytes, flops, seconds (NaN where not timed), calls. config: without the way's changes.
+
+  device: one of a topology, for which times are predicted; all but the calls are NaN where the program does not fit it. Without one,
+  the CPU.
+  """
   T, config = config.max_length, dataclasses.replace(config, **way.model)
   function, argument = way.build(config, T)
-  init = jax.jit(functools.partial(transformer.init, config, 0))
-  model = jax.eval_shape(init)
-  traced = jax.jit(function).trace(model, argument)
-  # LLVM's optimisations change the speed, and neither operations nor buffers.
-  compiled = traced.lower().compile({'xla_backend_optimization_level': '0'})
-  operations = Module(compiled.as_text()).flops()
-  stats = compiled.memory_analysis()
-  parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
-  memory = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-            - parameters * (2 if way.trains else 1))
-  seconds = math.nan
-  if timed and operations <= MOST_TIMED[0] and memory <= MOST_TIMED[1]:
-    compiled = traced.lower().compile()
-    arguments = init(), jax.tree.map(lambda x: jnp.full(x.shape, T if x.ndim == 1 else 1, x.dtype), argument)
-    run = lambda: jax.block_until_ready(compiled(*arguments))
-    run()
-    seconds = common.seconds(run)
-  return dict(memory=memory, flops=operations, seconds=seconds, calls=blocks(traced.jaxpr.jaxpr) / config.L)
+  mesh = make_mesh(MeshConfig(), [device or jax.devices()[0]])
+  with jax.set_mesh(mesh):
+    init = jax.jit(functools.partial(transformer.init, config, 0))
+    model = params.abstract(init, mesh)
+    traced = jax.jit(function).trace(model, argument)
+    lowered, calls = traced.lower(), blocks(traced.jaxpr.jaxpr) / config.L
+    try:
+      # LLVM's optimisations change the speed, and neither operations nor buffers.
+      compiled = lowered.compile({} if device else {'xla_backend_optimization_level': '0'})
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      return dict.fromkeys(QUANTITIES, math.nan) | dict(calls=calls)
+    stats, module = compiled.memory_analysis(), Module(compiled.as_text())
+    parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
+    memory = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+              - parameters * (2 if way.trains else 1))
+    if device:
+      chip = hardware.lookup(device.device_kind, device.num_cores)
+      predicted = roofline.predict(module, mesh, chip, config.dtype)
+      return dict(memory=memory, flops=predicted.flops, seconds=predicted.seconds, calls=calls)
+    operations, seconds = module.flops(), math.nan
+    if timed and operations <= MOST_TIMED[0] and memory <= MOST_TIMED[1]:
+      compiled = lowered.compile()
+      arguments = init(), jax.tree.map(lambda x: jnp.full(x.shape, T if x.ndim == 1 else 1, x.dtype), argument)
+      run = lambda: jax.block_until_ready(compiled(*arguments))
+      run()
+      seconds = common.seconds(run)
+  return dict(memory=memory, flops=operations, seconds=seconds, calls=calls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,80 +198,83 @@ def crossover(config: ModelConfig) -> float:
   return 2 * (one - per_key) / per_key  # mean keys are about T / 2
 
 
-def config_of(axis: str, size: int) -> ModelConfig:
+def config_of(axis: str, size: int, platform: str = 'cpu') -> ModelConfig:
   """The small model of one point: `size` tokens of the model along T, or layers of the one along L."""
-  known = AXES[axis]
+  known = AXES[platform][axis]
   T, L = (size, known['fixed']) if axis == 'T' else (known['fixed'], size)
   return ModelConfig(vocabulary=64, layers=L, max_length=T, **known['base'])
 
 
-def sweep(sizes: dict[str, Sequence[int]], timed: bool, log=print) -> dict:
+def sweep(sizes: dict[str, Sequence[int]], timed: bool, device: jax.Device | None = None, log=print) -> dict:
   """axis -> {'sizes': [...], name of a way: quantity -> values}."""
   found = {}
   for axis, along in sizes.items():
     found[axis] = {'sizes': list(along)}
     for way in WAYS:
-      points = [measure(way, config_of(axis, size), timed) for size in along]
+      points = [measure(way, config_of(axis, size, 'tpu' if device else 'cpu'), timed, device) for size in along]
       found[axis][way.name] = {name: [point[name] for point in points] for name in QUANTITIES}
       log(f'{way.name}, along {axis}: done')
   return found
 
 
 def _timed(found) -> bool:
-  return not math.isnan(found['T'][WAYS[0].name]['seconds'][0])
+  return not all(math.isnan(seconds) for seconds in found['T'][WAYS[0].name]['seconds'])
 
 
-def _slope(sizes, values, at):
-  """The slope from one size to the next, in words."""
-  slope = math.log(values[at + 1] / values[at]) / math.log(sizes[at + 1] / sizes[at])
-  return 'untimed' if math.isnan(slope) else f'{slope:.2f}'
+def _slopes(sizes, values) -> list[float]:
+  """From each size to the next, as far as there are values."""
+  pairs = [(size, value) for size, value in zip(sizes, values) if not math.isnan(value)]
+  return [math.log(v / u) / math.log(t / s) for (s, u), (t, v) in itertools.pairwise(pairs)]
 
 
-def _said(found: Fit | None) -> str:
-  return 'bends' if found is None else f'{found.exponent:.2f} ({found.first:g}-{found.last:g})'
+def _said(sizes, values) -> tuple[str, str]:
+  """The exponent, or the last slope where no line is straight; and the first slope."""
+  found, slopes = fit(sizes, values), _slopes(sizes, values)
+  if not slopes:
+    return 'none', 'none'
+  said = f'bends, {slopes[-1]:.2f} at last' if found is None else f'{found.exponent:.2f} ({found.first:g}-{found.last:g})'
+  return said, f'{slopes[0]:.2f}'
 
 
-def report(found: dict) -> None:
-  """Prints taught beside measured exponents with the range of each, the calls, and what bends them."""
+def report(found: dict, platform: str, where: str) -> None:
+  """Prints taught beside measured exponents with the range of each, and the calls. where: in words, for the tables' titles."""
   for quantity in ('memory', 'flops', *(('seconds',) if _timed(found) else ())):
     rows = []
     for way in WAYS:
       taught = way.taught['flops' if quantity == 'seconds' else quantity]
       row = [way.name]
       for axis in found:
-        along = found[axis][way.name][quantity]
-        line = fit(found[axis]['sizes'], along)
-        slope = math.log(along[1] / along[0]) / math.log(found[axis]['sizes'][1] / found[axis]['sizes'][0])
-        row += [f'{taught[axis]:g}', _said(line), 'none' if math.isnan(slope) else f'{slope:.2f}']
+        row += [f'{taught[axis]:g}', *_said(found[axis]['sizes'], found[axis][way.name][quantity])]
       rows.append(row)
     headers = [text for axis in found for text in (f'taught, {axis}', f'measured, {axis} (range)', 'first slope')]
-    common.table(f'{quantity}: exponents', ['', *headers], rows)
+    common.table(f'{quantity}, {where}: exponents', ['', *headers], rows)
   rows = []
   for way in WAYS:
     T, last = found['T']['sizes'][-1], found['T'][way.name]
     calls, plain = last['calls'][-1], found['T'][WAYS[1].name]
     rows.append([way.name, way.calls, f'{calls / T:g} T' if not way.trains else f'{calls:g}', last['memory'][-1] / 2**20,
                  last['flops'][-1] / plain['flops'][-1]])
-  common.table(f'forward calls, and at T={T}, L={AXES["T"]["fixed"]}',
+  common.table(f'forward calls, and at T={T}, L={AXES[platform]["T"]["fixed"]}, {where}',
                ['', 'calls taught', 'counted', 'memory MiB', 'operations / flash training'], rows)
-  small, large = crossover(config_of('T', 128)), crossover(llama3_8b.get_config().model)
-  print(f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B from {large:,.0f} on: below, time is '
-        'linear in T.')
 
 
-def plot(found: dict, path: str) -> None:
-  """Writes log-log plots of memory, operations and time, a column for T and one for L; `path` must end as an image does."""
+def plot(swept: dict[str, dict], path: str) -> None:
+  """Writes log-log plots of memory, operations and time, columns for T and L of each sweep by what it was compiled for.
+
+  `path` must end as an image does.
+  """
   from matplotlib.figure import Figure
-  names = {'memory': 'bytes', 'flops': 'operations'} | ({'seconds': 's'} if _timed(found) else {})
-  figure = Figure(figsize=(12, 4 * len(names)), layout='constrained')
-  panels = figure.subplots(len(names), len(found), squeeze=False)
+  names = {'memory': 'bytes', 'flops': 'operations'} | ({'seconds': 's'} if any(map(_timed, swept.values())) else {})
+  columns = [(where, axis, values) for where, found in swept.items() for axis, values in found.items()]
+  figure = Figure(figsize=(6 * len(columns), 4 * len(names)), layout='constrained')
+  panels = figure.subplots(len(names), len(columns), squeeze=False)
   for row, (quantity, unit) in zip(panels, names.items()):
-    for panel, (axis, values) in zip(row, found.items()):
+    for panel, (where, axis, values) in zip(row, columns):
       for way in WAYS:
         line = fit(values['sizes'], values[way.name][quantity])
         label = way.name + (f': {line.exponent:.2f}' if line else '')
         panel.loglog(values['sizes'], values[way.name][quantity], marker='o', label=label)
-      panel.set(xlabel=axis, ylabel=f'{quantity} ({unit})')
+      panel.set(xlabel=axis, ylabel=f'{quantity} ({unit}), {where}')
       panel.legend(fontsize=7)
   temporary = f'{path}.part{os.path.splitext(path)[1]}'
   figure.savefig(temporary, dpi=120)
@@ -253,21 +282,32 @@ def plot(found: dict, path: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict:
-  """The command; returns what `sweep` found."""
+  """The command; returns what `sweep` found, by what was compiled for."""
   parser = common.parser(__doc__.splitlines()[0])
   parser.add_argument('--plot', default='', metavar='FILE', help='write log-log plots here')
   parser.add_argument('--quick', action='store_true', help='three sizes along each axis')
+  parser.add_argument('--topology', default='', help='of TPUs, as in v5p:1x1x1: compile for one, too, and predict the times')
   parser.add_argument('--times', action='store_true', help='measure times, too: minutes more, and only on a machine that does nothing else')
   options = parser.parse_args(arguments)
   if options.plot and os.path.splitext(options.plot)[1] not in ('.png', '.pdf', '.svg'):
     parser.error(f'--plot={options.plot} must end in .png, .pdf or .svg')
-  sizes = QUICK if options.quick else {axis: known['sizes'] for axis, known in AXES.items()}
+  sizes_of = lambda platform: {axis: known['sizes'][:QUICK if options.quick else None] for axis, known in AXES[platform].items()}
   if jax.default_backend() != 'cpu':
     parser.error(f'this measures on a CPU, and jax found {jax.default_backend()}; set JAX_PLATFORMS=cpu')
   if options.times and os.getloadavg()[0] > 1.5:
     print(f'WARNING: the machine is busy (load {os.getloadavg()[0]:.1f}): times will be wrong')
-  found = sweep(sizes, options.times, functools.partial(print, flush=True))
-  report(found)
+  log = functools.partial(print, flush=True)
+  devices = aot.topology(options.topology)[:1] if options.topology else []
+  if devices and devices[0].platform != 'tpu':
+    parser.error(f'--topology={options.topology}: name one of TPUs, whose compiler estimates times')
+  found = {'cpu': sweep(sizes_of('cpu'), options.times, log=log)}
+  report(found['cpu'], 'cpu', 'CPU')
+  for device in devices:
+    found[options.topology] = sweep(sizes_of('tpu'), False, device, log)
+    report(found[options.topology], 'tpu', f'as compiled for a {device.device_kind}')
+  small, large = crossover(config_of('T', 128)), crossover(llama3_8b.get_config().model)
+  print(f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B from {large:,.0f} on: below, time is '
+        'linear in T.')
   if options.plot:
     plot(found, options.plot)
     print(f'\nwrote {options.plot}')

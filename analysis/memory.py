@@ -20,8 +20,8 @@ class Memory:
       them is a part of its own. `gradients` are as large as the parameters that they belong to (all are alive before the update,
       which needs their norm) and are taken out of the compiler's temporaries.
     peak: arguments + outputs that take no argument's place + temporaries + code: what the compiler reserves.
-    alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes), None where it gives none; the
-      difference is lost between buffers of unequal sizes.
+    alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes), None where it gives none or counts
+      the host's memory with the chip's; the difference is lost between buffers of unequal sizes.
     host, disk: bytes in the host's memory and on its disk for each chip. (A run whose optimizer state is on disk has other programs
       besides, which update a few layers and are smaller.)
   """
@@ -72,4 +72,5 @@ def parts(compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients
   host = (stats.host_argument_size_in_bytes + max(0, stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes)
           + stats.host_temp_size_in_bytes)
   disk = sum(shard_bytes(tree, 'disk') for tree in arguments.values())
-  return Memory(found, peak, getattr(stats, 'peak_memory_in_bytes', 0) or None, host, disk)
+  alive = 0 if host else getattr(stats, 'peak_memory_in_bytes', 0)
+  return Memory(found, peak, alive or None, host, disk)

@@ -2,6 +2,9 @@
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# A collective blocks a thread of XLA's pool for every device; with as many threads as devices, programs that follow one another can wait for
+# each other's threads until XLA aborts the process.
+os.environ.setdefault('NPROC', '32')
 # Most of a test's time is the compiler's: without LLVM's optimizations the suite takes a third less.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
     ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')

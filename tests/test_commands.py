@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from training.checkpoint import Checkpoints
+from training.checkpoint import SPILLED, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVE_EVERY = 4
@@ -112,10 +112,12 @@ def arrays(workdir, step) -> dict[str, np.ndarray]:
   import orbax.checkpoint as ocp
   checkpoints = Checkpoints(workdir)
   assert not checkpoints.problems(step)
-  request = dict.fromkeys(checkpoints.record(step)['leaves'], 0)
+  record, directory = checkpoints.record(step), checkpoints.directory / f'{step:08d}'
+  spilled = {name: np.fromfile(directory / SPILLED / name, record['leaves'][name][1]) for name in record['spilled']}
+  request = {name: 0 for name in record['leaves'] if name not in spilled}
   with ocp.PyTreeCheckpointer() as reader:
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), request)
-    return reader.restore(checkpoints.directory / f'{step:08d}', args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+    return reader.restore(directory, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments)) | spilled
 
 
 def assert_same_end(workdir, whole, step=40):
@@ -192,16 +194,16 @@ def unfinished(directory: pathlib.Path) -> set[tuple[str, int]]:
   return {(entry.name, entry.inode()) for entry in entries if '.json' not in entry.name and f'{entry.name}.json' not in names}
 
 
-def kill_and_restart(runs, workdir, kinds, draw, steps) -> list[dict]:
+def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
   """Kills a process of training for each kind of moment, restarted each time, then lets one finish; what each kill cost."""
   seen = []
   checkpoints = Checkpoints(workdir, log=lambda _: None)
-  flag = f'--config.train.steps={steps}'
+  flags = f'--config.train.steps={steps}', *flags
   begun = lambda: max([0, *checkpoints.steps()])
   for kind in kinds:
     left = unfinished(checkpoints.directory)
     writing = lambda: unfinished(checkpoints.directory) - left
-    process = runs.start(workdir, flag)
+    process = runs.start(workdir, *flags)
     if kind == 'start':
       time.sleep(draw.uniform(0.0, 3.0))
     else:
@@ -220,7 +222,7 @@ def kill_and_restart(runs, workdir, kinds, draw, steps) -> list[dict]:
     shown = [int(step) for step in re.findall(rf'step (\d+)/{steps}', done.out)]
     seen.append({'kind': kind, 'writing': bool(writing()), 'lost': max(shown) - begun() if shown else 0,
                  'checkpoint': begun()})
-  done = runs.train(workdir, flag)
+  done = runs.train(workdir, *flags)
   assert done.code == 0, done.error
   assert checkpoint_of(done.out) == seen[-1]['checkpoint']
   return seen
@@ -241,13 +243,14 @@ def test_two_kills_change_nothing(runs, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_twelve_kills_change_nothing(runs, tmp_path):
+@pytest.mark.parametrize('flags', [(), ('--config.train.offload_optimizer=disk',)], ids=str)
+def test_twelve_kills_change_nothing(runs, tmp_path, flags):
   steps, draw = 200, random.Random(2)
   whole = tmp_path / 'whole'
-  assert runs.train(whole, f'--config.train.steps={steps}').code == 0
+  assert runs.train(whole, f'--config.train.steps={steps}', *flags).code == 0
   kinds = ['start'] * 3 + ['step'] * 5 + ['save'] * 4
   draw.shuffle(kinds)
-  seen = kill_and_restart(runs, tmp_path / 'killed', kinds, draw, steps)
+  seen = kill_and_restart(runs, tmp_path / 'killed', kinds, draw, steps, *flags)
   print(*seen, sep='\n')
   assert_little_was_lost(seen)
   assert any(kill['writing'] for kill in seen)

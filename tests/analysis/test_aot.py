@@ -1,4 +1,4 @@
-"""Does a missing compiler say so?"""
+"""Does a missing compiler say so, and can a part of a host be compiled for?"""
 import pytest
 from jax.experimental import topologies
 
@@ -16,3 +16,8 @@ def test_without_a_compiler_an_error_says_what_to_install(name, said, platform, 
   monkeypatch.setattr(topologies, 'get_topology_desc', refuse)
   with pytest.raises(ImportError, match=rf'no compiler for {platform} is installed \(.*\); pip install -e .\[plan\] for TPUs'):
     aot.topology(name)
+
+
+@pytest.mark.parametrize('name, devices', [('v5e:1x1', 1), ('v6e:2x1', 2), ('v5p:1x1x1', 1), ('v4:1x1x1', 1), ('tpu7x:1x1x1', 2), ('v5e:2x2', 4)])
+def test_a_part_of_a_host(name, devices, topology):
+  assert len(topology(name)) == devices

@@ -103,17 +103,28 @@ def test_the_crossover_is_where_both_are_equal():
 
 def test_the_command(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(complexity, 'WAYS', (BY_NAME['generation, cache'], BY_NAME['generation, no cache']))
-  monkeypatch.setattr(complexity, 'QUICK', {'T': (16, 32, 64), 'L': (4, 8, 16)})
+  monkeypatch.setattr(complexity, 'AXES', {'cpu': {axis: known | {'sizes': sizes} for (axis, known), sizes in zip(
+      complexity.AXES['cpu'].items(), ((16, 32, 64, 128), (4, 8, 16, 32)), strict=True)}})
   found = complexity.main(['--quick', '--plot', str(tmp_path / 'c.png'), '--json', str(tmp_path / 'c.json')])
-  written = json.loads((tmp_path / 'c.json').read_text())['results']
+  written = json.loads((tmp_path / 'c.json').read_text())['results']['cpu']
+  found = found['cpu']
   assert written['L']['sizes'] == [4, 8, 16] and written['T']['generation, cache']['flops'] == found['T']['generation, cache']['flops']
   assert (tmp_path / 'c.png').stat().st_size > 10_000
   assert found['T']['generation, cache']['calls'] == [16, 32, 64]
   printed = capsys.readouterr().out
-  assert 'memory: exponents' in printed and 'seconds: exponents' not in printed and 'T^2 rules from' in printed
+  assert 'memory, CPU: exponents' in printed and 'seconds, CPU' not in printed and 'T^2 rules from' in printed
   with pytest.raises(SystemExit):
     complexity.main(['--plot', 'c.bmp'])
   assert 'must end in .png' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_tpus_points_are_predicted(topology):
+  config = complexity.config_of('T', 512, 'tpu')
+  point = complexity.measure(BY_NAME['training, flash attention'], config, timed=False, device=topology('v5e:1x1')[0])
+  needed = 3 * 512 * flops.forward_flops_per_token(config, 512)
+  assert needed < point['flops'] < 1.4 * needed  # scores again for the gradients, and of a block on the diagonal all of them
+  assert point['flops'] / 197e12 < point['seconds'] < 1 and point['memory'] > 0 and point['calls'] == 1
 
 
 def test_short_programs_are_timed_and_long_ones_not(monkeypatch):

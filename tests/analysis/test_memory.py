@@ -47,4 +47,4 @@ def test_what_is_on_the_host_is_told_apart(topology):
   compiled = jax.jit(lambda x: jax.device_put(x, here) * 2).lower(x).compile()
   assert memory.shard_bytes(x) == 0 and memory.shard_bytes(x, 'host') == 2**22
   got = memory.parts(compiled, {'x': x})
-  assert got.host >= 2**22 and got.parts['outputs in new memory'] == 2**22
+  assert got.host >= 2**22 and got.parts['outputs in new memory'] == 2**22 and got.alive is None
