@@ -3,12 +3,13 @@
 `reference`: the jnp oracle, everything, [T, S] scores in memory. `blocked`: the oracle on blocks of queries, keys that no query
 of a block can see skipped and scores recomputed in the backward pass, so that memory and work follow the mask. `xla`:
 jax.nn.dot_product_attention as XLA compiles it (jax does not pick cuDNN's kernel by itself).
-`splash`: the Pallas kernel for TPUs that comes with jax.
+`splash`: the Pallas kernel for TPUs that comes with jax. `pallas_tpu`: our own (kernels.flash_tpu), everything but relative positions.
 `auto`: on a TPU `splash`, then `xla`; on a GPU `xla`; else, and on a CPU, `blocked`, then `reference`: the first that honours the spec.
 Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
+import dataclasses
 import functools
 
 import jax
@@ -27,12 +28,13 @@ HONOURS = {
     'reference': {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'relative', 'value_width'},
     'blocked': {'causal', 'window', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
     'splash': {'causal', 'window', 'segments', 'softcap', 'sinks', 'value_width'},
+    'pallas_tpu': {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'value_width'},
     'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
 ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('xla', 'blocked', 'reference'), 'tpu': ('splash', 'xla', 'blocked', 'reference')}
-NAMES_ITS_OWN = ('splash',)  # what their backward pass keeps has the name that remat policies know
+NAMES_ITS_OWN = ('splash', 'pallas_tpu')  # what their backward pass keeps has the name that remat policies know
 # Precisions that Mosaic has, and whether they are of f32 operands only: of bfloat16 it has one pass, of float16 nothing at all.
-SPLASH_PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True, 'float32': True}
+PALLAS_PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True, 'float32': True}
 LANES = 128  # of a TPU's registers; a kernel's blocks are multiples
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
 
@@ -61,7 +63,7 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
     return cp.attention(q, k, v, mask, local, sinks=sinks, relative=relative, strategy=context)
   spec = _spec(v.shape[3] != H, mask, softcap, sinks, relative)
   backend = choose(spec) if backend == 'auto' else check(backend, spec)
-  run = {'reference': reference.attention, 'blocked': blocked, 'splash': splash, 'xla': xla}[backend]
+  run = {'reference': reference.attention, 'blocked': blocked, 'splash': splash, 'pallas_tpu': pallas_tpu, 'xla': xla}[backend]
   out, lse = run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
   return (out if backend in NAMES_ITS_OWN else named(out, 'attention')), lse
 
@@ -151,10 +153,6 @@ def _blocks(mask, T, S, relative):
     yield queries, keys, mask.block(queries, keys)
 
 
-# Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward, backward).
-PARTS = {'reference': (reference.attention, reference.backward), 'blocked': (blocked, blocked_backward)}
-
-
 def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
   """jax.nn.dot_product_attention: its own causal and window flags where they say it all, else a dense mask."""
   T, S = q.shape[1], k.shape[1]
@@ -174,12 +172,7 @@ def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
 
 def splash(q, k, v, mask, *, softcap, sinks, relative, scale):
   """jax's Pallas flash attention, each device on its own rows and heads; queries and keys are padded to whole blocks."""
-  precision, dtype = jax.config.jax_default_matmul_precision, v.dtype
-  if precision not in SPLASH_PRECISIONS:
-    raise NotImplementedError(f'backend splash has no products of jax_default_matmul_precision={precision!r}; use one of '
-                              f"{list(SPLASH_PRECISIONS)}, or model.attention='xla'")
-  if SPLASH_PRECISIONS[precision] or dtype == jnp.float16:  # f32 holds both narrow types exactly
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  dtype, (q, k, v) = v.dtype, _for_mosaic('splash', q, k, v)
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   B, T, N, _ = q.shape
@@ -214,6 +207,54 @@ def splash(q, k, v, mask, *, softcap, sinks, relative, scale):
     out = jnp.where(mask.allowed(T, S).any(-1)[..., None, None], out, 0)
   _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)  # as of xla
   return out.astype(dtype), lse
+
+
+def pallas_tpu(q, k, v, mask, *, softcap, sinks, relative, scale):
+  """Our own kernels, each device on its own rows and heads; everywhere but on TPUs they are interpreted, which is slow."""
+  arrays = {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask) if hasattr(getattr(mask, field.name), 'shape')}
+  spec = dataclasses.replace(mask, **dict.fromkeys(arrays))
+
+  def local(q, k, v, arrays, sinks):
+    from kernels import flash_tpu  # takes half a second to import
+    q, k, v = _for_mosaic('pallas_tpu', q, k, v)
+    return flash_tpu.flash((softcap, scale, mesh.platform() != 'tpu'), q, k, v, dataclasses.replace(spec, **arrays), sinks)
+  heads_of = lambda name: ('batch', 'length', name, 'head_width')
+  of_array = {name: ('batch', 'length')[:x.ndim] for name, x in arrays.items()}
+  k_heads = ax.whole_or('kv_heads', k.shape[2])
+  inputs = heads_of('heads'), heads_of(k_heads), heads_of(k_heads), of_array, None if sinks is None else ('heads',)
+  out, lse = ax.local(local, inputs, (heads_of('heads'), ('batch', 'length', 'heads')))(q, k, v, arrays, sinks)
+  return out.astype(v.dtype), lse
+
+
+def pallas_tpu_part(q, k, v, mask, *, softcap, sinks, relative, scale):
+  """Same contract as reference.attention, on one device, not to be differentiated."""
+  from kernels import flash_tpu
+  out, lse = flash_tpu.forward(*_for_mosaic('pallas_tpu', q, k, v), mask, softcap=softcap, sinks=sinks, scale=scale,
+                               interpret=mesh.platform() != 'tpu')
+  return out.astype(v.dtype), lse
+
+
+def pallas_tpu_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale):
+  """Same contract as reference.backward."""
+  from kernels import flash_tpu
+  q, k, v, d_out = _for_mosaic('pallas_tpu', q, k, v, d_out)
+  return *flash_tpu.backward(q, k, v, mask, lse, delta, d_out, softcap=softcap, scale=scale, interpret=mesh.platform() != 'tpu'), None
+
+
+# Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward, backward).
+PARTS = {'reference': (reference.attention, reference.backward), 'blocked': (blocked, blocked_backward),
+         'pallas_tpu': (pallas_tpu_part, pallas_tpu_backward)}
+
+
+def _for_mosaic(backend, *arrays):
+  """Arrays in a type that Mosaic multiplies in the precision that is asked for."""
+  precision = jax.config.jax_default_matmul_precision
+  if precision not in PALLAS_PRECISIONS:
+    raise NotImplementedError(f'backend {backend} has no products of jax_default_matmul_precision={precision!r}; use one of '
+                              f"{list(PALLAS_PRECISIONS)}, or model.attention='xla'")
+  if PALLAS_PRECISIONS[precision] or arrays[0].dtype == jnp.float16:  # f32 holds both narrow types exactly
+    return tuple(x.astype(jnp.float32) for x in arrays)
+  return arrays
 
 
 def _padded(length):

@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from parallel import axes as ax
 
+SKIP, PARTIAL, FULL = range(3)  # what a kernel has to do for a block of scores
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -82,6 +84,45 @@ class Mask:
     if self.query_segments is not None:
       seen = seen & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
     return seen
+
+  def blocks(self, T: int, S: int, rows: int, columns: int):
+    """What a kernel has to do for each block of `rows` queries and `columns` keys: SKIP it, mask a PARTIAL one, or see a FULL one whole.
+
+    Returns [B or 1, blocks of T, blocks of S] int32: a NumPy array where the spec has no arrays, else a jax one. Bounds of positions and
+    segments decide: no block with a key that is seen is skipped, and a FULL one has no key that is not; the last block of keys is at
+    most PARTIAL where S does not fill it. Raises ValueError as positions() does.
+    """
+    given = any(x is not None for x in (self.query_positions, self.query_segments, self.prefix))
+    np_ = jnp if given else np
+
+    def bounds(x, length, block):
+      parts = np_.pad(x, ((0, 0), (0, -length % block)), mode='edge').reshape(x.shape[0], -1, block)
+      return parts.min(-1), parts.max(-1)
+
+    def pair(q, k):
+      (q_min, q_max), (k_min, k_max) = bounds(q, T, rows), bounds(k, S, columns)
+      return q_min[:, :, None], q_max[:, :, None], k_min[:, None], k_max[:, None]
+    if self.query_positions is not None:
+      positions = self.query_positions, self.key_positions
+    else:
+      if T != S and self.causal:
+        raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
+      positions = tuple(zigzag(length, self.zigzag if T == S else 1)[None] for length in (T, S))
+    q_min, q_max, k_min, k_max = pair(*positions)
+    if self.causal:
+      some, every = k_min <= q_max, k_max <= q_min
+    else:
+      some = every = np_.ones(np_.broadcast_shapes(q_min.shape, k_min.shape), bool)
+    if self.prefix is not None:
+      some, every = some | (k_min < self.prefix[:, None, None]), every | (k_max < self.prefix[:, None, None])
+    if self.window:
+      some, every = some & (q_min - k_max < self.window), every & (q_max - k_min < self.window)
+    if self.query_segments is not None:
+      q_min, q_max, k_min, k_max = pair(self.query_segments, self.key_segments)
+      some, every = some & (q_min <= k_max) & (k_min <= q_max), every & (q_min == k_max) & (k_min == q_max) & (q_min == q_max)
+    if S % columns:
+      every = every & (np_.arange(every.shape[2]) < every.shape[2] - 1)[None, None]
+    return np_.where(every, FULL, np_.where(some, PARTIAL, SKIP)).astype(np.int32)
 
   def block(self, queries: slice, keys: slice) -> 'Mask':
     """The same mask for a block of queries and of keys, of rows in order."""

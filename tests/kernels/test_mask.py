@@ -8,7 +8,7 @@ import oracle
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kernels.mask import Mask, zigzag
+from kernels.mask import FULL, PARTIAL, SKIP, Mask, zigzag
 
 
 @st.composite
@@ -51,6 +51,29 @@ def test_block_is_a_slice_of_the_whole(case, queries, keys):
   whole = dense(parts, B, T, S)[:, queries, keys]
   block = oracle.mask(parts).block(queries, keys).allowed(*whole.shape[1:])
   np.testing.assert_array_equal(np.broadcast_to(block, whole.shape), whole)
+
+
+@given(masks(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3]))
+@settings(max_examples=150)
+def test_blocks_skip_nothing_that_is_seen_and_mask_all_that_is_not(case, rows, columns):
+  parts, B, T, S = case
+  seen, kinds = dense(parts, B, T, S), oracle.mask(parts).blocks(T, S, rows, columns)
+  kinds = np.broadcast_to(kinds, (B, *kinds.shape[1:]))
+  assert kinds.shape == (B, -(-T // rows), -(-S // columns))
+  for b, i, j in np.ndindex(kinds.shape):
+    block = seen[b, i * rows:(i + 1) * rows, j * columns:(j + 1) * columns]
+    assert not (kinds[b, i, j] == SKIP and block.any())
+    assert not (kinds[b, i, j] == FULL and not (block.all() and block.shape[1] == columns))
+
+
+@pytest.mark.parametrize('window', [0, 3, 7])
+@pytest.mark.parametrize('n', [1, 4])
+def test_blocks_of_rows_in_order_are_as_good_as_can_be(window, n):
+  """NumPy's, so that a kernel's grid is known when it is compiled."""
+  kinds, seen = Mask(window=window, zigzag=n).blocks(16, 16, 2, 2), np.asarray(Mask(window=window, zigzag=n).allowed(16, 16))
+  parts = seen.reshape(1, 8, 2, 8, 2).swapaxes(2, 3)
+  assert isinstance(kinds, np.ndarray)
+  np.testing.assert_array_equal(kinds, np.where(parts.all((3, 4)), FULL, np.where(parts.any((3, 4)), PARTIAL, SKIP)))
 
 
 @given(masks())

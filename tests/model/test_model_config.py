@@ -46,7 +46,7 @@ def test_impossible_combinations_raise(make, words):
 
 
 def test_a_backend_that_cannot_honour_the_architecture_is_refused():
-  with pytest.raises(NotImplementedError, match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'splash'\]"):
+  with pytest.raises(NotImplementedError, match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'splash', 'pallas_tpu'\]"):
     ModelConfig(attention='xla', attention_softcap=2.0)
   ModelConfig(attention='blocked', attention_softcap=2.0)
 

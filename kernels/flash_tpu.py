@@ -1,0 +1,479 @@
+"""How does a TPU attend without writing scores to memory? Pallas kernels, forward and backward, over the blocks that a mask leaves.
+
+FlashAttention-2 (Dao, arXiv:2307.08691), with its backward pass in one kernel. A grid step is a block of queries, those of all heads
+that share a key stacked, against a block of keys; blocks that the mask rules out are no steps at all, and those it leaves whole are not
+masked. All keys of a block of queries follow one another, forward and backward: the gradient of the queries is summed where the output
+is, and those of all keys of a head wait in VMEM.
+
+Scores are in powers of two: queries are scaled by log2(e) before. B batch · T query length · S key length · N query heads · K key/value
+heads · G query heads of a step · H head width · R = G x block of queries
+"""
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.mask import FULL, SKIP, Mask
+from parallel import mesh as meshes
+from parallel.remat import named
+
+LANES = 128  # of a register
+HIDDEN, NOTHING = -3e38, -1e38  # a score that is not seen; the greatest score of none, so that exp2(HIDDEN - NOTHING) is 0
+LOG2E = math.log2(math.e)
+FIRST, LAST, FIRST_OF_ROW, LAST_OF_ROW, MASKED = (1 << bit for bit in range(5))  # flags of a step
+FLAGS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """How large a step is, on one generation of TPUs.
+
+  Attributes:
+    rows: queries of all stacked heads. keys: of a block. chunk: rows whose scores are computed while the chunk before goes through its
+    softmax. ones: sums of weights come from the matrix unit, as the product with a column of ones, which is free where it is wider than a
+    head. vmem: bytes of a core's vector memory.
+  """
+  rows: int
+  keys: int
+  chunk: int
+  ones: bool
+  vmem: int
+
+
+# By final instruction bundles (benchmarks/tpu_schedule.py); sizes of VMEM are jax's (pallas.tpu.get_tpu_info).
+TUNING = {'TPU v4': Tuning(512, 512, 128, False, 16 << 20), 'TPU v5 lite': Tuning(1024, 1024, 128, False, 128 << 20),
+          'TPU v5': Tuning(1024, 1024, 128, False, 64 << 20), 'TPU v6 lite': Tuning(1024, 1024, 256, True, 128 << 20),
+          'TPU7x': Tuning(1024, 1024, 256, True, 64 << 20)}
+
+
+def _tuning() -> Tuning:
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  kind = device.device_kind if device is not None and meshes.platform() == 'tpu' else ''
+  if not kind and jax.default_backend() == 'tpu':
+    kind = jax.devices()[0].device_kind
+  return TUNING.get(kind, TUNING['TPU v5 lite'])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """The steps of a grid, in order: all keys of a block of queries, all blocks of a row, all rows.
+
+  Attributes:
+    queries: [n] int32, row x blocks of a row + block of queries. keys: [n] int32, block of keys << FLAGS | flags.
+    count: how many of the n are steps; an int, or [] int32 where arrays decide.
+  """
+  queries: Any
+  keys: Any
+  count: Any
+
+
+def _steps(kinds, B: int) -> Steps:
+  """The steps for kinds of blocks as Mask.blocks gives them. A block of queries that sees no keys still has one step, to write zeros."""
+  static = isinstance(kinds, np.ndarray)
+  xp = np if static else jnp
+  kinds = xp.broadcast_to(kinds, (B, *kinds.shape[1:]))
+  _, nq, nk = kinds.shape
+  blind = (kinds == SKIP).all(2, keepdims=True) & (xp.arange(nk) == 0)[None, None]
+  active = ((kinds != SKIP) | blind).reshape(-1)
+  order = xp.argsort(~active, kind='stable') if static else jnp.argsort(~active, stable=True)
+  count = int(active.sum()) if static else active.sum(dtype=jnp.int32)
+  if static:
+    order = order[:count]
+  queries, rows = order // nk, order // (nk * nq)
+  here = xp.arange(order.size)
+  turns = lambda x: xp.concatenate([xp.ones(1, bool), x[1:] != x[:-1]])
+  ends = lambda first: xp.concatenate([first[1:], xp.ones(1, bool)]) | (here == count - 1)
+  first, first_of_row = turns(queries), turns(rows)
+  flags = (first * FIRST + ends(first) * LAST + first_of_row * FIRST_OF_ROW + ends(first_of_row) * LAST_OF_ROW
+           + (kinds.reshape(-1)[order] != FULL) * MASKED)
+  return Steps(queries.astype(np.int32), ((order % nk) << FLAGS | flags).astype(np.int32), count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What a kernel knows of its problem: sizes as padded, real lengths, and what the mask consists of."""
+  B: int
+  N: int
+  K: int
+  G: int
+  T: int
+  S: int
+  bq: int
+  bk: int
+  queries: int  # that are real
+  keys: int
+  causal: bool
+  window: int
+  by_index: bool
+  segments: bool
+  prefix: bool
+  softcap: float
+  tuning: Tuning
+  precision: Any
+
+  @property
+  def nq(self) -> int:
+    return self.T // self.bq
+
+  @property
+  def R(self) -> int:
+    return self.G * self.bq
+
+  @property
+  def chunk(self) -> int:
+    return min(self.tuning.chunk, self.bq)
+
+  def seen(self, ids, i, j, row, rows: int, transposed: bool):
+    """[rows, bk] (or its transpose) bool of a chunk of `rows` queries from `row` on of block i, against block j of keys.
+
+    ids: refs of the positions and segments of queries and keys, and of prefixes, as far as there are any.
+    """
+    at = row % self.bq
+    shape = (self.bk, rows) if transposed else (rows, self.bk)
+    queries, keys = (1, 0) if transposed else (0, 1)
+
+    # Compact until compared: along the first dimension [n, LANES], the same in all lanes, along the second [1, n].
+    def given(name, axis):
+      part = slice(at, at + rows) if axis == queries else slice(None)
+      return ids[name][0, part] if axis == 0 else ids[name][0, :, part]
+
+    def index(axis):
+      return jax.lax.broadcasted_iota(jnp.int32, (shape[0], LANES) if axis == 0 else (1, shape[1]), axis)
+
+    def compare(relation, q, k):
+      spread = lambda x, axis: _over_lanes(x, shape[1]) if axis == 0 else jnp.broadcast_to(x, shape)
+      return relation(spread(q, queries), spread(k, keys))
+    allowed = []
+    if self.causal:
+      if self.by_index:  # both from the block of keys' first
+        offset = j * self.bk
+        q, k = index(queries) + (i * self.bq + at - offset), index(keys)
+      else:
+        offset = 0
+        q, k = given('query_positions', queries), given('key_positions', keys)
+      seen = compare(jnp.greater_equal, q, k)
+      if self.prefix:
+        seen |= compare(jnp.greater, jnp.full_like(q, ids['prefix'] - offset), k)
+      allowed.append(seen)
+      if self.window:
+        allowed.append(compare(jnp.less, q - self.window, k))
+    if self.segments:
+      allowed.append(compare(jnp.equal, given('query_segments', queries), given('key_segments', keys)))
+    if self.keys != self.S:
+      allowed.append(compare(jnp.greater, jnp.full_like(index(queries), self.keys - j * self.bk), index(keys)))
+    return functools.reduce(jnp.logical_and, allowed) if allowed else jnp.ones(shape, bool)
+
+
+def _over_lanes(x, n: int):
+  """[rows, LANES], the same in all lanes, to [rows, n]."""
+  return x[:, :n] if n <= LANES else jnp.concatenate([x] * -(-n // LANES), 1)[:, :n]
+
+
+def _dot(a, b, a_axis, b_axis, precision):
+  return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _named(refs, shape, transposed):
+  """The refs of ids by name, in the order that _ids gives arrays in."""
+  names = [name for name, is_there in (('positions', shape.causal and not shape.by_index), ('segments', shape.segments)) if is_there]
+  return dict(zip([f'{side}_{name}' for name in names for side in ('query', 'key')], refs, strict=True))
+
+
+def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
+  *ids, out, lse, top, total, acc = refs
+  step, G, bq, H, Hv = pl.program_id(1), shape.G, shape.bq, q.shape[-1], v.shape[-1]
+  row, keys = steps_q[step], steps_k[step]
+  b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
+  ids = _named(ids, shape, False) | {'prefix': prefix[b]}
+  ones = shape.tuning.ones and Hv % LANES == 0
+
+  @pl.when(keys & FIRST != 0)
+  def _():
+    acc[...] = jnp.zeros_like(acc)
+    for g in range(G):
+      rows = slice(g * bq, (g + 1) * bq)
+      sink = jnp.broadcast_to(sinks[0, g:g + 1], (bq, LANES))
+      top[rows] = jnp.maximum(sink, NOTHING)
+      total[rows] = jnp.where(sink > NOTHING, 1.0, 0.0)
+
+  def body(masked):
+    queries = q[0, 0].reshape(shape.R, H)
+    values = v[0, 0]
+    if ones:
+      values = jnp.concatenate([values, jnp.ones((shape.bk, LANES), values.dtype)], 1)
+    chunks = range(0, shape.R, shape.chunk)
+    scores_of = lambda start: _dot(queries[start:start + shape.chunk], k[0, 0], 1, 1, shape.precision)
+    ahead = scores_of(0)
+    for start in chunks:
+      rows, scores = slice(start, start + shape.chunk), ahead
+      if start + shape.chunk < shape.R:  # the matrix unit goes on with the next chunk's scores during this one's softmax
+        ahead = scores_of(start + shape.chunk)
+      if shape.softcap:
+        scores = shape.softcap * LOG2E * jnp.tanh(scores / (shape.softcap * LOG2E))
+      if masked:
+        scores = jnp.where(shape.seen(ids, i, j, start, shape.chunk, False), scores, HIDDEN)
+      before = top[rows]
+      now = jnp.maximum(before, scores.max(1, keepdims=True))
+      weights = jnp.exp2(scores - _over_lanes(now, shape.bk))
+      shrink = jnp.exp2(before - now)
+      mixed = _dot(weights.astype(values.dtype), values, 1, 0, shape.precision)
+      total[rows] = total[rows] * shrink + (mixed[:, Hv:] if ones else weights.sum(1, keepdims=True))
+      acc[rows] = acc[rows] * _over_lanes(shrink, Hv) + mixed[:, :Hv]
+      top[rows] = now
+  pl.when(keys & MASKED != 0)(functools.partial(body, True))
+  pl.when(keys & MASKED == 0)(functools.partial(body, False))
+
+  @pl.when(keys & LAST != 0)
+  def _():
+    sums = total[...]
+    mixed = acc[...] / _over_lanes(jnp.where(sums == 0, 1.0, sums), Hv)
+    out[0, 0] = mixed.reshape(G, bq, Hv).astype(out.dtype)
+    logs = jnp.where(sums == 0, -jnp.inf, (top[...] + jnp.log2(sums)) / LOG2E)
+    for g in range(G):
+      lse[0, 0, g:g + 1] = logs[g * bq:(g + 1) * bq].T[:1]
+
+
+def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape: Shape, scale: float):
+  """Scores are transposed here, [keys, queries]: what belongs to a query is a row then, and only small operands are transposed."""
+  *ids, d_q, d_k, d_v, sum_q, sum_k, sum_v = refs
+  step, H, Hv = pl.program_id(1), q.shape[-1], v.shape[-1]
+  row, keys = steps_q[step], steps_k[step]
+  b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
+  ids = _named(ids, shape, True) | {'prefix': prefix[b]}
+  here = pl.ds(pl.multiple_of(j * shape.bk, shape.bk), shape.bk)
+
+  @pl.when(keys & FIRST_OF_ROW != 0)
+  def _():
+    sum_k[...], sum_v[...] = jnp.zeros_like(sum_k), jnp.zeros_like(sum_v)
+
+  @pl.when(keys & FIRST != 0)
+  def _():
+    sum_q[...] = jnp.zeros_like(sum_q)
+
+  def body(masked):
+    queries, d_outs = q[0, 0].reshape(shape.R, H), d_out[0, 0].reshape(shape.R, Hv)
+    of_k, of_v = jnp.zeros((shape.bk, H), jnp.float32), jnp.zeros((shape.bk, Hv), jnp.float32)
+    chunk = shape.chunk
+    start_of = lambda start: (_dot(k[0, 0], queries[start:start + chunk], 1, 1, shape.precision),
+                              _dot(v[0, 0], d_outs[start:start + chunk], 1, 1, shape.precision))
+    ahead = start_of(0)
+    for start in range(0, shape.R, chunk):
+      rows, (scores, d_weights) = slice(start, start + chunk), ahead
+      if start + chunk < shape.R:
+        ahead = start_of(start + chunk)
+      g, at = start // shape.bq, slice(start % shape.bq, start % shape.bq + chunk)
+      if shape.softcap:
+        bent = jnp.tanh(scores / (shape.softcap * LOG2E))
+        scores = shape.softcap * LOG2E * bent
+      if masked:
+        scores = jnp.where(shape.seen(ids, i, j, start, chunk, True), scores, HIDDEN)
+      weights = jnp.exp2(scores - lse[0, 0, g:g + 1, at])
+      d_scores = weights * (d_weights - delta[0, 0, g:g + 1, at])
+      if shape.softcap:
+        d_scores = d_scores * (1 - bent * bent)
+      d_scores = d_scores.astype(queries.dtype)
+      of_v += _dot(weights.astype(d_outs.dtype), d_outs[rows], 1, 0, shape.precision)
+      of_k += _dot(d_scores, queries[rows], 1, 0, shape.precision)
+      sum_q[rows] += _dot(d_scores, k[0, 0], 0, 0, shape.precision)
+    sum_v[here] += of_v
+    sum_k[here] += of_k
+  pl.when(keys & MASKED != 0)(functools.partial(body, True))
+  pl.when(keys & MASKED == 0)(functools.partial(body, False))
+
+  @pl.when(keys & LAST != 0)
+  def _():
+    d_q[0, 0] = (sum_q[...] * scale).reshape(d_q.shape[2:]).astype(d_q.dtype)
+
+  @pl.when(keys & LAST_OF_ROW != 0)
+  def _():
+    d_k[0, 0], d_v[0, 0] = (sum_k[...] / LOG2E).astype(d_k.dtype), sum_v[...].astype(d_v.dtype)
+
+
+def _ids(mask: Mask, shape: Shape, transposed: bool):
+  """Arrays of positions and segments, and their blocks: those along the scores' second dimension [B, 1, n], the others in all lanes."""
+  arrays, blocks = [], []
+  pairs = []
+  if shape.causal and not shape.by_index:
+    pairs.append(mask.positions(shape.queries, shape.keys))
+  if shape.segments:
+    pairs.append((mask.query_segments, mask.key_segments))
+  for queries, keys in pairs:
+    for x, length, block, of_queries in ((queries, shape.T, shape.bq, True), (keys, shape.S, shape.bk, False)):
+      x = jnp.broadcast_to(x, (shape.B, x.shape[1])).astype(jnp.int32)
+      x = jnp.pad(x, ((0, 0), (0, length - x.shape[1])), mode='edge')
+      place = _block_of_queries if of_queries else _block_of_keys
+      if of_queries == transposed:
+        arrays.append(x[:, None])
+        blocks.append(pl.BlockSpec((1, 1, block), lambda h, s, *refs, place=place: (_row(shape, s, *refs), 0, place(shape, s, *refs))))
+      else:
+        arrays.append(jnp.broadcast_to(x[..., None], (*x.shape, LANES)))
+        blocks.append(pl.BlockSpec((1, block, LANES), lambda h, s, *refs, place=place: (_row(shape, s, *refs), place(shape, s, *refs), 0)))
+  return arrays, blocks
+
+
+def _row(shape, s, queries, keys, prefix):
+  return jax.lax.div(queries[s], shape.nq)
+
+
+def _block_of_queries(shape, s, queries, keys, prefix):
+  return jax.lax.rem(queries[s], shape.nq)
+
+
+def _block_of_keys(shape, s, queries, keys, prefix):
+  return keys[s] >> FLAGS
+
+
+def _shape(q, k, v, mask: Mask, softcap: float) -> Shape:
+  (B, T, N, _), (S, K), tuning = q.shape, k.shape[1:3], _tuning()
+  fill = lambda length: -(-length // LANES) * LANES
+  largest = lambda length, most: max(n for n in (LANES << bit for bit in range(4)) if length % n == 0 and (n <= most or n == LANES))
+  G = max(g for g in range(1, N // K + 1) if (N // K) % g == 0 and (g == 1 or g * LANES <= tuning.rows))
+  bq, bk = largest(fill(T), tuning.rows // G), largest(fill(S), tuning.keys)
+  by_index = not mask.causal or (mask.query_positions is None and (mask.zigzag == 1 or T != S))
+  exact = q.dtype == jnp.float32 and jax.config.jax_default_matmul_precision in ('highest', 'float32')
+  return Shape(B, N, K, G, fill(T), fill(S), bq, bk, T, S, mask.causal, mask.window, by_index, mask.query_segments is not None,
+               mask.prefix is not None, softcap, tuning, jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT)
+
+
+def _call(kernel, name: str, shape: Shape, mask: Mask, inputs, outputs, scratch, transposed: bool, flops: int, interpret):
+  """Runs a kernel over the steps of a mask.
+
+  inputs, outputs: (array, or its shape and dtype; which block of it a step sees) each. flops: of a pair of a query and a key.
+  """
+  kinds = mask.blocks(shape.queries, shape.keys, shape.bq, shape.bk)
+  steps = _steps(kinds, shape.B)
+  prefix = jnp.zeros(shape.B, jnp.int32) if mask.prefix is None else mask.prefix.astype(jnp.int32)
+  arrays, blocks = _ids(mask, shape, transposed)
+  pairs = (steps.count if isinstance(steps.count, int) else kinds.size * shape.B // kinds.shape[0]) * shape.R * shape.bk
+  heads = shape.N // shape.G
+  moved = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in (*inputs, *outputs))
+  return pl.pallas_call(
+      functools.partial(kernel, shape=shape), name=name, interpret=interpret,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=3, grid=(heads, steps.count), in_specs=[*(block for _, block in inputs), *blocks],
+          out_specs=[block for _, block in outputs], scratch_shapes=scratch),
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
+      cost_estimate=pl.CostEstimate(flops=pairs * heads * flops, transcendentals=pairs * heads, bytes_accessed=moved),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=shape.tuning.vmem * 7 // 8),
+  )(steps.queries, steps.keys, prefix, *(x for x, _ in inputs), *arrays)
+
+
+def _blocks_of(shape: Shape):
+  """Blocks of queries [B, N/G, G, T, H], of numbers of them [B, N/G, G, T], of keys [B, K, S, H], and of a head's sinks [N/G, G, LANES]."""
+  row, of_q, of_k = (functools.partial(f, shape) for f in (_row, _block_of_queries, _block_of_keys))
+  share = shape.N // shape.K // shape.G
+  queries = lambda width: pl.BlockSpec((1, 1, shape.G, shape.bq, width), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs), 0))
+  numbers = pl.BlockSpec((1, 1, shape.G, shape.bq), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs)))
+  keys = lambda width: pl.BlockSpec((1, 1, shape.bk, width), lambda h, s, *refs: (row(s, *refs), jax.lax.div(h, share), of_k(s, *refs), 0))
+  sinks = pl.BlockSpec((1, shape.G, LANES), lambda h, s, *refs: (h, 0, 0))
+  return queries, numbers, keys, sinks
+
+
+def _by_head(x, length: int, heads: tuple[int, ...]):
+  """[B, T, N, H] to [B, *heads, length, H], filled up with zeros."""
+  x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+  return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], *heads, length, x.shape[3])
+
+
+def _by_token(x, length: int):
+  """[B, heads.., T', H] to [B, length, N, H]."""
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[-2:]), 1, 2)[:, :length]
+
+
+def _scaled(q, scale):
+  return (q.astype(jnp.float32) * (scale * LOG2E)).astype(q.dtype)
+
+
+def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret):
+  """kernels.reference.attention of one device's arrays; not to be differentiated."""
+  shape = _shape(q, k, v, mask, softcap)
+  queries, numbers, keys, of_sinks = _blocks_of(shape)
+  H, Hv, G = q.shape[3], v.shape[3], shape.G
+  groups = shape.N // G, G
+  sinks = jnp.full(shape.N, -jnp.inf) if sinks is None else sinks.astype(jnp.float32) * LOG2E
+  result = lambda dtype, *last: jax.ShapeDtypeStruct((shape.B, *groups, shape.T, *last), dtype)
+  vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32)
+  out, lse = _call(
+      _forward, 'flash_forward', shape, mask,
+      [(_by_head(_scaled(q, scale), shape.T, groups), queries(H)), (_by_head(k, shape.S, (shape.K,)), keys(H)),
+       (_by_head(v, shape.S, (shape.K,)), keys(Hv)), (jnp.broadcast_to(sinks.reshape(*groups, 1), (*groups, LANES)), of_sinks)],
+      [(result(v.dtype, Hv), queries(Hv)), (result(jnp.float32), numbers)],
+      [vmem(shape.R, LANES), vmem(shape.R, LANES), vmem(shape.R, Hv)], False, 2 * (H + Hv), interpret)
+  return _by_token(out, shape.queries), _by_token(lse[..., None], shape.queries)[..., 0]
+
+
+def backward(q, k, v, mask: Mask, lse, delta, d_out, *, softcap: float, scale: float, interpret, dtype=jnp.float32):
+  """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype` (default: theirs where it is None).
+
+  Keys that do not fit VMEM at once go through one after another, with the sum of the queries' gradients in f32.
+  """
+  tuning, S = _tuning(), k.shape[1]
+  most = max(tuning.keys, tuning.vmem // 4 // (4 * (q.shape[3] + v.shape[3])) // tuning.keys * tuning.keys)
+  if S <= most:
+    return _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype)
+  d_q, parts = 0.0, []
+  for start in range(0, S, most):
+    part = slice(start, min(S, start + most))
+    more, *of_keys = _backward_of(q, k[:, part], v[:, part], mask.block(slice(0, q.shape[1]), part), lse, delta, d_out, softcap, scale,
+                                  interpret, jnp.float32)
+    d_q += more
+    parts.append(of_keys)
+  return tuple(x.astype(dtype or like.dtype) for x, like in zip((d_q, *(jnp.concatenate(x, 1) for x in zip(*parts))), (q, k, v)))
+
+
+def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype):
+  shape = _shape(q, k, v, mask, softcap)
+  queries, numbers, keys, _ = _blocks_of(shape)
+  H, Hv, G = q.shape[3], v.shape[3], shape.G
+  groups = shape.N // G, G
+  whole = lambda width: pl.BlockSpec((1, 1, shape.S, width), lambda h, s, *refs: (_row(shape, s, *refs), h, 0, 0))
+  result = lambda dtype, *sizes: jax.ShapeDtypeStruct((shape.B, *sizes), dtype)
+  vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32)
+  # Of queries that see nothing, and of those that fill up: no weight.
+  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse.astype(jnp.float32) * LOG2E)
+  lse = jnp.pad(lse, ((0, 0), (0, shape.T - shape.queries), (0, 0)), constant_values=jnp.inf)
+  split = shape.N // G // shape.K  # heads of a key that are no single step
+  wide = lambda like: (dtype or like.dtype) if split == 1 else jnp.float32
+  d_q, d_k, d_v = _call(
+      functools.partial(_backward, scale=scale), 'flash_backward', shape, mask,
+      [(_by_head(_scaled(q, scale), shape.T, groups), queries(H)), (_by_head(k, shape.S, (shape.K,)), keys(H)),
+       (_by_head(v, shape.S, (shape.K,)), keys(Hv)), (_by_head(lse[..., None], shape.T, groups)[..., 0], numbers),
+       (_by_head(delta.astype(jnp.float32)[..., None], shape.T, groups)[..., 0], numbers),
+       (_by_head(d_out.astype(v.dtype), shape.T, groups), queries(Hv))],
+      [(result(dtype or q.dtype, *groups, shape.T, H), queries(H)), (result(wide(k), groups[0], shape.S, H), whole(H)),
+       (result(wide(v), groups[0], shape.S, Hv), whole(Hv))],
+      [vmem(shape.R, H), vmem(shape.S, H), vmem(shape.S, Hv)], True, 6 * H + 4 * Hv, interpret)
+  if split > 1:
+    d_k, d_v = (x.reshape(shape.B, shape.K, split, *x.shape[2:]).sum(2).astype(dtype or like.dtype) for x, like in ((d_k, k), (d_v, v)))
+  return _by_token(d_q, shape.queries), _by_token(d_k, shape.keys), _by_token(d_v, shape.keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def flash(static, q, k, v, mask, sinks):
+  """static: (softcap, scale, interpret). The mixed values and the log-sum-exp, both differentiable."""
+  softcap, scale, interpret = static
+  return forward(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale, interpret=interpret)
+
+
+def _flash_forward(static, q, k, v, mask, sinks):
+  out, lse = (named(x, 'attention') for x in flash(static, q, k, v, mask, sinks))
+  return (out, lse), (q, k, v, mask, sinks, out, lse)
+
+
+def _flash_backward(static, kept, gradients):
+  softcap, scale, interpret = static
+  (q, k, v, mask, sinks, out, lse), (d_out, d_lse) = kept, gradients
+  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(lse == -jnp.inf, 0, d_lse)
+  d_q, d_k, d_v = backward(q, k, v, mask, lse, delta, d_out, softcap=softcap, scale=scale, interpret=interpret, dtype=None)
+  d_sinks = None if sinks is None else -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
+  return d_q, d_k, d_v, None, d_sinks
+
+
+flash.defvjp(_flash_forward, _flash_backward)

@@ -1,0 +1,177 @@
+"""Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs of the real compiler."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+
+from analysis import aot
+from kernels import attention as dispatch
+from kernels import flash_tpu, reference
+from kernels.attention import attention
+from kernels.mask import Mask
+from parallel import axes as ax
+from parallel.mesh import MeshConfig, make_mesh
+
+draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).normal(size=shape), jnp.float32)
+integers = lambda high, *shape: np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
+PACKED = np.sort(integers(5, 2, 300), 1)
+
+
+def documents(T, S):
+  """Segments in order, as packing makes them; of the first row some queries see nothing."""
+  queries = PACKED[:, :T].copy()
+  queries[0, :3] = 9
+  return {'query_segments': queries, 'key_segments': PACKED[:, :S]}
+
+
+def positions(T, S):
+  return {'query_positions': integers(S, 2, T), 'key_positions': integers(S, 2, S)}
+
+
+# T, S, N, K, H, Hv, the mask, softcap, sinks. Blocks are of 128: lengths that fill them and that don't, one block and several.
+CASES = {
+    'causal': (256, 256, 4, 2, 8, 8, {}, 0.0, False),
+    'causal, soft cap, sinks': (300, 300, 4, 2, 8, 6, {}, 2.0, True),
+    'window': (300, 300, 4, 1, 64, 128, {'window': 40}, 0.0, True),
+    'wide window, packed': (300, 300, 2, 2, 16, 16, {'window': 200} | documents(300, 300), 2.0, False),
+    'packed': (300, 300, 6, 2, 16, 128, documents(300, 300), 0.0, True),
+    'full, packed': (200, 300, 2, 2, 16, 16, {'causal': False} | documents(200, 300), 2.0, False),
+    'full': (130, 300, 2, 1, 16, 24, {'causal': False}, 0.0, True),
+    'prefix': (300, 300, 4, 2, 16, 16, {'prefix': np.array([200, 3], np.int32)}, 2.0, False),
+    'prefix, window, packed': (300, 300, 2, 2, 8, 8, {'prefix': np.array([200, 3], np.int32), 'window': 50} | documents(300, 300), 0.0, False),
+    'positions': (150, 300, 4, 2, 16, 16, {'window': 100} | positions(150, 300), 0.0, True),
+    'positions, packed, prefix': (150, 300, 2, 2, 8, 8, positions(150, 300) | documents(150, 300) | {'prefix': np.array([100, 3], np.int32)}, 2.0, True),
+    'zigzag': (256, 256, 2, 2, 16, 16, {'zigzag': 4}, 0.0, False),
+}
+FAST = ('causal, soft cap, sinks', 'packed', 'full, packed', 'positions, packed, prefix', 'prefix, window, packed')
+
+
+def values_and_gradients(attend, q, k, v, sinks):
+  """(out, lse) and gradients of a projection of both; -inf, of what sees nothing, has none."""
+  of_out, of_lse = draw(*q.shape[:3], v.shape[3]), draw(*q.shape[:3])
+
+  def loss(q, k, v, sinks):
+    out, lse = attend(q, k, v, sinks=sinks)
+    return jnp.sum(out * of_out) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) * of_lse), (out, lse)
+  arguments = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+  (_, values), gradients = jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))(q, k, v, sinks)
+  return values, gradients
+
+
+def inputs_of(case):
+  T, S, N, K, H, Hv, parts, softcap, sinks = CASES[case]
+  q, k, v = draw(2, T, N, H), draw(2, S, K, H), draw(2, S, K, Hv)
+  return (q, k, v, draw(N) if sinks else None), oracle.mask(parts), softcap
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+  """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as v6e sums weights."""
+  monkeypatch.setattr(flash_tpu, '_tuning', lambda: flash_tpu.Tuning(256, 128, 64, True, 2**27))
+
+
+def assert_close(found, expected):
+  """Sums of hundreds of products in f32, in another order; in a gradient they cancel."""
+  for tolerance, a, b in zip((1e-5, 1e-4), found, expected, strict=True):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+      np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def check(case):
+  arrays, mask, softcap = inputs_of(case)
+  found = values_and_gradients(functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='pallas_tpu'), *arrays)
+  expected = values_and_gradients(functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='reference'), *arrays)
+  assert_close(found, expected)
+
+
+@pytest.mark.parametrize('case', FAST)
+def test_it_is_attention(case, small_steps):
+  check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', [case for case in CASES if case not in FAST])
+def test_every_mask_is_attention(case, small_steps):
+  check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['packed', 'window'])
+def test_in_the_steps_of_a_v5e(case):
+  check(case)
+
+
+@pytest.mark.slow
+def test_no_step_reads_what_another_writes(small_steps):
+  """TPU semantics, with races looked for: forward and backward of a packed row."""
+  (q, k, v, _), mask, _ = inputs_of('packed')
+  interpret = pltpu.InterpretParams(detect_races=True)
+  run = lambda q, k, v: flash_tpu.flash((0.0, 0.3, interpret), q, k, v, mask, None)[0]
+  out, pull = jax.vjp(run, q, k, v)
+  expected, pull_expected = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend='reference')[0], q, k, v)
+  assert_close((out, pull(out)), (expected, pull_expected(out)))
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+  assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize('parts', [positions(150, 300), {}], ids=['positions', 'in order'])
+def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
+  """A VMEM in which the gradients of 128 keys find place."""
+  monkeypatch.setattr(flash_tpu, '_tuning', lambda: flash_tpu.Tuning(256, 128, 128, False, 2**15))
+  T = 150 if parts else 300
+  q, k, v, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8), oracle.mask(parts)
+  out, lse = reference.attention(q, k, v, mask, softcap=0.0, sinks=None, relative=None, scale=0.3)
+  arguments = q, k, v, mask, lse, (out * out).sum(-1), out
+  found = flash_tpu.backward(*arguments, softcap=0.0, scale=0.3, interpret=True)
+  for a, b in zip(found, reference.backward(*arguments, softcap=0.0, relative=None, scale=0.3)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_mesh(small_steps):
+  """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with documents."""
+  q, k, v = draw(2, 256, 4, 8), draw(2, 256, 2, 8), draw(2, 256, 2, 8)
+  mask = oracle.mask(documents(256, 256))
+  expected = values_and_gradients(functools.partial(attention, mask=mask, backend='reference'), q, k, v, None)
+  for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
+      at = lambda x, *axes: jax.device_put(x, ax.spec(*axes))
+      heads = 'batch', 'length', 'heads', 'head_width'
+      split = Mask(**{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()})
+      found = values_and_gradients(functools.partial(attention, mask=split, backend='pallas_tpu'), *(at(x, *heads) for x in (q, k, v)), None)
+    assert_close(found, expected)
+
+
+COMPILED = {
+    'causal': ((1, 4096, 4096, 8, 2, 128, 128, jnp.bfloat16), Mask(), 0.0),
+    'window, soft cap': ((1, 4096, 4096, 8, 8, 64, 64, jnp.bfloat16), Mask(window=1024), 30.0),
+    'packed': ((2, 2048, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(**{f'{x}_segments': np.zeros((2, 2048), np.int32) for x in ('query', 'key')}), 0.0),
+    'positions': ((2, 1024, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(query_positions=np.zeros((2, 1024), np.int32),
+                                                                   key_positions=np.zeros((2, 2048), np.int32), window=512), 0.0),
+    'latent': ((1, 2048, 2048, 4, 4, 192, 128, jnp.bfloat16), Mask(), 0.0),
+    'f32': ((1, 1024, 1024, 4, 4, 256, 256, jnp.float32), Mask(prefix=np.array([7], np.int32)), 0.0),
+    'ragged': ((1, 1000, 1500, 8, 8, 80, 80, jnp.float16), Mask(causal=False), 0.0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1', 'tpu7x:1x1x1'])
+@pytest.mark.parametrize('case', COMPILED)
+def test_it_compiles(case, topology):
+  (B, T, S, N, K, H, Hv, dtype), mask, softcap = COMPILED[case]
+  try:
+    mesh = make_mesh(MeshConfig(), aot.topology(topology)[:1])
+  except ImportError as error:
+    pytest.skip(f'{topology} cannot be compiled for: {error}')
+  with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
+    abstract = lambda *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
+    def loss(q, k, v):
+      out, lse = attention(q, k, v, mask, softcap=softcap, backend='pallas_tpu')
+      return jnp.sum(out, dtype=jnp.float32) + lse.sum()
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(abstract(B, T, N, H), abstract(B, S, K, H), abstract(B, S, K, Hv)).compile().as_text()
+  assert 'flash_forward' in program and 'flash_backward' in program and dispatch.HONOURS['pallas_tpu'] >= mask.fields()
