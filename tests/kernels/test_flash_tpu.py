@@ -1,5 +1,8 @@
 """Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs of the real compiler."""
 import functools
+import pathlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
+import kernels
 from analysis import aot
 from kernels import attention as dispatch
 from kernels import flash_tpu, reference
@@ -175,3 +179,30 @@ def test_it_compiles(case, topology):
       return jnp.sum(out, dtype=jnp.float32) + lse.sum()
     program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(abstract(B, T, N, H), abstract(B, S, K, H), abstract(B, S, K, Hv)).compile().as_text()
   assert 'flash_forward' in program and 'flash_backward' in program and dispatch.HONOURS['pallas_tpu'] >= mask.fields()
+
+
+FAULTS = {
+    'wrong diagonal': ('compare(jnp.greater_equal, q, k)', 'compare(jnp.greater, q, k)'),
+    'dropped rescale': ('acc[rows] = acc[rows] * _over_lanes(shrink, Hv)', 'acc[rows] = acc[rows]'),
+    'a block is skipped that is needed': ('active = ((kinds != SKIP) | blind)', 'active = ((kinds == FULL) | blind)'),
+    'a partial block is not masked': ('(kinds.reshape(-1)[order] != FULL) * MASKED', '(kinds.reshape(-1)[order] == SKIP) * MASKED'),
+    'gradients of the keys begin anew': ('first_of_row * FIRST_OF_ROW', 'first * FIRST_OF_ROW'),
+    'gradients of the queries do not begin anew': ('sum_q[...] = jnp.zeros_like(sum_q)', 'pass'),
+    'the sinks are forgotten': ('jnp.where(sink > NOTHING, 1.0, 0.0)', 'jnp.zeros_like(sink)'),
+    'the cap has no slope': ('d_scores = d_scores * (1 - bent * bent)', 'pass'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_planted_fault_is_caught(fault, monkeypatch):
+  old, new = FAULTS[fault]
+  source = pathlib.Path(flash_tpu.__file__).read_text()
+  assert source.count(old) == 1, f'{old!r} is not there once: plant the fault where it is now'
+  mutant = types.ModuleType('mutant')
+  monkeypatch.setitem(sys.modules, 'mutant', mutant)  # where dataclasses look for it
+  exec(compile(source.replace(old, new), 'mutant', 'exec'), mutant.__dict__)
+  mutant._tuning = lambda: mutant.Tuning(256, 128, 64, True, 2**27)
+  monkeypatch.setattr(kernels, 'flash_tpu', mutant)
+  with pytest.raises(AssertionError, match='Not equal|Mismatch|not close'):
+    check('causal, soft cap, sinks')

@@ -55,6 +55,15 @@ def test_eight_devices_are_one(alone, mesh):
   assert split or mesh == {'data': 8}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh, remat', [({'data': 1}, 'full'), ({'fsdp': 2, 'tensor': 2, 'context': 2, 'data': 1}, 'none')], ids=str)
+def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
+  """Interpreted, forward and backward, in packed rows; split and recomputed as well."""
+  trainer, metrics = trained(math.prod(mesh.values()), mesh=mesh, model={'attention': 'pallas_tpu', 'remat': remat})
+  assert_equivalent(trainer.state.model, alone[0].state.model)
+  np.testing.assert_allclose([m['loss'] for m in metrics], [m['loss'] for m in alone[1]], rtol=1e-5)
+
+
 def test_initial_parameters_do_not_depend_on_the_mesh(alone):
   trainer = Trainer(tiny(mesh={'fsdp': 4, 'data': 2}), 8)
   with jax.set_mesh(trainer.mesh):
