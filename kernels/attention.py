@@ -5,7 +5,8 @@ of a block can see skipped and scores recomputed in the backward pass, so that m
 jax.nn.dot_product_attention as XLA compiles it (jax does not pick cuDNN's kernel by itself).
 `splash`: the Pallas kernel for TPUs that comes with jax. `pallas_tpu`: our own (kernels.flash_tpu), everything but relative positions.
 `auto`: on a TPU `splash`, then `xla`; on a GPU `xla`; else, and on a CPU, `blocked`, then `reference`: the first that honours the spec.
-Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together.
+Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together, on a TPU
+`pallas_tpu` first.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
@@ -32,6 +33,7 @@ HONOURS = {
     'xla': {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
 ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('xla', 'blocked', 'reference'), 'tpu': ('splash', 'xla', 'blocked', 'reference')}
+ORDER_IN_PARTS = {'cpu': ('blocked', 'reference'), 'gpu': ('blocked', 'reference'), 'tpu': ('pallas_tpu', 'blocked', 'reference')}
 NAMES_ITS_OWN = ('splash', 'pallas_tpu')  # what their backward pass keeps has the name that remat policies know
 # Precisions that Mosaic has, and whether they are of f32 operands only: of bfloat16 it has one pass, of float16 nothing at all.
 PALLAS_PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True, 'float32': True}
@@ -115,7 +117,7 @@ def choose(spec: set[str], platform: str = '', in_parts: bool = False) -> str:
 
   in_parts: of those that attention can be put together from part by part.
   """
-  return next(name for name in ORDER[platform or mesh.platform()] if spec <= HONOURS[name] and (name in PARTS or not in_parts))
+  return next(name for name in (ORDER_IN_PARTS if in_parts else ORDER)[platform or mesh.platform()] if spec <= HONOURS[name])
 
 
 def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):
