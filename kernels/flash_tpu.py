@@ -192,7 +192,8 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
   row, keys = steps_q[step], steps_k[step]
   b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
   ids = _named(ids, shape, False) | {'prefix': prefix[b]}
-  ones = shape.tuning.ones and Hv % LANES == 0
+  filled = -(-Hv // LANES) * LANES
+  ones = shape.tuning.ones and filled // LANES % 2 == 1  # else they would take a pass of their own
 
   @pl.when(keys & FIRST != 0)
   def _():
@@ -207,7 +208,8 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
     queries = q[0, 0].reshape(shape.R, H)
     values = v[0, 0]
     if ones:
-      values = jnp.concatenate([values, jnp.ones((shape.bk, LANES), values.dtype)], 1)
+      values = jnp.concatenate([values, *[jnp.zeros((shape.bk, filled - Hv), values.dtype)] * (filled > Hv),
+                                jnp.ones((shape.bk, LANES), values.dtype)], 1)
     chunks = range(0, shape.R, shape.chunk)
     scores_of = lambda start: _dot(queries[start:start + shape.chunk], k[0, 0], 1, 1, shape.precision)
     ahead = scores_of(0)
@@ -224,7 +226,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
       weights = jnp.exp2(scores - _over_lanes(now, shape.bk))
       shrink = jnp.exp2(before - now)
       mixed = _dot(weights.astype(values.dtype), values, 1, 0, shape.precision)
-      total[rows] = total[rows] * shrink + (mixed[:, Hv:] if ones else weights.sum(1, keepdims=True))
+      total[rows] = total[rows] * shrink + (mixed[:, filled:] if ones else weights.sum(1, keepdims=True))
       acc[rows] = acc[rows] * _over_lanes(shrink, Hv) + mixed[:, :Hv]
       top[rows] = now
   pl.when(keys & MASKED != 0)(functools.partial(body, True))
