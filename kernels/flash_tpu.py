@@ -180,7 +180,7 @@ def _dot(a, b, a_axis, b_axis, precision):
   return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _named(refs, shape, transposed):
+def _named(refs, shape):
   """The refs of ids by name, in the order that _ids gives arrays in."""
   names = [name for name, is_there in (('positions', shape.causal and not shape.by_index), ('segments', shape.segments)) if is_there]
   return dict(zip([f'{side}_{name}' for name in names for side in ('query', 'key')], refs, strict=True))
@@ -191,7 +191,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
   step, G, bq, H, Hv = pl.program_id(1), shape.G, shape.bq, q.shape[-1], v.shape[-1]
   row, keys = steps_q[step], steps_k[step]
   b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
-  ids = _named(ids, shape, False) | {'prefix': prefix[b]}
+  ids = _named(ids, shape) | {'prefix': prefix[b]}
   filled = -(-Hv // LANES) * LANES
   ones = shape.tuning.ones and filled // LANES % 2 == 1  # else they would take a pass of their own
 
@@ -248,7 +248,7 @@ def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape
   step, H, Hv = pl.program_id(1), q.shape[-1], v.shape[-1]
   row, keys = steps_q[step], steps_k[step]
   b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
-  ids = _named(ids, shape, True) | {'prefix': prefix[b]}
+  ids = _named(ids, shape) | {'prefix': prefix[b]}
   here = pl.ds(pl.multiple_of(j * shape.bk, shape.bk), shape.bk)
 
   @pl.when(keys & FIRST_OF_ROW != 0)
