@@ -47,7 +47,7 @@ class Tuning:
 
 
 # By final instruction bundles (benchmarks/tpu_schedule.py); sizes of VMEM are jax's (pallas.tpu.get_tpu_info).
-TUNING = {'TPU v4': Tuning(512, 512, 128, False, 16 << 20), 'TPU v5 lite': Tuning(1024, 1024, 128, False, 128 << 20),
+TUNING = {'TPU v4': Tuning(256, 256, 128, False, 16 << 20), 'TPU v5 lite': Tuning(1024, 1024, 128, False, 128 << 20),
           'TPU v5': Tuning(1024, 1024, 128, False, 64 << 20), 'TPU v6 lite': Tuning(1024, 1024, 256, True, 128 << 20),
           'TPU7x': Tuning(1024, 1024, 256, True, 64 << 20)}
 
