@@ -5,7 +5,7 @@ RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 # A test compiles on one core, and takes a few GiB at most.
 PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-.PHONY: demo test test-all test-oracle test-slow lint clean
+.PHONY: demo test test-all test-oracle test-slow test-gpu-aot lint clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=runs/demo
@@ -24,6 +24,13 @@ test-oracle: $(VENV)/installed-oracle
 
 test-slow: $(VENV)/installed-test
 	$(PYTEST) -m "slow and not oracle"
+
+# Programs for H100s, compiled without one: the two plugin wheels, not the libraries that they would run with.
+test-gpu-aot: $(VENV)/installed-test
+	version=$$($(RUN) -c "import jaxlib; print(jaxlib.__version__)") && $(VENV)/bin/python -m pip install -q --no-deps \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	$(PYTEST) tests/kernels/test_flash_gpu.py tests/kernels/test_blocks.py tests/kernels/test_cudnn.py tests/benchmarks/test_gpu_programs.py \
+	  -m "not oracle"
 
 lint: $(VENV)/installed-test
 	$(RUN) -m flake8

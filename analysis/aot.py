@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 
 import names
 from decode import loop
-from decode.generator import CHUNK, in_compute_dtype
-from decode.sampling import make_sampling
+from decode.generator import generating_model
+from decode.request import CHUNK
+from decode.sampling import History, make_sampling
 from model import params, transformer
 from model.cache import init_cache
 from model.config import ModelConfig
@@ -72,7 +73,7 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     raise ValueError(f'topology={name!r}: {first}') from error
 
 
-def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int):
+def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str):
   """What generation holds as shapes and shardings, the matrices in the compute dtype; and a maker of arrays split along the rows.
 
   The maker is for use with the mesh in context.
@@ -80,29 +81,31 @@ def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int):
   rows_of = lambda shape: NamedSharding(mesh, ax.spec('batch', *(None,) * (len(shape) - 1)))
   row = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of(shape))
   with jax.set_mesh(mesh):
-    model = params.abstract(lambda: in_compute_dtype(transformer.init(config, 0)), mesh)
-    cache = params.abstract(lambda: init_cache(config, rows, context), mesh)
+    model = params.abstract(lambda: generating_model(transformer.init(config, 0), weights), mesh)
+    cache = params.abstract(lambda: init_cache(model.config, rows, context), mesh)
   return {'parameters': model, 'cache': cache}, row
 
 
-def prefill(config: ModelConfig, mesh: Mesh, rows: int, context: int) -> tuple[jax.stages.Lowered, dict]:
+def prefill(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = '') -> tuple[jax.stages.Lowered, dict]:
   """The program that reads `rows` prompts of `context` tokens into a cache of that size, and what it holds.
 
   Raises ValueError for a context beyond the model's longest sequence.
   """
-  held, row = _held(config, mesh, rows, context)
+  held, row = _held(config, mesh, rows, context, weights)
   with jax.set_mesh(mesh):
     return loop.prefill.lower(held['parameters'], row(jnp.int32, rows, context), row(jnp.int32, rows), held['cache'],
                               row(jnp.int32, rows)), held
 
 
-def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, steps: int = CHUNK) -> tuple[jax.stages.Lowered, dict]:
+def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = '',
+           steps: int = CHUNK) -> tuple[jax.stages.Lowered, dict]:
   """The program that generates `steps` tokens of each of `rows` rows with a cache of `context` tokens, and what it holds.
 
   Raises ValueError as prefill does.
   """
-  held, row = _held(config, mesh, rows, context)
+  held, row = _held(config, mesh, rows, context, weights)
   with jax.set_mesh(mesh):
-    state = loop.DecodeState(held['cache'], row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows))
-    sampling = jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows, 1.0, 0, 1.0, 0))
-    return loop.decode_chunk.lower(held['parameters'], state, sampling, steps=steps, eos=1, pad=0), held
+    history = History(row(jnp.int32, rows, config.V), row(jnp.bool_, rows, config.V))
+    state = loop.DecodeState(held['cache'], row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows), history)
+    rules = loop.Rules(jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows)), row(jnp.int32, rows, 4))
+    return loop.decode_chunk.lower(held['parameters'], state, rules, steps=steps, pad=0), held

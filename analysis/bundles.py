@@ -11,8 +11,8 @@ DELAY_SLOTS = 5  # bundles from a branch, itself included, to where it takes eff
 
 
 def dump_flags(directory: str) -> str:
-  """LIBTPU_INIT_ARGS for a process, set before it loads libtpu: every kernel that it compiles is dumped into `directory`."""
-  return f'--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true'
+  """LIBTPU_INIT_ARGS for a process, set before it loads libtpu: the last pass of every kernel that it compiles goes to `directory`."""
+  return f'--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*'
 
 
 @dataclasses.dataclass(frozen=True)

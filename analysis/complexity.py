@@ -28,8 +28,8 @@ from analysis.hlo import Module
 from benchmarks import common
 from configs.models import llama3_8b
 from data.batch import Batch
-from decode.loop import DecodeState, decode_chunk
-from decode.sampling import make_sampling
+from decode.loop import DecodeState, Rules, decode_chunk
+from decode.sampling import History, make_sampling
 from model import params, transformer
 from model.cache import init_cache
 from model.config import ModelConfig
@@ -71,8 +71,10 @@ def _uncached(config: ModelConfig, T: int):
 
 def _cached(config: ModelConfig, T: int):
   def generate(model, stop_at):
-    state = DecodeState(init_cache(config, 1, T), jnp.zeros((1, config.V)), jnp.zeros((1,), bool), stop_at)
-    return decode_chunk(model, state, jax.tree.map(jnp.asarray, make_sampling(1, 0.0, 0, 1.0, 0)), steps=T, eos=-1, pad=0)[1]
+    state = DecodeState(init_cache(config, 1, T), jnp.zeros((1, config.V)), jnp.zeros((1,), bool), stop_at,
+                        History(jnp.zeros((1, config.V), jnp.int32), jnp.zeros((1, config.V), bool)))
+    rules = Rules(jax.tree.map(jnp.asarray, make_sampling(1, temperature=0.0)), jnp.full((1, 4), -1))
+    return decode_chunk(model, state, rules, steps=T, pad=0)[1].ids
   return generate, jax.ShapeDtypeStruct((1,), jnp.int32)
 
 

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from decode.sampling import FILTER
+from kernels.cached import FILLED
 from parallel.experts import ROUNDS
 
 HOST, VMEM = 5, 1  # memory spaces that a layout names: S(5), S(1); none is the device's main memory
@@ -164,9 +166,9 @@ class Module:
     return re.search(r'body=%?([\w.-]+)', loop.attributes)[1]
 
   def branch(self, conditional: Instruction) -> str:
-    """The dearest branch: most products, then most bytes written."""
+    """The dearest branch: most products, then most bytes written; of a filter of tokens, the cheapest: it is off (decode.sampling)."""
     written = lambda name: sum(nbytes(i.shape) for i in self.computations[name] if not i.free)
-    return max(conditional.called, key=lambda name: (self.flops(name), written(name)))
+    return (min if FILTER in conditional.scope else max)(conditional.called, key=lambda name: (self.flops(name), written(name)))
 
   def inside(self, i: Instruction) -> Iterator[tuple[str, Instruction]]:
     """(computation, instruction) of what a fusion or call holds, at any depth."""
@@ -203,10 +205,14 @@ class Module:
   def trips(self, computation: str, loop: Instruction) -> int:
     """How often a `while` of `computation` runs its body: as the compiler says, or by running its counter; 1 if it is `routed`.
 
+    Over the slots of a cache, as often as a full one needs.
+
     Raises ValueError where none of these tells.
     """
     if self.routed(loop):
       return 1
+    if blocks := re.search(rf'\b{FILLED}(\d+)\)*/while$', loop.scope):
+      return int(blocks[1])
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
       return int(known[1])
     return self._count(computation, loop.name)

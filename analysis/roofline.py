@@ -1,28 +1,33 @@
 """How long would a compiled program take? The roofline, and a walk along its schedule.
 
-TPU: XLA operations take their estimated cycles / clock, Pallas kernels what they declare on the roofline, collectives what their
-bytes take on the links, less what runs beside them. Against hardware this came within 10% on forward attention kernels and was
-optimistic backward; stalls of memory, throttling and imbalance are not modelled: it ranks, it does not certify.
+TPU: XLA operations take their estimated cycles / clock, Pallas kernels what they declare on the roofline, our attention the bundles of
+its tiles if that is more, collectives what their bytes take on the links, less what runs beside them. Against hardware this came within
+10% on forward attention kernels and was optimistic backward; stalls of memory, throttling and imbalance are not modelled: it ranks, it
+does not certify.
 GPU: no cycles are estimated; every operation takes its roofline at EFFICIENCY.
 """
 import collections
 import dataclasses
 import functools
-import math
 import re
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from analysis import hlo, schedule
+from analysis import flops as counts, hlo, schedule
 from analysis.hardware import Chip, peak
 from analysis.hlo import Instruction, Module
+from decode.sampling import FILTER
+from kernels import tuning
+from kernels.tuning import TILE
 
 # Of the peaks, what large products and copies reach on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
-# jax's splash attention declares no cost. Products over pairs of a query and a key, by what a kernel's name says; and what share of the
-# peak its instruction bundles come to at 8k tokens and head width 128, where a 256-wide matrix unit is half empty.
-ATTENTION_PRODUCTS = {f'splash_{heads}_{part}': n for heads in ('mha', 'mqa') for part, n in (('fwd', 2), ('dkv', 4), ('dq', 3))}
-ATTENTION_EFFICIENCY = {'TPU v4': 0.7, 'TPU v5e': 0.7, 'TPU v5p': 0.7, 'TPU v6e': 0.26, 'TPU 7x': 0.26}
+ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}  # kernels of kernels.flash_tpu by name
+# cuDNN's attention: products by direction, and the share of an H100's peak that was published for head width 128 and 4k tokens or more:
+# 499 to 539 of 989 TFLOP/s, forward under a causal mask and backward (arXiv:2407.08608, figures 5 and 6).
+CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
+CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52  # ours was not measured
 HOST_BANDWIDTH = 16e9  # bytes/s a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
 ERROR = {'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls dominate; it ranks, it does not certify',
          'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute and '
@@ -61,24 +66,51 @@ class Prediction:
     return max(self.roofline, key=self.roofline.get)
 
 
-def declared(i: Instruction) -> tuple[float, float] | None:
-  """(FLOPs, bytes) of a kernel's own cost estimate, or None where it declares none."""
-  found = re.search(r'"cost_estimate":\{([^}]*)\}', i.attributes)
+class Cost(NamedTuple):
+  flops: float
+  moved: float  # bytes
+  transcendentals: float
+
+
+def declared(i: Instruction) -> Cost | None:
+  """A kernel's own cost estimate, or None where it declares none; on GPUs it is in the name of its scope (kernels.mosaic_gpu_compat)."""
+  found = re.search(r'"cost_estimate":\{([^}]*)\}|op_name="[^"]*?(flash_\w+ flops=.*?) end', i.attributes)
   if not found:
     return None
-  costs = {name: float(value) for name, value in re.findall(r'"(\w+)":"?([\d.e+]+)"?', found[1])}
-  return costs.get('flops', 0.0), costs.get('bytes_accessed', 0.0)
+  costs = {name: float(value) for name, value in re.findall(r'(\w+)"?[:=]"?([\d.e+]+)"?', found[1] or found[2])}
+  return Cost(costs.get('flops', 0.0), costs.get('bytes_accessed', 0.0), costs.get('transcendentals', 0.0))
 
 
-def attention_flops(module: Module, computation: str, i: Instruction) -> float | None:
-  """FLOPs of one of jax's splash attention kernels under a causal mask, half of all pairs; None for another kernel."""
-  products = next((n for name, n in ATTENTION_PRODUCTS.items() if i.name.startswith(name)), None)
-  shapes = [module[computation, name].shape for name in i.operands]
-  arrays = [hlo.dims(shape) for shape in shapes if shape.startswith(('bf16', 'f32')) and len(hlo.dims(shape)) > 2]
-  if products is None or len(arrays) < 2:
+def attention_seconds(module: Module, computation: str, i: Instruction, chip: Chip) -> float | None:
+  """What the matrix unit and the softmax of one of our attention kernels take, by the bundles that its tiles have (kernels.tuning).
+
+  It declares an exponential for each pair of a query and a key. None for another kernel. Raises LookupError for one without an entry.
+  """
+  direction = next((direction for name, direction in ATTENTION.items() if i.name.startswith(name)), None)
+  if direction is None:
     return None
-  queries, keys = arrays[:2]  # [.. N T H] and [.. K S H]
-  return products * math.prod(queries) * keys[-2]  # 2 of a multiply-add, half of the pairs
+  if chosen := re.match(r'flash_[a-z]+_(\d+x\d+)', i.name):
+    raise LookupError(f'{direction} attention in chosen steps of {chosen[1]}: no bundles are tabled for them, so its FLOPs at the peak')
+  shapes = [hlo.dims(module[computation, name].shape) for name in i.operands]
+  queries, keys, values = [dims for dims in shapes if len(dims) > 3][:3]
+  width = max(keys[-1], values[-1])
+  step = next(filter(None, (tuning.lookup(kind, direction, width) for kind in chip.kinds)), None)
+  if step is None or not step.whole:
+    raise LookupError(f'{direction} attention with heads {width} wide: no bundles are tabled for a {chip.name}, so its FLOPs at the peak')
+  cores = min(chip.cores // chip.devices, queries[1])  # cores share the heads
+  return declared(i).transcendentals / TILE**2 * (step.whole + step.masked) / 2 / (chip.clock * cores)
+
+
+def cudnn_flops(i: Instruction) -> float | None:
+  """FLOPs of one of cuDNN's attention calls, of the pairs of a query and a key that its mask leaves; None for another instruction."""
+  found = re.search(r'custom_call_target="__cudnn\$(\w+)"', i.attributes)
+  if not found or found[1] not in CUDNN_PRODUCTS:
+    return None
+  setting = lambda name, value: re.search(rf'"{name}": ?{value}', i.attributes)[1]
+  B, N, T, S = (int(n) for n in re.findall(r'\d+', setting('dimensions', r'\[([^\]]*)\]')))
+  H = hlo.dims(re.match(r'\(?([^,]*\[[\d,]*\])', i.shape)[1])[-1]
+  keys = counts.mean_keys(T, int(setting('sliding_window_length', r'(\d+)'))) if setting('mask_type', r'"(\w+)"') == 'CAUSAL' else S
+  return CUDNN_PRODUCTS[found[1]] * 2 * B * N * T * keys * H
 
 
 def traffic(module: Module, computation: str, i: Instruction) -> int:
@@ -178,7 +210,8 @@ class _Walk:
         self.assumptions['experts were taken to be balanced: their devices exchange rows in one round'] += 1
       return _times(self.run(self.module.body(i)), trips)
     if i.opcode == 'conditional':
-      self.assumptions['a conditional was taken to run its dearest branch'] += 1
+      off = FILTER in i.scope
+      self.assumptions['top-k and top-p were taken to be off' if off else 'a conditional was taken to run its dearest branch'] += 1
       return self.run(self.module.branch(i))
     return self.run(i.called[0]) if i.opcode == 'call' else None
 
@@ -211,25 +244,38 @@ class _Walk:
   def _cost(self, computation, i):
     moved = traffic(self.module, computation, i)
     flops = sum(self.module.flops(name) for name in i.called) if i.called else self.module.product(computation, i)
-    kind = 'operations'
+    kind, least = 'operations', 0.0
     if i.kernel:
-      kind, cost, attention = 'kernels', declared(i), attention_flops(self.module, computation, i)
-      if cost is None and attention:
-        share = ATTENTION_EFFICIENCY[self.chip.name]
-        self.assumptions[f'attention kernels: half of all pairs (a causal mask), at {share:.0%} of the peak'] += 1
-        flops = attention / share
-      elif cost is None:
+      kind, cost = 'kernels', declared(i)
+      if cost is None:
         self.assumptions[f'kernel {i.name.rstrip(".0123456789")} declares no cost: only its operands and results were counted'] += 1
       else:
-        flops, moved = cost
+        flops, moved = cost.flops, cost.moved
+        least = self._attention(computation, i) if self.tpu else flops / (self.peak * FLASH_EFFICIENCY)
+        if not self.tpu:
+          self.assumptions[f'our attention kernels at {FLASH_EFFICIENCY:.0%} of the peak, which is what was published of cuDNN\'s'] += 1
     elif self.tpu and i.cycles is not None:
       return kind, i.cycles / self.chip.clock
+    elif (products := cudnn_flops(i)) is not None:
+      self.assumptions[f'cuDNN attention: the pairs that its mask leaves, at {CUDNN_EFFICIENCY:.0%} of the peak; its working memory, which '
+                       'nothing but a GPU can tell, was not counted'] += 1
+      flops = products * EFFICIENCY['compute'] / CUDNN_EFFICIENCY
     elif i.opcode == 'custom-call' and '__cudnn' in i.attributes:
       self.assumptions['cuDNN calls: only their operands and results were counted, not their products'] += 1
     elif self.tpu and moved > _NOTABLE:
       self.assumptions[f'{i.opcode} without an estimate of the compiler: its bytes at the memory\'s bandwidth'] += 1
     scale = 1 if self.tpu else EFFICIENCY['compute']
-    return kind, max(flops / (self.peak * scale), self._bytes(i, moved))
+    return kind, max(flops / (self.peak * scale), self._bytes(i, moved), least)
+
+  def _attention(self, computation, i):
+    try:
+      seconds = attention_seconds(self.module, computation, i, self.chip)
+    except LookupError as error:
+      self.assumptions[str(error)] += 1
+      return 0.0
+    if seconds is not None:
+      self.assumptions['attention kernels: the bundles of their tiles, half of which a mask cuts'] += 1
+    return seconds or 0.0
 
 
 def _times(sums, n):
@@ -248,10 +294,11 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
   flops, moved = module.flops(), 0
   for computation, i, times in module.walk():
     if i.kernel:
-      cost = declared(i) or (attention_flops(module, computation, i) or 0.0, traffic(module, computation, i))
+      cost = declared(i) or (0.0, traffic(module, computation, i))
       flops, moved = flops + times * cost[0], moved + times * cost[1]
     elif not (i.free or i.opcode in ('while', 'conditional', 'call') or i.opcode.endswith(('-start', '-done', '-update'))):
       moved += times * traffic(module, computation, i)
+      flops += times * (cudnn_flops(i) or 0.0)
   roofline = collections.Counter({'compute': flops / walk.peak, 'memory': moved / walk.memory})
   links, exposed = collections.Counter(), {}
   for key, value in sums.items():

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import candidates, roofline
+from decode.request import CHUNK
 
 GB = 1e9
 
@@ -39,7 +40,8 @@ def show(plan, cost: dict[str, float]) -> None:
   console, axes = _console(), {axis: size for axis, size in plan.config.mesh.sizes().items() if size > 1}
   run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}[plan.mode]
   console.print(f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat {plan.config.model.remat!r}, '
-                f'{plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; compiled in {plan.compile_seconds:.1f} s')
+                f'attention {plan.attention!r}, {plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
+                f'compiled in {plan.compile_seconds:.1f} s')
   _memory(console, plan)
   if plan.prediction is None:
     return
@@ -103,7 +105,8 @@ def _times(console, plan, run):
   table.add_row('predicted', seconds(p.seconds))
   console.print(table)
   mfu = 'MFU unknown' if plan.mfu is None else f'MFU {plan.mfu:.1%}'
-  console.print(f'[bold]{seconds(p.seconds)} {run}, {mfu}, {plan.tokens / p.seconds:,.0f} tokens/s[/bold]; FLOPs of a device: '
+  each = f', {seconds(p.seconds / CHUNK)} a token of every row' if plan.mode == 'decode' else ''
+  console.print(f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} tokens/s[/bold]; FLOPs of a device: '
                 f'model {model:.4g}, hardware {p.flops:.4g} ({p.flops / model:.2f} x)')
 
 

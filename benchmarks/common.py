@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import platform
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 import files
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'sentencepiece', 'numpy', 'datasketch',
-            'libtpu', 'torch', 'transformers')
+            'libtpu', 'torch', 'transformers', 'triton', 'jax-cuda12-plugin', 'jax-cuda13-plugin', 'nvidia-cudnn-cu12', 'nvidia-cudnn-cu13')
 
 
 def machine() -> dict:
@@ -32,7 +34,17 @@ def machine() -> dict:
   return {'cpu': model, 'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
           'memory_gib': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1),
           'load_before': round(os.getloadavg()[0], 2), 'system': platform.platform(),
-          'python': platform.python_version(), **versions}
+          'python': platform.python_version(), 'gpus': gpus(), **versions}
+
+
+def gpus() -> list[str]:
+  """Name, driver, memory and power limit of each NVIDIA GPU, as the driver's own tool says; [] where there is none."""
+  tool = shutil.which('nvidia-smi')
+  if tool is None:
+    return []
+  asked = subprocess.run([tool, '--query-gpu=name,driver_version,memory.total,power.limit', '--format=csv,noheader'],
+                         capture_output=True, text=True)
+  return asked.stdout.splitlines() if asked.returncode == 0 else [f'nvidia-smi: code {asked.returncode}']
 
 
 def parser(description: str) -> argparse.ArgumentParser:

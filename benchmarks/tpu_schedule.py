@@ -1,91 +1,232 @@
 """Is our TPU attention scheduled better than jax's? Instruction bundles of both, compiled for TPUs that aren't here.
 
-    python -m benchmarks.tpu_schedule [--topologies v5e:1x1,v6e:1x1] [--widths 64,128,256] [--length 8192] [--json FILE]
+    python -m benchmarks.tpu_schedule [--topologies v5e:1x1,v6e:1x1] [--widths 64,128,256] [--tune] [--json FILE]
 
-Causal, bfloat16, 8 heads; a tile is 1024 x 1024 pairs of a query and a key, forward and backward. A kernel may have two bodies: for
-tiles that the mask leaves whole, and for others. Seconds: bundles of all tiles over the clock, or what the matrix unit takes at its
-peak, if that is more; stalls of memory are not in it. The peer is `splash`, as kernels.attention sets it up. Needs libtpu (the extra
-`plan`), no TPU.
+bfloat16, 8 heads; a tile is 1024 x 1024 pairs of a query and a key, forward and backward. A kernel may have two bodies: for tiles that
+the mask leaves whole, and for others. The bodies do not depend on the length: each kernel is compiled once for each kind of mask, at
+2048 tokens, and the seconds of all WORKLOADS follow from the steps that they have (Mask.blocks). Seconds: bundles of all tiles over
+the clock, or what the matrix unit takes at its peak, if that is more; stalls of memory and what a step does beside its body are not in
+it. The peer is jax's `splash`, in blocks of 1024 (v4: 512), with its gradients in two kernels or in one, whichever
+has fewer bundles; it masks every block, and skips none for segments. --tune tries step sizes of ours first, and writes those of the
+fewest bundles to kernels/tuning.json. Needs libtpu (the extra `plan`), no TPU.
 """
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+import itertools
+import json
+import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 
+import numpy as np
+
+import files
 from analysis import aot, bundles, hardware
 from benchmarks import common
+from kernels import tuning
+from kernels.mask import FULL, PARTIAL, SKIP, Mask
+from kernels.tuning import TILE
 
-TILE, HEADS = 1024, 8
+HEADS, LENGTH = 8, 2048  # LENGTH: that is compiled
 KERNELS = {'pallas_tpu': {'forward': ('flash_forward',), 'backward': ('flash_backward',)},
            'splash': {'forward': ('splash_mha_fwd',), 'backward': ('splash_mha_dkv', 'splash_mha_dq')}}
 PRODUCTS = {'forward': 2, 'backward': 5}
+WHAT = 'causal', 'window', 'packed'
+WORKLOADS = {f'{length >> 10}k': ('causal', length) for length in (1 << bit for bit in range(12, 18))} | {
+    '16k, window 1k': ('window', 16384), '16k, packed 2k': ('packed', 16384)}
+# (rows, keys, chunk) of ours.
+CANDIDATES = [(1024, 1024, 128), (1024, 1024, 256), (1024, 1024, 512), (512, 1024, 128), (512, 1024, 256), (1024, 512, 256),
+              (512, 512, 256)]
+SMALL = [(256, 256, 128), (512, 256, 128), (256, 512, 128), (512, 512, 128), (512, 512, 256), (1024, 256, 256)]
+SMALL_VMEM = 32 << 20  # bytes, below which SMALL are tried, and splash is given blocks of 512
+TUNED_FOR = 8192  # tokens, causal
 
 
-def compile_here(topology: str, backend: str, width: int, length: int) -> None:
-  """The child's part: compiles attention and its gradient for a chip."""
+def mask_of(what: str, length: int) -> Mask:
+  """The mask of a workload: 'causal', 'window' of 1024, or 'packed', documents of 2048 tokens."""
+  if what == 'packed':
+    documents = np.arange(length, dtype=np.int32)[None] // 2048
+    return Mask(query_segments=documents, key_segments=documents)
+  return Mask(window=1024 if what == 'window' else 0)
+
+
+def splash(q, k, v, mask: Mask, block: int, fused: bool):
+  """jax's kernel, whose queries are to be scaled before."""
+  import jax
+  import jax.numpy as jnp
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  shape = (q.shape[1], k.shape[1])
+  spec = masks.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else masks.CausalMask(shape)
+  rest = {} if fused else {'block_q_dq': block, 'block_kv_dq': block}
+  sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=fused, **rest)
+  run = kernel.make_splash_mha(masks.MultiHeadMask([spec] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1)
+  segments = None if mask.query_segments is None else kernel.SegmentIds(*(jnp.asarray(x) for x in (mask.query_segments, mask.key_segments)))
+  return jnp.swapaxes(jax.vmap(run)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments), 1, 2)
+
+
+def compile_here(topology: str, width: int, what: str, backend: str, options: dict, dtype: str = 'bfloat16') -> None:
+  """Attention and its gradient for a chip. options: of ours, the step of each direction; of splash, its arguments."""
   import jax
   import jax.numpy as jnp
 
   from kernels.attention import attention
-  from kernels.mask import Mask
   from parallel.mesh import MeshConfig, make_mesh
-  mesh = make_mesh(MeshConfig(), aot.topology(topology)[:1])
+  jax.clear_caches()  # which know nothing of steps
+  mesh, mask = make_mesh(MeshConfig(), aot.topology(topology)[:1]), mask_of(what, LENGTH)
+  if backend == 'pallas_tpu':
+    tuning.lookup = lambda kind, direction, width: tuning.Tuning(**options[direction], vmem=tuning.VMEM[kind])
+    run = lambda q, k, v: attention(q, k, v, mask, backend=backend)[0]
+  else:
+    run = lambda q, k, v: splash(q, k, v, mask, **options)
   with jax.set_mesh(mesh):
-    x = jax.ShapeDtypeStruct((1, length, HEADS, width), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P()))
-    loss = lambda q, k, v: jnp.sum(attention(q, k, v, Mask(), backend=backend)[0], dtype=jnp.float32)
-    jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+    jax.jit(jax.grad(lambda *x: jnp.sum(run(*x), dtype=jnp.float32), (0, 1, 2))).lower(x, x, x).compile()
 
 
-def measure(topology: str, backend: str, width: int, length: int) -> dict[str, dict]:
-  """direction -> bundles of a tile that is whole and of one that is masked, shares of slots, and predicted seconds."""
+def child(directory: str) -> None:
+  """Compiles what each line of its input asks for; a line of its output has what a tile takes, or why it does not compile."""
+  for line in sys.stdin:
+    for path in pathlib.Path(directory).iterdir():
+      path.unlink()
+    job = json.loads(line)
+    try:
+      compile_here(**job)
+    except Exception as error:  # most often: VMEM does not suffice
+      print(json.dumps({'error': f'{type(error).__name__}: {str(error)[:300]}'}), flush=True)
+      continue
+    found, results = bundles.kernels(directory), {}
+    for direction, kernels in KERNELS[job['backend']].items():
+      made = [blocks for name, blocks in found.items() if name.startswith(kernels)]
+      bodies = [bundles.bodies(blocks) for blocks in made]
+      block = job['options'].get('block')
+      step = {'rows': block, 'keys': block} if block else job['options'][direction]
+      tiles = step['rows'] * step['keys'] / TILE**2
+      whole, masked = (sum(body[at].bundles for body in bodies) for at in (0, -1))
+      beside = sum(block.bundles for blocks in made for block in blocks) - sum(block.bundles for body in bodies for block in body)
+      results[direction] = {'step': step, 'whole': round(whole / tiles), 'masked': round(masked / tiles), 'beside': beside,
+                            'matrix unit': bodies[0][0].uses.get('MXU', bodies[0][0].uses.get('MATMUL', 0.0)),
+                            'spill': bodies[0][0].uses.get('VSTORE:SPILL', 0.0)}
+    print(json.dumps(results), flush=True)
+
+
+def measure(jobs: list[dict]) -> list[dict]:
+  """For arguments of compile_here each: direction -> step, bundles of a tile that is whole and of one that is masked, and those of a step
+  beside them (at most: some run once a row only), shares of slots; or {'error': why}.
+  """
   with tempfile.TemporaryDirectory() as directory:
     environment = os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': bundles.dump_flags(directory)}
-    done = subprocess.run([sys.executable, '-m', 'benchmarks.tpu_schedule', '--child', topology, backend, str(width), str(length)],
-                          env=environment, capture_output=True, text=True)
-    if done.returncode:
-      raise RuntimeError(f'{backend} does not compile for {topology}:\n{done.stderr[-2000:]}')
-    found = bundles.kernels(directory)
+    done = subprocess.run([sys.executable, '-m', 'benchmarks.tpu_schedule', '--child', directory], env=environment, text=True,
+                          capture_output=True, input=''.join(json.dumps(job) + '\n' for job in jobs))
+  if done.returncode:
+    raise RuntimeError(f'libtpu fails:\n{done.stderr[-2000:]}')
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+
+
+def chip_of(topology: str):
   device = aot.topology(topology)[0]
-  chip = hardware.lookup(device.device_kind, device.num_cores)
-  n = length // TILE
-  whole_tiles, masked_tiles = n * (n - 1) // 2 * HEADS, n * HEADS
-  results = {}
-  for direction, kernels in KERNELS[backend].items():
-    parts = [bundles.bodies(next(blocks for name, blocks in found.items() if name.startswith(kernel))) for kernel in kernels]
-    whole, masked = (sum(part[at].bundles for part in parts) for at in (0, -1))
-    floor = PRODUCTS[direction] * 2 * TILE * TILE * width / hardware.peak(chip, 'bfloat16') * chip.clock
-    cycles = whole_tiles * max(whole, floor) + masked_tiles * max(masked, floor)
-    results[direction] = {'whole': whole, 'masked': masked, 'matrix unit': parts[0][0].uses.get('MXU', 0.0),
-                          'spill': parts[0][0].uses.get('VSTORE:SPILL', 0.0), 'seconds': cycles / chip.clock}
-  return results
+  return device.device_kind, hardware.lookup(device.device_kind, device.num_cores)
+
+
+def cycles(found: dict, direction: str, width: int, chip: hardware.Chip, what: str, length: int, skips: bool,
+           beside: bool = False) -> float:
+  """Of a core, for one head. skips: blocks between segments. beside: with what a step does beside its body."""
+  mask = mask_of(what if skips or what != 'packed' else 'causal', length)
+  rows, keys = found['step']['rows'], found['step']['keys']
+  kinds, tiles = np.asarray(mask.blocks(length, length, rows, keys)), rows * keys / TILE**2
+  floor = PRODUCTS[direction] * 2 * TILE * TILE * width / (chip.bfloat16 / chip.cores) * chip.clock
+  body = sum(int((kinds == kind).sum()) * tiles * max(found[name], floor) for kind, name in ((FULL, 'whole'), (PARTIAL, 'masked')))
+  return body + beside * found['beside'] * int((kinds != SKIP).sum())
+
+
+def seconds(found: dict, direction: str, width: int, chip: hardware.Chip, what: str, length: int, skips: bool) -> float:
+  return HEADS * chip.devices / chip.cores * cycles(found, direction, width, chip, what, length, skips) / chip.clock
+
+
+def best_steps(topology: str, width: int) -> dict[str, dict]:
+  """direction -> the step of the fewest cycles, those beside the bodies counted, of those that compile, in f32 too; with its bundles."""
+  kind, chip = chip_of(topology)
+  sizes = SMALL if tuning.VMEM[kind] < SMALL_VMEM else CANDIDATES
+  steps = [dict(zip(('rows', 'keys', 'chunk'), size)) for size in sizes]
+  forward = [step | {'ones': ones} for step in steps for ones in ((False, True) if width % 256 else (False,))]
+  pairs = itertools.zip_longest(forward, [step | {'ones': False} for step in steps], fillvalue=steps[0] | {'ones': False})
+  job = lambda forward, backward: {'topology': topology, 'width': width, 'what': 'causal', 'backend': 'pallas_tpu',
+                                   'options': {'forward': forward, 'backward': backward}}
+  found, best = measure([job(*pair) for pair in pairs]), {}
+  for direction in PRODUCTS:
+    cost = lambda result: cycles(result, direction, width, chip, 'causal', TUNED_FOR, True, beside=True)
+    smallest = min(forward, key=lambda step: step['rows'] * step['keys'])
+    for result in sorted((results[direction] for results in found if direction in results), key=cost):
+      steps = dict.fromkeys(PRODUCTS, smallest) | {direction: result['step']}
+      if 'error' not in measure([job(**steps) | {'dtype': 'float32'}])[0]:
+        best[direction] = result
+        break
+    else:
+      raise RuntimeError(f'no {direction} step of {sizes} compiles for {topology} with heads {width} wide, in bfloat16 and in f32')
+  return best
+
+
+def tune(topologies: list[str], widths: list[int]) -> None:
+  """Puts the best steps of these cells into the table."""
+  table = json.loads(tuning.TABLE.read_text()) if tuning.TABLE.exists() else {'steps': {}}
+  table['made with'] = {name: common.machine()[name] for name in ('jax', 'libtpu')}
+  for topology, width in itertools.product(topologies, widths):
+    for direction, found in best_steps(topology, width).items():
+      cells = table['steps'].setdefault(chip_of(topology)[0], {}).setdefault(direction, {})
+      cells[str(width)] = found['step'] | {'whole': found['whole'], 'masked': found['masked']}
+      print(f'{topology}, {width}, {direction}: {cells[str(width)]}', flush=True)
+    files.replace(str(tuning.TABLE), re.sub(r'\{[^{}]*\}', lambda cell: ' '.join(cell[0].split()), json.dumps(table, indent=1)) + '\n')
+
+
+def compare(topology: str, width: int) -> dict[str, dict[str, dict]]:
+  """backend -> kind of mask -> what measure() gives; of splash, for each direction, the best of those that compile."""
+  kind, _ = chip_of(topology)
+  ours = {}
+  for direction in PRODUCTS:
+    step = tuning.lookup(kind, direction, width)
+    ours[direction] = {name: getattr(step, name) for name in ('rows', 'keys', 'chunk', 'ones')}
+  block = 512 if tuning.VMEM[kind] < SMALL_VMEM else 1024
+  options = {'pallas_tpu': [ours], 'splash': [{'block': block, 'fused': fused} for fused in (False, True)]}
+  jobs = [{'topology': topology, 'width': width, 'what': what, 'backend': backend, 'options': one}
+          for backend in KERNELS for what in WHAT for one in options[backend]]
+  found = list(zip(jobs, measure(jobs), strict=True))
+  cost = lambda result: result['whole'] + result['masked']
+  return {backend: {what: {direction: min((one[direction] for job, one in found if direction in one and job['backend'] == backend
+                                           and job['what'] == what), key=cost) for direction in PRODUCTS}
+                    for what in WHAT} for backend in KERNELS}
 
 
 def main():
   if sys.argv[1:2] == ['--child']:
-    topology, backend, width, length = sys.argv[2:]
-    return compile_here(topology, backend, int(width), int(length))
+    return child(sys.argv[2])
   parser = common.parser(__doc__)
-  parser.add_argument('--topologies', default='v5e:1x1,v6e:1x1')
+  parser.add_argument('--topologies', default='v4:1x1x1,v5e:1x1,v5p:1x1x1,v6e:1x1,tpu7x:1x1x1')
   parser.add_argument('--widths', default='64,128,256')
-  parser.add_argument('--length', type=int, default=8192, help=f'tokens, a multiple of {TILE}')
+  parser.add_argument('--tune', action='store_true', help='try steps, and write the best to kernels/tuning.json, before')
   options = parser.parse_args()
-  if options.length % TILE:
-    parser.error(f'--length={options.length} is no multiple of {TILE}')
-  rows, results = [], {}
-  for topology in options.topologies.split(','):
-    for width in map(int, options.widths.split(',')):
-      both = {backend: measure(topology, backend, width, options.length) for backend in KERNELS}
-      results[f'{topology} {width}'] = both
-      for direction in PRODUCTS:
-        ours, theirs = (both[backend][direction] for backend in KERNELS)
-        rows.append([f'{topology}, {width}, {direction}', *(f'{x["whole"]:,} / {x["masked"]:,}' for x in (ours, theirs)),
-                     f'{ours["matrix unit"]:.0%}', f'{ours["spill"]:.0%}', ours['seconds'] * 1e3, theirs['seconds'] * 1e3,
-                     ours['seconds'] / theirs['seconds']])
-  common.table(f'causal attention, {options.length} tokens, {HEADS} heads, bfloat16: bundles of a whole / a masked tile',
-               ['TPU, head width', 'ours', 'splash', 'matrix unit', 'spills', 'ours ms', 'splash ms', 'ratio'], rows)
+  topologies, widths = options.topologies.split(','), [int(width) for width in options.widths.split(',')]
+  if options.tune:
+    tune(topologies, widths)
+  bodies, times, results = [], [], {}
+  for topology, width in itertools.product(topologies, widths):
+    both, (_, chip) = compare(topology, width), chip_of(topology)
+    for direction in PRODUCTS:
+      name = f'{topology.partition(":")[0]}, {width}, {direction}'
+      ours, theirs = (both[backend]['causal'][direction] for backend in KERNELS)
+      bodies.append([name, *(f'{x["whole"]:,} / {x["masked"]:,}' for x in (ours, theirs)), ours['whole'] / theirs['whole'],
+                     f'{ours["matrix unit"]:.0%}', f'{ours["spill"]:.0%}'])
+      each = {workload: [seconds(both[backend][what][direction], direction, width, chip, what, length, backend == 'pallas_tpu')
+                         for backend in KERNELS] for workload, (what, length) in WORKLOADS.items()}
+      times.append([name, *(f'{ours * 1e3:.3g} {ours / theirs:.2f}x' for ours, theirs in each.values())])
+      results[name] = {'seconds': each, 'bundles': {backend: {what: both[backend][what][direction] for what in WHAT}
+                                                    for backend in KERNELS}}
+  common.table(f'attention, {HEADS} heads, bfloat16: bundles of a causal tile, whole / masked',
+               ['TPU, head width', 'ours', 'splash', 'ratio', 'matrix unit', 'spills'], bodies)
+  common.table('ms of ours by them, and ratio to splash', ['TPU, head width', *WORKLOADS], times)
   common.write_json(options.json, 'tpu_schedule', results)
 
 

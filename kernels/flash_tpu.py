@@ -19,9 +19,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import tuning
+from kernels.blocks import LARGEST, Blocks
 from kernels.mask import FULL, SKIP, Mask
 from parallel import mesh as meshes
-from parallel.remat import named
 
 LANES = 128  # of a register
 HIDDEN, NOTHING = -3e38, -1e38  # a score that is not seen; the greatest score of none, so that exp2(HIDDEN - NOTHING) is 0
@@ -30,34 +31,13 @@ FIRST, LAST, FIRST_OF_ROW, LAST_OF_ROW, MASKED = (1 << bit for bit in range(5)) 
 FLAGS = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-  """How large a step is, on one generation of TPUs.
-
-  Attributes:
-    rows: queries of all stacked heads. keys: of a block. chunk: rows whose scores are computed while the chunk before goes through its
-    softmax. ones: sums of weights come from the matrix unit, as the product with a column of ones, which is free where it is wider than a
-    head. vmem: bytes of a core's vector memory.
-  """
-  rows: int
-  keys: int
-  chunk: int
-  ones: bool
-  vmem: int
-
-
-# By final instruction bundles (benchmarks/tpu_schedule.py); sizes of VMEM are jax's (pallas.tpu.get_tpu_info).
-TUNING = {'TPU v4': Tuning(256, 256, 128, False, 16 << 20), 'TPU v5 lite': Tuning(1024, 1024, 128, False, 128 << 20),
-          'TPU v5': Tuning(1024, 1024, 128, False, 64 << 20), 'TPU v6 lite': Tuning(1024, 1024, 256, True, 128 << 20),
-          'TPU7x': Tuning(1024, 1024, 256, True, 64 << 20)}
-
-
-def _tuning() -> Tuning:
+def _tuning(direction: str, width: int) -> tuning.Tuning:
+  """Of the chip that is compiled for. One that is not in the table, and what is no TPU, takes v5e's; heads past 256 take those of 256."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   kind = device.device_kind if device is not None and meshes.platform() == 'tpu' else ''
   if not kind and jax.default_backend() == 'tpu':
     kind = jax.devices()[0].device_kind
-  return TUNING.get(kind, TUNING['TPU v5 lite'])
+  return tuning.lookup(kind if kind in tuning.VMEM else 'TPU v5 lite', direction, min(width, 256))
 
 
 @jax.tree_util.register_dataclass
@@ -115,8 +95,9 @@ class Shape:
   segments: bool
   prefix: bool
   softcap: float
-  tuning: Tuning
+  tuning: tuning.Tuning
   precision: Any
+  chosen: bool  # is the step that of a config, and not the table's?
 
   @property
   def nq(self) -> int:
@@ -176,6 +157,11 @@ def _over_lanes(x, n: int):
   return x[:, :n] if n <= LANES else jnp.concatenate([x] * -(-n // LANES), 1)[:, :n]
 
 
+def _by_lane(x):
+  """[rows, n] to [rows, LANES], sums of which are those of the rows."""
+  return functools.reduce(jnp.add, (x[:, start:start + LANES] for start in range(0, x.shape[1], LANES)))
+
+
 def _dot(a, b, a_axis, b_axis, precision):
   return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
@@ -193,7 +179,10 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
   b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
   ids = _named(ids, shape) | {'prefix': prefix[b]}
   filled = -(-Hv // LANES) * LANES
-  ones = shape.tuning.ones and filled // LANES % 2 == 1  # else they would take a pass of their own
+  ones = shape.tuning.ones
+  # By ones a sum stands in every lane; else the lanes' own sums are added up at the end, so that a step moves nothing between lanes.
+  whole_sum = (lambda x: x) if ones else lambda x: jnp.broadcast_to(x.sum(1, keepdims=True), x.shape)
+  share = 1.0 if ones else 1.0 / LANES
 
   @pl.when(keys & FIRST != 0)
   def _():
@@ -202,7 +191,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
       rows = slice(g * bq, (g + 1) * bq)
       sink = jnp.broadcast_to(sinks[0, g:g + 1], (bq, LANES))
       top[rows] = jnp.maximum(sink, NOTHING)
-      total[rows] = jnp.where(sink > NOTHING, 1.0, 0.0)
+      total[rows] = jnp.where(sink > NOTHING, share, 0.0)
 
   def body(masked):
     queries = q[0, 0].reshape(shape.R, H)
@@ -226,7 +215,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
       weights = jnp.exp2(scores - _over_lanes(now, shape.bk))
       shrink = jnp.exp2(before - now)
       mixed = _dot(weights.astype(values.dtype), values, 1, 0, shape.precision)
-      total[rows] = total[rows] * shrink + (mixed[:, filled:] if ones else weights.sum(1, keepdims=True))
+      total[rows] = total[rows] * shrink + (mixed[:, filled:] if ones else _by_lane(weights))
       acc[rows] = acc[rows] * _over_lanes(shrink, Hv) + mixed[:, :Hv]
       top[rows] = now
   pl.when(keys & MASKED != 0)(functools.partial(body, True))
@@ -234,7 +223,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
 
   @pl.when(keys & LAST != 0)
   def _():
-    sums = total[...]
+    sums = whole_sum(total[...])
     mixed = acc[...] / _over_lanes(jnp.where(sums == 0, 1.0, sums), Hv)
     out[0, 0] = mixed.reshape(G, bq, Hv).astype(out.dtype)
     logs = jnp.where(sums == 0, -jnp.inf, (top[...] + jnp.log2(sums)) / LOG2E)
@@ -243,7 +232,10 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
 
 
 def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape: Shape, scale: float):
-  """Scores are transposed here, [keys, queries]: what belongs to a query is a row then, and only small operands are transposed."""
+  """Scores are transposed here, [keys, queries]: what belongs to a query is a row then, and only small operands are transposed.
+
+  Gradients of queries are transposed, [H, R], until they are written: scores are what the matrix unit holds still then, and fill it.
+  """
   *ids, d_q, d_k, d_v, sum_q, sum_k, sum_v = refs
   step, H, Hv = pl.program_id(1), q.shape[-1], v.shape[-1]
   row, keys = steps_q[step], steps_k[step]
@@ -283,7 +275,7 @@ def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape
       d_scores = d_scores.astype(queries.dtype)
       of_v += _dot(weights.astype(d_outs.dtype), d_outs[rows], 1, 0, shape.precision)
       of_k += _dot(d_scores, queries[rows], 1, 0, shape.precision)
-      sum_q[rows] += _dot(d_scores, k[0, 0], 0, 0, shape.precision)
+      sum_q[:, rows] += _dot(k[0, 0], d_scores, 0, 0, shape.precision)
     sum_v[here] += of_v
     sum_k[here] += of_k
   pl.when(keys & MASKED != 0)(functools.partial(body, True))
@@ -291,7 +283,7 @@ def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape
 
   @pl.when(keys & LAST != 0)
   def _():
-    d_q[0, 0] = (sum_q[...] * scale).reshape(d_q.shape[2:]).astype(d_q.dtype)
+    d_q[0, 0] = (sum_q[...].T * scale).reshape(d_q.shape[2:]).astype(d_q.dtype)
 
   @pl.when(keys & LAST_OF_ROW != 0)
   def _():
@@ -332,20 +324,63 @@ def _block_of_keys(shape, s, queries, keys, prefix):
   return keys[s] >> FLAGS
 
 
-def _shape(q, k, v, mask: Mask, softcap: float) -> Shape:
-  (B, T, N, _), (S, K), tuning = q.shape, k.shape[1:3], _tuning()
-  fill = lambda length: -(-length // LANES) * LANES
-  largest = lambda length, most: max(n for n in (LANES << bit for bit in range(4)) if length % n == 0 and (n <= most or n == LANES))
-  G = max(g for g in range(1, N // K + 1) if (N // K) % g == 0 and (g == 1 or g * LANES <= tuning.rows))
-  bq, bk = largest(fill(T), tuning.rows // G), largest(fill(S), tuning.keys)
+def _step(q, v, direction: str, blocks: Blocks) -> tuning.Tuning:
+  """Of the table, with the sizes that are chosen; what such a step takes is not known."""
+  step, (rows, keys) = _tuning(direction, max(q.shape[3], v.shape[3])), blocks.of(direction)
+  return dataclasses.replace(step, rows=rows or step.rows, keys=keys or step.keys, whole=0, masked=0) if rows or keys else step
+
+
+def _fill(length: int) -> int:
+  return -(-length // LANES) * LANES
+
+
+def _sizes(length: int) -> list[int]:
+  """Of the blocks that a row, filled up, can be cut into."""
+  return [n for n in (LANES << bit for bit in range(4)) if _fill(length) % n == 0]
+
+
+def _cut(T: int, S: int, share: int, step: tuning.Tuning, direction: str, blocks: Blocks) -> tuple[int, int, int]:
+  """Heads of a step, of the `share` that have one key, and its queries of one and keys. Raises ValueError where chosen ones do not fit."""
+  rows, keys = blocks.of(direction)
+  groups = [g for g in range(1, share + 1) if share % g == 0]
+  largest = lambda length, most: max(n for n in _sizes(length) if n <= most or n == LANES)
+  if rows:
+    able = {g * n: (g, n) for g in groups for n in _sizes(T) if g * n <= LARGEST}  # the most heads last
+    if rows not in able:
+      raise ValueError(f'model.attention_blocks.{direction}_queries={rows}, of {share} heads a key or fewer, make no whole blocks of a row '
+                       f'of {T} queries, filled up to {_fill(T)}; choose one of {sorted(able)}, or 0')
+    G, bq = able[rows]
+  else:
+    G = max(g for g in groups if g == 1 or g * LANES <= step.rows)
+    bq = largest(T, step.rows // G)
+  if keys and keys not in _sizes(S):
+    raise ValueError(f'model.attention_blocks.{direction}_keys={keys} make no whole blocks of a row of {S} keys, filled up to {_fill(S)}; '
+                     f'choose one of {_sizes(S)}, or 0')
+  return G, bq, keys or largest(S, step.keys)
+
+
+def _shape(q, k, v, mask: Mask, softcap: float, direction: str, blocks: Blocks = Blocks()) -> Shape:
+  (B, T, N, _), (S, K), step = q.shape, k.shape[1:3], _step(q, v, direction, blocks)
+  G, bq, bk = _cut(T, S, N // K, step, direction, blocks)
   by_index = not mask.causal or (mask.query_positions is None and (mask.zigzag == 1 or T != S))
   exact = q.dtype == jnp.float32 and jax.config.jax_default_matmul_precision in ('highest', 'float32')
-  return Shape(B, N, K, G, fill(T), fill(S), bq, bk, T, S, mask.causal, mask.window, by_index, mask.query_segments is not None,
-               mask.prefix is not None, softcap, tuning, jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT)
+  return Shape(B, N, K, G, _fill(T), _fill(S), bq, bk, T, S, mask.causal, mask.window, by_index, mask.query_segments is not None,
+               mask.prefix is not None, softcap, step, jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+               any(blocks.of(direction)))
+
+
+def _expected(steps: Steps, mask: Mask, shape: Shape) -> int:
+  """Steps that there are; where arrays decide, those without segments, and by positions half of a causal mask's blocks."""
+  if isinstance(steps.count, int):
+    return steps.count
+  if mask.query_positions is None and mask.prefix is None:
+    kinds = dataclasses.replace(mask, query_segments=None, key_segments=None).blocks(shape.queries, shape.keys, shape.bq, shape.bk)
+    return shape.B * int((kinds != SKIP).sum())
+  return -(-shape.B * shape.nq * (shape.S // shape.bk) // (2 if mask.causal and mask.prefix is None else 1))
 
 
 def _call(kernel, name: str, shape: Shape, mask: Mask, inputs, outputs, scratch, transposed: bool, flops: int, interpret):
-  """Runs a kernel over the steps of a mask.
+  """Runs a kernel over the steps of a mask. Its name says which were chosen: of those analysis.roofline knows no time.
 
   inputs, outputs: (array, or its shape and dtype; which block of it a step sees) each. flops: of a pair of a query and a key.
   """
@@ -353,11 +388,12 @@ def _call(kernel, name: str, shape: Shape, mask: Mask, inputs, outputs, scratch,
   steps = _steps(kinds, shape.B)
   prefix = jnp.zeros(shape.B, jnp.int32) if mask.prefix is None else mask.prefix.astype(jnp.int32)
   arrays, blocks = _ids(mask, shape, transposed)
-  pairs = (steps.count if isinstance(steps.count, int) else kinds.size * shape.B // kinds.shape[0]) * shape.R * shape.bk
+  pairs = _expected(steps, mask, shape) * shape.R * shape.bk
   heads = shape.N // shape.G
   moved = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in (*inputs, *outputs))
   return pl.pallas_call(
-      functools.partial(kernel, shape=shape), name=name, interpret=interpret,
+      functools.partial(kernel, shape=shape), name=f'{name}_{shape.R}x{shape.bk}' if shape.chosen else name,
+      interpret=interpret,
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=3, grid=(heads, steps.count), in_specs=[*(block for _, block in inputs), *blocks],
           out_specs=[block for _, block in outputs], scratch_shapes=scratch),
@@ -393,9 +429,9 @@ def _scaled(q, scale):
   return (q.astype(jnp.float32) * (scale * LOG2E)).astype(q.dtype)
 
 
-def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret):
+def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()):
   """kernels.reference.attention of one device's arrays; not to be differentiated."""
-  shape = _shape(q, k, v, mask, softcap)
+  shape = _shape(q, k, v, mask, softcap, 'forward', blocks)
   queries, numbers, keys, of_sinks = _blocks_of(shape)
   H, Hv, G = q.shape[3], v.shape[3], shape.G
   groups = shape.N // G, G
@@ -411,27 +447,30 @@ def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpr
   return _by_token(out, shape.queries), _by_token(lse[..., None], shape.queries)[..., 0]
 
 
-def backward(q, k, v, mask: Mask, lse, delta, d_out, *, softcap: float, scale: float, interpret, dtype=jnp.float32):
+def backward(q, k, v, mask: Mask, lse, delta, d_out, *, softcap: float, scale: float, interpret, dtype=jnp.float32,
+             blocks: Blocks = Blocks()):
   """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype` (default: theirs where it is None).
 
   Keys that do not fit VMEM at once go through one after another, with the sum of the queries' gradients in f32.
   """
-  tuning, S = _tuning(), k.shape[1]
-  most = max(tuning.keys, tuning.vmem // 4 // (4 * (q.shape[3] + v.shape[3])) // tuning.keys * tuning.keys)
-  if S <= most:
-    return _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype)
+  step, S, H = _step(q, v, 'backward', blocks), k.shape[1], q.shape[3] + v.shape[3]
+  # Half of VMEM for a key's sums in f32, and its two buffers of what is written.
+  room = lambda dtype: max(step.keys, step.vmem // 2 // ((4 + 2 * jnp.dtype(dtype).itemsize) * H) // step.keys * step.keys)
+  if S <= room(dtype or q.dtype):
+    return _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype, blocks)
+  most = room(jnp.float32)
   d_q, parts = 0.0, []
   for start in range(0, S, most):
     part = slice(start, min(S, start + most))
     more, *of_keys = _backward_of(q, k[:, part], v[:, part], mask.block(slice(0, q.shape[1]), part), lse, delta, d_out, softcap, scale,
-                                  interpret, jnp.float32)
+                                  interpret, jnp.float32, blocks)
     d_q += more
     parts.append(of_keys)
   return tuple(x.astype(dtype or like.dtype) for x, like in zip((d_q, *(jnp.concatenate(x, 1) for x in zip(*parts))), (q, k, v)))
 
 
-def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype):
-  shape = _shape(q, k, v, mask, softcap)
+def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype, blocks):
+  shape = _shape(q, k, v, mask, softcap, 'backward', blocks)
   queries, numbers, keys, _ = _blocks_of(shape)
   H, Hv, G = q.shape[3], v.shape[3], shape.G
   groups = shape.N // G, G
@@ -451,31 +490,7 @@ def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dt
        (_by_head(d_out.astype(v.dtype), shape.T, groups), queries(Hv))],
       [(result(dtype or q.dtype, *groups, shape.T, H), queries(H)), (result(wide(k), groups[0], shape.S, H), whole(H)),
        (result(wide(v), groups[0], shape.S, Hv), whole(Hv))],
-      [vmem(shape.R, H), vmem(shape.S, H), vmem(shape.S, Hv)], True, 6 * H + 4 * Hv, interpret)
+      [vmem(H, shape.R), vmem(shape.S, H), vmem(shape.S, Hv)], True, 6 * H + 4 * Hv, interpret)
   if split > 1:
     d_k, d_v = (x.reshape(shape.B, shape.K, split, *x.shape[2:]).sum(2).astype(dtype or like.dtype) for x, like in ((d_k, k), (d_v, v)))
   return _by_token(d_q, shape.queries), _by_token(d_k, shape.keys), _by_token(d_v, shape.keys)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def flash(static, q, k, v, mask, sinks):
-  """static: (softcap, scale, interpret). The mixed values and the log-sum-exp, both differentiable."""
-  softcap, scale, interpret = static
-  return forward(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale, interpret=interpret)
-
-
-def _flash_forward(static, q, k, v, mask, sinks):
-  out, lse = (named(x, 'attention') for x in flash(static, q, k, v, mask, sinks))
-  return (out, lse), (q, k, v, mask, sinks, out, lse)
-
-
-def _flash_backward(static, kept, gradients):
-  softcap, scale, interpret = static
-  (q, k, v, mask, sinks, out, lse), (d_out, d_lse) = kept, gradients
-  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(lse == -jnp.inf, 0, d_lse)
-  d_q, d_k, d_v = backward(q, k, v, mask, lse, delta, d_out, softcap=softcap, scale=scale, interpret=interpret, dtype=None)
-  d_sinks = None if sinks is None else -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
-  return d_q, d_k, d_v, None, d_sinks
-
-
-flash.defvjp(_flash_forward, _flash_backward)

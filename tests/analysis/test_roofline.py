@@ -1,4 +1,5 @@
 """Is the predicted time between the roofline and what is reasonable, and does it add up?"""
+import functools
 import re
 
 import jax
@@ -8,6 +9,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from analysis import hardware, roofline, schedule
 from analysis.hlo import Module
+from kernels import tuning
+from kernels.attention import attention
+from kernels.blocks import Blocks
+from kernels.mask import Mask
 from parallel.mesh import MeshConfig, make_mesh
 
 
@@ -102,19 +107,51 @@ def test_a_transfer_that_a_loop_carries_ends_behind_it(topology):
     roofline.predict(CARRIED.replace('get-tuple-element(%loop), index=1', 'get-tuple-element(%loop), index=0'), mesh, chip)
 
 
-def test_attention_kernels_are_known_by_their_names(topology):
-  """jax's splash declares nothing: forward two products over half of T x S pairs, for the keys four, for the queries three."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel, splash_attention_mask as masks
-  mesh, chip = one(topology, 'v5e:2x2')
-  T, N, H = 512, 2, 128
-  run = kernel.make_splash_mha(masks.MultiHeadMask([masks.CausalMask((T, T))] * N), head_shards=1, q_seq_shards=1)
-  x = jax.ShapeDtypeStruct((N, T, H), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
-  loss = lambda q, k, v: run(q, k, v).astype(jnp.float32).sum()
-  with jax.default_matmul_precision('default'):  # the kernel knows no other of bf16
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
+@pytest.fixture(scope='module')
+def attend(topology):
+  """Causal attention and its gradient of two key heads, compiled for a chip: (mesh, chip, text)."""
+  @functools.cache
+  def make(name, width, blocks=Blocks()):
+    mesh, chip = one(topology, name)
+    shape = lambda heads: jax.ShapeDtypeStruct((1, 2048, heads, width), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    loss = lambda *x: attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0].astype(jnp.float32).sum()
+    with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
+      return mesh, chip, jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape(4), shape(2), shape(2)).compile().as_text()
+  return make
+
+
+@pytest.mark.parametrize('name, kind, width, entry', [('v6e:1x1', 'TPU v6 lite', 128, 128), ('v6e:1x1', 'TPU v6 lite', 96, 128),
+                                                      ('v5p:1x1x1', 'TPU v5', 128, 128)])
+def test_our_attention_takes_the_bundles_of_its_tiles(attend, name, kind, width, entry):
+  """Of tiles that it has, not of all; v5p's two cores share the heads. Of other than tabled heads those of the next entry."""
+  mesh, chip, text = attend(name, width)
+  found, seconds = roofline.predict(text, mesh, chip), 0.0
+  for direction, products in (('forward', 2), ('backward', 5)):
+    step = tuning.lookup(kind, direction, entry)
+    queries = step.rows // 2  # those of both heads of a key stand in one step
+    pairs = 4 * int((Mask().blocks(2048, 2048, queries, step.keys) > 0).sum()) * queries * step.keys
+    bundles = pairs / 2**20 * (step.whole + step.masked) / 2
+    seconds += max(bundles / chip.clock / chip.cores, products * 2 * width * pairs / hardware.peak(chip, 'bfloat16'))
+  assert found.kernels == pytest.approx(seconds)
+  assert any('half of which a mask cuts (2 x)' in line for line in found.assumptions)
+
+
+def test_attention_that_is_not_tabled_says_so(attend, monkeypatch):
+  """Its products at the peak are all that is known."""
+  mesh, chip, text = attend('v6e:1x1', 128)
+  known = roofline.predict(text, mesh, chip)
+  monkeypatch.setattr(tuning, 'lookup', lambda *_: None)
   found = roofline.predict(text, mesh, chip)
-  assert found.flops == (2 + 4 + 3) * N * H * T * T
-  assert found.kernels == pytest.approx(found.flops / 0.7 / 197e12) and any('half of all pairs' in text for text in found.assumptions)
+  assert found.kernels == pytest.approx(found.roofline['compute']) and found.kernels < 0.7 * known.kernels
+  assert {line.partition(' attention')[0] for line in found.assumptions} == {'forward', 'backward'}
+  assert all('128 wide: no bundles are tabled for a TPU v6e' in line for line in found.assumptions)
+
+
+def test_the_bundles_of_the_table_are_not_those_of_chosen_steps(attend):
+  mesh, chip, text = attend('v6e:1x1', 128, Blocks(forward_queries=512, forward_keys=512))
+  found = roofline.predict(text, mesh, chip)
+  assert any('forward attention in chosen steps of 512x512: no bundles are tabled for them' in line for line in found.assumptions)
+  assert any('attention kernels: the bundles of their tiles' in line and '(1 x)' in line for line in found.assumptions), 'of backward'
 
 
 def test_the_text_of_a_kernel_holds_its_cost(topology):
@@ -125,11 +162,11 @@ def test_the_text_of_a_kernel_holds_its_cost(topology):
   def double(x_ref, o_ref):
     o_ref[...] = x_ref[...] * 2
   call = pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
-                        cost_estimate=pl.CostEstimate(flops=123456, transcendentals=0, bytes_accessed=654321))
+                        cost_estimate=pl.CostEstimate(flops=123456, transcendentals=7, bytes_accessed=654321))
   x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
   module = Module(jax.jit(call).lower(x).compile().as_text())
   (kernel,) = [i for _, i, _ in module.walk() if i.kernel]
-  assert roofline.declared(kernel) == (123456, 654321)
+  assert roofline.declared(kernel) == (123456, 654321, 7)
 
 
 def test_reading_a_slice_reads_a_slice():
@@ -183,3 +220,34 @@ def test_a_gpu_step_is_predicted_from_the_roofline(compile_step):
   found = roofline.predict(step.text, step.mesh, step.chip)
   assert found.seconds >= max(found.roofline['compute'], found.roofline['memory']) and found.operations > 0
   assert {axes for _, axes in found.links} <= {('fsdp',), ('tensor',), ('fsdp', 'tensor')}
+
+
+@pytest.mark.parametrize('mask, pairs', [({}, 512 * 513 / 2), ({'window': 100}, 512 * (100 - 100 * 99 / 1024)), ({'causal': False}, 512 * 512)], ids=str)
+def test_cudnn_computes_the_pairs_that_its_mask_leaves(topology, mask, pairs):
+  """Backend xla on an H100: forward two products of each pair, backward five."""
+  from kernels.attention import attention
+  from kernels.mask import Mask
+  mesh, chip = one(topology, 'h100:1x1x1')
+  B, T, N, H = 2, 512, 4, 128
+  with jax.set_mesh(mesh):
+    x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    loss = lambda *x: jnp.sum(attention(*x, Mask(**mask), backend='xla')[0], dtype=jnp.float32)
+    found = roofline.predict(jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text(), mesh, chip)
+  assert found.flops == pytest.approx((2 + 5) * 2 * B * N * H * pairs)
+  assert found.seconds > found.flops / 989.4e12 / roofline.CUDNN_EFFICIENCY
+  assert any(text.startswith('cuDNN attention: the pairs that its mask leaves, at 52% of the peak') for text in found.assumptions)
+
+
+@pytest.mark.parametrize('mask, tiles', [(Mask(causal=False), 16 * 16), (Mask(), 16 * 17 // 2)])
+def test_our_attention_on_a_gpu_computes_the_blocks_that_its_mask_leaves(topology, mask, tiles):
+  """Forward two products of blocks of 128 x 128, backward five of 64 x 128; at a share of the peak that was not measured, and says so."""
+  mesh, chip = one(topology, 'h100:1x1x1')
+  x = jax.ShapeDtypeStruct((1, 2048, 4, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+  loss = lambda *x: attention(*x, mask, backend='pallas_gpu')[0].astype(jnp.float32).sum()
+  with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text()
+  found = roofline.predict(text, mesh, chip)
+  narrow = 16 * 32 if not mask.causal else 16 * 17
+  flops = 2 * 128 * 4 * (2 * tiles * 128 * 128 + 5 * narrow * 64 * 128)
+  assert found.kernels == pytest.approx(flops / (hardware.peak(chip, 'bfloat16') * roofline.FLASH_EFFICIENCY))
+  assert any('our attention kernels at 52% of the peak' in line for line in found.assumptions)

@@ -11,31 +11,17 @@ import oracle
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
+from rows import documents, draw, positions, values_and_gradients
 
-import kernels
 from analysis import aot
 from kernels import attention as dispatch
-from kernels import flash_tpu, reference
+from kernels import flash, flash_tpu, reference
 from kernels.attention import attention
+from kernels.blocks import Blocks
 from kernels.mask import Mask
+from kernels.tuning import Tuning
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
-
-draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).normal(size=shape), jnp.float32)
-integers = lambda high, *shape: np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
-PACKED = np.sort(integers(5, 2, 300), 1)
-
-
-def documents(T, S):
-  """Segments in order, as packing makes them; of the first row some queries see nothing."""
-  queries = PACKED[:, :T].copy()
-  queries[0, :3] = 9
-  return {'query_segments': queries, 'key_segments': PACKED[:, :S]}
-
-
-def positions(T, S):
-  return {'query_positions': integers(S, 2, T), 'key_positions': integers(S, 2, S)}
-
 
 # T, S, N, K, H, Hv, the mask, softcap, sinks. Blocks are of 128: lengths that fill them and that don't, one block and several.
 CASES = {
@@ -55,28 +41,16 @@ CASES = {
 FAST = ('causal, soft cap, sinks', 'packed', 'full, packed', 'positions, packed, prefix', 'prefix, window, packed')
 
 
-def values_and_gradients(attend, q, k, v, sinks):
-  """(out, lse) and gradients of a projection of both; -inf, of what sees nothing, has none."""
-  of_out, of_lse = draw(*q.shape[:3], v.shape[3]), draw(*q.shape[:3])
-
-  def loss(q, k, v, sinks):
-    out, lse = attend(q, k, v, sinks=sinks)
-    return jnp.sum(out * of_out) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) * of_lse), (out, lse)
-  arguments = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
-  (_, values), gradients = jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))(q, k, v, sinks)
-  return values, gradients
-
-
 def inputs_of(case):
   T, S, N, K, H, Hv, parts, softcap, sinks = CASES[case]
-  q, k, v = draw(2, T, N, H), draw(2, S, K, H), draw(2, S, K, Hv)
+  q, k, v = draw(2, T, N, H), draw(2, S, K, H, seed=1), draw(2, S, K, Hv, seed=2)
   return (q, k, v, draw(N) if sinks else None), oracle.mask(parts), softcap
 
 
 @pytest.fixture
 def small_steps(monkeypatch):
   """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as v6e sums weights."""
-  monkeypatch.setattr(flash_tpu, '_tuning', lambda: flash_tpu.Tuning(256, 128, 64, True, 2**27))
+  monkeypatch.setattr(flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27))
 
 
 def assert_close(found, expected):
@@ -98,6 +72,13 @@ def test_it_is_attention(case, small_steps):
   check(case)
 
 
+def test_sums_by_lane_are_sums(monkeypatch):
+  """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes together."""
+  monkeypatch.setattr(flash_tpu, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27))
+  check('causal')
+  check('causal, soft cap, sinks')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('case', [case for case in CASES if case not in FAST])
 def test_every_mask_is_attention(case, small_steps):
@@ -115,7 +96,7 @@ def test_no_step_reads_what_another_writes(small_steps):
   """TPU semantics, with races looked for: forward and backward of a packed row."""
   (q, k, v, _), mask, _ = inputs_of('packed')
   interpret = pltpu.InterpretParams(detect_races=True)
-  run = lambda q, k, v: flash_tpu.flash((0.0, 0.3, interpret), q, k, v, mask, None)[0]
+  run = lambda q, k, v: flash.flash(('pallas_tpu', 0.0, 0.3, interpret, Blocks()), q, k, v, mask, None)[0]
   out, pull = jax.vjp(run, q, k, v)
   expected, pull_expected = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend='reference')[0], q, k, v)
   assert_close((out, pull(out)), (expected, pull_expected(out)))
@@ -126,9 +107,9 @@ def test_no_step_reads_what_another_writes(small_steps):
 @pytest.mark.parametrize('parts', [positions(150, 300), {}], ids=['positions', 'in order'])
 def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   """A VMEM in which the gradients of 128 keys find place."""
-  monkeypatch.setattr(flash_tpu, '_tuning', lambda: flash_tpu.Tuning(256, 128, 128, False, 2**15))
+  monkeypatch.setattr(flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15))
   T = 150 if parts else 300
-  q, k, v, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8), oracle.mask(parts)
+  q, k, v, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8, seed=1), oracle.mask(parts)
   out, lse = reference.attention(q, k, v, mask, softcap=0.0, sinks=None, relative=None, scale=0.3)
   arguments = q, k, v, mask, lse, (out * out).sum(-1), out
   found = flash_tpu.backward(*arguments, softcap=0.0, scale=0.3, interpret=True)
@@ -136,9 +117,21 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('parts, T, steps', [({}, 300, 6), (documents(300, 300), 300, 6), ({'window': 40}, 300, 5), (positions(150, 300), 150, 3),
+                                             ({'prefix': np.array([200, 3], np.int32)}, 300, 9)],
+                         ids=['causal', 'packed', 'window', 'positions', 'prefix'])
+def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
+  """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by positions half of them."""
+  q, k, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), oracle.mask(parts)
+  shape = flash_tpu._shape(q, k, k, mask, 0.0, 'forward')
+  made = flash_tpu._steps(mask.blocks(T, 300, shape.bq, shape.bk), 2)
+  assert flash_tpu._expected(made, mask, shape) == 2 * steps
+  assert int(made.count) <= 2 * steps or 'query_positions' in parts
+
+
 def test_on_a_mesh(small_steps):
   """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with documents."""
-  q, k, v = draw(2, 256, 4, 8), draw(2, 256, 2, 8), draw(2, 256, 2, 8)
+  q, k, v = draw(2, 256, 4, 8), draw(2, 256, 2, 8), draw(2, 256, 2, 8, seed=1)
   mask = oracle.mask(documents(256, 256))
   expected = values_and_gradients(functools.partial(attention, mask=mask, backend='reference'), q, k, v, None)
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
@@ -188,7 +181,7 @@ FAULTS = {
     'a partial block is not masked': ('(kinds.reshape(-1)[order] != FULL) * MASKED', '(kinds.reshape(-1)[order] == SKIP) * MASKED'),
     'gradients of the keys begin anew': ('first_of_row * FIRST_OF_ROW', 'first * FIRST_OF_ROW'),
     'gradients of the queries do not begin anew': ('sum_q[...] = jnp.zeros_like(sum_q)', 'pass'),
-    'the sinks are forgotten': ('jnp.where(sink > NOTHING, 1.0, 0.0)', 'jnp.zeros_like(sink)'),
+    'the sinks are forgotten': ('jnp.where(sink > NOTHING, share, 0.0)', 'jnp.zeros_like(sink)'),
     'the cap has no slope': ('d_scores = d_scores * (1 - bent * bent)', 'pass'),
 }
 
@@ -202,7 +195,7 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
   mutant = types.ModuleType('mutant')
   monkeypatch.setitem(sys.modules, 'mutant', mutant)  # where dataclasses look for it
   exec(compile(source.replace(old, new), 'mutant', 'exec'), mutant.__dict__)
-  mutant._tuning = lambda: mutant.Tuning(256, 128, 64, True, 2**27)
-  monkeypatch.setattr(kernels, 'flash_tpu', mutant)
+  mutant._tuning = lambda direction, width: Tuning(256, 128, 64, True, 2**27)
+  monkeypatch.setitem(sys.modules, 'kernels.flash_tpu', mutant)
   with pytest.raises(AssertionError, match='Not equal|Mismatch|not close'):
     check('causal, soft cap, sinks')

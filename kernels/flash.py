@@ -1,0 +1,96 @@
+"""How do our kernels become a backend? Made differentiable, run by each device on its own rows and heads, with operands they can multiply.
+
+B batch · T query length · S key length · N query heads · K key/value heads · H head width
+"""
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from parallel import axes as ax
+from kernels.blocks import Blocks
+from parallel import mesh
+from parallel.remat import named
+
+# Backend -> the module with `forward` and `backward`, imported when it is used, and the platform where it is not interpreted.
+KERNELS = {'pallas_tpu': ('kernels.flash_tpu', 'tpu'), 'pallas_gpu': ('kernels.flash_gpu', 'gpu')}
+# Precisions that Mosaic has on TPUs, and whether they are of f32 operands only: of bfloat16 it has one pass, of float16 nothing at all.
+PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True, 'float32': True}
+
+
+def attention(backend: str, q, k, v, mask, *, softcap, sinks, relative, scale, blocks: Blocks):
+  """kernels.reference.attention; on a platform that is not the kernels' own they are interpreted, which is slow."""
+  arrays = {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask) if hasattr(getattr(mask, field.name), 'shape')}
+  spec = dataclasses.replace(mask, **dict.fromkeys(arrays))
+
+  def local(q, k, v, arrays, sinks):
+    static = backend, softcap, scale, interpreted(backend), blocks
+    return flash(static, *_operands(backend, q, k, v), dataclasses.replace(spec, **arrays), sinks)
+  heads_of = lambda name: ('batch', 'length', name, 'head_width')
+  of_array = {name: ('batch', 'length')[:x.ndim] for name, x in arrays.items()}
+  k_heads = ax.whole_or('kv_heads', k.shape[2])
+  inputs = heads_of('heads'), heads_of(k_heads), heads_of(k_heads), of_array, None if sinks is None else ('heads',)
+  out, lse = ax.local(local, inputs, (heads_of('heads'), ('batch', 'length', 'heads')))(q, k, v, arrays, sinks)
+  return out.astype(v.dtype), lse
+
+
+def part(backend: str, q, k, v, mask, *, softcap, sinks, relative, scale, blocks: Blocks = Blocks()):
+  """kernels.reference.attention on one device, not to be differentiated."""
+  out, lse = _module(backend).forward(*_operands(backend, q, k, v), mask, softcap=softcap, sinks=sinks, scale=scale,
+                                      interpret=interpreted(backend), blocks=blocks)
+  return out.astype(v.dtype), lse
+
+
+def part_backward(backend: str, q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale, blocks: Blocks = Blocks()):
+  """kernels.reference.backward."""
+  q, k, v, d_out = _operands(backend, q, k, v, d_out)
+  return *_module(backend).backward(q, k, v, mask, lse, delta, d_out, softcap=softcap, scale=scale, interpret=interpreted(backend),
+                                    blocks=blocks), None
+
+
+def interpreted(backend: str) -> bool:
+  return mesh.platform() != KERNELS[backend][1]
+
+
+def _module(backend):
+  return importlib.import_module(KERNELS[backend][0])
+
+
+def _operands(backend, *arrays):
+  """Arrays in a type that the backend multiplies in the precision that is asked for."""
+  if backend == 'pallas_gpu':
+    return arrays
+  precision = jax.config.jax_default_matmul_precision
+  if precision not in PRECISIONS:
+    raise NotImplementedError(f'backend {backend} has no products of jax_default_matmul_precision={precision!r}; use one of '
+                              f"{list(PRECISIONS)}, or model.attention='xla'")
+  if PRECISIONS[precision] or arrays[0].dtype == jnp.float16:  # f32 holds both narrow types exactly
+    return tuple(x.astype(jnp.float32) for x in arrays)
+  return arrays
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def flash(static, q, k, v, mask, sinks):
+  """The mixed values and the log-sum-exp, both differentiable. static: (backend, softcap, scale, interpret, blocks)."""
+  backend, softcap, scale, interpret, blocks = static
+  return _module(backend).forward(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale, interpret=interpret, blocks=blocks)
+
+
+def _forward(static, q, k, v, mask, sinks):
+  out, lse = (named(x, 'attention') for x in flash(static, q, k, v, mask, sinks))
+  return (out, lse), (q, k, v, mask, sinks, out, lse)
+
+
+def _backward(static, kept, gradients):
+  backend, softcap, scale, interpret, blocks = static
+  (q, k, v, mask, sinks, out, lse), (d_out, d_lse) = kept, gradients
+  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(lse == -jnp.inf, 0, d_lse)
+  d_q, d_k, d_v = _module(backend).backward(q, k, v, mask, lse, delta, d_out, softcap=softcap, scale=scale, interpret=interpret, dtype=None,
+                                            blocks=blocks)
+  d_sinks = None if sinks is None else -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
+  return d_q, d_k, d_v, None, d_sinks
+
+
+flash.defvjp(_forward, _backward)
