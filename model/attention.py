@@ -14,7 +14,7 @@ from kernels.mask import Mask, Relative
 from model.cache import Slots
 from model.config import ModelConfig
 from model.layers import Angles, Norm, add_bias, project, rotate
-from model.params import param, use
+from model.params import param, product, use
 from parallel import axes as ax
 from parallel.remat import named
 
@@ -43,7 +43,7 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0, cross: bool = False):
     D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.parameter_dtype
     self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
-    self.context = config.context
+    self.blocks, self.context = config.attention_blocks, config.context
     self.scale, self.window = config.attention_scale or H**-0.5, window
     kv_heads = ax.whole_or('kv_heads', K)
     self.q = param(rngs, (D, N, H), ('embed', 'heads', 'head_width'), D**-0.5, dtype=dtype)
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
     self.k_norm = Norm(config, H, rngs, 'rms') if normed else None
 
   def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> tuple[Float[Array, 'B T D'], Slots | None]:
-    """The mixed tokens; with `slots` keys and values are written there first and attention is over the whole cache."""
+    """The mixed tokens; with `slots` keys and values are written there first, and attention is to all that they hold."""
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
     k, v = self.keys_values(x)
     if self.q_norm is not None:
@@ -71,15 +71,18 @@ class Attention(nnx.Module):
     angles = view.local_angles if self.window else view.angles
     if angles is not None:
       q, k = rotate(q, angles), rotate(k, angles)
-    if slots is not None:
-      slots, (k, v) = slots.append(k, v, heads=ax.whole_or('kv_heads', k.shape[2]))
     q, k, v = named(q, 'query'), named(k, 'key'), named(v, 'value')
+    sinks = None if self.sinks is None else self.sinks[...]
+    slots = slots and slots.append(k, v, self.window)
+    if slots is not None and not slots.fresh:
+      out = slots.look(q, window=self.window, softcap=self.softcap, sinks=sinks, relative=view.relative, scale=self.scale)
+      return self._out(out), slots
     mask = dataclasses.replace(view.mask, window=self.window)
-    return self._mix(q, k, v, mask, None if self.sinks is None else self.sinks[...], view.relative), slots
+    return self._mix(q, k, v, mask, sinks, view.relative), slots
 
   def cross(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> Float[Array, 'B T D']:
     """The same of another sequence: of view.memory, or of what the cache holds of it."""
-    k, v = self.keys_values(view.memory) if slots is None else slots.memory()
+    k, v = self.keys_values(view.memory) if slots is None else slots.remembered()
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
     return self._mix(q, k, v, view.memory_mask, None, None)
 
@@ -92,9 +95,12 @@ class Attention(nnx.Module):
     if copies > 1:  # fewer keys than devices that share the queries: each holds the one that its queries need
       k, v = (ax.place(jnp.repeat(x, copies, 2), 'batch', 'length', 'heads', 'head_width') for x in (k, v))
     out, _ = kernels.attention(q, k, v, mask, softcap=self.softcap, sinks=sinks, relative=relative, scale=self.scale, backend=self.backend,
-                               context=self.context)
-    out = ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ax.residual(out.shape[1]))  # row-parallel
-    return add_bias(out, self.o_bias, self.dtype)
+                               blocks=self.blocks, context=self.context)
+    return self._out(out)
+
+  def _out(self, x):
+    x = product('BTNH,NHD->BTD', x, self.o, self.dtype, ax.residual(x.shape[1]))  # row-parallel
+    return add_bias(x, self.o_bias, self.dtype)
 
 
 class LatentAttention(nnx.Module):
@@ -109,7 +115,7 @@ class LatentAttention(nnx.Module):
     D, N, H, dtype, latent = config.D, config.N, config.H, config.parameter_dtype, config.latent
     R, Hr, Hv, Q = latent.width, latent.rope_width, config.value_width, latent.query_width
     self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
-    self.context = config.context
+    self.blocks, self.context = config.attention_blocks, config.context
     self.scale, self.window, self.nope = config.attention_scale or (H + Hr) ** -0.5, window, H
     self.q_down = param(rngs, (D, Q), ('embed', 'latent'), D**-0.5, dtype=dtype) if Q else None
     self.q_down_norm = Norm(config, Q, rngs) if Q else None
@@ -130,17 +136,18 @@ class LatentAttention(nnx.Module):
     latent = self.kv_norm(project('BTD,DR->BTR', x, self.kv_down, None, self.dtype))
     rope_key = rotate(project('BTD,DH->BTH', x, self.rope_key, None, self.dtype)[:, :, None, :], angles)
     mask = dataclasses.replace(view.mask, window=self.window)
-    if slots is None:
+    slots = slots and slots.append(jnp.concatenate([latent[:, :, None, :], rope_key], -1), None, self.window)
+    if slots is None or slots.fresh:
       k = project('BSR,RNH->BSNH', latent, self.k, None, self.dtype)
       shared = ax.place(jnp.broadcast_to(rope_key, (*k.shape[:3], rope_key.shape[3])), 'batch', 'length', 'heads', 'head_width')
       out = self._mix(q, q_rope, jnp.concatenate([k, shared], -1), project('BSR,RNH->BSNH', latent, self.v, None, self.dtype), mask)
     else:
-      slots, (cached,) = slots.append(jnp.concatenate([latent[:, :, None, :], rope_key], -1), heads=None)
-      q = jnp.einsum('BTNH,RNH->BTNR', q, use(self.k, self.dtype))
-      out = self._mix(q, q_rope, cached, cached[..., :latent.shape[-1]], mask)
+      q = jnp.concatenate([jnp.einsum('BTNH,RNH->BTNR', q, use(self.k, self.dtype)), q_rope], -1)
+      out = slots.look(q, window=self.window, softcap=self.softcap, scale=self.scale, value_width=latent.shape[-1])
       out = jnp.einsum('BTNR,RNH->BTNH', out, use(self.v, self.dtype))
-    return ax.einsum('BTNH,NHD->BTD', out, use(self.o, self.dtype), ax.residual(out.shape[1])), slots  # row-parallel
+    return product('BTNH,NHD->BTD', out, self.o, self.dtype, ax.residual(out.shape[1])), slots  # row-parallel
 
   def _mix(self, q, q_rope, k, v, mask):
     q, k, v = named(jnp.concatenate([q, q_rope], -1), 'query'), named(k, 'key'), named(v, 'value')
-    return kernels.attention(q, k, v, mask, softcap=self.softcap, scale=self.scale, backend=self.backend, context=self.context)[0]
+    return kernels.attention(q, k, v, mask, softcap=self.softcap, scale=self.scale, backend=self.backend, blocks=self.blocks,
+                             context=self.context)[0]

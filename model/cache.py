@@ -1,123 +1,213 @@
-"""What does generation remember? Keys and values of every layer, in buffers that are allocated once and rewritten.
+"""What does generation remember? Keys and values of the tokens so far, in buffers that are born whole and rewritten in place.
 
-L layers · B rows · S capacity in tokens · K key/value heads · H head width
+R layers of a place of a period · B rows · T new tokens · S slots · K key/value heads · H head width · P groups of W rows
 """
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kernels.mask import Mask
+import names
+from kernels import cached
+from kernels.cached import Held
 from model.config import ModelConfig
 from parallel import axes as ax
 
-BUFFER = ('layers', 'batch', 'length', 'kv_heads', 'head_width')
+APPEND = 256  # tokens that are appended together at most, but for those that an empty cache gets: so much longer than windows rings are
+DTYPES = ('', 'float32', 'bfloat16', 'float16', 'int8')
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Slot i of a row holds its token at position i; slots from `lengths` on are unused, whatever they hold.
+  """Rows of tokens; slots that none of them is in are unused, whatever they hold.
 
   The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
 
   Attributes:
-    buffers: keys and values, [L, B, S, K, H] each; of latent attention one buffer, [L, B, S, 1, R + H'].
-    lengths: [B] int32, tokens that each row holds.
-    memory: keys and values of cross-attention, [L, B, S', K, H] each, or None before the source was read (and without one).
+    held: keys and values of every place (ModelConfig.places).
+    lengths: [B] int32, tokens that each row holds. capacity: how many it can hold.
+    memory: keys and values of cross-attention of every place, [R, B, S', K, H] each, or None before the source was read (and without one).
     memory_segments: [B, S'] int32, 0 where the source is padding; or None.
   """
-  buffers: Any
+  held: Any
   lengths: Any
   memory: Any = None
   memory_segments: Any = None
-
-  @property
-  def capacity(self) -> int:
-    return self.buffers[0].shape[2]
-
-  def mask(self, T: int) -> Mask:
-    """Who T new tokens of every row may see: all before them and themselves."""
-    B, S = self.buffers[0].shape[1:3]
-    queries = self.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    keys = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (B, S))
-    return Mask(causal=True, query_positions=queries, key_positions=keys)
+  capacity: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """One layer's view of a cache: the buffers of all layers, carried through the scan so that writes stay in place.
+  """A block's view of a cache.
 
   Attributes:
-    cache: as it was before this call, but for what the layers wrote. layer: [] int32, the one that is viewed.
+    held: of its place. memory: the same of cross-attention, or None. layer: which of their R layers it is.
+    lengths: [B] tokens before this call. counts: [B] how many of the call's tokens are the row's, the others being padding.
+    capacity: see Cache. fresh: whether the rows were empty.
   """
-  cache: Any
+  held: Any
+  memory: Any
   layer: Any
+  lengths: Any
+  counts: Any
+  capacity: int
+  fresh: bool
 
-  def append(self, *new: Float[Array, 'B T _ _'], heads: str | None) -> tuple['Slots', tuple[Float[Array, 'B S _ _'], ...]]:
-    """Writes T tokens of each buffer after each row's last one; returns the new slots and this layer's whole buffers.
+  def append(self, keys: Float[Array, 'B T K H'], values: Float[Array, 'B T K Hv'] | None, window: int = 0) -> 'Slots':
+    """With the row's tokens behind those that it has. A token that would pass the capacity is not written: the caller stops rows before.
 
-    heads: logical axis of the third dimension. A token that would pass the capacity is not written: the caller stops rows before
-    that (decode.loop does).
+    window: of the layer. Raises ValueError for more tokens than a ring of slots has room for besides its window.
     """
-    cache, T, S = self.cache, new[0].shape[1], self.cache.capacity
-    buffer = (*BUFFER[:3], heads, BUFFER[4])
-    write = ax.local(_write, (buffer, buffer[1:], (), ('batch',)), buffer)
-    buffers = tuple(write(buffer, tokens, self.layer, cache.lengths) for buffer, tokens in zip(cache.buffers, new, strict=True))
-    # An unused slot may hold anything, NaN included, and 0 x NaN is NaN: the mask alone does not keep it out of the sum.
-    used = (jnp.arange(S, dtype=jnp.int32)[None] < cache.lengths[:, None] + T)[..., None, None]
-    read = tuple(jnp.where(used, self._view(buffer), 0).astype(tokens.dtype) for buffer, tokens in zip(buffers, new))
-    return dataclasses.replace(self, cache=dataclasses.replace(cache, buffers=buffers)), read
+    held, T = self.held, keys.shape[1]
+    if held.ring and not self.fresh and T > held.slots - window + 1:
+      raise ValueError(f'{T} tokens at once overwrite what a window of {window} still sees in a ring of {held.slots} slots; append at most '
+                       f'{held.slots - window + 1}, or make the cache with init_cache(.., append={T})')
+    new = Held(keys, values, ring=held.ring)
+    if held.keys.dtype == jnp.int8:
+      pairs = [(None, None) if x is None else cached.quantised(x) for x in (keys, values)]
+      new = Held(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], held.ring)
+    write = self._fill if self.fresh else self._scatter
+    one = lambda buffer, axes, x: None if x is None else write(buffer, axes, x.astype(buffer.dtype))
+    axes = held.axes()
+    return dataclasses.replace(self, held=Held(*(one(getattr(held, name), getattr(axes, name), getattr(new, name))
+                                                 for name in ('keys', 'values', 'key_scales', 'value_scales')), held.ring))
 
-  def memory(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+  def look(self, q: Float[Array, 'B T N H'], **how) -> Float[Array, 'B T N Hv']:
+    """Attention of the call's tokens to all that is held; how: see kernels.cached.attention."""
+    queries = self.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    return cached.attention(q, self.held, self.layer, self.lengths + self.counts, queries, **how)
+
+  def remembered(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """This layer's keys and values of cross-attention."""
-    keys, values = self.cache.memory
-    return self._view(keys), self._view(values)
+    return tuple(jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in self.memory)
 
-  def next(self) -> 'Slots':
-    """The view of the next layer."""
-    return dataclasses.replace(self, layer=self.layer + 1)
+  def _fill(self, buffer, axes, x):
+    """The first tokens of rows [B, T, K, ...]: slots side by side."""
+    S, T, rows = buffer.shape[3], x.shape[1], ('batch', None, *axes[2:3], *axes[4:])
+    x = ax.place(x, *rows)
+    if self.held.ring and T > S:
+      slots = cached.positions(self.held, jnp.arange(S, dtype=jnp.int32), self.counts)
+      take = lambda x, at: jnp.take_along_axis(x, jnp.maximum(at, 0).reshape(*at.shape, *(1,) * (x.ndim - 2)), 1)
+      x = ax.local(take, (rows, ('batch', None)), rows)(x, slots)
+    x = jnp.moveaxis(x[:, :S], 1, 2)[None]
+    if ax.size('slots') > 1 and not self.held.ring:
+      x = jnp.pad(x, [(0, S - n if axis == 3 else 0) for axis, n in enumerate(x.shape)])
 
-  def _view(self, buffer):
-    return jax.lax.dynamic_index_in_dim(buffer, self.layer, 0, keepdims=False)
+    def put(buffer, x, layer, counts):
+      at = (layer, *(0,) * (buffer.ndim - 1))
+      real = (counts > 0).reshape(1, -1, *(1,) * (x.ndim - 2))  # no row is, on a stage that is idle
+      return jax.lax.dynamic_update_slice(buffer, jnp.where(real, x, jax.lax.dynamic_slice(buffer, at, x.shape)), at)
+    own = (None, *axes[1:])
+    return ax.local(put, (axes, own, (), ('batch',)), axes)(buffer, ax.place(x, *own), jnp.asarray(self.layer, jnp.int32), self.counts)
+
+  def _scatter(self, buffer, axes, x):
+    """Tokens [B, T, K, ...] behind each row's own."""
+    S, T, parts = buffer.shape[3], x.shape[1], ax.mesh_axes('slots') if axes[3] else ()
+
+    def put(buffer, x, layer, lengths, counts):
+      index = jnp.arange(T, dtype=jnp.int32)[None]
+      where = lengths[:, None] + index
+      inside = (index < counts[:, None]) & (where < self.capacity)
+      where = where % S if self.held.ring else where
+      if parts:
+        where = where - jax.lax.axis_index(parts) * buffer.shape[3]
+      where = jnp.where(inside & (where >= 0), where, buffer.shape[3])
+      rows = jnp.arange(buffer.shape[1], dtype=jnp.int32)[:, None]
+      return buffer.at[layer, rows, :, where].set(x, mode='drop', unique_indices=True)
+    tokens = ('batch', None, *axes[2:3], *axes[4:])
+    run = ax.local(put, (axes, tokens, (), ('batch',), ('batch',)), axes)
+    return run(buffer, ax.place(x, *tokens), jnp.asarray(self.layer, jnp.int32), self.lengths, self.counts)
 
 
-def _write(buffer, tokens, layer, lengths):
-  """One layer's tokens [B, T, K, H] at each row's length, on a device's own rows: a scatter that moves nothing."""
-  B, T = tokens.shape[:2]
-  rows = jnp.arange(B, dtype=jnp.int32)[:, None]
-  slots = lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-  return buffer.at[layer, rows, slots].set(tokens.astype(buffer.dtype), mode='drop', unique_indices=True)
+jax.tree_util.register_dataclass(Cache, data_fields=['held', 'lengths', 'memory', 'memory_segments'], meta_fields=['capacity'])
+jax.tree_util.register_dataclass(Slots, data_fields=['held', 'memory', 'layer', 'lengths', 'counts'], meta_fields=['capacity', 'fresh'])
 
 
-jax.tree_util.register_dataclass(Cache, data_fields=['buffers', 'lengths', 'memory', 'memory_segments'], meta_fields=[])
-jax.tree_util.register_dataclass(Slots, data_fields=['cache', 'layer'], meta_fields=[])
+def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '', append: int = APPEND) -> Cache:
+  """An empty cache for `rows` sequences of at most `capacity` tokens; a layer with a window has a ring of slots, if that is less.
 
+  Over pipeline stages, layers are split as the model's are; key heads over `tensor`, and slots, but those of rings, over `context`.
 
-def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '') -> Cache:
-  """An empty cache for `rows` sequences of at most `capacity` tokens, in `dtype` (default: the compute dtype).
-
-  Over pipeline stages, layers are split as the model's are.
+  Args:
+    dtype: of keys and values; default: the compute dtype. 'int8': with an f32 scale for each vector.
+    append: tokens that may follow others in one call, at most.
   Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which generates nothing;
-  NotImplementedError on a mesh that splits rows along their length, and on one with stages for an encoder-decoder or layers of which
-  some are on every stage.
+  NotImplementedError on a mesh with stages for an encoder-decoder or layers of which some are on every stage.
   """
-  if ax.size('length') > 1:
-    raise NotImplementedError(f'a cache is not split along its length: mesh.context={ax.size("length")}; generate with '
-                              'mesh.context=1, where tensor splits heads and data splits rows')
+  names.check('dtype of a cache', dtype, DTYPES)
   if not config.causal:
     raise ValueError('model.causal=False: an encoder sees all tokens at once and has no use for a cache')
   if config.max_length and capacity > config.max_length:
     raise ValueError(f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer tokens')
+  if capacity < 1 or append < 1:
+    raise ValueError(f'a cache of capacity={capacity} tokens with append={append} at once: both must be at least 1')
   if ax.size('layers') > 1 and (len(config.stacks) > 1 or config.encoder_layers):
     scans = f'layers of {len(config.stacks)} scans (model.stacks)'
     what = f'model.encoder_layers={config.encoder_layers}' if config.encoder_layers else scans
     raise NotImplementedError(f'a cache for {what} is not split over mesh.stage={ax.size("layers")}; generate on a mesh without stages')
-  zeros = lambda shape, dtype, *axes: ax.place(jnp.zeros(shape, dtype, out_sharding=ax.out(*axes)), *axes)
-  latent = config.latent
-  shapes = ((1, latent.width + latent.rope_width),) if latent.width else ((config.K, config.H),) * 2
-  # One key for all heads, or fewer than the devices that share the queries: on every device.
-  axes = (*BUFFER[:3], None if latent.width else ax.whole_or('kv_heads', config.K), *BUFFER[4:])
-  buffers = tuple(zeros((config.L, rows, capacity, *shape), dtype or config.dtype, *axes) for shape in shapes)
-  return Cache(buffers, zeros((rows,), jnp.int32, 'batch'))
+  dtype, latent = dtype or config.dtype, config.latent
+  K, H = (1, latent.width + latent.rope_width) if latent.width else (config.K, config.H)
+  most = _whole(-(-capacity // ax.size('slots'))) * ax.size('slots')
+
+  def held(window, repeats):
+    least = _whole(window + append - 1) if window else most
+    ring, S = least < most, min(least, most)
+    shape = jax.ShapeDtypeStruct((repeats, rows, K, S, H), dtype)
+    axes = Held(shape, None, ring=ring).axes().keys
+    zeros = lambda width, dtype, axes: ax.place(jnp.zeros((repeats, rows, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes)
+    vectors = [zeros((H,), dtype, axes), None if latent.width else zeros((H,), dtype, axes)]
+    scales = [None if x is None or dtype != 'int8' else zeros((), jnp.float32, axes[:4]) for x in vectors]
+    return Held(*vectors, *scales, ring)
+  lengths = ax.place(jnp.zeros((rows,), jnp.int32, out_sharding=ax.out('batch')), 'batch')
+  return Cache(tuple(held(kind.window, len(layers)) for kind, layers in config.places), lengths, capacity=capacity)
+
+
+def _whole(slots):
+  """The next number of slots that kernels.cached takes."""
+  unit = 8 if slots <= cached.BLOCK else cached.BLOCK
+  return -(-slots // unit) * unit
+
+
+def repeated(cache: Cache, times: int) -> Cache:
+  """Every row so often, copies side by side."""
+  def one(x, axes):
+    return ax.local(lambda x: jnp.repeat(x, times, axes.index('batch')), (axes,), axes)(ax.place(x, *axes))
+  heads = lambda x: ax.whole_or('kv_heads', x.shape[3])
+  held = tuple(jax.tree.map(one, held, held.axes()) for held in cache.held)
+  memory = jax.tree.map(lambda x: one(x, (None, 'batch', None, heads(x), 'head_width')), cache.memory)
+  segments = None if cache.memory_segments is None else one(cache.memory_segments, ('batch', None))
+  return dataclasses.replace(cache, held=held, lengths=one(cache.lengths, ('batch',)), memory=memory, memory_segments=segments)
+
+
+def reordered(cache: Cache, sources: Int[Array, 'P W'], shared: Int[Array, 'P']) -> Cache:
+  """Rows as P groups of W: row w of group p gets the tokens of row sources[p, w] of its group, all of which hold equally many.
+
+  shared: how many first tokens are those of all rows of a group anyway: blocks of slots with no others stay untouched, as do unused
+  ones. Only a block is ever there twice. Memories are taken for shared, too.
+  """
+  def one(held):
+    axes, parts = held.axes(), () if held.ring else ax.mesh_axes('slots')
+    run = functools.partial(_reorder, parts=parts)
+    return ax.local(run, (axes, ('batch', None), ('batch',), ('batch',)), axes)(held, sources, shared, cache.lengths)
+  return dataclasses.replace(cache, held=tuple(map(one, cache.held)))
+
+
+def _reorder(held, sources, shared, lengths, parts):
+  """On one device's rows and slots. parts: mesh axes that split the slots."""
+  (P, W), S = sources.shape, held.slots
+  block, offset = min(S, cached.BLOCK), jax.lax.axis_index(parts) * S if parts else 0
+  own = jnp.arange(W, dtype=jnp.int32)[None]
+  rows = (jnp.arange(P, dtype=jnp.int32)[:, None] * W + sources).reshape(-1)
+  moves = (sources != own).any(1)
+  end = jnp.clip(jnp.where(moves, lengths[::W], 0).max() - offset, 0, S)
+  begin = 0 if held.ring else jnp.clip(jnp.where(moves, shared, lengths[::W]).min() - offset, 0, S) // block
+
+  def step(index, held):
+    def move(buffer):
+      found = jax.lax.dynamic_slice_in_dim(buffer, index * block, block, 3)
+      return jax.lax.dynamic_update_slice_in_dim(buffer, found[:, rows], index * block, 3)
+    return jax.tree.map(move, held)
+  return jax.lax.fori_loop(begin, -(-end // block), step, held)

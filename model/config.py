@@ -7,7 +7,9 @@ import dataclasses
 from typing import NamedTuple
 
 import names
-from kernels.attention import HONOURS, check
+from kernels import blocks
+from kernels.attention import HONOURS, WIDE, check
+from kernels.blocks import Blocks
 from parallel import pipeline
 from parallel.context import STRATEGIES
 from parallel.pipeline import PipelineConfig
@@ -189,9 +191,11 @@ class ModelConfig:
       embedding (BERT). pooler: a projection and tanh of the first token.
     latent, moe: see there. encoder_layers: of an encoder that the decoder attends to; 0: decoder only.
     dtype: of activations and matrix products. parameter_dtype: of what the optimizer updates.
-    attention: backend of kernels.attention. context: how devices that share a row attend to all of it (parallel.context).
+    attention: backend of kernels.attention. attention_blocks: what its kernels work on at a time, see kernels.blocks.
+    context: how devices that share a row attend to all of it (parallel.context).
     remat, remat_save, remat_offload: what is kept of each block for the backward pass, see parallel.remat.Remat.
-    pipeline: see parallel.pipeline.
+    pipeline: see parallel.pipeline. scan: layers of a kind are stacked, and one program runs over them; False: each has its own,
+      whose matrices decoding reads where they lie, and which takes the longer to compile the more layers there are.
     init_scale: standard deviation of the initial embedding; projections use 1 / sqrt(inputs), residual outputs that
       divided by sqrt(2 L) (Radford et al., GPT-2).
 
@@ -237,11 +241,13 @@ class ModelConfig:
   dtype: str = 'float32'
   parameter_dtype: str = 'float32'
   attention: str = 'auto'
+  attention_blocks: Blocks = Blocks()
   context: str = 'ring'
   remat: str = 'none'
   remat_save: tuple[str, ...] = ()
   remat_offload: tuple[str, ...] = ()
   pipeline: PipelineConfig = PipelineConfig()
+  scan: bool = True
 
   def __post_init__(self):
     _check('model', self, CHOICES, width=1, layers=1, heads=1, vocabulary=0, kv_heads=0, head_width=0, feed_forward=0, max_length=0,
@@ -278,6 +284,7 @@ class ModelConfig:
     self.kept
     if self.attention != 'auto':
       check(self.attention, self.attention_spec)
+    blocks.check(self.attention_blocks, self.attention, self._widest)
 
   D = property(lambda self: self.width, doc='Model width.')
   L = property(lambda self: self.layers, doc='Layers (of the decoder).')
@@ -312,10 +319,16 @@ class ModelConfig:
     return self.latent.value_width or self.H
 
   @property
+  def _widest(self) -> int:
+    """Of a head's keys and values."""
+    return max(self.H + (self.latent.rope_width if self.latent.width else 0), self.value_width)
+
+  @property
   def attention_spec(self) -> set[str]:
     """What training asks of an attention backend, in the words of kernels.attention.HONOURS."""
     asked = {'causal': self.causal, 'window': self.window, 'softcap': self.attention_softcap, 'sinks': self.sinks,
-             'relative': self.position == 'relative', 'value_width': self.latent.width}
+             'relative': self.position == 'relative', 'value_width': self.latent.width,
+             'float32': self.dtype == 'float32', 'wide_heads': self._widest > WIDE}
     return {'segments'} | {name for name, wanted in asked.items() if wanted}
 
   @property
@@ -328,6 +341,8 @@ class ModelConfig:
   @property
   def stacks(self) -> tuple[tuple[tuple[Kind, ...], int], ...]:
     """The layers as (period of kinds, repeats), in order: each is one scan, so that compile time does not grow with depth."""
+    if not self.scan:
+      return tuple(((kind,), 1) for kind in self.kinds)
     left, stacks = self.kinds, []
     longest = max(1, self.global_every) * self.moe.every  # what the windows and the experts repeat after together
     while left:
@@ -336,6 +351,11 @@ class ModelConfig:
       stacks.append((left[:period], _repeats(left, period)))
       left = left[period * stacks[-1][1]:]
     return tuple(stacks)
+
+  @property
+  def encoder_stacks(self) -> tuple[tuple[tuple[Kind, ...], int], ...]:
+    """The same of the encoder's layers."""
+    return (((Kind(),), self.encoder_layers),) if self.scan else (((Kind(),), 1),) * self.encoder_layers
 
   def check_stages(self, stages: int) -> None:
     """Raises ValueError or NotImplementedError where layers or losses cannot be split over so many pipeline stages."""

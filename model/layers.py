@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig, RopeConfig
-from model.params import param, use
+from model.params import param, product
 from parallel import axes as ax
 from parallel.remat import named
 
@@ -121,13 +121,13 @@ class FeedForward(nnx.Module):
     up = named(project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype), 'up')
     gate = None if self.gate is None else named(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype), 'gate')
     h = activate(gate, up, self.activation)
-    y = ax.einsum('BTF,FD->BTD', h, use(self.down, self.dtype), ax.residual(x.shape[1]))  # row-parallel
+    y = product('BTF,FD->BTD', h, self.down, self.dtype, ax.residual(x.shape[1]))  # row-parallel
     return add_bias(y, self.down_bias, self.dtype)
 
 
 def project(formula: str, x: Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> Array:
   """A column-parallel product: the result's sharding follows from the operands'."""
-  return add_bias(jnp.einsum(formula, x, use(weight, dtype)), bias, dtype)
+  return add_bias(product(formula, x, weight, dtype), bias, dtype)
 
 
 def add_bias(x: Array, bias: nnx.Param | None, dtype: str) -> Array:

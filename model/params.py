@@ -59,7 +59,16 @@ def use(p: nnx.Param, dtype: str, product: bool = True) -> jax.Array:
   value = p.get_value()
   if isinstance(value, Gathered):
     return _whole(value.shard, value.whole, p.axes)
+  if not isinstance(value, jax.Array):  # see model.quantised
+    return value.gathered(p.axes).whole(dtype)
   return (zero if product else ax).gather(value.astype(dtype), *p.axes)
+
+
+def product(formula: str, x: jax.Array, p: nnx.Param, dtype: str, axes: tuple[str | None, ...] | None = None) -> jax.Array:
+  """Tokens times a matrix, as jnp.einsum; axes: of the result, where its sharding is a choice (parallel.axes.einsum)."""
+  if hasattr(p.get_value(), 'product'):
+    return p.get_value().gathered(p.axes).product(formula, x, axes, dtype)
+  return jnp.einsum(formula, x, use(p, dtype)) if axes is None else ax.einsum(formula, x, use(p, dtype), axes)
 
 
 @jax.tree_util.register_dataclass

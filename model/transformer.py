@@ -3,6 +3,7 @@
 B batch · T length · S source or cache length · D width · V vocabulary · L layers · E experts
 """
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,11 @@ from jaxtyping import Array, Float, Int
 from kernels.mask import Mask, Relative
 from model.attention import Attention, LatentAttention, View
 from model.cache import Cache, Slots
-from model.config import Kind, ModelConfig
+from model.config import Kind, ModelConfig, MoEConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
-from model.params import gathered, joined, param, use
+from model.params import gathered, joined, named_leaves, param, product, use
+from model.quantised import Parts
 from parallel import axes as ax
 from parallel import offload, pipeline, remat
 
@@ -83,7 +85,7 @@ class Stack(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
     self.remat, self.pipeline, self.dtype = config.kept, config.pipeline, config.dtype
-    self.periods = (((Kind(),), config.encoder_layers),) if encoder else config.stacks
+    self.periods = config.encoder_stacks if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
     config.check_stages(ax.size('layers'))
 
@@ -97,27 +99,34 @@ class Stack(nnx.Module):
     self.relative = param(rngs, (config.relative_buckets, config.N), (None, 'heads'), config.D**-0.5, kind='vector',
                           dtype=config.parameter_dtype) if config.position == 'relative' else None
 
-  def __call__(self, x: Float[Array, 'B T D'], view: View, cache: Cache | None) -> Output:
+  def __call__(self, x: Float[Array, 'B T D'], view: View, cache: Cache | None, counts: Int[Array, 'B'] | None = None,
+               fresh: bool = False) -> Output:
+    """Final hidden states of x; counts, fresh: see Decoder."""
     if self.relative is not None:
       view = dataclasses.replace(view, relative=Relative(table=self.relative[...], bidirectional=self.bidirectional,
                                                          max_distance=self.distance))
-    slots, reports, blocks = cache and Slots(cache, jnp.int32(0)), [], list(self.blocks)
+    reports, blocks, held = [], list(self.blocks), [None] * len(self.blocks)
+    if cache is not None:
+      counts = jnp.full_like(cache.lengths, x.shape[1]) if counts is None else counts
+      memories = [None] * len(blocks) if cache.memory is None else cache.memory
+      held = [Slots(*both, 0, cache.lengths, counts, cache.capacity, fresh) for both in zip(cache.held, memories, strict=True)]
     for i, (kinds, _) in enumerate(self.periods):
-      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
-      if ax.size('layers') > 1 and i == pipeline.split_scan(self.periods):
-        x, slots, found = self._pipelined(own, x, view, slots)
-      else:
-        x, slots, found = self.scan(own, x, view, slots)
+      at = slice(sum(len(kinds) for kinds, _ in self.periods[:i]), None)
+      own = slice(at.start, at.start + len(kinds))
+      split = ax.size('layers') > 1 and i == pipeline.split_scan(self.periods)
+      run = self._pipelined if split else self.scan
+      x, held[own], found = run(tuple(blocks[own]), x, view, held[own])
       reports += in_order(found)
-    cache = slots and dataclasses.replace(slots.cache, lengths=cache.lengths + x.shape[1])
+    if cache is not None:
+      cache = dataclasses.replace(cache, held=tuple(slots.held for slots in held), lengths=cache.lengths + counts)
     return Output(self.normed(x), cache, summed(reports) if reports else None)
 
   def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     """What the last block leaves, as it is scored."""
     return ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
 
-  def scan(self, blocks, x, view, slots):
-    """Periods of blocks, one after another: the new x, the slots written, and what each place of the period reports."""
+  def scan(self, blocks, x, view, slots=()):
+    """Periods of blocks, one after another: the new x, the slots of each place written, and what each place of the period reports."""
     # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again. With `x`
     # it keeps jax from gathering all layers of a stage before the loop over ticks. What lies in the host's memory comes to the device
     # here, forward and backward.
@@ -125,18 +134,21 @@ class Stack(nnx.Module):
       block = offload.to_device(block)
       block, x = jax.lax.optimization_barrier((block, x)) if pipeline.inside() else (jax.lax.optimization_barrier(block), x)
       return block(x, view, slots)
-    run = remat.remat(one, self.remat)
+    alone, slots = self.remat.alone(blocks), slots or [None] * len(blocks)
+    run = (lambda block, x, slots: block(x, view, slots)) if alone and not pipeline.inside() else remat.remat(one, self.remat)
 
     def period(carry, blocks):
-      x, slots = carry
-      found = []
-      for block in blocks:
-        x, slots, report = run(block, x, slots)
-        slots = slots and slots.next()
+      x, held, layer = carry
+      found, new = [], []
+      for block, place, buffers in zip(blocks, slots, held, strict=True):
+        own = place and dataclasses.replace(place, held=buffers, layer=layer)
+        x, own, report = run(block, x, own)
+        new.append(own and own.held)
         found += [report] if report else []
-      return (x, slots), found
-    (x, slots), found = remat.scan(period, (x, slots), blocks, self.remat)
-    return x, slots, found
+      return (x, tuple(new), layer + 1), found
+    held = tuple(place and place.held for place in slots)
+    (x, held, _), found = remat.scan(period, (x, held, 0 if alone else jnp.int32(0)), blocks, self.remat)
+    return x, [place and dataclasses.replace(place, held=buffers) for place, buffers in zip(slots, held, strict=True)], found
 
   def _pipelined(self, blocks, x, view, slots):
     """As scan, over the stages of the mesh."""
@@ -144,31 +156,27 @@ class Stack(nnx.Module):
       blocks = joined(blocks, gathered(blocks, self.dtype), reduce=False)
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     whole = {'relative': fields.pop('relative')}
-    if slots is None:
+    if slots[0] is None:
       def layers(blocks, x, shared, whole):
-        x, _, found = self.scan(blocks, x, View(**shared, **whole), None)
+        x, _, found = self.scan(blocks, x, View(**shared, **whole), slots)
         return x, found
       x, found = pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
-      return x, None, found
-    cache = slots.cache
+      return x, slots, found
+    lengths, counts = slots[0].lengths, slots[0].counts
 
-    def cached(blocks, x, buffers, shared, active):
-      lengths, shared = shared
-      # Tokens of an idle stage would stand behind the last slot, where none is written.
-      slots = Slots(dataclasses.replace(cache, buffers=buffers, lengths=jnp.where(active, lengths, cache.capacity)), jnp.int32(0))
-      x, slots, found = self.scan(blocks, x, View(**shared), slots)
-      return x, slots.cache.buffers, found
-    x, buffers, found = pipeline.relay(cached, blocks, x, cache.buffers, (cache.lengths, fields | whole))
-    return x, dataclasses.replace(slots, cache=dataclasses.replace(cache, buffers=buffers)), found
+    def cached(blocks, x, held, shared, active):
+      lengths, counts, shared = shared
+      own = [dataclasses.replace(place, held=buffers, lengths=lengths, counts=jnp.where(active, counts, 0))  # an idle stage writes nothing
+             for place, buffers in zip(slots, held, strict=True)]
+      x, own, found = self.scan(blocks, x, View(**shared), own)
+      return x, tuple(place.held for place in own), found
+    x, held, found = pipeline.relay(cached, blocks, x, tuple(place.held for place in slots), (lengths, counts, fields | whole))
+    return x, [dataclasses.replace(place, held=buffers) for place, buffers in zip(slots, held, strict=True)], found
 
-  def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[Float[Array, 'L B S K H'], Float[Array, 'L B S K H']]:
-    """Of cross-attention to `memory`, of every layer."""
-    found = []
-    blocks = list(self.blocks)
-    for kinds, _ in self.periods:
-      own, blocks = tuple(blocks[:len(kinds)]), blocks[len(kinds):]
-      found += in_order(jax.lax.scan(lambda _, own: (None, [block.cross.keys_values(memory) for block in own]), None, own)[1])
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+  def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[tuple[Float[Array, 'R B S K H'], Float[Array, 'R B S K H']], ...]:
+    """Of cross-attention to `memory`, of every place."""
+    one = lambda block: jax.lax.scan(lambda _, block: (None, block.cross.keys_values(memory)), None, block)[1]
+    return tuple(map(one, self.blocks))
 
 
 def in_order(found):
@@ -201,7 +209,8 @@ class Decoder(nnx.Module):
     self.pooler = Pooler(config, rngs) if config.pooler else None
 
   def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None, segments: Int[Array, 'B T'] | None = None,
-               cache: Cache | None = None, *, types: Int[Array, 'B T'] | None = None, zigzag: int = 1) -> Output:
+               cache: Cache | None = None, *, types: Int[Array, 'B T'] | None = None, zigzag: int = 1,
+               counts: Int[Array, 'B'] | None = None, fresh: bool = False) -> Output:
     """Final hidden states, the cache with the tokens appended, and what the experts report.
 
     Args:
@@ -210,10 +219,14 @@ class Decoder(nnx.Module):
       cache: what earlier calls left; the row's new tokens follow its cached ones. Not together with segments.
       types: rows of the table of token types; default 0.
       zigzag: n, where all arguments are laid out as parallel.context.lay_out(.., n) does; so are the hidden states then.
+      counts: with a cache, how many of the tokens are the row's; the others are padding behind them, and not kept. Default: all.
+      fresh: with a cache, that it is empty: tokens then look at each other as in training, and not at slots.
     Raises ValueError for more tokens than model.max_length, and for arguments that exclude each other.
     """
-    x, view = self._view(tokens, positions, segments, cache, types, zigzag)
-    return self.scaled(self.stack(x, view, cache))
+    split = cache is None or (fresh and tokens.shape[1] % ax.size('length') == 0)
+    with ax.whole_rows(not split):
+      x, view = self._view(tokens, positions, segments, cache, types, zigzag)
+      return self.scaled(self.stack(x, view, cache, counts, fresh))
 
   def _view(self, tokens, positions, segments, cache, types, zigzag=1):
     """What the stack is called with: the embedded tokens, and what its layers share."""
@@ -224,10 +237,12 @@ class Decoder(nnx.Module):
       raise ValueError(f'{T} tokens in a row pass model.max_length={config.max_length}; give fewer, or raise it')
     if types is not None and not config.token_types:
       raise ValueError('token types were given to a model without a table of them; set model.token_types')
+    if cache is not None:
+      tokens = ax.place(tokens, 'batch', 'length')
     if positions is None:
       index = jnp.broadcast_to(Mask(zigzag=zigzag).positions(T, T)[0], (B, T))
-      positions = ax.place(index, 'batch', 'length') if cache is None else index + cache.lengths[:, None]
-    mask = cache.mask(T) if cache is not None else Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
+      positions = ax.place(index if cache is None else index + cache.lengths[:, None], 'batch', 'length')
+    mask = Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
     return x, View(mask, *self.angles(positions))
@@ -256,8 +271,11 @@ class Decoder(nnx.Module):
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
-    x, table = self.scored(x)
-    logits = jnp.einsum('...D,VD->...V', x, ax.place(table, 'vocab', None), preferred_element_type=jnp.float32)
+    if self.head.tokens is not None and isinstance(self.head.tokens.get_value(), Parts):
+      logits = product('...D,VD->...V', self.head(x), self.head.tokens, 'float32')
+    else:
+      x, table = self.scored(x)
+      logits = jnp.einsum('...D,VD->...V', x, ax.place(table, 'vocab', None), preferred_element_type=jnp.float32)
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -273,7 +291,8 @@ class EncoderDecoder(Decoder):
 
   def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None, segments: Int[Array, 'B T'] | None = None,
                cache: Cache | None = None, *, source: Int[Array, 'B S'] | None = None,
-               source_positions: Int[Array, 'B S'] | None = None, source_segments: Int[Array, 'B S'] | None = None) -> Output:
+               source_positions: Int[Array, 'B S'] | None = None, source_segments: Int[Array, 'B S'] | None = None,
+               counts: Int[Array, 'B'] | None = None, fresh: bool = False) -> Output:
     """As Decoder.__call__; the source comes with the call, or was read into the cache before (`read`).
 
     source_segments: document of each source token, 0 for padding; the tokens of a segment see the source of the same number.
@@ -294,7 +313,7 @@ class EncoderDecoder(Decoder):
     if keys is None:
       keys = ax.place(jnp.ones(source.shape, jnp.int32), 'batch', 'length')
     view = dataclasses.replace(view, memory=memory, memory_mask=Mask(causal=False, query_segments=segments, key_segments=keys))
-    return self.scaled(self.stack(x, view, cache))
+    return self.scaled(self.stack(x, view, cache, counts, fresh))
 
   def encode(self, source: Int[Array, 'B S'], positions: Int[Array, 'B S'] | None = None,
              segments: Int[Array, 'B S'] | None = None) -> Float[Array, 'B S D']:
@@ -324,3 +343,39 @@ def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
 def init(config: ModelConfig, seed: int) -> Decoder:
   """A new model, born sharded on the mesh in context. Traced: use under jit or jax.eval_shape."""
   return (EncoderDecoder if config.encoder_layers else Decoder)(config, nnx.Rngs(params=jax.random.key(seed)))
+
+
+def unstacked(model: Decoder) -> Decoder:
+  """The same model with every layer by itself (model.scan=False): matrices lie where a product reads them, and none is cut out of a stack.
+
+  Traceable; on the mesh that the model is on, in context.
+  """
+  config, found = dataclasses.replace(model.config, scan=False), named_leaves(model)
+  places = {layer: (place, repeat) for place, (_, layers) in enumerate(model.config.places) for repeat, layer in enumerate(layers)}
+
+  def one(name, shape):
+    stack, _, layer, rest = re.fullmatch(r'(?:(stack|encoder)(\.blocks)\.(\d+)\.)?(.*)', name).groups()
+    if stack is None:
+      return found[name]
+    place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
+    x = found[f'{stack}.blocks.{place}.{rest}']
+    return x if x.shape == shape.shape else jax.lax.slice_in_dim(x, repeat, repeat + 1)
+  target = jax.eval_shape(lambda: init(config, 0))
+  leaves = [one(name, shape) for name, shape in named_leaves(target).items()]
+  return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def shallow(model: Decoder, layers: int) -> Decoder:
+  """The first layers of an unstacked model, with its final norm and head; nothing is copied.
+
+  Raises ValueError for a stacked model, and for no layers or more than there are.
+  """
+  config = model.config
+  if config.scan or not 0 < layers <= config.L:
+    raise ValueError(f'{layers} layers of model.layers={config.L}, model.scan={config.scan}: take at least 1 and at most all of them, '
+                     'of a model whose layers are each by itself (unstacked)')
+  moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()
+  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
+  model.config = dataclasses.replace(config, layers=layers, moe=moe)
+  model.stack.periods, model.stack.blocks = model.config.stacks, nnx.List(list(model.stack.blocks)[:layers])
+  return model

@@ -44,7 +44,7 @@ def _forward(model, batch, zigzag, score):
 
   def layers(blocks, x, part):
     mask = Mask(causal=model.config.causal, zigzag=zigzag, query_segments=part.segments, key_segments=part.segments)
-    x, _, found = model.stack.scan(blocks, x, View(mask, *model.angles(part.positions)), None)
+    x, _, found = model.stack.scan(blocks, x, View(mask, *model.angles(part.positions)))
     losses = (value.sum() for report in found for name, value in report.items() if name.endswith('loss'))
     return x, sum(losses, start=jnp.float32(0)), found
 

@@ -15,11 +15,12 @@ import names
 # devices would hold copies of it, and gathered where it is used (see parallel.zero); `expert_embed` is the same of a parameter whose
 # experts are split already. The width of an activation (`width`) is never split. `length` is that of tokens where they are
 # multiplied with weights or with each other; between, `sequence` splits it over `tensor`, too (Megatron's sequence parallelism,
-# Korthikanti et al., arXiv:2205.05198, section 4.2.2).
+# Korthikanti et al., arXiv:2205.05198, section 4.2.2). `slots` is what a cache has for tokens.
 RULES = {
     'batch': ('data', 'fsdp', 'expert'),
     'length': 'context',
     'sequence': ('context', 'tensor'),
+    'slots': 'context',
     'width': None,
     'embed': ('fsdp', 'expert', 'context'),
     'expert_embed': ('fsdp', 'context'),
@@ -37,6 +38,8 @@ RULES = {
     'chunk': None,
 }
 EMBED = ('embed', 'expert_embed')
+# True: tokens of a row are on all devices of `context`. The few that are appended to a cache do not split; the slots that they see do.
+whole_rows = jax.make_user_context(False)
 
 
 def spec(*axes: str | None) -> P:
@@ -60,7 +63,8 @@ def spec(*axes: str | None) -> P:
 
 
 def _entry(axis: str) -> tuple[str, ...]:
-  return _names(RULES[names.check('logical axis', axis, RULES)])
+  entry = _names(RULES[names.check('logical axis', axis, RULES)])
+  return tuple(a for a in entry if a != 'context') if whole_rows.value and axis in ('length', 'sequence') else entry
 
 
 def _mesh() -> jax.sharding.AbstractMesh:
@@ -145,6 +149,9 @@ def einsum(formula: str, x: jax.Array, y: jax.Array, axes: tuple[str | None, ...
   Of a dimension that is split and summed over, devices have parts of the sum, which the result's layout then adds up: an all-reduce,
   or where it splits the result over the same devices a reduce-scatter, whose transpose gathers the gradient.
   """
+  # jnp.einsum sums over dimensions in the order of the alphabet: in another than that of y, which would be laid out anew.
+  letters = list(dict.fromkeys(letter for letter in (*formula.split('->')[0].split(',')[1], *formula) if letter.isalpha()))
+  formula = formula.translate({ord(letter): chr(ord('a') + index) for index, letter in enumerate(letters)})
   if not explicit():
     return place(jnp.einsum(formula, x, y, **kwargs), *axes)
   terms, result = formula.split('->')

@@ -90,7 +90,7 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   (B, T, N, _), (S, K), P = q.shape, k.shape[1:3], ax.size('length')
   for what, length in (('queries', T), ('keys', S)):
     if length % P:
-      raise ValueError(f'{length} {what} do not split over mesh.context={P}; make rows a multiple, or (to generate) use mesh.context=1')
+      raise ValueError(f'{length} {what} do not split over mesh.context={P}; make rows a multiple')
   k_heads = ax.whole_or('kv_heads', K)
   if K > 1 and k_heads is None:
     raise ValueError(f'{K} key heads do not split over mesh.tensor={ax.size("heads")}; repeat them first')

@@ -70,6 +70,10 @@ class Remat:
     if self.policy == 'dots' and self.offload:
       raise ValueError(f"remat='dots' keeps products on the device; remat_offload={self.offload} needs remat='full' or 'sqrt'")
 
+  def alone(self, layers) -> bool:
+    """Whether `scan` calls its step on these stacked layers just once, and outside of a loop."""
+    return self.policy == 'none' and len(jax.tree.leaves(layers)[0]) == 1
+
 
 def remat(function, config: Remat):
   """`function` that keeps what `config` says of it."""
@@ -92,6 +96,9 @@ def named(x: jax.Array, name: str) -> jax.Array:
 def scan(step, carry, layers, config: Remat):
   """jax.lax.scan of `step` over stacked `layers`; in groups whose inputs alone are kept, where the policy is 'sqrt'."""
   n = len(jax.tree.leaves(layers)[0])
+  if config.alone(layers):
+    carry, found = step(carry, jax.tree.map(lambda x: x[0], layers))
+    return carry, jax.tree.map(lambda x: x[None], found)
   if config.policy != 'sqrt' or n < 4:
     return jax.lax.scan(step, carry, layers)
   size = math.isqrt(n)

@@ -343,8 +343,8 @@ def load(directory: str | os.PathLike) -> Config:
 # What decides the parameters' shapes and values, the optimizer's state, or which example comes when. Everything else may
 # change when a run goes on: how long it is, its schedule, what is logged, the mesh.
 IDENTITY = ('model', 'data', 'optimizer.name', 'train.seed')
-INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.context', 'model.remat', 'model.remat_save', 'model.remat_offload',
-               'model.pipeline')
+INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.attention_blocks', 'model.context', 'model.remat', 'model.remat_save',
+               'model.remat_offload', 'model.pipeline')
 
 
 def differences(old: Config, new: Config) -> list[str]:

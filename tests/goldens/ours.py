@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decode.loop import decode_chunk, prefill
+from decode.loop import Rules, decode_chunk, prefill
 from decode.sampling import make_sampling
 from model import checkpoint, families
 from model.cache import init_cache
@@ -89,10 +89,10 @@ def generate(model, name: str, row: int, new: int) -> np.ndarray:
       source = put(given['source'][row:row + 1]), put(np.ones((1, given['source'].shape[1]), np.int32))
     state = prefill(model, put(tokens), put(np.array([8], np.int32)), init_cache(model.config, 1, 32),
                     put(np.array([8 + new], np.int32)), source)
-    sampling, ids = jax.tree.map(put, make_sampling(1, 0.0, 0, 1.0, 0)), []
+    rules, ids = Rules(jax.tree.map(put, make_sampling(1, temperature=0.0)), put(np.full((1, 4), -1, np.int32))), []
     for _ in range(2):
-      state, chunk, _ = decode_chunk(model, state, sampling, steps=new // 2, eos=-1, pad=0)
-      ids.append(np.asarray(chunk)[0])
+      state, chunk = decode_chunk(model, state, rules, steps=new // 2, pad=0)
+      ids.append(np.asarray(chunk.ids)[0])
   return np.concatenate(ids)
 
 

@@ -1,4 +1,5 @@
 """Which laws does every decoder obey? Checks that raise AssertionError when one is broken, as planted faults must."""
+import dataclasses
 import functools
 
 import jax
@@ -76,11 +77,11 @@ def forward():
 
 
 def cached():
-  """A new jitted step: (model, tokens, cache) -> (logits, cache)."""
-  def run(model, tokens, cache):
-    x, cache, _ = model(tokens, cache=cache)
+  """A new jitted step: (model, tokens, cache, fresh=False) -> (logits, cache)."""
+  def run(model, tokens, cache, fresh=False):
+    x, cache, _ = model(tokens, cache=cache, fresh=fresh)
     return model.logits(x), cache
-  return jax.jit(run)
+  return jax.jit(run, static_argnames='fresh')
 
 
 @on_one_device
@@ -160,6 +161,58 @@ def check_unused_slots(config: ModelConfig):
     expected, clean = step(model, tokens[:, -size:], clean)
     found, dirty = step(model, tokens[:, -size:], dirty)
     np.testing.assert_array_equal(found, expected)
+
+
+def appending(room: int):
+  """A new jitted (model, cache, ids [B, room], counts [B], fresh=False) -> (logits, cache)."""
+  def run(model, cache, ids, counts, fresh=False):
+    x, cache, _ = model(ids, cache=cache, counts=counts, fresh=fresh)
+    return model.logits(x), cache
+  return jax.jit(run, static_argnames='fresh')
+
+
+# Tokens of a call, and how many of them are each row's: prompts longer than a ring, some rows ahead of others, single tokens.
+CALLS = [(20, (20, 17, 3)), (9, (0, 1, 9)), (1, (1, 0, 1)), (9, (9, 5, 8)), (9, (1, 9, 9)), (1, (1, 1, 1)), (1, (0, 1, 1)), (9, (8, 9, 7)),
+         (9, (9, 9, 9)), (1, (1, 1, 1))]
+TAKEN_BACK = 8
+
+
+@on_one_device
+def check_appending(config: ModelConfig, tolerance: float = 1e-5, dtype: str = '', least: float = 0.0, calls=CALLS, rings: int | None = None):
+  """Rows of unequal lengths grow by unequal pieces: the logits are those of the full forward.
+
+  Bitwise the same are those of a cache whose unused slots hold NaN, to which padding has other ids, and from which tokens were taken back.
+
+  Args:
+    dtype: of the cache. least: what the error must be above, somewhere, where a cache is to be less exact. rings: how many there are.
+  """
+  config = dataclasses.replace(config, max_length=64)
+  model, run, draw = make_model(config), appending(9), np.random.default_rng(5)
+  tokens = tokens_of(config, 3, sum(room for room, _ in calls))
+  full = np.asarray(forward()(model, tokens[:, :64]))
+  clean = init_cache(config, 3, 60, dtype, append=9)
+  assert rings is None or sum(held.ring for held in clean.held) == rings
+  dirty = jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim > 3 and x.dtype != jnp.int8 else x, clean)
+  put = lambda x: jnp.asarray(x, jnp.int32)
+  lengths, errors = np.zeros(3, int), [0.0]
+  for room, counts in calls:
+    ids, others = draw.integers(0, config.V, (2, 3, room))
+    own = np.arange(room)[None] < np.array(counts)[:, None]
+    for row, count in enumerate(counts):
+      ids[row, :count] = tokens[row, lengths[row]:lengths[row] + count]
+    if room == 1 and lengths.min() > 0:  # a draft, all of it refused
+      _, dirty = run(model, dirty, put(draw.integers(0, config.V, (3, 9))), put([TAKEN_BACK, 3, 0]))
+      dirty = dataclasses.replace(dirty, lengths=put(lengths))
+    logits, clean = run(model, clean, put(ids), put(counts), fresh=not lengths.any())
+    same, dirty = run(model, dirty, put(np.where(own, ids, others)), put(counts), fresh=not lengths.any())
+    np.testing.assert_array_equal(np.asarray(same)[own], np.asarray(logits)[own])
+    for row, count in enumerate(counts):
+      wanted = full[row, lengths[row]:lengths[row] + count]
+      errors.append(np.abs(np.asarray(logits)[row, :count] - wanted).max(initial=0) / max(1.0, np.abs(full).max()))
+    lengths += counts
+    assert max(errors) <= tolerance, f'{counts} tokens behind {lengths - counts}: error {max(errors):.2g}'
+    assert clean.lengths.tolist() == lengths.tolist()
+  assert max(errors) >= least, f'error {max(errors):.2g}: it is as exact as another'
 
 
 def padded_prefill(model, tokens, lengths, capacity):

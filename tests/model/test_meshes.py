@@ -123,7 +123,7 @@ def test_cached_decode_on_a_mesh(axis_type):
   with jax.set_mesh(mesh):
     tokens = jax.device_put(tokens, jax.NamedSharding(mesh, ax.spec('batch', 'length')))
     full, step, cache = laws.forward()(model, tokens), laws.cached(), init_cache(CONFIG, 4, 8)
-    assert all(x.addressable_shards[0].data.size * 8 == x.size for x in cache.buffers)
+    assert all(x.addressable_shards[0].data.size * 8 == x.size for x in jax.tree.leaves(cache.held))
     for first, last in ((0, 4), (4, 5), (5, 6)):
       logits, cache = step(model, tokens[:, first:last], cache)
       np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-5, atol=1e-5)

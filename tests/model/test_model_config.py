@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 
+from kernels.blocks import Blocks
 from model.config import CHOICES, Kind, LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from model.layers import ACTIVATIONS
 
@@ -46,9 +47,21 @@ def test_impossible_combinations_raise(make, words):
 
 
 def test_a_backend_that_cannot_honour_the_architecture_is_refused():
-  with pytest.raises(NotImplementedError, match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'splash', 'pallas_tpu'\]"):
+  with pytest.raises(NotImplementedError, match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'pallas_tpu'\]"):
     ModelConfig(attention='xla', attention_softcap=2.0)
+  with pytest.raises(ValueError, match=r"model.attention='splash' is unknown.*Known: auto, reference, blocked, pallas_tpu, pallas_gpu, xla"):
+    ModelConfig(attention='splash')
   ModelConfig(attention='blocked', attention_softcap=2.0)
+
+
+def test_blocks_that_the_backend_has_not_for_such_heads_are_refused():
+  ModelConfig(attention='pallas_tpu', attention_blocks=Blocks(forward_queries=512, backward_keys=256))
+  with pytest.raises(NotImplementedError, match=r"model.attention='auto' is no backend whose blocks can be chosen; set it to one of \['pallas_tpu', 'pallas_gpu'\]"):
+    ModelConfig(attention_blocks=Blocks(forward_keys=256))
+  gpu = dict(attention='pallas_gpu', dtype='bfloat16', attention_blocks=Blocks(forward_keys=128))
+  ModelConfig(head_width=128, **gpu)
+  with pytest.raises(ValueError, match=r'model.attention_blocks.forward_keys=128: backend pallas_gpu has \[64\] for heads 192 wide'):
+    ModelConfig(head_width=128, latent=LatentConfig(width=64, rope_width=64), **gpu)
 
 
 @pytest.mark.parametrize('fields, stacks', [

@@ -1,11 +1,11 @@
 """Can the laws fail? Each fault that is planted here must break the law that exists to catch it."""
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import laws
 import pytest
 
+from kernels import cached
 from kernels.mask import Mask, Relative
 from model import attention, cache, layers, transformer
 
@@ -31,22 +31,29 @@ def shifted_when_decoding(positions, *args):
   return layers.rope_angles(positions + (positions.shape[1] == 1), *args)
 
 
-def unguarded_append(self, k, v, heads):
-  """Slots.append without the guard against what unused slots hold."""
-  new, _ = cache_append(self, k, v, heads=heads)
-  return new, tuple(jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in new.cache.buffers)
+def look_as(change):
+  """Slots.look with other (lengths, queries)."""
+  def look(self, q, **how):
+    queries = self.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    return cached.attention(q, self.held, self.layer, *change(self, self.lengths + self.counts, queries), **how)
+  return look
 
 
-def append_ahead(self, k, v, heads):
+def append_ahead(self, keys, values, window=0):
   """Slots.append that leaves a slot free at every call."""
-  ahead = lambda slots, lengths: dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, lengths=lengths))
-  new, read = cache_append(ahead(self, self.cache.lengths + 1), k, v, heads=heads)
-  return ahead(new, self.cache.lengths), read
+  new = cache_append(dataclasses.replace(self, lengths=self.lengths + 1), keys, values, window)
+  return dataclasses.replace(new, lengths=self.lengths)
 
 
-def maskless(self, T):
-  """Cache.mask that lets everything be seen."""
-  return dataclasses.replace(cache_mask(self, T), causal=False)
+def as_if_fresh(self, keys, values, window=0):
+  """Slots.append that begins anew at every call."""
+  new = cache_append(dataclasses.replace(self, fresh=True), keys, values, window)
+  return dataclasses.replace(new, fresh=self.fresh)
+
+
+def padding_counts(held, slots, lengths):
+  """kernels.cached.positions that takes the longest row for all."""
+  return cached_positions(held, slots, jnp.broadcast_to(lengths.max(), lengths.shape))
 
 
 def rotate_prompts_only(x, angles):
@@ -59,18 +66,23 @@ def scores_from_the_start(self, q, k):
 
 
 relative_scores = Relative.scores
-cache_append, cache_mask = cache.Slots.append, cache.Cache.mask
+cache_append, cached_positions = cache.Slots.append, cached.positions
 
 FAULTS = {
     'dropped mask': (Mask, 'allowed', allow_all, laws.check_causality, 'llama'),
     'mask off by one': (Mask, 'allowed', off_by_one, laws.check_causality, 'llama'),
     'dropped window': (Mask, 'allowed', without('window'), laws.check_window, 'mistral'),
     'dropped segments': (Mask, 'allowed', without('segments'), laws.check_segments, 'llama'),
-    'dropped cache mask': (cache.Cache, 'mask', maskless, laws.check_cached_decode, 'llama'),
+    'dropped cache mask': (cache.Slots, 'look', look_as(lambda self, lengths, queries: (lengths, queries * 0 + lengths[:, None])),
+                           laws.check_cached_decode, 'llama'),
     'shifted positions': (transformer, 'rope_angles', shifted_when_decoding, laws.check_cached_decode, 'llama'),
     'keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'llama'),
     'tokens written in the wrong slot': (cache.Slots, 'append', append_ahead, laws.check_cached_decode, 'llama'),
-    'no guard against unused slots': (cache.Slots, 'append', unguarded_append, laws.check_unused_slots, 'llama'),
+    'no guard against unused slots': (cache.Slots, 'look', look_as(lambda self, lengths, queries: (lengths * 0 + self.capacity, queries)),
+                                      laws.check_unused_slots, 'llama'),
+    'tokens written over others': (cache.Slots, 'append', as_if_fresh, laws.check_appending, 'llama'),
+    'a ring that is as far for all rows': (cached, 'positions', padding_counts, laws.check_appending, 'mistral'),
+    'a ring without room for what is appended': (cache, '_whole', lambda slots: min(slots, 8), laws.check_appending, 'mistral'),
     'distances from the wrong query': (Relative, 'scores', scores_from_the_start, laws.check_cached_decode, 'relative'),
     'latent keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'deepseek'),
     'padding is seen': (Mask, 'allowed', allow_all, laws.check_padding_and_neighbours, 'llama'),

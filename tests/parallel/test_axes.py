@@ -20,6 +20,20 @@ def test_specs():
     assert ax.residual(6) == ('batch', 'sequence', 'width') and ax.residual(1) == ('batch', 'length', 'width')
 
 
+def test_rows_that_are_whole():
+  """Tokens of a row are on all devices of `context`, slots and parameters stay split; a jitted function is traced for each."""
+  @jax.jit
+  def laid_out():
+    return ax.place(jnp.zeros((4, 8)), 'length', 'embed'), ax.place(jnp.zeros((8, 4)), 'sequence', 'slots')
+  with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4, tensor=2))):
+    with pytest.raises(ValueError, match='both map to mesh axis .context'):
+      laid_out()
+    with ax.whole_rows(True):
+      assert ax.size('length') == 1 and ax.size('sequence') == 2 and ax.size('slots') == ax.size('embed') == 4
+      assert ax.residual(2) == ('batch', 'sequence', 'width')
+      assert [x.sharding.spec for x in laid_out()] == [P(None, 'context'), P('tensor', 'context')]
+
+
 @pytest.mark.parametrize('axes, words', [
     (('embd',), r"logical axis='embd' is unknown; did you mean 'embed'\? Known: batch"),
     (('heads', 'vocab'), r"'heads' and 'vocab' of .* both map to mesh axis 'tensor'"),

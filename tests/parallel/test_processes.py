@@ -118,6 +118,41 @@ def test_two_processes_wait_and_agree(tmp_path):
   assert 'error: numbers of processes [1] are not those of process 0' in done[0].error + done[1].error
 
 
+WRITING = f'''
+import contextlib, json, sys
+import jax
+from data.tokenizer import ByteTokenizer
+from decode.generator import Generator
+from model import transformer
+from model.config import ModelConfig
+from parallel import hosts
+from parallel.mesh import MeshConfig, make_mesh
+coordinator, process = sys.argv[1], int(sys.argv[2])
+with hosts.connect(coordinator, 2, process, {HEARTBEAT}) if coordinator else contextlib.nullcontext():
+  mesh = make_mesh(MeshConfig(data=1, context=2))
+  with jax.set_mesh(mesh):
+    config = ModelConfig(vocabulary=264, width=16, layers=2, heads=2, feed_forward=24, max_length=64, window=8, global_every=2, init_scale=1.0)
+    model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
+  found = Generator(model, ByteTokenizer(), mesh)(['def main(', 'x'], max_new_tokens=12, temperature=0.0)
+  print(json.dumps([completion.ids for completion in found]))
+'''
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+  """The slots of a cache are half one's, half the other's."""
+  (tmp_path / 'writing.py').write_text(WRITING)
+  coordinator = f'localhost:{free_port()}'
+  start = lambda coordinator, i: Process(tmp_path, str(tmp_path / 'writing.py'), coordinator, str(i))
+  with environment(PYTHONPATH=str(pathlib.Path(__file__).parents[2])):
+    processes = [start(coordinator, i) for i in range(2)]
+    with environment(JAX_NUM_CPU_DEVICES='2'):
+      processes.append(start('', 0))
+  done = [process.end() for process in processes]
+  assert [process.code for process in done] == [0, 0, 0], done
+  one, other, alone = (json.loads(process.out.splitlines()[-1]) for process in done)
+  assert one == other == alone and [len(ids) for ids in alone] == [12, 12]
+
+
 def test_two_processes_that_slurm_introduces_are_one_bit_for_bit(runs, tmp_path):
   """Two terms have one sum, in whatever order: no tolerance is needed."""
   one, two = tmp_path / 'one', tmp_path / 'two'

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from data import tokenizer
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from kernels.blocks import Blocks
 from model.config import CHOICES, ModelConfig, MoEConfig, RopeConfig
 from parallel.mesh import AXES
 from training import config as configs
@@ -110,7 +111,7 @@ def test_rows_that_do_not_split_are_refused():
       tiny(model={'width': 32} | model).check_mesh(SIZES | sizes)
     for part in said:
       assert part in str(error.value)
-  with pytest.raises(NotImplementedError, match=r"'xla' gives no log-sum-exp .*\['reference', 'blocked', 'pallas_tpu'\]"):
+  with pytest.raises(NotImplementedError, match=r"'xla' gives no log-sum-exp .*\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\]"):
     tiny(model={'attention': 'xla'}).check_mesh(SIZES | {'context': 2})
   tiny(model={'attention': 'xla', 'context': 'ulysses'}).check_mesh(SIZES | {'context': 2})
 
@@ -144,7 +145,7 @@ CLEAN = st.builds(CleanConfig, anonymise=st.lists(st.sampled_from(ANONYMISED_KIN
 DATA = st.builds(DataConfig, sources=st.lists(SOURCES, min_size=1, max_size=3).map(tuple), clean=CLEAN, seed=st.integers(0, 2**32 - 1),
                  tokenizer=st.builds(TokenizerConfig, kind=st.sampled_from(['byte', 'char'])), sequence_length=st.integers(1, 99),
                  validation_fraction=st.floats(0.01, 0.99))
-NEEDS_MORE = ('clamped_silu', 'relative')  # of a gate, of an attention backend
+NEEDS_MORE = ('clamped_silu', 'relative', 'pallas_gpu')  # of a gate, of an attention backend, of a dtype
 MODEL = st.builds(ModelConfig, layers=st.integers(1, 99), kv_heads=st.sampled_from([0, 1, 2, 4]), gated=st.booleans(),
                   rope=st.builds(RopeConfig, base=st.floats(1, 1e9), factor=st.floats(1, 99), scaling=st.sampled_from(['none', 'linear'])),
                   **{name: st.sampled_from([x for x in known if x not in NEEDS_MORE]) for name, known in CHOICES.items()})
@@ -176,7 +177,8 @@ def test_to_disk_and_back(tmp_path):
 def test_differences_are_those_that_change_the_model_or_the_data_order():
   same = ({'train': {'steps': 9, 'log_every': 3, 'eval_every': 2, 'keep_last': 9, 'accumulation': 2, 'nonfinite': 'skip'}},
           {'optimizer': {'learning_rate': 1.0, 'schedule': 'linear', 'b1': 0.5}}, {'mesh': {'fsdp': 2}},
-          {'data': {'cache_dir': 'elsewhere'}}, {'model': {'remat': 'full', 'attention': 'xla'}})
+          {'data': {'cache_dir': 'elsewhere'}}, {'model': {'remat': 'full', 'attention': 'xla'}},
+          {'model': {'attention': 'pallas_tpu', 'attention_blocks': Blocks(forward_keys=256)}})
   for changes in same:
     assert not configs.differences(tiny(), tiny(**changes)), changes
   other = {'model.width: 32 -> 64': {'model': {'width': 64}}, 'train.seed: 0 -> 1': {'train': {'seed': 1}},
@@ -222,9 +224,10 @@ def test_flags_override_any_field(parse):
   assert parse() == tiny()
   config = parse('--config.model.width=64', '--config.train.steps=7', '--config.optimizer.b1=0.5', '--config.optimizer.schedule=linear',
                  '--config.data.sources[0].path=there/*.txt', '--config.data.sources[0].weight=2', '--config.model.gated=false',
-                 "--config.data.clean.anonymise=('email', 'ip')", '--config.data.clean.near_duplicates=0.8', '--config.mesh.fsdp=4')
+                 "--config.data.clean.anonymise=('email', 'ip')", '--config.data.clean.near_duplicates=0.8', '--config.mesh.fsdp=4',
+                 '--config.model.attention=pallas_tpu', '--config.model.attention_blocks.forward_queries=512')
   assert config == tiny(
-      model={'width': 64, 'gated': False}, train={'steps': 7}, optimizer={'b1': 0.5, 'schedule': 'linear'}, mesh={'fsdp': 4},
+      model={'width': 64, 'gated': False, 'attention': 'pallas_tpu', 'attention_blocks': Blocks(forward_queries=512)}, train={'steps': 7}, optimizer={'b1': 0.5, 'schedule': 'linear'}, mesh={'fsdp': 4},
       data={'sources': (SourceConfig(kind='text', path='there/*.txt', weight=2.0),),
             'clean': CleanConfig(anonymise=('email', 'ip'), near_duplicates=0.8)})
 
@@ -263,6 +266,7 @@ def test_an_override_to_no_items_is_possible(parse):
     ('--config.model.width.x=1', "config.model.width is a value, it has no field 'x'"),
     ('--config.model.width=x', "config.model.width"),
     ('--config.train.steps=2.5', "config.train.steps"),
+    ('--config.model.attention_blocks.forward_quries=512', "config.model.attention_blocks has no field 'forward_quries'; did you mean 'forward_queries'?"),
     ("--config.data.clean.anonymise=('emial',)", "did you mean 'email'?"),
     ('--config.model.kv_heads=3', r'model.kv_heads=3; kv_heads must be one of \[1, 2, 4\]')])
 def test_a_wrong_override_is_an_error(parse, argument, said):

@@ -1,0 +1,188 @@
+"""How do a few new tokens look at a cache? At blocks of slots, one after another, and only at those that rows have filled.
+
+So the work follows the tokens that are held, and not the room that there is; no scores of all slots exist, and what an unused slot holds,
+NaN included, is never part of a sum. The softmax is put together block by block (Milakov & Gimelshein, arXiv:1805.02867); where a mesh
+splits the slots, devices put theirs together at the end.
+
+R layers that a buffer stacks · B rows · T new tokens · S slots · N query heads · K key/value heads · G = N/K · H head width
+"""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import cached_tpu
+from kernels.mask import Relative
+from parallel import axes as ax
+from parallel import mesh
+
+BLOCK = 256  # slots; a buffer has at most one block, or whole ones
+FILLED = 'filled_blocks_of_'  # the scope of the loop over blocks, with how many there are: what a program is planned with
+BYTE = 127.0  # what the largest number of an int8 vector becomes
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """Keys and values of R layers.
+
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+
+  Attributes:
+    keys: [R, B, K, S, H]. values: [R, B, K, S, Hv], or None: they are the first numbers of the keys (latent attention).
+    key_scales, value_scales: [R, B, K, S] f32, what int8 vectors are multiplied with; None for other types.
+    ring: whether position p is in slot p % S, where it stays until position p + S; otherwise p is in slot p.
+  """
+  keys: Any
+  values: Any
+  key_scales: Any = None
+  value_scales: Any = None
+  ring: bool = False
+
+  @property
+  def slots(self) -> int:
+    return self.keys.shape[3]
+
+  def axes(self) -> 'Held':
+    """Logical axes of every array, in its place."""
+    heads = ax.whole_or('kv_heads', self.keys.shape[2]) if self.keys.shape[2] > 1 else None
+    vector = ('layers', 'batch', heads, None if self.ring else 'slots')
+    there = lambda x, axes: None if x is None else axes
+    return Held((*vector, 'head_width'), there(self.values, (*vector, 'head_width')), there(self.key_scales, vector),
+                there(self.value_scales, vector), self.ring)
+
+
+jax.tree_util.register_dataclass(Held, data_fields=['keys', 'values', 'key_scales', 'value_scales'], meta_fields=['ring'])
+
+
+def positions(held: Held, slots: Int[Array, 'S'], lengths: Int[Array, 'B']) -> Int[Array, 'B S']:
+  """The position whose token is in each of these slots of rows that hold so many tokens; negative: none was ever there."""
+  if not held.ring:
+    return jnp.broadcast_to(slots[None], (lengths.shape[0], slots.shape[0]))
+  last = lengths[:, None] - 1
+  return last - (last - slots[None]) % held.slots
+
+
+def quantised(x: Float[Array, '*B H']) -> tuple[Int[Array, '*B H'], Float[Array, '*B']]:
+  """int8 vectors, and the f32 numbers that they are to be multiplied with."""
+  x = x.astype(jnp.float32)
+  scale = jnp.abs(x).max(-1) / BYTE
+  return jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
+
+
+def attention(q: Float[Array, 'B T N H'], held: Held, layer: Int[Array, ''] | int, lengths: Int[Array, 'B'],
+              queries: Int[Array, 'B T'], *, window: int = 0, softcap: float = 0.0, sinks: Float[Array, 'N'] | None = None,
+              relative: Relative | None = None, scale: float = 1.0, value_width: int = 0) -> Float[Array, 'B T N Hv']:
+  """Causal attention of new tokens to the slots of one layer, theirs among them; not to be differentiated.
+
+  Args:
+    layer: of the R that are held. lengths: tokens of each row, the new ones included. queries: their positions; what those that are not
+      below `lengths` yield means nothing.
+    window, softcap, sinks, relative, scale: see kernels.attention. value_width: of latent attention, how much of a key is the value.
+  """
+  N, K, t = q.shape[2], held.keys.shape[2], ax.size('heads')
+  heads = held.axes().keys[2]
+  if N % t or (heads is None and K > 1 and t % K):
+    raise NotImplementedError(f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: it must divide the key heads, '
+                              'or be a multiple of them')
+  parts = ax.mesh_axes('slots') if not held.ring else ()
+  run = functools.partial(_local, window=window, softcap=softcap, scale=scale, value_width=value_width, parts=parts,
+                          own=ax.mesh_axes('heads') if heads is None and t > 1 else (),
+                          relative=relative and {'bidirectional': relative.bidirectional, 'max_distance': relative.max_distance})
+  q = ax.place(q, 'batch', None, 'heads', 'head_width')
+  arrays, axes = [held, jnp.asarray(layer, jnp.int32), lengths, queries], [held.axes(), (), ('batch',), ('batch', None)]
+  for x, of in ((sinks, ('heads',)), (None if relative is None else relative.table, (None, 'heads'))):
+    arrays.append(x)
+    axes.append(None if x is None else of)
+  result = ('batch', None, 'heads', 'head_width')
+  return ax.local(run, (result, *axes), result)(q, *arrays)
+
+
+def _local(q, held, layer, lengths, queries, sinks, table, *, window, softcap, scale, value_width, parts, own, relative):
+  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes that split the query heads only."""
+  B, T, N, H = q.shape
+  S, K = held.keys.shape[3], held.keys.shape[2]
+  first = 0
+  if own:  # all key heads are here: the query heads are those of one, or of whole groups
+    groups = jax.lax.axis_size(own)
+    first, K = (jax.lax.axis_index(own) * K // groups, max(K // groups, 1)) if K > 1 else (0, 1)
+  G = N // K
+  Hv = value_width or held.values.shape[4]
+  offset = jax.lax.axis_index(parts) * S if parts else 0
+  q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  how = dict(window=window, softcap=softcap, scale=scale, Hv=Hv)
+  if mesh.platform() == 'tpu' and not parts and not relative and G * T <= cached_tpu.MOST:
+    top, total, mixed = cached_tpu.blocks(q, held, layer, first, lengths, queries[:, 0], T=T, **how)
+  else:
+    table = relative and Relative(table=table.reshape(table.shape[0], K, G), **relative)
+    top, total, mixed = blocks(q, held, layer, first, lengths, queries, offset=offset, relative=table, **how)
+  if parts:
+    highest = jax.lax.pmax(top, parts)
+    shrink = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0))
+    top, total, mixed = highest, jax.lax.psum(total * shrink, parts), jax.lax.psum(mixed * shrink[..., None], parts)
+  if sinks is not None:
+    sink = jnp.repeat(sinks.astype(wide).reshape(1, K, G), T, 2)
+    highest = jnp.maximum(top, sink)
+    shrink = jnp.exp(top - highest)
+    total, mixed = total * shrink + jnp.exp(sink - highest), mixed * shrink[..., None]
+  out = mixed / jnp.where(total > 0, total, 1)[..., None]
+  return out.reshape(B, K, G, T, Hv).transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv).astype(q.dtype)
+
+
+def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Array, 'B'], queries: Int[Array, 'B T'], *, window: int = 0,
+           softcap: float = 0.0, scale: float = 1.0, Hv: int, offset=0, relative: Relative | None = None):
+  """What a device's slots give to the softmax: its greatest score, the sum of weights, and the weighted sum of values, wide.
+
+  q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first` on. offset: of the first slot.
+  """
+  B, K, M, H = q.shape
+  S, T = held.slots, queries.shape[1]
+  G, block, wide = M // T, min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
+
+  def cut(buffer, start):
+    """A block of this layer's slots [B, K, block, ...]."""
+    found = jax.lax.dynamic_slice(buffer, (layer, 0, first, start, *(0,) * (buffer.ndim - 4)), (1, B, K, block, *buffer.shape[4:]))
+    return found[0]
+
+  def step(index, carry):
+    top, total, mixed = carry
+    start = index * block
+    where = positions(held, start + offset + jnp.arange(block, dtype=jnp.int32), lengths)[:, None]  # [B, 1, block]
+    keys = cut(held.keys, start)
+    scores = jnp.einsum('BKMH,BKSH->BKMS', q, keys.astype(q.dtype), preferred_element_type=wide) * scale
+    if held.key_scales is not None:
+      scores = scores * cut(held.key_scales, start)[:, :, None]
+    scores = scores.reshape(B, K, G, T, block)
+    if relative:
+      scores = scores + jnp.moveaxis(relative.scores(queries, where[:, 0]), (1, 2), (3, 4)).astype(wide)
+    if softcap:
+      scores = softcap * jnp.tanh(scores / softcap)
+    used = (where >= 0) & (where < lengths[:, None, None])
+    seen = used & (where <= queries[..., None])
+    if window:
+      seen = seen & (queries[..., None] - where < window)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(B, K, M, block)
+    new = jnp.maximum(top, scores.max(-1))
+    finite = jnp.where(jnp.isfinite(new), new, 0)
+    weights, shrink = jnp.exp(scores - finite[..., None]), jnp.exp(top - finite)
+    total = total * shrink + weights.sum(-1)
+    values = keys[..., :Hv] if held.values is None else cut(held.values, start)
+    scales = held.key_scales if held.values is None else held.value_scales
+    if scales is not None:
+      weights = weights * jnp.where(used, cut(scales, start), 0)[:, :, None]
+    values = jnp.where(used[..., None], values, 0).astype(q.dtype)  # 0 x NaN would be NaN
+    new_mixed = jnp.einsum('BKMS,BKSH->BKMH', weights.astype(q.dtype), values, preferred_element_type=wide)
+    return new, total, mixed * shrink[..., None] + new_mixed
+
+  empty = jnp.full((B, K, M), -jnp.inf, wide), jnp.zeros((B, K, M), wide), jnp.zeros((B, K, M, Hv), wide)
+  if S == block:
+    top, total, mixed = step(0, empty)
+  else:
+    filled = jnp.clip(lengths.max() - offset, 0, S)
+    begin = jnp.maximum(queries.min() - window + 1 - offset, 0) // block if window and not held.ring else 0
+    with jax.named_scope(f'{FILLED}{S // block}'):
+      top, total, mixed = jax.lax.fori_loop(begin, -(-filled // block), step, empty)
+  return top, total, mixed

@@ -1,0 +1,102 @@
+"""Does the TPU's kernel for caches give what the loop over blocks gives, interpreted, and does it compile for the chips?"""
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from analysis import aot
+from kernels import cached, cached_tpu
+from kernels.cached import Held
+from parallel.mesh import MeshConfig, make_mesh
+
+B, K, G, H = 3, 2, 2, 16
+
+
+def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 64), poison=True):
+  """Arguments of `blocks`: queries, what is held (with NaN in slots that are not used), layer, head, lengths and positions."""
+  rng = np.random.default_rng(S + T)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), 'float32')
+  lengths = jnp.asarray(np.maximum(lengths, T), jnp.int32)
+  q, keys, values = draw(B, K, G * T, H), draw(2, B, K, S, H), None if latent else draw(2, B, K, S, H)
+  scales = (None, None)
+  if dtype == 'int8':
+    pairs = [(None, None) if x is None else cached.quantised(x) for x in (keys, values)]
+    (keys, first), (values, second) = pairs
+    scales = first, second
+  held = Held(keys, values, *scales, ring=ring)
+  if poison and dtype != 'int8':
+    used = np.asarray(cached.positions(held, jnp.arange(S), lengths))
+    used = (used >= 0) & (used < np.asarray(lengths)[:, None])
+    spoil = lambda x: x if x is None else jnp.where(used[None, :, None, :, None], x, np.nan)
+    held = Held(spoil(keys), spoil(values), ring=ring)
+  queries = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None]
+  return q, held, 1, 0, lengths, queries
+
+
+def compare(T, S, window, softcap, latent, **how):
+  q, held, layer, first, lengths, queries = made(T, S, window=window, latent=latent, **how)
+  how = dict(window=window, softcap=softcap, scale=0.3, Hv=latent or H)
+  expected = jax.jit(functools.partial(cached.blocks, **how))(q, held, layer, first, lengths, queries)
+  kernel = functools.partial(cached_tpu.blocks, T=T, interpret=True, **how)
+  found = jax.jit(kernel)(q, held, layer, first, lengths, queries[:, 0])
+  mean = lambda top, total, mixed: mixed / jnp.where(total > 0, total, 1)[..., None]
+  np.testing.assert_allclose(mean(*found), mean(*expected), rtol=1e-5, atol=1e-5)
+  lse = lambda top, total, mixed: top + jnp.log(total)
+  np.testing.assert_allclose(lse(*found), lse(*expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(cached, 'BLOCK', 16)
+  monkeypatch.setattr(cached_tpu, 'BLOCK', 32)
+
+
+@pytest.mark.parametrize('T, window, softcap', itertools.product((1, 3), (0, 5, 40), (0.0, 2.0)))
+def test_the_kernel_is_the_loop(small_blocks, T, window, softcap):
+  compare(T, 80, window, softcap, 0)
+
+
+@pytest.mark.parametrize('how', [
+    dict(latent=9), dict(dtype='int8'), dict(dtype='int8', latent=9), dict(window=30, ring=True, S=48, lengths=(37, 8, 200)),
+    dict(window=30, ring=True, S=48, lengths=(47, 48, 49), dtype='int8'), dict(S=8, lengths=(3, 8, 5)), dict(lengths=(1, 2, 80)),
+], ids=str)
+def test_what_is_held_and_how(small_blocks, how):
+  compare(2, **dict(S=80, window=0, softcap=0.0, latent=0) | how)
+
+
+@pytest.mark.parametrize('fault', ['a row of slots too few', 'no rescaling'])
+def test_planted_faults_break_it(small_blocks, fault, monkeypatch):
+  if fault == 'no rescaling':
+    monkeypatch.setattr(cached_tpu.jnp, 'exp', lambda x: jnp.ones_like(x) if x.shape[-1] == 1 else jax.lax.exp(x))
+  else:
+    bounds = cached_tpu._bounds
+
+    def short(*arguments):
+      return lambda *given: (bounds(*arguments)(*given)[0], jnp.maximum(bounds(*arguments)(*given)[1] - 1, 0))
+    monkeypatch.setattr(cached_tpu, '_bounds', short)
+  with pytest.raises(AssertionError):
+    compare(1, 80, 0, 0.0, 0, lengths=(80, 70, 64))
+
+
+CASES = {'llama': dict(H=128, M=4, S=8192), 'rows of many': dict(H=128, M=512, S=2048), 'narrow': dict(H=64, M=8, S=1024),
+         'latent': dict(H=576, M=128, S=4096, Hv=512), 'bytes': dict(H=128, M=4, S=4096, dtype='int8'),
+         'ring': dict(H=256, M=2, S=1280, window=1024, ring=True)}
+
+
+@pytest.mark.parametrize('chip', ['v5e:1x1', pytest.param('v5p:1x1x1', marks=pytest.mark.slow), pytest.param('v6e:1x1', marks=pytest.mark.slow),
+                                  pytest.param('7x:1x1x1', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('case', CASES)
+def test_it_compiles(chip, case):
+  how = dict(dtype='bfloat16', Hv=0, window=0, ring=False) | CASES[case]
+  device = aot.topology(chip)[0]
+  shape = lambda shape, dtype='bfloat16': jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+  S, H, M, B = how['S'], how['H'], how['M'], 8
+  vector, number = shape((1, B, 1, S, H), how['dtype']), shape((1, B, 1, S), 'float32') if how['dtype'] == 'int8' else None
+  held = Held(vector, None if how['Hv'] else vector, number, number, how['ring'])
+  run = functools.partial(cached_tpu.blocks, T=1, window=how['window'], softcap=0.0, scale=0.1, Hv=how['Hv'] or H)
+  with jax.set_mesh(make_mesh(MeshConfig(), [device])):
+    text = jax.jit(run).lower(shape((B, 1, M, H)), held, 0, 0, shape((B,), 'int32'), shape((B,), 'int32')).compile().as_text()
+  assert 'tpu_custom_call' in text

@@ -1,0 +1,92 @@
+"""Is a matrix of bytes the matrix that it stands for, and the product with it theirs to 15 bits?"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import params, transformer
+from model.quantised import Parts, held
+from tests.model import laws
+
+BYTES = jax.jit(lambda model: held(model, 'int8'))
+NAMES = ['llama', 'gpt2', 'qwen3', 'deepseek', 'mixtral', 'relative']
+
+
+def whole(model):
+  """The model with the numbers that its bytes stand for."""
+  def one(p):
+    value = p.get_value()
+    return p.replace(value.whole('float32')) if isinstance(value, Parts) else p
+  return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_logits_are_those_of_the_numbers(name):
+  """Few rows go by two digits of a byte, many by numbers made of the bytes: both are the same model."""
+  config = dataclasses.replace(laws.make_config(name), tie_embeddings=False)
+  with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
+    model = transformer.unstacked(laws.make_model(config))
+    small = BYTES(model)
+    numbers = whole(small)
+    for tokens in (laws.tokens_of(config, 2, 3), laws.tokens_of(config, 2, 12)):
+      expected, found = laws.forward()(numbers, tokens), laws.forward()(small, tokens)
+      np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())  # 15 bits of every row's largest number
+      exact = laws.forward()(model, tokens)
+      assert 1e-5 < np.abs(found - exact).max() / np.abs(exact).max() < 0.2  # 8 bits of a weight are another model, a near one
+
+
+def test_every_matrix_is_bytes_and_errs_by_half_a_step():
+  with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
+    model = transformer.unstacked(laws.make_model(laws.make_config('llama', width=512, heads=8, feed_forward=1024)))
+    small = BYTES(model)
+  named = {name: p for name, p in jax.tree_util.tree_leaves_with_path(small, is_leaf=lambda x: isinstance(x, params.nnx.Variable))}
+  before = dict(jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, params.nnx.Variable)))
+  kinds = set()
+  for name, p in named.items():
+    value = p.get_value()
+    if p.kind == 'vector' or 'embedding' in jax.tree_util.keystr(name):
+      assert isinstance(value, jax.Array)
+      continue
+    assert isinstance(value, Parts) and all(part.dtype == jnp.int8 for part in value.parts), name
+    kinds.add(len(value.parts))
+    step = np.asarray(value.scale)
+    assert (np.abs(np.asarray(value.whole('float32') - before[name][...])) <= step * 0.5001 + 1e-7).all(), name
+  assert max(kinds) > 1, 'the larger ones are cut for threads'
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'deepseek', 'mixtral'])
+@pytest.mark.parametrize('weights', ['', 'int8'])
+def test_parts_for_threads_are_the_matrix(name, weights, monkeypatch):
+  """Heads of several parts are in their order; a model that is only cut is the same model."""
+  monkeypatch.setattr('model.quantised.WIDTH', 4)
+  monkeypatch.setattr('model.quantised.os.cpu_count', lambda: 4)
+  config = laws.make_config(name, tie_embeddings=False)
+  with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
+    model = transformer.unstacked(laws.make_model(config))
+    cut = jax.jit(lambda model: held(model, weights))(model)
+    assert max(len(p.get_value().parts) for p in jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
+               if isinstance(p.get_value(), Parts)) > 1
+    for tokens in (laws.tokens_of(config, 2, 3), laws.tokens_of(config, 2, 12)):
+      expected, found = laws.forward()(whole(cut) if weights else model, tokens), laws.forward()(cut, tokens)
+      np.testing.assert_allclose(found, expected, atol=(2e-3 if weights else 1e-5) * np.abs(expected).max())
+
+
+def test_a_tied_table_is_looked_up_as_it_is_and_scores_in_bytes():
+  config = laws.make_config('gpt2', position='rope')
+  with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
+    small = BYTES(laws.make_model(config))
+  assert isinstance(small.head.tokens.get_value(), Parts) and isinstance(small.embedding.tokens.get_value(), jax.Array)
+
+
+@pytest.mark.parametrize('sizes', [dict(data=2), dict(tensor=2), dict(fsdp=2, data=1)])
+def test_on_meshes(sizes):
+  config = laws.make_config('llama', vocabulary=48)
+  found = []
+  for devices, mesh in ((1, {}), (2, sizes)):
+    with jax.set_mesh(laws.make_mesh(laws.MeshConfig(**mesh), jax.devices()[:devices])):
+      small = BYTES(transformer.unstacked(laws.make_model(config)))
+      tokens = jax.device_put(laws.tokens_of(config, 2, 12), laws.ax.spec('batch', 'length'))
+      found.append(np.asarray(laws.forward()(small, tokens)))
+  np.testing.assert_allclose(found[1], found[0], atol=1e-5 * np.abs(found[0]).max())
