@@ -7,24 +7,146 @@ from parallel import hosts
 if __name__ == '__main__':
   hosts.use_huge_pages()
 
+import dataclasses
+import json
+import math
 import pathlib
 import sys
 
 from absl import app, flags, logging
 
+import files
 import names
+from decode.constrain import Constraint
 from decode.generator import Generator
+from parallel.mesh import AXES, MeshConfig
 from training import config as configs
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)
-PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to go on from; repeat the flag for several.')
-CHAT = flags.DEFINE_bool('chat', False, "Each prompt is a user's message, put into the tokenizer's chat template.")
 CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a step.")
-MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to generate at most.', lower_bound=1)
-TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'Divides the logits; 0 is greedy.', lower_bound=0)
-TOP_K = flags.DEFINE_integer('top_k', 0, 'Only the k most likely tokens; 0 keeps all.', lower_bound=0)
-TOP_P = flags.DEFINE_float('top_p', 1.0, 'Only the most likely tokens of this mass; 1 keeps all.')
-SEED = flags.DEFINE_integer('seed', 0, 'Of the draws; the same seed gives the same text.', lower_bound=0)
+MESH = flags.DEFINE_string('mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4.")
+WEIGHTS = flags.DEFINE_enum('weights', '', ['', 'int8'], 'int8: matrices of one byte a number, which is less exact and faster.')
+PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to go on from; repeat the flag for several.')
+PROMPTS = flags.DEFINE_string('prompts', None, 'A JSONL file, in each line a text, {"prompt": text} or {"messages": [..]}.')
+CHAT = flags.DEFINE_bool('chat', False, "Each prompt is a user's message, put into the tokenizer's chat template.")
+STREAM = flags.DEFINE_bool('stream', None, 'Print text as it comes; the default, but with --output, --bench, --prompts, --num_samples, '
+                           '--logprobs and --beams.')
+OUTPUT = flags.DEFINE_string('output', None, 'Write all completions, with log-probabilities, to this JSONL file.')
+BENCH = flags.DEFINE_bool('bench', False, 'Generate twice, and print how fast the second time was.')
+SCORE = flags.DEFINE_bool('score', False, 'Generate nothing; print how likely the model finds each prompt.')
+REGEX = flags.DEFINE_string('regex', None, 'Texts match this regular expression.')
+SCHEMA = flags.DEFINE_string('schema', None, 'Texts are JSON of this schema: a file, or the schema itself.')
+DRAFT = flags.DEFINE_string('draft', None, 'Directory of a run whose smaller model drafts, with the same tokenizer.')
+EARLY = flags.DEFINE_enum('early_stopping', 'no', ['no', 'yes', 'never'], 'Of a search: when it ends, see decode.beam.')
+BIAS = flags.DEFINE_multi_string('logit_bias', [], 'id:value, added to the logit of an id; -inf forbids it.')
+STOP = flags.DEFINE_multi_string('stop', [], 'A text at which a completion ends, without it.')
+STOP_IDS = flags.DEFINE_multi_integer('stop_id', [], 'An id at which a completion ends.')
+# As they are in decode.generator.Options, whose defaults they have.
+OPTIONS = {
+    'max_new_tokens': flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to generate at most.'),
+    'temperature': flags.DEFINE_float('temperature', 1.0, 'Divides the logits; 0 is greedy.'),
+    'top_k': flags.DEFINE_integer('top_k', 0, 'Only the k most likely tokens; 0 keeps all.'),
+    'top_p': flags.DEFINE_float('top_p', 1.0, 'Only the most likely tokens of this mass; 1 keeps all.'),
+    'min_p': flags.DEFINE_float('min_p', 0.0, 'Only tokens at least this times as likely as the likeliest.'),
+    'repetition_penalty': flags.DEFINE_float('repetition_penalty', 1.0, 'Above 1, tokens that were there are less likely.'),
+    'presence_penalty': flags.DEFINE_float('presence_penalty', 0.0, 'Subtracted from logits of tokens that were generated.'),
+    'frequency_penalty': flags.DEFINE_float('frequency_penalty', 0.0, 'The same, for every time.'),
+    'seed': flags.DEFINE_integer('seed', 0, 'Of the draws; the same seed gives the same text.'),
+    'num_samples': flags.DEFINE_integer('num_samples', 1, 'Completions of each prompt.'),
+    'logprobs': flags.DEFINE_integer('logprobs', -1, 'Print, or write, log-probabilities, and so many alternatives of every token.'),
+    'chunk': flags.DEFINE_integer('chunk', 16, 'Tokens a call to the device.'),
+    'beams': flags.DEFINE_integer('beams', 1, 'Of a search for the likeliest texts, of which it writes num_samples; it draws nothing.'),
+    'length_penalty': flags.DEFINE_float('length_penalty', 1.0, 'Of a search: above 0, longer texts score better.'),
+    'lookup': flags.DEFINE_integer('lookup', 0, 'Draft what followed the last so many ids where they stood before; 0: do not.'),
+    'early_exit': flags.DEFINE_integer('early_exit', 0, "Draft with so many of the model's layers; 0: do not."),
+    'draft_tokens': flags.DEFINE_integer('draft_tokens', 4, 'Drafted at a time.'),
+    'cache_dtype': flags.DEFINE_string('cache_dtype', '', 'Of keys and values: float32, bfloat16, int8; default: as the model computes.'),
+}
+
+
+def read_prompts(path: str) -> list:
+  """Prompts of a JSONL file. Raises ValueError for a line that is none."""
+  found = []
+  for number, line in enumerate(pathlib.Path(path).read_text(encoding='utf-8').splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      given = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise ValueError(f'{path}:{number}: not JSON ({error})') from error
+    prompt = given.get('messages', given.get('prompt')) if isinstance(given, dict) else given
+    if not isinstance(prompt, (str, list)):
+      raise ValueError(f'{path}:{number}: {line[:80]!r} is neither a text nor an object with "prompt" or "messages"')
+    found.append(prompt)
+  if not found:
+    raise ValueError(f'{path} holds no prompt')
+  return found
+
+
+def mesh_of(text: str) -> MeshConfig:
+  """The mesh that a flag names, as in data=2,tensor=4."""
+  sizes = {'data': 1}
+  for part in filter(None, text.split(',')):
+    axis, _, size = part.partition('=')
+    names.check('mesh axis', axis, AXES)
+    if not size.lstrip('-').isdigit():
+      raise ValueError(f'--mesh: {part!r} is no axis=size')
+    sizes[axis] = int(size)
+  return MeshConfig(**sizes)
+
+
+def options_of(generator: Generator) -> dict:
+  """What the flags ask for, but for what no one gave."""
+  found = {name: flag.value for name, flag in OPTIONS.items()}
+  if STOP.value or STOP_IDS.value:
+    found['stop'] = [*STOP.value, *STOP_IDS.value]
+  if DRAFT.value:
+    found['draft'] = Generator.load(DRAFT.value, mesh=mesh_of(MESH.value), weights=WEIGHTS.value)
+  if EARLY.present:
+    found['early_stopping'] = {'no': False, 'yes': True, 'never': 'never'}[EARLY.value]
+  if BIAS.value:
+    pairs = [text.rpartition(':') for text in BIAS.value]
+    try:
+      found['logit_bias'] = {int(id_): float(value) for id_, _, value in pairs}
+    except ValueError as error:
+      raise ValueError(f'--logit_bias={BIAS.value}: give id:value, as in --logit_bias=13:-inf') from error
+  if REGEX.value is not None or SCHEMA.value is not None:
+    schema = SCHEMA.value
+    if schema is not None and not schema.lstrip().startswith('{'):
+      schema = pathlib.Path(schema)
+    found['constraint'] = Constraint(generator.tokenizer, regex=REGEX.value, schema=schema)
+  return found
+
+
+def score(generator: Generator, prompts) -> None:
+  """Prints how likely the model finds the prompts, of their own first token on."""
+  for prompt, found in zip(prompts, generator.score(prompts)):
+    nats, size = -float(found.sum()), len(prompt.encode()) if isinstance(prompt, str) else 0
+    per_byte = f', {nats / math.log(2) / size:.4f} bits per byte' if size else ''
+    print(f'{nats:.4f} nats, {len(found)} tokens{per_byte}: {prompt if len(prompt) <= 60 else f"{prompt[:60]}..."!r}')
+
+
+def show(generator: Generator, completion) -> None:
+  """Prints a completion and what is known of its tokens."""
+  shown = lambda ids: generator.tokenizer.decode_bytes(ids).decode('utf-8', errors='replace')
+  prompt = completion.prompt if isinstance(completion.prompt, str) else shown(completion.prompt)
+  print(f'{prompt}{completion.text}', flush=True)
+  if OPTIONS['logprobs'].value < 0:
+    return
+  others = completion.alternatives or [[]] * len(completion.ids)
+  for id_, raw, processed, also in zip(completion.ids, completion.logprobs, completion.processed, others):
+    likely = '  '.join(f'{shown([i])!r} {value:.3f}' for i, value in also)
+    print(f"  {shown([id_])!r:>12} {raw:8.3f} (drawn at {processed:.3f})  {likely}")
+
+
+def bench(report) -> None:
+  """Prints how fast a call was."""
+  drafts = f', {report.accepted} of {report.drafted} drafted tokens kept' if report.drafted else ''
+  drafts += ', and none were drafted any more as that was faster' if report.fell_back else ''
+  print(f'{report.rows} rows, {report.prompt_tokens} prompt tokens, {report.new_tokens} new ones{drafts}\n'
+        f'first token {report.first_token * 1e3:.1f} ms, then {report.ms_per_token:.2f} ms a step, {report.tokens_per_second:.1f} tokens/s,'
+        f' {report.share_of_bandwidth():.0%} of what the measured bandwidth allows\n'
+        f'cache {report.cache_bytes / 1e6:.1f} MB, compilation {report.compile_seconds:.1f} s, seed {report.seed}')
 
 
 def main(arguments):
@@ -32,17 +154,42 @@ def main(arguments):
   logging.set_verbosity(logging.WARNING)
   try:
     hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
-    generator = Generator.load(WORKDIR.value, CHECKPOINT.value)
-    options = dict(max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
-    streams = [generator.chat([{'role': 'user', 'content': prompt}], seed=SEED.value + i, **options) if CHAT.value
-               else generator.stream(prompt, seed=SEED.value + i, **options) for i, prompt in enumerate(PROMPT.value)]
-  except (FileNotFoundError, ValueError) as error:
+    if PROMPTS.value and PROMPT.value != ['']:
+      raise ValueError('--prompt and --prompts: give one of the two')
+    prompts = read_prompts(PROMPTS.value) if PROMPTS.value else PROMPT.value
+    generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
+    if SCORE.value:
+      return score(generator, prompts)
+    as_messages = lambda prompt: [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
+    chats = lambda prompt: CHAT.value or isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
+    read = [generator.chat_ids(as_messages(prompt)) if chats(prompt) else prompt for prompt in prompts]
+    options = options_of(generator)
+    many = OUTPUT.value or BENCH.value or PROMPTS.value or options['num_samples'] > 1 or options['beams'] > 1
+    streams = not many and options['logprobs'] < 0 if STREAM.value is None else STREAM.value
+    if streams:
+      if OUTPUT.value or BENCH.value:
+        raise ValueError('--stream prints text as it comes; leave out --output and --bench, or give --nostream')
+      pieces = [generator.stream(prompt, **options | {'seed': options['seed'] + i}) for i, prompt in enumerate(read)]
+      for prompt, parts in zip(prompts, pieces, strict=True):
+        print(prompt, end='\n' if CHAT.value else '', flush=True)
+        for piece in parts:
+          print(piece, end='', flush=True)
+        print(flush=True)
+      return
+    found = generator(read, **options)
+    if BENCH.value:
+      generator(read, **options)
+  except (FileNotFoundError, ValueError, FloatingPointError, ImportError) as error:
     sys.exit(f'error: {error}')
-  for prompt, pieces in zip(PROMPT.value, streams, strict=True):
-    print(prompt, end='\n' if CHAT.value else '', flush=True)
-    for piece in pieces:
-      print(piece, end='', flush=True)
-    print(flush=True)
+  if BENCH.value:
+    bench(generator.report)
+  if OUTPUT.value:
+    lines = [json.dumps(dataclasses.asdict(completion), ensure_ascii=False) for completion in found]
+    files.replace(OUTPUT.value, '\n'.join(lines) + '\n')
+    print(f'wrote {len(found)} completions to {OUTPUT.value}')
+  elif not BENCH.value:
+    for completion in found:
+      show(generator, completion)
 
 
 if __name__ == '__main__':

@@ -25,7 +25,9 @@ import names
 import train
 from analysis import aot, candidates, flops as counts, hardware, memory, roofline, schedule, tables
 from analysis.hlo import Module
-from decode.generator import CHUNK, generating
+from decode.generator import generating
+from decode.request import CHUNK
+from kernels.attention import FEW, choose
 from objectives.pretrain import check_model
 from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
@@ -38,6 +40,7 @@ TOPOLOGY = flags.DEFINE_string('topology', None, 'KIND:SHAPE of the hardware, as
 SLICES = flags.DEFINE_integer('slices', 1, 'How many such slices; `data` crosses them.', lower_bound=1)
 MODE = flags.DEFINE_string('mode', 'train', f'What runs: {", ".join(MODES)}.')
 BATCH = flags.DEFINE_integer('batch', 0, 'Rows that prefill or decode works on (train takes config.data.batch_size).', lower_bound=0)
+WEIGHTS = flags.DEFINE_enum('weights', '', ['', 'int8'], 'Of prefill and decode: int8 for matrices of one byte a number.')
 CONTEXT = flags.DEFINE_integer('context', 0, 'Tokens of a row: of the prompt, or of the cache.', lower_bound=0)
 SEARCH = flags.DEFINE_bool('search', False, 'Compile a small set of meshes, remat policies and microbatches; print them, fastest first.')
 JSON = flags.DEFINE_string('json', '', 'Write what was found to this file.')
@@ -95,6 +98,20 @@ class Plan:
   def chips(self) -> int:
     return self.devices // self.chip.devices
 
+  @property
+  def attention(self) -> str:
+    """The backend of kernels.attention that the program runs; as configured where devices share rows, which ask it for parts of them.
+
+    'cached': kernels.cached.
+    """
+    model = self.config.model
+    if self.mode == 'decode':
+      return 'cached'
+    if model.attention != 'auto' or self.config.mesh.context > 1:
+      return model.attention
+    spec = model.attention_spec if self.mode == 'train' else model.attention_spec - {'segments'}
+    return choose(spec, 'tpu' if self.chip.torus else 'gpu', few=self.tokens < FEW)
+
   def cost(self, dollars_per_chip_hour: float | None, watts_per_chip: float | None) -> dict[str, float]:
     """Hours, dollars and kWh of the whole training run, or of a million tokens; only what is known."""
     if self.prediction is None:
@@ -113,8 +130,8 @@ class Plan:
     """JSON-able."""
     known = self.memory is not None
     return {'mode': self.mode, 'chip': self.chip.name, 'chips': self.chips, 'mesh': self.config.mesh.sizes(), 'fits': self.fits,
-            'remat': self.config.model.remat, 'accumulation': self.config.train.accumulation, 'problem': self.problem,
-            'available_bytes': self.available, 'argument_bytes': self.held,
+            'remat': self.config.model.remat, 'attention': self.attention, 'accumulation': self.config.train.accumulation,
+            'problem': self.problem, 'available_bytes': self.available, 'argument_bytes': self.held,
             'memory': dataclasses.asdict(self.memory) if known else None, 'tokens': self.tokens, 'model_flops': self.model_flops,
             'collectives': [dataclasses.asdict(c) | {'group': None} for c in self.collectives],
             'prediction': tables.json_able(dataclasses.asdict(self.prediction)) if known else None,
@@ -123,16 +140,17 @@ class Plan:
 
 
 def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'train', rows: int = 0, context: int = 0,
-              axis_type: AxisType = AxisType.Explicit) -> Plan:
+              axis_type: AxisType = AxisType.Explicit, weights: str = '') -> Plan:
   """Compiles what `config` runs in this mode on these devices.
 
-  rows, context: of prefill and decode; see the flags --batch and --context. axis_type: Auto for the twin that XLA's partitioner lays out.
+  rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights. axis_type: Auto for the twin that XLA's
+    partitioner lays out.
   Raises ValueError or NotImplementedError for what cannot run there whatever the memory; too little memory is a Plan's `problem`.
   """
   names.check('mode', mode, MODES)
   mesh, config = make_mesh(config.mesh, devices, axis_type), resolved(config, devices)
   began, chip = time.perf_counter(), chip_of(devices)
-  lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context)
+  lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context, weights)
   bytes_held = {name: memory.shard_bytes(tree) for name, tree in held.items()}
   found = functools.partial(Plan, mode, config, chip, mesh.size)
   seconds = lambda: time.perf_counter() - began
@@ -162,7 +180,7 @@ def chip_of(devices: list[jax.Device]) -> hardware.Chip:
   return chip
 
 
-def _lower(config, mesh, mode, rows, context):
+def _lower(config, mesh, mode, rows, context, weights):
   """The lowered program, the arguments that it holds by name, tokens and model FLOPs of a run."""
   T = config.data.sequence_length
   if mode == 'train':
@@ -186,8 +204,8 @@ def _lower(config, mesh, mode, rows, context):
   config.check_parameters(dict(mesh.shape))
   model = generating(config.resolve(config.model.vocabulary).model)
   if mode == 'prefill':
-    return *aot.prefill(model, mesh, rows, context), rows * context, counts.prefill_flops(model, rows, context)
-  return *aot.decode(model, mesh, rows, context), rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context)
+    return *aot.prefill(model, mesh, rows, context, weights), rows * context, counts.prefill_flops(model, rows, context)
+  return *aot.decode(model, mesh, rows, context, weights), rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context)
 
 
 def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan | None:
@@ -254,8 +272,9 @@ def main(arguments):
   logging.set_verbosity(logging.WARNING)
   with train.mendable():
     names.check('mode', MODE.value, MODES)
-    if MODE.value == 'train' and (BATCH.present or CONTEXT.present):
-      raise ValueError('--batch and --context are of prefill and decode; train takes --config.data.batch_size and .sequence_length')
+    if MODE.value == 'train' and (BATCH.present or CONTEXT.present or WEIGHTS.present):
+      raise ValueError('--batch, --context and --weights are of prefill and decode; train takes --config.data.batch_size and '
+                       '.sequence_length')
     if SEARCH.value and MODE.value != 'train':
       raise NotImplementedError(f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}')
     config = configs.from_flag(train.CONFIG.value)
@@ -269,7 +288,7 @@ def main(arguments):
       tables.ranking(resolved(config, devices), plans)
       plan, extra = plans[0], {'candidates': [p.to_dict() for p in plans]}
     else:
-      plan, extra = make_plan(config, devices, MODE.value, BATCH.value, CONTEXT.value), {}
+      plan, extra = make_plan(config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value), {}
     tables.show(plan, plan.cost(DOLLARS.value, WATTS.value))
     if not plan.fits and MODE.value == 'train' and not SEARCH.value:
       print('\nlooking for the nearest change that fits:', flush=True)

@@ -1,59 +1,64 @@
 """How does a person generate? Load a run's directory once, then ask it for text, whole or as it comes."""
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import names
 from data import tokenizer as tokenizers
 from data.chat import ChatTemplate
-from decode.loop import decode_chunk, prefill
-from decode.sampling import make_sampling
-from decode.text import TextStream
-from model import params, transformer
-from model.cache import init_cache
+from decode import beam, loop
+from decode.constrain import Automaton, Constraint
+from decode.drafting import Course, drafter_of
+from decode.loop import Chunk, Rules
+from decode.report import Watch
+from decode.request import INTERRUPTED, LENGTH, Completion, Options, Prompt, Row
+from kernels.blocks import Blocks
+from model import params, quantised, transformer
+from model.cache import APPEND, init_cache
 from model.config import ModelConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
 from training.checkpoint import Checkpoints
 
-CHUNK = 16  # tokens a call to the device: the first ones come soon, and dispatch costs little
 SMALLEST_BUCKET = 32  # prompt lengths and capacities are rounded up to powers of two from here, so that few programs compile
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """One generated text.
-
-  Attributes: prompt; text, without the prompt; ids of the text (with end-of-text, if it came); finish: 'stop' for
-    end-of-text, 'length' for max_new_tokens.
-  """
-  prompt: str
-  text: str
-  ids: list[int]
-  finish: str
+AT_ONCE = 8192  # tokens of a prompt that are read in one call; the others follow, APPEND at a time
 
 
 class Generator:
-  """A model with its tokenizer, on one device."""
+  """A model with its tokenizer, on a mesh.
 
-  def __init__(self, model: transformer.Decoder, tokenizer: tokenizers.Tokenizer, mesh: jax.sharding.Mesh):
-    self.tokenizer, self.mesh = tokenizer, mesh
+  Attributes: model, tokenizer, mesh; parts: into how many the mesh splits rows; vocabulary: ids that can be generated; report: of the
+    last call that has ended, or None.
+  """
+
+  def __init__(self, model: transformer.Decoder, tokenizer: tokenizers.Tokenizer, mesh: jax.sharding.Mesh, weights: str = ''):
+    """weights: 'int8' holds matrices in bytes (model.quantised); default: in the compute dtype."""
+    names.check('weights', weights, ('', 'int8'))
+    self.tokenizer, self.mesh, self.report = tokenizer, mesh, None
     with jax.set_mesh(mesh):
-      self.model = jax.jit(in_compute_dtype)(model)
+      self.model = jax.jit(generating_model, static_argnames='weights')(model, weights=weights)
+      self.parts = ax.size('batch')
+    # A table of embeddings may have more rows than there are tokens.
+    self.vocabulary = min(tokenizer.vocabulary, self.model.config.V)
 
   @classmethod
-  def load(cls, workdir: str | os.PathLike, checkpoint: str = 'last') -> 'Generator':
+  def load(cls, workdir: str | os.PathLike, checkpoint: str = 'last', mesh: MeshConfig = MeshConfig(data=1),
+           weights: str = '') -> 'Generator':
     """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's.
 
+    mesh: over how many of this machine's devices; the default is one. weights: see Generator.
     Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a checkpoint that is
-    not there or damaged.
+    not there or damaged, and for a mesh that the devices do not fill.
     """
     config = configs.load(workdir)
     model_config = generating(config.model)
@@ -66,133 +71,273 @@ class Generator:
       problems = checkpoints.problems(step)
       if problems:
         raise ValueError(f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'")
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    sizes = mesh.sizes().values()
+    mesh = make_mesh(mesh, jax.local_devices()[:None if -1 in sizes else math.prod(sizes)])
     with jax.set_mesh(mesh):
       target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
       model = checkpoints.model(target, step)
-    return cls(model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh)
+    return cls(model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh, weights)
 
-  def __call__(self, prompts: str | Sequence[str], **options) -> list[Completion]:
-    """Completions of the prompts, generated side by side; options as for `ids`."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [[] for _ in prompts]
-    with contextlib.closing(self.ids(prompts, **options)) as chunks:
-      for chunk in chunks:
-        for row, new in zip(rows, chunk, strict=True):
-          row.extend(new)
-    eos = self.tokenizer.eos
-    # Not tokenizer.decode, which takes rows for whole texts: some tokenizers drop the space that a text begins with.
-    text = lambda row: self.tokenizer.decode_bytes(row).decode('utf-8', errors='replace')
-    return [Completion(prompt, text(row), row, 'stop' if row and row[-1] == eos else 'length')
-            for prompt, row in zip(prompts, rows, strict=True)]
+  def __call__(self, prompts: Prompt | Sequence[Prompt], **options) -> list[Completion]:
+    """Completions of the prompts, generated side by side, `num_samples` of each after one another; options: see Options.
 
-  def stream(self, prompt: str, **options) -> Iterator[str]:
-    """Pieces of one completion's text as they come, whole characters each; options as for `ids`."""
-    return self._pieces(self.ids([prompt], **options))  # not a generator itself: bad options raise here and now
+    Ctrl-C ends all rows, and what there is of them is returned.
+    """
+    prompts = [prompts] if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))) else list(prompts)
+    rows, steps = self._run(prompts, Options.of(options))
+    with contextlib.closing(steps):
+      try:
+        for _ in steps:
+          pass
+      except KeyboardInterrupt:
+        steps.throw(KeyboardInterrupt)
+    return [row.completion() for row in rows]
 
-  def _pieces(self, chunks):
-    text = TextStream(self.tokenizer)
-    with contextlib.closing(chunks):
-      for (ids,) in chunks:
-        if piece := text.add(ids):
+  def stream(self, prompt: Prompt, **options) -> Iterator[str]:
+    """Pieces of one completion's text as they come, whole characters each; options: see Options."""
+    options = _as_it_comes(options)
+    if options.num_samples > 1:
+      raise ValueError(f'num_samples={options.num_samples}: one text is streamed at a time; call the generator for several')
+    return self._pieces(self._run([prompt], options)[1])  # not a generator itself: bad options raise here and now
+
+  def _pieces(self, steps):
+    with contextlib.closing(steps):
+      for (piece,) in steps:
+        if piece:
           yield piece
-    if rest := text.end():
-      yield rest
 
   def chat(self, messages: Sequence[dict[str, str]], **options) -> Iterator[str]:
-    """Pieces of the assistant's next turn, after messages of {'role': .., 'content': ..}; options as for `ids`.
+    """Pieces of the assistant's next turn, after messages of {'role': .., 'content': ..}; options as for `stream`.
 
     Raises ValueError where the tokenizer has no chat template. The names of control tokens in a message become those tokens.
     """
+    return self.stream(self.chat_ids(messages), **options)
+
+  def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The prompt that asks for the assistant's next turn. Raises as `chat` says."""
     text = ChatTemplate.of(self.tokenizer).render(messages, add_generation_prompt=True)
-    return self._pieces(self.ids([self.tokenizer.encode(text, special=True)], **options))
+    return list(self.tokenizer.encode(text, special=True))
 
-  def ids(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
-          top_p: float = 1.0, seed: int = 0, chunk: int = CHUNK) -> Iterator[list[list[int]]]:
-    """New ids of every row, a chunk at a time, until all rows have ended. Chunk k + 1 runs while chunk k is read.
+  def ids(self, prompts: Sequence[Prompt], **options) -> Iterator[list[list[int]]]:
+    """New ids of every row, a chunk at a time, until all rows have ended; options: see Options."""
+    rows, steps = self._run(list(prompts), _as_it_comes(options))
 
-    Args:
-      prompts: texts, which begin as documents do, or ids, which are taken as they are.
-      max_new_tokens: a row ends there if it has not ended itself. temperature, top_k, top_p, seed: see decode.sampling.
-      chunk: tokens a call to the device; the text does not depend on it.
-    Raises ValueError for no prompts, options that make no sense, and lengths beyond the model's.
+    def chunks():
+      with contextlib.closing(steps):
+        seen = [0] * len(rows)
+        for _ in steps:
+          new = [row.ids[n:] for row, n in zip(rows, seen)]
+          seen = [len(row.ids) for row in rows]
+          if any(new):
+            yield new
+    return chunks()
+
+  def score(self, texts: Sequence[Prompt]) -> list[np.ndarray]:
+    """Log-probabilities, f32, of every id of each text but its first one (a text begins as documents do), by the training forward pass."""
+    config = self.model.config
+    if config.encoder_layers or not config.causal:
+      raise ValueError('scores of texts are those of a decoder; this model has an encoder')
+    encoded = [self.encoded(text) for text in texts]
+    tokens, lengths = self._padded(encoded + [encoded[-1][:1]] * (-len(encoded) % self.parts))  # rows that fill the mesh up
+    with jax.set_mesh(self.mesh):
+      found = np.asarray(_scored(self.model, self.put(tokens)))
+    return [row[:length - 1] for row, length in zip(found[:len(encoded)], lengths)]
+
+  def session(self, capacity: int = 0, cache_dtype: str = ''):
+    """A text that grows (decode.session.Session), of at most `capacity` tokens; 0: as many as the model has positions for.
+
+    Raises ValueError for a capacity beyond these, and where there is no end of them and no capacity is given.
     """
-    if not prompts:
-      raise ValueError('there are no prompts; give at least one (it may be empty text)')
-    if not all(isinstance(prompt, str) or len(prompt) for prompt in prompts):
+    from decode.session import Session
+    limit = self.model.config.max_length
+    if not capacity and not limit:
+      raise ValueError('capacity=0, and the model has no model.max_length; say how many tokens the session may have')
+    return Session(self, capacity or limit, cache_dtype)
+
+  def encoded(self, prompt: Prompt) -> list[int]:
+    """The ids that the model reads. Raises ValueError for none, and for ids out of range."""
+    if isinstance(prompt, str):
+      start, end = ([], [self.tokenizer.eos]) if self.model.config.encoder_layers else ([self.tokenizer.bos], [])
+      return [*start, *self.tokenizer.encode(prompt), *end]
+    ids = [int(i) for i in prompt]
+    if not ids:
       raise ValueError('a prompt has no ids; give at least one')
-    for name, value in (('max_new_tokens', max_new_tokens), ('chunk', chunk)):
-      if value < 1:
-        raise ValueError(f'{name}={value} must be at least 1')
-    config, bos, eos = self.model.config, self.tokenizer.bos, self.tokenizer.eos
-    if not config.causal:
-      raise ValueError('model.causal=False: an encoder writes no text')
-    start, end = ([], [eos]) if config.encoder_layers else ([bos], [])
-    encoded = [[*start, *self.tokenizer.encode(prompt), *end] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    if config.encoder_layers:  # the prompt is what the encoder reads; the decoder starts with padding, as T5's
-      source, encoded = self._padded(encoded), [[self.tokenizer.pad]] * len(prompts)
-    else:
-      source = None
-    longest, limit = max(map(len, encoded)), config.max_length or sys.maxsize
-    if longest + max_new_tokens > limit:
-      raise ValueError(f'a prompt of {longest} tokens and max_new_tokens={max_new_tokens} pass model.max_length={limit}; '
+    if not all(0 <= i < self.model.config.V for i in ids):
+      wrong = next(i for i in ids if not 0 <= i < self.model.config.V)
+      raise ValueError(f'a prompt has the id {wrong}; this model has ids in [0, {self.model.config.V})')
+    return ids
+
+  def put(self, x) -> jax.Array:
+    """An array on the mesh, split along its rows."""
+    with jax.set_mesh(self.mesh):
+      return jax.device_put(x, jax.NamedSharding(self.mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1))))
+
+  def limits(self, longest: int, new: int) -> int:
+    """The room that a cache needs. Raises ValueError for more tokens than the model has positions for."""
+    limit = self.model.config.max_length or sys.maxsize
+    if longest + new > limit:
+      raise ValueError(f'a prompt of {longest} tokens and max_new_tokens={new} pass model.max_length={limit}; '
                        'shorten the prompt or ask for fewer')
-    sampling = make_sampling(len(prompts), temperature, top_k, top_p, seed)
-    capacity = min(limit, _bucket(longest + max_new_tokens))
-    return self._chunks(self._padded(encoded), source, capacity, max_new_tokens, sampling, chunk)
+    return min(limit, bucket(longest + new))
+
+  def rules(self, options: Options, prompts: int, rows: int) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:
+    """Rules of so many rows, the last ones unused; places in the automaton; texts that end a row, and ids."""
+    texts, ids = options.stops(self.vocabulary)
+    used = prompts * options.rows
+    fill = lambda x: np.concatenate([x, np.repeat(x[-1:], rows - used, 0)])
+    sampling = jax.tree.map(fill, options.law(prompts, self.model.config.V))
+    ends = [self.tokenizer.eos, *ids]
+    table = np.full((rows, bucket(len(ends), 4)), -1, np.int32)
+    table[:, :len(ends)] = ends
+    automaton = places = None
+    if options.constraint is not None:
+      each = [options.constraint] * prompts if isinstance(options.constraint, Constraint) else list(options.constraint)
+      if len(each) != prompts:
+        raise ValueError(f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for each')
+      automaton, places = Automaton.of([c for c in each for _ in range(options.rows)], self.model.config.V)
+      places = fill(places)
+    return Rules(sampling, table, automaton), places, texts, ends
+
+  def read(self, encoded: Sequence[Sequence[int]], capacity: int, stop_at: np.ndarray, *, source=None, places=None, cache_dtype='',
+           append: int = APPEND) -> loop.DecodeState:
+    """The state after prompts, read in pieces where they are long."""
+    tokens, lengths = self._padded(encoded)
+    with jax.set_mesh(self.mesh):
+      cache = init_cache(self.model.config, len(tokens), capacity, cache_dtype, append)
+      if source is not None:
+        ids, counts = source
+        source = self.put(ids), self.put((np.arange(ids.shape[1])[None] < counts[:, None]).astype(np.int32))
+      state = loop.prefill(self.model, self.put(tokens[:, :AT_ONCE]), self.put(np.minimum(lengths, AT_ONCE)), cache, self.put(stop_at),
+                           source, None if places is None else self.put(places), vocabulary=self.vocabulary)
+      for first in range(AT_ONCE, int(lengths.max()), append):
+        state = self.append(state, tokens[:, first:first + append], np.clip(lengths - first, 0, append))
+    return state
+
+  def append(self, state: loop.DecodeState, tokens: np.ndarray, counts: np.ndarray) -> loop.DecodeState:
+    """The state after more tokens of rows [B, T], the first counts [B] of them."""
+    with jax.set_mesh(self.mesh):
+      return loop.append(self.model, state, self.put(tokens), self.put(counts.astype(np.int32)), vocabulary=self.vocabulary)
+
+  def advance(self, state: loop.DecodeState, rules: Rules, options: Options, count: int) -> tuple[loop.DecodeState, Chunk]:
+    """The state after `count` more tokens, at most a chunk, and these."""
+    with jax.set_mesh(self.mesh):
+      return loop.decode_chunk(self.model, state, rules, jnp.int32(count), steps=options.chunk, pad=self.tokenizer.pad,
+                               vocabulary=self.vocabulary, alternatives=max(options.logprobs, 0))
 
   def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as one array [B, bucket], and their lengths. Raises ValueError for a row that the model has no positions for."""
     lengths, limit = np.array([len(ids) for ids in rows], np.int32), self.model.config.max_length or sys.maxsize
     if lengths.max() > limit:
       raise ValueError(f'a prompt of {lengths.max()} tokens passes model.max_length={limit}; shorten it')
-    tokens = np.full((len(rows), min(limit, _bucket(int(lengths.max())))), self.tokenizer.pad, np.int32)
+    tokens = np.full((len(rows), min(limit, bucket(int(lengths.max())))), self.tokenizer.pad, np.int32)
     for row, ids in zip(tokens, rows, strict=True):
       row[:len(ids)] = ids
     return tokens, lengths
 
-  def _chunks(self, prompts, source, capacity, max_new_tokens, sampling, chunk):
-    tokens, lengths = prompts
-    # A table of embeddings may have more rows than there are tokens.
-    vocabulary = self.tokenizer.vocabulary
-    advance = lambda state: decode_chunk(self.model, state, sampling, steps=chunk, eos=self.tokenizer.eos, pad=self.tokenizer.pad,
-                                         vocabulary=vocabulary)
-    put = lambda x: jax.device_put(x, jax.NamedSharding(self.mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1))))
+  def _run(self, prompts: Sequence[Prompt], options: Options) -> tuple[list[Row], Iterator[list[str]]]:
+    """The rows of a call, and an iterator that fills them: each step gives the text that is new of each."""
+    if not len(prompts):
+      raise ValueError('there are no prompts; give at least one (it may be empty text)')
+    config, n = self.model.config, options.rows
+    if not config.causal:
+      raise ValueError('model.causal=False: an encoder writes no text')
+    encoded = [self.encoded(prompt) for prompt in prompts for _ in range(n)]
+    used = len(encoded)
+    rows = -(-used // self.parts) * self.parts  # rows that fill the mesh up end before they begin
+    encoded += [encoded[-1][:1]] * (rows - used)
+    rules, places, texts, ends = self.rules(options, len(prompts), rows)
+    source, begun = None, encoded
+    if config.encoder_layers:  # the prompt is what the encoder reads; the decoder starts with padding, as T5's
+      source, begun = self._padded(encoded), [[self.tokenizer.pad]] * rows
+    lengths = np.array([len(ids) for ids in begun], np.int32)
+    capacity = self.limits(int(lengths.max()), options.max_new_tokens)
+    stop_at = np.where(np.arange(rows) < used, lengths + options.max_new_tokens, 0).astype(np.int32)
+    held = [Row(prompts[i // n], encoded[i], int(rules.sampling.seed[i]), texts, self.tokenizer, ends)
+            for i in range(used) for _ in range(options.num_samples // n)]
+    drafter = drafter_of(self, options, int(stop_at.max()))
+    return held, self._steps(held, begun, source, capacity, stop_at, rules, places, options, drafter)
+
+  def _steps(self, rows, encoded, source, capacity, stop_at, rules, places, options, drafter):
+    watch = Watch(self.model)
     with jax.set_mesh(self.mesh):
-      sampling = jax.tree.map(put, sampling)
-      cache = init_cache(self.model.config, len(tokens), capacity)
-      if source is not None:
-        ids, counts = source
-        source = put(ids), put((np.arange(ids.shape[1])[None] < counts[:, None]).astype(np.int32))
-      state = prefill(self.model, put(tokens), put(lengths), cache, put(lengths + max_new_tokens), source,
-                      vocabulary=vocabulary)
-      done = np.zeros(len(tokens), bool)
-      state, *ahead = advance(state)
-    left = max_new_tokens
-    while not done.all():
-      ids, real = ahead
-      left -= chunk
-      if left > 0:
-        with jax.set_mesh(self.mesh):
-          state, *ahead = advance(state)
-      ids, real = np.asarray(ids), np.asarray(real)
-      yield [row[flags].tolist() for row, flags in zip(ids, real, strict=True)]
-      done = ~real[:, -1] | (ids[:, -1] == self.tokenizer.eos) | (left <= 0)
+      rules = Rules(*jax.tree.map(lambda x: self.put(np.repeat(x, options.beams, 0)), (rules.sampling, rules.ends)),
+                    jax.device_put(rules.automaton, jax.NamedSharding(self.mesh, jax.P())))
+    read = lambda who: who.read(encoded, min(capacity, who.model.config.max_length or capacity), stop_at, source=source, places=places,
+                                cache_dtype=options.cache_dtype)
+    state = read(self)
+    if options.beams > 1:
+      self.report = yield from beam.texts(self, watch, rows, state, rules, options, bucket(options.max_new_tokens))
+      return
+    watch.began(state.cache, sum(map(len, encoded[:len(rows)])))
+    course, finish = Course(self, options, drafter, rules, state, encoded, read), LENGTH
+    # Chunk k + 1 runs while chunk k is read; the first token comes alone, and soon.
+    count = 1
+    ahead = course.advance(count)
+    try:
+      while True:
+        chunk, done = ahead, min(len(row.ids) for row in rows if not row.finish) + count  # the least that a row has, then
+        count = min(options.max_new_tokens - done, course.most)
+        if count > 0:
+          ahead = course.advance(count)
+        chunk = jax.tree.map(np.asarray, chunk)
+        pieces = [row.add(index, chunk) for index, row in enumerate(rows)]
+        course.came(rows)
+        watch.came([len(row.ids) for row in rows])
+        if count <= 0 or all(row.finish for row in rows):
+          break
+        yield pieces
+    except KeyboardInterrupt:
+      finish, pieces = INTERRUPTED, [''] * len(rows)
+    pieces = [piece + row.end(finish) for piece, row in zip(pieces, rows)]
+    self.report = watch.report(options.seed, rows, course.fell_back)
+    yield pieces
 
 
-def _bucket(tokens: int) -> int:
-  return max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
+def _as_it_comes(given: Mapping[str, Any]) -> Options:
+  """Options of a call whose text is read before it ends."""
+  options = Options.of(given)
+  if options.beams > 1:
+    raise ValueError(f'beams={options.beams}: no token of a search is certain before its end, and none is streamed; call the generator')
+  return options
+
+
+def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
+  """The next power of two from `smallest` on."""
+  return max(smallest, 1 << (tokens - 1).bit_length())
+
+
+@jax.jit
+def _scored(model, tokens):
+  """[B, T - 1] log-probabilities of tokens [B, T] after those before them; scores of few positions at a time."""
+  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):  # rows that do not split are on all devices
+    x = ax.place(model(ax.place(tokens, 'batch', 'length')).hidden, 'batch', None, 'width')
+  targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+  parts = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, SMALLEST_BUCKET, *a.shape[2:]), 1, 0)
+  pad = [(0, 0), (0, -tokens.shape[1] % SMALLEST_BUCKET)]
+
+  def one(part):
+    x, targets = part
+    found = jax.nn.log_softmax(loop.scores(model, x, 0), -1)
+    return jnp.take_along_axis(found, targets[..., None], -1)[..., 0]
+  found = jax.lax.map(one, (parts(jnp.pad(x, [*pad, (0, 0)])), parts(jnp.pad(targets, pad))))
+  return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1)[:, :tokens.shape[1] - 1]
 
 
 def generating(config: ModelConfig) -> ModelConfig:
   """The config with which a trained model generates."""
-  # Which backend trained is indifferent to the parameters, and not every one of them can attend to a cache. What an expert has
-  # no room for would depend on a row's neighbours.
+  # Which backend trained, in which blocks, is indifferent to the parameters, and not every one of them can attend to a cache. What an
+  # expert has no room for would depend on a row's neighbours.
   moe = dataclasses.replace(config.moe, dispatch='dropless') if config.moe.dispatch == 'capacity' else config.moe
-  return dataclasses.replace(config, attention='auto', moe=moe)
+  return dataclasses.replace(config, attention='auto', attention_blocks=Blocks(), moe=moe, remat='none', remat_save=(), remat_offload=())
+
+
+def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:
+  """The model as generation holds it: every layer by itself, but over pipeline stages, and in the compute dtype or in bytes."""
+  model = in_compute_dtype(model if ax.size('layers') > 1 else transformer.unstacked(model))
+  return quantised.held(model, weights)
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
-  """The model as generation holds it: cast once, as `params.use` would at every token; norms and biases keep their own precision."""
+  """The model, cast once, as `params.use` would at every token; norms and biases keep their own precision."""
   cast = lambda p: p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -1,6 +1,6 @@
 """How are tokens generated? Prefill, then jitted chunks of steps over a cache that is rewritten in place.
 
-B rows · T prompt bucket · V vocabulary
+B rows · T tokens · C tokens of a chunk · V vocabulary · M ids that end a row · k alternatives
 """
 import dataclasses
 import functools
@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
-from decode.sampling import Sampling, sample
+from decode import constrain, sampling as laws
+from decode.sampling import History, Sampling
 from model.cache import Cache
 from model.transformer import Decoder
 from parallel import axes as ax
@@ -26,51 +27,148 @@ class DecodeState:
   Attributes:
     cache: of all tokens so far. logits: [B, V] f32 for each row's next token.
     done: [B] bool, rows that have ended. stop_at: [B] int32, length, prompt included, at which a row ends at the latest.
+    history: what penalties look at. places: [B] int32, where each row is in its constraint's automaton; None without.
   """
   cache: Any
   logits: Any
   done: Any
   stop_at: Any
+  history: Any
+  places: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What a call asks of its rows; arrays, so that other values compile nothing anew.
+
+  Attributes:
+    sampling: see there. ends: [B, M] int32, ids that end a row and belong to it; -1 is none. automaton: of constraints, or None.
+  """
+  sampling: Any
+  ends: Any
+  automaton: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """Tokens of each row. Where `real` is False, all else means nothing.
+
+  Attributes:
+    ids: [B, C] int32. real: [B, C] bool, whether it is the row's (and not after its end).
+    raw: [B, C] f32, log-probability by the model. processed: by the law that it was drawn from (decode.sampling).
+    alternatives: [B, C, k] int32, the ids that the model finds likeliest. alternatives_raw: [B, C, k] f32, their log-probabilities.
+    broken: [B] bool, rows that have ended because the model's scores are not finite.
+    drafted, accepted: [B] int32, tokens that a draft proposed, and those of them that were kept; None without drafts.
+  """
+  ids: Any
+  real: Any
+  raw: Any
+  processed: Any
+  alternatives: Any
+  alternatives_raw: Any
+  broken: Any
+  drafted: Any = None
+  accepted: Any = None
 
 
 @functools.partial(jax.jit, static_argnames='vocabulary', donate_argnums=3)
 def prefill(model: Decoder, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], cache: Cache, stop_at: Int[Array, 'B'],
-            source: tuple[Int[Array, 'B S'], Int[Array, 'B S']] | None = None, *, vocabulary: int = 0) -> DecodeState:
+            source: tuple[Int[Array, 'B S'], Int[Array, 'B S']] | None = None, places: Int[Array, 'B'] | None = None, *,
+            vocabulary: int = 0) -> DecodeState:
   """Reads prompts into an empty cache.
 
   tokens: each row's prompt, then padding, whose ids are free: it is never seen. lengths: of the prompts, at least 1.
   source: of an encoder-decoder, what the encoder reads: ids, and 1 where they count, 0 where they are padding.
+  places: where rows begin in the automaton of their constraints.
   vocabulary: ids from here on are never generated; 0: all may be.
   """
   if source is not None:
     cache = model.read(cache, *source)
-  x, cache, _ = model(tokens, cache=cache)
-  last = jnp.arange(tokens.shape[1])[None] == lengths[:, None] - 1
-  x = jnp.where(last[..., None], x, 0).sum(1)
-  # Slots behind the prompt hold padding; from here on they count as unused.
-  return DecodeState(dataclasses.replace(cache, lengths=lengths), _scores(model, x, vocabulary), lengths >= stop_at, stop_at)
+  x, cache, _ = model(tokens, cache=cache, counts=lengths, fresh=True)
+  logits = scores(model, last(x, lengths), vocabulary)
+  return DecodeState(cache, logits, lengths >= stop_at, stop_at, History.of(tokens, lengths, logits.shape[1]), places)
 
 
-@functools.partial(jax.jit, static_argnames=('steps', 'eos', 'pad', 'vocabulary'), donate_argnums=1)
-def decode_chunk(model: Decoder, state: DecodeState, sampling: Sampling, *, steps: int, eos: int, pad: int,
-                 vocabulary: int = 0) -> tuple[DecodeState, Int[Array, 'B C'], Bool[Array, 'B C']]:
-  """`steps` more tokens of each row: the new state, the ids, and which of them are the row's (not after its end).
+@functools.partial(jax.jit, static_argnames='vocabulary', donate_argnums=1)
+def append(model: Decoder, state: DecodeState, tokens: Int[Array, 'B T'], counts: Int[Array, 'B'], *,
+           vocabulary: int = 0) -> DecodeState:
+  """Reads more of each row's prompt: the first counts[b] of its tokens; rows whose count is 0 stay as they are."""
+  x, cache, _ = model(tokens, cache=state.cache, counts=counts)
+  logits = jnp.where((counts > 0)[:, None], scores(model, last(x, jnp.maximum(counts, 1)), vocabulary), state.logits)
+  prompt = state.history.prompt | History.of(tokens, counts, logits.shape[1]).prompt
+  return dataclasses.replace(state, cache=cache, logits=logits, history=dataclasses.replace(state.history, prompt=prompt),
+                             done=cache.lengths >= state.stop_at)
 
-  The id `eos` ends a row and belongs to it; behind a row's end ids are `pad`. vocabulary: as of prefill.
+
+@functools.partial(jax.jit, static_argnames=('steps', 'pad', 'vocabulary', 'alternatives'), donate_argnums=1)
+def decode_chunk(model: Decoder, state: DecodeState, rules: Rules, count: Int[Array, ''] | None = None, *, steps: int, pad: int,
+                 vocabulary: int = 0, alternatives: int = 0) -> tuple[DecodeState, Chunk]:
+  """`steps` more tokens of each row, or only `count` of them; where none is made, behind a row's end, ids are `pad`.
+
+  vocabulary: as of prefill. alternatives: k, see Chunk.
   """
-  def step(state, _):
-    position = state.cache.lengths
-    ids = jnp.where(state.done, pad, sample(state.logits, sampling, position))
-    real = ~state.done
-    x, cache, _ = model(ids[:, None], cache=state.cache)
-    lengths = jnp.where(real, cache.lengths, position)  # a row that has ended stays as it is
-    done = state.done | (ids == eos) | (lengths >= state.stop_at)
-    new = DecodeState(dataclasses.replace(cache, lengths=lengths), _scores(model, x[:, 0], vocabulary), done, state.stop_at)
-    return new, (ids, real)
-  state, (ids, real) = jax.lax.scan(step, state, None, length=steps)
-  return state, ids.T, real.T
+  def step(state):
+    log_law = next_law(state, rules)
+    broken = ~state.done & laws.bad(log_law)
+    state = dataclasses.replace(state, done=state.done | broken)
+    ids, real = jnp.where(state.done, pad, draw(log_law, rules.sampling, state.cache.lengths)), ~state.done
+    raw, which, likeliest = laws.logprobs(state.logits, ids, alternatives)
+    x, cache, _ = model(ids[:, None], cache=state.cache, counts=real.astype(jnp.int32))  # a row that has ended stays as it is
+    new = advanced(state, cache, ids, real, rules)
+    new = dataclasses.replace(new, logits=scores(model, x[:, 0], vocabulary))
+    return new, Chunk(ids, real, raw, at(log_law, ids), which, likeliest, broken)
+  state, found = run(step, state, steps, count)
+  return state, dataclasses.replace(found, ids=jnp.where(found.real, found.ids, pad), broken=found.broken.any(1))
 
 
-def _scores(model, x, vocabulary):
-  logits = ax.place(model.logits(x), 'batch', None)  # sampling ranks the whole vocabulary of a row
-  return jnp.where(jnp.arange(logits.shape[1])[None] < vocabulary, logits, -jnp.inf) if vocabulary else logits
+def run(step, state, steps: int, count=None):
+  """`step` again and again, at most `steps` times: the last state, and what each step found, side by side in dimension 1."""
+  def into(index, carry):
+    state, found = carry
+    state, new = step(state)
+    put = lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x[:, None], index, 1)
+    return state, jax.tree.map(put, found, new)
+  kinds = jax.eval_shape(lambda state: step(state)[1], state)
+  none = jax.tree.map(lambda x: ax.place(jnp.zeros((x.shape[0], steps, *x.shape[1:]), x.dtype), 'batch'), kinds)
+  return jax.lax.fori_loop(0, steps if count is None else count, into, (state, none))
+
+
+def next_law(state: DecodeState, rules: Rules):
+  """Log-probabilities [B, V] that each row's next token is drawn by."""
+  allowed = None if rules.automaton is None else constrain.allowed(rules.automaton, state.places)
+  return laws.law(state.logits, rules.sampling, state.history, allowed)
+
+
+def draw(log_law, sampling: Sampling, positions, stream=laws.Stream.TOKEN):
+  """A token of each row by its law."""
+  greedy = lambda: log_law.argmax(-1).astype(jnp.int32)  # most callers need no noise, which is what sampling costs
+  return jax.lax.cond((sampling.temperature > 0).any(), lambda: laws.sample(log_law, sampling.seed, positions, stream), greedy)
+
+
+def advanced(state: DecodeState, cache: Cache, ids, real, rules: Rules) -> DecodeState:
+  """The state after a token of each row that is real, but for its logits."""
+  done = state.done | (real & (ids[:, None] == rules.ends).any(1)) | (cache.lengths >= state.stop_at)
+  places = state.places if rules.automaton is None else jnp.where(real, constrain.advance(rules.automaton, state.places, ids), state.places)
+  return dataclasses.replace(state, cache=cache, done=done, history=state.history.add(ids, real), places=places)
+
+
+def at(x, ids):
+  """x[b, ids[b]] of [B, V]."""
+  return jnp.take_along_axis(x, ids[:, None], 1)[:, 0]
+
+
+def last(x, lengths):
+  """[B, D] of [B, T, D]: of each row's last token."""
+  chosen = jnp.arange(x.shape[1])[None] == lengths[:, None] - 1
+  return jnp.where(chosen[..., None], x, 0).sum(1)
+
+
+def scores(model, x, vocabulary):
+  """Logits [.., V] of hidden states, those of ids from `vocabulary` on at -inf."""
+  logits = ax.place(model.logits(x), 'batch', *(None,) * (x.ndim - 1))  # sampling ranks the whole vocabulary of a row
+  if not vocabulary:
+    return logits
+  inside = jnp.arange(logits.shape[-1]) < vocabulary
+  return jnp.where(jnp.expand_dims(inside, range(logits.ndim - 1)), logits, -jnp.inf)

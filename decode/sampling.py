@@ -1,16 +1,31 @@
-"""Which token comes next? One law for plain generation and for whatever else draws tokens, every option traced per row.
+"""Which token comes next? The one law of what is drawn: by plain, speculative and constrained generation, and where it is only scored.
 
-The order is fixed: temperature, then top-k, then top-p, each on what the one before left.
+The order is fixed: penalties and bias, then the mask of what is allowed, temperature, top-k, top-p, min-p, each on what the one
+before left. Every option is traced and per row. Thresholds are found by bisection, not by sorting the vocabulary.
 
 B rows · V vocabulary
 """
 import dataclasses
+import enum
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from parallel import axes as ax
+
+FILTER = 'only_where_a_row_filters'  # the scope of what no call without top-k and top-p runs, and no plan counts
+PerRow = Any  # one value for all rows, or a sequence of one for each; judged by `make_sampling`, whose errors say what to do
+
+
+class Stream(enum.IntEnum):
+  """What a random number is for: a token, a draft of it, whether that is kept. A row, seed and position has independent ones for each."""
+  TOKEN = 0
+  DRAFT = 1
+  ACCEPT = 2
 
 
 @jax.tree_util.register_dataclass
@@ -25,57 +40,222 @@ class Sampling:
     top_k: [B] int32, only the k most likely tokens; 0 keeps all.
     top_p: [B] f32, only the most likely tokens whose probabilities reach p, the one that reaches it included; 1 keeps all
       (nucleus sampling, Holtzman et al., arXiv:1904.09751).
+    min_p: [B] f32, only tokens at least this times as likely as the likeliest; 0 keeps all (Nguyen et al., arXiv:2407.01082).
+    repetition_penalty: [B] f32, logits of tokens of the prompt and of generated ones are divided by it where positive, multiplied
+      where negative; 1 leaves them (Keskar et al., arXiv:1909.05858).
+    presence_penalty, frequency_penalty: [B] f32, subtracted from logits of generated tokens, once and once for every time.
+    bias: [B, V] f32, added to the logits, -inf forbids a token; or None.
     seed: [B] uint32, a row's draws depend on its seed and on the token's position, and on nothing else.
   """
   temperature: Any
   top_k: Any
   top_p: Any
+  min_p: Any
+  repetition_penalty: Any
+  presence_penalty: Any
+  frequency_penalty: Any
+  bias: Any
   seed: Any
 
-
-def make_sampling(rows: int, temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
-  """The same options for every row, as numpy arrays; row i draws with seed + i. Raises ValueError for a value that makes no sense."""
-  if not 0 <= temperature < float('inf'):
-    raise ValueError(f'temperature={temperature} must be 0 (greedy) or positive')
-  if top_k < 0:
-    raise ValueError(f'top_k={top_k} must be 0 (all tokens) or positive')
-  if not 0 < top_p <= 1:
-    raise ValueError(f'top_p={top_p} must be above 0 and at most 1 (all tokens)')
-  if not 0 <= seed < 2**32:
-    raise ValueError(f'seed={seed} must be in [0, 2**32)')
-  full = lambda value, dtype: np.full(rows, value, dtype)
-  seeds = ((seed + np.arange(rows)) % 2**32).astype(np.uint32)
-  return Sampling(full(temperature, np.float32), full(top_k, np.int32), full(top_p, np.float32), seeds)
+  def penalises(self) -> Any:
+    """Whether each row, [B] bool, asks for a penalty, for which `law` needs its history."""
+    return (self.repetition_penalty != 1) | (self.presence_penalty != 0) | (self.frequency_penalty != 0)
 
 
-def law(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Log-probabilities, f32, of what `sample` draws from: -inf for tokens that are ruled out; one-hot where greedy."""
-  V = logits.shape[-1]
-  greedy = sampling.temperature[:, None] == 0
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class History:
+  """What penalties look at. Annotated Any as Sampling is.
+
+  Attributes:
+    generated: [B, V] int32, how often each token was generated. prompt: [B, V] bool, tokens that the prompt has.
+  """
+  generated: Any
+  prompt: Any
+
+  @classmethod
+  def of(cls, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], V: int) -> 'History':
+    """The history behind prompts of these lengths, padded behind; nothing is generated yet."""
+    def mark(tokens, lengths):
+      ids = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, V)
+      return jax.vmap(lambda row: jnp.zeros(V, bool).at[row].set(True, mode='drop'))(ids)
+    prompt = _by_rows(mark, tokens, lengths)
+    return cls(jnp.zeros_like(prompt, jnp.int32), prompt)
+
+  def add(self, ids: Int[Array, 'B'], real: Bool[Array, 'B']) -> 'History':
+    """With another generated token of each row that is real."""
+    new = (jnp.arange(self.generated.shape[1])[None] == ids[:, None]) & real[:, None]
+    return History(self.generated + new, self.prompt)
+
+
+_OPTIONS = {
+    'temperature': (np.float32, lambda x: (x >= 0) & (x < np.inf), 'must be 0 (greedy) or positive, and finite'),
+    'top_k': (np.int32, lambda x: (x >= 0) & (x < 2**31) & (x % 1 == 0), 'must be 0 (all tokens) or positive, whole and below 2**31'),
+    'top_p': (np.float32, lambda x: (x > 0) & (x <= 1), 'must be above 0 and at most 1 (all tokens)'),
+    'min_p': (np.float32, lambda x: (x >= 0) & (x <= 1), 'must be in [0, 1]; 0 keeps all tokens'),
+    'repetition_penalty': (np.float32, lambda x: (x > 0) & (x < np.inf), 'must be positive and finite; 1 is none'),
+    'presence_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
+    'frequency_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
+    'seed': (np.uint32, lambda x: (x >= 0) & (x < 2**32) & (x % 1 == 0), 'must be in [0, 2**32) and whole'),
+}
+
+
+def make_sampling(rows: int, *, temperature: PerRow = 1.0, top_k: PerRow = 0, top_p: PerRow = 1.0, min_p: PerRow = 0.0,
+                  repetition_penalty: PerRow = 1.0, presence_penalty: PerRow = 0.0, frequency_penalty: PerRow = 0.0,
+                  logit_bias: PerRow = None, vocabulary: int = 0, seed: PerRow = 0) -> Sampling:
+  """Options for `rows` rows as numpy arrays; each is one value for all rows, or a sequence of one for each.
+
+  logit_bias: id -> what is added to its logit, -inf to forbid it; ids are below `vocabulary`, the number of logits.
+  seed: of one, row i draws with seed + i.
+  Raises ValueError for a value that makes no sense.
+  """
+  given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+               presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed)
+  columns = {name: _column(name, value, rows) for name, value in given.items()}
+  if np.ndim(seed) == 0:
+    columns['seed'] = columns['seed'] + np.arange(rows, dtype=np.uint32)
+  return Sampling(bias=_bias(logit_bias, rows, vocabulary), **columns)
+
+
+def _column(name, value, rows):
+  dtype, valid, words = _OPTIONS[name]
+  given = np.asarray(value)
+  if given.dtype.kind not in 'iuf':
+    raise ValueError(f'{name}={value!r} {words}')
+  _check_rows(name, given.shape, rows)
+  with np.errstate(over='ignore', invalid='ignore'):
+    values = given.astype(dtype) if dtype == np.float32 else given  # what is out of a float's range is judged as what it becomes
+    wrong = ~valid(values)
+  if wrong.any():
+    raise ValueError(f'{name}={given[wrong].ravel()[0].item()} {words}')
+  return np.array(np.broadcast_to(values, rows), dtype)
+
+
+def _bias(logit_bias, rows, vocabulary):
+  if logit_bias is None:
+    return None
+  each = [logit_bias] * rows if isinstance(logit_bias, Mapping) else list(logit_bias)
+  _check_rows('logit_bias', (len(each),), rows)
+  if not any(each):
+    return None
+  bias = np.zeros((rows, vocabulary), np.float32)
+  for row, values in zip(bias, each, strict=True):
+    for id_, value in (values or {}).items():
+      if not (isinstance(id_, (int, np.integer)) and 0 <= id_ < vocabulary):
+        raise ValueError(f'logit_bias has the id {id_!r}; ids are whole numbers in [0, vocabulary={vocabulary})')
+      row[id_] = value
+      if not row[id_] < np.inf:
+        raise ValueError(f'logit_bias={value} of id {id_} must be finite, or -inf to forbid the token')
+    if np.isneginf(row).all():
+      raise ValueError(f'logit_bias forbids all ids in [0, vocabulary={vocabulary}) of a row; leave at least one')
+  return bias
+
+
+def _check_rows(name, shape, rows):
+  if shape not in ((), (rows,)):
+    raise ValueError(f'{name} has shape {shape} for {rows} rows; give one value for all, or one for each')
+
+
+def bad(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
+  """Rows that no token can be drawn of, because of a NaN, of +inf, or because nothing is possible: of logits, or of their law."""
+  return ~jnp.isfinite(logits.max(-1))
+
+
+def penalised(logits: Float[Array, 'B V'], sampling: Sampling, history: History | None) -> Float[Array, 'B V']:
+  """Logits, f32, after penalties and bias. Without a history, rows that ask for a penalty are NaN."""
   logits = logits.astype(jnp.float32)
-  best = jnp.where(jnp.arange(V)[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf)
+  if history is None:
+    logits = jnp.where(sampling.penalises()[:, None], jnp.nan, logits)
+  else:
+    generated, repetition = history.generated > 0, sampling.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(history.prompt | generated, repeated, logits)
+    logits -= sampling.presence_penalty[:, None] * generated + sampling.frequency_penalty[:, None] * history.generated
+  return logits if sampling.bias is None else logits + sampling.bias
+
+
+def law(logits: Float[Array, 'B V'], sampling: Sampling, history: History | None = None,
+        allowed: Bool[Array, 'B V'] | None = None) -> Float[Array, 'B V']:
+  """Log-probabilities, f32, of what is drawn: -inf for tokens that are ruled out, one-hot where greedy, NaN for `bad` rows.
+
+  history: what penalties look at; None if no row asks for one. allowed: tokens that a constraint leaves; None: all.
+  """
+  return _by_rows(_law, logits, sampling, history, allowed)
+
+
+def _law(logits, sampling, history, allowed):
+  logits = penalised(logits, sampling, history)
+  if allowed is not None:
+    logits = jnp.where(allowed | jnp.isnan(logits), logits, -jnp.inf)  # no mask hides that the model is broken
+  greedy = sampling.temperature[:, None] == 0
+  best = jnp.where(jnp.arange(logits.shape[1])[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf)
   # From the best downwards, so that no temperature is too small to divide by.
-  scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(greedy, 1.0, sampling.temperature[:, None])
-  filtering = jnp.any(((sampling.top_k > 0) | (sampling.top_p < 1)) & (sampling.temperature > 0))
-  kept = jax.lax.cond(filtering, lambda: _filtered(scaled, sampling), lambda: scaled)  # most callers need no sort
-  return jnp.where(greedy, best, jax.nn.log_softmax(kept, -1))
+  below = logits.max(-1, keepdims=True) - logits
+  scaled = below / jnp.where(greedy, 1.0, sampling.temperature[:, None])
+  drawn = jax.nn.log_softmax(jnp.where(_kept(below, scaled, sampling), -scaled, -jnp.inf), -1)
+  return jnp.where(bad(logits)[:, None], jnp.nan, jnp.where(greedy, best, drawn))
 
 
-def sample(logits: Float[Array, 'B V'], sampling: Sampling, positions: Int[Array, 'B']) -> Int[Array, 'B']:
-  """A token of each row, drawn for the absolute position that it will have (the Gumbel-max way)."""
-  keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(sampling.seed, positions)
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
-  return jnp.argmax(law(logits, sampling) + noise, -1).astype(jnp.int32)
+def _kept(below, scaled, sampling):
+  """Which tokens top-k, then top-p, then min-p leave; ties at a border stay in."""
+  bits = jax.lax.bitcast_convert_type(below, jnp.int32)  # floats that are not negative order as their bits do
+  drawn, k, p = sampling.temperature > 0, sampling.top_k, sampling.top_p
+  kept = bits <= _border(bits, drawn & (k > 0), lambda: (jnp.ones_like(bits), k[:, None]))
+
+  def mass():
+    weights = jnp.where(kept, jnp.exp(-scaled), 0.0)
+    return weights, p[:, None] * weights.sum(-1, keepdims=True)
+  return kept & (bits <= _border(bits, drawn & (p < 1), mass)) & (scaled <= -jnp.log(sampling.min_p)[:, None])
 
 
-def _filtered(scaled, sampling):
-  """Logits with what top-k, then top-p rule out at -inf; ties at a border stay in."""
-  V = scaled.shape[-1]
-  ordered = -jnp.sort(-scaled, -1)
-  k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)[:, None]
-  ordered = jnp.where(jnp.arange(V)[None] < k, ordered, -jnp.inf)
-  probabilities = jax.nn.softmax(ordered, -1)
-  before = jnp.cumsum(probabilities, -1) - probabilities  # mass of the tokens that are likelier
-  kept = jnp.where(before < sampling.top_p[:, None], ordered, jnp.inf)
-  smallest = jnp.min(jnp.where(jnp.isneginf(kept), jnp.inf, kept), -1, keepdims=True)
-  return jnp.where(scaled >= smallest, scaled, -jnp.inf)
+def _border(bits, active, measure):
+  """[B, 1]: the largest bits before which (theirs not included) weights sum to less than `reach`; beyond all in rows not active.
+
+  measure: () -> weights [B, V], reach [B, 1]; not asked for if no row is active, as for most callers.
+  """
+  def bisect():
+    weights, reach = measure()
+
+    def halve(i, border):
+      higher = border | (1 << (30 - i))
+      before = jnp.where(bits < higher, weights, 0).sum(-1, keepdims=True)
+      return jnp.where(before < reach, higher, border)
+    return jnp.where(active[:, None], jax.lax.fori_loop(0, 31, halve, jnp.zeros_like(none)), none)
+  none = jnp.full((bits.shape[0], 1), 2**31 - 1, jnp.int32)
+  with jax.named_scope(FILTER):
+    return jax.lax.cond(active.any(), bisect, lambda: none)
+
+
+def noise(seed: UInt[Array, 'B'], positions: Int[Array, 'B'], stream: int, shape: tuple[int, ...] = ()) -> Float[Array, 'B ...']:
+  """Uniform numbers in [0, 1), `shape` of them a row; they depend on the row's seed, its position and the `Stream` only."""
+  draw = lambda seed, position: jax.random.uniform(_key(seed, position, stream), shape, jnp.float32)
+  return _by_rows(jax.vmap(draw), seed, positions)
+
+
+def sample(log_law: Float[Array, 'B V'], seed: UInt[Array, 'B'], positions: Int[Array, 'B'],
+           stream: int = Stream.TOKEN) -> Int[Array, 'B']:
+  """A token of each row by its law, drawn for the absolute position that it will have (the Gumbel-max way); any token of `bad` rows."""
+  def draw(log_law, seed, position):
+    # 'high', because noise of 23 bits ends at 16: large vocabularies would tie there, and rare tokens be drawn too rarely.
+    gumbel = jax.random.gumbel(_key(seed, position, stream), log_law.shape, jnp.float32, mode='high')
+    return jnp.argmax(log_law + gumbel).astype(jnp.int32)
+  return _by_rows(jax.vmap(draw), log_law, seed, positions)
+
+
+def _key(seed, position, stream):
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), position), stream)
+
+
+def logprobs(logits: Float[Array, 'B V'], ids: Int[Array, 'B'],
+             k: int) -> tuple[Float[Array, 'B'], Int[Array, 'B k'], Float[Array, 'B k']]:
+  """Of the model itself, before any option: log-probabilities, f32, of these ids; the k most likely ids, and theirs."""
+  def of(logits, ids):
+    found = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+    likeliest, which = jax.lax.top_k(found, k)
+    return jnp.take_along_axis(found, ids[:, None], -1)[:, 0], which, likeliest
+  return _by_rows(of, logits, ids)
+
+
+def _by_rows(function, *arguments):
+  """The function of arrays of rows, each device on its own: nothing is sent, not even to ask whether another device's rows filter."""
+  return ax.local(function, (('batch',),) * len(arguments), ('batch',))(*arguments)

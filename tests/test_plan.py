@@ -15,7 +15,8 @@ import plan
 import train
 from analysis import aot, candidates, flops, hardware, memory, roofline, tables
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
-from decode.generator import CHUNK
+from decode.request import CHUNK
+from kernels.attention import choose
 from model.config import ModelConfig
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
@@ -74,6 +75,15 @@ def test_cost():
   assert got.cost(None, None) == {'hours': 2.0}  # a v5e's power is not published, and no price was given
   assert fake(tiny(), peak=1, problem='no').cost(1.0, 1.0) == {}
   assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
+
+
+def test_a_plan_names_the_attention_that_it_compiled():
+  made = lambda mode, chip, **model: dataclasses.replace(
+      fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1), mode=mode, chip=hardware.lookup(chip))
+  assert made('train', 'TPU v5').attention == 'pallas_tpu' and made('decode', 'TPU v5').attention == 'xla'
+  assert made('train', 'TPU v5', attention='blocked').to_dict()['attention'] == 'blocked'
+  assert made('decode', 'NVIDIA H100 80GB HBM3').attention == choose({'causal', 'positions'}, 'gpu')
+  assert made('train', 'NVIDIA H100 80GB HBM3', attention_softcap=2.0).attention == choose({'causal', 'segments', 'softcap'}, 'gpu')
 
 
 def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):

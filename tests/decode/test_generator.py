@@ -1,5 +1,6 @@
 """Does the Generator write the same text whichever way it is asked, and say what is wrong with what it is given?"""
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from data.config import DataConfig
 from data.tokenizer import ByteTokenizer
-from decode.generator import Generator
+from decode.generator import Generator, generating
+from kernels.blocks import Blocks
 from model import params, transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
@@ -30,6 +32,13 @@ def generator():
   return Generator(model, ByteTokenizer(), mesh)
 
 
+def same(one, other):
+  """Whether two completions are the same, log-probabilities but for rounding: other programs add in another order."""
+  for name in ('logprobs', 'processed'):
+    np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5)
+  return dataclasses.replace(one, logprobs=[], processed=[]) == dataclasses.replace(other, logprobs=[], processed=[])
+
+
 def test_text_streams_and_ids_agree(generator):
   together = generator(PROMPTS, max_new_tokens=20, seed=3)
   assert [c.prompt for c in together] == PROMPTS
@@ -37,7 +46,7 @@ def test_text_streams_and_ids_agree(generator):
     assert completion.text == generator.tokenizer.decode(completion.ids)
     assert len(completion.ids) == 20 or completion.finish == 'stop'
     assert ''.join(generator.stream(PROMPTS[i], max_new_tokens=20, seed=3 + i)) == completion.text
-    assert generator(PROMPTS[i], max_new_tokens=20, seed=3 + i, chunk=7)[0] == completion
+    assert same(generator(PROMPTS[i], max_new_tokens=20, seed=3 + i, chunk=7)[0], completion)
 
 
 class DropsFirstSpace(ByteTokenizer):
@@ -47,10 +56,10 @@ class DropsFirstSpace(ByteTokenizer):
     return super().decode(ids).removeprefix(' ')
 
 
-def test_a_continuation_keeps_its_first_space(generator, monkeypatch):
+def test_a_continuation_keeps_its_first_space(generator):
   spaced = Generator(generator.model, DropsFirstSpace(), generator.mesh)
-  monkeypatch.setattr(spaced, 'ids', lambda prompts, **_: (chunk for chunk in [[spaced.tokenizer.encode(' world')]]))
-  assert spaced('hello')[0].text == ''.join(spaced.stream('hello')) == ' world'
+  found = spaced('hello', max_new_tokens=1, temperature=0.0, logit_bias={spaced.tokenizer.encode(' ')[0]: 99.0})[0]
+  assert found.text == ''.join(spaced.stream('hello', max_new_tokens=1, temperature=0.0, logit_bias={found.ids[0]: 99.0})) == ' '
 
 
 def test_finish_reasons(generator):
@@ -110,6 +119,8 @@ def test_load(tmp_path):
   models = save_run(tmp_path)
   for which, model in (('last', models[1]), ('best', models[0]), ('3', models[0]), ('5', models[1])):
     loaded = Generator.load(tmp_path, which)
+    with jax.set_mesh(loaded.mesh):
+      model = transformer.unstacked(model)
     for a, b in zip(jax.tree.leaves(loaded.model), jax.tree.leaves(model), strict=True):
       np.testing.assert_array_equal(a, b)
   assert len(loaded('def', max_new_tokens=5)[0].ids) == 5
@@ -126,9 +137,149 @@ def test_a_run_that_trained_with_a_backend_for_training_generates(tmp_path):
   assert len(Generator.load(tmp_path)('def', max_new_tokens=5)[0].ids) == 5
 
 
+def test_neither_a_backend_nor_its_blocks_are_those_of_training():
+  trained = dataclasses.replace(MODEL, attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256))
+  assert generating(trained) == MODEL
+
+
 def test_wrong_directories_raise(tmp_path):
   with pytest.raises(FileNotFoundError, match=str(tmp_path)):
     Generator.load(tmp_path)
   configs.save(CONFIG, tmp_path)
   with pytest.raises(FileNotFoundError, match='holds no checkpoint; train with train.py --workdir='):
     Generator.load(tmp_path)
+
+
+def test_log_probabilities_are_those_of_the_training_forward(generator):
+  found = generator(PROMPTS[:2], max_new_tokens=12, temperature=0.7, top_k=9, seed=2, logprobs=3)
+  for completion in found:
+    scores = generator.score([completion.prompt_ids + completion.ids])[0][len(completion.prompt_ids) - 1:]
+    np.testing.assert_allclose(completion.logprobs, scores, atol=1e-5)
+    assert all(processed >= raw for processed, raw in zip(completion.processed, completion.logprobs)), 'nine of all ids have all the mass'
+    for id_, raw, likeliest in zip(completion.ids, completion.logprobs, completion.alternatives):
+      assert len(likeliest) == 3 and likeliest == sorted(likeliest, key=lambda pair: -pair[1])
+      assert raw <= likeliest[0][1] and (id_ not in dict(likeliest) or abs(dict(likeliest)[id_] - raw) < 1e-6)
+
+
+@pytest.mark.parametrize('chunk', [1, 5, 16])
+def test_stop_strings_end_rows_wherever_chunks_end(generator, chunk):
+  free = generator(PROMPTS[:2], max_new_tokens=30, seed=3)
+  stop = free[0].text[7:9]
+  found = generator(PROMPTS[:2], max_new_tokens=30, seed=3, stop=[stop, '\x00never'], chunk=chunk)
+  for ended, whole in zip(found, free):
+    text = whole.text.split(stop)[0]
+    assert ended.text == text and (ended.finish, ended.stopped_by) == (('stop', stop) if stop in whole.text else (whole.finish, whole.stopped_by))
+    assert ended.ids == whole.ids[:len(ended.ids)] and len(ended.logprobs) == len(ended.processed) == len(ended.ids)
+  assert ''.join(generator.stream(PROMPTS[0], max_new_tokens=30, seed=3, stop=stop, chunk=chunk)) == found[0].text
+  by_id = generator(PROMPTS[:1], max_new_tokens=30, seed=3, stop=free[0].ids[4], chunk=chunk)[0]
+  assert by_id.ids == free[0].ids[:free[0].ids.index(free[0].ids[4]) + 1] and by_id.stopped_by == free[0].ids[4]
+
+
+def test_samples_are_rows_of_their_own(generator):
+  found = generator(PROMPTS[:2], max_new_tokens=8, num_samples=3, seed=7)
+  assert [c.seed for c in found] == [7, 8, 9, 10, 11, 12] and [c.prompt for c in found] == [p for p in PROMPTS[:2] for _ in range(3)]
+  for completion in found:
+    assert same(generator(completion.prompt, max_new_tokens=8, seed=completion.seed)[0], completion)
+  mixed = generator(PROMPTS[:2], max_new_tokens=8, temperature=[0.0, 1.0], seed=[5, 7])
+  assert mixed[0].ids == generator(PROMPTS[0], max_new_tokens=8, temperature=0.0)[0].ids
+  assert mixed[1].ids == generator(PROMPTS[1], max_new_tokens=8, seed=7)[0].ids
+
+
+def test_a_long_prompt_is_read_in_pieces(generator, monkeypatch):
+  prompt = 'abc' * 17
+  expected = generator(prompt, max_new_tokens=8, temperature=0.0, logprobs=0)[0]
+  monkeypatch.setattr('decode.generator.AT_ONCE', 16)
+  monkeypatch.setattr('decode.generator.APPEND', 8)
+  found = generator([prompt, 'x'], max_new_tokens=8, temperature=0.0, logprobs=0)
+  assert same(found[0], expected) and same(found[1], generator('x', max_new_tokens=8, temperature=0.0, logprobs=0, seed=1)[0])
+
+
+def test_bytes_in_the_cache_and_in_the_weights_are_near(generator):
+  long = generator.score([generator('def main(', max_new_tokens=40, seed=1)[0].ids])[0]
+  small = Generator(generator.model, generator.tokenizer, generator.mesh, weights='int8')
+  ids = generator('def main(', max_new_tokens=40, seed=1)[0].ids
+  divergence = np.abs(small.score([ids])[0] - long)
+  assert 1e-6 < divergence.mean() < 0.1
+  cached = generator('def main(', max_new_tokens=30, temperature=0.0, cache_dtype='int8')[0]
+  assert np.abs(np.array(cached.logprobs) - generator.score([cached.prompt_ids + cached.ids])[0][len(cached.prompt_ids) - 1:]).max() < 0.2
+
+
+def sharing(**sizes):
+  """The generator over so many devices, of a vocabulary that they share."""
+  mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[:math.prod(sizes.values())])
+  with jax.set_mesh(mesh):
+    return Generator(jax.jit(transformer.init, static_argnums=(0, 1))(dataclasses.replace(MODEL, vocabulary=264), 0), ByteTokenizer(), mesh)
+
+
+@pytest.fixture(scope='module')
+def alone():
+  return sharing()
+
+
+@pytest.mark.parametrize('sizes', [{'data': 2, 'tensor': 2, 'fsdp': 2}, {'data': 2, 'tensor': 2, 'context': 2}], ids=str)
+def test_a_mesh_writes_what_one_device_writes(alone, sizes):
+  several = sharing(**sizes)
+  for options in (dict(seed=3), dict(temperature=0.0, lookup=2)):
+    found = several(PROMPTS, max_new_tokens=12, **options), alone(PROMPTS, max_new_tokens=12, **options)
+    assert all(same(one, other) for one, other in zip(*found, strict=True)), 'also with rows that are there to fill the mesh up'
+  for one, other in zip(several.score(PROMPTS), alone.score(PROMPTS), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_devices_that_share_a_long_text(alone):
+  """A session that reads, writes, takes back and goes on; the slots of its one row are on four devices."""
+  found = []
+  for generator in (alone, sharing(context=4)):
+    session = generator.session().append('def main(')
+    first = session(max_new_tokens=9, temperature=0.0).ids
+    session.truncate(12).append('return')
+    found.append((first, session(max_new_tokens=9, seed=2).ids, session.logits))
+  assert found[0][:2] == found[1][:2]
+  np.testing.assert_allclose(found[0][2], found[1][2], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_that_are_not_finite_raise(generator):
+  broken = Generator(jax.tree.map(lambda x: x * np.nan if x.ndim == 1 else x, generator.model), generator.tokenizer, generator.mesh)
+  with pytest.raises(FloatingPointError, match='the scores after token 2 .* are not finite'):
+    broken('a', max_new_tokens=3)
+
+
+def test_an_interrupt_returns_what_there_is(generator, monkeypatch):
+  calls, advance = [], generator.advance
+
+  def interrupted(*arguments):
+    calls.append(1)
+    if len(calls) == 4:
+      raise KeyboardInterrupt
+    return advance(*arguments)
+  expected = generator('a', max_new_tokens=40, seed=1, chunk=4)[0]
+  monkeypatch.setattr(generator, 'advance', interrupted)
+  (found,) = generator('a', max_new_tokens=40, seed=1, chunk=4)
+  assert found.finish == 'interrupted' and found.ids == expected.ids[:len(found.ids)] and 0 < len(found.ids) < 40
+
+
+def test_a_report_adds_up(generator):
+  found = generator(PROMPTS, max_new_tokens=9, seed=3)
+  report = generator.report
+  assert (report.rows, report.new_tokens, report.steps) == (3, sum(len(c.ids) for c in found), max(len(c.ids) for c in found))
+  assert report.prompt_tokens == sum(len(c.prompt_ids) for c in found) and report.cache_bytes == 2 * 2 * 3 * 32 * 16 * 4
+  assert 0 < report.first_token <= report.seconds and report.share_of_bandwidth() > 0
+  weights = sum(x.nbytes for x in jax.tree.leaves(generator.model)) - generator.model.embedding.tokens[...].nbytes
+  assert report.read_bytes == pytest.approx(weights + (report.prompt_tokens + report.new_tokens / 2) * 2 * 2 * 16 * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize('prompts, options, words', [
+    ([[]], {}, 'a prompt has no ids'),
+    ([[1, 300]], {}, r'the id 300; this model has ids in \[0, 259\)'),
+    (['a'], {'stop': ''}, "stop='' must be a text that is not empty"),
+    (['a'], {'stop': 999}, 'stop=999 must be'),
+    (['a'], {'temperature': [1.0, 2.0]}, 'temperature has 2 values for 1 prompts'),
+    (['a'], {'logit_bias': {400: 1.0}}, 'the id 400'),
+    (['a'], {'num_samples': 0}, 'num_samples=0 must be at least 1'),
+    (['a'], {'cache_dtype': 'int4'}, 'int4'),
+    (['a'], {'temprature': 1.0}, 'temperature'),
+])
+def test_what_cannot_be_is_said(generator, prompts, options, words):
+  with pytest.raises(ValueError, match=words):
+    generator(prompts, **{'max_new_tokens': 4} | options)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from decode import loop
-from decode.loop import decode_chunk, prefill
-from decode.sampling import Sampling, make_sampling
+from decode.loop import Rules, decode_chunk, prefill
+from decode.sampling import make_sampling
 from model import transformer
 from model.cache import init_cache
 from model.config import ModelConfig
@@ -44,24 +44,27 @@ def start(model, prompts, bucket=8, capacity=32, new=12):
   return prefill(model, put(tokens), put(lengths), init_cache(CONFIG, len(prompts), capacity), put(lengths + new))
 
 
+def rules(sampling, eos=NEVER):
+  return Rules(jax.tree.map(put, sampling), put(np.full((len(sampling.seed), 4), eos, np.int32)))
+
+
 def generate(model, prompts, sampling, *, chunks=(12,), eos=NEVER, **options):
   """New ids of each row, read as a caller does: those that are flagged as the row's."""
   state, rows = start(model, prompts, **options), [[] for _ in prompts]
-  sampling = jax.tree.map(put, sampling)
   for steps in chunks:
-    state, ids, real = decode_chunk(model, state, sampling, steps=steps, eos=eos, pad=PAD)
-    for row, new, flags in zip(rows, np.asarray(ids), np.asarray(real)):
+    state, chunk = decode_chunk(model, state, rules(sampling, eos), steps=steps, pad=PAD)
+    for row, new, flags in zip(rows, np.asarray(chunk.ids), np.asarray(chunk.real)):
       assert (new[~flags] == PAD).all() and not (np.diff(flags.astype(int)) > 0).any()
       row.extend(new[flags].tolist())
   return rows, state
 
 
 def greedy(rows):
-  return make_sampling(rows, 0.0, 0, 1.0, 0)
+  return make_sampling(rows, temperature=0.0)
 
 
 def drawn(rows, seed=5):
-  return make_sampling(rows, 1.0, 0, 0.95, seed)
+  return make_sampling(rows, top_p=0.95, seed=seed)
 
 
 @jax.jit
@@ -137,8 +140,8 @@ def test_a_row_stops_at_its_length(model):
 
 def test_the_cache_is_rewritten_in_place(model):
   state = start(model, PROMPTS)
-  compiled = decode_chunk.lower(model, state, jax.tree.map(put, greedy(3)), steps=4, eos=EOS, pad=PAD).compile()
-  size = sum(x.nbytes for x in state.cache.buffers)
+  compiled = decode_chunk.lower(model, state, rules(greedy(3)), steps=4, pad=PAD).compile()
+  size = sum(x.nbytes for x in jax.tree.leaves(state.cache.held))
   assert compiled.memory_analysis().alias_size_in_bytes >= size
   tokens, lengths = put(np.ones((3, 8), np.int32)), put(np.full(3, 8, np.int32))
   reading = prefill.lower(model, tokens, lengths, init_cache(CONFIG, 3, 32), lengths).compile()
@@ -147,10 +150,11 @@ def test_the_cache_is_rewritten_in_place(model):
 
 def test_other_options_compile_nothing(model):
   programs = lambda: decode_chunk._cache_size() + prefill._cache_size()
-  generate(model, PROMPTS, make_sampling(3, 1.0, 0, 1.0, 0))
+  generate(model, PROMPTS, make_sampling(3))
   before = programs()
-  for options in ((0.0, 0, 1.0, 0), (0.7, 5, 1.0, 1), (2.0, 0, 0.5, 2), (0.3, 7, 0.2, 3)):
-    generate(model, PROMPTS, make_sampling(3, *options))
-  mixed = Sampling(np.float32([0, 1, 0.5]), np.int32([0, 3, 9]), np.float32([1, 0.9, 0.5]), np.uint32([1, 2, 3]))
+  for options in (dict(temperature=0.0), dict(temperature=0.7, top_k=5, seed=1), dict(temperature=2.0, top_p=0.5, seed=2),
+                  dict(temperature=0.3, top_k=7, top_p=0.2, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5)):
+    generate(model, PROMPTS, make_sampling(3, **options))
+  mixed = make_sampling(3, temperature=[0, 1, 0.5], top_k=[0, 3, 9], top_p=[1, 0.9, 0.5], frequency_penalty=[0, 0, 1], seed=[1, 2, 3])
   generate(model, PROMPTS[::-1], mixed)
   assert programs() == before

@@ -1,0 +1,133 @@
+"""Do drafts pay? What a call drafts with, and when it goes on without, because that is faster.
+
+Where no row draws, so that the text is the same either way, the clock decides: a call times a few chunks with drafts and a few without, and
+stays with what makes its tokens sooner. Otherwise a row stops drafting where too few of its drafts are kept for the bytes that they
+cost, which depends on the row alone, so that a seed's text does; and where all have stopped, the call goes on without.
+"""
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decode.loop import Chunk, DecodeState, Rules
+from decode.report import weight_bytes
+from decode.speculative import DraftModel, EarlyExit, Lookup, Speculation, gave_up, resumed, speculate_chunk
+from model.cache import APPEND
+from model.transformer import shallow
+
+TIMED = 3  # chunks of each kind: one of them may have waited for a compilation
+READ = APPEND - 1  # tokens that a drafter can read at once, which may have one to catch up with
+
+
+def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel | EarlyExit | None:
+  """What these options draft with; tokens: of the longest row when it ends.
+
+  Raises ValueError for a draft that does not fit the model, or for layers that it does not have; NotImplementedError for layers that
+  pipeline stages share.
+  """
+  config, draft = generator.model.config, options.draft
+  if draft is not None:
+    mine, its = generator.tokenizer, draft.tokenizer
+    for wrong, words in (
+        (mine.token_bytes != its.token_bytes or (mine.pad, mine.bos, mine.eos) != (its.pad, its.bos, its.eos),
+         f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model ({mine.kind!r}, {mine.vocabulary} ids)'),
+        (draft.model.config.V != config.V, f'it has model.vocabulary={draft.model.config.V}, the model {config.V}'),
+        (draft.mesh != generator.mesh,
+         f'its mesh is {dict(draft.mesh.shape)}, the model has {dict(generator.mesh.shape)} or other devices'),
+        (bool(draft.model.config.encoder_layers) != bool(config.encoder_layers), 'of it and the model, only one has an encoder'),
+        (not draft.model.config.causal, 'model.causal=False: an encoder writes no text'),
+        (0 < draft.model.config.max_length < tokens,
+         f'it has model.max_length={draft.model.config.max_length}, and rows of {tokens} tokens are asked for; ask for fewer'),
+    ):
+      if wrong:
+        raise ValueError(f'draft: {words}; a draft reads what the model reads')
+    return DraftModel(draft.model)
+  if options.early_exit:
+    if config.scan:
+      raise NotImplementedError(f'early_exit={options.early_exit} on a mesh with stages, which have some of the layers each; use lookup, '
+                                'or a mesh without')
+    if options.early_exit >= config.L:
+      raise ValueError(f'early_exit={options.early_exit} must be below model.layers={config.L}')
+    return EarlyExit(options.early_exit)
+  return Lookup(options.lookup) if options.lookup else None
+
+
+class Course:
+  """How a call goes on from its prompts, a chunk at a time: with drafts, while they pay, or plainly.
+
+  Attributes: fell_back: whether it has gone over from drafts to none, for good.
+  """
+
+  def __init__(self, generator: Any, options: Any, drafter: Any, rules: Rules, state: DecodeState, prompts: Sequence[Sequence[int]],
+               read: Callable[[Any], DecodeState]):
+    """state: after the prompts. read: what gives the same of a draft."""
+    self._generator, self._options, self._drafter, self._rules, self._state = generator, options, drafter, rules, state
+    self.fell_back, self._chunks, self._asked, self._lengths, self._last = False, 0, [], [0] * len(prompts), None
+    self._seconds = {True: [], False: []}  # for a token, of each chunk that was drafted, and that was not
+    if drafter is None:
+      return
+    memory, cost = None, 0.0
+    if isinstance(drafter, Lookup):
+      memory = np.zeros((len(prompts), state.cache.capacity), np.int32)
+      for row, prompt in zip(memory, prompts):
+        row[:len(prompt)] = prompt
+      memory = generator.put(memory)
+    elif isinstance(drafter, DraftModel):
+      memory, cost = (read(options.draft).cache, generator.put(np.zeros(len(prompts), np.int32))), weight_bytes(drafter.model)
+    else:
+      cost = weight_bytes(shallow(generator.model, drafter.layers))
+    self._greedy = not np.asarray(rules.sampling.temperature).any()
+    self._least = np.float32(0 if self._greedy else min(cost / weight_bytes(generator.model), 1))
+    with jax.set_mesh(generator.mesh):
+      self._state = Speculation.of(state, memory)
+
+  @property
+  def most(self) -> int:
+    """Steps of the next chunk, at most; each makes a token of every row, or more."""
+    if self._drafts():
+      return max(1, self._options.chunk // (self._options.draft_tokens + 1))
+    return min(self._options.chunk, READ) if self._trying() else self._options.chunk
+
+  def advance(self, count: int) -> Chunk:
+    """The next chunk, of so many steps."""
+    generator, options, most, drafts, trying = self._generator, self._options, self.most, self._drafts(), self._trying()
+    self._chunks += 1
+    self._asked.append(drafts)
+    if not trying:
+      self._state, chunk = generator.advance(getattr(self._state, 'state', self._state), self._rules, options, count)
+      return chunk
+    with jax.set_mesh(generator.mesh):
+      if drafts:
+        self._state, chunk = speculate_chunk(
+            generator.model, self._drafter, self._state, self._rules, self._least, jnp.int32(count), steps=most, k=options.draft_tokens,
+            pad=generator.tokenizer.pad, vocabulary=generator.vocabulary, alternatives=max(options.logprobs, 0))
+      else:
+        state, chunk = generator.advance(self._state.state, self._rules, options, count)
+        self._state = resumed(self._drafter, dataclasses.replace(self._state, state=state), chunk.ids[:, :READ], chunk.real[:, :READ])
+    return chunk
+
+  def came(self, rows: Sequence[Any]) -> None:
+    """Another chunk is in these rows (decode.generator.Row): what it took, and what became of its drafts."""
+    if not self._trying():
+      return
+    now, lengths, drafted = time.perf_counter(), [len(row.ids) for row in rows], self._asked.pop(0)
+    grown = [n - before for n, before in zip(lengths, self._lengths) if n > before]
+    if self._last is not None and grown:
+      self._seconds[drafted].append((now - self._last) / statistics.mean(grown))
+    self._last, self._lengths = now, lengths
+    if not drafted and len(self._seconds[False]) == TIMED:
+      self.fell_back = statistics.median(self._seconds[False]) < statistics.median(self._seconds[True])
+    # Who has given up drafts nothing in the chunk that is under way, so that no part of a law is left over when it ends.
+    self.fell_back |= all(row.finish or gave_up(np.float32(row.drafted), row.accepted, self._least) for row in rows)
+
+  def _trying(self) -> bool:
+    return self._drafter is not None and not self.fell_back
+
+  def _drafts(self) -> bool:
+    """Whether the next chunk is drafted: the first one, which is not timed, and so many more; then so many are not."""
+    return self._trying() and not (self._greedy and TIMED < self._chunks <= 2 * TIMED)

@@ -1,0 +1,114 @@
+"""How fast was a call? Time to the first token and for each of the others, and how near that is to what the memory allows.
+
+A step of decoding reads every weight once, whatever the rows, and what the cache holds: these bytes over the machine's bandwidth are the
+least time that a token takes. The bandwidth is measured, once a process, by a sum over an array that no cache of a processor holds.
+"""
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from model import params, transformer
+from model.cache import Cache
+
+PROBE = 2**28  # bytes that are read to find the bandwidth
+_COMPILING = '/jax/core/compile/backend_compile_duration'
+_compiled = [0.0]
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: _compiled.__setitem__(0, _compiled[0] + seconds * (event == _COMPILING)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Of one call.
+
+  Attributes:
+    rows: of a search, all beams. prompt_tokens, new_tokens: of all rows together. steps: tokens of the longest row.
+    first_token: seconds from the call to the first token, compilation included. compile_seconds: of that and all else.
+    seconds: from the call to its end. ms_per_token: from the first token on, of a step, which makes one token of each row (more with
+      drafts); NaN for a call of one token. tokens_per_second: of all rows, in the same time.
+    cache_bytes: of the cache. read_bytes: of weights and cached tokens that an average step reads.
+    seed: as it was asked for. drafted, accepted: tokens that a draft proposed, and that were kept. fell_back: whether the call went on
+      without drafts, because they cost more than they saved (decode.drafting).
+  """
+  rows: int
+  prompt_tokens: int
+  new_tokens: int
+  steps: int
+  first_token: float
+  compile_seconds: float
+  seconds: float
+  ms_per_token: float
+  tokens_per_second: float
+  cache_bytes: int
+  read_bytes: float
+  seed: object
+  drafted: int
+  accepted: int
+  fell_back: bool
+
+  def share_of_bandwidth(self) -> float:
+    """The least time that a step can take by the memory's measured bandwidth, over what it took; 1 is the bound. NaN with drafts."""
+    return float('nan') if self.drafted else self.read_bytes / bandwidth() / (self.ms_per_token / 1e3)
+
+
+@functools.cache
+def bandwidth() -> float:
+  """Bytes per second that a device of this process reads, measured; of several devices, all of them together."""
+  devices = jax.local_devices()
+  x = jax.device_put(jnp.ones((PROBE // 4,), jnp.float32), devices[0])
+  total = jax.jit(jnp.sum)
+  total(x).block_until_ready()
+  best = float('inf')
+  for _ in range(8):
+    began = time.perf_counter()
+    total(x).block_until_ready()
+    best = min(best, time.perf_counter() - began)
+  return PROBE / best
+
+
+def weight_bytes(model: transformer.Decoder) -> float:
+  """Bytes of the weights that a step reads: not the table that tokens are looked up in, and of experts those that one token goes to."""
+  leaves = params.named_leaves(model)
+  moe, total = model.config.moe, 0.0
+  for name, x in leaves.items():
+    looked_up = name.startswith('embedding.') and not (name == 'embedding.tokens' and model.head.tokens is None)
+    if looked_up or name.startswith('encoder.'):
+      continue
+    routed = moe.experts and '.feed_forward.' in name and moe.experts in x.shape[1:2]
+    total += x.nbytes * (moe.per_token / moe.experts if routed else 1)
+  return total
+
+
+class Watch:
+  """Takes the times of a call."""
+
+  def __init__(self, model: transformer.Decoder):
+    self._weights, self._compiled, self._start = weight_bytes(model), _compiled[0], time.perf_counter()
+    self._first = self._last = None
+
+  def began(self, cache: Cache, prompt_tokens: int) -> None:
+    """The prompts are on their way into this cache."""
+    self._cache = sum(x.nbytes for x in jax.tree.leaves(cache.held))
+    self._per_token = self._cache / cache.capacity / cache.lengths.shape[0]
+    self._prompts = prompt_tokens
+
+  def came(self, lengths: Sequence[int]) -> None:
+    """So many tokens of each row are here."""
+    self._last = time.perf_counter() - self._start
+    if self._first is None:
+      self._first, self._one = self._last, sum(lengths)
+    self._lengths = list(lengths)
+
+  def report(self, seed: object, rows, fell_back: bool = False) -> Report:
+    new, steps = sum(self._lengths), max(self._lengths)
+    took = self._last - self._first
+    held = self._prompts + new / 2  # on average over the steps
+    nan = float('nan')
+    return Report(len(self._lengths), self._prompts, new, steps, self._first, _compiled[0] - self._compiled, self._last,
+                  took / (steps - 1) * 1e3 if steps > 1 else nan, (new - self._one) / took if steps > 1 else nan, self._cache,
+                  self._weights + held * self._per_token, seed, sum(row.drafted for row in rows), sum(row.accepted for row in rows),
+                  fell_back)

@@ -1,0 +1,286 @@
+"""How does a step make more than one token? Something cheap drafts a few, and the model judges them all at once.
+
+A drafted token, of law q, is kept with probability min(1, p / q), p being the model's law; in the place of the first that is not kept comes
+one drawn from max(p - q, 0). So tokens have the law p exactly, whatever drafts them (Leviathan et al., arXiv:2211.17192, section 2.3;
+Chen et al., arXiv:2302.01318). Both laws are decode.sampling's, after the same history and in the same constraint. A step begins with a
+token that is drawn, and so always makes one; what the step before rejected is carried over to it.
+
+Random numbers belong to positions. One that was drafted in vain is drafted again with the same noise: nothing that was kept has seen it.
+
+B rows · k drafted tokens · V vocabulary · S ids of a row
+"""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from decode import sampling as laws
+from decode.loop import Chunk, DecodeState, Rules, advanced, at, draw, last, next_law, run, scores
+from decode.sampling import Stream
+from model.cache import Cache
+from model.transformer import Decoder, shallow
+from parallel import axes as ax
+
+TRIAL = 32  # drafted tokens after which a row is judged by how many were kept
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+  """What speculative generation carries from step to step; its buffers are donated.
+
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+
+  Attributes:
+    state: as plain generation has it. memory: the drafter's.
+    rejected: [B, V] f32, the law, log q, of the draft that was rejected where the next token will be; -inf where none was.
+    drafted, accepted: [B] int32, tokens so far.
+  """
+  state: Any
+  memory: Any
+  rejected: Any
+  drafted: Any
+  accepted: Any
+
+  @classmethod
+  def of(cls, state: DecodeState, memory) -> 'Speculation':
+    """With nothing drafted yet."""
+    none = jnp.zeros_like(state.cache.lengths)
+    return cls(state, memory, jnp.full_like(state.logits, -jnp.inf), none, jnp.copy(none))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+  """Attributes: ids: [k, B] int32. laws: [k, B, V] f32, log-probabilities by which they were drawn. counts: [B] int32, how many count."""
+  ids: Any
+  laws: Any
+  counts: Any
+
+
+# What drafters share. `propose`: what may follow `first` [B], a token that the model's cache does not have yet, though `state` has been
+# advanced by it (and holds, of the cache, the lengths only); it returns the memory, the model's cache, as long as it was, and Drafts.
+# `read`: the memory after tokens [B, T], the first counts[b] of each row, that came without it where rows had these lengths.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+  """Drafts what followed the last n tokens where the row has had them before. Its memory: the row's ids [B, S]."""
+  n: int = dataclasses.field(metadata={'static': True})
+
+  def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
+    lengths = state.cache.lengths
+    memory = written(memory, first[:, None], lengths - 1)
+    ids, found = looked_up(memory, lengths, self.n, k)
+    memory, ids = written(memory, ids, lengths), ids.T
+    sure = jnp.where(jnp.arange(state.logits.shape[1])[None, None] == ids[..., None], 0.0, -jnp.inf)
+    return memory, cache, Drafts(ids, sure, jnp.where(found, k, 0))
+
+  def read(self, memory, tokens, lengths, counts):
+    return written(memory, tokens, lengths)  # what is behind the counts is overwritten later
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftModel:
+  """Drafts with another model. Its memory: a cache, and the last token that was drafted [B], which the cache does not hold."""
+  model: Any
+
+  def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
+    own, tokens, counts = self.behind(memory, first[:, None], state.cache.lengths - 1, jnp.where(state.done, 0, 1))
+    own, drafts = guessed(self.model, own, tokens, counts, state, rules, k, vocabulary)
+    return (own, drafts.ids[-1]), cache, drafts
+
+  def read(self, memory, tokens, lengths, counts):
+    own, tokens, counts = self.behind(memory, tokens, lengths, counts)
+    return (self.model(tokens, cache=own, counts=counts).cache, memory[1])
+
+  def behind(self, memory, tokens, lengths, counts):
+    """The cache without what was rejected; tokens and counts with, in front, the one that it has not read where all drafts were kept."""
+    own, tail = memory
+    held = jnp.minimum(own.lengths, lengths)
+    lacks = (held < lengths)[:, None]
+    tokens = jnp.where(lacks, jnp.concatenate([tail[:, None], tokens], 1), jnp.concatenate([tokens, tokens[:, -1:]], 1))
+    return taken_back(own, held), tokens, jnp.where(counts > 0, counts + lacks[:, 0], 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EarlyExit:
+  """Drafts with the model's own first layers, whose part of the model's cache is theirs, too. It needs no memory."""
+  layers: int = dataclasses.field(metadata={'static': True})
+
+  def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
+    E = self.layers
+    own = dataclasses.replace(cache, held=cache.held[:E], memory=cache.memory and cache.memory[:E])
+    counts = jnp.where(state.done, 0, 1)
+    own, drafts = guessed(shallow(model, E), own, first[:, None], counts, state, rules, k, vocabulary)
+    return memory, dataclasses.replace(cache, held=(*own.held, *cache.held[E:])), drafts
+
+  def read(self, memory, tokens, lengths, counts):
+    return memory
+
+
+def guessed(model: Decoder, cache: Cache, tokens, counts, state, rules: Rules, k: int, vocabulary: int) -> tuple[Cache, Drafts]:
+  """k tokens of a model that has to read these first [B, T]; all but the last are in the cache then."""
+  def feed(cache, tokens, counts):
+    x, cache, _ = model(tokens, cache=cache, counts=counts)
+    return cache, scores(model, last(x, jnp.maximum(counts, 1)), vocabulary)
+
+  def guess(state):
+    log_law = next_law(state, rules)
+    state = dataclasses.replace(state, done=state.done | laws.bad(log_law))  # a draft that fails drafts nothing, and harms nobody
+    ids, real = draw(log_law, rules.sampling, state.cache.lengths, Stream.DRAFT), ~state.done
+    return advanced(state, longer(state.cache, real), ids, real, rules), (ids, log_law, real)
+
+  def more(carry, _):
+    state, cache = carry
+    state, found = guess(state)
+    cache, logits = feed(cache, found[0][:, None], (~state.done).astype(jnp.int32))
+    return (dataclasses.replace(state, logits=logits), cache), found
+  cache, logits = feed(cache, tokens, counts)
+  (state, cache), found = jax.lax.scan(more, (dataclasses.replace(state, logits=logits), cache), length=k - 1)
+  ids, log_laws, real = jax.tree.map(lambda all, one: jnp.concatenate([all, one[None]]), found, guess(state)[1])
+  return cache, Drafts(ids, log_laws, real.sum(0, dtype=jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=('steps', 'k', 'pad', 'vocabulary', 'alternatives'), donate_argnums=2)
+def speculate_chunk(model: Decoder, drafter: Any, carried: Speculation, rules: Rules, least: Float[Array, ''],
+                    count: Int[Array, ''] | None = None, *, steps: int, k: int, pad: int, vocabulary: int = 0,
+                    alternatives: int = 0) -> tuple[Speculation, Chunk]:
+  """As loop.decode_chunk: `steps` steps, or `count` of them, each of which makes 1 to k + 1 tokens of a row.
+
+  The chunk has k + 1 places for each step, so that what is real is no prefix. No cache needs more room than for each row's stop_at.
+
+  least: a row stops drafting where less than this share of its drafts is kept (see gave_up).
+  """
+  def step(carried):
+    cache = carried.state.cache
+    n = cache.lengths
+    state, one, broken = begun(carried, rules, alternatives)
+    first, live = one.ids, one.real
+    memory, cache, drafts = drafter.propose(carried.memory, model, cache, state, first, rules, k, vocabulary)
+    asked = ~state.done & ~gave_up(carried.drafted, carried.accepted, least)
+    counts = jnp.where(asked, jnp.clip(state.stop_at - n - 1, 0, drafts.counts), 0)
+    tokens = jnp.concatenate([first[:, None], drafts.ids.T], 1)
+    x, cache, _ = model(tokens, cache=cache, counts=jnp.where(live, 1 + counts, 0))
+    after = jnp.moveaxis(scores(model, x, vocabulary), 1, 0)
+    state = dataclasses.replace(state, logits=jnp.where(live[:, None], after[0], state.logits))
+    state, rejected, more = judged(state, drafts, counts, after[1:], rules, alternatives)
+    kept = more.real.sum(0, dtype=jnp.int32)
+    state = dataclasses.replace(state, cache=taken_back(cache, n + live + kept))
+    tokens = jax.tree.map(lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], 1), one, more)
+    return Speculation(state, memory, rejected, carried.drafted + counts, carried.accepted + kept), (tokens, broken, counts, kept)
+  count = jnp.where(carried.state.done.all(), 0, steps if count is None else count)  # rows may have ended sooner than their caller knows
+  carried, (tokens, *found) = run(step, carried, steps, count)
+  tokens = jax.tree.map(lambda x: x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), tokens)
+  ids, (broken, drafted, kept) = jnp.where(tokens.real, tokens.ids, pad), (x.sum(1) for x in found)
+  return carried, dataclasses.replace(tokens, ids=ids, broken=broken > 0, drafted=drafted, accepted=kept)
+
+
+def begun(carried: Speculation, rules: Rules, alternatives: int):
+  """The token that a step makes for certain: the state advanced by it, of its cache the length only; the token; rows that are broken."""
+  state = carried.state
+  log_law = next_law(state, rules)
+  broken = ~state.done & laws.bad(log_law)
+  real = ~state.done & ~broken
+  ids = draw(residual(log_law, carried.rejected), rules.sampling, state.cache.lengths)
+  found = token(state, log_law, ids, real, alternatives)
+  state = dataclasses.replace(state, done=state.done | broken)
+  return advanced(state, longer(state.cache, real), ids, real, rules), found, broken
+
+
+def judged(state, drafts: Drafts, counts, after, rules: Rules, alternatives: int):
+  """Which drafts are kept: the state after them, the law of what was rejected, and tokens [k, B] of a Chunk.
+
+  state: with the model's logits before the first draft. after: [k, B, V], its logits after each.
+  """
+  def judge(carry, draft):
+    state, rejected, open = carry  # open: rows of which every draft so far was kept
+    ids, log_q, after, index = draft
+    log_p = next_law(state, rules)
+    asked = open & (index < counts) & ~state.done & ~laws.bad(log_p)
+    noise = laws.noise(rules.sampling.seed, state.cache.lengths, Stream.ACCEPT)
+    kept = asked & accepted(log_p, log_q, ids, noise)
+    rejected = jnp.where((asked & ~kept)[:, None], log_q, rejected)
+    found = token(state, log_p, ids, kept, alternatives)
+    state = advanced(state, longer(state.cache, kept), ids, kept, rules)
+    return (dataclasses.replace(state, logits=jnp.where(kept[:, None], after, state.logits)), rejected, kept), found
+  start = state, jnp.full_like(state.logits, -jnp.inf), ~state.done
+  index = jnp.arange(drafts.ids.shape[0], dtype=jnp.int32)
+  (state, rejected, _), found = jax.lax.scan(judge, start, (drafts.ids, drafts.laws, after, index))
+  return state, rejected, found
+
+
+def accepted(log_p: Float[Array, 'B V'], log_q: Float[Array, 'B V'], ids: Int[Array, 'B'], noise: Float[Array, 'B']) -> Bool[Array, 'B']:
+  """Whether a token of law q is kept as one of law p; noise: uniform in [0, 1)."""
+  return noise < jnp.exp(at(log_p, ids) - at(log_q, ids))
+
+
+def residual(log_p: Float[Array, 'B V'], log_q: Float[Array, 'B V']) -> Float[Array, 'B V']:
+  """The law, as logarithms, of what comes instead of a rejected token: max(p - q, 0), made a law; p itself where q is -inf everywhere."""
+  left = jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0)
+  total = left.sum(-1, keepdims=True)
+  rejected = (log_q.max(-1, keepdims=True) > -jnp.inf) & (total > 0)  # where rounding leaves nothing, p and q are the same
+  return jnp.where(rejected, jnp.log(left) - jnp.log(jnp.where(rejected, total, 1)), log_p)
+
+
+def gave_up(drafted, accepted, least):
+  """Rows whose drafts, after a trial, are kept so seldom that they cost more than they save.
+
+  A draft that costs `least` of what a step of the model costs pays when it is kept at least that often. This depends on nothing that is
+  measured or that other rows do, so that a seed's text does not.
+  """
+  return (drafted >= TRIAL) & (accepted < least * drafted)
+
+
+def token(state, log_law, ids, real, alternatives: int) -> Chunk:
+  """A token of each row as Chunk has it, without a dimension of tokens."""
+  raw, which, likeliest = laws.logprobs(state.logits, ids, alternatives)
+  return Chunk(ids, real, raw, at(log_law, ids), which, likeliest, None)
+
+
+def longer(cache: Cache, real) -> Cache:
+  """The lengths of a cache, and nothing else of it, with another token of each row that is real."""
+  return Cache((), cache.lengths + real, capacity=cache.capacity)
+
+
+def taken_back(cache: Cache, lengths: Int[Array, 'B']) -> Cache:
+  """The cache without the tokens behind these lengths: their slots count as unused, and are written again."""
+  return dataclasses.replace(cache, lengths=lengths)
+
+
+def written(memory: Int[Array, 'B S'], tokens: Int[Array, 'B T'], start: Int[Array, 'B']) -> Int[Array, 'B S']:
+  """A row's tokens put from `start` on; what passes its end is dropped."""
+  def put(memory, tokens, start):
+    rows, where = jnp.arange(memory.shape[0])[:, None], start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return memory.at[rows, where].set(tokens, mode='drop', unique_indices=True)
+  return ax.local(put, (('batch', None), ('batch', None), ('batch',)), ('batch', None))(memory, tokens, start)
+
+
+def looked_up(memory: Int[Array, 'B S'], lengths: Int[Array, 'B'], n: int, k: int) -> tuple[Int[Array, 'B k'], Bool[Array, 'B']]:
+  """What followed the last n of a row's tokens where they were before, the latest time, and whether they were.
+
+  What follows up to the row's end may be less than k tokens: then the row goes round there, and it follows again.
+  """
+  def row(ids, length):
+    starts = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    recent = ids.at[length - n + jnp.arange(n)].get(mode='clip')
+    same = (starts + n < length) & (length > n)
+    for i in range(n):
+      same &= jnp.roll(ids, -i) == recent[i]
+    begin = jnp.where(same, starts, -1).max() + n
+    return ids.at[begin + jnp.arange(k) % jnp.maximum(length - begin, 1)].get(mode='clip'), same.any()
+  return ax.local(jax.vmap(row), (('batch', None), ('batch',)), (('batch', None), ('batch',)))(memory, lengths)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def resumed(drafter: Any, carried: Speculation, ids: Int[Array, 'B T'], real: Bool[Array, 'B T']) -> Speculation:
+  """Where the drafter has read tokens, the first real ones of these, that were made without it. Of greedy rows: nothing is rejected."""
+  counts = real.sum(1, dtype=jnp.int32)
+  memory = drafter.read(carried.memory, ids, carried.state.cache.lengths - counts, counts)
+  return dataclasses.replace(carried, memory=memory, rejected=jnp.full_like(carried.rejected, -jnp.inf))

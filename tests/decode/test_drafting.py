@@ -1,0 +1,157 @@
+"""Does a call that drafts write what it would without, say what is wrong with a draft, and stop drafting where it loses?"""
+import dataclasses
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from data.tokenizer import ByteTokenizer
+from decode import drafting
+from decode.constrain import Constraint
+from decode.generator import Generator
+from decode.speculative import TRIAL
+from model import transformer
+from model.config import ModelConfig
+from parallel.mesh import MeshConfig, make_mesh
+
+MODEL = ModelConfig(vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=128, init_scale=1.0)
+PROMPTS = ['def main(', '', 'aaaa']
+DRAFTS = ('draft', 'lookup', 'early_exit')
+
+
+def make(config=MODEL, seed=0, devices=1, **sizes):
+  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    return Generator(jax.jit(transformer.init, static_argnums=(0, 1))(config, seed), ByteTokenizer(), mesh)
+
+
+@pytest.fixture(scope='module')
+def generator():
+  return make()
+
+
+@pytest.fixture(scope='module')
+def other(generator):
+  return make(dataclasses.replace(MODEL, layers=1, max_length=64), 4)
+
+
+def options_of(kind, other):
+  return {'draft': {'draft': other}, 'lookup': {'lookup': 1}, 'early_exit': {'early_exit': 1}}[kind]
+
+
+def assert_same(found, expected):
+  """Completions are the same but for drafts, and for rounding."""
+  for one, two in zip(found, expected, strict=True):
+    for name in ('logprobs', 'processed'):
+      np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-5)
+    for a, b in zip(one.alternatives, two.alternatives, strict=True):
+      assert [id_ for id_, _ in a] == [id_ for id_, _ in b]
+      np.testing.assert_allclose([x for _, x in a], [x for _, x in b], rtol=1e-4, atol=1e-5)
+    neutral = dict(logprobs=[], processed=[], alternatives=[], drafted=0, accepted=0)
+    assert dataclasses.replace(one, **neutral) == dataclasses.replace(two, **neutral)
+
+
+@pytest.fixture(scope='module')
+def expected(generator):
+  return generator(PROMPTS, max_new_tokens=30, temperature=0.0, logprobs=2)
+
+
+@pytest.mark.parametrize('kind', DRAFTS)
+def test_greedy_completions_are_those_without_drafts(generator, other, expected, kind):
+  found = generator(PROMPTS, max_new_tokens=30, temperature=0.0, logprobs=2, **options_of(kind, other))
+  assert_same(found, expected)
+  report = generator.report
+  assert report.drafted == sum(c.drafted for c in found) > 0 and report.accepted == sum(c.accepted for c in found) < report.drafted
+  assert np.isnan(report.share_of_bandwidth()) and report.new_tokens == sum(len(c.ids) for c in found)
+
+
+def test_a_model_that_drafts_for_itself_is_right(generator, expected):
+  found = generator(PROMPTS, max_new_tokens=30, temperature=0.0, logprobs=2, draft=generator, draft_tokens=7, chunk=9)
+  assert_same(found, expected)
+  assert all(c.accepted == c.drafted >= 20 or c.finish == 'stop' for c in found)
+
+
+def test_draws_are_scored_and_streamed_as_they_are(generator, other):
+  """Log-probabilities are the model's by the training forward pass, and, where no option changes the law, those of the draws."""
+  options = dict(max_new_tokens=24, seed=3, draft=other)
+  found = generator(PROMPTS, **options)
+  for completion in found:
+    scores = generator.score([[*completion.prompt_ids, *completion.ids]])[0][-len(completion.ids):]
+    np.testing.assert_allclose(completion.logprobs, scores, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(completion.processed, completion.logprobs, rtol=1e-4, atol=1e-4)
+  assert ''.join(generator.stream(PROMPTS[0], **options)) == found[0].text
+  stop = next(c.text for c in found if len(c.text) > 6)[4:6]
+  for one, whole in zip(generator(PROMPTS, stop=stop, **options), found):
+    assert one.text == whole.text.split(stop)[0]
+
+
+def test_constraints_hold_at_every_drafted_position(generator):
+  options = dict(max_new_tokens=24, constraint=Constraint(generator.tokenizer, regex='(ab|cd[0-9])*'), repetition_penalty=1.2)
+  assert_same(generator(PROMPTS, temperature=0.0, lookup=1, **options), generator(PROMPTS, temperature=0.0, **options))
+  for completion in generator(PROMPTS, seed=1, lookup=1, **options):
+    assert (completion.drafted or len(completion.ids) < 3) and re.fullmatch('(ab|cd[0-9])*(a|cd?)?', completion.text)
+
+
+@pytest.mark.parametrize('sizes', [dict(data=2, tensor=2), dict(stage=2)])
+def test_meshes(sizes):
+  whole = dataclasses.replace(MODEL, vocabulary=264)
+  split = make(whole, devices=4 if 'data' in sizes else 2, **sizes)
+  plain = make(whole)(PROMPTS, max_new_tokens=12, temperature=0.0)
+  for options in (dict(lookup=1), dict(draft=split) if 'stage' in sizes else dict(early_exit=1)):
+    assert_same(split(PROMPTS, max_new_tokens=12, temperature=0.0, **options), plain)
+  if 'stage' in sizes:
+    with pytest.raises(NotImplementedError, match='early_exit=1 on a mesh with stages'):
+      split('a', max_new_tokens=4, early_exit=1)
+
+
+def ticking(monkeypatch, seconds):
+  """A clock that says that chunks took so long, one after another."""
+  now = iter(np.cumsum([0.0, *seconds, *[1.0] * 99]).tolist())
+  monkeypatch.setattr(drafting, 'time', types.SimpleNamespace(perf_counter=lambda: next(now)))
+
+
+@pytest.mark.parametrize('kind', DRAFTS)
+@pytest.mark.parametrize('faster', ['drafts', 'none'])
+def test_the_clock_decides_and_changes_no_greedy_text(generator, other, monkeypatch, kind, faster):
+  options = dict(max_new_tokens=50, temperature=0.0, chunk=5)
+  plain = generator('def main(', **options)
+  ticking(monkeypatch, [1.0] * 3 + ([50.0] * 3 if faster == 'drafts' else [0.01] * 3))
+  assert_same(generator('def main(', **options, **options_of(kind, other)), plain)
+  assert generator.report.fell_back == (faster == 'none')
+
+
+def test_rows_that_draw_stop_drafting_by_themselves(generator):
+  costly = make(MODEL, 9)  # as many bytes as the model has: all drafts would have to be kept
+  found = generator(PROMPTS, max_new_tokens=60, draft=costly, chunk=5)
+  assert generator.report.fell_back
+  assert all(TRIAL <= c.drafted < TRIAL + 4 and len(c.ids) > 30 or c.finish == 'stop' for c in found)
+  assert generator(PROMPTS[1], max_new_tokens=60, draft=costly, seed=1, chunk=9)[0].ids == found[1].ids
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(lookup=1, early_exit=1), 'lookup and early_exit are given: one of them can draft'),
+    (dict(lookup=-1), 'lookup=-1 must be at least 0'),
+    (dict(lookup=1, draft_tokens=0), 'draft_tokens=0 must be at least 1'),
+    (dict(lookup=1, draft_tokens=256), 'draft_tokens=256 must be below 256'),
+    (dict(early_exit=2), 'early_exit=2 must be below model.layers=2'),
+])
+def test_bad_options_raise_at_once(generator, options, words):
+  with pytest.raises(ValueError, match=words):
+    generator.stream('a', max_new_tokens=4, **options)
+
+
+def test_a_draft_that_does_not_fit_raises(generator, other):
+  with pytest.raises(ValueError, match='draft: it has model.max_length=64, and rows of 81 tokens are asked for; ask for fewer'):
+    generator('', max_new_tokens=80, draft=other)
+  with pytest.raises(ValueError, match='draft: it has model.vocabulary=300, the model 259'):
+    generator('', max_new_tokens=4, draft=make(dataclasses.replace(MODEL, vocabulary=300)))
+  stranger = Generator(other.model, ByteTokenizer(), other.mesh)
+  stranger.tokenizer.eos = 65
+  with pytest.raises(ValueError, match="draft: it has another tokenizer"):
+    generator('', max_new_tokens=4, draft=stranger)
+  with pytest.raises(ValueError, match='draft: its mesh is .* or other devices'):
+    generator('', max_new_tokens=4, draft=make(devices=2, data=2))
+  with pytest.raises(NotImplementedError, match='lookup: nothing drafts for a session so far'):
+    generator.session()('a', max_new_tokens=4, lookup=1)

@@ -1,0 +1,33 @@
+"""Does the notebook run, from its first cell to its last, as it would in Colab?"""
+import json
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOK = ROOT / 'notebooks' / 'generate.ipynb'
+
+
+def cells():
+  return json.loads(NOTEBOOK.read_text())['cells']
+
+
+def test_it_is_kept_without_outputs():
+  assert all(not cell.get('outputs') and cell.get('execution_count') is None for cell in cells())
+
+
+@pytest.mark.slow
+def test_it_runs_headless(tmp_path):
+  import nbclient
+  import nbformat
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  (chosen,) = (cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', []))
+  chosen.source = f'WORKDIR, STEPS = {str(tmp_path / "run")!r}, 30'
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  nbclient.NotebookClient(notebook, timeout=900, resources={'metadata': {'path': str(ROOT / 'notebooks')}}).execute(env=environment)
+  printed = [''.join(output.get('text', '') for output in cell.outputs if output.output_type == 'stream') for cell in notebook.cells
+             if cell.cell_type == 'code']
+  assert any('drafted tokens kept' in text for text in printed) and any('taken back' in text for text in printed)
+  assert any(output.output_type == 'display_data' and 'image/png' in output.data for cell in notebook.cells if cell.cell_type == 'code'
+             for output in cell.outputs), 'the plot'
