@@ -80,7 +80,7 @@ def test_cost():
 def test_a_plan_names_the_attention_that_it_compiled():
   made = lambda mode, chip, **model: dataclasses.replace(
       fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1), mode=mode, chip=hardware.lookup(chip))
-  assert made('train', 'TPU v5').attention == 'pallas_tpu' and made('decode', 'TPU v5').attention == 'xla'
+  assert made('train', 'TPU v5').attention == 'pallas_tpu' and made('decode', 'TPU v5').attention == 'cached'
   assert made('train', 'TPU v5', attention='blocked').to_dict()['attention'] == 'blocked'
   assert made('decode', 'NVIDIA H100 80GB HBM3').attention == choose({'causal', 'positions'}, 'gpu')
   assert made('train', 'NVIDIA H100 80GB HBM3', attention_softcap=2.0).attention == choose({'causal', 'segments', 'softcap'}, 'gpu')
@@ -271,7 +271,7 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
     ((), 'give --config=configs/NAME.py and --topology=KIND:SHAPE'),
     (('--topology=v5e:2x2', 'config.model.width=64'), "['config.model.width=64'] are no flags"),
     (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
-    (('--topology=v5e:2x2', '--batch=8'), '--batch and --context are of prefill and decode'),
+    (('--topology=v5e:2x2', '--batch=8'), '--batch, --context and --weights are of prefill and decode'),
 ])
 def test_the_command_refuses(flags, words):
   done = subprocess.run([sys.executable, 'plan.py', f'--config={ROOT}/configs/tiny.py', *flags], cwd=ROOT, capture_output=True, text=True)
