@@ -32,7 +32,7 @@ CHAT = flags.DEFINE_bool('chat', False, "Each prompt is a user's message, put in
 STREAM = flags.DEFINE_bool('stream', None, 'Print text as it comes; the default, but with --output, --bench, --prompts, --num_samples, '
                            '--logprobs and --beams.')
 OUTPUT = flags.DEFINE_string('output', None, 'Write all completions, with log-probabilities, to this JSONL file.')
-BENCH = flags.DEFINE_bool('bench', False, 'Generate twice, and print how fast the second time was.')
+BENCH = flags.DEFINE_bool('bench', False, 'Generate twice, and print how fast the second time was, and how fast without drafts.')
 SCORE = flags.DEFINE_bool('score', False, 'Generate nothing; print how likely the model finds each prompt.')
 REGEX = flags.DEFINE_string('regex', None, 'Texts match this regular expression.')
 SCHEMA = flags.DEFINE_string('schema', None, 'Texts are JSON of this schema: a file, or the schema itself.')
@@ -139,14 +139,22 @@ def show(generator: Generator, completion) -> None:
     print(f"  {shown([id_])!r:>12} {raw:8.3f} (drawn at {processed:.3f})  {likely}")
 
 
-def bench(report) -> None:
-  """Prints how fast a call was."""
+def bench(generator: Generator, prompts, options: dict) -> None:
+  """Prints how fast a call is whose programs are compiled, and what its drafts gain."""
+  def run(**changed):
+    generator(prompts, **options | changed)
+    return generator.report
+  report = run()
   drafts = f', {report.accepted} of {report.drafted} drafted tokens kept' if report.drafted else ''
   drafts += ', and none were drafted any more as that was faster' if report.fell_back else ''
+  share = '' if report.drafted else f', {report.share_of_bandwidth():.0%} of what the measured bandwidth allows'
   print(f'{report.rows} rows, {report.prompt_tokens} prompt tokens, {report.new_tokens} new ones{drafts}\n'
-        f'first token {report.first_token * 1e3:.1f} ms, then {report.ms_per_token:.2f} ms a step, {report.tokens_per_second:.1f} tokens/s,'
-        f' {report.share_of_bandwidth():.0%} of what the measured bandwidth allows\n'
+        f'first token {report.first_token * 1e3:.1f} ms, then {report.ms_per_token:.2f} ms a step, '
+        f'{report.tokens_per_second:.1f} tokens/s{share}\n'
         f'cache {report.cache_bytes / 1e6:.1f} MB, compilation {report.compile_seconds:.1f} s, seed {report.seed}')
+  if report.drafted:
+    plain = min((run(draft=None, lookup=0, early_exit=0) for _ in range(2)), key=lambda plain: plain.seconds)
+    print(f'without drafts {plain.tokens_per_second:.1f} tokens/s: they gain {report.tokens_per_second / plain.tokens_per_second:.2f}x')
 
 
 def main(arguments):
@@ -178,11 +186,9 @@ def main(arguments):
       return
     found = generator(read, **options)
     if BENCH.value:
-      generator(read, **options)
+      bench(generator, read, options)
   except (FileNotFoundError, ValueError, FloatingPointError, ImportError) as error:
     sys.exit(f'error: {error}')
-  if BENCH.value:
-    bench(generator.report)
   if OUTPUT.value:
     lines = [json.dumps(dataclasses.asdict(completion), ensure_ascii=False) for completion in found]
     files.replace(OUTPUT.value, '\n'.join(lines) + '\n')

@@ -82,7 +82,7 @@ def test_a_plan_names_the_attention_that_it_compiled():
       fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1), mode=mode, chip=hardware.lookup(chip))
   assert made('train', 'TPU v5').attention == 'pallas_tpu' and made('decode', 'TPU v5').attention == 'cached'
   assert made('train', 'TPU v5', attention='blocked').to_dict()['attention'] == 'blocked'
-  assert made('decode', 'NVIDIA H100 80GB HBM3').attention == choose({'causal', 'positions'}, 'gpu')
+  assert made('decode', 'NVIDIA H100 80GB HBM3').attention == 'cached'
   assert made('train', 'NVIDIA H100 80GB HBM3', attention_softcap=2.0).attention == choose({'causal', 'segments', 'softcap'}, 'gpu')
 
 

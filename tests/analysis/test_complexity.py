@@ -101,6 +101,7 @@ def test_the_crossover_is_where_both_are_equal():
   assert flops.forward_flops_per_token(SMALL, T - 1) == pytest.approx(2 * attention, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(complexity, 'WAYS', (BY_NAME['generation, cache'], BY_NAME['generation, no cache']))
   monkeypatch.setattr(complexity, 'AXES', {'cpu': {axis: known | {'sizes': sizes} for (axis, known), sizes in zip(

@@ -19,6 +19,7 @@ def run(*flags, module='benchmarks.train_gpu'):
   return subprocess.run([sys.executable, '-m', module, *flags], env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_all_of_it(tmp_path):
   done = run('--rehearse', '--quick', '--steps=1', f'--json={tmp_path / "found.json"}')
   assert done.returncode == 0, done.stdout + done.stderr

@@ -94,7 +94,7 @@ def test_constraints_hold_at_every_drafted_position(generator):
     assert (completion.drafted or len(completion.ids) < 3) and re.fullmatch('(ab|cd[0-9])*(a|cd?)?', completion.text)
 
 
-@pytest.mark.parametrize('sizes', [dict(data=2, tensor=2), dict(stage=2)])
+@pytest.mark.parametrize('sizes', [dict(data=2, tensor=2), pytest.param(dict(stage=2), marks=pytest.mark.slow)])
 def test_meshes(sizes):
   whole = dataclasses.replace(MODEL, vocabulary=264)
   split = make(whole, devices=4 if 'data' in sizes else 2, **sizes)

@@ -133,7 +133,7 @@ def expected(model):
   return {eos: plain(model, greedy(3), eos) for eos in (NEVER, eos)}
 
 
-@pytest.mark.parametrize('k', range(1, 9))
+@pytest.mark.parametrize('k', [k if k in (1, 4, 8) else pytest.param(k, marks=pytest.mark.slow) for k in range(1, 9)])
 def test_greedy_is_plain_greedy(model, drafts, expected, k):
   """To the cache's last slot, and with an end in the middle of drafts; rows go on at speeds of their own."""
   drafters = {name: DraftModel(draft) for name, draft in drafts.items()} | {'lookup': Lookup(1), 'exit': EarlyExit(1)}
@@ -162,7 +162,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', ['windows in rings', 'encoder', *(pytest.param(name, marks=pytest.mark.slow) for name in ('latent', 'experts', 'bytes'))])
 def test_families(family):
   """Rings go round several times; drafts are read into caches of the same kind."""
   model = make(dataclasses.replace(CONFIG, **FAMILIES[family]))
@@ -309,7 +309,7 @@ def check_draws(drafter, run=None):
   return np.asarray(carried.accepted).sum() / np.asarray(carried.drafted).sum()
 
 
-@pytest.mark.parametrize('drafter', ['model', 'lookup', 'exit'])
+@pytest.mark.parametrize('drafter', ['model', 'lookup', pytest.param('exit', marks=pytest.mark.slow)])
 def test_draws_have_the_law_of_the_model(drafter):
   assert 0.05 < check_draws({'model': DraftModel(make(SMALL, 5)), 'lookup': Lookup(1), 'exit': EarlyExit(1)}[drafter]) < 0.95
 

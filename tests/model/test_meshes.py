@@ -96,7 +96,7 @@ def test_the_auto_twin_splits_rows_too(expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('strategy', ['ring', 'gather'])
-@pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'gpt-oss', 'deepseek', 'relative', 'deepseek moe'])
+@pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'gpt-oss', 'deepseek', 'relative', pytest.param('deepseek moe', marks=pytest.mark.slow)])
 def test_architectures_split_their_rows(name, strategy):
   config = dataclasses.replace(laws.make_config(name), vocabulary=48, context=strategy)
   one = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
