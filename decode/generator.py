@@ -203,7 +203,7 @@ class Generator:
     """The state after prompts, read in pieces where they are long."""
     tokens, lengths = self._padded(encoded)
     with jax.set_mesh(self.mesh):
-      cache = init_cache(self.model.config, len(tokens), capacity, cache_dtype, append)
+      cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
       if source is not None:
         ids, counts = source
         source = self.put(ids), self.put((np.arange(ids.shape[1])[None] < counts[:, None]).astype(np.int32))
@@ -306,6 +306,9 @@ def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
   return max(smallest, 1 << (tokens - 1).bit_length())
 
 
+_empty = jax.jit(init_cache, static_argnums=range(5))  # one call to the device, and not one for every layer
+
+
 @jax.jit
 def _scored(model, tokens):
   """[B, T - 1] log-probabilities of tokens [B, T] after those before them; scores of few positions at a time."""
@@ -334,7 +337,7 @@ def generating(config: ModelConfig) -> ModelConfig:
 def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:
   """The model as generation holds it: every layer by itself, but over pipeline stages, and in the compute dtype or in bytes."""
   model = in_compute_dtype(model if ax.size('layers') > 1 else transformer.unstacked(model))
-  return quantised.held(model, weights)
+  return quantised.in_bytes(model) if weights else model
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:

@@ -21,6 +21,7 @@ from parallel import mesh
 
 BLOCK = 256  # slots; a buffer has at most one block, or whole ones
 FILLED = 'filled_blocks_of_'  # the scope of the loop over blocks, with how many there are: what a program is planned with
+FEW = 4  # queries of a key head
 BYTE = 127.0  # what the largest number of an int8 vector becomes
 
 
@@ -132,6 +133,14 @@ def _local(q, held, layer, lengths, queries, sinks, table, *, window, softcap, s
   return out.reshape(B, K, G, T, Hv).transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv).astype(q.dtype)
 
 
+def products(q: Float[Array, 'B K M H'], keys: Float[Array, 'B K S H'], dtype) -> Float[Array, 'B K M S']:
+  """Of every query and every key."""
+  one = lambda q: jnp.einsum('BKH,BKSH->BKS', q, keys, preferred_element_type=dtype)
+  if mesh.platform() == 'cpu' and q.shape[2] <= FEW:  # one query after another: XLA's CPU lays keys out anew for several
+    return jnp.stack([one(q[:, :, m]) for m in range(q.shape[2])], 2)
+  return jnp.einsum('BKMH,BKSH->BKMS', q, keys, preferred_element_type=dtype)
+
+
 def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Array, 'B'], queries: Int[Array, 'B T'], *, window: int = 0,
            softcap: float = 0.0, scale: float = 1.0, Hv: int, offset=0, relative: Relative | None = None):
   """What a device's slots give to the softmax: its greatest score, the sum of weights, and the weighted sum of values, wide.
@@ -152,7 +161,7 @@ def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Ar
     start = index * block
     where = positions(held, start + offset + jnp.arange(block, dtype=jnp.int32), lengths)[:, None]  # [B, 1, block]
     keys = cut(held.keys, start)
-    scores = jnp.einsum('BKMH,BKSH->BKMS', q, keys.astype(q.dtype), preferred_element_type=wide) * scale
+    scores = products(q, keys.astype(q.dtype), wide) * scale
     if held.key_scales is not None:
       scores = scores * cut(held.key_scales, start)[:, :, None]
     scores = scores.reshape(B, K, G, T, block)

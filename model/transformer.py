@@ -19,7 +19,7 @@ from model.config import Kind, ModelConfig, MoEConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
 from model.params import gathered, joined, named_leaves, param, product, use
-from model.quantised import Parts
+from model.quantised import Bytes
 from parallel import axes as ax
 from parallel import offload, pipeline, remat
 
@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
-    if self.head.tokens is not None and isinstance(self.head.tokens.get_value(), Parts):
+    if self.head.tokens is not None and isinstance(self.head.tokens.get_value(), Bytes):
       logits = product('...D,VD->...V', self.head(x), self.head.tokens, 'float32')
     else:
       x, table = self.scored(x)

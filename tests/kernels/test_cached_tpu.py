@@ -87,7 +87,7 @@ CASES = {'llama': dict(H=128, M=4, S=8192), 'rows of many': dict(H=128, M=512, S
 
 
 @pytest.mark.parametrize('chip', ['v5e:1x1', pytest.param('v5p:1x1x1', marks=pytest.mark.slow), pytest.param('v6e:1x1', marks=pytest.mark.slow),
-                                  pytest.param('7x:1x1x1', marks=pytest.mark.slow)])
+                                  pytest.param('tpu7x:1x1x1', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('case', CASES)
 def test_it_compiles(chip, case):
   how = dict(dtype='bfloat16', Hv=0, window=0, ring=False) | CASES[case]

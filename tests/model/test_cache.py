@@ -10,7 +10,7 @@ import pytest
 from model import transformer
 from model.cache import init_cache
 from model.config import ModelConfig
-from model.quantised import held
+from model.quantised import in_bytes
 
 T5 = ModelConfig(**laws.TINY | dict(kv_heads=4, encoder_layers=2, position='relative', relative_buckets=8, relative_distance=12))
 slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
@@ -64,7 +64,7 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
 
 
 def test_bytes_of_weights_and_of_a_cache_go_together(one_device):
-  model = jax.jit(lambda model: held(model, 'int8'))(transformer.unstacked(laws.make_model(laws.make_config('gpt-oss'))))
+  model = jax.jit(in_bytes)(transformer.unstacked(laws.make_model(laws.make_config('gpt-oss'))))
   tokens, step = laws.tokens_of(model.config, 2, 6), laws.cached()
   full = np.asarray(laws.forward()(model, tokens))
   first, cache = step(model, tokens[:, :5], init_cache(model.config, 2, 8, 'int8'), fresh=True)
