@@ -75,7 +75,7 @@ def begin(state: DecodeState, length_penalty: Float[Array, 'B'], early: Int[Arra
     zeros = lambda dtype, *more: jnp.zeros((lengths.shape[0], beams, room, *more), dtype)
     texts = Chunk(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.float32), zeros(jnp.int32, alternatives),
                   zeros(jnp.float32, alternatives), None)
-    none = jnp.full((lengths.shape[0], beams), -jnp.inf)
+    none = jnp.full((lengths.shape[0], beams), -jnp.inf, jnp.float32)
     return Beams(none.at[:, 0].set(0), texts), Beams(none, texts), jnp.zeros_like(lengths, bool)  # one beam: alike, they would stay so
   lengths = state.cache.lengths
   running, finished, broken = _by_prompts(empty, lengths)

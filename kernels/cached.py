@@ -19,7 +19,7 @@ from kernels.mask import Relative
 from parallel import axes as ax
 from parallel import mesh
 
-BLOCK = 256  # slots; a buffer has at most one block, or whole ones
+BLOCK = 512  # slots; a buffer has at most one block, or whole ones
 FILLED = 'filled_blocks_of_'  # the scope of the loop over blocks, with how many there are: what a program is planned with
 FEW = 4  # queries of a key head
 BYTE = 127.0  # what the largest number of an int8 vector becomes
@@ -160,7 +160,10 @@ def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Ar
     top, total, mixed = carry
     start = index * block
     where = positions(held, start + offset + jnp.arange(block, dtype=jnp.int32), lengths)[:, None]  # [B, 1, block]
+    used = (where >= 0) & (where < lengths[:, None, None])
     keys = cut(held.keys, start)
+    if mesh.platform() == 'cpu':  # or XLA's CPU puts the write of a token into what reads it as well, for which it copies all slots
+      keys = jnp.where(used[..., None], keys, 0)
     scores = products(q, keys.astype(q.dtype), wide) * scale
     if held.key_scales is not None:
       scores = scores * cut(held.key_scales, start)[:, :, None]
@@ -169,7 +172,6 @@ def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Ar
       scores = scores + jnp.moveaxis(relative.scores(queries, where[:, 0]), (1, 2), (3, 4)).astype(wide)
     if softcap:
       scores = softcap * jnp.tanh(scores / softcap)
-    used = (where >= 0) & (where < lengths[:, None, None])
     seen = used & (where <= queries[..., None])
     if window:
       seen = seen & (queries[..., None] - where < window)
