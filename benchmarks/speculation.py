@@ -31,7 +31,7 @@ def main():
   arguments.add_argument('--workdir', required=True, help='of a run of train.py')
   arguments.add_argument('--documents', type=int, default=8)
   arguments.add_argument('--prompt_tokens', type=int, default=128)
-  arguments.add_argument('--max_new_tokens', type=int, default=256)
+  arguments.add_argument('--max_new_tokens', type=int, default=128)
   options = arguments.parse_args()
   from decode.generator import Generator
   g = Generator.load(options.workdir)
