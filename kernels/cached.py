@@ -21,7 +21,7 @@ from parallel import mesh
 
 BLOCK = 512  # slots; a buffer has at most one block, or whole ones
 FILLED = 'filled_blocks_of_'  # the scope of the loop over blocks, with how many there are: what a program is planned with
-FEW = 4  # queries of a key head
+FEW = 4  # queries of a key head, up to which a CPU takes one after another
 BYTE = 127.0  # what the largest number of an int8 vector becomes
 
 

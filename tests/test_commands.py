@@ -1,5 +1,6 @@
 """Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, misused, asked for text."""
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -276,6 +277,15 @@ def test_generate_writes_prompt_and_text_and_repeats_itself_by_seed(runs, whole)
   assert first.code == again.code == 0, first.error
   assert first.out.startswith('abc d') and len(first.out) > len('abc d\n\n') + 10
   assert first.out == again.out
+
+
+@pytest.mark.slow
+def test_drafts_are_timed_and_write_the_same(runs, whole, tmp_path):
+  done = Process(runs.directory, '-m', 'benchmarks.speculation', f'--workdir={whole}', '--documents=1', '--prompt_tokens=12',
+                 '--max_new_tokens=20', f'--json={tmp_path / "found.json"}').end()
+  assert done.code == 0 and '1 held-out documents, 12 + 20 tokens each' in done.out, done.error
+  found = json.loads((tmp_path / 'found.json').read_text())['results']
+  assert found['plain']['drafted'] == 0 < found['early exit 1']['drafted'] and 'early exit 2' not in found
 
 
 def test_generate_says_what_is_wrong(runs, whole, tmp_path):
