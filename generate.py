@@ -54,7 +54,7 @@ OPTIONS = {
     'seed': flags.DEFINE_integer('seed', 0, 'Of the draws; the same seed gives the same text.'),
     'num_samples': flags.DEFINE_integer('num_samples', 1, 'Completions of each prompt.'),
     'logprobs': flags.DEFINE_integer('logprobs', -1, 'Print, or write, log-probabilities, and so many alternatives of every token.'),
-    'chunk': flags.DEFINE_integer('chunk', 16, 'Tokens a call to the device.'),
+    'chunk': flags.DEFINE_integer('chunk', 16, 'Steps a call to the device, each a token, or more with drafts.'),
     'beams': flags.DEFINE_integer('beams', 1, 'Of a search for the likeliest texts, of which it writes num_samples; it draws nothing.'),
     'length_penalty': flags.DEFINE_float('length_penalty', 1.0, 'Of a search: above 0, longer texts score better.'),
     'lookup': flags.DEFINE_integer('lookup', 0, 'Draft what followed the last so many ids where they stood before; 0: do not.'),

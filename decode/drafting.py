@@ -20,7 +20,7 @@ from decode.speculative import DraftModel, EarlyExit, Lookup, Speculation, gave_
 from model.cache import APPEND
 from model.transformer import shallow
 
-TIMED = 3  # chunks of each kind: one of them may have waited for a compilation
+TIMED = 2  # chunks of each kind
 READ = APPEND - 1  # tokens that a drafter can read at once, which may have one to catch up with
 
 
@@ -67,8 +67,9 @@ class Course:
                read: Callable[[Any], DecodeState]):
     """state: after the prompts. read: what gives the same of a draft."""
     self._generator, self._options, self._drafter, self._rules, self._state = generator, options, drafter, rules, state
-    self.fell_back, self._chunks, self._asked, self._lengths, self._last = False, 0, [], [0] * len(prompts), None
-    self._seconds = {True: [], False: []}  # for a token, of each chunk that was drafted, and that was not
+    self.fell_back, self._pays, self._asked, self._lengths, self._last = False, False, [], [0] * len(prompts), None
+    self._seconds = {True: [], False: []}  # for a token, of each chunk that had drafts, and that could have none
+    self._drafted, self._without = 0, 0  # tokens that were drafted; chunks that were asked for without drafts
     if drafter is None:
       return
     memory, cost = None, 0.0
@@ -89,14 +90,15 @@ class Course:
   @property
   def most(self) -> int:
     """Steps of the next chunk, at most; each makes a token of every row, or more."""
+    chunk = self._options.chunk
     if self._drafts():
-      return max(1, self._options.chunk // (self._options.draft_tokens + 1))
-    return min(self._options.chunk, READ) if self._trying() else self._options.chunk
+      return max(1, chunk // (self._options.draft_tokens + 1)) if self._drafter.always else chunk
+    return min(chunk, READ) if self._timing() else chunk
 
   def advance(self, count: int) -> Chunk:
     """The next chunk, of so many steps."""
-    generator, options, most, drafts, trying = self._generator, self._options, self.most, self._drafts(), self._trying()
-    self._chunks += 1
+    generator, options, drafts, trying = self._generator, self._options, self._drafts(), self._trying()
+    most = self.most
     self._asked.append(drafts)
     if not trying:
       self._state, chunk = generator.advance(getattr(self._state, 'state', self._state), self._rules, options, count)
@@ -107,6 +109,7 @@ class Course:
             generator.model, self._drafter, self._state, self._rules, self._least, jnp.int32(count), steps=most, k=options.draft_tokens,
             pad=generator.tokenizer.pad, vocabulary=generator.vocabulary, alternatives=max(options.logprobs, 0))
       else:
+        self._without += 1
         state, chunk = generator.advance(self._state.state, self._rules, options, count)
         self._state = resumed(self._drafter, dataclasses.replace(self._state, state=state), chunk.ids[:, :READ], chunk.real[:, :READ])
     return chunk
@@ -115,19 +118,27 @@ class Course:
     """Another chunk is in these rows (decode.generator.Row): what it took, and what became of its drafts."""
     if not self._trying():
       return
-    now, lengths, drafted = time.perf_counter(), [len(row.ids) for row in rows], self._asked.pop(0)
+    asked, now, lengths = self._asked.pop(0), time.perf_counter(), [len(row.ids) for row in rows]
     grown = [n - before for n, before in zip(lengths, self._lengths) if n > before]
-    if self._last is not None and grown:
-      self._seconds[drafted].append((now - self._last) / statistics.mean(grown))
-    self._last, self._lengths = now, lengths
-    if not drafted and len(self._seconds[False]) == TIMED:
-      self.fell_back = statistics.median(self._seconds[False]) < statistics.median(self._seconds[True])
+    drafted = sum(row.drafted for row in rows)
+    # Looking for drafts in vain costs nothing; behind the last chunk with drafts the one without may have been compiled.
+    tells = drafted > self._drafted and all(self._asked) if asked else True
+    if self._last is not None and grown and tells:
+      self._seconds[asked].append((now - self._last) / statistics.mean(grown))
+    self._last, self._lengths, self._drafted = now, lengths, drafted
+    if self._timing() and len(self._seconds[False]) == TIMED:
+      self._pays = statistics.mean(self._seconds[True]) <= statistics.mean(self._seconds[False])
+      self.fell_back = not self._pays
     # Who has given up drafts nothing in the chunk that is under way, so that no part of a law is left over when it ends.
     self.fell_back |= all(row.finish or gave_up(np.float32(row.drafted), row.accepted, self._least) for row in rows)
 
   def _trying(self) -> bool:
     return self._drafter is not None and not self.fell_back
 
+  def _timing(self) -> bool:
+    """Whether the clock has yet to say what is faster."""
+    return self._trying() and self._greedy and not self._pays
+
   def _drafts(self) -> bool:
-    """Whether the next chunk is drafted: the first one, which is not timed, and so many more; then so many are not."""
-    return self._trying() and not (self._greedy and TIMED < self._chunks <= 2 * TIMED)
+    """Whether the next chunk is drafted: until so many with drafts have been timed, and again when so many without were asked for."""
+    return self._trying() and not (self._timing() and len(self._seconds[True]) >= TIMED and self._without < TIMED)

@@ -34,7 +34,8 @@ class Options:
     stop: texts and ids at which a row ends. Such a text is not part of the completion, such an id is. A search takes ids only.
     logprobs: how many alternatives are reported for every token; -1: nothing is.
     constraint: decode.constrain.Constraint that texts keep to, one for all prompts or a sequence of one (or None) for each.
-    chunk: tokens a call to the device; texts do not depend on it. cache_dtype: see model.cache.init_cache.
+    chunk: steps a call to the device, each a token, or more where drafts are kept; texts do not depend on it. cache_dtype: see
+      model.cache.init_cache.
     draft, lookup, early_exit: what drafts tokens (decode.speculative), one of: a Generator with the same tokenizer; the length of
       what is looked up in the row's own past; how many of the model's layers. draft_tokens: how many are drafted at a time. Greedy
       texts are those without; others have the same law, and are other draws.

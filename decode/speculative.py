@@ -64,6 +64,7 @@ class Drafts:
 # What drafters share. `propose`: what may follow `first` [B], a token that the model's cache does not have yet, though `state` has been
 # advanced by it (and holds, of the cache, the lengths only); it returns the memory, the model's cache, as long as it was, and Drafts.
 # `read`: the memory after tokens [B, T], the first counts[b] of each row, that came without it where rows had these lengths.
+# `always`: whether it drafts in every step.
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +72,7 @@ class Drafts:
 class Lookup:
   """Drafts what followed the last n tokens where the row has had them before. Its memory: the row's ids [B, S]."""
   n: int = dataclasses.field(metadata={'static': True})
+  always = False
 
   def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
     lengths = state.cache.lengths
@@ -89,6 +91,7 @@ class Lookup:
 class DraftModel:
   """Drafts with another model. Its memory: a cache, and the last token that was drafted [B], which the cache does not hold."""
   model: Any
+  always = True
 
   def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
     own, tokens, counts = self.behind(memory, first[:, None], state.cache.lengths - 1, jnp.where(state.done, 0, 1))
@@ -113,6 +116,7 @@ class DraftModel:
 class EarlyExit:
   """Drafts with the model's own first layers, whose part of the model's cache is theirs, too. It needs no memory."""
   layers: int = dataclasses.field(metadata={'static': True})
+  always = True
 
   def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
     E = self.layers
@@ -166,11 +170,24 @@ def speculate_chunk(model: Decoder, drafter: Any, carried: Speculation, rules: R
     memory, cache, drafts = drafter.propose(carried.memory, model, cache, state, first, rules, k, vocabulary)
     asked = ~state.done & ~gave_up(carried.drafted, carried.accepted, least)
     counts = jnp.where(asked, jnp.clip(state.stop_at - n - 1, 0, drafts.counts), 0)
-    tokens = jnp.concatenate([first[:, None], drafts.ids.T], 1)
-    x, cache, _ = model(tokens, cache=cache, counts=jnp.where(live, 1 + counts, 0))
-    after = jnp.moveaxis(scores(model, x, vocabulary), 1, 0)
-    state = dataclasses.replace(state, logits=jnp.where(live[:, None], after[0], state.logits))
-    state, rejected, more = judged(state, drafts, counts, after[1:], rules, alternatives)
+
+    def judge(most, cache):
+      """With the first `most` drafts of each row: the cache with all that the model has read, and what `judged` finds."""
+      ids, log_laws = drafts.ids[:most], drafts.laws[:most]
+      x, cache, _ = model(jnp.concatenate([first[:, None], ids.T], 1), cache=cache, counts=jnp.where(live, 1 + counts, 0))
+      after = jnp.moveaxis(scores(model, x, vocabulary), 1, 0)
+      known = dataclasses.replace(state, logits=jnp.where(live[:, None], after[0], state.logits))
+      *found, more = judged(known, Drafts(ids, log_laws, counts), counts, after[1:], rules, alternatives)
+      return cache, *found, jax.tree.map(lambda x: jnp.pad(x, [(0, k - most)] + [(0, 0)] * (x.ndim - 1)), more)
+    if drafter.always:
+      cache, state, rejected, more = judge(k, cache)
+    else:  # what drafts nothing costs nothing. Loops of one turn or none: XLA copies the cache for a branch, and none for a loop
+      kinds = jax.eval_shape(functools.partial(judge, k), cache)[-1]
+      none = jax.tree.map(lambda x: ax.place(jnp.zeros(x.shape, x.dtype), None, 'batch'), kinds)
+      found, some = (cache, state, carried.rejected, none), counts.any().astype(jnp.int32)
+      for most, turns in ((k, some), (0, 1 - some)):
+        found = jax.lax.fori_loop(0, turns, lambda _, found, most=most: judge(most, found[0]), found)
+      cache, state, rejected, more = found
     kept = more.real.sum(0, dtype=jnp.int32)
     state = dataclasses.replace(state, cache=taken_back(cache, n + live + kept))
     tokens = jax.tree.map(lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], 1), one, more)

@@ -10,6 +10,7 @@ import pytest
 from data.tokenizer import ByteTokenizer
 from decode import drafting
 from decode.constrain import Constraint
+from decode.drafting import Course
 from decode.generator import Generator
 from decode.speculative import TRIAL
 from model import transformer
@@ -106,10 +107,15 @@ def test_meshes(sizes):
       split('a', max_new_tokens=4, early_exit=1)
 
 
-def ticking(monkeypatch, seconds):
-  """A clock that says that chunks took so long, one after another."""
-  now = iter(np.cumsum([0.0, *seconds, *[1.0] * 99]).tolist())
-  monkeypatch.setattr(drafting, 'time', types.SimpleNamespace(perf_counter=lambda: next(now)))
+def ticking(monkeypatch, with_drafts, without):
+  """A clock that says that chunks took so long."""
+  now, came = [0.0], Course.came
+
+  def coming(self, rows):
+    now[0] += (with_drafts if self._asked[0] else without) if self._asked else 1.0
+    came(self, rows)
+  monkeypatch.setattr(Course, 'came', coming)
+  monkeypatch.setattr(drafting, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
 
 
 @pytest.mark.parametrize('kind', DRAFTS)
@@ -117,7 +123,7 @@ def ticking(monkeypatch, seconds):
 def test_the_clock_decides_and_changes_no_greedy_text(generator, other, monkeypatch, kind, faster):
   options = dict(max_new_tokens=50, temperature=0.0, chunk=5)
   plain = generator('def main(', **options)
-  ticking(monkeypatch, [1.0] * 3 + ([50.0] * 3 if faster == 'drafts' else [0.01] * 3))
+  ticking(monkeypatch, 1.0, 50.0 if faster == 'drafts' else 0.01)
   assert_same(generator('def main(', **options, **options_of(kind, other)), plain)
   assert generator.report.fell_back == (faster == 'none')
 

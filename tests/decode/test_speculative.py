@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -360,8 +361,11 @@ def test_other_options_compile_nothing(model, drafts):
   assert speculate_chunk._cache_size() == before
 
 
-def test_buffers_are_rewritten_in_place(model):
+@pytest.mark.parametrize('drafter', [EarlyExit(1), Lookup(2)])
+def test_buffers_are_rewritten_in_place(model, drafter):
   state = start(model)
-  carried = Speculation.of(state, None)
-  compiled = speculate_chunk.lower(model, EarlyExit(1), carried, rules(greedy(3)), jnp.float32(0), steps=4, k=4, pad=PAD).compile()
+  carried = Speculation.of(state, None if drafter.always else jnp.zeros((3, state.cache.capacity), jnp.int32))
+  compiled = speculate_chunk.lower(model, drafter, carried, rules(greedy(3)), jnp.float32(0), steps=4, k=4, pad=PAD).compile()
   assert compiled.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state.cache.held))
+  buffer = ','.join(map(str, state.cache.held[0].keys.shape))
+  assert not re.findall(rf'f32\[{buffer}\]\S* copy\(', compiled.as_text()), 'all slots are copied'
