@@ -352,14 +352,20 @@ def backward_keys(q, k, v, lse, delta, d_out, ids, order, steps, sum_q, d_k, d_v
         weights = jnp.exp2(powers if begun else powers + minus('lse', 1.0))
         slopes = weights if bent is None else weights * (1 - bent * bent)
         weights = weights.astype(shape.dtype)
-        d_weights, = d_weights or gpu.products(of_weights(), interpret=shape.interpret)
-        d_scores = (slopes * d_weights).astype(shape.dtype)
+        for_v, for_k = (of_v, weights, part(d_outs, wide)), lambda: (of_k, d_scores, part(queries, columns))
+        if crowded:  # one after another, so that each begins with the registers of the one before
+          of_v, = gpu.products(for_v, interpret=shape.interpret)
+          d_weights = gpu.products(of_weights(), interpret=shape.interpret)
+        d_scores = (slopes * d_weights[0]).astype(shape.dtype)
         if sum_q is not None:
           held, half = memory['d_scores'].at[lax.rem(step, 2)], shape.H // WARPGROUPS
           held.at[mine][...] = d_scores
           plgpu.commit_smem()
           _meet(both)
-        of_v, of_k = gpu.products((of_v, weights, part(d_outs, wide)), (of_k, d_scores, part(queries, columns)), interpret=shape.interpret)
+        if crowded:
+          of_k, = gpu.products(for_k(), interpret=shape.interpret)
+        else:
+          of_v, of_k = gpu.products(for_v, for_k(), interpret=shape.interpret)
         _release(free, {'q': [slot]})
         if sum_q is not None:  # not with the products before: registers
           across = pl.ds(warpgroup * half, half)
@@ -372,7 +378,8 @@ def backward_keys(q, k, v, lse, delta, d_out, ids, order, steps, sum_q, d_k, d_v
         carry = lax.fori_loop(0, steps[tile, FULLS], functools.partial(block, g=g, masked=False), carry)
         return lax.fori_loop(steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, g=g, masked=True), carry)
       width = lambda which: which.stop - which.start
-      sums = lax.fori_loop(0, G, one_head, (gpu.filled((bk, width(columns))), gpu.filled((bk, width(wide)))))
+      heads = G + lax.max(~order[0], 0)  # G, but not for the compiler: see _each_tile
+      sums = lax.fori_loop(0, heads, one_head, (gpu.filled((bk, width(columns))), gpu.filled((bk, width(wide)))))
       if sum_q is not None:
         _meet(both)  # the other's last product has read these keys
       for of, target, name, scale in zip(sums, (d_k, d_v), 'kv', (shape.scale, 1.0)):

@@ -177,8 +177,10 @@ def test_what_it_cannot_raises(monkeypatch):
 
 
 SEGMENTS = {f'{x}_segments': np.zeros((2, 2048), np.int32) for x in ('query', 'key')}
+POSITIONS = {f'{x}_positions': np.zeros((2, 2048), np.int32) for x in ('query', 'key')}
 COMPILED = {
     'causal': ((1, 4096, 4096, 8, 2, 128, 128, jnp.bfloat16), Mask(), 0.0),
+    'causal, own keys': ((1, 4096, 4096, 8, 8, 128, 128, jnp.bfloat16), Mask(), 0.0),
     'full': ((1, 4096, 4096, 8, 2, 128, 128, jnp.bfloat16), Mask(causal=False), 0.0),
     'narrow': ((1, 4096, 4096, 8, 8, 64, 64, jnp.bfloat16), Mask(), 0.0),
     'widest': ((1, 4096, 4096, 4, 2, 256, 256, jnp.bfloat16), Mask(), 0.0),
@@ -186,6 +188,11 @@ COMPILED = {
     'soft cap': ((1, 4096, 4096, 8, 4, 128, 128, jnp.bfloat16), Mask(), 50.0),
     'soft cap, window, widest': ((1, 2048, 2048, 4, 2, 256, 256, jnp.bfloat16), Mask(window=512), 50.0),
     'packed': ((2, 2048, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(**SEGMENTS), 0.0),
+    'packed, own keys': ((2, 2048, 2048, 8, 8, 128, 128, jnp.bfloat16), Mask(**SEGMENTS), 0.0),
+    'packed, window, own keys': ((2, 2048, 2048, 8, 8, 128, 128, jnp.bfloat16), Mask(window=512, **SEGMENTS), 0.0),
+    'packed, window, many heads of a key': ((2, 2048, 2048, 8, 1, 128, 128, jnp.bfloat16), Mask(window=512, **SEGMENTS), 0.0),
+    'packed, full': ((2, 2048, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(causal=False, **SEGMENTS), 0.0),
+    'positions': ((2, 2048, 2048, 8, 4, 128, 128, jnp.bfloat16), Mask(**POSITIONS), 0.0),
     'packed, window, narrow': ((2, 2048, 2048, 8, 2, 64, 64, jnp.bfloat16), Mask(window=512, **SEGMENTS), 0.0),
     'packed, widest': ((2, 2048, 2048, 4, 4, 256, 256, jnp.bfloat16), Mask(**SEGMENTS), 0.0),
     'positions, prefix': ((2, 1024, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(query_positions=np.zeros((2, 1024), np.int32), prefix=np.array(
@@ -193,6 +200,8 @@ COMPILED = {
     'latent': ((1, 2048, 2048, 4, 4, 192, 128, jnp.bfloat16), Mask(), 0.0),
     'wide keys, narrow values': ((1, 2048, 2048, 4, 2, 192, 64, jnp.bfloat16), Mask(), 0.0),
     'narrow keys, wide values': ((1, 2048, 2048, 4, 2, 64, 256, jnp.bfloat16), Mask(), 0.0),
+    'ragged, packed': ((2, 1000, 1500, 8, 8, 128, 128, jnp.float16), Mask(causal=False, query_segments=np.zeros((2, 1000), np.int32),
+                                                                         key_segments=np.zeros((2, 1500), np.int32)), 0.0),
     'ragged': ((1, 1000, 1500, 8, 8, 80, 80, jnp.float16), Mask(causal=False), 0.0),
 }
 
