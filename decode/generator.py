@@ -1,6 +1,7 @@
 """How does a person generate? Load a run's directory once, then ask it for text, whole or as it comes."""
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -133,14 +134,17 @@ class Generator:
     return chunks()
 
   def score(self, texts: Sequence[Prompt]) -> list[np.ndarray]:
-    """Log-probabilities, f32, of every id of each text but its first one (a text begins as documents do), by the training forward pass."""
+    """Log-probabilities, f32, of every id of each text but its first one (a text begins as documents do), by the training forward pass.
+
+    As in generation they are those among ids that the tokenizer has, where the table of embeddings is larger.
+    """
     config = self.model.config
     if config.encoder_layers or not config.causal:
       raise ValueError('scores of texts are those of a decoder; this model has an encoder')
     encoded = [self.encoded(text) for text in texts]
     tokens, lengths = self._padded(encoded + [encoded[-1][:1]] * (-len(encoded) % self.parts))  # rows that fill the mesh up
     with jax.set_mesh(self.mesh):
-      found = np.asarray(_scored(self.model, self.put(tokens)))
+      found = np.asarray(_scored(self.model, self.put(tokens), self.vocabulary))
     return [row[:length - 1] for row, length in zip(found[:len(encoded)], lengths)]
 
   def session(self, capacity: int = 0, cache_dtype: str = ''):
@@ -309,8 +313,8 @@ def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
 _empty = jax.jit(init_cache, static_argnums=range(5))  # one call to the device, and not one for every layer
 
 
-@jax.jit
-def _scored(model, tokens):
+@functools.partial(jax.jit, static_argnames='vocabulary')
+def _scored(model, tokens, vocabulary):
   """[B, T - 1] log-probabilities of tokens [B, T] after those before them; scores of few positions at a time."""
   with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):  # rows that do not split are on all devices
     x = ax.place(model(ax.place(tokens, 'batch', 'length')).hidden, 'batch', None, 'width')
@@ -320,7 +324,7 @@ def _scored(model, tokens):
 
   def one(part):
     x, targets = part
-    found = jax.nn.log_softmax(loop.scores(model, x, 0), -1)
+    found = jax.nn.log_softmax(loop.scores(model, x, vocabulary), -1)
     return jnp.take_along_axis(found, targets[..., None], -1)[..., 0]
   found = jax.lax.map(one, (parts(jnp.pad(x, [*pad, (0, 0)])), parts(jnp.pad(targets, pad))))
   return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1)[:, :tokens.shape[1] - 1]

@@ -177,7 +177,7 @@ def speculate_chunk(model: Decoder, drafter: Any, carried: Speculation, rules: R
       x, cache, _ = model(jnp.concatenate([first[:, None], ids.T], 1), cache=cache, counts=jnp.where(live, 1 + counts, 0))
       after = jnp.moveaxis(scores(model, x, vocabulary), 1, 0)
       known = dataclasses.replace(state, logits=jnp.where(live[:, None], after[0], state.logits))
-      *found, more = judged(known, Drafts(ids, log_laws, counts), counts, after[1:], rules, alternatives)
+      *found, more = judged(known, Drafts(ids, log_laws, counts), after[1:], rules, alternatives)
       return cache, *found, jax.tree.map(lambda x: jnp.pad(x, [(0, k - most)] + [(0, 0)] * (x.ndim - 1)), more)
     if drafter.always:
       cache, state, rejected, more = judge(k, cache)
@@ -211,7 +211,7 @@ def begun(carried: Speculation, rules: Rules, alternatives: int):
   return advanced(state, longer(state.cache, real), ids, real, rules), found, broken
 
 
-def judged(state, drafts: Drafts, counts, after, rules: Rules, alternatives: int):
+def judged(state, drafts: Drafts, after, rules: Rules, alternatives: int):
   """Which drafts are kept: the state after them, the law of what was rejected, and tokens [k, B] of a Chunk.
 
   state: with the model's logits before the first draft. after: [k, B, V], its logits after each.
@@ -220,7 +220,7 @@ def judged(state, drafts: Drafts, counts, after, rules: Rules, alternatives: int
     state, rejected, open = carry  # open: rows of which every draft so far was kept
     ids, log_q, after, index = draft
     log_p = next_law(state, rules)
-    asked = open & (index < counts) & ~state.done & ~laws.bad(log_p)
+    asked = open & (index < drafts.counts) & ~state.done & ~laws.bad(log_p)
     noise = laws.noise(rules.sampling.seed, state.cache.lengths, Stream.ACCEPT)
     kept = asked & accepted(log_p, log_q, ids, noise)
     rejected = jnp.where((asked & ~kept)[:, None], log_q, rejected)
