@@ -21,6 +21,7 @@ from model.cache import APPEND
 from model.transformer import shallow
 
 TIMED = 2  # chunks of each kind
+SHORT = 16  # tokens of a chunk without drafts, at most, while chunks are timed: so that a call is judged before it ends
 READ = APPEND - 1  # tokens that a drafter can read at once, which may have one to catch up with
 
 
@@ -91,14 +92,16 @@ class Course:
   def most(self) -> int:
     """Steps of the next chunk, at most; each makes a token of every row, or more."""
     chunk = self._options.chunk
-    if self._drafts():
-      return max(1, chunk // (self._options.draft_tokens + 1)) if self._drafter.always else chunk
-    return min(chunk, READ) if self._timing() else chunk
+    return self._steps(min(chunk, SHORT) if self._timing() else chunk)
+
+  def _steps(self, chunk: int) -> int:
+    """Of a chunk of so many tokens without drafts."""
+    return max(1, chunk // (self._options.draft_tokens + 1)) if self._drafts() and self._drafter.always else chunk
 
   def advance(self, count: int) -> Chunk:
     """The next chunk, of so many steps."""
     generator, options, drafts, trying = self._generator, self._options, self._drafts(), self._trying()
-    most = self.most
+    steps = self._steps(options.chunk)  # that are compiled, once
     self._asked.append(drafts)
     if not trying:
       self._state, chunk = generator.advance(getattr(self._state, 'state', self._state), self._rules, options, count)
@@ -106,7 +109,7 @@ class Course:
     with jax.set_mesh(generator.mesh):
       if drafts:
         self._state, chunk = speculate_chunk(
-            generator.model, self._drafter, self._state, self._rules, self._least, jnp.int32(count), steps=most, k=options.draft_tokens,
+            generator.model, self._drafter, self._state, self._rules, self._least, jnp.int32(count), steps=steps, k=options.draft_tokens,
             pad=generator.tokenizer.pad, vocabulary=generator.vocabulary, alternatives=max(options.logprobs, 0))
       else:
         self._without += 1

@@ -128,6 +128,12 @@ def test_the_clock_decides_and_changes_no_greedy_text(generator, other, monkeypa
   assert generator.report.fell_back == (faster == 'none')
 
 
+def test_a_call_of_one_chunk_is_judged_before_it_ends(generator, monkeypatch):
+  ticking(monkeypatch, 1.0, 0.01)
+  generator('def main(', max_new_tokens=100, temperature=0.0, chunk=100, early_exit=1, logit_bias={generator.tokenizer.eos: -float('inf')})
+  assert generator.report.fell_back
+
+
 def test_rows_that_draw_stop_drafting_by_themselves(generator):
   costly = make(MODEL, 9)  # as many bytes as the model has: all drafts would have to be kept
   found = generator(PROMPTS, max_new_tokens=60, draft=costly, chunk=5)
