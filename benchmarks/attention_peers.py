@@ -333,10 +333,14 @@ def run_oracle(job: Job) -> None:
   import jax.numpy as jnp
   jax.config.update('jax_enable_x64', True)
   rounded = lambda x: jnp.asarray(x if job.rehearsal else x.astype(jnp.bfloat16), jnp.float64)
-  for case in job.cases:
+
+  def one(case):
     head = [rounded(x[probe(case)]) for x in job.arrays(case)]
     np.savez(job.directory / f'{case.name}.npz', **jax.jit(functools.partial(exact, case))(*head))
     report(case=case.name)
+  for case in job.cases:
+    if not job.late():
+      attempt(case, one, case)
 
 
 def run_peak(job: Job) -> None:

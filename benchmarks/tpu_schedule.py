@@ -110,13 +110,14 @@ def child(directory: str) -> None:
       beside = sum(block.bundles for blocks in made for block in blocks) - sum(block.bundles for body in bodies for block in body)
       results[direction] = {'step': step, 'whole': round(whole / tiles), 'masked': round(masked / tiles), 'beside': beside,
                             'matrix unit': bodies[0][0].uses.get('MXU', bodies[0][0].uses.get('MATMUL', 0.0)),
-                            'spill': bodies[0][0].uses.get('VSTORE:SPILL', 0.0)}
+                            'spill': max(part.uses.get('VSTORE:SPILL', 0.0) for body in bodies for part in body)}
     print(json.dumps(results), flush=True)
 
 
 def measure(jobs: list[dict]) -> list[dict]:
   """For arguments of compile_here each: direction -> step, bundles of a tile that is whole and of one that is masked, and those of a step
-  beside them (at most: some run once a row only), shares of slots; or {'error': why}.
+  beside them (at most: some run once a row only), shares of slots: of the matrix unit in a whole tile, of stores that spill in the body
+  that has most; or {'error': why}.
   """
   with tempfile.TemporaryDirectory() as directory:
     environment = os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': bundles.dump_flags(directory)}
@@ -218,14 +219,14 @@ def main():
       name = f'{topology.partition(":")[0]}, {width}, {direction}'
       ours, theirs = (both[backend]['causal'][direction] for backend in KERNELS)
       bodies.append([name, *(f'{x["whole"]:,} / {x["masked"]:,}' for x in (ours, theirs)), ours['whole'] / theirs['whole'],
-                     f'{ours["matrix unit"]:.0%}', f'{ours["spill"]:.0%}'])
+                     *(f'{ours[share]:.0%} / {theirs[share]:.0%}' for share in ('matrix unit', 'spill'))])
       each = {workload: [seconds(both[backend][what][direction], direction, width, chip, what, length, backend == 'pallas_tpu')
                          for backend in KERNELS] for workload, (what, length) in WORKLOADS.items()}
       times.append([name, *(f'{ours * 1e3:.3g} {ours / theirs:.2f}x' for ours, theirs in each.values())])
       results[name] = {'seconds': each, 'bundles': {backend: {what: both[backend][what][direction] for what in WHAT}
                                                     for backend in KERNELS}}
   common.table(f'attention, {HEADS} heads, bfloat16: bundles of a causal tile, whole / masked',
-               ['TPU, head width', 'ours', 'splash', 'ratio', 'matrix unit', 'spills'], bodies)
+               ['TPU, head width', 'ours', 'splash', 'ratio', 'matrix unit, ours / splash', 'stores that spill, at most'], bodies)
   common.table('ms of ours by them, and ratio to splash', ['TPU, head width', *WORKLOADS], times)
   common.write_json(options.json, 'tpu_schedule', results)
 
