@@ -43,7 +43,8 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int, document_l
   length = sequence_length if document_length is None else min(sequence_length, document_length)
   total = 2 * model.D * model.V
   for kind in model.kinds:
-    keys = mean_keys(sequence_length, kind.window, document_length) if model.causal else length
+    keys = mean_keys(sequence_length, kind.window, document_length)
+    keys = keys if model.causal else 2 * keys - 1  # on either side, the token itself once
     total += 2 * (attention_weights(model) + feed_forward_weights(model, kind.moe))
     total += 2 * model.N * (model.H + model.latent.rope_width + model.value_width) * keys
   return total

@@ -7,13 +7,14 @@ the whole rule), and else dense scores as XLA compiles them.
 `pallas_tpu`, `pallas_gpu`: our own flash attention for TPUs (kernels.flash_tpu) and Hopper GPUs (kernels.flash_gpu, of 16-bit operands),
 everything but relative positions.
 `auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU `xla`; else, and on a CPU, `blocked`, then
-`reference`: the first that honours the spec.
+`reference`: the first that honours the spec. What it is is printed once.
 Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together, on a TPU
 `pallas_tpu` first.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,11 @@ from parallel import context as cp
 from parallel import mesh
 from parallel.remat import named
 
-ANY = {'float32', 'wide_heads'}  # operands of more than 16 bits, heads of more than 256
+ANY = {'float32', 'float64', 'wide_heads'}  # operands of more than 16 bits, and of more than 32, heads of more than 256
 HONOURS = {
     'reference': ANY | {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'relative', 'value_width'},
     'blocked': ANY | {'causal', 'window', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
-    'pallas_tpu': ANY | {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'value_width'},
+    'pallas_tpu': ANY - {'float64'} | {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'value_width'},
     'pallas_gpu': {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'value_width'},
     'xla': ANY | {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
@@ -60,9 +61,8 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   Raises: ValueError for shapes or blocks that do not fit or an unknown backend; NotImplementedError for a spec or blocks that
     the backend does not honour, naming those that do.
   """
-  N, H, K = q.shape[2], q.shape[3], k.shape[2]
-  if N % K:
-    raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
+  _check(q, k, v, mask, softcap, sinks)
+  H = q.shape[3]
   scale = H**-0.5 if scale is None else scale
   block_sizes.check(blocks, backend, max(H, v.shape[3]))
   if ax.size('length') > 1:
@@ -70,11 +70,40 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
     local = cp.Local(*(functools.partial(function, **settings) for function in (attention, part, part_backward)))
     return cp.attention(q, k, v, mask, local, sinks=sinks, relative=relative, strategy=context)
   spec = _spec(q, v, mask, softcap, sinks, relative)
-  backend = choose(spec, few=q.shape[1] < FEW) if backend == 'auto' else check(backend, spec)
+  backend = _said(choose(spec, few=q.shape[1] < FEW)) if backend == 'auto' else check(backend, spec)
   run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla,
          **{name: functools.partial(flash.attention, name, blocks=blocks) for name in flash.KERNELS}}[backend]
   out, lse = run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
   return (out if backend in flash.KERNELS else named(out, 'attention')), lse  # what those keep has that name already
+
+
+def _check(q, k, v, mask, softcap, sinks):
+  """Raises ValueError where operands do not go together: a kernel would read past one of them, or leave some of it out."""
+  for name, x, axes in (('q', q, 'B, T, N, H'), ('k', k, 'B, S, K, H'), ('v', v, 'B, S, K, Hv')):
+    if x.ndim != 4 or not x.size:
+      raise ValueError(f'{name}{list(x.shape)} must be [{axes}], and not empty')
+  (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+  if k.shape != (B, S, K, H) or v.shape[:3] != (B, S, K):
+    raise ValueError(f'q{list(q.shape)}, k{list(k.shape)} and v{list(v.shape)} must be [B, T, N, H], [B, S, K, H] and [B, S, K, Hv]')
+  if not q.dtype == k.dtype == v.dtype:
+    raise ValueError(f'q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast them to one type')
+  if N % K:
+    raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
+  if K > 1 and ax.whole_or('kv_heads', K) is None:
+    raise ValueError(f'{K} key heads do not split over mesh.tensor={ax.size("kv_heads")}; repeat them first')
+  if isinstance(softcap, jax.core.Tracer):
+    raise ValueError(f'softcap={softcap} must be a number when attention is traced: make it static, or close over it')
+  if softcap < 0:
+    raise ValueError(f'softcap={softcap} must be positive, or 0 for none')
+  if sinks is not None and sinks.shape != (N,):
+    raise ValueError(f'sinks{list(sinks.shape)} must be [{N}], one for each query head')
+  for name, length in (('query', T), ('key', S)):
+    for what in ('segments', 'positions'):
+      x = getattr(mask, f'{name}_{what}')
+      if x is not None and x.shape not in ((B, length), (1, length)):
+        raise ValueError(f'mask.{name}_{what}{list(x.shape)} must be [{B}, {length}], an entry for each {name} of each row')
+  if mask.prefix is not None and mask.prefix.shape != (B,):
+    raise ValueError(f'mask.prefix{list(mask.prefix.shape)} must be [{B}], one for each row')
 
 
 def part(q, k, v, mask, *, softcap, relative, scale, backend, blocks=Blocks()):
@@ -96,14 +125,15 @@ def _chosen(backend, blocks):
 def _part(q, v, mask, softcap, relative, backend):
   spec = _spec(q, v, mask, softcap, None, relative)
   if backend == 'auto':
-    return choose(spec, in_parts=True)
+    return _said(choose(spec, in_parts=True))
   return check_part(check(backend, spec))
 
 
 def _spec(q, v, mask, softcap, sinks, relative):
   H, Hv = q.shape[3], v.shape[3]
   named = {'softcap': softcap, 'sinks': sinks is not None, 'relative': relative is not None, 'value_width': H != Hv,
-           'wide_heads': max(H, Hv) > WIDE, 'float32': q.dtype.itemsize > 2}
+           'wide_heads': max(H, Hv) > WIDE, 'float32': q.dtype.itemsize > 2,
+           'float64': q.dtype.itemsize > 4}
   return mask.fields() | {name for name, is_set in named.items() if is_set}
 
 
@@ -134,6 +164,14 @@ def choose(spec: set[str], platform: str = '', in_parts: bool = False, few: bool
   return next(name for name in order if spec <= HONOURS[name] and not (few and name in flash.KERNELS))
 
 
+@functools.cache
+def _said(chosen: str) -> str:
+  """What `auto` means here, printed once."""
+  if jax.process_index() == 0:
+    print(f"attention: 'auto' is {chosen!r} on a {mesh.platform()}", file=sys.stderr)
+  return chosen
+
+
 def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):
   """Same contract as reference.attention, without prefix: a loop over query blocks, each with the keys it can see."""
   # Scores are as large as everything else of a block together: cheaper to compute again than to keep.
@@ -160,20 +198,22 @@ def blocked_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, sca
 def _blocks(mask, T, S, relative):
   """(queries, keys, mask) of each block; of rows in order, keys that no query of the block can see are left out."""
   in_order = mask.query_positions is None
-  if T != S and in_order and (mask.causal or relative is not None):
+  if T != S and in_order and (mask.positioned or relative is not None):
     raise ValueError(f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; use reference')
   for start in range(0, T, BLOCK):
     stop = min(start + BLOCK, T)
-    first = max(0, start - mask.window + 1) if mask.window and in_order else 0
-    queries, keys = slice(start, stop), slice(first, stop if mask.causal and in_order else S)
+    first, last = 0, S
+    if mask.window and in_order:
+      first, last = max(0, start - mask.window + 1), min(S, stop + mask.window - 1)
+    queries, keys = slice(start, stop), slice(first, stop if mask.causal and in_order else last)
     yield queries, keys, mask.block(queries, keys)
 
 
 def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
   """jax.nn.dot_product_attention: cuDNN's where it honours the spec, else its own causal and window flags, else a dense mask."""
   T, S = q.shape[1], k.shape[1]
-  window, dense = (mask.window - 1, 0) if mask.window else None, None
-  if (mask.causal and T != S) or not mask.fields() <= {'causal', 'window'}:
+  window, dense = (mask.window - 1, 0 if mask.causal else mask.window - 1) if mask.window else None, None
+  if (mask.positioned and T != S) or not mask.fields() <= {'causal', 'window'}:
     dense = mask.allowed(T, S)[:, None]
   if not cudnn.refusal(q, k, v, mask):
     out = cudnn.attention(q, k, v, mask, scale)

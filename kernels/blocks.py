@@ -1,4 +1,4 @@
-"""Which blocks of queries and keys can be chosen for our flash attention? What each of its kernels takes, by the width of heads.
+"""What can be chosen of how our flash attention works? Blocks of queries and keys, by the width of heads, and sums in a certain order.
 
 What is chosen is taken exactly or refused. Where nothing is, the kernels' tables say: kernels.tuning for TPUs, kernels.flash_gpu.
 """
@@ -23,11 +23,14 @@ class Blocks:
     forward_queries, forward_keys: of a step; on a TPU queries of all heads of a step together, on a GPU of one head.
     backward_queries, backward_keys: the same of the gradients. On a GPU, where queries' gradients have a kernel of their own (see
       kernels.flash_gpu.backward), that one's blocks are not chosen by these.
+    deterministic: gradients are the same bits every time. On a GPU ours of queries are added up in main memory otherwise, in no certain
+      order; for two products of seven more they have a kernel of their own. All other backends but cuDNN's are deterministic anyway.
   """
   forward_queries: int = 0
   forward_keys: int = 0
   backward_queries: int = 0
   backward_keys: int = 0
+  deterministic: bool = False
 
   def of(self, direction: str) -> tuple[int, int]:
     """Queries and keys of the 'forward' or the 'backward' kernel."""
@@ -36,7 +39,10 @@ class Blocks:
 
 def check(blocks: Blocks, backend: str, width: int) -> None:
   """Raises where a backend does not take the blocks for heads so wide: NotImplementedError if it has none to choose, else ValueError."""
-  chosen = {name: size for name, size in dataclasses.asdict(blocks).items() if size}
+  if blocks.deterministic and backend in ('auto', 'xla'):
+    raise NotImplementedError(f'model.attention_blocks.deterministic=True: model.attention={backend!r} may be cuDNN, which adds gradients '
+                              f'up in no certain order; set it to one of {[*SIZES, "blocked", "reference"]}')
+  chosen = {name: size for name, size in dataclasses.asdict(blocks).items() if size and name != 'deterministic'}
   if not chosen:
     return
   if backend not in SIZES:

@@ -18,6 +18,7 @@ import jax
 from parallel import axes as ax
 from parallel import mesh
 
+FIELDS = {'causal', 'window'}  # that a mask may have
 LEAST = (8, 0)  # compute capability, NVIDIA's "Attention" page of cuDNN 9.18, as are the widths
 WIDEST, WIDEST_ON_HOPPER = 128, 256
 # GPUs that are compiled for without being here (analysis.aot): compute capability, and version of cuDNN.
@@ -28,7 +29,7 @@ def refusal(q, k, v, mask) -> str:
   """Why cuDNN does not compute attention of these arrays, in a few words; '' where it does.
 
   It does on NVIDIA GPUs of compute capability 8.0 or later, for bfloat16 or float16, heads up to 256 wide on Hopper and 128 on others, in
-  multiples of 8, and a mask of `causal` and `window` only.
+  multiples of 8, and a mask of FIELDS only, whose window looks back.
   """
   H, widest = q.shape[3], WIDEST
   if mesh.platform() != 'gpu':
@@ -41,8 +42,10 @@ def refusal(q, k, v, mask) -> str:
     return f'{" and ".join(sorted(types))}, not bfloat16 or float16'
   if H > widest or H % 8 or v.shape[3] != H:
     return f'heads {H} and {v.shape[3]} wide, not the same multiple of 8 up to {widest}'
-  if extra := mask.fields() - {'causal', 'window'}:
+  if extra := mask.fields() - FIELDS:
     return f'a mask with {" and ".join(sorted(extra))}'
+  if mask.window and not mask.causal:
+    return 'a window that looks ahead as well'
   return ''
 
 

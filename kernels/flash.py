@@ -22,6 +22,8 @@ PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True,
 
 def attention(backend: str, q, k, v, mask, *, softcap, sinks, relative, scale, blocks: Blocks):
   """kernels.reference.attention; on a platform that is not the kernels' own they are interpreted, which is slow."""
+  if isinstance(scale, jax.core.Tracer):
+    raise NotImplementedError(f'backend {backend} is compiled for one scale, not {scale}: multiply q by it, or use blocked or xla')
   arrays = {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask) if hasattr(getattr(mask, field.name), 'shape')}
   spec = dataclasses.replace(mask, **dict.fromkeys(arrays))
 
@@ -87,10 +89,22 @@ def _backward(static, kept, gradients):
   backend, softcap, scale, interpret, blocks = static
   (q, k, v, mask, sinks, out, lse), (d_out, d_lse) = kept, gradients
   delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(lse == -jnp.inf, 0, d_lse)
-  d_q, d_k, d_v = _module(backend).backward(q, k, v, mask, lse, delta, d_out, softcap=softcap, scale=scale, interpret=interpret, dtype=None,
-                                            blocks=blocks)
-  d_sinks = None if sinks is None else -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
+  run = functools.partial(_module(backend).backward, softcap=softcap, scale=scale, interpret=interpret, dtype=None, blocks=blocks)
+  d_q, d_k, d_v = _once(backend, run)(q, k, v, mask, lse, delta, d_out)
+  if sinks is None:
+    return d_q, d_k, d_v, None, None
+  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # of queries that see nothing, not even a sink
+  d_sinks = -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
   return d_q, d_k, d_v, None, d_sinks
 
 
 flash.defvjp(_forward, _backward)
+
+
+def _once(backend, run):
+  """`run`, with an error for who differentiates it again."""
+  def refuse(*_):
+    raise NotImplementedError(f'attention backend {backend!r} is differentiated once; second derivatives are of reference, blocked or xla')
+  once = jax.custom_vjp(run)
+  once.defvjp(refuse, refuse)
+  return once

@@ -59,7 +59,7 @@ def _shape(q, k, v, mask: Mask, softcap: float, scale: float, interpret) -> Shap
     raise NotImplementedError(f'backend pallas_gpu has bfloat16 and float16, not {q.dtype}, {k.dtype}, {v.dtype}; use xla or blocked')
   if not interpret and (found := cudnn.capability())[0] != 9:
     raise NotImplementedError(f'backend pallas_gpu is for Hopper GPUs, of compute capability 9, not {found}; use xla or blocked')
-  by_index = not mask.causal or (mask.fields() <= {'causal', 'window'})
+  by_index = not mask.positioned or mask.fields() <= {'causal', 'window'}
   H, Hv = (_whole(width, TILE) for width in (H, Hv))
   return Shape(B, N, K, T, S, H, Hv, mask.causal, mask.window, by_index, False, softcap, scale, q.dtype, interpret)
 
@@ -142,20 +142,21 @@ def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpr
 
 
 def backward(q, k, v, mask: Mask, lse, delta, d_out, *, softcap: float, scale: float, interpret, dtype=jnp.float32,
-             deterministic: bool = False, blocks: Blocks = Blocks()):
+             blocks: Blocks = Blocks()):
   """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype` (default: theirs where it is None).
 
   Those of k and v were rounded to the dtype of k.
 
-  deterministic: the gradient of queries comes from a kernel of its own (two products of seven more) instead of being added up in main
-  memory in no certain order. So does that of wide heads, with a soft cap or a prefix: their sums, derivatives or masks fill the registers.
+  The gradient of queries comes from a kernel of its own (two products of seven more), instead of being added up in main memory in no
+  certain order, where it is to be deterministic, and of wide heads, with a soft cap or a prefix: their sums, derivatives or masks fill
+  the registers.
   """
   shape = _shape(q, k, v, mask, softcap, scale, interpret)
   parts = -(-(shape.H + shape.Hv) // WIDEST)
   shape = dataclasses.replace(shape, H=max(shape.H, TILE * parts), Hv=max(shape.Hv, TILE * parts))  # so that each part has columns
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse.astype(jnp.float32) * LOG2E)  # of queries that see nothing: no weight
   rest = lse, delta, d_out.astype(shape.dtype)
-  alone = deterministic or max(shape.H, shape.Hv) > WIDEST // 2 or softcap or mask.prefix is not None
+  alone = blocks.deterministic or max(shape.H, shape.Hv) > WIDEST // 2 or softcap or mask.prefix is not None
   d_q = _d_q(q, k, v, mask, *rest, shape) if alone else None
   found = []
   for n in range(parts):

@@ -85,13 +85,16 @@ class Shape:
     if self.ragged:
       seen = lax.broadcast_in_dim(index(1 - of_queries), scores.shape, [1 - of_queries]) < self.S
       scores = jnp.where(seen, scores, HIDDEN)
-    if self.causal:
+    if self.causal or self.window:
       position = index if self.by_index else functools.partial(given, 'positions')
       q, k = position(of_queries), position(1 - of_queries)
-      before = jnp.where(k < ids['prefix'][row], -1, k) if 'prefix' in ids else k
-      scores = hide(scores, lax.ge, q, before)
+      if self.causal:
+        before = jnp.where(k < ids['prefix'][row], -1, k) if 'prefix' in ids else k
+        scores = hide(scores, lax.ge, q, before)
       if self.window:
         scores = hide(scores, lax.lt, q - self.window, k)
+        if not self.causal:
+          scores = hide(scores, lax.gt, q + self.window, k)
     if 'query_segments' in ids:
       scores = hide(scores, lax.eq, given('segments', of_queries), given('segments', 1 - of_queries))
     return scores

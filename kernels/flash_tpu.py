@@ -104,6 +104,10 @@ class Shape:
     return self.T // self.bq
 
   @property
+  def positioned(self) -> bool:
+    return self.causal or self.window > 0
+
+  @property
   def R(self) -> int:
     return self.G * self.bq
 
@@ -132,19 +136,22 @@ class Shape:
       spread = lambda x, axis: _over_lanes(x, shape[1]) if axis == 0 else jnp.broadcast_to(x, shape)
       return relation(spread(q, queries), spread(k, keys))
     allowed = []
-    if self.causal:
+    if self.positioned:
       if self.by_index:  # both from the block of keys' first
         offset = j * self.bk
         q, k = index(queries) + (i * self.bq + at - offset), index(keys)
       else:
         offset = 0
         q, k = given('query_positions', queries), given('key_positions', keys)
-      seen = compare(jnp.greater_equal, q, k)
-      if self.prefix:
-        seen |= compare(jnp.greater, jnp.full_like(q, ids['prefix'] - offset), k)
-      allowed.append(seen)
+      if self.causal:
+        seen = compare(jnp.greater_equal, q, k)
+        if self.prefix:
+          seen |= compare(jnp.greater, jnp.full_like(q, ids['prefix'] - offset), k)
+        allowed.append(seen)
       if self.window:
         allowed.append(compare(jnp.less, q - self.window, k))
+        if not self.causal:
+          allowed.append(compare(jnp.greater, q + self.window, k))
     if self.segments:
       allowed.append(compare(jnp.equal, given('query_segments', queries), given('key_segments', keys)))
     if self.keys != self.S:
@@ -162,13 +169,21 @@ def _by_lane(x):
   return functools.reduce(jnp.add, (x[:, start:start + LANES] for start in range(0, x.shape[1], LANES)))
 
 
+def _div(x, n: int):
+  return jax.lax.div(x, np.int32(n))  # as x is, even where jax counts in 64 bits
+
+
+def _rem(x, n: int):
+  return jax.lax.rem(x, np.int32(n))
+
+
 def _dot(a, b, a_axis, b_axis, precision):
   return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _named(refs, shape):
   """The refs of ids by name, in the order that _ids gives arrays in."""
-  names = [name for name, is_there in (('positions', shape.causal and not shape.by_index), ('segments', shape.segments)) if is_there]
+  names = [name for name, is_there in (('positions', shape.positioned and not shape.by_index), ('segments', shape.segments)) if is_there]
   return dict(zip([f'{side}_{name}' for name in names for side in ('query', 'key')], refs, strict=True))
 
 
@@ -176,7 +191,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
   *ids, out, lse, top, total, acc = refs
   step, G, bq, H, Hv = pl.program_id(1), shape.G, shape.bq, q.shape[-1], v.shape[-1]
   row, keys = steps_q[step], steps_k[step]
-  b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
+  b, i, j = _div(row, shape.nq), _rem(row, shape.nq), keys >> FLAGS
   ids = _named(ids, shape) | {'prefix': prefix[b]}
   filled = -(-Hv // LANES) * LANES
   ones = shape.tuning.ones
@@ -239,7 +254,7 @@ def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape
   *ids, d_q, d_k, d_v, sum_q, sum_k, sum_v = refs
   step, H, Hv = pl.program_id(1), q.shape[-1], v.shape[-1]
   row, keys = steps_q[step], steps_k[step]
-  b, i, j = jax.lax.div(row, shape.nq), jax.lax.rem(row, shape.nq), keys >> FLAGS
+  b, i, j = _div(row, shape.nq), _rem(row, shape.nq), keys >> FLAGS
   ids = _named(ids, shape) | {'prefix': prefix[b]}
   here = pl.ds(pl.multiple_of(j * shape.bk, shape.bk), shape.bk)
 
@@ -294,7 +309,7 @@ def _ids(mask: Mask, shape: Shape, transposed: bool):
   """Arrays of positions and segments, and their blocks: those along the scores' second dimension [B, 1, n], the others in all lanes."""
   arrays, blocks = [], []
   pairs = []
-  if shape.causal and not shape.by_index:
+  if shape.positioned and not shape.by_index:
     pairs.append(mask.positions(shape.queries, shape.keys))
   if shape.segments:
     pairs.append((mask.query_segments, mask.key_segments))
@@ -313,11 +328,11 @@ def _ids(mask: Mask, shape: Shape, transposed: bool):
 
 
 def _row(shape, s, queries, keys, prefix):
-  return jax.lax.div(queries[s], shape.nq)
+  return _div(queries[s], shape.nq)
 
 
 def _block_of_queries(shape, s, queries, keys, prefix):
-  return jax.lax.rem(queries[s], shape.nq)
+  return _rem(queries[s], shape.nq)
 
 
 def _block_of_keys(shape, s, queries, keys, prefix):
@@ -362,7 +377,7 @@ def _cut(T: int, S: int, share: int, step: tuning.Tuning, direction: str, blocks
 def _shape(q, k, v, mask: Mask, softcap: float, direction: str, blocks: Blocks = Blocks()) -> Shape:
   (B, T, N, _), (S, K), step = q.shape, k.shape[1:3], _step(q, v, direction, blocks)
   G, bq, bk = _cut(T, S, N // K, step, direction, blocks)
-  by_index = not mask.causal or (mask.query_positions is None and (mask.zigzag == 1 or T != S))
+  by_index = not mask.positioned or (mask.query_positions is None and (mask.zigzag == 1 or T != S))
   exact = q.dtype == jnp.float32 and jax.config.jax_default_matmul_precision in ('highest', 'float32')
   return Shape(B, N, K, G, _fill(T), _fill(S), bq, bk, T, S, mask.causal, mask.window, by_index, mask.query_segments is not None,
                mask.prefix is not None, softcap, step, jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
@@ -409,7 +424,7 @@ def _blocks_of(shape: Shape):
   share = shape.N // shape.K // shape.G
   queries = lambda width: pl.BlockSpec((1, 1, shape.G, shape.bq, width), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs), 0))
   numbers = pl.BlockSpec((1, 1, shape.G, shape.bq), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs)))
-  keys = lambda width: pl.BlockSpec((1, 1, shape.bk, width), lambda h, s, *refs: (row(s, *refs), jax.lax.div(h, share), of_k(s, *refs), 0))
+  keys = lambda width: pl.BlockSpec((1, 1, shape.bk, width), lambda h, s, *refs: (row(s, *refs), _div(h, share), of_k(s, *refs), 0))
   sinks = pl.BlockSpec((1, shape.G, LANES), lambda h, s, *refs: (h, 0, 0))
   return queries, numbers, keys, sinks
 

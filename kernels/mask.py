@@ -22,8 +22,7 @@ class Mask:
 
   Attributes:
     causal: the key's position is not after the query's.
-    window: the key's position is less than `window` before the query's (itself included); 0 means no limit. A window looks
-      back only: it needs causal.
+    window: the key's position is less than `window` away from the query's: before it, and without causal also after it; 0: no limit.
     prefix: [B] keys at positions below this are seen by every query of the row whatever causal says (prefix LM, T5 paper
       arXiv:1910.10683, figure 4); segments still hold.
     query_segments [B, T], key_segments [B, S]: both or neither; a query sees keys of its own segment only.
@@ -46,26 +45,29 @@ class Mask:
   def __post_init__(self):
     if self.window < 0:
       raise ValueError(f'window={self.window} must be 0 (no limit) or the number of keys that a query sees')
-    if self.window and not self.causal:
-      raise ValueError(f'window={self.window} looks back only: set causal=True')
     for a, b in (('query_segments', 'key_segments'), ('query_positions', 'key_positions')):
       if (getattr(self, a) is None) != (getattr(self, b) is None):
         raise ValueError(f'{a} and {b} come together; one of them is missing')
     if self.prefix is not None and not self.causal:
       raise ValueError('prefix loosens causal: without causal every key is seen already; drop prefix or set causal=True')
 
+  @property
+  def positioned(self) -> bool:
+    """Whether positions decide anything."""
+    return self.causal or self.window > 0
+
   def fields(self) -> set[str]:
     """The parts that are set: what a backend must honour."""
     named = {'causal': self.causal, 'window': self.window, 'prefix': self.prefix is not None,
              'segments': self.query_segments is not None, 'positions': self.query_positions is not None,
-             'zigzag': self.zigzag != 1 and self.causal and self.query_positions is None}
+             'zigzag': self.zigzag != 1 and self.positioned and self.query_positions is None}
     return {name for name, is_set in named.items() if is_set}
 
   def positions(self, T: int, S: int) -> tuple[Int[Array, '#B T'], Int[Array, '#B S']]:
     """Of queries and keys: as given, or their indices. Raises ValueError where indices do not align."""
     if self.query_positions is not None:
       return self.query_positions, self.key_positions
-    if T != S and self.causal:
+    if T != S and self.positioned:
       raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
     index = lambda length: jnp.asarray(zigzag(length, self.zigzag if T == S else 1), jnp.int32)[None]
     return index(T), index(S)
@@ -81,6 +83,8 @@ class Mask:
       seen = seen | (k < self.prefix[:, None, None])
     if self.window:
       seen = seen & (q - k < self.window)
+      if not self.causal:
+        seen = seen & (k - q < self.window)
     if self.query_segments is not None:
       seen = seen & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
     return seen
@@ -105,7 +109,7 @@ class Mask:
     if self.query_positions is not None:
       positions = self.query_positions, self.key_positions
     else:
-      if T != S and self.causal:
+      if T != S and self.positioned:
         raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
       positions = tuple(zigzag(length, self.zigzag if T == S else 1)[None] for length in (T, S))
     q_min, q_max, k_min, k_max = pair(*positions)
@@ -117,6 +121,8 @@ class Mask:
       some, every = some | (k_min < self.prefix[:, None, None]), every | (k_max < self.prefix[:, None, None])
     if self.window:
       some, every = some & (q_min - k_max < self.window), every & (q_max - k_min < self.window)
+      if not self.causal:
+        some, every = some & (k_min - q_max < self.window), every & (k_max - q_min < self.window)
     if self.query_segments is not None:
       q_min, q_max, k_min, k_max = pair(self.query_segments, self.key_segments)
       some, every = some & (q_min <= k_max) & (k_min <= q_max), every & (q_min == k_max) & (k_min == q_max) & (q_min == q_max)

@@ -180,7 +180,8 @@ class ModelConfig:
     relative_buckets, relative_distance: of the relative bias (Raffel et al., arXiv:1910.10683, section 2.1).
     max_length: longest sequence that the model accepts, in tokens; 0 takes the data's sequence length.
     causal: whether a token sees only what is before it.
-    window: a query sees this many keys, itself included; 0 means all. global_every: every n-th layer sees all; 0: none does.
+    window: a query sees this many keys, itself included, an encoder's as many on either side; 0 means all. global_every: every n-th
+      layer sees all; 0: none does.
     attention_softcap, logit_softcap: cap * tanh(x / cap) on scores and logits; 0 means none.
     attention_scale: of q.k; 0 means 1 / sqrt(width of a key). sinks: a learned logit per head joins the softmax (gpt-oss).
     qk_norm: RMS norm of queries and keys per head before the rotation.
@@ -265,7 +266,6 @@ class ModelConfig:
       raise ValueError(f'head width {self.H} is odd, rotary positions turn pairs; set model.head_width to an even number')
     for wrong, message in (
         (self.activation == 'clamped_silu' and not self.gated, "activation='clamped_silu' works on a gate; set model.gated=True"),
-        (self.window and not self.causal, f'window={self.window} looks back only; set model.causal=True or model.window=0'),
         (self.global_every and not self.window, f'global_every={self.global_every} chooses between layers with a window and without; '
                                                 'set model.window'),
         (self.encoder_layers and not self.causal, 'causal=False is an encoder already; set model.encoder_layers=0, or model.causal=True '

@@ -92,14 +92,12 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
     if length % P:
       raise ValueError(f'{length} {what} do not split over mesh.context={P}; make rows a multiple')
   k_heads = ax.whole_or('kv_heads', K)
-  if K > 1 and k_heads is None:
-    raise ValueError(f'{K} key heads do not split over mesh.tensor={ax.size("heads")}; repeat them first')
   R = groups(strategy, N, K)
   if mask.window >= T:
     mask = dataclasses.replace(mask, window=0)
   plain = mask.causal and mask.fields() <= {'causal', 'window', 'segments', 'zigzag'} and T == S
   zigzagged = R > 1 and plain and mask.zigzag == R and relative is None
-  if R > 1 and (mask.causal or relative is not None) and (strategy == 'gather' or not zigzagged):
+  if R > 1 and (mask.positioned or relative is not None) and (strategy == 'gather' or not zigzagged):
     queries, keys = (jnp.broadcast_to(x, (B, x.shape[1])) for x in mask.positions(T, S))
     mask = dataclasses.replace(mask, query_positions=queries, key_positions=keys)
   rows, heads, kv = ('batch', 'length'), ('batch', 'length', 'heads', 'head_width'), ('batch', 'length', k_heads, 'head_width')
@@ -341,11 +339,12 @@ def _walk(visit, state, keys, d_keys, mask, T, R, zigzagged):
 
 def _seen(mask):
   """[] Whether any query sees any key, as far as positions tell; None: it may."""
-  if not mask.causal or mask.prefix is not None:
+  if not mask.positioned or mask.prefix is not None:
     return None
-  seen = mask.key_positions.min() <= mask.query_positions.max()
+  queries, keys = mask.query_positions, mask.key_positions
+  seen = keys.min() <= queries.max() if mask.causal else keys.min() - queries.max() < mask.window
   if mask.window:
-    seen &= mask.query_positions.min() - mask.key_positions.max() < mask.window
+    seen &= queries.min() - keys.max() < mask.window
   return seen
 
 

@@ -53,20 +53,20 @@ def product_flops(function, *args, attention_share):
   return total
 
 
-def visible(T, window, document):
+def visible(T, window, document, causal=True):
   """The mask itself: query i sees key j."""
   i, j = np.arange(T)[:, None], np.arange(T)
-  return (j <= i) & ((i - j < window) | (window == 0)) & (i // document == j // document)
+  return ((j <= i) | (not causal)) & ((abs(i - j) < window) | (window == 0)) & (i // document == j // document)
 
 
-@pytest.mark.parametrize('changes', [{}, dict(gated=False, K=4), dict(window=5), dict(window=64, N=2, K=1), dict(L=1)],
+@pytest.mark.parametrize('changes', [{}, dict(gated=False, K=4), dict(window=5), dict(window=64, N=2, K=1), dict(L=1), dict(causal=False), dict(causal=False, window=5)],
                          ids=str)
 @pytest.mark.parametrize('document', [32, 8])
 def test_counts_the_products_of_a_program(changes, document):
   m = sizes(**changes)
   T, weights = 32, shapes(m)
   tokens = jax.ShapeDtypeStruct((T,), jnp.int32)
-  share = visible(T, m.window, document).mean()
+  share = visible(T, m.window, document, m.causal).mean()
   forward = product_flops(lambda w, t: loss(w, t, m), weights, tokens, attention_share=share)
   both = product_flops(jax.value_and_grad(lambda w, t: loss(w, t, m)), weights, tokens, attention_share=share)
   assert flops.forward_flops_per_token(m, T, document) * T == pytest.approx(forward, rel=1e-12)

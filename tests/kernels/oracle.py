@@ -16,8 +16,9 @@ def mask(parts: dict) -> Mask:
 def visible(parts: dict, b: int, t: int, s: int) -> bool:
   query = parts['query_positions'][b, t] if 'query_positions' in parts else t
   key = parts['key_positions'][b, s] if 'key_positions' in parts else s
-  ahead = parts.get('causal', True) and key > query and not key < parts.get('prefix', np.zeros(99))[b]
-  far = parts.get('window', 0) and query - key >= parts['window']
+  causal = parts.get('causal', True)
+  ahead = causal and key > query and not key < parts.get('prefix', np.zeros(99))[b]
+  far = parts.get('window', 0) and (query - key >= parts['window'] or not causal and key - query >= parts['window'])
   foreign = 'query_segments' in parts and parts['query_segments'][b, t] != parts['key_segments'][b, s]
   return not (ahead or far or foreign)
 

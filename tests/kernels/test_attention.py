@@ -19,7 +19,7 @@ from parallel.mesh import MeshConfig, make_mesh
 
 PREFIX = np.array([4, 1], np.int32)
 MASKS = {'full': {'causal': False}, 'causal': {}, 'window': {'window': 3}, 'wide window': {'window': 99},
-         'prefix': {'prefix': PREFIX}, 'prefix and window': {'prefix': PREFIX, 'window': 3}}
+         'window on either side': {'causal': False, 'window': 3}, 'prefix': {'prefix': PREFIX}, 'prefix and window': {'prefix': PREFIX, 'window': 3}}
 SHAPES = [(4, 4, 4, 4, None), (4, 2, 6, 6, 0.3), (6, 1, 4, 8, None), (2, 2, 6, 2, 1.7)]  # N, K, H, Hv, scale
 
 
@@ -240,6 +240,71 @@ def test_bad_arguments_raise():
     attention(q[:, :, :2], k, v, Mask(), backend='refrence')
   with pytest.raises(ValueError, match='4 queries and 2 keys do not align'):
     attention(q[:, :, :2], k[:, :2], v[:, :2], Mask(), backend='blocked')
+
+
+SEGMENTS = jnp.zeros((2, 4), jnp.int32)
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'q': (2, 4, 4)}, r'q\[2, 4, 4\] must be \[B, T, N, H\], and not empty'), ({'q': (2, 0, 4, 8)}, r'q\[2, 0, 4, 8\] must be'),
+    ({'k': (2, 4, 2, 6)}, r'q\[2, 4, 4, 8\], k\[2, 4, 2, 6\] and v\[2, 4, 2, 8\] must be'), ({'v': (2, 3, 2, 8)}, r'v\[2, 3, 2, 8\] must be'),
+    ({'k': (1, 4, 2, 8), 'v': (1, 4, 2, 8)}, r'k\[1, 4, 2, 8\]'), ({'v': (2, 4, 1, 8)}, r'v\[2, 4, 1, 8\]'),
+    ({'dtype': 'bfloat16'}, 'q, k and v are bfloat16, float32 and float32; cast them to one type'),
+    ({'sinks': jnp.zeros(2)}, r'sinks\[2\] must be \[4\], one for each query head'), ({'softcap': -1.0}, r'softcap=-1.0 must be positive, or 0'),
+    ({'mask': Mask(query_segments=SEGMENTS[:, :3], key_segments=SEGMENTS)}, r'mask.query_segments\[2, 3\] must be \[2, 4\]'),
+    ({'mask': Mask(prefix=SEGMENTS[:1, 0])}, r'mask.prefix\[1\] must be \[2\], one for each row')])
+def test_operands_that_do_not_go_together_raise(change, words):
+  """Without annotations, which only tests look at."""
+  shapes = {'q': (2, 4, 4, 8), 'k': (2, 4, 2, 8), 'v': (2, 4, 2, 8)} | {name: change[name] for name in 'qkv' if name in change}
+  q, k, v = (jnp.zeros(shape) for shape in shapes.values())
+  with pytest.raises(ValueError, match=words):
+    dispatch._check(q.astype(change.get('dtype', 'float32')), k, v, change.get('mask', Mask()), change.get('softcap', 0.0), change.get('sinks'))
+
+
+@pytest.mark.parametrize('backend', ['reference', 'pallas_tpu'])
+def test_key_heads_that_devices_cannot_share_raise(backend):
+  """Each device would take its queries' keys to be those of the first ones."""
+  q, k, v, _ = inputs(4, 4, 8, 2, 4, 4)
+  with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=4), jax.devices()[:4])):
+    with pytest.raises(ValueError, match='2 key heads do not split over mesh.tensor=4; repeat them first'):
+      attention(q, k, v, Mask(), backend=backend)
+
+
+def test_what_our_kernels_cannot_differentiate_raises():
+  q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
+  once = jax.grad(lambda q: jnp.sum(attention(q, k, v, Mask(), backend='pallas_tpu')[0] ** 2))
+  with pytest.raises(NotImplementedError, match="'pallas_tpu' is differentiated once; second derivatives are of reference, blocked or xla"):
+    jax.grad(lambda q: jnp.sum(once(q)))(q)
+  with pytest.raises(NotImplementedError, match='pallas_tpu is compiled for one scale.*multiply q by it, or use blocked'):
+    jax.jit(lambda scale: dispatch.flash.attention('pallas_tpu', q, k, v, Mask(), softcap=0.0, sinks=None, relative=None, scale=scale,
+                                                   blocks=dispatch.Blocks()))(2.0)
+
+
+def test_wide_counting_changes_nothing_and_wide_numbers_are_refused():
+  q, k, v, _ = inputs(140, 140, 2, 1, 8, 8)
+  mask = oracle.mask(mask_parts('causal', True, False, 140, 140))
+  expected = values_and_gradients('pallas_tpu', q, k, v, None, mask, 0.0, None)
+  with jax.enable_x64(True):
+    found = values_and_gradients('pallas_tpu', q, k, v, None, mask, 0.0, None)
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' does not honour .*'float64'.*blocked"):
+      attention(*(x.astype('float64') for x in (q, k, v)), mask, backend='pallas_tpu')
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sink_of_nothing_has_no_gradient_where_nothing_is_seen():
+  q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
+  nothing = Mask(query_segments=SEGMENTS, key_segments=SEGMENTS + 1)
+  gradient = jax.grad(lambda sinks: jnp.sum(attention(q, k, v, nothing, sinks=sinks, backend='pallas_tpu')[0]))(jnp.full(2, -jnp.inf))
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_auto_says_once_what_it_is(capsys):
+  q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
+  dispatch._said.cache_clear()
+  for _ in range(2):
+    attention(q, k, v, Mask())
+  assert capsys.readouterr().err == "attention: 'auto' is 'blocked' on a cpu\n"
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])

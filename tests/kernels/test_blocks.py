@@ -92,6 +92,14 @@ def test_a_backend_without_blocks_to_choose_names_those_that_have(backend):
     attention(q, q, q, Mask(), backend=backend, blocks=Blocks(forward_keys=128))
 
 
+def test_what_may_be_cudnn_is_not_deterministic():
+  for backend in ('auto', 'xla'):
+    with pytest.raises(NotImplementedError, match=f"deterministic=True: model.attention='{backend}' may be cuDNN.*set it to one of"):
+      block_sizes.check(Blocks(deterministic=True), backend, 64)
+  for backend in ('pallas_gpu', 'pallas_tpu', 'blocked', 'reference'):
+    block_sizes.check(Blocks(deterministic=True), backend, 64)
+
+
 @pytest.mark.parametrize('backend, sizes, width, words', [
     ('pallas_tpu', {'forward_queries': 100}, 64, r'forward_queries=100: backend pallas_tpu has \[128, 256, .*1024\] for heads 64 wide; choose one of them, or 0'),
     ('pallas_tpu', {'backward_keys': 2048}, 64, r'backward_keys=2048: backend pallas_tpu has \[128, 256, 512, 1024\]'),

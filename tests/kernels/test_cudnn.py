@@ -26,6 +26,7 @@ CASES = {
     'float32': ((*BASE[:5], 'float32', Mask()), 'float32, not bfloat16 or float16'),
     'too wide': ((128, 128, 2, 2, 264, 'bfloat16', Mask()), 'heads 264 and 264 wide, not the same multiple of 8 up to 256'),
     'uneven': ((128, 128, 2, 2, 36, 'bfloat16', Mask()), 'heads 36 and 36 wide'),
+    'a window ahead': ((*BASE[:6], Mask(causal=False, window=9)), 'a window that looks ahead as well'),
     'segments': ((*BASE[:6], Mask(**SEGMENTS)), 'a mask with segments'),
     'positions': ((*BASE[:6], Mask(window=5, query_positions=INDEX, key_positions=INDEX)), 'a mask with positions'),
     'prefix': ((*BASE[:6], Mask(prefix=np.array([3], np.int32))), 'a mask with prefix'),

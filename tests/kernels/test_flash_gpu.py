@@ -17,6 +17,7 @@ from analysis import aot, ptxas
 from kernels import cudnn, flash, flash_gpu, reference
 from kernels import mosaic_gpu_compat as gpu
 from kernels.attention import attention
+from kernels.blocks import Blocks
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
@@ -32,6 +33,7 @@ CASES = {
     'wide window, packed': (300, 300, 2, 2, 64, 64, {'window': 200} | documents(300, 300), 2.0, False),
     'packed': (300, 300, 2, 1, 64, 64, documents(300, 300), 0.0, True),
     'full, packed': (200, 300, 2, 2, 64, 64, {'causal': False} | documents(200, 300), 2.0, False),
+    'window on either side, packed': (300, 300, 2, 1, 64, 64, {'causal': False, 'window': 90} | documents(300, 300), 0.0, False),
     'full': (130, 300, 2, 1, 64, 24, {'causal': False}, 0.0, True),
     'prefix': (300, 300, 2, 1, 64, 64, {'prefix': np.array([200, 3], np.int32)}, 2.0, False),
     'prefix, window, packed': (300, 300, 2, 2, 64, 64, {'prefix': np.array([200, 3], np.int32), 'window': 50} | documents(300, 300), 0.0, False),
@@ -129,7 +131,7 @@ def test_no_warpgroup_reads_what_another_writes(case, deterministic, few_process
   np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(out, expected, atol=4e-3)  # of weights in f16
   delta = (out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-  found = flash_gpu.backward(q, k, v, mask, lse, delta, out, deterministic=deterministic, **settings)
+  found = flash_gpu.backward(q, k, v, mask, lse, delta, out, blocks=Blocks(deterministic=deterministic), **settings)
   wanted = reference.backward(*(x.astype(jnp.float32) for x in (q, k, v)), mask, lse, delta, out.astype(jnp.float32), softcap=softcap,
                               relative=None, scale=0.2)
   for a, b in zip(found, wanted):
@@ -191,6 +193,8 @@ COMPILED = {
     'packed, own keys': ((2, 2048, 2048, 8, 8, 128, 128, jnp.bfloat16), Mask(**SEGMENTS), 0.0),
     'packed, window, own keys': ((2, 2048, 2048, 8, 8, 128, 128, jnp.bfloat16), Mask(window=512, **SEGMENTS), 0.0),
     'packed, window, many heads of a key': ((2, 2048, 2048, 8, 1, 128, 128, jnp.bfloat16), Mask(window=512, **SEGMENTS), 0.0),
+    'window on either side': ((1, 4096, 4096, 8, 8, 128, 128, jnp.bfloat16), Mask(causal=False, window=1024), 0.0),
+    'packed, window on either side': ((2, 2048, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(causal=False, window=512, **SEGMENTS), 0.0),
     'packed, full': ((2, 2048, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(causal=False, **SEGMENTS), 0.0),
     'positions': ((2, 2048, 2048, 8, 4, 128, 128, jnp.bfloat16), Mask(**POSITIONS), 0.0),
     'packed, window, narrow': ((2, 2048, 2048, 8, 2, 64, 64, jnp.bfloat16), Mask(window=512, **SEGMENTS), 0.0),
@@ -220,12 +224,11 @@ def test_it_compiles_for_an_h100_without_a_spill(case, monkeypatch, tmp_path):
   with jax.set_mesh(mesh):
     abstract = lambda *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
-    def loss(q, k, v):
-      out, lse = attention(q, k, v, mask, softcap=softcap, backend='pallas_gpu')
+    def loss(deterministic, q, k, v):
+      out, lse = attention(q, k, v, mask, softcap=softcap, backend='pallas_gpu', blocks=Blocks(deterministic=deterministic))
       return jnp.sum(out, dtype=jnp.float32) + lse.sum()
-    for backward in (flash_gpu.backward, functools.partial(flash_gpu.backward, deterministic=True)):
-      monkeypatch.setattr(flash_gpu, 'backward', backward)
-      jax.jit(jax.grad(lambda *x: loss(*x), (0, 1, 2))).lower(abstract(B, T, N, H), abstract(B, S, K, H), abstract(B, S, K, Hv)).compile()
+    for deterministic in (False, True):
+      jax.jit(jax.grad(functools.partial(loss, deterministic), (0, 1, 2))).lower(abstract(B, T, N, H), abstract(B, S, K, H), abstract(B, S, K, Hv)).compile()
   found = ptxas.reports(str(tmp_path))
   assert len(found) >= 3, 'forward, of keys, of queries'
   assert not {name: report for name, report in found.items() if report.spilled or report.warnings}

@@ -31,6 +31,8 @@ CASES = {
     'wide window, packed': (300, 300, 2, 2, 16, 16, {'window': 200} | documents(300, 300), 2.0, False),
     'packed': (300, 300, 6, 2, 16, 128, documents(300, 300), 0.0, True),
     'full, packed': (200, 300, 2, 2, 16, 16, {'causal': False} | documents(200, 300), 2.0, False),
+    'window on either side, packed': (300, 300, 2, 1, 16, 16, {'causal': False, 'window': 90} | documents(300, 300), 0.0, False),
+    'window on either side, positions': (150, 300, 4, 2, 16, 16, {'causal': False, 'window': 100} | positions(150, 300), 0.0, True),
     'full': (130, 300, 2, 1, 16, 24, {'causal': False}, 0.0, True),
     'prefix': (300, 300, 4, 2, 16, 16, {'prefix': np.array([200, 3], np.int32)}, 2.0, False),
     'prefix, window, packed': (300, 300, 2, 2, 8, 8, {'prefix': np.array([200, 3], np.int32), 'window': 50} | documents(300, 300), 0.0, False),
@@ -38,7 +40,7 @@ CASES = {
     'positions, packed, prefix': (150, 300, 2, 2, 8, 8, positions(150, 300) | documents(150, 300) | {'prefix': np.array([100, 3], np.int32)}, 2.0, True),
     'zigzag': (256, 256, 2, 2, 16, 16, {'zigzag': 4}, 0.0, False),
 }
-FAST = ('causal, soft cap, sinks', 'packed', 'full, packed', 'positions, packed, prefix', 'prefix, window, packed')
+FAST = ('causal, soft cap, sinks', 'window on either side, packed', 'packed', 'full, packed', 'positions, packed, prefix', 'prefix, window, packed')
 
 
 def inputs_of(case):
@@ -70,6 +72,24 @@ def check(case):
 @pytest.mark.parametrize('case', FAST)
 def test_it_is_attention(case, small_steps):
   check(case)
+
+
+def test_sixteen_bits_lose_what_rounding_loses(small_steps):
+  """As a TPU multiplies them: beside attention in f32, an error as large as the oracle's in bfloat16, whose weights alone are rounded.
+
+  Ours also rounds scaled queries, as who calls splash does; keys' gradients are made of those.
+  """
+  q, k, v = (x.astype(jnp.bfloat16) for x in (draw(2, 256, 4, 64), draw(2, 256, 2, 64, seed=1), draw(2, 256, 2, 64, seed=2)))
+  run = lambda backend, *arrays: values_and_gradients(functools.partial(attention, mask=Mask(), backend=backend), *arrays, None)
+  exact = run('reference', *(x.astype(jnp.float32) for x in (q, k, v)))
+  with jax.default_matmul_precision('default'):
+    ours, oracles = run('pallas_tpu', q, k, v), run('reference', q, k, v)
+  assert ours[1][0].dtype == jnp.bfloat16
+  np.testing.assert_allclose(ours[0][1], exact[0][1], atol=2**-8)  # log-sum-exp, of scores of rounded queries
+  error = lambda x, right: np.sqrt(np.square(np.asarray(x, np.float64) - np.asarray(right, np.float64)).mean())
+  for name, most, *found in zip(('out', 'q', 'k', 'v'), (1.2, 1.3, 1.5, 1.3), *((tree[0][0], *tree[1]) for tree in (ours, oracles, exact))):
+    a, b, right = found
+    assert error(a, right) <= most * error(b, right), f'{name}: {error(a, right) / error(b, right):.2f} times that of the oracle'
 
 
 def test_sums_by_lane_are_sums(monkeypatch):

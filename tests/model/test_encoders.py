@@ -61,6 +61,14 @@ def test_cached_decode_is_the_full_forward(config, one_device):
       seen += size
 
 
+def test_a_window_of_an_encoder_looks_to_either_side(one_device):
+  config = dataclasses.replace(BERT, window=2, attention='blocked')
+  model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 12)
+  hidden = jax.jit(lambda model, tokens: model(tokens).hidden)
+  changed = np.asarray((hidden(model, tokens.at[0, 5].set(other(config, tokens[0, 5]))) != hidden(model, tokens)).any(-1)[0])
+  np.testing.assert_array_equal(changed, abs(np.arange(12) - 5) <= config.L)  # each layer one more on either side
+
+
 def test_padding_of_a_source_changes_nothing(one_device):
   model, tokens, source = laws.make_model(T5), laws.tokens_of(T5, 1, 5), source_of(T5, 1, 7)
   counts = jnp.asarray([[1] * 5 + [0] * 2], jnp.int32)

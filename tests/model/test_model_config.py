@@ -37,7 +37,6 @@ def test_impossible_values_raise(fields, words):
     (lambda: MoEConfig(experts=4, bias_rate=0.1), r'moves a bias that is not there; set model.moe.selection_bias=True'),
     (lambda: ModelConfig(moe=MoEConfig(experts=4, first=9)), r'model.moe.first=9 leaves none of 4 layers'),
     (lambda: ModelConfig(moe=MoEConfig(experts=4), encoder_layers=1), r'encoder-decoder has no experts'),
-    (lambda: ModelConfig(causal=False, window=3), r'model.window=3 looks back only'),
     (lambda: ModelConfig(global_every=2), r'set model.window'),
     (lambda: ModelConfig(activation='clamped_silu', gated=False), r'works on a gate'),
 ])

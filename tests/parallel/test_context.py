@@ -86,6 +86,7 @@ CASES = [
     ('ring', {'context': 2, 'tensor': 2}, {'window': 14, 'softcap': 2.0}),
     ('ring', {'data': 2, 'context': 4}, {'causal': False, 'segments': True, 'sinks': True, 'value_width': 2}),
     ('ring', {'context': 4}, {'in_order': True, 'window': 10}),
+    ('ring', {'context': 4}, {'causal': False, 'window': 5, 'segments': True}),
     ('ring', {'context': 2}, {'relative': True, 'segments': True}),
     ('ring', {'context': 2}, {'positions': True, 'prefix': PREFIX, 'window': 7, 'backend': 'reference'}),
     ('gather', {'context': 4}, ALL),
@@ -108,14 +109,14 @@ def test_float32_loses_no_more_than_a_rounding(strategy):
   check(strategy, {'context': 4}, dtype=np.float32, segments=True, sinks=True)
 
 
-MASKS = [{}, {'causal': False}, {'window': 2}, {'window': 6}, {'window': 27}, {'window': 40}]
+MASKS = [{}, {'causal': False}, {'causal': False, 'window': 6}, {'window': 2}, {'window': 6}, {'window': 27}, {'window': 40}]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('strategy, mask, index', [(*case, i) for i, case in enumerate(itertools.product(context.STRATEGIES, MASKS))], ids=str)
 def test_every_strategy_honours_every_feature(strategy, mask, index):
   """Every mask, in order or not, positions as data or not; the other features take turns."""
-  bit = lambda n: bool((index * 11 + index // 6) >> n & 1)
+  bit = lambda n: bool((index * 11 + index // 7) >> n & 1)
   sizes = {'context': 8 if index % 2 and strategy != 'ulysses' else 4}
   for in_order, relative, positions in ((False, False, False), (True, bit(0), bit(1)), (False, True, False)):
     with jax.enable_x64(True):
