@@ -10,7 +10,9 @@ if __name__ == '__main__':
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -19,6 +21,7 @@ import files
 import names
 from decode.constrain import Constraint
 from decode.generator import Generator
+from decode.request import INTERRUPTED
 from parallel.mesh import AXES, MeshConfig
 from training import config as configs
 
@@ -139,10 +142,16 @@ def show(generator: Generator, completion) -> None:
     print(f"  {shown([id_])!r:>12} {raw:8.3f} (drawn at {processed:.3f})  {likely}")
 
 
+def interrupted(completions) -> bool:
+  """Whether Ctrl-C has ended them."""
+  return any(completion.finish == INTERRUPTED for completion in completions)
+
+
 def bench(generator: Generator, prompts, options: dict) -> None:
   """Prints how fast a call is whose programs are compiled, and what its drafts gain."""
   def run(**changed):
-    generator(prompts, **options | changed)
+    if interrupted(generator(prompts, **options | changed)):
+      raise KeyboardInterrupt
     return generator.report
   report = run()
   drafts = f', {report.accepted} of {report.drafted} drafted tokens kept' if report.drafted else ''
@@ -185,7 +194,7 @@ def main(arguments):
         print(flush=True)
       return
     found = generator(read, **options)
-    if BENCH.value:
+    if BENCH.value and not interrupted(found):
       bench(generator, read, options)
   except (FileNotFoundError, ValueError, FloatingPointError, ImportError) as error:
     sys.exit(f'error: {error}')
@@ -196,7 +205,14 @@ def main(arguments):
   elif not BENCH.value:
     for completion in found:
       show(generator, completion)
+  if interrupted(found):
+    raise KeyboardInterrupt
 
 
 if __name__ == '__main__':
-  app.run(main)
+  try:
+    app.run(main)
+  except KeyboardInterrupt:
+    sys.stdout.flush()
+    print('\ninterrupted', file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)  # at an orderly exit, threads that load or compile would have their say

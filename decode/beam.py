@@ -159,7 +159,8 @@ def texts(generator, watch, rows, state: DecodeState, rules: Rules, options, roo
 
   def advance(state, count):
     with jax.set_mesh(generator.mesh):
-      return search(generator.model, state, rules, jnp.int32(count), vocabulary=generator.vocabulary)
+      state, goes_on = search(generator.model, state, rules, jnp.int32(count), vocabulary=generator.vocabulary)
+      return state, (goes_on, best(state))  # the best so far at once: an interrupt may come when the state is given away to the next chunk
   watch.began(state.rows.cache, int(np.asarray(state.begun)[:len(rows) // n].sum()) * W)
   left, finish, nothing = options.max_new_tokens, 'length', [''] * len(rows)
   made = lambda: [options.max_new_tokens - left] * (len(rows) // n * W)
@@ -167,7 +168,7 @@ def texts(generator, watch, rows, state: DecodeState, rules: Rules, options, roo
   state, ahead = advance(state, count)
   try:
     while True:
-      goes_on, left = ahead, left - count
+      (goes_on, _), left = ahead, left - count
       count = min(left, options.chunk)
       if count:
         state, ahead = advance(state, count)
@@ -178,8 +179,7 @@ def texts(generator, watch, rows, state: DecodeState, rules: Rules, options, roo
       yield nothing
   except KeyboardInterrupt:
     finish = 'interrupted'
-  with jax.set_mesh(generator.mesh):
-    scores, found = jax.tree.map(np.asarray, best(state))
+  scores, found = jax.tree.map(np.asarray, ahead[1])
   for index, row in enumerate(rows):
     prompt, place = divmod(index, n)
     row.add(prompt * W + place, found)

@@ -61,13 +61,13 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
 class Course:
   """How a call goes on from its prompts, a chunk at a time: with drafts, while they pay, or plainly.
 
-  Attributes: fell_back: whether it has gone over from drafts to none, for good.
+  Attributes: fell_back: whether it has gone over from drafts to none, for good. state: after all chunks that were asked for.
   """
 
   def __init__(self, generator: Any, options: Any, drafter: Any, rules: Rules, state: DecodeState, prompts: Sequence[Sequence[int]],
-               read: Callable[[Any], DecodeState]):
+               read: Callable[[Any], DecodeState] | None = None):
     """state: after the prompts. read: what gives the same of a draft."""
-    self._generator, self._options, self._drafter, self._rules, self._state = generator, options, drafter, rules, state
+    self._generator, self._options, self._drafter, self._rules, self.state = generator, options, drafter, rules, state
     self.fell_back, self._pays, self._asked, self._lengths, self._last = False, False, [], [0] * len(prompts), None
     self._seconds = {True: [], False: []}  # for a token, of each chunk that had drafts, and that could have none
     self._drafted, self._without = 0, 0  # tokens that were drafted; chunks that were asked for without drafts
@@ -86,7 +86,7 @@ class Course:
     self._greedy = not np.asarray(rules.sampling.temperature).any()
     self._least = np.float32(0 if self._greedy else min(cost / weight_bytes(generator.model), 1))
     with jax.set_mesh(generator.mesh):
-      self._state = Speculation.of(state, memory)
+      self.state = Speculation.of(state, memory)
 
   @property
   def most(self) -> int:
@@ -104,17 +104,17 @@ class Course:
     steps = self._steps(options.chunk)  # that are compiled, once
     self._asked.append(drafts)
     if not trying:
-      self._state, chunk = generator.advance(getattr(self._state, 'state', self._state), self._rules, options, count)
+      self.state, chunk = generator.advance(getattr(self.state, 'state', self.state), self._rules, options, count)
       return chunk
     with jax.set_mesh(generator.mesh):
       if drafts:
-        self._state, chunk = speculate_chunk(
-            generator.model, self._drafter, self._state, self._rules, self._least, jnp.int32(count), steps=steps, k=options.draft_tokens,
+        self.state, chunk = speculate_chunk(
+            generator.model, self._drafter, self.state, self._rules, self._least, jnp.int32(count), steps=steps, k=options.draft_tokens,
             pad=generator.tokenizer.pad, vocabulary=generator.vocabulary, alternatives=max(options.logprobs, 0))
       else:
         self._without += 1
-        state, chunk = generator.advance(self._state.state, self._rules, options, count)
-        self._state = resumed(self._drafter, dataclasses.replace(self._state, state=state), chunk.ids[:, :READ], chunk.real[:, :READ])
+        state, chunk = generator.advance(self.state.state, self._rules, options, count)
+        self.state = resumed(self._drafter, dataclasses.replace(self.state, state=state), chunk.ids[:, :READ], chunk.real[:, :READ])
     return chunk
 
   def came(self, rows: Sequence[Any]) -> None:

@@ -86,26 +86,19 @@ class Generator:
     """
     prompts = [prompts] if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))) else list(prompts)
     rows, steps = self._run(prompts, Options.of(options))
-    with contextlib.closing(steps):
-      try:
-        for _ in steps:
-          pass
-      except KeyboardInterrupt:
-        steps.throw(KeyboardInterrupt)
+    run_out(steps)
     return [row.completion() for row in rows]
 
   def stream(self, prompt: Prompt, **options) -> Iterator[str]:
-    """Pieces of one completion's text as they come, whole characters each; options: see Options."""
+    """Pieces of one completion's text as they come, whole characters each; options: see Options.
+
+    Ctrl-C raises KeyboardInterrupt, after a last piece if text was held back.
+    """
     options = _as_it_comes(options)
     if options.num_samples > 1:
       raise ValueError(f'num_samples={options.num_samples}: one text is streamed at a time; call the generator for several')
-    return self._pieces(self._run([prompt], options)[1])  # not a generator itself: bad options raise here and now
-
-  def _pieces(self, steps):
-    with contextlib.closing(steps):
-      for (piece,) in steps:
-        if piece:
-          yield piece
+    (row,), steps = self._run([prompt], options)
+    return pieces_of(row, steps)  # not a generator itself: bad options raise here and now
 
   def chat(self, messages: Sequence[dict[str, str]], **options) -> Iterator[str]:
     """Pieces of the assistant's next turn, after messages of {'role': .., 'content': ..}; options as for `stream`.
@@ -120,7 +113,7 @@ class Generator:
     return list(self.tokenizer.encode(text, special=True))
 
   def ids(self, prompts: Sequence[Prompt], **options) -> Iterator[list[list[int]]]:
-    """New ids of every row, a chunk at a time, until all rows have ended; options: see Options."""
+    """New ids of every row, a chunk at a time, until all rows have ended; options: see Options. Ctrl-C raises as in `stream`."""
     rows, steps = self._run(list(prompts), _as_it_comes(options))
 
     def chunks():
@@ -131,6 +124,8 @@ class Generator:
           seen = [len(row.ids) for row in rows]
           if any(new):
             yield new
+      if any(row.finish == INTERRUPTED for row in rows):
+        raise KeyboardInterrupt
     return chunks()
 
   def score(self, texts: Sequence[Prompt]) -> list[np.ndarray]:
@@ -202,6 +197,12 @@ class Generator:
       places = fill(places)
     return Rules(sampling, table, automaton), places, texts, ends
 
+  def placed(self, rules: Rules, beams: int = 1) -> Rules:
+    """Rules on the mesh, those of a row for each of its beams."""
+    with jax.set_mesh(self.mesh):
+      return Rules(*jax.tree.map(lambda x: self.put(np.repeat(x, beams, 0)), (rules.sampling, rules.ends)),
+                   jax.device_put(rules.automaton, jax.NamedSharding(self.mesh, jax.P())))
+
   def read(self, encoded: Sequence[Sequence[int]], capacity: int, stop_at: np.ndarray, *, source=None, places=None, cache_dtype='',
            append: int = APPEND) -> loop.DecodeState:
     """The state after prompts, read in pieces where they are long."""
@@ -263,9 +264,7 @@ class Generator:
 
   def _steps(self, rows, encoded, source, capacity, stop_at, rules, places, options, drafter):
     watch = Watch(self.model)
-    with jax.set_mesh(self.mesh):
-      rules = Rules(*jax.tree.map(lambda x: self.put(np.repeat(x, options.beams, 0)), (rules.sampling, rules.ends)),
-                    jax.device_put(rules.automaton, jax.NamedSharding(self.mesh, jax.P())))
+    rules = self.placed(rules, options.beams)
     read = lambda who: who.read(encoded, min(capacity, who.model.config.max_length or capacity), stop_at, source=source, places=places,
                                 cache_dtype=options.cache_dtype)
     state = read(self)
@@ -273,14 +272,21 @@ class Generator:
       self.report = yield from beam.texts(self, watch, rows, state, rules, options, bucket(options.max_new_tokens))
       return
     watch.began(state.cache, sum(map(len, encoded[:len(rows)])))
-    course, finish = Course(self, options, drafter, rules, state, encoded, read), LENGTH
+    course = Course(self, options, drafter, rules, state, encoded, read)
+    yield from self.go_on(rows, course, watch, options, options.max_new_tokens, LENGTH)
+
+  def go_on(self, rows: Sequence[Row], course: Course, watch: Watch, options: Options, most: int, finish: str) -> Iterator[list[str]]:
+    """Fills the rows with at most so many tokens each, and leaves a report; each step gives the text that is new of each row.
+
+    finish: why a row ends that has not ended itself.
+    """
     # Chunk k + 1 runs while chunk k is read; the first token comes alone, and soon.
     count = 1
     ahead = course.advance(count)
     try:
       while True:
         chunk, done = ahead, min(len(row.ids) for row in rows if not row.finish) + count  # the least that a row has, then
-        count = min(options.max_new_tokens - done, course.most)
+        count = min(most - done, course.most)
         if count > 0:
           ahead = course.advance(count)
         chunk = jax.tree.map(np.asarray, chunk)
@@ -291,10 +297,35 @@ class Generator:
           break
         yield pieces
     except KeyboardInterrupt:
+      if not any(row.ids for row in rows):
+        raise
       finish, pieces = INTERRUPTED, [''] * len(rows)
+      watch.came([len(row.ids) for row in rows])
     pieces = [piece + row.end(finish) for piece, row in zip(pieces, rows)]
     self.report = watch.report(options.seed, rows, course.fell_back)
     yield pieces
+
+
+def run_out(steps: Iterator[list[str]]) -> None:
+  """Runs the steps of a call to their end. Ctrl-C that comes between two of them counts as if it came in one."""
+  with contextlib.closing(steps):
+    try:
+      for _ in steps:
+        pass
+    except KeyboardInterrupt:
+      if not steps.gi_suspended:  # it has ended them: nothing was made so far
+        raise
+      steps.throw(KeyboardInterrupt)
+
+
+def pieces_of(row: Row, steps: Iterator[list[str]]) -> Iterator[str]:
+  """The text of the only row of a call, as it comes. Raises KeyboardInterrupt at the end where Ctrl-C was that."""
+  with contextlib.closing(steps):
+    for (piece,) in steps:
+      if piece:
+        yield piece
+  if row.finish == INTERRUPTED:
+    raise KeyboardInterrupt
 
 
 def _as_it_comes(given: Mapping[str, Any]) -> Options:

@@ -117,7 +117,7 @@ def decode_chunk(model: Decoder, state: DecodeState, rules: Rules, count: Int[Ar
     raw, which, likeliest = laws.logprobs(state.logits, ids, alternatives)
     x, cache, _ = model(ids[:, None], cache=state.cache, counts=real.astype(jnp.int32))  # a row that has ended stays as it is
     new = advanced(state, cache, ids, real, rules)
-    new = dataclasses.replace(new, logits=scores(model, x[:, 0], vocabulary))
+    new = dataclasses.replace(new, logits=jnp.where(real[:, None], scores(model, x[:, 0], vocabulary), state.logits))
     return new, Chunk(ids, real, raw, at(log_law, ids), which, likeliest, broken)
   state, found = run(step, state, steps, count)
   return state, dataclasses.replace(found, ids=jnp.where(found.real, found.ids, pad), broken=found.broken.any(1))

@@ -2,7 +2,6 @@
 
 A session remembers what it has read, so that a turn costs what is new in it.
 """
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -10,16 +9,21 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from decode.generator import APPEND, Generator, bucket
-from decode.loop import DecodeState, Rules
-from decode.request import FULL, INTERRUPTED, LENGTH, Options, Prompt, Row
+from decode.drafting import Course
+from decode.generator import APPEND, Generator, bucket, pieces_of, run_out
+from decode.loop import DecodeState
+from decode.report import Watch
+from decode.request import FULL, LENGTH, Options, Prompt, Row
+from decode.sampling import History
 
 
 class Session:
   """A text that grows.
 
+  Whatever interrupts it, Ctrl-C included, it holds a text that it can go on with.
+
   Attributes:
-    ids: all that was read and written so far. capacity: how many of them there can be.
+    ids: all that was read and written so far, in turns that have ended. capacity: how many of them there can be.
   """
 
   def __init__(self, generator: Generator, capacity: int, cache_dtype: str = ''):
@@ -28,7 +32,9 @@ class Session:
     if config.encoder_layers or not config.causal:
       raise ValueError('a session is of a decoder: what an encoder has read cannot grow; call the generator for every text')
     self._generator, self._cache_dtype = generator, cache_dtype
-    self.capacity, self.ids, self._state = capacity, [], None
+    self.capacity, self.ids, self._turn = capacity, [], None
+    # Behind all ids, or None: they have to be read (again). _reach: so many tokens the cache has held at most, those taken back included.
+    self._state, self._reach = None, 0
     generator.limits(capacity, 0)
 
   @property
@@ -39,12 +45,14 @@ class Session:
   @property
   def logits(self) -> np.ndarray:
     """[V] f32, the model's scores for the next token. Raises ValueError before anything was read."""
-    if self._state is None:
+    self._end_turn()
+    if not self.ids:
       raise ValueError('a session that has read nothing has no scores; append a text first')
-    return np.asarray(self._state.logits[0])
+    return np.asarray(self._read(()).logits[0])
 
   def append(self, text: Prompt) -> 'Session':
     """Reads more: text, which begins as documents do if it is the first, or ids. Raises ValueError for more than the capacity."""
+    self._end_turn()
     if isinstance(text, str):
       new = [*([] if self.ids else [self._generator.tokenizer.bos]), *self._generator.tokenizer.encode(text)]
     else:
@@ -59,58 +67,72 @@ class Session:
   def __call__(self, prompt: str = '', **options):
     """Reads a prompt, if there is one, and goes on: a Completion, as of Generator.__call__."""
     row, steps = self._run(prompt, options)
-    with contextlib.closing(steps):
-      for _ in steps:
-        pass
+    run_out(steps)
     return row.completion()
 
   def stream(self, prompt: str = '', **options) -> Iterator[str]:
-    """The same, in pieces as they come. What was written when one stops to listen stays written."""
-    return self._run(prompt, options)[1]
+    """The same, in pieces as they come. What was written when one stops to listen stays written.
+
+    Ctrl-C raises KeyboardInterrupt, as of Generator.stream. Whatever else is done with the session ends the stream, too: going on to listen
+    raises ValueError.
+    """
+    row, steps = self._run(prompt, options)
+
+    def pieces():
+      yield from pieces_of(row, steps)
+      if not row.finish:
+        raise ValueError('this stream has ended before its text, as the session was used for something else; listen to the end first, or '
+                         'fork the session')
+    return pieces()
 
   def fork(self) -> 'Session':
     """Another session with the same past; from here on each goes its own way."""
+    self._end_turn()
     other = Session(self._generator, self.capacity, self._cache_dtype)
-    other.ids, other._state = list(self.ids), self._state and _copy(self._state)
+    other.ids, other._state, other._reach = list(self.ids), self._state and _copy(self._state), self._reach
     return other
 
   def truncate(self, length: int) -> 'Session':
     """Takes back all but the first ids. Raises ValueError for a length that is not in [0, what there is]."""
+    self._end_turn()
     if not 0 <= length <= len(self.ids):
       raise ValueError(f'length={length} must be in [0, {len(self.ids)}], which is what the session has')
     if length < len(self.ids):
-      self._back_to(self.ids[:length], len(self.ids))
+      self._back_to(length)
     return self
 
   def _read(self, new):
-    generator = self._generator
-    if self._state is None:
-      self._state = generator.read([[*new]] * generator.parts, self.capacity, self._all(sys.maxsize), cache_dtype=self._cache_dtype)
+    """The state behind these ids, too; where that is interrupted, none of them was read."""
+    generator, ids = self._generator, [*self.ids, *new]
+    state, self._state = self._state, None  # its buffers are given away
+    if state is None:
+      self._reach = 0
+      state = generator.read([ids] * generator.parts, self.capacity, self._all(sys.maxsize), cache_dtype=self._cache_dtype)
     else:
-      for first in range(0, len(new), APPEND):
-        part = new[first:first + APPEND]
-        tokens = np.zeros((generator.parts, min(APPEND, bucket(len(part)))), np.int32)
-        tokens[:, :len(part)] = part
-        self._state = generator.append(self._state, tokens, self._all(len(part)))
-    self.ids += new
+      state = self._behind(state, new)
+    self.ids, self._reach = ids, max(self._reach, len(ids))
+    self._state = state
+    return state
+
+  def _behind(self, state, new):
+    for first in range(0, len(new), APPEND):
+      part = new[first:first + APPEND]
+      tokens = np.zeros((self._generator.parts, min(APPEND, bucket(len(part)))), np.int32)
+      tokens[:, :len(part)] = part
+      state = self._generator.append(state, tokens, self._all(len(part)))
+    return state
 
   def _all(self, value):
     return np.full(self._generator.parts, min(value, 2**31 - 1), np.int32)
 
-  def _back_to(self, ids, written):
-    """The state after these ids, where the cache holds `written` tokens that begin with them."""
-    self.ids = []
-    rings = [held.slots - window for held, window in zip(self._state.cache.held, self._windows()) if held.ring]
+  def _back_to(self, length):
+    """Only the first ids stay."""
+    state, self._state, self.ids = self._state, None, self.ids[:length]
+    rings = [held.slots - window for held, window in zip(state.cache.held, self._windows()) if held.ring] if state else []
     # The last token is read again, for its scores; a ring has it only if nothing has written over what its window sees.
-    if len(ids) < 2 or written - len(ids) + 1 > min(rings, default=sys.maxsize):
-      self._state = None
-      if ids:
-        self._read(ids)
-      return
-    cache = dataclasses.replace(self._state.cache, lengths=self._generator.put(self._all(len(ids) - 1)))
-    self._state = dataclasses.replace(self._state, cache=cache)
-    self.ids = ids[:-1]
-    self._read(ids[-1:])
+    if state and length > 1 and self._reach - length + 1 <= min(rings, default=sys.maxsize):
+      cache = dataclasses.replace(state.cache, lengths=self._generator.put(self._all(length - 1)))
+      self._state = self._behind(dataclasses.replace(state, cache=cache), self.ids[-1:])
 
   def _windows(self):
     return [kind.window for kind, _ in self._generator.model.config.places]
@@ -123,50 +145,45 @@ class Session:
     for name in ('draft', 'lookup', 'early_exit'):
       if getattr(options, name):
         raise NotImplementedError(f'{name}: nothing drafts for a session so far; call the generator')
-    for name in ('draft', 'lookup', 'early_exit'):
-      if getattr(options, name):
-        raise ValueError(f'{name} is given: a session drafts nothing; call the generator')
     if options.cache_dtype:
       raise ValueError(f'cache_dtype={options.cache_dtype!r} is of a whole session: g.session(cache_dtype=..)')
-    generator = self._generator
+    generator, watch = self._generator, Watch(self._generator.model)
     rules, places, texts, ends = generator.rules(options, 1, generator.parts)
+    self._end_turn()
     if prompt:
       self.append(prompt)
     if not self.ids:
       raise ValueError('a session that has read nothing cannot go on; append a text first, or give a prompt')
     row = Row(prompt, list(self.ids), int(rules.sampling.seed[0]), texts, generator.tokenizer, ends)
-    return row, self._steps(row, rules, places, options)
+    self._turn = self._steps(row, rules, places, options, watch)
+    return row, self._turn
 
-  def _steps(self, row, rules, places, options):
+  def _steps(self, row, rules, places, options, watch):
     generator, begun = self._generator, len(self.ids)
-    stop_at = min(begun + options.max_new_tokens, self.capacity)
-    finish = LENGTH if begun + options.max_new_tokens <= self.capacity else FULL
-    history = dataclasses.replace(self._state.history, generated=0 * self._state.history.generated)
-    with jax.set_mesh(generator.mesh):
-      rules = Rules(*jax.tree.map(generator.put, (rules.sampling, rules.ends)),
-                    jax.device_put(rules.automaton, jax.NamedSharding(generator.mesh, jax.P())))
-      self._state = dataclasses.replace(self._state, stop_at=generator.put(self._all(stop_at)), history=history,
-                                        done=generator.put(np.full(generator.parts, begun >= stop_at)),
-                                        places=None if places is None else generator.put(places))
+    most = min(options.max_new_tokens, self.capacity - begun)
+    prompt = np.zeros((generator.parts, generator.model.config.V), bool)
+    prompt[:, self.ids] = True  # a turn is as a call with all that there is
+    state = dataclasses.replace(
+        self._read(()), stop_at=generator.put(self._all(begun + most)), done=generator.put(np.full(generator.parts, not most)),
+        history=History(generator.put(np.zeros(prompt.shape, np.int32)), generator.put(prompt)),
+        places=None if places is None else generator.put(places))
+    course, self._state = Course(generator, options, None, generator.placed(rules), state, [self.ids]), None
+    watch.began(course.state.cache, begun)
     try:
-      left = stop_at - begun
-      while left and not row.finish:
-        count = min(left, options.chunk)
-        self._state, chunk = generator.advance(self._state, rules, options, count)
-        left -= count
-        if piece := row.add(0, jax.tree.map(np.asarray, chunk)):
-          yield piece
-      if rest := row.end(finish):
-        yield rest
-    except KeyboardInterrupt:
-      row.end(INTERRUPTED)
+      yield from generator.go_on([row], course, watch, options, most, LENGTH if most == options.max_new_tokens else FULL)
     finally:
-      written = int(np.asarray(self._state.cache.lengths)[0])
-      self._state = dataclasses.replace(self._state, places=None)
-      ids = [*self.ids, *row.ids]
-      if written > len(ids):
-        self._back_to(ids, written)
-      self.ids = ids
+      self.ids, self._turn = [*self.ids, *row.ids], None
+      if not any(x.is_deleted() for x in jax.tree.leaves(course.state)):  # an interrupt may come when they are given away
+        written = int(np.asarray(course.state.cache.lengths)[0])
+        self._reach, self._state = max(self._reach, written), dataclasses.replace(course.state, places=None)
+        if written > len(self.ids):
+          self._back_to(len(self.ids))
+
+  def _end_turn(self):
+    """What a stream that is under way has written stays, and nothing comes after it."""
+    if self._turn is not None:
+      self._turn.close()
+      self._turn = None
 
 
 def _copy(state: DecodeState) -> DecodeState:

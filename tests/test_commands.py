@@ -1,4 +1,5 @@
 """Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, misused, asked for text."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -292,3 +293,28 @@ def test_generate_says_what_is_wrong(runs, whole, tmp_path):
   assert_plain(runs.generate(tmp_path / 'nowhere'), 'error: ', 'config.json does not exist', 'train.py --workdir')
   assert_plain(runs.generate(whole, '--prompt=' + 'a' * 40), 'error: ', 'a prompt of 41 tokens', 'model.max_length=32', 'shorten')
   assert_plain(runs.generate(whole, '--checkpoint=7'), 'error: ', "checkpoint='7' is unknown", '36', '40')
+
+
+def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
+  def ended(process):
+    process.process.send_signal(signal.SIGINT)
+    done = process.end()
+    assert (done.code, done.error.split()[-1]) == (130, 'interrupted') and 'Traceback' not in done.error + done.out, done.error
+    return done.out
+  prompts = [f'{i:02} ' for i in range(90)]
+  process = Process(runs.directory, 'generate.py', f'--workdir={whole}', *(f'--prompt={prompt}' for prompt in prompts), '--chunk=1',
+                    '--max_new_tokens=28', '--logit_bias=2:-inf')
+  assert process.until(lambda: process.out().startswith(prompts[0]))
+  out = ended(process)
+  assert out.startswith(prompts[0]) and f'\n{prompts[-1]}' not in out, 'it went on to the next prompt'
+  os.mkfifo(tmp_path / 'prompts')  # which has a writer only when the command waits for one
+  process = Process(runs.directory, 'generate.py', f'--workdir={whole}', f'--prompts={tmp_path / "prompts"}')
+  writer = []
+
+  def open_():
+    with contextlib.suppress(OSError):
+      writer.append(os.open(tmp_path / 'prompts', os.O_WRONLY | os.O_NONBLOCK))
+    return writer
+  assert process.until(open_)
+  assert ended(process) == ''
+  os.close(writer[0])

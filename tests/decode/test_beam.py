@@ -388,14 +388,16 @@ def test_nothing_is_streamed(generator):
       way('a', beams=2)
 
 
-def test_an_interrupted_search_gives_what_there_is(generator, monkeypatch):
+@pytest.mark.parametrize('given_away', [False, True])
+def test_an_interrupted_search_gives_what_there_is(generator, monkeypatch, given_away):
   calls, searching = [], beam.search
 
   def interrupted(*arguments, **options):
     calls.append(1)
+    found = searching(*arguments, **options) if len(calls) < 3 or given_away else None
     if len(calls) == 3:
       raise KeyboardInterrupt
-    return searching(*arguments, **options)
+    return found
   monkeypatch.setattr(beam, 'search', interrupted)
   found = generator(TEXTS, chunk=2, **HOW)
   assert [(c.finish, len(c.ids)) for c in found] == [('interrupted', 4)] * 6 and all(np.isfinite(c.score) for c in found)

@@ -9,6 +9,7 @@ import pytest
 from data.config import DataConfig
 from data.tokenizer import ByteTokenizer
 from decode.generator import Generator, generating
+from decode.request import Row
 from kernels.blocks import Blocks
 from model import params, transformer
 from model.config import ModelConfig
@@ -194,11 +195,12 @@ def test_samples_are_rows_of_their_own(generator):
 
 def test_a_long_prompt_is_read_in_pieces(generator, monkeypatch):
   prompt = 'abc' * 17
-  expected = generator(prompt, max_new_tokens=8, temperature=0.0, logprobs=0)[0]
+  options = dict(max_new_tokens=8, temperature=0.0, logprobs=0, repetition_penalty=1.5)
+  expected = generator(prompt, **options)[0]
   monkeypatch.setattr('decode.generator.AT_ONCE', 16)
   monkeypatch.setattr('decode.generator.APPEND', 8)
-  found = generator([prompt, 'x'], max_new_tokens=8, temperature=0.0, logprobs=0)
-  assert same(found[0], expected) and same(found[1], generator('x', max_new_tokens=8, temperature=0.0, logprobs=0, seed=1)[0])
+  found = generator([prompt, 'x'], **options)
+  assert same(found[0], expected) and same(found[1], generator('x', seed=1, **options)[0])
 
 
 def test_bytes_in_the_cache_and_in_the_weights_are_near(generator):
@@ -252,18 +254,49 @@ def test_scores_that_are_not_finite_raise(generator):
     broken('a', max_new_tokens=3)
 
 
-def test_an_interrupt_returns_what_there_is(generator, monkeypatch):
-  calls, advance = [], generator.advance
+def interrupted(function, number):
+  """The function, interrupted behind its work when it is called for this time."""
+  calls = []
 
-  def interrupted(*arguments):
+  def run(*arguments, **options):
+    found = function(*arguments, **options)
     calls.append(1)
-    if len(calls) == 4:
+    if len(calls) == number:
       raise KeyboardInterrupt
-    return advance(*arguments)
-  expected = generator('a', max_new_tokens=40, seed=1, chunk=4)[0]
-  monkeypatch.setattr(generator, 'advance', interrupted)
-  (found,) = generator('a', max_new_tokens=40, seed=1, chunk=4)
-  assert found.finish == 'interrupted' and found.ids == expected.ids[:len(found.ids)] and 0 < len(found.ids) < 40
+    return found
+  return run
+
+
+def test_an_interrupt_returns_what_there_is(generator, monkeypatch):
+  how = dict(max_new_tokens=40, seed=1, chunk=4)
+  expected = generator('a', **how)[0]
+  with monkeypatch.context() as patch:
+    patch.setattr(generator, 'advance', interrupted(generator.advance, 4))
+    (found,) = generator('a', **how)
+  assert found.finish == 'interrupted' and found.ids == expected.ids[:5] and generator.report.new_tokens == 5
+  monkeypatch.setattr(Row, 'add', interrupted(Row.add, 1))
+  assert [len(c.ids) for c in generator(['a', 'b'], **how)] == [1, 0] and generator.report.new_tokens == 1
+
+
+@pytest.mark.parametrize('number', [1, 2])
+@pytest.mark.parametrize('ask', [lambda g, **how: g('a', **how), lambda g, **how: list(g.stream('a', **how))], ids=['call', 'stream'])
+def test_an_interrupt_before_there_is_anything_raises(generator, monkeypatch, ask, number):
+  monkeypatch.setattr(generator, 'advance', interrupted(generator.advance, number))
+  with pytest.raises(KeyboardInterrupt) as caught:
+    ask(generator, max_new_tokens=4)
+  assert caught.traceback[-1].name == 'run', 'where it came'
+
+
+@pytest.mark.parametrize('way', ['stream', 'ids'])
+def test_a_listener_hears_of_an_interrupt(generator, monkeypatch, way):
+  how, heard = dict(max_new_tokens=40, seed=1, chunk=4), []
+  ask = lambda: generator.stream('a', **how) if way == 'stream' else (new[0] for new in generator.ids(['a'], **how))
+  expected = [x for piece in ask() for x in piece]
+  monkeypatch.setattr(generator, 'advance', interrupted(generator.advance, 4))
+  with pytest.raises(KeyboardInterrupt):
+    for piece in ask():
+      heard += piece
+  assert 0 < len(heard) < len(expected) and heard == expected[:len(heard)]
 
 
 def test_a_report_adds_up(generator):

@@ -130,6 +130,10 @@ def test_a_row_ends_at_eos_and_leaves_its_neighbours_alone(model):
   assert rows == [cut(row) for row in free] and len(rows[0]) <= 5
   assert state.done.all(), 'stopped by length, or by the end-of-text'
   assert state.cache.lengths.tolist() == [len(p) + len(r) for p, r in zip(PROMPTS, rows)]
+  for prompt, row, logits in zip(PROMPTS, rows, state.logits):
+    ids = prompt + row
+    tokens = put(np.array([ids + [PAD] * (24 - len(ids))], np.int32))
+    np.testing.assert_allclose(logits, full_forward(model, tokens)[0, len(ids) - 1], atol=1e-4), 'what comes next stays known'
 
 
 def test_a_row_stops_at_its_length(model):

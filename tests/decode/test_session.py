@@ -30,6 +30,10 @@ def whole(generator, ids, **options):
   return generator([ids], **options)[0].ids
 
 
+def assert_scores_are_of_its_ids(session):
+  np.testing.assert_allclose(session.logits, session._generator.session().append(session.ids).logits, atol=1e-5)
+
+
 def test_turns_are_one_text(generator):
   session = generator.session().append('def f(')
   first = session(max_new_tokens=5, temperature=0.0)
@@ -64,9 +68,13 @@ def test_a_ring_is_read_again_where_it_has_turned():
   session = generator.session().append(np.random.default_rng(0).integers(3, 259, 500).tolist())
   past = list(session.ids)
   assert session._state.cache.held[0].ring and not session._state.cache.held[1].ring
-  for length in (498, 400, 100, 3):
-    assert session.truncate(length).ids == past[:length]
-    np.testing.assert_allclose(session.logits, generator.session().append(past[:length]).logits, atol=1e-5)
+  for length in (498, 400, 200, 3):  # 400: what was taken back stays in the ring, and in that of a fork
+    other = session.fork()
+    for one in (session, other):
+      assert one.truncate(length).ids == past[:length]
+      assert_scores_are_of_its_ids(one)
+  session.append(past[3:290])(max_new_tokens=300, temperature=0.0, logit_bias={2: -np.inf}, chunk=64)
+  assert_scores_are_of_its_ids(session.truncate(295))
 
 
 def test_a_stop_string_and_a_listener_that_leaves(generator):
@@ -75,12 +83,93 @@ def test_a_stop_string_and_a_listener_that_leaves(generator):
   session = generator.session().append('abc')
   ended = session(max_new_tokens=30, seed=4, stop=stop, chunk=16)
   assert ended.finish == 'stop' and ended.text == free.text[:free.text.index(stop)] and session.ids[4:] == ended.ids
-  np.testing.assert_allclose(session.logits, generator.session().append(session.ids).logits, atol=1e-5)
+  assert_scores_are_of_its_ids(session)
   listening = session.stream(max_new_tokens=30, seed=4, chunk=2)
   next(listening)
   listening.close()
-  np.testing.assert_allclose(session.logits, generator.session().append(session.ids).logits, atol=1e-5)
+  assert_scores_are_of_its_ids(session)
   assert len(session.ids) < 4 + len(ended.ids) + 30
+
+
+def test_a_turn_that_ends_within_a_chunk_leaves_the_scores_behind_it(generator):
+  free = generator.session().append('abc')(max_new_tokens=20, seed=4)
+  session = generator.session().append('abc')
+  assert session(max_new_tokens=20, seed=4, stop=free.ids[5], chunk=16).ids == free.ids[:6]
+  assert_scores_are_of_its_ids(session)
+
+
+def test_penalties_look_at_what_the_text_has(generator):
+  """All of it as a prompt, what earlier turns wrote included, and nothing that was taken back."""
+  options = dict(max_new_tokens=8, temperature=0.0, repetition_penalty=3.0, presence_penalty=2.0)
+  session = generator.session().append('abc')
+  session(max_new_tokens=20, temperature=0.0)
+  for length in (len(session.ids), 14):
+    past = list(session.truncate(length).ids)
+    assert session(**options).ids == whole(generator, past, **options)
+
+
+@pytest.mark.parametrize('use', [
+    lambda session: session.append('x'), lambda session: session.truncate(5), lambda session: session.fork(), lambda session: session.logits,
+    lambda session: session(max_new_tokens=2, seed=1), lambda session: next(session.stream(max_new_tokens=2, seed=1)),
+], ids=['append', 'truncate', 'fork', 'logits', 'call', 'stream'])
+def test_other_use_ends_a_stream_that_is_under_way(generator, use):
+  session = generator.session().append('abc')
+  listening = session.stream(max_new_tokens=30, seed=1, chunk=2)
+  next(listening)
+  use(session)
+  assert_scores_are_of_its_ids(session)
+  assert session.ids[:5] == generator.encoded('abc') + generator.session().append('abc')(max_new_tokens=1, seed=1).ids
+  with pytest.raises(ValueError, match='this stream has ended before its text.* fork the session'):
+    next(listening)
+  assert_scores_are_of_its_ids(session)
+
+
+@pytest.mark.parametrize('number', [1, 2, 3])
+@pytest.mark.parametrize('before', [False, True], ids=['given away', 'not given away'])
+def test_an_interrupted_turn_leaves_what_there_is(generator, monkeypatch, number, before):
+  how = dict(max_new_tokens=30, seed=1, chunk=4)
+  expected = generator.session().append('abc')(**how)
+  session, calls, advance = generator.session().append('abc'), [], generator.advance
+
+  def interrupted(*arguments):
+    calls.append(1)
+    found = None if before and len(calls) == number else advance(*arguments)
+    if len(calls) == number:
+      raise KeyboardInterrupt
+    return found
+  with monkeypatch.context() as patch:
+    patch.setattr(generator, 'advance', interrupted)
+    if number < 3:  # nothing was read so far
+      with pytest.raises(KeyboardInterrupt):
+        session(**how)
+    else:
+      found = session(**how)
+      assert found.finish == 'interrupted' and found.ids == expected.ids[:len(found.ids)] == session.ids[4:]
+  assert len(session.ids) == 4 + (number == 3)
+  assert_scores_are_of_its_ids(session)
+  left = 30 - len(session.ids) + 4
+  assert session(**how | {'max_new_tokens': left}).ids == expected.ids[-left:], 'it goes on as if nothing had been'
+
+
+def test_interrupted_reading_reads_nothing(generator, monkeypatch):
+  session, append = generator.session().append('abcdef'), generator.append
+
+  def interrupted(*arguments):
+    append(*arguments)
+    raise KeyboardInterrupt
+  for use, kept in ((lambda: session.append('gh'), 7), (lambda: session.truncate(4), 4)):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(generator, 'append', interrupted)
+      use()
+    assert session.ids == generator.encoded('abcdef')[:kept]
+    assert_scores_are_of_its_ids(session)
+
+
+def test_a_turn_is_reported(generator):
+  session = generator.session().append('abc')
+  found = session('def', max_new_tokens=9, seed=3)
+  report = generator.report
+  assert (report.rows, report.prompt_tokens, report.new_tokens) == (1, 7, len(found.ids)) and 0 < report.first_token <= report.seconds
 
 
 def test_a_full_cache_says_so(generator):
