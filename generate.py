@@ -148,11 +148,12 @@ def bench(generator: Generator, prompts, options: dict) -> None:
   drafts = f', {report.accepted} of {report.drafted} drafted tokens kept' if report.drafted else ''
   drafts += ', and none were drafted any more as that was faster' if report.fell_back else ''
   share = '' if report.drafted else f', {report.share_of_bandwidth():.0%} of what the measured bandwidth allows'
+  then = f'then {report.ms_per_token:.2f} ms a step, {report.tokens_per_second:.1f} tokens/s{share}'
+  too_few = 'and too few steps behind it to time'
   print(f'{report.rows} rows, {report.prompt_tokens} prompt tokens, {report.new_tokens} new ones{drafts}\n'
-        f'first token {report.first_token * 1e3:.1f} ms, then {report.ms_per_token:.2f} ms a step, '
-        f'{report.tokens_per_second:.1f} tokens/s{share}\n'
+        f'first token {report.first_token * 1e3:.1f} ms, {too_few if math.isnan(report.ms_per_token) else then}\n'
         f'cache {report.cache_bytes / 1e6:.1f} MB, compilation {report.compile_seconds:.1f} s, seed {report.seed}')
-  if report.drafted:
+  if report.drafted and not math.isnan(report.ms_per_token):
     plain = min((run(draft=None, lookup=0, early_exit=0) for _ in range(2)), key=lambda plain: plain.seconds)
     print(f'without drafts {plain.tokens_per_second:.1f} tokens/s: they gain {report.tokens_per_second / plain.tokens_per_second:.2f}x')
 

@@ -163,8 +163,8 @@ def texts(generator, watch, rows, state: DecodeState, rules: Rules, options, roo
   watch.began(state.rows.cache, int(np.asarray(state.begun)[:len(rows) // n].sum()) * W)
   left, finish, nothing = options.max_new_tokens, 'length', [''] * len(rows)
   made = lambda: [options.max_new_tokens - left] * (len(rows) // n * W)
-  count = min(left, options.chunk)
-  state, ahead = advance(state, count)
+  count = 1
+  state, ahead = watch.first(advance(state, count))
   try:
     while True:
       goes_on, left = ahead, left - count

@@ -276,7 +276,7 @@ class Generator:
     course, finish = Course(self, options, drafter, rules, state, encoded, read), LENGTH
     # Chunk k + 1 runs while chunk k is read; the first token comes alone, and soon.
     count = 1
-    ahead = course.advance(count)
+    ahead = watch.first(course.advance(count))
     try:
       while True:
         chunk, done = ahead, min(len(row.ids) for row in rows if not row.finish) + count  # the least that a row has, then

@@ -398,4 +398,4 @@ def test_an_interrupted_search_gives_what_there_is(generator, monkeypatch):
     return searching(*arguments, **options)
   monkeypatch.setattr(beam, 'search', interrupted)
   found = generator(TEXTS, chunk=2, **HOW)
-  assert [(c.finish, len(c.ids)) for c in found] == [('interrupted', 4)] * 6 and all(np.isfinite(c.score) for c in found)
+  assert [(c.finish, len(c.ids)) for c in found] == [('interrupted', 3)] * 6 and all(np.isfinite(c.score) for c in found)
