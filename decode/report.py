@@ -5,6 +5,7 @@ least time that a token takes. The bandwidth is measured, once a process, by a s
 """
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,16 @@ class Report:
   drafted: int
   accepted: int
   fell_back: bool
+
+  def __str__(self) -> str:
+    drafts = f', {self.accepted} of {self.drafted} drafted tokens kept' if self.drafted else ''
+    drafts += ', and none were drafted any more as that was faster' if self.fell_back else ''
+    share = '' if self.drafted else f', {self.share_of_bandwidth():.0%} of what the measured bandwidth allows'
+    then = f'then {self.ms_per_token:.2f} ms a step, {self.tokens_per_second:.1f} tokens/s{share}'
+    too_few = 'and too few steps behind it to time'
+    return (f'{self.rows} rows, {self.prompt_tokens} prompt tokens, {self.new_tokens} new ones{drafts}\n'
+            f'first token {self.first_token * 1e3:.1f} ms, {too_few if math.isnan(self.ms_per_token) else then}\n'
+            f'cache {self.cache_bytes / 1e6:.1f} MB, compilation {self.compile_seconds:.1f} s, seed {self.seed}')
 
   def share_of_bandwidth(self) -> float:
     """The least time that a step can take by the memory's measured bandwidth, over what it took; 1 is the bound.
