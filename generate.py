@@ -22,6 +22,7 @@ import names
 from decode.constrain import Constraint
 from decode.generator import Generator
 from decode.request import INTERRUPTED
+from decode.sampling import seed_of
 from parallel.mesh import AXES, MeshConfig
 from training import config as configs
 
@@ -30,13 +31,13 @@ CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a ste
 MESH = flags.DEFINE_string('mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4.")
 WEIGHTS = flags.DEFINE_enum('weights', '', ['', 'int8'], 'int8: matrices of one byte a number, which is less exact and faster.')
 PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to go on from; repeat the flag for several.')
-PROMPTS = flags.DEFINE_string('prompts', None, 'A JSONL file, in each line a text, {"prompt": text} or {"messages": [..]}.')
+PROMPTS = flags.DEFINE_string('prompts', None, 'A JSONL file, in each line a text, ids, {"prompt": either} or {"messages": [..]}.')
 CHAT = flags.DEFINE_bool('chat', False, "Each prompt is a user's message, put into the tokenizer's chat template.")
 STREAM = flags.DEFINE_bool('stream', None, 'Print text as it comes; the default, but with --output, --bench, --prompts, --num_samples, '
                            '--logprobs and --beams.')
 OUTPUT = flags.DEFINE_string('output', None, 'Write all completions, with log-probabilities, to this JSONL file.')
 BENCH = flags.DEFINE_bool('bench', False, 'Generate twice, and print how fast the second time was, and how fast without drafts.')
-SCORE = flags.DEFINE_bool('score', False, 'Generate nothing; print how likely the model finds each prompt.')
+SCORE = flags.DEFINE_bool('score', False, 'Generate nothing; print, or write to --output, how likely the model finds each prompt.')
 REGEX = flags.DEFINE_string('regex', None, 'Texts match this regular expression.')
 SCHEMA = flags.DEFINE_string('schema', None, 'Texts are JSON of this schema: a file, or the schema itself.')
 DRAFT = flags.DEFINE_string('draft', None, 'Directory of a run whose smaller model drafts, with the same tokenizer.')
@@ -67,23 +68,77 @@ OPTIONS = {
 }
 
 
-def read_prompts(path: str) -> list:
-  """Prompts of a JSONL file. Raises ValueError for a line that is none."""
+def read_prompts(path: str) -> list[tuple[str, str | list]]:
+  """Prompts of a JSONL file, each behind its place. Raises ValueError for a file that cannot be read, and for a line that is no prompt."""
+  try:
+    lines = pathlib.Path(path).read_bytes().split(b'\n')  # other ends of lines, such as U+2028, may stand in a text
+  except OSError as error:
+    raise ValueError(f'--prompts={path}: {error.strerror}; give a file of a JSON text or object in each line') from error
   found = []
-  for number, line in enumerate(pathlib.Path(path).read_text(encoding='utf-8').splitlines(), 1):
-    if not line.strip():
-      continue
+  for number, line in enumerate(lines, 1):
+    place = f'{path}:{number}'
     try:
-      given = json.loads(line)
+      if line.strip():
+        found.append((place, prompt_of(json.loads(line.decode()))))
     except json.JSONDecodeError as error:
-      raise ValueError(f'{path}:{number}: not JSON ({error})') from error
-    prompt = given.get('messages', given.get('prompt')) if isinstance(given, dict) else given
-    if not isinstance(prompt, (str, list)):
-      raise ValueError(f'{path}:{number}: {line[:80]!r} is neither a text nor an object with "prompt" or "messages"')
-    found.append(prompt)
+      raise ValueError(f'{place}: not JSON ({error})') from error
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{place}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8') from error
+    except ValueError as error:
+      raise ValueError(f'{place}: {error}') from error
   if not found:
     raise ValueError(f'{path} holds no prompt')
   return found
+
+
+def prompt_of(given) -> str | list:
+  """A text, ids or messages, by what a line of a JSONL file holds. Raises ValueError for anything else."""
+  if isinstance(given, dict):
+    for key in given:
+      names.check('key', key, ('prompt', 'messages'))
+    asked = {key: value for key, value in given.items() if value is not None}
+    if len(asked) != 1:
+      raise ValueError(f'{"both" if asked else "neither"} of "prompt" and "messages"; give one of the two')
+    if 'messages' in asked and not is_chat(asked['messages']):
+      raise ValueError(f'messages={str(asked["messages"])[:60]!r} must be a list of objects with "role" and "content"')
+    (given,) = asked.values()
+  if not isinstance(given, (str, list)):
+    raise ValueError(f'{str(given)[:60]!r} is neither a text nor an object with "prompt" or "messages"')
+  return given
+
+
+def is_chat(prompt) -> bool:
+  """Whether a prompt is messages, and neither a text nor ids."""
+  return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def readable(generator: Generator, place: str, prompt: str | list) -> str | list:
+  """A text or ids for the generator. Raises ValueError, with the prompt's place, for what the model cannot read."""
+  try:
+    if is_chat(prompt) and SCORE.value:
+      raise ValueError('messages with --score, which is of a text or of ids; give these, or leave out --score')
+    if is_chat(prompt) or CHAT.value:
+      return generator.chat_ids([{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt)
+    generator.encoded(prompt)
+    return prompt
+  except ValueError as error:
+    raise ValueError(f'{place}: {error}') from error
+
+
+def check_flags() -> None:
+  """Raises ValueError for flags that do not go together, and for an output that could not be written, before anything takes time."""
+  if PROMPTS.value is not None and PROMPT.value != ['']:
+    raise ValueError('--prompt and --prompts: give one of the two')
+  given = lambda flags: [f'--{flag.name}' for flag in flags if flag.present and flag.value is not False]
+  if SCORE.value and (unused := given((CHAT, STREAM, BENCH, REGEX, SCHEMA, DRAFT, EARLY, BIAS, STOP, STOP_IDS, *OPTIONS.values()))):
+    raise ValueError(f'--score with {", ".join(unused)}: it generates nothing; leave them out, or --score')
+  if STREAM.value and (unused := given((OUTPUT, BENCH, *([OPTIONS['logprobs']] if OPTIONS['logprobs'].value >= 0 else [])))):
+    raise ValueError(f'--stream with {", ".join(unused)}: it prints text alone, as it comes; leave them out, or give --nostream')
+  if OUTPUT.value is not None:
+    try:
+      files.check_writable(OUTPUT.value)
+    except OSError as error:
+      raise ValueError(f'--output={OUTPUT.value}: {error.strerror}; give a file that can be written') from error
 
 
 def mesh_of(text: str) -> MeshConfig:
@@ -122,11 +177,21 @@ def options_of(generator: Generator) -> dict:
 
 
 def score(generator: Generator, prompts) -> None:
-  """Prints how likely the model finds the prompts, of their own first token on."""
-  for prompt, found in zip(prompts, generator.score(prompts)):
+  """Prints, or writes, how likely the model finds the prompts, of their own first token on."""
+  scores = generator.score(prompts)
+  if OUTPUT.value is not None:
+    return write('scores', [{'prompt': prompt, 'ids': generator.encoded(prompt), 'logprobs': found.tolist()}
+                            for prompt, found in zip(prompts, scores)])
+  for prompt, found in zip(prompts, scores):
     nats, size = -float(found.sum()), len(prompt.encode()) if isinstance(prompt, str) else 0
     per_byte = f', {nats / math.log(2) / size:.4f} bits per byte' if size else ''
     print(f'{nats:.4f} nats, {len(found)} tokens{per_byte}: {prompt if len(prompt) <= 60 else f"{prompt[:60]}..."!r}')
+
+
+def write(what: str, found: list[dict]) -> None:
+  """Writes one JSON object a line to the output."""
+  files.replace(OUTPUT.value, ''.join(f'{json.dumps(one, ensure_ascii=False)}\n' for one in found))
+  print(f'wrote {len(found)} {what} to {OUTPUT.value}')
 
 
 def show(generator: Generator, completion) -> None:
@@ -154,59 +219,52 @@ def bench(generator: Generator, prompts, options: dict) -> None:
       raise KeyboardInterrupt
     return generator.report
   report = run()
-  drafts = f', {report.accepted} of {report.drafted} drafted tokens kept' if report.drafted else ''
-  drafts += ', and none were drafted any more as that was faster' if report.fell_back else ''
-  share = '' if report.drafted else f', {report.share_of_bandwidth():.0%} of what the measured bandwidth allows'
-  print(f'{report.rows} rows, {report.prompt_tokens} prompt tokens, {report.new_tokens} new ones{drafts}\n'
-        f'first token {report.first_token * 1e3:.1f} ms, then {report.ms_per_token:.2f} ms a step, '
-        f'{report.tokens_per_second:.1f} tokens/s{share}\n'
-        f'cache {report.cache_bytes / 1e6:.1f} MB, compilation {report.compile_seconds:.1f} s, seed {report.seed}')
-  if report.drafted:
-    plain = min((run(draft=None, lookup=0, early_exit=0) for _ in range(2)), key=lambda plain: plain.seconds)
+  print(report)
+  if report.drafted and not math.isnan(report.ms_per_token):
+    without = dict(draft=None, lookup=0, early_exit=0, draft_tokens=OPTIONS['draft_tokens'].default)
+    plain = min((run(**without) for _ in range(2)), key=lambda plain: plain.seconds)
     print(f'without drafts {plain.tokens_per_second:.1f} tokens/s: they gain {report.tokens_per_second / plain.tokens_per_second:.2f}x')
+
+
+def run() -> None:
+  """What the flags ask for."""
+  check_flags()
+  hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
+  given = [(f'--prompt={text[:40]!r}', text) for text in PROMPT.value] if PROMPTS.value is None else read_prompts(PROMPTS.value)
+  generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
+  prompts = [readable(generator, place, prompt) for place, prompt in given]
+  if SCORE.value:
+    return score(generator, prompts)
+  options = options_of(generator)
+  others = OUTPUT.value is not None, BENCH.value, PROMPTS.value is not None, options['num_samples'] > 1, options['beams'] > 1
+  streams = not any(others) and options['logprobs'] < 0 if STREAM.value is None else STREAM.value
+  if streams:
+    pieces = [generator.stream(prompt, **options | {'seed': seed_of(options['seed'], i)}) for i, prompt in enumerate(prompts)]
+    for (_, prompt), parts in zip(given, pieces, strict=True):
+      print(prompt, end='\n' if CHAT.value else '', flush=True)
+      for piece in parts:
+        print(piece, end='', flush=True)
+      print(flush=True)
+    return
+  found = generator(prompts, **options)
+  if BENCH.value and not interrupted(found):
+    bench(generator, prompts, options)
+  if OUTPUT.value is not None:
+    write('completions', [dataclasses.asdict(completion) for completion in found])
+  elif not BENCH.value:
+    for completion in found:
+      show(generator, completion)
+  if interrupted(found):
+    raise KeyboardInterrupt
 
 
 def main(arguments):
   names.only_flags(arguments, '--prompt="def main("')
   logging.set_verbosity(logging.WARNING)
   try:
-    hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
-    if PROMPTS.value and PROMPT.value != ['']:
-      raise ValueError('--prompt and --prompts: give one of the two')
-    prompts = read_prompts(PROMPTS.value) if PROMPTS.value else PROMPT.value
-    generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
-    if SCORE.value:
-      return score(generator, prompts)
-    as_messages = lambda prompt: [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
-    chats = lambda prompt: CHAT.value or isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
-    read = [generator.chat_ids(as_messages(prompt)) if chats(prompt) else prompt for prompt in prompts]
-    options = options_of(generator)
-    many = OUTPUT.value or BENCH.value or PROMPTS.value or options['num_samples'] > 1 or options['beams'] > 1
-    streams = not many and options['logprobs'] < 0 if STREAM.value is None else STREAM.value
-    if streams:
-      if OUTPUT.value or BENCH.value:
-        raise ValueError('--stream prints text as it comes; leave out --output and --bench, or give --nostream')
-      pieces = [generator.stream(prompt, **options | {'seed': options['seed'] + i}) for i, prompt in enumerate(read)]
-      for prompt, parts in zip(prompts, pieces, strict=True):
-        print(prompt, end='\n' if CHAT.value else '', flush=True)
-        for piece in parts:
-          print(piece, end='', flush=True)
-        print(flush=True)
-      return
-    found = generator(read, **options)
-    if BENCH.value and not interrupted(found):
-      bench(generator, read, options)
-  except (FileNotFoundError, ValueError, FloatingPointError, ImportError) as error:
+    run()
+  except (OSError, ValueError, FloatingPointError, ImportError, NotImplementedError) as error:
     sys.exit(f'error: {error}')
-  if OUTPUT.value:
-    lines = [json.dumps(dataclasses.asdict(completion), ensure_ascii=False) for completion in found]
-    files.replace(OUTPUT.value, '\n'.join(lines) + '\n')
-    print(f'wrote {len(found)} completions to {OUTPUT.value}')
-  elif not BENCH.value:
-    for completion in found:
-      show(generator, completion)
-  if interrupted(found):
-    raise KeyboardInterrupt
 
 
 if __name__ == '__main__':

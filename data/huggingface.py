@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 import names
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, in_utf8
 
 DEFINITION, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL_MAP, TEMPLATE = 'special_tokens_map.json', 'chat_template.jinja'
@@ -94,7 +94,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
-    return self._named.encode(text, add_special_tokens=False).ids if special else super().encode(text)
+    return self._named.encode(in_utf8(text), add_special_tokens=False).ids if special else super().encode(text)
 
   @functools.cached_property
   def _named(self):

@@ -68,12 +68,12 @@ class Tokenizer:
         Never for text that others wrote: it could end a turn, or begin one.
 
     Raises:
-      ValueError: special, for a kind whose control tokens text can't name.
+      ValueError: special, for a kind whose control tokens text can't name; a text that UTF-8 can't hold.
     """
     if special:
       raise ValueError(f'special=True: text can\'t name the control tokens of a {self.kind!r} tokenizer; use one of '
                        "kind='huggingface', or put their ids (bos, eos) around the text's")
-    return self.encode_arrays([text])[0].tolist()
+    return self.encode_arrays([in_utf8(text)])[0].tolist()
 
   def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
     """The UTF-8 bytes of ids, id by id: decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b).
@@ -109,6 +109,16 @@ class Tokenizer:
 
   def _files(self) -> dict[str, bytes]:
     return {_INDEX: json.dumps({'kind': self.kind}).encode()}
+
+
+def in_utf8(text: str) -> str:
+  """The text, if UTF-8 can hold it. Raises ValueError otherwise, where libraries of tokenizers fail each in a way of its own."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'a text has {text[error.start]!r} at {error.start}, half of a surrogate pair, which UTF-8 cannot hold; take it out, '
+                     'or give both halves as one character') from error
+  return text
 
 
 class ByteTokenizer(Tokenizer):

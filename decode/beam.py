@@ -140,7 +140,7 @@ def check(options) -> None:
       raise ValueError(f'{name} with beams={beams}: a draft guesses one text, a search follows several; leave one of the two out')
   if options.num_samples > beams:
     raise ValueError(f'num_samples={options.num_samples} with beams={beams}: it finds as many texts as it has beams; ask for fewer')
-  if any(isinstance(stop, str) for stop in ([options.stop] if isinstance(options.stop, (str, int)) else options.stop)):
+  if any(isinstance(stop, str) for stop in options.stop):
     raise ValueError(f'stop={options.stop!r} with beams={beams}: it ranks by ids, before a text could be cut off; give ids to stop at, '
                      'or a constraint that the text keeps to')
 
@@ -148,8 +148,9 @@ def check(options) -> None:
 def texts(generator, watch, rows, state: DecodeState, rules: Rules, options, room: int) -> Iterator[list[str]]:
   """Searches behind prompts that a decode.generator.Generator has read, and fills its rows, options.num_samples of each prompt.
 
+  Rows for which no text is left, where a constraint or logit_bias leaves fewer, are taken out of the list.
   Nothing is said before the end. rules: of all beams. room: see begin. Returns a Report.
-  Raises ValueError where fewer texts are possible, FloatingPointError for scores that are not numbers.
+  Raises ValueError where no text is possible, FloatingPointError for scores that are not numbers.
   """
   W, n, prompts = options.beams, options.num_samples, state.logits.shape[0]
   each = lambda value: generator.put(np.full(prompts, value))
@@ -164,8 +165,8 @@ def texts(generator, watch, rows, state: DecodeState, rules: Rules, options, roo
   watch.began(state.rows.cache, int(np.asarray(state.begun)[:len(rows) // n].sum()) * W)
   left, finish, nothing = options.max_new_tokens, 'length', [''] * len(rows)
   made = lambda: [options.max_new_tokens - left] * (len(rows) // n * W)
-  count = min(left, options.chunk)
-  state, ahead = advance(state, count)
+  count = 1
+  state, ahead = watch.first(advance(state, count))
   try:
     while True:
       (goes_on, _), left = ahead, left - count
@@ -185,9 +186,10 @@ def texts(generator, watch, rows, state: DecodeState, rules: Rules, options, roo
     row.add(prompt * W + place, found)
     row.end(finish)
     row.score = float(scores[prompt, place])
-    if np.isneginf(scores[prompt, place]):
-      raise ValueError(f'num_samples={n}: a constraint and logit_bias leave {place} texts behind prompt {prompt}; ask for as many')
+    if np.isneginf(scores[prompt, 0]):
+      raise ValueError(f'a constraint and logit_bias leave no text behind prompt {prompt}; leave one of them out')
   watch.came(made())
+  rows[:] = [row for row in rows if not np.isneginf(row.score)]
   yield nothing
   return watch.report(options.seed, rows)
 

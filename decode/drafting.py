@@ -28,11 +28,13 @@ READ = APPEND - 1  # tokens that a drafter can read at once, which may have one 
 def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel | EarlyExit | None:
   """What these options draft with; tokens: of the longest row when it ends.
 
-  Raises ValueError for a draft that does not fit the model, or for layers that it does not have; NotImplementedError for layers that
-  pipeline stages share.
+  Raises ValueError for a draft that is none or does not fit the model, or for layers that it does not have; NotImplementedError for
+  layers that pipeline stages share.
   """
   config, draft = generator.model.config, options.draft
   if draft is not None:
+    if not isinstance(draft, type(generator)):
+      raise ValueError(f'draft={draft!r} must be a Generator, such as Generator.load(workdir)')
     mine, its = generator.tokenizer, draft.tokenizer
     for wrong, words in (
         (mine.token_bytes != its.token_bytes or (mine.pad, mine.bos, mine.eos) != (its.pad, its.bos, its.eos),

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import os
 import pathlib
 import sys
@@ -21,7 +22,7 @@ from decode.constrain import Automaton, Constraint
 from decode.drafting import Course, drafter_of
 from decode.loop import Chunk, Rules
 from decode.report import Watch
-from decode.request import INTERRUPTED, LENGTH, Completion, Options, Prompt, Row
+from decode.request import INTERRUPTED, LENGTH, Completion, Options, Prompt, Row, several
 from kernels.blocks import Blocks
 from model import params, quantised, transformer
 from model.cache import APPEND, init_cache
@@ -84,8 +85,7 @@ class Generator:
 
     Ctrl-C ends all rows, and what there is of them is returned.
     """
-    prompts = [prompts] if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))) else list(prompts)
-    rows, steps = self._run(prompts, Options.of(options))
+    rows, steps = self._run(several(prompts), Options.of(options))
     run_out(steps)
     return [row.completion() for row in rows]
 
@@ -112,9 +112,9 @@ class Generator:
     text = ChatTemplate.of(self.tokenizer).render(messages, add_generation_prompt=True)
     return list(self.tokenizer.encode(text, special=True))
 
-  def ids(self, prompts: Sequence[Prompt], **options) -> Iterator[list[list[int]]]:
+  def ids(self, prompts: Prompt | Sequence[Prompt], **options) -> Iterator[list[list[int]]]:
     """New ids of every row, a chunk at a time, until all rows have ended; options: see Options. Ctrl-C raises as in `stream`."""
-    rows, steps = self._run(list(prompts), _as_it_comes(options))
+    rows, steps = self._run(several(prompts), _as_it_comes(options))
 
     def chunks():
       with contextlib.closing(steps):
@@ -128,7 +128,7 @@ class Generator:
         raise KeyboardInterrupt
     return chunks()
 
-  def score(self, texts: Sequence[Prompt]) -> list[np.ndarray]:
+  def score(self, texts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
     """Log-probabilities, f32, of every id of each text but its first one (a text begins as documents do), by the training forward pass.
 
     As in generation they are those among ids that the tokenizer has, where the table of embeddings is larger.
@@ -136,7 +136,7 @@ class Generator:
     config = self.model.config
     if config.encoder_layers or not config.causal:
       raise ValueError('scores of texts are those of a decoder; this model has an encoder')
-    encoded = [self.encoded(text) for text in texts]
+    encoded = [self.encoded(text) for text in several(texts)]
     tokens, lengths = self._padded(encoded + [encoded[-1][:1]] * (-len(encoded) % self.parts))  # rows that fill the mesh up
     with jax.set_mesh(self.mesh):
       found = np.asarray(_scored(self.model, self.put(tokens), self.vocabulary))
@@ -154,16 +154,20 @@ class Generator:
     return Session(self, capacity or limit, cache_dtype)
 
   def encoded(self, prompt: Prompt) -> list[int]:
-    """The ids that the model reads. Raises ValueError for none, and for ids out of range."""
+    """The ids that the model reads. Raises ValueError for none, and for what is no id or out of range."""
     if isinstance(prompt, str):
       start, end = ([], [self.tokenizer.eos]) if self.model.config.encoder_layers else ([self.tokenizer.bos], [])
       return [*start, *self.tokenizer.encode(prompt), *end]
-    ids = [int(i) for i in prompt]
+    try:
+      ids = [operator.index(i) for i in ([prompt] if isinstance(prompt, bytes) else prompt)]
+    except TypeError as error:
+      raise ValueError(f'the prompt {str(prompt)[:60]} is neither a text nor ids, whole numbers in [0, {self.vocabulary}): '
+                       f'{error}') from error
     if not ids:
       raise ValueError('a prompt has no ids; give at least one')
-    if not all(0 <= i < self.model.config.V for i in ids):
-      wrong = next(i for i in ids if not 0 <= i < self.model.config.V)
-      raise ValueError(f'a prompt has the id {wrong}; this model has ids in [0, {self.model.config.V})')
+    if not all(0 <= i < self.vocabulary for i in ids):
+      wrong = next(i for i in ids if not 0 <= i < self.vocabulary)
+      raise ValueError(f'a prompt has the id {wrong}; this model has ids in [0, {self.vocabulary})')
     return ids
 
   def put(self, x) -> jax.Array:
@@ -182,15 +186,22 @@ class Generator:
   def rules(self, options: Options, prompts: int, rows: int) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:
     """Rules of so many rows, the last ones unused; places in the automaton; texts that end a row, and ids."""
     texts, ids = options.stops(self.vocabulary)
+    if options.logprobs > self.vocabulary:
+      raise ValueError(f'logprobs={options.logprobs} must be at most {self.vocabulary}, as many ids as there are')
     used = prompts * options.rows
     fill = lambda x: np.concatenate([x, np.repeat(x[-1:], rows - used, 0)])
-    sampling = jax.tree.map(fill, options.law(prompts, self.model.config.V))
+    sampling = jax.tree.map(fill, options.law(prompts, self.vocabulary))
+    if sampling.bias is not None:
+      sampling = dataclasses.replace(sampling, bias=np.pad(sampling.bias, ((0, 0), (0, self.model.config.V - self.vocabulary))))
     ends = [self.tokenizer.eos, *ids]
     table = np.full((rows, bucket(len(ends), 4)), -1, np.int32)
     table[:, :len(ends)] = ends
     automaton = places = None
     if options.constraint is not None:
-      each = [options.constraint] * prompts if isinstance(options.constraint, Constraint) else list(options.constraint)
+      each = list(options.constraint) if isinstance(options.constraint, (list, tuple)) else [options.constraint] * prompts
+      if not all(c is None or isinstance(c, Constraint) for c in each):
+        raise ValueError(f'constraint={options.constraint!r} must be a decode.constrain.Constraint, such as '
+                         'Constraint(g.tokenizer, regex=..), or a list of one, or None, for each prompt')
       if len(each) != prompts:
         raise ValueError(f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for each')
       automaton, places = Automaton.of([c for c in each for _ in range(options.rows)], self.model.config.V)
@@ -241,8 +252,6 @@ class Generator:
 
   def _run(self, prompts: Sequence[Prompt], options: Options) -> tuple[list[Row], Iterator[list[str]]]:
     """The rows of a call, and an iterator that fills them: each step gives the text that is new of each."""
-    if not len(prompts):
-      raise ValueError('there are no prompts; give at least one (it may be empty text)')
     config, n = self.model.config, options.rows
     if not config.causal:
       raise ValueError('model.causal=False: an encoder writes no text')
@@ -282,7 +291,7 @@ class Generator:
     """
     # Chunk k + 1 runs while chunk k is read; the first token comes alone, and soon.
     count = 1
-    ahead = course.advance(count)
+    ahead = watch.first(course.advance(count))
     try:
       while True:
         chunk, done = ahead, min(len(row.ids) for row in rows if not row.finish) + count  # the least that a row has, then

@@ -5,8 +5,10 @@ least time that a token takes. The bandwidth is measured, once a process, by a s
 """
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +30,8 @@ class Report:
   Attributes:
     rows: of a search, all beams. prompt_tokens, new_tokens: of all rows together. steps: tokens of the longest row.
     first_token: seconds from the call to the first token, compilation included. compile_seconds: of that and all else.
-    seconds: from the call to its end. ms_per_token: from the first token on, of a step, which makes one token of each row (more with
-      drafts); NaN for a call of one token. tokens_per_second: of all rows, in the same time.
+    seconds: from the call to its end. ms_per_token: from the first chunk on, which is one step, of each further token of the longest
+      row; NaN where there is none. tokens_per_second: of all rows, in the same time; NaN likewise.
     cache_bytes: of the cache. read_bytes: of weights and cached tokens that an average step reads.
     seed: as it was asked for. drafted, accepted: tokens that a draft proposed, and that were kept. fell_back: whether the call went on
       without drafts, because they cost more than they saved (decode.drafting).
@@ -50,8 +52,21 @@ class Report:
   accepted: int
   fell_back: bool
 
+  def __str__(self) -> str:
+    drafts = f', {self.accepted} of {self.drafted} drafted tokens kept' if self.drafted else ''
+    drafts += ', and none were drafted any more as that was faster' if self.fell_back else ''
+    share = '' if self.drafted else f', {self.share_of_bandwidth():.0%} of what the measured bandwidth allows'
+    then = f'then {self.ms_per_token:.2f} ms a step, {self.tokens_per_second:.1f} tokens/s{share}'
+    too_few = 'and too few steps behind it to time'
+    return (f'{self.rows} rows, {self.prompt_tokens} prompt tokens, {self.new_tokens} new ones{drafts}\n'
+            f'first token {self.first_token * 1e3:.1f} ms, {too_few if math.isnan(self.ms_per_token) else then}\n'
+            f'cache {self.cache_bytes / 1e6:.1f} MB, compilation {self.compile_seconds:.1f} s, seed {self.seed}')
+
   def share_of_bandwidth(self) -> float:
-    """The least time that a step can take by the memory's measured bandwidth, over what it took; 1 is the bound. NaN with drafts."""
+    """The least time that a step can take by the memory's measured bandwidth, over what it took; 1 is the bound.
+
+    NaN with drafts, and where no step was timed.
+    """
     return float('nan') if self.drafted else self.read_bytes / bandwidth() / (self.ms_per_token / 1e3)
 
 
@@ -88,7 +103,6 @@ class Watch:
 
   def __init__(self, model: transformer.Decoder):
     self._weights, self._compiled, self._start = weight_bytes(model), _compiled[0], time.perf_counter()
-    self._first = self._last = None
 
   def began(self, cache: Cache, prompt_tokens: int) -> None:
     """The prompts are on their way into this cache."""
@@ -96,19 +110,23 @@ class Watch:
     self._per_token = self._cache / cache.capacity / cache.lengths.shape[0]
     self._prompts = prompt_tokens
 
+  def first(self, chunk: Any) -> Any:
+    """The first chunk, when it is there: the next one may be over before anyone reads this one, and is dispatched behind this."""
+    jax.block_until_ready(chunk)
+    self._first, self._before = time.perf_counter() - self._start, None
+    return chunk
+
   def came(self, lengths: Sequence[int]) -> None:
     """So many tokens of each row are here."""
-    self._last = time.perf_counter() - self._start
-    if self._first is None:
-      self._first, self._one = self._last, sum(lengths)
-    self._lengths = list(lengths)
+    self._last, self._lengths = time.perf_counter() - self._start, list(lengths)
+    self._before = self._before or self._lengths
 
   def report(self, seed: object, rows, fell_back: bool = False) -> Report:
     new, steps = sum(self._lengths), max(self._lengths)
-    took = self._last - self._first
+    timed, took = steps - max(self._before), self._last - self._first
     held = self._prompts + new / 2  # on average over the steps
     nan = float('nan')
     return Report(len(self._lengths), self._prompts, new, steps, self._first, _compiled[0] - self._compiled, self._last,
-                  took / (steps - 1) * 1e3 if steps > 1 else nan, (new - self._one) / took if steps > 1 else nan, self._cache,
+                  took / timed * 1e3 if timed else nan, (new - sum(self._before)) / took if timed else nan, self._cache,
                   self._weights + held * self._per_token, seed, sum(row.drafted for row in rows), sum(row.accepted for row in rows),
                   fell_back)

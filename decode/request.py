@@ -9,7 +9,7 @@ import names
 from data.tokenizer import Tokenizer
 from decode import beam
 from decode.loop import Chunk
-from decode.sampling import make_sampling
+from decode.sampling import make_sampling, seed_of
 from decode.text import TextStream
 from model.cache import APPEND
 
@@ -17,7 +17,20 @@ CHUNK = 16  # tokens a call to the device: the first ones come soon, and dispatc
 STOPPED, LENGTH, FULL, INTERRUPTED = 'stop', 'length', 'cache full', 'interrupted'  # why a row ends
 LAW = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'presence_penalty', 'frequency_penalty', 'logit_bias', 'seed')
 
-Prompt = str | Sequence[int]
+Prompt = Any  # a text or ids; judged by Generator.encoded, whose errors say what to do
+Whole = int | np.integer
+
+
+def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+  """Prompts, also where one is given by itself. Raises ValueError for what is no prompt, and for none."""
+  if isinstance(prompts, str):
+    return [prompts]
+  if isinstance(prompts, (bytes, Mapping)) or not np.iterable(prompts):
+    raise ValueError(f'prompts={prompts!r} must be a text, ids, or a list of several of these')
+  prompts = list(prompts)
+  if not prompts:
+    raise ValueError('there are no prompts; give at least one (it may be empty text)')
+  return prompts if np.iterable(prompts[0]) else [prompts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,11 +40,13 @@ class Options:
   Attributes:
     max_new_tokens: a row ends there if it has not ended itself.
     temperature .. logit_bias: see decode.sampling.Sampling; logit_bias is a dict of id -> value.
-    seed: row i draws with seed + i; what it draws depends on that and on positions only.
-    num_samples: completions of each prompt, rows of their own; of a search the best ones, the best first.
+    seed: row i draws with seed + i (behind 2**32 - 1 comes 0); what it draws depends on that and on positions only.
+    num_samples: completions of each prompt, rows of their own; of a search the best ones, the best first, and fewer where a constraint
+      or logit_bias leaves fewer.
     beams, length_penalty, early_stopping: 2 or more beams search for the likeliest texts (decode.beam) and draw nothing: temperature is
       1.0 (the default) or 0.0 then, without top-k, top-p and min-p.
-    stop: texts and ids at which a row ends. Such a text is not part of the completion, such an id is. A search takes ids only.
+    stop: texts and ids at which a row ends, or one; None is none. Such a text is not part of the completion, such an id is. A search
+      takes ids only.
     logprobs: how many alternatives are reported for every token; -1: nothing is.
     constraint: decode.constrain.Constraint that texts keep to, one for all prompts or a sequence of one (or None) for each.
     chunk: steps a call to the device, each a token, or more where drafts are kept; texts do not depend on it. cache_dtype: see
@@ -41,7 +56,7 @@ class Options:
       texts are those without; others have the same law, and are other draws.
   Raises ValueError for values that make no sense.
   """
-  max_new_tokens: int = 128
+  max_new_tokens: Whole = 128
   temperature: Any = 1.0
   top_k: Any = 0
   top_p: Any = 1.0
@@ -51,31 +66,39 @@ class Options:
   frequency_penalty: Any = 0.0
   logit_bias: Any = None
   seed: Any = 0
-  num_samples: int = 1
-  beams: int = 1
+  num_samples: Whole = 1
+  beams: Whole = 1
   length_penalty: float = 1.0
   early_stopping: bool | str = False
   stop: Any = ()
-  logprobs: int = -1
+  logprobs: Whole = -1
   constraint: Any = None
-  chunk: int = CHUNK
+  chunk: Whole = CHUNK
   cache_dtype: str = ''
   draft: Any = None
-  lookup: int = 0
-  early_exit: int = 0
-  draft_tokens: int = 4
+  lookup: Whole = 0
+  early_exit: Whole = 0
+  draft_tokens: Whole = 4
 
   def __post_init__(self):
     for name, least in (('max_new_tokens', 1), ('num_samples', 1), ('beams', 1), ('chunk', 1), ('logprobs', -1), ('lookup', 0),
                         ('early_exit', 0), ('draft_tokens', 1)):
       value = getattr(self, name)
-      if not isinstance(value, int) or isinstance(value, bool) or value < least:
+      if not isinstance(value, Whole) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name}={value!r} must be at least {least}, and whole')
+      object.__setattr__(self, name, int(value))  # programs and JSON know no integers of NumPy
+    object.__setattr__(self, 'stop', _stops(self.stop))
+    for bias in self.logit_bias if isinstance(self.logit_bias, (list, tuple)) else [self.logit_bias]:
+      if bias is not None and not isinstance(bias, Mapping):
+        raise ValueError(f'logit_bias={self.logit_bias!r} must map ids to what is added to their logits, as {{13: -1.5}} does, or be a '
+                         'list of such, one for each prompt')
     if self.draft_tokens >= APPEND:
       raise ValueError(f'draft_tokens={self.draft_tokens} must be below {APPEND}, which is what a cache takes at once')
     drafters = [name for name in ('draft', 'lookup', 'early_exit') if getattr(self, name)]
     if len(drafters) > 1:
       raise ValueError(f'{" and ".join(drafters)} are given: one of them can draft')
+    if not drafters and self.draft_tokens != Options.draft_tokens:
+      raise ValueError(f'draft_tokens={self.draft_tokens}, but nothing drafts; give draft, lookup or early_exit, or leave it out')
     beam.check(self)
 
   @classmethod
@@ -92,11 +115,10 @@ class Options:
 
   def stops(self, vocabulary: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and ids that end a row."""
-    given = (self.stop,) if isinstance(self.stop, (str, int)) else tuple(self.stop)
-    for stop in given:
+    for stop in self.stop:
       if not isinstance(stop, (str, int)) or isinstance(stop, bool) or stop == '' or (isinstance(stop, int) and not 0 <= stop < vocabulary):
         raise ValueError(f'stop={stop!r} must be a text that is not empty, or an id in [0, {vocabulary})')
-    return tuple(s for s in given if isinstance(s, str)), tuple(s for s in given if isinstance(s, int))
+    return tuple(s for s in self.stop if isinstance(s, str)), tuple(s for s in self.stop if isinstance(s, int))
 
   def law(self, prompts: int, vocabulary: int):
     """The sampling of all rows, those of a prompt side by side."""
@@ -107,8 +129,16 @@ class Options:
         return value
       if len(value) != prompts:
         raise ValueError(f'{name} has {len(value)} values for {prompts} prompts; give one for all, or one for each')
-      return [one + i if name == 'seed' else one for one in value for i in range(n)]
+      return [seed_of(one, i) if name == 'seed' else one for one in value for i in range(n)]
     return make_sampling(rows, vocabulary=vocabulary, **{name: spread(name, getattr(self, name)) for name in LAW})
+
+
+def _stops(given):
+  """Options.stop as a tuple, of integers of Python."""
+  given = () if given is None else (given,) if isinstance(given, str | Whole) else given
+  if isinstance(given, bytes) or not np.iterable(given):
+    raise ValueError(f'stop={given!r} must be a text, an id, or several of these')
+  return tuple(int(stop) if isinstance(stop, np.integer) else stop for stop in given)
 
 
 @dataclasses.dataclass(frozen=True)

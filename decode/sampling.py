@@ -106,15 +106,20 @@ def make_sampling(rows: int, *, temperature: PerRow = 1.0, top_k: PerRow = 0, to
   """Options for `rows` rows as numpy arrays; each is one value for all rows, or a sequence of one for each.
 
   logit_bias: id -> what is added to its logit, -inf to forbid it; ids are below `vocabulary`, the number of logits.
-  seed: of one, row i draws with seed + i.
+  seed: of one, row i draws with seed_of(seed, i).
   Raises ValueError for a value that makes no sense.
   """
   given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
                presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed)
   columns = {name: _column(name, value, rows) for name, value in given.items()}
   if np.ndim(seed) == 0:
-    columns['seed'] = columns['seed'] + np.arange(rows, dtype=np.uint32)
+    columns['seed'] = columns['seed'] + np.arange(rows, dtype=np.uint32)  # as seed_of
   return Sampling(bias=_bias(logit_bias, rows, vocabulary), **columns)
+
+
+def seed_of(seed: int, row: int) -> int:
+  """With which seed a row draws where one is given for all: seed + row, and behind 2**32 - 1 comes 0."""
+  return (seed + row) % 2**32 if row else seed  # the first is judged as it was given
 
 
 def _column(name, value, rows):

@@ -36,14 +36,16 @@ def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str
     plain: whether a regular expression accepts only texts that stand for themselves within a JSON string, for `pattern`.
 
   Raises:
-    ValueError: no JSON, or a schema that can't be kept: it names the place, what stands there, and what can.
+    ValueError: a file that can't be read, no JSON, or a schema that can't be kept: it names the place, what stands there, and what can.
   """
   if isinstance(schema, Mapping):
     root = schema
   else:
-    text = schema if isinstance(schema, str) else pathlib.Path(schema).read_text(encoding='utf-8')
     try:
+      text = schema if isinstance(schema, str) else pathlib.Path(schema).read_text(encoding='utf-8')
       root = json.loads(text)
+    except OSError as error:
+      raise ValueError(f'schema={str(schema)!r}: {error.strerror}; give a file of JSON, or the JSON itself') from error
     except ValueError as error:
       raise ValueError(f'schema={str(schema)!r} is not JSON: {error}; for a file, give a pathlib.Path') from error
   return _Writer(root, plain).any(root, '#', ())

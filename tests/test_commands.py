@@ -29,7 +29,7 @@ from training.optimizer import OptimizerConfig
 
 def get_config():
   return Config(
-      model=ModelConfig(width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
+      model=ModelConfig(vocabulary=260, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
       data=DataConfig(sources=(SourceConfig(kind='text', path='DIRECTORY/text.txt'),), clean=CleanConfig(near_duplicates=0.0),
                       tokenizer=TokenizerConfig(kind='byte'), sequence_length=32, batch_size=8, split='tail', cache_dir='DIRECTORY/cache'),
       optimizer=OptimizerConfig(learning_rate=0.01, schedule='constant'),
@@ -318,3 +318,94 @@ def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
   assert process.until(open_)
   assert ended(process) == ''
   os.close(writer[0])
+
+
+GENERATE_EACH = '''
+import json, os, sys
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+from absl import flags
+import generate
+load = generate.Generator.load
+loaded = {}
+generate.Generator.load = lambda *given, **how: loaded.get(given) or loaded.setdefault(given, load(*given, **how))
+for line in json.loads(sys.argv[1]):
+  flags.FLAGS.unparse_flags()
+  for name in flags.FLAGS:
+    flags.FLAGS[name].unparse()
+  flags.FLAGS(['generate.py', *line])
+  try:
+    generate.main(['generate.py'])
+  except SystemExit as end:
+    print(end.code)
+  print('=====')
+'''
+
+
+@pytest.fixture(scope='module')
+def said(runs, whole):
+  """What generate.py prints for each of several lots of flags, in one process."""
+  def run(*lots):
+    flags = [[f'--workdir={whole}', *lot] for lot in lots]
+    done = Process(runs.directory, '-c', GENERATE_EACH, json.dumps(flags)).end()
+    assert done.code == 0, done.error
+    return done.out.split('=====\n')[:-1]
+  return run
+
+
+def assert_said(found, words):
+  for one, expected in zip(found, words, strict=True):
+    assert one.startswith('error: ') and one.count('\n') == 1 and re.search(expected, one), (one, expected)
+
+
+def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_path):
+  lines = {
+      rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out",
+      b'{"prompt": [1.7, 5]}': r'the prompt \[1.7, 5\] is neither a text nor ids, whole numbers in \[0, 259\)',
+      b'{"prompt": ["a", "b"]}': r"the prompt \['a', 'b'\] is neither a text nor ids",
+      b'[]': 'a prompt has no ids; give at least one',
+      b'[5, 259]': r'the id 259; this model has ids in \[0, 259\)',
+      b'{"promt": "x"}': "key='promt' is unknown; did you mean 'prompt'",
+      b'{"prompt": "x", "messages": [{"role": "user"}]}': 'both of "prompt" and "messages"; give one',
+      b'{"prompt": null}': 'neither of "prompt" and "messages"; give one',
+      b'{"messages": "x"}': "messages='x' must be a list of objects",
+      b'{"messages": [{"role": "user", "content": "x"}]}': 'no chat template',
+      b'7': "'7' is neither a text nor an object",
+      b'"caf\xe9"': 'not UTF-8 .*; save the file as UTF-8',
+      b'"a': 'not JSON',
+  }
+  for index, line in enumerate(lines):
+    (tmp_path / f'{index}.jsonl').write_bytes(b'"fine"\n\n' + line + b'\n')
+  found = said(*([f'--prompts={tmp_path}/{index}.jsonl'] for index in range(len(lines))))
+  assert_said(found, [re.escape(f'{tmp_path}/{index}.jsonl:3: ') + '.*' + words for index, words in enumerate(lines.values())])
+
+
+def test_flags_that_cannot_be_are_said(said, tmp_path):
+  (tmp_path / 'chat.jsonl').write_text('{"messages": [{"role": "user", "content": "x"}]}')
+  (tmp_path / 'file').touch()
+  lots = {
+      (f'--prompts={tmp_path}',): 'Is a directory; give a file',
+      (f'--prompts={tmp_path}/none',): 'No such file or directory; give a file',
+      (f'--schema={tmp_path}',): 'Is a directory; give a file of JSON',
+      (f'--output={tmp_path}', '--prompt=' + 'a' * 99): f'--output={tmp_path}: Is a directory; give a file that can be written',
+      (f'--output={tmp_path}/file/out', '--prompt=' + 'a' * 99): '--output=.*; give a file that can be written',
+      (f'--prompts={tmp_path}/chat.jsonl', '--score'): 'chat.jsonl:1: messages with --score',
+      ('--score', '--beams=2', '--bench', '--chat', '--stream'): '--score with --chat, --stream, --bench, --beams: it generates nothing',
+      ('--stream', '--logprobs=3'): '--stream with --logprobs: it prints text alone.* give --nostream',
+      ('--draft_tokens=9',): 'draft_tokens=9, but nothing drafts; give draft, lookup or early_exit',
+      ('--logprobs=260', '--max_new_tokens=2'): 'logprobs=260 must be at most 259',
+      ('--mesh=stage=2', '--early_exit=1', '--max_new_tokens=2'): 'early_exit=1 on a mesh with stages.*; use lookup',
+  }
+  assert_said(said(*lots), lots.values())
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['chat.jsonl', 'file']
+
+
+def test_what_is_asked_is_written(said, tmp_path):
+  (tmp_path / 'in.jsonl').write_text('"a\u2028b\x85c"\r\n{"prompt": "x", "messages": null}\n[5, 6, 7]', encoding='utf-8', newline='')
+  source, seed = f'--prompts={tmp_path}/in.jsonl', ('--prompt=a', '--prompt=b', f'--seed={2**32 - 1}', '--max_new_tokens=4')
+  found = said((source, '--max_new_tokens=2', f'--output={tmp_path}/out.jsonl'), (source, '--score', f'--output={tmp_path}/scores.jsonl'),
+               seed, (*seed, '--nostream'), ('--prompt=aaaaaaaa', '--lookup=1', '--draft_tokens=3', '--max_new_tokens=9', '--bench'))
+  read = lambda name: [json.loads(line) for line in (tmp_path / name).read_bytes().split(b'\n')[:-1]]
+  assert [one['prompt'] for one in read('out.jsonl')] == [one['prompt'] for one in read('scores.jsonl')] == ['a\u2028b\x85c', 'x', [5, 6, 7]]
+  assert all(len(one['logprobs']) == len(one['ids']) - 1 and max(one['logprobs']) < 0 for one in read('scores.jsonl'))
+  assert found[2] == found[3], 'also behind the last seed'
+  assert 'drafted tokens kept' in found[4] and 'without drafts ' in found[4] and 'error' not in found[4], found

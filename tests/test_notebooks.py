@@ -2,6 +2,9 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
+import types
 
 import pytest
 
@@ -15,6 +18,33 @@ def cells():
 
 def test_it_is_kept_without_outputs():
   assert all(not cell.get('outputs') and cell.get('execution_count') is None for cell in cells())
+
+
+@pytest.mark.parametrize('address', ['', 'somewhere.git'])
+def test_colab_clones_what_the_form_says_and_asks_for_it_where_it_is_empty(address, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', [*sys.path])
+  monkeypatch.setitem(sys.modules, 'google.colab', types.ModuleType('google.colab'))
+  ran = []
+
+  def run(command, check):
+    ran.append(command[1:])
+    if command[0] == 'git':
+      (tmp_path / command[-1]).mkdir()
+      (tmp_path / command[-1] / 'generate.py').touch()
+  monkeypatch.setattr(subprocess, 'run', run)
+  source = ''.join(next(cell for cell in cells() if cell['cell_type'] == 'code')['source'])
+  assert source.count("REPOSITORY = ''") == 1
+  source = source.replace("REPOSITORY = ''", f'REPOSITORY = {address!r}')
+  if not address:
+    with pytest.raises(ValueError, match='REPOSITORY is empty: write into it'):
+      exec(source, {})
+    assert not ran
+    return
+  for _ in range(2):  # to run the cell again clones nothing into the clone
+    exec(source, {})
+    assert pathlib.Path.cwd() == tmp_path / 'tandem' and sys.path[0] == str(tmp_path / 'tandem')
+  assert ran == [['clone', '--depth=1', address, 'tandem'], *[['-m', 'pip', 'install', '-q', '-e', '.[constrain]']] * 2]
 
 
 @pytest.mark.slow

@@ -88,6 +88,12 @@ def test_text_cannot_name_control_tokens_unless_asked_to(family, data):
     assert ids == switched.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize('special', [False, True])
+def test_half_a_surrogate_pair_is_said(special):
+  with pytest.raises(ValueError, match=r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out"):
+    ours(families.EXACT[0]).encode('a\ud800b', special=special)
+
+
 def test_the_librarys_own_switch_would_not_do():
   switched = families.theirs('t5')
   switched.encode_special_tokens = True

@@ -48,6 +48,12 @@ def test_round_trip_of_hard_texts_and_code(kind):
     assert not {tok.pad, tok.bos, tok.eos}.intersection(ids)
 
 
+@pytest.mark.parametrize('kind', ['byte', 'char', 'bpe'])
+def test_half_a_surrogate_pair_is_said(kind):
+  with pytest.raises(ValueError, match=r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out"):
+    made(kind).encode('a\ud800b')
+
+
 @pytest.mark.parametrize('kind', ['byte', 'bpe', 'phrases', 'unigram'])
 @given(text=anything, other=anything)
 @settings(max_examples=80, deadline=None)

@@ -352,8 +352,11 @@ def test_a_constraint_is_kept_to(generator):
   assert sorted(c.text for c in found[:6]) == ['cat', 'cats', 'cow', 'cows', 'dog', 'dogs'] and {c.finish for c in found[:6]} == {'stop'}
   for c in found[:6]:
     np.testing.assert_allclose(c.score, generator.score([c.prompt_ids + c.ids])[0][-len(c.ids):].sum(), rtol=1e-5)
-  with pytest.raises(ValueError, match='num_samples=8: a constraint and logit_bias leave 6 texts behind prompt 0; ask for as many'):
-    generator('a', beams=8, num_samples=8, constraint=constraint, max_new_tokens=6)
+  few = generator(['a', 'b'], beams=8, num_samples=8, constraint=[constraint, None], max_new_tokens=6, length_penalty=0.0)
+  assert [c.prompt for c in few] == ['a'] * 6 + ['b'] * 8, 'all texts that there are'
+  assert [c.text for c in few[:6]] == [c.text for c in found[:6]]
+  with pytest.raises(ValueError, match='a constraint and logit_bias leave no text behind prompt 0'):
+    generator('a', beams=2, constraint=constraint, logit_bias={i + 3: -np.inf for i in b'cd'}, max_new_tokens=6)
 
 
 def test_scores_that_are_not_numbers_raise():
@@ -400,4 +403,4 @@ def test_an_interrupted_search_gives_what_there_is(generator, monkeypatch, given
     return found
   monkeypatch.setattr(beam, 'search', interrupted)
   found = generator(TEXTS, chunk=2, **HOW)
-  assert [(c.finish, len(c.ids)) for c in found] == [('interrupted', 4)] * 6 and all(np.isfinite(c.score) for c in found)
+  assert [(c.finish, len(c.ids)) for c in found] == [('interrupted', 3)] * 6 and all(np.isfinite(c.score) for c in found)

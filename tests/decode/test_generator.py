@@ -1,5 +1,6 @@
 """Does the Generator write the same text whichever way it is asked, and say what is wrong with what it is given?"""
 import dataclasses
+import json
 import math
 
 import jax
@@ -8,7 +9,9 @@ import pytest
 
 from data.config import DataConfig
 from data.tokenizer import ByteTokenizer
+from decode import beam, drafting, loop
 from decode.generator import Generator, generating
+from decode.report import Watch
 from decode.request import Row
 from kernels.blocks import Blocks
 from model import params, transformer
@@ -299,6 +302,18 @@ def test_a_listener_hears_of_an_interrupt(generator, monkeypatch, way):
   assert 0 < len(heard) < len(expected) and heard == expected[:len(heard)]
 
 
+@pytest.mark.parametrize('options', [{}, {'lookup': 1}, {'beams': 2}], ids=str)
+def test_the_first_token_comes_alone_and_nothing_is_dispatched_before_it_is_timed(generator, monkeypatch, options):
+  asked, timed, first = [], [], Watch.first
+  monkeypatch.setattr(Watch, 'first', lambda self, chunk: timed.append(list(asked)) or first(self, chunk))
+  for module, name in ((loop, 'decode_chunk'), (drafting, 'speculate_chunk'), (beam, 'search')):
+    program = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, program=program, **how: asked.append(
+        next(int(x) for x in given if isinstance(x, jax.Array) and x.shape == () and x.dtype == np.int32)) or program(*given, **how))
+  generator('a', max_new_tokens=9, temperature=0.0, chunk=4, **options)
+  assert timed == [[1]] and len(asked) > 1
+
+
 def test_a_report_adds_up(generator):
   found = generator(PROMPTS, max_new_tokens=9, seed=3)
   report = generator.report
@@ -319,7 +334,58 @@ def test_a_report_adds_up(generator):
     (['a'], {'num_samples': 0}, 'num_samples=0 must be at least 1'),
     (['a'], {'cache_dtype': 'int4'}, 'int4'),
     (['a'], {'temprature': 1.0}, 'temperature'),
+    (None, {}, 'prompts=None must be a text, ids, or a list of several'),
+    (b'ab', {}, "prompts=b'ab' must be a text"),
+    ({'messages': []}, {}, 'prompts=.* must be a text'),
+    ([1.7, 5], {}, r'the prompt \[1.7, 5\] is neither a text nor ids, whole numbers in \[0, 259\)'),
+    ([['a', 'b']], {}, r"the prompt \['a', 'b'\] is neither a text nor ids"),
+    ([[3], None], {}, 'the prompt None is neither a text nor ids'),
+    (['x', b'ab'], {}, "the prompt b'ab' is neither a text nor ids"),
+    ('a\ud800b', {}, r"a text has '\\ud800' at 1, half of a surrogate pair"),
+    (['a'], {'draft': 'runs/x'}, r"draft='runs/x' must be a Generator, such as Generator.load"),
+    (['a'], {'draft_tokens': 9}, 'draft_tokens=9, but nothing drafts; give draft, lookup or early_exit'),
+    (['a'], {'constraint': 'abc'}, "constraint='abc' must be a decode.constrain.Constraint"),
+    (['a'], {'constraint': ['abc']}, r"constraint=\['abc'\] must be a decode.constrain.Constraint"),
+    (['a'], {'stop': 1.5}, 'stop=1.5 must be a text, an id, or several'),
+    (['a'], {'logit_bias': [(5, 1.0)]}, r'logit_bias=\[\(5, 1.0\)\] must map ids to what is added'),
+    (['a'], {'logit_bias': 5}, 'logit_bias=5 must map ids'),
+    (['a'], {'logprobs': 260}, 'logprobs=260 must be at most 259'),
 ])
 def test_what_cannot_be_is_said(generator, prompts, options, words):
   with pytest.raises(ValueError, match=words):
     generator(prompts, **{'max_new_tokens': 4} | options)
+
+
+def test_one_prompt_or_several_wherever_prompts_are_given(generator):
+  text, ids = generator.score('abc')[0], list(generator.ids('abc', max_new_tokens=2, temperature=0.0))
+  assert text.shape == (3,) and len(generator.score('abc')) == 1
+  np.testing.assert_array_equal(generator.score(generator.encoded('abc'))[0], text)
+  assert all(len(rows) == 1 for rows in ids)
+  for call in (generator.score, generator.ids, generator):
+    with pytest.raises(ValueError, match='there are no prompts; give at least one'):
+      call([])
+
+
+def test_options_as_numpy_has_them_and_none(generator):
+  expected = generator('abc', max_new_tokens=3, stop=[7], seed=1)
+  assert all(same(*pair) for pair in zip(generator('abc', max_new_tokens=np.int64(3), stop=np.int32(7), seed=1), expected))
+  assert generator(np.array(expected[0].prompt_ids), max_new_tokens=3, stop=None, seed=1)[0].ids == generator(
+      'abc', max_new_tokens=3, seed=1)[0].ids
+  json.dumps(dataclasses.asdict(generator('abc', max_new_tokens=3, stop=np.int32(expected[0].ids[0]), seed=1)[0]))
+
+
+def test_behind_the_last_seed_comes_the_first(generator):
+  last = 2**32 - 1
+  assert [c.seed for c in generator(['a', 'b'], max_new_tokens=2, seed=last)] == [last, 0]
+  assert [c.seed for c in generator(['a', 'b'], max_new_tokens=2, seed=[last, 5], num_samples=2)] == [last, 0, 5, 6]
+
+
+def test_ids_that_the_tokenizer_lacks_are_neither_read_nor_reported(alone):
+  """The table of embeddings has 264 rows, the tokenizer 259 ids."""
+  for options, words in (({}, r'the id 262; this model has ids in \[0, 259\)'), ({'logit_bias': {262: 1.0}}, 'the id 262'),
+                         ({'logprobs': 260}, 'logprobs=260 must be at most 259')):
+    with pytest.raises(ValueError, match=words):
+      alone([[65] if options else [262]], max_new_tokens=2, **options)
+  (found,) = alone('a', max_new_tokens=2, logprobs=259, logit_bias={65: 2.0})
+  assert all(sorted(id_ for id_, _ in likeliest) == list(range(259)) for likeliest in found.alternatives)
+  assert np.isfinite([value for likeliest in found.alternatives for _, value in likeliest]).all()
