@@ -268,6 +268,7 @@ def main(arguments):
 
 
 if __name__ == '__main__':
+  hosts.heed_interrupts()
   try:
     app.run(main)
   except KeyboardInterrupt:

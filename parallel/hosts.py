@@ -4,6 +4,7 @@ Imports nothing heavy: what concerns the allocator has to happen before anything
 for no one: of the functions below that concern several, each then does nothing, or just what it was given to do.
 """
 import contextlib
+import gc
 import hashlib
 import os
 import pathlib
@@ -223,6 +224,20 @@ class RowShards:
         return x[at[start]:at[start] + stop - start, index[1]]
       return jax.make_array_from_callback(self._shape, self._sharding, shard)
     return jax.tree.map(put, batch)
+
+
+def heed_interrupts() -> None:
+  """From here on, Ctrl-C within a callback of the garbage collector (jax has one) raises a little later: from within, Python drops it."""
+  def act(number, frame):
+    while frame and all(frame.f_code is not getattr(callback, '__code__', None) for callback in gc.callbacks):
+      frame = frame.f_back
+    if frame:
+      signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+      signal.default_int_handler(number, frame)
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+    for number in (signal.SIGINT, signal.SIGALRM):
+      signal.signal(number, act)
 
 
 class StopSignal:

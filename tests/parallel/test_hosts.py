@@ -1,8 +1,10 @@
 """Do signals ask once and act twice, does a process restart itself once at most, and is a lone process left alone?"""
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -30,6 +32,27 @@ def test_the_first_signal_asks_and_the_second_acts(number):
     assert acted == [number] * 2, 'the handler from before is back'
   finally:
     signal.signal(number, before)
+
+
+def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_not_lost():
+  came = []
+
+  def callback(phase, _):
+    if not came:
+      came.append(phase)
+      signal.raise_signal(signal.SIGINT)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGALRM)
+  gc.callbacks.append(callback)
+  try:
+    hosts.heed_interrupts()
+    with pytest.raises(KeyboardInterrupt):
+      gc.collect()
+      time.sleep(10)
+    assert came == ['start']
+  finally:
+    gc.callbacks.remove(callback)
+    for number, handler in zip((signal.SIGINT, signal.SIGALRM), before):
+      signal.signal(number, handler)
 
 
 SCRIPT = '''
