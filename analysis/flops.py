@@ -40,7 +40,6 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int, document_l
     raise ValueError(f'vocabulary={model.V}: the head has no size yet; resolve the config with the tokenizer first')
   if model.encoder_layers:
     raise NotImplementedError(f'model.encoder_layers={model.encoder_layers}: FLOPs per token are counted for one stack of layers only')
-  length = sequence_length if document_length is None else min(sequence_length, document_length)
   total = 2 * model.D * model.V
   for kind in model.kinds:
     keys = mean_keys(sequence_length, kind.window, document_length)
