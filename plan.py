@@ -27,7 +27,9 @@ from analysis import aot, candidates, flops as counts, hardware, memory, rooflin
 from analysis.hlo import Module
 from decode.generator import generating
 from decode.request import CHUNK
+from kernels import cudnn
 from kernels.attention import FEW, choose
+from kernels.flash import KERNELS
 from objectives.pretrain import check_model
 from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
@@ -110,7 +112,9 @@ class Plan:
     if model.attention != 'auto' or self.config.mesh.context > 1:
       return model.attention
     spec = model.attention_spec if self.mode == 'train' else model.attention_spec - {'segments'}
-    return choose(spec, 'tpu' if self.chip.torus else 'gpu', few=self.tokens < FEW)
+    platform = 'tpu' if self.chip.torus else 'gpu'
+    without = set(KERNELS) if self.tokens < FEW else {'pallas_gpu'} if platform == 'gpu' and spec <= cudnn.FIELDS else set()
+    return choose(spec, platform, without=frozenset(without))
 
   def cost(self, dollars_per_chip_hour: float | None, watts_per_chip: float | None) -> dict[str, float]:
     """Hours, dollars and kWh of the whole training run, or of a million tokens; only what is known."""

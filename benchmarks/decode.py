@@ -5,7 +5,7 @@
     python -m benchmarks.decode --capacity                       (ms a token against the cache's capacity)
 
 On a CPU bench-30M (benchmarks.train_cpu) in f32, on a GPU bench_1b or llama3_8b in bfloat16; random weights, greedy, a prompt of 128
-tokens and 256 new ones, none of which ends a row. Each side runs in a process of its own, in turn, twice; the better run counts. The
+tokens and 256 new ones, none of which ends a row. Each side runs in a process of its own, in turn, `--runs` times; the best run counts. The
 bound: all weights and the cached tokens are read once a step, at the bandwidth of a sum over an array, of which every process measures its
 own; the median counts, because the best one is that of a moment (on a shared machine 81 GB/s once, where the others saw 43 to 51).
 """
@@ -98,11 +98,11 @@ def theirs(name: str, batch: int, cache: str) -> dict:
     return time.perf_counter() - began
   run(NEW)
   first, seconds = min(run(1) for _ in range(3)), min(run(NEW) for _ in range(2))
-  x = torch.ones(2**26, device=device)
-  total = lambda: float(x.sum())
+  x, times = (torch.ones(2**28, device=device), 16) if device == 'cuda' else (torch.ones(2**26), 1)
+  total = lambda: float(sum(x.sum() for _ in range(times)))  # a GPU's sums are queued one behind the other
   total()
   return {'seconds': seconds, 'first_token': first, 'ms_per_step': (seconds - first) / (NEW - 1) * 1e3,
-          'bandwidth': 2**28 / common.seconds(total, 8), 'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}
+          'bandwidth': times * x.nbytes / common.seconds(total, 8), 'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}
 
 
 def by_capacity(name: str) -> None:
@@ -126,6 +126,7 @@ def main():
   arguments.add_argument('--model', default='bench_30m', help='bench_30m, bench_1b, or one of configs/models')
   arguments.add_argument('--batches', default='1,8', help='rows, with commas between')
   arguments.add_argument('--sides', default=','.join(SIDES), help='of ' + ', '.join(SIDES))
+  arguments.add_argument('--runs', type=int, default=2, help='of each side')
   arguments.add_argument('--capacity', action='store_true', help='time a token against the capacity of the cache instead')
   arguments.add_argument('--run', help='run one side in this process: side,batch')
   options = arguments.parse_args()
@@ -141,7 +142,7 @@ def main():
   results = {}
   for batch in map(int, options.batches.split(',')):
     runs = {side: [] for side in options.sides.split(',')}
-    for _ in range(2):
+    for _ in range(options.runs):
       for side, found in runs.items():
         found.append(train_step.in_process('benchmarks.decode', '--model', options.model, '--run', f'{side},{batch}', environment={}))
     best = {side: min(found, key=lambda run: run['seconds']) for side, found in runs.items()}

@@ -25,6 +25,7 @@ from decode.loop import Chunk, DecodeState, Rules
 from model import cache as caches
 from model.transformer import Decoder
 from parallel import axes as ax
+from parallel.compiler import GENERATION
 
 EARLY = {False: 0, True: 1, 'never': 2}  # early_stopping, as numbers: see BeamState.early
 NOT_DRAWN = {'temperature': (0, 1), 'top_k': (0,), 'top_p': (1,), 'min_p': (0,)}  # what they may be where nothing is drawn
@@ -83,7 +84,7 @@ def begin(state: DecodeState, length_penalty: Float[Array, 'B'], early: Int[Arra
   return BeamState(spread, lengths, running, finished, length_penalty, early, broken)
 
 
-@functools.partial(jax.jit, static_argnames='vocabulary', donate_argnums=1)
+@functools.partial(jax.jit, static_argnames='vocabulary', donate_argnums=1, compiler_options=GENERATION)
 def search(model: Decoder, state: BeamState, rules: Rules, count: Int[Array, ''], *,
            vocabulary: int = 0) -> tuple[BeamState, Bool[Array, 'B']]:
   """`count` more tokens of each prompt's beams, and whether the prompt goes on.

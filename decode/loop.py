@@ -15,6 +15,7 @@ from decode.sampling import History, Sampling
 from model.cache import Cache
 from model.transformer import Decoder
 from parallel import axes as ax
+from parallel.compiler import GENERATION
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +103,7 @@ def append(model: Decoder, state: DecodeState, tokens: Int[Array, 'B T'], counts
                              done=cache.lengths >= state.stop_at)
 
 
-@functools.partial(jax.jit, static_argnames=('steps', 'pad', 'vocabulary', 'alternatives'), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=('steps', 'pad', 'vocabulary', 'alternatives'), donate_argnums=1, compiler_options=GENERATION)
 def decode_chunk(model: Decoder, state: DecodeState, rules: Rules, count: Int[Array, ''] | None = None, *, steps: int, pad: int,
                  vocabulary: int = 0, alternatives: int = 0) -> tuple[DecodeState, Chunk]:
   """`steps` more tokens of each row, or only `count` of them; where none is made, behind a row's end, ids are `pad`.

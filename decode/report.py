@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from model import params, transformer
 from model.cache import Cache
 
-PROBE = 2**28  # bytes that are read to find the bandwidth
+# Bytes that are read to find the bandwidth, and how often in one program: a GPU reads them in less time than a call takes.
+PROBE, TIMES = {'cpu': 2**28}, {'cpu': 1}
+PROBE_ELSEWHERE, TIMES_ELSEWHERE = 2**30, 16
 _COMPILING = '/jax/core/compile/backend_compile_duration'
 _compiled = [0.0]
 jax.monitoring.register_event_duration_secs_listener(
@@ -74,15 +76,18 @@ class Report:
 def bandwidth() -> float:
   """Bytes per second that a device of this process reads, measured; of several devices, all of them together."""
   devices = jax.local_devices()
-  x = jax.device_put(jnp.ones((PROBE // 4,), jnp.float32), devices[0])
-  total = jax.jit(jnp.sum)
+  kind = devices[0].platform
+  nbytes, times = PROBE.get(kind, PROBE_ELSEWHERE), TIMES.get(kind, TIMES_ELSEWHERE)
+  x = jax.device_put(jnp.ones((nbytes // 4,), jnp.float32), devices[0])
+  total = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, before: jnp.sum(jax.lax.optimization_barrier((x, before))[0]),
+                                              jnp.float32(0)))
   total(x).block_until_ready()
   best = float('inf')
   for _ in range(8):
     began = time.perf_counter()
     total(x).block_until_ready()
     best = min(best, time.perf_counter() - began)
-  return PROBE / best
+  return times * nbytes / best
 
 
 def weight_bytes(model: transformer.Decoder) -> float:

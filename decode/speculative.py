@@ -23,6 +23,7 @@ from decode.sampling import Stream
 from model.cache import Cache
 from model.transformer import Decoder, shallow
 from parallel import axes as ax
+from parallel.compiler import GENERATION
 
 TRIAL = 32  # drafted tokens after which a row is judged by how many were kept
 
@@ -152,7 +153,7 @@ def guessed(model: Decoder, cache: Cache, tokens, counts, state, rules: Rules, k
   return cache, Drafts(ids, log_laws, real.sum(0, dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=('steps', 'k', 'pad', 'vocabulary', 'alternatives'), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=('steps', 'k', 'pad', 'vocabulary', 'alternatives'), donate_argnums=2, compiler_options=GENERATION)
 def speculate_chunk(model: Decoder, drafter: Any, carried: Speculation, rules: Rules, least: Float[Array, ''],
                     count: Int[Array, ''] | None = None, *, steps: int, k: int, pad: int, vocabulary: int = 0,
                     alternatives: int = 0) -> tuple[Speculation, Chunk]:

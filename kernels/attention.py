@@ -6,8 +6,9 @@ jax.nn.dot_product_attention; on a GPU it is cuDNN's kernel for a mask of `causa
 the whole rule), and else dense scores as XLA compiles them.
 `pallas_tpu`, `pallas_gpu`: our own flash attention for TPUs (kernels.flash_tpu) and Hopper GPUs (kernels.flash_gpu, of 16-bit operands),
 everything but relative positions.
-`auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU `xla`; else, and on a CPU, `blocked`, then
-`reference`: the first that honours the spec. What it is is printed once.
+`auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU `xla` where that is cuDNN's kernel, then on
+a Hopper GPU `pallas_gpu`, as for the segments of packed rows, then `xla` (benchmarks/README.md has the figures); else, and on a CPU,
+`blocked`, then `reference`: the first that honours the spec. What it is is printed once.
 Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together, on a TPU
 `pallas_tpu` first.
 
@@ -38,8 +39,9 @@ HONOURS = {
     'pallas_gpu': {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'value_width'},
     'xla': ANY | {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
-ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('xla', 'blocked', 'reference'), 'tpu': ('pallas_tpu', 'xla', 'blocked', 'reference')}
-ORDER_IN_PARTS = {'cpu': ('blocked', 'reference'), 'gpu': ('blocked', 'reference'), 'tpu': ('pallas_tpu', 'blocked', 'reference')}
+ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('pallas_gpu', 'xla', 'blocked', 'reference'), 'tpu': ('pallas_tpu', 'xla', 'blocked', 'reference')}
+ORDER_IN_PARTS = {'cpu': ('blocked', 'reference'), 'gpu': ('pallas_gpu', 'blocked', 'reference'),
+                  'tpu': ('pallas_tpu', 'blocked', 'reference')}
 WIDE = 256
 FEW = 128  # queries of a row, below which our kernels compute mostly what fills their blocks up
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
@@ -70,7 +72,7 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
     local = cp.Local(*(functools.partial(function, **settings) for function in (attention, part, part_backward)))
     return cp.attention(q, k, v, mask, local, sinks=sinks, relative=relative, strategy=context)
   spec = _spec(q, v, mask, softcap, sinks, relative)
-  backend = _said(choose(spec, few=q.shape[1] < FEW)) if backend == 'auto' else check(backend, spec)
+  backend = _said(choose(spec, without=_left_out(q, k, v, mask))) if backend == 'auto' else check(backend, spec)
   run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla,
          **{name: functools.partial(flash.attention, name, blocks=blocks) for name in flash.KERNELS}}[backend]
   out, lse = run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
@@ -125,7 +127,7 @@ def _chosen(backend, blocks):
 def _part(q, v, mask, softcap, relative, backend):
   spec = _spec(q, v, mask, softcap, None, relative)
   if backend == 'auto':
-    return _said(choose(spec, in_parts=True))
+    return _said(choose(spec, in_parts=True, without=_too_new()))
   return check_part(check(backend, spec))
 
 
@@ -155,13 +157,27 @@ def check(backend: str, spec: set[str]) -> str:
   return backend
 
 
-def choose(spec: set[str], platform: str = '', in_parts: bool = False, few: bool = False) -> str:
+def choose(spec: set[str], platform: str = '', in_parts: bool = False, without: frozenset[str] = frozenset()) -> str:
   """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform).
 
-  in_parts: of those that attention can be put together from part by part. few: rows have fewer than FEW queries.
+  in_parts: of those that attention can be put together from part by part. without: backends that are not for these arrays.
   """
   order = (ORDER_IN_PARTS if in_parts else ORDER)[platform or mesh.platform()]
-  return next(name for name in order if spec <= HONOURS[name] and not (few and name in flash.KERNELS))
+  return next(name for name in order if spec <= HONOURS[name] and name not in without)
+
+
+def _left_out(q, k, v, mask) -> frozenset[str]:
+  """Kernels of ours that `auto` passes over: all of them for few queries, Hopper's where cuDNN computes the same or on other GPUs."""
+  if q.shape[1] < FEW:
+    return frozenset(flash.KERNELS)
+  if mesh.platform() == 'gpu' and not cudnn.refusal(q, k, v, mask):
+    return frozenset({'pallas_gpu'})
+  return _too_new()
+
+
+def _too_new() -> frozenset[str]:
+  """Kernels that the GPU at hand cannot run."""
+  return frozenset({'pallas_gpu'} if mesh.platform() == 'gpu' and cudnn.capability()[0] != 9 else ())
 
 
 @functools.cache

@@ -115,8 +115,11 @@ def _call(kernel, name: str, shape: Shape, kinds, heads: int, block: int, flops:
   moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))
   cost = pl.CostEstimate(flops=flops * pairs, transcendentals=pairs, bytes_accessed=moved)
   blocks = 1 if any(x is not None for x in sums) and shape.interpret else min(_processors(), tiles)
-  return gpu.kernel(functools.partial(kernel, shape=shape, shared=shared), name, outputs, scratch, blocks, WARPGROUPS + 1, cost,
-                    shape.interpret)(*inputs, *plans, *sums)
+  run = gpu.kernel(functools.partial(kernel, shape=shape, shared=shared), name, outputs, scratch, blocks, WARPGROUPS + 1, cost,
+                   shape.interpret)
+  # Without the barrier XLA (seen in jaxlib 0.11.2) makes the kernel a part of what writes its result into a loop's stack of kept values,
+  # and runs it a second time for whoever else reads that result, as the rest of the layer does.
+  return jax.lax.optimization_barrier(run(*inputs, *plans, *sums))
 
 
 def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()):

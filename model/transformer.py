@@ -21,7 +21,7 @@ from model.moe import MoE, moved
 from model.params import gathered, joined, named_leaves, param, product, use
 from model.quantised import Bytes
 from parallel import axes as ax
-from parallel import offload, pipeline, remat
+from parallel import mesh, offload, pipeline, remat
 
 
 class Output(NamedTuple):
@@ -127,12 +127,16 @@ class Stack(nnx.Module):
 
   def scan(self, blocks, x, view, slots=()):
     """Periods of blocks, one after another: the new x, the slots of each place written, and what each place of the period reports."""
-    # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again. With `x`
-    # it keeps jax from gathering all layers of a stage before the loop over ticks. What lies in the host's memory comes to the device
-    # here, forward and backward.
+    # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again. On GPUs XLA
+    # does not, and a barrier there makes it copy every layer's weights, and their gradients, before it casts them. With `x` the barrier
+    # keeps jax from gathering all layers of a stage before the loop over ticks. What lies in the host's memory comes to the device here,
+    # forward and backward.
     def one(block, x, slots):
       block = offload.to_device(block)
-      block, x = jax.lax.optimization_barrier((block, x)) if pipeline.inside() else (jax.lax.optimization_barrier(block), x)
+      if pipeline.inside():
+        block, x = jax.lax.optimization_barrier((block, x))
+      elif mesh.platform() != 'gpu':
+        block = jax.lax.optimization_barrier(block)
       return block(x, view, slots)
     alone, slots = self.remat.alone(blocks), slots or [None] * len(blocks)
     run = (lambda block, x, slots: block(x, view, slots)) if alone and not pipeline.inside() else remat.remat(one, self.remat)

@@ -83,7 +83,9 @@ def test_a_plan_names_the_attention_that_it_compiled():
   assert made('train', 'TPU v5').attention == 'pallas_tpu' and made('decode', 'TPU v5').attention == 'cached'
   assert made('train', 'TPU v5', attention='blocked').to_dict()['attention'] == 'blocked'
   assert made('decode', 'NVIDIA H100 80GB HBM3').attention == 'cached'
-  assert made('train', 'NVIDIA H100 80GB HBM3', attention_softcap=2.0).attention == choose({'causal', 'segments', 'softcap'}, 'gpu')
+  on_gpu = lambda mode, **model: made(mode, 'NVIDIA H100 80GB HBM3', **model).attention
+  assert on_gpu('train', attention_softcap=2.0) == choose({'causal', 'segments', 'softcap', 'float32'}, 'gpu') == 'blocked'
+  assert on_gpu('train', dtype='bfloat16', attention_softcap=2.0) == on_gpu('train', dtype='bfloat16') == 'pallas_gpu'
 
 
 def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):

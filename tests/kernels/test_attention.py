@@ -313,15 +313,15 @@ def test_auto_finds_a_backend_for_every_spec(platform):
     for spec in itertools.combinations(sorted(HONOURS['reference']), size):
       chosen = dispatch.choose(set(spec), platform)
       assert set(spec) <= HONOURS[chosen]
-      faster = {'cpu': ('blocked',), 'gpu': ('blocked', 'xla'), 'tpu': ('blocked', 'xla', 'pallas_tpu')}[platform]
+      faster = {'cpu': ('blocked',), 'gpu': ('blocked', 'xla', 'pallas_gpu'), 'tpu': ('blocked', 'xla', 'pallas_tpu')}[platform]
       assert (chosen in faster) == any(set(spec) <= HONOURS[name] for name in faster)
 
 
 def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
   """By the queries that a row has: training and prefill, against a token at a time, whose positions no flag of xla's can say."""
   assert dispatch.choose({'causal', 'segments'}, 'tpu') == dispatch.choose({'causal', 'positions', 'softcap', 'sinks'}, 'tpu') == 'pallas_tpu'
-  assert dispatch.choose({'causal', 'positions'}, 'tpu', few=True) == 'xla'
-  assert dispatch.choose({'causal', 'positions', 'softcap'}, 'tpu', few=True) == 'blocked'
+  assert dispatch.choose({'causal', 'positions'}, 'tpu', without=frozenset({'pallas_tpu'})) == 'xla'
+  assert dispatch.choose({'causal', 'positions', 'softcap'}, 'tpu', without=frozenset({'pallas_tpu'})) == 'blocked'
   monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'tpu')
   ran = []
   run = lambda name, q, k, v, mask, **options: (ran.append(name), (q, q[..., 0]))[1]
@@ -332,6 +332,25 @@ def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
   for queries in (256, 128, 127, 1):
     attention(q[:, -queries:], k, v, at(queries))
   assert ran == ['pallas_tpu', 'pallas_tpu', 'xla', 'xla']
+
+
+def test_auto_on_a_hopper_gpu_is_cudnn_where_it_can_and_our_kernel_where_it_cannot(monkeypatch):
+  monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'gpu')
+  ran = []
+  run = lambda name, q, k, v, mask, **options: (ran.append(name), (q, q[..., 0]))[1]
+  monkeypatch.setattr(dispatch.flash, 'attention', run)
+  monkeypatch.setattr(dispatch, 'xla', functools.partial(run, 'xla'))
+  q, k, v = (x.astype(jnp.bfloat16) for x in inputs(256, 256, 2, 2, 64, 64)[:3])
+  packed = Mask(**{f'{side}_segments': jnp.zeros((1, 256), jnp.int32) for side in ('query', 'key')})
+  for capability in ((9, 0), (8, 0), (10, 0)):
+    monkeypatch.setattr(dispatch.cudnn, 'capability', lambda: capability)
+    for mask in (Mask(), packed):
+      attention(q[:1], k[:1], v[:1], mask)
+  attention(q[:1], *(x[:1].astype(jnp.bfloat16) for x in (k, v)), packed)
+  monkeypatch.setattr(dispatch.cudnn, 'capability', lambda: (9, 0))
+  attention(*(x[:1].astype(jnp.float32) for x in (q, k, v)), packed)
+  attention(q[:1, :1], k[:1, :1], v[:1, :1], Mask(**{f'{side}_segments': jnp.zeros((1, 1), jnp.int32) for side in ('query', 'key')}))
+  assert ran == ['xla', 'pallas_gpu', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla']
 
 
 def test_memory_of_blocked_follows_the_mask(monkeypatch):

@@ -234,6 +234,29 @@ def test_it_compiles_for_an_h100_without_a_spill(case, monkeypatch, tmp_path):
   assert not {name: report for name, report in found.items() if report.spilled or report.warnings}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('save', [None, ('attention',)])
+def test_a_scanned_layer_runs_each_kernel_once(save):
+  """XLA makes a kernel part of the write into a loop's stack of kept values, and would run it again for the rest of the layer."""
+  try:
+    mesh = make_mesh(MeshConfig(), aot.topology('h100:1x1x1'))
+  except ImportError as error:
+    pytest.skip(f'an H100 cannot be compiled for: {error}; make test-gpu-aot installs what is missing')
+
+  def loss(w, x):
+    def layer(x, w):
+      q = (x @ w).reshape(2, 512, 4, 128)
+      out, _ = attention(q, q, q, Mask(), backend='pallas_gpu')
+      return x + out.reshape(x.shape) @ w, None
+    if save:
+      layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*save), prevent_cse=False)
+    return jnp.sum(jax.lax.scan(layer, x, w)[0], dtype=jnp.float32)
+  with jax.set_mesh(mesh):
+    abstract = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P()))
+    program = jax.jit(jax.grad(loss)).lower(abstract(4, 512, 512), abstract(2, 512, 512)).compile().as_text()
+  assert program.count('custom_call_target="mosaic_gpu') == 2, 'forward, and backward'
+
+
 FAULTS = {
     'wrong diagonal': ('hide(scores, lax.ge, q, before)', 'hide(scores, lax.gt, q, before)'),
     'dropped rescale': ('acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])', 'acc = acc'),
