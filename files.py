@@ -1,4 +1,5 @@
 """How is a file written so that it is there whole or not at all?"""
+
 import errno
 import os
 import pathlib

@@ -1,4 +1,5 @@
 """Is this name known? One check for every name that comes from a config or a command line, and one for what is there without a name."""
+
 import difflib
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +14,11 @@ def check(what: str, name: str, known: Iterable[str]) -> str:
   known = list(known)
   if name not in known:
     near = difflib.get_close_matches(str(name), known, 1)
-    raise ValueError(f'{what}={name!r} is unknown' + (f'; did you mean {near[0]!r}?' if near else '.') + f' Known: {", ".join(known)}')
+    raise ValueError(
+      f'{what}={name!r} is unknown'
+      + (f'; did you mean {near[0]!r}?' if near else '.')
+      + f' Known: {", ".join(known)}'
+    )
   return name
 
 

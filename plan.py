@@ -4,10 +4,13 @@ Compiles the very step that train.py would run (or with --mode=prefill, --mode=d
 here, and reads the compiled program: does it fit, what does it compute and move, how long does it take, what does that cost.
 Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 """
+
 import os
 
 if __name__ == '__main__':
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # what is compiled for is asked of the compiler, not of this machine
+  os.environ['JAX_PLATFORMS'] = (
+    'cpu'  # what is compiled for is asked of the compiler, not of this machine
+  )
 
 import dataclasses
 import functools
@@ -38,16 +41,40 @@ from training import config as configs
 MODES = ('train', 'prefill', 'decode')
 SEARCHED = 3  # meshes whose remat policies and microbatches --search tries
 
-TOPOLOGY = flags.DEFINE_string('topology', None, 'KIND:SHAPE of the hardware, as in v5p:4x4x4, 2*v5e:16x16 or h100:1x4x8.')
-SLICES = flags.DEFINE_integer('slices', 1, 'How many such slices; `data` crosses them.', lower_bound=1)
+TOPOLOGY = flags.DEFINE_string(
+  'topology', None, 'KIND:SHAPE of the hardware, as in v5p:4x4x4, 2*v5e:16x16 or h100:1x4x8.'
+)
+SLICES = flags.DEFINE_integer(
+  'slices', 1, 'How many such slices; `data` crosses them.', lower_bound=1
+)
 MODE = flags.DEFINE_string('mode', 'train', f'What runs: {", ".join(MODES)}.')
-BATCH = flags.DEFINE_integer('batch', 0, 'Rows that prefill or decode works on (train takes config.data.batch_size).', lower_bound=0)
-WEIGHTS = flags.DEFINE_enum('weights', '', ['', 'int8'], 'Of prefill and decode: int8 for matrices of one byte a number.')
-CONTEXT = flags.DEFINE_integer('context', 0, 'Tokens of a row: of the prompt, or of the cache.', lower_bound=0)
-SEARCH = flags.DEFINE_bool('search', False, 'Compile a small set of meshes, remat policies and microbatches; print them, fastest first.')
+BATCH = flags.DEFINE_integer(
+  'batch',
+  0,
+  'Rows that prefill or decode works on (train takes config.data.batch_size).',
+  lower_bound=0,
+)
+WEIGHTS = flags.DEFINE_enum(
+  'weights', '', ['', 'int8'], 'Of prefill and decode: int8 for matrices of one byte a number.'
+)
+CONTEXT = flags.DEFINE_integer(
+  'context', 0, 'Tokens of a row: of the prompt, or of the cache.', lower_bound=0
+)
+SEARCH = flags.DEFINE_bool(
+  'search',
+  False,
+  'Compile a small set of meshes, remat policies and microbatches; print them, fastest first.',
+)
 JSON = flags.DEFINE_string('json', '', 'Write what was found to this file.')
-DOLLARS = flags.DEFINE_float('dollars_per_chip_hour', None, 'Price; without one no cost is printed.', lower_bound=0)
-WATTS = flags.DEFINE_float('watts_per_chip', None, "Power; default: the chip's published maximum, where there is one.", lower_bound=0)
+DOLLARS = flags.DEFINE_float(
+  'dollars_per_chip_hour', None, 'Price; without one no cost is printed.', lower_bound=0
+)
+WATTS = flags.DEFINE_float(
+  'watts_per_chip',
+  None,
+  "Power; default: the chip's published maximum, where there is one.",
+  lower_bound=0,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +89,7 @@ class Plan:
     tokens, model_flops: of a run, on all devices. collectives: each as found.
     compile_seconds: tracing, lowering and compiling.
   """
+
   mode: str
   config: configs.Config
   chip: hardware.Chip
@@ -94,7 +122,11 @@ class Plan:
     """Model FLOPs utilisation at the predicted time, 0 to 1; None where there is none."""
     if self.prediction is None:
       return None
-    return counts.mfu(self.model_flops / self.seconds, self.devices, hardware.peak(self.chip, self.config.model.dtype))
+    return counts.mfu(
+      self.model_flops / self.seconds,
+      self.devices,
+      hardware.peak(self.chip, self.config.model.dtype),
+    )
 
   @property
   def chips(self) -> int:
@@ -113,10 +145,18 @@ class Plan:
       return model.attention
     spec = model.attention_spec if self.mode == 'train' else model.attention_spec - {'segments'}
     platform = 'tpu' if self.chip.torus else 'gpu'
-    without = set(KERNELS) if self.tokens < FEW else {'pallas_gpu'} if platform == 'gpu' and spec <= cudnn.FIELDS else set()
+    without = (
+      set(KERNELS)
+      if self.tokens < FEW
+      else {'pallas_gpu'}
+      if platform == 'gpu' and spec <= cudnn.FIELDS
+      else set()
+    )
     return choose(spec, platform, without=frozenset(without))
 
-  def cost(self, dollars_per_chip_hour: float | None, watts_per_chip: float | None) -> dict[str, float]:
+  def cost(
+    self, dollars_per_chip_hour: float | None, watts_per_chip: float | None
+  ) -> dict[str, float]:
     """Hours, dollars and kWh of the whole training run, or of a million tokens; only what is known."""
     if self.prediction is None:
       return {}
@@ -133,18 +173,39 @@ class Plan:
   def to_dict(self) -> dict:
     """JSON-able."""
     known = self.memory is not None
-    return {'mode': self.mode, 'chip': self.chip.name, 'chips': self.chips, 'mesh': self.config.mesh.sizes(), 'fits': self.fits,
-            'remat': self.config.model.remat, 'attention': self.attention, 'accumulation': self.config.train.accumulation,
-            'problem': self.problem, 'available_bytes': self.available, 'argument_bytes': self.held,
-            'memory': dataclasses.asdict(self.memory) if known else None, 'tokens': self.tokens, 'model_flops': self.model_flops,
-            'collectives': [dataclasses.asdict(c) | {'group': None} for c in self.collectives],
-            'prediction': tables.json_able(dataclasses.asdict(self.prediction)) if known else None,
-            'mfu': self.mfu, 'compile_seconds': self.compile_seconds,
-            'error': roofline.ERROR['tpu' if self.chip.torus else 'gpu'], 'config': configs.to_dict(self.config)}
+    return {
+      'mode': self.mode,
+      'chip': self.chip.name,
+      'chips': self.chips,
+      'mesh': self.config.mesh.sizes(),
+      'fits': self.fits,
+      'remat': self.config.model.remat,
+      'attention': self.attention,
+      'accumulation': self.config.train.accumulation,
+      'problem': self.problem,
+      'available_bytes': self.available,
+      'argument_bytes': self.held,
+      'memory': dataclasses.asdict(self.memory) if known else None,
+      'tokens': self.tokens,
+      'model_flops': self.model_flops,
+      'collectives': [dataclasses.asdict(c) | {'group': None} for c in self.collectives],
+      'prediction': tables.json_able(dataclasses.asdict(self.prediction)) if known else None,
+      'mfu': self.mfu,
+      'compile_seconds': self.compile_seconds,
+      'error': roofline.ERROR['tpu' if self.chip.torus else 'gpu'],
+      'config': configs.to_dict(self.config),
+    }
 
 
-def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'train', rows: int = 0, context: int = 0,
-              axis_type: AxisType = AxisType.Explicit, weights: str = '') -> Plan:
+def make_plan(
+  config: configs.Config,
+  devices: list[jax.Device],
+  mode: str = 'train',
+  rows: int = 0,
+  context: int = 0,
+  axis_type: AxisType = AxisType.Explicit,
+  weights: str = '',
+) -> Plan:
   """Compiles what `config` runs in this mode on these devices.
 
   rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights. axis_type: Auto for the twin that XLA's
@@ -166,8 +227,16 @@ def make_plan(config: configs.Config, devices: list[jax.Device], mode: str = 'tr
     problem = re.sub(r'^RESOURCE_EXHAUSTED: ', '', str(error).splitlines()[0])
     return found(problem, bytes_held, None, tokens, model_flops, [], None, seconds())
   module = Module(compiled.as_text())
-  return found('', bytes_held, memory.parts(compiled, held, held['parameters'] if mode == 'train' else ()), tokens, model_flops,
-               schedule.collectives(module, mesh), roofline.predict(module, mesh, chip, config.model.dtype), seconds())
+  return found(
+    '',
+    bytes_held,
+    memory.parts(compiled, held, held['parameters'] if mode == 'train' else ()),
+    tokens,
+    model_flops,
+    schedule.collectives(module, mesh),
+    roofline.predict(module, mesh, chip, config.model.dtype),
+    seconds(),
+  )
 
 
 def resolved(config: configs.Config, devices: list[jax.Device]) -> configs.Config:
@@ -180,7 +249,9 @@ def chip_of(devices: list[jax.Device]) -> hardware.Chip:
   device = devices[0]
   chip = hardware.lookup(device.device_kind, device.num_cores if device.platform == 'tpu' else None)
   if chip is None:
-    raise ValueError(f'device kind {device.device_kind!r} is not in analysis/hardware.py; add its peaks there')
+    raise ValueError(
+      f'device kind {device.device_kind!r} is not in analysis/hardware.py; add its peaks there'
+    )
   return chip
 
 
@@ -194,22 +265,37 @@ def _lower(config, mesh, mode, rows, context, weights):
     held = {'parameters': state.model, 'optimizer state': state.optimizer}
     return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
   if config.model.encoder_layers or not config.model.causal:
-    raise NotImplementedError(f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, model.causal={config.model.causal}: '
-                              'only what a decoder generates is planned so far')
+    raise NotImplementedError(
+      f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, model.causal={config.model.causal}: '
+      'only what a decoder generates is planned so far'
+    )
   if rows < 1 or context < 1:
     raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
   with jax.set_mesh(mesh):
     over, parts = axes.mesh_axes('batch'), axes.size('batch')
   if rows % parts:
-    raise ValueError(f'--batch={rows} does not split over ' + ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in over) +
-                     f'; make it a multiple of {parts}')
+    raise ValueError(
+      f'--batch={rows} does not split over '
+      + ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in over)
+      + f'; make it a multiple of {parts}'
+    )
   if not config.model.vocabulary:
-    raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
+    raise ValueError(
+      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257"
+    )
   config.check_parameters(dict(mesh.shape))
   model = generating(config.resolve(config.model.vocabulary).model)
   if mode == 'prefill':
-    return *aot.prefill(model, mesh, rows, context, weights), rows * context, counts.prefill_flops(model, rows, context)
-  return *aot.decode(model, mesh, rows, context, weights), rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context)
+    return (
+      *aot.prefill(model, mesh, rows, context, weights),
+      rows * context,
+      counts.prefill_flops(model, rows, context),
+    )
+  return (
+    *aot.decode(model, mesh, rows, context, weights),
+    rows * CHUNK,
+    CHUNK * counts.decode_flops(model, rows, context),
+  )
 
 
 def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan | None:
@@ -217,7 +303,9 @@ def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan 
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
   for config in candidates.nearest(plan.config, plan.config.mesh.sizes(), len(devices), slices):
     tried = attempt(config, devices)
-    log(f'  tried {candidates.flags(plan.config, config)}: {"fits" if tried.fits else tables.shortage(tried)}')
+    log(
+      f'  tried {candidates.flags(plan.config, config)}: {"fits" if tried.fits else tables.shortage(tried)}'
+    )
     if tried.fits:
       return tried
   return None
@@ -228,10 +316,25 @@ def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
   mesh = make_mesh(config.mesh, devices)
   chip = chip_of(devices)
   held = train.abstract_state(config, mesh)
-  sizes = {'parameters': memory.shard_bytes(held.model), 'optimizer state': memory.shard_bytes(held.optimizer)}
+  sizes = {
+    'parameters': memory.shard_bytes(held.model),
+    'optimizer state': memory.shard_bytes(held.optimizer),
+  }
   least = sum(sizes.values()) + sizes['parameters']  # gradients are as large
-  refused = Plan('train', config, chip, len(devices), f'parameters, optimizer state and gradients alone take {least / 1e9:.2f} GB', sizes,
-                 None, 1, 0.0, [], None, 0.0)
+  refused = Plan(
+    'train',
+    config,
+    chip,
+    len(devices),
+    f'parameters, optimizer state and gradients alone take {least / 1e9:.2f} GB',
+    sizes,
+    None,
+    1,
+    0.0,
+    [],
+    None,
+    0.0,
+  )
   return refused if least > refused.available else make_plan(config, devices)
 
 
@@ -249,9 +352,20 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
     flags_ = candidates.flags(config, candidate) or '(as given)'
     if flags_ not in tried:
       plan = tried[flags_] = attempt(candidate, devices)
-      log(f'  {flags_}: ' + (f'{plan.seconds:.3f} s, {plan.memory.peak / 1e9:.2f} GB' if plan.fits else tables.shortage(plan)))
+      log(
+        f'  {flags_}: '
+        + (
+          f'{plan.seconds:.3f} s, {plan.memory.peak / 1e9:.2f} GB'
+          if plan.fits
+          else tables.shortage(plan)
+        )
+      )
     return tried[flags_]
-  ranked = [compiled(candidates.change(config, mesh)) for mesh in candidates.meshes(config, len(devices), slices)]
+
+  ranked = [
+    compiled(candidates.change(config, mesh))
+    for mesh in candidates.meshes(config, len(devices), slices)
+  ]
   ranked.sort(key=lambda plan: (not plan.fits, plan.seconds))
   for plan in ranked[:SEARCHED]:
     for policy in candidates.policies(config):
@@ -260,8 +374,10 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
         if compiled(candidates.change(candidate, accumulation=n)).fits:
           break
   if not tried:
-    raise ValueError(f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / train.accumulation='
-                     f'{config.train.accumulation} and the sizes of the model; change the batch')
+    raise ValueError(
+      f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / train.accumulation='
+      f'{config.train.accumulation} and the sizes of the model; change the batch'
+    )
   return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
 
 
@@ -269,18 +385,30 @@ def main(arguments):
   names.only_flags(arguments, '--config.train.steps=100')
   if train.CONFIG.value is None or not TOPOLOGY.value:
     raise app.UsageError('give --config=configs/NAME.py and --topology=KIND:SHAPE')
-  for flag in (train.WORKDIR, train.PROFILE, train.ALLOW_CHANGE, train.COORDINATOR, train.PROCESSES, train.PROCESS, train.STOPPED_CODE,
-               train.HEARTBEAT):  # defined with train.py, whose --config this is
+  for flag in (
+    train.WORKDIR,
+    train.PROFILE,
+    train.ALLOW_CHANGE,
+    train.COORDINATOR,
+    train.PROCESSES,
+    train.PROCESS,
+    train.STOPPED_CODE,
+    train.HEARTBEAT,
+  ):  # defined with train.py, whose --config this is
     if flag.present:
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
   logging.set_verbosity(logging.WARNING)
   with train.mendable():
     names.check('mode', MODE.value, MODES)
     if MODE.value == 'train' and (BATCH.present or CONTEXT.present or WEIGHTS.present):
-      raise ValueError('--batch, --context and --weights are of prefill and decode; train takes --config.data.batch_size and '
-                       '.sequence_length')
+      raise ValueError(
+        '--batch, --context and --weights are of prefill and decode; train takes --config.data.batch_size and '
+        '.sequence_length'
+      )
     if SEARCH.value and MODE.value != 'train':
-      raise NotImplementedError(f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}')
+      raise NotImplementedError(
+        f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}'
+      )
     config = configs.from_flag(train.CONFIG.value)
     try:
       devices = aot.topology(TOPOLOGY.value, SLICES.value)
@@ -292,15 +420,26 @@ def main(arguments):
       tables.ranking(resolved(config, devices), plans)
       plan, extra = plans[0], {'candidates': [p.to_dict() for p in plans]}
     else:
-      plan, extra = make_plan(config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value), {}
+      plan, extra = (
+        make_plan(config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value),
+        {},
+      )
     tables.show(plan, plan.cost(DOLLARS.value, WATTS.value))
     if not plan.fits and MODE.value == 'train' and not SEARCH.value:
       print('\nlooking for the nearest change that fits:', flush=True)
       other = nearest_that_fits(plan, devices, functools.partial(print, flush=True))
-      print('add ' + candidates.flags(plan.config, other.config) if other else 'none of these fits; use more chips')
+      print(
+        'add ' + candidates.flags(plan.config, other.config)
+        if other
+        else 'none of these fits; use more chips'
+      )
       extra = {'nearest': other and other.to_dict()}
   if JSON.value:
-    files.replace(JSON.value, json.dumps(plan.to_dict() | {'cost': plan.cost(DOLLARS.value, WATTS.value)} | extra, indent=1) + '\n')
+    files.replace(
+      JSON.value,
+      json.dumps(plan.to_dict() | {'cost': plan.cost(DOLLARS.value, WATTS.value)} | extra, indent=1)
+      + '\n',
+    )
     print(f'\nwrote {JSON.value}')
 
 

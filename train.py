@@ -2,6 +2,7 @@
 
 Reads top to bottom: config -> mesh -> data -> model and optimizer -> where to start -> steps -> report.
 """
+
 from parallel import hosts
 
 if __name__ == '__main__':
@@ -40,14 +41,28 @@ from training.report import compression_baselines, write_report
 from training.watch import ProfileWindow, Watch
 
 CONFIG = configs.define_flag()
-WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: config, tokenizer, checkpoints, metrics, report.')
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Directory of the run: config, tokenizer, checkpoints, metrics, report.'
+)
 PROFILE = flags.DEFINE_string('profile', '', 'Steps to trace with the XLA profiler, as in 10-12.')
-ALLOW_CHANGE = flags.DEFINE_bool('allow_config_change', False, 'Resume although model or data order changed.')
-COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, for several processes that no cluster manager introduces.')
-PROCESSES = flags.DEFINE_integer('processes', 0, 'With --coordinator: how many processes there are.')
+ALLOW_CHANGE = flags.DEFINE_bool(
+  'allow_config_change', False, 'Resume although model or data order changed.'
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  '',
+  'HOST:PORT of process 0, for several processes that no cluster manager introduces.',
+)
+PROCESSES = flags.DEFINE_integer(
+  'processes', 0, 'With --coordinator: how many processes there are.'
+)
 PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
-STOPPED_CODE = flags.DEFINE_integer('stopped_code', 0, 'Exit code of a run that a signal stopped, for launchers that start it again.')
-HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.')
+STOPPED_CODE = flags.DEFINE_integer(
+  'stopped_code', 0, 'Exit code of a run that a signal stopped, for launchers that start it again.'
+)
+HEARTBEAT = flags.DEFINE_integer(
+  'heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.'
+)
 
 
 def make_train_step(config: configs.Config, optimizer: optax.GradientTransformation):
@@ -57,7 +72,11 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
   # number. A power of two costs no precision.
   unit = 2.0 ** -round(math.log2(config.data.batch_size * config.data.sequence_length))
 
-  zero, dtype, offloaded = config.mesh.zero, config.model.dtype, config.train.offload_optimizer or config.train.offload_parameters
+  zero, dtype, offloaded = (
+    config.mesh.zero,
+    config.model.dtype,
+    config.train.offload_optimizer or config.train.offload_parameters,
+  )
 
   def gradients(state: states.TrainState, batch: Batch):
     """Of the loss summed over tokens and scaled; what an update takes of all of them; metrics, norms."""
@@ -65,9 +84,12 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
 
     def loss_fn(model, batch, scale):
       if zero < 3:
-        model = params.joined(model, params.gathered(model, dtype) if zero == 1 else whole, reduce=zero == 2)
+        model = params.joined(
+          model, params.gathered(model, dtype) if zero == 1 else whole, reduce=zero == 2
+        )
       total, sums = pretrain(model, batch, config.train.z_loss)
       return precision.scale(total * unit, scale), sums
+
     grads, sums = accumulate(loss_fn, state.model, batch, state.scale, config.train.accumulation)
     tokens = jnp.maximum(sums['tokens'], 1)
     divisor = tokens * unit * state.scale.scale
@@ -75,23 +97,34 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
     norms = jax.tree.map(lambda g: jnp.sqrt(offload.sum_by_layer(squares, g)), grads)
     norm = optax.tree.norm(norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['nll'])
-    metrics = {'loss': sums['nll'] / tokens, 'accuracy': sums['correct'] / tokens, 'grad_norm': norm,
-               'learning_rate': schedule(state.step - state.scale.skipped_steps), 'predicted_tokens': sums['tokens'],
-               **router_metrics(sums)}
+    metrics = {
+      'loss': sums['nll'] / tokens,
+      'accuracy': sums['correct'] / tokens,
+      'grad_norm': norm,
+      'learning_rate': schedule(state.step - state.scale.skipped_steps),
+      'predicted_tokens': sums['tokens'],
+      **router_metrics(sums),
+    }
     if config.model.dtype == 'float16':
       metrics |= {'loss_scale': state.scale.scale}
     return grads, update.Measured(divisor, norm, finite, sums.get('load')), metrics, norms
 
   def prepared(grads, measured):
-    return clip(jax.tree.map(lambda g: g / measured.divisor, grads), measured.norm, config.optimizer.clip_norm)
+    return clip(
+      jax.tree.map(lambda g: g / measured.divisor, grads), measured.norm, config.optimizer.clip_norm
+    )
 
   def advance(state: states.TrainState, measured):
     """What a step does besides updating parameters by their gradients."""
     model = state.model
     if config.model.moe.bias_rate:
-      load = jnp.where(measured.finite, measured.load, 0)  # nothing moves where all experts have the same
+      load = jnp.where(
+        measured.finite, measured.load, 0
+      )  # nothing moves where all experts have the same
       model = transformer.balanced(model, load, config.model.moe.bias_rate)
-    return dataclasses.replace(state, step=state.step + 1, model=model, scale=precision.update(state.scale, measured.finite))
+    return dataclasses.replace(
+      state, step=state.step + 1, model=model, scale=precision.update(state.scale, measured.finite)
+    )
 
   if config.train.offload_optimizer == 'disk':
     return spill.Step(config, gradients, prepared, advance)
@@ -99,10 +132,20 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state: states.TrainState, batch: Batch):
     grads, measured, metrics, norms = gradients(state, batch)
-    parts = update.split(config, state.model) if offloaded else [update.whole(optimizer, state.model, state.optimizer)]
+    parts = (
+      update.split(config, state.model)
+      if offloaded
+      else [update.whole(optimizer, state.model, state.optimizer)]
+    )
     # A step that is not finite leaves no trace, whether the host then stops the run or goes on.
-    optimizer_state, model = update.run(parts, prepared, measured, grads, state.optimizer, state.model)
-    return advance(dataclasses.replace(state, model=model, optimizer=optimizer_state), measured), metrics, norms
+    optimizer_state, model = update.run(
+      parts, prepared, measured, grads, state.optimizer, state.model
+    )
+    return (
+      advance(dataclasses.replace(state, model=model, optimizer=optimizer_state), measured),
+      metrics,
+      norms,
+    )
 
   return train_step
 
@@ -114,17 +157,28 @@ def make_program(config: configs.Config):
   return functools.partial(states.init, config, optimizer), make_train_step(config, optimizer)
 
 
-def make_target(config: configs.Config, make_state, mesh: jax.sharding.Mesh, directory) -> states.TrainState:
+def make_target(
+  config: configs.Config, make_state, mesh: jax.sharding.Mesh, directory
+) -> states.TrainState:
   """Shapes and places of what make_state makes: on the mesh, in context, and on disk below `directory`."""
   state = params.abstract(make_state, mesh)
-  return spill.on_disk(state, config.train.spill_dir or directory) if config.train.offload_optimizer == 'disk' else state
+  return (
+    spill.on_disk(state, config.train.spill_dir or directory)
+    if config.train.offload_optimizer == 'disk'
+    else state
+  )
 
 
-def begin_state(config: configs.Config, make_state, target: states.TrainState, *model) -> states.TrainState:
+def begin_state(
+  config: configs.Config, make_state, target: states.TrainState, *model
+) -> states.TrainState:
   """The first state, in the places of `target`; of the model given, which is donated, or of a new one."""
   if config.train.offload_optimizer != 'disk':
     return jax.jit(make_state, donate_argnums=range(len(model)))(*model)
-  bare = jax.jit(lambda *model: dataclasses.replace(make_state(*model), optimizer=None), donate_argnums=range(len(model)))
+  bare = jax.jit(
+    lambda *model: dataclasses.replace(make_state(*model), optimizer=None),
+    donate_argnums=range(len(model)),
+  )
   return spill.begin(config, bare(*model), target)
 
 
@@ -134,21 +188,30 @@ def abstract_state(config: configs.Config, mesh: jax.sharding.Mesh) -> states.Tr
   Raises ValueError for a batch or a size that the mesh does not divide, and for an open vocabulary.
   """
   if not config.model.vocabulary:
-    raise ValueError("model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257")
+    raise ValueError(
+      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257"
+    )
   config = config.resolve(config.model.vocabulary)
   config.check_mesh(dict(mesh.shape))
   with jax.set_mesh(mesh):
     return make_target(config, make_program(config)[0], mesh, '.')
 
 
-def lower_step(config: configs.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, states.TrainState]:
+def lower_step(
+  config: configs.Config, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Lowered, states.TrainState]:
   """The step that a run of this config takes on a mesh, lowered, and the state that it takes; raises as abstract_state does."""
   state = abstract_state(config, mesh)
   config = config.resolve(config.model.vocabulary)
   with jax.set_mesh(mesh):
-    ids = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32,
-                               sharding=jax.NamedSharding(mesh, axes.spec('batch', 'length')))
-    return make_program(config)[1].lower(state, Batch(*[ids] * len(dataclasses.fields(Batch)))), state
+    ids = jax.ShapeDtypeStruct(
+      (config.data.batch_size, config.data.sequence_length),
+      jnp.int32,
+      sharding=jax.NamedSharding(mesh, axes.spec('batch', 'length')),
+    )
+    return make_program(config)[1].lower(
+      state, Batch(*[ids] * len(dataclasses.fields(Batch)))
+    ), state
 
 
 def make_evaluate(config: configs.Config, prepared, put):
@@ -169,17 +232,38 @@ def make_evaluate(config: configs.Config, prepared, put):
       if batches and i == batches:
         break
       before, sums = sums, eval_step(model, put(batch), sums)
-      jax.block_until_ready(before)  # one batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good
+      jax.block_until_ready(
+        before
+      )  # one batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good
     nll, tokens = (float(sums[name]) for name in ('nll', 'tokens'))
     # Bytes of the tokens read: exact for all of them, in proportion for a part.
-    bytes_read = prepared.validation_bytes * tokens / prepared.report['packing']['validation']['pairs']
+    bytes_read = (
+      prepared.validation_bytes * tokens / prepared.report['packing']['validation']['pairs']
+    )
     found = {'validation_loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / bytes_read}
-    return found | ({} if batches or jax.process_index() else {f'{name}_bits_per_byte': value for name, value in baselines().items()})
+    return found | (
+      {}
+      if batches or jax.process_index()
+      else {f'{name}_bits_per_byte': value for name, value in baselines().items()}
+    )
 
   return evaluate
 
 
-def train_steps(config, state, steps, progress, batches, put, train_step, evaluate, checkpoints, watch, profile, signal) -> str:
+def train_steps(
+  config,
+  state,
+  steps,
+  progress,
+  batches,
+  put,
+  train_step,
+  evaluate,
+  checkpoints,
+  watch,
+  profile,
+  signal,
+) -> str:
   """Runs `steps`; step n is dispatched before n - 1 is looked at. Returns why it stopped before the last one, or ''."""
   every = lambda n, step: bool(n) and step % n == 0
   tokens = config.data.batch_size * config.data.sequence_length
@@ -198,12 +282,24 @@ def train_steps(config, state, steps, progress, batches, put, train_step, evalua
         evaluation = evaluate(state.model, config.train.eval_batches)
         progress = progress.after(evaluation['validation_loss'])
         impatient = progress.impatient(config.train.patience)
-        watch.log(step, evaluate(state.model, 0) if config.train.eval_batches and (final or impatient) else evaluation)
+        watch.log(
+          step,
+          evaluate(state.model, 0)
+          if config.train.eval_batches and (final or impatient)
+          else evaluation,
+        )
     reason = impatient or signal.after(step)
-    if final or reason or every(config.train.save_every, step) or (evaluation and progress.waited == 0):
+    if (
+      final
+      or reason
+      or every(config.train.save_every, step)
+      or (evaluation and progress.waited == 0)
+    ):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
-        checkpoints.save(step, state, batches.state(), progress.record(), evaluation.get('validation_loss'))
+        checkpoints.save(
+          step, state, batches.state(), progress.record(), evaluation.get('validation_loss')
+        )
     if reason:
       break
   checkpoints.wait()
@@ -215,8 +311,12 @@ def beginning(config, workdir, checkpoints, make_state, target, batches, allow_c
   latest = checkpoints.latest()
   first = latest or 0
   progress = Progress.resume(checkpoints, first)
-  ended = progress.impatient(config.train.patience) or (f'train.steps={config.train.steps}' if first >= config.train.steps else '')
-  begin = workdir if latest == 0 else config.init  # checkpoint 0 is an imported model, without a state of training
+  ended = progress.impatient(config.train.patience) or (
+    f'train.steps={config.train.steps}' if first >= config.train.steps else ''
+  )
+  begin = (
+    workdir if latest == 0 else config.init
+  )  # checkpoint 0 is an imported model, without a state of training
   if ended:
     log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
     state = None
@@ -226,7 +326,9 @@ def beginning(config, workdir, checkpoints, make_state, target, batches, allow_c
     log(f'going on from checkpoint {first}')
   elif begin:
     log(f'beginning with the parameters of {begin}')
-    model = params.abstract(functools.partial(transformer.init, config.model, config.train.seed), jax.sharding.get_mesh())
+    model = params.abstract(
+      functools.partial(transformer.init, config.model, config.train.seed), jax.sharding.get_mesh()
+    )
     state = begin_state(config, make_state, target, Checkpoints(begin, log=log).model(model))
   else:
     state = begin_state(config, make_state, target)
@@ -240,7 +342,9 @@ def restore_order(batches: loader.Loader, position: dict, allow_change: bool, lo
   except ValueError as error:
     if not allow_change:
       raise
-    log(f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning')
+    log(
+      f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning'
+    )
 
 
 def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
@@ -274,9 +378,10 @@ def main(arguments):
   return STOPPED_CODE.value if interrupted else 0
 
 
-def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False) -> bool:
-  """Trains in `workdir`, from its last whole checkpoint on; profile and allow_change are as the flags. Returns whether a signal ended it.
-  """
+def run(
+  config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False
+) -> bool:
+  """Trains in `workdir`, from its last whole checkpoint on; profile and allow_change are as the flags. Returns whether a signal ended it."""
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
 
@@ -286,7 +391,9 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     mesh = make_mesh(config.mesh)
   jax.set_mesh(mesh)
   device, devices = jax.devices()[0], jax.device_count()
-  chip = hardware.lookup(device.device_kind, getattr(device, 'num_cores', None) if device.platform == 'tpu' else None)
+  chip = hardware.lookup(
+    device.device_kind, getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
+  )
   log(f'mesh: {devices} x {device.device_kind}, {dict(mesh.shape)}')
 
   # 3. Data: text to token shards, once; then batches, from any position.
@@ -298,23 +405,36 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     hosts.check_same('config and data', f'{config} {prepared.key}')
     if mesh.shape['stage'] > 1:
       log(pipeline.describe(config.model.stacks, config.model.pipeline, mesh.shape['stage']))
-    put = hosts.RowShards(jax.NamedSharding(mesh, axes.spec('batch', 'length')), (config.data.batch_size, config.data.sequence_length))
+    put = hosts.RowShards(
+      jax.NamedSharding(mesh, axes.spec('batch', 'length')),
+      (config.data.batch_size, config.data.sequence_length),
+    )
     batches = loader.train_loader(prepared, config.data, put.rows)
 
   # 4. Model and optimizer: abstract first, so that shapes, shardings and costs are known before memory is taken.
   make_state, train_step = make_program(config)
   target = make_target(config, make_state, mesh, workdir)
   parameters = params.count(jax.eval_shape(make_state).model)
-  flops_per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, prepared.document_length)
+  flops_per_token = flops.train_flops_per_token(
+    config.model, config.data.sequence_length, prepared.document_length
+  )
   in_parts = context.in_parts(config.model.context, config.model.N, config.model.K)
-  chosen = config.model.attention if config.model.attention != 'auto' else attention.choose(config.model.attention_spec, in_parts=in_parts)
+  chosen = (
+    config.model.attention
+    if config.model.attention != 'auto'
+    else attention.choose(config.model.attention_spec, in_parts=in_parts)
+  )
   split = f', rows split by {config.model.context!r}' if axes.size('length') > 1 else ''
-  log(f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token, attention {chosen!r}{split}')
+  log(
+    f'model: {parameters:,} parameters, {flops_per_token:.3g} training FLOPs a token, attention {chosen!r}{split}'
+  )
 
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
   with mendable():
-    first, state, progress = beginning(config, workdir, checkpoints, make_state, target, batches, allow_change, log)
+    first, state, progress = beginning(
+      config, workdir, checkpoints, make_state, target, batches, allow_change, log
+    )
 
   # 6. Steps, watched; a signal ends them after the one in flight.
   if state is not None:
@@ -322,22 +442,49 @@ def run(config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_
     with mendable():
       window = ProfileWindow(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer)
-    watching = Watch(workdir, steps=steps, log_every=config.train.log_every, flops_per_token=flops_per_token, devices=devices,
-                     peak=hardware.peak(chip, config.model.dtype))
+    watching = Watch(
+      workdir,
+      steps=steps,
+      log_every=config.train.log_every,
+      flops_per_token=flops_per_token,
+      devices=devices,
+      peak=hardware.peak(chip, config.model.dtype),
+    )
     with watching as watch, hosts.StopSignal() as signal:
-      stopped = train_steps(config, state, steps, progress, batches, put, train_step, make_evaluate(config, prepared, put),
-                            checkpoints, watch, window, signal)
+      stopped = train_steps(
+        config,
+        state,
+        steps,
+        progress,
+        batches,
+        put,
+        train_step,
+        make_evaluate(config, prepared, put),
+        checkpoints,
+        watch,
+        window,
+        signal,
+      )
       window.close()
     interrupted = stopped != '' and stopped == signal.name
     if stopped and jax.process_index() == 0:
-      log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}' + ('; the same command goes on from there' if interrupted else ''))
+      log(
+        f'stopped after step {checkpoints.steps()[-1]}: {stopped}'
+        + ('; the same command goes on from there' if interrupted else '')
+      )
     if interrupted:
       return True
 
   # 7. Report: what it achieved and what it cost.
   if jax.process_index() == 0:
-    report = write_report(workdir, config.report, parameters=parameters, flops_per_token=flops_per_token,
-                          chips=devices // (chip.devices if chip else 1), hardware=device.device_kind)
+    report = write_report(
+      workdir,
+      config.report,
+      parameters=parameters,
+      flops_per_token=flops_per_token,
+      chips=devices // (chip.devices if chip else 1),
+      hardware=device.device_kind,
+    )
     log(report.read_text() + f'\nwrote {report}')
   return False
 

@@ -2,6 +2,7 @@
 
 TPU programs need libtpu (the extra `plan`), GPU programs jax's CUDA plugin; neither needs the hardware.
 """
+
 import math
 import os
 import re
@@ -24,9 +25,14 @@ from parallel import axes as ax
 TPUS = ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')
 HOST_CHIPS = 4  # of a host, where nothing else is said
 # libtpu without a TPU: don't ask for a machine's metadata, and don't keep other processes from doing the same.
-LIBTPU = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
-          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-GPUS = {'h100': """gpu_device_info {
+LIBTPU = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5p-8',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+GPUS = {
+  'h100': """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
   block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
@@ -35,7 +41,8 @@ GPUS = {'h100': """gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
-"""}
+"""
+}
 
 
 def topology(name: str, slices: int = 1) -> list[jax.Device]:
@@ -45,20 +52,31 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
   """
   found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', name)
   if not found:
-    raise ValueError(f'topology={name!r} is none; write KIND:SHAPE, as in v5p:4x4x4, 2*v5e:8x8 or h100:1x1x8')
+    raise ValueError(
+      f'topology={name!r} is none; write KIND:SHAPE, as in v5p:4x4x4, 2*v5e:8x8 or h100:1x1x8'
+    )
   kind, shape = names.check('topology', found[2], (*TPUS, *GPUS)), found[3]
   slices *= int(found[1] or 1)
   if kind in GPUS:
     nodes = [int(n) for n in shape.split('x')]
     if len(nodes) != 3:
-      raise ValueError(f'topology={name!r}: the shape of GPUs is SLICESxNODESxGPUS, as in h100:1x4x8')
-    asked = {'platform': 'cuda', 'topology_name': '', 'topology': f'{nodes[0] * slices}x{nodes[1]}x{nodes[2]}', 'target_config': GPUS[kind]}
+      raise ValueError(
+        f'topology={name!r}: the shape of GPUs is SLICESxNODESxGPUS, as in h100:1x4x8'
+      )
+    asked = {
+      'platform': 'cuda',
+      'topology_name': '',
+      'topology': f'{nodes[0] * slices}x{nodes[1]}x{nodes[2]}',
+      'target_config': GPUS[kind],
+    }
   else:
     for variable, value in LIBTPU.items():
       os.environ.setdefault(variable, value)
     if kind in ('v4', 'v5p', 'tpu7x') and shape.count('x') == 1:
       shape += 'x1'
-    asked = {'platform': 'tpu', 'topology_name': f'{kind}:{shape}'} | ({'num_slices': slices} if slices > 1 else {})
+    asked = {'platform': 'tpu', 'topology_name': f'{kind}:{shape}'} | (
+      {'num_slices': slices} if slices > 1 else {}
+    )
     asked |= {'chip_config_name': 'megacore'} if kind == 'v4' else {}
     sizes = [int(n) for n in shape.split('x')]
     if math.prod(sizes) < HOST_CHIPS:  # a part of a host, which is all of what is there
@@ -67,9 +85,13 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     return list(topologies.get_topology_desc(**asked).devices)
   except Exception as error:  # plugins raise whatever they like
     first = str(error).splitlines()[0]
-    if 'support not installed' in first or 'topology not implemented' in first:  # without libtpu, without a plugin
-      raise ImportError(f'no compiler for {asked["platform"]} is installed ({first}); pip install -e .[plan] for TPUs, .[cuda] for '
-                        'GPUs') from error
+    if (
+      'support not installed' in first or 'topology not implemented' in first
+    ):  # without libtpu, without a plugin
+      raise ImportError(
+        f'no compiler for {asked["platform"]} is installed ({first}); pip install -e .[plan] for TPUs, .[cuda] for '
+        'GPUs'
+      ) from error
     raise ValueError(f'topology={name!r}: {first}') from error
 
 
@@ -86,19 +108,27 @@ def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str
   return {'parameters': model, 'cache': cache}, row
 
 
-def prefill(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = '') -> tuple[jax.stages.Lowered, dict]:
+def prefill(
+  config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = ''
+) -> tuple[jax.stages.Lowered, dict]:
   """The program that reads `rows` prompts of `context` tokens into a cache of that size, and what it holds.
 
   Raises ValueError for a context beyond the model's longest sequence.
   """
   held, row = _held(config, mesh, rows, context, weights)
   with jax.set_mesh(mesh):
-    return loop.prefill.lower(held['parameters'], row(jnp.int32, rows, context), row(jnp.int32, rows), held['cache'],
-                              row(jnp.int32, rows)), held
+    return loop.prefill.lower(
+      held['parameters'],
+      row(jnp.int32, rows, context),
+      row(jnp.int32, rows),
+      held['cache'],
+      row(jnp.int32, rows),
+    ), held
 
 
-def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = '',
-           steps: int = CHUNK) -> tuple[jax.stages.Lowered, dict]:
+def decode(
+  config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = '', steps: int = CHUNK
+) -> tuple[jax.stages.Lowered, dict]:
   """The program that generates `steps` tokens of each of `rows` rows with a cache of `context` tokens, and what it holds.
 
   Raises ValueError as prefill does.
@@ -106,6 +136,14 @@ def decode(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: st
   held, row = _held(config, mesh, rows, context, weights)
   with jax.set_mesh(mesh):
     history = History(row(jnp.int32, rows, config.V), row(jnp.bool_, rows, config.V))
-    state = loop.DecodeState(held['cache'], row(jnp.float32, rows, config.V), row(jnp.bool_, rows), row(jnp.int32, rows), history)
-    rules = loop.Rules(jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows)), row(jnp.int32, rows, 4))
+    state = loop.DecodeState(
+      held['cache'],
+      row(jnp.float32, rows, config.V),
+      row(jnp.bool_, rows),
+      row(jnp.int32, rows),
+      history,
+    )
+    rules = loop.Rules(
+      jax.tree.map(lambda x: row(x.dtype, *x.shape), make_sampling(rows)), row(jnp.int32, rows, 4)
+    )
     return loop.decode_chunk.lower(held['parameters'], state, rules, steps=steps, pad=0), held

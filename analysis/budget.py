@@ -7,6 +7,7 @@
 N parameters · D tokens · C FLOPs = 6 N D. The laws were fitted to one family of models on one corpus (MassiveText): the sizes carry
 over to others better than the loss does.
 """
+
 import argparse
 import dataclasses
 import math
@@ -23,6 +24,7 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward; attention's own prod
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Law:
   """Loss in nats per token, L(N, D) = E + A / N^alpha + B / D^beta, of models of N parameters trained on D tokens."""
+
   E: float
   A: float
   B: float
@@ -43,15 +45,17 @@ class Law:
     """
     _check(flops=flops)
     product, exponent = flops / FLOPS_PER_PARAMETER_AND_TOKEN, 1 / (self.alpha + self.beta)
-    parameters = (self.alpha * self.A / (self.beta * self.B))**exponent * product**(self.beta * exponent)
+    parameters = (self.alpha * self.A / (self.beta * self.B)) ** exponent * product ** (
+      self.beta * exponent
+    )
     return parameters, product / parameters
 
 
 # Constants: Hoffmann et al., equation 10 (approach 3), and Besiroglu et al., arXiv:2404.10102, table 1, who fitted the same runs again:
 # the first are rounded and fit their own data badly, and contradict the paper's approaches 1 and 2, which the second agree with.
 LAWS = {
-    'hoffmann': Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
-    'besiroglu': Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
+  'hoffmann': Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
+  'besiroglu': Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
 }
 
 
@@ -65,6 +69,7 @@ class Fleet:
     pue: power usage effectiveness of the data centre.
   Raises ValueError for values that make no sense.
   """
+
   chip: hardware.Chip
   chips: int = 1
   mfu: float = 0.4
@@ -73,7 +78,13 @@ class Fleet:
   pue: float = 1.0
 
   def __post_init__(self):
-    _check(chips=self.chips, mfu=self.mfu, **{name: getattr(self, name) for name in ('rate', 'watts') if getattr(self, name) is not None})
+    _check(
+      chips=self.chips,
+      mfu=self.mfu,
+      **{
+        name: getattr(self, name) for name in ('rate', 'watts') if getattr(self, name) is not None
+      },
+    )
     if self.mfu > 1:
       raise ValueError(f'mfu={self.mfu} is a share of the peak, above 0 and at most 1')
     if not 1 <= self.pue < math.inf:
@@ -125,21 +136,54 @@ def report(flops: float, fleets: Sequence[Fleet]) -> dict:
   rows = []
   for name, law in LAWS.items():
     parameters, tokens = law.optimum(flops)
-    found['laws'][name] = dict(parameters=parameters, tokens=tokens, loss=law.loss(parameters, tokens))
+    found['laws'][name] = dict(
+      parameters=parameters, tokens=tokens, loss=law.loss(parameters, tokens)
+    )
     half, double = (law.loss(parameters * factor, tokens / factor) for factor in (0.5, 2))
-    rows.append([name, _number(parameters), _number(tokens), tokens / parameters, f'{law.loss(parameters, tokens):.3f}',
-                 f'{half:.3f}', f'{double:.3f}'])
-  common.table(f'{flops:.3g} FLOPs: the size of the least loss',
-               ['law', 'parameters', 'tokens', 'tokens/parameter', 'nats/token', 'half the size', 'twice'], rows)
+    rows.append(
+      [
+        name,
+        _number(parameters),
+        _number(tokens),
+        tokens / parameters,
+        f'{law.loss(parameters, tokens):.3f}',
+        f'{half:.3f}',
+        f'{double:.3f}',
+      ]
+    )
+  common.table(
+    f'{flops:.3g} FLOPs: the size of the least loss',
+    ['law', 'parameters', 'tokens', 'tokens/parameter', 'nats/token', 'half the size', 'twice'],
+    rows,
+  )
   rows = []
   for fleet in fleets:
     hours = fleet.hours(flops)
-    cost = dict(chip=fleet.chip.name, chips=fleet.chips, mfu=fleet.mfu, hours=hours, chip_hours=hours * fleet.chips,
-                kwh=fleet.kwh(hours), dollars=fleet.dollars(hours))
+    cost = dict(
+      chip=fleet.chip.name,
+      chips=fleet.chips,
+      mfu=fleet.mfu,
+      hours=hours,
+      chip_hours=hours * fleet.chips,
+      kwh=fleet.kwh(hours),
+      dollars=fleet.dollars(hours),
+    )
     found['fleets'].append(cost)
-    rows.append([cost['chip'], f'{cost["chips"]:,}', hours, cost['chip_hours'], 'no watts known' if cost['kwh'] is None else cost['kwh'],
-                 'no rate given' if cost['dollars'] is None else cost['dollars']])
-  common.table(f'its time and cost at MFU {fleets[0].mfu:g}', ['chip', 'chips', 'hours', 'chip-hours', 'kWh', 'dollars'], rows)
+    rows.append(
+      [
+        cost['chip'],
+        f'{cost["chips"]:,}',
+        hours,
+        cost['chip_hours'],
+        'no watts known' if cost['kwh'] is None else cost['kwh'],
+        'no rate given' if cost['dollars'] is None else cost['dollars'],
+      ]
+    )
+  common.table(
+    f'its time and cost at MFU {fleets[0].mfu:g}',
+    ['chip', 'chips', 'hours', 'chip-hours', 'kWh', 'dollars'],
+    rows,
+  )
   return found
 
 
@@ -150,22 +194,44 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   budget = parser.add_mutually_exclusive_group(required=True)
   budget.add_argument('--flops', type=float, help='the budget as FLOPs')
   budget.add_argument('--hours', type=float, help='the budget as hours of --chips; needs --chip')
-  budget.add_argument('--dollars', type=float, help='the budget as dollars; needs --chip and --rate')
-  parser.add_argument('--chip', default='', help=f'one of {", ".join(CHIPS)}; default: each of them')
+  budget.add_argument(
+    '--dollars', type=float, help='the budget as dollars; needs --chip and --rate'
+  )
+  parser.add_argument(
+    '--chip', default='', help=f'one of {", ".join(CHIPS)}; default: each of them'
+  )
   parser.add_argument('--chips', type=int, default=1)
   parser.add_argument('--mfu', type=float, default=0.4, help='model FLOPs utilisation, 0 to 1')
   parser.add_argument('--rate', type=float, help='dollars per chip-hour; needs --chip')
-  parser.add_argument('--watts', type=float, help="of a chip with its share of the host; default: the maker's most for a chip")
-  parser.add_argument('--pue', type=float, default=1.0, help="the data centre's draw per watt of its machines")
+  parser.add_argument(
+    '--watts',
+    type=float,
+    help="of a chip with its share of the host; default: the maker's most for a chip",
+  )
+  parser.add_argument(
+    '--pue', type=float, default=1.0, help="the data centre's draw per watt of its machines"
+  )
   options = parser.parse_args(arguments)
-  needs = [name for name in ('hours', 'dollars', 'rate', 'watts') if getattr(options, name) is not None]
+  needs = [
+    name for name in ('hours', 'dollars', 'rate', 'watts') if getattr(options, name) is not None
+  ]
   if needs and not options.chip:
     parser.error(f'--{needs[0]} needs --chip: one of {", ".join(CHIPS)}')
   try:
     if options.chip:
       names.check('chip', options.chip, CHIPS)
-    fleets = [Fleet(chip=chip, chips=options.chips, mfu=options.mfu, rate=options.rate, watts=options.watts, pue=options.pue)
-              for name, chip in CHIPS.items() if options.chip in ('', name)]
+    fleets = [
+      Fleet(
+        chip=chip,
+        chips=options.chips,
+        mfu=options.mfu,
+        rate=options.rate,
+        watts=options.watts,
+        pue=options.pue,
+      )
+      for name, chip in CHIPS.items()
+      if options.chip in ('', name)
+    ]
     if options.flops is None:
       hours = options.hours if options.dollars is None else fleets[0].hours_for(options.dollars)
       options.flops = fleets[0].flops(hours)

@@ -3,6 +3,7 @@
 A bundle is what a core issues in a cycle, so that the bundles of a basic block are its cycles but for stalls: waits for memory, and a
 matrix unit that takes longer than its instructions.
 """
+
 import dataclasses
 import pathlib
 import re
@@ -18,6 +19,7 @@ def dump_flags(directory: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class Block:
   """A basic block. uses: unit -> share of its slots that are used, 0 to 1; 'MXU', 'VALU', 'VSTORE', 'VSTORE:SPILL', ..."""
+
   bundles: int
   uses: dict[str, float]
 
@@ -32,25 +34,38 @@ def kernels(directory: str) -> dict[str, list[Block]]:
   found = {}
   for path in sorted(pathlib.Path(directory).glob('*final_bundles.txt')):
     named = re.fullmatch(r'\d+-(.+?)(?:\.\d+)?-\d+-final_bundles\.txt', path.name)
-    tables = [*path.parent.glob(f'{path.name.rsplit("-", 2)[0]}-*-final_hlo-static-per-bundle-utilization.txt')]
+    tables = [
+      *path.parent.glob(
+        f'{path.name.rsplit("-", 2)[0]}-*-final_hlo-static-per-bundle-utilization.txt'
+      )
+    ]
     if named and tables:
       found[named[1]] = _blocks(path, tables[0])
   if not found:
-    raise FileNotFoundError(f'{directory} holds no final bundles; was LIBTPU_INIT_ARGS set before libtpu was loaded?')
+    raise FileNotFoundError(
+      f'{directory} holds no final bundles; was LIBTPU_INIT_ARGS set before libtpu was loaded?'
+    )
   return found
 
 
 def bodies(blocks: list[Block]) -> list[Block]:
   """The blocks that do a kernel's products, fewest bundles first."""
   most = max(block.matrix for block in blocks)
-  return sorted((block for block in blocks if most and block.matrix > most / 2), key=lambda block: block.bundles)
+  return sorted(
+    (block for block in blocks if most and block.matrix > most / 2), key=lambda block: block.bundles
+  )
 
 
 def _blocks(bundles: pathlib.Path, table: pathlib.Path) -> list[Block]:
-  lines = [line for line in table.read_text().splitlines() if line.strip() and not line.startswith('==')]
+  lines = [
+    line for line in table.read_text().splitlines() if line.strip() and not line.startswith('==')
+  ]
   start = next(number for number, line in enumerate(lines) if 'VALU' in line)
-  units, capacity = [name.strip() for name in lines[start].split(',')], [int(n) for n in lines[start + 1].split()]
-  used = [[int(n) for n in line.split()] for line in lines[start + 2:]]
+  units, capacity = (
+    [name.strip() for name in lines[start].split(',')],
+    [int(n) for n in lines[start + 1].split()],
+  )
+  used = [[int(n) for n in line.split()] for line in lines[start + 2 :]]
   cuts, count = {0}, 0
   for line in bundles.read_text().splitlines():
     found = re.match(r'\s*0x[0-9a-f]+\s+([A-Z]{2})?\s*:?\s*', line)
@@ -64,5 +79,10 @@ def _blocks(bundles: pathlib.Path, table: pathlib.Path) -> list[Block]:
   made = []
   for begin, end in zip(edges, edges[1:]):
     sums = [sum(column) for column in zip(*used[begin:end])] or [0] * len(units)
-    made.append(Block(end - begin, {unit: n / (slots * (end - begin)) for unit, n, slots in zip(units, sums, capacity)}))
+    made.append(
+      Block(
+        end - begin,
+        {unit: n / (slots * (end - begin)) for unit, n, slots in zip(units, sums, capacity)},
+      )
+    )
   return made

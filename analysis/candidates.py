@@ -1,4 +1,5 @@
 """Which other runs of a config are worth compiling? Meshes, remat policies and microbatches, and the flags that ask for them."""
+
 import dataclasses
 import itertools
 import math
@@ -8,15 +9,26 @@ from parallel import remat
 from parallel.mesh import AXES, MeshConfig
 from training.config import Config
 
-KEEPS = {'none': 0, 'dots': 1, 'full': 2, 'sqrt': 3}  # remat policies, in order of how little they keep
-LARGEST = 8  # of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
+KEEPS = {
+  'none': 0,
+  'dots': 1,
+  'full': 2,
+  'sqrt': 3,
+}  # remat policies, in order of how little they keep
+LARGEST = (
+  8  # of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
+)
 
 
-def change(config: Config, mesh: dict[str, int] | None = None, policy: str = '', accumulation: int = 0) -> Config:
+def change(
+  config: Config, mesh: dict[str, int] | None = None, policy: str = '', accumulation: int = 0
+) -> Config:
   """The config with another mesh, remat policy or number of microbatches. Raises as Config does."""
   model = dataclasses.replace(config.model, remat=policy or config.model.remat)
   train = dataclasses.replace(config.train, accumulation=accumulation or config.train.accumulation)
-  return dataclasses.replace(config, model=model, train=train, mesh=MeshConfig(**mesh) if mesh else config.mesh)
+  return dataclasses.replace(
+    config, model=model, train=train, mesh=MeshConfig(**mesh) if mesh else config.mesh
+  )
 
 
 def flags(old: Config, new: Config) -> str:
@@ -42,11 +54,13 @@ def refused(config: Config, sizes: dict[str, int]) -> str:
 
 def policies(config: Config) -> list[str]:
   """Remat policies that the config could have, those that keep most first; one that is not in KEEPS counts as in the middle."""
+
   def possible(name):
     try:
       return bool(change(config, policy=name))
     except ValueError:  # a policy that excludes the names that the config keeps
       return False
+
   return sorted(filter(possible, remat.POLICIES), key=lambda name: KEEPS.get(name, 1))
 
 
@@ -55,8 +69,16 @@ def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, 
   LARGEST together: `tensor`, `expert` for experts, `context` for fewer rows than devices, and what the config uses already.
   Those that the config's sizes do not divide into are left out.
   """
-  useful = {'tensor': True, 'expert': bool(config.model.E), 'context': config.data.batch_size < devices}
-  cutting = [axis for axis in AXES if axis not in ('data', 'fsdp') and (useful.get(axis) or getattr(config.mesh, axis) != 1)]
+  useful = {
+    'tensor': True,
+    'expert': bool(config.model.E),
+    'context': config.data.batch_size < devices,
+  }
+  cutting = [
+    axis
+    for axis in AXES
+    if axis not in ('data', 'fsdp') and (useful.get(axis) or getattr(config.mesh, axis) != 1)
+  ]
   powers = [1 << n for n in range(LARGEST.bit_length())]
   for sizes in itertools.product(powers, repeat=len(cutting)):
     cut = math.prod(sizes)
@@ -64,7 +86,9 @@ def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, 
       continue
     rest = devices // cut
     for data in sorted({slices, rest, *(d for d in (2 * slices, 4 * slices) if rest % d == 0)}):
-      found = dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes)) | {'data': data, 'fsdp': rest // data}
+      found = (
+        dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes)) | {'data': data, 'fsdp': rest // data}
+      )
       if not refused(config, found):
         yield found
 
@@ -83,14 +107,20 @@ def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
   return found
 
 
-def nearest(config: Config, sizes: dict[str, int], devices: int, slices: int = 1) -> Iterator[Config]:
+def nearest(
+  config: Config, sizes: dict[str, int], devices: int, slices: int = 1
+) -> Iterator[Config]:
   """Changes that may need less memory, the nearest first: a remat policy, that with more microbatches, that with another mesh."""
   stronger = policies(config)
-  stronger = stronger[stronger.index(config.model.remat) + 1:]
+  stronger = stronger[stronger.index(config.model.remat) + 1 :]
   yield from (change(config, policy=name) for name in stronger)
   least = change(config, policy=stronger[-1]) if stronger else config
   yield from (change(least, accumulation=n) for n in microbatches(least, sizes))
   moved = lambda mesh: sum(mesh[axis] != sizes[axis] for axis in AXES)
-  others = [mesh for mesh in meshes(config, devices, slices) if moved(mesh) and mesh['data'] <= sizes['data']]  # more shards, not fewer
+  others = [
+    mesh
+    for mesh in meshes(config, devices, slices)
+    if moved(mesh) and mesh['data'] <= sizes['data']
+  ]  # more shards, not fewer
   for mesh in sorted(others, key=lambda mesh: (moved(mesh), mesh['data'])):
     yield from (change(least, mesh, accumulation=n) for n in (0, *microbatches(least, mesh)[-1:]))

@@ -11,6 +11,7 @@ Memory: what the compiler reserves for the program (arguments + outputs + tempor
 multiply-adds x 2 of the products of the compiled program, a loop as often as it runs. Calls: evaluations of a block in the traced
 program / L. Time: the best of three runs, of programs of at most MOST_TIMED operations and bytes; or as analysis.roofline predicts.
 """
+
 import dataclasses
 import functools
 import itertools
@@ -37,26 +38,59 @@ from objectives.pretrain import pretrain
 from parallel.mesh import MeshConfig, make_mesh
 
 AXES = {
-    'cpu': {
-        'T': dict(base=dict(width=8, heads=2, head_width=16, feed_forward=8), fixed=4, sizes=(128, 256, 512, 1024, 2048)),
-        'L': dict(base=dict(width=64, heads=1, head_width=2, feed_forward=2), fixed=512, sizes=(64, 256, 1024, 4096)),
-    },
-    'tpu': {  # whose tiles are 128 wide; parameters are not cast, or a copy of them all would hide what is between layers
-        'T': dict(base=dict(width=128, heads=8, head_width=128, feed_forward=128, dtype='bfloat16', parameter_dtype='bfloat16'), fixed=4,
-                  sizes=(1024, 2048, 4096, 8192, 16384)),
-        'L': dict(base=dict(width=1024, heads=1, head_width=128, feed_forward=128, dtype='bfloat16', parameter_dtype='bfloat16'), fixed=512,
-                  sizes=(16, 64, 256, 1024)),
-    },
+  'cpu': {
+    'T': dict(
+      base=dict(width=8, heads=2, head_width=16, feed_forward=8),
+      fixed=4,
+      sizes=(128, 256, 512, 1024, 2048),
+    ),
+    'L': dict(
+      base=dict(width=64, heads=1, head_width=2, feed_forward=2),
+      fixed=512,
+      sizes=(64, 256, 1024, 4096),
+    ),
+  },
+  'tpu': {  # whose tiles are 128 wide; parameters are not cast, or a copy of them all would hide what is between layers
+    'T': dict(
+      base=dict(
+        width=128,
+        heads=8,
+        head_width=128,
+        feed_forward=128,
+        dtype='bfloat16',
+        parameter_dtype='bfloat16',
+      ),
+      fixed=4,
+      sizes=(1024, 2048, 4096, 8192, 16384),
+    ),
+    'L': dict(
+      base=dict(
+        width=1024,
+        heads=1,
+        head_width=128,
+        feed_forward=128,
+        dtype='bfloat16',
+        parameter_dtype='bfloat16',
+      ),
+      fixed=512,
+      sizes=(16, 64, 256, 1024),
+    ),
+  },
 }
 QUICK = 3  # sizes along each axis
-MOST_TIMED = 2e10, 2**32  # operations and bytes: small models run these at a small part of a core's rate
+MOST_TIMED = (
+  2e10,
+  2**32,
+)  # operations and bytes: small models run these at a small part of a core's rate
 STRAIGHT = 0.15  # neighbouring slopes further than this from the last one belong to another term
 QUANTITIES = ('memory', 'flops', 'seconds', 'calls')
 
 
 def _train(config: ModelConfig, T: int):
   tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
-  return jax.value_and_grad(lambda model, batch: pretrain(model, batch, 0.0), has_aux=True), Batch(tokens, tokens, tokens, tokens)
+  return jax.value_and_grad(lambda model, batch: pretrain(model, batch, 0.0), has_aux=True), Batch(
+    tokens, tokens, tokens, tokens
+  )
 
 
 def _uncached(config: ModelConfig, T: int):
@@ -65,16 +99,26 @@ def _uncached(config: ModelConfig, T: int):
       hidden = jax.lax.dynamic_index_in_dim(model(tokens).hidden, i, 1, keepdims=False)
       token = jnp.argmax(model.logits(hidden), -1).astype(jnp.int32)
       return tokens.at[:, i + 1].set(token, mode='drop'), token
+
     return jax.lax.scan(step, tokens, jnp.arange(T, dtype=jnp.int32))[1]
+
   return generate, jax.ShapeDtypeStruct((1, T), jnp.int32)
 
 
 def _cached(config: ModelConfig, T: int):
   def generate(model, stop_at):
-    state = DecodeState(init_cache(config, 1, T), jnp.zeros((1, config.V)), jnp.zeros((1,), bool), stop_at,
-                        History(jnp.zeros((1, config.V), jnp.int32), jnp.zeros((1, config.V), bool)))
-    rules = Rules(jax.tree.map(jnp.asarray, make_sampling(1, temperature=0.0)), jnp.full((1, 4), -1))
+    state = DecodeState(
+      init_cache(config, 1, T),
+      jnp.zeros((1, config.V)),
+      jnp.zeros((1,), bool),
+      stop_at,
+      History(jnp.zeros((1, config.V), jnp.int32), jnp.zeros((1, config.V), bool)),
+    )
+    rules = Rules(
+      jax.tree.map(jnp.asarray, make_sampling(1, temperature=0.0)), jnp.full((1, 4), -1)
+    )
     return decode_chunk(model, state, rules, steps=T, pad=0)[1].ids
+
   return generate, jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
@@ -86,6 +130,7 @@ class Way:
     name. build: (config, T) -> function of a model and one more argument, and that argument, abstract. taught: quantity -> powers of
     T and L. calls: forward calls as taught, of T. model: changes of the config.
   """
+
   name: str
   build: Callable
   taught: dict[str, dict[str, float]]
@@ -99,12 +144,48 @@ class Way:
 
 _TIME = {'T': 2, 'L': 1}
 WAYS = (
-    Way('training, all scores held', _train, {'memory': {'T': 1, 'L': 1}, 'flops': _TIME}, '1', {'attention': 'reference'}),
-    Way('training, flash attention', _train, {'memory': {'T': 1, 'L': 1}, 'flops': _TIME}, '1', {'attention': 'auto'}),
-    Way('training, remat full', _train, {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME}, '2', {'attention': 'auto', 'remat': 'full'}),
-    Way('training, remat sqrt', _train, {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME}, '2', {'attention': 'auto', 'remat': 'sqrt'}),
-    Way('generation, no cache', _uncached, {'memory': {'T': 1, 'L': 0}, 'flops': {'T': 3, 'L': 1}}, 'T', {'attention': 'auto'}),
-    Way('generation, cache', _cached, {'memory': {'T': 1, 'L': 1}, 'flops': _TIME}, 'T', {'attention': 'auto'}),
+  Way(
+    'training, all scores held',
+    _train,
+    {'memory': {'T': 1, 'L': 1}, 'flops': _TIME},
+    '1',
+    {'attention': 'reference'},
+  ),
+  Way(
+    'training, flash attention',
+    _train,
+    {'memory': {'T': 1, 'L': 1}, 'flops': _TIME},
+    '1',
+    {'attention': 'auto'},
+  ),
+  Way(
+    'training, remat full',
+    _train,
+    {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME},
+    '2',
+    {'attention': 'auto', 'remat': 'full'},
+  ),
+  Way(
+    'training, remat sqrt',
+    _train,
+    {'memory': {'T': 1, 'L': 0.5}, 'flops': _TIME},
+    '2',
+    {'attention': 'auto', 'remat': 'sqrt'},
+  ),
+  Way(
+    'generation, no cache',
+    _uncached,
+    {'memory': {'T': 1, 'L': 0}, 'flops': {'T': 3, 'L': 1}},
+    'T',
+    {'attention': 'auto'},
+  ),
+  Way(
+    'generation, cache',
+    _cached,
+    {'memory': {'T': 1, 'L': 1}, 'flops': _TIME},
+    'T',
+    {'attention': 'auto'},
+  ),
 )
 
 
@@ -119,12 +200,16 @@ def blocks(program) -> int:
     total += name == 'name' and equation.params['name'] == 'block'
     inside = sum(map(blocks, jax.extend.core.jaxprs_in_params(equation.params)))
     if name == 'while' and inside:
-      raise ValueError(f'a while loop holds {inside} blocks, and nobody knows how often it runs; write it as a scan')
+      raise ValueError(
+        f'a while loop holds {inside} blocks, and nobody knows how often it runs; write it as a scan'
+      )
     total += inside * (equation.params['length'] if name == 'scan' else 1)
   return total
 
 
-def measure(way: Way, config: ModelConfig, timed: bool, device: jax.Device | None = None) -> dict[str, float]:
+def measure(
+  way: Way, config: ModelConfig, timed: bool, device: jax.Device | None = None
+) -> dict[str, float]:
   """QUANTITIES of one program: memory in bytes, flops, seconds (NaN where not timed), calls. config: without the way's changes.
 
   device: one of a topology, for which times are predicted; all but the calls are NaN where the program does not fit it. Without one,
@@ -147,8 +232,13 @@ def measure(way: Way, config: ModelConfig, timed: bool, device: jax.Device | Non
       return dict.fromkeys(QUANTITIES, math.nan) | dict(calls=calls)
     stats, module = compiled.memory_analysis(), Module(compiled.as_text())
     parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
-    memory = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-              - parameters * (2 if way.trains else 1))
+    memory = (
+      stats.argument_size_in_bytes
+      + stats.output_size_in_bytes
+      - stats.alias_size_in_bytes
+      + stats.temp_size_in_bytes
+      - parameters * (2 if way.trains else 1)
+    )
     if device:
       chip = hardware.lookup(device.device_kind, device.num_cores)
       predicted = roofline.predict(module, mesh, chip, config.dtype)
@@ -156,7 +246,10 @@ def measure(way: Way, config: ModelConfig, timed: bool, device: jax.Device | Non
     operations, seconds = module.flops(), math.nan
     if timed and operations <= MOST_TIMED[0] and memory <= MOST_TIMED[1]:
       compiled = lowered.compile()
-      arguments = init(), jax.tree.map(lambda x: jnp.full(x.shape, T if x.ndim == 1 else 1, x.dtype), argument)
+      arguments = (
+        init(),
+        jax.tree.map(lambda x: jnp.full(x.shape, T if x.ndim == 1 else 1, x.dtype), argument),
+      )
       run = lambda: jax.block_until_ready(compiled(*arguments))
       run()
       seconds = common.seconds(run)
@@ -166,6 +259,7 @@ def measure(way: Way, config: ModelConfig, timed: bool, device: jax.Device | Non
 @dataclasses.dataclass(frozen=True)
 class Fit:
   """exponent of y ~ size^exponent from size `first` to `last`, where the line is straight."""
+
   exponent: float
   first: float
   last: float
@@ -178,7 +272,9 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit | None:
   0.17 (q - p)^2. None where fewer than three sizes are left. Values that are NaN are left out. Raises ValueError for others that are
   not positive.
   """
-  pairs = [(size, value) for size, value in zip(sizes, values, strict=True) if not math.isnan(value)]
+  pairs = [
+    (size, value) for size, value in zip(sizes, values, strict=True) if not math.isnan(value)
+  ]
   if any(size <= 0 or value <= 0 for size, value in pairs):
     raise ValueError(f'sizes and values {pairs} must be positive: they are fitted in logarithms')
   if len(pairs) < 3:
@@ -207,13 +303,18 @@ def config_of(axis: str, size: int, platform: str = 'cpu') -> ModelConfig:
   return ModelConfig(vocabulary=64, layers=L, max_length=T, **known['base'])
 
 
-def sweep(sizes: dict[str, Sequence[int]], timed: bool, device: jax.Device | None = None, log=print) -> dict:
+def sweep(
+  sizes: dict[str, Sequence[int]], timed: bool, device: jax.Device | None = None, log=print
+) -> dict:
   """axis -> {'sizes': [...], name of a way: quantity -> values}."""
   found = {}
   for axis, along in sizes.items():
     found[axis] = {'sizes': list(along)}
     for way in WAYS:
-      points = [measure(way, config_of(axis, size, 'tpu' if device else 'cpu'), timed, device) for size in along]
+      points = [
+        measure(way, config_of(axis, size, 'tpu' if device else 'cpu'), timed, device)
+        for size in along
+      ]
       found[axis][way.name] = {name: [point[name] for point in points] for name in QUANTITIES}
       log(f'{way.name}, along {axis}: done')
   return found
@@ -234,7 +335,11 @@ def _said(sizes, values) -> tuple[str, str]:
   found, slopes = fit(sizes, values), _slopes(sizes, values)
   if not slopes:
     return 'none', 'none'
-  said = f'bends, {slopes[-1]:.2f} at last' if found is None else f'{found.exponent:.2f} ({found.first:g}-{found.last:g})'
+  said = (
+    f'bends, {slopes[-1]:.2f} at last'
+    if found is None
+    else f'{found.exponent:.2f} ({found.first:g}-{found.last:g})'
+  )
   return said, f'{slopes[0]:.2f}'
 
 
@@ -248,16 +353,30 @@ def report(found: dict, platform: str, where: str) -> None:
       for axis in found:
         row += [f'{taught[axis]:g}', *_said(found[axis]['sizes'], found[axis][way.name][quantity])]
       rows.append(row)
-    headers = [text for axis in found for text in (f'taught, {axis}', f'measured, {axis} (range)', 'first slope')]
+    headers = [
+      text
+      for axis in found
+      for text in (f'taught, {axis}', f'measured, {axis} (range)', 'first slope')
+    ]
     common.table(f'{quantity}, {where}: exponents', ['', *headers], rows)
   rows = []
   for way in WAYS:
     T, last = found['T']['sizes'][-1], found['T'][way.name]
     calls, plain = last['calls'][-1], found['T'][WAYS[1].name]
-    rows.append([way.name, way.calls, f'{calls / T:g} T' if not way.trains else f'{calls:g}', last['memory'][-1] / 2**20,
-                 last['flops'][-1] / plain['flops'][-1]])
-  common.table(f'forward calls, and at T={T}, L={AXES[platform]["T"]["fixed"]}, {where}',
-               ['', 'calls taught', 'counted', 'memory MiB', 'operations / flash training'], rows)
+    rows.append(
+      [
+        way.name,
+        way.calls,
+        f'{calls / T:g} T' if not way.trains else f'{calls:g}',
+        last['memory'][-1] / 2**20,
+        last['flops'][-1] / plain['flops'][-1],
+      ]
+    )
+  common.table(
+    f'forward calls, and at T={T}, L={AXES[platform]["T"]["fixed"]}, {where}',
+    ['', 'calls taught', 'counted', 'memory MiB', 'operations / flash training'],
+    rows,
+  )
 
 
 def plot(swept: dict[str, dict], path: str) -> None:
@@ -266,8 +385,13 @@ def plot(swept: dict[str, dict], path: str) -> None:
   `path` must end as an image does.
   """
   from matplotlib.figure import Figure
-  names = {'memory': 'bytes', 'flops': 'operations'} | ({'seconds': 's'} if any(map(_timed, swept.values())) else {})
-  columns = [(where, axis, values) for where, found in swept.items() for axis, values in found.items()]
+
+  names = {'memory': 'bytes', 'flops': 'operations'} | (
+    {'seconds': 's'} if any(map(_timed, swept.values())) else {}
+  )
+  columns = [
+    (where, axis, values) for where, found in swept.items() for axis, values in found.items()
+  ]
   figure = Figure(figsize=(6 * len(columns), 4 * len(names)), layout='constrained')
   panels = figure.subplots(len(names), len(columns), squeeze=False)
   for row, (quantity, unit) in zip(panels, names.items()):
@@ -288,14 +412,27 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   parser = common.parser(__doc__.splitlines()[0])
   parser.add_argument('--plot', default='', metavar='FILE', help='write log-log plots here')
   parser.add_argument('--quick', action='store_true', help='three sizes along each axis')
-  parser.add_argument('--topology', default='', help='of TPUs, as in v5p:1x1x1: compile for one, too, and predict the times')
-  parser.add_argument('--times', action='store_true', help='measure times, too: minutes more, and only on a machine that does nothing else')
+  parser.add_argument(
+    '--topology',
+    default='',
+    help='of TPUs, as in v5p:1x1x1: compile for one, too, and predict the times',
+  )
+  parser.add_argument(
+    '--times',
+    action='store_true',
+    help='measure times, too: minutes more, and only on a machine that does nothing else',
+  )
   options = parser.parse_args(arguments)
   if options.plot and os.path.splitext(options.plot)[1] not in ('.png', '.pdf', '.svg'):
     parser.error(f'--plot={options.plot} must end in .png, .pdf or .svg')
-  sizes_of = lambda platform: {axis: known['sizes'][:QUICK if options.quick else None] for axis, known in AXES[platform].items()}
+  sizes_of = lambda platform: {
+    axis: known['sizes'][: QUICK if options.quick else None]
+    for axis, known in AXES[platform].items()
+  }
   if jax.default_backend() != 'cpu':
-    parser.error(f'this measures on a CPU, and jax found {jax.default_backend()}; set JAX_PLATFORMS=cpu')
+    parser.error(
+      f'this measures on a CPU, and jax found {jax.default_backend()}; set JAX_PLATFORMS=cpu'
+    )
   if options.times and os.getloadavg()[0] > 1.5:
     print(f'WARNING: the machine is busy (load {os.getloadavg()[0]:.1f}): times will be wrong')
   log = functools.partial(print, flush=True)
@@ -308,13 +445,19 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     found[options.topology] = sweep(sizes_of('tpu'), False, device, log)
     report(found[options.topology], 'tpu', f'as compiled for a {device.device_kind}')
   small, large = crossover(config_of('T', 128)), crossover(llama3_8b.get_config().model)
-  print(f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B from {large:,.0f} on: below, time is '
-        'linear in T.')
+  print(
+    f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B from {large:,.0f} on: below, time is '
+    'linear in T.'
+  )
   if options.plot:
     plot(found, options.plot)
     print(f'\nwrote {options.plot}')
-  named = lambda values: [None if math.isnan(value) else value for value in values]  # JSON has no NaN
-  common.write_json(options.json, 'complexity', jax.tree.map(named, found, is_leaf=lambda x: isinstance(x, list)))
+  named = lambda values: [
+    None if math.isnan(value) else value for value in values
+  ]  # JSON has no NaN
+  common.write_json(
+    options.json, 'complexity', jax.tree.map(named, found, is_leaf=lambda x: isinstance(x, list))
+  )
   return found
 
 

@@ -6,10 +6,13 @@ keys that a query may see. Norms, softmax, activations and the embedding lookup 
 
 D width, L layers, N heads, K key/value heads, H head width, F feed-forward width, V vocabulary, E experts, T sequence length.
 """
+
 from model.config import ModelConfig
 
 
-def mean_keys(sequence_length: float, window: int = 0, document_length: float | None = None) -> float:
+def mean_keys(
+  sequence_length: float, window: int = 0, document_length: float | None = None
+) -> float:
   """Keys that a query attends to under a causal mask, itself included, averaged over the positions.
 
   (T + 1) / 2 without a window; with a window W < T, position t sees min(t + 1, W), whose mean is W - W (W - 1) / (2 T).
@@ -19,14 +22,18 @@ def mean_keys(sequence_length: float, window: int = 0, document_length: float | 
   Raises ValueError for lengths below 1 and a negative window.
   """
   if sequence_length < 1 or (document_length is not None and document_length < 1) or window < 0:
-    raise ValueError(f'{sequence_length=}, {document_length=} and {window=}: lengths start at 1 and window at 0 (none)')
+    raise ValueError(
+      f'{sequence_length=}, {document_length=} and {window=}: lengths start at 1 and window at 0 (none)'
+    )
   length = sequence_length if document_length is None else min(sequence_length, document_length)
   if not window or window >= length:
     return (length + 1) / 2
   return window - window * (window - 1) / (2 * length)
 
 
-def forward_flops_per_token(model: ModelConfig, sequence_length: int, document_length: float | None = None) -> float:
+def forward_flops_per_token(
+  model: ModelConfig, sequence_length: int, document_length: float | None = None
+) -> float:
   """FLOPs of one token's forward pass: 2 x (weights that multiply it) + attention's two products, summed over layers.
 
       2 [2 D N H + 2 D K H + g D F] + 4 N H keys, each layer, and 2 D V,    g = 3 if gated else 2, keys = mean_keys(...)
@@ -37,9 +44,13 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int, document_l
   Raises ValueError while the vocabulary is 0 (open), NotImplementedError for an encoder-decoder, whose tokens are of two kinds.
   """
   if model.V < 1:
-    raise ValueError(f'vocabulary={model.V}: the head has no size yet; resolve the config with the tokenizer first')
+    raise ValueError(
+      f'vocabulary={model.V}: the head has no size yet; resolve the config with the tokenizer first'
+    )
   if model.encoder_layers:
-    raise NotImplementedError(f'model.encoder_layers={model.encoder_layers}: FLOPs per token are counted for one stack of layers only')
+    raise NotImplementedError(
+      f'model.encoder_layers={model.encoder_layers}: FLOPs per token are counted for one stack of layers only'
+    )
   total = 2 * model.D * model.V
   for kind in model.kinds:
     keys = mean_keys(sequence_length, kind.window, document_length)
@@ -61,7 +72,9 @@ def decode_flops(model: ModelConfig, rows: int, context: int) -> float:
   Raises as forward_flops_per_token does.
   """
   per_key = 2 * model.N * (model.H + model.latent.rope_width + model.value_width)
-  seen = sum(min(kind.window or context, context) - mean_keys(1, kind.window) for kind in model.kinds)
+  seen = sum(
+    min(kind.window or context, context) - mean_keys(1, kind.window) for kind in model.kinds
+  )
   return rows * (forward_flops_per_token(model, 1) + per_key * seen)
 
 
@@ -71,8 +84,13 @@ def attention_weights(model: ModelConfig) -> int:
   if not latent.width:
     return 2 * D * H * (N + model.K)
   queries = latent.query_width or D
-  return ((D * queries if latent.query_width else 0) + queries * N * (H + latent.rope_width) + D * (latent.width + latent.rope_width)
-          + latent.width * N * (H + model.value_width) + N * model.value_width * D)
+  return (
+    (D * queries if latent.query_width else 0)
+    + queries * N * (H + latent.rope_width)
+    + D * (latent.width + latent.rope_width)
+    + latent.width * N * (H + model.value_width)
+    + N * model.value_width * D
+  )
 
 
 def feed_forward_weights(model: ModelConfig, moe: bool) -> int:
@@ -84,7 +102,9 @@ def feed_forward_weights(model: ModelConfig, moe: bool) -> int:
   return matrices * model.D * width + model.D * model.E
 
 
-def train_flops_per_token(model: ModelConfig, sequence_length: int, document_length: float | None = None) -> float:
+def train_flops_per_token(
+  model: ModelConfig, sequence_length: int, document_length: float | None = None
+) -> float:
   """FLOPs of training on one token: the forward pass and twice that backward (d inputs and d weights)."""
   return 3 * forward_flops_per_token(model, sequence_length, document_length)
 

@@ -4,6 +4,7 @@ Sources. TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's links:
 datasheet (June 2021), H100 white paper (dense figures; network: DGX H100's one 400 Gb/s adapter a GPU), H200 datasheet and HGX B200
 datasheet. Structured sparsity is never counted. Unknown hardware has no entry, and so no percentage.
 """
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class Chip:
   `cores` counts TensorCores on a TPU, 1 on a GPU. `devices` is how many jax devices one chip shows up as: a TPU v4 or
   v5p fuses its two cores into one device ("megacore"), a TPU 7x shows each of its two cores as a device.
   """
+
   name: str
   kinds: tuple[str, ...]
   bfloat16: float
@@ -58,36 +60,118 @@ def _chips(columns: dict[str, float], rows, same: dict[str, str]) -> tuple[Chip,
 
   same: fields that are as another one is.
   """
+
   def one(name, kinds, *values):
-    found = {column: value and value * unit for (column, unit), value in zip(columns.items(), values, strict=True)}
-    return Chip(name=name, kinds=kinds, **found, **{field: found[other] for field, other in same.items()})
+    found = {
+      column: value and value * unit
+      for (column, unit), value in zip(columns.items(), values, strict=True)
+    }
+    return Chip(
+      name=name, kinds=kinds, **found, **{field: found[other] for field, other in same.items()}
+    )
+
   return tuple(one(*row) for row in rows)
 
 
-_TPUS = _chips({
-    'bfloat16': _TERA, 'int8': _TERA, 'hbm_bytes': _GIB, 'usable': _GIB, 'hbm_bandwidth': _GIGA, 'interconnect': _GIGA, 'network': _GIGA,
-    'clock': _GIGA, 'torus': 1, 'wraps': 1, 'cores': 1, 'devices': 1, 'watts': 1}, [
+_TPUS = _chips(
+  {
+    'bfloat16': _TERA,
+    'int8': _TERA,
+    'hbm_bytes': _GIB,
+    'usable': _GIB,
+    'hbm_bandwidth': _GIGA,
+    'interconnect': _GIGA,
+    'network': _GIGA,
+    'clock': _GIGA,
+    'torus': 1,
+    'wraps': 1,
+    'cores': 1,
+    'devices': 1,
+    'watts': 1,
+  },
+  [
     # name, kinds                            bf16  int8  hbm  usable  hbm/s  ici/s  network  clock  torus  wraps  cores  devices  watts
-    ('TPU v4', ('TPU v4',),                   275,  275,  32,  30.75,  1200,   600,    None,  1.05,     3,     4,     2,       1,   192),
-    ('TPU v5e', ('TPU v5 lite', 'TPU v5e'),   197,  393,  16,  15.75,   819,   400,   3.125,  1.5,      2,    16,     1,       1,  None),
-    ('TPU v5p', ('TPU v5', 'TPU v5p'),        459,  918,  95,  95.73,  2765,  1200,    6.25,  1.75,     3,     4,     2,       1,  None),
-    ('TPU v6e', ('TPU v6 lite', 'TPU v6e'),   918, 1836,  32,  31.24,  1638,   800,    12.5,  1.75,     2,    16,     1,       1,  None),
-    ('TPU 7x', ('TPU7x',),                   2307, None, 192, 189.48,  7380,  1200,    None,  2.2,      3,     4,     2,       2,  None),
-], same={'float32': 'bfloat16'})
+    ('TPU v4', ('TPU v4',), 275, 275, 32, 30.75, 1200, 600, None, 1.05, 3, 4, 2, 1, 192),
+    (
+      'TPU v5e',
+      ('TPU v5 lite', 'TPU v5e'),
+      197,
+      393,
+      16,
+      15.75,
+      819,
+      400,
+      3.125,
+      1.5,
+      2,
+      16,
+      1,
+      1,
+      None,
+    ),
+    (
+      'TPU v5p',
+      ('TPU v5', 'TPU v5p'),
+      459,
+      918,
+      95,
+      95.73,
+      2765,
+      1200,
+      6.25,
+      1.75,
+      3,
+      4,
+      2,
+      1,
+      None,
+    ),
+    (
+      'TPU v6e',
+      ('TPU v6 lite', 'TPU v6e'),
+      918,
+      1836,
+      32,
+      31.24,
+      1638,
+      800,
+      12.5,
+      1.75,
+      2,
+      16,
+      1,
+      1,
+      None,
+    ),
+    ('TPU 7x', ('TPU7x',), 2307, None, 192, 189.48, 7380, 1200, None, 2.2, 3, 4, 2, 2, None),
+  ],
+  same={'float32': 'bfloat16'},
+)
 
-_GPUS = _chips({
-    'bfloat16': _TERA, 'float32': _TERA, 'int8': _TERA, 'hbm_bytes': _GIGA, 'hbm_bandwidth': _GIGA, 'interconnect': _GIGA,
-    'network': _GIGA, 'watts': 1}, [
+_GPUS = _chips(
+  {
+    'bfloat16': _TERA,
+    'float32': _TERA,
+    'int8': _TERA,
+    'hbm_bytes': _GIGA,
+    'hbm_bandwidth': _GIGA,
+    'interconnect': _GIGA,
+    'network': _GIGA,
+    'watts': 1,
+  },
+  [
     # name, kinds                                    bf16   tf32    int8  hbm  hbm/s  nvlink/s  network  watts
-    ('A100 40GB SXM', ('NVIDIA A100-SXM4-40GB',),   312,   156,    624,    40,  1555,      600,    None,   400),
-    ('A100 40GB PCIe', ('NVIDIA A100-PCIE-40GB',),  312,   156,    624,    40,  1555,      600,    None,   250),
-    ('A100 80GB SXM', ('NVIDIA A100-SXM4-80GB',),   312,   156,    624,    80,  2039,      600,    None,   400),
-    ('A100 80GB PCIe', ('NVIDIA A100 80GB PCIe',),  312,   156,    624,    80,  1935,      600,    None,   300),
-    ('H100 SXM', ('NVIDIA H100 80GB HBM3',),        989.4, 494.7, 1978.9,  80,  3350,      900,      50,   700),
-    ('H100 PCIe', ('NVIDIA H100 PCIe',),            756,   378,   1513,    80,  2000,      600,    None,   350),
-    ('H200 SXM', ('NVIDIA H200',),                  989.4, 494.7, 1978.9, 141,  4800,      900,    None,   700),
-    ('B200', ('NVIDIA B200',),                     2250,  1100,   4500,   180,  8000,     1800,    None,  1000),
-], same={'float16': 'bfloat16'})
+    ('A100 40GB SXM', ('NVIDIA A100-SXM4-40GB',), 312, 156, 624, 40, 1555, 600, None, 400),
+    ('A100 40GB PCIe', ('NVIDIA A100-PCIE-40GB',), 312, 156, 624, 40, 1555, 600, None, 250),
+    ('A100 80GB SXM', ('NVIDIA A100-SXM4-80GB',), 312, 156, 624, 80, 2039, 600, None, 400),
+    ('A100 80GB PCIe', ('NVIDIA A100 80GB PCIe',), 312, 156, 624, 80, 1935, 600, None, 300),
+    ('H100 SXM', ('NVIDIA H100 80GB HBM3',), 989.4, 494.7, 1978.9, 80, 3350, 900, 50, 700),
+    ('H100 PCIe', ('NVIDIA H100 PCIe',), 756, 378, 1513, 80, 2000, 600, None, 350),
+    ('H200 SXM', ('NVIDIA H200',), 989.4, 494.7, 1978.9, 141, 4800, 900, None, 700),
+    ('B200', ('NVIDIA B200',), 2250, 1100, 4500, 180, 8000, 1800, None, 1000),
+  ],
+  same={'float16': 'bfloat16'},
+)
 
 CHIPS = _TPUS + _GPUS
 _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.kinds}
@@ -104,8 +188,10 @@ def lookup(device_kind: str, device_cores: int | None = None) -> Chip | None:
   if chip is None or device_cores is None:
     return chip
   if device_cores < 1 or chip.cores % device_cores:
-    raise ValueError(f'device_cores={device_cores} does not divide the {chip.cores} core(s) of a {chip.name}; '
-                     'pass device.num_cores of a TPU device, or nothing')
+    raise ValueError(
+      f'device_cores={device_cores} does not divide the {chip.cores} core(s) of a {chip.name}; '
+      'pass device.num_cores of a TPU device, or nothing'
+    )
   return dataclasses.replace(chip, devices=chip.cores // device_cores)
 
 

@@ -2,6 +2,7 @@
 
 XLA's own cost analysis counts a loop's body once and sees nothing of what a kernel does; here a loop counts as often as it runs.
 """
+
 import dataclasses
 import functools
 import json
@@ -15,13 +16,24 @@ from parallel.experts import ROUNDS
 
 HOST, VMEM = 5, 1  # memory spaces that a layout names: S(5), S(1); none is the device's main memory
 UNKNOWN_CYCLES = 2**62  # the compiler writes the largest integer where it has no estimate
-_FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id', 'replica-id',
-         'optimization-barrier', 'recv'}
+_FREE = {
+  'parameter',
+  'constant',
+  'get-tuple-element',
+  'tuple',
+  'bitcast',
+  'after-all',
+  'partition-id',
+  'replica-id',
+  'optimization-barrier',
+  'recv',
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
   """One line: name = shape opcode(operands), attributes. `attributes` is the text behind the operands."""
+
   name: str
   shape: str
   opcode: str
@@ -33,7 +45,9 @@ class Instruction:
   @property
   def called(self) -> tuple[str, ...]:
     """Computations that it runs: of a loop its body (not the condition), of a conditional every branch."""
-    found = re.findall(r'(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.-]+)', self.attributes)
+    found = re.findall(
+      r'(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.-]+)', self.attributes
+    )
     for names in re.findall(r'branch_computations=\{([^}]*)\}', self.attributes):
       found += [name.strip().lstrip('%') for name in names.split(',')]
     return tuple(found)
@@ -70,8 +84,17 @@ class Instruction:
   @property
   def kernel(self) -> bool:
     """Whether it is a Pallas kernel, whose work the program does not show."""
-    return self.opcode == 'custom-call' and 'ragged-dot-metadata' not in self.name and 'metadata(' not in self.attributes and bool(
-        re.search(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|triton_kernel_call|__gpu\$xla\.gpu\.triton)"', self.attributes))
+    return (
+      self.opcode == 'custom-call'
+      and 'ragged-dot-metadata' not in self.name
+      and 'metadata(' not in self.attributes
+      and bool(
+        re.search(
+          r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|triton_kernel_call|__gpu\$xla\.gpu\.triton)"',
+          self.attributes,
+        )
+      )
+    )
 
 
 def dims(shape: str) -> tuple[int, ...]:
@@ -85,7 +108,10 @@ def arrays(shape: str) -> Iterator[tuple[int, int]]:
   for dtype, sizes, layout in re.findall(r'(\w+)\[([\d,]*)\](\{[^}]*\})?', shape):
     bits = 8 if dtype == 'pred' else int((re.search(r'\d+', dtype) or [0])[0])
     space = re.search(r'S\((\d+)\)', layout)
-    yield math.ceil(math.prod(int(n) for n in sizes.split(',') if n) * bits / 8), int(space[1]) if space else 0
+    yield (
+      math.ceil(math.prod(int(n) for n in sizes.split(',') if n) * bits / 8),
+      int(space[1]) if space else 0,
+    )
 
 
 def nbytes(shape: str) -> int:
@@ -112,9 +138,16 @@ class Module:
       elif line.startswith('  ') and ' = ' in line:
         lines.append(_instruction(line))
     if not self.entry:
-      raise ValueError(f'no ENTRY computation in a text of {len(text)} characters; pass compiled.as_text()')
+      raise ValueError(
+        f'no ENTRY computation in a text of {len(text)} characters; pass compiled.as_text()'
+      )
     self._by_name = {name: {i.name: i for i in body} for name, body in self.computations.items()}
-    self._callers = {called: (name, i) for name, body in self.computations.items() for i in body for called in i.called}
+    self._callers = {
+      called: (name, i)
+      for name, body in self.computations.items()
+      for i in body
+      for called in i.called
+    }
 
   def __getitem__(self, key: tuple[str, str]) -> Instruction:
     """The instruction of (computation, name)."""
@@ -122,7 +155,11 @@ class Module:
 
   def parameter(self, computation: str, number: int) -> Instruction:
     """The computation's parameter of this number."""
-    return next(i for i in self.computations[computation] if i.opcode == 'parameter' and i.arguments == str(number))
+    return next(
+      i
+      for i in self.computations[computation]
+      if i.opcode == 'parameter' and i.arguments == str(number)
+    )
 
   def users(self, computation: str, name: str) -> list[Instruction]:
     """Instructions of the computation that take this one's result."""
@@ -158,7 +195,11 @@ class Module:
     for i in self.computations[computation]:
       parts = [self._flops(name) for name in i.called]
       total += self.product(computation, i)
-      total += max(parts) if i.opcode == 'conditional' else sum(parts) * (self.trips(computation, i) if i.opcode == 'while' else 1)
+      total += (
+        max(parts)
+        if i.opcode == 'conditional'
+        else sum(parts) * (self.trips(computation, i) if i.opcode == 'while' else 1)
+      )
     return total
 
   def body(self, loop: Instruction) -> str:
@@ -168,7 +209,9 @@ class Module:
   def branch(self, conditional: Instruction) -> str:
     """The dearest branch: most products, then most bytes written; of a filter of tokens, the cheapest: it is off (decode.sampling)."""
     written = lambda name: sum(nbytes(i.shape) for i in self.computations[name] if not i.free)
-    return (min if FILTER in conditional.scope else max)(conditional.called, key=lambda name: (self.flops(name), written(name)))
+    return (min if FILTER in conditional.scope else max)(
+      conditional.called, key=lambda name: (self.flops(name), written(name))
+    )
 
   def inside(self, i: Instruction) -> Iterator[tuple[str, Instruction]]:
     """(computation, instruction) of what a fusion or call holds, at any depth."""
@@ -183,7 +226,9 @@ class Module:
 
   def product(self, computation: str, i: Instruction) -> int:
     """Operations of a dot, a convolution or cuBLAS's gemm; 0 of all else."""
-    if i.opcode not in ('dot', 'convolution') and not (i.opcode == 'custom-call' and '__cublas' in i.attributes):
+    if i.opcode not in ('dot', 'convolution') and not (
+      i.opcode == 'custom-call' and '__cublas' in i.attributes
+    ):
       return 0
     left, right = (dims(self[computation, name].shape) for name in i.operands[:2])
     if i.opcode == 'dot':
@@ -192,10 +237,18 @@ class Module:
     if i.opcode == 'custom-call':
       config = json.loads(re.search(r'backend_config=(\{.*\})', i.attributes)[1])
       numbers = config['gemm_backend_config']['dot_dimension_numbers']
-      return 2 * math.prod(dims(i.shape.lstrip('('))) * math.prod(left[int(n)] for n in numbers['lhs_contracting_dimensions'])
+      return (
+        2
+        * math.prod(dims(i.shape.lstrip('(')))
+        * math.prod(left[int(n)] for n in numbers['lhs_contracting_dimensions'])
+      )
     labels = re.match(r'(\w+)_(\w+)->(\w+)', re.search(r'dim_labels=([\w>-]+)', i.attributes)[1])
     out = dict(zip(labels[3], dims(i.shape)))
-    taps = math.prod(_taps(i.attributes, int(axis), left[labels[1].index(axis)], out[axis]) for axis in labels[3] if axis.isdigit())
+    taps = math.prod(
+      _taps(i.attributes, int(axis), left[labels[1].index(axis)], out[axis])
+      for axis in labels[3]
+      if axis.isdigit()
+    )
     return 2 * out['b'] * out['f'] * right[labels[2].index('i')] * taps
 
   def routed(self, loop: Instruction) -> bool:
@@ -223,14 +276,20 @@ class Module:
     condition, body = re.search(r'condition=%?([\w.-]+)', loop.attributes)[1], self.body(loop)
     value = functools.cache(lambda index: self._scalar(computation, loop.operands[0], (index,)))
     for trips in range(1_000_000):
-      proceed = self._scalar(condition, self._root(condition), (), lambda index, value=value: value(index))
+      proceed = self._scalar(
+        condition, self._root(condition), (), lambda index, value=value: value(index)
+      )
       if proceed is None:
         break
       if not proceed:
         return trips
-      value = functools.cache(lambda index, before=value: self._scalar(body, self._root(body), (index,), before))
-    raise ValueError(f'no trip count is to be found of {name} in {computation} ({loop.scope or "no metadata"}): its condition '
-                     'depends on more than a counter that starts at a constant')
+      value = functools.cache(
+        lambda index, before=value: self._scalar(body, self._root(body), (index,), before)
+      )
+    raise ValueError(
+      f'no trip count is to be found of {name} in {computation} ({loop.scope or "no metadata"}): its condition '
+      'depends on more than a counter that starts at a constant'
+    )
 
   def _root(self, computation):
     return next(i.name for i in self.computations[computation] if i.root)
@@ -257,7 +316,9 @@ class Module:
     if i.opcode == 'copy-start':
       return ask(i.operands[0])
     if i.opcode in ('fusion', 'call'):
-      return self._scalar(i.called[0], self._root(i.called[0]), path, None, lambda n, path: ask(i.operands[n], path))
+      return self._scalar(
+        i.called[0], self._root(i.called[0]), path, None, lambda n, path: ask(i.operands[n], path)
+      )
     if i.opcode in ('add', 'subtract', 'compare', 'and') and dims(i.shape) == ():
       left, right = ask(i.operands[0]), ask(i.operands[1])
       return None if left is None or right is None else _compute(i, left, right)
@@ -270,15 +331,27 @@ class Module:
       return None
     root = self[computation, self._root(computation)]
     handed = self[computation, root.operands[path[0]]] if root.opcode == 'tuple' else None
-    unchanged = handed is not None and handed.opcode == 'get-tuple-element' and re.match(rf', index={path[0]}\b', handed.attributes)
+    unchanged = (
+      handed is not None
+      and handed.opcode == 'get-tuple-element'
+      and re.match(rf', index={path[0]}\b', handed.attributes)
+    )
     return self._scalar(caller, loop.operands[0], path) if unchanged else None
 
 
 def _compute(i, left, right):
   if i.opcode == 'compare':
     direction = re.search(r'direction=(\w+)', i.attributes)[1]
-    return int({'LT': left < right, 'LE': left <= right, 'GT': left > right, 'GE': left >= right, 'EQ': left == right,
-                'NE': left != right}[direction])
+    return int(
+      {
+        'LT': left < right,
+        'LE': left <= right,
+        'GT': left > right,
+        'GE': left >= right,
+        'EQ': left == right,
+        'NE': left != right,
+      }[direction]
+    )
   return {'add': left + right, 'subtract': left - right, 'and': left & right}[i.opcode]
 
 
@@ -289,10 +362,17 @@ def _instruction(line: str) -> Instruction:
   shape, rest = rest[:end], rest[end:].lstrip()
   opening = rest.index('(')
   close = _closing(rest, opening)
-  arguments = rest[opening + 1:close - 1]
+  arguments = rest[opening + 1 : close - 1]
   operands = tuple(re.findall(r'%([\w.-]+)', arguments))
-  return Instruction(head.removeprefix('ROOT ').lstrip('%'), shape, rest[:opening], operands, arguments, rest[close:],
-                     head.startswith('ROOT '))
+  return Instruction(
+    head.removeprefix('ROOT ').lstrip('%'),
+    shape,
+    rest[:opening],
+    operands,
+    arguments,
+    rest[close:],
+    head.startswith('ROOT '),
+  )
 
 
 def _closing(text: str, opening: int) -> int:
@@ -311,5 +391,7 @@ def _taps(attributes, axis, inputs, outputs):
   of = lambda field, default: int(window[field].split('x')[axis]) if field in window else default
   stride, left, right = of('stride', 1), of('lhs_dilate', 1), of('rhs_dilate', 1)
   low = int(window['pad'].split('x')[axis].split('_')[0]) if 'pad' in window else 0
-  places = (out * stride + tap * right - low for out in range(outputs) for tap in range(of('size', 1)))
+  places = (
+    out * stride + tap * right - low for out in range(outputs) for tap in range(of('size', 1))
+  )
   return sum(0 <= place <= (inputs - 1) * left and place % left == 0 for place in places)

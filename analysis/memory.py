@@ -1,4 +1,5 @@
 """What fills a chip's memory? The compiler's bytes of a program, divided among what they hold."""
+
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ class Memory:
     host, disk: bytes in the host's memory and on its disk for each chip. (A run whose optimizer state is on disk has other programs
       besides, which update a few layers and are smaller.)
   """
+
   parts: dict[str, int]
   peak: int
   alive: int | None
@@ -38,10 +40,16 @@ class Memory:
 
 def shard_bytes(tree: Any, where: str = 'device') -> int:
   """Bytes of one device's shards of abstract or concrete arrays with shardings; of those on the 'device', its 'host' or 'disk'."""
+
   def place(x):
     if isinstance(x, OnDisk):
       return 'disk'
-    return 'host' if getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS else 'device'
+    return (
+      'host'
+      if getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS
+      else 'device'
+    )
+
   total = 0
   for x in jax.tree.leaves(tree):
     shape = x.sharding.shard_shape(x.shape) if getattr(x, 'sharding', None) is not None else x.shape
@@ -50,7 +58,9 @@ def shard_bytes(tree: Any, where: str = 'device') -> int:
   return total
 
 
-def parts(compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients_of: Any = ()) -> Memory:
+def parts(
+  compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients_of: Any = ()
+) -> Memory:
   """Divides a compiled program's memory.
 
   arguments: name -> tree of the arrays (abstract ones with shardings) that are passed. What is passed beyond them is named 'other
@@ -60,7 +70,10 @@ def parts(compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients
   found = {name: shard_bytes(tree) for name, tree in arguments.items()}
   rest = stats.argument_size_in_bytes - sum(found.values())
   found['padding and other arguments'] = max(0, rest)
-  outputs, gradients = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes), shard_bytes(gradients_of)
+  outputs, gradients = (
+    max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
+    shard_bytes(gradients_of),
+  )
   returned = min(gradients, outputs)  # by a program that leaves the update to others
   inside = min(gradients - returned, stats.temp_size_in_bytes)
   if gradients:
@@ -69,8 +82,11 @@ def parts(compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients
   found['outputs in new memory'] = outputs - returned
   found['code'] = stats.generated_code_size_in_bytes
   peak = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + found['code']
-  host = (stats.host_argument_size_in_bytes + max(0, stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes)
-          + stats.host_temp_size_in_bytes)
+  host = (
+    stats.host_argument_size_in_bytes
+    + max(0, stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes)
+    + stats.host_temp_size_in_bytes
+  )
   disk = sum(shard_bytes(tree, 'disk') for tree in arguments.values())
   alive = 0 if host else getattr(stats, 'peak_memory_in_bytes', 0)
   return Memory(found, peak, alive or None, host, disk)

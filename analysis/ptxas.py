@@ -1,4 +1,5 @@
 """What did NVIDIA's assembler make of a kernel? Its registers, spills and warnings, on a machine without a GPU."""
+
 import dataclasses
 import pathlib
 import re
@@ -7,6 +8,7 @@ import re
 @dataclasses.dataclass(frozen=True)
 class Report:
   """Of one kernel. spilled: bytes that a thread stores for lack of registers. warnings: of performance, as 'C7512 wgmma serialized ..'."""
+
   spilled: int
   warnings: tuple[str, ...]
 
@@ -24,7 +26,11 @@ def reports(directory: str) -> dict[str, Report]:
     stores = re.findall(r'(\d+) bytes spill stores', text)
     if not stores:
       raise ValueError(f'{path.name} does not say what was spilled; it begins with {text[:100]!r}')
-    found[path.stem] = Report(max(map(int, stores)), tuple(sorted(set(re.findall(r'C7[5-9]\d\d[^\n]*', text)))))
+    found[path.stem] = Report(
+      max(map(int, stores)), tuple(sorted(set(re.findall(r'C7[5-9]\d\d[^\n]*', text))))
+    )
   if not found:
-    raise FileNotFoundError(f'{directory} holds no .ptxas file; were the variables of ptxas.environment set while kernels were compiled?')
+    raise FileNotFoundError(
+      f'{directory} holds no .ptxas file; were the variables of ptxas.environment set while kernels were compiled?'
+    )
   return found

@@ -6,6 +6,7 @@ its tiles if that is more, collectives what their bytes take on the links, less 
 does not certify.
 GPU: no cycles are estimated; every operation takes its roofline at EFFICIENCY.
 """
+
 import collections
 import dataclasses
 import functools
@@ -23,15 +24,24 @@ from kernels.tuning import TILE
 
 # Of the peaks, what large products and copies reach on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
-ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}  # kernels of kernels.flash_tpu by name
+ATTENTION = {
+  'flash_forward': 'forward',
+  'flash_backward': 'backward',
+}  # kernels of kernels.flash_tpu by name
 # cuDNN's attention: products by direction, and the share of an H100's peak that was published for head width 128 and 4k tokens or more:
 # 499 to 539 of 989 TFLOP/s, forward under a causal mask and backward (arXiv:2407.08608, figures 5 and 6).
 CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
-CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52  # ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
-HOST_BANDWIDTH = 16e9  # bytes/s a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
-ERROR = {'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls dominate; it ranks, it does not certify',
-         'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute and '
-                f'{EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%'}
+CUDNN_EFFICIENCY = FLASH_EFFICIENCY = (
+  0.52  # ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
+)
+HOST_BANDWIDTH = (
+  16e9  # bytes/s a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
+)
+ERROR = {
+  'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls dominate; it ranks, it does not certify',
+  'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute and '
+  f'{EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%',
+}
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is the part that is written
 _NOTABLE = 1e6  # bytes of an operation from which it is said that nothing else is known of it
@@ -50,6 +60,7 @@ class Prediction:
     flops: hardware FLOPs of a chip. memory_bytes: moved to and from main memory.
     assumptions: what was assumed for lack of information, in words.
   """
+
   seconds: float
   operations: float
   kernels: float
@@ -74,11 +85,18 @@ class Cost(NamedTuple):
 
 def declared(i: Instruction) -> Cost | None:
   """A kernel's own cost estimate, or None where it declares none; on GPUs it is in the name of its scope (kernels.mosaic_gpu_compat)."""
-  found = re.search(r'"cost_estimate":\{([^}]*)\}|op_name="[^"]*?(flash_\w+ flops=.*?) end', i.attributes)
+  found = re.search(
+    r'"cost_estimate":\{([^}]*)\}|op_name="[^"]*?(flash_\w+ flops=.*?) end', i.attributes
+  )
   if not found:
     return None
-  costs = {name: float(value) for name, value in re.findall(r'(\w+)"?[:=]"?([\d.e+]+)"?', found[1] or found[2])}
-  return Cost(costs.get('flops', 0.0), costs.get('bytes_accessed', 0.0), costs.get('transcendentals', 0.0))
+  costs = {
+    name: float(value)
+    for name, value in re.findall(r'(\w+)"?[:=]"?([\d.e+]+)"?', found[1] or found[2])
+  }
+  return Cost(
+    costs.get('flops', 0.0), costs.get('bytes_accessed', 0.0), costs.get('transcendentals', 0.0)
+  )
 
 
 def attention_seconds(module: Module, computation: str, i: Instruction, chip: Chip) -> float | None:
@@ -86,19 +104,27 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
 
   It declares an exponential for each pair of a query and a key. None for another kernel. Raises LookupError for one without an entry.
   """
-  direction = next((direction for name, direction in ATTENTION.items() if i.name.startswith(name)), None)
+  direction = next(
+    (direction for name, direction in ATTENTION.items() if i.name.startswith(name)), None
+  )
   if direction is None:
     return None
   if chosen := re.match(r'flash_[a-z]+_(\d+x\d+)', i.name):
-    raise LookupError(f'{direction} attention in chosen steps of {chosen[1]}: no bundles are tabled for them, so its FLOPs at the peak')
+    raise LookupError(
+      f'{direction} attention in chosen steps of {chosen[1]}: no bundles are tabled for them, so its FLOPs at the peak'
+    )
   shapes = [hlo.dims(module[computation, name].shape) for name in i.operands]
   queries, keys, values = [dims for dims in shapes if len(dims) > 3][:3]
   width = max(keys[-1], values[-1])
   step = next(filter(None, (tuning.lookup(kind, direction, width) for kind in chip.kinds)), None)
   if step is None or not step.whole:
-    raise LookupError(f'{direction} attention with heads {width} wide: no bundles are tabled for a {chip.name}, so its FLOPs at the peak')
+    raise LookupError(
+      f'{direction} attention with heads {width} wide: no bundles are tabled for a {chip.name}, so its FLOPs at the peak'
+    )
   cores = min(chip.cores // chip.devices, queries[1])  # cores share the heads
-  return declared(i).transcendentals / TILE**2 * (step.whole + step.masked) / 2 / (chip.clock * cores)
+  return (
+    declared(i).transcendentals / TILE**2 * (step.whole + step.masked) / 2 / (chip.clock * cores)
+  )
 
 
 def cudnn_flops(i: Instruction) -> float | None:
@@ -109,7 +135,11 @@ def cudnn_flops(i: Instruction) -> float | None:
   setting = lambda name, value: re.search(rf'"{name}": ?{value}', i.attributes)[1]
   B, N, T, S = (int(n) for n in re.findall(r'\d+', setting('dimensions', r'\[([^\]]*)\]')))
   H = hlo.dims(re.match(r'\(?([^,]*\[[\d,]*\])', i.shape)[1])[-1]
-  keys = counts.mean_keys(T, int(setting('sliding_window_length', r'(\d+)'))) if setting('mask_type', r'"(\w+)"') == 'CAUSAL' else S
+  keys = (
+    counts.mean_keys(T, int(setting('sliding_window_length', r'(\d+)')))
+    if setting('mask_type', r'"(\w+)"') == 'CAUSAL'
+    else S
+  )
   return CUDNN_PRODUCTS[found[1]] * 2 * B * N * T * keys * H
 
 
@@ -124,7 +154,9 @@ def traffic(module: Module, computation: str, i: Instruction) -> int:
     for number, whole in enumerate(read):
       part, rewritten = _used(module, i.called[0], module.parameter(i.called[0], number).name)
       read[number] = min(whole, part)
-      written -= max(0, whole - rewritten) if rewritten else 0  # the result is the operand, of which a part is new
+      written -= (
+        max(0, whole - rewritten) if rewritten else 0
+      )  # the result is the operand, of which a part is new
   return sum(read) + max(0, written)
 
 
@@ -137,8 +169,11 @@ def _used(module: Module, computation: str, name: str) -> tuple[int, int]:
     elif user.opcode in _UPDATES and user.operands[0] == name:
       rewritten += hlo.nbytes(module[computation, user.operands[_UPDATES[user.opcode]]].shape)
     elif user.opcode in ('bitcast', 'fusion'):
-      inside = (computation, user.name) if user.opcode == 'bitcast' else (
-          user.called[0], module.parameter(user.called[0], user.operands.index(name)).name)
+      inside = (
+        (computation, user.name)
+        if user.opcode == 'bitcast'
+        else (user.called[0], module.parameter(user.called[0], user.operands.index(name)).name)
+      )
       found = _used(module, *inside)
       read, rewritten = read + found[0], rewritten + found[1]
     elif not (user.opcode == 'tuple' and user.root):
@@ -159,7 +194,9 @@ class _Walk:
     self.tpu = mesh.devices.flat[0].platform == 'tpu'
     self.peak, self.memory = peak(chip, dtype), chip.hbm_bandwidth / chip.devices
     if self.peak is None:
-      raise ValueError(f'no peak for {dtype} is tabled for a {chip.name}; use a dtype that it computes in')
+      raise ValueError(
+        f'no peak for {dtype} is tabled for a {chip.name}; use a dtype that it computes in'
+      )
     self.assumptions = collections.Counter()
 
   @functools.cache
@@ -207,11 +244,17 @@ class _Walk:
     if i.opcode == 'while':
       trips = self.module.trips(computation, i)
       if self.module.routed(i):
-        self.assumptions['experts were taken to be balanced: their devices exchange rows in one round'] += 1
+        self.assumptions[
+          'experts were taken to be balanced: their devices exchange rows in one round'
+        ] += 1
       return _times(self.run(self.module.body(i)), trips)
     if i.opcode == 'conditional':
       off = FILTER in i.scope
-      self.assumptions['top-k and top-p were taken to be off' if off else 'a conditional was taken to run its dearest branch'] += 1
+      self.assumptions[
+        'top-k and top-p were taken to be off'
+        if off
+        else 'a conditional was taken to run its dearest branch'
+      ] += 1
       return self.run(self.module.branch(i))
     return self.run(i.called[0]) if i.opcode == 'call' else None
 
@@ -238,32 +281,52 @@ class _Walk:
       place = {'get-tuple-element': i.index, 'while': place}.get(i.opcode, 0)
       i = self.module[computation, i.operands[carried]]
       if i.opcode == 'recv':
-        i = next(other for other in self.module.computations[computation] if other.opcode == 'send' and other.rendezvous == i.rendezvous)
+        i = next(
+          other
+          for other in self.module.computations[computation]
+          if other.opcode == 'send' and other.rendezvous == i.rendezvous
+        )
     return i.name
 
   def _cost(self, computation, i):
     moved = traffic(self.module, computation, i)
-    flops = sum(self.module.flops(name) for name in i.called) if i.called else self.module.product(computation, i)
+    flops = (
+      sum(self.module.flops(name) for name in i.called)
+      if i.called
+      else self.module.product(computation, i)
+    )
     kind, least = 'operations', 0.0
     if i.kernel:
       kind, cost = 'kernels', declared(i)
       if cost is None:
-        self.assumptions[f'kernel {i.name.rstrip(".0123456789")} declares no cost: only its operands and results were counted'] += 1
+        self.assumptions[
+          f'kernel {i.name.rstrip(".0123456789")} declares no cost: only its operands and results were counted'
+        ] += 1
       else:
         flops, moved = cost.flops, cost.moved
-        least = self._attention(computation, i) if self.tpu else flops / (self.peak * FLASH_EFFICIENCY)
+        least = (
+          self._attention(computation, i) if self.tpu else flops / (self.peak * FLASH_EFFICIENCY)
+        )
         if not self.tpu:
-          self.assumptions[f'our attention kernels at {FLASH_EFFICIENCY:.0%} of the peak, which is what was published of cuDNN\'s'] += 1
+          self.assumptions[
+            f'our attention kernels at {FLASH_EFFICIENCY:.0%} of the peak, which is what was published of cuDNN\'s'
+          ] += 1
     elif self.tpu and i.cycles is not None:
       return kind, i.cycles / self.chip.clock
     elif (products := cudnn_flops(i)) is not None:
-      self.assumptions[f'cuDNN attention: the pairs that its mask leaves, at {CUDNN_EFFICIENCY:.0%} of the peak; its working memory, which '
-                       'nothing but a GPU can tell, was not counted'] += 1
+      self.assumptions[
+        f'cuDNN attention: the pairs that its mask leaves, at {CUDNN_EFFICIENCY:.0%} of the peak; its working memory, which '
+        'nothing but a GPU can tell, was not counted'
+      ] += 1
       flops = products * EFFICIENCY['compute'] / CUDNN_EFFICIENCY
     elif i.opcode == 'custom-call' and '__cudnn' in i.attributes:
-      self.assumptions['cuDNN calls: only their operands and results were counted, not their products'] += 1
+      self.assumptions[
+        'cuDNN calls: only their operands and results were counted, not their products'
+      ] += 1
     elif self.tpu and moved > _NOTABLE:
-      self.assumptions[f'{i.opcode} without an estimate of the compiler: its bytes at the memory\'s bandwidth'] += 1
+      self.assumptions[
+        f'{i.opcode} without an estimate of the compiler: its bytes at the memory\'s bandwidth'
+      ] += 1
     scale = 1 if self.tpu else EFFICIENCY['compute']
     return kind, max(flops / (self.peak * scale), self._bytes(i, moved), least)
 
@@ -274,7 +337,9 @@ class _Walk:
       self.assumptions[str(error)] += 1
       return 0.0
     if seconds is not None:
-      self.assumptions['attention kernels: the bundles of their tiles, half of which a mask cuts'] += 1
+      self.assumptions[
+        'attention kernels: the bundles of their tiles, half of which a mask cuts'
+      ] += 1
     return seconds or 0.0
 
 
@@ -296,7 +361,11 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
     if i.kernel:
       cost = declared(i) or (0.0, traffic(module, computation, i))
       flops, moved = flops + times * cost[0], moved + times * cost[1]
-    elif not (i.free or i.opcode in ('while', 'conditional', 'call') or i.opcode.endswith(('-start', '-done', '-update'))):
+    elif not (
+      i.free
+      or i.opcode in ('while', 'conditional', 'call')
+      or i.opcode.endswith(('-start', '-done', '-update'))
+    ):
       moved += times * traffic(module, computation, i)
       flops += times * (cudnn_flops(i) or 0.0)
   roofline = collections.Counter({'compute': flops / walk.peak, 'memory': moved / walk.memory})
@@ -307,5 +376,15 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
       roofline[f'{key[0]} {" x ".join(key[2]) or "of one device"}'] += value
     elif key[0] == 'exposed':
       exposed[key[1:]] = value
-  return Prediction(sums['time'], sums['operations'], sums['kernels'], sums['copies'], dict(links), exposed, dict(roofline), flops, moved,
-                    tuple(f'{text} ({count} x)' for text, count in walk.assumptions.items()))
+  return Prediction(
+    sums['time'],
+    sums['operations'],
+    sums['kernels'],
+    sums['copies'],
+    dict(links),
+    exposed,
+    dict(roofline),
+    flops,
+    moved,
+    tuple(f'{text} ({count} x)' for text, count in walk.assumptions.items()),
+  )

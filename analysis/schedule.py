@@ -4,6 +4,7 @@ The compiler's text is the schedule: instructions run in order, collectives that
 what stands between. libtpu has a second form: a fusion that starts one (AsyncCollectiveStart), fusions that carry it on beside
 their own products, one that ends it (AsyncCollectiveDone). Between slices it sends and receives: its runtime does what the send asks for.
 """
+
 import collections
 import dataclasses
 import math
@@ -17,7 +18,15 @@ from analysis import hlo
 from analysis.hardware import Chip
 from analysis.hlo import Instruction, Module
 
-KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute', 'collective-broadcast')
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'ragged-all-to-all',
+  'collective-permute',
+  'collective-broadcast',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Collective:
     started: whether it is split into a start and a done, so that other work can run beside it.
     scope: where it comes from in the Python program. group: devices of one group, as indices into mesh.devices.flat.
   """
+
   kind: str
   axes: tuple[str, ...]
   size: int
@@ -53,8 +63,13 @@ def sent(kind: str, operand: int, result: int, size: int) -> int:
   """
   if size == 1:
     return 0
-  whole = {'all-gather': result, 'reduce-scatter': operand, 'all-reduce': 2 * operand, 'all-to-all': operand,
-           'ragged-all-to-all': operand}.get(kind)
+  whole = {
+    'all-gather': result,
+    'reduce-scatter': operand,
+    'all-reduce': 2 * operand,
+    'all-to-all': operand,
+    'ragged-all-to-all': operand,
+  }.get(kind)
   return operand if whole is None else whole * (size - 1) // size
 
 
@@ -67,22 +82,38 @@ def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
   if found := re.search(r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}', attributes):
     return [tuple(ints(pair)) for pair in re.findall(r'\{([\d,]+)\}', found[1])]
   if found := re.search(r'replica_groups=\{((?:\{[\d,]+\},?)*)\}', attributes):
-    return [tuple(ints(group)) for group in re.findall(r'\{([\d,]+)\}', found[1])] or [tuple(range(devices))]
+    return [tuple(ints(group)) for group in re.findall(r'\{([\d,]+)\}', found[1])] or [
+      tuple(range(devices))
+    ]
   if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
     return [tuple(row) for row in _iota(found[2], found[3]).reshape(ints(found[1])).tolist()]
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes):
+  if found := re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+    attributes,
+  ):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
     ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
     # 'fsdp', or 'fsdp':(4)2, the part of 2 behind (more minor than) a part of 4 of it: cut into parts, outermost first.
     parts = [re.fullmatch(r"'([^']+)'(?::\((\d+)\)(\d+))?", part) for part in found[4].split(',')]
     if all(parts):
-      taken = [(part[1], int(part[2] or 1), int(part[2] or 1) * int(part[3] or sizes[part[1]])) for part in parts]
-      cuts = {name: sorted({1, size, *(end for axis, *ends in taken for end in ends if axis == name)}) for name, size in sizes.items()}
+      taken = [
+        (part[1], int(part[2] or 1), int(part[2] or 1) * int(part[3] or sizes[part[1]]))
+        for part in parts
+      ]
+      cuts = {
+        name: sorted({1, size, *(end for axis, *ends in taken for end in ends if axis == name)})
+        for name, size in sizes.items()
+      }
       dims = [(name, low, high) for name in sizes for low, high in zip(cuts[name], cuts[name][1:])]
-      inner = [i for axis, begin, end in taken for i, (name, low, high) in enumerate(dims) if name == axis and begin <= low and high <= end]
+      inner = [
+        i
+        for axis, begin, end in taken
+        for i, (name, low, high) in enumerate(dims)
+        if name == axis and begin <= low and high <= end
+      ]
       outer = [i for i in range(len(dims)) if i not in inner]
       ids = ids.reshape([high // low for _, low, high in dims]).transpose(outer + inner)
-      return [tuple(row) for row in ids.reshape(-1, math.prod(ids.shape[len(outer):])).tolist()]
+      return [tuple(row) for row in ids.reshape(-1, math.prod(ids.shape[len(outer) :])).tolist()]
   raise ValueError(f'replica groups in an unknown form: {attributes[:300]}')
 
 
@@ -98,7 +129,9 @@ def axes_of(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
   return tuple(axis for axis, row in zip(mesh.axis_names, places) if (row != row[0]).any())
 
 
-def find(module: Module, computation: str, i: Instruction, mesh: Mesh, count: int = 1) -> Collective | None:
+def find(
+  module: Module, computation: str, i: Instruction, mesh: Mesh, count: int = 1
+) -> Collective | None:
   """The collective that an instruction runs or starts, or None; of a chain of libtpu's fusions only the first one, of a send and a recv
   that meet the send."""
   if i.opcode == 'send' and 'xla_megascale' in i.attributes:
@@ -123,27 +156,52 @@ def find(module: Module, computation: str, i: Instruction, mesh: Mesh, count: in
     group, size = max(found, key=lambda pair: len(axes_of(pair, mesh))), 2
   else:
     group, size = found[0], len(found[0])
-  started = i.opcode.endswith('-start') or (i.opcode == 'fusion' and _target(module.inside(i)) == 'AsyncCollectiveStart')
-  return Collective(kind, axes_of(group, mesh), size, count, sent(kind, operand, result, size), started, inner.scope or i.scope, group)
+  started = i.opcode.endswith('-start') or (
+    i.opcode == 'fusion' and _target(module.inside(i)) == 'AsyncCollectiveStart'
+  )
+  return Collective(
+    kind,
+    axes_of(group, mesh),
+    size,
+    count,
+    sent(kind, operand, result, size),
+    started,
+    inner.scope or i.scope,
+    group,
+  )
 
 
 def _numbers(mesh):
   """Of the devices as a program numbers them, the indices into mesh.devices.flat: each TPU slice runs one of its own, as the first does."""
-  slices = [getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0 for device in mesh.devices.flat]
+  slices = [
+    getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
+    for device in mesh.devices.flat
+  ]
   return [n for n, of in enumerate(slices) if of == slices[0]]
 
 
 def _between_slices(module, computation, send, mesh, count):
-  target, kind = re.search(r'_xla_megascale_target="?(\{.*?\})"?,_xla_megascale_transfer_type="(\w+)"', send.attributes).groups()
+  target, kind = re.search(
+    r'_xla_megascale_target="?(\{.*?\})"?,_xla_megascale_transfer_type="(\w+)"', send.attributes
+  ).groups()
   kind = {'ONE_TO_ONE': 'collective-permute'}.get(kind, kind.lower().replace('_', '-'))
   names.check('kind of transfer between slices', kind, KINDS)
-  if every := re.fullmatch(r'\{([\d,:]+)\}x\{(\d+)[\d,:]*\}', target):  # slices x devices; a device's id is 100,000 x slice + place
+  if every := re.fullmatch(
+    r'\{([\d,:]+)\}x\{(\d+)[\d,:]*\}', target
+  ):  # slices x devices; a device's id is 100,000 x slice + place
     first_last = [part.split(':') for part in every[1].split(',')]
-    ids = [100_000 * n + int(every[2]) for part in first_last for n in range(int(part[0]), int(part[-1]) + 1)]
+    ids = [
+      100_000 * n + int(every[2])
+      for part in first_last
+      for n in range(int(part[0]), int(part[-1]) + 1)
+    ]
   else:
-    ids = [int(n) for n in re.findall(r'\d+', target[:target.index('}')])]
+    ids = [int(n) for n in re.findall(r'\d+', target[: target.index('}')])]
   places = {device.id: n for n, device in enumerate(mesh.devices.flat)}
-  group, operand = tuple(places[n] for n in ids), hlo.nbytes(module[computation, send.operands[0]].shape)
+  group, operand = (
+    tuple(places[n] for n in ids),
+    hlo.nbytes(module[computation, send.operands[0]].shape),
+  )
   nbytes = sent(kind, operand, operand * len(group), len(group))
   return Collective(kind, axes_of(group, mesh), len(group), count, nbytes, True, send.scope, group)
 
@@ -167,7 +225,9 @@ def _target(held):
 
 def _result(i):
   """Bytes of a collective's result; a start's shape holds its operands too."""
-  if not i.opcode.endswith('-start') or not i.shape.startswith('(') or i.opcode == 'all-reduce-start':
+  if (
+    not i.opcode.endswith('-start') or not i.shape.startswith('(') or i.opcode == 'all-reduce-start'
+  ):
     return hlo.nbytes(i.shape)
   return max(size for size, _ in hlo.arrays(i.shape))
 
@@ -175,7 +235,11 @@ def _result(i):
 def collectives(program: str | Module, mesh: Mesh) -> list[Collective]:
   """Every collective of a compiled program on this mesh, with how often a step runs it."""
   module = program if isinstance(program, Module) else Module(program)
-  return [found for computation, i, times in module.walk() if (found := find(module, computation, i, mesh, times))]
+  return [
+    found
+    for computation, i, times in module.walk()
+    if (found := find(module, computation, i, mesh, times))
+  ]
 
 
 def total_bytes(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
@@ -198,6 +262,7 @@ def cycles(program: str | Module) -> int:
 @dataclasses.dataclass(frozen=True)
 class Links:
   """How fast bytes leave a chip along the axes of a mesh: what is known of the chip and of where its devices sit."""
+
   mesh: Mesh
   chip: Chip
 
@@ -213,7 +278,9 @@ class Links:
     if slices == 1:
       return c.nbytes / self.bandwidth(c.group), 0.0
     if self.chip.network is None:
-      raise ValueError(f'no bandwidth between slices is tabled for a {self.chip.name}; add it to analysis/hardware.py (network=)')
+      raise ValueError(
+        f'no bandwidth between slices is tabled for a {self.chip.name}; add it to analysis/hardware.py (network=)'
+      )
     network = self.chip.network / self.chip.devices
     if c.kind == 'collective-permute':
       return 0.0, c.nbytes / network
@@ -221,10 +288,15 @@ class Links:
     share = lambda n: (n - 1) / n * c.size / (c.size - 1)
     first = self._place(self.mesh.devices.flat[c.group[0]])
     near = tuple(i for i in c.group if self._place(self.mesh.devices.flat[i]) == first)
-    return (c.nbytes * share(inside) / self.bandwidth(near) if inside > 1 else 0.0), c.nbytes * share(slices) / inside / network
+    return (
+      c.nbytes * share(inside) / self.bandwidth(near) if inside > 1 else 0.0
+    ), c.nbytes * share(slices) / inside / network
 
   def _place(self, device):
-    return (getattr(device, 'slice_index', 0), device.process_index if device.platform == 'gpu' else 0)
+    return (
+      getattr(device, 'slice_index', 0),
+      device.process_index if device.platform == 'gpu' else 0,
+    )
 
   def bandwidth(self, group: tuple[int, ...]) -> float:
     """Bytes/s that a chip sends to the others of its group, all in one slice or node.
@@ -241,6 +313,12 @@ class Links:
     everywhere = np.array([device.coords for device in self.mesh.devices.flat])
     sides = everywhere.max(0) - everywhere.min(0) + 1
     spans = [len(set(column)) for column in coords.T]
-    rings = sum(1 if span == side and side % chip.wraps == 0 else 0.5 for span, side in zip(spans, sides) if span > 1)
+    rings = sum(
+      1 if span == side and side % chip.wraps == 0 else 0.5
+      for span, side in zip(spans, sides)
+      if span > 1
+    )
     sharing = math.prod(spans) / len({tuple(place) for place in coords})
-    return out * (rings or 0.5) / chip.torus / sharing  # two cores of a chip span nothing, and their link is as fast as any
+    return (
+      out * (rings or 0.5) / chip.torus / sharing
+    )  # two cores of a chip span nothing, and their link is as fast as any

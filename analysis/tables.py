@@ -1,4 +1,5 @@
 """How is a plan printed? Tables for people; plan.py writes the same as JSON."""
+
 import collections
 
 from rich import box
@@ -13,7 +14,9 @@ GB = 1e9
 
 def _table(title: str, *columns: str) -> Table:
   """A table whose columns, after the first, are numbers."""
-  made = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, pad_edge=False)
+  made = Table(
+    title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, pad_edge=False
+  )
   for n, column in enumerate(columns):
     made.add_column(column, justify='right' if n else 'left', overflow='fold')
   return made
@@ -37,11 +40,16 @@ def shortage(plan) -> str:
 
 def show(plan, cost: dict[str, float]) -> None:
   """Prints all of a plan."""
-  console, axes = _console(), {axis: size for axis, size in plan.config.mesh.sizes().items() if size > 1}
+  console, axes = (
+    _console(),
+    {axis: size for axis, size in plan.config.mesh.sizes().items() if size > 1},
+  )
   run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}[plan.mode]
-  console.print(f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat {plan.config.model.remat!r}, '
-                f'attention {plan.attention!r}, {plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
-                f'compiled in {plan.compile_seconds:.1f} s')
+  console.print(
+    f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat {plan.config.model.remat!r}, '
+    f'attention {plan.attention!r}, {plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
+    f'compiled in {plan.compile_seconds:.1f} s'
+  )
   _memory(console, plan)
   if plan.prediction is None:
     return
@@ -53,14 +61,24 @@ def show(plan, cost: dict[str, float]) -> None:
   if cost:
     what = f'{plan.config.train.steps:,} steps' if plan.mode == 'train' else 'a million tokens'
     units = {'hours': '{:,.2f} hours', 'dollars': '${:,.2f}', 'kWh': '{:,.1f} kWh (chips only)'}
-    console.print(f'{what}: ' + ', '.join(units[name].format(value) for name, value in cost.items()))
+    console.print(
+      f'{what}: ' + ', '.join(units[name].format(value) for name, value in cost.items())
+    )
 
 
 def _memory(console, plan):
-  console.print(f'\n[bold]{"FITS" if plan.fits else "DOES NOT FIT"}[/bold]: ' + (
-      f'{plan.memory.peak / GB:.2f} GB of {plan.available / GB:.2f} GB a device' if plan.memory else plan.problem))
+  console.print(
+    f'\n[bold]{"FITS" if plan.fits else "DOES NOT FIT"}[/bold]: '
+    + (
+      f'{plan.memory.peak / GB:.2f} GB of {plan.available / GB:.2f} GB a device'
+      if plan.memory
+      else plan.problem
+    )
+  )
   if plan.memory and not plan.fits and (plan.memory.alive or plan.available) < plan.available:
-    console.print(f'(The compiler took it: by its account no more than {plan.memory.alive / GB:.2f} GB are alive at once. It is close.)')
+    console.print(
+      f'(The compiler took it: by its account no more than {plan.memory.alive / GB:.2f} GB are alive at once. It is close.)'
+    )
   if plan.fits and not plan.chip.torus and plan.memory.share(plan.available) > 0.75:
     console.print('(jax reserves 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION is raised.)')
   table = _table('memory of a device', 'what', 'GB', 'share')
@@ -69,10 +87,16 @@ def _memory(console, plan):
     table.add_row(name, f'{size / GB:.3f}', f'{size / plan.available:.1%}')
   if plan.memory:
     table.add_section()
-    table.add_row('peak', f'{plan.memory.peak / GB:.3f}', f'{plan.memory.share(plan.available):.1%}')
+    table.add_row(
+      'peak', f'{plan.memory.peak / GB:.3f}', f'{plan.memory.share(plan.available):.1%}'
+    )
     if plan.memory.alive is not None:
       alive = plan.memory.alive
-      table.add_row("alive at once, by the compiler's account", f'{alive / GB:.3f}', f'{alive / plan.available:.1%}')
+      table.add_row(
+        "alive at once, by the compiler's account",
+        f'{alive / GB:.3f}',
+        f'{alive / plan.available:.1%}',
+      )
     table.add_row("in the host's memory", f'{plan.memory.host / GB:.3f}', '')
     if plan.memory.disk:
       table.add_row('on disk', f'{plan.memory.disk / GB:.3f}', '')
@@ -80,15 +104,24 @@ def _memory(console, plan):
 
 
 def _collectives(console, plan):
-  table = _table('collectives of a device', 'kind', 'mesh axes', 'of', 'times', 'MB', 'on the links', 'exposed')
+  table = _table(
+    'collectives of a device', 'kind', 'mesh axes', 'of', 'times', 'MB', 'on the links', 'exposed'
+  )
   rows = collections.defaultdict(list)
   for c in plan.collectives:
     rows[c.kind, c.axes].append(c)
   for key, found in sorted(rows.items(), key=lambda row: -sum(c.total for c in row[1])):
     kind, axes = key
     times, sent = sum(c.count for c in found), sum(c.total for c in found)
-    table.add_row(kind, ' x '.join(axes), str(found[0].size), f'{times:,}', f'{sent / 1e6:,.2f}',
-                  seconds(plan.prediction.links.get(key, 0.0)), seconds(plan.prediction.exposed.get(key, 0.0)))
+    table.add_row(
+      kind,
+      ' x '.join(axes),
+      str(found[0].size),
+      f'{times:,}',
+      f'{sent / 1e6:,.2f}',
+      seconds(plan.prediction.links.get(key, 0.0)),
+      seconds(plan.prediction.exposed.get(key, 0.0)),
+    )
   console.print(table if rows else '\nno collectives')
 
 
@@ -98,16 +131,22 @@ def _times(console, plan, run):
   for name, value in sorted(p.roofline.items(), key=lambda row: -row[1]):
     table.add_row(f'roofline: {name}' + (' (bounds)' if name == p.bound else ''), seconds(value))
   table.add_section()
-  for name, value in (('XLA operations', p.operations), ('Pallas kernels', p.kernels), ('exposed copies', p.copies),
-                      ('exposed collectives', sum(p.exposed.values()))):
+  for name, value in (
+    ('XLA operations', p.operations),
+    ('Pallas kernels', p.kernels),
+    ('exposed copies', p.copies),
+    ('exposed collectives', sum(p.exposed.values())),
+  ):
     table.add_row(name, seconds(value))
   table.add_section()
   table.add_row('predicted', seconds(p.seconds))
   console.print(table)
   mfu = 'MFU unknown' if plan.mfu is None else f'MFU {plan.mfu:.1%}'
   each = f', {seconds(p.seconds / CHUNK)} a token of every row' if plan.mode == 'decode' else ''
-  console.print(f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} tokens/s[/bold]; FLOPs of a device: '
-                f'model {model:.4g}, hardware {p.flops:.4g} ({p.flops / model:.2f} x)')
+  console.print(
+    f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} tokens/s[/bold]; FLOPs of a device: '
+    f'model {model:.4g}, hardware {p.flops:.4g} ({p.flops / model:.2f} x)'
+  )
 
 
 def ranking(config, plans) -> None:
@@ -116,16 +155,25 @@ def ranking(config, plans) -> None:
   for plan in plans:
     name = candidates.flags(config, plan.config) or '(as given)'
     if plan.fits:
-      table.add_row(name, seconds(plan.seconds), '?' if plan.mfu is None else f'{plan.mfu:.1%}', f'{plan.memory.peak / GB:.2f}',
-                    plan.prediction.bound)
+      table.add_row(
+        name,
+        seconds(plan.seconds),
+        '?' if plan.mfu is None else f'{plan.mfu:.1%}',
+        f'{plan.memory.peak / GB:.2f}',
+        plan.prediction.bound,
+      )
     else:
-      table.add_row(name, '-', '-', f'{plan.memory.peak / GB:.2f}' if plan.memory else '-', 'does not fit')
+      table.add_row(
+        name, '-', '-', f'{plan.memory.peak / GB:.2f}' if plan.memory else '-', 'does not fit'
+      )
   _console().print(table)
 
 
 def json_able(values):
   """Nested values with tuples as keys written as text."""
   if isinstance(values, dict):
-    name = lambda key: key if isinstance(key, str) else f'{key[0]} over {" x ".join(key[1]) or "one device"}'
+    name = lambda key: (
+      key if isinstance(key, str) else f'{key[0]} over {" x ".join(key[1]) or "one device"}'
+    )
     return {name(key): json_able(value) for key, value in values.items()}
   return values

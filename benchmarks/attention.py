@@ -10,6 +10,7 @@ process of its own, one after the other; one that crashes loses the case that it
 in f64 of fresh random numbers, with memory full of NaN before, an error beyond PARITY of cuDNN's fails, whatever the speed.
 What the budget in seconds leaves no time for is named.
 """
+
 import dataclasses
 import json
 import os
@@ -25,17 +26,27 @@ from benchmarks import common
 from benchmarks.attention_peers import DIRECTIONS, Case
 
 OURS = 'pallas_gpu'
-PEERS = {OURS: 'Tandem', 'cudnn': 'cuDNN (jax)', 'torch flash': 'torch flash', 'torch cudnn': 'torch cuDNN', 'mosaic': "jax's Mosaic",
-         'flex': 'torch flex'}
+PEERS = {
+  OURS: 'Tandem',
+  'cudnn': 'cuDNN (jax)',
+  'torch flash': 'torch flash',
+  'torch cudnn': 'torch cuDNN',
+  'mosaic': "jax's Mosaic",
+  'flex': 'torch flex',
+}
 STAND_IN = {'blocked': 'Tandem blocked'}  # for ours, in a rehearsal
 ON_A_CPU = ('blocked', 'torch flash')
 PARITY = 1.1  # times the error of the first of JUDGES that was measured
 JUDGES = ('cudnn', 'torch cudnn', 'torch flash')
 CRASHES = 3  # of a peer, after which it is given up
 # TFLOP/s on an H100, from a length on: what must be reached, and what is aimed at (a share of the 798 that a product was seen to reach).
-GOALS = {('forward', 'full', 128): (8192, 560, 640), ('forward', 'causal', 128): (8192, 500, 590),
-         ('forward', 'causal', 64): (16384, 360, 450), ('forward', 'causal', 256): (16384, 480, 600),
-         ('backward', 'causal', 128): (8192, 380, 500)}
+GOALS = {
+  ('forward', 'full', 128): (8192, 560, 640),
+  ('forward', 'causal', 128): (8192, 500, 590),
+  ('forward', 'causal', 64): (16384, 360, 450),
+  ('forward', 'causal', 256): (16384, 480, 600),
+  ('backward', 'causal', 128): (8192, 380, 500),
+}
 # How many times faster than our own causal attention of as long rows, forward and backward: at least, and aimed at.
 FASTER = {'window': (4.0, 6.0), 'packed': (4.0, 5.5)}
 
@@ -47,20 +58,32 @@ def cases(quick: bool) -> list[Case]:
   rest = [Case(mask, length, 128) for length in lengths for mask in ('causal', 'full')]
   widths = [Case('causal', 16384, width) for width in (64, 256)]
   if not quick:
-    widths += [Case(mask, length, width) for length in (16384, 4096, 1024, 8192, 2048, 32768) for width in (64, 256)
-               for mask in ('causal', 'full') if (mask, length) != ('causal', 16384)]
+    widths += [
+      Case(mask, length, width)
+      for length in (16384, 4096, 1024, 8192, 2048, 32768)
+      for width in (64, 256)
+      for mask in ('causal', 'full')
+      if (mask, length) != ('causal', 16384)
+    ]
   return special + widths[:2] + rest + widths[2:]
 
 
 def toys() -> list[Case]:
-  return [Case(mask, 64, 16, tokens=128, hidden=32) for mask in ('causal', 'full', 'window', 'packed')]
+  return [
+    Case(mask, 64, 16, tokens=128, hidden=32) for mask in ('causal', 'full', 'window', 'packed')
+  ]
 
 
 class Run:
   """Processes of peers, one after the other, on the same numbers; what they found, and what was left out and why."""
 
   def __init__(self, wanted: list[Case], budget: float, rehearsal: bool):
-    self.wanted, self.ends, self.rehearsal, self.seed = wanted, time.time() + budget, rehearsal, secrets.randbits(32)
+    self.wanted, self.ends, self.rehearsal, self.seed = (
+      wanted,
+      time.time() + budget,
+      rehearsal,
+      secrets.randbits(32),
+    )
     self.found: dict[str, dict[str, dict]] = {}
     self.missing: dict[str, str] = {}
 
@@ -80,27 +103,51 @@ class Run:
       waiting = waiting[1:]
       if crashes == CRASHES or time.time() > ends or not waiting:
         break
-    results += [{'case': case.name, 'error': 'skipped: no time left' if said is None else f'given up: {said}'} for case in waiting]
+    results += [
+      {'case': case.name, 'error': 'skipped: no time left' if said is None else f'given up: {said}'}
+      for case in waiting
+    ]
     return results
 
   def _process(self, peer, waiting, ends, directory):
     """What one process reported, and its last words where it failed (None where it did not)."""
     job = pathlib.Path(directory) / 'job.json'
-    job.write_text(json.dumps({
-        'peer': peer, 'cases': [dataclasses.asdict(case) for case in waiting], 'seed': self.seed, 'deadline': ends,
-        'rehearsal': self.rehearsal, 'peak_size': 256 if self.rehearsal else 8192}))
-    environment = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'TF_CPP_MIN_LOG_LEVEL': '2'}
+    job.write_text(
+      json.dumps(
+        {
+          'peer': peer,
+          'cases': [dataclasses.asdict(case) for case in waiting],
+          'seed': self.seed,
+          'deadline': ends,
+          'rehearsal': self.rehearsal,
+          'peak_size': 256 if self.rehearsal else 8192,
+        }
+      )
+    )
+    environment = os.environ | {
+      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+      'TF_CPP_MIN_LOG_LEVEL': '2',
+    }
     with open(job.with_suffix('.log'), 'w+') as log:
-      process = subprocess.Popen([sys.executable, '-m', 'benchmarks.attention_peers', str(job)], env=environment, stdout=subprocess.PIPE,
-                                 stderr=log, text=True)
-      alarm = threading.Timer(max(1.0, ends + 20 - time.time()), process.kill)  # it looks at the clock between cases
+      process = subprocess.Popen(
+        [sys.executable, '-m', 'benchmarks.attention_peers', str(job)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+      )
+      alarm = threading.Timer(
+        max(1.0, ends + 20 - time.time()), process.kill
+      )  # it looks at the clock between cases
       alarm.start()
       lines = list(process.stdout)
       failed = process.wait()
       alarm.cancel()
       log.seek(0)
       said = [line.strip() for line in log if line.strip()]
-    reports = [json.loads(line.removeprefix('RESULT ')) for line in lines if line.startswith('RESULT ')]
+    reports = [
+      json.loads(line.removeprefix('RESULT ')) for line in lines if line.startswith('RESULT ')
+    ]
     return reports, f'code {failed}, {said[-1][:200] if said else "no word"}' if failed else None
 
   def all_of(self, peers, directory: str) -> None:
@@ -108,7 +155,9 @@ class Run:
       began, found = time.time(), self.ask(peer, 1 / (len(peers) - n), directory)
       self.found[peer] = {result.pop('case'): result for result in found}
       measured = sum('forward' in result for result in self.found[peer].values())
-      print(f'{peer}: {measured} of {len(self.wanted)} cases in {time.time() - began:.0f} s', flush=True)
+      print(
+        f'{peer}: {measured} of {len(self.wanted)} cases in {time.time() - began:.0f} s', flush=True
+      )
       if not measured:
         self.missing[peer] = next(result['error'] for result in self.found[peer].values())
 
@@ -118,13 +167,27 @@ def rows_of(run: Run, names: dict[str, str], peak: float, direction: str) -> lis
   ours, rows = next(iter(names)), []
   for case in run.wanted:
     results = {peer: run.found[peer].get(case.name, {}) for peer in names}
-    rates = {peer: case.flops(direction) / result[direction] for peer, result in results.items() if direction in result}
+    rates = {
+      peer: case.flops(direction) / result[direction]
+      for peer, result in results.items()
+      if direction in result
+    }
     if not rates:
       continue
-    cells = [f'{rates[peer] / 1e12:.0f} ({rates[peer] / peak:.0%})' if peer in rates else '-' for peer in names]
+    cells = [
+      f'{rates[peer] / 1e12:.0f} ({rates[peer] / peak:.0%})' if peer in rates else '-'
+      for peer in names
+    ]
     ratio = f'{rates[ours] / rates["cudnn"]:.2f}' if ours in rates and 'cudnn' in rates else '-'
-    rows.append([case.name, *cells, ratio, goal_of(case, direction, rates.get(ours)),
-                 parity_of(results, ours, ('out',) if direction == 'forward' else ('dq', 'dk', 'dv'))[0]])
+    rows.append(
+      [
+        case.name,
+        *cells,
+        ratio,
+        goal_of(case, direction, rates.get(ours)),
+        parity_of(results, ours, ('out',) if direction == 'forward' else ('dq', 'dk', 'dv'))[0],
+      ]
+    )
   return rows
 
 
@@ -132,20 +195,33 @@ def goal_of(case: Case, direction: str, rate: float | None) -> str:
   least, floor, aim = GOALS.get((direction, case.mask, case.width), (1e9, 0, 0))
   if case.length < least:
     return ''
-  reached = '' if rate is None else ': ' + ('below' if rate < floor * 1e12 else 'above the floor' if rate < aim * 1e12 else 'reached')
+  reached = (
+    ''
+    if rate is None
+    else ': '
+    + ('below' if rate < floor * 1e12 else 'above the floor' if rate < aim * 1e12 else 'reached')
+  )
   return f'{floor} / {aim}{reached}'
 
 
-def parity_of(results: dict[str, dict], ours: str, names=('out', 'dq', 'dk', 'dv')) -> tuple[str, bool | None]:
+def parity_of(
+  results: dict[str, dict], ours: str, names=('out', 'dq', 'dk', 'dv')
+) -> tuple[str, bool | None]:
   """The largest ratio of our errors, of these arrays, to the judge's, in words; and whether it is within PARITY (None: not known)."""
   judge = next((peer for peer in JUDGES if 'errors' in results.get(peer, {})), None)
   if 'errors' not in results.get(ours, {}) or judge is None:
     return 'not compared', None
   theirs = results[judge]['errors']
-  ratios = {name: error / max(theirs[name], 1e-30) for name, error in results[ours]['errors'].items() if name in theirs and name in names}
+  ratios = {
+    name: error / max(theirs[name], 1e-30)
+    for name, error in results[ours]['errors'].items()
+    if name in theirs and name in names
+  }
   if not ratios:
     return 'not compared', None
-  worst = max(ratios, key=lambda name: ratios[name] if ratios[name] == ratios[name] else float('inf'))
+  worst = max(
+    ratios, key=lambda name: ratios[name] if ratios[name] == ratios[name] else float('inf')
+  )
   good = all(ratio <= PARITY for ratio in ratios.values())
   return f'{worst} {ratios[worst]:.2f}x of {judge}' + ('' if good else ' FAILS'), good
 
@@ -153,27 +229,41 @@ def parity_of(results: dict[str, dict], ours: str, names=('out', 'dq', 'dk', 'dv
 def faster_of(run: Run, ours: str) -> list[str]:
   """What skipping is worth: our windows and documents against our own causal attention of as long rows."""
   found = run.found.get(ours, {})
-  seconds = lambda name: sum(found.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS)
+  seconds = lambda name: sum(
+    found.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS
+  )
   said = []
   for case in run.wanted:
-    ratio = seconds(dataclasses.replace(case, mask='causal').name) / seconds(case.name) if case.mask in FASTER else float('nan')
+    ratio = (
+      seconds(dataclasses.replace(case, mask='causal').name) / seconds(case.name)
+      if case.mask in FASTER
+      else float('nan')
+    )
     if ratio == ratio:
       floor, aim = FASTER[case.mask]
-      said.append(f'{case.name}, forward and backward: {ratio:.1f} times faster than causal (at least {floor}, aim {aim})')
+      said.append(
+        f'{case.name}, forward and backward: {ratio:.1f} times faster than causal (at least {floor}, aim {aim})'
+      )
   return said
 
 
 def show(run: Run, names: dict[str, str], peak: float, device: str) -> None:
   for direction in DIRECTIONS:
-    common.table(f'{direction}, {device}: TFLOP/s (share of the {peak / 1e12:.3g} of a large product)',
-                 ['case', *names.values(), 'ours / cuDNN', 'floor / aim', 'worst error'], rows_of(run, names, peak, direction))
+    common.table(
+      f'{direction}, {device}: TFLOP/s (share of the {peak / 1e12:.3g} of a large product)',
+      ['case', *names.values(), 'ours / cuDNN', 'floor / aim', 'worst error'],
+      rows_of(run, names, peak, direction),
+    )
   print('', *faster_of(run, next(iter(names))), sep='\n')
   for peer, why in run.missing.items():
     print(f'not measured: {peer}: {why}')
   for peer in names:
     if peer not in run.missing:
       for case, result in run.found[peer].items():
-        for why in (result.get('error'), result.get('no_backward') and f'backward: {result["no_backward"]}'):
+        for why in (
+          result.get('error'),
+          result.get('no_backward') and f'backward: {result["no_backward"]}',
+        ):
           if why:
             print(f'not measured: {peer}, {case}: {why}')
         if result.get('unchecked'):
@@ -184,7 +274,9 @@ def main() -> int:
   parser = common.parser(__doc__)
   parser.add_argument('--quick', action='store_true', help='one length of most kinds')
   parser.add_argument('--budget', type=float, default=540, help='seconds for everything')
-  parser.add_argument('--rehearse', action='store_true', help='toy sizes on this CPU, to test the harness')
+  parser.add_argument(
+    '--rehearse', action='store_true', help='toy sizes on this CPU, to test the harness'
+  )
   options = parser.parse_args()
   if options.rehearse:
     os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -193,10 +285,14 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as directory:
     peak = next((r for r in run.ask('peak', 0.2, directory, []) if 'peak' in r), None)
     if peak is None:
-      print('error: a large product in bfloat16 did not run; python -m benchmarks.attention_peers says why')
+      print(
+        'error: a large product in bfloat16 did not run; python -m benchmarks.attention_peers says why'
+      )
       return 1
     if not options.rehearse and peak['platform'] != 'gpu':
-      print(f'not measured: no GPU at hand, jax sees {peak["kind"]!r} ({peak["platform"]}); --rehearse runs the harness without one')
+      print(
+        f'not measured: no GPU at hand, jax sees {peak["kind"]!r} ({peak["platform"]}); --rehearse runs the harness without one'
+      )
       return 1
     print(f'{peak["kind"]}: {peak["peak"] / 1e12:.3g} TFLOP/s of a large product in bfloat16')
     lost = {r['case']: r['error'] for r in run.ask('oracle', 0.3, directory) if 'error' in r}
@@ -207,22 +303,37 @@ def main() -> int:
       return 1
     order = ['cudnn', OURS, 'torch flash', 'torch cudnn', 'mosaic', 'flex']
     if options.rehearse:
-      run.missing |= dict.fromkeys([peer for peer in order if peer not in ON_A_CPU], 'it does not run on a CPU')
+      run.missing |= dict.fromkeys(
+        [peer for peer in order if peer not in ON_A_CPU], 'it does not run on a CPU'
+      )
       order = list(ON_A_CPU)
     run.found |= dict.fromkeys(PEERS, {})
     run.all_of(order, directory)
   show(run, names, peak['peak'], peak['kind'])
   of = lambda case: {peer: run.found[peer].get(case.name, {}) for peer in names}
   # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers, which nothing hangs on.
-  failed = [case.name for case in run.wanted if not options.rehearse and parity_of(of(case), next(iter(names)))[1] is False]
+  failed = [
+    case.name
+    for case in run.wanted
+    if not options.rehearse and parity_of(of(case), next(iter(names)))[1] is False
+  ]
   if failed:
     print(f'\nPARITY FAILS: {", ".join(failed)}')
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
-  common.write_json(options.json, 'attention', {
-      'rehearsal': options.rehearse, 'device': peak, 'seed': run.seed,
-      'cases': {case.name: dataclasses.asdict(case) for case in run.wanted}, 'seconds': run.found, 'missing': run.missing,
-      'parity fails': failed})
+  common.write_json(
+    options.json,
+    'attention',
+    {
+      'rehearsal': options.rehearse,
+      'device': peak,
+      'seed': run.seed,
+      'cases': {case.name: dataclasses.asdict(case) for case in run.wanted},
+      'seconds': run.found,
+      'missing': run.missing,
+      'parity fails': failed,
+    },
+  )
   return 1 if failed else 0
 
 

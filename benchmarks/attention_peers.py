@@ -8,6 +8,7 @@ shows. What the last call returned is compared with attention in f64, one head o
 
 T length · N heads · H head width
 """
+
 import concurrent.futures
 import dataclasses
 import functools
@@ -23,7 +24,12 @@ import numpy as np
 REPEATS, SECONDS, RATE = 7, 0.04, 400e12  # timed runs; length of one, at about this many FLOP/s
 COMPILED_AHEAD = 8  # cases whose programs are compiled side by side
 DIRECTIONS = {'forward': 2, 'backward': 5}  # products of a pair of a query and a key
-STICKY = ('CUDA_ERROR', 'CUDA error', 'illegal', 'launch failure')  # after which a process can run nothing more on its GPU
+STICKY = (
+  'CUDA_ERROR',
+  'CUDA error',
+  'illegal',
+  'launch failure',
+)  # after which a process can run nothing more on its GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Case:
   Attributes:
     mask: 'causal', 'full', 'window' (causal, the last T/16 keys) or 'packed' (causal, 8 documents in a row).
   """
+
   mask: str
   length: int
   width: int
@@ -66,7 +73,10 @@ class Case:
   def flops(self, direction: str) -> float:
     """Of the pairs that the mask leaves: causal ones are half, and windows and documents are what they are."""
     from analysis.flops import mean_keys
-    keys = self.length if self.mask == 'full' else mean_keys(self.length, self.window, self.document)
+
+    keys = (
+      self.length if self.mask == 'full' else mean_keys(self.length, self.window, self.document)
+    )
     return DIRECTIONS[direction] * 2 * self.rows * self.heads * self.length * keys * self.width
 
   def visible(self, q, k):
@@ -90,11 +100,13 @@ class Job:
     self.directory, self.peak_size = pathlib.Path(path).parent, job['peak_size']
     largest = max([0, *(int(np.prod(case.shape)) for case in self.cases)])
     # A generator each: what an array begins with is then the same for a process that has only some of the cases.
-    self._drawn = [np.random.default_rng([job['seed'], i]).standard_normal(largest, np.float32) for i in range(4)]
+    self._drawn = [
+      np.random.default_rng([job['seed'], i]).standard_normal(largest, np.float32) for i in range(4)
+    ]
 
   def arrays(self, case: Case) -> list[np.ndarray]:
     """q, k, v and the gradient of what comes out, in f32; every peer rounds them to bfloat16."""
-    return [x[:np.prod(case.shape)].reshape(case.shape) for x in self._drawn]
+    return [x[: np.prod(case.shape)].reshape(case.shape) for x in self._drawn]
 
   def late(self) -> bool:
     return time.time() > self.deadline
@@ -102,7 +114,10 @@ class Job:
   def errors(self, case: Case, found: dict) -> dict:
     """Of the probed head: root mean square over that of the exact values, each of out, dq, dk and dv."""
     with np.load(self.directory / f'{case.name}.npz') as exact:
-      return {name: float(np.sqrt(np.mean((value - exact[name])**2) / np.mean(exact[name]**2))) for name, value in found.items()}
+      return {
+        name: float(np.sqrt(np.mean((value - exact[name]) ** 2) / np.mean(exact[name] ** 2)))
+        for name, value in found.items()
+      }
 
 
 def probe(case: Case) -> tuple:
@@ -116,15 +131,19 @@ def report(**result) -> None:
 
 # Each peer that jax runs: attention of (q, k, v) [B, T, N, H], or a reason, by case.
 
+
 def tandem(case: Case, backend: str):
   """One of our backends, with the mask that the case means."""
   import jax.numpy as jnp
 
   from kernels import attention as kernels
   from kernels.mask import Mask
+
   if backend not in kernels.HONOURS:
     return f'kernels.attention has no backend {backend!r}'
-  segments = jnp.broadcast_to(jnp.arange(case.length, dtype=jnp.int32) // case.document, (case.rows, case.length))
+  segments = jnp.broadcast_to(
+    jnp.arange(case.length, dtype=jnp.int32) // case.document, (case.rows, case.length)
+  )
   packed = {'query_segments': segments, 'key_segments': segments} if case.mask == 'packed' else {}
   mask = Mask(causal=case.mask != 'full', window=case.window, **packed)
   return lambda q, k, v: kernels.attention(q, k, v, mask, backend=backend)[0]
@@ -140,24 +159,43 @@ def as_rows(attend, case: Case):
 
 def cudnn(case: Case):
   import jax
+
   window = (case.window - 1, 0) if case.window else None
-  return as_rows(functools.partial(jax.nn.dot_product_attention, is_causal=case.mask != 'full', local_window_size=window,
-                                   implementation='cudnn'), case)
+  return as_rows(
+    functools.partial(
+      jax.nn.dot_product_attention,
+      is_causal=case.mask != 'full',
+      local_window_size=window,
+      implementation='cudnn',
+    ),
+    case,
+  )
 
 
 def mosaic(case: Case):
   """jax's own Mosaic GPU kernel."""
   from jax.experimental.pallas.ops.gpu import attention_mgpu as kernel
+
   if case.window:
     return 'it has no window'
   keys = {64: 256, 128: 128, 256: 64}[case.width]  # the most that fit into shared memory
-  backward = {} if case.width > 128 else dict(compute_wgs_bwd=2, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
-  config = kernel.TuningConfig(block_q=64, block_kv=keys, max_concurrent_steps=2, causal=case.mask != 'full', **backward)
+  backward = (
+    {}
+    if case.width > 128
+    else dict(compute_wgs_bwd=2, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
+  )
+  config = kernel.TuningConfig(
+    block_q=64, block_kv=keys, max_concurrent_steps=2, causal=case.mask != 'full', **backward
+  )
   return as_rows(functools.partial(kernel.attention, config=config), case)
 
 
-JAX_PEERS = {'pallas_gpu': functools.partial(tandem, backend='pallas_gpu'), 'blocked': functools.partial(tandem, backend='blocked'),
-             'cudnn': cudnn, 'mosaic': mosaic}
+JAX_PEERS = {
+  'pallas_gpu': functools.partial(tandem, backend='pallas_gpu'),
+  'blocked': functools.partial(tandem, backend='blocked'),
+  'cudnn': cudnn,
+  'mosaic': mosaic,
+}
 # In float16, because its bfloat16 goes through f16 buffers; and it does not scale, so that queries come scaled.
 PRESCALED = {'mosaic': 'float16'}
 
@@ -170,8 +208,10 @@ def repeated(step, n: int):
   def run(*arguments):
     def again(_, done):
       return step(*jax.lax.optimization_barrier((arguments, done))[0])
+
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, *arguments))
     return jax.lax.fori_loop(0, n, again, nothing)
+
   return run
 
 
@@ -181,9 +221,19 @@ def check_calls(compiled, n: int) -> str:
   Returns why that could not be counted, or ''.
   """
   from analysis import hlo
+
   try:
-    times = {i.name: times for _, i, times in hlo.Module(compiled.as_text()).walk() if i.kernel or '"__cudnn$' in i.attributes}
-  except (ValueError, KeyError, AttributeError, TypeError) as error:  # a program in a form that the reader of programs does not know
+    times = {
+      i.name: times
+      for _, i, times in hlo.Module(compiled.as_text()).walk()
+      if i.kernel or '"__cudnn$' in i.attributes
+    }
+  except (
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+  ) as error:  # a program in a form that the reader of programs does not know
     return f'calls were not counted: {type(error).__name__}: {error}'
   if any(count % n or not count for count in times.values()):
     raise RuntimeError(f'kernels run {times} times, not {n}: nothing to be timed')
@@ -196,6 +246,7 @@ def programs(attend, case: Case, dtype: str, sharding=None) -> dict:
   sharding: of a device that isn't here, to compile for; default: for this process's.
   """
   import jax
+
   shape, form = jax.ShapeDtypeStruct(case.shape, dtype, sharding=sharding), []
 
   def keeping(*x):
@@ -203,13 +254,20 @@ def programs(attend, case: Case, dtype: str, sharding=None) -> dict:
     kept, tree = jax.tree.flatten(pull)
     form.append(tree)
     return out, kept
+
   lowered = {'forward': jax.jit(repeated(attend, case.calls('forward'))).lower(shape, shape, shape)}
   try:
     lowered['keeping'] = jax.jit(keeping).lower(shape, shape, shape)
-    kept = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in lowered['keeping'].out_info[1]]
+    kept = [
+      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+      for x in lowered['keeping'].out_info[1]
+    ]
     backward = lambda kept, d_out: jax.tree.unflatten(form[0], kept)(d_out)
     lowered['backward'] = jax.jit(repeated(backward, case.calls('backward'))).lower(kept, shape)
-  except (NotImplementedError, ValueError) as error:  # of a kernel that has no backward pass for this case
+  except (
+    NotImplementedError,
+    ValueError,
+  ) as error:  # of a kernel that has no backward pass for this case
     lowered['backward'] = str(error)
   return lowered
 
@@ -217,6 +275,7 @@ def programs(attend, case: Case, dtype: str, sharding=None) -> dict:
 def poison(nbytes: int) -> None:
   import jax
   import jax.numpy as jnp
+
   jax.block_until_ready([jnp.full(nbytes // 4, jnp.nan, jnp.float32) for _ in range(4)])
 
 
@@ -233,6 +292,7 @@ def seconds_of(run, sync, repeats: int = REPEATS) -> float:
 def run_jax(job: Job) -> None:
   """All cases of a peer that jax runs: compiled side by side, a few at a time, then timed one by one."""
   import jax.numpy as jnp
+
   dtype = PRESCALED.get(job.peer, 'float32' if job.rehearsal else 'bfloat16')
   waiting = list(job.cases)
   while waiting and not job.late():
@@ -245,8 +305,11 @@ def run_jax(job: Job) -> None:
         continue
       lowered[case] = attempt(case, programs, attend, case, dtype)
     with concurrent.futures.ThreadPoolExecutor(min(COMPILED_AHEAD, os.cpu_count())) as pool:
-      compiling = {case: {name: x if isinstance(x, str) else pool.submit(x.compile) for name, x in of.items()}
-                   for case, of in lowered.items() if of is not None}
+      compiling = {
+        case: {name: x if isinstance(x, str) else pool.submit(x.compile) for name, x in of.items()}
+        for case, of in lowered.items()
+        if of is not None
+      }
     for case, of in compiling.items():
       if not job.late():
         attempt(case, measure_jax, job, case, of, jnp.dtype(dtype))
@@ -279,23 +342,34 @@ def both(job: Job, case: Case, forward, backward, unchecked=()) -> None:
     found |= gradients
   except Exception as error:
     result['no_backward'] = in_a_line(error)
-  report(case=case.name, errors=job.errors(case, found), unchecked=' '.join(filter(None, unchecked)), **result)
+  report(
+    case=case.name,
+    errors=job.errors(case, found),
+    unchecked=' '.join(filter(None, unchecked)),
+    **result,
+  )
 
 
 def measure_jax(job: Job, case: Case, compiling: dict, dtype) -> None:
   import jax
   import ml_dtypes
+
   scale, unchecked = case.width**-0.5 if job.peer in PRESCALED else 1.0, []
   compiled = lambda name: compiling[name].result()
   q, k, v, d_out = (x if job.rehearsal else x.astype(ml_dtypes.bfloat16) for x in job.arrays(case))
-  *inputs, d_out = (jax.device_put(x.astype(dtype)) for x in (q.astype(np.float32) * np.float32(scale), k, v, d_out))
+  *inputs, d_out = (
+    jax.device_put(x.astype(dtype)) for x in (q.astype(np.float32) * np.float32(scale), k, v, d_out)
+  )
 
   def timed(direction, names, *arguments):
     run = compiled(direction)
     unchecked.append(check_calls(run, case.calls(direction)))
     poison(d_out.nbytes)
     outputs = jax.block_until_ready(run(*arguments))
-    found = {name: np.asarray(x[probe(case)], np.float64) for name, x in zip(names, outputs if len(names) > 1 else [outputs])}
+    found = {
+      name: np.asarray(x[probe(case)], np.float64)
+      for name, x in zip(names, outputs if len(names) > 1 else [outputs])
+    }
     del outputs
     if 'dq' in found:
       found['dq'] = found['dq'] * scale
@@ -305,6 +379,7 @@ def measure_jax(job: Job, case: Case, compiling: dict, dtype) -> None:
     if isinstance(compiling['backward'], str):
       raise NotImplementedError(compiling['backward'])
     return timed('backward', ['dq', 'dk', 'dv'], compiled('keeping')(*inputs)[1], d_out)
+
   both(job, case, lambda: timed('forward', ['out'], *inputs), backward, unchecked)
 
 
@@ -312,6 +387,7 @@ def exact(case: Case, q, k, v, d_out, block: int = 2048):
   """Attention of one head [T, H] and its gradients, in f64, some queries at a time."""
   import jax
   import jax.numpy as jnp
+
   T, H = q.shape
   keys, block = jnp.arange(T)[None], min(block, T)
 
@@ -323,7 +399,10 @@ def exact(case: Case, q, k, v, d_out, block: int = 2048):
     out = weights @ v
     d_scores = weights * (d_ @ v.T - jnp.sum(d_ * out, -1, keepdims=True)) * H**-0.5
     return (sums[0] + d_scores.T @ q_, sums[1] + weights.T @ d_), (out, d_scores @ k)
-  (dk, dv), (out, dq) = jax.lax.scan(some, (jnp.zeros_like(k), jnp.zeros_like(v)), jnp.arange(0, T, block))
+
+  (dk, dv), (out, dq) = jax.lax.scan(
+    some, (jnp.zeros_like(k), jnp.zeros_like(v)), jnp.arange(0, T, block)
+  )
   return {'out': out.reshape(T, H), 'dq': dq.reshape(T, H), 'dk': dk, 'dv': dv}
 
 
@@ -331,6 +410,7 @@ def run_oracle(job: Job) -> None:
   """Writes what `errors` compares with; of the inputs as bfloat16 has them."""
   import jax
   import jax.numpy as jnp
+
   jax.config.update('jax_enable_x64', True)
   rounded = lambda x: jnp.asarray(x if job.rehearsal else x.astype(jnp.bfloat16), jnp.float64)
 
@@ -338,6 +418,7 @@ def run_oracle(job: Job) -> None:
     head = [rounded(x[probe(case)]) for x in job.arrays(case)]
     np.savez(job.directory / f'{case.name}.npz', **jax.jit(functools.partial(exact, case))(*head))
     report(case=case.name)
+
   for case in job.cases:
     if not job.late():
       attempt(case, one, case)
@@ -347,6 +428,7 @@ def run_peak(job: Job) -> None:
   """Of large products in bfloat16: what percentages are taken of. And what the device is."""
   import jax
   import jax.numpy as jnp
+
   device, size, n = jax.devices()[0], job.peak_size, 20
   if device.platform != 'gpu' and not job.rehearsal:
     return report(platform=device.platform, kind=device.device_kind, peak=0.0)
@@ -354,7 +436,12 @@ def run_peak(job: Job) -> None:
   run = jax.jit(repeated(jnp.matmul, n))
   jax.block_until_ready(run(a, b))
   seconds = seconds_of(lambda: run(a, b), jax.block_until_ready) / n
-  report(platform=device.platform, kind=device.device_kind, peak=2 * size**3 / seconds, cores=os.cpu_count())
+  report(
+    platform=device.platform,
+    kind=device.device_kind,
+    peak=2 * size**3 / seconds,
+    cores=os.cpu_count(),
+  )
 
 
 def run_torch(job: Job) -> None:
@@ -362,17 +449,29 @@ def run_torch(job: Job) -> None:
   import torch
   from torch.nn import attention as kinds
   from torch.nn.functional import scaled_dot_product_attention
+
   device = 'cpu' if job.rehearsal else 'cuda'
-  kernel = {'torch flash': kinds.SDPBackend.FLASH_ATTENTION, 'torch cudnn': kinds.SDPBackend.CUDNN_ATTENTION}.get(job.peer)
+  kernel = {
+    'torch flash': kinds.SDPBackend.FLASH_ATTENTION,
+    'torch cudnn': kinds.SDPBackend.CUDNN_ATTENTION,
+  }.get(job.peer)
 
   def attention_of(case):
     if kernel is not None:
       if case.window:
         return 'it has no window'
       swapped = lambda *x: (y.transpose(1, 2) for y in x)
-      return as_rows(lambda *x: scaled_dot_product_attention(*swapped(*x), is_causal=case.mask != 'full').transpose(1, 2), case)
+      return as_rows(
+        lambda *x: scaled_dot_product_attention(
+          *swapped(*x), is_causal=case.mask != 'full'
+        ).transpose(1, 2),
+        case,
+      )
     from torch.nn.attention import flex_attention as flex
-    blocks = flex.create_block_mask(lambda b, h, q, k: case.visible(q, k), None, None, case.length, case.length, device=device)
+
+    blocks = flex.create_block_mask(
+      lambda b, h, q, k: case.visible(q, k), None, None, case.length, case.length, device=device
+    )
     run = torch.compile(flex.flex_attention, dynamic=False)
     return lambda *x: run(*(y.transpose(1, 2) for y in x), block_mask=blocks).transpose(1, 2)
 
@@ -380,19 +479,30 @@ def run_torch(job: Job) -> None:
     attend = attention_of(case)
     if isinstance(attend, str):
       return report(case=case.name, error=attend)
-    *inputs, d_out = (torch.from_numpy(x).to(device, torch.float32 if job.rehearsal else torch.bfloat16) for x in job.arrays(case))
+    *inputs, d_out = (
+      torch.from_numpy(x).to(device, torch.float32 if job.rehearsal else torch.bfloat16)
+      for x in job.arrays(case)
+    )
     for x in inputs:
       x.requires_grad_(True)
 
     def timed(direction, names, run):
       torch.full((4 * d_out.numel(),), float('nan'), device=device)
-      found = {name: x.detach()[probe(case)].double().cpu().numpy() for name, x in zip(names, run())}
+      found = {
+        name: x.detach()[probe(case)].double().cpu().numpy() for name, x in zip(names, run())
+      }
       return _events(run, case.calls(direction), torch, device), found
 
     def backward():
       out = attend(*inputs)
-      return timed('backward', ['dq', 'dk', 'dv'], lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True))
+      return timed(
+        'backward',
+        ['dq', 'dk', 'dv'],
+        lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True),
+      )
+
     both(job, case, lambda: timed('forward', ['out'], lambda: [attend(*inputs)]), backward)
+
   for case in job.cases:
     if not job.late():
       with kinds.sdpa_kernel(kernel) if kernel is not None else torch.enable_grad():
@@ -401,9 +511,11 @@ def run_torch(job: Job) -> None:
 
 def _events(run, n: int, torch, device: str) -> float:
   """Seconds of a call: the median of several rows of n, between two events on the GPU."""
+
   def all_of_them():
     for _ in range(n):
       run()
+
   if device == 'cpu':
     return seconds_of(all_of_them, lambda _: None) / n
   found = []

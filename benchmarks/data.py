@@ -44,21 +44,32 @@ print(json.dumps(prepared.report))
 def stages(texts: list[str]) -> dict[str, dict]:
   """Rates of the stages on a list of documents, against peers; MB/s of UTF-8 text unless named otherwise."""
   size = sum(len(text.encode()) for text in texts) / 1e6
-  sample = texts[:len(texts) // 4]
+  sample = texts[: len(texts) // 4]
   sample_size = sum(len(text.encode()) for text in sample) / 1e6
-  compressed = sample_size / common.seconds(lambda: [gzip.compress(text.encode(), 9) for text in sample], 1)
+  compressed = sample_size / common.seconds(
+    lambda: [gzip.compress(text.encode(), 9) for text in sample], 1
+  )
   rates = {}
 
   def rate(name: str, value: float, peer: str, peer_value: float) -> None:
-    rates[name] = {'rate': value, 'peer': peer, 'peer_rate': peer_value, 'ratio': value / peer_value}
+    rates[name] = {
+      'rate': value,
+      'peer': peer,
+      'peer_rate': peer_value,
+      'ratio': value / peer_value,
+    }
 
   for preset in ('code', 'prose'):
     config = CleanConfig(filters=preset, near_duplicates=0.0)
     took = common.seconds(lambda config=config: [clean.clean(text, config) for text in texts])
     rate(f'clean ({preset})', size / took, 'gzip -9', compressed)
   words = [text.lower().encode().split() for text in sample]
-  rate('minhash', sample_size / common.seconds(lambda: [duplicates.minhash(each) for each in words]),
-       "datasketch's own loop", sample_size / common.seconds(lambda: [_plain_minhash(each) for each in words], 1))
+  rate(
+    'minhash',
+    sample_size / common.seconds(lambda: [duplicates.minhash(each) for each in words]),
+    "datasketch's own loop",
+    sample_size / common.seconds(lambda: [_plain_minhash(each) for each in words], 1),
+  )
 
   config = TokenizerConfig(vocabulary=4096)
   began = time.perf_counter()
@@ -66,7 +77,12 @@ def stages(texts: list[str]) -> dict[str, dict]:
   rate('train tokenizer', size / (time.perf_counter() - began), 'gzip -9', compressed)
   encoded = made.encode_arrays(texts)
   bare = common.seconds(lambda: made._processor.encode(texts, num_threads=os.cpu_count()))
-  rate('encode', size / common.seconds(lambda: made.encode_arrays(texts)), 'bare SentencePiece', size / bare)
+  rate(
+    'encode',
+    size / common.seconds(lambda: made.encode_arrays(texts)),
+    'bare SentencePiece',
+    size / bare,
+  )
 
   offsets = np.concatenate([[0], np.cumsum([len(ids) + 2 for ids in encoded])])
 
@@ -75,17 +91,29 @@ def stages(texts: list[str]) -> dict[str, dict]:
     return packing.pack(pieces[:, 1], LENGTH)
 
   tokens = np.concatenate(encoded).astype(np.uint16)
-  rate('pack', size / common.seconds(pack), 'memcpy of the tokens', size / common.seconds(lambda: tokens.copy(), 20))
-  short = np.random.default_rng(0).integers(8, 64, 200_000)  # documents of 36 tokens: nothing but searching for room
-  rate('pack short documents, M tokens/s', short.sum() / 1e6 / common.seconds(lambda: packing.pack(short, LENGTH)),
-       'memcpy of the tokens', short.sum() / 1e6 / common.seconds(np.zeros(int(short.sum()), np.uint16).copy, 20))
+  rate(
+    'pack',
+    size / common.seconds(pack),
+    'memcpy of the tokens',
+    size / common.seconds(lambda: tokens.copy(), 20),
+  )
+  short = np.random.default_rng(0).integers(
+    8, 64, 200_000
+  )  # documents of 36 tokens: nothing but searching for room
+  rate(
+    'pack short documents, M tokens/s',
+    short.sum() / 1e6 / common.seconds(lambda: packing.pack(short, LENGTH)),
+    'memcpy of the tokens',
+    short.sum() / 1e6 / common.seconds(np.zeros(int(short.sum()), np.uint16).copy, 20),
+  )
   return rates
 
 
 def _plain_minhash(words: list[bytes]) -> np.ndarray:
   from datasketch import MinHash
+
   sketch = MinHash(num_perm=duplicates.BANDS * duplicates.ROWS)
-  sketch.update_batch({b' '.join(words[i:i + 5]) for i in range(max(1, len(words) - 4))})
+  sketch.update_batch({b' '.join(words[i : i + 5]) for i in range(max(1, len(words) - 4))})
   return sketch.hashvalues
 
 
@@ -96,6 +124,7 @@ def appetite(directory: str) -> dict[str, dict]:
   from parallel.mesh import make_mesh
   from training import state as states
   from training.optimizer import make_optimizer
+
   config = runpy.run_path('configs/tiny.py')['get_config']()
   prepared = prepare(dataclasses.replace(config.data, cache_dir=directory), lambda line: None)
   config = config.resolve(prepared.tokenizer.vocabulary)
@@ -117,16 +146,27 @@ def appetite(directory: str) -> dict[str, dict]:
       for _ in range(steps):
         state, metrics, _ = train_step(state, batch)
       jax.block_until_ready(metrics)
+
     run()
     consumed = steps * tokens / common.seconds(run)
-  return {'load (tiny), M tokens/s': {'rate': loaded, 'peer': 'what its train step consumes', 'peer_rate': consumed,
-                                      'ratio': loaded / consumed}}
+  return {
+    'load (tiny), M tokens/s': {
+      'rate': loaded,
+      'peer': 'what its train step consumes',
+      'peer_rate': consumed,
+      'ratio': loaded / consumed,
+    }
+  }
 
 
 def loading(directory: str) -> dict[str, dict]:
   """M tokens/s of the loader, against copying batches that are there already, and the seconds of a warm start."""
-  config = DataConfig(sequence_length=LENGTH, batch_size=BATCH, cache_dir=directory,
-                      tokenizer=TokenizerConfig(vocabulary=4096))
+  config = DataConfig(
+    sequence_length=LENGTH,
+    batch_size=BATCH,
+    cache_dir=directory,
+    tokenizer=TokenizerConfig(vocabulary=4096),
+  )
   quiet = lambda line: None
   began = time.perf_counter()
   prepare(config, quiet)
@@ -141,8 +181,19 @@ def loading(directory: str) -> dict[str, dict]:
   ready = Batch.empty(BATCH, LENGTH)
   copied = LENGTH * BATCH / 1e6 / common.seconds(lambda: jax.tree.map(np.copy, ready), 50)
   return {
-      'load, M tokens/s': {'rate': rate, 'peer': 'copying a ready batch', 'peer_rate': copied, 'ratio': rate / copied},
-      'start, per second': {'rate': 1 / warm, 'peer': 'cold start', 'peer_rate': 1 / cold, 'ratio': cold / warm}}
+    'load, M tokens/s': {
+      'rate': rate,
+      'peer': 'copying a ready batch',
+      'peer_rate': copied,
+      'ratio': rate / copied,
+    },
+    'start, per second': {
+      'rate': 1 / warm,
+      'peer': 'cold start',
+      'peer_rate': 1 / cold,
+      'ratio': cold / warm,
+    },
+  }
 
 
 def write_corpus(path: pathlib.Path, size: float, texts: list[str]) -> int:
@@ -152,7 +203,9 @@ def write_corpus(path: pathlib.Path, size: float, texts: list[str]) -> int:
   written = 0
   with open(path, 'w') as file:
     while written < size:
-      written += file.write(json.dumps({'text': ''.join(rng.choices(lines, k=rng.randrange(20, 230)))}) + '\n')
+      written += file.write(
+        json.dumps({'text': ''.join(rng.choices(lines, k=rng.randrange(20, 230)))}) + '\n'
+      )
   return path.stat().st_size
 
 
@@ -168,34 +221,59 @@ def bounded(gigabytes: float, texts: list[str]) -> dict:
       output, _ = process.communicate()
     took = time.perf_counter() - began
     if process.returncode:
-      raise RuntimeError(f'preparing {corpus} failed with exit status {process.returncode}; see above')
+      raise RuntimeError(
+        f'preparing {corpus} failed with exit status {process.returncode}; see above'
+      )
     report = json.loads(output)
   split = report['sources'][0]['train']
-  return {'corpus_bytes': size, 'documents': report['sources'][0]['read']['documents'], 'tokens': split['tokens'],
-          'shards': len(split['shards']), 'seconds': took, 'stage_seconds': report['seconds'],
-          'peak_bytes': memory.peak}
+  return {
+    'corpus_bytes': size,
+    'documents': report['sources'][0]['read']['documents'],
+    'tokens': split['tokens'],
+    'shards': len(split['shards']),
+    'seconds': took,
+    'stage_seconds': report['seconds'],
+    'peak_bytes': memory.peak,
+  }
 
 
 def main() -> None:
   parser = common.parser(__doc__.split('\n')[0])
-  parser.add_argument('--gigabytes', type=float, default=1.0, help='size of the generated corpus; 0 leaves it out')
+  parser.add_argument(
+    '--gigabytes', type=float, default=1.0, help='size of the generated corpus; 0 leaves it out'
+  )
   arguments = parser.parse_args()
   texts = list(sources.documents(SourceConfig(), collections.Counter()))
   rates = stages(texts)
   with tempfile.TemporaryDirectory() as directory:
     rates |= loading(directory) | appetite(directory)
-  common.table(f'Stages on the standard library ({len(texts)} documents; MB/s of text unless named otherwise)',
-               ('stage', 'rate', 'ratio', 'peer', "peer's rate"),
-               [(name, row['rate'], row['ratio'], row['peer'], row['peer_rate']) for name, row in rates.items()])
+  common.table(
+    f'Stages on the standard library ({len(texts)} documents; MB/s of text unless named otherwise)',
+    ('stage', 'rate', 'ratio', 'peer', "peer's rate"),
+    [
+      (name, row['rate'], row['ratio'], row['peer'], row['peer_rate'])
+      for name, row in rates.items()
+    ],
+  )
   results = {'stages': rates}
   if arguments.gigabytes:
     results['bounded'] = run = bounded(arguments.gigabytes, texts)
     gzipped = rates['clean (code)']['peer_rate']
     run |= {'rate': run['corpus_bytes'] / 1e6 / run['seconds'], 'gzip_rate': gzipped}
-    common.table('A corpus that need not fit in memory', ('', 'value'), [
-        ('corpus, MB', run['corpus_bytes'] / 1e6), ('documents', run['documents']), ('tokens, M', run['tokens'] / 1e6),
-        ('seconds', run['seconds']), ('MB/s', run['rate']), ('ratio to gzip -9', run['rate'] / gzipped),
-        ('peak memory, MB', run['peak_bytes'] / 1e6), ('peak / corpus', run['peak_bytes'] / run['corpus_bytes'])])
+    common.table(
+      'A corpus that need not fit in memory',
+      ('', 'value'),
+      [
+        ('corpus, MB', run['corpus_bytes'] / 1e6),
+        ('documents', run['documents']),
+        ('tokens, M', run['tokens'] / 1e6),
+        ('seconds', run['seconds']),
+        ('MB/s', run['rate']),
+        ('ratio to gzip -9', run['rate'] / gzipped),
+        ('peak memory, MB', run['peak_bytes'] / 1e6),
+        ('peak / corpus', run['peak_bytes'] / run['corpus_bytes']),
+      ],
+    )
   common.write_json(arguments.json, 'data', results)
 
 

@@ -5,6 +5,7 @@
 Llama 3 8B with fewer layers, one sequence of 8,192 tokens a chip, remat `full`. Under explicit axes every array's layout is part of its
 type; under automatic ones XLA's partitioner (Shardy) completes the few that are stated. Needs libtpu (the extra `plan`), no TPU.
 """
+
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -23,14 +24,24 @@ MESHES = {'fsdp': {}, 'fsdp x tensor': {'tensor': 4}}
 TWINS = {'explicit': AxisType.Explicit, 'automatic': AxisType.Auto}
 
 
-def compiled(topology: str, layers: int, mesh: dict[str, int], axis_type: AxisType) -> dict[str, float]:
+def compiled(
+  topology: str, layers: int, mesh: dict[str, int], axis_type: AxisType
+) -> dict[str, float]:
   """What the compiler shows of a step: peak memory and collectives in GB, seconds of XLA's operations and of the whole as predicted."""
   config, devices = llama3_8b.get_config(), aot.topology(topology)
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=layers), mesh=MeshConfig(data=1, fsdp=-1, **mesh),
-                               data=dataclasses.replace(config.data, batch_size=len(devices)))
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, layers=layers),
+    mesh=MeshConfig(data=1, fsdp=-1, **mesh),
+    data=dataclasses.replace(config.data, batch_size=len(devices)),
+  )
   made = plan.make_plan(config, devices, axis_type=axis_type)
-  return {'peak GB': made.memory.peak / 1e9, 'collectives GB': sum(c.total for c in made.collectives) / 1e9,
-          'operations s': made.prediction.operations, 'step s': made.prediction.seconds}
+  return {
+    'peak GB': made.memory.peak / 1e9,
+    'collectives GB': sum(c.total for c in made.collectives) / 1e9,
+    'operations s': made.prediction.operations,
+    'step s': made.prediction.seconds,
+  }
 
 
 def main():
@@ -38,14 +49,29 @@ def main():
   parser.add_argument('--topology', default='v5p:2x2x4')
   parser.add_argument('--layers', type=int, default=8)
   options = parser.parse_args()
-  results = {name: {twin: compiled(options.topology, options.layers, mesh, kind) for twin, kind in TWINS.items()}
-             for name, mesh in MESHES.items()}
+  results = {
+    name: {
+      twin: compiled(options.topology, options.layers, mesh, kind) for twin, kind in TWINS.items()
+    }
+    for name, mesh in MESHES.items()
+  }
   rows = []
   for name, twins in results.items():
     rows += [[f'{name}, {twin}', *found.values()] for twin, found in twins.items()]
-    rows.append(['  explicit over automatic', *(found / twins['automatic'][what] for what, found in twins['explicit'].items())])
-  common.table(f'Llama 3 8B, {options.layers} layers, {options.topology}', ['mesh', *next(iter(results['fsdp'].values()))], rows)
-  common.write_json(options.json, 'explicit', {'topology': options.topology, 'layers': options.layers, **results})
+    rows.append(
+      [
+        '  explicit over automatic',
+        *(found / twins['automatic'][what] for what, found in twins['explicit'].items()),
+      ]
+    )
+  common.table(
+    f'Llama 3 8B, {options.layers} layers, {options.topology}',
+    ['mesh', *next(iter(results['fsdp'].values()))],
+    rows,
+  )
+  common.write_json(
+    options.json, 'explicit', {'topology': options.topology, 'layers': options.layers, **results}
+  )
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ accelerator: libtpu (the extra `plan`), and for the H100 `pip install --no-deps 
 what is missing is named in the table.
 On this CPU: seconds of a layer's three dispatches, forward and backward, against one expert that computes as many rows.
 """
+
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -28,32 +29,49 @@ from model.moe import MoE
 
 ROWS, WIDTH, FEED_FORWARD, EXPERTS = 16384, 4096, 2048, (8, 64, 128)
 TARGETS = {'TPU v5p': 'v5p:2x2x1', 'H100': 'h100:1x1x1'}
-BACKENDS = {'blocked': functools.partial(grouped_matmul, backend='blocked'), 'ragged_dot': jax.lax.ragged_dot}
+BACKENDS = {
+  'blocked': functools.partial(grouped_matmul, backend='blocked'),
+  'ragged_dot': jax.lax.ragged_dot,
+}
 
 
 def wasted(target: str, backend: str, experts: int) -> dict:
   """Floating-point operations over the ideal, forward alone and with the backward pass, and bytes of temporaries."""
   device = aot.topology(TARGETS[target])[0]
-  shape = lambda *dims, dtype='bfloat16': jax.ShapeDtypeStruct(dims, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
-  x, w, sizes = shape(ROWS, WIDTH), shape(experts, WIDTH, FEED_FORWARD), shape(experts, dtype='int32')
+  shape = lambda *dims, dtype='bfloat16': jax.ShapeDtypeStruct(
+    dims, dtype, sharding=jax.sharding.SingleDeviceSharding(device)
+  )
+  x, w, sizes = (
+    shape(ROWS, WIDTH),
+    shape(experts, WIDTH, FEED_FORWARD),
+    shape(experts, dtype='int32'),
+  )
 
   def both(x, w, sizes, dy):
     y, pull = jax.vjp(lambda x, w: BACKENDS[backend](x, w, sizes), x, w)
     return y, pull(dy)
+
   results = {}
-  for name, function, arguments, products in (('forward', BACKENDS[backend], (x, w, sizes), 1),
-                                              ('both', both, (x, w, sizes, shape(ROWS, FEED_FORWARD)), 3)):
+  for name, function, arguments, products in (
+    ('forward', BACKENDS[backend], (x, w, sizes), 1),
+    ('both', both, (x, w, sizes, shape(ROWS, FEED_FORWARD)), 3),
+  ):
     compiled = jax.jit(function).lower(*arguments).compile()
     program = hlo.Module(compiled.as_text())
     found, kernels = program.flops(), program.kernels()
     # A kernel's products are not in the program; where there is one (and no loop) the cost analysis knows what it declares.
     found = compiled.cost_analysis()['flops'] if kernels else found
-    results |= {name: found / (products * 2 * ROWS * WIDTH * FEED_FORWARD), f'{name}_kernels': kernels,
-                f'{name}_temporary_bytes': compiled.memory_analysis().temp_size_in_bytes}
+    results |= {
+      name: found / (products * 2 * ROWS * WIDTH * FEED_FORWARD),
+      f'{name}_kernels': kernels,
+      f'{name}_temporary_bytes': compiled.memory_analysis().temp_size_in_bytes,
+    }
   return results
 
 
-def seconds_on_cpu(experts: int, tokens: int = 2048, width: int = 256, feed_forward: int = 512) -> dict:
+def seconds_on_cpu(
+  experts: int, tokens: int = 2048, width: int = 256, feed_forward: int = 512
+) -> dict:
   """Seconds forward and backward of a layer's dispatches, two experts a token, and of one expert with as many rows."""
   x = jax.random.normal(jax.random.key(0), (4, tokens // 4, width))
 
@@ -61,6 +79,7 @@ def seconds_on_cpu(experts: int, tokens: int = 2048, width: int = 256, feed_forw
     run = jax.jit(jax.grad(lambda layer, x: jax.tree.leaves(layer(x))[0].sum(), argnums=(0, 1)))
     jax.block_until_ready(run(layer, x))
     return common.seconds(lambda: jax.block_until_ready(run(layer, x)), 5)
+
   config = ModelConfig(width=width, feed_forward=feed_forward)
   results = {'one expert': time_of(FeedForward(config, nnx.Rngs(0)), jnp.concatenate([x, x]))}
   for dispatch in ('dropless', 'capacity', 'dense'):
@@ -71,7 +90,10 @@ def seconds_on_cpu(experts: int, tokens: int = 2048, width: int = 256, feed_forw
 
 def main():
   options = common.parser(__doc__).parse_args()
-  results, rows = {'rows': ROWS, 'width': WIDTH, 'feed_forward': FEED_FORWARD, 'compiled': [], 'cpu': {}}, []
+  results, rows = (
+    {'rows': ROWS, 'width': WIDTH, 'feed_forward': FEED_FORWARD, 'compiled': [], 'cpu': {}},
+    [],
+  )
   for target in TARGETS:
     try:
       aot.topology(TARGETS[target])
@@ -82,16 +104,44 @@ def main():
     for experts in EXPERTS:
       for backend in BACKENDS:
         found = wasted(target, backend, experts)
-        results['compiled'].append({'target': target, 'experts': experts, 'backend': backend, **found})
-        block = str(block_rows(ROWS, experts)) if backend == 'blocked' else 'kernel' if found['forward_kernels'] else '-'
-        rows.append([target, str(experts), backend, block, found['forward'], found['both'], found['both_temporary_bytes'] / 2**20])
-  common.table(f'Work over ideal: {ROWS} rows, {WIDTH} x {FEED_FORWARD}, bfloat16, compiled ahead of time',
-               ['target', 'experts', 'backend', 'block', 'forward', 'and backward', 'temporary MiB'], rows)
+        results['compiled'].append(
+          {'target': target, 'experts': experts, 'backend': backend, **found}
+        )
+        block = (
+          str(block_rows(ROWS, experts))
+          if backend == 'blocked'
+          else 'kernel'
+          if found['forward_kernels']
+          else '-'
+        )
+        rows.append(
+          [
+            target,
+            str(experts),
+            backend,
+            block,
+            found['forward'],
+            found['both'],
+            found['both_temporary_bytes'] / 2**20,
+          ]
+        )
+  common.table(
+    f'Work over ideal: {ROWS} rows, {WIDTH} x {FEED_FORWARD}, bfloat16, compiled ahead of time',
+    ['target', 'experts', 'backend', 'block', 'forward', 'and backward', 'temporary MiB'],
+    rows,
+  )
   rows = []
   for experts in (8, 64):
     found = results['cpu'][experts] = seconds_on_cpu(experts)
-    rows += [[name, str(experts), 1e3 * seconds, seconds / found['one expert']] for name, seconds in found.items()]
-  common.table('This CPU: 2048 tokens, 2 experts each, 256 x 512, f32, forward and backward', ['', 'experts', 'ms', 'x one expert'], rows)
+    rows += [
+      [name, str(experts), 1e3 * seconds, seconds / found['one expert']]
+      for name, seconds in found.items()
+    ]
+  common.table(
+    'This CPU: 2048 tokens, 2 experts each, 256 x 512, f32, forward and backward',
+    ['', 'experts', 'ms', 'x one expert'],
+    rows,
+  )
   common.write_json(options.json, 'grouped_matmul', results)
 
 

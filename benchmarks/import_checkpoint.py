@@ -7,6 +7,7 @@ files (RssFile), sampled every 5 ms. On CPU devices the model itself lies in tha
 exceeds the model's bytes; the target is 1.2 times the largest tensor. `load` brings tensors onto the mesh; `import` is
 the command, which writes the run as well.
 """
+
 import json
 import os
 import pathlib
@@ -20,10 +21,18 @@ import numpy as np
 
 from benchmarks import common
 
-CONFIG = dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=32_000, hidden_size=2048,
-              num_attention_heads=16,
-              num_key_value_heads=8, intermediate_size=8192, max_position_embeddings=2048, rms_norm_eps=1e-5,
-              tie_word_embeddings=False)
+CONFIG = dict(
+  model_type='llama',
+  architectures=['LlamaForCausalLM'],
+  vocab_size=32_000,
+  hidden_size=2048,
+  num_attention_heads=16,
+  num_key_value_heads=8,
+  intermediate_size=8192,
+  max_position_embeddings=2048,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=False,
+)
 RUN = """
 import sys
 from benchmarks.import_checkpoint import watched
@@ -35,28 +44,41 @@ def generate(directory: pathlib.Path, gigabytes: float) -> dict:
   """Writes a random checkpoint; its bytes, and those of its largest tensor."""
   from model import checkpoint, families
   from model.tensorfiles import DTYPES, write
-  layer = 2 * (CONFIG['hidden_size'] * (3 * CONFIG['intermediate_size'] + 3 * CONFIG['hidden_size']))  # bytes
+
+  layer = 2 * (
+    CONFIG['hidden_size'] * (3 * CONFIG['intermediate_size'] + 3 * CONFIG['hidden_size'])
+  )  # bytes
   table = 2 * CONFIG['vocab_size'] * CONFIG['hidden_size']
   hf = CONFIG | {'num_hidden_layers': max(1, round((gigabytes * 1e9 - 2 * table) / layer))}
   family, config = families.read(hf)
-  shapes = {name: parts[0].layout.shape for name, parts in checkpoint.parts_of(family, config).items()}
+  shapes = {
+    name: parts[0].layout.shape for name, parts in checkpoint.parts_of(family, config).items()
+  }
   rng = np.random.default_rng(0)
 
   def produce(name):
     for start in range(0, shapes[name][0], 1024):
       rows = min(1024, shapes[name][0] - start)
       yield rng.standard_normal((rows, *shapes[name][1:]), np.float32).astype(DTYPES['BF16'])
+
   directory.mkdir()
   write(directory, shapes, 'BF16', produce, 500_000_000)
   (directory / 'config.json').write_text(json.dumps(hf))
   sizes = [2 * int(np.prod(shape)) for shape in shapes.values()]
-  return {'bytes': sum(sizes), 'largest_tensor': max(sizes), 'tensors': len(sizes), 'layers': hf['num_hidden_layers']}
+  return {
+    'bytes': sum(sizes),
+    'largest_tensor': max(sizes),
+    'tensors': len(sizes),
+    'layers': hf['num_hidden_layers'],
+  }
 
 
 def resident() -> dict[str, int]:
   """This process's resident bytes, anonymous and of mapped files."""
   lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-  found = {line.split(':')[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith('Rss')}
+  found = {
+    line.split(':')[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith('Rss')
+  }
   return {'anonymous': found['RssAnon'] + found['RssShmem'], 'file': found['RssFile']}
 
 
@@ -65,13 +87,17 @@ def watched(what: str, source: str, workdir: str) -> None:
   import jax
 
   from model import checkpoint
-  jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))  # what jax itself takes is no part of an import
+
+  jax.block_until_ready(
+    jax.jit(lambda x: x + 1)(1.0)
+  )  # what jax itself takes is no part of an import
   before, peak, done = resident(), {'anonymous': 0, 'file': 0}, threading.Event()
 
   def sample():
     while not done.wait(0.005):
       for kind, value in resident().items():
         peak[kind] = max(peak[kind], value)
+
   watcher = threading.Thread(target=sample)
   watcher.start()
   began = time.perf_counter()
@@ -89,7 +115,9 @@ def watched(what: str, source: str, workdir: str) -> None:
 def main():
   parser = common.parser(__doc__)
   parser.add_argument('--gb', type=float, default=2.0, help='size of the checkpoint, 10^9 bytes')
-  parser.add_argument('--devices', type=int, nargs='+', default=[1, 4], help='CPU devices to split the model over')
+  parser.add_argument(
+    '--devices', type=int, nargs='+', default=[1, 4], help='CPU devices to split the model over'
+  )
   options = parser.parse_args()
   rows, results = [], {}
   with tempfile.TemporaryDirectory() as directory:
@@ -99,20 +127,38 @@ def main():
     print(f'{size / 1e9:.2f} GB in {made["tensors"]} tensors, the largest {largest / 1e6:.0f} MB')
     for what in ('load', 'import'):
       for devices in options.devices:
-        environment = os.environ | {'JAX_PLATFORMS': 'cpu',
-                                    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
-        ran = subprocess.run([sys.executable, '-c', RUN, what, str(source), f'{directory}/{what}{devices}'],
-                             env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {
+          'JAX_PLATFORMS': 'cpu',
+          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        }
+        ran = subprocess.run(
+          [sys.executable, '-c', RUN, what, str(source), f'{directory}/{what}{devices}'],
+          env=environment,
+          check=True,
+          stdout=subprocess.PIPE,
+          text=True,
+        )
         found = json.loads(ran.stdout.splitlines()[-1])
         above = found['anonymous'] + found['file'] - made['bytes']
-        results[f'{what}, {devices} devices'] = found | made | {'above_the_model': above,
-                                                                'ratio': above / made['largest_tensor']}
-        rows.append([f'{what}, {devices} device{"s" * (devices > 1)}', f'{found["seconds"]:.1f}',
-                     f'{made["bytes"] / 1e6 / found["seconds"]:,.0f}',
-                     f'{found["anonymous"] / 1e6:,.0f}', f'{found["file"] / 1e6:,.0f}', f'{above / 1e6:,.0f}',
-                     f'{above / made["largest_tensor"]:.2f}'])
-  common.table('Peak memory above what the process had (MB)',
-               ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest tensor'], rows)
+        results[f'{what}, {devices} devices'] = (
+          found | made | {'above_the_model': above, 'ratio': above / made['largest_tensor']}
+        )
+        rows.append(
+          [
+            f'{what}, {devices} device{"s" * (devices > 1)}',
+            f'{found["seconds"]:.1f}',
+            f'{made["bytes"] / 1e6 / found["seconds"]:,.0f}',
+            f'{found["anonymous"] / 1e6:,.0f}',
+            f'{found["file"] / 1e6:,.0f}',
+            f'{above / 1e6:,.0f}',
+            f'{above / made["largest_tensor"]:.2f}',
+          ]
+        )
+  common.table(
+    'Peak memory above what the process had (MB)',
+    ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest tensor'],
+    rows,
+  )
   common.write_json(options.json, 'import_checkpoint', results)
 
 

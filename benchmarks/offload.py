@@ -5,6 +5,7 @@
 A process each, on the CPU, whose devices' memory is the host's: only the disk can spare it any. Resident is the peak of the process, with
 compilers and all; with --limit the kernel refuses each process more data than that (RLIMIT_DATA), and those that need more end.
 """
+
 import json
 import os
 import resource
@@ -56,13 +57,22 @@ def measure(place: str, layers: int, limit: float = 0) -> dict | None:
   """
   allowed = int(limit * 1e9) or resource.RLIM_INFINITY
   with tempfile.TemporaryDirectory() as directory:
-    done = subprocess.run([sys.executable, '-c', CHILD, place, directory, str(layers)], capture_output=True, text=True,
-                          env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed)))
+    done = subprocess.run(
+      [sys.executable, '-c', CHILD, place, directory, str(layers)],
+      capture_output=True,
+      text=True,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed)),
+    )
   if done.returncode:
-    if limit and any(sign in done.stderr for sign in ('RESOURCE_EXHAUSTED', 'bad_alloc', 'MemoryError', 'Out of memory')):
+    if limit and any(
+      sign in done.stderr
+      for sign in ('RESOURCE_EXHAUSTED', 'bad_alloc', 'MemoryError', 'Out of memory')
+    ):
       return None
-    raise RuntimeError(f'offload_optimizer={place!r} ended with {done.returncode}:\n{done.stderr[-2000:]}')
+    raise RuntimeError(
+      f'offload_optimizer={place!r} ended with {done.returncode}:\n{done.stderr[-2000:]}'
+    )
   return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -70,12 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   """The command; returns place -> what `measure` gives."""
   parser = common.parser(__doc__.splitlines()[0])
   parser.add_argument('--layers', type=int, default=8, help='of 16.8 million parameters each')
-  parser.add_argument('--limit', type=float, default=0, metavar='GB', help='of data of each process')
+  parser.add_argument(
+    '--limit', type=float, default=0, metavar='GB', help='of data of each process'
+  )
   options = parser.parse_args(arguments)
   found = {place or 'device': measure(place, options.layers, options.limit) for place in PLACES}
-  rows = [[place, *(m[key] / 1e9 for key in ('model', 'optimizer', 'peak')), m['seconds'], m['loss']] if m
-          else [place, '', '', 'out of memory', '', ''] for place, m in found.items()]
-  common.table('GB, and seconds of a step', ['state in', 'parameters', 'optimizer state', 'peak resident', 'seconds', 'loss'], rows)
+  rows = [
+    [place, *(m[key] / 1e9 for key in ('model', 'optimizer', 'peak')), m['seconds'], m['loss']]
+    if m
+    else [place, '', '', 'out of memory', '', '']
+    for place, m in found.items()
+  ]
+  common.table(
+    'GB, and seconds of a step',
+    ['state in', 'parameters', 'optimizer state', 'peak resident', 'seconds', 'loss'],
+    rows,
+  )
   common.write_json(options.json, 'offload', found)
   return found
 

@@ -5,24 +5,37 @@
 Greedy, one row at a time; of each document the first tokens are the prompt. Every way runs on every document twice, the ways in turn, and
 the better time counts. The text is the same by law, and compared. Ways may stop drafting by themselves, where they lose (decode.drafting).
 """
+
 import itertools
 
 from benchmarks import common
 
-WAYS = {'plain': {}, 'lookup 2': dict(lookup=2), 'lookup 3': dict(lookup=3), 'lookup 3, 8 drafted': dict(lookup=3, draft_tokens=8),
-        'early exit 1': dict(early_exit=1), 'early exit 2': dict(early_exit=2)}
+WAYS = {
+  'plain': {},
+  'lookup 2': dict(lookup=2),
+  'lookup 3': dict(lookup=3),
+  'lookup 3, 8 drafted': dict(lookup=3, draft_tokens=8),
+  'early exit 1': dict(early_exit=1),
+  'early exit 2': dict(early_exit=2),
+}
 
 
 def prompts(workdir: str, count: int, tokens: int) -> list[list[int]]:
   """The first ids of as many held-out documents of a run as are long enough."""
   from data.prepare import prepare
   from training import config
+
   prepared = prepare(config.load(workdir).data, log=lambda line: None)
   encode = prepared.tokenizer.encode
-  rows = ([prepared.tokenizer.bos, *encode(document[:16 * tokens])][:tokens] for document in prepared.validation_documents())
+  rows = (
+    [prepared.tokenizer.bos, *encode(document[: 16 * tokens])][:tokens]
+    for document in prepared.validation_documents()
+  )
   found = list(itertools.islice((row for row in rows if len(row) == tokens), count))
   if not found:
-    raise SystemExit(f'error: {workdir} holds no document of {tokens} tokens out; give fewer with --prompt_tokens')
+    raise SystemExit(
+      f'error: {workdir} holds no document of {tokens} tokens out; give fewer with --prompt_tokens'
+    )
   return found
 
 
@@ -34,6 +47,7 @@ def main():
   arguments.add_argument('--max_new_tokens', type=int, default=128)
   options = arguments.parse_args()
   from decode.generator import Generator
+
   g = Generator.load(options.workdir)
   rows = prompts(options.workdir, options.documents, options.prompt_tokens)
   layers = g.model.config.L
@@ -41,22 +55,48 @@ def main():
   best, texts = {}, {}
   for turn in range(3):  # the first compiles
     for (index, row), (name, way) in itertools.product(enumerate(rows), ways.items()):
-      completion, = g(row, max_new_tokens=options.max_new_tokens, temperature=0.0, logit_bias={g.tokenizer.eos: -float('inf')}, **way)
-      assert texts.setdefault(index, completion.ids) == completion.ids, f'{name}: another text than plain'
-      if turn and (key := (name, index)) not in best or turn and g.report.seconds < best[key].seconds:
+      (completion,) = g(
+        row,
+        max_new_tokens=options.max_new_tokens,
+        temperature=0.0,
+        logit_bias={g.tokenizer.eos: -float('inf')},
+        **way,
+      )
+      assert texts.setdefault(index, completion.ids) == completion.ids, (
+        f'{name}: another text than plain'
+      )
+      if (
+        turn and (key := (name, index)) not in best or turn and g.report.seconds < best[key].seconds
+      ):
         best[name, index] = g.report
   results, new = {}, options.max_new_tokens * len(rows)
   for name in ways:
     reports = [best[name, index] for index in range(len(rows))]
-    drafted, accepted = (sum(getattr(report, of) for report in reports) for of in ('drafted', 'accepted'))
-    results[name] = {'tokens_per_second': new / sum(report.seconds for report in reports), 'drafted': drafted, 'accepted': accepted,
-                     'fell_back': sum(report.fell_back for report in reports)}
+    drafted, accepted = (
+      sum(getattr(report, of) for report in reports) for of in ('drafted', 'accepted')
+    )
+    results[name] = {
+      'tokens_per_second': new / sum(report.seconds for report in reports),
+      'drafted': drafted,
+      'accepted': accepted,
+      'fell_back': sum(report.fell_back for report in reports),
+    }
   plain = results['plain']['tokens_per_second']
-  common.table(f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + {options.max_new_tokens} tokens each, greedy',
-               ['', 'tokens/s', 'x plain', 'drafts kept', 'of', 'stopped drafting'],
-               [[name, found['tokens_per_second'], found['tokens_per_second'] / plain,
-                 f'{found["accepted"] / found["drafted"]:.0%}' if found['drafted'] else '-', found['drafted'],
-                 f'{found["fell_back"]} of {len(rows)}'] for name, found in results.items()])
+  common.table(
+    f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + {options.max_new_tokens} tokens each, greedy',
+    ['', 'tokens/s', 'x plain', 'drafts kept', 'of', 'stopped drafting'],
+    [
+      [
+        name,
+        found['tokens_per_second'],
+        found['tokens_per_second'] / plain,
+        f'{found["accepted"] / found["drafted"]:.0%}' if found['drafted'] else '-',
+        found['drafted'],
+        f'{found["fell_back"]} of {len(rows)}',
+      ]
+      for name, found in results.items()
+    ],
+  )
   common.write_json(options.json, 'speculation', results)
 
 

@@ -6,6 +6,7 @@ Whole processes of train.py and generate.py on configs/tiny.py, timed from outsi
 beside the floor that no program on jax gets under: a process that imports jax and flax and runs one compiled addition. Then
 the compile time of a train step with 4 and with 32 layers: the block is scanned, so that it should not grow.
 """
+
 import os
 import pathlib
 import statistics
@@ -49,7 +50,12 @@ print(time.perf_counter() - began)
 def until(command: list[str], sign: str) -> float:
   """Seconds from the start of a process to the first output that contains `sign`, read character by character."""
   began = time.perf_counter()
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  process = subprocess.Popen(
+    command,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )
   seen = b''
   while sign.encode() not in seen:
     character = process.stdout.read(1)
@@ -65,8 +71,13 @@ def until(command: list[str], sign: str) -> float:
 
 def compile_seconds(layers: int) -> float:
   """Seconds that XLA takes for the train step of a small model, in a fresh process, without a cache."""
-  ran = subprocess.run([sys.executable, '-c', COMPILE, str(layers)], check=True, stdout=subprocess.PIPE, text=True,
-                       env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  ran = subprocess.run(
+    [sys.executable, '-c', COMPILE, str(layers)],
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )
   return float(ran.stdout)
 
 
@@ -76,10 +87,26 @@ def main():
   with tempfile.TemporaryDirectory() as directory:
     work = pathlib.Path(directory)
     data = f'--config.data.cache_dir={work / "cache"}'
-    train = lambda name, steps: [python, 'train.py', *TINY, data, f'--workdir={work / name}', f'--config.train.steps={steps}',
-                                 '--config.optimizer.warmup_steps=1']
-    generate = [python, 'generate.py', f'--workdir={work / "warm"}', '--prompt=', '--max_new_tokens=1', '--temperature=0']
-    subprocess.run(train('warm', 3), check=True, stdout=subprocess.DEVNULL)  # prepares the data, fills the cache
+    train = lambda name, steps: [
+      python,
+      'train.py',
+      *TINY,
+      data,
+      f'--workdir={work / name}',
+      f'--config.train.steps={steps}',
+      '--config.optimizer.warmup_steps=1',
+    ]
+    generate = [
+      python,
+      'generate.py',
+      f'--workdir={work / "warm"}',
+      '--prompt=',
+      '--max_new_tokens=1',
+      '--temperature=0',
+    ]
+    subprocess.run(
+      train('warm', 3), check=True, stdout=subprocess.DEVNULL
+    )  # prepares the data, fills the cache
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
     floor, step, token = [], [], []
     for i in range(REPEATS):
@@ -89,13 +116,28 @@ def main():
   compiled = {layers: min(compile_seconds(layers) for _ in range(3)) for layers in (4, 32)}
   base = statistics.median(floor)
   rows = [['floor: import jax and flax, add two numbers', base, 1.0]]
-  for name, seconds in (('train.py: first completed step', step), ('generate.py: first token', token)):
+  for name, seconds in (
+    ('train.py: first completed step', step),
+    ('generate.py: first token', token),
+  ):
     rows.append([name, statistics.median(seconds), statistics.median(seconds) / base])
-  common.table('From the start of the process, warm compilation cache, configs/tiny.py (medians)', ['', 'seconds', 'x floor'], rows)
-  common.table('Compiling the train step', ['layers', 'seconds', 'x 4 layers'],
-               [[str(layers), seconds, seconds / compiled[4]] for layers, seconds in compiled.items()])
-  results = {'floor_seconds': floor, 'first_step_seconds': step, 'first_token_seconds': token, 'compile_seconds': compiled,
-             'compile_ratio': compiled[32] / compiled[4]}
+  common.table(
+    'From the start of the process, warm compilation cache, configs/tiny.py (medians)',
+    ['', 'seconds', 'x floor'],
+    rows,
+  )
+  common.table(
+    'Compiling the train step',
+    ['layers', 'seconds', 'x 4 layers'],
+    [[str(layers), seconds, seconds / compiled[4]] for layers, seconds in compiled.items()],
+  )
+  results = {
+    'floor_seconds': floor,
+    'first_step_seconds': step,
+    'first_token_seconds': token,
+    'compile_seconds': compiled,
+    'compile_ratio': compiled[32] / compiled[4],
+  }
   common.write_json(options.json, 'startup', results)
 
 

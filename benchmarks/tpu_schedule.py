@@ -10,6 +10,7 @@ it. The peer is jax's `splash`, in blocks of 1024 (v4: 512), with its gradients 
 has fewer bundles; it masks every block, and skips none for segments. --tune tries step sizes of ours first, and writes those of the
 fewest bundles to kernels/tuning.json. Needs libtpu (the extra `plan`), no TPU.
 """
+
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -32,16 +33,33 @@ from kernels.mask import FULL, PARTIAL, SKIP, Mask
 from kernels.tuning import TILE
 
 HEADS, LENGTH = 8, 2048  # LENGTH: that is compiled
-KERNELS = {'pallas_tpu': {'forward': ('flash_forward',), 'backward': ('flash_backward',)},
-           'splash': {'forward': ('splash_mha_fwd',), 'backward': ('splash_mha_dkv', 'splash_mha_dq')}}
+KERNELS = {
+  'pallas_tpu': {'forward': ('flash_forward',), 'backward': ('flash_backward',)},
+  'splash': {'forward': ('splash_mha_fwd',), 'backward': ('splash_mha_dkv', 'splash_mha_dq')},
+}
 PRODUCTS = {'forward': 2, 'backward': 5}
 WHAT = 'causal', 'window', 'packed'
-WORKLOADS = {f'{length >> 10}k': ('causal', length) for length in (1 << bit for bit in range(12, 18))} | {
-    '16k, window 1k': ('window', 16384), '16k, packed 2k': ('packed', 16384)}
+WORKLOADS = {
+  f'{length >> 10}k': ('causal', length) for length in (1 << bit for bit in range(12, 18))
+} | {'16k, window 1k': ('window', 16384), '16k, packed 2k': ('packed', 16384)}
 # (rows, keys, chunk) of ours.
-CANDIDATES = [(1024, 1024, 128), (1024, 1024, 256), (1024, 1024, 512), (512, 1024, 128), (512, 1024, 256), (1024, 512, 256),
-              (512, 512, 256)]
-SMALL = [(256, 256, 128), (512, 256, 128), (256, 512, 128), (512, 512, 128), (512, 512, 256), (1024, 256, 256)]
+CANDIDATES = [
+  (1024, 1024, 128),
+  (1024, 1024, 256),
+  (1024, 1024, 512),
+  (512, 1024, 128),
+  (512, 1024, 256),
+  (1024, 512, 256),
+  (512, 512, 256),
+]
+SMALL = [
+  (256, 256, 128),
+  (512, 256, 128),
+  (256, 512, 128),
+  (512, 512, 128),
+  (512, 512, 256),
+  (1024, 256, 256),
+]
 SMALL_VMEM = 32 << 20  # bytes, below which SMALL are tried, and splash is given blocks of 512
 TUNED_FOR = 8192  # tokens, causal
 
@@ -60,32 +78,55 @@ def splash(q, k, v, mask: Mask, block: int, fused: bool):
   import jax.numpy as jnp
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
   shape = (q.shape[1], k.shape[1])
   spec = masks.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else masks.CausalMask(shape)
   rest = {} if fused else {'block_q_dq': block, 'block_kv_dq': block}
-  sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=fused, **rest)
-  run = kernel.make_splash_mha(masks.MultiHeadMask([spec] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1)
-  segments = None if mask.query_segments is None else kernel.SegmentIds(*(jnp.asarray(x) for x in (mask.query_segments, mask.key_segments)))
+  sizes = kernel.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    use_fused_bwd_kernel=fused,
+    **rest,
+  )
+  run = kernel.make_splash_mha(
+    masks.MultiHeadMask([spec] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1
+  )
+  segments = (
+    None
+    if mask.query_segments is None
+    else kernel.SegmentIds(*(jnp.asarray(x) for x in (mask.query_segments, mask.key_segments)))
+  )
   return jnp.swapaxes(jax.vmap(run)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments), 1, 2)
 
 
-def compile_here(topology: str, width: int, what: str, backend: str, options: dict, dtype: str = 'bfloat16') -> None:
+def compile_here(
+  topology: str, width: int, what: str, backend: str, options: dict, dtype: str = 'bfloat16'
+) -> None:
   """Attention and its gradient for a chip. options: of ours, the step of each direction; of splash, its arguments."""
   import jax
   import jax.numpy as jnp
 
   from kernels.attention import attention
   from parallel.mesh import MeshConfig, make_mesh
+
   jax.clear_caches()  # which know nothing of steps
   mesh, mask = make_mesh(MeshConfig(), aot.topology(topology)[:1]), mask_of(what, LENGTH)
   if backend == 'pallas_tpu':
-    tuning.lookup = lambda kind, direction, width: tuning.Tuning(**options[direction], vmem=tuning.VMEM[kind])
+    tuning.lookup = lambda kind, direction, width: tuning.Tuning(
+      **options[direction], vmem=tuning.VMEM[kind]
+    )
     run = lambda q, k, v: attention(q, k, v, mask, backend=backend)[0]
   else:
     run = lambda q, k, v: splash(q, k, v, mask, **options)
   with jax.set_mesh(mesh):
-    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-    jax.jit(jax.grad(lambda *x: jnp.sum(run(*x), dtype=jnp.float32), (0, 1, 2))).lower(x, x, x).compile()
+    x = jax.ShapeDtypeStruct(
+      (1, LENGTH, HEADS, width), dtype, sharding=jax.NamedSharding(mesh, jax.P())
+    )
+    jax.jit(jax.grad(lambda *x: jnp.sum(run(*x), dtype=jnp.float32), (0, 1, 2))).lower(
+      x, x, x
+    ).compile()
 
 
 def child(directory: str) -> None:
@@ -107,10 +148,17 @@ def child(directory: str) -> None:
       step = {'rows': block, 'keys': block} if block else job['options'][direction]
       tiles = step['rows'] * step['keys'] / TILE**2
       whole, masked = (sum(body[at].bundles for body in bodies) for at in (0, -1))
-      beside = sum(block.bundles for blocks in made for block in blocks) - sum(block.bundles for body in bodies for block in body)
-      results[direction] = {'step': step, 'whole': round(whole / tiles), 'masked': round(masked / tiles), 'beside': beside,
-                            'matrix unit': bodies[0][0].uses.get('MXU', bodies[0][0].uses.get('MATMUL', 0.0)),
-                            'spill': max(part.uses.get('VSTORE:SPILL', 0.0) for body in bodies for part in body)}
+      beside = sum(block.bundles for blocks in made for block in blocks) - sum(
+        block.bundles for body in bodies for block in body
+      )
+      results[direction] = {
+        'step': step,
+        'whole': round(whole / tiles),
+        'masked': round(masked / tiles),
+        'beside': beside,
+        'matrix unit': bodies[0][0].uses.get('MXU', bodies[0][0].uses.get('MATMUL', 0.0)),
+        'spill': max(part.uses.get('VSTORE:SPILL', 0.0) for body in bodies for part in body),
+      }
     print(json.dumps(results), flush=True)
 
 
@@ -121,8 +169,13 @@ def measure(jobs: list[dict]) -> list[dict]:
   """
   with tempfile.TemporaryDirectory() as directory:
     environment = os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': bundles.dump_flags(directory)}
-    done = subprocess.run([sys.executable, '-m', 'benchmarks.tpu_schedule', '--child', directory], env=environment, text=True,
-                          capture_output=True, input=''.join(json.dumps(job) + '\n' for job in jobs))
+    done = subprocess.run(
+      [sys.executable, '-m', 'benchmarks.tpu_schedule', '--child', directory],
+      env=environment,
+      text=True,
+      capture_output=True,
+      input=''.join(json.dumps(job) + '\n' for job in jobs),
+    )
   if done.returncode:
     raise RuntimeError(f'libtpu fails:\n{done.stderr[-2000:]}')
   return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
@@ -133,19 +186,38 @@ def chip_of(topology: str):
   return device.device_kind, hardware.lookup(device.device_kind, device.num_cores)
 
 
-def cycles(found: dict, direction: str, width: int, chip: hardware.Chip, what: str, length: int, skips: bool,
-           beside: bool = False) -> float:
+def cycles(
+  found: dict,
+  direction: str,
+  width: int,
+  chip: hardware.Chip,
+  what: str,
+  length: int,
+  skips: bool,
+  beside: bool = False,
+) -> float:
   """Of a core, for one head. skips: blocks between segments. beside: with what a step does beside its body."""
   mask = mask_of(what if skips or what != 'packed' else 'causal', length)
   rows, keys = found['step']['rows'], found['step']['keys']
   kinds, tiles = np.asarray(mask.blocks(length, length, rows, keys)), rows * keys / TILE**2
   floor = PRODUCTS[direction] * 2 * TILE * TILE * width / (chip.bfloat16 / chip.cores) * chip.clock
-  body = sum(int((kinds == kind).sum()) * tiles * max(found[name], floor) for kind, name in ((FULL, 'whole'), (PARTIAL, 'masked')))
+  body = sum(
+    int((kinds == kind).sum()) * tiles * max(found[name], floor)
+    for kind, name in ((FULL, 'whole'), (PARTIAL, 'masked'))
+  )
   return body + beside * found['beside'] * int((kinds != SKIP).sum())
 
 
-def seconds(found: dict, direction: str, width: int, chip: hardware.Chip, what: str, length: int, skips: bool) -> float:
-  return HEADS * chip.devices / chip.cores * cycles(found, direction, width, chip, what, length, skips) / chip.clock
+def seconds(
+  found: dict, direction: str, width: int, chip: hardware.Chip, what: str, length: int, skips: bool
+) -> float:
+  return (
+    HEADS
+    * chip.devices
+    / chip.cores
+    * cycles(found, direction, width, chip, what, length, skips)
+    / chip.clock
+  )
 
 
 def best_steps(topology: str, width: int) -> dict[str, dict]:
@@ -153,21 +225,36 @@ def best_steps(topology: str, width: int) -> dict[str, dict]:
   kind, chip = chip_of(topology)
   sizes = SMALL if tuning.VMEM[kind] < SMALL_VMEM else CANDIDATES
   steps = [dict(zip(('rows', 'keys', 'chunk'), size)) for size in sizes]
-  forward = [step | {'ones': ones} for step in steps for ones in ((False, True) if width % 256 else (False,))]
-  pairs = itertools.zip_longest(forward, [step | {'ones': False} for step in steps], fillvalue=steps[0] | {'ones': False})
-  job = lambda forward, backward: {'topology': topology, 'width': width, 'what': 'causal', 'backend': 'pallas_tpu',
-                                   'options': {'forward': forward, 'backward': backward}}
+  forward = [
+    step | {'ones': ones} for step in steps for ones in ((False, True) if width % 256 else (False,))
+  ]
+  pairs = itertools.zip_longest(
+    forward, [step | {'ones': False} for step in steps], fillvalue=steps[0] | {'ones': False}
+  )
+  job = lambda forward, backward: {
+    'topology': topology,
+    'width': width,
+    'what': 'causal',
+    'backend': 'pallas_tpu',
+    'options': {'forward': forward, 'backward': backward},
+  }
   found, best = measure([job(*pair) for pair in pairs]), {}
   for direction in PRODUCTS:
-    cost = lambda result: cycles(result, direction, width, chip, 'causal', TUNED_FOR, True, beside=True)
+    cost = lambda result: cycles(
+      result, direction, width, chip, 'causal', TUNED_FOR, True, beside=True
+    )
     smallest = min(forward, key=lambda step: step['rows'] * step['keys'])
-    for result in sorted((results[direction] for results in found if direction in results), key=cost):
+    for result in sorted(
+      (results[direction] for results in found if direction in results), key=cost
+    ):
       steps = dict.fromkeys(PRODUCTS, smallest) | {direction: result['step']}
       if 'error' not in measure([job(**steps) | {'dtype': 'float32'}])[0]:
         best[direction] = result
         break
     else:
-      raise RuntimeError(f'no {direction} step of {sizes} compiles for {topology} with heads {width} wide, in bfloat16 and in f32')
+      raise RuntimeError(
+        f'no {direction} step of {sizes} compiles for {topology} with heads {width} wide, in bfloat16 and in f32'
+      )
   return best
 
 
@@ -180,7 +267,11 @@ def tune(topologies: list[str], widths: list[int]) -> None:
       cells = table['steps'].setdefault(chip_of(topology)[0], {}).setdefault(direction, {})
       cells[str(width)] = found['step'] | {'whole': found['whole'], 'masked': found['masked']}
       print(f'{topology}, {width}, {direction}: {cells[str(width)]}', flush=True)
-    files.replace(str(tuning.TABLE), re.sub(r'\{[^{}]*\}', lambda cell: ' '.join(cell[0].split()), json.dumps(table, indent=1)) + '\n')
+    files.replace(
+      str(tuning.TABLE),
+      re.sub(r'\{[^{}]*\}', lambda cell: ' '.join(cell[0].split()), json.dumps(table, indent=1))
+      + '\n',
+    )
 
 
 def compare(topology: str, width: int) -> dict[str, dict[str, dict]]:
@@ -191,14 +282,35 @@ def compare(topology: str, width: int) -> dict[str, dict[str, dict]]:
     step = tuning.lookup(kind, direction, width)
     ours[direction] = {name: getattr(step, name) for name in ('rows', 'keys', 'chunk', 'ones')}
   block = 512 if tuning.VMEM[kind] < SMALL_VMEM else 1024
-  options = {'pallas_tpu': [ours], 'splash': [{'block': block, 'fused': fused} for fused in (False, True)]}
-  jobs = [{'topology': topology, 'width': width, 'what': what, 'backend': backend, 'options': one}
-          for backend in KERNELS for what in WHAT for one in options[backend]]
+  options = {
+    'pallas_tpu': [ours],
+    'splash': [{'block': block, 'fused': fused} for fused in (False, True)],
+  }
+  jobs = [
+    {'topology': topology, 'width': width, 'what': what, 'backend': backend, 'options': one}
+    for backend in KERNELS
+    for what in WHAT
+    for one in options[backend]
+  ]
   found = list(zip(jobs, measure(jobs), strict=True))
   cost = lambda result: result['whole'] + result['masked']
-  return {backend: {what: {direction: min((one[direction] for job, one in found if direction in one and job['backend'] == backend
-                                           and job['what'] == what), key=cost) for direction in PRODUCTS}
-                    for what in WHAT} for backend in KERNELS}
+  return {
+    backend: {
+      what: {
+        direction: min(
+          (
+            one[direction]
+            for job, one in found
+            if direction in one and job['backend'] == backend and job['what'] == what
+          ),
+          key=cost,
+        )
+        for direction in PRODUCTS
+      }
+      for what in WHAT
+    }
+    for backend in KERNELS
+  }
 
 
 def main():
@@ -207,9 +319,16 @@ def main():
   parser = common.parser(__doc__)
   parser.add_argument('--topologies', default='v4:1x1x1,v5e:1x1,v5p:1x1x1,v6e:1x1,tpu7x:1x1x1')
   parser.add_argument('--widths', default='64,128,256')
-  parser.add_argument('--tune', action='store_true', help='try steps, and write the best to kernels/tuning.json, before')
+  parser.add_argument(
+    '--tune',
+    action='store_true',
+    help='try steps, and write the best to kernels/tuning.json, before',
+  )
   options = parser.parse_args()
-  topologies, widths = options.topologies.split(','), [int(width) for width in options.widths.split(',')]
+  topologies, widths = (
+    options.topologies.split(','),
+    [int(width) for width in options.widths.split(',')],
+  )
   if options.tune:
     tune(topologies, widths)
   bodies, times, results = [], [], {}
@@ -218,15 +337,50 @@ def main():
     for direction in PRODUCTS:
       name = f'{topology.partition(":")[0]}, {width}, {direction}'
       ours, theirs = (both[backend]['causal'][direction] for backend in KERNELS)
-      bodies.append([name, *(f'{x["whole"]:,} / {x["masked"]:,}' for x in (ours, theirs)), ours['whole'] / theirs['whole'],
-                     *(f'{ours[share]:.0%} / {theirs[share]:.0%}' for share in ('matrix unit', 'spill'))])
-      each = {workload: [seconds(both[backend][what][direction], direction, width, chip, what, length, backend == 'pallas_tpu')
-                         for backend in KERNELS] for workload, (what, length) in WORKLOADS.items()}
-      times.append([name, *(f'{ours * 1e3:.3g} {ours / theirs:.2f}x' for ours, theirs in each.values())])
-      results[name] = {'seconds': each, 'bundles': {backend: {what: both[backend][what][direction] for what in WHAT}
-                                                    for backend in KERNELS}}
-  common.table(f'attention, {HEADS} heads, bfloat16: bundles of a causal tile, whole / masked',
-               ['TPU, head width', 'ours', 'splash', 'ratio', 'matrix unit, ours / splash', 'stores that spill, at most'], bodies)
+      bodies.append(
+        [
+          name,
+          *(f'{x["whole"]:,} / {x["masked"]:,}' for x in (ours, theirs)),
+          ours['whole'] / theirs['whole'],
+          *(f'{ours[share]:.0%} / {theirs[share]:.0%}' for share in ('matrix unit', 'spill')),
+        ]
+      )
+      each = {
+        workload: [
+          seconds(
+            both[backend][what][direction],
+            direction,
+            width,
+            chip,
+            what,
+            length,
+            backend == 'pallas_tpu',
+          )
+          for backend in KERNELS
+        ]
+        for workload, (what, length) in WORKLOADS.items()
+      }
+      times.append(
+        [name, *(f'{ours * 1e3:.3g} {ours / theirs:.2f}x' for ours, theirs in each.values())]
+      )
+      results[name] = {
+        'seconds': each,
+        'bundles': {
+          backend: {what: both[backend][what][direction] for what in WHAT} for backend in KERNELS
+        },
+      }
+  common.table(
+    f'attention, {HEADS} heads, bfloat16: bundles of a causal tile, whole / masked',
+    [
+      'TPU, head width',
+      'ours',
+      'splash',
+      'ratio',
+      'matrix unit, ours / splash',
+      'stores that spill, at most',
+    ],
+    bodies,
+  )
   common.table('ms of ours by them, and ratio to splash', ['TPU, head width', *WORKLOADS], times)
   common.write_json(options.json, 'tpu_schedule', results)
 

@@ -6,6 +6,7 @@ bench-30M: vocabulary 8192, width 512, 8 layers, 8 heads, 4 kv heads, head width
 AdamW, clipping. Each side runs in a process of its own, in turn, twice, with the same allocator settings (parallel/hosts.py);
 the better run counts. The machine's own f32 GEMM rate, the faster library's, is the physical limit that both are held to.
 """
+
 import json
 
 from benchmarks import common, train_step
@@ -16,22 +17,32 @@ def config():
   from model.config import ModelConfig
   from training.config import Config
   from training.optimizer import OptimizerConfig
-  return Config(model=ModelConfig(vocabulary=8192, width=512, layers=8, heads=8, kv_heads=4, feed_forward=1408, remat='dots'),
-                data=DataConfig(sequence_length=512, batch_size=8), optimizer=OptimizerConfig(schedule='constant'))
+
+  return Config(
+    model=ModelConfig(
+      vocabulary=8192, width=512, layers=8, heads=8, kv_heads=4, feed_forward=1408, remat='dots'
+    ),
+    data=DataConfig(sequence_length=512, batch_size=8),
+    optimizer=OptimizerConfig(schedule='constant'),
+  )
 
 
 def ours(steps: int) -> dict:
   import jax
   import jax.numpy as jnp
+
   found = train_step.tandem(config(), steps)
   a, b = (jax.random.normal(jax.random.key(i), (2048, 2048)) for i in range(2))
   product = jax.jit(jnp.matmul)
   product(a, b).block_until_ready()
-  return found | {'gemm': 2 * 2048**3 / common.seconds(lambda: product(a, b).block_until_ready(), 20)}
+  return found | {
+    'gemm': 2 * 2048**3 / common.seconds(lambda: product(a, b).block_until_ready(), 20)
+  }
 
 
 def theirs(steps: int) -> dict:
   import torch
+
   found = train_step.transformers_torch(config(), steps)
   a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
   a @ b
@@ -49,22 +60,48 @@ def main():
   runs = {'ours': [], 'theirs': []}
   for _ in range(2):
     for side in runs:
-      runs[side].append(train_step.in_process('benchmarks.train_cpu', '--side', side, '--steps', str(options.steps),
-                                              environment={'JAX_PLATFORMS': 'cpu'}))
+      runs[side].append(
+        train_step.in_process(
+          'benchmarks.train_cpu',
+          '--side',
+          side,
+          '--steps',
+          str(options.steps),
+          environment={'JAX_PLATFORMS': 'cpu'},
+        )
+      )
   best = {side: min(of, key=lambda run: run['step_seconds']) for side, of in runs.items()}
-  gemm, needed = max(run['gemm'] for of in runs.values() for run in of), best['ours']['flops_per_token']
+  gemm, needed = (
+    max(run['gemm'] for of in runs.values() for run in of),
+    best['ours']['flops_per_token'],
+  )
   rows, data = [], config().data
   for side, name in (('ours', 'Tandem'), ('theirs', 'transformers + torch')):
     run = best[side]
     run['tokens_per_second'] = data.batch_size * data.sequence_length / run['step_seconds']
     run['share_of_gemm'] = run['tokens_per_second'] * needed / gemm
-    rows.append([name, run['tokens_per_second'], f'{run["share_of_gemm"]:.0%}', run['gemm'] / 1e9, run['peak_bytes'] / 2**30,
-                 run['first_step_seconds']])
+    rows.append(
+      [
+        name,
+        run['tokens_per_second'],
+        f'{run["share_of_gemm"]:.0%}',
+        run['gemm'] / 1e9,
+        run['peak_bytes'] / 2**30,
+        run['first_step_seconds'],
+      ]
+    )
   a, b = rows
   rows.append(['ratio', a[1] / b[1], '', a[3] / b[3], a[4] / b[4], a[5] / b[5]])
-  common.table(f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x {data.sequence_length}',
-               ['', 'tokens/s', 'of the fastest GEMM', 'own GEMM GFLOP/s', 'peak RSS GiB', 'first step s'], rows)
-  common.write_json(options.json, 'train_cpu', {'best': best, 'runs': runs, 'ratio': a[1] / b[1], 'memory_ratio': a[4] / b[4]})
+  common.table(
+    f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x {data.sequence_length}',
+    ['', 'tokens/s', 'of the fastest GEMM', 'own GEMM GFLOP/s', 'peak RSS GiB', 'first step s'],
+    rows,
+  )
+  common.write_json(
+    options.json,
+    'train_cpu',
+    {'best': best, 'runs': runs, 'ratio': a[1] / b[1], 'memory_ratio': a[4] / b[4]},
+  )
 
 
 if __name__ == '__main__':

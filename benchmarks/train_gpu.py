@@ -11,6 +11,7 @@ scaled_dot_product_attention in bfloat16 by autocast, and its layers compiled. A
 with its layers checkpointed, and says so. MFU counts causal attention at half and nothing that is computed twice (analysis/flops.py).
 What the budget in seconds leaves no time for is named.
 """
+
 import argparse
 import dataclasses
 import json
@@ -22,25 +23,56 @@ from benchmarks import common, train_step
 LENGTHS = (4096, 16384)
 TOKENS = 16384
 # Sides in the order of their importance: attention backend and whether rows have segments, or how torch runs.
-OURS = {'pallas_gpu': ('pallas_gpu', True), 'cudnn': ('xla', False), 'blocked': ('blocked', True), 'xla': ('xla', True)}
+OURS = {
+  'pallas_gpu': ('pallas_gpu', True),
+  'cudnn': ('xla', False),
+  'blocked': ('blocked', True),
+  'xla': ('xla', True),
+}
 THEIRS = {'torch compiled': True, 'torch': False}
 ORDER = ('pallas_gpu', 'cudnn', 'torch compiled', 'torch', 'blocked', 'xla')
-NAMES = {'pallas_gpu': 'Tandem, our kernel', 'cudnn': 'Tandem, cuDNN', 'blocked': 'Tandem, XLA in blocks',
-         'xla': 'Tandem, XLA, dense scores', 'torch compiled': 'transformers, compiled', 'torch': 'transformers'}
-NOT_ON_A_CPU = {'pallas_gpu': 'it is for GPUs', 'cudnn': 'it is for GPUs', 'torch compiled': 'its compiler is not rehearsed'}
+NAMES = {
+  'pallas_gpu': 'Tandem, our kernel',
+  'cudnn': 'Tandem, cuDNN',
+  'blocked': 'Tandem, XLA in blocks',
+  'xla': 'Tandem, XLA, dense scores',
+  'torch compiled': 'transformers, compiled',
+  'torch': 'transformers',
+}
+NOT_ON_A_CPU = {
+  'pallas_gpu': 'it is for GPUs',
+  'cudnn': 'it is for GPUs',
+  'torch compiled': 'its compiler is not rehearsed',
+}
 LONGEST = 240  # seconds of one side, compiling included
 
 
 def config(length: int, attention: str, rehearsal: bool = False):
   from configs import bench_1b
+
   made = bench_1b.get_config()
   model = dataclasses.replace(made.model, attention=attention)
   if rehearsal:
-    model = dataclasses.replace(model, vocabulary=256, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64, dtype='float32')
+    model = dataclasses.replace(
+      model,
+      vocabulary=256,
+      width=32,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      feed_forward=64,
+      dtype='float32',
+    )
     length = length // 128
-  data = dataclasses.replace(made.data, sequence_length=length, batch_size=max(1, (TOKENS // 128 if rehearsal else TOKENS) // length))
+  data = dataclasses.replace(
+    made.data,
+    sequence_length=length,
+    batch_size=max(1, (TOKENS // 128 if rehearsal else TOKENS) // length),
+  )
   if rehearsal:
-    data = dataclasses.replace(data, tokenizer=dataclasses.replace(data.tokenizer, kind='byte', vocabulary=0))
+    data = dataclasses.replace(
+      data, tokenizer=dataclasses.replace(data.tokenizer, kind='byte', vocabulary=0)
+    )
   return dataclasses.replace(made, model=model, data=data)
 
 
@@ -48,7 +80,9 @@ def side_of(side: str, length: int, steps: int, rehearsal: bool, checkpointed: b
   """What a process of one side prints. Raises RuntimeError where cuDNN would not be what is measured."""
   if side in THEIRS:
     where = 'cpu' if rehearsal else 'cuda'
-    return train_step.transformers_torch(config(length, 'auto', rehearsal), steps, where, THEIRS[side], checkpointed)
+    return train_step.transformers_torch(
+      config(length, 'auto', rehearsal), steps, where, THEIRS[side], checkpointed
+    )
   backend, packed = OURS[side]
   made = config(length, backend, rehearsal)
   if side == 'cudnn' and (reason := _refusal(made)):
@@ -61,8 +95,12 @@ def _refusal(made) -> str:
 
   from kernels import cudnn
   from kernels.mask import Mask
+
   m = made.model
-  q, k = (jax.ShapeDtypeStruct((1, made.data.sequence_length, heads, m.H), m.dtype) for heads in (m.N, m.K))
+  q, k = (
+    jax.ShapeDtypeStruct((1, made.data.sequence_length, heads, m.H), m.dtype)
+    for heads in (m.N, m.K)
+  )
   return cudnn.refusal(q, k, k, Mask())
 
 
@@ -74,16 +112,33 @@ def device() -> tuple[str, str]:
 
 def measure(side: str, length: int, options, ends: float) -> dict:
   """What a side found, or {'error': why it did not}."""
-  arguments = ['--side', side, '--length', str(length), '--steps', str(options.steps), *(['--rehearse'] if options.rehearse else [])]
+  arguments = [
+    '--side',
+    side,
+    '--length',
+    str(length),
+    '--steps',
+    str(options.steps),
+    *(['--rehearse'] if options.rehearse else []),
+  ]
   # jax and torch both take what they need and no more in advance; a GPU's memory is one process's at a time.
-  environment = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95', 'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True'}
+  environment = {
+    'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95',
+    'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True',
+  }
   attempts = ([], ['--checkpointed']) if side in THEIRS else ([],)
   for flags in attempts:
     left = ends - time.time()
     if left < 10:
       return {'error': 'skipped: no time left'}
     try:
-      found = train_step.in_process('benchmarks.train_gpu', *arguments, *flags, environment=environment, timeout=min(left, LONGEST))
+      found = train_step.in_process(
+        'benchmarks.train_gpu',
+        *arguments,
+        *flags,
+        environment=environment,
+        timeout=min(left, LONGEST),
+      )
       return found | {'checkpointed': bool(flags)}
     except RuntimeError as error:
       result = {'error': str(error)}
@@ -103,6 +158,7 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   from analysis.hlo import Module
   from model import params
   from parallel.mesh import make_mesh
+
   backend, packed = OURS[side]
   made = config(length, backend)
   mesh = make_mesh(made.mesh, aot.topology(topology))
@@ -112,9 +168,17 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
     compiled = step.lower(params.abstract(make_state, mesh), shapes()).compile()
   found = roofline.predict(Module(compiled.as_text()), mesh, chip, made.model.dtype)
   rate = TOKENS / found.seconds
-  return {'step_seconds': found.seconds, 'device_peak_bytes': memory.parts(compiled, {}).peak, 'tokens_per_second': rate,
-          'mfu': flops.mfu(rate * flops.train_flops_per_token(made.model, length), 1, hardware.peak(chip, made.model.dtype)),
-          'assumptions': found.assumptions}
+  return {
+    'step_seconds': found.seconds,
+    'device_peak_bytes': memory.parts(compiled, {}).peak,
+    'tokens_per_second': rate,
+    'mfu': flops.mfu(
+      rate * flops.train_flops_per_token(made.model, length),
+      1,
+      hardware.peak(chip, made.model.dtype),
+    ),
+    'assumptions': found.assumptions,
+  }
 
 
 def show_predictions(options) -> None:
@@ -123,12 +187,29 @@ def show_predictions(options) -> None:
     for side in OURS:
       try:
         found = results[f'{side} {length}'] = predict(side, length)
-        rows.append([f'{NAMES[side]}, {length}', found['step_seconds'], found['tokens_per_second'], f'{found["mfu"]:.0%}',
-                     found['device_peak_bytes'] / 1e9])
+        rows.append(
+          [
+            f'{NAMES[side]}, {length}',
+            found['step_seconds'],
+            found['tokens_per_second'],
+            f'{found["mfu"]:.0%}',
+            found['device_peak_bytes'] / 1e9,
+          ]
+        )
       except Exception as error:  # of one side: the others are still wanted
         results[f'{side} {length}'] = {'error': str(error).splitlines()[0]}
-        rows.append([f'{NAMES[side]}, {length}', f'not predicted: {str(error).splitlines()[0][:80]}', '', '', ''])
-  common.table('bench-1B, predicted for an H100, not measured', ['', 'step s', 'tokens/s', 'MFU', 'GB'], rows)
+        rows.append(
+          [
+            f'{NAMES[side]}, {length}',
+            f'not predicted: {str(error).splitlines()[0][:80]}',
+            '',
+            '',
+            '',
+          ]
+        )
+  common.table(
+    'bench-1B, predicted for an H100, not measured', ['', 'step s', 'tokens/s', 'MFU', 'GB'], rows
+  )
   for text in sorted({text for found in results.values() for text in found.get('assumptions', ())}):
     print(f'assumed: {text}')
   common.write_json(options.json, 'train_gpu predicted', results)
@@ -137,18 +218,33 @@ def show_predictions(options) -> None:
 def show(results: dict, chip_peak: float | None) -> None:
   """The table of what was measured, best first of each length, and what was not."""
   from analysis import flops
+
   for length in sorted({int(name.split()[-1]) for name in results}):
     of = {side: results[f'{side} {length}'] for side in ORDER if f'{side} {length}' in results}
     measured = {side: found for side, found in of.items() if 'error' not in found}
-    needed = next((found['flops_per_token'] for found in measured.values() if 'flops_per_token' in found), None)
+    needed = next(
+      (found['flops_per_token'] for found in measured.values() if 'flops_per_token' in found), None
+    )
     rows = []
     for side, found in sorted(measured.items(), key=lambda item: item[1]['step_seconds']):
       found['tokens_per_second'] = rate = found['tokens'] / found['step_seconds']
       found['mfu'] = mfu = flops.mfu(rate * needed, 1, chip_peak) if needed else None
       peak = found['device_peak_bytes']
-      rows.append([NAMES[side] + (', checkpointed' if found['checkpointed'] else ''), rate, '-' if mfu is None else f'{mfu:.1%}',
-                   '-' if peak is None else f'{peak / 1e9:.1f}', found['first_step_seconds'], f'{found["losses"][-1]:.3f}'])
-    common.table(f'{length} tokens a row', ['', 'tokens/s', 'MFU', 'peak GB', 'first step s', 'last loss'], rows)
+      rows.append(
+        [
+          NAMES[side] + (', checkpointed' if found['checkpointed'] else ''),
+          rate,
+          '-' if mfu is None else f'{mfu:.1%}',
+          '-' if peak is None else f'{peak / 1e9:.1f}',
+          found['first_step_seconds'],
+          f'{found["losses"][-1]:.3f}',
+        ]
+      )
+    common.table(
+      f'{length} tokens a row',
+      ['', 'tokens/s', 'MFU', 'peak GB', 'first step s', 'last loss'],
+      rows,
+    )
     for side, found in of.items():
       if 'error' in found:
         print(f'not measured: {NAMES[side]}, {length}: {found["error"]}')
@@ -159,19 +255,32 @@ def main() -> int:
   parser.add_argument('--quick', action='store_true', help='rows of 4k only')
   parser.add_argument('--budget', type=float, default=540, help='seconds for everything')
   parser.add_argument('--steps', type=int, default=8, help='timed steps of each side')
-  parser.add_argument('--rehearse', action='store_true', help='a toy model on this CPU, to test the harness')
-  parser.add_argument('--predict', action='store_true', help='compile for an H100 that is not here; measure nothing')
+  parser.add_argument(
+    '--rehearse', action='store_true', help='a toy model on this CPU, to test the harness'
+  )
+  parser.add_argument(
+    '--predict', action='store_true', help='compile for an H100 that is not here; measure nothing'
+  )
   for flag in ('--side', '--length', '--checkpointed'):  # of a process that runs one side
-    parser.add_argument(flag, help=argparse.SUPPRESS, **({'action': 'store_true'} if flag == '--checkpointed' else {}))
+    parser.add_argument(
+      flag, help=argparse.SUPPRESS, **({'action': 'store_true'} if flag == '--checkpointed' else {})
+    )
   options = parser.parse_args()
   if options.rehearse or options.predict:
     os.environ['JAX_PLATFORMS'] = 'cpu'
   if options.side == 'device':
     import jax
+
     print(json.dumps({'platform': jax.devices()[0].platform, 'kind': jax.devices()[0].device_kind}))
     return 0
   if options.side:
-    print(json.dumps(side_of(options.side, int(options.length), options.steps, options.rehearse, options.checkpointed)))
+    print(
+      json.dumps(
+        side_of(
+          options.side, int(options.length), options.steps, options.rehearse, options.checkpointed
+        )
+      )
+    )
     return 0
   if options.predict:
     show_predictions(options)
@@ -179,20 +288,30 @@ def main() -> int:
   ends = time.time() + options.budget
   platform, kind = device()
   if platform != 'gpu' and not options.rehearse:
-    print(f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); --rehearse runs the harness without one')
+    print(
+      f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); --rehearse runs the harness without one'
+    )
     return 1
   from analysis import hardware
+
   results = {}
   for side in ORDER:
-    for length in LENGTHS[:1 if options.quick else None]:
+    for length in LENGTHS[: 1 if options.quick else None]:
       why = NOT_ON_A_CPU.get(side) if options.rehearse else None
-      found = results[f'{side} {length}'] = {'error': why} if why else measure(side, length, options, ends)
+      found = results[f'{side} {length}'] = (
+        {'error': why} if why else measure(side, length, options, ends)
+      )
       found['tokens'] = TOKENS // 128 if options.rehearse else TOKENS
-      print(f'{side}, {length}: {found.get("error") or format(found["step_seconds"], ".3f") + " s a step"}', flush=True)
+      print(
+        f'{side}, {length}: {found.get("error") or format(found["step_seconds"], ".3f") + " s a step"}',
+        flush=True,
+      )
   show(results, None if options.rehearse else hardware.peak(hardware.lookup(kind), 'bfloat16'))
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
-  common.write_json(options.json, 'train_gpu', {'rehearsal': options.rehearse, 'device': kind, 'sides': results})
+  common.write_json(
+    options.json, 'train_gpu', {'rehearsal': options.rehearse, 'device': kind, 'sides': results}
+  )
   return 0
 
 

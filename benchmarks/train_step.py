@@ -2,6 +2,7 @@
 
 Each runs in a process of its own (`in_process`), which prints what it found as its last line.
 """
+
 import json
 import os
 import subprocess
@@ -26,13 +27,17 @@ def tandem_step(config, packed: bool = True):
 
   import train
   from data.batch import Batch
+
   config = config.resolve(config.model.vocabulary)
   make_state, step = train.make_program(config)
 
   def shapes():
     rows = jax.NamedSharding(jax.sharding.get_mesh(), train.axes.spec('batch', 'length'))
-    ids = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows)
+    ids = jax.ShapeDtypeStruct(
+      (config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows
+    )
     return dataclasses.replace(Batch(ids, ids, ids, ids), **({} if packed else {'segments': None}))
+
   return make_state, step, shapes
 
 
@@ -43,48 +48,72 @@ def tandem(config, steps: int, packed: bool = True) -> dict:
   from analysis import flops
   from model import params
   from parallel.mesh import make_mesh
+
   jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1]))
   make_state, train_step, shapes = tandem_step(config, packed)
   state = jax.jit(make_state)()
   B, T = config.data.batch_size, config.data.sequence_length
-  tokens = np.random.default_rng(0).integers(0, config.model.vocabulary, (B, T + 1)).astype(np.int32)
-  values = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'positions': np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
-            'segments': np.ones((B, T), np.int32)}
+  tokens = (
+    np.random.default_rng(0).integers(0, config.model.vocabulary, (B, T + 1)).astype(np.int32)
+  )
+  values = {
+    'tokens': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'positions': np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+    'segments': np.ones((B, T), np.int32),
+  }
   batch = shapes()
-  batch = type(batch)(**{name: x and jax.device_put(values[name], x.sharding) for name, x in vars(batch).items()})
+  batch = type(batch)(
+    **{name: x and jax.device_put(values[name], x.sharding) for name, x in vars(batch).items()}
+  )
 
   def step():
     nonlocal state
     state, metrics, _ = train_step(state, batch)
     return float(metrics['loss'])
-  found = timed(step, steps) | {'parameters': params.count(state.model),
-                                'flops_per_token': flops.train_flops_per_token(config.model, T)}
+
+  found = timed(step, steps) | {
+    'parameters': params.count(state.model),
+    'flops_per_token': flops.train_flops_per_token(config.model, T),
+  }
   memory = jax.devices()[0].memory_stats() or {}
-  return found | {'device': jax.devices()[0].device_kind, 'device_peak_bytes': memory.get('peak_bytes_in_use')}
+  return found | {
+    'device': jax.devices()[0].device_kind,
+    'device_peak_bytes': memory.get('peak_bytes_in_use'),
+  }
 
 
-def transformers_torch(config, steps: int, device: str = 'cpu', compiled: bool = False, checkpointed: bool = False) -> dict:
+def transformers_torch(
+  config, steps: int, device: str = 'cpu', compiled: bool = False, checkpointed: bool = False
+) -> dict:
   """The same with transformers' Llama and torch's AdamW; on a GPU in bfloat16 by autocast, with PyTorch's scaled_dot_product_attention.
 
   compiled: torch.compile of each layer. checkpointed: layers are computed again in the backward pass.
   """
   import torch
   import transformers
+
   m, gpu = config.model, device == 'cuda'
   torch.manual_seed(0)
   if gpu:
     torch.set_float32_matmul_precision('high')
   with torch.device(device):
     made = llama(m, config.data.sequence_length, use_cache=False)
-    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation='sdpa', dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(
+      made, attn_implementation='sdpa', dtype=torch.float32
+    )
   model.train()
   if checkpointed:
     model.gradient_checkpointing_enable({'use_reentrant': False})
   if compiled:
     for layer in model.model.layers:
       layer.compile()
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, **({'fused': True} if gpu else {}))
-  tokens = torch.randint(0, m.V, (config.data.batch_size, config.data.sequence_length), device=device)
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=1e-3, weight_decay=0.1, **({'fused': True} if gpu else {})
+  )
+  tokens = torch.randint(
+    0, m.V, (config.data.batch_size, config.data.sequence_length), device=device
+  )
 
   def step():
     with torch.autocast(device, torch.bfloat16, enabled=m.dtype == 'bfloat16'):
@@ -94,18 +123,32 @@ def transformers_torch(config, steps: int, device: str = 'cpu', compiled: bool =
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
   found = timed(step, steps) | {'parameters': sum(p.numel() for p in model.parameters())}
   kind = torch.cuda.get_device_name() if gpu else 'cpu'
-  return found | {'device': kind, 'device_peak_bytes': torch.cuda.max_memory_allocated() if gpu else None}
+  return found | {
+    'device': kind,
+    'device_peak_bytes': torch.cuda.max_memory_allocated() if gpu else None,
+  }
 
 
 def llama(m, length: int, use_cache: bool):
   """transformers' config of a Llama-shaped model."""
   import transformers
+
   return transformers.LlamaConfig(
-      vocab_size=m.V, hidden_size=m.D, num_hidden_layers=m.L, num_attention_heads=m.N, num_key_value_heads=m.K, head_dim=m.H,
-      intermediate_size=m.F, max_position_embeddings=length, tie_word_embeddings=m.tie_embeddings, rms_norm_eps=m.norm_epsilon,
-      use_cache=use_cache)
+    vocab_size=m.V,
+    hidden_size=m.D,
+    num_hidden_layers=m.L,
+    num_attention_heads=m.N,
+    num_key_value_heads=m.K,
+    head_dim=m.H,
+    intermediate_size=m.F,
+    max_position_embeddings=length,
+    tie_word_embeddings=m.tie_embeddings,
+    rms_norm_eps=m.norm_epsilon,
+    use_cache=use_cache,
+  )
 
 
 def timed(step, steps: int) -> dict:
@@ -117,17 +160,30 @@ def timed(step, steps: int) -> dict:
     began = time.perf_counter()
     losses.append(step())
     seconds.append(time.perf_counter() - began)
-  return {'first_step_seconds': first, 'step_seconds': sorted(seconds)[len(seconds) // 2], 'steps': seconds,
-          'losses': [losses[0], losses[-1]]}
+  return {
+    'first_step_seconds': first,
+    'step_seconds': sorted(seconds)[len(seconds) // 2],
+    'steps': seconds,
+    'losses': [losses[0], losses[-1]],
+  }
 
 
-def in_process(module: str, *arguments: str, environment: dict[str, str], timeout: float | None = None) -> dict:
+def in_process(
+  module: str, *arguments: str, environment: dict[str, str], timeout: float | None = None
+) -> dict:
   """What `python -m module arguments` printed last, as JSON, with its peak resident memory.
 
   Raises RuntimeError for one that fails, with what it said last, or that takes longer than `timeout` seconds.
   """
-  process = subprocess.Popen([sys.executable, '-m', module, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env=os.environ | {'BENCHMARK_STARTED': str(time.time()), 'GLIBC_TUNABLES': hosts.TUNABLES} | environment)
+  process = subprocess.Popen(
+    [sys.executable, '-m', module, *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ
+    | {'BENCHMARK_STARTED': str(time.time()), 'GLIBC_TUNABLES': hosts.TUNABLES}
+    | environment,
+  )
   with common.PeakMemory(process.pid) as memory:
     try:
       printed, said = process.communicate(timeout=timeout)

@@ -7,6 +7,7 @@ Heads 128 wide, four query heads a key, 16k tokens a step: 4 rows of 4k, or a ro
 --config.data.sequence_length=16384 --config.data.batch_size=1.
 Hardware: parameters, gradients and AdamW's moments in f32 take 18 GB. Cost and loss are not known: it measures speed.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
 from training.config import Config
@@ -15,8 +16,21 @@ from training.optimizer import OptimizerConfig
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=32_768, width=2048, layers=16, heads=16, kv_heads=4, feed_forward=8192, norm_epsilon=1e-5,
-          rope=RopeConfig(base=500_000.0), dtype='bfloat16', remat='dots', remat_save=('attention',)),
-      data=DataConfig(sequence_length=4096, batch_size=4, tokenizer=TokenizerConfig(vocabulary=32_768)),
-      optimizer=OptimizerConfig(learning_rate=3e-4, schedule='constant'))
+    model=ModelConfig(
+      vocabulary=32_768,
+      width=2048,
+      layers=16,
+      heads=16,
+      kv_heads=4,
+      feed_forward=8192,
+      norm_epsilon=1e-5,
+      rope=RopeConfig(base=500_000.0),
+      dtype='bfloat16',
+      remat='dots',
+      remat_save=('attention',),
+    ),
+    data=DataConfig(
+      sequence_length=4096, batch_size=4, tokenizer=TokenizerConfig(vocabulary=32_768)
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-4, schedule='constant'),
+  )

@@ -6,6 +6,7 @@
 Model and tokenizer are those of config.init; a field of config.model that is set here or by a flag replaces its own (remat, dtype,
 ...). Cost and score depend on the model: not measured.
 """
+
 from data.config import DataConfig
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig
@@ -13,7 +14,8 @@ from training.optimizer import OptimizerConfig
 
 def get_config() -> Config:
   return Config(
-      init='runs/imported',
-      data=DataConfig(sequence_length=512, batch_size=8, validation_fraction=0.02),
-      optimizer=OptimizerConfig(learning_rate=2e-5, schedule='linear', warmup_steps=20),
-      train=TrainConfig(steps=200, eval_every=50, eval_batches=16, save_every=100))
+    init='runs/imported',
+    data=DataConfig(sequence_length=512, batch_size=8, validation_fraction=0.02),
+    optimizer=OptimizerConfig(learning_rate=2e-5, schedule='linear', warmup_steps=20),
+    train=TrainConfig(steps=200, eval_every=50, eval_batches=16, save_every=100),
+  )

@@ -32,5 +32,9 @@ class Batch:
   def empty(cls, rows: int, length: int) -> 'Batch':
     """A batch of padding only, as numpy arrays [rows, length] to be filled in."""
     shape = (rows, length)
-    return cls(np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32), np.zeros(shape, np.int32),
-               np.zeros(shape, np.int32))
+    return cls(
+      np.zeros(shape, np.int32),
+      np.full(shape, IGNORE, np.int32),
+      np.zeros(shape, np.int32),
+      np.zeros(shape, np.int32),
+    )

@@ -57,7 +57,11 @@ class CorruptShardError(ValueError):
 
 def record(directory: pathlib.Path, name: str) -> dict:
   """Name, size and CRC-32 of a file in a directory, for its index."""
-  return {'name': name, 'bytes': (directory / name).stat().st_size, 'crc32': _crc32(directory / name)}
+  return {
+    'name': name,
+    'bytes': (directory / name).stat().st_size,
+    'crc32': _crc32(directory / name),
+  }
 
 
 def _crc32(path: pathlib.Path) -> int:
@@ -84,11 +88,15 @@ def check(directory: pathlib.Path, records: Sequence[dict], contents: bool) -> N
     if not path.is_file():
       raise CorruptShardError(f'{path} is missing; {_remedy(directory)}')
     if path.stat().st_size != entry['bytes']:
-      raise CorruptShardError(f'{path} has {path.stat().st_size} bytes but {entry["bytes"]} were written '
-                              f'(truncated or overwritten); {_remedy(directory)}')
+      raise CorruptShardError(
+        f'{path} has {path.stat().st_size} bytes but {entry["bytes"]} were written '
+        f'(truncated or overwritten); {_remedy(directory)}'
+      )
     if contents and _crc32(path) != entry['crc32']:
-      raise CorruptShardError(f'{path} has the right size but not the checksum {entry["crc32"]:08x} that it was '
-                              f'written with (bits have changed); {_remedy(directory)}')
+      raise CorruptShardError(
+        f'{path} has the right size but not the checksum {entry["crc32"]:08x} that it was '
+        f'written with (bits have changed); {_remedy(directory)}'
+      )
 
 
 def write_index(directory: pathlib.Path, records: list[dict], report: dict) -> None:
@@ -101,7 +109,9 @@ def read_index(directory: pathlib.Path) -> dict:
   try:
     return json.loads((directory / INDEX).read_text())
   except ValueError as error:
-    raise CorruptShardError(f'{directory / INDEX} is no JSON ({error}); {_remedy(directory)}') from error
+    raise CorruptShardError(
+      f'{directory / INDEX} is no JSON ({error}); {_remedy(directory)}'
+    ) from error
 
 
 def _remedy(directory: pathlib.Path) -> str:

@@ -4,6 +4,7 @@ A template is a Jinja program that comes with the tokenizer. It is another's cod
 sees nothing but JSON data. What it renders holds the names of control tokens: encode it with
 `tokenizer.encode(text, special=True)`.
 """
+
 import datetime
 import json
 import re
@@ -33,6 +34,7 @@ class ChatTemplate:
 
   def __init__(self, source: str, variables: Mapping[str, object] | None = None):
     import jinja2
+
     if not source.strip():
       raise ValueError('the chat template is empty: give its Jinja text')
     self.source, self.variables = source, dict(variables or {})
@@ -47,12 +49,16 @@ class ChatTemplate:
   def of(cls, tokenizer: Tokenizer, name: str = 'default') -> 'ChatTemplate':
     """A tokenizer's own template, by name where it has several. Raises ValueError where there is none of that name."""
     if not tokenizer.chat_templates:
-      raise ValueError(f'this {tokenizer.kind!r} tokenizer has no chat template (the model may be a base model): put a '
-                       'chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)')
+      raise ValueError(
+        f'this {tokenizer.kind!r} tokenizer has no chat template (the model may be a base model): put a '
+        'chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)'
+      )
     names.check('chat template', name, tokenizer.chat_templates)
     return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)
 
-  def render(self, messages: Sequence[Mapping], *, add_generation_prompt: bool = False, **variables) -> str:
+  def render(
+    self, messages: Sequence[Mapping], *, add_generation_prompt: bool = False, **variables
+  ) -> str:
     """The conversation as text.
 
     Args:
@@ -66,25 +72,35 @@ class ChatTemplate:
     """
     return self._render(messages, add_generation_prompt, variables)[0]
 
-  def render_with_spans(self, messages: Sequence[Mapping], **options) -> tuple[str, list[tuple[int, int]]]:
+  def render_with_spans(
+    self, messages: Sequence[Mapping], **options
+  ) -> tuple[str, list[tuple[int, int]]]:
     """The text, and [begin, end) in characters of each part of it that the assistant wrote. Arguments as for `render`.
 
     Raises:
       ValueError: as `render`, and where the template has no {% generation %} block, so that nobody trains on nothing.
     """
     if not self.marks_generation:
-      raise ValueError('this chat template has no {% generation %} blocks, so it does not tell what the assistant '
-                       "wrote; put them around the assistant's content")
+      raise ValueError(
+        'this chat template has no {% generation %} blocks, so it does not tell what the assistant '
+        "wrote; put them around the assistant's content"
+      )
     return self._render(messages, options.pop('add_generation_prompt', False), options)
 
-  def _render(self, messages, add_generation_prompt: bool, variables: dict) -> tuple[str, list[tuple[int, int]]]:
+  def _render(
+    self, messages, add_generation_prompt: bool, variables: dict
+  ) -> tuple[str, list[tuple[int, int]]]:
     given = {'tools': None, 'documents': None} | self.variables | variables
-    data = _plain({**given, 'messages': _checked(messages), 'add_generation_prompt': add_generation_prompt})
+    data = _plain(
+      {**given, 'messages': _checked(messages), 'add_generation_prompt': add_generation_prompt}
+    )
     try:
       return _spans(self._template.render(data))
     except Exception as error:  # a template can fail in any way that a program can
-      raise ValueError(f'the chat template failed on these {len(messages)} messages: {type(error).__name__}: '
-                       f'{error}') from error
+      raise ValueError(
+        f'the chat template failed on these {len(messages)} messages: {type(error).__name__}: '
+        f'{error}'
+      ) from error
 
 
 def _checked(messages: Sequence[Mapping]) -> list[dict]:
@@ -95,12 +111,19 @@ def _checked(messages: Sequence[Mapping]) -> list[dict]:
   checked = []
   for i, message in enumerate(messages):
     if not isinstance(message, Mapping):
-      raise ValueError(f'messages[{i}]={message!r} is {type(message).__name__}, not a mapping' + form)
+      raise ValueError(
+        f'messages[{i}]={message!r} is {type(message).__name__}, not a mapping' + form
+      )
     message = {key: value for key, value in message.items() if value is not None}
     if not isinstance(message.get('role'), str):
       raise ValueError(f'messages[{i}] has role={message.get("role")!r}, which is no text' + form)
-    if not isinstance(message.get('content'), (str, list)) and ('content' in message or 'tool_calls' not in message):
-      raise ValueError(f'messages[{i}] has content={message.get("content")!r}, neither text nor a list of parts' + form)
+    if not isinstance(message.get('content'), (str, list)) and (
+      'content' in message or 'tool_calls' not in message
+    ):
+      raise ValueError(
+        f'messages[{i}] has content={message.get("content")!r}, neither text nor a list of parts'
+        + form
+      )
     checked.append(message)
   return checked
 
@@ -133,6 +156,7 @@ def _environment():
 
   class Generation(jinja2.ext.Extension):
     """{% generation %}...{% endgeneration %}: what the assistant wrote, between marks."""
+
     tags = {'generation'}
 
     def parse(self, parser):
@@ -149,12 +173,17 @@ def _environment():
 
   def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     # Jinja's own escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+  )
   environment.marks_generation = False
   environment.filters['tojson'] = tojson
-  environment.globals |= {'raise_exception': raise_exception,
-                          'strftime_now': lambda format: datetime.datetime.now().strftime(format)}
+  environment.globals |= {
+    'raise_exception': raise_exception,
+    'strftime_now': lambda format: datetime.datetime.now().strftime(format),
+  }
   return environment

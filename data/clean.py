@@ -60,16 +60,20 @@ _SURROGATES = re.compile('[\ud800-\udfff]')
 # Each pattern begins with a character or a class, and looks behind it only then: re skips to possible beginnings at
 # memory speed, but tries a leading look-behind at every character (four times slower on the standard library).
 _EMAIL_HINT = re.compile(r'@(?<=\w@)[A-Za-z0-9-]+\.')
-_EMAIL = re.compile(r"[\w.+'-](?<![\w.+'-]{2})[\w.+'-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])")
+_EMAIL = re.compile(
+  r"[\w.+'-](?<![\w.+'-]{2})[\w.+'-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])"
+)
 _IPV4 = re.compile(r'[0-9](?<![\w.][0-9])[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w]|\.[0-9])')
 _IPV6 = re.compile(r'[0-9A-Fa-f](?<![\w:.].)[0-9A-Fa-f]{0,3}:[0-9A-Fa-f:]{2,37}(?![\w:])')
 _PHONES = (
-    # +44 20 7946 0958, +1 (555) 010-9999, +35236450: at most 15 digits (ITU-T E.164).
-    re.compile(r'\+(?<![\w.+]\+)[1-9][0-9]{0,2}(?:[ -]?(?:\([0-9]{1,4}\)|[0-9]{2,4})){2,5}(?![\w-]|\.[0-9])'),
-    # (555) 010-9999
-    re.compile(r'\((?<!\w\()[0-9]{2,5}\)[ .-]?[0-9]{3,4}[ .-][0-9]{3,4}(?![\w-]|\.[0-9])'),
-    # 555-010-9999, 020 7946 0958
-    re.compile(r'[0-9](?<![\w.+/-][0-9])[0-9]{1,3}[ .-][0-9]{3,4}[ .-][0-9]{4}(?![\w-]|\.[0-9])'),
+  # +44 20 7946 0958, +1 (555) 010-9999, +35236450: at most 15 digits (ITU-T E.164).
+  re.compile(
+    r'\+(?<![\w.+]\+)[1-9][0-9]{0,2}(?:[ -]?(?:\([0-9]{1,4}\)|[0-9]{2,4})){2,5}(?![\w-]|\.[0-9])'
+  ),
+  # (555) 010-9999
+  re.compile(r'\((?<!\w\()[0-9]{2,5}\)[ .-]?[0-9]{3,4}[ .-][0-9]{3,4}(?![\w-]|\.[0-9])'),
+  # 555-010-9999, 020 7946 0958
+  re.compile(r'[0-9](?<![\w.+/-][0-9])[0-9]{1,3}[ .-][0-9]{3,4}[ .-][0-9]{4}(?![\w-]|\.[0-9])'),
 )
 _CARDS = re.compile(r'[0-9](?<![\w.][0-9])[0-9]{3}(?:[ -][0-9]{4}){3}(?![\w-]|\.[0-9])')
 _DIGITS = re.compile(r'[0-9](?<![\w.][0-9])[0-9]{8,}(?!\w|\.[0-9])')
@@ -143,7 +147,9 @@ def clean_all(texts: Iterable[str], config: CleanConfig, workers: int = 1) -> It
     yield from (clean(text, config) for text in texts)
     return
   # 'spawn', since a fork of a process in which JAX runs threads may deadlock.
-  with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+  with concurrent.futures.ProcessPoolExecutor(
+    workers, multiprocessing.get_context('spawn')
+  ) as pool:
     pending = collections.deque()
     for chunk in _chunks(texts):
       pending.append(pool.submit(_clean_chunk, chunk, config))

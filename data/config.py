@@ -33,13 +33,23 @@ class SourceConfig:
   def __post_init__(self):
     names.check('source.kind', self.kind, SOURCE_KINDS)
     if bool(self.path) == (self.kind == 'stdlib'):
-      remedy = "leave it '' (the interpreter knows its own library)" if self.path else 'give a file or a glob'
+      remedy = (
+        "leave it '' (the interpreter knows its own library)"
+        if self.path
+        else 'give a file or a glob'
+      )
       raise ValueError(f'source.path={self.path!r} with kind={self.kind!r}: {remedy}')
     if bool(self.text_field) != (self.kind in ('jsonl', 'csv')):
-      remedy = "leave it '' (the whole file is the text)" if self.text_field else 'name the field that holds the text'
+      remedy = (
+        "leave it '' (the whole file is the text)"
+        if self.text_field
+        else 'name the field that holds the text'
+      )
       raise ValueError(f'source.text_field={self.text_field!r} with kind={self.kind!r}: {remedy}')
     if not (self.weight > 0 and math.isfinite(self.weight)):
-      raise ValueError(f'source.weight={self.weight} must be positive; remove a source that should give nothing')
+      raise ValueError(
+        f'source.weight={self.weight} must be positive; remove a source that should give nothing'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +74,10 @@ class CleanConfig:
     for kind in self.anonymise:
       names.check('clean.anonymise', kind, ANONYMISED_KINDS)
     if self.near_duplicates != 0 and not 0.5 <= self.near_duplicates <= 1:
-      raise ValueError(f'clean.near_duplicates={self.near_duplicates} must be 0 (off) or in [0.5, 1]: the MinHash '
-                       'bands find hardly any pair below 0.5')
+      raise ValueError(
+        f'clean.near_duplicates={self.near_duplicates} must be 0 (off) or in [0.5, 1]: the MinHash '
+        'bands find hardly any pair below 0.5'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,15 +107,23 @@ class TokenizerConfig:
     names.check('tokenizer.kind', self.kind, TOKENIZER_KINDS)
     names.check('tokenizer.algorithm', self.algorithm, TOKENIZER_ALGORITHMS)
     if self.path and self.kind == 'byte':
-      raise ValueError(f"tokenizer.path={self.path!r}: kind='byte' has nothing to load; drop the path")
+      raise ValueError(
+        f"tokenizer.path={self.path!r}: kind='byte' has nothing to load; drop the path"
+      )
     if self.kind == 'huggingface' and not self.path:
-      raise ValueError("tokenizer.path='' with kind='huggingface': give the directory that holds its tokenizer.json, "
-                       "or train one here with kind='sentencepiece'")
+      raise ValueError(
+        "tokenizer.path='' with kind='huggingface': give the directory that holds its tokenizer.json, "
+        "or train one here with kind='sentencepiece'"
+      )
     if self.vocabulary < 0 or self.vocabulary > 2**31 - 1:
-      raise ValueError(f'tokenizer.vocabulary={self.vocabulary} must be in [0, 2**31 - 1]; 0 takes the kind\'s own')
+      raise ValueError(
+        f'tokenizer.vocabulary={self.vocabulary} must be in [0, 2**31 - 1]; 0 takes the kind\'s own'
+      )
     if self.trained and 0 < self.vocabulary < 512:
-      raise ValueError(f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 special '
-                       "ones come first; use kind='byte' for a smaller one")
+      raise ValueError(
+        f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 special '
+        "ones come first; use kind='byte' for a smaller one"
+      )
     if self.training_bytes < 1000:
       raise ValueError(f'tokenizer.training_bytes={self.training_bytes} must be >= 1000')
 
@@ -145,10 +165,14 @@ class DataConfig:
     if not self.sources:
       raise ValueError('data.sources is empty: give at least one SourceConfig')
     if self.sequence_length < 1 or self.batch_size < 1:
-      raise ValueError(f'data.sequence_length={self.sequence_length} and data.batch_size={self.batch_size} '
-                       'must be >= 1')
+      raise ValueError(
+        f'data.sequence_length={self.sequence_length} and data.batch_size={self.batch_size} '
+        'must be >= 1'
+      )
     if not 0 < self.validation_fraction < 1:
-      raise ValueError(f'data.validation_fraction={self.validation_fraction} must be between 0 and 1, both excluded')
+      raise ValueError(
+        f'data.validation_fraction={self.validation_fraction} must be between 0 and 1, both excluded'
+      )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'data.seed={self.seed} must be in [0, 2**32)')
     if not self.cache_dir:

@@ -14,13 +14,14 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
   count = len(hashes) - n + 1
   grams = np.zeros(count, np.uint64)
   for i in range(n):
-    grams = grams * np.uint64(0x9E3779B97F4A7C15) + hashes[i:i + count]
+    grams = grams * np.uint64(0x9E3779B97F4A7C15) + hashes[i : i + count]
   return grams ^ (grams >> np.uint64(32))
 
 
 @functools.cache
 def _permutations() -> np.ndarray:
   from datasketch import MinHash
+
   return MinHash(num_perm=BANDS * ROWS, seed=1, scheme='affine32').permutations
 
 
@@ -30,12 +31,17 @@ def minhash(words: list[bytes]) -> np.ndarray:
   Shingles are hashed here, in numpy; datasketch's own loop calls SHA-1 for each of them, which takes four times as long.
   """
   from datasketch import MinHash
+
   hashes = np.fromiter(map(zlib.crc32, words), np.uint32, len(words)).astype(np.uint64)
   grams = ngram_hashes(hashes, min(SHINGLE_WORDS, len(words)))
   unique = np.unique((grams >> np.uint64(16)).astype(np.uint32))
-  sketch = MinHash(num_perm=BANDS * ROWS, permutations=_permutations(), scheme='affine32', hashfunc=int)
-  for start in range(0, len(unique), 4096):  # blocks of 4096 x 112 values stay in the processor's cache
-    sketch.update_batch(unique[start:start + 4096].tolist())
+  sketch = MinHash(
+    num_perm=BANDS * ROWS, permutations=_permutations(), scheme='affine32', hashfunc=int
+  )
+  for start in range(
+    0, len(unique), 4096
+  ):  # blocks of 4096 x 112 values stay in the processor's cache
+    sketch.update_batch(unique[start : start + 4096].tolist())
   return sketch.hashvalues
 
 
@@ -56,21 +62,28 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
   """
   from scipy.sparse import coo_array
   from scipy.sparse.csgraph import connected_components
+
   count = len(signatures)
   if count < 2:
     return np.zeros(count, bool)
   pairs = [np.zeros((0, 2), np.int64)]
   for band in range(BANDS):
-    keys = _band_keys(signatures[:, band * ROWS:(band + 1) * ROWS])
+    keys = _band_keys(signatures[:, band * ROWS : (band + 1) * ROWS])
     order = np.argsort(keys, kind='stable')
     same = keys[order[1:]] == keys[order[:-1]]
     pairs.append(np.stack([order[:-1][same], order[1:][same]], axis=1))
   pairs = np.unique(np.concatenate(pairs), axis=0)
-  alike = np.concatenate([np.zeros(0, bool)] + [
+  alike = np.concatenate(
+    [np.zeros(0, bool)]
+    + [
       (signatures[block[:, 0]] == signatures[block[:, 1]]).mean(axis=1) >= threshold
-      for block in np.array_split(pairs, len(pairs) // 65536 + 1)])
+      for block in np.array_split(pairs, len(pairs) // 65536 + 1)
+    ]
+  )
   links = pairs[alike]
-  graph = coo_array((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(count, count))
+  graph = coo_array(
+    (np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(count, count)
+  )
   _, cluster = connected_components(graph, directed=False)
   _, first = np.unique(cluster, return_index=True)
   drop = np.ones(count, bool)
@@ -80,6 +93,10 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
 
 def _band_keys(values: np.ndarray) -> np.ndarray:
   """One uint64 key per document from the ROWS values of a band, [documents, ROWS]: a random linear hash modulo 2^64."""
-  multipliers = np.random.default_rng(0).integers(1, 2**63, ROWS, np.uint64) * np.uint64(2) + np.uint64(1)
+  multipliers = np.random.default_rng(0).integers(1, 2**63, ROWS, np.uint64) * np.uint64(
+    2
+  ) + np.uint64(1)
   blocks = range(0, len(values), 65536)
-  return np.concatenate([(values[start:start + 65536] * multipliers).sum(axis=1, dtype=np.uint64) for start in blocks])
+  return np.concatenate(
+    [(values[start : start + 65536] * multipliers).sum(axis=1, dtype=np.uint64) for start in blocks]
+  )

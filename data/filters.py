@@ -10,7 +10,9 @@ import numpy as np
 
 from data import duplicates
 
-STOP_WORDS = frozenset(('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'))  # Gopher, appendix A1
+STOP_WORDS = frozenset(
+  ('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with')
+)  # Gopher, appendix A1
 TERMINAL_PUNCTUATION = ('.', '!', '?', '"', '\u201d', '\u2026', '\u3002', '\uff01', '\uff1f')
 
 
@@ -52,7 +54,9 @@ def _word_length(view: View) -> bool:
 
 
 def _symbols(view: View) -> bool:
-  return view.text.count('#') + view.text.count('...') + view.text.count('\u2026') <= 0.1 * len(view.words)
+  return view.text.count('#') + view.text.count('...') + view.text.count('\u2026') <= 0.1 * len(
+    view.words
+  )
 
 
 def _bullets(view: View) -> bool:
@@ -67,7 +71,12 @@ def _letters(view: View) -> bool:
 
 
 def _stop_words(view: View) -> bool:
-  return len(STOP_WORDS.intersection(word.strip(string.punctuation) for word in view.text.lower().split())) >= 2
+  return (
+    len(
+      STOP_WORDS.intersection(word.strip(string.punctuation) for word in view.text.lower().split())
+    )
+    >= 2
+  )
 
 
 def _placeholder_text(view: View) -> bool:
@@ -92,8 +101,12 @@ def _duplicate_share(parts: list[str]) -> tuple[float, float]:
 
 def _repeated_lines(view: View) -> bool:
   lines, line_characters = _duplicate_share(view.lines)
-  paragraphs, paragraph_characters = _duplicate_share([part for part in re.split(r'\n{2,}', view.text) if part.strip()])
-  return lines <= 0.3 and paragraphs <= 0.3 and line_characters <= 0.2 and paragraph_characters <= 0.2
+  paragraphs, paragraph_characters = _duplicate_share(
+    [part for part in re.split(r'\n{2,}', view.text) if part.strip()]
+  )
+  return (
+    lines <= 0.3 and paragraphs <= 0.3 and line_characters <= 0.2 and paragraph_characters <= 0.2
+  )
 
 
 # n -> greatest share of characters in the most frequent n-gram (2-4), or in all repeated n-grams (5-10).
@@ -108,10 +121,14 @@ def _repeated_ngrams(view: View) -> bool:
     if len(words) < n:
       break
     grams = duplicates.ngram_hashes(hashes, n)
-    unique, first, inverse, counts = np.unique(grams, return_index=True, return_inverse=True, return_counts=True)
+    unique, first, inverse, counts = np.unique(
+      grams, return_index=True, return_inverse=True, return_counts=True
+    )
     if n <= 4:
       top = int(np.argmax(counts))
-      covered = int(counts[top] * lengths[first[top]:first[top] + n].sum()) if counts[top] > 1 else 0
+      covered = (
+        int(counts[top] * lengths[first[top] : first[top] + n].sum()) if counts[top] > 1 else 0
+      )
     else:
       starts = np.flatnonzero(np.arange(len(grams)) != first[inverse])
       inside = np.zeros(len(words) + 1, np.int64)
@@ -125,19 +142,25 @@ def _repeated_ngrams(view: View) -> bool:
 
 # preset -> rule -> keeps(view), in the order in which they are tried.
 FILTERS: dict[str, dict[str, Callable[[View], bool]]] = {
-    'none': {},
-    # StarCoder (arXiv:2305.06161, section 3.1) after Codex (arXiv:2107.03374, section 3.1): no line over 1000
-    # characters, 100 on average, a quarter of the characters alphanumeric.
-    'code': {'line_length': _line_length, 'alphanumeric': _alphanumeric},
-    'prose': {
-        # Gopher (arXiv:2112.11446, appendix A1, quality filters).
-        'word_count': _word_count, 'word_length': _word_length, 'symbols': _symbols, 'bullets': _bullets,
-        'letters': _letters, 'stop_words': _stop_words,
-        # C4 (arXiv:1910.10683, section 2.2), without its rule on lines, which FineWeb found to cost more than it gives.
-        'placeholder_text': _placeholder_text,
-        # FineWeb (arXiv:2406.17557, section 3.6), with its repository's limits on newlines and short lines.
-        'line_ends': _line_ends, 'short_lines': _short_lines,
-        # Gopher (appendix A1, repetition removal, table A1).
-        'repeated_lines': _repeated_lines, 'repeated_ngrams': _repeated_ngrams,
-    },
+  'none': {},
+  # StarCoder (arXiv:2305.06161, section 3.1) after Codex (arXiv:2107.03374, section 3.1): no line over 1000
+  # characters, 100 on average, a quarter of the characters alphanumeric.
+  'code': {'line_length': _line_length, 'alphanumeric': _alphanumeric},
+  'prose': {
+    # Gopher (arXiv:2112.11446, appendix A1, quality filters).
+    'word_count': _word_count,
+    'word_length': _word_length,
+    'symbols': _symbols,
+    'bullets': _bullets,
+    'letters': _letters,
+    'stop_words': _stop_words,
+    # C4 (arXiv:1910.10683, section 2.2), without its rule on lines, which FineWeb found to cost more than it gives.
+    'placeholder_text': _placeholder_text,
+    # FineWeb (arXiv:2406.17557, section 3.6), with its repository's limits on newlines and short lines.
+    'line_ends': _line_ends,
+    'short_lines': _short_lines,
+    # Gopher (appendix A1, repetition removal, table A1).
+    'repeated_lines': _repeated_lines,
+    'repeated_ngrams': _repeated_ngrams,
+  },
 }

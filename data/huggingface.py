@@ -3,6 +3,7 @@
 Families met in practice: byte-level BPE (GPT-2, Llama 3, Qwen), SentencePiece-style BPE with byte pieces (Llama 2,
 Mistral, Gemma), Unigram (T5), WordPiece (BERT). Encoding is the tokenizers library's; no file is executed.
 """
+
 import functools
 import json
 import os
@@ -19,7 +20,16 @@ from data.tokenizer import Tokenizer, in_utf8
 DEFINITION, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL_MAP, TEMPLATE = 'special_tokens_map.json', 'chat_template.jinja'
 MORE_TEMPLATES = 'additional_chat_templates'  # a folder of <name>.jinja
-DECODERS = ('Sequence', 'Fuse', 'ByteLevel', 'ByteFallback', 'Replace', 'Strip', 'Metaspace', 'WordPiece')
+DECODERS = (
+  'Sequence',
+  'Fuse',
+  'ByteLevel',
+  'ByteFallback',
+  'Replace',
+  'Strip',
+  'Metaspace',
+  'WordPiece',
+)
 
 Spelling = Callable[[str], 'str | bytes']  # a decoder's step on one piece; bytes are final
 
@@ -48,6 +58,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ValueError: a file that can't be read as what it should be; no token ends a text; a special token without an id;
       a decoder that can't be written as bytes per id.
   """
+
   kind = 'huggingface'
 
   def __init__(self, contents: Mapping[str, bytes]):
@@ -55,18 +66,24 @@ class HuggingFaceTokenizer(Tokenizer):
     settings = _settings(contents)
     roles = _roles(settings)
     if not {'eos_token', 'sep_token'} & roles.keys():
-      raise ValueError(f'no token ends a text: {SETTINGS} names no eos_token (nor sep_token); put one beside '
-                       f'{DEFINITION} that does, such as {{"eos_token": "</s>"}}')
+      raise ValueError(
+        f'no token ends a text: {SETTINGS} names no eos_token (nor sep_token); put one beside '
+        f'{DEFINITION} that does, such as {{"eos_token": "</s>"}}'
+      )
     definition = _definition(contents)
     vocabulary = _vocabulary(definition)
     added = {token['content']: token['id'] for token in definition['added_tokens']}
-    control = {token['content']: token['id'] for token in definition['added_tokens'] if token['special']}
+    control = {
+      token['content']: token['id'] for token in definition['added_tokens'] if token['special']
+    }
     spell, joins_words, self._drops_space = spelling(definition.get('decoder'))
     ids = vocabulary | added
     token_bytes = [b''] * (max(ids.values()) + 1)
     for piece, index in ids.items():
       if piece not in control:
-        token_bytes[index] = piece.encode() if piece not in vocabulary and not joins_words else spell(piece)
+        token_bytes[index] = (
+          piece.encode() if piece not in vocabulary and not joins_words else spell(piece)
+        )
     eos = ids[roles.get('eos_token') or roles['sep_token']]
     pad = ids[roles['pad_token']] if 'pad_token' in roles else eos
     first = roles.get('bos_token') or roles.get('cls_token')
@@ -79,13 +96,23 @@ class HuggingFaceTokenizer(Tokenizer):
   def read(cls, path: str | os.PathLike) -> 'HuggingFaceTokenizer':
     """From a directory with a tokenizer.json, or from that file; the files beside it count in both cases."""
     found = paths(path)
-    contents = {file.name: file.read_bytes() for file in found if file.parent.name != MORE_TEMPLATES}
-    more = {file.stem: file.read_text(encoding='utf-8') for file in found if file.parent.name == MORE_TEMPLATES}
-    if more:  # into the settings, where older versions keep them, so that they travel in plain files
+    contents = {
+      file.name: file.read_bytes() for file in found if file.parent.name != MORE_TEMPLATES
+    }
+    more = {
+      file.stem: file.read_text(encoding='utf-8')
+      for file in found
+      if file.parent.name == MORE_TEMPLATES
+    }
+    if (
+      more
+    ):  # into the settings, where older versions keep them, so that they travel in plain files
       settings = _json(contents, SETTINGS)
       templates = _templates(contents, settings) | more
       contents.pop(TEMPLATE, None)
-      settings['chat_template'] = [{'name': name, 'template': template} for name, template in templates.items()]
+      settings['chat_template'] = [
+        {'name': name, 'template': template} for name, template in templates.items()
+      ]
       contents[SETTINGS] = json.dumps(settings, ensure_ascii=False, indent=2).encode()
     return cls(contents)
 
@@ -94,7 +121,11 @@ class HuggingFaceTokenizer(Tokenizer):
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
-    return self._named.encode(in_utf8(text), add_special_tokens=False).ids if special else super().encode(text)
+    return (
+      self._named.encode(in_utf8(text), add_special_tokens=False).ids
+      if special
+      else super().encode(text)
+    )
 
   @functools.cached_property
   def _named(self):
@@ -107,7 +138,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():
-      (pathlib.Path(directory) / name).unlink(missing_ok=True)  # another tokenizer's would be read with this one
+      (pathlib.Path(directory) / name).unlink(
+        missing_ok=True
+      )  # another tokenizer's would be read with this one
     super().save(directory)
 
   def _files(self) -> dict[str, bytes]:
@@ -119,7 +152,11 @@ def paths(path: str | os.PathLike) -> list[pathlib.Path]:
   """The files that make the tokenizer at `path`, a directory or its tokenizer.json; a checkpoint's others stay out."""
   directory = pathlib.Path(path).expanduser()
   directory = directory.parent if directory.name == DEFINITION else directory
-  found = [directory / name for name in (DEFINITION, SETTINGS, SPECIAL_MAP, TEMPLATE) if (directory / name).is_file()]
+  found = [
+    directory / name
+    for name in (DEFINITION, SETTINGS, SPECIAL_MAP, TEMPLATE)
+    if (directory / name).is_file()
+  ]
   return found + sorted((directory / MORE_TEMPLATES).glob('*.jinja'))
 
 
@@ -141,7 +178,11 @@ def _settings(contents: Mapping[str, bytes]) -> dict:
 
 def _roles(settings: dict) -> dict[str, str]:
   """The tokens named by role, by settings such as bos_token (but not add_bos_token, which is true or false)."""
-  tokens = {key: value for key, value in settings.items() if key.endswith('_token') and isinstance(value, (str, dict))}
+  tokens = {
+    key: value
+    for key, value in settings.items()
+    if key.endswith('_token') and isinstance(value, (str, dict))
+  }
   return {key: _content(value) for key, value in tokens.items()}
 
 
@@ -153,14 +194,25 @@ def _content(token: str | dict) -> str:
 def _templates(contents: Mapping[str, bytes], settings: dict) -> dict[str, str]:
   """Chat templates by name; one without a name is the 'default'. The file comes before the settings."""
   given = settings.get('chat_template') or {}
-  templates = ({'default': given} if isinstance(given, str) else given if isinstance(given, dict)
-               else {entry['name']: entry['template'] for entry in given})
+  templates = (
+    {'default': given}
+    if isinstance(given, str)
+    else given
+    if isinstance(given, dict)
+    else {entry['name']: entry['template'] for entry in given}
+  )
   return templates | ({'default': contents[TEMPLATE].decode()} if TEMPLATE in contents else {})
 
 
 def _vocabulary(definition: dict) -> dict[str, int]:
-  vocabulary = definition['model']['vocab']  # Unigram has a list of [piece, score], the others a dict
-  return vocabulary if isinstance(vocabulary, dict) else {piece: index for index, (piece, _) in enumerate(vocabulary)}
+  vocabulary = definition['model'][
+    'vocab'
+  ]  # Unigram has a list of [piece, score], the others a dict
+  return (
+    vocabulary
+    if isinstance(vocabulary, dict)
+    else {piece: index for index, (piece, _) in enumerate(vocabulary)}
+  )
 
 
 def _definition(contents: Mapping[str, bytes]) -> dict:
@@ -168,7 +220,9 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
   settings = _settings(contents)
   definition = _json(contents, DEFINITION)
   if not isinstance(definition.get('model'), dict) or 'vocab' not in definition['model']:
-    raise ValueError(f'{DEFINITION} has no model with a vocab: not a file of the tokenizers library')
+    raise ValueError(
+      f'{DEFINITION} has no model with a vocab: not a file of the tokenizers library'
+    )
   rules = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized', 'special'), False)
   added = {token['content']: rules | token for token in definition.get('added_tokens') or []}
   for index, token in (settings.get('added_tokens_decoder') or {}).items():
@@ -176,12 +230,20 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
     known['special'] = known['special'] or token.get('special', False)
   vocabulary = _vocabulary(definition)
   more = [settings.get(key) or [] for key in ('additional_special_tokens', 'extra_special_tokens')]
-  listed = [_content(token) for tokens in more for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
+  listed = [
+    _content(token)
+    for tokens in more
+    for token in (tokens.values() if isinstance(tokens, dict) else tokens)
+  ]
   for content in [*_roles(settings).values(), *listed]:
     if content not in added and content not in vocabulary:
-      raise ValueError(f'{SETTINGS} names the special token {content!r}, which has no id in {DEFINITION}: add it there '
-                       "with the number of the model's row for it, or remove it from the settings")
-    added.setdefault(content, rules | {'content': content, 'id': vocabulary.get(content)})['special'] = True
+      raise ValueError(
+        f'{SETTINGS} names the special token {content!r}, which has no id in {DEFINITION}: add it there '
+        "with the number of the model's row for it, or remove it from the settings"
+      )
+    added.setdefault(content, rules | {'content': content, 'id': vocabulary.get(content)})[
+      'special'
+    ] = True
   # The library gives ids to added tokens in their order, and its own limits of length would cut documents.
   added = sorted(added.values(), key=lambda token: token['id'])
   return definition | {'added_tokens': added, 'truncation': None, 'padding': None}
@@ -201,26 +263,35 @@ def _anonymous(definition: dict, control: dict[str, int]) -> dict:
   if model.get('merges'):
     merges = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model['merges']]
     for part in control.keys() & {part for merge in merges for part in merge}:
-      raise ValueError(f'{part!r} is a control token, and a piece of text too: merges in {DEFINITION} make longer pieces '
-                       f'from it; name another token in {SETTINGS}')
+      raise ValueError(
+        f'{part!r} is a control token, and a piece of text too: merges in {DEFINITION} make longer pieces '
+        f'from it; name another token in {SETTINGS}'
+      )
     model['merges'] = [merge for merge in merges if ''.join(merge) not in control]
-  added = [token | {'content': renamed.get(token['content'], token['content'])}
-           for token in definition['added_tokens']]
+  added = [
+    token | {'content': renamed.get(token['content'], token['content'])}
+    for token in definition['added_tokens']
+  ]
   return definition | {'model': model, 'added_tokens': added}
 
 
 def _build(definition: dict):
   """The library's tokenizer. Raises ValueError for one it can't read, and for ids that it gives anew."""
   import tokenizers
+
   try:
     built = tokenizers.Tokenizer.from_str(json.dumps(definition))
   except Exception as error:  # the library raises no narrower class
-    raise ValueError(f'tokenizers {tokenizers.__version__} can\'t read this {DEFINITION}: {error}') from error
+    raise ValueError(
+      f'tokenizers {tokenizers.__version__} can\'t read this {DEFINITION}: {error}'
+    ) from error
   for token in definition['added_tokens']:
     given = built.token_to_id(token['content'])
     if given != token['id']:
-      raise ValueError(f'the added token {token["content"]!r} has id {token["id"]} in the files, but the tokenizers '
-                       f'library gives it {given}: ids of added tokens must follow the vocabulary without gaps')
+      raise ValueError(
+        f'the added token {token["content"]!r} has id {token["id"]} in the files, but the tokenizers '
+        f'library gives it {given}: ids of added tokens must follow the vocabulary without gaps'
+      )
   return built
 
 
@@ -235,7 +306,9 @@ def spelling(decoder: dict | None) -> tuple[Callable[[str], bytes], bool, bool]:
   for step in _flat(decoder):
     kind = names.check(f'{DEFINITION}: decoder.type', step.get('type'), DECODERS)
     if kind not in ('Fuse', 'Strip') and _from_byte_level in steps:
-      raise _unsupported(step, 'it comes after ByteLevel, whose pieces need not be whole characters')
+      raise _unsupported(
+        step, 'it comes after ByteLevel, whose pieces need not be whole characters'
+      )
     if kind == 'Fuse':
       fused = True
     elif kind == 'ByteLevel':
@@ -249,13 +322,17 @@ def spelling(decoder: dict | None) -> tuple[Callable[[str], bytes], bool, bool]:
       steps.append(lambda piece, old=pattern, new=step['content']: piece.replace(old, new))
     elif kind == 'Strip':
       if not fused or (step['content'], step['start'], step['stop']) != (' ', 1, 0):
-        raise _unsupported(step, 'only one space before the whole text (after Fuse) can be stripped')
+        raise _unsupported(
+          step, 'only one space before the whole text (after Fuse) can be stripped'
+        )
       drops_space = True
     elif kind == 'Metaspace':
       steps.append(lambda piece, old=step['replacement']: piece.replace(old, ' '))
       drops_space = step.get('prepend_scheme', 'always') != 'never'
     elif kind == 'WordPiece':
-      steps.append(functools.partial(_from_word_piece, prefix=step['prefix'], cleanup=step['cleanup']))
+      steps.append(
+        functools.partial(_from_word_piece, prefix=step['prefix'], cleanup=step['cleanup'])
+      )
       joins_words = drops_space = True
 
   def spell(piece: str) -> bytes:
@@ -285,7 +362,9 @@ def _byte_level() -> dict[str, int]:
   """GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode): printable ones are themselves."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+  return {chr(byte): byte for byte in printable} | {
+    chr(256 + i): byte for i, byte in enumerate(others)
+  }
 
 
 _BYTE_LEVEL = _byte_level()
@@ -307,7 +386,18 @@ def _from_byte_piece(piece: str) -> str | bytes:
 def _from_word_piece(piece: str, prefix: str, cleanup: bool) -> str:
   piece = piece.removeprefix(prefix) if piece.startswith(prefix) else ' ' + piece
   if cleanup:  # the library's rules, in its order
-    for old, new in ((' .', '.'), (' ?', '?'), (' !', '!'), (' ,', ','), (" ' ", "'"), (" n't", "n't"),
-                     (" 'm", "'m"), (' do not', " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")):
+    for old, new in (
+      (' .', '.'),
+      (' ?', '?'),
+      (' !', '!'),
+      (' ,', ','),
+      (" ' ", "'"),
+      (" n't", "n't"),
+      (" 'm", "'m"),
+      (' do not', " don't"),
+      (" 's", "'s"),
+      (" 've", "'ve"),
+      (" 're", "'re"),
+    ):
       piece = piece.replace(old, new)
   return piece

@@ -37,8 +37,11 @@ class Loader:
     return {'examples': self._examples, **self._identity()}
 
   def _identity(self) -> dict:
-    return {'key': self._prepared.key, 'seed': self._config.seed,
-            'weights': [source.weight for source in self._prepared.train]}
+    return {
+      'key': self._prepared.key,
+      'seed': self._config.seed,
+      'weights': [source.weight for source in self._prepared.train],
+    }
 
   def restore(self, state: dict) -> None:
     """Goes on where `state` was taken, without repeating or skipping an example; processes and batch size may differ.
@@ -46,11 +49,17 @@ class Loader:
     Raises:
       ValueError: the state belongs to other data, another seed or other weights, so its position means nothing here.
     """
-    differing = [f'{name}: {state.get(name)!r} then, {value!r} now' for name, value in self._identity().items()
-                 if state.get(name) != value]
+    differing = [
+      f'{name}: {state.get(name)!r} then, {value!r} now'
+      for name, value in self._identity().items()
+      if state.get(name) != value
+    ]
     if differing:
-      raise ValueError('the data order has changed since this loader state was saved (' + '; '.join(differing) +
-                       '); use the data config it was saved with, or start without the state')
+      raise ValueError(
+        'the data order has changed since this loader state was saved ('
+        + '; '.join(differing)
+        + '); use the data config it was saved with, or start without the state'
+      )
     self._batches.close()
     self._examples = int(state['examples'])
     self._batches = self._read_from(self._examples)
@@ -61,6 +70,7 @@ class Loader:
 
   def _read_from(self, example: int) -> Iterator[Batch]:
     import grain
+
     size, length = self._config.batch_size, self._config.sequence_length
 
     def batch(b: int) -> Batch:
@@ -71,7 +81,9 @@ class Loader:
       return gathered
 
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFERED_BATCHES)
-    return iter(grain.MapDataset.range((sys.maxsize - example) // size).map(batch).to_iter_dataset(options))
+    return iter(
+      grain.MapDataset.range((sys.maxsize - example) // size).map(batch).to_iter_dataset(options)
+    )
 
 
 def _row_sequence(prepared: Prepared, config: DataConfig):
@@ -82,7 +94,12 @@ def _row_sequence(prepared: Prepared, config: DataConfig):
   def rows(i: int):
     # grain seeds epoch e with seed + e: seeds of different sources must be far apart.
     seed = (config.seed + i * 0x9E3779B1) % 2**32
-    return grain.MapDataset.range(len(prepared.train[i])).shuffle(seed=seed).repeat().map(lambda row: (i, int(row)))
+    return (
+      grain.MapDataset.range(len(prepared.train[i]))
+      .shuffle(seed=seed)
+      .repeat()
+      .map(lambda row: (i, int(row)))
+    )
 
   sources = [rows(i) for i in range(len(prepared.train))]
   if len(sources) == 1:
@@ -90,7 +107,9 @@ def _row_sequence(prepared: Prepared, config: DataConfig):
   return grain.MapDataset.mix(sources, [source.weight for source in prepared.train])
 
 
-def train_loader(prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None) -> Loader:
+def train_loader(
+  prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None
+) -> Loader:
   """Training batches for one process, for ever; deterministic in the prepared data, config.seed and the weights.
 
   Args:
@@ -120,7 +139,9 @@ class ValidationBatches:
       yield batch
 
 
-def validation_batches(prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None) -> ValidationBatches:
+def validation_batches(
+  prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None
+) -> ValidationBatches:
   """Held-out batches for one process: every held-out token is predicted exactly once; the last batch ends in padding.
 
   The arguments are those of `train_loader`.

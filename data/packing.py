@@ -45,11 +45,13 @@ def pack(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
   rest = np.flatnonzero(lengths < length)
   order, sizes = [whole], [np.ones(len(whole), np.int64)]
   for start in range(0, len(rest), WINDOW):
-    window = rest[start:start + WINDOW]
+    window = rest[start : start + WINDOW]
     filled = _best_fit(lengths[window], length)
     order.append(window[np.array([piece for row in filled for piece in row], np.int64)])
     sizes.append(np.array([len(row) for row in filled], np.int64))
-  return np.concatenate(order), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
+  return np.concatenate(order), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(
+    np.int64
+  )
 
 
 def _best_fit(lengths: np.ndarray, length: int) -> list[list[int]]:

@@ -58,7 +58,9 @@ class Prepared:
   @property
   def document_length(self) -> float:
     """Length of the piece of document that a training token stands in, averaged over tokens: what attention to it costs."""
-    means = [packing['squared_pairs'] / packing['pairs'] for packing in self.report['packing']['train']]
+    means = [
+      packing['squared_pairs'] / packing['pairs'] for packing in self.report['packing']['train']
+    ]
     return float(np.average(means, weights=[source.weight for source in self.train]))
 
   def validation_documents(self) -> Iterator[str]:
@@ -100,37 +102,52 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
     log(f'data: wrote {plan}')
   prepared = _load(config, directory, plan, log)
   train, held_out = prepared.report['packing']['train'], prepared.report['validation']
-  log(f'data: loaded {directory} in {time.perf_counter() - began:.2f} s: {sum(entry["pairs"] for entry in train):,} '
-      f'training tokens in {sum(entry["rows"] for entry in train):,} rows of {config.sequence_length}, '
-      f'{held_out["tokens"]:,} held out ({held_out["bytes"]:,} bytes)')
+  log(
+    f'data: loaded {directory} in {time.perf_counter() - began:.2f} s: {sum(entry["pairs"] for entry in train):,} '
+    f'training tokens in {sum(entry["rows"] for entry in train):,} rows of {config.sequence_length}, '
+    f'{held_out["tokens"]:,} held out ({held_out["bytes"]:,} bytes)'
+  )
   return prepared
 
 
 def corpus_key(config: DataConfig) -> str:
   """Hash (hex) of the sources' content and of every setting that changes the cleaned, tokenised corpus."""
   import importlib.metadata
+
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
     path = os.path.expanduser(config.tokenizer.path)
-    if config.tokenizer.kind == 'huggingface':  # beside the tokenizer's files there may be a whole checkpoint
+    if (
+      config.tokenizer.kind == 'huggingface'
+    ):  # beside the tokenizer's files there may be a whole checkpoint
       within = [str(file) for file in huggingface.paths(path)]
     else:
-      within = sorted(str(file) for file in pathlib.Path(path).rglob('*')) if os.path.isdir(path) else [path]
+      within = (
+        sorted(str(file) for file in pathlib.Path(path).rglob('*'))
+        if os.path.isdir(path)
+        else [path]
+      )
     settings['path'] = sources.content_digest(within, memo)
   content = {
-      'format': FORMAT,
-      'sources': [[source.kind, source.text_field, sources.content_digest(sources.paths(source), memo)]
-                  for source in config.sources],
-      'clean': dataclasses.asdict(config.clean),
-      'tokenizer': settings,
-      'sentencepiece': importlib.metadata.version('sentencepiece') if config.tokenizer.trained else '',
-      'split': [config.split, config.validation_fraction],
+    'format': FORMAT,
+    'sources': [
+      [source.kind, source.text_field, sources.content_digest(sources.paths(source), memo)]
+      for source in config.sources
+    ],
+    'clean': dataclasses.asdict(config.clean),
+    'tokenizer': settings,
+    'sentencepiece': importlib.metadata.version('sentencepiece')
+    if config.tokenizer.trained
+    else '',
+    'split': [config.split, config.validation_fraction],
   }
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def _build_corpus(config: DataConfig, directory: pathlib.Path, log: Callable[[str], object]) -> None:
+def _build_corpus(
+  config: DataConfig, directory: pathlib.Path, log: Callable[[str], object]
+) -> None:
   report = {'sources': [], 'seconds': {}}
   texts = Texts(directory)
 
@@ -138,8 +155,14 @@ def _build_corpus(config: DataConfig, directory: pathlib.Path, log: Callable[[st
     seen: set[bytes] = set()
     bounds = [0]
     for source in config.sources:
-      counts = {'source': dataclasses.asdict(source), 'read': collections.Counter(), 'problems': collections.Counter(),
-                'dropped': collections.Counter(), 'repaired_characters': 0, 'anonymised': collections.Counter()}
+      counts = {
+        'source': dataclasses.asdict(source),
+        'read': collections.Counter(),
+        'problems': collections.Counter(),
+        'dropped': collections.Counter(),
+        'repaired_characters': 0,
+        'anonymised': collections.Counter(),
+      }
       texts.write(_cleaned(config, source, seen, counts))
       bounds.append(len(texts))
       report['sources'].append(counts)
@@ -156,35 +179,54 @@ def _build_corpus(config: DataConfig, directory: pathlib.Path, log: Callable[[st
 
   boundary = _split(config, texts, kept, bounds)
   everything = lambda: (text for _, text in texts.read(0, len(texts), kept))
-  training = lambda: (text[:boundary[d]] for d, text in texts.read(0, len(texts), kept) if boundary[d])
+  training = lambda: (
+    text[: boundary[d]] for d, text in texts.read(0, len(texts), kept) if boundary[d]
+  )
   with _timed(report, 'tokenizer'):
     characters = int(boundary[kept].sum())
-    made = tokenizer.build(config.tokenizer, training(), everything(),
-                           share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)))
+    made = tokenizer.build(
+      config.tokenizer,
+      training(),
+      everything(),
+      share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)),
+    )
     made.save(directory / 'tokenizer')
-  special = None if 'bos_token' in made.special_tokens else {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
-  log(f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s'
-      + (f'; it has no bos, so documents begin with its {special}' if special else ''))
+  special = (
+    None if 'bos_token' in made.special_tokens else {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
+  )
+  log(
+    f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s'
+    + (f'; it has no bos, so documents begin with its {special}' if special else '')
+  )
 
   with _timed(report, 'encode'):
     written = _encode(directory, texts, kept, boundary, bounds, made, report)
   texts.delete()
-  total = sum(counts['train']['bytes'] for counts in report['sources']) + report['validation']['bytes']
-  log(f'data: encoded {total / 1e6:.1f} MB in {report["seconds"]["encode"]:.1f} s, '
-      f'{report["tokenizer"]["bytes_per_token"]:.2f} bytes per token, '
-      f'{report["tokenizer"]["characters_lost"]} characters lost in {report["tokenizer"]["documents_lost"]} documents')
+  total = (
+    sum(counts['train']['bytes'] for counts in report['sources']) + report['validation']['bytes']
+  )
+  log(
+    f'data: encoded {total / 1e6:.1f} MB in {report["seconds"]["encode"]:.1f} s, '
+    f'{report["tokenizer"]["bytes_per_token"]:.2f} bytes per token, '
+    f'{report["tokenizer"]["characters_lost"]} characters lost in {report["tokenizer"]["documents_lost"]} documents'
+  )
   cache.write_index(directory, written, report)
 
 
-def _cleaned(config: DataConfig, source: SourceConfig, seen: set[bytes], counts: dict) -> Iterator[clean.Cleaned]:
+def _cleaned(
+  config: DataConfig, source: SourceConfig, seen: set[bytes], counts: dict
+) -> Iterator[clean.Cleaned]:
   """The documents of one source that pass every stage up to exact duplicates; updates `counts` on the way."""
+
   def reading() -> Iterator[str]:
     for text in sources.documents(source, counts['problems']):
       counts['read'].update(documents=1, characters=len(text))
       yield text
 
   large = sum(map(os.path.getsize, sources.paths(source))) > PARALLEL_BYTES
-  for document in clean.clean_all(reading(), config.clean, workers=(os.cpu_count() or 1) if large else 1):
+  for document in clean.clean_all(
+    reading(), config.clean, workers=(os.cpu_count() or 1) if large else 1
+  ):
     masked = collections.Counter(document.counts)
     counts['repaired_characters'] += masked.pop('repaired', 0)
     if document.dropped:
@@ -212,23 +254,36 @@ def _split(config: DataConfig, texts: Texts, kept: np.ndarray, bounds: list[int]
       boundary[first:last] = np.clip(training - begins, 0, characters[first:last])
   for source, first, last in zip(config.sources, bounds, bounds[1:]):
     if not boundary[first:last].any():
-      raise ValueError(f'nothing is left to train on of {source} ({last - first} documents passed the filters, '
-                       f'{int(kept[first:last].sum())} after near-duplicates): see the counts above; loosen '
-                       'data.clean, lower validation_fraction, or remove the source')
+      raise ValueError(
+        f'nothing is left to train on of {source} ({last - first} documents passed the filters, '
+        f'{int(kept[first:last].sum())} after near-duplicates): see the counts above; loosen '
+        'data.clean, lower validation_fraction, or remove the source'
+      )
   if (boundary == characters).all():
-    raise ValueError(f'nothing is held out: none of {int(kept.sum())} documents falls into validation_fraction='
-                     f"{config.validation_fraction}; raise it, or use split='tail' for a corpus of few documents")
+    raise ValueError(
+      f'nothing is held out: none of {int(kept.sum())} documents falls into validation_fraction='
+      f"{config.validation_fraction}; raise it, or use split='tail' for a corpus of few documents"
+    )
   return boundary
 
 
-def _encode(directory: pathlib.Path, texts: Texts, kept: np.ndarray, boundary: np.ndarray, bounds: list[int],
-            made: tokenizer.Tokenizer, report: dict) -> list[dict]:
+def _encode(
+  directory: pathlib.Path,
+  texts: Texts,
+  kept: np.ndarray,
+  boundary: np.ndarray,
+  bounds: list[int],
+  made: tokenizer.Tokenizer,
+  report: dict,
+) -> list[dict]:
   """Encodes both splits into shards and keeps the held-out text; completes `report`; returns the files' records."""
   lost = collections.Counter()
   held_out = report['validation'] = collections.Counter(documents=0, bytes=0, tokens=0)
   offsets = array.array('q', [0])
-  with (shards.ShardWriter(directory, 'validation', made.vocabulary) as validation,
-        open(directory / 'validation.text', 'wb') as validation_text):
+  with (
+    shards.ShardWriter(directory, 'validation', made.vocabulary) as validation,
+    open(directory / 'validation.text', 'wb') as validation_text,
+  ):
     for i, counts in enumerate(report['sources']):
       trained = counts['train'] = collections.Counter(documents=0, bytes=0, tokens=0)
       with shards.ShardWriter(directory, f'train-{i}', made.vocabulary) as train:
@@ -237,7 +292,9 @@ def _encode(directory: pathlib.Path, texts: Texts, kept: np.ndarray, boundary: n
           losses = made.losses(text, ids)
           lost.update(documents_lost=losses > 0, characters_lost=losses)
           encoded = text.encode()
-          (trained if for_training else held_out).update(documents=1, bytes=len(encoded), tokens=len(ids) + 1)
+          (trained if for_training else held_out).update(
+            documents=1, bytes=len(encoded), tokens=len(ids) + 1
+          )
           (train if for_training else validation).add(np.concatenate([[made.bos], ids, [made.eos]]))
           if not for_training:
             validation_text.write(encoded)
@@ -247,24 +304,33 @@ def _encode(directory: pathlib.Path, texts: Texts, kept: np.ndarray, boundary: n
   np.save(directory / 'validation.text.npy', np.array(offsets, np.int64))
   splits = [counts['train'] for counts in report['sources']] + [held_out]
   report['tokenizer'] = {
-      'kind': made.kind, 'vocabulary': made.vocabulary, 'documents_lost': lost['documents_lost'],
-      'characters_lost': lost['characters_lost'], 'bos_is_eos': made.bos == made.eos,
-      'bytes_per_token': sum(split['bytes'] for split in splits) / sum(split['tokens'] for split in splits)}
+    'kind': made.kind,
+    'vocabulary': made.vocabulary,
+    'documents_lost': lost['documents_lost'],
+    'characters_lost': lost['characters_lost'],
+    'bos_is_eos': made.bos == made.eos,
+    'bytes_per_token': sum(split['bytes'] for split in splits)
+    / sum(split['tokens'] for split in splits),
+  }
   names = ['validation.text', 'validation.text.npy']
   names += [f'tokenizer/{path.name}' for path in sorted((directory / 'tokenizer').iterdir())]
   written = [file for split in splits for shard in split['shards'] for file in shard['files']]
   return written + [cache.record(directory, name) for name in names]
 
 
-def _sides(documents: Iterator[tuple[int, str]], boundary: np.ndarray) -> Iterator[tuple[bool, str]]:
+def _sides(
+  documents: Iterator[tuple[int, str]], boundary: np.ndarray
+) -> Iterator[tuple[bool, str]]:
   """Cuts documents at their boundaries: (is for training, text), without empty texts."""
   for d, text in documents:
-    for for_training, part in ((True, text[:boundary[d]]), (False, text[boundary[d]:])):
+    for for_training, part in ((True, text[: boundary[d]]), (False, text[boundary[d] :])):
       if part:
         yield for_training, part
 
 
-def _encoded(made: tokenizer.Tokenizer, sides: Iterator[tuple[bool, str]]) -> Iterator[tuple[bool, str, np.ndarray]]:
+def _encoded(
+  made: tokenizer.Tokenizer, sides: Iterator[tuple[bool, str]]
+) -> Iterator[tuple[bool, str, np.ndarray]]:
   """Adds each text's ids, encoding many texts together."""
   batch, characters = [], 0
   for side in itertools.chain(sides, [None]):
@@ -277,8 +343,9 @@ def _encoded(made: tokenizer.Tokenizer, sides: Iterator[tuple[bool, str]]) -> It
       batch, characters = [], 0
 
 
-def _build_plan(config: DataConfig, corpus: pathlib.Path, directory: pathlib.Path,
-                log: Callable[[str], object]) -> None:
+def _build_plan(
+  config: DataConfig, corpus: pathlib.Path, directory: pathlib.Path, log: Callable[[str], object]
+) -> None:
   """Packs every split's shards into rows of config.sequence_length."""
   report = cache.read_index(corpus)['report']
   length = config.sequence_length
@@ -290,37 +357,69 @@ def _build_plan(config: DataConfig, corpus: pathlib.Path, directory: pathlib.Pat
     plans = [shards.write_plan(corpus, directory, entry, length, in_order) for entry in entries]
     rows = [plan['rows'] for plan in plans]
     pairs, squared = (sum(plan[name] for plan in plans) for name in ('pairs', 'squared_pairs'))
-    packed.append({'rows': sum(rows), 'pairs': pairs, 'squared_pairs': squared, 'fill': pairs / (sum(rows) * length),
-                   'rows_per_shard': rows})
+    packed.append(
+      {
+        'rows': sum(rows),
+        'pairs': pairs,
+        'squared_pairs': squared,
+        'fill': pairs / (sum(rows) * length),
+        'rows_per_shard': rows,
+      }
+    )
     written += [file for plan in plans for file in plan['files']]
   seconds = time.perf_counter() - began
-  log(f'data: packed into rows of {length} in {seconds:.1f} s; filled '
-      + ', '.join(f'{split["fill"]:.2%}' for split in packed[:-1]) + f' (held out, in order: {packed[-1]["fill"]:.2%})')
-  cache.write_index(directory, written, {'train': packed[:-1], 'validation': packed[-1], 'seconds': seconds})
+  log(
+    f'data: packed into rows of {length} in {seconds:.1f} s; filled '
+    + ', '.join(f'{split["fill"]:.2%}' for split in packed[:-1])
+    + f' (held out, in order: {packed[-1]["fill"]:.2%})'
+  )
+  cache.write_index(
+    directory, written, {'train': packed[:-1], 'validation': packed[-1], 'seconds': seconds}
+  )
 
 
-def _load(config: DataConfig, directory: pathlib.Path, plan: pathlib.Path, log: Callable[[str], object]) -> Prepared:
+def _load(
+  config: DataConfig, directory: pathlib.Path, plan: pathlib.Path, log: Callable[[str], object]
+) -> Prepared:
   indices = {where: cache.read_index(where) for where in (directory, plan)}
   size = sum(file['bytes'] for index in indices.values() for file in index['files'])
   for where, index in indices.items():
     cache.check(where, index['files'], contents=size <= cache.CHECK_BYTES)
   if size > cache.CHECK_BYTES:
-    log(f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB; Prepared.verify() reads them')
+    log(
+      f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB; Prepared.verify() reads them'
+    )
   report = indices[directory]['report'] | {'packing': indices[plan]['report']}
   for of, counts in zip(config.sources, report['sources']):
-    counts['source'] = dataclasses.asdict(of)  # weight and path may differ from those of the run that built this
+    counts['source'] = dataclasses.asdict(
+      of
+    )  # weight and path may differ from those of the run that built this
 
   def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:
     return shards.PackedSource(
-        name, weight, tuple(shards.PackedShard(directory, plan, entry['name'], entry['dtype']) for entry in entries),
-        np.cumsum(packing['rows_per_shard'], dtype=np.int64))
+      name,
+      weight,
+      tuple(
+        shards.PackedShard(directory, plan, entry['name'], entry['dtype']) for entry in entries
+      ),
+      np.cumsum(packing['rows_per_shard'], dtype=np.int64),
+    )
 
   train = tuple(
-      source(f'{of.kind} {of.path}'.strip(), of.weight, counts['train']['shards'], packing)
-      for of, counts, packing in zip(config.sources, report['sources'], report['packing']['train']))
-  validation = source('validation', 1.0, report['validation']['shards'], report['packing']['validation'])
-  return Prepared(f'{directory.name}-{config.sequence_length}', (directory, plan),
-                  tokenizer.load(directory / 'tokenizer'), train, validation, report)
+    source(f'{of.kind} {of.path}'.strip(), of.weight, counts['train']['shards'], packing)
+    for of, counts, packing in zip(config.sources, report['sources'], report['packing']['train'])
+  )
+  validation = source(
+    'validation', 1.0, report['validation']['shards'], report['packing']['validation']
+  )
+  return Prepared(
+    f'{directory.name}-{config.sequence_length}',
+    (directory, plan),
+    tokenizer.load(directory / 'tokenizer'),
+    train,
+    validation,
+    report,
+  )
 
 
 def _describe(counts: dict) -> str:
@@ -328,9 +427,11 @@ def _describe(counts: dict) -> str:
     return ', '.join(f'{count:,} {name}' for name, count in of.items() if count) or 'none'
 
   source = counts['source']
-  return (f'data: {source["kind"]} {source["path"]}: read {counts["read"]["documents"]:,} documents '
-          f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: {listed(counts["problems"])}; '
-          f'dropped: {listed(counts["dropped"])}; masked: {listed(counts["anonymised"])}')
+  return (
+    f'data: {source["kind"]} {source["path"]}: read {counts["read"]["documents"]:,} documents '
+    f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: {listed(counts["problems"])}; '
+    f'dropped: {listed(counts["dropped"])}; masked: {listed(counts["anonymised"])}'
+  )
 
 
 @contextlib.contextmanager

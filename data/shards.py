@@ -56,15 +56,25 @@ class ShardWriter:
       return
     self._file.close()
     np.save(self._path('documents.npy'), np.array(self._offsets, np.int64))
-    self.shards.append({
-        'name': f'{self._name}-{len(self.shards):05d}', 'dtype': self._dtype.name, 'tokens': self._offsets[-1],
+    self.shards.append(
+      {
+        'name': f'{self._name}-{len(self.shards):05d}',
+        'dtype': self._dtype.name,
+        'tokens': self._offsets[-1],
         'documents': len(self._offsets) - 1,
-        'files': [cache.record(self._directory, self._path(suffix).name) for suffix in ('tokens', 'documents.npy')]})
+        'files': [
+          cache.record(self._directory, self._path(suffix).name)
+          for suffix in ('tokens', 'documents.npy')
+        ],
+      }
+    )
     self._file = None
     self._offsets = [0]
 
 
-def write_plan(corpus: pathlib.Path, directory: pathlib.Path, shard: dict, length: int, in_order: bool) -> dict:
+def write_plan(
+  corpus: pathlib.Path, directory: pathlib.Path, shard: dict, length: int, in_order: bool
+) -> dict:
   """Packs one shard's documents into rows of `length` and writes the plan.
 
   Args:
@@ -82,8 +92,12 @@ def write_plan(corpus: pathlib.Path, directory: pathlib.Path, shard: dict, lengt
   names = f'{shard["name"]}.pieces.npy', f'{shard["name"]}.rows.npy'
   np.save(directory / names[0], pieces[order])
   np.save(directory / names[1], rows)
-  return {'rows': len(rows) - 1, 'pairs': int(pieces[:, 1].sum()), 'squared_pairs': int(np.square(pieces[:, 1]).sum()),
-          'files': [cache.record(directory, name) for name in names]}
+  return {
+    'rows': len(rows) - 1,
+    'pairs': int(pieces[:, 1].sum()),
+    'squared_pairs': int(np.square(pieces[:, 1]).sum()),
+    'files': [cache.record(directory, name) for name in names],
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +152,11 @@ class PackedSource:
     which = int(np.searchsorted(self.ends, index, side='right'))
     shard = self.shards[which]
     row = index - (int(self.ends[which - 1]) if which else 0)
-    first, last = shard.rows[row:row + 2].tolist()
+    first, last = shard.rows[row : row + 2].tolist()
     at = 0
     for segment, (start, n) in enumerate(shard.pieces[first:last].tolist(), start=1):
       here = slice(at, at + n)
-      piece = shard.tokens[start:start + n + 1]
+      piece = shard.tokens[start : start + n + 1]
       batch.tokens[into, here] = piece[:-1]
       batch.targets[into, here] = piece[1:]
       batch.positions[into, here] = np.arange(n, dtype=np.int32)
@@ -154,4 +168,4 @@ class PackedSource:
     for shard in self.shards:
       offsets = np.load(shard.corpus / f'{shard.name}.documents.npy', mmap_mode='r')
       for d in range(len(offsets) - 1):
-        yield np.asarray(shard.tokens[offsets[d]:offsets[d + 1]])
+        yield np.asarray(shard.tokens[offsets[d] : offsets[d + 1]])

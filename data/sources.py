@@ -16,7 +16,9 @@ import files
 from data.config import SourceConfig
 
 # Directories of the standard library that hold tests, third-party packages or byte code.
-STDLIB_EXCLUDED = frozenset({'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'})
+STDLIB_EXCLUDED = frozenset(
+  {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+)
 # A file changed less than this before it was hashed may change again under the same mtime (git: "racily clean").
 RACY_SECONDS = 2.0
 
@@ -31,15 +33,23 @@ def paths(source: SourceConfig) -> list[str]:
     root = sysconfig.get_path('stdlib')
     found = []
     for directory, inner, names in os.walk(root):
-      inner[:] = [name for name in inner if name not in STDLIB_EXCLUDED]  # site-packages alone may hold 10,000 files
+      inner[:] = [
+        name for name in inner if name not in STDLIB_EXCLUDED
+      ]  # site-packages alone may hold 10,000 files
       found += [os.path.join(directory, name) for name in names if name.endswith('.py')]
     found.sort()
     where = f'the standard library at {root}'
   else:
-    found = sorted(path for path in glob.glob(os.path.expanduser(source.path), recursive=True) if os.path.isfile(path))
+    found = sorted(
+      path
+      for path in glob.glob(os.path.expanduser(source.path), recursive=True)
+      if os.path.isfile(path)
+    )
     where = f'path={source.path!r} (seen from {os.getcwd()})'
   if not found:
-    raise FileNotFoundError(f'a {source.kind!r} source found no file: {where}; correct the path or glob')
+    raise FileNotFoundError(
+      f'a {source.kind!r} source found no file: {where}; correct the path or glob'
+    )
   return found
 
 
@@ -86,13 +96,17 @@ def _jsonl(path: str, field: str, problems: collections.Counter) -> Iterator[str
 
 
 def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
-  csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 131,072 characters rejects longer documents
+  csv.field_size_limit(
+    min(sys.maxsize, 2**31 - 1)
+  )  # the default of 131,072 characters rejects longer documents
   # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts: the rest of the file is kept.
   with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
     reader = csv.DictReader(lines)
     if field not in (reader.fieldnames or ()):
-      raise ValueError(f'{path} has no column {field!r}; its columns: {", ".join(reader.fieldnames or ())}. '
-                       'Set source.text_field to one of them')
+      raise ValueError(
+        f'{path} has no column {field!r}; its columns: {", ".join(reader.fieldnames or ())}. '
+        'Set source.text_field to one of them'
+      )
     for record in reader:
       if record[field] is None:
         problems['no_text'] += 1

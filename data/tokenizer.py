@@ -18,7 +18,12 @@ import numpy as np
 import files
 from data.config import TokenizerConfig
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3  # of the tokenizers made here; a loaded SentencePiece model keeps its own
+PAD, BOS, EOS, UNK = (
+  0,
+  1,
+  2,
+  3,
+)  # of the tokenizers made here; a loaded SentencePiece model keeps its own
 SPACE = '\u2581'  # SentencePiece writes a space as this character
 DEFAULT_VOCABULARY = 4096
 _INDEX = 'tokenizer.json'
@@ -71,8 +76,10 @@ class Tokenizer:
       ValueError: special, for a kind whose control tokens text can't name; a text that UTF-8 can't hold.
     """
     if special:
-      raise ValueError(f'special=True: text can\'t name the control tokens of a {self.kind!r} tokenizer; use one of '
-                       "kind='huggingface', or put their ids (bos, eos) around the text's")
+      raise ValueError(
+        f'special=True: text can\'t name the control tokens of a {self.kind!r} tokenizer; use one of '
+        "kind='huggingface', or put their ids (bos, eos) around the text's"
+      )
     return self.encode_arrays([in_utf8(text)])[0].tolist()
 
   def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
@@ -86,8 +93,10 @@ class Tokenizer:
     ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
     if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
       wrong = next(i for i in ids if not 0 <= i < self.vocabulary)
-      raise ValueError(f'id {wrong} is outside the vocabulary of {self.vocabulary}: was the model trained with '
-                       'another tokenizer?')
+      raise ValueError(
+        f'id {wrong} is outside the vocabulary of {self.vocabulary}: was the model trained with '
+        'another tokenizer?'
+      )
     return b''.join([self.token_bytes[i] for i in ids])
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -116,8 +125,10 @@ def in_utf8(text: str) -> str:
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise ValueError(f'a text has {text[error.start]!r} at {error.start}, half of a surrogate pair, which UTF-8 cannot hold; take it out, '
-                     'or give both halves as one character') from error
+    raise ValueError(
+      f'a text has {text[error.start]!r} at {error.start}, half of a surrogate pair, which UTF-8 cannot hold; take it out, '
+      'or give both halves as one character'
+    ) from error
   return text
 
 
@@ -157,8 +168,10 @@ class CharTokenizer(Tokenizer):
     known[known] = self._codes[ids[known]] == codes[known]
     if not known.all():
       where = int(np.argmin(known))
-      raise ValueError(f'character {text[where]!r} (U+{codes[where]:04X}), at {where}, is not among the '
-                       f'{len(self._codes)} characters of this tokenizer; remove it, or use kind=\'byte\'')
+      raise ValueError(
+        f'character {text[where]!r} (U+{codes[where]:04X}), at {where}, is not among the '
+        f'{len(self._codes)} characters of this tokenizer; remove it, or use kind=\'byte\''
+      )
     return ids + 3
 
   def _files(self) -> dict[str, bytes]:
@@ -179,15 +192,21 @@ class SentencePieceTokenizer(Tokenizer):
 
   def __init__(self, model: bytes, threads: int = 0):
     import sentencepiece
+
     self.model = model
     self._threads = threads or os.cpu_count() or 1
     self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     if processor.eos_id() < 0:
-      raise ValueError('this SentencePiece model has no eos id, so no document could end; train one with eos_id >= 0')
+      raise ValueError(
+        'this SentencePiece model has no eos id, so no document could end; train one with eos_id >= 0'
+      )
     pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
-    super().__init__([self._bytes(i, piece) for i, piece in enumerate(pieces)],
-                     pad=max(processor.pad_id(), 0), eos=processor.eos_id(),
-                     bos=processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id())
+    super().__init__(
+      [self._bytes(i, piece) for i, piece in enumerate(pieces)],
+      pad=max(processor.pad_id(), 0),
+      eos=processor.eos_id(),
+      bos=processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id(),
+    )
     byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
     self._space_ids = None if processor.unk_id() in byte_ids else np.array(byte_ids, np.int32)
     # 'a' comes out as SPACE + 'a' when the model adds a space before every text; decoding takes it away again.
@@ -205,7 +224,10 @@ class SentencePieceTokenizer(Tokenizer):
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
     if self._space_ids is not None and any(SPACE in text for text in texts):
       return [self._encode_around_space(text) for text in texts]
-    return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts), num_threads=self._threads)]
+    return [
+      np.array(ids, np.int32)
+      for ids in self._processor.encode(list(texts), num_threads=self._threads)
+    ]
 
   def _encode_around_space(self, text: str) -> np.ndarray:
     """Spells U+2581 as bytes, which SentencePiece itself would turn into a space."""
@@ -235,11 +257,14 @@ def load(path: str | os.PathLike) -> Tokenizer:
     return SentencePieceTokenizer(path.read_bytes())
   path = path.parent if path.name == _INDEX else path
   if not (path / _INDEX).is_file():
-    raise FileNotFoundError(f'no tokenizer at {str(path)!r}: neither a SentencePiece .model file nor a directory with '
-                            f'{_INDEX}')
+    raise FileNotFoundError(
+      f'no tokenizer at {str(path)!r}: neither a SentencePiece .model file nor a directory with '
+      f'{_INDEX}'
+    )
   index = json.loads((path / _INDEX).read_bytes())
   if 'kind' not in index:
     from data import huggingface
+
     return huggingface.HuggingFaceTokenizer.read(path)
   if index['kind'] == 'byte':
     return ByteTokenizer()
@@ -248,8 +273,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
   return SentencePieceTokenizer((path / _MODEL).read_bytes())
 
 
-def build(config: TokenizerConfig, training: Iterable[str], everything: Iterable[str],
-          share: float = 1.0) -> Tokenizer:
+def build(
+  config: TokenizerConfig, training: Iterable[str], everything: Iterable[str], share: float = 1.0
+) -> Tokenizer:
   """Makes the tokenizer that a config asks for.
 
   Args:
@@ -268,13 +294,17 @@ def build(config: TokenizerConfig, training: Iterable[str], everything: Iterable
   elif config.path:
     tokenizer = load(config.path)
     if tokenizer.kind != config.kind:
-      raise ValueError(f'the tokenizer at tokenizer.path={config.path!r} is of kind {tokenizer.kind!r}, not '
-                       f'{config.kind!r}; set tokenizer.kind to that')
+      raise ValueError(
+        f'the tokenizer at tokenizer.path={config.path!r} is of kind {tokenizer.kind!r}, not '
+        f'{config.kind!r}; set tokenizer.kind to that'
+      )
   else:
     tokenizer = SentencePieceTokenizer(train_sentencepiece(config, training, share))
   if config.vocabulary and config.vocabulary != tokenizer.vocabulary:
-    raise ValueError(f'tokenizer.vocabulary={config.vocabulary} but this {config.kind!r} tokenizer has '
-                     f'{tokenizer.vocabulary} ids; set it to that, or to 0')
+    raise ValueError(
+      f'tokenizer.vocabulary={config.vocabulary} but this {config.kind!r} tokenizer has '
+      f'{tokenizer.vocabulary} ids; set it to that, or to 0'
+    )
   return tokenizer
 
 
@@ -287,18 +317,36 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: fl
   is used, evenly spread.
   """
   import sentencepiece
+
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sample(_chunks(texts), share), model_writer=model, model_type=config.algorithm,
-        vocab_size=config.vocabulary or DEFAULT_VOCABULARY, split_by_whitespace=config.split_by_whitespace,
-        pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, byte_fallback=True, character_coverage=0.9999,
-        normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, split_by_unicode_script=False, split_by_number=False,
-        max_sentence_length=4 * _CHUNK, num_threads=os.cpu_count() or 1, minloglevel=2)
+      sentence_iterator=_sample(_chunks(texts), share),
+      model_writer=model,
+      model_type=config.algorithm,
+      vocab_size=config.vocabulary or DEFAULT_VOCABULARY,
+      split_by_whitespace=config.split_by_whitespace,
+      pad_id=PAD,
+      bos_id=BOS,
+      eos_id=EOS,
+      unk_id=UNK,
+      byte_fallback=True,
+      character_coverage=0.9999,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      split_by_unicode_script=False,
+      split_by_number=False,
+      max_sentence_length=4 * _CHUNK,
+      num_threads=os.cpu_count() or 1,
+      minloglevel=2,
+    )
   except RuntimeError as error:
-    raise ValueError(f'SentencePiece could not train {config.vocabulary or DEFAULT_VOCABULARY} pieces: {error}\n'
-                     'A small corpus supports few pieces: lower tokenizer.vocabulary, or use kind=\'byte\'') from error
+    raise ValueError(
+      f'SentencePiece could not train {config.vocabulary or DEFAULT_VOCABULARY} pieces: {error}\n'
+      'A small corpus supports few pieces: lower tokenizer.vocabulary, or use kind=\'byte\''
+    ) from error
   return model.getvalue()
 
 

@@ -6,6 +6,7 @@ a jitted loop asks no host (Willard & Louf, arXiv:2307.09702, with classes of to
 
 B rows · V vocabulary · S states · C classes of tokens
 """
+
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,13 @@ class Constraint:
       where a text begins.
   """
 
-  def __init__(self, tokenizer: Tokenizer, *, regex: str | None = None, schema: Mapping[str, Any] | str | os.PathLike | None = None):
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    *,
+    regex: str | None = None,
+    schema: Mapping[str, Any] | str | os.PathLike | None = None,
+  ):
     """From a regular expression or a JSON schema.
 
     Args:
@@ -68,11 +75,14 @@ class Automaton:
     classes: [V] int32, each id's class, of tokens that no state tells apart. next: [S, C] int32, the state after a token of a class;
       -1: it is not allowed.
   """
+
   classes: Any
   next: Any
 
   @classmethod
-  def of(cls, constraints: Sequence[Constraint | None], vocabulary: int) -> tuple['Automaton', Int[np.ndarray, 'B']]:
+  def of(
+    cls, constraints: Sequence[Constraint | None], vocabulary: int
+  ) -> tuple['Automaton', Int[np.ndarray, 'B']]:
     """The tables, as numpy arrays, and each row's first state. A constraint that several rows share is there once.
 
     Args:
@@ -85,14 +95,31 @@ class Automaton:
     distinct = list(dict.fromkeys(c for c in constraints if c is not None))
     for c in distinct:
       if len(c.classes) > vocabulary:
-        raise ValueError(f'a constraint is over {len(c.classes)} ids, but vocabulary={vocabulary}; build it with the model\'s tokenizer')
+        raise ValueError(
+          f'a constraint is over {len(c.classes)} ids, but vocabulary={vocabulary}; build it with the model\'s tokenizer'
+        )
     free = np.zeros(vocabulary, np.int32), np.full((1, 1), FREE, np.int32)
-    tables = [free, *((np.pad(c.classes, (0, vocabulary - len(c.classes)), constant_values=_NEVER), c.next) for c in distinct)]
+    tables = [
+      free,
+      *(
+        (np.pad(c.classes, (0, vocabulary - len(c.classes)), constant_values=_NEVER), c.next)
+        for c in distinct
+      ),
+    ]
     of_each, classes = _merged(np.stack([own for own, _ in tables]))
     firsts = np.cumsum([0, *(len(table) for _, table in tables)])
-    after = np.concatenate([np.where(table < 0, -1, table + first)[:, own] for (_, table), first, own in zip(tables, firsts, of_each)])
+    after = np.concatenate(
+      [
+        np.where(table < 0, -1, table + first)[:, own]
+        for (_, table), first, own in zip(tables, firsts, of_each)
+      ]
+    )
     # Another constraint seldom means another program.
-    after = np.pad(after, [(0, max(SMALLEST, 1 << (n - 1).bit_length()) - n) for n in after.shape], constant_values=-1)
+    after = np.pad(
+      after,
+      [(0, max(SMALLEST, 1 << (n - 1).bit_length()) - n) for n in after.shape],
+      constant_values=-1,
+    )
     first = {None: FREE} | dict(zip(distinct, firsts[1:].tolist()))
     return cls(classes, after.astype(np.int32)), np.array([first[c] for c in constraints], np.int32)
 
@@ -113,12 +140,19 @@ def _by_lookup(rows, classes):
 def _by_product(rows, classes):
   """The same by one-hot columns, which are exact in any precision and never stored: the compiler makes them as it multiplies."""
   columns = jnp.arange(rows.shape[1])[:, None] == classes[None]
-  return jnp.matmul(rows.astype(jnp.bfloat16), columns.astype(jnp.bfloat16), out_sharding=ax.out('batch', None)) > 0
+  return (
+    jnp.matmul(
+      rows.astype(jnp.bfloat16), columns.astype(jnp.bfloat16), out_sharding=ax.out('batch', None)
+    )
+    > 0
+  )
 
 
 def advance(automaton: Automaton, states: Int[Array, 'B'], ids: Int[Array, 'B']) -> Int[Array, 'B']:
   """The states after these tokens. A token that is not allowed changes nothing, such as the padding after a row's end."""
-  after = automaton.next.at[states, automaton.classes.at[ids].get(out_sharding=ax.out('batch'))].get(out_sharding=ax.out('batch'))
+  after = automaton.next.at[
+    states, automaton.classes.at[ids].get(out_sharding=ax.out('batch'))
+  ].get(out_sharding=ax.out('batch'))
   return jnp.where(after < 0, states, after)
 
 
@@ -130,18 +164,26 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
   try:
     import outlines_core
   except ImportError as error:
-    raise ImportError('constraints need outlines-core: pip install outlines-core (the extra tandem[constrain])') from error
+    raise ImportError(
+      'constraints need outlines-core: pip install outlines-core (the extra tandem[constrain])'
+    ) from error
   EOS, MARK = 256, 257
-  vocabulary = outlines_core.Vocabulary(EOS, {bytes([byte]): [byte] for byte in range(256)} | {b'\0\0': [MARK]})
+  vocabulary = outlines_core.Vocabulary(
+    EOS, {bytes([byte]): [byte] for byte in range(256)} | {b'\0\0': [MARK]}
+  )
   try:
-    outlines_core.Index(f'{regex}|', vocabulary)  # without a group around it, which a stray ')' would close
+    outlines_core.Index(
+      f'{regex}|', vocabulary
+    )  # without a group around it, which a stray ')' would close
     # The library prefers: of a|ab it takes the a, unless a match must reach the end (\z). It looks for matches that begin later, too,
     # in 2 to the power of a repetition many combinations, unless something of lower rank has matched before (|, the empty text). It
     # knows no first state of what can be empty, hence a mark in front; and forgets what follows an end, hence one of two bytes.
     index = outlines_core.Index(rf'\x00\x00(?:{regex})\z|', vocabulary)
   except ValueError as error:
-    raise ValueError(f'regex={regex!r} can\'t be used: {str(error).rstrip(".")}. It is in the syntax of Rust\'s regex crate, which '
-                     'knows neither look-around nor references, and of the whole text, so that ^ and $ are left out') from error
+    raise ValueError(
+      f'regex={regex!r} can\'t be used: {str(error).rstrip(".")}. It is in the syntax of Rust\'s regex crate, which '
+      'knows neither look-around nor references, and of the whole text, so that ^ and $ are left out'
+    ) from error
   transitions = index.get_transitions()
   first = transitions[index.get_initial_state()].get(MARK)
   number = {state: i for i, state in enumerate(sorted(transitions))}
@@ -165,7 +207,10 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
   # Bytes that lead all states alike are taken for one of them: 'a' to 'z' in [a-z]+.
   _, same = _merged(after)
   alike = bytes(int(np.argmax(same == kind)) for kind in same)
-  moves = [np.full(len(after), -1, np.int32), np.arange(len(after), dtype=np.int32)]  # what a class of byte strings does to all states
+  moves = [
+    np.full(len(after), -1, np.int32),
+    np.arange(len(after), dtype=np.int32),
+  ]  # what a class of byte strings does to all states
   known, longer = {move.tobytes(): i for i, move in enumerate(moves)}, {}
   classes = np.zeros(tokenizer.vocabulary, np.int64)
   for index, token in enumerate(tokenizer.token_bytes):
@@ -184,8 +229,10 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
   table = np.stack([moves[i] for i in used], 1)
   kept = _useful(table, ends, first)
   if not kept.size:
-    raise ValueError(f'no ids of this {tokenizer.kind!r} tokenizer spell a text that regex={regex!r} accepts: it accepts none, or only '
-                     'some with characters that the vocabulary lacks; allow others, or use a tokenizer that has bytes for all characters')
+    raise ValueError(
+      f'no ids of this {tokenizer.kind!r} tokenizer spell a text that regex={regex!r} accepts: it accepts none, or only '
+      'some with characters that the vocabulary lacks; allow others, or use a tokenizer that has bytes for all characters'
+    )
   renumbered = np.full(len(table) + 1, -1, np.int32)
   renumbered[kept] = np.arange(len(kept))
   # Their order is that of the columns' numbers, so that the class of nothing but -1 is the first, _NEVER.
@@ -197,11 +244,18 @@ def _useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
   """States that a text passes, the first of them in front: reached from there, and able to end. `after`: [S, anything], -1 for none."""
   from scipy.sparse import coo_array
   from scipy.sparse.csgraph import breadth_first_order
+
   S = len(after)
   sources, columns = np.nonzero(after >= 0)
-  sources, targets = np.append(sources, np.flatnonzero(ends)), np.append(after[sources, columns], np.full(ends.sum(), S))  # S: the end
+  sources, targets = (
+    np.append(sources, np.flatnonzero(ends)),
+    np.append(after[sources, columns], np.full(ends.sum(), S)),
+  )  # S: the end
   graph = coo_array((np.ones(len(sources)), (sources, targets)), shape=(S + 1, S + 1)).tocsr()
-  reached, able = (breadth_first_order(way, start, return_predecessors=False) for way, start in ((graph, first), (graph.T.tocsr(), S)))
+  reached, able = (
+    breadth_first_order(way, start, return_predecessors=False)
+    for way, start in ((graph, first), (graph.T.tocsr(), S))
+  )
   return reached[np.isin(reached, able) & (reached < S)]
 
 

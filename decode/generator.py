@@ -1,4 +1,5 @@
 """How does a person generate? Load a run's directory once, then ask it for text, whole or as it comes."""
+
 import contextlib
 import dataclasses
 import functools
@@ -43,7 +44,13 @@ class Generator:
     last call that has ended, or None.
   """
 
-  def __init__(self, model: transformer.Decoder, tokenizer: tokenizers.Tokenizer, mesh: jax.sharding.Mesh, weights: str = ''):
+  def __init__(
+    self,
+    model: transformer.Decoder,
+    tokenizer: tokenizers.Tokenizer,
+    mesh: jax.sharding.Mesh,
+    weights: str = '',
+  ):
     """weights: 'int8' holds matrices in bytes (model.quantised); default: in the compute dtype."""
     names.check('weights', weights, ('', 'int8'))
     self.tokenizer, self.mesh, self.report = tokenizer, mesh, None
@@ -54,8 +61,13 @@ class Generator:
     self.vocabulary = min(tokenizer.vocabulary, self.model.config.V)
 
   @classmethod
-  def load(cls, workdir: str | os.PathLike, checkpoint: str = 'last', mesh: MeshConfig = MeshConfig(data=1),
-           weights: str = '') -> 'Generator':
+  def load(
+    cls,
+    workdir: str | os.PathLike,
+    checkpoint: str = 'last',
+    mesh: MeshConfig = MeshConfig(data=1),
+    weights: str = '',
+  ) -> 'Generator':
     """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's.
 
     mesh: over how many of this machine's devices; the default is one. weights: see Generator.
@@ -68,13 +80,17 @@ class Generator:
     step = None
     if checkpoint != 'last':
       best = checkpoints.best()
-      known = {str(s): s for s in checkpoints.steps()} | ({'best': best} if best is not None else {})
+      known = {str(s): s for s in checkpoints.steps()} | (
+        {'best': best} if best is not None else {}
+      )
       step = known[names.check('checkpoint', checkpoint, [*known, 'last'])]
       problems = checkpoints.problems(step)
       if problems:
-        raise ValueError(f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'")
+        raise ValueError(
+          f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'"
+        )
     sizes = mesh.sizes().values()
-    mesh = make_mesh(mesh, jax.local_devices()[:None if -1 in sizes else math.prod(sizes)])
+    mesh = make_mesh(mesh, jax.local_devices()[: None if -1 in sizes else math.prod(sizes)])
     with jax.set_mesh(mesh):
       target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
       model = checkpoints.model(target, step)
@@ -96,7 +112,9 @@ class Generator:
     """
     options = _as_it_comes(options)
     if options.num_samples > 1:
-      raise ValueError(f'num_samples={options.num_samples}: one text is streamed at a time; call the generator for several')
+      raise ValueError(
+        f'num_samples={options.num_samples}: one text is streamed at a time; call the generator for several'
+      )
     (row,), steps = self._run([prompt], options)
     return pieces_of(row, steps)  # not a generator itself: bad options raise here and now
 
@@ -126,6 +144,7 @@ class Generator:
             yield new
       if any(row.finish == INTERRUPTED for row in rows):
         raise KeyboardInterrupt
+
     return chunks()
 
   def score(self, texts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
@@ -137,10 +156,12 @@ class Generator:
     if config.encoder_layers or not config.causal:
       raise ValueError('scores of texts are those of a decoder; this model has an encoder')
     encoded = [self.encoded(text) for text in several(texts)]
-    tokens, lengths = self._padded(encoded + [encoded[-1][:1]] * (-len(encoded) % self.parts))  # rows that fill the mesh up
+    tokens, lengths = self._padded(
+      encoded + [encoded[-1][:1]] * (-len(encoded) % self.parts)
+    )  # rows that fill the mesh up
     with jax.set_mesh(self.mesh):
       found = np.asarray(_scored(self.model, self.put(tokens), self.vocabulary))
-    return [row[:length - 1] for row, length in zip(found[:len(encoded)], lengths)]
+    return [row[: length - 1] for row, length in zip(found[: len(encoded)], lengths)]
 
   def session(self, capacity: int = 0, cache_dtype: str = ''):
     """A text that grows (decode.session.Session), of at most `capacity` tokens; 0: as many as the model has positions for.
@@ -148,21 +169,30 @@ class Generator:
     Raises ValueError for a capacity beyond these, and where there is no end of them and no capacity is given.
     """
     from decode.session import Session
+
     limit = self.model.config.max_length
     if not capacity and not limit:
-      raise ValueError('capacity=0, and the model has no model.max_length; say how many tokens the session may have')
+      raise ValueError(
+        'capacity=0, and the model has no model.max_length; say how many tokens the session may have'
+      )
     return Session(self, capacity or limit, cache_dtype)
 
   def encoded(self, prompt: Prompt) -> list[int]:
     """The ids that the model reads. Raises ValueError for none, and for what is no id or out of range."""
     if isinstance(prompt, str):
-      start, end = ([], [self.tokenizer.eos]) if self.model.config.encoder_layers else ([self.tokenizer.bos], [])
+      start, end = (
+        ([], [self.tokenizer.eos])
+        if self.model.config.encoder_layers
+        else ([self.tokenizer.bos], [])
+      )
       return [*start, *self.tokenizer.encode(prompt), *end]
     try:
       ids = [operator.index(i) for i in ([prompt] if isinstance(prompt, bytes) else prompt)]
     except TypeError as error:
-      raise ValueError(f'the prompt {str(prompt)[:60]} is neither a text nor ids, whole numbers in [0, {self.vocabulary}): '
-                       f'{error}') from error
+      raise ValueError(
+        f'the prompt {str(prompt)[:60]} is neither a text nor ids, whole numbers in [0, {self.vocabulary}): '
+        f'{error}'
+      ) from error
     if not ids:
       raise ValueError('a prompt has no ids; give at least one')
     if not all(0 <= i < self.vocabulary for i in ids):
@@ -173,84 +203,155 @@ class Generator:
   def put(self, x) -> jax.Array:
     """An array on the mesh, split along its rows."""
     with jax.set_mesh(self.mesh):
-      return jax.device_put(x, jax.NamedSharding(self.mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1))))
+      return jax.device_put(
+        x, jax.NamedSharding(self.mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1)))
+      )
 
   def limits(self, longest: int, new: int) -> int:
     """The room that a cache needs. Raises ValueError for more tokens than the model has positions for."""
     limit = self.model.config.max_length or sys.maxsize
     if longest + new > limit:
-      raise ValueError(f'a prompt of {longest} tokens and max_new_tokens={new} pass model.max_length={limit}; '
-                       'shorten the prompt or ask for fewer')
+      raise ValueError(
+        f'a prompt of {longest} tokens and max_new_tokens={new} pass model.max_length={limit}; '
+        'shorten the prompt or ask for fewer'
+      )
     return min(limit, bucket(longest + new))
 
-  def rules(self, options: Options, prompts: int, rows: int) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:
+  def rules(
+    self, options: Options, prompts: int, rows: int
+  ) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:
     """Rules of so many rows, the last ones unused; places in the automaton; texts that end a row, and ids."""
     texts, ids = options.stops(self.vocabulary)
     if options.logprobs > self.vocabulary:
-      raise ValueError(f'logprobs={options.logprobs} must be at most {self.vocabulary}, as many ids as there are')
+      raise ValueError(
+        f'logprobs={options.logprobs} must be at most {self.vocabulary}, as many ids as there are'
+      )
     used = prompts * options.rows
     fill = lambda x: np.concatenate([x, np.repeat(x[-1:], rows - used, 0)])
     sampling = jax.tree.map(fill, options.law(prompts, self.vocabulary))
     if sampling.bias is not None:
-      sampling = dataclasses.replace(sampling, bias=np.pad(sampling.bias, ((0, 0), (0, self.model.config.V - self.vocabulary))))
+      sampling = dataclasses.replace(
+        sampling, bias=np.pad(sampling.bias, ((0, 0), (0, self.model.config.V - self.vocabulary)))
+      )
     ends = [self.tokenizer.eos, *ids]
     table = np.full((rows, bucket(len(ends), 4)), -1, np.int32)
-    table[:, :len(ends)] = ends
+    table[:, : len(ends)] = ends
     automaton = places = None
     if options.constraint is not None:
-      each = list(options.constraint) if isinstance(options.constraint, (list, tuple)) else [options.constraint] * prompts
+      each = (
+        list(options.constraint)
+        if isinstance(options.constraint, (list, tuple))
+        else [options.constraint] * prompts
+      )
       if not all(c is None or isinstance(c, Constraint) for c in each):
-        raise ValueError(f'constraint={options.constraint!r} must be a decode.constrain.Constraint, such as '
-                         'Constraint(g.tokenizer, regex=..), or a list of one, or None, for each prompt')
+        raise ValueError(
+          f'constraint={options.constraint!r} must be a decode.constrain.Constraint, such as '
+          'Constraint(g.tokenizer, regex=..), or a list of one, or None, for each prompt'
+        )
       if len(each) != prompts:
-        raise ValueError(f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for each')
-      automaton, places = Automaton.of([c for c in each for _ in range(options.rows)], self.model.config.V)
+        raise ValueError(
+          f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for each'
+        )
+      automaton, places = Automaton.of(
+        [c for c in each for _ in range(options.rows)], self.model.config.V
+      )
       places = fill(places)
     return Rules(sampling, table, automaton), places, texts, ends
 
   def placed(self, rules: Rules, beams: int = 1) -> Rules:
     """Rules on the mesh, those of a row for each of its beams."""
     with jax.set_mesh(self.mesh):
-      return Rules(*jax.tree.map(lambda x: self.put(np.repeat(x, beams, 0)), (rules.sampling, rules.ends)),
-                   jax.device_put(rules.automaton, jax.NamedSharding(self.mesh, jax.P())))
+      return Rules(
+        *jax.tree.map(lambda x: self.put(np.repeat(x, beams, 0)), (rules.sampling, rules.ends)),
+        jax.device_put(rules.automaton, jax.NamedSharding(self.mesh, jax.P())),
+      )
 
-  def read(self, encoded: Sequence[Sequence[int]], capacity: int, stop_at: np.ndarray, *, source=None, places=None, cache_dtype='',
-           append: int = APPEND) -> loop.DecodeState:
+  def read(
+    self,
+    encoded: Sequence[Sequence[int]],
+    capacity: int,
+    stop_at: np.ndarray,
+    *,
+    source=None,
+    places=None,
+    cache_dtype='',
+    append: int = APPEND,
+  ) -> loop.DecodeState:
     """The state after prompts, read in pieces where they are long."""
     tokens, lengths = self._padded(encoded)
     with jax.set_mesh(self.mesh):
       cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
       if source is not None:
         ids, counts = source
-        source = self.put(ids), self.put((np.arange(ids.shape[1])[None] < counts[:, None]).astype(np.int32))
-      state = loop.prefill(self.model, self.put(tokens[:, :AT_ONCE]), self.put(np.minimum(lengths, AT_ONCE)), cache, self.put(stop_at),
-                           source, None if places is None else self.put(places), vocabulary=self.vocabulary)
+        source = (
+          self.put(ids),
+          self.put((np.arange(ids.shape[1])[None] < counts[:, None]).astype(np.int32)),
+        )
+      state = loop.prefill(
+        self.model,
+        self.put(tokens[:, :AT_ONCE]),
+        self.put(np.minimum(lengths, AT_ONCE)),
+        cache,
+        self.put(stop_at),
+        source,
+        None if places is None else self.put(places),
+        vocabulary=self.vocabulary,
+      )
       for first in range(AT_ONCE, int(lengths.max()), append):
-        state = self.append(state, tokens[:, first:first + append], np.clip(lengths - first, 0, append))
+        state = self.append(
+          state, tokens[:, first : first + append], np.clip(lengths - first, 0, append)
+        )
     return state
 
-  def append(self, state: loop.DecodeState, tokens: np.ndarray, counts: np.ndarray) -> loop.DecodeState:
+  def append(
+    self, state: loop.DecodeState, tokens: np.ndarray, counts: np.ndarray
+  ) -> loop.DecodeState:
     """The state after more tokens of rows [B, T], the first counts [B] of them."""
     with jax.set_mesh(self.mesh):
-      return loop.append(self.model, state, self.put(tokens), self.put(counts.astype(np.int32)), vocabulary=self.vocabulary)
+      return loop.append(
+        self.model,
+        state,
+        self.put(tokens),
+        self.put(counts.astype(np.int32)),
+        vocabulary=self.vocabulary,
+      )
 
-  def advance(self, state: loop.DecodeState, rules: Rules, options: Options, count: int) -> tuple[loop.DecodeState, Chunk]:
+  def advance(
+    self, state: loop.DecodeState, rules: Rules, options: Options, count: int
+  ) -> tuple[loop.DecodeState, Chunk]:
     """The state after `count` more tokens, at most a chunk, and these."""
     with jax.set_mesh(self.mesh):
-      return loop.decode_chunk(self.model, state, rules, jnp.int32(count), steps=options.chunk, pad=self.tokenizer.pad,
-                               vocabulary=self.vocabulary, alternatives=max(options.logprobs, 0))
+      return loop.decode_chunk(
+        self.model,
+        state,
+        rules,
+        jnp.int32(count),
+        steps=options.chunk,
+        pad=self.tokenizer.pad,
+        vocabulary=self.vocabulary,
+        alternatives=max(options.logprobs, 0),
+      )
 
   def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as one array [B, bucket], and their lengths. Raises ValueError for a row that the model has no positions for."""
-    lengths, limit = np.array([len(ids) for ids in rows], np.int32), self.model.config.max_length or sys.maxsize
+    lengths, limit = (
+      np.array([len(ids) for ids in rows], np.int32),
+      self.model.config.max_length or sys.maxsize,
+    )
     if lengths.max() > limit:
-      raise ValueError(f'a prompt of {lengths.max()} tokens passes model.max_length={limit}; shorten it')
-    tokens = np.full((len(rows), min(limit, bucket(int(lengths.max())))), self.tokenizer.pad, np.int32)
+      raise ValueError(
+        f'a prompt of {lengths.max()} tokens passes model.max_length={limit}; shorten it'
+      )
+    tokens = np.full(
+      (len(rows), min(limit, bucket(int(lengths.max())))), self.tokenizer.pad, np.int32
+    )
     for row, ids in zip(tokens, rows, strict=True):
-      row[:len(ids)] = ids
+      row[: len(ids)] = ids
     return tokens, lengths
 
-  def _run(self, prompts: Sequence[Prompt], options: Options) -> tuple[list[Row], Iterator[list[str]]]:
+  def _run(
+    self, prompts: Sequence[Prompt], options: Options
+  ) -> tuple[list[Row], Iterator[list[str]]]:
     """The rows of a call, and an iterator that fills them: each step gives the text that is new of each."""
     config, n = self.model.config, options.rows
     if not config.causal:
@@ -261,30 +362,53 @@ class Generator:
     encoded += [encoded[-1][:1]] * (rows - used)
     rules, places, texts, ends = self.rules(options, len(prompts), rows)
     source, begun = None, encoded
-    if config.encoder_layers:  # the prompt is what the encoder reads; the decoder starts with padding, as T5's
+    if (
+      config.encoder_layers
+    ):  # the prompt is what the encoder reads; the decoder starts with padding, as T5's
       source, begun = self._padded(encoded), [[self.tokenizer.pad]] * rows
     lengths = np.array([len(ids) for ids in begun], np.int32)
     capacity = self.limits(int(lengths.max()), options.max_new_tokens)
     stop_at = np.where(np.arange(rows) < used, lengths + options.max_new_tokens, 0).astype(np.int32)
-    held = [Row(prompts[i // n], encoded[i], int(rules.sampling.seed[i]), texts, self.tokenizer, ends)
-            for i in range(used) for _ in range(options.num_samples // n)]
+    held = [
+      Row(prompts[i // n], encoded[i], int(rules.sampling.seed[i]), texts, self.tokenizer, ends)
+      for i in range(used)
+      for _ in range(options.num_samples // n)
+    ]
     drafter = drafter_of(self, options, int(stop_at.max()))
-    return held, self._steps(held, begun, source, capacity, stop_at, rules, places, options, drafter)
+    return held, self._steps(
+      held, begun, source, capacity, stop_at, rules, places, options, drafter
+    )
 
   def _steps(self, rows, encoded, source, capacity, stop_at, rules, places, options, drafter):
     watch = Watch(self.model)
     rules = self.placed(rules, options.beams)
-    read = lambda who: who.read(encoded, min(capacity, who.model.config.max_length or capacity), stop_at, source=source, places=places,
-                                cache_dtype=options.cache_dtype)
+    read = lambda who: who.read(
+      encoded,
+      min(capacity, who.model.config.max_length or capacity),
+      stop_at,
+      source=source,
+      places=places,
+      cache_dtype=options.cache_dtype,
+    )
     state = read(self)
     if options.beams > 1:
-      self.report = yield from beam.texts(self, watch, rows, state, rules, options, bucket(options.max_new_tokens))
+      self.report = yield from beam.texts(
+        self, watch, rows, state, rules, options, bucket(options.max_new_tokens)
+      )
       return
-    watch.began(state.cache, sum(map(len, encoded[:len(rows)])))
+    watch.began(state.cache, sum(map(len, encoded[: len(rows)])))
     course = Course(self, options, drafter, rules, state, encoded, read)
     yield from self.go_on(rows, course, watch, options, options.max_new_tokens, LENGTH)
 
-  def go_on(self, rows: Sequence[Row], course: Course, watch: Watch, options: Options, most: int, finish: str) -> Iterator[list[str]]:
+  def go_on(
+    self,
+    rows: Sequence[Row],
+    course: Course,
+    watch: Watch,
+    options: Options,
+    most: int,
+    finish: str,
+  ) -> Iterator[list[str]]:
     """Fills the rows with at most so many tokens each, and leaves a report; each step gives the text that is new of each row.
 
     finish: why a row ends that has not ended itself.
@@ -294,7 +418,10 @@ class Generator:
     ahead = watch.first(course.advance(count))
     try:
       while True:
-        chunk, done = ahead, min(len(row.ids) for row in rows if not row.finish) + count  # the least that a row has, then
+        chunk, done = (
+          ahead,
+          min(len(row.ids) for row in rows if not row.finish) + count,
+        )  # the least that a row has, then
         count = min(most - done, course.most)
         if count > 0:
           ahead = course.advance(count)
@@ -341,7 +468,9 @@ def _as_it_comes(given: Mapping[str, Any]) -> Options:
   """Options of a call whose text is read before it ends."""
   options = Options.of(given)
   if options.beams > 1:
-    raise ValueError(f'beams={options.beams}: no token of a search is certain before its end, and none is streamed; call the generator')
+    raise ValueError(
+      f'beams={options.beams}: no token of a search is certain before its end, and none is streamed; call the generator'
+    )
   return options
 
 
@@ -350,13 +479,17 @@ def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
   return max(smallest, 1 << (tokens - 1).bit_length())
 
 
-_empty = jax.jit(init_cache, static_argnums=range(5))  # one call to the device, and not one for every layer
+_empty = jax.jit(
+  init_cache, static_argnums=range(5)
+)  # one call to the device, and not one for every layer
 
 
 @functools.partial(jax.jit, static_argnames='vocabulary')
 def _scored(model, tokens, vocabulary):
   """[B, T - 1] log-probabilities of tokens [B, T] after those before them; scores of few positions at a time."""
-  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):  # rows that do not split are on all devices
+  with ax.whole_rows(
+    tokens.shape[1] % ax.size('length') > 0
+  ):  # rows that do not split are on all devices
     x = ax.place(model(ax.place(tokens, 'batch', 'length')).hidden, 'batch', None, 'width')
   targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
   parts = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, SMALLEST_BUCKET, *a.shape[2:]), 1, 0)
@@ -366,16 +499,29 @@ def _scored(model, tokens, vocabulary):
     x, targets = part
     found = jax.nn.log_softmax(loop.scores(model, x, vocabulary), -1)
     return jnp.take_along_axis(found, targets[..., None], -1)[..., 0]
+
   found = jax.lax.map(one, (parts(jnp.pad(x, [*pad, (0, 0)])), parts(jnp.pad(targets, pad))))
-  return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1)[:, :tokens.shape[1] - 1]
+  return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1)[:, : tokens.shape[1] - 1]
 
 
 def generating(config: ModelConfig) -> ModelConfig:
   """The config with which a trained model generates."""
   # Which backend trained, in which blocks, is indifferent to the parameters, and not every one of them can attend to a cache. What an
   # expert has no room for would depend on a row's neighbours.
-  moe = dataclasses.replace(config.moe, dispatch='dropless') if config.moe.dispatch == 'capacity' else config.moe
-  return dataclasses.replace(config, attention='auto', attention_blocks=Blocks(), moe=moe, remat='none', remat_save=(), remat_offload=())
+  moe = (
+    dataclasses.replace(config.moe, dispatch='dropless')
+    if config.moe.dispatch == 'capacity'
+    else config.moe
+  )
+  return dataclasses.replace(
+    config,
+    attention='auto',
+    attention_blocks=Blocks(),
+    moe=moe,
+    remat='none',
+    remat_save=(),
+    remat_offload=(),
+  )
 
 
 def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:

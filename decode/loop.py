@@ -2,6 +2,7 @@
 
 B rows · T tokens · C tokens of a chunk · V vocabulary · M ids that end a row · k alternatives
 """
+
 import dataclasses
 import functools
 from typing import Any
@@ -30,6 +31,7 @@ class DecodeState:
     done: [B] bool, rows that have ended. stop_at: [B] int32, length, prompt included, at which a row ends at the latest.
     history: what penalties look at. places: [B] int32, where each row is in its constraint's automaton; None without.
   """
+
   cache: Any
   logits: Any
   done: Any
@@ -46,6 +48,7 @@ class Rules:
   Attributes:
     sampling: see there. ends: [B, M] int32, ids that end a row and belong to it; -1 is none. automaton: of constraints, or None.
   """
+
   sampling: Any
   ends: Any
   automaton: Any = None
@@ -63,6 +66,7 @@ class Chunk:
     broken: [B] bool, rows that have ended because the model's scores are not finite.
     drafted, accepted: [B] int32, tokens that a draft proposed, and those of them that were kept; None without drafts.
   """
+
   ids: Any
   real: Any
   raw: Any
@@ -75,9 +79,17 @@ class Chunk:
 
 
 @functools.partial(jax.jit, static_argnames='vocabulary', donate_argnums=3)
-def prefill(model: Decoder, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], cache: Cache, stop_at: Int[Array, 'B'],
-            source: tuple[Int[Array, 'B S'], Int[Array, 'B S']] | None = None, places: Int[Array, 'B'] | None = None, *,
-            vocabulary: int = 0) -> DecodeState:
+def prefill(
+  model: Decoder,
+  tokens: Int[Array, 'B T'],
+  lengths: Int[Array, 'B'],
+  cache: Cache,
+  stop_at: Int[Array, 'B'],
+  source: tuple[Int[Array, 'B S'], Int[Array, 'B S']] | None = None,
+  places: Int[Array, 'B'] | None = None,
+  *,
+  vocabulary: int = 0,
+) -> DecodeState:
   """Reads prompts into an empty cache.
 
   tokens: each row's prompt, then padding, whose ids are free: it is never seen. lengths: of the prompts, at least 1.
@@ -89,50 +101,94 @@ def prefill(model: Decoder, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'],
     cache = model.read(cache, *source)
   x, cache, _ = model(tokens, cache=cache, counts=lengths, fresh=True)
   logits = scores(model, last(x, lengths), vocabulary)
-  return DecodeState(cache, logits, lengths >= stop_at, stop_at, History.of(tokens, lengths, logits.shape[1]), places)
+  return DecodeState(
+    cache, logits, lengths >= stop_at, stop_at, History.of(tokens, lengths, logits.shape[1]), places
+  )
 
 
 @functools.partial(jax.jit, static_argnames='vocabulary', donate_argnums=1)
-def append(model: Decoder, state: DecodeState, tokens: Int[Array, 'B T'], counts: Int[Array, 'B'], *,
-           vocabulary: int = 0) -> DecodeState:
+def append(
+  model: Decoder,
+  state: DecodeState,
+  tokens: Int[Array, 'B T'],
+  counts: Int[Array, 'B'],
+  *,
+  vocabulary: int = 0,
+) -> DecodeState:
   """Reads more of each row's prompt: the first counts[b] of its tokens; rows whose count is 0 stay as they are."""
   x, cache, _ = model(tokens, cache=state.cache, counts=counts)
-  logits = jnp.where((counts > 0)[:, None], scores(model, last(x, jnp.maximum(counts, 1)), vocabulary), state.logits)
+  logits = jnp.where(
+    (counts > 0)[:, None], scores(model, last(x, jnp.maximum(counts, 1)), vocabulary), state.logits
+  )
   prompt = state.history.prompt | History.of(tokens, counts, logits.shape[1]).prompt
-  return dataclasses.replace(state, cache=cache, logits=logits, history=dataclasses.replace(state.history, prompt=prompt),
-                             done=cache.lengths >= state.stop_at)
+  return dataclasses.replace(
+    state,
+    cache=cache,
+    logits=logits,
+    history=dataclasses.replace(state.history, prompt=prompt),
+    done=cache.lengths >= state.stop_at,
+  )
 
 
-@functools.partial(jax.jit, static_argnames=('steps', 'pad', 'vocabulary', 'alternatives'), donate_argnums=1, compiler_options=GENERATION)
-def decode_chunk(model: Decoder, state: DecodeState, rules: Rules, count: Int[Array, ''] | None = None, *, steps: int, pad: int,
-                 vocabulary: int = 0, alternatives: int = 0) -> tuple[DecodeState, Chunk]:
+@functools.partial(
+  jax.jit,
+  static_argnames=('steps', 'pad', 'vocabulary', 'alternatives'),
+  donate_argnums=1,
+  compiler_options=GENERATION,
+)
+def decode_chunk(
+  model: Decoder,
+  state: DecodeState,
+  rules: Rules,
+  count: Int[Array, ''] | None = None,
+  *,
+  steps: int,
+  pad: int,
+  vocabulary: int = 0,
+  alternatives: int = 0,
+) -> tuple[DecodeState, Chunk]:
   """`steps` more tokens of each row, or only `count` of them; where none is made, behind a row's end, ids are `pad`.
 
   vocabulary: as of prefill. alternatives: k, see Chunk.
   """
+
   def step(state):
     log_law = next_law(state, rules)
     broken = ~state.done & laws.bad(log_law)
     state = dataclasses.replace(state, done=state.done | broken)
-    ids, real = jnp.where(state.done, pad, draw(log_law, rules.sampling, state.cache.lengths)), ~state.done
+    ids, real = (
+      jnp.where(state.done, pad, draw(log_law, rules.sampling, state.cache.lengths)),
+      ~state.done,
+    )
     raw, which, likeliest = laws.logprobs(state.logits, ids, alternatives)
-    x, cache, _ = model(ids[:, None], cache=state.cache, counts=real.astype(jnp.int32))  # a row that has ended stays as it is
+    x, cache, _ = model(
+      ids[:, None], cache=state.cache, counts=real.astype(jnp.int32)
+    )  # a row that has ended stays as it is
     new = advanced(state, cache, ids, real, rules)
-    new = dataclasses.replace(new, logits=jnp.where(real[:, None], scores(model, x[:, 0], vocabulary), state.logits))
+    new = dataclasses.replace(
+      new, logits=jnp.where(real[:, None], scores(model, x[:, 0], vocabulary), state.logits)
+    )
     return new, Chunk(ids, real, raw, at(log_law, ids), which, likeliest, broken)
+
   state, found = run(step, state, steps, count)
-  return state, dataclasses.replace(found, ids=jnp.where(found.real, found.ids, pad), broken=found.broken.any(1))
+  return state, dataclasses.replace(
+    found, ids=jnp.where(found.real, found.ids, pad), broken=found.broken.any(1)
+  )
 
 
 def run(step, state, steps: int, count=None):
   """`step` again and again, at most `steps` times: the last state, and what each step found, side by side in dimension 1."""
+
   def into(index, carry):
     state, found = carry
     state, new = step(state)
     put = lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x[:, None], index, 1)
     return state, jax.tree.map(put, found, new)
+
   kinds = jax.eval_shape(lambda state: step(state)[1], state)
-  none = jax.tree.map(lambda x: ax.place(jnp.zeros((x.shape[0], steps, *x.shape[1:]), x.dtype), 'batch'), kinds)
+  none = jax.tree.map(
+    lambda x: ax.place(jnp.zeros((x.shape[0], steps, *x.shape[1:]), x.dtype), 'batch'), kinds
+  )
   return jax.lax.fori_loop(0, steps if count is None else count, into, (state, none))
 
 
@@ -144,15 +200,29 @@ def next_law(state: DecodeState, rules: Rules):
 
 def draw(log_law, sampling: Sampling, positions, stream=laws.Stream.TOKEN):
   """A token of each row by its law."""
-  greedy = lambda: log_law.argmax(-1).astype(jnp.int32)  # most callers need no noise, which is what sampling costs
-  return jax.lax.cond((sampling.temperature > 0).any(), lambda: laws.sample(log_law, sampling.seed, positions, stream), greedy)
+  greedy = lambda: log_law.argmax(-1).astype(
+    jnp.int32
+  )  # most callers need no noise, which is what sampling costs
+  return jax.lax.cond(
+    (sampling.temperature > 0).any(),
+    lambda: laws.sample(log_law, sampling.seed, positions, stream),
+    greedy,
+  )
 
 
 def advanced(state: DecodeState, cache: Cache, ids, real, rules: Rules) -> DecodeState:
   """The state after a token of each row that is real, but for its logits."""
-  done = state.done | (real & (ids[:, None] == rules.ends).any(1)) | (cache.lengths >= state.stop_at)
-  places = state.places if rules.automaton is None else jnp.where(real, constrain.advance(rules.automaton, state.places, ids), state.places)
-  return dataclasses.replace(state, cache=cache, done=done, history=state.history.add(ids, real), places=places)
+  done = (
+    state.done | (real & (ids[:, None] == rules.ends).any(1)) | (cache.lengths >= state.stop_at)
+  )
+  places = (
+    state.places
+    if rules.automaton is None
+    else jnp.where(real, constrain.advance(rules.automaton, state.places, ids), state.places)
+  )
+  return dataclasses.replace(
+    state, cache=cache, done=done, history=state.history.add(ids, real), places=places
+  )
 
 
 def at(x, ids):
@@ -168,7 +238,9 @@ def last(x, lengths):
 
 def scores(model, x, vocabulary):
   """Logits [.., V] of hidden states, those of ids from `vocabulary` on at -inf."""
-  logits = ax.place(model.logits(x), 'batch', *(None,) * (x.ndim - 1))  # sampling ranks the whole vocabulary of a row
+  logits = ax.place(
+    model.logits(x), 'batch', *(None,) * (x.ndim - 1)
+  )  # sampling ranks the whole vocabulary of a row
   if not vocabulary:
     return logits
   inside = jnp.arange(logits.shape[-1]) < vocabulary

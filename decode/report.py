@@ -3,6 +3,7 @@
 A step of decoding reads every weight once, whatever the rows, and what the cache holds: these bytes over the machine's bandwidth are the
 least time that a token takes. The bandwidth is measured, once a process, by a sum over an array that no cache of a processor holds.
 """
+
 import dataclasses
 import functools
 import math
@@ -22,7 +23,10 @@ PROBE_ELSEWHERE, TIMES_ELSEWHERE = 2**30, 16
 _COMPILING = '/jax/core/compile/backend_compile_duration'
 _compiled = [0.0]
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: _compiled.__setitem__(0, _compiled[0] + seconds * (event == _COMPILING)))
+  lambda event, seconds, **_: _compiled.__setitem__(
+    0, _compiled[0] + seconds * (event == _COMPILING)
+  )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Report:
     seed: as it was asked for. drafted, accepted: tokens that a draft proposed, and that were kept. fell_back: whether the call went on
       without drafts, because they cost more than they saved (decode.drafting).
   """
+
   rows: int
   prompt_tokens: int
   new_tokens: int
@@ -57,19 +62,27 @@ class Report:
   def __str__(self) -> str:
     drafts = f', {self.accepted} of {self.drafted} drafted tokens kept' if self.drafted else ''
     drafts += ', and none were drafted any more as that was faster' if self.fell_back else ''
-    share = '' if self.drafted else f', {self.share_of_bandwidth():.0%} of what the measured bandwidth allows'
+    share = (
+      ''
+      if self.drafted
+      else f', {self.share_of_bandwidth():.0%} of what the measured bandwidth allows'
+    )
     then = f'then {self.ms_per_token:.2f} ms a step, {self.tokens_per_second:.1f} tokens/s{share}'
     too_few = 'and too few steps behind it to time'
-    return (f'{self.rows} rows, {self.prompt_tokens} prompt tokens, {self.new_tokens} new ones{drafts}\n'
-            f'first token {self.first_token * 1e3:.1f} ms, {too_few if math.isnan(self.ms_per_token) else then}\n'
-            f'cache {self.cache_bytes / 1e6:.1f} MB, compilation {self.compile_seconds:.1f} s, seed {self.seed}')
+    return (
+      f'{self.rows} rows, {self.prompt_tokens} prompt tokens, {self.new_tokens} new ones{drafts}\n'
+      f'first token {self.first_token * 1e3:.1f} ms, {too_few if math.isnan(self.ms_per_token) else then}\n'
+      f'cache {self.cache_bytes / 1e6:.1f} MB, compilation {self.compile_seconds:.1f} s, seed {self.seed}'
+    )
 
   def share_of_bandwidth(self) -> float:
     """The least time that a step can take by the memory's measured bandwidth, over what it took; 1 is the bound.
 
     NaN with drafts, and where no step was timed.
     """
-    return float('nan') if self.drafted else self.read_bytes / bandwidth() / (self.ms_per_token / 1e3)
+    return (
+      float('nan') if self.drafted else self.read_bytes / bandwidth() / (self.ms_per_token / 1e3)
+    )
 
 
 @functools.cache
@@ -79,8 +92,14 @@ def bandwidth() -> float:
   kind = devices[0].platform
   nbytes, times = PROBE.get(kind, PROBE_ELSEWHERE), TIMES.get(kind, TIMES_ELSEWHERE)
   x = jax.device_put(jnp.ones((nbytes // 4,), jnp.float32), devices[0])
-  total = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, before: jnp.sum(jax.lax.optimization_barrier((x, before))[0]),
-                                              jnp.float32(0)))
+  total = jax.jit(
+    lambda x: jax.lax.fori_loop(
+      0,
+      times,
+      lambda _, before: jnp.sum(jax.lax.optimization_barrier((x, before))[0]),
+      jnp.float32(0),
+    )
+  )
   total(x).block_until_ready()
   best = float('inf')
   for _ in range(8):
@@ -95,7 +114,9 @@ def weight_bytes(model: transformer.Decoder) -> float:
   leaves = params.named_leaves(model)
   moe, total = model.config.moe, 0.0
   for name, x in leaves.items():
-    looked_up = name.startswith('embedding.') and not (name == 'embedding.tokens' and model.head.tokens is None)
+    looked_up = name.startswith('embedding.') and not (
+      name == 'embedding.tokens' and model.head.tokens is None
+    )
     if looked_up or name.startswith('encoder.'):
       continue
     routed = moe.experts and '.feed_forward.' in name and moe.experts in x.shape[1:2]
@@ -107,7 +128,11 @@ class Watch:
   """Takes the times of a call."""
 
   def __init__(self, model: transformer.Decoder):
-    self._weights, self._compiled, self._start = weight_bytes(model), _compiled[0], time.perf_counter()
+    self._weights, self._compiled, self._start = (
+      weight_bytes(model),
+      _compiled[0],
+      time.perf_counter(),
+    )
 
   def began(self, cache: Cache, prompt_tokens: int) -> None:
     """The prompts are on their way into this cache."""
@@ -131,7 +156,20 @@ class Watch:
     timed, took = steps - max(self._before), self._last - self._first
     held = self._prompts + new / 2  # on average over the steps
     nan = float('nan')
-    return Report(len(self._lengths), self._prompts, new, steps, self._first, _compiled[0] - self._compiled, self._last,
-                  took / timed * 1e3 if timed else nan, (new - sum(self._before)) / took if timed else nan, self._cache,
-                  self._weights + held * self._per_token, seed, sum(row.drafted for row in rows), sum(row.accepted for row in rows),
-                  fell_back)
+    return Report(
+      len(self._lengths),
+      self._prompts,
+      new,
+      steps,
+      self._first,
+      _compiled[0] - self._compiled,
+      self._last,
+      took / timed * 1e3 if timed else nan,
+      (new - sum(self._before)) / took if timed else nan,
+      self._cache,
+      self._weights + held * self._per_token,
+      seed,
+      sum(row.drafted for row in rows),
+      sum(row.accepted for row in rows),
+      fell_back,
+    )

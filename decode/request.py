@@ -1,4 +1,5 @@
 """What does a call ask for, and what comes of it? Options, rows while they grow, completions."""
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,17 @@ from model.cache import APPEND
 
 CHUNK = 16  # tokens a call to the device: the first ones come soon, and dispatch costs little
 STOPPED, LENGTH, FULL, INTERRUPTED = 'stop', 'length', 'cache full', 'interrupted'  # why a row ends
-LAW = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'presence_penalty', 'frequency_penalty', 'logit_bias', 'seed')
+LAW = (
+  'temperature',
+  'top_k',
+  'top_p',
+  'min_p',
+  'repetition_penalty',
+  'presence_penalty',
+  'frequency_penalty',
+  'logit_bias',
+  'seed',
+)
 
 Prompt = Any  # a text or ids; judged by Generator.encoded, whose errors say what to do
 Whole = int | np.integer
@@ -56,6 +67,7 @@ class Options:
       texts are those without; others have the same law, and are other draws.
   Raises ValueError for values that make no sense.
   """
+
   max_new_tokens: Whole = 128
   temperature: Any = 1.0
   top_k: Any = 0
@@ -81,24 +93,40 @@ class Options:
   draft_tokens: Whole = 4
 
   def __post_init__(self):
-    for name, least in (('max_new_tokens', 1), ('num_samples', 1), ('beams', 1), ('chunk', 1), ('logprobs', -1), ('lookup', 0),
-                        ('early_exit', 0), ('draft_tokens', 1)):
+    for name, least in (
+      ('max_new_tokens', 1),
+      ('num_samples', 1),
+      ('beams', 1),
+      ('chunk', 1),
+      ('logprobs', -1),
+      ('lookup', 0),
+      ('early_exit', 0),
+      ('draft_tokens', 1),
+    ):
       value = getattr(self, name)
       if not isinstance(value, Whole) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name}={value!r} must be at least {least}, and whole')
       object.__setattr__(self, name, int(value))  # programs and JSON know no integers of NumPy
     object.__setattr__(self, 'stop', _stops(self.stop))
-    for bias in self.logit_bias if isinstance(self.logit_bias, (list, tuple)) else [self.logit_bias]:
+    for bias in (
+      self.logit_bias if isinstance(self.logit_bias, (list, tuple)) else [self.logit_bias]
+    ):
       if bias is not None and not isinstance(bias, Mapping):
-        raise ValueError(f'logit_bias={self.logit_bias!r} must map ids to what is added to their logits, as {{13: -1.5}} does, or be a '
-                         'list of such, one for each prompt')
+        raise ValueError(
+          f'logit_bias={self.logit_bias!r} must map ids to what is added to their logits, as {{13: -1.5}} does, or be a '
+          'list of such, one for each prompt'
+        )
     if self.draft_tokens >= APPEND:
-      raise ValueError(f'draft_tokens={self.draft_tokens} must be below {APPEND}, which is what a cache takes at once')
+      raise ValueError(
+        f'draft_tokens={self.draft_tokens} must be below {APPEND}, which is what a cache takes at once'
+      )
     drafters = [name for name in ('draft', 'lookup', 'early_exit') if getattr(self, name)]
     if len(drafters) > 1:
       raise ValueError(f'{" and ".join(drafters)} are given: one of them can draft')
     if not drafters and self.draft_tokens != Options.draft_tokens:
-      raise ValueError(f'draft_tokens={self.draft_tokens}, but nothing drafts; give draft, lookup or early_exit, or leave it out')
+      raise ValueError(
+        f'draft_tokens={self.draft_tokens}, but nothing drafts; give draft, lookup or early_exit, or leave it out'
+      )
     beam.check(self)
 
   @classmethod
@@ -116,9 +144,18 @@ class Options:
   def stops(self, vocabulary: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and ids that end a row."""
     for stop in self.stop:
-      if not isinstance(stop, (str, int)) or isinstance(stop, bool) or stop == '' or (isinstance(stop, int) and not 0 <= stop < vocabulary):
-        raise ValueError(f'stop={stop!r} must be a text that is not empty, or an id in [0, {vocabulary})')
-    return tuple(s for s in self.stop if isinstance(s, str)), tuple(s for s in self.stop if isinstance(s, int))
+      if (
+        not isinstance(stop, (str, int))
+        or isinstance(stop, bool)
+        or stop == ''
+        or (isinstance(stop, int) and not 0 <= stop < vocabulary)
+      ):
+        raise ValueError(
+          f'stop={stop!r} must be a text that is not empty, or an id in [0, {vocabulary})'
+        )
+    return tuple(s for s in self.stop if isinstance(s, str)), tuple(
+      s for s in self.stop if isinstance(s, int)
+    )
 
   def law(self, prompts: int, vocabulary: int):
     """The sampling of all rows, those of a prompt side by side."""
@@ -128,9 +165,14 @@ class Options:
       if value is None or np.ndim(value) == 0:
         return value
       if len(value) != prompts:
-        raise ValueError(f'{name} has {len(value)} values for {prompts} prompts; give one for all, or one for each')
+        raise ValueError(
+          f'{name} has {len(value)} values for {prompts} prompts; give one for all, or one for each'
+        )
       return [seed_of(one, i) if name == 'seed' else one for one in value for i in range(n)]
-    return make_sampling(rows, vocabulary=vocabulary, **{name: spread(name, getattr(self, name)) for name in LAW})
+
+    return make_sampling(
+      rows, vocabulary=vocabulary, **{name: spread(name, getattr(self, name)) for name in LAW}
+    )
 
 
 def _stops(given):
@@ -155,6 +197,7 @@ class Completion:
     drafted, accepted: tokens that a draft proposed, and those that were kept.
     seed: that reproduces this row alone. score: of a search, the sum of `processed` over the number of ids ** length_penalty; or None.
   """
+
   prompt: Prompt
   prompt_ids: list[int]
   text: str
@@ -173,8 +216,15 @@ class Completion:
 class Row:
   """What has come of one row so far."""
 
-  def __init__(self, prompt: Prompt, prompt_ids: list[int], seed: int, stops: Sequence[str], tokenizer: Tokenizer,
-               ends: Sequence[int]):
+  def __init__(
+    self,
+    prompt: Prompt,
+    prompt_ids: list[int],
+    seed: int,
+    stops: Sequence[str],
+    tokenizer: Tokenizer,
+    ends: Sequence[int],
+  ):
     self._prompt, self._prompt_ids, self._seed, self._ends = prompt, prompt_ids, seed, ends
     self._stream = TextStream(tokenizer, stops)
     self.ids, self._text, self._raw, self._processed, self._alternatives = [], [], [], [], []
@@ -186,9 +236,11 @@ class Row:
     if self.finish:
       return ''
     if chunk.broken[index]:
-      raise FloatingPointError(f'the scores after token {len(self._prompt_ids) + len(self.ids)} of the row that begins with '
-                               f'{self._prompt_ids[:8]} are not finite: no token can be drawn. Weights or an option (logit_bias, a '
-                               'constraint with penalties) made them so')
+      raise FloatingPointError(
+        f'the scores after token {len(self._prompt_ids) + len(self.ids)} of the row that begins with '
+        f'{self._prompt_ids[:8]} are not finite: no token can be drawn. Weights or an option (logit_bias, a '
+        'constraint with penalties) made them so'
+      )
     own = np.flatnonzero(chunk.real[index])
     ids = chunk.ids[index, own].tolist()
     piece = self._stream.add(ids)
@@ -200,8 +252,10 @@ class Row:
     self._raw += chunk.raw[index, own].tolist()
     self._processed += chunk.processed[index, own].tolist()
     if chunk.alternatives.shape[2]:
-      self._alternatives += [list(zip(which.tolist(), likely.tolist()))
-                             for which, likely in zip(chunk.alternatives[index, own], chunk.alternatives_raw[index, own])]
+      self._alternatives += [
+        list(zip(which.tolist(), likely.tolist()))
+        for which, likely in zip(chunk.alternatives[index, own], chunk.alternatives_raw[index, own])
+      ]
     if chunk.drafted is not None:
       self.drafted += int(chunk.drafted[index])
       self.accepted += int(chunk.accepted[index])
@@ -218,5 +272,18 @@ class Row:
     return rest
 
   def completion(self) -> Completion:
-    return Completion(self._prompt, self._prompt_ids, ''.join(self._text), self.ids, self.finish, self.stopped_by, self._raw,
-                      self._processed, self._alternatives, self.drafted, self.accepted, self._seed, self.score)
+    return Completion(
+      self._prompt,
+      self._prompt_ids,
+      ''.join(self._text),
+      self.ids,
+      self.finish,
+      self.stopped_by,
+      self._raw,
+      self._processed,
+      self._alternatives,
+      self.drafted,
+      self.accepted,
+      self._seed,
+      self.score,
+    )

@@ -5,6 +5,7 @@ before left. Every option is traced and per row. Thresholds are found by bisecti
 
 B rows · V vocabulary
 """
+
 import dataclasses
 import enum
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ PerRow = Any  # one value for all rows, or a sequence of one for each; judged by
 
 class Stream(enum.IntEnum):
   """What a random number is for: a token, a draft of it, whether that is kept. A row, seed and position has independent ones for each."""
+
   TOKEN = 0
   DRAFT = 1
   ACCEPT = 2
@@ -47,6 +49,7 @@ class Sampling:
     bias: [B, V] f32, added to the logits, -inf forbids a token; or None.
     seed: [B] uint32, a row's draws depend on its seed and on the token's position, and on nothing else.
   """
+
   temperature: Any
   top_k: Any
   top_p: Any
@@ -59,7 +62,9 @@ class Sampling:
 
   def penalises(self) -> Any:
     """Whether each row, [B] bool, asks for a penalty, for which `law` needs its history."""
-    return (self.repetition_penalty != 1) | (self.presence_penalty != 0) | (self.frequency_penalty != 0)
+    return (
+      (self.repetition_penalty != 1) | (self.presence_penalty != 0) | (self.frequency_penalty != 0)
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -70,15 +75,18 @@ class History:
   Attributes:
     generated: [B, V] int32, how often each token was generated. prompt: [B, V] bool, tokens that the prompt has.
   """
+
   generated: Any
   prompt: Any
 
   @classmethod
   def of(cls, tokens: Int[Array, 'B T'], lengths: Int[Array, 'B'], V: int) -> 'History':
     """The history behind prompts of these lengths, padded behind; nothing is generated yet."""
+
     def mark(tokens, lengths):
       ids = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, V)
       return jax.vmap(lambda row: jnp.zeros(V, bool).at[row].set(True, mode='drop'))(ids)
+
     prompt = _by_rows(mark, tokens, lengths)
     return cls(jnp.zeros_like(prompt, jnp.int32), prompt)
 
@@ -89,28 +97,63 @@ class History:
 
 
 _OPTIONS = {
-    'temperature': (np.float32, lambda x: (x >= 0) & (x < np.inf), 'must be 0 (greedy) or positive, and finite'),
-    'top_k': (np.int32, lambda x: (x >= 0) & (x < 2**31) & (x % 1 == 0), 'must be 0 (all tokens) or positive, whole and below 2**31'),
-    'top_p': (np.float32, lambda x: (x > 0) & (x <= 1), 'must be above 0 and at most 1 (all tokens)'),
-    'min_p': (np.float32, lambda x: (x >= 0) & (x <= 1), 'must be in [0, 1]; 0 keeps all tokens'),
-    'repetition_penalty': (np.float32, lambda x: (x > 0) & (x < np.inf), 'must be positive and finite; 1 is none'),
-    'presence_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
-    'frequency_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
-    'seed': (np.uint32, lambda x: (x >= 0) & (x < 2**32) & (x % 1 == 0), 'must be in [0, 2**32) and whole'),
+  'temperature': (
+    np.float32,
+    lambda x: (x >= 0) & (x < np.inf),
+    'must be 0 (greedy) or positive, and finite',
+  ),
+  'top_k': (
+    np.int32,
+    lambda x: (x >= 0) & (x < 2**31) & (x % 1 == 0),
+    'must be 0 (all tokens) or positive, whole and below 2**31',
+  ),
+  'top_p': (np.float32, lambda x: (x > 0) & (x <= 1), 'must be above 0 and at most 1 (all tokens)'),
+  'min_p': (np.float32, lambda x: (x >= 0) & (x <= 1), 'must be in [0, 1]; 0 keeps all tokens'),
+  'repetition_penalty': (
+    np.float32,
+    lambda x: (x > 0) & (x < np.inf),
+    'must be positive and finite; 1 is none',
+  ),
+  'presence_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
+  'frequency_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
+  'seed': (
+    np.uint32,
+    lambda x: (x >= 0) & (x < 2**32) & (x % 1 == 0),
+    'must be in [0, 2**32) and whole',
+  ),
 }
 
 
-def make_sampling(rows: int, *, temperature: PerRow = 1.0, top_k: PerRow = 0, top_p: PerRow = 1.0, min_p: PerRow = 0.0,
-                  repetition_penalty: PerRow = 1.0, presence_penalty: PerRow = 0.0, frequency_penalty: PerRow = 0.0,
-                  logit_bias: PerRow = None, vocabulary: int = 0, seed: PerRow = 0) -> Sampling:
+def make_sampling(
+  rows: int,
+  *,
+  temperature: PerRow = 1.0,
+  top_k: PerRow = 0,
+  top_p: PerRow = 1.0,
+  min_p: PerRow = 0.0,
+  repetition_penalty: PerRow = 1.0,
+  presence_penalty: PerRow = 0.0,
+  frequency_penalty: PerRow = 0.0,
+  logit_bias: PerRow = None,
+  vocabulary: int = 0,
+  seed: PerRow = 0,
+) -> Sampling:
   """Options for `rows` rows as numpy arrays; each is one value for all rows, or a sequence of one for each.
 
   logit_bias: id -> what is added to its logit, -inf to forbid it; ids are below `vocabulary`, the number of logits.
   seed: of one, row i draws with seed_of(seed, i).
   Raises ValueError for a value that makes no sense.
   """
-  given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-               presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed)
+  given = dict(
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    min_p=min_p,
+    repetition_penalty=repetition_penalty,
+    presence_penalty=presence_penalty,
+    frequency_penalty=frequency_penalty,
+    seed=seed,
+  )
   columns = {name: _column(name, value, rows) for name, value in given.items()}
   if np.ndim(seed) == 0:
     columns['seed'] = columns['seed'] + np.arange(rows, dtype=np.uint32)  # as seed_of
@@ -129,7 +172,9 @@ def _column(name, value, rows):
     raise ValueError(f'{name}={value!r} {words}')
   _check_rows(name, given.shape, rows)
   with np.errstate(over='ignore', invalid='ignore'):
-    values = given.astype(dtype) if dtype == np.float32 else given  # what is out of a float's range is judged as what it becomes
+    values = (
+      given.astype(dtype) if dtype == np.float32 else given
+    )  # what is out of a float's range is judged as what it becomes
     wrong = ~valid(values)
   if wrong.any():
     raise ValueError(f'{name}={given[wrong].ravel()[0].item()} {words}')
@@ -147,18 +192,26 @@ def _bias(logit_bias, rows, vocabulary):
   for row, values in zip(bias, each, strict=True):
     for id_, value in (values or {}).items():
       if not (isinstance(id_, (int, np.integer)) and 0 <= id_ < vocabulary):
-        raise ValueError(f'logit_bias has the id {id_!r}; ids are whole numbers in [0, vocabulary={vocabulary})')
+        raise ValueError(
+          f'logit_bias has the id {id_!r}; ids are whole numbers in [0, vocabulary={vocabulary})'
+        )
       row[id_] = value
       if not row[id_] < np.inf:
-        raise ValueError(f'logit_bias={value} of id {id_} must be finite, or -inf to forbid the token')
+        raise ValueError(
+          f'logit_bias={value} of id {id_} must be finite, or -inf to forbid the token'
+        )
     if np.isneginf(row).all():
-      raise ValueError(f'logit_bias forbids all ids in [0, vocabulary={vocabulary}) of a row; leave at least one')
+      raise ValueError(
+        f'logit_bias forbids all ids in [0, vocabulary={vocabulary}) of a row; leave at least one'
+      )
   return bias
 
 
 def _check_rows(name, shape, rows):
   if shape not in ((), (rows,)):
-    raise ValueError(f'{name} has shape {shape} for {rows} rows; give one value for all, or one for each')
+    raise ValueError(
+      f'{name} has shape {shape} for {rows} rows; give one value for all, or one for each'
+    )
 
 
 def bad(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
@@ -166,7 +219,9 @@ def bad(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
   return ~jnp.isfinite(logits.max(-1))
 
 
-def penalised(logits: Float[Array, 'B V'], sampling: Sampling, history: History | None) -> Float[Array, 'B V']:
+def penalised(
+  logits: Float[Array, 'B V'], sampling: Sampling, history: History | None
+) -> Float[Array, 'B V']:
   """Logits, f32, after penalties and bias. Without a history, rows that ask for a penalty are NaN."""
   logits = logits.astype(jnp.float32)
   if history is None:
@@ -175,12 +230,19 @@ def penalised(logits: Float[Array, 'B V'], sampling: Sampling, history: History 
     generated, repetition = history.generated > 0, sampling.repetition_penalty[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(history.prompt | generated, repeated, logits)
-    logits -= sampling.presence_penalty[:, None] * generated + sampling.frequency_penalty[:, None] * history.generated
+    logits -= (
+      sampling.presence_penalty[:, None] * generated
+      + sampling.frequency_penalty[:, None] * history.generated
+    )
   return logits if sampling.bias is None else logits + sampling.bias
 
 
-def law(logits: Float[Array, 'B V'], sampling: Sampling, history: History | None = None,
-        allowed: Bool[Array, 'B V'] | None = None) -> Float[Array, 'B V']:
+def law(
+  logits: Float[Array, 'B V'],
+  sampling: Sampling,
+  history: History | None = None,
+  allowed: Bool[Array, 'B V'] | None = None,
+) -> Float[Array, 'B V']:
   """Log-probabilities, f32, of what is drawn: -inf for tokens that are ruled out, one-hot where greedy, NaN for `bad` rows.
 
   history: what penalties look at; None if no row asks for one. allowed: tokens that a constraint leaves; None: all.
@@ -191,9 +253,13 @@ def law(logits: Float[Array, 'B V'], sampling: Sampling, history: History | None
 def _law(logits, sampling, history, allowed):
   logits = penalised(logits, sampling, history)
   if allowed is not None:
-    logits = jnp.where(allowed | jnp.isnan(logits), logits, -jnp.inf)  # no mask hides that the model is broken
+    logits = jnp.where(
+      allowed | jnp.isnan(logits), logits, -jnp.inf
+    )  # no mask hides that the model is broken
   greedy = sampling.temperature[:, None] == 0
-  best = jnp.where(jnp.arange(logits.shape[1])[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf)
+  best = jnp.where(
+    jnp.arange(logits.shape[1])[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf
+  )
   # From the best downwards, so that no temperature is too small to divide by.
   below = logits.max(-1, keepdims=True) - logits
   scaled = below / jnp.where(greedy, 1.0, sampling.temperature[:, None])
@@ -203,14 +269,21 @@ def _law(logits, sampling, history, allowed):
 
 def _kept(below, scaled, sampling):
   """Which tokens top-k, then top-p, then min-p leave; ties at a border stay in."""
-  bits = jax.lax.bitcast_convert_type(below, jnp.int32)  # floats that are not negative order as their bits do
+  bits = jax.lax.bitcast_convert_type(
+    below, jnp.int32
+  )  # floats that are not negative order as their bits do
   drawn, k, p = sampling.temperature > 0, sampling.top_k, sampling.top_p
   kept = bits <= _border(bits, drawn & (k > 0), lambda: (jnp.ones_like(bits), k[:, None]))
 
   def mass():
     weights = jnp.where(kept, jnp.exp(-scaled), 0.0)
     return weights, p[:, None] * weights.sum(-1, keepdims=True)
-  return kept & (bits <= _border(bits, drawn & (p < 1), mass)) & (scaled <= -jnp.log(sampling.min_p)[:, None])
+
+  return (
+    kept
+    & (bits <= _border(bits, drawn & (p < 1), mass))
+    & (scaled <= -jnp.log(sampling.min_p)[:, None])
+  )
 
 
 def _border(bits, active, measure):
@@ -218,6 +291,7 @@ def _border(bits, active, measure):
 
   measure: () -> weights [B, V], reach [B, 1]; not asked for if no row is active, as for most callers.
   """
+
   def bisect():
     weights, reach = measure()
 
@@ -225,39 +299,56 @@ def _border(bits, active, measure):
       higher = border | (1 << (30 - i))
       before = jnp.where(bits < higher, weights, 0).sum(-1, keepdims=True)
       return jnp.where(before < reach, higher, border)
+
     return jnp.where(active[:, None], jax.lax.fori_loop(0, 31, halve, jnp.zeros_like(none)), none)
+
   none = jnp.full((bits.shape[0], 1), 2**31 - 1, jnp.int32)
   with jax.named_scope(FILTER):
     return jax.lax.cond(active.any(), bisect, lambda: none)
 
 
-def noise(seed: UInt[Array, 'B'], positions: Int[Array, 'B'], stream: int, shape: tuple[int, ...] = ()) -> Float[Array, 'B ...']:
+def noise(
+  seed: UInt[Array, 'B'], positions: Int[Array, 'B'], stream: int, shape: tuple[int, ...] = ()
+) -> Float[Array, 'B ...']:
   """Uniform numbers in [0, 1), `shape` of them a row; they depend on the row's seed, its position and the `Stream` only."""
   draw = lambda seed, position: jax.random.uniform(_key(seed, position, stream), shape, jnp.float32)
   return _by_rows(jax.vmap(draw), seed, positions)
 
 
-def sample(log_law: Float[Array, 'B V'], seed: UInt[Array, 'B'], positions: Int[Array, 'B'],
-           stream: int = Stream.TOKEN) -> Int[Array, 'B']:
+def sample(
+  log_law: Float[Array, 'B V'],
+  seed: UInt[Array, 'B'],
+  positions: Int[Array, 'B'],
+  stream: int = Stream.TOKEN,
+) -> Int[Array, 'B']:
   """A token of each row by its law, drawn for the absolute position that it will have (the Gumbel-max way); any token of `bad` rows."""
+
   def draw(log_law, seed, position):
     # 'high', because noise of 23 bits ends at 16: large vocabularies would tie there, and rare tokens be drawn too rarely.
-    gumbel = jax.random.gumbel(_key(seed, position, stream), log_law.shape, jnp.float32, mode='high')
+    gumbel = jax.random.gumbel(
+      _key(seed, position, stream), log_law.shape, jnp.float32, mode='high'
+    )
     return jnp.argmax(log_law + gumbel).astype(jnp.int32)
+
   return _by_rows(jax.vmap(draw), log_law, seed, positions)
 
 
 def _key(seed, position, stream):
-  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), position), stream)
+  return jax.random.fold_in(
+    jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), position), stream
+  )
 
 
-def logprobs(logits: Float[Array, 'B V'], ids: Int[Array, 'B'],
-             k: int) -> tuple[Float[Array, 'B'], Int[Array, 'B k'], Float[Array, 'B k']]:
+def logprobs(
+  logits: Float[Array, 'B V'], ids: Int[Array, 'B'], k: int
+) -> tuple[Float[Array, 'B'], Int[Array, 'B k'], Float[Array, 'B k']]:
   """Of the model itself, before any option: log-probabilities, f32, of these ids; the k most likely ids, and theirs."""
+
   def of(logits, ids):
     found = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
     likeliest, which = jax.lax.top_k(found, k)
     return jnp.take_along_axis(found, ids[:, None], -1)[:, 0], which, likeliest
+
   return _by_rows(of, logits, ids)
 
 

@@ -4,6 +4,7 @@ Every text that the expression accepts is valid JSON that the schema accepts. No
 come in the schema's order, only those that it names, characters stand for themselves (no \u escapes), and one space at
 most follows ':' and ','. A keyword that could not be kept raises; none is passed over.
 """
+
 import json
 import os
 import pathlib
@@ -11,21 +12,39 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-ANNOTATIONS = {'$schema', '$id', '$comment', '$defs', 'definitions', 'title', 'description', 'default', 'examples', 'deprecated',
-               'readOnly', 'writeOnly'}  # they say nothing about what is valid
+ANNOTATIONS = {
+  '$schema',
+  '$id',
+  '$comment',
+  '$defs',
+  'definitions',
+  'title',
+  'description',
+  'default',
+  'examples',
+  'deprecated',
+  'readOnly',
+  'writeOnly',
+}  # they say nothing about what is valid
 CHARACTER = r'(?:[^"\\\x00-\x1F]|\\["\\/bfnrt])'
 NUMBER = r'-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?'
 _DATE = '[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])'
 _TIME = r'(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])'
-FORMATS = {'date': _DATE, 'time': _TIME, 'date-time': f'{_DATE}T{_TIME}', 'uuid': '[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}'}
+FORMATS = {
+  'date': _DATE,
+  'time': _TIME,
+  'date-time': f'{_DATE}T{_TIME}',
+  'uuid': '[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}',
+}
 TYPES = {  # the keywords of each type, and the Python types that json reads it as
-    'string': ({'minLength', 'maxLength', 'pattern', 'format'}, (str,)),
-    'integer': ({'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'}, (int,)),
-    'number': (set(), (int, float)),
-    'boolean': (set(), (bool,)),
-    'null': (set(), (type(None),)),
-    'array': ({'items', 'minItems', 'maxItems'}, (list,)),
-    'object': ({'properties', 'required', 'additionalProperties'}, (dict,))}
+  'string': ({'minLength', 'maxLength', 'pattern', 'format'}, (str,)),
+  'integer': ({'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'}, (int,)),
+  'number': (set(), (int, float)),
+  'boolean': (set(), (bool,)),
+  'null': (set(), (type(None),)),
+  'array': ({'items', 'minItems', 'maxItems'}, (list,)),
+  'object': ({'properties', 'required', 'additionalProperties'}, (dict,)),
+}
 
 
 def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str], bool]) -> str:
@@ -45,9 +64,13 @@ def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str
       text = schema if isinstance(schema, str) else pathlib.Path(schema).read_text(encoding='utf-8')
       root = json.loads(text)
     except OSError as error:
-      raise ValueError(f'schema={str(schema)!r}: {error.strerror}; give a file of JSON, or the JSON itself') from error
+      raise ValueError(
+        f'schema={str(schema)!r}: {error.strerror}; give a file of JSON, or the JSON itself'
+      ) from error
     except ValueError as error:
-      raise ValueError(f'schema={str(schema)!r} is not JSON: {error}; for a file, give a pathlib.Path') from error
+      raise ValueError(
+        f'schema={str(schema)!r} is not JSON: {error}; for a file, give a pathlib.Path'
+      ) from error
   return _Writer(root, plain).any(root, '#', ())
 
 
@@ -59,27 +82,35 @@ class _Writer:
 
   def any(self, schema: Any, where: str, inside: Sequence[str]) -> str:
     if not isinstance(schema, Mapping):
-      raise ValueError(f'schema at {where}: {schema!r} is not an object that names a type; give one')
+      raise ValueError(
+        f'schema at {where}: {schema!r} is not an object that names a type; give one'
+      )
     if '$ref' in schema:
       _only(schema, where, {'$ref'})
       return self.reference(schema['$ref'], where, inside)
     if 'anyOf' in schema:
       _only(schema, where, {'anyOf'})
       options = _list(schema, 'anyOf', where)
-      return _either(self.any(option, f'{where}/anyOf/{i}', inside) for i, option in enumerate(options))
+      return _either(
+        self.any(option, f'{where}/anyOf/{i}', inside) for i, option in enumerate(options)
+      )
     if 'enum' in schema or 'const' in schema:
       return _constants(schema, where)
     if 'type' not in schema:
-      raise ValueError(f'schema at {where} has keywords {sorted(schema)}, but none of type, enum, const, anyOf and $ref, so that texts '
-                       'without end would be valid; name a type')
+      raise ValueError(
+        f'schema at {where} has keywords {sorted(schema)}, but none of type, enum, const, anyOf and $ref, so that texts '
+        'without end would be valid; name a type'
+      )
     types = _types(schema, where)
     _only(schema, where, {'type'}.union(*(TYPES[kind][0] for kind in types)))
     return _either(getattr(self, kind)(schema, where, inside) for kind in types)
 
   def reference(self, name: Any, where: str, inside: Sequence[str]) -> str:
     if name in inside:
-      raise ValueError(f'schema at {where}: {name!r} refers to itself, and no regular expression nests without end; write out as many '
-                       'levels as are needed')
+      raise ValueError(
+        f'schema at {where}: {name!r} refers to itself, and no regular expression nests without end; write out as many '
+        'levels as are needed'
+      )
     target = self.root
     try:
       if not name.startswith('#'):
@@ -87,23 +118,38 @@ class _Writer:
       for part in name.split('/')[1:]:
         target = target[part.replace('~1', '/').replace('~0', '~')]
     except (KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f'schema at {where}: $ref={name!r} is not a place of this document, such as #/$defs/name') from error
+      raise ValueError(
+        f'schema at {where}: $ref={name!r} is not a place of this document, such as #/$defs/name'
+      ) from error
     return self.any(target, name, (*inside, name))
 
   def string(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
     if len(given := TYPES['string'][0] & schema.keys()) > 1 and given != {'minLength', 'maxLength'}:
-      raise ValueError(f'schema at {where}: {sorted(given)} can\'t be kept together; leave one, or say it all in pattern')
+      raise ValueError(
+        f'schema at {where}: {sorted(given)} can\'t be kept together; leave one, or say it all in pattern'
+      )
     if 'format' in schema:
       if schema['format'] not in [*FORMATS]:
-        raise ValueError(f'schema at {where}: format={schema["format"]!r} is not known; known: {", ".join(FORMATS)}; or use pattern')
+        raise ValueError(
+          f'schema at {where}: format={schema["format"]!r} is not known; known: {", ".join(FORMATS)}; or use pattern'
+        )
       return f'"{FORMATS[schema["format"]]}"'
     if 'pattern' in schema:
       pattern = schema['pattern']
-      if not (isinstance(pattern, str) and pattern.startswith('^') and pattern.endswith('$') and not pattern.endswith(r'\$')):
-        raise ValueError(f'schema at {where}: pattern={pattern!r} may stand anywhere in a text; write ^...$ for a whole one')
+      if not (
+        isinstance(pattern, str)
+        and pattern.startswith('^')
+        and pattern.endswith('$')
+        and not pattern.endswith(r'\$')
+      ):
+        raise ValueError(
+          f'schema at {where}: pattern={pattern!r} may stand anywhere in a text; write ^...$ for a whole one'
+        )
       if not self.plain(pattern[1:-1]):
-        raise ValueError(f'schema at {where}: pattern={pattern!r} accepts \'"\', \'\\\' or control characters, which a JSON string must '
-                         r'escape; leave them out, for example by [^"\\\x00-\x1F] for .')
+        raise ValueError(
+          f'schema at {where}: pattern={pattern!r} accepts \'"\', \'\\\' or control characters, which a JSON string must '
+          r'escape; leave them out, for example by [^"\\\x00-\x1F] for .'
+        )
       return f'"(?:{pattern[1:-1]})"'
     return f'"{CHARACTER}{_times(schema, "minLength", "maxLength", where)}"'
 
@@ -112,7 +158,9 @@ class _Writer:
     low = max(bound('minimum') + bound('exclusiveMinimum', 1), default=None)
     high = min(bound('maximum') + bound('exclusiveMaximum', -1), default=None)
     if low is not None and high is not None and low > high:
-      raise ValueError(f'schema at {where}: no integer is at least {low} and at most {high}; widen the bounds')
+      raise ValueError(
+        f'schema at {where}: no integer is at least {low} and at most {high}; widen the bounds'
+      )
     return integers(low, high)
 
   def number(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
@@ -126,31 +174,53 @@ class _Writer:
 
   def array(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
     if 'items' not in schema:
-      raise ValueError(f'schema at {where}: an array without items holds anything; say what its items are')
+      raise ValueError(
+        f'schema at {where}: an array without items holds anything; say what its items are'
+      )
     item = f'(?:{self.any(schema["items"], f"{where}/items", inside)})'
     return rf'\[{_separated(item, *_counts(schema, "minItems", "maxItems", where))}\]'
 
   def object(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
-    more, required = schema.get('additionalProperties', True), _list(schema, 'required', where) if 'required' in schema else []
+    more, required = (
+      schema.get('additionalProperties', True),
+      _list(schema, 'required', where) if 'required' in schema else [],
+    )
     if 'properties' not in schema:
       if more is True:
-        raise ValueError(f'schema at {where}: an object without properties holds anything; name them, or give the schema of '
-                         'additionalProperties')
+        raise ValueError(
+          f'schema at {where}: an object without properties holds anything; name them, or give the schema of '
+          'additionalProperties'
+        )
       if required:
-        raise ValueError(f'schema at {where}: required={required} without properties; name them there')
+        raise ValueError(
+          f'schema at {where}: required={required} without properties; name them there'
+        )
       value = '' if more is False else self.any(more, f'{where}/additionalProperties', inside)
-      return r'\{\}' if more is False else rf'\{{{_separated(f"{_quoted(CHARACTER)}: ?(?:{value})", 0, None)}\}}'
+      return (
+        r'\{\}'
+        if more is False
+        else rf'\{{{_separated(f"{_quoted(CHARACTER)}: ?(?:{value})", 0, None)}\}}'
+      )
     properties = schema['properties']
     if not isinstance(properties, Mapping):
       raise ValueError(f'schema at {where}: properties={properties!r} must be an object of names')
     if unknown := [name for name in required if name not in properties]:
-      raise ValueError(f'schema at {where}: required={unknown} are not among properties={list(properties)}; add them there')
+      raise ValueError(
+        f'schema at {where}: required={unknown} are not among properties={list(properties)}; add them there'
+      )
     if not isinstance(more, bool):
-      raise ValueError(f'schema at {where}: additionalProperties={more!r} beside properties is not supported; leave one of the two')
-    pairs = [f'{_text(name)}: ?(?:{self.any(value, f"{where}/properties/{name}", inside)})' for name, value in properties.items()]
+      raise ValueError(
+        f'schema at {where}: additionalProperties={more!r} beside properties is not supported; leave one of the two'
+      )
+    pairs = [
+      f'{_text(name)}: ?(?:{self.any(value, f"{where}/properties/{name}", inside)})'
+      for name, value in properties.items()
+    ]
     needed = [name in required for name in properties]
     # A comma stands between two: before all that follow the first property that is there, whichever that is.
-    after = lambda i: ''.join(f', ?{pair}' if must else f'(?:, ?{pair})?' for pair, must in zip(pairs[i:], needed[i:]))
+    after = lambda i: ''.join(
+      f', ?{pair}' if must else f'(?:, ?{pair})?' for pair, must in zip(pairs[i:], needed[i:])
+    )
     if any(needed):
       first = needed.index(True)
       return rf'\{{{"".join(f"(?:{pair}, ?)?" for pair in pairs[:first])}{pairs[first]}{after(first + 1)}\}}'
@@ -171,7 +241,10 @@ def _natural(low: int, high: int | None) -> str:
   digits = len(str(low))
   if high is None:
     return f'{_natural(low, 10**digits - 1)}|[1-9][0-9]{{{digits},}}'
-  spans = ((max(low, 10**(n - 1) if n > 1 else 0), min(high, 10**n - 1)) for n in range(digits, len(str(high)) + 1))
+  spans = (
+    (max(low, 10 ** (n - 1) if n > 1 else 0), min(high, 10**n - 1))
+    for n in range(digits, len(str(high)) + 1)
+  )
   return '|'.join(_span(str(a), str(b)) for a, b in spans)
 
 
@@ -182,7 +255,9 @@ def _span(a: str, b: str) -> str:
   if a[0] == b[0]:
     return f'{a[0]}(?:{_span(a[1:], b[1:])})'
   rest = len(a) - 1
-  between = f'|[{int(a[0]) + 1}-{int(b[0]) - 1}][0-9]{{{rest}}}' if int(b[0]) - int(a[0]) > 1 else ''
+  between = (
+    f'|[{int(a[0]) + 1}-{int(b[0]) - 1}][0-9]{{{rest}}}' if int(b[0]) - int(a[0]) > 1 else ''
+  )
   return f'{a[0]}(?:{_span(a[1:], "9" * rest)}){between}|{b[0]}(?:{_span("0" * rest, b[1:])})'
 
 
@@ -193,26 +268,34 @@ def _constants(schema: Mapping[str, Any], where: str) -> str:
   # By type() and not isinstance: to Python, true is an integer.
   fitting = [value for value in values if any(type(value) in TYPES[kind][1] for kind in types)]
   if not fitting:
-    raise ValueError(f'schema at {where}: none of {values} is of type {schema.get("type")!r}; give one that is')
+    raise ValueError(
+      f'schema at {where}: none of {values} is of type {schema.get("type")!r}; give one that is'
+    )
   return _either(map(_text, fitting))
 
 
 def _types(schema: Mapping[str, Any], where: str) -> list[str]:
   types = schema['type'] if isinstance(schema['type'], list) else [schema['type']]
   if not types or not all(kind in [*TYPES] for kind in types):
-    raise ValueError(f'schema at {where}: type={schema["type"]!r} is not known; known: {", ".join(TYPES)}')
+    raise ValueError(
+      f'schema at {where}: type={schema["type"]!r} is not known; known: {", ".join(TYPES)}'
+    )
   return types
 
 
 def _only(schema: Mapping[str, Any], where: str, known: set[str]) -> None:
   if rest := schema.keys() - known - ANNOTATIONS:
-    raise ValueError(f'schema at {where}: {", ".join(f"{key}={schema[key]!r}" for key in sorted(rest))} can\'t be kept; supported here: '
-                     f'{", ".join(sorted(known))}. Leave it out, or write what is wanted with those')
+    raise ValueError(
+      f'schema at {where}: {", ".join(f"{key}={schema[key]!r}" for key in sorted(rest))} can\'t be kept; supported here: '
+      f'{", ".join(sorted(known))}. Leave it out, or write what is wanted with those'
+    )
 
 
 def _list(schema: Mapping[str, Any], key: str, where: str) -> list:
   if not isinstance(schema[key], list) or (not schema[key] and key != 'required'):
-    raise ValueError(f'schema at {where}: {key}={schema[key]!r} must be a list with something in it')
+    raise ValueError(
+      f'schema at {where}: {key}={schema[key]!r} must be a list with something in it'
+    )
   return schema[key]
 
 
@@ -226,7 +309,9 @@ def _counts(schema: Mapping[str, Any], least: str, most: str, where: str) -> tup
   low = _whole(schema, least, where) if least in schema else 0
   high = _whole(schema, most, where) if most in schema else None
   if low < 0 or (high is not None and high < low):
-    raise ValueError(f'schema at {where}: {least}={low} and {most}={high} allow nothing; have 0 <= {least} <= {most}')
+    raise ValueError(
+      f'schema at {where}: {least}={low} and {most}={high} allow nothing; have 0 <= {least} <= {most}'
+    )
   return low, high
 
 

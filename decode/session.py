@@ -2,6 +2,7 @@
 
 A session remembers what it has read, so that a turn costs what is new in it.
 """
+
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ class Session:
     """Raises ValueError for a capacity beyond the model's positions, and for an encoder or encoder-decoder."""
     config = generator.model.config
     if config.encoder_layers or not config.causal:
-      raise ValueError('a session is of a decoder: what an encoder has read cannot grow; call the generator for every text')
+      raise ValueError(
+        'a session is of a decoder: what an encoder has read cannot grow; call the generator for every text'
+      )
     self._generator, self._cache_dtype = generator, cache_dtype
     self.capacity, self.ids, self._turn = capacity, [], None
     # Behind all ids, or None: they have to be read (again). _reach: so many tokens the cache has held at most, those taken back included.
@@ -54,12 +57,17 @@ class Session:
     """Reads more: text, which begins as documents do if it is the first, or ids. Raises ValueError for more than the capacity."""
     self._end_turn()
     if isinstance(text, str):
-      new = [*([] if self.ids else [self._generator.tokenizer.bos]), *self._generator.tokenizer.encode(text)]
+      new = [
+        *([] if self.ids else [self._generator.tokenizer.bos]),
+        *self._generator.tokenizer.encode(text),
+      ]
     else:
       new = self._generator.encoded(text)
     if len(self.ids) + len(new) > self.capacity:
-      raise ValueError(f'{len(new)} more tokens pass capacity={self.capacity} of a session that has {len(self.ids)}; make it with more '
-                       '(g.session(capacity=..)), or take some back (truncate)')
+      raise ValueError(
+        f'{len(new)} more tokens pass capacity={self.capacity} of a session that has {len(self.ids)}; make it with more '
+        '(g.session(capacity=..)), or take some back (truncate)'
+      )
     if new:
       self._read(new)
     return self
@@ -81,22 +89,31 @@ class Session:
     def pieces():
       yield from pieces_of(row, steps)
       if not row.finish:
-        raise ValueError('this stream has ended before its text, as the session was used for something else; listen to the end first, or '
-                         'fork the session')
+        raise ValueError(
+          'this stream has ended before its text, as the session was used for something else; listen to the end first, or '
+          'fork the session'
+        )
+
     return pieces()
 
   def fork(self) -> 'Session':
     """Another session with the same past; from here on each goes its own way."""
     self._end_turn()
     other = Session(self._generator, self.capacity, self._cache_dtype)
-    other.ids, other._state, other._reach = list(self.ids), self._state and _copy(self._state), self._reach
+    other.ids, other._state, other._reach = (
+      list(self.ids),
+      self._state and _copy(self._state),
+      self._reach,
+    )
     return other
 
   def truncate(self, length: int) -> 'Session':
     """Takes back all but the first ids. Raises ValueError for a length that is not in [0, what there is]."""
     self._end_turn()
     if not 0 <= length <= len(self.ids):
-      raise ValueError(f'length={length} must be in [0, {len(self.ids)}], which is what the session has')
+      raise ValueError(
+        f'length={length} must be in [0, {len(self.ids)}], which is what the session has'
+      )
     if length < len(self.ids):
       self._back_to(length)
     return self
@@ -107,7 +124,12 @@ class Session:
     state, self._state = self._state, None  # its buffers are given away
     if state is None:
       self._reach = 0
-      state = generator.read([ids] * generator.parts, self.capacity, self._all(sys.maxsize), cache_dtype=self._cache_dtype)
+      state = generator.read(
+        [ids] * generator.parts,
+        self.capacity,
+        self._all(sys.maxsize),
+        cache_dtype=self._cache_dtype,
+      )
     else:
       state = self._behind(state, new)
     self.ids, self._reach = ids, max(self._reach, len(ids))
@@ -116,9 +138,9 @@ class Session:
 
   def _behind(self, state, new):
     for first in range(0, len(new), APPEND):
-      part = new[first:first + APPEND]
+      part = new[first : first + APPEND]
       tokens = np.zeros((self._generator.parts, min(APPEND, bucket(len(part)))), np.int32)
-      tokens[:, :len(part)] = part
+      tokens[:, : len(part)] = part
       state = self._generator.append(state, tokens, self._all(len(part)))
     return state
 
@@ -128,7 +150,11 @@ class Session:
   def _back_to(self, length):
     """Only the first ids stay."""
     state, self._state, self.ids = self._state, None, self.ids[:length]
-    rings = [held.slots - window for held, window in zip(state.cache.held, self._windows()) if held.ring] if state else []
+    rings = (
+      [held.slots - window for held, window in zip(state.cache.held, self._windows()) if held.ring]
+      if state
+      else []
+    )
     # The last token is read again, for its scores; a ring has it only if nothing has written over what its window sees.
     if state and length > 1 and self._reach - length + 1 <= min(rings, default=sys.maxsize):
       cache = dataclasses.replace(state.cache, lengths=self._generator.put(self._all(length - 1)))
@@ -141,19 +167,27 @@ class Session:
     options = Options.of(given)
     for name in ('num_samples', 'beams'):
       if getattr(options, name) > 1:
-        raise ValueError(f'{name}={getattr(options, name)}: a session has one row; fork it, or call the generator')
+        raise ValueError(
+          f'{name}={getattr(options, name)}: a session has one row; fork it, or call the generator'
+        )
     for name in ('draft', 'lookup', 'early_exit'):
       if getattr(options, name):
-        raise NotImplementedError(f'{name}: nothing drafts for a session so far; call the generator')
+        raise NotImplementedError(
+          f'{name}: nothing drafts for a session so far; call the generator'
+        )
     if options.cache_dtype:
-      raise ValueError(f'cache_dtype={options.cache_dtype!r} is of a whole session: g.session(cache_dtype=..)')
+      raise ValueError(
+        f'cache_dtype={options.cache_dtype!r} is of a whole session: g.session(cache_dtype=..)'
+      )
     generator, watch = self._generator, Watch(self._generator.model)
     rules, places, texts, ends = generator.rules(options, 1, generator.parts)
     self._end_turn()
     if prompt:
       self.append(prompt)
     if not self.ids:
-      raise ValueError('a session that has read nothing cannot go on; append a text first, or give a prompt')
+      raise ValueError(
+        'a session that has read nothing cannot go on; append a text first, or give a prompt'
+      )
     row = Row(prompt, list(self.ids), int(rules.sampling.seed[0]), texts, generator.tokenizer, ends)
     self._turn = self._steps(row, rules, places, options, watch)
     return row, self._turn
@@ -164,18 +198,31 @@ class Session:
     prompt = np.zeros((generator.parts, generator.model.config.V), bool)
     prompt[:, self.ids] = True  # a turn is as a call with all that there is
     state = dataclasses.replace(
-        self._read(()), stop_at=generator.put(self._all(begun + most)), done=generator.put(np.full(generator.parts, not most)),
-        history=History(generator.put(np.zeros(prompt.shape, np.int32)), generator.put(prompt)),
-        places=None if places is None else generator.put(places))
-    course, self._state = Course(generator, options, None, generator.placed(rules), state, [self.ids]), None
+      self._read(()),
+      stop_at=generator.put(self._all(begun + most)),
+      done=generator.put(np.full(generator.parts, not most)),
+      history=History(generator.put(np.zeros(prompt.shape, np.int32)), generator.put(prompt)),
+      places=None if places is None else generator.put(places),
+    )
+    course, self._state = (
+      Course(generator, options, None, generator.placed(rules), state, [self.ids]),
+      None,
+    )
     watch.began(course.state.cache, begun)
     try:
-      yield from generator.go_on([row], course, watch, options, most, LENGTH if most == options.max_new_tokens else FULL)
+      yield from generator.go_on(
+        [row], course, watch, options, most, LENGTH if most == options.max_new_tokens else FULL
+      )
     finally:
       self.ids, self._turn = [*self.ids, *row.ids], None
-      if not any(x.is_deleted() for x in jax.tree.leaves(course.state)):  # an interrupt may come when they are given away
+      if not any(
+        x.is_deleted() for x in jax.tree.leaves(course.state)
+      ):  # an interrupt may come when they are given away
         written = int(np.asarray(course.state.cache.lengths)[0])
-        self._reach, self._state = max(self._reach, written), dataclasses.replace(course.state, places=None)
+        self._reach, self._state = (
+          max(self._reach, written),
+          dataclasses.replace(course.state, places=None),
+        )
         if written > len(self.ids):
           self._back_to(len(self.ids))
 

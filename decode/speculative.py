@@ -9,6 +9,7 @@ Random numbers belong to positions. One that was drafted in vain is drafted agai
 
 B rows · k drafted tokens · V vocabulary · S ids of a row
 """
+
 import dataclasses
 import functools
 from typing import Any
@@ -40,6 +41,7 @@ class Speculation:
     rejected: [B, V] f32, the law, log q, of the draft that was rejected where the next token will be; -inf where none was.
     drafted, accepted: [B] int32, tokens so far.
   """
+
   state: Any
   memory: Any
   rejected: Any
@@ -57,6 +59,7 @@ class Speculation:
 @dataclasses.dataclass(frozen=True)
 class Drafts:
   """Attributes: ids: [k, B] int32. laws: [k, B, V] f32, log-probabilities by which they were drawn. counts: [B] int32, how many count."""
+
   ids: Any
   laws: Any
   counts: Any
@@ -72,6 +75,7 @@ class Drafts:
 @dataclasses.dataclass(frozen=True)
 class Lookup:
   """Drafts what followed the last n tokens where the row has had them before. Its memory: the row's ids [B, S]."""
+
   n: int = dataclasses.field(metadata={'static': True})
   always = False
 
@@ -91,11 +95,14 @@ class Lookup:
 @dataclasses.dataclass(frozen=True)
 class DraftModel:
   """Drafts with another model. Its memory: a cache, and the last token that was drafted [B], which the cache does not hold."""
+
   model: Any
   always = True
 
   def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
-    own, tokens, counts = self.behind(memory, first[:, None], state.cache.lengths - 1, jnp.where(state.done, 0, 1))
+    own, tokens, counts = self.behind(
+      memory, first[:, None], state.cache.lengths - 1, jnp.where(state.done, 0, 1)
+    )
     own, drafts = guessed(self.model, own, tokens, counts, state, rules, k, vocabulary)
     return (own, drafts.ids[-1]), cache, drafts
 
@@ -108,7 +115,11 @@ class DraftModel:
     own, tail = memory
     held = jnp.minimum(own.lengths, lengths)
     lacks = (held < lengths)[:, None]
-    tokens = jnp.where(lacks, jnp.concatenate([tail[:, None], tokens], 1), jnp.concatenate([tokens, tokens[:, -1:]], 1))
+    tokens = jnp.where(
+      lacks,
+      jnp.concatenate([tail[:, None], tokens], 1),
+      jnp.concatenate([tokens, tokens[:, -1:]], 1),
+    )
     return taken_back(own, held), tokens, jnp.where(counts > 0, counts + lacks[:, 0], 0)
 
 
@@ -116,6 +127,7 @@ class DraftModel:
 @dataclasses.dataclass(frozen=True)
 class EarlyExit:
   """Drafts with the model's own first layers, whose part of the model's cache is theirs, too. It needs no memory."""
+
   layers: int = dataclasses.field(metadata={'static': True})
   always = True
 
@@ -123,22 +135,29 @@ class EarlyExit:
     E = self.layers
     own = dataclasses.replace(cache, held=cache.held[:E], memory=cache.memory and cache.memory[:E])
     counts = jnp.where(state.done, 0, 1)
-    own, drafts = guessed(shallow(model, E), own, first[:, None], counts, state, rules, k, vocabulary)
+    own, drafts = guessed(
+      shallow(model, E), own, first[:, None], counts, state, rules, k, vocabulary
+    )
     return memory, dataclasses.replace(cache, held=(*own.held, *cache.held[E:])), drafts
 
   def read(self, memory, tokens, lengths, counts):
     return memory
 
 
-def guessed(model: Decoder, cache: Cache, tokens, counts, state, rules: Rules, k: int, vocabulary: int) -> tuple[Cache, Drafts]:
+def guessed(
+  model: Decoder, cache: Cache, tokens, counts, state, rules: Rules, k: int, vocabulary: int
+) -> tuple[Cache, Drafts]:
   """k tokens of a model that has to read these first [B, T]; all but the last are in the cache then."""
+
   def feed(cache, tokens, counts):
     x, cache, _ = model(tokens, cache=cache, counts=counts)
     return cache, scores(model, last(x, jnp.maximum(counts, 1)), vocabulary)
 
   def guess(state):
     log_law = next_law(state, rules)
-    state = dataclasses.replace(state, done=state.done | laws.bad(log_law))  # a draft that fails drafts nothing, and harms nobody
+    state = dataclasses.replace(
+      state, done=state.done | laws.bad(log_law)
+    )  # a draft that fails drafts nothing, and harms nobody
     ids, real = draw(log_law, rules.sampling, state.cache.lengths, Stream.DRAFT), ~state.done
     return advanced(state, longer(state.cache, real), ids, real, rules), (ids, log_law, real)
 
@@ -147,39 +166,72 @@ def guessed(model: Decoder, cache: Cache, tokens, counts, state, rules: Rules, k
     state, found = guess(state)
     cache, logits = feed(cache, found[0][:, None], (~state.done).astype(jnp.int32))
     return (dataclasses.replace(state, logits=logits), cache), found
+
   cache, logits = feed(cache, tokens, counts)
-  (state, cache), found = jax.lax.scan(more, (dataclasses.replace(state, logits=logits), cache), length=k - 1)
-  ids, log_laws, real = jax.tree.map(lambda all, one: jnp.concatenate([all, one[None]]), found, guess(state)[1])
+  (state, cache), found = jax.lax.scan(
+    more, (dataclasses.replace(state, logits=logits), cache), length=k - 1
+  )
+  ids, log_laws, real = jax.tree.map(
+    lambda all, one: jnp.concatenate([all, one[None]]), found, guess(state)[1]
+  )
   return cache, Drafts(ids, log_laws, real.sum(0, dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=('steps', 'k', 'pad', 'vocabulary', 'alternatives'), donate_argnums=2, compiler_options=GENERATION)
-def speculate_chunk(model: Decoder, drafter: Any, carried: Speculation, rules: Rules, least: Float[Array, ''],
-                    count: Int[Array, ''] | None = None, *, steps: int, k: int, pad: int, vocabulary: int = 0,
-                    alternatives: int = 0) -> tuple[Speculation, Chunk]:
+@functools.partial(
+  jax.jit,
+  static_argnames=('steps', 'k', 'pad', 'vocabulary', 'alternatives'),
+  donate_argnums=2,
+  compiler_options=GENERATION,
+)
+def speculate_chunk(
+  model: Decoder,
+  drafter: Any,
+  carried: Speculation,
+  rules: Rules,
+  least: Float[Array, ''],
+  count: Int[Array, ''] | None = None,
+  *,
+  steps: int,
+  k: int,
+  pad: int,
+  vocabulary: int = 0,
+  alternatives: int = 0,
+) -> tuple[Speculation, Chunk]:
   """As loop.decode_chunk: `steps` steps, or `count` of them, each of which makes 1 to k + 1 tokens of a row.
 
   The chunk has k + 1 places for each step, so that what is real is no prefix. No cache needs more room than for each row's stop_at.
 
   least: a row stops drafting where less than this share of its drafts is kept (see gave_up).
   """
+
   def step(carried):
     cache = carried.state.cache
     n = cache.lengths
     state, one, broken = begun(carried, rules, alternatives)
     first, live = one.ids, one.real
-    memory, cache, drafts = drafter.propose(carried.memory, model, cache, state, first, rules, k, vocabulary)
+    memory, cache, drafts = drafter.propose(
+      carried.memory, model, cache, state, first, rules, k, vocabulary
+    )
     asked = ~state.done & ~gave_up(carried.drafted, carried.accepted, least)
     counts = jnp.where(asked, jnp.clip(state.stop_at - n - 1, 0, drafts.counts), 0)
 
     def judge(most, cache):
       """With the first `most` drafts of each row: the cache with all that the model has read, and what `judged` finds."""
       ids, log_laws = drafts.ids[:most], drafts.laws[:most]
-      x, cache, _ = model(jnp.concatenate([first[:, None], ids.T], 1), cache=cache, counts=jnp.where(live, 1 + counts, 0))
+      x, cache, _ = model(
+        jnp.concatenate([first[:, None], ids.T], 1),
+        cache=cache,
+        counts=jnp.where(live, 1 + counts, 0),
+      )
       after = jnp.moveaxis(scores(model, x, vocabulary), 1, 0)
       known = dataclasses.replace(state, logits=jnp.where(live[:, None], after[0], state.logits))
       *found, more = judged(known, Drafts(ids, log_laws, counts), after[1:], rules, alternatives)
-      return cache, *found, jax.tree.map(lambda x: jnp.pad(x, [(0, k - most)] + [(0, 0)] * (x.ndim - 1)), more)
+      return (
+        cache,
+        *found,
+        jax.tree.map(lambda x: jnp.pad(x, [(0, k - most)] + [(0, 0)] * (x.ndim - 1)), more),
+      )
+
     if drafter.always:
       cache, state, rejected, more = judge(k, cache)
     else:  # what drafts nothing costs nothing. Loops of one turn or none: XLA copies the cache for a branch, and none for a loop
@@ -187,17 +239,30 @@ def speculate_chunk(model: Decoder, drafter: Any, carried: Speculation, rules: R
       none = jax.tree.map(lambda x: ax.place(jnp.zeros(x.shape, x.dtype), None, 'batch'), kinds)
       found, some = (cache, state, carried.rejected, none), counts.any().astype(jnp.int32)
       for most, turns in ((k, some), (0, 1 - some)):
-        found = jax.lax.fori_loop(0, turns, lambda _, found, most=most: judge(most, found[0]), found)
+        found = jax.lax.fori_loop(
+          0, turns, lambda _, found, most=most: judge(most, found[0]), found
+        )
       cache, state, rejected, more = found
     kept = more.real.sum(0, dtype=jnp.int32)
     state = dataclasses.replace(state, cache=taken_back(cache, n + live + kept))
-    tokens = jax.tree.map(lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], 1), one, more)
-    return Speculation(state, memory, rejected, carried.drafted + counts, carried.accepted + kept), (tokens, broken, counts, kept)
-  count = jnp.where(carried.state.done.all(), 0, steps if count is None else count)  # rows may have ended sooner than their caller knows
+    tokens = jax.tree.map(
+      lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], 1), one, more
+    )
+    return Speculation(
+      state, memory, rejected, carried.drafted + counts, carried.accepted + kept
+    ), (tokens, broken, counts, kept)
+
+  count = jnp.where(
+    carried.state.done.all(), 0, steps if count is None else count
+  )  # rows may have ended sooner than their caller knows
   carried, (tokens, *found) = run(step, carried, steps, count)
-  tokens = jax.tree.map(lambda x: x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), tokens)
+  tokens = jax.tree.map(
+    lambda x: x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), tokens
+  )
   ids, (broken, drafted, kept) = jnp.where(tokens.real, tokens.ids, pad), (x.sum(1) for x in found)
-  return carried, dataclasses.replace(tokens, ids=ids, broken=broken > 0, drafted=drafted, accepted=kept)
+  return carried, dataclasses.replace(
+    tokens, ids=ids, broken=broken > 0, drafted=drafted, accepted=kept
+  )
 
 
 def begun(carried: Speculation, rules: Rules, alternatives: int):
@@ -217,6 +282,7 @@ def judged(state, drafts: Drafts, after, rules: Rules, alternatives: int):
 
   state: with the model's logits before the first draft. after: [k, B, V], its logits after each.
   """
+
   def judge(carry, draft):
     state, rejected, open = carry  # open: rows of which every draft so far was kept
     ids, log_q, after, index = draft
@@ -227,14 +293,24 @@ def judged(state, drafts: Drafts, after, rules: Rules, alternatives: int):
     rejected = jnp.where((asked & ~kept)[:, None], log_q, rejected)
     found = token(state, log_p, ids, kept, alternatives)
     state = advanced(state, longer(state.cache, kept), ids, kept, rules)
-    return (dataclasses.replace(state, logits=jnp.where(kept[:, None], after, state.logits)), rejected, kept), found
+    return (
+      dataclasses.replace(state, logits=jnp.where(kept[:, None], after, state.logits)),
+      rejected,
+      kept,
+    ), found
+
   start = state, jnp.full_like(state.logits, -jnp.inf), ~state.done
   index = jnp.arange(drafts.ids.shape[0], dtype=jnp.int32)
   (state, rejected, _), found = jax.lax.scan(judge, start, (drafts.ids, drafts.laws, after, index))
   return state, rejected, found
 
 
-def accepted(log_p: Float[Array, 'B V'], log_q: Float[Array, 'B V'], ids: Int[Array, 'B'], noise: Float[Array, 'B']) -> Bool[Array, 'B']:
+def accepted(
+  log_p: Float[Array, 'B V'],
+  log_q: Float[Array, 'B V'],
+  ids: Int[Array, 'B'],
+  noise: Float[Array, 'B'],
+) -> Bool[Array, 'B']:
   """Whether a token of law q is kept as one of law p; noise: uniform in [0, 1)."""
   return noise < jnp.exp(at(log_p, ids) - at(log_q, ids))
 
@@ -243,7 +319,9 @@ def residual(log_p: Float[Array, 'B V'], log_q: Float[Array, 'B V']) -> Float[Ar
   """The law, as logarithms, of what comes instead of a rejected token: max(p - q, 0), made a law; p itself where q is -inf everywhere."""
   left = jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0)
   total = left.sum(-1, keepdims=True)
-  rejected = (log_q.max(-1, keepdims=True) > -jnp.inf) & (total > 0)  # where rounding leaves nothing, p and q are the same
+  rejected = (log_q.max(-1, keepdims=True) > -jnp.inf) & (
+    total > 0
+  )  # where rounding leaves nothing, p and q are the same
   return jnp.where(rejected, jnp.log(left) - jnp.log(jnp.where(rejected, total, 1)), log_p)
 
 
@@ -272,19 +350,31 @@ def taken_back(cache: Cache, lengths: Int[Array, 'B']) -> Cache:
   return dataclasses.replace(cache, lengths=lengths)
 
 
-def written(memory: Int[Array, 'B S'], tokens: Int[Array, 'B T'], start: Int[Array, 'B']) -> Int[Array, 'B S']:
+def written(
+  memory: Int[Array, 'B S'], tokens: Int[Array, 'B T'], start: Int[Array, 'B']
+) -> Int[Array, 'B S']:
   """A row's tokens put from `start` on; what passes its end is dropped."""
+
   def put(memory, tokens, start):
-    rows, where = jnp.arange(memory.shape[0])[:, None], start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    rows, where = (
+      jnp.arange(memory.shape[0])[:, None],
+      start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None],
+    )
     return memory.at[rows, where].set(tokens, mode='drop', unique_indices=True)
-  return ax.local(put, (('batch', None), ('batch', None), ('batch',)), ('batch', None))(memory, tokens, start)
+
+  return ax.local(put, (('batch', None), ('batch', None), ('batch',)), ('batch', None))(
+    memory, tokens, start
+  )
 
 
-def looked_up(memory: Int[Array, 'B S'], lengths: Int[Array, 'B'], n: int, k: int) -> tuple[Int[Array, 'B k'], Bool[Array, 'B']]:
+def looked_up(
+  memory: Int[Array, 'B S'], lengths: Int[Array, 'B'], n: int, k: int
+) -> tuple[Int[Array, 'B k'], Bool[Array, 'B']]:
   """What followed the last n of a row's tokens where they were before, the latest time, and whether they were.
 
   What follows up to the row's end may be less than k tokens: then the row goes round there, and it follows again.
   """
+
   def row(ids, length):
     starts = jnp.arange(ids.shape[0], dtype=jnp.int32)
     recent = ids.at[length - n + jnp.arange(n)].get(mode='clip')
@@ -292,13 +382,22 @@ def looked_up(memory: Int[Array, 'B S'], lengths: Int[Array, 'B'], n: int, k: in
     for i in range(n):
       same &= jnp.roll(ids, -i) == recent[i]
     begin = jnp.where(same, starts, -1).max() + n
-    return ids.at[begin + jnp.arange(k) % jnp.maximum(length - begin, 1)].get(mode='clip'), same.any()
-  return ax.local(jax.vmap(row), (('batch', None), ('batch',)), (('batch', None), ('batch',)))(memory, lengths)
+    return ids.at[begin + jnp.arange(k) % jnp.maximum(length - begin, 1)].get(
+      mode='clip'
+    ), same.any()
+
+  return ax.local(jax.vmap(row), (('batch', None), ('batch',)), (('batch', None), ('batch',)))(
+    memory, lengths
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def resumed(drafter: Any, carried: Speculation, ids: Int[Array, 'B T'], real: Bool[Array, 'B T']) -> Speculation:
+def resumed(
+  drafter: Any, carried: Speculation, ids: Int[Array, 'B T'], real: Bool[Array, 'B T']
+) -> Speculation:
   """Where the drafter has read tokens, the first real ones of these, that were made without it. Of greedy rows: nothing is rejected."""
   counts = real.sum(1, dtype=jnp.int32)
   memory = drafter.read(carried.memory, ids, carried.state.cache.lengths - counts, counts)
-  return dataclasses.replace(carried, memory=memory, rejected=jnp.full_like(carried.rejected, -jnp.inf))
+  return dataclasses.replace(
+    carried, memory=memory, rejected=jnp.full_like(carried.rejected, -jnp.inf)
+  )

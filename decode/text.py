@@ -1,4 +1,5 @@
 """How does text come out while tokens are still being generated? What is certain of it: whole characters, and none of a stop string."""
+
 import codecs
 from collections.abc import Sequence
 
@@ -20,7 +21,9 @@ class TextStream:
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
     """Raises ValueError for stops that are one text, not several, or for an empty one."""
     if isinstance(stops, str) or '' in stops:
-      raise ValueError(f'stops={stops!r} must be several texts, none of them empty, such as ["###"]')
+      raise ValueError(
+        f'stops={stops!r} must be several texts, none of them empty, such as ["###"]'
+      )
     self.stopped: str | None = None
     self.ids_used = 0
     self._tokenizer, self._stops = tokenizer, tuple(stops)
@@ -49,13 +52,22 @@ class TextStream:
 
   def _certain(self, new: str) -> str:
     text = self._held + new
-    ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+    ends = [
+      (text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text
+    ]
     if ends:
       end, _, self.stopped = min(ends)
       certain, self._held = end - len(self.stopped), ''
     else:
       longest = min(len(text), max(map(len, self._stops), default=1) - 1)
-      held = next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+      held = next(
+        (
+          n
+          for n in range(longest, 0, -1)
+          if any(stop.startswith(text[-n:]) for stop in self._stops)
+        ),
+        0,
+      )
       certain = len(text) - held
       self._held = text[certain:]
     return text[:certain]

@@ -14,6 +14,7 @@ Where a mesh splits T, parallel.context calls these backends on each device's pa
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
+
 import functools
 import sys
 
@@ -31,26 +32,81 @@ from parallel import context as cp
 from parallel import mesh
 from parallel.remat import named
 
-ANY = {'float32', 'float64', 'wide_heads'}  # operands of more than 16 bits, and of more than 32, heads of more than 256
+ANY = {
+  'float32',
+  'float64',
+  'wide_heads',
+}  # operands of more than 16 bits, and of more than 32, heads of more than 256
 HONOURS = {
-    'reference': ANY | {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'relative', 'value_width'},
-    'blocked': ANY | {'causal', 'window', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
-    'pallas_tpu': ANY - {'float64'} | {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'value_width'},
-    'pallas_gpu': {'causal', 'window', 'prefix', 'segments', 'positions', 'zigzag', 'softcap', 'sinks', 'value_width'},
-    'xla': ANY | {'causal', 'window', 'segments', 'positions', 'prefix'},
+  'reference': ANY
+  | {
+    'causal',
+    'window',
+    'prefix',
+    'segments',
+    'positions',
+    'zigzag',
+    'softcap',
+    'sinks',
+    'relative',
+    'value_width',
+  },
+  'blocked': ANY
+  | {'causal', 'window', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
+  'pallas_tpu': ANY - {'float64'}
+  | {
+    'causal',
+    'window',
+    'prefix',
+    'segments',
+    'positions',
+    'zigzag',
+    'softcap',
+    'sinks',
+    'value_width',
+  },
+  'pallas_gpu': {
+    'causal',
+    'window',
+    'prefix',
+    'segments',
+    'positions',
+    'zigzag',
+    'softcap',
+    'sinks',
+    'value_width',
+  },
+  'xla': ANY | {'causal', 'window', 'segments', 'positions', 'prefix'},
 }
-ORDER = {'cpu': ('blocked', 'reference'), 'gpu': ('pallas_gpu', 'xla', 'blocked', 'reference'), 'tpu': ('pallas_tpu', 'xla', 'blocked', 'reference')}
-ORDER_IN_PARTS = {'cpu': ('blocked', 'reference'), 'gpu': ('pallas_gpu', 'blocked', 'reference'),
-                  'tpu': ('pallas_tpu', 'blocked', 'reference')}
+ORDER = {
+  'cpu': ('blocked', 'reference'),
+  'gpu': ('pallas_gpu', 'xla', 'blocked', 'reference'),
+  'tpu': ('pallas_tpu', 'xla', 'blocked', 'reference'),
+}
+ORDER_IN_PARTS = {
+  'cpu': ('blocked', 'reference'),
+  'gpu': ('pallas_gpu', 'blocked', 'reference'),
+  'tpu': ('pallas_tpu', 'blocked', 'reference'),
+}
 WIDE = 256
 FEW = 128  # queries of a row, below which our kernels compute mostly what fills their blocks up
 BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
 
 
-def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, *, softcap: float = 0.0,
-              sinks: Float[Array, 'N'] | None = None, relative: Relative | None = None, scale: float | None = None,
-              backend: str = 'auto', blocks: Blocks = Blocks(),
-              context: str = 'ring') -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+def attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  mask: Mask,
+  *,
+  softcap: float = 0.0,
+  sinks: Float[Array, 'N'] | None = None,
+  relative: Relative | None = None,
+  scale: float | None = None,
+  backend: str = 'auto',
+  blocks: Blocks = Blocks(),
+  context: str = 'ring',
+) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """Attention and the log-sum-exp of its scores.
 
   Args:
@@ -69,14 +125,26 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   block_sizes.check(blocks, backend, max(H, v.shape[3]))
   if ax.size('length') > 1:
     settings = {'softcap': softcap, 'scale': scale, 'backend': backend, 'blocks': blocks}
-    local = cp.Local(*(functools.partial(function, **settings) for function in (attention, part, part_backward)))
+    local = cp.Local(
+      *(functools.partial(function, **settings) for function in (attention, part, part_backward))
+    )
     return cp.attention(q, k, v, mask, local, sinks=sinks, relative=relative, strategy=context)
   spec = _spec(q, v, mask, softcap, sinks, relative)
-  backend = _said(choose(spec, without=_left_out(q, k, v, mask))) if backend == 'auto' else check(backend, spec)
-  run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla,
-         **{name: functools.partial(flash.attention, name, blocks=blocks) for name in flash.KERNELS}}[backend]
+  backend = (
+    _said(choose(spec, without=_left_out(q, k, v, mask)))
+    if backend == 'auto'
+    else check(backend, spec)
+  )
+  run = {
+    'reference': reference.attention,
+    'blocked': blocked,
+    'xla': xla,
+    **{name: functools.partial(flash.attention, name, blocks=blocks) for name in flash.KERNELS},
+  }[backend]
   out, lse = run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
-  return (out if backend in flash.KERNELS else named(out, 'attention')), lse  # what those keep has that name already
+  return (
+    out if backend in flash.KERNELS else named(out, 'attention')
+  ), lse  # what those keep has that name already
 
 
 def _check(q, k, v, mask, softcap, sinks):
@@ -86,15 +154,21 @@ def _check(q, k, v, mask, softcap, sinks):
       raise ValueError(f'{name}{list(x.shape)} must be [{axes}], and not empty')
   (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
   if k.shape != (B, S, K, H) or v.shape[:3] != (B, S, K):
-    raise ValueError(f'q{list(q.shape)}, k{list(k.shape)} and v{list(v.shape)} must be [B, T, N, H], [B, S, K, H] and [B, S, K, Hv]')
+    raise ValueError(
+      f'q{list(q.shape)}, k{list(k.shape)} and v{list(v.shape)} must be [B, T, N, H], [B, S, K, H] and [B, S, K, Hv]'
+    )
   if not q.dtype == k.dtype == v.dtype:
     raise ValueError(f'q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast them to one type')
   if N % K:
     raise ValueError(f'{N} query heads are not a multiple of {K} key/value heads')
   if K > 1 and ax.whole_or('kv_heads', K) is None:
-    raise ValueError(f'{K} key heads do not split over mesh.tensor={ax.size("kv_heads")}; repeat them first')
+    raise ValueError(
+      f'{K} key heads do not split over mesh.tensor={ax.size("kv_heads")}; repeat them first'
+    )
   if isinstance(softcap, jax.core.Tracer):
-    raise ValueError(f'softcap={softcap} must be a number when attention is traced: make it static, or close over it')
+    raise ValueError(
+      f'softcap={softcap} must be a number when attention is traced: make it static, or close over it'
+    )
   if softcap < 0:
     raise ValueError(f'softcap={softcap} must be positive, or 0 for none')
   if sinks is not None and sinks.shape != (N,):
@@ -103,7 +177,9 @@ def _check(q, k, v, mask, softcap, sinks):
     for what in ('segments', 'positions'):
       x = getattr(mask, f'{name}_{what}')
       if x is not None and x.shape not in ((B, length), (1, length)):
-        raise ValueError(f'mask.{name}_{what}{list(x.shape)} must be [{B}, {length}], an entry for each {name} of each row')
+        raise ValueError(
+          f'mask.{name}_{what}{list(x.shape)} must be [{B}, {length}], an entry for each {name} of each row'
+        )
   if mask.prefix is not None and mask.prefix.shape != (B,):
     raise ValueError(f'mask.prefix{list(mask.prefix.shape)} must be [{B}], one for each row')
 
@@ -111,13 +187,37 @@ def _check(q, k, v, mask, softcap, sinks):
 def part(q, k, v, mask, *, softcap, relative, scale, backend, blocks=Blocks()):
   """Attention of this device's arrays to some of the keys, by a backend of PARTS; not to be differentiated."""
   backend = _part(q, v, mask, softcap, relative, backend)
-  return PARTS[backend][0](q, k, v, mask, softcap=softcap, sinks=None, relative=relative, scale=scale, **_chosen(backend, blocks))
+  return PARTS[backend][0](
+    q,
+    k,
+    v,
+    mask,
+    softcap=softcap,
+    sinks=None,
+    relative=relative,
+    scale=scale,
+    **_chosen(backend, blocks),
+  )
 
 
-def part_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale, backend, blocks=Blocks()):
+def part_backward(
+  q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale, backend, blocks=Blocks()
+):
   """What reference.backward gives, by the same backend as part()."""
   backend = _part(q, v, mask, softcap, relative, backend)
-  return PARTS[backend][1](q, k, v, mask, lse, delta, d_out, softcap=softcap, relative=relative, scale=scale, **_chosen(backend, blocks))
+  return PARTS[backend][1](
+    q,
+    k,
+    v,
+    mask,
+    lse,
+    delta,
+    d_out,
+    softcap=softcap,
+    relative=relative,
+    scale=scale,
+    **_chosen(backend, blocks),
+  )
 
 
 def _chosen(backend, blocks):
@@ -133,17 +233,25 @@ def _part(q, v, mask, softcap, relative, backend):
 
 def _spec(q, v, mask, softcap, sinks, relative):
   H, Hv = q.shape[3], v.shape[3]
-  named = {'softcap': softcap, 'sinks': sinks is not None, 'relative': relative is not None, 'value_width': H != Hv,
-           'wide_heads': max(H, Hv) > WIDE, 'float32': q.dtype.itemsize > 2,
-           'float64': q.dtype.itemsize > 4}
+  named = {
+    'softcap': softcap,
+    'sinks': sinks is not None,
+    'relative': relative is not None,
+    'value_width': H != Hv,
+    'wide_heads': max(H, Hv) > WIDE,
+    'float32': q.dtype.itemsize > 2,
+    'float64': q.dtype.itemsize > 4,
+  }
   return mask.fields() | {name for name, is_set in named.items() if is_set}
 
 
 def check_part(backend: str) -> str:
   """`backend`, of which attention can be put together part by part; raises NotImplementedError otherwise."""
   if backend not in PARTS:
-    raise NotImplementedError(f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the parts together '
-                              f"by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'")
+    raise NotImplementedError(
+      f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the parts together '
+      f"by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'"
+    )
   return backend
 
 
@@ -153,11 +261,15 @@ def check(backend: str, spec: set[str]) -> str:
   missing = spec - HONOURS[backend]
   if missing:
     able = [name for name, honoured in HONOURS.items() if spec <= honoured]
-    raise NotImplementedError(f'attention backend {backend!r} does not honour {sorted(missing)}; these do: {able}')
+    raise NotImplementedError(
+      f'attention backend {backend!r} does not honour {sorted(missing)}; these do: {able}'
+    )
   return backend
 
 
-def choose(spec: set[str], platform: str = '', in_parts: bool = False, without: frozenset[str] = frozenset()) -> str:
+def choose(
+  spec: set[str], platform: str = '', in_parts: bool = False, without: frozenset[str] = frozenset()
+) -> str:
   """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform).
 
   in_parts: of those that attention can be put together from part by part. without: backends that are not for these arrays.
@@ -177,7 +289,9 @@ def _left_out(q, k, v, mask) -> frozenset[str]:
 
 def _too_new() -> frozenset[str]:
   """Kernels that the GPU at hand cannot run."""
-  return frozenset({'pallas_gpu'} if mesh.platform() == 'gpu' and cudnn.capability()[0] != 9 else ())
+  return frozenset(
+    {'pallas_gpu'} if mesh.platform() == 'gpu' and cudnn.capability()[0] != 9 else ()
+  )
 
 
 @functools.cache
@@ -191,23 +305,48 @@ def _said(chosen: str) -> str:
 def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):
   """Same contract as reference.attention, without prefix: a loop over query blocks, each with the keys it can see."""
   # Scores are as large as everything else of a block together: cheaper to compute again than to keep.
-  run = jax.checkpoint(lambda q, k, v, mask, sinks, relative: reference.attention(
-      q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale), prevent_cse=False)
-  outs, lses = zip(*[run(q[:, queries], k[:, keys], v[:, keys], block, sinks, relative)
-                     for queries, keys, block in _blocks(mask, q.shape[1], k.shape[1], relative)])
+  run = jax.checkpoint(
+    lambda q, k, v, mask, sinks, relative: reference.attention(
+      q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale
+    ),
+    prevent_cse=False,
+  )
+  outs, lses = zip(
+    *[
+      run(q[:, queries], k[:, keys], v[:, keys], block, sinks, relative)
+      for queries, keys, block in _blocks(mask, q.shape[1], k.shape[1], relative)
+    ]
+  )
   return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 
 
 def blocked_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale):
   """Same contract as reference.backward, block by block."""
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  d_qs, d_k, d_v, d_relative = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), jax.tree.map(jnp.zeros_like, relative)
+  d_qs, d_k, d_v, d_relative = (
+    [],
+    jnp.zeros(k.shape, wide),
+    jnp.zeros(v.shape, wide),
+    jax.tree.map(jnp.zeros_like, relative),
+  )
   for queries, keys, block in _blocks(mask, q.shape[1], k.shape[1], relative):
     cut = [x[:, queries] for x in (lse, delta, d_out)]
-    d_q, dk, dv, new = reference.backward(q[:, queries], k[:, keys], v[:, keys], block, *cut, softcap=softcap, relative=relative,
-                                          scale=scale)
+    d_q, dk, dv, new = reference.backward(
+      q[:, queries],
+      k[:, keys],
+      v[:, keys],
+      block,
+      *cut,
+      softcap=softcap,
+      relative=relative,
+      scale=scale,
+    )
     d_qs.append(d_q)
-    d_k, d_v, d_relative = d_k.at[:, keys].add(dk), d_v.at[:, keys].add(dv), jax.tree.map(jnp.add, d_relative, new)
+    d_k, d_v, d_relative = (
+      d_k.at[:, keys].add(dk),
+      d_v.at[:, keys].add(dv),
+      jax.tree.map(jnp.add, d_relative, new),
+    )
   return jnp.concatenate(d_qs, 1), d_k, d_v, d_relative
 
 
@@ -215,7 +354,9 @@ def _blocks(mask, T, S, relative):
   """(queries, keys, mask) of each block; of rows in order, keys that no query of the block can see are left out."""
   in_order = mask.query_positions is None
   if T != S and in_order and (mask.positioned or relative is not None):
-    raise ValueError(f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; use reference')
+    raise ValueError(
+      f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; use reference'
+    )
   for start in range(0, T, BLOCK):
     stop = min(start + BLOCK, T)
     first, last = 0, S
@@ -228,22 +369,35 @@ def _blocks(mask, T, S, relative):
 def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
   """jax.nn.dot_product_attention: cuDNN's where it honours the spec, else its own causal and window flags, else a dense mask."""
   T, S = q.shape[1], k.shape[1]
-  window, dense = (mask.window - 1, 0 if mask.causal else mask.window - 1) if mask.window else None, None
+  window, dense = (
+    (mask.window - 1, 0 if mask.causal else mask.window - 1) if mask.window else None,
+    None,
+  )
   if (mask.positioned and T != S) or not mask.fields() <= {'causal', 'window'}:
     dense = mask.allowed(T, S)[:, None]
   if not cudnn.refusal(q, k, v, mask):
     out = cudnn.attention(q, k, v, mask, scale)
   elif dense is None:
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=mask.causal, local_window_size=window)
+    out = jax.nn.dot_product_attention(
+      q, k, v, scale=scale, is_causal=mask.causal, local_window_size=window
+    )
   else:
     out = jax.nn.dot_product_attention(q, k, v, mask=dense, scale=scale)
     # A query that sees no key was given the mean of all values.
     out = jnp.where(dense.any(-1).swapaxes(1, 2)[..., None], out, 0)
   # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp that nobody reads costs nothing.
-  _, lse = reference.attention(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
+  _, lse = reference.attention(
+    q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale
+  )
   return out, lse
 
 
 # Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward, backward).
-PARTS = {'reference': (reference.attention, reference.backward), 'blocked': (blocked, blocked_backward),
-         **{name: tuple(functools.partial(f, name) for f in (flash.part, flash.part_backward)) for name in flash.KERNELS}}
+PARTS = {
+  'reference': (reference.attention, reference.backward),
+  'blocked': (blocked, blocked_backward),
+  **{
+    name: tuple(functools.partial(f, name) for f in (flash.part, flash.part_backward))
+    for name in flash.KERNELS
+  },
+}

@@ -2,17 +2,41 @@
 
 What is chosen is taken exactly or refused. Where nothing is, the kernels' tables say: kernels.tuning for TPUs, kernels.flash_gpu.
 """
+
 import dataclasses
 
 # Of TPUs: queries are those of all heads of a step, stacked, in blocks of 128, 256, 512 or 1024 a head.
 LARGEST = 1024
-TPU = {f'{direction}_{what}': sizes for direction in ('forward', 'backward')
-       for what, sizes in (('queries', tuple(range(128, LARGEST + 1, 128))), ('keys', (128, 256, 512, 1024)))}
+TPU = {
+  f'{direction}_{what}': sizes
+  for direction in ('forward', 'backward')
+  for what, sizes in (
+    ('queries', tuple(range(128, LARGEST + 1, 128))),
+    ('keys', (128, 256, 512, 1024)),
+  )
+}
 # Of Hopper GPUs, by the widest head: what fits shared memory and compiles without a spill under every mask. Products have 64 rows a
 # warpgroup, and two of these share a tile. Backward, 32 queries do not compile in the fused kernel of heads of up to 128, and more spill.
-GPU = {64: {'forward_queries': (128,), 'forward_keys': (64, 128, 256), 'backward_queries': (64,), 'backward_keys': (128,)},
-       128: {'forward_queries': (128,), 'forward_keys': (64, 128), 'backward_queries': (64,), 'backward_keys': (128,)},
-       256: {'forward_queries': (128,), 'forward_keys': (64,), 'backward_queries': (32,), 'backward_keys': (128,)}}
+GPU = {
+  64: {
+    'forward_queries': (128,),
+    'forward_keys': (64, 128, 256),
+    'backward_queries': (64,),
+    'backward_keys': (128,),
+  },
+  128: {
+    'forward_queries': (128,),
+    'forward_keys': (64, 128),
+    'backward_queries': (64,),
+    'backward_keys': (128,),
+  },
+  256: {
+    'forward_queries': (128,),
+    'forward_keys': (64,),
+    'backward_queries': (32,),
+    'backward_keys': (128,),
+  },
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +50,7 @@ class Blocks:
     deterministic: gradients are the same bits every time. On a GPU ours of queries are added up in main memory otherwise, in no certain
       order; for two products of seven more they have a kernel of their own. All other backends but cuDNN's are deterministic anyway.
   """
+
   forward_queries: int = 0
   forward_keys: int = 0
   backward_queries: int = 0
@@ -40,20 +65,32 @@ class Blocks:
 def check(blocks: Blocks, backend: str, width: int) -> None:
   """Raises where a backend does not take the blocks for heads so wide: NotImplementedError if it has none to choose, else ValueError."""
   if blocks.deterministic and backend in ('auto', 'xla'):
-    raise NotImplementedError(f'model.attention_blocks.deterministic=True: model.attention={backend!r} may be cuDNN, which adds gradients '
-                              f'up in no certain order; set it to one of {[*SIZES, "blocked", "reference"]}')
-  chosen = {name: size for name, size in dataclasses.asdict(blocks).items() if size and name != 'deterministic'}
+    raise NotImplementedError(
+      f'model.attention_blocks.deterministic=True: model.attention={backend!r} may be cuDNN, which adds gradients '
+      f'up in no certain order; set it to one of {[*SIZES, "blocked", "reference"]}'
+    )
+  chosen = {
+    name: size
+    for name, size in dataclasses.asdict(blocks).items()
+    if size and name != 'deterministic'
+  }
   if not chosen:
     return
   if backend not in SIZES:
-    raise NotImplementedError(f'model.attention_blocks chooses {chosen}, and model.attention={backend!r} is no backend whose blocks can be '
-                              f'chosen; set it to one of {list(SIZES)}, or leave the blocks 0')
+    raise NotImplementedError(
+      f'model.attention_blocks chooses {chosen}, and model.attention={backend!r} is no backend whose blocks can be '
+      f'chosen; set it to one of {list(SIZES)}, or leave the blocks 0'
+    )
   sizes = SIZES[backend](width)
   for name, size in chosen.items():
     if size not in sizes.get(name, ()):
-      raise ValueError(f'model.attention_blocks.{name}={size}: backend {backend} has {list(sizes.get(name, ()))} for heads {width} wide; '
-                       'choose one of them, or 0 for what its table says')
+      raise ValueError(
+        f'model.attention_blocks.{name}={size}: backend {backend} has {list(sizes.get(name, ()))} for heads {width} wide; '
+        'choose one of them, or 0 for what its table says'
+      )
 
 
-SIZES = {'pallas_tpu': lambda width: TPU,
-         'pallas_gpu': lambda width: next((sizes for widest, sizes in GPU.items() if width <= widest), {})}
+SIZES = {
+  'pallas_tpu': lambda width: TPU,
+  'pallas_gpu': lambda width: next((sizes for widest, sizes in GPU.items() if width <= widest), {}),
+}

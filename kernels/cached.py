@@ -6,6 +6,7 @@ splits the slots, devices put theirs together at the end.
 
 R layers that a buffer stacks · B rows · T new tokens · S slots · N query heads · K key/value heads · G = N/K · H head width
 """
+
 import dataclasses
 import functools
 from typing import Any
@@ -36,6 +37,7 @@ class Held:
     key_scales, value_scales: [R, B, K, S] f32, what int8 vectors are multiplied with; None for other types.
     ring: whether position p is in slot p % S, where it stays until position p + S; otherwise p is in slot p.
   """
+
   keys: Any
   values: Any
   key_scales: Any = None
@@ -51,11 +53,18 @@ class Held:
     heads = ax.whole_or('kv_heads', self.keys.shape[2]) if self.keys.shape[2] > 1 else None
     vector = ('layers', 'batch', heads, None if self.ring else 'slots')
     there = lambda x, axes: None if x is None else axes
-    return Held((*vector, 'head_width'), there(self.values, (*vector, 'head_width')), there(self.key_scales, vector),
-                there(self.value_scales, vector), self.ring)
+    return Held(
+      (*vector, 'head_width'),
+      there(self.values, (*vector, 'head_width')),
+      there(self.key_scales, vector),
+      there(self.value_scales, vector),
+      self.ring,
+    )
 
 
-jax.tree_util.register_dataclass(Held, data_fields=['keys', 'values', 'key_scales', 'value_scales'], meta_fields=['ring'])
+jax.tree_util.register_dataclass(
+  Held, data_fields=['keys', 'values', 'key_scales', 'value_scales'], meta_fields=['ring']
+)
 
 
 def positions(held: Held, slots: Int[Array, 'S'], lengths: Int[Array, 'B']) -> Int[Array, 'B S']:
@@ -73,9 +82,20 @@ def quantised(x: Float[Array, '*B H']) -> tuple[Int[Array, '*B H'], Float[Array,
   return jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
-def attention(q: Float[Array, 'B T N H'], held: Held, layer: Int[Array, ''] | int, lengths: Int[Array, 'B'],
-              queries: Int[Array, 'B T'], *, window: int = 0, softcap: float = 0.0, sinks: Float[Array, 'N'] | None = None,
-              relative: Relative | None = None, scale: float = 1.0, value_width: int = 0) -> Float[Array, 'B T N Hv']:
+def attention(
+  q: Float[Array, 'B T N H'],
+  held: Held,
+  layer: Int[Array, ''] | int,
+  lengths: Int[Array, 'B'],
+  queries: Int[Array, 'B T'],
+  *,
+  window: int = 0,
+  softcap: float = 0.0,
+  sinks: Float[Array, 'N'] | None = None,
+  relative: Relative | None = None,
+  scale: float = 1.0,
+  value_width: int = 0,
+) -> Float[Array, 'B T N Hv']:
   """Causal attention of new tokens to the slots of one layer, theirs among them; not to be differentiated.
 
   Args:
@@ -86,22 +106,54 @@ def attention(q: Float[Array, 'B T N H'], held: Held, layer: Int[Array, ''] | in
   N, K, t = q.shape[2], held.keys.shape[2], ax.size('heads')
   heads = held.axes().keys[2]
   if N % t or (heads is None and K > 1 and t % K):
-    raise NotImplementedError(f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: it must divide the key heads, '
-                              'or be a multiple of them')
+    raise NotImplementedError(
+      f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: it must divide the key heads, '
+      'or be a multiple of them'
+    )
   parts = ax.mesh_axes('slots') if not held.ring else ()
-  run = functools.partial(_local, window=window, softcap=softcap, scale=scale, value_width=value_width, parts=parts,
-                          own=ax.mesh_axes('heads') if heads is None and t > 1 else (),
-                          relative=relative and {'bidirectional': relative.bidirectional, 'max_distance': relative.max_distance})
+  run = functools.partial(
+    _local,
+    window=window,
+    softcap=softcap,
+    scale=scale,
+    value_width=value_width,
+    parts=parts,
+    own=ax.mesh_axes('heads') if heads is None and t > 1 else (),
+    relative=relative
+    and {'bidirectional': relative.bidirectional, 'max_distance': relative.max_distance},
+  )
   q = ax.place(q, 'batch', None, 'heads', 'head_width')
-  arrays, axes = [held, jnp.asarray(layer, jnp.int32), lengths, queries], [held.axes(), (), ('batch',), ('batch', None)]
-  for x, of in ((sinks, ('heads',)), (None if relative is None else relative.table, (None, 'heads'))):
+  arrays, axes = (
+    [held, jnp.asarray(layer, jnp.int32), lengths, queries],
+    [held.axes(), (), ('batch',), ('batch', None)],
+  )
+  for x, of in (
+    (sinks, ('heads',)),
+    (None if relative is None else relative.table, (None, 'heads')),
+  ):
     arrays.append(x)
     axes.append(None if x is None else of)
   result = ('batch', None, 'heads', 'head_width')
   return ax.local(run, (result, *axes), result)(q, *arrays)
 
 
-def _local(q, held, layer, lengths, queries, sinks, table, *, window, softcap, scale, value_width, parts, own, relative):
+def _local(
+  q,
+  held,
+  layer,
+  lengths,
+  queries,
+  sinks,
+  table,
+  *,
+  window,
+  softcap,
+  scale,
+  value_width,
+  parts,
+  own,
+  relative,
+):
   """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes that split the query heads only."""
   B, T, N, H = q.shape
   S, K = held.keys.shape[3], held.keys.shape[2]
@@ -119,11 +171,17 @@ def _local(q, held, layer, lengths, queries, sinks, table, *, window, softcap, s
     top, total, mixed = cached_tpu.blocks(q, held, layer, first, lengths, queries[:, 0], T=T, **how)
   else:
     table = relative and Relative(table=table.reshape(table.shape[0], K, G), **relative)
-    top, total, mixed = blocks(q, held, layer, first, lengths, queries, offset=offset, relative=table, **how)
+    top, total, mixed = blocks(
+      q, held, layer, first, lengths, queries, offset=offset, relative=table, **how
+    )
   if parts:
     highest = jax.lax.pmax(top, parts)
     shrink = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0))
-    top, total, mixed = highest, jax.lax.psum(total * shrink, parts), jax.lax.psum(mixed * shrink[..., None], parts)
+    top, total, mixed = (
+      highest,
+      jax.lax.psum(total * shrink, parts),
+      jax.lax.psum(mixed * shrink[..., None], parts),
+    )
   if sinks is not None:
     sink = jnp.repeat(sinks.astype(wide).reshape(1, K, G), T, 2)
     highest = jnp.maximum(top, sink)
@@ -133,16 +191,33 @@ def _local(q, held, layer, lengths, queries, sinks, table, *, window, softcap, s
   return out.reshape(B, K, G, T, Hv).transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv).astype(q.dtype)
 
 
-def products(q: Float[Array, 'B K M H'], keys: Float[Array, 'B K S H'], dtype) -> Float[Array, 'B K M S']:
+def products(
+  q: Float[Array, 'B K M H'], keys: Float[Array, 'B K S H'], dtype
+) -> Float[Array, 'B K M S']:
   """Of every query and every key."""
   one = lambda q: jnp.einsum('BKH,BKSH->BKS', q, keys, preferred_element_type=dtype)
-  if mesh.platform() == 'cpu' and q.shape[2] <= FEW:  # one query after another: XLA's CPU lays keys out anew for several
+  if (
+    mesh.platform() == 'cpu' and q.shape[2] <= FEW
+  ):  # one query after another: XLA's CPU lays keys out anew for several
     return jnp.stack([one(q[:, :, m]) for m in range(q.shape[2])], 2)
   return jnp.einsum('BKMH,BKSH->BKMS', q, keys, preferred_element_type=dtype)
 
 
-def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Array, 'B'], queries: Int[Array, 'B T'], *, window: int = 0,
-           softcap: float = 0.0, scale: float = 1.0, Hv: int, offset=0, relative: Relative | None = None):
+def blocks(
+  q: Float[Array, 'B K M H'],
+  held: Held,
+  layer,
+  first,
+  lengths: Int[Array, 'B'],
+  queries: Int[Array, 'B T'],
+  *,
+  window: int = 0,
+  softcap: float = 0.0,
+  scale: float = 1.0,
+  Hv: int,
+  offset=0,
+  relative: Relative | None = None,
+):
   """What a device's slots give to the softmax: its greatest score, the sum of weights, and the weighted sum of values, wide.
 
   q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first` on. offset: of the first slot.
@@ -153,23 +228,33 @@ def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Ar
 
   def cut(buffer, start):
     """A block of this layer's slots [B, K, block, ...]."""
-    found = jax.lax.dynamic_slice(buffer, (layer, 0, first, start, *(0,) * (buffer.ndim - 4)), (1, B, K, block, *buffer.shape[4:]))
+    found = jax.lax.dynamic_slice(
+      buffer,
+      (layer, 0, first, start, *(0,) * (buffer.ndim - 4)),
+      (1, B, K, block, *buffer.shape[4:]),
+    )
     return found[0]
 
   def step(index, carry):
     top, total, mixed = carry
     start = index * block
-    where = positions(held, start + offset + jnp.arange(block, dtype=jnp.int32), lengths)[:, None]  # [B, 1, block]
+    where = positions(held, start + offset + jnp.arange(block, dtype=jnp.int32), lengths)[
+      :, None
+    ]  # [B, 1, block]
     used = (where >= 0) & (where < lengths[:, None, None])
     keys = cut(held.keys, start)
-    if mesh.platform() == 'cpu':  # or XLA's CPU puts the write of a token into what reads it as well, for which it copies all slots
+    if (
+      mesh.platform() == 'cpu'
+    ):  # or XLA's CPU puts the write of a token into what reads it as well, for which it copies all slots
       keys = jnp.where(used[..., None], keys, 0)
     scores = products(q, keys.astype(q.dtype), wide) * scale
     if held.key_scales is not None:
       scores = scores * cut(held.key_scales, start)[:, :, None]
     scores = scores.reshape(B, K, G, T, block)
     if relative:
-      scores = scores + jnp.moveaxis(relative.scores(queries, where[:, 0]), (1, 2), (3, 4)).astype(wide)
+      scores = scores + jnp.moveaxis(relative.scores(queries, where[:, 0]), (1, 2), (3, 4)).astype(
+        wide
+      )
     if softcap:
       scores = softcap * jnp.tanh(scores / softcap)
     seen = used & (where <= queries[..., None])
@@ -185,15 +270,25 @@ def blocks(q: Float[Array, 'B K M H'], held: Held, layer, first, lengths: Int[Ar
     if scales is not None:
       weights = weights * jnp.where(used, cut(scales, start), 0)[:, :, None]
     values = jnp.where(used[..., None], values, 0).astype(q.dtype)  # 0 x NaN would be NaN
-    new_mixed = jnp.einsum('BKMS,BKSH->BKMH', weights.astype(q.dtype), values, preferred_element_type=wide)
+    new_mixed = jnp.einsum(
+      'BKMS,BKSH->BKMH', weights.astype(q.dtype), values, preferred_element_type=wide
+    )
     return new, total, mixed * shrink[..., None] + new_mixed
 
-  empty = jnp.full((B, K, M), -jnp.inf, wide), jnp.zeros((B, K, M), wide), jnp.zeros((B, K, M, Hv), wide)
+  empty = (
+    jnp.full((B, K, M), -jnp.inf, wide),
+    jnp.zeros((B, K, M), wide),
+    jnp.zeros((B, K, M, Hv), wide),
+  )
   if S == block:
     top, total, mixed = step(0, empty)
   else:
     filled = jnp.clip(lengths.max() - offset, 0, S)
-    begin = jnp.maximum(queries.min() - window + 1 - offset, 0) // block if window and not held.ring else 0
+    begin = (
+      jnp.maximum(queries.min() - window + 1 - offset, 0) // block
+      if window and not held.ring
+      else 0
+    )
     with jax.named_scope(f'{FILLED}{S // block}'):
       top, total, mixed = jax.lax.fori_loop(begin, -(-filled // block), step, empty)
   return top, total, mixed

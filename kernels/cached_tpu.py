@@ -6,6 +6,7 @@ block that is there already.
 
 B rows · T new tokens · S slots · K key/value heads · G query heads of each · M = G x T · H head width
 """
+
 import functools
 
 import jax
@@ -21,16 +22,42 @@ HIDDEN = -1e30
 
 def _bounds(window, ring, S, block, T):
   """(lengths, starts, b) -> first and last block that a row's queries see."""
+
   def bounds(lengths, starts, b):
     filled = jnp.minimum(lengths[b], S)
     last = jnp.maximum(filled - 1, 0) // block
     first = jnp.maximum(starts[b] - window + 1, 0) // block if window and not ring else 0
     return jnp.minimum(first, last), last
+
   return bounds
 
 
-def _kernel(scalars, lengths, starts, q, k, v, k_scale, v_scale, top_out, total_out, mixed_out, top, total, mixed, *, bounds, window,
-            ring, S, block, T, Hv, softcap, scale):
+def _kernel(
+  scalars,
+  lengths,
+  starts,
+  q,
+  k,
+  v,
+  k_scale,
+  v_scale,
+  top_out,
+  total_out,
+  mixed_out,
+  top,
+  total,
+  mixed,
+  *,
+  bounds,
+  window,
+  ring,
+  S,
+  block,
+  T,
+  Hv,
+  softcap,
+  scale,
+):
   b, i = pl.program_id(0), pl.program_id(2)
   first, last = bounds(lengths, starts, b)
 
@@ -44,8 +71,11 @@ def _kernel(scalars, lengths, starts, q, k, v, k_scale, v_scale, top_out, total_
   def _():
     rows = q.shape[2]
     keys = k[0, 0, 0].astype(q.dtype)
-    product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32,
-                                precision=jax.lax.Precision.DEFAULT if q.dtype.itemsize == 2 else None)  # Mosaic knows no other of 16 bits
+    product = functools.partial(
+      jax.lax.dot_general,
+      preferred_element_type=jnp.float32,
+      precision=jax.lax.Precision.DEFAULT if q.dtype.itemsize == 2 else None,
+    )  # Mosaic knows no other of 16 bits
     scores = product(q[0, 0], keys, (((1,), (1,)), ((), ()))) * scale
     if k_scale is not None:
       scores = scores * k_scale[0, 0, 0]
@@ -67,10 +97,14 @@ def _kernel(scalars, lengths, starts, q, k, v, k_scale, v_scale, top_out, total_
     values = keys[:, :Hv] if v is None else v[0, 0, 0].astype(q.dtype)
     slots = (first + i) * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
     held = newest - jax.lax.rem(newest - slots + S, S) if ring else slots
-    values = jnp.where((held >= 0) & (held <= newest) & (slots < S), values, 0).astype(q.dtype)  # 0 x NaN would be NaN
+    values = jnp.where((held >= 0) & (held <= newest) & (slots < S), values, 0).astype(
+      q.dtype
+    )  # 0 x NaN would be NaN
     if scales is not None:
       weights = jnp.where(seen, weights * scales[0, 0, 0], 0.0)
-    mixed[...] = mixed[...] * shrink + product(weights.astype(q.dtype), values, (((1,), (0,)), ((), ())))
+    mixed[...] = mixed[...] * shrink + product(
+      weights.astype(q.dtype), values, (((1,), (0,)), ((), ()))
+    )
     top[...] = jnp.broadcast_to(new, top.shape)
 
   @pl.when(i == pl.num_programs(2) - 1)
@@ -78,7 +112,21 @@ def _kernel(scalars, lengths, starts, q, k, v, k_scale, v_scale, top_out, total_
     top_out[0, 0], total_out[0, 0], mixed_out[0, 0] = top[...], total[...], mixed[...]
 
 
-def blocks(q, held, layer, first, lengths, starts, *, T: int, window: int, softcap: float, scale: float, Hv: int, interpret=False):
+def blocks(
+  q,
+  held,
+  layer,
+  first,
+  lengths,
+  starts,
+  *,
+  T: int,
+  window: int,
+  softcap: float,
+  scale: float,
+  Hv: int,
+  interpret=False,
+):
   """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a row at starts [B].
 
   q: [B, K, G x T, H], of the key heads from `first` on.
@@ -96,6 +144,7 @@ def blocks(q, held, layer, first, lengths, starts, *, T: int, window: int, softc
 
   def scale_at(b, h, i, *given):
     return *at(b, h, i, *given)[:3], 0, at(b, h, i, *given)[3]
+
   mine = lambda width: pl.BlockSpec((1, 1, rows, width), lambda b, h, i, *_: (b, h, 0, 0))
   vectors = lambda x: None if x is None else pl.BlockSpec((1, 1, 1, block, x.shape[4]), at)
   numbers = lambda x: None if x is None else pl.BlockSpec((1, 1, 1, 1, block), scale_at)
@@ -103,25 +152,58 @@ def blocks(q, held, layer, first, lengths, starts, *, T: int, window: int, softc
   out = lambda width: jax.ShapeDtypeStruct((B, K, rows, width), jnp.float32)
   scratch = lambda width: pltpu.VMEM((rows, width), jnp.float32)
   size = held.keys.dtype.itemsize
-  cost = pl.CostEstimate(flops=2 * B * K * rows * S * (H + Hv), transcendentals=B * K * rows * S,
-                         bytes_accessed=B * K * S * (H + (0 if held.values is None else Hv)) * size + 2 * q.size * 4)
+  cost = pl.CostEstimate(
+    flops=2 * B * K * rows * S * (H + Hv),
+    transcendentals=B * K * rows * S,
+    bytes_accessed=B * K * S * (H + (0 if held.values is None else Hv)) * size + 2 * q.size * 4,
+  )
   given = [held.keys, held.values, row(held.key_scales), row(held.value_scales)]
-  specs = [mine(H), vectors(held.keys), vectors(held.values), numbers(held.key_scales), numbers(held.value_scales)]
-  body = functools.partial(_kernel, bounds=bounds, window=window, ring=held.ring, S=S, block=block, T=T, Hv=Hv, softcap=softcap,
-                           scale=scale)
+  specs = [
+    mine(H),
+    vectors(held.keys),
+    vectors(held.values),
+    numbers(held.key_scales),
+    numbers(held.value_scales),
+  ]
+  body = functools.partial(
+    _kernel,
+    bounds=bounds,
+    window=window,
+    ring=held.ring,
+    S=S,
+    block=block,
+    T=T,
+    Hv=Hv,
+    softcap=softcap,
+    scale=scale,
+  )
   there = [x is not None for x in given]
 
   def kernel(*refs):
     scalars, (query, *refs) = refs[:3], refs[3:]
     buffers = [refs.pop(0) if is_there else None for is_there in there]
     body(*scalars, query, *buffers, *refs)
+
   top, total, mixed = pl.pallas_call(
-      kernel, name='cached_attention', interpret=interpret, cost_estimate=cost,
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=3, grid=(B, K, -(-S // block)), in_specs=[spec for spec in specs if spec is not None],
-          out_specs=[mine(LANES), mine(LANES), mine(Hv)], scratch_shapes=[scratch(LANES), scratch(LANES), scratch(Hv)]),
-      out_shape=[out(LANES), out(LANES), out(Hv)],
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
-  )(jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(first, jnp.int32)]), lengths, starts, q, *(x for x in given if x is not None))
+    kernel,
+    name='cached_attention',
+    interpret=interpret,
+    cost_estimate=cost,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=3,
+      grid=(B, K, -(-S // block)),
+      in_specs=[spec for spec in specs if spec is not None],
+      out_specs=[mine(LANES), mine(LANES), mine(Hv)],
+      scratch_shapes=[scratch(LANES), scratch(LANES), scratch(Hv)],
+    ),
+    out_shape=[out(LANES), out(LANES), out(Hv)],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
+  )(
+    jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(first, jnp.int32)]),
+    lengths,
+    starts,
+    q,
+    *(x for x in given if x is not None),
+  )
   top = top[:, :, :M, 0]
   return jnp.where(top <= HIDDEN, -jnp.inf, top), total[:, :, :M, 0], mixed[:, :, :M]

@@ -11,6 +11,7 @@ from which the backward pass cannot start: the forward kernel runs again.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
+
 import functools
 
 import jax
@@ -54,11 +55,18 @@ def attention(q, k, v, mask, scale):
   if jax.default_backend() != 'gpu':
     _answer(*ELSEWHERE[_kind()])
   window = (mask.window - 1, 0) if 0 < mask.window < k.shape[1] else None
-  run = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=mask.causal, local_window_size=window,
-                          implementation='cudnn')
+  run = functools.partial(
+    jax.nn.dot_product_attention,
+    scale=scale,
+    is_causal=mask.causal,
+    local_window_size=window,
+    implementation='cudnn',
+  )
   heads_of = lambda name: ('batch', 'length', name, 'head_width')
   k_heads = ax.whole_or('kv_heads', k.shape[2])
-  return ax.local(run, (heads_of('heads'), heads_of(k_heads), heads_of(k_heads)), heads_of('heads'))(q, k, v)
+  return ax.local(
+    run, (heads_of('heads'), heads_of(k_heads), heads_of(k_heads)), heads_of('heads')
+  )(q, k, v)
 
 
 def _kind() -> str:
@@ -79,11 +87,17 @@ def capability() -> tuple[int, ...]:
 def _answer(capability, version) -> None:
   """What jax asks of the GPU at hand, while tracing and again while it differentiates, is answered for one that isn't here."""
   from jax._src.cudnn import fused_attention_stablehlo as asking
+
   of = lambda text: tuple(map(int, text.split('.')))
-  answers = {'check_cudnn_version': lambda: version, 'check_compute_capability': lambda least: capability >= of(least),
-             'is_cuda_compute_capability_equal': lambda exact: capability == of(exact)}
+  answers = {
+    'check_cudnn_version': lambda: version,
+    'check_compute_capability': lambda least: capability >= of(least),
+    'is_cuda_compute_capability_equal': lambda exact: capability == of(exact),
+  }
   if unknown := [name for name in answers if not hasattr(asking, name)]:
-    raise NotImplementedError(f"jax {jax.__version__} has no {unknown} in {asking.__name__}: cuDNN's attention cannot be compiled without "
-                              "a GPU; use model.attention='blocked' to plan")
+    raise NotImplementedError(
+      f"jax {jax.__version__} has no {unknown} in {asking.__name__}: cuDNN's attention cannot be compiled without "
+      "a GPU; use model.attention='blocked' to plan"
+    )
   for name, answer in answers.items():
     setattr(asking, name, answer)

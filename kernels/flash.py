@@ -2,6 +2,7 @@
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
+
 import dataclasses
 import functools
 import importlib
@@ -23,33 +24,82 @@ PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True,
 def attention(backend: str, q, k, v, mask, *, softcap, sinks, relative, scale, blocks: Blocks):
   """kernels.reference.attention; on a platform that is not the kernels' own they are interpreted, which is slow."""
   if isinstance(scale, jax.core.Tracer):
-    raise NotImplementedError(f'backend {backend} is compiled for one scale, not {scale}: multiply q by it, or use blocked or xla')
-  arrays = {field.name: getattr(mask, field.name) for field in dataclasses.fields(mask) if hasattr(getattr(mask, field.name), 'shape')}
+    raise NotImplementedError(
+      f'backend {backend} is compiled for one scale, not {scale}: multiply q by it, or use blocked or xla'
+    )
+  arrays = {
+    field.name: getattr(mask, field.name)
+    for field in dataclasses.fields(mask)
+    if hasattr(getattr(mask, field.name), 'shape')
+  }
   spec = dataclasses.replace(mask, **dict.fromkeys(arrays))
 
   def local(q, k, v, arrays, sinks):
     static = backend, softcap, scale, interpreted(backend), blocks
     return flash(static, *_operands(backend, q, k, v), dataclasses.replace(spec, **arrays), sinks)
+
   heads_of = lambda name: ('batch', 'length', name, 'head_width')
-  of_array = {name: ('batch', 'length')[:x.ndim] for name, x in arrays.items()}
+  of_array = {name: ('batch', 'length')[: x.ndim] for name, x in arrays.items()}
   k_heads = ax.whole_or('kv_heads', k.shape[2])
-  inputs = heads_of('heads'), heads_of(k_heads), heads_of(k_heads), of_array, None if sinks is None else ('heads',)
-  out, lse = ax.local(local, inputs, (heads_of('heads'), ('batch', 'length', 'heads')))(q, k, v, arrays, sinks)
+  inputs = (
+    heads_of('heads'),
+    heads_of(k_heads),
+    heads_of(k_heads),
+    of_array,
+    None if sinks is None else ('heads',),
+  )
+  out, lse = ax.local(local, inputs, (heads_of('heads'), ('batch', 'length', 'heads')))(
+    q, k, v, arrays, sinks
+  )
   return out.astype(v.dtype), lse
 
 
-def part(backend: str, q, k, v, mask, *, softcap, sinks, relative, scale, blocks: Blocks = Blocks()):
+def part(
+  backend: str, q, k, v, mask, *, softcap, sinks, relative, scale, blocks: Blocks = Blocks()
+):
   """kernels.reference.attention on one device, not to be differentiated."""
-  out, lse = _module(backend).forward(*_operands(backend, q, k, v), mask, softcap=softcap, sinks=sinks, scale=scale,
-                                      interpret=interpreted(backend), blocks=blocks)
+  out, lse = _module(backend).forward(
+    *_operands(backend, q, k, v),
+    mask,
+    softcap=softcap,
+    sinks=sinks,
+    scale=scale,
+    interpret=interpreted(backend),
+    blocks=blocks,
+  )
   return out.astype(v.dtype), lse
 
 
-def part_backward(backend: str, q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale, blocks: Blocks = Blocks()):
+def part_backward(
+  backend: str,
+  q,
+  k,
+  v,
+  mask,
+  lse,
+  delta,
+  d_out,
+  *,
+  softcap,
+  relative,
+  scale,
+  blocks: Blocks = Blocks(),
+):
   """kernels.reference.backward."""
   q, k, v, d_out = _operands(backend, q, k, v, d_out)
-  return *_module(backend).backward(q, k, v, mask, lse, delta, d_out, softcap=softcap, scale=scale, interpret=interpreted(backend),
-                                    blocks=blocks), None
+  return *_module(backend).backward(
+    q,
+    k,
+    v,
+    mask,
+    lse,
+    delta,
+    d_out,
+    softcap=softcap,
+    scale=scale,
+    interpret=interpreted(backend),
+    blocks=blocks,
+  ), None
 
 
 def interpreted(backend: str) -> bool:
@@ -66,8 +116,10 @@ def _operands(backend, *arrays):
     return arrays
   precision = jax.config.jax_default_matmul_precision
   if precision not in PRECISIONS:
-    raise NotImplementedError(f'backend {backend} has no products of jax_default_matmul_precision={precision!r}; use one of '
-                              f"{list(PRECISIONS)}, or model.attention='xla'")
+    raise NotImplementedError(
+      f'backend {backend} has no products of jax_default_matmul_precision={precision!r}; use one of '
+      f"{list(PRECISIONS)}, or model.attention='xla'"
+    )
   if PRECISIONS[precision] or arrays[0].dtype == jnp.float16:  # f32 holds both narrow types exactly
     return tuple(x.astype(jnp.float32) for x in arrays)
   return arrays
@@ -77,7 +129,9 @@ def _operands(backend, *arrays):
 def flash(static, q, k, v, mask, sinks):
   """The mixed values and the log-sum-exp, both differentiable. static: (backend, softcap, scale, interpret, blocks)."""
   backend, softcap, scale, interpret, blocks = static
-  return _module(backend).forward(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale, interpret=interpret, blocks=blocks)
+  return _module(backend).forward(
+    q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale, interpret=interpret, blocks=blocks
+  )
 
 
 def _forward(static, q, k, v, mask, sinks):
@@ -88,13 +142,24 @@ def _forward(static, q, k, v, mask, sinks):
 def _backward(static, kept, gradients):
   backend, softcap, scale, interpret, blocks = static
   (q, k, v, mask, sinks, out, lse), (d_out, d_lse) = kept, gradients
-  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(lse == -jnp.inf, 0, d_lse)
-  run = functools.partial(_module(backend).backward, softcap=softcap, scale=scale, interpret=interpret, dtype=None, blocks=blocks)
+  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(
+    lse == -jnp.inf, 0, d_lse
+  )
+  run = functools.partial(
+    _module(backend).backward,
+    softcap=softcap,
+    scale=scale,
+    interpret=interpret,
+    dtype=None,
+    blocks=blocks,
+  )
   d_q, d_k, d_v = _once(backend, run)(q, k, v, mask, lse, delta, d_out)
   if sinks is None:
     return d_q, d_k, d_v, None, None
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # of queries that see nothing, not even a sink
-  d_sinks = -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
+  d_sinks = (
+    -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
+  )
   return d_q, d_k, d_v, None, d_sinks
 
 
@@ -103,8 +168,12 @@ flash.defvjp(_forward, _backward)
 
 def _once(backend, run):
   """`run`, with an error for who differentiates it again."""
+
   def refuse(*_):
-    raise NotImplementedError(f'attention backend {backend!r} is differentiated once; second derivatives are of reference, blocked or xla')
+    raise NotImplementedError(
+      f'attention backend {backend!r} is differentiated once; second derivatives are of reference, blocked or xla'
+    )
+
   once = jax.custom_vjp(run)
   once.defvjp(refuse, refuse)
   return once

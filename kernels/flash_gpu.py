@@ -2,6 +2,7 @@
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
+
 import dataclasses
 import functools
 
@@ -19,11 +20,29 @@ from kernels.flash_gpu_bodies import COUNT, LOG2E, WARPGROUPS, Shape, Tuning
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
 
 HOPPER = 132  # processors of an H100 and an H200
-TILE, WIDEST = 64, 256  # of head widths: what they are multiples of, and the most that a product writes
+TILE, WIDEST = (
+  64,
+  256,
+)  # of head widths: what they are multiples of, and the most that a product writes
 # By width of heads: what ptxas compiles without a spill, and what shared memory holds.
-FORWARD = {64: Tuning(64, 128, 2), 128: Tuning(64, 128, 2), 192: Tuning(64, 64, 2), 256: Tuning(64, 64, 2)}
-KEYS = {64: Tuning(64, 64, 2), 128: Tuning(64, 64, 2), 192: Tuning(32, 64, 2), 256: Tuning(32, 64, 2)}
-QUERIES = {64: Tuning(64, 64, 2), 128: Tuning(64, 64, 2), 192: Tuning(64, 32, 2), 256: Tuning(64, 32, 2)}
+FORWARD = {
+  64: Tuning(64, 128, 2),
+  128: Tuning(64, 128, 2),
+  192: Tuning(64, 64, 2),
+  256: Tuning(64, 64, 2),
+}
+KEYS = {
+  64: Tuning(64, 64, 2),
+  128: Tuning(64, 64, 2),
+  192: Tuning(32, 64, 2),
+  256: Tuning(32, 64, 2),
+}
+QUERIES = {
+  64: Tuning(64, 64, 2),
+  128: Tuning(64, 64, 2),
+  192: Tuning(64, 32, 2),
+  256: Tuning(64, 32, 2),
+}
 
 
 def plan(kinds):
@@ -38,30 +57,61 @@ def plan(kinds):
   blind = (kinds == SKIP).all(1, keepdims=True) & (xp.arange(kinds.shape[1]) == 0)[None]
   kinds = xp.where(blind, PARTIAL, kinds)
   full, count = (kinds == FULL).sum(1), (kinds != SKIP).sum(1)
-  blocks = xp.argsort(xp.where(kinds == FULL, 0, xp.where(kinds == PARTIAL, 1, 2)), axis=1, stable=True)
+  blocks = xp.argsort(
+    xp.where(kinds == FULL, 0, xp.where(kinds == PARTIAL, 1, 2)), axis=1, stable=True
+  )
   if xp is np:
-    blocks = blocks[:, :count.max()]
-  order, steps = xp.argsort(-count, stable=True), xp.concatenate([full[:, None], count[:, None], blocks], 1)
+    blocks = blocks[:, : count.max()]
+  order, steps = (
+    xp.argsort(-count, stable=True),
+    xp.concatenate([full[:, None], count[:, None], blocks], 1),
+  )
   return order.astype(np.int32), steps.astype(np.int32)
 
 
 def _tuning(table, width: int, queries: int, keys: int, held: str) -> Tuning:
   """Of the table, with sizes of a tile and a block that are chosen (kernels.blocks.check). held: which of them the tile holds."""
-  sizes = {name: size // WARPGROUPS if name == held else size for name, size in (('queries', queries), ('keys', keys)) if size}
+  sizes = {
+    name: size // WARPGROUPS if name == held else size
+    for name, size in (('queries', queries), ('keys', keys))
+    if size
+  }
   return dataclasses.replace(table[width], **sizes)
 
 
 def _shape(q, k, v, mask: Mask, softcap: float, scale: float, interpret) -> Shape:
   (B, T, N, H), (_, S, K, Hv) = q.shape, v.shape
   if max(H, Hv) > WIDEST:
-    raise NotImplementedError(f'backend pallas_gpu has heads of at most {WIDEST}, not {max(H, Hv)}; use xla or blocked')
+    raise NotImplementedError(
+      f'backend pallas_gpu has heads of at most {WIDEST}, not {max(H, Hv)}; use xla or blocked'
+    )
   if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
-    raise NotImplementedError(f'backend pallas_gpu has bfloat16 and float16, not {q.dtype}, {k.dtype}, {v.dtype}; use xla or blocked')
+    raise NotImplementedError(
+      f'backend pallas_gpu has bfloat16 and float16, not {q.dtype}, {k.dtype}, {v.dtype}; use xla or blocked'
+    )
   if not interpret and (found := cudnn.capability())[0] != 9:
-    raise NotImplementedError(f'backend pallas_gpu is for Hopper GPUs, of compute capability 9, not {found}; use xla or blocked')
+    raise NotImplementedError(
+      f'backend pallas_gpu is for Hopper GPUs, of compute capability 9, not {found}; use xla or blocked'
+    )
   by_index = not mask.positioned or mask.fields() <= {'causal', 'window'}
   H, Hv = (_whole(width, TILE) for width in (H, Hv))
-  return Shape(B, N, K, T, S, H, Hv, mask.causal, mask.window, by_index, False, softcap, scale, q.dtype, interpret)
+  return Shape(
+    B,
+    N,
+    K,
+    T,
+    S,
+    H,
+    Hv,
+    mask.causal,
+    mask.window,
+    by_index,
+    False,
+    softcap,
+    scale,
+    q.dtype,
+    interpret,
+  )
 
 
 def _ids(mask: Mask, shape: Shape, T: int, S: int):
@@ -73,7 +123,9 @@ def _ids(mask: Mask, shape: Shape, T: int, S: int):
     found['query_segments'], found['key_segments'] = mask.query_segments, mask.key_segments
   for name, x in found.items():
     x = jnp.broadcast_to(x, (shape.B, x.shape[1])).astype(jnp.int32)
-    found[name] = jnp.pad(x, ((0, 0), (0, (T if name.startswith('query') else S) - x.shape[1])), mode='edge')
+    found[name] = jnp.pad(
+      x, ((0, 0), (0, (T if name.startswith('query') else S) - x.shape[1])), mode='edge'
+    )
   return found if mask.prefix is None else found | {'prefix': mask.prefix.astype(jnp.int32)}
 
 
@@ -95,14 +147,33 @@ def _pad(x, length: int, width: int):
 
 def _by_head(x, length: int, filling: float = 0.0):
   """[B, T, N] to [B, N, length], f32."""
-  return jnp.pad(jnp.moveaxis(x.astype(jnp.float32), 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1])), constant_values=filling)
+  return jnp.pad(
+    jnp.moveaxis(x.astype(jnp.float32), 1, 2),
+    ((0, 0), (0, 0), (0, length - x.shape[1])),
+    constant_values=filling,
+  )
 
 
 def _barriers(arrivals: int, **numbers: int):
-  return {name: plgpu.Barrier(num_arrivals=arrivals, num_barriers=number) for name, number in numbers.items()}
+  return {
+    name: plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+    for name, number in numbers.items()
+  }
 
 
-def _call(kernel, name: str, shape: Shape, kinds, heads: int, block: int, flops: int, inputs, outputs, scratch, sums=()):
+def _call(
+  kernel,
+  name: str,
+  shape: Shape,
+  kinds,
+  heads: int,
+  block: int,
+  flops: int,
+  inputs,
+  outputs,
+  scratch,
+  sums=(),
+):
   """Runs a kernel over the tiles of `kinds`, [rows, tiles, blocks], of so many heads.
 
   block: pairs of a query and a key in a block. flops: of a pair. sums: (arrays that are added to,); one thread block does that where the
@@ -110,42 +181,88 @@ def _call(kernel, name: str, shape: Shape, kinds, heads: int, block: int, flops:
   """
   plans, shared = plan(kinds), kinds.shape[0] == 1
   tiles = plans[0].size * (shape.B if shared else 1) * heads
-  blocks_of_row = int(plans[1][:, COUNT].sum()) if isinstance(kinds, np.ndarray) else kinds[0].size // (2 if shape.causal else 1)  # about
+  blocks_of_row = (
+    int(plans[1][:, COUNT].sum())
+    if isinstance(kinds, np.ndarray)
+    else kinds[0].size // (2 if shape.causal else 1)
+  )  # about
   pairs = block * heads * shape.B * blocks_of_row
   moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))
   cost = pl.CostEstimate(flops=flops * pairs, transcendentals=pairs, bytes_accessed=moved)
   blocks = 1 if any(x is not None for x in sums) and shape.interpret else min(_processors(), tiles)
-  run = gpu.kernel(functools.partial(kernel, shape=shape, shared=shared), name, outputs, scratch, blocks, WARPGROUPS + 1, cost,
-                   shape.interpret)
+  run = gpu.kernel(
+    functools.partial(kernel, shape=shape, shared=shared),
+    name,
+    outputs,
+    scratch,
+    blocks,
+    WARPGROUPS + 1,
+    cost,
+    shape.interpret,
+  )
   # Without the barrier XLA (seen in jaxlib 0.11.2) makes the kernel a part of what writes its result into a loop's stack of kept values,
   # and runs it a second time for whoever else reads that result, as the rest of the layer does.
   return jax.lax.optimization_barrier(run(*inputs, *plans, *sums))
 
 
-def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()):
+def forward(
+  q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()
+):
   """kernels.reference.attention of one device's arrays; not to be differentiated."""
   shape = _shape(q, k, v, mask, softcap, scale, interpret)
   tuning = _tuning(FORWARD, max(shape.H, shape.Hv), *blocks.of('forward'), 'queries')
   rows, keys, stages = WARPGROUPS * tuning.queries, tuning.keys, tuning.stages
   T, S, shape = _filled(shape, rows, keys)
   held = functools.partial(gpu.tiled, dtype=shape.dtype)
-  memory = {'q': held((WARPGROUPS, tuning.queries, shape.H)), 'k': held((stages, keys, shape.H)), 'v': held((stages, keys, shape.Hv)),
-            'lse': plgpu.SMEM((WARPGROUPS, tuning.queries), jnp.float32)}
+  memory = {
+    'q': held((WARPGROUPS, tuning.queries, shape.H)),
+    'k': held((stages, keys, shape.H)),
+    'v': held((stages, keys, shape.Hv)),
+    'lse': plgpu.SMEM((WARPGROUPS, tuning.queries), jnp.float32),
+  }
   if shape.H != shape.Hv:  # else what is mixed goes where the queries were
     memory['out'] = held((WARPGROUPS, tuning.queries, shape.Hv))
   ready = _barriers(1, q=WARPGROUPS, k=stages, v=stages)
   free = _barriers(1, q=WARPGROUPS) | _barriers(WARPGROUPS, k=stages, v=stages)
   out, lse = _call(
-      functools.partial(bodies.forward, tuning=tuning), 'flash_forward', shape, mask.blocks(shape.T, shape.S, rows, keys), shape.N,
-      rows * keys, 2 * (shape.H + shape.Hv), (_pad(q, T, shape.H), _pad(k, S, shape.H), _pad(v, S, shape.Hv), _ids(mask, shape, T, S),
-                                 None if sinks is None else sinks.astype(jnp.float32) * LOG2E),
-      (jax.ShapeDtypeStruct((shape.B, T, shape.N, shape.Hv), shape.dtype), jax.ShapeDtypeStruct((shape.B, shape.N, T), jnp.float32)),
-      (memory, ready, free, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1)))
-  return out[:, :shape.T, :, :v.shape[3]], jnp.moveaxis(lse, 1, 2)[:, :shape.T]
+    functools.partial(bodies.forward, tuning=tuning),
+    'flash_forward',
+    shape,
+    mask.blocks(shape.T, shape.S, rows, keys),
+    shape.N,
+    rows * keys,
+    2 * (shape.H + shape.Hv),
+    (
+      _pad(q, T, shape.H),
+      _pad(k, S, shape.H),
+      _pad(v, S, shape.Hv),
+      _ids(mask, shape, T, S),
+      None if sinks is None else sinks.astype(jnp.float32) * LOG2E,
+    ),
+    (
+      jax.ShapeDtypeStruct((shape.B, T, shape.N, shape.Hv), shape.dtype),
+      jax.ShapeDtypeStruct((shape.B, shape.N, T), jnp.float32),
+    ),
+    (memory, ready, free, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=1)),
+  )
+  return out[:, : shape.T, :, : v.shape[3]], jnp.moveaxis(lse, 1, 2)[:, : shape.T]
 
 
-def backward(q, k, v, mask: Mask, lse, delta, d_out, *, softcap: float, scale: float, interpret, dtype=jnp.float32,
-             blocks: Blocks = Blocks()):
+def backward(
+  q,
+  k,
+  v,
+  mask: Mask,
+  lse,
+  delta,
+  d_out,
+  *,
+  softcap: float,
+  scale: float,
+  interpret,
+  dtype=jnp.float32,
+  blocks: Blocks = Blocks(),
+):
   """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype` (default: theirs where it is None).
 
   Those of k and v were rounded to the dtype of k.
@@ -156,19 +273,33 @@ def backward(q, k, v, mask: Mask, lse, delta, d_out, *, softcap: float, scale: f
   """
   shape = _shape(q, k, v, mask, softcap, scale, interpret)
   parts = -(-(shape.H + shape.Hv) // WIDEST)
-  shape = dataclasses.replace(shape, H=max(shape.H, TILE * parts), Hv=max(shape.Hv, TILE * parts))  # so that each part has columns
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse.astype(jnp.float32) * LOG2E)  # of queries that see nothing: no weight
+  shape = dataclasses.replace(
+    shape, H=max(shape.H, TILE * parts), Hv=max(shape.Hv, TILE * parts)
+  )  # so that each part has columns
+  lse = jnp.where(
+    lse == -jnp.inf, jnp.inf, lse.astype(jnp.float32) * LOG2E
+  )  # of queries that see nothing: no weight
   rest = lse, delta, d_out.astype(shape.dtype)
-  alone = blocks.deterministic or max(shape.H, shape.Hv) > WIDEST // 2 or softcap or mask.prefix is not None
+  alone = (
+    blocks.deterministic
+    or max(shape.H, shape.Hv) > WIDEST // 2
+    or softcap
+    or mask.prefix is not None
+  )
   d_q = _d_q(q, k, v, mask, *rest, shape) if alone else None
   found = []
   for n in range(parts):
-    columns, wide = (slice(*(TILE * (width // TILE * at // parts) for at in (n, n + 1))) for width in (shape.H, shape.Hv))
+    columns, wide = (
+      slice(*(TILE * (width // TILE * at // parts) for at in (n, n + 1)))
+      for width in (shape.H, shape.Hv)
+    )
     sum_q, *of_keys = _d_keys(q, k, v, mask, *rest, shape, columns, wide, d_q is None, blocks)
     found.append(of_keys)
   d_k, d_v = (x[0] if parts == 1 else jnp.concatenate(x, -1) for x in zip(*found))
   found = sum_q if d_q is None else d_q, d_k, d_v
-  return tuple(x[..., :like.shape[3]].astype(dtype or like.dtype) for x, like in zip(found, (q, k, v)))
+  return tuple(
+    x[..., : like.shape[3]].astype(dtype or like.dtype) for x, like in zip(found, (q, k, v))
+  )
 
 
 def _d_q(q, k, v, mask, lse, delta, d_out, shape: Shape):
@@ -177,47 +308,117 @@ def _d_q(q, k, v, mask, lse, delta, d_out, shape: Shape):
   T, S, shape = _filled(shape, rows, keys)
   held = functools.partial(gpu.tiled, dtype=shape.dtype, swizzle=2 * min(TILE, keys))
   numbers = plgpu.SMEM((groups, tuning.queries), jnp.float32)
-  memory = {'q': held((groups, tuning.queries, shape.H)), 'd_out': held((groups, tuning.queries, shape.Hv)), 'lse': numbers,
-            'delta': numbers, 'k': held((stages, keys, shape.H)), 'v': held((stages, keys, shape.Hv))}
-  d_q, = _call(
-      functools.partial(bodies.backward_queries, tuning=tuning), 'flash_backward_queries', shape, mask.blocks(shape.T, shape.S, rows, keys),
-      shape.N, rows * keys, 4 * shape.H + 2 * shape.Hv,
-      (_pad(q, T, shape.H), _pad(k, S, shape.H), _pad(v, S, shape.Hv), _by_head(lse, T, jnp.inf), _by_head(delta, T),
-       _pad(d_out, T, shape.Hv), _ids(mask, shape, T, S)),
-      (jax.ShapeDtypeStruct((shape.B, T, shape.N, shape.H), shape.dtype),),
-      (memory, _barriers(4, q=groups) | _barriers(1, k=stages, v=stages), _barriers(1, q=groups) | _barriers(groups, k=stages, v=stages)))
-  return d_q[:, :shape.T]
+  memory = {
+    'q': held((groups, tuning.queries, shape.H)),
+    'd_out': held((groups, tuning.queries, shape.Hv)),
+    'lse': numbers,
+    'delta': numbers,
+    'k': held((stages, keys, shape.H)),
+    'v': held((stages, keys, shape.Hv)),
+  }
+  (d_q,) = _call(
+    functools.partial(bodies.backward_queries, tuning=tuning),
+    'flash_backward_queries',
+    shape,
+    mask.blocks(shape.T, shape.S, rows, keys),
+    shape.N,
+    rows * keys,
+    4 * shape.H + 2 * shape.Hv,
+    (
+      _pad(q, T, shape.H),
+      _pad(k, S, shape.H),
+      _pad(v, S, shape.Hv),
+      _by_head(lse, T, jnp.inf),
+      _by_head(delta, T),
+      _pad(d_out, T, shape.Hv),
+      _ids(mask, shape, T, S),
+    ),
+    (jax.ShapeDtypeStruct((shape.B, T, shape.N, shape.H), shape.dtype),),
+    (
+      memory,
+      _barriers(4, q=groups) | _barriers(1, k=stages, v=stages),
+      _barriers(1, q=groups) | _barriers(groups, k=stages, v=stages),
+    ),
+  )
+  return d_q[:, : shape.T]
 
 
-def _d_keys(q, k, v, mask, lse, delta, d_out, shape: Shape, columns: slice, wide: slice, fused: bool, blocks: Blocks):
+def _d_keys(
+  q,
+  k,
+  v,
+  mask,
+  lse,
+  delta,
+  d_out,
+  shape: Shape,
+  columns: slice,
+  wide: slice,
+  fused: bool,
+  blocks: Blocks,
+):
   """Of queries, if fused, else None, and of these columns of keys and values."""
   tuning = _tuning(KEYS, max(shape.H, shape.Hv), *blocks.of('backward'), 'keys')
-  queries, keys, stages, groups = tuning.queries, WARPGROUPS * tuning.keys, tuning.stages, WARPGROUPS
+  queries, keys, stages, groups = (
+    tuning.queries,
+    WARPGROUPS * tuning.keys,
+    tuning.stages,
+    WARPGROUPS,
+  )
   if shape.window:  # to compute positions takes registers that are not there, to read them does not
     shape = dataclasses.replace(shape, by_index=False)
   T, S, shape = _filled(shape, queries, keys)
   half = shape.H // WARPGROUPS
-  held = functools.partial(gpu.tiled, dtype=shape.dtype, swizzle=2 * min(TILE, queries, half if fused else TILE))
+  held = functools.partial(
+    gpu.tiled, dtype=shape.dtype, swizzle=2 * min(TILE, queries, half if fused else TILE)
+  )
   numbers = plgpu.SMEM((stages, queries), jnp.float32)
-  memory = {'k': held((1, keys, shape.H)), 'v': held((1, keys, shape.Hv)), 'q': held((stages, queries, shape.H)),
-            'd_out': held((stages, queries, shape.Hv)), 'lse': numbers, 'delta': numbers}
+  memory = {
+    'k': held((1, keys, shape.H)),
+    'v': held((1, keys, shape.Hv)),
+    'q': held((stages, queries, shape.H)),
+    'd_out': held((stages, queries, shape.Hv)),
+    'lse': numbers,
+    'delta': numbers,
+  }
   width = [which.stop - which.start for which in (columns, wide)]
   if width != [shape.H, shape.Hv]:
     memory['out'] = {size: held((groups, tuning.keys, size)) for size in width}
   both = sum_q = None
   if fused:
-    memory |= {'d_scores': held((2, keys, queries)), 'd_q': gpu.tiled((groups, queries, half), jnp.float32)}
+    memory |= {
+      'd_scores': held((2, keys, queries)),
+      'd_q': gpu.tiled((groups, queries, half), jnp.float32),
+    }
     both = plgpu.Barrier(num_arrivals=groups, num_barriers=1)
     sum_q = jax.new_ref(jnp.zeros((shape.B, T, shape.N, shape.H), jnp.float32))
   result = lambda width: jax.ShapeDtypeStruct((shape.B, S, shape.K, width), shape.dtype)
   d_k, d_v = _call(
-      functools.partial(bodies.backward_keys, tuning=tuning, columns=columns, wide=wide), 'flash_backward', shape,
-      mask.blocks(shape.T, shape.S, queries, keys).swapaxes(1, 2), shape.K, shape.N // shape.K * queries * keys,
-      (6 if fused else 4) * shape.H + 4 * shape.Hv,
-      (_pad(q, T, shape.H), _pad(k, S, shape.H), _pad(v, S, shape.Hv), _by_head(lse, T, jnp.inf), _by_head(delta, T),
-       _pad(d_out, T, shape.Hv), _ids(mask, shape, T, S)), tuple(map(result, width)),
-      (memory, _barriers(2, k=1) | _barriers(4, q=stages), _barriers(groups, k=1, q=stages), both), (sum_q,))
-  return None if sum_q is None else jax.freeze(sum_q)[:, :shape.T], d_k[:, :shape.S], d_v[:, :shape.S]
+    functools.partial(bodies.backward_keys, tuning=tuning, columns=columns, wide=wide),
+    'flash_backward',
+    shape,
+    mask.blocks(shape.T, shape.S, queries, keys).swapaxes(1, 2),
+    shape.K,
+    shape.N // shape.K * queries * keys,
+    (6 if fused else 4) * shape.H + 4 * shape.Hv,
+    (
+      _pad(q, T, shape.H),
+      _pad(k, S, shape.H),
+      _pad(v, S, shape.Hv),
+      _by_head(lse, T, jnp.inf),
+      _by_head(delta, T),
+      _pad(d_out, T, shape.Hv),
+      _ids(mask, shape, T, S),
+    ),
+    tuple(map(result, width)),
+    (memory, _barriers(2, k=1) | _barriers(4, q=stages), _barriers(groups, k=1, q=stages), both),
+    (sum_q,),
+  )
+  return (
+    None if sum_q is None else jax.freeze(sum_q)[:, : shape.T],
+    d_k[:, : shape.S],
+    d_v[:, : shape.S],
+  )
 
 
 def _processors() -> int:

@@ -5,6 +5,7 @@ each takes tiles, the longest first, and of a tile the blocks that are seen whol
 
 Scores are in powers of two. B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
+
 import dataclasses
 import functools
 import math
@@ -17,7 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import mosaic_gpu_compat as gpu
 
-HIDDEN, NOTHING = -3e38, -1e38  # a score that is not seen; the greatest score of none, so that exp2(HIDDEN - NOTHING) is 0
+HIDDEN, NOTHING = (
+  -3e38,
+  -1e38,
+)  # a score that is not seen; the greatest score of none, so that exp2(HIDDEN - NOTHING) is 0
 LOG2E = math.log2(math.e)
 FULLS, COUNT, BLOCKS = range(3)  # columns of a plan's steps
 WARPGROUPS = 2  # that compute; one more loads
@@ -30,6 +34,7 @@ class Tuning:
   Attributes:
     queries, keys: of a block; of those that a tile holds still, what one warpgroup has. stages: blocks in flight.
   """
+
   queries: int
   keys: int
   stages: int
@@ -38,6 +43,7 @@ class Tuning:
 @dataclasses.dataclass(frozen=True)
 class Shape:
   """What a kernel knows of its problem: sizes, of heads as padded, and what the mask consists of."""
+
   B: int
   N: int
   K: int
@@ -71,17 +77,27 @@ class Shape:
     starts = {of_queries: queries, 1 - of_queries: keys}
 
     def index(axis):
-      numbers = plgpu.broadcasted_iota(jnp.int32, scores.shape[axis:axis + 1], 0, layout=gpu.LAYOUTS[axis])
+      numbers = plgpu.broadcasted_iota(
+        jnp.int32, scores.shape[axis : axis + 1], 0, layout=gpu.LAYOUTS[axis]
+      )
       return (lax.optimization_barrier(numbers) if axis == 0 else numbers) + starts[axis]
 
     def given(name, axis):
       side = 'query' if axis == of_queries else 'key'
-      return gpu.load(ids[f'{side}_{name}'].at[row, pl.ds(starts[axis], scores.shape[axis])], gpu.LAYOUTS[axis])
+      return gpu.load(
+        ids[f'{side}_{name}'].at[row, pl.ds(starts[axis], scores.shape[axis])], gpu.LAYOUTS[axis]
+      )
 
     def hide(scores, relation, q, k):
       """Of the scores those where relation(q, k) does not hold; q and k are compact until here."""
-      q, k = (lax.broadcast_in_dim(x, scores.shape, [axis]) for x, axis in ((q, of_queries), (k, 1 - of_queries)))
-      return jnp.where(relation(q, k), scores, HIDDEN)  # one after another: a block of bools would fill the registers
+      q, k = (
+        lax.broadcast_in_dim(x, scores.shape, [axis])
+        for x, axis in ((q, of_queries), (k, 1 - of_queries))
+      )
+      return jnp.where(
+        relation(q, k), scores, HIDDEN
+      )  # one after another: a block of bools would fill the registers
+
     if self.ragged:
       seen = lax.broadcast_in_dim(index(1 - of_queries), scores.shape, [1 - of_queries]) < self.S
       scores = jnp.where(seen, scores, HIDDEN)
@@ -96,7 +112,9 @@ class Shape:
         if not self.causal:
           scores = hide(scores, lax.gt, q + self.window, k)
     if 'query_segments' in ids:
-      scores = hide(scores, lax.eq, given('segments', of_queries), given('segments', 1 - of_queries))
+      scores = hide(
+        scores, lax.eq, given('segments', of_queries), given('segments', 1 - of_queries)
+      )
     return scores
 
 
@@ -122,8 +140,11 @@ def _each_tile(order, shape: Shape, shared: bool, heads: int, body, carry):
     of_row = tiles if shared else tiles // shape.B
     row = lax.div(rest, heads) if shared else lax.div(tile, of_row)
     return body(tile, row, lax.rem(rest, heads), lax.rem(tile, of_row), carry)
+
   last = (place(jnp.int32(rounds)) < rest).astype(jnp.int32)
-  none = lax.max(~order[0], 0)  # 0: a loop that the compiler knows to run but once is taken apart, and registers are spilled
+  none = lax.max(
+    ~order[0], 0
+  )  # 0: a loop that the compiler knows to run but once is taken apart, and registers are spilled
   return lax.fori_loop(0, rounds + last + none, one, carry)
 
 
@@ -147,10 +168,12 @@ def _load(each_tile, steps, stages: int, memory, ready, free, held, streamed, pa
       for sources in streamed(tile, row, head, n):
         copy(lax.rem(step, stages), sources)
       return step + 1
+
     step = load(0, step)  # before what waits for the end of the tile before
     for part in held(row, head, i):
       copy(*part)
     return lax.fori_loop(1, steps[tile, COUNT] * passes, load, step)
+
   each_tile(tile, 0)
   for barrier in free.values():
     for slot in range(barrier.shape[0]):
@@ -159,9 +182,11 @@ def _load(each_tile, steps, stages: int, memory, ready, free, held, streamed, pa
 
 def _keys(k, v, steps, bk: int, shape: Shape):
   """What is streamed where a tile is of queries."""
+
   def streamed(tile, row, head, n):
     part = row, pl.ds(steps[tile, BLOCKS + n] * bk, bk), lax.div(head, shape.N // shape.K)
     return {'k': k.at[part]}, {'v': v.at[part]}
+
   return streamed
 
 
@@ -177,8 +202,25 @@ def _meet(barrier):
   plgpu.barrier_wait(barrier)
 
 
-def forward(q, k, v, ids, sinks, order, steps, out, lse, memory, ready, free, turn, *, shape: Shape, tuning: Tuning,
-            shared: bool):
+def forward(
+  q,
+  k,
+  v,
+  ids,
+  sinks,
+  order,
+  steps,
+  out,
+  lse,
+  memory,
+  ready,
+  free,
+  turn,
+  *,
+  shape: Shape,
+  tuning: Tuning,
+  shared: bool,
+):
   bq, bk, stages = tuning.queries, tuning.keys, tuning.stages
   warpgroup = lax.axis_index('warpgroup')
   each_tile = functools.partial(_each_tile, order, shape, shared, shape.N)
@@ -188,13 +230,16 @@ def forward(q, k, v, ids, sinks, order, steps, out, lse, memory, ready, free, tu
   def _():
     def held(row, head, i):
       return [(group, {'q': q.at[row, rows_of(i, group), head]}) for group in range(WARPGROUPS)]
+
     _load(each_tile, steps, stages, memory, ready, free, held, _keys(k, v, steps, bk, shape))
 
   @pl.when(warpgroup < WARPGROUPS)
   def _():
     plgpu.set_max_registers(240, action='increase')
     _release(free, {'k': range(stages), 'v': range(stages), 'q': [warpgroup]})
-    pl.when(warpgroup == 1)(lambda: _meet(turn))  # from here on one computes products while the other is at its softmax
+    pl.when(warpgroup == 1)(
+      lambda: _meet(turn)
+    )  # from here on one computes products while the other is at its softmax
 
     def tile(tile, row, head, i, first):
       out_rows = rows_of(i, warpgroup)
@@ -205,8 +250,11 @@ def forward(q, k, v, ids, sinks, order, steps, out, lse, memory, ready, free, tu
         slot, size = lax.rem(first + n, stages), (bq, bk)
         plgpu.barrier_wait(ready['k'].at[slot])
         queries = memory['q'].at[warpgroup + _zero(first + n)]
-        scores, = gpu.products((gpu.filled(size), queries, memory['k'].at[slot].T), interpret=shape.interpret,
-                               meanwhile=lambda: _meet(turn))
+        (scores,) = gpu.products(
+          (gpu.filled(size), queries, memory['k'].at[slot].T),
+          interpret=shape.interpret,
+          meanwhile=lambda: _meet(turn),
+        )
         plgpu.barrier_arrive(free['k'].at[slot])
         factor = shape.factor
         if masked or shape.softcap or factor <= 0:
@@ -222,18 +270,28 @@ def forward(q, k, v, ids, sinks, order, steps, out, lse, memory, ready, free, tu
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(ready['v'].at[slot])
         plgpu.barrier_wait(turn)
-        acc, = gpu.products((acc, narrow, memory['v'].at[slot]), interpret=shape.interpret)
+        (acc,) = gpu.products((acc, narrow, memory['v'].at[slot]), interpret=shape.interpret)
         plgpu.barrier_arrive(free['v'].at[slot])
         return acc, now, total
+
       sink = NOTHING if sinks is None else jnp.maximum(sinks[head], NOTHING)
       per_query = lambda value: gpu.filled((bq,), gpu.ROWS, value)
-      carry = gpu.filled((bq, shape.Hv)), per_query(sink), per_query(0.0 if sinks is None else jnp.where(sink > NOTHING, 1.0, 0.0))
+      carry = (
+        gpu.filled((bq, shape.Hv)),
+        per_query(sink),
+        per_query(0.0 if sinks is None else jnp.where(sink > NOTHING, 1.0, 0.0)),
+      )
       carry = lax.fori_loop(0, steps[tile, FULLS], functools.partial(block, masked=False), carry)
-      acc, top, total = lax.fori_loop(steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, masked=True), carry)
+      acc, top, total = lax.fori_loop(
+        steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, masked=True), carry
+      )
 
       some = total > 0
       acc = acc * lax.broadcast_in_dim(1 / jnp.where(some, total, 1.0), acc.shape, [0])
-      mixed, logs = memory['out' if 'out' in memory else 'q'].at[warpgroup], memory['lse'].at[warpgroup]
+      mixed, logs = (
+        memory['out' if 'out' in memory else 'q'].at[warpgroup],
+        memory['lse'].at[warpgroup],
+      )
       mixed[...] = acc.astype(shape.dtype)
       logs[...] = jnp.where(some, top / LOG2E + jnp.log(total), -jnp.inf)
       plgpu.commit_smem()
@@ -242,17 +300,40 @@ def forward(q, k, v, ids, sinks, order, steps, out, lse, memory, ready, free, tu
       plgpu.wait_smem_to_gmem(0)
       plgpu.barrier_arrive(free['q'].at[warpgroup])
       return first + steps[tile, COUNT]
+
     each_tile(tile, 0)
     pl.when(warpgroup == 0)(lambda: _meet(turn))
 
 
 def _queries(row, rows, head, q, d_out, lse, delta):
   vectors, numbers = (row, rows, head), (row, head, rows)
-  return {'q': q.at[vectors], 'd_out': d_out.at[vectors], 'lse': lse.at[numbers], 'delta': delta.at[numbers]}
+  return {
+    'q': q.at[vectors],
+    'd_out': d_out.at[vectors],
+    'lse': lse.at[numbers],
+    'delta': delta.at[numbers],
+  }
 
 
-def backward_queries(q, k, v, lse, delta, d_out, ids, order, steps, d_q, memory, ready, free, *, shape: Shape,
-                     tuning: Tuning, shared: bool):
+def backward_queries(
+  q,
+  k,
+  v,
+  lse,
+  delta,
+  d_out,
+  ids,
+  order,
+  steps,
+  d_q,
+  memory,
+  ready,
+  free,
+  *,
+  shape: Shape,
+  tuning: Tuning,
+  shared: bool,
+):
   """The gradient of queries; a tile is of queries, as forward."""
   bq, bk, stages = tuning.queries, tuning.keys, tuning.stages
   warpgroup = lax.axis_index('warpgroup')
@@ -262,7 +343,11 @@ def backward_queries(q, k, v, lse, delta, d_out, ids, order, steps, d_q, memory,
   @pl.when(warpgroup == WARPGROUPS)
   def _():
     def held(row, head, i):
-      return [(group, _queries(row, rows_of(i, group), head, q, d_out, lse, delta)) for group in range(WARPGROUPS)]
+      return [
+        (group, _queries(row, rows_of(i, group), head, q, d_out, lse, delta))
+        for group in range(WARPGROUPS)
+      ]
+
     _load(each_tile, steps, stages, memory, ready, free, held, _keys(k, v, steps, bk, shape))
 
   @pl.when(warpgroup < WARPGROUPS)
@@ -273,37 +358,72 @@ def backward_queries(q, k, v, lse, delta, d_out, ids, order, steps, d_q, memory,
     def tile(tile, row, head, i, first):
       rows, size = rows_of(i, warpgroup), (bq, bk)
       plgpu.barrier_wait(ready['q'].at[warpgroup])
-      of = lambda name, size: lax.broadcast_in_dim(gpu.load(memory[name].at[warpgroup], gpu.ROWS), size, [0])
+      of = lambda name, size: lax.broadcast_in_dim(
+        gpu.load(memory[name].at[warpgroup], gpu.ROWS), size, [0]
+      )
 
       def block(n, acc, masked):
         slot = lax.rem(first + n, stages)
         plgpu.barrier_wait(ready['k'].at[slot])
         plgpu.barrier_wait(ready['v'].at[slot])
         queries, d_outs = (memory[name].at[warpgroup + _zero(first + n)] for name in ('q', 'd_out'))
-        scores, d_weights = gpu.products((gpu.filled(size), queries, memory['k'].at[slot].T),
-                                         (gpu.filled(size), d_outs, memory['v'].at[slot].T), interpret=shape.interpret)
+        scores, d_weights = gpu.products(
+          (gpu.filled(size), queries, memory['k'].at[slot].T),
+          (gpu.filled(size), d_outs, memory['v'].at[slot].T),
+          interpret=shape.interpret,
+        )
         plgpu.barrier_arrive(free['v'].at[slot])
-        mask = lambda x: shape.mask(x, ids, row, rows.start, steps[tile, BLOCKS + n] * bk, 0) if masked else x
+        mask = lambda x: (
+          shape.mask(x, ids, row, rows.start, steps[tile, BLOCKS + n] * bk, 0) if masked else x
+        )
         powers, bent = shape.scores(scores)
         weights = jnp.exp2(mask(powers) - of('lse', size))
         d_scores = weights * (d_weights - of('delta', size))
         d_scores = (d_scores if bent is None else d_scores * (1 - bent * bent)).astype(shape.dtype)
-        acc, = gpu.products((acc, d_scores, memory['k'].at[slot]), interpret=shape.interpret)
+        (acc,) = gpu.products((acc, d_scores, memory['k'].at[slot]), interpret=shape.interpret)
         plgpu.barrier_arrive(free['k'].at[slot])
         return acc
-      acc = lax.fori_loop(0, steps[tile, FULLS], functools.partial(block, masked=False), gpu.filled((bq, shape.H)))
-      acc = lax.fori_loop(steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, masked=True), acc)
+
+      acc = lax.fori_loop(
+        0, steps[tile, FULLS], functools.partial(block, masked=False), gpu.filled((bq, shape.H))
+      )
+      acc = lax.fori_loop(
+        steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, masked=True), acc
+      )
       memory['q'].at[warpgroup][...] = (acc * shape.scale).astype(shape.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(memory['q'].at[warpgroup], d_q.at[row, rows, head])
       plgpu.wait_smem_to_gmem(0)
       _release(free, {'q': [warpgroup]})
       return first + steps[tile, COUNT]
+
     each_tile(tile, 0)
 
 
-def backward_keys(q, k, v, lse, delta, d_out, ids, order, steps, sum_q, d_k, d_v, memory, ready, free, both, *,
-                  shape: Shape, tuning: Tuning, shared: bool, columns: slice, wide: slice):
+def backward_keys(
+  q,
+  k,
+  v,
+  lse,
+  delta,
+  d_out,
+  ids,
+  order,
+  steps,
+  sum_q,
+  d_k,
+  d_v,
+  memory,
+  ready,
+  free,
+  both,
+  *,
+  shape: Shape,
+  tuning: Tuning,
+  shared: bool,
+  columns: slice,
+  wide: slice,
+):
   """The gradients of keys and values, of some columns, and where there is sum_q the gradient of queries, added up there.
 
   A tile is of keys, half of them of each warpgroup, and goes through the queries of all heads that share them. Scores are [keys, queries].
@@ -312,7 +432,11 @@ def backward_keys(q, k, v, lse, delta, d_out, ids, order, steps, sum_q, d_k, d_v
   warpgroup = lax.axis_index('warpgroup')
   each_tile = functools.partial(_each_tile, order, shape, shared, shape.K)
   rows_of = lambda tile, n: pl.ds(steps[tile, BLOCKS + n] * bq, bq)
-  part = lambda ref, which: ref if which == slice(0, ref.shape[1]) else ref.at[:, pl.ds(which.start, which.stop - which.start)]
+  part = lambda ref, which: (
+    ref
+    if which == slice(0, ref.shape[1])
+    else ref.at[:, pl.ds(which.start, which.stop - which.start)]
+  )
 
   @pl.when(warpgroup == WARPGROUPS)
   def _():
@@ -321,8 +445,12 @@ def backward_keys(q, k, v, lse, delta, d_out, ids, order, steps, sum_q, d_k, d_v
       return [(0, {'k': k.at[part], 'v': v.at[part]})]
 
     def streamed(tile, row, head, n):
-      of, rows = head * G + lax.div(n, steps[tile, COUNT]), rows_of(tile, lax.rem(n, steps[tile, COUNT]))
+      of, rows = (
+        head * G + lax.div(n, steps[tile, COUNT]),
+        rows_of(tile, lax.rem(n, steps[tile, COUNT])),
+      )
       return [_queries(row, rows, of, q, d_out, lse, delta)]
+
     _load(each_tile, steps, stages, memory, ready, free, held, streamed, G)
 
   @pl.when(warpgroup < WARPGROUPS)
@@ -343,21 +471,30 @@ def backward_keys(q, k, v, lse, delta, d_out, ids, order, steps, sum_q, d_k, d_v
         keys, values = memory['k'].at[_zero(step), mine], memory['v'].at[_zero(step), mine]
         queries, d_outs = memory['q'].at[slot], memory['d_out'].at[slot]
         # Registers are short: numbers of queries are where sums start, [bk, bq], so that they need none of their own.
-        minus = lambda name, share: lax.broadcast_in_dim(gpu.load(memory[name].at[slot], gpu.COLUMNS) * -share, size, [1])
+        minus = lambda name, share: lax.broadcast_in_dim(
+          gpu.load(memory[name].at[slot], gpu.COLUMNS) * -share, size, [1]
+        )
         begun = not shape.softcap and shape.factor > 0
         crowded = shape.softcap or masked and (ids or shape.ragged)
         of_scores = minus('lse', 1 / shape.factor) if begun else gpu.filled(size), keys, queries.T
         of_weights = lambda: (minus('delta', 1.0), values, d_outs.T)
-        scores, *d_weights = gpu.products(of_scores, *[] if crowded else [of_weights()], interpret=shape.interpret)
+        scores, *d_weights = gpu.products(
+          of_scores, *[] if crowded else [of_weights()], interpret=shape.interpret
+        )
         powers, bent = shape.scores(scores)
         if masked:
-          powers = shape.mask(powers, ids, row, steps[tile, BLOCKS + n] * bq, j * WARPGROUPS * bk + mine.start, 1)
+          powers = shape.mask(
+            powers, ids, row, steps[tile, BLOCKS + n] * bq, j * WARPGROUPS * bk + mine.start, 1
+          )
         weights = jnp.exp2(powers if begun else powers + minus('lse', 1.0))
         slopes = weights if bent is None else weights * (1 - bent * bent)
         weights = weights.astype(shape.dtype)
-        for_v, for_k = (of_v, weights, part(d_outs, wide)), lambda: (of_k, d_scores, part(queries, columns))
+        for_v, for_k = (
+          (of_v, weights, part(d_outs, wide)),
+          lambda: (of_k, d_scores, part(queries, columns)),
+        )
         if crowded:  # one after another, so that each begins with the registers of the one before
-          of_v, = gpu.products(for_v, interpret=shape.interpret)
+          (of_v,) = gpu.products(for_v, interpret=shape.interpret)
           d_weights = gpu.products(of_weights(), interpret=shape.interpret)
         d_scores = (slopes * d_weights[0]).astype(shape.dtype)
         if sum_q is not None:
@@ -366,33 +503,52 @@ def backward_keys(q, k, v, lse, delta, d_out, ids, order, steps, sum_q, d_k, d_v
           plgpu.commit_smem()
           _meet(both)
         if crowded:
-          of_k, = gpu.products(for_k(), interpret=shape.interpret)
+          (of_k,) = gpu.products(for_k(), interpret=shape.interpret)
         else:
           of_v, of_k = gpu.products(for_v, for_k(), interpret=shape.interpret)
         _release(free, {'q': [slot]})
         if sum_q is not None:  # not with the products before: registers
           across = pl.ds(warpgroup * half, half)
-          of_q, = gpu.products((gpu.filled((bq, half)), held.T, memory['k'].at[_zero(step), :, across]), interpret=shape.interpret)
-          gpu.add(of_q * shape.scale, memory['d_q'].at[warpgroup], sum_q.at[row, rows_of(tile, n), head * G + g, across],
-                  interpret=shape.interpret)
+          (of_q,) = gpu.products(
+            (gpu.filled((bq, half)), held.T, memory['k'].at[_zero(step), :, across]),
+            interpret=shape.interpret,
+          )
+          gpu.add(
+            of_q * shape.scale,
+            memory['d_q'].at[warpgroup],
+            sum_q.at[row, rows_of(tile, n), head * G + g, across],
+            interpret=shape.interpret,
+          )
         return of_k, of_v
 
       def one_head(g, carry):
-        carry = lax.fori_loop(0, steps[tile, FULLS], functools.partial(block, g=g, masked=False), carry)
-        return lax.fori_loop(steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, g=g, masked=True), carry)
+        carry = lax.fori_loop(
+          0, steps[tile, FULLS], functools.partial(block, g=g, masked=False), carry
+        )
+        return lax.fori_loop(
+          steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, g=g, masked=True), carry
+        )
+
       width = lambda which: which.stop - which.start
       heads = G + lax.max(~order[0], 0)  # G, but not for the compiler: see _each_tile
-      sums = lax.fori_loop(0, heads, one_head, (gpu.filled((bk, width(columns))), gpu.filled((bk, width(wide)))))
+      sums = lax.fori_loop(
+        0, heads, one_head, (gpu.filled((bk, width(columns))), gpu.filled((bk, width(wide))))
+      )
       if sum_q is not None:
         _meet(both)  # the other's last product has read these keys
       for of, target, name, scale in zip(sums, (d_k, d_v), 'kv', (shape.scale, 1.0)):
-        held = memory['out'][of.shape[1]].at[warpgroup] if 'out' in memory else memory[name].at[0, mine]
+        held = (
+          memory['out'][of.shape[1]].at[warpgroup] if 'out' in memory else memory[name].at[0, mine]
+        )
         held[...] = (of * scale).astype(shape.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(held, target.at[row, pl.ds((j * WARPGROUPS + warpgroup) * bk, bk), head])
+        plgpu.copy_smem_to_gmem(
+          held, target.at[row, pl.ds((j * WARPGROUPS + warpgroup) * bk, bk), head]
+        )
         plgpu.wait_smem_to_gmem(0)
       _release(free, {'k': [0]})
       return first + steps[tile, COUNT] * G
+
     each_tile(tile, 0)
     if sum_q is not None:
       plgpu.wait_smem_to_gmem(0)

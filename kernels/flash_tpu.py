@@ -8,6 +8,7 @@ is, and those of all keys of a head wait in VMEM.
 Scores are in powers of two: queries are scaled by log2(e) before. B batch · T query length · S key length · N query heads · K key/value
 heads · G query heads of a step · H head width · R = G x block of queries
 """
+
 import dataclasses
 import functools
 import math
@@ -25,7 +26,10 @@ from kernels.mask import FULL, SKIP, Mask
 from parallel import mesh as meshes
 
 LANES = 128  # of a register
-HIDDEN, NOTHING = -3e38, -1e38  # a score that is not seen; the greatest score of none, so that exp2(HIDDEN - NOTHING) is 0
+HIDDEN, NOTHING = (
+  -3e38,
+  -1e38,
+)  # a score that is not seen; the greatest score of none, so that exp2(HIDDEN - NOTHING) is 0
 LOG2E = math.log2(math.e)
 FIRST, LAST, FIRST_OF_ROW, LAST_OF_ROW, MASKED = (1 << bit for bit in range(5))  # flags of a step
 FLAGS = 5
@@ -49,6 +53,7 @@ class Steps:
     queries: [n] int32, row x blocks of a row + block of queries. keys: [n] int32, block of keys << FLAGS | flags.
     count: how many of the n are steps; an int, or [] int32 where arrays decide.
   """
+
   queries: Any
   keys: Any
   count: Any
@@ -71,14 +76,20 @@ def _steps(kinds, B: int) -> Steps:
   turns = lambda x: xp.concatenate([xp.ones(1, bool), x[1:] != x[:-1]])
   ends = lambda first: xp.concatenate([first[1:], xp.ones(1, bool)]) | (here == count - 1)
   first, first_of_row = turns(queries), turns(rows)
-  flags = (first * FIRST + ends(first) * LAST + first_of_row * FIRST_OF_ROW + ends(first_of_row) * LAST_OF_ROW
-           + (kinds.reshape(-1)[order] != FULL) * MASKED)
+  flags = (
+    first * FIRST
+    + ends(first) * LAST
+    + first_of_row * FIRST_OF_ROW
+    + ends(first_of_row) * LAST_OF_ROW
+    + (kinds.reshape(-1)[order] != FULL) * MASKED
+  )
   return Steps(queries.astype(np.int32), ((order % nk) << FLAGS | flags).astype(np.int32), count)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
   """What a kernel knows of its problem: sizes as padded, real lengths, and what the mask consists of."""
+
   B: int
   N: int
   K: int
@@ -130,11 +141,14 @@ class Shape:
       return ids[name][0, part] if axis == 0 else ids[name][0, :, part]
 
     def index(axis):
-      return jax.lax.broadcasted_iota(jnp.int32, (shape[0], LANES) if axis == 0 else (1, shape[1]), axis)
+      return jax.lax.broadcasted_iota(
+        jnp.int32, (shape[0], LANES) if axis == 0 else (1, shape[1]), axis
+      )
 
     def compare(relation, q, k):
       spread = lambda x, axis: _over_lanes(x, shape[1]) if axis == 0 else jnp.broadcast_to(x, shape)
       return relation(spread(q, queries), spread(k, keys))
+
     allowed = []
     if self.positioned:
       if self.by_index:  # both from the block of keys' first
@@ -153,9 +167,13 @@ class Shape:
         if not self.causal:
           allowed.append(compare(jnp.greater, q + self.window, k))
     if self.segments:
-      allowed.append(compare(jnp.equal, given('query_segments', queries), given('key_segments', keys)))
+      allowed.append(
+        compare(jnp.equal, given('query_segments', queries), given('key_segments', keys))
+      )
     if self.keys != self.S:
-      allowed.append(compare(jnp.greater, jnp.full_like(index(queries), self.keys - j * self.bk), index(keys)))
+      allowed.append(
+        compare(jnp.greater, jnp.full_like(index(queries), self.keys - j * self.bk), index(keys))
+      )
     return functools.reduce(jnp.logical_and, allowed) if allowed else jnp.ones(shape, bool)
 
 
@@ -166,7 +184,9 @@ def _over_lanes(x, n: int):
 
 def _by_lane(x):
   """[rows, n] to [rows, LANES], sums of which are those of the rows."""
-  return functools.reduce(jnp.add, (x[:, start:start + LANES] for start in range(0, x.shape[1], LANES)))
+  return functools.reduce(
+    jnp.add, (x[:, start : start + LANES] for start in range(0, x.shape[1], LANES))
+  )
 
 
 def _div(x, n: int):
@@ -178,13 +198,28 @@ def _rem(x, n: int):
 
 
 def _dot(a, b, a_axis, b_axis, precision):
-  return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((a_axis,), (b_axis,)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _named(refs, shape):
   """The refs of ids by name, in the order that _ids gives arrays in."""
-  names = [name for name, is_there in (('positions', shape.positioned and not shape.by_index), ('segments', shape.segments)) if is_there]
-  return dict(zip([f'{side}_{name}' for name in names for side in ('query', 'key')], refs, strict=True))
+  names = [
+    name
+    for name, is_there in (
+      ('positions', shape.positioned and not shape.by_index),
+      ('segments', shape.segments),
+    )
+    if is_there
+  ]
+  return dict(
+    zip([f'{side}_{name}' for name in names for side in ('query', 'key')], refs, strict=True)
+  )
 
 
 def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
@@ -196,7 +231,9 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
   filled = -(-Hv // LANES) * LANES
   ones = shape.tuning.ones
   # By ones a sum stands in every lane; else the lanes' own sums are added up at the end, so that a step moves nothing between lanes.
-  whole_sum = (lambda x: x) if ones else lambda x: jnp.broadcast_to(x.sum(1, keepdims=True), x.shape)
+  whole_sum = (
+    (lambda x: x) if ones else lambda x: jnp.broadcast_to(x.sum(1, keepdims=True), x.shape)
+  )
   share = 1.0 if ones else 1.0 / LANES
 
   @pl.when(keys & FIRST != 0)
@@ -204,7 +241,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
     acc[...] = jnp.zeros_like(acc)
     for g in range(G):
       rows = slice(g * bq, (g + 1) * bq)
-      sink = jnp.broadcast_to(sinks[0, g:g + 1], (bq, LANES))
+      sink = jnp.broadcast_to(sinks[0, g : g + 1], (bq, LANES))
       top[rows] = jnp.maximum(sink, NOTHING)
       total[rows] = jnp.where(sink > NOTHING, share, 0.0)
 
@@ -212,14 +249,24 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
     queries = q[0, 0].reshape(shape.R, H)
     values = v[0, 0]
     if ones:
-      values = jnp.concatenate([values, *[jnp.zeros((shape.bk, filled - Hv), values.dtype)] * (filled > Hv),
-                                jnp.ones((shape.bk, LANES), values.dtype)], 1)
+      values = jnp.concatenate(
+        [
+          values,
+          *[jnp.zeros((shape.bk, filled - Hv), values.dtype)] * (filled > Hv),
+          jnp.ones((shape.bk, LANES), values.dtype),
+        ],
+        1,
+      )
     chunks = range(0, shape.R, shape.chunk)
-    scores_of = lambda start: _dot(queries[start:start + shape.chunk], k[0, 0], 1, 1, shape.precision)
+    scores_of = lambda start: _dot(
+      queries[start : start + shape.chunk], k[0, 0], 1, 1, shape.precision
+    )
     ahead = scores_of(0)
     for start in chunks:
       rows, scores = slice(start, start + shape.chunk), ahead
-      if start + shape.chunk < shape.R:  # the matrix unit goes on with the next chunk's scores during this one's softmax
+      if (
+        start + shape.chunk < shape.R
+      ):  # the matrix unit goes on with the next chunk's scores during this one's softmax
         ahead = scores_of(start + shape.chunk)
       if shape.softcap:
         scores = shape.softcap * LOG2E * jnp.tanh(scores / (shape.softcap * LOG2E))
@@ -233,6 +280,7 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
       total[rows] = total[rows] * shrink + (mixed[:, filled:] if ones else _by_lane(weights))
       acc[rows] = acc[rows] * _over_lanes(shrink, Hv) + mixed[:, :Hv]
       top[rows] = now
+
   pl.when(keys & MASKED != 0)(functools.partial(body, True))
   pl.when(keys & MASKED == 0)(functools.partial(body, False))
 
@@ -243,10 +291,12 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
     out[0, 0] = mixed.reshape(G, bq, Hv).astype(out.dtype)
     logs = jnp.where(sums == 0, -jnp.inf, (top[...] + jnp.log2(sums)) / LOG2E)
     for g in range(G):
-      lse[0, 0, g:g + 1] = logs[g * bq:(g + 1) * bq].T[:1]
+      lse[0, 0, g : g + 1] = logs[g * bq : (g + 1) * bq].T[:1]
 
 
-def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape: Shape, scale: float):
+def _backward(
+  steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape: Shape, scale: float
+):
   """Scores are transposed here, [keys, queries]: what belongs to a query is a row then, and only small operands are transposed.
 
   Gradients of queries are transposed, [H, R], until they are written: scores are what the matrix unit holds still then, and fill it.
@@ -270,8 +320,10 @@ def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape
     queries, d_outs = q[0, 0].reshape(shape.R, H), d_out[0, 0].reshape(shape.R, Hv)
     of_k, of_v = jnp.zeros((shape.bk, H), jnp.float32), jnp.zeros((shape.bk, Hv), jnp.float32)
     chunk = shape.chunk
-    start_of = lambda start: (_dot(k[0, 0], queries[start:start + chunk], 1, 1, shape.precision),
-                              _dot(v[0, 0], d_outs[start:start + chunk], 1, 1, shape.precision))
+    start_of = lambda start: (
+      _dot(k[0, 0], queries[start : start + chunk], 1, 1, shape.precision),
+      _dot(v[0, 0], d_outs[start : start + chunk], 1, 1, shape.precision),
+    )
     ahead = start_of(0)
     for start in range(0, shape.R, chunk):
       rows, (scores, d_weights) = slice(start, start + chunk), ahead
@@ -283,8 +335,8 @@ def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape
         scores = shape.softcap * LOG2E * bent
       if masked:
         scores = jnp.where(shape.seen(ids, i, j, start, chunk, True), scores, HIDDEN)
-      weights = jnp.exp2(scores - lse[0, 0, g:g + 1, at])
-      d_scores = weights * (d_weights - delta[0, 0, g:g + 1, at])
+      weights = jnp.exp2(scores - lse[0, 0, g : g + 1, at])
+      d_scores = weights * (d_weights - delta[0, 0, g : g + 1, at])
       if shape.softcap:
         d_scores = d_scores * (1 - bent * bent)
       d_scores = d_scores.astype(queries.dtype)
@@ -293,6 +345,7 @@ def _backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape
       sum_q[:, rows] += _dot(k[0, 0], d_scores, 0, 0, shape.precision)
     sum_v[here] += of_v
     sum_k[here] += of_k
+
   pl.when(keys & MASKED != 0)(functools.partial(body, True))
   pl.when(keys & MASKED == 0)(functools.partial(body, False))
 
@@ -314,16 +367,29 @@ def _ids(mask: Mask, shape: Shape, transposed: bool):
   if shape.segments:
     pairs.append((mask.query_segments, mask.key_segments))
   for queries, keys in pairs:
-    for x, length, block, of_queries in ((queries, shape.T, shape.bq, True), (keys, shape.S, shape.bk, False)):
+    for x, length, block, of_queries in (
+      (queries, shape.T, shape.bq, True),
+      (keys, shape.S, shape.bk, False),
+    ):
       x = jnp.broadcast_to(x, (shape.B, x.shape[1])).astype(jnp.int32)
       x = jnp.pad(x, ((0, 0), (0, length - x.shape[1])), mode='edge')
       place = _block_of_queries if of_queries else _block_of_keys
       if of_queries == transposed:
         arrays.append(x[:, None])
-        blocks.append(pl.BlockSpec((1, 1, block), lambda h, s, *refs, place=place: (_row(shape, s, *refs), 0, place(shape, s, *refs))))
+        blocks.append(
+          pl.BlockSpec(
+            (1, 1, block),
+            lambda h, s, *refs, place=place: (_row(shape, s, *refs), 0, place(shape, s, *refs)),
+          )
+        )
       else:
         arrays.append(jnp.broadcast_to(x[..., None], (*x.shape, LANES)))
-        blocks.append(pl.BlockSpec((1, block, LANES), lambda h, s, *refs, place=place: (_row(shape, s, *refs), place(shape, s, *refs), 0)))
+        blocks.append(
+          pl.BlockSpec(
+            (1, block, LANES),
+            lambda h, s, *refs, place=place: (_row(shape, s, *refs), place(shape, s, *refs), 0),
+          )
+        )
   return arrays, blocks
 
 
@@ -342,7 +408,11 @@ def _block_of_keys(shape, s, queries, keys, prefix):
 def _step(q, v, direction: str, blocks: Blocks) -> tuning.Tuning:
   """Of the table, with the sizes that are chosen; what such a step takes is not known."""
   step, (rows, keys) = _tuning(direction, max(q.shape[3], v.shape[3])), blocks.of(direction)
-  return dataclasses.replace(step, rows=rows or step.rows, keys=keys or step.keys, whole=0, masked=0) if rows or keys else step
+  return (
+    dataclasses.replace(step, rows=rows or step.rows, keys=keys or step.keys, whole=0, masked=0)
+    if rows or keys
+    else step
+  )
 
 
 def _fill(length: int) -> int:
@@ -354,23 +424,31 @@ def _sizes(length: int) -> list[int]:
   return [n for n in (LANES << bit for bit in range(4)) if _fill(length) % n == 0]
 
 
-def _cut(T: int, S: int, share: int, step: tuning.Tuning, direction: str, blocks: Blocks) -> tuple[int, int, int]:
+def _cut(
+  T: int, S: int, share: int, step: tuning.Tuning, direction: str, blocks: Blocks
+) -> tuple[int, int, int]:
   """Heads of a step, of the `share` that have one key, and its queries of one and keys. Raises ValueError where chosen ones do not fit."""
   rows, keys = blocks.of(direction)
   groups = [g for g in range(1, share + 1) if share % g == 0]
   largest = lambda length, most: max(n for n in _sizes(length) if n <= most or n == LANES)
   if rows:
-    able = {g * n: (g, n) for g in groups for n in _sizes(T) if g * n <= LARGEST}  # the most heads last
+    able = {
+      g * n: (g, n) for g in groups for n in _sizes(T) if g * n <= LARGEST
+    }  # the most heads last
     if rows not in able:
-      raise ValueError(f'model.attention_blocks.{direction}_queries={rows}, of {share} heads a key or fewer, make no whole blocks of a row '
-                       f'of {T} queries, filled up to {_fill(T)}; choose one of {sorted(able)}, or 0')
+      raise ValueError(
+        f'model.attention_blocks.{direction}_queries={rows}, of {share} heads a key or fewer, make no whole blocks of a row '
+        f'of {T} queries, filled up to {_fill(T)}; choose one of {sorted(able)}, or 0'
+      )
     G, bq = able[rows]
   else:
     G = max(g for g in groups if g == 1 or g * LANES <= step.rows)
     bq = largest(T, step.rows // G)
   if keys and keys not in _sizes(S):
-    raise ValueError(f'model.attention_blocks.{direction}_keys={keys} make no whole blocks of a row of {S} keys, filled up to {_fill(S)}; '
-                     f'choose one of {_sizes(S)}, or 0')
+    raise ValueError(
+      f'model.attention_blocks.{direction}_keys={keys} make no whole blocks of a row of {S} keys, filled up to {_fill(S)}; '
+      f'choose one of {_sizes(S)}, or 0'
+    )
   return G, bq, keys or largest(S, step.keys)
 
 
@@ -378,10 +456,31 @@ def _shape(q, k, v, mask: Mask, softcap: float, direction: str, blocks: Blocks =
   (B, T, N, _), (S, K), step = q.shape, k.shape[1:3], _step(q, v, direction, blocks)
   G, bq, bk = _cut(T, S, N // K, step, direction, blocks)
   by_index = not mask.positioned or (mask.query_positions is None and (mask.zigzag == 1 or T != S))
-  exact = q.dtype == jnp.float32 and jax.config.jax_default_matmul_precision in ('highest', 'float32')
-  return Shape(B, N, K, G, _fill(T), _fill(S), bq, bk, T, S, mask.causal, mask.window, by_index, mask.query_segments is not None,
-               mask.prefix is not None, softcap, step, jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-               any(blocks.of(direction)))
+  exact = q.dtype == jnp.float32 and jax.config.jax_default_matmul_precision in (
+    'highest',
+    'float32',
+  )
+  return Shape(
+    B,
+    N,
+    K,
+    G,
+    _fill(T),
+    _fill(S),
+    bq,
+    bk,
+    T,
+    S,
+    mask.causal,
+    mask.window,
+    by_index,
+    mask.query_segments is not None,
+    mask.prefix is not None,
+    softcap,
+    step,
+    jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+    any(blocks.of(direction)),
+  )
 
 
 def _expected(steps: Steps, mask: Mask, shape: Shape) -> int:
@@ -389,12 +488,27 @@ def _expected(steps: Steps, mask: Mask, shape: Shape) -> int:
   if isinstance(steps.count, int):
     return steps.count
   if mask.query_positions is None and mask.prefix is None:
-    kinds = dataclasses.replace(mask, query_segments=None, key_segments=None).blocks(shape.queries, shape.keys, shape.bq, shape.bk)
+    kinds = dataclasses.replace(mask, query_segments=None, key_segments=None).blocks(
+      shape.queries, shape.keys, shape.bq, shape.bk
+    )
     return shape.B * int((kinds != SKIP).sum())
-  return -(-shape.B * shape.nq * (shape.S // shape.bk) // (2 if mask.causal and mask.prefix is None else 1))
+  return -(
+    -shape.B * shape.nq * (shape.S // shape.bk) // (2 if mask.causal and mask.prefix is None else 1)
+  )
 
 
-def _call(kernel, name: str, shape: Shape, mask: Mask, inputs, outputs, scratch, transposed: bool, flops: int, interpret):
+def _call(
+  kernel,
+  name: str,
+  shape: Shape,
+  mask: Mask,
+  inputs,
+  outputs,
+  scratch,
+  transposed: bool,
+  flops: int,
+  interpret,
+):
   """Runs a kernel over the steps of a mask. Its name says which were chosen: of those analysis.roofline knows no time.
 
   inputs, outputs: (array, or its shape and dtype; which block of it a step sees) each. flops: of a pair of a query and a key.
@@ -407,14 +521,23 @@ def _call(kernel, name: str, shape: Shape, mask: Mask, inputs, outputs, scratch,
   heads = shape.N // shape.G
   moved = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in (*inputs, *outputs))
   return pl.pallas_call(
-      functools.partial(kernel, shape=shape), name=f'{name}_{shape.R}x{shape.bk}' if shape.chosen else name,
-      interpret=interpret,
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=3, grid=(heads, steps.count), in_specs=[*(block for _, block in inputs), *blocks],
-          out_specs=[block for _, block in outputs], scratch_shapes=scratch),
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
-      cost_estimate=pl.CostEstimate(flops=pairs * heads * flops, transcendentals=pairs * heads, bytes_accessed=moved),
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=shape.tuning.vmem * 7 // 8),
+    functools.partial(kernel, shape=shape),
+    name=f'{name}_{shape.R}x{shape.bk}' if shape.chosen else name,
+    interpret=interpret,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=3,
+      grid=(heads, steps.count),
+      in_specs=[*(block for _, block in inputs), *blocks],
+      out_specs=[block for _, block in outputs],
+      scratch_shapes=scratch,
+    ),
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
+    cost_estimate=pl.CostEstimate(
+      flops=pairs * heads * flops, transcendentals=pairs * heads, bytes_accessed=moved
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=shape.tuning.vmem * 7 // 8
+    ),
   )(steps.queries, steps.keys, prefix, *(x for x, _ in inputs), *arrays)
 
 
@@ -422,9 +545,15 @@ def _blocks_of(shape: Shape):
   """Blocks of queries [B, N/G, G, T, H], of numbers of them [B, N/G, G, T], of keys [B, K, S, H], and of a head's sinks [N/G, G, LANES]."""
   row, of_q, of_k = (functools.partial(f, shape) for f in (_row, _block_of_queries, _block_of_keys))
   share = shape.N // shape.K // shape.G
-  queries = lambda width: pl.BlockSpec((1, 1, shape.G, shape.bq, width), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs), 0))
-  numbers = pl.BlockSpec((1, 1, shape.G, shape.bq), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs)))
-  keys = lambda width: pl.BlockSpec((1, 1, shape.bk, width), lambda h, s, *refs: (row(s, *refs), _div(h, share), of_k(s, *refs), 0))
+  queries = lambda width: pl.BlockSpec(
+    (1, 1, shape.G, shape.bq, width), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs), 0)
+  )
+  numbers = pl.BlockSpec(
+    (1, 1, shape.G, shape.bq), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs))
+  )
+  keys = lambda width: pl.BlockSpec(
+    (1, 1, shape.bk, width), lambda h, s, *refs: (row(s, *refs), _div(h, share), of_k(s, *refs), 0)
+  )
   sinks = pl.BlockSpec((1, shape.G, LANES), lambda h, s, *refs: (h, 0, 0))
   return queries, numbers, keys, sinks
 
@@ -444,7 +573,9 @@ def _scaled(q, scale):
   return (q.astype(jnp.float32) * (scale * LOG2E)).astype(q.dtype)
 
 
-def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()):
+def forward(
+  q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()
+):
   """kernels.reference.attention of one device's arrays; not to be differentiated."""
   shape = _shape(q, k, v, mask, softcap, 'forward', blocks)
   queries, numbers, keys, of_sinks = _blocks_of(shape)
@@ -454,34 +585,75 @@ def forward(q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpr
   result = lambda dtype, *last: jax.ShapeDtypeStruct((shape.B, *groups, shape.T, *last), dtype)
   vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32)
   out, lse = _call(
-      _forward, 'flash_forward', shape, mask,
-      [(_by_head(_scaled(q, scale), shape.T, groups), queries(H)), (_by_head(k, shape.S, (shape.K,)), keys(H)),
-       (_by_head(v, shape.S, (shape.K,)), keys(Hv)), (jnp.broadcast_to(sinks.reshape(*groups, 1), (*groups, LANES)), of_sinks)],
-      [(result(v.dtype, Hv), queries(Hv)), (result(jnp.float32), numbers)],
-      [vmem(shape.R, LANES), vmem(shape.R, LANES), vmem(shape.R, Hv)], False, 2 * (H + Hv), interpret)
+    _forward,
+    'flash_forward',
+    shape,
+    mask,
+    [
+      (_by_head(_scaled(q, scale), shape.T, groups), queries(H)),
+      (_by_head(k, shape.S, (shape.K,)), keys(H)),
+      (_by_head(v, shape.S, (shape.K,)), keys(Hv)),
+      (jnp.broadcast_to(sinks.reshape(*groups, 1), (*groups, LANES)), of_sinks),
+    ],
+    [(result(v.dtype, Hv), queries(Hv)), (result(jnp.float32), numbers)],
+    [vmem(shape.R, LANES), vmem(shape.R, LANES), vmem(shape.R, Hv)],
+    False,
+    2 * (H + Hv),
+    interpret,
+  )
   return _by_token(out, shape.queries), _by_token(lse[..., None], shape.queries)[..., 0]
 
 
-def backward(q, k, v, mask: Mask, lse, delta, d_out, *, softcap: float, scale: float, interpret, dtype=jnp.float32,
-             blocks: Blocks = Blocks()):
+def backward(
+  q,
+  k,
+  v,
+  mask: Mask,
+  lse,
+  delta,
+  d_out,
+  *,
+  softcap: float,
+  scale: float,
+  interpret,
+  dtype=jnp.float32,
+  blocks: Blocks = Blocks(),
+):
   """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype` (default: theirs where it is None).
 
   Keys that do not fit VMEM at once go through one after another, with the sum of the queries' gradients in f32.
   """
   step, S, H = _step(q, v, 'backward', blocks), k.shape[1], q.shape[3] + v.shape[3]
   # Half of VMEM for a key's sums in f32, and its two buffers of what is written.
-  room = lambda dtype: max(step.keys, step.vmem // 2 // ((4 + 2 * jnp.dtype(dtype).itemsize) * H) // step.keys * step.keys)
+  room = lambda dtype: max(
+    step.keys, step.vmem // 2 // ((4 + 2 * jnp.dtype(dtype).itemsize) * H) // step.keys * step.keys
+  )
   if S <= room(dtype or q.dtype):
     return _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype, blocks)
   most = room(jnp.float32)
   d_q, parts = 0.0, []
   for start in range(0, S, most):
     part = slice(start, min(S, start + most))
-    more, *of_keys = _backward_of(q, k[:, part], v[:, part], mask.block(slice(0, q.shape[1]), part), lse, delta, d_out, softcap, scale,
-                                  interpret, jnp.float32, blocks)
+    more, *of_keys = _backward_of(
+      q,
+      k[:, part],
+      v[:, part],
+      mask.block(slice(0, q.shape[1]), part),
+      lse,
+      delta,
+      d_out,
+      softcap,
+      scale,
+      interpret,
+      jnp.float32,
+      blocks,
+    )
     d_q += more
     parts.append(of_keys)
-  return tuple(x.astype(dtype or like.dtype) for x, like in zip((d_q, *(jnp.concatenate(x, 1) for x in zip(*parts))), (q, k, v)))
+  return tuple(
+    x.astype(dtype or like.dtype)
+    for x, like in zip((d_q, *(jnp.concatenate(x, 1) for x in zip(*parts))), (q, k, v))
+  )
 
 
 def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype, blocks):
@@ -489,7 +661,9 @@ def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dt
   queries, numbers, keys, _ = _blocks_of(shape)
   H, Hv, G = q.shape[3], v.shape[3], shape.G
   groups = shape.N // G, G
-  whole = lambda width: pl.BlockSpec((1, 1, shape.S, width), lambda h, s, *refs: (_row(shape, s, *refs), h, 0, 0))
+  whole = lambda width: pl.BlockSpec(
+    (1, 1, shape.S, width), lambda h, s, *refs: (_row(shape, s, *refs), h, 0, 0)
+  )
   result = lambda dtype, *sizes: jax.ShapeDtypeStruct((shape.B, *sizes), dtype)
   vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32)
   # Of queries that see nothing, and of those that fill up: no weight.
@@ -498,14 +672,31 @@ def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dt
   split = shape.N // G // shape.K  # heads of a key that are no single step
   wide = lambda like: (dtype or like.dtype) if split == 1 else jnp.float32
   d_q, d_k, d_v = _call(
-      functools.partial(_backward, scale=scale), 'flash_backward', shape, mask,
-      [(_by_head(_scaled(q, scale), shape.T, groups), queries(H)), (_by_head(k, shape.S, (shape.K,)), keys(H)),
-       (_by_head(v, shape.S, (shape.K,)), keys(Hv)), (_by_head(lse[..., None], shape.T, groups)[..., 0], numbers),
-       (_by_head(delta.astype(jnp.float32)[..., None], shape.T, groups)[..., 0], numbers),
-       (_by_head(d_out.astype(v.dtype), shape.T, groups), queries(Hv))],
-      [(result(dtype or q.dtype, *groups, shape.T, H), queries(H)), (result(wide(k), groups[0], shape.S, H), whole(H)),
-       (result(wide(v), groups[0], shape.S, Hv), whole(Hv))],
-      [vmem(H, shape.R), vmem(shape.S, H), vmem(shape.S, Hv)], True, 6 * H + 4 * Hv, interpret)
+    functools.partial(_backward, scale=scale),
+    'flash_backward',
+    shape,
+    mask,
+    [
+      (_by_head(_scaled(q, scale), shape.T, groups), queries(H)),
+      (_by_head(k, shape.S, (shape.K,)), keys(H)),
+      (_by_head(v, shape.S, (shape.K,)), keys(Hv)),
+      (_by_head(lse[..., None], shape.T, groups)[..., 0], numbers),
+      (_by_head(delta.astype(jnp.float32)[..., None], shape.T, groups)[..., 0], numbers),
+      (_by_head(d_out.astype(v.dtype), shape.T, groups), queries(Hv)),
+    ],
+    [
+      (result(dtype or q.dtype, *groups, shape.T, H), queries(H)),
+      (result(wide(k), groups[0], shape.S, H), whole(H)),
+      (result(wide(v), groups[0], shape.S, Hv), whole(Hv)),
+    ],
+    [vmem(H, shape.R), vmem(shape.S, H), vmem(shape.S, Hv)],
+    True,
+    6 * H + 4 * Hv,
+    interpret,
+  )
   if split > 1:
-    d_k, d_v = (x.reshape(shape.B, shape.K, split, *x.shape[2:]).sum(2).astype(dtype or like.dtype) for x, like in ((d_k, k), (d_v, v)))
+    d_k, d_v = (
+      x.reshape(shape.B, shape.K, split, *x.shape[2:]).sum(2).astype(dtype or like.dtype)
+      for x, like in ((d_k, k), (d_v, v))
+    )
   return _by_token(d_q, shape.queries), _by_token(d_k, shape.keys), _by_token(d_v, shape.keys)

@@ -7,6 +7,7 @@ product per group and row, E times the work, on GPU always and on TPU for the gr
 
 M rows · E groups · D width of a row · F width of a product · b rows of a block
 """
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -14,11 +15,15 @@ from jaxtyping import Array, Float, Int
 
 import names
 
-LEAST, MOST = 8, 512  # rows a block: what a vector register holds, and what feeds a matrix unit from memory without waiting
+LEAST, MOST = (
+  8,
+  512,
+)  # rows a block: what a vector register holds, and what feeds a matrix unit from memory without waiting
 
 
-def grouped_matmul(x: Float[Array, 'M D'], w: Float[Array, 'E D F'], sizes: Int[Array, 'E'], *,
-                   backend: str = 'auto') -> Float[Array, 'M F']:
+def grouped_matmul(
+  x: Float[Array, 'M D'], w: Float[Array, 'E D F'], sizes: Int[Array, 'E'], *, backend: str = 'auto'
+) -> Float[Array, 'M F']:
   """The first sizes[0] rows times w[0], the next sizes[1] rows times w[1], and so on; differentiable in x and w.
 
   Args:
@@ -29,7 +34,9 @@ def grouped_matmul(x: Float[Array, 'M D'], w: Float[Array, 'E D F'], sizes: Int[
   Raises ValueError for an unknown backend, or when x and w differ in type.
   """
   if x.dtype != w.dtype:
-    raise ValueError(f'rows are {x.dtype} and matrices {w.dtype}; cast one of them, nothing is cast here')
+    raise ValueError(
+      f'rows are {x.dtype} and matrices {w.dtype}; cast one of them, nothing is cast here'
+    )
   names.check('grouped_matmul backend', backend, ('auto', *BACKENDS))
   return BACKENDS['blocked' if backend == 'auto' else backend](x, w, sizes)
 
@@ -78,9 +85,12 @@ def _products(x, w, sizes, formula):
   b = block_rows(M, w.shape[0])
 
   def product(y, group, start, mine):
-    part = jnp.einsum(formula, _cut(x, start, mine), w[group], preferred_element_type=_wide(x)).astype(x.dtype)
+    part = jnp.einsum(
+      formula, _cut(x, start, mine), w[group], preferred_element_type=_wide(x)
+    ).astype(x.dtype)
     kept = jax.lax.dynamic_slice_in_dim(y, start, b, 0)
     return jax.lax.dynamic_update_slice_in_dim(y, jnp.where(mine[:, None], part, kept), start, 0)
+
   return _scan(product, jnp.zeros((M, F), x.dtype), sizes, M, b)
 
 
@@ -89,8 +99,11 @@ def _outer_products(x, dy, w, sizes):
   M = x.shape[0]
 
   def add(dw, group, start, mine):
-    part = jnp.einsum('MD,MF->DF', _cut(x, start, mine), _cut(dy, start, mine), preferred_element_type=dw.dtype)
+    part = jnp.einsum(
+      'MD,MF->DF', _cut(x, start, mine), _cut(dy, start, mine), preferred_element_type=dw.dtype
+    )
     return dw.at[group].add(part)
+
   dw = _scan(add, jnp.zeros(w.shape, _wide(x)), sizes, M, block_rows(M, w.shape[0]))
   # Else what scatters it to shards decides about its layout in the loop, where XLA for TPU then transposes a matrix for every block.
   return with_layout_constraint(dw, Layout(major_to_minor=(0, 1, 2))).astype(w.dtype)
@@ -118,6 +131,7 @@ def _scan(update, carry, sizes, M, b):
     row = start + jnp.arange(b, dtype=start.dtype)
     mine = (row >= first) & (row < first + rows)
     return update(carry, group, start, mine), None
+
   return jax.lax.scan(block, carry, (group, first, rows))[0]
 
 

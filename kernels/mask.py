@@ -2,6 +2,7 @@
 
 B batch · T query length · S key length · N query heads
 """
+
 import dataclasses
 import math
 from typing import Any
@@ -33,6 +34,7 @@ class Mask:
 
   Raises ValueError for contradictory parts.
   """
+
   causal: bool = True
   window: int = 0
   zigzag: int = 1
@@ -44,12 +46,16 @@ class Mask:
 
   def __post_init__(self):
     if self.window < 0:
-      raise ValueError(f'window={self.window} must be 0 (no limit) or the number of keys that a query sees')
+      raise ValueError(
+        f'window={self.window} must be 0 (no limit) or the number of keys that a query sees'
+      )
     for a, b in (('query_segments', 'key_segments'), ('query_positions', 'key_positions')):
       if (getattr(self, a) is None) != (getattr(self, b) is None):
         raise ValueError(f'{a} and {b} come together; one of them is missing')
     if self.prefix is not None and not self.causal:
-      raise ValueError('prefix loosens causal: without causal every key is seen already; drop prefix or set causal=True')
+      raise ValueError(
+        'prefix loosens causal: without causal every key is seen already; drop prefix or set causal=True'
+      )
 
   @property
   def positioned(self) -> bool:
@@ -58,9 +64,14 @@ class Mask:
 
   def fields(self) -> set[str]:
     """The parts that are set: what a backend must honour."""
-    named = {'causal': self.causal, 'window': self.window, 'prefix': self.prefix is not None,
-             'segments': self.query_segments is not None, 'positions': self.query_positions is not None,
-             'zigzag': self.zigzag != 1 and self.positioned and self.query_positions is None}
+    named = {
+      'causal': self.causal,
+      'window': self.window,
+      'prefix': self.prefix is not None,
+      'segments': self.query_segments is not None,
+      'positions': self.query_positions is not None,
+      'zigzag': self.zigzag != 1 and self.positioned and self.query_positions is None,
+    }
     return {name for name, is_set in named.items() if is_set}
 
   def positions(self, T: int, S: int) -> tuple[Int[Array, '#B T'], Int[Array, '#B S']]:
@@ -68,8 +79,12 @@ class Mask:
     if self.query_positions is not None:
       return self.query_positions, self.key_positions
     if T != S and self.positioned:
-      raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
-    index = lambda length: jnp.asarray(zigzag(length, self.zigzag if T == S else 1), jnp.int32)[None]
+      raise ValueError(
+        f'{T} queries and {S} keys need explicit positions: their indices do not align'
+      )
+    index = lambda length: jnp.asarray(zigzag(length, self.zigzag if T == S else 1), jnp.int32)[
+      None
+    ]
     return index(T), index(S)
 
   def allowed(self, T: int, S: int) -> Bool[Array, '#B T S']:
@@ -106,11 +121,14 @@ class Mask:
     def pair(q, k):
       (q_min, q_max), (k_min, k_max) = bounds(q, T, rows), bounds(k, S, columns)
       return q_min[:, :, None], q_max[:, :, None], k_min[:, None], k_max[:, None]
+
     if self.query_positions is not None:
       positions = self.query_positions, self.key_positions
     else:
       if T != S and self.positioned:
-        raise ValueError(f'{T} queries and {S} keys need explicit positions: their indices do not align')
+        raise ValueError(
+          f'{T} queries and {S} keys need explicit positions: their indices do not align'
+        )
       positions = tuple(zigzag(length, self.zigzag if T == S else 1)[None] for length in (T, S))
     q_min, q_max, k_min, k_max = pair(*positions)
     if self.causal:
@@ -118,14 +136,20 @@ class Mask:
     else:
       some = every = np_.ones(np_.broadcast_shapes(q_min.shape, k_min.shape), bool)
     if self.prefix is not None:
-      some, every = some | (k_min < self.prefix[:, None, None]), every | (k_max < self.prefix[:, None, None])
+      some, every = (
+        some | (k_min < self.prefix[:, None, None]),
+        every | (k_max < self.prefix[:, None, None]),
+      )
     if self.window:
       some, every = some & (q_min - k_max < self.window), every & (q_max - k_min < self.window)
       if not self.causal:
         some, every = some & (k_min - q_max < self.window), every & (k_max - q_min < self.window)
     if self.query_segments is not None:
       q_min, q_max, k_min, k_max = pair(self.query_segments, self.key_segments)
-      some, every = some & (q_min <= k_max) & (k_min <= q_max), every & (q_min == k_max) & (k_min == q_max) & (q_min == q_max)
+      some, every = (
+        some & (q_min <= k_max) & (k_min <= q_max),
+        every & (q_min == k_max) & (k_min == q_max) & (q_min == q_max),
+      )
     if S % columns:
       every = every & (np_.arange(every.shape[2]) < every.shape[2] - 1)[None, None]
     return np_.where(every, FULL, np_.where(some, PARTIAL, SKIP)).astype(np.int32)
@@ -135,13 +159,20 @@ class Mask:
     index = lambda s: jnp.arange(s.start, s.stop, dtype=jnp.int32)[None]
     cut = lambda x, s: None if x is None else x[:, s]
     place = lambda x, s: index(s) if x is None else x[:, s]
-    return dataclasses.replace(self, query_segments=cut(self.query_segments, queries), key_segments=cut(self.key_segments, keys),
-                               query_positions=place(self.query_positions, queries), key_positions=place(self.key_positions, keys))
+    return dataclasses.replace(
+      self,
+      query_segments=cut(self.query_segments, queries),
+      key_segments=cut(self.key_segments, keys),
+      query_positions=place(self.query_positions, queries),
+      key_positions=place(self.key_positions, keys),
+    )
 
 
 jax.tree_util.register_dataclass(
-    Mask, data_fields=['prefix', 'query_segments', 'key_segments', 'query_positions', 'key_positions'],
-    meta_fields=['causal', 'window', 'zigzag'])
+  Mask,
+  data_fields=['prefix', 'query_segments', 'key_segments', 'query_positions', 'key_positions'],
+  meta_fields=['causal', 'window', 'zigzag'],
+)
 
 
 def zigzag(T: int, n: int) -> np.ndarray:
@@ -151,12 +182,14 @@ def zigzag(T: int, n: int) -> np.ndarray:
   section 3.3.2). Raises ValueError where T does not split.
   """
   if n > 1 and T % (2 * n):
-    raise ValueError(f'{T} tokens do not split into {2 * n} chunks, two for each of {n} parts; make the length a multiple')
+    raise ValueError(
+      f'{T} tokens do not split into {2 * n} chunks, two for each of {n} parts; make the length a multiple'
+    )
   index = np.arange(T, dtype=np.int32)
   if n == 1:
     return index
   chunks = index.reshape(2 * n, -1)
-  return np.stack([chunks[:n], chunks[:n - 1:-1]], 1).reshape(T)
+  return np.stack([chunks[:n], chunks[: n - 1 : -1]], 1).reshape(T)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +202,7 @@ class Relative:
     max_distance: from here on all distances share the last bucket. Half of the buckets (of a direction) are for single
       distances, the others grow with their logarithm.
   """
+
   table: Any
   bidirectional: bool
   max_distance: int
@@ -184,7 +218,11 @@ class Relative:
       distance = jnp.maximum(-distance, 0)
     single = buckets // 2
     # In f32 and truncated, as the models were trained: f64 would move a few edges.
-    far = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / single) / math.log(self.max_distance / single) * (buckets - single)
+    far = (
+      jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / single)
+      / math.log(self.max_distance / single)
+      * (buckets - single)
+    )
     far = jnp.minimum(single + far.astype(jnp.int32), buckets - 1)
     return offset + jnp.where(distance < single, distance, far)
 
@@ -194,4 +232,6 @@ class Relative:
     return self.table.at[buckets].get(out_sharding=ax.out_like(buckets, self.table, skip=1))
 
 
-jax.tree_util.register_dataclass(Relative, data_fields=['table'], meta_fields=['bidirectional', 'max_distance'])
+jax.tree_util.register_dataclass(
+  Relative, data_fields=['table'], meta_fields=['bidirectional', 'max_distance']
+)

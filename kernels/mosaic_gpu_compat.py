@@ -3,6 +3,7 @@
 The interpreter (jax 0.12 and later) has no products whose left side is in registers, and none that start from a value: they are done by
 jnp there, from the same memory.
 """
+
 import functools
 import inspect
 
@@ -11,40 +12,76 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LAYOUTS = ROWS, COLUMNS = [plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0)]  # of what is along a product's rows, its columns
+LAYOUTS = ROWS, COLUMNS = [
+  plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0)
+]  # of what is along a product's rows, its columns
 INTERPRETER = getattr(plgpu, 'InterpretGPUParams', None)
 
 
-def kernel(body, name: str, out_type, scratch_types, blocks: int, warpgroups: int, cost: pl.CostEstimate, interpret):
+def kernel(
+  body,
+  name: str,
+  out_type,
+  scratch_types,
+  blocks: int,
+  warpgroups: int,
+  cost: pl.CostEstimate,
+  interpret,
+):
   """A kernel of `blocks` thread blocks (axis 'block'), each of some warpgroups (axis 'warpgroup').
 
   interpret: False, True, or the interpreter's parameters. Not plgpu.kernel: in jax 0.10.2 it takes no arrays that are written in place.
   """
   if interpret and INTERPRETER is None:
-    raise NotImplementedError(f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; use jax >= 0.12 or a Hopper GPU')
+    raise NotImplementedError(
+      f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; use jax >= 0.12 or a Hopper GPU'
+    )
 
   def scoped(*refs):
     pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes='warpgroup')
-  mesh = plgpu.Mesh(grid=(blocks,), grid_names=('block',), num_threads=warpgroups, thread_name='warpgroup')
-  parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
-  run = pl.kernel(scoped, out_type, mesh=mesh, compiler_params=parameters, name=name, cost_estimate=cost,
-                  interpret=INTERPRETER() if interpret is True else interpret)
 
-  def named(*arguments):  # the compiled program shows neither a kernel's name nor its cost; analysis.roofline reads them in the scope's
-    with jax.named_scope(f'{name} flops={cost.flops} bytes_accessed={cost.bytes_accessed} transcendentals={cost.transcendentals} end'):
+  mesh = plgpu.Mesh(
+    grid=(blocks,), grid_names=('block',), num_threads=warpgroups, thread_name='warpgroup'
+  )
+  parameters = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+  )
+  run = pl.kernel(
+    scoped,
+    out_type,
+    mesh=mesh,
+    compiler_params=parameters,
+    name=name,
+    cost_estimate=cost,
+    interpret=INTERPRETER() if interpret is True else interpret,
+  )
+
+  def named(
+    *arguments,
+  ):  # the compiled program shows neither a kernel's name nor its cost; analysis.roofline reads them in the scope's
+    with jax.named_scope(
+      f'{name} flops={cost.flops} bytes_accessed={cost.bytes_accessed} transcendentals={cost.transcendentals} end'
+    ):
       return run(*arguments)
+
   return named
 
 
 def load(ref, layout):
   """A part of memory as registers with a layout."""
-  return plgpu.load(*((ref, ()) if 'idx' in inspect.signature(plgpu.load).parameters else (ref,)), layout=layout, optimized=False)
+  return plgpu.load(
+    *((ref, ()) if 'idx' in inspect.signature(plgpu.load).parameters else (ref,)),
+    layout=layout,
+    optimized=False,
+  )
 
 
 def tiled(shape, dtype, swizzle: int = 128):
   """Shared memory that products and TMA take: tiles of 8 rows and `swizzle` bytes."""
   columns = swizzle // jnp.dtype(dtype).itemsize
-  return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
+  return plgpu.SMEM(
+    shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+  )
 
 
 def filled(shape, layout=plgpu.Layout.WGMMA, value=0.0):
@@ -59,7 +96,10 @@ def products(*operands, interpret, meanwhile=lambda: None):
   """
   if interpret:
     read = lambda x: x if isinstance(x, jax.Array) else x[...]
-    done = [acc + jnp.dot(read(a).astype(jnp.float32), read(b).astype(jnp.float32), precision='highest') for acc, a, b in operands]
+    done = [
+      acc + jnp.dot(read(a).astype(jnp.float32), read(b).astype(jnp.float32), precision='highest')
+      for acc, a, b in operands
+    ]
     plgpu.commit_smem()  # products read by way of the async proxy, as TMA writes; here memory was read otherwise
     meanwhile()
     return tuple(done)
@@ -68,6 +108,7 @@ def products(*operands, interpret, meanwhile=lambda: None):
     for ref, (_, a, b) in zip(refs, operands):
       plgpu.wgmma(ref, a, b)
     meanwhile()
+
   return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, _, _ in operands))
 
 

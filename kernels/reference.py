@@ -2,6 +2,7 @@
 
 B batch · T query length · S key length · N query heads · K key/value heads · G = N/K · H head width
 """
+
 import dataclasses
 
 import jax
@@ -12,9 +13,17 @@ from kernels.mask import Mask, Relative
 from parallel import axes as ax
 
 
-def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, *, softcap: float,
-              sinks: Float[Array, 'N'] | None, relative: Relative | None,
-              scale: float) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+def attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  mask: Mask,
+  *,
+  softcap: float,
+  sinks: Float[Array, 'N'] | None,
+  relative: Relative | None,
+  scale: float,
+) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """softmax(scale q k, masked) v and its log-sum-exp; scores, softmax and log-sum-exp in f32 (or wider, as the inputs are).
 
   softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per head that takes part in the softmax and carries no value
@@ -26,11 +35,17 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   G = N // K
   kv_heads, group = _split(K)
   k, v = (ax.place(x, 'batch', 'length', kv_heads, 'head_width') for x in (k, v))
-  q = jax.lax.reshape(q, (B, T, K, G, H), out_sharding=ax.out('batch', 'length', kv_heads, group, 'head_width'))
+  q = jax.lax.reshape(
+    q, (B, T, K, G, H), out_sharding=ax.out('batch', 'length', kv_heads, group, 'head_width')
+  )
   scores = _scores(_product('BTKGH,BSKH->BKGTS', q, k) * scale, relative, mask, softcap)
   top = scores.max(-1, keepdims=True)
   if sinks is not None:
-    sink = jax.lax.reshape(sinks.astype(scores.dtype), (1, K, G, 1, 1), out_sharding=ax.out(None, kv_heads, group, None, None))
+    sink = jax.lax.reshape(
+      sinks.astype(scores.dtype),
+      (1, K, G, 1, 1),
+      out_sharding=ax.out(None, kv_heads, group, None, None),
+    )
     top = jnp.maximum(top, sink)
   top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
   weights = jnp.exp(scores - top)
@@ -40,13 +55,28 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
   lse = (top + jnp.log(total))[..., 0]
   weights = weights / jnp.where(total > 0, total, 1.0)
   out = jnp.einsum('BKGTS,BSKH->BTKGH', weights.astype(v.dtype), v)
-  out = jax.lax.reshape(out, (B, T, N, v.shape[-1]), out_sharding=ax.out('batch', 'length', 'heads', 'head_width'))
-  lse = jax.lax.reshape(jnp.moveaxis(lse, 3, 1), (B, T, N), out_sharding=ax.out('batch', 'length', 'heads'))
+  out = jax.lax.reshape(
+    out, (B, T, N, v.shape[-1]), out_sharding=ax.out('batch', 'length', 'heads', 'head_width')
+  )
+  lse = jax.lax.reshape(
+    jnp.moveaxis(lse, 3, 1), (B, T, N), out_sharding=ax.out('batch', 'length', 'heads')
+  )
   return out, lse
 
 
-def backward(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, lse: Float[Array, 'B T N'],
-             delta: Float[Array, 'B T N'], d_out: Float[Array, 'B T N Hv'], *, softcap: float, relative: Relative | None, scale: float):
+def backward(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  mask: Mask,
+  lse: Float[Array, 'B T N'],
+  delta: Float[Array, 'B T N'],
+  d_out: Float[Array, 'B T N Hv'],
+  *,
+  softcap: float,
+  relative: Relative | None,
+  scale: float,
+):
   """Gradients of a part of attention: of queries whose softmax also ran over keys that are not here.
 
   Args:
@@ -59,13 +89,24 @@ def backward(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Ar
   grouped = lambda x: x.reshape(B, T, K, N // K, *x.shape[3:])
   by_score = lambda x: jnp.moveaxis(grouped(x), 1, 3)[..., None]
   q, d_out = grouped(q), grouped(d_out)
-  scores, pull = jax.vjp(lambda x, relative: _scores(x, relative, mask, softcap), _product('BTKGH,BSKH->BKGTS', q, k) * scale, relative)
-  weights = jnp.exp(scores - by_score(jnp.where(lse == -jnp.inf, jnp.inf, lse)))  # of a query that sees nothing: 0
+  scores, pull = jax.vjp(
+    lambda x, relative: _scores(x, relative, mask, softcap),
+    _product('BTKGH,BSKH->BKGTS', q, k) * scale,
+    relative,
+  )
+  weights = jnp.exp(
+    scores - by_score(jnp.where(lse == -jnp.inf, jnp.inf, lse))
+  )  # of a query that sees nothing: 0
   d_weights = _product('BTKGH,BSKH->BKGTS', d_out, v)
   d_scores, d_relative = pull(weights * (d_weights - by_score(delta)))
   d_scores = (d_scores * scale).astype(q.dtype)
   d_q = _product('BKGTS,BSKH->BTKGH', d_scores, k).reshape(B, T, N, H)
-  return d_q, _product('BKGTS,BTKGH->BSKH', d_scores, q), _product('BKGTS,BTKGH->BSKH', weights.astype(v.dtype), d_out), d_relative
+  return (
+    d_q,
+    _product('BKGTS,BTKGH->BSKH', d_scores, q),
+    _product('BKGTS,BTKGH->BSKH', weights.astype(v.dtype), d_out),
+    d_relative,
+  )
 
 
 def _product(formula, x, y):
@@ -81,7 +122,9 @@ def _scores(scores, relative, mask, softcap):
   """Scaled products [B, K, G, T, S] as the softmax takes them."""
   K, G, T, S = scores.shape[1:]
   if relative is not None:
-    table = jax.lax.reshape(relative.table, (relative.table.shape[0], K, G), out_sharding=ax.out(None, *_split(K)))
+    table = jax.lax.reshape(
+      relative.table, (relative.table.shape[0], K, G), out_sharding=ax.out(None, *_split(K))
+    )
     rows = dataclasses.replace(relative, table=table).scores(*mask.positions(T, S))
     scores = scores + jnp.moveaxis(rows, (1, 2), (3, 4)).astype(scores.dtype)
   if softcap:

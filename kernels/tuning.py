@@ -2,6 +2,7 @@
 
 It was made with a compiler, not on a TPU: final instruction bundles of a tile, 1024 x 1024 pairs of a query and a key (analysis.bundles).
 """
+
 import dataclasses
 import functools
 import json
@@ -9,7 +10,13 @@ import pathlib
 
 TILE = 1024
 TABLE = pathlib.Path(__file__).with_name('tuning.json')
-VMEM = {'TPU v4': 16 << 20, 'TPU v5 lite': 128 << 20, 'TPU v5': 64 << 20, 'TPU v6 lite': 128 << 20, 'TPU7x': 64 << 20}  # jax's get_tpu_info
+VMEM = {
+  'TPU v4': 16 << 20,
+  'TPU v5 lite': 128 << 20,
+  'TPU v5': 64 << 20,
+  'TPU v6 lite': 128 << 20,
+  'TPU7x': 64 << 20,
+}  # jax's get_tpu_info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Tuning:
     wider than a head. vmem: bytes of a core's vector memory.
     whole, masked: bundles of a tile that the mask leaves whole, and of one that it cuts; 0 where they are not known.
   """
+
   rows: int
   keys: int
   chunk: int

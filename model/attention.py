@@ -2,6 +2,7 @@
 
 B batch · T query length · S key or cache length · D width · N query heads · K key/value heads · H head width · R latent width
 """
+
 import dataclasses
 from typing import Any
 
@@ -29,6 +30,7 @@ class View:
     memory: [B, S, D], what cross-attention looks at, or None: there is none, or the cache holds its keys and values.
     memory_mask: who sees what of it.
   """
+
   mask: Mask
   angles: Angles | None = None
   local_angles: Angles | None = None
@@ -42,27 +44,48 @@ class Attention(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0, cross: bool = False):
     D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.parameter_dtype
-    self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
+    self.dtype, self.backend, self.softcap = (
+      config.dtype,
+      config.attention,
+      config.attention_softcap,
+    )
     self.blocks, self.context = config.attention_blocks, config.context
     self.scale, self.window = config.attention_scale or H**-0.5, window
     kv_heads = ax.whole_or('kv_heads', K)
     self.q = param(rngs, (D, N, H), ('embed', 'heads', 'head_width'), D**-0.5, dtype=dtype)
     self.k = param(rngs, (D, K, H), ('embed', kv_heads, 'head_width'), D**-0.5, dtype=dtype)
     self.v = param(rngs, (D, K, H), ('embed', kv_heads, 'head_width'), D**-0.5, dtype=dtype)
-    self.o = param(rngs, (N, H, D), ('heads', 'head_width', 'embed'), (N * H * 2 * config.L) ** -0.5, inputs=2, dtype=dtype)
+    self.o = param(
+      rngs,
+      (N, H, D),
+      ('heads', 'head_width', 'embed'),
+      (N * H * 2 * config.L) ** -0.5,
+      inputs=2,
+      dtype=dtype,
+    )
 
     def vector(wanted, *axes):
       sizes = {'heads': N, 'kv_heads': K, None: K, 'head_width': H, 'norm': D}
-      return param(rngs, tuple(sizes[a] for a in axes), axes, 'zeros', kind='vector', dtype=dtype) if wanted else None
+      return (
+        param(rngs, tuple(sizes[a] for a in axes), axes, 'zeros', kind='vector', dtype=dtype)
+        if wanted
+        else None
+      )
+
     inner, outer = config.biases != 'none', config.biases == 'all'
     self.q_bias, self.o_bias = vector(inner, 'heads', 'head_width'), vector(outer, 'norm')
-    self.k_bias, self.v_bias = vector(inner, kv_heads, 'head_width'), vector(inner, kv_heads, 'head_width')
+    self.k_bias, self.v_bias = (
+      vector(inner, kv_heads, 'head_width'),
+      vector(inner, kv_heads, 'head_width'),
+    )
     self.sinks = vector(config.sinks and not cross, 'heads')
     normed = config.qk_norm and not cross
     self.q_norm = Norm(config, H, rngs, 'rms') if normed else None
     self.k_norm = Norm(config, H, rngs, 'rms') if normed else None
 
-  def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> tuple[Float[Array, 'B T D'], Slots | None]:
+  def __call__(
+    self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
+  ) -> tuple[Float[Array, 'B T D'], Slots | None]:
     """The mixed tokens; with `slots` keys and values are written there first, and attention is to all that they hold."""
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
     k, v = self.keys_values(x)
@@ -75,27 +98,55 @@ class Attention(nnx.Module):
     sinks = None if self.sinks is None else self.sinks[...]
     slots = slots and slots.append(k, v, self.window)
     if slots is not None and not slots.fresh:
-      out = slots.look(q, window=self.window, softcap=self.softcap, sinks=sinks, relative=view.relative, scale=self.scale)
+      out = slots.look(
+        q,
+        window=self.window,
+        softcap=self.softcap,
+        sinks=sinks,
+        relative=view.relative,
+        scale=self.scale,
+      )
       return self._out(out), slots
     mask = dataclasses.replace(view.mask, window=self.window)
     return self._mix(q, k, v, mask, sinks, view.relative), slots
 
-  def cross(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> Float[Array, 'B T D']:
+  def cross(
+    self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
+  ) -> Float[Array, 'B T D']:
     """The same of another sequence: of view.memory, or of what the cache holds of it."""
     k, v = self.keys_values(view.memory) if slots is None else slots.remembered()
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
     return self._mix(q, k, v, view.memory_mask, None, None)
 
-  def keys_values(self, x: Float[Array, 'B S D']) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+  def keys_values(
+    self, x: Float[Array, 'B S D']
+  ) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """Keys, without norm and position, and values of tokens."""
-    return project('BTD,DKH->BTKH', x, self.k, self.k_bias, self.dtype), project('BTD,DKH->BTKH', x, self.v, self.v_bias, self.dtype)
+    return project('BTD,DKH->BTKH', x, self.k, self.k_bias, self.dtype), project(
+      'BTD,DKH->BTKH', x, self.v, self.v_bias, self.dtype
+    )
 
   def _mix(self, q, k, v, mask, sinks, relative):
     copies = ax.size('heads') // k.shape[2]
-    if copies > 1:  # fewer keys than devices that share the queries: each holds the one that its queries need
-      k, v = (ax.place(jnp.repeat(x, copies, 2), 'batch', 'length', 'heads', 'head_width') for x in (k, v))
-    out, _ = kernels.attention(q, k, v, mask, softcap=self.softcap, sinks=sinks, relative=relative, scale=self.scale, backend=self.backend,
-                               blocks=self.blocks, context=self.context)
+    if (
+      copies > 1
+    ):  # fewer keys than devices that share the queries: each holds the one that its queries need
+      k, v = (
+        ax.place(jnp.repeat(x, copies, 2), 'batch', 'length', 'heads', 'head_width') for x in (k, v)
+      )
+    out, _ = kernels.attention(
+      q,
+      k,
+      v,
+      mask,
+      softcap=self.softcap,
+      sinks=sinks,
+      relative=relative,
+      scale=self.scale,
+      backend=self.backend,
+      blocks=self.blocks,
+      context=self.context,
+    )
     return self._out(out)
 
   def _out(self, x):
@@ -114,40 +165,88 @@ class LatentAttention(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0):
     D, N, H, dtype, latent = config.D, config.N, config.H, config.parameter_dtype, config.latent
     R, Hr, Hv, Q = latent.width, latent.rope_width, config.value_width, latent.query_width
-    self.dtype, self.backend, self.softcap = config.dtype, config.attention, config.attention_softcap
+    self.dtype, self.backend, self.softcap = (
+      config.dtype,
+      config.attention,
+      config.attention_softcap,
+    )
     self.blocks, self.context = config.attention_blocks, config.context
     self.scale, self.window, self.nope = config.attention_scale or (H + Hr) ** -0.5, window, H
     self.q_down = param(rngs, (D, Q), ('embed', 'latent'), D**-0.5, dtype=dtype) if Q else None
     self.q_down_norm = Norm(config, Q, rngs) if Q else None
-    self.q = param(rngs, (Q or D, N, H + Hr), ('embed', 'heads', 'head_width'), (Q or D) ** -0.5, dtype=dtype)
+    self.q = param(
+      rngs, (Q or D, N, H + Hr), ('embed', 'heads', 'head_width'), (Q or D) ** -0.5, dtype=dtype
+    )
     self.kv_down = param(rngs, (D, R), ('embed', 'latent'), D**-0.5, dtype=dtype)
     self.kv_norm = Norm(config, R, rngs)
     self.rope_key = param(rngs, (D, Hr), ('embed', 'head_width'), D**-0.5, dtype=dtype)
     self.k = param(rngs, (R, N, H), ('embed', 'heads', 'head_width'), R**-0.5, dtype=dtype)
     self.v = param(rngs, (R, N, Hv), ('embed', 'heads', 'head_width'), R**-0.5, dtype=dtype)
-    self.o = param(rngs, (N, Hv, D), ('heads', 'head_width', 'embed'), (N * Hv * 2 * config.L) ** -0.5, inputs=2, dtype=dtype)
+    self.o = param(
+      rngs,
+      (N, Hv, D),
+      ('heads', 'head_width', 'embed'),
+      (N * Hv * 2 * config.L) ** -0.5,
+      inputs=2,
+      dtype=dtype,
+    )
 
-  def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None) -> tuple[Float[Array, 'B T D'], Slots | None]:
+  def __call__(
+    self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
+  ) -> tuple[Float[Array, 'B T D'], Slots | None]:
     """As Attention.__call__."""
     angles = view.local_angles if self.window else view.angles
-    queries = x if self.q_down is None else self.q_down_norm(project('BTD,DQ->BTQ', x, self.q_down, None, self.dtype))
+    queries = (
+      x
+      if self.q_down is None
+      else self.q_down_norm(project('BTD,DQ->BTQ', x, self.q_down, None, self.dtype))
+    )
     q = project('BTD,DNH->BTNH', queries, self.q, None, self.dtype)
-    q, q_rope = q[..., :self.nope], rotate(q[..., self.nope:], angles)
+    q, q_rope = q[..., : self.nope], rotate(q[..., self.nope :], angles)
     latent = self.kv_norm(project('BTD,DR->BTR', x, self.kv_down, None, self.dtype))
-    rope_key = rotate(project('BTD,DH->BTH', x, self.rope_key, None, self.dtype)[:, :, None, :], angles)
+    rope_key = rotate(
+      project('BTD,DH->BTH', x, self.rope_key, None, self.dtype)[:, :, None, :], angles
+    )
     mask = dataclasses.replace(view.mask, window=self.window)
-    slots = slots and slots.append(jnp.concatenate([latent[:, :, None, :], rope_key], -1), None, self.window)
+    slots = slots and slots.append(
+      jnp.concatenate([latent[:, :, None, :], rope_key], -1), None, self.window
+    )
     if slots is None or slots.fresh:
       k = project('BSR,RNH->BSNH', latent, self.k, None, self.dtype)
-      shared = ax.place(jnp.broadcast_to(rope_key, (*k.shape[:3], rope_key.shape[3])), 'batch', 'length', 'heads', 'head_width')
-      out = self._mix(q, q_rope, jnp.concatenate([k, shared], -1), project('BSR,RNH->BSNH', latent, self.v, None, self.dtype), mask)
+      shared = ax.place(
+        jnp.broadcast_to(rope_key, (*k.shape[:3], rope_key.shape[3])),
+        'batch',
+        'length',
+        'heads',
+        'head_width',
+      )
+      out = self._mix(
+        q,
+        q_rope,
+        jnp.concatenate([k, shared], -1),
+        project('BSR,RNH->BSNH', latent, self.v, None, self.dtype),
+        mask,
+      )
     else:
       q = jnp.concatenate([jnp.einsum('BTNH,RNH->BTNR', q, use(self.k, self.dtype)), q_rope], -1)
-      out = slots.look(q, window=self.window, softcap=self.softcap, scale=self.scale, value_width=latent.shape[-1])
+      out = slots.look(
+        q, window=self.window, softcap=self.softcap, scale=self.scale, value_width=latent.shape[-1]
+      )
       out = jnp.einsum('BTNR,RNH->BTNH', out, use(self.v, self.dtype))
-    return product('BTNH,NHD->BTD', out, self.o, self.dtype, ax.residual(out.shape[1])), slots  # row-parallel
+    return product(
+      'BTNH,NHD->BTD', out, self.o, self.dtype, ax.residual(out.shape[1])
+    ), slots  # row-parallel
 
   def _mix(self, q, q_rope, k, v, mask):
     q, k, v = named(jnp.concatenate([q, q_rope], -1), 'query'), named(k, 'key'), named(v, 'value')
-    return kernels.attention(q, k, v, mask, softcap=self.softcap, scale=self.scale, backend=self.backend, blocks=self.blocks,
-                             context=self.context)[0]
+    return kernels.attention(
+      q,
+      k,
+      v,
+      mask,
+      softcap=self.softcap,
+      scale=self.scale,
+      backend=self.backend,
+      blocks=self.blocks,
+      context=self.context,
+    )[0]

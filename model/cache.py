@@ -2,6 +2,7 @@
 
 R layers of a place of a period · B rows · T new tokens · S slots · K key/value heads · H head width · P groups of W rows
 """
+
 import dataclasses
 import functools
 from typing import Any
@@ -32,6 +33,7 @@ class Cache:
     memory: keys and values of cross-attention of every place, [R, B, S', K, H] each, or None before the source was read (and without one).
     memory_segments: [B, S'] int32, 0 where the source is padding; or None.
   """
+
   held: Any
   lengths: Any
   memory: Any = None
@@ -48,6 +50,7 @@ class Slots:
     lengths: [B] tokens before this call. counts: [B] how many of the call's tokens are the row's, the others being padding.
     capacity: see Cache. fresh: whether the rows were empty.
   """
+
   held: Any
   memory: Any
   layer: Any
@@ -56,15 +59,19 @@ class Slots:
   capacity: int
   fresh: bool
 
-  def append(self, keys: Float[Array, 'B T K H'], values: Float[Array, 'B T K Hv'] | None, window: int = 0) -> 'Slots':
+  def append(
+    self, keys: Float[Array, 'B T K H'], values: Float[Array, 'B T K Hv'] | None, window: int = 0
+  ) -> 'Slots':
     """With the row's tokens behind those that it has. A token that would pass the capacity is not written: the caller stops rows before.
 
     window: of the layer. Raises ValueError for more tokens than a ring of slots has room for besides its window.
     """
     held, T = self.held, keys.shape[1]
     if held.ring and not self.fresh and T > held.slots - window + 1:
-      raise ValueError(f'{T} tokens at once overwrite what a window of {window} still sees in a ring of {held.slots} slots; append at most '
-                       f'{held.slots - window + 1}, or make the cache with init_cache(.., append={T})')
+      raise ValueError(
+        f'{T} tokens at once overwrite what a window of {window} still sees in a ring of {held.slots} slots; append at most '
+        f'{held.slots - window + 1}, or make the cache with init_cache(.., append={T})'
+      )
     new = Held(keys, values, ring=held.ring)
     if held.keys.dtype == jnp.int8:
       pairs = [(None, None) if x is None else cached.quantised(x) for x in (keys, values)]
@@ -72,8 +79,16 @@ class Slots:
     write = self._fill if self.fresh else self._scatter
     one = lambda buffer, axes, x: None if x is None else write(buffer, axes, x.astype(buffer.dtype))
     axes = held.axes()
-    return dataclasses.replace(self, held=Held(*(one(getattr(held, name), getattr(axes, name), getattr(new, name))
-                                                 for name in ('keys', 'values', 'key_scales', 'value_scales')), held.ring))
+    return dataclasses.replace(
+      self,
+      held=Held(
+        *(
+          one(getattr(held, name), getattr(axes, name), getattr(new, name))
+          for name in ('keys', 'values', 'key_scales', 'value_scales')
+        ),
+        held.ring,
+      ),
+    )
 
   def look(self, q: Float[Array, 'B T N H'], **how) -> Float[Array, 'B T N Hv']:
     """Attention of the call's tokens to all that is held; how: see kernels.cached.attention."""
@@ -82,7 +97,9 @@ class Slots:
 
   def remembered(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """This layer's keys and values of cross-attention."""
-    return tuple(jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in self.memory)
+    return tuple(
+      jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in self.memory
+    )
 
   def _fill(self, buffer, axes, x):
     """The first tokens of rows [B, T, K, ...]: slots side by side."""
@@ -90,7 +107,9 @@ class Slots:
     x = ax.place(x, *rows)
     if self.held.ring and T > S:
       slots = cached.positions(self.held, jnp.arange(S, dtype=jnp.int32), self.counts)
-      take = lambda x, at: jnp.take_along_axis(x, jnp.maximum(at, 0).reshape(*at.shape, *(1,) * (x.ndim - 2)), 1)
+      take = lambda x, at: jnp.take_along_axis(
+        x, jnp.maximum(at, 0).reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
+      )
       x = ax.local(take, (rows, ('batch', None)), rows)(x, slots)
     x = jnp.moveaxis(x[:, :S], 1, 2)[None]
     if ax.size('slots') > 1 and not self.held.ring:
@@ -99,9 +118,14 @@ class Slots:
     def put(buffer, x, layer, counts):
       at = (layer, *(0,) * (buffer.ndim - 1))
       real = (counts > 0).reshape(1, -1, *(1,) * (x.ndim - 2))  # no row is, on a stage that is idle
-      return jax.lax.dynamic_update_slice(buffer, jnp.where(real, x, jax.lax.dynamic_slice(buffer, at, x.shape)), at)
+      return jax.lax.dynamic_update_slice(
+        buffer, jnp.where(real, x, jax.lax.dynamic_slice(buffer, at, x.shape)), at
+      )
+
     own = (None, *axes[1:])
-    return ax.local(put, (axes, own, (), ('batch',)), axes)(buffer, ax.place(x, *own), jnp.asarray(self.layer, jnp.int32), self.counts)
+    return ax.local(put, (axes, own, (), ('batch',)), axes)(
+      buffer, ax.place(x, *own), jnp.asarray(self.layer, jnp.int32), self.counts
+    )
 
   def _scatter(self, buffer, axes, x):
     """Tokens [B, T, K, ...] behind each row's own."""
@@ -117,16 +141,27 @@ class Slots:
       where = jnp.where(inside & (where >= 0), where, buffer.shape[3])
       rows = jnp.arange(buffer.shape[1], dtype=jnp.int32)[:, None]
       return buffer.at[layer, rows, :, where].set(x, mode='drop', unique_indices=True)
+
     tokens = ('batch', None, *axes[2:3], *axes[4:])
     run = ax.local(put, (axes, tokens, (), ('batch',), ('batch',)), axes)
-    return run(buffer, ax.place(x, *tokens), jnp.asarray(self.layer, jnp.int32), self.lengths, self.counts)
+    return run(
+      buffer, ax.place(x, *tokens), jnp.asarray(self.layer, jnp.int32), self.lengths, self.counts
+    )
 
 
-jax.tree_util.register_dataclass(Cache, data_fields=['held', 'lengths', 'memory', 'memory_segments'], meta_fields=['capacity'])
-jax.tree_util.register_dataclass(Slots, data_fields=['held', 'memory', 'layer', 'lengths', 'counts'], meta_fields=['capacity', 'fresh'])
+jax.tree_util.register_dataclass(
+  Cache, data_fields=['held', 'lengths', 'memory', 'memory_segments'], meta_fields=['capacity']
+)
+jax.tree_util.register_dataclass(
+  Slots,
+  data_fields=['held', 'memory', 'layer', 'lengths', 'counts'],
+  meta_fields=['capacity', 'fresh'],
+)
 
 
-def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '', append: int = APPEND) -> Cache:
+def init_cache(
+  config: ModelConfig, rows: int, capacity: int, dtype: str = '', append: int = APPEND
+) -> Cache:
   """An empty cache for `rows` sequences of at most `capacity` tokens; a layer with a window has a ring of slots, if that is less.
 
   Over pipeline stages, layers are split as the model's are; key heads over `tensor`, and slots, but those of rings, over `context`.
@@ -139,15 +174,23 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '', a
   """
   names.check('dtype of a cache', dtype, DTYPES)
   if not config.causal:
-    raise ValueError('model.causal=False: an encoder sees all tokens at once and has no use for a cache')
+    raise ValueError(
+      'model.causal=False: an encoder sees all tokens at once and has no use for a cache'
+    )
   if config.max_length and capacity > config.max_length:
-    raise ValueError(f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer tokens')
+    raise ValueError(
+      f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer tokens'
+    )
   if capacity < 1 or append < 1:
-    raise ValueError(f'a cache of capacity={capacity} tokens with append={append} at once: both must be at least 1')
+    raise ValueError(
+      f'a cache of capacity={capacity} tokens with append={append} at once: both must be at least 1'
+    )
   if ax.size('layers') > 1 and (len(config.stacks) > 1 or config.encoder_layers):
     scans = f'layers of {len(config.stacks)} scans (model.stacks)'
     what = f'model.encoder_layers={config.encoder_layers}' if config.encoder_layers else scans
-    raise NotImplementedError(f'a cache for {what} is not split over mesh.stage={ax.size("layers")}; generate on a mesh without stages')
+    raise NotImplementedError(
+      f'a cache for {what} is not split over mesh.stage={ax.size("layers")}; generate on a mesh without stages'
+    )
   dtype, latent = dtype or config.dtype, config.latent
   K, H = (1, latent.width + latent.rope_width) if latent.width else (config.K, config.H)
   most = _whole(-(-capacity // ax.size('slots'))) * ax.size('slots')
@@ -157,12 +200,21 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: str = '', a
     ring, S = least < most, min(least, most)
     shape = jax.ShapeDtypeStruct((repeats, rows, K, S, H), dtype)
     axes = Held(shape, None, ring=ring).axes().keys
-    zeros = lambda width, dtype, axes: ax.place(jnp.zeros((repeats, rows, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes)
+    zeros = lambda width, dtype, axes: ax.place(
+      jnp.zeros((repeats, rows, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes
+    )
     vectors = [zeros((H,), dtype, axes), None if latent.width else zeros((H,), dtype, axes)]
-    scales = [None if x is None or dtype != 'int8' else zeros((), jnp.float32, axes[:4]) for x in vectors]
+    scales = [
+      None if x is None or dtype != 'int8' else zeros((), jnp.float32, axes[:4]) for x in vectors
+    ]
     return Held(*vectors, *scales, ring)
+
   lengths = ax.place(jnp.zeros((rows,), jnp.int32, out_sharding=ax.out('batch')), 'batch')
-  return Cache(tuple(held(kind.window, len(layers)) for kind, layers in config.places), lengths, capacity=capacity)
+  return Cache(
+    tuple(held(kind.window, len(layers)) for kind, layers in config.places),
+    lengths,
+    capacity=capacity,
+  )
 
 
 def _whole(slots):
@@ -173,13 +225,25 @@ def _whole(slots):
 
 def repeated(cache: Cache, times: int) -> Cache:
   """Every row so often, copies side by side."""
+
   def one(x, axes):
-    return ax.local(lambda x: jnp.repeat(x, times, axes.index('batch')), (axes,), axes)(ax.place(x, *axes))
+    return ax.local(lambda x: jnp.repeat(x, times, axes.index('batch')), (axes,), axes)(
+      ax.place(x, *axes)
+    )
+
   heads = lambda x: ax.whole_or('kv_heads', x.shape[3])
   held = tuple(jax.tree.map(one, held, held.axes()) for held in cache.held)
-  memory = jax.tree.map(lambda x: one(x, (None, 'batch', None, heads(x), 'head_width')), cache.memory)
+  memory = jax.tree.map(
+    lambda x: one(x, (None, 'batch', None, heads(x), 'head_width')), cache.memory
+  )
   segments = None if cache.memory_segments is None else one(cache.memory_segments, ('batch', None))
-  return dataclasses.replace(cache, held=held, lengths=one(cache.lengths, ('batch',)), memory=memory, memory_segments=segments)
+  return dataclasses.replace(
+    cache,
+    held=held,
+    lengths=one(cache.lengths, ('batch',)),
+    memory=memory,
+    memory_segments=segments,
+  )
 
 
 def reordered(cache: Cache, sources: Int[Array, 'P W'], shared: Int[Array, 'P']) -> Cache:
@@ -188,10 +252,14 @@ def reordered(cache: Cache, sources: Int[Array, 'P W'], shared: Int[Array, 'P'])
   shared: how many first tokens are those of all rows of a group anyway: blocks of slots with no others stay untouched, as do unused
   ones. Only a block is ever there twice. Memories are taken for shared, too.
   """
+
   def one(held):
     axes, parts = held.axes(), () if held.ring else ax.mesh_axes('slots')
     run = functools.partial(_reorder, parts=parts)
-    return ax.local(run, (axes, ('batch', None), ('batch',), ('batch',)), axes)(held, sources, shared, cache.lengths)
+    return ax.local(run, (axes, ('batch', None), ('batch',), ('batch',)), axes)(
+      held, sources, shared, cache.lengths
+    )
+
   return dataclasses.replace(cache, held=tuple(map(one, cache.held)))
 
 
@@ -203,11 +271,17 @@ def _reorder(held, sources, shared, lengths, parts):
   rows = (jnp.arange(P, dtype=jnp.int32)[:, None] * W + sources).reshape(-1)
   moves = (sources != own).any(1)
   end = jnp.clip(jnp.where(moves, lengths[::W], 0).max() - offset, 0, S)
-  begin = 0 if held.ring else jnp.clip(jnp.where(moves, shared, lengths[::W]).min() - offset, 0, S) // block
+  begin = (
+    0
+    if held.ring
+    else jnp.clip(jnp.where(moves, shared, lengths[::W]).min() - offset, 0, S) // block
+  )
 
   def step(index, held):
     def move(buffer):
       found = jax.lax.dynamic_slice_in_dim(buffer, index * block, block, 3)
       return jax.lax.dynamic_update_slice_in_dim(buffer, found[:, rows], index * block, 3)
+
     return jax.tree.map(move, held)
+
   return jax.lax.fori_loop(begin, -(-end // block), step, held)

@@ -6,6 +6,7 @@
 
 Tensors stream: a piece of one at a time goes from its file to the devices that hold it, and back.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -41,6 +42,7 @@ KINDS = {str(dtype): kind for kind, dtype in DTYPES.items()}
 @dataclasses.dataclass(frozen=True)
 class Part:
   """One tensor's share of a parameter: the leaf, its index into stacked layers and experts, the layout of the rest."""
+
   leaf: str
   index: tuple[int, ...]
   layout: Layout
@@ -63,9 +65,17 @@ def parts_of(family, config: ModelConfig) -> dict[str, list[Part]]:
   return found
 
 
-def load(directory: str | os.PathLike, config: ModelConfig | None = None, mesh: Mesh | None = None, *, dtype: str = '',
-         compute_dtype: str = '', ignore: str = '', ignore_keys: tuple[str, ...] = (),
-         log=print) -> tuple[ModelConfig, transformer.Decoder]:
+def load(
+  directory: str | os.PathLike,
+  config: ModelConfig | None = None,
+  mesh: Mesh | None = None,
+  *,
+  dtype: str = '',
+  compute_dtype: str = '',
+  ignore: str = '',
+  ignore_keys: tuple[str, ...] = (),
+  log=print,
+) -> tuple[ModelConfig, transformer.Decoder]:
   """The model of a checkpoint of transformers, sharded over a mesh, and its config.
 
   Args:
@@ -95,7 +105,9 @@ def load(directory: str | os.PathLike, config: ModelConfig | None = None, mesh: 
     leaves = named_leaves(target)
     mapped = {part.leaf for shares in parts.values() for part in shares}
     if mapped != leaves.keys():
-      raise RuntimeError(f'the name map of {family.__name__} and the model differ in {sorted(mapped ^ leaves.keys())}')
+      raise RuntimeError(
+        f'the name map of {family.__name__} and the model differ in {sorted(mapped ^ leaves.keys())}'
+      )
   with jax.set_mesh(NO_MESH):
     built = {leaf: Filling(x) for leaf, x in leaves.items()}
     place = {name: tensors.tensors[called[name]] for name in parts}
@@ -107,11 +119,21 @@ def load(directory: str | os.PathLike, config: ModelConfig | None = None, mesh: 
           rows = tensors.read(called[name], *first.rows(start, stop))
           for part in wanted:
             built[part.leaf].put(part.layout.bring(rows), part.region(start, stop))
-  return config, jax.tree.unflatten(jax.tree.structure(target), [built[leaf].array() for leaf in leaves])
+  return config, jax.tree.unflatten(
+    jax.tree.structure(target), [built[leaf].array() for leaf in leaves]
+  )
 
 
-def save(model: transformer.Decoder, config: ModelConfig, directory: str | os.PathLike, *, family: str = '',
-         dtype: str = '', shard_bytes: int = SHARD_BYTES, special: dict | None = None) -> None:
+def save(
+  model: transformer.Decoder,
+  config: ModelConfig,
+  directory: str | os.PathLike,
+  *,
+  family: str = '',
+  dtype: str = '',
+  shard_bytes: int = SHARD_BYTES,
+  special: dict | None = None,
+) -> None:
   """Writes a model as transformers keeps it: config.json and *.safetensors; whole, or not at all.
 
   Args:
@@ -120,64 +142,116 @@ def save(model: transformer.Decoder, config: ModelConfig, directory: str | os.Pa
   Raises ValueError for a config that no family expresses, FileExistsError for a directory that is there.
   """
   with _whole(directory) as partial:
-    _save(model, config, partial, families.family_of(config, family), dtype or config.parameter_dtype, shard_bytes,
-          special or {})
+    _save(
+      model,
+      config,
+      partial,
+      families.family_of(config, family),
+      dtype or config.parameter_dtype,
+      shard_bytes,
+      special or {},
+    )
 
 
 def _save(model, config, directory, family, dtype, shard_bytes, special):
   leaves, parts = named_leaves(model), parts_of(family, config)
   if not all(x.is_fully_addressable for x in leaves.values()):
-    raise ValueError('some shards of this model lie on devices of other processes; export in one process')
+    raise ValueError(
+      'some shards of this model lie on devices of other processes; export in one process'
+    )
 
   def produce(name):
     first = parts[name][0].layout
     for start, stop in first.chunks(PIECE):
       low, high = first.rows(start, stop)
       rows = np.empty((high - low, *first.shape[1:]), DTYPES[KINDS[dtype]])
-      written = sum(part.layout.send(fetch(leaves[part.leaf], part.region(start, stop)).reshape(
-          [high - low for low, high in part.layout.region(start, stop)]), rows) for part in parts[name])
+      written = sum(
+        part.layout.send(
+          fetch(leaves[part.leaf], part.region(start, stop)).reshape(
+            [high - low for low, high in part.layout.region(start, stop)]
+          ),
+          rows,
+        )
+        for part in parts[name]
+      )
       if written != rows.size:
-        raise RuntimeError(f'{name}: the name map of {family.__name__} gives {written} of {rows.size} entries')
+        raise RuntimeError(
+          f'{name}: the name map of {family.__name__} gives {written} of {rows.size} entries'
+        )
       yield rows
+
   with jax.set_mesh(NO_MESH):
-    write(directory, {name: shares[0].layout.shape for name, shares in parts.items()}, KINDS[dtype], produce,
-          shard_bytes)
-  hf = family.to_hf(config) | {'torch_dtype': dtype} | {f'{name}_token_id': special.get(name)
-                                                        for name in ('bos', 'eos', 'pad')}
+    write(
+      directory,
+      {name: shares[0].layout.shape for name, shares in parts.items()},
+      KINDS[dtype],
+      produce,
+      shard_bytes,
+    )
+  hf = (
+    family.to_hf(config)
+    | {'torch_dtype': dtype}
+    | {f'{name}_token_id': special.get(name) for name in ('bos', 'eos', 'pad')}
+  )
   files.replace(directory / 'config.json', json.dumps(hf, indent=2) + '\n')
 
 
-def check(parts: dict[str, list[Part]], called: dict[str, str], tensors: TensorFiles, family,
-          ignore: str = '') -> dict[str, str]:
+def check(
+  parts: dict[str, list[Part]],
+  called: dict[str, str],
+  tensors: TensorFiles,
+  family,
+  ignore: str = '',
+) -> dict[str, str]:
   """Tensors of the file that repeat others, by those. Raises ValueError that lists all that does not fit.
 
   Args: called: name of a tensor -> in the files. ignore: a pattern of tensors in the files that may be left out.
   """
   have, used, tied, wrong = tensors.tensors, {*called.values()}, {}, []
   if ignore and not any(re.fullmatch(ignore, name) for name in have):
-    raise ValueError(f'--ignore={ignore} matches no tensor in {tensors.directory}; it has to match a whole name')
+    raise ValueError(
+      f'--ignore={ignore} matches no tensor in {tensors.directory}; it has to match a whole name'
+    )
   for name, there in called.items():
     if there not in have:
       wrong.append(f'missing: {there}')
       continue
     tensor, shape = have[there], parts[name][0].layout.shape
     if tensor.shape != shape:
-      wrong.append(f'mis-shaped: {there} is {list(tensor.shape)}, config.json makes it {list(shape)}')
+      wrong.append(
+        f'mis-shaped: {there} is {list(tensor.shape)}, config.json makes it {list(shape)}'
+      )
     if tensor.kind not in DTYPES:
-      wrong.append(f'of an unsupported dtype: {there} is {tensor.kind}; supported: {", ".join(DTYPES)}')
+      wrong.append(
+        f'of an unsupported dtype: {there} is {tensor.kind}; supported: {", ".join(DTYPES)}'
+      )
   for name in have:
-    if name in used or any(re.fullmatch(pattern, name)
-                           for pattern in family.BUFFERS) or (ignore and re.fullmatch(ignore, name)):
+    if (
+      name in used
+      or any(re.fullmatch(pattern, name) for pattern in family.BUFFERS)
+      or (ignore and re.fullmatch(ignore, name))
+    ):
       continue
     other = family.TIED.get(name)
-    if other in parts and have[name].shape == parts[other][0].layout.shape and have[name].kind in DTYPES:
+    if (
+      other in parts
+      and have[name].shape == parts[other][0].layout.shape
+      and have[name].kind in DTYPES
+    ):
       tied[name] = other
     else:
       wrong.append(f'extra: {name} {list(have[name].shape)}')
   if wrong:
-    remedy = '\n--ignore=PATTERN leaves out extra tensors' if any(line.startswith('extra') for line in wrong) else ''
-    raise ValueError(f'the tensors in {tensors.directory} are not those of its config.json:\n  ' + '\n  '.join(wrong)
-                     + remedy)
+    remedy = (
+      '\n--ignore=PATTERN leaves out extra tensors'
+      if any(line.startswith('extra') for line in wrong)
+      else ''
+    )
+    raise ValueError(
+      f'the tensors in {tensors.directory} are not those of its config.json:\n  '
+      + '\n  '.join(wrong)
+      + remedy
+    )
   return tied
 
 
@@ -185,8 +259,10 @@ def _resolve(parts, tensors, family) -> dict[str, str]:
   """Tensor -> what it is called in this checkpoint, whose names may have another prefix."""
   spellings = [{name: name for name in parts}]
   for ours, others in getattr(family, 'PREFIXES', {}).items():
-    spellings += [{name: other + name.removeprefix(ours) if name.startswith(ours) else name for name in parts}
-                  for other in others]
+    spellings += [
+      {name: other + name.removeprefix(ours) if name.startswith(ours) else name for name in parts}
+      for other in others
+    ]
   return max(spellings, key=lambda called: sum(name in tensors.tensors for name in called.values()))
 
 
@@ -194,11 +270,15 @@ def _check_equal(tensors: TensorFiles, one: str, other: str) -> None:
   rows = tensors.tensors[one].shape[0]
   step = max(1, PIECE * rows // max(1, math.prod(tensors.tensors[one].shape)))
   for start in range(0, rows, step):
-    if not np.array_equal(tensors.read(one, start, min(start + step, rows)),
-                          tensors.read(other, start, min(start + step, rows))):
-      raise ValueError(f'{one} differs from {other}, to which config.json ties it; set tie_word_embeddings to false '
-                       'there, or leave it out '
-                       f'with --ignore={re.escape(one)}')
+    if not np.array_equal(
+      tensors.read(one, start, min(start + step, rows)),
+      tensors.read(other, start, min(start + step, rows)),
+    ):
+      raise ValueError(
+        f'{one} differs from {other}, to which config.json ties it; set tie_word_embeddings to false '
+        'there, or leave it out '
+        f'with --ignore={re.escape(one)}'
+      )
 
 
 def _dtype(tensors: TensorFiles, log) -> str:
@@ -208,9 +288,15 @@ def _dtype(tensors: TensorFiles, log) -> str:
     bits[tensor.kind] = bits.get(tensor.kind, 0) + math.prod(tensor.shape)
   most = max((kind for kind in bits if kind in DTYPES), key=bits.get, default='F32')
   dtype = 'bfloat16' if most == 'BF16' else 'float32'
-  wider = sum(bits.get(kind, 0) for kind in ('F32', 'F64', 'F16')) if dtype == 'bfloat16' else bits.get('F64', 0)
+  wider = (
+    sum(bits.get(kind, 0) for kind in ('F32', 'F64', 'F16'))
+    if dtype == 'bfloat16'
+    else bits.get('F64', 0)
+  )
   if wider:
-    log(f'NOTE: {wider:,} parameters have more digits than {dtype} keeps; --dtype=float32 keeps what it can')
+    log(
+      f'NOTE: {wider:,} parameters have more digits than {dtype} keeps; --dtype=float32 keeps what it can'
+    )
   elif most == 'F16':
     log('NOTE: float16 parameters become float32, which holds them exactly')
   return dtype
@@ -239,7 +325,9 @@ def _whole(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A directory beside the named one, which takes its name at the end; after an error nothing stays."""
   directory = pathlib.Path(directory).absolute()
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise FileExistsError(f'{directory} is there already, and not empty; name another, or remove it')
+    raise FileExistsError(
+      f'{directory} is there already, and not empty; name another, or remove it'
+    )
   partial = directory.with_name(f'.{directory.name}.{os.getpid()}.partial')
   partial.mkdir(parents=True)
   try:
@@ -255,33 +343,60 @@ def _import(options) -> None:
   from data.config import DataConfig, TokenizerConfig
   from training import config as configs
   from training.checkpoint import Checkpoints
+
   if jax.process_count() > 1:
-    raise ValueError('import runs in one process; import on one host, and let the others read the run')
+    raise ValueError(
+      'import runs in one process; import on one host, and let the others read the run'
+    )
   workdir, source = pathlib.Path(options.workdir), pathlib.Path(getattr(options, 'from'))
   with _whole(workdir) as partial:
-    config, model = load(source, dtype=options.dtype, compute_dtype=options.compute_dtype, ignore=options.ignore,
-                         ignore_keys=tuple(options.ignore_key))
-    data = DataConfig(sequence_length=min(config.max_length or DataConfig.sequence_length, DataConfig.sequence_length))
-    tokenizer = None if options.tokenizer == 'none' else _tokenizer(pathlib.Path(options.tokenizer or source),
-                                                                    bool(options.tokenizer))
+    config, model = load(
+      source,
+      dtype=options.dtype,
+      compute_dtype=options.compute_dtype,
+      ignore=options.ignore,
+      ignore_keys=tuple(options.ignore_key),
+    )
+    data = DataConfig(
+      sequence_length=min(
+        config.max_length or DataConfig.sequence_length, DataConfig.sequence_length
+      )
+    )
+    tokenizer = (
+      None
+      if options.tokenizer == 'none'
+      else _tokenizer(pathlib.Path(options.tokenizer or source), bool(options.tokenizer))
+    )
     if tokenizer:
       tokenizer.save(partial / 'tokenizer')
-      data = dataclasses.replace(data, tokenizer=TokenizerConfig(kind=tokenizer.kind, path=str(workdir / 'tokenizer')))
-    run = configs.Config(model=config, data=data).resolve(tokenizer.vocabulary if tokenizer else config.V)
-    checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21)  # small: a file lies in memory while it is written
+      data = dataclasses.replace(
+        data, tokenizer=TokenizerConfig(kind=tokenizer.kind, path=str(workdir / 'tokenizer'))
+      )
+    run = configs.Config(model=config, data=data).resolve(
+      tokenizer.vocabulary if tokenizer else config.V
+    )
+    checkpoints = Checkpoints(
+      partial, log=_log, chunk_bytes=2**21
+    )  # small: a file lies in memory while it is written
     checkpoints.save(0, {'model': model}, data={}, progress={}, donated=False)
     checkpoints.wait()
     configs.save(run, partial)
   title = families.TYPES[_json(source)['model_type']]
-  _log(f'{workdir}: {title}, {_count(model):,} parameters in {config.parameter_dtype}, '
-       f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}')
+  _log(
+    f'{workdir}: {title}, {_count(model):,} parameters in {config.parameter_dtype}, '
+    f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
+  )
 
 
 def _tokenizer(path: pathlib.Path, wanted: bool):
   """The tokenizer at a path, or in a checkpoint's directory; None where there is none and none was asked for."""
   from data import tokenizer as tokenizers
-  models = [path / name for name in ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
-            if (path / name).is_file()]
+
+  models = [
+    path / name
+    for name in ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
+    if (path / name).is_file()
+  ]
   if (path / 'tokenizer.json').is_file() or not models:
     try:
       return tokenizers.load(path)
@@ -297,20 +412,29 @@ def _export(options) -> None:
   from data import tokenizer as tokenizers
   from training import config as configs
   from training.checkpoint import Checkpoints
+
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
   config = configs.load(workdir).model
   family = families.family_of(config, options.family)
   checkpoints = Checkpoints(workdir, log=_log)
-  steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {str(step): step for step in checkpoints.steps()}
+  steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {
+    str(step): step for step in checkpoints.steps()
+  }
   steps = {name: step for name, step in steps.items() if step is not None}
   step = steps[names.check('checkpoint', options.checkpoint, steps)]
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
   with _whole(target) as partial:
     mesh = default_mesh(config)
     with jax.set_mesh(mesh):
-      model = checkpoints.model(abstract(functools.partial(transformer.init, config, 0), mesh), step)
-    special = {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')} if tokenizer else {}
-    _save(model, config, partial, family, options.dtype or config.parameter_dtype, SHARD_BYTES, special)
+      model = checkpoints.model(
+        abstract(functools.partial(transformer.init, config, 0), mesh), step
+      )
+    special = (
+      {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')} if tokenizer else {}
+    )
+    _save(
+      model, config, partial, family, options.dtype or config.parameter_dtype, SHARD_BYTES, special
+    )
     if tokenizer and tokenizer.kind == 'huggingface':
       tokenizer.save(partial)
     elif tokenizer and tokenizer.kind == 'sentencepiece':
@@ -318,12 +442,15 @@ def _export(options) -> None:
     else:
       reason = f'{tokenizer.kind!r} is unknown to transformers' if tokenizer else 'the run has none'
       _log(f'NOTE: no tokenizer is written: {reason}')
-  _log(f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
-       f'{options.dtype or config.parameter_dtype}')
+  _log(
+    f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
+    f'{options.dtype or config.parameter_dtype}'
+  )
 
 
 def _inspect(options) -> None:
   from training import config as configs
+
   directory = pathlib.Path(options.directory)
   hf = _json(directory)
   if 'model_type' in hf:
@@ -362,34 +489,64 @@ _log = functools.partial(print, flush=True)
 
 def main(arguments: list[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message, not a traceback."""
-  parser = argparse.ArgumentParser(prog='python -m model.checkpoint', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog='python -m model.checkpoint',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   commands = parser.add_subparsers(required=True)
 
   reading = argparse.ArgumentParser(add_help=False)
-  reading.add_argument('--ignore', default='', metavar='PATTERN', help='tensors to leave out (a regular expression)')
-  reading.add_argument('--ignore_key', action='append', default=[], metavar='KEY',
-                       help='key of config.json not to look at')
+  reading.add_argument(
+    '--ignore', default='', metavar='PATTERN', help='tensors to leave out (a regular expression)'
+  )
+  reading.add_argument(
+    '--ignore_key',
+    action='append',
+    default=[],
+    metavar='KEY',
+    help='key of config.json not to look at',
+  )
 
   def command(name, run, help_, *parents):
     made = commands.add_parser(name, help=help_, parents=parents)
     made.set_defaults(run=run)
     return made
+
   made = command('import', _import, 'a checkpoint of transformers -> a run', reading)
   made.add_argument('--from', required=True, metavar='DIR')
   made.add_argument('--workdir', required=True, metavar='RUN')
-  made.add_argument('--dtype', default='', choices=('float32', 'bfloat16'),
-                    help="of the parameters; default: the checkpoint's")
-  made.add_argument('--compute_dtype', default='', choices=('float32', 'bfloat16', 'float16'), help='default: the same')
+  made.add_argument(
+    '--dtype',
+    default='',
+    choices=('float32', 'bfloat16'),
+    help="of the parameters; default: the checkpoint's",
+  )
+  made.add_argument(
+    '--compute_dtype',
+    default='',
+    choices=('float32', 'bfloat16', 'float16'),
+    help='default: the same',
+  )
   made.add_argument('--tokenizer', default='', metavar='PATH', help="another than DIR's, or none")
   made = command('export', _export, 'a run -> what transformers loads')
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument('--to', required=True, metavar='DIR')
-  made.add_argument('--family', default='',
-                    help=f'one of {", ".join(families.FAMILIES)}; default: the first that can express the config')
-  made.add_argument('--dtype', default='', choices=('float32', 'bfloat16', 'float16'), help="default: the parameters'")
+  made.add_argument(
+    '--family',
+    default='',
+    help=f'one of {", ".join(families.FAMILIES)}; default: the first that can express the config',
+  )
+  made.add_argument(
+    '--dtype',
+    default='',
+    choices=('float32', 'bfloat16', 'float16'),
+    help="default: the parameters'",
+  )
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
-  command('inspect', _inspect, 'family, parameters, dtype, memory', reading).add_argument('directory', metavar='DIR')
+  command('inspect', _inspect, 'family, parameters, dtype, memory', reading).add_argument(
+    'directory', metavar='DIR'
+  )
   options = parser.parse_args(arguments)
   try:
     options.run(options)

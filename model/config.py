@@ -3,6 +3,7 @@
 Sizes have long names as fields and the letters of the dimension legend as properties; the letters are what the code uses,
 with defaults resolved (a field left 0 follows from the others).
 """
+
 import dataclasses
 from typing import NamedTuple
 
@@ -16,17 +17,17 @@ from parallel.pipeline import PipelineConfig
 from parallel.remat import NAMES, POLICIES, Remat
 
 CHOICES = {
-    'norm': ('rms', 'layer'),
-    'norm_placement': ('pre', 'post', 'both'),
-    'position': ('rope', 'learned', 'relative', 'none'),
-    'biases': ('none', 'qkv', 'all'),
-    'activation': ('silu', 'gelu', 'gelu_exact', 'relu', 'relu2', 'clamped_silu'),
-    'head': ('plain', 'mlm'),
-    'dtype': ('float32', 'bfloat16', 'float16'),
-    'parameter_dtype': ('float32', 'bfloat16'),
-    'attention': ('auto', *HONOURS),
-    'context': STRATEGIES,
-    'remat': tuple(POLICIES),
+  'norm': ('rms', 'layer'),
+  'norm_placement': ('pre', 'post', 'both'),
+  'position': ('rope', 'learned', 'relative', 'none'),
+  'biases': ('none', 'qkv', 'all'),
+  'activation': ('silu', 'gelu', 'gelu_exact', 'relu', 'relu2', 'clamped_silu'),
+  'head': ('plain', 'mlm'),
+  'dtype': ('float32', 'bfloat16', 'float16'),
+  'parameter_dtype': ('float32', 'bfloat16'),
+  'attention': ('auto', *HONOURS),
+  'context': STRATEGIES,
+  'remat': tuple(POLICIES),
 }
 
 
@@ -37,7 +38,10 @@ def _check(prefix: str, config, choices: dict, **least: int) -> None:
   for field, bound in least.items():
     value = getattr(config, field)
     if not bound <= value < float('inf'):
-      raise ValueError(f'{prefix}.{field}={value} must be at least {bound:g}' + (' (0 is the default)' if bound == 0 else ''))
+      raise ValueError(
+        f'{prefix}.{field}={value} must be at least {bound:g}'
+        + (' (0 is the default)' if bound == 0 else '')
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class RopeConfig:
 
   Raises ValueError when a value is impossible.
   """
+
   base: float = 10000.0
   local_base: float = 0.0
   scaling: str = 'none'
@@ -68,12 +73,23 @@ class RopeConfig:
   truncate: bool = True
 
   def __post_init__(self):
-    _check('model.rope', self, {'scaling': ('none', 'linear', 'llama3', 'yarn')}, local_base=0, factor=1, original_length=0, low=0,
-           high=0, attention_factor=0)
+    _check(
+      'model.rope',
+      self,
+      {'scaling': ('none', 'linear', 'llama3', 'yarn')},
+      local_base=0,
+      factor=1,
+      original_length=0,
+      low=0,
+      high=0,
+      attention_factor=0,
+    )
     if not 0 < self.base < float('inf'):
       raise ValueError(f'model.rope.base={self.base} must be positive')
     if self.scaling in ('llama3', 'yarn') and not self.original_length:
-      raise ValueError(f'model.rope.scaling={self.scaling!r} needs model.rope.original_length, the length of the first training')
+      raise ValueError(
+        f'model.rope.scaling={self.scaling!r} needs model.rope.original_length, the length of the first training'
+      )
     if self.scaling in ('llama3', 'yarn') and not self.low < self.high:
       raise ValueError(f'model.rope.low={self.low} must be below model.rope.high={self.high}')
 
@@ -88,6 +104,7 @@ class LatentConfig:
     rope_width: of the part of a key that carries the position, one for all heads.
     value_width: of a head's values; 0: model.head_width.
   """
+
   width: int = 0
   query_width: int = 0
   rope_width: int = 0
@@ -96,7 +113,9 @@ class LatentConfig:
   def __post_init__(self):
     _check('model.latent', self, {}, width=0, query_width=0, rope_width=0, value_width=0)
     if self.width and (not self.rope_width or self.rope_width % 2):
-      raise ValueError(f'model.latent.rope_width={self.rope_width} must be even and positive: rotary positions turn pairs')
+      raise ValueError(
+        f'model.latent.rope_width={self.rope_width} must be even and positive: rotary positions turn pairs'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +138,7 @@ class MoEConfig:
 
   Raises ValueError when a value is impossible.
   """
+
   experts: int = 0
   per_token: int = 2
   feed_forward: int = 0
@@ -139,23 +159,49 @@ class MoEConfig:
   z_loss: float = 0.0
 
   def __post_init__(self):
-    _check('model.moe', self, {'router': ('softmax', 'sigmoid'), 'dispatch': ('dropless', 'capacity', 'dense'),
-                               'balance_over': ('sequence', 'batch')}, experts=0, per_token=1, feed_forward=0, shared_feed_forward=0,
-           every=1, first=0, groups=1, groups_per_token=1, scale=0, bias_rate=0, capacity_factor=0, balance_loss=0, z_loss=0)
+    _check(
+      'model.moe',
+      self,
+      {
+        'router': ('softmax', 'sigmoid'),
+        'dispatch': ('dropless', 'capacity', 'dense'),
+        'balance_over': ('sequence', 'batch'),
+      },
+      experts=0,
+      per_token=1,
+      feed_forward=0,
+      shared_feed_forward=0,
+      every=1,
+      first=0,
+      groups=1,
+      groups_per_token=1,
+      scale=0,
+      bias_rate=0,
+      capacity_factor=0,
+      balance_loss=0,
+      z_loss=0,
+    )
     if not self.experts:
       return
     if self.experts % self.groups or self.groups_per_token > self.groups:
-      raise ValueError(f'model.moe.groups={self.groups} must divide model.moe.experts={self.experts}, '
-                       f'and model.moe.groups_per_token={self.groups_per_token} be at most that')
+      raise ValueError(
+        f'model.moe.groups={self.groups} must divide model.moe.experts={self.experts}, '
+        f'and model.moe.groups_per_token={self.groups_per_token} be at most that'
+      )
     able = self.experts // self.groups * self.groups_per_token
     if self.per_token > able:
-      raise ValueError(f'model.moe.per_token={self.per_token} passes the {able} experts that a token can choose from')
+      raise ValueError(
+        f'model.moe.per_token={self.per_token} passes the {able} experts that a token can choose from'
+      )
     if self.bias_rate and not self.selection_bias:
-      raise ValueError(f'model.moe.bias_rate={self.bias_rate} moves a bias that is not there; set model.moe.selection_bias=True')
+      raise ValueError(
+        f'model.moe.bias_rate={self.bias_rate} moves a bias that is not there; set model.moe.selection_bias=True'
+      )
 
 
 class Kind(NamedTuple):
   """What sets one layer apart from another: its window (0: sees all) and whether it has experts."""
+
   window: int = 0
   moe: bool = False
 
@@ -202,6 +248,7 @@ class ModelConfig:
 
   Raises ValueError when a value is impossible, NotImplementedError when the attention backend cannot honour it.
   """
+
   vocabulary: int = 0
   width: int = 256
   layers: int = 4
@@ -251,33 +298,87 @@ class ModelConfig:
   scan: bool = True
 
   def __post_init__(self):
-    _check('model', self, CHOICES, width=1, layers=1, heads=1, vocabulary=0, kv_heads=0, head_width=0, feed_forward=0, max_length=0,
-           window=0, global_every=0, attention_softcap=0, logit_softcap=0, attention_scale=0, token_types=0, encoder_layers=0,
-           relative_buckets=4, relative_distance=1)
+    _check(
+      'model',
+      self,
+      CHOICES,
+      width=1,
+      layers=1,
+      heads=1,
+      vocabulary=0,
+      kv_heads=0,
+      head_width=0,
+      feed_forward=0,
+      max_length=0,
+      window=0,
+      global_every=0,
+      attention_softcap=0,
+      logit_softcap=0,
+      attention_scale=0,
+      token_types=0,
+      encoder_layers=0,
+      relative_buckets=4,
+      relative_distance=1,
+    )
     for field in ('norm_epsilon', 'init_scale', 'logit_scale'):
       if not 0 < getattr(self, field) < float('inf'):
         raise ValueError(f'model.{field}={getattr(self, field)} must be positive')
     if not self.head_width and self.width % self.heads:
-      raise ValueError(f'model.width={self.width} is not divisible by model.heads={self.heads}; set model.head_width explicitly')
+      raise ValueError(
+        f'model.width={self.width} is not divisible by model.heads={self.heads}; set model.head_width explicitly'
+      )
     if self.heads % self.K:
-      raise ValueError(f'model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}; '
-                       f'kv_heads must be one of {[k for k in range(1, self.heads + 1) if self.heads % k == 0]}')
+      raise ValueError(
+        f'model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}; '
+        f'kv_heads must be one of {[k for k in range(1, self.heads + 1) if self.heads % k == 0]}'
+      )
     if self.position == 'rope' and not self.latent.width and self.H % 2:
-      raise ValueError(f'head width {self.H} is odd, rotary positions turn pairs; set model.head_width to an even number')
+      raise ValueError(
+        f'head width {self.H} is odd, rotary positions turn pairs; set model.head_width to an even number'
+      )
     for wrong, message in (
-        (self.activation == 'clamped_silu' and not self.gated, "activation='clamped_silu' works on a gate; set model.gated=True"),
-        (self.global_every and not self.window, f'global_every={self.global_every} chooses between layers with a window and without; '
-                                                'set model.window'),
-        (self.encoder_layers and not self.causal, 'causal=False is an encoder already; set model.encoder_layers=0, or model.causal=True '
-                                                  'for a decoder with an encoder'),
-        (self.latent.width and (self.position != 'rope' or self.K != self.N or self.qk_norm or self.sinks or self.biases != 'none'),
-         'latent.width: latent attention works with rotary positions, one key per head, and without qk_norm, sinks and biases'),
-        (self.moe.experts and self.encoder_layers, 'moe.experts: an encoder-decoder has no experts; set model.encoder_layers=0'),
-        (self.encoder_layers and self.position == 'learned', "position='learned' has one table; an encoder-decoder needs 'relative', "
-                                                             "'rope' or 'none'"),
-        (self.moe.experts and self.moe.first >= self.layers, f'moe.first={self.moe.first} leaves none of {self.layers} layers with '
-                                                             'experts; lower it, or set model.moe.experts=0'),
-        (self.token_types and self.encoder_layers, 'token_types are of an encoder; set model.encoder_layers=0'),
+      (
+        self.activation == 'clamped_silu' and not self.gated,
+        "activation='clamped_silu' works on a gate; set model.gated=True",
+      ),
+      (
+        self.global_every and not self.window,
+        f'global_every={self.global_every} chooses between layers with a window and without; '
+        'set model.window',
+      ),
+      (
+        self.encoder_layers and not self.causal,
+        'causal=False is an encoder already; set model.encoder_layers=0, or model.causal=True '
+        'for a decoder with an encoder',
+      ),
+      (
+        self.latent.width
+        and (
+          self.position != 'rope'
+          or self.K != self.N
+          or self.qk_norm
+          or self.sinks
+          or self.biases != 'none'
+        ),
+        'latent.width: latent attention works with rotary positions, one key per head, and without qk_norm, sinks and biases',
+      ),
+      (
+        self.moe.experts and self.encoder_layers,
+        'moe.experts: an encoder-decoder has no experts; set model.encoder_layers=0',
+      ),
+      (
+        self.encoder_layers and self.position == 'learned',
+        "position='learned' has one table; an encoder-decoder needs 'relative', 'rope' or 'none'",
+      ),
+      (
+        self.moe.experts and self.moe.first >= self.layers,
+        f'moe.first={self.moe.first} leaves none of {self.layers} layers with '
+        'experts; lower it, or set model.moe.experts=0',
+      ),
+      (
+        self.token_types and self.encoder_layers,
+        'token_types are of an encoder; set model.encoder_layers=0',
+      ),
     ):
       if wrong:
         raise ValueError(f'model.{message}')
@@ -291,7 +392,10 @@ class ModelConfig:
   N = property(lambda self: self.heads, doc='Query heads.')
   K = property(lambda self: self.kv_heads or self.heads, doc='Key/value heads.')
   G = property(lambda self: self.N // self.K, doc='Query heads per key/value head.')
-  H = property(lambda self: self.head_width or self.width // self.heads, doc='Head width; of latent attention, without the rotary part.')
+  H = property(
+    lambda self: self.head_width or self.width // self.heads,
+    doc='Head width; of latent attention, without the rotary part.',
+  )
   V = property(lambda self: self.vocabulary, doc='Vocabulary; 0 until the tokenizer is known.')
   E = property(lambda self: self.moe.experts, doc='Experts.')
 
@@ -305,12 +409,16 @@ class ModelConfig:
   @property
   def kept(self) -> Remat:
     """What is kept of each block. Raises ValueError for a name that no block of this model has."""
-    kept, plain = (Remat(self.remat, self.remat_save, self.remat_offload),
-                   bool(self.moe.shared_feed_forward) or not all(kind.moe for kind in self.kinds))
+    kept, plain = (
+      Remat(self.remat, self.remat_save, self.remat_offload),
+      bool(self.moe.shared_feed_forward) or not all(kind.moe for kind in self.kinds),
+    )
     missing = {name for name, there in (('gate', self.gated and plain), ('up', plain)) if not there}
     if wrong := missing & {*self.remat_save, *self.remat_offload}:
-      raise ValueError(f'model.remat_save and remat_offload name {sorted(wrong)}, which no block of this model has; it has '
-                       f'{", ".join(name for name in NAMES if name not in missing)}')
+      raise ValueError(
+        f'model.remat_save and remat_offload name {sorted(wrong)}, which no block of this model has; it has '
+        f'{", ".join(name for name in NAMES if name not in missing)}'
+      )
     return kept
 
   @property
@@ -326,17 +434,29 @@ class ModelConfig:
   @property
   def attention_spec(self) -> set[str]:
     """What training asks of an attention backend, in the words of kernels.attention.HONOURS."""
-    asked = {'causal': self.causal, 'window': self.window, 'softcap': self.attention_softcap, 'sinks': self.sinks,
-             'relative': self.position == 'relative', 'value_width': self.latent.width,
-             'float32': self.dtype == 'float32', 'wide_heads': self._widest > WIDE}
+    asked = {
+      'causal': self.causal,
+      'window': self.window,
+      'softcap': self.attention_softcap,
+      'sinks': self.sinks,
+      'relative': self.position == 'relative',
+      'value_width': self.latent.width,
+      'float32': self.dtype == 'float32',
+      'wide_heads': self._widest > WIDE,
+    }
     return {'segments'} | {name for name, wanted in asked.items() if wanted}
 
   @property
   def kinds(self) -> tuple[Kind, ...]:
     """The kind of each layer."""
     every, moe = self.global_every, self.moe
-    return tuple(Kind(0 if every and (i + 1) % every == 0 else self.window,
-                      bool(moe.experts) and i >= moe.first and (i - moe.first) % moe.every == 0) for i in range(self.L))
+    return tuple(
+      Kind(
+        0 if every and (i + 1) % every == 0 else self.window,
+        bool(moe.experts) and i >= moe.first and (i - moe.first) % moe.every == 0,
+      )
+      for i in range(self.L)
+    )
 
   @property
   def stacks(self) -> tuple[tuple[tuple[Kind, ...], int], ...]:
@@ -344,47 +464,83 @@ class ModelConfig:
     if not self.scan:
       return tuple(((kind,), 1) for kind in self.kinds)
     left, stacks = self.kinds, []
-    longest = max(1, self.global_every) * self.moe.every  # what the windows and the experts repeat after together
+    longest = (
+      max(1, self.global_every) * self.moe.every
+    )  # what the windows and the experts repeat after together
     while left:
-      periods = [p for p in range(1, min(longest, len(left)) + 1) if p == 1 or _repeats(left, p) > 1]
-      period = max(periods, key=lambda p: (p * _repeats(left, p), -p))  # the one that covers most; of those, the shortest
+      periods = [
+        p for p in range(1, min(longest, len(left)) + 1) if p == 1 or _repeats(left, p) > 1
+      ]
+      period = max(
+        periods, key=lambda p: (p * _repeats(left, p), -p)
+      )  # the one that covers most; of those, the shortest
       stacks.append((left[:period], _repeats(left, period)))
-      left = left[period * stacks[-1][1]:]
+      left = left[period * stacks[-1][1] :]
     return tuple(stacks)
 
   @property
   def encoder_stacks(self) -> tuple[tuple[tuple[Kind, ...], int], ...]:
     """The same of the encoder's layers."""
-    return (((Kind(),), self.encoder_layers),) if self.scan else (((Kind(),), 1),) * self.encoder_layers
+    return (
+      (((Kind(),), self.encoder_layers),) if self.scan else (((Kind(),), 1),) * self.encoder_layers
+    )
 
   def check_stages(self, stages: int) -> None:
     """Raises ValueError or NotImplementedError where layers or losses cannot be split over so many pipeline stages."""
     if stages == 1:
       return
-    for what, periods in (('model.layers', self.stacks), ('model.encoder_layers', (((Kind(),), self.encoder_layers),))):
+    for what, periods in (
+      ('model.layers', self.stacks),
+      ('model.encoder_layers', (((Kind(),), self.encoder_layers),)),
+    ):
       if periods[-1][1]:
         pipeline.check(what, periods, self.pipeline, stages)
-    if self.moe.balance_loss and self.moe.balance_over == 'batch' and self.pipeline.count(stages) > 1:
-      raise ValueError(f"model.moe.balance_over='batch' looks at one of model.pipeline.microbatches={self.pipeline.count(stages)} at a "
-                       "time: parts would not add up to the whole; use balance_over='sequence'")
+    if (
+      self.moe.balance_loss and self.moe.balance_over == 'batch' and self.pipeline.count(stages) > 1
+    ):
+      raise ValueError(
+        f"model.moe.balance_over='batch' looks at one of model.pipeline.microbatches={self.pipeline.count(stages)} at a "
+        "time: parts would not add up to the whole; use balance_over='sequence'"
+      )
     for wrong, what in (
-        (len(self.stacks) > 1, f'layers of {len(self.stacks)} scans (model.stacks): all have to be in the one that is split'),
-        (self.position == 'relative', "model.position='relative': it does not train a table that all layers share"),
-        (self.dtype == 'float16', "model.dtype='float16': it finds gradients before the loss is scaled"),
+      (
+        len(self.stacks) > 1,
+        f'layers of {len(self.stacks)} scans (model.stacks): all have to be in the one that is split',
+      ),
+      (
+        self.position == 'relative',
+        "model.position='relative': it does not train a table that all layers share",
+      ),
+      (
+        self.dtype == 'float16',
+        "model.dtype='float16': it finds gradients before the loss is scaled",
+      ),
     ):
       if wrong and self.pipeline.schedule == '1f1b':
-        raise NotImplementedError(f"model.pipeline.schedule='1f1b' does not work with {what}; use 'gpipe' or 'circular'")
+        raise NotImplementedError(
+          f"model.pipeline.schedule='1f1b' does not work with {what}; use 'gpipe' or 'circular'"
+        )
 
   @property
   def places(self) -> tuple[tuple[Kind, tuple[int, ...]], ...]:
     """The kind, and the layers in order, of each place of each period: of transformer.Stack's blocks, one by one."""
     places, first = [], 0
     for kinds, repeats in self.stacks:
-      places += [(kind, tuple(first + i + len(kinds) * r for r in range(repeats))) for i, kind in enumerate(kinds)]
+      places += [
+        (kind, tuple(first + i + len(kinds) * r for r in range(repeats)))
+        for i, kind in enumerate(kinds)
+      ]
       first += len(kinds) * repeats
     return tuple(places)
 
 
 def _repeats(kinds: tuple[Kind, ...], period: int) -> int:
   """How many times the first `period` kinds follow one another from the start."""
-  return next((n for n in range(1, len(kinds) // period + 1) if kinds[n * period:][:period] != kinds[:period]), 1)
+  return next(
+    (
+      n
+      for n in range(1, len(kinds) // period + 1)
+      if kinds[n * period :][:period] != kinds[:period]
+    ),
+    1,
+  )

@@ -2,6 +2,7 @@
 
 B batch · T length · D width · H head width · F feed-forward width · V vocabulary
 """
+
 import math
 from typing import NamedTuple
 
@@ -17,16 +18,18 @@ from parallel import axes as ax
 from parallel.remat import named
 
 ACTIVATIONS = {
-    'silu': jax.nn.silu,
-    'gelu': jax.nn.gelu,
-    'gelu_exact': lambda x: jax.nn.gelu(x, approximate=False),
-    'relu': jax.nn.relu,
-    'relu2': lambda x: jnp.square(jax.nn.relu(x)),
+  'silu': jax.nn.silu,
+  'gelu': jax.nn.gelu,
+  'gelu_exact': lambda x: jax.nn.gelu(x, approximate=False),
+  'relu': jax.nn.relu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
 }
 CLAMP = 7.0  # of gpt-oss's activation
 
 
-def activate(gate: Float[Array, '*B F'] | None, up: Float[Array, '*B F'], name: str) -> Float[Array, '*B F']:
+def activate(
+  gate: Float[Array, '*B F'] | None, up: Float[Array, '*B F'], name: str
+) -> Float[Array, '*B F']:
   """act(gate) * up; act(up) where there is no gate; for 'clamped_silu' see ModelConfig.activation."""
   if name == 'clamped_silu':
     gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
@@ -41,9 +44,20 @@ class Norm(nnx.Module):
     self.kind = kind or config.norm
     self.epsilon = config.norm_epsilon
     self.offset = float(config.norm_offset)
-    self.scale = param(rngs, (size,), ('norm',), 'zeros' if config.norm_offset else 'ones', kind='vector', dtype=config.parameter_dtype)
+    self.scale = param(
+      rngs,
+      (size,),
+      ('norm',),
+      'zeros' if config.norm_offset else 'ones',
+      kind='vector',
+      dtype=config.parameter_dtype,
+    )
     biased = self.kind == 'layer' and config.biases == 'all'
-    self.bias = param(rngs, (size,), ('norm',), 'zeros', kind='vector', dtype=config.parameter_dtype) if biased else None
+    self.bias = (
+      param(rngs, (size,), ('norm',), 'zeros', kind='vector', dtype=config.parameter_dtype)
+      if biased
+      else None
+    )
 
   def __call__(self, x: Float[Array, '... D']) -> Float[Array, '... D']:
     y = x.astype(jnp.float32)
@@ -58,14 +72,21 @@ class Norm(nnx.Module):
 
 class Angles(NamedTuple):
   """Of rotary positions: cosines and sines, f32 [B, T, H/2]."""
+
   cosines: Array
   sines: Array
 
 
-def rope_angles(positions: Int[Array, 'B T'], width: int, rope: RopeConfig, local: bool = False) -> Angles:
+def rope_angles(
+  positions: Int[Array, 'B T'], width: int, rope: RopeConfig, local: bool = False
+) -> Angles:
   """Position / base^(2i/H) for pair i (RoFormer, arXiv:2104.09864, eq. 15), stretched as `rope` says; `local`: of a layer with a window."""
   local = local and rope.local_base > 0
-  frequencies = jnp.asarray(rope_frequencies(width, rope.local_base if local else rope.base, 'none' if local else rope.scaling, rope))
+  frequencies = jnp.asarray(
+    rope_frequencies(
+      width, rope.local_base if local else rope.base, 'none' if local else rope.scaling, rope
+    )
+  )
   angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
   scale = 1.0
   if rope.scaling == 'yarn' and not local:
@@ -86,7 +107,9 @@ def rope_frequencies(width: int, base: float, scaling: str, rope: RopeConfig) ->
     turns = rope.original_length * frequencies / np.float32(2 * math.pi)
     keep = (turns - rope.low) / (rope.high - rope.low)
   else:  # YaRN's is linear in the pair's index
-    index = lambda turns: width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+    index = lambda turns: (
+      width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+    )
     first, last = index(rope.high), index(rope.low)
     if rope.truncate:
       first, last = math.floor(first), math.ceil(last)
@@ -109,17 +132,33 @@ class FeedForward(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int = 0):
     D, F, dtype = config.D, width or config.F, config.parameter_dtype
     self.dtype, self.activation = config.dtype, config.activation
-    self.gate = param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype) if config.gated else None
+    self.gate = (
+      param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype) if config.gated else None
+    )
     self.up = param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype)
-    self.down = param(rngs, (F, D), ('feed_forward', 'embed'), (F * 2 * config.L) ** -0.5, dtype=dtype)
+    self.down = param(
+      rngs, (F, D), ('feed_forward', 'embed'), (F * 2 * config.L) ** -0.5, dtype=dtype
+    )
     biased = config.biases == 'all'
-    self.up_bias = param(rngs, (F,), ('feed_forward',), 'zeros', kind='vector', dtype=dtype) if biased else None
-    self.gate_bias = param(rngs, (F,), ('feed_forward',), 'zeros', kind='vector', dtype=dtype) if biased and config.gated else None
-    self.down_bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if biased else None
+    self.up_bias = (
+      param(rngs, (F,), ('feed_forward',), 'zeros', kind='vector', dtype=dtype) if biased else None
+    )
+    self.gate_bias = (
+      param(rngs, (F,), ('feed_forward',), 'zeros', kind='vector', dtype=dtype)
+      if biased and config.gated
+      else None
+    )
+    self.down_bias = (
+      param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if biased else None
+    )
 
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     up = named(project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype), 'up')
-    gate = None if self.gate is None else named(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype), 'gate')
+    gate = (
+      None
+      if self.gate is None
+      else named(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype), 'gate')
+    )
     h = activate(gate, up, self.activation)
     y = product('BTF,FD->BTD', h, self.down, self.dtype, ax.residual(x.shape[1]))  # row-parallel
     return add_bias(y, self.down_bias, self.dtype)
@@ -147,16 +186,25 @@ class Embedding(nnx.Module):
     self.scale = config.D**0.5 if config.embedding_scale else 1.0
 
     def table(rows, axis):
-      return param(rngs, (rows, D), (axis, 'embed'), config.init_scale, kind='embedding', dtype=dtype) if rows else None
+      return (
+        param(rngs, (rows, D), (axis, 'embed'), config.init_scale, kind='embedding', dtype=dtype)
+        if rows
+        else None
+      )
+
     self.tokens = table(config.V, 'vocab')
     self.positions = table(config.max_length if config.position == 'learned' else 0, 'position')
     self.types = table(config.token_types, 'position')
     self.norm = Norm(config, D, rngs) if config.norm_placement == 'post' else None
 
-  def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], types: Int[Array, 'B T'] | None) -> Float[Array, 'B T D']:
+  def __call__(
+    self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], types: Int[Array, 'B T'] | None
+  ) -> Float[Array, 'B T D']:
     x = lookup(self.tokens, tokens, self.dtype)
     if self.scale != 1.0:
-      x = x * jnp.asarray(self.scale, x.dtype)  # the factor is rounded, too, in the models that do it
+      x = x * jnp.asarray(
+        self.scale, x.dtype
+      )  # the factor is rounded, too, in the models that do it
     if self.positions is not None:
       x = x + lookup(self.positions, positions, self.dtype)
     if self.types is not None:
@@ -172,7 +220,9 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
   """
   rows, embed = (ax.mesh_axes(axis) if axis else () for axis in (table.axes[0], 'embed'))
   out = ax.residual(ids.shape[1])
-  shared = tuple(axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence'))  # tokens are dealt out over these
+  shared = tuple(
+    axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence')
+  )  # tokens are dealt out over these
   whole = tuple(axis for axis in rows if axis not in shared)
 
   def local(table, ids):
@@ -180,13 +230,20 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
     if rows:
       everyone = everyone - jax.lax.axis_index(rows) * table.shape[0]
       here = (everyone >= 0) & (everyone < table.shape[0])
-      x = jnp.where(here[..., None], table.at[jnp.where(here, everyone, 0)].get(mode='promise_in_bounds'), 0).astype(dtype)
+      x = jnp.where(
+        here[..., None], table.at[jnp.where(here, everyone, 0)].get(mode='promise_in_bounds'), 0
+      ).astype(dtype)
       x = jax.lax.psum(x, whole) if whole else x
       x = jax.lax.psum_scatter(x, shared, scatter_dimension=2, tiled=True) if shared else x
     else:
       x = table.at[everyone].get().astype(dtype)
-    return jax.lax.all_to_all(x, embed, split_axis=0, concat_axis=3, tiled=True)[0] if embed else x[0]
-  x = ax.local(local, (table.axes, ('batch', 'length')), out if shared else ('batch', 'length', 'width'))(table[...], ids)
+    return (
+      jax.lax.all_to_all(x, embed, split_axis=0, concat_axis=3, tiled=True)[0] if embed else x[0]
+    )
+
+  x = ax.local(
+    local, (table.axes, ('batch', 'length')), out if shared else ('batch', 'length', 'width')
+  )(table[...], ids)
   return ax.place(x, *out)
 
 
@@ -197,9 +254,15 @@ class Head(nnx.Module):
     D, V, dtype = config.D, config.V, config.parameter_dtype
     self.dtype, self.activation = config.dtype, config.activation
     mlm = config.head == 'mlm'
-    self.tokens = None if config.tie_embeddings else param(rngs, (V, D), ('vocab', 'embed'), D**-0.5, kind='embedding', dtype=dtype)
+    self.tokens = (
+      None
+      if config.tie_embeddings
+      else param(rngs, (V, D), ('vocab', 'embed'), D**-0.5, kind='embedding', dtype=dtype)
+    )
     self.dense = param(rngs, (D, D), ('embed', None), D**-0.5, dtype=dtype) if mlm else None
-    self.dense_bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if mlm else None
+    self.dense_bias = (
+      param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if mlm else None
+    )
     self.norm = Norm(config, D, rngs) if mlm else None
     self.bias = param(rngs, (V,), ('vocab',), 'zeros', kind='vector', dtype=dtype) if mlm else None
 
@@ -207,7 +270,11 @@ class Head(nnx.Module):
     """What the output embedding is multiplied with."""
     if self.dense is None:
       return x
-    return self.norm(activate(None, project('...D,DE->...E', x, self.dense, self.dense_bias, self.dtype), self.activation))
+    return self.norm(
+      activate(
+        None, project('...D,DE->...E', x, self.dense, self.dense_bias, self.dtype), self.activation
+      )
+    )
 
 
 class Pooler(nnx.Module):

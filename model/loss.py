@@ -8,6 +8,7 @@ over microbatches, and stay far from f16's underflow.
 
 B batch · T length · D width · V vocabulary (of this device, inside) · C rows of a chunk of it
 """
+
 import functools
 
 import jax
@@ -23,8 +24,14 @@ Sums = dict[str, Float[Array, '']]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def cross_entropy(x: Float[Array, 'B T D'], head: Float[Array, 'V D'], targets: Int[Array, 'B T'], z_loss: float = 0.0,
-                  softcap: float = 0.0, chunk: int = CHUNK) -> tuple[Float[Array, ''], Sums]:
+def cross_entropy(
+  x: Float[Array, 'B T D'],
+  head: Float[Array, 'V D'],
+  targets: Int[Array, 'B T'],
+  z_loss: float = 0.0,
+  softcap: float = 0.0,
+  chunk: int = CHUNK,
+) -> tuple[Float[Array, ''], Sums]:
   """Sum over predicted tokens of -log p(target) + z_loss * log(Z)^2 (PaLM, arXiv:2204.02311, section 5), in f32.
 
   Args:
@@ -53,10 +60,22 @@ cross_entropy.defvjp(_forward, _backward)
 def _over_mesh(function, settings, gradients, x, head, targets):
   """`function` of each device's rows and columns of the vocabulary; without a mesh, of everything."""
   embed = ax.whole_or('embed', head.shape[1])
-  activations, table, tokens, sums = ('batch', 'length', 'width'), ('vocab', embed), ('batch', 'length'), ((), ())
-  run = functools.partial(function, settings=settings, rows=ax.mesh_axes(*tokens), columns=ax.mesh_axes('vocab'),
-                          shards=ax.mesh_axes(embed) if embed else ())
-  return ax.local(run, (activations, table, tokens), (sums, (activations, table)) if gradients else sums)(x, head, targets)
+  activations, table, tokens, sums = (
+    ('batch', 'length', 'width'),
+    ('vocab', embed),
+    ('batch', 'length'),
+    ((), ()),
+  )
+  run = functools.partial(
+    function,
+    settings=settings,
+    rows=ax.mesh_axes(*tokens),
+    columns=ax.mesh_axes('vocab'),
+    shards=ax.mesh_axes(embed) if embed else (),
+  )
+  return ax.local(
+    run, (activations, table, tokens), (sums, (activations, table)) if gradients else sums
+  )(x, head, targets)
 
 
 def _sums(x, head, targets, *, settings, rows, columns, shards):
@@ -75,34 +94,48 @@ def _sums_and_gradients(x, head, targets, *, settings, rows, columns, shards):
 
   def step(d_x, chunk):
     logits, hit = _logits(x, chunk, targets, softcap)
-    d_logits = jnp.where(counted[..., None], jnp.exp(logits - lse[..., None]) * factor[..., None] - hit, 0)
+    d_logits = jnp.where(
+      counted[..., None], jnp.exp(logits - lse[..., None]) * factor[..., None] - hit, 0
+    )
     if softcap:
       d_logits = d_logits * (1 - jnp.square(jnp.where(jnp.isfinite(logits), logits, 0) / softcap))
     d_logits = d_logits.astype(x.dtype)
     d_x += jnp.einsum('BTC,CD->BTD', d_logits, chunk['head'], preferred_element_type=jnp.float32)
     # As [D, C], so that what a CPU has to transpose for the product is x, not the logits (7% of a step).
     d_head = jnp.einsum('BTD,BTC->DC', x, d_logits, preferred_element_type=jnp.float32)
-    if x.dtype == jnp.bfloat16:  # as every other gradient crosses devices; f16 could not hold the sum before it is scaled
+    if (
+      x.dtype == jnp.bfloat16
+    ):  # as every other gradient crosses devices; f16 could not hold the sum before it is scaled
       d_head = d_head.astype(x.dtype)
     d_head = zero.reduce_scatter(d_head, shards, 0) if shards else d_head
     return d_x, _sum_over(d_head, copies).T
+
   d_x, d_head = jax.lax.scan(step, jnp.zeros(x.shape, jnp.float32), chunks)
   d_x = _sum_over(d_x.astype(x.dtype), columns)
-  return _totals(statistics, targets, z_loss, rows), (d_x, d_head.reshape(-1, d_head.shape[-1])[:head.shape[0]])
+  return _totals(statistics, targets, z_loss, rows), (
+    d_x,
+    d_head.reshape(-1, d_head.shape[-1])[: head.shape[0]],
+  )
 
 
 def _statistics(x, chunks, targets, softcap, columns):
   """Of each token, [B, T] f32: log-sum-exp of the logits, the target's logit, the largest logit."""
+
   def step(carry, chunk):
     top, total, picked = carry
     logits, hit = _logits(x, chunk, targets, softcap)
     higher = jnp.maximum(top, logits.max(-1))
     total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
     return (higher, total, picked + jnp.where(hit, logits, 0).sum(-1)), None
+
   zeros = jnp.zeros(targets.shape, jnp.float32)
   (own, total, picked), _ = jax.lax.scan(step, (zeros - jnp.inf, zeros, zeros), chunks)
   top = jax.lax.pmax(own, columns) if columns else own
-  return top + jnp.log(_sum_over(total * jnp.exp(own - top), columns)), _sum_over(picked, columns), top
+  return (
+    top + jnp.log(_sum_over(total * jnp.exp(own - top), columns)),
+    _sum_over(picked, columns),
+    top,
+  )
 
 
 def _logits(x, chunk, targets, softcap):
@@ -124,7 +157,10 @@ def _chunks(head, x, chunk, columns):
   pad = -V % n
   ids = jnp.arange(V + pad, dtype=jnp.int32)
   ids = jnp.where(ids < V, ids + (jax.lax.axis_index(columns) * V if columns else 0), -1)
-  return {'head': jnp.pad(head, ((0, pad), (0, 0))).reshape(n, -1, head.shape[1]), 'ids': ids.reshape(n, -1)}
+  return {
+    'head': jnp.pad(head, ((0, pad), (0, 0))).reshape(n, -1, head.shape[1]),
+    'ids': ids.reshape(n, -1),
+  }
 
 
 def _gathered(head, shards):
@@ -136,7 +172,11 @@ def _totals(statistics, targets, z_loss, rows):
   counted = targets != IGNORE
   total = lambda value: _sum_over(jnp.where(counted, value, 0).sum(dtype=jnp.float32), rows)
   nll = total(lse - picked)
-  return nll + total(z_loss * jnp.square(lse)), {'nll': nll, 'tokens': total(1.0), 'correct': total(picked >= top)}
+  return nll + total(z_loss * jnp.square(lse)), {
+    'nll': nll,
+    'tokens': total(1.0),
+    'correct': total(picked >= top),
+  }
 
 
 def _sum_over(value, axes):

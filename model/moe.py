@@ -3,6 +3,7 @@
 B batch · T length · D width · F feed-forward width of an expert · E experts · k experts of a token · C capacity of an expert
 n = B * T tokens of this device
 """
+
 import functools
 import math
 from typing import NamedTuple
@@ -17,7 +18,16 @@ from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param, use
 from parallel import axes as ax, zero
-from parallel.experts import Exchange, count, from_experts, in_rounds, inverse, plan, rank, to_experts
+from parallel.experts import (
+  Exchange,
+  count,
+  from_experts,
+  in_rounds,
+  inverse,
+  plan,
+  rank,
+  to_experts,
+)
 
 ROUTING = 'router', 'router_bias', 'selection_bias'
 EXPERTS = 'gate', 'up', 'down', 'gate_bias', 'up_bias', 'down_bias'
@@ -33,6 +43,7 @@ class Axes(NamedTuple):
     rows, length: of tokens. columns: of the feed-forward width; where `sequence`, of the length of inputs and outputs, too.
     experts: which hold different experts. shards: along which D of their weights is stored.
   """
+
   rows: tuple[str, ...]
   length: tuple[str, ...]
   columns: tuple[str, ...]
@@ -50,10 +61,14 @@ class MoE(nnx.Module):
       raise ValueError('model.moe.experts=0: a mixture of experts needs at least one')
     F, biased = moe.feed_forward or config.F, config.biases == 'all'
     self.moe, self.dtype, self.activation = moe, config.dtype, config.activation
-    inner, outer = ('experts', 'expert_embed', 'feed_forward'), ('experts', 'feed_forward', 'expert_embed')
+    inner, outer = (
+      ('experts', 'expert_embed', 'feed_forward'),
+      ('experts', 'feed_forward', 'expert_embed'),
+    )
 
     def vector(shape, axes, wanted, dtype=dtype):
       return param(rngs, shape, axes, 'zeros', kind='vector', dtype=dtype) if wanted else None
+
     self.router = param(rngs, (D, E), ('embed', None), D**-0.5, wide=True, dtype=dtype)
     self.router_bias = vector((E,), ('norm',), biased)
     # A step moves it by 1e-3 or so, which bfloat16 would round away.
@@ -64,10 +79,13 @@ class MoE(nnx.Module):
     self.gate_bias = vector((E, F), ('experts', 'feed_forward'), biased and config.gated)
     self.up_bias = vector((E, F), ('experts', 'feed_forward'), biased)
     self.down_bias = vector((E, D), ('experts', 'norm'), biased)
-    self.shared = FeedForward(config, rngs, width=moe.shared_feed_forward) if moe.shared_feed_forward else None
+    self.shared = (
+      FeedForward(config, rngs, width=moe.shared_feed_forward) if moe.shared_feed_forward else None
+    )
 
-  def __call__(self, x: Float[Array, 'B T D'],
-               segments: Int[Array, 'B T'] | None = None) -> tuple[Float[Array, 'B T D'], dict[str, Float[Array, '...']]]:
+  def __call__(
+    self, x: Float[Array, 'B T D'], segments: Int[Array, 'B T'] | None = None
+  ) -> tuple[Float[Array, 'B T D'], dict[str, Float[Array, '...']]]:
     """The experts' outputs, and statistics of the routing.
 
     Args:
@@ -82,28 +100,45 @@ class MoE(nnx.Module):
     routing = {name: use(p, 'float32', product=False) for name, p in held(ROUTING).items()}
     experts = {name: p[...] for name, p in held(EXPERTS).items()}
     tokens, stored = ax.residual(x.shape[1]), {name: p.axes for name, p in held(EXPERTS).items()}
-    axes = Axes(*(ax.mesh_axes(name) for name in ('batch', 'length', 'feed_forward', 'experts', 'expert_embed')), 'sequence' in tokens)
-    run = functools.partial(_layer, moe=self.moe, activation=self.activation, axes=axes, stored=stored, dtype=self.dtype)
+    axes = Axes(
+      *(
+        ax.mesh_axes(name)
+        for name in ('batch', 'length', 'feed_forward', 'experts', 'expert_embed')
+      ),
+      'sequence' in tokens,
+    )
+    run = functools.partial(
+      _layer, moe=self.moe, activation=self.activation, axes=axes, stored=stored, dtype=self.dtype
+    )
     everywhere = {name: (None,) * value.ndim for name, value in routing.items()}
     y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, stored), (tokens, STATS))(
-        ax.place(x, *tokens), segments, routing, experts)
-    return y if self.shared is None else y + self.shared(ax.place(x, 'batch', 'length', 'width')), stats
+      ax.place(x, *tokens), segments, routing, experts
+    )
+    return y if self.shared is None else y + self.shared(
+      ax.place(x, 'batch', 'length', 'width')
+    ), stats
 
 
-def moved(bias: Float[Array, '*L E'], load: Float[Array, '*L E'], rate: float) -> Float[Array, '*L E']:
+def moved(
+  bias: Float[Array, '*L E'], load: Float[Array, '*L E'], rate: float
+) -> Float[Array, '*L E']:
   """The selection bias after a step: up by `rate` for experts below the mean load, down above (arXiv:2408.15664, algorithm 1)."""
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
 def _layer(x, segments, routing, experts, *, moe, activation, axes, stored, dtype):
   """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights, laid out as `stored`."""
-  x = jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
+  x = (
+    jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
+  )
   if 'down_bias' in experts and axes.columns:  # a part of a sum over columns: added once
     experts['down_bias'] = jnp.where(jax.lax.axis_index(axes.columns) == 0, experts['down_bias'], 0)
   (B, T, D), E = x.shape, moe.experts
   real = (segments > 0).reshape(B * T)
   x = jnp.where(real[:, None], x.reshape(B * T, D), jnp.zeros((), x.dtype))
-  logits = jnp.einsum('nD,DE->nE', x.astype(jnp.float32), routing['router'], precision=jax.lax.Precision.HIGHEST)
+  logits = jnp.einsum(
+    'nD,DE->nE', x.astype(jnp.float32), routing['router'], precision=jax.lax.Precision.HIGHEST
+  )
   if 'router_bias' in routing:
     logits = logits + routing['router_bias'][None]
   scores, choices, gates = route(logits, routing.get('selection_bias'), moe)
@@ -113,7 +148,9 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, stored, dtyp
   if moe.dispatch == 'capacity':
     C = _slots(moe, B * T, E)
     kept = rank(expert, E) < C
-    stats['dropped'] = _sum_over((real[:, None] & ~kept).sum(dtype=jnp.float32), axes.rows + axes.length)
+    stats['dropped'] = _sum_over(
+      (real[:, None] & ~kept).sum(dtype=jnp.float32), axes.rows + axes.length
+    )
     expert = jnp.where(kept, expert, E)
   gates = jnp.where(expert < E, gates, 0.0)
   gather = functools.partial(_gathered, stored=stored, shards=axes.shards, dtype=dtype)
@@ -134,8 +171,9 @@ def _slots(moe, n, parts):
   return min(most, max(1, math.ceil(moe.capacity_factor * n * moe.per_token / parts)))
 
 
-def route(logits: Float[Array, 'n E'], selection_bias: Float[Array, 'E'] | None,
-          moe: MoEConfig) -> tuple[Float[Array, 'n E'], Int[Array, 'n k'], Float[Array, 'n k']]:
+def route(
+  logits: Float[Array, 'n E'], selection_bias: Float[Array, 'E'] | None, moe: MoEConfig
+) -> tuple[Float[Array, 'n E'], Int[Array, 'n k'], Float[Array, 'n k']]:
   """Scores of all experts, the chosen ones in order of their score, and the gates of these; all f32.
 
   As transformers does it: a softmax group is as good as its best expert (DeepSeek-V2, arXiv:2405.04434, section 2.2.2), a sigmoid
@@ -146,7 +184,9 @@ def route(logits: Float[Array, 'n E'], selection_bias: Float[Array, 'E'] | None,
   choice = jax.lax.stop_gradient(choice)
   if moe.groups > 1:
     grouped = choice.reshape(len(choice), moe.groups, -1)
-    best = jax.lax.top_k(grouped, min(2 if moe.router == 'sigmoid' else 1, grouped.shape[-1]))[0].sum(-1)
+    best = jax.lax.top_k(grouped, min(2 if moe.router == 'sigmoid' else 1, grouped.shape[-1]))[
+      0
+    ].sum(-1)
     groups = jax.lax.top_k(best, moe.groups_per_token)[1]
     inside = (groups[:, :, None] == jnp.arange(moe.groups)[None, None]).any(1)
     choice = jnp.where(inside[:, :, None], grouped, 0.0).reshape(choice.shape)
@@ -161,7 +201,9 @@ def _losses(logits, scores, choices, real, moe, axes):
   """Load and losses of all devices' tokens; real [B, T] says which count."""
   (B, T), E, k, (rows, length) = real.shape, moe.experts, moe.per_token, axes[:2]
   probabilities = scores / scores.sum(-1, keepdims=True)
-  chosen = (choices.reshape(B, T * k, 1) == jnp.arange(E)[None, None]) & jnp.repeat(real, k, 1)[..., None]
+  chosen = (choices.reshape(B, T * k, 1) == jnp.arange(E)[None, None]) & jnp.repeat(real, k, 1)[
+    ..., None
+  ]
   counts = _sum_over(chosen.sum(1, dtype=jnp.float32), length)  # [B, E], as the next one
   mass = _sum_over(jnp.where(real[..., None], probabilities.reshape(B, T, E), 0.0).sum(1), length)
   tokens = _sum_over(real.sum(1, dtype=jnp.float32), length)
@@ -170,10 +212,17 @@ def _losses(logits, scores, choices, real, moe, axes):
   if moe.balance_over == 'sequence':
     balance = _sum_over(((counts * mass).sum(1) / jnp.maximum(tokens, 1.0)).sum(), rows)
   else:
-    balance = (load * _sum_over(mass.sum(0), rows)).sum() / jnp.maximum(_sum_over(tokens.sum(), rows), 1.0)
+    balance = (load * _sum_over(mass.sum(0), rows)).sum() / jnp.maximum(
+      _sum_over(tokens.sum(), rows), 1.0
+    )
   z = jnp.square(jax.nn.logsumexp(logits, -1))
   z = _sum_over(jnp.where(real.reshape(-1), z, 0.0).sum(), rows + length)
-  return {'load': load, 'dropped': jnp.float32(0), 'balance_loss': moe.balance_loss * E / k * balance, 'router_z_loss': moe.z_loss * z}
+  return {
+    'load': load,
+    'dropped': jnp.float32(0),
+    'balance_loss': moe.balance_loss * E / k * balance,
+    'router_z_loss': moe.z_loss * z,
+  }
 
 
 def dense(x, expert, gates, experts, *, moe, compute, axes):
@@ -182,7 +231,9 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
   x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere · experts: stored weights by name, of those here.
   Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over axes.columns.
   """
-  everyone = lambda a: jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
+  everyone = lambda a: (
+    jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
+  )
   x, expert, gates = everyone(x), everyone(expert), everyone(gates)
   first = jax.lax.axis_index(axes.experts) * len(experts['up']) if axes.experts else 0
 
@@ -191,10 +242,15 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
     share = jnp.where(expert == first + index, gates, 0.0).sum(1, keepdims=True)
     w = {name: value[None] for name, value in w.items()}
     return y + share * compute(x[None], w, _each)[0].astype(jnp.float32), None
+
   # What an expert computes is as large as everything else together: cheaper to compute again than to keep E times.
   found = jnp.arange(len(experts['up']), dtype=expert.dtype), experts
-  y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), found)[0]
-  return jax.lax.psum_scatter(y, axes.experts, scatter_dimension=0, tiled=True) if axes.experts else y
+  y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), found)[
+    0
+  ]
+  return (
+    jax.lax.psum_scatter(y, axes.experts, scatter_dimension=0, tiled=True) if axes.experts else y
+  )
 
 
 def dropless(x, expert, gates, experts, *, moe, compute, axes):
@@ -213,7 +269,9 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes):
   """Each expert computes C slots of each device, filled or not; the caller has sent to nowhere what does not fit."""
   E, (n, D) = moe.experts, x.shape
   C = _slots(moe, n, E)
-  slot = jnp.where(expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)).reshape(-1)
+  slot = jnp.where(
+    expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)
+  ).reshape(-1)
   choice = inverse(slot, E * C)
   rows = _permute(jnp.repeat(x, expert.shape[1], 0), choice, slot).reshape(E, C, D)
   y = from_experts(compute(to_experts(rows, axes.experts), experts, _each), axes.experts)
@@ -239,6 +297,7 @@ def _sorted(rows, gates, expert, experts, *, compute):
   def product(rows, w, bias):
     y = grouped_matmul(rows, w, sizes)
     return y if bias is None else y + bias[sorted_expert]
+
   y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
   return _permute(y, position, order)
 
@@ -255,32 +314,55 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
   A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients scattered, piece by piece, and what
   a piece computes is computed again in the backward pass: of a model's largest arrays, only a piece is there at a time.
   """
+
   def one(w):
     inner = lambda name: product(rows, w[name], w.get(f'{name}_bias'))
     h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
     y = product(h, w['down'], w.get('down_bias'))
     # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece once more.
     return y if gates is None else y.astype(jnp.float32) * gates[..., None]
+
   if pieces == 1:
     return one(gather(experts)).astype(rows.dtype)
-  cut = lambda w, axis: jnp.moveaxis(w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1:]), axis, 0)
-  parts = {name: cut(w, {'down': 1}.get(name, w.ndim - 1)) for name, w in experts.items() if name != 'down_bias'}
+  cut = lambda w, axis: jnp.moveaxis(
+    w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1 :]), axis, 0
+  )
+  parts = {
+    name: cut(w, {'down': 1}.get(name, w.ndim - 1))
+    for name, w in experts.items()
+    if name != 'down_bias'
+  }
   if 'down_bias' in experts:  # added once
-    parts['down_bias'] = jnp.zeros((pieces, *experts['down_bias'].shape), experts['down_bias'].dtype).at[0].set(experts['down_bias'])
+    parts['down_bias'] = (
+      jnp.zeros((pieces, *experts['down_bias'].shape), experts['down_bias'].dtype)
+      .at[0]
+      .set(experts['down_bias'])
+    )
 
   def add(y, part):
     return y + one(gather(part)).astype(jnp.float32), None
-  y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros(rows.shape, jnp.float32), parts)
+
+  y, _ = jax.lax.scan(
+    jax.checkpoint(add, prevent_cse=False), jnp.zeros(rows.shape, jnp.float32), parts
+  )
   return y.astype(rows.dtype)
 
 
 def _pieces(F):
   """The fewest equal pieces of whole lanes that are no wider than PIECE; 1 where there are none."""
-  return next((n for n in range(1, F + 1) if F % n == 0 and F // n <= PIECE and (n == 1 or F // n % LANES == 0)), 1)
+  return next(
+    (
+      n
+      for n in range(1, F + 1)
+      if F % n == 0 and F // n <= PIECE and (n == 1 or F // n % LANES == 0)
+    ),
+    1,
+  )
 
 
 def _gathered(experts, *, stored, shards, dtype):
   """Weights as they are computed with. Gathered inside of the shard_map, so that the gradient is scattered where it is summed."""
+
   def one(name, w):
     w = w.astype(dtype)
     if not shards or 'expert_embed' not in stored[name]:
@@ -288,7 +370,8 @@ def _gathered(experts, *, stored, shards, dtype):
     at = stored[name].index('expert_embed')
     # In front of the others: of a minor dimension XLA for TPU would make an all-reduce of the gradient's reduce-scatter.
     whole = jnp.moveaxis(zero.all_gather(w[None], shards, 0), 0, at)
-    return whole.reshape(*w.shape[:at], -1, *w.shape[at + 1:])
+    return whole.reshape(*w.shape[:at], -1, *w.shape[at + 1 :])
+
   return {name: one(name, w) for name, w in experts.items()}
 
 
@@ -301,7 +384,10 @@ def _permute(x, index, back):
   return x.at[index].get(mode='fill', fill_value=0)
 
 
-_permute.defvjp(lambda x, index, back: (_permute(x, index, back), (index, back)), lambda kept, dy: (_permute(dy, *kept[::-1]), None, None))
+_permute.defvjp(
+  lambda x, index, back: (_permute(x, index, back), (index, back)),
+  lambda kept, dy: (_permute(dy, *kept[::-1]), None, None),
+)
 
 
 def _combine(y, gates):

@@ -1,4 +1,5 @@
 """What is a parameter? One literal with shape, logical axes and initialiser; everything else is derived from it."""
+
 import dataclasses
 import functools
 import math
@@ -23,14 +24,24 @@ class ParamSpec:
     kind: 'matrix', 'embedding' or 'vector'; decides about weight decay and Muon.
     inputs: how many dimensions (after layers and experts) a matrix contracts over.
   """
+
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   kind: str
   inputs: int
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | str, *, kind: str = 'matrix',
-          inputs: int = 1, wide: bool = False, dtype: str = 'float32') -> nnx.Param:
+def param(
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  init: float | str,
+  *,
+  kind: str = 'matrix',
+  inputs: int = 1,
+  wide: bool = False,
+  dtype: str = 'float32',
+) -> nnx.Param:
   """A parameter, born sharded as `axes` say.
 
   Args:
@@ -64,17 +75,24 @@ def use(p: nnx.Param, dtype: str, product: bool = True) -> jax.Array:
   return (zero if product else ax).gather(value.astype(dtype), *p.axes)
 
 
-def product(formula: str, x: jax.Array, p: nnx.Param, dtype: str, axes: tuple[str | None, ...] | None = None) -> jax.Array:
+def product(
+  formula: str, x: jax.Array, p: nnx.Param, dtype: str, axes: tuple[str | None, ...] | None = None
+) -> jax.Array:
   """Tokens times a matrix, as jnp.einsum; axes: of the result, where its sharding is a choice (parallel.axes.einsum)."""
   if hasattr(p.get_value(), 'product'):
     return p.get_value().gathered(p.axes).product(formula, x, axes, dtype)
-  return jnp.einsum(formula, x, use(p, dtype)) if axes is None else ax.einsum(formula, x, use(p, dtype), axes)
+  return (
+    jnp.einsum(formula, x, use(p, dtype))
+    if axes is None
+    else ax.einsum(formula, x, use(p, dtype), axes)
+  )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gathered:
   """A parameter whose shards were gathered before: `whole` is what is computed with, `shard` what its gradient belongs to."""
+
   shard: Any
   whole: Any
 
@@ -85,6 +103,7 @@ def gathered(model, dtype: str):
   Left out are tables and experts, which stay where they are or are used by those that hold them, what is computed with in f32, and what is
   `Gathered` already.
   """
+
   def one(p):
     if p.kind != 'matrix' or 'embed' not in p.axes or p.wide:
       return None
@@ -92,13 +111,16 @@ def gathered(model, dtype: str):
     if isinstance(value, Gathered):
       return None
     return ax.gather(value.astype(dtype), *('layers',) * (value.ndim - len(p.axes)), *p.axes)
+
   return jax.tree.map(one, model, is_leaf=_is_param)
 
 
 def joined(model, whole, reduce: bool = True):
   """The model that computes with `whole`, of `gathered`; with `reduce` gradients are reduced to shards where they arise."""
+
   def one(p, whole):
     return p if whole is None else p.replace(Gathered(p.get_value(), whole) if reduce else whole)
+
   return jax.tree.map(one, model, whole, is_leaf=lambda x: x is None or _is_param(x))
 
 
@@ -107,8 +129,10 @@ def _whole(shard, whole, axes):
   return whole
 
 
-_whole.defvjp(lambda shard, whole, axes: (whole, jnp.zeros((), shard.dtype)),
-              lambda axes, shard, gradient: (ax.place(gradient, *axes).astype(shard.dtype), None))
+_whole.defvjp(
+  lambda shard, whole, axes: (whole, jnp.zeros((), shard.dtype)),
+  lambda axes, shard, gradient: (ax.place(gradient, *axes).astype(shard.dtype), None),
+)
 
 
 def _is_param(x) -> bool:
@@ -118,8 +142,14 @@ def _is_param(x) -> bool:
 def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
   """Leaves by name, in the order of jax.tree.leaves: 'stack.blocks.0.attention.q'."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  names_ = (jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value') for path, _ in leaves)
-  return {f'{prefix}.{name}' if prefix else name: leaf for name, (_, leaf) in zip(names_, leaves, strict=True)}
+  names_ = (
+    jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
+    for path, _ in leaves
+  )
+  return {
+    f'{prefix}.{name}' if prefix else name: leaf
+    for name, (_, leaf) in zip(names_, leaves, strict=True)
+  }
 
 
 def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
@@ -134,18 +164,27 @@ def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
     program, result = jax.make_jaxpr(function, return_shape=True)()
 
   def one(x, known):
-    memory = 'pinned_host' if known.memory_space == jax.memory.Space.Host else None  # offloaded: see parallel.offload
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, known.sharding.spec, memory_kind=memory))
+    memory = (
+      'pinned_host' if known.memory_space == jax.memory.Space.Host else None
+    )  # offloaded: see parallel.offload
+    return jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, known.sharding.spec, memory_kind=memory)
+    )
+
   leaves, structure = jax.tree.flatten(result)
-  return jax.tree.unflatten(structure, [one(x, known) for x, known in zip(leaves, program.out_avals, strict=True)])
+  return jax.tree.unflatten(
+    structure, [one(x, known) for x, known in zip(leaves, program.out_avals, strict=True)]
+  )
 
 
 def specs(model) -> nnx.Module:
   """The tree of ParamSpec of a model, abstract or not; a leaf of a stacked block has 'layers' as its first axis."""
+
   def one(p):
     shape = tuple(p.get_value().shape)
     stacked = ('layers',) * (len(shape) - len(p.axes))
     return ParamSpec(shape, (*stacked, *p.axes), p.kind, p.inputs)
+
   return jax.tree.map(one, model, is_leaf=_is_param)
 
 

@@ -1,4 +1,5 @@
 """How does a piece of an array get from the host to the devices that hold it, and back?"""
+
 import functools
 
 import jax
@@ -13,8 +14,12 @@ class Filling:
 
   def __init__(self, abstract: jax.ShapeDtypeStruct):
     self._abstract = abstract
-    self._places = {device: tuple(slice_.indices(size)[:2] for slice_, size in zip(index, abstract.shape, strict=True))
-                    for device, index in abstract.sharding.addressable_devices_indices_map(abstract.shape).items()}
+    self._places = {
+      device: tuple(
+        slice_.indices(size)[:2] for slice_, size in zip(index, abstract.shape, strict=True)
+      )
+      for device, index in abstract.sharding.addressable_devices_indices_map(abstract.shape).items()
+    }
     self._shards = {}
     for device, place in self._places.items():
       with jax.default_device(device):  # with device=..., jax 0.12 makes it elsewhere and copies it
@@ -30,15 +35,20 @@ class Filling:
     for device, place in self._places.items():
       shared = overlap(region, place)
       if shared:
-        own = x[tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(shared, region))]
+        own = x[
+          tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(shared, region))
+        ]
         at = tuple(np.int32(low - start) for (low, _), (start, _) in zip(shared, place))
-        self._shards[device] = _update(self._shards[device], jax.device_put(np.ascontiguousarray(own), device), at)
+        self._shards[device] = _update(
+          self._shards[device], jax.device_put(np.ascontiguousarray(own), device), at
+        )
     jax.block_until_ready(list(self._shards.values()))  # pieces must not pile up on the host
 
   def array(self) -> jax.Array:
     """The whole."""
-    return jax.make_array_from_single_device_arrays(self._abstract.shape, self._abstract.sharding,
-                                                    list(self._shards.values()))
+    return jax.make_array_from_single_device_arrays(
+      self._abstract.shape, self._abstract.sharding, list(self._shards.values())
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -58,12 +68,16 @@ def fetch(x: jax.Array, region: Region) -> np.ndarray:
   """A region of an array, on the host."""
   found = np.empty([stop - start for start, stop in region], x.dtype)
   for shard in x.addressable_shards:
-    place = tuple(slice_.indices(size)[:2] for slice_, size in zip(shard.index, x.shape, strict=True))
+    place = tuple(
+      slice_.indices(size)[:2] for slice_, size in zip(shard.index, x.shape, strict=True)
+    )
     shared = overlap(region, place)
     if shared and shard.replica_id == 0:
       at = tuple(np.int32(low - start) for (low, _), (start, _) in zip(shared, place))
       own = np.asarray(_slice(shard.data, at, tuple(high - low for low, high in shared)))
-      found[tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(shared, region))] = own
+      found[
+        tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(shared, region))
+      ] = own
   return found
 
 

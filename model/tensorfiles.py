@@ -4,6 +4,7 @@ The format is a length, a JSON header and the tensors one after the other (githu
 library of that name maps whole files into memory, whose pages then count as the process's, and writes only what it
 holds whole: so the file is read and written here, and nothing is held but the rows asked for.
 """
+
 import dataclasses
 import json
 import math
@@ -17,10 +18,31 @@ import numpy as np
 
 import files
 
-DTYPES = {'F64': np.dtype('float64'), 'F32': np.dtype('float32'), 'F16': np.dtype('float16'),
-          'BF16': np.dtype(jnp.bfloat16)}
-WIDTHS = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2, 'I64': 8, 'I32': 4, 'I16': 2, 'I8': 1, 'U64': 8, 'U32': 4, 'U16': 2,
-          'U8': 1, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1, 'C64': 8}
+DTYPES = {
+  'F64': np.dtype('float64'),
+  'F32': np.dtype('float32'),
+  'F16': np.dtype('float16'),
+  'BF16': np.dtype(jnp.bfloat16),
+}
+WIDTHS = {
+  'F64': 8,
+  'F32': 4,
+  'F16': 2,
+  'BF16': 2,
+  'I64': 8,
+  'I32': 4,
+  'I16': 2,
+  'I8': 1,
+  'U64': 8,
+  'U32': 4,
+  'U16': 2,
+  'U8': 1,
+  'BOOL': 1,
+  'F8_E4M3': 1,
+  'F8_E5M2': 1,
+  'F8_E8M0': 1,
+  'C64': 8,
+}
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
@@ -28,6 +50,7 @@ LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 @dataclasses.dataclass(frozen=True)
 class Tensor:
   """Where a tensor lies: file, kind as the file calls it ('BF16'), shape, and offset of its first byte."""
+
   path: pathlib.Path
   kind: str
   shape: tuple[int, ...]
@@ -52,10 +75,15 @@ class TensorFiles:
         if name in self.tensors:
           raise ValueError(f'{name} is in both {self.tensors[name].path} and {path}')
         self.tensors[name] = tensor
-    wrong = [f'{name} (said to be in {file})' for name, file in promised.items()
-             if name not in self.tensors or self.tensors[name].path.name != file]
+    wrong = [
+      f'{name} (said to be in {file})'
+      for name, file in promised.items()
+      if name not in self.tensors or self.tensors[name].path.name != file
+    ]
     if wrong:
-      raise ValueError(f'{self.directory / INDEX} promises tensors that are not there: {", ".join(wrong)}')
+      raise ValueError(
+        f'{self.directory / INDEX} promises tensors that are not there: {", ".join(wrong)}'
+      )
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
     """Rows `start` to `stop` of a tensor's first dimension."""
@@ -82,24 +110,40 @@ def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]
     try:
       promised = json.loads((directory / INDEX).read_text())['weight_map']
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f'{directory / INDEX} is not an index of safetensors files: {error!r}') from error
+      raise ValueError(
+        f'{directory / INDEX} is not an index of safetensors files: {error!r}'
+      ) from error
     paths = [directory / file for file in sorted(set(promised.values()))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-      raise FileNotFoundError(f'{directory} lacks {", ".join(missing)}, which {INDEX} names; download them again')
+      raise FileNotFoundError(
+        f'{directory} lacks {", ".join(missing)}, which {INDEX} names; download them again'
+      )
     return paths, promised
-  found = [directory / SINGLE] if (directory / SINGLE).is_file() else sorted(directory.glob('*.safetensors'))
+  found = (
+    [directory / SINGLE]
+    if (directory / SINGLE).is_file()
+    else sorted(directory.glob('*.safetensors'))
+  )
   if len(found) == 1:
     return found, {}
   if found:
-    raise ValueError(f'{directory} holds {len(found)} safetensors files and no {INDEX}, which tells what belongs '
-                     'together')
-  pickles = sorted(path.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt') for path in directory.glob(pattern))
+    raise ValueError(
+      f'{directory} holds {len(found)} safetensors files and no {INDEX}, which tells what belongs '
+      'together'
+    )
+  pickles = sorted(
+    path.name
+    for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt')
+    for path in directory.glob(pattern)
+  )
   if pickles:
-    raise ValueError(f'{directory} holds {pickles[0]} and no safetensors: a pickle can run any code when it is loaded, '
-                     'so it is never '
-                     'loaded here; where you trust it, convert it with transformers: '
-                     "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)")
+    raise ValueError(
+      f'{directory} holds {pickles[0]} and no safetensors: a pickle can run any code when it is loaded, '
+      'so it is never '
+      'loaded here; where you trust it, convert it with transformers: '
+      "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+    )
   raise FileNotFoundError(f'{directory} holds no *.safetensors')
 
 
@@ -110,32 +154,49 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
   def need(condition, what):
     if not condition:
       raise ValueError(f'{path} is truncated or damaged: {what}; download it again')
+
   with open(path, 'rb') as file:
     start = file.read(8)
     need(len(start) == 8, f'it has {size} bytes')
     length = struct.unpack('<Q', start)[0]
-    need(length <= min(size - 8, LONGEST_HEADER), f'its header should have {length} bytes, the file has {size}')
+    need(
+      length <= min(size - 8, LONGEST_HEADER),
+      f'its header should have {length} bytes, the file has {size}',
+    )
     try:
       entries = json.loads(file.read(length))
       entries.pop('__metadata__', None)
-      found = {name: Tensor(path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0])
-               for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets'][0])}
+      found = {
+        name: Tensor(
+          path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
+        )
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets'][0])
+      }
       ends = {name: 8 + length + entry['data_offsets'][1] for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-      raise ValueError(f'{path} is truncated or damaged: its header cannot be read ({error!r}); '
-                       'download it again') from error
+      raise ValueError(
+        f'{path} is truncated or damaged: its header cannot be read ({error!r}); download it again'
+      ) from error
   position = 8 + length
   for name, tensor in found.items():
     need(tensor.kind in WIDTHS, f'{name} has the unknown dtype {tensor.kind!r}')
-    need(tensor.offset == position and ends[name] - position == math.prod(tensor.shape) * WIDTHS[tensor.kind],
-         f'{name} does not lie where it should')
+    need(
+      tensor.offset == position
+      and ends[name] - position == math.prod(tensor.shape) * WIDTHS[tensor.kind],
+      f'{name} does not lie where it should',
+    )
     position = ends[name]
   need(position == size, f'its tensors end at byte {position}, the file at {size}')
   return found
 
 
-def write(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]], kind: str,
-          produce: Callable[[str], Iterable[np.ndarray]], shard_bytes: int) -> None:
+def write(
+  directory: pathlib.Path,
+  shapes: dict[str, tuple[int, ...]],
+  kind: str,
+  produce: Callable[[str], Iterable[np.ndarray]],
+  shard_bytes: int,
+) -> None:
   """Writes tensors into files of about `shard_bytes`, and their index where there is more than one.
 
   Args:
@@ -150,8 +211,11 @@ def write(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]], kind: str
       room = shard_bytes
     shards[-1].append(name)
     room -= size
-  titles = [SINGLE] if len(shards) == 1 else [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-                                              for i in range(len(shards))]
+  titles = (
+    [SINGLE]
+    if len(shards) == 1
+    else [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+  )
   for title, shard in zip(titles, shards, strict=True):
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name in shard:
@@ -170,6 +234,8 @@ def write(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]], kind: str
       os.fsync(file.fileno())
   if len(shards) > 1:
     total = sum(math.prod(shape) for shape in shapes.values()) * WIDTHS[kind]
-    index = {'metadata': {'total_size': total},
-             'weight_map': {name: title for title, shard in zip(titles, shards) for name in shard}}
+    index = {
+      'metadata': {'total_size': total},
+      'weight_map': {name: title for title, shard in zip(titles, shards) for name in shard},
+    }
     files.replace(directory / INDEX, json.dumps(index, indent=2) + '\n')

@@ -2,6 +2,7 @@
 
 B batch · T length · S source or cache length · D width · V vocabulary · L layers · E experts
 """
+
 import dataclasses
 import re
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ from parallel import mesh, offload, pipeline, remat
 
 class Output(NamedTuple):
   """Attributes:
-    hidden: [B, T, D] final hidden states, in the compute dtype: what `logits` and loss.cross_entropy score.
-    cache: with the tokens appended; None without one.
-    router: what the experts report (model.moe), summed over the batch: `load` [layers with experts, E] and `dropped` of the same
-      layers; `balance_loss` and `router_z_loss`, weighted and summed over layers; None without experts.
+  hidden: [B, T, D] final hidden states, in the compute dtype: what `logits` and loss.cross_entropy score.
+  cache: with the tokens appended; None without one.
+  router: what the experts report (model.moe), summed over the batch: `load` [layers with experts, E] and `dropped` of the same
+    layers; `balance_loss` and `router_z_loss`, weighted and summed over layers; None without experts.
   """
+
   hidden: Any
   cache: Cache | None
   router: dict[str, Array] | None
@@ -44,7 +46,9 @@ class Block(nnx.Module):
     norm = lambda wanted=True: Norm(config, config.D, rngs) if wanted else None
     both = config.norm_placement == 'both'
     self.attention_norm, self.attention_post_norm = norm(), norm(both)
-    self.attention = (LatentAttention if config.latent.width else Attention)(config, rngs, kind.window)
+    self.attention = (LatentAttention if config.latent.width else Attention)(
+      config, rngs, kind.window
+    )
     self.cross_norm, self.cross_post_norm = norm(cross), norm(cross and both)
     self.cross = Attention(config, rngs, cross=True) if cross else None
     self.feed_forward_norm, self.feed_forward_post_norm = norm(), norm(both)
@@ -55,7 +59,9 @@ class Block(nnx.Module):
     x = remat.named(x, 'block')
     with jax.named_scope('attention'):
       mixed, slots = self.attention(self._before(x, self.attention_norm), view, slots)
-      x = self._after(x, remat.named(mixed, 'attention_out'), self.attention_norm, self.attention_post_norm)
+      x = self._after(
+        x, remat.named(mixed, 'attention_out'), self.attention_norm, self.attention_post_norm
+      )
     if self.cross is not None:
       with jax.named_scope('cross'):
         mixed = self.cross.cross(self._before(x, self.cross_norm), view, slots)
@@ -63,10 +69,14 @@ class Block(nnx.Module):
     with jax.named_scope('feed_forward'):
       report = {}
       if isinstance(self.feed_forward, MoE):  # gathers what it needs itself
-        h, report = self.feed_forward(self._normed(x, self.feed_forward_norm), view.mask.query_segments)
+        h, report = self.feed_forward(
+          self._normed(x, self.feed_forward_norm), view.mask.query_segments
+        )
       else:
         h = self.feed_forward(self._before(x, self.feed_forward_norm))
-      x = self._after(x, remat.named(h, 'feed_forward_out'), self.feed_forward_norm, self.feed_forward_post_norm)
+      x = self._after(
+        x, remat.named(h, 'feed_forward_out'), self.feed_forward_norm, self.feed_forward_post_norm
+      )
     return x, slots, report
 
   def _before(self, x, norm):
@@ -77,7 +87,11 @@ class Block(nnx.Module):
     return x if self.placement == 'post' else norm(x)
 
   def _after(self, x, new, norm, post_norm):
-    return norm(x + new) if self.placement == 'post' else x + (new if post_norm is None else post_norm(new))
+    return (
+      norm(x + new)
+      if self.placement == 'post'
+      else x + (new if post_norm is None else post_norm(new))
+    )
 
 
 class Stack(nnx.Module):
@@ -90,26 +104,57 @@ class Stack(nnx.Module):
     config.check_stages(ax.size('layers'))
 
     def born(kind, repeats, axis):
-      keys = ax.place(jax.random.split(rngs.params(), repeats), axis)  # vmap lays out what it stacks as it finds the keys
+      keys = ax.place(
+        jax.random.split(rngs.params(), repeats), axis
+      )  # vmap lays out what it stacks as it finds the keys
       return jax.vmap(lambda key: Block(config, nnx.Rngs(params=key), kind, cross))(keys)
-    self.blocks = nnx.List([born(kind, repeats, 'layers' if i == pipeline.split_scan(self.periods) else None)
-                            for i, (kinds, repeats) in enumerate(self.periods) for kind in kinds])
+
+    self.blocks = nnx.List(
+      [
+        born(kind, repeats, 'layers' if i == pipeline.split_scan(self.periods) else None)
+        for i, (kinds, repeats) in enumerate(self.periods)
+        for kind in kinds
+      ]
+    )
     self.norm = None if config.norm_placement == 'post' else Norm(config, config.D, rngs)
     self.bidirectional, self.distance = encoder or not config.causal, config.relative_distance
-    self.relative = param(rngs, (config.relative_buckets, config.N), (None, 'heads'), config.D**-0.5, kind='vector',
-                          dtype=config.parameter_dtype) if config.position == 'relative' else None
+    self.relative = (
+      param(
+        rngs,
+        (config.relative_buckets, config.N),
+        (None, 'heads'),
+        config.D**-0.5,
+        kind='vector',
+        dtype=config.parameter_dtype,
+      )
+      if config.position == 'relative'
+      else None
+    )
 
-  def __call__(self, x: Float[Array, 'B T D'], view: View, cache: Cache | None, counts: Int[Array, 'B'] | None = None,
-               fresh: bool = False) -> Output:
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    view: View,
+    cache: Cache | None,
+    counts: Int[Array, 'B'] | None = None,
+    fresh: bool = False,
+  ) -> Output:
     """Final hidden states of x; counts, fresh: see Decoder."""
     if self.relative is not None:
-      view = dataclasses.replace(view, relative=Relative(table=self.relative[...], bidirectional=self.bidirectional,
-                                                         max_distance=self.distance))
+      view = dataclasses.replace(
+        view,
+        relative=Relative(
+          table=self.relative[...], bidirectional=self.bidirectional, max_distance=self.distance
+        ),
+      )
     reports, blocks, held = [], list(self.blocks), [None] * len(self.blocks)
     if cache is not None:
       counts = jnp.full_like(cache.lengths, x.shape[1]) if counts is None else counts
       memories = [None] * len(blocks) if cache.memory is None else cache.memory
-      held = [Slots(*both, 0, cache.lengths, counts, cache.capacity, fresh) for both in zip(cache.held, memories, strict=True)]
+      held = [
+        Slots(*both, 0, cache.lengths, counts, cache.capacity, fresh)
+        for both in zip(cache.held, memories, strict=True)
+      ]
     for i, (kinds, _) in enumerate(self.periods):
       at = slice(sum(len(kinds) for kinds, _ in self.periods[:i]), None)
       own = slice(at.start, at.start + len(kinds))
@@ -118,7 +163,9 @@ class Stack(nnx.Module):
       x, held[own], found = run(tuple(blocks[own]), x, view, held[own])
       reports += in_order(found)
     if cache is not None:
-      cache = dataclasses.replace(cache, held=tuple(slots.held for slots in held), lengths=cache.lengths + counts)
+      cache = dataclasses.replace(
+        cache, held=tuple(slots.held for slots in held), lengths=cache.lengths + counts
+      )
     return Output(self.normed(x), cache, summed(reports) if reports else None)
 
   def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
@@ -127,6 +174,7 @@ class Stack(nnx.Module):
 
   def scan(self, blocks, x, view, slots=()):
     """Periods of blocks, one after another: the new x, the slots of each place written, and what each place of the period reports."""
+
     # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again. On GPUs XLA
     # does not, and a barrier there makes it copy every layer's weights, and their gradients, before it casts them. With `x` the barrier
     # keeps jax from gathering all layers of a stage before the loop over ticks. What lies in the host's memory comes to the device here,
@@ -138,8 +186,13 @@ class Stack(nnx.Module):
       elif mesh.platform() != 'gpu':
         block = jax.lax.optimization_barrier(block)
       return block(x, view, slots)
+
     alone, slots = self.remat.alone(blocks), slots or [None] * len(blocks)
-    run = (lambda block, x, slots: block(x, view, slots)) if alone and not pipeline.inside() else remat.remat(one, self.remat)
+    run = (
+      (lambda block, x, slots: block(x, view, slots))
+      if alone and not pipeline.inside()
+      else remat.remat(one, self.remat)
+    )
 
     def period(carry, blocks):
       x, held, layer = carry
@@ -150,36 +203,67 @@ class Stack(nnx.Module):
         new.append(own and own.held)
         found += [report] if report else []
       return (x, tuple(new), layer + 1), found
+
     held = tuple(place and place.held for place in slots)
-    (x, held, _), found = remat.scan(period, (x, held, 0 if alone else jnp.int32(0)), blocks, self.remat)
-    return x, [place and dataclasses.replace(place, held=buffers) for place, buffers in zip(slots, held, strict=True)], found
+    (x, held, _), found = remat.scan(
+      period, (x, held, 0 if alone else jnp.int32(0)), blocks, self.remat
+    )
+    return (
+      x,
+      [
+        place and dataclasses.replace(place, held=buffers)
+        for place, buffers in zip(slots, held, strict=True)
+      ],
+      found,
+    )
 
   def _pipelined(self, blocks, x, view, slots):
     """As scan, over the stages of the mesh."""
-    if self.remat.policy == 'none':  # then what is gathered is kept: once, and not for every microbatch
+    if (
+      self.remat.policy == 'none'
+    ):  # then what is gathered is kept: once, and not for every microbatch
       blocks = joined(blocks, gathered(blocks, self.dtype), reduce=False)
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     whole = {'relative': fields.pop('relative')}
     if slots[0] is None:
+
       def layers(blocks, x, shared, whole):
         x, _, found = self.scan(blocks, x, View(**shared, **whole), slots)
         return x, found
+
       x, found = pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
       return x, slots, found
     lengths, counts = slots[0].lengths, slots[0].counts
 
     def cached(blocks, x, held, shared, active):
       lengths, counts, shared = shared
-      own = [dataclasses.replace(place, held=buffers, lengths=lengths, counts=jnp.where(active, counts, 0))  # an idle stage writes nothing
-             for place, buffers in zip(slots, held, strict=True)]
+      own = [
+        dataclasses.replace(
+          place, held=buffers, lengths=lengths, counts=jnp.where(active, counts, 0)
+        )  # an idle stage writes nothing
+        for place, buffers in zip(slots, held, strict=True)
+      ]
       x, own, found = self.scan(blocks, x, View(**shared), own)
       return x, tuple(place.held for place in own), found
-    x, held, found = pipeline.relay(cached, blocks, x, tuple(place.held for place in slots), (lengths, counts, fields | whole))
-    return x, [dataclasses.replace(place, held=buffers) for place, buffers in zip(slots, held, strict=True)], found
 
-  def keys_values(self, memory: Float[Array, 'B S D']) -> tuple[tuple[Float[Array, 'R B S K H'], Float[Array, 'R B S K H']], ...]:
+    x, held, found = pipeline.relay(
+      cached, blocks, x, tuple(place.held for place in slots), (lengths, counts, fields | whole)
+    )
+    return (
+      x,
+      [
+        dataclasses.replace(place, held=buffers) for place, buffers in zip(slots, held, strict=True)
+      ],
+      found,
+    )
+
+  def keys_values(
+    self, memory: Float[Array, 'B S D']
+  ) -> tuple[tuple[Float[Array, 'R B S K H'], Float[Array, 'R B S K H']], ...]:
     """Of cross-attention to `memory`, of every place."""
-    one = lambda block: jax.lax.scan(lambda _, block: (None, block.cross.keys_values(memory)), None, block)[1]
+    one = lambda block: jax.lax.scan(
+      lambda _, block: (None, block.cross.keys_values(memory)), None, block
+    )[1]
     return tuple(map(one, self.blocks))
 
 
@@ -203,7 +287,9 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     if not config.V:
-      raise ValueError('model.vocabulary=0: set it to the size of the tokenizer before building the model')
+      raise ValueError(
+        'model.vocabulary=0: set it to the size of the tokenizer before building the model'
+      )
     if config.position == 'learned' and not config.max_length:
       raise ValueError('model.max_length=0: learned positions need the length of their table')
     self.config = config
@@ -212,9 +298,18 @@ class Decoder(nnx.Module):
     self.head = Head(config, rngs)
     self.pooler = Pooler(config, rngs) if config.pooler else None
 
-  def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None, segments: Int[Array, 'B T'] | None = None,
-               cache: Cache | None = None, *, types: Int[Array, 'B T'] | None = None, zigzag: int = 1,
-               counts: Int[Array, 'B'] | None = None, fresh: bool = False) -> Output:
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'] | None = None,
+    segments: Int[Array, 'B T'] | None = None,
+    cache: Cache | None = None,
+    *,
+    types: Int[Array, 'B T'] | None = None,
+    zigzag: int = 1,
+    counts: Int[Array, 'B'] | None = None,
+    fresh: bool = False,
+  ) -> Output:
     """Final hidden states, the cache with the tokens appended, and what the experts report.
 
     Args:
@@ -238,14 +333,20 @@ class Decoder(nnx.Module):
     if cache is not None and segments is not None:
       raise ValueError('a cache holds one document a row: segments and cache exclude each other')
     if config.max_length and T > config.max_length:
-      raise ValueError(f'{T} tokens in a row pass model.max_length={config.max_length}; give fewer, or raise it')
+      raise ValueError(
+        f'{T} tokens in a row pass model.max_length={config.max_length}; give fewer, or raise it'
+      )
     if types is not None and not config.token_types:
-      raise ValueError('token types were given to a model without a table of them; set model.token_types')
+      raise ValueError(
+        'token types were given to a model without a table of them; set model.token_types'
+      )
     if cache is not None:
       tokens = ax.place(tokens, 'batch', 'length')
     if positions is None:
       index = jnp.broadcast_to(Mask(zigzag=zigzag).positions(T, T)[0], (B, T))
-      positions = ax.place(index if cache is None else index + cache.lengths[:, None], 'batch', 'length')
+      positions = ax.place(
+        index if cache is None else index + cache.lengths[:, None], 'batch', 'length'
+      )
     mask = Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
@@ -254,11 +355,18 @@ class Decoder(nnx.Module):
   def angles(self, positions: Int[Array, 'B T']):
     """Of rotary positions, and those of layers with a window; None, None without."""
     config, width = self.config, self.config.latent.rope_width or self.config.H
-    return tuple(rope_angles(positions, width, config.rope, local) if config.position == 'rope' else None for local in (False, True))
+    return tuple(
+      rope_angles(positions, width, config.rope, local) if config.position == 'rope' else None
+      for local in (False, True)
+    )
 
   def scaled(self, output: Output) -> Output:
     """With hidden states times config.logit_scale."""
-    return output if self.config.logit_scale == 1 else output._replace(hidden=output.hidden * self.config.logit_scale)
+    return (
+      output
+      if self.config.logit_scale == 1
+      else output._replace(hidden=output.hidden * self.config.logit_scale)
+    )
 
   def scored(self, x: Float[Array, '*B D']) -> tuple[Float[Array, '*B E'], Float[Array, 'V E']]:
     """What final hidden states become before they are scored, and the table they are scored against, in the compute dtype.
@@ -270,8 +378,10 @@ class Decoder(nnx.Module):
     if self.head.bias is None:
       return x, tokens[...].astype(self.config.dtype)
     bias = self.head.bias[...].astype(self.config.dtype)  # one more input that is always 1
-    return (jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1),
-            jnp.concatenate([use(tokens, self.config.dtype, product=False), bias[:, None]], -1))
+    return (
+      jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1),
+      jnp.concatenate([use(tokens, self.config.dtype, product=False), bias[:, None]], -1),
+    )
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
@@ -279,7 +389,9 @@ class Decoder(nnx.Module):
       logits = product('...D,VD->...V', self.head(x), self.head.tokens, 'float32')
     else:
       x, table = self.scored(x)
-      logits = jnp.einsum('...D,VD->...V', x, ax.place(table, 'vocab', None), preferred_element_type=jnp.float32)
+      logits = jnp.einsum(
+        '...D,VD->...V', x, ax.place(table, 'vocab', None), preferred_element_type=jnp.float32
+      )
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -289,21 +401,34 @@ class EncoderDecoder(Decoder):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     if ax.size('length') > 1:
-      raise NotImplementedError(f'an encoder-decoder does not split its rows: mesh.context={ax.size("length")}; use data, fsdp or tensor')
+      raise NotImplementedError(
+        f'an encoder-decoder does not split its rows: mesh.context={ax.size("length")}; use data, fsdp or tensor'
+      )
     super().__init__(config, rngs)
     self.encoder = Stack(config, rngs, encoder=True)
 
-  def __call__(self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'] | None = None, segments: Int[Array, 'B T'] | None = None,
-               cache: Cache | None = None, *, source: Int[Array, 'B S'] | None = None,
-               source_positions: Int[Array, 'B S'] | None = None, source_segments: Int[Array, 'B S'] | None = None,
-               counts: Int[Array, 'B'] | None = None, fresh: bool = False) -> Output:
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'] | None = None,
+    segments: Int[Array, 'B T'] | None = None,
+    cache: Cache | None = None,
+    *,
+    source: Int[Array, 'B S'] | None = None,
+    source_positions: Int[Array, 'B S'] | None = None,
+    source_segments: Int[Array, 'B S'] | None = None,
+    counts: Int[Array, 'B'] | None = None,
+    fresh: bool = False,
+  ) -> Output:
     """As Decoder.__call__; the source comes with the call, or was read into the cache before (`read`).
 
     source_segments: document of each source token, 0 for padding; the tokens of a segment see the source of the same number.
       Without segments every row is document 1.
     """
     if (source is None) == (cache is None):
-      raise ValueError('an encoder-decoder needs its source: give it with the call, or read it into the cache first, and not both')
+      raise ValueError(
+        'an encoder-decoder needs its source: give it with the call, or read it into the cache first, and not both'
+      )
     x, view = self._view(tokens, positions, segments, cache, None)
     if cache is None:
       memory = self.encode(source, source_positions, source_segments)
@@ -316,18 +441,32 @@ class EncoderDecoder(Decoder):
       segments = ax.place(jnp.ones(tokens.shape, jnp.int32), 'batch', 'length')
     if keys is None:
       keys = ax.place(jnp.ones(source.shape, jnp.int32), 'batch', 'length')
-    view = dataclasses.replace(view, memory=memory, memory_mask=Mask(causal=False, query_segments=segments, key_segments=keys))
+    view = dataclasses.replace(
+      view,
+      memory=memory,
+      memory_mask=Mask(causal=False, query_segments=segments, key_segments=keys),
+    )
     return self.scaled(self.stack(x, view, cache, counts, fresh))
 
-  def encode(self, source: Int[Array, 'B S'], positions: Int[Array, 'B S'] | None = None,
-             segments: Int[Array, 'B S'] | None = None) -> Float[Array, 'B S D']:
+  def encode(
+    self,
+    source: Int[Array, 'B S'],
+    positions: Int[Array, 'B S'] | None = None,
+    segments: Int[Array, 'B S'] | None = None,
+  ) -> Float[Array, 'B S D']:
     """The encoder's final hidden states; segments: 0 for padding."""
     x, view = self._view(source, positions, segments, None, None)
-    return self.encoder(x, dataclasses.replace(view, mask=dataclasses.replace(view.mask, causal=False)), None).hidden
+    return self.encoder(
+      x, dataclasses.replace(view, mask=dataclasses.replace(view.mask, causal=False)), None
+    ).hidden
 
   def read(self, cache: Cache, source: Int[Array, 'B S'], segments: Int[Array, 'B S']) -> Cache:
     """Encodes a source and keeps, in the cache, what every layer of the decoder looks up of it; segments: 1, or 0 for padding."""
-    return dataclasses.replace(cache, memory=self.stack.keys_values(self.encode(source, segments=segments)), memory_segments=segments)
+    return dataclasses.replace(
+      cache,
+      memory=self.stack.keys_values(self.encode(source, segments=segments)),
+      memory_segments=segments,
+    )
 
 
 def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
@@ -336,7 +475,9 @@ def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
   load: choices that fell on each expert, of the layers with experts in order (Output.router).
   """
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
-  row = {layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)}
+  row = {
+    layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)
+  }
   for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
     if kind.moe:
       bias = block.feed_forward.selection_bias
@@ -346,7 +487,9 @@ def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
 
 def init(config: ModelConfig, seed: int) -> Decoder:
   """A new model, born sharded on the mesh in context. Traced: use under jit or jax.eval_shape."""
-  return (EncoderDecoder if config.encoder_layers else Decoder)(config, nnx.Rngs(params=jax.random.key(seed)))
+  return (EncoderDecoder if config.encoder_layers else Decoder)(
+    config, nnx.Rngs(params=jax.random.key(seed))
+  )
 
 
 def unstacked(model: Decoder) -> Decoder:
@@ -355,15 +498,22 @@ def unstacked(model: Decoder) -> Decoder:
   Traceable; on the mesh that the model is on, in context.
   """
   config, found = dataclasses.replace(model.config, scan=False), named_leaves(model)
-  places = {layer: (place, repeat) for place, (_, layers) in enumerate(model.config.places) for repeat, layer in enumerate(layers)}
+  places = {
+    layer: (place, repeat)
+    for place, (_, layers) in enumerate(model.config.places)
+    for repeat, layer in enumerate(layers)
+  }
 
   def one(name, shape):
-    stack, _, layer, rest = re.fullmatch(r'(?:(stack|encoder)(\.blocks)\.(\d+)\.)?(.*)', name).groups()
+    stack, _, layer, rest = re.fullmatch(
+      r'(?:(stack|encoder)(\.blocks)\.(\d+)\.)?(.*)', name
+    ).groups()
     if stack is None:
       return found[name]
     place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
     x = found[f'{stack}.blocks.{place}.{rest}']
     return x if x.shape == shape.shape else jax.lax.slice_in_dim(x, repeat, repeat + 1)
+
   target = jax.eval_shape(lambda: init(config, 0))
   leaves = [one(name, shape) for name, shape in named_leaves(target).items()]
   return jax.tree.unflatten(jax.tree.structure(target), leaves)
@@ -376,10 +526,15 @@ def shallow(model: Decoder, layers: int) -> Decoder:
   """
   config = model.config
   if config.scan or not 0 < layers <= config.L:
-    raise ValueError(f'{layers} layers of model.layers={config.L}, model.scan={config.scan}: take at least 1 and at most all of them, '
-                     'of a model whose layers are each by itself (unstacked)')
+    raise ValueError(
+      f'{layers} layers of model.layers={config.L}, model.scan={config.scan}: take at least 1 and at most all of them, '
+      'of a model whose layers are each by itself (unstacked)'
+    )
   moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
   model.config = dataclasses.replace(config, layers=layers, moe=moe)
-  model.stack.periods, model.stack.blocks = model.config.stacks, nnx.List(list(model.stack.blocks)[:layers])
+  model.stack.periods, model.stack.blocks = (
+    model.config.stacks,
+    nnx.List(list(model.stack.blocks)[:layers]),
+  )
   return model

@@ -2,6 +2,7 @@
 
 B batch · T length · D width
 """
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +21,9 @@ def wanted(model: Decoder) -> bool:
   return model.config.pipeline.schedule == '1f1b' and ax.size('layers') > 1
 
 
-def value(model: Decoder, batch: Batch, zigzag: int, score, plain) -> tuple[Float[Array, ''], dict[str, Float[Array, '...']]]:
+def value(
+  model: Decoder, batch: Batch, zigzag: int, score, plain
+) -> tuple[Float[Array, ''], dict[str, Float[Array, '...']]]:
   """plain(model, batch), differentiable in the model by the 1F1B schedule, which finds the gradients along with the value.
 
   Args:
@@ -28,12 +31,14 @@ def value(model: Decoder, batch: Batch, zigzag: int, score, plain) -> tuple[Floa
     score: (model, hidden states [B, T, D], batch) -> (loss, sums), sums over rows: what plain makes of the final hidden states.
     plain: (model, batch) -> (loss, sums), with the losses and reports of experts.
   """
+
   @jax.custom_vjp
   def run(model, batch):
     return plain(model, batch)
 
   def backward(gradients, cotangents):
     return jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients), None
+
   run.defvjp(lambda model, batch: _forward(model, batch, zigzag, score), backward)
   return run(model, batch)
 
@@ -43,9 +48,16 @@ def _forward(model, batch, zigzag, score):
     return rest.embedding(part.tokens, part.positions, None)
 
   def layers(blocks, x, part):
-    mask = Mask(causal=model.config.causal, zigzag=zigzag, query_segments=part.segments, key_segments=part.segments)
+    mask = Mask(
+      causal=model.config.causal,
+      zigzag=zigzag,
+      query_segments=part.segments,
+      key_segments=part.segments,
+    )
     x, _, found = model.stack.scan(blocks, x, View(mask, *model.angles(part.positions)))
-    losses = (value.sum() for report in found for name, value in report.items() if name.endswith('loss'))
+    losses = (
+      value.sum() for report in found for name, value in report.items() if name.endswith('loss')
+    )
     return x, sum(losses, start=jnp.float32(0)), found
 
   def last(rest, y, part):
@@ -53,7 +65,8 @@ def _forward(model, batch, zigzag, score):
 
   rest = jax.tree.map(lambda x: x, model)  # a copy, without what the stages hold
   rest.stack.blocks = nnx.List([])
-  (total, sums, found), (d_rest, d_blocks) = pipeline.gradients(first, layers, last, rest, tuple(model.stack.blocks), batch,
-                                                                model.config.pipeline)
+  (total, sums, found), (d_rest, d_blocks) = pipeline.gradients(
+    first, layers, last, rest, tuple(model.stack.blocks), batch, model.config.pipeline
+  )
   d_rest.stack.blocks = nnx.List(d_blocks)
   return (total, sums | summed(in_order(found)) if found else sums), d_rest

@@ -3,6 +3,7 @@
 The helpers serve meshes of explicit axes (reshard, out_sharding) and of auto axes (constraints) alike, and do nothing
 without a mesh, so that the same model code runs on one device, on an explicit mesh, and as the auto-mode twin.
 """
+
 import math
 
 import jax
@@ -17,25 +18,28 @@ import names
 # multiplied with weights or with each other; between, `sequence` splits it over `tensor`, too (Megatron's sequence parallelism,
 # Korthikanti et al., arXiv:2205.05198, section 4.2.2). `slots` is what a cache has for tokens.
 RULES = {
-    'batch': ('data', 'fsdp', 'expert'),
-    'length': 'context',
-    'sequence': ('context', 'tensor'),
-    'slots': 'context',
-    'width': None,
-    'embed': ('fsdp', 'expert', 'context'),
-    'expert_embed': ('fsdp', 'context'),
-    'vocab': ('tensor', 'stage'),  # embedding and loss are outside of the pipeline: no stage does it all (arXiv:2411.05288)
-    'heads': 'tensor',
-    'kv_heads': 'tensor',
-    'feed_forward': 'tensor',
-    'experts': 'expert',
-    'head_width': None,
-    'group': None,
-    'norm': None,
-    'position': None,
-    'latent': None,
-    'layers': 'stage',
-    'chunk': None,
+  'batch': ('data', 'fsdp', 'expert'),
+  'length': 'context',
+  'sequence': ('context', 'tensor'),
+  'slots': 'context',
+  'width': None,
+  'embed': ('fsdp', 'expert', 'context'),
+  'expert_embed': ('fsdp', 'context'),
+  'vocab': (
+    'tensor',
+    'stage',
+  ),  # embedding and loss are outside of the pipeline: no stage does it all (arXiv:2411.05288)
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'feed_forward': 'tensor',
+  'experts': 'expert',
+  'head_width': None,
+  'group': None,
+  'norm': None,
+  'position': None,
+  'latent': None,
+  'layers': 'stage',
+  'chunk': None,
 }
 EMBED = ('embed', 'expert_embed')
 # True: tokens of a row are on all devices of `context`. The few that are appended to a cache do not split; the slots that they see do.
@@ -55,7 +59,9 @@ def spec(*axes: str | None) -> P:
     entry = _entry(axis) if axis is not None else ()
     for mesh_axis in entry:
       if mesh_axis in used:
-        raise ValueError(f'logical axes {used[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis {mesh_axis!r}')
+        raise ValueError(
+          f'logical axes {used[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis {mesh_axis!r}'
+        )
       used[mesh_axis] = axis
     entry = tuple(a for a in entry if free.get(a, 2) > 1)
     entries.append(entry if len(entry) > 1 else entry[0] if entry else None)
@@ -64,7 +70,11 @@ def spec(*axes: str | None) -> P:
 
 def _entry(axis: str) -> tuple[str, ...]:
   entry = _names(RULES[names.check('logical axis', axis, RULES)])
-  return tuple(a for a in entry if a != 'context') if whole_rows.value and axis in ('length', 'sequence') else entry
+  return (
+    tuple(a for a in entry if a != 'context')
+    if whole_rows.value and axis in ('length', 'sequence')
+    else entry
+  )
 
 
 def _mesh() -> jax.sharding.AbstractMesh:
@@ -76,7 +86,10 @@ def _mesh() -> jax.sharding.AbstractMesh:
 def _free() -> dict[str, int]:
   """Sizes of the axes of the mesh in context; 1 where a device, or a pipeline's stage, sees its own part only."""
   mesh = _mesh()
-  return {axis: 1 if kind == AxisType.Manual else mesh.shape[axis] for axis, kind in zip(mesh.axis_names, mesh.axis_types)}
+  return {
+    axis: 1 if kind == AxisType.Manual else mesh.shape[axis]
+    for axis, kind in zip(mesh.axis_names, mesh.axis_types)
+  }
 
 
 def mesh_axes(*axes: str) -> tuple[str, ...]:
@@ -122,9 +135,11 @@ def out(*axes: str | None) -> P | None:
 
 def out_like(x: jax.Array, rows: jax.Array, skip: int) -> P | None:
   """The `out_sharding` of looking up `x` in `rows`: laid out as `x`, then as `rows` behind its first `skip` dimensions."""
+
   def entries(a):
     found = tuple(jax.typeof(a).sharding.spec)
     return found + (None,) * (a.ndim - len(found))
+
   return P(*entries(x), *entries(rows)[skip:]) if explicit() else None
 
 
@@ -143,20 +158,30 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
   return place(x, *(None if axis in EMBED else axis for axis in axes))
 
 
-def einsum(formula: str, x: jax.Array, y: jax.Array, axes: tuple[str | None, ...], **kwargs) -> jax.Array:
+def einsum(
+  formula: str, x: jax.Array, y: jax.Array, axes: tuple[str | None, ...], **kwargs
+) -> jax.Array:
   """jnp.einsum whose result carries `axes`; written where the result's sharding is a choice (row-parallel products).
 
   Of a dimension that is split and summed over, devices have parts of the sum, which the result's layout then adds up: an all-reduce,
   or where it splits the result over the same devices a reduce-scatter, whose transpose gathers the gradient.
   """
   # jnp.einsum sums over dimensions in the order of the alphabet: in another than that of y, which would be laid out anew.
-  letters = list(dict.fromkeys(letter for letter in (*formula.split('->')[0].split(',')[1], *formula) if letter.isalpha()))
-  formula = formula.translate({ord(letter): chr(ord('a') + index) for index, letter in enumerate(letters)})
+  letters = list(
+    dict.fromkeys(
+      letter for letter in (*formula.split('->')[0].split(',')[1], *formula) if letter.isalpha()
+    )
+  )
+  formula = formula.translate(
+    {ord(letter): chr(ord('a') + index) for index, letter in enumerate(letters)}
+  )
   if not explicit():
     return place(jnp.einsum(formula, x, y, **kwargs), *axes)
   terms, result = formula.split('->')
   split = dict(zip(terms.split(',')[0], jax.typeof(x).sharding.spec))
-  parts = {axis for letter, entry in split.items() if letter not in result for axis in _names(entry)}
+  parts = {
+    axis for letter, entry in split.items() if letter not in result for axis in _names(entry)
+  }
   if not parts or not opens():
     return jnp.einsum(formula, x, y, out_sharding=spec(*axes), **kwargs)
   kept = (tuple(axis for axis in _names(entry) if axis not in parts) for entry in spec(*axes))
@@ -185,4 +210,6 @@ def manual(function, inputs, outputs):
   mesh = _mesh()
   # Inside a pipeline's stage the axis `stage` is manual already.
   free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-  return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=free, check_vma=False)
+  return jax.shard_map(
+    function, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=free, check_vma=False
+  )

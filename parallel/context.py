@@ -10,6 +10,7 @@ or with positions of their own, give the same result with less balance. A window
 
 P devices · u of them exchange heads · R = P / u groups form the ring · C = T / 2R tokens of a chunk · other letters: kernels.attention
 """
+
 import dataclasses
 import functools
 import math
@@ -36,6 +37,7 @@ class Local(NamedTuple):
     attention: (q, k, v, mask, *, sinks, relative) -> (out, lse), differentiable.
     part: (q, k, v, mask, *, relative) -> (out, lse). part_backward: see kernels.reference.backward.
   """
+
   attention: Callable
   part: Callable
   part_backward: Callable
@@ -62,27 +64,41 @@ def degree(strategy: str, N: int, K: int, P: int) -> int:
     return 1
   u = P if strategy == 'ulysses' else math.gcd(K, P)
   if N % u:
-    raise ValueError(f"model.context='ulysses' splits heads: {N} (model.heads / mesh.tensor) is not a multiple of mesh.context={P}; make "
-                     "context a divisor, or use 'ulysses_ring', 'ring' or 'gather'")
+    raise ValueError(
+      f"model.context='ulysses' splits heads: {N} (model.heads / mesh.tensor) is not a multiple of mesh.context={P}; make "
+      "context a divisor, or use 'ulysses_ring', 'ring' or 'gather'"
+    )
   if u == 1:
-    raise ValueError(f"model.context='ulysses_ring': {K} key heads (model.kv_heads / mesh.tensor) and mesh.context={P} have no common "
-                     "divisor to exchange heads by; use 'ring'")
+    raise ValueError(
+      f"model.context='ulysses_ring': {K} key heads (model.kv_heads / mesh.tensor) and mesh.context={P} have no common "
+      "divisor to exchange heads by; use 'ring'"
+    )
   return u
 
 
 def lay_out(batch, n: int):
   """A pytree of [B, T] arrays, in order, laid out as zigzag(T, n) and split over the mesh. Raises ValueError where T does not split."""
+
   def one(x):
     B, T = x.shape
     zigzag(T, n)  # raises
     first, second = jnp.split(ax.place(x, 'batch', None).reshape(B, 2 * n, -1), 2, 1)
     return ax.place(jnp.stack([first, second[:, ::-1]], 2).reshape(B, T), 'batch', 'length')
+
   return batch if n == 1 else jax.tree.map(one, batch)
 
 
-def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K Hv'], mask: Mask, local: Local, *,
-              sinks: Float[Array, 'N'] | None, relative: Relative | None,
-              strategy: str) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
+def attention(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B S K H'],
+  v: Float[Array, 'B S K Hv'],
+  mask: Mask,
+  local: Local,
+  *,
+  sinks: Float[Array, 'N'] | None,
+  relative: Relative | None,
+  strategy: str,
+) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """kernels.attention.attention on a mesh that splits T and S; the same contract.
 
   Raises ValueError where lengths or heads do not split.
@@ -97,20 +113,35 @@ def attention(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[A
     mask = dataclasses.replace(mask, window=0)
   plain = mask.causal and mask.fields() <= {'causal', 'window', 'segments', 'zigzag'} and T == S
   zigzagged = R > 1 and plain and mask.zigzag == R and relative is None
-  if R > 1 and (mask.positioned or relative is not None) and (strategy == 'gather' or not zigzagged):
+  if (
+    R > 1 and (mask.positioned or relative is not None) and (strategy == 'gather' or not zigzagged)
+  ):
     queries, keys = (jnp.broadcast_to(x, (B, x.shape[1])) for x in mask.positions(T, S))
     mask = dataclasses.replace(mask, query_positions=queries, key_positions=keys)
-  rows, heads, kv = ('batch', 'length'), ('batch', 'length', 'heads', 'head_width'), ('batch', 'length', k_heads, 'head_width')
+  rows, heads, kv = (
+    ('batch', 'length'),
+    ('batch', 'length', 'heads', 'head_width'),
+    ('batch', 'length', k_heads, 'head_width'),
+  )
   data = {f.name: getattr(mask, f.name) for f in dataclasses.fields(mask)}
-  data = {name: ax.place(x, *rows[:x.ndim]) for name, x in data.items() if isinstance(x, jax.Array)}
+  data = {
+    name: ax.place(x, *rows[: x.ndim]) for name, x in data.items() if isinstance(x, jax.Array)
+  }
   table = None if relative is None else relative.table
 
   def run(q, k, v, data, sinks, table):
     own = dataclasses.replace(mask, **data)
     bias = None if relative is None else dataclasses.replace(relative, table=table)
     return _on_device(q, k, v, own, local, sinks, bias, R, strategy == 'gather', zigzagged)
-  inputs = (heads, kv, kv, {name: rows[:x.ndim] for name, x in data.items()}, None if sinks is None else ('heads',),
-            None if table is None else (None, 'heads'))
+
+  inputs = (
+    heads,
+    kv,
+    kv,
+    {name: rows[: x.ndim] for name, x in data.items()},
+    None if sinks is None else ('heads',),
+    None if table is None else (None, 'heads'),
+  )
   return ax.local(run, inputs, (heads, heads[:3]))(q, k, v, data, sinks, table)
 
 
@@ -122,7 +153,9 @@ def _on_device(q, k, v, mask, local, sinks, relative, R, gather, zigzagged):
   if R == 1:
     out, lse = local.attention(q, k, v, mask, sinks=sinks, relative=relative)
   elif gather:
-    out, lse = _gathered(q, k, v, mask, functools.partial(local.attention, sinks=sinks, relative=relative), zigzagged)
+    out, lse = _gathered(
+      q, k, v, mask, functools.partial(local.attention, sinks=sinks, relative=relative), zigzagged
+    )
   else:
     out, lse = _ring(q, k, v, relative, mask, local, R, zigzagged)
     if sinks is not None:  # once, over all parts together
@@ -135,7 +168,9 @@ def _on_device(q, k, v, mask, local, sinks, relative, R, gather, zigzagged):
 
 def _exchange(x, split, concatenate, u):
   """u neighbours exchange parts along dimension `split`, which are put together along the other one."""
-  return jax.lax.all_to_all(x, AXIS, split, concatenate, tiled=True, axis_index_groups=_neighbours(u))
+  return jax.lax.all_to_all(
+    x, AXIS, split, concatenate, tiled=True, axis_index_groups=_neighbours(u)
+  )
 
 
 def _neighbours(u):
@@ -148,15 +183,26 @@ def _tokens_for_heads(q, k, v, mask, sinks, relative, u):
   q, k, v = (_exchange(x, 2, 1, u) for x in (q, jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2)))
   rows = lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True, axis_index_groups=_neighbours(u))
   share = lambda x: jnp.take(jnp.stack(jnp.split(x, u, -1)), jax.lax.axis_index(AXIS) % u, 0)
-  relative = None if relative is None else dataclasses.replace(relative, table=share(relative.table))
+  relative = (
+    None if relative is None else dataclasses.replace(relative, table=share(relative.table))
+  )
   return q, k, v, _cut(mask, rows, rows), None if sinks is None else share(sinks), relative
 
 
 def _cut(mask, queries, keys):
   """The mask of what `queries` and `keys` make of a device's tokens."""
-  found = {f'{side}_{what}': getattr(mask, f'{side}_{what}') for side in ('query', 'key') for what in ('segments', 'positions')}
-  return dataclasses.replace(mask, **{name: None if x is None else (queries if name.startswith('query') else keys)(x)
-                                      for name, x in found.items()})
+  found = {
+    f'{side}_{what}': getattr(mask, f'{side}_{what}')
+    for side in ('query', 'key')
+    for what in ('segments', 'positions')
+  }
+  return dataclasses.replace(
+    mask,
+    **{
+      name: None if x is None else (queries if name.startswith('query') else keys)(x)
+      for name, x in found.items()
+    },
+  )
 
 
 def _gathered(q, k, v, mask, run, zigzagged):
@@ -169,9 +215,13 @@ def _gathered(q, k, v, mask, run, zigzagged):
   early = lambda x: x[:, :C]
   late = lambda x: x[:, C:]
   # A device's first chunk is of the first half of the row, and so is all that it sees.
-  first_half = lambda x: x.reshape(x.shape[0], -1, 2, C, *x.shape[2:])[:, :, 0].reshape(x.shape[0], -1, *x.shape[2:])
-  parts = (run(early(q), first_half(k), first_half(v), _cut(mask, early, first_half)),
-           run(late(q), k, v, _cut(mask, late, lambda x: x)))
+  first_half = lambda x: x.reshape(x.shape[0], -1, 2, C, *x.shape[2:])[:, :, 0].reshape(
+    x.shape[0], -1, *x.shape[2:]
+  )
+  parts = (
+    run(early(q), first_half(k), first_half(v), _cut(mask, early, first_half)),
+    run(late(q), k, v, _cut(mask, late, lambda x: x)),
+  )
   return tuple(jnp.concatenate(x, 1) for x in zip(*parts))
 
 
@@ -184,6 +234,7 @@ class Hop(NamedTuple):
     mask: from the mask of the tokens computed to the part of it that matters. seen: [] whether anything is seen, or None: it is.
     valid: of the queries [B, 1, 1], whether there are keys for them; or None: there are.
   """
+
   queries: Callable = lambda x: x
   keys: Callable = lambda x: x
   spread: Callable = lambda x, fill: [x]
@@ -216,7 +267,11 @@ def _pairs(mine, other) -> Hop:
   def spread(x, fill):
     first, second = jnp.split(x, 2)
     none = jnp.full_like(first, fill)
-    return [jnp.concatenate([choose(first, none), second], 1), jnp.concatenate([none, choose(none, first)], 1)]
+    return [
+      jnp.concatenate([choose(first, none), second], 1),
+      jnp.concatenate([none, choose(none, first)], 1),
+    ]
+
   return Hop(queries, keys, spread, _everything)
 
 
@@ -226,26 +281,34 @@ def _back(mine, d: int, C: int, R: int, window: int) -> Hop:
   devices = lambda moves: [(a * u + m, b * u + m) for a, b in moves for m in range(u)]
   early_to_early = devices((g, g + d) for g in range(R) if g + d < R)
   late_to_late = devices((g, g - d) for g in range(R) if g >= d)
-  early_to_late = devices((g, 2 * R - 1 - g - d) for g in range(R) if g + d >= R and 2 * R - 1 - g >= d)
+  early_to_late = devices(
+    (g, 2 * R - 1 - g - d) for g in range(R) if g + d >= R and 2 * R - 1 - g >= d
+  )
   chunks = lambda x: jnp.concatenate(jnp.split(x, 2, 1))
 
   def keys(x):
     early, late = jnp.split(x, 2, 1)
     move = lambda x, moves: jax.lax.ppermute(x, AXIS, moves)  # zeros where nothing comes
-    return jnp.concatenate([move(early, early_to_early), move(late, late_to_late) + move(early, early_to_late)])
+    return jnp.concatenate(
+      [move(early, early_to_early), move(late, late_to_late) + move(early, early_to_late)]
+    )
 
   def within(mask):
     if d * C + C <= window:  # the last query of a chunk sees the first key
       return _everything(mask)
     index = jnp.arange(C, dtype=jnp.int32)[None]
     return dataclasses.replace(mask, query_positions=index + d * C, key_positions=index)
+
   if d == 0:
     return Hop(chunks, chunks, lambda x, fill: [jnp.concatenate(jnp.split(x, 2), 1)])
 
   def valid(B):
     first = jnp.concatenate([jnp.full(B, mine), jnp.full(B, 2 * R - 1 - mine)])
     return (first >= d)[:, None, None]
-  return Hop(chunks, keys, lambda x, fill: [jnp.concatenate(jnp.split(x, 2), 1)], within, valid=valid)
+
+  return Hop(
+    chunks, keys, lambda x, fill: [jnp.concatenate(jnp.split(x, 2), 1)], within, valid=valid
+  )
 
 
 def _ring(q, k, v, relative, mask, local, R, zigzagged):
@@ -267,8 +330,11 @@ def _ring(q, k, v, relative, mask, local, R, zigzagged):
       for parts in zip(hop.spread(out.astype(wide), 0), hop.spread(lse, -jnp.inf)):
         state = _merge(*state, *parts)
       return state, ()
+
     start = jnp.zeros((*q.shape[:3], v.shape[3]), wide), jnp.full(q.shape[:3], -jnp.inf, wide)
-    (out, lse), _ = _walk(visit, start, (k, v, _keys_data(mask)), (), mask, q.shape[1], R, zigzagged)
+    (out, lse), _ = _walk(
+      visit, start, (k, v, _keys_data(mask)), (), mask, q.shape[1], R, zigzagged
+    )
     # With these kept (a name that remat policies know) the backward pass goes around once, not twice.
     out, lse = checkpoint_name(out.astype(v.dtype), 'attention'), checkpoint_name(lse, 'attention')
     return (out, lse), (q, k, v, relative, mask, out, lse)
@@ -285,13 +351,27 @@ def _ring(q, k, v, relative, mask, local, R, zigzagged):
       if hop.valid is not None:
         seen = jnp.where(hop.valid(q.shape[0]), seen, -jnp.inf)
       new, *new_keys, new_relative = local.part_backward(
-          hop.queries(q), hop.keys(k), hop.keys(v), part, seen, hop.queries(delta), hop.queries(d_out), relative=relative)
-      d_keys = tuple(d + jax.linear_transpose(hop.keys, d)(new)[0] for d, new in zip(d_keys, new_keys))
+        hop.queries(q),
+        hop.keys(k),
+        hop.keys(v),
+        part,
+        seen,
+        hop.queries(delta),
+        hop.queries(d_out),
+        relative=relative,
+      )
+      d_keys = tuple(
+        d + jax.linear_transpose(hop.keys, d)(new)[0] for d, new in zip(d_keys, new_keys)
+      )
       return (sum(hop.spread(new, 0), d_q), jax.tree.map(jnp.add, d_relative, new_relative)), d_keys
+
     zeros = lambda x: jnp.zeros(x.shape, wide)
     start = zeros(q), jax.tree.map(jnp.zeros_like, relative)
-    (d_q, d_relative), (d_k, d_v) = _walk(visit, start, (k, v, _keys_data(mask)), (zeros(k), zeros(v)), mask, q.shape[1], R, zigzagged)
+    (d_q, d_relative), (d_k, d_v) = _walk(
+      visit, start, (k, v, _keys_data(mask)), (zeros(k), zeros(v)), mask, q.shape[1], R, zigzagged
+    )
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_relative, None
+
   run.defvjp(forward, backward)
   return run(q, k, v, relative, mask)
 
@@ -331,6 +411,7 @@ def _walk(visit, state, keys, d_keys, mask, T, R, zigzagged):
     state, d_keys, keys = carry
     following, d_keys = move(keys), move(d_keys)
     return (*hop(state, d_keys, keys, s), following), None
+
   state, d_keys = visit(state, d_keys, Hop(), keys)
   (state, d_keys, keys), _ = jax.lax.scan(step, (state, d_keys, move(keys)), jnp.arange(1, R - 1))
   state, d_keys = hop(state, move(d_keys), keys, R - 1)

@@ -5,6 +5,7 @@ routes tokens of its own.
 
 n tokens of this device · k choices of a token · D width · C slots
 """
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ def from_experts(slots: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 class Exchange(NamedTuple):
   """Attributes:
-    axes: of the mesh, along which the experts lie. E: experts of a device. C: rows from one device to another in a round.
+  axes: of the mesh, along which the experts lie. E: experts of a device. C: rows from one device to another in a round.
   """
+
   axes: tuple[str, ...]
   E: int
   C: int
@@ -46,6 +48,7 @@ class Rounds(NamedTuple):
     owner, place: of a choice, the device it goes to (P: none) and how many before it in `order` go there, too, [n, k].
     count: how many rounds, the same on all devices, []; None: one, whatever the routing.
   """
+
   order: jax.Array
   expert: jax.Array
   sizes: jax.Array
@@ -73,7 +76,14 @@ def plan(expert: jax.Array, exchange: Exchange, everyone: tuple[str, ...]) -> Ro
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_rounds(function: Callable, exchange: Exchange, x: jax.Array, gates: jax.Array, weights: Any, rounds: Rounds) -> jax.Array:
+def in_rounds(
+  function: Callable,
+  exchange: Exchange,
+  x: jax.Array,
+  gates: jax.Array,
+  weights: Any,
+  rounds: Rounds,
+) -> jax.Array:
   """The sum over a token's choices of `function`, each computed where its expert is; f32 [n, D].
 
   Nothing of a round is kept for the backward pass, which sends rows and computes the function once more.
@@ -83,9 +93,13 @@ def in_rounds(function: Callable, exchange: Exchange, x: jax.Array, gates: jax.A
       E: of an empty slot, whose row and gate are 0 and whose result goes nowhere. Differentiable but for `experts`.
     x: [n, D]. gates: [n, k], f32. weights: of the E experts here, a pytree.
   """
+
   def one(i, y):
     rows, gate, expert = _sent(exchange, rounds, i, x, gates)
-    return y + _returned(exchange, rounds, i, function(rows, gate, expert, weights)).sum(1, dtype=jnp.float32)
+    return y + _returned(exchange, rounds, i, function(rows, gate, expert, weights)).sum(
+      1, dtype=jnp.float32
+    )
+
   return _repeat(rounds, one, jnp.zeros(x.shape, jnp.float32))
 
 
@@ -98,11 +112,14 @@ def _backward(function, exchange, arguments, dy):
 
   def one(i, sums):
     rows, gate, expert = _sent(exchange, rounds, i, x, gates)
-    _, pull = jax.vjp(lambda rows, gate, weights: function(rows, gate, expert, weights), rows, gate, weights)
+    _, pull = jax.vjp(
+      lambda rows, gate, weights: function(rows, gate, expert, weights), rows, gate, weights
+    )
     d_rows, d_gate, d_weights = pull(_sent(exchange, rounds, i, dy.astype(x.dtype), gates)[0])
     d_x = _returned(exchange, rounds, i, d_rows).sum(1, dtype=jnp.float32)
     d_gates = _returned(exchange, rounds, i, d_gate[:, None])[..., 0]
     return jax.tree.map(jnp.add, sums, (d_x, d_gates, d_weights))
+
   zeros = jax.tree.map(jnp.zeros_like, (x.astype(jnp.float32), gates, weights))
   d_x, d_gates, d_weights = _repeat(rounds, one, zeros)
   return d_x.astype(x.dtype), d_gates, d_weights, None
@@ -122,9 +139,13 @@ def _sent(exchange, rounds, i, x, gates):
   """What this device is sent in round i: rows [P * C, D], their gates and experts [P * C]."""
   (axes, E, C), n, k = exchange, *rounds.owner.shape
   slot = i * C + jnp.arange(C, dtype=jnp.int32)[None]
-  at = jnp.where(slot < rounds.sizes[:, None], rounds.first[:, None] + slot, n * k).reshape(-1)  # n * k: an empty slot
+  at = jnp.where(slot < rounds.sizes[:, None], rounds.first[:, None] + slot, n * k).reshape(
+    -1
+  )  # n * k: an empty slot
   choice = rounds.order.at[at].get(mode='fill', fill_value=n * k)
-  send = functools.partial(jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0, tiled=True)
+  send = functools.partial(
+    jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0, tiled=True
+  )
   pick = lambda values, index, fill: send(values.at[index].get(mode='fill', fill_value=fill))
   return pick(x, choice // k, 0), pick(gates.reshape(-1), choice, 0), pick(rounds.expert, at, E)
 
@@ -153,4 +174,8 @@ def rank(group: jax.Array, groups: int) -> jax.Array:
 
 def inverse(index: jax.Array, size: int) -> jax.Array:
   """Where each of 0..size-1 stands in `index`; len(index), which is nowhere, for one that does not."""
-  return jnp.full(size, index.size, jnp.int32).at[index].set(jnp.arange(index.size, dtype=jnp.int32), mode='drop', unique_indices=True)
+  return (
+    jnp.full(size, index.size, jnp.int32)
+    .at[index]
+    .set(jnp.arange(index.size, dtype=jnp.int32), mode='drop', unique_indices=True)
+  )

@@ -3,6 +3,7 @@
 Imports nothing heavy: what concerns the allocator has to happen before anything large is loaded. One process starts no service and waits
 for no one: of the functions below that concern several, each then does nothing, or just what it was given to do.
 """
+
 import contextlib
 import gc
 import hashlib
@@ -34,7 +35,11 @@ def use_huge_pages() -> None:
 
   glibc reads GLIBC_TUNABLES when a process starts, so it cannot be set later. A value that the user has set is respected.
   """
-  if sys.platform == 'linux' and platform.libc_ver()[0] == 'glibc' and 'GLIBC_TUNABLES' not in os.environ:
+  if (
+    sys.platform == 'linux'
+    and platform.libc_ver()[0] == 'glibc'
+    and 'GLIBC_TUNABLES' not in os.environ
+  ):
     os.environ['GLIBC_TUNABLES'] = TUNABLES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -42,6 +47,7 @@ def use_huge_pages() -> None:
 def cache_compilations(directory: str | os.PathLike) -> None:
   """Keeps compiled programs on disk, for every program however small: a second run starts without compiling."""
   import jax
+
   path = pathlib.Path(directory).absolute()
   path.mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', str(path))
@@ -49,7 +55,12 @@ def cache_compilations(directory: str | os.PathLike) -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
 
 
-def connect(coordinator: str = '', processes: int = 0, process: int = -1, heartbeat_timeout: int = HEARTBEAT_TIMEOUT):
+def connect(
+  coordinator: str = '',
+  processes: int = 0,
+  process: int = -1,
+  heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+):
   """Meets the other processes, if there are others. Returns a context in which an error ends them too.
 
   Without a coordinator, jax looks for the others where it knows how: Slurm, Open MPI, TPU pods, Kubernetes. A process that is lost, or
@@ -61,20 +72,40 @@ def connect(coordinator: str = '', processes: int = 0, process: int = -1, heartb
   Raises ValueError for some of the first three without the others, and for values that cannot be.
   """
   import jax
-  given = {'--coordinator=HOST:PORT': coordinator != '', '--processes=N': processes != 0, '--process=I': process != -1}
+
+  given = {
+    '--coordinator=HOST:PORT': coordinator != '',
+    '--processes=N': processes != 0,
+    '--process=I': process != -1,
+  }
   if any(given.values()):
     if not all(given.values()):
-      raise ValueError(f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes need {", ".join(given)}; one '
-                       'process needs none of them')
+      raise ValueError(
+        f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes need {", ".join(given)}; one '
+        'process needs none of them'
+      )
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal():
-      raise ValueError(f'--coordinator={coordinator} is not HOST:PORT; give the address of process 0 and a free port there')
+      raise ValueError(
+        f'--coordinator={coordinator} is not HOST:PORT; give the address of process 0 and a free port there'
+      )
     if not 0 <= process < processes:
-      raise ValueError(f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}')
+      raise ValueError(
+        f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}'
+      )
     # jax gives up with an abort that does not say for whom it waited.
-    print(f'process {process} of {processes} meets the others at {coordinator}, within {MEETING_TIMEOUT} s or not at all', flush=True)
-    jax.distributed.initialize(coordinator, processes, process, cluster_detection_method='deactivate',
-                               initialization_timeout=MEETING_TIMEOUT, heartbeat_timeout_seconds=heartbeat_timeout)
+    print(
+      f'process {process} of {processes} meets the others at {coordinator}, within {MEETING_TIMEOUT} s or not at all',
+      flush=True,
+    )
+    jax.distributed.initialize(
+      coordinator,
+      processes,
+      process,
+      cluster_detection_method='deactivate',
+      initialization_timeout=MEETING_TIMEOUT,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+    )
   elif not _alone():
     try:
       jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
@@ -82,8 +113,10 @@ def connect(coordinator: str = '', processes: int = 0, process: int = -1, heartb
       if 'coordinator_address' not in str(error):  # what jax misses where it finds no cluster
         raise
       if 'JOB_COMPLETION_INDEX' in os.environ:
-        raise ValueError('this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes only; install '
-                         f'jax[k8s], or give {", ".join(given)}') from error
+        raise ValueError(
+          'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes only; install '
+          f'jax[k8s], or give {", ".join(given)}'
+        ) from error
   if count() > 1:
     print(f'{_who()}: {jax.local_device_count()} of {jax.device_count()} devices', flush=True)
   return _together(heartbeat_timeout)
@@ -91,10 +124,17 @@ def connect(coordinator: str = '', processes: int = 0, process: int = -1, heartb
 
 def _alone() -> bool:
   """Whether the environment is known to be that of one process, where jax's own search would go wrong."""
-  if os.environ.get('SLURM_NTASKS') == '1':  # jax would show the only task of a step just one of its devices
+  if (
+    os.environ.get('SLURM_NTASKS') == '1'
+  ):  # jax would show the only task of a step just one of its devices
     return True
   # jax knows the pods of Jobs and of TPU slices, and fails in others, such as a notebook's.
-  marks = ('JOB_COMPLETION_INDEX', 'TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES', 'TPU_PROCESS_ADDRESSES_PATH')
+  marks = (
+    'JOB_COMPLETION_INDEX',
+    'TPU_WORKER_HOSTNAMES',
+    'TPU_PROCESS_ADDRESSES',
+    'TPU_PROCESS_ADDRESSES_PATH',
+  )
   return 'KUBERNETES_SERVICE_HOST' in os.environ and not any(mark in os.environ for mark in marks)
 
 
@@ -110,21 +150,33 @@ def _together(heartbeat_timeout: int) -> Iterator[None]:
 
 def _who() -> str:
   import jax
+
   return f'process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}'
 
 
 def _leave(error: BaseException, heartbeat_timeout: int) -> None:
   """Ends this process without the barrier of an orderly exit, at which it would wait for others that wait for it."""
   if isinstance(error, (SystemExit, KeyboardInterrupt, FloatingPointError)):
-    traceback.print_exception(error) if not isinstance(error, SystemExit) else print(error, file=sys.stderr)
-    print(f'{_who()} leaves because of this error, and with it all others', file=sys.stderr, flush=True)
+    traceback.print_exception(error) if not isinstance(error, SystemExit) else print(
+      error, file=sys.stderr
+    )
+    print(
+      f'{_who()} leaves because of this error, and with it all others', file=sys.stderr, flush=True
+    )
   else:
     traceback.print_exception(error)
     # When a process is lost, the collectives of the others fail, often before it is known which one it was.
-    print(f'{_who()} failed. If it was because another one is lost, that one will be named within {heartbeat_timeout} s',
-          file=sys.stderr, flush=True)
+    print(
+      f'{_who()} failed. If it was because another one is lost, that one will be named within {heartbeat_timeout} s',
+      file=sys.stderr,
+      flush=True,
+    )
     time.sleep(heartbeat_timeout + 5)
-    print(f'{_who()} leaves: no other one was lost, so the error is its own', file=sys.stderr, flush=True)
+    print(
+      f'{_who()} leaves: no other one was lost, so the error is its own',
+      file=sys.stderr,
+      flush=True,
+    )
   sys.stdout.flush()
   os._exit(1)
 
@@ -132,6 +184,7 @@ def _leave(error: BaseException, heartbeat_timeout: int) -> None:
 def count() -> int:
   """How many processes there are."""
   import jax
+
   return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -139,6 +192,7 @@ def barrier(name: str) -> None:
   """Returns once every process has called it with this name. No device takes part, so that any thread may wait."""
   if count() > 1:
     import orbax.checkpoint as ocp
+
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_TIMEOUT * 1000)
 
 
@@ -148,6 +202,7 @@ def first_alone(function: Callable[[], T], name: str) -> T:
   name: of the barrier.
   """
   import jax
+
   if count() == 1:
     return function()
   if jax.process_index() != 0:
@@ -165,6 +220,7 @@ def from_first(function: Callable[[], int | None]) -> int | None:
   import jax
   import numpy as np
   from jax.experimental import multihost_utils
+
   found = function() if jax.process_index() == 0 else None
   barrier('the first has found it')  # not on the devices, whose collectives have timeouts
   found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
@@ -177,7 +233,10 @@ def differing(value: str) -> list[int]:
     return []
   import numpy as np
   from jax.experimental import multihost_utils
-  digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
+
+  digests = multihost_utils.process_allgather(
+    np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+  )
   return np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
 
 
@@ -185,7 +244,9 @@ def check_same(what: str, value: str) -> None:
   """Raises ValueError, in every process, where not all have the same value."""
   others = differing(value)
   if others:
-    raise ValueError(f'{what} of processes {others} are not those of process 0; start all with the same command on the same files')
+    raise ValueError(
+      f'{what} of processes {others} are not those of process 0; start all with the same command on the same files'
+    )
 
 
 def check_shared(path: str | os.PathLike) -> None:
@@ -197,7 +258,9 @@ def check_shared(path: str | os.PathLike) -> None:
     if not others:
       return
     time.sleep(LOOK_SECONDS)
-  raise ValueError(f'processes {others} do not see {path} as process 0 wrote it; give a --workdir on a file system that all of them share')
+  raise ValueError(
+    f'processes {others} do not see {path} as process 0 wrote it; give a --workdir on a file system that all of them share'
+  )
 
 
 class RowShards:
@@ -210,32 +273,44 @@ class RowShards:
   def __init__(self, sharding, shape: tuple[int, int]):
     """sharding: of arrays of this shape, [B, T]."""
     self._sharding, self._shape = sharding, shape
-    slices = {index[0].indices(shape[0]) for index in sharding.addressable_devices_indices_map(shape).values()}
+    slices = {
+      index[0].indices(shape[0])
+      for index in sharding.addressable_devices_indices_map(shape).values()
+    }
     self.rows = sorted({row for part in slices for row in range(*part)})
 
   def __call__(self, batch):
     """A pytree of numpy arrays [rows of this process, T] as one of global jax.Arrays [B, T]."""
     import jax
+
     at = {row: i for i, row in enumerate(self.rows)}
 
     def put(x):
       def shard(index):
         start, stop, _ = index[0].indices(self._shape[0])
-        return x[at[start]:at[start] + stop - start, index[1]]
+        return x[at[start] : at[start] + stop - start, index[1]]
+
       return jax.make_array_from_callback(self._shape, self._sharding, shard)
+
     return jax.tree.map(put, batch)
 
 
 def heed_interrupts() -> None:
   """From here on, Ctrl-C within a callback of the garbage collector (jax has one) raises a little later: from within, Python drops it."""
+
   def act(number, frame):
-    while frame and all(frame.f_code is not getattr(callback, '__code__', None) for callback in gc.callbacks):
+    while frame and all(
+      frame.f_code is not getattr(callback, '__code__', None) for callback in gc.callbacks
+    ):
       frame = frame.f_back
     if frame:
       signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
       signal.default_int_handler(number, frame)
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+
+  if (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  ):  # a job in the background ignores it
     for number in (signal.SIGINT, signal.SIGALRM):
       signal.signal(number, act)
 
@@ -263,6 +338,7 @@ class StopSignal:
     """The signal because of which all processes stop after this step, or ''. To be called after every step."""
     if count() > 1:
       from jax.experimental import multihost_utils
+
       if multihost_utils.reached_preemption_sync_point(step):
         self.name = signal.SIGTERM.name
     return self.name

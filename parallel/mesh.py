@@ -3,6 +3,7 @@
 Six axes, always all six, in this order: `data` (replicas), `fsdp` (replicas that share parameters), `stage`, `expert`,
 `context`, `tensor`. An axis that is not used has size 1, so that a spec never has to ask which axes exist.
 """
+
 import collections
 import dataclasses
 import math
@@ -13,7 +14,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
-NO_MESH = Mesh(np.empty((), object), ())  # in context, arrays of single devices can be worked on one by one
+NO_MESH = Mesh(
+  np.empty((), object), ()
+)  # in context, arrays of single devices can be worked on one by one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class MeshConfig:
 
   Raises ValueError for a size below 1 (except one -1), and for another `zero`.
   """
+
   data: int = -1
   fsdp: int = 1
   stage: int = 1
@@ -40,12 +44,18 @@ class MeshConfig:
     sizes = self.sizes()
     for axis, size in sizes.items():
       if size < 1 and size != -1:
-        raise ValueError(f'mesh.{axis}={size} is not a size; give 1 or more, or -1 on one axis for the devices left')
+        raise ValueError(
+          f'mesh.{axis}={size} is not a size; give 1 or more, or -1 on one axis for the devices left'
+        )
     if sum(size == -1 for size in sizes.values()) > 1:
-      raise ValueError(f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left, give the others '
-                       'their size, as in --config.mesh.data=1')
+      raise ValueError(
+        f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left, give the others '
+        'their size, as in --config.mesh.data=1'
+      )
     if self.zero not in (1, 2, 3):
-      raise ValueError(f'mesh.zero={self.zero} must be 1, 2 or 3; for copies of everything use mesh.data instead of mesh.fsdp')
+      raise ValueError(
+        f'mesh.zero={self.zero} must be 1, 2 or 3; for copies of everything use mesh.data instead of mesh.fsdp'
+      )
 
   def sizes(self) -> dict[str, int]:
     """Axis name -> size as configured (may hold one -1)."""
@@ -57,11 +67,15 @@ class MeshConfig:
     known = math.prod(size for size in sizes.values() if size != -1)
     if -1 not in sizes.values():
       if known != devices:
-        raise ValueError(f'mesh {sizes} needs {known} devices, {devices} are here; set one axis to -1 to take what is left')
+        raise ValueError(
+          f'mesh {sizes} needs {known} devices, {devices} are here; set one axis to -1 to take what is left'
+        )
       return sizes
     if devices % known:
-      raise ValueError(f'mesh {sizes} cannot divide {devices} devices: the fixed axes take {known}, which does not divide '
-                       f'{devices}; change one of them')
+      raise ValueError(
+        f'mesh {sizes} cannot divide {devices} devices: the fixed axes take {known}, which does not divide '
+        f'{devices}; change one of them'
+      )
     return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
 
@@ -78,7 +92,9 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
   within = [size // across.get(axis, 1) for axis, size in sizes.items()]
   # Splitting a physical axis changes nothing for meshes that need no splitting, and most others have no layout without it.
   if across:
-    grid = mesh_utils.create_hybrid_device_mesh(within, [across.get(axis, 1) for axis in AXES], devices, allow_split_physical_axes=True)
+    grid = mesh_utils.create_hybrid_device_mesh(
+      within, [across.get(axis, 1) for axis in AXES], devices, allow_split_physical_axes=True
+    )
   else:
     grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=(axis_type,) * len(AXES))
@@ -94,18 +110,28 @@ def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
   if slices == 1:
     return {}
   if len(set(counts.values())) > 1:
-    raise ValueError(f'slices hold different numbers of devices, {dict(sorted(counts.items()))} by index; give as many of each')
+    raise ValueError(
+      f'slices hold different numbers of devices, {dict(sorted(counts.items()))} by index; give as many of each'
+    )
   data = math.gcd(sizes['data'], slices)
   if sizes['stage'] % (slices // data) == 0:
     return {'data': data, 'stage': slices // data}
-  if devices[0].platform != 'tpu':  # to jax a node is a slice; the network between nodes carries any axis, the outermost first
+  if (
+    devices[0].platform != 'tpu'
+  ):  # to jax a node is a slice; the network between nodes carries any axis, the outermost first
     return {}
-  raise ValueError(f'mesh.data={sizes["data"]} and mesh.stage={sizes["stage"]} do not divide over {slices} slices, whose network only '
-                   f'these two may cross; make one of them a multiple of {slices}')
+  raise ValueError(
+    f'mesh.data={sizes["data"]} and mesh.stage={sizes["stage"]} do not divide over {slices} slices, whose network only '
+    f'these two may cross; make one of them a multiple of {slices}'
+  )
 
 
 def platform() -> str:
   """What is compiled for: 'cpu', 'gpu' or 'tpu'; that of the mesh in context, which may lie on devices that are not here."""
   mesh = jax.sharding.get_abstract_mesh()
-  found = jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
+  found = (
+    jax.default_backend()
+    if mesh.empty or mesh.abstract_device is None
+    else mesh.abstract_device.platform
+  )
   return 'gpu' if found in ('cuda', 'rocm') else found

@@ -4,6 +4,7 @@ Inside jit a move is part of the program: the compiler starts it ahead of what n
 Ren et al., arXiv:2101.06840). What is stacked by layers is moved a layer at a time, in loops: the gradient of a move to the
 device is one to the host, so gradients of parameters that lie there arrive there as the backward loop finds them.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -34,5 +35,7 @@ def sum_by_layer(function, x: jax.Array) -> jax.Array:
   """function(x), which is a sum over elements to a scalar f32; of x [L, ...] in the host's memory as the sum over its layers."""
   if not is_on_host(x):
     return function(x)
-  total, _ = jax.lax.scan(lambda total, layer: (total + function(to_device(layer)), None), jnp.float32(0), x)
+  total, _ = jax.lax.scan(
+    lambda total, layer: (total + function(to_device(layer)), None), jnp.float32(0), x
+  )
   return total

@@ -13,6 +13,7 @@ are, so that layers are written as if there were no pipeline. An idle stage comp
 
 B batch · M microbatches · P stages · R blocks (of layers that a scan repeats) · v repeats
 """
+
 import dataclasses
 import functools
 import math
@@ -45,6 +46,7 @@ class PipelineConfig:
 
   Raises ValueError when a value is impossible.
   """
+
   schedule: str = 'gpipe'
   microbatches: int = 0
   repeats: int = 1
@@ -52,17 +54,23 @@ class PipelineConfig:
   def __post_init__(self):
     names.check('model.pipeline.schedule', self.schedule, SCHEDULES)
     if self.microbatches < 0:
-      raise ValueError(f'model.pipeline.microbatches={self.microbatches} must be at least 1, or 0 for as many as there are stages')
+      raise ValueError(
+        f'model.pipeline.microbatches={self.microbatches} must be at least 1, or 0 for as many as there are stages'
+      )
     if self.repeats < 1 or (self.repeats > 1) != (self.schedule == 'circular'):
-      raise ValueError(f'model.pipeline.repeats={self.repeats} does not suit model.pipeline.schedule={self.schedule!r}: '
-                       "'circular' takes 2 or more, the others 1")
+      raise ValueError(
+        f'model.pipeline.repeats={self.repeats} does not suit model.pipeline.schedule={self.schedule!r}: '
+        "'circular' takes 2 or more, the others 1"
+      )
 
   def count(self, stages: int) -> int:
     """M on so many stages. Raises ValueError for a circular schedule whose rounds would not be full."""
     M = self.microbatches or stages
     if self.repeats > 1 and M % stages:
-      raise ValueError(f"model.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in the 'circular' schedule as many "
-                       "microbatches as stages go round together; make it a multiple, or use 'gpipe'")
+      raise ValueError(
+        f"model.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in the 'circular' schedule as many "
+        "microbatches as stages go round together; make it a multiple, or use 'gpipe'"
+      )
     return M
 
   def bubble(self, stages: int) -> float:
@@ -75,6 +83,7 @@ class Slots(NamedTuple):
 
   Attributes: microbatch, -1 where the stage is idle; repeat: which of the stage's runs of layers.
   """
+
   microbatch: np.ndarray
   repeat: np.ndarray
 
@@ -82,7 +91,9 @@ class Slots(NamedTuple):
 def schedule(stages: int, microbatches: int, repeats: int = 1) -> Slots:
   """The forward pass; the backward pass is the same, mirrored."""
   busy = microbatches * repeats
-  k = np.arange(busy + stages - 1, dtype=np.int32)[:, None] - np.arange(stages, dtype=np.int32)[None]
+  k = (
+    np.arange(busy + stages - 1, dtype=np.int32)[:, None] - np.arange(stages, dtype=np.int32)[None]
+  )
   idle = (k < 0) | (k >= busy)
   turn, k = np.divmod(k, stages)
   group, repeat = np.divmod(turn, repeats)
@@ -94,8 +105,13 @@ def schedule_1f1b(stages: int, microbatches: int) -> tuple[np.ndarray, np.ndarra
 
   No stage runs forward in the last P - 1 ticks, and none backward in the first P - 1.
   """
-  t, p = np.arange(microbatches + 2 * (stages - 1), dtype=np.int32)[:, None], np.arange(stages, dtype=np.int32)[None]
-  return tuple(np.where((m >= 0) & (m < microbatches), m, -1) for m in (t - p, t - 2 * (stages - 1) + p))
+  t, p = (
+    np.arange(microbatches + 2 * (stages - 1), dtype=np.int32)[:, None],
+    np.arange(stages, dtype=np.int32)[None],
+  )
+  return tuple(
+    np.where((m >= 0) & (m < microbatches), m, -1) for m in (t - p, t - 2 * (stages - 1) + p)
+  )
 
 
 def split_scan(periods) -> int:
@@ -112,8 +128,10 @@ def check(field: str, periods, config: PipelineConfig, stages: int) -> None:
   kinds, blocks = periods[split_scan(periods)]
   if blocks % (stages * config.repeats):
     what = 'layers' if len(kinds) == 1 else f'repeats of a period of {len(kinds)} layers'
-    raise ValueError(f'{field}: {blocks} {what} do not split over mesh.stage={stages} x model.pipeline.repeats={config.repeats}; make '
-                     'them a multiple, or the stages or repeats fewer')
+    raise ValueError(
+      f'{field}: {blocks} {what} do not split over mesh.stage={stages} x model.pipeline.repeats={config.repeats}; make '
+      'them a multiple, or the stages or repeats fewer'
+    )
   config.count(stages)
 
 
@@ -140,28 +158,41 @@ def run(layers, blocks, x, shared, whole, config: PipelineConfig):
   """
   stages, v = ax.size('layers'), config.repeats
   M = config.count(stages)
-  parts, whole = jax.tree.map(lambda a: _spread(_split(a, M), stages), (x, shared)), jax.tree.map(lambda a: _spread(a, stages), whole)
+  parts, whole = (
+    jax.tree.map(lambda a: _spread(_split(a, M), stages), (x, shared)),
+    jax.tree.map(lambda a: _spread(a, stages), whole),
+  )
   blocks = jax.tree.map(lambda a: a[None], blocks) if v == 1 else _deal(blocks, stages, v)
 
   def one(blocks, parts, whole, state, slot):
     microbatch, repeat = slot.microbatch[0], slot.repeat[0]
     fed, shared = jax.tree.map(lambda a: _at(a[0], jnp.maximum(microbatch, 0)), parts)
     x = jnp.where((jax.lax.axis_index(AXIS) == 0) & (repeat == 0), fed, state[0])
-    y, reports = layers(jax.tree.map(lambda a: a[0] if v == 1 else _at(a, repeat), blocks), x, shared,
-                        jax.tree.map(lambda a: a[0], whole))
+    y, reports = layers(
+      jax.tree.map(lambda a: a[0] if v == 1 else _at(a, repeat), blocks),
+      x,
+      shared,
+      jax.tree.map(lambda a: a[0], whole),
+    )
     counted = (jnp.arange(v) == repeat) & (microbatch >= 0)
-    return y[None], jax.tree.map(lambda a: jnp.where(jnp.expand_dims(counted, range(1, a.ndim + 1)), a[None], 0), reports)
+    return y[None], jax.tree.map(
+      lambda a: jnp.where(jnp.expand_dims(counted, range(1, a.ndim + 1)), a[None], 0), reports
+    )
 
   def tick(state, slot):
-    y, reports = _each(one, (OF_REPEATS, SPLIT, SPLIT, SPLIT, SPLIT), (SPLIT, OF_REPEATS))(blocks, parts, whole, state, slot)
+    y, reports = _each(one, (OF_REPEATS, SPLIT, SPLIT, SPLIT, SPLIT), (SPLIT, OF_REPEATS))(
+      blocks, parts, whole, state, slot
+    )
     return _shift(y, stages, 1), (y, reports)
 
   slots = jax.tree.map(lambda a: ax.place(jnp.asarray(a), None, 'layers'), schedule(stages, M, v))
   _, (y, reports) = jax.lax.scan(tick, jnp.zeros_like(parts[0][:, 0]), slots)
   # A microbatch leaves the last stage after its last repeat; those of a round one after another.
   together = stages if v > 1 else 1
-  y = _reshape(y[stages - 1:], (M // together, v, together), 1)[:, -1]
-  return _merge(_from(_reshape(y, (M,), 2), stages - 1, 1)), jax.tree.map(lambda a: _whole(a.sum(0)), reports)
+  y = _reshape(y[stages - 1 :], (M // together, v, together), 1)[:, -1]
+  return _merge(_from(_reshape(y, (M,), 2), stages - 1, 1)), jax.tree.map(
+    lambda a: _whole(a.sum(0)), reports
+  )
 
 
 def relay(layers, blocks, x, kept, shared):
@@ -181,11 +212,18 @@ def relay(layers, blocks, x, kept, shared):
     return y[None], kept, jax.tree.map(lambda a: jnp.where(active, a, 0)[None], reports)
 
   def tick(carry, microbatch):
-    y, kept, reports = _each(one, (SPLIT,) * 5, (SPLIT, SPLIT, OF_REPEATS))(blocks, shared, *carry, microbatch)
+    y, kept, reports = _each(one, (SPLIT,) * 5, (SPLIT, SPLIT, OF_REPEATS))(
+      blocks, shared, *carry, microbatch
+    )
     return (_shift(y, stages, 1), kept), reports
+
   turns = ax.place(jnp.asarray(schedule(stages, 1).microbatch), None, 'layers')
   (y, kept), reports = jax.lax.scan(tick, (_spread(x, stages), kept), turns)
-  return _from(y, 0, 0), kept, jax.tree.map(lambda a: _whole(a.sum(0)), reports)  # what left the last stage has come to the first
+  return (
+    _from(y, 0, 0),
+    kept,
+    jax.tree.map(lambda a: _whole(a.sum(0)), reports),
+  )  # what left the last stage has come to the first
 
 
 def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
@@ -201,7 +239,9 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
   M, kept_slots = config.count(stages), 2 * stages - 1
   parts = jax.tree.map(lambda a: _split(a, M), rows)
   spread = jax.tree.map(lambda a: _spread(a, stages), parts)
-  part_of = lambda parts, microbatch: jax.tree.map(lambda a: _at(a, jnp.maximum(microbatch, 0)), parts)
+  part_of = lambda parts, microbatch: jax.tree.map(
+    lambda a: _at(a, jnp.maximum(microbatch, 0)), parts
+  )
   held = lambda tree: jax.tree.map(lambda a: a[0], tree)
   add = functools.partial(jax.tree.map, lambda total, new: total + new.astype(total.dtype))
 
@@ -210,19 +250,26 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
     x = jnp.where(jax.lax.axis_index(AXIS) == 0, entering[0], state[0])
     y, loss, reports = layers(blocks, x, part_of(held(parts), microbatch))
     place = jnp.maximum(microbatch, 0) % kept_slots
-    kept = jax.lax.dynamic_update_index_in_dim(kept[0], jnp.where(microbatch >= 0, x, _at(kept[0], place)), place, 0)
+    kept = jax.lax.dynamic_update_index_in_dim(
+      kept[0], jnp.where(microbatch >= 0, x, _at(kept[0], place)), place, 0
+    )
     count = lambda a: jnp.where(microbatch >= 0, a, 0)
     return y[None], kept[None], count(loss)[None], jax.tree.map(count, reports)
 
   def backward(blocks, parts, kept, above, d_y, slot):
     microbatch = slot[0]
-    x, part = _at(kept[0], jnp.maximum(microbatch, 0) % kept_slots), part_of(held(parts), microbatch)
+    x, part = (
+      _at(kept[0], jnp.maximum(microbatch, 0) % kept_slots),
+      part_of(held(parts), microbatch),
+    )
     # After the forward pass of this tick, not beside it: XLA's CPU deadlocks on loops of collectives that nothing orders but a barrier.
     # Where d_y is not finite, no gradient is.
     x = x + 0 * d_y[0]
     _, pull = jax.vjp(lambda blocks, x: layers(blocks, x, part)[:2], blocks, x)
     d_y = jnp.where(jax.lax.axis_index(AXIS) == stages - 1, d_y[0], above[0])
-    d_blocks, d_x = pull((jnp.where(microbatch >= 0, d_y, 0), (microbatch >= 0).astype(jnp.float32)))
+    d_blocks, d_x = pull(
+      (jnp.where(microbatch >= 0, d_y, 0), (microbatch >= 0).astype(jnp.float32))
+    )
     return d_blocks, d_x[None]
 
   def tick(carry, slot, down, up):
@@ -230,43 +277,68 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
     d_y = jnp.zeros_like(above)
     if down:
       entering = _spread(first(rest, part_of(parts, slot.enters)), stages)
-      y, kept, loss, reports = _each(forward, (SPLIT,) * 6, SPLIT)(blocks, spread, entering, state, kept, slot.down)
+      y, kept, loss, reports = _each(forward, (SPLIT,) * 6, SPLIT)(
+        blocks, spread, entering, state, kept, slot.down
+      )
       state, found = _shift(y, stages, 1), (loss, reports)
     if down and up:
       last_of = jax.value_and_grad(last, (0, 1), has_aux=True)
-      (loss, sums), (d_rest, d_y) = last_of(rest, _from(y, stages - 1, 0), part_of(parts, slot.leaves))
+      (loss, sums), (d_rest, d_y) = last_of(
+        rest, _from(y, stages - 1, 0), part_of(parts, slot.leaves)
+      )
       d_y, totals = _spread(d_y, stages), totals | {'rest': add(totals['rest'], d_rest)}
       found = found, (loss, sums)
     if up:
-      d_blocks, d_x = _each(backward, (SPLIT,) * 6, SPLIT)(blocks, spread, kept, above, d_y, slot.up)
+      d_blocks, d_x = _each(backward, (SPLIT,) * 6, SPLIT)(
+        blocks, spread, kept, above, d_y, slot.up
+      )
       above = _shift(d_x, stages, -1)
       _, pull = jax.vjp(lambda rest: first(rest, part_of(parts, slot.ends)), rest)
-      totals = {'rest': add(totals['rest'], pull(_from(d_x, 0, 0))[0]), 'blocks': add(totals['blocks'], d_blocks)}
+      totals = {
+        'rest': add(totals['rest'], pull(_from(d_x, 0, 0))[0]),
+        'blocks': add(totals['blocks'], d_blocks),
+      }
     return (state, kept, above, totals), found
 
   down, up = schedule_1f1b(stages, M)
   split = lambda a: ax.place(jnp.asarray(a), None, 'layers')
-  slots = Ticks(split(down), split(up), *(jnp.asarray(a) for a in (down[:, 0], down[:, -1], up[:, 0])))
+  slots = Ticks(
+    split(down), split(up), *(jnp.asarray(a) for a in (down[:, 0], down[:, -1], up[:, 0]))
+  )
   state = jnp.zeros_like(_spread(first(rest, part_of(parts, 0)), stages))
-  kept = jnp.zeros((stages, kept_slots, *state.shape[1:]), state.dtype,
-                   out_sharding=PartitionSpec(AXIS, None, *_entries(state)[1:]) if ax.explicit() else None)
+  kept = jnp.zeros(
+    (stages, kept_slots, *state.shape[1:]),
+    state.dtype,
+    out_sharding=PartitionSpec(AXIS, None, *_entries(state)[1:]) if ax.explicit() else None,
+  )
   wide = lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32))
   carry = state, kept, state, jax.tree.map(wide, {'rest': rest, 'blocks': blocks})
   found = []
-  for begin, end, down, up in ((0, stages - 1, True, False), (stages - 1, M + stages - 1, True, True),
-                               (M + stages - 1, M + 2 * stages - 2, False, True)):
-    carry, new = jax.lax.scan(functools.partial(tick, down=down, up=up), carry, jax.tree.map(lambda a: a[begin:end], slots))
+  for begin, end, down, up in (
+    (0, stages - 1, True, False),
+    (stages - 1, M + stages - 1, True, True),
+    (M + stages - 1, M + 2 * stages - 2, False, True),
+  ):
+    carry, new = jax.lax.scan(
+      functools.partial(tick, down=down, up=up), carry, jax.tree.map(lambda a: a[begin:end], slots)
+    )
     found.append(new)
   warm, (steady, (loss, sums)) = found[:2]
   inner, reports = jax.tree.map(lambda a, b: a.sum(0) + b.sum(0), warm, steady)
   loss, sums = jax.tree.map(lambda a: a.sum(0), (loss, sums))
-  totals = jax.tree.map(lambda total, a: total.astype(a.dtype), carry[3], {'rest': rest, 'blocks': blocks})
-  return (loss + inner.sum(), sums, jax.tree.map(lambda a: _whole(a[None]), reports)), (totals['rest'], totals['blocks'])
+  totals = jax.tree.map(
+    lambda total, a: total.astype(a.dtype), carry[3], {'rest': rest, 'blocks': blocks}
+  )
+  return (loss + inner.sum(), sums, jax.tree.map(lambda a: _whole(a[None]), reports)), (
+    totals['rest'],
+    totals['blocks'],
+  )
 
 
 class Ticks(NamedTuple):
   """Of a 1F1B schedule: whose forward and backward pass each stage runs, [ticks, P]; of all stages together, whose enters the first
   one, leaves the last one, and ends its backward pass, [ticks]; -1: none."""
+
   down: jax.Array
   up: jax.Array
   enters: jax.Array
@@ -285,7 +357,9 @@ def inside() -> bool:
 
 def _each(function, inputs, outputs):
   """`function` run by every stage on its own part, split as the specs say; inside, all other mesh axes are as outside."""
-  run = lambda *arguments: jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False)(*arguments)
+  run = lambda *arguments: jax.shard_map(
+    function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False
+  )(*arguments)
   if jax.__version_info__ >= (0, 12) or not ax.explicit():
     return run
   # Before jax 0.12 a shard_map over some of the explicit axes gathers its arguments over all others; not so over auto axes.
@@ -294,6 +368,7 @@ def _each(function, inputs, outputs):
   def automatic(*arguments):
     specs = jax.tree.map(lambda x: x.sharding.spec, jax.eval_shape(run, *arguments))
     return jax.sharding.auto_axes(run, axes=others, out_sharding=specs)(*arguments)
+
   return automatic
 
 
@@ -305,8 +380,12 @@ def _shift(x, stages, by):
 
 def _from(x, stage, axis):
   """What `stage` holds of x, whose dimension `axis` counts stages, on all of them."""
-  held = jax.lax.broadcasted_iota(jnp.int32, [n if i == axis else 1 for i, n in enumerate(x.shape)], axis)
-  return jax.lax.reduce_sum(jnp.where(held == stage, x, 0), (axis,))  # in its own type: all but one are 0
+  held = jax.lax.broadcasted_iota(
+    jnp.int32, [n if i == axis else 1 for i, n in enumerate(x.shape)], axis
+  )
+  return jax.lax.reduce_sum(
+    jnp.where(held == stage, x, 0), (axis,)
+  )  # in its own type: all but one are 0
 
 
 def _spread(x, stages):
@@ -314,15 +393,19 @@ def _spread(x, stages):
   if ax.explicit():
     return jax.lax.broadcast(x, (stages,), out_sharding=PartitionSpec(AXIS, *_entries(x)))
   free = [PartitionSpec.UNCONSTRAINED] * x.ndim
-  return jax.lax.with_sharding_constraint(jax.lax.broadcast(x, (stages,)), PartitionSpec(AXIS, *free))
+  return jax.lax.with_sharding_constraint(
+    jax.lax.broadcast(x, (stages,)), PartitionSpec(AXIS, *free)
+  )
 
 
 def _split(x, M):
   """[M, B / M, ...] of [B, ...]: strided, so that every device's rows stay on it."""
   B, devices = x.shape[0], ax.size('batch')
   if B % (M * devices):
-    raise ValueError(f'{B} rows do not split into model.pipeline.microbatches={M} on {devices} devices of data, fsdp and expert; make '
-                     'the batch a multiple of both, or the microbatches fewer')
+    raise ValueError(
+      f'{B} rows do not split into model.pipeline.microbatches={M} on {devices} devices of data, fsdp and expert; make '
+      'the batch a multiple of both, or the microbatches fewer'
+    )
   return jnp.moveaxis(_reshape(x, (B // M, M), 1, split=True), 1, 0)
 
 
@@ -342,17 +425,28 @@ def _deal(blocks, stages, v):
   apart = math.gcd(v, stages)
   rounds = []
   for i in range(v):
-    sent = [q * v + (i + q // (stages // apart)) % v for q in range(stages)]  # no two of a round have the same destination
+    sent = [
+      q * v + (i + q // (stages // apart)) % v for q in range(stages)
+    ]  # no two of a round have the same destination
     slots = {chunk % stages: chunk // stages for chunk in sent}
-    rounds.append(([chunk % v for chunk in sent], [(q, chunk % stages) for q, chunk in enumerate(sent)], [slots[p] for p in range(stages)]))
+    rounds.append(
+      (
+        [chunk % v for chunk in sent],
+        [(q, chunk % stages) for q, chunk in enumerate(sent)],
+        [slots[p] for p in range(stages)],
+      )
+    )
 
   def one(x):
-    x = x.reshape(v, -1, *x.shape[1:], out_sharding=PartitionSpec(None, *_entries(x)) if ax.explicit() else None)
+    x = x.reshape(
+      v, -1, *x.shape[1:], out_sharding=PartitionSpec(None, *_entries(x)) if ax.explicit() else None
+    )
     stage, dealt = jax.lax.axis_index(AXIS), jnp.zeros_like(x)
     for send, pairs, put in rounds:
       chunk = jax.lax.ppermute(_at(x, jnp.asarray(send)[stage]), AXIS, pairs)
       dealt = jax.lax.dynamic_update_index_in_dim(dealt, chunk, jnp.asarray(put)[stage], 0)
     return dealt
+
   return _each(lambda blocks: jax.tree.map(one, blocks), SPLIT, OF_REPEATS)(blocks)
 
 

@@ -4,6 +4,7 @@ A block is computed again in the backward pass but for what its policy keeps. Of
 about 2 sqrt(N): those of groups of sqrt(N) layers, and while a group is gone through backwards those of its layers (Chen et al.,
 arXiv:1604.06174, section 4.3).
 """
+
 import dataclasses
 import math
 
@@ -21,26 +22,28 @@ def _products(primitive, *arrays, **how):
   if primitive.name == 'reshard':
     return bool(arrays[0].sharding.spec.unreduced)
   sharding = how.get('out_sharding')
-  return _policies.dots_with_no_batch_dims_saveable(primitive, *arrays, **how) and not (sharding is not None and sharding.spec.unreduced)
+  return _policies.dots_with_no_batch_dims_saveable(primitive, *arrays, **how) and not (
+    sharding is not None and sharding.spec.unreduced
+  )
 
 
 POLICIES = {
-    'none': None,
-    'full': _policies.nothing_saveable,
-    'sqrt': _policies.nothing_saveable,
-    'dots': _products,
+  'none': None,
+  'full': _policies.nothing_saveable,
+  'sqrt': _policies.nothing_saveable,
+  'dots': _products,
 }
 # What blocks call by these names (see `named`), in the order in which it is computed.
 NAMES = {
-    'block': 'the residual stream before a block',
-    'query': 'queries as they meet keys',
-    'key': 'keys as they meet queries',
-    'value': 'values',
-    'attention': 'mixed values of all heads, and what the backward pass of a kernel keeps with them',
-    'attention_out': 'what attention adds to the residual stream',
-    'gate': 'gate of a feed-forward',
-    'up': 'up-projection of a feed-forward',
-    'feed_forward_out': 'what a feed-forward, or experts, add to the residual stream',
+  'block': 'the residual stream before a block',
+  'query': 'queries as they meet keys',
+  'key': 'keys as they meet queries',
+  'value': 'values',
+  'attention': 'mixed values of all heads, and what the backward pass of a kernel keeps with them',
+  'attention_out': 'what attention adds to the residual stream',
+  'gate': 'gate of a feed-forward',
+  'up': 'up-projection of a feed-forward',
+  'feed_forward_out': 'what a feed-forward, or experts, add to the residual stream',
 }
 
 
@@ -53,6 +56,7 @@ class Remat:
     save: of NAMES, kept besides. offload: of NAMES, kept in the host's memory.
   Raises ValueError for unknown names, names that are in both lists, and names besides a policy that keeps all.
   """
+
   policy: str = 'none'
   save: tuple[str, ...] = ()
   offload: tuple[str, ...] = ()
@@ -63,12 +67,18 @@ class Remat:
       for name in getattr(self, field):
         names.check(f'remat_{field}', name, NAMES)
     if both := {*self.save} & {*self.offload}:
-      raise ValueError(f'remat_save and remat_offload both name {sorted(both)}; a value is kept in one place')
+      raise ValueError(
+        f'remat_save and remat_offload both name {sorted(both)}; a value is kept in one place'
+      )
     if self.policy == 'none' and (self.save or self.offload):
-      raise ValueError(f"remat='none' keeps everything on the device; remat_save={self.save} and remat_offload={self.offload} need "
-                       "remat='full', 'sqrt' or 'dots'")
+      raise ValueError(
+        f"remat='none' keeps everything on the device; remat_save={self.save} and remat_offload={self.offload} need "
+        "remat='full', 'sqrt' or 'dots'"
+      )
     if self.policy == 'dots' and self.offload:
-      raise ValueError(f"remat='dots' keeps products on the device; remat_offload={self.offload} needs remat='full' or 'sqrt'")
+      raise ValueError(
+        f"remat='dots' keeps products on the device; remat_offload={self.offload} needs remat='full' or 'sqrt'"
+      )
 
   def alone(self, layers) -> bool:
     """Whether `scan` calls its step on these stacked layers just once, and outside of a loop."""
@@ -81,11 +91,19 @@ def remat(function, config: Remat):
   if policy is None:
     return function
   if config.offload:
-    policy = _policies.save_and_offload_only_these_names(names_which_can_be_saved=list(config.save), offload_src='device',
-                                                         names_which_can_be_offloaded=list(config.offload), offload_dst='pinned_host')
+    policy = _policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=list(config.save),
+      offload_src='device',
+      names_which_can_be_offloaded=list(config.offload),
+      offload_dst='pinned_host',
+    )
   elif config.save:
-    policy = _policies.save_from_both_policies(policy, _policies.save_only_these_names(*config.save))
-  return jax.checkpoint(function, policy=policy, prevent_cse=False)  # inside a scan CSE cannot undo it
+    policy = _policies.save_from_both_policies(
+      policy, _policies.save_only_these_names(*config.save)
+    )
+  return jax.checkpoint(
+    function, policy=policy, prevent_cse=False
+  )  # inside a scan CSE cannot undo it
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
@@ -104,7 +122,11 @@ def scan(step, carry, layers, config: Remat):
   size = math.isqrt(n)
   grouped = n - n % size
   cut = lambda x: jax.lax.slice_in_dim(x, 0, grouped).reshape(grouped // size, size, *x.shape[1:])
-  group = jax.checkpoint(lambda carry, layers: jax.lax.scan(step, carry, layers), policy=_policies.nothing_saveable, prevent_cse=False)
+  group = jax.checkpoint(
+    lambda carry, layers: jax.lax.scan(step, carry, layers),
+    policy=_policies.nothing_saveable,
+    prevent_cse=False,
+  )
   carry, found = jax.lax.scan(group, carry, jax.tree.map(cut, layers))
   found = jax.tree.map(lambda y: y.reshape(grouped, *y.shape[2:]), found)
   if grouped == n:

@@ -5,6 +5,7 @@ Of a product between tokens that devices share and a whole parameter, each devic
 everywhere and then cut it; here the sum stays open (the type of the whole parameter says so: `reduced`, its gradient is `unreduced`)
 until it is scattered.
 """
+
 import functools
 import math
 
@@ -24,7 +25,9 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
   For those products only: what else is done with it may not know how to leave a sum open, and takes `axes.gather`.
   """
-  split = ax.opens() and any(axis in ax.EMBED and entry for axis, entry in zip(axes, jax.typeof(x).sharding.spec))
+  split = ax.opens() and any(
+    axis in ax.EMBED and entry for axis, entry in zip(axes, jax.typeof(x).sharding.spec)
+  )
   return _gather(x, axes) if split else ax.gather(x, *axes)
 
 
@@ -43,6 +46,7 @@ def _backward(axes, _, gradient):
   def run(x):
     x = reduce_scatter(x, shards, dim)
     return jax.lax.psum(x, copies) if copies else x
+
   return (ax.manual(run, (P(*whole, unreduced=frozenset(tokens)),), ax.spec(*axes))(gradient),)
 
 
@@ -52,7 +56,7 @@ _gather.defvjp(lambda x, axes: (_gather(x, axes), None), _backward)
 def _split(axes):
   """Which dimension is split, over which mesh axes, and the spec of the whole."""
   dim = next(i for i, axis in enumerate(axes) if axis in ax.EMBED)
-  return dim, ax.mesh_axes(axes[dim]), ax.spec(*axes[:dim], None, *axes[dim + 1:])
+  return dim, ax.mesh_axes(axes[dim]), ax.spec(*axes[:dim], None, *axes[dim + 1 :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -63,8 +67,10 @@ def all_gather(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
   return x
 
 
-all_gather.defvjp(lambda x, shards, dim: (all_gather(x, shards, dim), None),
-                  lambda shards, dim, _, gradient: (reduce_scatter(gradient, shards, dim),))
+all_gather.defvjp(
+  lambda x, shards, dim: (all_gather(x, shards, dim), None),
+  lambda shards, dim, _, gradient: (reduce_scatter(gradient, shards, dim),),
+)
 
 
 def reduce_scatter(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
@@ -82,6 +88,14 @@ def _steps(shards: tuple[str, ...], kind: str) -> list[list[list[int]] | None]:
   mesh = jax.sharding.get_abstract_mesh()
   n = math.prod(mesh.shape[axis] for axis in shards)
   inner = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-  if platform() != 'tpu' or n < mesh.size or inner == 1 or n <= AT_ONCE[kind]['lite' not in mesh.abstract_device.device_kind]:
+  if (
+    platform() != 'tpu'
+    or n < mesh.size
+    or inner == 1
+    or n <= AT_ONCE[kind]['lite' not in mesh.abstract_device.device_kind]
+  ):
     return [None]
-  return [[list(range(i, n, inner)) for i in range(inner)], [list(range(i, i + inner)) for i in range(0, n, inner)]]
+  return [
+    [list(range(i, n, inner)) for i in range(inner)],
+    [list(range(i, i + inner)) for i in range(0, n, inner)],
+  ]

@@ -1,4 +1,5 @@
 """What do all tests share? Eight virtual CPU devices, strict shapes, exact products, checked annotations."""
+
 import importlib.metadata
 import os
 
@@ -9,7 +10,8 @@ os.environ.setdefault('NPROC', '32')
 # Most of a test's time is the compiler's: without LLVM's optimizations the suite takes a third less, and with XLA's older way to emit fusions,
 # which jaxlib 0.11 no longer has, programs take another fifth less.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
-    ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
+  ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+)
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
 
@@ -18,8 +20,18 @@ import jax
 import jaxtyping
 
 # Before the packages are imported: their jaxtyping annotations are checked at run time.
-jaxtyping.install_import_hook(['model', 'kernels', 'objectives', 'decode', 'training.precision', 'training.adam8bit', 'training.accumulate'],
-                              'beartype.beartype')
+jaxtyping.install_import_hook(
+  [
+    'model',
+    'kernels',
+    'objectives',
+    'decode',
+    'training.precision',
+    'training.adam8bit',
+    'training.accumulate',
+  ],
+  'beartype.beartype',
+)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')

@@ -1,4 +1,5 @@
 """Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, misused, asked for text."""
+
 import contextlib
 import dataclasses
 import json
@@ -49,10 +50,18 @@ class Process:
 
   def __init__(self, directory: pathlib.Path, *command: str):
     self.path = directory / f'output-{time.monotonic_ns()}'
-    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # which asks for eight devices
-    environment |= {'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONFAULTHANDLER': '1'}
+    environment = {
+      name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'
+    }  # which asks for eight devices
+    environment |= {
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'PYTHONFAULTHANDLER': '1',
+    }
     with open(self.path, 'w') as out, open(f'{self.path}.error', 'w') as error:
-      self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=error, env=environment)
+      self.process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=out, stderr=error, env=environment
+      )
 
   def out(self) -> str:
     return self.path.read_text()
@@ -70,7 +79,9 @@ class Process:
     try:
       code = self.process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-      self.process.send_signal(signal.SIGABRT)  # the error output then tells where every thread hangs
+      self.process.send_signal(
+        signal.SIGABRT
+      )  # the error output then tells where every thread hangs
       code = self.process.wait()
     return Finished(code, self.out(), pathlib.Path(f'{self.path}.error').read_text())
 
@@ -86,7 +97,13 @@ class Runs:
     (directory / 'small.py').write_text(CONFIG.replace('DIRECTORY', str(directory)))
 
   def start(self, workdir: pathlib.Path, *flags: str) -> Process:
-    return Process(self.directory, 'train.py', f'--config={self.directory / "small.py"}', f'--workdir={workdir}', *flags)
+    return Process(
+      self.directory,
+      'train.py',
+      f'--config={self.directory / "small.py"}',
+      f'--workdir={workdir}',
+      *flags,
+    )
 
   def train(self, workdir: pathlib.Path, *flags: str) -> Finished:
     return self.start(workdir, *flags).end()
@@ -112,23 +129,34 @@ def whole(runs):
 
 def arrays(workdir, step) -> dict[str, np.ndarray]:
   import orbax.checkpoint as ocp
+
   checkpoints = Checkpoints(workdir)
   assert not checkpoints.problems(step)
   record, directory = checkpoints.record(step), checkpoints.directory / f'{step:08d}'
-  spilled = {name: np.fromfile(directory / SPILLED / name, record['leaves'][name][1]) for name in record['spilled']}
+  spilled = {
+    name: np.fromfile(directory / SPILLED / name, record['leaves'][name][1])
+    for name in record['spilled']
+  }
   request = {name: 0 for name in record['leaves'] if name not in spilled}
   with ocp.PyTreeCheckpointer() as reader:
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), request)
-    return reader.restore(directory, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments)) | spilled
+    return (
+      reader.restore(directory, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+      | spilled
+    )
 
 
 def assert_same_end(workdir, whole, step=40):
   """Parameters, optimizer, position in the data and every logged loss are those of the uninterrupted run."""
   a, b = arrays(workdir, step), arrays(whole, step)
   assert a.keys() == b.keys()
-  assert not [name for name in a if a[name].dtype != b[name].dtype or a[name].tobytes() != b[name].tobytes()]
+  assert not [
+    name for name in a if a[name].dtype != b[name].dtype or a[name].tobytes() != b[name].tobytes()
+  ]
   assert Checkpoints(workdir).record(step)['data'] == Checkpoints(whole).record(step)['data']
-  assert Checkpoints(workdir).record(step)['progress'] == Checkpoints(whole).record(step)['progress']
+  assert (
+    Checkpoints(workdir).record(step)['progress'] == Checkpoints(whole).record(step)['progress']
+  )
   assert losses(workdir) == losses(whole) and len(losses(workdir)) == step
 
 
@@ -151,7 +179,13 @@ def assert_plain(done: Finished, *said: str):
 
 
 def test_an_unknown_field_names_the_nearest(tmp_path):
-  done = Process(tmp_path, 'train.py', '--config=configs/tiny.py', f'--workdir={tmp_path / "run"}', '--config.modle.width=64').end()
+  done = Process(
+    tmp_path,
+    'train.py',
+    '--config=configs/tiny.py',
+    f'--workdir={tmp_path / "run"}',
+    '--config.modle.width=64',
+  ).end()
   assert_plain(done, "no field 'modle'; did you mean 'model'?")
   assert not (tmp_path / 'run').exists()
 
@@ -176,7 +210,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
     done = process.end()
     assert done.code == 0, done.error
     assert 'Traceback' not in done.error
-    stopped = re.search(rf'stopped after step (\d+): {signal.Signals(number).name}; the same command goes on from there', done.out)
+    stopped = re.search(
+      rf'stopped after step (\d+): {signal.Signals(number).name}; the same command goes on from there',
+      done.out,
+    )
     assert stopped and int(stopped[1]) >= step
     assert Checkpoints(tmp_path).latest() == int(stopped[1])
     assert checkpoint_of(done.out) == last
@@ -193,7 +230,11 @@ def unfinished(directory: pathlib.Path) -> set[tuple[str, int]]:
     return set()
   entries = list(os.scandir(directory))
   names = {entry.name for entry in entries}
-  return {(entry.name, entry.inode()) for entry in entries if '.json' not in entry.name and f'{entry.name}.json' not in names}
+  return {
+    (entry.name, entry.inode())
+    for entry in entries
+    if '.json' not in entry.name and f'{entry.name}.json' not in names
+  }
 
 
 def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
@@ -222,8 +263,14 @@ def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
     done = process.end()
     assert done.code == -signal.SIGKILL, 'the run ended before it was killed: give it more steps'
     shown = [int(step) for step in re.findall(rf'step (\d+)/{steps}', done.out)]
-    seen.append({'kind': kind, 'writing': bool(writing()), 'lost': max(shown) - begun() if shown else 0,
-                 'checkpoint': begun()})
+    seen.append(
+      {
+        'kind': kind,
+        'writing': bool(writing()),
+        'lost': max(shown) - begun() if shown else 0,
+        'checkpoint': begun(),
+      }
+    )
   done = runs.train(workdir, *flags)
   assert done.code == 0, done.error
   assert checkpoint_of(done.out) == seen[-1]['checkpoint']
@@ -262,13 +309,20 @@ def test_twelve_kills_change_nothing(runs, tmp_path, flags):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, whole, tmp_path):
   workdir = tmp_path / 'run'
   subprocess.run(['cp', '-r', str(whole), str(workdir)], check=True)
-  path = max((workdir / 'checkpoints' / '00000040').rglob('*'), key=lambda p: p.stat().st_size if p.is_file() else -1)
+  path = max(
+    (workdir / 'checkpoints' / '00000040').rglob('*'),
+    key=lambda p: p.stat().st_size if p.is_file() else -1,
+  )
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 4
   path.write_bytes(data)
   done = runs.train(workdir)
   assert done.code == 0, done.error
-  assert 'WARNING: checkpoint 40 is damaged' in done.out and str(path) in done.out and checkpoint_of(done.out) == 36
+  assert (
+    'WARNING: checkpoint 40 is damaged' in done.out
+    and str(path) in done.out
+    and checkpoint_of(done.out) == 36
+  )
   assert_same_end(workdir, whole)
 
 
@@ -282,39 +336,80 @@ def test_generate_writes_prompt_and_text_and_repeats_itself_by_seed(runs, whole)
 
 @pytest.mark.slow
 def test_drafts_are_timed_and_write_the_same(runs, whole, tmp_path):
-  done = Process(runs.directory, '-m', 'benchmarks.speculation', f'--workdir={whole}', '--documents=1', '--prompt_tokens=12',
-                 '--max_new_tokens=20', f'--json={tmp_path / "found.json"}').end()
+  done = Process(
+    runs.directory,
+    '-m',
+    'benchmarks.speculation',
+    f'--workdir={whole}',
+    '--documents=1',
+    '--prompt_tokens=12',
+    '--max_new_tokens=20',
+    f'--json={tmp_path / "found.json"}',
+  ).end()
   assert done.code == 0 and '1 held-out documents, 12 + 20 tokens each' in done.out, done.error
   found = json.loads((tmp_path / 'found.json').read_text())['results']
-  assert found['plain']['drafted'] == 0 < found['early exit 1']['drafted'] and 'early exit 2' not in found
+  assert (
+    found['plain']['drafted'] == 0 < found['early exit 1']['drafted']
+    and 'early exit 2' not in found
+  )
 
 
 def test_generate_says_what_is_wrong(runs, whole, tmp_path):
-  assert_plain(runs.generate(tmp_path / 'nowhere'), 'error: ', 'config.json does not exist', 'train.py --workdir')
-  assert_plain(runs.generate(whole, '--prompt=' + 'a' * 40), 'error: ', 'a prompt of 41 tokens', 'model.max_length=32', 'shorten')
-  assert_plain(runs.generate(whole, '--checkpoint=7'), 'error: ', "checkpoint='7' is unknown", '36', '40')
+  assert_plain(
+    runs.generate(tmp_path / 'nowhere'),
+    'error: ',
+    'config.json does not exist',
+    'train.py --workdir',
+  )
+  assert_plain(
+    runs.generate(whole, '--prompt=' + 'a' * 40),
+    'error: ',
+    'a prompt of 41 tokens',
+    'model.max_length=32',
+    'shorten',
+  )
+  assert_plain(
+    runs.generate(whole, '--checkpoint=7'), 'error: ', "checkpoint='7' is unknown", '36', '40'
+  )
 
 
 def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
   def ended(process):
     process.process.send_signal(signal.SIGINT)
     done = process.end()
-    assert done.code == 130 and done.error.endswith('interrupted\n') and 'Traceback' not in done.error + done.out, done
+    assert (
+      done.code == 130
+      and done.error.endswith('interrupted\n')
+      and 'Traceback' not in done.error + done.out
+    ), done
     return done.out
+
   prompts = [f'{i:02} ' for i in range(90)]
-  process = Process(runs.directory, 'generate.py', f'--workdir={whole}', *(f'--prompt={prompt}' for prompt in prompts), '--chunk=1',
-                    '--max_new_tokens=28', '--logit_bias=2:-inf')
+  process = Process(
+    runs.directory,
+    'generate.py',
+    f'--workdir={whole}',
+    *(f'--prompt={prompt}' for prompt in prompts),
+    '--chunk=1',
+    '--max_new_tokens=28',
+    '--logit_bias=2:-inf',
+  )
   assert process.until(lambda: process.out().partition(f'\n{prompts[1]}')[2])
   out = ended(process)
-  assert out.startswith(prompts[0]) and f'\n{prompts[-1]}' not in out, 'it went on to the next prompt'
+  assert out.startswith(prompts[0]) and f'\n{prompts[-1]}' not in out, (
+    'it went on to the next prompt'
+  )
   os.mkfifo(tmp_path / 'prompts')  # which has a writer only when the command waits for one
-  process = Process(runs.directory, 'generate.py', f'--workdir={whole}', f'--prompts={tmp_path / "prompts"}')
+  process = Process(
+    runs.directory, 'generate.py', f'--workdir={whole}', f'--prompts={tmp_path / "prompts"}'
+  )
   writer = []
 
   def open_():
     with contextlib.suppress(OSError):
       writer.append(os.open(tmp_path / 'prompts', os.O_WRONLY | os.O_NONBLOCK))
     return writer
+
   assert process.until(open_)
   assert ended(process) == ''
   os.close(writer[0])
@@ -344,68 +439,119 @@ for line in json.loads(sys.argv[1]):
 @pytest.fixture(scope='module')
 def said(runs, whole):
   """What generate.py prints for each of several lots of flags, in one process."""
+
   def run(*lots):
     flags = [[f'--workdir={whole}', *lot] for lot in lots]
     done = Process(runs.directory, '-c', GENERATE_EACH, json.dumps(flags)).end()
     assert done.code == 0, done.error
     return done.out.split('=====\n')[:-1]
+
   return run
 
 
 def assert_said(found, words):
   for one, expected in zip(found, words, strict=True):
-    assert one.startswith('error: ') and one.count('\n') == 1 and re.search(expected, one), (one, expected)
+    assert one.startswith('error: ') and one.count('\n') == 1 and re.search(expected, one), (
+      one,
+      expected,
+    )
 
 
 def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_path):
   lines = {
-      rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out",
-      b'{"prompt": [1.7, 5]}': r'the prompt \[1.7, 5\] is neither a text nor ids, whole numbers in \[0, 259\)',
-      b'{"prompt": ["a", "b"]}': r"the prompt \['a', 'b'\] is neither a text nor ids",
-      b'[]': 'a prompt has no ids; give at least one',
-      b'[5, 259]': r'the id 259; this model has ids in \[0, 259\)',
-      b'{"promt": "x"}': "key='promt' is unknown; did you mean 'prompt'",
-      b'{"prompt": "x", "messages": [{"role": "user"}]}': 'both of "prompt" and "messages"; give one',
-      b'{"prompt": null}': 'neither of "prompt" and "messages"; give one',
-      b'{"messages": "x"}': "messages='x' must be a list of objects",
-      b'{"messages": [{"role": "user", "content": "x"}]}': 'no chat template',
-      b'7': "'7' is neither a text nor an object",
-      b'"caf\xe9"': 'not UTF-8 .*; save the file as UTF-8',
-      b'"a': 'not JSON',
+    rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out",
+    b'{"prompt": [1.7, 5]}': r'the prompt \[1.7, 5\] is neither a text nor ids, whole numbers in \[0, 259\)',
+    b'{"prompt": ["a", "b"]}': r"the prompt \['a', 'b'\] is neither a text nor ids",
+    b'[]': 'a prompt has no ids; give at least one',
+    b'[5, 259]': r'the id 259; this model has ids in \[0, 259\)',
+    b'{"promt": "x"}': "key='promt' is unknown; did you mean 'prompt'",
+    b'{"prompt": "x", "messages": [{"role": "user"}]}': 'both of "prompt" and "messages"; give one',
+    b'{"prompt": null}': 'neither of "prompt" and "messages"; give one',
+    b'{"messages": "x"}': "messages='x' must be a list of objects",
+    b'{"messages": [{"role": "user", "content": "x"}]}': 'no chat template',
+    b'7': "'7' is neither a text nor an object",
+    b'"caf\xe9"': 'not UTF-8 .*; save the file as UTF-8',
+    b'"a': 'not JSON',
   }
   for index, line in enumerate(lines):
     (tmp_path / f'{index}.jsonl').write_bytes(b'"fine"\n\n' + line + b'\n')
   found = said(*([f'--prompts={tmp_path}/{index}.jsonl'] for index in range(len(lines))))
-  assert_said(found, [re.escape(f'{tmp_path}/{index}.jsonl:3: ') + '.*' + words for index, words in enumerate(lines.values())])
+  assert_said(
+    found,
+    [
+      re.escape(f'{tmp_path}/{index}.jsonl:3: ') + '.*' + words
+      for index, words in enumerate(lines.values())
+    ],
+  )
 
 
 def test_flags_that_cannot_be_are_said(said, tmp_path):
   (tmp_path / 'chat.jsonl').write_text('{"messages": [{"role": "user", "content": "x"}]}')
   (tmp_path / 'file').touch()
   lots = {
-      (f'--prompts={tmp_path}',): 'Is a directory; give a file',
-      (f'--prompts={tmp_path}/none',): 'No such file or directory; give a file',
-      (f'--schema={tmp_path}',): 'Is a directory; give a file of JSON',
-      (f'--output={tmp_path}', '--prompt=' + 'a' * 99): f'--output={tmp_path}: Is a directory; give a file that can be written',
-      (f'--output={tmp_path}/file/out', '--prompt=' + 'a' * 99): '--output=.*; give a file that can be written',
-      (f'--prompts={tmp_path}/chat.jsonl', '--score'): 'chat.jsonl:1: messages with --score',
-      ('--score', '--beams=2', '--bench', '--chat', '--stream'): '--score with --chat, --stream, --bench, --beams: it generates nothing',
-      ('--stream', '--logprobs=3'): '--stream with --logprobs: it prints text alone.* give --nostream',
-      ('--draft_tokens=9',): 'draft_tokens=9, but nothing drafts; give draft, lookup or early_exit',
-      ('--logprobs=260', '--max_new_tokens=2'): 'logprobs=260 must be at most 259',
-      ('--mesh=stage=2', '--early_exit=1', '--max_new_tokens=2'): 'early_exit=1 on a mesh with stages.*; use lookup',
+    (f'--prompts={tmp_path}',): 'Is a directory; give a file',
+    (f'--prompts={tmp_path}/none',): 'No such file or directory; give a file',
+    (f'--schema={tmp_path}',): 'Is a directory; give a file of JSON',
+    (
+      f'--output={tmp_path}',
+      '--prompt=' + 'a' * 99,
+    ): f'--output={tmp_path}: Is a directory; give a file that can be written',
+    (
+      f'--output={tmp_path}/file/out',
+      '--prompt=' + 'a' * 99,
+    ): '--output=.*; give a file that can be written',
+    (f'--prompts={tmp_path}/chat.jsonl', '--score'): 'chat.jsonl:1: messages with --score',
+    (
+      '--score',
+      '--beams=2',
+      '--bench',
+      '--chat',
+      '--stream',
+    ): '--score with --chat, --stream, --bench, --beams: it generates nothing',
+    (
+      '--stream',
+      '--logprobs=3',
+    ): '--stream with --logprobs: it prints text alone.* give --nostream',
+    ('--draft_tokens=9',): 'draft_tokens=9, but nothing drafts; give draft, lookup or early_exit',
+    ('--logprobs=260', '--max_new_tokens=2'): 'logprobs=260 must be at most 259',
+    (
+      '--mesh=stage=2',
+      '--early_exit=1',
+      '--max_new_tokens=2',
+    ): 'early_exit=1 on a mesh with stages.*; use lookup',
   }
   assert_said(said(*lots), lots.values())
   assert sorted(path.name for path in tmp_path.iterdir()) == ['chat.jsonl', 'file']
 
 
 def test_what_is_asked_is_written(said, tmp_path):
-  (tmp_path / 'in.jsonl').write_text('"a\u2028b\x85c"\r\n{"prompt": "x", "messages": null}\n[5, 6, 7]', encoding='utf-8', newline='')
-  source, seed = f'--prompts={tmp_path}/in.jsonl', ('--prompt=a', '--prompt=b', f'--seed={2**32 - 1}', '--max_new_tokens=4')
-  found = said((source, '--max_new_tokens=2', f'--output={tmp_path}/out.jsonl'), (source, '--score', f'--output={tmp_path}/scores.jsonl'),
-               seed, (*seed, '--nostream'), ('--prompt=aaaaaaaa', '--lookup=1', '--draft_tokens=3', '--max_new_tokens=9', '--bench'))
-  read = lambda name: [json.loads(line) for line in (tmp_path / name).read_bytes().split(b'\n')[:-1]]
-  assert [one['prompt'] for one in read('out.jsonl')] == [one['prompt'] for one in read('scores.jsonl')] == ['a\u2028b\x85c', 'x', [5, 6, 7]]
-  assert all(len(one['logprobs']) == len(one['ids']) - 1 and max(one['logprobs']) < 0 for one in read('scores.jsonl'))
+  (tmp_path / 'in.jsonl').write_text(
+    '"a\u2028b\x85c"\r\n{"prompt": "x", "messages": null}\n[5, 6, 7]', encoding='utf-8', newline=''
+  )
+  source, seed = (
+    f'--prompts={tmp_path}/in.jsonl',
+    ('--prompt=a', '--prompt=b', f'--seed={2**32 - 1}', '--max_new_tokens=4'),
+  )
+  found = said(
+    (source, '--max_new_tokens=2', f'--output={tmp_path}/out.jsonl'),
+    (source, '--score', f'--output={tmp_path}/scores.jsonl'),
+    seed,
+    (*seed, '--nostream'),
+    ('--prompt=aaaaaaaa', '--lookup=1', '--draft_tokens=3', '--max_new_tokens=9', '--bench'),
+  )
+  read = lambda name: [
+    json.loads(line) for line in (tmp_path / name).read_bytes().split(b'\n')[:-1]
+  ]
+  assert (
+    [one['prompt'] for one in read('out.jsonl')]
+    == [one['prompt'] for one in read('scores.jsonl')]
+    == ['a\u2028b\x85c', 'x', [5, 6, 7]]
+  )
+  assert all(
+    len(one['logprobs']) == len(one['ids']) - 1 and max(one['logprobs']) < 0
+    for one in read('scores.jsonl')
+  )
   assert found[2] == found[3], 'also behind the last seed'
-  assert 'drafted tokens kept' in found[4] and 'without drafts ' in found[4] and 'error' not in found[4], found
+  assert (
+    'drafted tokens kept' in found[4] and 'without drafts ' in found[4] and 'error' not in found[4]
+  ), found

@@ -1,4 +1,5 @@
 """Does every file under configs/ build, resolve, and lower on meshes, with nothing large left whole on every device?"""
+
 import functools
 import importlib.util
 import math
@@ -34,15 +35,21 @@ def module_of(path: pathlib.Path):
   return module
 
 
-DECLARED = {path: module_of(path).TOPOLOGY for path in FILES if hasattr(module_of(path), 'TOPOLOGY')}
+DECLARED = {
+  path: module_of(path).TOPOLOGY for path in FILES if hasattr(module_of(path), 'TOPOLOGY')
+}
 
 
 def load(path: pathlib.Path) -> Config:
   module = module_of(path)
-  assert module.__doc__ and f'--config={path.relative_to(ROOT)}' in module.__doc__, f'{path}: the docstring gives the command'
+  assert module.__doc__ and f'--config={path.relative_to(ROOT)}' in module.__doc__, (
+    f'{path}: the docstring gives the command'
+  )
   config = module.get_config()
   assert isinstance(config, Config)
-  vocabulary = config.data.tokenizer.vocabulary or {'byte': 259, 'char': 80}.get(config.data.tokenizer.kind, 4096)
+  vocabulary = config.data.tokenizer.vocabulary or {'byte': 259, 'char': 80}.get(
+    config.data.tokenizer.kind, 4096
+  )
   return config.resolve(vocabulary)
 
 
@@ -55,22 +62,34 @@ def lower(config: Config, mesh_config: MeshConfig, devices=None):
     optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
     state = abstract(functools.partial(states.init, config, optimizer), mesh)
     rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
-    tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows)
+    tokens = jax.ShapeDtypeStruct(
+      (config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows
+    )
     if config.model.encoder_layers:
       with pytest.raises(NotImplementedError, match='is an encoder-decoder; use a decoder'):
         train.check_model(config.model)
-      return state, jax.jit(lambda state, tokens: state.model(tokens, source=tokens).hidden).lower(state, tokens)
-    return state, train.make_train_step(config, optimizer).lower(state, Batch(tokens, tokens, tokens, tokens))
+      return state, jax.jit(lambda state, tokens: state.model(tokens, source=tokens).hidden).lower(
+        state, tokens
+      )
+    return state, train.make_train_step(config, optimizer).lower(
+      state, Batch(tokens, tokens, tokens, tokens)
+    )
 
 
 def test_there_are_configs():
   assert ROOT / 'configs' / 'tiny.py' in FILES
 
 
-@pytest.mark.parametrize('path', [path for path in FILES if path not in DECLARED], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  'path', [path for path in FILES if path not in DECLARED], ids=lambda path: path.stem
+)
 def test_it_lowers_as_it_is(path):
   config = load(path)
-  _, lowered = lower(config, config.mesh, jax.devices()[:max(1, math.prod(size for size in config.mesh.sizes().values() if size > 0))])
+  _, lowered = lower(
+    config,
+    config.mesh,
+    jax.devices()[: max(1, math.prod(size for size in config.mesh.sizes().values() if size > 0))],
+  )
   assert 'stablehlo' in lowered.as_text()[:10_000]
 
 
@@ -83,7 +102,11 @@ def test_nothing_large_is_replicated_under_fsdp(path):
   state, lowered = lower(config, MeshConfig(fsdp=shards, data=1), jax.devices()[:shards])
   leaves = jax.tree_util.tree_leaves_with_path(state)
   total = sum(x.size * x.dtype.itemsize for _, x in leaves)
-  whole = {jax.tree_util.keystr(p): x.size * x.dtype.itemsize for p, x in leaves if x.sharding.is_fully_replicated}
+  whole = {
+    jax.tree_util.keystr(p): x.size * x.dtype.itemsize
+    for p, x in leaves
+    if x.sharding.is_fully_replicated
+  }
   large = {name: size for name, size in whole.items() if size > max(4096, total // 1000)}
   assert not large, f'bytes on every device, of {total} in all: {large}'
   assert 'stablehlo' in lowered.as_text()[:10_000]
@@ -91,7 +114,9 @@ def test_nothing_large_is_replicated_under_fsdp(path):
 
 def test_the_models_declare_where_they_train():
   declared = {path.stem for path in DECLARED}
-  assert declared == {path.stem for path in FILES if path.parent.name == 'models'} - {'flan_t5_xl'}, 'no objective trains it yet'
+  assert declared == {path.stem for path in FILES if path.parent.name == 'models'} - {
+    'flan_t5_xl'
+  }, 'no objective trains it yet'
 
 
 @pytest.mark.parametrize('path', DECLARED, ids=lambda path: path.stem)
@@ -105,10 +130,16 @@ def test_nothing_large_is_replicated_on_the_declared_topology(path):
     state = abstract(train.make_program(config)[0], mesh)
   leaves = params.named_leaves(state)
   total = sum(x.size for x in leaves.values())
-  whole = {name: x.shape for name, x in leaves.items() if x.sharding.is_fully_replicated and x.size > total // devices // 100}
+  whole = {
+    name: x.shape
+    for name, x in leaves.items()
+    if x.sharding.is_fully_replicated and x.size > total // devices // 100
+  }
   assert not whole, f'more than a hundredth of a device\'s share, on all {devices}: {whole}'
   held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves.values())
-  assert held <= 1.02 * total / devices, f'a device holds {held * devices / total:.3f} times its share'
+  assert held <= 1.02 * total / devices, (
+    f'a device holds {held * devices / total:.3f} times its share'
+  )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 """Does the notebook run, from its first cell to its last, as it would in Colab?"""
+
 import json
 import os
 import pathlib
@@ -21,7 +22,9 @@ def test_it_is_kept_without_outputs():
 
 
 @pytest.mark.parametrize('address', ['', 'somewhere.git'])
-def test_colab_clones_what_the_form_says_and_asks_for_it_where_it_is_empty(address, tmp_path, monkeypatch):
+def test_colab_clones_what_the_form_says_and_asks_for_it_where_it_is_empty(
+  address, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'path', [*sys.path])
   monkeypatch.setitem(sys.modules, 'google.colab', types.ModuleType('google.colab'))
@@ -32,6 +35,7 @@ def test_colab_clones_what_the_form_says_and_asks_for_it_where_it_is_empty(addre
     if command[0] == 'git':
       (tmp_path / command[-1]).mkdir()
       (tmp_path / command[-1] / 'generate.py').touch()
+
   monkeypatch.setattr(subprocess, 'run', run)
   source = ''.join(next(cell for cell in cells() if cell['cell_type'] == 'code')['source'])
   assert source.count("REPOSITORY = ''") == 1
@@ -44,20 +48,35 @@ def test_colab_clones_what_the_form_says_and_asks_for_it_where_it_is_empty(addre
   for _ in range(2):  # to run the cell again clones nothing into the clone
     exec(source, {})
     assert pathlib.Path.cwd() == tmp_path / 'tandem' and sys.path[0] == str(tmp_path / 'tandem')
-  assert ran == [['clone', '--depth=1', address, 'tandem'], *[['-m', 'pip', 'install', '-q', '-e', '.[constrain]']] * 2]
+  assert ran == [
+    ['clone', '--depth=1', address, 'tandem'],
+    *[['-m', 'pip', 'install', '-q', '-e', '.[constrain]']] * 2,
+  ]
 
 
 @pytest.mark.slow
 def test_it_runs_headless(tmp_path):
   import nbclient
   import nbformat
+
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   (chosen,) = (cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', []))
   chosen.source = f'WORKDIR, STEPS = {str(tmp_path / "run")!r}, 30'
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  nbclient.NotebookClient(notebook, timeout=900, resources={'metadata': {'path': str(ROOT / 'notebooks')}}).execute(env=environment)
-  printed = [''.join(output.get('text', '') for output in cell.outputs if output.output_type == 'stream') for cell in notebook.cells
-             if cell.cell_type == 'code']
-  assert any('drafted tokens kept' in text for text in printed) and any('taken back' in text for text in printed)
-  assert any(output.output_type == 'display_data' and 'image/png' in output.data for cell in notebook.cells if cell.cell_type == 'code'
-             for output in cell.outputs), 'the plot'
+  nbclient.NotebookClient(
+    notebook, timeout=900, resources={'metadata': {'path': str(ROOT / 'notebooks')}}
+  ).execute(env=environment)
+  printed = [
+    ''.join(output.get('text', '') for output in cell.outputs if output.output_type == 'stream')
+    for cell in notebook.cells
+    if cell.cell_type == 'code'
+  ]
+  assert any('drafted tokens kept' in text for text in printed) and any(
+    'taken back' in text for text in printed
+  )
+  assert any(
+    output.output_type == 'display_data' and 'image/png' in output.data
+    for cell in notebook.cells
+    if cell.cell_type == 'code'
+    for output in cell.outputs
+  ), 'the plot'

@@ -1,4 +1,5 @@
 """Is what plan.py compiles what train.py runs, does it say what fits, and does what it proposes fit?"""
+
 import dataclasses
 import json
 import os
@@ -27,10 +28,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def tiny(directory='nowhere', **train_) -> Config:
   return Config(
-      model=ModelConfig(vocabulary=264, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
-      data=DataConfig(sources=(SourceConfig(kind='text', path=f'{directory}/text.txt'),), clean=CleanConfig(near_duplicates=0.0),
-                      tokenizer=TokenizerConfig(kind='byte'), sequence_length=16, batch_size=8, split='tail', cache_dir=f'{directory}/cache'),
-      train=TrainConfig(**{'steps': 1, **train_}), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    model=ModelConfig(vocabulary=264, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
+    data=DataConfig(
+      sources=(SourceConfig(kind='text', path=f'{directory}/text.txt'),),
+      clean=CleanConfig(near_duplicates=0.0),
+      tokenizer=TokenizerConfig(kind='byte'),
+      sequence_length=16,
+      batch_size=8,
+      split='tail',
+      cache_dir=f'{directory}/cache',
+    ),
+    train=TrainConfig(**{'steps': 1, **train_}),
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+  )
 
 
 def program(text: str) -> list[str]:
@@ -40,7 +50,9 @@ def program(text: str) -> list[str]:
 
 def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
   """The step that a run executes, with its real state and batch, compiles to the program that is planned from shapes alone."""
-  (tmp_path / 'text.txt').write_text('\n\n'.join(f'{n} sentences, all of them different: {n * n}.' for n in range(200)))
+  (tmp_path / 'text.txt').write_text(
+    '\n\n'.join(f'{n} sentences, all of them different: {n * n}.' for n in range(200))
+  )
   config, ran, make_program = tiny(tmp_path), [], train.make_program
 
   def recording(config):
@@ -50,7 +62,9 @@ def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
       compiled = step.lower(state, batch).compile()
       ran.append(compiled.as_text())
       return compiled(state, batch)
+
     return make_state, run
+
   monkeypatch.setattr(train, 'make_program', recording)
   monkeypatch.setattr(hosts, 'cache_compilations', lambda _: None)
   mesh = make_mesh(config.mesh)
@@ -62,59 +76,115 @@ def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
   assert program(planned) == program(ran[0])
 
 
-def fake(config, devices=None, *, peak: float, seconds: float = 1.0, problem: str = '') -> plan.Plan:
+def fake(
+  config, devices=None, *, peak: float, seconds: float = 1.0, problem: str = ''
+) -> plan.Plan:
   """A plan of a v5e chip, of this many bytes and seconds."""
   bytes_ = None if problem else memory.Memory({'all': int(peak)}, int(peak), None, 0)
-  predicted = None if problem else roofline.Prediction(seconds, seconds, 0, 0, {}, {}, {'compute': seconds}, 1, 1, ())
-  return plan.Plan('train', config, hardware.lookup('TPU v5 lite'), 8, problem, {'parameters': 1}, bytes_, 1000, 8e12, [], predicted, 0.0)
+  predicted = (
+    None
+    if problem
+    else roofline.Prediction(seconds, seconds, 0, 0, {}, {}, {'compute': seconds}, 1, 1, ())
+  )
+  return plan.Plan(
+    'train',
+    config,
+    hardware.lookup('TPU v5 lite'),
+    8,
+    problem,
+    {'parameters': 1},
+    bytes_,
+    1000,
+    8e12,
+    [],
+    predicted,
+    0.0,
+  )
 
 
 def test_cost():
   got = fake(tiny(steps=3600), peak=1, seconds=2.0)
   assert got.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 8 * 1.5, 'kWh': 2 * 8 * 0.2}
-  assert got.cost(None, None) == {'hours': 2.0}  # a v5e's power is not published, and no price was given
+  assert got.cost(None, None) == {
+    'hours': 2.0
+  }  # a v5e's power is not published, and no price was given
   assert fake(tiny(), peak=1, problem='no').cost(1.0, 1.0) == {}
   assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
 
 
 def test_a_plan_names_the_attention_that_it_compiled():
   made = lambda mode, chip, **model: dataclasses.replace(
-      fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1), mode=mode, chip=hardware.lookup(chip))
-  assert made('train', 'TPU v5').attention == 'pallas_tpu' and made('decode', 'TPU v5').attention == 'cached'
+    fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1),
+    mode=mode,
+    chip=hardware.lookup(chip),
+  )
+  assert (
+    made('train', 'TPU v5').attention == 'pallas_tpu'
+    and made('decode', 'TPU v5').attention == 'cached'
+  )
   assert made('train', 'TPU v5', attention='blocked').to_dict()['attention'] == 'blocked'
   assert made('decode', 'NVIDIA H100 80GB HBM3').attention == 'cached'
   on_gpu = lambda mode, **model: made(mode, 'NVIDIA H100 80GB HBM3', **model).attention
-  assert on_gpu('train', attention_softcap=2.0) == choose({'causal', 'segments', 'softcap', 'float32'}, 'gpu') == 'blocked'
-  assert on_gpu('train', dtype='bfloat16', attention_softcap=2.0) == on_gpu('train', dtype='bfloat16') == 'pallas_gpu'
+  assert (
+    on_gpu('train', attention_softcap=2.0)
+    == choose({'causal', 'segments', 'softcap', 'float32'}, 'gpu')
+    == 'blocked'
+  )
+  assert (
+    on_gpu('train', dtype='bfloat16', attention_softcap=2.0)
+    == on_gpu('train', dtype='bfloat16')
+    == 'pallas_gpu'
+  )
 
 
 def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
   """A policy before microbatches, and both before another mesh; nothing is proposed that was not compiled."""
-  config, compiled = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none')), []
+  config, compiled = (
+    dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none')),
+    [],
+  )
 
   def attempt(needed):
     def run(candidate, devices):
       compiled.append(candidate)
       return fake(candidate, peak=1e9 if needed(candidate) else 99e9)
+
     return run
+
   devices = jax.devices()
-  for needed, flags in ((lambda c: c.model.remat == 'full', '--config.model.remat=full'),
-                        (lambda c: c.train.accumulation == 2, '--config.model.remat=sqrt --config.train.accumulation=2'),
-                        (lambda c: c.mesh.fsdp == 4, None)):
+  for needed, flags in (
+    (lambda c: c.model.remat == 'full', '--config.model.remat=full'),
+    (
+      lambda c: c.train.accumulation == 2,
+      '--config.model.remat=sqrt --config.train.accumulation=2',
+    ),
+    (lambda c: c.mesh.fsdp == 4, None),
+  ):
     compiled.clear()
     monkeypatch.setattr(plan, 'attempt', attempt(needed))
     found = plan.nearest_that_fits(fake(config, peak=99e9), devices, log=lambda _: None)
     if flags:
       assert candidates.flags(config, found.config) == flags
-    assert needed(found.config) and compiled[-1] is found.config and not any(needed(c) for c in compiled[:-1])
+    assert (
+      needed(found.config)
+      and compiled[-1] is found.config
+      and not any(needed(c) for c in compiled[:-1])
+    )
   monkeypatch.setattr(plan, 'attempt', attempt(lambda c: False))
   assert plan.nearest_that_fits(fake(config, peak=99e9), devices, log=lambda _: None) is None
 
 
 def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch, capsys):
   def attempt(config, devices):
-    slow = {'full': 2.0, 'sqrt': 2.0, 'dots': 1.5}.get(config.model.remat, 1.0) * config.mesh.tensor + 0.01 * config.train.accumulation
-    return fake(config, seconds=slow, peak=99e9 if config.model.remat == 'none' and config.train.accumulation < 2 else 1e9)
+    slow = {'full': 2.0, 'sqrt': 2.0, 'dots': 1.5}.get(
+      config.model.remat, 1.0
+    ) * config.mesh.tensor + 0.01 * config.train.accumulation
+    return fake(
+      config,
+      seconds=slow,
+      peak=99e9 if config.model.remat == 'none' and config.train.accumulation < 2 else 1e9,
+    )
+
   monkeypatch.setattr(plan, 'attempt', attempt)
   config = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=32))
   found = plan.search(config, jax.devices(), log=lambda _: None)
@@ -128,7 +198,9 @@ def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch, capsys):
 
 
 def test_a_batch_that_no_mesh_divides_raises():
-  config = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=3, sequence_length=15))
+  config = dataclasses.replace(
+    tiny(), data=dataclasses.replace(tiny().data, batch_size=3, sequence_length=15)
+  )
   with pytest.raises(ValueError, match='no mesh of 8 devices divides data.batch_size=3'):
     plan.search(config, jax.devices(), log=lambda _: None)
 
@@ -136,11 +208,15 @@ def test_a_batch_that_no_mesh_divides_raises():
 def test_candidate_meshes_use_all_devices_and_the_axes_that_help():
   found = list(candidates.meshes(tiny(), 8))
   assert all(len(mesh) == 6 and MeshConfig(**mesh).resolve(8) == mesh for mesh in found)
-  split = lambda config, devices: {axis for mesh in candidates.meshes(config, devices) for axis, size in mesh.items() if size > 1}
+  split = lambda config, devices: {
+    axis for mesh in candidates.meshes(config, devices) for axis, size in mesh.items() if size > 1
+  }
   assert split(tiny(), 8) == {'data', 'fsdp', 'tensor'}
   few = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=4))
   assert split(few, 8) == {'data', 'fsdp', 'tensor', 'context'}
-  assert {'data': 1, 'fsdp': 8} in [{k: v for k, v in mesh.items() if k in ('data', 'fsdp')} for mesh in found]
+  assert {'data': 1, 'fsdp': 8} in [
+    {k: v for k, v in mesh.items() if k in ('data', 'fsdp')} for mesh in found
+  ]
   assert all(mesh['data'] % 2 == 0 for mesh in candidates.meshes(tiny(), 8, slices=2))
 
 
@@ -152,8 +228,11 @@ def compiled_for(name, config, **options):
   return plan.make_plan(config, devices, **options)
 
 
-SMALL = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, width=128, attention='reference', max_length=64),
-                            mesh=MeshConfig(fsdp=2, tensor=2))
+SMALL = dataclasses.replace(
+  tiny(),
+  model=dataclasses.replace(tiny().model, width=128, attention='reference', max_length=64),
+  mesh=MeshConfig(fsdp=2, tensor=2),
+)
 
 
 def test_decoding_shows_its_cache(capsys):
@@ -172,17 +251,35 @@ def test_decoding_shows_its_cache(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', [{'fsdp': 4}, {'fsdp': 2, 'tensor': 2}], ids=str)
 def test_explicit_axes_cost_nothing_against_the_automatic_twin(mesh):
-  config = dataclasses.replace(tiny(), mesh=MeshConfig(**mesh), data=dataclasses.replace(tiny().data, batch_size=8, sequence_length=2048),
-                               model=dataclasses.replace(tiny().model, width=1024, heads=8, layers=8, vocabulary=8192, max_length=2048,
-                                                         dtype='bfloat16', remat='full'))
+  config = dataclasses.replace(
+    tiny(),
+    mesh=MeshConfig(**mesh),
+    data=dataclasses.replace(tiny().data, batch_size=8, sequence_length=2048),
+    model=dataclasses.replace(
+      tiny().model,
+      width=1024,
+      heads=8,
+      layers=8,
+      vocabulary=8192,
+      max_length=2048,
+      dtype='bfloat16',
+      remat='full',
+    ),
+  )
   with jax.default_matmul_precision('default'):  # Mosaic has no higher one for bfloat16
-    explicit, auto = (compiled_for('v5e:2x2', config, axis_type=kind) for kind in (AxisType.Explicit, AxisType.Auto))
+    explicit, auto = (
+      compiled_for('v5e:2x2', config, axis_type=kind) for kind in (AxisType.Explicit, AxisType.Auto)
+    )
   moved = lambda made: sum(c.total for c in made.collectives)
   assert moved(auto) and moved(explicit) <= moved(auto)
   # All gradients are reduce-scattered, also over all chips of a slice.
-  assert sum(c.total for c in explicit.collectives if c.kind == 'all-reduce') <= 0.05 * moved(explicit)
+  assert sum(c.total for c in explicit.collectives if c.kind == 'all-reduce') <= 0.05 * moved(
+    explicit
+  )
   assert explicit.memory.peak <= 1.01 * auto.memory.peak
-  assert explicit.prediction.operations <= 1.025 * auto.prediction.operations  # 2.0% of so small a model with tensor; of Llama 3 8B -14%
+  assert (
+    explicit.prediction.operations <= 1.025 * auto.prediction.operations
+  )  # 2.0% of so small a model with tensor; of Llama 3 8B -14%
   assert explicit.seconds <= 1.01 * auto.seconds
 
 
@@ -192,48 +289,85 @@ def test_prefill_reads_every_prompt():
   assert got.tokens == 4 * 64 and got.prediction.flops * 4 >= 0.98 * got.model_flops
 
 
-@pytest.mark.parametrize('options, words', [
+@pytest.mark.parametrize(
+  'options, words',
+  [
     ({'mode': 'dekode'}, "mode='dekode' is unknown; did you mean 'decode'"),
     ({'mode': 'decode'}, '--mode=decode needs --batch=0 and --context=0 to be at least 1'),
-    ({'mode': 'decode', 'rows': 3, 'context': 8}, r'--batch=3 does not split over mesh\.fsdp=2; make it a multiple of 2'),
-    ({'mode': 'decode', 'rows': 4, 'context': 128}, 'a cache of 128 tokens passes model.max_length=64'),
-])
+    (
+      {'mode': 'decode', 'rows': 3, 'context': 8},
+      r'--batch=3 does not split over mesh\.fsdp=2; make it a multiple of 2',
+    ),
+    (
+      {'mode': 'decode', 'rows': 4, 'context': 128},
+      'a cache of 128 tokens passes model.max_length=64',
+    ),
+  ],
+)
 def test_what_cannot_run_raises(options, words, monkeypatch):
   monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
   with pytest.raises(ValueError, match=words):
-    plan.make_plan(dataclasses.replace(SMALL, mesh=MeshConfig(data=1, fsdp=2, tensor=2)), jax.devices()[:4], **options)
+    plan.make_plan(
+      dataclasses.replace(SMALL, mesh=MeshConfig(data=1, fsdp=2, tensor=2)),
+      jax.devices()[:4],
+      **options,
+    )
 
 
-@pytest.mark.parametrize('mesh, words', [
-    ({'data': 2, 'fsdp': 2, 'expert': 2}, r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; make it a multiple of 8'),
+@pytest.mark.parametrize(
+  'mesh, words',
+  [
+    (
+      {'data': 2, 'fsdp': 2, 'expert': 2},
+      r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; make it a multiple of 8',
+    ),
     ({'data': 1, 'tensor': 8}, r'model\.heads=4 does not split over mesh\.tensor=8'),
-])
+  ],
+)
 def test_what_does_not_split_raises(mesh, words, monkeypatch):
   """Rows over every axis that holds some; parameters as in training."""
   monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
   with pytest.raises(ValueError, match=words):
-    plan.make_plan(dataclasses.replace(SMALL, mesh=MeshConfig(**mesh)), jax.devices(), mode='prefill', rows=4, context=8)
+    plan.make_plan(
+      dataclasses.replace(SMALL, mesh=MeshConfig(**mesh)),
+      jax.devices(),
+      mode='prefill',
+      rows=4,
+      context=8,
+    )
 
 
 def test_only_decoders_are_planned_to_generate(monkeypatch):
   monkeypatch.setattr(plan, 'chip_of', lambda _: hardware.lookup('TPU v5 lite'))
-  both = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, encoder_layers=2), mesh=MeshConfig())
-  with pytest.raises(NotImplementedError, match='--mode=decode with model.encoder_layers=2.*only what a decoder generates'):
+  both = dataclasses.replace(
+    SMALL, model=dataclasses.replace(SMALL.model, encoder_layers=2), mesh=MeshConfig()
+  )
+  with pytest.raises(
+    NotImplementedError,
+    match='--mode=decode with model.encoder_layers=2.*only what a decoder generates',
+  ):
     plan.make_plan(both, jax.devices()[:1], mode='decode', rows=1, context=8)
 
 
 def test_an_open_vocabulary_and_unknown_hardware_raise():
   open_ = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, vocabulary=0))
-  with pytest.raises(ValueError, match='model.vocabulary=0 is the tokenizer.s, which is not read here; set it'):
+  with pytest.raises(
+    ValueError, match='model.vocabulary=0 is the tokenizer.s, which is not read here; set it'
+  ):
     train.lower_step(open_, make_mesh(open_.mesh))
   with pytest.raises(ValueError, match="device kind 'cpu' is not in analysis/hardware.py"):
     plan.make_plan(tiny(), jax.devices())
 
 
-@pytest.mark.parametrize('name, words', [
-    ('v5p', "topology='v5p' is none; write KIND:SHAPE"), ('v5x:2x2', "topology='v5x' is unknown; did you mean"),
-    ('h100:8', 'the shape of GPUs is SLICESxNODESxGPUS'), ('v5p:3x9x1', "topology='v5p:3x9x1': "),
-])
+@pytest.mark.parametrize(
+  'name, words',
+  [
+    ('v5p', "topology='v5p' is none; write KIND:SHAPE"),
+    ('v5x:2x2', "topology='v5x' is unknown; did you mean"),
+    ('h100:8', 'the shape of GPUs is SLICESxNODESxGPUS'),
+    ('v5p:3x9x1', "topology='v5p:3x9x1': "),
+  ],
+)
 def test_names_that_are_no_topology_raise(name, words):
   with pytest.raises(ValueError, match=words):
     try:
@@ -259,22 +393,57 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
   """On the command line, with a model that fits a v5e only when it is recomputed or split into microbatches."""
   compiled_for('v5e:2x2', SMALL)
   config = ROOT / 'configs' / 'tiny.py'
-  flags = ['--config.model.vocabulary=512', '--config.model.remat=none', '--config.model.attention=reference', '--config.mesh.data=1',
-           '--config.mesh.fsdp=-1', '--config.data.sequence_length=1024', '--config.data.batch_size=512', '--config.model.max_length=1024']
-  done = subprocess.run([sys.executable, 'plan.py', f'--config={config}', '--topology=v5e:2x2', *flags, f'--json={tmp_path}/plan.json'],
-                        cwd=ROOT, capture_output=True, text=True, env=os.environ | {'XLA_FLAGS': ''})
+  flags = [
+    '--config.model.vocabulary=512',
+    '--config.model.remat=none',
+    '--config.model.attention=reference',
+    '--config.mesh.data=1',
+    '--config.mesh.fsdp=-1',
+    '--config.data.sequence_length=1024',
+    '--config.data.batch_size=512',
+    '--config.model.max_length=1024',
+  ]
+  done = subprocess.run(
+    [
+      sys.executable,
+      'plan.py',
+      f'--config={config}',
+      '--topology=v5e:2x2',
+      *flags,
+      f'--json={tmp_path}/plan.json',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'XLA_FLAGS': ''},
+  )
   assert done.returncode == 0, done.stderr[-2000:]
-  assert 'DOES NOT FIT' in done.stdout and 'looking for the nearest change' in done.stdout and 'add --config.' in done.stdout
+  assert (
+    'DOES NOT FIT' in done.stdout
+    and 'looking for the nearest change' in done.stdout
+    and 'add --config.' in done.stdout
+  )
   written = json.loads((tmp_path / 'plan.json').read_text())
   assert not written['fits'] and written['nearest']['fits']
 
 
-@pytest.mark.parametrize('flags, words', [
+@pytest.mark.parametrize(
+  'flags, words',
+  [
     ((), 'give --config=configs/NAME.py and --topology=KIND:SHAPE'),
     (('--topology=v5e:2x2', 'config.model.width=64'), "['config.model.width=64'] are no flags"),
     (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
-    (('--topology=v5e:2x2', '--batch=8'), '--batch, --context and --weights are of prefill and decode'),
-])
+    (
+      ('--topology=v5e:2x2', '--batch=8'),
+      '--batch, --context and --weights are of prefill and decode',
+    ),
+  ],
+)
 def test_the_command_refuses(flags, words):
-  done = subprocess.run([sys.executable, 'plan.py', f'--config={ROOT}/configs/tiny.py', *flags], cwd=ROOT, capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, 'plan.py', f'--config={ROOT}/configs/tiny.py', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode and words in done.stdout + done.stderr

@@ -1,4 +1,5 @@
 """How is a batch too big for memory trained on? In microbatches whose summed gradients are those of the whole."""
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +21,12 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int):
 
   def split(x):
     # Strided parts: every device's rows stay on it.
-    x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:], out_sharding=ax.out('batch', None, 'length'))
+    x = x.reshape(
+      x.shape[0] // microbatches,
+      microbatches,
+      *x.shape[1:],
+      out_sharding=ax.out('batch', None, 'length'),
+    )
     return jnp.moveaxis(x, 1, 0)
 
   def step(totals, part):
@@ -29,6 +35,8 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int):
   parts = jax.tree.map(split, batch)
   shapes = jax.eval_shape(gradient, model, jax.tree.map(lambda x: x[0], parts), scale)
   wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x), out_sharding=getattr(x.sharding, 'spec', None)), shapes)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, wide(x), out_sharding=getattr(x.sharding, 'spec', None)), shapes
+  )
   totals, _ = jax.lax.scan(step, zeros, parts)
   return jax.tree.map(lambda total, x: total.astype(x.dtype), totals, shapes)

@@ -9,6 +9,7 @@ element, 2.03 from 256 on, where f32 Adam has 8.
 The paper's blocks run over the flattened tensor; along the last axis they follow a sharded tensor. Codes have the
 parameter's own shape and sharding, and blocks are the same on every mesh, so a checkpoint moves between meshes.
 """
+
 import math
 from typing import NamedTuple
 
@@ -20,18 +21,22 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 BLOCK = 256
-SMALLEST = 4096  # Elements; below it a tensor stays f32, as in bitsandbytes: there is little to save.
+SMALLEST = (
+  4096  # Elements; below it a tensor stays f32, as in bitsandbytes: there is little to save.
+)
 _DECADES = 7
 
 
 class Quantized(NamedTuple):
   """A tensor of shape [..., W] as codes, [..., W], and the largest magnitudes of its blocks, [..., ceil(W / 256)]."""
+
   codes: UInt8[Array, '... W']
   largest: Float[Array, '... K']
 
 
 class Adam8bitState(NamedTuple):
   """As optax.ScaleByAdamState, but a moment may be Quantized."""
+
   count: Int[Array, '']
   mu: optax.Updates
   nu: optax.Updates
@@ -45,12 +50,17 @@ def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.Gradi
       Leave embeddings out: their gradients are sparse and very uneven. What is masked out, or smaller than SMALLEST, is
       treated as optax.scale_by_adam does.
   """
+
   def init(params):
     def moments(signed):
       def zeros(may, p):
         z = jnp.zeros_like(p)
         return quantize(z, signed) if may and p.size >= SMALLEST else z
-      return jax.tree.map(lambda may, sub: jax.tree.map(lambda p: zeros(may, p), sub), allowed, params)
+
+      return jax.tree.map(
+        lambda may, sub: jax.tree.map(lambda p: zeros(may, p), sub), allowed, params
+      )
+
     allowed = mask(params) if callable(mask) else mask
     return Adam8bitState(jnp.zeros([], jnp.int32), moments(signed=True), moments(signed=False))
 
@@ -63,7 +73,11 @@ def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.Gradi
       v = b2 * dequantize(nu, signed=False) + (1 - b2) * jnp.square(g)
       m_hat, v_hat = m / (1 - b1**count), v / (1 - b2**count)
       update = m_hat / (jnp.sqrt(v_hat) + epsilon)
-      return (update, quantize(m, True), quantize(v, False)) if isinstance(mu, Quantized) else (update, m, v)
+      return (
+        (update, quantize(m, True), quantize(v, False))
+        if isinstance(mu, Quantized)
+        else (update, m, v)
+      )
 
     leaves, tree = jax.tree.flatten(updates)
     results = map(one, leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu))
@@ -83,9 +97,13 @@ def dynamic_map(signed: bool) -> Float[np.ndarray, '256']:
   magnitudes = []
   for decade in range(_DECADES):
     levels = 2**decade if signed else 2 ** (decade + 1)
-    magnitudes.append(10.0 ** (decade + 1 - _DECADES) * (0.1 + 0.9 * (np.arange(levels) + 0.5) / levels))
+    magnitudes.append(
+      10.0 ** (decade + 1 - _DECADES) * (0.1 + 0.9 * (np.arange(levels) + 0.5) / levels)
+    )
   magnitudes = np.concatenate(magnitudes)
-  return np.sort(np.concatenate([-magnitudes if signed else [], [0.0], magnitudes, [1.0]])).astype(np.float32)
+  return np.sort(np.concatenate([-magnitudes if signed else [], [0.0], magnitudes, [1.0]])).astype(
+    np.float32
+  )
 
 
 def quantize(x: Float[Array, '... W'], signed: bool) -> Quantized:
@@ -109,14 +127,18 @@ def encode(x: Float[Array, '...'], signed: bool) -> UInt8[Array, '...']:
   search on a CPU, runs on vector units and keeps any sharding, where gathers from a table do not.
   """
   values = dynamic_map(signed)
-  magnitudes = values[np.argmax(values == 0):]
-  first = 1 if signed else 2  # Levels in the lowest decade; levels before a decade: as many as in it, less `first`.
+  magnitudes = values[np.argmax(values == 0) :]
+  first = (
+    1 if signed else 2
+  )  # Levels in the lowest decade; levels before a decade: as many as in it, less `first`.
   starts = [1 + first * (2**decade - 1) for decade in range(_DECADES)]
   middle = (magnitudes[1:] + magnitudes[:-1]) / 2
   u = jnp.abs(x)
   decade = sum((u > middle[start - 1]).astype(jnp.int32) for start in starts[1:])
   levels = first * jnp.left_shift(1, decade)
-  position = (u * _by_decade(decade, [10.0 ** (_DECADES - 1 - d) for d in range(_DECADES)]) - 0.1) / 0.9
+  position = (
+    u * _by_decade(decade, [10.0 ** (_DECADES - 1 - d) for d in range(_DECADES)]) - 0.1
+  ) / 0.9
   level = jnp.clip(jnp.floor(position * levels).astype(jnp.int32), 0, levels - 1)
   rank = jnp.where(u > middle[0], 1 + levels - first + level, 0)
   rank = jnp.where(u > middle[-1], len(magnitudes) - 1, rank)
@@ -151,7 +173,9 @@ def _by_decade(decade: Int[Array, '...'], powers: list[float]) -> Float[Array, '
 def _run(x: jax.Array) -> int:
   """Length of the longest run along the last axis that lies within one block and on one device."""
   split = jax.typeof(x).sharding.spec[-1]
-  return math.gcd(BLOCK, x.shape[-1] // math.prod(jax.typeof(x).sharding.mesh.shape[a] for a in _as_tuple(split)))
+  return math.gcd(
+    BLOCK, x.shape[-1] // math.prod(jax.typeof(x).sharding.mesh.shape[a] for a in _as_tuple(split))
+  )
 
 
 def _as_tuple(entry) -> tuple[str, ...]:
@@ -181,6 +205,6 @@ def _per_element(largest: Float[Array, '... K'], like: jax.Array) -> Float[Array
   run, lead, width = _run(like), like.shape[:-1], like.shape[-1]
   if run != BLOCK:
     largest = jnp.broadcast_to(largest[..., None], (*largest.shape, BLOCK // run))
-    largest = largest.reshape(*lead, -1)[..., :width // run]
+    largest = largest.reshape(*lead, -1)[..., : width // run]
     largest = _with_last_axis(largest, jax.typeof(like).sharding.spec[-1])
   return jnp.broadcast_to(largest[..., None], (*lead, width // run, run)).reshape(like.shape)

@@ -7,6 +7,7 @@
 
 A kill while saving leaves a directory without a record; a truncated or changed file no longer matches its digest.
 """
+
 import concurrent.futures
 import hashlib
 import json
@@ -26,7 +27,9 @@ from parallel import hosts
 from training import disk
 
 # Orbax warns at every save that it merges no OCDBT files, which it was told not to write.
-logging.getLogger('absl').addFilter(lambda record: not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT'))
+logging.getLogger('absl').addFilter(
+  lambda record: not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT')
+)
 
 SPILLED = 'spilled'
 
@@ -40,21 +43,35 @@ class Checkpoints:
     chunk_bytes: size of a file of a checkpoint, at most; larger ones are written faster and take more host memory.
   """
 
-  def __init__(self, directory: str | os.PathLike, keep_last: int = 2, log: Callable[[str], Any] = print,
-               chunk_bytes: int = 2**26):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    keep_last: int = 2,
+    log: Callable[[str], Any] = print,
+    chunk_bytes: int = 2**26,
+  ):
     self.directory = pathlib.Path(directory).absolute() / 'checkpoints'
     self._keep_last, self._log, self._chunk_bytes = keep_last, log, chunk_bytes
     self._writer = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._writing: concurrent.futures.Future | None = None
     self._orbax = None
 
-  def save(self, step: int, state, data: dict, progress: dict, validation_loss: float | None = None, donated: bool = True) -> None:
+  def save(
+    self,
+    step: int,
+    state,
+    data: dict,
+    progress: dict,
+    validation_loss: float | None = None,
+    donated: bool = True,
+  ) -> None:
     """Starts writing; returns once the state may be donated. Waits for the save before it, and raises what that raised.
 
     data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False promises that the state stays
       as it is until `wait`, which saves a copy.
     """
     import orbax.checkpoint as ocp
+
     self.wait()
     # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes twice the time.
     self._orbax = self._orbax or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
@@ -72,8 +89,14 @@ class Checkpoints:
       for name, x in spilled.items():
         disk.reserve(_aside(path) / name, x)
     hosts.barrier(f'checkpoint {step} may be written')
-    record = {'step': step, 'validation_loss': validation_loss, 'data': data, 'progress': progress,
-              'leaves': shapes, 'spilled': [*spilled]}
+    record = {
+      'step': step,
+      'validation_loss': validation_loss,
+      'data': data,
+      'progress': progress,
+      'leaves': shapes,
+      'spilled': [*spilled],
+    }
     for name, x in spilled.items():  # the next step changes them
       x.export(_aside(path) / name)
     if spilled:
@@ -142,15 +165,21 @@ class Checkpoints:
 
   def _latest(self) -> int | None:
     for left in self._unfinished():
-      self._log(f'WARNING: {left} has no record: it is being written, or its writer was killed; it will not be used')
+      self._log(
+        f'WARNING: {left} has no record: it is being written, or its writer was killed; it will not be used'
+      )
     steps = self.steps()
     for step in reversed(steps):
       problems = self.problems(step)
       if not problems:
         return step
-      self._log(f'WARNING: checkpoint {step} is damaged and will not be used: ' + '; '.join(problems))
+      self._log(
+        f'WARNING: checkpoint {step} is damaged and will not be used: ' + '; '.join(problems)
+      )
     if steps:
-      raise ValueError(f'all checkpoints in {self.directory} are damaged: {steps}; remove that directory to start over')
+      raise ValueError(
+        f'all checkpoints in {self.directory} are damaged: {steps}; remove that directory to start over'
+      )
     return None
 
   def restore(self, step: int, target, only: str = ''):
@@ -160,34 +189,57 @@ class Checkpoints:
     Raises ValueError that lists what is missing, left over or of another shape or type.
     """
     import orbax.checkpoint as ocp
-    saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()}
+
+    saved = {
+      name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()
+    }
     wanted, spilled = named_leaves(target, only), {*self.record(step).get('spilled', ())}
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
     wrong = [f'{name}: not in the checkpoint' for name in wanted if name not in scope]
     wrong += [f'{name}: in the checkpoint only' for name in scope if name not in wanted]
-    wrong += [f'{name}: {scope[name]} in the checkpoint, {(x.shape, str(x.dtype))} in the model'
-              for name, x in wanted.items() if name in scope and scope[name] != (tuple(x.shape), str(x.dtype))]
+    wrong += [
+      f'{name}: {scope[name]} in the checkpoint, {(x.shape, str(x.dtype))} in the model'
+      for name, x in wanted.items()
+      if name in scope and scope[name] != (tuple(x.shape), str(x.dtype))
+    ]
     if wrong:
-      raise ValueError(f'checkpoint {step} in {self.directory} does not fit the config:\n  ' + '\n  '.join(wrong))
+      raise ValueError(
+        f'checkpoint {step} in {self.directory} does not fit the config:\n  ' + '\n  '.join(wrong)
+      )
     path, leaves = self._path(step), {}
     for name in spilled & {*wanted}:
       where, x = path / SPILLED / name, wanted[name]
       leaves[name] = x.load(where) if isinstance(x, disk.OnDisk) else disk.stored(where, x)
     # What goes to disk is read one by one, the rest together.
-    alone = [name for name, x in wanted.items() if isinstance(x, disk.OnDisk) and name not in spilled]
+    alone = [
+      name for name, x in wanted.items() if isinstance(x, disk.OnDisk) and name not in spilled
+    ]
     with ocp.PyTreeCheckpointer() as reader:
-      for names_ in ([name for name in wanted if name not in spilled and name not in alone], *([name] for name in alone)):
+      for names_ in (
+        [name for name in wanted if name not in spilled and name not in alone],
+        *([name] for name in alone),
+      ):
         like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        request = {name: like(wanted[name]) if name in names_ else ocp.PLACEHOLDER for name in saved if name not in spilled}
+        request = {
+          name: like(wanted[name]) if name in names_ else ocp.PLACEHOLDER
+          for name in saved
+          if name not in spilled
+        }
         arguments = ocp.checkpoint_utils.construct_restore_args(request)
-        read = reader.restore(path, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
-        leaves |= {name: wanted[name].filled(read[name]) if name in alone else read[name] for name in names_}
+        read = reader.restore(
+          path, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments)
+        )
+        leaves |= {
+          name: wanted[name].filled(read[name]) if name in alone else read[name] for name in names_
+        }
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
   def model(self, target, step: int | None = None):
     """The parameters of `step`, by default the last whole one, in the shape of `target`. Raises FileNotFoundError where there is none."""
     if not self.steps():
-      raise FileNotFoundError(f'{self.directory} holds no checkpoint; train with train.py --workdir={self.directory.parent} first')
+      raise FileNotFoundError(
+        f'{self.directory} holds no checkpoint; train with train.py --workdir={self.directory.parent} first'
+      )
     return self.restore(self.latest() if step is None else step, target, only='model')
 
   def _commit(self, step: int, record: dict) -> None:
@@ -200,11 +252,15 @@ class Checkpoints:
     path = self._path(step)
     if record['spilled']:
       _aside(path).rename(path / SPILLED)
-    record['files'] = {str(p.relative_to(path)): [p.stat().st_size, _digest(p)] for p in sorted(path.rglob('*')) if p.is_file()}
+    record['files'] = {
+      str(p.relative_to(path)): [p.stat().st_size, _digest(p)]
+      for p in sorted(path.rglob('*'))
+      if p.is_file()
+    }
     files.replace(path.with_suffix('.json'), json.dumps(_seal(record)))
     # Later steps are of a past that was gone back from, because its checkpoints were damaged.
     known = [old for old in self.steps() if old <= step]
-    keep = {*known[-self._keep_last:], self.best(known)}
+    keep = {*known[-self._keep_last :], self.best(known)}
     for old in self.steps():
       if old not in keep:
         self._remove(old)
@@ -212,7 +268,9 @@ class Checkpoints:
       shutil.rmtree(left)
 
   def _remove(self, step: int) -> None:
-    self._path(step).with_suffix('.json').unlink(missing_ok=True)  # first: what has no record does not count
+    self._path(step).with_suffix('.json').unlink(
+      missing_ok=True
+    )  # first: what has no record does not count
     for path in (self._path(step), _aside(self._path(step))):
       if path.exists():
         shutil.rmtree(path)
@@ -220,7 +278,9 @@ class Checkpoints:
   def _unfinished(self) -> list[pathlib.Path]:
     """Directories without a record."""
     names_ = {self._path(step).name for step in self.steps()}
-    return sorted(path for path in self.directory.glob('*') if path.is_dir() and path.name not in names_)
+    return sorted(
+      path for path in self.directory.glob('*') if path.is_dir() and path.name not in names_
+    )
 
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'

@@ -3,6 +3,7 @@
 A file under configs/ has `get_config()` that returns a Config. `--config=FILE --config.a.b=value` goes through ml_collections'
 config_flags; the result is built anew from the overridden values, so that every check of every part runs again.
 """
+
 import dataclasses
 import difflib
 import json
@@ -50,6 +51,7 @@ class TrainConfig:
     nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update. (Steps that overflow
       under f16 loss scaling are always skipped: the scale is what they correct.)
   """
+
   steps: int = 200
   seed: int = 0
   accumulation: int = 1
@@ -66,19 +68,37 @@ class TrainConfig:
   nonfinite: str = 'stop'
 
   def __post_init__(self):
-    for field, least in (('steps', 1), ('accumulation', 1), ('log_every', 1), ('save_every', 1), ('keep_last', 1), ('eval_every', 0),
-                         ('eval_batches', 0), ('patience', 0), ('z_loss', 0), ('seed', 0)):
+    for field, least in (
+      ('steps', 1),
+      ('accumulation', 1),
+      ('log_every', 1),
+      ('save_every', 1),
+      ('keep_last', 1),
+      ('eval_every', 0),
+      ('eval_batches', 0),
+      ('patience', 0),
+      ('z_loss', 0),
+      ('seed', 0),
+    ):
       if not least <= getattr(self, field) < math.inf:
-        raise ValueError(f'train.{field}={getattr(self, field)} must be at least {least}, and finite')
+        raise ValueError(
+          f'train.{field}={getattr(self, field)} must be at least {least}, and finite'
+        )
     if self.seed >= 2**32:
-      raise ValueError(f'train.seed={self.seed} must be below 2**32, of which jax.random.key keeps no more bits')
+      raise ValueError(
+        f'train.seed={self.seed} must be below 2**32, of which jax.random.key keeps no more bits'
+      )
     names.check('train.offload_optimizer', self.offload_optimizer, ('', 'host', 'disk'))
     if self.spill_dir and self.offload_optimizer != 'disk':
-      raise ValueError(f"train.spill_dir={self.spill_dir!r} would not be read: train.offload_optimizer={self.offload_optimizer!r} is not "
-                       "'disk'; leave it empty")
+      raise ValueError(
+        f"train.spill_dir={self.spill_dir!r} would not be read: train.offload_optimizer={self.offload_optimizer!r} is not "
+        "'disk'; leave it empty"
+      )
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
     if self.patience and not self.eval_every:
-      raise ValueError(f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set train.eval_every')
+      raise ValueError(
+        f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set train.eval_every'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +110,7 @@ class Config:
 
   Raises ValueError for parts that do not fit together.
   """
+
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -101,40 +122,65 @@ class Config:
   def __post_init__(self):
     T, B = self.data.sequence_length, self.data.batch_size
     if self.model.max_length and self.model.max_length < T:
-      raise ValueError(f'data.sequence_length={T} passes model.max_length={self.model.max_length}; raise it, or set it to 0')
+      raise ValueError(
+        f'data.sequence_length={T} passes model.max_length={self.model.max_length}; raise it, or set it to 0'
+      )
     if B % self.train.accumulation:
-      raise ValueError(f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}; make the batch a multiple')
-    if self.model.moe.balance_loss and self.model.moe.balance_over == 'batch' and self.train.accumulation > 1:
-      raise ValueError(f"model.moe.balance_over='batch' looks at a microbatch when train.accumulation={self.train.accumulation}: parts "
-                       "would not add up to the whole; use balance_over='sequence', or no accumulation")
+      raise ValueError(
+        f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}; make the batch a multiple'
+      )
+    if (
+      self.model.moe.balance_loss
+      and self.model.moe.balance_over == 'batch'
+      and self.train.accumulation > 1
+    ):
+      raise ValueError(
+        f"model.moe.balance_over='batch' looks at a microbatch when train.accumulation={self.train.accumulation}: parts "
+        "would not add up to the whole; use balance_over='sequence', or no accumulation"
+      )
     if self.train.offload_parameters:
       self._check_offload()
-    make_schedule(self.optimizer, self.train.steps)  # raises where warm-up and decay do not fit into the run
+    make_schedule(
+      self.optimizer, self.train.steps
+    )  # raises where warm-up and decay do not fit into the run
 
   def _check_offload(self):
     """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would come to the device all at once."""
     if self.model.remat == 'none':
-      raise ValueError("train.offload_parameters with model.remat='none' would keep on the device the weights of all layers, for the "
-                       "backward pass; use model.remat='full' or 'dots'")
+      raise ValueError(
+        "train.offload_parameters with model.remat='none' would keep on the device the weights of all layers, for the "
+        "backward pass; use model.remat='full' or 'dots'"
+      )
     if self.model.remat == 'sqrt':
-      raise NotImplementedError("train.offload_parameters with model.remat='sqrt', whose groups of layers are a reshape that the compiler "
-                                "for TPUs does not do in the host's memory; use model.remat='full'")
+      raise NotImplementedError(
+        "train.offload_parameters with model.remat='sqrt', whose groups of layers are a reshape that the compiler "
+        "for TPUs does not do in the host's memory; use model.remat='full'"
+      )
     if self.train.accumulation > 1:
-      raise NotImplementedError(f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler for TPUs fails '
-                                'on sums of gradients in the host\'s memory; use accumulation=1 and more chips')
+      raise NotImplementedError(
+        f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler for TPUs fails '
+        'on sums of gradients in the host\'s memory; use accumulation=1 and more chips'
+      )
     if self.mesh.zero != 3:
-      raise ValueError(f'train.offload_parameters with mesh.zero={self.mesh.zero}, which holds the weights of all layers on every device; '
-                       'use mesh.zero=3')
+      raise ValueError(
+        f'train.offload_parameters with mesh.zero={self.mesh.zero}, which holds the weights of all layers on every device; '
+        'use mesh.zero=3'
+      )
 
   def resolve(self, vocabulary: int) -> 'Config':
     """With the model's open sizes filled in from the data: vocabulary of the tokenizer, longest sequence.
 
     Raises ValueError when the model's vocabulary is too small for the tokenizer.
     """
-    model = dataclasses.replace(self.model, vocabulary=self.model.vocabulary or vocabulary,
-                                max_length=self.model.max_length or self.data.sequence_length)
+    model = dataclasses.replace(
+      self.model,
+      vocabulary=self.model.vocabulary or vocabulary,
+      max_length=self.model.max_length or self.data.sequence_length,
+    )
     if model.vocabulary < vocabulary:
-      raise ValueError(f'model.vocabulary={model.vocabulary} is smaller than the tokenizer\'s {vocabulary}; set it to 0 to take that')
+      raise ValueError(
+        f'model.vocabulary={model.vocabulary} is smaller than the tokenizer\'s {vocabulary}; set it to 0 to take that'
+      )
     return dataclasses.replace(self, model=model)
 
   def check_mesh(self, sizes: dict[str, int]) -> None:
@@ -142,40 +188,65 @@ class Config:
     rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
     micro = self.data.batch_size // self.train.accumulation
     if micro % rows:
-      raise ValueError(f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
-                       f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} '
-                       f'x expert {sizes["expert"]}); make the batch a multiple')
+      raise ValueError(
+        f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
+        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} '
+        f'x expert {sizes["expert"]}); make the batch a multiple'
+      )
     m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
     m.check_stages(stages)
     if stages > 1 and self.train.offload_parameters:
-      raise NotImplementedError(f'train.offload_parameters brings layers to the device one by one, a stage of a pipeline holds its own all '
-                                f'the time: mesh.stage={stages}; use fsdp')
+      raise NotImplementedError(
+        f'train.offload_parameters brings layers to the device one by one, a stage of a pipeline holds its own all '
+        f'the time: mesh.stage={stages}; use fsdp'
+      )
     if stages > 1 and micro % (rows * m.pipeline.count(stages)):
-      raise ValueError(f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
-                       f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '
-                       'make the batch a multiple, or the microbatches fewer')
+      raise ValueError(
+        f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
+        f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '
+        'make the batch a multiple, or the microbatches fewer'
+      )
     self.check_parameters(sizes)
     if self.data.sequence_length % (sizes['context'] * tensor):
-      raise ValueError(f'data.sequence_length={self.data.sequence_length} does not split over '
-                       f'{_named(sizes, ("context", "tensor"))}, which share the residual stream; make it a multiple')
+      raise ValueError(
+        f'data.sequence_length={self.data.sequence_length} does not split over '
+        f'{_named(sizes, ("context", "tensor"))}, which share the residual stream; make it a multiple'
+      )
     if sizes['context'] > 1:
       self._check_context(sizes)
 
   def check_parameters(self, sizes: dict[str, int]) -> None:
     """Raises ValueError when a parameter cannot be split evenly over a mesh of these sizes."""
-    m, embed, tensor, stages = self.model, ('fsdp', 'expert', 'context'), sizes['tensor'], sizes['stage']
+    m, embed, tensor, stages = (
+      self.model,
+      ('fsdp', 'expert', 'context'),
+      sizes['tensor'],
+      sizes['stage'],
+    )
     m.check_stages(stages)
     if m.V % (tensor * stages):
-      raise ValueError(f'model.vocabulary={m.V} does not split over mesh.tensor={tensor} x mesh.stage={stages}, which share '
-                       'embedding and loss; make it a multiple (ids that no token has cost little), or an axis smaller')
-    for what, size, axes in (('model.width', m.D, embed), ('model.heads', m.N, ('tensor',)), ('model.feed_forward', m.F, ('tensor',)),
-                             ('model.moe.experts', m.E, ('expert',)), ('model.moe.feed_forward', m.moe.feed_forward, ('tensor',)),
-                             ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, ('tensor',)),
-                             ('model.latent.width', m.latent.width, embed), ('model.latent.query_width', m.latent.query_width, embed)):
+      raise ValueError(
+        f'model.vocabulary={m.V} does not split over mesh.tensor={tensor} x mesh.stage={stages}, which share '
+        'embedding and loss; make it a multiple (ids that no token has cost little), or an axis smaller'
+      )
+    for what, size, axes in (
+      ('model.width', m.D, embed),
+      ('model.heads', m.N, ('tensor',)),
+      ('model.feed_forward', m.F, ('tensor',)),
+      ('model.moe.experts', m.E, ('expert',)),
+      ('model.moe.feed_forward', m.moe.feed_forward, ('tensor',)),
+      ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, ('tensor',)),
+      ('model.latent.width', m.latent.width, embed),
+      ('model.latent.query_width', m.latent.query_width, embed),
+    ):
       if size % math.prod(sizes[axis] for axis in axes):
-        raise ValueError(f'{what}={size} does not split over {_named(sizes, axes)}; make it a multiple, or the axis smaller')
+        raise ValueError(
+          f'{what}={size} does not split over {_named(sizes, axes)}; make it a multiple, or the axis smaller'
+        )
     if m.K % tensor and tensor % m.K:
-      raise ValueError(f'model.kv_heads={m.K} and mesh.tensor={tensor}: one has to be a multiple of the other; change either')
+      raise ValueError(
+        f'model.kv_heads={m.K} and mesh.tensor={tensor}: one has to be a multiple of the other; change either'
+      )
 
   def _check_context(self, sizes):
     """The same of rows that are split, and of heads where devices exchange tokens for them."""
@@ -183,8 +254,10 @@ class Config:
     R = P // context.degree(m.context, m.N // tensor, max(1, m.K // tensor), P)
     chunks = math.lcm(P, 2 * R) if R > 1 else P
     if T % chunks:
-      raise ValueError(f'data.sequence_length={T} does not split into {chunks} chunks (mesh.context={P}, model.context={m.context!r}); '
-                       'make it a multiple')
+      raise ValueError(
+        f'data.sequence_length={T} does not split into {chunks} chunks (mesh.context={P}, model.context={m.context!r}); '
+        'make it a multiple'
+      )
     if R > 1 and m.context != 'gather' and m.attention != 'auto':
       attention.check_part(m.attention)
 
@@ -212,16 +285,27 @@ def _begun(config: Config, init: str) -> dict:
   if data.tokenizer == TokenizerConfig():
     path = pathlib.Path(init) / 'tokenizer'
     kind = tokenizer.load(path).kind
-    data = dataclasses.replace(data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path)))
+    data = dataclasses.replace(
+      data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))
+    )
   return {'model': _over(model, config.model), 'data': data, 'init': init}
 
 
 def _over(below, above):
   """`below` with the fields of `above` that are not at their default."""
   default = type(above)()
-  changed = {f.name: getattr(above, f.name) for f in dataclasses.fields(above) if getattr(above, f.name) != getattr(default, f.name)}
-  return dataclasses.replace(below, **{name: _over(getattr(below, name), value) if dataclasses.is_dataclass(value) else value
-                                       for name, value in changed.items()})
+  changed = {
+    f.name: getattr(above, f.name)
+    for f in dataclasses.fields(above)
+    if getattr(above, f.name) != getattr(default, f.name)
+  }
+  return dataclasses.replace(
+    below,
+    **{
+      name: _over(getattr(below, name), value) if dataclasses.is_dataclass(value) else value
+      for name, value in changed.items()
+    },
+  )
 
 
 def to_dict(config) -> dict:
@@ -236,7 +320,9 @@ def from_dict(cls, values: dict, path: str = 'config'):
   for name in values:
     if name not in known:
       raise ValueError(unknown_field(path, name, sorted(known)))
-  return cls(**{name: _convert(hints[name], value, f'{path}.{name}') for name, value in values.items()})
+  return cls(
+    **{name: _convert(hints[name], value, f'{path}.{name}') for name, value in values.items()}
+  )
 
 
 def _convert(hint, value, path):
@@ -256,8 +342,11 @@ def _convert(hint, value, path):
 
 def define_flag(among: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
   """Defines --config=FILE and its overrides; `from_flag` turns the holder's value into a Config."""
-  holder = config_flags.DEFINE_config_file('config', help_string='A file under configs/; override fields with --config.a.b=value.',
-                                           flag_values=among)
+  holder = config_flags.DEFINE_config_file(
+    'config',
+    help_string='A file under configs/; override fields with --config.a.b=value.',
+    flag_values=among,
+  )
   among['config'].parser = _ConfigFile('config')
   return holder
 
@@ -273,14 +362,26 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
   def parse(self, path):
     file = path.split(':')[0]
     if not os.path.isfile(file):  # which the library would tell only who reads a field
-      names.check('config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py')))
+      names.check(
+        'config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py'))
+      )
     config = super().parse(path)
     if not isinstance(config, Config):
-      raise ValueError(f'get_config() of {path} returned {type(config).__name__}; it must return a training.config.Config')
-    overrides = [argument.removeprefix('--config.') for argument in sys.argv if argument.startswith('--config.')]
+      raise ValueError(
+        f'get_config() of {path} returned {type(config).__name__}; it must return a training.config.Config'
+      )
+    overrides = [
+      argument.removeprefix('--config.')
+      for argument in sys.argv
+      if argument.startswith('--config.')
+    ]
     if 'init' in overrides:
-      raise ValueError('--config.init is read before the other overrides are; write it as --config.init=DIRECTORY')
-    init = [override.removeprefix('init=') for override in overrides if override.startswith('init=')]
+      raise ValueError(
+        '--config.init is read before the other overrides are; write it as --config.init=DIRECTORY'
+      )
+    init = [
+      override.removeprefix('init=') for override in overrides if override.startswith('init=')
+    ]
     try:
       begun = _begun(config, init[-1] if init else config.init)
     except FileNotFoundError as error:
@@ -296,7 +397,10 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
 def _mutable(value):
   """A frozen config as a ConfigDict, its tuples of configs as lists, which flags can index."""
   if dataclasses.is_dataclass(value):
-    return ConfigDict({field.name: _mutable(getattr(value, field.name)) for field in dataclasses.fields(value)}, sort_keys=False)
+    return ConfigDict(
+      {field.name: _mutable(getattr(value, field.name)) for field in dataclasses.fields(value)},
+      sort_keys=False,
+    )
   if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) for v in value):
     return [_mutable(v) for v in value]
   return value
@@ -308,7 +412,9 @@ def _check_path(config: ConfigDict, path: str) -> None:
   for part in config_path.split(path):
     if isinstance(part, int):
       if not isinstance(holder, list) or part >= len(holder):
-        raise ValueError(f'{walked} has no item {part}; it holds {len(holder) if isinstance(holder, list) else "no list"}')
+        raise ValueError(
+          f'{walked} has no item {part}; it holds {len(holder) if isinstance(holder, list) else "no list"}'
+        )
       holder, walked = holder[part], f'{walked}[{part}]'
     else:
       if not hasattr(holder, 'keys'):
@@ -321,7 +427,11 @@ def _check_path(config: ConfigDict, path: str) -> None:
 def unknown_field(path: str, name: str, known) -> str:
   """What to say of a field that is not there."""
   near = difflib.get_close_matches(name, known, 1)
-  return f'{path} has no field {name!r}' + (f'; did you mean {near[0]!r}?' if near else '.') + f' Known: {", ".join(known)}'
+  return (
+    f'{path} has no field {name!r}'
+    + (f'; did you mean {near[0]!r}?' if near else '.')
+    + f' Known: {", ".join(known)}'
+  )
 
 
 def save(config: Config, directory: str | os.PathLike) -> None:
@@ -333,7 +443,9 @@ def load(directory: str | os.PathLike) -> Config:
   """Reads config.json. Raises FileNotFoundError, or ValueError for a file that is not a Config."""
   path = pathlib.Path(directory) / FILE
   if not path.exists():
-    raise FileNotFoundError(f'{path} does not exist: {directory} is not the directory of a run; train one with train.py --workdir')
+    raise FileNotFoundError(
+      f'{path} does not exist: {directory} is not the directory of a run; train one with train.py --workdir'
+    )
   try:
     return from_dict(Config, json.loads(path.read_text()))
   except ValueError as error:
@@ -343,8 +455,16 @@ def load(directory: str | os.PathLike) -> Config:
 # What decides the parameters' shapes and values, the optimizer's state, or which example comes when. Everything else may
 # change when a run goes on: how long it is, its schedule, what is logged, the mesh.
 IDENTITY = ('model', 'data', 'optimizer.name', 'train.seed')
-INDIFFERENT = ('data.cache_dir', 'model.attention', 'model.attention_blocks', 'model.context', 'model.remat', 'model.remat_save',
-               'model.remat_offload', 'model.pipeline')
+INDIFFERENT = (
+  'data.cache_dir',
+  'model.attention',
+  'model.attention_blocks',
+  'model.context',
+  'model.remat',
+  'model.remat_save',
+  'model.remat_offload',
+  'model.pipeline',
+)
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -354,21 +474,36 @@ def differences(old: Config, new: Config) -> list[str]:
   def matters(path):
     under = lambda names_: any(path == name or path.startswith(name + '.') for name in names_)
     return under(IDENTITY) and not under(INDIFFERENT)
-  return [f'{path}: {before.get(path)!r} -> {after.get(path)!r}' for path in sorted({*before, *after})
-          if matters(path) and before.get(path) != after.get(path)]
+
+  return [
+    f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
+    for path in sorted({*before, *after})
+    if matters(path) and before.get(path) != after.get(path)
+  ]
 
 
-def check_unchanged(config: Config, directory: str | os.PathLike, allow_change: bool = False) -> None:
+def check_unchanged(
+  config: Config, directory: str | os.PathLike, allow_change: bool = False
+) -> None:
   """Raises ValueError where the directory was begun with another model or data order, unless that is allowed."""
-  changes = differences(load(directory), config) if (pathlib.Path(directory) / FILE).exists() else []
+  changes = (
+    differences(load(directory), config) if (pathlib.Path(directory) / FILE).exists() else []
+  )
   if changes and not allow_change:
-    raise ValueError(f'{directory} was begun with another model or data order:\n  ' + '\n  '.join(changes)
-                     + '\nUse another --workdir, or --allow_config_change to go on all the same.')
+    raise ValueError(
+      f'{directory} was begun with another model or data order:\n  '
+      + '\n  '.join(changes)
+      + '\nUse another --workdir, or --allow_config_change to go on all the same.'
+    )
 
 
 def _flat(value, path: str = '') -> dict:
   if isinstance(value, dict):
-    return {k: v for name, item in value.items() for k, v in _flat(item, f'{path}.{name}' if path else name).items()}
+    return {
+      k: v
+      for name, item in value.items()
+      for k, v in _flat(item, f'{path}.{name}' if path else name).items()
+    }
   if isinstance(value, (list, tuple)) and any(isinstance(v, dict) for v in value):
     return {k: v for i, item in enumerate(value) for k, v in _flat(item, f'{path}.{i}').items()}
   return {path: value}

@@ -3,6 +3,7 @@
 The file has no name: it is gone with the process, however that ends. What should last is copied (`export`) to another file, which holds the
 whole array as NumPy does, whatever devices it was split over, so that any mesh can read it.
 """
+
 import functools
 import math
 import os
@@ -12,7 +13,9 @@ import tempfile
 import jax
 import numpy as np
 
-COPIED = 2**26  # bytes of a shard that export and import hold at once, as far as layers are not larger
+COPIED = (
+  2**26
+)  # bytes of a shard that export and import hold at once, as far as layers are not larger
 
 
 class OnDisk:
@@ -22,8 +25,19 @@ class OnDisk:
     shape, dtype, sharding: of the array. directory: on the disk that is to hold it.
   """
 
-  def __init__(self, shape: tuple[int, ...], dtype, sharding: jax.sharding.Sharding, directory: str | os.PathLike):
-    self.shape, self.dtype, self.sharding, self.ndim = tuple(shape), np.dtype(dtype), sharding, len(shape)
+  def __init__(
+    self,
+    shape: tuple[int, ...],
+    dtype,
+    sharding: jax.sharding.Sharding,
+    directory: str | os.PathLike,
+  ):
+    self.shape, self.dtype, self.sharding, self.ndim = (
+      tuple(shape),
+      np.dtype(dtype),
+      sharding,
+      len(shape),
+    )
     self.directory = pathlib.Path(directory)
 
   @property
@@ -47,7 +61,9 @@ class OnDisk:
     return tempfile.TemporaryFile(dir=self.directory, buffering=0)
 
   def _offset(self, shard: int, first: int) -> int:
-    return (shard * self.shard_shape[0] + first) * math.prod(self.shard_shape[1:]) * self.dtype.itemsize
+    return (
+      (shard * self.shard_shape[0] + first) * math.prod(self.shard_shape[1:]) * self.dtype.itemsize
+    )
 
   def read(self, first: int = 0, layers: int | None = None) -> jax.Array:
     """Rows `first` to first + layers of its first dimension (all), on the devices."""
@@ -63,7 +79,9 @@ class OnDisk:
     Raises ValueError for rows of another kind.
     """
     if x.dtype != self.dtype or x.shape[1:] != self.shape[1:]:
-      raise ValueError(f'{x.dtype} {x.shape} cannot be written to rows of a file of {self.dtype} {self.shape}')
+      raise ValueError(
+        f'{x.dtype} {x.shape} cannot be written to rows of a file of {self.dtype} {self.shape}'
+      )
     written = set()
     for piece in x.addressable_shards:
       shard = self.shards[piece.device]
@@ -103,16 +121,24 @@ class OnDisk:
       for first in range(0, self.shard_shape[0], step):
         layers = min(step, self.shard_shape[0] - first)
         size = math.prod(self.shape[1:]) * self.dtype.itemsize
-        whole = np.memmap(path, self.dtype, 'r+' if owned else 'r', (begin + first) * size, (layers, *self.shape[1:]))
+        whole = np.memmap(
+          path,
+          self.dtype,
+          'r+' if owned else 'r',
+          (begin + first) * size,
+          (layers, *self.shape[1:]),
+        )
         yield whole[(slice(None), *rest)], shard, first, layers
 
   def _read(self, shard, first, shape):
     x = np.empty(shape, self.dtype)
     left, offset = memoryview(x.reshape(-1).view(np.uint8)), self._offset(shard, first)
     while left:
-      n = os.preadv(self._file.fileno(), [left[:2**30]], offset)
+      n = os.preadv(self._file.fileno(), [left[: 2**30]], offset)
       if not n:
-        raise OSError(f'a file in {self.directory} ends at {offset} bytes, before what was written to it; is the disk full?')
+        raise OSError(
+          f'a file in {self.directory} ends at {offset} bytes, before what was written to it; is the disk full?'
+        )
       left, offset = left[n:], offset + n
     return x
 
@@ -120,7 +146,7 @@ class OnDisk:
 def _write(file, x: np.ndarray, offset: int) -> None:
   left = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
   while left:
-    n = os.pwrite(file.fileno(), left[:2**30], offset)
+    n = os.pwrite(file.fileno(), left[: 2**30], offset)
     left, offset = left[n:], offset + n
 
 
@@ -134,4 +160,6 @@ def reserve(path: pathlib.Path, like: OnDisk) -> None:
 def stored(path: pathlib.Path, like: jax.ShapeDtypeStruct) -> jax.Array:
   """The array of a file that `export` filled, in the shape and sharding of `like`."""
   whole = np.memmap(path, like.dtype, 'r', shape=like.shape)
-  return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.ascontiguousarray(whole[index]))
+  return jax.make_array_from_callback(
+    like.shape, like.sharding, lambda index: np.ascontiguousarray(whole[index])
+  )

@@ -2,6 +2,7 @@
 
 JSON has no NaN or infinity: they are written as the strings 'nan', 'inf' and '-inf', so that any parser reads the file.
 """
+
 import concurrent.futures
 import json
 import math
@@ -33,9 +34,13 @@ def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
     elif np.ndim(value) == 1:
       flat |= scalars({str(i): x for i, x in enumerate(np.asarray(value))}, f'{prefix}{name}/')
     elif np.ndim(value):
-      raise ValueError(f'metric {prefix + name!r} has shape {np.shape(value)}; give scalars, vectors, or a mapping of them')
+      raise ValueError(
+        f'metric {prefix + name!r} has shape {np.shape(value)}; give scalars, vectors, or a mapping of them'
+      )
     else:
-      flat[prefix + name] = np.asarray(value).item() if np.asarray(value).dtype.kind in 'iu' else float(value)
+      flat[prefix + name] = (
+        np.asarray(value).item() if np.asarray(value).dtype.kind in 'iu' else float(value)
+      )
   return flat
 
 
@@ -46,7 +51,9 @@ def nonfinite(metrics: Mapping[str, float]) -> list[str]:
 
 def append_line(file: TextIO, line: Mapping[str, float]):
   """Writes one line and hands it to the operating system, so that it outlives a killed process."""
-  valid = {name: value if math.isfinite(value) else str(float(value)) for name, value in line.items()}
+  valid = {
+    name: value if math.isfinite(value) else str(float(value)) for name, value in line.items()
+  }
   file.write(json.dumps(valid) + '\n')
   file.flush()
 
@@ -61,10 +68,14 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
   lines = path.read_text().split('\n')[:-1] if path.exists() else []
   for number, text in enumerate(lines, 1):
     try:
-      line = {name: float(value) if value in _NAMES else value for name, value in json.loads(text).items()}
+      line = {
+        name: float(value) if value in _NAMES else value for name, value in json.loads(text).items()
+      }
       steps.setdefault(line['step'], {}).update(line)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-      raise ValueError(f'{path}, line {number} is not a line of metrics: {text[:80]!r}; remove it to go on') from error
+      raise ValueError(
+        f'{path}, line {number} is not a line of metrics: {text[:80]!r}; remove it to go on'
+      ) from error
   return [steps[step] for step in sorted(steps)]
 
 
@@ -106,10 +117,15 @@ class TensorBoard:
   def _add(self, line: dict[str, float]):
     if self._writer is None:
       import tensorboardX
+
       # TensorBoard hides what earlier processes wrote from purge_step on. Files are named by the second, and one of the
       # same name is overwritten: the suffix keeps a quick restart from doing that.
-      self._writer = tensorboardX.SummaryWriter(str(self._directory), purge_step=self._first_step, flush_secs=10,
-                                                filename_suffix=f'.from{self._first_step}')
+      self._writer = tensorboardX.SummaryWriter(
+        str(self._directory),
+        purge_step=self._first_step,
+        flush_secs=10,
+        filename_suffix=f'.from{self._first_step}',
+      )
     for name, value in line.items():
       if name != 'step':
         self._writer.add_scalar(name, value, line['step'])

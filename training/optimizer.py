@@ -2,6 +2,7 @@
 
 Every optimizer is the same chain: its own rescaling of the gradient, decoupled weight decay, the schedule.
 """
+
 import dataclasses
 import math
 import sys
@@ -19,18 +20,18 @@ from training import adam8bit
 # What each optimizer and each schedule reads, with its defaults; a field that is set but not read is an error.
 _ADAM = {'b1': 0.9, 'b2': 0.95, 'epsilon': 1e-8}
 OPTIMIZERS = {
-    'adamw': _ADAM,
-    'adam8bit': _ADAM,
-    'adafactor': {'epsilon': 1e-30},
-    'lion': {'b1': 0.95, 'b2': 0.98},
-    'muon': {**_ADAM, 'momentum': 0.95, 'adam_ratio': 1.0},
-    'sgd': {'momentum': 0.9},
+  'adamw': _ADAM,
+  'adam8bit': _ADAM,
+  'adafactor': {'epsilon': 1e-30},
+  'lion': {'b1': 0.95, 'b2': 0.98},
+  'muon': {**_ADAM, 'momentum': 0.95, 'adam_ratio': 1.0},
+  'sgd': {'momentum': 0.9},
 }
 SCHEDULES = {
-    'constant': {},
-    'cosine': {'final_fraction': 0.1},
-    'linear': {'final_fraction': 0.0},
-    'wsd': {'final_fraction': 0.0, 'decay_fraction': 0.2},
+  'constant': {},
+  'cosine': {'final_fraction': 0.1},
+  'linear': {'final_fraction': 0.0},
+  'wsd': {'final_fraction': 0.0, 'decay_fraction': 0.2},
 }
 KINDS = ('matrix', 'embedding', 'vector')
 DEFAULT = -1.0
@@ -40,9 +41,17 @@ _DECAY = (0, math.nextafter(1, 0), 'a decay rate, at least 0 and below 1')
 _POSITIVE = (sys.float_info.min, sys.float_info.max, 'finite and above 0')
 _OFF_OR_POSITIVE = (0, sys.float_info.max, 'finite and at least 0 (0 turns it off)')
 LIMITS = {
-    'learning_rate': _POSITIVE, 'warmup_steps': _OFF_OR_POSITIVE, 'final_fraction': _SHARE, 'decay_fraction': _SHARE,
-    'weight_decay': _OFF_OR_POSITIVE, 'clip_norm': _OFF_OR_POSITIVE, 'b1': _DECAY, 'b2': _DECAY, 'epsilon': _POSITIVE,
-    'momentum': _DECAY, 'adam_ratio': _POSITIVE,
+  'learning_rate': _POSITIVE,
+  'warmup_steps': _OFF_OR_POSITIVE,
+  'final_fraction': _SHARE,
+  'decay_fraction': _SHARE,
+  'weight_decay': _OFF_OR_POSITIVE,
+  'clip_norm': _OFF_OR_POSITIVE,
+  'b1': _DECAY,
+  'b2': _DECAY,
+  'epsilon': _POSITIVE,
+  'momentum': _DECAY,
+  'adam_ratio': _POSITIVE,
 }
 
 
@@ -69,6 +78,7 @@ class OptimizerConfig:
 
   Raises ValueError when a value is impossible, or is set and would not be read.
   """
+
   name: str = 'adamw'
   learning_rate: float = 1e-3
   schedule: str = 'cosine'
@@ -92,9 +102,13 @@ class OptimizerConfig:
       if field.name in ('name', 'schedule') or (field.default == DEFAULT and value == DEFAULT):
         continue
       if field.default == DEFAULT and field.name not in read:
-        readers = [name for name, settings in {**OPTIMIZERS, **SCHEDULES}.items() if field.name in settings]
-        raise ValueError(f'optimizer.{field.name}={value} would not be read by {self.name!r} with schedule '
-                         f'{self.schedule!r} (it is by {", ".join(readers)}); leave it at {DEFAULT}')
+        readers = [
+          name for name, settings in {**OPTIMIZERS, **SCHEDULES}.items() if field.name in settings
+        ]
+        raise ValueError(
+          f'optimizer.{field.name}={value} would not be read by {self.name!r} with schedule '
+          f'{self.schedule!r} (it is by {", ".join(readers)}); leave it at {DEFAULT}'
+        )
       least, most, limit = LIMITS[field.name]
       if not (least <= value <= most and math.isfinite(value)):
         raise ValueError(f'optimizer.{field.name}={value} must be {limit}')
@@ -102,7 +116,10 @@ class OptimizerConfig:
   def settings(self) -> dict[str, float]:
     """What this optimizer and schedule read: the fields that are set, else their defaults."""
     settings = {**OPTIMIZERS[self.name], **SCHEDULES[self.schedule]}
-    return {**settings, **{name: getattr(self, name) for name in settings if getattr(self, name) != DEFAULT}}
+    return {
+      **settings,
+      **{name: getattr(self, name) for name in settings if getattr(self, name) != DEFAULT},
+    }
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -117,8 +134,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   after = steps - config.warmup_steps
   decay = round(s.get('decay_fraction', 0) * steps)
   if after < max(1, decay):
-    raise ValueError(f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not fit '
-                     f'into {steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps')
+    raise ValueError(
+      f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not fit '
+      f'into {steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps'
+    )
   if config.schedule == 'constant':
     schedule = optax.constant_schedule(peak)
   elif config.schedule == 'cosine':
@@ -126,14 +145,18 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   elif config.schedule == 'linear':
     schedule = optax.linear_schedule(peak, peak * s['final_fraction'], after)
   else:
-    schedule = optax.linear_schedule(peak, peak * s['final_fraction'], max(1, decay), transition_begin=after - decay)
+    schedule = optax.linear_schedule(
+      peak, peak * s['final_fraction'], max(1, decay), transition_begin=after - decay
+    )
   if not config.warmup_steps:
     return schedule
   warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
   return optax.join_schedules([warmup, schedule], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, specs, whole: bool = True) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, steps: int, specs, whole: bool = True
+) -> optax.GradientTransformation:
   """The transformation from (clipped) gradients to updates; clipping itself is `clip`, in the train step.
 
   Args:
@@ -149,9 +172,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, specs, whole: bool = Tru
   # As a function, because optax would call a tree that is itself a callable module.
   decayed = lambda _: jax.tree.map(lambda spec: spec.kind != 'vector', specs)
   return optax.chain(
-      _rescaling(config, specs, whole),
-      optax.add_decayed_weights(config.weight_decay, mask=decayed),
-      optax.scale_by_learning_rate(make_schedule(config, steps)))
+    _rescaling(config, specs, whole),
+    optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    optax.scale_by_learning_rate(make_schedule(config, steps)),
+  )
 
 
 def clip(grads, norm: Float[Array, ''], max_norm: float):
@@ -172,12 +196,19 @@ def scale_by_muon(momentum: float, specs) -> optax.GradientTransformation:
   scaled by 0.2 sqrt(max(inputs, outputs)), which gives them the RMS of AdamW's (Liu et al., arXiv:2502.16982, section 2.2).
   optax.contrib.muon cannot run on matrices that explicit axes shard, and takes 1.4 to 2 times as long on a CPU.
   """
+
   def update(updates, state, params=None):
     del params
     # specs may be a prefix: below a spec there is the parameter's own node, or nothing where another group owns it.
-    return jax.tree.map(lambda spec, x: jax.tree.map(lambda m: _muon_update(m, spec), x), specs, updates), state
+    return jax.tree.map(
+      lambda spec, x: jax.tree.map(lambda m: _muon_update(m, spec), x), specs, updates
+    ), state
+
   # The orthogonalisation ignores magnitude, so momentum needs neither dampening nor bias correction.
-  return optax.chain(optax.trace(momentum, nesterov=True), optax.GradientTransformation(optax.init_empty_state, update))
+  return optax.chain(
+    optax.trace(momentum, nesterov=True),
+    optax.GradientTransformation(optax.init_empty_state, update),
+  )
 
 
 def orthogonalize(x: Float[Array, 'L M N']) -> Float[Array, 'L M N']:
@@ -199,12 +230,14 @@ def orthogonalize(x: Float[Array, 'L M N']) -> Float[Array, 'L M N']:
 def _muon_update(x: jax.Array, spec) -> jax.Array:
   stacks = _stacks(spec)
   if stacks == 2:
-    x = jnp.moveaxis(x, 1, 0)  # experts, which a mesh may split, before layers: only so can the two become one dimension
+    x = jnp.moveaxis(
+      x, 1, 0
+    )  # experts, which a mesh may split, before layers: only so can the two become one dimension
   before, shape = x.shape, x.shape[stacks:]
   entries = tuple(jax.typeof(x).sharding.spec)
   stacked = _reshape(x, (-1, *shape), (entries[0] if stacks else None, *entries[stacks:]))
   layers = stacked.shape[0]
-  fan_in, fan_out = math.prod(shape[:spec.inputs]), math.prod(shape[spec.inputs:])
+  fan_in, fan_out = math.prod(shape[: spec.inputs]), math.prod(shape[spec.inputs :])
   # Each device orthogonalises whole layers: all-to-alls bring them together and take the updates back to their shards.
   # Layers of zeros fill up the last round, so that any number of layers suits any mesh.
   route = _route_to_layers(jax.typeof(stacked).sharding)
@@ -236,7 +269,10 @@ def _route_to_layers(sharding: NamedSharding) -> list[NamedSharding]:
 
 def _mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
   """The mesh axes that split each dimension."""
-  return [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+  return [
+    () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    for entry in sharding.spec
+  ]
 
 
 def _stacks(spec) -> int:
@@ -259,8 +295,10 @@ def _check_spec(path: str, spec) -> None:
     raise ValueError(f"{path}: axes {spec.axes} must name 'layers' first")
   matrix_axes = len(spec.axes) - _stacks(spec)
   if spec.kind == 'matrix' and not 1 <= spec.inputs < matrix_axes:
-    raise ValueError(f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 and '
-                     f'at most {matrix_axes - 1} of them')
+    raise ValueError(
+      f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 and '
+      f'at most {matrix_axes - 1} of them'
+    )
 
 
 def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTransformation:
@@ -272,15 +310,24 @@ def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTra
     matrices = lambda _: jax.tree.map(lambda spec: spec.kind == 'matrix', specs)
     return adam8bit.scale_by_adam8bit(s['b1'], s['b2'], s['epsilon'], matrices)
   if config.name == 'adafactor':
-    return optax.chain(optax.scale_by_factored_rms(epsilon=s['epsilon']), optax.clip_by_block_rms(1.0))
+    return optax.chain(
+      optax.scale_by_factored_rms(epsilon=s['epsilon']), optax.clip_by_block_rms(1.0)
+    )
   if config.name == 'lion':
     return optax.scale_by_lion(s['b1'], s['b2'])
   if config.name == 'sgd':
     return optax.trace(s['momentum'])
   groups = jax.tree.map(lambda spec: 'muon' if _is_hidden_matrix(spec) else 'adamw', specs)
   if whole and 'muon' not in jax.tree.leaves(groups):
-    raise ValueError("optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use 'adamw'")
-  return optax.partition({
+    raise ValueError(
+      "optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use 'adamw'"
+    )
+  return optax.partition(
+    {
       'muon': scale_by_muon(s['momentum'], specs),
-      'adamw': optax.chain(optax.scale_by_adam(s['b1'], s['b2'], s['epsilon']), optax.scale(s['adam_ratio'])),
-  }, lambda _: groups)
+      'adamw': optax.chain(
+        optax.scale_by_adam(s['b1'], s['b2'], s['epsilon']), optax.scale(s['adam_ratio'])
+      ),
+    },
+    lambda _: groups,
+  )

@@ -1,4 +1,5 @@
 """Is the arithmetic holding? Dynamic loss scaling, skipped steps, and norms that name the culprit."""
+
 import dataclasses
 import functools
 import math
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=('scale', 'good_steps', 'skipped_steps'),
-                   meta_fields=('growth', 'backoff', 'interval', 'smallest', 'largest'))
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('scale', 'good_steps', 'skipped_steps'),
+  meta_fields=('growth', 'backoff', 'interval', 'smallest', 'largest'),
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossScale:
   """The state of dynamic loss scaling (Micikevicius et al., arXiv:1710.03740, section 3.2).
@@ -22,7 +26,10 @@ class LossScale:
     growth, backoff: factors after `interval` good steps, and after a step that is not finite.
     smallest, largest: limits of the scale.
   """
-  scale: Any  # Any, because JAX rebuilds registered dataclasses with tracers, specs and placeholders
+
+  scale: (
+    Any  # Any, because JAX rebuilds registered dataclasses with tracers, specs and placeholders
+  )
   good_steps: Any
   skipped_steps: Any
   growth: float
@@ -32,23 +39,34 @@ class LossScale:
   largest: float
 
 
-def init_loss_scale(compute_dtype: str, *, initial: float = 2.0**15, interval: int = 2000) -> LossScale:
+def init_loss_scale(
+  compute_dtype: str, *, initial: float = 2.0**15, interval: int = 2000
+) -> LossScale:
   """A fresh state. Only float16 needs scaling: other types get a scale of 1 that never moves, on the same code path.
 
   Raises ValueError when the initial scale is not between 1 and 2**24 or the interval is below 1.
   """
   smallest, largest = 1.0, 2.0**24
   if not smallest <= initial <= largest:
-    raise ValueError(f'initial loss scale {initial} must be from {smallest} to {largest}; 2**15 suits most models')
+    raise ValueError(
+      f'initial loss scale {initial} must be from {smallest} to {largest}; 2**15 suits most models'
+    )
   if interval < 1:
-    raise ValueError(f'loss scale interval {interval} must be at least 1 step; 2000 suits most runs')
+    raise ValueError(
+      f'loss scale interval {interval} must be at least 1 step; 2000 suits most runs'
+    )
   dynamic = compute_dtype == 'float16'
   # Two zeros, not one used twice: the state is donated, and a buffer can be donated once.
   return LossScale(
-      scale=jnp.float32(initial if dynamic else 1.0),
-      good_steps=jnp.zeros((), jnp.int32), skipped_steps=jnp.zeros((), jnp.int32),
-      growth=2.0 if dynamic else 1.0, backoff=0.5 if dynamic else 1.0,
-      interval=interval, smallest=smallest, largest=largest)
+    scale=jnp.float32(initial if dynamic else 1.0),
+    good_steps=jnp.zeros((), jnp.int32),
+    skipped_steps=jnp.zeros((), jnp.int32),
+    growth=2.0 if dynamic else 1.0,
+    backoff=0.5 if dynamic else 1.0,
+    interval=interval,
+    smallest=smallest,
+    largest=largest,
+  )
 
 
 def scale(loss: Float[Array, ''], state: LossScale) -> Float[Array, '']:
@@ -62,10 +80,11 @@ def update(state: LossScale, finite: Bool[Array, '']) -> LossScale:
   grow = good >= state.interval
   factor = jnp.where(finite, jnp.where(grow, state.growth, 1.0), state.backoff)
   return dataclasses.replace(
-      state,
-      scale=jnp.clip(state.scale * factor, state.smallest, state.largest),
-      good_steps=jnp.where(grow, 0, good),
-      skipped_steps=state.skipped_steps + jnp.where(finite, 0, 1))
+    state,
+    scale=jnp.clip(state.scale * factor, state.smallest, state.largest),
+    good_steps=jnp.where(grow, 0, good),
+    skipped_steps=state.skipped_steps + jnp.where(finite, 0, 1),
+  )
 
 
 def select(finite: Bool[Array, ''], new, old):
@@ -79,6 +98,7 @@ def norms_by_module(tree) -> dict[str, float]:
   A stacked parameter is one entry for all layers. Waits for the arrays; on several hosts every process must call it.
   A norm of finite elements is finite unless it exceeds f32 itself.
   """
+
   def norm(x):
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x))

@@ -1,4 +1,5 @@
 """Is the run getting better, and is its arithmetic still sound?"""
+
 import dataclasses
 import math
 
@@ -10,16 +11,25 @@ from training import precision
 @dataclasses.dataclass(frozen=True)
 class Progress:
   """What evaluations have shown so far: the lowest validation loss, and how many evaluations have not beaten it."""
+
   best: float = math.inf
   waited: int = 0
 
   def after(self, validation_loss: float) -> 'Progress':
     """The progress after one more evaluation."""
-    return Progress(validation_loss, 0) if validation_loss < self.best else Progress(self.best, self.waited + 1)
+    return (
+      Progress(validation_loss, 0)
+      if validation_loss < self.best
+      else Progress(self.best, self.waited + 1)
+    )
 
   def impatient(self, patience: int) -> str:
     """Why to stop: `patience` evaluations or more in a row were no better; '' while there is no reason (or patience is 0)."""
-    return f'train.patience={patience}: no better validation loss in {self.waited} evaluations' if 0 < patience <= self.waited else ''
+    return (
+      f'train.patience={patience}: no better validation loss in {self.waited} evaluations'
+      if 0 < patience <= self.waited
+      else ''
+    )
 
   def record(self) -> dict:
     """JSON-able; None stands for no evaluation yet."""
@@ -54,6 +64,7 @@ def check_finite(done: dict | None, norms, config, checkpoints) -> None:
   steps = checkpoints.steps()
   good = f'checkpoint {steps[-1]} in {checkpoints.directory}' if steps else 'there is none yet'
   raise FloatingPointError(
-      f'step {done["step"]}: loss {done["loss"]}, gradient norm {done["grad_norm"]}. Gradient norm by module: '
-      + ', '.join(f'{name} {norm:.3g}' for name, norm in by_module.items())
-      + f'. Not finite: {bad}. Last good checkpoint: {good}. Lower optimizer.learning_rate, or set train.nonfinite=skip to go on.')
+    f'step {done["step"]}: loss {done["loss"]}, gradient norm {done["grad_norm"]}. Gradient norm by module: '
+    + ', '.join(f'{name} {norm:.3g}' for name, norm in by_module.items())
+    + f'. Not finite: {bad}. Last good checkpoint: {good}. Lower optimizer.learning_rate, or set train.nonfinite=skip to go on.'
+  )

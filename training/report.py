@@ -1,4 +1,5 @@
 """What did the run achieve, and what did it cost? report.md and loss.png, written at its end from metrics.jsonl."""
+
 import dataclasses
 import gzip
 import io
@@ -29,16 +30,24 @@ class ReportConfig:
 
   Raises ValueError for negative or non-finite rates and a pue below 1.
   """
+
   dollars_per_chip_hour: float = 0.0
   watts_per_chip: float = 0.0
   kilograms_co2_per_kwh: float = 0.0
   pue: float = 1.0
 
   def __post_init__(self):
-    for field, least in (('dollars_per_chip_hour', 0), ('watts_per_chip', 0), ('kilograms_co2_per_kwh', 0), ('pue', 1)):
+    for field, least in (
+      ('dollars_per_chip_hour', 0),
+      ('watts_per_chip', 0),
+      ('kilograms_co2_per_kwh', 0),
+      ('pue', 1),
+    ):
       value = getattr(self, field)
       if not least <= value < math.inf:
-        raise ValueError(f'report.{field}={value} must be a number from {least} up' + (' (0: unknown)', '')[least])
+        raise ValueError(
+          f'report.{field}={value} must be a number from {least} up' + (' (0: unknown)', '')[least]
+        )
 
 
 def compression_baselines(documents: Iterable[str]) -> dict[str, float]:
@@ -53,14 +62,23 @@ def compression_baselines(documents: Iterable[str]) -> dict[str, float]:
     packed_gzip += len(gzip.compress(data, 9, mtime=0))
     # Preset 9 clears a 64 MiB dictionary per document; one that holds the document gives the same size, 18x sooner.
     dictionary = min(64 * 2**20, max(4096, 1 << len(data).bit_length()))
-    packed_xz += len(lzma.compress(data, filters=[{'id': lzma.FILTER_LZMA2, 'preset': 9, 'dict_size': dictionary}]))
+    packed_xz += len(
+      lzma.compress(data, filters=[{'id': lzma.FILTER_LZMA2, 'preset': 9, 'dict_size': dictionary}])
+    )
   if not raw:
     raise ValueError('there are no bytes to compress; give documents that are not all empty')
   return {'gzip': 8 * packed_gzip / raw, 'xz': 8 * packed_xz / raw}
 
 
-def write_report(directory: str | os.PathLike, config: ReportConfig, *, parameters: int, flops_per_token: float,
-                 chips: int, hardware: str) -> pathlib.Path:
+def write_report(
+  directory: str | os.PathLike,
+  config: ReportConfig,
+  *,
+  parameters: int,
+  flops_per_token: float,
+  chips: int,
+  hardware: str,
+) -> pathlib.Path:
   """Writes report.md and loss.png into the run's directory, each atomically, and returns the path of report.md.
 
   Everything measured comes from metrics.jsonl, so a resumed run is covered whole.
@@ -75,10 +93,14 @@ def write_report(directory: str | os.PathLike, config: ReportConfig, *, paramete
   if not any('loss' in line for line in lines):
     raise ValueError(f'{directory / FILE} has no training step to report; train first')
   files.replace(directory / 'loss.png', plot(lines))
-  rows = _progress(lines) + _speed(lines, chips, hardware) + _compute(lines, parameters, flops_per_token)
+  rows = (
+    _progress(lines) + _speed(lines, chips, hardware) + _compute(lines, parameters, flops_per_token)
+  )
   rows += _cost(lines, config, chips)
   table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
-  text = f'# {directory.resolve().name}\n\n![Loss curve](loss.png)\n\n| | |\n| --- | ---: |\n{table}\n'
+  text = (
+    f'# {directory.resolve().name}\n\n![Loss curve](loss.png)\n\n| | |\n| --- | ---: |\n{table}\n'
+  )
   files.replace(directory / 'report.md', text)
   return directory / 'report.md'
 
@@ -91,6 +113,7 @@ def plot(lines: Sequence[dict[str, float]]) -> bytes:
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
+
   figure = Figure(figsize=(8, 4.5), dpi=150, layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
@@ -99,7 +122,15 @@ def plot(lines: Sequence[dict[str, float]]) -> bytes:
   axes.plot(steps, _smooth(losses), color='tab:blue', linewidth=1.8, label='training')
   evaluated, validation = _points(lines, 'validation_loss')
   if validation:
-    axes.plot(evaluated, validation, color='tab:red', marker='o', markersize=4.5, linestyle='none', label='validation')
+    axes.plot(
+      evaluated,
+      validation,
+      color='tab:red',
+      marker='o',
+      markersize=4.5,
+      linestyle='none',
+      label='validation',
+    )
   seen = losses + validation
   bits_per_nat = _bits_per_nat(lines)
   if bits_per_nat:
@@ -107,7 +138,9 @@ def plot(lines: Sequence[dict[str, float]]) -> bytes:
       label = f'{name}: {value:.2f} bits/byte'
       axes.axhline(value / bits_per_nat, color='0.35', linestyle=style, linewidth=1, label=label)
       seen.append(value / bits_per_nat)
-  axes.set(xlabel='step', ylabel='loss (nats per token)', xlim=(0, max(1, *steps, *evaluated) * 1.01))
+  axes.set(
+    xlabel='step', ylabel='loss (nats per token)', xlim=(0, max(1, *steps, *evaluated) * 1.01)
+  )
   axes.xaxis.set_major_formatter('{x:,.0f}')
   axes.grid(alpha=0.25, linewidth=0.6)
   axes.spines[['top', 'right']].set_visible(False)
@@ -128,17 +161,23 @@ def plot(lines: Sequence[dict[str, float]]) -> bytes:
 
 def _log_scale(axes, low: float, high: float):
   from matplotlib import ticker
+
   axes.set(yscale='log', ylim=(low, high))
   # Rounder numbers for a wide range, more of them for a narrow one; the default labels powers of ten only.
-  digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if high > 2 * low else tuple(digit / 10 for digit in range(10, 100))
+  digits = (
+    (1, 1.5, 2, 3, 4, 5, 6, 8) if high > 2 * low else tuple(digit / 10 for digit in range(10, 100))
+  )
   axes.yaxis.set_major_locator(ticker.LogLocator(subs=digits, numticks=99))
   axes.yaxis.set_major_formatter('{x:g}')
   axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _bits_per_nat(lines) -> float | None:
-  ratios = [line['bits_per_byte'] / line['validation_loss'] for line in lines
-            if line.get('bits_per_byte') and line.get('validation_loss')]
+  ratios = [
+    line['bits_per_byte'] / line['validation_loss']
+    for line in lines
+    if line.get('bits_per_byte') and line.get('validation_loss')
+  ]
   return next((ratio for ratio in reversed(ratios) if 0 < ratio < math.inf), None)
 
 
@@ -152,7 +191,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
   smooth = []
   for i, value in enumerate(values):
     half = min(i // 8, len(values) // 40)
-    near = [near for near in values[i - half:i + half + 1] if math.isfinite(near)]
+    near = [near for near in values[i - half : i + half + 1] if math.isfinite(near)]
     smooth.append(statistics.fmean(near) if math.isfinite(value) else math.nan)
   return smooth
 
@@ -167,18 +206,31 @@ def _baselines(lines) -> dict[str, float]:
 
 
 def _progress(lines):
-  rows = [('Steps', f'{lines[-1]["step"]:,}'), ('Tokens', short(lines[-1]['tokens'])),
-          ('Training loss, last', f'{_last(lines, "loss"):.4f} nats/token')]
+  rows = [
+    ('Steps', f'{lines[-1]["step"]:,}'),
+    ('Tokens', short(lines[-1]['tokens'])),
+    ('Training loss, last', f'{_last(lines, "loss"):.4f} nats/token'),
+  ]
   steps, validation = _points(lines, 'validation_loss')
   if validation:
     best = min(validation, key=lambda value: (math.isnan(value), value))
     at = steps[validation.index(best)]
-    rows.append(('Validation loss, last (best)', f'{validation[-1]:.4f} ({best:.4f} at step {at:,}) nats/token'))
+    rows.append(
+      (
+        'Validation loss, last (best)',
+        f'{validation[-1]:.4f} ({best:.4f} at step {at:,}) nats/token',
+      )
+    )
   bits = _last(lines, 'bits_per_byte')
   if bits is not None:
     rows.append(('**Held-out bits per byte**', f'**{bits:.3f}**'))
     for name, value in _baselines(lines).items():
-      rows.append((f'{name} of the same documents', f'{value:.3f}: {"beaten" if bits < value else "not beaten"}'))
+      rows.append(
+        (
+          f'{name} of the same documents',
+          f'{value:.3f}: {"beaten" if bits < value else "not beaten"}',
+        )
+      )
   if skipped := sum(line.get('nonfinite_steps', 0) for line in lines):
     rows.append(('Steps with a non-finite number', f'{skipped:,}'))
   return rows
@@ -190,15 +242,26 @@ def _speed(lines, chips, hardware):
   utilisation = [line['mfu'] for line in lines if 'mfu' in line]
   rows = [('Hardware', f'{chips} x {hardware}')]
   if seconds:
-    ninety = statistics.quantiles(seconds, n=10, method='inclusive')[-1] if len(seconds) > 1 else seconds[0]
+    ninety = (
+      statistics.quantiles(seconds, n=10, method='inclusive')[-1]
+      if len(seconds) > 1
+      else seconds[0]
+    )
     rows.append(('Tokens/s (median)', short(statistics.median(rates))))
-    rows.append(('Seconds per step (median, p90 of the lines logged)',
-                 f'{short(statistics.median(seconds))}, {short(ninety)}'))
+    rows.append(
+      (
+        'Seconds per step (median, p90 of the lines logged)',
+        f'{short(statistics.median(seconds))}, {short(ninety)}',
+      )
+    )
   if utilisation:
     rows.append(('MFU (median; causal attention at half)', f'{statistics.median(utilisation):.1%}'))
   if (first := _last(lines, 'first_step_seconds')) is not None:
     rows.append(('First step, compilation included', f'{first:.1f} s'))
-  for name, label in (('device_bytes', 'Device memory, peak'), ('host_bytes', 'Host memory, largest seen')):
+  for name, label in (
+    ('device_bytes', 'Device memory, peak'),
+    ('host_bytes', 'Host memory, largest seen'),
+  ):
     if used := max((line.get(name, 0) for line in lines), default=0):
       rows.append((label, f'{used / 2**30:.2f} GiB'))
   return rows
@@ -209,13 +272,16 @@ def _compute(lines, parameters, flops_per_token):
   spent, estimate = flops_per_token * tokens, flops.six_nd(parameters, tokens)
   ratio = tokens / parameters
   return [
-      ('Parameters', short(parameters)),
-      ('Model FLOPs spent', f'{spent:.3g}'),
-      ('6ND estimate (arXiv:2001.08361)', f'{estimate:.3g}: spent is {spent / estimate:.2f}x'),
-      ('Tokens per parameter', f'{ratio:.3g}'),
-      (f'Chinchilla ratio {CHINCHILLA_TOKENS_PER_PARAMETER} (arXiv:2203.15556)',
-       f'{short(CHINCHILLA_TOKENS_PER_PARAMETER * parameters)} tokens: '
-       f'{ratio / CHINCHILLA_TOKENS_PER_PARAMETER:.1%} seen')]
+    ('Parameters', short(parameters)),
+    ('Model FLOPs spent', f'{spent:.3g}'),
+    ('6ND estimate (arXiv:2001.08361)', f'{estimate:.3g}: spent is {spent / estimate:.2f}x'),
+    ('Tokens per parameter', f'{ratio:.3g}'),
+    (
+      f'Chinchilla ratio {CHINCHILLA_TOKENS_PER_PARAMETER} (arXiv:2203.15556)',
+      f'{short(CHINCHILLA_TOKENS_PER_PARAMETER * parameters)} tokens: '
+      f'{ratio / CHINCHILLA_TOKENS_PER_PARAMETER:.1%} seen',
+    ),
+  ]
 
 
 def _cost(lines, config, chips):
@@ -225,9 +291,13 @@ def _cost(lines, config, chips):
   carbon = energy * config.kilograms_co2_per_kwh
   unknown = 'no rate given'
   return [
-      ('Hours, steps only', f'{lines[-1]["train_seconds"] / 3600:.3g}'),
-      ('Hours, with evaluation and checkpoints', f'{hours:.3g}'),
-      ('Chip-hours', f'{hours * chips:.3g}'),
-      ('Cost', f'${dollars:,.2f}' if config.dollars_per_chip_hour else unknown),
-      (f'Energy (PUE {config.pue:g})', f'{energy:.3g} kWh' if config.watts_per_chip else unknown),
-      ('CO2', f'{carbon:.3g} kg' if config.watts_per_chip and config.kilograms_co2_per_kwh else unknown)]
+    ('Hours, steps only', f'{lines[-1]["train_seconds"] / 3600:.3g}'),
+    ('Hours, with evaluation and checkpoints', f'{hours:.3g}'),
+    ('Chip-hours', f'{hours * chips:.3g}'),
+    ('Cost', f'${dollars:,.2f}' if config.dollars_per_chip_hour else unknown),
+    (f'Energy (PUE {config.pue:g})', f'{energy:.3g} kWh' if config.watts_per_chip else unknown),
+    (
+      'CO2',
+      f'{carbon:.3g} kg' if config.watts_per_chip and config.kilograms_co2_per_kwh else unknown,
+    ),
+  ]

@@ -4,6 +4,7 @@ ZeRO-Infinity (Rajbhandari et al., arXiv:2104.07857): a step is one program for 
 (training.update), a few layers of it at a time. Threads read state ahead of the update that needs it, the first of it while gradients are
 computed, and write it behind; so no more than AHEAD + BEHIND + 1 slices of state are in memory at once.
 """
+
 import collections
 import concurrent.futures
 import dataclasses
@@ -18,7 +19,9 @@ from parallel import offload
 from training import update
 from training.disk import OnDisk
 
-SLICE = 2**26  # bytes of the state of a process's devices that are updated at once, where a layer has no more
+SLICE = (
+  2**26
+)  # bytes of the state of a process's devices that are updated at once, where a layer has no more
 AHEAD, BEHIND = 2, 2
 
 
@@ -33,24 +36,35 @@ def begin(config, state, target):
   leaves, model = named_leaves(target.optimizer), named_leaves(state.model)
   for part, first, layers in _slices(update.split(config, state.model, together=False), leaves):
     # Layers begin alike, and as zeros do: the parameters are not looked at.
-    make = lambda p: [x[:layers] if x.ndim else x for x in jax.tree.leaves(part.optimizer.init(part.model.unflatten(offload.to_device(p))))]
-    for name, x in zip(part.state_names, jax.jit(make)([model[name] for name in part.names]), strict=True):
+    make = lambda p: [
+      x[:layers] if x.ndim else x
+      for x in jax.tree.leaves(part.optimizer.init(part.model.unflatten(offload.to_device(p))))
+    ]
+    for name, x in zip(
+      part.state_names, jax.jit(make)([model[name] for name in part.names]), strict=True
+    ):
       if x.ndim:
         leaves[name].write(_like(x, leaves[name]), first)
       else:
         leaves[name] = x
-  return dataclasses.replace(state, optimizer=jax.tree.unflatten(jax.tree.structure(target.optimizer), leaves.values()))
+  return dataclasses.replace(
+    state, optimizer=jax.tree.unflatten(jax.tree.structure(target.optimizer), leaves.values())
+  )
 
 
 def _like(x, file):
   """x sharded as a file is."""
-  return x if x.sharding.is_equivalent_to(file.sharding, x.ndim) else jax.device_put(x, file.sharding)
+  return (
+    x if x.sharding.is_equivalent_to(file.sharding, x.ndim) else jax.device_put(x, file.sharding)
+  )
 
 
 def _slices(parts, leaves):
   """(part, first layer, layers) in the order of updates; layers is None for a part that is updated whole."""
   for part in parts:
-    of_layer = sum(leaves[n].nbytes for n in part.state_names if leaves[n].ndim) // max(1, part.layers)
+    of_layer = sum(leaves[n].nbytes for n in part.state_names if leaves[n].ndim) // max(
+      1, part.layers
+    )
     step = max(1, min(part.layers, SLICE // max(1, of_layer)))
     for first in range(0, max(1, part.layers), step):
       yield part, first, min(step, part.layers - first) if part.layers else None
@@ -78,11 +92,21 @@ class Step:
     grads, measured, metrics, norms = self._gradients(bare, batch)
     optimizer, model = self._update(measured, grads, state.optimizer, state.model)
     del grads
-    return dataclasses.replace(self._advance(dataclasses.replace(bare, model=model), measured), optimizer=optimizer), metrics, norms
+    return (
+      dataclasses.replace(
+        self._advance(dataclasses.replace(bare, model=model), measured), optimizer=optimizer
+      ),
+      metrics,
+      norms,
+    )
 
   def _update(self, measured, grads, state, model):
-    program = lambda part: jax.jit(functools.partial(_advance_part, part, self._prepared), static_argnums=0, donate_argnums=1)
-    self._programs = self._programs or {part: program(part) for part in update.split(self._config, model, together=False)}
+    program = lambda part: jax.jit(
+      functools.partial(_advance_part, part, self._prepared), static_argnums=0, donate_argnums=1
+    )
+    self._programs = self._programs or {
+      part: program(part) for part in update.split(self._config, model, together=False)
+    }
     structures = jax.tree.structure(state), jax.tree.structure(model)
     grads, leaves, model = named_leaves(grads), named_leaves(state), named_leaves(model)
     scalars = {name: x for name, x in leaves.items() if not x.ndim}
@@ -91,19 +115,37 @@ class Step:
 
     def read(part, first, layers):
       files = [leaves[name] if leaves[name].ndim else None for name in part.state_names]
-      reads.append(self._threads.submit(lambda: [file and file.read(first, layers) for file in files]))
+      reads.append(
+        self._threads.submit(lambda: [file and file.read(first, layers) for file in files])
+      )
+
     for slice_ in itertools.islice(coming, AHEAD):
       read(*slice_)
-    for part, first, layers in slices if measured.finite else ():  # nothing is written of a step that is skipped
+    for part, first, layers in (
+      slices if measured.finite else ()
+    ):  # nothing is written of a step that is skipped
       rows = reads.popleft().result()
       for slice_ in itertools.islice(coming, 1):
         read(*slice_)
       rows = [scalars[name] if row is None else row for name, row in zip(part.state_names, rows)]
-      parameters, rows = self._programs[part](layers, [model[n] for n in part.names], [grads[n] for n in part.names], rows, measured, first)
+      parameters, rows = self._programs[part](
+        layers,
+        [model[n] for n in part.names],
+        [grads[n] for n in part.names],
+        rows,
+        measured,
+        first,
+      )
       model |= zip(part.names, parameters, strict=True)
       new = dict(zip(part.state_names, rows, strict=True))
       leaves |= {name: x for name, x in new.items() if name in scalars}
-      writes.append(self._threads.submit(_write, [(leaves[n], _like(x, leaves[n])) for n, x in new.items() if n not in scalars], first))
+      writes.append(
+        self._threads.submit(
+          _write,
+          [(leaves[n], _like(x, leaves[n])) for n, x in new.items() if n not in scalars],
+          first,
+        )
+      )
       del rows, new, parameters
       if not layers or first + layers == part.layers:
         for name in part.names:

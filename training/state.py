@@ -1,4 +1,5 @@
 """What does training carry from step to step?"""
+
 import dataclasses
 from typing import Any
 
@@ -25,6 +26,7 @@ class TrainState:
     scale: precision.LossScale; constant 1 unless the compute dtype is float16.
     key: [2] uint32, data of the run's random key; what a step draws, it draws from this folded with `step`.
   """
+
   step: Array
   model: Any
   optimizer: Any
@@ -32,13 +34,17 @@ class TrainState:
   key: Array
 
 
-def init(config, optimizer: optax.GradientTransformation, model: transformer.Decoder | None = None) -> TrainState:
+def init(
+  config, optimizer: optax.GradientTransformation, model: transformer.Decoder | None = None
+) -> TrainState:
   """The state before the first step, on the mesh in context; of a new model, or of the one given. Traced: use under jit or eval_shape."""
   model = transformer.init(config.model, config.train.seed) if model is None else model
   key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1))
   state = optimizer.init(model)
   state = offload.to_host(state) if config.train.offload_optimizer == 'host' else state
   if config.train.offload_parameters:
-    away = lambda spec, p: offload.to_host(p) if spec.kind == 'matrix' and spec.axes[0] == 'layers' else p
+    away = lambda spec, p: (
+      offload.to_host(p) if spec.kind == 'matrix' and spec.axes[0] == 'layers' else p
+    )
     model = jax.tree.map(away, params.specs(model), model)
   return TrainState(jnp.int32(0), model, state, precision.init_loss_scale(config.model.dtype), key)

@@ -3,6 +3,7 @@
 Optimizers here look at one parameter at a time (the gradient's norm, which is of all, is taken before), and most of them at one element
 at a time. So the parts of a model can be updated one after another, and of stacked parameters a layer at a time, with the same result.
 """
+
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,13 +18,19 @@ from parallel import offload
 from training import precision
 from training.optimizer import make_optimizer
 
-LAYERWISE = ('adamw', 'adam8bit', 'lion', 'sgd')  # the new state of a layer depends on the gradient of that layer only
+LAYERWISE = (
+  'adamw',
+  'adam8bit',
+  'lion',
+  'sgd',
+)  # the new state of a layer depends on the gradient of that layer only
 
 
 class Measured(NamedTuple):
   """What an update takes of all gradients together: what they are to be divided by, the norm that they then have, whether they are finite;
   and what fell on each expert (None without experts).
   """
+
   divisor: Any
   norm: Any
   finite: Any
@@ -39,6 +46,7 @@ class Part:
     layers: how many layers all of these are stacks of; 0 where they are none, or the optimizer needs them whole.
     optimizer: their transformation. model, state: structures of what it works on.
   """
+
   names: tuple[str, ...]
   state_names: tuple[str, ...]
   layers: int
@@ -49,15 +57,27 @@ class Part:
   def update(self, finite, grads: list, state: list, parameters: list) -> tuple[list, list]:
     """The new state and parameters; those before where the step is not `finite`."""
     before = self.model.unflatten(parameters)
-    updates, new = self.optimizer.update(self.model.unflatten(grads), self.state.unflatten(state), before)
+    updates, new = self.optimizer.update(
+      self.model.unflatten(grads), self.state.unflatten(state), before
+    )
     # State keeps its type, which gradients wider than their parameters would widen.
-    new = [x.astype(old.dtype) for x, old in zip(jax.tree.leaves(new), state)], jax.tree.leaves(optax.apply_updates(before, updates))
+    new = (
+      [x.astype(old.dtype) for x, old in zip(jax.tree.leaves(new), state)],
+      jax.tree.leaves(optax.apply_updates(before, updates)),
+    )
     return precision.select(finite, new, (state, parameters))
 
 
 def whole(optimizer: optax.GradientTransformation, model, state) -> Part:
   """A model in one part."""
-  return Part(tuple(named_leaves(model)), tuple(named_leaves(state)), 0, optimizer, jax.tree.structure(model), jax.tree.structure(state))
+  return Part(
+    tuple(named_leaves(model)),
+    tuple(named_leaves(state)),
+    0,
+    optimizer,
+    jax.tree.structure(model),
+    jax.tree.structure(state),
+  )
 
 
 def split(config, model, together: bool = True) -> list[Part]:
@@ -72,10 +92,17 @@ def split(config, model, together: bool = True) -> list[Part]:
     groups.setdefault((layers, '' if layers and together else name), []).append(name)
   for (layers, _), names in groups.items():
     # What is of another part is None in both.
-    own = jax.tree.unflatten(jax.tree.structure(specs), [spec if name in names else None for name, spec in named_leaves(specs).items()])
+    own = jax.tree.unflatten(
+      jax.tree.structure(specs),
+      [spec if name in names else None for name, spec in named_leaves(specs).items()],
+    )
     part = jax.tree.map(lambda spec, p: spec and p, own, model, is_leaf=lambda x: x is None)
     optimizer = make_optimizer(config.optimizer, config.train.steps, own, whole=False)
-    parts.append(dataclasses.replace(whole(optimizer, part, jax.eval_shape(optimizer.init, part)), layers=layers))
+    parts.append(
+      dataclasses.replace(
+        whole(optimizer, part, jax.eval_shape(optimizer.init, part)), layers=layers
+      )
+    )
   return parts
 
 
@@ -88,26 +115,42 @@ def run(parts: Iterable[Part], prepared: Callable, measured: Measured, grads, st
   leaves = tuple(named_leaves(tree) for tree in trees)
   new_state, new_model = dict(leaves[1]), {}
   for part in parts:
-    own = [[of[name] for name in names] for of, names in zip(leaves, (part.names, part.state_names, part.names))]
+    own = [
+      [of[name] for name in names]
+      for of, names in zip(leaves, (part.names, part.state_names, part.names))
+    ]
     found = (_by_layer if part.layers else _at_once)(part, prepared, measured, *own)
     new_state |= zip(part.state_names, found[0], strict=True)
     new_model |= zip(part.names, found[1], strict=True)
-  rebuilt = lambda tree, leaves: jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
+  rebuilt = lambda tree, leaves: jax.tree.unflatten(
+    jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
+  )
   return rebuilt(state, new_state), rebuilt(model, new_model)
 
 
 def _at_once(part, prepared, measured, grads, state, parameters):
-  found = part.update(measured.finite, prepared(offload.to_device(grads), measured), *offload.to_device((state, parameters)))
+  found = part.update(
+    measured.finite,
+    prepared(offload.to_device(grads), measured),
+    *offload.to_device((state, parameters)),
+  )
   return offload.back(found, (state, parameters))
 
 
 def _by_layer(part, prepared, measured, grads, state, parameters):
-  cut = lambda tree, i: [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim else x for x in tree]
-  put = lambda tree, new, i: [jax.lax.dynamic_update_index_in_dim(x, y, i, 0) if x.ndim else y for x, y in zip(tree, new)]
+  cut = lambda tree, i: [
+    jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim else x for x in tree
+  ]
+  put = lambda tree, new, i: [
+    jax.lax.dynamic_update_index_in_dim(x, y, i, 0) if x.ndim else y for x, y in zip(tree, new)
+  ]
 
   def layer(i, carry):
-    rows = [x if now.ndim else x_before for x, now, x_before in zip(cut(carry[0], i), carry[0], state)]  # scalars as they were before
+    rows = [
+      x if now.ndim else x_before for x, now, x_before in zip(cut(carry[0], i), carry[0], state)
+    ]  # scalars as they were before
     found = _at_once(part, prepared, measured, cut(grads, i), rows, cut(carry[1], i))
     return tuple(put(tree, new, i) for tree, new in zip(carry, found))
+
   # Written in place: what a scan collects would be a second copy of all.
   return jax.lax.fori_loop(0, part.layers, layer, (state, parameters))

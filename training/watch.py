@@ -13,6 +13,7 @@ device always has work queued:
             watch.log(step, evaluate(state))
       done = watch.flush()                              # numbers of the last step
 """
+
 import contextlib
 import datetime
 import math
@@ -27,7 +28,15 @@ from typing import Any, TextIO
 import jax
 
 from analysis import flops
-from training.metrics import FILE, TensorBoard, append_line, drop_from, nonfinite, read_metrics, scalars
+from training.metrics import (
+  FILE,
+  TensorBoard,
+  append_line,
+  drop_from,
+  nonfinite,
+  read_metrics,
+  scalars,
+)
 
 
 class Watch:
@@ -53,11 +62,24 @@ class Watch:
   but the totals.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, steps: range, log_every: int = 10, flops_per_token: float = 0.0,
-               devices: int = 1, peak: float | None = None, tensorboard: bool = True, write: bool | None = None,
-               stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    *,
+    steps: range,
+    log_every: int = 10,
+    flops_per_token: float = 0.0,
+    devices: int = 1,
+    peak: float | None = None,
+    tensorboard: bool = True,
+    write: bool | None = None,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
     if log_every < 1:
-      raise ValueError(f'log_every={log_every}: a line cannot be written more than once a step; give 1 or more')
+      raise ValueError(
+        f'log_every={log_every}: a line cannot be written more than once a step; give 1 or more'
+      )
     if steps.step != 1:
       raise ValueError(f'steps={steps}: steps follow one another; give range(first, last + 1)')
     self.path = pathlib.Path(directory) / FILE
@@ -81,9 +103,13 @@ class Watch:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       dropped = drop_from(self.path, self._steps.start)
       if dropped:
-        self.print(f'{self.path}: dropped {dropped} line(s) at or after step {self._steps.start}, which runs again')
+        self.print(
+          f'{self.path}: dropped {dropped} line(s) at or after step {self._steps.start}, which runs again'
+        )
       kept = read_metrics(self.path)
-      self._totals.update({name: kept[-1][name] for name in self._totals if kept and name in kept[-1]})
+      self._totals.update(
+        {name: kept[-1][name] for name in self._totals if kept and name in kept[-1]}
+      )
       self._file = open(self.path, 'a')
     self._mark = self._entered = self._clock()
     self._first = True
@@ -113,7 +139,9 @@ class Watch:
     `flush` gave them already. Raises ValueError for a step out of order and a metric that isn't a scalar.
     """
     if step != self._handed + 1:
-      raise ValueError(f'step {step} does not follow step {self._handed}; call Watch.step once per step, in order')
+      raise ValueError(
+        f'step {step} does not follow step {self._handed}; call Watch.step once per step, in order'
+      )
     self._handed = step
     done = self._complete()
     self._pending = (step, metrics, tokens)
@@ -260,10 +288,14 @@ class ProfileWindow:
     if steps:
       first, _, last = steps.partition('-')
       if not (first.isdecimal() and (last or first).isdecimal()) or steps.endswith('-'):
-        raise ValueError(f'profile={steps!r} names no steps; write the first and the last, as in 10-12')
+        raise ValueError(
+          f'profile={steps!r} names no steps; write the first and the last, as in 10-12'
+        )
       self.steps = range(int(first), int(last or first) + 1)
       if not self.steps or self.steps[0] not in run or self.steps[-1] not in run:
-        raise ValueError(f'profile={steps!r} is not within the steps of this run, {run.start}-{run.stop - 1}')
+        raise ValueError(
+          f'profile={steps!r} is not within the steps of this run, {run.start}-{run.stop - 1}'
+        )
 
   def before(self, step: int):
     """Starts the trace if `step` is the first one named."""
@@ -301,10 +333,17 @@ class _Lines:
   """Plain text, a line per line of metrics: for files and pipes."""
 
   FORMS = {
-      'loss': 'loss {:.4f}', 'validation_loss': 'validation {:.4f}', 'bits_per_byte': '{:.3f} bits/byte',
-      'nonfinite_steps': '{} non-finite', 'first_step_seconds': 'first step {:.1f} s',
-      'tokens_per_second': '{} tokens/s', 'step_seconds': '{} s/step', 'mfu': 'MFU {:.1%}',
-      'device_share': 'HBM {:.0%}', 'left': '{} left'}
+    'loss': 'loss {:.4f}',
+    'validation_loss': 'validation {:.4f}',
+    'bits_per_byte': '{:.3f} bits/byte',
+    'nonfinite_steps': '{} non-finite',
+    'first_step_seconds': 'first step {:.1f} s',
+    'tokens_per_second': '{} tokens/s',
+    'step_seconds': '{} s/step',
+    'mfu': 'MFU {:.1%}',
+    'device_share': 'HBM {:.0%}',
+    'left': '{} left',
+  }
 
   def __init__(self, stream: TextIO, steps: range):
     self._stream, self._steps = stream, steps
@@ -335,16 +374,27 @@ class _Lines:
 class _Bar(_Lines):
   """A progress bar that keeps the last known numbers beside it, within 80 columns: for terminals."""
 
-  FORMS = {'loss': 'loss {:.3f}', 'tokens_per_second': '{} tok/s', 'mfu': 'MFU {:.0%}', 'left': '{} left',
-           'bits_per_byte': '{:.3f} bits/byte'}
+  FORMS = {
+    'loss': 'loss {:.3f}',
+    'tokens_per_second': '{} tok/s',
+    'mfu': 'MFU {:.0%}',
+    'left': '{} left',
+    'bits_per_byte': '{:.3f} bits/byte',
+  }
 
   def __init__(self, stream: TextIO, steps: range):
     super().__init__(stream, steps)
     from rich import console, progress
-    self._progress = progress.Progress(progress.MofNCompleteColumn(), progress.BarColumn(bar_width=6),
-                                       progress.TextColumn('{task.description}'), console=console.Console(file=stream))
-    self._task = self._progress.add_task('first step: compiling', total=steps.stop - 1,
-                                         completed=max(steps.start - 1, 0))
+
+    self._progress = progress.Progress(
+      progress.MofNCompleteColumn(),
+      progress.BarColumn(bar_width=6),
+      progress.TextColumn('{task.description}'),
+      console=console.Console(file=stream),
+    )
+    self._task = self._progress.add_task(
+      'first step: compiling', total=steps.stop - 1, completed=max(steps.start - 1, 0)
+    )
     self._known: dict[str, float] = {}
     self._progress.start()
 

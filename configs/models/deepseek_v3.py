@@ -8,6 +8,7 @@ model's tokenizer.json; --config.data.tokenizer.path names another).
 Hardware: parameters, gradients and AdamW's moments in f32 take 10,736 GB, split over all chips (fsdp). Cost and loss
 are not known: it was not trained at this size here.
 """
+
 import math
 
 from data.config import DataConfig, TokenizerConfig
@@ -20,15 +21,41 @@ TOPOLOGY = 'v5p:4x8x8'  # what README plans it on, and tests compile it for
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=129_280, width=7168, layers=61, heads=128, head_width=128, feed_forward=18_432, max_length=163_840,
-          norm_epsilon=1e-6, latent=LatentConfig(width=512, query_width=1536, rope_width=64, value_width=128),
-          rope=RopeConfig(scaling='yarn', factor=40.0, original_length=4096, low=1.0, high=32.0, attention_factor=1.0),
-          attention_scale=192**-0.5 * (0.1 * math.log(40) + 1)**2,
-          moe=MoEConfig(experts=256, per_token=8, feed_forward=2048, shared_feed_forward=2048, first=3,
-                        router='sigmoid', groups=8,
-                        groups_per_token=4, scale=2.5, selection_bias=True, bias_rate=0.001, balance_loss=0.0001),
-          dtype='bfloat16', remat='full'),
-      data=DataConfig(sequence_length=4096, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/deepseek_v3')),
-      mesh=MeshConfig(data=1, fsdp=-1, expert=8))
+    model=ModelConfig(
+      vocabulary=129_280,
+      width=7168,
+      layers=61,
+      heads=128,
+      head_width=128,
+      feed_forward=18_432,
+      max_length=163_840,
+      norm_epsilon=1e-6,
+      latent=LatentConfig(width=512, query_width=1536, rope_width=64, value_width=128),
+      rope=RopeConfig(
+        scaling='yarn', factor=40.0, original_length=4096, low=1.0, high=32.0, attention_factor=1.0
+      ),
+      attention_scale=192**-0.5 * (0.1 * math.log(40) + 1) ** 2,
+      moe=MoEConfig(
+        experts=256,
+        per_token=8,
+        feed_forward=2048,
+        shared_feed_forward=2048,
+        first=3,
+        router='sigmoid',
+        groups=8,
+        groups_per_token=4,
+        scale=2.5,
+        selection_bias=True,
+        bias_rate=0.001,
+        balance_loss=0.0001,
+      ),
+      dtype='bfloat16',
+      remat='full',
+    ),
+    data=DataConfig(
+      sequence_length=4096,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/deepseek_v3'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=8),
+  )

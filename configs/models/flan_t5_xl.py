@@ -9,6 +9,7 @@ Hardware: parameters, gradients and AdamW's moments in f32 take 46 GB, split ove
 not known: it was not trained at this size here.
 Its parameters can be imported and generate; train.py refuses it: no objective is for an encoder-decoder yet.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig
@@ -17,10 +18,25 @@ from training.config import Config
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=32_128, width=2048, layers=24, encoder_layers=24, heads=32, head_width=64, feed_forward=5120,
-          activation='gelu',
-          norm_epsilon=1e-6, position='relative', attention_scale=1.0, dtype='bfloat16', remat='full'),
-      data=DataConfig(sequence_length=512, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/flan_t5_xl')),
-      mesh=MeshConfig(data=1, fsdp=-1))
+    model=ModelConfig(
+      vocabulary=32_128,
+      width=2048,
+      layers=24,
+      encoder_layers=24,
+      heads=32,
+      head_width=64,
+      feed_forward=5120,
+      activation='gelu',
+      norm_epsilon=1e-6,
+      position='relative',
+      attention_scale=1.0,
+      dtype='bfloat16',
+      remat='full',
+    ),
+    data=DataConfig(
+      sequence_length=512,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/flan_t5_xl'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+  )

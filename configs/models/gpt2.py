@@ -8,6 +8,7 @@ tokenizer.json; --config.data.tokenizer.path names another).
 Hardware: parameters, gradients and AdamW's moments in f32 take 2 GB, split over all chips (fsdp). Cost and loss are
 not known: it was not trained at this size here.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig
@@ -18,10 +19,26 @@ TOPOLOGY = 'v5e:4x4'  # what README plans it on, and tests compile it for
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=50_257, width=768, layers=12, heads=12, feed_forward=3072, max_length=1024, gated=False,
-          activation='gelu', norm='layer',
-          norm_epsilon=1e-5, position='learned', biases='all', tie_embeddings=True, dtype='bfloat16'),
-      data=DataConfig(sequence_length=1024, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/gpt2')),
-      mesh=MeshConfig(data=1, fsdp=-1))
+    model=ModelConfig(
+      vocabulary=50_257,
+      width=768,
+      layers=12,
+      heads=12,
+      feed_forward=3072,
+      max_length=1024,
+      gated=False,
+      activation='gelu',
+      norm='layer',
+      norm_epsilon=1e-5,
+      position='learned',
+      biases='all',
+      tie_embeddings=True,
+      dtype='bfloat16',
+    ),
+    data=DataConfig(
+      sequence_length=1024,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/gpt2'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+  )

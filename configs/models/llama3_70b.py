@@ -8,6 +8,7 @@ tokenizer.json; --config.data.tokenizer.path names another).
 Hardware: parameters, gradients and AdamW's moments in f32 take 1,129 GB, split over all chips (fsdp). Cost and loss
 are not known: it was not trained at this size here.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
 from parallel.mesh import MeshConfig
@@ -18,9 +19,23 @@ TOPOLOGY = 'v5p:4x8x8'  # what README plans it on, and tests compile it for
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=128_256, width=8192, layers=80, heads=64, kv_heads=8, feed_forward=28_672, max_length=8192,
-          norm_epsilon=1e-5, rope=RopeConfig(base=500_000.0), dtype='bfloat16', remat='full'),
-      data=DataConfig(sequence_length=8192, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/llama3_70b')),
-      mesh=MeshConfig(data=1, fsdp=-1))
+    model=ModelConfig(
+      vocabulary=128_256,
+      width=8192,
+      layers=80,
+      heads=64,
+      kv_heads=8,
+      feed_forward=28_672,
+      max_length=8192,
+      norm_epsilon=1e-5,
+      rope=RopeConfig(base=500_000.0),
+      dtype='bfloat16',
+      remat='full',
+    ),
+    data=DataConfig(
+      sequence_length=8192,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/llama3_70b'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+  )

@@ -8,6 +8,7 @@ tokenizer.json; --config.data.tokenizer.path names another).
 Hardware: parameters, gradients and AdamW's moments in f32 take 128 GB, split over all chips (fsdp). Cost and loss are
 not known: it was not trained at this size here.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
 from parallel.mesh import MeshConfig
@@ -18,9 +19,23 @@ TOPOLOGY = 'v5p:4x4x4'  # what README plans it on, and tests compile it for
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=128_256, width=4096, layers=32, heads=32, kv_heads=8, feed_forward=14_336, max_length=8192,
-          norm_epsilon=1e-5, rope=RopeConfig(base=500_000.0), dtype='bfloat16', remat='full'),
-      data=DataConfig(sequence_length=8192, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/llama3_8b')),
-      mesh=MeshConfig(data=1, fsdp=-1))
+    model=ModelConfig(
+      vocabulary=128_256,
+      width=4096,
+      layers=32,
+      heads=32,
+      kv_heads=8,
+      feed_forward=14_336,
+      max_length=8192,
+      norm_epsilon=1e-5,
+      rope=RopeConfig(base=500_000.0),
+      dtype='bfloat16',
+      remat='full',
+    ),
+    data=DataConfig(
+      sequence_length=8192,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/llama3_8b'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+  )

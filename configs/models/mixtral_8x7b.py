@@ -8,6 +8,7 @@ model's tokenizer.json; --config.data.tokenizer.path names another).
 Hardware: parameters, gradients and AdamW's moments in f32 take 747 GB, split over all chips (fsdp). Cost and loss are
 not known: it was not trained at this size here.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, MoEConfig, RopeConfig
 from parallel.mesh import MeshConfig
@@ -18,11 +19,24 @@ TOPOLOGY = 'v5p:4x4x8'  # what README plans it on, and tests compile it for
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=32_000, width=4096, layers=32, heads=32, kv_heads=8, feed_forward=14_336, max_length=32_768,
-          norm_epsilon=1e-5,
-          rope=RopeConfig(base=1e6), moe=MoEConfig(experts=8, per_token=2, balance_loss=0.02), dtype='bfloat16',
-          remat='full'),
-      data=DataConfig(sequence_length=4096, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/mixtral_8x7b')),
-      mesh=MeshConfig(data=1, fsdp=-1, expert=8))
+    model=ModelConfig(
+      vocabulary=32_000,
+      width=4096,
+      layers=32,
+      heads=32,
+      kv_heads=8,
+      feed_forward=14_336,
+      max_length=32_768,
+      norm_epsilon=1e-5,
+      rope=RopeConfig(base=1e6),
+      moe=MoEConfig(experts=8, per_token=2, balance_loss=0.02),
+      dtype='bfloat16',
+      remat='full',
+    ),
+    data=DataConfig(
+      sequence_length=4096,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/mixtral_8x7b'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=8),
+  )

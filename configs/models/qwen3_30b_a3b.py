@@ -8,6 +8,7 @@ model's tokenizer.json; --config.data.tokenizer.path names another).
 Hardware: parameters, gradients and AdamW's moments in f32 take 489 GB, split over all chips (fsdp). Cost and loss are
 not known: it was not trained at this size here.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, MoEConfig, RopeConfig
 from parallel.mesh import MeshConfig
@@ -18,11 +19,26 @@ TOPOLOGY = 'v5p:4x4x4'  # what README plans it on, and tests compile it for
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=151_936, width=2048, layers=48, heads=32, kv_heads=4, head_width=128, feed_forward=6144,
-          max_length=40_960, norm_epsilon=1e-6, qk_norm=True, rope=RopeConfig(base=1e6),
-          moe=MoEConfig(experts=128, per_token=8, feed_forward=768, balance_loss=0.001), dtype='bfloat16',
-          remat='full'),
-      data=DataConfig(sequence_length=4096, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/qwen3_30b_a3b')),
-      mesh=MeshConfig(data=1, fsdp=-1, expert=8))
+    model=ModelConfig(
+      vocabulary=151_936,
+      width=2048,
+      layers=48,
+      heads=32,
+      kv_heads=4,
+      head_width=128,
+      feed_forward=6144,
+      max_length=40_960,
+      norm_epsilon=1e-6,
+      qk_norm=True,
+      rope=RopeConfig(base=1e6),
+      moe=MoEConfig(experts=128, per_token=8, feed_forward=768, balance_loss=0.001),
+      dtype='bfloat16',
+      remat='full',
+    ),
+    data=DataConfig(
+      sequence_length=4096,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/qwen3_30b_a3b'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=8),
+  )

@@ -8,6 +8,7 @@ model's tokenizer.json; --config.data.tokenizer.path names another).
 Hardware: parameters, gradients and AdamW's moments in f32 take 131 GB, split over all chips (fsdp). Cost and loss are
 not known: it was not trained at this size here.
 """
+
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
 from parallel.mesh import MeshConfig
@@ -18,10 +19,25 @@ TOPOLOGY = 'v6e:8x8'  # what README plans it on, and tests compile it for
 
 def get_config() -> Config:
   return Config(
-      model=ModelConfig(
-          vocabulary=151_936, width=4096, layers=36, heads=32, kv_heads=8, head_width=128, feed_forward=12_288,
-          max_length=40_960,
-          norm_epsilon=1e-6, qk_norm=True, rope=RopeConfig(base=1e6), dtype='bfloat16', remat='full'),
-      data=DataConfig(sequence_length=4096, batch_size=256,
-                      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/qwen3_8b')),
-      mesh=MeshConfig(data=1, fsdp=-1))
+    model=ModelConfig(
+      vocabulary=151_936,
+      width=4096,
+      layers=36,
+      heads=32,
+      kv_heads=8,
+      head_width=128,
+      feed_forward=12_288,
+      max_length=40_960,
+      norm_epsilon=1e-6,
+      qk_norm=True,
+      rope=RopeConfig(base=1e6),
+      dtype='bfloat16',
+      remat='full',
+    ),
+    data=DataConfig(
+      sequence_length=4096,
+      batch_size=256,
+      tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/qwen3_8b'),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+  )

@@ -8,21 +8,54 @@ Each family is a module with
   BUFFERS, TIED  patterns of tensors that hold no parameter; names of one tensor twice
 and, where a checkpoint needs it, PREFIXES (a prefix of names -> others in use) and with_tensors(config, names).
 """
+
 import dataclasses
 from types import ModuleType
 
 import names as names_
 from model.config import ModelConfig
-from model.families import (bert, common, deepseek, gemma2, gemma3, gpt2, gpt_oss, llama, mistral, mixtral, qwen2,
-                            qwen3, qwen3_moe, t5)
+from model.families import (
+  bert,
+  common,
+  deepseek,
+  gemma2,
+  gemma3,
+  gpt2,
+  gpt_oss,
+  llama,
+  mistral,
+  mixtral,
+  qwen2,
+  qwen3,
+  qwen3_moe,
+  t5,
+)
 from model.params import named_leaves
 
-FAMILIES = {module.__name__.rpartition('.')[2]: module for module in (
-    llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt2, mixtral, qwen3_moe, gpt_oss, deepseek, t5, bert)}
+FAMILIES = {
+  module.__name__.rpartition('.')[2]: module
+  for module in (
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    gemma2,
+    gemma3,
+    gpt2,
+    mixtral,
+    qwen3_moe,
+    gpt_oss,
+    deepseek,
+    t5,
+    bert,
+  )
+}
 TYPES = {kind: name for name, module in FAMILIES.items() for kind in module.TYPES}
 
 
-def read(hf: dict, tensors: set[str] = frozenset(), ignore: tuple[str, ...] = ()) -> tuple[ModuleType, ModelConfig]:
+def read(
+  hf: dict, tensors: set[str] = frozenset(), ignore: tuple[str, ...] = ()
+) -> tuple[ModuleType, ModelConfig]:
   """The family and the ModelConfig of a parsed config.json.
 
   Args:
@@ -35,7 +68,9 @@ def read(hf: dict, tensors: set[str] = frozenset(), ignore: tuple[str, ...] = ()
   for key in ignore:
     names_.check('--ignore_key', key, hf)
   config = family.config({key: value for key, value in hf.items() if key not in ignore})
-  return family, family.with_tensors(config, tensors) if tensors and hasattr(family, 'with_tensors') else config
+  return family, family.with_tensors(config, tensors) if tensors and hasattr(
+    family, 'with_tensors'
+  ) else config
 
 
 def name_of(family: ModuleType) -> str:
@@ -50,7 +85,11 @@ def problems(config: ModelConfig, family: ModuleType) -> list[str]:
   except (ValueError, NotImplementedError) as error:
     return [str(error)]
   wanted, found = (named_leaves(dataclasses.asdict(common.canonical(c))) for c in (config, back))
-  return [f'model.{field}={value!r} (it has {found[field]!r})' for field, value in wanted.items() if found[field] != value]
+  return [
+    f'model.{field}={value!r} (it has {found[field]!r})'
+    for field, value in wanted.items()
+    if found[field] != value
+  ]
 
 
 def family_of(config: ModelConfig, name: str = '') -> ModuleType:
@@ -65,6 +104,8 @@ def family_of(config: ModelConfig, name: str = '') -> ModuleType:
   wrong = {name: problems(config, family) for name, family in among.items()}
   nearest = min(wrong, key=lambda name: len(wrong[name]))
   if wrong[nearest]:
-    raise ValueError(f'family {nearest!r}{"" if name else ", the nearest,"} cannot express '
-                     + ', '.join(wrong[nearest]))
+    raise ValueError(
+      f'family {nearest!r}{"" if name else ", the nearest,"} cannot express '
+      + ', '.join(wrong[nearest])
+    )
   return FAMILIES[nearest]

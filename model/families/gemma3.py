@@ -2,6 +2,7 @@
 
 Of a checkpoint with a vision tower, the text model is read; the tower's tensors have to be named to be left out.
 """
+
 import dataclasses
 
 from model.config import ModelConfig, RopeConfig
@@ -9,13 +10,23 @@ from model.families import common, gemma2
 
 TYPES = ('gemma3_text', 'gemma3')
 BUFFERS, TIED = common.BUFFERS, common.TIED
-PREFIXES = {'model.': ('language_model.model.',
-                       'model.language_model.')}  # with a vision tower, saved by transformers 4 and 5
+PREFIXES = {
+  'model.': ('language_model.model.', 'model.language_model.')
+}  # with a vision tower, saved by transformers 4 and 5
 DEFAULTS = gemma2.DEFAULTS | dict(
-    vocab_size=262_208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-    num_key_value_heads=4, max_position_embeddings=131_072, final_logit_softcapping=None, attn_logit_softcapping=None,
-    sliding_window_pattern=6,
-    rope_theta=1e6, rope_local_base_freq=1e4)  # transformers 4 wrote only what differs from these into a text_config
+  vocab_size=262_208,
+  hidden_size=2304,
+  intermediate_size=9216,
+  num_hidden_layers=26,
+  num_attention_heads=8,
+  num_key_value_heads=4,
+  max_position_embeddings=131_072,
+  final_logit_softcapping=None,
+  attn_logit_softcapping=None,
+  sliding_window_pattern=6,
+  rope_theta=1e6,
+  rope_local_base_freq=1e4,
+)  # transformers 4 wrote only what differs from these into a text_config
 
 
 def config(hf: dict) -> ModelConfig:
@@ -23,8 +34,13 @@ def config(hf: dict) -> ModelConfig:
   if hf.get('model_type') == 'gemma3':
     hf = hf['text_config'] | {'quantization_config': hf.get('quantization_config')}
   keys = common.Keys(hf, **DEFAULTS)
-  layers, every = keys('num_hidden_layers'), keys('sliding_window_pattern', '_sliding_window_pattern')
-  windows = common.windows(keys('layer_types') or gemma2.alternating(layers, every), layers, keys('sliding_window'))
+  layers, every = (
+    keys('num_hidden_layers'),
+    keys('sliding_window_pattern', '_sliding_window_pattern'),
+  )
+  windows = common.windows(
+    keys('layer_types') or gemma2.alternating(layers, every), layers, keys('sliding_window')
+  )
   found = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
   keys.close('hidden_act')
   return found
@@ -32,7 +48,10 @@ def config(hf: dict) -> ModelConfig:
 
 def rope(keys: common.Keys) -> RopeConfig:
   """Both sets of rotary parameters: of layers that see all, which may be stretched, and of those with a window."""
-  parameters, longest = keys('rope_parameters', 'rope_scaling') or {}, keys('max_position_embeddings')
+  parameters, longest = (
+    keys('rope_parameters', 'rope_scaling') or {},
+    keys('max_position_embeddings'),
+  )
   base, local_base = float(keys('rope_theta')), float(keys('rope_local_base_freq'))
   if 'sliding_attention' in parameters or 'full_attention' in parameters:
     local = common.rope(parameters.get('sliding_attention') or {}, local_base, longest)
@@ -40,16 +59,22 @@ def rope(keys: common.Keys) -> RopeConfig:
   else:
     local, whole = RopeConfig(base=local_base), common.rope(parameters, base, longest)
   if local.scaling != 'none':
-    raise common.unsupported(f'rope_type={local.scaling!r} of sliding_attention',
-                             ['default: layers with a window are not stretched'])
+    raise common.unsupported(
+      f'rope_type={local.scaling!r} of sliding_attention',
+      ['default: layers with a window are not stretched'],
+    )
   return dataclasses.replace(whole, local_base=local.base)
 
 
 def to_hf(config: ModelConfig) -> dict:
   """The config.json of a ModelConfig."""
   local = {'rope_type': 'default', 'rope_theta': config.rope.local_base or config.rope.base}
-  return gemma2.gemma_like_hf(config, 'gemma3_text', 'Gemma3ForCausalLM', rope_parameters={
-      'full_attention': common.rope_parameters(config), 'sliding_attention': local})
+  return gemma2.gemma_like_hf(
+    config,
+    'gemma3_text',
+    'Gemma3ForCausalLM',
+    rope_parameters={'full_attention': common.rope_parameters(config), 'sliding_attention': local},
+  )
 
 
 def tensors(config: ModelConfig) -> dict[str, common.Source]:

@@ -1,4 +1,5 @@
 """Where does a parameter lie in a checkpoint, and how do its entries get from there to here and back?"""
+
 import dataclasses
 import functools
 import math
@@ -22,6 +23,7 @@ class Source:
       order: these, of the dimension of that name; one index removes it.
     layers: of each repeat of the stacked parameter; (): it is not stacked.
   """
+
   name: str
   pattern: str
   take: tuple[str, int | tuple[int, ...]] | None = None
@@ -31,12 +33,29 @@ class Source:
 def sizes(config: ModelConfig) -> dict[str, int]:
   """Length of each dimension that patterns name: the letters of the legend, and of what some families fuse."""
   latent, moe, H = config.latent, config.moe, config.H
-  return {'V': config.V, 'D': config.D, 'D2': config.D, 'N': config.N, 'K': config.K, 'H': H, 'F': config.F,
-          'E': config.E, 'P': config.max_length, 'types': config.token_types, 'buckets': config.relative_buckets,
-          'M': moe.feed_forward or config.F,
-          'S': moe.shared_feed_forward, 'Q': latent.query_width, 'R': latent.width, 'Hv': config.value_width,
-          'key': H + latent.rope_width, 'key_value': H + config.value_width,
-          'latent_key': latent.width + latent.rope_width, '2': 2, '3': 3}
+  return {
+    'V': config.V,
+    'D': config.D,
+    'D2': config.D,
+    'N': config.N,
+    'K': config.K,
+    'H': H,
+    'F': config.F,
+    'E': config.E,
+    'P': config.max_length,
+    'types': config.token_types,
+    'buckets': config.relative_buckets,
+    'M': moe.feed_forward or config.F,
+    'S': moe.shared_feed_forward,
+    'Q': latent.query_width,
+    'R': latent.width,
+    'Hv': config.value_width,
+    'key': H + latent.rope_width,
+    'key_value': H + config.value_width,
+    'latent_key': latent.width + latent.rope_width,
+    '2': 2,
+    '3': 3,
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +65,7 @@ class Layout:
   Attributes:
     groups: names of each dimension there. lengths: of each name. here: names of the dimensions here.
   """
+
   groups: tuple[tuple[str, ...], ...]
   lengths: tuple[tuple[str, int], ...]
   here: tuple[str, ...]
@@ -55,12 +75,16 @@ class Layout:
   def of(cls, source: Source, lengths: dict[str, int]) -> 'Layout':
     """Raises ValueError for a pattern whose sides do not name the same dimensions."""
     there, here = source.pattern.split(' -> ')
-    groups = tuple(tuple(group.strip('()').split()) for group in re.findall(r'\([^)]*\)|\S+', there))
+    groups = tuple(
+      tuple(group.strip('()').split()) for group in re.findall(r'\([^)]*\)|\S+', there)
+    )
     names = [name for group in groups for name in group]
     gone = {source.take[0]} if source.take and isinstance(source.take[1], int) else set()
     if sorted({*here.split()} | gone) != sorted(names):
       raise ValueError(f'{source}: the two sides of the pattern name different dimensions')
-    return cls(groups, tuple((name, lengths[name]) for name in names), tuple(here.split()), source.take)
+    return cls(
+      groups, tuple((name, lengths[name]) for name in names), tuple(here.split()), source.take
+    )
 
   @functools.cached_property
   def shape(self) -> tuple[int, ...]:
@@ -71,7 +95,9 @@ class Layout:
   def chunks(self, limit: int) -> Iterator[tuple[int, int]]:
     """Ranges of the first name there, so that each holds at most `limit` entries where that is possible."""
     name, length = self.lengths[0]
-    whole = self.take is not None and self.take[0] == name  # its entries are reordered: all are needed at once
+    whole = (
+      self.take is not None and self.take[0] == name
+    )  # its entries are reordered: all are needed at once
     step = length if whole else max(1, limit * length // max(1, math.prod(self.shape)))
     return ((start, min(start + step, length)) for start in range(0, length, step))
 
@@ -87,7 +113,9 @@ class Layout:
       length[self.take[0]] = len(self.take[1])
     first = self.lengths[0][0]
     taken = self.take is not None and self.take[0] == first
-    return tuple((start, stop) if name == first and not taken else (0, length[name]) for name in self.here)
+    return tuple(
+      (start, stop) if name == first and not taken else (0, length[name]) for name in self.here
+    )
 
   def bring(self, x: np.ndarray) -> np.ndarray:
     """Rows of the tensor there as the parameter here; a view where that is possible."""
@@ -99,7 +127,9 @@ class Layout:
   def send(self, x: np.ndarray, into: np.ndarray) -> int:
     """The inverse: writes the parameter here into rows of the tensor there. Returns how many entries it wrote."""
     parts = self._parts(into)
-    at = tuple(self._taken if self.take and name == self.take[0] else slice(None) for name in self._names)
+    at = tuple(
+      self._taken if self.take and name == self.take[0] else slice(None) for name in self._names
+    )
     parts[at] = x.transpose([self.here.index(name) for name in self._kept])
     return x.size
 

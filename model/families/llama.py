@@ -1,4 +1,5 @@
 """How is a Llama written in transformers? (Llama 1-3, arXiv:2302.13971, arXiv:2407.21783)"""
+
 from model.config import ModelConfig
 from model.families import common
 
@@ -11,7 +12,9 @@ def config(hf: dict) -> ModelConfig:
   keys = common.Keys(hf, **common.LLAMA_LIKE, mlp_bias=False)
   biased = keys('attention_bias'), keys('mlp_bias')
   if biased[0] != biased[1]:
-    raise common.unsupported(f'attention_bias={biased[0]} with mlp_bias={biased[1]}', ['both, or neither'])
+    raise common.unsupported(
+      f'attention_bias={biased[0]} with mlp_bias={biased[1]}', ['both, or neither']
+    )
   found = common.llama_like(keys, biases='all' if biased[0] else 'none')
   keys.close()
   return found
@@ -20,7 +23,9 @@ def config(hf: dict) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict:
   """The config.json of a ModelConfig."""
   biased = config.biases == 'all'
-  return common.llama_like_hf(config, 'llama', 'LlamaForCausalLM', attention_bias=biased, mlp_bias=biased)
+  return common.llama_like_hf(
+    config, 'llama', 'LlamaForCausalLM', attention_bias=biased, mlp_bias=biased
+  )
 
 
 def tensors(config: ModelConfig) -> dict[str, common.Source]:

@@ -1,4 +1,5 @@
 """How is a Mistral written in transformers? A Llama whose every layer has a window (arXiv:2310.06825)."""
+
 from model.config import ModelConfig
 from model.families import common
 
@@ -16,7 +17,9 @@ def config(hf: dict) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict:
   """The config.json of a ModelConfig."""
-  return common.llama_like_hf(config, 'mistral', 'MistralForCausalLM', sliding_window=config.window or None)
+  return common.llama_like_hf(
+    config, 'mistral', 'MistralForCausalLM', sliding_window=config.window or None
+  )
 
 
 def tensors(config: ModelConfig) -> dict[str, common.Source]:

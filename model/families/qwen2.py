@@ -1,11 +1,13 @@
 """How is a Qwen2 or Qwen2.5 (arXiv:2412.15115) written in transformers? A Llama with biases on q, k and v."""
+
 from model.config import ModelConfig
 from model.families import common
 
 TYPES = ('qwen2',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
-WINDOWS = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28,
-               layer_types=None)  # where config.json is silent
+WINDOWS = dict(
+  use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None
+)  # where config.json is silent
 
 
 def config(hf: dict) -> ModelConfig:
@@ -18,16 +20,26 @@ def config(hf: dict) -> ModelConfig:
 
 def windows(keys: common.Keys) -> dict[str, int]:
   """The windows of Qwen's four keys: where layer_types does not say otherwise, the first max_window_layers see all."""
-  used, window, first = keys('use_sliding_window'), keys('sliding_window'), keys('max_window_layers')
+  used, window, first = (
+    keys('use_sliding_window'),
+    keys('sliding_window'),
+    keys('max_window_layers'),
+  )
   types, layers, window = keys('layer_types'), keys('num_hidden_layers'), window if used else None
-  types = types or ['sliding_attention' if window and i >= first else 'full_attention' for i in range(layers)]
+  types = types or [
+    'sliding_attention' if window and i >= first else 'full_attention' for i in range(layers)
+  ]
   return common.windows(types, layers, window)
 
 
 def windows_to_hf(config: ModelConfig) -> dict:
   """The inverse of `windows`."""
-  return dict(use_sliding_window=bool(config.window), sliding_window=config.window or None, max_window_layers=0,
-              layer_types=common.layer_types(config))
+  return dict(
+    use_sliding_window=bool(config.window),
+    sliding_window=config.window or None,
+    max_window_layers=0,
+    layer_types=common.layer_types(config),
+  )
 
 
 def to_hf(config: ModelConfig) -> dict:

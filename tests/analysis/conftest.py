@@ -1,4 +1,5 @@
 """Steps of a tiny model, compiled for hardware that isn't here; skipped, and said so, where its compiler is not installed."""
+
 import dataclasses
 from typing import Any
 
@@ -12,10 +13,20 @@ from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config
 
-TINY = Config(model=ModelConfig(vocabulary=512, width=256, layers=3, heads=2, kv_heads=2, feed_forward=512, dtype='bfloat16',
-                                attention='reference'),
-              data=DataConfig(sequence_length=128, batch_size=16, tokenizer=TokenizerConfig(kind='byte')),
-              mesh=MeshConfig(data=1, fsdp=2, tensor=2))
+TINY = Config(
+  model=ModelConfig(
+    vocabulary=512,
+    width=256,
+    layers=3,
+    heads=2,
+    kv_heads=2,
+    feed_forward=512,
+    dtype='bfloat16',
+    attention='reference',
+  ),
+  data=DataConfig(sequence_length=128, batch_size=16, tokenizer=TokenizerConfig(kind='byte')),
+  mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +58,11 @@ def compile_step():
     mesh = make_mesh(config.mesh, devices)
     lowered, state = train.lower_step(config, mesh)
     compiled = lowered.compile()
-    chip = hardware.lookup(devices[0].device_kind, devices[0].num_cores if devices[0].platform == 'tpu' else None)
+    chip = hardware.lookup(
+      devices[0].device_kind, devices[0].num_cores if devices[0].platform == 'tpu' else None
+    )
     return Step(config, mesh, chip, state, compiled, compiled.as_text())
+
   return compile_step
 
 

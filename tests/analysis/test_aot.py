@@ -1,23 +1,42 @@
 """Does a missing compiler say so, and can a part of a host be compiled for?"""
+
 import pytest
 from jax.experimental import topologies
 
 from analysis import aot
 
 
-@pytest.mark.parametrize('name, said, platform', [
+@pytest.mark.parametrize(
+  'name, said, platform',
+  [
     ('v5e:4x4', 'JAX TPU support not installed; cannot generate TPU topology.', 'tpu'),
     ('h100:1x1x8', 'topology not implemented for cuda', 'cuda'),
-])
+  ],
+)
 def test_without_a_compiler_an_error_says_what_to_install(name, said, platform, monkeypatch):
   """What jax says without libtpu and without the CUDA plugin."""
+
   def refuse(**_):
     raise RuntimeError(said)
+
   monkeypatch.setattr(topologies, 'get_topology_desc', refuse)
-  with pytest.raises(ImportError, match=rf'no compiler for {platform} is installed \(.*\); pip install -e .\[plan\] for TPUs'):
+  with pytest.raises(
+    ImportError,
+    match=rf'no compiler for {platform} is installed \(.*\); pip install -e .\[plan\] for TPUs',
+  ):
     aot.topology(name)
 
 
-@pytest.mark.parametrize('name, devices', [('v5e:1x1', 1), ('v6e:2x1', 2), ('v5p:1x1x1', 1), ('v4:1x1x1', 1), ('tpu7x:1x1x1', 2), ('v5e:2x2', 4)])
+@pytest.mark.parametrize(
+  'name, devices',
+  [
+    ('v5e:1x1', 1),
+    ('v6e:2x1', 2),
+    ('v5p:1x1x1', 1),
+    ('v4:1x1x1', 1),
+    ('tpu7x:1x1x1', 2),
+    ('v5e:2x2', 4),
+  ],
+)
 def test_a_part_of_a_host(name, devices, topology):
   assert len(topology(name)) == devices

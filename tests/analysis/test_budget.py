@@ -1,4 +1,5 @@
 """Are the sizes that a budget should buy those of the least loss, and are hours, dollars and energy one account?"""
+
 import json
 import math
 
@@ -16,7 +17,9 @@ H100 = next(chip for chip in hardware.CHIPS if chip.name == 'H100 SXM')
 def least(law, flops):
   """By halving the slope's interval in ln N, knowing nothing of the closed form; the loss along 6 N D = C has one minimum."""
   low, high = 0.0, math.log(flops / 6)
-  loss = lambda x: law.A * math.exp(-law.alpha * x) + law.B * math.exp(law.beta * (x - math.log(flops / 6)))
+  loss = lambda x: (
+    law.A * math.exp(-law.alpha * x) + law.B * math.exp(law.beta * (x - math.log(flops / 6)))
+  )
   for _ in range(200):
     left, right = low + (high - low) / 3, high - (high - low) / 3
     low, high = (low, right) if loss(left) < loss(right) else (left, high)
@@ -40,6 +43,7 @@ def test_the_optimum_is_a_stationary_point(law, flops):
   def slope(factor, h=1e-3):
     of = lambda x: law.loss(parameters * factor * x, tokens / factor / x) - law.E
     return (of(math.exp(h)) - of(math.exp(-h))) / (2 * h) / of(1)
+
   assert abs(slope(1)) < 1e-5 and slope(0.5) < -0.03 and slope(2) > 0.03
 
 
@@ -73,9 +77,17 @@ def test_hours_dollars_and_energy_are_one_account():
   assert Fleet(chip=unknown.chip, watts=300).kwh(10) == 3
 
 
-@pytest.mark.parametrize('wrong, words', [
-    (dict(chips=0), 'chips=0 must be above 0'), (dict(mfu=1.2), 'mfu=1.2 is a share'), (dict(mfu=0), 'mfu=0 must'), (dict(pue=0.9), 'pue=0.9'),
-    (dict(rate=-1), 'rate=-1'), (dict(watts=math.inf), 'watts=inf')])
+@pytest.mark.parametrize(
+  'wrong, words',
+  [
+    (dict(chips=0), 'chips=0 must be above 0'),
+    (dict(mfu=1.2), 'mfu=1.2 is a share'),
+    (dict(mfu=0), 'mfu=0 must'),
+    (dict(pue=0.9), 'pue=0.9'),
+    (dict(rate=-1), 'rate=-1'),
+    (dict(watts=math.inf), 'watts=inf'),
+  ],
+)
 def test_senseless_fleets_are_refused(wrong, words):
   with pytest.raises(ValueError, match=words):
     Fleet(chip=H100, **wrong)
@@ -83,27 +95,54 @@ def test_senseless_fleets_are_refused(wrong, words):
 
 def test_senseless_budgets_are_refused():
   law = LAWS['hoffmann']
-  for run, words in ((lambda: law.optimum(0), 'flops=0'), (lambda: law.loss(-1, 1), 'parameters=-1'),
-                     (lambda: Fleet(chip=H100).hours_for(5), 'give rate'), (lambda: Fleet(chip=H100).flops(0), 'hours=0')):
+  for run, words in (
+    (lambda: law.optimum(0), 'flops=0'),
+    (lambda: law.loss(-1, 1), 'parameters=-1'),
+    (lambda: Fleet(chip=H100).hours_for(5), 'give rate'),
+    (lambda: Fleet(chip=H100).flops(0), 'hours=0'),
+  ):
     with pytest.raises(ValueError, match=words):
       run()
 
 
 def test_the_command(tmp_path, capsys):
   file = tmp_path / 'budget.json'
-  found = budget.main(['--dollars', '10000', '--chip', 'H100 SXM', '--chips', '8', '--rate', '2.5', '--json', str(file)])
+  found = budget.main(
+    [
+      '--dollars',
+      '10000',
+      '--chip',
+      'H100 SXM',
+      '--chips',
+      '8',
+      '--rate',
+      '2.5',
+      '--json',
+      str(file),
+    ]
+  )
   assert json.loads(file.read_text())['results'] == found
-  assert found['fleets'][0]['dollars'] == pytest.approx(10_000) and found['fleets'][0]['chip_hours'] == pytest.approx(4000)
+  assert found['fleets'][0]['dollars'] == pytest.approx(10_000) and found['fleets'][0][
+    'chip_hours'
+  ] == pytest.approx(4000)
   printed = capsys.readouterr().out
   assert 'besiroglu' in printed and 'H100 SXM' in printed
   assert len(budget.main(['--flops', '1e21'])['fleets']) == len(hardware.CHIPS)
   assert 'no rate given' in (printed := capsys.readouterr().out) and 'no watts known' in printed
 
 
-@pytest.mark.parametrize('arguments, words', [
-    ([], 'one of the arguments'), (['--flops', '1e20', '--hours', '3'], 'not allowed with'), (['--hours', '3'], '--hours needs --chip'),
-    (['--flops', '1e20', '--rate', '1'], '--rate needs --chip'), (['--hours', '3', '--chip', 'H100 SMX'], "did you mean 'H100 SXM'"),
-    (['--dollars', '3', '--chip', 'B200'], 'give rate'), (['--flops', '-1'], 'flops=-1')])
+@pytest.mark.parametrize(
+  'arguments, words',
+  [
+    ([], 'one of the arguments'),
+    (['--flops', '1e20', '--hours', '3'], 'not allowed with'),
+    (['--hours', '3'], '--hours needs --chip'),
+    (['--flops', '1e20', '--rate', '1'], '--rate needs --chip'),
+    (['--hours', '3', '--chip', 'H100 SMX'], "did you mean 'H100 SXM'"),
+    (['--dollars', '3', '--chip', 'B200'], 'give rate'),
+    (['--flops', '-1'], 'flops=-1'),
+  ],
+)
 def test_wrong_commands_say_what_is_wrong(arguments, words, capsys):
   with pytest.raises(SystemExit):
     budget.main(arguments)

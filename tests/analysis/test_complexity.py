@@ -1,4 +1,5 @@
 """Are the operations, calls and exponents that analysis.complexity prints those of the programs, and does it say where they end?"""
+
 import dataclasses
 import json
 import math
@@ -22,7 +23,11 @@ def traced_products(jaxpr):
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'dot_general':
       summed, _ = equation.params['dimension_numbers'][0]
-      total += 2 * math.prod(equation.invars[0].aval.shape[axis] for axis in summed) * math.prod(equation.outvars[0].aval.shape)
+      total += (
+        2
+        * math.prod(equation.invars[0].aval.shape[axis] for axis in summed)
+        * math.prod(equation.outvars[0].aval.shape)
+      )
     inside = sum(map(traced_products, jax.extend.core.jaxprs_in_params(equation.params)))
     total += inside * (equation.params['length'] if equation.primitive.name == 'scan' else 1)
   return total
@@ -38,41 +43,65 @@ def test_what_is_compiled_is_what_is_traced(way, points):
   """But for recomputation: attention's own, inside that of a block, repeats products that the compiler then computes once."""
   config = dataclasses.replace(SMALL, **way.model)
   function, argument = way.build(config, 128)
-  traced = traced_products(jax.make_jaxpr(function)(jax.eval_shape(lambda: transformer.init(config, 0)), argument).jaxpr)
+  traced = traced_products(
+    jax.make_jaxpr(function)(jax.eval_shape(lambda: transformer.init(config, 0)), argument).jaxpr
+  )
   found = points[way.name]['flops']
-  assert 0.85 * traced < found < traced if 'remat' in way.name else found == pytest.approx(traced, rel=0.02)
+  assert (
+    0.85 * traced < found < traced
+    if 'remat' in way.name
+    else found == pytest.approx(traced, rel=0.02)
+  )
 
 
 def test_calls_are_those_of_the_policy(points):
   """None computes a block once, full again for its gradient, sqrt again for its group and again for its gradient; generation once a
   token."""
   calls = {name: point['calls'] for name, point in points.items()}
-  assert calls == {'training, all scores held': 1, 'training, flash attention': 1, 'training, remat full': 2, 'training, remat sqrt': 3,
-                   'generation, no cache': 128, 'generation, cache': 128}
+  assert calls == {
+    'training, all scores held': 1,
+    'training, flash attention': 1,
+    'training, remat full': 2,
+    'training, remat sqrt': 3,
+    'generation, no cache': 128,
+    'generation, cache': 128,
+  }
 
 
 def test_operations_are_the_models(points):
   """A generated token reads the whole buffer: 128 keys where the formula of a causal mask says 64.5."""
+
   def needed(keys):
     return flops.forward_flops_per_token(SMALL, 2 * keys - 1)
+
   assert points['generation, cache']['flops'] == pytest.approx(128 * needed(128), rel=1e-6)
   # One forward pass over 128 tokens (one block of queries: no key is skipped) for each token, but the head for one token only.
   head = 2 * SMALL.D * SMALL.V
-  assert points['generation, no cache']['flops'] == pytest.approx(128 * (128 * (needed(128) - head) + head), rel=1e-6)
-  assert points['training, all scores held']['flops'] == pytest.approx(3 * 128 * needed(128), rel=0.02)
+  assert points['generation, no cache']['flops'] == pytest.approx(
+    128 * (128 * (needed(128) - head) + head), rel=1e-6
+  )
+  assert points['training, all scores held']['flops'] == pytest.approx(
+    3 * 128 * needed(128), rel=0.02
+  )
   one = points['training, flash attention']['flops']
-  assert 1.1 * one < points['training, remat full']['flops'] < 1.34 * one  # a forward pass more, but for what no gradient asks for
+  assert (
+    1.1 * one < points['training, remat full']['flops'] < 1.34 * one
+  )  # a forward pass more, but for what no gradient asks for
   assert 1.25 * one < points['training, remat sqrt']['flops'] < 1.67 * one  # two more
 
 
 def test_memory_holds_the_cache_and_no_parameters(points):
   cache = 2 * 4 * SMALL.L * 128 * SMALL.K * SMALL.H
   assert 2 * cache > points['generation, cache']['memory'] >= cache
-  assert points['generation, no cache']['memory'] < points['training, flash attention']['memory'] / 3
+  assert (
+    points['generation, no cache']['memory'] < points['training, flash attention']['memory'] / 3
+  )
 
 
 def test_loops_of_unknown_length_are_not_guessed():
-  looping = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.ad_checkpoint.checkpoint_name(x @ x, 'block'), x)
+  looping = lambda x: jax.lax.while_loop(
+    lambda x: x.sum() < 9, lambda x: jax.ad_checkpoint.checkpoint_name(x @ x, 'block'), x
+  )
   traced = jax.jit(looping).trace(jnp.ones((2, 2)))
   with pytest.raises(ValueError, match='holds 1 blocks.*write it as a scan'):
     complexity.blocks(traced.jaxpr.jaxpr)
@@ -87,10 +116,19 @@ def test_a_power_is_its_exponent(power):
 
 def test_the_range_is_where_one_term_dominates():
   sizes = [2**n for n in range(12)]
-  found = complexity.fit(sizes, [64 * size + size**2 for size in sizes])  # as large as one another at 64
-  assert 256 <= found.first <= 512 and found.last == 2048 and found.exponent == pytest.approx(2, abs=0.1)
-  assert complexity.fit(sizes[:8], [64 * size + size**2 for size in sizes[:8]]) is None  # in the middle of the bend
-  assert complexity.fit(sizes[:2], [1, 2]) is None and complexity.fit(sizes[:4], [1, 2, 4, math.nan]).last == 4
+  found = complexity.fit(
+    sizes, [64 * size + size**2 for size in sizes]
+  )  # as large as one another at 64
+  assert (
+    256 <= found.first <= 512 and found.last == 2048 and found.exponent == pytest.approx(2, abs=0.1)
+  )
+  assert (
+    complexity.fit(sizes[:8], [64 * size + size**2 for size in sizes[:8]]) is None
+  )  # in the middle of the bend
+  assert (
+    complexity.fit(sizes[:2], [1, 2]) is None
+    and complexity.fit(sizes[:4], [1, 2, 4, math.nan]).last == 4
+  )
   with pytest.raises(ValueError, match='must be positive'):
     complexity.fit((1, 2), (0, 1))
 
@@ -103,17 +141,38 @@ def test_the_crossover_is_where_both_are_equal():
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(complexity, 'WAYS', (BY_NAME['generation, cache'], BY_NAME['generation, no cache']))
-  monkeypatch.setattr(complexity, 'AXES', {'cpu': {axis: known | {'sizes': sizes} for (axis, known), sizes in zip(
-      complexity.AXES['cpu'].items(), ((16, 32, 64, 128), (4, 8, 16, 32)), strict=True)}})
-  found = complexity.main(['--quick', '--plot', str(tmp_path / 'c.png'), '--json', str(tmp_path / 'c.json')])
+  monkeypatch.setattr(
+    complexity, 'WAYS', (BY_NAME['generation, cache'], BY_NAME['generation, no cache'])
+  )
+  monkeypatch.setattr(
+    complexity,
+    'AXES',
+    {
+      'cpu': {
+        axis: known | {'sizes': sizes}
+        for (axis, known), sizes in zip(
+          complexity.AXES['cpu'].items(), ((16, 32, 64, 128), (4, 8, 16, 32)), strict=True
+        )
+      }
+    },
+  )
+  found = complexity.main(
+    ['--quick', '--plot', str(tmp_path / 'c.png'), '--json', str(tmp_path / 'c.json')]
+  )
   written = json.loads((tmp_path / 'c.json').read_text())['results']['cpu']
   found = found['cpu']
-  assert written['L']['sizes'] == [4, 8, 16] and written['T']['generation, cache']['flops'] == found['T']['generation, cache']['flops']
+  assert (
+    written['L']['sizes'] == [4, 8, 16]
+    and written['T']['generation, cache']['flops'] == found['T']['generation, cache']['flops']
+  )
   assert (tmp_path / 'c.png').stat().st_size > 10_000
   assert found['T']['generation, cache']['calls'] == [16, 32, 64]
   printed = capsys.readouterr().out
-  assert 'memory, CPU: exponents' in printed and 'seconds, CPU' not in printed and 'T^2 rules from' in printed
+  assert (
+    'memory, CPU: exponents' in printed
+    and 'seconds, CPU' not in printed
+    and 'T^2 rules from' in printed
+  )
   with pytest.raises(SystemExit):
     complexity.main(['--plot', 'c.bmp'])
   assert 'must end in .png' in capsys.readouterr().err
@@ -122,17 +181,30 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_tpus_points_are_predicted(topology):
   config = complexity.config_of('T', 512, 'tpu')
-  point = complexity.measure(BY_NAME['training, flash attention'], config, timed=False, device=topology('v5e:1x1')[0])
+  point = complexity.measure(
+    BY_NAME['training, flash attention'], config, timed=False, device=topology('v5e:1x1')[0]
+  )
   scores = 2 * config.L * config.N * config.H * 512**2  # one product of attention, all of it
-  needed = 3 * 512 * flops.forward_flops_per_token(config, 512)  # with 6 products, the causal half of each
-  assert point['flops'] == pytest.approx(needed + (7 - 6 / 2) * scores, rel=0.01)  # 7: scores again backward; all is one block
-  assert point['flops'] / 197e12 < point['seconds'] < 1 and point['memory'] > 0 and point['calls'] == 1
+  needed = (
+    3 * 512 * flops.forward_flops_per_token(config, 512)
+  )  # with 6 products, the causal half of each
+  assert point['flops'] == pytest.approx(
+    needed + (7 - 6 / 2) * scores, rel=0.01
+  )  # 7: scores again backward; all is one block
+  assert (
+    point['flops'] / 197e12 < point['seconds'] < 1 and point['memory'] > 0 and point['calls'] == 1
+  )
 
 
 def test_short_programs_are_timed_and_long_ones_not(monkeypatch):
   ran = []
   monkeypatch.setattr(complexity.common, 'seconds', lambda run: ran.append(run()) or 0.5)
   small = complexity.config_of('T', 16)
-  assert complexity.measure(BY_NAME['generation, cache'], small, timed=True)['seconds'] == 0.5 and ran[0].shape == (1, 16)
+  assert complexity.measure(BY_NAME['generation, cache'], small, timed=True)[
+    'seconds'
+  ] == 0.5 and ran[0].shape == (1, 16)
   monkeypatch.setattr(complexity, 'MOST_TIMED', (1, 2**30))
-  assert math.isnan(complexity.measure(BY_NAME['generation, cache'], small, timed=True)['seconds']) and len(ran) == 1
+  assert (
+    math.isnan(complexity.measure(BY_NAME['generation, cache'], small, timed=True)['seconds'])
+    and len(ran) == 1
+  )

@@ -1,4 +1,5 @@
 """Are the operations that the formulas count those of the matrix products that a model's program holds?"""
+
 import math
 
 import jax
@@ -13,7 +14,15 @@ from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.params import ParamSpec, specs
 
 
-LETTERS = {'V': 'vocabulary', 'D': 'width', 'L': 'layers', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_width', 'F': 'feed_forward'}
+LETTERS = {
+  'V': 'vocabulary',
+  'D': 'width',
+  'L': 'layers',
+  'N': 'heads',
+  'K': 'kv_heads',
+  'H': 'head_width',
+  'F': 'feed_forward',
+}
 
 
 def sizes(**changes):
@@ -34,11 +43,19 @@ def loss(weights, tokens, m):
 
 
 def shapes(m):
-  layer = {'q': (m.D, m.N * m.H), 'k': (m.D, m.K * m.H), 'v': (m.D, m.K * m.H), 'o': (m.N * m.H, m.D), 'up': (m.D, m.F),
-           'down': (m.F, m.D)} | ({'gate': (m.D, m.F)} if m.gated else {})
+  layer = {
+    'q': (m.D, m.N * m.H),
+    'k': (m.D, m.K * m.H),
+    'v': (m.D, m.K * m.H),
+    'o': (m.N * m.H, m.D),
+    'up': (m.D, m.F),
+    'down': (m.F, m.D),
+  } | ({'gate': (m.D, m.F)} if m.gated else {})
   tree = {'embedding': (m.V, m.D), 'head': (m.D, m.V), 'layers': [layer] * m.L}
   is_shape = lambda leaf: isinstance(leaf, tuple)
-  return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=is_shape)
+  return jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=is_shape
+  )
 
 
 def product_flops(function, *args, attention_share):
@@ -56,11 +73,26 @@ def product_flops(function, *args, attention_share):
 def visible(T, window, document, causal=True):
   """The mask itself: query i sees key j."""
   i, j = np.arange(T)[:, None], np.arange(T)
-  return ((j <= i) | (not causal)) & ((abs(i - j) < window) | (window == 0)) & (i // document == j // document)
+  return (
+    ((j <= i) | (not causal))
+    & ((abs(i - j) < window) | (window == 0))
+    & (i // document == j // document)
+  )
 
 
-@pytest.mark.parametrize('changes', [{}, dict(gated=False, K=4), dict(window=5), dict(window=64, N=2, K=1), dict(L=1), dict(causal=False), dict(causal=False, window=5)],
-                         ids=str)
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    dict(gated=False, K=4),
+    dict(window=5),
+    dict(window=64, N=2, K=1),
+    dict(L=1),
+    dict(causal=False),
+    dict(causal=False, window=5),
+  ],
+  ids=str,
+)
 @pytest.mark.parametrize('document', [32, 8])
 def test_counts_the_products_of_a_program(changes, document):
   m = sizes(**changes)
@@ -68,7 +100,9 @@ def test_counts_the_products_of_a_program(changes, document):
   tokens = jax.ShapeDtypeStruct((T,), jnp.int32)
   share = visible(T, m.window, document, m.causal).mean()
   forward = product_flops(lambda w, t: loss(w, t, m), weights, tokens, attention_share=share)
-  both = product_flops(jax.value_and_grad(lambda w, t: loss(w, t, m)), weights, tokens, attention_share=share)
+  both = product_flops(
+    jax.value_and_grad(lambda w, t: loss(w, t, m)), weights, tokens, attention_share=share
+  )
   assert flops.forward_flops_per_token(m, T, document) * T == pytest.approx(forward, rel=1e-12)
   assert flops.train_flops_per_token(m, T, document) * T == pytest.approx(both, rel=1e-12)
 
@@ -86,7 +120,9 @@ def test_mean_keys_of_packed_documents(lengths):
   i, j = np.arange(sum(lengths))[:, None], np.arange(sum(lengths))
   mask = (j <= i) & (j >= starts[:, None])
   weighted = sum(d * d for d in lengths) / sum(lengths)
-  assert flops.mean_keys(sum(lengths), document_length=weighted) == pytest.approx(mask.sum() / sum(lengths))
+  assert flops.mean_keys(sum(lengths), document_length=weighted) == pytest.approx(
+    mask.sum() / sum(lengths)
+  )
 
 
 def test_impossible_lengths_are_refused():
@@ -97,23 +133,38 @@ def test_impossible_lengths_are_refused():
     flops.forward_flops_per_token(sizes(V=0), 8)
 
 
-@pytest.mark.parametrize('changes', [
-    {}, dict(K=4, latent=LatentConfig(width=5, query_width=7, rope_width=4, value_width=3)),
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    dict(K=4, latent=LatentConfig(width=5, query_width=7, rope_width=4, value_width=3)),
     dict(K=4, latent=LatentConfig(width=5, rope_width=4)),
-    dict(moe=MoEConfig(experts=3, per_token=3, feed_forward=8, shared_feed_forward=16, first=1))], ids=str)
+    dict(moe=MoEConfig(experts=3, per_token=3, feed_forward=8, shared_feed_forward=16, first=1)),
+  ],
+  ids=str,
+)
 def test_weights_that_multiply_are_the_parameters_that_are_matrices(changes):
   """All of them, where every expert is chosen."""
   m = sizes(**changes)
   tree = specs(jax.eval_shape(lambda: transformer.init(m, 0)))
-  leaves = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, ParamSpec)) if x.kind == 'matrix']
-  counted = sum(flops.attention_weights(m) + flops.feed_forward_weights(m, kind.moe) for kind in m.kinds)
+  leaves = [
+    x
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, ParamSpec))
+    if x.kind == 'matrix'
+  ]
+  counted = sum(
+    flops.attention_weights(m) + flops.feed_forward_weights(m, kind.moe) for kind in m.kinds
+  )
   assert counted == sum(math.prod(x.shape) for x in leaves)
 
 
 def test_layers_have_their_own_windows():
   each = [flops.forward_flops_per_token(sizes(L=1, window=window), 32) for window in (5, 0)]
   head = 2 * 24 * 97
-  assert flops.forward_flops_per_token(sizes(L=5, window=5, global_every=2), 32) == 3 * each[0] + 2 * each[1] - 4 * head
+  assert (
+    flops.forward_flops_per_token(sizes(L=5, window=5, global_every=2), 32)
+    == 3 * each[0] + 2 * each[1] - 4 * head
+  )
 
 
 def test_approaches_6nd_when_attention_and_embedding_vanish():
@@ -127,7 +178,11 @@ def test_mfu():
   assert flops.mfu(150e12, 3, None) is None
 
 
-@pytest.mark.parametrize('changes', [{}, {'window': 5}, {'window': 1}, {'K': 4, 'latent': LatentConfig(width=8, rope_width=2)}], ids=str)
+@pytest.mark.parametrize(
+  'changes',
+  [{}, {'window': 5}, {'window': 1}, {'K': 4, 'latent': LatentConfig(width=8, rope_width=2)}],
+  ids=str,
+)
 def test_decoding_token_by_token_is_the_forward_pass(changes):
   m, T = sizes(**changes), 17
   one_by_one = sum(flops.decode_flops(m, 3, context) for context in range(1, T + 1))

@@ -1,4 +1,5 @@
 """Do the parts of a program's memory add up to what the compiler reserves, and is each what its sharding says?"""
+
 import math
 
 import jax
@@ -11,13 +12,22 @@ from model import params
 
 
 def found(step):
-  return memory.parts(step.compiled, {'parameters': step.state.model, 'optimizer state': step.state.optimizer}, step.state.model)
+  return memory.parts(
+    step.compiled,
+    {'parameters': step.state.model, 'optimizer state': step.state.optimizer},
+    step.state.model,
+  )
 
 
 def test_parts_add_up_to_the_compilers_peak(tpu_step):
   got, stats = found(tpu_step), tpu_step.compiled.memory_analysis()
-  peak = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-          + stats.generated_code_size_in_bytes)
+  peak = (
+    stats.argument_size_in_bytes
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes
+    + stats.temp_size_in_bytes
+    + stats.generated_code_size_in_bytes
+  )
   assert sum(got.parts.values()) == got.peak == pytest.approx(peak, rel=0.1)
 
 
@@ -25,7 +35,9 @@ def test_arguments_are_what_their_shardings_say(tpu_step):
   got = found(tpu_step).parts
   model = tpu_step.state.model
   # Matrices split over fsdp and tensor, four ways; vectors are on every device.
-  matrices = sum(math.prod(spec.shape) for spec in jax.tree.leaves(params.specs(model)) if spec.kind != 'vector')
+  matrices = sum(
+    math.prod(spec.shape) for spec in jax.tree.leaves(params.specs(model)) if spec.kind != 'vector'
+  )
   vectors = params.count(model) - matrices
   assert got['parameters'] == 4 * (matrices // 4 + vectors)
   assert got['optimizer state'] == pytest.approx(2 * got['parameters'], abs=64)
@@ -33,7 +45,9 @@ def test_arguments_are_what_their_shardings_say(tpu_step):
 
 def test_all_arguments_are_accounted_for(tpu_step):
   stats = tpu_step.compiled.memory_analysis()
-  exact = memory.shard_bytes(tpu_step.state) + 4 * 4 * 16 // 2 * 128  # and the batch: four arrays of int32, rows split over fsdp
+  exact = (
+    memory.shard_bytes(tpu_step.state) + 4 * 4 * 16 // 2 * 128
+  )  # and the batch: four arrays of int32, rows split over fsdp
   assert exact <= stats.argument_size_in_bytes
   # The compiler pads small and narrow arrays to its tiles; no large one.
   assert stats.argument_size_in_bytes - exact < 0.1 * exact

@@ -1,4 +1,5 @@
 """Is the predicted time between the roofline and what is reasonable, and does it add up?"""
+
 import functools
 import re
 
@@ -29,8 +30,15 @@ def product(mesh, size):
     return jax.jit(lambda x, y: x @ y).lower(x, x).compile().as_text()
 
 
-@pytest.mark.parametrize('name', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', *(pytest.param(name, marks=pytest.mark.slow)
-                                                                        for name in ('v4:2x2x1', 'tpu7x:2x2x1'))])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'v5e:2x2',
+    'v5p:2x2x1',
+    'v6e:2x2',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('v4:2x2x1', 'tpu7x:2x2x1')),
+  ],
+)
 def test_a_large_product_comes_close_to_the_peak(topology, name):
   """Clock, cores and peak of the table fit the compiler's own estimate: a wrong one of them shows as a factor."""
   mesh, chip = one(topology, name)
@@ -41,12 +49,21 @@ def test_a_large_product_comes_close_to_the_peak(topology, name):
 
 def test_a_step_adds_up_and_keeps_above_its_roofline(tpu_step):
   found = roofline.predict(tpu_step.text, tpu_step.mesh, tpu_step.chip)
-  assert found.seconds == pytest.approx(found.operations + found.kernels + found.copies + sum(found.exposed.values()))
-  assert found.operations == pytest.approx(schedule.cycles(tpu_step.text) / tpu_step.chip.clock, rel=0.2)
+  assert found.seconds == pytest.approx(
+    found.operations + found.kernels + found.copies + sum(found.exposed.values())
+  )
+  assert found.operations == pytest.approx(
+    schedule.cycles(tpu_step.text) / tpu_step.chip.clock, rel=0.2
+  )
   # One that waits for another to leave the link counts that time as its own, so that only the sums compare.
-  assert min(found.exposed.values()) >= 0 and sum(found.exposed.values()) <= sum(found.links.values()) * 1.001
+  assert (
+    min(found.exposed.values()) >= 0
+    and sum(found.exposed.values()) <= sum(found.links.values()) * 1.001
+  )
   assert found.seconds > found.roofline['compute'] and found.bound in found.roofline
-  assert found.roofline['links fsdp'] == pytest.approx(sum(s for (_, axes), s in found.links.items() if axes == ('fsdp',)))
+  assert found.roofline['links fsdp'] == pytest.approx(
+    sum(s for (_, axes), s in found.links.items() if axes == ('fsdp',))
+  )
 
 
 KERNEL = """HloModule m, is_scheduled=true
@@ -57,9 +74,14 @@ ENTRY %main (x: bf16[1024,1024]) -> bf16[1024,1024] {
 """
 
 
-@pytest.mark.parametrize('cost, seconds', [('"cost_estimate":{"flops":"197000000","transcendentals":"5","bytes_accessed":"1000"}', 1e-6),
-                                           ('"cost_estimate":{"flops":"1","bytes_accessed":"819000"}', 1e-6),
-                                           ('"body":"x"', 2 * 2**21 / 819e9)])
+@pytest.mark.parametrize(
+  'cost, seconds',
+  [
+    ('"cost_estimate":{"flops":"197000000","transcendentals":"5","bytes_accessed":"1000"}', 1e-6),
+    ('"cost_estimate":{"flops":"1","bytes_accessed":"819000"}', 1e-6),
+    ('"body":"x"', 2 * 2**21 / 819e9),
+  ],
+)
 def test_a_kernel_costs_what_it_declares(topology, cost, seconds):
   mesh, chip = one(topology, 'v5e:2x2')
   found = roofline.predict(KERNEL.replace('COST', '{%s}' % cost), mesh, chip)
@@ -102,26 +124,49 @@ def test_a_transfer_that_a_loop_carries_ends_behind_it(topology):
   """It goes on while the loop runs: of both the longer one counts."""
   mesh, chip = one(topology, 'v5e:2x2')
   found = roofline.predict(CARRIED, mesh, chip)
-  assert found.seconds == pytest.approx(max(4096 / roofline.HOST_BANDWIDTH, found.operations)) and found.copies > 0
+  assert (
+    found.seconds == pytest.approx(max(4096 / roofline.HOST_BANDWIDTH, found.operations))
+    and found.copies > 0
+  )
   with pytest.raises(ValueError, match='copy-done in main ends nothing that was started there'):
-    roofline.predict(CARRIED.replace('get-tuple-element(%loop), index=1', 'get-tuple-element(%loop), index=0'), mesh, chip)
+    roofline.predict(
+      CARRIED.replace('get-tuple-element(%loop), index=1', 'get-tuple-element(%loop), index=0'),
+      mesh,
+      chip,
+    )
 
 
 @pytest.fixture(scope='module')
 def attend(topology):
   """Causal attention and its gradient of two key heads, compiled for a chip: (mesh, chip, text)."""
+
   @functools.cache
   def make(name, width, blocks=Blocks()):
     mesh, chip = one(topology, name)
-    shape = lambda heads: jax.ShapeDtypeStruct((1, 2048, heads, width), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
-    loss = lambda *x: attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0].astype(jnp.float32).sum()
+    shape = lambda heads: jax.ShapeDtypeStruct(
+      (1, 2048, heads, width), jnp.bfloat16, sharding=NamedSharding(mesh, P())
+    )
+    loss = lambda *x: (
+      attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0].astype(jnp.float32).sum()
+    )
     with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
-      return mesh, chip, jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape(4), shape(2), shape(2)).compile().as_text()
+      return (
+        mesh,
+        chip,
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape(4), shape(2), shape(2)).compile().as_text(),
+      )
+
   return make
 
 
-@pytest.mark.parametrize('name, kind, width, entry', [('v6e:1x1', 'TPU v6 lite', 128, 128), ('v6e:1x1', 'TPU v6 lite', 96, 128),
-                                                      ('v5p:1x1x1', 'TPU v5', 128, 128)])
+@pytest.mark.parametrize(
+  'name, kind, width, entry',
+  [
+    ('v6e:1x1', 'TPU v6 lite', 128, 128),
+    ('v6e:1x1', 'TPU v6 lite', 96, 128),
+    ('v5p:1x1x1', 'TPU v5', 128, 128),
+  ],
+)
 def test_our_attention_takes_the_bundles_of_its_tiles(attend, name, kind, width, entry):
   """Of tiles that it has, not of all; v5p's two cores share the heads. Of other than tabled heads those of the next entry."""
   mesh, chip, text = attend(name, width)
@@ -131,7 +176,10 @@ def test_our_attention_takes_the_bundles_of_its_tiles(attend, name, kind, width,
     queries = step.rows // 2  # those of both heads of a key stand in one step
     pairs = 4 * int((Mask().blocks(2048, 2048, queries, step.keys) > 0).sum()) * queries * step.keys
     bundles = pairs / 2**20 * (step.whole + step.masked) / 2
-    seconds += max(bundles / chip.clock / chip.cores, products * 2 * width * pairs / hardware.peak(chip, 'bfloat16'))
+    seconds += max(
+      bundles / chip.clock / chip.cores,
+      products * 2 * width * pairs / hardware.peak(chip, 'bfloat16'),
+    )
   assert found.kernels == pytest.approx(seconds)
   assert any('half of which a mask cuts (2 x)' in line for line in found.assumptions)
 
@@ -142,7 +190,10 @@ def test_attention_that_is_not_tabled_says_so(attend, monkeypatch):
   known = roofline.predict(text, mesh, chip)
   monkeypatch.setattr(tuning, 'lookup', lambda *_: None)
   found = roofline.predict(text, mesh, chip)
-  assert found.kernels == pytest.approx(found.roofline['compute']) and found.kernels < 0.7 * known.kernels
+  assert (
+    found.kernels == pytest.approx(found.roofline['compute'])
+    and found.kernels < 0.7 * known.kernels
+  )
   assert {line.partition(' attention')[0] for line in found.assumptions} == {'forward', 'backward'}
   assert all('128 wide: no bundles are tabled for a TPU v6e' in line for line in found.assumptions)
 
@@ -150,20 +201,33 @@ def test_attention_that_is_not_tabled_says_so(attend, monkeypatch):
 def test_the_bundles_of_the_table_are_not_those_of_chosen_steps(attend):
   mesh, chip, text = attend('v6e:1x1', 128, Blocks(forward_queries=512, forward_keys=512))
   found = roofline.predict(text, mesh, chip)
-  assert any('forward attention in chosen steps of 512x512: no bundles are tabled for them' in line for line in found.assumptions)
-  assert any('attention kernels: the bundles of their tiles' in line and '(1 x)' in line for line in found.assumptions), 'of backward'
+  assert any(
+    'forward attention in chosen steps of 512x512: no bundles are tabled for them' in line
+    for line in found.assumptions
+  )
+  assert any(
+    'attention kernels: the bundles of their tiles' in line and '(1 x)' in line
+    for line in found.assumptions
+  ), 'of backward'
 
 
 def test_the_text_of_a_kernel_holds_its_cost(topology):
   """What Pallas is told as cost_estimate is found again in the compiled program."""
   from jax.experimental import pallas as pl
+
   mesh, chip = one(topology, 'v5e:2x2')
 
   def double(x_ref, o_ref):
     o_ref[...] = x_ref[...] * 2
-  call = pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
-                        cost_estimate=pl.CostEstimate(flops=123456, transcendentals=7, bytes_accessed=654321))
-  x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
+
+  call = pl.pallas_call(
+    double,
+    out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
+    cost_estimate=pl.CostEstimate(flops=123456, transcendentals=7, bytes_accessed=654321),
+  )
+  x = jax.ShapeDtypeStruct(
+    (256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+  )
   module = Module(jax.jit(call).lower(x).compile().as_text())
   (kernel,) = [i for _, i, _ in module.walk() if i.kernel]
   assert roofline.declared(kernel) == (123456, 654321, 7)
@@ -208,7 +272,9 @@ ENTRY %main (x: f32[100,64], n.2: s32[]) -> f32[100,64] {
 }
 """
   module = Module(text)
-  for name in 'abcd':  # read or written through a fusion, a fusion in a fusion, a scatter: a row, an index, a row
+  for name in (
+    'abcd'
+  ):  # read or written through a fusion, a fusion in a fusion, a scatter: a row, an index, a row
     assert roofline.traffic(module, 'main', module['main', name]) == 256 + 4 + 256, name
   on_chip = Module(re.sub(r'\{1,0\}', '{1,0:S(1)}', text))
   assert roofline.traffic(on_chip, 'main', on_chip['main', 'b']) == 4
@@ -218,24 +284,41 @@ ENTRY %main (x: f32[100,64], n.2: s32[]) -> f32[100,64] {
 def test_a_gpu_step_is_predicted_from_the_roofline(compile_step):
   step = compile_step('h100:1x1x4')
   found = roofline.predict(step.text, step.mesh, step.chip)
-  assert found.seconds >= max(found.roofline['compute'], found.roofline['memory']) and found.operations > 0
+  assert (
+    found.seconds >= max(found.roofline['compute'], found.roofline['memory'])
+    and found.operations > 0
+  )
   assert {axes for _, axes in found.links} <= {('fsdp',), ('tensor',), ('fsdp', 'tensor')}
 
 
-@pytest.mark.parametrize('mask, pairs', [({}, 512 * 513 / 2), ({'window': 100}, 512 * (100 - 100 * 99 / 1024)), ({'causal': False}, 512 * 512)], ids=str)
+@pytest.mark.parametrize(
+  'mask, pairs',
+  [
+    ({}, 512 * 513 / 2),
+    ({'window': 100}, 512 * (100 - 100 * 99 / 1024)),
+    ({'causal': False}, 512 * 512),
+  ],
+  ids=str,
+)
 def test_cudnn_computes_the_pairs_that_its_mask_leaves(topology, mask, pairs):
   """Backend xla on an H100: forward two products of each pair, backward five."""
   from kernels.attention import attention
   from kernels.mask import Mask
+
   mesh, chip = one(topology, 'h100:1x1x1')
   B, T, N, H = 2, 512, 4, 128
   with jax.set_mesh(mesh):
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
     loss = lambda *x: jnp.sum(attention(*x, Mask(**mask), backend='xla')[0], dtype=jnp.float32)
-    found = roofline.predict(jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text(), mesh, chip)
+    found = roofline.predict(
+      jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text(), mesh, chip
+    )
   assert found.flops == pytest.approx((2 + 5) * 2 * B * N * H * pairs)
   assert found.seconds > found.flops / 989.4e12 / roofline.CUDNN_EFFICIENCY
-  assert any(text.startswith('cuDNN attention: the pairs that its mask leaves, at 52% of the peak') for text in found.assumptions)
+  assert any(
+    text.startswith('cuDNN attention: the pairs that its mask leaves, at 52% of the peak')
+    for text in found.assumptions
+  )
 
 
 @pytest.mark.parametrize('mask, tiles', [(Mask(causal=False), 16 * 16), (Mask(), 16 * 17 // 2)])
@@ -249,5 +332,7 @@ def test_our_attention_on_a_gpu_computes_the_blocks_that_its_mask_leaves(topolog
   found = roofline.predict(text, mesh, chip)
   narrow = 16 * 32 if not mask.causal else 16 * 17
   flops = 2 * 128 * 4 * (2 * tiles * 128 * 128 + 5 * narrow * 64 * 128)
-  assert found.kernels == pytest.approx(flops / (hardware.peak(chip, 'bfloat16') * roofline.FLASH_EFFICIENCY))
+  assert found.kernels == pytest.approx(
+    flops / (hardware.peak(chip, 'bfloat16') * roofline.FLASH_EFFICIENCY)
+  )
   assert any('our attention kernels at 52% of the peak' in line for line in found.assumptions)

@@ -19,16 +19,33 @@ def mesh():
 def compiled(function, mesh, specs, out, shape=(8, 16)):
   x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs))
   with jax.set_mesh(mesh):
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)).lower(x).compile().as_text()
+    return (
+      jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False))
+      .lower(x)
+      .compile()
+      .as_text()
+    )
 
 
 SHARD = 4 * 8 * 16 // 4  # bytes of a device's part of [8, 16] f32 split four ways
 CASES = {
-    'all-reduce': (lambda x: jax.lax.psum(x, ('data', 'tensor')), ('data', 'tensor'), 2 * SHARD * 3 // 4),
-    'all-gather': (lambda x: jax.lax.all_gather(x, 'fsdp', tiled=True), ('fsdp',), SHARD),
-    'reduce-scatter': (lambda x: jax.lax.psum_scatter(x, 'fsdp', tiled=True), ('fsdp',), SHARD // 2),
-    'all-to-all': (lambda x: jax.lax.all_to_all(x, 'tensor', 1, 0, tiled=True), ('tensor',), SHARD // 2),
-    'collective-permute': (lambda x: jax.lax.ppermute(x, 'tensor', [(0, 1), (1, 0)]), ('tensor',), SHARD),
+  'all-reduce': (
+    lambda x: jax.lax.psum(x, ('data', 'tensor')),
+    ('data', 'tensor'),
+    2 * SHARD * 3 // 4,
+  ),
+  'all-gather': (lambda x: jax.lax.all_gather(x, 'fsdp', tiled=True), ('fsdp',), SHARD),
+  'reduce-scatter': (lambda x: jax.lax.psum_scatter(x, 'fsdp', tiled=True), ('fsdp',), SHARD // 2),
+  'all-to-all': (
+    lambda x: jax.lax.all_to_all(x, 'tensor', 1, 0, tiled=True),
+    ('tensor',),
+    SHARD // 2,
+  ),
+  'collective-permute': (
+    lambda x: jax.lax.ppermute(x, 'tensor', [(0, 1), (1, 0)]),
+    ('tensor',),
+    SHARD,
+  ),
 }
 
 
@@ -42,17 +59,33 @@ def test_kind_axes_and_bytes(kind, mesh):
 
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
   step = lambda x, _: (jax.lax.psum(x, 'fsdp') / 2, None)
-  text = compiled(lambda x: jax.lax.scan(lambda x, _: jax.lax.scan(step, x, None, length=3), x, None, length=5)[0], mesh, P('data'), P('data'))
+  text = compiled(
+    lambda x: jax.lax.scan(lambda x, _: jax.lax.scan(step, x, None, length=3), x, None, length=5)[
+      0
+    ],
+    mesh,
+    P('data'),
+    P('data'),
+  )
   (found,) = schedule.collectives(text, mesh)
   assert found.count == 15 and found.total == 15 * 4 * 4 * 16
   assert schedule.total_bytes([found]) == {('all-reduce', ('fsdp',)): found.total}
 
 
 WAYS = {  # the groups of `tensor` in a mesh of data 2 x fsdp 2 x tensor 2, then those of `fsdp`
-    'tensor': ('replica_groups={{0,1},{2,3},{4,5},{6,7}}', 'replica_groups=[4,2]<=[8]', "replica_groups=mesh['a'=4,'b'=2] {'b'}",
-               "replica_groups=mesh['b'=2,'a'=4], device_ids=([4,2]T(1,0)) {'b'}", "replica_groups=mesh['a'=8] {'a':(4)2}"),
-    'fsdp': ('replica_groups={{0,2},{1,3},{4,6},{5,7}}', 'replica_groups=[4,2]<=[2,2,2]T(0,2,1)',
-             "replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}", "replica_groups=mesh['a'=8,'b'=1] {'a':(2)2}"),
+  'tensor': (
+    'replica_groups={{0,1},{2,3},{4,5},{6,7}}',
+    'replica_groups=[4,2]<=[8]',
+    "replica_groups=mesh['a'=4,'b'=2] {'b'}",
+    "replica_groups=mesh['b'=2,'a'=4], device_ids=([4,2]T(1,0)) {'b'}",
+    "replica_groups=mesh['a'=8] {'a':(4)2}",
+  ),
+  'fsdp': (
+    'replica_groups={{0,2},{1,3},{4,6},{5,7}}',
+    'replica_groups=[4,2]<=[2,2,2]T(0,2,1)',
+    "replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}",
+    "replica_groups=mesh['a'=8,'b'=1] {'a':(2)2}",
+  ),
 }
 
 
@@ -105,9 +138,16 @@ CHIP = hardware.lookup('TPU v5 lite')
 @pytest.mark.parametrize('cycles, exposed', [(1500, 14.728e-6), (15000, 5.728e-6), (150_000, 0.0)])
 def test_a_chain_of_fusions_is_one_collective_beside_its_work(cycles, exposed):
   mesh = make_mesh(MeshConfig(fsdp=4, data=1), jax.devices()[:4])
-  text = CHAIN.replace('BACKEND', f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}')
+  text = CHAIN.replace(
+    'BACKEND', f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+  )
   (found,) = schedule.collectives(text, mesh)
-  assert (found.kind, found.started, found.nbytes, found.axes) == ('all-gather', True, 2**21 * 3 // 4, ('fsdp',))
+  assert (found.kind, found.started, found.nbytes, found.axes) == (
+    'all-gather',
+    True,
+    2**21 * 3 // 4,
+    ('fsdp',),
+  )
   assert schedule.cycles(text) == cycles
   walk = roofline._Walk(Module(text), mesh, CHIP, 'bfloat16')
   walk.tpu, walk.links = True, Fixed(100e9)
@@ -128,8 +168,19 @@ class Fixed:
 
 def fake_mesh(coords, shape, **of_device):
   """A mesh of made-up TPU devices at these places of a torus."""
-  devices = [type('Device', (), dict(coords=list(place), slice_index=0, process_index=0, platform='tpu') | of_device)() for place in coords]
-  return type('Mesh', (), dict(devices=np.array(devices, object).reshape(shape), axis_names=('fsdp', 'tensor')))()
+  devices = [
+    type(
+      'Device',
+      (),
+      dict(coords=list(place), slice_index=0, process_index=0, platform='tpu') | of_device,
+    )()
+    for place in coords
+  ]
+  return type(
+    'Mesh',
+    (),
+    dict(devices=np.array(devices, object).reshape(shape), axis_names=('fsdp', 'tensor')),
+  )()
 
 
 def test_links_are_those_of_the_torus_that_a_group_spans():
@@ -137,11 +188,17 @@ def test_links_are_those_of_the_torus_that_a_group_spans():
   torus = fake_mesh(np.ndindex(4, 4, 4), (16, 4))
   links = schedule.Links(torus, chip)
   ring, whole, part = tuple(range(4)), tuple(range(64)), (0, 1)
-  assert links.bandwidth(ring) == pytest.approx(200e9) and links.bandwidth(whole) == pytest.approx(600e9)
+  assert links.bandwidth(ring) == pytest.approx(200e9) and links.bandwidth(whole) == pytest.approx(
+    600e9
+  )
   assert links.bandwidth(part) == pytest.approx(100e9)  # half a ring is a line
-  assert links.bandwidth((0, 5)) == pytest.approx(100e9)  # a diagonal: two dimensions, shared with the other diagonal
+  assert links.bandwidth((0, 5)) == pytest.approx(
+    100e9
+  )  # a diagonal: two dimensions, shared with the other diagonal
   line = schedule.Links(fake_mesh(np.ndindex(2, 2, 2), (4, 2)), chip)
-  assert line.bandwidth((0, 1)) == pytest.approx(100e9) and line.bandwidth(tuple(range(8))) == pytest.approx(300e9)
+  assert line.bandwidth((0, 1)) == pytest.approx(100e9) and line.bandwidth(
+    tuple(range(8))
+  ) == pytest.approx(300e9)
   flat = schedule.Links(fake_mesh(np.ndindex(16, 16), (16, 16)), CHIP)
   assert flat.bandwidth(tuple(range(16))) == pytest.approx(100e9)
 
@@ -150,14 +207,22 @@ def test_between_slices_a_member_exchanges_its_part_or_it_raises():
   mesh = fake_mesh([*np.ndindex(2, 2)] * 2, (4, 2))
   for n, device in enumerate(mesh.devices.flat):
     device.slice_index = n // 4
-  reduce = lambda group, nbytes: schedule.Collective('all-reduce', ('fsdp',), len(group), 1, nbytes, False, '', group)
+  reduce = lambda group, nbytes: schedule.Collective(
+    'all-reduce', ('fsdp',), len(group), 1, nbytes, False, '', group
+  )
   links = schedule.Links(mesh, CHIP)
   whole = 1e9  # an all-reduce of a GB: 2 x 7/8 of it is sent in all
-  near, far = links.seconds(reduce(tuple(range(8)), schedule.sent('all-reduce', int(whole), int(whole), 8)))
-  assert near == pytest.approx(2 * whole * 3 / 4 / 100e9) and far == pytest.approx(2 * whole / 2 / 4 / 3.125e9)
+  near, far = links.seconds(
+    reduce(tuple(range(8)), schedule.sent('all-reduce', int(whole), int(whole), 8))
+  )
+  assert near == pytest.approx(2 * whole * 3 / 4 / 100e9) and far == pytest.approx(
+    2 * whole / 2 / 4 / 3.125e9
+  )
   assert links.seconds(reduce((0, 4), int(whole))) == (0.0, pytest.approx(whole / 3.125e9))
   assert links.seconds(reduce((0, 1), int(whole)))[1] == 0
-  with pytest.raises(ValueError, match='no bandwidth between slices is tabled for a TPU v4; add it'):
+  with pytest.raises(
+    ValueError, match='no bandwidth between slices is tabled for a TPU v4; add it'
+  ):
     schedule.Links(mesh, hardware.lookup('TPU v4')).seconds(reduce((0, 4), 8))
 
 
@@ -168,25 +233,58 @@ def test_between_slices_a_program_sends_and_receives(topology):
   def exchange(x):
     total = jax.lax.psum(x, 'fsdp') + jax.lax.ppermute(x, 'stage', [(0, 1), (1, 0)])
     return total @ total, jax.lax.psum(x, 'data')
-  text = compiled(exchange, mesh, P(('data', 'stage', 'fsdp', 'tensor')), P(('data', 'stage', 'fsdp', 'tensor')), (16 * 1024, 1024))
+
+  text = compiled(
+    exchange,
+    mesh,
+    P(('data', 'stage', 'fsdp', 'tensor')),
+    P(('data', 'stage', 'fsdp', 'tensor')),
+    (16 * 1024, 1024),
+  )
   found = {(c.kind, c.axes): c for c in schedule.collectives(text, mesh)}
   assert {key: c.nbytes for key, c in found.items()} == dict.fromkeys(
-      [('all-reduce', ('data',)), ('all-reduce', ('fsdp',)), ('collective-permute', ('stage',))], 4 * 1024**2)
-  assert all(len({mesh.devices.flat[n].slice_index for n in c.group}) == (1 if 'fsdp' in c.axes else 2) for c in found.values())
+    [('all-reduce', ('data',)), ('all-reduce', ('fsdp',)), ('collective-permute', ('stage',))],
+    4 * 1024**2,
+  )
+  assert all(
+    len({mesh.devices.flat[n].slice_index for n in c.group}) == (1 if 'fsdp' in c.axes else 2)
+    for c in found.values()
+  )
   predicted = roofline.predict(text, mesh, CHIP, 'float32')
-  assert predicted.roofline['network data'] == predicted.roofline['network stage'] == pytest.approx(4 * 1024**2 / CHIP.network)
+  assert (
+    predicted.roofline['network data']
+    == predicted.roofline['network stage']
+    == pytest.approx(4 * 1024**2 / CHIP.network)
+  )
   assert predicted.seconds >= 2 * 4 * 1024**2 / CHIP.network
 
 
 def test_every_slice_may_take_part(mesh):
   """The short form of an exchange between all slices, and the devices that are meant."""
-  devices = [type('Device', (), {'id': 100_000 * (n // 4 + 1) + n % 4, 'slice_index': n // 4, 'platform': 'tpu'})() for n in range(8)]
-  slices = type('Mesh', (), {'devices': np.array(devices, object).reshape(2, 4), 'axis_names': ('data', 'fsdp'), 'size': 8})()
-  send = ('HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n  %x = f32[1024]{0} parameter(0)\n  %t = token[] after-all()\n'
-          '  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, frontend_attributes={'
-          '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n')
-  for target, kind in (('{1:2}x{0:3}', 'all-reduce'), ('{1,2}x{0:3}', 'all-reduce'), ('{{100000,200000},{100001,200001}}', 'all-gather')):
-    (found,) = schedule.collectives(send.replace('TARGET', target).replace('TYPE', kind.upper().replace('-', '_')), slices)
+  devices = [
+    type(
+      'Device', (), {'id': 100_000 * (n // 4 + 1) + n % 4, 'slice_index': n // 4, 'platform': 'tpu'}
+    )()
+    for n in range(8)
+  ]
+  slices = type(
+    'Mesh',
+    (),
+    {'devices': np.array(devices, object).reshape(2, 4), 'axis_names': ('data', 'fsdp'), 'size': 8},
+  )()
+  send = (
+    'HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n  %x = f32[1024]{0} parameter(0)\n  %t = token[] after-all()\n'
+    '  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n'
+  )
+  for target, kind in (
+    ('{1:2}x{0:3}', 'all-reduce'),
+    ('{1,2}x{0:3}', 'all-reduce'),
+    ('{{100000,200000},{100001,200001}}', 'all-gather'),
+  ):
+    (found,) = schedule.collectives(
+      send.replace('TARGET', target).replace('TYPE', kind.upper().replace('-', '_')), slices
+    )
     assert (found.kind, found.axes, found.group, found.nbytes) == (kind, ('data',), (0, 4), 4096)
   with pytest.raises(ValueError, match="kind of transfer between slices='one' is unknown"):
     schedule.collectives(send.replace('TARGET', '{1,2}x{0:3}').replace('TYPE', 'ONE'), slices)
@@ -200,6 +298,11 @@ def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
   # Megatron with sequence parallelism: of every layer, [B, T, D] is gathered before attention and before the feed-forward, and
   # reduce-scattered after each; backward the same. A ring of 2 sends half of it.
   model, T = tpu_step.config.model, tpu_step.config.data.sequence_length
-  half = 2 * tpu_step.config.data.batch_size // 2 * T * model.D // 2  # bytes of a device's activations, bf16
+  half = (
+    2 * tpu_step.config.data.batch_size // 2 * T * model.D // 2
+  )  # bytes of a device's activations, bf16
   for kind in ('all-gather', 'reduce-scatter'):
-    assert sum(c.total for c in found if c.kind == kind and c.axes == ('tensor',) and c.nbytes == half) >= 4 * model.L * half, kind
+    assert (
+      sum(c.total for c in found if c.kind == kind and c.axes == ('tensor',) and c.nbytes == half)
+      >= 4 * model.L * half
+    ), kind

@@ -1,4 +1,5 @@
 """Is the memory table that of the state which training really has, and is the formula beside it the same account?"""
+
 import json
 
 import jax
@@ -7,7 +8,16 @@ import pytest
 from analysis import zero
 from model.config import ModelConfig
 
-MODEL = ModelConfig(vocabulary=512, width=1024, layers=8, heads=4, head_width=256, feed_forward=2048, max_length=128, dtype='bfloat16')
+MODEL = ModelConfig(
+  vocabulary=512,
+  width=1024,
+  layers=8,
+  heads=4,
+  head_width=256,
+  feed_forward=2048,
+  max_length=128,
+  dtype='bfloat16',
+)
 
 
 @pytest.mark.parametrize('way', zero.WAYS)
@@ -16,7 +26,9 @@ def test_the_formula_is_the_real_state(way):
   config = zero.setting(MODEL, 4, **zero.WAYS[way])
   state = zero.measure(config, 4)
   for part, expected in zero.formula(config, 4, state.count).items():
-    assert state.parts[part] == pytest.approx(expected, rel=0.1 if part == 'activations' else 0.03, abs=64), part
+    assert state.parts[part] == pytest.approx(
+      expected, rel=0.1 if part == 'activations' else 0.03, abs=64
+    ), part
   assert state.host == pytest.approx(8 * state.count / 4 if 'offload' in way else 0, rel=1e-3)
   assert state.chip == sum(state.parts.values())
 
@@ -36,7 +48,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(zero, 'MODELS', {'small': MODEL})
   found = zero.main(['--chips', '4', '--json', str(tmp_path / 'z.json')])
   assert json.loads((tmp_path / 'z.json').read_text())['results'] == found
-  assert list(found['small']) == list(zero.WAYS) and found['small']['ZeRO-1']['chip'] > found['small']['ZeRO-3']['chip']
+  assert (
+    list(found['small']) == list(zero.WAYS)
+    and found['small']['ZeRO-1']['chip'] > found['small']['ZeRO-3']['chip']
+  )
   assert 'by formula' in capsys.readouterr().out
   with pytest.raises(SystemExit):
     zero.main(['--chips', '3'])
@@ -44,5 +59,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_the_sizes_are_those_of_their_names():
-  billions = [jax.eval_shape(lambda model=model: zero.transformer.init(model, 0)) for model in zero.MODELS.values()]
-  assert [round(zero.params.count(model) / 1e9, 1) for model in billions] == [0.1, 1.6, 6.7, 70.6, 174.6]
+  billions = [
+    jax.eval_shape(lambda model=model: zero.transformer.init(model, 0))
+    for model in zero.MODELS.values()
+  ]
+  assert [round(zero.params.count(model) / 1e9, 1) for model in billions] == [
+    0.1,
+    1.6,
+    6.7,
+    70.6,
+    174.6,
+  ]

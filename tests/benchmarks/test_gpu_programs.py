@@ -1,4 +1,5 @@
 """Do the programs that a GPU would be timed with compile, and run our kernels as often as they say? For an H100 that isn't here."""
+
 import dataclasses
 
 import jax
@@ -15,7 +16,9 @@ def h100():
   try:
     return make_mesh(MeshConfig(), aot.topology('h100:1x1x1'))
   except ImportError as error:
-    pytest.skip(f'an H100 cannot be compiled for: {error}; make test-gpu-aot installs what is missing')
+    pytest.skip(
+      f'an H100 cannot be compiled for: {error}; make test-gpu-aot installs what is missing'
+    )
 
 
 @pytest.fixture
@@ -28,7 +31,9 @@ def assembled(monkeypatch, tmp_path):
 
 
 def check(reports):
-  assert reports and not {name: report for name, report in reports.items() if report.spilled or report.warnings}
+  assert reports and not {
+    name: report for name, report in reports.items() if report.spilled or report.warnings
+  }
 
 
 # All kinds that --quick asks for.
@@ -60,7 +65,13 @@ def test_the_step_that_is_timed_compiles_with_our_kernel(length, h100, assembled
   whole = train_gpu.config
   made = whole(length, 'pallas_gpu')
   assert len(made.model.stacks) == 1
-  monkeypatch.setattr(train_gpu, 'config', lambda *x: dataclasses.replace(whole(*x), model=dataclasses.replace(made.model, layers=2)))
+  monkeypatch.setattr(
+    train_gpu,
+    'config',
+    lambda *x: dataclasses.replace(whole(*x), model=dataclasses.replace(made.model, layers=2)),
+  )
   found = train_gpu.predict('pallas_gpu', length)
-  assert found['device_peak_bytes'] < 80e9 and any('our attention kernels at 52% of the peak' in line for line in found['assumptions'])
+  assert found['device_peak_bytes'] < 80e9 and any(
+    'our attention kernels at 52% of the peak' in line for line in found['assumptions']
+  )
   check(assembled())

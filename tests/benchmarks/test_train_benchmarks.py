@@ -1,4 +1,5 @@
 """Do both sides of the training benchmarks run what they say, and does a side that cannot run say why? No timing is looked at."""
+
 import dataclasses
 import json
 import os
@@ -16,7 +17,12 @@ from model import params, transformer
 
 
 def run(*flags, module='benchmarks.train_gpu'):
-  return subprocess.run([sys.executable, '-m', module, *flags], env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True)
+  return subprocess.run(
+    [sys.executable, '-m', module, *flags],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
 
 
 @pytest.mark.slow
@@ -26,26 +32,41 @@ def test_a_rehearsal_runs_all_of_it(tmp_path):
   found = json.loads((tmp_path / 'found.json').read_text())['results']
   assert found['rehearsal'] and 'a rehearsal: nothing here is a measurement' in done.stdout
   dense, blocks = (found['sides'][f'{side} 4096'] for side in ('xla', 'blocked'))
-  assert dense['losses'] == pytest.approx(blocks['losses'], rel=1e-4) and len(dense['steps']) == 1 and dense['losses'][1] < dense['losses'][0]
-  assert found['sides']['pallas_gpu 4096']['error'] == 'it is for GPUs' and 'not measured: Tandem, cuDNN, 4096: it is for GPUs' in done.stdout
+  assert (
+    dense['losses'] == pytest.approx(blocks['losses'], rel=1e-4)
+    and len(dense['steps']) == 1
+    and dense['losses'][1] < dense['losses'][0]
+  )
+  assert (
+    found['sides']['pallas_gpu 4096']['error'] == 'it is for GPUs'
+    and 'not measured: Tandem, cuDNN, 4096: it is for GPUs' in done.stdout
+  )
 
 
 def test_without_a_gpu_it_says_so():
   done = run()
   assert done.returncode == 1 and done.stdout == (
-      "not measured: no GPU at hand, jax sees 'cpu' (cpu); --rehearse runs the harness without one\n")
+    "not measured: no GPU at hand, jax sees 'cpu' (cpu); --rehearse runs the harness without one\n"
+  )
 
 
 def test_the_model_has_the_size_that_it_says():
   made = train_gpu.config(16384, 'auto')
-  assert (made.data.batch_size, made.data.sequence_length, made.model.dtype) == (1, 16384, 'bfloat16')
+  assert (made.data.batch_size, made.data.sequence_length, made.model.dtype) == (
+    1,
+    16384,
+    'bfloat16',
+  )
   model = jax.eval_shape(lambda: transformer.init(made.resolve(made.model.vocabulary).model, 0))
   from configs import bench_1b
+
   assert f'{params.count(model):,}' in bench_1b.__doc__
 
 
 def test_a_side_that_would_not_run_cudnn_is_no_measurement_of_it():
-  with pytest.raises(RuntimeError, match='cuDNN does not compute this attention: it is for GPUs, not a cpu'):
+  with pytest.raises(
+    RuntimeError, match='cuDNN does not compute this attention: it is for GPUs, not a cpu'
+  ):
     train_gpu.side_of('cudnn', 4096, 1, True, False)
 
 
@@ -63,7 +84,9 @@ def test_rows_that_say_nothing_leave_the_mask_without_segments(one_device):
 def test_the_cpus_model_is_the_one_that_was_measured_before():
   made = train_cpu.config()
   model = jax.eval_shape(lambda: transformer.init(made.resolve(made.model.vocabulary).model, 0))
-  assert params.count(model) == 31_990_272 and made.data.batch_size * made.data.sequence_length == 4096
+  assert (
+    params.count(model) == 31_990_272 and made.data.batch_size * made.data.sequence_length == 4096
+  )
 
 
 OPTIONS = types.SimpleNamespace(steps=1, rehearse=False)
@@ -77,27 +100,67 @@ def test_memory_that_is_too_small_is_tried_again_with_less_and_said(monkeypatch)
     if not tried[-1]:
       raise RuntimeError('ended with code 1: torch.OutOfMemoryError: CUDA out of memory')
     return {'step_seconds': 1.0}
+
   monkeypatch.setattr(train_step, 'in_process', in_process)
-  assert train_gpu.measure('torch', 4096, OPTIONS, time.time() + 60) == {'step_seconds': 1.0, 'checkpointed': True} and tried == [False, True]
+  assert train_gpu.measure('torch', 4096, OPTIONS, time.time() + 60) == {
+    'step_seconds': 1.0,
+    'checkpointed': True,
+  } and tried == [False, True]
   tried.clear()
-  assert 'out of memory' in train_gpu.measure('xla', 4096, OPTIONS, time.time() + 60)['error'] and tried == [False]
-  assert train_gpu.measure('xla', 4096, OPTIONS, time.time() + 5) == {'error': 'skipped: no time left'}
+  assert 'out of memory' in train_gpu.measure('xla', 4096, OPTIONS, time.time() + 60)[
+    'error'
+  ] and tried == [False]
+  assert train_gpu.measure('xla', 4096, OPTIONS, time.time() + 5) == {
+    'error': 'skipped: no time left'
+  }
 
 
 def test_a_process_that_fails_says_why_and_one_that_hangs_is_ended():
   module = 'benchmarks.train_gpu'
-  with pytest.raises(RuntimeError, match=re.escape('cuDNN does not compute this attention: it is for GPUs, not a cpu')):
-    train_step.in_process(module, '--side', 'cudnn', '--length', '4096', '--rehearse', environment={'JAX_PLATFORMS': 'cpu'})
+  with pytest.raises(
+    RuntimeError,
+    match=re.escape('cuDNN does not compute this attention: it is for GPUs, not a cpu'),
+  ):
+    train_step.in_process(
+      module,
+      '--side',
+      'cudnn',
+      '--length',
+      '4096',
+      '--rehearse',
+      environment={'JAX_PLATFORMS': 'cpu'},
+    )
   with pytest.raises(RuntimeError, match='took more than 1 s'):
-    train_step.in_process(module, '--side', 'xla', '--length', '4096', '--rehearse', environment={'JAX_PLATFORMS': 'cpu'}, timeout=1)
+    train_step.in_process(
+      module,
+      '--side',
+      'xla',
+      '--length',
+      '4096',
+      '--rehearse',
+      environment={'JAX_PLATFORMS': 'cpu'},
+      timeout=1,
+    )
 
 
 def test_the_table_is_of_what_was_measured(capsys):
-  side = {'step_seconds': 0.5, 'tokens': 16384, 'device_peak_bytes': 31e9, 'first_step_seconds': 9.0, 'losses': [10.0, 9.0], 'checkpointed': False}
-  results = {'pallas_gpu 4096': side | {'flops_per_token': 7e9}, 'torch 4096': side | {'step_seconds': 1.0, 'checkpointed': True},
-             'xla 4096': {'error': 'no memory'}}
+  side = {
+    'step_seconds': 0.5,
+    'tokens': 16384,
+    'device_peak_bytes': 31e9,
+    'first_step_seconds': 9.0,
+    'losses': [10.0, 9.0],
+    'checkpointed': False,
+  }
+  results = {
+    'pallas_gpu 4096': side | {'flops_per_token': 7e9},
+    'torch 4096': side | {'step_seconds': 1.0, 'checkpointed': True},
+    'xla 4096': {'error': 'no memory'},
+  }
   train_gpu.show(results, 989.4e12)
   text = capsys.readouterr().out
-  assert re.search(r'Tandem, our kernel +32,768 +23\.2% +31\.0', text) and re.search(r'transformers, checkpointed +16,384 +11\.6%', text)
+  assert re.search(r'Tandem, our kernel +32,768 +23\.2% +31\.0', text) and re.search(
+    r'transformers, checkpointed +16,384 +11\.6%', text
+  )
   assert 'not measured: Tandem, XLA, dense scores, 4096: no memory' in text
   assert dataclasses.asdict(train_gpu.config(4096, 'xla').data)['batch_size'] == 4

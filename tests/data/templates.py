@@ -62,5 +62,14 @@ INSTRUCT = """{{ bos_token }}{% set ns = namespace(system='', turns=0) %}
 
 TEMPLATES = {'chatml': CHATML, 'headers': HEADERS, 'instruct': INSTRUCT}
 SYSTEM = [{'role': 'system', 'content': 'Answer in  one word. '}]
-TURNS = [{'role': 'user', 'content': ' Caf\u00e9 or <tea> & "milk"?\n'}, {'role': 'assistant', 'content': 'Tea!  '}, {'role': 'user', 'content': 'Why?'}]
-CONVERSATIONS = {'one turn': TURNS[:1], 'with system': SYSTEM + TURNS[:1], 'many turns': SYSTEM + TURNS, 'answered': TURNS[:2]}
+TURNS = [
+  {'role': 'user', 'content': ' Caf\u00e9 or <tea> & "milk"?\n'},
+  {'role': 'assistant', 'content': 'Tea!  '},
+  {'role': 'user', 'content': 'Why?'},
+]
+CONVERSATIONS = {
+  'one turn': TURNS[:1],
+  'with system': SYSTEM + TURNS[:1],
+  'many turns': SYSTEM + TURNS,
+  'answered': TURNS[:2],
+}

@@ -1,4 +1,5 @@
 """Chat templates: what they render, where the assistant's turns stand, what they may not do, and errors that say why."""
+
 import datetime
 import json
 
@@ -17,33 +18,55 @@ anything = st.text(st.characters(exclude_categories=['Cs']), max_size=20)
 
 def test_chatml():
   template = ChatTemplate(CHATML)
-  assert template.render(TURNS[:1]) == '<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
+  assert (
+    template.render(TURNS[:1])
+    == '<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
+  )
   text = template.render(SYSTEM + TURNS, add_generation_prompt=True)
-  assert text == ('<|im_start|>system\nAnswer in  one word. <|im_end|>\n<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
-                  '<|im_start|>assistant\nTea!  <|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n')
-  assert template.render(HELLO, add_generation_prompt=True, thinking=False).endswith('assistant\n<think>\n\n</think>\n\n')
+  assert text == (
+    '<|im_start|>system\nAnswer in  one word. <|im_end|>\n<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
+    '<|im_start|>assistant\nTea!  <|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n'
+  )
+  assert template.render(HELLO, add_generation_prompt=True, thinking=False).endswith(
+    'assistant\n<think>\n\n</think>\n\n'
+  )
 
 
 def test_variables_of_the_call_come_before_those_of_the_tokenizer():
   template = ChatTemplate(HEADERS, {'bos_token': '<|begin|>', 'eos_token': '<|eot|>'})
-  assert template.render(HELLO) == '<|begin|><|start|>system<|end|>\n\n<|eot|><|start|>user<|end|>\n\nHello<|eot|>'
-  assert template.render(HELLO, bos_token='B', tools=[{'name': '<f>'}], add_generation_prompt=True) == (
-      'B<|start|>system<|end|>\n\nTools: [\n  {\n    "name": "<f>"\n  }\n]<|eot|><|start|>user<|end|>\n\nHello<|eot|><|start|>assistant<|end|>\n\n')
+  assert (
+    template.render(HELLO)
+    == '<|begin|><|start|>system<|end|>\n\n<|eot|><|start|>user<|end|>\n\nHello<|eot|>'
+  )
+  assert template.render(
+    HELLO, bos_token='B', tools=[{'name': '<f>'}], add_generation_prompt=True
+  ) == (
+    'B<|start|>system<|end|>\n\nTools: [\n  {\n    "name": "<f>"\n  }\n]<|eot|><|start|>user<|end|>\n\nHello<|eot|><|start|>assistant<|end|>\n\n'
+  )
 
 
 @given(contents=st.lists(anything, min_size=1, max_size=6))
 def test_spans_are_what_the_assistant_wrote(contents):
-  messages = [{'role': ('user', 'assistant')[i % 2], 'content': content} for i, content in enumerate(contents)]
-  for source, written in ((CHATML, lambda text: text + '<|im_end|>'), (INSTRUCT, lambda text: f' {text.strip()}</s>')):
+  messages = [
+    {'role': ('user', 'assistant')[i % 2], 'content': content} for i, content in enumerate(contents)
+  ]
+  for source, written in (
+    (CHATML, lambda text: text + '<|im_end|>'),
+    (INSTRUCT, lambda text: f' {text.strip()}</s>'),
+  ):
     template = ChatTemplate(source, {'bos_token': '<s>', 'eos_token': '</s>'})
     text, spans = template.render_with_spans(messages)
     assert template.marks_generation and text == template.render(messages)
-    assert [text[begin:end] for begin, end in spans] == [written(content) for content in contents[1::2]]
+    assert [text[begin:end] for begin, end in spans] == [
+      written(content) for content in contents[1::2]
+    ]
 
 
 def test_spans_in_a_macro_and_in_a_captured_block():
   macro = '{% macro say(text) %}{% generation %}{{ text }}{% endgeneration %}{% endmacro %}'
-  template = ChatTemplate(macro + '{% set all %}a{{ say("bc") }}d{% endset %}{{ all }}{{ say(messages[0].content) }}')
+  template = ChatTemplate(
+    macro + '{% set all %}a{{ say("bc") }}d{% endset %}{{ all }}{{ say(messages[0].content) }}'
+  )
   assert template.render_with_spans(HELLO) == ('abcdHello', [(1, 3), (4, 9)])
 
 
@@ -56,49 +79,94 @@ def test_a_template_without_marks_does_not_give_an_empty_mask():
 def test_the_dialects_functions():
   assert ChatTemplate('{{ {"a": "<é>"} | tojson }}').render(HELLO) == '{"a": "<é>"}'
   assert ChatTemplate('{{ strftime_now("%Y") }}').render(HELLO) == str(datetime.date.today().year)
-  assert ChatTemplate('{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}').render(HELLO) == '01'
+  assert (
+    ChatTemplate(
+      '{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}'
+    ).render(HELLO)
+    == '01'
+  )
   assert ChatTemplate('  {% if true %}\nx\n  {% endif %}\n').render(HELLO) == 'x\n'
   assert ChatTemplate('{{ tools is none and documents is none }}').render(HELLO) == 'True'
 
 
 def test_missing_values_are_missing_keys():
   call = [{'role': 'assistant', 'content': None, 'tool_calls': [{'name': 'f'}]}]
-  assert ChatTemplate('{{ "content" in messages[0] }}{{ messages[0].tool_calls[0].name }}').render(call) == 'Falsef'
-  assert ChatTemplate('{{ messages[0].content[0].text }}').render([{'role': 'user', 'content': [{'type': 'text', 'text': 'x'}]}]) == 'x'
+  assert (
+    ChatTemplate('{{ "content" in messages[0] }}{{ messages[0].tool_calls[0].name }}').render(call)
+    == 'Falsef'
+  )
+  assert (
+    ChatTemplate('{{ messages[0].content[0].text }}').render(
+      [{'role': 'user', 'content': [{'type': 'text', 'text': 'x'}]}]
+    )
+    == 'x'
+  )
 
 
-@pytest.mark.parametrize('messages, message', [
-    ([], r'messages=\[\] must be a list'), ('Hello', "messages='Hello' must be a list"), ({'role': 'user'}, 'must be a list'),
-    (HELLO + ['Hello'], r"messages\[1\]='Hello' is str, not a mapping"), ([{'content': 'a'}], r'messages\[0\] has role=None'),
-    ([{'role': 1, 'content': 'a'}], 'has role=1'), ([{'role': 'user'}], r'messages\[0\] has content=None'),
-    ([{'role': 'user', 'content': 3}], 'has content=3'), ([{'role': 'user', 'content': 3, 'tool_calls': []}], 'has content=3'),
-    ([{'role': 'user', 'content': 'a', 'image': b'x'}], 'JSON data only.*bytes')])
+@pytest.mark.parametrize(
+  'messages, message',
+  [
+    ([], r'messages=\[\] must be a list'),
+    ('Hello', "messages='Hello' must be a list"),
+    ({'role': 'user'}, 'must be a list'),
+    (HELLO + ['Hello'], r"messages\[1\]='Hello' is str, not a mapping"),
+    ([{'content': 'a'}], r'messages\[0\] has role=None'),
+    ([{'role': 1, 'content': 'a'}], 'has role=1'),
+    ([{'role': 'user'}], r'messages\[0\] has content=None'),
+    ([{'role': 'user', 'content': 3}], 'has content=3'),
+    ([{'role': 'user', 'content': 3, 'tool_calls': []}], 'has content=3'),
+    ([{'role': 'user', 'content': 'a', 'image': b'x'}], 'JSON data only.*bytes'),
+  ],
+)
 def test_messages_of_another_form(messages, message):
   with pytest.raises(ValueError, match=message):
     ChatTemplate(CHATML).render(messages)
 
 
-@pytest.mark.parametrize('source, message', [
-    (' \n', 'the chat template is empty'), ('a\n{% if %}', 'line 2 of the chat template'), ('{% nonsense %}', "unknown tag 'nonsense'"),
-    ('{% generation %}', 'line 1 of the chat template')])
+@pytest.mark.parametrize(
+  'source, message',
+  [
+    (' \n', 'the chat template is empty'),
+    ('a\n{% if %}', 'line 2 of the chat template'),
+    ('{% nonsense %}', "unknown tag 'nonsense'"),
+    ('{% generation %}', 'line 1 of the chat template'),
+  ],
+)
 def test_templates_that_are_none(source, message):
   with pytest.raises(ValueError, match=message):
     ChatTemplate(source)
 
 
-@pytest.mark.parametrize('source, message', [
-    ("{{ raise_exception('no systems here') }}", 'failed on these 1 messages: TemplateError: no systems here'),
-    ('{{ nothing.at.all }}', "UndefinedError: 'nothing' is undefined"), ('{{ messages[0].content + 1 }}', 'TypeError'),
-    ("{{ ''.__class__.__mro__ }}", 'SecurityError'), ('{{ messages.append(1) }}', 'SecurityError'),
-    ("{{ messages[0].update({'role': 'x'}) }}", 'SecurityError'), ("{% include '/etc/passwd' %}", 'no loader')])
+@pytest.mark.parametrize(
+  'source, message',
+  [
+    (
+      "{{ raise_exception('no systems here') }}",
+      'failed on these 1 messages: TemplateError: no systems here',
+    ),
+    ('{{ nothing.at.all }}', "UndefinedError: 'nothing' is undefined"),
+    ('{{ messages[0].content + 1 }}', 'TypeError'),
+    ("{{ ''.__class__.__mro__ }}", 'SecurityError'),
+    ('{{ messages.append(1) }}', 'SecurityError'),
+    ("{{ messages[0].update({'role': 'x'}) }}", 'SecurityError'),
+    ("{% include '/etc/passwd' %}", 'no loader'),
+  ],
+)
 def test_templates_that_fail_or_break_out(source, message):
   with pytest.raises(ValueError, match=message):
     ChatTemplate(source).render(HELLO)
 
 
 def test_a_tokenizers_own_template(tmp_path):
-  settings = families.SETTINGS['qwen'] | {'chat_template': [{'name': 'default', 'template': CHATML}, {'name': 'tools', 'template': HEADERS}]}
-  made = huggingface.HuggingFaceTokenizer(families.contents('qwen') | {'tokenizer_config.json': json.dumps(settings).encode()})
+  settings = families.SETTINGS['qwen'] | {
+    'chat_template': [
+      {'name': 'default', 'template': CHATML},
+      {'name': 'tools', 'template': HEADERS},
+    ]
+  }
+  made = huggingface.HuggingFaceTokenizer(
+    families.contents('qwen') | {'tokenizer_config.json': json.dumps(settings).encode()}
+  )
   made.save(tmp_path)
   tok = tokenizer.load(tmp_path)
   for messages in CONVERSATIONS.values():
@@ -111,5 +179,7 @@ def test_a_tokenizers_own_template(tmp_path):
 
 
 def test_no_template_is_an_error():
-  with pytest.raises(ValueError, match="'byte' tokenizer has no chat template.*chat_template.jinja"):
+  with pytest.raises(
+    ValueError, match="'byte' tokenizer has no chat template.*chat_template.jinja"
+  ):
     ChatTemplate.of(tokenizer.ByteTokenizer())

@@ -9,7 +9,9 @@ from data import clean, duplicates, filters
 from data.config import ANONYMISED_KINDS, CleanConfig
 
 
-@pytest.mark.parametrize('text, masked, counts', [
+@pytest.mark.parametrize(
+  'text, masked, counts',
+  [
     ('mail ann.lee+x@mail.example.org now', 'mail <EMAIL> now', {'email': 1}),
     ('a@b.co, c@d.co', '<EMAIL>, <EMAIL>', {'email': 2}),
     ('from 192.168.0.1 to 10.0.0.255.', 'from <IP> to <IP>.', {'ip': 2}),
@@ -17,16 +19,28 @@ from data.config import ANONYMISED_KINDS, CleanConfig
     ('call +44 20 7946 0958 or (555) 010-9999', 'call <PHONE> or <PHONE>', {'phone': 2}),
     ('call 555-010-9999 or +35236450123', 'call <PHONE> or <PHONE>', {'phone': 2}),
     ('card 4111 1111 1111 1111, id 123456789', 'card <DIGITS>, id <DIGITS>', {'digits': 2}),
-])
+  ],
+)
 def test_personal_data_is_masked_and_counted(text, masked, counts):
   assert clean.anonymise(text, ANONYMISED_KINDS) == (masked, counts)
 
 
-@pytest.mark.parametrize('text', [
-    '@functools.cache\ndef f(x): return x[1::2] + y[::3]', 'pi = 3.14159265358979', 'version 1.2.3', '999.999.999.999',
-    '2024-01-31 12:30:45', 'range(10000000)', 'abc1234567890', '0x1234567890ab', 'a @ b', '1_000_000_000',
+@pytest.mark.parametrize(
+  'text',
+  [
+    '@functools.cache\ndef f(x): return x[1::2] + y[::3]',
+    'pi = 3.14159265358979',
+    'version 1.2.3',
+    '999.999.999.999',
+    '2024-01-31 12:30:45',
+    'range(10000000)',
+    'abc1234567890',
+    '0x1234567890ab',
+    'a @ b',
+    '1_000_000_000',
     'x - 12 - 345',
-])
+  ],
+)
 def test_ordinary_text_is_left_alone(text):
   assert clean.anonymise(text, ANONYMISED_KINDS) == (text, {})
 
@@ -56,24 +70,27 @@ def test_digest_ignores_case_and_whitespace_only():
 
 
 PROSE = (
-    'The keeper of the lighthouse had counted ships for thirty years, and that morning there were none to be seen. '
-    'He wrote the number in his book anyway. A storm was coming from the west, slow and grey as an old sheep, '
-    'with all the patience of weather. His daughter asked why he counted what was not there. '
-    'Because somebody will want to know that nothing happened, he said, and closed the book with great care. '
-    'Outside, gulls walked about on the wet rocks like clerks who have lost their office keys again.')
+  'The keeper of the lighthouse had counted ships for thirty years, and that morning there were none to be seen. '
+  'He wrote the number in his book anyway. A storm was coming from the west, slow and grey as an old sheep, '
+  'with all the patience of weather. His daughter asked why he counted what was not there. '
+  'Because somebody will want to know that nothing happened, he said, and closed the book with great care. '
+  'Outside, gulls walked about on the wet rocks like clerks who have lost their office keys again.'
+)
 
 BROKEN = {
-    'word_count': 'The end of that.',
-    'word_length': ' '.join(f'{a} {b} the of' for a in 'abcdefg' for b in 'hijklmn') + '.',
-    'symbols': PROSE.replace('. ', '... ') + ' #' * 9,
-    'bullets': '\n'.join(f'- the item and number {i} of that long list, which goes on and on.' for i in range(10)),
-    'letters': PROSE + ' 12345' * 60,
-    'stop_words': ' '.join(f'word{chr(97 + i % 26)}{chr(97 + i // 26)}' for i in range(60)) + '.',
-    'placeholder_text': PROSE + ' Lorem ipsum dolor.',
-    'line_ends': PROSE.replace('.', ''),
-    'short_lines': '\n'.join(' '.join(PROSE.split()[i:i + 4]) + '.' for i in range(0, 90, 4)),
-    'repeated_lines': '\n'.join([PROSE] * 2),
-    'repeated_ngrams': PROSE + ' ' + ' '.join(['and that of the very old king'] * 12) + '.',
+  'word_count': 'The end of that.',
+  'word_length': ' '.join(f'{a} {b} the of' for a in 'abcdefg' for b in 'hijklmn') + '.',
+  'symbols': PROSE.replace('. ', '... ') + ' #' * 9,
+  'bullets': '\n'.join(
+    f'- the item and number {i} of that long list, which goes on and on.' for i in range(10)
+  ),
+  'letters': PROSE + ' 12345' * 60,
+  'stop_words': ' '.join(f'word{chr(97 + i % 26)}{chr(97 + i // 26)}' for i in range(60)) + '.',
+  'placeholder_text': PROSE + ' Lorem ipsum dolor.',
+  'line_ends': PROSE.replace('.', ''),
+  'short_lines': '\n'.join(' '.join(PROSE.split()[i : i + 4]) + '.' for i in range(0, 90, 4)),
+  'repeated_lines': '\n'.join([PROSE] * 2),
+  'repeated_ngrams': PROSE + ' ' + ' '.join(['and that of the very old king'] * 12) + '.',
 }
 
 
@@ -101,20 +118,32 @@ def test_minhash_estimates_jaccard():
   rng = np.random.default_rng(0)
   one = words(rng, 400)
   other = one[:300] + words(rng, 100)
-  shingles = [{tuple(text[i:i + 5]) for i in range(len(text) - 4)} for text in (one, other)]
+  shingles = [{tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in (one, other)]
   exact = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
   estimate = (duplicates.minhash(one) == duplicates.minhash(other)).mean()
   assert abs(estimate - exact) < 0.15  # three standard deviations of a mean of 112
   assert (duplicates.minhash(one) == duplicates.minhash(list(one))).all()
-  assert (duplicates.minhash(one) == duplicates.minhash(sorted(one))).mean() < 0.1  # the same words in another order
+  assert (
+    duplicates.minhash(one) == duplicates.minhash(sorted(one))
+  ).mean() < 0.1  # the same words in another order
 
 
 def test_near_duplicates_keep_the_first_of_each_cluster():
   rng = np.random.default_rng(1)
   base = [words(rng, 300) for _ in range(4)]
   near = [text[:145] + [b'changed'] + text[146:] for text in base]
-  signatures = np.stack([duplicates.minhash(text) for text in base[:2] + near[:2] + base[2:] + near[:1]])
-  assert duplicates.near_duplicates(signatures, 0.75).tolist() == [False, False, True, True, False, False, True]
+  signatures = np.stack(
+    [duplicates.minhash(text) for text in base[:2] + near[:2] + base[2:] + near[:1]]
+  )
+  assert duplicates.near_duplicates(signatures, 0.75).tolist() == [
+    False,
+    False,
+    True,
+    True,
+    False,
+    False,
+    True,
+  ]
   assert duplicates.near_duplicates(signatures[:1], 0.75).tolist() == [False]
   assert duplicates.near_duplicates(signatures, 1.0).tolist() == [False] * 6 + [True]
 
@@ -127,5 +156,6 @@ def test_workers_change_nothing():
   finally:
     clean.CHUNK_CHARACTERS = default
   alone = list(clean.clean_all(iter(texts), CleanConfig()))
-  assert [(c.text, c.dropped, c.counts, c.digest, c.signature.tolist()) for c in parallel] == \
-         [(c.text, c.dropped, c.counts, c.digest, c.signature.tolist()) for c in alone]
+  assert [(c.text, c.dropped, c.counts, c.digest, c.signature.tolist()) for c in parallel] == [
+    (c.text, c.dropped, c.counts, c.digest, c.signature.tolist()) for c in alone
+  ]

@@ -26,16 +26,28 @@ def corpus(tmp_path_factory):
   where = tmp_path_factory.mktemp('corpus')
   for name, count in (('a', 90), ('b', 30)):
     rng = random.Random(name)
-    texts = [f'{name}{i} ' + ' '.join(map(str, rng.choices(range(1000), k=rng.randrange(80)))) for i in range(count)]
+    texts = [
+      f'{name}{i} ' + ' '.join(map(str, rng.choices(range(1000), k=rng.randrange(80))))
+      for i in range(count)
+    ]
     (where / f'{name}.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
   return where
 
 
 def settings(corpus, names='ab', weights=(3.0, 1.0), **kinds):
-  chosen = tuple(SourceConfig(kind='jsonl', path=f'{corpus}/{name}.jsonl', text_field='text', weight=weight)
-                 for name, weight in zip(names, weights))
-  base = dict(sources=chosen, tokenizer=TokenizerConfig(kind='byte'), clean=CleanConfig(near_duplicates=0.0),
-              sequence_length=32, batch_size=6, validation_fraction=0.2, cache_dir=str(corpus / 'cache'))
+  chosen = tuple(
+    SourceConfig(kind='jsonl', path=f'{corpus}/{name}.jsonl', text_field='text', weight=weight)
+    for name, weight in zip(names, weights)
+  )
+  base = dict(
+    sources=chosen,
+    tokenizer=TokenizerConfig(kind='byte'),
+    clean=CleanConfig(near_duplicates=0.0),
+    sequence_length=32,
+    batch_size=6,
+    validation_fraction=0.2,
+    cache_dir=str(corpus / 'cache'),
+  )
   return DataConfig(**(base | kinds))
 
 
@@ -66,7 +78,9 @@ def pairs(batch):
 def test_a_batch_says_what_it_says(corpus):
   prepared, config = prepared_and_config(corpus)
   batch = take(train_loader(prepared, config), 20)
-  assert all(leaf.dtype == np.int32 and leaf.shape == (20, 6, 32) for leaf in jax.tree.leaves(batch))
+  assert all(
+    leaf.dtype == np.int32 and leaf.shape == (20, 6, 32) for leaf in jax.tree.leaves(batch)
+  )
   padding = batch.segments == 0
   assert ((batch.targets == IGNORE) == padding).all() and (batch.tokens[padding] == 0).all()
   inside = (batch.segments[..., 1:] == batch.segments[..., :-1]) & ~padding[..., 1:]
@@ -109,7 +123,9 @@ def test_mixture_follows_the_weights_and_epochs_of_each_source(corpus):
   assert [i for i, _ in drawn].count(0) == 900
   for i, source in enumerate(prepared.train):
     rows = [row for which, row in drawn if which == i]
-    epochs = [rows[at:at + len(source)] for at in range(0, len(rows) - len(source) + 1, len(source))]
+    epochs = [
+      rows[at : at + len(source)] for at in range(0, len(rows) - len(source) + 1, len(source))
+    ]
     assert len(epochs) >= 2 and all(sorted(epoch) == list(range(len(source))) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
@@ -120,14 +136,20 @@ def spread(parts, shares):
   return jax.tree.map(lambda leaf: leaf[..., np.argsort(np.concatenate(shares)), :], whole)
 
 
-@pytest.mark.parametrize('shares', [[[0, 1, 2], [3, 4, 5]], [[0, 3, 4], [1, 2, 5]], [[5], [0, 2], [1, 3, 4]]], ids=str)
+@pytest.mark.parametrize(
+  'shares', [[[0, 1, 2], [3, 4, 5]], [[0, 3, 4], [1, 2, 5]], [[5], [0, 2], [1, 3, 4]]], ids=str
+)
 def test_processes_share_out_the_same_batches(corpus, shares):
   prepared, config = prepared_and_config(corpus)
   alone = take(train_loader(prepared, config), 7)
-  assert same(alone, spread([take(train_loader(prepared, config, rows), 7) for rows in shares], shares))
+  assert same(
+    alone, spread([take(train_loader(prepared, config, rows), 7) for rows in shares], shares)
+  )
   alone = list(validation_batches(prepared, config))
   parts = [list(validation_batches(prepared, config, rows)) for rows in shares]
-  assert all(same(whole, spread(pieces, shares)) for whole, *pieces in zip(alone, *parts, strict=True))
+  assert all(
+    same(whole, spread(pieces, shares)) for whole, *pieces in zip(alone, *parts, strict=True)
+  )
 
 
 @pytest.mark.parametrize('steps', [0, 1, 5, 40])

@@ -29,9 +29,13 @@ def write(path, texts):
 
 
 def config(tmp_path, **kinds):
-  base = dict(sources=(SourceConfig(kind='jsonl', path=f'{tmp_path}/*.jsonl', text_field='text'),),
-              tokenizer=TokenizerConfig(kind='byte'), sequence_length=50, validation_fraction=0.2,
-              cache_dir=str(tmp_path / 'cache'))
+  base = dict(
+    sources=(SourceConfig(kind='jsonl', path=f'{tmp_path}/*.jsonl', text_field='text'),),
+    tokenizer=TokenizerConfig(kind='byte'),
+    sequence_length=50,
+    validation_fraction=0.2,
+    cache_dir=str(tmp_path / 'cache'),
+  )
   return DataConfig(**(base | kinds))
 
 
@@ -52,7 +56,9 @@ def test_the_document_length_is_the_one_that_tokens_see(tmp_path):
   prepared = prepare(config(tmp_path), log=quiet)
   lengths = np.concatenate([np.asarray(shard.pieces[:, 1]) for shard in prepared.train[0].shards])
   each = np.repeat(lengths, lengths)  # of every token
-  assert lengths.min() < 50 == lengths.max() and prepared.document_length == pytest.approx(each.mean())
+  assert lengths.min() < 50 == lengths.max() and prepared.document_length == pytest.approx(
+    each.mean()
+  )
 
 
 def test_every_document_comes_back_on_exactly_one_side(tmp_path, monkeypatch):
@@ -60,7 +66,10 @@ def test_every_document_comes_back_on_exactly_one_side(tmp_path, monkeypatch):
   texts = [text(i) for i in range(100)]
   write(tmp_path / 'a.jsonl', texts)
   prepared = prepare(config(tmp_path), log=quiet)
-  train, held_out = list(decoded(prepared, prepared.train[0])), list(decoded(prepared, prepared.validation))
+  train, held_out = (
+    list(decoded(prepared, prepared.train[0])),
+    list(decoded(prepared, prepared.validation)),
+  )
   assert len(prepared.train[0].shards) > 3
   assert sorted(train + held_out) == sorted(texts) and 5 < len(held_out) < 40
   assert held_out == list(prepared.validation_documents())
@@ -76,7 +85,9 @@ def test_split_is_stable_as_data_grows(tmp_path):
   after = prepare(config(tmp_path), log=quiet)
   assert before.key != after.key
   common = {text(i) for i in range(1, 60)}
-  assert common.intersection(before.validation_documents()) == common.intersection(after.validation_documents())
+  assert common.intersection(before.validation_documents()) == common.intersection(
+    after.validation_documents()
+  )
 
 
 def test_duplicates_never_straddle(tmp_path):
@@ -88,11 +99,17 @@ def test_duplicates_never_straddle(tmp_path):
   write(tmp_path / 'c.jsonl', other)
   prepared = prepare(config(tmp_path), log=quiet)
   assert prepared.report['sources'][0]['dropped'] == {'exact_duplicate': 40, 'near_duplicate': 40}
-  assert sorted([*decoded(prepared, prepared.train[0]), *prepared.validation_documents()]) == sorted(texts + other)
-  kept = prepare(config(tmp_path, clean=CleanConfig(exact_duplicates=False, near_duplicates=0.0)), log=quiet)
+  assert sorted(
+    [*decoded(prepared, prepared.train[0]), *prepared.validation_documents()]
+  ) == sorted(texts + other)
+  kept = prepare(
+    config(tmp_path, clean=CleanConfig(exact_duplicates=False, near_duplicates=0.0)), log=quiet
+  )
   assert kept.report['sources'][0]['dropped'] == {}
-  sides = [{' '.join(t.lower().split()) for t in side}
-           for side in (decoded(kept, kept.train[0]), kept.validation_documents())]
+  sides = [
+    {' '.join(t.lower().split()) for t in side}
+    for side in (decoded(kept, kept.train[0]), kept.validation_documents())
+  ]
   assert sides[1] and not sides[0] & sides[1]
 
 
@@ -104,7 +121,9 @@ def test_report_counts_and_never_shows_values(tmp_path):
   counts = prepared.report['sources'][0]
   assert counts['anonymised'] == {'email': 30, 'ip': 30} and counts['dropped']['empty'] == 1
   assert counts['repaired_characters'] == 1 and counts['read']['documents'] == 32
-  everything = json.dumps(prepared.report) + ''.join(lines) + ''.join(prepared.validation_documents())
+  everything = (
+    json.dumps(prepared.report) + ''.join(lines) + ''.join(prepared.validation_documents())
+  )
   assert 'secret' not in everything and '10.1.2.3' not in everything
 
 
@@ -113,12 +132,27 @@ def test_second_call_loads_and_only_what_matters_changes_the_key(tmp_path):
   base = config(tmp_path)
   first, lines = prepare(base, log=quiet), []
   again = prepare(base, log=lines.append)
-  assert first.key == again.key and first.report == again.report and len(lines) == 1 and 'loaded' in lines[0]
-  same = [dict(batch_size=3), dict(seed=9), dict(sources=(dataclasses.replace(base.sources[0], weight=2.0),))]
+  assert (
+    first.key == again.key
+    and first.report == again.report
+    and len(lines) == 1
+    and 'loaded' in lines[0]
+  )
+  same = [
+    dict(batch_size=3),
+    dict(seed=9),
+    dict(sources=(dataclasses.replace(base.sources[0], weight=2.0),)),
+  ]
   assert {corpus_key(config(tmp_path, **change)) for change in same} == {corpus_key(base)}
-  changes = [dict(split='tail'), dict(validation_fraction=0.3), dict(clean=CleanConfig(filters='code')),
-             dict(tokenizer=TokenizerConfig(kind='char'))]
-  assert len({corpus_key(config(tmp_path, **change)) for change in changes} | {corpus_key(base)}) == 5
+  changes = [
+    dict(split='tail'),
+    dict(validation_fraction=0.3),
+    dict(clean=CleanConfig(filters='code')),
+    dict(tokenizer=TokenizerConfig(kind='char')),
+  ]
+  assert (
+    len({corpus_key(config(tmp_path, **change)) for change in changes} | {corpus_key(base)}) == 5
+  )
   longer, lines = config(tmp_path, sequence_length=80), []
   assert prepare(longer, log=lines.append).key == f'{corpus_key(base)}-80'
   assert not any('encoded' in line for line in lines) and any('packed' in line for line in lines)
@@ -128,8 +162,14 @@ def test_tail_split_is_nanogpts(tmp_path):
   body = ''.join(text(i) for i in range(50))
   (tmp_path / 'a.txt').write_text(body)
   source = SourceConfig(kind='text', path=str(tmp_path / 'a.txt'))
-  tail = config(tmp_path, sources=(source,), split='tail', validation_fraction=0.1, clean=CleanConfig(anonymise=()),
-                tokenizer=TokenizerConfig(kind='char'))
+  tail = config(
+    tmp_path,
+    sources=(source,),
+    split='tail',
+    validation_fraction=0.1,
+    clean=CleanConfig(anonymise=()),
+    tokenizer=TokenizerConfig(kind='char'),
+  )
   prepared = prepare(tail, log=quiet)
   cut = int(len(body) * 0.9)
   assert ''.join(prepared.validation_documents()) == body[cut:]
@@ -138,10 +178,18 @@ def test_tail_split_is_nanogpts(tmp_path):
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f'{SHAKESPEARE} is not beside the checkout')
 def test_tinyshakespeare_splits_as_in_nanogpt(tmp_path):
-  prepared = prepare(DataConfig(
-      sources=(SourceConfig(kind='text', path=str(SHAKESPEARE)),), split='tail', validation_fraction=0.1,
-      tokenizer=TokenizerConfig(kind='char', vocabulary=68), sequence_length=64, batch_size=12,
-      cache_dir=str(tmp_path)), log=quiet)
+  prepared = prepare(
+    DataConfig(
+      sources=(SourceConfig(kind='text', path=str(SHAKESPEARE)),),
+      split='tail',
+      validation_fraction=0.1,
+      tokenizer=TokenizerConfig(kind='char', vocabulary=68),
+      sequence_length=64,
+      batch_size=12,
+      cache_dir=str(tmp_path),
+    ),
+    log=quiet,
+  )
   # nanoGPT's prepare.py prints: vocab size 65, train 1,003,854 tokens, val 111,540 tokens; here each has one eos more.
   assert prepared.report['sources'][0]['train']['tokens'] == 1_003_854 + 1
   assert prepared.report['validation']['tokens'] == 111_540 + 1
@@ -152,7 +200,9 @@ def test_sentencepiece_is_trained_on_the_training_split_only(tmp_path):
   write(tmp_path / 'a.jsonl', [text(i) + ' zebra' * 5 for i in range(300)])
   made = config(tmp_path, tokenizer=TokenizerConfig(vocabulary=600))
   prepared = prepare(made, log=quiet)
-  assert prepared.report['tokenizer']['characters_lost'] == 0 and prepared.tokenizer.vocabulary == 600
+  assert (
+    prepared.report['tokenizer']['characters_lost'] == 0 and prepared.tokenizer.vocabulary == 600
+  )
   assert [b'zebra' in piece for piece in prepared.tokenizer.token_bytes].count(True) == 1
   training = decoded(prepared, prepared.train[0])
   assert tokenizer.train_sentencepiece(made.tokenizer, training) == prepared.tokenizer.model
@@ -203,14 +253,20 @@ def test_a_failed_or_killed_build_leaves_nothing_half_done(tmp_path):
     prepare(config(tmp_path, tokenizer=TokenizerConfig(vocabulary=60_000)), log=quiet)
   where = tmp_path / 'cache'
   assert [path.name for path in where.iterdir() if path.name != 'sources.json'] == []
-  killed = ('import os; from data import prepare; from data.config import *\n'
-            'prepare._encode = lambda *a: os._exit(9)\n'
-            f'prepare.prepare({config(tmp_path)!r})')
-  assert subprocess.run([sys.executable, '-c', killed], check=False, capture_output=True).returncode == 9
+  killed = (
+    'import os; from data import prepare; from data.config import *\n'
+    'prepare._encode = lambda *a: os._exit(9)\n'
+    f'prepare.prepare({config(tmp_path)!r})'
+  )
+  assert (
+    subprocess.run([sys.executable, '-c', killed], check=False, capture_output=True).returncode == 9
+  )
   assert len(list(where.glob('*.partial-*'))) == 1
   lines = []
   prepare(config(tmp_path), log=lines.append)
-  assert any('left by a run that was killed' in line for line in lines) and not list(where.glob('*.partial-*'))
+  assert any('left by a run that was killed' in line for line in lines) and not list(
+    where.glob('*.partial-*')
+  )
 
 
 def test_nothing_left_is_an_error_that_names_the_source(tmp_path):

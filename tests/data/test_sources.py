@@ -22,22 +22,37 @@ def test_text_globs_are_sorted_and_undecodable_files_counted(tmp_path):
   (tmp_path / 'c.txt').write_bytes(b'\xff\xfe\xfa')
   (tmp_path / 'sub' / 'd.txt').write_text('fourth')
   assert read(SourceConfig(kind='text', path=f'{tmp_path}/**/*.txt')) == (
-      ['first', 'second\r\n', 'fourth'], {'undecodable': 1})
+    ['first', 'second\r\n', 'fourth'],
+    {'undecodable': 1},
+  )
 
 
 def test_jsonl_counts_every_bad_line_and_keeps_the_others(tmp_path):
-  lines = [json.dumps({'t': 'one\ntwo'}).encode(), b'', b'{"t": ', b'[1]', b'{"t": 3}', b'{"u": "x"}', b'{"t": "\xff"}',
-           b'{"t": "\\ud800"}', b'{"t": "last"}']
+  lines = [
+    json.dumps({'t': 'one\ntwo'}).encode(),
+    b'',
+    b'{"t": ',
+    b'[1]',
+    b'{"t": 3}',
+    b'{"u": "x"}',
+    b'{"t": "\xff"}',
+    b'{"t": "\\ud800"}',
+    b'{"t": "last"}',
+  ]
   (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(lines))
   assert read(SourceConfig(kind='jsonl', path=str(tmp_path / 'a.jsonl'), text_field='t')) == (
-      ['one\ntwo', '\ud800', 'last'], {'malformed': 1, 'no_text': 3, 'undecodable': 1})
+    ['one\ntwo', '\ud800', 'last'],
+    {'malformed': 1, 'no_text': 3, 'undecodable': 1},
+  )
 
 
 def test_csv_reads_quoted_newlines_and_long_fields(tmp_path):
   long = 'x' * 200_000
   (tmp_path / 'a.csv').write_text(f'id,body\n1,"two\nlines, ""quoted"""\n2,{long}\n3\n')
   assert read(SourceConfig(kind='csv', path=str(tmp_path / 'a.csv'), text_field='body')) == (
-      ['two\nlines, "quoted"', long], {'no_text': 1})
+    ['two\nlines, "quoted"', long],
+    {'no_text': 1},
+  )
   with pytest.raises(ValueError, match="no column 'text'; its columns: id, body"):
     read(SourceConfig(kind='csv', path=str(tmp_path / 'a.csv'), text_field='text'))
 
@@ -69,7 +84,9 @@ def test_digest_follows_content_and_remembers_only_old_files(tmp_path):
   assert sources.content_digest([str(file)], memo) != first
 
 
-@pytest.mark.parametrize('make, message', [
+@pytest.mark.parametrize(
+  'make, message',
+  [
     (lambda: SourceConfig(kind='json'), "did you mean 'jsonl'"),
     (lambda: SourceConfig(kind='text'), 'give a file or a glob'),
     (lambda: SourceConfig(path='x'), "leave it ''"),
@@ -87,7 +104,8 @@ def test_digest_follows_content_and_remembers_only_old_files(tmp_path):
     (lambda: DataConfig(validation_fraction=1.0), 'between 0 and 1'),
     (lambda: DataConfig(split='head'), 'Known: hash, tail'),
     (lambda: DataConfig(seed=-1), '2\\*\\*32'),
-])
+  ],
+)
 def test_impossible_configs_are_refused_with_a_remedy(make, message):
   with pytest.raises(ValueError, match=message):
     make()

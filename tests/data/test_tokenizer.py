@@ -13,29 +13,56 @@ from data import sources, tokenizer
 from data.config import SourceConfig, TokenizerConfig
 
 T5 = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 't5.model'
-HARD = ['', ' ', '  a  ', 'a\u2581b', '\u2581', '\0', '\r\n', '\t\tx', '\u2047', '<s>', '</s>', '<unk>', '<0x0A>',
-        '\ufeffx', 'e\u0301', '\u2028', '\ufb01', '\U0001f600\u20ac', '\ufffd', '\n    def f():\n\n']
+HARD = [
+  '',
+  ' ',
+  '  a  ',
+  'a\u2581b',
+  '\u2581',
+  '\0',
+  '\r\n',
+  '\t\tx',
+  '\u2047',
+  '<s>',
+  '</s>',
+  '<unk>',
+  '<0x0A>',
+  '\ufeffx',
+  'e\u0301',
+  '\u2028',
+  '\ufb01',
+  '\U0001f600\u20ac',
+  '\ufffd',
+  '\n    def f():\n\n',
+]
 anything = st.text(st.characters(exclude_categories=['Cs']), max_size=40)
 
 
 @functools.cache
 def corpus():
-  texts = [text for text in sources.documents(SourceConfig(), collections.Counter()) if len(text) < 20_000]
+  texts = [
+    text for text in sources.documents(SourceConfig(), collections.Counter()) if len(text) < 20_000
+  ]
   return texts[:80]
 
 
 @functools.cache
 def trained(**kinds):
-  texts = corpus()[:20] if 'algorithm' in kinds else corpus()  # unigram takes fifteen times as long as BPE
+  texts = (
+    corpus()[:20] if 'algorithm' in kinds else corpus()
+  )  # unigram takes fifteen times as long as BPE
   return tokenizer.build(TokenizerConfig(vocabulary=1024, **kinds), texts, texts)
 
 
 def made(kind):
   if kind == 'char':
     return tokenizer.CharTokenizer(set(''.join(HARD)) | set(map(chr, range(0x250))))
-  return {'byte': tokenizer.ByteTokenizer, 'bpe': trained,
-          'phrases': functools.partial(trained, split_by_whitespace=False),
-          'unigram': functools.partial(trained, algorithm='unigram')}[kind]()
+  return {
+    'byte': tokenizer.ByteTokenizer,
+    'bpe': trained,
+    'phrases': functools.partial(trained, split_by_whitespace=False),
+    'unigram': functools.partial(trained, algorithm='unigram'),
+  }[kind]()
 
 
 @pytest.mark.parametrize('kind', ['byte', 'char', 'bpe', 'phrases', 'unigram'])
@@ -50,7 +77,9 @@ def test_round_trip_of_hard_texts_and_code(kind):
 
 @pytest.mark.parametrize('kind', ['byte', 'char', 'bpe'])
 def test_half_a_surrogate_pair_is_said(kind):
-  with pytest.raises(ValueError, match=r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out"):
+  with pytest.raises(
+    ValueError, match=r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out"
+  ):
     made(kind).encode('a\ud800b')
 
 
@@ -61,7 +90,11 @@ def test_round_trip_of_anything_and_bytes_join(kind, text, other):
   tok = made(kind)
   one, two = tok.encode(text), tok.encode(other)
   assert tok.decode(one) == text
-  assert tok.decode_bytes(one + two) == tok.decode_bytes(one) + tok.decode_bytes(two) == (text + other).encode()
+  assert (
+    tok.decode_bytes(one + two)
+    == tok.decode_bytes(one) + tok.decode_bytes(two)
+    == (text + other).encode()
+  )
   assert b''.join(tok.decode_bytes([i]) for i in one) == text.encode()
 
 
@@ -115,7 +148,9 @@ def test_ids_outside_the_vocabulary_are_named():
 def test_losses_count_characters():
   tok = tokenizer.ByteTokenizer()
   tok.token_bytes[3 + ord('a')] = b'o'
-  assert tok.losses('banana', tok.encode('banana')) == 3 and tok.losses('bonn', tok.encode('bonn')) == 0
+  assert (
+    tok.losses('banana', tok.encode('banana')) == 3 and tok.losses('bonn', tok.encode('bonn')) == 0
+  )
 
 
 def test_vocabulary_must_be_the_one_that_comes_out():

@@ -1,4 +1,5 @@
 """Is exactly what the expression accepts reachable, in every tokenization, and nothing else, whatever the neighbours?"""
+
 import collections
 import functools
 import itertools
@@ -32,7 +33,11 @@ def made(kind):
   if kind == 'byte':
     return BYTES
   if kind == 'bpe':
-    texts = list(itertools.islice((t for t in sources.documents(SourceConfig(), collections.Counter()) if len(t) < 20_000), 30))
+    texts = list(
+      itertools.islice(
+        (t for t in sources.documents(SourceConfig(), collections.Counter()) if len(t) < 20_000), 30
+      )
+    )
     return tokenizers.build(TokenizerConfig(vocabulary=600), texts, texts)
   return HuggingFaceTokenizer(tokenizer_families.contents(kind))
 
@@ -71,7 +76,12 @@ def walk(constraint, tokenizer, seed, longest=30):
     choice = np.flatnonzero(allowed(automaton, states)[0])
     assert choice.size, 'a dead end'
     if len(ids) > longest:
-      nearer = [id_ for id_ in choice if id_ == tokenizer.eos or steps[after(constraint, [*ids, id_])] < steps[int(states[0]) - offset]]
+      nearer = [
+        id_
+        for id_ in choice
+        if id_ == tokenizer.eos
+        or steps[after(constraint, [*ids, id_])] < steps[int(states[0]) - offset]
+      ]
       choice = [tokenizer.eos] if tokenizer.eos in nearer else nearer
     id_ = int(random.choice(choice))
     if id_ == tokenizer.eos:
@@ -81,8 +91,20 @@ def walk(constraint, tokenizer, seed, longest=30):
     states = advance(automaton, states, jnp.asarray([id_], jnp.int32))
 
 
-REGEXES = [r'a|ab', r'(ab|a)(c|bcd)?', r'[a-z]+@[a-z]+\.(com|org)', r'(é|😀|日本)+!', r'-?(0|[1-9][0-9]*)(\.[0-9]+)?', r'[a-zé_]{2,5} \d', r'[^"\n]{3,40}',
-           r'( the| quick|\n){1,4}', r'.*', r'', r'(?i)yes|no', r'x.{0,60}y?']
+REGEXES = [
+  r'a|ab',
+  r'(ab|a)(c|bcd)?',
+  r'[a-z]+@[a-z]+\.(com|org)',
+  r'(é|😀|日本)+!',
+  r'-?(0|[1-9][0-9]*)(\.[0-9]+)?',
+  r'[a-zé_]{2,5} \d',
+  r'[^"\n]{3,40}',
+  r'( the| quick|\n){1,4}',
+  r'.*',
+  r'',
+  r'(?i)yes|no',
+  r'x.{0,60}y?',
+]
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -96,29 +118,54 @@ def test_random_walks_match(kind):
 
 
 PERSON = {
-    'type': 'object', 'required': ['name', 'age', 'tags'], 'properties': {
-        'name': {'type': 'string', 'maxLength': 12}, 'born': {'type': 'string', 'format': 'date'}, 'age': {'type': 'integer', 'minimum': 18, 'maximum': 120},
-        'tags': {'type': 'array', 'items': {'enum': ['a', 'b"', None, 1.5]}, 'minItems': 1, 'maxItems': 3},
-        'code': {'type': 'string', 'pattern': r'^[A-Zé]{2}\d$'}, 'inner': {'$ref': '#/$defs/inner'}},
-    '$defs': {'inner': {'type': 'object', 'properties': {'x': {'type': 'number'}, 'y': {'type': ['boolean', 'null']}}}}}
+  'type': 'object',
+  'required': ['name', 'age', 'tags'],
+  'properties': {
+    'name': {'type': 'string', 'maxLength': 12},
+    'born': {'type': 'string', 'format': 'date'},
+    'age': {'type': 'integer', 'minimum': 18, 'maximum': 120},
+    'tags': {
+      'type': 'array',
+      'items': {'enum': ['a', 'b"', None, 1.5]},
+      'minItems': 1,
+      'maxItems': 3,
+    },
+    'code': {'type': 'string', 'pattern': r'^[A-Zé]{2}\d$'},
+    'inner': {'$ref': '#/$defs/inner'},
+  },
+  '$defs': {
+    'inner': {
+      'type': 'object',
+      'properties': {'x': {'type': 'number'}, 'y': {'type': ['boolean', 'null']}},
+    }
+  },
+}
 
 
 def check_person(value):
   assert value.keys() <= PERSON['properties'].keys() and {'name', 'age', 'tags'} <= value.keys()
   assert isinstance(value['name'], str) and len(value['name']) <= 12
   assert isinstance(value['age'], int) and 18 <= value['age'] <= 120
-  assert 1 <= len(value['tags']) <= 3 and all(tag in ('a', 'b"', None, 1.5) for tag in value['tags'])
+  assert 1 <= len(value['tags']) <= 3 and all(
+    tag in ('a', 'b"', None, 1.5) for tag in value['tags']
+  )
   assert re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', value.get('born', '2000-01-01'))
   assert re.fullmatch(r'[A-Zé]{2}\d', value.get('code', 'AA1'))
   inner = value.get('inner', {})
-  assert inner.keys() <= {'x', 'y'} and isinstance(inner.get('x', 0), (int, float)) and inner.get('y') in (True, False, None)
+  assert (
+    inner.keys() <= {'x', 'y'}
+    and isinstance(inner.get('x', 0), (int, float))
+    and inner.get('y') in (True, False, None)
+  )
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_random_walks_are_json_of_the_schema(kind):
   tokenizer = made(kind)
   constraint = Constraint(tokenizer, schema=PERSON)
-  print(f'{kind}: {constraint.next.shape[0]} states, {constraint.next.shape[1]} classes of {tokenizer.vocabulary} ids')
+  print(
+    f'{kind}: {constraint.next.shape[0]} states, {constraint.next.shape[1]} classes of {tokenizer.vocabulary} ids'
+  )
   seen = [json.loads(walk(constraint, tokenizer, seed, longest=60)) for seed in range(12)]
   for value in seen:
     check_person(value)
@@ -126,9 +173,17 @@ def test_random_walks_are_json_of_the_schema(kind):
 
 
 ATOMS = st.sampled_from(['a', 'b', '[ab]', '[^a]', '.', 'é', '[é-ü]', '😀', r'\w'])
-PATTERNS = st.recursive(ATOMS, lambda inner: st.one_of(
-    st.lists(inner, min_size=1, max_size=3).map(''.join), st.lists(inner | st.just(''), min_size=1, max_size=3).map(lambda p: f'(?:{"|".join(p)})'),
-    st.tuples(inner, st.sampled_from(['*', '+', '?', '{2}', '{0,2}', '{1,}', '*?', '+?', '??'])).map(lambda p: f'(?:{p[0]}){p[1]}')), max_leaves=6)
+PATTERNS = st.recursive(
+  ATOMS,
+  lambda inner: st.one_of(
+    st.lists(inner, min_size=1, max_size=3).map(''.join),
+    st.lists(inner | st.just(''), min_size=1, max_size=3).map(lambda p: f'(?:{"|".join(p)})'),
+    st.tuples(
+      inner, st.sampled_from(['*', '+', '?', '{2}', '{0,2}', '{1,}', '*?', '+?', '??'])
+    ).map(lambda p: f'(?:{p[0]}){p[1]}'),
+  ),
+  max_leaves=6,
+)
 SHORT = [''.join(letters) for n in range(5) for letters in itertools.product('abé😀', repeat=n)]
 
 
@@ -137,25 +192,53 @@ SHORT = [''.join(letters) for n in range(5) for letters in itertools.product('ab
 def test_what_is_accepted_is_what_python_accepts(pattern):
   constraint = Constraint(BYTES, regex=pattern)
   for text in SHORT:
-    assert accepts(constraint, BYTES, BYTES.encode(text)) == (re.fullmatch(pattern, text) is not None), text
+    assert accepts(constraint, BYTES, BYTES.encode(text)) == (
+      re.fullmatch(pattern, text) is not None
+    ), text
 
 
 def spellings(tokenizer, data):
   """All sequences of ids that decode to these bytes."""
   if not data:
     return [[]]
-  return [[id_, *rest] for id_, piece in enumerate(tokenizer.token_bytes) if piece and data.startswith(piece)
-          for rest in spellings(tokenizer, data[len(piece):])]
+  return [
+    [id_, *rest]
+    for id_, piece in enumerate(tokenizer.token_bytes)
+    if piece and data.startswith(piece)
+    for rest in spellings(tokenizer, data[len(piece) :])
+  ]
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('pattern', [r'(the|é|the quick)( fox)?', r'[hé]?(el|l)*o', '(naïve|café|über|ß)+'])
+@pytest.mark.parametrize(
+  'pattern', [r'(the|é|the quick)( fox)?', r'[hé]?(el|l)*o', '(naïve|café|über|ß)+']
+)
 def test_every_text_is_reachable_in_every_tokenization(kind, pattern):
   tokenizer = made(kind)
   constraint, seen = Constraint(tokenizer, regex=pattern), 0
-  for text in ['the', 'é', 'the quick', 'the fox', 'the quick fox', 'é fox', 'the qui', 'hello', 'o', 'éelo', 'ello', 'hell', 'naïve', 'caféüber', 'ßß', '']:
+  for text in [
+    'the',
+    'é',
+    'the quick',
+    'the fox',
+    'the quick fox',
+    'é fox',
+    'the qui',
+    'hello',
+    'o',
+    'éelo',
+    'ello',
+    'hell',
+    'naïve',
+    'caféüber',
+    'ßß',
+    '',
+  ]:
     for ids in itertools.islice(spellings(tokenizer, text.encode()), 300):
-      assert accepts(constraint, tokenizer, ids) == (re.fullmatch(pattern, text) is not None), (text, ids)
+      assert accepts(constraint, tokenizer, ids) == (re.fullmatch(pattern, text) is not None), (
+        text,
+        ids,
+      )
       seen += 1
   assert seen > 15
 
@@ -192,8 +275,12 @@ def test_end_of_text_is_allowed_exactly_where_the_text_may_end():
   automaton, states = Automaton.of([Constraint(BYTES, regex='ab?')], BYTES.vocabulary)
   seen = []
   for character in 'abb':
-    seen.append([BYTES.decode([id_]) or id_ for id_ in np.flatnonzero(allowed(automaton, states)[0])])
-    states = advance(automaton, states, np.array([BYTES.encode(character)[0]], np.int32))  # the last b is not allowed: nothing changes
+    seen.append(
+      [BYTES.decode([id_]) or id_ for id_ in np.flatnonzero(allowed(automaton, states)[0])]
+    )
+    states = advance(
+      automaton, states, np.array([BYTES.encode(character)[0]], np.int32)
+    )  # the last b is not allowed: nothing changes
   assert seen == [['a'], [BYTES.eos, 'b'], [BYTES.eos]]
   assert np.flatnonzero(allowed(automaton, states)[0]).tolist() == [BYTES.eos]
   for ignored in (BYTES.eos, BYTES.pad):
@@ -212,14 +299,19 @@ def test_rows_keep_to_their_own_constraints():
   own = [jnp.asarray(first) for _, first in alone]
   for _ in range(30):
     masks = np.asarray(allowed(automaton, states))
-    assert masks[1].all() and not masks[[0, 2, 3], tokenizer.vocabulary:].any()
+    assert masks[1].all() and not masks[[0, 2, 3], tokenizer.vocabulary :].any()
     ids = np.array([random.choice(np.flatnonzero(mask)) for mask in masks], np.int32)
     for i, (tables, _) in enumerate(alone):
       np.testing.assert_array_equal(masks[i], allowed(tables, own[i])[0])
-      own[i] = advance(tables, own[i], ids[i:i + 1])
-    np.testing.assert_array_equal(masks, constrain._by_product(automaton.next[states] >= 0, automaton.classes))  # as on TPUs
+      own[i] = advance(tables, own[i], ids[i : i + 1])
+    np.testing.assert_array_equal(
+      masks, constrain._by_product(automaton.next[states] >= 0, automaton.classes)
+    )  # as on TPUs
     states = advance(automaton, states, ids)
-  with pytest.raises(ValueError, match=rf"over {tokenizer.vocabulary} ids, but vocabulary=9; build it with the model's tokenizer"):
+  with pytest.raises(
+    ValueError,
+    match=rf"over {tokenizer.vocabulary} ids, but vocabulary=9; build it with the model's tokenizer",
+  ):
     Automaton.of([one], 9)
 
 
@@ -227,11 +319,17 @@ def test_a_loop_is_compiled_once_for_constraints_of_like_size():
   @jax.jit
   def generate(automaton, states, key):
     def step(states, key):
-      ids = jax.random.categorical(key, jnp.where(constrain.allowed(automaton, states), 0.0, -jnp.inf)).astype(jnp.int32)
+      ids = jax.random.categorical(
+        key, jnp.where(constrain.allowed(automaton, states), 0.0, -jnp.inf)
+      ).astype(jnp.int32)
       return constrain.advance(automaton, states, ids), ids
+
     return jax.lax.scan(step, states, jax.random.split(key, 8))[1]
+
   for regex in ('[a-c]{3}', 'x[yz][0-9]'):
-    ids = generate(*Automaton.of([Constraint(BYTES, regex=regex)] * 4, BYTES.vocabulary), jax.random.key(0))
+    ids = generate(
+      *Automaton.of([Constraint(BYTES, regex=regex)] * 4, BYTES.vocabulary), jax.random.key(0)
+    )
     for row in ids.T.tolist():
       assert re.fullmatch(regex, BYTES.decode(row)) and row[3:] == [BYTES.eos] * 5
   assert generate._cache_size() == 1
@@ -242,7 +340,9 @@ def test_rows_over_devices():
   ids = np.full(8, ord('a') + 3, np.int32)
   expected = allowed(automaton, states), advance(automaton, states, ids)
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
-    put = lambda x, *names: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), ax.spec(*names)))
+    put = lambda x, *names: jax.device_put(
+      x, jax.NamedSharding(jax.sharding.get_mesh(), ax.spec(*names))
+    )
     automaton, states, ids = jax.tree.map(put, automaton), put(states, 'batch'), put(ids, 'batch')
     found = allowed(automaton, states), advance(automaton, states, ids)
     assert jax.typeof(found[0]).sharding.spec == ax.spec('batch', None)
@@ -256,7 +356,9 @@ def test_a_tpu_compiles_the_mask(rows):
     mesh = make_mesh(MeshConfig(), aot.topology('v5e:2x2')[:1])
   except ImportError as error:
     pytest.skip(str(error))
-  shape = lambda size, dtype: jax.ShapeDtypeStruct(size, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+  shape = lambda size, dtype: jax.ShapeDtypeStruct(
+    size, dtype, sharding=jax.NamedSharding(mesh, jax.P())
+  )
   automaton = Automaton(shape((131_072,), jnp.int32), shape((2048, 256), jnp.int32))
   with jax.set_mesh(mesh):
     compiled = jax.jit(constrain.allowed).lower(automaton, shape((rows,), jnp.int32)).compile()
@@ -267,16 +369,26 @@ def test_a_tpu_compiles_the_mask(rows):
 def test_what_the_vocabulary_lacks_is_no_way():
   characters = tokenizers.CharTokenizer('abé')
   constraint = Constraint(characters, regex='ac|b[cé]|a+[xy]')
-  assert accepts(constraint, characters, characters.encode('bé')) and after(constraint, characters.encode('a')) == -1
-  with pytest.raises(ValueError, match=r"no ids of this 'char' tokenizer spell a text that regex='ac' accepts: it accepts none, or only some with char"):
+  assert (
+    accepts(constraint, characters, characters.encode('bé'))
+    and after(constraint, characters.encode('a')) == -1
+  )
+  with pytest.raises(
+    ValueError,
+    match=r"no ids of this 'char' tokenizer spell a text that regex='ac' accepts: it accepts none, or only some with char",
+  ):
     Constraint(characters, regex='ac')
   with pytest.raises(ValueError, match="can't be used: .*Found no transitions"):
     Constraint(BYTES, regex='a[^\x00-\U0010ffff]b|c$d')
 
 
-@pytest.mark.parametrize('regex', ['(', 'a)|(?:b', '[', '*', '(?=a)b', r'(a)\1', '^a', 'a**{', r'\ba'])
+@pytest.mark.parametrize(
+  'regex', ['(', 'a)|(?:b', '[', '*', '(?=a)b', r'(a)\1', '^a', 'a**{', r'\ba']
+)
 def test_what_is_no_regular_expression_raises(regex):
-  with pytest.raises(ValueError, match=rf"regex={re.escape(repr(regex))} can't be used: .*Rust's regex crate"):
+  with pytest.raises(
+    ValueError, match=rf"regex={re.escape(repr(regex))} can't be used: .*Rust's regex crate"
+  ):
     Constraint(BYTES, regex=regex)
 
 
@@ -293,14 +405,23 @@ def test_options_that_make_no_sense_raise(monkeypatch):
 
 def test_a_large_vocabulary_has_few_classes():
   random, characters = np.random.default_rng(0), list(b'abcdefgh 0123",:{}[]tn')
-  large = tokenizers.Tokenizer([*BYTES.token_bytes, *(bytes(random.choice(characters, n).tolist()) for n in random.integers(2, 7, 30_000))])
+  large = tokenizers.Tokenizer(
+    [
+      *BYTES.token_bytes,
+      *(bytes(random.choice(characters, n).tolist()) for n in random.integers(2, 7, 30_000)),
+    ]
+  )
   large.kind = 'byte'
   began = time.monotonic()
   constraint = Constraint(large, schema=PERSON)
-  print(f'{constraint.next.shape} states and classes of {large.vocabulary} ids in {time.monotonic() - began:.2f} s')
+  print(
+    f'{constraint.next.shape} states and classes of {large.vocabulary} ids in {time.monotonic() - began:.2f} s'
+  )
   assert constraint.next.shape[1] < large.vocabulary / 10
 
 
 def test_repeated_classes_after_a_character_of_theirs_are_built():
-  constraint = Constraint(BYTES, regex='x.{0,60}y?')  # 2**60 states, if matches that begin later are followed, too
+  constraint = Constraint(
+    BYTES, regex='x.{0,60}y?'
+  )  # 2**60 states, if matches that begin later are followed, too
   assert len(constraint.next) < 1000

@@ -1,4 +1,5 @@
 """Does a call that drafts write what it would without, say what is wrong with a draft, and stop drafting where it loses?"""
+
 import dataclasses
 import re
 import types
@@ -17,7 +18,9 @@ from model import transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 
-MODEL = ModelConfig(vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=128, init_scale=1.0)
+MODEL = ModelConfig(
+  vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=128, init_scale=1.0
+)
 PROMPTS = ['def main(', '', 'aaaa']
 DRAFTS = ('draft', 'lookup', 'early_exit')
 
@@ -25,7 +28,9 @@ DRAFTS = ('draft', 'lookup', 'early_exit')
 def make(config=MODEL, seed=0, devices=1, **sizes):
   mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
   with jax.set_mesh(mesh):
-    return Generator(jax.jit(transformer.init, static_argnums=(0, 1))(config, seed), ByteTokenizer(), mesh)
+    return Generator(
+      jax.jit(transformer.init, static_argnums=(0, 1))(config, seed), ByteTokenizer(), mesh
+    )
 
 
 @pytest.fixture(scope='module')
@@ -61,15 +66,30 @@ def expected(generator):
 
 @pytest.mark.parametrize('kind', DRAFTS)
 def test_greedy_completions_are_those_without_drafts(generator, other, expected, kind):
-  found = generator(PROMPTS, max_new_tokens=30, temperature=0.0, logprobs=2, **options_of(kind, other))
+  found = generator(
+    PROMPTS, max_new_tokens=30, temperature=0.0, logprobs=2, **options_of(kind, other)
+  )
   assert_same(found, expected)
   report = generator.report
-  assert report.drafted == sum(c.drafted for c in found) > 0 and report.accepted == sum(c.accepted for c in found) < report.drafted
-  assert np.isnan(report.share_of_bandwidth()) and report.new_tokens == sum(len(c.ids) for c in found)
+  assert (
+    report.drafted == sum(c.drafted for c in found) > 0
+    and report.accepted == sum(c.accepted for c in found) < report.drafted
+  )
+  assert np.isnan(report.share_of_bandwidth()) and report.new_tokens == sum(
+    len(c.ids) for c in found
+  )
 
 
 def test_a_model_that_drafts_for_itself_is_right(generator, expected):
-  found = generator(PROMPTS, max_new_tokens=30, temperature=0.0, logprobs=2, draft=generator, draft_tokens=7, chunk=9)
+  found = generator(
+    PROMPTS,
+    max_new_tokens=30,
+    temperature=0.0,
+    logprobs=2,
+    draft=generator,
+    draft_tokens=7,
+    chunk=9,
+  )
   assert_same(found, expected)
   assert all(c.accepted == c.drafted >= 20 or c.finish == 'stop' for c in found)
 
@@ -79,7 +99,7 @@ def test_draws_are_scored_and_streamed_as_they_are(generator, other):
   options = dict(max_new_tokens=24, seed=3, draft=other)
   found = generator(PROMPTS, **options)
   for completion in found:
-    scores = generator.score([[*completion.prompt_ids, *completion.ids]])[0][-len(completion.ids):]
+    scores = generator.score([[*completion.prompt_ids, *completion.ids]])[0][-len(completion.ids) :]
     np.testing.assert_allclose(completion.logprobs, scores, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(completion.processed, completion.logprobs, rtol=1e-4, atol=1e-4)
   assert ''.join(generator.stream(PROMPTS[0], **options)) == found[0].text
@@ -89,13 +109,24 @@ def test_draws_are_scored_and_streamed_as_they_are(generator, other):
 
 
 def test_constraints_hold_at_every_drafted_position(generator):
-  options = dict(max_new_tokens=24, constraint=Constraint(generator.tokenizer, regex='(ab|cd[0-9])*'), repetition_penalty=1.2)
-  assert_same(generator(PROMPTS, temperature=0.0, lookup=1, **options), generator(PROMPTS, temperature=0.0, **options))
+  options = dict(
+    max_new_tokens=24,
+    constraint=Constraint(generator.tokenizer, regex='(ab|cd[0-9])*'),
+    repetition_penalty=1.2,
+  )
+  assert_same(
+    generator(PROMPTS, temperature=0.0, lookup=1, **options),
+    generator(PROMPTS, temperature=0.0, **options),
+  )
   for completion in generator(PROMPTS, seed=1, lookup=1, **options):
-    assert (completion.drafted or len(completion.ids) < 3) and re.fullmatch('(ab|cd[0-9])*(a|cd?)?', completion.text)
+    assert (completion.drafted or len(completion.ids) < 3) and re.fullmatch(
+      '(ab|cd[0-9])*(a|cd?)?', completion.text
+    )
 
 
-@pytest.mark.parametrize('sizes', [dict(data=2, tensor=2), pytest.param(dict(stage=2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'sizes', [dict(data=2, tensor=2), pytest.param(dict(stage=2), marks=pytest.mark.slow)]
+)
 def test_meshes(sizes):
   whole = dataclasses.replace(MODEL, vocabulary=264)
   split = make(whole, devices=4 if 'data' in sizes else 2, **sizes)
@@ -114,6 +145,7 @@ def ticking(monkeypatch, with_drafts, without):
   def coming(self, rows):
     now[0] += (with_drafts if self._asked[0] else without) if self._asked else 1.0
     came(self, rows)
+
   monkeypatch.setattr(Course, 'came', coming)
   monkeypatch.setattr(drafting, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -130,7 +162,14 @@ def test_the_clock_decides_and_changes_no_greedy_text(generator, other, monkeypa
 
 def test_a_call_of_one_chunk_is_judged_before_it_ends(generator, monkeypatch):
   ticking(monkeypatch, 1.0, 0.01)
-  generator('def main(', max_new_tokens=100, temperature=0.0, chunk=100, early_exit=1, logit_bias={generator.tokenizer.eos: -float('inf')})
+  generator(
+    'def main(',
+    max_new_tokens=100,
+    temperature=0.0,
+    chunk=100,
+    early_exit=1,
+    logit_bias={generator.tokenizer.eos: -float('inf')},
+  )
   assert generator.report.fell_back
 
 
@@ -138,24 +177,34 @@ def test_rows_that_draw_stop_drafting_by_themselves(generator):
   costly = make(MODEL, 9)  # as many bytes as the model has: all drafts would have to be kept
   found = generator(PROMPTS, max_new_tokens=60, draft=costly, chunk=5)
   assert generator.report.fell_back
-  assert all(TRIAL <= c.drafted < TRIAL + 4 and len(c.ids) > 30 or c.finish == 'stop' for c in found)
-  assert generator(PROMPTS[1], max_new_tokens=60, draft=costly, seed=1, chunk=9)[0].ids == found[1].ids
+  assert all(
+    TRIAL <= c.drafted < TRIAL + 4 and len(c.ids) > 30 or c.finish == 'stop' for c in found
+  )
+  assert (
+    generator(PROMPTS[1], max_new_tokens=60, draft=costly, seed=1, chunk=9)[0].ids == found[1].ids
+  )
 
 
-@pytest.mark.parametrize('options, words', [
+@pytest.mark.parametrize(
+  'options, words',
+  [
     (dict(lookup=1, early_exit=1), 'lookup and early_exit are given: one of them can draft'),
     (dict(lookup=-1), 'lookup=-1 must be at least 0'),
     (dict(lookup=1, draft_tokens=0), 'draft_tokens=0 must be at least 1'),
     (dict(lookup=1, draft_tokens=256), 'draft_tokens=256 must be below 256'),
     (dict(early_exit=2), 'early_exit=2 must be below model.layers=2'),
-])
+  ],
+)
 def test_bad_options_raise_at_once(generator, options, words):
   with pytest.raises(ValueError, match=words):
     generator.stream('a', max_new_tokens=4, **options)
 
 
 def test_a_draft_that_does_not_fit_raises(generator, other):
-  with pytest.raises(ValueError, match='draft: it has model.max_length=64, and rows of 81 tokens are asked for; ask for fewer'):
+  with pytest.raises(
+    ValueError,
+    match='draft: it has model.max_length=64, and rows of 81 tokens are asked for; ask for fewer',
+  ):
     generator('', max_new_tokens=80, draft=other)
   with pytest.raises(ValueError, match='draft: it has model.vocabulary=300, the model 259'):
     generator('', max_new_tokens=4, draft=make(dataclasses.replace(MODEL, vocabulary=300)))

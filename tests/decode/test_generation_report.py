@@ -1,4 +1,5 @@
 """Are a report's figures those of the times and tokens that it was told, on a clock that is made up?"""
+
 import math
 import types
 
@@ -28,7 +29,9 @@ def clock(monkeypatch):
 @pytest.fixture(scope='module')
 def model():
   with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-    return transformer.init(ModelConfig(vocabulary=8, width=8, layers=1, heads=1, feed_forward=8, max_length=8), 0)
+    return transformer.init(
+      ModelConfig(vocabulary=8, width=8, layers=1, heads=1, feed_forward=8, max_length=8), 0
+    )
 
 
 def watched(clock, model, chunks, rows=(ROW,), compiling=0.0):
@@ -49,20 +52,34 @@ def watched(clock, model, chunks, rows=(ROW,), compiling=0.0):
 
 def test_steps_are_timed_from_the_first_token_on(clock, model):
   found = watched(clock, model, [(2.0, [1, 1]), (202.0, [17, 9]), (402.0, [21, 9])], compiling=1.5)
-  assert (found.first_token, found.seconds, found.compile_seconds) == pytest.approx((2.0, 402.0, 1.5))
+  assert (found.first_token, found.seconds, found.compile_seconds) == pytest.approx(
+    (2.0, 402.0, 1.5)
+  )
   assert (found.steps, found.new_tokens) == (21, 30)
-  assert found.ms_per_token == pytest.approx(400.0 / 20 * 1e3), 'twenty more tokens of the longest row'
+  assert found.ms_per_token == pytest.approx(400.0 / 20 * 1e3), (
+    'twenty more tokens of the longest row'
+  )
   assert found.tokens_per_second == pytest.approx(28 / 400.0)
   assert 'then 20000.00 ms a step, 0.1 tokens/s' in str(found)
   assert found.share_of_bandwidth() == pytest.approx(found.read_bytes / 1e6 / 20.0)
 
 
 def test_a_first_step_may_make_several_tokens(clock, model):
-  found = watched(clock, model, [(2.0, [5]), (202.0, [9])], [types.SimpleNamespace(drafted=8, accepted=7)])
-  assert found.ms_per_token == pytest.approx(200.0 / 4 * 1e3) and found.tokens_per_second == pytest.approx(4 / 200.0)
+  found = watched(
+    clock, model, [(2.0, [5]), (202.0, [9])], [types.SimpleNamespace(drafted=8, accepted=7)]
+  )
+  assert found.ms_per_token == pytest.approx(
+    200.0 / 4 * 1e3
+  ) and found.tokens_per_second == pytest.approx(4 / 200.0)
 
 
 def test_too_few_steps_are_not_timed(clock, model):
   found = watched(clock, model, [(2.0, [1, 1])])
-  assert math.isnan(found.ms_per_token) and math.isnan(found.tokens_per_second) and math.isnan(found.share_of_bandwidth())
-  assert 'first token 2000.0 ms, and too few steps behind it to time\n' in str(found) and 'nan' not in str(found)
+  assert (
+    math.isnan(found.ms_per_token)
+    and math.isnan(found.tokens_per_second)
+    and math.isnan(found.share_of_bandwidth())
+  )
+  assert 'first token 2000.0 ms, and too few steps behind it to time\n' in str(
+    found
+  ) and 'nan' not in str(found)

@@ -1,4 +1,5 @@
 """Does the Generator write the same text whichever way it is asked, and say what is wrong with what it is given?"""
+
 import dataclasses
 import json
 import math
@@ -23,7 +24,9 @@ from training.checkpoint import Checkpoints
 from training.config import Config
 from training.optimizer import make_optimizer
 
-MODEL = ModelConfig(vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=64, init_scale=1.0)
+MODEL = ModelConfig(
+  vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=64, init_scale=1.0
+)
 CONFIG = Config(model=MODEL, data=DataConfig(sequence_length=64))
 PROMPTS = ['def main(', '', 'naïve']
 
@@ -44,7 +47,9 @@ def same(one, other):
   """Whether two completions are the same, log-probabilities but for rounding: other programs add in another order."""
   for name in ('logprobs', 'processed'):
     np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5)
-  return dataclasses.replace(one, logprobs=[], processed=[]) == dataclasses.replace(other, logprobs=[], processed=[])
+  return dataclasses.replace(one, logprobs=[], processed=[]) == dataclasses.replace(
+    other, logprobs=[], processed=[]
+  )
 
 
 def test_text_streams_and_ids_agree(generator):
@@ -66,8 +71,16 @@ class DropsFirstSpace(ByteTokenizer):
 
 def test_a_continuation_keeps_its_first_space(generator):
   spaced = Generator(generator.model, DropsFirstSpace(), generator.mesh)
-  found = spaced('hello', max_new_tokens=1, temperature=0.0, logit_bias={spaced.tokenizer.encode(' ')[0]: 99.0})[0]
-  assert found.text == ''.join(spaced.stream('hello', max_new_tokens=1, temperature=0.0, logit_bias={found.ids[0]: 99.0})) == ' '
+  found = spaced(
+    'hello', max_new_tokens=1, temperature=0.0, logit_bias={spaced.tokenizer.encode(' ')[0]: 99.0}
+  )[0]
+  assert (
+    found.text
+    == ''.join(
+      spaced.stream('hello', max_new_tokens=1, temperature=0.0, logit_bias={found.ids[0]: 99.0})
+    )
+    == ' '
+  )
 
 
 def test_finish_reasons(generator):
@@ -78,7 +91,7 @@ def test_finish_reasons(generator):
   stopping = Generator(generator.model, tokenizer, generator.mesh)
   for chunk in (2, 16):
     (ended,) = stopping('a', max_new_tokens=24, seed=1, chunk=chunk)
-    assert ended.finish == 'stop' and ended.ids == free.ids[:free.ids.index(free.ids[5]) + 1]
+    assert ended.finish == 'stop' and ended.ids == free.ids[: free.ids.index(free.ids[5]) + 1]
   (exact,) = stopping('a', max_new_tokens=len(ended.ids), seed=1)
   assert exact.finish == 'stop', 'end-of-text as the very last token that was allowed'
 
@@ -88,14 +101,21 @@ def test_a_model_is_filled_to_its_last_token(generator):
   assert len(completion.ids) == 23
 
 
-@pytest.mark.parametrize('prompts, options, words', [
+@pytest.mark.parametrize(
+  'prompts, options, words',
+  [
     ([], {}, 'there are no prompts; give at least one'),
     (['a'], {'max_new_tokens': 0}, 'max_new_tokens=0 must be at least 1'),
     (['a'], {'chunk': 0}, 'chunk=0 must be at least 1'),
-    (['a' * 40], {'max_new_tokens': 24}, 'a prompt of 41 tokens and max_new_tokens=24 pass model.max_length=64'),
+    (
+      ['a' * 40],
+      {'max_new_tokens': 24},
+      'a prompt of 41 tokens and max_new_tokens=24 pass model.max_length=64',
+    ),
     (['a'], {'temperature': -1.0, 'max_new_tokens': 4}, 'temperature=-1.0 must be'),
     (['a'], {'top_p': 0.0, 'max_new_tokens': 4}, 'top_p=0.0 must be'),
-])
+  ],
+)
 def test_bad_options_raise_at_once(generator, prompts, options, words):
   with pytest.raises(ValueError, match=words):
     generator(prompts, **options)
@@ -117,7 +137,9 @@ def save_run(workdir, model=MODEL):
     state = jax.jit(lambda: states.init(config, optimizer))()
     checkpoints.save(3, state, {}, {}, validation_loss=1.0)
     checkpoints.wait()
-    later = dataclasses.replace(state, model=jax.jit(transformer.init, static_argnums=(0, 1))(model, 9))
+    later = dataclasses.replace(
+      state, model=jax.jit(transformer.init, static_argnums=(0, 1))(model, 9)
+    )
     checkpoints.save(5, later, {}, {}, validation_loss=2.0)
     checkpoints.wait()
   return state.model, later.model
@@ -125,7 +147,12 @@ def save_run(workdir, model=MODEL):
 
 def test_load(tmp_path):
   models = save_run(tmp_path)
-  for which, model in (('last', models[1]), ('best', models[0]), ('3', models[0]), ('5', models[1])):
+  for which, model in (
+    ('last', models[1]),
+    ('best', models[0]),
+    ('3', models[0]),
+    ('5', models[1]),
+  ):
     loaded = Generator.load(tmp_path, which)
     with jax.set_mesh(loaded.mesh):
       model = transformer.unstacked(model)
@@ -146,7 +173,9 @@ def test_a_run_that_trained_with_a_backend_for_training_generates(tmp_path):
 
 
 def test_neither_a_backend_nor_its_blocks_are_those_of_training():
-  trained = dataclasses.replace(MODEL, attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256))
+  trained = dataclasses.replace(
+    MODEL, attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256)
+  )
   assert generating(trained) == MODEL
 
 
@@ -154,7 +183,9 @@ def test_wrong_directories_raise(tmp_path):
   with pytest.raises(FileNotFoundError, match=str(tmp_path)):
     Generator.load(tmp_path)
   configs.save(CONFIG, tmp_path)
-  with pytest.raises(FileNotFoundError, match='holds no checkpoint; train with train.py --workdir='):
+  with pytest.raises(
+    FileNotFoundError, match='holds no checkpoint; train with train.py --workdir='
+  ):
     Generator.load(tmp_path)
 
 
@@ -164,12 +195,18 @@ def test_log_probabilities_are_those_of_the_training_forward(generator, table):
   generator = generator if table == MODEL.V else make(dataclasses.replace(MODEL, vocabulary=table))
   found = generator(PROMPTS[:2], max_new_tokens=12, temperature=0.7, top_k=9, seed=2, logprobs=3)
   for completion in found:
-    scores = generator.score([completion.prompt_ids + completion.ids])[0][len(completion.prompt_ids) - 1:]
+    scores = generator.score([completion.prompt_ids + completion.ids])[0][
+      len(completion.prompt_ids) - 1 :
+    ]
     np.testing.assert_allclose(completion.logprobs, scores, atol=1e-5)
-    assert all(processed >= raw for processed, raw in zip(completion.processed, completion.logprobs)), 'nine of all ids have all the mass'
+    assert all(
+      processed >= raw for processed, raw in zip(completion.processed, completion.logprobs)
+    ), 'nine of all ids have all the mass'
     for id_, raw, likeliest in zip(completion.ids, completion.logprobs, completion.alternatives):
       assert len(likeliest) == 3 and likeliest == sorted(likeliest, key=lambda pair: -pair[1])
-      assert raw <= likeliest[0][1] and (id_ not in dict(likeliest) or abs(dict(likeliest)[id_] - raw) < 1e-6)
+      assert raw <= likeliest[0][1] and (
+        id_ not in dict(likeliest) or abs(dict(likeliest)[id_] - raw) < 1e-6
+      )
 
 
 @pytest.mark.parametrize('chunk', [1, 5, 16])
@@ -179,16 +216,28 @@ def test_stop_strings_end_rows_wherever_chunks_end(generator, chunk):
   found = generator(PROMPTS[:2], max_new_tokens=30, seed=3, stop=[stop, '\x00never'], chunk=chunk)
   for ended, whole in zip(found, free):
     text = whole.text.split(stop)[0]
-    assert ended.text == text and (ended.finish, ended.stopped_by) == (('stop', stop) if stop in whole.text else (whole.finish, whole.stopped_by))
-    assert ended.ids == whole.ids[:len(ended.ids)] and len(ended.logprobs) == len(ended.processed) == len(ended.ids)
-  assert ''.join(generator.stream(PROMPTS[0], max_new_tokens=30, seed=3, stop=stop, chunk=chunk)) == found[0].text
+    assert ended.text == text and (ended.finish, ended.stopped_by) == (
+      ('stop', stop) if stop in whole.text else (whole.finish, whole.stopped_by)
+    )
+    assert ended.ids == whole.ids[: len(ended.ids)] and len(ended.logprobs) == len(
+      ended.processed
+    ) == len(ended.ids)
+  assert (
+    ''.join(generator.stream(PROMPTS[0], max_new_tokens=30, seed=3, stop=stop, chunk=chunk))
+    == found[0].text
+  )
   by_id = generator(PROMPTS[:1], max_new_tokens=30, seed=3, stop=free[0].ids[4], chunk=chunk)[0]
-  assert by_id.ids == free[0].ids[:free[0].ids.index(free[0].ids[4]) + 1] and by_id.stopped_by == free[0].ids[4]
+  assert (
+    by_id.ids == free[0].ids[: free[0].ids.index(free[0].ids[4]) + 1]
+    and by_id.stopped_by == free[0].ids[4]
+  )
 
 
 def test_samples_are_rows_of_their_own(generator):
   found = generator(PROMPTS[:2], max_new_tokens=8, num_samples=3, seed=7)
-  assert [c.seed for c in found] == [7, 8, 9, 10, 11, 12] and [c.prompt for c in found] == [p for p in PROMPTS[:2] for _ in range(3)]
+  assert [c.seed for c in found] == [7, 8, 9, 10, 11, 12] and [c.prompt for c in found] == [
+    p for p in PROMPTS[:2] for _ in range(3)
+  ]
   for completion in found:
     assert same(generator(completion.prompt, max_new_tokens=8, seed=completion.seed)[0], completion)
   mixed = generator(PROMPTS[:2], max_new_tokens=8, temperature=[0.0, 1.0], seed=[5, 7])
@@ -213,14 +262,26 @@ def test_bytes_in_the_cache_and_in_the_weights_are_near(generator):
   divergence = np.abs(small.score([ids])[0] - long)
   assert 1e-6 < divergence.mean() < 0.1
   cached = generator('def main(', max_new_tokens=30, temperature=0.0, cache_dtype='int8')[0]
-  assert np.abs(np.array(cached.logprobs) - generator.score([cached.prompt_ids + cached.ids])[0][len(cached.prompt_ids) - 1:]).max() < 0.2
+  assert (
+    np.abs(
+      np.array(cached.logprobs)
+      - generator.score([cached.prompt_ids + cached.ids])[0][len(cached.prompt_ids) - 1 :]
+    ).max()
+    < 0.2
+  )
 
 
 def sharing(**sizes):
   """The generator over so many devices, of a vocabulary that they share."""
-  mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[:math.prod(sizes.values())])
+  mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[: math.prod(sizes.values())])
   with jax.set_mesh(mesh):
-    return Generator(jax.jit(transformer.init, static_argnums=(0, 1))(dataclasses.replace(MODEL, vocabulary=264), 0), ByteTokenizer(), mesh)
+    return Generator(
+      jax.jit(transformer.init, static_argnums=(0, 1))(
+        dataclasses.replace(MODEL, vocabulary=264), 0
+      ),
+      ByteTokenizer(),
+      mesh,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -228,12 +289,19 @@ def alone():
   return sharing()
 
 
-@pytest.mark.parametrize('sizes', [{'data': 2, 'tensor': 2, 'fsdp': 2}, {'data': 2, 'tensor': 2, 'context': 2}], ids=str)
+@pytest.mark.parametrize(
+  'sizes', [{'data': 2, 'tensor': 2, 'fsdp': 2}, {'data': 2, 'tensor': 2, 'context': 2}], ids=str
+)
 def test_a_mesh_writes_what_one_device_writes(alone, sizes):
   several = sharing(**sizes)
   for options in (dict(seed=3), dict(temperature=0.0, lookup=2)):
-    found = several(PROMPTS, max_new_tokens=12, **options), alone(PROMPTS, max_new_tokens=12, **options)
-    assert all(same(one, other) for one, other in zip(*found, strict=True)), 'also with rows that are there to fill the mesh up'
+    found = (
+      several(PROMPTS, max_new_tokens=12, **options),
+      alone(PROMPTS, max_new_tokens=12, **options),
+    )
+    assert all(same(one, other) for one, other in zip(*found, strict=True)), (
+      'also with rows that are there to fill the mesh up'
+    )
   for one, other in zip(several.score(PROMPTS), alone.score(PROMPTS), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -252,7 +320,11 @@ def test_devices_that_share_a_long_text(alone):
 
 
 def test_scores_that_are_not_finite_raise(generator):
-  broken = Generator(jax.tree.map(lambda x: x * np.nan if x.ndim == 1 else x, generator.model), generator.tokenizer, generator.mesh)
+  broken = Generator(
+    jax.tree.map(lambda x: x * np.nan if x.ndim == 1 else x, generator.model),
+    generator.tokenizer,
+    generator.mesh,
+  )
   with pytest.raises(FloatingPointError, match='the scores after token 2 .* are not finite'):
     broken('a', max_new_tokens=3)
 
@@ -267,6 +339,7 @@ def interrupted(function, number):
     if len(calls) == number:
       raise KeyboardInterrupt
     return found
+
   return run
 
 
@@ -276,13 +349,24 @@ def test_an_interrupt_returns_what_there_is(generator, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(generator, 'advance', interrupted(generator.advance, 4))
     (found,) = generator('a', **how)
-  assert found.finish == 'interrupted' and found.ids == expected.ids[:5] and generator.report.new_tokens == 5
+  assert (
+    found.finish == 'interrupted'
+    and found.ids == expected.ids[:5]
+    and generator.report.new_tokens == 5
+  )
   monkeypatch.setattr(Row, 'add', interrupted(Row.add, 1))
-  assert [len(c.ids) for c in generator(['a', 'b'], **how)] == [1, 0] and generator.report.new_tokens == 1
+  assert [len(c.ids) for c in generator(['a', 'b'], **how)] == [
+    1,
+    0,
+  ] and generator.report.new_tokens == 1
 
 
 @pytest.mark.parametrize('number', [1, 2])
-@pytest.mark.parametrize('ask', [lambda g, **how: g('a', **how), lambda g, **how: list(g.stream('a', **how))], ids=['call', 'stream'])
+@pytest.mark.parametrize(
+  'ask',
+  [lambda g, **how: g('a', **how), lambda g, **how: list(g.stream('a', **how))],
+  ids=['call', 'stream'],
+)
 def test_an_interrupt_before_there_is_anything_raises(generator, monkeypatch, ask, number):
   monkeypatch.setattr(generator, 'advance', interrupted(generator.advance, number))
   with pytest.raises(KeyboardInterrupt) as caught:
@@ -293,23 +377,43 @@ def test_an_interrupt_before_there_is_anything_raises(generator, monkeypatch, as
 @pytest.mark.parametrize('way', ['stream', 'ids'])
 def test_a_listener_hears_of_an_interrupt(generator, monkeypatch, way):
   how, heard = dict(max_new_tokens=40, seed=1, chunk=4), []
-  ask = lambda: generator.stream('a', **how) if way == 'stream' else (new[0] for new in generator.ids(['a'], **how))
+  ask = lambda: (
+    generator.stream('a', **how)
+    if way == 'stream'
+    else (new[0] for new in generator.ids(['a'], **how))
+  )
   expected = [x for piece in ask() for x in piece]
   monkeypatch.setattr(generator, 'advance', interrupted(generator.advance, 4))
   with pytest.raises(KeyboardInterrupt):
     for piece in ask():
       heard += piece
-  assert 0 < len(heard) < len(expected) and heard == expected[:len(heard)]
+  assert 0 < len(heard) < len(expected) and heard == expected[: len(heard)]
 
 
 @pytest.mark.parametrize('options', [{}, {'lookup': 1}, {'beams': 2}], ids=str)
-def test_the_first_token_comes_alone_and_nothing_is_dispatched_before_it_is_timed(generator, monkeypatch, options):
+def test_the_first_token_comes_alone_and_nothing_is_dispatched_before_it_is_timed(
+  generator, monkeypatch, options
+):
   asked, timed, first = [], [], Watch.first
-  monkeypatch.setattr(Watch, 'first', lambda self, chunk: timed.append(list(asked)) or first(self, chunk))
+  monkeypatch.setattr(
+    Watch, 'first', lambda self, chunk: timed.append(list(asked)) or first(self, chunk)
+  )
   for module, name in ((loop, 'decode_chunk'), (drafting, 'speculate_chunk'), (beam, 'search')):
     program = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *given, program=program, **how: asked.append(
-        next(int(x) for x in given if isinstance(x, jax.Array) and x.shape == () and x.dtype == np.int32)) or program(*given, **how))
+    monkeypatch.setattr(
+      module,
+      name,
+      lambda *given, program=program, **how: (
+        asked.append(
+          next(
+            int(x)
+            for x in given
+            if isinstance(x, jax.Array) and x.shape == () and x.dtype == np.int32
+          )
+        )
+        or program(*given, **how)
+      ),
+    )
   generator('a', max_new_tokens=9, temperature=0.0, chunk=4, **options)
   assert timed == [[1]] and len(asked) > 1
 
@@ -317,14 +421,28 @@ def test_the_first_token_comes_alone_and_nothing_is_dispatched_before_it_is_time
 def test_a_report_adds_up(generator):
   found = generator(PROMPTS, max_new_tokens=9, seed=3)
   report = generator.report
-  assert (report.rows, report.new_tokens, report.steps) == (3, sum(len(c.ids) for c in found), max(len(c.ids) for c in found))
-  assert report.prompt_tokens == sum(len(c.prompt_ids) for c in found) and report.cache_bytes == 2 * 2 * 3 * 32 * 16 * 4
+  assert (report.rows, report.new_tokens, report.steps) == (
+    3,
+    sum(len(c.ids) for c in found),
+    max(len(c.ids) for c in found),
+  )
+  assert (
+    report.prompt_tokens == sum(len(c.prompt_ids) for c in found)
+    and report.cache_bytes == 2 * 2 * 3 * 32 * 16 * 4
+  )
   assert 0 < report.first_token <= report.seconds and report.share_of_bandwidth() > 0
-  weights = sum(x.nbytes for x in jax.tree.leaves(generator.model)) - generator.model.embedding.tokens[...].nbytes
-  assert report.read_bytes == pytest.approx(weights + (report.prompt_tokens + report.new_tokens / 2) * 2 * 2 * 16 * 4, rel=1e-6)
+  weights = (
+    sum(x.nbytes for x in jax.tree.leaves(generator.model))
+    - generator.model.embedding.tokens[...].nbytes
+  )
+  assert report.read_bytes == pytest.approx(
+    weights + (report.prompt_tokens + report.new_tokens / 2) * 2 * 2 * 16 * 4, rel=1e-6
+  )
 
 
-@pytest.mark.parametrize('prompts, options, words', [
+@pytest.mark.parametrize(
+  'prompts, options, words',
+  [
     ([[]], {}, 'a prompt has no ids'),
     ([[1, 300]], {}, r'the id 300; this model has ids in \[0, 259\)'),
     (['a'], {'stop': ''}, "stop='' must be a text that is not empty"),
@@ -343,21 +461,29 @@ def test_a_report_adds_up(generator):
     (['x', b'ab'], {}, "the prompt b'ab' is neither a text nor ids"),
     ('a\ud800b', {}, r"a text has '\\ud800' at 1, half of a surrogate pair"),
     (['a'], {'draft': 'runs/x'}, r"draft='runs/x' must be a Generator, such as Generator.load"),
-    (['a'], {'draft_tokens': 9}, 'draft_tokens=9, but nothing drafts; give draft, lookup or early_exit'),
+    (
+      ['a'],
+      {'draft_tokens': 9},
+      'draft_tokens=9, but nothing drafts; give draft, lookup or early_exit',
+    ),
     (['a'], {'constraint': 'abc'}, "constraint='abc' must be a decode.constrain.Constraint"),
     (['a'], {'constraint': ['abc']}, r"constraint=\['abc'\] must be a decode.constrain.Constraint"),
     (['a'], {'stop': 1.5}, 'stop=1.5 must be a text, an id, or several'),
     (['a'], {'logit_bias': [(5, 1.0)]}, r'logit_bias=\[\(5, 1.0\)\] must map ids to what is added'),
     (['a'], {'logit_bias': 5}, 'logit_bias=5 must map ids'),
     (['a'], {'logprobs': 260}, 'logprobs=260 must be at most 259'),
-])
+  ],
+)
 def test_what_cannot_be_is_said(generator, prompts, options, words):
   with pytest.raises(ValueError, match=words):
     generator(prompts, **{'max_new_tokens': 4} | options)
 
 
 def test_one_prompt_or_several_wherever_prompts_are_given(generator):
-  text, ids = generator.score('abc')[0], list(generator.ids('abc', max_new_tokens=2, temperature=0.0))
+  text, ids = (
+    generator.score('abc')[0],
+    list(generator.ids('abc', max_new_tokens=2, temperature=0.0)),
+  )
   assert text.shape == (3,) and len(generator.score('abc')) == 1
   np.testing.assert_array_equal(generator.score(generator.encoded('abc'))[0], text)
   assert all(len(rows) == 1 for rows in ids)
@@ -368,24 +494,42 @@ def test_one_prompt_or_several_wherever_prompts_are_given(generator):
 
 def test_options_as_numpy_has_them_and_none(generator):
   expected = generator('abc', max_new_tokens=3, stop=[7], seed=1)
-  assert all(same(*pair) for pair in zip(generator('abc', max_new_tokens=np.int64(3), stop=np.int32(7), seed=1), expected))
-  assert generator(np.array(expected[0].prompt_ids), max_new_tokens=3, stop=None, seed=1)[0].ids == generator(
-      'abc', max_new_tokens=3, seed=1)[0].ids
-  json.dumps(dataclasses.asdict(generator('abc', max_new_tokens=3, stop=np.int32(expected[0].ids[0]), seed=1)[0]))
+  assert all(
+    same(*pair)
+    for pair in zip(
+      generator('abc', max_new_tokens=np.int64(3), stop=np.int32(7), seed=1), expected
+    )
+  )
+  assert (
+    generator(np.array(expected[0].prompt_ids), max_new_tokens=3, stop=None, seed=1)[0].ids
+    == generator('abc', max_new_tokens=3, seed=1)[0].ids
+  )
+  json.dumps(
+    dataclasses.asdict(
+      generator('abc', max_new_tokens=3, stop=np.int32(expected[0].ids[0]), seed=1)[0]
+    )
+  )
 
 
 def test_behind_the_last_seed_comes_the_first(generator):
   last = 2**32 - 1
   assert [c.seed for c in generator(['a', 'b'], max_new_tokens=2, seed=last)] == [last, 0]
-  assert [c.seed for c in generator(['a', 'b'], max_new_tokens=2, seed=[last, 5], num_samples=2)] == [last, 0, 5, 6]
+  assert [
+    c.seed for c in generator(['a', 'b'], max_new_tokens=2, seed=[last, 5], num_samples=2)
+  ] == [last, 0, 5, 6]
 
 
 def test_ids_that_the_tokenizer_lacks_are_neither_read_nor_reported(alone):
   """The table of embeddings has 264 rows, the tokenizer 259 ids."""
-  for options, words in (({}, r'the id 262; this model has ids in \[0, 259\)'), ({'logit_bias': {262: 1.0}}, 'the id 262'),
-                         ({'logprobs': 260}, 'logprobs=260 must be at most 259')):
+  for options, words in (
+    ({}, r'the id 262; this model has ids in \[0, 259\)'),
+    ({'logit_bias': {262: 1.0}}, 'the id 262'),
+    ({'logprobs': 260}, 'logprobs=260 must be at most 259'),
+  ):
     with pytest.raises(ValueError, match=words):
       alone([[65] if options else [262]], max_new_tokens=2, **options)
   (found,) = alone('a', max_new_tokens=2, logprobs=259, logit_bias={65: 2.0})
-  assert all(sorted(id_ for id_, _ in likeliest) == list(range(259)) for likeliest in found.alternatives)
+  assert all(
+    sorted(id_ for id_, _ in likeliest) == list(range(259)) for likeliest in found.alternatives
+  )
   assert np.isfinite([value for likeliest in found.alternatives for _, value in likeliest]).all()

@@ -1,4 +1,5 @@
 """Is every text of a schema's expression JSON that the schema accepts, and is nothing of a schema passed over?"""
+
 import json
 import pathlib
 import re
@@ -15,50 +16,137 @@ def regex_of(schema, plain=lambda regex: True):
 
 def accepts(schema, value):
   """value: JSON text, or what is to become it."""
-  return re.fullmatch(regex_of(schema), value if isinstance(value, str) else json.dumps(value)) is not None
+  return (
+    re.fullmatch(regex_of(schema), value if isinstance(value, str) else json.dumps(value))
+    is not None
+  )
 
 
-@given(st.none() | st.integers(-1200, 1200), st.none() | st.integers(0, 1500), st.lists(st.integers(-3000, 3000), max_size=40))
+@given(
+  st.none() | st.integers(-1200, 1200),
+  st.none() | st.integers(0, 1500),
+  st.lists(st.integers(-3000, 3000), max_size=40),
+)
 @settings(max_examples=300)
 def test_integers_between_bounds(low, width, some):
   high = None if width is None else (low or 0) + width
   pattern = re.compile(schemas.integers(low, high))
-  for n in {*some, *(b + d for b in (low, high, 0, 9, 99, 999) if b is not None for d in (-11, -1, 0, 1, 11))}:
-    assert (pattern.fullmatch(str(n)) is not None) == ((low is None or n >= low) and (high is None or n <= high))
+  for n in {
+    *some,
+    *(b + d for b in (low, high, 0, 9, 99, 999) if b is not None for d in (-11, -1, 0, 1, 11)),
+  }:
+    assert (pattern.fullmatch(str(n)) is not None) == (
+      (low is None or n >= low) and (high is None or n <= high)
+    )
   assert not any(map(pattern.fullmatch, ['', '-', '-0', '00', '01', '+1', '1.0']))
 
 
-PERSON = {'type': 'object', 'required': ['name', 'age'], 'properties': {
-    'id': {'type': 'integer'}, 'name': {'type': 'string'}, 'nick': {'type': 'string'}, 'age': {'type': 'integer', 'minimum': 0}, 'x': {'type': 'null'}}}
+PERSON = {
+  'type': 'object',
+  'required': ['name', 'age'],
+  'properties': {
+    'id': {'type': 'integer'},
+    'name': {'type': 'string'},
+    'nick': {'type': 'string'},
+    'age': {'type': 'integer', 'minimum': 0},
+    'x': {'type': 'null'},
+  },
+}
 
 
-@pytest.mark.parametrize('schema, valid, invalid', [
-    ({'type': 'string'}, ['""', '"é😀"', '"a\\"b\\\\c\\n"', '"\u2028"'], [1, None, '"a', '"a\nb"', '"\\x"']),
+@pytest.mark.parametrize(
+  'schema, valid, invalid',
+  [
+    (
+      {'type': 'string'},
+      ['""', '"é😀"', '"a\\"b\\\\c\\n"', '"\u2028"'],
+      [1, None, '"a', '"a\nb"', '"\\x"'],
+    ),
     ({'type': 'string', 'minLength': 2, 'maxLength': 3}, ['"é😀"', '"a\\"b"'], ['"a"', '"abcd"']),
     ({'type': 'string', 'pattern': '^[A-Z]{2}|x$'}, ['"AB"', '"x"'], ['"A"', '"ABx"']),
     ({'type': 'string', 'format': 'date'}, ['"2024-02-29"'], ['"2024-13-01"', '"24-01-01"']),
-    ({'type': 'string', 'format': 'date-time'}, ['"2024-02-29T23:59:59Z"', '"2024-02-29T00:00:00.5+01:00"'], ['"2024-02-29T24:00:00Z"', '"2024-02-29"']),
-    ({'type': 'string', 'format': 'uuid'}, ['"12345678-1234-1234-1234-123456789abc"'], ['"12345678"']),
+    (
+      {'type': 'string', 'format': 'date-time'},
+      ['"2024-02-29T23:59:59Z"', '"2024-02-29T00:00:00.5+01:00"'],
+      ['"2024-02-29T24:00:00Z"', '"2024-02-29"'],
+    ),
+    (
+      {'type': 'string', 'format': 'uuid'},
+      ['"12345678-1234-1234-1234-123456789abc"'],
+      ['"12345678"'],
+    ),
     ({'type': 'integer', 'exclusiveMinimum': -3, 'maximum': 12}, [-2, 0, 12], [-3, 13, '1.0']),
-    ({'type': 'number'}, [0, -1.5, 1e30, '1E+5', '2e-7'], ['.5', '1.', '01', 'NaN', 'Infinity', '+1']),
-    ({'type': ['integer', 'null', 'string'], 'minimum': 3, 'maxLength': 1}, [3, None, '"a"'], [2, 'true', '"ab"']),
+    (
+      {'type': 'number'},
+      [0, -1.5, 1e30, '1E+5', '2e-7'],
+      ['.5', '1.', '01', 'NaN', 'Infinity', '+1'],
+    ),
+    (
+      {'type': ['integer', 'null', 'string'], 'minimum': 3, 'maxLength': 1},
+      [3, None, '"a"'],
+      [2, 'true', '"ab"'],
+    ),
     ({'type': 'boolean'}, [True, False], ['True', '1']),
-    ({'enum': ['a"b', 1, None, {'k': [1, 'é']}]}, ['"a\\"b"', 1, None, '{"k": [1, "é"]}'], ['"a', 2]),
+    (
+      {'enum': ['a"b', 1, None, {'k': [1, 'é']}]},
+      ['"a\\"b"', 1, None, '{"k": [1, "é"]}'],
+      ['"a', 2],
+    ),
     ({'type': 'integer', 'enum': [1, True, 'x']}, [1], [True, '"x"']),
     ({'const': 'a.b'}, ['"a.b"'], ['"axb"']),
-    ({'type': 'array', 'items': {'type': 'boolean'}}, [[], [True], [True, False]], ['[true,]', '[', '[1]']),
-    ({'type': 'array', 'items': {'enum': [1, 2]}, 'minItems': 2, 'maxItems': 3}, [[1, 2], [1, 1, 2], '[1,2]'], ['[1]', '[1, 1, 1, 1]', '[]']),
+    (
+      {'type': 'array', 'items': {'type': 'boolean'}},
+      [[], [True], [True, False]],
+      ['[true,]', '[', '[1]'],
+    ),
+    (
+      {'type': 'array', 'items': {'enum': [1, 2]}, 'minItems': 2, 'maxItems': 3},
+      [[1, 2], [1, 1, 2], '[1,2]'],
+      ['[1]', '[1, 1, 1, 1]', '[]'],
+    ),
     ({'type': 'array', 'items': {'type': 'null'}, 'maxItems': 0}, [[]], ['[null]']),
     ({'type': 'array', 'items': {'type': 'null'}, 'maxItems': 1}, [[], [None]], ['[null, null]']),
-    (PERSON, [{'name': 'a', 'age': 1}, {'id': 1, 'name': 'a', 'age': 0}, {'name': '', 'nick': '', 'age': 1, 'x': None}],
-     [{'name': 'a'}, '{}', {'name': 'a', 'age': -1}, '{,"name": "a", "age": 1}', '{"name": "a", "age": 1,}']),
-    ({'type': 'object', 'properties': {'a': {'type': 'null'}, 'b"': {'type': 'null'}, 'c': {'type': 'null'}}},
-     [{}, {'a': None}, {'b"': None}, {'a': None, 'c': None}, {'b"': None, 'c': None}], ['{"a": null,}', '{, "c": null}', '{"d": null}']),
+    (
+      PERSON,
+      [
+        {'name': 'a', 'age': 1},
+        {'id': 1, 'name': 'a', 'age': 0},
+        {'name': '', 'nick': '', 'age': 1, 'x': None},
+      ],
+      [
+        {'name': 'a'},
+        '{}',
+        {'name': 'a', 'age': -1},
+        '{,"name": "a", "age": 1}',
+        '{"name": "a", "age": 1,}',
+      ],
+    ),
+    (
+      {
+        'type': 'object',
+        'properties': {'a': {'type': 'null'}, 'b"': {'type': 'null'}, 'c': {'type': 'null'}},
+      },
+      [{}, {'a': None}, {'b"': None}, {'a': None, 'c': None}, {'b"': None, 'c': None}],
+      ['{"a": null,}', '{, "c": null}', '{"d": null}'],
+    ),
     ({'type': 'object', 'properties': {}}, [{}], ['{"a": 1}']),
     ({'type': 'object', 'additionalProperties': False}, [{}], ['{"a": 1}']),
-    ({'type': 'object', 'additionalProperties': {'type': 'integer'}}, [{}, {'a': 1}, {'a': 1, '': 2}], ['{"a": "b"}', '{"a": 1,}']),
-    ({'anyOf': [{'type': 'null'}, {'$ref': '#/$defs/a~1b'}], '$defs': {'a/b': {'type': 'array', 'items': {'type': 'null'}}}}, [None, [None]], ['[1]']),
-], ids=lambda x: json.dumps(x, ensure_ascii=True)[:60])
+    (
+      {'type': 'object', 'additionalProperties': {'type': 'integer'}},
+      [{}, {'a': 1}, {'a': 1, '': 2}],
+      ['{"a": "b"}', '{"a": 1,}'],
+    ),
+    (
+      {
+        'anyOf': [{'type': 'null'}, {'$ref': '#/$defs/a~1b'}],
+        '$defs': {'a/b': {'type': 'array', 'items': {'type': 'null'}}},
+      },
+      [None, [None]],
+      ['[1]'],
+    ),
+  ],
+  ids=lambda x: json.dumps(x, ensure_ascii=True)[:60],
+)
 def test_what_is_accepted(schema, valid, invalid):
   for value in valid:
     assert accepts(schema, value), value
@@ -67,11 +155,19 @@ def test_what_is_accepted(schema, valid, invalid):
     assert not accepts(schema, value), value
 
 
-@pytest.mark.parametrize('schema, words', [
+@pytest.mark.parametrize(
+  'schema, words',
+  [
     ({}, r'schema at # has keywords \[\], but none of type'),
     ({'type': 'array', 'items': True}, 'at #/items: True is not an object that names a type'),
-    ({'type': 'integer', 'multipleOf': 3}, r"schema at #: multipleOf=3 can't be kept; supported here: exclusiveMaximum, .*minimum"),
-    ({'type': 'array', 'items': {'type': 'string', 'minLenght': 3}}, r"at #/items: minLenght=3 can't be kept"),
+    (
+      {'type': 'integer', 'multipleOf': 3},
+      r"schema at #: multipleOf=3 can't be kept; supported here: exclusiveMaximum, .*minimum",
+    ),
+    (
+      {'type': 'array', 'items': {'type': 'string', 'minLenght': 3}},
+      r"at #/items: minLenght=3 can't be kept",
+    ),
     ({'type': 'number', 'minimum': 0}, r"minimum=0 can't be kept"),
     ({'oneOf': [{'type': 'null'}]}, r"has keywords \['oneOf'\], but none of"),
     ({'allOf': [{'type': 'null'}]}, r"has keywords \['allOf'\]"),
@@ -79,23 +175,52 @@ def test_what_is_accepted(schema, valid, invalid):
     ({'type': 'object', 'properties': {'a': {}}}, 'at #/properties/a has keywords'),
     ({'type': 'object'}, 'an object without properties holds anything'),
     ({'type': 'array'}, 'an array without items holds anything'),
-    ({'type': 'object', 'properties': {'a': {'type': 'null'}}, 'required': ['b']}, r"required=\['b'\] are not among properties=\['a'\]"),
-    ({'type': 'object', 'properties': {'a': {'type': 'null'}}, 'additionalProperties': {'type': 'null'}}, 'beside properties is not supported'),
-    ({'type': 'object', 'properties': {'a': {'$ref': '#'}}}, r"at #/properties/a: '#' refers to itself"),
-    ({'type': 'array', 'items': {'$ref': '#/$defs/x'}}, r"\$ref='#/\$defs/x' is not a place of this document"),
+    (
+      {'type': 'object', 'properties': {'a': {'type': 'null'}}, 'required': ['b']},
+      r"required=\['b'\] are not among properties=\['a'\]",
+    ),
+    (
+      {
+        'type': 'object',
+        'properties': {'a': {'type': 'null'}},
+        'additionalProperties': {'type': 'null'},
+      },
+      'beside properties is not supported',
+    ),
+    (
+      {'type': 'object', 'properties': {'a': {'$ref': '#'}}},
+      r"at #/properties/a: '#' refers to itself",
+    ),
+    (
+      {'type': 'array', 'items': {'$ref': '#/$defs/x'}},
+      r"\$ref='#/\$defs/x' is not a place of this document",
+    ),
     ({'$ref': 'https://a/b'}, "is not a place of this document"),
     ({'type': 'strin'}, r"type='strin' is not known; known: string, integer"),
-    ({'type': 'string', 'pattern': 'a'}, r"pattern='a' may stand anywhere in a text; write \^...\$"),
-    ({'type': 'string', 'pattern': '^a$', 'minLength': 1}, r"\['minLength', 'pattern'\] can't be kept together"),
+    (
+      {'type': 'string', 'pattern': 'a'},
+      r"pattern='a' may stand anywhere in a text; write \^...\$",
+    ),
+    (
+      {'type': 'string', 'pattern': '^a$', 'minLength': 1},
+      r"\['minLength', 'pattern'\] can't be kept together",
+    ),
     ({'type': 'string', 'format': 'email'}, r"format='email' is not known; known: date, time"),
-    ({'type': 'string', 'minLength': 3, 'maxLength': 2}, r'minLength=3 and maxLength=2 allow nothing'),
-    ({'type': 'integer', 'minimum': 3, 'exclusiveMaximum': 3}, r'no integer is at least 3 and at most 2'),
+    (
+      {'type': 'string', 'minLength': 3, 'maxLength': 2},
+      r'minLength=3 and maxLength=2 allow nothing',
+    ),
+    (
+      {'type': 'integer', 'minimum': 3, 'exclusiveMaximum': 3},
+      r'no integer is at least 3 and at most 2',
+    ),
     ({'type': 'integer', 'minimum': 0.5}, r'minimum=0.5 must be a whole number'),
     ({'type': 'string', 'enum': [1]}, r"none of \[1\] is of type 'string'"),
     ({'enum': []}, r'enum=\[\] must be a list with something in it'),
     ('{"type": ', 'is not JSON: .*; for a file, give a pathlib.Path'),
     ('[1]', r'schema at #: \[1\] is not an object'),
-])
+  ],
+)
 def test_what_cannot_be_kept_raises(schema, words):
   with pytest.raises(ValueError, match=words):
     regex_of(schema)

@@ -1,4 +1,5 @@
 """Is a session what one call over its whole text would be, wherever it appends, forks and takes back?"""
+
 import dataclasses
 
 import jax
@@ -11,14 +12,18 @@ from model import transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 
-MODEL = ModelConfig(vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=96, init_scale=1.0)
+MODEL = ModelConfig(
+  vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=96, init_scale=1.0
+)
 WINDOW = dataclasses.replace(MODEL, window=4, global_every=2, max_length=600)
 
 
 def make(config, devices=1, **sizes):
   mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
   with jax.set_mesh(mesh):
-    return Generator(jax.jit(transformer.init, static_argnums=(0, 1))(config, 0), ByteTokenizer(), mesh)
+    return Generator(
+      jax.jit(transformer.init, static_argnums=(0, 1))(config, 0), ByteTokenizer(), mesh
+    )
 
 
 @pytest.fixture(scope='module')
@@ -31,25 +36,38 @@ def whole(generator, ids, **options):
 
 
 def assert_scores_are_of_its_ids(session):
-  np.testing.assert_allclose(session.logits, session._generator.session().append(session.ids).logits, atol=1e-5)
+  np.testing.assert_allclose(
+    session.logits, session._generator.session().append(session.ids).logits, atol=1e-5
+  )
 
 
 def test_turns_are_one_text(generator):
   session = generator.session().append('def f(')
   first = session(max_new_tokens=5, temperature=0.0)
-  assert first.ids == whole(generator, generator.encoded('def f('), max_new_tokens=5, temperature=0.0) == session.ids[7:]
+  assert (
+    first.ids
+    == whole(generator, generator.encoded('def f('), max_new_tokens=5, temperature=0.0)
+    == session.ids[7:]
+  )
   second = session('): ', max_new_tokens=6, seed=3)
   past = [*generator.encoded('def f('), *first.ids, *generator.tokenizer.encode('): ')]
   assert second.ids == whole(generator, past, max_new_tokens=6, seed=3)
-  assert session.ids == [*past, *second.ids] and ''.join(session.stream(max_new_tokens=4, seed=9)) != ''
-  np.testing.assert_allclose(second.logprobs, generator.score([session.ids])[0][len(past) - 1:][:6], atol=1e-5)
+  assert (
+    session.ids == [*past, *second.ids] and ''.join(session.stream(max_new_tokens=4, seed=9)) != ''
+  )
+  np.testing.assert_allclose(
+    second.logprobs, generator.score([session.ids])[0][len(past) - 1 :][:6], atol=1e-5
+  )
 
 
 def test_forks_go_their_own_ways(generator):
   session = generator.session().append('abc')
   other = session.fork()
   one, two = session(max_new_tokens=6, seed=1), other(max_new_tokens=6, seed=2)
-  assert one.ids != two.ids and other.fork()(max_new_tokens=3, seed=5).ids == other(max_new_tokens=3, seed=5).ids
+  assert (
+    one.ids != two.ids
+    and other.fork()(max_new_tokens=3, seed=5).ids == other(max_new_tokens=3, seed=5).ids
+  )
   assert one.ids == whole(generator, generator.encoded('abc'), max_new_tokens=6, seed=1)
 
 
@@ -57,7 +75,11 @@ def test_forks_go_their_own_ways(generator):
 def test_what_is_taken_back_was_never_there(generator, length):
   session = generator.session().append('x' * 20)
   session.truncate(length).append('yz')
-  expected = [*generator.encoded('x' * 20)[:length], *([] if length else [generator.tokenizer.bos]), *generator.tokenizer.encode('yz')]
+  expected = [
+    *generator.encoded('x' * 20)[:length],
+    *([] if length else [generator.tokenizer.bos]),
+    *generator.tokenizer.encode('yz'),
+  ]
   assert session.ids == expected
   np.testing.assert_allclose(session.logits, generator.session().append(expected).logits, atol=1e-5)
 
@@ -68,12 +90,19 @@ def test_a_ring_is_read_again_where_it_has_turned():
   session = generator.session().append(np.random.default_rng(0).integers(3, 259, 500).tolist())
   past = list(session.ids)
   assert session._state.cache.held[0].ring and not session._state.cache.held[1].ring
-  for length in (498, 400, 200, 3):  # 400: what was taken back stays in the ring, and in that of a fork
+  for length in (
+    498,
+    400,
+    200,
+    3,
+  ):  # 400: what was taken back stays in the ring, and in that of a fork
     other = session.fork()
     for one in (session, other):
       assert one.truncate(length).ids == past[:length]
       assert_scores_are_of_its_ids(one)
-  session.append(past[3:290])(max_new_tokens=300, temperature=0.0, logit_bias={2: -np.inf}, chunk=64)
+  session.append(past[3:290])(
+    max_new_tokens=300, temperature=0.0, logit_bias={2: -np.inf}, chunk=64
+  )
   assert_scores_are_of_its_ids(session.truncate(295))
 
 
@@ -82,7 +111,11 @@ def test_a_stop_string_and_a_listener_that_leaves(generator):
   stop = free.text[10:12]
   session = generator.session().append('abc')
   ended = session(max_new_tokens=30, seed=4, stop=stop, chunk=16)
-  assert ended.finish == 'stop' and ended.text == free.text[:free.text.index(stop)] and session.ids[4:] == ended.ids
+  assert (
+    ended.finish == 'stop'
+    and ended.text == free.text[: free.text.index(stop)]
+    and session.ids[4:] == ended.ids
+  )
   assert_scores_are_of_its_ids(session)
   listening = session.stream(max_new_tokens=30, seed=4, chunk=2)
   next(listening)
@@ -108,17 +141,28 @@ def test_penalties_look_at_what_the_text_has(generator):
     assert session(**options).ids == whole(generator, past, **options)
 
 
-@pytest.mark.parametrize('use', [
-    lambda session: session.append('x'), lambda session: session.truncate(5), lambda session: session.fork(), lambda session: session.logits,
-    lambda session: session(max_new_tokens=2, seed=1), lambda session: next(session.stream(max_new_tokens=2, seed=1)),
-], ids=['append', 'truncate', 'fork', 'logits', 'call', 'stream'])
+@pytest.mark.parametrize(
+  'use',
+  [
+    lambda session: session.append('x'),
+    lambda session: session.truncate(5),
+    lambda session: session.fork(),
+    lambda session: session.logits,
+    lambda session: session(max_new_tokens=2, seed=1),
+    lambda session: next(session.stream(max_new_tokens=2, seed=1)),
+  ],
+  ids=['append', 'truncate', 'fork', 'logits', 'call', 'stream'],
+)
 def test_other_use_ends_a_stream_that_is_under_way(generator, use):
   session = generator.session().append('abc')
   listening = session.stream(max_new_tokens=30, seed=1, chunk=2)
   next(listening)
   use(session)
   assert_scores_are_of_its_ids(session)
-  assert session.ids[:5] == generator.encoded('abc') + generator.session().append('abc')(max_new_tokens=1, seed=1).ids
+  assert (
+    session.ids[:5]
+    == generator.encoded('abc') + generator.session().append('abc')(max_new_tokens=1, seed=1).ids
+  )
   with pytest.raises(ValueError, match='this stream has ended before its text.* fork the session'):
     next(listening)
   assert_scores_are_of_its_ids(session)
@@ -137,6 +181,7 @@ def test_an_interrupted_turn_leaves_what_there_is(generator, monkeypatch, number
     if len(calls) == number:
       raise KeyboardInterrupt
     return found
+
   with monkeypatch.context() as patch:
     patch.setattr(generator, 'advance', interrupted)
     if number < 3:  # nothing was read so far
@@ -144,11 +189,16 @@ def test_an_interrupted_turn_leaves_what_there_is(generator, monkeypatch, number
         session(**how)
     else:
       found = session(**how)
-      assert found.finish == 'interrupted' and found.ids == expected.ids[:len(found.ids)] == session.ids[4:]
+      assert (
+        found.finish == 'interrupted'
+        and found.ids == expected.ids[: len(found.ids)] == session.ids[4:]
+      )
   assert len(session.ids) == 4 + (number == 3)
   assert_scores_are_of_its_ids(session)
   left = 30 - len(session.ids) + 4
-  assert session(**how | {'max_new_tokens': left}).ids == expected.ids[-left:], 'it goes on as if nothing had been'
+  assert session(**how | {'max_new_tokens': left}).ids == expected.ids[-left:], (
+    'it goes on as if nothing had been'
+  )
 
 
 def test_interrupted_reading_reads_nothing(generator, monkeypatch):
@@ -157,6 +207,7 @@ def test_interrupted_reading_reads_nothing(generator, monkeypatch):
   def interrupted(*arguments):
     append(*arguments)
     raise KeyboardInterrupt
+
   for use, kept in ((lambda: session.append('gh'), 7), (lambda: session.truncate(4), 4)):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
       patch.setattr(generator, 'append', interrupted)
@@ -169,7 +220,11 @@ def test_a_turn_is_reported(generator):
   session = generator.session().append('abc')
   found = session('def', max_new_tokens=9, seed=3)
   report = generator.report
-  assert (report.rows, report.prompt_tokens, report.new_tokens) == (1, 7, len(found.ids)) and 0 < report.first_token <= report.seconds
+  assert (report.rows, report.prompt_tokens, report.new_tokens) == (
+    1,
+    7,
+    len(found.ids),
+  ) and 0 < report.first_token <= report.seconds
 
 
 def test_a_full_cache_says_so(generator):
@@ -182,19 +237,27 @@ def test_a_full_cache_says_so(generator):
 
 
 def test_sessions_on_a_mesh():
-  session = make(dataclasses.replace(MODEL, vocabulary=260), 4, data=2, tensor=2).session().append('abc')
+  session = (
+    make(dataclasses.replace(MODEL, vocabulary=260), 4, data=2, tensor=2).session().append('abc')
+  )
   alone = make(dataclasses.replace(MODEL, vocabulary=260))
-  assert session(max_new_tokens=6, temperature=0.0).ids == alone.session().append('abc')(max_new_tokens=6, temperature=0.0).ids
+  assert (
+    session(max_new_tokens=6, temperature=0.0).ids
+    == alone.session().append('abc')(max_new_tokens=6, temperature=0.0).ids
+  )
 
 
-@pytest.mark.parametrize('call, words', [
+@pytest.mark.parametrize(
+  'call, words',
+  [
     (lambda g: g.session(capacity=97), 'pass model.max_length=96'),
     (lambda g: g.session()(max_new_tokens=3), 'has read nothing cannot go on'),
     (lambda g: g.session().logits, 'has read nothing has no scores'),
     (lambda g: g.session().append('a').truncate(3), r'length=3 must be in \[0, 2\]'),
     (lambda g: g.session().append('a')(num_samples=2), 'num_samples=2: a session has one row'),
     (lambda g: g.session().append([300]), r'the id 300; this model has ids in \[0, 259\)'),
-])
+  ],
+)
 def test_bad_use_raises(generator, call, words):
   with pytest.raises(ValueError, match=words):
     call(generator)

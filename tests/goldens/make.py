@@ -3,6 +3,7 @@
 Needs torch and transformers. tests/model/test_families.py compares with the files, tests/oracle/test_transformers.py with
 the models themselves; both know the weights by their names (tests.goldens.tiny).
 """
+
 import os
 import pathlib
 import sys
@@ -39,15 +40,21 @@ def build(name: str, directory: pathlib.Path):
 def load(name: str, directory: pathlib.Path):
   """The model in a directory, for inference, attention and experts in their plainest form."""
   cls = getattr(transformers, tiny.CASES[name][0])
-  return cls.from_pretrained(directory, attn_implementation='eager', experts_implementation='eager').eval()
+  return cls.from_pretrained(
+    directory, attn_implementation='eager', experts_implementation='eager'
+  ).eval()
 
 
 def forward(model, tokens, source=None, types=None, mask=None, source_mask=None):
   """Hidden states (of BertModel) or logits, [B, T, _] with gradients, and the pooler's output or None."""
   put = lambda x: None if x is None else torch.tensor(np.asarray(x, np.int64))
   if source is not None:
-    out = model(input_ids=put(source), attention_mask=put(source_mask), decoder_input_ids=put(tokens),
-                decoder_attention_mask=put(mask))
+    out = model(
+      input_ids=put(source),
+      attention_mask=put(source_mask),
+      decoder_input_ids=put(tokens),
+      decoder_attention_mask=put(mask),
+    )
   elif types is not None:
     out = model(input_ids=put(tokens), attention_mask=put(mask), token_type_ids=put(types))
   else:
@@ -58,10 +65,13 @@ def forward(model, tokens, source=None, types=None, mask=None, source_mask=None)
 def loss(name: str, scores, pooled, targets):
   """The sum over tokens of the cross-entropy; of a model without a head, hidden states seen from a direction."""
   if pooled is None:
-    return torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.tensor(targets).long().flatten(),
-                                             reduction='sum')
-  return sum((x * torch.tensor(tiny.direction(what, tuple(x.shape)))).sum() for what,
-             x in (('hidden', scores), ('pooled', pooled)))
+    return torch.nn.functional.cross_entropy(
+      scores.flatten(0, 1), torch.tensor(targets).long().flatten(), reduction='sum'
+    )
+  return sum(
+    (x * torch.tensor(tiny.direction(what, tuple(x.shape)))).sum()
+    for what, x in (('hidden', scores), ('pooled', pooled))
+  )
 
 
 def save_gradients(model, directory: pathlib.Path) -> None:
@@ -78,14 +88,23 @@ def generate(model, name: str, row: int) -> np.ndarray:
   """The tokens that the model goes on with after a third of a row, the most likely one each time."""
   given = tiny.inputs(name)
   put = lambda x: torch.tensor(x[None].astype(np.int64))
-  options = dict(do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, eos_token_id=None,
-                 pad_token_id=0)
+  options = dict(
+    do_sample=False,
+    max_new_tokens=NEW_TOKENS,
+    min_new_tokens=NEW_TOKENS,
+    eos_token_id=None,
+    pad_token_id=0,
+  )
   prompt = given['tokens'][row, :8]
   if 'source' in given:
     prompt = np.concatenate([[0], prompt[1:]])
-    out = model.generate(input_ids=put(given['source'][row]), decoder_input_ids=put(prompt), **options)
+    out = model.generate(
+      input_ids=put(given['source'][row]), decoder_input_ids=put(prompt), **options
+    )
   else:
-    out = model.generate(input_ids=put(prompt), attention_mask=torch.ones(1, 8, dtype=torch.long), **options)
+    out = model.generate(
+      input_ids=put(prompt), attention_mask=torch.ones(1, 8, dtype=torch.long), **options
+    )
   return out[0, 8:].numpy().astype(np.int32)
 
 
@@ -105,11 +124,17 @@ def main():
       names = sorted(files.tensors)
       gradients = [files.read(name, 0, files.tensors[name].shape[0]) for name in names]
       np.savez_compressed(
-          HERE / f'{name}.npz', config=(directory / 'model' / 'config.json').read_text(), names=names,
-          shapes=[' '.join(map(str, x.shape)) for x in gradients], scores=scores.detach().numpy(), loss=total.item(),
-          greedy=np.array(greedy), pooled=np.zeros(0) if pooled is None else pooled.detach().numpy(),
-          norms=[np.linalg.norm(x) for x in gradients],
-          products=[np.sum(x * tiny.direction(name, x.shape)) for name, x in zip(names, gradients)])
+        HERE / f'{name}.npz',
+        config=(directory / 'model' / 'config.json').read_text(),
+        names=names,
+        shapes=[' '.join(map(str, x.shape)) for x in gradients],
+        scores=scores.detach().numpy(),
+        loss=total.item(),
+        greedy=np.array(greedy),
+        pooled=np.zeros(0) if pooled is None else pooled.detach().numpy(),
+        norms=[np.linalg.norm(x) for x in gradients],
+        products=[np.sum(x * tiny.direction(name, x.shape)) for name, x in zip(names, gradients)],
+      )
       print(f'{name}: {(HERE / f"{name}.npz").stat().st_size:,} bytes')
 
 

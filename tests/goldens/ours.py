@@ -1,4 +1,5 @@
 """What do our models compute? The counterparts of tests.goldens.make: scores, loss, gradients, greedy tokens."""
+
 import functools
 import json
 import pathlib
@@ -23,7 +24,9 @@ MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 def build(hf: dict, directory: pathlib.Path) -> None:
   """Writes a checkpoint of a config.json, its weights drawn from their names."""
   family, config = families.read(hf)
-  shapes = {name: parts[0].layout.shape for name, parts in checkpoint.parts_of(family, config).items()}
+  shapes = {
+    name: parts[0].layout.shape for name, parts in checkpoint.parts_of(family, config).items()
+  }
   directory.mkdir()
   write(directory, shapes, 'F32', lambda name: [tiny.weight(name, shapes[name])], 2**30)
   (directory / 'config.json').write_text(json.dumps(hf))
@@ -32,15 +35,31 @@ def build(hf: dict, directory: pathlib.Path) -> None:
 def put(x) -> jax.Array | None:
   """A [B, ...] array on the mesh in context."""
   with jax.set_mesh(MESH):  # which decides what a spec names
-    return None if x is None else jax.device_put(jnp.asarray(x), ax.spec('batch', *(None,) * (np.ndim(x) - 1)))
+    return (
+      None
+      if x is None
+      else jax.device_put(jnp.asarray(x), ax.spec('batch', *(None,) * (np.ndim(x) - 1)))
+    )
 
 
-def hidden(model, tokens, source=None, types=None, positions=None, segments=None, source_positions=None,
-           source_segments=None):
+def hidden(
+  model,
+  tokens,
+  source=None,
+  types=None,
+  positions=None,
+  segments=None,
+  source_positions=None,
+  source_segments=None,
+):
   """Final hidden states."""
   others = {} if types is None else {'types': types}
   if source is not None:
-    others = {'source': source, 'source_positions': source_positions, 'source_segments': source_segments}
+    others = {
+      'source': source,
+      'source_positions': source_positions,
+      'source_segments': source_segments,
+    }
   return model(tokens, positions, segments, **others).hidden
 
 
@@ -64,17 +83,22 @@ def _loss(model, name, given, targets):
   x = hidden(model, **given)
   if name == 'bert_pooled':
     pooled = model.pooler(x)
-    return sum((x * tiny.direction(what, x.shape)).sum() for what,
-               x in (('hidden', x), ('pooled', pooled))), (x, pooled)
-  return cross_entropy(*model.scored(x), targets, 0.0, model.config.logit_softcap)[0], (model.logits(x), None)
+    return sum(
+      (x * tiny.direction(what, x.shape)).sum() for what, x in (('hidden', x), ('pooled', pooled))
+    ), (x, pooled)
+  return cross_entropy(*model.scored(x), targets, 0.0, model.config.logit_softcap)[0], (
+    model.logits(x),
+    None,
+  )
 
 
 def loss_and_gradients(model, name: str):
   """The loss of a case, what `forward` gives, and a model of the loss's gradients."""
   given = {what: put(x) for what, x in tiny.inputs(name).items()}
   with jax.set_mesh(MESH):
-    (total, found), gradients = _loss(model, name, {what: x for what, x in given.items() if what != 'targets'},
-                                      given['targets'])
+    (total, found), gradients = _loss(
+      model, name, {what: x for what, x in given.items() if what != 'targets'}, given['targets']
+    )
   return total, found, gradients
 
 
@@ -86,10 +110,24 @@ def generate(model, name: str, row: int, new: int) -> np.ndarray:
   with jax.set_mesh(MESH):
     if 'source' in given:
       tokens[0, 0] = 0
-      source = put(given['source'][row:row + 1]), put(np.ones((1, given['source'].shape[1]), np.int32))
-    state = prefill(model, put(tokens), put(np.array([8], np.int32)), init_cache(model.config, 1, 32),
-                    put(np.array([8 + new], np.int32)), source)
-    rules, ids = Rules(jax.tree.map(put, make_sampling(1, temperature=0.0)), put(np.full((1, 4), -1, np.int32))), []
+      source = (
+        put(given['source'][row : row + 1]),
+        put(np.ones((1, given['source'].shape[1]), np.int32)),
+      )
+    state = prefill(
+      model,
+      put(tokens),
+      put(np.array([8], np.int32)),
+      init_cache(model.config, 1, 32),
+      put(np.array([8 + new], np.int32)),
+      source,
+    )
+    rules, ids = (
+      Rules(
+        jax.tree.map(put, make_sampling(1, temperature=0.0)), put(np.full((1, 4), -1, np.int32))
+      ),
+      [],
+    )
     for _ in range(2):
       state, chunk = decode_chunk(model, state, rules, steps=new // 2, pad=0)
       ids.append(np.asarray(chunk.ids)[0])
@@ -102,7 +140,9 @@ def tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
   return {name: files.read(name, 0, tensor.shape[0]) for name, tensor in files.tensors.items()}
 
 
-def compare_gradients(found: dict[str, np.ndarray], norms: dict[str, float], distance, names) -> list[str]:
+def compare_gradients(
+  found: dict[str, np.ndarray], norms: dict[str, float], distance, names
+) -> list[str]:
   """Names whose gradient is further than 1e-4 of its norm away; `distance(name)` is how far.
 
   Some gradients are zero (of a bias of keys that shifts all scores alike): there, rounding of the others is all there
@@ -110,4 +150,8 @@ def compare_gradients(found: dict[str, np.ndarray], norms: dict[str, float], dis
   """
   least = 1e-3 * np.sqrt(sum(norm**2 for norm in norms.values()))
   errors = {name: distance(name) / max(norms[name], least) for name in names}
-  return [f'{name}: {error:.1e} of a norm of {norms[name]:.1e}' for name, error in errors.items() if not error < 1e-4]
+  return [
+    f'{name}: {error:.1e} of a norm of {norms[name]:.1e}'
+    for name, error in errors.items()
+    if not error < 1e-4
+  ]

@@ -2,6 +2,7 @@
 
 `parts` are the keywords of a Mask, as numpy arrays; those that are not set are left out.
 """
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +11,12 @@ from kernels.mask import Mask
 
 def mask(parts: dict) -> Mask:
   """The spec that the oracle's parts stand for."""
-  return Mask(**{name: jnp.asarray(part) if isinstance(part, np.ndarray) else part for name, part in parts.items()})
+  return Mask(
+    **{
+      name: jnp.asarray(part) if isinstance(part, np.ndarray) else part
+      for name, part in parts.items()
+    }
+  )
 
 
 def visible(parts: dict, b: int, t: int, s: int) -> bool:
@@ -18,8 +24,12 @@ def visible(parts: dict, b: int, t: int, s: int) -> bool:
   key = parts['key_positions'][b, s] if 'key_positions' in parts else s
   causal = parts.get('causal', True)
   ahead = causal and key > query and not key < parts.get('prefix', np.zeros(99))[b]
-  far = parts.get('window', 0) and (query - key >= parts['window'] or not causal and key - query >= parts['window'])
-  foreign = 'query_segments' in parts and parts['query_segments'][b, t] != parts['key_segments'][b, s]
+  far = parts.get('window', 0) and (
+    query - key >= parts['window'] or not causal and key - query >= parts['window']
+  )
+  foreign = (
+    'query_segments' in parts and parts['query_segments'][b, t] != parts['key_segments'][b, s]
+  )
   return not (ahead or far or foreign)
 
 

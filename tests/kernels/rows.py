@@ -1,10 +1,15 @@
 """What are our kernels tried with? Rows, documents, positions, and a loss of all that attention gives."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-draw = lambda *shape, seed=0: jnp.asarray(np.random.default_rng([*shape, seed]).normal(size=shape), jnp.float32)
-integers = lambda high, *shape: np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
+draw = lambda *shape, seed=0: jnp.asarray(
+  np.random.default_rng([*shape, seed]).normal(size=shape), jnp.float32
+)
+integers = lambda high, *shape: (
+  np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
+)
 PACKED = np.sort(integers(5, 2, 300), 1)
 
 
@@ -25,7 +30,12 @@ def values_and_gradients(attend, q, k, v, sinks):
 
   def loss(q, k, v, sinks):
     out, lse = attend(q, k, v, sinks=sinks)
-    return jnp.sum(out * of_out.astype(out.dtype), dtype=jnp.float32) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) * of_lse), (out, lse)
+    return jnp.sum(out * of_out.astype(out.dtype), dtype=jnp.float32) + jnp.sum(
+      jnp.where(jnp.isfinite(lse), lse, 0) * of_lse
+    ), (out, lse)
+
   arguments = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
-  (_, values), gradients = jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))(q, k, v, sinks)
+  (_, values), gradients = jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))(
+    q, k, v, sinks
+  )
   return values, gradients

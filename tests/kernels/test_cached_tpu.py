@@ -1,4 +1,5 @@
 """Does the TPU's kernel for caches give what the loop over blocks gives, interpreted, and does it compile for the chips?"""
+
 import functools
 import itertools
 
@@ -20,7 +21,11 @@ def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 
   rng = np.random.default_rng(S + T)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), 'float32')
   lengths = jnp.asarray(np.maximum(lengths, T), jnp.int32)
-  q, keys, values = draw(B, K, G * T, H), draw(2, B, K, S, H), None if latent else draw(2, B, K, S, H)
+  q, keys, values = (
+    draw(B, K, G * T, H),
+    draw(2, B, K, S, H),
+    None if latent else draw(2, B, K, S, H),
+  )
   scales = (None, None)
   if dtype == 'int8':
     pairs = [(None, None) if x is None else cached.quantised(x) for x in (keys, values)]
@@ -39,7 +44,9 @@ def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 
 def compare(T, S, window, softcap, latent, **how):
   q, held, layer, first, lengths, queries = made(T, S, window=window, latent=latent, **how)
   how = dict(window=window, softcap=softcap, scale=0.3, Hv=latent or H)
-  expected = jax.jit(functools.partial(cached.blocks, **how))(q, held, layer, first, lengths, queries)
+  expected = jax.jit(functools.partial(cached.blocks, **how))(
+    q, held, layer, first, lengths, queries
+  )
   kernel = functools.partial(cached_tpu.blocks, T=T, interpret=True, **how)
   found = jax.jit(kernel)(q, held, layer, first, lengths, queries[:, 0])
   mean = lambda top, total, mixed: mixed / jnp.where(total > 0, total, 1)[..., None]
@@ -59,10 +66,19 @@ def test_the_kernel_is_the_loop(small_blocks, T, window, softcap):
   compare(T, 80, window, softcap, 0)
 
 
-@pytest.mark.parametrize('how', [
-    dict(latent=9), dict(dtype='int8'), dict(dtype='int8', latent=9), dict(window=30, ring=True, S=48, lengths=(37, 8, 200)),
-    dict(window=30, ring=True, S=48, lengths=(47, 48, 49), dtype='int8'), dict(S=8, lengths=(3, 8, 5)), dict(lengths=(1, 2, 80)),
-], ids=str)
+@pytest.mark.parametrize(
+  'how',
+  [
+    dict(latent=9),
+    dict(dtype='int8'),
+    dict(dtype='int8', latent=9),
+    dict(window=30, ring=True, S=48, lengths=(37, 8, 200)),
+    dict(window=30, ring=True, S=48, lengths=(47, 48, 49), dtype='int8'),
+    dict(S=8, lengths=(3, 8, 5)),
+    dict(lengths=(1, 2, 80)),
+  ],
+  ids=str,
+)
 def test_what_is_held_and_how(small_blocks, how):
   compare(2, **dict(S=80, window=0, softcap=0.0, latent=0) | how)
 
@@ -70,33 +86,63 @@ def test_what_is_held_and_how(small_blocks, how):
 @pytest.mark.parametrize('fault', ['a row of slots too few', 'no rescaling'])
 def test_planted_faults_break_it(small_blocks, fault, monkeypatch):
   if fault == 'no rescaling':
-    monkeypatch.setattr(cached_tpu.jnp, 'exp', lambda x: jnp.ones_like(x) if x.shape[-1] == 1 else jax.lax.exp(x))
+    monkeypatch.setattr(
+      cached_tpu.jnp, 'exp', lambda x: jnp.ones_like(x) if x.shape[-1] == 1 else jax.lax.exp(x)
+    )
   else:
     bounds = cached_tpu._bounds
 
     def short(*arguments):
-      return lambda *given: (bounds(*arguments)(*given)[0], jnp.maximum(bounds(*arguments)(*given)[1] - 1, 0))
+      return lambda *given: (
+        bounds(*arguments)(*given)[0],
+        jnp.maximum(bounds(*arguments)(*given)[1] - 1, 0),
+      )
+
     monkeypatch.setattr(cached_tpu, '_bounds', short)
   with pytest.raises(AssertionError):
     compare(1, 80, 0, 0.0, 0, lengths=(80, 70, 64))
 
 
-CASES = {'llama': dict(H=128, M=4, S=8192), 'rows of many': dict(H=128, M=512, S=2048), 'narrow': dict(H=64, M=8, S=1024),
-         'latent': dict(H=576, M=128, S=4096, Hv=512), 'bytes': dict(H=128, M=4, S=4096, dtype='int8'),
-         'ring': dict(H=256, M=2, S=1280, window=1024, ring=True)}
+CASES = {
+  'llama': dict(H=128, M=4, S=8192),
+  'rows of many': dict(H=128, M=512, S=2048),
+  'narrow': dict(H=64, M=8, S=1024),
+  'latent': dict(H=576, M=128, S=4096, Hv=512),
+  'bytes': dict(H=128, M=4, S=4096, dtype='int8'),
+  'ring': dict(H=256, M=2, S=1280, window=1024, ring=True),
+}
 
 
-@pytest.mark.parametrize('chip', ['v5e:1x1', pytest.param('v5p:1x1x1', marks=pytest.mark.slow), pytest.param('v6e:1x1', marks=pytest.mark.slow),
-                                  pytest.param('tpu7x:1x1x1', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'chip',
+  [
+    'v5e:1x1',
+    pytest.param('v5p:1x1x1', marks=pytest.mark.slow),
+    pytest.param('v6e:1x1', marks=pytest.mark.slow),
+    pytest.param('tpu7x:1x1x1', marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize('case', CASES)
 def test_it_compiles(chip, case):
   how = dict(dtype='bfloat16', Hv=0, window=0, ring=False) | CASES[case]
   device = aot.topology(chip)[0]
-  shape = lambda shape, dtype='bfloat16': jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+  shape = lambda shape, dtype='bfloat16': jax.ShapeDtypeStruct(
+    shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device)
+  )
   S, H, M, B = how['S'], how['H'], how['M'], 8
-  vector, number = shape((1, B, 1, S, H), how['dtype']), shape((1, B, 1, S), 'float32') if how['dtype'] == 'int8' else None
+  vector, number = (
+    shape((1, B, 1, S, H), how['dtype']),
+    shape((1, B, 1, S), 'float32') if how['dtype'] == 'int8' else None,
+  )
   held = Held(vector, None if how['Hv'] else vector, number, number, how['ring'])
-  run = functools.partial(cached_tpu.blocks, T=1, window=how['window'], softcap=0.0, scale=0.1, Hv=how['Hv'] or H)
+  run = functools.partial(
+    cached_tpu.blocks, T=1, window=how['window'], softcap=0.0, scale=0.1, Hv=how['Hv'] or H
+  )
   with jax.set_mesh(make_mesh(MeshConfig(), [device])):
-    text = jax.jit(run).lower(shape((B, 1, M, H)), held, 0, 0, shape((B,), 'int32'), shape((B,), 'int32')).compile().as_text()
+    text = (
+      jax.jit(run)
+      .lower(shape((B, 1, M, H)), held, 0, 0, shape((B,), 'int32'), shape((B,), 'int32'))
+      .compile()
+      .as_text()
+    )
   assert 'tpu_custom_call' in text

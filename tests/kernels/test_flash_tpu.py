@@ -1,4 +1,5 @@
 """Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs of the real compiler."""
+
 import functools
 import pathlib
 import sys
@@ -25,22 +26,79 @@ from parallel.mesh import MeshConfig, make_mesh
 
 # T, S, N, K, H, Hv, the mask, softcap, sinks. Blocks are of 128: lengths that fill them and that don't, one block and several.
 CASES = {
-    'causal': (256, 256, 4, 2, 8, 8, {}, 0.0, False),
-    'causal, soft cap, sinks': (300, 300, 4, 2, 8, 6, {}, 2.0, True),
-    'window': (300, 300, 4, 1, 64, 128, {'window': 40}, 0.0, True),
-    'wide window, packed': (300, 300, 2, 2, 16, 16, {'window': 200} | documents(300, 300), 2.0, False),
-    'packed': (300, 300, 6, 2, 16, 128, documents(300, 300), 0.0, True),
-    'full, packed': (200, 300, 2, 2, 16, 16, {'causal': False} | documents(200, 300), 2.0, False),
-    'window on either side, packed': (300, 300, 2, 1, 16, 16, {'causal': False, 'window': 90} | documents(300, 300), 0.0, False),
-    'window on either side, positions': (150, 300, 4, 2, 16, 16, {'causal': False, 'window': 100} | positions(150, 300), 0.0, True),
-    'full': (130, 300, 2, 1, 16, 24, {'causal': False}, 0.0, True),
-    'prefix': (300, 300, 4, 2, 16, 16, {'prefix': np.array([200, 3], np.int32)}, 2.0, False),
-    'prefix, window, packed': (300, 300, 2, 2, 8, 8, {'prefix': np.array([200, 3], np.int32), 'window': 50} | documents(300, 300), 0.0, False),
-    'positions': (150, 300, 4, 2, 16, 16, {'window': 100} | positions(150, 300), 0.0, True),
-    'positions, packed, prefix': (150, 300, 2, 2, 8, 8, positions(150, 300) | documents(150, 300) | {'prefix': np.array([100, 3], np.int32)}, 2.0, True),
-    'zigzag': (256, 256, 2, 2, 16, 16, {'zigzag': 4}, 0.0, False),
+  'causal': (256, 256, 4, 2, 8, 8, {}, 0.0, False),
+  'causal, soft cap, sinks': (300, 300, 4, 2, 8, 6, {}, 2.0, True),
+  'window': (300, 300, 4, 1, 64, 128, {'window': 40}, 0.0, True),
+  'wide window, packed': (
+    300,
+    300,
+    2,
+    2,
+    16,
+    16,
+    {'window': 200} | documents(300, 300),
+    2.0,
+    False,
+  ),
+  'packed': (300, 300, 6, 2, 16, 128, documents(300, 300), 0.0, True),
+  'full, packed': (200, 300, 2, 2, 16, 16, {'causal': False} | documents(200, 300), 2.0, False),
+  'window on either side, packed': (
+    300,
+    300,
+    2,
+    1,
+    16,
+    16,
+    {'causal': False, 'window': 90} | documents(300, 300),
+    0.0,
+    False,
+  ),
+  'window on either side, positions': (
+    150,
+    300,
+    4,
+    2,
+    16,
+    16,
+    {'causal': False, 'window': 100} | positions(150, 300),
+    0.0,
+    True,
+  ),
+  'full': (130, 300, 2, 1, 16, 24, {'causal': False}, 0.0, True),
+  'prefix': (300, 300, 4, 2, 16, 16, {'prefix': np.array([200, 3], np.int32)}, 2.0, False),
+  'prefix, window, packed': (
+    300,
+    300,
+    2,
+    2,
+    8,
+    8,
+    {'prefix': np.array([200, 3], np.int32), 'window': 50} | documents(300, 300),
+    0.0,
+    False,
+  ),
+  'positions': (150, 300, 4, 2, 16, 16, {'window': 100} | positions(150, 300), 0.0, True),
+  'positions, packed, prefix': (
+    150,
+    300,
+    2,
+    2,
+    8,
+    8,
+    positions(150, 300) | documents(150, 300) | {'prefix': np.array([100, 3], np.int32)},
+    2.0,
+    True,
+  ),
+  'zigzag': (256, 256, 2, 2, 16, 16, {'zigzag': 4}, 0.0, False),
 }
-FAST = ('causal, soft cap, sinks', 'window on either side, packed', 'packed', 'full, packed', 'positions, packed, prefix', 'prefix, window, packed')
+FAST = (
+  'causal, soft cap, sinks',
+  'window on either side, packed',
+  'packed',
+  'full, packed',
+  'positions, packed, prefix',
+  'prefix, window, packed',
+)
 
 
 def inputs_of(case):
@@ -52,7 +110,9 @@ def inputs_of(case):
 @pytest.fixture
 def small_steps(monkeypatch):
   """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as v6e sums weights."""
-  monkeypatch.setattr(flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27))
+  monkeypatch.setattr(
+    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27)
+  )
 
 
 def assert_close(found, expected):
@@ -64,8 +124,14 @@ def assert_close(found, expected):
 
 def check(case):
   arrays, mask, softcap = inputs_of(case)
-  found = values_and_gradients(functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='pallas_tpu'), *arrays)
-  expected = values_and_gradients(functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='reference'), *arrays)
+  found = values_and_gradients(
+    functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='pallas_tpu'),
+    *arrays,
+  )
+  expected = values_and_gradients(
+    functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='reference'),
+    *arrays,
+  )
   assert_close(found, expected)
 
 
@@ -79,22 +145,39 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
 
   Ours also rounds scaled queries, as who calls splash does; keys' gradients are made of those.
   """
-  q, k, v = (x.astype(jnp.bfloat16) for x in (draw(2, 256, 4, 64), draw(2, 256, 2, 64, seed=1), draw(2, 256, 2, 64, seed=2)))
-  run = lambda backend, *arrays: values_and_gradients(functools.partial(attention, mask=Mask(), backend=backend), *arrays, None)
+  q, k, v = (
+    x.astype(jnp.bfloat16)
+    for x in (draw(2, 256, 4, 64), draw(2, 256, 2, 64, seed=1), draw(2, 256, 2, 64, seed=2))
+  )
+  run = lambda backend, *arrays: values_and_gradients(
+    functools.partial(attention, mask=Mask(), backend=backend), *arrays, None
+  )
   exact = run('reference', *(x.astype(jnp.float32) for x in (q, k, v)))
   with jax.default_matmul_precision('default'):
     ours, oracles = run('pallas_tpu', q, k, v), run('reference', q, k, v)
   assert ours[1][0].dtype == jnp.bfloat16
-  np.testing.assert_allclose(ours[0][1], exact[0][1], atol=2**-8)  # log-sum-exp, of scores of rounded queries
-  error = lambda x, right: np.sqrt(np.square(np.asarray(x, np.float64) - np.asarray(right, np.float64)).mean())
-  for name, most, *found in zip(('out', 'q', 'k', 'v'), (1.2, 1.3, 1.5, 1.3), *((tree[0][0], *tree[1]) for tree in (ours, oracles, exact))):
+  np.testing.assert_allclose(
+    ours[0][1], exact[0][1], atol=2**-8
+  )  # log-sum-exp, of scores of rounded queries
+  error = lambda x, right: np.sqrt(
+    np.square(np.asarray(x, np.float64) - np.asarray(right, np.float64)).mean()
+  )
+  for name, most, *found in zip(
+    ('out', 'q', 'k', 'v'),
+    (1.2, 1.3, 1.5, 1.3),
+    *((tree[0][0], *tree[1]) for tree in (ours, oracles, exact)),
+  ):
     a, b, right = found
-    assert error(a, right) <= most * error(b, right), f'{name}: {error(a, right) / error(b, right):.2f} times that of the oracle'
+    assert error(a, right) <= most * error(b, right), (
+      f'{name}: {error(a, right) / error(b, right):.2f} times that of the oracle'
+    )
 
 
 def test_sums_by_lane_are_sums(monkeypatch):
   """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes together."""
-  monkeypatch.setattr(flash_tpu, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27))
+  monkeypatch.setattr(
+    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27)
+  )
   check('causal')
   check('causal, soft cap, sinks')
 
@@ -116,20 +199,32 @@ def test_no_step_reads_what_another_writes(small_steps):
   """TPU semantics, with races looked for: forward and backward of a packed row."""
   (q, k, v, _), mask, _ = inputs_of('packed')
   interpret = pltpu.InterpretParams(detect_races=True)
-  run = lambda q, k, v: flash.flash(('pallas_tpu', 0.0, 0.3, interpret, Blocks()), q, k, v, mask, None)[0]
+  run = lambda q, k, v: flash.flash(
+    ('pallas_tpu', 0.0, 0.3, interpret, Blocks()), q, k, v, mask, None
+  )[0]
   out, pull = jax.vjp(run, q, k, v)
-  expected, pull_expected = jax.vjp(lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend='reference')[0], q, k, v)
+  expected, pull_expected = jax.vjp(
+    lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend='reference')[0], q, k, v
+  )
   assert_close((out, pull(out)), (expected, pull_expected(out)))
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
   assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize('parts', [positions(150, 300), {}], ids=['positions', 'in order'])
 def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   """A VMEM in which the gradients of 128 keys find place."""
-  monkeypatch.setattr(flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15))
+  monkeypatch.setattr(
+    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15)
+  )
   T = 150 if parts else 300
-  q, k, v, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8, seed=1), oracle.mask(parts)
+  q, k, v, mask = (
+    draw(2, T, 4, 8),
+    draw(2, 300, 2, 8),
+    draw(2, 300, 2, 8, seed=1),
+    oracle.mask(parts),
+  )
   out, lse = reference.attention(q, k, v, mask, softcap=0.0, sinks=None, relative=None, scale=0.3)
   arguments = q, k, v, mask, lse, (out * out).sum(-1), out
   found = flash_tpu.backward(*arguments, softcap=0.0, scale=0.3, interpret=True)
@@ -137,9 +232,17 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('parts, T, steps', [({}, 300, 6), (documents(300, 300), 300, 6), ({'window': 40}, 300, 5), (positions(150, 300), 150, 3),
-                                             ({'prefix': np.array([200, 3], np.int32)}, 300, 9)],
-                         ids=['causal', 'packed', 'window', 'positions', 'prefix'])
+@pytest.mark.parametrize(
+  'parts, T, steps',
+  [
+    ({}, 300, 6),
+    (documents(300, 300), 300, 6),
+    ({'window': 40}, 300, 5),
+    (positions(150, 300), 150, 3),
+    ({'prefix': np.array([200, 3], np.int32)}, 300, 9),
+  ],
+  ids=['causal', 'packed', 'window', 'positions', 'prefix'],
+)
 def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
   """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by positions half of them."""
   q, k, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), oracle.mask(parts)
@@ -153,25 +256,44 @@ def test_on_a_mesh(small_steps):
   """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with documents."""
   q, k, v = draw(2, 256, 4, 8), draw(2, 256, 2, 8), draw(2, 256, 2, 8, seed=1)
   mask = oracle.mask(documents(256, 256))
-  expected = values_and_gradients(functools.partial(attention, mask=mask, backend='reference'), q, k, v, None)
+  expected = values_and_gradients(
+    functools.partial(attention, mask=mask, backend='reference'), q, k, v, None
+  )
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
       at = lambda x, *axes: jax.device_put(x, ax.spec(*axes))
       heads = 'batch', 'length', 'heads', 'head_width'
-      split = Mask(**{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()})
-      found = values_and_gradients(functools.partial(attention, mask=split, backend='pallas_tpu'), *(at(x, *heads) for x in (q, k, v)), None)
+      split = Mask(
+        **{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()}
+      )
+      found = values_and_gradients(
+        functools.partial(attention, mask=split, backend='pallas_tpu'),
+        *(at(x, *heads) for x in (q, k, v)),
+        None,
+      )
     assert_close(found, expected)
 
 
 COMPILED = {
-    'causal': ((1, 4096, 4096, 8, 2, 128, 128, jnp.bfloat16), Mask(), 0.0),
-    'window, soft cap': ((1, 4096, 4096, 8, 8, 64, 64, jnp.bfloat16), Mask(window=1024), 30.0),
-    'packed': ((2, 2048, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(**{f'{x}_segments': np.zeros((2, 2048), np.int32) for x in ('query', 'key')}), 0.0),
-    'positions': ((2, 1024, 2048, 8, 2, 128, 128, jnp.bfloat16), Mask(query_positions=np.zeros((2, 1024), np.int32),
-                                                                   key_positions=np.zeros((2, 2048), np.int32), window=512), 0.0),
-    'latent': ((1, 2048, 2048, 4, 4, 192, 128, jnp.bfloat16), Mask(), 0.0),
-    'f32': ((1, 1024, 1024, 4, 4, 256, 256, jnp.float32), Mask(prefix=np.array([7], np.int32)), 0.0),
-    'ragged': ((1, 1000, 1500, 8, 8, 80, 80, jnp.float16), Mask(causal=False), 0.0),
+  'causal': ((1, 4096, 4096, 8, 2, 128, 128, jnp.bfloat16), Mask(), 0.0),
+  'window, soft cap': ((1, 4096, 4096, 8, 8, 64, 64, jnp.bfloat16), Mask(window=1024), 30.0),
+  'packed': (
+    (2, 2048, 2048, 8, 2, 128, 128, jnp.bfloat16),
+    Mask(**{f'{x}_segments': np.zeros((2, 2048), np.int32) for x in ('query', 'key')}),
+    0.0,
+  ),
+  'positions': (
+    (2, 1024, 2048, 8, 2, 128, 128, jnp.bfloat16),
+    Mask(
+      query_positions=np.zeros((2, 1024), np.int32),
+      key_positions=np.zeros((2, 2048), np.int32),
+      window=512,
+    ),
+    0.0,
+  ),
+  'latent': ((1, 2048, 2048, 4, 4, 192, 128, jnp.bfloat16), Mask(), 0.0),
+  'f32': ((1, 1024, 1024, 4, 4, 256, 256, jnp.float32), Mask(prefix=np.array([7], np.int32)), 0.0),
+  'ragged': ((1, 1000, 1500, 8, 8, 80, 80, jnp.float16), Mask(causal=False), 0.0),
 }
 
 
@@ -185,24 +307,42 @@ def test_it_compiles(case, topology):
   except ImportError as error:
     pytest.skip(f'{topology} cannot be compiled for: {error}')
   with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
-    abstract = lambda *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+    abstract = lambda *shape: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())
+    )
 
     def loss(q, k, v):
       out, lse = attention(q, k, v, mask, softcap=softcap, backend='pallas_tpu')
       return jnp.sum(out, dtype=jnp.float32) + lse.sum()
-    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(abstract(B, T, N, H), abstract(B, S, K, H), abstract(B, S, K, Hv)).compile().as_text()
-  assert 'flash_forward' in program and 'flash_backward' in program and dispatch.HONOURS['pallas_tpu'] >= mask.fields()
+
+    program = (
+      jax.jit(jax.grad(loss, (0, 1, 2)))
+      .lower(abstract(B, T, N, H), abstract(B, S, K, H), abstract(B, S, K, Hv))
+      .compile()
+      .as_text()
+    )
+  assert (
+    'flash_forward' in program
+    and 'flash_backward' in program
+    and dispatch.HONOURS['pallas_tpu'] >= mask.fields()
+  )
 
 
 FAULTS = {
-    'wrong diagonal': ('compare(jnp.greater_equal, q, k)', 'compare(jnp.greater, q, k)'),
-    'dropped rescale': ('acc[rows] = acc[rows] * _over_lanes(shrink, Hv)', 'acc[rows] = acc[rows]'),
-    'a block is skipped that is needed': ('active = ((kinds != SKIP) | blind)', 'active = ((kinds == FULL) | blind)'),
-    'a partial block is not masked': ('(kinds.reshape(-1)[order] != FULL) * MASKED', '(kinds.reshape(-1)[order] == SKIP) * MASKED'),
-    'gradients of the keys begin anew': ('first_of_row * FIRST_OF_ROW', 'first * FIRST_OF_ROW'),
-    'gradients of the queries do not begin anew': ('sum_q[...] = jnp.zeros_like(sum_q)', 'pass'),
-    'the sinks are forgotten': ('jnp.where(sink > NOTHING, share, 0.0)', 'jnp.zeros_like(sink)'),
-    'the cap has no slope': ('d_scores = d_scores * (1 - bent * bent)', 'pass'),
+  'wrong diagonal': ('compare(jnp.greater_equal, q, k)', 'compare(jnp.greater, q, k)'),
+  'dropped rescale': ('acc[rows] = acc[rows] * _over_lanes(shrink, Hv)', 'acc[rows] = acc[rows]'),
+  'a block is skipped that is needed': (
+    'active = ((kinds != SKIP) | blind)',
+    'active = ((kinds == FULL) | blind)',
+  ),
+  'a partial block is not masked': (
+    '(kinds.reshape(-1)[order] != FULL) * MASKED',
+    '(kinds.reshape(-1)[order] == SKIP) * MASKED',
+  ),
+  'gradients of the keys begin anew': ('first_of_row * FIRST_OF_ROW', 'first * FIRST_OF_ROW'),
+  'gradients of the queries do not begin anew': ('sum_q[...] = jnp.zeros_like(sum_q)', 'pass'),
+  'the sinks are forgotten': ('jnp.where(sink > NOTHING, share, 0.0)', 'jnp.zeros_like(sink)'),
+  'the cap has no slope': ('d_scores = d_scores * (1 - bent * bent)', 'pass'),
 }
 
 

@@ -1,4 +1,5 @@
 """Are the files in launch/ what their clusters accept, and do they start train.py with the flags they were given?"""
+
 import copy
 import json
 import math
@@ -20,13 +21,19 @@ from training import config as configs
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / 'launch'
 TYPES = {'object': dict, 'array': list, 'string': str, 'integer': int, 'boolean': bool}
-ODD = ['--config=configs/tiny.py', "--config.data.sources[0].path=a b/*.txt", "--workdir=runs/it's $HOME"]
+ODD = [
+  '--config=configs/tiny.py',
+  "--config.data.sources[0].path=a b/*.txt",
+  "--workdir=runs/it's $HOME",
+]
 
 
 def problems(schema: dict, value, path: str = '') -> list[str]:
   """What in the value the OpenAPI schema does not allow."""
   if 'x-kubernetes-int-or-string' in schema:
-    fine = type(value) is int or isinstance(value, str) and re.search(schema.get('pattern', ''), value)
+    fine = (
+      type(value) is int or isinstance(value, str) and re.search(schema.get('pattern', ''), value)
+    )
     return [] if fine else [f'{path}: {value!r} is neither an integer nor a fitting string']
   kind = schema.get('type')
   if kind and type(value) is not TYPES[kind]:
@@ -34,7 +41,11 @@ def problems(schema: dict, value, path: str = '') -> list[str]:
   if value not in schema.get('enum', [value]):
     return [f'{path}: {value!r} is none of {schema["enum"]}']
   if isinstance(value, list):
-    return [problem for i, item in enumerate(value) for problem in problems(schema['items'], item, f'{path}[{i}]')]
+    return [
+      problem
+      for i, item in enumerate(value)
+      for problem in problems(schema['items'], item, f'{path}[{i}]')
+    ]
   if not isinstance(value, dict):
     return []
   found = [f'{path}: {name} is missing' for name in schema.get('required', ()) if name not in value]
@@ -44,7 +55,9 @@ def problems(schema: dict, value, path: str = '') -> list[str]:
     if below is not None:
       found += problems(below, item, f'{path}.{name}')
     elif known:  # an object without properties is free, as metadata is here
-      found.append(f'{path}: {name} is unknown; if it is in the published schema, keep it in excerpt.py')
+      found.append(
+        f'{path}: {name} is unknown; if it is in the published schema, keep it in excerpt.py'
+      )
   return found
 
 
@@ -71,17 +84,26 @@ def test_the_jobset_is_what_the_published_schema_allows(jobset, published):
   assert problems(published['schema'], jobset) == []
 
 
-@pytest.mark.parametrize('plant, said', [
+@pytest.mark.parametrize(
+  'plant, said',
+  [
     (lambda j: j['spec'].update(replicas=2), 'replicas is unknown'),
     (lambda j: j['spec']['failurePolicy'].update(maxRestarts='many'), "'many' is no integer"),
     (lambda j: j['spec']['failurePolicy'].update(restartStrategy='Again'), "'Again' is none of"),
     (lambda j: j['spec']['replicatedJobs'][0].pop('name'), 'name is missing'),
-    (lambda j: container_of(j)['resources']['limits'].update({'google.com/tpu': 'four chips'}), 'neither an integer nor'),
+    (
+      lambda j: container_of(j)['resources']['limits'].update({'google.com/tpu': 'four chips'}),
+      'neither an integer nor',
+    ),
     (lambda j: container_of(j)['volumeMounts'][0].update(path='/runs'), 'path is unknown'),
-], ids=lambda x: x if isinstance(x, str) else '')
+  ],
+  ids=lambda x: x if isinstance(x, str) else '',
+)
 def test_faults_in_it_are_found(jobset, published, plant, said):
   plant(planted := copy.deepcopy(jobset))
-  assert any(said in problem for problem in problems(published['schema'], planted)), problems(published['schema'], planted)
+  assert any(said in problem for problem in problems(published['schema'], planted)), problems(
+    published['schema'], planted
+  )
 
 
 def config_of(arguments: list[str], monkeypatch) -> configs.Config:
@@ -100,9 +122,17 @@ def config_of(arguments: list[str], monkeypatch) -> configs.Config:
 def test_the_jobsets_numbers_fit_together(jobset, monkeypatch):
   assert train.STOPPED_CODE.name in flags.FLAGS
   job, container = job_of(jobset), container_of(jobset)
-  chips = math.prod(map(int, job['template']['spec']['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x')))
+  chips = math.prod(
+    map(
+      int, job['template']['spec']['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x')
+    )
+  )
   slices = jobset['spec']['replicatedJobs'][0]['replicas']
-  assert job['parallelism'] == job['completions'] == chips / container['resources']['limits']['google.com/tpu']
+  assert (
+    job['parallelism']
+    == job['completions']
+    == chips / container['resources']['limits']['google.com/tpu']
+  )
   python, script, *arguments = container['command']
   assert (python, script) == ('python', 'train.py')
   config = config_of(arguments, monkeypatch)
@@ -110,11 +140,14 @@ def test_the_jobsets_numbers_fit_together(jobset, monkeypatch):
   assert sizes['data'] % slices == 0
   config.check_mesh(sizes)
   mounted = container['volumeMounts'][0]['mountPath'] + '/'
-  assert all(f'={mounted}' in argument for argument in arguments if 'dir=' in argument), 'what has to be shared is on the volume'
+  assert all(f'={mounted}' in argument for argument in arguments if 'dir=' in argument), (
+    'what has to be shared is on the volume'
+  )
 
 
 # Long options of sbatch, from its manual page in Slurm 26.05.
-SBATCH = set('''
+SBATCH = set(
+  '''
 account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments constraint container contiguous
 core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution error exclude exclusive export
 export-file extra extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint
@@ -122,7 +155,8 @@ hold ignore-pbs input job-name kill-on-invalid-dep licenses mail-type mail-user 
 mincpus network nice no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket
 oom-kill-step open-mode output overcommit oversubscribe parsable partition prefer priority profile propagate qos quiet reboot requeue
 reservation resources resv-ports runtime segment signal sockets-per-node spread-job spread-segments stepmgr switches thread-spec
-threads-per-core time time-min tmp tres-bind tres-per-task uid use-min-nodes verbose wait wait-all-nodes wckey wrap'''.split())
+threads-per-core time time-min tmp tres-bind tres-per-task uid use-min-nodes verbose wait wait-all-nodes wckey wrap'''.split()
+)
 
 
 @pytest.mark.parametrize('script', sorted(LAUNCH.glob('*.sh')), ids=lambda path: path.name)
@@ -135,11 +169,21 @@ def test_scripts_parse_and_can_be_run(script):
 def test_slurm_knows_every_option():
   lines = (LAUNCH / 'slurm.sh').read_text().splitlines()
   first = next(i for i, line in enumerate(lines) if line and not line.startswith('#'))
-  assert not [line for line in lines[first:] if line.startswith('#SBATCH')], 'after a command, Slurm reads none'
-  options = dict((line.removeprefix('#SBATCH --') + '=').split('=')[:2] for line in lines if line.startswith('#SBATCH'))
+  assert not [line for line in lines[first:] if line.startswith('#SBATCH')], (
+    'after a command, Slurm reads none'
+  )
+  options = dict(
+    (line.removeprefix('#SBATCH --') + '=').split('=')[:2]
+    for line in lines
+    if line.startswith('#SBATCH')
+  )
   assert set(options) <= SBATCH
-  assert options['ntasks-per-node'] == options['gpus-per-node'], 'jax gives a task of a Slurm step one GPU'
-  assert re.fullmatch(r'TERM@\d{2,5}', options['signal']), 'to the tasks, not only to the shell (B:), while there is time to save'
+  assert options['ntasks-per-node'] == options['gpus-per-node'], (
+    'jax gives a task of a Slurm step one GPU'
+  )
+  assert re.fullmatch(r'TERM@\d{2,5}', options['signal']), (
+    'to the tasks, not only to the shell (B:), while there is time to save'
+  )
 
 
 def fakes(directory: pathlib.Path, **scripts: str) -> dict[str, str]:
@@ -148,7 +192,9 @@ def fakes(directory: pathlib.Path, **scripts: str) -> dict[str, str]:
   path.mkdir()
   for name, then in scripts.items():
     record = f'import json, sys; print(json.dumps(sys.argv[1:]), file=open({str(directory / f"{name}.log")!r}, "a"))'
-    (path / name).write_text(f"#!/bin/bash\n{sys.executable} - \"$@\" <<'END'\n{record}\nEND\n{then}\n")
+    (path / name).write_text(
+      f"#!/bin/bash\n{sys.executable} - \"$@\" <<'END'\n{record}\nEND\n{then}\n"
+    )
     (path / name).chmod(0o755)
   return os.environ | {'PATH': f'{path}:{os.environ["PATH"]}'}
 
@@ -160,27 +206,43 @@ def calls(directory, name) -> list[list[str]]:
 
 @pytest.mark.parametrize('code, requeued', [(0, []), (1, []), (75, [['requeue', '42']])])
 def test_slurm_starts_train_and_queues_again_what_was_stopped(tmp_path, code, requeued):
-  environment = fakes(tmp_path, srun=f'exit {code}', scontrol='') | {'SLURM_SUBMIT_DIR': str(ROOT), 'SLURM_JOB_ID': '42'}
-  assert subprocess.run([LAUNCH / 'slurm.sh', *ODD], env=environment, cwd=tmp_path).returncode == code
+  environment = fakes(tmp_path, srun=f'exit {code}', scontrol='') | {
+    'SLURM_SUBMIT_DIR': str(ROOT),
+    'SLURM_JOB_ID': '42',
+  }
+  assert (
+    subprocess.run([LAUNCH / 'slurm.sh', *ODD], env=environment, cwd=tmp_path).returncode == code
+  )
   [srun] = calls(tmp_path, 'srun')
   program = srun.index('train.py')
-  assert srun[program - 1] == '.venv/bin/python' and srun[program + 1:] == ['--stopped_code=75', *ODD]
+  assert srun[program - 1] == '.venv/bin/python' and srun[program + 1 :] == [
+    '--stopped_code=75',
+    *ODD,
+  ]
   assert '--kill-on-bad-exit=1' in srun[:program]
   assert calls(tmp_path, 'scontrol') == requeued
 
 
 def tpu_vm(environment, *arguments, cwd=ROOT) -> subprocess.CompletedProcess:
-  return subprocess.run([LAUNCH / 'tpu_vm.sh', *arguments], env=environment, cwd=cwd, text=True, capture_output=True)
+  return subprocess.run(
+    [LAUNCH / 'tpu_vm.sh', *arguments], env=environment, cwd=cwd, text=True, capture_output=True
+  )
 
 
 def command_of(call: list[str], worker: str) -> str:
   """What a recorded `gcloud ... ssh` would run on that worker."""
-  assert call[:5] == ['compute', 'tpus', 'tpu-vm', 'ssh', 'pod'] and call[5] == f'--worker={worker}' and len(call) == 7
+  assert (
+    call[:5] == ['compute', 'tpus', 'tpu-vm', 'ssh', 'pod']
+    and call[5] == f'--worker={worker}'
+    and len(call) == 7
+  )
   return call[6].removeprefix('--command=')
 
 
 def on_worker(directory: pathlib.Path, command: str) -> subprocess.CompletedProcess:
-  return subprocess.run(['bash', '-c', command], cwd=directory, text=True, capture_output=True, timeout=60)
+  return subprocess.run(
+    ['bash', '-c', command], cwd=directory, text=True, capture_output=True, timeout=60
+  )
 
 
 def until(condition) -> None:
@@ -199,8 +261,10 @@ def test_tpu_vm_trains_with_the_flags_given_once_at_a_time_until_it_is_stopped(t
   home = tmp_path / 'home'
   (home / 'tandem' / '.venv' / 'bin').mkdir(parents=True)
   python = home / 'tandem' / '.venv' / 'bin' / 'python'
-  python.write_text(f'#!/bin/bash\nexec {sys.executable} -c "import json, sys, time; print(json.dumps(sys.argv[1:]), flush=True)\n'
-                    'time.sleep(60)" "$@"\n')
+  python.write_text(
+    f'#!/bin/bash\nexec {sys.executable} -c "import json, sys, time; print(json.dumps(sys.argv[1:]), flush=True)\n'
+    'time.sleep(60)" "$@"\n'
+  )
   python.chmod(0o755)
   output = home / 'tandem' / 'train.log'
   assert on_worker(home, command_of(start, 'all')).returncode == 0
@@ -210,7 +274,14 @@ def test_tpu_vm_trains_with_the_flags_given_once_at_a_time_until_it_is_stopped(t
   assert again.returncode == 1 and 'is running; stop it first' in again.stderr
   assert on_worker(home, command_of(stop, '0')).returncode == 0
   process = int((home / 'tandem' / 'pid').read_text())
-  until(lambda: subprocess.run(['ps', '-o', 'stat=', '-p', str(process)], capture_output=True, text=True).stdout.strip() in ('', 'Z'))
+  until(
+    lambda: (
+      subprocess.run(
+        ['ps', '-o', 'stat=', '-p', str(process)], capture_output=True, text=True
+      ).stdout.strip()
+      in ('', 'Z')
+    )
+  )
   assert 'tandem/train.log' in command_of(log, '0')
 
 
@@ -227,7 +298,10 @@ def test_tpu_vm_copies_what_git_tracks_as_it_is_now(tmp_path):
   done = tpu_vm(environment, 'pod', 'setup', cwd=checkout)
   assert done.returncode == 0, done.stderr
   scp, ssh = calls(tmp_path, 'gcloud')
-  assert scp[:4] == ['compute', 'tpus', 'tpu-vm', 'scp'] and scp[5:] == ['pod:tandem.tgz', '--worker=all']
+  assert scp[:4] == ['compute', 'tpus', 'tpu-vm', 'scp'] and scp[5:] == [
+    'pod:tandem.tgz',
+    '--worker=all',
+  ]
   assert not pathlib.Path(scp[4]).exists(), 'it tidies up'
   with tarfile.open(tmp_path / 'sent.tgz') as archive:
     assert sorted(archive.getnames()) == ['a b.py', 'train.py']
@@ -235,7 +309,14 @@ def test_tpu_vm_copies_what_git_tracks_as_it_is_now(tmp_path):
   assert '.[tpu]' in command_of(ssh, 'all')
 
 
-@pytest.mark.parametrize('arguments, said', [((), 'which TPU'), (('pod',), 'what to do'), (('pod', 'start'), "'start' is none of setup, train")])
+@pytest.mark.parametrize(
+  'arguments, said',
+  [
+    ((), 'which TPU'),
+    (('pod',), 'what to do'),
+    (('pod', 'start'), "'start' is none of setup, train"),
+  ],
+)
 def test_tpu_vm_says_what_is_missing(tmp_path, arguments, said):
   environment = fakes(tmp_path, gcloud='')
   done = tpu_vm(environment, *arguments)

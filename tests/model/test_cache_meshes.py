@@ -1,4 +1,5 @@
 """Is a cache that devices share one cache? Slots over `context`, heads over `tensor`, rows, experts, stages: as on one device."""
+
 import dataclasses
 import math
 import re
@@ -18,7 +19,9 @@ from parallel.mesh import MeshConfig, make_mesh
 
 
 def mesh_of(sizes, **kind):
-  return make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[:math.prod(sizes.values())], **kind)
+  return make_mesh(
+    MeshConfig(**{'data': 1} | sizes), jax.devices()[: math.prod(sizes.values())], **kind
+  )
 
 
 def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
@@ -33,12 +36,22 @@ def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
     parts = sizes.get('context', 1)
     for held in cache.held:
       S, whole = held.keys.addressable_shards[0].data.shape[3], held.keys.shape[3]
-      assert S * (1 if held.ring else parts) == whole, 'a ring is whole on every device, other slots are split'
+      assert S * (1 if held.ring else parts) == whole, (
+        'a ring is whole on every device, other slots are split'
+      )
     step, born = laws.cached(), [x.sharding for x in jax.tree.leaves(cache.held)]
     for first, last in zip(edges, edges[1:]):
-      given = jax.device_put(tokens[:, first:last], jax.NamedSharding(jax.sharding.get_mesh(), ax.spec('batch', None)))
+      given = jax.device_put(
+        tokens[:, first:last], jax.NamedSharding(jax.sharding.get_mesh(), ax.spec('batch', None))
+      )
       logits, cache = step(model, given, cache, fresh=not first)
-      np.testing.assert_allclose(logits, full[:, first:last], rtol=0, atol=1e-5 * np.abs(full).max(), err_msg=f'{first}:{last}')
+      np.testing.assert_allclose(
+        logits,
+        full[:, first:last],
+        rtol=0,
+        atol=1e-5 * np.abs(full).max(),
+        err_msg=f'{first}:{last}',
+      )
     for x, like in zip(jax.tree.leaves(cache.held), born, strict=True):
       assert x.sharding.is_equivalent_to(like, x.ndim)
 
@@ -46,7 +59,9 @@ def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
 slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('name, changes, sizes', [
+@pytest.mark.parametrize(
+  'name, changes, sizes',
+  [
     ('gpt-oss', {}, {'context': 4}),
     ('llama', {'context': 'ulysses'}, {'context': 2, 'tensor': 2, 'data': 2}),
     ('mixtral', {}, {'context': 2, 'expert': 2}),
@@ -59,7 +74,9 @@ slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
     slow('deepseek moe', {}, {'expert': 4, 'tensor': 2}),
     slow('deepseek moe', {}, {'context': 2, 'expert': 2, 'tensor': 2}),
     slow('mixtral', {'layers': 4}, {'stage': 2, 'expert': 2, 'context': 2}),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_devices_that_share_a_cache_are_one(name, changes, sizes):
   """A prompt that splits, and tokens that are too few to split: before, across and behind the edge of a device's 8 slots."""
   check(laws.make_config(name, **changes), sizes)
@@ -80,8 +97,12 @@ def test_no_slot_travels():
   with jax.set_mesh(mesh_of({'context': 4})):
     given = laws.make_model(config), jnp.ones((rows, 1), jnp.int32), init_cache(config, rows, slots)
     text = laws.cached().lower(*given).compile().as_text()
-  moved = [math.prod(map(int, shape.split(','))) for shape in
-           re.findall(r'\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(', text)]
+  moved = [
+    math.prod(map(int, shape.split(',')))
+    for shape in re.findall(
+      r'\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(', text
+    )
+  ]
   assert moved and max(moved) < rows * config.K * slots // 4
 
 
@@ -96,11 +117,28 @@ def test_rows_are_repeated_and_reordered_where_they_lie(monkeypatch):
       place = lambda x, *axes: jax.device_put(x, ax.spec(*axes))
       draw = np.random.default_rng(0)
       two, cache = init_cache(config, 2, 64, append=8), init_cache(config, 6, 64, append=8)
-      fill = lambda cache: dataclasses.replace(cache, held=tuple(
-          jax.tree.map(lambda x, axes: place(draw.normal(size=x.shape).astype(np.float32), *axes), held, held.axes()) for held in cache.held))
-      cache = dataclasses.replace(fill(cache), lengths=place(np.array([41] * 3 + [30] * 3, np.int32), 'batch'))
-      found = jax.jit(caches.reordered)(cache, place(sources, 'batch', None), place(shared, 'batch'))
-      return [np.asarray(x) for x in jax.tree.leaves((found, jax.jit(caches.repeated, static_argnums=1)(fill(two), 3)))], cache
+      fill = lambda cache: dataclasses.replace(
+        cache,
+        held=tuple(
+          jax.tree.map(
+            lambda x, axes: place(draw.normal(size=x.shape).astype(np.float32), *axes),
+            held,
+            held.axes(),
+          )
+          for held in cache.held
+        ),
+      )
+      cache = dataclasses.replace(
+        fill(cache), lengths=place(np.array([41] * 3 + [30] * 3, np.int32), 'batch')
+      )
+      found = jax.jit(caches.reordered)(
+        cache, place(sources, 'batch', None), place(shared, 'batch')
+      )
+      return [
+        np.asarray(x)
+        for x in jax.tree.leaves((found, jax.jit(caches.repeated, static_argnums=1)(fill(two), 3)))
+      ], cache
+
   (expected, before), (found, _) = run({}), run({'context': 2, 'data': 2, 'tensor': 2})
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_array_equal(a, b)

@@ -2,6 +2,7 @@
 
 The files are written by tests/goldens/make.py; tests/oracle/test_transformers.py compares with the models themselves.
 """
+
 import dataclasses
 import importlib.util
 import json
@@ -23,12 +24,24 @@ ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / 'tests' / 'goldens'
 CASES = sorted(tiny.CASES)
 HF = {name: json.loads(str(np.load(GOLDENS / f'{name}.npz')['config'])) for name in CASES}
-GREEDY = ('gpt2', 'gemma3', 'gpt_oss', 'deepseek_v2',
-          't5_v1_1')  # a case of each kind of cache; tests/oracle compares all
-PARAMETERS = {'llama3_8b': 8_030_261_248, 'llama3_70b': 70_553_706_496, 'qwen3_8b': 8_190_735_360,
-              'gemma3_27b': 27_009_346_304,
-              'mixtral_8x7b': 46_702_792_704, 'qwen3_30b_a3b': 30_532_122_624, 'deepseek_v3': 671_026_419_200,
-              'flan_t5_xl': 2_849_757_184, 'gpt2': 124_439_808}
+GREEDY = (
+  'gpt2',
+  'gemma3',
+  'gpt_oss',
+  'deepseek_v2',
+  't5_v1_1',
+)  # a case of each kind of cache; tests/oracle compares all
+PARAMETERS = {
+  'llama3_8b': 8_030_261_248,
+  'llama3_70b': 70_553_706_496,
+  'qwen3_8b': 8_190_735_360,
+  'gemma3_27b': 27_009_346_304,
+  'mixtral_8x7b': 46_702_792_704,
+  'qwen3_30b_a3b': 30_532_122_624,
+  'deepseek_v3': 671_026_419_200,
+  'flan_t5_xl': 2_849_757_184,
+  'gpt2': 124_439_808,
+}
 
 
 def tensors_of(name: str) -> set[str]:
@@ -41,6 +54,7 @@ def read(name: str, **changes):
 
 
 # What the models compute.
+
 
 @pytest.mark.parametrize('name', CASES)
 def test_it_computes_what_transformers_computed(name, tmp_path):
@@ -62,12 +76,15 @@ def test_it_computes_what_transformers_computed(name, tmp_path):
   assert sorted(found) == list(golden['names'])
   norms, products = (dict(zip(golden['names'], golden[what])) for what in ('norms', 'products'))
   # A difference of d in every direction shows as about d in one of them.
-  distance = lambda name: max(abs(np.linalg.norm(found[name]) - norms[name]),
-                              abs(np.sum(found[name] * tiny.direction(name, found[name].shape)) - products[name]) / 3)
+  distance = lambda name: max(
+    abs(np.linalg.norm(found[name]) - norms[name]),
+    abs(np.sum(found[name] * tiny.direction(name, found[name].shape)) - products[name]) / 3,
+  )
   assert not ours.compare_gradients(found, norms, distance, found)
 
 
 # Names and shapes.
+
 
 @pytest.mark.parametrize('name', CASES)
 def test_every_parameter_has_one_place(name):
@@ -94,7 +111,7 @@ LENGTHS = dict(a=3, b=4, c=2, d=5)
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=50)
 def test_what_is_brought_here_and_sent_back_is_the_same(data):
-  names = data.draw(st.permutations(list(LENGTHS)))[:data.draw(st.integers(1, 4))]
+  names = data.draw(st.permutations(list(LENGTHS)))[: data.draw(st.integers(1, 4))]
   cuts = sorted(data.draw(st.sets(st.integers(1, len(names)), max_size=len(names)))) + [len(names)]
   groups, start = [], 0
   for cut in cuts:
@@ -104,9 +121,16 @@ def test_what_is_brought_here_and_sent_back_is_the_same(data):
   order = data.draw(st.permutations(range(LENGTHS[taken]))) if taken else ()
   half = len(order) // 2
   here = data.draw(st.permutations(names))
-  layouts = [Layout.of(Source('x', f'{" ".join(groups)} -> {" ".join(here)}', (taken, tuple(part)) if taken else None),
-                       LENGTHS)
-             for part in ((order[:half], order[half:]) if taken else ((),)) if part or not taken]
+  layouts = [
+    Layout.of(
+      Source(
+        'x', f'{" ".join(groups)} -> {" ".join(here)}', (taken, tuple(part)) if taken else None
+      ),
+      LENGTHS,
+    )
+    for part in ((order[:half], order[half:]) if taken else ((),))
+    if part or not taken
+  ]
   there = np.random.default_rng(0).integers(0, 1000, layouts[0].shape)
   back = np.full_like(there, -1)
   for layout in layouts:
@@ -137,7 +161,10 @@ def test_architectures_have_their_published_number_of_parameters(name):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config().model
-  assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: transformer.init(config, 0)))) == PARAMETERS[name]
+  assert (
+    sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: transformer.init(config, 0))))
+    == PARAMETERS[name]
+  )
   assert f'{PARAMETERS[name]:,}' in module.__doc__
   families.family_of(config)
 
@@ -148,59 +175,108 @@ def test_all_architectures_are_counted():
 
 # config.json.
 
+
 @pytest.mark.parametrize('name', CASES)
 def test_config_json_reads_back(name):
   family, config = read(name)
   assert families.problems(config, family) == []
   assert families.family_of(config) is family
-  training = dataclasses.replace(config, dtype='bfloat16', remat='full', parameter_dtype='bfloat16', init_scale=0.5)
+  training = dataclasses.replace(
+    config, dtype='bfloat16', remat='full', parameter_dtype='bfloat16', init_scale=0.5
+  )
   assert families.family_of(training) is family
 
 
 ROPES = st.one_of(
-    st.fixed_dictionaries({'rope_type': st.just('default'), 'rope_theta': st.sampled_from([1e4, 5e5])}),
-    st.fixed_dictionaries({'rope_type': st.just('linear'), 'rope_theta': st.just(1e4),
-                           'factor': st.sampled_from([2.0, 8])}),
-    st.fixed_dictionaries({'rope_type': st.just('llama3'), 'factor': st.just(8.0), 'low_freq_factor': st.just(1.0),
-                           'rope_theta': st.just(5e5), 'high_freq_factor': st.sampled_from([4, 5.0])},
-                          optional={'original_max_position_embeddings': st.just(16)}),
-    st.fixed_dictionaries({'rope_type': st.just('yarn'), 'factor': st.sampled_from([4.0, 40])}, optional={
-        'rope_theta': st.just(1e4), 'original_max_position_embeddings': st.just(16),
-        'attention_factor': st.sampled_from([1.0, 1.3]),
-        'truncate': st.booleans(), 'mscale': st.sampled_from([0.707, 1]),
-        'mscale_all_dim': st.sampled_from([0.707, 1.0]), 'beta_fast': st.just(31), 'beta_slow': st.just(2.0)}))
+  st.fixed_dictionaries(
+    {'rope_type': st.just('default'), 'rope_theta': st.sampled_from([1e4, 5e5])}
+  ),
+  st.fixed_dictionaries(
+    {
+      'rope_type': st.just('linear'),
+      'rope_theta': st.just(1e4),
+      'factor': st.sampled_from([2.0, 8]),
+    }
+  ),
+  st.fixed_dictionaries(
+    {
+      'rope_type': st.just('llama3'),
+      'factor': st.just(8.0),
+      'low_freq_factor': st.just(1.0),
+      'rope_theta': st.just(5e5),
+      'high_freq_factor': st.sampled_from([4, 5.0]),
+    },
+    optional={'original_max_position_embeddings': st.just(16)},
+  ),
+  st.fixed_dictionaries(
+    {'rope_type': st.just('yarn'), 'factor': st.sampled_from([4.0, 40])},
+    optional={
+      'rope_theta': st.just(1e4),
+      'original_max_position_embeddings': st.just(16),
+      'attention_factor': st.sampled_from([1.0, 1.3]),
+      'truncate': st.booleans(),
+      'mscale': st.sampled_from([0.707, 1]),
+      'mscale_all_dim': st.sampled_from([0.707, 1.0]),
+      'beta_fast': st.just(31),
+      'beta_slow': st.just(2.0),
+    },
+  ),
+)
 CHANGES = {  # key -> values that a family takes; other families' configs are left alone
-    'tie_word_embeddings': (st.booleans(),
-                            'llama mistral qwen2 qwen3 gemma2 gemma3 gpt2 gpt_oss mixtral qwen3_moe deepseek_v3 t5'),
-    'rope_parameters': (ROPES, 'llama mistral qwen2 qwen3 gemma2 gpt_oss mixtral qwen3_moe deepseek_v2 deepseek_v3'),
-    'num_hidden_layers': (st.integers(2, 9), 'llama mistral mixtral deepseek_v3 bert'),
-    'sliding_window': (st.one_of(st.none(), st.integers(1, 9)), 'mistral mixtral gemma2 gemma3 gpt_oss'),
-    'hidden_act': (st.sampled_from(['silu', 'gelu', 'gelu_pytorch_tanh', 'gelu_new', 'relu', 'swish']),
-                   'llama qwen3 bert mixtral'),
-    'norm_topk_prob': (st.booleans(), 'qwen3_moe deepseek_v3'),
-    'mlp_only_layers': (st.sampled_from([[], [1], [0, 1], None]), 'qwen3_moe'),
-    'q_lora_rank': (st.sampled_from([None, 12]), 'deepseek_v2 deepseek_v3'),
-    'routed_scaling_factor': (st.sampled_from([1, 2.5]), 'deepseek_v2 deepseek_v3'),
-    'topk_method': (st.sampled_from(['greedy', 'group_limited_greedy']), 'deepseek_v2'),
-    'attn_logit_softcapping': (st.sampled_from([None, 50]), 'gemma2 gemma3'),
-    'query_pre_attn_scalar': (st.integers(1, 300), 'gemma2 gemma3'),
-    'relative_attention_max_distance': (st.integers(20, 200), 't5'),
+  'tie_word_embeddings': (
+    st.booleans(),
+    'llama mistral qwen2 qwen3 gemma2 gemma3 gpt2 gpt_oss mixtral qwen3_moe deepseek_v3 t5',
+  ),
+  'rope_parameters': (
+    ROPES,
+    'llama mistral qwen2 qwen3 gemma2 gpt_oss mixtral qwen3_moe deepseek_v2 deepseek_v3',
+  ),
+  'num_hidden_layers': (st.integers(2, 9), 'llama mistral mixtral deepseek_v3 bert'),
+  'sliding_window': (
+    st.one_of(st.none(), st.integers(1, 9)),
+    'mistral mixtral gemma2 gemma3 gpt_oss',
+  ),
+  'hidden_act': (
+    st.sampled_from(['silu', 'gelu', 'gelu_pytorch_tanh', 'gelu_new', 'relu', 'swish']),
+    'llama qwen3 bert mixtral',
+  ),
+  'norm_topk_prob': (st.booleans(), 'qwen3_moe deepseek_v3'),
+  'mlp_only_layers': (st.sampled_from([[], [1], [0, 1], None]), 'qwen3_moe'),
+  'q_lora_rank': (st.sampled_from([None, 12]), 'deepseek_v2 deepseek_v3'),
+  'routed_scaling_factor': (st.sampled_from([1, 2.5]), 'deepseek_v2 deepseek_v3'),
+  'topk_method': (st.sampled_from(['greedy', 'group_limited_greedy']), 'deepseek_v2'),
+  'attn_logit_softcapping': (st.sampled_from([None, 50]), 'gemma2 gemma3'),
+  'query_pre_attn_scalar': (st.integers(1, 300), 'gemma2 gemma3'),
+  'relative_attention_max_distance': (st.integers(20, 200), 't5'),
 }
 
 
 @hypothesis.given(st.sampled_from(CASES), st.data())
 @hypothesis.settings(max_examples=200)
 def test_every_config_that_can_be_read_reads_back(name, data):
-  changes = {key: data.draw(values, label=key) for key, (values, among) in CHANGES.items()
-             if name in among.split() and data.draw(st.booleans())}
+  changes = {
+    key: data.draw(values, label=key)
+    for key, (values, among) in CHANGES.items()
+    if name in among.split() and data.draw(st.booleans())
+  }
   family, config = families.read(HF[name] | changes)
   assert families.problems(config, family) == []
 
 
-@pytest.mark.parametrize('name, changes, named', [
+@pytest.mark.parametrize(
+  'name, changes, named',
+  [
     ('llama', {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0}}, "rope_type='dynamic'"),
-    ('llama', {'rope_parameters': None, 'rope_scaling': {'type': 'longrope', 'factor': 2.0}}, "rope_type='longrope'"),
-    ('llama', {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    (
+      'llama',
+      {'rope_parameters': None, 'rope_scaling': {'type': 'longrope', 'factor': 2.0}},
+      "rope_type='longrope'",
+    ),
+    (
+      'llama',
+      {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}},
+      'partial_rotary_factor=0.5',
+    ),
     ('llama', {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0, 'warp': 1}}, "'warp'"),
     ('llama', {'rope_parameters': {'rope_type': 'linear'}}, "'factor'"),
     ('llama', {'hidden_act': 'mish'}, "'mish'"),
@@ -209,15 +285,31 @@ def test_every_config_that_can_be_read_reads_back(name, data):
     ('llama', {'sliding_windows': 4}, "sliding_windows=4.*--ignore_key=sliding_windows"),
     ('mistral', {'sliding_windw': 4}, "did you mean 'sliding_window'"),
     ('qwen3', {'attention_bias': True}, 'attention_bias=True'),
-    ('qwen2', {'use_sliding_window': True, 'sliding_window': 4, 'max_window_layers': 1, 'layer_types': None},
-     'layer_types='),
+    (
+      'qwen2',
+      {
+        'use_sliding_window': True,
+        'sliding_window': 4,
+        'max_window_layers': 1,
+        'layer_types': None,
+      },
+      'layer_types=',
+    ),
     ('gemma2', {'use_bidirectional_attention': True}, 'use_bidirectional_attention=True'),
     ('gemma3', {'layer_types': ['full_attention'] * 2 + ['sliding_attention'] * 6}, 'layer_types='),
     ('gemma3', {'layer_types': ['chunked_attention'] * 8}, 'layer_types='),
-    ('gemma3', {'rope_parameters': {'sliding_attention': {'rope_type': 'linear', 'factor': 2.0}}}, 'sliding_attention'),
+    (
+      'gemma3',
+      {'rope_parameters': {'sliding_attention': {'rope_type': 'linear', 'factor': 2.0}}},
+      'sliding_attention',
+    ),
     ('gpt_oss', {'swiglu_limit': 5.0}, 'swiglu_limit=5.0'),
     ('gpt_oss', {'attention_bias': False}, 'attention_bias=False'),
-    ('qwen3_moe', {'mlp_only_layers': [3], 'decoder_sparse_step': 1, 'num_hidden_layers': 6}, 'mlp_only_layers=.*3'),
+    (
+      'qwen3_moe',
+      {'mlp_only_layers': [3], 'decoder_sparse_step': 1, 'num_hidden_layers': 6},
+      'mlp_only_layers=.*3',
+    ),
     ('deepseek_v3', {'scoring_func': 'softmax'}, "scoring_func='softmax'"),
     ('deepseek_v3', {'rms_norm_eps': 1e-5}, 'rms_norm_eps=1e-05'),
     ('deepseek_v3', {'rope_interleave': False}, 'rope_interleave=False'),
@@ -230,7 +322,8 @@ def test_every_config_that_can_be_read_reads_back(name, data):
     ('bert', {'architectures': ['BertForQuestionAnswering']}, 'BertForQuestionAnswering'),
     ('bert', {'is_decoder': True}, 'is_decoder=True'),
     ('llama', {'model_type': 'llama4'}, "did you mean 'llama'"),
-])
+  ],
+)
 def test_what_is_not_supported_is_named(name, changes, named):
   with pytest.raises((ValueError, NotImplementedError), match=named):
     families.read(HF[name] | changes)
@@ -240,7 +333,9 @@ def test_what_is_not_supported_is_named(name, changes, named):
 def test_no_key_is_ignored(name):
   with pytest.raises(ValueError, match='brand_new_key=1'):
     read(name, brand_new_key=1)
-  family, config = families.read(HF[name] | {'brand_new_key': 1}, tensors_of(name), ignore=('brand_new_key',))
+  family, config = families.read(
+    HF[name] | {'brand_new_key': 1}, tensors_of(name), ignore=('brand_new_key',)
+  )
   assert config == read(name)[1]
 
 
@@ -250,58 +345,115 @@ def test_a_missing_size_is_named():
 
 
 def test_old_and_new_spellings_of_rotary_positions_are_the_same():
-  new = HF['llama'] | {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 5e5, 'factor': 4.0,
-                                           'original_max_position_embeddings': 16}}
+  new = HF['llama'] | {
+    'rope_parameters': {
+      'rope_type': 'yarn',
+      'rope_theta': 5e5,
+      'factor': 4.0,
+      'original_max_position_embeddings': 16,
+    }
+  }
   old = {key: value for key, value in HF['llama'].items() if key != 'rope_parameters'} | {
-      'rope_theta': 500_000, 'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16}}
+    'rope_theta': 500_000,
+    'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16},
+  }
   assert families.read(new) == families.read(old)
-  new, old = HF['gemma3'], {key: value for key,
-                            value in HF['gemma3'].items() if key not in ('rope_parameters', 'layer_types')} | {
-      'rope_theta': 1_000_000, 'rope_local_base_freq': 10_000, 'rope_scaling': {'rope_type': 'linear', 'factor': 8.0}}
+  new, old = (
+    HF['gemma3'],
+    {
+      key: value
+      for key, value in HF['gemma3'].items()
+      if key not in ('rope_parameters', 'layer_types')
+    }
+    | {
+      'rope_theta': 1_000_000,
+      'rope_local_base_freq': 10_000,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+    },
+  )
   assert families.read(new) == families.read(old)
 
 
 def test_a_text_model_with_a_vision_tower_is_read_as_the_text_model():
-  text = {'model_type': 'gemma3_text', 'hidden_size': 2560, 'intermediate_size': 10_240, 'num_hidden_layers': 34,
-          'sliding_window': 1024, 'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'}}
-  _, config = families.read({'model_type': 'gemma3', 'text_config': text, 'vision_config': {},
-                             'mm_tokens_per_image': 256})
-  assert (config.V, config.D, config.H, config.window, config.global_every) == (262_208, 2560, 256, 1024, 6)
+  text = {
+    'model_type': 'gemma3_text',
+    'hidden_size': 2560,
+    'intermediate_size': 10_240,
+    'num_hidden_layers': 34,
+    'sliding_window': 1024,
+    'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+  }
+  _, config = families.read(
+    {'model_type': 'gemma3', 'text_config': text, 'vision_config': {}, 'mm_tokens_per_image': 256}
+  )
+  assert (config.V, config.D, config.H, config.window, config.global_every) == (
+    262_208,
+    2560,
+    256,
+    1024,
+    6,
+  )
   assert config.rope == RopeConfig(base=1e6, local_base=1e4, scaling='linear', factor=8.0)
 
 
-@pytest.mark.parametrize('config, named', [
+@pytest.mark.parametrize(
+  'config, named',
+  [
     (ModelConfig(vocabulary=8, max_length=8, norm='layer'), "norm='layer'"),
     (ModelConfig(vocabulary=8, max_length=8, activation='relu2', gated=False), 'gated=False'),
     (ModelConfig(vocabulary=8, max_length=8, sinks=True), 'sinks=True'),
     (ModelConfig(vocabulary=8, max_length=8, logit_scale=0.5), 'logit_scale=0.5'),
-    (ModelConfig(vocabulary=8, max_length=8, moe=MoEConfig(experts=4, z_loss=0.1, shared_feed_forward=8)),
-     'shared_feed_forward=8'),
+    (
+      ModelConfig(
+        vocabulary=8, max_length=8, moe=MoEConfig(experts=4, z_loss=0.1, shared_feed_forward=8)
+      ),
+      'shared_feed_forward=8',
+    ),
     (ModelConfig(vocabulary=8), 'max_length=0'),
-])
+  ],
+)
 def test_what_no_family_expresses_is_named(config, named):
   with pytest.raises(ValueError, match=named):
-    families.family_of(config, 'llama' if 'experts' not in named and 'shared' not in named else 'mixtral')
+    families.family_of(
+      config, 'llama' if 'experts' not in named and 'shared' not in named else 'mixtral'
+    )
   with pytest.raises(ValueError, match='the nearest, cannot express'):
     families.family_of(config)
 
 
 def test_the_family_can_be_chosen():
   config = ModelConfig(vocabulary=8, max_length=8)
-  assert [families.family_of(config, name).TYPES[0] for name in ('', 'mistral')] == ['llama', 'mistral']
+  assert [families.family_of(config, name).TYPES[0] for name in ('', 'mistral')] == [
+    'llama',
+    'mistral',
+  ]
   with pytest.raises(ValueError, match='did you mean'):
     families.family_of(config, 'mistrall')
 
 
 def test_canonical_configs_differ_where_the_model_does():
   config = ModelConfig(vocabulary=8, max_length=8, window=4, global_every=2)
-  same = [dict(kv_heads=4), dict(head_width=64), dict(dtype='bfloat16'), dict(attention_scale=64**-0.5),
-          dict(relative_buckets=64)]
-  other = [dict(window=5), dict(global_every=3), dict(kv_heads=2), dict(head_width=32), dict(attention_scale=0.5),
-           dict(sinks=True),
-           dict(rope=RopeConfig(base=5.0)), dict(rope=RopeConfig(local_base=5.0)), dict(tie_embeddings=True),
-           dict(max_length=9),
-           dict(moe=MoEConfig(experts=2)), dict(latent=LatentConfig(width=8, rope_width=4), window=0, global_every=0)]
+  same = [
+    dict(kv_heads=4),
+    dict(head_width=64),
+    dict(dtype='bfloat16'),
+    dict(attention_scale=64**-0.5),
+    dict(relative_buckets=64),
+  ]
+  other = [
+    dict(window=5),
+    dict(global_every=3),
+    dict(kv_heads=2),
+    dict(head_width=32),
+    dict(attention_scale=0.5),
+    dict(sinks=True),
+    dict(rope=RopeConfig(base=5.0)),
+    dict(rope=RopeConfig(local_base=5.0)),
+    dict(tie_embeddings=True),
+    dict(max_length=9),
+    dict(moe=MoEConfig(experts=2)),
+    dict(latent=LatentConfig(width=8, rope_width=4), window=0, global_every=0),
+  ]
   canonical = lambda changes: common.canonical(dataclasses.replace(config, **changes))
   assert all(canonical(changes) == canonical({}) for changes in same)
   assert all(canonical(changes) != canonical({}) for changes in other)

@@ -1,4 +1,5 @@
 """Is the chunked, sharded loss the plain cross-entropy, values and gradients, and is its memory small?"""
+
 import contextlib
 
 import jax
@@ -18,7 +19,9 @@ def plain(x, head, targets, z_loss, softcap):
   logits = jnp.einsum('BTD,VD->BTV', x.astype(jnp.float32), head.astype(jnp.float32))
   logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
   counted = targets != IGNORE
-  picked = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+  picked = jnp.take_along_axis(
+    jax.nn.log_softmax(logits, -1), jnp.maximum(targets, 0)[..., None], -1
+  )[..., 0]
   nll = -jnp.where(counted, picked, 0).sum()
   penalty = jnp.where(counted, jnp.square(jax.nn.logsumexp(logits, -1)), 0).sum()
   correct = (counted & (logits.argmax(-1) == targets)).sum()
@@ -34,22 +37,31 @@ def inputs(B=2, T=7, D=8, V=12, ignore=0.3, dtype='float32', seed=0):
 
 def with_gradients(function, options):
   """Jitted: of 3 * loss, so that the cotangent counts."""
+
   def run(x, head, targets):
     value, sums = function(x, head, targets, *options)
     return 3 * value, sums
+
   return jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
 
 
 def check(arguments, z_loss=0.0, softcap=0.0, chunk=loss.CHUNK, mesh=None, tolerance=1e-5):
   """Loss, sums and gradients are those of `plain`, with and without gradients being asked for."""
-  (expected, expected_sums), expected_gradients = with_gradients(plain, (z_loss, softcap))(*arguments)
+  (expected, expected_sums), expected_gradients = with_gradients(plain, (z_loss, softcap))(
+    *arguments
+  )
   options = (z_loss, softcap, chunk)
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     x, head, targets = arguments
     if mesh is not None:
-      x, head, targets = (jax.device_put(a, ax.spec(*axis)) for a, axis in zip(arguments, (('batch',), ('vocab', 'embed'), ('batch',))))
+      x, head, targets = (
+        jax.device_put(a, ax.spec(*axis))
+        for a, axis in zip(arguments, (('batch',), ('vocab', 'embed'), ('batch',)))
+      )
     (value, sums), gradients = with_gradients(cross_entropy, options)(x, head, targets)
-    forward_value, forward_sums = jax.jit(cross_entropy, static_argnums=(3, 4, 5))(x, head, targets, *options)
+    forward_value, forward_sums = jax.jit(cross_entropy, static_argnums=(3, 4, 5))(
+      x, head, targets, *options
+    )
   np.testing.assert_allclose(value, expected, rtol=tolerance)
   np.testing.assert_allclose(3 * forward_value, expected, rtol=tolerance)
   for name in expected_sums:
@@ -61,7 +73,12 @@ def check(arguments, z_loss=0.0, softcap=0.0, chunk=loss.CHUNK, mesh=None, toler
     np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
 
 
-CASES = [(0.0, 0.0, 1024), (0.1, 0.0, 1), (0.0, 2.0, 14 * 6), (0.1, 2.0, 14 * 5)]  # 1, 12, 2 and 3 chunks; 14 tokens, 12 ids
+CASES = [
+  (0.0, 0.0, 1024),
+  (0.1, 0.0, 1),
+  (0.0, 2.0, 14 * 6),
+  (0.1, 2.0, 14 * 5),
+]  # 1, 12, 2 and 3 chunks; 14 tokens, 12 ids
 
 
 @pytest.mark.parametrize('z_loss, softcap, chunk', CASES)
@@ -77,7 +94,9 @@ def test_a_vocabulary_of_prime_size():
   check(inputs(V=13), 0.1, 2.0, 14 * 5)
 
 
-@pytest.mark.parametrize('sizes', [{'data': 8}, {'data': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str)
+@pytest.mark.parametrize(
+  'sizes', [{'data': 8}, {'data': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str
+)
 def test_split_over_devices(sizes):
   check(inputs(B=8), 0.1, 2.0, 14 * 2, make_mesh(MeshConfig(**sizes)))
 
@@ -115,10 +134,15 @@ def test_a_row_of_targets_that_is_ignored_costs_nothing():
 @pytest.mark.parametrize('gradients', [False, True])
 def test_memory_stays_far_below_the_logits(gradients):
   B, T, D, V = 4, 1024, 32, 8192
-  shapes = [jax.ShapeDtypeStruct(*a) for a in (((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32))]
+  shapes = [
+    jax.ShapeDtypeStruct(*a)
+    for a in (((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32))
+  ]
   run = lambda x, head, targets: cross_entropy(x, head, targets, 1e-4, 0.0, 2**21)
   run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True) if gradients else run)
   naive = jax.jit(jax.grad(lambda *arguments: plain(*arguments, 1e-4, 0.0)[0]))
-  ours, others = (f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes for f in (run, naive))
+  ours, others = (
+    f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes for f in (run, naive)
+  )
   logits = 4 * B * T * V
   assert ours < logits / 4 and others > logits

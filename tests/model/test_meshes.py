@@ -1,4 +1,5 @@
 """Are eight devices one device? Loss, gradients and decoding on meshes, explicit or auto, are those of one device."""
+
 import dataclasses
 import functools
 
@@ -18,16 +19,29 @@ from objectives.pretrain import pretrain
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
-CONFIG = laws.make_config('gpt2', width=32, kv_heads=2, feed_forward=64, vocabulary=48, gated=True, qk_norm=True)
-MESHES = [{'data': 8}, {'fsdp': 8, 'data': 1}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 1, 'fsdp': 4, 'tensor': 2}]
+CONFIG = laws.make_config(
+  'gpt2', width=32, kv_heads=2, feed_forward=64, vocabulary=48, gated=True, qk_norm=True
+)
+MESHES = [
+  {'data': 8},
+  {'fsdp': 8, 'data': 1},
+  {'data': 2, 'fsdp': 2, 'tensor': 2},
+  {'data': 1, 'fsdp': 4, 'tensor': 2},
+]
 
 
 def batch():
   draw = np.random.default_rng(0)
   tokens = draw.integers(0, CONFIG.V, (8, 9)).astype(np.int32)
-  lengths = np.array([[3, 5, 0]] * 4 + [[8, 0, 0]] * 2 + [[2, 2, 3]] * 2)  # 0 padding or one token of it
-  segments = np.stack([np.repeat([1, 2, 3, 0], [*row, 8 - row.sum()]) for row in lengths]).astype(np.int32)
-  positions = np.stack([np.concatenate([np.arange(n) for n in [*row, 8 - row.sum()]]) for row in lengths])
+  lengths = np.array(
+    [[3, 5, 0]] * 4 + [[8, 0, 0]] * 2 + [[2, 2, 3]] * 2
+  )  # 0 padding or one token of it
+  segments = np.stack([np.repeat([1, 2, 3, 0], [*row, 8 - row.sum()]) for row in lengths]).astype(
+    np.int32
+  )
+  positions = np.stack(
+    [np.concatenate([np.arange(n) for n in [*row, 8 - row.sum()]]) for row in lengths]
+  )
   targets = np.where(segments > 0, tokens[:, 1:], IGNORE)
   return Batch(tokens[:, :-1], targets.astype(np.int32), positions.astype(np.int32), segments)
 
@@ -41,7 +55,11 @@ def born(config, mesh):
 def loss_and_gradients(mesh, config=CONFIG):
   """(loss, gradients by name, the model) of the randomised model, on `mesh`."""
   with jax.set_mesh(mesh):
-    model = laws.randomised(born(config, mesh)) if AxisType.Auto in mesh.axis_types else laws.make_model(config)
+    model = (
+      laws.randomised(born(config, mesh))
+      if AxisType.Auto in mesh.axis_types
+      else laws.make_model(config)
+    )
   with jax.set_mesh(mesh):
     rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
     run = jax.jit(jax.value_and_grad(functools.partial(pretrain, z_loss=1e-2), has_aux=True))
@@ -79,11 +97,15 @@ def test_another_backend_and_remat_split_too(expected):
   check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), expected, config)
 
 
-@pytest.mark.parametrize('strategy, remat, sizes', [
-    ('ring', 'full', {'context': 4, 'tensor': 2}), ('ulysses_ring', 'none', {'fsdp': 2, 'context': 4}),
+@pytest.mark.parametrize(
+  'strategy, remat, sizes',
+  [
+    ('ring', 'full', {'context': 4, 'tensor': 2}),
+    ('ulysses_ring', 'none', {'fsdp': 2, 'context': 4}),
     pytest.param('gather', 'none', {'fsdp': 2, 'context': 2}, marks=pytest.mark.slow),
     pytest.param('ulysses', 'dots', {'context': 2, 'tensor': 2}, marks=pytest.mark.slow),
-])
+  ],
+)
 def test_rows_split_over_devices(strategy, remat, sizes, expected):
   config = dataclasses.replace(CONFIG, context=strategy, remat=remat)
   check(make_mesh(MeshConfig(**sizes)), expected, config)
@@ -96,7 +118,17 @@ def test_the_auto_twin_splits_rows_too(expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('strategy', ['ring', 'gather'])
-@pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'gpt-oss', 'deepseek', 'relative', pytest.param('deepseek moe', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'gemma2',
+    'gemma3',
+    'gpt-oss',
+    'deepseek',
+    'relative',
+    pytest.param('deepseek moe', marks=pytest.mark.slow),
+  ],
+)
 def test_architectures_split_their_rows(name, strategy):
   config = dataclasses.replace(laws.make_config(name), vocabulary=48, context=strategy)
   one = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
@@ -108,12 +140,16 @@ def test_architectures_split_their_rows(name, strategy):
 def test_parameters_are_born_sharded_and_equal(sizes, axis_type):
   one = born(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
   mesh = make_mesh(MeshConfig(**sizes), axis_type=axis_type)
-  for (name, x), wanted in zip(named_leaves(born(CONFIG, mesh)).items(), named_leaves(one).values(), strict=True):
+  for (name, x), wanted in zip(
+    named_leaves(born(CONFIG, mesh)).items(), named_leaves(one).values(), strict=True
+  ):
     # The same random bits; another partition may round the normal's polynomial otherwise in the last bit (seen on jax 0.12).
     np.testing.assert_allclose(np.asarray(x), np.asarray(wanted), rtol=5e-7, err_msg=name)
     assert x.sharding.mesh.shape == mesh.shape
     split = mesh.shape['fsdp'] * (mesh.shape['tensor'] if 'positions' not in name else 1)
-    assert x.size < 300 or x.addressable_shards[0].data.size * split == x.size, f'{name} {x.shape} is {x.sharding.spec}'
+    assert x.size < 300 or x.addressable_shards[0].data.size * split == x.size, (
+      f'{name} {x.shape} is {x.sharding.spec}'
+    )
 
 
 @pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
@@ -130,16 +166,29 @@ def test_cached_decode_on_a_mesh(axis_type):
   assert jnp.all(cache.lengths == 6)
 
 
-@pytest.mark.parametrize('name', [pytest.param('gemma3', marks=pytest.mark.slow), 'gpt-oss', pytest.param('deepseek', marks=pytest.mark.slow),
-                                  'relative', 'deepseek moe'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param('gemma3', marks=pytest.mark.slow),
+    'gpt-oss',
+    pytest.param('deepseek', marks=pytest.mark.slow),
+    'relative',
+    'deepseek moe',
+  ],
+)
 def test_architectures_split_and_decode_on_a_mesh(name):
   """Packed rows through loss and gradients with remat, then prefill and decode."""
   config = dataclasses.replace(laws.make_config(name), vocabulary=48, remat='full')
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   check(mesh, loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config), config)
   with jax.set_mesh(mesh):
-    model, tokens = laws.make_model(config), jax.device_put(laws.tokens_of(config, 4, 6), ax.spec('batch', 'length'))
+    model, tokens = (
+      laws.make_model(config),
+      jax.device_put(laws.tokens_of(config, 4, 6), ax.spec('batch', 'length')),
+    )
     full, step, cache = laws.forward()(model, tokens), laws.cached(), init_cache(config, 4, 8)
     for first, last in ((0, 5), (5, 6)):
       logits, cache = step(model, tokens[:, first:last], cache)
-      np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-4, atol=1e-5 * np.abs(full).max())
+      np.testing.assert_allclose(
+        logits, full[:, first:last], rtol=1e-4, atol=1e-5 * np.abs(full).max()
+      )

@@ -1,4 +1,5 @@
 """Do checkpoints come in and go out whole? Bits, meshes, pieces; errors list everything and leave nothing."""
+
 import dataclasses
 import json
 import math
@@ -14,10 +15,19 @@ from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
 
-LLAMA = dict(model_type='llama', architectures=['LlamaForCausalLM'], vocab_size=68, hidden_size=32,
-             num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=48, max_position_embeddings=64, num_hidden_layers=3, rms_norm_eps=1e-5,
-             tie_word_embeddings=False)
+LLAMA = dict(
+  model_type='llama',
+  architectures=['LlamaForCausalLM'],
+  vocab_size=68,
+  hidden_size=32,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  intermediate_size=48,
+  max_position_embeddings=64,
+  num_hidden_layers=3,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=False,
+)
 DEEPSEEK = dict(tiny.LATENT, model_type='deepseek_v3', vocab_size=68)
 
 
@@ -33,27 +43,42 @@ def rewrite(directory, change, kind='F32'):
   change(tensors)
   for path in directory.glob('*.safetensors*'):
     path.unlink()
-  tensorfiles.write(directory, {name: x.shape for name, x in tensors.items()}, kind, lambda name: [tensors[name]],
-                    2**30)
+  tensorfiles.write(
+    directory,
+    {name: x.shape for name, x in tensors.items()},
+    kind,
+    lambda name: [tensors[name]],
+    2**30,
+  )
 
 
 def leaves(model):
   return {name: np.asarray(x) for name, x in params.named_leaves(model).items()}
 
 
-@pytest.mark.parametrize('hf, mesh', [(LLAMA, dict(data=1, fsdp=8)), (LLAMA, dict(data=2, fsdp=2, tensor=2)),
-                                      (DEEPSEEK, dict(data=1, fsdp=2))], ids=['llama', 'llama-replicas', 'deepseek'])
+@pytest.mark.parametrize(
+  'hf, mesh',
+  [
+    (LLAMA, dict(data=1, fsdp=8)),
+    (LLAMA, dict(data=2, fsdp=2, tensor=2)),
+    (DEEPSEEK, dict(data=1, fsdp=2)),
+  ],
+  ids=['llama', 'llama-replicas', 'deepseek'],
+)
 def test_every_device_gets_its_shard(hf, mesh, tmp_path, monkeypatch):
   ours.build(hf, tmp_path / 'model')
   _, one = checkpoint.load(tmp_path / 'model', mesh=ours.MESH)
   monkeypatch.setattr(checkpoint, 'PIECE', 500)  # so that pieces begin and end within shards
-  mesh = make_mesh(MeshConfig(**mesh), jax.devices()[:math.prod(mesh.values())])
+  mesh = make_mesh(MeshConfig(**mesh), jax.devices()[: math.prod(mesh.values())])
   _, many = checkpoint.load(tmp_path / 'model', mesh=mesh)
   for name, x in leaves(one).items():
     np.testing.assert_array_equal(leaves(many)[name], x, err_msg=name)
   assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(many))
-  assert all(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(many)
-             if not x.sharding.is_fully_replicated)
+  assert all(
+    x.addressable_shards[0].data.size < x.size
+    for x in jax.tree.leaves(many)
+    if not x.sharding.is_fully_replicated
+  )
 
 
 @pytest.mark.parametrize('piece', [1, 100, 1000])
@@ -69,8 +94,10 @@ def test_pieces_make_the_whole(llama, tmp_path, monkeypatch, piece):
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize('kind, stored, dtype', [('BF16', 'bfloat16', 'bfloat16'), ('F16', 'float16', 'float32'),
-                                                 ('F32', 'float32', 'float32')])
+@pytest.mark.parametrize(
+  'kind, stored, dtype',
+  [('BF16', 'bfloat16', 'bfloat16'), ('F16', 'float16', 'float32'), ('F32', 'float32', 'float32')],
+)
 def test_dtypes(llama, tmp_path, kind, stored, dtype, capsys):
   rewrite(llama, lambda tensors: None, kind)
   config, model = checkpoint.load(llama, mesh=ours.MESH)
@@ -87,19 +114,25 @@ def test_dtypes_that_are_asked_for(llama, capsys):
   config, model = checkpoint.load(llama, mesh=ours.MESH, dtype='bfloat16', compute_dtype='float32')
   assert (config.parameter_dtype, config.dtype) == ('bfloat16', 'float32')
   _, exact = checkpoint.load(llama, mesh=ours.MESH)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), leaves(model), leaves(exact))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)),
+    leaves(model),
+    leaves(exact),
+  )
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_shard_is_written_in_place(dtype):
-  filling = stream.Filling(jax.ShapeDtypeStruct((4, 1000), dtype, sharding=jax.NamedSharding(ours.MESH, jax.P())))
+  filling = stream.Filling(
+    jax.ShapeDtypeStruct((4, 1000), dtype, sharding=jax.NamedSharding(ours.MESH, jax.P()))
+  )
   with jax.set_mesh(NO_MESH):
     pointers = set()
     for i in range(4):
       filling.put(np.full(1000, i, np.float32), ((i, i + 1), (0, 1000)))
       pointers |= {shard.unsafe_buffer_pointer() for shard in filling._shards.values()}
   assert len(pointers) == 1
-  np.testing.assert_array_equal(filling.array(), np.arange(4.)[:, None].repeat(1000, 1))
+  np.testing.assert_array_equal(filling.array(), np.arange(4.0)[:, None].repeat(1000, 1))
 
 
 def test_one_error_lists_all_tensors_that_do_not_fit(llama):
@@ -107,19 +140,27 @@ def test_one_error_lists_all_tensors_that_do_not_fit(llama):
     del tensors['model.norm.weight'], tensors['model.layers.1.mlp.up_proj.weight']
     tensors['model.layers.0.mlp.up_proj.weight'] = np.zeros((32, 48), np.float32)
     tensors['model.layers.0.self_attn.q_proj.lora_A'] = np.zeros(3, np.float32)
+
   rewrite(llama, spoil)
   with pytest.raises(ValueError) as error:
     checkpoint.load(llama)
-  for line in ('missing: model.norm.weight', 'missing: model.layers.1.mlp.up_proj.weight',
-               'extra: model.layers.0.self_attn.q_proj.lora_A [3]',
-               'mis-shaped: model.layers.0.mlp.up_proj.weight is [32, 48], config.json makes it [48, 32]', '--ignore'):
+  for line in (
+    'missing: model.norm.weight',
+    'missing: model.layers.1.mlp.up_proj.weight',
+    'extra: model.layers.0.self_attn.q_proj.lora_A [3]',
+    'mis-shaped: model.layers.0.mlp.up_proj.weight is [32, 48], config.json makes it [48, 32]',
+    '--ignore',
+  ):
     assert line in str(error.value)
 
 
 def test_extra_tensors_can_be_left_out(llama):
-  rewrite(llama,
-          lambda tensors: tensors.update({'vision.x': np.zeros(3, np.float32),
-                                          'model.rotary_emb.inv_freq': np.zeros(4, np.float32)}))
+  rewrite(
+    llama,
+    lambda tensors: tensors.update(
+      {'vision.x': np.zeros(3, np.float32), 'model.rotary_emb.inv_freq': np.zeros(4, np.float32)}
+    ),
+  )
   checkpoint.load(llama, ignore=r'vision\..*', mesh=ours.MESH)
   with pytest.raises(ValueError, match='matches no tensor'):
     checkpoint.load(llama, ignore='vision')
@@ -129,7 +170,9 @@ def test_a_tied_head_must_be_the_embedding(llama):
   (llama / 'config.json').write_text(json.dumps(LLAMA | {'tie_word_embeddings': True}))
   with pytest.raises(ValueError, match='lm_head.weight differs from model.embed_tokens.weight'):
     checkpoint.load(llama)
-  rewrite(llama, lambda tensors: tensors.update({'lm_head.weight': tensors['model.embed_tokens.weight']}))
+  rewrite(
+    llama, lambda tensors: tensors.update({'lm_head.weight': tensors['model.embed_tokens.weight']})
+  )
   config, _ = checkpoint.load(llama, mesh=ours.MESH)
   assert config.tie_embeddings
 
@@ -143,6 +186,7 @@ def test_names_without_their_prefix(tmp_path):
     for name in list(tensors):
       tensors[name.removeprefix('transformer.')] = tensors.pop(name)
     tensors['h.0.attn.bias'] = np.zeros((1, 1, 64, 64), np.float32)
+
   rewrite(tmp_path / 'gpt2', rename)
   _, again = checkpoint.load(tmp_path / 'gpt2', mesh=ours.MESH)
   jax.tree.map(np.testing.assert_array_equal, leaves(model), leaves(again))
@@ -151,7 +195,7 @@ def test_names_without_their_prefix(tmp_path):
 def header(path):
   data = path.read_bytes()
   length = struct.unpack('<Q', data[:8])[0]
-  return json.loads(data[8:8 + length]), data[8 + length:]
+  return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def write_header(path, entries, rest):
@@ -165,14 +209,24 @@ def test_damaged_files_are_named(llama):
   entries, rest = header(path)
   first = next(name for name in entries if name != '__metadata__')
   spoiled = {
-      'cut': whole[:-10], 'short': whole[:20], 'empty': b'', 'longer': whole + b'x',
-      'length': struct.pack('<Q', 2**60) + whole[8:], 'json': whole[:8] + b'?' + whole[9:]}
+    'cut': whole[:-10],
+    'short': whole[:20],
+    'empty': b'',
+    'longer': whole + b'x',
+    'length': struct.pack('<Q', 2**60) + whole[8:],
+    'json': whole[:8] + b'?' + whole[9:],
+  }
   for name, data in spoiled.items():
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r'model\.safetensors is truncated or damaged'):
       checkpoint.load(llama)
-  for change in ({'dtype': 'F31'}, {'shape': [1]}, {'data_offsets': [4, 8]}, {'data_offsets': [-8, 0]},
-                 {'shape': None}):
+  for change in (
+    {'dtype': 'F31'},
+    {'shape': [1]},
+    {'data_offsets': [4, 8]},
+    {'data_offsets': [-8, 0]},
+    {'shape': None},
+  ):
     write_header(path, entries | {first: entries[first] | change}, rest)
     with pytest.raises(ValueError, match='is truncated or damaged'):
       checkpoint.load(llama)
@@ -188,8 +242,9 @@ def test_what_lies_in_the_directory(llama, tmp_path):
   with pytest.raises(FileExistsError, match='is there already'):
     checkpoint.save(model, config, tmp_path / 'out')
   index = json.loads((tmp_path / 'out' / tensorfiles.INDEX).read_text())
-  index['weight_map']['model.norm.weight'] = next(path.name for path in files
-                                                  if path.name != index['weight_map']['model.norm.weight'])
+  index['weight_map']['model.norm.weight'] = next(
+    path.name for path in files if path.name != index['weight_map']['model.norm.weight']
+  )
   (tmp_path / 'out' / tensorfiles.INDEX).write_text(json.dumps(index))
   with pytest.raises(ValueError, match=r'promises tensors that are not there: model\.norm\.weight'):
     TensorFiles(tmp_path / 'out')
@@ -215,6 +270,7 @@ def test_an_error_leaves_nothing_behind(llama, tmp_path, monkeypatch):
 
   def fail(*arguments):
     raise OSError('no space left')
+
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, 'fetch', fail)
     with pytest.raises(OSError, match='no space'):
@@ -229,21 +285,27 @@ def test_an_error_leaves_nothing_behind(llama, tmp_path, monkeypatch):
 
 # The command line.
 
+
 def write_tokenizer(directory):
   """A byte-level tokenizer of 256 bytes and an end, as Hugging Face keeps one."""
   import tokenizers
+
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  made = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+  made = tokenizers.Tokenizer(
+    tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, [])
+  )
   made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = tokenizers.decoders.ByteLevel()
   made.add_special_tokens(['<end>'])
   made.save(str(directory / 'tokenizer.json'))
-  (directory / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>',
-                                                               'chat_template': '{{ messages }}'}))
+  (directory / 'tokenizer_config.json').write_text(
+    json.dumps({'eos_token': '<end>', 'chat_template': '{{ messages }}'})
+  )
 
 
 def test_a_checkpoint_becomes_a_run_that_writes_and_a_checkpoint_again(tmp_path, capsys):
   from decode.generator import Generator
+
   ours.build(LLAMA | {'vocab_size': 300}, tmp_path / 'hf')
   write_tokenizer(tmp_path / 'hf')
   run, out = str(tmp_path / 'runs' / 'llama'), str(tmp_path / 'out')
@@ -262,9 +324,13 @@ def test_a_checkpoint_becomes_a_run_that_writes_and_a_checkpoint_again(tmp_path,
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'hf' / name).read_bytes()
   with pytest.raises(SystemExit, match="error: .*did you mean 'mistral'"):
-    checkpoint.main(['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--family', 'mistrall'])
+    checkpoint.main(
+      ['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--family', 'mistrall']
+    )
   with pytest.raises(SystemExit, match="error: checkpoint='3' is unknown"):
-    checkpoint.main(['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--checkpoint', '3'])
+    checkpoint.main(
+      ['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--checkpoint', '3']
+    )
 
   for directory in (run, out):
     capsys.readouterr()
@@ -275,19 +341,40 @@ def test_a_checkpoint_becomes_a_run_that_writes_and_a_checkpoint_again(tmp_path,
 def test_a_run_needs_no_tokenizer(llama, tmp_path, capsys):
   checkpoint.main(['import', '--from', str(llama), '--workdir', str(tmp_path / 'run')])
   assert 'holds no tokenizer' in capsys.readouterr().out
-  checkpoint.main(['export', '--workdir', str(tmp_path / 'run'), '--to', str(tmp_path / 'out'), '--dtype', 'bfloat16'])
+  checkpoint.main(
+    [
+      'export',
+      '--workdir',
+      str(tmp_path / 'run'),
+      '--to',
+      str(tmp_path / 'out'),
+      '--dtype',
+      'bfloat16',
+    ]
+  )
   assert 'no tokenizer is written' in capsys.readouterr().out
   assert {tensor.kind for tensor in TensorFiles(tmp_path / 'out').tensors.values()} == {'BF16'}
 
 
 def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
-  config = json.loads(json.dumps(LLAMA)) | dict(vocab_size=128_256, hidden_size=4096, num_attention_heads=32,
-                                                num_key_value_heads=8, intermediate_size=14_336, num_hidden_layers=32)
+  config = json.loads(json.dumps(LLAMA)) | dict(
+    vocab_size=128_256,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+  )
   (tmp_path / 'config.json').write_text(json.dumps(config))
   family, found = checkpoint.families.read(config)
   files = object.__new__(TensorFiles)
-  files.directory, files.tensors = tmp_path, {name: tensorfiles.Tensor(tmp_path, 'BF16', parts[0].layout.shape, 0)
-                                              for name, parts in checkpoint.parts_of(family, found).items()}
+  files.directory, files.tensors = (
+    tmp_path,
+    {
+      name: tensorfiles.Tensor(tmp_path, 'BF16', parts[0].layout.shape, 0)
+      for name, parts in checkpoint.parts_of(family, found).items()
+    },
+  )
   monkeypatch.setattr(checkpoint, 'TensorFiles', lambda directory: files)
   checkpoint.main(['inspect', str(tmp_path)])
   lines = capsys.readouterr().out.splitlines()

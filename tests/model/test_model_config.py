@@ -1,4 +1,5 @@
 """Does ModelConfig refuse what is impossible, and resolve what is left open?"""
+
 import dataclasses
 
 import pytest
@@ -8,9 +9,17 @@ from model.config import CHOICES, Kind, LatentConfig, ModelConfig, MoEConfig, Ro
 from model.layers import ACTIVATIONS
 
 
-@pytest.mark.parametrize('fields, words', [
-    ({'width': 30, 'heads': 4}, r'model.width=30 is not divisible by model.heads=4; set model.head_width'),
-    ({'heads': 6, 'kv_heads': 4, 'head_width': 8}, r'heads=6 is not divisible by model.kv_heads=4; .* \[1, 2, 3, 6\]'),
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    (
+      {'width': 30, 'heads': 4},
+      r'model.width=30 is not divisible by model.heads=4; set model.head_width',
+    ),
+    (
+      {'heads': 6, 'kv_heads': 4, 'head_width': 8},
+      r'heads=6 is not divisible by model.kv_heads=4; .* \[1, 2, 3, 6\]',
+    ),
     ({'head_width': 5}, r'head width 5 is odd'),
     ({'width': 0}, r'model.width=0 must be at least 1'),
     ({'layers': -1}, r'model.layers=-1 must be at least 1'),
@@ -19,51 +28,95 @@ from model.layers import ACTIVATIONS
     ({'norm_epsilon': 0.0}, r'model.norm_epsilon=0.0 must be positive'),
     ({'norm': 'rns'}, r"model.norm='rns' is unknown; did you mean 'rms'\? Known: rms, layer"),
     ({'remat': 'dot'}, r"model.remat='dot' is unknown; did you mean 'dots'"),
-])
+  ],
+)
 def test_impossible_values_raise(fields, words):
   with pytest.raises(ValueError, match=words):
     ModelConfig(**fields)
 
 
-@pytest.mark.parametrize('make, words', [
+@pytest.mark.parametrize(
+  'make, words',
+  [
     (lambda: RopeConfig(base=float('nan')), r'model.rope.base=nan must be positive'),
-    (lambda: RopeConfig(scaling='dynamic'), r"model.rope.scaling='dynamic' is unknown.*Known: none, linear, llama3, yarn"),
-    (lambda: RopeConfig(scaling='yarn', factor=2.0), r"scaling='yarn' needs model.rope.original_length"),
-    (lambda: RopeConfig(scaling='llama3', original_length=9, low=4.0), r'model.rope.low=4.0 must be below model.rope.high=4.0'),
+    (
+      lambda: RopeConfig(scaling='dynamic'),
+      r"model.rope.scaling='dynamic' is unknown.*Known: none, linear, llama3, yarn",
+    ),
+    (
+      lambda: RopeConfig(scaling='yarn', factor=2.0),
+      r"scaling='yarn' needs model.rope.original_length",
+    ),
+    (
+      lambda: RopeConfig(scaling='llama3', original_length=9, low=4.0),
+      r'model.rope.low=4.0 must be below model.rope.high=4.0',
+    ),
     (lambda: LatentConfig(width=4, rope_width=3), r'model.latent.rope_width=3 must be even'),
-    (lambda: ModelConfig(latent=LatentConfig(width=4, rope_width=2), qk_norm=True), r'latent attention works with rotary positions'),
+    (
+      lambda: ModelConfig(latent=LatentConfig(width=4, rope_width=2), qk_norm=True),
+      r'latent attention works with rotary positions',
+    ),
     (lambda: MoEConfig(experts=6, groups=4), r'model.moe.groups=4 must divide model.moe.experts=6'),
-    (lambda: MoEConfig(experts=4, per_token=3, groups=2), r'model.moe.per_token=3 passes the 2 experts'),
-    (lambda: MoEConfig(experts=4, bias_rate=0.1), r'moves a bias that is not there; set model.moe.selection_bias=True'),
-    (lambda: ModelConfig(moe=MoEConfig(experts=4, first=9)), r'model.moe.first=9 leaves none of 4 layers'),
-    (lambda: ModelConfig(moe=MoEConfig(experts=4), encoder_layers=1), r'encoder-decoder has no experts'),
+    (
+      lambda: MoEConfig(experts=4, per_token=3, groups=2),
+      r'model.moe.per_token=3 passes the 2 experts',
+    ),
+    (
+      lambda: MoEConfig(experts=4, bias_rate=0.1),
+      r'moves a bias that is not there; set model.moe.selection_bias=True',
+    ),
+    (
+      lambda: ModelConfig(moe=MoEConfig(experts=4, first=9)),
+      r'model.moe.first=9 leaves none of 4 layers',
+    ),
+    (
+      lambda: ModelConfig(moe=MoEConfig(experts=4), encoder_layers=1),
+      r'encoder-decoder has no experts',
+    ),
     (lambda: ModelConfig(global_every=2), r'set model.window'),
     (lambda: ModelConfig(activation='clamped_silu', gated=False), r'works on a gate'),
-])
+  ],
+)
 def test_impossible_combinations_raise(make, words):
   with pytest.raises(ValueError, match=words):
     make()
 
 
 def test_a_backend_that_cannot_honour_the_architecture_is_refused():
-  with pytest.raises(NotImplementedError, match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'pallas_tpu'\]"):
+  with pytest.raises(
+    NotImplementedError,
+    match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'pallas_tpu'\]",
+  ):
     ModelConfig(attention='xla', attention_softcap=2.0)
-  with pytest.raises(ValueError, match=r"model.attention='splash' is unknown.*Known: auto, reference, blocked, pallas_tpu, pallas_gpu, xla"):
+  with pytest.raises(
+    ValueError,
+    match=r"model.attention='splash' is unknown.*Known: auto, reference, blocked, pallas_tpu, pallas_gpu, xla",
+  ):
     ModelConfig(attention='splash')
   ModelConfig(attention='blocked', attention_softcap=2.0)
 
 
 def test_blocks_that_the_backend_has_not_for_such_heads_are_refused():
-  ModelConfig(attention='pallas_tpu', attention_blocks=Blocks(forward_queries=512, backward_keys=256))
-  with pytest.raises(NotImplementedError, match=r"model.attention='auto' is no backend whose blocks can be chosen; set it to one of \['pallas_tpu', 'pallas_gpu'\]"):
+  ModelConfig(
+    attention='pallas_tpu', attention_blocks=Blocks(forward_queries=512, backward_keys=256)
+  )
+  with pytest.raises(
+    NotImplementedError,
+    match=r"model.attention='auto' is no backend whose blocks can be chosen; set it to one of \['pallas_tpu', 'pallas_gpu'\]",
+  ):
     ModelConfig(attention_blocks=Blocks(forward_keys=256))
   gpu = dict(attention='pallas_gpu', dtype='bfloat16', attention_blocks=Blocks(forward_keys=128))
   ModelConfig(head_width=128, **gpu)
-  with pytest.raises(ValueError, match=r'model.attention_blocks.forward_keys=128: backend pallas_gpu has \[64\] for heads 192 wide'):
+  with pytest.raises(
+    ValueError,
+    match=r'model.attention_blocks.forward_keys=128: backend pallas_gpu has \[64\] for heads 192 wide',
+  ):
     ModelConfig(head_width=128, latent=LatentConfig(width=64, rope_width=64), **gpu)
 
 
-@pytest.mark.parametrize('fields, stacks', [
+@pytest.mark.parametrize(
+  'fields, stacks',
+  [
     ({}, [('g', 4)]),
     ({'window': 3}, [('l', 4)]),
     ({'window': 3, 'global_every': 2}, [('lg', 2)]),
@@ -73,8 +126,12 @@ def test_blocks_that_the_backend_has_not_for_such_heads_are_refused():
     ({'moe': MoEConfig(experts=4, first=1, every=2), 'layers': 6}, [('gG', 3)]),
     ({'moe': MoEConfig(experts=4, first=3), 'layers': 61}, [('g', 3), ('G', 58)]),
     ({'moe': MoEConfig(experts=4), 'window': 3, 'global_every': 2}, [('LG', 2)]),
-    ({'moe': MoEConfig(experts=4, every=2), 'window': 3, 'global_every': 3, 'layers': 13}, [('LlGlLg', 2), ('L', 1)]),
-])
+    (
+      {'moe': MoEConfig(experts=4, every=2), 'window': 3, 'global_every': 3, 'layers': 13},
+      [('LlGlLg', 2), ('L', 1)],
+    ),
+  ],
+)
 def test_layers_are_few_scans_over_repeating_periods(fields, stacks):
   """Letters: l sees a window, g all; capital ones have experts."""
   config = ModelConfig(**fields)

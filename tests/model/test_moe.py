@@ -1,4 +1,5 @@
 """Do tokens reach the experts that their router chose, and nothing else? Three dispatches, a loop in numpy, many devices."""
+
 import dataclasses
 import functools
 import math
@@ -22,39 +23,78 @@ from parallel.mesh import MeshConfig, make_mesh
 
 D, F = 8, 12
 CASES = {
-    'mixtral': dict(experts=8, per_token=2),
-    'qwen3': dict(experts=6, per_token=3, renormalise=False, balance_over='batch'),
-    'deepseek v2': dict(experts=8, per_token=2, groups=4, groups_per_token=2, renormalise=False, scale=4.0, shared_feed_forward=8),
-    'deepseek v3': dict(experts=8, per_token=3, router='sigmoid', selection_bias=True, groups=4, groups_per_token=2, scale=2.5,
-                        shared_feed_forward=8),
-    'gpt-oss': dict(experts=5, per_token=2, biases='all', activation='clamped_silu', balance_over='batch'),
-    'biased': dict(experts=6, per_token=2, biases='all', activation='clamped_silu', shared_feed_forward=8),
-    'all experts': dict(experts=3, per_token=3, router='sigmoid', gated=False, biases='all', activation='gelu'),
-    'one expert': dict(experts=4, per_token=1, renormalise=False),
+  'mixtral': dict(experts=8, per_token=2),
+  'qwen3': dict(experts=6, per_token=3, renormalise=False, balance_over='batch'),
+  'deepseek v2': dict(
+    experts=8,
+    per_token=2,
+    groups=4,
+    groups_per_token=2,
+    renormalise=False,
+    scale=4.0,
+    shared_feed_forward=8,
+  ),
+  'deepseek v3': dict(
+    experts=8,
+    per_token=3,
+    router='sigmoid',
+    selection_bias=True,
+    groups=4,
+    groups_per_token=2,
+    scale=2.5,
+    shared_feed_forward=8,
+  ),
+  'gpt-oss': dict(
+    experts=5, per_token=2, biases='all', activation='clamped_silu', balance_over='batch'
+  ),
+  'biased': dict(
+    experts=6, per_token=2, biases='all', activation='clamped_silu', shared_feed_forward=8
+  ),
+  'all experts': dict(
+    experts=3, per_token=3, router='sigmoid', gated=False, biases='all', activation='gelu'
+  ),
+  'one expert': dict(experts=4, per_token=1, renormalise=False),
 }
 QUICK = ('deepseek v3', 'gpt-oss')
 ACTIVATIONS = {  # of the oracle: (gate, up) -> h
-    'silu': lambda gate, up: gate / (1 + np.exp(-gate)) * up,
-    'gelu': lambda gate, up: up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))) / 2,
-    'clamped_silu': lambda gate, up: min_7(gate) / (1 + np.exp(-1.702 * min_7(gate))) * (np.clip(up, -7, 7) + 1),
+  'silu': lambda gate, up: gate / (1 + np.exp(-gate)) * up,
+  'gelu': lambda gate, up: up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))) / 2,
+  'clamped_silu': lambda gate, up: (
+    min_7(gate) / (1 + np.exp(-1.702 * min_7(gate))) * (np.clip(up, -7, 7) + 1)
+  ),
 }
 min_7 = lambda gate: np.minimum(gate, 7)
 DISPATCHES = ['dense', 'dropless', 'capacity']
 # The laws hold for every dispatch; those that compile for long are tried on one, and on the others by `make test-all`.
-MOSTLY_SLOW = ['dropless', pytest.param('dense', marks=pytest.mark.slow), pytest.param('capacity', marks=pytest.mark.slow)]
-MESHES = [{'data': 8}, {'data': 1, 'fsdp': 8}, {'data': 1, 'fsdp': 4, 'tensor': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2}]
+MOSTLY_SLOW = [
+  'dropless',
+  pytest.param('dense', marks=pytest.mark.slow),
+  pytest.param('capacity', marks=pytest.mark.slow),
+]
+MESHES = [
+  {'data': 8},
+  {'data': 1, 'fsdp': 8},
+  {'data': 1, 'fsdp': 4, 'tensor': 2},
+  {'data': 2, 'fsdp': 2, 'tensor': 2},
+]
 
 
 def make_config(case='mixtral', dispatch='dropless', **changes):
   fields = CASES[case] | {'capacity_factor': 100.0, 'balance_loss': 0.5, 'z_loss': 0.25} | changes
-  model = {name: fields.pop(name) for name in ('biases', 'activation', 'gated', 'dtype') if name in fields}
+  model = {
+    name: fields.pop(name) for name in ('biases', 'activation', 'gated', 'dtype') if name in fields
+  }
   return ModelConfig(width=D, feed_forward=F, moe=MoEConfig(dispatch=dispatch, **fields), **model)
 
 
 def make_moe(config, layers=0, seed=0):
   """Every weight drawn anew, biases too; `layers` of them stacked, born under vmap."""
   make, key = lambda key: MoE(config, nnx.Rngs(params=key)), jax.random.key(0)
-  shapes = jax.eval_shape(jax.vmap(make), jax.random.split(key, layers)) if layers else jax.eval_shape(make, key)
+  shapes = (
+    jax.eval_shape(jax.vmap(make), jax.random.split(key, layers))
+    if layers
+    else jax.eval_shape(make, key)
+  )
   draw = np.random.default_rng(seed)
   return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.5, x.dtype), shapes)
 
@@ -63,7 +103,9 @@ def inputs(rows=8, length=6, seed=0):
   draw = np.random.default_rng(seed)
   segments = np.sort(draw.integers(0, 4, (rows, length)))[:, ::-1]
   segments[-1] = 0
-  return jnp.asarray(draw.normal(size=(rows, length, D)), jnp.float32), jnp.asarray(segments, jnp.int32)
+  return jnp.asarray(draw.normal(size=(rows, length, D)), jnp.float32), jnp.asarray(
+    segments, jnp.int32
+  )
 
 
 @jax.jit
@@ -74,19 +116,28 @@ def forward(layer, x, segments=None):
 @jax.jit
 def run(layer, x, segments):
   """((objective, (y, stats)), gradients of the layer and of x) of an objective that every output matters to."""
+
   def objective(layer, x):
     y, stats = layer(x, segments)
     weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     return (y * weights).sum() + stats['balance_loss'] + stats['router_z_loss'], (y, stats)
+
   return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(layer, x)
 
 
 def close(found, wanted, tolerance=1e-5):
-  found, wanted = ({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-                   for tree in (found, wanted))
+  found, wanted = (
+    {
+      jax.tree_util.keystr(path): np.asarray(leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (found, wanted)
+  )
   assert found.keys() == wanted.keys()
   for name, b in wanted.items():
-    np.testing.assert_allclose(found[name], b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=name)
+    np.testing.assert_allclose(
+      found[name], b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=name
+    )
 
 
 def choose(scores, moe):
@@ -94,26 +145,39 @@ def choose(scores, moe):
   scores = scores.copy()
   if moe.groups > 1:
     groups = scores.reshape(moe.groups, -1)
-    best = np.sort(groups, 1)[:, -(2 if moe.router == 'sigmoid' else 1):].sum(1)
-    for group in np.argsort(-best, kind='stable')[moe.groups_per_token:]:
+    best = np.sort(groups, 1)[:, -(2 if moe.router == 'sigmoid' else 1) :].sum(1)
+    for group in np.argsort(-best, kind='stable')[moe.groups_per_token :]:
       groups[group] = 0
-  return np.argsort(-scores, kind='stable')[:moe.per_token]
+  return np.argsort(-scores, kind='stable')[: moe.per_token]
 
 
 def token_loop(layer, config, x, segments, drop=lambda expert: False):
   """y and stats, one token and one choice at a time, in float64; `drop` is asked in the order of tokens."""
-  moe, w = config.moe, {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(layer).items()}
+  moe, w = (
+    config.moe,
+    {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(layer).items()},
+  )
   act = ACTIVATIONS[config.activation]
   y, E, k = np.zeros(x.shape), moe.experts, moe.per_token
-  load, dropped, z, counts, masses = np.zeros(E), 0, 0.0, np.zeros((len(x), E)), np.zeros((len(x), E))
+  load, dropped, z, counts, masses = (
+    np.zeros(E),
+    0,
+    0.0,
+    np.zeros((len(x), E)),
+    np.zeros((len(x), E)),
+  )
   for b, t in np.ndindex(*segments.shape):
     token = np.asarray(x[b, t], np.float64)
     if segments[b, t]:
       logits = token @ w['router'] + w.get('router_bias', 0)
-      scores = np.exp(logits) / np.exp(logits).sum() if moe.router == 'softmax' else 1 / (1 + np.exp(-logits))
+      scores = (
+        np.exp(logits) / np.exp(logits).sum()
+        if moe.router == 'softmax'
+        else 1 / (1 + np.exp(-logits))
+      )
       chosen = choose(scores + w.get('selection_bias', 0), moe)
       gates = scores[chosen] / (scores[chosen].sum() if moe.renormalise else 1) * moe.scale
-      z += np.log(np.exp(logits).sum())**2
+      z += np.log(np.exp(logits).sum()) ** 2
       counts[b, chosen] += 1
       masses[b] += scores / scores.sum()
       for e, gate in zip(chosen, gates):
@@ -132,10 +196,17 @@ def token_loop(layer, config, x, segments, drop=lambda expert: False):
   if moe.balance_over == 'batch':
     n = tokens.sum()
     balance = E * n * (counts.sum(0) / (k * n) * masses.sum(0) / n).sum()
-  return y, {'load': load, 'dropped': dropped, 'balance_loss': moe.balance_loss * balance, 'router_z_loss': moe.z_loss * z}
+  return y, {
+    'load': load,
+    'dropped': dropped,
+    'balance_loss': moe.balance_loss * balance,
+    'router_z_loss': moe.z_loss * z,
+  }
 
 
-@pytest.mark.parametrize('case', [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize(
+  'case', [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_all_dispatches_are_the_loop_over_tokens(case):
   """Values against the loop; gradients of the dispatches against each other."""
   x, segments = inputs()
@@ -179,6 +250,7 @@ def test_capacity_drops_exactly_the_late_comers(factor):
   def drop(expert):
     room[expert] -= 1
     return room[expert] < 0
+
   wanted = token_loop(layer, config, x, segments, drop)
   assert wanted[1]['dropped'] > 0
   close(forward(layer, x, segments), wanted)
@@ -186,7 +258,9 @@ def test_capacity_drops_exactly_the_late_comers(factor):
 
 @pytest.mark.parametrize('dispatch', DISPATCHES)
 def test_permuted_experts_permute_the_load_and_nothing_else(dispatch):
-  config = make_config('deepseek v3', dispatch, groups=1, groups_per_token=1, biases='all', capacity_factor=0.5)
+  config = make_config(
+    'deepseek v3', dispatch, groups=1, groups_per_token=1, biases='all', capacity_factor=0.5
+  )
   layer, (x, segments) = make_moe(config), inputs()
   order = np.random.default_rng(1).permutation(8)
   shuffled = make_moe(config)
@@ -202,7 +276,12 @@ def test_permuted_experts_permute_the_load_and_nothing_else(dispatch):
 def test_neighbours_change_nothing(dispatch):
   layer, (x, segments) = make_moe(make_config('gpt-oss', dispatch)), inputs()
   other = inputs(seed=1)[0].at[2].set(x[2])
-  np.testing.assert_allclose(run(layer, x, segments)[0][1][0][2], run(layer, other, segments)[0][1][0][2], rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(
+    run(layer, x, segments)[0][1][0][2],
+    run(layer, other, segments)[0][1][0][2],
+    rtol=1e-6,
+    atol=1e-6,
+  )
 
 
 @pytest.mark.parametrize('over', ['sequence', 'batch'])
@@ -213,13 +292,19 @@ def test_balance_loss_of_a_balanced_and_of_the_worst_router(case, over):
   layer, (x, segments) = make_moe(config), inputs()
   tokens, moe = int((segments > 0).sum()), config.moe
   layer.router[...] = jnp.zeros_like(layer.router[...])
-  np.testing.assert_allclose(forward(layer, x, segments)[1]['balance_loss'], 0.5 * tokens, rtol=1e-6)
-  layer.router[...] = layer.router[...].at[0, :moe.per_token].set(200.0).at[0, moe.per_token:].set(-200.0)
+  np.testing.assert_allclose(
+    forward(layer, x, segments)[1]['balance_loss'], 0.5 * tokens, rtol=1e-6
+  )
+  layer.router[...] = (
+    layer.router[...].at[0, : moe.per_token].set(200.0).at[0, moe.per_token :].set(-200.0)
+  )
   alike = jnp.abs(x).at[..., 0].set(1.0)
   if layer.selection_bias is not None:
     layer.selection_bias[...] = jnp.zeros_like(layer.selection_bias[...])
   stats = forward(layer, alike, segments)[1]
-  np.testing.assert_allclose(stats['balance_loss'], 0.5 * tokens * moe.experts / moe.per_token, rtol=1e-6)
+  np.testing.assert_allclose(
+    stats['balance_loss'], 0.5 * tokens * moe.experts / moe.per_token, rtol=1e-6
+  )
   assert stats['load'].tolist() == [tokens] * moe.per_token + [0] * (moe.experts - moe.per_token)
 
 
@@ -232,9 +317,13 @@ def test_balance_and_z_loss_reach_the_router_only_with_their_weights():
 def test_the_selection_bias_chooses_and_does_not_weigh():
   config = make_config('deepseek v3', groups=1, groups_per_token=1, renormalise=False, scale=1.0)
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(20, 8)), jnp.float32)
-  scores, choices, gates = route(logits, jnp.full(8, -10.0).at[jnp.array([1, 4, 6])].set(10.0), config.moe)
+  scores, choices, gates = route(
+    logits, jnp.full(8, -10.0).at[jnp.array([1, 4, 6])].set(10.0), config.moe
+  )
   assert (np.sort(choices, 1) == [1, 4, 6]).all()
-  np.testing.assert_array_equal(gates, np.take_along_axis(np.asarray(jax.nn.sigmoid(logits)), np.asarray(choices), 1))
+  np.testing.assert_array_equal(
+    gates, np.take_along_axis(np.asarray(jax.nn.sigmoid(logits)), np.asarray(choices), 1)
+  )
   layer, (x, segments) = make_moe(config), inputs()
   gradient = run(layer, x, segments)[1][0]
   assert not gradient.selection_bias[...].any() and gradient.router[...].all()
@@ -277,9 +366,13 @@ def on_mesh(mesh, config, x, segments):
   """`run` on the mesh, everything laid out as it is born there; and the layer."""
   with jax.set_mesh(mesh):
     born = abstract(lambda: MoE(config, nnx.Rngs(0)), mesh)
-    layer = jax.tree.map(lambda value, like: jax.device_put(value, like.sharding), make_moe(config), born)
+    layer = jax.tree.map(
+      lambda value, like: jax.device_put(value, like.sharding), make_moe(config), born
+    )
     place = lambda value, *axes: jax.device_put(value, jax.NamedSharding(mesh, ax.spec(*axes)))
-    return run(layer, place(x, 'batch', 'length', 'width'), place(segments, 'batch', 'length')), layer
+    return run(
+      layer, place(x, 'batch', 'length', 'width'), place(segments, 'batch', 'length')
+    ), layer
 
 
 def slow(*values):
@@ -287,46 +380,101 @@ def slow(*values):
 
 
 # With a factor of 0.3 the exchange between experts' devices takes several rounds.
-SPLIT = [{'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}, {'data': 2, 'expert': 2, 'tensor': 2}, {'data': 2, 'fsdp': 2, 'expert': 2}]
-PARTS = [{'data': 4, 'expert': 2}, {'data': 1, 'fsdp': 4, 'expert': 2}, {'data': 1, 'expert': 2, 'tensor': 4}, *SPLIT]
+SPLIT = [
+  {'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2},
+  {'data': 2, 'expert': 2, 'tensor': 2},
+  {'data': 2, 'fsdp': 2, 'expert': 2},
+]
+PARTS = [
+  {'data': 4, 'expert': 2},
+  {'data': 1, 'fsdp': 4, 'expert': 2},
+  {'data': 1, 'expert': 2, 'tensor': 4},
+  *SPLIT,
+]
 
 
-@pytest.mark.parametrize('case, dispatch, sizes, factor', [
-    ('gpt-oss', 'dropless', MESHES[2], 100.0), ('deepseek v3', 'capacity', MESHES[3], 100.0),
-    ('biased', 'dropless', SPLIT[0], 0.3), ('deepseek v3', 'capacity', SPLIT[0], 100.0),
-    *(slow(case, dispatch, sizes, 100.0) for sizes in MESHES
-      for case, dispatch in (('gpt-oss', 'dropless'), ('deepseek v3', 'capacity'), ('mixtral', 'dense'))),
-    *(slow('deepseek v3', dispatch, {'data': 1, 'expert': 8}, factor) for dispatch, factor in (('dropless', 0.3), ('dense', 1.0))),
-    *(slow(case, dispatch, sizes, factor) for sizes in PARTS for case, dispatch, factor in (
-        ('biased', 'dropless', 0.3), ('biased', 'dropless', 100.0), ('deepseek v3', 'capacity', 100.0), ('biased', 'dense', 1.0)))], ids=str)
+@pytest.mark.parametrize(
+  'case, dispatch, sizes, factor',
+  [
+    ('gpt-oss', 'dropless', MESHES[2], 100.0),
+    ('deepseek v3', 'capacity', MESHES[3], 100.0),
+    ('biased', 'dropless', SPLIT[0], 0.3),
+    ('deepseek v3', 'capacity', SPLIT[0], 100.0),
+    *(
+      slow(case, dispatch, sizes, 100.0)
+      for sizes in MESHES
+      for case, dispatch in (
+        ('gpt-oss', 'dropless'),
+        ('deepseek v3', 'capacity'),
+        ('mixtral', 'dense'),
+      )
+    ),
+    *(
+      slow('deepseek v3', dispatch, {'data': 1, 'expert': 8}, factor)
+      for dispatch, factor in (('dropless', 0.3), ('dense', 1.0))
+    ),
+    *(
+      slow(case, dispatch, sizes, factor)
+      for sizes in PARTS
+      for case, dispatch, factor in (
+        ('biased', 'dropless', 0.3),
+        ('biased', 'dropless', 100.0),
+        ('deepseek v3', 'capacity', 100.0),
+        ('biased', 'dense', 1.0),
+      )
+    ),
+  ],
+  ids=str,
+)
 def test_eight_devices_are_one(case, dispatch, sizes, factor):
   mesh = make_mesh(MeshConfig(**sizes))
   found, layer = on_mesh(mesh, make_config(case, dispatch, capacity_factor=factor), *inputs())
   close(found, expected(case, dispatch))
   for name, gradient in named_leaves(found[1][0]).items():
-    assert gradient.sharding.is_equivalent_to(named_leaves(layer)[name].sharding, gradient.ndim), name
+    assert gradient.sharding.is_equivalent_to(named_leaves(layer)[name].sharding, gradient.ndim), (
+      name
+    )
   split = mesh.shape['fsdp'] * mesh.shape['tensor'] * mesh.shape['expert']
   assert layer.up[...].addressable_shards[0].data.size * split == layer.up[...].size
 
 
-@pytest.mark.parametrize('dispatch, sizes', [('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])], ids=str)
+@pytest.mark.parametrize(
+  'dispatch, sizes',
+  [('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])],
+  ids=str,
+)
 def test_wide_experts_in_pieces(dispatch, sizes, monkeypatch):
   """Weights gathered, computed and scattered a third at a time: the same values and gradients."""
   monkeypatch.setattr(moe_module, '_pieces', lambda F: 3 if F % 3 == 0 else 2)
-  config = make_config('biased', dispatch, capacity_factor=90.0)  # a factor of its own, or run() would remember the whole ones
+  config = make_config(
+    'biased', dispatch, capacity_factor=90.0
+  )  # a factor of its own, or run() would remember the whole ones
   close(on_mesh(make_mesh(MeshConfig(**sizes)), config, *inputs())[0], expected('biased', dispatch))
 
 
-@pytest.mark.parametrize('sizes, split', [({'data': 8}, False), ({'data': 4, 'expert': 2}, False), ({'data': 1, 'fsdp': 8}, True)], ids=str)
+@pytest.mark.parametrize(
+  'sizes, split',
+  [({'data': 8}, False), ({'data': 4, 'expert': 2}, False), ({'data': 1, 'fsdp': 8}, True)],
+  ids=str,
+)
 def test_only_what_is_gathered_comes_in_pieces(sizes, split, monkeypatch):
   """Elsewhere a second forward pass would buy nothing."""
   seen, in_pieces = [], moe_module._in_pieces
   monkeypatch.setattr(moe_module, 'PIECE', 4)
   monkeypatch.setattr(moe_module, 'LANES', 1)
-  monkeypatch.setattr(moe_module, '_in_pieces', lambda *arguments, pieces, **options: (
-      seen.append(pieces), in_pieces(*arguments, pieces=pieces, **options))[1])
+  monkeypatch.setattr(
+    moe_module,
+    '_in_pieces',
+    lambda *arguments, pieces, **options: (
+      seen.append(pieces),
+      in_pieces(*arguments, pieces=pieces, **options),
+    )[1],
+  )
   with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
-    jax.eval_shape(lambda x: MoE(make_config(), nnx.Rngs(params=0))(x)[0], jax.ShapeDtypeStruct((8, 6, D), jnp.float32))
+    jax.eval_shape(
+      lambda x: MoE(make_config(), nnx.Rngs(params=0))(x)[0],
+      jax.ShapeDtypeStruct((8, 6, D), jnp.float32),
+    )
   assert set(seen) == {3 if split else 1}
 
 
@@ -337,13 +485,28 @@ def test_pieces_are_equal_whole_lanes():
 @pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
 def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
   """What XLA makes of it: all-to-alls of tokens; of weights, shards of D gathered and gradients scattered, and never all experts."""
-  config, mesh = make_config('mixtral', dispatch, capacity_factor=0.5), make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
+  config, mesh = (
+    make_config('mixtral', dispatch, capacity_factor=0.5),
+    make_mesh(MeshConfig(data=1, fsdp=2, expert=4)),
+  )
   with jax.set_mesh(mesh):
     layer = abstract(lambda: MoE(config, nnx.Rngs(0)), mesh)
-    like = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, ax.spec(*axes)))
-    text = run.lower(layer, like((8, 6, D), jnp.float32, 'batch', 'length', 'width'),
-                     like((8, 6), jnp.int32, 'batch', 'length')).compile().as_text()
-  gathered = [math.prod(map(int, shape.split(','))) for shape in re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', text)]
+    like = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=jax.NamedSharding(mesh, ax.spec(*axes))
+    )
+    text = (
+      run.lower(
+        layer,
+        like((8, 6, D), jnp.float32, 'batch', 'length', 'width'),
+        like((8, 6), jnp.int32, 'batch', 'length'),
+      )
+      .compile()
+      .as_text()
+    )
+  gathered = [
+    math.prod(map(int, shape.split(',')))
+    for shape in re.findall(r'= \w+\[([\d,]+)\]\S* all-gather\(', text)
+  ]
   assert 'all-to-all(' in text and 'reduce-scatter(' in text and max(gathered) == 2 * D * F
 
 
@@ -355,9 +518,14 @@ def test_the_auto_twin_gives_the_same():
 
 def test_capacity_is_each_devices_own():
   config, (x, segments) = make_config('gpt-oss', 'capacity', capacity_factor=0.5), inputs()
-  ((_, (y, stats)), _), _ = on_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), config, x, segments)
+  ((_, (y, stats)), _), _ = on_mesh(
+    make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), config, x, segments
+  )
   layer = make_moe(config)
-  alone = [forward(layer, x[rows], segments[rows]) for rows in (slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8))]
+  alone = [
+    forward(layer, x[rows], segments[rows])
+    for rows in (slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8))
+  ]
   close(y, jnp.concatenate([part for part, _ in alone]))
   assert stats['dropped'] == sum(part['dropped'] for _, part in alone) > 0
   np.testing.assert_array_equal(stats['load'], sum(part['load'] for _, part in alone))
@@ -382,9 +550,15 @@ def test_stacked_scanned_and_rematerialised(dispatch):
   def looped(stack):
     y, first = step(x, jax.tree.map(lambda leaf: leaf[0], stack))
     y, second = step(y, jax.tree.map(lambda leaf: leaf[1], stack))
-    return (y**2).sum() + first['balance_loss'] + second['balance_loss'], jnp.stack([first['load'], second['load']])
+    return (y**2).sum() + first['balance_loss'] + second['balance_loss'], jnp.stack(
+      [first['load'], second['load']]
+    )
+
   # The loop compiles one layer and uses it twice.
-  close(jax.jit(jax.value_and_grad(scanned, has_aux=True))(stack), jax.value_and_grad(looped, has_aux=True)(stack))
+  close(
+    jax.jit(jax.value_and_grad(scanned, has_aux=True))(stack),
+    jax.value_and_grad(looped, has_aux=True)(stack),
+  )
 
 
 @pytest.mark.parametrize('dispatch', MOSTLY_SLOW)
@@ -407,10 +581,17 @@ def test_bfloat16_experts_under_an_f32_router(dispatch):
 def test_half_precision_on_split_experts(dispatch, dtype):
   config = make_config('biased', dispatch, dtype=dtype)
   x, segments = inputs()
-  ((_, (y, _)), gradients), _ = on_mesh(make_mesh(MeshConfig(**SPLIT[0])), config, x.astype(dtype), segments)
-  ((_, (wanted, _)), wanted_gradients) = run(make_moe(dataclasses.replace(config, dtype='float32')),
-                                             x.astype(dtype).astype(jnp.float32), segments)
-  for a, b in zip(jax.tree.leaves((y, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True):
+  ((_, (y, _)), gradients), _ = on_mesh(
+    make_mesh(MeshConfig(**SPLIT[0])), config, x.astype(dtype), segments
+  )
+  ((_, (wanted, _)), wanted_gradients) = run(
+    make_moe(dataclasses.replace(config, dtype='float32')),
+    x.astype(dtype).astype(jnp.float32),
+    segments,
+  )
+  for a, b in zip(
+    jax.tree.leaves((y, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True
+  ):
     # A bias's gradient is a sum over all tokens whose terms were rounded to 8 bits, and nearly cancel.
     np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.06 * np.abs(b).max())
 

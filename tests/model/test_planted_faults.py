@@ -1,4 +1,5 @@
 """Can the laws fail? Each fault that is planted here must break the law that exists to catch it."""
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ def allow_all(self, T, S):
 def without(field):
   """Mask.allowed that forgets a field."""
   original = Mask.allowed
-  empty = {'window': {'window': 0}, 'segments': {'query_segments': None, 'key_segments': None}}[field]
+  empty = {'window': {'window': 0}, 'segments': {'query_segments': None, 'key_segments': None}}[
+    field
+  ]
   return lambda self, T, S: original(dataclasses.replace(self, **empty), T, S)
 
 
@@ -33,9 +36,13 @@ def shifted_when_decoding(positions, *args):
 
 def look_as(change):
   """Slots.look with other (lengths, queries)."""
+
   def look(self, q, **how):
     queries = self.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    return cached.attention(q, self.held, self.layer, *change(self, self.lengths + self.counts, queries), **how)
+    return cached.attention(
+      q, self.held, self.layer, *change(self, self.lengths + self.counts, queries), **how
+    )
+
   return look
 
 
@@ -69,23 +76,69 @@ relative_scores = Relative.scores
 cache_append, cached_positions = cache.Slots.append, cached.positions
 
 FAULTS = {
-    'dropped mask': (Mask, 'allowed', allow_all, laws.check_causality, 'llama'),
-    'mask off by one': (Mask, 'allowed', off_by_one, laws.check_causality, 'llama'),
-    'dropped window': (Mask, 'allowed', without('window'), laws.check_window, 'mistral'),
-    'dropped segments': (Mask, 'allowed', without('segments'), laws.check_segments, 'llama'),
-    'dropped cache mask': (cache.Slots, 'look', look_as(lambda self, lengths, queries: (lengths, queries * 0 + lengths[:, None])),
-                           laws.check_cached_decode, 'llama'),
-    'shifted positions': (transformer, 'rope_angles', shifted_when_decoding, laws.check_cached_decode, 'llama'),
-    'keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'llama'),
-    'tokens written in the wrong slot': (cache.Slots, 'append', append_ahead, laws.check_cached_decode, 'llama'),
-    'no guard against unused slots': (cache.Slots, 'look', look_as(lambda self, lengths, queries: (lengths * 0 + self.capacity, queries)),
-                                      laws.check_unused_slots, 'llama'),
-    'tokens written over others': (cache.Slots, 'append', as_if_fresh, laws.check_appending, 'llama'),
-    'a ring that is as far for all rows': (cached, 'positions', padding_counts, laws.check_appending, 'mistral'),
-    'a ring without room for what is appended': (cache, '_whole', lambda slots: min(slots, 8), laws.check_appending, 'mistral'),
-    'distances from the wrong query': (Relative, 'scores', scores_from_the_start, laws.check_cached_decode, 'relative'),
-    'latent keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'deepseek'),
-    'padding is seen': (Mask, 'allowed', allow_all, laws.check_padding_and_neighbours, 'llama'),
+  'dropped mask': (Mask, 'allowed', allow_all, laws.check_causality, 'llama'),
+  'mask off by one': (Mask, 'allowed', off_by_one, laws.check_causality, 'llama'),
+  'dropped window': (Mask, 'allowed', without('window'), laws.check_window, 'mistral'),
+  'dropped segments': (Mask, 'allowed', without('segments'), laws.check_segments, 'llama'),
+  'dropped cache mask': (
+    cache.Slots,
+    'look',
+    look_as(lambda self, lengths, queries: (lengths, queries * 0 + lengths[:, None])),
+    laws.check_cached_decode,
+    'llama',
+  ),
+  'shifted positions': (
+    transformer,
+    'rope_angles',
+    shifted_when_decoding,
+    laws.check_cached_decode,
+    'llama',
+  ),
+  'keys not rotated': (attention, 'rotate', rotate_prompts_only, laws.check_cached_decode, 'llama'),
+  'tokens written in the wrong slot': (
+    cache.Slots,
+    'append',
+    append_ahead,
+    laws.check_cached_decode,
+    'llama',
+  ),
+  'no guard against unused slots': (
+    cache.Slots,
+    'look',
+    look_as(lambda self, lengths, queries: (lengths * 0 + self.capacity, queries)),
+    laws.check_unused_slots,
+    'llama',
+  ),
+  'tokens written over others': (cache.Slots, 'append', as_if_fresh, laws.check_appending, 'llama'),
+  'a ring that is as far for all rows': (
+    cached,
+    'positions',
+    padding_counts,
+    laws.check_appending,
+    'mistral',
+  ),
+  'a ring without room for what is appended': (
+    cache,
+    '_whole',
+    lambda slots: min(slots, 8),
+    laws.check_appending,
+    'mistral',
+  ),
+  'distances from the wrong query': (
+    Relative,
+    'scores',
+    scores_from_the_start,
+    laws.check_cached_decode,
+    'relative',
+  ),
+  'latent keys not rotated': (
+    attention,
+    'rotate',
+    rotate_prompts_only,
+    laws.check_cached_decode,
+    'deepseek',
+  ),
+  'padding is seen': (Mask, 'allowed', allow_all, laws.check_padding_and_neighbours, 'llama'),
 }
 
 

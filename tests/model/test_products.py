@@ -1,4 +1,5 @@
 """Is training on every product of mesh axes training on one device, and do devices agree on which collective comes next?"""
+
 import dataclasses
 import functools
 import itertools
@@ -22,19 +23,33 @@ from training.config import Config
 from training.optimizer import OptimizerConfig, make_optimizer
 
 DENSE = dataclasses.replace(CONFIG, layers=4, max_length=8, remat='full')
-MOE = dataclasses.replace(DENSE, layers=2, biases='none', moe=MoEConfig(experts=4, per_token=2, feed_forward=8, balance_loss=0.1, z_loss=0.01))
+MOE = dataclasses.replace(
+  DENSE,
+  layers=2,
+  biases='none',
+  moe=MoEConfig(experts=4, per_token=2, feed_forward=8, balance_loss=0.1, z_loss=0.01),
+)
 CIRCULAR, F1B1 = PipelineConfig(schedule='circular', repeats=2), PipelineConfig(schedule='1f1b')
 HEAVY = OptimizerConfig(name='sgd', learning_rate=0.01, clip_norm=0.0)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-COLLECTIVE = re.compile(r'[ )](all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(')
+COLLECTIVE = re.compile(
+  r'[ )](all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\('
+)
 
 
 @functools.cache
 def three_steps(model, devices, sizes):
   """The program; loss, parameters and momentum (the gradient, at first) after one step and after three."""
-  config = Config(model=model, data=DataConfig(sequence_length=8, batch_size=8), optimizer=HEAVY, mesh=MeshConfig(**{'data': 1} | dict(sizes)))
+  config = Config(
+    model=model,
+    data=DataConfig(sequence_length=8, batch_size=8),
+    optimizer=HEAVY,
+    mesh=MeshConfig(**{'data': 1} | dict(sizes)),
+  )
   with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:devices])):
-    optimizer = make_optimizer(HEAVY, 200, params.specs(jax.eval_shape(functools.partial(transformer.init, model, 0))))
+    optimizer = make_optimizer(
+      HEAVY, 200, params.specs(jax.eval_shape(functools.partial(transformer.init, model, 0)))
+    )
     state = jax.jit(functools.partial(states.init, config, optimizer))()
     state = dataclasses.replace(state, model=laws.randomised(state.model))
     rows = jax.NamedSharding(jax.sharding.get_mesh(), ax.spec('batch', 'length'))
@@ -42,7 +57,12 @@ def three_steps(model, devices, sizes):
     step, found = train.make_train_step(config, optimizer).lower(state, given).compile(), []
     for _ in range(3):
       state, metrics, _ = step(state, given)
-      found.append(jax.tree.map(np.asarray, {'loss': metrics['loss']} | params.named_leaves((state.model, state.optimizer))))
+      found.append(
+        jax.tree.map(
+          np.asarray,
+          {'loss': metrics['loss']} | params.named_leaves((state.model, state.optimizer)),
+        )
+      )
   return step.as_text(), (found[0], found[-1])
 
 
@@ -53,7 +73,9 @@ def unordered(program):
   some devices while the loop waits for others, in as many threads as there are devices. Only data orders what a barrier does not.
   """
   holds, found = {}, []
-  for text in re.split(r'\n(?=%|ENTRY )', program)[1:]:  # a computation comes before those that call it
+  for text in re.split(r'\n(?=%|ENTRY )', program)[
+    1:
+  ]:  # a computation comes before those that call it
     behind, loops, some = {}, [], False
     for name, rest in re.findall(r'\n +(?:ROOT )?%(\S+) = (.*)', text):
       rest = rest.split(', metadata=')[0]
@@ -75,18 +97,28 @@ def check(model, sizes):
   alone = three_steps(dataclasses.replace(model, pipeline=PipelineConfig()), 1, ())[1]
   for found, expected in zip(steps, alone, strict=True):
     for name, wanted in expected.items():
-      np.testing.assert_allclose(found[name], wanted, atol=1e-5 * max(1e-3, np.abs(wanted).max()), err_msg=name)
+      np.testing.assert_allclose(
+        found[name], wanted, atol=1e-5 * max(1e-3, np.abs(wanted).max()), err_msg=name
+      )
   return program
 
 
-@pytest.mark.parametrize('axes', [axes if axes == ('fsdp', 'stage', 'context') else slow(axes) for axes in itertools.combinations(AXES, 3)],
-                         ids='-'.join)
+@pytest.mark.parametrize(
+  'axes',
+  [
+    axes if axes == ('fsdp', 'stage', 'context') else slow(axes)
+    for axes in itertools.combinations(AXES, 3)
+  ],
+  ids='-'.join,
+)
 def test_three_axes_are_one_device(axes):
   assert not unordered(check(DENSE, dict.fromkeys(axes, 2)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('axes', [axes for axes in itertools.combinations(AXES, 3) if 'expert' in axes], ids='-'.join)
+@pytest.mark.parametrize(
+  'axes', [axes for axes in itertools.combinations(AXES, 3) if 'expert' in axes], ids='-'.join
+)
 def test_three_axes_with_experts_are_one_device(axes):
   check(MOE, dict.fromkeys(axes, 2))
 
@@ -97,7 +129,9 @@ def test_more_tensor_shards_than_keys_are_one_device(sizes):
   check(DENSE, sizes)
 
 
-@pytest.mark.parametrize('changes, sizes', [
+@pytest.mark.parametrize(
+  'changes, sizes',
+  [
     slow({'pipeline': F1B1}, {'stage': 2, 'context': 2, 'fsdp': 2}),
     slow({'pipeline': F1B1, 'context': 'gather'}, {'stage': 2, 'context': 4}),
     slow({'pipeline': CIRCULAR, 'context': 'ulysses'}, {'stage': 2, 'context': 2, 'tensor': 2}),
@@ -105,6 +139,8 @@ def test_more_tensor_shards_than_keys_are_one_device(sizes):
     slow({'window': 3, 'remat': 'none'}, {'stage': 2, 'context': 2, 'fsdp': 2}),
     slow({}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 1}),
     slow({'pipeline': F1B1}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 2}),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_ways_to_pipeline_split_rows_are_one_device(changes, sizes):
   assert not unordered(check(dataclasses.replace(DENSE, **changes), sizes))

@@ -1,4 +1,5 @@
 """Is a matrix of bytes the matrix that it stands for, and the product with it theirs to 15 bits?"""
+
 import dataclasses
 
 import jax
@@ -16,9 +17,11 @@ NAMES = ['llama', 'gpt2', 'qwen3', 'deepseek', 'mixtral', 'relative']
 
 def whole(model):
   """The model with the numbers that its bytes stand for."""
+
   def one(p):
     value = p.get_value()
     return p.replace(value.whole('float32')) if isinstance(value, Bytes) else p
+
   return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
 
 
@@ -32,17 +35,30 @@ def test_logits_are_those_of_the_numbers(name):
     numbers = whole(small)
     for tokens in (laws.tokens_of(config, 2, 3), laws.tokens_of(config, 2, 12)):
       expected, found = laws.forward()(numbers, tokens), laws.forward()(small, tokens)
-      np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())  # 15 bits of every row's largest number
+      np.testing.assert_allclose(
+        found, expected, atol=2e-3 * np.abs(expected).max()
+      )  # 15 bits of every row's largest number
       exact = laws.forward()(model, tokens)
-      assert 1e-5 < np.abs(found - exact).max() / np.abs(exact).max() < 0.2  # 8 bits of a weight are another model, a near one
+      assert (
+        1e-5 < np.abs(found - exact).max() / np.abs(exact).max() < 0.2
+      )  # 8 bits of a weight are another model, a near one
 
 
 def test_every_matrix_is_bytes_and_errs_by_half_a_step():
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
-    model = transformer.unstacked(laws.make_model(laws.make_config('llama', width=512, heads=8, feed_forward=1024)))
+    model = transformer.unstacked(
+      laws.make_model(laws.make_config('llama', width=512, heads=8, feed_forward=1024))
+    )
     small = BYTES(model)
-  named = {name: p for name, p in jax.tree_util.tree_leaves_with_path(small, is_leaf=lambda x: isinstance(x, params.nnx.Variable))}
-  before = dict(jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, params.nnx.Variable)))
+  named = {
+    name: p
+    for name, p in jax.tree_util.tree_leaves_with_path(
+      small, is_leaf=lambda x: isinstance(x, params.nnx.Variable)
+    )
+  }
+  before = dict(
+    jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
+  )
   seen = 0
   for name, p in named.items():
     value = p.get_value()
@@ -52,7 +68,9 @@ def test_every_matrix_is_bytes_and_errs_by_half_a_step():
     assert isinstance(value, Bytes) and value.values.dtype == jnp.int8, name
     seen += 1
     step = np.asarray(value.scale)
-    assert (np.abs(np.asarray(value.whole('float32') - before[name][...])) <= step * 0.5001 + 1e-7).all(), name
+    assert (
+      np.abs(np.asarray(value.whole('float32') - before[name][...])) <= step * 0.5001 + 1e-7
+    ).all(), name
   assert seen > 7
 
 
@@ -60,7 +78,9 @@ def test_a_tied_table_is_looked_up_as_it_is_and_scores_in_bytes():
   config = laws.make_config('gpt2', position='rope')
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
     small = BYTES(laws.make_model(config))
-  assert isinstance(small.head.tokens.get_value(), Bytes) and isinstance(small.embedding.tokens.get_value(), jax.Array)
+  assert isinstance(small.head.tokens.get_value(), Bytes) and isinstance(
+    small.embedding.tokens.get_value(), jax.Array
+  )
 
 
 @pytest.mark.parametrize('sizes', [dict(data=2), dict(tensor=2), dict(fsdp=2, data=1)])

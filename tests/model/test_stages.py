@@ -1,4 +1,5 @@
 """Are layers that are split over pipeline stages one stack? Loss, gradients, reports, memory, on products of meshes, by every schedule."""
+
 import dataclasses
 import functools
 import math
@@ -24,8 +25,16 @@ from parallel.pipeline import PipelineConfig
 GPIPE, F1B1 = PipelineConfig(microbatches=4), PipelineConfig(schedule='1f1b', microbatches=4)
 CIRCULAR = PipelineConfig(schedule='circular', repeats=2, microbatches=4)
 EXPERTS = MoEConfig(experts=4, feed_forward=8, balance_loss=0.3, z_loss=0.1)
-PRODUCT, DATA, FSDP = {'stage': 2, 'data': 1, 'fsdp': 2, 'tensor': 2}, {'stage': 4, 'data': 2}, {'stage': 2, 'data': 1, 'fsdp': 4}
-TENSOR, FOUR, TWO = {'stage': 2, 'data': 1, 'tensor': 4}, {'stage': 4, 'data': 1, 'tensor': 2}, {'stage': 2, 'data': 1, 'tensor': 2}
+PRODUCT, DATA, FSDP = (
+  {'stage': 2, 'data': 1, 'fsdp': 2, 'tensor': 2},
+  {'stage': 4, 'data': 2},
+  {'stage': 2, 'data': 1, 'fsdp': 4},
+)
+TENSOR, FOUR, TWO = (
+  {'stage': 2, 'data': 1, 'tensor': 4},
+  {'stage': 4, 'data': 1, 'tensor': 2},
+  {'stage': 2, 'data': 1, 'tensor': 2},
+)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -39,7 +48,9 @@ def model_config(name='', **changes):
   return dataclasses.replace(config, **changes)
 
 
-@pytest.mark.parametrize('pipeline, sizes, config', [
+@pytest.mark.parametrize(
+  'pipeline, sizes, config',
+  [
     slow(CIRCULAR, {'stage': 2, 'data': 1, 'fsdp': 2}, model_config('llama', layers=4)),
     (F1B1, {'stage': 2, 'data': 1, 'tensor': 2}, model_config('llama', layers=4)),
     slow(CIRCULAR, PRODUCT, model_config(layers=4)),
@@ -52,14 +63,26 @@ def model_config(name='', **changes):
     slow(GPIPE, TENSOR, model_config('mixtral', moe=EXPERTS, remat='full', heads=4, kv_heads=4)),
     slow(GPIPE, PRODUCT, model_config('relative')),
     slow(GPIPE, PRODUCT, model_config('deepseek')),
-    slow(GPIPE, PRODUCT, model_config('deepseek moe', remat='full')),  # its first layer is not split
+    slow(
+      GPIPE, PRODUCT, model_config('deepseek moe', remat='full')
+    ),  # its first layer is not split
     slow(GPIPE, PRODUCT, model_config('gemma3')),  # nor its last
     slow(CIRCULAR, TWO, model_config('gpt-oss', layers=8, remat='full')),
-    slow(PipelineConfig(schedule='circular', repeats=2), FSDP, model_config('mixtral', moe=EXPERTS, layers=4, remat='dots')),
-], ids=lambda x: ' '.join(f'{name}{n}' for name, n in x.items()) if isinstance(x, dict) else getattr(x, 'schedule', None))
+    slow(
+      PipelineConfig(schedule='circular', repeats=2),
+      FSDP,
+      model_config('mixtral', moe=EXPERTS, layers=4, remat='dots'),
+    ),
+  ],
+  ids=lambda x: (
+    ' '.join(f'{name}{n}' for name, n in x.items())
+    if isinstance(x, dict)
+    else getattr(x, 'schedule', None)
+  ),
+)
 def test_stages_are_one_stack(pipeline, sizes, config):
   """Packed rows of unequal padding, so that no two microbatches weigh the same."""
-  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:math.prod(sizes.values())])
+  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
   check(mesh, alone(config), dataclasses.replace(config, pipeline=pipeline))
 
 
@@ -88,7 +111,9 @@ def test_experts_report_what_real_microbatches_did(pipeline):
   (value, sums), with_gradients = reports(mesh, dataclasses.replace(config, pipeline=pipeline))
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for found in (sums, with_gradients):
-    assert found.keys() == expected_sums.keys() >= {'load', 'dropped', 'balance_loss', 'router_z_loss'}
+    assert (
+      found.keys() == expected_sums.keys() >= {'load', 'dropped', 'balance_loss', 'router_z_loss'}
+    )
     for name, wanted in expected_sums.items():
       np.testing.assert_allclose(found[name], wanted, rtol=1e-5, err_msg=name)
   np.testing.assert_array_equal(sums['load'], expected_sums['load'])
@@ -99,45 +124,83 @@ def test_parameters_are_born_split_over_stages():
   """All of the stack that is split, biases and norms too; embedding and head over what the loss is split over."""
   config = model_config('llama', layers=4)
   mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
-  found, one = named_leaves(born(config, mesh)), named_leaves(born(config, make_mesh(MeshConfig(), jax.devices()[:1])))
+  found, one = (
+    named_leaves(born(config, mesh)),
+    named_leaves(born(config, make_mesh(MeshConfig(), jax.devices()[:1]))),
+  )
   with jax.set_mesh(mesh):
-    described = jax.tree.leaves(specs(abstract(lambda: transformer.init(config, 0), mesh)), is_leaf=lambda x: hasattr(x, 'axes'))
+    described = jax.tree.leaves(
+      specs(abstract(lambda: transformer.init(config, 0), mesh)),
+      is_leaf=lambda x: hasattr(x, 'axes'),
+    )
   for (name, x), spec in zip(found.items(), described, strict=True):
     np.testing.assert_allclose(x, one[name], rtol=5e-7, err_msg=name)
     if name.startswith('stack.blocks'):
-      assert spec.axes[0] == 'layers' and x.sharding.spec[0] == 'stage' and x.addressable_shards[0].data.shape[0] == 2, name
+      assert (
+        spec.axes[0] == 'layers'
+        and x.sharding.spec[0] == 'stage'
+        and x.addressable_shards[0].data.shape[0] == 2
+      ), name
     else:
-      assert 'layers' not in spec.axes and (x.sharding.spec[0] == 'stage') == (spec.axes[0] == 'vocab'), name
+      assert 'layers' not in spec.axes and (x.sharding.spec[0] == 'stage') == (
+        spec.axes[0] == 'vocab'
+      ), name
 
 
-@pytest.mark.parametrize('name, sizes', [
+@pytest.mark.parametrize(
+  'name, sizes',
+  [
     ('llama', {'stage': 2, 'data': 1, 'fsdp': 2}),
     slow('deepseek', {'stage': 2, 'data': 1, 'tensor': 2}),
     slow('mixtral', PRODUCT),
     slow('relative', {'stage': 2, 'data': 4}),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_prefill_and_decode_through_stages(name, sizes):
   """Each stage holds the cache of its layers. Unused slots hold NaN, also while a stage is idle."""
   config = dataclasses.replace(laws.make_config(name), vocabulary=48)
   with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
     full = np.asarray(laws.forward()(laws.make_model(config), laws.tokens_of(config, 4, 6)))
-  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:math.prod(sizes.values())])
+  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
   with jax.set_mesh(mesh):
-    model, tokens = laws.make_model(config), jax.device_put(laws.tokens_of(config, 4, 6), ax.spec('batch', 'length'))
-    step, cache = laws.cached(), jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, init_cache(config, 4, 8))
+    model, tokens = (
+      laws.make_model(config),
+      jax.device_put(laws.tokens_of(config, 4, 6), ax.spec('batch', 'length')),
+    )
+    step, cache = (
+      laws.cached(),
+      jax.tree.map(
+        lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, init_cache(config, 4, 8)
+      ),
+    )
     born = [x.sharding for x in jax.tree.leaves(cache.held)]
     assert all(x.spec[0] == 'stage' for x in born)
     for first, last in ((0, 3), (3, 5), (5, 6)):
       logits, cache = step(model, tokens[:, first:last], cache, fresh=not first)
-      np.testing.assert_allclose(logits, full[:, first:last], rtol=1e-4, atol=1e-5 * np.abs(full).max())
+      np.testing.assert_allclose(
+        logits, full[:, first:last], rtol=1e-4, atol=1e-5 * np.abs(full).max()
+      )
   assert jnp.all(cache.lengths == 6)
-  assert all(x.sharding.is_equivalent_to(like, 5) for x, like in zip(jax.tree.leaves(cache.held), born, strict=True))
+  assert all(
+    x.sharding.is_equivalent_to(like, 5)
+    for x, like in zip(jax.tree.leaves(cache.held), born, strict=True)
+  )
 
 
-@pytest.mark.parametrize('changes, words', [
-    ({'layers': 5, 'moe': MoEConfig(experts=2, first=1)}, r'layers of 2 scans \(model.stacks\) is not split over mesh.stage=2; generate on'),
-    ({'layers': 4, 'encoder_layers': 2, 'position': 'relative'}, 'model.encoder_layers=2 is not split'),
-])
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    (
+      {'layers': 5, 'moe': MoEConfig(experts=2, first=1)},
+      r'layers of 2 scans \(model.stacks\) is not split over mesh.stage=2; generate on',
+    ),
+    (
+      {'layers': 4, 'encoder_layers': 2, 'position': 'relative'},
+      'model.encoder_layers=2 is not split',
+    ),
+  ],
+)
 def test_caches_that_do_not_split_raise(changes, words):
   with jax.set_mesh(make_mesh(MeshConfig(stage=2, data=4))):
     with pytest.raises(NotImplementedError, match=words):
@@ -147,13 +210,26 @@ def test_caches_that_do_not_split_raise(changes, words):
 def temporaries(pipeline):
   """Bytes that a gradient step needs besides its arguments and results, as the compiler says."""
   M = pipeline.microbatches
-  config = laws.make_config('llama', width=32, layers=4, feed_forward=64, vocabulary=64, max_length=64, remat='full', pipeline=pipeline)
+  config = laws.make_config(
+    'llama',
+    width=32,
+    layers=4,
+    feed_forward=64,
+    vocabulary=64,
+    max_length=64,
+    remat='full',
+    pipeline=pipeline,
+  )
   mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
   with jax.set_mesh(mesh):
-    ids = jax.ShapeDtypeStruct((2 * M, 64), jnp.int32, sharding=jax.NamedSharding(mesh, ax.spec('batch', 'length')))
+    ids = jax.ShapeDtypeStruct(
+      (2 * M, 64), jnp.int32, sharding=jax.NamedSharding(mesh, ax.spec('batch', 'length'))
+    )
     model = abstract(lambda: transformer.init(config, 0), mesh)
     step = jax.jit(jax.grad(functools.partial(pretrain, z_loss=0.0), has_aux=True))
-    return step.lower(model, Batch(ids, ids, ids, ids)).compile().memory_analysis().temp_size_in_bytes
+    return (
+      step.lower(model, Batch(ids, ids, ids, ids)).compile().memory_analysis().temp_size_in_bytes
+    )
 
 
 @pytest.mark.slow

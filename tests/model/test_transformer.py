@@ -1,4 +1,5 @@
 """Does the decoder obey its laws, and compute what an independent float64 forward computes?"""
+
 import dataclasses
 import math
 
@@ -19,7 +20,11 @@ EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
 @pytest.mark.parametrize('name', EXACT)
 def test_logits_are_those_of_the_float64_forward(name, one_device):
   config = laws.make_config(name)
-  model, tokens, found = laws.make_model(config), laws.tokens_of(config, 2, 9), laws.full_logits(config)
+  model, tokens, found = (
+    laws.make_model(config),
+    laws.tokens_of(config, 2, 9),
+    laws.full_logits(config),
+  )
   for row in range(2):
     expected = float64.logits(config, named_leaves(model), np.asarray(tokens[row]))
     assert np.abs(expected).max() > 0.5, 'too small to tell anything'
@@ -31,7 +36,9 @@ def test_gradients_are_those_of_the_float64_forward(one_device):
   config = laws.make_config('gpt2', position='rope', gated=True, qk_norm=True, layers=1)
   model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 5)
   weights = np.random.default_rng(3).normal(size=(5, config.V))
-  loss = lambda model: jnp.sum(model.logits(model(tokens).hidden) * weights[None].astype(np.float32))
+  loss = lambda model: jnp.sum(
+    model.logits(model(tokens).hidden) * weights[None].astype(np.float32)
+  )
   gradient = named_leaves(jax.jit(jax.grad(loss))(model))
   values = {name: np.asarray(x, np.float64) for name, x in named_leaves(model).items()}
   assert len(values) == 23
@@ -68,7 +75,9 @@ def test_cached_decode(name):
 
 
 def test_cached_decode_in_bfloat16():
-  laws.check_cached_decode(laws.make_config('bfloat16'), 3e-2, [[4, 1, 4]])  # 8 bits of mantissa over two layers
+  laws.check_cached_decode(
+    laws.make_config('bfloat16'), 3e-2, [[4, 1, 4]]
+  )  # 8 bits of mantissa over two layers
 
 
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'bfloat16'])
@@ -107,8 +116,13 @@ def test_scan_is_a_loop(one_device):
       block = jax.tree.map(lambda x, layer=layer: x[layer], model.stack.blocks[0])
       x, _, _ = block(x, view, None)
     return model.logits(model.stack.norm(x))
-  loss = lambda run: jax.jit(jax.value_and_grad(lambda model: jnp.mean(jnp.sin(run(model, tokens)))))(model)
-  for a, b in zip(jax.tree.leaves(loss(laws.forward())), jax.tree.leaves(loss(looped)), strict=True):
+
+  loss = lambda run: jax.jit(
+    jax.value_and_grad(lambda model: jnp.mean(jnp.sin(run(model, tokens))))
+  )(model)
+  for a, b in zip(
+    jax.tree.leaves(loss(laws.forward())), jax.tree.leaves(loss(looped)), strict=True
+  ):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -123,29 +137,54 @@ def test_the_abstract_model_is_the_model(name, one_device):
   specs = jax.tree.leaves(params.specs(model), is_leaf=is_spec)
   assert jax.tree.leaves(params.specs(abstract), is_leaf=is_spec) == specs
   D, F, V, L, N, K, H = (getattr(config, letter) for letter in 'DFVLNKH')
-  Q, R, Hr, Hv = config.latent.query_width, config.latent.width, config.latent.rope_width, config.value_width
-  attention = D * Q + Q * N * (H + Hr) + D * (R + Hr) + R * N * (H + Hv) + N * Hv * D if R else 2 * D * (N + K) * H
+  Q, R, Hr, Hv = (
+    config.latent.query_width,
+    config.latent.width,
+    config.latent.rope_width,
+    config.value_width,
+  )
+  attention = (
+    D * Q + Q * N * (H + Hr) + D * (R + Hr) + R * N * (H + Hv) + N * Hv * D
+    if R
+    else 2 * D * (N + K) * H
+  )
   moe, sparse = config.moe, sum(kind.moe for kind in config.kinds)
   matrices = L * attention + (L - sparse) * (3 if config.gated else 2) * D * F
-  matrices += sparse * (D * config.E + 3 * D * (config.E * moe.feed_forward + moe.shared_feed_forward))
+  matrices += sparse * (
+    D * config.E + 3 * D * (config.E * moe.feed_forward + moe.shared_feed_forward)
+  )
   vectors = L * D * (4 if config.norm_placement == 'both' else 2) + D
   if config.norm == 'layer' and config.biases == 'all':
     vectors *= 2
   inner, outer = config.biases != 'none', config.biases == 'all'
-  vectors += L * (2 * H * config.qk_norm + inner * (N + 2 * K) * H + outer * (2 * D + (2 if config.gated else 1) * F))
+  vectors += L * (
+    2 * H * config.qk_norm
+    + inner * (N + 2 * K) * H
+    + outer * (2 * D + (2 if config.gated else 1) * F)
+  )
   vectors += sparse * config.E * moe.selection_bias
-  vectors += L * (N * config.sinks + Q + R) + (config.relative_buckets * N if config.position == 'relative' else 0)
-  tables = V * D * (1 if config.tie_embeddings else 2) + (config.max_length * D if config.position == 'learned' else 0)
+  vectors += L * (N * config.sinks + Q + R) + (
+    config.relative_buckets * N if config.position == 'relative' else 0
+  )
+  tables = V * D * (1 if config.tie_embeddings else 2) + (
+    config.max_length * D if config.position == 'learned' else 0
+  )
   assert params.count(model) == params.count(abstract) == matrices + vectors + tables
   assert sum(math.prod(spec.shape) for spec in specs if spec.kind == 'matrix') == matrices
   for spec, (shape, _) in zip(specs, described(model).values(), strict=True):
-    assert spec.shape == shape and len(spec.axes) == len(shape) and spec.kind in ('matrix', 'embedding', 'vector')
+    assert (
+      spec.shape == shape
+      and len(spec.axes) == len(shape)
+      and spec.kind in ('matrix', 'embedding', 'vector')
+    )
 
 
 def test_caches_and_masks_are_pytrees_of_anything():
   """Abstract arrays, shardings and placeholders take the place of arrays when programs are planned."""
   cache = jax.eval_shape(lambda: laws.init_cache(laws.make_config(), 2, 8))
-  assert [x.shape for x in jax.tree.leaves(cache.held)] == [(2, 2, 2, 8, 4)] * 2 and cache.capacity == 8
+  assert [x.shape for x in jax.tree.leaves(cache.held)] == [
+    (2, 2, 2, 8, 4)
+  ] * 2 and cache.capacity == 8
   assert jax.tree.leaves(jax.tree.map(lambda x: 'anything', cache)) == ['anything'] * 3
   mask = jax.eval_shape(lambda: transformer.Mask(prefix=jnp.zeros((2,), jnp.int32)))
   assert jax.tree.map(lambda x: 'anything', mask).prefix == 'anything'
@@ -153,18 +192,26 @@ def test_caches_and_masks_are_pytrees_of_anything():
 
 def test_layers_report_and_are_balanced_in_their_order(one_device):
   """Windows and experts alternate, so that periods have several places and the last one is cut off."""
-  config = laws.make_config(layers=14, window=3, global_every=2, moe=MoEConfig(
-      experts=14, per_token=1, feed_forward=8, every=3, first=1, selection_bias=True))
+  config = laws.make_config(
+    layers=14,
+    window=3,
+    global_every=2,
+    moe=MoEConfig(experts=14, per_token=1, feed_forward=8, every=3, first=1, selection_bias=True),
+  )
   sparse = [1, 4, 7, 10, 13]
   assert [(len(kinds), repeats) for kinds, repeats in config.stacks] == [(6, 2), (1, 1), (1, 1)]
   model = laws.make_model(config)
   for block, (kind, layers) in zip(model.stack.blocks, config.places, strict=True):
     if kind.moe:  # expert 1 in layer 1, 4 in layer 4, ... is chosen by all
       bias = block.feed_forward.selection_bias
-      bias[...] = jnp.asarray([[10.0 * (expert == layer) for expert in range(14)] for layer in layers], jnp.float32)
+      bias[...] = jnp.asarray(
+        [[10.0 * (expert == layer) for expert in range(14)] for layer in layers], jnp.float32
+      )
   tokens = laws.tokens_of(config, 2, 6)
   load = jax.jit(lambda model: model(tokens).router['load'])(model)
-  np.testing.assert_array_equal(load, [[12 * (expert == layer) for expert in range(14)] for layer in sparse])
+  np.testing.assert_array_equal(
+    load, [[12 * (expert == layer) for expert in range(14)] for layer in sparse]
+  )
   moved = transformer.balanced(model, load, 1.0)
   for block, (kind, layers) in zip(moved.stack.blocks, config.places, strict=True):
     for row, layer in zip(block.feed_forward.selection_bias[...] if kind.moe else (), layers):

@@ -1,4 +1,5 @@
 """Do rows reach the devices that hold their experts, all of them, and come back to their tokens? For any routing, in any number of rounds."""
+
 import functools
 
 import jax
@@ -17,7 +18,9 @@ P, E, D, n, k = 4, 3, 5, 6, 2  # P devices with E experts each; n tokens of a de
 
 def twist(rows, gates, expert, weights):
   """A function of row, gate and weights that is not linear in any of them; of an empty slot anything."""
-  scale, offset = (w.at[expert].get(mode='fill', fill_value=7.0) for w in (weights['scale'], weights['offset']))
+  scale, offset = (
+    w.at[expert].get(mode='fill', fill_value=7.0) for w in (weights['scale'], weights['offset'])
+  )
   return jnp.tanh(rows * scale) * gates[:, None] ** 2 + gates[:, None] * offset
 
 
@@ -30,14 +33,18 @@ def whole(x, gates, weights, expert):
 
 def split(C, counted):
   """The same over P devices in rounds of C slots; the second result is how many there were."""
+
   def run(x, gates, weights, expert):
     exchange = experts.Exchange(('expert',), E, C)
     rounds = experts.plan(expert, exchange, ('data', 'expert'))
     assert (rounds.count is not None) == counted
     count = jnp.int32(1) if rounds.count is None else rounds.count
     return experts.in_rounds(twist, exchange, x, gates, weights, rounds), count
+
   table = {'scale': ('experts', None), 'offset': ('experts', None)}
-  return ax.local(run, (('batch', None), ('batch', None), table, ('batch', None)), (('batch', None), ()))
+  return ax.local(
+    run, (('batch', None), ('batch', None), table, ('batch', None)), (('batch', None), ())
+  )
 
 
 @functools.cache
@@ -45,8 +52,12 @@ def compiled(C, counted):
   def loss(function, *inputs):
     y, count = function(*inputs)
     return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)).sum(), (y, count)
-  gradient = lambda function: lambda expert, *inputs: jax.value_and_grad(
-      lambda *inputs: loss(function, *inputs, expert), argnums=(0, 1, 2), has_aux=True)(*inputs)
+
+  gradient = lambda function: (
+    lambda expert, *inputs: jax.value_and_grad(
+      lambda *inputs: loss(function, *inputs, expert), argnums=(0, 1, 2), has_aux=True
+    )(*inputs)
+  )
   with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=P))):
     found = jax.jit(gradient(split(C, counted)))
   return found, jax.jit(gradient(lambda *inputs: (whole(*inputs), jnp.int32(0))))
@@ -54,20 +65,31 @@ def compiled(C, counted):
 
 def check(expert, C, rounds):
   draw = np.random.default_rng(0)
-  x, gates = draw.normal(size=(2 * P * n, D)).astype(np.float32), draw.uniform(0.1, 1, size=(2 * P * n, k)).astype(np.float32)
+  x, gates = (
+    draw.normal(size=(2 * P * n, D)).astype(np.float32),
+    draw.uniform(0.1, 1, size=(2 * P * n, k)).astype(np.float32),
+  )
   weights = {name: draw.normal(size=(P * E, D)).astype(np.float32) for name in ('scale', 'offset')}
   gates = np.where(expert < P * E, gates, 0).astype(np.float32)
   over_devices, on_one = compiled(C, C < n * k)
   mesh = make_mesh(MeshConfig(data=2, expert=P))
   with jax.set_mesh(mesh):
     place = lambda value, *axes: jax.device_put(value, jax.NamedSharding(mesh, ax.spec(*axes)))
-    inputs = place(expert, 'batch', None), place(x, 'batch', None), place(gates, 'batch', None), place(weights, 'experts', None)
+    inputs = (
+      place(expert, 'batch', None),
+      place(x, 'batch', None),
+      place(gates, 'batch', None),
+      place(weights, 'experts', None),
+    )
     (_, (y, count)), gradients = over_devices(*inputs)
   (_, (wanted, _)), wanted_gradients = on_one(expert, x, gates, weights)
   np.testing.assert_allclose(y, wanted, atol=1e-5)
   wanted_x, wanted_gates, wanted_weights = wanted_gradients
-  for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves((wanted_x, np.where(expert < P * E, wanted_gates, 0), wanted_weights)),
-                  strict=True):
+  for a, b in zip(
+    jax.tree.leaves(gradients),
+    jax.tree.leaves((wanted_x, np.where(expert < P * E, wanted_gates, 0), wanted_weights)),
+    strict=True,
+  ):
     np.testing.assert_allclose(a, b, atol=1e-5)
   assert count == rounds
 
@@ -81,7 +103,11 @@ def choices(seed):
 
 def most(expert):
   """Choices of the busiest pair of devices."""
-  return max((of_device // E == owner).sum() for of_device in expert.reshape(2 * P, n * k) for owner in range(P))
+  return max(
+    (of_device // E == owner).sum()
+    for of_device in expert.reshape(2 * P, n * k)
+    for owner in range(P)
+  )
 
 
 @given(st.integers(0, 2**31), st.sampled_from([2, 3, n * k]))
@@ -109,13 +135,16 @@ def test_slots_go_to_their_experts_and_back():
   def run(slots):
     there = experts.to_experts(slots[0], ('expert',))
     return there[None], experts.from_experts(there, ('expert',))[None]
+
   with jax.set_mesh(mesh):
     split = ('batch', None, None, None)
-    there, back = jax.jit(ax.local(run, (split,), (split, split)))(jax.device_put(slots, jax.NamedSharding(mesh, ax.spec(*split))))
+    there, back = jax.jit(ax.local(run, (split,), (split, split)))(
+      jax.device_put(slots, jax.NamedSharding(mesh, ax.spec(*split)))
+    )
   np.testing.assert_array_equal(back, slots)
   for device, found in enumerate(np.asarray(there)):  # [E, P * C, 1], device = data * P + owner
     group, owner = divmod(device, P)
-    wanted = slots[group * P:(group + 1) * P, owner * E:(owner + 1) * E]
+    wanted = slots[group * P : (group + 1) * P, owner * E : (owner + 1) * E]
     np.testing.assert_array_equal(found, wanted.swapaxes(0, 1).reshape(E, P * C, 1))
   whole = slots[0]
   assert experts.to_experts(whole, ()) is whole and experts.from_experts(whole, ()) is whole

@@ -1,4 +1,5 @@
 """Do signals ask once and act twice, does a process restart itself once at most, and is a lone process left alone?"""
+
 import gc
 import os
 import signal
@@ -41,7 +42,11 @@ def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_not_lost():
     if not came:
       came.append(phase)
       signal.raise_signal(signal.SIGINT)
-  before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGALRM)
+
+  before = (
+    signal.signal(signal.SIGINT, signal.default_int_handler),
+    signal.getsignal(signal.SIGALRM),
+  )
   gc.callbacks.append(callback)
   try:
     hosts.heed_interrupts()
@@ -68,7 +73,9 @@ print(sys.argv[1:], os.environ['GLIBC_TUNABLES'], 'jax' in sys.modules)
 def test_huge_pages_restart_once_with_the_same_arguments(given, starts, tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(SCRIPT)
-  environment = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'} | {'PYTHONPATH': os.getcwd()}
+  environment = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'} | {
+    'PYTHONPATH': os.getcwd()
+  }
   environment |= {'GLIBC_TUNABLES': given} if given else {}
   command = [sys.executable, str(script), 'a b', '--c=d']
   lines = subprocess.check_output(command, env=environment, text=True).splitlines()
@@ -80,7 +87,10 @@ def test_compilations_are_kept_in_a_directory_that_is_made(tmp_path, monkeypatch
   set_to = {}
   monkeypatch.setattr(jax.config, 'update', lambda name, value: set_to.__setitem__(name, value))
   hosts.cache_compilations(tmp_path / 'a' / 'b')
-  assert set_to['jax_compilation_cache_dir'] == str(tmp_path / 'a' / 'b') and (tmp_path / 'a' / 'b').is_dir()
+  assert (
+    set_to['jax_compilation_cache_dir'] == str(tmp_path / 'a' / 'b')
+    and (tmp_path / 'a' / 'b').is_dir()
+  )
   assert set_to['jax_persistent_cache_min_compile_time_secs'] == 0
 
 
@@ -93,21 +103,38 @@ def initialized(monkeypatch) -> list:
     calls.append((arguments, options))
     if not arguments:
       raise ValueError('coordinator_address should be defined.')
+
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-  for name in ('SLURM_NTASKS', 'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX', 'TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES',
-               'TPU_PROCESS_ADDRESSES_PATH'):
+  for name in (
+    'SLURM_NTASKS',
+    'KUBERNETES_SERVICE_HOST',
+    'JOB_COMPLETION_INDEX',
+    'TPU_WORKER_HOSTNAMES',
+    'TPU_PROCESS_ADDRESSES',
+    'TPU_PROCESS_ADDRESSES_PATH',
+  ):
     monkeypatch.delenv(name, raising=False)
   return calls
 
 
-@pytest.mark.parametrize('given, said', [
+@pytest.mark.parametrize(
+  'given, said',
+  [
     ({'coordinator': 'a:1'}, '--processes=N and --process=I missing: several processes need'),
     ({'processes': 2, 'process': 0}, '--coordinator=HOST:PORT missing'),
     ({'coordinator': 'a', 'processes': 2, 'process': 0}, '--coordinator=a is not HOST:PORT'),
     ({'coordinator': 'a:b', 'processes': 2, 'process': 0}, '--coordinator=a:b is not HOST:PORT'),
-    ({'coordinator': 'a:1', 'processes': 2, 'process': 2}, '--process=2 is none of --processes=2; give 0 to 1'),
-    ({'coordinator': 'a:1', 'processes': -2, 'process': 0}, '--process=0 is none of --processes=-2'),
-], ids=str)
+    (
+      {'coordinator': 'a:1', 'processes': 2, 'process': 2},
+      '--process=2 is none of --processes=2; give 0 to 1',
+    ),
+    (
+      {'coordinator': 'a:1', 'processes': -2, 'process': 0},
+      '--process=0 is none of --processes=-2',
+    ),
+  ],
+  ids=str,
+)
 def test_half_an_introduction_is_refused(initialized, given, said):
   with pytest.raises(ValueError) as error:
     hosts.connect(**given)
@@ -122,9 +149,17 @@ def test_an_introduction_is_passed_on(initialized, capsys):
   assert 'process 2 of 3 meets the others at a:1' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('environment, searched', [
-    ({}, 1), ({'SLURM_NTASKS': '1'}, 0), ({'SLURM_NTASKS': '16'}, 1), ({'KUBERNETES_SERVICE_HOST': 'x'}, 0),
-    ({'KUBERNETES_SERVICE_HOST': 'x', 'TPU_WORKER_HOSTNAMES': 'a,b'}, 1)], ids=str)
+@pytest.mark.parametrize(
+  'environment, searched',
+  [
+    ({}, 1),
+    ({'SLURM_NTASKS': '1'}, 0),
+    ({'SLURM_NTASKS': '16'}, 1),
+    ({'KUBERNETES_SERVICE_HOST': 'x'}, 0),
+    ({'KUBERNETES_SERVICE_HOST': 'x', 'TPU_WORKER_HOSTNAMES': 'a,b'}, 1),
+  ],
+  ids=str,
+)
 def test_a_lone_process_is_left_alone(initialized, monkeypatch, environment, searched):
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
@@ -136,7 +171,9 @@ def test_a_lone_process_is_left_alone(initialized, monkeypatch, environment, sea
 def test_a_pod_of_a_job_that_finds_no_other_is_told_why(initialized, monkeypatch):
   monkeypatch.setenv('KUBERNETES_SERVICE_HOST', 'x')
   monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
-  with pytest.raises(ValueError, match='a pod of an indexed Job.*install jax.k8s., or give --coordinator=HOST:PORT'):
+  with pytest.raises(
+    ValueError, match='a pod of an indexed Job.*install jax.k8s., or give --coordinator=HOST:PORT'
+  ):
     hosts.connect()
 
 
@@ -160,16 +197,30 @@ class HalfHere:
     return {device: found[device] for device in self.devices}
 
 
-@pytest.mark.parametrize('sizes, here, rows', [
-    ({'data': 8}, range(4), range(8)), ({'data': 8}, (1, 6), [2, 3, 12, 13]), ({'fsdp': 4, 'tensor': 2}, range(4), range(8)),
-    ({'data': 1, 'tensor': 8}, range(4), range(16)), ({'data': 2, 'fsdp': 4}, (7,), [14, 15])], ids=str)
+@pytest.mark.parametrize(
+  'sizes, here, rows',
+  [
+    ({'data': 8}, range(4), range(8)),
+    ({'data': 8}, (1, 6), [2, 3, 12, 13]),
+    ({'fsdp': 4, 'tensor': 2}, range(4), range(8)),
+    ({'data': 1, 'tensor': 8}, range(4), range(16)),
+    ({'data': 2, 'fsdp': 4}, (7,), [14, 15]),
+  ],
+  ids=str,
+)
 def test_a_process_reads_the_rows_that_its_devices_hold(sizes, here, rows):
   mesh = make_mesh(MeshConfig(**sizes))
   sharding = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
-  assert hosts.RowShards(HalfHere(sharding, [jax.devices()[i] for i in here]), (16, 4)).rows == list(rows)
+  assert hosts.RowShards(
+    HalfHere(sharding, [jax.devices()[i] for i in here]), (16, 4)
+  ).rows == list(rows)
 
 
-@pytest.mark.parametrize('spec', [('data', None), (('data', 'tensor'), None), ('data', 'tensor'), (None, ('data', 'tensor'))], ids=str)
+@pytest.mark.parametrize(
+  'spec',
+  [('data', None), (('data', 'tensor'), None), ('data', 'tensor'), (None, ('data', 'tensor'))],
+  ids=str,
+)
 def test_rows_become_the_global_batch_in_their_order(spec):
   sharding = jax.NamedSharding(make_mesh(MeshConfig(data=4, tensor=2)), jax.P(*spec))
   put = hosts.RowShards(sharding, (8, 8))

@@ -1,4 +1,5 @@
 """Is the mesh what its config says, and are impossible ones refused?"""
+
 import dataclasses
 import math
 import random
@@ -12,7 +13,11 @@ from jax.sharding import AxisType
 from parallel.mesh import AXES, MeshConfig, make_mesh
 
 
-@given(st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from(['data', 'fsdp', 'tensor', '']), st.integers(1, 64))
+@given(
+  st.tuples(*[st.integers(1, 4)] * 3),
+  st.sampled_from(['data', 'fsdp', 'tensor', '']),
+  st.integers(1, 64),
+)
 def test_sizes_multiply_to_the_devices_or_raise(wanted, free, devices):
   sizes = dict(zip(('data', 'fsdp', 'tensor'), wanted))
   config = MeshConfig(**sizes | ({free: -1} if free else {}))
@@ -26,12 +31,19 @@ def test_sizes_multiply_to_the_devices_or_raise(wanted, free, devices):
     assert resolved['data'] * resolved['fsdp'] * resolved['tensor'] == devices
 
 
-@pytest.mark.parametrize('sizes, error, words', [
+@pytest.mark.parametrize(
+  'sizes, error, words',
+  [
     ({'data': 0}, ValueError, 'mesh.data=0 is not a size'),
     ({'tensor': -2}, ValueError, 'mesh.tensor=-2 is not a size'),
     ({'fsdp': -1}, ValueError, r"mesh has -1 on \['data', 'fsdp'\]; only one"),
-    ({'zero': 4}, ValueError, 'mesh.zero=4 must be 1, 2 or 3; for copies of everything use mesh.data'),
-])
+    (
+      {'zero': 4},
+      ValueError,
+      'mesh.zero=4 must be 1, 2 or 3; for copies of everything use mesh.data',
+    ),
+  ],
+)
 def test_impossible_configs_raise(sizes, error, words):
   with pytest.raises(error, match=words):
     MeshConfig(**sizes)
@@ -56,6 +68,7 @@ def test_mesh(axis_type):
 @dataclasses.dataclass(frozen=True)
 class Device:
   """What a mesh's layout asks of a device."""
+
   id: int
   slice_index: int
   coords: tuple[int, int, int]
@@ -67,7 +80,9 @@ class Device:
 def devices_of(slices, shape=(2, 2, 4), **kinds):
   """Slices of this shape, x fastest, as libtpu describes them (v5p:2x2x4)."""
   coords = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0])]
-  return [Device(s * 100000 + i, s, xyz, **kinds) for s in range(slices) for i, xyz in enumerate(coords)]
+  return [
+    Device(s * 100000 + i, s, xyz, **kinds) for s in range(slices) for i, xyz in enumerate(coords)
+  ]
 
 
 def crossed(mesh) -> set[str]:
@@ -80,19 +95,25 @@ def layout(slices, shape=(2, 2, 4), stage=1, kinds={}, **sizes):
   return make_mesh(MeshConfig(stage=stage, **sizes), devices_of(slices, shape, **kinds))
 
 
-@pytest.mark.parametrize('slices, sizes, axes', [
+@pytest.mark.parametrize(
+  'slices, sizes, axes',
+  [
     (2, {'fsdp': 4, 'tensor': 4}, ['data']),
     (2, {'data': 4, 'fsdp': 4, 'tensor': 2}, ['data']),
     (2, {'data': 1, 'stage': 4, 'tensor': 8}, ['stage']),
     (4, {'data': 2, 'stage': 2, 'fsdp': 16}, ['data', 'stage']),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_only_data_and_stage_cross_slices(slices, sizes, axes):
   mesh = layout(slices, **sizes)
   assert crossed(mesh) == set(axes) and len(set(mesh.devices.flat)) == 16 * slices
 
 
 def test_every_other_axis_across_slices_is_refused():
-  with pytest.raises(ValueError, match='mesh.data=1 and mesh.stage=1 do not divide over 2 slices.*a multiple of 2'):
+  with pytest.raises(
+    ValueError, match='mesh.data=1 and mesh.stage=1 do not divide over 2 slices.*a multiple of 2'
+  ):
     layout(2, data=1, fsdp=32)
   with pytest.raises(ValueError, match='mesh.data=3 and mesh.stage=1 do not divide over 2 slices'):
     layout(2, (2, 1, 3), data=3, fsdp=4)
@@ -100,13 +121,19 @@ def test_every_other_axis_across_slices_is_refused():
     make_mesh(MeshConfig(), devices_of(2)[:24])
 
 
-@pytest.mark.parametrize('sizes, axes', [({'data': 1, 'fsdp': 8, 'tensor': 4}, {'fsdp'}), ({'data': 2, 'fsdp': 16}, {'data'})], ids=str)
+@pytest.mark.parametrize(
+  'sizes, axes',
+  [({'data': 1, 'fsdp': 8, 'tensor': 4}, {'fsdp'}), ({'data': 2, 'fsdp': 16}, {'data'})],
+  ids=str,
+)
 def test_any_axis_may_cross_nodes_of_gpus_but_the_inner_ones_do_last(sizes, axes):
   assert crossed(layout(2, **sizes, kinds={'platform': 'gpu', 'device_kind': 'H100'})) == axes
 
 
 @pytest.mark.parametrize('slices', [1, 2])
-@pytest.mark.parametrize('sizes', [{'fsdp': 4, 'tensor': 4}, {'fsdp': 8, 'tensor': 2}, {'fsdp': 2, 'tensor': 8}], ids=str)
+@pytest.mark.parametrize(
+  'sizes', [{'fsdp': 4, 'tensor': 4}, {'fsdp': 8, 'tensor': 2}, {'fsdp': 2, 'tensor': 8}], ids=str
+)
 def test_a_group_of_tensor_is_a_box_of_the_torus_in_whatever_order_devices_come(slices, sizes):
   devices = devices_of(slices)
   random.Random(1).shuffle(devices)
@@ -117,10 +144,19 @@ def test_a_group_of_tensor_is_a_box_of_the_torus_in_whatever_order_devices_come(
 def test_devices_of_a_topology_form_meshes(monkeypatch):
   pytest.importorskip('libtpu', reason='libtpu describes the topology: pip install -e .[plan]')
   from jax.experimental import topologies
-  for name, value in {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
-                      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}.items():
+
+  for name, value in {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5p-8',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }.items():
     monkeypatch.setenv(name, value)
-  two = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x2', num_slices=2).devices
+  two = topologies.get_topology_desc(
+    platform='tpu', topology_name='v5p:2x2x2', num_slices=2
+  ).devices
   assert crossed(make_mesh(MeshConfig(fsdp=4, tensor=2), two)) == {'data'}
   one = topologies.get_topology_desc(platform='tpu', topology_name='v6e:4x4').devices
-  assert list(make_mesh(MeshConfig(fsdp=8, tensor=2), one).shape.values()) == [1, 8, 1, 1, 1, 2], 'splits a physical axis'
+  assert list(make_mesh(MeshConfig(fsdp=8, tensor=2), one).shape.values()) == [1, 8, 1, 1, 1, 2], (
+    'splits a physical axis'
+  )

@@ -1,4 +1,5 @@
 """Are several processes one? Real ones of train.py on this machine: the same numbers, checkpoints for any number, and a common end."""
+
 import contextlib
 import json
 import os
@@ -13,7 +14,16 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from test_commands import PATIENCE, Finished, Process, Runs, arrays, assert_same_end, checkpoint_of, losses
+from test_commands import (
+  PATIENCE,
+  Finished,
+  Process,
+  Runs,
+  arrays,
+  assert_same_end,
+  checkpoint_of,
+  losses,
+)
 
 from training.checkpoint import Checkpoints
 
@@ -43,9 +53,23 @@ def environment(**values):
 class Group:
   """One run by several processes, each with `flags` and those of its own."""
 
-  def __init__(self, runs: Runs, workdir: pathlib.Path, count: int, *flags: str, own: dict[int, tuple[str, ...]] | None = None):
-    meet = (f'--coordinator=localhost:{free_port()}', f'--processes={count}', f'--heartbeat_timeout={HEARTBEAT}')
-    self.processes = [runs.start(workdir, *meet, f'--process={i}', *flags, *(own or {}).get(i, ())) for i in range(count)]
+  def __init__(
+    self,
+    runs: Runs,
+    workdir: pathlib.Path,
+    count: int,
+    *flags: str,
+    own: dict[int, tuple[str, ...]] | None = None,
+  ):
+    meet = (
+      f'--coordinator=localhost:{free_port()}',
+      f'--processes={count}',
+      f'--heartbeat_timeout={HEARTBEAT}',
+    )
+    self.processes = [
+      runs.start(workdir, *meet, f'--process={i}', *flags, *(own or {}).get(i, ()))
+      for i in range(count)
+    ]
 
   def until_step(self, step: int) -> None:
     assert self.processes[0].until(lambda: f'step {step}/' in self.processes[0].out()), self.end()
@@ -110,12 +134,17 @@ def test_two_processes_wait_and_agree(tmp_path):
   (tmp_path / 'meeting.py').write_text(MEETING)
   coordinator = f'localhost:{free_port()}'
   with environment(PYTHONPATH=str(pathlib.Path(__file__).parents[2])):
-    processes = [Process(tmp_path, str(tmp_path / 'meeting.py'), coordinator, str(i), str(tmp_path / 'file')) for i in range(2)]
+    processes = [
+      Process(tmp_path, str(tmp_path / 'meeting.py'), coordinator, str(i), str(tmp_path / 'file'))
+      for i in range(2)
+    ]
   done = [process.end() for process in processes]
   for process, found in zip(done, ('', '0')):
     assert json.loads(process.out.splitlines()[-1]) == [found, [7, None, 0], [1]], done
   assert done[0].code == 1 and done[1].code != 0
-  assert 'error: numbers of processes [1] are not those of process 0' in done[0].error + done[1].error
+  assert (
+    'error: numbers of processes [1] are not those of process 0' in done[0].error + done[1].error
+  )
 
 
 WRITING = f'''
@@ -142,7 +171,9 @@ def test_two_processes_write_what_one_writes(tmp_path):
   """The slots of a cache are half one's, half the other's."""
   (tmp_path / 'writing.py').write_text(WRITING)
   coordinator = f'localhost:{free_port()}'
-  start = lambda coordinator, i: Process(tmp_path, str(tmp_path / 'writing.py'), coordinator, str(i))
+  start = lambda coordinator, i: Process(
+    tmp_path, str(tmp_path / 'writing.py'), coordinator, str(i)
+  )
   with environment(PYTHONPATH=str(pathlib.Path(__file__).parents[2])):
     processes = [start(coordinator, i) for i in range(2)]
     with environment(JAX_NUM_CPU_DEVICES='2'):
@@ -156,7 +187,12 @@ def test_two_processes_write_what_one_writes(tmp_path):
 def test_two_processes_that_slurm_introduces_are_one_bit_for_bit(runs, tmp_path):
   """Two terms have one sum, in whatever order: no tolerance is needed."""
   one, two = tmp_path / 'one', tmp_path / 'two'
-  slurm = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'JAX_COORDINATOR_PORT': str(free_port())}
+  slurm = {
+    'SLURM_JOB_ID': '7',
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+    'JAX_COORDINATOR_PORT': str(free_port()),
+  }
   processes = []
   for i in '01':
     with environment(**slurm, SLURM_PROCID=i, SLURM_LOCALID=i):
@@ -167,7 +203,9 @@ def test_two_processes_that_slurm_introduces_are_one_bit_for_bit(runs, tmp_path)
   assert_same_end(two, one, 8)
   for i, process in enumerate(done):
     assert f'process {i} of 2 on' in process.out and '1 of 2 devices' in process.out
-  assert done[0].out.count('step 8/8') == 1 and 'data: wrote' in done[0].out and 'wrote ' in done[0].out
+  assert (
+    done[0].out.count('step 8/8') == 1 and 'data: wrote' in done[0].out and 'wrote ' in done[0].out
+  )
   assert 'step' not in done[1].out and 'data:' not in done[1].out, 'the first one speaks for all'
   assert Checkpoints(two).steps() == Checkpoints(one).steps()
 
@@ -180,11 +218,21 @@ def assert_close_end(a, b, steps, tolerance=1e-5):
     np.testing.assert_allclose(one[name], other[name], rtol=0, atol=tolerance, err_msg=name)
   assert Checkpoints(a).record(steps)['data'] == Checkpoints(b).record(steps)['data']
   assert [step for step, _ in losses(a)] == [step for step, _ in losses(b)]
-  np.testing.assert_allclose(*[[float(loss) for _, loss in losses(x)] for x in (a, b)], rtol=tolerance)
+  np.testing.assert_allclose(
+    *[[float(loss) for _, loss in losses(x)] for x in (a, b)], rtol=tolerance
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', [('--config.mesh.fsdp=2', '--config.mesh.tensor=2', '--config.model.vocabulary=260'), ('--config.mesh.fsdp=4',), ()], ids=str)
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    ('--config.mesh.fsdp=2', '--config.mesh.tensor=2', '--config.model.vocabulary=260'),
+    ('--config.mesh.fsdp=4',),
+    (),
+  ],
+  ids=str,
+)
 def test_four_processes_are_one(runs, tmp_path, mesh):
   train(runs, tmp_path / 'four', 4, *SMALL, *mesh)
   train_alone(runs, tmp_path / 'one', 4, *SMALL, *mesh)
@@ -197,8 +245,15 @@ def test_what_two_processes_wrote_is_read_by_any_number(runs, tmp_path):
   train_alone(runs, whole, 1, *SMALL)
   workdir = tmp_path / 'run'
   for count, steps in ((2, 2), (1, 4), (4, 6), (2, 8)):
-    flags = (SMALL[0], f'--config.train.steps={steps}', '--config.mesh.data=1', '--config.mesh.fsdp=-1')
-    out = train(runs, workdir, count, *flags) if count > 1 else train_alone(runs, workdir, 1, *flags)
+    flags = (
+      SMALL[0],
+      f'--config.train.steps={steps}',
+      '--config.mesh.data=1',
+      '--config.mesh.fsdp=-1',
+    )
+    out = (
+      train(runs, workdir, count, *flags) if count > 1 else train_alone(runs, workdir, 1, *flags)
+    )
     assert checkpoint_of(out) == steps - 2
   assert_close_end(workdir, whole, 8)
 
@@ -218,7 +273,11 @@ def test_a_signal_to_one_stops_all_after_the_same_step(runs, whole, tmp_path, nu
   group.send(1, number)
   done = group.end()
   assert [process.code for process in done] == [75, 75], done
-  stopped = int(re.search(r'stopped after step (\d+): SIGTERM; the same command goes on from there', done[0].out)[1])
+  stopped = int(
+    re.search(
+      r'stopped after step (\d+): SIGTERM; the same command goes on from there', done[0].out
+    )[1]
+  )
   assert Checkpoints(tmp_path).latest() == stopped < 60
   assert checkpoint_of(train(runs, tmp_path, 2, *LONG)) == stopped
   assert_same_end(tmp_path, whole, 60)
@@ -236,7 +295,12 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(runs, whole, tmp_pat
   assert done[lost].code == -signal.SIGKILL and done[1 - lost].code not in (0, -signal.SIGKILL)
   error = done[1 - lost].error
   assert f'process {1 - lost} of 2 on' in error
-  assert re.search(r'(stopped sending heartbeats\):\s+1|Task 1 heartbeat timeout)' if lost else 'leader task was preempted/died', error), error
+  assert re.search(
+    r'(stopped sending heartbeats\):\s+1|Task 1 heartbeat timeout)'
+    if lost
+    else 'leader task was preempted/died',
+    error,
+  ), error
   if then == 2:
     assert checkpoint_of(train(runs, tmp_path, 2, *LONG)) in (4, 8, 12)
     assert_same_end(tmp_path, whole, 60)
@@ -246,23 +310,41 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(runs, whole, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('own, said', [
+@pytest.mark.parametrize(
+  'own, said',
+  [
     (('--config.train.seed=1',), 'config and data of processes [1] are not those of process 0'),
     (('--workdir=ELSEWHERE',), 'processes [1] do not see'),
-], ids=['config', 'workdir'])
+  ],
+  ids=['config', 'workdir'],
+)
 def test_processes_that_differ_are_told_so(runs, tmp_path, own, said):
   own = {1: tuple(flag.replace('ELSEWHERE', str(tmp_path / 'elsewhere')) for flag in own)}
   done = Group(runs, tmp_path / 'run', 2, *SMALL, own=own).end()
   assert all(process.code not in (0, None) for process in done)
-  assert any(said in process.error and 'leaves because of this error' in process.error for process in done), done
+  assert any(
+    said in process.error and 'leaves because of this error' in process.error for process in done
+  ), done
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags, code, said', [
+@pytest.mark.parametrize(
+  'flags, code, said',
+  [
     (('--config.optimizer.learning_rate=1e30',), 1, 'FloatingPointError: step'),
-    (('--config.train.eval_every=1', '--config.train.patience=1', '--config.optimizer.learning_rate=3.0'), 0, 'train.patience=1'),
-], ids=['not finite', 'patience'])
+    (
+      (
+        '--config.train.eval_every=1',
+        '--config.train.patience=1',
+        '--config.optimizer.learning_rate=3.0',
+      ),
+      0,
+      'train.patience=1',
+    ),
+  ],
+  ids=['not finite', 'patience'],
+)
 def test_all_stop_for_the_same_reason(runs, tmp_path, flags, code, said):
   done = Group(runs, tmp_path, 2, *LONG, *flags).end()
   assert (done[0].code, done[1].code != 0) == (code, bool(code)), done

@@ -1,4 +1,5 @@
 """What do the tests of training share? A config as small as can be, batches with padding, and real steps of train.py on any mesh."""
+
 import dataclasses
 import functools
 import pathlib
@@ -29,13 +30,24 @@ B, T, V = 8, 16, 264  # V: the byte tokenizer's 259, rounded up to split in eigh
 def tiny(**parts) -> Config:
   """The smallest Config; an argument such as train={'steps': 9} changes fields of that part."""
   defaults = {
-      'model': ModelConfig(vocabulary=V, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64, max_length=T),
-      'data': DataConfig(sources=(SourceConfig(kind='text', path='nowhere'),), clean=CleanConfig(near_duplicates=0.0),
-                         tokenizer=TokenizerConfig(kind='byte'), sequence_length=T, batch_size=B, split='tail'),
-      'optimizer': OptimizerConfig(learning_rate=0.01, schedule='constant'),
-      'train': TrainConfig(steps=6, log_every=1, save_every=2),
-      'mesh': MeshConfig()}
-  return Config(**{name: dataclasses.replace(part, **parts.get(name, {})) for name, part in defaults.items()})
+    'model': ModelConfig(
+      vocabulary=V, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64, max_length=T
+    ),
+    'data': DataConfig(
+      sources=(SourceConfig(kind='text', path='nowhere'),),
+      clean=CleanConfig(near_duplicates=0.0),
+      tokenizer=TokenizerConfig(kind='byte'),
+      sequence_length=T,
+      batch_size=B,
+      split='tail',
+    ),
+    'optimizer': OptimizerConfig(learning_rate=0.01, schedule='constant'),
+    'train': TrainConfig(steps=6, log_every=1, save_every=2),
+    'mesh': MeshConfig(),
+  }
+  return Config(
+    **{name: dataclasses.replace(part, **parts.get(name, {})) for name, part in defaults.items()}
+  )
 
 
 def make_batches(count: int) -> list[Batch]:
@@ -51,7 +63,9 @@ def make_batches(count: int) -> list[Batch]:
       batch.targets[row, :length] = draw.integers(0, V, length)
       batch.targets[row, first] = IGNORE
       batch.segments[row, :length] = np.where(np.arange(length) < first, 1, 2)
-      batch.positions[row, :length] = np.where(np.arange(length) < first, np.arange(length), np.arange(length) - first)
+      batch.positions[row, :length] = np.where(
+        np.arange(length) < first, np.arange(length), np.arange(length) - first
+      )
     made.append(batch)
   return made
 
@@ -65,7 +79,12 @@ def quickly(function, *arguments):
 def initial_model(config: ModelConfig, seed: int) -> list[np.ndarray]:
   """Leaves of a new model; compiled once, for it takes longer than a train step."""
   with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-    return [np.array(x) for x in jax.tree.leaves(quickly(jax.jit(functools.partial(transformer.init, config, seed)))())]
+    return [
+      np.array(x)
+      for x in jax.tree.leaves(
+        quickly(jax.jit(functools.partial(transformer.init, config, seed)))()
+      )
+    ]
 
 
 class Trainer:
@@ -79,11 +98,18 @@ class Trainer:
       optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(shapes))
       self.make_state = functools.partial(states.init, config, optimizer)
       values = initial_model(config.model, config.train.seed)
-      leaves = [jax.device_put(value, x.sharding) for value, x in zip(values, jax.tree.leaves(shapes), strict=True)]
+      leaves = [
+        jax.device_put(value, x.sharding)
+        for value, x in zip(values, jax.tree.leaves(shapes), strict=True)
+      ]
       model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
       self.state = states.TrainState(
-          jnp.int32(0), model, jax.jit(optimizer.init)(model), precision.init_loss_scale(config.model.dtype),
-          jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1)))
+        jnp.int32(0),
+        model,
+        jax.jit(optimizer.init)(model),
+        precision.init_loss_scale(config.model.dtype),
+        jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1)),
+      )
       # Born as states.init would have it, or what the tests see is not what train.py does.
       place = lambda x, like: jax.device_put(x, like.sharding)
       self.state = jax.tree.map(place, self.state, abstract(self.make_state, self.mesh))
@@ -109,7 +135,9 @@ class Trainer:
 
 def host(tree) -> dict[str, np.ndarray]:
   """Leaves on the host, by name."""
-  return {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def assert_same(a, b):
@@ -139,12 +167,18 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 def run_here(config: Config, workdir: pathlib.Path, **options) -> None:
   """train.run on all 8 devices, compiled quickly; JAX's global settings are put back afterwards."""
-  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs', 'jax_persistent_cache_min_entry_size_bytes',
-           'jax_disable_most_optimizations')
+  names = (
+    'jax_compilation_cache_dir',
+    'jax_persistent_cache_min_compile_time_secs',
+    'jax_persistent_cache_min_entry_size_bytes',
+    'jax_disable_most_optimizations',
+  )
   old = {name: jax.config.values[name] for name in names}
   jax.config.update('jax_disable_most_optimizations', True)
   try:
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):  # leaving it undoes what run() sets
+    with jax.set_mesh(
+      make_mesh(MeshConfig(), jax.devices()[:1])
+    ):  # leaving it undoes what run() sets
       train.run(config, workdir, **options)
   finally:
     for name, value in old.items():
@@ -153,5 +187,8 @@ def run_here(config: Config, workdir: pathlib.Path, **options) -> None:
 
 def on(corpus: pathlib.Path, **parts) -> Config:
   """`tiny`, reading the corpus."""
-  data = {'sources': (SourceConfig(kind='text', path=str(corpus / 'text.txt')),), 'cache_dir': str(corpus / 'cache')}
+  data = {
+    'sources': (SourceConfig(kind='text', path=str(corpus / 'text.txt')),),
+    'cache_dir': str(corpus / 'cache'),
+  }
   return tiny(**parts | {'data': data | parts.get('data', {})})

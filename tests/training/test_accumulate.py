@@ -1,4 +1,5 @@
 """Are microbatches exactly one big batch, tokens weighted, however unevenly the rows are filled?"""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,10 @@ from conftest import B, Trainer, assert_close, make_batches, tiny
 
 from training.accumulate import accumulate
 
-SGD = {'name': 'sgd', 'learning_rate': 0.5}  # linear in the gradient, so that a difference stays as small as it is
+SGD = {
+  'name': 'sgd',
+  'learning_rate': 0.5,
+}  # linear in the gradient, so that a difference stays as small as it is
 
 
 @pytest.fixture(scope='module')
@@ -16,7 +20,9 @@ def whole():
   return trainer, trainer.run(make_batches(3))
 
 
-@pytest.mark.parametrize('parts, devices, mesh', [(2, 1, {}), (4, 1, {}), (2, 4, {'data': 2, 'fsdp': 2})])
+@pytest.mark.parametrize(
+  'parts, devices, mesh', [(2, 1, {}), (4, 1, {}), (2, 4, {'data': 2, 'fsdp': 2})]
+)
 def test_microbatches_are_one_big_batch(whole, parts, devices, mesh):
   trainer = Trainer(tiny(optimizer=SGD, mesh=mesh, train={'accumulation': parts}), devices)
   metrics = trainer.run(make_batches(3))
@@ -24,7 +30,11 @@ def test_microbatches_are_one_big_batch(whole, parts, devices, mesh):
   assert_close(trainer.state.model, whole[0].state.model, 1e-6)
   for a, b in zip(metrics, whole[1], strict=True):
     assert a['predicted_tokens'] == b['predicted_tokens']
-    np.testing.assert_allclose([a[name] for name in ('loss', 'grad_norm')], [b[name] for name in ('loss', 'grad_norm')], rtol=2e-6)
+    np.testing.assert_allclose(
+      [a[name] for name in ('loss', 'grad_norm')],
+      [b[name] for name in ('loss', 'grad_norm')],
+      rtol=2e-6,
+    )
 
 
 def test_the_batches_can_tell_tokens_from_rows():

@@ -1,4 +1,5 @@
 """Does 8-bit Adam quantise to the nearest code, block by block, on any mesh, and train like Adam?"""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +32,18 @@ def oracle_quantize(x, signed):
   values, out, largest = oracle_map(signed), np.zeros_like(x), []
   for row, out_row in zip(x.reshape(-1, x.shape[-1]), out.reshape(-1, x.shape[-1])):
     for start in range(0, len(row), BLOCK):
-      block = row[start:start + BLOCK]
+      block = row[start : start + BLOCK]
       largest.append(abs(block).max())
       nearest = abs(block[:, None] / (largest[-1] or 1) - values).argmin(1)
-      out_row[start:start + BLOCK] = values[nearest] * largest[-1]
+      out_row[start : start + BLOCK] = values[nearest] * largest[-1]
   return out, np.reshape(largest, (*x.shape[:-1], -1)).astype(np.float32)
 
 
 def spread(rng, shape):
   """Values over eight decades, with zeros: what moments look like."""
-  return (rng.normal(size=shape) * 10.0 ** rng.uniform(-8, 0, shape) * (rng.random(shape) > 0.05)).astype(np.float32)
+  return (
+    rng.normal(size=shape) * 10.0 ** rng.uniform(-8, 0, shape) * (rng.random(shape) > 0.05)
+  ).astype(np.float32)
 
 
 @pytest.mark.parametrize('signed', [True, False])
@@ -60,7 +63,9 @@ def test_encode_is_nearest(seed, signed):
   rng = np.random.default_rng(seed)
   values = oracle_map(signed).astype(np.float64)
   middle = (values[1:] + values[:-1]) / 2
-  x = np.concatenate([spread(rng, 300), rng.uniform(-1, 1, 300), middle * (1 + rng.normal() * 1e-5)])
+  x = np.concatenate(
+    [spread(rng, 300), rng.uniform(-1, 1, 300), middle * (1 + rng.normal() * 1e-5)]
+  )
   x = np.clip(x if signed else abs(x), -1, 1).astype(np.float32)
   distance = abs(np.float64(decode(encode(x, signed), signed)) - x)
   # In the middle between two values, f32 may choose either.
@@ -83,7 +88,7 @@ def test_outlier_disturbs_its_own_block_only():
   x = np.full((1, 3 * BLOCK), 0.01, np.float32)
   x[0, BLOCK] = 1e6
   y = np.asarray(dequantize(quantize(x, True), True))
-  np.testing.assert_allclose(np.delete(y, np.s_[BLOCK:2 * BLOCK], 1), 0.01, rtol=1e-6)
+  np.testing.assert_allclose(np.delete(y, np.s_[BLOCK : 2 * BLOCK], 1), 0.01, rtol=1e-6)
   assert y[0, BLOCK] == 1e6 and y[0, BLOCK + 1] == 0
 
 
@@ -95,7 +100,9 @@ def test_nan_is_not_rounded_away():
 
 
 # 512 is a whole block on each of 2 devices and half of one on each of 4; shards of 1408 (352 or 176) straddle blocks.
-@pytest.mark.parametrize('spec', [P(None, ('fsdp', 'tensor')), P('tensor', 'fsdp'), P('fsdp', 'tensor')])
+@pytest.mark.parametrize(
+  'spec', [P(None, ('fsdp', 'tensor')), P('tensor', 'fsdp'), P('fsdp', 'tensor')]
+)
 @pytest.mark.parametrize('width', [512, 1408, 24])
 def test_blocks_are_the_same_on_every_mesh(width, spec):
   x = spread(np.random.default_rng(1), (8, width))
@@ -110,7 +117,9 @@ def test_blocks_are_the_same_on_every_mesh(width, spec):
     if width == 512:
       text = quantize.lower(placed, True).compile().as_text()
       assert 'f32[8,512]' not in text and 'f32[2,512]' not in text, 'whole rows on one device'
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), q, expected)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), q, expected
+  )
   np.testing.assert_array_equal(np.asarray(restored), back)
 
 
@@ -131,7 +140,10 @@ def nbytes(tree):
 
 def test_state_size():
   state = scale_by_adam8bit(0.9, 0.95, 1e-8, MASK).init(random_tree(0))
-  size = {name: (nbytes(state.mu[name]) + nbytes(state.nu[name])) / np.prod(PARAMS[name]) for name in PARAMS}
+  size = {
+    name: (nbytes(state.mu[name]) + nbytes(state.nu[name])) / np.prod(PARAMS[name])
+    for name in PARAMS
+  }
   assert size == {'matrix': 2 + 8 / 256, 'small': 8, 'masked': 8}
   for moments, signed in ((state.mu, True), (state.nu, False)):
     assert not np.asarray(dequantize(moments['matrix'], signed)).any()
@@ -142,7 +154,9 @@ def test_equals_adam_where_not_quantised_and_at_the_first_step():
   states = [ours.init(random_tree(0)), theirs.init(random_tree(0))]
   steps = jax.jit(ours.update), jax.jit(theirs.update)
   for i in range(3):
-    (a, states[0]), (b, states[1]) = (step(random_tree(i), state) for step, state in zip(steps, states))
+    (a, states[0]), (b, states[1]) = (
+      step(random_tree(i), state) for step, state in zip(steps, states)
+    )
     for name in PARAMS:
       if i == 0 or name != 'matrix':
         np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-7)
@@ -158,7 +172,10 @@ def test_steps_equal_slow_adam():
   state, update = transformation.init({'w': jnp.zeros(shape)}), jax.jit(transformation.update)
   for t in range(1, 5):
     g = np.random.default_rng(t).normal(size=shape).astype(np.float32)
-    m, v = np.float32(b1) * m + np.float32(1 - b1) * g, np.float32(b2) * v + np.float32(1 - b2) * g * g
+    m, v = (
+      np.float32(b1) * m + np.float32(1 - b1) * g,
+      np.float32(b2) * v + np.float32(1 - b2) * g * g,
+    )
     expected = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + epsilon)
     updates, state = update({'w': jnp.asarray(g)}, state)
     # A moment in the middle between two codes may go either way; all the others must agree.
@@ -173,18 +190,25 @@ def train(transformation, steps=400):
   scales = 10.0 ** rng.uniform(-2, 0, (1, 32))
   x = jnp.asarray(rng.normal(size=(512, 32)) * scales, jnp.float32)
   shapes = {'w1': (32, 256), 'w2': (256, 32)}
-  init = lambda rng: {n: jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for n, s in shapes.items()}
+  init = lambda rng: {
+    n: jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for n, s in shapes.items()
+  }
   model = lambda p: jax.nn.gelu(x @ p['w1']) @ p['w2']
   target = model(init(rng))
   loss = lambda p: jnp.mean(jnp.square(model(p) - target)) / jnp.mean(jnp.square(target))
-  chain = optax.chain(transformation, optax.scale_by_learning_rate(optax.linear_schedule(3e-3, 0.0, steps)))
+  chain = optax.chain(
+    transformation, optax.scale_by_learning_rate(optax.linear_schedule(3e-3, 0.0, steps))
+  )
 
   def step(carry, _):
     params, state = carry
     updates, state = chain.update(jax.grad(loss)(params), state, params)
     return (optax.apply_updates(params, updates), state), None
+
   params = init(rng)
-  (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((params, chain.init(params)))
+  (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))(
+    (params, chain.init(params))
+  )
   return float(loss(params))
 
 
@@ -194,8 +218,12 @@ def test_trains_like_adam(monkeypatch):
   print(f'loss of f32 Adam {adam:.6f}, 8-bit {ours:.6f}')
   assert adam < 0.05 and ours < 1.05 * adam
   # Planted fault: a linear scale flushes small second moments, and updates explode.
-  encode_linear = lambda x, signed: jnp.round(x * 127 + 127 if signed else x * 255).astype(jnp.uint8)
-  decode_linear = lambda codes, signed: (codes.astype(jnp.float32) - 127) / 127 if signed else codes / 255
+  encode_linear = lambda x, signed: jnp.round(x * 127 + 127 if signed else x * 255).astype(
+    jnp.uint8
+  )
+  decode_linear = lambda codes, signed: (
+    (codes.astype(jnp.float32) - 127) / 127 if signed else codes / 255
+  )
   monkeypatch.setattr(adam8bit, 'encode', encode_linear)
   monkeypatch.setattr(adam8bit, 'decode', decode_linear)
   linear = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))

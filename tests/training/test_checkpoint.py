@@ -1,4 +1,5 @@
 """Does a checkpoint hold the state at its save, bit for bit, and is every kind of damage seen, named and gone back from?"""
+
 import dataclasses
 import functools
 import json
@@ -22,6 +23,7 @@ DATA, PROGRESS = {'examples': 24, 'key': 'abc'}, {'best': None, 'waited': 0}
 @dataclasses.dataclass(frozen=True)
 class State:
   """A train state in small: every type and some shardings that a real one has."""
+
   step: jax.Array
   model: dict
   optimizer: tuple
@@ -32,11 +34,18 @@ def make_state(seed, width=16):
   key = jax.random.key(seed)
   split = lambda x, *axes: jax.sharding.reshard(x, P(*axes))
   wide = split(jax.random.normal(key, (width, 8)), 'fsdp', 'tensor')
-  return State(jnp.int32(seed), {'wide': wide, 'narrow': split(wide.astype(jnp.bfloat16), None, 'fsdp'), 'norm': jnp.ones(5)},
-               (split(jnp.arange(width, dtype=jnp.int8), 'fsdp'), jax.random.key_data(key)))
+  return State(
+    jnp.int32(seed),
+    {'wide': wide, 'narrow': split(wide.astype(jnp.bfloat16), None, 'fsdp'), 'norm': jnp.ones(5)},
+    (split(jnp.arange(width, dtype=jnp.int8), 'fsdp'), jax.random.key_data(key)),
+  )
 
 
-MESHES = {'one': (MeshConfig(), 1), 'fsdp': (MeshConfig(fsdp=8, data=1), 8), 'both': (MeshConfig(fsdp=4, tensor=2, data=1), 8)}
+MESHES = {
+  'one': (MeshConfig(), 1),
+  'fsdp': (MeshConfig(fsdp=8, data=1), 8),
+  'both': (MeshConfig(fsdp=4, tensor=2, data=1), 8),
+}
 
 
 @pytest.fixture
@@ -69,7 +78,12 @@ def test_what_is_saved_comes_back_bitwise_with_its_shardings(mesh, tmp_path):
   for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
   record = checkpoints.record(3)
-  assert (record['step'], record['data'], record['progress'], record['validation_loss']) == (3, DATA, PROGRESS, None)
+  assert (record['step'], record['data'], record['progress'], record['validation_loss']) == (
+    3,
+    DATA,
+    PROGRESS,
+    None,
+  )
 
 
 def test_another_mesh_restores_the_same_values(tmp_path):
@@ -87,15 +101,20 @@ def test_another_mesh_restores_the_same_values(tmp_path):
 def test_the_model_alone_can_be_restored(mesh, tmp_path):
   checkpoints = Checkpoints(tmp_path)
   save(checkpoints, 3)
-  assert_same(checkpoints.restore(3, abstract(lambda: make_state(3).model, mesh), only='model'), make_state(3).model)
+  assert_same(
+    checkpoints.restore(3, abstract(lambda: make_state(3).model, mesh), only='model'),
+    make_state(3).model,
+  )
 
 
 @pytest.mark.parametrize('mesh', ['one', 'fsdp'], indirect=True)
 def test_a_save_stores_the_state_at_the_save_while_training_goes_on(mesh, tmp_path):
   """Steps that reuse the donated buffers run while the save is being written."""
+
   @jax.jit
   def fresh():
     return jax.sharding.reshard(jnp.full((1024, 1024), 1.0), P('fsdp', None))
+
   step = jax.jit(lambda x: x + 1, donate_argnums=0)
   checkpoints = Checkpoints(tmp_path)
   for n in (1, 2, 3):
@@ -105,7 +124,9 @@ def test_a_save_stores_the_state_at_the_save_while_training_goes_on(mesh, tmp_pa
       x = step(x)
     x.block_until_ready()
     checkpoints.wait()
-    assert (np.array(checkpoints.restore(n, abstract(lambda: {'x': fresh()}, mesh))['x']) == 1).all()
+    assert (
+      np.array(checkpoints.restore(n, abstract(lambda: {'x': fresh()}, mesh))['x']) == 1
+    ).all()
 
 
 def test_the_last_and_the_best_are_kept(mesh, tmp_path):
@@ -114,7 +135,8 @@ def test_the_last_and_the_best_are_kept(mesh, tmp_path):
   save(checkpoints, *losses, loss=losses)
   assert checkpoints.steps() == [2, 5, 6] and checkpoints.best() == 2
   assert sorted(path.name for path in checkpoints.directory.iterdir()) == [
-      name for step in (2, 5, 6) for name in (f'{step:08d}', f'{step:08d}.json')]
+    name for step in (2, 5, 6) for name in (f'{step:08d}', f'{step:08d}.json')
+  ]
   save(checkpoints, 7, loss={7: 0.5})
   assert checkpoints.steps() == [6, 7] and checkpoints.best() == 7
 
@@ -123,13 +145,17 @@ def test_a_step_can_be_saved_again(mesh, tmp_path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(2, make_state(9), DATA, PROGRESS)
   save(checkpoints, 2)
-  assert_same(checkpoints.restore(checkpoints.latest(), abstract(lambda: make_state(2), mesh)), make_state(2))
+  assert_same(
+    checkpoints.restore(checkpoints.latest(), abstract(lambda: make_state(2), mesh)), make_state(2)
+  )
 
 
 def test_a_failed_save_raises_at_the_next_wait(mesh, tmp_path, monkeypatch):
   checkpoints = Checkpoints(tmp_path)
   save(checkpoints, 1)
-  monkeypatch.setattr('files.replace', lambda *_: (_ for _ in ()).throw(OSError('no space left on device')))
+  monkeypatch.setattr(
+    'files.replace', lambda *_: (_ for _ in ()).throw(OSError('no space left on device'))
+  )
   checkpoints.save(2, make_state(2), DATA, PROGRESS)
   with pytest.raises(OSError, match='no space left'):
     checkpoints.wait()
@@ -159,7 +185,9 @@ def flip(path, position, bit=0):
 
 
 def files_of(checkpoints, step):
-  return [path for path in sorted((checkpoints.directory / f'{step:08d}').rglob('*')) if path.is_file()]
+  return [
+    path for path in sorted((checkpoints.directory / f'{step:08d}').rglob('*')) if path.is_file()
+  ]
 
 
 def test_every_file_is_guarded_against_changes_truncation_and_loss(copy):
@@ -171,14 +199,22 @@ def test_every_file_is_guarded_against_changes_truncation_and_loss(copy):
     whole = path.read_bytes()
     harms = [('is missing', path.unlink), ('bytes', lambda: path.write_bytes(whole + b'0'))]
     if whole:
-      harms += [('was changed', lambda: flip(path, len(whole) // 2)), ('was changed', lambda: flip(path, 0, 7)),
-                ('was changed', lambda: flip(path, -1)), ('bytes', lambda: path.write_bytes(whole[:-1])),
-                ('bytes', lambda: path.write_bytes(b''))]
+      harms += [
+        ('was changed', lambda: flip(path, len(whole) // 2)),
+        ('was changed', lambda: flip(path, 0, 7)),
+        ('was changed', lambda: flip(path, -1)),
+        ('bytes', lambda: path.write_bytes(whole[:-1])),
+        ('bytes', lambda: path.write_bytes(b'')),
+      ]
     for said, harm in harms:
       harm()
       assert checkpoints.latest() == 2
       (line,) = log
-      assert 'WARNING: checkpoint 3 is damaged and will not be used' in line and str(path) in line and said in line
+      assert (
+        'WARNING: checkpoint 3 is damaged and will not be used' in line
+        and str(path) in line
+        and said in line
+      )
       log.clear()
       path.write_bytes(whole)
     assert checkpoints.latest() == 3 and not log
@@ -224,7 +260,10 @@ def test_damage_upon_damage_goes_back_further_and_at_last_stops(copy):
   (checkpoints.directory / '00000002.json').write_text('{}')
   assert checkpoints.latest() == 1 and len(log) == 2
   files_of(checkpoints, 1)[0].unlink()
-  with pytest.raises(ValueError, match=r'all checkpoints in .* are damaged: \[1, 2, 3\]; remove that directory to start over'):
+  with pytest.raises(
+    ValueError,
+    match=r'all checkpoints in .* are damaged: \[1, 2, 3\]; remove that directory to start over',
+  ):
     checkpoints.latest()
 
 
@@ -241,21 +280,36 @@ def test_after_damage_the_new_checkpoints_are_the_ones_that_are_kept(copy, mesh)
   assert resumed.latest() == 2
   resumed.save(2, make_state(2), DATA, PROGRESS)
   resumed.wait()
-  assert sorted(path.name for path in checkpoints.directory.iterdir()) == ['00000002', '00000002.json']
+  assert sorted(path.name for path in checkpoints.directory.iterdir()) == [
+    '00000002',
+    '00000002.json',
+  ]
   assert resumed.latest() == 2
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_names(copy, mesh):
   checkpoints, _ = copy
   target = abstract(lambda: make_state(3, width=24), mesh)
-  model = {name: x for name, x in target.model.items() if name != 'norm'} | {'new': target.model['norm']}
+  model = {name: x for name, x in target.model.items() if name != 'norm'} | {
+    'new': target.model['norm']
+  }
   with pytest.raises(ValueError) as error:
     checkpoints.restore(3, dataclasses.replace(target, model=model))
-  for part in ('checkpoint 3', 'does not fit', 'model.new: not in the checkpoint', 'model.norm: in the checkpoint only',
-               "model.wide: ((16, 8), 'float32') in the checkpoint, ((24, 8), 'float32') in the model", 'optimizer.0'):
+  for part in (
+    'checkpoint 3',
+    'does not fit',
+    'model.new: not in the checkpoint',
+    'model.norm: in the checkpoint only',
+    "model.wide: ((16, 8), 'float32') in the checkpoint, ((24, 8), 'float32') in the model",
+    'optimizer.0',
+  ):
     assert part in str(error.value)
 
 
 def test_leaves_have_their_names():
-  assert list(named_leaves({'b': 1, 'a': [2, {'c': 3}]}, 'model')) == ['model.a.0', 'model.a.1.c', 'model.b']
+  assert list(named_leaves({'b': 1, 'a': [2, {'c': 3}]}, 'model')) == [
+    'model.a.0',
+    'model.a.1.c',
+    'model.b',
+  ]
   assert json.loads(json.dumps(DATA)) == DATA

@@ -1,4 +1,5 @@
 """Is a Config refused where it is impossible, rebuilt from flags and JSON exactly, and compared as the run's identity demands?"""
+
 import dataclasses
 import json
 import sys
@@ -32,27 +33,74 @@ def nested(**parts) -> dict:
 
 # What is impossible, with what the message must hold: the field and its value, the limit, what to do.
 IMPOSSIBLE = {
-    'heads by kv_heads': ({'model': {'heads': 4, 'kv_heads': 3}}, ('model.heads=4', 'model.kv_heads=3', '[1, 2, 4]')),
-    'width by heads': ({'model': {'width': 33}}, ('model.width=33', 'model.heads=4', 'set model.head_width')),
-    'length beyond the model': ({'data': {'sequence_length': 17}}, ('data.sequence_length=17', 'model.max_length=16', 'raise it')),
-    'batch by accumulation': ({'train': {'accumulation': 3}}, ('data.batch_size=8', 'train.accumulation=3', 'a multiple')),
-    'warm-up as long as the run': ({'optimizer': {'warmup_steps': 6}}, ('optimizer.warmup_steps=6', '6 steps', 'fewer warm-up')),
-    'warm-up and decay': ({'optimizer': {'schedule': 'wsd', 'decay_fraction': 0.5, 'warmup_steps': 4}},
-                          ('optimizer.warmup_steps=4', '3 steps', '6 steps', 'decay_fraction')),
-    'patience without evaluations': ({'train': {'patience': 2}}, ('train.patience=2', 'train.eval_every=0', 'set train.eval_every')),
-    'no steps': ({'train': {'steps': 0}}, ('train.steps=0', 'at least 1')),
-    'no number': ({'train': {'z_loss': float('nan')}}, ('train.z_loss=nan', 'at least 0')),
-    'seed beyond 32 bits': ({'train': {'seed': 2**32}}, ('train.seed=4294967296', 'below 2**32')),
-    'unknown choice': ({'train': {'nonfinite': 'skipp'}}, ("train.nonfinite='skipp'", "did you mean 'skip'?", 'stop')),
-    'unknown optimizer': ({'optimizer': {'name': 'adanw'}}, ("optimizer.name='adanw'", "did you mean 'adamw'?")),
-    'a setting nobody reads': ({'optimizer': {'momentum': 0.9}}, ('optimizer.momentum=0.9', "'adamw'", 'muon, sgd')),
-    'two open axes': ({'mesh': {'fsdp': -1}}, ("['data', 'fsdp']", 'only one')),
-    'a field that is not there': ({'model': {'widht': 3}}, ("config.model has no field 'widht'", "did you mean 'width'?", 'layers')),
-    'text for a number': ({'model': {'width': '64'}}, ("config.model.width='64'", 'is str', 'must be int')),
-    'a fraction for a number': ({'train': {'steps': 1e4}}, ('config.train.steps=10000.0', 'is float', 'must be int')),
-    'truth for a number': ({'train': {'steps': True}}, ('config.train.steps=True', 'is bool', 'must be int')),
-    'a number for truth': ({'model': {'gated': 1}}, ('config.model.gated=1', 'is int', 'must be bool')),
-    'text for a tuple': ({'data': {'sources': 'stdlib'}}, ("config.data.sources='stdlib'", 'must be a list')),
+  'heads by kv_heads': (
+    {'model': {'heads': 4, 'kv_heads': 3}},
+    ('model.heads=4', 'model.kv_heads=3', '[1, 2, 4]'),
+  ),
+  'width by heads': (
+    {'model': {'width': 33}},
+    ('model.width=33', 'model.heads=4', 'set model.head_width'),
+  ),
+  'length beyond the model': (
+    {'data': {'sequence_length': 17}},
+    ('data.sequence_length=17', 'model.max_length=16', 'raise it'),
+  ),
+  'batch by accumulation': (
+    {'train': {'accumulation': 3}},
+    ('data.batch_size=8', 'train.accumulation=3', 'a multiple'),
+  ),
+  'warm-up as long as the run': (
+    {'optimizer': {'warmup_steps': 6}},
+    ('optimizer.warmup_steps=6', '6 steps', 'fewer warm-up'),
+  ),
+  'warm-up and decay': (
+    {'optimizer': {'schedule': 'wsd', 'decay_fraction': 0.5, 'warmup_steps': 4}},
+    ('optimizer.warmup_steps=4', '3 steps', '6 steps', 'decay_fraction'),
+  ),
+  'patience without evaluations': (
+    {'train': {'patience': 2}},
+    ('train.patience=2', 'train.eval_every=0', 'set train.eval_every'),
+  ),
+  'no steps': ({'train': {'steps': 0}}, ('train.steps=0', 'at least 1')),
+  'no number': ({'train': {'z_loss': float('nan')}}, ('train.z_loss=nan', 'at least 0')),
+  'seed beyond 32 bits': ({'train': {'seed': 2**32}}, ('train.seed=4294967296', 'below 2**32')),
+  'unknown choice': (
+    {'train': {'nonfinite': 'skipp'}},
+    ("train.nonfinite='skipp'", "did you mean 'skip'?", 'stop'),
+  ),
+  'unknown optimizer': (
+    {'optimizer': {'name': 'adanw'}},
+    ("optimizer.name='adanw'", "did you mean 'adamw'?"),
+  ),
+  'a setting nobody reads': (
+    {'optimizer': {'momentum': 0.9}},
+    ('optimizer.momentum=0.9', "'adamw'", 'muon, sgd'),
+  ),
+  'two open axes': ({'mesh': {'fsdp': -1}}, ("['data', 'fsdp']", 'only one')),
+  'a field that is not there': (
+    {'model': {'widht': 3}},
+    ("config.model has no field 'widht'", "did you mean 'width'?", 'layers'),
+  ),
+  'text for a number': (
+    {'model': {'width': '64'}},
+    ("config.model.width='64'", 'is str', 'must be int'),
+  ),
+  'a fraction for a number': (
+    {'train': {'steps': 1e4}},
+    ('config.train.steps=10000.0', 'is float', 'must be int'),
+  ),
+  'truth for a number': (
+    {'train': {'steps': True}},
+    ('config.train.steps=True', 'is bool', 'must be int'),
+  ),
+  'a number for truth': (
+    {'model': {'gated': 1}},
+    ('config.model.gated=1', 'is int', 'must be bool'),
+  ),
+  'text for a tuple': (
+    {'data': {'sources': 'stdlib'}},
+    ("config.data.sources='stdlib'", 'must be a list'),
+  ),
 }
 
 
@@ -69,29 +117,50 @@ def test_impossible_configs_are_refused(case):
 def test_a_mesh_that_cannot_split_the_arrays_is_refused():
   config = tiny()
   config.check_mesh(SIZES | {'data': 2, 'fsdp': 4, 'tensor': 2})
-  for sizes, said in (({'data': 2, 'fsdp': 8}, ('microbatch of 8', 'batch_size=8', '16 devices', 'data 2 x fsdp 8', 'a multiple')),
-                      ({'data': 2, 'expert': 8}, ('microbatch of 8', '16 devices', 'data 2 x fsdp 1 x expert 8')),
-                      ({'tensor': 3}, ('model.heads=4', 'mesh.tensor=3'))):
+  for sizes, said in (
+    (
+      {'data': 2, 'fsdp': 8},
+      ('microbatch of 8', 'batch_size=8', '16 devices', 'data 2 x fsdp 8', 'a multiple'),
+    ),
+    ({'data': 2, 'expert': 8}, ('microbatch of 8', '16 devices', 'data 2 x fsdp 1 x expert 8')),
+    ({'tensor': 3}, ('model.heads=4', 'mesh.tensor=3')),
+  ):
     with pytest.raises(ValueError) as error:
       config.check_mesh(SIZES | sizes)
     for part in said:
       assert part in str(error.value)
   config.check_mesh(SIZES | {'tensor': 4})  # 2 key/value heads, copied
-  with pytest.raises(ValueError, match=r'model\.kv_heads=3 and mesh\.tensor=2: one has to be a multiple of the other'):
+  with pytest.raises(
+    ValueError, match=r'model\.kv_heads=3 and mesh\.tensor=2: one has to be a multiple of the other'
+  ):
     tiny(model={'heads': 6, 'kv_heads': 3, 'head_width': 8}).check_mesh(SIZES | {'tensor': 2})
-  with pytest.raises(ValueError, match=r'data\.sequence_length=14 does not split over mesh\.tensor=4, which share the residual stream'):
+  with pytest.raises(
+    ValueError,
+    match=r'data\.sequence_length=14 does not split over mesh\.tensor=4, which share the residual stream',
+  ):
     tiny(data={'sequence_length': 14}).check_mesh(SIZES | {'tensor': 4})
   config.check_mesh(SIZES | {'stage': 2, 'fsdp': 4})
-  for sizes, said in (({'stage': 2, 'fsdp': 8}, ('8 sequences', 'batch_size=8', '8 devices', 'model.pipeline.microbatches=2', 'a multiple')),
-                      ({'stage': 4}, ('model.layers: 2 layers', 'mesh.stage=4', 'a multiple')),
-                      ({'stage': 2, 'tensor': 16}, ('model.vocabulary=264', 'mesh.tensor=16 x mesh.stage=2', 'a multiple'))):
+  for sizes, said in (
+    (
+      {'stage': 2, 'fsdp': 8},
+      ('8 sequences', 'batch_size=8', '8 devices', 'model.pipeline.microbatches=2', 'a multiple'),
+    ),
+    ({'stage': 4}, ('model.layers: 2 layers', 'mesh.stage=4', 'a multiple')),
+    (
+      {'stage': 2, 'tensor': 16},
+      ('model.vocabulary=264', 'mesh.tensor=16 x mesh.stage=2', 'a multiple'),
+    ),
+  ):
     with pytest.raises(ValueError) as error:
       config.check_mesh(SIZES | sizes)
     for part in said:
       assert part in str(error.value)
   with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=8'):
     tiny(model={'width': 36, 'head_width': 8}).check_mesh(SIZES | {'fsdp': 8})
-  with pytest.raises(ValueError, match=r'model\.width=36 does not split over mesh\.fsdp=2 x mesh\.expert=4; make it a multiple'):
+  with pytest.raises(
+    ValueError,
+    match=r'model\.width=36 does not split over mesh\.fsdp=2 x mesh\.expert=4; make it a multiple',
+  ):
     tiny(model={'width': 36, 'head_width': 8}).check_mesh(SIZES | {'fsdp': 2, 'expert': 4})
   with pytest.raises(ValueError, match=r'model\.moe\.experts=6 does not split over mesh\.expert=4'):
     tiny(model={'moe': MoEConfig(experts=6)}).check_mesh(SIZES | {'expert': 4})
@@ -103,15 +172,35 @@ def test_rows_that_do_not_split_are_refused():
   config = tiny(model={'width': 32})
   config.check_mesh(SIZES | {'context': 4, 'tensor': 2})
   for model, sizes, said in (
-      ({}, {'context': 16}, ('data.sequence_length=16', '32 chunks', 'mesh.context=16', "'ring'", 'a multiple')),
-      ({'context': 'ulysses'}, {'context': 8}, ("'ulysses' splits heads: 4", 'mesh.context=8', "'ulysses_ring'")),
-      ({'context': 'ulysses_ring'}, {'context': 2, 'tensor': 2}, ('1 key heads', 'mesh.context=2', "'ring'")),
-      ({'width': 36, 'head_width': 8}, {'context': 4, 'fsdp': 2}, ('model.width=36', 'mesh.fsdp=2 x mesh.context=4'))):
+    (
+      {},
+      {'context': 16},
+      ('data.sequence_length=16', '32 chunks', 'mesh.context=16', "'ring'", 'a multiple'),
+    ),
+    (
+      {'context': 'ulysses'},
+      {'context': 8},
+      ("'ulysses' splits heads: 4", 'mesh.context=8', "'ulysses_ring'"),
+    ),
+    (
+      {'context': 'ulysses_ring'},
+      {'context': 2, 'tensor': 2},
+      ('1 key heads', 'mesh.context=2', "'ring'"),
+    ),
+    (
+      {'width': 36, 'head_width': 8},
+      {'context': 4, 'fsdp': 2},
+      ('model.width=36', 'mesh.fsdp=2 x mesh.context=4'),
+    ),
+  ):
     with pytest.raises(ValueError) as error:
       tiny(model={'width': 32} | model).check_mesh(SIZES | sizes)
     for part in said:
       assert part in str(error.value)
-  with pytest.raises(NotImplementedError, match=r"'xla' gives no log-sum-exp .*\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\]"):
+  with pytest.raises(
+    NotImplementedError,
+    match=r"'xla' gives no log-sum-exp .*\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\]",
+  ):
     tiny(model={'attention': 'xla'}).check_mesh(SIZES | {'context': 2})
   tiny(model={'attention': 'xla', 'context': 'ulysses'}).check_mesh(SIZES | {'context': 2})
 
@@ -120,7 +209,9 @@ def test_open_sizes_come_from_the_data():
   open_sizes = tiny(model={'vocabulary': 0, 'max_length': 0}).resolve(300)
   assert (open_sizes.model.vocabulary, open_sizes.model.max_length) == (300, 16)
   assert tiny().resolve(259) == tiny()
-  with pytest.raises(ValueError, match=r'model\.vocabulary=264 is smaller than the tokenizer\'s 265; set it to 0'):
+  with pytest.raises(
+    ValueError, match=r'model\.vocabulary=264 is smaller than the tokenizer\'s 265; set it to 0'
+  ):
     tiny().resolve(265)
 
 
@@ -138,20 +229,61 @@ def test_the_whole_config_stays_under_150_fields():
 
 
 TEXT = st.text(max_size=8)
-SOURCES = st.builds(SourceConfig, kind=st.just('text'), path=TEXT.filter(bool), weight=st.floats(1e-3, 1e3)) | st.builds(
-    SourceConfig, kind=st.sampled_from(['jsonl', 'csv']), path=TEXT.filter(bool), text_field=TEXT.filter(bool)) | st.just(SourceConfig())
-CLEAN = st.builds(CleanConfig, anonymise=st.lists(st.sampled_from(ANONYMISED_KINDS), unique=True).map(tuple),
-                  near_duplicates=st.just(0.0) | st.floats(0.5, 1), exact_duplicates=st.booleans())
-DATA = st.builds(DataConfig, sources=st.lists(SOURCES, min_size=1, max_size=3).map(tuple), clean=CLEAN, seed=st.integers(0, 2**32 - 1),
-                 tokenizer=st.builds(TokenizerConfig, kind=st.sampled_from(['byte', 'char'])), sequence_length=st.integers(1, 99),
-                 validation_fraction=st.floats(0.01, 0.99))
-NEEDS_MORE = ('clamped_silu', 'relative', 'pallas_gpu')  # of a gate, of an attention backend, of a dtype
-MODEL = st.builds(ModelConfig, layers=st.integers(1, 99), kv_heads=st.sampled_from([0, 1, 2, 4]), gated=st.booleans(),
-                  rope=st.builds(RopeConfig, base=st.floats(1, 1e9), factor=st.floats(1, 99), scaling=st.sampled_from(['none', 'linear'])),
-                  **{name: st.sampled_from([x for x in known if x not in NEEDS_MORE]) for name, known in CHOICES.items()})
-OPTIMIZER = st.builds(OptimizerConfig, learning_rate=st.floats(1e-30, 1e3), b1=st.just(-1.0) | st.floats(0, 0.999),
-                      weight_decay=st.floats(0, 1))
-TRAIN = st.builds(TrainConfig, steps=st.integers(1, 10**9), seed=st.integers(0, 2**32 - 1), z_loss=st.floats(0, 1))
+SOURCES = (
+  st.builds(SourceConfig, kind=st.just('text'), path=TEXT.filter(bool), weight=st.floats(1e-3, 1e3))
+  | st.builds(
+    SourceConfig,
+    kind=st.sampled_from(['jsonl', 'csv']),
+    path=TEXT.filter(bool),
+    text_field=TEXT.filter(bool),
+  )
+  | st.just(SourceConfig())
+)
+CLEAN = st.builds(
+  CleanConfig,
+  anonymise=st.lists(st.sampled_from(ANONYMISED_KINDS), unique=True).map(tuple),
+  near_duplicates=st.just(0.0) | st.floats(0.5, 1),
+  exact_duplicates=st.booleans(),
+)
+DATA = st.builds(
+  DataConfig,
+  sources=st.lists(SOURCES, min_size=1, max_size=3).map(tuple),
+  clean=CLEAN,
+  seed=st.integers(0, 2**32 - 1),
+  tokenizer=st.builds(TokenizerConfig, kind=st.sampled_from(['byte', 'char'])),
+  sequence_length=st.integers(1, 99),
+  validation_fraction=st.floats(0.01, 0.99),
+)
+NEEDS_MORE = (
+  'clamped_silu',
+  'relative',
+  'pallas_gpu',
+)  # of a gate, of an attention backend, of a dtype
+MODEL = st.builds(
+  ModelConfig,
+  layers=st.integers(1, 99),
+  kv_heads=st.sampled_from([0, 1, 2, 4]),
+  gated=st.booleans(),
+  rope=st.builds(
+    RopeConfig,
+    base=st.floats(1, 1e9),
+    factor=st.floats(1, 99),
+    scaling=st.sampled_from(['none', 'linear']),
+  ),
+  **{
+    name: st.sampled_from([x for x in known if x not in NEEDS_MORE])
+    for name, known in CHOICES.items()
+  },
+)
+OPTIMIZER = st.builds(
+  OptimizerConfig,
+  learning_rate=st.floats(1e-30, 1e3),
+  b1=st.just(-1.0) | st.floats(0, 0.999),
+  weight_decay=st.floats(0, 1),
+)
+TRAIN = st.builds(
+  TrainConfig, steps=st.integers(1, 10**9), seed=st.integers(0, 2**32 - 1), z_loss=st.floats(0, 1)
+)
 ANY = st.builds(Config, model=MODEL, data=DATA, optimizer=OPTIMIZER, train=TRAIN)
 
 
@@ -170,26 +302,48 @@ def test_to_disk_and_back(tmp_path):
   with pytest.raises(FileNotFoundError, match='not the directory of a run; train one'):
     configs.load(tmp_path)
   (tmp_path / 'run' / configs.FILE).write_text('{"model": {"widht": 3}}')
-  with pytest.raises(ValueError, match=r"config\.json: config\.model has no field 'widht'; did you mean 'width'"):
+  with pytest.raises(
+    ValueError, match=r"config\.json: config\.model has no field 'widht'; did you mean 'width'"
+  ):
     configs.load(tmp_path / 'run')
 
 
 def test_differences_are_those_that_change_the_model_or_the_data_order():
-  same = ({'train': {'steps': 9, 'log_every': 3, 'eval_every': 2, 'keep_last': 9, 'accumulation': 2, 'nonfinite': 'skip'}},
-          {'optimizer': {'learning_rate': 1.0, 'schedule': 'linear', 'b1': 0.5}}, {'mesh': {'fsdp': 2}},
-          {'data': {'cache_dir': 'elsewhere'}}, {'model': {'remat': 'full', 'attention': 'xla'}},
-          {'model': {'attention': 'pallas_tpu', 'attention_blocks': Blocks(forward_keys=256)}})
+  same = (
+    {
+      'train': {
+        'steps': 9,
+        'log_every': 3,
+        'eval_every': 2,
+        'keep_last': 9,
+        'accumulation': 2,
+        'nonfinite': 'skip',
+      }
+    },
+    {'optimizer': {'learning_rate': 1.0, 'schedule': 'linear', 'b1': 0.5}},
+    {'mesh': {'fsdp': 2}},
+    {'data': {'cache_dir': 'elsewhere'}},
+    {'model': {'remat': 'full', 'attention': 'xla'}},
+    {'model': {'attention': 'pallas_tpu', 'attention_blocks': Blocks(forward_keys=256)}},
+  )
   for changes in same:
     assert not configs.differences(tiny(), tiny(**changes)), changes
-  other = {'model.width: 32 -> 64': {'model': {'width': 64}}, 'train.seed: 0 -> 1': {'train': {'seed': 1}},
-           'data.batch_size: 8 -> 4': {'data': {'batch_size': 4}},
-           'data.clean.near_duplicates: 0.0 -> 0.9': {'data': {'clean': CleanConfig(near_duplicates=0.9)}},
-           "optimizer.name: 'adamw' -> 'lion'": {'optimizer': {'name': 'lion'}},
-           "data.sources.0.path: 'nowhere' -> 'here'": {'data': {'sources': (SourceConfig(kind='text', path='here'),)}}}
+  other = {
+    'model.width: 32 -> 64': {'model': {'width': 64}},
+    'train.seed: 0 -> 1': {'train': {'seed': 1}},
+    'data.batch_size: 8 -> 4': {'data': {'batch_size': 4}},
+    'data.clean.near_duplicates: 0.0 -> 0.9': {'data': {'clean': CleanConfig(near_duplicates=0.9)}},
+    "optimizer.name: 'adamw' -> 'lion'": {'optimizer': {'name': 'lion'}},
+    "data.sources.0.path: 'nowhere' -> 'here'": {
+      'data': {'sources': (SourceConfig(kind='text', path='here'),)}
+    },
+  }
   for line, changes in other.items():
     assert configs.differences(tiny(), tiny(**changes)) == [line]
   two = SourceConfig(kind='text', path='nowhere'), SourceConfig(weight=0.5)
-  assert "data.sources.1.weight: None -> 0.5" in configs.differences(tiny(), tiny(data={'sources': two}))
+  assert "data.sources.1.weight: None -> 0.5" in configs.differences(
+    tiny(), tiny(data={'sources': two})
+  )
 
 
 def test_a_run_of_another_model_is_refused_and_nothing_is_written(tmp_path):
@@ -200,7 +354,13 @@ def test_a_run_of_another_model_is_refused_and_nothing_is_written(tmp_path):
   other = tiny(model={'width': 64}, data={'seed': 3})
   with pytest.raises(ValueError) as error:
     configs.check_unchanged(other, tmp_path)
-  for part in (str(tmp_path), '\n  data.seed: 0 -> 3', '\n  model.width: 32 -> 64', '--workdir', '--allow_config_change'):
+  for part in (
+    str(tmp_path),
+    '\n  data.seed: 0 -> 3',
+    '\n  model.width: 32 -> 64',
+    '--workdir',
+    '--allow_config_change',
+  ):
     assert part in str(error.value)
   configs.check_unchanged(other, tmp_path, allow_change=True)
   assert (tmp_path / configs.FILE).read_bytes() == before
@@ -209,6 +369,7 @@ def test_a_run_of_another_model_is_refused_and_nothing_is_written(tmp_path):
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
   """Parses a command line with --config=FILE, whose get_config() returns what is given, as train.py does."""
+
   def of(*arguments, returns='tiny()'):
     path = tmp_path / 'config_file.py'
     path.write_text(f'from conftest import tiny\n\ndef get_config():\n  return {returns}\n')
@@ -217,38 +378,84 @@ def parse(tmp_path, monkeypatch):
     holder = configs.define_flag(values)
     values(sys.argv)
     return configs.from_flag(holder.value)
+
   return of
 
 
 def test_flags_override_any_field(parse):
   assert parse() == tiny()
-  config = parse('--config.model.width=64', '--config.train.steps=7', '--config.optimizer.b1=0.5', '--config.optimizer.schedule=linear',
-                 '--config.data.sources[0].path=there/*.txt', '--config.data.sources[0].weight=2', '--config.model.gated=false',
-                 "--config.data.clean.anonymise=('email', 'ip')", '--config.data.clean.near_duplicates=0.8', '--config.mesh.fsdp=4',
-                 '--config.model.attention=pallas_tpu', '--config.model.attention_blocks.forward_queries=512')
+  config = parse(
+    '--config.model.width=64',
+    '--config.train.steps=7',
+    '--config.optimizer.b1=0.5',
+    '--config.optimizer.schedule=linear',
+    '--config.data.sources[0].path=there/*.txt',
+    '--config.data.sources[0].weight=2',
+    '--config.model.gated=false',
+    "--config.data.clean.anonymise=('email', 'ip')",
+    '--config.data.clean.near_duplicates=0.8',
+    '--config.mesh.fsdp=4',
+    '--config.model.attention=pallas_tpu',
+    '--config.model.attention_blocks.forward_queries=512',
+  )
   assert config == tiny(
-      model={'width': 64, 'gated': False, 'attention': 'pallas_tpu', 'attention_blocks': Blocks(forward_queries=512)}, train={'steps': 7}, optimizer={'b1': 0.5, 'schedule': 'linear'}, mesh={'fsdp': 4},
-      data={'sources': (SourceConfig(kind='text', path='there/*.txt', weight=2.0),),
-            'clean': CleanConfig(anonymise=('email', 'ip'), near_duplicates=0.8)})
+    model={
+      'width': 64,
+      'gated': False,
+      'attention': 'pallas_tpu',
+      'attention_blocks': Blocks(forward_queries=512),
+    },
+    train={'steps': 7},
+    optimizer={'b1': 0.5, 'schedule': 'linear'},
+    mesh={'fsdp': 4},
+    data={
+      'sources': (SourceConfig(kind='text', path='there/*.txt', weight=2.0),),
+      'clean': CleanConfig(anonymise=('email', 'ip'), near_duplicates=0.8),
+    },
+  )
 
 
 def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
   """Also to a value that is a field's default; what the file sets replaces the run's, too."""
-  run = tiny(model={'dtype': 'bfloat16', 'remat': 'full', 'qk_norm': True, 'rope': RopeConfig(base=5.0, factor=2.0)})
+  run = tiny(
+    model={
+      'dtype': 'bfloat16',
+      'remat': 'full',
+      'qk_norm': True,
+      'rope': RopeConfig(base=5.0, factor=2.0),
+    }
+  )
   configs.save(run, tmp_path / 'run')
   tokenizer.ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
   returns = "__import__('dataclasses').replace(tiny(), model=type(tiny().model)(remat='dots'))"
   run = dataclasses.replace(run, model=dataclasses.replace(run.model, max_length=99))
   configs.save(run, tmp_path / 'run')
-  long = returns.replace("model=", "data=__import__('dataclasses').replace(tiny().data, sequence_length=128), model=")
+  long = returns.replace(
+    "model=", "data=__import__('dataclasses').replace(tiny().data, sequence_length=128), model="
+  )
   with pytest.raises(ValueError, match='data.sequence_length=128 passes model.max_length=99'):
     parse(f'--config.init={tmp_path}/run', returns=long)
   # What the file and the run disagree about, an override can mend.
-  assert parse(f'--config.init={tmp_path}/run', '--config.data.sequence_length=64', returns=long).data.sequence_length == 64
-  found = parse(f'--config.init={tmp_path}/run', '--config.model.dtype=float32', '--config.model.rope.factor=1.0', returns=returns)
-  assert found.model == dataclasses.replace(run.model, remat='dots', dtype='float32', rope=RopeConfig(base=5.0))
+  assert (
+    parse(
+      f'--config.init={tmp_path}/run', '--config.data.sequence_length=64', returns=long
+    ).data.sequence_length
+    == 64
+  )
+  found = parse(
+    f'--config.init={tmp_path}/run',
+    '--config.model.dtype=float32',
+    '--config.model.rope.factor=1.0',
+    returns=returns,
+  )
+  assert found.model == dataclasses.replace(
+    run.model, remat='dots', dtype='float32', rope=RopeConfig(base=5.0)
+  )
   assert found.init == f'{tmp_path}/run'
-  for argument, said in (('--config.init=nowhere', 'nowhere is not the directory of a run'), ('--config.init', 'write it as --config.init=')):
+  for argument, said in (
+    ('--config.init=nowhere', 'nowhere is not the directory of a run'),
+    ('--config.init', 'write it as --config.init='),
+  ):
     with pytest.raises((ValueError, flags.Error), match=said):
       parse(argument, 'x')
 
@@ -257,36 +464,51 @@ def test_an_override_to_no_items_is_possible(parse):
   assert parse('--config.data.clean.anonymise=()').data.clean.anonymise == ()
 
 
-@pytest.mark.parametrize('argument, said', [
+@pytest.mark.parametrize(
+  'argument, said',
+  [
     ('--config.modle.width=64', "config has no field 'modle'; did you mean 'model'?"),
     ('--config.model.widht=64', "config.model has no field 'widht'; did you mean 'width'?"),
-    ('--config.data.sources[0].pth=x', r"config.data.sources\[0\] has no field 'pth'; did you mean 'path'?"),
+    (
+      '--config.data.sources[0].pth=x',
+      r"config.data.sources\[0\] has no field 'pth'; did you mean 'path'?",
+    ),
     ('--config.data.sources[3].path=x', 'config.data.sources has no item 3; it holds 1'),
     ('--config.model[0]=x', "config.model has no item 0; it holds no list"),
     ('--config.model.width.x=1', "config.model.width is a value, it has no field 'x'"),
     ('--config.model.width=x', "config.model.width"),
     ('--config.train.steps=2.5', "config.train.steps"),
-    ('--config.model.attention_blocks.forward_quries=512', "config.model.attention_blocks has no field 'forward_quries'; did you mean 'forward_queries'?"),
+    (
+      '--config.model.attention_blocks.forward_quries=512',
+      "config.model.attention_blocks has no field 'forward_quries'; did you mean 'forward_queries'?",
+    ),
     ("--config.data.clean.anonymise=('emial',)", "did you mean 'email'?"),
-    ('--config.model.kv_heads=3', r'model.kv_heads=3; kv_heads must be one of \[1, 2, 4\]')])
+    ('--config.model.kv_heads=3', r'model.kv_heads=3; kv_heads must be one of \[1, 2, 4\]'),
+  ],
+)
 def test_a_wrong_override_is_an_error(parse, argument, said):
   with pytest.raises((ValueError, flags.Error), match=said):
     parse(argument)
 
 
 def test_a_file_must_return_a_config(parse):
-  with pytest.raises((ValueError, flags.Error), match='returned dict; it must return a training.config.Config'):
+  with pytest.raises(
+    (ValueError, flags.Error), match='returned dict; it must return a training.config.Config'
+  ):
     parse(returns="{'model': 1}")
 
 
 def test_a_file_that_is_not_there_is_named_with_the_nearest(parse, tmp_path):
   parse()
-  with pytest.raises((ValueError, flags.Error), match="/config_fil.py' is unknown; did you mean '.*/config_file.py'"):
+  with pytest.raises(
+    (ValueError, flags.Error), match="/config_fil.py' is unknown; did you mean '.*/config_file.py'"
+  ):
     parse(f'--config={tmp_path}/config_fil.py')
 
 
 def test_the_convention_of_field_types():
   """Only types that flags and JSON carry: numbers, text, truth, tuples of those, optionals, other configs."""
+
   def check(hint, path):
     if dataclasses.is_dataclass(hint):
       for name, inner in typing.get_type_hints(hint).items():
@@ -296,4 +518,5 @@ def test_the_convention_of_field_types():
         check(inner, path)
     else:
       assert hint in (int, float, bool, str, type(None), Ellipsis), f'{path}: {hint}'
+
   check(Config, 'config')

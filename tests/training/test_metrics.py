@@ -1,4 +1,5 @@
 """Does metrics.jsonl keep every number, each step once, and survive a killed process?"""
+
 import json
 import math
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from training import metrics
 
-numbers = st.one_of(st.integers(-10**9, 10**9), st.floats())
+numbers = st.one_of(st.integers(-(10**9), 10**9), st.floats())
 
 
 def write(path, *lines):
@@ -26,16 +27,27 @@ def test_round_trip_of_any_number_through_strict_json(tmp_path_factory, values):
 
   def refuse(name):
     raise ValueError(name)
+
   json.loads(path.read_text(), parse_constant=refuse)
   (read,) = metrics.read_metrics(path)
   assert read.keys() == line.keys()
-  assert all(read[name] == value or math.isnan(read[name]) and math.isnan(value) for name, value in line.items())
+  assert all(
+    read[name] == value or math.isnan(read[name]) and math.isnan(value)
+    for name, value in line.items()
+  )
 
 
 def test_lines_of_one_step_are_one_and_steps_are_in_order(tmp_path):
-  write(tmp_path / 'm', {'step': 2, 'loss': 1.0}, {'step': 1, 'loss': 2.0}, {'step': 2, 'bits_per_byte': 3.0})
+  write(
+    tmp_path / 'm',
+    {'step': 2, 'loss': 1.0},
+    {'step': 1, 'loss': 2.0},
+    {'step': 2, 'bits_per_byte': 3.0},
+  )
   assert metrics.read_metrics(tmp_path / 'm') == [
-      {'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0, 'bits_per_byte': 3.0}]
+    {'step': 1, 'loss': 2.0},
+    {'step': 2, 'loss': 1.0, 'bits_per_byte': 3.0},
+  ]
   assert metrics.read_metrics(tmp_path / 'none') == []
 
 
@@ -64,9 +76,23 @@ def test_a_broken_line_is_named_and_nothing_is_lost(tmp_path, broken):
 
 
 def test_scalars_come_to_the_host_flat():
-  tree = {'loss': jnp.float32(1.5), 'norm': {'a': jnp.bfloat16(2), 'b': {'c': 3}}, 'count': jnp.int32(4), 'ok': True, 'load': jnp.asarray([0.5, 2])}
+  tree = {
+    'loss': jnp.float32(1.5),
+    'norm': {'a': jnp.bfloat16(2), 'b': {'c': 3}},
+    'count': jnp.int32(4),
+    'ok': True,
+    'load': jnp.asarray([0.5, 2]),
+  }
   found = metrics.scalars(tree)
-  assert found == {'loss': 1.5, 'norm/a': 2.0, 'norm/b/c': 3, 'count': 4, 'ok': 1.0, 'load/0': 0.5, 'load/1': 2.0}
+  assert found == {
+    'loss': 1.5,
+    'norm/a': 2.0,
+    'norm/b/c': 3,
+    'count': 4,
+    'ok': 1.0,
+    'load/0': 0.5,
+    'load/1': 2.0,
+  }
   assert isinstance(found['count'], int) and isinstance(found['norm/a'], float)
   with pytest.raises(ValueError, match=r"metric 'norm/a' has shape \(1, 2\)"):
     metrics.scalars({'norm': {'a': jnp.ones((1, 2))}})

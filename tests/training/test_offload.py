@@ -1,4 +1,5 @@
 """Is training the same wherever parameters and optimizer state lie, and are they where they are said to be?"""
+
 import dataclasses
 import functools
 import tempfile
@@ -29,7 +30,12 @@ DISK = {'offload_optimizer': 'disk'}
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
   """Small runs by where they keep the optimizer's state; one state of each at a time."""
-  return {name: Run(directory=tmp_path_factory.mktemp(name), offload_optimizer=name.removeprefix('device')) for name in ('device', 'disk')}
+  return {
+    name: Run(
+      directory=tmp_path_factory.mktemp(name), offload_optimizer=name.removeprefix('device')
+    )
+    for name in ('device', 'disk')
+  }
 
 
 class Run:
@@ -43,7 +49,9 @@ class Run:
     self.mesh = make_mesh(config.mesh)
     with jax.set_mesh(self.mesh):
       self.make_state, self.step = train.make_program(self.config)
-      self.target = train.make_target(self.config, self.make_state, self.mesh, directory or tempfile.gettempdir())
+      self.target = train.make_target(
+        self.config, self.make_state, self.mesh, directory or tempfile.gettempdir()
+      )
 
   def begin(self):
     with jax.set_mesh(self.mesh):
@@ -69,8 +77,13 @@ def assert_same(a, b):
 
 def assert_close(a, b, atol):
   for (name, x), y in zip(named_leaves(a).items(), jax.tree.leaves(b), strict=True):
-    np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), err_msg=name, atol=atol,
-                               rtol=1e-6 if x.dtype == jnp.float32 else 2**-7)
+    np.testing.assert_allclose(
+      np.asarray(x, np.float32),
+      np.asarray(y, np.float32),
+      err_msg=name,
+      atol=atol,
+      rtol=1e-6 if x.dtype == jnp.float32 else 2**-7,
+    )
 
 
 @functools.cache
@@ -92,32 +105,56 @@ def check(where, mesh=SPLIT, model=(), optimizer='adamw', **training):
   state, measured = run.go(run.begin())
   assert_close(state.model, expected.model, 5e-5 if optimizer == 'adam8bit' else 2e-6)
   assert_close(measured, metrics, 1e-5)
-  assert [x.shape for x in jax.tree.leaves(state.optimizer)] == [x.shape for x in jax.tree.leaves(expected.optimizer)]
+  assert [x.shape for x in jax.tree.leaves(state.optimizer)] == [
+    x.shape for x in jax.tree.leaves(expected.optimizer)
+  ]
   return state, expected
 
 
 def test_in_the_hosts_memory():
   state, _ = check(HOST)
   kinds = {name: x.sharding.memory_kind for name, x in named_leaves(state.model).items()}
-  assert kinds['stack.blocks.0.attention.q'] == kinds['stack.blocks.0.feed_forward.down'] == 'pinned_host'
+  assert (
+    kinds['stack.blocks.0.attention.q']
+    == kinds['stack.blocks.0.feed_forward.down']
+    == 'pinned_host'
+  )
   assert kinds['embedding.tokens'] == kinds['stack.norm.scale'] == 'device'
-  assert all(x.sharding.memory_kind == 'pinned_host' for x in jax.tree.leaves(state.optimizer) if x.ndim)
+  assert all(
+    x.sharding.memory_kind == 'pinned_host' for x in jax.tree.leaves(state.optimizer) if x.ndim
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('where', [HOST, {'offload_parameters': True}, {'offload_optimizer': 'host'}], ids=['both', 'parameters', 'optimizer'])
+@pytest.mark.parametrize(
+  'where',
+  [HOST, {'offload_parameters': True}, {'offload_optimizer': 'host'}],
+  ids=['both', 'parameters', 'optimizer'],
+)
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
 def test_every_optimizer_in_the_hosts_memory(optimizer, where):
   check(where, optimizer=optimizer)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('setting_', [
-    {'model': {'remat': 'dots'}}, {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}},
+@pytest.mark.parametrize(
+  'setting_',
+  [
+    {'model': {'remat': 'dots'}},
+    {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}},
     {'mesh': {'data': 2, 'fsdp': 2, 'context': 2}},
-    {'mesh': {'data': 2, 'fsdp': 2, 'expert': 2},
-     'model': {'moe': MoEConfig(experts=4, per_token=2, feed_forward=16, selection_bias=True, bias_rate=0.01)}},
-    {'model': {'parameter_dtype': 'bfloat16'}}], ids=str)
+    {
+      'mesh': {'data': 2, 'fsdp': 2, 'expert': 2},
+      'model': {
+        'moe': MoEConfig(
+          experts=4, per_token=2, feed_forward=16, selection_bias=True, bias_rate=0.01
+        )
+      },
+    },
+    {'model': {'parameter_dtype': 'bfloat16'}},
+  ],
+  ids=str,
+)
 @pytest.mark.parametrize('where', [HOST, DISK | {'offload_parameters': True}], ids=['host', 'disk'])
 def test_with_everything_else(where, setting_):
   check(where, **setting_)
@@ -197,8 +234,12 @@ def test_a_killed_writer_leaves_nothing_that_counts(runs, tmp_path):
 def test_a_step_that_is_not_finite_leaves_no_trace_on_disk(runs):
   run = runs['disk']
   state, _ = run.go(run.begin(), 1)
-  before = {name: whole(x).copy() for name, x in named_leaves((state.model, state.optimizer)).items()}
-  state = dataclasses.replace(state, scale=dataclasses.replace(state.scale, scale=jnp.float32(jnp.inf)))
+  before = {
+    name: whole(x).copy() for name, x in named_leaves((state.model, state.optimizer)).items()
+  }
+  state = dataclasses.replace(
+    state, scale=dataclasses.replace(state.scale, scale=jnp.float32(jnp.inf))
+  )
   state, _ = run.go(state, 1)
   assert state.scale.skipped_steps == 1 and state.step == 2
   after = {name: whole(x) for name, x in named_leaves((state.model, state.optimizer)).items()}
@@ -212,12 +253,16 @@ def test_nothing_of_it_is_in_memory(runs):
   assert all(isinstance(x, OnDisk) for x in jax.tree.leaves(state.optimizer) if x.ndim)
   in_files = sum(x.nbytes for x in jax.tree.leaves(state.optimizer) if x.ndim)
   assert in_files == 2 * sum(x.nbytes for x in jax.tree.leaves(state.model))
-  assert shard_bytes(run.target.optimizer, 'disk') == pytest.approx(in_files / 4, rel=0.02)  # vectors are not split
+  assert shard_bytes(run.target.optimizer, 'disk') == pytest.approx(
+    in_files / 4, rel=0.02
+  )  # vectors are not split
   assert shard_bytes(run.target.optimizer) < 100
 
 
 def test_what_cannot_work_is_an_error():
-  with pytest.raises(ValueError, match="train.offload_optimizer='disc' is unknown; did you mean 'disk'"):
+  with pytest.raises(
+    ValueError, match="train.offload_optimizer='disc' is unknown; did you mean 'disk'"
+  ):
     TrainConfig(offload_optimizer='disc')
   with pytest.raises(ValueError, match='train.spill_dir'):
     TrainConfig(spill_dir='/somewhere')
@@ -230,8 +275,9 @@ def test_what_cannot_work_is_an_error():
   with pytest.raises(ValueError, match='use mesh.zero=3'):
     setting(SPLIT | {'zero': 1}, offload_parameters=True)
   with pytest.raises(NotImplementedError, match='mesh.stage=2'):
-    setting({'data': 2, 'fsdp': 2, 'stage': 2}, offload_parameters=True).check_mesh({'data': 2, 'fsdp': 2, 'stage': 2, 'expert': 1,
-                                                                                    'context': 1, 'tensor': 1})
+    setting({'data': 2, 'fsdp': 2, 'stage': 2}, offload_parameters=True).check_mesh(
+      {'data': 2, 'fsdp': 2, 'stage': 2, 'expert': 1, 'context': 1, 'tensor': 1}
+    )
 
 
 @pytest.mark.slow
@@ -241,6 +287,9 @@ def test_a_run_of_the_command_goes_on_from_disk(corpus, tmp_path):
   run_here(config(4), tmp_path / 'straight')
   for steps in (2, 4):
     run_here(config(steps), tmp_path / 'twice')
-  files = [sorted((tmp_path / name / 'checkpoints' / '00000004' / SPILLED).iterdir()) for name in ('straight', 'twice')]
+  files = [
+    sorted((tmp_path / name / 'checkpoints' / '00000004' / SPILLED).iterdir())
+    for name in ('straight', 'twice')
+  ]
   assert files[0] and [f.name for f in files[0]] == [f.name for f in files[1]]
   assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))

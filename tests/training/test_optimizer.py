@@ -1,4 +1,5 @@
 """Do optimizers, schedules and clipping do what optax, arithmetic and linear algebra say they should?"""
+
 import dataclasses
 
 import jax
@@ -25,27 +26,38 @@ class Spec:
 
 
 SPECS = {
-    'embedding': Spec(('vocab', 'embed'), 'embedding'),
-    'q': Spec(('layers', 'embed', 'heads', 'head_width'), 'matrix'),
-    'o': Spec(('layers', 'heads', 'head_width', 'embed'), 'matrix', 2),
-    'up': Spec(('layers', 'embed', 'feed_forward'), 'matrix'),
-    'bias': Spec(('layers', 'heads', 'head_width'), 'vector'),
-    'norm': Spec(('layers', 'norm'), 'vector'),
-    'mixer': Spec(('embed', 'feed_forward'), 'matrix'),
-    'head': Spec(('embed', 'vocab'), 'matrix'),
+  'embedding': Spec(('vocab', 'embed'), 'embedding'),
+  'q': Spec(('layers', 'embed', 'heads', 'head_width'), 'matrix'),
+  'o': Spec(('layers', 'heads', 'head_width', 'embed'), 'matrix', 2),
+  'up': Spec(('layers', 'embed', 'feed_forward'), 'matrix'),
+  'bias': Spec(('layers', 'heads', 'head_width'), 'vector'),
+  'norm': Spec(('layers', 'norm'), 'vector'),
+  'mixer': Spec(('embed', 'feed_forward'), 'matrix'),
+  'head': Spec(('embed', 'vocab'), 'matrix'),
 }
-SHAPES = {'embedding': (64, 32), 'q': (3, 32, 4, 16), 'o': (3, 4, 16, 32), 'up': (3, 32, 128), 'bias': (3, 4, 16),
-          'norm': (3, 32), 'mixer': (32, 48), 'head': (32, 64)}
+SHAPES = {
+  'embedding': (64, 32),
+  'q': (3, 32, 4, 16),
+  'o': (3, 4, 16, 32),
+  'up': (3, 32, 128),
+  'bias': (3, 4, 16),
+  'norm': (3, 32),
+  'mixer': (32, 48),
+  'head': (32, 64),
+}
 MESH_AXES = {'vocab': 'tensor', 'embed': 'fsdp', 'heads': 'tensor', 'feed_forward': 'tensor'}
 
 
 def random_tree(seed, shapes=SHAPES):
   rng = lambda name: np.random.default_rng([seed, *name.encode()])
-  return {name: jnp.asarray(rng(name).normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+  return {
+    name: jnp.asarray(rng(name).normal(size=shape), jnp.float32) for name, shape in shapes.items()
+  }
 
 
 def run(transformation, params, steps=2, seed=10):
   """Parameters after a few steps on random gradients that keep each parameter's sharding."""
+
   @jax.jit
   def step(params, state, grads):
     updates, state = transformation.update(grads, state, params)
@@ -54,35 +66,42 @@ def run(transformation, params, steps=2, seed=10):
   state = jax.jit(transformation.init)(params)
   for i in range(steps):
     grads = random_tree(seed + i, {name: p.shape for name, p in params.items()})
-    params, state = step(params, state, {name: jax.device_put(g, params[name].sharding) for name, g in grads.items()})
+    params, state = step(
+      params, state, {name: jax.device_put(g, params[name].sharding) for name, g in grads.items()}
+    )
   return params, state
 
 
 def close(actual, expected, tolerance=2e-6):
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  check = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+  check = lambda a, b: np.testing.assert_allclose(
+    np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance
+  )
   jax.tree.map(check, actual, expected)
 
 
 REFERENCES = {
-    'adamw': lambda lr, mask: optax.adamw(lr, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=mask),
-    'lion': lambda lr, mask: optax.lion(lr, 0.8, 0.9, weight_decay=0.3, mask=mask),
-    'sgd': lambda lr, mask: optax.chain(
-        optax.trace(0.7), optax.add_decayed_weights(0.3, mask), optax.scale_by_learning_rate(lr)),
-    'adafactor': lambda lr, mask: optax.adafactor(lr, multiply_by_parameter_scale=False),
+  'adamw': lambda lr, mask: optax.adamw(lr, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=mask),
+  'lion': lambda lr, mask: optax.lion(lr, 0.8, 0.9, weight_decay=0.3, mask=mask),
+  'sgd': lambda lr, mask: optax.chain(
+    optax.trace(0.7), optax.add_decayed_weights(0.3, mask), optax.scale_by_learning_rate(lr)
+  ),
+  'adafactor': lambda lr, mask: optax.adafactor(lr, multiply_by_parameter_scale=False),
 }
 GIVEN = {
-    'adamw': dict(b1=0.8, b2=0.9, epsilon=1e-6, weight_decay=0.3),
-    'lion': dict(b1=0.8, b2=0.9, weight_decay=0.3),
-    'sgd': dict(momentum=0.7, weight_decay=0.3),
-    # Optax's own Adafactor decays weights by the rate alone, not times the learning rate: compared without decay.
-    'adafactor': dict(weight_decay=0.0),
+  'adamw': dict(b1=0.8, b2=0.9, epsilon=1e-6, weight_decay=0.3),
+  'lion': dict(b1=0.8, b2=0.9, weight_decay=0.3),
+  'sgd': dict(momentum=0.7, weight_decay=0.3),
+  # Optax's own Adafactor decays weights by the rate alone, not times the learning rate: compared without decay.
+  'adafactor': dict(weight_decay=0.0),
 }
 
 
 @pytest.mark.parametrize('name', REFERENCES)
 def test_equals_optax(name):
-  config = OptimizerConfig(name=name, learning_rate=0.05, schedule='linear', warmup_steps=2, **GIVEN[name])
+  config = OptimizerConfig(
+    name=name, learning_rate=0.05, schedule='linear', warmup_steps=2, **GIVEN[name]
+  )
   shapes = {**SHAPES, 'up': (3, 128, 160)}  # Wide enough for Adafactor to factor.
   params = random_tree(0, shapes)
   mask = {name: spec.kind != 'vector' for name, spec in SPECS.items()}
@@ -118,7 +137,10 @@ def test_decays_matrices_and_embeddings_only(name):
   transformation = opt.make_optimizer(config, STEPS, specs)
   updates, _ = jax.jit(transformation.update)(zeros, jax.jit(transformation.init)(params), params)
   # With no gradient at all, decay is the whole update, whatever the optimizer.
-  expected = {name: -0.05 * params[name] if spec.kind != 'vector' else zeros[name] for name, spec in specs.items()}
+  expected = {
+    name: -0.05 * params[name] if spec.kind != 'vector' else zeros[name]
+    for name, spec in specs.items()
+  }
   close(updates, expected)
 
 
@@ -132,45 +154,63 @@ def test_nnx_module_as_parameters(name):
     def __init__(self, make):
       self.block, self.embedding = Block(make), make('embedding')
 
-    def __call__(self, x):  # Callable, so that a mask of its structure could be mistaken for a function.
+    def __call__(
+      self, x
+    ):  # Callable, so that a mask of its structure could be mistaken for a function.
       raise AssertionError('the model must not be called')
 
   values, config = random_tree(0), OptimizerConfig(name=name)
   used = ('up', 'norm', 'embedding')
   model = Model(lambda name: nnx.Param(values[name], spec=SPECS[name]))
-  flat, _ = run(opt.make_optimizer(config, STEPS, {n: SPECS[n] for n in used}), {n: values[n] for n in used})
+  flat, _ = run(
+    opt.make_optimizer(config, STEPS, {n: SPECS[n] for n in used}), {n: values[n] for n in used}
+  )
   noise = [random_tree(10 + step, {n: SHAPES[n] for n in used}) for step in range(2)]
   grads = [Model(lambda name: nnx.Param(noise[step][name], spec=SPECS[name])) for step in range(2)]
   paths = {'up': '.block.up', 'norm': '.block.norm', 'embedding': '.embedding'}
-  in_place_of_parameters = jax.tree.map(lambda p: p.spec, model, is_leaf=lambda x: isinstance(x, nnx.Param))
+  in_place_of_parameters = jax.tree.map(
+    lambda p: p.spec, model, is_leaf=lambda x: isinstance(x, nnx.Param)
+  )
   inside_parameters = Model(lambda name: nnx.Param(SPECS[name], spec=SPECS[name]))
-  for specs in (in_place_of_parameters, inside_parameters) if name == 'muon' else (in_place_of_parameters,):
+  for specs in (
+    (in_place_of_parameters, inside_parameters) if name == 'muon' else (in_place_of_parameters,)
+  ):
     transformation = opt.make_optimizer(config, STEPS, specs)
     state, trained = jax.jit(transformation.init)(model), model
     update = jax.jit(transformation.update)
     for grad in grads:
       updates, state = update(grad, state, trained)
       trained = optax.apply_updates(trained, updates)
-    by_path = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trained)}
+    by_path = {
+      jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trained)
+    }
     close({n: by_path[f'{paths[n]}.value'] for n in used}, flat)
 
 
 # Schedules.
 
+
 def test_schedule_key_points():
   def at(steps=100, **fields):
     schedule = opt.make_schedule(OptimizerConfig(learning_rate=2.0, **fields), steps)
     return lambda step: float(schedule(step))
+
   for name in opt.SCHEDULES:
     lr = at(schedule=name, warmup_steps=9)
     np.testing.assert_allclose([lr(0), lr(4), lr(9)], [0.2, 1.0, 2.0], rtol=1e-6)
     assert at(schedule=name)(0) == 2.0
   cosine = at(schedule='cosine', warmup_steps=20, final_fraction=0.1)
-  np.testing.assert_allclose([cosine(60), cosine(100), cosine(200)], [(2.0 + 0.2) / 2, 0.2, 0.2], rtol=1e-6)
+  np.testing.assert_allclose(
+    [cosine(60), cosine(100), cosine(200)], [(2.0 + 0.2) / 2, 0.2, 0.2], rtol=1e-6
+  )
   linear = at(schedule='linear', warmup_steps=20)
-  np.testing.assert_allclose([linear(40), linear(60), linear(99), linear(100)], [1.5, 1, 0.025, 0], atol=1e-6)
+  np.testing.assert_allclose(
+    [linear(40), linear(60), linear(99), linear(100)], [1.5, 1, 0.025, 0], atol=1e-6
+  )
   wsd = at(schedule='wsd', warmup_steps=20, decay_fraction=0.4, final_fraction=0.5)
-  np.testing.assert_allclose([wsd(20), wsd(60), wsd(80), wsd(100), wsd(150)], [2, 2, 1.5, 1, 1], rtol=1e-6)
+  np.testing.assert_allclose(
+    [wsd(20), wsd(60), wsd(80), wsd(100), wsd(150)], [2, 2, 1.5, 1, 1], rtol=1e-6
+  )
   assert at(schedule='constant', warmup_steps=20)(99) == 2.0
 
 
@@ -178,21 +218,26 @@ def test_schedule_key_points():
 @settings(max_examples=40, deadline=None)
 def test_schedule_rises_to_the_peak_and_never_rises_again(name, steps, data):
   warmup = data.draw(st.integers(0, (steps - 1) * 2 // 3))
-  schedule = opt.make_schedule(OptimizerConfig(learning_rate=1.0, schedule=name, warmup_steps=warmup), steps)
+  schedule = opt.make_schedule(
+    OptimizerConfig(learning_rate=1.0, schedule=name, warmup_steps=warmup), steps
+  )
   lr = np.asarray(jax.vmap(schedule)(jnp.arange(300)))[:steps]
   assert (lr > 0).all(), 'a step with learning rate 0 is a step wasted'
   assert np.argmax(lr) == warmup and lr[warmup] == 1.0
-  assert (np.diff(lr[:warmup + 1]) > 0).all() and (np.diff(lr[warmup:]) <= 1e-7).all()
+  assert (np.diff(lr[: warmup + 1]) > 0).all() and (np.diff(lr[warmup:]) <= 1e-7).all()
 
 
 def test_schedule_that_does_not_fit():
-  with pytest.raises(ValueError, match=r'warmup_steps=50 plus a final decay of 60 steps do not fit into 100 steps'):
+  with pytest.raises(
+    ValueError, match=r'warmup_steps=50 plus a final decay of 60 steps do not fit into 100 steps'
+  ):
     opt.make_schedule(OptimizerConfig(schedule='wsd', warmup_steps=50, decay_fraction=0.6), 100)
   with pytest.raises(ValueError, match='fewer warm-up steps'):
     opt.make_schedule(OptimizerConfig(warmup_steps=100), 100)
 
 
 # Clipping.
+
 
 @given(scale=st.floats(1e-3, 1e3), max_norm=st.floats(1e-2, 1e2))
 @settings(max_examples=30, deadline=None)
@@ -214,6 +259,7 @@ def test_clip_off_and_not_finite():
 
 # Muon.
 
+
 def test_orthogonalize_keeps_directions_and_levels_singular_values():
   rng = np.random.default_rng(0)
   for shape in ((2, 32, 96), (2, 96, 32), (1, 64, 64)):
@@ -234,7 +280,8 @@ def test_orthogonalize_keeps_directions_and_levels_singular_values():
 def test_orthogonalize_equals_optax():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 40)), jnp.float32)
   reference = optax.contrib.scale_by_muon(
-      nesterov=False, weight_dimension_numbers={'w': optax.contrib.MuonDimensionNumbers(1, 2)})
+    nesterov=False, weight_dimension_numbers={'w': optax.contrib.MuonDimensionNumbers(1, 2)}
+  )
   updates, _ = reference.update({'w': x}, reference.init({'w': x}))
   np.testing.assert_allclose(orthogonalize(x), updates['w'], rtol=1e-4, atol=1e-5)
 
@@ -244,7 +291,9 @@ def test_muon_splits_parameters_and_updates_layer_by_layer():
   others = ('embedding', 'head', 'norm')
   trees = random_tree(0), random_tree(1), SPECS
   params, grads, specs = ({n: tree[n] for n in (*matrices, *others)} for tree in trees)
-  config = OptimizerConfig(name='muon', learning_rate=0.1, schedule='constant', weight_decay=0.0, adam_ratio=0.5)
+  config = OptimizerConfig(
+    name='muon', learning_rate=0.1, schedule='constant', weight_decay=0.0, adam_ratio=0.5
+  )
   transformation = opt.make_optimizer(config, STEPS, specs)
   updates, _ = jax.jit(transformation.update)(grads, transformation.init(params), params)
   for name in others:  # Adam's first step, at its own learning rate.
@@ -252,7 +301,7 @@ def test_muon_splits_parameters_and_updates_layer_by_layer():
   for name, shape in matrices.items():
     g, u = (np.asarray(tree[name]).reshape(-1, *shape) for tree in (grads, updates))
     for layer in range(len(g)):
-      expected = -0.1 * 0.2 * max(shape) ** 0.5 * np.asarray(orthogonalize(g[layer:layer + 1]))[0]
+      expected = -0.1 * 0.2 * max(shape) ** 0.5 * np.asarray(orthogonalize(g[layer : layer + 1]))[0]
       np.testing.assert_allclose(u[layer], expected, rtol=1e-3, atol=1e-5)
     # The RMS that AdamW's updates have, whatever the shape (arXiv:2502.16982, section 2.2).
     assert 0.15 < np.sqrt(np.mean(u**2)) / 0.1 < 0.25
@@ -260,36 +309,49 @@ def test_muon_splits_parameters_and_updates_layer_by_layer():
 
 @pytest.mark.parametrize('sizes', [(1, 1), (2, 4)])
 def test_muon_sees_every_expert_as_a_matrix(sizes):
-  spec, values = Spec(('layers', 'experts', 'embed', 'feed_forward'), 'matrix'), np.random.default_rng(0).normal(size=(3, 2, 16, 24))
+  spec, values = (
+    Spec(('layers', 'experts', 'embed', 'feed_forward'), 'matrix'),
+    np.random.default_rng(0).normal(size=(3, 2, 16, 24)),
+  )
   transformation = opt.scale_by_muon(0.0, {'w': spec})
   with jax.set_mesh(mesh(sizes)):
     grads = {'w': jax.device_put(jnp.asarray(values, jnp.float32), P(None, None, 'fsdp', 'tensor'))}
     updates, _ = jax.jit(transformation.update)(grads, transformation.init(grads))
     assert updates['w'].sharding.is_equivalent_to(grads['w'].sharding, 4)
   for layer, expert in np.ndindex(3, 2):
-    expected = 0.2 * 24**0.5 * orthogonalize(jnp.asarray(values[layer, expert][None], jnp.float32))[0]
+    expected = (
+      0.2 * 24**0.5 * orthogonalize(jnp.asarray(values[layer, expert][None], jnp.float32))[0]
+    )
     np.testing.assert_allclose(updates['w'][layer, expert], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_muon_momentum_is_nesterov():
   spec, params = {'w': Spec(('embed', 'feed_forward'), 'matrix')}, {'w': jnp.zeros((8, 8))}
-  first, second = (jnp.asarray(np.random.default_rng(i).normal(size=(8, 8)), jnp.float32) for i in range(2))
+  first, second = (
+    jnp.asarray(np.random.default_rng(i).normal(size=(8, 8)), jnp.float32) for i in range(2)
+  )
   transformation = opt.scale_by_muon(0.9, spec)
   _, state = transformation.update({'w': first}, transformation.init(params))
   updates, _ = transformation.update({'w': second}, state)
   # Jordan's form: buffer = 0.9 buffer + 0.1 g; direction = 0.9 buffer + 0.1 g.
   direction = 0.9 * (0.9 * 0.1 * first + 0.1 * second) + 0.1 * second
-  np.testing.assert_allclose(updates['w'], 0.2 * 8**0.5 * orthogonalize(direction[None])[0], rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(
+    updates['w'], 0.2 * 8**0.5 * orthogonalize(direction[None])[0], rtol=1e-3, atol=1e-4
+  )
 
 
 # Sharding.
+
 
 def mesh(sizes, axis_type=AxisType.Explicit):
   return jax.make_mesh(sizes, ('fsdp', 'tensor'), axis_types=(axis_type,) * 2)
 
 
 def sharded(params):
-  return {name: jax.device_put(x, P(*(MESH_AXES.get(axis) for axis in SPECS[name].axes))) for name, x in params.items()}
+  return {
+    name: jax.device_put(x, P(*(MESH_AXES.get(axis) for axis in SPECS[name].axes)))
+    for name, x in params.items()
+  }
 
 
 @pytest.mark.parametrize('name', opt.OPTIMIZERS)
@@ -301,20 +363,33 @@ def test_sharded_equals_one_device(name):
   with jax.set_mesh(mesh((2, 4))):
     placed = sharded(params)
     actual, state = run(transformation, placed)
-    assert jax.tree.map(jax.typeof, actual) == jax.tree.map(jax.typeof, placed), 'parameters must stay where they are'
+    assert jax.tree.map(jax.typeof, actual) == jax.tree.map(jax.typeof, placed), (
+      'parameters must stay where they are'
+    )
     initial = jax.jit(transformation.init)(placed)
-    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, initial), 'state must stay where it is born'
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, initial), (
+      'state must stay where it is born'
+    )
     for leaf in jax.tree.leaves(initial):
-      assert leaf.size < 1000 or not leaf.sharding.is_fully_replicated, f'{leaf.shape} is replicated'
+      assert leaf.size < 1000 or not leaf.sharding.is_fully_replicated, (
+        f'{leaf.shape} is replicated'
+      )
   # Codes round: where the last bit differs, one may tip over.
   close(actual, expected, 5e-3 if name == 'adam8bit' else 1e-5)
 
 
-@pytest.mark.parametrize('name, shape, spec', [
+@pytest.mark.parametrize(
+  'name, shape, spec',
+  [
     ('q', (8, 32, 4, 16), P(None, ('fsdp', 'tensor'))),
-    ('q', (4, 32, 4, 16), P('fsdp', None, 'tensor')),  # As by pipeline stages; half of the mesh gets layers of zeros.
+    (
+      'q',
+      (4, 32, 4, 16),
+      P('fsdp', None, 'tensor'),
+    ),  # As by pipeline stages; half of the mesh gets layers of zeros.
     ('mixer', (32, 48), P('tensor', 'fsdp')),
-])
+  ],
+)
 def test_muon_moves_whole_layers_without_gathering(name, shape, spec):
   values = random_tree(0, {name: shape})
   transformation = opt.scale_by_muon(0.95, {name: SPECS[name]})
@@ -340,7 +415,10 @@ def test_muon_under_auto_axes():
 
 # Errors.
 
-@pytest.mark.parametrize('fields, message', [
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
     (dict(name='adamv'), "did you mean 'adamw'"),
     (dict(schedule='cosin'), "did you mean 'cosine'"),
     (dict(learning_rate=0.0), r'learning_rate=0.0 must be finite and above 0'),
@@ -349,19 +427,29 @@ def test_muon_under_auto_axes():
     (dict(clip_norm=-2.0), 'clip_norm=-2.0 must be finite and at least 0'),
     (dict(warmup_steps=-1), 'warmup_steps=-1'),
     (dict(schedule='wsd', decay_fraction=1.5), 'decay_fraction=1.5 must be a share from 0 to 1'),
-    (dict(momentum=0.9), r"momentum=0.9 would not be read by 'adamw'.*by muon, sgd.*leave it at -1"),
+    (
+      dict(momentum=0.9),
+      r"momentum=0.9 would not be read by 'adamw'.*by muon, sgd.*leave it at -1",
+    ),
     (dict(schedule='constant', final_fraction=0.1), 'final_fraction=0.1 would not be read'),
-])
+  ],
+)
 def test_config_errors(fields, message):
   with pytest.raises(ValueError, match=message):
     OptimizerConfig(**fields)
 
 
-@pytest.mark.parametrize('spec, message', [
+@pytest.mark.parametrize(
+  'spec, message',
+  [
     (Spec(('embed', 'feed_forward'), 'matrx'), "layer.w: kind 'matrx' is unknown"),
-    (Spec(('layers', 'embed', 'feed_forward'), 'matrix', 2), 'inputs=2, but a matrix .* at least 1 and at most 1'),
+    (
+      Spec(('layers', 'embed', 'feed_forward'), 'matrix', 2),
+      'inputs=2, but a matrix .* at least 1 and at most 1',
+    ),
     (Spec(('embed', 'layers'), 'vector'), "must name 'layers' first"),
-])
+  ],
+)
 def test_spec_errors(spec, message):
   with pytest.raises(ValueError, match=message):
     opt.make_optimizer(OptimizerConfig(), STEPS, {'layer': {'w': spec}})
@@ -369,4 +457,6 @@ def test_spec_errors(spec, message):
 
 def test_muon_without_matrices():
   with pytest.raises(ValueError, match="use 'adamw'"):
-    opt.make_optimizer(OptimizerConfig(name='muon'), STEPS, {'norm': SPECS['norm'], 'head': SPECS['head']})
+    opt.make_optimizer(
+      OptimizerConfig(name='muon'), STEPS, {'norm': SPECS['norm'], 'head': SPECS['head']}
+    )

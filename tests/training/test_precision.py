@@ -1,4 +1,5 @@
 """Does loss scaling follow its rules, skip what overflows, and are bad norms named?"""
+
 import dataclasses
 import functools
 
@@ -19,7 +20,11 @@ def as_numbers(state):
   return float(state.scale), int(state.good_steps), int(state.skipped_steps)
 
 
-@given(steps=st.lists(st.booleans(), max_size=60), interval=st.integers(1, 5), exponent=st.integers(0, 24))
+@given(
+  steps=st.lists(st.booleans(), max_size=60),
+  interval=st.integers(1, 5),
+  exponent=st.integers(0, 24),
+)
 @settings(max_examples=40, deadline=None)
 def test_state_machine(steps, interval, exponent):
   state = precision.init_loss_scale('float16', initial=2.0**exponent, interval=interval)
@@ -54,14 +59,20 @@ def test_other_types_are_not_scaled(dtype):
 
 def step(params, opt_state, scale, x, optimizer):
   """A float16 step on a loss whose gradient overflows while the scale is too large."""
+
   def loss_fn(params):
     y = (params['w'].astype(jnp.float16) * x.astype(jnp.float16)).astype(jnp.float32)
     return precision.scale(jnp.sum(jnp.square(y)), scale)
+
   grads = jax.tree.map(lambda g: g / scale.scale, jax.grad(loss_fn)(params))
   finite = jnp.isfinite(optax.tree.norm(grads))
   updates, new_state = optimizer.update(grads, opt_state, params)
   new = optax.apply_updates(params, updates), new_state
-  return *precision.select(finite, new, (params, opt_state)), precision.update(scale, finite), finite
+  return (
+    *precision.select(finite, new, (params, opt_state)),
+    precision.update(scale, finite),
+    finite,
+  )
 
 
 def test_float16_training_backs_off_then_trains():
@@ -89,12 +100,16 @@ def test_small_gradients_survive_in_float16_only_when_scaled():
     half = lambda w: (w.astype(jnp.float16) * jnp.float16(1e-2)).astype(jnp.float32)
     gradient = jax.grad(lambda w: precision.scale(half(w) * 1e-6, scale))(jnp.ones(()))
     return float(gradient / scale.scale)
+
   assert grad(precision.init_loss_scale('bfloat16')) == 0
   np.testing.assert_allclose(grad(precision.init_loss_scale('float16')), 1e-8, rtol=1e-2)
 
 
 def test_select_takes_one_tree_or_the_other():
-  old, new = {'a': jnp.zeros((2, 3)), 'n': jnp.int32(0)}, {'a': jnp.full((2, 3), jnp.nan), 'n': jnp.int32(1)}
+  old, new = (
+    {'a': jnp.zeros((2, 3)), 'n': jnp.int32(0)},
+    {'a': jnp.full((2, 3), jnp.nan), 'n': jnp.int32(1)},
+  )
   jax.tree.map(np.testing.assert_array_equal, precision.select(jnp.array(False), new, old), old)
   jax.tree.map(np.testing.assert_array_equal, precision.select(jnp.array(True), new, old), new)
 
@@ -105,17 +120,21 @@ def test_state_can_be_donated():
   assert as_numbers(donated) == (2.0**15, 1, 0)
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (dict(initial=0.5), 'initial loss scale 0.5 must be from 1.0 to'),
     (dict(initial=2.0**25), 'must be from 1.0 to'),
     (dict(interval=0), 'interval 0 must be at least 1 step'),
-])
+  ],
+)
 def test_errors(arguments, message):
   with pytest.raises(ValueError, match=message):
     precision.init_loss_scale('float16', **arguments)
 
 
 # Norms.
+
 
 def test_norms_name_what_is_not_finite():
   class Attention(nnx.Module):
@@ -133,8 +152,13 @@ def test_norms_name_what_is_not_finite():
 
 
 def test_norms_of_plain_trees():
-  tree = {'a': {'value': jnp.array([3.0, 4.0]), 'x': jnp.array([0.0, 12.0])}, 'large': jnp.full((4,), 1e30),
-          'half': jnp.full((4,), 300, jnp.float16), 'zero': jnp.zeros((3,)), 'scalar': jnp.float32(-2)}
+  tree = {
+    'a': {'value': jnp.array([3.0, 4.0]), 'x': jnp.array([0.0, 12.0])},
+    'large': jnp.full((4,), 1e30),
+    'half': jnp.full((4,), 300, jnp.float16),
+    'zero': jnp.zeros((3,)),
+    'scalar': jnp.float32(-2),
+  }
   norms = precision.norms_by_module(tree)
   expected = {'a': 13, 'a.value': 5, 'a.x': 12, 'large': 2e30, 'half': 600, 'zero': 0, 'scalar': 2}
   assert norms.keys() == expected.keys() and precision.non_finite(norms) == []

@@ -1,4 +1,5 @@
 """Is patience counted as configured, and does a step that is not finite stop the run with everything that a person needs to know?"""
+
 import math
 import types
 
@@ -12,6 +13,7 @@ from training.progress import Progress, check_finite
 
 class Records:
   """Checkpoints as far as Progress and check_finite look at them."""
+
   directory = 'runs/x/checkpoints'
 
   def __init__(self, steps=(), progress=None):
@@ -62,8 +64,17 @@ def test_the_error_names_step_modules_and_checkpoint():
   with pytest.raises(FloatingPointError) as error:
     check_finite(BAD, NORMS, tiny(), records)
   said = str(error.value)
-  for part in ('step 7', 'loss nan', 'blocks.q 3', 'blocks.k nan', 'head 0.5', "Not finite: ['blocks', 'blocks.k']",
-               'checkpoint 4 in runs/x/checkpoints', 'optimizer.learning_rate', 'train.nonfinite=skip'):
+  for part in (
+    'step 7',
+    'loss nan',
+    'blocks.q 3',
+    'blocks.k nan',
+    'head 0.5',
+    "Not finite: ['blocks', 'blocks.k']",
+    'checkpoint 4 in runs/x/checkpoints',
+    'optimizer.learning_rate',
+    'train.nonfinite=skip',
+  ):
     assert part in said
   assert records.waited  # for the save in flight, which may be the last good one
 
@@ -73,7 +84,10 @@ def test_no_checkpoint_yet_is_said():
     check_finite(BAD, NORMS, tiny(), Records())
 
 
-@pytest.mark.parametrize('metrics', [BAD, BAD | {'loss': 1.0}, BAD | {'grad_norm': 1.0}, BAD | {'loss': math.inf, 'grad_norm': 1.0}])
+@pytest.mark.parametrize(
+  'metrics',
+  [BAD, BAD | {'loss': 1.0}, BAD | {'grad_norm': 1.0}, BAD | {'loss': math.inf, 'grad_norm': 1.0}],
+)
 def test_either_number_is_enough(metrics):
   with pytest.raises(FloatingPointError):
     check_finite(metrics, NORMS, tiny(), Records())

@@ -1,4 +1,5 @@
 """Does the report say what metrics.jsonl says, and is nothing claimed that is not known?"""
+
 import gzip
 import json
 import lzma
@@ -16,15 +17,27 @@ from training.report import ReportConfig, compression_baselines, write_report
 def run(tmp_path, evaluated=True, mfu=True, loss=None):
   with open(tmp_path / FILE, 'w') as file:
     for step in range(0, 101, 10):
-      line = dict(step=step, loss=4 - step / 50 if loss is None else loss, tokens=step * 1000,
-                  train_seconds=step * 18.0, wall_seconds=step * 36.0, host_bytes=step * 2**30)
+      line = dict(
+        step=step,
+        loss=4 - step / 50 if loss is None else loss,
+        tokens=step * 1000,
+        train_seconds=step * 18.0,
+        wall_seconds=step * 36.0,
+        host_bytes=step * 2**30,
+      )
       if step:
-        line |= dict(step_seconds=0.5 + step / 1000, tokens_per_second=2000.0 - step) | (dict(mfu=0.4) if mfu else {})
+        line |= dict(step_seconds=0.5 + step / 1000, tokens_per_second=2000.0 - step) | (
+          dict(mfu=0.4) if mfu else {}
+        )
       else:
         line |= dict(first_step_seconds=7.25)
       if evaluated and step % 50 == 0:
-        line |= dict(validation_loss=4.1 - step / 50, bits_per_byte=2.05 - step / 100, gzip_bits_per_byte=2.08,
-                     xz_bits_per_byte=0.9)
+        line |= dict(
+          validation_loss=4.1 - step / 50,
+          bits_per_byte=2.05 - step / 100,
+          gzip_bits_per_byte=2.08,
+          xz_bits_per_byte=0.9,
+        )
       file.write(json.dumps(line) + '\n')
 
 
@@ -40,24 +53,35 @@ def write(tmp_path, config=ReportConfig(), **changes):
 
 def test_every_row_against_hand_arithmetic(tmp_path):
   run(tmp_path)
-  rates = ReportConfig(dollars_per_chip_hour=2.5, watts_per_chip=200, kilograms_co2_per_kwh=0.5, pue=1.1)
+  rates = ReportConfig(
+    dollars_per_chip_hour=2.5, watts_per_chip=200, kilograms_co2_per_kwh=0.5, pue=1.1
+  )
   table, text = write(tmp_path, rates)
-  assert '![Loss curve](loss.png)' in text and (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
+  assert '![Loss curve](loss.png)' in text and (tmp_path / 'loss.png').read_bytes().startswith(
+    b'\x89PNG'
+  )
   assert table['Steps'] == '100' and table['Tokens'] == '100k' and table['Parameters'] == '10k'
   assert table['Training loss, last'] == '2.0000 nats/token'
   assert table['Validation loss, last (best)'] == '2.1000 (2.1000 at step 100) nats/token'
   assert table['**Held-out bits per byte**'] == '**1.050**'
   assert table['gzip -9 of the same documents'] == '2.080: beaten'
   assert table['xz -9 of the same documents'] == '0.900: not beaten'
-  assert table['Hardware'] == '4 x TPU v5e' and table['MFU (median; causal attention at half)'] == '40.0%'
-  assert table['Tokens/s (median)'] == '1.95k' and table['First step, compilation included'] == '7.2 s'
+  assert (
+    table['Hardware'] == '4 x TPU v5e'
+    and table['MFU (median; causal attention at half)'] == '40.0%'
+  )
+  assert (
+    table['Tokens/s (median)'] == '1.95k' and table['First step, compilation included'] == '7.2 s'
+  )
   assert table['Seconds per step (median, p90 of the lines logged)'] == '0.555, 0.591'
   assert table['Host memory, largest seen'] == '100.00 GiB'
   assert table['Model FLOPs spent'] == '7.5e+09'
   assert table['6ND estimate (arXiv:2001.08361)'] == '6e+09: spent is 1.25x'
   assert table['Tokens per parameter'] == '10'
   assert table['Chinchilla ratio 20 (arXiv:2203.15556)'] == '200k tokens: 50.0% seen'
-  assert table['Hours, steps only'] == '0.5' and table['Hours, with evaluation and checkpoints'] == '1'
+  assert (
+    table['Hours, steps only'] == '0.5' and table['Hours, with evaluation and checkpoints'] == '1'
+  )
   assert table['Chip-hours'] == '4' and table['Cost'] == '$10.00'
   assert table['Energy (PUE 1.1)'] == '0.88 kWh' and table['CO2'] == '0.44 kg'
 
@@ -66,7 +90,12 @@ def test_nothing_is_claimed_without_a_rate_a_peak_or_an_evaluation(tmp_path):
   run(tmp_path, evaluated=False, mfu=False)
   table, text = write(tmp_path)
   assert [table[name] for name in ('Cost', 'Energy (PUE 1)', 'CO2')] == ['no rate given'] * 3
-  assert 'MFU' not in text and 'bits per byte' not in text and 'gzip' not in text and 'Validation' not in text
+  assert (
+    'MFU' not in text
+    and 'bits per byte' not in text
+    and 'gzip' not in text
+    and 'Validation' not in text
+  )
   table, _ = write(tmp_path, ReportConfig(kilograms_co2_per_kwh=0.5))
   assert table['CO2'] == 'no rate given'
   table, _ = write(tmp_path, ReportConfig(watts_per_chip=500))
@@ -84,9 +113,13 @@ def test_odd_losses_still_make_a_report(tmp_path, loss):
 def test_best_validation_is_the_smallest_finite(tmp_path):
   with open(tmp_path / FILE, 'w') as file:
     for step, loss in enumerate(['nan', 3.0, 2.0, 2.5]):
-      line = dict(step=step, loss=3.0, validation_loss=loss, tokens=1, train_seconds=1.0, wall_seconds=1.0)
+      line = dict(
+        step=step, loss=3.0, validation_loss=loss, tokens=1, train_seconds=1.0, wall_seconds=1.0
+      )
       file.write(json.dumps(line) + '\n')
-  assert write(tmp_path)[0]['Validation loss, last (best)'] == '2.5000 (2.0000 at step 2) nats/token'
+  assert (
+    write(tmp_path)[0]['Validation loss, last (best)'] == '2.5000 (2.0000 at step 2) nats/token'
+  )
 
 
 def test_an_empty_run_is_refused_and_nothing_is_written(tmp_path):
@@ -102,6 +135,7 @@ def test_a_failed_plot_leaves_the_last_report_whole(tmp_path, monkeypatch):
 
   def fail(lines):
     raise RuntimeError('no fonts')
+
   monkeypatch.setattr(report, 'plot', fail)
   with pytest.raises(RuntimeError):
     write(tmp_path)
@@ -110,11 +144,22 @@ def test_a_failed_plot_leaves_the_last_report_whole(tmp_path, monkeypatch):
 
 def test_right_axis_is_the_left_one_in_bits_per_byte(tmp_path, monkeypatch):
   from matplotlib.figure import Figure
+
   seen = []
   monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **kwargs: seen.append(figure))
   nats, ratio = [8.0, 4.0, 2.0], 0.5
-  report.plot([dict(step=step, loss=loss, validation_loss=loss, bits_per_byte=loss * ratio, gzip_bits_per_byte=3.0)
-               for step, loss in enumerate(nats)])
+  report.plot(
+    [
+      dict(
+        step=step,
+        loss=loss,
+        validation_loss=loss,
+        bits_per_byte=loss * ratio,
+        gzip_bits_per_byte=3.0,
+      )
+      for step, loss in enumerate(nats)
+    ]
+  )
   left, right = seen[0].axes
   assert right.get_ylim() == pytest.approx([limit * ratio for limit in left.get_ylim()])
   lines = {line.get_label(): line for line in left.get_lines()}
@@ -129,7 +174,9 @@ def test_smoothing_stays_within_the_values_and_keeps_gaps(values):
   smooth = report._smooth(values)
   finite = [value for value in values if not math.isnan(value)]
   assert [math.isnan(value) for value in smooth] == [math.isnan(value) for value in values]
-  assert all(min(finite) - 1e-9 <= value <= max(finite) + 1e-9 for value in smooth if not math.isnan(value))
+  assert all(
+    min(finite) - 1e-9 <= value <= max(finite) + 1e-9 for value in smooth if not math.isnan(value)
+  )
 
 
 def test_smoothing_does_not_lag_behind_a_steep_start():
@@ -144,8 +191,13 @@ TEXTS = st.lists(st.text(max_size=300) | st.text('ab \n', max_size=3000), min_si
 @given(TEXTS.filter(any))
 def test_baselines_are_the_command_lines_at_level_9(documents):
   data = [document.encode() for document in documents]
-  bits = {'gzip': sum(len(gzip.compress(d, 9)) for d in data), 'xz': sum(len(lzma.compress(d, preset=9)) for d in data)}
-  assert compression_baselines(documents) == {name: 8 * size / sum(map(len, data)) for name, size in bits.items()}
+  bits = {
+    'gzip': sum(len(gzip.compress(d, 9)) for d in data),
+    'xz': sum(len(lzma.compress(d, preset=9)) for d in data),
+  }
+  assert compression_baselines(documents) == {
+    name: 8 * size / sum(map(len, data)) for name, size in bits.items()
+  }
 
 
 def test_baselines_on_source_code_match_the_slow_way():
@@ -158,8 +210,15 @@ def test_baselines_on_source_code_match_the_slow_way():
     compression_baselines(['', ''])
 
 
-@pytest.mark.parametrize('bad', [dict(watts_per_chip=-1.0), dict(dollars_per_chip_hour=math.nan), dict(pue=0.9),
-                                 dict(kilograms_co2_per_kwh=math.inf)])
+@pytest.mark.parametrize(
+  'bad',
+  [
+    dict(watts_per_chip=-1.0),
+    dict(dollars_per_chip_hour=math.nan),
+    dict(pue=0.9),
+    dict(kilograms_co2_per_kwh=math.inf),
+  ],
+)
 def test_impossible_rates_are_refused(bad):
   (name,) = bad
   with pytest.raises(ValueError, match=f'report.{name}='):

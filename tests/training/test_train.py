@@ -1,4 +1,5 @@
 """Are training's laws kept? Meshes, optimizers, skipped steps and stops change nothing they should not; resumed is uninterrupted."""
+
 import dataclasses
 import json
 import math
@@ -7,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Trainer, assert_close, assert_same, host, initial_model, make_batches, on, quickly, run_here, tiny
+from conftest import (
+  Trainer,
+  assert_close,
+  assert_same,
+  host,
+  initial_model,
+  make_batches,
+  on,
+  quickly,
+  run_here,
+  tiny,
+)
 
 from model.params import abstract, named_leaves
 import train
@@ -21,8 +33,14 @@ from training.metrics import read_metrics
 from training.optimizer import OPTIMIZERS
 
 BATCHES = make_batches(3)
-MESHES = ({'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'data': 4, 'tensor': 2}, {'stage': 2, 'fsdp': 2, 'tensor': 2},
-          pytest.param({'data': 1, 'fsdp': 2, 'context': 4}, marks=pytest.mark.slow))
+MESHES = (
+  {'data': 8},
+  {'fsdp': 8},
+  {'data': 2, 'fsdp': 4},
+  {'data': 4, 'tensor': 2},
+  {'stage': 2, 'fsdp': 2, 'tensor': 2},
+  pytest.param({'data': 1, 'fsdp': 2, 'context': 4}, marks=pytest.mark.slow),
+)
 
 
 def trained(devices=1, **parts):
@@ -58,29 +76,51 @@ def test_eight_devices_are_one(alone, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, remat', [({'data': 1}, 'full'), ({'fsdp': 2, 'tensor': 2, 'context': 2, 'data': 1}, 'none')], ids=str)
+@pytest.mark.parametrize(
+  'mesh, remat',
+  [({'data': 1}, 'full'), ({'fsdp': 2, 'tensor': 2, 'context': 2, 'data': 1}, 'none')],
+  ids=str,
+)
 def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
   """Interpreted, forward and backward, in packed rows; split and recomputed as well."""
-  trainer, metrics = trained(math.prod(mesh.values()), mesh=mesh, model={'attention': 'pallas_tpu', 'remat': remat})
+  trainer, metrics = trained(
+    math.prod(mesh.values()), mesh=mesh, model={'attention': 'pallas_tpu', 'remat': remat}
+  )
   assert_equivalent(trainer.state.model, alone[0].state.model)
   np.testing.assert_allclose([m['loss'] for m in metrics], [m['loss'] for m in alone[1]], rtol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(mosaic_gpu_compat.INTERPRETER is None, reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can')
+@pytest.mark.skipif(
+  mosaic_gpu_compat.INTERPRETER is None,
+  reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can',
+)
 @pytest.mark.parametrize('model', [{}, {'attention_blocks': Blocks(forward_keys=64)}], ids=str)
 def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
   """Interpreted, in packed rows, of 16 bits, which is all that they multiply: as near to the oracle in f32 as the oracle in 16 bits is."""
   monkeypatch.setattr(flash_gpu, '_processors', lambda: 3)
-  runs = {name: trained(model=fields) for name, fields in (
-      ('exact', {'attention': 'reference'}), ('oracle', {'attention': 'reference', 'dtype': 'bfloat16'}),
-      ('ours', {'attention': 'pallas_gpu', 'dtype': 'bfloat16'} | model))}
-  found = {name: np.concatenate([x.ravel() for x in host(trainer.state.model).values()]) for name, (trainer, _) in runs.items()}
+  runs = {
+    name: trained(model=fields)
+    for name, fields in (
+      ('exact', {'attention': 'reference'}),
+      ('oracle', {'attention': 'reference', 'dtype': 'bfloat16'}),
+      ('ours', {'attention': 'pallas_gpu', 'dtype': 'bfloat16'} | model),
+    )
+  }
+  found = {
+    name: np.concatenate([x.ravel() for x in host(trainer.state.model).values()])
+    for name, (trainer, _) in runs.items()
+  }
   began = np.concatenate([x.ravel() for x in initial_model(tiny().model, tiny().train.seed)])
   error = lambda x: np.sqrt(np.square(found[x].astype(np.float64) - found['exact']).mean())
-  assert error('ours') <= 1.1 * error('oracle') < 0.2 * np.sqrt(np.square(found['exact'] - began).mean())
+  assert (
+    error('ours') <= 1.1 * error('oracle') < 0.2 * np.sqrt(np.square(found['exact'] - began).mean())
+  )
   for name in ('loss', 'grad_norm'):
-    np.testing.assert_allclose(*([m[name] for m in runs[run][1]] for run in ('ours', 'oracle')), rtol=1e-2 if name == 'grad_norm' else 1e-3)
+    np.testing.assert_allclose(
+      *([m[name] for m in runs[run][1]] for run in ('ours', 'oracle')),
+      rtol=1e-2 if name == 'grad_norm' else 1e-3,
+    )
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh(alone):
@@ -101,7 +141,10 @@ def test_the_states_buffers_are_reused(alone):
   assert all(x.is_deleted() for x in jax.tree.leaves(before))
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=() if name == 'muon' else pytest.mark.slow) for name in OPTIMIZERS])
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(name, marks=() if name == 'muon' else pytest.mark.slow) for name in OPTIMIZERS],
+)
 def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(name, tmp_path):
   """AdamW is above too; Muon, which moves whole layers between devices, is tried each time."""
   alone, _ = trained(optimizer={'name': name})
@@ -122,9 +165,15 @@ def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(nam
 
 
 def test_f16_overflow_is_skipped_and_halves_the_scale():
-  trainer = Trainer(tiny(model={'dtype': 'float16'}, optimizer={'schedule': 'linear'}, train={'steps': 40}))
-  largest = jax.device_put(jnp.float32(2.0**24), trainer.state.scale.scale.sharding)  # more than the gradients can take
-  trainer.state = dataclasses.replace(trainer.state, scale=dataclasses.replace(trainer.state.scale, scale=largest))
+  trainer = Trainer(
+    tiny(model={'dtype': 'float16'}, optimizer={'schedule': 'linear'}, train={'steps': 40})
+  )
+  largest = jax.device_put(
+    jnp.float32(2.0**24), trainer.state.scale.scale.sharding
+  )  # more than the gradients can take
+  trainer.state = dataclasses.replace(
+    trainer.state, scale=dataclasses.replace(trainer.state.scale, scale=largest)
+  )
   kept = host(trainer.state)
   metrics, _ = trainer.step(BATCHES[0])
   after = host(trainer.state)
@@ -144,8 +193,17 @@ def test_f16_overflow_is_skipped_and_halves_the_scale():
   np.testing.assert_allclose(seen[-1]['learning_rate'], at(applied - 1), rtol=1e-6)
 
 
-EXPERTS = dataclasses.replace(tiny().model.moe, experts=4, feed_forward=16, first=1, router='sigmoid', selection_bias=True, bias_rate=0.01,
-                              balance_loss=0.1, z_loss=0.01)
+EXPERTS = dataclasses.replace(
+  tiny().model.moe,
+  experts=4,
+  feed_forward=16,
+  first=1,
+  router='sigmoid',
+  selection_bias=True,
+  bias_rate=0.01,
+  balance_loss=0.1,
+  z_loss=0.01,
+)
 
 
 def test_experts_are_balanced_and_reported():
@@ -157,16 +215,37 @@ def test_experts_are_balanced_and_reported():
     (one, _), (other, _) = alone.step(batch), many.step(batch)
     for name in one:
       np.testing.assert_allclose(one[name], other[name], rtol=1e-5, err_msg=name)
-    assert one['dropped'] == 0 and one['expert_load'].shape == (4,) and one['expert_load'].sum() == pytest.approx(4)
-    assert one['expert_load_max'] >= one['expert_load'].max() and one['balance_loss'] > 0 and one['router_z_loss'] > 0
+    assert (
+      one['dropped'] == 0
+      and one['expert_load'].shape == (4,)
+      and one['expert_load'].sum() == pytest.approx(4)
+    )
+    assert (
+      one['expert_load_max'] >= one['expert_load'].max()
+      and one['balance_loss'] > 0
+      and one['router_z_loss'] > 0
+    )
   assert_close(alone.state.model, many.state.model, 1e-6)
   bias = np.array(alone.state.model.stack.blocks[1].feed_forward.selection_bias[...])
   assert bias.shape == (2, 4) and (bias != 0).any() and (np.abs(bias) < 0.031).all()
-  np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-5)  # whole steps of the rate, up or down
+  np.testing.assert_allclose(
+    bias / 0.01, np.round(bias / 0.01), atol=1e-5
+  )  # whole steps of the rate, up or down
 
 
-SPLIT = MoEConfig(experts=8, feed_forward=32, shared_feed_forward=16, router='sigmoid', groups=4, groups_per_token=2, selection_bias=True,
-                  bias_rate=0.01, balance_loss=0.1, z_loss=0.01, capacity_factor=0.5)
+SPLIT = MoEConfig(
+  experts=8,
+  feed_forward=32,
+  shared_feed_forward=16,
+  router='sigmoid',
+  groups=4,
+  groups_per_token=2,
+  selection_bias=True,
+  bias_rate=0.01,
+  balance_loss=0.1,
+  z_loss=0.01,
+  capacity_factor=0.5,
+)
 
 
 @pytest.fixture(scope='module')
@@ -174,8 +253,20 @@ def split_alone():
   return trained(model={'moe': SPLIT})
 
 
-@pytest.mark.parametrize('mesh', [{'fsdp': 2, 'expert': 2, 'tensor': 2}] + [pytest.param(mesh, marks=pytest.mark.slow) for mesh in (
-    {'data': 2, 'expert': 4}, {'expert': 8}, {'fsdp': 2, 'expert': 4}, {'expert': 4, 'tensor': 2})], ids=str)
+@pytest.mark.parametrize(
+  'mesh',
+  [{'fsdp': 2, 'expert': 2, 'tensor': 2}]
+  + [
+    pytest.param(mesh, marks=pytest.mark.slow)
+    for mesh in (
+      {'data': 2, 'expert': 4},
+      {'expert': 8},
+      {'fsdp': 2, 'expert': 4},
+      {'expert': 4, 'tensor': 2},
+    )
+  ],
+  ids=str,
+)
 def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
   """Three steps with everything recomputed; the bias that balances the load moves alike, too."""
   trainer, metrics = trained(8, mesh=mesh, model={'moe': SPLIT, 'remat': 'full'})
@@ -189,15 +280,19 @@ def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
 
 # Whole runs, on all eight devices.
 
+
 def state_of(workdir, step):
   """The arrays of a checkpoint, on the host."""
   import orbax.checkpoint as ocp
+
   checkpoints = Checkpoints(workdir, log=pytest.fail)
   assert not checkpoints.problems(step)
   request = dict.fromkeys(checkpoints.record(step)['leaves'], 0)
   with ocp.PyTreeCheckpointer() as reader:
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), request)
-    return reader.restore(checkpoints._path(step), args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+    return reader.restore(
+      checkpoints._path(step), args=ocp.args.PyTreeRestore(item=request, restore_args=arguments)
+    )
 
 
 @pytest.fixture(scope='module')
@@ -209,7 +304,9 @@ def straight(corpus, tmp_path_factory):
 
 
 def steps_logged(workdir):
-  return [line['step'] for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())]
+  return [
+    line['step'] for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  ]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, capsys):
@@ -220,7 +317,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, caps
     assert (f'going on from checkpoint {checkpoint}' in said) == bool(checkpoint)
     with open(tmp_path / 'metrics.jsonl', 'a') as file:  # as if it had been killed further on
       file.write(json.dumps({'step': steps + 1, 'loss': 0.0}) + '\n')
-  (tmp_path / 'metrics.jsonl').write_text('\n'.join((tmp_path / 'metrics.jsonl').read_text().splitlines()[:-1]) + '\n')
+  (tmp_path / 'metrics.jsonl').write_text(
+    '\n'.join((tmp_path / 'metrics.jsonl').read_text().splitlines()[:-1]) + '\n'
+  )
   assert_same(state_of(tmp_path, 6), state_of(straight, 6))
   assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
   assert steps_logged(tmp_path) == steps_logged(straight) == [1, 2, 3, 4, 5, 6]
@@ -232,21 +331,35 @@ def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
   run_here(on(corpus, train={'steps': 4}), tmp_path)
   run_here(on(corpus, mesh={'data': 2, 'fsdp': 4}), tmp_path)
   a, b = state_of(tmp_path, 6), state_of(straight, 6)
-  assert_equivalent({name: x for name, x in a.items() if name.startswith('model.')},
-                    {name: x for name, x in b.items() if name.startswith('model.')}, steps=2)
+  assert_equivalent(
+    {name: x for name, x in a.items() if name.startswith('model.')},
+    {name: x for name, x in b.items() if name.startswith('model.')},
+    steps=2,
+  )
   assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
 
 
-def test_a_run_begins_with_another_runs_parameters_and_tokenizer(straight, corpus, tmp_path, capsys):
+def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
+  straight, corpus, tmp_path, capsys
+):
   """Taken as they are, and as an import leaves them: the model alone, at step 0 of the run's own directory."""
   still = {'optimizer': {'learning_rate': 1e-30}, 'train': {'steps': 1, 'save_every': 1}}
-  begin = dataclasses.replace(on(corpus, **still), init=str(straight), model=ModelConfig(remat='full'))
-  begin = dataclasses.replace(begin, data=dataclasses.replace(begin.data, tokenizer=TokenizerConfig()))
+  begin = dataclasses.replace(
+    on(corpus, **still), init=str(straight), model=ModelConfig(remat='full')
+  )
+  begin = dataclasses.replace(
+    begin, data=dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
+  )
   run_here(configs.begin_from(begin), tmp_path / 'new')
   assert f'beginning with the parameters of {straight}' in capsys.readouterr().out
   saved = configs.load(tmp_path / 'new')
-  assert saved.model == dataclasses.replace(configs.load(straight).model, remat='full') and saved.data.tokenizer.kind == 'byte'
-  ours = lambda workdir, step: {name: x for name, x in state_of(workdir, step).items() if name.startswith('model.')}
+  assert (
+    saved.model == dataclasses.replace(configs.load(straight).model, remat='full')
+    and saved.data.tokenizer.kind == 'byte'
+  )
+  ours = lambda workdir, step: {
+    name: x for name, x in state_of(workdir, step).items() if name.startswith('model.')
+  }
   assert_same(ours(tmp_path / 'new', 1), ours(straight, 6))
 
   trainer = Trainer(on(corpus, **still))
@@ -255,7 +368,10 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(straight, corpu
   imported.wait()
   run_here(on(corpus, **still), tmp_path / 'imported')
   assert f'beginning with the parameters of {tmp_path / "imported"}' in capsys.readouterr().out
-  assert_same(ours(tmp_path / 'imported', 1), {f'model.{name}': np.asarray(x) for name, x in named_leaves(trainer.state.model).items()})
+  assert_same(
+    ours(tmp_path / 'imported', 1),
+    {f'model.{name}': np.asarray(x) for name, x in named_leaves(trainer.state.model).items()},
+  )
   with pytest.raises(FileNotFoundError, match='nowhere is not the directory of a run'):
     configs.begin_from(dataclasses.replace(begin, init=str(tmp_path / 'nowhere')))
   wrong = dataclasses.replace(begin, model=ModelConfig(width=64))
@@ -267,7 +383,9 @@ def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsy
   (straight / 'report.md').unlink()
   before = sorted(path.name for path in (straight / 'checkpoints').iterdir())
   run_here(on(corpus), straight)
-  assert 'nothing to do: checkpoint 6 has reached train.steps=6; raise it' in capsys.readouterr().out
+  assert (
+    'nothing to do: checkpoint 6 has reached train.steps=6; raise it' in capsys.readouterr().out
+  )
   assert (straight / 'report.md').exists()
   assert sorted(path.name for path in (straight / 'checkpoints').iterdir()) == before
 
@@ -275,10 +393,14 @@ def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsy
 def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(straight, corpus):
   kept = {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()}
   other = on(corpus, model={'width': 64}, data={'seed': 1}, train={'steps': 9})
-  with pytest.raises(SystemExit, match=r'(?s)data\.seed: 0 -> 1.*model\.width: 32 -> 64.*--allow_config_change'):
+  with pytest.raises(
+    SystemExit, match=r'(?s)data\.seed: 0 -> 1.*model\.width: 32 -> 64.*--allow_config_change'
+  ):
     run_here(other, straight)
   # Allowed, but impossible: parameters of this shape are not there.
-  with pytest.raises(SystemExit, match=r'(?s)checkpoint 6 .* does not fit the config.*model\.embedding'):
+  with pytest.raises(
+    SystemExit, match=r'(?s)checkpoint 6 .* does not fit the config.*model\.embedding'
+  ):
     run_here(other, straight, allow_change=True)
   assert {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()} == kept
 
@@ -291,7 +413,10 @@ def test_an_allowed_change_of_the_data_starts_the_new_order_loudly(corpus, tmp_p
   capsys.readouterr()
   run_here(other, tmp_path, allow_change=True)
   said = capsys.readouterr().out
-  assert 'WARNING: the data order has changed' in said and 'the new order starts at its beginning' in said
+  assert (
+    'WARNING: the data order has changed' in said
+    and 'the new order starts at its beginning' in said
+  )
   record = Checkpoints(tmp_path).record(4)['data']
   assert (record['seed'], record['examples']) == (1, 2 * 8)
 
@@ -303,29 +428,55 @@ def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(corpus, tmp_path)
   with pytest.raises(FloatingPointError) as error:
     run_here(on(corpus, **EXPLODING, train={'save_every': 1}), tmp_path / 'stop')
   said = str(error.value)
-  for part in ('step 2: loss', 'Gradient norm by module: ', ' embedding nan', 'stack.blocks.0.attention.q nan', 'Not finite: [',
-               'Last good checkpoint: checkpoint 1 in', 'train.nonfinite=skip'):
+  for part in (
+    'step 2: loss',
+    'Gradient norm by module: ',
+    ' embedding nan',
+    'stack.blocks.0.attention.q nan',
+    'Not finite: [',
+    'Last good checkpoint: checkpoint 1 in',
+    'train.nonfinite=skip',
+  ):
     assert part in said
   assert Checkpoints(tmp_path / 'stop').latest() == 1
-  with pytest.raises(FloatingPointError, match='step 2: .*there is none yet'):  # seen at once, not only where a save waits
+  with pytest.raises(
+    FloatingPointError, match='step 2: .*there is none yet'
+  ):  # seen at once, not only where a save waits
     run_here(on(corpus, **EXPLODING, train={'save_every': 6}), tmp_path / 'at once')
-  run_here(on(corpus, **EXPLODING, train={'save_every': 1, 'keep_last': 9, 'nonfinite': 'skip'}), tmp_path / 'skip')
+  run_here(
+    on(corpus, **EXPLODING, train={'save_every': 1, 'keep_last': 9, 'nonfinite': 'skip'}),
+    tmp_path / 'skip',
+  )
   assert steps_logged(tmp_path / 'skip') == [1, 2, 3, 4, 5, 6]
   last, first = state_of(tmp_path / 'skip', 6), state_of(tmp_path / 'skip', 1)
   assert last['scale.skipped_steps'] == 5
-  assert {name for name in last if last[name].tobytes() != first[name].tobytes()} == {'step', 'scale.good_steps', 'scale.skipped_steps'}
+  assert {name for name in last if last[name].tobytes() != first[name].tobytes()} == {
+    'step',
+    'scale.good_steps',
+    'scale.skipped_steps',
+  }
 
 
 def test_training_stops_when_patience_ends_and_stays_stopped(corpus, tmp_path, capsys):
-  stuck = {'optimizer': {'learning_rate': 1e-30}, 'train': {'eval_every': 1, 'eval_batches': 1, 'patience': 2, 'keep_last': 1}}
+  stuck = {
+    'optimizer': {'learning_rate': 1e-30},
+    'train': {'eval_every': 1, 'eval_batches': 1, 'patience': 2, 'keep_last': 1},
+  }
   run_here(on(corpus, **stuck), tmp_path)
   said = capsys.readouterr().out
-  assert 'stopped after step 3: train.patience=2: no better validation loss in 2 evaluations' in said and 'same command' not in said
+  assert (
+    'stopped after step 3: train.patience=2: no better validation loss in 2 evaluations' in said
+    and 'same command' not in said
+  )
   checkpoints = Checkpoints(tmp_path)
   assert checkpoints.steps() == [1, 3] and checkpoints.best() == 1
   assert checkpoints.record(3)['progress']['waited'] == 2
   lines = read_metrics(tmp_path / 'metrics.jsonl')
-  assert lines[-1]['step'] == 3 and 'gzip_bits_per_byte' in lines[-1] and 'gzip_bits_per_byte' not in lines[-2]
+  assert (
+    lines[-1]['step'] == 3
+    and 'gzip_bits_per_byte' in lines[-1]
+    and 'gzip_bits_per_byte' not in lines[-2]
+  )
   assert (tmp_path / 'report.md').exists()
   run_here(on(corpus, **stuck), tmp_path)
   assert 'nothing to do: checkpoint 3 has reached train.patience=2' in capsys.readouterr().out

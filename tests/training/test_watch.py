@@ -1,4 +1,5 @@
 """Are step times those of completed steps, is every step's number seen, and does a resumed run have each step once?"""
+
 import io
 import json
 import math
@@ -39,7 +40,14 @@ class Result:
 
 
 def watch(tmp_path, device, steps, **changes):
-  settings = dict(steps=steps, log_every=1, tensorboard=False, write=True, stream=io.StringIO(), clock=device.clock)
+  settings = dict(
+    steps=steps,
+    log_every=1,
+    tensorboard=False,
+    write=True,
+    stream=io.StringIO(),
+    clock=device.clock,
+  )
   return Watch(tmp_path, **settings | changes)
 
 
@@ -52,7 +60,12 @@ def test_a_step_is_read_only_after_the_next_is_dispatched(tmp_path):
   with watch(tmp_path, device, range(3)) as w:
     done = [w.step(step, {'loss': device.run(step, 1, step)}, 1) for step in range(3)]
     done.append(w.flush())
-  assert done == [None, {'step': 0, 'loss': 0.0}, {'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 2.0}]
+  assert done == [
+    None,
+    {'step': 0, 'loss': 0.0},
+    {'step': 1, 'loss': 1.0},
+    {'step': 2, 'loss': 2.0},
+  ]
   assert device.events == ['dispatch 0', 'dispatch 1', 'read 0', 'dispatch 2', 'read 1', 'read 2']
 
 
@@ -118,9 +131,14 @@ def test_nonfinite_numbers_reach_the_trainer_and_the_file(tmp_path):
   device = Device()
   losses = [1.0, math.nan, 3.0, math.inf]
   with watch(tmp_path, device, range(1, 5), log_every=3) as w:
-    seen = [w.step(step, {'loss': device.run(step, 1, losses[step - 1])}, 1) for step in range(1, 5)] + [w.flush()]
+    seen = [
+      w.step(step, {'loss': device.run(step, 1, losses[step - 1])}, 1) for step in range(1, 5)
+    ] + [w.flush()]
   np.testing.assert_equal([done['loss'] for done in seen[1:]], losses)
-  assert [(line['loss'], line['nonfinite_steps']) for line in lines(tmp_path)] == [(2.0, 1), ('inf', 1)]
+  assert [(line['loss'], line['nonfinite_steps']) for line in lines(tmp_path)] == [
+    (2.0, 1),
+    ('inf', 1),
+  ]
 
 
 @pytest.mark.parametrize('killed', [False, True])
@@ -144,7 +162,10 @@ def test_resuming_has_each_step_once_and_totals_go_on(tmp_path, killed):
 
 def test_an_error_keeps_what_completed(tmp_path):
   device = Device()
-  with pytest.raises(RuntimeError, match='boom'), watch(tmp_path, device, range(9), log_every=100) as w:
+  with (
+    pytest.raises(RuntimeError, match='boom'),
+    watch(tmp_path, device, range(9), log_every=100) as w,
+  ):
     for step in range(4):
       w.step(step, {'loss': device.run(step, 1, step)}, 1)
     raise RuntimeError('boom')
@@ -168,8 +189,15 @@ def test_plain_lines_and_a_bar_show_the_numbers(tmp_path, monkeypatch):
   for terminal in (False, True):
     device, stream = Device(), io.StringIO()
     stream.isatty = lambda terminal=terminal: terminal
-    with watch(tmp_path / str(terminal), device, range(1, 401), log_every=10, flops_per_token=1e6, peak=1e12,
-               stream=stream) as w:
+    with watch(
+      tmp_path / str(terminal),
+      device,
+      range(1, 401),
+      log_every=10,
+      flops_per_token=1e6,
+      peak=1e12,
+      stream=stream,
+    ) as w:
       for step in range(1, 11):
         w.step(step, {'loss': device.run(step, 0.5, 2.25)}, tokens=123_456)
       with w.pause():
@@ -188,6 +216,7 @@ def test_device_memory_is_shown_where_known(monkeypatch):
 
     def memory_stats(self):
       return self.stats
+
   monkeypatch.setattr(jax, 'local_devices', lambda: [Chip()])
   assert watching.memory()['device_bytes'] == 60 and watching.memory()['device_share'] == 0.75
   Chip.stats = None
@@ -197,6 +226,7 @@ def test_device_memory_is_shown_where_known(monkeypatch):
 
 def test_tensorboard_has_the_same_numbers(tmp_path):
   from tensorboardX.proto import event_pb2
+
   device = Device()
   for steps in (range(0, 4), range(2, 5)):
     with watch(tmp_path, device, steps, tensorboard=True) as w:
@@ -208,8 +238,8 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     while data:
       # A TFRecord: 8 bytes of length, 4 of checksum, the event, 4 of checksum.
       length = int.from_bytes(data[:8], 'little')
-      event = event_pb2.Event.FromString(data[12:12 + length])
-      data = data[16 + length:]
+      event = event_pb2.Event.FromString(data[12 : 12 + length])
+      data = data[16 + length :]
       if event.HasField('session_log'):
         purged.append(event.step)
       for value in event.summary.value:
@@ -234,7 +264,10 @@ def test_misuse_is_refused(tmp_path):
     watch(tmp_path, Device(), range(3), log_every=0)
   with pytest.raises(ValueError, match='steps=range'):
     watch(tmp_path, Device(), range(0, 9, 3))
-  with watch(tmp_path, Device(), range(5, 9)) as w, pytest.raises(ValueError, match='step 6 does not follow step 4'):
+  with (
+    watch(tmp_path, Device(), range(5, 9)) as w,
+    pytest.raises(ValueError, match='step 6 does not follow step 4'),
+  ):
     w.step(6, {}, 1)
 
 
@@ -252,7 +285,9 @@ def test_profile_windows_outside_the_run(tmp_path, text):
 
 def test_profile_traces_the_steps_named(tmp_path, monkeypatch):
   events = []
-  monkeypatch.setattr(jax.profiler, 'start_trace', lambda directory: events.append(f'start {directory}'))
+  monkeypatch.setattr(
+    jax.profiler, 'start_trace', lambda directory: events.append(f'start {directory}')
+  )
   monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: events.append('stop'))
   monkeypatch.setattr(jax, 'block_until_ready', lambda outputs: events.append(f'wait {outputs}'))
 
@@ -263,6 +298,7 @@ def test_profile_traces_the_steps_named(tmp_path, monkeypatch):
       events.append(step)
       window.after(step, f'outputs {step}')
     window.close()
+
   run('3-4')
   assert events == [0, 1, 2, 'start out', 3, 4, 'wait outputs 4', 'stop', 5, 6, 7]
   events.clear()
@@ -282,7 +318,17 @@ def test_profile_writes_a_trace(tmp_path):
   assert list(tmp_path.rglob('*.xplane.pb'))
 
 
-@pytest.mark.parametrize('number, text', [(0, '0'), (999, '999'), (999.6, '1k'), (12345, '12.3k'), (1.2e6, '1.2M'),
-                                          (0.01234, '0.0123'), (3e15, '3P')])
+@pytest.mark.parametrize(
+  'number, text',
+  [
+    (0, '0'),
+    (999, '999'),
+    (999.6, '1k'),
+    (12345, '12.3k'),
+    (1.2e6, '1.2M'),
+    (0.01234, '0.0123'),
+    (3e15, '3P'),
+  ],
+)
 def test_short(number, text):
   assert watching.short(number) == text

@@ -1,4 +1,5 @@
 """Are ZeRO's stages, offloading and one device the same training, and do they keep what they say?"""
+
 import functools
 import re
 
@@ -18,20 +19,38 @@ from training import state as states
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
 
-MODEL = dict(vocabulary=64, width=32, layers=4, heads=4, kv_heads=2, max_length=16, feed_forward=88, gated=True, remat='full')
+MODEL = dict(
+  vocabulary=64,
+  width=32,
+  layers=4,
+  heads=4,
+  kv_heads=2,
+  max_length=16,
+  feed_forward=88,
+  gated=True,
+  remat='full',
+)
 
 
 def setting(mesh, model=(), **training):
-  return Config(model=ModelConfig(**MODEL | dict(model)), data=DataConfig(sequence_length=16, batch_size=16), mesh=MeshConfig(**mesh),
-                # With a small epsilon updates are as large as the learning rate however small the gradient: rounding would show.
-                train=TrainConfig(**training), optimizer=OptimizerConfig(epsilon=1e-3))
+  return Config(
+    model=ModelConfig(**MODEL | dict(model)),
+    data=DataConfig(sequence_length=16, batch_size=16),
+    mesh=MeshConfig(**mesh),
+    # With a small epsilon updates are as large as the learning rate however small the gradient: rounding would show.
+    train=TrainConfig(**training),
+    optimizer=OptimizerConfig(epsilon=1e-3),
+  )
 
 
 def batch():
   tokens = np.random.default_rng(0).integers(0, 64, (16, 17)).astype(np.int32)
   places = np.tile(np.arange(16, dtype=np.int32), (16, 1))
   rows = jax.NamedSharding(jax.sharding.get_mesh(), ax.spec('batch', 'length'))
-  return jax.tree.map(lambda x: jax.device_put(x, rows), Batch(tokens[:, :-1], tokens[:, 1:], places, np.ones_like(places)))
+  return jax.tree.map(
+    lambda x: jax.device_put(x, rows),
+    Batch(tokens[:, :-1], tokens[:, 1:], places, np.ones_like(places)),
+  )
 
 
 @functools.cache
@@ -40,11 +59,19 @@ def three_steps(config, devices=8):
   with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:devices])):
     model = jax.eval_shape(functools.partial(transformer.init, config.model, 0))
     optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
-    state, step, rows = jax.jit(functools.partial(states.init, config, optimizer))(), train.make_train_step(config, optimizer), batch()
+    state, step, rows = (
+      jax.jit(functools.partial(states.init, config, optimizer))(),
+      train.make_train_step(config, optimizer),
+      batch(),
+    )
     compiled = step.lower(state, rows).compile()
     for _ in range(3):
       state, *_ = compiled(state, rows)
-  return compiled, state, {name: np.asarray(x) for name, x in params.named_leaves(state.model).items()}
+  return (
+    compiled,
+    state,
+    {name: np.asarray(x) for name, x in params.named_leaves(state.model).items()},
+  )
 
 
 def check(config, alone):
@@ -56,23 +83,35 @@ def check(config, alone):
 
 def gathers_in_loops(text):
   """All-gathers outside of the entry computation, as the program's text has them."""
-  return len(re.findall(r' all-gather\(', text[:text.index('\nENTRY ')]))
+  return len(re.findall(r' all-gather\(', text[: text.index('\nENTRY ')]))
 
 
-@pytest.mark.parametrize('mesh, model', [
+@pytest.mark.parametrize(
+  'mesh, model',
+  [
     ({'data': 2, 'fsdp': 4}, {}),
     pytest.param({'data': 1, 'fsdp': 4, 'tensor': 2}, {}, marks=pytest.mark.slow),
     pytest.param({'data': 1, 'fsdp': 4, 'stage': 2}, {}, marks=pytest.mark.slow),
-    pytest.param({'data': 1, 'fsdp': 4, 'stage': 2}, {'pipeline': PipelineConfig(schedule='1f1b')}, marks=pytest.mark.slow),
-], ids=str)
+    pytest.param(
+      {'data': 1, 'fsdp': 4, 'stage': 2},
+      {'pipeline': PipelineConfig(schedule='1f1b')},
+      marks=pytest.mark.slow,
+    ),
+  ],
+  ids=str,
+)
 def test_every_stage_is_the_same_training(mesh, model):
   loops = []
   for zero in (3, 2, 1):
-    compiled, state = check(setting(mesh | {'zero': zero}, model, accumulation=2), setting({'data': 1}, accumulation=2))
+    compiled, state = check(
+      setting(mesh | {'zero': zero}, model, accumulation=2), setting({'data': 1}, accumulation=2)
+    )
     loops.append(gathers_in_loops(compiled.as_text()))
     for name, x in params.named_leaves(state).items():
       assert x.size < 2048 or not x.sharding.is_fully_replicated, name  # between steps all is split
-  assert loops[0] >= loops[1] + 6 and loops[1] == loops[2], loops  # weights are gathered once a step, but for the tables
+  assert loops[0] >= loops[1] + 6 and loops[1] == loops[2], (
+    loops
+  )  # weights are gathered once a step, but for the tables
 
 
 @pytest.mark.slow
@@ -83,8 +122,12 @@ def test_a_stage_with_experts():
 
 def test_gradients_are_split_where_they_arise():
   """With 1 the backward loop carries whole gradients, with 2 and 3 shards; with 1 and 2 there are whole weights besides."""
-  used = {zero: three_steps(setting({'data': 2, 'fsdp': 4, 'zero': zero}, accumulation=2))[0].memory_analysis().temp_size_in_bytes
-          for zero in (1, 2, 3)}
+  used = {
+    zero: three_steps(setting({'data': 2, 'fsdp': 4, 'zero': zero}, accumulation=2))[0]
+    .memory_analysis()
+    .temp_size_in_bytes
+    for zero in (1, 2, 3)
+  }
   matrices = 4 * 4 * (3 * 32 * 88 + 3 * 32 * 32)  # bytes of what is gathered: 4 layers' projections
   assert used[1] - used[2] > 0.6 * matrices and used[2] - used[3] > 0.6 * matrices, (used, matrices)
 
@@ -97,6 +140,11 @@ def test_optimizer_state_in_the_hosts_memory():
   config = setting({'data': 2, 'fsdp': 4}, offload_optimizer='host')
   with jax.set_mesh(make_mesh(config.mesh)):
     optimizer = make_optimizer(config.optimizer, 200, params.specs(state.model))
-    target = params.abstract(functools.partial(states.init, config, optimizer), jax.sharding.get_mesh())
+    target = params.abstract(
+      functools.partial(states.init, config, optimizer), jax.sharding.get_mesh()
+    )
   for x, y in zip(jax.tree.leaves(target), jax.tree.leaves(state), strict=True):
-    assert x.sharding.is_equivalent_to(y.sharding, x.ndim) and (x.sharding.memory_kind or 'device') == y.sharding.memory_kind
+    assert (
+      x.sharding.is_equivalent_to(y.sharding, x.ndim)
+      and (x.sharding.memory_kind or 'device') == y.sharding.memory_kind
+    )
