@@ -4,8 +4,9 @@ VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 # A test compiles on one core, and takes a few GiB at most.
 PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
+LINT := $(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
 
-.PHONY: demo test test-all test-oracle test-slow test-gpu-aot lint clean
+.PHONY: demo test test-all test-oracle test-slow test-gpu-aot lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=runs/demo
@@ -13,7 +14,7 @@ demo: $(VENV)/installed
 	  --prompt "def main(" --prompt "class Queue:" --prompt "import "
 
 test: $(VENV)/installed-test
-	$(RUN) -m flake8
+	$(LINT)
 	$(PYTEST) -m "not slow and not oracle"
 
 test-all: $(VENV)/installed-oracle
@@ -33,7 +34,12 @@ test-gpu-aot: $(VENV)/installed-test
 	  -m "not oracle"
 
 lint: $(VENV)/installed-test
-	$(RUN) -m flake8
+	$(LINT)
+
+# Lays out every file, and mends what can be mended without thought.
+format: $(VENV)/installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 clean:
 	rm -rf $(VENV) runs

@@ -209,9 +209,10 @@ def check_flags() -> None:
   """Raises ValueError for flags that do not go together, and for an output that could not be written, before anything takes time."""
   if PROMPTS.value is not None and PROMPT.value != ['']:
     raise ValueError('--prompt and --prompts: give one of the two')
-  given = lambda flags: [
-    f'--{flag.name}' for flag in flags if flag.present and flag.value is not False
-  ]
+
+  def given(flags):
+    return [f'--{flag.name}' for flag in flags if flag.present and flag.value is not False]
+
   if SCORE.value and (
     unused := given(
       (CHAT, STREAM, BENCH, REGEX, SCHEMA, DRAFT, EARLY, BIAS, STOP, STOP_IDS, *OPTIONS.values())
@@ -301,7 +302,10 @@ def write(what: str, found: list[dict]) -> None:
 
 def show(generator: Generator, completion) -> None:
   """Prints a completion and what is known of its tokens."""
-  shown = lambda ids: generator.tokenizer.decode_bytes(ids).decode('utf-8', errors='replace')
+
+  def shown(ids):
+    return generator.tokenizer.decode_bytes(ids).decode('utf-8', errors='replace')
+
   prompt = completion.prompt if isinstance(completion.prompt, str) else shown(completion.prompt)
   print(f'{prompt}{completion.text}', flush=True)
   if OPTIONS['logprobs'].value < 0:

@@ -218,7 +218,10 @@ def make_plan(
   lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context, weights)
   bytes_held = {name: memory.shard_bytes(tree) for name, tree in held.items()}
   found = functools.partial(Plan, mode, config, chip, mesh.size)
-  seconds = lambda: time.perf_counter() - began
+
+  def seconds():
+    return time.perf_counter() - began
+
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:

@@ -30,9 +30,7 @@ from model import params, transformer
 from objectives.pretrain import check_model, pretrain, router_metrics
 from parallel import axes, context, offload, pipeline
 from parallel.mesh import make_mesh
-from training import config as configs
-from training import precision, spill, update
-from training import state as states
+from training import config as configs, precision, spill, state as states, update
 from training.accumulate import accumulate
 from training.checkpoint import Checkpoints
 from training.optimizer import clip, make_optimizer, make_schedule
@@ -93,7 +91,10 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
     grads, sums = accumulate(loss_fn, state.model, batch, state.scale, config.train.accumulation)
     tokens = jnp.maximum(sums['tokens'], 1)
     divisor = tokens * unit * state.scale.scale
-    squares = lambda g: jnp.sum(jnp.square((g / divisor).astype(jnp.float32)))
+
+    def squares(g):
+      return jnp.sum(jnp.square((g / divisor).astype(jnp.float32)))
+
     norms = jax.tree.map(lambda g: jnp.sqrt(offload.sum_by_layer(squares, g)), grads)
     norm = optax.tree.norm(norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums['nll'])
@@ -265,7 +266,10 @@ def train_steps(
   signal,
 ) -> str:
   """Runs `steps`; step n is dispatched before n - 1 is looked at. Returns why it stopped before the last one, or ''."""
-  every = lambda n, step: bool(n) and step % n == 0
+
+  def every(n, step):
+    return bool(n) and step % n == 0
+
   tokens = config.data.batch_size * config.data.sequence_length
   norms, impatient = None, ''
   for step in steps:

@@ -100,8 +100,13 @@ def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str
 
   The maker is for use with the mesh in context.
   """
-  rows_of = lambda shape: NamedSharding(mesh, ax.spec('batch', *(None,) * (len(shape) - 1)))
-  row = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of(shape))
+
+  def rows_of(shape):
+    return NamedSharding(mesh, ax.spec('batch', *(None,) * (len(shape) - 1)))
+
+  def row(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of(shape))
+
   with jax.set_mesh(mesh):
     model = params.abstract(lambda: generating_model(transformer.init(config, 0), weights), mesh)
     cache = params.abstract(lambda: init_cache(model.config, rows, context), mesh)

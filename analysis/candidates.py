@@ -116,7 +116,10 @@ def nearest(
   yield from (change(config, policy=name) for name in stronger)
   least = change(config, policy=stronger[-1]) if stronger else config
   yield from (change(least, accumulation=n) for n in microbatches(least, sizes))
-  moved = lambda mesh: sum(mesh[axis] != sizes[axis] for axis in AXES)
+
+  def moved(mesh):
+    return sum(mesh[axis] != sizes[axis] for axis in AXES)
+
   others = [
     mesh
     for mesh in meshes(config, devices, slices)

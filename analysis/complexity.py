@@ -250,7 +250,10 @@ def measure(
         init(),
         jax.tree.map(lambda x: jnp.full(x.shape, T if x.ndim == 1 else 1, x.dtype), argument),
       )
-      run = lambda: jax.block_until_ready(compiled(*arguments))
+
+      def run():
+        return jax.block_until_ready(compiled(*arguments))
+
       run()
       seconds = common.seconds(run)
   return dict(memory=memory, flops=operations, seconds=seconds, calls=calls)
@@ -425,10 +428,13 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   options = parser.parse_args(arguments)
   if options.plot and os.path.splitext(options.plot)[1] not in ('.png', '.pdf', '.svg'):
     parser.error(f'--plot={options.plot} must end in .png, .pdf or .svg')
-  sizes_of = lambda platform: {
-    axis: known['sizes'][: QUICK if options.quick else None]
-    for axis, known in AXES[platform].items()
-  }
+
+  def sizes_of(platform):
+    return {
+      axis: known['sizes'][: QUICK if options.quick else None]
+      for axis, known in AXES[platform].items()
+    }
+
   if jax.default_backend() != 'cpu':
     parser.error(
       f'this measures on a CPU, and jax found {jax.default_backend()}; set JAX_PLATFORMS=cpu'
@@ -452,9 +458,10 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   if options.plot:
     plot(found, options.plot)
     print(f'\nwrote {options.plot}')
-  named = lambda values: [
-    None if math.isnan(value) else value for value in values
-  ]  # JSON has no NaN
+
+  def named(values):
+    return [None if math.isnan(value) else value for value in values]  # JSON has no NaN
+
   common.write_json(
     options.json, 'complexity', jax.tree.map(named, found, is_leaf=lambda x: isinstance(x, list))
   )

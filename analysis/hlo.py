@@ -208,7 +208,10 @@ class Module:
 
   def branch(self, conditional: Instruction) -> str:
     """The dearest branch: most products, then most bytes written; of a filter of tokens, the cheapest: it is off (decode.sampling)."""
-    written = lambda name: sum(nbytes(i.shape) for i in self.computations[name] if not i.free)
+
+    def written(name):
+      return sum(nbytes(i.shape) for i in self.computations[name] if not i.free)
+
     return (min if FILTER in conditional.scope else max)(
       conditional.called, key=lambda name: (self.flops(name), written(name))
     )
@@ -297,7 +300,10 @@ class Module:
   def _scalar(self, computation, name, path=(), element=None, parameters=None):
     """Value of a scalar (its place in a tuple: `path`), None where unknown. element: index -> value of the loop's state."""
     i = self[computation, name]
-    ask = lambda operand, path=(): self._scalar(computation, operand, path, element, parameters)
+
+    def ask(operand, path=()):
+      return self._scalar(computation, operand, path, element, parameters)
+
     if i.opcode == 'constant':
       text = i.arguments.strip()
       return {'true': 1, 'false': 0}.get(text, int(text) if re.fullmatch(r'-?\d+', text) else None)
@@ -388,7 +394,10 @@ def _closing(text: str, opening: int) -> int:
 def _taps(attributes, axis, inputs, outputs):
   """Pairs of an output and a place of the window that meet an input rather than padding or the holes of a dilation."""
   window = dict(re.findall(r'(\w+)=(\S+)', re.search(r'window=\{([^}]*)\}', attributes)[1]))
-  of = lambda field, default: int(window[field].split('x')[axis]) if field in window else default
+
+  def of(field, default):
+    return int(window[field].split('x')[axis]) if field in window else default
+
   stride, left, right = of('stride', 1), of('lhs_dilate', 1), of('rhs_dilate', 1)
   low = int(window['pad'].split('x')[axis].split('_')[0]) if 'pad' in window else 0
   places = (

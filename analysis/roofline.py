@@ -132,7 +132,10 @@ def cudnn_flops(i: Instruction) -> float | None:
   found = re.search(r'custom_call_target="__cudnn\$(\w+)"', i.attributes)
   if not found or found[1] not in CUDNN_PRODUCTS:
     return None
-  setting = lambda name, value: re.search(rf'"{name}": ?{value}', i.attributes)[1]
+
+  def setting(name, value):
+    return re.search(rf'"{name}": ?{value}', i.attributes)[1]
+
   B, N, T, S = (int(n) for n in re.findall(r'\d+', setting('dimensions', r'\[([^\]]*)\]')))
   H = hlo.dims(re.match(r'\(?([^,]*\[[\d,]*\])', i.shape)[1])[-1]
   keys = (

@@ -78,7 +78,10 @@ def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
 
   Raises ValueError for a form that is not known.
   """
-  ints = lambda text: [int(n) for n in text.split(',') if n]
+
+  def ints(text):
+    return [int(n) for n in text.split(',') if n]
+
   if found := re.search(r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}', attributes):
     return [tuple(ints(pair)) for pair in re.findall(r'\{([\d,]+)\}', found[1])]
   if found := re.search(r'replica_groups=\{((?:\{[\d,]+\},?)*)\}', attributes):
@@ -285,7 +288,10 @@ class Links:
     if c.kind == 'collective-permute':
       return 0.0, c.nbytes / network
     inside = max(1, c.size // slices)
-    share = lambda n: (n - 1) / n * c.size / (c.size - 1)
+
+    def share(n):
+      return (n - 1) / n * c.size / (c.size - 1)
+
     first = self._place(self.mesh.devices.flat[c.group[0]])
     near = tuple(i for i in c.group if self._place(self.mesh.devices.flat[i]) == first)
     return (

@@ -172,8 +172,9 @@ def ranking(config, plans) -> None:
 def json_able(values):
   """Nested values with tuples as keys written as text."""
   if isinstance(values, dict):
-    name = lambda key: (
-      key if isinstance(key, str) else f'{key[0]} over {" x ".join(key[1]) or "one device"}'
-    )
+
+    def name(key):
+      return key if isinstance(key, str) else f'{key[0]} over {" x ".join(key[1]) or "one device"}'
+
     return {name(key): json_able(value) for key, value in values.items()}
   return values

@@ -156,9 +156,14 @@ def formula(config: Config, chips: int, parameters: int) -> dict[str, float]:
 
 def _loss(config, model, batch=None):
   if batch is None:
-    zeros = lambda: ax.place(
-      jnp.zeros((config.data.batch_size, config.data.sequence_length), jnp.int32), 'batch', 'length'
-    )
+
+    def zeros():
+      return ax.place(
+        jnp.zeros((config.data.batch_size, config.data.sequence_length), jnp.int32),
+        'batch',
+        'length',
+      )
+
     batch = Batch(zeros(), zeros(), zeros(), zeros())
   return pretrain(model, batch, config.train.z_loss)
 
@@ -169,7 +174,10 @@ def _residuals(config, model, mesh) -> int:
   tokens = jax.ShapeDtypeStruct(
     (config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows
   )
-  forward = lambda model, batch: jax.vjp(lambda model: _loss(config, model, batch)[0], model)[1]
+
+  def forward(model, batch):
+    return jax.vjp(lambda model: _loss(config, model, batch)[0], model)[1]
+
   program = jax.make_jaxpr(forward)(model, Batch(tokens, tokens, tokens, tokens)).jaxpr
   given, total = {*program.invars}, 0
   for out in {*program.outvars} - given:

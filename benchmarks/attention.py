@@ -229,9 +229,10 @@ def parity_of(
 def faster_of(run: Run, ours: str) -> list[str]:
   """What skipping is worth: our windows and documents against our own causal attention of as long rows."""
   found = run.found.get(ours, {})
-  seconds = lambda name: sum(
-    found.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS
-  )
+
+  def seconds(name):
+    return sum(found.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS)
+
   said = []
   for case in run.wanted:
     ratio = (
@@ -310,7 +311,10 @@ def main() -> int:
     run.found |= dict.fromkeys(PEERS, {})
     run.all_of(order, directory)
   show(run, names, peak['peak'], peak['kind'])
-  of = lambda case: {peer: run.found[peer].get(case.name, {}) for peer in names}
+
+  def of(case):
+    return {peer: run.found[peer].get(case.name, {}) for peer in names}
+
   # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers, which nothing hangs on.
   failed = [
     case.name

@@ -153,7 +153,10 @@ def as_rows(attend, case: Case):
   """For peers without segments: documents as rows of their own, which works because all are as long."""
   if case.mask != 'packed':
     return attend
-  split = lambda x: x.reshape(-1, case.document, *x.shape[2:])
+
+  def split(x):
+    return x.reshape(-1, case.document, *x.shape[2:])
+
   return lambda *x: attend(*map(split, x)).reshape(x[0].shape)
 
 
@@ -262,7 +265,10 @@ def programs(attend, case: Case, dtype: str, sharding=None) -> dict:
       jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
       for x in lowered['keeping'].out_info[1]
     ]
-    backward = lambda kept, d_out: jax.tree.unflatten(form[0], kept)(d_out)
+
+    def backward(kept, d_out):
+      return jax.tree.unflatten(form[0], kept)(d_out)
+
     lowered['backward'] = jax.jit(repeated(backward, case.calls('backward'))).lower(kept, shape)
   except (
     NotImplementedError,
@@ -355,7 +361,10 @@ def measure_jax(job: Job, case: Case, compiling: dict, dtype) -> None:
   import ml_dtypes
 
   scale, unchecked = case.width**-0.5 if job.peer in PRESCALED else 1.0, []
-  compiled = lambda name: compiling[name].result()
+
+  def compiled(name):
+    return compiling[name].result()
+
   q, k, v, d_out = (x if job.rehearsal else x.astype(ml_dtypes.bfloat16) for x in job.arrays(case))
   *inputs, d_out = (
     jax.device_put(x.astype(dtype)) for x in (q.astype(np.float32) * np.float32(scale), k, v, d_out)
@@ -412,7 +421,9 @@ def run_oracle(job: Job) -> None:
   import jax.numpy as jnp
 
   jax.config.update('jax_enable_x64', True)
-  rounded = lambda x: jnp.asarray(x if job.rehearsal else x.astype(jnp.bfloat16), jnp.float64)
+
+  def rounded(x):
+    return jnp.asarray(x if job.rehearsal else x.astype(jnp.bfloat16), jnp.float64)
 
   def one(case):
     head = [rounded(x[probe(case)]) for x in job.arrays(case)]
@@ -460,7 +471,10 @@ def run_torch(job: Job) -> None:
     if kernel is not None:
       if case.window:
         return 'it has no window'
-      swapped = lambda *x: (y.transpose(1, 2) for y in x)
+
+      def swapped(*x):
+        return (y.transpose(1, 2) for y in x)
+
       return as_rows(
         lambda *x: scaled_dot_product_attention(
           *swapped(*x), is_causal=case.mask != 'full'

@@ -167,7 +167,10 @@ def loading(directory: str) -> dict[str, dict]:
     cache_dir=directory,
     tokenizer=TokenizerConfig(vocabulary=4096),
   )
-  quiet = lambda line: None
+
+  def quiet(line):
+    return None
+
   began = time.perf_counter()
   prepare(config, quiet)
   cold = time.perf_counter() - began

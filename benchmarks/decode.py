@@ -55,6 +55,7 @@ class Ids:
 
 def generator(name: str, weights: str = ''):
   import jax
+
   from decode.generator import Generator, generating
   from model import transformer
   from parallel.mesh import MeshConfig, make_mesh
@@ -75,6 +76,7 @@ def prompts(V: int, batch: int):
 
 def ours(name: str, batch: int, weights: str = '') -> dict:
   import jax
+
   from decode import report
 
   g = generator(name, weights)
@@ -131,9 +133,10 @@ def theirs(name: str, batch: int, cache: str) -> dict:
   run(NEW)
   first, seconds = min(run(1) for _ in range(3)), min(run(NEW) for _ in range(2))
   x, times = (torch.ones(2**28, device=device), 16) if device == 'cuda' else (torch.ones(2**26), 1)
-  total = lambda: float(
-    sum(x.sum() for _ in range(times))
-  )  # a GPU's sums are queued one behind the other
+
+  def total():
+    return float(sum(x.sum() for _ in range(times)))  # a GPU's sums are queued one behind the other
+
   total()
   return {
     'seconds': seconds,

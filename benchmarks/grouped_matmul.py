@@ -38,9 +38,10 @@ BACKENDS = {
 def wasted(target: str, backend: str, experts: int) -> dict:
   """Floating-point operations over the ideal, forward alone and with the backward pass, and bytes of temporaries."""
   device = aot.topology(TARGETS[target])[0]
-  shape = lambda *dims, dtype='bfloat16': jax.ShapeDtypeStruct(
-    dims, dtype, sharding=jax.sharding.SingleDeviceSharding(device)
-  )
+
+  def shape(*dims, dtype='bfloat16'):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
   x, w, sizes = (
     shape(ROWS, WIDTH),
     shape(experts, WIDTH, FEED_FORWARD),

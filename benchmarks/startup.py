@@ -87,15 +87,18 @@ def main():
   with tempfile.TemporaryDirectory() as directory:
     work = pathlib.Path(directory)
     data = f'--config.data.cache_dir={work / "cache"}'
-    train = lambda name, steps: [
-      python,
-      'train.py',
-      *TINY,
-      data,
-      f'--workdir={work / name}',
-      f'--config.train.steps={steps}',
-      '--config.optimizer.warmup_steps=1',
-    ]
+
+    def train(name, steps):
+      return [
+        python,
+        'train.py',
+        *TINY,
+        data,
+        f'--workdir={work / name}',
+        f'--config.train.steps={steps}',
+        '--config.optimizer.warmup_steps=1',
+      ]
+
     generate = [
       python,
       'generate.py',

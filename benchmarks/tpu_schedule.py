@@ -76,8 +76,10 @@ def splash(q, k, v, mask: Mask, block: int, fused: bool):
   """jax's kernel, whose queries are to be scaled before."""
   import jax
   import jax.numpy as jnp
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+    splash_attention_mask as masks,
+  )
 
   shape = (q.shape[1], k.shape[1])
   spec = masks.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else masks.CausalMask(shape)
@@ -117,9 +119,14 @@ def compile_here(
     tuning.lookup = lambda kind, direction, width: tuning.Tuning(
       **options[direction], vmem=tuning.VMEM[kind]
     )
-    run = lambda q, k, v: attention(q, k, v, mask, backend=backend)[0]
+
+    def run(q, k, v):
+      return attention(q, k, v, mask, backend=backend)[0]
   else:
-    run = lambda q, k, v: splash(q, k, v, mask, **options)
+
+    def run(q, k, v):
+      return splash(q, k, v, mask, **options)
+
   with jax.set_mesh(mesh):
     x = jax.ShapeDtypeStruct(
       (1, LENGTH, HEADS, width), dtype, sharding=jax.NamedSharding(mesh, jax.P())
@@ -231,18 +238,22 @@ def best_steps(topology: str, width: int) -> dict[str, dict]:
   pairs = itertools.zip_longest(
     forward, [step | {'ones': False} for step in steps], fillvalue=steps[0] | {'ones': False}
   )
-  job = lambda forward, backward: {
-    'topology': topology,
-    'width': width,
-    'what': 'causal',
-    'backend': 'pallas_tpu',
-    'options': {'forward': forward, 'backward': backward},
-  }
+
+  def job(forward, backward):
+    return {
+      'topology': topology,
+      'width': width,
+      'what': 'causal',
+      'backend': 'pallas_tpu',
+      'options': {'forward': forward, 'backward': backward},
+    }
+
   found, best = measure([job(*pair) for pair in pairs]), {}
   for direction in PRODUCTS:
-    cost = lambda result: cycles(
-      result, direction, width, chip, 'causal', TUNED_FOR, True, beside=True
-    )
+
+    def cost(result):
+      return cycles(result, direction, width, chip, 'causal', TUNED_FOR, True, beside=True)
+
     smallest = min(forward, key=lambda step: step['rows'] * step['keys'])
     for result in sorted(
       (results[direction] for results in found if direction in results), key=cost
@@ -293,7 +304,10 @@ def compare(topology: str, width: int) -> dict[str, dict[str, dict]]:
     for one in options[backend]
   ]
   found = list(zip(jobs, measure(jobs), strict=True))
-  cost = lambda result: result['whole'] + result['masked']
+
+  def cost(result):
+    return result['whole'] + result['masked']
+
   return {
     backend: {
       what: {

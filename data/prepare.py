@@ -178,10 +178,13 @@ def _build_corpus(
     log(_describe(counts))
 
   boundary = _split(config, texts, kept, bounds)
-  everything = lambda: (text for _, text in texts.read(0, len(texts), kept))
-  training = lambda: (
-    text[: boundary[d]] for d, text in texts.read(0, len(texts), kept) if boundary[d]
-  )
+
+  def everything():
+    return (text for _, text in texts.read(0, len(texts), kept))
+
+  def training():
+    return (text[: boundary[d]] for d, text in texts.read(0, len(texts), kept) if boundary[d])
+
   with _timed(report, 'tokenizer'):
     characters = int(boundary[kept].sum())
     made = tokenizer.build(

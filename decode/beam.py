@@ -89,7 +89,9 @@ def begin(
     return jax.tree.map(lambda x: jnp.repeat(x, beams, 0), state)
 
   def empty(lengths):
-    zeros = lambda dtype, *more: jnp.zeros((lengths.shape[0], beams, room, *more), dtype)
+    def zeros(dtype, *more):
+      return jnp.zeros((lengths.shape[0], beams, room, *more), dtype)
+
     texts = Chunk(
       zeros(jnp.int32),
       zeros(bool),
@@ -224,7 +226,10 @@ def texts(
   Raises ValueError where no text is possible, FloatingPointError for scores that are not numbers.
   """
   W, n, prompts = options.beams, options.num_samples, state.logits.shape[0]
-  each = lambda value: generator.put(np.full(prompts, value))
+
+  def each(value):
+    return generator.put(np.full(prompts, value))
+
   with jax.set_mesh(generator.mesh):
     state = begin(
       state,
@@ -247,7 +252,10 @@ def texts(
 
   watch.began(state.rows.cache, int(np.asarray(state.begun)[: len(rows) // n].sum()) * W)
   left, finish, nothing = options.max_new_tokens, 'length', [''] * len(rows)
-  made = lambda: [options.max_new_tokens - left] * (len(rows) // n * W)
+
+  def made():
+    return [options.max_new_tokens - left] * (len(rows) // n * W)
+
   count = 1
   state, ahead = watch.first(advance(state, count))
   try:
@@ -293,7 +301,10 @@ def _chosen(state, lengths, sampling, ends, allowed):
     law = jnp.where(
       allowed | jnp.isnan(law), law, -jnp.inf
     )  # no mask hides that the model is broken
-  beams = lambda x: x.reshape(B, W, *x.shape[1:])
+
+  def beams(x):
+    return x.reshape(B, W, *x.shape[1:])
+
   made, most = lengths[::W] - state.begun, rows.stop_at[::W] - state.begun
   new = jax.vmap(_choice)(
     state.running,
@@ -310,7 +321,10 @@ def _chosen(state, lengths, sampling, ends, allowed):
   was = ~rows.done[::W]
   goes_on, broken = was & goes_on & ~broken, was & broken
   kept = was & ~broken
-  freeze = lambda new, old: jnp.where(kept.reshape(B, *(1,) * (new.ndim - 1)), new, old)
+
+  def freeze(new, old):
+    return jnp.where(kept.reshape(B, *(1,) * (new.ndim - 1)), new, old)
+
   running, finished = jax.tree.map(freeze, (running, finished), (state.running, state.finished))
   sources = jnp.where(goes_on[:, None], sources, jnp.arange(W, dtype=jnp.int32)[None])
   own = (jnp.arange(B, dtype=jnp.int32)[:, None] * W + sources).reshape(-1)

@@ -227,7 +227,10 @@ class Generator:
         f'logprobs={options.logprobs} must be at most {self.vocabulary}, as many ids as there are'
       )
     used = prompts * options.rows
-    fill = lambda x: np.concatenate([x, np.repeat(x[-1:], rows - used, 0)])
+
+    def fill(x):
+      return np.concatenate([x, np.repeat(x[-1:], rows - used, 0)])
+
     sampling = jax.tree.map(fill, options.law(prompts, self.vocabulary))
     if sampling.bias is not None:
       sampling = dataclasses.replace(
@@ -382,14 +385,17 @@ class Generator:
   def _steps(self, rows, encoded, source, capacity, stop_at, rules, places, options, drafter):
     watch = Watch(self.model)
     rules = self.placed(rules, options.beams)
-    read = lambda who: who.read(
-      encoded,
-      min(capacity, who.model.config.max_length or capacity),
-      stop_at,
-      source=source,
-      places=places,
-      cache_dtype=options.cache_dtype,
-    )
+
+    def read(who):
+      return who.read(
+        encoded,
+        min(capacity, who.model.config.max_length or capacity),
+        stop_at,
+        source=source,
+        places=places,
+        cache_dtype=options.cache_dtype,
+      )
+
     state = read(self)
     if options.beams > 1:
       self.report = yield from beam.texts(
@@ -492,7 +498,10 @@ def _scored(model, tokens, vocabulary):
   ):  # rows that do not split are on all devices
     x = ax.place(model(ax.place(tokens, 'batch', 'length')).hidden, 'batch', None, 'width')
   targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-  parts = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, SMALLEST_BUCKET, *a.shape[2:]), 1, 0)
+
+  def parts(a):
+    return jnp.moveaxis(a.reshape(a.shape[0], -1, SMALLEST_BUCKET, *a.shape[2:]), 1, 0)
+
   pad = [(0, 0), (0, -tokens.shape[1] % SMALLEST_BUCKET)]
 
   def one(part):
@@ -532,5 +541,8 @@ def generating_model(model: transformer.Decoder, weights: str = '') -> transform
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
   """The model, cast once, as `params.use` would at every token; norms and biases keep their own precision."""
-  cast = lambda p: p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
+
+  def cast(p):
+    return p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
+
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

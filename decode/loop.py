@@ -182,7 +182,10 @@ def run(step, state, steps: int, count=None):
   def into(index, carry):
     state, found = carry
     state, new = step(state)
-    put = lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x[:, None], index, 1)
+
+    def put(all, x):
+      return jax.lax.dynamic_update_index_in_dim(all, x[:, None], index, 1)
+
     return state, jax.tree.map(put, found, new)
 
   kinds = jax.eval_shape(lambda state: step(state)[1], state)
@@ -200,9 +203,12 @@ def next_law(state: DecodeState, rules: Rules):
 
 def draw(log_law, sampling: Sampling, positions, stream=laws.Stream.TOKEN):
   """A token of each row by its law."""
-  greedy = lambda: log_law.argmax(-1).astype(
-    jnp.int32
-  )  # most callers need no noise, which is what sampling costs
+
+  def greedy():
+    return log_law.argmax(-1).astype(
+      jnp.int32
+    )  # most callers need no noise, which is what sampling costs
+
   return jax.lax.cond(
     (sampling.temperature > 0).any(),
     lambda: laws.sample(log_law, sampling.seed, positions, stream),

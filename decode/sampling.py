@@ -311,7 +311,10 @@ def noise(
   seed: UInt[Array, 'B'], positions: Int[Array, 'B'], stream: int, shape: tuple[int, ...] = ()
 ) -> Float[Array, 'B ...']:
   """Uniform numbers in [0, 1), `shape` of them a row; they depend on the row's seed, its position and the `Stream` only."""
-  draw = lambda seed, position: jax.random.uniform(_key(seed, position, stream), shape, jnp.float32)
+
+  def draw(seed, position):
+    return jax.random.uniform(_key(seed, position, stream), shape, jnp.float32)
+
   return _by_rows(jax.vmap(draw), seed, positions)
 
 

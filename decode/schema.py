@@ -154,7 +154,9 @@ class _Writer:
     return f'"{CHARACTER}{_times(schema, "minLength", "maxLength", where)}"'
 
   def integer(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
-    bound = lambda key, step=0: [_whole(schema, key, where) + step] if key in schema else []
+    def bound(key, step=0):
+      return [_whole(schema, key, where) + step] if key in schema else []
+
     low = max(bound('minimum') + bound('exclusiveMinimum', 1), default=None)
     high = min(bound('maximum') + bound('exclusiveMaximum', -1), default=None)
     if low is not None and high is not None and low > high:
@@ -217,10 +219,13 @@ class _Writer:
       for name, value in properties.items()
     ]
     needed = [name in required for name in properties]
+
     # A comma stands between two: before all that follow the first property that is there, whichever that is.
-    after = lambda i: ''.join(
-      f', ?{pair}' if must else f'(?:, ?{pair})?' for pair, must in zip(pairs[i:], needed[i:])
-    )
+    def after(i):
+      return ''.join(
+        f', ?{pair}' if must else f'(?:, ?{pair})?' for pair, must in zip(pairs[i:], needed[i:])
+      )
+
     if any(needed):
       first = needed.index(True)
       return rf'\{{{"".join(f"(?:{pair}, ?)?" for pair in pairs[:first])}{pairs[first]}{after(first + 1)}\}}'

@@ -23,13 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import names
-from kernels import blocks as block_sizes
-from kernels import cudnn, flash, reference
+from kernels import blocks as block_sizes, cudnn, flash, reference
 from kernels.blocks import Blocks
 from kernels.mask import Mask, Relative
-from parallel import axes as ax
-from parallel import context as cp
-from parallel import mesh
+from parallel import axes as ax, context as cp, mesh
 from parallel.remat import named
 
 ANY = {

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import cached_tpu
 from kernels.mask import Relative
-from parallel import axes as ax
-from parallel import mesh
+from parallel import axes as ax, mesh
 
 BLOCK = 512  # slots; a buffer has at most one block, or whole ones
 FILLED = 'filled_blocks_of_'  # the scope of the loop over blocks, with how many there are: what a program is planned with
@@ -52,7 +51,10 @@ class Held:
     """Logical axes of every array, in its place."""
     heads = ax.whole_or('kv_heads', self.keys.shape[2]) if self.keys.shape[2] > 1 else None
     vector = ('layers', 'batch', heads, None if self.ring else 'slots')
-    there = lambda x, axes: None if x is None else axes
+
+    def there(x, axes):
+      return None if x is None else axes
+
     return Held(
       (*vector, 'head_width'),
       there(self.values, (*vector, 'head_width')),
@@ -195,7 +197,10 @@ def products(
   q: Float[Array, 'B K M H'], keys: Float[Array, 'B K S H'], dtype
 ) -> Float[Array, 'B K M S']:
   """Of every query and every key."""
-  one = lambda q: jnp.einsum('BKH,BKSH->BKS', q, keys, preferred_element_type=dtype)
+
+  def one(q):
+    return jnp.einsum('BKH,BKSH->BKS', q, keys, preferred_element_type=dtype)
+
   if (
     mesh.platform() == 'cpu' and q.shape[2] <= FEW
   ):  # one query after another: XLA's CPU lays keys out anew for several

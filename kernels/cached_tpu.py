@@ -145,12 +145,24 @@ def blocks(
   def scale_at(b, h, i, *given):
     return *at(b, h, i, *given)[:3], 0, at(b, h, i, *given)[3]
 
-  mine = lambda width: pl.BlockSpec((1, 1, rows, width), lambda b, h, i, *_: (b, h, 0, 0))
-  vectors = lambda x: None if x is None else pl.BlockSpec((1, 1, 1, block, x.shape[4]), at)
-  numbers = lambda x: None if x is None else pl.BlockSpec((1, 1, 1, 1, block), scale_at)
-  row = lambda x: None if x is None else x[:, :, :, None]
-  out = lambda width: jax.ShapeDtypeStruct((B, K, rows, width), jnp.float32)
-  scratch = lambda width: pltpu.VMEM((rows, width), jnp.float32)
+  def mine(width):
+    return pl.BlockSpec((1, 1, rows, width), lambda b, h, i, *_: (b, h, 0, 0))
+
+  def vectors(x):
+    return None if x is None else pl.BlockSpec((1, 1, 1, block, x.shape[4]), at)
+
+  def numbers(x):
+    return None if x is None else pl.BlockSpec((1, 1, 1, 1, block), scale_at)
+
+  def row(x):
+    return None if x is None else x[:, :, :, None]
+
+  def out(width):
+    return jax.ShapeDtypeStruct((B, K, rows, width), jnp.float32)
+
+  def scratch(width):
+    return pltpu.VMEM((rows, width), jnp.float32)
+
   size = held.keys.dtype.itemsize
   cost = pl.CostEstimate(
     flops=2 * B * K * rows * S * (H + Hv),

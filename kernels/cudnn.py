@@ -16,8 +16,7 @@ import functools
 
 import jax
 
-from parallel import axes as ax
-from parallel import mesh
+from parallel import axes as ax, mesh
 
 FIELDS = {'causal', 'window'}  # that a mask may have
 LEAST = (8, 0)  # compute capability, NVIDIA's "Attention" page of cuDNN 9.18, as are the widths
@@ -62,7 +61,10 @@ def attention(q, k, v, mask, scale):
     local_window_size=window,
     implementation='cudnn',
   )
-  heads_of = lambda name: ('batch', 'length', name, 'head_width')
+
+  def heads_of(name):
+    return ('batch', 'length', name, 'head_width')
+
   k_heads = ax.whole_or('kv_heads', k.shape[2])
   return ax.local(
     run, (heads_of('heads'), heads_of(k_heads), heads_of(k_heads)), heads_of('heads')
@@ -88,7 +90,9 @@ def _answer(capability, version) -> None:
   """What jax asks of the GPU at hand, while tracing and again while it differentiates, is answered for one that isn't here."""
   from jax._src.cudnn import fused_attention_stablehlo as asking
 
-  of = lambda text: tuple(map(int, text.split('.')))
+  def of(text):
+    return tuple(map(int, text.split('.')))
+
   answers = {
     'check_cudnn_version': lambda: version,
     'check_compute_capability': lambda least: capability >= of(least),

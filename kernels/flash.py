@@ -10,9 +10,8 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from parallel import axes as ax
 from kernels.blocks import Blocks
-from parallel import mesh
+from parallel import axes as ax, mesh
 from parallel.remat import named
 
 # Backend -> the module with `forward` and `backward`, imported when it is used, and the platform where it is not interpreted.
@@ -38,7 +37,9 @@ def attention(backend: str, q, k, v, mask, *, softcap, sinks, relative, scale, b
     static = backend, softcap, scale, interpreted(backend), blocks
     return flash(static, *_operands(backend, q, k, v), dataclasses.replace(spec, **arrays), sinks)
 
-  heads_of = lambda name: ('batch', 'length', name, 'head_width')
+  def heads_of(name):
+    return ('batch', 'length', name, 'head_width')
+
   of_array = {name: ('batch', 'length')[: x.ndim] for name, x in arrays.items()}
   k_heads = ax.whole_or('kv_heads', k.shape[2])
   inputs = (

@@ -12,9 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import cudnn
-from kernels import flash_gpu_bodies as bodies
-from kernels import mosaic_gpu_compat as gpu
+from kernels import cudnn, flash_gpu_bodies as bodies, mosaic_gpu_compat as gpu
 from kernels.blocks import Blocks
 from kernels.flash_gpu_bodies import COUNT, LOG2E, WARPGROUPS, Shape, Tuning
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
@@ -392,7 +390,10 @@ def _d_keys(
     }
     both = plgpu.Barrier(num_arrivals=groups, num_barriers=1)
     sum_q = jax.new_ref(jnp.zeros((shape.B, T, shape.N, shape.H), jnp.float32))
-  result = lambda width: jax.ShapeDtypeStruct((shape.B, S, shape.K, width), shape.dtype)
+
+  def result(width):
+    return jax.ShapeDtypeStruct((shape.B, S, shape.K, width), shape.dtype)
+
   d_k, d_v = _call(
     functools.partial(bodies.backward_keys, tuning=tuning, columns=columns, wide=wide),
     'flash_backward',

@@ -132,7 +132,9 @@ def _each_tile(order, shape: Shape, shared: bool, heads: int, body, carry):
   tiles = order.shape[0]
   repeat = shape.B if shared else 1  # rows that have the same tiles
   rounds, rest = divmod(tiles * repeat * heads, blocks)
-  place = lambda turn: jnp.where(lax.rem(turn, 2) == 0, block, blocks - 1 - block)
+
+  def place(turn):
+    return jnp.where(lax.rem(turn, 2) == 0, block, blocks - 1 - block)
 
   def one(turn, carry):
     number = turn * blocks + place(turn)
@@ -224,7 +226,9 @@ def forward(
   bq, bk, stages = tuning.queries, tuning.keys, tuning.stages
   warpgroup = lax.axis_index('warpgroup')
   each_tile = functools.partial(_each_tile, order, shape, shared, shape.N)
-  rows_of = lambda i, group: pl.ds((i * WARPGROUPS + group) * bq, bq)
+
+  def rows_of(i, group):
+    return pl.ds((i * WARPGROUPS + group) * bq, bq)
 
   @pl.when(warpgroup == WARPGROUPS)
   def _():
@@ -275,7 +279,10 @@ def forward(
         return acc, now, total
 
       sink = NOTHING if sinks is None else jnp.maximum(sinks[head], NOTHING)
-      per_query = lambda value: gpu.filled((bq,), gpu.ROWS, value)
+
+      def per_query(value):
+        return gpu.filled((bq,), gpu.ROWS, value)
+
       carry = (
         gpu.filled((bq, shape.Hv)),
         per_query(sink),
@@ -338,7 +345,9 @@ def backward_queries(
   bq, bk, stages = tuning.queries, tuning.keys, tuning.stages
   warpgroup = lax.axis_index('warpgroup')
   each_tile = functools.partial(_each_tile, order, shape, shared, shape.N)
-  rows_of = lambda i, group: pl.ds((i * WARPGROUPS + group) * bq, bq)
+
+  def rows_of(i, group):
+    return pl.ds((i * WARPGROUPS + group) * bq, bq)
 
   @pl.when(warpgroup == WARPGROUPS)
   def _():
@@ -358,9 +367,9 @@ def backward_queries(
     def tile(tile, row, head, i, first):
       rows, size = rows_of(i, warpgroup), (bq, bk)
       plgpu.barrier_wait(ready['q'].at[warpgroup])
-      of = lambda name, size: lax.broadcast_in_dim(
-        gpu.load(memory[name].at[warpgroup], gpu.ROWS), size, [0]
-      )
+
+      def of(name, size):
+        return lax.broadcast_in_dim(gpu.load(memory[name].at[warpgroup], gpu.ROWS), size, [0])
 
       def block(n, acc, masked):
         slot = lax.rem(first + n, stages)
@@ -373,9 +382,12 @@ def backward_queries(
           interpret=shape.interpret,
         )
         plgpu.barrier_arrive(free['v'].at[slot])
-        mask = lambda x: (
-          shape.mask(x, ids, row, rows.start, steps[tile, BLOCKS + n] * bk, 0) if masked else x
-        )
+
+        def mask(x):
+          return (
+            shape.mask(x, ids, row, rows.start, steps[tile, BLOCKS + n] * bk, 0) if masked else x
+          )
+
         powers, bent = shape.scores(scores)
         weights = jnp.exp2(mask(powers) - of('lse', size))
         d_scores = weights * (d_weights - of('delta', size))
@@ -431,12 +443,16 @@ def backward_keys(
   bq, bk, stages, G = tuning.queries, tuning.keys, tuning.stages, shape.N // shape.K
   warpgroup = lax.axis_index('warpgroup')
   each_tile = functools.partial(_each_tile, order, shape, shared, shape.K)
-  rows_of = lambda tile, n: pl.ds(steps[tile, BLOCKS + n] * bq, bq)
-  part = lambda ref, which: (
-    ref
-    if which == slice(0, ref.shape[1])
-    else ref.at[:, pl.ds(which.start, which.stop - which.start)]
-  )
+
+  def rows_of(tile, n):
+    return pl.ds(steps[tile, BLOCKS + n] * bq, bq)
+
+  def part(ref, which):
+    return (
+      ref
+      if which == slice(0, ref.shape[1])
+      else ref.at[:, pl.ds(which.start, which.stop - which.start)]
+    )
 
   @pl.when(warpgroup == WARPGROUPS)
   def _():
@@ -470,14 +486,20 @@ def backward_keys(
         plgpu.barrier_wait(ready['q'].at[slot])
         keys, values = memory['k'].at[_zero(step), mine], memory['v'].at[_zero(step), mine]
         queries, d_outs = memory['q'].at[slot], memory['d_out'].at[slot]
+
         # Registers are short: numbers of queries are where sums start, [bk, bq], so that they need none of their own.
-        minus = lambda name, share: lax.broadcast_in_dim(
-          gpu.load(memory[name].at[slot], gpu.COLUMNS) * -share, size, [1]
-        )
+        def minus(name, share):
+          return lax.broadcast_in_dim(
+            gpu.load(memory[name].at[slot], gpu.COLUMNS) * -share, size, [1]
+          )
+
         begun = not shape.softcap and shape.factor > 0
         crowded = shape.softcap or masked and (ids or shape.ragged)
         of_scores = minus('lse', 1 / shape.factor) if begun else gpu.filled(size), keys, queries.T
-        of_weights = lambda: (minus('delta', 1.0), values, d_outs.T)
+
+        def of_weights():
+          return (minus('delta', 1.0), values, d_outs.T)
+
         scores, *d_weights = gpu.products(
           of_scores, *[] if crowded else [of_weights()], interpret=shape.interpret
         )
@@ -529,7 +551,9 @@ def backward_keys(
           steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, g=g, masked=True), carry
         )
 
-      width = lambda which: which.stop - which.start
+      def width(which):
+        return which.stop - which.start
+
       heads = G + lax.max(~order[0], 0)  # G, but not for the compiler: see _each_tile
       sums = lax.fori_loop(
         0, heads, one_head, (gpu.filled((bk, width(columns))), gpu.filled((bk, width(wide))))

@@ -73,8 +73,13 @@ def _steps(kinds, B: int) -> Steps:
     order = order[:count]
   queries, rows = order // nk, order // (nk * nq)
   here = xp.arange(order.size)
-  turns = lambda x: xp.concatenate([xp.ones(1, bool), x[1:] != x[:-1]])
-  ends = lambda first: xp.concatenate([first[1:], xp.ones(1, bool)]) | (here == count - 1)
+
+  def turns(x):
+    return xp.concatenate([xp.ones(1, bool), x[1:] != x[:-1]])
+
+  def ends(first):
+    return xp.concatenate([first[1:], xp.ones(1, bool)]) | (here == count - 1)
+
   first, first_of_row = turns(queries), turns(rows)
   flags = (
     first * FIRST
@@ -146,7 +151,9 @@ class Shape:
       )
 
     def compare(relation, q, k):
-      spread = lambda x, axis: _over_lanes(x, shape[1]) if axis == 0 else jnp.broadcast_to(x, shape)
+      def spread(x, axis):
+        return _over_lanes(x, shape[1]) if axis == 0 else jnp.broadcast_to(x, shape)
+
       return relation(spread(q, queries), spread(k, keys))
 
     allowed = []
@@ -258,9 +265,10 @@ def _forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape: Shape):
         1,
       )
     chunks = range(0, shape.R, shape.chunk)
-    scores_of = lambda start: _dot(
-      queries[start : start + shape.chunk], k[0, 0], 1, 1, shape.precision
-    )
+
+    def scores_of(start):
+      return _dot(queries[start : start + shape.chunk], k[0, 0], 1, 1, shape.precision)
+
     ahead = scores_of(0)
     for start in chunks:
       rows, scores = slice(start, start + shape.chunk), ahead
@@ -320,10 +328,13 @@ def _backward(
     queries, d_outs = q[0, 0].reshape(shape.R, H), d_out[0, 0].reshape(shape.R, Hv)
     of_k, of_v = jnp.zeros((shape.bk, H), jnp.float32), jnp.zeros((shape.bk, Hv), jnp.float32)
     chunk = shape.chunk
-    start_of = lambda start: (
-      _dot(k[0, 0], queries[start : start + chunk], 1, 1, shape.precision),
-      _dot(v[0, 0], d_outs[start : start + chunk], 1, 1, shape.precision),
-    )
+
+    def start_of(start):
+      return (
+        _dot(k[0, 0], queries[start : start + chunk], 1, 1, shape.precision),
+        _dot(v[0, 0], d_outs[start : start + chunk], 1, 1, shape.precision),
+      )
+
     ahead = start_of(0)
     for start in range(0, shape.R, chunk):
       rows, (scores, d_weights) = slice(start, start + chunk), ahead
@@ -430,7 +441,10 @@ def _cut(
   """Heads of a step, of the `share` that have one key, and its queries of one and keys. Raises ValueError where chosen ones do not fit."""
   rows, keys = blocks.of(direction)
   groups = [g for g in range(1, share + 1) if share % g == 0]
-  largest = lambda length, most: max(n for n in _sizes(length) if n <= most or n == LANES)
+
+  def largest(length, most):
+    return max(n for n in _sizes(length) if n <= most or n == LANES)
+
   if rows:
     able = {
       g * n: (g, n) for g in groups for n in _sizes(T) if g * n <= LARGEST
@@ -545,15 +559,22 @@ def _blocks_of(shape: Shape):
   """Blocks of queries [B, N/G, G, T, H], of numbers of them [B, N/G, G, T], of keys [B, K, S, H], and of a head's sinks [N/G, G, LANES]."""
   row, of_q, of_k = (functools.partial(f, shape) for f in (_row, _block_of_queries, _block_of_keys))
   share = shape.N // shape.K // shape.G
-  queries = lambda width: pl.BlockSpec(
-    (1, 1, shape.G, shape.bq, width), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs), 0)
-  )
+
+  def queries(width):
+    return pl.BlockSpec(
+      (1, 1, shape.G, shape.bq, width), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs), 0)
+    )
+
   numbers = pl.BlockSpec(
     (1, 1, shape.G, shape.bq), lambda h, s, *refs: (row(s, *refs), h, 0, of_q(s, *refs))
   )
-  keys = lambda width: pl.BlockSpec(
-    (1, 1, shape.bk, width), lambda h, s, *refs: (row(s, *refs), _div(h, share), of_k(s, *refs), 0)
-  )
+
+  def keys(width):
+    return pl.BlockSpec(
+      (1, 1, shape.bk, width),
+      lambda h, s, *refs: (row(s, *refs), _div(h, share), of_k(s, *refs), 0),
+    )
+
   sinks = pl.BlockSpec((1, shape.G, LANES), lambda h, s, *refs: (h, 0, 0))
   return queries, numbers, keys, sinks
 
@@ -582,8 +603,13 @@ def forward(
   H, Hv, G = q.shape[3], v.shape[3], shape.G
   groups = shape.N // G, G
   sinks = jnp.full(shape.N, -jnp.inf) if sinks is None else sinks.astype(jnp.float32) * LOG2E
-  result = lambda dtype, *last: jax.ShapeDtypeStruct((shape.B, *groups, shape.T, *last), dtype)
-  vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32)
+
+  def result(dtype, *last):
+    return jax.ShapeDtypeStruct((shape.B, *groups, shape.T, *last), dtype)
+
+  def vmem(*sizes):
+    return pltpu.VMEM(sizes, jnp.float32)
+
   out, lse = _call(
     _forward,
     'flash_forward',
@@ -624,10 +650,14 @@ def backward(
   Keys that do not fit VMEM at once go through one after another, with the sum of the queries' gradients in f32.
   """
   step, S, H = _step(q, v, 'backward', blocks), k.shape[1], q.shape[3] + v.shape[3]
+
   # Half of VMEM for a key's sums in f32, and its two buffers of what is written.
-  room = lambda dtype: max(
-    step.keys, step.vmem // 2 // ((4 + 2 * jnp.dtype(dtype).itemsize) * H) // step.keys * step.keys
-  )
+  def room(dtype):
+    return max(
+      step.keys,
+      step.vmem // 2 // ((4 + 2 * jnp.dtype(dtype).itemsize) * H) // step.keys * step.keys,
+    )
+
   if S <= room(dtype or q.dtype):
     return _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype, blocks)
   most = room(jnp.float32)
@@ -661,16 +691,26 @@ def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dt
   queries, numbers, keys, _ = _blocks_of(shape)
   H, Hv, G = q.shape[3], v.shape[3], shape.G
   groups = shape.N // G, G
-  whole = lambda width: pl.BlockSpec(
-    (1, 1, shape.S, width), lambda h, s, *refs: (_row(shape, s, *refs), h, 0, 0)
-  )
-  result = lambda dtype, *sizes: jax.ShapeDtypeStruct((shape.B, *sizes), dtype)
-  vmem = lambda *sizes: pltpu.VMEM(sizes, jnp.float32)
+
+  def whole(width):
+    return pl.BlockSpec(
+      (1, 1, shape.S, width), lambda h, s, *refs: (_row(shape, s, *refs), h, 0, 0)
+    )
+
+  def result(dtype, *sizes):
+    return jax.ShapeDtypeStruct((shape.B, *sizes), dtype)
+
+  def vmem(*sizes):
+    return pltpu.VMEM(sizes, jnp.float32)
+
   # Of queries that see nothing, and of those that fill up: no weight.
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse.astype(jnp.float32) * LOG2E)
   lse = jnp.pad(lse, ((0, 0), (0, shape.T - shape.queries), (0, 0)), constant_values=jnp.inf)
   split = shape.N // G // shape.K  # heads of a key that are no single step
-  wide = lambda like: (dtype or like.dtype) if split == 1 else jnp.float32
+
+  def wide(like):
+    return (dtype or like.dtype) if split == 1 else jnp.float32
+
   d_q, d_k, d_v = _call(
     functools.partial(_backward, scale=scale),
     'flash_backward',

@@ -82,9 +82,10 @@ class Mask:
       raise ValueError(
         f'{T} queries and {S} keys need explicit positions: their indices do not align'
       )
-    index = lambda length: jnp.asarray(zigzag(length, self.zigzag if T == S else 1), jnp.int32)[
-      None
-    ]
+
+    def index(length):
+      return jnp.asarray(zigzag(length, self.zigzag if T == S else 1), jnp.int32)[None]
+
     return index(T), index(S)
 
   def allowed(self, T: int, S: int) -> Bool[Array, '#B T S']:
@@ -156,9 +157,16 @@ class Mask:
 
   def block(self, queries: slice, keys: slice) -> 'Mask':
     """The same mask for a block of queries and of keys, of rows in order."""
-    index = lambda s: jnp.arange(s.start, s.stop, dtype=jnp.int32)[None]
-    cut = lambda x, s: None if x is None else x[:, s]
-    place = lambda x, s: index(s) if x is None else x[:, s]
+
+    def index(s):
+      return jnp.arange(s.start, s.stop, dtype=jnp.int32)[None]
+
+    def cut(x, s):
+      return None if x is None else x[:, s]
+
+    def place(x, s):
+      return index(s) if x is None else x[:, s]
+
     return dataclasses.replace(
       self,
       query_segments=cut(self.query_segments, queries),

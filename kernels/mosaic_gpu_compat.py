@@ -95,7 +95,10 @@ def products(*operands, interpret, meanwhile=lambda: None):
   acc: a value. a: a value or shared memory. b: shared memory. meanwhile: what is done while they run.
   """
   if interpret:
-    read = lambda x: x if isinstance(x, jax.Array) else x[...]
+
+    def read(x):
+      return x if isinstance(x, jax.Array) else x[...]
+
     done = [
       acc + jnp.dot(read(a).astype(jnp.float32), read(b).astype(jnp.float32), precision='highest')
       for acc, a, b in operands

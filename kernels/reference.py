@@ -86,8 +86,13 @@ def backward(
   """
   B, T, N, H = q.shape
   K, Hv = v.shape[2:]
-  grouped = lambda x: x.reshape(B, T, K, N // K, *x.shape[3:])
-  by_score = lambda x: jnp.moveaxis(grouped(x), 1, 3)[..., None]
+
+  def grouped(x):
+    return x.reshape(B, T, K, N // K, *x.shape[3:])
+
+  def by_score(x):
+    return jnp.moveaxis(grouped(x), 1, 3)[..., None]
+
   q, d_out = grouped(q), grouped(d_out)
   scores, pull = jax.vjp(
     lambda x, relative: _scores(x, relative, mask, softcap),

@@ -77,7 +77,10 @@ class Slots:
       pairs = [(None, None) if x is None else cached.quantised(x) for x in (keys, values)]
       new = Held(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], held.ring)
     write = self._fill if self.fresh else self._scatter
-    one = lambda buffer, axes, x: None if x is None else write(buffer, axes, x.astype(buffer.dtype))
+
+    def one(buffer, axes, x):
+      return None if x is None else write(buffer, axes, x.astype(buffer.dtype))
+
     axes = held.axes()
     return dataclasses.replace(
       self,
@@ -107,9 +110,12 @@ class Slots:
     x = ax.place(x, *rows)
     if self.held.ring and T > S:
       slots = cached.positions(self.held, jnp.arange(S, dtype=jnp.int32), self.counts)
-      take = lambda x, at: jnp.take_along_axis(
-        x, jnp.maximum(at, 0).reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
-      )
+
+      def take(x, at):
+        return jnp.take_along_axis(
+          x, jnp.maximum(at, 0).reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
+        )
+
       x = ax.local(take, (rows, ('batch', None)), rows)(x, slots)
     x = jnp.moveaxis(x[:, :S], 1, 2)[None]
     if ax.size('slots') > 1 and not self.held.ring:
@@ -200,9 +206,12 @@ def init_cache(
     ring, S = least < most, min(least, most)
     shape = jax.ShapeDtypeStruct((repeats, rows, K, S, H), dtype)
     axes = Held(shape, None, ring=ring).axes().keys
-    zeros = lambda width, dtype, axes: ax.place(
-      jnp.zeros((repeats, rows, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes
-    )
+
+    def zeros(width, dtype, axes):
+      return ax.place(
+        jnp.zeros((repeats, rows, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes
+      )
+
     vectors = [zeros((H,), dtype, axes), None if latent.width else zeros((H,), dtype, axes)]
     scales = [
       None if x is None or dtype != 'int8' else zeros((), jnp.float32, axes[:4]) for x in vectors
@@ -231,7 +240,9 @@ def repeated(cache: Cache, times: int) -> Cache:
       ax.place(x, *axes)
     )
 
-  heads = lambda x: ax.whole_or('kv_heads', x.shape[3])
+  def heads(x):
+    return ax.whole_or('kv_heads', x.shape[3])
+
   held = tuple(jax.tree.map(one, held, held.axes()) for held in cache.held)
   memory = jax.tree.map(
     lambda x: one(x, (None, 'batch', None, heads(x), 'head_width')), cache.memory

@@ -107,9 +107,10 @@ def rope_frequencies(width: int, base: float, scaling: str, rope: RopeConfig) ->
     turns = rope.original_length * frequencies / np.float32(2 * math.pi)
     keep = (turns - rope.low) / (rope.high - rope.low)
   else:  # YaRN's is linear in the pair's index
-    index = lambda turns: (
-      width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
-    )
+
+    def index(turns):
+      return width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
     first, last = index(rope.high), index(rope.low)
     if rope.truncate:
       first, last = math.floor(first), math.ceil(last)

@@ -170,7 +170,10 @@ def _gathered(head, shards):
 def _totals(statistics, targets, z_loss, rows):
   lse, picked, top = statistics
   counted = targets != IGNORE
-  total = lambda value: _sum_over(jnp.where(counted, value, 0).sum(dtype=jnp.float32), rows)
+
+  def total(value):
+    return _sum_over(jnp.where(counted, value, 0).sum(dtype=jnp.float32), rows)
+
   nll = total(lse - picked)
   return nll + total(z_loss * jnp.square(lse)), {
     'nll': nll,

@@ -95,7 +95,10 @@ class MoE(nnx.Module):
     """
     if segments is None:
       segments = ax.place(jnp.ones(x.shape[:2], jnp.int32), 'batch', 'length')
-    held = lambda names: {name: p for name in names if (p := getattr(self, name)) is not None}
+
+    def held(names):
+      return {name: p for name in names if (p := getattr(self, name)) is not None}
+
     # The router stays f32, whatever the compute dtype: a rounded score sends a token elsewhere.
     routing = {name: use(p, 'float32', product=False) for name, p in held(ROUTING).items()}
     experts = {name: p[...] for name, p in held(EXPERTS).items()}
@@ -231,9 +234,10 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
   x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere · experts: stored weights by name, of those here.
   Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over axes.columns.
   """
-  everyone = lambda a: (
-    jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
-  )
+
+  def everyone(a):
+    return jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
+
   x, expert, gates = everyone(x), everyone(expert), everyone(gates)
   first = jax.lax.axis_index(axes.experts) * len(experts['up']) if axes.experts else 0
 
@@ -316,7 +320,9 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
   """
 
   def one(w):
-    inner = lambda name: product(rows, w[name], w.get(f'{name}_bias'))
+    def inner(name):
+      return product(rows, w[name], w.get(f'{name}_bias'))
+
     h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
     y = product(h, w['down'], w.get('down_bias'))
     # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece once more.
@@ -324,9 +330,10 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
 
   if pieces == 1:
     return one(gather(experts)).astype(rows.dtype)
-  cut = lambda w, axis: jnp.moveaxis(
-    w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1 :]), axis, 0
-  )
+
+  def cut(w, axis):
+    return jnp.moveaxis(w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1 :]), axis, 0)
+
   parts = {
     name: cut(w, {'down': 1}.get(name, w.ndim - 1))
     for name, w in experts.items()

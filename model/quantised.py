@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from kernels import cached
 from model import params
-from parallel import axes as ax
-from parallel import mesh
+from parallel import axes as ax, mesh
 
 DIGIT = 128  # what a high digit counts
 FEW = 8  # rows, above which a CPU makes numbers of the bytes for all of them at once

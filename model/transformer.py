@@ -21,8 +21,7 @@ from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
 from model.params import gathered, joined, named_leaves, param, product, use
 from model.quantised import Bytes
-from parallel import axes as ax
-from parallel import mesh, offload, pipeline, remat
+from parallel import axes as ax, mesh, offload, pipeline, remat
 
 
 class Output(NamedTuple):
@@ -43,7 +42,10 @@ class Block(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: Kind = Kind(), cross: bool = False):
     self.placement = config.norm_placement
-    norm = lambda wanted=True: Norm(config, config.D, rngs) if wanted else None
+
+    def norm(wanted=True):
+      return Norm(config, config.D, rngs) if wanted else None
+
     both = config.norm_placement == 'both'
     self.attention_norm, self.attention_post_norm = norm(), norm(both)
     self.attention = (LatentAttention if config.latent.width else Attention)(
@@ -261,15 +263,19 @@ class Stack(nnx.Module):
     self, memory: Float[Array, 'B S D']
   ) -> tuple[tuple[Float[Array, 'R B S K H'], Float[Array, 'R B S K H']], ...]:
     """Of cross-attention to `memory`, of every place."""
-    one = lambda block: jax.lax.scan(
-      lambda _, block: (None, block.cross.keys_values(memory)), None, block
-    )[1]
+
+    def one(block):
+      return jax.lax.scan(lambda _, block: (None, block.cross.keys_values(memory)), None, block)[1]
+
     return tuple(map(one, self.blocks))
 
 
 def in_order(found):
   """Results of a scan over periods, one tree a place of the period, as a list of one tree in the order of layers (or none)."""
-  merge = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
+
+  def merge(*x):
+    return jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
+
   return [jax.tree.map(merge, *found)] if found else []
 
 

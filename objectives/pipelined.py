@@ -12,8 +12,7 @@ from data.batch import Batch
 from kernels.mask import Mask
 from model.attention import View
 from model.transformer import Decoder, Output, in_order, summed
-from parallel import axes as ax
-from parallel import pipeline
+from parallel import axes as ax, pipeline
 
 
 def wanted(model: Decoder) -> bool:

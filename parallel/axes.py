@@ -200,8 +200,13 @@ def local(function, inputs, outputs):
   """
   if _mesh().empty:
     return function
-  is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
-  specs = lambda tree: jax.tree.map(lambda axes: spec(*axes), tree, is_leaf=is_axes)
+
+  def is_axes(x):
+    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+
+  def specs(tree):
+    return jax.tree.map(lambda axes: spec(*axes), tree, is_leaf=is_axes)
+
   return manual(function, specs(inputs), specs(outputs))
 
 

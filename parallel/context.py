@@ -181,8 +181,13 @@ def _tokens_for_heads(q, k, v, mask, sinks, relative, u):
   """All arguments with u times the tokens and, of query heads, a u-th; key heads too few for u devices are repeated first."""
   copies = u // math.gcd(k.shape[2], u)
   q, k, v = (_exchange(x, 2, 1, u) for x in (q, jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2)))
-  rows = lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True, axis_index_groups=_neighbours(u))
-  share = lambda x: jnp.take(jnp.stack(jnp.split(x, u, -1)), jax.lax.axis_index(AXIS) % u, 0)
+
+  def rows(x):
+    return jax.lax.all_gather(x, AXIS, axis=1, tiled=True, axis_index_groups=_neighbours(u))
+
+  def share(x):
+    return jnp.take(jnp.stack(jnp.split(x, u, -1)), jax.lax.axis_index(AXIS) % u, 0)
+
   relative = (
     None if relative is None else dataclasses.replace(relative, table=share(relative.table))
   )
@@ -207,17 +212,27 @@ def _cut(mask, queries, keys):
 
 def _gathered(q, k, v, mask, run, zigzagged):
   """All keys and values on every device; `run`: local.attention. Its gradient sums what the devices find."""
-  whole = lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
+
+  def whole(x):
+    return jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
+
   k, v, mask = whole(k), whole(v), _cut(mask, lambda x: x, whole)
   if not zigzagged:
     return run(q, k, v, mask)
   C = q.shape[1] // 2
-  early = lambda x: x[:, :C]
-  late = lambda x: x[:, C:]
+
+  def early(x):
+    return x[:, :C]
+
+  def late(x):
+    return x[:, C:]
+
   # A device's first chunk is of the first half of the row, and so is all that it sees.
-  first_half = lambda x: x.reshape(x.shape[0], -1, 2, C, *x.shape[2:])[:, :, 0].reshape(
-    x.shape[0], -1, *x.shape[2:]
-  )
+  def first_half(x):
+    return x.reshape(x.shape[0], -1, 2, C, *x.shape[2:])[:, :, 0].reshape(
+      x.shape[0], -1, *x.shape[2:]
+    )
+
   parts = (
     run(early(q), first_half(k), first_half(v), _cut(mask, early, first_half)),
     run(late(q), k, v, _cut(mask, late, lambda x: x)),
@@ -254,7 +269,9 @@ def _pairs(mine, other) -> Hop:
   device comes before, so does the early chunk; otherwise the late chunk sees the late one, too.
   """
   before = other < mine
-  choose = lambda early, late: jnp.where(before, early, late)
+
+  def choose(early, late):
+    return jnp.where(before, early, late)
 
   def queries(x):
     early, late = jnp.split(x, 2, 1)
@@ -278,17 +295,25 @@ def _pairs(mine, other) -> Hop:
 def _back(mine, d: int, C: int, R: int, window: int) -> Hop:
   """Of zig-zag chunks, for each the one that is d chunks before it in the row, wherever that is."""
   u = jax.lax.axis_size(AXIS) // R
-  devices = lambda moves: [(a * u + m, b * u + m) for a, b in moves for m in range(u)]
+
+  def devices(moves):
+    return [(a * u + m, b * u + m) for a, b in moves for m in range(u)]
+
   early_to_early = devices((g, g + d) for g in range(R) if g + d < R)
   late_to_late = devices((g, g - d) for g in range(R) if g >= d)
   early_to_late = devices(
     (g, 2 * R - 1 - g - d) for g in range(R) if g + d >= R and 2 * R - 1 - g >= d
   )
-  chunks = lambda x: jnp.concatenate(jnp.split(x, 2, 1))
+
+  def chunks(x):
+    return jnp.concatenate(jnp.split(x, 2, 1))
 
   def keys(x):
     early, late = jnp.split(x, 2, 1)
-    move = lambda x, moves: jax.lax.ppermute(x, AXIS, moves)  # zeros where nothing comes
+
+    def move(x, moves):
+      return jax.lax.ppermute(x, AXIS, moves)  # zeros where nothing comes
+
     return jnp.concatenate(
       [move(early, early_to_early), move(late, late_to_late) + move(early, early_to_late)]
     )
@@ -365,7 +390,9 @@ def _ring(q, k, v, relative, mask, local, R, zigzagged):
       )
       return (sum(hop.spread(new, 0), d_q), jax.tree.map(jnp.add, d_relative, new_relative)), d_keys
 
-    zeros = lambda x: jnp.zeros(x.shape, wide)
+    def zeros(x):
+      return jnp.zeros(x.shape, wide)
+
     start = zeros(q), jax.tree.map(jnp.zeros_like, relative)
     (d_q, d_relative), (d_k, d_v) = _walk(
       visit, start, (k, v, _keys_data(mask)), (zeros(k), zeros(v)), mask, q.shape[1], R, zigzagged
@@ -396,7 +423,9 @@ def _walk(visit, state, keys, d_keys, mask, T, R, zigzagged):
       state, d_keys = visit(state, d_keys, _back(mine, d, C, R, mask.window), keys)
     return state, d_keys
   moves = [(device, (device + u) % (R * u)) for device in range(R * u)]
-  move = lambda tree: jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, moves), tree)
+
+  def move(tree):
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, moves), tree)
 
   def hop(state, d_keys, keys, s):
     """The keys of the group that is s before this one in the ring."""

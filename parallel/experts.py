@@ -146,7 +146,10 @@ def _sent(exchange, rounds, i, x, gates):
   send = functools.partial(
     jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0, tiled=True
   )
-  pick = lambda values, index, fill: send(values.at[index].get(mode='fill', fill_value=fill))
+
+  def pick(values, index, fill):
+    return send(values.at[index].get(mode='fill', fill_value=fill))
+
   return pick(x, choice // k, 0), pick(gates.reshape(-1), choice, 0), pick(rounds.expert, at, E)
 
 

@@ -239,10 +239,13 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
   M, kept_slots = config.count(stages), 2 * stages - 1
   parts = jax.tree.map(lambda a: _split(a, M), rows)
   spread = jax.tree.map(lambda a: _spread(a, stages), parts)
-  part_of = lambda parts, microbatch: jax.tree.map(
-    lambda a: _at(a, jnp.maximum(microbatch, 0)), parts
-  )
-  held = lambda tree: jax.tree.map(lambda a: a[0], tree)
+
+  def part_of(parts, microbatch):
+    return jax.tree.map(lambda a: _at(a, jnp.maximum(microbatch, 0)), parts)
+
+  def held(tree):
+    return jax.tree.map(lambda a: a[0], tree)
+
   add = functools.partial(jax.tree.map, lambda total, new: total + new.astype(total.dtype))
 
   def forward(blocks, parts, entering, state, kept, slot):
@@ -253,7 +256,10 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
     kept = jax.lax.dynamic_update_index_in_dim(
       kept[0], jnp.where(microbatch >= 0, x, _at(kept[0], place)), place, 0
     )
-    count = lambda a: jnp.where(microbatch >= 0, a, 0)
+
+    def count(a):
+      return jnp.where(microbatch >= 0, a, 0)
+
     return y[None], kept[None], count(loss)[None], jax.tree.map(count, reports)
 
   def backward(blocks, parts, kept, above, d_y, slot):
@@ -301,7 +307,10 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
     return (state, kept, above, totals), found
 
   down, up = schedule_1f1b(stages, M)
-  split = lambda a: ax.place(jnp.asarray(a), None, 'layers')
+
+  def split(a):
+    return ax.place(jnp.asarray(a), None, 'layers')
+
   slots = Ticks(
     split(down), split(up), *(jnp.asarray(a) for a in (down[:, 0], down[:, -1], up[:, 0]))
   )
@@ -311,7 +320,10 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
     state.dtype,
     out_sharding=PartitionSpec(AXIS, None, *_entries(state)[1:]) if ax.explicit() else None,
   )
-  wide = lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32))
+
+  def wide(a):
+    return jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32))
+
   carry = state, kept, state, jax.tree.map(wide, {'rest': rest, 'blocks': blocks})
   found = []
   for begin, end, down, up in (
@@ -357,9 +369,12 @@ def inside() -> bool:
 
 def _each(function, inputs, outputs):
   """`function` run by every stage on its own part, split as the specs say; inside, all other mesh axes are as outside."""
-  run = lambda *arguments: jax.shard_map(
-    function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False
-  )(*arguments)
+
+  def run(*arguments):
+    return jax.shard_map(
+      function, in_specs=inputs, out_specs=outputs, axis_names={AXIS}, check_vma=False
+    )(*arguments)
+
   if jax.__version_info__ >= (0, 12) or not ax.explicit():
     return run
   # Before jax 0.12 a shard_map over some of the explicit axes gathers its arguments over all others; not so over auto axes.

@@ -121,7 +121,10 @@ def scan(step, carry, layers, config: Remat):
     return jax.lax.scan(step, carry, layers)
   size = math.isqrt(n)
   grouped = n - n % size
-  cut = lambda x: jax.lax.slice_in_dim(x, 0, grouped).reshape(grouped // size, size, *x.shape[1:])
+
+  def cut(x):
+    return jax.lax.slice_in_dim(x, 0, grouped).reshape(grouped // size, size, *x.shape[1:])
+
   group = jax.checkpoint(
     lambda carry, layers: jax.lax.scan(step, carry, layers),
     policy=_policies.nothing_saveable,

@@ -242,10 +242,16 @@ def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
   seen = []
   checkpoints = Checkpoints(workdir, log=lambda _: None)
   flags = f'--config.train.steps={steps}', *flags
-  begun = lambda: max([0, *checkpoints.steps()])
+
+  def begun():
+    return max([0, *checkpoints.steps()])
+
   for kind in kinds:
     left = unfinished(checkpoints.directory)
-    writing = lambda: unfinished(checkpoints.directory) - left
+
+    def writing():
+      return unfinished(checkpoints.directory) - left
+
     process = runs.start(workdir, *flags)
     if kind == 'start':
       time.sleep(draw.uniform(0.0, 3.0))
@@ -539,9 +545,10 @@ def test_what_is_asked_is_written(said, tmp_path):
     (*seed, '--nostream'),
     ('--prompt=aaaaaaaa', '--lookup=1', '--draft_tokens=3', '--max_new_tokens=9', '--bench'),
   )
-  read = lambda name: [
-    json.loads(line) for line in (tmp_path / name).read_bytes().split(b'\n')[:-1]
-  ]
+
+  def read(name):
+    return [json.loads(line) for line in (tmp_path / name).read_bytes().split(b'\n')[:-1]]
+
   assert (
     [one['prompt'] for one in read('out.jsonl')]
     == [one['prompt'] for one in read('scores.jsonl')]

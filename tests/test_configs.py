@@ -23,7 +23,6 @@ from training import state as states
 from training.config import Config
 from training.optimizer import make_optimizer
 
-
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / 'configs').rglob('*.py') if path.name != '__init__.py')
 

@@ -113,18 +113,23 @@ def test_cost():
 
 
 def test_a_plan_names_the_attention_that_it_compiled():
-  made = lambda mode, chip, **model: dataclasses.replace(
-    fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1),
-    mode=mode,
-    chip=hardware.lookup(chip),
-  )
+  def made(mode, chip, **model):
+    return dataclasses.replace(
+      fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1),
+      mode=mode,
+      chip=hardware.lookup(chip),
+    )
+
   assert (
     made('train', 'TPU v5').attention == 'pallas_tpu'
     and made('decode', 'TPU v5').attention == 'cached'
   )
   assert made('train', 'TPU v5', attention='blocked').to_dict()['attention'] == 'blocked'
   assert made('decode', 'NVIDIA H100 80GB HBM3').attention == 'cached'
-  on_gpu = lambda mode, **model: made(mode, 'NVIDIA H100 80GB HBM3', **model).attention
+
+  def on_gpu(mode, **model):
+    return made(mode, 'NVIDIA H100 80GB HBM3', **model).attention
+
   assert (
     on_gpu('train', attention_softcap=2.0)
     == choose({'causal', 'segments', 'softcap', 'float32'}, 'gpu')
@@ -208,9 +213,12 @@ def test_a_batch_that_no_mesh_divides_raises():
 def test_candidate_meshes_use_all_devices_and_the_axes_that_help():
   found = list(candidates.meshes(tiny(), 8))
   assert all(len(mesh) == 6 and MeshConfig(**mesh).resolve(8) == mesh for mesh in found)
-  split = lambda config, devices: {
-    axis for mesh in candidates.meshes(config, devices) for axis, size in mesh.items() if size > 1
-  }
+
+  def split(config, devices):
+    return {
+      axis for mesh in candidates.meshes(config, devices) for axis, size in mesh.items() if size > 1
+    }
+
   assert split(tiny(), 8) == {'data', 'fsdp', 'tensor'}
   few = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=4))
   assert split(few, 8) == {'data', 'fsdp', 'tensor', 'context'}
@@ -270,7 +278,10 @@ def test_explicit_axes_cost_nothing_against_the_automatic_twin(mesh):
     explicit, auto = (
       compiled_for('v5e:2x2', config, axis_type=kind) for kind in (AxisType.Explicit, AxisType.Auto)
     )
-  moved = lambda made: sum(c.total for c in made.collectives)
+
+  def moved(made):
+    return sum(c.total for c in made.collectives)
+
   assert moved(auto) and moved(explicit) <= moved(auto)
   # All gradients are reduce-scattered, also over all chips of a slice.
   assert sum(c.total for c in explicit.collectives if c.kind == 'all-reduce') <= 0.05 * moved(

@@ -34,7 +34,10 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int):
 
   parts = jax.tree.map(split, batch)
   shapes = jax.eval_shape(gradient, model, jax.tree.map(lambda x: x[0], parts), scale)
-  wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+
+  def wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, wide(x), out_sharding=getattr(x.sharding, 'spec', None)), shapes
   )

@@ -219,7 +219,10 @@ class Checkpoints:
         [name for name in wanted if name not in spilled and name not in alone],
         *([name] for name in alone),
       ):
-        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+        def like(x):
+          return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
         request = {
           name: like(wanted[name]) if name in names_ else ocp.PLACEHOLDER
           for name in saved

@@ -472,7 +472,9 @@ def differences(old: Config, new: Config) -> list[str]:
   before, after = _flat(to_dict(old)), _flat(to_dict(new))
 
   def matters(path):
-    under = lambda names_: any(path == name or path.startswith(name + '.') for name in names_)
+    def under(names_):
+      return any(path == name or path.startswith(name + '.') for name in names_)
+
     return under(IDENTITY) and not under(INDIFFERENT)
 
   return [

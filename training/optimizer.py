@@ -169,8 +169,11 @@ def make_optimizer(
   """
   for path, spec in jax.tree_util.tree_leaves_with_path(specs):
     _check_spec(jax.tree_util.keystr(path, simple=True, separator='.'), spec)
+
   # As a function, because optax would call a tree that is itself a callable module.
-  decayed = lambda _: jax.tree.map(lambda spec: spec.kind != 'vector', specs)
+  def decayed(_):
+    return jax.tree.map(lambda spec: spec.kind != 'vector', specs)
+
   return optax.chain(
     _rescaling(config, specs, whole),
     optax.add_decayed_weights(config.weight_decay, mask=decayed),
@@ -307,7 +310,10 @@ def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTra
   if config.name == 'adamw':
     return optax.scale_by_adam(s['b1'], s['b2'], s['epsilon'])
   if config.name == 'adam8bit':
-    matrices = lambda _: jax.tree.map(lambda spec: spec.kind == 'matrix', specs)
+
+    def matrices(_):
+      return jax.tree.map(lambda spec: spec.kind == 'matrix', specs)
+
     return adam8bit.scale_by_adam8bit(s['b1'], s['b2'], s['epsilon'], matrices)
   if config.name == 'adafactor':
     return optax.chain(

@@ -27,7 +27,10 @@ AHEAD, BEHIND = 2, 2
 
 def on_disk(state, directory):
   """An abstract train state with the arrays of its optimizer in files that `directory` is to hold; scalars stay."""
-  place = lambda x: OnDisk(x.shape, x.dtype, x.sharding, directory) if x.ndim else x
+
+  def place(x):
+    return OnDisk(x.shape, x.dtype, x.sharding, directory) if x.ndim else x
+
   return dataclasses.replace(state, optimizer=jax.tree.map(place, state.optimizer))
 
 
@@ -36,10 +39,12 @@ def begin(config, state, target):
   leaves, model = named_leaves(target.optimizer), named_leaves(state.model)
   for part, first, layers in _slices(update.split(config, state.model, together=False), leaves):
     # Layers begin alike, and as zeros do: the parameters are not looked at.
-    make = lambda p: [
-      x[:layers] if x.ndim else x
-      for x in jax.tree.leaves(part.optimizer.init(part.model.unflatten(offload.to_device(p))))
-    ]
+    def make(p):
+      return [
+        x[:layers] if x.ndim else x
+        for x in jax.tree.leaves(part.optimizer.init(part.model.unflatten(offload.to_device(p))))
+      ]
+
     for name, x in zip(
       part.state_names, jax.jit(make)([model[name] for name in part.names]), strict=True
     ):
@@ -101,9 +106,11 @@ class Step:
     )
 
   def _update(self, measured, grads, state, model):
-    program = lambda part: jax.jit(
-      functools.partial(_advance_part, part, self._prepared), static_argnums=0, donate_argnums=1
-    )
+    def program(part):
+      return jax.jit(
+        functools.partial(_advance_part, part, self._prepared), static_argnums=0, donate_argnums=1
+      )
+
     self._programs = self._programs or {
       part: program(part) for part in update.split(self._config, model, together=False)
     }
@@ -164,7 +171,10 @@ def _write(rows, first):
 
 def _advance_part(part, prepared, layers, parameters, grads, state, measured, first):
   """The parameters of a part with `layers` of them, from `first` on, updated; and the new state of those."""
-  cut = lambda x: x if layers is None else jax.lax.dynamic_slice_in_dim(x, first, layers)
+
+  def cut(x):
+    return x if layers is None else jax.lax.dynamic_slice_in_dim(x, first, layers)
+
   own, grads = offload.to_device(([cut(x) for x in parameters], [cut(x) for x in grads]))
   new_state, new = part.update(measured.finite, prepared(grads, measured), state, own)
   new = offload.back(new, parameters)

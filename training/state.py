@@ -43,8 +43,9 @@ def init(
   state = optimizer.init(model)
   state = offload.to_host(state) if config.train.offload_optimizer == 'host' else state
   if config.train.offload_parameters:
-    away = lambda spec, p: (
-      offload.to_host(p) if spec.kind == 'matrix' and spec.axes[0] == 'layers' else p
-    )
+
+    def away(spec, p):
+      return offload.to_host(p) if spec.kind == 'matrix' and spec.axes[0] == 'layers' else p
+
     model = jax.tree.map(away, params.specs(model), model)
   return TrainState(jnp.int32(0), model, state, precision.init_loss_scale(config.model.dtype), key)

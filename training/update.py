@@ -13,8 +13,7 @@ import optax
 
 from model import params
 from model.params import named_leaves
-from parallel import axes as ax
-from parallel import offload
+from parallel import axes as ax, offload
 from training import precision
 from training.optimizer import make_optimizer
 
@@ -122,9 +121,12 @@ def run(parts: Iterable[Part], prepared: Callable, measured: Measured, grads, st
     found = (_by_layer if part.layers else _at_once)(part, prepared, measured, *own)
     new_state |= zip(part.state_names, found[0], strict=True)
     new_model |= zip(part.names, found[1], strict=True)
-  rebuilt = lambda tree, leaves: jax.tree.unflatten(
-    jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
-  )
+
+  def rebuilt(tree, leaves):
+    return jax.tree.unflatten(
+      jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
+    )
+
   return rebuilt(state, new_state), rebuilt(model, new_model)
 
 
@@ -138,12 +140,13 @@ def _at_once(part, prepared, measured, grads, state, parameters):
 
 
 def _by_layer(part, prepared, measured, grads, state, parameters):
-  cut = lambda tree, i: [
-    jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim else x for x in tree
-  ]
-  put = lambda tree, new, i: [
-    jax.lax.dynamic_update_index_in_dim(x, y, i, 0) if x.ndim else y for x, y in zip(tree, new)
-  ]
+  def cut(tree, i):
+    return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim else x for x in tree]
+
+  def put(tree, new, i):
+    return [
+      jax.lax.dynamic_update_index_in_dim(x, y, i, 0) if x.ndim else y for x, y in zip(tree, new)
+    ]
 
   def layer(i, carry):
     rows = [

@@ -103,14 +103,19 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
   """Where each parameter lies."""
   Source, base = common.Source, '' if config.head == 'plain' else 'bert.'
   at = base + 'encoder.layer.{layer}'
-  norm = lambda ours, theirs: {
-    f'{ours}.scale': Source(f'{theirs}.weight', 'D -> D'),
-    f'{ours}.bias': Source(f'{theirs}.bias', 'D -> D'),
-  }
-  dense = lambda ours, bias, theirs, pattern, vector: {
-    ours: Source(f'{theirs}.weight', pattern),
-    bias: Source(f'{theirs}.bias', vector),
-  }
+
+  def norm(ours, theirs):
+    return {
+      f'{ours}.scale': Source(f'{theirs}.weight', 'D -> D'),
+      f'{ours}.bias': Source(f'{theirs}.bias', 'D -> D'),
+    }
+
+  def dense(ours, bias, theirs, pattern, vector):
+    return {
+      ours: Source(f'{theirs}.weight', pattern),
+      bias: Source(f'{theirs}.bias', vector),
+    }
+
   block = norm('attention_norm', f'{at}.attention.output.LayerNorm') | norm(
     'feed_forward_norm', f'{at}.output.LayerNorm'
   )

@@ -368,7 +368,10 @@ def experts(
   at: str, gate: str = 'gate_proj', up: str = 'up_proj', down: str = 'down_proj'
 ) -> dict[str, Source]:
   """A router called gate, and experts with a tensor each, below `at`."""
-  each = lambda name, pattern: Source(f'{at}.experts.{{expert}}.{name}.weight', pattern)
+
+  def each(name, pattern):
+    return Source(f'{at}.experts.{{expert}}.{name}.weight', pattern)
+
   return {
     'feed_forward.router': Source(f'{at}.gate.weight', 'E D -> D E'),
     'feed_forward.gate': each(gate, 'M D -> D M'),

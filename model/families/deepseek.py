@@ -148,17 +148,23 @@ def _weight(config: ModelConfig) -> dict:
     return {}
   weight = (extra**0.5 - 1) / (common.mscale(config.rope.factor, 1.0) - 1)
   rounded = (round(weight, digits) for digits in range(17))
-  fits = lambda w: plain * common.mscale(config.rope.factor, w) ** 2 == config.attention_scale
+
+  def fits(w):
+    return plain * common.mscale(config.rope.factor, w) ** 2 == config.attention_scale
+
   return {'mscale_all_dim': next(filter(fits, rounded), weight)}
 
 
 def tensors(config: ModelConfig) -> dict[str, common.Source]:
   """Where each parameter lies."""
   at, mlp, latent, H = f'{common.LAYER}.self_attn', f'{common.LAYER}.mlp', config.latent, config.H
-  span = lambda start, length: tuple(range(start, start + length))
-  pairs = lambda start: tuple(
-    start + i for parity in (0, 1) for i in range(parity, latent.rope_width, 2)
-  )
+
+  def span(start, length):
+    return tuple(range(start, start + length))
+
+  def pairs(start):
+    return tuple(start + i for parity in (0, 1) for i in range(parity, latent.rope_width, 2))
+
   query = ('q_b_proj', 'Q') if latent.query_width else ('q_proj', 'D')
   mixed = {
     'attention.q': common.Source(

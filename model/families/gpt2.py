@@ -77,10 +77,13 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
     'feed_forward.down': Source(f'{at}.mlp.c_proj.weight', 'F D -> F D'),
     'feed_forward.down_bias': Source(f'{at}.mlp.c_proj.bias', 'D -> D'),
   }
-  norms = lambda ours, theirs: {
-    f'{ours}.scale': Source(f'{theirs}.weight', 'D -> D'),
-    f'{ours}.bias': Source(f'{theirs}.bias', 'D -> D'),
-  }
+
+  def norms(ours, theirs):
+    return {
+      f'{ours}.scale': Source(f'{theirs}.weight', 'D -> D'),
+      f'{ours}.bias': Source(f'{theirs}.bias', 'D -> D'),
+    }
+
   block |= norms('attention_norm', f'{at}.ln_1') | norms('feed_forward_norm', f'{at}.ln_2')
   found = {
     'embedding.tokens': Source('transformer.wte.weight', 'V D -> V D'),

@@ -17,9 +17,10 @@ H100 = next(chip for chip in hardware.CHIPS if chip.name == 'H100 SXM')
 def least(law, flops):
   """By halving the slope's interval in ln N, knowing nothing of the closed form; the loss along 6 N D = C has one minimum."""
   low, high = 0.0, math.log(flops / 6)
-  loss = lambda x: (
-    law.A * math.exp(-law.alpha * x) + law.B * math.exp(law.beta * (x - math.log(flops / 6)))
-  )
+
+  def loss(x):
+    return law.A * math.exp(-law.alpha * x) + law.B * math.exp(law.beta * (x - math.log(flops / 6)))
+
   for _ in range(200):
     left, right = low + (high - low) / 3, high - (high - low) / 3
     low, high = (low, right) if loss(left) < loss(right) else (left, high)
@@ -41,7 +42,9 @@ def test_the_optimum_is_a_stationary_point(law, flops):
   parameters, tokens = law.optimum(flops)
 
   def slope(factor, h=1e-3):
-    of = lambda x: law.loss(parameters * factor * x, tokens / factor / x) - law.E
+    def of(x):
+      return law.loss(parameters * factor * x, tokens / factor / x) - law.E
+
     return (of(math.exp(h)) - of(math.exp(-h))) / (2 * h) / of(1)
 
   assert abs(slope(1)) < 1e-5 and slope(0.5) < -0.03 and slope(2) > 0.03

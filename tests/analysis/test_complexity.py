@@ -99,9 +99,11 @@ def test_memory_holds_the_cache_and_no_parameters(points):
 
 
 def test_loops_of_unknown_length_are_not_guessed():
-  looping = lambda x: jax.lax.while_loop(
-    lambda x: x.sum() < 9, lambda x: jax.ad_checkpoint.checkpoint_name(x @ x, 'block'), x
-  )
+  def looping(x):
+    return jax.lax.while_loop(
+      lambda x: x.sum() < 9, lambda x: jax.ad_checkpoint.checkpoint_name(x @ x, 'block'), x
+    )
+
   traced = jax.jit(looping).trace(jnp.ones((2, 2)))
   with pytest.raises(ValueError, match='holds 1 blocks.*write it as a scan'):
     complexity.blocks(traced.jaxpr.jaxpr)

@@ -13,7 +13,6 @@ from model import transformer
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.params import ParamSpec, specs
 
-
 LETTERS = {
   'V': 'vocabulary',
   'D': 'width',
@@ -52,7 +51,10 @@ def shapes(m):
     'down': (m.F, m.D),
   } | ({'gate': (m.D, m.F)} if m.gated else {})
   tree = {'embedding': (m.V, m.D), 'head': (m.D, m.V), 'layers': [layer] * m.L}
-  is_shape = lambda leaf: isinstance(leaf, tuple)
+
+  def is_shape(leaf):
+    return isinstance(leaf, tuple)
+
   return jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=is_shape
   )

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from analysis import flops, hlo
-from parallel import axes as ax
-from parallel import experts
+from parallel import axes as ax, experts
 from parallel.mesh import MeshConfig, make_mesh
 
 
@@ -24,7 +23,9 @@ def program(function, *shapes, dtype='float32'):
 
 def looped(x, w):
   """3 x (2 x one product + 5 x another)."""
-  inner = lambda n: lambda x, _: (jnp.tanh(x @ w), None) if n else (jnp.sin(w @ x), None)
+
+  def inner(n):
+    return lambda x, _: (jnp.tanh(x @ w), None) if n else (jnp.sin(w @ x), None)
 
   def body(x, _):
     x, _ = jax.lax.scan(inner(1), x, None, length=2)
@@ -61,7 +62,10 @@ def test_rounds_of_an_exchange_count_once():
 
   def run(x, weights, expert):
     exchange = experts.Exchange(('expert',), E, C)
-    function = lambda rows, gates, _, w: rows @ w * gates[:, None]
+
+    def function(rows, gates, _, w):
+      return rows @ w * gates[:, None]
+
     return experts.in_rounds(
       function, exchange, x, jnp.ones((n, k)), weights, experts.plan(expert, exchange, ('expert',))
     )
@@ -120,9 +124,11 @@ def test_products(formula, x, y, wanted):
   'stride, padding, pairs', [(1, 'VALID', 6 * 3), (1, 'SAME', 8 * 3 - 2), (2, 'VALID', 3 * 3)]
 )
 def test_a_convolution_counts_where_its_window_meets_an_input(stride, padding, pairs):
-  convolve = lambda x, w: jax.lax.conv_general_dilated(
-    x, w, (stride,), padding, dimension_numbers=('NWC', 'WIO', 'NWC')
-  )
+  def convolve(x, w):
+    return jax.lax.conv_general_dilated(
+      x, w, (stride,), padding, dimension_numbers=('NWC', 'WIO', 'NWC')
+    )
+
   assert hlo.Module(program(convolve, (2, 8, 5), (3, 5, 7))).flops() == 2 * 2 * 7 * 5 * pairs
 
 

@@ -143,12 +143,15 @@ def attend(topology):
   @functools.cache
   def make(name, width, blocks=Blocks()):
     mesh, chip = one(topology, name)
-    shape = lambda heads: jax.ShapeDtypeStruct(
-      (1, 2048, heads, width), jnp.bfloat16, sharding=NamedSharding(mesh, P())
-    )
-    loss = lambda *x: (
-      attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0].astype(jnp.float32).sum()
-    )
+
+    def shape(heads):
+      return jax.ShapeDtypeStruct(
+        (1, 2048, heads, width), jnp.bfloat16, sharding=NamedSharding(mesh, P())
+      )
+
+    def loss(*x):
+      return attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0].astype(jnp.float32).sum()
+
     with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
       return (
         mesh,
@@ -309,7 +312,10 @@ def test_cudnn_computes_the_pairs_that_its_mask_leaves(topology, mask, pairs):
   B, T, N, H = 2, 512, 4, 128
   with jax.set_mesh(mesh):
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
-    loss = lambda *x: jnp.sum(attention(*x, Mask(**mask), backend='xla')[0], dtype=jnp.float32)
+
+    def loss(*x):
+      return jnp.sum(attention(*x, Mask(**mask), backend='xla')[0], dtype=jnp.float32)
+
     found = roofline.predict(
       jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text(), mesh, chip
     )
@@ -326,7 +332,10 @@ def test_our_attention_on_a_gpu_computes_the_blocks_that_its_mask_leaves(topolog
   """Forward two products of blocks of 128 x 128, backward five of 64 x 128; at a share of the peak that was not measured, and says so."""
   mesh, chip = one(topology, 'h100:1x1x1')
   x = jax.ShapeDtypeStruct((1, 2048, 4, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
-  loss = lambda *x: attention(*x, mask, backend='pallas_gpu')[0].astype(jnp.float32).sum()
+
+  def loss(*x):
+    return attention(*x, mask, backend='pallas_gpu')[0].astype(jnp.float32).sum()
+
   with jax.set_mesh(mesh):
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text()
   found = roofline.predict(text, mesh, chip)

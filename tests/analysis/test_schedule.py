@@ -58,7 +58,9 @@ def test_kind_axes_and_bytes(kind, mesh):
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
-  step = lambda x, _: (jax.lax.psum(x, 'fsdp') / 2, None)
+  def step(x, _):
+    return (jax.lax.psum(x, 'fsdp') / 2, None)
+
   text = compiled(
     lambda x: jax.lax.scan(lambda x, _: jax.lax.scan(step, x, None, length=3), x, None, length=5)[
       0
@@ -207,9 +209,10 @@ def test_between_slices_a_member_exchanges_its_part_or_it_raises():
   mesh = fake_mesh([*np.ndindex(2, 2)] * 2, (4, 2))
   for n, device in enumerate(mesh.devices.flat):
     device.slice_index = n // 4
-  reduce = lambda group, nbytes: schedule.Collective(
-    'all-reduce', ('fsdp',), len(group), 1, nbytes, False, '', group
-  )
+
+  def reduce(group, nbytes):
+    return schedule.Collective('all-reduce', ('fsdp',), len(group), 1, nbytes, False, '', group)
+
   links = schedule.Links(mesh, CHIP)
   whole = 1e9  # an all-reduce of a GB: 2 x 7/8 of it is sent in all
   near, far = links.seconds(

@@ -13,8 +13,7 @@ import pytest
 
 from analysis import aot
 from benchmarks import attention, attention_peers as peers
-from kernels import cudnn
-from kernels import attention as kernels
+from kernels import attention as kernels, cudnn
 
 
 def run(*flags):
@@ -112,7 +111,10 @@ def test_calls_of_a_kernel_are_neither_merged_nor_taken_out():
   )
   with jax.default_matmul_precision('default'):
     peers.check_calls(jax.jit(peers.repeated(attend, 5)).lower(x, x, x).compile(), 5)
-    careless = lambda *x: [attend(*x) for _ in range(5)]
+
+    def careless(*x):
+      return [attend(*x) for _ in range(5)]
+
     with pytest.raises(RuntimeError, match='not 5: nothing to be timed'):
       peers.check_calls(jax.jit(careless).lower(x, x, x).compile(), 5)
 
@@ -142,7 +144,8 @@ def test_a_process_with_fewer_cases_draws_the_same_numbers(tmp_path):
 
 def test_a_program_that_cannot_be_read_is_said_to_be_unchecked():
   class Strange:
-    as_text = lambda self: 'no module'
+    def as_text(self):
+      return 'no module'
 
   assert 'calls were not counted: ValueError' in peers.check_calls(Strange(), 3)
 
@@ -173,7 +176,9 @@ def test_parity_is_judged_by_cudnn_or_by_torch(ours, theirs, good, said):
 
 
 def test_goals_are_of_the_lengths_that_they_were_set_for():
-  case = lambda length: peers.Case('causal', length, 128)
+  def case(length):
+    return peers.Case('causal', length, 128)
+
   assert attention.goal_of(case(4096), 'forward', 9e14) == ''
   assert [
     attention.goal_of(case(8192), 'forward', rate) for rate in (4e14, 5.1e14, 6e14, None)

@@ -6,8 +6,7 @@ import jax
 import pytest
 
 from analysis import aot, ptxas
-from benchmarks import attention, attention_peers as peers
-from benchmarks import train_gpu
+from benchmarks import attention, attention_peers as peers, train_gpu
 from parallel.mesh import MeshConfig, make_mesh
 
 

@@ -4,8 +4,7 @@ import datetime
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from data import huggingface, tokenizer
 from data.chat import ChatTemplate

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from data import clean, duplicates, filters
 from data.config import ANONYMISED_KINDS, CleanConfig
@@ -65,7 +64,9 @@ def test_surrogates_are_repaired_and_counted_and_empty_is_dropped():
 
 
 def test_digest_ignores_case_and_whitespace_only():
-  digest = lambda text: clean.clean(text, CleanConfig()).digest
+  def digest(text):
+    return clean.clean(text, CleanConfig()).digest
+
   assert digest('Two  words\n') == digest('two words') != digest('two word s')
 
 

@@ -171,7 +171,10 @@ def test_resuming_with_other_processes_and_batch_size_repeats_and_skips_nothing(
   assert same(rest, jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts))
   smaller = train_loader(prepared, dataclasses.replace(config, batch_size=4))
   smaller.restore(state)
-  flat = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), tree)
+
+  def flat(tree):
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), tree)
+
   assert same(flat(rest), flat(take(smaller, 9)))
 
 

@@ -6,8 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from data import sources, tokenizer
 from data.config import SourceConfig, TokenizerConfig

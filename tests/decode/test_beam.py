@@ -15,8 +15,7 @@ from decode.generator import Generator
 from decode.loop import Rules, decode_chunk, prefill
 from decode.sampling import make_sampling
 from kernels import cached
-from model import cache as caches
-from model import transformer
+from model import cache as caches, transformer
 from model.cache import APPEND, init_cache
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from parallel import axes as ax
@@ -253,7 +252,10 @@ def plainly(model, prompt, beams, ends, length_penalty, early_stopping, new=NEW)
       ),
       key=lambda pair: -pair[0],
     )
-    over = lambda text: text[-1] in ends or made == new
+
+    def over(text):
+      return text[-1] in ends or made == new
+
     finished += [
       (score / made**length_penalty, text) for score, text in candidates[:beams] if over(text)
     ]

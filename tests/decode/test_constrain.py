@@ -248,7 +248,10 @@ def test_merging_changes_nothing(kind):
   tokenizer = made(kind)
   for pattern in (r'[a-z]+@(é|😀)*\.com', r'( the| \w)+'):
     constraint, plain = Constraint(tokenizer, regex=pattern), Constraint(BYTES, regex=pattern)
-    bytewise = lambda state, piece: after_bytes(plain, state, piece)
+
+    def bytewise(state, piece):
+      return after_bytes(plain, state, piece)
+
     todo, partner = [0], {0: 0}
     while todo:
       state = todo.pop()
@@ -340,9 +343,10 @@ def test_rows_over_devices():
   ids = np.full(8, ord('a') + 3, np.int32)
   expected = allowed(automaton, states), advance(automaton, states, ids)
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
-    put = lambda x, *names: jax.device_put(
-      x, jax.NamedSharding(jax.sharding.get_mesh(), ax.spec(*names))
-    )
+
+    def put(x, *names):
+      return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), ax.spec(*names)))
+
     automaton, states, ids = jax.tree.map(put, automaton), put(states, 'batch'), put(ids, 'batch')
     found = allowed(automaton, states), advance(automaton, states, ids)
     assert jax.typeof(found[0]).sharding.spec == ax.spec('batch', None)
@@ -356,9 +360,10 @@ def test_a_tpu_compiles_the_mask(rows):
     mesh = make_mesh(MeshConfig(), aot.topology('v5e:2x2')[:1])
   except ImportError as error:
     pytest.skip(str(error))
-  shape = lambda size, dtype: jax.ShapeDtypeStruct(
-    size, dtype, sharding=jax.NamedSharding(mesh, jax.P())
-  )
+
+  def shape(size, dtype):
+    return jax.ShapeDtypeStruct(size, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
   automaton = Automaton(shape((131_072,), jnp.int32), shape((2048, 256), jnp.int32))
   with jax.set_mesh(mesh):
     compiled = jax.jit(constrain.allowed).lower(automaton, shape((rows,), jnp.int32)).compile()

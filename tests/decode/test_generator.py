@@ -18,8 +18,7 @@ from kernels.blocks import Blocks
 from model import params, transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
-from training import config as configs
-from training import state as states
+from training import config as configs, state as states
 from training.checkpoint import Checkpoints
 from training.config import Config
 from training.optimizer import make_optimizer
@@ -377,11 +376,14 @@ def test_an_interrupt_before_there_is_anything_raises(generator, monkeypatch, as
 @pytest.mark.parametrize('way', ['stream', 'ids'])
 def test_a_listener_hears_of_an_interrupt(generator, monkeypatch, way):
   how, heard = dict(max_new_tokens=40, seed=1, chunk=4), []
-  ask = lambda: (
-    generator.stream('a', **how)
-    if way == 'stream'
-    else (new[0] for new in generator.ids(['a'], **how))
-  )
+
+  def ask():
+    return (
+      generator.stream('a', **how)
+      if way == 'stream'
+      else (new[0] for new in generator.ids(['a'], **how))
+    )
+
   expected = [x for piece in ask() for x in piece]
   monkeypatch.setattr(generator, 'advance', interrupted(generator.advance, 4))
   with pytest.raises(KeyboardInterrupt):

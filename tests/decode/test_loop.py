@@ -147,7 +147,10 @@ def test_a_row_ends_at_eos_and_leaves_its_neighbours_alone(model):
   free, _ = generate(model, PROMPTS, drawn(3))
   eos = free[0][4]
   rows, state = generate(model, PROMPTS, drawn(3), eos=eos, chunks=(5, 7))
-  cut = lambda row: row[: row.index(eos) + 1] if eos in row else row
+
+  def cut(row):
+    return row[: row.index(eos) + 1] if eos in row else row
+
   assert rows == [cut(row) for row in free] and len(rows[0]) <= 5
   assert state.done.all(), 'stopped by length, or by the end-of-text'
   assert state.cache.lengths.tolist() == [len(p) + len(r) for p, r in zip(PROMPTS, rows)]
@@ -187,7 +190,9 @@ def test_the_cache_is_rewritten_in_place(model, rows):
 
 
 def test_other_options_compile_nothing(model):
-  programs = lambda: decode_chunk._cache_size() + prefill._cache_size()
+  def programs():
+    return decode_chunk._cache_size() + prefill._cache_size()
+
   generate(model, PROMPTS, make_sampling(3))
   before = programs()
   for options in (

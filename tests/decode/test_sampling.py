@@ -378,7 +378,10 @@ def test_draws_follow_the_law(options, over):
 def of_eight(seeds, positions, ids):
   """Which of eight equally likely ids of 20000 is drawn."""
   log_law = jnp.full(20000, -jnp.inf).at[ids].set(-jnp.log(8.0))
-  draw = lambda place: sample(log_law[None], place[0][None], place[1][None])[0]
+
+  def draw(place):
+    return sample(log_law[None], place[0][None], place[1][None])[0]
+
   return jnp.argmax(jax.lax.map(draw, (seeds, positions))[:, None] == ids[None], -1)
 
 
@@ -519,9 +522,12 @@ def test_a_mesh_draws_the_same_and_sends_nothing(sizes, axis_type):
   expected = jax.jit(everything)(*on_device(inputs))
   mesh = make_mesh(MeshConfig(**sizes), axis_type=axis_type)
   with jax.set_mesh(mesh):
-    put = lambda x: jax.device_put(
-      x, jax.NamedSharding(mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1)))
-    )
+
+    def put(x):
+      return jax.device_put(
+        x, jax.NamedSharding(mesh, ax.spec('batch', *(None,) * (np.ndim(x) - 1)))
+      )
+
     inputs = jax.tree.map(put, inputs)
     compiled = jax.jit(everything).lower(*inputs).compile()
     found = compiled(*inputs)

@@ -336,7 +336,9 @@ def judgement(log_p, log_q, accepted=accepted, residual=residual):
   M, V = log_p.shape
   accepted, residual = jax.jit(accepted), jax.jit(residual)
   ids = jnp.tile(jnp.arange(V, dtype=jnp.int32), M)
-  rows = lambda x: jnp.repeat(x, V, 0)
+
+  def rows(x):
+    return jnp.repeat(x, V, 0)
 
   def halve(_, ends):  # a draft is kept for noise below some border, which is the probability
     low, high = ends
@@ -451,7 +453,10 @@ def check_draws(drafter, run=None):
   np.add.at(counts, tuple(np.array([row[0] for row in rows]).T), 1)
   assert (counts[expected == 0] == 0).all()
   often = expected * DRAWS >= 5
-  pooled = lambda x: np.append(x[often], x[~often].sum())
+
+  def pooled(x):
+    return np.append(x[often], x[~often].sum())
+
   observed, wanted = pooled(counts), pooled(expected * DRAWS)
   keep = wanted > 0
   assert scipy.stats.chisquare(observed[keep], wanted[keep], sum_check=False).pvalue > 1e-4
@@ -524,9 +529,9 @@ def test_a_seed_draws_the_same_in_other_company(model, drafts):
 
 
 def test_other_options_compile_nothing(model, drafts):
-  run = lambda sampling, eos=NEVER, least=0.0: speculated(
-    model, DraftModel(drafts['same']), sampling, 4, eos, least
-  )
+  def run(sampling, eos=NEVER, least=0.0):
+    return speculated(model, DraftModel(drafts['same']), sampling, 4, eos, least)
+
   run(greedy(3))
   before = speculate_chunk._cache_size()
   run(

@@ -47,7 +47,10 @@ def load(name: str, directory: pathlib.Path):
 
 def forward(model, tokens, source=None, types=None, mask=None, source_mask=None):
   """Hidden states (of BertModel) or logits, [B, T, _] with gradients, and the pooler's output or None."""
-  put = lambda x: None if x is None else torch.tensor(np.asarray(x, np.int64))
+
+  def put(x):
+    return None if x is None else torch.tensor(np.asarray(x, np.int64))
+
   if source is not None:
     out = model(
       input_ids=put(source),
@@ -87,7 +90,10 @@ def save_gradients(model, directory: pathlib.Path) -> None:
 def generate(model, name: str, row: int) -> np.ndarray:
   """The tokens that the model goes on with after a third of a row, the most likely one each time."""
   given = tiny.inputs(name)
-  put = lambda x: torch.tensor(x[None].astype(np.int64))
+
+  def put(x):
+    return torch.tensor(x[None].astype(np.int64))
+
   options = dict(
     do_sample=False,
     max_new_tokens=NEW_TOKENS,

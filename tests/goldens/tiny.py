@@ -196,7 +196,10 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def inputs(name: str) -> dict[str, np.ndarray]:
   """What the models are compared on: int32 `tokens`, `targets` [2, 24]; `source` [2, 19] and `types` where needed."""
   rng = np.random.default_rng(zlib.crc32(name.encode()))
-  ids = lambda *shape: rng.integers(2, 67, shape).astype(np.int32)
+
+  def ids(*shape):
+    return rng.integers(2, 67, shape).astype(np.int32)
+
   found = {'tokens': ids(2, 24), 'targets': ids(2, 24)}
   if name.startswith('t5'):
     found['source'] = ids(2, 19)

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-draw = lambda *shape, seed=0: jnp.asarray(
-  np.random.default_rng([*shape, seed]).normal(size=shape), jnp.float32
-)
-integers = lambda high, *shape: (
-  np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
-)
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng([*shape, seed]).normal(size=shape), jnp.float32)
+
+
+def integers(high, *shape):
+  return np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
+
+
 PACKED = np.sort(integers(5, 2, 300), 1)
 
 

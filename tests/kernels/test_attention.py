@@ -11,8 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from analysis import aot
-from kernels import attention as dispatch
-from kernels import reference
+from kernels import attention as dispatch, reference
 from kernels.attention import HONOURS, attention
 from kernels.mask import Mask, Relative
 from parallel import axes as ax
@@ -37,15 +36,18 @@ SHAPES = [
 
 
 def inputs(T, S, N, K, H, Hv, dtype=np.float32, B=2, seed=0):
-  draw = lambda *shape: jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+  def draw(*shape):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+
   return draw(B, T, N, H), draw(B, S, K, H), draw(B, S, K, Hv), draw(N)
 
 
 def mask_parts(name, segments, positions, T, S, B=2):
   """Mask's keywords; with segments or positions some queries see nothing."""
-  draw = lambda high, *shape: (
-    np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
-  )
+
+  def draw(high, *shape):
+    return np.random.default_rng([high, *shape]).integers(0, high, shape).astype(np.int32)
+
   parts = dict(MASKS[name])
   if segments:
     parts |= {'query_segments': draw(3, B, T), 'key_segments': draw(3, B, S)}
@@ -152,9 +154,9 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(
   )
 
   def gradients(q, k, v, bias, d_out, d_lse):
-    whole = lambda q, k, v, bias: reference.attention(
-      q, k, v, mask, sinks=None, relative=bias, **options
-    )
+    def whole(q, k, v, bias):
+      return reference.attention(q, k, v, mask, sinks=None, relative=bias, **options)
+
     (out, lse), pull = jax.vjp(whole, q, k, v, bias)
     d_lse = jnp.where(jnp.isfinite(lse), d_lse, 0)
     delta, found, values = (d_out * out).sum(-1) - d_lse, [], []
@@ -184,7 +186,10 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(
     )
 
   with jax.enable_x64(True):
-    draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).normal(size=shape))
+
+    def draw(*shape):
+      return jnp.asarray(np.random.default_rng(shape).normal(size=shape))
+
     bias = Relative(table=draw(6, 4), bidirectional=True, max_distance=9) if relative else None
     values, expected, found = jax.jit(gradients)(
       *inputs(T, S, 4, 2, 6, 5, np.float64)[:3], bias, draw(2, T, 4, 5), draw(2, T, 4)
@@ -296,9 +301,10 @@ def test_low_precision_inputs_keep_a_precise_log_sum_exp(backend):
 @pytest.mark.parametrize('backend', EXACT)
 def test_the_log_sum_exp_has_the_same_gradient_everywhere(backend):
   q, k, v, _ = inputs(6, 6, 4, 2, 4, 4)
-  gradient = lambda backend: jax.grad(
-    lambda q: jnp.sum(jnp.sin(attention(q, k, v, Mask(), backend=backend)[1]))
-  )(q)
+
+  def gradient(backend):
+    return jax.grad(lambda q: jnp.sum(jnp.sin(attention(q, k, v, Mask(), backend=backend)[1])))(q)
+
   np.testing.assert_allclose(gradient(backend), gradient('reference'), atol=1e-5)
 
 
@@ -480,16 +486,22 @@ def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
   )
   monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'tpu')
   ran = []
-  run = lambda name, q, k, v, mask, **options: (ran.append(name), (q, q[..., 0]))[1]
+
+  def run(name, q, k, v, mask, **options):
+    return (ran.append(name), (q, q[..., 0]))[1]
+
   monkeypatch.setattr(dispatch.flash, 'attention', run)
   monkeypatch.setattr(dispatch, 'xla', functools.partial(run, 'xla'))
   q, k, v, _ = inputs(256, 256, 2, 2, 4, 4)
-  at = lambda queries: Mask(
-    **{
-      f'{side}_positions': jnp.arange(256 - n, 256)[None]
-      for side, n in (('query', queries), ('key', 256))
-    }
-  )
+
+  def at(queries):
+    return Mask(
+      **{
+        f'{side}_positions': jnp.arange(256 - n, 256)[None]
+        for side, n in (('query', queries), ('key', 256))
+      }
+    )
+
   for queries in (256, 128, 127, 1):
     attention(q[:, -queries:], k, v, at(queries))
   assert ran == ['pallas_tpu', 'pallas_tpu', 'xla', 'xla']
@@ -498,7 +510,10 @@ def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
 def test_auto_on_a_hopper_gpu_is_cudnn_where_it_can_and_our_kernel_where_it_cannot(monkeypatch):
   monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'gpu')
   ran = []
-  run = lambda name, q, k, v, mask, **options: (ran.append(name), (q, q[..., 0]))[1]
+
+  def run(name, q, k, v, mask, **options):
+    return (ran.append(name), (q, q[..., 0]))[1]
+
   monkeypatch.setattr(dispatch.flash, 'attention', run)
   monkeypatch.setattr(dispatch, 'xla', functools.partial(run, 'xla'))
   q, k, v = (x.astype(jnp.bfloat16) for x in inputs(256, 256, 2, 2, 64, 64)[:3])
@@ -526,7 +541,9 @@ def test_memory_of_blocked_follows_the_mask(monkeypatch):
 
   def temporary_bytes(backend, mask):
     def loss(q, k, v):
-      layer = lambda x, _: (x + attention(x, k, v, mask, backend=backend)[0], None)
+      def layer(x, _):
+        return (x + attention(x, k, v, mask, backend=backend)[0], None)
+
       return jnp.sum(jax.lax.scan(layer, q, None, length=layers)[0] ** 2)
 
     return (

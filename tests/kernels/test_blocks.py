@@ -10,9 +10,7 @@ import pytest
 from rows import documents, draw, values_and_gradients
 
 from analysis import aot, ptxas
-from kernels import blocks as block_sizes
-from kernels import flash, flash_gpu, flash_tpu
-from kernels import mosaic_gpu_compat as gpu
+from kernels import blocks as block_sizes, flash, flash_gpu, flash_tpu, mosaic_gpu_compat as gpu
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
@@ -122,9 +120,10 @@ def test_chosen_blocks_are_taken_and_change_nothing(case, monkeypatch):
     return
   np.testing.assert_allclose(found[0][1], exact[0][1], rtol=1e-5, atol=1e-5)
   tables = values_and_gradients(functools.partial(attend, backend=backend), q, k, v, None)
-  error = lambda a, b: np.sqrt(
-    np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean()
-  )
+
+  def error(a, b):
+    return np.sqrt(np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean())
+
   for name, ours, theirs, right in zip(
     ('out', 'q', 'k', 'v'), *((tree[0][0], *tree[1]) for tree in (found, tables, exact))
   ):
@@ -165,9 +164,12 @@ def test_devices_that_share_a_row_keep_to_the_blocks(monkeypatch):
 
 def test_blocks_that_a_row_has_not_raise():
   q, k = draw(1, 300, 6, 8), draw(1, 300, 2, 8)
-  run = lambda **sizes: jax.grad(
-    lambda q: attention(q, k, k, Mask(), backend='pallas_tpu', blocks=Blocks(**sizes))[0].sum()
-  )(q)
+
+  def run(**sizes):
+    return jax.grad(
+      lambda q: attention(q, k, k, Mask(), backend='pallas_tpu', blocks=Blocks(**sizes))[0].sum()
+    )(q)
+
   for sizes, words in (
     (
       {'forward_queries': 512},
@@ -324,13 +326,20 @@ def test_every_size_compiles_for_an_h100_without_a_spill(
     monkeypatch.setenv(variable, value)
   spec, softcap = MASKS[mask]
   with jax.set_mesh(mesh):
-    shape = lambda heads: jax.ShapeDtypeStruct(
-      (2, 1024, heads, width), 'bfloat16', sharding=jax.NamedSharding(mesh, jax.P())
-    )
-    loss = lambda *x: jnp.sum(
-      attention(*x, spec, softcap=softcap, backend='pallas_gpu', blocks=Blocks(**{name: size}))[0],
-      dtype=jnp.float32,
-    )
+
+    def shape(heads):
+      return jax.ShapeDtypeStruct(
+        (2, 1024, heads, width), 'bfloat16', sharding=jax.NamedSharding(mesh, jax.P())
+      )
+
+    def loss(*x):
+      return jnp.sum(
+        attention(*x, spec, softcap=softcap, backend='pallas_gpu', blocks=Blocks(**{name: size}))[
+          0
+        ],
+        dtype=jnp.float32,
+      )
+
     jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape(4), shape(2), shape(2)).compile()
   found = ptxas.reports(str(tmp_path))
   assert found and not {
@@ -347,12 +356,17 @@ def test_chosen_steps_compile_for_a_tpu(topology):
     pytest.skip(f'{topology} cannot be compiled for: {error}')
   blocks = Blocks(forward_queries=512, forward_keys=256, backward_queries=256, backward_keys=512)
   with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
-    shape = lambda heads: jax.ShapeDtypeStruct(
-      (1, 2048, heads, 128), 'bfloat16', sharding=jax.NamedSharding(mesh, jax.P())
-    )
-    loss = lambda *x: jnp.sum(
-      attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0], dtype=jnp.float32
-    )
+
+    def shape(heads):
+      return jax.ShapeDtypeStruct(
+        (1, 2048, heads, 128), 'bfloat16', sharding=jax.NamedSharding(mesh, jax.P())
+      )
+
+    def loss(*x):
+      return jnp.sum(
+        attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0], dtype=jnp.float32
+      )
+
     program = (
       jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape(4), shape(2), shape(2)).compile().as_text()
     )

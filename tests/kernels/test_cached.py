@@ -89,7 +89,10 @@ def features(softcap=0.0, sinks=False, relative=False):
 def on_mesh(sizes, q, lengths, queries, sinks, relative, **how):
   """What is held -> attention to it, on a mesh of these sizes."""
   mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[: math.prod(sizes.values())])
-  place = lambda x, *axes: jax.device_put(x, ax.spec(*axes))
+
+  def place(x, *axes):
+    return jax.device_put(x, ax.spec(*axes))
+
   attend = jax.jit(
     lambda held, layer, *arrays, **more: cached.attention(
       arrays[0], held, layer, *arrays[1:], **how, **more
@@ -206,8 +209,8 @@ FAULTS = {
   'window off by one': ('blocks', '< window)', '<= window)', dict(window=WINDOW, slots=SEVERAL)),
   'first block of a window skipped': (
     'blocks',
-    '// block if window',
-    '// block + 1 if window',
+    '0) // block\n',
+    '0) // block + 1\n',
     dict(window=WINDOW, slots=SEVERAL),
   ),
   'last block skipped': (

@@ -19,7 +19,10 @@ B, K, G, H = 3, 2, 2, 16
 def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 64), poison=True):
   """Arguments of `blocks`: queries, what is held (with NaN in slots that are not used), layer, head, lengths and positions."""
   rng = np.random.default_rng(S + T)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), 'float32')
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), 'float32')
+
   lengths = jnp.asarray(np.maximum(lengths, T), jnp.int32)
   q, keys, values = (
     draw(B, K, G * T, H),
@@ -35,7 +38,10 @@ def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 
   if poison and dtype != 'int8':
     used = np.asarray(cached.positions(held, jnp.arange(S), lengths))
     used = (used >= 0) & (used < np.asarray(lengths)[:, None])
-    spoil = lambda x: x if x is None else jnp.where(used[None, :, None, :, None], x, np.nan)
+
+    def spoil(x):
+      return x if x is None else jnp.where(used[None, :, None, :, None], x, np.nan)
+
     held = Held(spoil(keys), spoil(values), ring=ring)
   queries = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None]
   return q, held, 1, 0, lengths, queries
@@ -49,9 +55,15 @@ def compare(T, S, window, softcap, latent, **how):
   )
   kernel = functools.partial(cached_tpu.blocks, T=T, interpret=True, **how)
   found = jax.jit(kernel)(q, held, layer, first, lengths, queries[:, 0])
-  mean = lambda top, total, mixed: mixed / jnp.where(total > 0, total, 1)[..., None]
+
+  def mean(top, total, mixed):
+    return mixed / jnp.where(total > 0, total, 1)[..., None]
+
   np.testing.assert_allclose(mean(*found), mean(*expected), rtol=1e-5, atol=1e-5)
-  lse = lambda top, total, mixed: top + jnp.log(total)
+
+  def lse(top, total, mixed):
+    return top + jnp.log(total)
+
   np.testing.assert_allclose(lse(*found), lse(*expected), rtol=1e-5, atol=1e-5)
 
 
@@ -126,9 +138,10 @@ CASES = {
 def test_it_compiles(chip, case):
   how = dict(dtype='bfloat16', Hv=0, window=0, ring=False) | CASES[case]
   device = aot.topology(chip)[0]
-  shape = lambda shape, dtype='bfloat16': jax.ShapeDtypeStruct(
-    shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device)
-  )
+
+  def shape(shape, dtype='bfloat16'):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
   S, H, M, B = how['S'], how['H'], how['M'], 8
   vector, number = (
     shape((1, B, 1, S, H), how['dtype']),

@@ -57,9 +57,9 @@ def gpu(kind: str) -> AbstractMesh:
 
 
 def shapes(T, S, N, K, H, dtype, mask=None, B=1, sharding=lambda heads: None):
-  heads = lambda length, n, name: jax.ShapeDtypeStruct(
-    (B, length, n, H), dtype, sharding=sharding(name)
-  )
+  def heads(length, n, name):
+    return jax.ShapeDtypeStruct((B, length, n, H), dtype, sharding=sharding(name))
+
   return heads(T, N, 'heads'), heads(S, K, 'kv_heads'), heads(S, K, 'kv_heads')
 
 
@@ -145,7 +145,10 @@ def test_each_device_calls_it_for_its_own_rows_and_heads(axis_type):
   except ImportError as error:
     pytest.skip(f'an H100 cannot be compiled for: {error}')
   with jax.set_mesh(mesh):
-    placed = lambda heads: jax.NamedSharding(mesh, ax.spec('batch', 'length', heads, 'head_width'))
+
+    def placed(heads):
+      return jax.NamedSharding(mesh, ax.spec('batch', 'length', heads, 'head_width'))
+
     out, _ = jax.eval_shape(
       lambda *x: attention(*x, Mask(), backend='xla'), *shapes(*BASE, B=4, sharding=placed)
     )
@@ -202,13 +205,19 @@ def test_what_cudnn_is_asked_for_is_the_spec(name, monkeypatch):
   monkeypatch.setattr(cudnn, '_answer', lambda *_: None)
   monkeypatch.setattr(cudnn, '_kind', lambda: next(iter(cudnn.ELSEWHERE)))
   T, S, N, K, H, _, mask = case
-  draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).normal(size=shape), jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(np.random.default_rng(shape).normal(size=shape), jnp.float32)
+
   arrays, weights = [draw(2, T, N, H), draw(2, S, K, H), draw(2, S, K, H)], draw(2, T, N, H)
-  gradients = lambda backend: jax.jit(
-    jax.value_and_grad(
-      lambda *x: jnp.sum(attention(*x, mask, scale=0.3, backend=backend)[0] * weights), (0, 1, 2)
+
+  def gradients(backend):
+    return jax.jit(
+      jax.value_and_grad(
+        lambda *x: jnp.sum(attention(*x, mask, scale=0.3, backend=backend)[0] * weights), (0, 1, 2)
+      )
     )
-  )
+
   expected = gradients('reference')(*arrays)
   with jax.set_mesh(
     make_mesh(

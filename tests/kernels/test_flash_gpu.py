@@ -15,8 +15,7 @@ from rows import documents, draw, positions, values_and_gradients
 
 import kernels
 from analysis import aot, ptxas
-from kernels import cudnn, flash, flash_gpu, reference
-from kernels import mosaic_gpu_compat as gpu
+from kernels import cudnn, flash, flash_gpu, mosaic_gpu_compat as gpu, reference
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
@@ -130,9 +129,10 @@ def check(case, dtype=jnp.float16):
     sinks,
   )
   np.testing.assert_allclose(found[0][1], exact[0][1], rtol=1e-5, atol=1e-5)
-  error = lambda x, y: np.sqrt(
-    np.square(np.asarray(x, np.float64) - np.asarray(y, np.float64)).mean()
-  )
+
+  def error(x, y):
+    return np.sqrt(np.square(np.asarray(x, np.float64) - np.asarray(y, np.float64)).mean())
+
   for name, ours, twin, right in zip(
     ('out', 'q', 'k', 'v'),
     (found[0][0], *found[1]),
@@ -231,7 +231,10 @@ def test_on_a_mesh(monkeypatch):
   )
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
-      at = lambda x, *axes: jax.device_put(x, ax.spec(*axes))
+
+      def at(x, *axes):
+        return jax.device_put(x, ax.spec(*axes))
+
       heads = 'batch', 'length', 'heads', 'head_width'
       split = Mask(
         **{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()}
@@ -377,9 +380,9 @@ def test_it_compiles_for_an_h100_without_a_spill(case, monkeypatch, tmp_path):
   for name, value in ptxas.environment(str(tmp_path)).items():
     monkeypatch.setenv(name, value)
   with jax.set_mesh(mesh):
-    abstract = lambda *shape: jax.ShapeDtypeStruct(
-      shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())
-    )
+
+    def abstract(*shape):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
     def loss(deterministic, q, k, v):
       out, lse = attention(
@@ -426,9 +429,10 @@ def test_a_scanned_layer_runs_each_kernel_once(save):
     return jnp.sum(jax.lax.scan(layer, x, w)[0], dtype=jnp.float32)
 
   with jax.set_mesh(mesh):
-    abstract = lambda *shape: jax.ShapeDtypeStruct(
-      shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P())
-    )
+
+    def abstract(*shape):
+      return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P()))
+
     program = (
       jax.jit(jax.grad(loss))
       .lower(abstract(4, 512, 512), abstract(2, 512, 512))

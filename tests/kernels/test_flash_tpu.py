@@ -15,8 +15,7 @@ from jax.sharding import AxisType
 from rows import documents, draw, positions, values_and_gradients
 
 from analysis import aot
-from kernels import attention as dispatch
-from kernels import flash, flash_tpu, reference
+from kernels import attention as dispatch, flash, flash_tpu, reference
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
@@ -149,9 +148,12 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
     x.astype(jnp.bfloat16)
     for x in (draw(2, 256, 4, 64), draw(2, 256, 2, 64, seed=1), draw(2, 256, 2, 64, seed=2))
   )
-  run = lambda backend, *arrays: values_and_gradients(
-    functools.partial(attention, mask=Mask(), backend=backend), *arrays, None
-  )
+
+  def run(backend, *arrays):
+    return values_and_gradients(
+      functools.partial(attention, mask=Mask(), backend=backend), *arrays, None
+    )
+
   exact = run('reference', *(x.astype(jnp.float32) for x in (q, k, v)))
   with jax.default_matmul_precision('default'):
     ours, oracles = run('pallas_tpu', q, k, v), run('reference', q, k, v)
@@ -159,9 +161,10 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
   np.testing.assert_allclose(
     ours[0][1], exact[0][1], atol=2**-8
   )  # log-sum-exp, of scores of rounded queries
-  error = lambda x, right: np.sqrt(
-    np.square(np.asarray(x, np.float64) - np.asarray(right, np.float64)).mean()
-  )
+
+  def error(x, right):
+    return np.sqrt(np.square(np.asarray(x, np.float64) - np.asarray(right, np.float64)).mean())
+
   for name, most, *found in zip(
     ('out', 'q', 'k', 'v'),
     (1.2, 1.3, 1.5, 1.3),
@@ -199,9 +202,10 @@ def test_no_step_reads_what_another_writes(small_steps):
   """TPU semantics, with races looked for: forward and backward of a packed row."""
   (q, k, v, _), mask, _ = inputs_of('packed')
   interpret = pltpu.InterpretParams(detect_races=True)
-  run = lambda q, k, v: flash.flash(
-    ('pallas_tpu', 0.0, 0.3, interpret, Blocks()), q, k, v, mask, None
-  )[0]
+
+  def run(q, k, v):
+    return flash.flash(('pallas_tpu', 0.0, 0.3, interpret, Blocks()), q, k, v, mask, None)[0]
+
   out, pull = jax.vjp(run, q, k, v)
   expected, pull_expected = jax.vjp(
     lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend='reference')[0], q, k, v
@@ -261,7 +265,10 @@ def test_on_a_mesh(small_steps):
   )
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
-      at = lambda x, *axes: jax.device_put(x, ax.spec(*axes))
+
+      def at(x, *axes):
+        return jax.device_put(x, ax.spec(*axes))
+
       heads = 'batch', 'length', 'heads', 'head_width'
       split = Mask(
         **{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()}
@@ -307,9 +314,9 @@ def test_it_compiles(case, topology):
   except ImportError as error:
     pytest.skip(f'{topology} cannot be compiled for: {error}')
   with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
-    abstract = lambda *shape: jax.ShapeDtypeStruct(
-      shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())
-    )
+
+    def abstract(*shape):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
     def loss(q, k, v):
       out, lse = attention(q, k, v, mask, softcap=softcap, backend='pallas_tpu')

@@ -288,7 +288,10 @@ def test_tpu_vm_trains_with_the_flags_given_once_at_a_time_until_it_is_stopped(t
 def test_tpu_vm_copies_what_git_tracks_as_it_is_now(tmp_path):
   checkout = tmp_path / 'checkout'
   checkout.mkdir()
-  git = lambda *arguments: subprocess.run(['git', *arguments], cwd=checkout, check=True)
+
+  def git(*arguments):
+    return subprocess.run(['git', *arguments], cwd=checkout, check=True)
+
   git('init', '-q')
   for name in ('train.py', 'a b.py', 'untracked.py'):
     (checkout / name).write_text('old')

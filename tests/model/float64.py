@@ -27,9 +27,10 @@ def frequencies(config, size, window):
     turns = r.original_length / (2 * math.pi / plain)
     smooth = np.clip((turns - r.low) / (r.high - r.low), 0, 1)
     return (1 - smooth) * plain / r.factor + smooth * plain, 1.0
-  at = lambda turns: (
-    size * math.log(r.original_length / (2 * math.pi * turns)) / (2 * math.log(r.base))
-  )
+
+  def at(turns):
+    return size * math.log(r.original_length / (2 * math.pi * turns)) / (2 * math.log(r.base))
+
   first, last = max(math.floor(at(r.high)), 0), min(math.ceil(at(r.low)), size - 1)
   ramp = np.clip((np.arange(half) - first) / (last - first), 0, 1)
   return plain / r.factor * ramp + plain * (1 - ramp), 0.1 * math.log(r.factor) + 1
@@ -108,9 +109,11 @@ def bucket(config, distance):
 
 
 def attend(config, block, x, window, relative):
-  project = lambda name, x=x: (
-    np.einsum('td,dnh->tnh', x, block[f'attention.{name}']) + block.get(f'attention.{name}_bias', 0)
-  )
+  def project(name, x=x):
+    return np.einsum('td,dnh->tnh', x, block[f'attention.{name}']) + block.get(
+      f'attention.{name}_bias', 0
+    )
+
   if config.latent.width:
     q, k, v = latent(config, block, x, project)
   else:

@@ -187,8 +187,11 @@ def check_segments(config: ModelConfig):
     assert (same == np.asarray(segments != other)).all(), (
       f'changing document {other} reached another one'
     )
+
   # The second document alone in a row of padding: the same keys stand elsewhere in the row, so sums are regrouped.
-  alone = lambda x: jnp.pad(x[:, 5:8], ((0, 0), (0, 9)))
+  def alone(x):
+    return jnp.pad(x[:, 5:8], ((0, 0), (0, 9)))
+
   found = run(model, alone(tokens), alone(positions), alone(segments))
   np.testing.assert_allclose(found[:, :3], packed[:, 5:8], rtol=1e-5, atol=1e-5)
 
@@ -282,7 +285,10 @@ def check_appending(
   dirty = jax.tree.map(
     lambda x: jnp.full_like(x, np.nan) if x.ndim > 3 and x.dtype != jnp.int8 else x, clean
   )
-  put = lambda x: jnp.asarray(x, jnp.int32)
+
+  def put(x):
+    return jnp.asarray(x, jnp.int32)
+
   lengths, errors = np.zeros(3, int), [0.0]
   for room, counts in calls:
     ids, others = draw.integers(0, config.V, (2, 3, room))

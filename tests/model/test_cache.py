@@ -19,7 +19,10 @@ T5 = ModelConfig(
     kv_heads=4, encoder_layers=2, position='relative', relative_buckets=8, relative_distance=12
   )
 )
-slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+
+
+def slow(*case):
+  return pytest.param(*case, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,10 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
     model, init_cache(model.config, 2, 12), source, real
   )
   logits, cache = run(model, cache, tokens[:, :4], jnp.asarray([4, 3]), fresh=True)
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(full).max())
+
+  def close(a, b):
+    return np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(full).max())
+
   close(logits[0], full[0, :4]), close(logits[1, :3], full[1, :3])
   _, drafted = run(model, cache, tokens[:, :4], jnp.asarray([4, 4]))
   cache = dataclasses.replace(drafted, lengths=cache.lengths)

@@ -56,7 +56,8 @@ def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
       assert x.sharding.is_equivalent_to(like, x.ndim)
 
 
-slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+def slow(*case):
+  return pytest.param(*case, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +115,26 @@ def test_rows_are_repeated_and_reordered_where_they_lie(monkeypatch):
 
   def run(sizes):
     with jax.set_mesh(mesh_of(sizes)):
-      place = lambda x, *axes: jax.device_put(x, ax.spec(*axes))
+
+      def place(x, *axes):
+        return jax.device_put(x, ax.spec(*axes))
+
       draw = np.random.default_rng(0)
       two, cache = init_cache(config, 2, 64, append=8), init_cache(config, 6, 64, append=8)
-      fill = lambda cache: dataclasses.replace(
-        cache,
-        held=tuple(
-          jax.tree.map(
-            lambda x, axes: place(draw.normal(size=x.shape).astype(np.float32), *axes),
-            held,
-            held.axes(),
-          )
-          for held in cache.held
-        ),
-      )
+
+      def fill(cache):
+        return dataclasses.replace(
+          cache,
+          held=tuple(
+            jax.tree.map(
+              lambda x, axes: place(draw.normal(size=x.shape).astype(np.float32), *axes),
+              held,
+              held.axes(),
+            )
+            for held in cache.held
+          ),
+        )
+
       cache = dataclasses.replace(
         fill(cache), lengths=place(np.array([41] * 3 + [30] * 3, np.int32), 'batch')
       )

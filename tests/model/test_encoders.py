@@ -154,10 +154,13 @@ def test_padding_of_a_source_changes_nothing(one_device):
 
 def test_packed_pairs_are_each_alone(one_device):
   model, tokens, source = laws.make_model(T5), laws.tokens_of(T5, 1, 7), source_of(T5, 1, 9)
-  index = lambda *sizes: (
-    jnp.asarray(np.repeat(range(1, len(sizes) + 1), sizes), jnp.int32)[None],
-    jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in sizes])[None],
-  )
+
+  def index(*sizes):
+    return (
+      jnp.asarray(np.repeat(range(1, len(sizes) + 1), sizes), jnp.int32)[None],
+      jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in sizes])[None],
+    )
+
   (segments, positions), (source_segments, source_positions) = index(4, 3), index(3, 6)
   packed = scores(model, tokens, source, segments, source_segments, positions, source_positions)
   for own, its in ((slice(0, 4), slice(0, 3)), (slice(4, 7), slice(3, 9))):
@@ -209,7 +212,10 @@ def test_a_mesh_is_one_device(config):
   def run(mesh):
     with jax.set_mesh(mesh):
       model = laws.randomised(abstract(lambda: transformer.init(config, 0), mesh))
-      put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, ax.spec('batch', 'length')))
+
+      def put(x):
+        return jax.device_put(x, jax.NamedSharding(mesh, ax.spec('batch', 'length')))
+
       arguments = (
         put(laws.tokens_of(config, 4, 6)),
         *((put(source_of(config, 4, 7)),) if config.encoder_layers else ()),

@@ -75,11 +75,14 @@ def test_it_computes_what_transformers_computed(name, tmp_path):
   found = ours.tensors(tmp_path / 'gradients')
   assert sorted(found) == list(golden['names'])
   norms, products = (dict(zip(golden['names'], golden[what])) for what in ('norms', 'products'))
+
   # A difference of d in every direction shows as about d in one of them.
-  distance = lambda name: max(
-    abs(np.linalg.norm(found[name]) - norms[name]),
-    abs(np.sum(found[name] * tiny.direction(name, found[name].shape)) - products[name]) / 3,
-  )
+  def distance(name):
+    return max(
+      abs(np.linalg.norm(found[name]) - norms[name]),
+      abs(np.sum(found[name] * tiny.direction(name, found[name].shape)) - products[name]) / 3,
+    )
+
   assert not ours.compare_gradients(found, norms, distance, found)
 
 
@@ -454,6 +457,9 @@ def test_canonical_configs_differ_where_the_model_does():
     dict(moe=MoEConfig(experts=2)),
     dict(latent=LatentConfig(width=8, rope_width=4), window=0, global_every=0),
   ]
-  canonical = lambda changes: common.canonical(dataclasses.replace(config, **changes))
+
+  def canonical(changes):
+    return common.canonical(dataclasses.replace(config, **changes))
+
   assert all(canonical(changes) == canonical({}) for changes in same)
   assert all(canonical(changes) != canonical({}) for changes in other)

@@ -46,7 +46,10 @@ def turned(x, position, base=100.0):
 @settings(max_examples=40)
 def test_rotary_positions_are_relative(a, b, shift, seed):
   q, k = np.random.default_rng(seed).normal(size=(2, 3, 8)).astype(np.float32)
-  product = lambda a, b: (turned(jnp.asarray(q), a) * turned(jnp.asarray(k), b)).sum(-1)
+
+  def product(a, b):
+    return (turned(jnp.asarray(q), a) * turned(jnp.asarray(k), b)).sum(-1)
+
   np.testing.assert_allclose(product(a, b), product(a + shift, b + shift), atol=1e-3)
   np.testing.assert_allclose(
     np.linalg.norm(turned(jnp.asarray(q), a), axis=-1), np.linalg.norm(q, axis=-1), rtol=1e-5

@@ -138,7 +138,10 @@ def test_memory_stays_far_below_the_logits(gradients):
     jax.ShapeDtypeStruct(*a)
     for a in (((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32))
   ]
-  run = lambda x, head, targets: cross_entropy(x, head, targets, 1e-4, 0.0, 2**21)
+
+  def run(x, head, targets):
+    return cross_entropy(x, head, targets, 1e-4, 0.0, 2**21)
+
   run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True) if gradients else run)
   naive = jax.jit(jax.grad(lambda *arguments: plain(*arguments, 1e-4, 0.0)[0]))
   ours, others = (

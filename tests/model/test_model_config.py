@@ -135,7 +135,10 @@ def test_blocks_that_the_backend_has_not_for_such_heads_are_refused():
 def test_layers_are_few_scans_over_repeating_periods(fields, stacks):
   """Letters: l sees a window, g all; capital ones have experts."""
   config = ModelConfig(**fields)
-  letter = lambda kind: ('L' if kind.moe else 'l') if kind.window else ('G' if kind.moe else 'g')
+
+  def letter(kind):
+    return ('L' if kind.moe else 'l') if kind.window else ('G' if kind.moe else 'g')
+
   assert [(''.join(map(letter, kinds)), repeats) for kinds, repeats in config.stacks] == stacks
   assert sum((kinds * repeats for kinds, repeats in config.stacks), ()) == config.kinds
   assert all(isinstance(kind, Kind) for kind in config.kinds) and len(config.kinds) == config.L

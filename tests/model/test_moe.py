@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from jax.sharding import AxisType
 
 from model import moe as moe_module
@@ -63,7 +62,12 @@ ACTIVATIONS = {  # of the oracle: (gate, up) -> h
     min_7(gate) / (1 + np.exp(-1.702 * min_7(gate))) * (np.clip(up, -7, 7) + 1)
   ),
 }
-min_7 = lambda gate: np.minimum(gate, 7)
+
+
+def min_7(gate):
+  return np.minimum(gate, 7)
+
+
 DISPATCHES = ['dense', 'dropless', 'capacity']
 # The laws hold for every dispatch; those that compile for long are tried on one, and on the others by `make test-all`.
 MOSTLY_SLOW = [
@@ -185,11 +189,17 @@ def token_loop(layer, config, x, segments, drop=lambda expert: False):
         if drop(e):
           dropped += 1
           continue
-        inner = lambda name: token @ w[name][e] + w.get(f'{name}_bias', np.zeros((E, 1)))[e]
+
+        def inner(name):
+          return token @ w[name][e] + w.get(f'{name}_bias', np.zeros((E, 1)))[e]
+
         h = act(inner('gate') if config.gated else None, inner('up'))
         y[b, t] += gate * (h @ w['down'][e] + w.get('down_bias', np.zeros((E, 1)))[e])
     if moe.shared_feed_forward:
-      inner = lambda name: token @ w[f'shared.{name}'] + w.get(f'shared.{name}_bias', 0)
+
+      def inner(name):
+        return token @ w[f'shared.{name}'] + w.get(f'shared.{name}_bias', 0)
+
       y[b, t] += act(inner('gate'), inner('up')) @ w['shared.down'] + w.get('shared.down_bias', 0)
   tokens = (np.asarray(segments) > 0).sum(1)
   balance = sum(E * n * (c / (k * n) * m / n).sum() for n, c, m in zip(tokens, counts, masses) if n)
@@ -369,7 +379,10 @@ def on_mesh(mesh, config, x, segments):
     layer = jax.tree.map(
       lambda value, like: jax.device_put(value, like.sharding), make_moe(config), born
     )
-    place = lambda value, *axes: jax.device_put(value, jax.NamedSharding(mesh, ax.spec(*axes)))
+
+    def place(value, *axes):
+      return jax.device_put(value, jax.NamedSharding(mesh, ax.spec(*axes)))
+
     return run(
       layer, place(x, 'batch', 'length', 'width'), place(segments, 'batch', 'length')
     ), layer
@@ -491,9 +504,10 @@ def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
   )
   with jax.set_mesh(mesh):
     layer = abstract(lambda: MoE(config, nnx.Rngs(0)), mesh)
-    like = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
-      shape, dtype, sharding=jax.NamedSharding(mesh, ax.spec(*axes))
-    )
+
+    def like(shape, dtype, *axes):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, ax.spec(*axes)))
+
     text = (
       run.lower(
         layer,

@@ -36,16 +36,22 @@ def test_gradients_are_those_of_the_float64_forward(one_device):
   config = laws.make_config('gpt2', position='rope', gated=True, qk_norm=True, layers=1)
   model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 5)
   weights = np.random.default_rng(3).normal(size=(5, config.V))
-  loss = lambda model: jnp.sum(
-    model.logits(model(tokens).hidden) * weights[None].astype(np.float32)
-  )
+
+  def loss(model):
+    return jnp.sum(model.logits(model(tokens).hidden) * weights[None].astype(np.float32))
+
   gradient = named_leaves(jax.jit(jax.grad(loss))(model))
   values = {name: np.asarray(x, np.float64) for name, x in named_leaves(model).items()}
   assert len(values) == 23
   for index, name in enumerate(values):
     direction = np.random.default_rng([4, index]).normal(size=values[name].shape)
-    moved = lambda h: values | {name: values[name] + h * direction}
-    at = lambda h: (float64.logits(config, moved(h), np.asarray(tokens[0])) * weights).sum()
+
+    def moved(h):
+      return values | {name: values[name] + h * direction}
+
+    def at(h):
+      return (float64.logits(config, moved(h), np.asarray(tokens[0])) * weights).sum()
+
     parts = np.asarray(gradient[name], np.float64) * direction
     assert abs(parts.sum() - (at(1e-5) - at(-1e-5)) / 2e-5) < 1e-5 * np.abs(parts).sum(), name
 
@@ -117,9 +123,9 @@ def test_scan_is_a_loop(one_device):
       x, _, _ = block(x, view, None)
     return model.logits(model.stack.norm(x))
 
-  loss = lambda run: jax.jit(
-    jax.value_and_grad(lambda model: jnp.mean(jnp.sin(run(model, tokens))))
-  )(model)
+  def loss(run):
+    return jax.jit(jax.value_and_grad(lambda model: jnp.mean(jnp.sin(run(model, tokens)))))(model)
+
   for a, b in zip(
     jax.tree.leaves(loss(laws.forward())), jax.tree.leaves(loss(looped)), strict=True
   ):
@@ -131,9 +137,15 @@ def test_the_abstract_model_is_the_model(name, one_device):
   config = laws.make_config(name)
   abstract = jax.eval_shape(lambda: transformer.init(config, 0))
   model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
-  described = lambda tree: {name: (x.shape, x.dtype) for name, x in named_leaves(tree).items()}
+
+  def described(tree):
+    return {name: (x.shape, x.dtype) for name, x in named_leaves(tree).items()}
+
   assert described(abstract) == described(model)
-  is_spec = lambda x: isinstance(x, params.ParamSpec)
+
+  def is_spec(x):
+    return isinstance(x, params.ParamSpec)
+
   specs = jax.tree.leaves(params.specs(model), is_leaf=is_spec)
   assert jax.tree.leaves(params.specs(abstract), is_leaf=is_spec) == specs
   D, F, V, L, N, K, H = (getattr(config, letter) for letter in 'DFVLNKH')

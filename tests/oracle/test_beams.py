@@ -48,7 +48,10 @@ def expected(name, texts, ends, **options):
 
   theirs, _ = case(name)
   lines, source, counts = prompts(name)
-  put = lambda x: torch.tensor(np.asarray(x, np.int64))
+
+  def put(x):
+    return torch.tensor(np.asarray(x, np.int64))
+
   width = max(map(len, lines))
   if source is None:
     given = {
@@ -73,7 +76,10 @@ def expected(name, texts, ends, **options):
     **options,
   )
   rows = [row[width:].tolist() for row in out.sequences]
-  cut = lambda row: row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1]
+
+  def cut(row):
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1]
+
   found = list(zip(out.sequences_scores.tolist(), map(cut, rows)))
   return [found[i : i + texts] for i in range(0, len(found), texts)]
 

@@ -94,7 +94,10 @@ def test_helpers_lay_out_alike_on_every_kind_of_mesh(axis_type):
 
 def test_local_runs_on_shards():
   x = jnp.arange(32.0).reshape(8, 4)
-  rows = lambda x: (x - x[:1], {'rows': jnp.float32(x.shape[0])})
+
+  def rows(x):
+    return (x - x[:1], {'rows': jnp.float32(x.shape[0])})
+
   outputs = (('batch', 'width'), {'rows': ()})
   whole, counts = ax.local(rows, (('batch', 'width'),), outputs)(x)
   assert counts['rows'] == 8 and float(whole[7, 0]) == 28

@@ -13,8 +13,7 @@ from kernels.attention import attention
 from kernels.mask import Mask, Relative, zigzag
 from model import transformer
 from model.config import ModelConfig
-from parallel import axes as ax
-from parallel import context
+from parallel import axes as ax, context
 from parallel.mesh import MeshConfig, make_mesh
 
 B, T, N, K, H = 2, 32, 4, 2, 4
@@ -24,7 +23,10 @@ HEADS = ('batch', 'length', 'heads', None)
 
 def inputs(kv_heads=K, value_width=H, dtype=np.float32):
   """By name; the last two are what outputs and log-sum-exps are multiplied with."""
-  draw = lambda *shape: np.random.default_rng(shape).normal(size=shape).astype(dtype)
+
+  def draw(*shape):
+    return np.random.default_rng(shape).normal(size=shape).astype(dtype)
+
   return {
     'q': draw(B, T, N, H),
     'k': draw(B, T, kv_heads, H),
@@ -68,7 +70,10 @@ def run(
   **mask,
 ):
   """(out, log-sum-exp, gradients by name) of a projection of both; rows stand in `order`, as zigzag(T, parts) is."""
-  rows = lambda name, high: jnp.asarray(tokens(name, order, high))
+
+  def rows(name, high):
+    return jnp.asarray(tokens(name, order, high))
+
   mask = dict(mask)
   if segments:
     mask |= {'query_segments': rows('segments', 3), 'key_segments': rows('segments', 3)}
@@ -138,7 +143,12 @@ def check(
 
 
 ALL = {'segments': True, 'softcap': 2.0, 'sinks': True, 'value_width': 6}
-slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+
+
+def slow(*case):
+  return pytest.param(*case, marks=pytest.mark.slow)
+
+
 CASES = [
   ('ring', {'context': 4}, ALL),
   (
@@ -199,7 +209,10 @@ MASKS = [
 )
 def test_every_strategy_honours_every_feature(strategy, mask, index):
   """Every mask, in order or not, positions as data or not; the other features take turns."""
-  bit = lambda n: bool((index * 11 + index // 7) >> n & 1)
+
+  def bit(n):
+    return bool((index * 11 + index // 7) >> n & 1)
+
   sizes = {'context': 8 if index % 2 and strategy != 'ulysses' else 4}
   for in_order, relative, positions in (
     (False, False, False),
@@ -231,7 +244,10 @@ def test_zigzag_work_is_the_same_on_all_devices(R):
     own = [(mine, mine), (late, mine), (late, late)]  # the device's own tokens, in order
     for other in set(range(R)) - {mine}:
       hop = context._pairs(mine, other)
-      chunks = lambda i: jnp.array([[i, 2 * R - 1 - i]])
+
+      def chunks(i):
+        return jnp.array([[i, 2 * R - 1 - i]])
+
       own += zip(
         hop.queries(chunks(mine)).ravel().tolist(), hop.keys(chunks(other)).ravel().tolist()
       )
@@ -261,7 +277,10 @@ def compiled(strategy, P, T=T, gradient=False, **mask):
     for heads in (N, K, K)
   ]
   parts = context.groups(strategy, N, K)
-  function = lambda q, k, v: attention(q, k, v, Mask(zigzag=parts, **mask), context=strategy)[0]
+
+  def function(q, k, v):
+    return attention(q, k, v, Mask(zigzag=parts, **mask), context=strategy)[0]
+
   run = jax.grad(lambda *x: jnp.sum(function(*x) ** 2), (0, 1, 2)) if gradient else function
   return jax.jit(run).lower(*shapes).compile()
 
@@ -359,7 +378,9 @@ def test_a_query_that_sees_nothing_has_no_part_in_anything():
   segments = jnp.zeros((B, T), jnp.int32).at[:, 5].set(7)
   mask = Mask(zigzag=4, query_segments=segments, key_segments=jnp.zeros_like(segments))
   with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])):
-    rows = lambda name: jax.device_put(x[name], ax.spec(*HEADS))
+
+    def rows(name):
+      return jax.device_put(x[name], ax.spec(*HEADS))
 
     def loss(q, k, v):
       out, lse = attention(q, k, v, mask)
@@ -384,7 +405,10 @@ def test_scores_far_below_zero_stay_finite_where_a_window_reaches_before_the_row
       jax.device_put(jnp.full((B, T, heads, H), value), ax.spec(*HEADS))
       for heads, value in ((N, 10.0), (K, -20.0), (K, 1.0))
     )
-    run = lambda q, k, v: jnp.sum(attention(q, k, v, Mask(window=5, zigzag=4))[0] ** 2)
+
+    def run(q, k, v):
+      return jnp.sum(attention(q, k, v, Mask(window=5, zigzag=4))[0] ** 2)
+
     value, gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2)))(q, k, v)
   np.testing.assert_allclose(value, B * T * N * H, rtol=1e-6)
   assert all(np.isfinite(g).all() for g in gradients)

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from parallel import axes as ax
-from parallel import experts
+from parallel import axes as ax, experts
 from parallel.mesh import MeshConfig, make_mesh
 
 P, E, D, n, k = 4, 3, 5, 6, 2  # P devices with E experts each; n tokens of a device, k choices each
@@ -53,11 +51,11 @@ def compiled(C, counted):
     y, count = function(*inputs)
     return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)).sum(), (y, count)
 
-  gradient = lambda function: (
-    lambda expert, *inputs: jax.value_and_grad(
+  def gradient(function):
+    return lambda expert, *inputs: jax.value_and_grad(
       lambda *inputs: loss(function, *inputs, expert), argnums=(0, 1, 2), has_aux=True
     )(*inputs)
-  )
+
   with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=P))):
     found = jax.jit(gradient(split(C, counted)))
   return found, jax.jit(gradient(lambda *inputs: (whole(*inputs), jnp.int32(0))))
@@ -74,7 +72,10 @@ def check(expert, C, rounds):
   over_devices, on_one = compiled(C, C < n * k)
   mesh = make_mesh(MeshConfig(data=2, expert=P))
   with jax.set_mesh(mesh):
-    place = lambda value, *axes: jax.device_put(value, jax.NamedSharding(mesh, ax.spec(*axes)))
+
+    def place(value, *axes):
+      return jax.device_put(value, jax.NamedSharding(mesh, ax.spec(*axes)))
+
     inputs = (
       place(expert, 'batch', None),
       place(x, 'batch', None),

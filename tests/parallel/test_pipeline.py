@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig, MoEConfig
-from parallel import axes as ax
-from parallel import pipeline
+from parallel import axes as ax, pipeline
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig, schedule, schedule_1f1b
 
@@ -56,7 +55,10 @@ def test_the_bubble_is_the_tables_idle_slots(stages, microbatches, repeats):
 @pytest.mark.parametrize('stages, microbatches', SIZES, ids=str)
 def test_1f1b_is_in_order_and_bounded(stages, microbatches):
   down, up = schedule_1f1b(stages, microbatches)
-  tick_of = lambda table, p: {m: t for t, m in enumerate(table[:, p]) if m >= 0}
+
+  def tick_of(table, p):
+    return {m: t for t, m in enumerate(table[:, p]) if m >= 0}
+
   for p in range(stages):
     forward, backward = tick_of(down, p), tick_of(up, p)
     assert sorted(forward) == sorted(backward) == list(range(microbatches))
@@ -90,7 +92,10 @@ def layers(blocks, x, shared, whole):
 
 def inputs(blocks, rows):
   draw = np.random.default_rng(0)
-  normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+
+  def normal(*shape):
+    return draw.normal(size=shape).astype(np.float32)
+
   return normal(blocks, 4, 4) * 0.3, normal(rows, 4), normal(rows), normal(4)
 
 
@@ -126,9 +131,11 @@ def test_values_reports_and_gradients_are_those_of_one_loop(config, sizes, block
     y, reports = run(layers, w, x, shared, whole)
     return jnp.square(y).sum() + (reports['load'] * jnp.arange(blocks)).sum(), (y, reports)
 
-  value = lambda run: jax.jit(
-    jax.value_and_grad(functools.partial(loss, run), argnums=(0, 1, 2, 3), has_aux=True)
-  )
+  def value(run):
+    return jax.jit(
+      jax.value_and_grad(functools.partial(loss, run), argnums=(0, 1, 2, 3), has_aux=True)
+    )
+
   expected = value(lambda layers, *given: layers(*given))(*given)
   mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[: math.prod(sizes.values())])
   with jax.set_mesh(mesh):
@@ -159,9 +166,12 @@ def test_only_microbatches_move_between_stages():
 
   mesh = make_mesh(MeshConfig(stage=2, fsdp=2, tensor=2))
   with jax.set_mesh(mesh):
-    place = lambda shape, *axes: jax.ShapeDtypeStruct(
-      shape, jnp.float32, sharding=jax.NamedSharding(mesh, ax.spec(*axes))
-    )
+
+    def place(shape, *axes):
+      return jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.NamedSharding(mesh, ax.spec(*axes))
+      )
+
     given = place((4, 16, 32), 'layers', 'embed', 'feed_forward'), place((8, 16), 'batch', 'width')
     program = jax.jit(jax.grad(loss)).lower(*given).compile().as_text()
   found = [

@@ -171,9 +171,10 @@ def test_two_processes_write_what_one_writes(tmp_path):
   """The slots of a cache are half one's, half the other's."""
   (tmp_path / 'writing.py').write_text(WRITING)
   coordinator = f'localhost:{free_port()}'
-  start = lambda coordinator, i: Process(
-    tmp_path, str(tmp_path / 'writing.py'), coordinator, str(i)
-  )
+
+  def start(coordinator, i):
+    return Process(tmp_path, str(tmp_path / 'writing.py'), coordinator, str(i))
+
   with environment(PYTHONPATH=str(pathlib.Path(__file__).parents[2])):
     processes = [start(coordinator, i) for i in range(2)]
     with environment(JAX_NUM_CPU_DEVICES='2'):

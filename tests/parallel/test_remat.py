@@ -42,7 +42,10 @@ KEPT = [
 def gradients(config):
   model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
   tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-  loss = lambda model: jnp.sum(jnp.sin(model.logits(model(tokens).hidden)))
+
+  def loss(model):
+    return jnp.sum(jnp.sin(model.logits(model(tokens).hidden)))
+
   return named_leaves(jax.jit(jax.value_and_grad(loss))(model))
 
 
@@ -168,7 +171,10 @@ def test_unknown_and_contradictory_names_raise(wrong, words):
 )
 def test_a_policy_keeps_what_it_says(config, saved, capsys):
   w = jnp.ones((4, 4))
-  function = lambda x: jnp.sin(remat.named(jnp.sin(x @ w), 'up')).sum()
+
+  def function(x):
+    return jnp.sin(remat.named(jnp.sin(x @ w), 'up')).sum()
+
   jax.ad_checkpoint.print_saved_residuals(remat.remat(function, config), w)
   lines = capsys.readouterr().out.splitlines()
   computed = [

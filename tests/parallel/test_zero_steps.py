@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallel import axes as ax
-from parallel import zero
+from parallel import axes as ax, zero
 from parallel.mesh import MeshConfig, make_mesh
 
 MESHES = [{'fsdp': 8}, {'fsdp': 4, 'expert': 2}, {'fsdp': 2, 'expert': 2, 'context': 2}]
@@ -66,11 +65,14 @@ def test_a_shard_is_where_one_collective_puts_it(sizes, on_a_tpu):
   shards = tuple(sizes)
   with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes))):
     x = jnp.arange(64.0).reshape(16, 4)
-    both = lambda function, other: jax.jit(
-      ax.local(
-        lambda x: jnp.stack([function(x), other(x)]), (('embed', None),), (None, 'embed', None)
+
+    def both(function, other):
+      return jax.jit(
+        ax.local(
+          lambda x: jnp.stack([function(x), other(x)]), (('embed', None),), (None, 'embed', None)
+        )
       )
-    )
+
     apart = jax.device_put(jnp.arange(64.0 * 16).reshape(128, 8), ax.spec('embed', None))
     got = both(
       functools.partial(zero.reduce_scatter, shards=shards, dim=0),

@@ -10,19 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.params import abstract
 import train
 from data.batch import IGNORE, Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from model import params, transformer
 from model.config import ModelConfig
+from model.params import abstract
 from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
-from training import precision
-from training import state as states
+from training import precision, state as states
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
-
 
 B, T, V = 8, 16, 264  # V: the byte tokenizer's 259, rounded up to split in eight
 
@@ -110,8 +108,11 @@ class Trainer:
         precision.init_loss_scale(config.model.dtype),
         jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1)),
       )
+
       # Born as states.init would have it, or what the tests see is not what train.py does.
-      place = lambda x, like: jax.device_put(x, like.sharding)
+      def place(x, like):
+        return jax.device_put(x, like.sharding)
+
       self.state = jax.tree.map(place, self.state, abstract(self.make_state, self.mesh))
       self.train_step = train.make_train_step(config, optimizer)
       self.compiled = None

@@ -190,12 +190,20 @@ def train(transformation, steps=400):
   scales = 10.0 ** rng.uniform(-2, 0, (1, 32))
   x = jnp.asarray(rng.normal(size=(512, 32)) * scales, jnp.float32)
   shapes = {'w1': (32, 256), 'w2': (256, 32)}
-  init = lambda rng: {
-    n: jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for n, s in shapes.items()
-  }
-  model = lambda p: jax.nn.gelu(x @ p['w1']) @ p['w2']
+
+  def init(rng):
+    return {
+      n: jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for n, s in shapes.items()
+    }
+
+  def model(p):
+    return jax.nn.gelu(x @ p['w1']) @ p['w2']
+
   target = model(init(rng))
-  loss = lambda p: jnp.mean(jnp.square(model(p) - target)) / jnp.mean(jnp.square(target))
+
+  def loss(p):
+    return jnp.mean(jnp.square(model(p) - target)) / jnp.mean(jnp.square(target))
+
   chain = optax.chain(
     transformation, optax.scale_by_learning_rate(optax.linear_schedule(3e-3, 0.0, steps))
   )
@@ -217,13 +225,14 @@ def test_trains_like_adam(monkeypatch):
   ours = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))
   print(f'loss of f32 Adam {adam:.6f}, 8-bit {ours:.6f}')
   assert adam < 0.05 and ours < 1.05 * adam
+
   # Planted fault: a linear scale flushes small second moments, and updates explode.
-  encode_linear = lambda x, signed: jnp.round(x * 127 + 127 if signed else x * 255).astype(
-    jnp.uint8
-  )
-  decode_linear = lambda codes, signed: (
-    (codes.astype(jnp.float32) - 127) / 127 if signed else codes / 255
-  )
+  def encode_linear(x, signed):
+    return jnp.round(x * 127 + 127 if signed else x * 255).astype(jnp.uint8)
+
+  def decode_linear(codes, signed):
+    return (codes.astype(jnp.float32) - 127) / 127 if signed else codes / 255
+
   monkeypatch.setattr(adam8bit, 'encode', encode_linear)
   monkeypatch.setattr(adam8bit, 'decode', decode_linear)
   linear = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))

@@ -32,7 +32,10 @@ class State:
 @functools.partial(jax.jit, static_argnames=('seed', 'width'))
 def make_state(seed, width=16):
   key = jax.random.key(seed)
-  split = lambda x, *axes: jax.sharding.reshard(x, P(*axes))
+
+  def split(x, *axes):
+    return jax.sharding.reshard(x, P(*axes))
+
   wide = split(jax.random.normal(key, (width, 8)), 'fsdp', 'tensor')
   return State(
     jnp.int32(seed),

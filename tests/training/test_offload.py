@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import on, run_here
+
 import train
 from analysis.memory import shard_bytes
 from model.config import MoEConfig
@@ -99,7 +99,10 @@ def check(where, mesh=SPLIT, model=(), optimizer='adamw', **training):
 
   Moments in 8 bits differ where a value is halfway between two codes.
   """
-  frozen = lambda x: tuple(dict(x).items())
+
+  def frozen(x):
+    return tuple(dict(x).items())
+
   expected, metrics = plain(frozen(mesh), frozen(model), optimizer, frozen(training))
   run = Run(mesh, model, optimizer, **training, **where)
   state, measured = run.go(run.begin())
@@ -283,7 +286,10 @@ def test_what_cannot_work_is_an_error():
 @pytest.mark.slow
 def test_a_run_of_the_command_goes_on_from_disk(corpus, tmp_path):
   """Four steps on disk are two, and two more of the same command."""
-  config = lambda steps: on(corpus, train={'steps': steps, 'offload_optimizer': 'disk'})
+
+  def config(steps):
+    return on(corpus, train={'steps': steps, 'offload_optimizer': 'disk'})
+
   run_here(config(4), tmp_path / 'straight')
   for steps in (2, 4):
     run_here(config(steps), tmp_path / 'twice')

@@ -49,7 +49,9 @@ MESH_AXES = {'vocab': 'tensor', 'embed': 'fsdp', 'heads': 'tensor', 'feed_forwar
 
 
 def random_tree(seed, shapes=SHAPES):
-  rng = lambda name: np.random.default_rng([seed, *name.encode()])
+  def rng(name):
+    return np.random.default_rng([seed, *name.encode()])
+
   return {
     name: jnp.asarray(rng(name).normal(size=shape), jnp.float32) for name, shape in shapes.items()
   }
@@ -74,9 +76,10 @@ def run(transformation, params, steps=2, seed=10):
 
 def close(actual, expected, tolerance=2e-6):
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  check = lambda a, b: np.testing.assert_allclose(
-    np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance
-  )
+
+  def check(a, b):
+    return np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+
   jax.tree.map(check, actual, expected)
 
 

@@ -97,7 +97,9 @@ def test_float16_training_backs_off_then_trains():
 
 def test_small_gradients_survive_in_float16_only_when_scaled():
   def grad(scale):
-    half = lambda w: (w.astype(jnp.float16) * jnp.float16(1e-2)).astype(jnp.float32)
+    def half(w):
+      return (w.astype(jnp.float16) * jnp.float16(1e-2)).astype(jnp.float32)
+
     gradient = jax.grad(lambda w: precision.scale(half(w) * 1e-6, scale))(jnp.ones(()))
     return float(gradient / scale.scale)
 

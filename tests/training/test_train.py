@@ -21,12 +21,12 @@ from conftest import (
   tiny,
 )
 
-from model.params import abstract, named_leaves
 import train
 from data.config import TokenizerConfig
 from kernels import flash_gpu, mosaic_gpu_compat
 from kernels.blocks import Blocks
 from model.config import ModelConfig, MoEConfig
+from model.params import abstract, named_leaves
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.metrics import read_metrics
@@ -112,7 +112,10 @@ def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
     for name, (trainer, _) in runs.items()
   }
   began = np.concatenate([x.ravel() for x in initial_model(tiny().model, tiny().train.seed)])
-  error = lambda x: np.sqrt(np.square(found[x].astype(np.float64) - found['exact']).mean())
+
+  def error(x):
+    return np.sqrt(np.square(found[x].astype(np.float64) - found['exact']).mean())
+
   assert (
     error('ours') <= 1.1 * error('oracle') < 0.2 * np.sqrt(np.square(found['exact'] - began).mean())
   )
@@ -323,7 +326,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, caps
   assert_same(state_of(tmp_path, 6), state_of(straight, 6))
   assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
   assert steps_logged(tmp_path) == steps_logged(straight) == [1, 2, 3, 4, 5, 6]
-  losses = lambda workdir: [line['loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
+
+  def losses(workdir):
+    return [line['loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
+
   assert losses(tmp_path) == losses(straight)
 
 
@@ -357,9 +363,10 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
     saved.model == dataclasses.replace(configs.load(straight).model, remat='full')
     and saved.data.tokenizer.kind == 'byte'
   )
-  ours = lambda workdir, step: {
-    name: x for name, x in state_of(workdir, step).items() if name.startswith('model.')
-  }
+
+  def ours(workdir, step):
+    return {name: x for name, x in state_of(workdir, step).items() if name.startswith('model.')}
+
   assert_same(ours(tmp_path / 'new', 1), ours(straight, 6))
 
   trainer = Trainer(on(corpus, **still))
