@@ -13,9 +13,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import commands
 import names
 from analysis import hardware
-from benchmarks import common
 
 CHIPS = {chip.name: chip for chip in hardware.CHIPS}
 FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward; attention's own products are not in it
@@ -151,7 +151,7 @@ def report(flops: float, fleets: Sequence[Fleet]) -> dict:
         f'{double:.3f}',
       ]
     )
-  common.table(
+  commands.table(
     f'{flops:.3g} FLOPs: the size of the least loss',
     ['law', 'parameters', 'tokens', 'tokens/parameter', 'nats/token', 'half the size', 'twice'],
     rows,
@@ -179,7 +179,7 @@ def report(flops: float, fleets: Sequence[Fleet]) -> dict:
         'no rate given' if cost['dollars'] is None else cost['dollars'],
       ]
     )
-  common.table(
+  commands.table(
     f'its time and cost at MFU {fleets[0].mfu:g}',
     ['chip', 'chips', 'hours', 'chip-hours', 'kWh', 'dollars'],
     rows,
@@ -189,7 +189,7 @@ def report(flops: float, fleets: Sequence[Fleet]) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> dict:
   """The command; returns what `report` found."""
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   budget = parser.add_mutually_exclusive_group(required=True)
   budget.add_argument('--flops', type=float, help='the budget as FLOPs')
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     found = report(options.flops, fleets)
   except ValueError as error:
     parser.error(str(error))
-  common.write_json(options.json, 'budget', found)
+  commands.write_json(options.json, 'budget', found)
   return found
 
 

@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from analysis import flops as counts, hlo, schedule
+from analysis import hlo, schedule
 from analysis.hardware import Chip, peak
 from analysis.hlo import Instruction, Module
 from decode.sampling import FILTER
 from kernels import tuning
 from kernels.tuning import TILE
+from model import flops as counts
 
 # Of the peaks, what large products and copies reach on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}

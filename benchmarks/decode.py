@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 
+import commands
 from benchmarks import common, train_cpu, train_step
 
 PROMPT, NEW = 128, 256
@@ -160,7 +161,7 @@ def by_capacity(name: str) -> None:
     run()
     rows.append([f'{capacity:,}', common.seconds(run, 5) / NEW * 1e3])
   rows = [[*row, row[1] / rows[0][1]] for row in rows]
-  common.table(
+  commands.table(
     f'{name}: a token against the capacity of the cache',
     ['capacity', 'ms a token', f'x that of {CAPACITIES[0]:,}'],
     rows,
@@ -169,7 +170,7 @@ def by_capacity(name: str) -> None:
 
 
 def main():
-  arguments = common.parser(__doc__)
+  arguments = commands.parser(__doc__)
   arguments.add_argument(
     '--model', default='bench_30m', help='bench_30m, bench_1b, or one of configs/models'
   )
@@ -182,7 +183,7 @@ def main():
   arguments.add_argument('--run', help='run one side in this process: side,batch')
   options = arguments.parse_args()
   if options.capacity:
-    common.write_json(options.json, 'decode_capacity', by_capacity(options.model))
+    commands.write_json(options.json, 'decode_capacity', by_capacity(options.model))
     return
   if options.run:
     side, batch = options.run.split(',')
@@ -225,7 +226,7 @@ def main():
         ]
       )
     rows = [[*row, row[1] / rows[0][1]] for row in rows]
-    common.table(
+    commands.table(
       f'{options.model}, batch {batch}, {PROMPT} + {NEW} tokens, {best[next(iter(best))]["device"]}, '
       f'{bandwidth / 1e9:.1f} GB/s measured',
       [
@@ -240,7 +241,7 @@ def main():
       rows,
     )
     results[batch] = {'best': best, 'runs': runs, 'bandwidth': bandwidth}
-  common.write_json(options.json, 'decode', results)
+  commands.write_json(options.json, 'decode', results)
 
 
 if __name__ == '__main__':

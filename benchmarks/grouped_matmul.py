@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import commands
 from analysis import aot, hlo
 from benchmarks import common
 from kernels.grouped_matmul import block_rows, grouped_matmul
@@ -90,7 +91,7 @@ def seconds_on_cpu(
 
 
 def main():
-  options = common.parser(__doc__).parse_args()
+  options = commands.parser(__doc__).parse_args()
   results, rows = (
     {'rows': ROWS, 'width': WIDTH, 'feed_forward': FEED_FORWARD, 'compiled': [], 'cpu': {}},
     [],
@@ -126,7 +127,7 @@ def main():
             found['both_temporary_bytes'] / 2**20,
           ]
         )
-  common.table(
+  commands.table(
     f'Work over ideal: {ROWS} rows, {WIDTH} x {FEED_FORWARD}, bfloat16, compiled ahead of time',
     ['target', 'experts', 'backend', 'block', 'forward', 'and backward', 'temporary MiB'],
     rows,
@@ -138,12 +139,12 @@ def main():
       [name, str(experts), 1e3 * seconds, seconds / found['one expert']]
       for name, seconds in found.items()
     ]
-  common.table(
+  commands.table(
     'This CPU: 2048 tokens, 2 experts each, 256 x 512, f32, forward and backward',
     ['', 'experts', 'ms', 'x one expert'],
     rows,
   )
-  common.write_json(options.json, 'grouped_matmul', results)
+  commands.write_json(options.json, 'grouped_matmul', results)
 
 
 if __name__ == '__main__':

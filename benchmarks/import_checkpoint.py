@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from benchmarks import common
+import commands
 
 CONFIG = dict(
   model_type='llama',
@@ -105,7 +105,7 @@ def watched(what: str, source: str, workdir: str) -> None:
     _, model = checkpoint.load(source)
     jax.block_until_ready(jax.tree.leaves(model))
   else:
-    checkpoint.main(['import', '--from', source, '--workdir', workdir, '--tokenizer', 'none'])
+    convert.main(['import', '--from', source, '--workdir', workdir, '--tokenizer', 'none'])
   took = time.perf_counter() - began
   done.set()
   watcher.join()
@@ -113,7 +113,7 @@ def watched(what: str, source: str, workdir: str) -> None:
 
 
 def main():
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.add_argument('--gb', type=float, default=2.0, help='size of the checkpoint, 10^9 bytes')
   parser.add_argument(
     '--devices', type=int, nargs='+', default=[1, 4], help='CPU devices to split the model over'
@@ -154,12 +154,12 @@ def main():
             f'{above / made["largest_tensor"]:.2f}',
           ]
         )
-  common.table(
+  commands.table(
     'Peak memory above what the process had (MB)',
     ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest tensor'],
     rows,
   )
-  common.write_json(options.json, 'import_checkpoint', results)
+  commands.write_json(options.json, 'import_checkpoint', results)
 
 
 if __name__ == '__main__':

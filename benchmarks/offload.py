@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from benchmarks import common
+import commands
 
 PLACES = ('', 'host', 'disk')
 CHILD = """
@@ -78,7 +78,7 @@ def measure(place: str, layers: int, limit: float = 0) -> dict | None:
 
 def main(arguments: Sequence[str] | None = None) -> dict:
   """The command; returns place -> what `measure` gives."""
-  parser = common.parser(__doc__.splitlines()[0])
+  parser = commands.parser(__doc__.splitlines()[0])
   parser.add_argument('--layers', type=int, default=8, help='of 16.8 million parameters each')
   parser.add_argument(
     '--limit', type=float, default=0, metavar='GB', help='of data of each process'
@@ -91,12 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     else [place, '', '', 'out of memory', '', '']
     for place, m in found.items()
   ]
-  common.table(
+  commands.table(
     'GB, and seconds of a step',
     ['state in', 'parameters', 'optimizer state', 'peak resident', 'seconds', 'loss'],
     rows,
   )
-  common.write_json(options.json, 'offload', found)
+  commands.write_json(options.json, 'offload', found)
   return found
 
 

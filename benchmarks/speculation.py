@@ -8,7 +8,7 @@ the better time counts. The text is the same by law, and compared. Ways may stop
 
 import itertools
 
-from benchmarks import common
+import commands
 
 WAYS = {
   'plain': {},
@@ -40,7 +40,7 @@ def prompts(workdir: str, count: int, tokens: int) -> list[list[int]]:
 
 
 def main():
-  arguments = common.parser(__doc__)
+  arguments = commands.parser(__doc__)
   arguments.add_argument('--workdir', required=True, help='of a run of train.py')
   arguments.add_argument('--documents', type=int, default=8)
   arguments.add_argument('--prompt_tokens', type=int, default=128)
@@ -82,7 +82,7 @@ def main():
       'fell_back': sum(report.fell_back for report in reports),
     }
   plain = results['plain']['tokens_per_second']
-  common.table(
+  commands.table(
     f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + {options.max_new_tokens} tokens each, greedy',
     ['', 'tokens/s', 'x plain', 'drafts kept', 'of', 'stopped drafting'],
     [
@@ -97,7 +97,7 @@ def main():
       for name, found in results.items()
     ],
   )
-  common.write_json(options.json, 'speculation', results)
+  commands.write_json(options.json, 'speculation', results)
 
 
 if __name__ == '__main__':

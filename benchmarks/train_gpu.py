@@ -8,7 +8,7 @@ configs/bench_1b.py: bfloat16, AdamW in f32, 16k tokens a step, as 4 rows of 4k 
 Tandem takes the step that train.py takes, with each kernel of attention: our own, on rows that say where documents lie, as train.py's do;
 cuDNN's, which honours no segments, on rows that say nothing; XLA's dense scores and its blocks. Its peer is HF transformers with torch's
 scaled_dot_product_attention in bfloat16 by autocast, and its layers compiled. A torch side that runs out of memory is run again
-with its layers checkpointed, and says so. MFU counts causal attention at half and nothing that is computed twice (analysis/flops.py).
+with its layers checkpointed, and says so. MFU counts causal attention at half and nothing that is computed twice (model/flops.py).
 What the budget in seconds leaves no time for is named.
 """
 
@@ -18,7 +18,8 @@ import json
 import os
 import time
 
-from benchmarks import common, train_step
+import commands
+from benchmarks import train_step
 
 LENGTHS = (4096, 16384)
 TOKENS = 16384
@@ -154,9 +155,9 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   """
   import jax
 
-  from analysis import aot, flops, hardware, memory, roofline
+  from analysis import aot, hardware, memory, roofline
   from analysis.hlo import Module
-  from model import params
+  from model import flops, params
   from parallel.mesh import make_mesh
 
   backend, packed = OURS[side]
@@ -207,17 +208,17 @@ def show_predictions(options) -> None:
             '',
           ]
         )
-  common.table(
+  commands.table(
     'bench-1B, predicted for an H100, not measured', ['', 'step s', 'tokens/s', 'MFU', 'GB'], rows
   )
   for text in sorted({text for found in results.values() for text in found.get('assumptions', ())}):
     print(f'assumed: {text}')
-  common.write_json(options.json, 'train_gpu predicted', results)
+  commands.write_json(options.json, 'train_gpu predicted', results)
 
 
 def show(results: dict, chip_peak: float | None) -> None:
   """The table of what was measured, best first of each length, and what was not."""
-  from analysis import flops
+  from model import flops
 
   for length in sorted({int(name.split()[-1]) for name in results}):
     of = {side: results[f'{side} {length}'] for side in ORDER if f'{side} {length}' in results}
@@ -240,7 +241,7 @@ def show(results: dict, chip_peak: float | None) -> None:
           f'{found["losses"][-1]:.3f}',
         ]
       )
-    common.table(
+    commands.table(
       f'{length} tokens a row',
       ['', 'tokens/s', 'MFU', 'peak GB', 'first step s', 'last loss'],
       rows,
@@ -251,7 +252,7 @@ def show(results: dict, chip_peak: float | None) -> None:
 
 
 def main() -> int:
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.add_argument('--quick', action='store_true', help='rows of 4k only')
   parser.add_argument('--budget', type=float, default=540, help='seconds for everything')
   parser.add_argument('--steps', type=int, default=8, help='timed steps of each side')
@@ -309,7 +310,7 @@ def main() -> int:
   show(results, None if options.rehearse else hardware.peak(hardware.lookup(kind), 'bfloat16'))
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
-  common.write_json(
+  commands.write_json(
     options.json, 'train_gpu', {'rehearsal': options.rehearse, 'device': kind, 'sides': results}
   )
   return 0

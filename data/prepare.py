@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data import cache, clean, duplicates, huggingface, shards, sources, tokenizer
+from data import cache, clean, duplicates, huggingface, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
 from data.texts import Texts
 
@@ -45,7 +45,7 @@ class Prepared:
 
   key: str
   directories: tuple[pathlib.Path, pathlib.Path]
-  tokenizer: tokenizer.Tokenizer
+  tokenizer: tokenizers.Tokenizer
   train: tuple[shards.PackedSource, ...]
   validation: shards.PackedSource
   report: dict
@@ -187,7 +187,7 @@ def _build_corpus(
 
   with _timed(report, 'tokenizer'):
     characters = int(boundary[kept].sum())
-    made = tokenizer.build(
+    made = tokenizers.build(
       config.tokenizer,
       training(),
       everything(),
@@ -276,7 +276,7 @@ def _encode(
   kept: np.ndarray,
   boundary: np.ndarray,
   bounds: list[int],
-  made: tokenizer.Tokenizer,
+  made: tokenizers.Tokenizer,
   report: dict,
 ) -> list[dict]:
   """Encodes both splits into shards and keeps the held-out text; completes `report`; returns the files' records."""
@@ -332,7 +332,7 @@ def _sides(
 
 
 def _encoded(
-  made: tokenizer.Tokenizer, sides: Iterator[tuple[bool, str]]
+  made: tokenizers.Tokenizer, sides: Iterator[tuple[bool, str]]
 ) -> Iterator[tuple[bool, str, np.ndarray]]:
   """Adds each text's ids, encoding many texts together."""
   batch, characters = [], 0
@@ -418,7 +418,7 @@ def _load(
   return Prepared(
     f'{directory.name}-{config.sequence_length}',
     (directory, plan),
-    tokenizer.load(directory / 'tokenizer'),
+    tokenizers.load(directory / 'tokenizer'),
     train,
     validation,
     report,

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from analysis import flops, hlo
+from analysis import hlo
+from model import flops
 from parallel import axes as ax, experts
 from parallel.mesh import MeshConfig, make_mesh
 

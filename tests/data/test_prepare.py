@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import cache, shards, tokenizer
+from data import cache, shards, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import corpus_key, prepare
 
@@ -205,7 +205,7 @@ def test_sentencepiece_is_trained_on_the_training_split_only(tmp_path):
   )
   assert [b'zebra' in piece for piece in prepared.tokenizer.token_bytes].count(True) == 1
   training = decoded(prepared, prepared.train[0])
-  assert tokenizer.train_sentencepiece(made.tokenizer, training) == prepared.tokenizer.model
+  assert tokenizers.train_sentencepiece(made.tokenizer, training) == prepared.tokenizer.model
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'flipped', 'missing', 'index'])

@@ -28,9 +28,9 @@ from kernels.blocks import Blocks
 from model.config import ModelConfig, MoEConfig
 from model.params import abstract, named_leaves
 from training import config as configs
-from training.checkpoint import Checkpoints
-from training.metrics import read_metrics
 from training.optimizer import OPTIMIZERS
+from workdir.checkpoint import Checkpoints
+from workdir.metrics import read_metrics
 
 BATCHES = make_batches(3)
 MESHES = (
