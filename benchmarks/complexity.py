@@ -118,7 +118,8 @@ def _cached(config: ModelConfig, T: int):
     rules = Rules(
       jax.tree.map(jnp.asarray, make_sampling(1, temperature=0.0)), jnp.full((1, 4), -1)
     )
-    return decode_chunk(model, state, rules, steps=T, pad=0)[1].ids
+    # Within another program: a jit with compiler options stands only at the top.
+    return decode_chunk.__wrapped__(model, state, rules, steps=T, pad=0)[1].ids
 
   return generate, jax.ShapeDtypeStruct((1,), jnp.int32)
 

@@ -86,6 +86,7 @@ def watched(what: str, source: str, workdir: str) -> None:
   """Imports in this process and prints, as JSON, seconds and by how much its memory rose at most."""
   import jax
 
+  import convert
   from model import checkpoint
 
   jax.block_until_ready(

@@ -9,10 +9,12 @@ D width, L layers, N heads, K key/value heads, H head width, F feed-forward widt
 
 from model.config import ModelConfig
 
+Number = int | float
+
 
 def mean_keys(
-  sequence_length: float, window: int = 0, document_length: float | None = None
-) -> float:
+  sequence_length: Number, window: int = 0, document_length: Number | None = None
+) -> Number:
   """Keys that a query attends to under a causal mask, itself included, averaged over the positions.
 
   (T + 1) / 2 without a window; with a window W < T, position t sees min(t + 1, W), whose mean is W - W (W - 1) / (2 T).
@@ -32,8 +34,8 @@ def mean_keys(
 
 
 def forward_flops_per_token(
-  model: ModelConfig, sequence_length: int, document_length: float | None = None
-) -> float:
+  model: ModelConfig, sequence_length: Number, document_length: Number | None = None
+) -> Number:
   """FLOPs of one token's forward pass: 2 x (weights that multiply it) + attention's two products, summed over layers.
 
       2 [2 D N H + 2 D K H + g D F] + 4 N H keys, each layer, and 2 D V,    g = 3 if gated else 2, keys = mean_keys(...)
@@ -60,13 +62,13 @@ def forward_flops_per_token(
   return total
 
 
-def prefill_flops(model: ModelConfig, rows: int, length: int) -> float:
+def prefill_flops(model: ModelConfig, rows: int, length: int) -> Number:
   """FLOPs of reading `rows` prompts of this length: the forward pass of every token, the head of the last one only."""
   head = 2 * model.D * model.V
   return rows * (length * (forward_flops_per_token(model, length) - head) + head)
 
 
-def decode_flops(model: ModelConfig, rows: int, context: int) -> float:
+def decode_flops(model: ModelConfig, rows: int, context: int) -> Number:
   """FLOPs of one more token of each row, which attends to `context` tokens, of layers with a window to no more than that.
 
   Raises as forward_flops_per_token does.
@@ -103,17 +105,17 @@ def feed_forward_weights(model: ModelConfig, moe: bool) -> int:
 
 
 def train_flops_per_token(
-  model: ModelConfig, sequence_length: int, document_length: float | None = None
-) -> float:
+  model: ModelConfig, sequence_length: Number, document_length: Number | None = None
+) -> Number:
   """FLOPs of training on one token: the forward pass and twice that backward (d inputs and d weights)."""
   return 3 * forward_flops_per_token(model, sequence_length, document_length)
 
 
-def six_nd(parameters: int, tokens: float) -> float:
+def six_nd(parameters: Number, tokens: Number) -> Number:
   """The usual estimate of training FLOPs, 6 N D (arXiv:2001.08361, section 2.1); attention is not in it."""
   return 6 * parameters * tokens
 
 
-def mfu(flops_per_second: float, devices: int, peak: float | None) -> float | None:
+def mfu(flops_per_second: Number, devices: int, peak: Number | None) -> Number | None:
   """Model FLOPs utilisation, 0 to 1: model FLOPs per second / (devices x peak of one), or None for an unknown peak."""
   return None if peak is None else flops_per_second / (devices * peak)

@@ -11,6 +11,7 @@ A kill while saving leaves a directory without a record; a truncated or changed 
 import concurrent.futures
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import files
 from data import huggingface, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
@@ -237,7 +238,7 @@ def test_saved_files_are_the_same_and_load_as_the_same(family, tmp_path):
 
 def test_save_writes_the_definition_last(tmp_path, monkeypatch):
   written = []
-  monkeypatch.setattr(tokenizers.files, 'replace', lambda path, content: written.append(path.name))
+  monkeypatch.setattr(files, 'replace', lambda path, content: written.append(path.name))
   ours('gpt2').save(tmp_path)
   assert written == ['tokenizer_config.json', 'tokenizer.json']
 
