@@ -143,7 +143,7 @@ def _inspect(options) -> None:
       parts, checkpoint.resolve(parts, tensors, family), tensors, family, options.ignore
     )
     kinds = sorted({tensor.kind for tensor in tensors.tensors.values()})
-    config = dataclasses.replace(config, parameter_dtype=_dtype(tensors, _log))
+    config = dataclasses.replace(config, parameter_dtype=checkpoint.stored_dtype(tensors, _log))
   else:
     config = configs.load(directory).model
     kinds = [checkpoint.KINDS[config.parameter_dtype]]
