@@ -1,6 +1,8 @@
-"""How is a program compiled for hardware that isn't here? Topologies by name, and the programs that generation runs on them.
+"""How is a program compiled for hardware that isn't here?
+Topologies by name, and the programs that generation runs on them.
 
-TPU programs need libtpu (the extra `plan`), GPU programs jax's CUDA plugin; neither needs the hardware.
+TPU programs need libtpu (the extra `plan`), GPU programs jax's CUDA plugin;
+neither needs the hardware.
 """
 
 import math
@@ -24,7 +26,8 @@ from parallel import axes as ax
 
 TPUS = ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')
 HOST_CHIPS = 4  # of a host, where nothing else is said
-# libtpu without a TPU: don't ask for a machine's metadata, and don't keep other processes from doing the same.
+# libtpu without a TPU: don't ask for a machine's metadata,
+# and don't keep other processes from doing the same.
 LIBTPU = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5p-8',
@@ -46,9 +49,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def topology(name: str, slices: int = 1) -> list[jax.Device]:
-  """Devices, to be compiled for only, of 'v5p:4x4x4', 'v5e:1x1', '2*v5e:8x8' (two slices) or 'h100:1x4x8' (four nodes of eight).
+  """Devices, to be compiled for only, of 'v5p:4x4x4', 'v5e:1x1', '2*v5e:8x8' (two slices) or
+  'h100:1x4x8' (four nodes of eight).
 
-  Raises ValueError for a name that is none or a shape that doesn't exist, ImportError where the compiler is not installed.
+  Raises ValueError for a name that is none or a shape that doesn't exist,
+  ImportError where the compiler is not installed.
   """
   found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', name)
   if not found:
@@ -96,7 +101,8 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
 
 
 def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str):
-  """What generation holds as shapes and shardings, the matrices in the compute dtype; and a maker of arrays split along the rows.
+  """What generation holds as shapes and shardings, the matrices in the compute dtype;
+  and a maker of arrays split along the rows.
 
   The maker is for use with the mesh in context.
   """
@@ -116,7 +122,8 @@ def _held(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str
 def prefill(
   config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = ''
 ) -> tuple[jax.stages.Lowered, dict]:
-  """The program that reads `rows` prompts of `context` tokens into a cache of that size, and what it holds.
+  """The program that reads `rows` prompts of `context` tokens into a cache of that size,
+  and what it holds.
 
   Raises ValueError for a context beyond the model's longest sequence.
   """
@@ -134,7 +141,8 @@ def prefill(
 def decode(
   config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = '', steps: int = CHUNK
 ) -> tuple[jax.stages.Lowered, dict]:
-  """The program that generates `steps` tokens of each of `rows` rows with a cache of `context` tokens, and what it holds.
+  """The program that generates `steps` tokens of each of `rows` rows
+  with a cache of `context` tokens, and what it holds.
 
   Raises ValueError as prefill does.
   """

@@ -1,11 +1,12 @@
-"""Which model should a budget train, on how many tokens, and what does that cost? Scaling laws and prices.
+"""Which model should a budget train, on how many tokens, and what does that cost?
+Scaling laws and prices.
 
     python -m analysis.budget --flops 5.76e23 [--chip 'TPU v5p' --chips 1024 --mfu 0.4 --rate 4.2]
     python -m analysis.budget --hours 720 --chip 'H100 SXM' --chips 64 [--rate 2.5]
     python -m analysis.budget --dollars 10000 --chip 'H100 SXM' --chips 8 --rate 2.5
 
-N parameters · D tokens · C FLOPs = 6 N D. The laws were fitted to one family of models on one corpus (MassiveText): the sizes carry
-over to others better than the loss does.
+N parameters · D tokens · C FLOPs = 6 N D. The laws were fitted to one family of models on one
+corpus (MassiveText): the sizes carry over to others better than the loss does.
 """
 
 import argparse
@@ -23,7 +24,9 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward; attention's own prod
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Law:
-  """Loss in nats per token, L(N, D) = E + A / N^alpha + B / D^beta, of models of N parameters trained on D tokens."""
+  """Loss in nats per token, L(N, D) = E + A / N^alpha + B / D^beta,
+  of models of N parameters trained on D tokens.
+  """
 
   E: float
   A: float
@@ -37,7 +40,8 @@ class Law:
     return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
   def optimum(self, flops: float) -> tuple[float, float]:
-    """Parameters and tokens of the least loss with 6 N D = flops (Hoffmann et al., arXiv:2203.15556, equation 4):
+    """Parameters and tokens of the least loss with 6 N D = flops
+    (Hoffmann et al., arXiv:2203.15556, equation 4):
 
         N = G (C / 6)^(beta / (alpha + beta)), D = (C / 6) / N, G = (alpha A / (beta B))^(1 / (alpha + beta))
 
@@ -51,8 +55,9 @@ class Law:
     return parameters, product / parameters
 
 
-# Constants: Hoffmann et al., equation 10 (approach 3), and Besiroglu et al., arXiv:2404.10102, table 1, who fitted the same runs again:
-# the first are rounded and fit their own data badly, and contradict the paper's approaches 1 and 2, which the second agree with.
+# Constants: Hoffmann et al., equation 10 (approach 3), and Besiroglu et al., arXiv:2404.10102,
+# table 1, who fitted the same runs again: the first are rounded and fit their own data badly, and
+# contradict the paper's approaches 1 and 2, which the second agree with.
 LAWS = {
   'hoffmann': Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
   'besiroglu': Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
@@ -64,8 +69,10 @@ class Fleet:
   """What computes, and at what price.
 
   Attributes:
-    chip: of analysis.hardware. chips: how many. mfu: share of their bfloat16 peak that becomes model FLOPs.
-    rate: dollars per chip-hour; watts: of a chip with its share of the host; None: unknown, and so is what follows from it.
+    chip: of analysis.hardware. chips: how many.
+      mfu: share of their bfloat16 peak that becomes model FLOPs.
+    rate: dollars per chip-hour; watts: of a chip with its share of the host;
+      None: unknown, and so is what follows from it.
     pue: power usage effectiveness of the data centre.
   Raises ValueError for values that make no sense.
   """
@@ -111,7 +118,9 @@ class Fleet:
     return None if self.rate is None else hours * self.chips * self.rate
 
   def kwh(self, hours: float) -> float | None:
-    """What they draw: as given, or at the most that the maker states; None where neither is known."""
+    """What they draw: as given, or at the most that the maker states;
+    None where neither is known.
+    """
     watts = self.chip.watts if self.watts is None else self.watts
     return None if watts is None else hours * self.chips * watts * self.pue / 1000
 

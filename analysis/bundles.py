@@ -1,7 +1,8 @@
-"""What does a TPU kernel's inner loop cost? Its final instruction bundles, as libtpu dumps them on a machine without a TPU.
+"""What does a TPU kernel's inner loop cost? Its final instruction bundles,
+as libtpu dumps them on a machine without a TPU.
 
-A bundle is what a core issues in a cycle, so that the bundles of a basic block are its cycles but for stalls: waits for memory, and a
-matrix unit that takes longer than its instructions.
+A bundle is what a core issues in a cycle, so that the bundles of a basic block are its cycles but
+for stalls: waits for memory, and a matrix unit that takes longer than its instructions.
 """
 
 import dataclasses
@@ -12,13 +13,17 @@ DELAY_SLOTS = 5  # bundles from a branch, itself included, to where it takes eff
 
 
 def dump_flags(directory: str) -> str:
-  """LIBTPU_INIT_ARGS for a process, set before it loads libtpu: the last pass of every kernel that it compiles goes to `directory`."""
+  """LIBTPU_INIT_ARGS for a process, set before it loads libtpu:
+  the last pass of every kernel that it compiles goes to `directory`.
+  """
   return f'--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*'
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """A basic block. uses: unit -> share of its slots that are used, 0 to 1; 'MXU', 'VALU', 'VSTORE', 'VSTORE:SPILL', ..."""
+  """A basic block. uses: unit -> share of its slots that are used, 0 to 1;
+  'MXU', 'VALU', 'VSTORE', 'VSTORE:SPILL', ...
+  """
 
   bundles: int
   uses: dict[str, float]
@@ -30,7 +35,9 @@ class Block:
 
 
 def kernels(directory: str) -> dict[str, list[Block]]:
-  """The basic blocks of every kernel that was dumped, by its name. Raises FileNotFoundError where there is none."""
+  """The basic blocks of every kernel that was dumped, by its name.
+  Raises FileNotFoundError where there is none.
+  """
   found = {}
   for path in sorted(pathlib.Path(directory).glob('*final_bundles.txt')):
     named = re.fullmatch(r'\d+-(.+?)(?:\.\d+)?-\d+-final_bundles\.txt', path.name)

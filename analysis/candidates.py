@@ -1,4 +1,6 @@
-"""Which other runs of a config are worth compiling? Meshes, remat policies and microbatches, and the flags that ask for them."""
+"""Which other runs of a config are worth compiling?
+Meshes, remat policies and microbatches, and the flags that ask for them.
+"""
 
 import dataclasses
 import itertools
@@ -53,7 +55,9 @@ def refused(config: Config, sizes: dict[str, int]) -> str:
 
 
 def policies(config: Config) -> list[str]:
-  """Remat policies that the config could have, those that keep most first; one that is not in KEEPS counts as in the middle."""
+  """Remat policies that the config could have, those that keep most first;
+  one that is not in KEEPS counts as in the middle.
+  """
 
   def possible(name):
     try:
@@ -65,9 +69,10 @@ def policies(config: Config) -> list[str]:
 
 
 def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
-  """Sizes of the axes: `data` as small as the slices allow or all that fsdp leaves, `fsdp` the rest, other axes in powers of two up to
-  LARGEST together: `tensor`, `expert` for experts, `context` for fewer rows than devices, and what the config uses already.
-  Those that the config's sizes do not divide into are left out.
+  """Sizes of the axes: `data` as small as the slices allow or all that fsdp leaves, `fsdp` the
+  rest, other axes in powers of two up to LARGEST together: `tensor`, `expert` for experts,
+  `context` for fewer rows than devices, and what the config uses already. Those that the config's
+  sizes do not divide into are left out.
   """
   useful = {
     'tensor': True,
@@ -110,7 +115,9 @@ def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
 def nearest(
   config: Config, sizes: dict[str, int], devices: int, slices: int = 1
 ) -> Iterator[Config]:
-  """Changes that may need less memory, the nearest first: a remat policy, that with more microbatches, that with another mesh."""
+  """Changes that may need less memory, the nearest first: a remat policy, that with more
+  microbatches, that with another mesh.
+  """
   stronger = policies(config)
   stronger = stronger[stronger.index(config.model.remat) + 1 :]
   yield from (change(config, policy=name) for name in stronger)

@@ -1,8 +1,9 @@
 """What can each accelerator do at most? The table of published peaks that percentages are taken of.
 
-Sources. TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's links: arXiv:2304.01433. GPU: NVIDIA's A100
-datasheet (June 2021), H100 white paper (dense figures; network: DGX H100's one 400 Gb/s adapter a GPU), H200 datasheet and HGX B200
-datasheet. Structured sparsity is never counted. Unknown hardware has no entry, and so no percentage.
+Sources. TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; v4's links: arXiv:2304.01433.
+GPU: NVIDIA's A100 datasheet (June 2021), H100 white paper (dense figures; network: DGX H100's one
+400 Gb/s adapter a GPU), H200 datasheet and HGX B200 datasheet. Structured sparsity is never
+counted. Unknown hardware has no entry, and so no percentage.
 """
 
 import dataclasses
@@ -17,23 +18,26 @@ DTYPES = ('bfloat16', 'float16', 'float32', 'int8')
 class Chip:
   """Published dense peaks of one chip (not of one jax device: see `devices`).
 
-  `bfloat16`, `float16`, `float32` and `int8` are multiply-adds x 2 per second of matrix products with operands of that
-  dtype; None where the chip has no unit for it or no figure is published. `float32` is what jax runs at its default
-  precision: one bf16 pass on a TPU, TF32 on a GPU. (`jax_default_matmul_precision='highest'` is several times slower
-  than this peak.)
+  `bfloat16`, `float16`, `float32` and `int8` are multiply-adds x 2 per second of matrix products
+  with operands of that dtype; None where the chip has no unit for it or no figure is published.
+  `float32` is what jax runs at its default precision: one bf16 pass on a TPU, TF32 on a GPU.
+  (`jax_default_matmul_precision='highest'` is several times slower than this peak.)
 
-  `hbm_bytes` and `hbm_bandwidth` (bytes/s) are of the chip's main memory, `usable` what of it a program can have (of a TPU what its
-  compiler says it has; None: all); `interconnect` is bytes/s per chip over
-  ICI or NVLink, both directions summed; `watts` is the maximum board power (TPU v4: the measured maximum), None where
-  unpublished.
+  `hbm_bytes` and `hbm_bandwidth` (bytes/s) are of the chip's main memory, `usable` what of it a
+  program can have (of a TPU what its compiler says it has; None: all); `interconnect` is bytes/s
+  per chip over ICI or NVLink, both directions summed; `watts` is the maximum board power (TPU v4:
+  the measured maximum), None where unpublished.
 
-  `clock` is a TPU core's cycles per second, which its bf16 peak implies: of a cycle it does 4 x 128^2 multiply-adds up to v5p,
-  4 x 256^2 in v6e and 7x (the compiler's own estimate of a large product comes to 87-97% of the peak at that clock). `torus`
-  counts the dimensions of a TPU's links, 0 where they meet in a switch; a side of a topology that is a multiple of `wraps` closes
-  into a ring. `network` is bytes/s per chip between slices or nodes, in one direction, None where unpublished.
+  `clock` is a TPU core's cycles per second, which its bf16 peak implies: of a cycle it does 4 x
+  128^2 multiply-adds up to v5p, 4 x 256^2 in v6e and 7x (the compiler's own estimate of a large
+  product comes to 87-97% of the peak at that clock). `torus` counts the dimensions of a TPU's
+  links, 0 where they meet in a switch; a side of a topology that is a multiple of `wraps` closes
+  into a ring. `network` is bytes/s per chip between slices or nodes,
+  in one direction, None where unpublished.
 
-  `cores` counts TensorCores on a TPU, 1 on a GPU. `devices` is how many jax devices one chip shows up as: a TPU v4 or
-  v5p fuses its two cores into one device ("megacore"), a TPU 7x shows each of its two cores as a device.
+  `cores` counts TensorCores on a TPU, 1 on a GPU. `devices` is how many jax devices one chip shows
+  up as: a TPU v4 or v5p fuses its two cores into one device ("megacore"), a TPU 7x shows each of
+  its two cores as a device.
   """
 
   name: str
@@ -56,7 +60,8 @@ class Chip:
 
 
 def _chips(columns: dict[str, float], rows, same: dict[str, str]) -> tuple[Chip, ...]:
-  """A chip of each row: name, kinds, then a value of each column, in the unit given with it; None is none, or not published.
+  """A chip of each row: name, kinds, then a value of each column, in the unit given with it;
+  None is none, or not published.
 
   same: fields that are as another one is.
   """
@@ -180,9 +185,10 @@ _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.kinds}
 def lookup(device_kind: str, device_cores: int | None = None) -> Chip | None:
   """The chip behind jax's `device.device_kind`, or None: then no percentage may be printed.
 
-  Names match whole, never by prefix: 'NVIDIA H100 NVL' and 'NVIDIA A100-SXM4-40GB MIG 1g.5gb' are other hardware.
-  `device_cores` is jax's `device.num_cores` on a TPU; it tells a v4 or v5p that runs with its cores split into two
-  devices. Raises ValueError where it doesn't divide the chip's cores.
+  Names match whole, never by prefix: 'NVIDIA H100 NVL' and 'NVIDIA A100-SXM4-40GB MIG 1g.5gb' are
+  other hardware. `device_cores` is jax's `device.num_cores` on a TPU; it tells a v4 or v5p that
+  runs with its cores split into two devices.
+  Raises ValueError where it doesn't divide the chip's cores.
   """
   chip = _BY_KIND.get(device_kind)
   if chip is None or device_cores is None:
@@ -196,9 +202,11 @@ def lookup(device_kind: str, device_cores: int | None = None) -> Chip | None:
 
 
 def peak(chip: Chip | None, dtype) -> float | None:
-  """FLOP/s of one jax device for matrix products in `dtype` (a numpy dtype or its name), or None where unknown.
+  """FLOP/s of one jax device for matrix products in `dtype` (a numpy dtype or its name),
+  or None where unknown.
 
-  Raises ValueError for a dtype that the table doesn't speak of, TypeError for a name that is no dtype.
+  Raises ValueError for a dtype that the table doesn't speak of,
+  TypeError for a name that is no dtype.
   """
   name = jnp.dtype(dtype).name
   if name not in DTYPES:

@@ -1,6 +1,8 @@
-"""What does an optimised program run? Its text (HLO) as instructions, how often each one runs, and the operations of its products.
+"""What does an optimised program run? Its text (HLO) as instructions,
+how often each one runs, and the operations of its products.
 
-XLA's own cost analysis counts a loop's body once and sees nothing of what a kernel does; here a loop counts as often as it runs.
+XLA's own cost analysis counts a loop's body once and sees nothing of what a kernel does;
+here a loop counts as often as it runs.
 """
 
 import dataclasses
@@ -32,7 +34,9 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line: name = shape opcode(operands), attributes. `attributes` is the text behind the operands."""
+  """One line: name = shape opcode(operands), attributes.
+  `attributes` is the text behind the operands.
+  """
 
   name: str
   shape: str
@@ -44,7 +48,9 @@ class Instruction:
 
   @property
   def called(self) -> tuple[str, ...]:
-    """Computations that it runs: of a loop its body (not the condition), of a conditional every branch."""
+    """Computations that it runs: of a loop its body (not the condition),
+    of a conditional every branch.
+    """
     found = re.findall(
       r'(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.-]+)', self.attributes
     )
@@ -77,7 +83,9 @@ class Instruction:
 
   @property
   def cycles(self) -> int | None:
-    """Cycles that the TPU compiler estimates for one run, or None: it says nothing of collectives, kernels and copies."""
+    """Cycles that the TPU compiler estimates for one run, or None:
+    it says nothing of collectives, kernels and copies.
+    """
     found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
     return int(found[1]) if found and int(found[1]) < UNKNOWN_CYCLES else None
 
@@ -104,7 +112,9 @@ def dims(shape: str) -> tuple[int, ...]:
 
 
 def arrays(shape: str) -> Iterator[tuple[int, int]]:
-  """(bytes, memory space) of each array of a shape or tuple of shapes; 0 is the device's main memory. Padding is not counted."""
+  """(bytes, memory space) of each array of a shape or tuple of shapes;
+  0 is the device's main memory. Padding is not counted.
+  """
   for dtype, sizes, layout in re.findall(r'(\w+)\[([\d,]*)\](\{[^}]*\})?', shape):
     bits = 8 if dtype == 'pred' else int((re.search(r'\d+', dtype) or [0])[0])
     space = re.search(r'S\((\d+)\)', layout)
@@ -123,7 +133,8 @@ class Module:
   """An optimised module.
 
   Attributes:
-    computations: name -> instructions, in the order in which they are scheduled. entry: name of the one that runs.
+    computations: name -> instructions, in the order in which they are scheduled.
+      entry: name of the one that runs.
 
   Raises ValueError for text that holds no entry computation.
   """
@@ -166,10 +177,11 @@ class Module:
     return [i for i in self.computations[computation] if name in i.operands]
 
   def walk(self, computation: str = '', times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-    """(computation, instruction, how often it runs) of everything that is scheduled, loops and calls unrolled in place.
+    """(computation, instruction, how often it runs) of everything that is scheduled,
+    loops and calls unrolled in place.
 
-    A fusion or a kernel is one instruction: what is inside is not walked. Of a conditional its dearest branch is. Raises ValueError
-    for a loop whose trip count the program doesn't tell.
+    A fusion or a kernel is one instruction: what is inside is not walked. Of a conditional its
+    dearest branch is. Raises ValueError for a loop whose trip count the program doesn't tell.
     """
     computation = computation or self.entry
     for i in self.computations[computation]:
@@ -183,9 +195,11 @@ class Module:
           yield from self.walk(name, times)
 
   def flops(self, computation: str = '') -> int:
-    """Multiply-adds x 2 of the products (dots, convolutions, cuBLAS calls); what a kernel computes is not in it.
+    """Multiply-adds x 2 of the products (dots, convolutions, cuBLAS calls);
+    what a kernel computes is not in it.
 
-    A loop counts as often as it runs, a conditional as its dearest branch, a convolution where its window meets an input.
+    A loop counts as often as it runs, a conditional as its dearest branch,
+    a convolution where its window meets an input.
     """
     return self._flops(computation or self.entry)
 
@@ -207,7 +221,9 @@ class Module:
     return re.search(r'body=%?([\w.-]+)', loop.attributes)[1]
 
   def branch(self, conditional: Instruction) -> str:
-    """The dearest branch: most products, then most bytes written; of a filter of tokens, the cheapest: it is off (decode.sampling)."""
+    """The dearest branch: most products, then most bytes written; of a filter of tokens, the
+    cheapest: it is off (decode.sampling).
+    """
 
     def written(name):
       return sum(nbytes(i.shape) for i in self.computations[name] if not i.free)
@@ -255,11 +271,14 @@ class Module:
     return 2 * out['b'] * out['f'] * right[labels[2].index('i')] * taps
 
   def routed(self, loop: Instruction) -> bool:
-    """Whether a `while` runs for as long as the routing of experts asks for; once, if that is balanced (parallel.experts.Rounds)."""
+    """Whether a `while` runs for as long as the routing of experts asks for; once, if that is
+    balanced (parallel.experts.Rounds).
+    """
     return bool(re.search(rf'\b{ROUNDS}\)*/while$', loop.scope))
 
   def trips(self, computation: str, loop: Instruction) -> int:
-    """How often a `while` of `computation` runs its body: as the compiler says, or by running its counter; 1 if it is `routed`.
+    """How often a `while` of `computation` runs its body: as the compiler says,
+    or by running its counter; 1 if it is `routed`.
 
     Over the slots of a cache, as often as a full one needs.
 
@@ -298,7 +317,9 @@ class Module:
     return next(i.name for i in self.computations[computation] if i.root)
 
   def _scalar(self, computation, name, path=(), element=None, parameters=None):
-    """Value of a scalar (its place in a tuple: `path`), None where unknown. element: index -> value of the loop's state."""
+    """Value of a scalar (its place in a tuple: `path`), None where unknown.
+    element: index -> value of the loop's state.
+    """
     i = self[computation, name]
 
     def ask(operand, path=()):
@@ -362,7 +383,9 @@ def _compute(i, left, right):
 
 
 def _instruction(line: str) -> Instruction:
-  """Reads 'ROOT %name = shape opcode(operands), attributes'; shapes and operands may hold parentheses."""
+  """Reads 'ROOT %name = shape opcode(operands), attributes';
+  shapes and operands may hold parentheses.
+  """
   head, rest = line.strip().split(' = ', 1)
   end = _closing(rest, 0) if rest[0] == '(' else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
@@ -392,7 +415,9 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _taps(attributes, axis, inputs, outputs):
-  """Pairs of an output and a place of the window that meet an input rather than padding or the holes of a dilation."""
+  """Pairs of an output and a place of the window that meet an input rather
+  than padding or the holes of a dilation.
+  """
   window = dict(re.findall(r'(\w+)=(\S+)', re.search(r'window=\{([^}]*)\}', attributes)[1]))
 
   def of(field, default):

@@ -17,14 +17,17 @@ class Memory:
   """Bytes on each chip while a program runs.
 
   Attributes:
-    parts: what holds how many, in order; their sum is `peak`. Arguments are exact, by their shardings; the compiler's padding of
-      them is a part of its own. `gradients` are as large as the parameters that they belong to (all are alive before the update,
-      which needs their norm) and are taken out of the compiler's temporaries.
-    peak: arguments + outputs that take no argument's place + temporaries + code: what the compiler reserves.
-    alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes), None where it gives none or counts
-      the host's memory with the chip's; the difference is lost between buffers of unequal sizes.
-    host, disk: bytes in the host's memory and on its disk for each chip. (A run whose optimizer state is on disk has other programs
-      besides, which update a few layers and are smaller.)
+    parts: what holds how many, in order; their sum is `peak`. Arguments are exact, by their
+      shardings; the compiler's padding of them is a part of its own. `gradients` are as large as
+      the parameters that they belong to (all are alive before the update, which needs their norm)
+      and are taken out of the compiler's temporaries.
+    peak: arguments + outputs that take no argument's place + temporaries + code:
+      what the compiler reserves.
+    alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes),
+      None where it gives none or counts the host's memory with the chip's; the difference is lost
+      between buffers of unequal sizes.
+    host, disk: bytes in the host's memory and on its disk for each chip. (A run whose optimizer
+      state is on disk has other programs besides, which update a few layers and are smaller.)
   """
 
   parts: dict[str, int]
@@ -39,7 +42,9 @@ class Memory:
 
 
 def shard_bytes(tree: Any, where: str = 'device') -> int:
-  """Bytes of one device's shards of abstract or concrete arrays with shardings; of those on the 'device', its 'host' or 'disk'."""
+  """Bytes of one device's shards of abstract or concrete arrays with shardings;
+  of those on the 'device', its 'host' or 'disk'.
+  """
 
   def place(x):
     if isinstance(x, OnDisk):
@@ -63,8 +68,9 @@ def parts(
 ) -> Memory:
   """Divides a compiled program's memory.
 
-  arguments: name -> tree of the arrays (abstract ones with shardings) that are passed. What is passed beyond them is named 'other
-  arguments'. gradients_of: the parameters that the program differentiates.
+  arguments: name -> tree of the arrays (abstract ones with shardings) that are passed. What is
+  passed beyond them is named 'other arguments'. gradients_of: the parameters that the program
+  differentiates.
   """
   stats = compiled.memory_analysis()
   found = {name: shard_bytes(tree) for name, tree in arguments.items()}

@@ -1,4 +1,6 @@
-"""What did NVIDIA's assembler make of a kernel? Its registers, spills and warnings, on a machine without a GPU."""
+"""What did NVIDIA's assembler make of a kernel?
+Its registers, spills and warnings, on a machine without a GPU.
+"""
 
 import dataclasses
 import pathlib
@@ -7,19 +9,25 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Of one kernel. spilled: bytes that a thread stores for lack of registers. warnings: of performance, as 'C7512 wgmma serialized ..'."""
+  """Of one kernel. spilled: bytes that a thread stores for lack of registers. warnings: of
+  performance, as 'C7512 wgmma serialized ..'.
+  """
 
   spilled: int
   warnings: tuple[str, ...]
 
 
 def environment(directory: str) -> dict[str, str]:
-  """Environment variables with which jax writes what `reports` reads, for every kernel of Mosaic GPU that it compiles."""
+  """Environment variables with which jax writes what `reports` reads,
+  for every kernel of Mosaic GPU that it compiles.
+  """
   return {'MOSAIC_GPU_DUMP_PTXAS': '1', 'MOSAIC_GPU_DUMP_TO': directory}
 
 
 def reports(directory: str) -> dict[str, Report]:
-  """The reports that are in a directory, by the kernel's name and number. Raises FileNotFoundError where there is none."""
+  """The reports that are in a directory, by the kernel's name and number.
+  Raises FileNotFoundError where there is none.
+  """
   found = {}
   for path in sorted(pathlib.Path(directory).glob('*.ptxas')):
     text = path.read_text()

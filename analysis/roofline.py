@@ -1,10 +1,11 @@
 """How long would a compiled program take? The roofline, and a walk along its schedule.
 
-TPU: XLA operations take their estimated cycles / clock, Pallas kernels what they declare on the roofline, our attention the bundles of
-its tiles if that is more, collectives what their bytes take on the links, less what runs beside them. Against hardware this came within
-10% on forward attention kernels and was optimistic backward; stalls of memory, throttling and imbalance are not modelled: it ranks, it
-does not certify.
-GPU: no cycles are estimated; every operation takes its roofline at EFFICIENCY.
+TPU: XLA operations take their estimated cycles / clock, Pallas kernels what they declare on the
+roofline, our attention the bundles of its tiles if that is more, collectives what their bytes take
+on the links, less what runs beside them. Against hardware this came within 10% on forward attention
+kernels and was optimistic backward; stalls of memory, throttling and imbalance are not modelled: it
+ranks, it does not certify. GPU: no cycles are estimated;
+every operation takes its roofline at EFFICIENCY.
 """
 
 import collections
@@ -22,14 +23,16 @@ from decode.sampling import FILTER
 from kernels import tuning
 from kernels.tuning import TILE
 
-# Of the peaks, what large products and copies reach on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
+# Of the peaks, what large products and copies reach
+# on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
 ATTENTION = {
   'flash_forward': 'forward',
   'flash_backward': 'backward',
 }  # kernels of kernels.flash_tpu by name
-# cuDNN's attention: products by direction, and the share of an H100's peak that was published for head width 128 and 4k tokens or more:
-# 499 to 539 of 989 TFLOP/s, forward under a causal mask and backward (arXiv:2407.08608, figures 5 and 6).
+# cuDNN's attention: products by direction, and the share of an H100's peak that was published for
+# head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
+# backward (arXiv:2407.08608, figures 5 and 6).
 CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
 CUDNN_EFFICIENCY = FLASH_EFFICIENCY = (
   0.52  # ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
@@ -53,10 +56,12 @@ class Prediction:
 
   Attributes:
     seconds: of the whole step = operations + kernels + exposed collectives + exposed copies.
-    operations: XLA operations. kernels: Pallas kernels. copies: waits for transfers to and from host memory or VMEM.
-    links: (kind, mesh axes) -> seconds that those collectives take. exposed: of these, what a chip waits for them, beside no work.
-    roofline: 'compute', 'memory', 'links AXES' and 'network AXES' (between slices or nodes) -> seconds that each would take alone;
-      `bound` names the largest.
+    operations: XLA operations. kernels: Pallas kernels.
+      copies: waits for transfers to and from host memory or VMEM.
+    links: (kind, mesh axes) -> seconds that those collectives take.
+      exposed: of these, what a chip waits for them, beside no work.
+    roofline: 'compute', 'memory', 'links AXES' and 'network AXES' (between slices or nodes) ->
+      seconds that each would take alone; `bound` names the largest.
     flops: hardware FLOPs of a chip. memory_bytes: moved to and from main memory.
     assumptions: what was assumed for lack of information, in words.
   """
@@ -84,7 +89,9 @@ class Cost(NamedTuple):
 
 
 def declared(i: Instruction) -> Cost | None:
-  """A kernel's own cost estimate, or None where it declares none; on GPUs it is in the name of its scope (kernels.mosaic_gpu_compat)."""
+  """A kernel's own cost estimate, or None where it declares none; on GPUs it is in the name of its
+  scope (kernels.mosaic_gpu_compat).
+  """
   found = re.search(
     r'"cost_estimate":\{([^}]*)\}|op_name="[^"]*?(flash_\w+ flops=.*?) end', i.attributes
   )
@@ -100,9 +107,11 @@ def declared(i: Instruction) -> Cost | None:
 
 
 def attention_seconds(module: Module, computation: str, i: Instruction, chip: Chip) -> float | None:
-  """What the matrix unit and the softmax of one of our attention kernels take, by the bundles that its tiles have (kernels.tuning).
+  """What the matrix unit and the softmax of one of our attention kernels take,
+  by the bundles that its tiles have (kernels.tuning).
 
-  It declares an exponential for each pair of a query and a key. None for another kernel. Raises LookupError for one without an entry.
+  It declares an exponential for each pair of a query and a key. None for another kernel. Raises
+  LookupError for one without an entry.
   """
   direction = next(
     (direction for name, direction in ATTENTION.items() if i.name.startswith(name)), None
@@ -128,7 +137,9 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
 
 
 def cudnn_flops(i: Instruction) -> float | None:
-  """FLOPs of one of cuDNN's attention calls, of the pairs of a query and a key that its mask leaves; None for another instruction."""
+  """FLOPs of one of cuDNN's attention calls, of the pairs of a query and a key that its mask
+  leaves; None for another instruction.
+  """
   found = re.search(r'custom_call_target="__cudnn\$(\w+)"', i.attributes)
   if not found or found[1] not in CUDNN_PRODUCTS:
     return None
@@ -147,7 +158,9 @@ def cudnn_flops(i: Instruction) -> float | None:
 
 
 def traffic(module: Module, computation: str, i: Instruction) -> int:
-  """Bytes that an instruction reads from and writes to main memory: of what it slices or updates in place, only the part."""
+  """Bytes that an instruction reads from and writes to main memory:
+  of what it slices or updates in place, only the part.
+  """
   if i.opcode in _SLICES:
     return 2 * _main(i.shape)
   if i.opcode in _UPDATES:
@@ -164,7 +177,9 @@ def traffic(module: Module, computation: str, i: Instruction) -> int:
 
 
 def _used(module: Module, computation: str, name: str) -> tuple[int, int]:
-  """Of an array of a fusion: bytes that are read of it, and bytes that are written to it in place."""
+  """Of an array of a fusion: bytes that are read of it,
+  and bytes that are written to it in place.
+  """
   read, rewritten = 0, 0
   for user in module.users(computation, name):
     if user.opcode in _SLICES and user.operands[0] == name:
@@ -204,7 +219,9 @@ class _Walk:
 
   @functools.cache
   def run(self, computation: str) -> collections.Counter:
-    """Seconds by what they go to, of one run of a computation; 'time' is their sum, the clock's advance."""
+    """Seconds by what they go to, of one run of a computation;
+    'time' is their sum, the clock's advance.
+    """
     sums, self_time = collections.Counter(), 0.0
     pending, free, dma_free = {}, collections.Counter(), 0.0
     for i in self.module.computations[computation]:
@@ -275,7 +292,9 @@ class _Walk:
     return moved / (self.memory * (1 if self.tpu else EFFICIENCY['memory']))
 
   def _origin(self, computation, done, pending):
-    """The start that a done waits for: its operands, followed back; a loop may carry them in its tuple. Of a recv it is the send."""
+    """The start that a done waits for: its operands, followed back;
+    a loop may carry them in its tuple. Of a recv it is the send.
+    """
     i, place = done, 0
     while i.name not in pending:
       if not i.operands:
@@ -351,10 +370,11 @@ def _times(sums, n):
 
 
 def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat16') -> Prediction:
-  """The prediction for one run of a compiled program (the text of compiled.as_text()) on a mesh of such chips.
+  """The prediction for one run of a compiled program (the text of compiled.as_text())
+  on a mesh of such chips.
 
-  dtype: of the products' operands, for the peak. Raises ValueError for a loop without a known trip count, a network without a
-  bandwidth, or a dtype without a peak.
+  dtype: of the products' operands, for the peak. Raises ValueError for a loop without a known trip
+  count, a network without a bandwidth, or a dtype without a peak.
   """
   module = program if isinstance(program, Module) else Module(program)
   walk = _Walk(module, mesh, chip, dtype)

@@ -1,8 +1,11 @@
-"""What moves between chips, and when does each chip wait? Collectives and the timeline of a compiled program.
+"""What moves between chips, and when does each chip wait?
+Collectives and the timeline of a compiled program.
 
-The compiler's text is the schedule: instructions run in order, collectives that are split into a start and a done run beside
-what stands between. libtpu has a second form: a fusion that starts one (AsyncCollectiveStart), fusions that carry it on beside
-their own products, one that ends it (AsyncCollectiveDone). Between slices it sends and receives: its runtime does what the send asks for.
+The compiler's text is the schedule: instructions run in order, collectives that are split into a
+start and a done run beside what stands between. libtpu has a second form: a fusion that starts one
+(AsyncCollectiveStart), fusions that carry it on beside their own products, one that ends it
+(AsyncCollectiveDone). Between slices it sends and receives:
+its runtime does what the send asks for.
 """
 
 import collections
@@ -34,10 +37,13 @@ class Collective:
   """One collective of a program.
 
   Attributes:
-    kind: one of KINDS. axes: mesh axes that the members of a group differ in. size: members of a group.
-    count: how often it runs in a step. nbytes: that a chip sends in one run, as a ring (or a direct exchange) does it; see `sent`.
+    kind: one of KINDS. axes: mesh axes that the members of a group differ in.
+      size: members of a group.
+    count: how often it runs in a step. nbytes: that a chip sends in one run,
+      as a ring (or a direct exchange) does it; see `sent`.
     started: whether it is split into a start and a done, so that other work can run beside it.
-    scope: where it comes from in the Python program. group: devices of one group, as indices into mesh.devices.flat.
+    scope: where it comes from in the Python program.
+      group: devices of one group, as indices into mesh.devices.flat.
   """
 
   kind: str
@@ -58,8 +64,9 @@ class Collective:
 def sent(kind: str, operand: int, result: int, size: int) -> int:
   """Bytes that each chip of a group sends over its links.
 
-  Ring algorithms, bandwidth-optimal (Thakur et al. 2005): all-gather and reduce-scatter (n - 1) / n of the whole array, all-reduce
-  both; all-to-all (n - 1) / n of what a chip holds; a permute all of it.
+  Ring algorithms, bandwidth-optimal (Thakur et al. 2005): all-gather and reduce-scatter (n - 1) / n
+  of the whole array, all-reduce both; all-to-all (n - 1) / n of what a chip holds;
+  a permute all of it.
   """
   if size == 1:
     return 0
@@ -74,7 +81,8 @@ def sent(kind: str, operand: int, result: int, size: int) -> int:
 
 
 def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
-  """The groups of a collective, from any of the forms in which XLA writes them; of a permute one pair each.
+  """The groups of a collective, from any of the forms in which XLA writes them;
+  of a permute one pair each.
 
   Raises ValueError for a form that is not known.
   """
@@ -96,7 +104,8 @@ def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
   ):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
     ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
-    # 'fsdp', or 'fsdp':(4)2, the part of 2 behind (more minor than) a part of 4 of it: cut into parts, outermost first.
+    # 'fsdp', or 'fsdp':(4)2, the part of 2 behind (more minor than)
+    # a part of 4 of it: cut into parts, outermost first.
     parts = [re.fullmatch(r"'([^']+)'(?::\((\d+)\)(\d+))?", part) for part in found[4].split(',')]
     if all(parts):
       taken = [
@@ -135,8 +144,9 @@ def axes_of(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
 def find(
   module: Module, computation: str, i: Instruction, mesh: Mesh, count: int = 1
 ) -> Collective | None:
-  """The collective that an instruction runs or starts, or None; of a chain of libtpu's fusions only the first one, of a send and a recv
-  that meet the send."""
+  """The collective that an instruction runs or starts, or None; of a chain of libtpu's fusions only
+  the first one, of a send and a recv that meet the send.
+  """
   if i.opcode == 'send' and 'xla_megascale' in i.attributes:
     return _between_slices(module, computation, i, mesh, count)
   where, inner = computation, i
@@ -175,7 +185,9 @@ def find(
 
 
 def _numbers(mesh):
-  """Of the devices as a program numbers them, the indices into mesh.devices.flat: each TPU slice runs one of its own, as the first does."""
+  """Of the devices as a program numbers them, the indices into mesh.devices.flat: each TPU slice
+  runs one of its own, as the first does.
+  """
   slices = [
     getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
     for device in mesh.devices.flat
@@ -254,7 +266,8 @@ def total_bytes(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], in
 
 
 def cycles(program: str | Module) -> int:
-  """Estimated cycles of the XLA operations in a step, loops times their trip counts (TPU programs only).
+  """Estimated cycles of the XLA operations in a step,
+  loops times their trip counts (TPU programs only).
 
   Collectives, kernels and copies have no estimate and count 0.
   """
@@ -264,16 +277,20 @@ def cycles(program: str | Module) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-  """How fast bytes leave a chip along the axes of a mesh: what is known of the chip and of where its devices sit."""
+  """How fast bytes leave a chip along the axes of a mesh:
+  what is known of the chip and of where its devices sit.
+  """
 
   mesh: Mesh
   chip: Chip
 
   def seconds(self, c: Collective) -> tuple[float, float]:
-    """Of one run of a collective: on the links within slices (GPUs: nodes), and on the network between them.
+    """Of one run of a collective: on the links within slices (GPUs: nodes),
+    and on the network between them.
 
-    Across slices it is done in two stages: within each, then each member exchanges its part with its peers in the others.
-    Latencies are not counted. Raises ValueError where it crosses a network whose bandwidth is not tabled.
+    Across slices it is done in two stages: within each, then each member exchanges its part with
+    its peers in the others. Latencies are not counted. Raises ValueError where it crosses a network
+    whose bandwidth is not tabled.
     """
     if not c.nbytes:
       return 0.0, 0.0
@@ -307,9 +324,10 @@ class Links:
   def bandwidth(self, group: tuple[int, ...]) -> float:
     """Bytes/s that a chip sends to the others of its group, all in one slice or node.
 
-    A TPU sends along the dimensions of the torus that the group spans, each with its share of the links: both directions where
-    the group closes into a ring, else one (the ends of a line have one neighbour). Groups that lie across each other share those
-    links. GPUs of a node send through a switch.
+    A TPU sends along the dimensions of the torus that the group spans, each with its share of the
+    links: both directions where the group closes into a ring, else one (the ends of a line have one
+    neighbour). Groups that lie across each other share those links.
+    GPUs of a node send through a switch.
     """
     chip, devices = self.chip, [self.mesh.devices.flat[i] for i in group]
     out = chip.interconnect / 2 / chip.devices
