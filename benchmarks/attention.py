@@ -1,14 +1,17 @@
-"""Is our attention for GPUs the fastest there is? Beside cuDNN, jax's own Mosaic GPU kernel and torch's kernels, all in one run.
+"""Is our attention for GPUs the fastest there is?
+Beside cuDNN, jax's own Mosaic GPU kernel and torch's kernels, all in one run.
 
     python -m benchmarks.attention [--quick] [--budget 540] [--json benchmarks/results/attention_h100.json]        (needs a GPU)
     python -m benchmarks.attention --rehearse        the whole harness at toy sizes on this CPU: tests it, measures nothing
 
-bfloat16, 16k tokens a batch (32k for rows of 32k), heads of 64, 128 or 256 that are 2048 wide together, as many key as query heads: what
-FlashAttention-3 was measured with (arXiv:2407.08608, section 4.1). TFLOP/s count the pairs that a mask leaves (half of them under a causal
-one), two products forward and five backward, and are a share of what a product of 8192^3 reaches in this run. Each peer runs in a
-process of its own, one after the other; one that crashes loses the case that it was at. Parity comes first: against attention
-in f64 of fresh random numbers, with memory full of NaN before, an error beyond PARITY of cuDNN's fails, whatever the speed.
-What the budget in seconds leaves no time for is named.
+bfloat16, 16k tokens a batch (32k for rows of 32k), heads of 64, 128 or 256 that are 2048 wide
+together, as many key as query heads: what FlashAttention-3 was measured with (arXiv:2407.08608,
+section 4.1). TFLOP/s count the pairs that a mask leaves (half of them under a causal one), two
+products forward and five backward, and are a share of what a product of 8192^3 reaches in this run.
+Each peer runs in a process of its own, one after the other; one that crashes loses the case that it
+was at. Parity comes first: against attention in f64 of fresh random numbers, with memory full of
+NaN before, an error beyond PARITY of cuDNN's fails, whatever the speed. What the budget in seconds
+leaves no time for is named.
 """
 
 import dataclasses
@@ -39,7 +42,8 @@ ON_A_CPU = ('blocked', 'torch flash')
 PARITY = 1.1  # times the error of the first of JUDGES that was measured
 JUDGES = ('cudnn', 'torch cudnn', 'torch flash')
 CRASHES = 3  # of a peer, after which it is given up
-# TFLOP/s on an H100, from a length on: what must be reached, and what is aimed at (a share of the 798 that a product was seen to reach).
+# TFLOP/s on an H100, from a length on: what must be reached, and what is aimed at (a share of the
+# 798 that a product was seen to reach).
 GOALS = {
   ('forward', 'full', 128): (8192, 560, 640),
   ('forward', 'causal', 128): (8192, 500, 590),
@@ -47,7 +51,8 @@ GOALS = {
   ('forward', 'causal', 256): (16384, 480, 600),
   ('backward', 'causal', 128): (8192, 380, 500),
 }
-# How many times faster than our own causal attention of as long rows, forward and backward: at least, and aimed at.
+# How many times faster than our own causal attention of as long rows,
+# forward and backward: at least, and aimed at.
 FASTER = {'window': (4.0, 6.0), 'packed': (4.0, 5.5)}
 
 
@@ -75,7 +80,9 @@ def toys() -> list[Case]:
 
 
 class Run:
-  """Processes of peers, one after the other, on the same numbers; what they found, and what was left out and why."""
+  """Processes of peers, one after the other, on the same numbers;
+  what they found, and what was left out and why.
+  """
 
   def __init__(self, wanted: list[Case], budget: float, rehearsal: bool):
     self.wanted, self.ends, self.rehearsal, self.seed = (
@@ -88,7 +95,9 @@ class Run:
     self.missing: dict[str, str] = {}
 
   def ask(self, peer: str, share: float, directory: str, cases_=None) -> list[dict]:
-    """Lets a peer work on all cases for this share of the time that is left, again after a crash; what it reported."""
+    """Lets a peer work on all cases for this share of the time that is left,
+    again after a crash; what it reported.
+    """
     waiting, results, crashes = list(self.wanted if cases_ is None else cases_), [], 0
     ends = time.time() + share * (self.ends - time.time())
     while True:
@@ -163,7 +172,9 @@ class Run:
 
 
 def rows_of(run: Run, names: dict[str, str], peak: float, direction: str) -> list[list[str]]:
-  """Of the cases that anyone measured: TFLOP/s and share of the peak by peer, ours over cuDNN's, goals, and errors."""
+  """Of the cases that anyone measured: TFLOP/s and share of the peak by peer,
+  ours over cuDNN's, goals, and errors.
+  """
   ours, rows = next(iter(names)), []
   for case in run.wanted:
     results = {peer: run.found[peer].get(case.name, {}) for peer in names}
@@ -207,7 +218,9 @@ def goal_of(case: Case, direction: str, rate: float | None) -> str:
 def parity_of(
   results: dict[str, dict], ours: str, names=('out', 'dq', 'dk', 'dv')
 ) -> tuple[str, bool | None]:
-  """The largest ratio of our errors, of these arrays, to the judge's, in words; and whether it is within PARITY (None: not known)."""
+  """The largest ratio of our errors, of these arrays, to the judge's, in words;
+  and whether it is within PARITY (None: not known).
+  """
   judge = next((peer for peer in JUDGES if 'errors' in results.get(peer, {})), None)
   if 'errors' not in results.get(ours, {}) or judge is None:
     return 'not compared', None
@@ -227,7 +240,9 @@ def parity_of(
 
 
 def faster_of(run: Run, ours: str) -> list[str]:
-  """What skipping is worth: our windows and documents against our own causal attention of as long rows."""
+  """What skipping is worth: our windows and documents against our own causal attention
+  of as long rows.
+  """
   found = run.found.get(ours, {})
 
   def seconds(name):
@@ -315,7 +330,8 @@ def main() -> int:
   def of(case):
     return {peer: run.found[peer].get(case.name, {}) for peer in names}
 
-  # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers, which nothing hangs on.
+  # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers,
+  # which nothing hangs on.
   failed = [
     case.name
     for case in run.wanted

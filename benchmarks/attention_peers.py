@@ -1,10 +1,12 @@
-"""How fast and how exact is one peer's attention? What each process of benchmarks.attention runs: it reads a job, measures, prints results.
+"""How fast and how exact is one peer's attention? What each process of benchmarks.attention runs:
+it reads a job, measures, prints results.
 
     python -m benchmarks.attention_peers JOB        (a JSON file that benchmarks.attention writes)
 
-A program runs many calls of a kernel one after the other, so that what is timed is the device and not its dispatch; torch's calls are
-timed by CUDA events. The first run warms up; before it, memory is filled with NaN and freed, so that what a kernel leaves unwritten
-shows. What the last call returned is compared with attention in f64, one head of it.
+A program runs many calls of a kernel one after the other, so that what is timed is the device and
+not its dispatch; torch's calls are timed by CUDA events. The first run warms up; before it, memory
+is filled with NaN and freed, so that what a kernel leaves unwritten shows. What the last call
+returned is compared with attention in f64, one head of it.
 
 T length · N heads · H head width
 """
@@ -34,10 +36,12 @@ STICKY = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Attention of a batch; as many query as key heads, `tokens` and `hidden` whatever the length and the width of a head.
+  """Attention of a batch; as many query as key heads,
+  `tokens` and `hidden` whatever the length and the width of a head.
 
   Attributes:
-    mask: 'causal', 'full', 'window' (causal, the last T/16 keys) or 'packed' (causal, 8 documents in a row).
+    mask: 'causal', 'full', 'window' (causal, the last T/16 keys)
+      or 'packed' (causal, 8 documents in a row).
   """
 
   mask: str
@@ -71,7 +75,9 @@ class Case:
     return self.length // 8 if self.mask == 'packed' else self.length
 
   def flops(self, direction: str) -> float:
-    """Of the pairs that the mask leaves: causal ones are half, and windows and documents are what they are."""
+    """Of the pairs that the mask leaves: causal ones are half,
+    and windows and documents are what they are.
+    """
     from analysis.flops import mean_keys
 
     keys = (
@@ -91,7 +97,9 @@ class Case:
 
 
 class Job:
-  """What a process is asked to do: a peer's name, cases, and numbers that all processes draw alike."""
+  """What a process is asked to do: a peer's name, cases,
+  and numbers that all processes draw alike.
+  """
 
   def __init__(self, path: str):
     job = json.loads(pathlib.Path(path).read_text())
@@ -99,7 +107,8 @@ class Job:
     self.cases = [Case(**case) for case in job['cases']]
     self.directory, self.peak_size = pathlib.Path(path).parent, job['peak_size']
     largest = max([0, *(int(np.prod(case.shape)) for case in self.cases)])
-    # A generator each: what an array begins with is then the same for a process that has only some of the cases.
+    # A generator each: what an array begins with is then the same for a process
+    # that has only some of the cases.
     self._drawn = [
       np.random.default_rng([job['seed'], i]).standard_normal(largest, np.float32) for i in range(4)
     ]
@@ -112,7 +121,9 @@ class Job:
     return time.time() > self.deadline
 
   def errors(self, case: Case, found: dict) -> dict:
-    """Of the probed head: root mean square over that of the exact values, each of out, dq, dk and dv."""
+    """Of the probed head: root mean square over that of the exact values,
+    each of out, dq, dk and dv.
+    """
     with np.load(self.directory / f'{case.name}.npz') as exact:
       return {
         name: float(np.sqrt(np.mean((value - exact[name]) ** 2) / np.mean(exact[name] ** 2)))
@@ -150,7 +161,9 @@ def tandem(case: Case, backend: str):
 
 
 def as_rows(attend, case: Case):
-  """For peers without segments: documents as rows of their own, which works because all are as long."""
+  """For peers without segments: documents as rows of their own,
+  which works because all are as long.
+  """
   if case.mask != 'packed':
     return attend
 
@@ -199,12 +212,15 @@ JAX_PEERS = {
   'cudnn': cudnn,
   'mosaic': mosaic,
 }
-# In float16, because its bfloat16 goes through f16 buffers; and it does not scale, so that queries come scaled.
+# In float16, because its bfloat16 goes through f16 buffers;
+# and it does not scale, so that queries come scaled.
 PRESCALED = {'mosaic': 'float16'}
 
 
 def repeated(step, n: int):
-  """`step` n times in one program; each call waits for the one before it, so that none is merged with another or left out."""
+  """`step` n times in one program; each call waits for the one before it,
+  so that none is merged with another or left out.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -219,7 +235,8 @@ def repeated(step, n: int):
 
 
 def check_calls(compiled, n: int) -> str:
-  """Raises RuntimeError where a program does not run its kernels n times each: XLA has merged calls or taken them out of the loop.
+  """Raises RuntimeError where a program does not run its kernels n times each:
+  XLA has merged calls or taken them out of the loop.
 
   Returns why that could not be counted, or ''.
   """
@@ -244,7 +261,8 @@ def check_calls(compiled, n: int) -> str:
 
 
 def programs(attend, case: Case, dtype: str, sharding=None) -> dict:
-  """Lowered: the forward pass many times; once, with what the backward pass keeps; and the backward pass many times.
+  """Lowered: the forward pass many times; once, with what the backward pass keeps;
+  and the backward pass many times.
 
   sharding: of a device that isn't here, to compile for; default: for this process's.
   """
@@ -296,7 +314,9 @@ def seconds_of(run, sync, repeats: int = REPEATS) -> float:
 
 
 def run_jax(job: Job) -> None:
-  """All cases of a peer that jax runs: compiled side by side, a few at a time, then timed one by one."""
+  """All cases of a peer that jax runs: compiled side by side, a few at a time,
+  then timed one by one.
+  """
   import jax.numpy as jnp
 
   dtype = PRESCALED.get(job.peer, 'float32' if job.rehearsal else 'bfloat16')
@@ -322,7 +342,9 @@ def run_jax(job: Job) -> None:
 
 
 def attempt(case: Case, function, *arguments):
-  """The function's result; a failure is reported as the case's, and ends the process where the GPU is lost with it."""
+  """The function's result; a failure is reported as the case's,
+  and ends the process where the GPU is lost with it.
+  """
   try:
     return function(*arguments)
   except Exception as error:  # compilers and kernels raise whatever they like, and the other cases are still wanted
@@ -337,7 +359,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def both(job: Job, case: Case, forward, backward, unchecked=()) -> None:
-  """Reports seconds and errors of a case. forward, backward: () -> (seconds of a call, what it returned by name); one fails alone.
+  """Reports seconds and errors of a case. forward, backward: () -> (seconds of a call, what it
+  returned by name); one fails alone.
 
   unchecked: what they note while they run.
   """
@@ -456,7 +479,9 @@ def run_peak(job: Job) -> None:
 
 
 def run_torch(job: Job) -> None:
-  """torch's scaled_dot_product_attention by its flash or cuDNN kernel, or its compiled flex_attention."""
+  """torch's scaled_dot_product_attention by its flash or cuDNN kernel,
+  or its compiled flex_attention.
+  """
   import torch
   from torch.nn import attention as kinds
   from torch.nn.functional import scaled_dot_product_attention

@@ -1,4 +1,6 @@
-"""What every benchmark shares: which machine this is, a table, a JSON file, and the memory that a process reaches."""
+"""What every benchmark shares: which machine this is, a table, a JSON file,
+and the memory that a process reaches.
+"""
 
 import argparse
 import importlib.metadata
@@ -65,7 +67,9 @@ def machine() -> dict:
 
 
 def gpus() -> list[str]:
-  """Name, driver, memory and power limit of each NVIDIA GPU, as the driver's own tool says; [] where there is none."""
+  """Name, driver, memory and power limit of each NVIDIA GPU, as the driver's own tool says;
+  [] where there is none.
+  """
   tool = shutil.which('nvidia-smi')
   if tool is None:
     return []
@@ -89,7 +93,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-  """Prints aligned columns, the first to the left and the others to the right; floats with three digits."""
+  """Prints aligned columns, the first to the left and the others to the right;
+  floats with three digits.
+  """
   cells = [
     [_digits(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows
   ]
@@ -127,7 +133,8 @@ def seconds(run: Callable[[], object], repeats: int = 3) -> float:
 
 
 class PeakMemory:
-  """Samples the resident memory (bytes) of a process and its descendants while a `with` block runs; Linux only.
+  """Samples the resident memory (bytes) of a process and its descendants while a `with` block runs;
+  Linux only.
 
   Pages that processes share are counted once for each of them, so the sum is an upper bound.
 

@@ -1,4 +1,5 @@
-"""How fast is each stage of the data pipeline, against what the machine could do, and does memory stay bounded?
+"""How fast is each stage of the data pipeline, against what the machine could do,
+and does memory stay bounded?
 
     python -m benchmarks.data [--json FILE] [--gigabytes 1]
 
@@ -42,7 +43,9 @@ print(json.dumps(prepared.report))
 
 
 def stages(texts: list[str]) -> dict[str, dict]:
-  """Rates of the stages on a list of documents, against peers; MB/s of UTF-8 text unless named otherwise."""
+  """Rates of the stages on a list of documents, against peers;
+  MB/s of UTF-8 text unless named otherwise.
+  """
   size = sum(len(text.encode()) for text in texts) / 1e6
   sample = texts[: len(texts) // 4]
   sample_size = sum(len(text.encode()) for text in sample) / 1e6
@@ -160,7 +163,9 @@ def appetite(directory: str) -> dict[str, dict]:
 
 
 def loading(directory: str) -> dict[str, dict]:
-  """M tokens/s of the loader, against copying batches that are there already, and the seconds of a warm start."""
+  """M tokens/s of the loader, against copying batches that are there already,
+  and the seconds of a warm start.
+  """
   config = DataConfig(
     sequence_length=LENGTH,
     batch_size=BATCH,
@@ -200,7 +205,9 @@ def loading(directory: str) -> dict[str, dict]:
 
 
 def write_corpus(path: pathlib.Path, size: float, texts: list[str]) -> int:
-  """Writes about `size` bytes of JSONL, documents of some 5 KB of random lines of `texts`; returns the exact size."""
+  """Writes about `size` bytes of JSONL, documents of some 5 KB of random lines of `texts`;
+  returns the exact size.
+  """
   rng = random.Random(0)
   lines = [line for text in texts for line in text.splitlines(keepends=True) if line.strip()]
   written = 0
@@ -213,7 +220,9 @@ def write_corpus(path: pathlib.Path, size: float, texts: list[str]) -> int:
 
 
 def bounded(gigabytes: float, texts: list[str]) -> dict:
-  """Prepares a generated corpus in a fresh process while its memory, and its workers', is sampled."""
+  """Prepares a generated corpus in a fresh process while its memory,
+  and its workers', is sampled.
+  """
   with tempfile.TemporaryDirectory() as directory:
     corpus = pathlib.Path(directory) / 'corpus.jsonl'
     size = write_corpus(corpus, gigabytes * 1e9, texts)

@@ -1,13 +1,16 @@
-"""How fast is generation, and how near to what the memory allows? Ours beside HF transformers' generate, of the same Llama shape.
+"""How fast is generation, and how near to what the memory allows? Ours beside HF transformers'
+generate, of the same Llama shape.
 
     python -m benchmarks.decode [--json FILE]                    (needs torch and transformers: make .venv/installed-oracle)
     python -m benchmarks.decode --model=bench_1b --batches=1,8,64 --json benchmarks/results/decode_h100.json         (on a GPU)
     python -m benchmarks.decode --capacity                       (ms a token against the cache's capacity)
 
-On a CPU bench-30M (benchmarks.train_cpu) in f32, on a GPU bench_1b or llama3_8b in bfloat16; random weights, greedy, a prompt of 128
-tokens and 256 new ones, none of which ends a row. Each side runs in a process of its own, in turn, `--runs` times; the best run counts. The
-bound: all weights and the cached tokens are read once a step, at the bandwidth of a sum over an array, of which every process measures its
-own; the median counts, because the best one is that of a moment (on a shared machine 81 GB/s once, where the others saw 43 to 51).
+On a CPU bench-30M (benchmarks.train_cpu) in f32, on a GPU bench_1b or llama3_8b in bfloat16; random
+weights, greedy, a prompt of 128 tokens and 256 new ones, none of which ends a row. Each side runs
+in a process of its own, in turn, `--runs` times; the best run counts. The bound: all weights and
+the cached tokens are read once a step, at the bandwidth of a sum over an array, of which every
+process measures its own; the median counts, because the best one is that of a moment (on a shared
+machine 81 GB/s once, where the others saw 43 to 51).
 """
 
 import importlib
@@ -148,7 +151,9 @@ def theirs(name: str, batch: int, cache: str) -> dict:
 
 
 def by_capacity(name: str) -> None:
-  """Prints ms a token of one row that holds PROMPT to PROMPT + NEW tokens, by the capacity of its cache."""
+  """Prints ms a token of one row that holds PROMPT to PROMPT + NEW tokens,
+  by the capacity of its cache.
+  """
   g, rows = generator(name), []
   for capacity in CAPACITIES:
     session = g.session(capacity).append(prompts(g.vocabulary, 1)[0])

@@ -1,12 +1,14 @@
-"""How much of a grouped product's work is wasted? Compiled ahead of time for a TPU and an H100, against 2 M D F; and on this CPU.
+"""How much of a grouped product's work is wasted?
+Compiled ahead of time for a TPU and an H100, against 2 M D F; and on this CPU.
 
     python -m benchmarks.grouped_matmul [--json FILE]
 
-Counts the products in the optimised programs, loops times their trip counts (XLA's cost analysis counts a loop's body once), for
-`kernels.grouped_matmul` and for `lax.ragged_dot`; both cost the same however the rows are divided among the experts. Needs no
-accelerator: libtpu (the extra `plan`), and for the H100 `pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt` in jax's version;
-what is missing is named in the table.
-On this CPU: seconds of a layer's three dispatches, forward and backward, against one expert that computes as many rows.
+Counts the products in the optimised programs, loops times their trip counts (XLA's cost analysis
+counts a loop's body once), for `kernels.grouped_matmul` and for `lax.ragged_dot`; both cost the
+same however the rows are divided among the experts. Needs no accelerator: libtpu (the extra
+`plan`), and for the H100 `pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt` in jax's
+version; what is missing is named in the table. On this CPU: seconds of a layer's three dispatches,
+forward and backward, against one expert that computes as many rows.
 """
 
 import os
@@ -36,7 +38,9 @@ BACKENDS = {
 
 
 def wasted(target: str, backend: str, experts: int) -> dict:
-  """Floating-point operations over the ideal, forward alone and with the backward pass, and bytes of temporaries."""
+  """Floating-point operations over the ideal, forward alone and with the backward pass,
+  and bytes of temporaries.
+  """
   device = aot.topology(TARGETS[target])[0]
 
   def shape(*dims, dtype='bfloat16'):
@@ -60,7 +64,8 @@ def wasted(target: str, backend: str, experts: int) -> dict:
     compiled = jax.jit(function).lower(*arguments).compile()
     program = hlo.Module(compiled.as_text())
     found, kernels = program.flops(), program.kernels()
-    # A kernel's products are not in the program; where there is one (and no loop) the cost analysis knows what it declares.
+    # A kernel's products are not in the program; where there is one (and no loop)
+    # the cost analysis knows what it declares.
     found = compiled.cost_analysis()['flops'] if kernels else found
     results |= {
       name: found / (products * 2 * ROWS * WIDTH * FEED_FORWARD),
@@ -73,7 +78,9 @@ def wasted(target: str, backend: str, experts: int) -> dict:
 def seconds_on_cpu(
   experts: int, tokens: int = 2048, width: int = 256, feed_forward: int = 512
 ) -> dict:
-  """Seconds forward and backward of a layer's dispatches, two experts a token, and of one expert with as many rows."""
+  """Seconds forward and backward of a layer's dispatches, two experts a token,
+  and of one expert with as many rows.
+  """
   x = jax.random.normal(jax.random.key(0), (4, tokens // 4, width))
 
   def time_of(layer, x):

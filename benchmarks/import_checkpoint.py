@@ -1,11 +1,13 @@
-"""What memory does importing a checkpoint take, and how fast is it? Of a generated one, 2 GB in bfloat16.
+"""What memory does importing a checkpoint take, and how fast is it?
+Of a generated one, 2 GB in bfloat16.
 
     python -m benchmarks.import_checkpoint [--json FILE] [--gb 2.0] [--devices 1 4]
 
-Each import runs in a fresh process that is watched from inside: resident memory, anonymous (RssAnon) and of mapped
-files (RssFile), sampled every 5 ms. On CPU devices the model itself lies in that memory, so what an import adds is what
-exceeds the model's bytes; the target is 1.2 times the largest tensor. `load` brings tensors onto the mesh; `import` is
-the command, which writes the run as well.
+Each import runs in a fresh process that is watched from inside: resident memory, anonymous
+(RssAnon) and of mapped files (RssFile), sampled every 5 ms. On CPU devices the model itself lies in
+that memory, so what an import adds is what exceeds the model's bytes; the target is 1.2 times the
+largest tensor. `load` brings tensors onto the mesh; `import` is the command,
+which writes the run as well.
 """
 
 import json
@@ -83,7 +85,9 @@ def resident() -> dict[str, int]:
 
 
 def watched(what: str, source: str, workdir: str) -> None:
-  """Imports in this process and prints, as JSON, seconds and by how much its memory rose at most."""
+  """Imports in this process and prints, as JSON,
+  seconds and by how much its memory rose at most.
+  """
   import jax
 
   from model import checkpoint

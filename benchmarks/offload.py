@@ -1,9 +1,11 @@
-"""What does training hold in memory, and how long is a step, with the optimizer's state on the device, in the host's memory and on disk?
+"""What does training hold in memory, and how long is a step, with the optimizer's state on the
+device, in the host's memory and on disk?
 
     python -m benchmarks.offload [--layers 8] [--limit GB] [--json FILE]
 
-A process each, on the CPU, whose devices' memory is the host's: only the disk can spare it any. Resident is the peak of the process, with
-compilers and all; with --limit the kernel refuses each process more data than that (RLIMIT_DATA), and those that need more end.
+A process each, on the CPU, whose devices' memory is the host's: only the disk can spare it any.
+Resident is the peak of the process, with compilers and all; with --limit the kernel refuses each
+process more data than that (RLIMIT_DATA), and those that need more end.
 """
 
 import json
@@ -51,7 +53,8 @@ print(json.dumps({'peak': peak, 'seconds': min(seconds), 'loss': float(metrics['
 
 
 def measure(place: str, layers: int, limit: float = 0) -> dict | None:
-  """Peak resident bytes of a process, seconds of its shortest step, bytes of parameters and optimizer state, loss of the last step.
+  """Peak resident bytes of a process, seconds of its shortest step, bytes of parameters and
+  optimizer state, loss of the last step.
 
   limit: GB of data that it may have, 0 for all; None where it ran out of them.
   """

@@ -1,9 +1,11 @@
-"""What do drafts gain on real text? A trained model goes on from documents that it was not trained on, with drafts and without.
+"""What do drafts gain on real text? A trained model goes on from documents
+that it was not trained on, with drafts and without.
 
     make demo && python -m benchmarks.speculation --workdir=runs/demo [--json FILE]
 
-Greedy, one row at a time; of each document the first tokens are the prompt. Every way runs on every document twice, the ways in turn, and
-the better time counts. The text is the same by law, and compared. Ways may stop drafting by themselves, where they lose (decode.drafting).
+Greedy, one row at a time; of each document the first tokens are the prompt. Every way runs on every
+document twice, the ways in turn, and the better time counts. The text is the same by law, and
+compared. Ways may stop drafting by themselves, where they lose (decode.drafting).
 """
 
 import itertools

@@ -1,10 +1,12 @@
-"""How long until something happens? Start to first step, start to first token, and compile time against depth.
+"""How long until something happens? Start to first step, start to first token,
+and compile time against depth.
 
     python -m benchmarks.startup [--json FILE]
 
-Whole processes of train.py and generate.py on configs/tiny.py, timed from outside, data prepared and compilation cache warm,
-beside the floor that no program on jax gets under: a process that imports jax and flax and runs one compiled addition. Then
-the compile time of a train step with 4 and with 32 layers: the block is scanned, so that it should not grow.
+Whole processes of train.py and generate.py on configs/tiny.py, timed from outside, data prepared
+and compilation cache warm, beside the floor that no program on jax gets under: a process that
+imports jax and flax and runs one compiled addition. Then the compile time of a train step with 4
+and with 32 layers: the block is scanned, so that it should not grow.
 """
 
 import os
@@ -48,7 +50,9 @@ print(time.perf_counter() - began)
 
 
 def until(command: list[str], sign: str) -> float:
-  """Seconds from the start of a process to the first output that contains `sign`, read character by character."""
+  """Seconds from the start of a process to the first output that contains `sign`,
+  read character by character.
+  """
   began = time.perf_counter()
   process = subprocess.Popen(
     command,
@@ -70,7 +74,9 @@ def until(command: list[str], sign: str) -> float:
 
 
 def compile_seconds(layers: int) -> float:
-  """Seconds that XLA takes for the train step of a small model, in a fresh process, without a cache."""
+  """Seconds that XLA takes for the train step of a small model, in a fresh process,
+  without a cache.
+  """
   ran = subprocess.run(
     [sys.executable, '-c', COMPILE, str(layers)],
     check=True,

@@ -1,13 +1,16 @@
-"""Is our TPU attention scheduled better than jax's? Instruction bundles of both, compiled for TPUs that aren't here.
+"""Is our TPU attention scheduled better than jax's?
+Instruction bundles of both, compiled for TPUs that aren't here.
 
     python -m benchmarks.tpu_schedule [--topologies v5e:1x1,v6e:1x1] [--widths 64,128,256] [--tune] [--json FILE]
 
-bfloat16, 8 heads; a tile is 1024 x 1024 pairs of a query and a key, forward and backward. A kernel may have two bodies: for tiles that
-the mask leaves whole, and for others. The bodies do not depend on the length: each kernel is compiled once for each kind of mask, at
-2048 tokens, and the seconds of all WORKLOADS follow from the steps that they have (Mask.blocks). Seconds: bundles of all tiles over
-the clock, or what the matrix unit takes at its peak, if that is more; stalls of memory and what a step does beside its body are not in
-it. The peer is jax's `splash`, in blocks of 1024 (v4: 512), with its gradients in two kernels or in one, whichever
-has fewer bundles; it masks every block, and skips none for segments. --tune tries step sizes of ours first, and writes those of the
+bfloat16, 8 heads; a tile is 1024 x 1024 pairs of a query and a key, forward and backward. A kernel
+may have two bodies: for tiles that the mask leaves whole, and for others. The bodies do not depend
+on the length: each kernel is compiled once for each kind of mask, at 2048 tokens, and the seconds
+of all WORKLOADS follow from the steps that they have (Mask.blocks). Seconds: bundles of all tiles
+over the clock, or what the matrix unit takes at its peak, if that is more; stalls of memory and
+what a step does beside its body are not in it. The peer is jax's `splash`, in blocks of 1024 (v4:
+512), with its gradients in two kernels or in one, whichever has fewer bundles; it masks every
+block, and skips none for segments. --tune tries step sizes of ours first, and writes those of the
 fewest bundles to kernels/tuning.json. Needs libtpu (the extra `plan`), no TPU.
 """
 
@@ -106,7 +109,9 @@ def splash(q, k, v, mask: Mask, block: int, fused: bool):
 def compile_here(
   topology: str, width: int, what: str, backend: str, options: dict, dtype: str = 'bfloat16'
 ) -> None:
-  """Attention and its gradient for a chip. options: of ours, the step of each direction; of splash, its arguments."""
+  """Attention and its gradient for a chip. options: of ours, the step of each direction;
+  of splash, its arguments.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -137,7 +142,9 @@ def compile_here(
 
 
 def child(directory: str) -> None:
-  """Compiles what each line of its input asks for; a line of its output has what a tile takes, or why it does not compile."""
+  """Compiles what each line of its input asks for;
+  a line of its output has what a tile takes, or why it does not compile.
+  """
   for line in sys.stdin:
     for path in pathlib.Path(directory).iterdir():
       path.unlink()
@@ -170,9 +177,10 @@ def child(directory: str) -> None:
 
 
 def measure(jobs: list[dict]) -> list[dict]:
-  """For arguments of compile_here each: direction -> step, bundles of a tile that is whole and of one that is masked, and those of a step
-  beside them (at most: some run once a row only), shares of slots: of the matrix unit in a whole tile, of stores that spill in the body
-  that has most; or {'error': why}.
+  """For arguments of compile_here each: direction -> step, bundles of a tile that is whole and of
+  one that is masked, and those of a step beside them (at most: some run once a row only), shares of
+  slots: of the matrix unit in a whole tile, of stores that spill in the body that has most; or
+  {'error': why}.
   """
   with tempfile.TemporaryDirectory() as directory:
     environment = os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': bundles.dump_flags(directory)}
@@ -203,7 +211,9 @@ def cycles(
   skips: bool,
   beside: bool = False,
 ) -> float:
-  """Of a core, for one head. skips: blocks between segments. beside: with what a step does beside its body."""
+  """Of a core, for one head. skips: blocks between segments.
+  beside: with what a step does beside its body.
+  """
   mask = mask_of(what if skips or what != 'packed' else 'causal', length)
   rows, keys = found['step']['rows'], found['step']['keys']
   kinds, tiles = np.asarray(mask.blocks(length, length, rows, keys)), rows * keys / TILE**2
@@ -228,7 +238,9 @@ def seconds(
 
 
 def best_steps(topology: str, width: int) -> dict[str, dict]:
-  """direction -> the step of the fewest cycles, those beside the bodies counted, of those that compile, in f32 too; with its bundles."""
+  """direction -> the step of the fewest cycles, those beside the bodies counted, of those that
+  compile, in f32 too; with its bundles.
+  """
   kind, chip = chip_of(topology)
   sizes = SMALL if tuning.VMEM[kind] < SMALL_VMEM else CANDIDATES
   steps = [dict(zip(('rows', 'keys', 'chunk'), size)) for size in sizes]
@@ -286,7 +298,9 @@ def tune(topologies: list[str], widths: list[int]) -> None:
 
 
 def compare(topology: str, width: int) -> dict[str, dict[str, dict]]:
-  """backend -> kind of mask -> what measure() gives; of splash, for each direction, the best of those that compile."""
+  """backend -> kind of mask -> what measure() gives;
+  of splash, for each direction, the best of those that compile.
+  """
   kind, _ = chip_of(topology)
   ours = {}
   for direction in PRODUCTS:

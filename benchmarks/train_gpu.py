@@ -1,15 +1,18 @@
-"""Does training on a GPU run faster than with torch, and what is our attention worth there? A Llama of 1.1 billion parameters, in one run.
+"""Does training on a GPU run faster than with torch, and what is our attention worth there? A Llama
+of 1.1 billion parameters, in one run.
 
     python -m benchmarks.train_gpu [--quick] [--budget 540] [--json benchmarks/results/train_h100.json]        (needs a GPU)
     python -m benchmarks.train_gpu --rehearse        the whole harness with a toy model on this CPU: tests it, measures nothing
     python -m benchmarks.train_gpu --predict         compiles each of our steps for an H100 that isn't here: memory and time, predicted
 
-configs/bench_1b.py: bfloat16, AdamW in f32, 16k tokens a step, as 4 rows of 4k and as one of 16k. Each side runs in a process of its own.
-Tandem takes the step that train.py takes, with each kernel of attention: our own, on rows that say where documents lie, as train.py's do;
-cuDNN's, which honours no segments, on rows that say nothing; XLA's dense scores and its blocks. Its peer is HF transformers with torch's
-scaled_dot_product_attention in bfloat16 by autocast, and its layers compiled. A torch side that runs out of memory is run again
-with its layers checkpointed, and says so. MFU counts causal attention at half and nothing that is computed twice (analysis/flops.py).
-What the budget in seconds leaves no time for is named.
+configs/bench_1b.py: bfloat16, AdamW in f32, 16k tokens a step, as 4 rows of 4k and as one of 16k.
+Each side runs in a process of its own. Tandem takes the step that train.py takes, with each kernel
+of attention: our own, on rows that say where documents lie, as train.py's do; cuDNN's, which
+honours no segments, on rows that say nothing; XLA's dense scores and its blocks. Its peer is HF
+transformers with torch's scaled_dot_product_attention in bfloat16 by autocast, and its layers
+compiled. A torch side that runs out of memory is run again with its layers checkpointed, and says
+so. MFU counts causal attention at half and nothing that is computed twice (analysis/flops.py). What
+the budget in seconds leaves no time for is named.
 """
 
 import argparse
@@ -22,7 +25,8 @@ from benchmarks import common, train_step
 
 LENGTHS = (4096, 16384)
 TOKENS = 16384
-# Sides in the order of their importance: attention backend and whether rows have segments, or how torch runs.
+# Sides in the order of their importance: attention backend and whether rows have segments,
+# or how torch runs.
 OURS = {
   'pallas_gpu': ('pallas_gpu', True),
   'cudnn': ('xla', False),
@@ -77,7 +81,9 @@ def config(length: int, attention: str, rehearsal: bool = False):
 
 
 def side_of(side: str, length: int, steps: int, rehearsal: bool, checkpointed: bool) -> dict:
-  """What a process of one side prints. Raises RuntimeError where cuDNN would not be what is measured."""
+  """What a process of one side prints. Raises RuntimeError where cuDNN would
+  not be what is measured.
+  """
   if side in THEIRS:
     where = 'cpu' if rehearsal else 'cuda'
     return train_step.transformers_torch(
@@ -105,7 +111,9 @@ def _refusal(made) -> str:
 
 
 def device() -> tuple[str, str]:
-  """Platform and kind of what jax would run on, asked of a process of its own, so that this one keeps off the GPU."""
+  """Platform and kind of what jax would run on, asked of a process of its own,
+  so that this one keeps off the GPU.
+  """
   found = train_step.in_process('benchmarks.train_gpu', '--side', 'device', environment={})
   return found['platform'], found['kind']
 
@@ -121,7 +129,8 @@ def measure(side: str, length: int, options, ends: float) -> dict:
     str(options.steps),
     *(['--rehearse'] if options.rehearse else []),
   ]
-  # jax and torch both take what they need and no more in advance; a GPU's memory is one process's at a time.
+  # jax and torch both take what they need and no more in advance;
+  # a GPU's memory is one process's at a time.
   environment = {
     'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95',
     'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True',
@@ -150,7 +159,8 @@ def measure(side: str, length: int, options, ends: float) -> dict:
 def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   """Bytes and seconds of one of our steps by the compiler's account, for hardware that isn't here.
 
-  Raises ImportError where its compiler is not installed, NotImplementedError for a backend that is not there.
+  Raises ImportError where its compiler is not installed,
+  NotImplementedError for a backend that is not there.
   """
   import jax
 
