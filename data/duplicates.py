@@ -10,7 +10,9 @@ BANDS, ROWS = 14, 8
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-  """Hashes of all n consecutive words, uint64 [words - n + 1]: a polynomial in an odd multiplier, modulo 2^64."""
+  """Hashes of all n consecutive words, uint64 [words - n + 1]:
+  a polynomial in an odd multiplier, modulo 2^64.
+  """
   count = len(hashes) - n + 1
   grams = np.zeros(count, np.uint64)
   for i in range(n):
@@ -28,7 +30,8 @@ def _permutations() -> np.ndarray:
 def minhash(words: list[bytes]) -> np.ndarray:
   """MinHash (Broder 1997) of the set of 5-word shingles, uint32 [BANDS * ROWS].
 
-  Shingles are hashed here, in numpy; datasketch's own loop calls SHA-1 for each of them, which takes four times as long.
+  Shingles are hashed here, in numpy; datasketch's own loop calls SHA-1 for each of them,
+  which takes four times as long.
   """
   from datasketch import MinHash
 
@@ -48,10 +51,11 @@ def minhash(words: list[bytes]) -> np.ndarray:
 def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
   """Finds documents that resemble an earlier one.
 
-  Locality-sensitive hashing (Leskovec, Rajaraman & Ullman, "Mining of Massive Datasets", section 3.4): documents that
-  agree on all ROWS values of a band are candidates; a candidate pair counts when the share of equal values (the
-  estimated Jaccard similarity) is at least `threshold`. Pairs are closed transitively; each cluster keeps its first
-  document. The bands are sorted one at a time rather than kept in dictionaries: 30 bytes per document, not kilobytes.
+  Locality-sensitive hashing (Leskovec, Rajaraman & Ullman, "Mining of Massive Datasets", section
+  3.4): documents that agree on all ROWS values of a band are candidates; a candidate pair counts
+  when the share of equal values (the estimated Jaccard similarity) is at least `threshold`. Pairs
+  are closed transitively; each cluster keeps its first document. The bands are sorted one at a time
+  rather than kept in dictionaries: 30 bytes per document, not kilobytes.
 
   Args:
     signatures: uint32 [documents, BANDS * ROWS], in memory or memory-mapped.
@@ -92,7 +96,9 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _band_keys(values: np.ndarray) -> np.ndarray:
-  """One uint64 key per document from the ROWS values of a band, [documents, ROWS]: a random linear hash modulo 2^64."""
+  """One uint64 key per document from the ROWS values of a band, [documents, ROWS]:
+  a random linear hash modulo 2^64.
+  """
   multipliers = np.random.default_rng(0).integers(1, 2**63, ROWS, np.uint64) * np.uint64(
     2
   ) + np.uint64(1)

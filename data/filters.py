@@ -1,4 +1,6 @@
-"""Which documents are worth learning from? Rules that drop a document that breaks them, with thresholds from papers."""
+"""Which documents are worth learning from? Rules that drop a document that breaks them,
+with thresholds from papers.
+"""
 
 import collections
 import functools
@@ -109,7 +111,8 @@ def _repeated_lines(view: View) -> bool:
   )
 
 
-# n -> greatest share of characters in the most frequent n-gram (2-4), or in all repeated n-grams (5-10).
+# n -> greatest share of characters in the most frequent n-gram (2-4),
+# or in all repeated n-grams (5-10).
 GOPHER_NGRAMS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
@@ -143,8 +146,8 @@ def _repeated_ngrams(view: View) -> bool:
 # preset -> rule -> keeps(view), in the order in which they are tried.
 FILTERS: dict[str, dict[str, Callable[[View], bool]]] = {
   'none': {},
-  # StarCoder (arXiv:2305.06161, section 3.1) after Codex (arXiv:2107.03374, section 3.1): no line over 1000
-  # characters, 100 on average, a quarter of the characters alphanumeric.
+  # StarCoder (arXiv:2305.06161, section 3.1) after Codex (arXiv:2107.03374, section 3.1): no line
+  # over 1000 characters, 100 on average, a quarter of the characters alphanumeric.
   'code': {'line_length': _line_length, 'alphanumeric': _alphanumeric},
   'prose': {
     # Gopher (arXiv:2112.11446, appendix A1, quality filters).
@@ -154,9 +157,11 @@ FILTERS: dict[str, dict[str, Callable[[View], bool]]] = {
     'bullets': _bullets,
     'letters': _letters,
     'stop_words': _stop_words,
-    # C4 (arXiv:1910.10683, section 2.2), without its rule on lines, which FineWeb found to cost more than it gives.
+    # C4 (arXiv:1910.10683, section 2.2), without its rule on lines,
+    # which FineWeb found to cost more than it gives.
     'placeholder_text': _placeholder_text,
-    # FineWeb (arXiv:2406.17557, section 3.6), with its repository's limits on newlines and short lines.
+    # FineWeb (arXiv:2406.17557, section 3.6), with its repository's limits
+    # on newlines and short lines.
     'line_ends': _line_ends,
     'short_lines': _short_lines,
     # Gopher (appendix A1, repetition removal, table A1).

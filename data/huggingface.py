@@ -1,7 +1,9 @@
-"""How does a Hugging Face tokenizer.json become bytes per id, with control tokens that no text can name?
+"""How does a Hugging Face tokenizer.json become bytes per id,
+with control tokens that no text can name?
 
-Families met in practice: byte-level BPE (GPT-2, Llama 3, Qwen), SentencePiece-style BPE with byte pieces (Llama 2,
-Mistral, Gemma), Unigram (T5), WordPiece (BERT). Encoding is the tokenizers library's; no file is executed.
+Families met in practice: byte-level BPE (GPT-2, Llama 3, Qwen), SentencePiece-style BPE with byte
+pieces (Llama 2, Mistral, Gemma), Unigram (T5), WordPiece (BERT). Encoding is the tokenizers
+library's; no file is executed.
 """
 
 import functools
@@ -38,25 +40,29 @@ class HuggingFaceTokenizer(Tokenizer):
   """A tokenizer.json with the settings that lie beside it.
 
   Control tokens are the added tokens marked special and those that the settings name (bos_token,
-  additional_special_tokens, ...). They decode to b''. Text can't name them, `encode(text, special=True)` excepted; the
-  library's own switch for that, `encode_special_tokens`, is not used because Unigram and WordPiece still find their
-  names as ordinary pieces. Added tokens that are not special (Qwen's <think>) are text, and are found in any text.
+  additional_special_tokens, ...). They decode to b''. Text can't name them,
+  `encode(text, special=True)` excepted; the library's own switch for that, `encode_special_tokens`,
+  is not used because Unigram and WordPiece still find their names as ordinary pieces. Added tokens
+  that are not special (Qwen's <think>) are text, and are found in any text.
 
-  eos is eos_token, or sep_token (BERT's [SEP]). pad is pad_token, or else eos. bos, which a document's first token is
-  predicted from, is bos_token, or cls_token (BERT's [CLS]), or where there is neither, pad: T5's decoder starts with
-  its pad, and Qwen's, <|endoftext|>, is what stands between its documents.
+  eos is eos_token, or sep_token (BERT's [SEP]). pad is pad_token, or else eos. bos, which a
+  document's first token is predicted from, is bos_token, or cls_token (BERT's [CLS]), or where
+  there is neither, pad: T5's decoder starts with its pad, and Qwen's, <|endoftext|>, is what stands
+  between its documents.
 
-  `decode` follows the file's decoder, with two differences: only one leading space is taken away, and added tokens
-  outside the model's vocabulary come out as they stand (the library takes them for byte-level or metaspace pieces).
-  WordPiece's pieces without ## begin with a space, which a text's first piece loses again.
+  `decode` follows the file's decoder, with two differences: only one leading space is taken away,
+  and added tokens outside the model's vocabulary come out as they stand (the library takes them for
+  byte-level or metaspace pieces). WordPiece's pieces without ## begin with a space, which a text's
+  first piece loses again.
 
   Args:
-    contents: 'tokenizer.json' and, of 'tokenizer_config.json', 'special_tokens_map.json' and 'chat_template.jinja',
-      those that there are, as bytes. `save` writes them as they are: transformers loads the directory, too.
+    contents: 'tokenizer.json' and, of 'tokenizer_config.json', 'special_tokens_map.json' and
+      'chat_template.jinja', those that there are, as bytes. `save` writes them as they are:
+      transformers loads the directory, too.
 
   Raises:
-    ValueError: a file that can't be read as what it should be; no token ends a text; a special token without an id;
-      a decoder that can't be written as bytes per id.
+    ValueError: a file that can't be read as what it should be; no token ends a text; a special
+      token without an id; a decoder that can't be written as bytes per id.
   """
 
   kind = 'huggingface'
@@ -94,7 +100,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
   @classmethod
   def read(cls, path: str | os.PathLike) -> 'HuggingFaceTokenizer':
-    """From a directory with a tokenizer.json, or from that file; the files beside it count in both cases."""
+    """From a directory with a tokenizer.json, or from that file;
+    the files beside it count in both cases.
+    """
     found = paths(path)
     contents = {
       file.name: file.read_bytes() for file in found if file.parent.name != MORE_TEMPLATES
@@ -129,7 +137,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
   @functools.cached_property
   def _named(self):
-    """The library's tokenizer that takes the names of control tokens for those; only prompts need it."""
+    """The library's tokenizer that takes the names of control tokens for those;
+    only prompts need it.
+    """
     return _build(_definition(self._contents))
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -149,7 +159,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def paths(path: str | os.PathLike) -> list[pathlib.Path]:
-  """The files that make the tokenizer at `path`, a directory or its tokenizer.json; a checkpoint's others stay out."""
+  """The files that make the tokenizer at `path`, a directory or its tokenizer.json;
+  a checkpoint's others stay out.
+  """
   directory = pathlib.Path(path).expanduser()
   directory = directory.parent if directory.name == DEFINITION else directory
   found = [
@@ -177,7 +189,9 @@ def _settings(contents: Mapping[str, bytes]) -> dict:
 
 
 def _roles(settings: dict) -> dict[str, str]:
-  """The tokens named by role, by settings such as bos_token (but not add_bos_token, which is true or false)."""
+  """The tokens named by role, by settings such
+  as bos_token (but not add_bos_token, which is true or false).
+  """
   tokens = {
     key: value
     for key, value in settings.items()
@@ -192,7 +206,9 @@ def _content(token: str | dict) -> str:
 
 
 def _templates(contents: Mapping[str, bytes], settings: dict) -> dict[str, str]:
-  """Chat templates by name; one without a name is the 'default'. The file comes before the settings."""
+  """Chat templates by name; one without a name is the 'default'.
+  The file comes before the settings.
+  """
   given = settings.get('chat_template') or {}
   templates = (
     {'default': given}
@@ -216,7 +232,9 @@ def _vocabulary(definition: dict) -> dict[str, int]:
 
 
 def _definition(contents: Mapping[str, bytes]) -> dict:
-  """The parsed tokenizer.json, without truncation and padding, with all added tokens that the settings tell of."""
+  """The parsed tokenizer.json, without truncation and padding,
+  with all added tokens that the settings tell of.
+  """
   settings = _settings(contents)
   definition = _json(contents, DEFINITION)
   if not isinstance(definition.get('model'), dict) or 'vocab' not in definition['model']:
@@ -244,13 +262,16 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
     added.setdefault(content, rules | {'content': content, 'id': vocabulary.get(content)})[
       'special'
     ] = True
-  # The library gives ids to added tokens in their order, and its own limits of length would cut documents.
+  # The library gives ids to added tokens in their order,
+  # and its own limits of length would cut documents.
   added = sorted(added.values(), key=lambda token: token['id'])
   return definition | {'added_tokens': added, 'truncation': None, 'padding': None}
 
 
 def _anonymous(definition: dict, control: dict[str, int]) -> dict:
-  """The same, with control tokens under names that no text can hold (they can't be guessed): same ids, never found."""
+  """The same, with control tokens under names that no text can hold (they can't be guessed):
+  same ids, never found.
+  """
   nonce = secrets.token_hex(16)
   renamed = {content: f'{nonce}:{index}' for content, index in control.items()}
   model = dict(definition['model'])
@@ -276,7 +297,9 @@ def _anonymous(definition: dict, control: dict[str, int]) -> dict:
 
 
 def _build(definition: dict):
-  """The library's tokenizer. Raises ValueError for one it can't read, and for ids that it gives anew."""
+  """The library's tokenizer. Raises ValueError for one it can't read,
+  and for ids that it gives anew.
+  """
   import tokenizers
 
   try:
@@ -298,8 +321,9 @@ def _build(definition: dict):
 def spelling(decoder: dict | None) -> tuple[Callable[[str], bytes], bool, bool]:
   """A tokenizer.json's decoder as bytes of single pieces.
 
-  Returns: bytes of a piece; whether spaces join pieces, as in WordPiece; whether a text loses a leading space.
-  Raises ValueError for a decoder, or a setting of one, that needs more than one piece at a time.
+  Returns: bytes of a piece; whether spaces join pieces, as in WordPiece; whether a text loses a
+  leading space. Raises ValueError for a decoder, or a setting of one, that needs more than one
+  piece at a time.
   """
   steps: list[Spelling] = []
   fused = joins_words = drops_space = False
@@ -359,7 +383,9 @@ def _unsupported(step: dict, why: str) -> ValueError:
 
 
 def _byte_level() -> dict[str, int]:
-  """GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode): printable ones are themselves."""
+  """GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode):
+  printable ones are themselves.
+  """
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   return {chr(byte): byte for byte in printable} | {

@@ -1,10 +1,12 @@
-"""How does a config become batches' worth of tokens on disk? The whole pipeline, in the order in which it runs.
+"""How does a config become batches' worth of tokens on disk?
+The whole pipeline, in the order in which it runs.
 
   read -> clean -> drop duplicates -> split -> train the tokenizer -> encode -> pack
 
-Everything streams: memory holds one chunk of documents, and some 200 bytes per document. The result lies in
-cache_dir/<key>, where the key is a hash of the sources' content and of the settings that change it; a second call loads
-it. cache_dir/<key>/rows-<T> holds the packing for one sequence length, so that another one needs no second tokenising.
+Everything streams: memory holds one chunk of documents, and some 200 bytes per document. The result
+lies in cache_dir/<key>, where the key is a hash of the sources' content and of the settings that
+change it; a second call loads it. cache_dir/<key>/rows-<T> holds the packing for one sequence
+length, so that another one needs no second tokenising.
 """
 
 import array
@@ -52,12 +54,16 @@ class Prepared:
 
   @property
   def validation_bytes(self) -> int:
-    """UTF-8 bytes of the held-out text: bits per byte = nats summed over validation / ln 2 / this."""
+    """UTF-8 bytes of the held-out text: bits per byte = nats summed over
+    validation / ln 2 / this.
+    """
     return self.report['validation']['bytes']
 
   @property
   def document_length(self) -> float:
-    """Length of the piece of document that a training token stands in, averaged over tokens: what attention to it costs."""
+    """Length of the piece of document that a training token stands in,
+    averaged over tokens: what attention to it costs.
+    """
     means = [
       packing['squared_pairs'] / packing['pairs'] for packing in self.report['packing']['train']
     ]
@@ -111,7 +117,9 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
 
 
 def corpus_key(config: DataConfig) -> str:
-  """Hash (hex) of the sources' content and of every setting that changes the cleaned, tokenised corpus."""
+  """Hash (hex) of the sources' content and of every setting that changes the cleaned,
+  tokenised corpus.
+  """
   import importlib.metadata
 
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
@@ -219,7 +227,9 @@ def _build_corpus(
 def _cleaned(
   config: DataConfig, source: SourceConfig, seen: set[bytes], counts: dict
 ) -> Iterator[clean.Cleaned]:
-  """The documents of one source that pass every stage up to exact duplicates; updates `counts` on the way."""
+  """The documents of one source that pass every stage up to exact duplicates;
+  updates `counts` on the way.
+  """
 
   def reading() -> Iterator[str]:
     for text in sources.documents(source, counts['problems']):
@@ -245,7 +255,9 @@ def _cleaned(
 
 
 def _split(config: DataConfig, texts: Texts, kept: np.ndarray, bounds: list[int]) -> np.ndarray:
-  """How many leading characters of each document are for training, int64 [documents]; the others are held out."""
+  """How many leading characters of each document are for training, int64 [documents];
+  the others are held out.
+  """
   characters = np.frombuffer(texts.characters, np.int64) * kept
   if config.split == 'hash':
     boundary = np.where(texts.hash_shares() < config.validation_fraction, 0, characters)
@@ -279,7 +291,9 @@ def _encode(
   made: tokenizer.Tokenizer,
   report: dict,
 ) -> list[dict]:
-  """Encodes both splits into shards and keeps the held-out text; completes `report`; returns the files' records."""
+  """Encodes both splits into shards and keeps the held-out text;
+  completes `report`; returns the files' records.
+  """
   lost = collections.Counter()
   held_out = report['validation'] = collections.Counter(documents=0, bytes=0, tokens=0)
   offsets = array.array('q', [0])

@@ -19,7 +19,8 @@ from data.config import SourceConfig
 STDLIB_EXCLUDED = frozenset(
   {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 )
-# A file changed less than this before it was hashed may change again under the same mtime (git: "racily clean").
+# A file changed less than this before it was hashed may change again under
+# the same mtime (git: "racily clean").
 RACY_SECONDS = 2.0
 
 
@@ -99,7 +100,8 @@ def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
   csv.field_size_limit(
     min(sys.maxsize, 2**31 - 1)
   )  # the default of 131,072 characters rejects longer documents
-  # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts: the rest of the file is kept.
+  # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts:
+  # the rest of the file is kept.
   with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
     reader = csv.DictReader(lines)
     if field not in (reader.fieldnames or ()):
@@ -117,8 +119,9 @@ def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
 def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
   """Digest (hex) of the files' names and bytes.
 
-  Reading 1 GB to hash it costs a second at every start, so (size, mtime) -> digest is remembered in `memo_file`, as
-  make and git do; unlike make, an entry is trusted only if the file had been left alone for RACY_SECONDS when hashed.
+  Reading 1 GB to hash it costs a second at every start, so (size, mtime) -> digest is remembered in
+  `memo_file`, as make and git do; unlike make, an entry is trusted only if the file had been left
+  alone for RACY_SECONDS when hashed.
   """
   memo = json.loads(memo_file.read_text()) if memo_file.exists() else {}
   changed = False

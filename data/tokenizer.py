@@ -1,8 +1,9 @@
 """How does text become integers, and how do they become exactly that text again?
 
-All tokenizers are a table from id to bytes (so decoding, also of half a character while streaming, is one join) and a
-way to encode. A document is [bos] + ids + [eos]: bos gives its first token a context, eos lets a model end a text.
-Encoding adds neither, and text can't name them: '</s>' in a document is four characters (see `Tokenizer.encode`).
+All tokenizers are a table from id to bytes (so decoding, also of half a character while streaming,
+is one join) and a way to encode. A document is [bos] + ids + [eos]: bos gives its first token a
+context, eos lets a model end a text. Encoding adds neither, and text can't name them: '</s>' in a
+document is four characters (see `Tokenizer.encode`).
 """
 
 import collections
@@ -37,9 +38,11 @@ class Tokenizer:
   Attributes:
     kind: 'sentencepiece', 'huggingface', 'byte' or 'char'.
     token_bytes: what each id decodes to; b'' for special ids.
-    pad, bos, eos: special ids. pad only fills; it never is a target. bos is what a document's first token is predicted
-      from: where a tokenizer has none of that name, another of its special ids (its class says which).
-    special_tokens: names of control tokens by their role ('bos_token': '<s>'), for chat templates; {} when it has none.
+    pad, bos, eos: special ids. pad only fills; it never is a target. bos is what a document's first
+      token is predicted from: where a tokenizer has none of that name, another of its special ids
+      (its class says which).
+    special_tokens: names of control tokens by their role ('bos_token': '<s>'),
+      for chat templates; {} when it has none.
     chat_templates: Jinja texts by name, see data/chat.py; {} when it has none.
   """
 
@@ -69,11 +72,12 @@ class Tokenizer:
 
     Args:
       text: any text.
-      special: take the names of control tokens ('<|im_start|>') for those tokens, as in what a chat template renders.
-        Never for text that others wrote: it could end a turn, or begin one.
+      special: take the names of control tokens ('<|im_start|>') for those tokens, as in what a chat
+        template renders. Never for text that others wrote: it could end a turn, or begin one.
 
     Raises:
-      ValueError: special, for a kind whose control tokens text can't name; a text that UTF-8 can't hold.
+      ValueError: special, for a kind whose control tokens text can't name;
+        a text that UTF-8 can't hold.
     """
     if special:
       raise ValueError(
@@ -85,7 +89,8 @@ class Tokenizer:
   def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
     """The UTF-8 bytes of ids, id by id: decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b).
 
-    They may begin or end within a character, so whoever streams holds an incomplete last character back.
+    They may begin or end within a character,
+    so whoever streams holds an incomplete last character back.
 
     Raises:
       ValueError: an id is outside the vocabulary.
@@ -104,7 +109,9 @@ class Tokenizer:
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def losses(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
-    """Number of characters of `text` that decode(ids) doesn't give back; 0 means an exact round trip."""
+    """Number of characters of `text` that decode(ids) doesn't give back;
+    0 means an exact round trip.
+    """
     decoded = self.decode(ids)
     if decoded == text:
       return 0
@@ -121,7 +128,9 @@ class Tokenizer:
 
 
 def in_utf8(text: str) -> str:
-  """The text, if UTF-8 can hold it. Raises ValueError otherwise, where libraries of tokenizers fail each in a way of its own."""
+  """The text, if UTF-8 can hold it. Raises ValueError otherwise,
+  where libraries of tokenizers fail each in a way of its own.
+  """
   try:
     text.encode()
   except UnicodeEncodeError as error:
@@ -145,7 +154,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-  """One id per character, in code point order as in nanoGPT's data/shakespeare_char, after the special ids.
+  """One id per character, in code point order as in nanoGPT's data/shakespeare_char,
+  after the special ids.
 
   Args:
     characters: the characters that are known; sorted here.
@@ -209,7 +219,8 @@ class SentencePieceTokenizer(Tokenizer):
     )
     byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
     self._space_ids = None if processor.unk_id() in byte_ids else np.array(byte_ids, np.int32)
-    # 'a' comes out as SPACE + 'a' when the model adds a space before every text; decoding takes it away again.
+    # 'a' comes out as SPACE + 'a' when the model adds a space before every text;
+    # decoding takes it away again.
     self._adds_space = processor.encode('a', out_type=str)[0].startswith(SPACE)
 
   def _bytes(self, index: int, piece: str) -> bytes:
@@ -246,7 +257,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-  """Loads a directory written by `save` or of Hugging Face's form, a tokenizer.json of one, or a SentencePiece .model.
+  """Loads a directory written by `save` or of Hugging Face's form,
+  a tokenizer.json of one, or a SentencePiece .model.
 
   Raises:
     FileNotFoundError: no tokenizer is there.
@@ -281,11 +293,13 @@ def build(
   Args:
     config: its kind and settings.
     training: texts of the training split, to train SentencePiece on.
-    everything: texts of both splits, for the 'char' vocabulary (as nanoGPT: a list of characters tells nothing).
+    everything: texts of both splits, for the 'char' vocabulary
+      (as nanoGPT: a list of characters tells nothing).
     share: of `training` that is to be trained on, see `train_sentencepiece`.
 
   Raises:
-    ValueError: config.vocabulary isn't the number of ids that came out; the file at config.path is of another kind.
+    ValueError: config.vocabulary isn't the number of ids that came out;
+      the file at config.path is of another kind.
   """
   if config.kind == 'byte':
     tokenizer = ByteTokenizer()
@@ -309,12 +323,13 @@ def build(
 
 
 def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> bytes:
-  """Trains a model that gives every text back exactly; deterministic. Returns the bytes of a .model file.
+  """Trains a model that gives every text back exactly; deterministic.
+  Returns the bytes of a .model file.
 
-  Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are code's
-  indentation), bytes for rare characters. BPE is the default: on the standard library it trains 15 times faster than
-  unigram and compresses better (3.7 against 3.5 bytes per token at 4096 pieces). Only the given share of the chunks
-  is used, evenly spread.
+  Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are
+  code's indentation), bytes for rare characters. BPE is the default: on the standard library it
+  trains 15 times faster than unigram and compresses better (3.7 against 3.5 bytes per token at 4096
+  pieces). Only the given share of the chunks is used, evenly spread.
   """
   import sentencepiece
 
@@ -358,7 +373,9 @@ _CHUNK = 4000  # characters given to the trainer at a time; it skips sentences l
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-  """Cuts texts at line ends into chunks that the trainer accepts; line ends stay, so they are learned as pieces."""
+  """Cuts texts at line ends into chunks that the trainer accepts;
+  line ends stay, so they are learned as pieces.
+  """
   for text in texts:
     chunk = ''
     for line in text.splitlines(keepends=True):
