@@ -1,7 +1,8 @@
-"""How do tokens reach the devices that hold their experts, and come back? Exchanges between devices, called inside ax.local.
+"""How do tokens reach the devices that hold their experts, and come back?
+Exchanges between devices, called inside ax.local.
 
-The experts of a layer lie, in order, on the devices along the mesh axes `axes`: P devices with E experts each. Every device
-routes tokens of its own.
+The experts of a layer lie, in order, on the devices along the mesh axes `axes`: P devices with E
+experts each. Every device routes tokens of its own.
 
 n tokens of this device · k choices of a token · D width · C slots
 """
@@ -17,7 +18,9 @@ ROUNDS = 'rounds'  # scope in a program of a loop whose end the routing decides
 
 
 def to_experts(slots: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """Slots [P * E, C, D] of all experts, filled here, become those of the experts that are here, filled everywhere: [E, P * C, D]."""
+  """Slots [P * E, C, D] of all experts, filled here, become those of the experts that are here,
+  filled everywhere: [E, P * C, D].
+  """
   return jax.lax.all_to_all(slots, axes, split_axis=0, concat_axis=1, tiled=True) if axes else slots
 
 
@@ -28,7 +31,8 @@ def from_experts(slots: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 class Exchange(NamedTuple):
   """Attributes:
-  axes: of the mesh, along which the experts lie. E: experts of a device. C: rows from one device to another in a round.
+  axes: of the mesh, along which the experts lie. E: experts of a device.
+  C: rows from one device to another in a round.
   """
 
   axes: tuple[str, ...]
@@ -39,13 +43,15 @@ class Exchange(NamedTuple):
 class Rounds(NamedTuple):
   """Which slot of which round a choice has.
 
-  In a round every device sends up to C rows to every other. There are as many rounds as the busiest pair of devices needs, so
-  that any routing is computed exactly, in memory that does not depend on it; a balanced one takes a single round.
+  In a round every device sends up to C rows to every other. There are as many rounds as the busiest
+  pair of devices needs, so that any routing is computed exactly, in memory that does not depend on
+  it; a balanced one takes a single round.
 
   Attributes:
     order, expert: choices sorted by expert, and which one that is on its device, [n * k].
     sizes, first: how many of them go to each device, and where in `order` these start, [P].
-    owner, place: of a choice, the device it goes to (P: none) and how many before it in `order` go there, too, [n, k].
+    owner, place: of a choice, the device it goes to (P: none)
+      and how many before it in `order` go there, too, [n, k].
     count: how many rounds, the same on all devices, []; None: one, whatever the routing.
   """
 
@@ -61,7 +67,8 @@ class Rounds(NamedTuple):
 def plan(expert: jax.Array, exchange: Exchange, everyone: tuple[str, ...]) -> Rounds:
   """The rounds of the choices `expert` [n, k], 0 .. P * E - 1, or P * E for nowhere.
 
-  everyone: the mesh axes along which devices route different tokens, or compute different parts of the same.
+  everyone: the mesh axes along which devices route different tokens,
+  or compute different parts of the same.
   """
   (axes, E, C), (n, k) = exchange, expert.shape
   P = jax.lax.axis_size(axes)
@@ -86,11 +93,13 @@ def in_rounds(
 ) -> jax.Array:
   """The sum over a token's choices of `function`, each computed where its expert is; f32 [n, D].
 
-  Nothing of a round is kept for the backward pass, which sends rows and computes the function once more.
+  Nothing of a round is kept for the backward pass,
+  which sends rows and computes the function once more.
 
   Args:
-    function: (rows [M, D], gates [M], experts [M], weights) -> [M, D], in the type of the rows. An expert is one of the E here, or
-      E: of an empty slot, whose row and gate are 0 and whose result goes nowhere. Differentiable but for `experts`.
+    function: (rows [M, D], gates [M], experts [M], weights) -> [M, D], in the type of the rows. An
+      expert is one of the E here, or E: of an empty slot, whose row and gate are 0 and whose result
+      goes nowhere. Differentiable but for `experts`.
     x: [n, D]. gates: [n, k], f32. weights: of the E experts here, a pytree.
   """
 
@@ -154,7 +163,9 @@ def _sent(exchange, rounds, i, x, gates):
 
 
 def _returned(exchange, rounds, i, rows):
-  """What became of the rows [P * C, D] of round i, of each choice of this device; zeros for those of other rounds; [n, k, D]."""
+  """What became of the rows [P * C, D] of round i, of each choice of this device;
+  zeros for those of other rounds; [n, k, D].
+  """
   axes, _, C = exchange
   rows = jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=0, tiled=True)
   slot = rounds.place - i * C
@@ -168,7 +179,9 @@ def count(group: jax.Array, groups: int) -> jax.Array:
 
 
 def rank(group: jax.Array, groups: int) -> jax.Array:
-  """How many earlier choices, in order of token, fell on the same group (`groups`: on none), as [n, k] as `group` is."""
+  """How many earlier choices, in order of token, fell on the same group (`groups`: on none),
+  as [n, k] as `group` is.
+  """
   order = jnp.argsort(group.reshape(-1), stable=True)
   ends = jnp.cumsum(count(group, groups + 1))
   starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])
@@ -176,7 +189,9 @@ def rank(group: jax.Array, groups: int) -> jax.Array:
 
 
 def inverse(index: jax.Array, size: int) -> jax.Array:
-  """Where each of 0..size-1 stands in `index`; len(index), which is nowhere, for one that does not."""
+  """Where each of 0..size-1 stands in `index`; len(index), which is nowhere,
+  for one that does not.
+  """
   return (
     jnp.full(size, index.size, jnp.int32)
     .at[index]

@@ -1,7 +1,9 @@
-"""How does a process meet its host and the other processes? Allocator and compilation cache; who waits for whom, and when all stop.
+"""How does a process meet its host and the other processes? Allocator and compilation cache; who
+waits for whom, and when all stop.
 
-Imports nothing heavy: what concerns the allocator has to happen before anything large is loaded. One process starts no service and waits
-for no one: of the functions below that concern several, each then does nothing, or just what it was given to do.
+Imports nothing heavy: what concerns the allocator has to happen before anything large is loaded.
+One process starts no service and waits for no one: of the functions below that concern several,
+each then does nothing, or just what it was given to do.
 """
 
 import contextlib
@@ -18,8 +20,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-# XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after each use, a train step spends
-# up to half of its time in page faults (benchmarks/README.md has the figures).
+# XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
+# each use, a train step spends up to half of its time
+# in page faults (benchmarks/README.md has the figures).
 TUNABLES = 'glibc.malloc.hugetlb=1'
 
 MEETING_TIMEOUT = 300  # seconds
@@ -31,9 +34,11 @@ T = TypeVar('T')
 
 
 def use_huge_pages() -> None:
-  """Restarts the process, once, with glibc's allocator asking for huge pages; call it before anything heavy is imported.
+  """Restarts the process, once, with glibc's allocator asking for huge pages;
+  call it before anything heavy is imported.
 
-  glibc reads GLIBC_TUNABLES when a process starts, so it cannot be set later. A value that the user has set is respected.
+  glibc reads GLIBC_TUNABLES when a process starts, so it cannot be set later.
+  A value that the user has set is respected.
   """
   if (
     sys.platform == 'linux'
@@ -45,7 +50,9 @@ def use_huge_pages() -> None:
 
 
 def cache_compilations(directory: str | os.PathLike) -> None:
-  """Keeps compiled programs on disk, for every program however small: a second run starts without compiling."""
+  """Keeps compiled programs on disk, for every program however small:
+  a second run starts without compiling.
+  """
   import jax
 
   path = pathlib.Path(directory).absolute()
@@ -61,13 +68,16 @@ def connect(
   process: int = -1,
   heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ):
-  """Meets the other processes, if there are others. Returns a context in which an error ends them too.
+  """Meets the other processes, if there are others.
+  Returns a context in which an error ends them too.
 
-  Without a coordinator, jax looks for the others where it knows how: Slurm, Open MPI, TPU pods, Kubernetes. A process that is lost, or
-  leaves with an error, ends all within heartbeat_timeout of its last sign of life, by an abort whose message gives its number.
+  Without a coordinator, jax looks for the others where it knows how: Slurm, Open MPI, TPU pods,
+  Kubernetes. A process that is lost, or leaves with an error, ends all within heartbeat_timeout of
+  its last sign of life, by an abort whose message gives its number.
 
   Args:
-    coordinator: host:port of process 0, as the others reach it. processes: how many there are. process: which one this is.
+    coordinator: host:port of process 0, as the others reach it.
+      processes: how many there are. process: which one this is.
     heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
   Raises ValueError for some of the first three without the others, and for values that cannot be.
   """
@@ -123,7 +133,9 @@ def connect(
 
 
 def _alone() -> bool:
-  """Whether the environment is known to be that of one process, where jax's own search would go wrong."""
+  """Whether the environment is known to be that of one process,
+  where jax's own search would go wrong.
+  """
   if (
     os.environ.get('SLURM_NTASKS') == '1'
   ):  # jax would show the only task of a step just one of its devices
@@ -155,7 +167,9 @@ def _who() -> str:
 
 
 def _leave(error: BaseException, heartbeat_timeout: int) -> None:
-  """Ends this process without the barrier of an orderly exit, at which it would wait for others that wait for it."""
+  """Ends this process without the barrier of an orderly exit,
+  at which it would wait for others that wait for it.
+  """
   if isinstance(error, (SystemExit, KeyboardInterrupt, FloatingPointError)):
     traceback.print_exception(error) if not isinstance(error, SystemExit) else print(
       error, file=sys.stderr
@@ -165,7 +179,8 @@ def _leave(error: BaseException, heartbeat_timeout: int) -> None:
     )
   else:
     traceback.print_exception(error)
-    # When a process is lost, the collectives of the others fail, often before it is known which one it was.
+    # When a process is lost, the collectives of the others fail,
+    # often before it is known which one it was.
     print(
       f'{_who()} failed. If it was because another one is lost, that one will be named within {heartbeat_timeout} s',
       file=sys.stderr,
@@ -189,7 +204,9 @@ def count() -> int:
 
 
 def barrier(name: str) -> None:
-  """Returns once every process has called it with this name. No device takes part, so that any thread may wait."""
+  """Returns once every process has called it with this name.
+  No device takes part, so that any thread may wait.
+  """
   if count() > 1:
     import orbax.checkpoint as ocp
 
@@ -197,7 +214,8 @@ def barrier(name: str) -> None:
 
 
 def first_alone(function: Callable[[], T], name: str) -> T:
-  """The function's result in every process; process 0 calls it before the others do, so that they find what it wrote.
+  """The function's result in every process; process 0 calls it before the others do,
+  so that they find what it wrote.
 
   name: of the barrier.
   """
@@ -214,7 +232,9 @@ def first_alone(function: Callable[[], T], name: str) -> T:
 
 
 def from_first(function: Callable[[], int | None]) -> int | None:
-  """What the function gives in process 0, an int >= 0 or None, in every process; the others do not call it."""
+  """What the function gives in process 0, an int >= 0 or None, in every process;
+  the others do not call it.
+  """
   if count() == 1:
     return function()
   import jax
@@ -250,7 +270,9 @@ def check_same(what: str, value: str) -> None:
 
 
 def check_shared(path: str | os.PathLike) -> None:
-  """Raises ValueError, in every process, where not all see the file that process 0 has just written."""
+  """Raises ValueError, in every process, where not all see the file
+  that process 0 has just written.
+  """
   path = pathlib.Path(path)
   barrier(f'wrote {path.name}')
   for look in range(LOOKS):
@@ -266,8 +288,8 @@ def check_shared(path: str | os.PathLike) -> None:
 class RowShards:
   """Which rows of a global batch this process reads, and how they become global arrays.
 
-  Attributes: rows, ascending: those that its devices hold. Two processes may hold the same ones, or neighbouring ones by turns: it is
-    the mesh that decides.
+  Attributes: rows, ascending: those that its devices hold. Two processes may hold the same ones, or
+    neighbouring ones by turns: it is the mesh that decides.
   """
 
   def __init__(self, sharding, shape: tuple[int, int]):
@@ -296,7 +318,9 @@ class RowShards:
 
 
 def heed_interrupts() -> None:
-  """From here on, Ctrl-C within a callback of the garbage collector (jax has one) raises a little later: from within, Python drops it."""
+  """From here on, Ctrl-C within a callback of the garbage collector (jax has one) raises a little
+  later: from within, Python drops it.
+  """
 
   def act(number, frame):
     while frame and all(
@@ -316,9 +340,11 @@ def heed_interrupts() -> None:
 
 
 class StopSignal:
-  """Turns SIGTERM and SIGINT into a request that the training loop reads between steps; a second one acts at once.
+  """Turns SIGTERM and SIGINT into a request that the training loop reads between steps;
+  a second one acts at once.
 
-  With several processes, one that is asked asks all, and they agree on a step; jax's runtime, which sees to that, takes the SIGTERM.
+  With several processes, one that is asked asks all, and they agree on a step;
+  jax's runtime, which sees to that, takes the SIGTERM.
 
   Attributes: name of the signal that came, or ''.
   """
@@ -335,7 +361,9 @@ class StopSignal:
     self._restore()
 
   def after(self, step: int) -> str:
-    """The signal because of which all processes stop after this step, or ''. To be called after every step."""
+    """The signal because of which all processes stop after this step, or ''.
+    To be called after every step.
+    """
     if count() > 1:
       from jax.experimental import multihost_utils
 

@@ -1,7 +1,8 @@
 """Which devices form the mesh? The only place that builds one.
 
-Six axes, always all six, in this order: `data` (replicas), `fsdp` (replicas that share parameters), `stage`, `expert`,
-`context`, `tensor`. An axis that is not used has size 1, so that a spec never has to ask which axes exist.
+Six axes, always all six, in this order: `data` (replicas), `fsdp` (replicas that share parameters),
+`stage`, `expert`, `context`, `tensor`. An axis that is not used has size 1, so that a spec never
+has to ask which axes exist.
 """
 
 import collections
@@ -24,10 +25,12 @@ class MeshConfig:
   """Sizes of the mesh axes; one of them may be -1: it takes the devices that are left.
 
   Attributes:
-    zero: what `fsdp` splits while a step computes (ZeRO, arXiv:1910.02054, section 5): 1 the optimizer's state and the parameters it
-      updates, 2 gradients too, 3 also the weights that layers compute with. Between steps all are split. With 3 a layer gathers its
-      weights forward and again backward (in a pipeline, for every microbatch). With 2 they are gathered once a step, with 1 once a
-      microbatch (train.accumulation), and are whole, in the compute dtype, while that lasts.
+    zero: what `fsdp` splits while a step computes (ZeRO, arXiv:1910.02054, section 5): 1 the
+      optimizer's state and the parameters it updates, 2 gradients too, 3 also the weights that
+      layers compute with. Between steps all are split. With 3 a layer gathers its weights forward
+      and again backward (in a pipeline, for every microbatch). With 2 they are gathered once a
+      step, with 1 once a microbatch (train.accumulation), and are whole, in the compute dtype,
+      while that lasts.
 
   Raises ValueError for a size below 1 (except one -1), and for another `zero`.
   """
@@ -82,15 +85,16 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.Explicit) -> Mesh:
   """The six-axis mesh over `devices` (default: all; those of a topology description will do).
 
-  Neighbours along an axis are neighbours in the network of a slice, the later axes first; slices are `data`'s or `stage`'s to
-  cross. `axis_type=Auto` is for the twin that explicit axes are compared with (benchmarks/explicit.py). Raises ValueError where the
-  sizes do not fit the devices.
+  Neighbours along an axis are neighbours in the network of a slice, the later axes first; slices
+  are `data`'s or `stage`'s to cross. `axis_type=Auto` is for the twin that explicit axes are
+  compared with (benchmarks/explicit.py). Raises ValueError where the sizes do not fit the devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = config.resolve(len(devices))
   across = _across_slices(sizes, devices)
   within = [size // across.get(axis, 1) for axis, size in sizes.items()]
-  # Splitting a physical axis changes nothing for meshes that need no splitting, and most others have no layout without it.
+  # Splitting a physical axis changes nothing for meshes that need no splitting,
+  # and most others have no layout without it.
   if across:
     grid = mesh_utils.create_hybrid_device_mesh(
       within, [across.get(axis, 1) for axis in AXES], devices, allow_split_physical_axes=True
@@ -103,7 +107,8 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
 def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
   """How many slices each axis crosses; empty where the devices need no grouping into slices.
 
-  Raises ValueError for slices of unequal sizes, and for TPU slices that neither `data` nor `stage` nor both can cross.
+  Raises ValueError for slices of unequal sizes, and for TPU slices
+  that neither `data` nor `stage` nor both can cross.
   """
   counts = collections.Counter(getattr(device, 'slice_index', 0) for device in devices)
   slices = len(counts)
@@ -127,7 +132,9 @@ def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
 
 
 def platform() -> str:
-  """What is compiled for: 'cpu', 'gpu' or 'tpu'; that of the mesh in context, which may lie on devices that are not here."""
+  """What is compiled for: 'cpu', 'gpu' or 'tpu'; that of the mesh in context,
+  which may lie on devices that are not here.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   found = (
     jax.default_backend()

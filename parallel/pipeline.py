@@ -1,9 +1,12 @@
-"""When does which stage work on what? Layers split over the mesh axis `stage`, and microbatches that flow through the stages.
+"""When does which stage work on what? Layers split over the mesh axis `stage`,
+and microbatches that flow through the stages.
 
-A schedule is a table: at every tick, each stage runs its layers once, on one microbatch, or is idle. The loop that follows the table
-is written over all stages at once: what a stage works on is one entry of a leading dimension P that is split over `stage`. Inside a
-tick every stage is on its own (`_each`); between ticks activations move to the next stage (`_shift`). All other mesh axes stay as they
-are, so that layers are written as if there were no pipeline. An idle stage computes, too: what it makes is used nowhere.
+A schedule is a table: at every tick, each stage runs its layers once, on one microbatch, or is
+idle. The loop that follows the table is written over all stages at once: what a stage works on is
+one entry of a leading dimension P that is split over `stage`. Inside a tick every stage is on its
+own (`_each`); between ticks activations move to the next stage (`_shift`). All other mesh axes stay
+as they are, so that layers are written as if there were no pipeline. An idle stage computes, too:
+what it makes is used nowhere.
 
     gpipe      microbatch m is at stage p at tick m + p (Huang et al., arXiv:1811.06965)
     circular   every stage holds `repeats` runs of layers, and microbatches go round as often, P after P (the interleaved schedule of
@@ -36,13 +39,17 @@ class PipelineConfig:
   """How microbatches flow through the stages; without effect where mesh.stage=1.
 
   Attributes:
-    schedule: 'gpipe', 'circular', '1f1b': see the head of this file. '1f1b' keeps only what enters a stage and computes its layers again
-      in the backward pass, whatever remat says of each of them; what has no backward pass runs as in 'gpipe'.
-    microbatches: M that a batch is split into, its rows dealt out one by one; 0: as many as there are stages. What looks at a whole
-      batch (capacity of experts) looks at a microbatch. With remat='none' a stage (but of '1f1b') gathers weights once a step and keeps
-      them whole, those of experts once for every microbatch; with another, for every microbatch and layer, forward and again backward.
-    repeats: runs of layers of a stage; more than 1 in, and only in, the circular schedule, which moves parameters between stages once
-      a step, and gradients back, so that checkpoints keep the order of layers.
+    schedule: 'gpipe', 'circular', '1f1b': see the head of this file. '1f1b' keeps only what enters
+      a stage and computes its layers again in the backward pass, whatever remat says of each of
+      them; what has no backward pass runs as in 'gpipe'.
+    microbatches: M that a batch is split into, its rows dealt out one by one; 0: as many as there
+      are stages. What looks at a whole batch (capacity of experts) looks at a microbatch. With
+      remat='none' a stage (but of '1f1b') gathers weights once a step and keeps them whole, those
+      of experts once for every microbatch; with another, for every microbatch and layer, forward
+      and again backward.
+    repeats: runs of layers of a stage; more than 1 in, and only in, the circular schedule, which
+      moves parameters between stages once a step, and gradients back, so that checkpoints keep the
+      order of layers.
 
   Raises ValueError when a value is impossible.
   """
@@ -64,7 +71,9 @@ class PipelineConfig:
       )
 
   def count(self, stages: int) -> int:
-    """M on so many stages. Raises ValueError for a circular schedule whose rounds would not be full."""
+    """M on so many stages.
+    Raises ValueError for a circular schedule whose rounds would not be full.
+    """
     M = self.microbatches or stages
     if self.repeats > 1 and M % stages:
       raise ValueError(
@@ -74,7 +83,9 @@ class PipelineConfig:
     return M
 
   def bubble(self, stages: int) -> float:
-    """The share of a step's ticks at which a stage is idle: (P - 1) / (v M + P - 1), forward and backward alike."""
+    """The share of a step's ticks at which a stage is idle:
+    (P - 1) / (v M + P - 1), forward and backward alike.
+    """
     return (stages - 1) / (self.repeats * self.count(stages) + stages - 1)
 
 
@@ -101,7 +112,8 @@ def schedule(stages: int, microbatches: int, repeats: int = 1) -> Slots:
 
 
 def schedule_1f1b(stages: int, microbatches: int) -> tuple[np.ndarray, np.ndarray]:
-  """Whose forward pass, and whose backward pass, each stage runs at each tick, int32 [ticks, P] each; -1: none.
+  """Whose forward pass, and whose backward pass, each stage runs at each tick,
+  int32 [ticks, P] each; -1: none.
 
   No stage runs forward in the last P - 1 ticks, and none backward in the first P - 1.
   """
@@ -115,16 +127,20 @@ def schedule_1f1b(stages: int, microbatches: int) -> tuple[np.ndarray, np.ndarra
 
 
 def split_scan(periods) -> int:
-  """Which of a stack's scans ((period of kinds, repeats), ...) is split over the stages: the one with most layers, the first of these.
+  """Which of a stack's scans ((period of kinds, repeats), ...) is split over the stages: the one
+  with most layers, the first of these.
 
-  The layers of all others are not split: every stage runs them on every microbatch, before or after, as it does embedding and norm.
+  The layers of all others are not split: every stage runs them on every microbatch, before or
+  after, as it does embedding and norm.
   """
   sizes = [len(kinds) * repeats for kinds, repeats in periods]
   return sizes.index(max(sizes))
 
 
 def check(field: str, periods, config: PipelineConfig, stages: int) -> None:
-  """Raises ValueError where the layers that config field `field` counts do not split evenly, or microbatches do not suit the schedule."""
+  """Raises ValueError where the layers that config field `field` counts do not split evenly, or
+  microbatches do not suit the schedule.
+  """
   kinds, blocks = periods[split_scan(periods)]
   if blocks % (stages * config.repeats):
     what = 'layers' if len(kinds) == 1 else f'repeats of a period of {len(kinds)} layers'
@@ -150,8 +166,10 @@ def run(layers, blocks, x, shared, whole, config: PipelineConfig):
   """All blocks, one after another, on all rows, over the stages of the mesh in context.
 
   Args:
-    layers: (blocks, x, shared, whole) -> (y, reports), of any number of blocks and rows; reports hold, per block, sums over rows.
-    blocks: pytree of [R, ...] arrays, split over `stage`. x: [B, ...]. shared: pytree of [B, ...] arrays that all blocks see.
+    layers: (blocks, x, shared, whole) -> (y, reports), of any number of blocks and rows;
+      reports hold, per block, sums over rows.
+    blocks: pytree of [R, ...] arrays, split over `stage`. x: [B, ...].
+      shared: pytree of [B, ...] arrays that all blocks see.
     whole: pytree of arrays without rows that all blocks see.
   Returns: y, laid out as x, and reports of all blocks, summed over microbatches.
   Raises ValueError when the rows do not split into microbatches.
@@ -196,11 +214,14 @@ def run(layers, blocks, x, shared, whole, config: PipelineConfig):
 
 
 def relay(layers, blocks, x, kept, shared):
-  """All blocks on one microbatch that leaves something behind in every stage (a cache), which need not be differentiated.
+  """All blocks on one microbatch that leaves something behind in every stage (a cache),
+  which need not be differentiated.
 
   Args:
-    layers: (blocks, x, kept, shared, active) -> (y, kept, reports); where `active` is not true, kept is to come back as it was.
-    blocks, kept: pytrees of arrays split over `stage` in their first dimension. x: [B, ...]. shared: pytree that all blocks see.
+    layers: (blocks, x, kept, shared, active) -> (y, kept, reports);
+      where `active` is not true, kept is to come back as it was.
+    blocks, kept: pytrees of arrays split over `stage` in their first dimension. x: [B, ...].
+      shared: pytree that all blocks see.
   Returns: y, kept, and reports of all blocks. One stage works at a time: a bubble of (P - 1) / P.
   """
   stages = ax.size('layers')
@@ -227,13 +248,17 @@ def relay(layers, blocks, x, kept, shared):
 
 
 def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
-  """A loss and its gradients, forward and backward passes of different microbatches side by side (see `schedule_1f1b`).
+  """A loss and its gradients, forward and backward passes of different microbatches side
+  by side (see `schedule_1f1b`).
 
   Args:
-    first: (rest, part) -> x, what enters the blocks. last: (rest, y, part) -> (loss, sums). All are sums over rows.
+    first: (rest, part) -> x, what enters the blocks. last: (rest, y, part) -> (loss, sums).
+      All are sums over rows.
     layers: (blocks, x, part) -> (y, loss, reports), of any number of blocks and rows.
-    rest, blocks: parameters, those of the blocks [R, ...], split over `stage`. rows: pytree of [B, ...] arrays, not differentiated.
-  Returns: (loss, sums, reports), and gradients of the loss for rest and blocks, added up in f32 or wider, in the parameters' dtypes.
+    rest, blocks: parameters, those of the blocks [R, ...], split over `stage`. rows: pytree of
+      [B, ...] arrays, not differentiated.
+  Returns: (loss, sums, reports), and gradients of the loss for rest and blocks,
+    added up in f32 or wider, in the parameters' dtypes.
   """
   stages = ax.size('layers')
   M, kept_slots = config.count(stages), 2 * stages - 1
@@ -268,8 +293,8 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
       _at(kept[0], jnp.maximum(microbatch, 0) % kept_slots),
       part_of(held(parts), microbatch),
     )
-    # After the forward pass of this tick, not beside it: XLA's CPU deadlocks on loops of collectives that nothing orders but a barrier.
-    # Where d_y is not finite, no gradient is.
+    # After the forward pass of this tick, not beside it: XLA's CPU deadlocks on loops of
+    # collectives that nothing orders but a barrier. Where d_y is not finite, no gradient is.
     x = x + 0 * d_y[0]
     _, pull = jax.vjp(lambda blocks, x: layers(blocks, x, part)[:2], blocks, x)
     d_y = jnp.where(jax.lax.axis_index(AXIS) == stages - 1, d_y[0], above[0])
@@ -348,8 +373,10 @@ def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
 
 
 class Ticks(NamedTuple):
-  """Of a 1F1B schedule: whose forward and backward pass each stage runs, [ticks, P]; of all stages together, whose enters the first
-  one, leaves the last one, and ends its backward pass, [ticks]; -1: none."""
+  """Of a 1F1B schedule: whose forward and backward pass each stage runs, [ticks, P]; of all stages
+  together, whose enters the first one, leaves the last one, and ends its backward pass, [ticks];
+  -1: none.
+  """
 
   down: jax.Array
   up: jax.Array
@@ -368,7 +395,9 @@ def inside() -> bool:
 
 
 def _each(function, inputs, outputs):
-  """`function` run by every stage on its own part, split as the specs say; inside, all other mesh axes are as outside."""
+  """`function` run by every stage on its own part, split as the specs say;
+  inside, all other mesh axes are as outside.
+  """
 
   def run(*arguments):
     return jax.shard_map(
@@ -377,7 +406,8 @@ def _each(function, inputs, outputs):
 
   if jax.__version_info__ >= (0, 12) or not ax.explicit():
     return run
-  # Before jax 0.12 a shard_map over some of the explicit axes gathers its arguments over all others; not so over auto axes.
+  # Before jax 0.12 a shard_map over some of the explicit axes gathers its
+  # arguments over all others; not so over auto axes.
   others = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis != AXIS)
 
   def automatic(*arguments):
@@ -404,7 +434,9 @@ def _from(x, stage, axis):
 
 
 def _spread(x, stages):
-  """[P, ...]: x, one for each stage. So that the gradient is summed over stages once, and not at every tick."""
+  """[P, ...]: x, one for each stage. So that the gradient is summed over stages once,
+  and not at every tick.
+  """
   if ax.explicit():
     return jax.lax.broadcast(x, (stages,), out_sharding=PartitionSpec(AXIS, *_entries(x)))
   free = [PartitionSpec.UNCONSTRAINED] * x.ndim
@@ -434,8 +466,8 @@ def _merge(x):
 def _deal(blocks, stages, v):
   """[v, R / v, ...], split over stages in its second dimension, of [R, ...], split in its first.
 
-  Stage q holds chunks q v .. q v + v - 1 of R / (P v) blocks each; stage p is to hold chunks p, P + p, 2 P + p, ... In each of v rounds
-  every stage sends one chunk and receives one.
+  Stage q holds chunks q v .. q v + v - 1 of R / (P v) blocks each; stage p is to hold chunks p, P +
+  p, 2 P + p, ... In each of v rounds every stage sends one chunk and receives one.
   """
   apart = math.gcd(v, stages)
   rounds = []
@@ -483,7 +515,9 @@ def _entries(x):
 
 
 def _reshape(x, shape, dims, split=False):
-  """x with `shape` in the place of its first `dims` dimensions, which are not split; `split`: the first of them is, and stays so."""
+  """x with `shape` in the place of its first `dims` dimensions, which are not split;
+  `split`: the first of them is, and stays so.
+  """
   if not ax.explicit():
     return x.reshape(*shape, *x.shape[dims:])
   entries = _entries(x)

@@ -1,8 +1,9 @@
-"""What is kept from the forward pass for the backward pass? Named, checked policies for `jax.checkpoint`, around blocks and groups of them.
+"""What is kept from the forward pass for the backward pass? Named, checked policies for
+`jax.checkpoint`, around blocks and groups of them.
 
-A block is computed again in the backward pass but for what its policy keeps. Of N layers' inputs, which a scan keeps, `sqrt` keeps
-about 2 sqrt(N): those of groups of sqrt(N) layers, and while a group is gone through backwards those of its layers (Chen et al.,
-arXiv:1604.06174, section 4.3).
+A block is computed again in the backward pass but for what its policy keeps. Of N layers' inputs,
+which a scan keeps, `sqrt` keeps about 2 sqrt(N): those of groups of sqrt(N) layers, and while a
+group is gone through backwards those of its layers (Chen et al., arXiv:1604.06174, section 4.3).
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ _policies = jax.checkpoint_policies
 
 
 def _products(primitive, *arrays, **how):
-  """Whether to keep: products with weights; of a product whose sum is open (see parallel.axes.einsum), what closes it instead."""
+  """Whether to keep: products with weights; of a product whose sum is open (see
+  parallel.axes.einsum), what closes it instead.
+  """
   if primitive.name == 'reshard':
     return bool(arrays[0].sharding.spec.unreduced)
   sharding = how.get('out_sharding')
@@ -52,9 +55,11 @@ class Remat:
   """What is kept of a block.
 
   Attributes:
-    policy: of POLICIES: 'none' keeps everything, 'full' and 'sqrt' nothing, 'dots' products with weights.
+    policy: of POLICIES: 'none' keeps everything, 'full' and 'sqrt' nothing,
+      'dots' products with weights.
     save: of NAMES, kept besides. offload: of NAMES, kept in the host's memory.
-  Raises ValueError for unknown names, names that are in both lists, and names besides a policy that keeps all.
+  Raises ValueError for unknown names, names that are in both lists,
+  and names besides a policy that keeps all.
   """
 
   policy: str = 'none'
@@ -112,7 +117,9 @@ def named(x: jax.Array, name: str) -> jax.Array:
 
 
 def scan(step, carry, layers, config: Remat):
-  """jax.lax.scan of `step` over stacked `layers`; in groups whose inputs alone are kept, where the policy is 'sqrt'."""
+  """jax.lax.scan of `step` over stacked `layers`;
+  in groups whose inputs alone are kept, where the policy is 'sqrt'.
+  """
   n = len(jax.tree.leaves(layers)[0])
   if config.alone(layers):
     carry, found = step(carry, jax.tree.map(lambda x: x[0], layers))
