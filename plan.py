@@ -1,8 +1,11 @@
-"""Says what a run costs before it starts: python plan.py --config=configs/models/llama3_8b.py --topology=v5p:4x4x4 [--search]
+"""Says what a run costs before it starts:
 
-Compiles the very step that train.py would run (or with --mode=prefill, --mode=decode what generates), for hardware that need not be
-here, and reads the compiled program: does it fit, what does it compute and move, how long does it take, what does that cost.
-Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
+    python plan.py --config=configs/models/llama3_8b.py --topology=v5p:4x4x4 [--search]
+
+Compiles the very step that train.py would run (or with --mode=prefill, --mode=decode what
+generates), for hardware that need not be here, and reads the compiled program: does it fit, what
+does it compute and move, how long does it take, what does that cost. Topologies: v5e:16x16,
+v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 """
 
 import os
@@ -79,10 +82,12 @@ WATTS = flags.DEFINE_float(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A program on a topology and its cost. Bytes, FLOPs of hardware and seconds are of one device and one run of the program.
+  """A program on a topology and its cost.
+  Bytes, FLOPs of hardware and seconds are of one device and one run of the program.
 
   Attributes:
-    mode: one of MODES; a run is a training step, the prefill of all rows, or CHUNK tokens of every row.
+    mode: one of MODES; a run is a training step, the prefill of all rows,
+      or CHUNK tokens of every row.
     config: with the mesh's sizes resolved. chip: what a device belongs to. devices: of the mesh.
     problem: why the compiler refused, '' where it did not; then memory and prediction are None.
     held: bytes of the arguments by name, known in any case.
@@ -134,7 +139,8 @@ class Plan:
 
   @property
   def attention(self) -> str:
-    """The backend of kernels.attention that the program runs; as configured where devices share rows, which ask it for parts of them.
+    """The backend of kernels.attention that the program runs; as configured where devices share
+    rows, which ask it for parts of them.
 
     'cached': kernels.cached.
     """
@@ -157,7 +163,9 @@ class Plan:
   def cost(
     self, dollars_per_chip_hour: float | None, watts_per_chip: float | None
   ) -> dict[str, float]:
-    """Hours, dollars and kWh of the whole training run, or of a million tokens; only what is known."""
+    """Hours, dollars and kWh of the whole training run, or of a million tokens;
+    only what is known.
+    """
     if self.prediction is None:
       return {}
     runs = self.config.train.steps if self.mode == 'train' else 1e6 / self.tokens
@@ -208,9 +216,10 @@ def make_plan(
 ) -> Plan:
   """Compiles what `config` runs in this mode on these devices.
 
-  rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights. axis_type: Auto for the twin that XLA's
-    partitioner lays out.
-  Raises ValueError or NotImplementedError for what cannot run there whatever the memory; too little memory is a Plan's `problem`.
+  rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights.
+    axis_type: Auto for the twin that XLA's partitioner lays out.
+  Raises ValueError or NotImplementedError for what cannot run there whatever the memory;
+  too little memory is a Plan's `problem`.
   """
   names.check('mode', mode, MODES)
   mesh, config = make_mesh(config.mesh, devices, axis_type), resolved(config, devices)
@@ -243,7 +252,9 @@ def make_plan(
 
 
 def resolved(config: configs.Config, devices: list[jax.Device]) -> configs.Config:
-  """The config with the size of every mesh axis on these devices. Raises ValueError where they do not fit."""
+  """The config with the size of every mesh axis on these devices.
+  Raises ValueError where they do not fit.
+  """
   return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.resolve(len(devices))))
 
 
@@ -315,7 +326,9 @@ def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan 
 
 
 def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
-  """The plan for training; without compiling where parameters, optimizer state and gradients alone are too much."""
+  """The plan for training; without compiling where parameters,
+  optimizer state and gradients alone are too much.
+  """
   mesh = make_mesh(config.mesh, devices)
   chip = chip_of(devices)
   held = train.abstract_state(config, mesh)
@@ -344,8 +357,9 @@ def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
 def search(config: configs.Config, devices: list[jax.Device], log=print) -> list[Plan]:
   """Plans of a small set of candidates that fit, fastest first; those that don't follow.
 
-  All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones, the other policies, each with the
-  fewest microbatches that fit. Raises ValueError where no mesh divides the config's sizes.
+  All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones,
+  the other policies, each with the fewest microbatches that fit. Raises ValueError where no mesh
+  divides the config's sizes.
   """
   config = resolved(config, devices)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})

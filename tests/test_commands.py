@@ -1,4 +1,6 @@
-"""Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, misused, asked for text."""
+"""Do the commands that people type behave? Real processes of train.py and generate.py:
+stopped, killed, misused, asked for text.
+"""
 
 import contextlib
 import dataclasses
@@ -147,7 +149,9 @@ def arrays(workdir, step) -> dict[str, np.ndarray]:
 
 
 def assert_same_end(workdir, whole, step=40):
-  """Parameters, optimizer, position in the data and every logged loss are those of the uninterrupted run."""
+  """Parameters, optimizer, position in the data and every logged loss are those
+  of the uninterrupted run.
+  """
   a, b = arrays(workdir, step), arrays(whole, step)
   assert a.keys() == b.keys()
   assert not [
@@ -191,7 +195,9 @@ def test_an_unknown_field_names_the_nearest(tmp_path):
 
 
 def test_impossible_wishes_end_in_one_line(runs, whole, tmp_path):
-  """In one go: what a config, a mesh and a directory can get wrong each goes through the same door."""
+  """In one go: what a config, a mesh and a directory can get wrong each goes
+  through the same door.
+  """
   before = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file()}
   done = runs.train(whole, '--config.model.width=64', '--config.train.steps=50')
   assert_plain(done, 'error: ', 'model.width: 32 -> 64', 'Use another --workdir')
@@ -225,7 +231,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
 
 
 def unfinished(directory: pathlib.Path) -> set[tuple[str, int]]:
-  """Checkpoints that have no record yet: names, and inodes to tell a second attempt from what the first one left."""
+  """Checkpoints that have no record yet: names,
+  and inodes to tell a second attempt from what the first one left.
+  """
   if not directory.exists():
     return set()
   entries = list(os.scandir(directory))
@@ -238,7 +246,9 @@ def unfinished(directory: pathlib.Path) -> set[tuple[str, int]]:
 
 
 def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
-  """Kills a process of training for each kind of moment, restarted each time, then lets one finish; what each kill cost."""
+  """Kills a process of training for each kind of moment, restarted each time,
+  then lets one finish; what each kill cost.
+  """
   seen = []
   checkpoints = Checkpoints(workdir, log=lambda _: None)
   flags = f'--config.train.steps={steps}', *flags
@@ -284,7 +294,9 @@ def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
 
 
 def assert_little_was_lost(seen):
-  """A save is asynchronous: when the process dies, the last one may not be complete, but the one before it is."""
+  """A save is asynchronous: when the process dies, the last one may not be complete,
+  but the one before it is.
+  """
   assert all(0 <= kill['lost'] <= 2 * SAVE_EVERY for kill in seen), seen
   assert any(kill['writing'] or kill['lost'] for kill in seen), seen
   assert [kill['checkpoint'] for kill in seen] == sorted(kill['checkpoint'] for kill in seen), seen

@@ -1,4 +1,6 @@
-"""Is what plan.py compiles what train.py runs, does it say what fits, and does what it proposes fit?"""
+"""Is what plan.py compiles what train.py runs, does it say what fits,
+and does what it proposes fit?
+"""
 
 import dataclasses
 import json
@@ -49,7 +51,9 @@ def program(text: str) -> list[str]:
 
 
 def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
-  """The step that a run executes, with its real state and batch, compiles to the program that is planned from shapes alone."""
+  """The step that a run executes, with its real state and batch,
+  compiles to the program that is planned from shapes alone.
+  """
   (tmp_path / 'text.txt').write_text(
     '\n\n'.join(f'{n} sentences, all of them different: {n * n}.' for n in range(200))
   )
@@ -143,7 +147,9 @@ def test_a_plan_names_the_attention_that_it_compiled():
 
 
 def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
-  """A policy before microbatches, and both before another mesh; nothing is proposed that was not compiled."""
+  """A policy before microbatches, and both before another mesh;
+  nothing is proposed that was not compiled.
+  """
   config, compiled = (
     dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none')),
     [],
@@ -401,7 +407,9 @@ def test_slices():
 
 @pytest.mark.slow
 def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
-  """On the command line, with a model that fits a v5e only when it is recomputed or split into microbatches."""
+  """On the command line, with a model that fits a v5e only when it is recomputed
+  or split into microbatches.
+  """
   compiled_for('v5e:2x2', SMALL)
   config = ROOT / 'configs' / 'tiny.py'
   flags = [

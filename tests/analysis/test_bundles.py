@@ -1,4 +1,6 @@
-"""Are basic blocks cut where a core branches, and are their slots counted? On a dump written by hand, in libtpu's form."""
+"""Are basic blocks cut where a core branches, and are their slots counted?
+On a dump written by hand, in libtpu's form.
+"""
 
 import itertools
 
@@ -97,7 +99,9 @@ def test_cycles_are_those_of_the_blocks_that_are_left(what, length, skips, whole
 
 
 def test_the_table_has_every_chip_that_is_known():
-  """And what is between two entries takes the wider one's step; none is wider than a block may be, or than the next chunk."""
+  """And what is between two entries takes the wider one's step;
+  none is wider than a block may be, or than the next chunk.
+  """
   assert {kind for chip in hardware.CHIPS for kind in chip.kinds if chip.clock} >= set(tuning.VMEM)
   for kind, direction, width in itertools.product(
     tuning.VMEM, tpu_schedule.PRODUCTS, (64, 128, 256)

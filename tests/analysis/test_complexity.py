@@ -1,4 +1,6 @@
-"""Are the operations, calls and exponents that analysis.complexity prints those of the programs, and does it say where they end?"""
+"""Are the operations, calls and exponents that analysis.complexity prints those of the programs,
+and does it say where they end?
+"""
 
 import dataclasses
 import json
@@ -40,7 +42,9 @@ def points():
 
 @pytest.mark.parametrize('way', WAYS, ids=lambda way: way.name)
 def test_what_is_compiled_is_what_is_traced(way, points):
-  """But for recomputation: attention's own, inside that of a block, repeats products that the compiler then computes once."""
+  """But for recomputation: attention's own, inside that of a block,
+  repeats products that the compiler then computes once.
+  """
   config = dataclasses.replace(SMALL, **way.model)
   function, argument = way.build(config, 128)
   traced = traced_products(
@@ -55,8 +59,9 @@ def test_what_is_compiled_is_what_is_traced(way, points):
 
 
 def test_calls_are_those_of_the_policy(points):
-  """None computes a block once, full again for its gradient, sqrt again for its group and again for its gradient; generation once a
-  token."""
+  """None computes a block once, full again for its gradient, sqrt again for its group and again for
+  its gradient; generation once a token.
+  """
   calls = {name: point['calls'] for name, point in points.items()}
   assert calls == {
     'training, all scores held': 1,
@@ -69,13 +74,16 @@ def test_calls_are_those_of_the_policy(points):
 
 
 def test_operations_are_the_models(points):
-  """A generated token reads the whole buffer: 128 keys where the formula of a causal mask says 64.5."""
+  """A generated token reads the whole buffer: 128 keys where the formula
+  of a causal mask says 64.5.
+  """
 
   def needed(keys):
     return flops.forward_flops_per_token(SMALL, 2 * keys - 1)
 
   assert points['generation, cache']['flops'] == pytest.approx(128 * needed(128), rel=1e-6)
-  # One forward pass over 128 tokens (one block of queries: no key is skipped) for each token, but the head for one token only.
+  # One forward pass over 128 tokens (one block of queries: no key is skipped)
+  # for each token, but the head for one token only.
   head = 2 * SMALL.D * SMALL.V
   assert points['generation, no cache']['flops'] == pytest.approx(
     128 * (128 * (needed(128) - head) + head), rel=1e-6

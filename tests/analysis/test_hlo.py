@@ -149,7 +149,9 @@ def test_text_that_is_no_program_raises():
 
 
 def closed_form(model, tokens, length):
-  """FLOPs of a training step without remat, all keys multiplied (the causal half is masked, not skipped)."""
+  """FLOPs of a training step without remat,
+  all keys multiplied (the causal half is masked, not skipped).
+  """
   masked = 4 * model.N * model.H * model.L * (length - flops.mean_keys(length))
   return 3 * tokens * (flops.forward_flops_per_token(model, length) + masked)
 

@@ -1,4 +1,6 @@
-"""Do the parts of a program's memory add up to what the compiler reserves, and is each what its sharding says?"""
+"""Do the parts of a program's memory add up to what the compiler reserves,
+and is each what its sharding says?
+"""
 
 import math
 

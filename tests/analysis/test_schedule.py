@@ -1,4 +1,6 @@
-"""Are collectives found, attributed to mesh axes, counted and measured; and is what runs beside them told from what waits?"""
+"""Are collectives found, attributed to mesh axes, counted and measured;
+and is what runs beside them told from what waits?
+"""
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +105,8 @@ def test_every_way_to_write_groups_is_read(axis, mesh):
     schedule.groups("replica_groups=mesh['a'=8] {'a':x}", 8)
 
 
-# Two MB gathered by four: 1.5 MB on the wire. libtpu's chain: a start, a product that carries it on, the fusion that ends it.
+# Two MB gathered by four: 1.5 MB on the wire. libtpu's chain: a start,
+# a product that carries it on, the fusion that ends it.
 CHAIN = """HloModule m, is_scheduled=true
 %start (p: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
   %p = bf16[256,1024]{1,0} parameter(0)
@@ -230,7 +233,9 @@ def test_between_slices_a_member_exchanges_its_part_or_it_raises():
 
 
 def test_between_slices_a_program_sends_and_receives(topology):
-  """What libtpu makes of a mean over `data` and a shift of `stage`, which cross slices, and of a sum over fsdp, which does not."""
+  """What libtpu makes of a mean over `data` and a shift of `stage`,
+  which cross slices, and of a sum over fsdp, which does not.
+  """
   mesh = make_mesh(MeshConfig(data=2, stage=2, fsdp=2, tensor=2), topology('4*v5e:2x2'))
 
   def exchange(x):
@@ -294,12 +299,15 @@ def test_every_slice_may_take_part(mesh):
 
 
 def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
-  """Weights are gathered over fsdp; over tensor activations are gathered, and summed and dealt out; nothing moves over an axis of size 1."""
+  """Weights are gathered over fsdp; over tensor activations are gathered, and summed and dealt out;
+  nothing moves over an axis of size 1.
+  """
   found = schedule.collectives(tpu_step.text, tpu_step.mesh)
   assert ('all-gather', ('fsdp',)) in {(c.kind, c.axes) for c in found}
   assert {axis for c in found for axis in c.axes} == {'fsdp', 'tensor'}
-  # Megatron with sequence parallelism: of every layer, [B, T, D] is gathered before attention and before the feed-forward, and
-  # reduce-scattered after each; backward the same. A ring of 2 sends half of it.
+  # Megatron with sequence parallelism: of every layer, [B, T, D] is gathered before attention and
+  # before the feed-forward, and reduce-scattered after each; backward the same.
+  # A ring of 2 sends half of it.
   model, T = tpu_step.config.model, tpu_step.config.data.sequence_length
   half = (
     2 * tpu_step.config.data.batch_size // 2 * T * model.D // 2

@@ -1,4 +1,6 @@
-"""Does the benchmark of attention count, compare and survive as it says? All of it at toy sizes on this CPU; no timing is looked at."""
+"""Does the benchmark of attention count, compare and survive as it says?
+All of it at toy sizes on this CPU; no timing is looked at.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Do the programs that a GPU would be timed with compile, and run our kernels as often as they say? For an H100 that isn't here."""
+"""Do the programs that a GPU would be timed with compile, and run our kernels as often as they say?
+For an H100 that isn't here.
+"""
 
 import dataclasses
 
@@ -60,7 +62,9 @@ def test_what_is_timed_of_attention_compiles_and_runs_every_call(name, h100, ass
 @pytest.mark.slow
 @pytest.mark.parametrize('length', train_gpu.LENGTHS)
 def test_the_step_that_is_timed_compiles_with_our_kernel(length, h100, assembled, monkeypatch):
-  """Of two layers, which are one scan as sixteen are: one kernel for all layers, forward, and one backward."""
+  """Of two layers, which are one scan as sixteen are: one kernel for all layers,
+  forward, and one backward.
+  """
   whole = train_gpu.config
   made = whole(length, 'pallas_gpu')
   assert len(made.model.stacks) == 1

@@ -1,4 +1,6 @@
-"""Chat templates: what they render, where the assistant's turns stand, what they may not do, and errors that say why."""
+"""Chat templates: what they render, where the assistant's turns stand,
+what they may not do, and errors that say why.
+"""
 
 import datetime
 import json

@@ -1,4 +1,6 @@
-"""Hugging Face tokenizers: ids as the library gives them, exact bytes, control tokens out of the reach of text, files."""
+"""Hugging Face tokenizers: ids as the library gives them, exact bytes,
+control tokens out of the reach of text, files.
+"""
 
 import functools
 import json
@@ -467,7 +469,9 @@ def test_arrays_are_int32():
 
 
 def test_it_agrees_with_sentencepiece_on_a_real_model(shared_data):
-  """T5's own pieces and scores as a tokenizer.json: the same ids and text as the .model gives, where normalisation has nothing to do."""
+  """T5's own pieces and scores as a tokenizer.json: the same ids and text as the .model gives,
+  where normalisation has nothing to do.
+  """
   import tokenizers
 
   sentencepiece = tokenizer.load(shared_data / 't5.model')

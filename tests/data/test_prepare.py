@@ -1,4 +1,6 @@
-"""The whole pipeline: what comes out is what went in, the split is stable, the cache is atomic and checked."""
+"""The whole pipeline: what comes out is what went in, the split is stable,
+the cache is atomic and checked.
+"""
 
 import dataclasses
 import json
@@ -190,7 +192,8 @@ def test_tinyshakespeare_splits_as_in_nanogpt(tmp_path):
     ),
     log=quiet,
   )
-  # nanoGPT's prepare.py prints: vocab size 65, train 1,003,854 tokens, val 111,540 tokens; here each has one eos more.
+  # nanoGPT's prepare.py prints: vocab size 65, train 1,003,854 tokens, val 111,540 tokens;
+  # here each has one eos more.
   assert prepared.report['sources'][0]['train']['tokens'] == 1_003_854 + 1
   assert prepared.report['validation']['tokens'] == 111_540 + 1
   assert prepared.report['packing']['train'][0]['fill'] > 0.9999

@@ -1,4 +1,6 @@
-"""Tokenizers: exact round trips over all of Unicode, streaming, saving, and errors that say what to do."""
+"""Tokenizers: exact round trips over all of Unicode, streaming, saving,
+and errors that say what to do.
+"""
 
 import collections
 import functools

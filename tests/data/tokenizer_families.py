@@ -1,4 +1,6 @@
-"""Which tokenizer.json forms are met in practice? A tiny one of each, trained by the tokenizers library on the spot."""
+"""Which tokenizer.json forms are met in practice?
+A tiny one of each, trained by the tokenizers library on the spot.
+"""
 
 import functools
 import json

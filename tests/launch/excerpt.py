@@ -1,7 +1,9 @@
-"""How was jobset.json made? python tests/launch/excerpt.py CRD.yaml VERSION, of config/components/crd/bases in kubernetes-sigs/jobset.
+"""How was jobset.json made? python tests/launch/excerpt.py CRD.yaml VERSION, of
+config/components/crd/bases in kubernetes-sigs/jobset.
 
-The custom resource's published schema without its prose, its status, and parts of a pod that no training job here needs: what is left
-of it says which fields there are, their types, and which are required.
+The custom resource's published schema without its prose, its status, and parts of a pod that no
+training job here needs: what is left of it says which fields there are,
+their types, and which are required.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Are the files in launch/ what their clusters accept, and do they start train.py with the flags they were given?"""
+"""Are the files in launch/ what their clusters accept,
+and do they start train.py with the flags they were given?
+"""
 
 import copy
 import json
@@ -187,7 +189,9 @@ def test_slurm_knows_every_option():
 
 
 def fakes(directory: pathlib.Path, **scripts: str) -> dict[str, str]:
-  """An environment whose PATH begins with commands that append their arguments, as JSON, to COMMAND.log, and then do this."""
+  """An environment whose PATH begins with commands that append their arguments,
+  as JSON, to COMMAND.log, and then do this.
+  """
   path = directory / 'fakes'
   path.mkdir()
   for name, then in scripts.items():

@@ -1,4 +1,6 @@
-"""Are the schedules of the pipeline what they say, tick by tick, and does the loop that follows them give what one loop over layers gives?"""
+"""Are the schedules of the pipeline what they say, tick by tick, and does the loop that follows
+them give what one loop over layers gives?
+"""
 
 import functools
 import math
@@ -20,7 +22,9 @@ SIZES = [(1, 3), (2, 2), (2, 5), (4, 4), (4, 8), (8, 24)]
 @pytest.mark.parametrize('stages, microbatches', SIZES, ids=str)
 @pytest.mark.parametrize('repeats', [1, 2, 3])
 def test_every_microbatch_passes_every_run_of_layers_in_order(stages, microbatches, repeats):
-  """By following the table: what a stage finds is what the stage before it made one tick ago, or, on stage 0, a new microbatch."""
+  """By following the table: what a stage finds is what the stage before it made one tick ago,
+  or, on stage 0, a new microbatch.
+  """
   microbatches = microbatches if repeats == 1 else stages * microbatches
   table = schedule(stages, microbatches, repeats)
   made, left = [None] * stages, []
@@ -70,7 +74,8 @@ def test_1f1b_is_in_order_and_bounded(stages, microbatches):
       sum(forward[m] <= t <= backward[m] for m in range(microbatches)) for t in range(len(down))
     ]
     assert max(alive) == min(microbatches, 2 * (stages - 1 - p) + 1)
-  # A phase in which no stage runs forward (or backward) is compiled without: its slots take no time.
+  # A phase in which no stage runs forward (or backward) is compiled without:
+  # its slots take no time.
   forward, backward = down[(down >= 0).any(1)], up[(up >= 0).any(1)]
   for table in (forward, backward):
     idle = (table < 0).mean()
@@ -124,7 +129,9 @@ def inputs(blocks, rows):
   ids=str,
 )
 def test_values_reports_and_gradients_are_those_of_one_loop(config, sizes, blocks):
-  """Layers as the model's, but a page of mathematics: [R, 4, 4] blocks, rows of numbers, an array of every row and one of none."""
+  """Layers as the model's, but a page of mathematics: [R, 4, 4] blocks,
+  rows of numbers, an array of every row and one of none.
+  """
   given = inputs(blocks, 24)
 
   def loss(run, w, x, shared, whole):
@@ -150,7 +157,9 @@ def test_values_reports_and_gradients_are_those_of_one_loop(config, sizes, block
 
 
 def test_only_microbatches_move_between_stages():
-  """One permutation a direction, and nothing else that crosses a tick is moved: each stage gathers its own weights over fsdp."""
+  """One permutation a direction, and nothing else that crosses a tick is moved:
+  each stage gathers its own weights over fsdp.
+  """
 
   def layer(x, w):
     w = ax.gather(w, 'embed', 'feed_forward')

@@ -1,4 +1,6 @@
-"""Are several processes one? Real ones of train.py on this machine: the same numbers, checkpoints for any number, and a common end."""
+"""Are several processes one? Real ones of train.py on this machine:
+the same numbers, checkpoints for any number, and a common end.
+"""
 
 import contextlib
 import json
