@@ -11,9 +11,8 @@ v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 import os
 
 if __name__ == '__main__':
-  os.environ['JAX_PLATFORMS'] = (
-    'cpu'  # what is compiled for is asked of the compiler, not of this machine
-  )
+  # What is compiled for is asked of the compiler, not of this machine
+  os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import dataclasses
 import functools
@@ -402,6 +401,7 @@ def main(arguments):
   names.only_flags(arguments, '--config.train.steps=100')
   if train.CONFIG.value is None or not TOPOLOGY.value:
     raise app.UsageError('give --config=configs/NAME.py and --topology=KIND:SHAPE')
+  # Defined with train.py, whose --config this is
   for flag in (
     train.WORKDIR,
     train.PROFILE,
@@ -411,7 +411,7 @@ def main(arguments):
     train.PROCESS,
     train.STOPPED_CODE,
     train.HEARTBEAT,
-  ):  # defined with train.py, whose --config this is
+  ):
     if flag.present:
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
   logging.set_verbosity(logging.WARNING)

@@ -90,9 +90,8 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     return list(topologies.get_topology_desc(**asked).devices)
   except Exception as error:  # plugins raise whatever they like
     first = str(error).splitlines()[0]
-    if (
-      'support not installed' in first or 'topology not implemented' in first
-    ):  # without libtpu, without a plugin
+    # Without libtpu, without a plugin
+    if 'support not installed' in first or 'topology not implemented' in first:
       raise ImportError(
         f'no compiler for {asked["platform"]} is installed ({first}); pip install -e .[plan] for TPUs, .[cuda] for '
         'GPUs'

@@ -11,15 +11,10 @@ from parallel import remat
 from parallel.mesh import AXES, MeshConfig
 from training.config import Config
 
-KEEPS = {
-  'none': 0,
-  'dots': 1,
-  'full': 2,
-  'sqrt': 3,
-}  # remat policies, in order of how little they keep
-LARGEST = (
-  8  # of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
-)
+# Remat policies, in order of how little they keep
+KEEPS = {'none': 0, 'dots': 1, 'full': 2, 'sqrt': 3}
+# Of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
+LARGEST = 8
 
 
 def change(
@@ -127,10 +122,11 @@ def nearest(
   def moved(mesh):
     return sum(mesh[axis] != sizes[axis] for axis in AXES)
 
+  # More shards, not fewer
   others = [
     mesh
     for mesh in meshes(config, devices, slices)
     if moved(mesh) and mesh['data'] <= sizes['data']
-  ]  # more shards, not fewer
+  ]
   for mesh in sorted(others, key=lambda mesh: (moved(mesh), mesh['data'])):
     yield from (change(least, mesh, accumulation=n) for n in (0, *microbatches(least, mesh)[-1:]))

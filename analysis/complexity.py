@@ -83,10 +83,8 @@ AXES = {
   },
 }
 QUICK = 3  # sizes along each axis
-MOST_TIMED = (
-  2e10,
-  2**32,
-)  # operations and bytes: small models run these at a small part of a core's rate
+# Operations and bytes: small models run these at a small part of a core's rate
+MOST_TIMED = (2e10, 2**32)
 STRAIGHT = 0.15  # neighbouring slopes further than this from the last one belong to another term
 QUANTITIES = ('memory', 'flops', 'seconds', 'calls')
 

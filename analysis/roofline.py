@@ -26,20 +26,16 @@ from kernels.tuning import TILE
 # Of the peaks, what large products and copies reach
 # on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
-ATTENTION = {
-  'flash_forward': 'forward',
-  'flash_backward': 'backward',
-}  # kernels of kernels.flash_tpu by name
+# kernels of kernels.flash_tpu by name
+ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}
 # cuDNN's attention: products by direction, and the share of an H100's peak that was published for
 # head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
 # backward (arXiv:2407.08608, figures 5 and 6).
 CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
-CUDNN_EFFICIENCY = FLASH_EFFICIENCY = (
-  0.52  # ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
-)
-HOST_BANDWIDTH = (
-  16e9  # bytes/s a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
-)
+# ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
+CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52
+# bytes/s a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
+HOST_BANDWIDTH = 16e9
 ERROR = {
   'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls dominate; it ranks, it does not certify',
   'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute and '
@@ -170,9 +166,8 @@ def traffic(module: Module, computation: str, i: Instruction) -> int:
     for number, whole in enumerate(read):
       part, rewritten = _used(module, i.called[0], module.parameter(i.called[0], number).name)
       read[number] = min(whole, part)
-      written -= (
-        max(0, whole - rewritten) if rewritten else 0
-      )  # the result is the operand, of which a part is new
+      # The result is the operand, of which a part is new
+      written -= max(0, whole - rewritten) if rewritten else 0
   return sum(read) + max(0, written)
 
 

@@ -201,9 +201,8 @@ def _between_slices(module, computation, send, mesh, count):
   ).groups()
   kind = {'ONE_TO_ONE': 'collective-permute'}.get(kind, kind.lower().replace('_', '-'))
   names.check('kind of transfer between slices', kind, KINDS)
-  if every := re.fullmatch(
-    r'\{([\d,:]+)\}x\{(\d+)[\d,:]*\}', target
-  ):  # slices x devices; a device's id is 100,000 x slice + place
+  # Slices x devices; a device's id is 100,000 x slice + place
+  if every := re.fullmatch(r'\{([\d,:]+)\}x\{(\d+)[\d,:]*\}', target):
     first_last = [part.split(':') for part in every[1].split(',')]
     ids = [
       100_000 * n + int(every[2])
@@ -343,6 +342,5 @@ class Links:
       if span > 1
     )
     sharing = math.prod(spans) / len({tuple(place) for place in coords})
-    return (
-      out * (rings or 0.5) / chip.torus / sharing
-    )  # two cores of a chip span nothing, and their link is as fast as any
+    # Two cores of a chip span nothing, and their link is as fast as any
+    return out * (rings or 0.5) / chip.torus / sharing

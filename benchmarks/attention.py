@@ -145,9 +145,8 @@ class Run:
         stderr=log,
         text=True,
       )
-      alarm = threading.Timer(
-        max(1.0, ends + 20 - time.time()), process.kill
-      )  # it looks at the clock between cases
+      # It looks at the clock between cases
+      alarm = threading.Timer(max(1.0, ends + 20 - time.time()), process.kill)
       alarm.start()
       lines = list(process.stdout)
       failed = process.wait()

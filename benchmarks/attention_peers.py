@@ -26,12 +26,8 @@ import numpy as np
 REPEATS, SECONDS, RATE = 7, 0.04, 400e12  # timed runs; length of one, at about this many FLOP/s
 COMPILED_AHEAD = 8  # cases whose programs are compiled side by side
 DIRECTIONS = {'forward': 2, 'backward': 5}  # products of a pair of a query and a key
-STICKY = (
-  'CUDA_ERROR',
-  'CUDA error',
-  'illegal',
-  'launch failure',
-)  # after which a process can run nothing more on its GPU
+# After which a process can run nothing more on its GPU
+STICKY = ('CUDA_ERROR', 'CUDA error', 'illegal', 'launch failure')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,9 +100,8 @@ def stages(texts: list[str]) -> dict[str, dict]:
     'memcpy of the tokens',
     size / common.seconds(lambda: tokens.copy(), 20),
   )
-  short = np.random.default_rng(0).integers(
-    8, 64, 200_000
-  )  # documents of 36 tokens: nothing but searching for room
+  # Documents of 36 tokens: nothing but searching for room
+  short = np.random.default_rng(0).integers(8, 64, 200_000)
   rate(
     'pack short documents, M tokens/s',
     short.sum() / 1e6 / common.seconds(lambda: packing.pack(short, LENGTH)),

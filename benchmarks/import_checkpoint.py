@@ -47,9 +47,10 @@ def generate(directory: pathlib.Path, gigabytes: float) -> dict:
   from model import checkpoint, families
   from model.tensorfiles import DTYPES, write
 
+  # Bytes
   layer = 2 * (
     CONFIG['hidden_size'] * (3 * CONFIG['intermediate_size'] + 3 * CONFIG['hidden_size'])
-  )  # bytes
+  )
   table = 2 * CONFIG['vocab_size'] * CONFIG['hidden_size']
   hf = CONFIG | {'num_hidden_layers': max(1, round((gigabytes * 1e9 - 2 * table) / layer))}
   family, config = families.read(hf)
@@ -92,9 +93,8 @@ def watched(what: str, source: str, workdir: str) -> None:
 
   from model import checkpoint
 
-  jax.block_until_ready(
-    jax.jit(lambda x: x + 1)(1.0)
-  )  # what jax itself takes is no part of an import
+  # What jax itself takes is no part of an import
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
   before, peak, done = resident(), {'anonymous': 0, 'file': 0}, threading.Event()
 
   def sample():

@@ -113,9 +113,8 @@ def main():
       '--max_new_tokens=1',
       '--temperature=0',
     ]
-    subprocess.run(
-      train('warm', 3), check=True, stdout=subprocess.DEVNULL
-    )  # prepares the data, fills the cache
+    # Prepares the data, fills the cache
+    subprocess.run(train('warm', 3), check=True, stdout=subprocess.DEVNULL)
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
     floor, step, token = [], [], []
     for i in range(REPEATS):

@@ -41,9 +41,8 @@ def minhash(words: list[bytes]) -> np.ndarray:
   sketch = MinHash(
     num_perm=BANDS * ROWS, permutations=_permutations(), scheme='affine32', hashfunc=int
   )
-  for start in range(
-    0, len(unique), 4096
-  ):  # blocks of 4096 x 112 values stay in the processor's cache
+  # Blocks of 4096 x 112 values stay in the processor's cache
+  for start in range(0, len(unique), 4096):
     sketch.update_batch(unique[start : start + 4096].tolist())
   return sketch.hashvalues
 

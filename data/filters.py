@@ -12,9 +12,8 @@ import numpy as np
 
 from data import duplicates
 
-STOP_WORDS = frozenset(
-  ('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with')
-)  # Gopher, appendix A1
+# Gopher, appendix A1
+STOP_WORDS = frozenset(('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'))
 TERMINAL_PUNCTUATION = ('.', '!', '?', '"', '\u201d', '\u2026', '\u3002', '\uff01', '\uff1f')
 
 

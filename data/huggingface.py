@@ -112,9 +112,8 @@ class HuggingFaceTokenizer(Tokenizer):
       for file in found
       if file.parent.name == MORE_TEMPLATES
     }
-    if (
-      more
-    ):  # into the settings, where older versions keep them, so that they travel in plain files
+    # Into the settings, where older versions keep them, so that they travel in plain files
+    if more:
       settings = _json(contents, SETTINGS)
       templates = _templates(contents, settings) | more
       contents.pop(TEMPLATE, None)
@@ -148,9 +147,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():
-      (pathlib.Path(directory) / name).unlink(
-        missing_ok=True
-      )  # another tokenizer's would be read with this one
+      # Another tokenizer's would be read with this one
+      (pathlib.Path(directory) / name).unlink(missing_ok=True)
     super().save(directory)
 
   def _files(self) -> dict[str, bytes]:
@@ -221,9 +219,8 @@ def _templates(contents: Mapping[str, bytes], settings: dict) -> dict[str, str]:
 
 
 def _vocabulary(definition: dict) -> dict[str, int]:
-  vocabulary = definition['model'][
-    'vocab'
-  ]  # Unigram has a list of [piece, score], the others a dict
+  # Unigram has a list of [piece, score], the others a dict
+  vocabulary = definition['model']['vocab']
   return (
     vocabulary
     if isinstance(vocabulary, dict)

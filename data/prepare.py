@@ -126,9 +126,8 @@ def corpus_key(config: DataConfig) -> str:
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
     path = os.path.expanduser(config.tokenizer.path)
-    if (
-      config.tokenizer.kind == 'huggingface'
-    ):  # beside the tokenizer's files there may be a whole checkpoint
+    # Beside the tokenizer's files there may be a whole checkpoint
+    if config.tokenizer.kind == 'huggingface':
       within = [str(file) for file in huggingface.paths(path)]
     else:
       within = (
@@ -408,9 +407,8 @@ def _load(
     )
   report = indices[directory]['report'] | {'packing': indices[plan]['report']}
   for of, counts in zip(config.sources, report['sources']):
-    counts['source'] = dataclasses.asdict(
-      of
-    )  # weight and path may differ from those of the run that built this
+    # Weight and path may differ from those of the run that built this
+    counts['source'] = dataclasses.asdict(of)
 
   def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:
     return shards.PackedSource(

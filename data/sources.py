@@ -34,9 +34,8 @@ def paths(source: SourceConfig) -> list[str]:
     root = sysconfig.get_path('stdlib')
     found = []
     for directory, inner, names in os.walk(root):
-      inner[:] = [
-        name for name in inner if name not in STDLIB_EXCLUDED
-      ]  # site-packages alone may hold 10,000 files
+      # site-packages alone may hold 10,000 files
+      inner[:] = [name for name in inner if name not in STDLIB_EXCLUDED]
       found += [os.path.join(directory, name) for name in names if name.endswith('.py')]
     found.sort()
     where = f'the standard library at {root}'
@@ -97,9 +96,8 @@ def _jsonl(path: str, field: str, problems: collections.Counter) -> Iterator[str
 
 
 def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
-  csv.field_size_limit(
-    min(sys.maxsize, 2**31 - 1)
-  )  # the default of 131,072 characters rejects longer documents
+  # The default of 131,072 characters rejects longer documents
+  csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
   # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts:
   # the rest of the file is kept.
   with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:

@@ -19,12 +19,8 @@ import numpy as np
 import files
 from data.config import TokenizerConfig
 
-PAD, BOS, EOS, UNK = (
-  0,
-  1,
-  2,
-  3,
-)  # of the tokenizers made here; a loaded SentencePiece model keeps its own
+# Of the tokenizers made here; a loaded SentencePiece model keeps its own
+PAD, BOS, EOS, UNK = range(4)
 SPACE = '\u2581'  # SentencePiece writes a space as this character
 DEFAULT_VOCABULARY = 4096
 _INDEX = 'tokenizer.json'

@@ -29,10 +29,8 @@ RULES = {
   'width': None,
   'embed': ('fsdp', 'expert', 'context'),
   'expert_embed': ('fsdp', 'context'),
-  'vocab': (
-    'tensor',
-    'stage',
-  ),  # embedding and loss are outside of the pipeline: no stage does it all (arXiv:2411.05288)
+  # Embedding and loss are outside of the pipeline: no stage does it all (arXiv:2411.05288)
+  'vocab': ('tensor', 'stage'),
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'feed_forward': 'tensor',

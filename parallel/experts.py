@@ -148,9 +148,8 @@ def _sent(exchange, rounds, i, x, gates):
   """What this device is sent in round i: rows [P * C, D], their gates and experts [P * C]."""
   (axes, E, C), n, k = exchange, *rounds.owner.shape
   slot = i * C + jnp.arange(C, dtype=jnp.int32)[None]
-  at = jnp.where(slot < rounds.sizes[:, None], rounds.first[:, None] + slot, n * k).reshape(
-    -1
-  )  # n * k: an empty slot
+  # n * k: an empty slot
+  at = jnp.where(slot < rounds.sizes[:, None], rounds.first[:, None] + slot, n * k).reshape(-1)
   choice = rounds.order.at[at].get(mode='fill', fill_value=n * k)
   send = functools.partial(
     jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0, tiled=True

@@ -136,9 +136,8 @@ def _alone() -> bool:
   """Whether the environment is known to be that of one process,
   where jax's own search would go wrong.
   """
-  if (
-    os.environ.get('SLURM_NTASKS') == '1'
-  ):  # jax would show the only task of a step just one of its devices
+  # jax would show the only task of a step just one of its devices
+  if os.environ.get('SLURM_NTASKS') == '1':
     return True
   # jax knows the pods of Jobs and of TPU slices, and fails in others, such as a notebook's.
   marks = (
@@ -332,9 +331,8 @@ def heed_interrupts() -> None:
     else:
       signal.default_int_handler(number, frame)
 
-  if (
-    signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  ):  # a job in the background ignores it
+  # A job in the background ignores it
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     for number in (signal.SIGINT, signal.SIGALRM):
       signal.signal(number, act)
 

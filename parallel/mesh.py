@@ -15,9 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
-NO_MESH = Mesh(
-  np.empty((), object), ()
-)  # in context, arrays of single devices can be worked on one by one
+# In context, arrays of single devices can be worked on one by one
+NO_MESH = Mesh(np.empty((), object), ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +120,8 @@ def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
   data = math.gcd(sizes['data'], slices)
   if sizes['stage'] % (slices // data) == 0:
     return {'data': data, 'stage': slices // data}
-  if (
-    devices[0].platform != 'tpu'
-  ):  # to jax a node is a slice; the network between nodes carries any axis, the outermost first
+  # To jax a node is a slice; the network between nodes carries any axis, the outermost first
+  if devices[0].platform != 'tpu':
     return {}
   raise ValueError(
     f'mesh.data={sizes["data"]} and mesh.stage={sizes["stage"]} do not divide over {slices} slices, whose network only '

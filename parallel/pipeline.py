@@ -240,11 +240,8 @@ def relay(layers, blocks, x, kept, shared):
 
   turns = ax.place(jnp.asarray(schedule(stages, 1).microbatch), None, 'layers')
   (y, kept), reports = jax.lax.scan(tick, (_spread(x, stages), kept), turns)
-  return (
-    _from(y, 0, 0),
-    kept,
-    jax.tree.map(lambda a: _whole(a.sum(0)), reports),
-  )  # what left the last stage has come to the first
+  # What left the last stage has come to the first
+  return (_from(y, 0, 0), kept, jax.tree.map(lambda a: _whole(a.sum(0)), reports))
 
 
 def gradients(first, layers, last, rest, blocks, rows, config: PipelineConfig):
@@ -472,9 +469,8 @@ def _deal(blocks, stages, v):
   apart = math.gcd(v, stages)
   rounds = []
   for i in range(v):
-    sent = [
-      q * v + (i + q // (stages // apart)) % v for q in range(stages)
-    ]  # no two of a round have the same destination
+    # No two of a round have the same destination
+    sent = [q * v + (i + q // (stages // apart)) % v for q in range(stages)]
     slots = {chunk % stages: chunk // stages for chunk in sent}
     rounds.append(
       (

@@ -106,9 +106,8 @@ def remat(function, config: Remat):
     policy = _policies.save_from_both_policies(
       policy, _policies.save_only_these_names(*config.save)
     )
-  return jax.checkpoint(
-    function, policy=policy, prevent_cse=False
-  )  # inside a scan CSE cannot undo it
+  # Inside a scan CSE cannot undo it
+  return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:

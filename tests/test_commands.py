@@ -52,9 +52,8 @@ class Process:
 
   def __init__(self, directory: pathlib.Path, *command: str):
     self.path = directory / f'output-{time.monotonic_ns()}'
-    environment = {
-      name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'
-    }  # which asks for eight devices
+    # XLA_FLAGS asks for eight devices
+    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
     environment |= {
       'JAX_PLATFORMS': 'cpu',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
@@ -81,9 +80,8 @@ class Process:
     try:
       code = self.process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-      self.process.send_signal(
-        signal.SIGABRT
-      )  # the error output then tells where every thread hangs
+      # The error output then tells where every thread hangs
+      self.process.send_signal(signal.SIGABRT)
       code = self.process.wait()
     return Finished(code, self.out(), pathlib.Path(f'{self.path}.error').read_text())
 

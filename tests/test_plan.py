@@ -109,9 +109,8 @@ def fake(
 def test_cost():
   got = fake(tiny(steps=3600), peak=1, seconds=2.0)
   assert got.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 8 * 1.5, 'kWh': 2 * 8 * 0.2}
-  assert got.cost(None, None) == {
-    'hours': 2.0
-  }  # a v5e's power is not published, and no price was given
+  # A v5e's power is not published, and no price was given
+  assert got.cost(None, None) == {'hours': 2.0}
   assert fake(tiny(), peak=1, problem='no').cost(1.0, 1.0) == {}
   assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
 
@@ -294,9 +293,8 @@ def test_explicit_axes_cost_nothing_against_the_automatic_twin(mesh):
     explicit
   )
   assert explicit.memory.peak <= 1.01 * auto.memory.peak
-  assert (
-    explicit.prediction.operations <= 1.025 * auto.prediction.operations
-  )  # 2.0% of so small a model with tensor; of Llama 3 8B -14%
+  # 2.0% of so small a model with tensor; of Llama 3 8B -14%
+  assert explicit.prediction.operations <= 1.025 * auto.prediction.operations
   assert explicit.seconds <= 1.01 * auto.seconds
 
 

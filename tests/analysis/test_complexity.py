@@ -92,9 +92,8 @@ def test_operations_are_the_models(points):
     3 * 128 * needed(128), rel=0.02
   )
   one = points['training, flash attention']['flops']
-  assert (
-    1.1 * one < points['training, remat full']['flops'] < 1.34 * one
-  )  # a forward pass more, but for what no gradient asks for
+  # A forward pass more, but for what no gradient asks for
+  assert 1.1 * one < points['training, remat full']['flops'] < 1.34 * one
   assert 1.25 * one < points['training, remat sqrt']['flops'] < 1.67 * one  # two more
 
 
@@ -126,15 +125,13 @@ def test_a_power_is_its_exponent(power):
 
 def test_the_range_is_where_one_term_dominates():
   sizes = [2**n for n in range(12)]
-  found = complexity.fit(
-    sizes, [64 * size + size**2 for size in sizes]
-  )  # as large as one another at 64
+  # As large as one another at 64
+  found = complexity.fit(sizes, [64 * size + size**2 for size in sizes])
   assert (
     256 <= found.first <= 512 and found.last == 2048 and found.exponent == pytest.approx(2, abs=0.1)
   )
-  assert (
-    complexity.fit(sizes[:8], [64 * size + size**2 for size in sizes[:8]]) is None
-  )  # in the middle of the bend
+  # In the middle of the bend
+  assert complexity.fit(sizes[:8], [64 * size + size**2 for size in sizes[:8]]) is None
   assert (
     complexity.fit(sizes[:2], [1, 2]) is None
     and complexity.fit(sizes[:4], [1, 2, 4, math.nan]).last == 4
@@ -195,12 +192,10 @@ def test_a_tpus_points_are_predicted(topology):
     BY_NAME['training, flash attention'], config, timed=False, device=topology('v5e:1x1')[0]
   )
   scores = 2 * config.L * config.N * config.H * 512**2  # one product of attention, all of it
-  needed = (
-    3 * 512 * flops.forward_flops_per_token(config, 512)
-  )  # with 6 products, the causal half of each
-  assert point['flops'] == pytest.approx(
-    needed + (7 - 6 / 2) * scores, rel=0.01
-  )  # 7: scores again backward; all is one block
+  # With 6 products, the causal half of each
+  needed = 3 * 512 * flops.forward_flops_per_token(config, 512)
+  # 7: scores again backward; all is one block
+  assert point['flops'] == pytest.approx(needed + (7 - 6 / 2) * scores, rel=0.01)
   assert (
     point['flops'] / 197e12 < point['seconds'] < 1 and point['memory'] > 0 and point['calls'] == 1
   )

@@ -88,9 +88,8 @@ def test_rounds_of_an_exchange_count_once():
     ]
     module = hlo.Module(jax.jit(gradient).lower(*shapes).compile().as_text())
   assert sum(module.routed(i) for _, i, _ in module.walk() if i.opcode == 'while') == 2
-  assert (
-    module.flops() == 3 * 2 * P * C * D * D
-  )  # the gates need no gradient, nor the product for it
+  # The gates need no gradient, nor the product for it
+  assert module.flops() == 3 * 2 * P * C * D * D
 
 
 def test_a_counter_may_start_anywhere_and_step_by_two():

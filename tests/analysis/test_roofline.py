@@ -280,9 +280,8 @@ ENTRY %main (x: f32[100,64], n.2: s32[]) -> f32[100,64] {
 }
 """
   module = Module(text)
-  for name in (
-    'abcd'
-  ):  # read or written through a fusion, a fusion in a fusion, a scatter: a row, an index, a row
+  # Read or written through a fusion, a fusion in a fusion, a scatter: a row, an index, a row
+  for name in 'abcd':
     assert roofline.traffic(module, 'main', module['main', name]) == 256 + 4 + 256, name
   on_chip = Module(re.sub(r'\{1,0\}', '{1,0:S(1)}', text))
   assert roofline.traffic(on_chip, 'main', on_chip['main', 'b']) == 4

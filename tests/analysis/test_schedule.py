@@ -197,9 +197,8 @@ def test_links_are_those_of_the_torus_that_a_group_spans():
     600e9
   )
   assert links.bandwidth(part) == pytest.approx(100e9)  # half a ring is a line
-  assert links.bandwidth((0, 5)) == pytest.approx(
-    100e9
-  )  # a diagonal: two dimensions, shared with the other diagonal
+  # A diagonal: two dimensions, shared with the other diagonal
+  assert links.bandwidth((0, 5)) == pytest.approx(100e9)
   line = schedule.Links(fake_mesh(np.ndindex(2, 2, 2), (4, 2)), chip)
   assert line.bandwidth((0, 1)) == pytest.approx(100e9) and line.bandwidth(
     tuple(range(8))
@@ -309,9 +308,8 @@ def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
   # before the feed-forward, and reduce-scattered after each; backward the same.
   # A ring of 2 sends half of it.
   model, T = tpu_step.config.model, tpu_step.config.data.sequence_length
-  half = (
-    2 * tpu_step.config.data.batch_size // 2 * T * model.D // 2
-  )  # bytes of a device's activations, bf16
+  # Bytes of a device's activations, bf16
+  half = 2 * tpu_step.config.data.batch_size // 2 * T * model.D // 2
   for kind in ('all-gather', 'reduce-scatter'):
     assert (
       sum(c.total for c in found if c.kind == kind and c.axes == ('tensor',) and c.nbytes == half)

@@ -118,10 +118,8 @@ def test_text_cannot_name_control_tokens_unless_asked_to(family, data):
       '\u2581' in text or family == 'mistral' and text.startswith(' ') or tok.decode(ids) == text
     )
   assert tok.encode(text, special=True) == lib.encode(text, add_special_tokens=False).ids
-  if family not in (
-    't5',
-    'bert',
-  ):  # the library's own switch serves BPE; Unigram finds names all the same
+  # The library's own switch serves BPE; Unigram finds names all the same
+  if family not in ('t5', 'bert'):
     switched = families.theirs(family)
     switched.encode_special_tokens = True
     assert ids == switched.encode(text, add_special_tokens=False).ids
@@ -138,9 +136,8 @@ def test_half_a_surrogate_pair_is_said(special):
 def test_the_librarys_own_switch_would_not_do():
   switched = families.theirs('t5')
   switched.encode_special_tokens = True
-  assert (
-    control('t5')['</s>'] in switched.encode('a</s>').ids[:-1]
-  )  # when it does, _anonymous can go
+  # When it does, _anonymous can go
+  assert control('t5')['</s>'] in switched.encode('a</s>').ids[:-1]
   assert control('t5')['</s>'] not in ours('t5').encode('a</s>')
   assert ours('t5').encode('a</s>', special=True)[-1] == control('t5')['</s>']
 

@@ -49,9 +49,8 @@ def corpus():
 
 @functools.cache
 def trained(**kinds):
-  texts = (
-    corpus()[:20] if 'algorithm' in kinds else corpus()
-  )  # unigram takes fifteen times as long as BPE
+  # Unigram takes fifteen times as long as BPE
+  texts = corpus()[:20] if 'algorithm' in kinds else corpus()
   return tokenizer.build(TokenizerConfig(vocabulary=1024, **kinds), texts, texts)
 
 

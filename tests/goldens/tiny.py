@@ -191,9 +191,8 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
   if len(shape) == 1:
     centre = 1.0 if name.lower().endswith('weight') else 0.0
     return np.float32(centre) + np.float32(0.3) * noise
-  gain = (
-    0.6 if 'Attention.q.' in name else 1.5
-  )  # T5 does not divide scores, but starts with small queries
+  # T5 does not divide scores, but starts with small queries
+  gain = 0.6 if 'Attention.q.' in name else 1.5
   return noise * np.float32(gain / np.sqrt(shape[-1] if len(shape) == 2 else shape[-2]))
 
 

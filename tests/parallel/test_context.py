@@ -157,11 +157,8 @@ def slow(*case):
 
 CASES = [
   ('ring', {'context': 4}, ALL),
-  (
-    'ring',
-    {'context': 4},
-    {'window': 5, 'segments': True, 'sinks': True},
-  ),  # looks into two chunks before its own
+  # Looks into two chunks before its own
+  ('ring', {'context': 4}, {'window': 5, 'segments': True, 'sinks': True}),
   ('ring', {'context': 2, 'tensor': 2}, {'window': 14, 'softcap': 2.0}),
   (
     'ring',
@@ -308,9 +305,8 @@ def test_collectives_are_those_of_the_strategy(strategy):
     kinds = 'all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all'
     assert set(re.findall(rf' ({kinds})(?:-start)?\(', text)) == KINDS[strategy]
     assert 'conditional(' not in text, 'who sees whom in zig-zag order is known when it is compiled'
-    if (
-      strategy == 'ring'
-    ):  # of keys and values: early to early, late to late, early to late; nothing else moves
+    # Of keys and values: early to early, late to late, early to late; nothing else moves
+    if strategy == 'ring':
       assert (
         len(
           re.findall(r' collective-permute(?:-start)?\(', compiled(strategy, 4, window=4).as_text())
