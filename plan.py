@@ -279,8 +279,8 @@ def _lower(config, mesh, mode, rows, context, weights):
     return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
   if config.model.encoder_layers or not config.model.causal:
     raise NotImplementedError(
-      f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, model.causal={config.model.causal}: '
-      'only what a decoder generates is planned so far'
+      f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, '
+      f'model.causal={config.model.causal}: only what a decoder generates is planned so far'
     )
   if rows < 1 or context < 1:
     raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
@@ -294,7 +294,8 @@ def _lower(config, mesh, mode, rows, context, weights):
     )
   if not config.model.vocabulary:
     raise ValueError(
-      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257"
+      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in "
+      '--config.model.vocabulary=50257'
     )
   config.check_parameters(dict(mesh.shape))
   model = generating(config.resolve(config.model.vocabulary).model)
@@ -317,7 +318,8 @@ def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan 
   for config in candidates.nearest(plan.config, plan.config.mesh.sizes(), len(devices), slices):
     tried = attempt(config, devices)
     log(
-      f'  tried {candidates.flags(plan.config, config)}: {"fits" if tried.fits else tables.shortage(tried)}'
+      f'  tried {candidates.flags(plan.config, config)}: '
+      f'{"fits" if tried.fits else tables.shortage(tried)}'
     )
     if tried.fits:
       return tried
@@ -391,8 +393,8 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
           break
   if not tried:
     raise ValueError(
-      f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / train.accumulation='
-      f'{config.train.accumulation} and the sizes of the model; change the batch'
+      f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / '
+      f'train.accumulation={config.train.accumulation} and the sizes of the model; change the batch'
     )
   return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
 
@@ -419,12 +421,13 @@ def main(arguments):
     names.check('mode', MODE.value, MODES)
     if MODE.value == 'train' and (BATCH.present or CONTEXT.present or WEIGHTS.present):
       raise ValueError(
-        '--batch, --context and --weights are of prefill and decode; train takes --config.data.batch_size and '
-        '.sequence_length'
+        '--batch, --context and --weights are of prefill and decode; train takes '
+        '--config.data.batch_size and .sequence_length'
       )
     if SEARCH.value and MODE.value != 'train':
       raise NotImplementedError(
-        f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}'
+        '--search looks for meshes, remat policies and microbatches of training, not of '
+        f'--mode={MODE.value}'
       )
     config = configs.from_flag(train.CONFIG.value)
     try:

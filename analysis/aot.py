@@ -93,8 +93,8 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     # Without libtpu, without a plugin
     if 'support not installed' in first or 'topology not implemented' in first:
       raise ImportError(
-        f'no compiler for {asked["platform"]} is installed ({first}); pip install -e .[plan] for TPUs, .[cuda] for '
-        'GPUs'
+        f'no compiler for {asked["platform"]} is installed ({first}); pip install -e .[plan] for '
+        'TPUs, .[cuda] for GPUs'
       ) from error
     raise ValueError(f'topology={name!r}: {first}') from error
 

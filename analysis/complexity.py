@@ -205,7 +205,8 @@ def blocks(program) -> int:
     inside = sum(map(blocks, jax.extend.core.jaxprs_in_params(equation.params)))
     if name == 'while' and inside:
       raise ValueError(
-        f'a while loop holds {inside} blocks, and nobody knows how often it runs; write it as a scan'
+        f'a while loop holds {inside} blocks, and nobody knows how often it '
+        'runs; write it as a scan'
       )
     total += inside * (equation.params['length'] if name == 'scan' else 1)
   return total
@@ -465,8 +466,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     report(found[options.topology], 'tpu', f'as compiled for a {device.device_kind}')
   small, large = crossover(config_of('T', 128)), crossover(llama3_8b.get_config().model)
   print(
-    f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B from {large:,.0f} on: below, time is '
-    'linear in T.'
+    f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B '
+    f'from {large:,.0f} on: below, time is linear in T.'
   )
   if options.plot:
     plot(found, options.plot)

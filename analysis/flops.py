@@ -27,7 +27,8 @@ def mean_keys(
   """
   if sequence_length < 1 or (document_length is not None and document_length < 1) or window < 0:
     raise ValueError(
-      f'{sequence_length=}, {document_length=} and {window=}: lengths start at 1 and window at 0 (none)'
+      f'{sequence_length=}, {document_length=} and {window=}: '
+      'lengths start at 1 and window at 0 (none)'
     )
   length = sequence_length if document_length is None else min(sequence_length, document_length)
   if not window or window >= length:
@@ -55,7 +56,8 @@ def forward_flops_per_token(
     )
   if model.encoder_layers:
     raise NotImplementedError(
-      f'model.encoder_layers={model.encoder_layers}: FLOPs per token are counted for one stack of layers only'
+      f'model.encoder_layers={model.encoder_layers}: '
+      'FLOPs per token are counted for one stack of layers only'
     )
   total = 2 * model.D * model.V
   for kind in model.kinds:

@@ -309,8 +309,8 @@ class Module:
         lambda index, before=value: self._scalar(body, self._root(body), (index,), before)
       )
     raise ValueError(
-      f'no trip count is to be found of {name} in {computation} ({loop.scope or "no metadata"}): its condition '
-      'depends on more than a counter that starts at a constant'
+      f'no trip count is to be found of {name} in {computation} ({loop.scope or "no metadata"}): '
+      'its condition depends on more than a counter that starts at a constant'
     )
 
   def _root(self, computation):

@@ -39,6 +39,7 @@ def reports(directory: str) -> dict[str, Report]:
     )
   if not found:
     raise FileNotFoundError(
-      f'{directory} holds no .ptxas file; were the variables of ptxas.environment set while kernels were compiled?'
+      f'{directory} holds no .ptxas file; were the variables of ptxas.environment set while '
+      'kernels were compiled?'
     )
   return found

@@ -116,7 +116,8 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
     return None
   if chosen := re.match(r'flash_[a-z]+_(\d+x\d+)', i.name):
     raise LookupError(
-      f'{direction} attention in chosen steps of {chosen[1]}: no bundles are tabled for them, so its FLOPs at the peak'
+      f'{direction} attention in chosen steps of {chosen[1]}: no bundles are tabled for them, so '
+      'its FLOPs at the peak'
     )
   shapes = [hlo.dims(module[computation, name].shape) for name in i.operands]
   queries, keys, values = [dims for dims in shapes if len(dims) > 3][:3]
@@ -124,7 +125,8 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
   step = next(filter(None, (tuning.lookup(kind, direction, width) for kind in chip.kinds)), None)
   if step is None or not step.whole:
     raise LookupError(
-      f'{direction} attention with heads {width} wide: no bundles are tabled for a {chip.name}, so its FLOPs at the peak'
+      f'{direction} attention with heads {width} wide: no bundles are tabled for a {chip.name}, so '
+      'its FLOPs at the peak'
     )
   cores = min(chip.cores // chip.devices, queries[1])  # cores share the heads
   return (
@@ -317,7 +319,8 @@ class _Walk:
       kind, cost = 'kernels', declared(i)
       if cost is None:
         self.assumptions[
-          f'kernel {i.name.rstrip(".0123456789")} declares no cost: only its operands and results were counted'
+          f'kernel {i.name.rstrip(".0123456789")} declares no cost: '
+          'only its operands and results were counted'
         ] += 1
       else:
         flops, moved = cost.flops, cost.moved
@@ -326,14 +329,15 @@ class _Walk:
         )
         if not self.tpu:
           self.assumptions[
-            f'our attention kernels at {FLASH_EFFICIENCY:.0%} of the peak, which is what was published of cuDNN\'s'
+            f'our attention kernels at {FLASH_EFFICIENCY:.0%} of the peak, which is what was '
+            "published of cuDNN's"
           ] += 1
     elif self.tpu and i.cycles is not None:
       return kind, i.cycles / self.chip.clock
     elif (products := cudnn_flops(i)) is not None:
       self.assumptions[
-        f'cuDNN attention: the pairs that its mask leaves, at {CUDNN_EFFICIENCY:.0%} of the peak; its working memory, which '
-        'nothing but a GPU can tell, was not counted'
+        f'cuDNN attention: the pairs that its mask leaves, at {CUDNN_EFFICIENCY:.0%} of the peak; '
+        'its working memory, which nothing but a GPU can tell, was not counted'
       ] += 1
       flops = products * EFFICIENCY['compute'] / CUDNN_EFFICIENCY
     elif i.opcode == 'custom-call' and '__cudnn' in i.attributes:

@@ -298,7 +298,8 @@ class Links:
       return c.nbytes / self.bandwidth(c.group), 0.0
     if self.chip.network is None:
       raise ValueError(
-        f'no bandwidth between slices is tabled for a {self.chip.name}; add it to analysis/hardware.py (network=)'
+        f'no bandwidth between slices is tabled for a {self.chip.name}; add it to '
+        'analysis/hardware.py (network=)'
       )
     network = self.chip.network / self.chip.devices
     if c.kind == 'collective-permute':

@@ -46,9 +46,9 @@ def show(plan, cost: dict[str, float]) -> None:
   )
   run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}[plan.mode]
   console.print(
-    f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat {plan.config.model.remat!r}, '
-    f'attention {plan.attention!r}, {plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
-    f'compiled in {plan.compile_seconds:.1f} s'
+    f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat '
+    f'{plan.config.model.remat!r}, attention {plan.attention!r}, {plan.config.train.accumulation} '
+    f'microbatch(es); {plan.tokens:,} tokens {run}; compiled in {plan.compile_seconds:.1f} s'
   )
   _memory(console, plan)
   if plan.prediction is None:
@@ -77,7 +77,8 @@ def _memory(console, plan):
   )
   if plan.memory and not plan.fits and (plan.memory.alive or plan.available) < plan.available:
     console.print(
-      f'(The compiler took it: by its account no more than {plan.memory.alive / GB:.2f} GB are alive at once. It is close.)'
+      f'(The compiler took it: by its account no more than {plan.memory.alive / GB:.2f} GB are '
+      'alive at once. It is close.)'
     )
   if plan.fits and not plan.chip.torus and plan.memory.share(plan.available) > 0.75:
     console.print('(jax reserves 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION is raised.)')
@@ -144,8 +145,9 @@ def _times(console, plan, run):
   mfu = 'MFU unknown' if plan.mfu is None else f'MFU {plan.mfu:.1%}'
   each = f', {seconds(p.seconds / CHUNK)} a token of every row' if plan.mode == 'decode' else ''
   console.print(
-    f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} tokens/s[/bold]; FLOPs of a device: '
-    f'model {model:.4g}, hardware {p.flops:.4g} ({p.flops / model:.2f} x)'
+    f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} '
+    f'tokens/s[/bold]; FLOPs of a device: model {model:.4g}, hardware {p.flops:.4g} '
+    f'({p.flops / model:.2f} x)'
   )
 
 

@@ -228,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         ]
       )
     common.table(
-      f'{name}, {state.count:,} parameters, T={model.max_length}, {options.chips} chips: GB on each',
+      f'{name}, {state.count:,} parameters, T={model.max_length}, '
+      f'{options.chips} chips: GB on each',
       ['', *PARTS, 'sum', 'by formula', 'host'],
       rows,
     )

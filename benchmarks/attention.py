@@ -257,7 +257,8 @@ def faster_of(run: Run, ours: str) -> list[str]:
     if ratio == ratio:
       floor, aim = FASTER[case.mask]
       said.append(
-        f'{case.name}, forward and backward: {ratio:.1f} times faster than causal (at least {floor}, aim {aim})'
+        f'{case.name}, forward and backward: {ratio:.1f} times faster than causal (at least '
+        f'{floor}, aim {aim})'
       )
   return said
 
@@ -301,12 +302,14 @@ def main() -> int:
     peak = next((r for r in run.ask('peak', 0.2, directory, []) if 'peak' in r), None)
     if peak is None:
       print(
-        'error: a large product in bfloat16 did not run; python -m benchmarks.attention_peers says why'
+        'error: a large product in bfloat16 did not run; '
+        'python -m benchmarks.attention_peers says why'
       )
       return 1
     if not options.rehearse and peak['platform'] != 'gpu':
       print(
-        f'not measured: no GPU at hand, jax sees {peak["kind"]!r} ({peak["platform"]}); --rehearse runs the harness without one'
+        f'not measured: no GPU at hand, jax sees {peak["kind"]!r} ({peak["platform"]}); --rehearse '
+        'runs the harness without one'
       )
       return 1
     print(f'{peak["kind"]}: {peak["peak"] / 1e12:.3g} TFLOP/s of a large product in bfloat16')

@@ -231,8 +231,8 @@ def main():
       )
     rows = [[*row, row[1] / rows[0][1]] for row in rows]
     common.table(
-      f'{options.model}, batch {batch}, {PROMPT} + {NEW} tokens, {best[next(iter(best))]["device"]}, '
-      f'{bandwidth / 1e9:.1f} GB/s measured',
+      f'{options.model}, batch {batch}, {PROMPT} + {NEW} tokens, '
+      f'{best[next(iter(best))]["device"]}, {bandwidth / 1e9:.1f} GB/s measured',
       [
         '',
         'tokens/s',

@@ -85,7 +85,8 @@ def main():
     }
   plain = results['plain']['tokens_per_second']
   common.table(
-    f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + {options.max_new_tokens} tokens each, greedy',
+    f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + '
+    f'{options.max_new_tokens} tokens each, greedy',
     ['', 'tokens/s', 'x plain', 'drafts kept', 'of', 'stopped drafting'],
     [
       [

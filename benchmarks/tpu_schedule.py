@@ -276,7 +276,8 @@ def best_steps(topology: str, width: int) -> dict[str, dict]:
         break
     else:
       raise RuntimeError(
-        f'no {direction} step of {sizes} compiles for {topology} with heads {width} wide, in bfloat16 and in f32'
+        f'no {direction} step of {sizes} compiles for {topology} with heads {width} wide, in '
+        'bfloat16 and in f32'
       )
   return best
 

@@ -95,7 +95,8 @@ def main():
   a, b = rows
   rows.append(['ratio', a[1] / b[1], '', a[3] / b[3], a[4] / b[4], a[5] / b[5]])
   common.table(
-    f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x {data.sequence_length}',
+    f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x '
+    f'{data.sequence_length}',
     ['', 'tokens/s', 'of the fastest GEMM', 'own GEMM GFLOP/s', 'peak RSS GiB', 'first step s'],
     rows,
   )

@@ -299,7 +299,8 @@ def main() -> int:
   platform, kind = device()
   if platform != 'gpu' and not options.rehearse:
     print(
-      f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); --rehearse runs the harness without one'
+      f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); '
+      '--rehearse runs the harness without one'
     )
     return 1
   from analysis import hardware
@@ -313,7 +314,8 @@ def main() -> int:
       )
       found['tokens'] = TOKENS // 128 if options.rehearse else TOKENS
       print(
-        f'{side}, {length}: {found.get("error") or format(found["step_seconds"], ".3f") + " s a step"}',
+        f'{side}, {length}: '
+        f'{found.get("error") or format(found["step_seconds"], ".3f") + " s a step"}',
         flush=True,
       )
   show(results, None if options.rehearse else hardware.peak(hardware.lookup(kind), 'bfloat16'))

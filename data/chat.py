@@ -54,8 +54,8 @@ class ChatTemplate:
     """
     if not tokenizer.chat_templates:
       raise ValueError(
-        f'this {tokenizer.kind!r} tokenizer has no chat template (the model may be a base model): put a '
-        'chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)'
+        f'this {tokenizer.kind!r} tokenizer has no chat template (the model may be a base model): '
+        'put a chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)'
       )
     names.check('chat template', name, tokenizer.chat_templates)
     return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)

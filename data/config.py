@@ -115,8 +115,8 @@ class TokenizerConfig:
       )
     if self.kind == 'huggingface' and not self.path:
       raise ValueError(
-        "tokenizer.path='' with kind='huggingface': give the directory that holds its tokenizer.json, "
-        "or train one here with kind='sentencepiece'"
+        "tokenizer.path='' with kind='huggingface': give the directory that holds its "
+        "tokenizer.json, or train one here with kind='sentencepiece'"
       )
     if self.vocabulary < 0 or self.vocabulary > 2**31 - 1:
       raise ValueError(
@@ -124,8 +124,8 @@ class TokenizerConfig:
       )
     if self.trained and 0 < self.vocabulary < 512:
       raise ValueError(
-        f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 special '
-        "ones come first; use kind='byte' for a smaller one"
+        f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 '
+        "special ones come first; use kind='byte' for a smaller one"
       )
     if self.training_bytes < 1000:
       raise ValueError(f'tokenizer.training_bytes={self.training_bytes} must be >= 1000')
@@ -176,7 +176,8 @@ class DataConfig:
       )
     if not 0 < self.validation_fraction < 1:
       raise ValueError(
-        f'data.validation_fraction={self.validation_fraction} must be between 0 and 1, both excluded'
+        f'data.validation_fraction={self.validation_fraction} must be between '
+        '0 and 1, both excluded'
       )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'data.seed={self.seed} must be in [0, 2**32)')

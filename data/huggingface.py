@@ -253,8 +253,8 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
   for content in [*_roles(settings).values(), *listed]:
     if content not in added and content not in vocabulary:
       raise ValueError(
-        f'{SETTINGS} names the special token {content!r}, which has no id in {DEFINITION}: add it there '
-        "with the number of the model's row for it, or remove it from the settings"
+        f'{SETTINGS} names the special token {content!r}, which has no id in {DEFINITION}: add it '
+        "there with the number of the model's row for it, or remove it from the settings"
       )
     added.setdefault(content, rules | {'content': content, 'id': vocabulary.get(content)})[
       'special'
@@ -282,8 +282,8 @@ def _anonymous(definition: dict, control: dict[str, int]) -> dict:
     merges = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model['merges']]
     for part in control.keys() & {part for merge in merges for part in merge}:
       raise ValueError(
-        f'{part!r} is a control token, and a piece of text too: merges in {DEFINITION} make longer pieces '
-        f'from it; name another token in {SETTINGS}'
+        f'{part!r} is a control token, and a piece of text too: merges in {DEFINITION} make longer '
+        f'pieces from it; name another token in {SETTINGS}'
       )
     model['merges'] = [merge for merge in merges if ''.join(merge) not in control]
   added = [
@@ -309,8 +309,9 @@ def _build(definition: dict):
     given = built.token_to_id(token['content'])
     if given != token['id']:
       raise ValueError(
-        f'the added token {token["content"]!r} has id {token["id"]} in the files, but the tokenizers '
-        f'library gives it {given}: ids of added tokens must follow the vocabulary without gaps'
+        f'the added token {token["content"]!r} has id {token["id"]} in the files, but the '
+        f'tokenizers library gives it {given}: '
+        'ids of added tokens must follow the vocabulary without gaps'
       )
   return built
 

@@ -109,8 +109,9 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
   prepared = _load(config, directory, plan, log)
   train, held_out = prepared.report['packing']['train'], prepared.report['validation']
   log(
-    f'data: loaded {directory} in {time.perf_counter() - began:.2f} s: {sum(entry["pairs"] for entry in train):,} '
-    f'training tokens in {sum(entry["rows"] for entry in train):,} rows of {config.sequence_length}, '
+    f'data: loaded {directory} in {time.perf_counter() - began:.2f} s: '
+    f'{sum(entry["pairs"] for entry in train):,} training tokens in '
+    f'{sum(entry["rows"] for entry in train):,} rows of {config.sequence_length}, '
     f'{held_out["tokens"]:,} held out ({held_out["bytes"]:,} bytes)'
   )
   return prepared
@@ -205,7 +206,8 @@ def _build_corpus(
     None if 'bos_token' in made.special_tokens else {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
   )
   log(
-    f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s'
+    f'data: {made.kind} tokenizer of {made.vocabulary} ids in '
+    f'{report["seconds"]["tokenizer"]:.1f} s'
     + (f'; it has no bos, so documents begin with its {special}' if special else '')
   )
 
@@ -218,7 +220,8 @@ def _build_corpus(
   log(
     f'data: encoded {total / 1e6:.1f} MB in {report["seconds"]["encode"]:.1f} s, '
     f'{report["tokenizer"]["bytes_per_token"]:.2f} bytes per token, '
-    f'{report["tokenizer"]["characters_lost"]} characters lost in {report["tokenizer"]["documents_lost"]} documents'
+    f'{report["tokenizer"]["characters_lost"]} characters lost in '
+    f'{report["tokenizer"]["documents_lost"]} documents'
   )
   cache.write_index(directory, written, report)
 
@@ -403,7 +406,8 @@ def _load(
     cache.check(where, index['files'], contents=size <= cache.CHECK_BYTES)
   if size > cache.CHECK_BYTES:
     log(
-      f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB; Prepared.verify() reads them'
+      f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB; '
+      'Prepared.verify() reads them'
     )
   report = indices[directory]['report'] | {'packing': indices[plan]['report']}
   for of, counts in zip(config.sources, report['sources']):
@@ -444,8 +448,9 @@ def _describe(counts: dict) -> str:
   source = counts['source']
   return (
     f'data: {source["kind"]} {source["path"]}: read {counts["read"]["documents"]:,} documents '
-    f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: {listed(counts["problems"])}; '
-    f'dropped: {listed(counts["dropped"])}; masked: {listed(counts["anonymised"])}'
+    f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: '
+    f'{listed(counts["problems"])}; dropped: {listed(counts["dropped"])}; masked: '
+    f'{listed(counts["anonymised"])}'
   )
 
 

@@ -77,8 +77,8 @@ class Tokenizer:
     """
     if special:
       raise ValueError(
-        f'special=True: text can\'t name the control tokens of a {self.kind!r} tokenizer; use one of '
-        "kind='huggingface', or put their ids (bos, eos) around the text's"
+        f"special=True: text can't name the control tokens of a {self.kind!r} tokenizer; use one "
+        "of kind='huggingface', or put their ids (bos, eos) around the text's"
       )
     return self.encode_arrays([in_utf8(text)])[0].tolist()
 
@@ -131,8 +131,8 @@ def in_utf8(text: str) -> str:
     text.encode()
   except UnicodeEncodeError as error:
     raise ValueError(
-      f'a text has {text[error.start]!r} at {error.start}, half of a surrogate pair, which UTF-8 cannot hold; take it out, '
-      'or give both halves as one character'
+      f'a text has {text[error.start]!r} at {error.start}, half of a surrogate pair, which UTF-8 '
+      'cannot hold; take it out, or give both halves as one character'
     ) from error
   return text
 
@@ -204,7 +204,8 @@ class SentencePieceTokenizer(Tokenizer):
     self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     if processor.eos_id() < 0:
       raise ValueError(
-        'this SentencePiece model has no eos id, so no document could end; train one with eos_id >= 0'
+        'this SentencePiece model has no eos id, so no document could end; '
+        'train one with eos_id >= 0'
       )
     pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
     super().__init__(

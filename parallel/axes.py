@@ -63,7 +63,8 @@ def spec(*axes: str | None) -> P:
     for mesh_axis in entry:
       if mesh_axis in used:
         raise ValueError(
-          f'logical axes {used[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis {mesh_axis!r}'
+          f'logical axes {used[mesh_axis]!r} and {axis!r} of {axes} both map '
+          f'to mesh axis {mesh_axis!r}'
         )
       used[mesh_axis] = axis
     entry = tuple(a for a in entry if free.get(a, 2) > 1)

@@ -91,13 +91,14 @@ def connect(
   if any(given.values()):
     if not all(given.values()):
       raise ValueError(
-        f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes need {", ".join(given)}; one '
-        'process needs none of them'
+        f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes '
+        f'need {", ".join(given)}; one process needs none of them'
       )
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal():
       raise ValueError(
-        f'--coordinator={coordinator} is not HOST:PORT; give the address of process 0 and a free port there'
+        f'--coordinator={coordinator} is not HOST:PORT; '
+        'give the address of process 0 and a free port there'
       )
     if not 0 <= process < processes:
       raise ValueError(
@@ -105,7 +106,8 @@ def connect(
       )
     # jax gives up with an abort that does not say for whom it waited.
     print(
-      f'process {process} of {processes} meets the others at {coordinator}, within {MEETING_TIMEOUT} s or not at all',
+      f'process {process} of {processes} meets the others at {coordinator}, within '
+      f'{MEETING_TIMEOUT} s or not at all',
       flush=True,
     )
     jax.distributed.initialize(
@@ -124,8 +126,8 @@ def connect(
         raise
       if 'JOB_COMPLETION_INDEX' in os.environ:
         raise ValueError(
-          'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes only; install '
-          f'jax[k8s], or give {", ".join(given)}'
+          'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes '
+          f'only; install jax[k8s], or give {", ".join(given)}'
         ) from error
   if count() > 1:
     print(f'{_who()}: {jax.local_device_count()} of {jax.device_count()} devices', flush=True)
@@ -181,7 +183,8 @@ def _leave(error: BaseException, heartbeat_timeout: int) -> None:
     # When a process is lost, the collectives of the others fail,
     # often before it is known which one it was.
     print(
-      f'{_who()} failed. If it was because another one is lost, that one will be named within {heartbeat_timeout} s',
+      f'{_who()} failed. If it was because another one is lost, that one will be named within '
+      f'{heartbeat_timeout} s',
       file=sys.stderr,
       flush=True,
     )
@@ -264,7 +267,8 @@ def check_same(what: str, value: str) -> None:
   others = differing(value)
   if others:
     raise ValueError(
-      f'{what} of processes {others} are not those of process 0; start all with the same command on the same files'
+      f'{what} of processes {others} are not those of process 0; '
+      'start all with the same command on the same files'
     )
 
 
@@ -280,7 +284,8 @@ def check_shared(path: str | os.PathLike) -> None:
       return
     time.sleep(LOOK_SECONDS)
   raise ValueError(
-    f'processes {others} do not see {path} as process 0 wrote it; give a --workdir on a file system that all of them share'
+    f'processes {others} do not see {path} as process 0 wrote it; give a --workdir on a file '
+    'system that all of them share'
   )
 
 

@@ -47,16 +47,18 @@ class MeshConfig:
     for axis, size in sizes.items():
       if size < 1 and size != -1:
         raise ValueError(
-          f'mesh.{axis}={size} is not a size; give 1 or more, or -1 on one axis for the devices left'
+          f'mesh.{axis}={size} is not a size; give 1 or more, '
+          'or -1 on one axis for the devices left'
         )
     if sum(size == -1 for size in sizes.values()) > 1:
       raise ValueError(
-        f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is left, give the others '
-        'their size, as in --config.mesh.data=1'
+        f'mesh has -1 on {[a for a in AXES if sizes[a] == -1]}; only one axis can take what is '
+        'left, give the others their size, as in --config.mesh.data=1'
       )
     if self.zero not in (1, 2, 3):
       raise ValueError(
-        f'mesh.zero={self.zero} must be 1, 2 or 3; for copies of everything use mesh.data instead of mesh.fsdp'
+        f'mesh.zero={self.zero} must be 1, 2 or 3; '
+        'for copies of everything use mesh.data instead of mesh.fsdp'
       )
 
   def sizes(self) -> dict[str, int]:
@@ -70,13 +72,14 @@ class MeshConfig:
     if -1 not in sizes.values():
       if known != devices:
         raise ValueError(
-          f'mesh {sizes} needs {known} devices, {devices} are here; set one axis to -1 to take what is left'
+          f'mesh {sizes} needs {known} devices, {devices} are here; '
+          'set one axis to -1 to take what is left'
         )
       return sizes
     if devices % known:
       raise ValueError(
-        f'mesh {sizes} cannot divide {devices} devices: the fixed axes take {known}, which does not divide '
-        f'{devices}; change one of them'
+        f'mesh {sizes} cannot divide {devices} devices: the fixed axes take {known}, which does '
+        f'not divide {devices}; change one of them'
       )
     return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
@@ -115,7 +118,8 @@ def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
     return {}
   if len(set(counts.values())) > 1:
     raise ValueError(
-      f'slices hold different numbers of devices, {dict(sorted(counts.items()))} by index; give as many of each'
+      f'slices hold different numbers of devices, {dict(sorted(counts.items()))} by index; '
+      'give as many of each'
     )
   data = math.gcd(sizes['data'], slices)
   if sizes['stage'] % (slices // data) == 0:
@@ -124,8 +128,8 @@ def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
   if devices[0].platform != 'tpu':
     return {}
   raise ValueError(
-    f'mesh.data={sizes["data"]} and mesh.stage={sizes["stage"]} do not divide over {slices} slices, whose network only '
-    f'these two may cross; make one of them a multiple of {slices}'
+    f'mesh.data={sizes["data"]} and mesh.stage={sizes["stage"]} do not divide over {slices} '
+    f'slices, whose network only these two may cross; make one of them a multiple of {slices}'
   )
 
 

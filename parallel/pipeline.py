@@ -62,12 +62,13 @@ class PipelineConfig:
     names.check('model.pipeline.schedule', self.schedule, SCHEDULES)
     if self.microbatches < 0:
       raise ValueError(
-        f'model.pipeline.microbatches={self.microbatches} must be at least 1, or 0 for as many as there are stages'
+        f'model.pipeline.microbatches={self.microbatches} must be at least 1, '
+        'or 0 for as many as there are stages'
       )
     if self.repeats < 1 or (self.repeats > 1) != (self.schedule == 'circular'):
       raise ValueError(
-        f'model.pipeline.repeats={self.repeats} does not suit model.pipeline.schedule={self.schedule!r}: '
-        "'circular' takes 2 or more, the others 1"
+        f'model.pipeline.repeats={self.repeats} does not suit '
+        f"model.pipeline.schedule={self.schedule!r}: 'circular' takes 2 or more, the others 1"
       )
 
   def count(self, stages: int) -> int:
@@ -77,8 +78,9 @@ class PipelineConfig:
     M = self.microbatches or stages
     if self.repeats > 1 and M % stages:
       raise ValueError(
-        f"model.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in the 'circular' schedule as many "
-        "microbatches as stages go round together; make it a multiple, or use 'gpipe'"
+        f'model.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in the '
+        "'circular' schedule as many microbatches as stages go round together; "
+        "make it a multiple, or use 'gpipe'"
       )
     return M
 
@@ -145,8 +147,9 @@ def check(field: str, periods, config: PipelineConfig, stages: int) -> None:
   if blocks % (stages * config.repeats):
     what = 'layers' if len(kinds) == 1 else f'repeats of a period of {len(kinds)} layers'
     raise ValueError(
-      f'{field}: {blocks} {what} do not split over mesh.stage={stages} x model.pipeline.repeats={config.repeats}; make '
-      'them a multiple, or the stages or repeats fewer'
+      f'{field}: {blocks} {what} do not split over mesh.stage={stages} x '
+      f'model.pipeline.repeats={config.repeats}; make them a multiple, '
+      'or the stages or repeats fewer'
     )
   config.count(stages)
 
@@ -447,8 +450,8 @@ def _split(x, M):
   B, devices = x.shape[0], ax.size('batch')
   if B % (M * devices):
     raise ValueError(
-      f'{B} rows do not split into model.pipeline.microbatches={M} on {devices} devices of data, fsdp and expert; make '
-      'the batch a multiple of both, or the microbatches fewer'
+      f'{B} rows do not split into model.pipeline.microbatches={M} on {devices} devices of data, '
+      'fsdp and expert; make the batch a multiple of both, or the microbatches fewer'
     )
   return jnp.moveaxis(_reshape(x, (B // M, M), 1, split=True), 1, 0)
 

@@ -77,12 +77,13 @@ class Remat:
       )
     if self.policy == 'none' and (self.save or self.offload):
       raise ValueError(
-        f"remat='none' keeps everything on the device; remat_save={self.save} and remat_offload={self.offload} need "
-        "remat='full', 'sqrt' or 'dots'"
+        f"remat='none' keeps everything on the device; remat_save={self.save} and "
+        f"remat_offload={self.offload} need remat='full', 'sqrt' or 'dots'"
       )
     if self.policy == 'dots' and self.offload:
       raise ValueError(
-        f"remat='dots' keeps products on the device; remat_offload={self.offload} needs remat='full' or 'sqrt'"
+        f"remat='dots' keeps products on the device; remat_offload={self.offload} needs "
+        "remat='full' or 'sqrt'"
       )
 
   def alone(self, layers) -> bool:

@@ -280,9 +280,10 @@ def test_every_slice_may_take_part(mesh):
     {'devices': np.array(devices, object).reshape(2, 4), 'axis_names': ('data', 'fsdp'), 'size': 8},
   )()
   send = (
-    'HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n  %x = f32[1024]{0} parameter(0)\n  %t = token[] after-all()\n'
-    '  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, frontend_attributes={'
-    '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n'
+    'HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n  %x = f32[1024]{0} parameter(0)\n  '
+    '%t = token[] after-all()\n  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), '
+    'is_host_transfer=true, '
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n'
   )
   for target, kind in (
     ('{1:2}x{0:3}', 'all-reduce'),

@@ -266,8 +266,8 @@ def test_tpu_vm_trains_with_the_flags_given_once_at_a_time_until_it_is_stopped(t
   (home / 'tandem' / '.venv' / 'bin').mkdir(parents=True)
   python = home / 'tandem' / '.venv' / 'bin' / 'python'
   python.write_text(
-    f'#!/bin/bash\nexec {sys.executable} -c "import json, sys, time; print(json.dumps(sys.argv[1:]), flush=True)\n'
-    'time.sleep(60)" "$@"\n'
+    f'#!/bin/bash\nexec {sys.executable} -c "import json, sys, time; '
+    'print(json.dumps(sys.argv[1:]), flush=True)\ntime.sleep(60)" "$@"\n'
   )
   python.chmod(0o755)
   output = home / 'tandem' / 'train.log'

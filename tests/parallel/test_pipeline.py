@@ -301,9 +301,11 @@ def test_rows_that_do_not_split_raise():
 def test_the_log_line_names_schedule_bubble_and_what_is_not_split():
   deepseek = ModelConfig(layers=9, moe=MoEConfig(experts=2, first=1))
   assert pipeline.describe(deepseek.stacks, PipelineConfig(microbatches=8), 4) == (
-    'pipeline: gpipe, 4 stages x 8 microbatches, bubble 27.3%; 1 layers are not split: every stage runs them'
+    'pipeline: gpipe, 4 stages x 8 microbatches, bubble 27.3%; 1 layers are not split: '
+    'every stage runs them'
   )
   circular = PipelineConfig(schedule='circular', repeats=2, microbatches=8)
   assert pipeline.describe(ModelConfig(layers=8).stacks, circular, 4) == (
-    'pipeline: circular, 4 stages x 8 microbatches x 2 repeats, bubble 15.8% (without repeats 27.3%)'
+    'pipeline: circular, 4 stages x 8 microbatches x 2 repeats, '
+    'bubble 15.8% (without repeats 27.3%)'
   )
