@@ -43,7 +43,8 @@ class Law:
     """Parameters and tokens of the least loss with 6 N D = flops
     (Hoffmann et al., arXiv:2203.15556, equation 4):
 
-        N = G (C / 6)^(beta / (alpha + beta)), D = (C / 6) / N, G = (alpha A / (beta B))^(1 / (alpha + beta))
+        N = G (C / 6)^(beta / (alpha + beta))      G = (alpha A / (beta B))^(1 / (alpha + beta))
+        D = (C / 6) / N
 
     Raises ValueError for a budget that is not positive.
     """
@@ -69,10 +70,11 @@ class Fleet:
   """What computes, and at what price.
 
   Attributes:
-    chip: of analysis.hardware. chips: how many.
-      mfu: share of their bfloat16 peak that becomes model FLOPs.
-    rate: dollars per chip-hour; watts: of a chip with its share of the host;
-      None: unknown, and so is what follows from it.
+    chip: of analysis.hardware.
+    chips: how many.
+    mfu: share of their bfloat16 peak that becomes model FLOPs.
+    rate: dollars per chip-hour; None: unknown, and so is what follows from it.
+    watts: of a chip with its share of the host; None likewise.
     pue: power usage effectiveness of the data centre.
   Raises ValueError for values that make no sense.
   """

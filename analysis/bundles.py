@@ -16,7 +16,8 @@ def dump_flags(directory: str) -> str:
   """LIBTPU_INIT_ARGS for a process, set before it loads libtpu:
   the last pass of every kernel that it compiles goes to `directory`.
   """
-  return f'--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*'
+  flags = ['dump_to=' + directory, 'dump_llo_text=true', 'dump_llo_pass_label_regex=final.*']
+  return ' '.join('--xla_jf_' + flag for flag in flags)
 
 
 @dataclasses.dataclass(frozen=True)

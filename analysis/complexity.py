@@ -1,7 +1,8 @@
 """Do training and generation cost what every course says? Memory, operations, time and calls,
 measured against length and depth.
 
-    python -m analysis.complexity [--json FILE] [--plot FILE.png] [--quick] [--times] [--topology v5e:1x1]
+    python -m analysis.complexity [--json FILE] [--plot FILE.png] [--quick] [--times]
+                                  [--topology v5e:1x1]
 
 T tokens of a sequence · L layers. Compiled for and run on the CPU, in f32, one sequence. Two small
 models, each with the sizes that leave one term in sight: along T heads wider than the model, so
@@ -55,7 +56,9 @@ AXES = {
       sizes=(64, 256, 1024, 4096),
     ),
   },
-  'tpu': {  # whose tiles are 128 wide; parameters are not cast, or a copy of them all would hide what is between layers
+  # A TPU's tiles are 128 wide. Parameters are not cast: a copy of them all would hide what is
+  # between layers.
+  'tpu': {
     'T': dict(
       base=dict(
         width=128,
@@ -130,9 +133,11 @@ class Way:
   """One way to train or to generate, and what courses say that it costs.
 
   Attributes:
-    name. build: (config, T) -> function of a model and one more argument, and that argument,
-    abstract. taught: quantity -> powers of T and L. calls: forward calls as taught, of T. model:
-    changes of the config.
+    name: as the tables have it.
+    build: (config, T) -> function of a model and one more argument, and that argument, abstract.
+    taught: quantity -> powers of T and L.
+    calls: forward calls as taught, of T.
+    model: changes of the config.
   """
 
   name: str

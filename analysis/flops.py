@@ -42,7 +42,8 @@ def forward_flops_per_token(
   """FLOPs of one token's forward pass: 2 x (weights that multiply it)
   + attention's two products, summed over layers.
 
-      2 [2 D N H + 2 D K H + g D F] + 4 N H keys, each layer, and 2 D V,    g = 3 if gated else 2, keys = mean_keys(...)
+      2 [2 D N H + 2 D K H + g D F] + 4 N H keys, each layer, and 2 D V,
+      g = 3 if gated else 2, keys = mean_keys(...)
 
   keys follows the layer's window. Of a layer with experts, F is that of the experts that see a
   token (those chosen and the shared one), and the router adds D E. Latent attention counts its own

@@ -10,7 +10,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-_TERA, _GIGA, _GIB = 1e12, 1e9, 2**30
+_TERA = 1e12
+_GIGA = 1e9
+_GIB = 2**30
 DTYPES = ('bfloat16', 'float16', 'float32', 'int8')
 
 
@@ -32,8 +34,8 @@ class Chip:
   128^2 multiply-adds up to v5p, 4 x 256^2 in v6e and 7x (the compiler's own estimate of a large
   product comes to 87-97% of the peak at that clock). `torus` counts the dimensions of a TPU's
   links, 0 where they meet in a switch; a side of a topology that is a multiple of `wraps` closes
-  into a ring. `network` is bytes/s per chip between slices or nodes,
-  in one direction, None where unpublished.
+  into a ring. `network` is bytes/s per chip between slices or nodes, in one direction, None where
+  unpublished.
 
   `cores` counts TensorCores on a TPU, 1 on a GPU. `devices` is how many jax devices one chip shows
   up as: a TPU v4 or v5p fuses its two cores into one device ("megacore"), a TPU 7x shows each of
@@ -59,126 +61,87 @@ class Chip:
   usable: float | None = None
 
 
-def _chips(columns: dict[str, float], rows, same: dict[str, str]) -> tuple[Chip, ...]:
-  """A chip of each row: name, kinds, then a value of each column, in the unit given with it;
-  None is none, or not published.
+# A chip a row: its name, jax's names for its kind, and a value a column; -: none, or not published.
+_TPUS = """
+        | kinds                | bf16  int8  hbm usable hbm/s  ici/s network clock
+TPU v4  | TPU v4               |  275   275   32  30.75  1200    600       -  1.05
+TPU v5e | TPU v5 lite, TPU v5e |  197   393   16  15.75   819    400   3.125   1.5
+TPU v5p | TPU v5, TPU v5p      |  459   918   95  95.73  2765   1200    6.25  1.75
+TPU v6e | TPU v6 lite, TPU v6e |  918  1836   32  31.24  1638    800    12.5  1.75
+TPU 7x  | TPU7x                | 2307     -  192 189.48  7380   1200       -   2.2
+"""
+_TORUS = """
+        | torus wraps cores devices watts
+TPU v4  |     3     4     2       1   192
+TPU v5e |     2    16     1       1     -
+TPU v5p |     3     4     2       1     -
+TPU v6e |     2    16     1       1     -
+TPU 7x  |     3     4     2       2     -
+"""
+_GPUS = """
+               | kinds                 |  bf16  tf32   int8  hbm hbm/s nvlink/s network watts
+A100 40GB SXM  | NVIDIA A100-SXM4-40GB |   312   156    624   40  1555      600       -   400
+A100 40GB PCIe | NVIDIA A100-PCIE-40GB |   312   156    624   40  1555      600       -   250
+A100 80GB SXM  | NVIDIA A100-SXM4-80GB |   312   156    624   80  2039      600       -   400
+A100 80GB PCIe | NVIDIA A100 80GB PCIe |   312   156    624   80  1935      600       -   300
+H100 SXM       | NVIDIA H100 80GB HBM3 | 989.4 494.7 1978.9   80  3350      900      50   700
+H100 PCIe      | NVIDIA H100 PCIe      |   756   378   1513   80  2000      600       -   350
+H200 SXM       | NVIDIA H200           | 989.4 494.7 1978.9  141  4800      900       -   700
+B200           | NVIDIA B200           |  2250  1100   4500  180  8000     1800       -  1000
+"""
+# The fields of the columns that are not named as their fields, and units of all but plain numbers.
+_FIELDS = {
+  'bf16': 'bfloat16',
+  'tf32': 'float32',
+  'hbm': 'hbm_bytes',
+  'hbm/s': 'hbm_bandwidth',
+  'ici/s': 'interconnect',
+  'nvlink/s': 'interconnect',
+}
+_UNITS = {
+  'bfloat16': _TERA,
+  'float32': _TERA,
+  'int8': _TERA,
+  'hbm_bandwidth': _GIGA,
+  'interconnect': _GIGA,
+  'network': _GIGA,
+  'clock': _GIGA,
+}
 
-  same: fields that are as another one is.
-  """
 
-  def one(name, kinds, *values):
-    found = {
-      column: value and value * unit
-      for (column, unit), value in zip(columns.items(), values, strict=True)
-    }
-    return Chip(
-      name=name, kinds=kinds, **found, **{field: found[other] for field, other in same.items()}
-    )
+def _rows(table: str, **units: float) -> dict[str, dict]:
+  """name -> field -> value of each row of a table, in bytes, FLOP/s, ... by _UNITS and `units`."""
+  head, *rows = [
+    [cell.strip() for cell in line.split('|')] for line in table.strip('\n').split('\n')
+  ]
+  fields = [_FIELDS.get(column, column) for column in head[-1].split()]
+  units = _UNITS | units
 
-  return tuple(one(*row) for row in rows)
+  def value(field, text):
+    if text == '-':
+      return None
+    return (float(text) if '.' in text else int(text)) * units.get(field, 1)
+
+  chips = {}
+  for name, *kinds, values in rows:
+    chip = {field: value(field, text) for field, text in zip(fields, values.split(), strict=True)}
+    if kinds:
+      chip['kinds'] = tuple(kinds[0].split(', '))
+    chips[name] = chip
+  return chips
 
 
-_TPUS = _chips(
-  {
-    'bfloat16': _TERA,
-    'int8': _TERA,
-    'hbm_bytes': _GIB,
-    'usable': _GIB,
-    'hbm_bandwidth': _GIGA,
-    'interconnect': _GIGA,
-    'network': _GIGA,
-    'clock': _GIGA,
-    'torus': 1,
-    'wraps': 1,
-    'cores': 1,
-    'devices': 1,
-    'watts': 1,
-  },
-  [
-    # name, kinds                            bf16  int8  hbm  usable  hbm/s  ici/s  network  clock  torus  wraps  cores  devices  watts
-    ('TPU v4', ('TPU v4',), 275, 275, 32, 30.75, 1200, 600, None, 1.05, 3, 4, 2, 1, 192),
-    (
-      'TPU v5e',
-      ('TPU v5 lite', 'TPU v5e'),
-      197,
-      393,
-      16,
-      15.75,
-      819,
-      400,
-      3.125,
-      1.5,
-      2,
-      16,
-      1,
-      1,
-      None,
-    ),
-    (
-      'TPU v5p',
-      ('TPU v5', 'TPU v5p'),
-      459,
-      918,
-      95,
-      95.73,
-      2765,
-      1200,
-      6.25,
-      1.75,
-      3,
-      4,
-      2,
-      1,
-      None,
-    ),
-    (
-      'TPU v6e',
-      ('TPU v6 lite', 'TPU v6e'),
-      918,
-      1836,
-      32,
-      31.24,
-      1638,
-      800,
-      12.5,
-      1.75,
-      2,
-      16,
-      1,
-      1,
-      None,
-    ),
-    ('TPU 7x', ('TPU7x',), 2307, None, 192, 189.48, 7380, 1200, None, 2.2, 3, 4, 2, 2, None),
-  ],
-  same={'float32': 'bfloat16'},
-)
+def _chips() -> tuple[Chip, ...]:
+  """All rows. The compiler gives a TPU's memory in GiB, datasheets a GPU's in GB."""
+  tpus, torus = _rows(_TPUS, hbm_bytes=_GIB, usable=_GIB), _rows(_TORUS)
+  gpus = _rows(_GPUS, hbm_bytes=_GIGA)
+  return (
+    *(Chip(name=n, float32=c['bfloat16'], **c, **torus[n]) for n, c in tpus.items()),
+    *(Chip(name=n, float16=c['bfloat16'], **c) for n, c in gpus.items()),
+  )
 
-_GPUS = _chips(
-  {
-    'bfloat16': _TERA,
-    'float32': _TERA,
-    'int8': _TERA,
-    'hbm_bytes': _GIGA,
-    'hbm_bandwidth': _GIGA,
-    'interconnect': _GIGA,
-    'network': _GIGA,
-    'watts': 1,
-  },
-  [
-    # name, kinds                                    bf16   tf32    int8  hbm  hbm/s  nvlink/s  network  watts
-    ('A100 40GB SXM', ('NVIDIA A100-SXM4-40GB',), 312, 156, 624, 40, 1555, 600, None, 400),
-    ('A100 40GB PCIe', ('NVIDIA A100-PCIE-40GB',), 312, 156, 624, 40, 1555, 600, None, 250),
-    ('A100 80GB SXM', ('NVIDIA A100-SXM4-80GB',), 312, 156, 624, 80, 2039, 600, None, 400),
-    ('A100 80GB PCIe', ('NVIDIA A100 80GB PCIe',), 312, 156, 624, 80, 1935, 600, None, 300),
-    ('H100 SXM', ('NVIDIA H100 80GB HBM3',), 989.4, 494.7, 1978.9, 80, 3350, 900, 50, 700),
-    ('H100 PCIe', ('NVIDIA H100 PCIe',), 756, 378, 1513, 80, 2000, 600, None, 350),
-    ('H200 SXM', ('NVIDIA H200',), 989.4, 494.7, 1978.9, 141, 4800, 900, None, 700),
-    ('B200', ('NVIDIA B200',), 2250, 1100, 4500, 180, 8000, 1800, None, 1000),
-  ],
-  same={'float16': 'bfloat16'},
-)
 
-CHIPS = _TPUS + _GPUS
+CHIPS = _chips()
 _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.kinds}
 
 

@@ -4,8 +4,9 @@ TPU: XLA operations take their estimated cycles / clock, Pallas kernels what the
 roofline, our attention the bundles of its tiles if that is more, collectives what their bytes take
 on the links, less what runs beside them. Against hardware this came within 10% on forward attention
 kernels and was optimistic backward; stalls of memory, throttling and imbalance are not modelled: it
-ranks, it does not certify. GPU: no cycles are estimated;
-every operation takes its roofline at EFFICIENCY.
+ranks, it does not certify.
+
+GPU: no cycles are estimated; every operation takes its roofline at EFFICIENCY.
 """
 
 import collections
@@ -26,20 +27,21 @@ from kernels.tuning import TILE
 # Of the peaks, what large products and copies reach
 # on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
-# kernels of kernels.flash_tpu by name
+# Kernels of kernels.flash_tpu, by name.
 ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}
 # cuDNN's attention: products by direction, and the share of an H100's peak that was published for
 # head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
 # backward (arXiv:2407.08608, figures 5 and 6).
 CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
-# ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
+# Ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
 CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52
-# bytes/s a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
+# Bytes/s of a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
 HOST_BANDWIDTH = 16e9
 ERROR = {
-  'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls dominate; it ranks, it does not certify',
-  'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute and '
-  f'{EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%',
+  'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls '
+  'dominate; it ranks, it does not certify',
+  'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak '
+  f'compute and {EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%',
 }
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is the part that is written

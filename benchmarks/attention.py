@@ -1,8 +1,12 @@
 """Is our attention for GPUs the fastest there is?
 Beside cuDNN, jax's own Mosaic GPU kernel and torch's kernels, all in one run.
 
-    python -m benchmarks.attention [--quick] [--budget 540] [--json benchmarks/results/attention_h100.json]        (needs a GPU)
-    python -m benchmarks.attention --rehearse        the whole harness at toy sizes on this CPU: tests it, measures nothing
+    python -m benchmarks.attention [--quick] [--budget 540]
+                                   [--json benchmarks/results/attention_h100.json]
+    python -m benchmarks.attention --rehearse
+
+The first needs a GPU; --rehearse runs the whole harness at toy sizes on this CPU: it tests it and
+measures nothing.
 
 bfloat16, 16k tokens a batch (32k for rows of 32k), heads of 64, 128 or 256 that are 2048 wide
 together, as many key as query heads: what FlashAttention-3 was measured with (arXiv:2407.08608,

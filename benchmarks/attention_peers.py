@@ -343,7 +343,8 @@ def attempt(case: Case, function, *arguments):
   """
   try:
     return function(*arguments)
-  except Exception as error:  # compilers and kernels raise whatever they like, and the other cases are still wanted
+  # Compilers and kernels raise whatever they like, and the other cases are still wanted.
+  except Exception as error:
     report(case=case.name, error=in_a_line(error))
 
 

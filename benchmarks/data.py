@@ -36,8 +36,9 @@ import json, sys
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 source = SourceConfig(kind='jsonl', path=sys.argv[1], text_field='text')
-prepared = prepare(DataConfig(sources=(source,), tokenizer=TokenizerConfig(vocabulary=4096), cache_dir=sys.argv[2]),
-                   log=lambda line: print(line, file=sys.stderr, flush=True))
+tokenizer = TokenizerConfig(vocabulary=4096)
+config = DataConfig(sources=(source,), tokenizer=tokenizer, cache_dir=sys.argv[2])
+prepared = prepare(config, log=lambda line: print(line, file=sys.stderr, flush=True))
 print(json.dumps(prepared.report))
 """
 

@@ -1,9 +1,13 @@
-"""How fast is generation, and how near to what the memory allows? Ours beside HF transformers'
-generate, of the same Llama shape.
+"""How fast is generation, and how near to what the memory allows?
+Ours beside HF transformers' generate, of the same Llama shape.
 
-    python -m benchmarks.decode [--json FILE]                    (needs torch and transformers: make .venv/installed-oracle)
-    python -m benchmarks.decode --model=bench_1b --batches=1,8,64 --json benchmarks/results/decode_h100.json         (on a GPU)
-    python -m benchmarks.decode --capacity                       (ms a token against the cache's capacity)
+    python -m benchmarks.decode [--json FILE]
+    python -m benchmarks.decode --model=bench_1b --batches=1,8,64
+                                --json benchmarks/results/decode_h100.json
+    python -m benchmarks.decode --capacity
+
+The first needs torch and transformers (make .venv/installed-oracle), the second is for a GPU, the
+third prints ms a token against the cache's capacity.
 
 On a CPU bench-30M (benchmarks.train_cpu) in f32, on a GPU bench_1b or llama3_8b in bfloat16; random
 weights, greedy, a prompt of 128 tokens and 256 new ones, none of which ends a row. Each side runs

@@ -31,13 +31,28 @@ from parallel.mesh import make_mesh
 from training.config import Config, TrainConfig
 
 place, directory, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
-model = ModelConfig(vocabulary=1024, width=1024, layers=layers, heads=8, feed_forward=4096, max_length=16, remat='full')
-config = Config(model=model, data=DataConfig(sequence_length=16, batch_size=1), train=TrainConfig(offload_optimizer=place))
+model = ModelConfig(
+  vocabulary=1024,
+  width=1024,
+  layers=layers,
+  heads=8,
+  feed_forward=4096,
+  max_length=16,
+  remat='full',
+)
+config = Config(
+  model=model,
+  data=DataConfig(sequence_length=16, batch_size=1),
+  train=TrainConfig(offload_optimizer=place),
+)
 jax.set_mesh(make_mesh(config.mesh))
 make_state, step = train.make_program(config)
 target = train.make_target(config, make_state, jax.sharding.get_mesh(), directory)
-sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make_state).__dict__[name])) for name in
-         ('model', 'optimizer')}
+shapes = jax.eval_shape(make_state)
+sizes = {
+  name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(getattr(shapes, name)))
+  for name in ('model', 'optimizer')
+}
 state = train.begin_state(config, make_state, target)
 draw = np.random.default_rng(0).integers(0, 1024, (2, 1, 16)).astype(np.int32)
 batch = Batch(*draw, np.arange(16, dtype=np.int32)[None], np.ones_like(draw[0]))

@@ -1,7 +1,8 @@
 """Is our TPU attention scheduled better than jax's?
 Instruction bundles of both, compiled for TPUs that aren't here.
 
-    python -m benchmarks.tpu_schedule [--topologies v5e:1x1,v6e:1x1] [--widths 64,128,256] [--tune] [--json FILE]
+    python -m benchmarks.tpu_schedule [--topologies v5e:1x1,v6e:1x1] [--widths 64,128,256]
+                                      [--tune] [--json FILE]
 
 bfloat16, 8 heads; a tile is 1024 x 1024 pairs of a query and a key, forward and backward. A kernel
 may have two bodies: for tiles that the mask leaves whole, and for others. The bodies do not depend

@@ -1,7 +1,9 @@
 """Does training use the CPU better than torch does?
 The same Llama-shaped model, trained by us and by HF transformers.
 
-    python -m benchmarks.train_cpu [--json FILE] [--steps 8]        (needs torch and transformers: make .venv/installed-oracle)
+    python -m benchmarks.train_cpu [--json FILE] [--steps 8]
+
+Needs torch and transformers: make .venv/installed-oracle.
 
 bench-30M: vocabulary 8192, width 512, 8 layers, 8 heads, 4 kv heads, head width 64, feed-forward
 1408, f32, batch 8 x 512, AdamW, clipping. Each side runs in a process of its own, in turn, twice,

@@ -1,9 +1,14 @@
-"""Does training on a GPU run faster than with torch, and what is our attention worth there? A Llama
-of 1.1 billion parameters, in one run.
+"""Does training on a GPU run faster than with torch, and what is our attention worth there?
+A Llama of 1.1 billion parameters, in one run.
 
-    python -m benchmarks.train_gpu [--quick] [--budget 540] [--json benchmarks/results/train_h100.json]        (needs a GPU)
-    python -m benchmarks.train_gpu --rehearse        the whole harness with a toy model on this CPU: tests it, measures nothing
-    python -m benchmarks.train_gpu --predict         compiles each of our steps for an H100 that isn't here: memory and time, predicted
+    python -m benchmarks.train_gpu [--quick] [--budget 540]
+                                   [--json benchmarks/results/train_h100.json]
+    python -m benchmarks.train_gpu --rehearse
+    python -m benchmarks.train_gpu --predict
+
+The first needs a GPU. --rehearse runs the whole harness with a toy model on this CPU: tests it,
+measures nothing. --predict compiles each of our steps for an H100 that isn't here: memory and time,
+predicted.
 
 configs/bench_1b.py: bfloat16, AdamW in f32, 16k tokens a step, as 4 rows of 4k and as one of 16k.
 Each side runs in a process of its own. Tandem takes the step that train.py takes, with each kernel

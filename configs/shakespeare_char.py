@@ -1,7 +1,8 @@
 """nanoGPT's CPU setting on tinyshakespeare: characters, 4 layers, 4 heads,
 width 128, context 64, batch 12, 2,000 steps.
 
-    python train.py --config=configs/shakespeare_char.py --workdir=runs/shakespeare '--config.data.sources[0].path=input.txt'
+    python train.py --config=configs/shakespeare_char.py --workdir=runs/shakespeare \\
+      '--config.data.sources[0].path=input.txt'
 
 The text is data/tinyshakespeare/input.txt of karpathy/char-rnn (1.1 MB);
 the path is where you keep it.

@@ -366,7 +366,9 @@ def _sample(chunks: Iterable[str], share: float) -> Iterator[str]:
   return (chunk for i, chunk in enumerate(chunks) if int((i + 1) * share) > int(i * share))
 
 
-_CHUNK = 4000  # characters given to the trainer at a time; it skips sentences longer than max_sentence_length bytes
+# Characters given to the trainer at a time; it skips sentences longer than max_sentence_length
+# bytes.
+_CHUNK = 4000
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:

@@ -33,10 +33,20 @@ from training.optimizer import OptimizerConfig
 def get_config():
   return Config(
       model=ModelConfig(vocabulary=260, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
-      data=DataConfig(sources=(SourceConfig(kind='text', path='DIRECTORY/text.txt'),), clean=CleanConfig(near_duplicates=0.0),
-                      tokenizer=TokenizerConfig(kind='byte'), sequence_length=32, batch_size=8, split='tail', cache_dir='DIRECTORY/cache'),
+      data=DataConfig(
+          sources=(SourceConfig(kind='text', path='DIRECTORY/text.txt'),),
+          clean=CleanConfig(near_duplicates=0.0),
+          tokenizer=TokenizerConfig(kind='byte'),
+          sequence_length=32,
+          batch_size=8,
+          split='tail',
+          cache_dir='DIRECTORY/cache',
+      ),
       optimizer=OptimizerConfig(learning_rate=0.01, schedule='constant'),
-      train=TrainConfig(steps=40, log_every=1, save_every={SAVE_EVERY}, eval_every=10, eval_batches=1))
+      train=TrainConfig(
+          steps=40, log_every=1, save_every={SAVE_EVERY}, eval_every=10, eval_batches=1
+      ),
+  )
 '''
 
 
@@ -215,7 +225,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
     assert done.code == 0, done.error
     assert 'Traceback' not in done.error
     stopped = re.search(
-      rf'stopped after step (\d+): {signal.Signals(number).name}; the same command goes on from there',
+      rf'stopped after step (\d+): {signal.Signals(number).name}; '
+      'the same command goes on from there',
       done.out,
     )
     assert stopped and int(stopped[1]) >= step
@@ -438,7 +449,9 @@ from absl import flags
 import generate
 load = generate.Generator.load
 loaded = {}
-generate.Generator.load = lambda *given, **how: loaded.get(given) or loaded.setdefault(given, load(*given, **how))
+def load_once(*given, **how):
+  return loaded.get(given) or loaded.setdefault(given, load(*given, **how))
+generate.Generator.load = load_once
 for line in json.loads(sys.argv[1]):
   flags.FLAGS.unparse_flags()
   for name in flags.FLAGS:
@@ -475,8 +488,10 @@ def assert_said(found, words):
 
 def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_path):
   lines = {
-    rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out",
-    b'{"prompt": [1.7, 5]}': r'the prompt \[1.7, 5\] is neither a text nor ids, whole numbers in \[0, 259\)',
+    rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; "
+    'take it out',
+    b'{"prompt": [1.7, 5]}': r'the prompt \[1.7, 5\] is neither a text nor ids, '
+    r'whole numbers in \[0, 259\)',
     b'{"prompt": ["a", "b"]}': r"the prompt \['a', 'b'\] is neither a text nor ids",
     b'[]': 'a prompt has no ids; give at least one',
     b'[5, 259]': r'the id 259; this model has ids in \[0, 259\)',

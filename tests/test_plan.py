@@ -334,7 +334,8 @@ def test_what_cannot_run_raises(options, words, monkeypatch):
   [
     (
       {'data': 2, 'fsdp': 2, 'expert': 2},
-      r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; make it a multiple of 8',
+      r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; '
+      'make it a multiple of 8',
     ),
     ({'data': 1, 'tensor': 8}, r'model\.heads=4 does not split over mesh\.tensor=8'),
   ],

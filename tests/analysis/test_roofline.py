@@ -72,7 +72,8 @@ def test_a_step_adds_up_and_keeps_above_its_roofline(tpu_step):
 KERNEL = """HloModule m, is_scheduled=true
 ENTRY %main (x: bf16[1024,1024]) -> bf16[1024,1024] {
   %x = bf16[1024,1024]{1,0} parameter(0)
-  ROOT %my_kernel.1 = bf16[1024,1024]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":COST}
+  ROOT %my_kernel.1 = bf16[1024,1024]{1,0} custom-call(%x), \
+custom_call_target="tpu_custom_call", backend_config={"custom_call_config":COST}
 }
 """
 

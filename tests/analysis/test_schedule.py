@@ -110,28 +110,35 @@ def test_every_way_to_write_groups_is_read(axis, mesh):
 CHAIN = """HloModule m, is_scheduled=true
 %start (p: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
   %p = bf16[256,1024]{1,0} parameter(0)
-  %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
-  ROOT %c = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%p), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  ROOT %c = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }
-%async_collective_fusion.3 (p.1: bf16[256,1024], q: bf16[1024,1024]) -> (f32[8], bf16[256,1024], bf16[1024,1024]) {
+%async_collective_fusion.3 (p.1: bf16[256,1024], q: bf16[1024,1024]) -> \
+(f32[8], bf16[256,1024], bf16[1024,1024]) {
   %p.1 = bf16[256,1024]{1,0} parameter(0)
   %q = bf16[1024,1024]{1,0} parameter(1)
-  %all-gather.2 = bf16[1024,1024]{1,0} all-gather(%p.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  %all-gather.2 = bf16[1024,1024]{1,0} all-gather(%p.1), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
   %zero = f32[8]{0} constant({...})
   ROOT %t = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) tuple(%zero, %p.1, %all-gather.2)
 }
 %done (p.2: bf16[256,1024], q.2: bf16[1024,1024]) -> bf16[1024,1024] {
   %p.2 = bf16[256,1024]{1,0} parameter(0)
   %q.2 = bf16[1024,1024]{1,0} parameter(1)
-  %all-gather.3 = bf16[1024,1024]{1,0} all-gather(%p.2), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
-  ROOT %c.2 = bf16[1024,1024]{1,0} custom-call(%p.2, %q.2, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+  %all-gather.3 = bf16[1024,1024]{1,0} all-gather(%p.2), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  ROOT %c.2 = bf16[1024,1024]{1,0} custom-call(%p.2, %q.2, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
 }
 ENTRY %main (x: bf16[256,1024]) -> bf16[1024,1024] {
   %x = bf16[256,1024]{1,0} parameter(0)
   %acs = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
   %a = bf16[256,1024]{1,0} get-tuple-element(%acs), index=0
   %b = bf16[1024,1024]{1,0} get-tuple-element(%acs), index=1
-  %work = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) fusion(%a, %b), kind=kOutput, calls=%async_collective_fusion.3, BACKEND
+  %work = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) fusion(%a, %b), kind=kOutput, \
+calls=%async_collective_fusion.3, BACKEND
   %c = bf16[256,1024]{1,0} get-tuple-element(%work), index=1
   %d = bf16[1024,1024]{1,0} get-tuple-element(%work), index=2
   ROOT %acd = bf16[1024,1024]{1,0} fusion(%c, %d), kind=kCustom, calls=%done
@@ -280,10 +287,12 @@ def test_every_slice_may_take_part(mesh):
     {'devices': np.array(devices, object).reshape(2, 4), 'axis_names': ('data', 'fsdp'), 'size': 8},
   )()
   send = (
-    'HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n  %x = f32[1024]{0} parameter(0)\n  '
-    '%t = token[] after-all()\n  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), '
-    'is_host_transfer=true, '
-    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n'
+    'HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n'
+    '  %x = f32[1024]{0} parameter(0)\n'
+    '  %t = token[] after-all()\n'
+    '  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, '
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n'
   )
   for target, kind in (
     ('{1:2}x{0:3}', 'all-reduce'),

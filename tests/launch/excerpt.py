@@ -51,8 +51,9 @@ if __name__ == '__main__':
   crd = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())
   version = crd['spec']['versions'][0]
   kept = {
-    '$comment': f'Excerpt of the JobSet custom resource of github.com/kubernetes-sigs/jobset {sys.argv[2]} (Copyright The Kubernetes '
-    'Authors, Apache License 2.0), made by tests/launch/excerpt.py',
+    '$comment': 'Excerpt of the JobSet custom resource of github.com/kubernetes-sigs/jobset '
+    f'{sys.argv[2]} (Copyright The Kubernetes Authors, Apache License 2.0), '
+    'made by tests/launch/excerpt.py',
     'apiVersion': f'{crd["spec"]["group"]}/{version["name"]}',
     'kind': crd['spec']['names']['kind'],
     'schema': excerpt(version['schema']['openAPIV3Schema']),

@@ -350,7 +350,8 @@ def test_what_does_not_split_is_refused():
       attention(x['q'][:, :30], x['k'], x['v'], Mask(causal=False))
     with pytest.raises(
       ValueError,
-      match="model.context='ulysses' splits heads: 2 .* is not a multiple of mesh.context=4.*'ulysses_ring'",
+      match="model.context='ulysses' splits heads: 2 .* is not a multiple of mesh.context=4.*"
+      "'ulysses_ring'",
     ):
       attention(x['q'][:, :, :2], x['k'], x['v'], Mask(), context='ulysses')
     with pytest.raises(
@@ -359,7 +360,8 @@ def test_what_does_not_split_is_refused():
       attention(x['q'], x['k'][:, :, :1], x['v'][:, :, :1], Mask(), context='ulysses_ring')
     with pytest.raises(
       NotImplementedError,
-      match=r"'xla' gives no log-sum-exp at no extra cost.*\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\].*'gather'",
+      match="'xla' gives no log-sum-exp at no extra cost.*"
+      r"\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\].*'gather'",
     ):
       attention(*placed, Mask(), backend='xla')
     with pytest.raises(

@@ -235,7 +235,8 @@ def test_impossible_configs_raise(fields, words):
     (
       {'layers': 6},
       ValueError,
-      r'model.layers: 6 layers do not split over mesh.stage=4 x model.pipeline.repeats=1; make them a multiple',
+      r'model.layers: 6 layers do not split over mesh.stage=4 x model.pipeline.repeats=1; '
+      'make them a multiple',
     ),
     (
       {'layers': 8, 'pipeline': PipelineConfig(schedule='circular', repeats=3)},
