@@ -67,18 +67,20 @@ def spec(*axes: str | None) -> P:
           f'to mesh axis {mesh_axis!r}'
         )
       used[mesh_axis] = axis
+    # Of an axis of size 1 nothing is split; one that is no axis of the mesh in context stays.
     entry = tuple(a for a in entry if free.get(a, 2) > 1)
-    entries.append(entry if len(entry) > 1 else entry[0] if entry else None)
+    if len(entry) > 1:
+      entries.append(entry)
+    else:
+      entries.append(entry[0] if entry else None)
   return P(*entries)
 
 
 def _entry(axis: str) -> tuple[str, ...]:
   entry = _names(RULES[names.check('logical axis', axis, RULES)])
-  return (
-    tuple(a for a in entry if a != 'context')
-    if whole_rows.value and axis in ('length', 'sequence')
-    else entry
-  )
+  if whole_rows.value and axis in ('length', 'sequence'):
+    return tuple(a for a in entry if a != 'context')
+  return entry
 
 
 def _mesh() -> jax.sharding.AbstractMesh:
@@ -150,8 +152,8 @@ def out_like(x: jax.Array, rows: jax.Array, skip: int) -> P | None:
   """
 
   def entries(a):
-    found = tuple(jax.typeof(a).sharding.spec)
-    return found + (None,) * (a.ndim - len(found))
+    spec_of = tuple(jax.typeof(a).sharding.spec)
+    return spec_of + (None,) * (a.ndim - len(spec_of))
 
   return P(*entries(x), *entries(rows)[skip:]) if explicit() else None
 
@@ -178,25 +180,22 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 def einsum(
   formula: str, x: jax.Array, y: jax.Array, axes: tuple[str | None, ...], **kwargs
 ) -> jax.Array:
-  """jnp.einsum whose result carries `axes`;
-  written where the result's sharding is a choice (row-parallel products).
+  """jnp.einsum whose result carries `axes`; written where the result's sharding is a choice
+  (row-parallel products).
 
   Of a dimension that is split and summed over, devices have parts of the sum, which the result's
   layout then adds up: an all-reduce, or where it splits the result over the same devices a
   reduce-scatter, whose transpose gathers the gradient.
   """
-  # jnp.einsum sums over dimensions in the order of the alphabet:
-  # in another than that of y, which would be laid out anew.
-  letters = list(
-    dict.fromkeys(
-      letter for letter in (*formula.split('->')[0].split(',')[1], *formula) if letter.isalpha()
-    )
-  )
-  formula = formula.translate(
-    {ord(letter): chr(ord('a') + index) for index, letter in enumerate(letters)}
-  )
+  # jnp.einsum sums over dimensions in the order of the alphabet: in another than that of y, which
+  # would be laid out anew. So letters are renamed, those of y first and in its order.
+  letters = (*formula.split('->')[0].split(',')[1], *formula)
+  order = dict.fromkeys(letter for letter in letters if letter.isalpha())
+  formula = formula.translate({ord(old): chr(ord('a') + n) for n, old in enumerate(order)})
   if not explicit():
     return place(jnp.einsum(formula, x, y, **kwargs), *axes)
+
+  # The mesh axes over which the sum is in parts: those of x's dimensions that the result has not.
   terms, result = formula.split('->')
   split = dict(zip(terms.split(',')[0], jax.typeof(x).sharding.spec))
   parts = {
@@ -204,13 +203,19 @@ def einsum(
   }
   if not parts or not opens():
     return jnp.einsum(formula, x, y, out_sharding=spec(*axes), **kwargs)
+
+  # The product leaves the sum open, and the reshard closes it: in two steps that a remat policy can
+  # tell apart (parallel.remat), with the transpose of each where it belongs.
   kept = (tuple(axis for axis in _names(entry) if axis not in parts) for entry in spec(*axes))
   sums = jnp.einsum(formula, x, y, out_sharding=P(*kept, unreduced=parts), **kwargs)
   return jax.sharding.reshard(sums, spec(*axes))
 
 
 def _names(entry) -> tuple[str, ...]:
-  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+  """The mesh axes of an entry of a spec: a tuple, one name, or None."""
+  if isinstance(entry, tuple):
+    return entry
+  return (entry,) if entry else ()
 
 
 def local(function, inputs, outputs):

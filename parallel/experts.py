@@ -30,9 +30,12 @@ def from_experts(slots: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 class Exchange(NamedTuple):
-  """Attributes:
-  axes: of the mesh, along which the experts lie. E: experts of a device.
-  C: rows from one device to another in a round.
+  """Who exchanges how much.
+
+  Attributes:
+    axes: of the mesh, along which the experts lie.
+    E: experts of a device.
+    C: rows from one device to another in a round.
   """
 
   axes: tuple[str, ...]
@@ -72,12 +75,18 @@ def plan(expert: jax.Array, exchange: Exchange, everyone: tuple[str, ...]) -> Ro
   """
   (axes, E, C), (n, k) = exchange, expert.shape
   P = jax.lax.axis_size(axes)
-  owner = expert // E
+  owner = expert // E  # P for those that go nowhere, which sorting puts last
   order = jnp.argsort(expert.reshape(-1), stable=True).astype(jnp.int32)
+  # Sorted by expert, choices are sorted by device, too: those of device p are a run of sizes[p]
+  # from first[p] on, and a choice's place in it is its place in `order` less where the run starts.
   sizes = count(owner, P)
   first = jnp.cumsum(sizes) - sizes
   place = inverse(order, order.size).reshape(n, k) - first.at[owner].get(mode='clip')
-  one_is_enough = C >= n * min(k, E)  # a token chooses an expert once
+
+  # A token chooses an expert once, so that one device sends another n min(k, E) rows at most. Where
+  # C is less, all devices go as many rounds as the busiest pair needs: a collective in a loop has
+  # to be run by all or by none.
+  one_is_enough = C >= n * min(k, E)
   rounds = None if one_is_enough else jax.lax.pmax(jnp.maximum(1, -(-sizes.max() // C)), everyone)
   return Rounds(order, (expert % E).reshape(-1)[order], sizes, first, owner, place, rounds)
 
@@ -103,13 +112,12 @@ def in_rounds(
     x: [n, D]. gates: [n, k], f32. weights: of the E experts here, a pytree.
   """
 
-  def one(i, y):
+  def add_round(i, y):
     rows, gate, expert = _sent(exchange, rounds, i, x, gates)
-    return y + _returned(exchange, rounds, i, function(rows, gate, expert, weights)).sum(
-      1, dtype=jnp.float32
-    )
+    results = _returned(exchange, rounds, i, function(rows, gate, expert, weights))
+    return y + results.sum(1, dtype=jnp.float32)
 
-  return _repeat(rounds, one, jnp.zeros(x.shape, jnp.float32))
+  return _repeat(rounds, add_round, jnp.zeros(x.shape, jnp.float32))
 
 
 def _forward(function, exchange, *arguments):
@@ -119,7 +127,9 @@ def _forward(function, exchange, *arguments):
 def _backward(function, exchange, arguments, dy):
   x, gates, weights, rounds = arguments
 
-  def one(i, sums):
+  def add_round(i, sums):
+    # Rows are sent and the function is computed again. The gradient of what came back, dy of the
+    # token, travels as the rows did; gradients of rows and gates come back as results do.
     rows, gate, expert = _sent(exchange, rounds, i, x, gates)
     _, pull = jax.vjp(
       lambda rows, gate, weights: function(rows, gate, expert, weights), rows, gate, weights
@@ -130,25 +140,26 @@ def _backward(function, exchange, arguments, dy):
     return jax.tree.map(jnp.add, sums, (d_x, d_gates, d_weights))
 
   zeros = jax.tree.map(jnp.zeros_like, (x.astype(jnp.float32), gates, weights))
-  d_x, d_gates, d_weights = _repeat(rounds, one, zeros)
+  d_x, d_gates, d_weights = _repeat(rounds, add_round, zeros)
   return d_x.astype(x.dtype), d_gates, d_weights, None
 
 
 in_rounds.defvjp(_forward, _backward)
 
 
-def _repeat(rounds, one, start):
+def _repeat(rounds, add_round, start):
   if rounds.count is None:
-    return one(0, start)
+    return add_round(0, start)
   with jax.named_scope(ROUNDS):
-    return jax.lax.fori_loop(0, rounds.count, one, start)
+    return jax.lax.fori_loop(0, rounds.count, add_round, start)
 
 
 def _sent(exchange, rounds, i, x, gates):
   """What this device is sent in round i: rows [P * C, D], their gates and experts [P * C]."""
   (axes, E, C), n, k = exchange, *rounds.owner.shape
+  # Slots i C .. i C + C - 1 of each device's run of choices, [P, C]; behind its end they are empty
+  # (n k, which is out of bounds everywhere: `pick` fills them).
   slot = i * C + jnp.arange(C, dtype=jnp.int32)[None]
-  # n * k: an empty slot
   at = jnp.where(slot < rounds.sizes[:, None], rounds.first[:, None] + slot, n * k).reshape(-1)
   choice = rounds.order.at[at].get(mode='fill', fill_value=n * k)
   send = functools.partial(
@@ -167,6 +178,8 @@ def _returned(exchange, rounds, i, rows):
   """
   axes, _, C = exchange
   rows = jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=0, tiled=True)
+  # Where a choice's row was put in round i, its slot of its device's C; of other rounds, and of
+  # choices that go nowhere, out of bounds, which gives zeros.
   slot = rounds.place - i * C
   here = (slot >= 0) & (slot < C) & (rounds.owner < rounds.sizes.size)
   return rows.at[jnp.where(here, rounds.owner * C + slot, len(rows))].get(mode='fill', fill_value=0)
@@ -181,6 +194,8 @@ def rank(group: jax.Array, groups: int) -> jax.Array:
   """How many earlier choices, in order of token, fell on the same group (`groups`: on none),
   as [n, k] as `group` is.
   """
+  # A stable sort keeps the order of tokens within a group: a choice's rank is its place among the
+  # sorted, less where its group starts.
   order = jnp.argsort(group.reshape(-1), stable=True)
   ends = jnp.cumsum(count(group, groups + 1))
   starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])

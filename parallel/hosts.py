@@ -1,5 +1,5 @@
-"""How does a process meet its host and the other processes? Allocator and compilation cache; who
-waits for whom, and when all stop.
+"""How does a process meet its host and the other processes?
+Allocator and compilation cache; who waits for whom, and when all stop.
 
 Imports nothing heavy: what concerns the allocator has to happen before anything large is loaded.
 One process starts no service and waits for no one: of the functions below that concern several,
@@ -7,6 +7,7 @@ each then does nothing, or just what it was given to do.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import os
@@ -21,8 +22,8 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 # XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
-# each use, a train step spends up to half of its time
-# in page faults (benchmarks/README.md has the figures).
+# each use, a train step spends up to half of its time in page faults (benchmarks/README.md has the
+# figures).
 TUNABLES = 'glibc.malloc.hugetlb=1'
 
 MEETING_TIMEOUT = 300  # seconds
@@ -77,7 +78,8 @@ def connect(
 
   Args:
     coordinator: host:port of process 0, as the others reach it.
-      processes: how many there are. process: which one this is.
+    processes: how many there are.
+    process: which one this is.
     heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
   Raises ValueError for some of the first three without the others, and for values that cannot be.
   """
@@ -94,16 +96,7 @@ def connect(
         f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes '
         f'need {", ".join(given)}; one process needs none of them'
       )
-    host, _, port = coordinator.rpartition(':')
-    if not host or not port.isdecimal():
-      raise ValueError(
-        f'--coordinator={coordinator} is not HOST:PORT; '
-        'give the address of process 0 and a free port there'
-      )
-    if not 0 <= process < processes:
-      raise ValueError(
-        f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}'
-      )
+    _check_place(coordinator, processes, process)
     # jax gives up with an abort that does not say for whom it waited.
     print(
       f'process {process} of {processes} meets the others at {coordinator}, within '
@@ -119,26 +112,47 @@ def connect(
       heartbeat_timeout_seconds=heartbeat_timeout,
     )
   elif not _alone():
-    try:
-      jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
-    except ValueError as error:
-      if 'coordinator_address' not in str(error):  # what jax misses where it finds no cluster
-        raise
-      if 'JOB_COMPLETION_INDEX' in os.environ:
-        raise ValueError(
-          'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes '
-          f'only; install jax[k8s], or give {", ".join(given)}'
-        ) from error
+    _look_for_others(heartbeat_timeout, given)
+
   if count() > 1:
     print(f'{_who()}: {jax.local_device_count()} of {jax.device_count()} devices', flush=True)
   return _together(heartbeat_timeout)
+
+
+def _check_place(coordinator: str, processes: int, process: int) -> None:
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal():
+    raise ValueError(
+      f'--coordinator={coordinator} is not HOST:PORT; '
+      'give the address of process 0 and a free port there'
+    )
+  if not 0 <= process < processes:
+    raise ValueError(
+      f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}'
+    )
+
+
+def _look_for_others(heartbeat_timeout: int, flags) -> None:
+  """Meets those that jax finds; none are no error, but where there should be some."""
+  import jax
+
+  try:
+    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
+  except ValueError as error:
+    if 'coordinator_address' not in str(error):  # what jax misses where it finds no cluster
+      raise
+    if 'JOB_COMPLETION_INDEX' in os.environ:
+      raise ValueError(
+        'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes '
+        f'only; install jax[k8s], or give {", ".join(flags)}'
+      ) from error
 
 
 def _alone() -> bool:
   """Whether the environment is known to be that of one process,
   where jax's own search would go wrong.
   """
-  # jax would show the only task of a step just one of its devices
+  # jax would show the only task of a step just one of its devices.
   if os.environ.get('SLURM_NTASKS') == '1':
     return True
   # jax knows the pods of Jobs and of TPU slices, and fails in others, such as a notebook's.
@@ -171,29 +185,23 @@ def _leave(error: BaseException, heartbeat_timeout: int) -> None:
   """Ends this process without the barrier of an orderly exit,
   at which it would wait for others that wait for it.
   """
-  if isinstance(error, (SystemExit, KeyboardInterrupt, FloatingPointError)):
-    traceback.print_exception(error) if not isinstance(error, SystemExit) else print(
-      error, file=sys.stderr
-    )
-    print(
-      f'{_who()} leaves because of this error, and with it all others', file=sys.stderr, flush=True
-    )
+  say = functools.partial(print, file=sys.stderr, flush=True)
+  if isinstance(error, SystemExit):
+    print(error, file=sys.stderr)
   else:
     traceback.print_exception(error)
-    # When a process is lost, the collectives of the others fail,
-    # often before it is known which one it was.
-    print(
+
+  if isinstance(error, (SystemExit, KeyboardInterrupt, FloatingPointError)):
+    say(f'{_who()} leaves because of this error, and with it all others')
+  else:
+    # When a process is lost, the collectives of the others fail, often before it is known which one
+    # it was.
+    say(
       f'{_who()} failed. If it was because another one is lost, that one will be named within '
-      f'{heartbeat_timeout} s',
-      file=sys.stderr,
-      flush=True,
+      f'{heartbeat_timeout} s'
     )
     time.sleep(heartbeat_timeout + 5)
-    print(
-      f'{_who()} leaves: no other one was lost, so the error is its own',
-      file=sys.stderr,
-      flush=True,
-    )
+    say(f'{_who()} leaves: no other one was lost, so the error is its own')
   sys.stdout.flush()
   os._exit(1)
 
@@ -243,10 +251,10 @@ def from_first(function: Callable[[], int | None]) -> int | None:
   import numpy as np
   from jax.experimental import multihost_utils
 
-  found = function() if jax.process_index() == 0 else None
+  answer = function() if jax.process_index() == 0 else None
   barrier('the first has found it')  # not on the devices, whose collectives have timeouts
-  found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-  return None if found < 0 else found
+  answer = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if answer is None else answer)))
+  return None if answer < 0 else answer
 
 
 def differing(value: str) -> list[int]:
@@ -327,6 +335,7 @@ def heed_interrupts() -> None:
   """
 
   def act(number, frame):
+    # Is one of the collector's callbacks among the callers? Then again in 10 ms, by SIGALRM.
     while frame and all(
       frame.f_code is not getattr(callback, '__code__', None) for callback in gc.callbacks
     ):
@@ -336,7 +345,7 @@ def heed_interrupts() -> None:
     else:
       signal.default_int_handler(number, frame)
 
-  # A job in the background ignores it
+  # A job in the background ignores Ctrl-C, and goes on doing so.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     for number in (signal.SIGINT, signal.SIGALRM):
       signal.signal(number, act)

@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
-# In context, arrays of single devices can be worked on one by one
+# In context, arrays of single devices can be worked on one by one.
 NO_MESH = Mesh(np.empty((), object), ())
 
 
@@ -121,10 +121,11 @@ def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:
       f'slices hold different numbers of devices, {dict(sorted(counts.items()))} by index; '
       'give as many of each'
     )
+  # `data` crosses as many as it can, `stage` the rest.
   data = math.gcd(sizes['data'], slices)
   if sizes['stage'] % (slices // data) == 0:
     return {'data': data, 'stage': slices // data}
-  # To jax a node is a slice; the network between nodes carries any axis, the outermost first
+  # To jax a node is a slice; the network between nodes carries any axis, the outermost first.
   if devices[0].platform != 'tpu':
     return {}
   raise ValueError(
@@ -138,9 +139,8 @@ def platform() -> str:
   which may lie on devices that are not here.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  found = (
-    jax.default_backend()
-    if mesh.empty or mesh.abstract_device is None
-    else mesh.abstract_device.platform
-  )
-  return 'gpu' if found in ('cuda', 'rocm') else found
+  if mesh.empty or mesh.abstract_device is None:
+    name = jax.default_backend()
+  else:
+    name = mesh.abstract_device.platform
+  return 'gpu' if name in ('cuda', 'rocm') else name

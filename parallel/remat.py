@@ -57,7 +57,8 @@ class Remat:
   Attributes:
     policy: of POLICIES: 'none' keeps everything, 'full' and 'sqrt' nothing,
       'dots' products with weights.
-    save: of NAMES, kept besides. offload: of NAMES, kept in the host's memory.
+    save: of NAMES, kept besides.
+    offload: of NAMES, kept in the host's memory.
   Raises ValueError for unknown names, names that are in both lists,
   and names besides a policy that keeps all.
   """
@@ -107,7 +108,7 @@ def remat(function, config: Remat):
     policy = _policies.save_from_both_policies(
       policy, _policies.save_only_these_names(*config.save)
     )
-  # Inside a scan CSE cannot undo it
+  # Inside of a scan, common subexpressions' elimination cannot undo it.
   return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
@@ -122,10 +123,12 @@ def scan(step, carry, layers, config: Remat):
   """
   n = len(jax.tree.leaves(layers)[0])
   if config.alone(layers):
-    carry, found = step(carry, jax.tree.map(lambda x: x[0], layers))
-    return carry, jax.tree.map(lambda x: x[None], found)
+    carry, y = step(carry, jax.tree.map(lambda x: x[0], layers))
+    return carry, jax.tree.map(lambda x: x[None], y)
   if config.policy != 'sqrt' or n < 4:
     return jax.lax.scan(step, carry, layers)
+
+  # As many groups of sqrt(N) layers as there are whole ones, in a loop; the rest is one more group.
   size = math.isqrt(n)
   grouped = n - n % size
 
@@ -137,9 +140,9 @@ def scan(step, carry, layers, config: Remat):
     policy=_policies.nothing_saveable,
     prevent_cse=False,
   )
-  carry, found = jax.lax.scan(group, carry, jax.tree.map(cut, layers))
-  found = jax.tree.map(lambda y: y.reshape(grouped, *y.shape[2:]), found)
+  carry, results = jax.lax.scan(group, carry, jax.tree.map(cut, layers))
+  results = jax.tree.map(lambda y: y.reshape(grouped, *y.shape[2:]), results)
   if grouped == n:
-    return carry, found
+    return carry, results
   carry, rest = group(carry, jax.tree.map(lambda x: jax.lax.slice_in_dim(x, grouped, n), layers))
-  return carry, jax.tree.map(lambda *y: jnp.concatenate(y), found, rest)
+  return carry, jax.tree.map(lambda *y: jnp.concatenate(y), results, rest)

@@ -97,14 +97,15 @@ def _steps(shards: tuple[str, ...], kind: str) -> list[list[list[int]] | None]:
   """
   mesh = jax.sharding.get_abstract_mesh()
   n = math.prod(mesh.shape[axis] for axis in shards)
+  # The largest divisor that is at most sqrt(n): the two steps are as alike as they can be.
   inner = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-  if (
-    platform() != 'tpu'
-    or n < mesh.size
-    or inner == 1
-    or n <= AT_ONCE[kind]['lite' not in mesh.abstract_device.device_kind]
-  ):
+  if platform() != 'tpu' or n < mesh.size or inner == 1:
     return [None]
+  if n <= AT_ONCE[kind]['lite' not in mesh.abstract_device.device_kind]:
+    return [None]
+
+  # Device i is a * inner + b. A first step among those of the same b gives it the a-th of n / inner
+  # parts, a second one among those of the same a the b-th part of that: part i of the whole.
   return [
     [list(range(i, n, inner)) for i in range(inner)],
     [list(range(i, i + inner)) for i in range(0, n, inner)],

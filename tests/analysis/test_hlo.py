@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from analysis import flops, hlo
+from analysis.instruction import HOST, arrays, dims, nbytes
 from parallel import axes as ax, experts
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -132,14 +133,14 @@ def test_a_convolution_counts_where_its_window_meets_an_input(stride, padding, p
 
 
 def test_shapes():
-  assert hlo.dims('bf16[4,1,512]{2,1,0:T(8,128)(2,1)}') == (4, 1, 512) and hlo.dims('f32[]') == ()
-  assert list(hlo.arrays('(bf16[4,8]{1,0:T(8,128)S(1)}, pred[3]{0}, s4[6], f32[])')) == [
+  assert dims('bf16[4,1,512]{2,1,0:T(8,128)(2,1)}') == (4, 1, 512) and dims('f32[]') == ()
+  assert list(arrays('(bf16[4,8]{1,0:T(8,128)S(1)}, pred[3]{0}, s4[6], f32[])')) == [
     (64, 1),
     (3, 0),
     (3, 0),
     (4, 0),
   ]
-  assert hlo.nbytes('f32[4]{0:S(5)}') == 16 and next(hlo.arrays('f32[4]{0:S(5)}')) == (16, hlo.HOST)
+  assert nbytes('f32[4]{0:S(5)}') == 16 and next(arrays('f32[4]{0:S(5)}')) == (16, HOST)
 
 
 def test_text_that_is_no_program_raises():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig, MoEConfig
-from parallel import axes as ax, pipeline
+from parallel import axes as ax, pipeline, stages as st
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig, schedule, schedule_1f1b
 
@@ -203,7 +203,7 @@ def test_layers_are_dealt_to_stages(stages, repeats):
   """Chunk r P + p is run r of stage p."""
   with jax.set_mesh(make_mesh(MeshConfig(data=1, stage=stages), jax.devices()[:stages])):
     blocks = jax.device_put(np.arange(stages * repeats * 2), jax.P('stage'))
-    dealt = jax.jit(lambda x: pipeline._deal(x, stages, repeats))(blocks)
+    dealt = jax.jit(lambda x: st.deal(x, stages, repeats))(blocks)
   assert np.asarray(dealt).ravel().tolist() == list(range(stages * repeats * 2))
   for p, shard in enumerate(dealt.addressable_shards):
     assert shard.data.tolist() == [
