@@ -30,7 +30,7 @@ import threading
 import time
 
 from benchmarks import common
-from benchmarks.attention_peers import DIRECTIONS, Case
+from benchmarks.attention_cases import DIRECTIONS, Case
 
 OURS = 'pallas_gpu'
 PEERS = {

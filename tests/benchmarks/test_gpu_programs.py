@@ -9,6 +9,7 @@ import pytest
 
 from analysis import aot, ptxas
 from benchmarks import attention, attention_peers as peers, train_gpu
+from benchmarks.attention_cases import DIRECTIONS
 from parallel.mesh import MeshConfig, make_mesh
 
 
@@ -50,7 +51,7 @@ def test_what_is_timed_of_attention_compiles_and_runs_every_call(name, h100, ass
     lowered = peers.programs(attend, case, 'bfloat16', jax.NamedSharding(h100, jax.P()))
     compiled = {direction: program.compile() for direction, program in lowered.items()}
   assert set(compiled) == {'forward', 'keeping', 'backward'}
-  for direction in peers.DIRECTIONS:
+  for direction in DIRECTIONS:
     assert peers.check_calls(compiled[direction], case.calls(direction)) == ''
     assert 'flash_' + direction in compiled[direction].as_text()
   check(assembled())
