@@ -42,7 +42,9 @@ def _convolution(i, left, right):
   labels = re.match(r'(\w+)_(\w+)->(\w+)', re.search(r'dim_labels=([\w>-]+)', i.attributes)[1])
   of_input, of_kernel, of_output = labels.groups()
   out = dict(zip(of_output, dims(i.shape)))
-  window = dict(re.findall(r'(\w+)=(\S+)', re.search(r'window=\{([^}]*)\}', i.attributes)[1]))
+  # TPU programs write dots as convolutions too, without a window to move.
+  window = re.search(r'window=\{([^}]*)\}', i.attributes)
+  window = dict(re.findall(r'(\w+)=(\S+)', window[1])) if window else {}
   taps = math.prod(
     _taps(window, int(axis), left[of_input.index(axis)], out[axis])
     for axis in of_output

@@ -148,7 +148,8 @@ def _spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
   """Takes the marks out of a text; what stood between them are the spans,
   in order of their ends.
   """
-  text, begins, spans = '', [], []
+  text = ''
+  begins, spans = [], []
   for piece in re.split(f'({_OPEN}|{_CLOSE})', marked):
     if piece == _OPEN:
       begins.append(len(text))

@@ -55,9 +55,8 @@ def _word_length(view: View) -> bool:
 
 
 def _symbols(view: View) -> bool:
-  return view.text.count('#') + view.text.count('...') + view.text.count('\u2026') <= 0.1 * len(
-    view.words
-  )
+  symbols = sum(map(view.text.count, ('#', '...', '\u2026')))
+  return symbols <= 0.1 * len(view.words)
 
 
 def _bullets(view: View) -> bool:
@@ -72,12 +71,8 @@ def _letters(view: View) -> bool:
 
 
 def _stop_words(view: View) -> bool:
-  return (
-    len(
-      STOP_WORDS.intersection(word.strip(string.punctuation) for word in view.text.lower().split())
-    )
-    >= 2
-  )
+  words = (word.strip(string.punctuation) for word in view.text.lower().split())
+  return len(STOP_WORDS.intersection(words)) >= 2
 
 
 def _placeholder_text(view: View) -> bool:
@@ -127,16 +122,19 @@ def _repeated_ngrams(view: View) -> bool:
       grams, return_index=True, return_inverse=True, return_counts=True
     )
     if n <= 4:
+      # Characters of the most frequent n-gram, wherever it is, if it repeats.
       top = int(np.argmax(counts))
-      covered = (
-        int(counts[top] * lengths[first[top] : first[top] + n].sum()) if counts[top] > 1 else 0
-      )
+      characters = lengths[first[top] : first[top] + n].sum()
+      covered = int(counts[top] * characters) if counts[top] > 1 else 0
     else:
+      # Characters of words that lie in any n-gram that was there before, each word once: +1 where
+      # such an n-gram starts, -1 behind it, and a word is inside where their running sum is not 0.
       starts = np.flatnonzero(np.arange(len(grams)) != first[inverse])
       inside = np.zeros(len(words) + 1, np.int64)
       np.add.at(inside, starts, 1)
       np.add.at(inside, starts + n, -1)
       covered = int(lengths[np.cumsum(inside[:-1]) > 0].sum())
+
     if covered > limit * lengths.sum():
       return False
   return True

@@ -76,12 +76,14 @@ class HuggingFaceTokenizer(Tokenizer):
         f'no token ends a text: {SETTINGS} names no eos_token (nor sep_token); put one beside '
         f'{DEFINITION} that does, such as {{"eos_token": "</s>"}}'
       )
+
     definition = _definition(contents)
     vocabulary = _vocabulary(definition)
     added = {token['content']: token['id'] for token in definition['added_tokens']}
     control = {
       token['content']: token['id'] for token in definition['added_tokens'] if token['special']
     }
+
     spell, joins_words, self._drops_space = spelling(definition.get('decoder'))
     ids = vocabulary | added
     token_bytes = [b''] * (max(ids.values()) + 1)
@@ -90,6 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
         token_bytes[index] = (
           piece.encode() if piece not in vocabulary and not joins_words else spell(piece)
         )
+
     eos = ids[roles.get('eos_token') or roles['sep_token']]
     pad = ids[roles['pad_token']] if 'pad_token' in roles else eos
     first = roles.get('bos_token') or roles.get('cls_token')
@@ -103,16 +106,13 @@ class HuggingFaceTokenizer(Tokenizer):
     """From a directory with a tokenizer.json, or from that file;
     the files beside it count in both cases.
     """
-    found = paths(path)
-    contents = {
-      file.name: file.read_bytes() for file in found if file.parent.name != MORE_TEMPLATES
-    }
-    more = {
-      file.stem: file.read_text(encoding='utf-8')
-      for file in found
-      if file.parent.name == MORE_TEMPLATES
-    }
-    # Into the settings, where older versions keep them, so that they travel in plain files
+    contents, more = {}, {}
+    for file in paths(path):
+      if file.parent.name == MORE_TEMPLATES:
+        more[file.stem] = file.read_text(encoding='utf-8')
+      else:
+        contents[file.name] = file.read_bytes()
+    # Into the settings, where older versions keep them, so that they travel in plain files.
     if more:
       settings = _json(contents, SETTINGS)
       templates = _templates(contents, settings) | more
@@ -128,11 +128,9 @@ class HuggingFaceTokenizer(Tokenizer):
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
-    return (
-      self._named.encode(in_utf8(text), add_special_tokens=False).ids
-      if special
-      else super().encode(text)
-    )
+    if not special:
+      return super().encode(text)
+    return self._named.encode(in_utf8(text), add_special_tokens=False).ids
 
   @functools.cached_property
   def _named(self):
@@ -147,7 +145,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():
-      # Another tokenizer's would be read with this one
+      # Another tokenizer's would be read with this one.
       (pathlib.Path(directory) / name).unlink(missing_ok=True)
     super().save(directory)
 
@@ -187,8 +185,8 @@ def _settings(contents: Mapping[str, bytes]) -> dict:
 
 
 def _roles(settings: dict) -> dict[str, str]:
-  """The tokens named by role, by settings such
-  as bos_token (but not add_bos_token, which is true or false).
+  """The tokens named by role, by settings such as bos_token
+  (but not add_bos_token, which is true or false).
   """
   tokens = {
     key: value
@@ -208,24 +206,21 @@ def _templates(contents: Mapping[str, bytes], settings: dict) -> dict[str, str]:
   The file comes before the settings.
   """
   given = settings.get('chat_template') or {}
-  templates = (
-    {'default': given}
-    if isinstance(given, str)
-    else given
-    if isinstance(given, dict)
-    else {entry['name']: entry['template'] for entry in given}
-  )
+  if isinstance(given, str):
+    templates = {'default': given}
+  elif isinstance(given, dict):
+    templates = given
+  else:
+    templates = {entry['name']: entry['template'] for entry in given}
   return templates | ({'default': contents[TEMPLATE].decode()} if TEMPLATE in contents else {})
 
 
 def _vocabulary(definition: dict) -> dict[str, int]:
-  # Unigram has a list of [piece, score], the others a dict
+  # Unigram has a list of [piece, score], the others a dict.
   vocabulary = definition['model']['vocab']
-  return (
-    vocabulary
-    if isinstance(vocabulary, dict)
-    else {piece: index for index, (piece, _) in enumerate(vocabulary)}
-  )
+  if isinstance(vocabulary, dict):
+    return vocabulary
+  return {piece: index for index, (piece, _) in enumerate(vocabulary)}
 
 
 def _definition(contents: Mapping[str, bytes]) -> dict:
@@ -238,11 +233,13 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
     raise ValueError(
       f'{DEFINITION} has no model with a vocab: not a file of the tokenizers library'
     )
+
   rules = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized', 'special'), False)
   added = {token['content']: rules | token for token in definition.get('added_tokens') or []}
   for index, token in (settings.get('added_tokens_decoder') or {}).items():
     known = added.setdefault(token['content'], rules | token | {'id': int(index)})
     known['special'] = known['special'] or token.get('special', False)
+
   vocabulary = _vocabulary(definition)
   more = [settings.get(key) or [] for key in ('additional_special_tokens', 'extra_special_tokens')]
   listed = [
@@ -256,11 +253,11 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
         f'{SETTINGS} names the special token {content!r}, which has no id in {DEFINITION}: add it '
         "there with the number of the model's row for it, or remove it from the settings"
       )
-    added.setdefault(content, rules | {'content': content, 'id': vocabulary.get(content)})[
-      'special'
-    ] = True
-  # The library gives ids to added tokens in their order,
-  # and its own limits of length would cut documents.
+    token = {'content': content, 'id': vocabulary.get(content)}
+    added.setdefault(content, rules | token)['special'] = True
+
+  # The library gives ids to added tokens in their order, and its own limits of length would cut
+  # documents.
   added = sorted(added.values(), key=lambda token: token['id'])
   return definition | {'added_tokens': added, 'truncation': None, 'padding': None}
 
@@ -410,7 +407,7 @@ def _from_byte_piece(piece: str) -> str | bytes:
 def _from_word_piece(piece: str, prefix: str, cleanup: bool) -> str:
   piece = piece.removeprefix(prefix) if piece.startswith(prefix) else ' ' + piece
   if cleanup:  # the library's rules, in its order
-    for old, new in (
+    for spaced, joined in (
       (' .', '.'),
       (' ?', '?'),
       (' !', '!'),
@@ -423,5 +420,5 @@ def _from_word_piece(piece: str, prefix: str, cleanup: bool) -> str:
       (" 've", "'ve"),
       (" 're", "'re"),
     ):
-      piece = piece.replace(old, new)
+      piece = piece.replace(spaced, joined)
   return piece

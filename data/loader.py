@@ -22,7 +22,9 @@ class Loader:
   """
 
   def __init__(self, prepared: Prepared, config: DataConfig, rows: Sequence[int]):
-    self._prepared, self._config, self._rows = prepared, config, rows
+    self._prepared = prepared
+    self._config = config
+    self._rows = rows
     self._sequence = _row_sequence(prepared, config)
     self._examples = 0
     self._batches = self._read_from(0)
@@ -136,7 +138,9 @@ class ValidationBatches:
   """
 
   def __init__(self, prepared: Prepared, config: DataConfig, rows: Sequence[int]):
-    self._source, self._config, self._rows = prepared.validation, config, rows
+    self._source = prepared.validation
+    self._config = config
+    self._rows = rows
 
   def __len__(self) -> int:
     return -(-len(self._source) // self._config.batch_size)

@@ -54,8 +54,8 @@ class Prepared:
 
   @property
   def validation_bytes(self) -> int:
-    """UTF-8 bytes of the held-out text: bits per byte = nats summed over
-    validation / ln 2 / this.
+    """UTF-8 bytes of the held-out text:
+    bits per byte = nats summed over validation / ln 2 / this.
     """
     return self.report['validation']['bytes']
 
@@ -124,19 +124,19 @@ def corpus_key(config: DataConfig) -> str:
   import importlib.metadata
 
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
+  trained = config.tokenizer.trained
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
     path = os.path.expanduser(config.tokenizer.path)
-    # Beside the tokenizer's files there may be a whole checkpoint
     if config.tokenizer.kind == 'huggingface':
+      # Beside the tokenizer's files there may be a whole checkpoint.
       within = [str(file) for file in huggingface.paths(path)]
+    elif os.path.isdir(path):
+      within = sorted(str(file) for file in pathlib.Path(path).rglob('*'))
     else:
-      within = (
-        sorted(str(file) for file in pathlib.Path(path).rglob('*'))
-        if os.path.isdir(path)
-        else [path]
-      )
+      within = [path]
     settings['path'] = sources.content_digest(within, memo)
+
   content = {
     'format': FORMAT,
     'sources': [
@@ -145,9 +145,7 @@ def corpus_key(config: DataConfig) -> str:
     ],
     'clean': dataclasses.asdict(config.clean),
     'tokenizer': settings,
-    'sentencepiece': importlib.metadata.version('sentencepiece')
-    if config.tokenizer.trained
-    else '',
+    'sentencepiece': importlib.metadata.version('sentencepiece') if trained else '',
     'split': [config.split, config.validation_fraction],
   }
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -202,9 +200,9 @@ def _build_corpus(
       share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)),
     )
     made.save(directory / 'tokenizer')
-  special = (
-    None if 'bos_token' in made.special_tokens else {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
-  )
+  special = None
+  if 'bos_token' not in made.special_tokens:
+    special = {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
   log(
     f'data: {made.kind} tokenizer of {made.vocabulary} ids in '
     f'{report["seconds"]["tokenizer"]:.1f} s'
@@ -321,16 +319,18 @@ def _encode(
       trained['shards'] = train.shards
   held_out['shards'] = validation.shards
   np.save(directory / 'validation.text.npy', np.array(offsets, np.int64))
+
   splits = [counts['train'] for counts in report['sources']] + [held_out]
+  total_bytes, total_tokens = (sum(split[unit] for split in splits) for unit in ('bytes', 'tokens'))
   report['tokenizer'] = {
     'kind': made.kind,
     'vocabulary': made.vocabulary,
     'documents_lost': lost['documents_lost'],
     'characters_lost': lost['characters_lost'],
     'bos_is_eos': made.bos == made.eos,
-    'bytes_per_token': sum(split['bytes'] for split in splits)
-    / sum(split['tokens'] for split in splits),
+    'bytes_per_token': total_bytes / total_tokens,
   }
+
   names = ['validation.text', 'validation.text.npy']
   names += [f'tokenizer/{path.name}' for path in sorted((directory / 'tokenizer').iterdir())]
   written = [file for split in splits for shard in split['shards'] for file in shard['files']]
@@ -371,6 +371,7 @@ def _build_plan(
   began = time.perf_counter()
   splits = [(counts['train']['shards'], False) for counts in report['sources']]
   splits.append((report['validation']['shards'], True))
+
   packed, written = [], []
   for entries, in_order in splits:
     plans = [shards.write_plan(corpus, directory, entry, length, in_order) for entry in entries]
@@ -386,6 +387,7 @@ def _build_plan(
       }
     )
     written += [file for plan in plans for file in plan['files']]
+
   seconds = time.perf_counter() - began
   log(
     f'data: packed into rows of {length} in {seconds:.1f} s; filled '
@@ -409,9 +411,10 @@ def _load(
       f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB; '
       'Prepared.verify() reads them'
     )
+
   report = indices[directory]['report'] | {'packing': indices[plan]['report']}
   for of, counts in zip(config.sources, report['sources']):
-    # Weight and path may differ from those of the run that built this
+    # Weight and path may differ from those of the run that built this.
     counts['source'] = dataclasses.asdict(of)
 
   def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:

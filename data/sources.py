@@ -19,8 +19,8 @@ from data.config import SourceConfig
 STDLIB_EXCLUDED = frozenset(
   {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 )
-# A file changed less than this before it was hashed may change again under
-# the same mtime (git: "racily clean").
+# A file changed less than this many seconds before it was hashed may change again under the same
+# mtime (git: "racily clean").
 RACY_SECONDS = 2.0
 
 
@@ -32,25 +32,25 @@ def paths(source: SourceConfig) -> list[str]:
   """
   if source.kind == 'stdlib':
     root = sysconfig.get_path('stdlib')
-    found = []
+    matches = []
     for directory, inner, names in os.walk(root):
-      # site-packages alone may hold 10,000 files
+      # site-packages alone may hold 10,000 files.
       inner[:] = [name for name in inner if name not in STDLIB_EXCLUDED]
-      found += [os.path.join(directory, name) for name in names if name.endswith('.py')]
-    found.sort()
+      matches += [os.path.join(directory, name) for name in names if name.endswith('.py')]
+    matches.sort()
     where = f'the standard library at {root}'
   else:
-    found = sorted(
+    matches = sorted(
       path
       for path in glob.glob(os.path.expanduser(source.path), recursive=True)
       if os.path.isfile(path)
     )
     where = f'path={source.path!r} (seen from {os.getcwd()})'
-  if not found:
+  if not matches:
     raise FileNotFoundError(
       f'a {source.kind!r} source found no file: {where}; correct the path or glob'
     )
-  return found
+  return matches
 
 
 def documents(source: SourceConfig, problems: collections.Counter) -> Iterator[str]:
@@ -96,7 +96,7 @@ def _jsonl(path: str, field: str, problems: collections.Counter) -> Iterator[str
 
 
 def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
-  # The default of 131,072 characters rejects longer documents
+  # The default of 131,072 characters rejects longer documents.
   csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
   # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts:
   # the rest of the file is kept.

@@ -19,7 +19,7 @@ import numpy as np
 import files
 from data.config import TokenizerConfig
 
-# Of the tokenizers made here; a loaded SentencePiece model keeps its own
+# Of the tokenizers made here; a loaded SentencePiece model keeps its own.
 PAD, BOS, EOS, UNK = range(4)
 SPACE = '\u2581'  # SentencePiece writes a space as this character
 DEFAULT_VOCABULARY = 4096
@@ -46,7 +46,9 @@ class Tokenizer:
 
   def __init__(self, token_bytes: list[bytes], *, pad: int = PAD, bos: int = BOS, eos: int = EOS):
     self.token_bytes = token_bytes
-    self.pad, self.bos, self.eos = pad, bos, eos
+    self.pad = pad
+    self.bos = bos
+    self.eos = eos
     self.special_tokens: dict[str, str] = {}
     self.chat_templates: dict[str, str] = {}
 
