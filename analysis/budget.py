@@ -143,31 +143,28 @@ def _number(value: float) -> str:
 
 def report(flops: float, fleets: Sequence[Fleet]) -> dict:
   """Prints, and returns, what each law makes of the budget, and what each fleet takes for it."""
-  found = {'flops': flops, 'laws': {}, 'fleets': []}
-  rows = []
+  return {'flops': flops, 'laws': _laws(flops), 'fleets': _fleets(flops, fleets)}
+
+
+def _laws(flops: float) -> dict:
+  optima, rows = {}, []
   for name, law in LAWS.items():
     parameters, tokens = law.optimum(flops)
-    found['laws'][name] = dict(
-      parameters=parameters, tokens=tokens, loss=law.loss(parameters, tokens)
-    )
+    loss = law.loss(parameters, tokens)
     half, double = (law.loss(parameters * factor, tokens / factor) for factor in (0.5, 2))
-    rows.append(
-      [
-        name,
-        _number(parameters),
-        _number(tokens),
-        tokens / parameters,
-        f'{law.loss(parameters, tokens):.3f}',
-        f'{half:.3f}',
-        f'{double:.3f}',
-      ]
-    )
+    optima[name] = dict(parameters=parameters, tokens=tokens, loss=loss)
+    losses = [f'{loss:.3f}', f'{half:.3f}', f'{double:.3f}']
+    rows.append([name, _number(parameters), _number(tokens), tokens / parameters, *losses])
   common.table(
     f'{flops:.3g} FLOPs: the size of the least loss',
     ['law', 'parameters', 'tokens', 'tokens/parameter', 'nats/token', 'half the size', 'twice'],
     rows,
   )
-  rows = []
+  return optima
+
+
+def _fleets(flops: float, fleets: Sequence[Fleet]) -> list[dict]:
+  costs, rows = [], []
   for fleet in fleets:
     hours = fleet.hours(flops)
     cost = dict(
@@ -179,27 +176,19 @@ def report(flops: float, fleets: Sequence[Fleet]) -> dict:
       kwh=fleet.kwh(hours),
       dollars=fleet.dollars(hours),
     )
-    found['fleets'].append(cost)
-    rows.append(
-      [
-        cost['chip'],
-        f'{cost["chips"]:,}',
-        hours,
-        cost['chip_hours'],
-        'no watts known' if cost['kwh'] is None else cost['kwh'],
-        'no rate given' if cost['dollars'] is None else cost['dollars'],
-      ]
-    )
+    costs.append(cost)
+    energy = 'no watts known' if cost['kwh'] is None else cost['kwh']
+    price = 'no rate given' if cost['dollars'] is None else cost['dollars']
+    rows.append([cost['chip'], f'{cost["chips"]:,}', hours, cost['chip_hours'], energy, price])
   common.table(
     f'its time and cost at MFU {fleets[0].mfu:g}',
     ['chip', 'chips', 'hours', 'chip-hours', 'kWh', 'dollars'],
     rows,
   )
-  return found
+  return costs
 
 
-def main(arguments: Sequence[str] | None = None) -> dict:
-  """The command; returns what `report` found."""
+def _parser() -> argparse.ArgumentParser:
   parser = common.parser(__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   budget = parser.add_mutually_exclusive_group(required=True)
@@ -222,12 +211,19 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   parser.add_argument(
     '--pue', type=float, default=1.0, help="the data centre's draw per watt of its machines"
   )
+  return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+  """The command; returns what `report` found."""
+  parser = _parser()
   options = parser.parse_args(arguments)
   needs = [
     name for name in ('hours', 'dollars', 'rate', 'watts') if getattr(options, name) is not None
   ]
   if needs and not options.chip:
     parser.error(f'--{needs[0]} needs --chip: one of {", ".join(CHIPS)}')
+
   try:
     if options.chip:
       names.check('chip', options.chip, CHIPS)
@@ -246,11 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     if options.flops is None:
       hours = options.hours if options.dollars is None else fleets[0].hours_for(options.dollars)
       options.flops = fleets[0].flops(hours)
-    found = report(options.flops, fleets)
+    results = report(options.flops, fleets)
   except ValueError as error:
     parser.error(str(error))
-  common.write_json(options.json, 'budget', found)
-  return found
+  common.write_json(options.json, 'budget', results)
+  return results
 
 
 if __name__ == '__main__':

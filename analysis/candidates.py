@@ -11,7 +11,7 @@ from parallel import remat
 from parallel.mesh import AXES, MeshConfig
 from training.config import Config
 
-# Remat policies, in order of how little they keep
+# Remat policies, in order of how little they keep.
 KEEPS = {'none': 0, 'dots': 1, 'full': 2, 'sqrt': 3}
 # Of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
 LARGEST = 8
@@ -30,13 +30,13 @@ def change(
 
 def flags(old: Config, new: Config) -> str:
   """The flags that turn `old` into `new`, as far as `change` changes it."""
-  found = []
+  changed = []
   for path in ('model.remat', 'train.accumulation', *(f'mesh.{axis}' for axis in AXES)):
     part, name = path.split('.')
     value = getattr(getattr(new, part), name)
     if value != getattr(getattr(old, part), name):
-      found.append(f'--config.{path}={value}')
-  return ' '.join(found)
+      changed.append(f'--config.{path}={value}')
+  return ' '.join(changed)
 
 
 def refused(config: Config, sizes: dict[str, int]) -> str:
@@ -86,25 +86,24 @@ def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, 
       continue
     rest = devices // cut
     for data in sorted({slices, rest, *(d for d in (2 * slices, 4 * slices) if rest % d == 0)}):
-      found = (
-        dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes)) | {'data': data, 'fsdp': rest // data}
-      )
-      if not refused(config, found):
-        yield found
+      mesh = dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes))
+      mesh |= {'data': data, 'fsdp': rest // data}
+      if not refused(config, mesh):
+        yield mesh
 
 
 def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
   """Numbers of microbatches above the config's, doubling, as long as each splits over the mesh."""
-  found, n = [], 2 * config.train.accumulation
+  possible, n = [], 2 * config.train.accumulation
   while config.data.batch_size % n == 0:
     try:
       if refused(change(config, accumulation=n), sizes):
         break
     except ValueError:
       break
-    found.append(n)
+    possible.append(n)
     n *= 2
-  return found
+  return possible
 
 
 def nearest(
@@ -122,7 +121,7 @@ def nearest(
   def moved(mesh):
     return sum(mesh[axis] != sizes[axis] for axis in AXES)
 
-  # More shards, not fewer
+  # More shards, not fewer.
   others = [
     mesh
     for mesh in meshes(config, devices, slices)

@@ -28,18 +28,17 @@ def reports(directory: str) -> dict[str, Report]:
   """The reports that are in a directory, by the kernel's name and number.
   Raises FileNotFoundError where there is none.
   """
-  found = {}
+  reported = {}
   for path in sorted(pathlib.Path(directory).glob('*.ptxas')):
     text = path.read_text()
     stores = re.findall(r'(\d+) bytes spill stores', text)
     if not stores:
       raise ValueError(f'{path.name} does not say what was spilled; it begins with {text[:100]!r}')
-    found[path.stem] = Report(
-      max(map(int, stores)), tuple(sorted(set(re.findall(r'C7[5-9]\d\d[^\n]*', text))))
-    )
-  if not found:
+    warnings = sorted(set(re.findall(r'C7[5-9]\d\d[^\n]*', text)))
+    reported[path.stem] = Report(max(map(int, stores)), tuple(warnings))
+  if not reported:
     raise FileNotFoundError(
       f'{directory} holds no .ptxas file; were the variables of ptxas.environment set while '
       'kernels were compiled?'
     )
-  return found
+  return reported

@@ -119,11 +119,13 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
   )
   if direction is None:
     return None
+
   if chosen := re.match(r'flash_[a-z]+_(\d+x\d+)', i.name):
     raise LookupError(
       f'{direction} attention in chosen steps of {chosen[1]}: no bundles are tabled for them, so '
       'its FLOPs at the peak'
     )
+
   # Queries, keys and values are the first operands of four dimensions, [B, heads, tokens, width].
   shapes = [dims(module[computation, name].shape) for name in i.operands]
   queries, keys, values = [shape for shape in shapes if len(shape) > 3][:3]

@@ -89,12 +89,10 @@ class Run:
   """
 
   def __init__(self, wanted: list[Case], budget: float, rehearsal: bool):
-    self.wanted, self.ends, self.rehearsal, self.seed = (
-      wanted,
-      time.time() + budget,
-      rehearsal,
-      secrets.randbits(32),
-    )
+    self.wanted = wanted
+    self.ends = time.time() + budget
+    self.rehearsal = rehearsal
+    self.seed = secrets.randbits(32)
     self.found: dict[str, dict[str, dict]] = {}
     self.missing: dict[str, str] = {}
 
@@ -102,7 +100,8 @@ class Run:
     """Lets a peer work on all cases for this share of the time that is left,
     again after a crash; what it reported.
     """
-    waiting, results, crashes = list(self.wanted if cases_ is None else cases_), [], 0
+    waiting = list(self.wanted if cases_ is None else cases_)
+    results, crashes = [], 0
     ends = time.time() + share * (self.ends - time.time())
     while True:
       reports, said = self._process(peer, waiting, ends, directory)
@@ -116,11 +115,8 @@ class Run:
       waiting = waiting[1:]
       if crashes == CRASHES or time.time() > ends or not waiting:
         break
-    results += [
-      {'case': case.name, 'error': 'skipped: no time left' if said is None else f'given up: {said}'}
-      for case in waiting
-    ]
-    return results
+    why = 'skipped: no time left' if said is None else f'given up: {said}'
+    return results + [{'case': case.name, 'error': why} for case in waiting]
 
   def _process(self, peer, waiting, ends, directory):
     """What one process reported, and its last words where it failed (None where it did not)."""
@@ -137,6 +133,7 @@ class Run:
         }
       )
     )
+
     environment = os.environ | {
       'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
       'TF_CPP_MIN_LOG_LEVEL': '2',
@@ -149,7 +146,7 @@ class Run:
         stderr=log,
         text=True,
       )
-      # It looks at the clock between cases
+      # It looks at the clock between cases.
       alarm = threading.Timer(max(1.0, ends + 20 - time.time()), process.kill)
       alarm.start()
       lines = list(process.stdout)
@@ -157,15 +154,19 @@ class Run:
       alarm.cancel()
       log.seek(0)
       said = [line.strip() for line in log if line.strip()]
+
     reports = [
       json.loads(line.removeprefix('RESULT ')) for line in lines if line.startswith('RESULT ')
     ]
-    return reports, f'code {failed}, {said[-1][:200] if said else "no word"}' if failed else None
+    if not failed:
+      return reports, None
+    return reports, f'code {failed}, {said[-1][:200] if said else "no word"}'
 
   def all_of(self, peers, directory: str) -> None:
     for n, peer in enumerate(peers):
-      began, found = time.time(), self.ask(peer, 1 / (len(peers) - n), directory)
-      self.found[peer] = {result.pop('case'): result for result in found}
+      began = time.time()
+      answers = self.ask(peer, 1 / (len(peers) - n), directory)
+      self.found[peer] = {result.pop('case'): result for result in answers}
       measured = sum('forward' in result for result in self.found[peer].values())
       print(
         f'{peer}: {measured} of {len(self.wanted)} cases in {time.time() - began:.0f} s', flush=True
@@ -188,20 +189,16 @@ def rows_of(run: Run, names: dict[str, str], peak: float, direction: str) -> lis
     }
     if not rates:
       continue
+
     cells = [
       f'{rates[peer] / 1e12:.0f} ({rates[peer] / peak:.0%})' if peer in rates else '-'
       for peer in names
     ]
     ratio = f'{rates[ours] / rates["cudnn"]:.2f}' if ours in rates and 'cudnn' in rates else '-'
-    rows.append(
-      [
-        case.name,
-        *cells,
-        ratio,
-        goal_of(case, direction, rates.get(ours)),
-        parity_of(results, ours, ('out',) if direction == 'forward' else ('dq', 'dk', 'dv'))[0],
-      ]
-    )
+    goal = goal_of(case, direction, rates.get(ours))
+    outputs = ('out',) if direction == 'forward' else ('dq', 'dk', 'dv')
+    worst, _ = parity_of(results, ours, outputs)
+    rows.append([case.name, *cells, ratio, goal, worst])
   return rows
 
 
@@ -209,13 +206,11 @@ def goal_of(case: Case, direction: str, rate: float | None) -> str:
   least, floor, aim = GOALS.get((direction, case.mask, case.width), (1e9, 0, 0))
   if case.length < least:
     return ''
-  reached = (
-    ''
-    if rate is None
-    else ': '
-    + ('below' if rate < floor * 1e12 else 'above the floor' if rate < aim * 1e12 else 'reached')
-  )
-  return f'{floor} / {aim}{reached}'
+  if rate is None:
+    return f'{floor} / {aim}'
+  if rate < floor * 1e12:
+    return f'{floor} / {aim}: below'
+  return f'{floor} / {aim}: ' + ('above the floor' if rate < aim * 1e12 else 'reached')
 
 
 def parity_of(
@@ -246,18 +241,16 @@ def faster_of(run: Run, ours: str) -> list[str]:
   """What skipping is worth: our windows and documents against our own causal attention
   of as long rows.
   """
-  found = run.found.get(ours, {})
+  measured = run.found.get(ours, {})
 
   def seconds(name):
-    return sum(found.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS)
+    return sum(measured.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS)
 
   said = []
   for case in run.wanted:
-    ratio = (
-      seconds(dataclasses.replace(case, mask='causal').name) / seconds(case.name)
-      if case.mask in FASTER
-      else float('nan')
-    )
+    if case.mask not in FASTER:
+      continue
+    ratio = seconds(dataclasses.replace(case, mask='causal').name) / seconds(case.name)
     if ratio == ratio:
       floor, aim = FASTER[case.mask]
       said.append(
@@ -300,6 +293,7 @@ def main() -> int:
   options = parser.parse_args()
   if options.rehearse:
     os.environ['JAX_PLATFORMS'] = 'cpu'
+
   run = Run(toys() if options.rehearse else cases(options.quick), options.budget, options.rehearse)
   names = (STAND_IN if options.rehearse else {}) | PEERS
   with tempfile.TemporaryDirectory() as directory:
@@ -317,12 +311,14 @@ def main() -> int:
       )
       return 1
     print(f'{peak["kind"]}: {peak["peak"] / 1e12:.3g} TFLOP/s of a large product in bfloat16')
+
     lost = {r['case']: r['error'] for r in run.ask('oracle', 0.3, directory) if 'error' in r}
     for case, why in lost.items():
       print(f'not measured: {case}: no exact values, so nothing can be compared: {why}')
     run.wanted = [case for case in run.wanted if case.name not in lost]
     if not run.wanted:
       return 1
+
     order = ['cudnn', OURS, 'torch flash', 'torch cudnn', 'mosaic', 'flex']
     if options.rehearse:
       run.missing |= dict.fromkeys(
@@ -336,8 +332,8 @@ def main() -> int:
   def of(case):
     return {peer: run.found[peer].get(case.name, {}) for peer in names}
 
-  # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers,
-  # which nothing hangs on.
+  # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers, which nothing hangs
+  # on.
   failed = [
     case.name
     for case in run.wanted

@@ -40,20 +40,19 @@ PACKAGES = (
 def machine() -> dict:
   """Hardware and versions that a measurement was taken with: JSON-able."""
   model = platform.processor() or platform.machine()
-  for line in (
-    pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    if os.path.exists('/proc/cpuinfo')
-    else ()
-  ):
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
     if line.startswith('model name'):
       model = line.split(':', 1)[1].strip()
       break
+
   versions = {}
   for package in PACKAGES:
     try:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       versions[package] = 'not installed'
+
   return {
     'cpu': model,
     'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),

@@ -101,7 +101,7 @@ def stages(texts: list[str]) -> dict[str, dict]:
     'memcpy of the tokens',
     size / common.seconds(lambda: tokens.copy(), 20),
   )
-  # Documents of 36 tokens: nothing but searching for room
+  # Documents of 36 tokens: nothing but searching for room.
   short = np.random.default_rng(0).integers(8, 64, 200_000)
   rate(
     'pack short documents, M tokens/s',
@@ -182,10 +182,12 @@ def loading(directory: str) -> dict[str, dict]:
   warm = common.seconds(lambda: prepare(config, quiet))
   prepared = prepare(config, quiet)
   loader = train_loader(prepared, config)
+
   steps = 300
   next(loader)
   rate = steps * LENGTH * BATCH / 1e6 / common.seconds(lambda: [next(loader) for _ in range(steps)])
   loader.close()
+
   ready = Batch.empty(BATCH, LENGTH)
   copied = LENGTH * BATCH / 1e6 / common.seconds(lambda: jax.tree.map(np.copy, ready), 50)
   return {
@@ -226,6 +228,7 @@ def bounded(gigabytes: float, texts: list[str]) -> dict:
   with tempfile.TemporaryDirectory() as directory:
     corpus = pathlib.Path(directory) / 'corpus.jsonl'
     size = write_corpus(corpus, gigabytes * 1e9, texts)
+
     began = time.perf_counter()
     command = [sys.executable, '-c', PREPARE, str(corpus), directory]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -237,6 +240,7 @@ def bounded(gigabytes: float, texts: list[str]) -> dict:
         f'preparing {corpus} failed with exit status {process.returncode}; see above'
       )
     report = json.loads(output)
+
   split = report['sources'][0]['train']
   return {
     'corpus_bytes': size,
@@ -267,6 +271,7 @@ def main() -> None:
       for name, row in rates.items()
     ],
   )
+
   results = {'stages': rates}
   if arguments.gigabytes:
     results['bounded'] = run = bounded(arguments.gigabytes, texts)

@@ -51,7 +51,9 @@ def model_config(name: str):
 class Ids:
   """In place of a tokenizer: the model's own ids, one byte each."""
 
-  pad, bos, eos = 0, 1, 2
+  pad = 0
+  bos = 1
+  eos = 2
 
   def __init__(self, vocabulary: int):
     self.vocabulary = vocabulary
@@ -177,6 +179,44 @@ def by_capacity(name: str) -> None:
   return {row[0]: row[1] for row in rows}
 
 
+def show(model: str, batch: int, runs: dict[str, list[dict]]) -> dict:
+  """Prints the best run of each side, and returns what was measured."""
+  best = {side: min(taken, key=lambda run: run['seconds']) for side, taken in runs.items()}
+  bandwidth = statistics.median(run['bandwidth'] for taken in runs.values() for run in taken)
+  rows = []
+  for side, run in best.items():
+    run['tokens_per_second'] = batch * NEW / run['seconds']
+    read = run.get('read_bytes', best['ours']['read_bytes'] if 'ours' in best else float('nan'))
+    run['share_of_bandwidth'] = read / bandwidth / run['ms_per_step'] * 1e3
+    rows.append(
+      [
+        SIDES[side],
+        run['tokens_per_second'],
+        run['first_token'] * 1e3,
+        run['ms_per_step'],
+        f'{run["share_of_bandwidth"]:.0%}',
+        run['peak_bytes'] / 2**30,
+      ]
+    )
+  rows = [[*row, row[1] / rows[0][1]] for row in rows]
+
+  common.table(
+    f'{model}, batch {batch}, {PROMPT} + {NEW} tokens, '
+    f'{best[next(iter(best))]["device"]}, {bandwidth / 1e9:.1f} GB/s measured',
+    [
+      '',
+      'tokens/s',
+      'first token ms',
+      'ms a step',
+      'of the bandwidth',
+      'peak RSS GiB',
+      'x the first',
+    ],
+    rows,
+  )
+  return {'best': best, 'runs': runs, 'bandwidth': bandwidth}
+
+
 def main():
   arguments = common.parser(__doc__)
   arguments.add_argument(
@@ -201,54 +241,15 @@ def main():
     }.get(side, lambda: theirs(options.model, int(batch), side))
     print(json.dumps(run()))
     return
+
   results = {}
   for batch in map(int, options.batches.split(',')):
     runs = {side: [] for side in options.sides.split(',')}
     for _ in range(options.runs):
-      for side, found in runs.items():
-        found.append(
-          train_step.in_process(
-            'benchmarks.decode',
-            '--model',
-            options.model,
-            '--run',
-            f'{side},{batch}',
-            environment={},
-          )
-        )
-    best = {side: min(found, key=lambda run: run['seconds']) for side, found in runs.items()}
-    bandwidth = statistics.median(run['bandwidth'] for found in runs.values() for run in found)
-    rows = []
-    for side, run in best.items():
-      run['tokens_per_second'] = batch * NEW / run['seconds']
-      read = run.get('read_bytes', best['ours']['read_bytes'] if 'ours' in best else float('nan'))
-      run['share_of_bandwidth'] = read / bandwidth / run['ms_per_step'] * 1e3
-      rows.append(
-        [
-          SIDES[side],
-          run['tokens_per_second'],
-          run['first_token'] * 1e3,
-          run['ms_per_step'],
-          f'{run["share_of_bandwidth"]:.0%}',
-          run['peak_bytes'] / 2**30,
-        ]
-      )
-    rows = [[*row, row[1] / rows[0][1]] for row in rows]
-    common.table(
-      f'{options.model}, batch {batch}, {PROMPT} + {NEW} tokens, '
-      f'{best[next(iter(best))]["device"]}, {bandwidth / 1e9:.1f} GB/s measured',
-      [
-        '',
-        'tokens/s',
-        'first token ms',
-        'ms a step',
-        'of the bandwidth',
-        'peak RSS GiB',
-        'x the first',
-      ],
-      rows,
-    )
-    results[batch] = {'best': best, 'runs': runs, 'bandwidth': bandwidth}
+      for side, taken in runs.items():
+        flags = ['--model', options.model, '--run', f'{side},{batch}']
+        taken.append(train_step.in_process('benchmarks.decode', *flags, environment={}))
+    results[batch] = show(options.model, batch, runs)
   common.write_json(options.json, 'decode', results)
 
 

@@ -59,15 +59,12 @@ def main():
     }
     for name, mesh in MESHES.items()
   }
+
   rows = []
   for name, twins in results.items():
-    rows += [[f'{name}, {twin}', *found.values()] for twin, found in twins.items()]
-    rows.append(
-      [
-        '  explicit over automatic',
-        *(found / twins['automatic'][what] for what, found in twins['explicit'].items()),
-      ]
-    )
+    rows += [[f'{name}, {twin}', *costs.values()] for twin, costs in twins.items()]
+    ratios = [cost / twins['automatic'][kind] for kind, cost in twins['explicit'].items()]
+    rows.append(['  explicit over automatic', *ratios])
   common.table(
     f'Llama 3 8B, {options.layers} layers, {options.topology}',
     ['mesh', *next(iter(results['fsdp'].values()))],

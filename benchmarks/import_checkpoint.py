@@ -47,7 +47,6 @@ def generate(directory: pathlib.Path, gigabytes: float) -> dict:
   from model import checkpoint, families
   from model.tensorfiles import DTYPES, write
 
-  # Bytes
   layer = 2 * (
     CONFIG['hidden_size'] * (3 * CONFIG['intermediate_size'] + 3 * CONFIG['hidden_size'])
   )
@@ -85,7 +84,7 @@ def resident() -> dict[str, int]:
   return {'anonymous': found['RssAnon'] + found['RssShmem'], 'file': found['RssFile']}
 
 
-def watched(what: str, source: str, workdir: str) -> None:
+def watched(command: str, source: str, workdir: str) -> None:
   """Imports in this process and prints, as JSON,
   seconds and by how much its memory rose at most.
   """
@@ -93,9 +92,11 @@ def watched(what: str, source: str, workdir: str) -> None:
 
   from model import checkpoint
 
-  # What jax itself takes is no part of an import
+  # What jax itself takes is no part of an import.
   jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
-  before, peak, done = resident(), {'anonymous': 0, 'file': 0}, threading.Event()
+  before = resident()
+  peak = {'anonymous': 0, 'file': 0}
+  done = threading.Event()
 
   def sample():
     while not done.wait(0.005):
@@ -105,7 +106,7 @@ def watched(what: str, source: str, workdir: str) -> None:
   watcher = threading.Thread(target=sample)
   watcher.start()
   began = time.perf_counter()
-  if what == 'load':
+  if command == 'load':
     _, model = checkpoint.load(source)
     jax.block_until_ready(jax.tree.leaves(model))
   else:
@@ -123,41 +124,43 @@ def main():
     '--devices', type=int, nargs='+', default=[1, 4], help='CPU devices to split the model over'
   )
   options = parser.parse_args()
+
   rows, results = [], {}
   with tempfile.TemporaryDirectory() as directory:
     source = pathlib.Path(directory) / 'hf'
     made = generate(source, options.gb)
     size, largest = made['bytes'], made['largest_tensor']
     print(f'{size / 1e9:.2f} GB in {made["tensors"]} tensors, the largest {largest / 1e6:.0f} MB')
-    for what in ('load', 'import'):
+    for command in ('load', 'import'):
       for devices in options.devices:
         environment = os.environ | {
           'JAX_PLATFORMS': 'cpu',
           'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
         }
         ran = subprocess.run(
-          [sys.executable, '-c', RUN, what, str(source), f'{directory}/{what}{devices}'],
+          [sys.executable, '-c', RUN, command, str(source), f'{directory}/{command}{devices}'],
           env=environment,
           check=True,
           stdout=subprocess.PIPE,
           text=True,
         )
-        found = json.loads(ran.stdout.splitlines()[-1])
-        above = found['anonymous'] + found['file'] - made['bytes']
-        results[f'{what}, {devices} devices'] = (
-          found | made | {'above_the_model': above, 'ratio': above / made['largest_tensor']}
+        run = json.loads(ran.stdout.splitlines()[-1])
+        above = run['anonymous'] + run['file'] - made['bytes']
+        results[f'{command}, {devices} devices'] = (
+          run | made | {'above_the_model': above, 'ratio': above / made['largest_tensor']}
         )
         rows.append(
           [
-            f'{what}, {devices} device{"s" * (devices > 1)}',
-            f'{found["seconds"]:.1f}',
-            f'{made["bytes"] / 1e6 / found["seconds"]:,.0f}',
-            f'{found["anonymous"] / 1e6:,.0f}',
-            f'{found["file"] / 1e6:,.0f}',
+            f'{command}, {devices} device{"s" * (devices > 1)}',
+            f'{run["seconds"]:.1f}',
+            f'{made["bytes"] / 1e6 / run["seconds"]:,.0f}',
+            f'{run["anonymous"] / 1e6:,.0f}',
+            f'{run["file"] / 1e6:,.0f}',
             f'{above / 1e6:,.0f}',
             f'{above / made["largest_tensor"]:.2f}',
           ]
         )
+
   common.table(
     'Peak memory above what the process had (MB)',
     ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest tensor'],

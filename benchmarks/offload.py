@@ -102,20 +102,20 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     '--limit', type=float, default=0, metavar='GB', help='of data of each process'
   )
   options = parser.parse_args(arguments)
-  found = {place or 'device': measure(place, options.layers, options.limit) for place in PLACES}
+  measured = {place or 'device': measure(place, options.layers, options.limit) for place in PLACES}
   rows = [
     [place, *(m[key] / 1e9 for key in ('model', 'optimizer', 'peak')), m['seconds'], m['loss']]
     if m
     else [place, '', '', 'out of memory', '', '']
-    for place, m in found.items()
+    for place, m in measured.items()
   ]
   common.table(
     'GB, and seconds of a step',
     ['state in', 'parameters', 'optimizer state', 'peak resident', 'seconds', 'loss'],
     rows,
   )
-  common.write_json(options.json, 'offload', found)
-  return found
+  common.write_json(options.json, 'offload', measured)
+  return measured
 
 
 if __name__ == '__main__':

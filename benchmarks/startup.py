@@ -115,15 +115,18 @@ def main():
       '--max_new_tokens=1',
       '--temperature=0',
     ]
-    # Prepares the data, fills the cache
+
+    # Prepares the data, fills the cache.
     subprocess.run(train('warm', 3), check=True, stdout=subprocess.DEVNULL)
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
-    floor, step, token = [], [], []
+
+    floor, step, token = ([] for _ in range(3))
     for i in range(REPEATS):
       floor.append(until([python, '-c', FLOOR], '2'))
       step.append(until(train(f'run{i}', 3), 'step 1/3'))
       token.append(until(generate, '\n'))
   compiled = {layers: min(compile_seconds(layers) for _ in range(3)) for layers in (4, 32)}
+
   base = statistics.median(floor)
   rows = [['floor: import jax and flax, add two numbers', base, 1.0]]
   for name, seconds in (
@@ -141,6 +144,7 @@ def main():
     ['layers', 'seconds', 'x 4 layers'],
     [[str(layers), seconds, seconds / compiled[4]] for layers, seconds in compiled.items()],
   )
+
   results = {
     'floor_seconds': floor,
     'first_step_seconds': step,

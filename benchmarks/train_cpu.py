@@ -61,24 +61,18 @@ def main():
   if options.side:
     print(json.dumps({'ours': ours, 'theirs': theirs}[options.side](options.steps)))
     return
+
   runs = {'ours': [], 'theirs': []}
   for _ in range(2):
     for side in runs:
-      runs[side].append(
-        train_step.in_process(
-          'benchmarks.train_cpu',
-          '--side',
-          side,
-          '--steps',
-          str(options.steps),
-          environment={'JAX_PLATFORMS': 'cpu'},
-        )
-      )
+      flags = ['--side', side, '--steps', str(options.steps)]
+      environment = {'JAX_PLATFORMS': 'cpu'}
+      run = train_step.in_process('benchmarks.train_cpu', *flags, environment=environment)
+      runs[side].append(run)
+
   best = {side: min(of, key=lambda run: run['step_seconds']) for side, of in runs.items()}
-  gemm, needed = (
-    max(run['gemm'] for of in runs.values() for run in of),
-    best['ours']['flops_per_token'],
-  )
+  gemm = max(run['gemm'] for of in runs.values() for run in of)
+  needed = best['ours']['flops_per_token']
   rows, data = [], config().data
   for side, name in (('ours', 'Tandem'), ('theirs', 'transformers + torch')):
     run = best[side]
@@ -96,6 +90,7 @@ def main():
     )
   a, b = rows
   rows.append(['ratio', a[1] / b[1], '', a[3] / b[3], a[4] / b[4], a[5] / b[5]])
+
   common.table(
     f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x '
     f'{data.sequence_length}',

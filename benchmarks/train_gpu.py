@@ -22,6 +22,7 @@ the budget in seconds leaves no time for is named.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -134,8 +135,8 @@ def measure(side: str, length: int, options, ends: float) -> dict:
     str(options.steps),
     *(['--rehearse'] if options.rehearse else []),
   ]
-  # jax and torch both take what they need and no more in advance;
-  # a GPU's memory is one process's at a time.
+  # jax and torch both take what they need and no more in advance; a GPU's memory is one process's
+  # at a time.
   environment = {
     'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95',
     'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True',
@@ -146,14 +147,14 @@ def measure(side: str, length: int, options, ends: float) -> dict:
     if left < 10:
       return {'error': 'skipped: no time left'}
     try:
-      found = train_step.in_process(
+      run = train_step.in_process(
         'benchmarks.train_gpu',
         *arguments,
         *flags,
         environment=environment,
         timeout=min(left, LONGEST),
       )
-      return found | {'checkpointed': bool(flags)}
+      return run | {'checkpointed': bool(flags)}
     except RuntimeError as error:
       result = {'error': str(error)}
       if 'out of memory' not in str(error).lower():
@@ -181,10 +182,10 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   with jax.set_mesh(mesh):
     make_state, step, shapes = train_step.tandem_step(made, packed)
     compiled = step.lower(params.abstract(make_state, mesh), shapes()).compile()
-  found = roofline.predict(Module(compiled.as_text()), mesh, chip, made.model.dtype)
-  rate = TOKENS / found.seconds
+  prediction = roofline.predict(Module(compiled.as_text()), mesh, chip, made.model.dtype)
+  rate = TOKENS / prediction.seconds
   return {
-    'step_seconds': found.seconds,
+    'step_seconds': prediction.seconds,
     'device_peak_bytes': memory.parts(compiled, {}).peak,
     'tokens_per_second': rate,
     'mfu': flops.mfu(
@@ -192,40 +193,27 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
       1,
       hardware.peak(chip, made.model.dtype),
     ),
-    'assumptions': found.assumptions,
+    'assumptions': prediction.assumptions,
   }
 
 
 def show_predictions(options) -> None:
   results, rows = {}, []
-  for length in LENGTHS:
-    for side in OURS:
-      try:
-        found = results[f'{side} {length}'] = predict(side, length)
-        rows.append(
-          [
-            f'{NAMES[side]}, {length}',
-            found['step_seconds'],
-            found['tokens_per_second'],
-            f'{found["mfu"]:.0%}',
-            found['device_peak_bytes'] / 1e9,
-          ]
-        )
-      except Exception as error:  # of one side: the others are still wanted
-        results[f'{side} {length}'] = {'error': str(error).splitlines()[0]}
-        rows.append(
-          [
-            f'{NAMES[side]}, {length}',
-            f'not predicted: {str(error).splitlines()[0][:80]}',
-            '',
-            '',
-            '',
-          ]
-        )
+  for length, side in itertools.product(LENGTHS, OURS):
+    name = f'{NAMES[side]}, {length}'
+    try:
+      step = results[f'{side} {length}'] = predict(side, length)
+      speed = [step['step_seconds'], step['tokens_per_second'], f'{step["mfu"]:.0%}']
+      rows.append([name, *speed, step['device_peak_bytes'] / 1e9])
+    except Exception as error:  # of one side: the others are still wanted
+      why = str(error).splitlines()[0]
+      results[f'{side} {length}'] = {'error': why}
+      rows.append([name, f'not predicted: {why[:80]}', '', '', ''])
+
   common.table(
     'bench-1B, predicted for an H100, not measured', ['', 'step s', 'tokens/s', 'MFU', 'GB'], rows
   )
-  for text in sorted({text for found in results.values() for text in found.get('assumptions', ())}):
+  for text in sorted({text for step in results.values() for text in step.get('assumptions', ())}):
     print(f'assumed: {text}')
   common.write_json(options.json, 'train_gpu predicted', results)
 
@@ -236,33 +224,34 @@ def show(results: dict, chip_peak: float | None) -> None:
 
   for length in sorted({int(name.split()[-1]) for name in results}):
     of = {side: results[f'{side} {length}'] for side in ORDER if f'{side} {length}' in results}
-    measured = {side: found for side, found in of.items() if 'error' not in found}
+    measured = {side: run for side, run in of.items() if 'error' not in run}
     needed = next(
-      (found['flops_per_token'] for found in measured.values() if 'flops_per_token' in found), None
+      (run['flops_per_token'] for run in measured.values() if 'flops_per_token' in run), None
     )
     rows = []
-    for side, found in sorted(measured.items(), key=lambda item: item[1]['step_seconds']):
-      found['tokens_per_second'] = rate = found['tokens'] / found['step_seconds']
-      found['mfu'] = mfu = flops.mfu(rate * needed, 1, chip_peak) if needed else None
-      peak = found['device_peak_bytes']
+    for side, run in sorted(measured.items(), key=lambda item: item[1]['step_seconds']):
+      run['tokens_per_second'] = rate = run['tokens'] / run['step_seconds']
+      run['mfu'] = mfu = flops.mfu(rate * needed, 1, chip_peak) if needed else None
+      peak = run['device_peak_bytes']
       rows.append(
         [
-          NAMES[side] + (', checkpointed' if found['checkpointed'] else ''),
+          NAMES[side] + (', checkpointed' if run['checkpointed'] else ''),
           rate,
           '-' if mfu is None else f'{mfu:.1%}',
           '-' if peak is None else f'{peak / 1e9:.1f}',
-          found['first_step_seconds'],
-          f'{found["losses"][-1]:.3f}',
+          run['first_step_seconds'],
+          f'{run["losses"][-1]:.3f}',
         ]
       )
+
     common.table(
       f'{length} tokens a row',
       ['', 'tokens/s', 'MFU', 'peak GB', 'first step s', 'last loss'],
       rows,
     )
-    for side, found in of.items():
-      if 'error' in found:
-        print(f'not measured: {NAMES[side]}, {length}: {found["error"]}')
+    for side, run in of.items():
+      if 'error' in run:
+        print(f'not measured: {NAMES[side]}, {length}: {run["error"]}')
 
 
 def main() -> int:
@@ -289,17 +278,14 @@ def main() -> int:
     print(json.dumps({'platform': jax.devices()[0].platform, 'kind': jax.devices()[0].device_kind}))
     return 0
   if options.side:
-    print(
-      json.dumps(
-        side_of(
-          options.side, int(options.length), options.steps, options.rehearse, options.checkpointed
-        )
-      )
-    )
+    length, steps = int(options.length), options.steps
+    run = side_of(options.side, length, steps, options.rehearse, options.checkpointed)
+    print(json.dumps(run))
     return 0
   if options.predict:
     show_predictions(options)
     return 0
+
   ends = time.time() + options.budget
   platform, kind = device()
   if platform != 'gpu' and not options.rehearse:
@@ -314,15 +300,12 @@ def main() -> int:
   for side in ORDER:
     for length in LENGTHS[: 1 if options.quick else None]:
       why = NOT_ON_A_CPU.get(side) if options.rehearse else None
-      found = results[f'{side} {length}'] = (
-        {'error': why} if why else measure(side, length, options, ends)
-      )
-      found['tokens'] = TOKENS // 128 if options.rehearse else TOKENS
-      print(
-        f'{side}, {length}: '
-        f'{found.get("error") or format(found["step_seconds"], ".3f") + " s a step"}',
-        flush=True,
-      )
+      run = {'error': why} if why else measure(side, length, options, ends)
+      run['tokens'] = TOKENS // 128 if options.rehearse else TOKENS
+      results[f'{side} {length}'] = run
+      speed = run.get('error') or f'{run["step_seconds"]:.3f} s a step'
+      print(f'{side}, {length}: {speed}', flush=True)
+
   show(results, None if options.rehearse else hardware.peak(hardware.lookup(kind), 'bfloat16'))
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
