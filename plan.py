@@ -28,13 +28,14 @@ from jax.sharding import AxisType
 import files
 import names
 import train
-from analysis import aot, candidates, flops as counts, hardware, memory, roofline, schedule, tables
+from analysis import aot, candidates, hardware, memory, roofline, schedule, tables
 from analysis.hlo import Module
 from decode.generator import generating
 from decode.request import CHUNK
 from kernels import cudnn
 from kernels.attention import FEW, choose
 from kernels.flash import KERNELS
+from model import flops as counts
 from objectives.pretrain import check_model
 from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh

@@ -21,22 +21,22 @@ import optax
 from absl import app, flags, logging
 
 import names
-from analysis import flops, hardware
+from analysis import hardware
 from data import loader
 from data.batch import Batch
 from data.prepare import prepare
-from kernels import attention
-from model import params, transformer
+from kernels import attention, context
+from model import flops, params, transformer
 from objectives.pretrain import check_model, pretrain, router_metrics
-from parallel import axes, context, offload, pipeline
+from parallel import axes, offload, pipeline
 from parallel.mesh import make_mesh
 from training import config as configs, precision, spill, state as states, update
 from training.accumulate import accumulate
-from training.checkpoint import Checkpoints
 from training.optimizer import clip, make_optimizer, make_schedule
-from training.progress import Progress, check_finite
-from training.report import compression_baselines, write_report
-from training.watch import ProfileWindow, Watch
+from workdir.checkpoint import Checkpoints
+from workdir.progress import Progress, check_finite
+from workdir.report import compression_baselines, write_report
+from workdir.watch import ProfileWindow, Watch
 
 CONFIG = configs.define_flag()
 WORKDIR = flags.DEFINE_string(

@@ -14,9 +14,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import commands
 import names
 from analysis import hardware
-from benchmarks import common
 
 CHIPS = {chip.name: chip for chip in hardware.CHIPS}
 FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward; attention's own products are not in it
@@ -155,7 +155,7 @@ def _laws(flops: float) -> dict:
     optima[name] = dict(parameters=parameters, tokens=tokens, loss=loss)
     losses = [f'{loss:.3f}', f'{half:.3f}', f'{double:.3f}']
     rows.append([name, _number(parameters), _number(tokens), tokens / parameters, *losses])
-  common.table(
+  commands.table(
     f'{flops:.3g} FLOPs: the size of the least loss',
     ['law', 'parameters', 'tokens', 'tokens/parameter', 'nats/token', 'half the size', 'twice'],
     rows,
@@ -180,7 +180,7 @@ def _fleets(flops: float, fleets: Sequence[Fleet]) -> list[dict]:
     energy = 'no watts known' if cost['kwh'] is None else cost['kwh']
     price = 'no rate given' if cost['dollars'] is None else cost['dollars']
     rows.append([cost['chip'], f'{cost["chips"]:,}', hours, cost['chip_hours'], energy, price])
-  common.table(
+  commands.table(
     f'its time and cost at MFU {fleets[0].mfu:g}',
     ['chip', 'chips', 'hours', 'chip-hours', 'kWh', 'dollars'],
     rows,
@@ -189,7 +189,7 @@ def _fleets(flops: float, fleets: Sequence[Fleet]) -> list[dict]:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   budget = parser.add_mutually_exclusive_group(required=True)
   budget.add_argument('--flops', type=float, help='the budget as FLOPs')
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     results = report(options.flops, fleets)
   except ValueError as error:
     parser.error(str(error))
-  common.write_json(options.json, 'budget', results)
+  commands.write_json(options.json, 'budget', results)
   return results
 
 

@@ -72,8 +72,8 @@ def _blocks(bundles: pathlib.Path, table: pathlib.Path) -> list[Block]:
   capacity = [int(n) for n in lines[start + 1].split()]
   used = [[int(n) for n in line.split()] for line in lines[start + 2 :]]
 
-  # A block begins at a bundle with a mark (of what jumps there: LB, LH, ...) behind its address, and
-  # where a branch has taken effect.
+  # A block begins at a bundle with a mark (of what jumps there: LB, LH, ...) behind its address,
+  # and where a branch has taken effect.
   cuts, count = {0}, 0
   for line in bundles.read_text().splitlines():
     bundle = re.match(r'\s*0x[0-9a-f]+\s+([A-Z]{2})?\s*:?\s*', line)

@@ -6,6 +6,7 @@ GPU: NVIDIA's A100 datasheet (June 2021), H100 white paper (dense figures; netwo
 counted. Unknown hardware has no entry, and so no percentage.
 """
 
+import ast
 import dataclasses
 
 import jax.numpy as jnp
@@ -63,23 +64,15 @@ class Chip:
 
 # A chip a row: its name, jax's names for its kind, and a value a column; -: none, or not published.
 _TPUS = """
-        | kinds                | bf16  int8  hbm usable hbm/s  ici/s network clock
-TPU v4  | TPU v4               |  275   275   32  30.75  1200    600       -  1.05
-TPU v5e | TPU v5 lite, TPU v5e |  197   393   16  15.75   819    400   3.125   1.5
-TPU v5p | TPU v5, TPU v5p      |  459   918   95  95.73  2765   1200    6.25  1.75
-TPU v6e | TPU v6 lite, TPU v6e |  918  1836   32  31.24  1638    800    12.5  1.75
-TPU 7x  | TPU7x                | 2307     -  192 189.48  7380   1200       -   2.2
-"""
-_TORUS = """
-        | torus wraps cores devices watts
-TPU v4  |     3     4     2       1   192
-TPU v5e |     2    16     1       1     -
-TPU v5p |     3     4     2       1     -
-TPU v6e |     2    16     1       1     -
-TPU 7x  |     3     4     2       2     -
+        | kinds                | bf16 int8 hbm usable hbm/s ici/s   net clock dim wrap core dev   W
+TPU v4  | TPU v4               |  275  275  32  30.75  1200   600     -  1.05   3    4    2   1 192
+TPU v5e | TPU v5 lite, TPU v5e |  197  393  16  15.75   819   400 3.125   1.5   2   16    1   1   -
+TPU v5p | TPU v5, TPU v5p      |  459  918  95  95.73  2765  1200  6.25  1.75   3    4    2   1   -
+TPU v6e | TPU v6 lite, TPU v6e |  918 1836  32  31.24  1638   800  12.5  1.75   2   16    1   1   -
+TPU 7x  | TPU7x                | 2307    - 192 189.48  7380  1200     -   2.2   3    4    2   2   -
 """
 _GPUS = """
-               | kinds                 |  bf16  tf32   int8  hbm hbm/s nvlink/s network watts
+               | kinds                 |  bf16  tf32   int8  hbm hbm/s nvlink/s     net     W
 A100 40GB SXM  | NVIDIA A100-SXM4-40GB |   312   156    624   40  1555      600       -   400
 A100 40GB PCIe | NVIDIA A100-PCIE-40GB |   312   156    624   40  1555      600       -   250
 A100 80GB SXM  | NVIDIA A100-SXM4-80GB |   312   156    624   80  2039      600       -   400
@@ -89,59 +82,47 @@ H100 PCIe      | NVIDIA H100 PCIe      |   756   378   1513   80  2000      600 
 H200 SXM       | NVIDIA H200           | 989.4 494.7 1978.9  141  4800      900       -   700
 B200           | NVIDIA B200           |  2250  1100   4500  180  8000     1800       -  1000
 """
-# The fields of the columns that are not named as their fields, and units of all but plain numbers.
-_FIELDS = {
-  'bf16': 'bfloat16',
-  'tf32': 'float32',
-  'hbm': 'hbm_bytes',
-  'hbm/s': 'hbm_bandwidth',
-  'ici/s': 'interconnect',
-  'nvlink/s': 'interconnect',
-}
-_UNITS = {
-  'bfloat16': _TERA,
-  'float32': _TERA,
-  'int8': _TERA,
-  'hbm_bandwidth': _GIGA,
-  'interconnect': _GIGA,
-  'network': _GIGA,
-  'clock': _GIGA,
+# The columns' fields, and their units but for a TPU's memory, which the compiler gives in GiB.
+_COLUMNS = {
+  'bf16': ('bfloat16', _TERA),
+  'tf32': ('float32', _TERA),
+  'int8': ('int8', _TERA),
+  'hbm': ('hbm_bytes', _GIGA),
+  'usable': ('usable', _GIB),
+  'hbm/s': ('hbm_bandwidth', _GIGA),
+  'ici/s': ('interconnect', _GIGA),
+  'nvlink/s': ('interconnect', _GIGA),
+  'net': ('network', _GIGA),
+  'clock': ('clock', _GIGA),
+  'dim': ('torus', 1),
+  'wrap': ('wraps', 1),
+  'core': ('cores', 1),
+  'dev': ('devices', 1),
+  'W': ('watts', 1),
 }
 
 
-def _rows(table: str, **units: float) -> dict[str, dict]:
-  """name -> field -> value of each row of a table, in bytes, FLOP/s, ... by _UNITS and `units`."""
+def _chips(table: str, same: dict[str, str], **columns: tuple[str, float]) -> tuple[Chip, ...]:
+  """A chip of each row. same: fields that are as another one is. columns: as in _COLUMNS."""
   head, *rows = [
     [cell.strip() for cell in line.split('|')] for line in table.strip('\n').split('\n')
   ]
-  fields = [_FIELDS.get(column, column) for column in head[-1].split()]
-  units = _UNITS | units
-
-  def value(field, text):
-    if text == '-':
-      return None
-    return (float(text) if '.' in text else int(text)) * units.get(field, 1)
-
-  chips = {}
-  for name, *kinds, values in rows:
-    chip = {field: value(field, text) for field, text in zip(fields, values.split(), strict=True)}
-    if kinds:
-      chip['kinds'] = tuple(kinds[0].split(', '))
-    chips[name] = chip
-  return chips
+  fields = [(_COLUMNS | columns)[name] for name in head[-1].split()]
+  chips = []
+  for name, kinds, texts in rows:
+    cells = zip(fields, texts.split(), strict=True)
+    values = {
+      field: None if text == '-' else ast.literal_eval(text) * unit for (field, unit), text in cells
+    }
+    values |= {field: values[other] for field, other in same.items()}
+    chips.append(Chip(name=name, kinds=tuple(kinds.split(', ')), **values))
+  return tuple(chips)
 
 
-def _chips() -> tuple[Chip, ...]:
-  """All rows. The compiler gives a TPU's memory in GiB, datasheets a GPU's in GB."""
-  tpus, torus = _rows(_TPUS, hbm_bytes=_GIB, usable=_GIB), _rows(_TORUS)
-  gpus = _rows(_GPUS, hbm_bytes=_GIGA)
-  return (
-    *(Chip(name=n, float32=c['bfloat16'], **c, **torus[n]) for n, c in tpus.items()),
-    *(Chip(name=n, float16=c['bfloat16'], **c) for n, c in gpus.items()),
-  )
-
-
-CHIPS = _chips()
+CHIPS = (
+  *_chips(_TPUS, {'float32': 'bfloat16'}, hbm=('hbm_bytes', _GIB)),
+  *_chips(_GPUS, {'float16': 'bfloat16'}),
+)
 _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.kinds}
 
 

@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from analysis import flops as counts, schedule
+from analysis import schedule
 from analysis.hardware import Chip, peak
 from analysis.hlo import Module
 from analysis.instruction import HOST, Instruction, arrays, dims, nbytes
 from decode.sampling import FILTER
 from kernels import tuning
 from kernels.tuning import TILE
+from model import flops as counts
 
 # Of the peaks, what large products and copies reach
 # on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).

@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 
-from benchmarks import common
+import commands
 from benchmarks.attention_cases import DIRECTIONS, Case
 
 OURS = 'pallas_gpu'
@@ -262,7 +262,7 @@ def faster_of(run: Run, ours: str) -> list[str]:
 
 def show(run: Run, names: dict[str, str], peak: float, device: str) -> None:
   for direction in DIRECTIONS:
-    common.table(
+    commands.table(
       f'{direction}, {device}: TFLOP/s (share of the {peak / 1e12:.3g} of a large product)',
       ['case', *names.values(), 'ours / cuDNN', 'floor / aim', 'worst error'],
       rows_of(run, names, peak, direction),
@@ -284,7 +284,7 @@ def show(run: Run, names: dict[str, str], peak: float, device: str) -> None:
 
 
 def main() -> int:
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.add_argument('--quick', action='store_true', help='one length of most kinds')
   parser.add_argument('--budget', type=float, default=540, help='seconds for everything')
   parser.add_argument(
@@ -343,7 +343,7 @@ def main() -> int:
     print(f'\nPARITY FAILS: {", ".join(failed)}')
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
-  common.write_json(
+  commands.write_json(
     options.json,
     'attention',
     {

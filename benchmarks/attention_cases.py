@@ -65,7 +65,7 @@ class Case:
     """Of the pairs that the mask leaves: causal ones are half,
     and windows and documents are what they are.
     """
-    from analysis.flops import mean_keys
+    from model.flops import mean_keys
 
     keys = (
       self.length if self.mask == 'full' else mean_keys(self.length, self.window, self.document)

@@ -22,8 +22,9 @@ import time
 import jax
 import numpy as np
 
+import commands
 from benchmarks import common
-from data import clean, duplicates, packing, sources, tokenizer
+from data import clean, duplicates, packing, sources, tokenizers
 from data.batch import Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.loader import train_loader
@@ -77,7 +78,7 @@ def stages(texts: list[str]) -> dict[str, dict]:
 
   config = TokenizerConfig(vocabulary=4096)
   began = time.perf_counter()
-  made = tokenizer.build(config, texts, texts)
+  made = tokenizers.build(config, texts, texts)
   rate('train tokenizer', size / (time.perf_counter() - began), 'gzip -9', compressed)
   encoded = made.encode_arrays(texts)
   bare = common.seconds(lambda: made._processor.encode(texts, num_threads=os.cpu_count()))
@@ -254,7 +255,7 @@ def bounded(gigabytes: float, texts: list[str]) -> dict:
 
 
 def main() -> None:
-  parser = common.parser(__doc__.split('\n')[0])
+  parser = commands.parser(__doc__.split('\n')[0])
   parser.add_argument(
     '--gigabytes', type=float, default=1.0, help='size of the generated corpus; 0 leaves it out'
   )
@@ -263,7 +264,7 @@ def main() -> None:
   rates = stages(texts)
   with tempfile.TemporaryDirectory() as directory:
     rates |= loading(directory) | appetite(directory)
-  common.table(
+  commands.table(
     f'Stages on the standard library ({len(texts)} documents; MB/s of text unless named otherwise)',
     ('stage', 'rate', 'ratio', 'peer', "peer's rate"),
     [
@@ -277,7 +278,7 @@ def main() -> None:
     results['bounded'] = run = bounded(arguments.gigabytes, texts)
     gzipped = rates['clean (code)']['peer_rate']
     run |= {'rate': run['corpus_bytes'] / 1e6 / run['seconds'], 'gzip_rate': gzipped}
-    common.table(
+    commands.table(
       'A corpus that need not fit in memory',
       ('', 'value'),
       [
@@ -291,7 +292,7 @@ def main() -> None:
         ('peak / corpus', run['peak_bytes'] / run['corpus_bytes']),
       ],
     )
-  common.write_json(arguments.json, 'data', results)
+  commands.write_json(arguments.json, 'data', results)
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ import json
 import statistics
 import time
 
+import commands
 from benchmarks import common, train_cpu, train_step
 
 PROMPT, NEW = 128, 256
@@ -171,7 +172,7 @@ def by_capacity(name: str) -> None:
     run()
     rows.append([f'{capacity:,}', common.seconds(run, 5) / NEW * 1e3])
   rows = [[*row, row[1] / rows[0][1]] for row in rows]
-  common.table(
+  commands.table(
     f'{name}: a token against the capacity of the cache',
     ['capacity', 'ms a token', f'x that of {CAPACITIES[0]:,}'],
     rows,
@@ -200,7 +201,7 @@ def show(model: str, batch: int, runs: dict[str, list[dict]]) -> dict:
     )
   rows = [[*row, row[1] / rows[0][1]] for row in rows]
 
-  common.table(
+  commands.table(
     f'{model}, batch {batch}, {PROMPT} + {NEW} tokens, '
     f'{best[next(iter(best))]["device"]}, {bandwidth / 1e9:.1f} GB/s measured',
     [
@@ -218,7 +219,7 @@ def show(model: str, batch: int, runs: dict[str, list[dict]]) -> dict:
 
 
 def main():
-  arguments = common.parser(__doc__)
+  arguments = commands.parser(__doc__)
   arguments.add_argument(
     '--model', default='bench_30m', help='bench_30m, bench_1b, or one of configs/models'
   )
@@ -231,7 +232,7 @@ def main():
   arguments.add_argument('--run', help='run one side in this process: side,batch')
   options = arguments.parse_args()
   if options.capacity:
-    common.write_json(options.json, 'decode_capacity', by_capacity(options.model))
+    commands.write_json(options.json, 'decode_capacity', by_capacity(options.model))
     return
   if options.run:
     side, batch = options.run.split(',')
@@ -250,7 +251,7 @@ def main():
         flags = ['--model', options.model, '--run', f'{side},{batch}']
         taken.append(train_step.in_process('benchmarks.decode', *flags, environment={}))
     results[batch] = show(options.model, batch, runs)
-  common.write_json(options.json, 'decode', results)
+  commands.write_json(options.json, 'decode', results)
 
 
 if __name__ == '__main__':

@@ -16,9 +16,9 @@ import dataclasses
 
 from jax.sharding import AxisType
 
+import commands
 import plan
 from analysis import aot
-from benchmarks import common
 from configs.models import llama3_8b
 from parallel.mesh import MeshConfig
 
@@ -49,7 +49,7 @@ def compiled(
 
 
 def main():
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.add_argument('--topology', default='v5p:2x2x4')
   parser.add_argument('--layers', type=int, default=8)
   options = parser.parse_args()
@@ -65,12 +65,12 @@ def main():
     rows += [[f'{name}, {twin}', *costs.values()] for twin, costs in twins.items()]
     ratios = [cost / twins['automatic'][kind] for kind, cost in twins['explicit'].items()]
     rows.append(['  explicit over automatic', *ratios])
-  common.table(
+  commands.table(
     f'Llama 3 8B, {options.layers} layers, {options.topology}',
     ['mesh', *next(iter(results['fsdp'].values()))],
     rows,
   )
-  common.write_json(
+  commands.write_json(
     options.json, 'explicit', {'topology': options.topology, 'layers': options.layers, **results}
   )
 

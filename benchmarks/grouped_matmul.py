@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import commands
 from analysis import aot, hlo
 from benchmarks import common
 from kernels.grouped_matmul import block_rows, grouped_matmul
@@ -117,7 +118,7 @@ def ahead_of_time() -> list[dict]:
       memory = work['both_temporary_bytes'] / 2**20
       rows.append([target, str(experts), backend, block, work['forward'], work['both'], memory])
 
-  common.table(
+  commands.table(
     f'Work over ideal: {ROWS} rows, {WIDTH} x {FEED_FORWARD}, bfloat16, compiled ahead of time',
     ['target', 'experts', 'backend', 'block', 'forward', 'and backward', 'temporary MiB'],
     rows,
@@ -134,7 +135,7 @@ def on_this_cpu() -> dict[int, dict]:
       [name, str(experts), 1e3 * seconds, seconds / times['one expert']]
       for name, seconds in times.items()
     ]
-  common.table(
+  commands.table(
     'This CPU: 2048 tokens, 2 experts each, 256 x 512, f32, forward and backward',
     ['', 'experts', 'ms', 'x one expert'],
     rows,
@@ -143,7 +144,7 @@ def on_this_cpu() -> dict[int, dict]:
 
 
 def main():
-  options = common.parser(__doc__).parse_args()
+  options = commands.parser(__doc__).parse_args()
   results = {
     'rows': ROWS,
     'width': WIDTH,
@@ -151,7 +152,7 @@ def main():
     'compiled': ahead_of_time(),
     'cpu': on_this_cpu(),
   }
-  common.write_json(options.json, 'grouped_matmul', results)
+  commands.write_json(options.json, 'grouped_matmul', results)
 
 
 if __name__ == '__main__':

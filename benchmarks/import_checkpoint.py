@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from benchmarks import common
+import commands
 
 CONFIG = dict(
   model_type='llama',
@@ -90,6 +90,7 @@ def watched(command: str, source: str, workdir: str) -> None:
   """
   import jax
 
+  import convert
   from model import checkpoint
 
   # What jax itself takes is no part of an import.
@@ -110,7 +111,7 @@ def watched(command: str, source: str, workdir: str) -> None:
     _, model = checkpoint.load(source)
     jax.block_until_ready(jax.tree.leaves(model))
   else:
-    checkpoint.main(['import', '--from', source, '--workdir', workdir, '--tokenizer', 'none'])
+    convert.main(['import', '--from', source, '--workdir', workdir, '--tokenizer', 'none'])
   took = time.perf_counter() - began
   done.set()
   watcher.join()
@@ -118,7 +119,7 @@ def watched(command: str, source: str, workdir: str) -> None:
 
 
 def main():
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.add_argument('--gb', type=float, default=2.0, help='size of the checkpoint, 10^9 bytes')
   parser.add_argument(
     '--devices', type=int, nargs='+', default=[1, 4], help='CPU devices to split the model over'
@@ -161,12 +162,12 @@ def main():
           ]
         )
 
-  common.table(
+  commands.table(
     'Peak memory above what the process had (MB)',
     ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest tensor'],
     rows,
   )
-  common.write_json(options.json, 'import_checkpoint', results)
+  commands.write_json(options.json, 'import_checkpoint', results)
 
 
 if __name__ == '__main__':

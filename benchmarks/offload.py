@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from benchmarks import common
+import commands
 
 PLACES = ('', 'host', 'disk')
 CHILD = """
@@ -96,7 +96,7 @@ def measure(place: str, layers: int, limit: float = 0) -> dict | None:
 
 def main(arguments: Sequence[str] | None = None) -> dict:
   """The command; returns place -> what `measure` gives."""
-  parser = common.parser(__doc__.splitlines()[0])
+  parser = commands.parser(__doc__.splitlines()[0])
   parser.add_argument('--layers', type=int, default=8, help='of 16.8 million parameters each')
   parser.add_argument(
     '--limit', type=float, default=0, metavar='GB', help='of data of each process'
@@ -109,12 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     else [place, '', '', 'out of memory', '', '']
     for place, m in measured.items()
   ]
-  common.table(
+  commands.table(
     'GB, and seconds of a step',
     ['state in', 'parameters', 'optimizer state', 'peak resident', 'seconds', 'loss'],
     rows,
   )
-  common.write_json(options.json, 'offload', measured)
+  commands.write_json(options.json, 'offload', measured)
   return measured
 
 

@@ -10,7 +10,7 @@ compared. Ways may stop drafting by themselves, where they lose (decode.drafting
 
 import itertools
 
-from benchmarks import common
+import commands
 
 WAYS = {
   'plain': {},
@@ -42,7 +42,7 @@ def prompts(workdir: str, count: int, tokens: int) -> list[list[int]]:
 
 
 def main():
-  arguments = common.parser(__doc__)
+  arguments = commands.parser(__doc__)
   arguments.add_argument('--workdir', required=True, help='of a run of train.py')
   arguments.add_argument('--documents', type=int, default=8)
   arguments.add_argument('--prompt_tokens', type=int, default=128)
@@ -85,7 +85,7 @@ def main():
     }
 
   plain = results['plain']['tokens_per_second']
-  common.table(
+  commands.table(
     f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + '
     f'{options.max_new_tokens} tokens each, greedy',
     ['', 'tokens/s', 'x plain', 'drafts kept', 'of', 'stopped drafting'],
@@ -101,7 +101,7 @@ def main():
       for name, way in results.items()
     ],
   )
-  common.write_json(options.json, 'speculation', results)
+  commands.write_json(options.json, 'speculation', results)
 
 
 if __name__ == '__main__':

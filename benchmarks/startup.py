@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks import common
+import commands
 
 FLOOR = 'import jax, flax.nnx; print(jax.jit(lambda x: x + 1)(1))'
 TINY = ('--config=configs/tiny.py', '--config.train.log_every=1')
@@ -90,7 +90,7 @@ def compile_seconds(layers: int) -> float:
 
 
 def main():
-  options = common.parser(__doc__).parse_args()
+  options = commands.parser(__doc__).parse_args()
   python, results = sys.executable, {}
   with tempfile.TemporaryDirectory() as directory:
     work = pathlib.Path(directory)
@@ -134,12 +134,12 @@ def main():
     ('generate.py: first token', token),
   ):
     rows.append([name, statistics.median(seconds), statistics.median(seconds) / base])
-  common.table(
+  commands.table(
     'From the start of the process, warm compilation cache, configs/tiny.py (medians)',
     ['', 'seconds', 'x floor'],
     rows,
   )
-  common.table(
+  commands.table(
     'Compiling the train step',
     ['layers', 'seconds', 'x 4 layers'],
     [[str(layers), seconds, seconds / compiled[4]] for layers, seconds in compiled.items()],
@@ -152,7 +152,7 @@ def main():
     'compile_seconds': compiled,
     'compile_ratio': compiled[32] / compiled[4],
   }
-  common.write_json(options.json, 'startup', results)
+  commands.write_json(options.json, 'startup', results)
 
 
 if __name__ == '__main__':

@@ -29,9 +29,9 @@ import tempfile
 
 import numpy as np
 
+import commands
 import files
 from analysis import aot, bundles, hardware
-from benchmarks import common
 from kernels import tuning
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
 from kernels.tuning import TILE
@@ -290,7 +290,7 @@ def best_steps(topology: str, width: int) -> dict[str, dict]:
 def tune(topologies: list[str], widths: list[int]) -> None:
   """Puts the best steps of these cells into the table."""
   table = json.loads(tuning.TABLE.read_text()) if tuning.TABLE.exists() else {'steps': {}}
-  table['made with'] = {name: common.machine()[name] for name in ('jax', 'libtpu')}
+  table['made with'] = {name: commands.machine()[name] for name in ('jax', 'libtpu')}
   for topology, width in itertools.product(topologies, widths):
     for direction, best in best_steps(topology, width).items():
       cells = table['steps'].setdefault(chip_of(topology)[0], {}).setdefault(direction, {})
@@ -374,7 +374,7 @@ def workload_seconds(both: dict, direction: str, width: int, chip: hardware.Chip
 def main():
   if sys.argv[1:2] == ['--child']:
     return child(sys.argv[2])
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.add_argument('--topologies', default='v4:1x1x1,v5e:1x1,v5p:1x1x1,v6e:1x1,tpu7x:1x1x1')
   parser.add_argument('--widths', default='64,128,256')
   parser.add_argument(
@@ -405,7 +405,7 @@ def main():
         },
       }
 
-  common.table(
+  commands.table(
     f'attention, {HEADS} heads, bfloat16: bundles of a causal tile, whole / masked',
     [
       'TPU, head width',
@@ -417,12 +417,12 @@ def main():
     ],
     [[name, *row] for name, row in bodies.items()],
   )
-  common.table(
+  commands.table(
     'ms of ours by them, and ratio to splash',
     ['TPU, head width', *WORKLOADS],
     [[name, *row] for name, row in times.items()],
   )
-  common.write_json(options.json, 'tpu_schedule', results)
+  commands.write_json(options.json, 'tpu_schedule', results)
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ GEMM rate, the faster library's, is the physical limit that both are held to.
 
 import json
 
+import commands
 from benchmarks import common, train_step
 
 
@@ -54,7 +55,7 @@ def theirs(steps: int) -> dict:
 
 
 def main():
-  arguments = common.parser(__doc__)
+  arguments = commands.parser(__doc__)
   arguments.add_argument('--steps', type=int, default=8, help='timed steps of each run')
   arguments.add_argument('--side', choices=('ours', 'theirs'), help='run one side in this process')
   options = arguments.parse_args()
@@ -91,13 +92,13 @@ def main():
   a, b = rows
   rows.append(['ratio', a[1] / b[1], '', a[3] / b[3], a[4] / b[4], a[5] / b[5]])
 
-  common.table(
+  commands.table(
     f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x '
     f'{data.sequence_length}',
     ['', 'tokens/s', 'of the fastest GEMM', 'own GEMM GFLOP/s', 'peak RSS GiB', 'first step s'],
     rows,
   )
-  common.write_json(
+  commands.write_json(
     options.json,
     'train_cpu',
     {'best': best, 'runs': runs, 'ratio': a[1] / b[1], 'memory_ratio': a[4] / b[4]},

@@ -16,7 +16,7 @@ of attention: our own, on rows that say where documents lie, as train.py's do; c
 honours no segments, on rows that say nothing; XLA's dense scores and its blocks. Its peer is HF
 transformers with torch's scaled_dot_product_attention in bfloat16 by autocast, and its layers
 compiled. A torch side that runs out of memory is run again with its layers checkpointed, and says
-so. MFU counts causal attention at half and nothing that is computed twice (analysis/flops.py). What
+so. MFU counts causal attention at half and nothing that is computed twice (model/flops.py). What
 the budget in seconds leaves no time for is named.
 """
 
@@ -27,7 +27,8 @@ import json
 import os
 import time
 
-from benchmarks import common, train_step
+import commands
+from benchmarks import train_step
 
 LENGTHS = (4096, 16384)
 TOKENS = 16384
@@ -170,9 +171,9 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   """
   import jax
 
-  from analysis import aot, flops, hardware, memory, roofline
+  from analysis import aot, hardware, memory, roofline
   from analysis.hlo import Module
-  from model import params
+  from model import flops, params
   from parallel.mesh import make_mesh
 
   backend, packed = OURS[side]
@@ -210,17 +211,17 @@ def show_predictions(options) -> None:
       results[f'{side} {length}'] = {'error': why}
       rows.append([name, f'not predicted: {why[:80]}', '', '', ''])
 
-  common.table(
+  commands.table(
     'bench-1B, predicted for an H100, not measured', ['', 'step s', 'tokens/s', 'MFU', 'GB'], rows
   )
   for text in sorted({text for step in results.values() for text in step.get('assumptions', ())}):
     print(f'assumed: {text}')
-  common.write_json(options.json, 'train_gpu predicted', results)
+  commands.write_json(options.json, 'train_gpu predicted', results)
 
 
 def show(results: dict, chip_peak: float | None) -> None:
   """The table of what was measured, best first of each length, and what was not."""
-  from analysis import flops
+  from model import flops
 
   for length in sorted({int(name.split()[-1]) for name in results}):
     of = {side: results[f'{side} {length}'] for side in ORDER if f'{side} {length}' in results}
@@ -244,7 +245,7 @@ def show(results: dict, chip_peak: float | None) -> None:
         ]
       )
 
-    common.table(
+    commands.table(
       f'{length} tokens a row',
       ['', 'tokens/s', 'MFU', 'peak GB', 'first step s', 'last loss'],
       rows,
@@ -255,7 +256,7 @@ def show(results: dict, chip_peak: float | None) -> None:
 
 
 def main() -> int:
-  parser = common.parser(__doc__)
+  parser = commands.parser(__doc__)
   parser.add_argument('--quick', action='store_true', help='rows of 4k only')
   parser.add_argument('--budget', type=float, default=540, help='seconds for everything')
   parser.add_argument('--steps', type=int, default=8, help='timed steps of each side')
@@ -309,7 +310,7 @@ def main() -> int:
   show(results, None if options.rehearse else hardware.peak(hardware.lookup(kind), 'bfloat16'))
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
-  common.write_json(
+  commands.write_json(
     options.json, 'train_gpu', {'rehearsal': options.rehearse, 'device': kind, 'sides': results}
   )
   return 0

@@ -48,8 +48,7 @@ def tandem(config, steps: int, packed: bool = True) -> dict:
   """Seconds to the first completed step (imports included) and of each later one."""
   import jax
 
-  from analysis import flops
-  from model import params
+  from model import flops, params
   from parallel.mesh import make_mesh
 
   jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1]))

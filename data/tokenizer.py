@@ -1,4 +1,5 @@
-"""How does text become integers, and how do they become exactly that text again?
+"""How does text become integers, and how do they become exactly that text again? What every
+tokenizer is (data/tokenizers.py has the kinds).
 
 All tokenizers are a table from id to bytes (so decoding, also of half a character while streaming,
 is one join) and a way to encode. A document is [bos] + ids + [eos]: bos gives its first token a
@@ -7,25 +8,18 @@ document is four characters (see `Tokenizer.encode`).
 """
 
 import collections
-import io
 import json
 import os
 import pathlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 import files
-from data.config import TokenizerConfig
 
 # Of the tokenizers made here; a loaded SentencePiece model keeps its own.
 PAD, BOS, EOS, UNK = range(4)
-SPACE = '\u2581'  # SentencePiece writes a space as this character
-DEFAULT_VOCABULARY = 4096
-_INDEX = 'tokenizer.json'
-_MODEL = 'tokenizer.model'
-_BYTE_PIECE = re.compile(r'<0x([0-9A-F]{2})>')
+INDEX = 'tokenizer.json'
 
 
 class Tokenizer:
@@ -60,10 +54,6 @@ class Tokenizer:
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of each text, int32 [tokens], without bos and eos."""
     raise NotImplementedError
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without bos and eos."""
-    return [ids.tolist() for ids in self.encode_arrays(texts)]
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
     """Ids of a text, without bos and eos.
@@ -122,7 +112,7 @@ class Tokenizer:
       files.replace(pathlib.Path(directory) / name, content)
 
   def _files(self) -> dict[str, bytes]:
-    return {_INDEX: json.dumps({'kind': self.kind}).encode()}
+    return {INDEX: json.dumps({'kind': self.kind}).encode()}
 
 
 def in_utf8(text: str) -> str:
@@ -137,255 +127,3 @@ def in_utf8(text: str) -> str:
       'cannot hold; take it out, or give both halves as one character'
     ) from error
   return text
-
-
-class ByteTokenizer(Tokenizer):
-  """The 256 bytes after the special ids; vocabulary 259."""
-
-  kind = 'byte'
-
-  def __init__(self):
-    super().__init__([b''] * 3 + [bytes([i]) for i in range(256)])
-
-  def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-    return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
-
-
-class CharTokenizer(Tokenizer):
-  """One id per character, in code point order as in nanoGPT's data/shakespeare_char,
-  after the special ids.
-
-  Args:
-    characters: the characters that are known; sorted here.
-  """
-
-  kind = 'char'
-
-  def __init__(self, characters: Iterable[str]):
-    self.characters = ''.join(sorted(set(characters)))
-    super().__init__([b''] * 3 + [character.encode() for character in self.characters])
-    self._codes = np.frombuffer(self.characters.encode('utf-32-le'), np.uint32)
-
-  def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-    return [self._encode(text) for text in texts]
-
-  def _encode(self, text: str) -> np.ndarray:
-    codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
-    ids = np.searchsorted(self._codes, codes).astype(np.int32)
-    known = ids < len(self._codes)
-    known[known] = self._codes[ids[known]] == codes[known]
-    if not known.all():
-      where = int(np.argmin(known))
-      raise ValueError(
-        f'character {text[where]!r} (U+{codes[where]:04X}), at {where}, is not among the '
-        f'{len(self._codes)} characters of this tokenizer; remove it, or use kind=\'byte\''
-      )
-    return ids + 3
-
-  def _files(self) -> dict[str, bytes]:
-    return {_INDEX: json.dumps({'kind': self.kind, 'characters': self.characters}).encode()}
-
-
-class SentencePieceTokenizer(Tokenizer):
-  """A SentencePiece model (Kudo & Richardson 2018, arXiv:1808.06226).
-
-  A model without a bos id (T5's) starts documents with its eos, as GPT-2 does with <|endoftext|>.
-
-  Args:
-    model: the bytes of a .model file.
-    threads: for encoding many texts.
-  """
-
-  kind = 'sentencepiece'
-
-  def __init__(self, model: bytes, threads: int = 0):
-    import sentencepiece
-
-    self.model = model
-    self._threads = threads or os.cpu_count() or 1
-    self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    if processor.eos_id() < 0:
-      raise ValueError(
-        'this SentencePiece model has no eos id, so no document could end; '
-        'train one with eos_id >= 0'
-      )
-    pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
-    super().__init__(
-      [self._bytes(i, piece) for i, piece in enumerate(pieces)],
-      pad=max(processor.pad_id(), 0),
-      eos=processor.eos_id(),
-      bos=processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id(),
-    )
-    byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
-    self._space_ids = None if processor.unk_id() in byte_ids else np.array(byte_ids, np.int32)
-    # 'a' comes out as SPACE + 'a' when the model adds a space before every text;
-    # decoding takes it away again.
-    self._adds_space = processor.encode('a', out_type=str)[0].startswith(SPACE)
-
-  def _bytes(self, index: int, piece: str) -> bytes:
-    if self._processor.is_control(index):
-      return b''
-    if self._processor.is_unknown(index):
-      return ' \u2047 '.encode()
-    if self._processor.is_byte(index):
-      return bytes([int(_BYTE_PIECE.fullmatch(piece)[1], 16)])
-    return piece.replace(SPACE, ' ').encode()
-
-  def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-    if self._space_ids is not None and any(SPACE in text for text in texts):
-      return [self._encode_around_space(text) for text in texts]
-    return [
-      np.array(ids, np.int32)
-      for ids in self._processor.encode(list(texts), num_threads=self._threads)
-    ]
-
-  def _encode_around_space(self, text: str) -> np.ndarray:
-    """Spells U+2581 as bytes, which SentencePiece itself would turn into a space."""
-    parts = [np.array(self._processor.encode(part), np.int32) for part in text.split(SPACE)]
-    spelled = [parts[0]]
-    for part in parts[1:]:
-      spelled += [self._space_ids, part]
-    return np.concatenate(spelled)
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    decoded = super().decode(ids)
-    return decoded.removeprefix(' ') if self._adds_space else decoded
-
-  def _files(self) -> dict[str, bytes]:
-    return super()._files() | {_MODEL: self.model}
-
-
-def load(path: str | os.PathLike) -> Tokenizer:
-  """Loads a directory written by `save` or of Hugging Face's form,
-  a tokenizer.json of one, or a SentencePiece .model.
-
-  Raises:
-    FileNotFoundError: no tokenizer is there.
-    ValueError: a tokenizer.json that can't be used, see data/huggingface.py.
-  """
-  path = pathlib.Path(path).expanduser()
-  if path.is_file() and path.suffix != '.json':
-    return SentencePieceTokenizer(path.read_bytes())
-  path = path.parent if path.name == _INDEX else path
-  if not (path / _INDEX).is_file():
-    raise FileNotFoundError(
-      f'no tokenizer at {str(path)!r}: neither a SentencePiece .model file nor a directory with '
-      f'{_INDEX}'
-    )
-  index = json.loads((path / _INDEX).read_bytes())
-  if 'kind' not in index:
-    from data import huggingface
-
-    return huggingface.HuggingFaceTokenizer.read(path)
-  if index['kind'] == 'byte':
-    return ByteTokenizer()
-  if index['kind'] == 'char':
-    return CharTokenizer(index['characters'])
-  return SentencePieceTokenizer((path / _MODEL).read_bytes())
-
-
-def build(
-  config: TokenizerConfig, training: Iterable[str], everything: Iterable[str], share: float = 1.0
-) -> Tokenizer:
-  """Makes the tokenizer that a config asks for.
-
-  Args:
-    config: its kind and settings.
-    training: texts of the training split, to train SentencePiece on.
-    everything: texts of both splits, for the 'char' vocabulary
-      (as nanoGPT: a list of characters tells nothing).
-    share: of `training` that is to be trained on, see `train_sentencepiece`.
-
-  Raises:
-    ValueError: config.vocabulary isn't the number of ids that came out;
-      the file at config.path is of another kind.
-  """
-  if config.kind == 'byte':
-    tokenizer = ByteTokenizer()
-  elif config.kind == 'char' and not config.path:
-    tokenizer = CharTokenizer(set().union(*map(set, everything)))
-  elif config.path:
-    tokenizer = load(config.path)
-    if tokenizer.kind != config.kind:
-      raise ValueError(
-        f'the tokenizer at tokenizer.path={config.path!r} is of kind {tokenizer.kind!r}, not '
-        f'{config.kind!r}; set tokenizer.kind to that'
-      )
-  else:
-    tokenizer = SentencePieceTokenizer(train_sentencepiece(config, training, share))
-  if config.vocabulary and config.vocabulary != tokenizer.vocabulary:
-    raise ValueError(
-      f'tokenizer.vocabulary={config.vocabulary} but this {config.kind!r} tokenizer has '
-      f'{tokenizer.vocabulary} ids; set it to that, or to 0'
-    )
-  return tokenizer
-
-
-def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> bytes:
-  """Trains a model that gives every text back exactly; deterministic.
-  Returns the bytes of a .model file.
-
-  Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are
-  code's indentation), bytes for rare characters. BPE is the default: on the standard library it
-  trains 15 times faster than unigram and compresses better (3.7 against 3.5 bytes per token at 4096
-  pieces). Only the given share of the chunks is used, evenly spread.
-  """
-  import sentencepiece
-
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sample(_chunks(texts), share),
-      model_writer=model,
-      model_type=config.algorithm,
-      vocab_size=config.vocabulary or DEFAULT_VOCABULARY,
-      split_by_whitespace=config.split_by_whitespace,
-      pad_id=PAD,
-      bos_id=BOS,
-      eos_id=EOS,
-      unk_id=UNK,
-      byte_fallback=True,
-      character_coverage=0.9999,
-      normalization_rule_name='identity',
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      split_by_unicode_script=False,
-      split_by_number=False,
-      max_sentence_length=4 * _CHUNK,
-      num_threads=os.cpu_count() or 1,
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    raise ValueError(
-      f'SentencePiece could not train {config.vocabulary or DEFAULT_VOCABULARY} pieces: {error}\n'
-      'A small corpus supports few pieces: lower tokenizer.vocabulary, or use kind=\'byte\''
-    ) from error
-  return model.getvalue()
-
-
-def _sample(chunks: Iterable[str], share: float) -> Iterator[str]:
-  return (chunk for i, chunk in enumerate(chunks) if int((i + 1) * share) > int(i * share))
-
-
-# Characters given to the trainer at a time; it skips sentences longer than max_sentence_length
-# bytes.
-_CHUNK = 4000
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
-  """Cuts texts at line ends into chunks that the trainer accepts;
-  line ends stay, so they are learned as pieces.
-  """
-  for text in texts:
-    chunk = ''
-    for line in text.splitlines(keepends=True):
-      if len(chunk) + len(line) > _CHUNK and chunk:
-        yield chunk
-        chunk = ''
-      while len(line) > _CHUNK:
-        yield line[:_CHUNK]
-        line = line[_CHUNK:]
-      chunk += line
-    if chunk:
-      yield chunk

@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import operator
 import os
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import names
-from data import tokenizer as tokenizers
+from data import tokenizers
 from data.chat import ChatTemplate
 from decode import beam, loop
 from decode.constrain import Automaton, Constraint
@@ -29,9 +27,7 @@ from model import params, quantised, transformer
 from model.cache import APPEND, init_cache
 from model.config import ModelConfig
 from parallel import axes as ax
-from parallel.mesh import MeshConfig, make_mesh
-from training import config as configs
-from training.checkpoint import Checkpoints
+from parallel.mesh import MeshConfig
 
 SMALLEST_BUCKET = 32  # prompt lengths and capacities are rounded up to powers of two from here, so that few programs compile
 AT_ONCE = 8192  # tokens of a prompt that are read in one call; the others follow, APPEND at a time
@@ -68,33 +64,15 @@ class Generator:
     mesh: MeshConfig = MeshConfig(data=1),
     weights: str = '',
   ) -> 'Generator':
-    """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's.
+    """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's; see workdir.open.
 
-    mesh: over how many of this machine's devices; the default is one. weights: see Generator.
-    Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a checkpoint that is
-    not there or damaged, and for a mesh that the devices do not fill.
+    weights: see Generator.
     """
-    config = configs.load(workdir)
-    model_config = generating(config.model)
-    checkpoints = Checkpoints(workdir)
-    step = None
-    if checkpoint != 'last':
-      best = checkpoints.best()
-      known = {str(s): s for s in checkpoints.steps()} | (
-        {'best': best} if best is not None else {}
-      )
-      step = known[names.check('checkpoint', checkpoint, [*known, 'last'])]
-      problems = checkpoints.problems(step)
-      if problems:
-        raise ValueError(
-          f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'"
-        )
-    sizes = mesh.sizes().values()
-    mesh = make_mesh(mesh, jax.local_devices()[: None if -1 in sizes else math.prod(sizes)])
-    with jax.set_mesh(mesh):
-      target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
-      model = checkpoints.model(target, step)
-    return cls(model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh, weights)
+    # The one import that points up the house: a person who has a directory begins here.
+    from workdir.open import open_run
+
+    run = open_run(workdir, checkpoint, mesh)
+    return cls(run.model, run.tokenizer, run.mesh, weights)
 
   def __call__(self, prompts: Prompt | Sequence[Prompt], **options) -> list[Completion]:
     """Completions of the prompts, generated side by side, `num_samples` of each after one another; options: see Options.

@@ -9,7 +9,7 @@ everything but relative positions.
 `auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU `xla` where that is cuDNN's kernel, then on
 a Hopper GPU `pallas_gpu`, as for the segments of packed rows, then `xla` (benchmarks/README.md has the figures); else, and on a CPU,
 `blocked`, then `reference`: the first that honours the spec. What it is is printed once.
-Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together, on a TPU
+Where a mesh splits T, kernels.context calls these backends on each device's part; those of PARTS it can put together, on a TPU
 `pallas_tpu` first.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import names
-from kernels import blocks as block_sizes, cudnn, flash, reference
+from kernels import blocks as block_sizes, context as cp, cudnn, flash, reference
 from kernels.blocks import Blocks
 from kernels.mask import Mask, Relative
-from parallel import axes as ax, context as cp, mesh
+from parallel import axes as ax, mesh
 from parallel.remat import named
 
 ANY = {
@@ -111,7 +111,7 @@ def attention(
     relative: scores by distance, added before the cap. scale: of q.k; default H ** -0.5. v may be wider or narrower than q
       and k ('value_width').
     backend: 'auto' or one of HONOURS. blocks: what its kernels work on at a time, of a backend that lets them be chosen.
-    context: what devices that share a row do (parallel.context), where there are any.
+    context: what devices that share a row do (kernels.context), where there are any.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
   Raises: ValueError for shapes or blocks that do not fit or an unknown backend; NotImplementedError for a spec or blocks that
     the backend does not honour, naming those that do.

@@ -11,8 +11,8 @@ import names
 from kernels import blocks
 from kernels.attention import HONOURS, WIDE, check
 from kernels.blocks import Blocks
+from kernels.context import STRATEGIES
 from parallel import pipeline
-from parallel.context import STRATEGIES
 from parallel.pipeline import PipelineConfig
 from parallel.remat import NAMES, POLICIES, Remat
 
@@ -239,7 +239,7 @@ class ModelConfig:
     latent, moe: see there. encoder_layers: of an encoder that the decoder attends to; 0: decoder only.
     dtype: of activations and matrix products. parameter_dtype: of what the optimizer updates.
     attention: backend of kernels.attention. attention_blocks: what its kernels work on at a time, see kernels.blocks.
-    context: how devices that share a row attend to all of it (parallel.context).
+    context: how devices that share a row attend to all of it (kernels.context).
     remat, remat_save, remat_offload: what is kept of each block for the backward pass, see parallel.remat.Remat.
     pipeline: see parallel.pipeline. scan: layers of a kind are stacked, and one program runs over them; False: each has its own,
       whose matrices decoding reads where they lie, and which takes the longer to compile the more layers there are.

@@ -323,7 +323,7 @@ class Decoder(nnx.Module):
       segments: document of each token in a packed row; tokens of different segments never see each other.
       cache: what earlier calls left; the row's new tokens follow its cached ones. Not together with segments.
       types: rows of the table of token types; default 0.
-      zigzag: n, where all arguments are laid out as parallel.context.lay_out(.., n) does; so are the hidden states then.
+      zigzag: n, where all arguments are laid out as kernels.context.lay_out(.., n) does; so are the hidden states then.
       counts: with a cache, how many of the tokens are the row's; the others are padding behind them, and not kept. Default: all.
       fresh: with a cache, that it is empty: tokens then look at each other as in training, and not at slots.
     Raises ValueError for more tokens than model.max_length, and for arguments that exclude each other.

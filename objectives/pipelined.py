@@ -26,7 +26,7 @@ def value(
   """plain(model, batch), differentiable in the model by the 1F1B schedule, which finds the gradients along with the value.
 
   Args:
-    zigzag: of parallel.context, how the rows are laid out.
+    zigzag: of kernels.context, how the rows are laid out.
     score: (model, hidden states [B, T, D], batch) -> (loss, sums), sums over rows: what plain makes of the final hidden states.
     plain: (model, batch) -> (loss, sums), with the losses and reports of experts.
   """

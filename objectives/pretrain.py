@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data.batch import Batch
+from kernels import context
 from model import loss
 from model.config import ModelConfig
 from model.transformer import Decoder
 from objectives import pipelined
-from parallel import context
 
 
 def check_model(config: ModelConfig) -> None:

@@ -112,7 +112,16 @@ def connect(
       heartbeat_timeout_seconds=heartbeat_timeout,
     )
   elif not _alone():
-    _look_for_others(heartbeat_timeout, given)
+    try:
+      jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
+    except ValueError as error:
+      if 'coordinator_address' not in str(error):  # what jax misses where it finds no cluster
+        raise
+      if 'JOB_COMPLETION_INDEX' in os.environ:
+        raise ValueError(
+          'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes '
+          f'only; install jax[k8s], or give {", ".join(given)}'
+        ) from error
 
   if count() > 1:
     print(f'{_who()}: {jax.local_device_count()} of {jax.device_count()} devices', flush=True)
@@ -130,22 +139,6 @@ def _check_place(coordinator: str, processes: int, process: int) -> None:
     raise ValueError(
       f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}'
     )
-
-
-def _look_for_others(heartbeat_timeout: int, flags) -> None:
-  """Meets those that jax finds; none are no error, but where there should be some."""
-  import jax
-
-  try:
-    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
-  except ValueError as error:
-    if 'coordinator_address' not in str(error):  # what jax misses where it finds no cluster
-      raise
-    if 'JOB_COMPLETION_INDEX' in os.environ:
-      raise ValueError(
-        'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes '
-        f'only; install jax[k8s], or give {", ".join(flags)}'
-      ) from error
 
 
 def _alone() -> bool:

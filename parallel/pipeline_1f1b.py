@@ -80,19 +80,8 @@ class Ticks(NamedTuple):
 
 
 def _ticks(down: np.ndarray, up: np.ndarray) -> Ticks:
-  def over_stages(table):
-    return ax.place(jnp.asarray(table), None, 'layers')
-
-  def for_all(column):
-    return jnp.asarray(column)
-
-  return Ticks(
-    over_stages(down),
-    over_stages(up),
-    enters=for_all(down[:, 0]),
-    leaves=for_all(down[:, -1]),
-    ends=for_all(up[:, 0]),
-  )
+  tables = (ax.place(jnp.asarray(table), None, 'layers') for table in (down, up))
+  return Ticks(*tables, *map(jnp.asarray, (down[:, 0], down[:, -1], up[:, 0])))
 
 
 class Carry(NamedTuple):
@@ -130,15 +119,11 @@ class _Loop:
   spread: Any
   stages: int
 
-  @property
-  def places(self) -> int:
-    return 2 * self.stages - 1
-
   def start(self) -> Carry:
     """Before the first tick: zeros, of the shape of what `first` makes of a microbatch."""
     x = jnp.zeros_like(st.spread(self.first(self.rest, _part(self.parts, 0)), self.stages))
     kept = jnp.zeros(
-      (self.stages, self.places, *x.shape[1:]),
+      (self.stages, 2 * self.stages - 1, *x.shape[1:]),
       x.dtype,
       out_sharding=PartitionSpec(AXIS, None, *st.entries(x)[1:]) if ax.explicit() else None,
     )
@@ -181,10 +166,10 @@ class _Loop:
     microbatch = down[0]
     busy = microbatch >= 0
     x = jnp.where(jax.lax.axis_index(AXIS) == 0, entering[0], x[0])
-    y, loss, reports = self.layers(blocks, x, _part(_own(parts), microbatch))
+    y, loss, reports = self.layers(blocks, x, _own(parts, microbatch))
 
     # An idle stage puts back what is at the place that it would overwrite, and counts nothing.
-    place = jnp.maximum(microbatch, 0) % self.places
+    place = jnp.maximum(microbatch, 0) % len(kept[0])
     x = jnp.where(busy, x, st.at(kept[0], place))
     kept = jax.lax.dynamic_update_index_in_dim(kept[0], x, place, 0)
     loss, reports = jax.tree.map(lambda a: jnp.where(busy, a, 0), (loss, reports))
@@ -217,8 +202,8 @@ class _Loop:
     """One stage's own part, of size 1 in P, of arguments and results."""
     microbatch = up[0]
     busy = microbatch >= 0
-    x = st.at(kept[0], jnp.maximum(microbatch, 0) % self.places)
-    part = _part(_own(parts), microbatch)
+    x = st.at(kept[0], jnp.maximum(microbatch, 0) % len(kept[0]))
+    part = _own(parts, microbatch)
     # After the forward pass of this tick, not beside it: XLA's CPU deadlocks on loops of
     # collectives that nothing orders but a barrier. Where d_last is not finite, no gradient is.
     x = x + 0 * d_last[0]
@@ -234,8 +219,9 @@ def _part(parts, microbatch):
   return jax.tree.map(lambda a: st.at(a, jnp.maximum(microbatch, 0)), parts)
 
 
-def _own(parts):
-  return jax.tree.map(lambda a: a[0], parts)
+def _own(parts, microbatch):
+  """The same of parts [1, M, ...], as a stage sees them."""
+  return _part(jax.tree.map(lambda a: a[0], parts), microbatch)
 
 
 def _add(totals, more):

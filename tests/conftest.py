@@ -77,3 +77,19 @@ def shared_data():
   if not SHARED_DATA.is_dir():
     pytest.skip(f'{SHARED_DATA} is not there')
   return SHARED_DATA
+
+
+@pytest.fixture(scope='session')
+def topology():
+  """Devices to compile for by a topology's name;
+  the test is skipped, and says so, where there is no compiler for them.
+  """
+  from analysis import aot
+
+  def devices_of(name):
+    try:
+      return aot.topology(name)
+    except ImportError as error:
+      pytest.skip(f'{name} cannot be compiled for: {error}')
+
+  return devices_of

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from training.checkpoint import SPILLED, Checkpoints
+from workdir.checkpoint import SPILLED, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVE_EVERY = 4

@@ -16,10 +16,11 @@ from jax.sharding import AxisType
 
 import plan
 import train
-from analysis import aot, candidates, flops, hardware, memory, roofline, tables
+from analysis import aot, candidates, hardware, memory, roofline, tables
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from decode.request import CHUNK
 from kernels.attention import choose
+from model import flops
 from model.config import ModelConfig
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh

@@ -19,14 +19,12 @@ from ml_collections.config_flags import config_flags, config_path
 
 import files
 import names
-from data import tokenizer
+from data import tokenizers
 from data.config import DataConfig, TokenizerConfig
-from kernels import attention
+from kernels import attention, context
 from model.config import ModelConfig
-from parallel import context
 from parallel.mesh import MeshConfig
 from training.optimizer import OptimizerConfig, make_schedule
-from training.report import ReportConfig
 
 FILE = 'config.json'
 
@@ -102,11 +100,43 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+  """Rates for the report's costs. A rate of 0 is unknown, and what needs it is reported as 'no rate given'.
+
+  Attributes:
+    dollars_per_chip_hour: price of a chip, while the run holds it.
+    watts_per_chip: mean draw of a chip with its share of the host.
+    kilograms_co2_per_kwh: carbon intensity of the grid.
+    pue: power usage effectiveness, the data centre's draw per watt of its machines; 1 leaves cooling out.
+
+  Raises ValueError for negative or non-finite rates and a pue below 1.
+  """
+
+  dollars_per_chip_hour: float = 0.0
+  watts_per_chip: float = 0.0
+  kilograms_co2_per_kwh: float = 0.0
+  pue: float = 1.0
+
+  def __post_init__(self):
+    for field, least in (
+      ('dollars_per_chip_hour', 0),
+      ('watts_per_chip', 0),
+      ('kilograms_co2_per_kwh', 0),
+      ('pue', 1),
+    ):
+      value = getattr(self, field)
+      if not least <= value < math.inf:
+        raise ValueError(
+          f'report.{field}={value} must be a number from {least} up' + (' (0: unknown)', '')[least]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """Everything that decides a run.
 
   Attributes:
-    init: directory of a run, trained here or imported (model.checkpoint), whose parameters training starts from; see `begin_from`.
+    init: directory of a run, trained here or imported (convert.py), whose parameters training starts from; see `_begun`.
 
   Raises ValueError for parts that do not fit together.
   """
@@ -266,25 +296,21 @@ def _named(sizes, axes):
   return ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
 
 
-def begin_from(config: Config) -> Config:
-  """The config with the model and the tokenizer of the run at config.init, if it names one.
-
-  Fields of config.model that are not at their default replace that run's (remat, a window, ...); where they change a parameter's
-  shape, restoring will say so. A tokenizer at its defaults becomes that run's; another one replaces it. The flag --config does this
-  before it applies overrides, so that these hold whatever their value is.
-  Raises FileNotFoundError where there is no run.
-  """
-  return dataclasses.replace(config, **_begun(config, config.init))
-
-
 def _begun(config: Config, init: str) -> dict:
-  """The parts of a config that change where it begins with the run at `init`; not yet checked together."""
+  """The parts of a config that change where it begins with the run at `init`;
+  not yet checked together.
+
+  Fields of config.model that are not at their default replace that run's (remat, a window, ...);
+  where they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes
+  that run's; another one replaces it. The flag --config does this before it applies overrides, so
+  that these hold whatever their value is. Raises FileNotFoundError where there is no run.
+  """
   if not init:
     return {}
   model, data = load(init).model, config.data
   if data.tokenizer == TokenizerConfig():
     path = pathlib.Path(init) / 'tokenizer'
-    kind = tokenizer.load(path).kind
+    kind = tokenizers.load(path).kind
     data = dataclasses.replace(
       data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))
     )

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import train
-from analysis import aot, hardware
+from analysis import hardware
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
@@ -41,22 +41,10 @@ class Step:
   text: str
 
 
-def devices_of(topology: str):
-  try:
-    return aot.topology(topology)
-  except ImportError as error:
-    pytest.skip(f'{topology} cannot be compiled for: {error}')
-
-
 @pytest.fixture(scope='session')
-def topology():
-  return devices_of
-
-
-@pytest.fixture(scope='session')
-def compile_step():
-  def compile_step(topology, config=TINY):
-    devices = devices_of(topology)
+def compile_step(topology):
+  def compile_step(name, config=TINY):
+    devices = topology(name)
     mesh = make_mesh(config.mesh, devices)
     lowered, state = train.lower_step(config, mesh)
     compiled = lowered.compile()

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from analysis import flops, hlo
+from analysis import hlo
 from analysis.instruction import HOST, arrays, dims, nbytes
+from model import flops
 from parallel import axes as ax, experts
 from parallel.mesh import MeshConfig, make_mesh
 

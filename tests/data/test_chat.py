@@ -8,7 +8,7 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from data import huggingface, tokenizer
+from data import huggingface, tokenizers
 from data.chat import ChatTemplate
 from tests.data import tokenizer_families as families
 from tests.data.templates import CHATML, CONVERSATIONS, HEADERS, INSTRUCT, SYSTEM, TURNS
@@ -174,7 +174,7 @@ def test_a_tokenizers_own_template(tmp_path):
     families.contents('qwen') | {'tokenizer_config.json': json.dumps(settings).encode()}
   )
   made.save(tmp_path)
-  tok = tokenizer.load(tmp_path)
+  tok = tokenizers.load(tmp_path)
   for messages in CONVERSATIONS.values():
     assert ChatTemplate.of(tok).render(messages) == ChatTemplate(CHATML).render(messages)
   assert ChatTemplate.of(tok, 'tools').render(HELLO).endswith('Hello<|im_end|>')
@@ -188,4 +188,4 @@ def test_no_template_is_an_error():
   with pytest.raises(
     ValueError, match="'byte' tokenizer has no chat template.*chat_template.jinja"
   ):
-    ChatTemplate.of(tokenizer.ByteTokenizer())
+    ChatTemplate.of(tokenizers.ByteTokenizer())

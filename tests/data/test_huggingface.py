@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data import huggingface, tokenizer
+from data import huggingface, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
+from data.tokenizers import load
 from decode.text import TextStream
 from tests.data import tokenizer_families as families
 
@@ -222,7 +223,7 @@ def test_saved_files_are_the_same_and_load_as_the_same(family, tmp_path):
   (tmp_path / 'chat_template.jinja').write_text('of an earlier tokenizer')
   tok.save(tmp_path)
   assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == families.contents(family)
-  for again in (tokenizer.load(tmp_path), tokenizer.load(tmp_path / 'tokenizer.json')):
+  for again in (tokenizers.load(tmp_path), tokenizers.load(tmp_path / 'tokenizer.json')):
     assert again.token_bytes == tok.token_bytes and again.kind == tok.kind == 'huggingface'
     assert (again.pad, again.bos, again.eos, again.special_tokens) == (
       tok.pad,
@@ -235,24 +236,24 @@ def test_saved_files_are_the_same_and_load_as_the_same(family, tmp_path):
 
 def test_save_writes_the_definition_last(tmp_path, monkeypatch):
   written = []
-  monkeypatch.setattr(tokenizer.files, 'replace', lambda path, content: written.append(path.name))
+  monkeypatch.setattr(tokenizers.files, 'replace', lambda path, content: written.append(path.name))
   ours('gpt2').save(tmp_path)
   assert written == ['tokenizer_config.json', 'tokenizer.json']
 
 
 def test_templates_travel_by_name_and_the_file_goes_first(tmp_path):
   contents = families.contents('gpt2')
-  assert ours('gpt2').chat_templates == {} == tokenizer.ByteTokenizer().chat_templates
+  assert ours('gpt2').chat_templates == {} == tokenizers.ByteTokenizer().chat_templates
   given = json.loads(contents['tokenizer_config.json'])
   contents['tokenizer_config.json'] = json.dumps(given | {'chat_template': 'old'}).encode()
   assert huggingface.HuggingFaceTokenizer(contents).chat_templates == {'default': 'old'}
   contents['chat_template.jinja'] = 'n\u00e9w'.encode()
   huggingface.HuggingFaceTokenizer(contents).save(tmp_path / 'a')
-  assert tokenizer.load(tmp_path / 'a').chat_templates == {'default': 'n\u00e9w'}
+  assert tokenizers.load(tmp_path / 'a').chat_templates == {'default': 'n\u00e9w'}
   (tmp_path / 'a' / 'additional_chat_templates').mkdir()
   (tmp_path / 'a' / 'additional_chat_templates' / 'tool_use.jinja').write_text('tools')
-  tokenizer.load(tmp_path / 'a').save(tmp_path / 'b')
-  assert tokenizer.load(tmp_path / 'b').chat_templates == {
+  tokenizers.load(tmp_path / 'a').save(tmp_path / 'b')
+  assert tokenizers.load(tmp_path / 'b').chat_templates == {
     'default': 'n\u00e9w',
     'tool_use': 'tools',
   }
@@ -411,7 +412,7 @@ def test_files_that_are_not_json(tmp_path):
       with pytest.raises(ValueError, match=message):
         huggingface.HuggingFaceTokenizer(families.contents('gpt2') | {name: content})
   with pytest.raises(FileNotFoundError, match='no tokenizer at'):
-    tokenizer.load(tmp_path / 'tokenizer.json')
+    tokenizers.load(tmp_path / 'tokenizer.json')
 
 
 def test_config_asks_for_a_path_and_the_kind_that_is_there(tmp_path):
@@ -419,16 +420,16 @@ def test_config_asks_for_a_path_and_the_kind_that_is_there(tmp_path):
     TokenizerConfig(kind='huggingface')
   ours('t5').save(tmp_path)
   assert (
-    tokenizer.build(TokenizerConfig(kind='huggingface', path=str(tmp_path)), [], []).vocabulary
+    tokenizers.build(TokenizerConfig(kind='huggingface', path=str(tmp_path)), [], []).vocabulary
     == ours('t5').vocabulary
   )
   with pytest.raises(ValueError, match="kind 'huggingface', not 'sentencepiece'"):
-    tokenizer.build(TokenizerConfig(path=str(tmp_path)), [], [])
+    tokenizers.build(TokenizerConfig(path=str(tmp_path)), [], [])
 
 
 def test_only_this_kind_takes_names_in_text():
   with pytest.raises(ValueError, match="'byte' tokenizer; use one of kind='huggingface'"):
-    tokenizer.ByteTokenizer().encode('<|im_start|>', special=True)
+    tokenizers.ByteTokenizer().encode('<|im_start|>', special=True)
 
 
 @pytest.mark.parametrize('family', ['qwen', 't5'])
@@ -457,8 +458,8 @@ def test_a_corpus_is_prepared_with_it(family, tmp_path):
     prepared.tokenizer.eos,
     theirs(family).token_to_id('<unk>'),
   }
-  for ids in prepared.tokenizer.encode_batch(list(prepared.validation_documents())):
-    assert ids and not control_ids.intersection(ids)
+  for ids in prepared.tokenizer.encode_arrays(list(prepared.validation_documents())):
+    assert ids.size and not control_ids.intersection(ids.tolist())
 
 
 def test_arrays_are_int32():
@@ -471,7 +472,7 @@ def test_it_agrees_with_sentencepiece_on_a_real_model(shared_data):
   """
   import tokenizers
 
-  sentencepiece = tokenizer.load(shared_data / 't5.model')
+  sentencepiece = load(shared_data / 't5.model')
   processor = sentencepiece._processor
   pieces = [
     (processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())
@@ -487,10 +488,10 @@ def test_it_agrees_with_sentencepiece_on_a_real_model(shared_data):
   lines = [' '.join(line.split()) for line in text.splitlines()[:3000]] + [
     '</s> is four characters and <pad> five'
   ]
-  assert tok.encode_batch(lines) == sentencepiece.encode_batch(lines)
-  assert [tok.decode(ids) for ids in tok.encode_batch(lines[:-1])] == [
-    sentencepiece.decode(ids).replace(' \u2047 ', '')
-    for ids in sentencepiece.encode_batch(lines[:-1])
+  encoded, expected = (each.encode_arrays(lines) for each in (tok, sentencepiece))
+  assert [ids.tolist() for ids in encoded] == [ids.tolist() for ids in expected]
+  assert [tok.decode(ids) for ids in encoded[:-1]] == [
+    sentencepiece.decode(ids).replace(' \u2047 ', '') for ids in expected[:-1]
   ]
 
 

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import cache, shards, tokenizer
+from data import cache, shards, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import corpus_key, prepare
 
@@ -208,7 +208,7 @@ def test_sentencepiece_is_trained_on_the_training_split_only(tmp_path):
   )
   assert [b'zebra' in piece for piece in prepared.tokenizer.token_bytes].count(True) == 1
   training = decoded(prepared, prepared.train[0])
-  assert tokenizer.train_sentencepiece(made.tokenizer, training) == prepared.tokenizer.model
+  assert tokenizers.train_sentencepiece(made.tokenizer, training) == prepared.tokenizer.model
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'flipped', 'missing', 'index'])
@@ -230,10 +230,16 @@ def test_damage_is_detected_and_named(tmp_path, kind):
       with pytest.raises(cache.CorruptShardError, match=f'{name}.*delete .* and run again'):
         prepare(config(tmp_path), log=quiet)
       damaged.write_bytes(whole)
-  prepare(config(tmp_path), log=quiet).verify()
+  verify(prepare(config(tmp_path), log=quiet))
 
 
-def test_large_corpora_skip_checksums_loudly_and_verify_reads_them(tmp_path, monkeypatch):
+def verify(prepared):
+  """Reads every file and compares checksums."""
+  for directory in prepared.directories:
+    cache.check(directory, cache.read_index(directory)['files'], contents=True)
+
+
+def test_large_corpora_skip_checksums_loudly_and_a_check_reads_them(tmp_path, monkeypatch):
   write(tmp_path / 'a.jsonl', [text(i) for i in range(40)])
   prepared = prepare(config(tmp_path), log=quiet)
   tokens = prepared.directories[0] / 'train-0-00000.tokens'
@@ -244,7 +250,7 @@ def test_large_corpora_skip_checksums_loudly_and_verify_reads_them(tmp_path, mon
   loaded = prepare(config(tmp_path), log=lines.append)
   assert any('not the checksums' in line for line in lines)
   with pytest.raises(cache.CorruptShardError, match='bits have changed'):
-    loaded.verify()
+    verify(loaded)
   tokens.write_bytes(whole[:-1])
   with pytest.raises(cache.CorruptShardError, match='truncated'):
     prepare(config(tmp_path), log=quiet)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data import sources, tokenizer
+from data import sources, tokenizers
 from data.config import SourceConfig, TokenizerConfig
 
 T5 = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 't5.model'
@@ -51,14 +51,14 @@ def corpus():
 def trained(**kinds):
   # Unigram takes fifteen times as long as BPE
   texts = corpus()[:20] if 'algorithm' in kinds else corpus()
-  return tokenizer.build(TokenizerConfig(vocabulary=1024, **kinds), texts, texts)
+  return tokenizers.build(TokenizerConfig(vocabulary=1024, **kinds), texts, texts)
 
 
 def made(kind):
   if kind == 'char':
-    return tokenizer.CharTokenizer(set(''.join(HARD)) | set(map(chr, range(0x250))))
+    return tokenizers.CharTokenizer(set(''.join(HARD)) | set(map(chr, range(0x250))))
   return {
-    'byte': tokenizer.ByteTokenizer,
+    'byte': tokenizers.ByteTokenizer,
     'bpe': trained,
     'phrases': functools.partial(trained, split_by_whitespace=False),
     'unigram': functools.partial(trained, algorithm='unigram'),
@@ -69,7 +69,8 @@ def made(kind):
 def test_round_trip_of_hard_texts_and_code(kind):
   tok = made(kind)
   texts = HARD + ([] if kind == 'char' else corpus()[:10])
-  for text, ids in zip(texts, tok.encode_batch(texts)):
+  for text, array in zip(texts, tok.encode_arrays(texts)):
+    ids = array.tolist()
     assert tok.decode(ids) == text and tok.losses(text, ids) == 0
     assert ids == tok.encode(text)
     assert not {tok.pad, tok.bos, tok.eos}.intersection(ids)
@@ -107,15 +108,15 @@ def test_decoding_agrees_with_sentencepiece():
 
 def test_training_is_deterministic_and_uses_the_share():
   config = TokenizerConfig(vocabulary=1024)
-  assert tokenizer.train_sentencepiece(config, corpus()) == trained().model
-  assert tokenizer.train_sentencepiece(config, corpus(), share=0.5) != trained().model
-  assert list(tokenizer._sample('abcdefghij', 0.3)) == ['d', 'g', 'j']
+  assert tokenizers.train_sentencepiece(config, corpus()) == trained().model
+  assert tokenizers.train_sentencepiece(config, corpus(), share=0.5) != trained().model
+  assert list(tokenizers._sample('abcdefghij', 0.3)) == ['d', 'g', 'j']
 
 
 def test_code_compresses():
   tok = trained()
   texts = corpus()
-  assert sum(len(text.encode()) for text in texts) / sum(map(len, tok.encode_batch(texts))) > 2.7
+  assert sum(len(text.encode()) for text in texts) / sum(map(len, tok.encode_arrays(texts))) > 2.7
   assert b'    ' in tok.token_bytes and any(b'\n' in piece[1:] for piece in tok.token_bytes)
 
 
@@ -123,30 +124,30 @@ def test_code_compresses():
 def test_save_and_load(kind, tmp_path):
   tok = made(kind)
   tok.save(tmp_path / 'run')
-  again = tokenizer.load(tmp_path / 'run')
+  again = tokenizers.load(tmp_path / 'run')
   assert again.token_bytes == tok.token_bytes and again.kind == tok.kind
   assert (again.pad, again.bos, again.eos) == (tok.pad, tok.bos, tok.eos)
   assert again.encode('a\r\n b') == tok.encode('a\r\n b')
 
 
 def test_char_ids_are_nanogpts_after_the_special_ones():
-  tok = tokenizer.CharTokenizer('hello\n')
+  tok = tokenizers.CharTokenizer('hello\n')
   assert tok.vocabulary == 3 + 5 and tok.encode('\nehlo') == [3, 4, 5, 6, 7]
 
 
 def test_char_names_an_unknown_character():
   with pytest.raises(ValueError, match=r"'Z' \(U\+005A\), at 2"):
-    tokenizer.CharTokenizer('ab').encode('abZ')
+    tokenizers.CharTokenizer('ab').encode('abZ')
 
 
 def test_ids_outside_the_vocabulary_are_named():
   for wrong in (259, -1):
     with pytest.raises(ValueError, match=f'id {wrong} is outside the vocabulary of 259'):
-      tokenizer.ByteTokenizer().decode([5, wrong])
+      tokenizers.ByteTokenizer().decode([5, wrong])
 
 
 def test_losses_count_characters():
-  tok = tokenizer.ByteTokenizer()
+  tok = tokenizers.ByteTokenizer()
   tok.token_bytes[3 + ord('a')] = b'o'
   assert (
     tok.losses('banana', tok.encode('banana')) == 3 and tok.losses('bonn', tok.encode('bonn')) == 0
@@ -155,22 +156,22 @@ def test_losses_count_characters():
 
 def test_vocabulary_must_be_the_one_that_comes_out():
   with pytest.raises(ValueError, match='vocabulary=300.*259'):
-    tokenizer.build(TokenizerConfig(kind='byte', vocabulary=300), [], [])
+    tokenizers.build(TokenizerConfig(kind='byte', vocabulary=300), [], [])
 
 
 def test_too_many_pieces_for_a_small_corpus():
   with pytest.raises(ValueError, match='lower tokenizer.vocabulary'):
-    tokenizer.build(TokenizerConfig(vocabulary=4096), ['a b c'], [])
+    tokenizers.build(TokenizerConfig(vocabulary=4096), ['a b c'], [])
 
 
 def test_no_tokenizer_there(tmp_path):
   with pytest.raises(FileNotFoundError, match='no tokenizer at'):
-    tokenizer.load(tmp_path)
+    tokenizers.load(tmp_path)
 
 
 @pytest.mark.skipif(not T5.exists(), reason=f'{T5} is not beside the checkout')
 def test_a_loaded_model_keeps_its_ids_and_its_losses_are_counted():
-  tok = tokenizer.load(T5)
+  tok = tokenizers.load(T5)
   assert (tok.vocabulary, tok.pad, tok.bos, tok.eos) == (32000, 0, 1, 1)
   assert tok.encode('summarize:') == [21603, 10]
   ids = tok.encode('Hello, world!')

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.tokenizer import ByteTokenizer
+from data.tokenizers import ByteTokenizer
 from decode import beam
 from decode.constrain import Constraint
 from decode.generator import Generator

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from analysis import aot, schedule
-from data import sources, tokenizer as tokenizers
+from data import sources, tokenizers
 from data.config import SourceConfig, TokenizerConfig
 from data.huggingface import HuggingFaceTokenizer
 from decode import constrain

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.tokenizer import ByteTokenizer
+from data.tokenizers import ByteTokenizer
 from decode import drafting
 from decode.constrain import Constraint
 from decode.drafting import Course

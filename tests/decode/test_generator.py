@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.tokenizer import ByteTokenizer
+from data.tokenizers import ByteTokenizer
 from decode import beam, drafting, loop
 from decode.generator import Generator, generating
 from decode.report import Watch
@@ -19,9 +19,9 @@ from model import params, transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs, state as states
-from training.checkpoint import Checkpoints
 from training.config import Config
 from training.optimizer import make_optimizer
+from workdir.checkpoint import Checkpoints
 
 MODEL = ModelConfig(
   vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=64, init_scale=1.0

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.tokenizer import ByteTokenizer
+from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from model import transformer
 from model.config import ModelConfig

@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data.tokenizer import ByteTokenizer
+from data.tokenizers import ByteTokenizer
 from decode.text import TextStream
 
 TOKENIZER = ByteTokenizer()

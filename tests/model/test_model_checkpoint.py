@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert
 from model import checkpoint, params, stream, tensorfiles
 from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
@@ -279,7 +280,7 @@ def test_an_error_leaves_nothing_behind(llama, tmp_path, monkeypatch):
     checkpoint.save(model, dataclasses.replace(config, sinks=True), tmp_path / 'out')
   (llama / 'model.safetensors').write_bytes(b'')
   with pytest.raises(SystemExit, match='error: .*truncated'):
-    checkpoint.main(['import', '--from', str(llama), '--workdir', str(tmp_path / 'run')])
+    convert.main(['import', '--from', str(llama), '--workdir', str(tmp_path / 'run')])
   assert sorted(tmp_path.iterdir()) == before
 
 
@@ -309,39 +310,37 @@ def test_a_checkpoint_becomes_a_run_that_writes_and_a_checkpoint_again(tmp_path,
   ours.build(LLAMA | {'vocab_size': 300}, tmp_path / 'hf')
   write_tokenizer(tmp_path / 'hf')
   run, out = str(tmp_path / 'runs' / 'llama'), str(tmp_path / 'out')
-  checkpoint.main(['import', '--from', str(tmp_path / 'hf'), '--workdir', run])
+  convert.main(['import', '--from', str(tmp_path / 'hf'), '--workdir', run])
   assert 'llama, 42,464 parameters in float32' in capsys.readouterr().out
   generator = Generator.load(run)
   assert generator.tokenizer.kind == 'huggingface'
   assert len(generator('def f(', max_new_tokens=5, temperature=0.0)[0].ids) <= 5
   with pytest.raises(SystemExit, match='error: .* is there already'):
-    checkpoint.main(['import', '--from', str(tmp_path / 'hf'), '--workdir', run])
+    convert.main(['import', '--from', str(tmp_path / 'hf'), '--workdir', run])
 
-  checkpoint.main(['export', '--workdir', run, '--to', out])
+  convert.main(['export', '--workdir', run, '--to', out])
   for name, x in ours.tensors(tmp_path / 'hf').items():
     np.testing.assert_array_equal(ours.tensors(tmp_path / 'out')[name], x)
   assert json.loads((tmp_path / 'out' / 'config.json').read_text())['eos_token_id'] == 256
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'hf' / name).read_bytes()
   with pytest.raises(SystemExit, match="error: .*did you mean 'mistral'"):
-    checkpoint.main(
+    convert.main(
       ['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--family', 'mistrall']
     )
   with pytest.raises(SystemExit, match="error: checkpoint='3' is unknown"):
-    checkpoint.main(
-      ['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--checkpoint', '3']
-    )
+    convert.main(['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--checkpoint', '3'])
 
   for directory in (run, out):
     capsys.readouterr()
-    checkpoint.main(['inspect', directory])
+    convert.main(['inspect', directory])
     assert 'llama, 42,464 parameters, F32 in the files' in capsys.readouterr().out
 
 
 def test_a_run_needs_no_tokenizer(llama, tmp_path, capsys):
-  checkpoint.main(['import', '--from', str(llama), '--workdir', str(tmp_path / 'run')])
+  convert.main(['import', '--from', str(llama), '--workdir', str(tmp_path / 'run')])
   assert 'holds no tokenizer' in capsys.readouterr().out
-  checkpoint.main(
+  convert.main(
     [
       'export',
       '--workdir',
@@ -376,7 +375,7 @@ def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
     },
   )
   monkeypatch.setattr(checkpoint, 'TensorFiles', lambda directory: files)
-  checkpoint.main(['inspect', str(tmp_path)])
+  convert.main(['inspect', str(tmp_path)])
   lines = capsys.readouterr().out.splitlines()
   assert '8,030,261,248 parameters' in lines[0]
   assert [float(x) for x in lines[3].split()] == [1, 14.958, 44.873]

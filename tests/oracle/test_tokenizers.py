@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data import huggingface, tokenizer
+from data import huggingface, tokenizers
 from data.chat import ChatTemplate
 from tests.data import tokenizer_families as families
 from tests.data.templates import CONVERSATIONS, TEMPLATES, TURNS
@@ -32,7 +32,7 @@ def both(family, directory, **settings):
     json.loads(contents['tokenizer_config.json']) | settings
   ).encode()
   huggingface.HuggingFaceTokenizer(contents).save(directory)
-  return tokenizer.load(directory), transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+  return tokenizers.load(directory), transformers.PreTrainedTokenizerFast.from_pretrained(directory)
 
 
 @pytest.mark.parametrize('family', families.FAMILIES)

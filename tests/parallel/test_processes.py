@@ -27,7 +27,7 @@ from test_commands import (
   losses,
 )
 
-from training.checkpoint import Checkpoints
+from workdir.checkpoint import Checkpoints
 
 HEARTBEAT = 10  # seconds of silence after which a process is lost
 SMALL = ('--config.model.layers=1', '--config.train.steps=8')
@@ -152,7 +152,7 @@ def test_two_processes_wait_and_agree(tmp_path):
 WRITING = f'''
 import contextlib, json, sys
 import jax
-from data.tokenizer import ByteTokenizer
+from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from model import transformer
 from model.config import ModelConfig

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from model.params import abstract, named_leaves
 from parallel.mesh import MeshConfig, make_mesh
-from training.checkpoint import Checkpoints
+from workdir.checkpoint import Checkpoints
 
 DATA, PROGRESS = {'examples': 24, 'key': 'abc'}, {'best': None, 'waited': 0}
 

@@ -11,7 +11,7 @@ from absl import flags
 from conftest import tiny
 from hypothesis import given, settings, strategies as st
 
-from data import tokenizer
+from data import tokenizers
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from kernels.blocks import Blocks
 from model.config import CHOICES, ModelConfig, MoEConfig, RopeConfig
@@ -426,7 +426,7 @@ def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
     }
   )
   configs.save(run, tmp_path / 'run')
-  tokenizer.ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
+  tokenizers.ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
   returns = "__import__('dataclasses').replace(tiny(), model=type(tiny().model)(remat='dots'))"
   run = dataclasses.replace(run, model=dataclasses.replace(run.model, max_length=99))
   configs.save(run, tmp_path / 'run')

@@ -17,10 +17,10 @@ from model.params import named_leaves
 from parallel.mesh import make_mesh
 from tests.training.test_zero_training import batch, setting
 from training import spill
-from training.checkpoint import SPILLED, Checkpoints
 from training.config import TrainConfig
 from training.disk import OnDisk
 from training.optimizer import OPTIMIZERS, OptimizerConfig
+from workdir.checkpoint import SPILLED, Checkpoints
 
 SPLIT = {'data': 2, 'fsdp': 4}
 HOST = {'offload_optimizer': 'host', 'offload_parameters': True}

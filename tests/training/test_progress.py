@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny
 from hypothesis import given, strategies as st
 
-from training.progress import Progress, check_finite
+from workdir.progress import Progress, check_finite
 
 
 class Records:

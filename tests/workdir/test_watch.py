@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training import watch as watching
-from training.metrics import FILE, read_metrics
-from training.watch import ProfileWindow, Watch
+from workdir import watch as watching
+from workdir.metrics import FILE, read_metrics
+from workdir.watch import ProfileWindow, Watch
 
 
 class Device:

@@ -11,7 +11,6 @@ A kill while saving leaves a directory without a record; a truncated or changed 
 import concurrent.futures
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import shutil
@@ -26,12 +25,12 @@ from model.params import named_leaves
 from parallel import hosts
 from training import disk
 
-# Orbax warns at every save that it merges no OCDBT files, which it was told not to write.
-logging.getLogger('absl').addFilter(
-  lambda record: not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT')
-)
-
 SPILLED = 'spilled'
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+  """Orbax warns at every save that it merges no OCDBT files, which it was told not to write."""
+  return not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT')
 
 
 class Checkpoints:
@@ -74,7 +73,9 @@ class Checkpoints:
 
     self.wait()
     # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes twice the time.
-    self._orbax = self._orbax or ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+    if self._orbax is None:
+      logging.getLogger('absl').addFilter(_worth_saying)
+      self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
     leaves = named_leaves(state)
     shapes = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
     spilled = {name: x for name, x in leaves.items() if isinstance(x, disk.OnDisk)}

@@ -1,6 +1,5 @@
 """What did the run achieve, and what did it cost? report.md and loss.png, written at its end from metrics.jsonl."""
 
-import dataclasses
 import gzip
 import io
 import lzma
@@ -11,43 +10,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 import files
-from analysis import flops
-from training.metrics import FILE, read_metrics
-from training.watch import short
+from model import flops
+from training.config import ReportConfig
+from workdir.metrics import FILE, read_metrics
+from workdir.watch import short
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-  """Rates for the report's costs. A rate of 0 is unknown, and what needs it is reported as 'no rate given'.
-
-  Attributes:
-    dollars_per_chip_hour: price of a chip, while the run holds it.
-    watts_per_chip: mean draw of a chip with its share of the host.
-    kilograms_co2_per_kwh: carbon intensity of the grid.
-    pue: power usage effectiveness, the data centre's draw per watt of its machines; 1 leaves cooling out.
-
-  Raises ValueError for negative or non-finite rates and a pue below 1.
-  """
-
-  dollars_per_chip_hour: float = 0.0
-  watts_per_chip: float = 0.0
-  kilograms_co2_per_kwh: float = 0.0
-  pue: float = 1.0
-
-  def __post_init__(self):
-    for field, least in (
-      ('dollars_per_chip_hour', 0),
-      ('watts_per_chip', 0),
-      ('kilograms_co2_per_kwh', 0),
-      ('pue', 1),
-    ):
-      value = getattr(self, field)
-      if not least <= value < math.inf:
-        raise ValueError(
-          f'report.{field}={value} must be a number from {least} up' + (' (0: unknown)', '')[least]
-        )
 
 
 def compression_baselines(documents: Iterable[str]) -> dict[str, float]:
@@ -84,7 +52,7 @@ def write_report(
   Everything measured comes from metrics.jsonl, so a resumed run is covered whole.
 
   Args:
-    parameters: trained ones, all of them. flops_per_token: of training (analysis.flops.train_flops_per_token).
+    parameters: trained ones, all of them. flops_per_token: of training (model.flops.train_flops_per_token).
     chips: how many the run held. hardware: their name, as the reader should see it.
   Raises ValueError when metrics.jsonl has no training step.
   """

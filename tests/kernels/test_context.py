@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention as dispatch
+from kernels import attention as dispatch, context
 from kernels.attention import attention
 from kernels.mask import Mask, Relative, zigzag
 from model import transformer
 from model.config import ModelConfig
-from parallel import axes as ax, context
+from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
 B, T, N, K, H = 2, 32, 4, 2, 4

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from analysis import flops
-from model import transformer
+from model import flops, transformer
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.params import ParamSpec, specs
 

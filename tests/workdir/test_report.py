@@ -9,9 +9,9 @@ import re
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from training import report
-from training.metrics import FILE
-from training.report import ReportConfig, compression_baselines, write_report
+from workdir import report
+from workdir.metrics import FILE
+from workdir.report import ReportConfig, compression_baselines, write_report
 
 
 def run(tmp_path, evaluated=True, mfu=True, loss=None):

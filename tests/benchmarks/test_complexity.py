@@ -1,4 +1,4 @@
-"""Are the operations, calls and exponents that analysis.complexity prints those of the programs,
+"""Are the operations, calls and exponents that benchmarks.complexity prints those of the programs,
 and does it say where they end?
 """
 
@@ -11,9 +11,9 @@ import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
-from analysis import complexity, flops
-from analysis.complexity import WAYS
-from model import transformer
+from benchmarks import complexity
+from benchmarks.complexity import WAYS
+from model import flops, transformer
 
 BY_NAME = {way.name: way for way in WAYS}
 SMALL = complexity.config_of('T', 128)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from training import metrics
+from workdir import metrics
 
 numbers = st.one_of(st.integers(-(10**9), 10**9), st.floats())
 

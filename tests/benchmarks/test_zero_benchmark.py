@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from analysis import zero
+from benchmarks import zero
 from model.config import ModelConfig
 
 MODEL = ModelConfig(

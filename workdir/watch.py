@@ -27,8 +27,8 @@ from typing import Any, TextIO
 
 import jax
 
-from analysis import flops
-from training.metrics import (
+from model import flops
+from workdir.metrics import (
   FILE,
   TensorBoard,
   append_line,
@@ -47,7 +47,7 @@ class Watch:
       so that a resumed run has each step once; tokens, train_seconds and wall_seconds go on from the last line kept.
     steps: the steps that this process will run, e.g. range(resumed_step, total_steps).
     log_every: a line is written when step % log_every == 0, at the last step, and at each pause.
-    flops_per_token: model FLOPs of training on a token (analysis.flops.train_flops_per_token).
+    flops_per_token: model FLOPs of training on a token (model.flops.train_flops_per_token).
     devices, peak: how many jax devices compute, and FLOP/s of one (analysis.hardware.peak). With peak=None, no MFU is
       recorded or shown.
     tensorboard: also write TensorBoard events, from a background thread.

@@ -1,0 +1,244 @@
+"""How do a checkpoint of transformers and a run's directory become each other?
+
+    python convert.py import --from DIR --workdir RUN     config.json + *.safetensors (+ tokenizer) -> a run
+    python convert.py export --workdir RUN --to DIR       a run -> what transformers loads
+    python convert.py inspect DIR                         family, parameters, dtype, memory per chip count
+
+Tensors stream (model/checkpoint.py): neither needs a model to fit this machine's memory twice.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import re
+import sys
+
+import jax
+
+import files
+import names
+from data import tokenizers
+from data.config import DataConfig, TokenizerConfig
+from model import checkpoint, families, transformer
+from model.params import abstract
+from model.tensorfiles import TensorFiles
+from training import config as configs
+from workdir.checkpoint import Checkpoints
+
+
+def _import(options) -> None:
+  if jax.process_count() > 1:
+    raise ValueError(
+      'import runs in one process; import on one host, and let the others read the run'
+    )
+  workdir, source = pathlib.Path(options.workdir), pathlib.Path(getattr(options, 'from'))
+  with checkpoint.new_directory(workdir) as partial:
+    config, model = checkpoint.load(
+      source,
+      dtype=options.dtype,
+      compute_dtype=options.compute_dtype,
+      ignore=options.ignore,
+      ignore_keys=tuple(options.ignore_key),
+    )
+    data = DataConfig(
+      sequence_length=min(
+        config.max_length or DataConfig.sequence_length, DataConfig.sequence_length
+      )
+    )
+    tokenizer = (
+      None
+      if options.tokenizer == 'none'
+      else _tokenizer(pathlib.Path(options.tokenizer or source), bool(options.tokenizer))
+    )
+    if tokenizer:
+      tokenizer.save(partial / 'tokenizer')
+      data = dataclasses.replace(
+        data, tokenizer=TokenizerConfig(kind=tokenizer.kind, path=str(workdir / 'tokenizer'))
+      )
+    run = configs.Config(model=config, data=data).resolve(
+      tokenizer.vocabulary if tokenizer else config.V
+    )
+    checkpoints = Checkpoints(
+      partial, log=_log, chunk_bytes=2**21
+    )  # small: a file lies in memory while it is written
+    checkpoints.save(0, {'model': model}, data={}, progress={}, donated=False)
+    checkpoints.wait()
+    configs.save(run, partial)
+  title = families.TYPES[checkpoint.read_json(source)['model_type']]
+  _log(
+    f'{workdir}: {title}, {_count(model):,} parameters in {config.parameter_dtype}, '
+    f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
+  )
+
+
+def _tokenizer(path: pathlib.Path, wanted: bool):
+  """The tokenizer at a path, or in a checkpoint's directory; None where there is none and none was asked for."""
+  models = [
+    path / name
+    for name in ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
+    if (path / name).is_file()
+  ]
+  if (path / 'tokenizer.json').is_file() or not models:
+    try:
+      return tokenizers.load(path)
+    except FileNotFoundError:
+      if wanted:
+        raise
+      _log(f'NOTE: {path} holds no tokenizer.json and no SentencePiece model')
+      return None
+  return tokenizers.load(models[0])
+
+
+def _export(options) -> None:
+  workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
+  config = configs.load(workdir).model
+  family = families.family_of(config, options.family)
+  checkpoints = Checkpoints(workdir, log=_log)
+  steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {
+    str(step): step for step in checkpoints.steps()
+  }
+  steps = {name: step for name, step in steps.items() if step is not None}
+  step = steps[names.check('checkpoint', options.checkpoint, steps)]
+  tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
+  with checkpoint.new_directory(target) as partial:
+    mesh = checkpoint.default_mesh(config)
+    with jax.set_mesh(mesh):
+      model = checkpoints.model(
+        abstract(functools.partial(transformer.init, config, 0), mesh), step
+      )
+    special = (
+      {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')} if tokenizer else {}
+    )
+    checkpoint.write_files(
+      model,
+      config,
+      partial,
+      family,
+      options.dtype or config.parameter_dtype,
+      checkpoint.SHARD_BYTES,
+      special,
+    )
+    if tokenizer and tokenizer.kind == 'huggingface':
+      tokenizer.save(partial)
+    elif tokenizer and tokenizer.kind == 'sentencepiece':
+      files.replace(partial / 'tokenizer.model', tokenizer.model)
+    else:
+      reason = f'{tokenizer.kind!r} is unknown to transformers' if tokenizer else 'the run has none'
+      _log(f'NOTE: no tokenizer is written: {reason}')
+  _log(
+    f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
+    f'{options.dtype or config.parameter_dtype}'
+  )
+
+
+def _inspect(options) -> None:
+  directory = pathlib.Path(options.directory)
+  hf = checkpoint.read_json(directory)
+  if 'model_type' in hf:
+    tensors = TensorFiles(directory)
+    family, config = families.read(hf, set(tensors.tensors), tuple(options.ignore_key))
+    parts, title = checkpoint.parts_of(family, config), families.name_of(family)
+    checkpoint.check(
+      parts, checkpoint.resolve(parts, tensors, family), tensors, family, options.ignore
+    )
+    kinds = sorted({tensor.kind for tensor in tensors.tensors.values()})
+    config = dataclasses.replace(config, parameter_dtype=_dtype(tensors, _log))
+  else:
+    config = configs.load(directory).model
+    kinds = [checkpoint.KINDS[config.parameter_dtype]]
+    try:
+      title = families.name_of(families.family_of(config))
+    except ValueError:
+      title = 'a model of no family'
+  leaves = jax.tree.leaves(jax.eval_shape(functools.partial(transformer.init, config, 0)))
+  size = sum(x.size * x.dtype.itemsize for x in leaves)
+  count = sum(x.size for x in leaves)
+  _log(f'{directory}: {title}, {count:,} parameters, {"/".join(kinds)} in the files')
+  _log(f'memory per chip in GiB, parameters ({config.parameter_dtype}) split over the chips:')
+  _log('   chips  parameters  and AdamW\'s state')
+  # Two moments in the parameters' dtype; vectors, which are not split, are too small to count.
+  chips = 1
+  while chips == 1 or 6 * size / chips > 2**30:  # until a chip holds half a GiB
+    _log(f'{chips:8}  {size / chips / 2**30:10.3f}  {3 * size / chips / 2**30:17.3f}')
+    chips *= 2
+
+
+def _count(model) -> int:
+  return sum(x.size for x in jax.tree.leaves(model))
+
+
+_log = functools.partial(print, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """The command line; what its user can mend ends it with a message, not a traceback."""
+  parser = argparse.ArgumentParser(
+    prog='python convert.py',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  commands = parser.add_subparsers(required=True)
+
+  reading = argparse.ArgumentParser(add_help=False)
+  reading.add_argument(
+    '--ignore', default='', metavar='PATTERN', help='tensors to leave out (a regular expression)'
+  )
+  reading.add_argument(
+    '--ignore_key',
+    action='append',
+    default=[],
+    metavar='KEY',
+    help='key of config.json not to look at',
+  )
+
+  def command(name, run, help_, *parents):
+    made = commands.add_parser(name, help=help_, parents=parents)
+    made.set_defaults(run=run)
+    return made
+
+  made = command('import', _import, 'a checkpoint of transformers -> a run', reading)
+  made.add_argument('--from', required=True, metavar='DIR')
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument(
+    '--dtype',
+    default='',
+    choices=('float32', 'bfloat16'),
+    help="of the parameters; default: the checkpoint's",
+  )
+  made.add_argument(
+    '--compute_dtype',
+    default='',
+    choices=('float32', 'bfloat16', 'float16'),
+    help='default: the same',
+  )
+  made.add_argument('--tokenizer', default='', metavar='PATH', help="another than DIR's, or none")
+  made = command('export', _export, 'a run -> what transformers loads')
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument('--to', required=True, metavar='DIR')
+  made.add_argument(
+    '--family',
+    default='',
+    help=f'one of {", ".join(families.FAMILIES)}; default: the first that can express the config',
+  )
+  made.add_argument(
+    '--dtype',
+    default='',
+    choices=('float32', 'bfloat16', 'float16'),
+    help="default: the parameters'",
+  )
+  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
+  command('inspect', _inspect, 'family, parameters, dtype, memory', reading).add_argument(
+    'directory', metavar='DIR'
+  )
+  options = parser.parse_args(arguments)
+  try:
+    options.run(options)
+  except re.error as error:
+    sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')
+  except (ValueError, NotImplementedError, OSError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,1 @@
+"""A run's directory: checkpoints, metrics, progress, reports; the only code that knows its layout."""
