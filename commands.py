@@ -1,4 +1,6 @@
-"""What does every command share? Which machine this is, a parser, a table, a JSON file with the hardware."""
+"""What does every command share? Which machine this is, a parser, a table,
+a JSON file with the hardware.
+"""
 
 import argparse
 import importlib.metadata
@@ -36,20 +38,19 @@ PACKAGES = (
 def machine() -> dict:
   """Hardware and versions that a measurement was taken with: JSON-able."""
   model = platform.processor() or platform.machine()
-  for line in (
-    pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    if os.path.exists('/proc/cpuinfo')
-    else ()
-  ):
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
     if line.startswith('model name'):
       model = line.split(':', 1)[1].strip()
       break
+
   versions = {}
   for package in PACKAGES:
     try:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       versions[package] = 'not installed'
+
   return {
     'cpu': model,
     'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
@@ -63,7 +64,9 @@ def machine() -> dict:
 
 
 def gpus() -> list[str]:
-  """Name, driver, memory and power limit of each NVIDIA GPU, as the driver's own tool says; [] where there is none."""
+  """Name, driver, memory and power limit of each NVIDIA GPU, as the driver's own tool says;
+  [] where there is none.
+  """
   tool = shutil.which('nvidia-smi')
   if tool is None:
     return []
@@ -87,7 +90,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-  """Prints aligned columns, the first to the left and the others to the right; floats with three digits."""
+  """Prints aligned columns, the first to the left and the others to the right;
+  floats with three digits.
+  """
   cells = [
     [_digits(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows
   ]

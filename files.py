@@ -7,7 +7,9 @@ import socket
 
 
 def replace(path: str | os.PathLike, data: bytes | str) -> None:
-  """Writes `data` to `path`: a reader, a crash or a kill sees the old file or the new one, never a part."""
+  """Writes `data` to `path`: a reader, a crash or a kill sees the old file or the new one,
+  never a part.
+  """
   temporary = _beside(path)
   try:
     with open(temporary, 'wb') as file:
@@ -21,7 +23,9 @@ def replace(path: str | os.PathLike, data: bytes | str) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-  """Raises OSError where `replace` could not write, before there is anything to lose; what is at `path` stays."""
+  """Raises OSError where `replace` could not write, before there is anything to lose;
+  what is at `path` stays.
+  """
   if os.path.isdir(path):
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   temporary = _beside(path)

@@ -1,4 +1,6 @@
-"""Is this name known? One check for every name that comes from a config or a command line, and one for what is there without a name."""
+"""Is this name known? One check for every name that comes from a config or a command line,
+and one for what is there without a name.
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -23,6 +25,8 @@ def check(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def only_flags(arguments: Sequence[str], example: str) -> None:
-  """Raises absl's UsageError for what stands on a command line and is no flag; arguments are those of main()."""
+  """Raises absl's UsageError for what stands on a command line and is no flag;
+  arguments are those of main().
+  """
   if arguments[1:]:
     raise app.UsageError(f'{arguments[1:]} are no flags; flags begin with --, as in {example}')

@@ -1,16 +1,18 @@
-"""Says what a run costs before it starts: python plan.py --config=configs/models/llama3_8b.py --topology=v5p:4x4x4 [--search]
+"""Says what a run costs before it starts:
 
-Compiles the very step that train.py would run (or with --mode=prefill, --mode=decode what generates), for hardware that need not be
-here, and reads the compiled program: does it fit, what does it compute and move, how long does it take, what does that cost.
-Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
+    python plan.py --config=configs/models/llama3_8b.py --topology=v5p:4x4x4 [--search]
+
+Compiles the very step that train.py would run (or with --mode=prefill, --mode=decode what
+generates), for hardware that need not be here, and reads the compiled program: does it fit, what
+does it compute and move, how long does it take, what does that cost. Topologies: v5e:16x16,
+v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 """
 
 import os
 
 if __name__ == '__main__':
-  os.environ['JAX_PLATFORMS'] = (
-    'cpu'  # what is compiled for is asked of the compiler, not of this machine
-  )
+  # What is compiled for is asked of the compiler, not of this machine
+  os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import dataclasses
 import functools
@@ -80,10 +82,12 @@ WATTS = flags.DEFINE_float(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A program on a topology and its cost. Bytes, FLOPs of hardware and seconds are of one device and one run of the program.
+  """A program on a topology and its cost.
+  Bytes, FLOPs of hardware and seconds are of one device and one run of the program.
 
   Attributes:
-    mode: one of MODES; a run is a training step, the prefill of all rows, or CHUNK tokens of every row.
+    mode: one of MODES; a run is a training step, the prefill of all rows,
+      or CHUNK tokens of every row.
     config: with the mesh's sizes resolved. chip: what a device belongs to. devices: of the mesh.
     problem: why the compiler refused, '' where it did not; then memory and prediction are None.
     held: bytes of the arguments by name, known in any case.
@@ -135,7 +139,8 @@ class Plan:
 
   @property
   def attention(self) -> str:
-    """The backend of kernels.attention that the program runs; as configured where devices share rows, which ask it for parts of them.
+    """The backend of kernels.attention that the program runs; as configured where devices share
+    rows, which ask it for parts of them.
 
     'cached': kernels.cached.
     """
@@ -158,7 +163,9 @@ class Plan:
   def cost(
     self, dollars_per_chip_hour: float | None, watts_per_chip: float | None
   ) -> dict[str, float]:
-    """Hours, dollars and kWh of the whole training run, or of a million tokens; only what is known."""
+    """Hours, dollars and kWh of the whole training run, or of a million tokens;
+    only what is known.
+    """
     if self.prediction is None:
       return {}
     runs = self.config.train.steps if self.mode == 'train' else 1e6 / self.tokens
@@ -209,9 +216,10 @@ def make_plan(
 ) -> Plan:
   """Compiles what `config` runs in this mode on these devices.
 
-  rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights. axis_type: Auto for the twin that XLA's
-    partitioner lays out.
-  Raises ValueError or NotImplementedError for what cannot run there whatever the memory; too little memory is a Plan's `problem`.
+  rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights.
+    axis_type: Auto for the twin that XLA's partitioner lays out.
+  Raises ValueError or NotImplementedError for what cannot run there whatever the memory;
+  too little memory is a Plan's `problem`.
   """
   names.check('mode', mode, MODES)
   mesh, config = make_mesh(config.mesh, devices, axis_type), resolved(config, devices)
@@ -244,7 +252,9 @@ def make_plan(
 
 
 def resolved(config: configs.Config, devices: list[jax.Device]) -> configs.Config:
-  """The config with the size of every mesh axis on these devices. Raises ValueError where they do not fit."""
+  """The config with the size of every mesh axis on these devices.
+  Raises ValueError where they do not fit.
+  """
   return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.resolve(len(devices))))
 
 
@@ -270,8 +280,8 @@ def _lower(config, mesh, mode, rows, context, weights):
     return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
   if config.model.encoder_layers or not config.model.causal:
     raise NotImplementedError(
-      f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, model.causal={config.model.causal}: '
-      'only what a decoder generates is planned so far'
+      f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, '
+      f'model.causal={config.model.causal}: only what a decoder generates is planned so far'
     )
   if rows < 1 or context < 1:
     raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
@@ -285,7 +295,8 @@ def _lower(config, mesh, mode, rows, context, weights):
     )
   if not config.model.vocabulary:
     raise ValueError(
-      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in --config.model.vocabulary=50257"
+      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in "
+      '--config.model.vocabulary=50257'
     )
   config.check_parameters(dict(mesh.shape))
   model = generating(config.resolve(config.model.vocabulary).model)
@@ -308,7 +319,8 @@ def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan 
   for config in candidates.nearest(plan.config, plan.config.mesh.sizes(), len(devices), slices):
     tried = attempt(config, devices)
     log(
-      f'  tried {candidates.flags(plan.config, config)}: {"fits" if tried.fits else tables.shortage(tried)}'
+      f'  tried {candidates.flags(plan.config, config)}: '
+      f'{"fits" if tried.fits else tables.shortage(tried)}'
     )
     if tried.fits:
       return tried
@@ -316,7 +328,9 @@ def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan 
 
 
 def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
-  """The plan for training; without compiling where parameters, optimizer state and gradients alone are too much."""
+  """The plan for training; without compiling where parameters,
+  optimizer state and gradients alone are too much.
+  """
   mesh = make_mesh(config.mesh, devices)
   chip = chip_of(devices)
   held = train.abstract_state(config, mesh)
@@ -345,8 +359,9 @@ def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
 def search(config: configs.Config, devices: list[jax.Device], log=print) -> list[Plan]:
   """Plans of a small set of candidates that fit, fastest first; those that don't follow.
 
-  All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones, the other policies, each with the
-  fewest microbatches that fit. Raises ValueError where no mesh divides the config's sizes.
+  All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones,
+  the other policies, each with the fewest microbatches that fit. Raises ValueError where no mesh
+  divides the config's sizes.
   """
   config = resolved(config, devices)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
@@ -379,8 +394,8 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
           break
   if not tried:
     raise ValueError(
-      f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / train.accumulation='
-      f'{config.train.accumulation} and the sizes of the model; change the batch'
+      f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / '
+      f'train.accumulation={config.train.accumulation} and the sizes of the model; change the batch'
     )
   return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
 
@@ -389,6 +404,7 @@ def main(arguments):
   names.only_flags(arguments, '--config.train.steps=100')
   if train.CONFIG.value is None or not TOPOLOGY.value:
     raise app.UsageError('give --config=configs/NAME.py and --topology=KIND:SHAPE')
+  # Defined with train.py, whose --config this is
   for flag in (
     train.WORKDIR,
     train.PROFILE,
@@ -398,7 +414,7 @@ def main(arguments):
     train.PROCESS,
     train.STOPPED_CODE,
     train.HEARTBEAT,
-  ):  # defined with train.py, whose --config this is
+  ):
     if flag.present:
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
   logging.set_verbosity(logging.WARNING)
@@ -406,12 +422,13 @@ def main(arguments):
     names.check('mode', MODE.value, MODES)
     if MODE.value == 'train' and (BATCH.present or CONTEXT.present or WEIGHTS.present):
       raise ValueError(
-        '--batch, --context and --weights are of prefill and decode; train takes --config.data.batch_size and '
-        '.sequence_length'
+        '--batch, --context and --weights are of prefill and decode; train takes '
+        '--config.data.batch_size and .sequence_length'
       )
     if SEARCH.value and MODE.value != 'train':
       raise NotImplementedError(
-        f'--search looks for meshes, remat policies and microbatches of training, not of --mode={MODE.value}'
+        '--search looks for meshes, remat policies and microbatches of training, not of '
+        f'--mode={MODE.value}'
       )
     config = configs.from_flag(train.CONFIG.value)
     try:

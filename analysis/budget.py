@@ -1,11 +1,12 @@
-"""Which model should a budget train, on how many tokens, and what does that cost? Scaling laws and prices.
+"""Which model should a budget train, on how many tokens, and what does that cost?
+Scaling laws and prices.
 
     python -m analysis.budget --flops 5.76e23 [--chip 'TPU v5p' --chips 1024 --mfu 0.4 --rate 4.2]
     python -m analysis.budget --hours 720 --chip 'H100 SXM' --chips 64 [--rate 2.5]
     python -m analysis.budget --dollars 10000 --chip 'H100 SXM' --chips 8 --rate 2.5
 
-N parameters · D tokens · C FLOPs = 6 N D. The laws were fitted to one family of models on one corpus (MassiveText): the sizes carry
-over to others better than the loss does.
+N parameters · D tokens · C FLOPs = 6 N D. The laws were fitted to one family of models on one
+corpus (MassiveText): the sizes carry over to others better than the loss does.
 """
 
 import argparse
@@ -23,7 +24,9 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward; attention's own prod
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Law:
-  """Loss in nats per token, L(N, D) = E + A / N^alpha + B / D^beta, of models of N parameters trained on D tokens."""
+  """Loss in nats per token, L(N, D) = E + A / N^alpha + B / D^beta,
+  of models of N parameters trained on D tokens.
+  """
 
   E: float
   A: float
@@ -37,9 +40,11 @@ class Law:
     return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
   def optimum(self, flops: float) -> tuple[float, float]:
-    """Parameters and tokens of the least loss with 6 N D = flops (Hoffmann et al., arXiv:2203.15556, equation 4):
+    """Parameters and tokens of the least loss with 6 N D = flops
+    (Hoffmann et al., arXiv:2203.15556, equation 4):
 
-        N = G (C / 6)^(beta / (alpha + beta)), D = (C / 6) / N, G = (alpha A / (beta B))^(1 / (alpha + beta))
+        N = G (C / 6)^(beta / (alpha + beta))      G = (alpha A / (beta B))^(1 / (alpha + beta))
+        D = (C / 6) / N
 
     Raises ValueError for a budget that is not positive.
     """
@@ -51,8 +56,9 @@ class Law:
     return parameters, product / parameters
 
 
-# Constants: Hoffmann et al., equation 10 (approach 3), and Besiroglu et al., arXiv:2404.10102, table 1, who fitted the same runs again:
-# the first are rounded and fit their own data badly, and contradict the paper's approaches 1 and 2, which the second agree with.
+# Constants: Hoffmann et al., equation 10 (approach 3), and Besiroglu et al., arXiv:2404.10102,
+# table 1, who fitted the same runs again: the first are rounded and fit their own data badly, and
+# contradict the paper's approaches 1 and 2, which the second agree with.
 LAWS = {
   'hoffmann': Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
   'besiroglu': Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
@@ -64,8 +70,11 @@ class Fleet:
   """What computes, and at what price.
 
   Attributes:
-    chip: of analysis.hardware. chips: how many. mfu: share of their bfloat16 peak that becomes model FLOPs.
-    rate: dollars per chip-hour; watts: of a chip with its share of the host; None: unknown, and so is what follows from it.
+    chip: of analysis.hardware.
+    chips: how many.
+    mfu: share of their bfloat16 peak that becomes model FLOPs.
+    rate: dollars per chip-hour; None: unknown, and so is what follows from it.
+    watts: of a chip with its share of the host; None likewise.
     pue: power usage effectiveness of the data centre.
   Raises ValueError for values that make no sense.
   """
@@ -111,7 +120,9 @@ class Fleet:
     return None if self.rate is None else hours * self.chips * self.rate
 
   def kwh(self, hours: float) -> float | None:
-    """What they draw: as given, or at the most that the maker states; None where neither is known."""
+    """What they draw: as given, or at the most that the maker states;
+    None where neither is known.
+    """
     watts = self.chip.watts if self.watts is None else self.watts
     return None if watts is None else hours * self.chips * watts * self.pue / 1000
 
@@ -132,31 +143,28 @@ def _number(value: float) -> str:
 
 def report(flops: float, fleets: Sequence[Fleet]) -> dict:
   """Prints, and returns, what each law makes of the budget, and what each fleet takes for it."""
-  found = {'flops': flops, 'laws': {}, 'fleets': []}
-  rows = []
+  return {'flops': flops, 'laws': _laws(flops), 'fleets': _fleets(flops, fleets)}
+
+
+def _laws(flops: float) -> dict:
+  optima, rows = {}, []
   for name, law in LAWS.items():
     parameters, tokens = law.optimum(flops)
-    found['laws'][name] = dict(
-      parameters=parameters, tokens=tokens, loss=law.loss(parameters, tokens)
-    )
+    loss = law.loss(parameters, tokens)
     half, double = (law.loss(parameters * factor, tokens / factor) for factor in (0.5, 2))
-    rows.append(
-      [
-        name,
-        _number(parameters),
-        _number(tokens),
-        tokens / parameters,
-        f'{law.loss(parameters, tokens):.3f}',
-        f'{half:.3f}',
-        f'{double:.3f}',
-      ]
-    )
+    optima[name] = dict(parameters=parameters, tokens=tokens, loss=loss)
+    losses = [f'{loss:.3f}', f'{half:.3f}', f'{double:.3f}']
+    rows.append([name, _number(parameters), _number(tokens), tokens / parameters, *losses])
   commands.table(
     f'{flops:.3g} FLOPs: the size of the least loss',
     ['law', 'parameters', 'tokens', 'tokens/parameter', 'nats/token', 'half the size', 'twice'],
     rows,
   )
-  rows = []
+  return optima
+
+
+def _fleets(flops: float, fleets: Sequence[Fleet]) -> list[dict]:
+  costs, rows = [], []
   for fleet in fleets:
     hours = fleet.hours(flops)
     cost = dict(
@@ -168,27 +176,19 @@ def report(flops: float, fleets: Sequence[Fleet]) -> dict:
       kwh=fleet.kwh(hours),
       dollars=fleet.dollars(hours),
     )
-    found['fleets'].append(cost)
-    rows.append(
-      [
-        cost['chip'],
-        f'{cost["chips"]:,}',
-        hours,
-        cost['chip_hours'],
-        'no watts known' if cost['kwh'] is None else cost['kwh'],
-        'no rate given' if cost['dollars'] is None else cost['dollars'],
-      ]
-    )
+    costs.append(cost)
+    energy = 'no watts known' if cost['kwh'] is None else cost['kwh']
+    price = 'no rate given' if cost['dollars'] is None else cost['dollars']
+    rows.append([cost['chip'], f'{cost["chips"]:,}', hours, cost['chip_hours'], energy, price])
   commands.table(
     f'its time and cost at MFU {fleets[0].mfu:g}',
     ['chip', 'chips', 'hours', 'chip-hours', 'kWh', 'dollars'],
     rows,
   )
-  return found
+  return costs
 
 
-def main(arguments: Sequence[str] | None = None) -> dict:
-  """The command; returns what `report` found."""
+def _parser() -> argparse.ArgumentParser:
   parser = commands.parser(__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   budget = parser.add_mutually_exclusive_group(required=True)
@@ -211,12 +211,19 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   parser.add_argument(
     '--pue', type=float, default=1.0, help="the data centre's draw per watt of its machines"
   )
+  return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+  """The command; returns what `report` found."""
+  parser = _parser()
   options = parser.parse_args(arguments)
   needs = [
     name for name in ('hours', 'dollars', 'rate', 'watts') if getattr(options, name) is not None
   ]
   if needs and not options.chip:
     parser.error(f'--{needs[0]} needs --chip: one of {", ".join(CHIPS)}')
+
   try:
     if options.chip:
       names.check('chip', options.chip, CHIPS)
@@ -235,11 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     if options.flops is None:
       hours = options.hours if options.dollars is None else fleets[0].hours_for(options.dollars)
       options.flops = fleets[0].flops(hours)
-    found = report(options.flops, fleets)
+    results = report(options.flops, fleets)
   except ValueError as error:
     parser.error(str(error))
-  commands.write_json(options.json, 'budget', found)
-  return found
+  commands.write_json(options.json, 'budget', results)
+  return results
 
 
 if __name__ == '__main__':

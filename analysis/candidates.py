@@ -1,4 +1,6 @@
-"""Which other runs of a config are worth compiling? Meshes, remat policies and microbatches, and the flags that ask for them."""
+"""Which other runs of a config are worth compiling?
+Meshes, remat policies and microbatches, and the flags that ask for them.
+"""
 
 import dataclasses
 import itertools
@@ -9,15 +11,10 @@ from parallel import remat
 from parallel.mesh import AXES, MeshConfig
 from training.config import Config
 
-KEEPS = {
-  'none': 0,
-  'dots': 1,
-  'full': 2,
-  'sqrt': 3,
-}  # remat policies, in order of how little they keep
-LARGEST = (
-  8  # of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
-)
+# Remat policies, in order of how little they keep.
+KEEPS = {'none': 0, 'dots': 1, 'full': 2, 'sqrt': 3}
+# Of an axis that cuts layers into pieces; beyond it communication dominates or heads run out
+LARGEST = 8
 
 
 def change(
@@ -33,13 +30,13 @@ def change(
 
 def flags(old: Config, new: Config) -> str:
   """The flags that turn `old` into `new`, as far as `change` changes it."""
-  found = []
+  changed = []
   for path in ('model.remat', 'train.accumulation', *(f'mesh.{axis}' for axis in AXES)):
     part, name = path.split('.')
     value = getattr(getattr(new, part), name)
     if value != getattr(getattr(old, part), name):
-      found.append(f'--config.{path}={value}')
-  return ' '.join(found)
+      changed.append(f'--config.{path}={value}')
+  return ' '.join(changed)
 
 
 def refused(config: Config, sizes: dict[str, int]) -> str:
@@ -53,7 +50,9 @@ def refused(config: Config, sizes: dict[str, int]) -> str:
 
 
 def policies(config: Config) -> list[str]:
-  """Remat policies that the config could have, those that keep most first; one that is not in KEEPS counts as in the middle."""
+  """Remat policies that the config could have, those that keep most first;
+  one that is not in KEEPS counts as in the middle.
+  """
 
   def possible(name):
     try:
@@ -65,9 +64,10 @@ def policies(config: Config) -> list[str]:
 
 
 def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
-  """Sizes of the axes: `data` as small as the slices allow or all that fsdp leaves, `fsdp` the rest, other axes in powers of two up to
-  LARGEST together: `tensor`, `expert` for experts, `context` for fewer rows than devices, and what the config uses already.
-  Those that the config's sizes do not divide into are left out.
+  """Sizes of the axes: `data` as small as the slices allow or all that fsdp leaves, `fsdp` the
+  rest, other axes in powers of two up to LARGEST together: `tensor`, `expert` for experts,
+  `context` for fewer rows than devices, and what the config uses already. Those that the config's
+  sizes do not divide into are left out.
   """
   useful = {
     'tensor': True,
@@ -86,31 +86,32 @@ def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, 
       continue
     rest = devices // cut
     for data in sorted({slices, rest, *(d for d in (2 * slices, 4 * slices) if rest % d == 0)}):
-      found = (
-        dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes)) | {'data': data, 'fsdp': rest // data}
-      )
-      if not refused(config, found):
-        yield found
+      mesh = dict.fromkeys(AXES, 1) | dict(zip(cutting, sizes))
+      mesh |= {'data': data, 'fsdp': rest // data}
+      if not refused(config, mesh):
+        yield mesh
 
 
 def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:
   """Numbers of microbatches above the config's, doubling, as long as each splits over the mesh."""
-  found, n = [], 2 * config.train.accumulation
+  possible, n = [], 2 * config.train.accumulation
   while config.data.batch_size % n == 0:
     try:
       if refused(change(config, accumulation=n), sizes):
         break
     except ValueError:
       break
-    found.append(n)
+    possible.append(n)
     n *= 2
-  return found
+  return possible
 
 
 def nearest(
   config: Config, sizes: dict[str, int], devices: int, slices: int = 1
 ) -> Iterator[Config]:
-  """Changes that may need less memory, the nearest first: a remat policy, that with more microbatches, that with another mesh."""
+  """Changes that may need less memory, the nearest first: a remat policy, that with more
+  microbatches, that with another mesh.
+  """
   stronger = policies(config)
   stronger = stronger[stronger.index(config.model.remat) + 1 :]
   yield from (change(config, policy=name) for name in stronger)
@@ -120,10 +121,11 @@ def nearest(
   def moved(mesh):
     return sum(mesh[axis] != sizes[axis] for axis in AXES)
 
+  # More shards, not fewer.
   others = [
     mesh
     for mesh in meshes(config, devices, slices)
     if moved(mesh) and mesh['data'] <= sizes['data']
-  ]  # more shards, not fewer
+  ]
   for mesh in sorted(others, key=lambda mesh: (moved(mesh), mesh['data'])):
     yield from (change(least, mesh, accumulation=n) for n in (0, *microbatches(least, mesh)[-1:]))

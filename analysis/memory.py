@@ -17,14 +17,17 @@ class Memory:
   """Bytes on each chip while a program runs.
 
   Attributes:
-    parts: what holds how many, in order; their sum is `peak`. Arguments are exact, by their shardings; the compiler's padding of
-      them is a part of its own. `gradients` are as large as the parameters that they belong to (all are alive before the update,
-      which needs their norm) and are taken out of the compiler's temporaries.
-    peak: arguments + outputs that take no argument's place + temporaries + code: what the compiler reserves.
-    alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes), None where it gives none or counts
-      the host's memory with the chip's; the difference is lost between buffers of unequal sizes.
-    host, disk: bytes in the host's memory and on its disk for each chip. (A run whose optimizer state is on disk has other programs
-      besides, which update a few layers and are smaller.)
+    parts: what holds how many, in order; their sum is `peak`. Arguments are exact, by their
+      shardings; the compiler's padding of them is a part of its own. `gradients` are as large as
+      the parameters that they belong to (all are alive before the update, which needs their norm)
+      and are taken out of the compiler's temporaries.
+    peak: arguments + outputs that take no argument's place + temporaries + code:
+      what the compiler reserves.
+    alive: the most that is alive at once by the compiler's own account (its peak_memory_in_bytes),
+      None where it gives none or counts the host's memory with the chip's; the difference is lost
+      between buffers of unequal sizes.
+    host, disk: bytes in the host's memory and on its disk for each chip. (A run whose optimizer
+      state is on disk has other programs besides, which update a few layers and are smaller.)
   """
 
   parts: dict[str, int]
@@ -39,16 +42,15 @@ class Memory:
 
 
 def shard_bytes(tree: Any, where: str = 'device') -> int:
-  """Bytes of one device's shards of abstract or concrete arrays with shardings; of those on the 'device', its 'host' or 'disk'."""
+  """Bytes of one device's shards of abstract or concrete arrays with shardings;
+  of those on the 'device', its 'host' or 'disk'.
+  """
 
   def place(x):
     if isinstance(x, OnDisk):
       return 'disk'
-    return (
-      'host'
-      if getattr(getattr(x, 'sharding', None), 'memory_kind', None) in HOST_KINDS
-      else 'device'
-    )
+    kind = getattr(getattr(x, 'sharding', None), 'memory_kind', None)
+    return 'host' if kind in HOST_KINDS else 'device'
 
   total = 0
   for x in jax.tree.leaves(tree):
@@ -63,25 +65,27 @@ def parts(
 ) -> Memory:
   """Divides a compiled program's memory.
 
-  arguments: name -> tree of the arrays (abstract ones with shardings) that are passed. What is passed beyond them is named 'other
-  arguments'. gradients_of: the parameters that the program differentiates.
+  Args:
+    arguments: name -> tree of the arrays (abstract ones with shardings) that are passed. What is
+      passed beyond them is named 'other arguments'.
+    gradients_of: the parameters that the program differentiates.
   """
   stats = compiled.memory_analysis()
-  found = {name: shard_bytes(tree) for name, tree in arguments.items()}
-  rest = stats.argument_size_in_bytes - sum(found.values())
-  found['padding and other arguments'] = max(0, rest)
-  outputs, gradients = (
-    max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
-    shard_bytes(gradients_of),
-  )
-  returned = min(gradients, outputs)  # by a program that leaves the update to others
+  sizes = {name: shard_bytes(tree) for name, tree in arguments.items()}
+  sizes['padding and other arguments'] = max(0, stats.argument_size_in_bytes - sum(sizes.values()))
+
+  # Gradients are returned, by a program that leaves the update to others, or lie among temporaries.
+  outputs = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+  gradients = shard_bytes(gradients_of)
+  returned = min(gradients, outputs)
   inside = min(gradients - returned, stats.temp_size_in_bytes)
   if gradients:
-    found['gradients'] = returned + inside
-  found['activations and workspace'] = stats.temp_size_in_bytes - inside
-  found['outputs in new memory'] = outputs - returned
-  found['code'] = stats.generated_code_size_in_bytes
-  peak = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + found['code']
+    sizes['gradients'] = returned + inside
+  sizes['activations and workspace'] = stats.temp_size_in_bytes - inside
+  sizes['outputs in new memory'] = outputs - returned
+  sizes['code'] = stats.generated_code_size_in_bytes
+  peak = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + sizes['code']
+
   host = (
     stats.host_argument_size_in_bytes
     + max(0, stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes)
@@ -89,4 +93,4 @@ def parts(
   )
   disk = sum(shard_bytes(tree, 'disk') for tree in arguments.values())
   alive = 0 if host else getattr(stats, 'peak_memory_in_bytes', 0)
-  return Memory(found, peak, alive or None, host, disk)
+  return Memory(sizes, peak, alive or None, host, disk)

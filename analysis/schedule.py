@@ -1,11 +1,13 @@
-"""What moves between chips, and when does each chip wait? Collectives and the timeline of a compiled program.
+"""What moves between chips, and when does each chip wait?
+Collectives and the timeline of a compiled program.
 
-The compiler's text is the schedule: instructions run in order, collectives that are split into a start and a done run beside
-what stands between. libtpu has a second form: a fusion that starts one (AsyncCollectiveStart), fusions that carry it on beside
-their own products, one that ends it (AsyncCollectiveDone). Between slices it sends and receives: its runtime does what the send asks for.
+The compiler's text is the schedule: instructions run in order, collectives that are split into a
+start and a done run beside what stands between. libtpu has a second form: a fusion that starts one
+(AsyncCollectiveStart), fusions that carry it on beside their own products, one that ends it
+(AsyncCollectiveDone). Between slices it sends and receives: its runtime does what the send asks
+for.
 """
 
-import collections
 import dataclasses
 import math
 import re
@@ -14,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import names
-from analysis import hlo
 from analysis.hardware import Chip
-from analysis.hlo import Instruction, Module
+from analysis.hlo import Module
+from analysis.instruction import Instruction, arrays, nbytes
 
 KINDS = (
   'all-gather',
@@ -34,10 +36,14 @@ class Collective:
   """One collective of a program.
 
   Attributes:
-    kind: one of KINDS. axes: mesh axes that the members of a group differ in. size: members of a group.
-    count: how often it runs in a step. nbytes: that a chip sends in one run, as a ring (or a direct exchange) does it; see `sent`.
+    kind: one of KINDS.
+    axes: mesh axes that the members of a group differ in.
+    size: members of a group.
+    count: how often it runs in a step.
+    nbytes: that a chip sends in one run, as a ring (or a direct exchange) does it; see `sent`.
     started: whether it is split into a start and a done, so that other work can run beside it.
-    scope: where it comes from in the Python program. group: devices of one group, as indices into mesh.devices.flat.
+    scope: where it comes from in the Python program.
+    group: devices of one group, as indices into mesh.devices.flat.
   """
 
   kind: str
@@ -58,8 +64,9 @@ class Collective:
 def sent(kind: str, operand: int, result: int, size: int) -> int:
   """Bytes that each chip of a group sends over its links.
 
-  Ring algorithms, bandwidth-optimal (Thakur et al. 2005): all-gather and reduce-scatter (n - 1) / n of the whole array, all-reduce
-  both; all-to-all (n - 1) / n of what a chip holds; a permute all of it.
+  Ring algorithms, bandwidth-optimal (Thakur et al. 2005): all-gather and reduce-scatter (n - 1) / n
+  of the whole array, all-reduce both; all-to-all (n - 1) / n of what a chip holds;
+  a permute all of it.
   """
   if size == 1:
     return 0
@@ -74,56 +81,82 @@ def sent(kind: str, operand: int, result: int, size: int) -> int:
 
 
 def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
-  """The groups of a collective, from any of the forms in which XLA writes them; of a permute one pair each.
+  """The groups of a collective, from any of the forms in which XLA writes them;
+  of a permute one pair each.
 
   Raises ValueError for a form that is not known.
   """
 
-  def ints(text):
-    return [int(n) for n in text.split(',') if n]
+  # {{0,1},{2,3}}: pairs and lists, spelled out; {} is one group of all.
+  if spelled := re.search(r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}', attributes):
+    return _spelled(spelled[1])
+  if spelled := re.search(r'replica_groups=\{((?:\{[\d,]+\},?)*)\}', attributes):
+    return _spelled(spelled[1]) or [tuple(range(devices))]
 
-  if found := re.search(r'source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}', attributes):
-    return [tuple(ints(pair)) for pair in re.findall(r'\{([\d,]+)\}', found[1])]
-  if found := re.search(r'replica_groups=\{((?:\{[\d,]+\},?)*)\}', attributes):
-    return [tuple(ints(group)) for group in re.findall(r'\{([\d,]+)\}', found[1])] or [
-      tuple(range(devices))
-    ]
-  if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
-    return [tuple(row) for row in _iota(found[2], found[3]).reshape(ints(found[1])).tolist()]
-  if found := re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
-    attributes,
-  ):
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-    ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
-    # 'fsdp', or 'fsdp':(4)2, the part of 2 behind (more minor than) a part of 4 of it: cut into parts, outermost first.
-    parts = [re.fullmatch(r"'([^']+)'(?::\((\d+)\)(\d+))?", part) for part in found[4].split(',')]
-    if all(parts):
-      taken = [
-        (part[1], int(part[2] or 1), int(part[2] or 1) * int(part[3] or sizes[part[1]]))
-        for part in parts
-      ]
-      cuts = {
-        name: sorted({1, size, *(end for axis, *ends in taken for end in ends if axis == name)})
-        for name, size in sizes.items()
-      }
-      dims = [(name, low, high) for name in sizes for low, high in zip(cuts[name], cuts[name][1:])]
-      inner = [
-        i
-        for axis, begin, end in taken
-        for i, (name, low, high) in enumerate(dims)
-        if name == axis and begin <= low and high <= end
-      ]
-      outer = [i for i in range(len(dims)) if i not in inner]
-      ids = ids.reshape([high // low for _, low, high in dims]).transpose(outer + inner)
-      return [tuple(row) for row in ids.reshape(-1, math.prod(ids.shape[len(outer) :])).tolist()]
+  # [2,4]<=[4,2]T(1,0): 0 .. 7 as [4, 2], transposed, as rows of [2, 4].
+  if iota := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
+    rows = _iota(iota[2], iota[3]).reshape(_ints(iota[1]))
+    return [tuple(row) for row in rows.tolist()]
+
+  if of_mesh := _MESH_GROUPS.search(attributes):
+    if rows := _of_mesh(*of_mesh.groups()):
+      return rows
   raise ValueError(f'replica groups in an unknown form: {attributes[:300]}')
 
 
+# mesh['a'=2,'b'=4], device_ids=([8]T(0)) {'b'}: the axes of a mesh, and those that a group spans.
+_MESH_GROUPS = re.compile(
+  r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+  r'\{([^}]*)\}'
+)
+
+
+def _of_mesh(mesh: str, dims: str | None, order: str | None, spanned: str):
+  """The groups that span some axes of a mesh, or parts of axes; [] for what is not understood."""
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+  ids = _iota(dims, order) if dims else np.arange(math.prod(sizes.values()))
+
+  # 'fsdp', or 'fsdp':(4)2, the part of 2 behind (more minor than) a part of 4 of it.
+  parts = [re.fullmatch(r"'([^']+)'(?::\((\d+)\)(\d+))?", part) for part in spanned.split(',')]
+  if not all(parts):
+    return []
+  # Of each part: its axis, how many it counts outside of it, and how many with it.
+  taken = []
+  for axis, outside, size in (part.groups() for part in parts):
+    outside = int(outside or 1)
+    taken.append((axis, outside, outside * int(size or sizes[axis])))
+
+  # Every axis is cut where a part of it begins or ends, outermost first: each piece becomes a
+  # dimension of its own, which a group either spans or doesn't.
+  cuts = {
+    name: sorted({1, size, *(end for axis, *ends in taken for end in ends if axis == name)})
+    for name, size in sizes.items()
+  }
+  pieces = [(name, low, high) for name in sizes for low, high in zip(cuts[name], cuts[name][1:])]
+  inner = [
+    i
+    for axis, begin, end in taken
+    for i, (name, low, high) in enumerate(pieces)
+    if name == axis and begin <= low and high <= end
+  ]
+  outer = [i for i in range(len(pieces)) if i not in inner]
+  ids = ids.reshape([high // low for _, low, high in pieces]).transpose(outer + inner)
+  size = math.prod(ids.shape[len(outer) :])
+  return [tuple(row) for row in ids.reshape(-1, size).tolist()]
+
+
+def _ints(text: str) -> list[int]:
+  return [int(n) for n in text.split(',') if n]
+
+
+def _spelled(text: str) -> list[tuple[int, ...]]:
+  return [tuple(_ints(group)) for group in re.findall(r'\{([\d,]+)\}', text)]
+
+
 def _iota(dims: str, order: str | None) -> np.ndarray:
-  shape = [int(n) for n in dims.split(',')]
+  shape = _ints(dims)
   ids = np.arange(math.prod(shape)).reshape(shape)
-  return ids.transpose([int(n) for n in order.split(',')]) if order else ids
+  return ids.transpose(_ints(order)) if order else ids
 
 
 def axes_of(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
@@ -135,30 +168,30 @@ def axes_of(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
 def find(
   module: Module, computation: str, i: Instruction, mesh: Mesh, count: int = 1
 ) -> Collective | None:
-  """The collective that an instruction runs or starts, or None; of a chain of libtpu's fusions only the first one, of a send and a recv
-  that meet the send."""
+  """The collective that an instruction runs or starts, or None; of a chain of libtpu's fusions only
+  the first one, of a send and a recv that meet the send.
+  """
   if i.opcode == 'send' and 'xla_megascale' in i.attributes:
     return _between_slices(module, computation, i, mesh, count)
-  where, inner = computation, i
-  if i.opcode == 'fusion' or (i.opcode == 'async-start' and i.called):
-    held = list(module.inside(i))
-    if ends(module, i) or i.called[0].startswith('async_collective_fusion'):
-      return None
-    where, inner = next(((where, other) for where, other in held if _kind(other)), (None, None))
-  if inner is None or not _kind(inner) or inner.opcode.endswith('-done'):
+  where, inner = _carried(module, computation, i)
+  kind = _kind(inner) if inner is not None else None
+  if kind is None or inner.opcode.endswith('-done'):
     return None
-  kind = _kind(inner)
-  operand = sum(hlo.nbytes(module[where, name].shape) for name in inner.operands)
+
+  operand = sum(nbytes(module[where, name].shape) for name in inner.operands)
   result = _result(inner)
-  if kind == 'all-reduce' and i.opcode == 'fusion' and hlo.nbytes(i.shape) < operand:
+  if kind == 'all-reduce' and i.opcode == 'fusion' and nbytes(i.shape) < operand:
     kind = 'reduce-scatter'  # of which libtpu makes an all-reduce of which a part is kept
+
   numbers = _numbers(mesh)
-  found = [tuple(numbers[n] for n in group) for group in groups(inner.attributes, len(numbers))]
+  members = [tuple(numbers[n] for n in group) for group in groups(inner.attributes, len(numbers))]
   if kind == 'collective-permute':
-    found = [pair for pair in found if pair[0] != pair[1]] or found[:1]
-    group, size = max(found, key=lambda pair: len(axes_of(pair, mesh))), 2
+    # Pairs of a device with itself move nothing. Of the others that one counts which goes furthest.
+    members = [pair for pair in members if pair[0] != pair[1]] or members[:1]
+    group, size = max(members, key=lambda pair: len(axes_of(pair, mesh))), 2
   else:
-    group, size = found[0], len(found[0])
+    group, size = members[0], len(members[0])
+
   started = i.opcode.endswith('-start') or (
     i.opcode == 'fusion' and _target(module.inside(i)) == 'AsyncCollectiveStart'
   )
@@ -174,8 +207,22 @@ def find(
   )
 
 
+def _carried(module, computation, i):
+  """(computation, instruction) of the collective itself: what an instruction is, or holds if it is
+  a fusion or starts something asynchronous. (None, None): there is none, or the instruction carries
+  on what another has started.
+  """
+  if i.opcode == 'fusion' or (i.opcode == 'async-start' and i.called):
+    if ends(module, i) or i.called[0].startswith('async_collective_fusion'):
+      return None, None
+    return next(((where, x) for where, x in module.inside(i) if _kind(x)), (None, None))
+  return computation, i
+
+
 def _numbers(mesh):
-  """Of the devices as a program numbers them, the indices into mesh.devices.flat: each TPU slice runs one of its own, as the first does."""
+  """Of the devices as a program numbers them, the indices into mesh.devices.flat: each TPU slice
+  runs one of its own, as the first does.
+  """
   slices = [
     getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
     for device in mesh.devices.flat
@@ -184,29 +231,27 @@ def _numbers(mesh):
 
 
 def _between_slices(module, computation, send, mesh, count):
+  """What a send asks libtpu's runtime to do between slices."""
   target, kind = re.search(
     r'_xla_megascale_target="?(\{.*?\})"?,_xla_megascale_transfer_type="(\w+)"', send.attributes
   ).groups()
   kind = {'ONE_TO_ONE': 'collective-permute'}.get(kind, kind.lower().replace('_', '-'))
   names.check('kind of transfer between slices', kind, KINDS)
-  if every := re.fullmatch(
-    r'\{([\d,:]+)\}x\{(\d+)[\d,:]*\}', target
-  ):  # slices x devices; a device's id is 100,000 x slice + place
+
+  # {1,3:4}x{0:3}: of slices 1, 3 and 4 the device 0 and its like; a device's id is
+  # 100,000 x slice + place. Or ids, spelled out: {{100000,200000},...}.
+  if every := re.fullmatch(r'\{([\d,:]+)\}x\{(\d+)[\d,:]*\}', target):
     first_last = [part.split(':') for part in every[1].split(',')]
-    ids = [
-      100_000 * n + int(every[2])
-      for part in first_last
-      for n in range(int(part[0]), int(part[-1]) + 1)
-    ]
+    slices = [n for ends in first_last for n in range(int(ends[0]), int(ends[-1]) + 1)]
+    ids = [100_000 * n + int(every[2]) for n in slices]
   else:
     ids = [int(n) for n in re.findall(r'\d+', target[: target.index('}')])]
+
   places = {device.id: n for n, device in enumerate(mesh.devices.flat)}
-  group, operand = (
-    tuple(places[n] for n in ids),
-    hlo.nbytes(module[computation, send.operands[0]].shape),
-  )
-  nbytes = sent(kind, operand, operand * len(group), len(group))
-  return Collective(kind, axes_of(group, mesh), len(group), count, nbytes, True, send.scope, group)
+  group = tuple(places[n] for n in ids)
+  operand = nbytes(module[computation, send.operands[0]].shape)
+  moved = sent(kind, operand, operand * len(group), len(group))
+  return Collective(kind, axes_of(group, mesh), len(group), count, moved, True, send.scope, group)
 
 
 def ends(module: Module, i: Instruction) -> bool:
@@ -219,42 +264,32 @@ def _kind(i):
   return name if name in KINDS else None
 
 
-def _target(held):
-  for _, i in held:
-    if found := re.search(r'custom_call_target="(AsyncCollective\w+)"', i.attributes):
-      return found[1]
+def _target(inside):
+  """What libtpu's fusion does with a collective, by a mark that it holds."""
+  for _, i in inside:
+    if mark := re.search(r'custom_call_target="(AsyncCollective\w+)"', i.attributes):
+      return mark[1]
   return None
 
 
 def _result(i):
   """Bytes of a collective's result; a start's shape holds its operands too."""
-  if (
-    not i.opcode.endswith('-start') or not i.shape.startswith('(') or i.opcode == 'all-reduce-start'
-  ):
-    return hlo.nbytes(i.shape)
-  return max(size for size, _ in hlo.arrays(i.shape))
+  pair = i.opcode.endswith('-start') and i.shape.startswith('(') and i.opcode != 'all-reduce-start'
+  if not pair:
+    return nbytes(i.shape)
+  return max(size for size, _ in arrays(i.shape))
 
 
 def collectives(program: str | Module, mesh: Mesh) -> list[Collective]:
   """Every collective of a compiled program on this mesh, with how often a step runs it."""
   module = program if isinstance(program, Module) else Module(program)
-  return [
-    found
-    for computation, i, times in module.walk()
-    if (found := find(module, computation, i, mesh, times))
-  ]
-
-
-def total_bytes(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
-  """(kind, mesh axes) -> bytes that a chip sends in a step."""
-  sums = collections.Counter()
-  for c in found:
-    sums[c.kind, c.axes] += c.total
-  return dict(sums)
+  every = (find(module, computation, i, mesh, times) for computation, i, times in module.walk())
+  return [collective for collective in every if collective]
 
 
 def cycles(program: str | Module) -> int:
-  """Estimated cycles of the XLA operations in a step, loops times their trip counts (TPU programs only).
+  """Estimated cycles of the XLA operations in a step,
+  loops times their trip counts (TPU programs only).
 
   Collectives, kernels and copies have no estimate and count 0.
   """
@@ -264,16 +299,20 @@ def cycles(program: str | Module) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-  """How fast bytes leave a chip along the axes of a mesh: what is known of the chip and of where its devices sit."""
+  """How fast bytes leave a chip along the axes of a mesh:
+  what is known of the chip and of where its devices sit.
+  """
 
   mesh: Mesh
   chip: Chip
 
   def seconds(self, c: Collective) -> tuple[float, float]:
-    """Of one run of a collective: on the links within slices (GPUs: nodes), and on the network between them.
+    """Of one run of a collective: on the links within slices (GPUs: nodes),
+    and on the network between them.
 
-    Across slices it is done in two stages: within each, then each member exchanges its part with its peers in the others.
-    Latencies are not counted. Raises ValueError where it crosses a network whose bandwidth is not tabled.
+    Across slices it is done in two stages: within each, then each member exchanges its part with
+    its peers in the others. Latencies are not counted. Raises ValueError where it crosses a network
+    whose bandwidth is not tabled.
     """
     if not c.nbytes:
       return 0.0, 0.0
@@ -282,21 +321,23 @@ class Links:
       return c.nbytes / self.bandwidth(c.group), 0.0
     if self.chip.network is None:
       raise ValueError(
-        f'no bandwidth between slices is tabled for a {self.chip.name}; add it to analysis/hardware.py (network=)'
+        f'no bandwidth between slices is tabled for a {self.chip.name}; add it to '
+        'analysis/hardware.py (network=)'
       )
     network = self.chip.network / self.chip.devices
     if c.kind == 'collective-permute':
       return 0.0, c.nbytes / network
-    inside = max(1, c.size // slices)
 
+    # c.nbytes is of a ring over all c.size members. Over n of them, of what each holds then, a ring
+    # sends (n - 1) / n of it: the two stages are shares of the whole.
     def share(n):
       return (n - 1) / n * c.size / (c.size - 1)
 
+    inside = max(1, c.size // slices)  # members in a slice
     first = self._place(self.mesh.devices.flat[c.group[0]])
     near = tuple(i for i in c.group if self._place(self.mesh.devices.flat[i]) == first)
-    return (
-      c.nbytes * share(inside) / self.bandwidth(near) if inside > 1 else 0.0
-    ), c.nbytes * share(slices) / inside / network
+    within = c.nbytes * share(inside) / self.bandwidth(near) if inside > 1 else 0.0
+    return within, c.nbytes * share(slices) / inside / network
 
   def _place(self, device):
     return (
@@ -307,14 +348,17 @@ class Links:
   def bandwidth(self, group: tuple[int, ...]) -> float:
     """Bytes/s that a chip sends to the others of its group, all in one slice or node.
 
-    A TPU sends along the dimensions of the torus that the group spans, each with its share of the links: both directions where
-    the group closes into a ring, else one (the ends of a line have one neighbour). Groups that lie across each other share those
-    links. GPUs of a node send through a switch.
+    A TPU sends along the dimensions of the torus that the group spans, each with its share of the
+    links: both directions where the group closes into a ring, else one (the ends of a line have one
+    neighbour). Groups that lie across each other share those links.
+    GPUs of a node send through a switch.
     """
     chip, devices = self.chip, [self.mesh.devices.flat[i] for i in group]
     out = chip.interconnect / 2 / chip.devices
     if not chip.torus or devices[0].platform != 'tpu':
       return out
+
+    # Sides of the whole topology, and how many places of each side the group has.
     coords = np.array([device.coords for device in devices])  # [group, dimension]
     everywhere = np.array([device.coords for device in self.mesh.devices.flat])
     sides = everywhere.max(0) - everywhere.min(0) + 1
@@ -324,7 +368,7 @@ class Links:
       for span, side in zip(spans, sides)
       if span > 1
     )
+    # A group that does not fill the box that it spans, as a diagonal, shares it with its like.
     sharing = math.prod(spans) / len({tuple(place) for place in coords})
-    return (
-      out * (rings or 0.5) / chip.torus / sharing
-    )  # two cores of a chip span nothing, and their link is as fast as any
+    # Two cores of a chip span nothing, and their link is as fast as any.
+    return out * (rings or 0.5) / chip.torus / sharing

@@ -40,47 +40,44 @@ def shortage(plan) -> str:
 
 def show(plan, cost: dict[str, float]) -> None:
   """Prints all of a plan."""
-  console, axes = (
-    _console(),
-    {axis: size for axis, size in plan.config.mesh.sizes().items() if size > 1},
-  )
+  console = _console()
+  axes = {axis: size for axis, size in plan.config.mesh.sizes().items() if size > 1}
   run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}[plan.mode]
   console.print(
-    f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat {plan.config.model.remat!r}, '
-    f'attention {plan.attention!r}, {plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
-    f'compiled in {plan.compile_seconds:.1f} s'
+    f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat '
+    f'{plan.config.model.remat!r}, attention {plan.attention!r}, {plan.config.train.accumulation} '
+    f'microbatch(es); {plan.tokens:,} tokens {run}; compiled in {plan.compile_seconds:.1f} s'
   )
   _memory(console, plan)
   if plan.prediction is None:
     return
+
   _collectives(console, plan)
   _times(console, plan, run)
   for text in plan.prediction.assumptions:
     console.print(f'  assumed: {text}')
   console.print(f'  error: {roofline.ERROR["tpu" if plan.chip.torus else "gpu"]}')
   if cost:
-    what = f'{plan.config.train.steps:,} steps' if plan.mode == 'train' else 'a million tokens'
+    work = f'{plan.config.train.steps:,} steps' if plan.mode == 'train' else 'a million tokens'
     units = {'hours': '{:,.2f} hours', 'dollars': '${:,.2f}', 'kWh': '{:,.1f} kWh (chips only)'}
-    console.print(
-      f'{what}: ' + ', '.join(units[name].format(value) for name, value in cost.items())
-    )
+    costs = [units[name].format(value) for name, value in cost.items()]
+    console.print(f'{work}: ' + ', '.join(costs))
 
 
 def _memory(console, plan):
-  console.print(
-    f'\n[bold]{"FITS" if plan.fits else "DOES NOT FIT"}[/bold]: '
-    + (
-      f'{plan.memory.peak / GB:.2f} GB of {plan.available / GB:.2f} GB a device'
-      if plan.memory
-      else plan.problem
-    )
-  )
+  verdict = 'FITS' if plan.fits else 'DOES NOT FIT'
+  needs = plan.problem
+  if plan.memory:
+    needs = f'{plan.memory.peak / GB:.2f} GB of {plan.available / GB:.2f} GB a device'
+  console.print(f'\n[bold]{verdict}[/bold]: {needs}')
   if plan.memory and not plan.fits and (plan.memory.alive or plan.available) < plan.available:
     console.print(
-      f'(The compiler took it: by its account no more than {plan.memory.alive / GB:.2f} GB are alive at once. It is close.)'
+      f'(The compiler took it: by its account no more than {plan.memory.alive / GB:.2f} GB are '
+      'alive at once. It is close.)'
     )
   if plan.fits and not plan.chip.torus and plan.memory.share(plan.available) > 0.75:
     console.print('(jax reserves 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION is raised.)')
+
   table = _table('memory of a device', 'what', 'GB', 'share')
   parts = plan.memory.parts if plan.memory else plan.held
   for name, size in parts.items():
@@ -110,13 +107,13 @@ def _collectives(console, plan):
   rows = collections.defaultdict(list)
   for c in plan.collectives:
     rows[c.kind, c.axes].append(c)
-  for key, found in sorted(rows.items(), key=lambda row: -sum(c.total for c in row[1])):
+  for key, alike in sorted(rows.items(), key=lambda row: -sum(c.total for c in row[1])):
     kind, axes = key
-    times, sent = sum(c.count for c in found), sum(c.total for c in found)
+    times, sent = sum(c.count for c in alike), sum(c.total for c in alike)
     table.add_row(
       kind,
       ' x '.join(axes),
-      str(found[0].size),
+      str(alike[0].size),
       f'{times:,}',
       f'{sent / 1e6:,.2f}',
       seconds(plan.prediction.links.get(key, 0.0)),
@@ -144,8 +141,9 @@ def _times(console, plan, run):
   mfu = 'MFU unknown' if plan.mfu is None else f'MFU {plan.mfu:.1%}'
   each = f', {seconds(p.seconds / CHUNK)} a token of every row' if plan.mode == 'decode' else ''
   console.print(
-    f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} tokens/s[/bold]; FLOPs of a device: '
-    f'model {model:.4g}, hardware {p.flops:.4g} ({p.flops / model:.2f} x)'
+    f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} '
+    f'tokens/s[/bold]; FLOPs of a device: model {model:.4g}, hardware {p.flops:.4g} '
+    f'({p.flops / model:.2f} x)'
   )
 
 

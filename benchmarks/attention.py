@@ -1,14 +1,21 @@
-"""Is our attention for GPUs the fastest there is? Beside cuDNN, jax's own Mosaic GPU kernel and torch's kernels, all in one run.
+"""Is our attention for GPUs the fastest there is?
+Beside cuDNN, jax's own Mosaic GPU kernel and torch's kernels, all in one run.
 
-    python -m benchmarks.attention [--quick] [--budget 540] [--json benchmarks/results/attention_h100.json]        (needs a GPU)
-    python -m benchmarks.attention --rehearse        the whole harness at toy sizes on this CPU: tests it, measures nothing
+    python -m benchmarks.attention [--quick] [--budget 540]
+                                   [--json benchmarks/results/attention_h100.json]
+    python -m benchmarks.attention --rehearse
 
-bfloat16, 16k tokens a batch (32k for rows of 32k), heads of 64, 128 or 256 that are 2048 wide together, as many key as query heads: what
-FlashAttention-3 was measured with (arXiv:2407.08608, section 4.1). TFLOP/s count the pairs that a mask leaves (half of them under a causal
-one), two products forward and five backward, and are a share of what a product of 8192^3 reaches in this run. Each peer runs in a
-process of its own, one after the other; one that crashes loses the case that it was at. Parity comes first: against attention
-in f64 of fresh random numbers, with memory full of NaN before, an error beyond PARITY of cuDNN's fails, whatever the speed.
-What the budget in seconds leaves no time for is named.
+The first needs a GPU; --rehearse runs the whole harness at toy sizes on this CPU: it tests it and
+measures nothing.
+
+bfloat16, 16k tokens a batch (32k for rows of 32k), heads of 64, 128 or 256 that are 2048 wide
+together, as many key as query heads: what FlashAttention-3 was measured with (arXiv:2407.08608,
+section 4.1). TFLOP/s count the pairs that a mask leaves (half of them under a causal one), two
+products forward and five backward, and are a share of what a product of 8192^3 reaches in this run.
+Each peer runs in a process of its own, one after the other; one that crashes loses the case that it
+was at. Parity comes first: against attention in f64 of fresh random numbers, with memory full of
+NaN before, an error beyond PARITY of cuDNN's fails, whatever the speed. What the budget in seconds
+leaves no time for is named.
 """
 
 import dataclasses
@@ -23,7 +30,7 @@ import threading
 import time
 
 import commands
-from benchmarks.attention_peers import DIRECTIONS, Case
+from benchmarks.attention_cases import DIRECTIONS, Case
 
 OURS = 'pallas_gpu'
 PEERS = {
@@ -39,7 +46,8 @@ ON_A_CPU = ('blocked', 'torch flash')
 PARITY = 1.1  # times the error of the first of JUDGES that was measured
 JUDGES = ('cudnn', 'torch cudnn', 'torch flash')
 CRASHES = 3  # of a peer, after which it is given up
-# TFLOP/s on an H100, from a length on: what must be reached, and what is aimed at (a share of the 798 that a product was seen to reach).
+# TFLOP/s on an H100, from a length on: what must be reached, and what is aimed at (a share of the
+# 798 that a product was seen to reach).
 GOALS = {
   ('forward', 'full', 128): (8192, 560, 640),
   ('forward', 'causal', 128): (8192, 500, 590),
@@ -47,7 +55,8 @@ GOALS = {
   ('forward', 'causal', 256): (16384, 480, 600),
   ('backward', 'causal', 128): (8192, 380, 500),
 }
-# How many times faster than our own causal attention of as long rows, forward and backward: at least, and aimed at.
+# How many times faster than our own causal attention of as long rows,
+# forward and backward: at least, and aimed at.
 FASTER = {'window': (4.0, 6.0), 'packed': (4.0, 5.5)}
 
 
@@ -75,21 +84,24 @@ def toys() -> list[Case]:
 
 
 class Run:
-  """Processes of peers, one after the other, on the same numbers; what they found, and what was left out and why."""
+  """Processes of peers, one after the other, on the same numbers;
+  what they found, and what was left out and why.
+  """
 
   def __init__(self, wanted: list[Case], budget: float, rehearsal: bool):
-    self.wanted, self.ends, self.rehearsal, self.seed = (
-      wanted,
-      time.time() + budget,
-      rehearsal,
-      secrets.randbits(32),
-    )
+    self.wanted = wanted
+    self.ends = time.time() + budget
+    self.rehearsal = rehearsal
+    self.seed = secrets.randbits(32)
     self.found: dict[str, dict[str, dict]] = {}
     self.missing: dict[str, str] = {}
 
   def ask(self, peer: str, share: float, directory: str, cases_=None) -> list[dict]:
-    """Lets a peer work on all cases for this share of the time that is left, again after a crash; what it reported."""
-    waiting, results, crashes = list(self.wanted if cases_ is None else cases_), [], 0
+    """Lets a peer work on all cases for this share of the time that is left,
+    again after a crash; what it reported.
+    """
+    waiting = list(self.wanted if cases_ is None else cases_)
+    results, crashes = [], 0
     ends = time.time() + share * (self.ends - time.time())
     while True:
       reports, said = self._process(peer, waiting, ends, directory)
@@ -103,11 +115,8 @@ class Run:
       waiting = waiting[1:]
       if crashes == CRASHES or time.time() > ends or not waiting:
         break
-    results += [
-      {'case': case.name, 'error': 'skipped: no time left' if said is None else f'given up: {said}'}
-      for case in waiting
-    ]
-    return results
+    why = 'skipped: no time left' if said is None else f'given up: {said}'
+    return results + [{'case': case.name, 'error': why} for case in waiting]
 
   def _process(self, peer, waiting, ends, directory):
     """What one process reported, and its last words where it failed (None where it did not)."""
@@ -124,6 +133,7 @@ class Run:
         }
       )
     )
+
     environment = os.environ | {
       'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
       'TF_CPP_MIN_LOG_LEVEL': '2',
@@ -136,24 +146,27 @@ class Run:
         stderr=log,
         text=True,
       )
-      alarm = threading.Timer(
-        max(1.0, ends + 20 - time.time()), process.kill
-      )  # it looks at the clock between cases
+      # It looks at the clock between cases.
+      alarm = threading.Timer(max(1.0, ends + 20 - time.time()), process.kill)
       alarm.start()
       lines = list(process.stdout)
       failed = process.wait()
       alarm.cancel()
       log.seek(0)
       said = [line.strip() for line in log if line.strip()]
+
     reports = [
       json.loads(line.removeprefix('RESULT ')) for line in lines if line.startswith('RESULT ')
     ]
-    return reports, f'code {failed}, {said[-1][:200] if said else "no word"}' if failed else None
+    if not failed:
+      return reports, None
+    return reports, f'code {failed}, {said[-1][:200] if said else "no word"}'
 
   def all_of(self, peers, directory: str) -> None:
     for n, peer in enumerate(peers):
-      began, found = time.time(), self.ask(peer, 1 / (len(peers) - n), directory)
-      self.found[peer] = {result.pop('case'): result for result in found}
+      began = time.time()
+      answers = self.ask(peer, 1 / (len(peers) - n), directory)
+      self.found[peer] = {result.pop('case'): result for result in answers}
       measured = sum('forward' in result for result in self.found[peer].values())
       print(
         f'{peer}: {measured} of {len(self.wanted)} cases in {time.time() - began:.0f} s', flush=True
@@ -163,7 +176,9 @@ class Run:
 
 
 def rows_of(run: Run, names: dict[str, str], peak: float, direction: str) -> list[list[str]]:
-  """Of the cases that anyone measured: TFLOP/s and share of the peak by peer, ours over cuDNN's, goals, and errors."""
+  """Of the cases that anyone measured: TFLOP/s and share of the peak by peer,
+  ours over cuDNN's, goals, and errors.
+  """
   ours, rows = next(iter(names)), []
   for case in run.wanted:
     results = {peer: run.found[peer].get(case.name, {}) for peer in names}
@@ -174,20 +189,16 @@ def rows_of(run: Run, names: dict[str, str], peak: float, direction: str) -> lis
     }
     if not rates:
       continue
+
     cells = [
       f'{rates[peer] / 1e12:.0f} ({rates[peer] / peak:.0%})' if peer in rates else '-'
       for peer in names
     ]
     ratio = f'{rates[ours] / rates["cudnn"]:.2f}' if ours in rates and 'cudnn' in rates else '-'
-    rows.append(
-      [
-        case.name,
-        *cells,
-        ratio,
-        goal_of(case, direction, rates.get(ours)),
-        parity_of(results, ours, ('out',) if direction == 'forward' else ('dq', 'dk', 'dv'))[0],
-      ]
-    )
+    goal = goal_of(case, direction, rates.get(ours))
+    outputs = ('out',) if direction == 'forward' else ('dq', 'dk', 'dv')
+    worst, _ = parity_of(results, ours, outputs)
+    rows.append([case.name, *cells, ratio, goal, worst])
   return rows
 
 
@@ -195,19 +206,19 @@ def goal_of(case: Case, direction: str, rate: float | None) -> str:
   least, floor, aim = GOALS.get((direction, case.mask, case.width), (1e9, 0, 0))
   if case.length < least:
     return ''
-  reached = (
-    ''
-    if rate is None
-    else ': '
-    + ('below' if rate < floor * 1e12 else 'above the floor' if rate < aim * 1e12 else 'reached')
-  )
-  return f'{floor} / {aim}{reached}'
+  if rate is None:
+    return f'{floor} / {aim}'
+  if rate < floor * 1e12:
+    return f'{floor} / {aim}: below'
+  return f'{floor} / {aim}: ' + ('above the floor' if rate < aim * 1e12 else 'reached')
 
 
 def parity_of(
   results: dict[str, dict], ours: str, names=('out', 'dq', 'dk', 'dv')
 ) -> tuple[str, bool | None]:
-  """The largest ratio of our errors, of these arrays, to the judge's, in words; and whether it is within PARITY (None: not known)."""
+  """The largest ratio of our errors, of these arrays, to the judge's, in words;
+  and whether it is within PARITY (None: not known).
+  """
   judge = next((peer for peer in JUDGES if 'errors' in results.get(peer, {})), None)
   if 'errors' not in results.get(ours, {}) or judge is None:
     return 'not compared', None
@@ -227,23 +238,24 @@ def parity_of(
 
 
 def faster_of(run: Run, ours: str) -> list[str]:
-  """What skipping is worth: our windows and documents against our own causal attention of as long rows."""
-  found = run.found.get(ours, {})
+  """What skipping is worth: our windows and documents against our own causal attention
+  of as long rows.
+  """
+  measured = run.found.get(ours, {})
 
   def seconds(name):
-    return sum(found.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS)
+    return sum(measured.get(name, {}).get(direction, float('nan')) for direction in DIRECTIONS)
 
   said = []
   for case in run.wanted:
-    ratio = (
-      seconds(dataclasses.replace(case, mask='causal').name) / seconds(case.name)
-      if case.mask in FASTER
-      else float('nan')
-    )
+    if case.mask not in FASTER:
+      continue
+    ratio = seconds(dataclasses.replace(case, mask='causal').name) / seconds(case.name)
     if ratio == ratio:
       floor, aim = FASTER[case.mask]
       said.append(
-        f'{case.name}, forward and backward: {ratio:.1f} times faster than causal (at least {floor}, aim {aim})'
+        f'{case.name}, forward and backward: {ratio:.1f} times faster than causal (at least '
+        f'{floor}, aim {aim})'
       )
   return said
 
@@ -281,27 +293,32 @@ def main() -> int:
   options = parser.parse_args()
   if options.rehearse:
     os.environ['JAX_PLATFORMS'] = 'cpu'
+
   run = Run(toys() if options.rehearse else cases(options.quick), options.budget, options.rehearse)
   names = (STAND_IN if options.rehearse else {}) | PEERS
   with tempfile.TemporaryDirectory() as directory:
     peak = next((r for r in run.ask('peak', 0.2, directory, []) if 'peak' in r), None)
     if peak is None:
       print(
-        'error: a large product in bfloat16 did not run; python -m benchmarks.attention_peers says why'
+        'error: a large product in bfloat16 did not run; '
+        'python -m benchmarks.attention_peers says why'
       )
       return 1
     if not options.rehearse and peak['platform'] != 'gpu':
       print(
-        f'not measured: no GPU at hand, jax sees {peak["kind"]!r} ({peak["platform"]}); --rehearse runs the harness without one'
+        f'not measured: no GPU at hand, jax sees {peak["kind"]!r} ({peak["platform"]}); --rehearse '
+        'runs the harness without one'
       )
       return 1
     print(f'{peak["kind"]}: {peak["peak"] / 1e12:.3g} TFLOP/s of a large product in bfloat16')
+
     lost = {r['case']: r['error'] for r in run.ask('oracle', 0.3, directory) if 'error' in r}
     for case, why in lost.items():
       print(f'not measured: {case}: no exact values, so nothing can be compared: {why}')
     run.wanted = [case for case in run.wanted if case.name not in lost]
     if not run.wanted:
       return 1
+
     order = ['cudnn', OURS, 'torch flash', 'torch cudnn', 'mosaic', 'flex']
     if options.rehearse:
       run.missing |= dict.fromkeys(
@@ -315,7 +332,8 @@ def main() -> int:
   def of(case):
     return {peer: run.found[peer].get(case.name, {}) for peer in names}
 
-  # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers, which nothing hangs on.
+  # Errors of a rehearsal are those of toys in f32: a ratio of a few numbers, which nothing hangs
+  # on.
   failed = [
     case.name
     for case in run.wanted

@@ -1,132 +1,26 @@
-"""How fast and how exact is one peer's attention? What each process of benchmarks.attention runs: it reads a job, measures, prints results.
+"""How fast and how exact is one peer's attention?
+What each process of benchmarks.attention runs: it reads a job, measures, prints results.
 
     python -m benchmarks.attention_peers JOB        (a JSON file that benchmarks.attention writes)
 
-A program runs many calls of a kernel one after the other, so that what is timed is the device and not its dispatch; torch's calls are
-timed by CUDA events. The first run warms up; before it, memory is filled with NaN and freed, so that what a kernel leaves unwritten
-shows. What the last call returned is compared with attention in f64, one head of it.
+A program runs many calls of a kernel one after the other, so that what is timed is the device and
+not its dispatch; torch's calls are timed by CUDA events. The first run warms up; before it, memory
+is filled with NaN and freed, so that what a kernel leaves unwritten shows. What the last call
+returned is compared with attention in f64, one head of it.
 
 T length · N heads · H head width
 """
 
 import concurrent.futures
-import dataclasses
 import functools
-import json
 import os
-import pathlib
-import statistics
 import sys
-import time
 
 import numpy as np
 
-REPEATS, SECONDS, RATE = 7, 0.04, 400e12  # timed runs; length of one, at about this many FLOP/s
+from benchmarks.attention_cases import Case, Job, as_rows, attempt, both, probe, report, seconds_of
+
 COMPILED_AHEAD = 8  # cases whose programs are compiled side by side
-DIRECTIONS = {'forward': 2, 'backward': 5}  # products of a pair of a query and a key
-STICKY = (
-  'CUDA_ERROR',
-  'CUDA error',
-  'illegal',
-  'launch failure',
-)  # after which a process can run nothing more on its GPU
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """Attention of a batch; as many query as key heads, `tokens` and `hidden` whatever the length and the width of a head.
-
-  Attributes:
-    mask: 'causal', 'full', 'window' (causal, the last T/16 keys) or 'packed' (causal, 8 documents in a row).
-  """
-
-  mask: str
-  length: int
-  width: int
-  tokens: int = 16384
-  hidden: int = 2048
-
-  @property
-  def name(self) -> str:
-    return f'{self.mask} {self.length} x {self.width}'
-
-  @property
-  def heads(self) -> int:
-    return self.hidden // self.width
-
-  @property
-  def rows(self) -> int:
-    return max(1, self.tokens // self.length)
-
-  @property
-  def shape(self) -> tuple[int, int, int, int]:
-    return self.rows, self.length, self.heads, self.width
-
-  @property
-  def window(self) -> int:
-    return self.length // 16 if self.mask == 'window' else 0
-
-  @property
-  def document(self) -> int:
-    return self.length // 8 if self.mask == 'packed' else self.length
-
-  def flops(self, direction: str) -> float:
-    """Of the pairs that the mask leaves: causal ones are half, and windows and documents are what they are."""
-    from model.flops import mean_keys
-
-    keys = (
-      self.length if self.mask == 'full' else mean_keys(self.length, self.window, self.document)
-    )
-    return DIRECTIONS[direction] * 2 * self.rows * self.heads * self.length * keys * self.width
-
-  def visible(self, q, k):
-    """Whether the query at q sees the key at k."""
-    if self.mask == 'full':
-      return (q >= 0) & (k >= 0)
-    seen = (k <= q) & (q // self.document == k // self.document)
-    return seen & (q - k < self.window) if self.window else seen
-
-  def calls(self, direction: str) -> int:
-    return max(2, min(100, round(SECONDS * RATE / self.flops(direction))))
-
-
-class Job:
-  """What a process is asked to do: a peer's name, cases, and numbers that all processes draw alike."""
-
-  def __init__(self, path: str):
-    job = json.loads(pathlib.Path(path).read_text())
-    self.peer, self.deadline, self.rehearsal = job['peer'], job['deadline'], job['rehearsal']
-    self.cases = [Case(**case) for case in job['cases']]
-    self.directory, self.peak_size = pathlib.Path(path).parent, job['peak_size']
-    largest = max([0, *(int(np.prod(case.shape)) for case in self.cases)])
-    # A generator each: what an array begins with is then the same for a process that has only some of the cases.
-    self._drawn = [
-      np.random.default_rng([job['seed'], i]).standard_normal(largest, np.float32) for i in range(4)
-    ]
-
-  def arrays(self, case: Case) -> list[np.ndarray]:
-    """q, k, v and the gradient of what comes out, in f32; every peer rounds them to bfloat16."""
-    return [x[: np.prod(case.shape)].reshape(case.shape) for x in self._drawn]
-
-  def late(self) -> bool:
-    return time.time() > self.deadline
-
-  def errors(self, case: Case, found: dict) -> dict:
-    """Of the probed head: root mean square over that of the exact values, each of out, dq, dk and dv."""
-    with np.load(self.directory / f'{case.name}.npz') as exact:
-      return {
-        name: float(np.sqrt(np.mean((value - exact[name]) ** 2) / np.mean(exact[name] ** 2)))
-        for name, value in found.items()
-      }
-
-
-def probe(case: Case) -> tuple:
-  """Where the head lies that is compared: the last row, a head in the middle."""
-  return case.rows - 1, slice(None), case.heads // 2
-
-
-def report(**result) -> None:
-  print('RESULT ' + json.dumps(result), flush=True)
 
 
 # Each peer that jax runs: attention of (q, k, v) [B, T, N, H], or a reason, by case.
@@ -147,17 +41,6 @@ def tandem(case: Case, backend: str):
   packed = {'query_segments': segments, 'key_segments': segments} if case.mask == 'packed' else {}
   mask = Mask(causal=case.mask != 'full', window=case.window, **packed)
   return lambda q, k, v: kernels.attention(q, k, v, mask, backend=backend)[0]
-
-
-def as_rows(attend, case: Case):
-  """For peers without segments: documents as rows of their own, which works because all are as long."""
-  if case.mask != 'packed':
-    return attend
-
-  def split(x):
-    return x.reshape(-1, case.document, *x.shape[2:])
-
-  return lambda *x: attend(*map(split, x)).reshape(x[0].shape)
 
 
 def cudnn(case: Case):
@@ -182,11 +65,9 @@ def mosaic(case: Case):
   if case.window:
     return 'it has no window'
   keys = {64: 256, 128: 128, 256: 64}[case.width]  # the most that fit into shared memory
-  backward = (
-    {}
-    if case.width > 128
-    else dict(compute_wgs_bwd=2, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
-  )
+  backward = dict(compute_wgs_bwd=2, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
+  if case.width > 128:
+    backward = {}
   config = kernel.TuningConfig(
     block_q=64, block_kv=keys, max_concurrent_steps=2, causal=case.mask != 'full', **backward
   )
@@ -199,12 +80,15 @@ JAX_PEERS = {
   'cudnn': cudnn,
   'mosaic': mosaic,
 }
-# In float16, because its bfloat16 goes through f16 buffers; and it does not scale, so that queries come scaled.
+# In float16, because its bfloat16 goes through f16 buffers;
+# and it does not scale, so that queries come scaled.
 PRESCALED = {'mosaic': 'float16'}
 
 
 def repeated(step, n: int):
-  """`step` n times in one program; each call waits for the one before it, so that none is merged with another or left out."""
+  """`step` n times in one program; each call waits for the one before it,
+  so that none is merged with another or left out.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -219,7 +103,8 @@ def repeated(step, n: int):
 
 
 def check_calls(compiled, n: int) -> str:
-  """Raises RuntimeError where a program does not run its kernels n times each: XLA has merged calls or taken them out of the loop.
+  """Raises RuntimeError where a program does not run its kernels n times each:
+  XLA has merged calls or taken them out of the loop.
 
   Returns why that could not be counted, or ''.
   """
@@ -231,12 +116,8 @@ def check_calls(compiled, n: int) -> str:
       for _, i, times in hlo.Module(compiled.as_text()).walk()
       if i.kernel or '"__cudnn$' in i.attributes
     }
-  except (
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-  ) as error:  # a program in a form that the reader of programs does not know
+  # A program in a form that the reader of programs does not know.
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
     return f'calls were not counted: {type(error).__name__}: {error}'
   if any(count % n or not count for count in times.values()):
     raise RuntimeError(f'kernels run {times} times, not {n}: nothing to be timed')
@@ -244,7 +125,8 @@ def check_calls(compiled, n: int) -> str:
 
 
 def programs(attend, case: Case, dtype: str, sharding=None) -> dict:
-  """Lowered: the forward pass many times; once, with what the backward pass keeps; and the backward pass many times.
+  """Lowered: the forward pass many times; once, with what the backward pass keeps;
+  and the backward pass many times.
 
   sharding: of a device that isn't here, to compile for; default: for this process's.
   """
@@ -270,10 +152,8 @@ def programs(attend, case: Case, dtype: str, sharding=None) -> dict:
       return jax.tree.unflatten(form[0], kept)(d_out)
 
     lowered['backward'] = jax.jit(repeated(backward, case.calls('backward'))).lower(kept, shape)
-  except (
-    NotImplementedError,
-    ValueError,
-  ) as error:  # of a kernel that has no backward pass for this case
+  # Of a kernel that has no backward pass for this case.
+  except (NotImplementedError, ValueError) as error:
     lowered['backward'] = str(error)
   return lowered
 
@@ -285,18 +165,10 @@ def poison(nbytes: int) -> None:
   jax.block_until_ready([jnp.full(nbytes // 4, jnp.nan, jnp.float32) for _ in range(4)])
 
 
-def seconds_of(run, sync, repeats: int = REPEATS) -> float:
-  """The median of several runs, after those that warmed up."""
-  found = []
-  for _ in range(repeats):
-    began = time.perf_counter()
-    sync(run())
-    found.append(time.perf_counter() - began)
-  return statistics.median(found)
-
-
 def run_jax(job: Job) -> None:
-  """All cases of a peer that jax runs: compiled side by side, a few at a time, then timed one by one."""
+  """All cases of a peer that jax runs: compiled side by side, a few at a time,
+  then timed one by one.
+  """
   import jax.numpy as jnp
 
   dtype = PRESCALED.get(job.peer, 'float32' if job.rehearsal else 'bfloat16')
@@ -321,41 +193,6 @@ def run_jax(job: Job) -> None:
         attempt(case, measure_jax, job, case, of, jnp.dtype(dtype))
 
 
-def attempt(case: Case, function, *arguments):
-  """The function's result; a failure is reported as the case's, and ends the process where the GPU is lost with it."""
-  try:
-    return function(*arguments)
-  except Exception as error:  # compilers and kernels raise whatever they like, and the other cases are still wanted
-    report(case=case.name, error=in_a_line(error))
-
-
-def in_a_line(error: Exception) -> str:
-  """What it says first; raises it again where the GPU is lost with it."""
-  if any(word in str(error) for word in STICKY):
-    raise error
-  return f'{type(error).__name__}: {error}'.strip().splitlines()[0][:300]
-
-
-def both(job: Job, case: Case, forward, backward, unchecked=()) -> None:
-  """Reports seconds and errors of a case. forward, backward: () -> (seconds of a call, what it returned by name); one fails alone.
-
-  unchecked: what they note while they run.
-  """
-  seconds, found = forward()
-  result = {'forward': seconds, 'no_backward': ''}
-  try:
-    result['backward'], gradients = backward()
-    found |= gradients
-  except Exception as error:
-    result['no_backward'] = in_a_line(error)
-  report(
-    case=case.name,
-    errors=job.errors(case, found),
-    unchecked=' '.join(filter(None, unchecked)),
-    **result,
-  )
-
-
 def measure_jax(job: Job, case: Case, compiling: dict, dtype) -> None:
   import jax
   import ml_dtypes
@@ -375,14 +212,15 @@ def measure_jax(job: Job, case: Case, compiling: dict, dtype) -> None:
     unchecked.append(check_calls(run, case.calls(direction)))
     poison(d_out.nbytes)
     outputs = jax.block_until_ready(run(*arguments))
-    found = {
+    probed = {
       name: np.asarray(x[probe(case)], np.float64)
       for name, x in zip(names, outputs if len(names) > 1 else [outputs])
     }
     del outputs
-    if 'dq' in found:
-      found['dq'] = found['dq'] * scale
-    return seconds_of(lambda: run(*arguments), jax.block_until_ready) / case.calls(direction), found
+    if 'dq' in probed:
+      probed['dq'] = probed['dq'] * scale
+    seconds = seconds_of(lambda: run(*arguments), jax.block_until_ready)
+    return seconds / case.calls(direction), probed
 
   def backward():
     if isinstance(compiling['backward'], str):
@@ -425,14 +263,14 @@ def run_oracle(job: Job) -> None:
   def rounded(x):
     return jnp.asarray(x if job.rehearsal else x.astype(jnp.bfloat16), jnp.float64)
 
-  def one(case):
+  def write(case):
     head = [rounded(x[probe(case)]) for x in job.arrays(case)]
     np.savez(job.directory / f'{case.name}.npz', **jax.jit(functools.partial(exact, case))(*head))
     report(case=case.name)
 
   for case in job.cases:
     if not job.late():
-      attempt(case, one, case)
+      attempt(case, write, case)
 
 
 def run_peak(job: Job) -> None:
@@ -440,7 +278,8 @@ def run_peak(job: Job) -> None:
   import jax
   import jax.numpy as jnp
 
-  device, size, n = jax.devices()[0], job.peak_size, 20
+  device = jax.devices()[0]
+  size, n = job.peak_size, 20
   if device.platform != 'gpu' and not job.rehearsal:
     return report(platform=device.platform, kind=device.device_kind, peak=0.0)
   a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
@@ -455,100 +294,18 @@ def run_peak(job: Job) -> None:
   )
 
 
-def run_torch(job: Job) -> None:
-  """torch's scaled_dot_product_attention by its flash or cuDNN kernel, or its compiled flex_attention."""
-  import torch
-  from torch.nn import attention as kinds
-  from torch.nn.functional import scaled_dot_product_attention
-
-  device = 'cpu' if job.rehearsal else 'cuda'
-  kernel = {
-    'torch flash': kinds.SDPBackend.FLASH_ATTENTION,
-    'torch cudnn': kinds.SDPBackend.CUDNN_ATTENTION,
-  }.get(job.peer)
-
-  def attention_of(case):
-    if kernel is not None:
-      if case.window:
-        return 'it has no window'
-
-      def swapped(*x):
-        return (y.transpose(1, 2) for y in x)
-
-      return as_rows(
-        lambda *x: scaled_dot_product_attention(
-          *swapped(*x), is_causal=case.mask != 'full'
-        ).transpose(1, 2),
-        case,
-      )
-    from torch.nn.attention import flex_attention as flex
-
-    blocks = flex.create_block_mask(
-      lambda b, h, q, k: case.visible(q, k), None, None, case.length, case.length, device=device
-    )
-    run = torch.compile(flex.flex_attention, dynamic=False)
-    return lambda *x: run(*(y.transpose(1, 2) for y in x), block_mask=blocks).transpose(1, 2)
-
-  def measure(case):
-    attend = attention_of(case)
-    if isinstance(attend, str):
-      return report(case=case.name, error=attend)
-    *inputs, d_out = (
-      torch.from_numpy(x).to(device, torch.float32 if job.rehearsal else torch.bfloat16)
-      for x in job.arrays(case)
-    )
-    for x in inputs:
-      x.requires_grad_(True)
-
-    def timed(direction, names, run):
-      torch.full((4 * d_out.numel(),), float('nan'), device=device)
-      found = {
-        name: x.detach()[probe(case)].double().cpu().numpy() for name, x in zip(names, run())
-      }
-      return _events(run, case.calls(direction), torch, device), found
-
-    def backward():
-      out = attend(*inputs)
-      return timed(
-        'backward',
-        ['dq', 'dk', 'dv'],
-        lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True),
-      )
-
-    both(job, case, lambda: timed('forward', ['out'], lambda: [attend(*inputs)]), backward)
-
-  for case in job.cases:
-    if not job.late():
-      with kinds.sdpa_kernel(kernel) if kernel is not None else torch.enable_grad():
-        attempt(case, measure, case)
-
-
-def _events(run, n: int, torch, device: str) -> float:
-  """Seconds of a call: the median of several rows of n, between two events on the GPU."""
-
-  def all_of_them():
-    for _ in range(n):
-      run()
-
-  if device == 'cpu':
-    return seconds_of(all_of_them, lambda _: None) / n
-  found = []
-  for _ in range(REPEATS):
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    all_of_them()
-    ended.record()
-    torch.cuda.synchronize()
-    found.append(began.elapsed_time(ended) / 1e3 / n)
-  return statistics.median(found)
-
-
 def main():
   job = Job(sys.argv[1])
   if job.peer in JAX_PEERS:
     run_jax(job)
+  elif job.peer == 'oracle':
+    run_oracle(job)
+  elif job.peer == 'peak':
+    run_peak(job)
   else:
-    {'oracle': run_oracle, 'peak': run_peak}.get(job.peer, run_torch)(job)
+    from benchmarks.attention_torch import Torch
+
+    Torch(job).run()
 
 
 if __name__ == '__main__':

@@ -18,7 +18,8 @@ def seconds(run: Callable[[], object], repeats: int = 3) -> float:
 
 
 class PeakMemory:
-  """Samples the resident memory (bytes) of a process and its descendants while a `with` block runs; Linux only.
+  """Samples the resident memory (bytes) of a process and its descendants while a `with` block runs;
+  Linux only.
 
   Pages that processes share are counted once for each of them, so the sum is an upper bound.
 

@@ -1,15 +1,21 @@
-"""Do training and generation cost what every course says? Memory, operations, time and calls, measured against length and depth.
+"""Do training and generation cost what every course says? Memory, operations, time and calls,
+measured against length and depth.
 
-    python -m benchmarks.complexity [--json FILE] [--plot FILE.png] [--quick] [--times] [--topology v5e:1x1]
+    python -m benchmarks.complexity [--json FILE] [--plot FILE.png] [--quick] [--times]
+                                  [--topology v5e:1x1]
 
-T tokens of a sequence · L layers. Compiled for and run on the CPU, in f32, one sequence. Two small models, each with the sizes that
-leave one term in sight: along T heads wider than the model, so that attention outweighs the weights already at short lengths; along L
-a wide residual stream through narrow layers, so that what is kept between layers outweighs the work inside of one. With --topology
-besides compiled for such a chip (its first, if there are more) that need not be here, larger, in bfloat16; its time is predicted.
+T tokens of a sequence · L layers. Compiled for and run on the CPU, in f32, one sequence. Two small
+models, each with the sizes that leave one term in sight: along T heads wider than the model, so
+that attention outweighs the weights already at short lengths; along L a wide residual stream
+through narrow layers, so that what is kept between layers outweighs the work inside of one. With
+--topology besides compiled for such a chip (its first, if there are more) that need not be here,
+larger, in bfloat16; its time is predicted.
 
-Memory: what the compiler reserves for the program (arguments + outputs + temporaries) without parameters and gradients. Operations:
-multiply-adds x 2 of the products of the compiled program, a loop as often as it runs. Calls: evaluations of a block in the traced
-program / L. Time: the best of three runs, of programs of at most MOST_TIMED operations and bytes; or as analysis.roofline predicts.
+Memory: what the compiler reserves for the program (arguments + outputs + temporaries) without
+parameters and gradients. Operations: multiply-adds x 2 of the products of the compiled program, a
+loop as often as it runs. Calls: evaluations of a block in the traced program / L. Time: the best of
+three runs, of programs of at most MOST_TIMED operations and bytes;
+or as analysis.roofline predicts.
 """
 
 import dataclasses
@@ -51,7 +57,9 @@ AXES = {
       sizes=(64, 256, 1024, 4096),
     ),
   },
-  'tpu': {  # whose tiles are 128 wide; parameters are not cast, or a copy of them all would hide what is between layers
+  # A TPU's tiles are 128 wide. Parameters are not cast: a copy of them all would hide what is
+  # between layers.
+  'tpu': {
     'T': dict(
       base=dict(
         width=128,
@@ -79,10 +87,8 @@ AXES = {
   },
 }
 QUICK = 3  # sizes along each axis
-MOST_TIMED = (
-  2e10,
-  2**32,
-)  # operations and bytes: small models run these at a small part of a core's rate
+# Operations and bytes: small models run these at a small part of a core's rate
+MOST_TIMED = (2e10, 2**32)
 STRAIGHT = 0.15  # neighbouring slopes further than this from the last one belong to another term
 QUANTITIES = ('memory', 'flops', 'seconds', 'calls')
 
@@ -118,7 +124,7 @@ def _cached(config: ModelConfig, T: int):
     rules = Rules(
       jax.tree.map(jnp.asarray, make_sampling(1, temperature=0.0)), jnp.full((1, 4), -1)
     )
-    # Within another program: a jit with compiler options stands only at the top.
+    # The function that it compiles: options for the compiler go with a program, not with a part.
     return decode_chunk.__wrapped__(model, state, rules, steps=T, pad=0)[1].ids
 
   return generate, jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -129,8 +135,11 @@ class Way:
   """One way to train or to generate, and what courses say that it costs.
 
   Attributes:
-    name. build: (config, T) -> function of a model and one more argument, and that argument, abstract. taught: quantity -> powers of
-    T and L. calls: forward calls as taught, of T. model: changes of the config.
+    name: as the tables have it.
+    build: (config, T) -> function of a model and one more argument, and that argument, abstract.
+    taught: quantity -> powers of T and L.
+    calls: forward calls as taught, of T.
+    model: changes of the config.
   """
 
   name: str
@@ -203,7 +212,8 @@ def blocks(program) -> int:
     inside = sum(map(blocks, jax.extend.core.jaxprs_in_params(equation.params)))
     if name == 'while' and inside:
       raise ValueError(
-        f'a while loop holds {inside} blocks, and nobody knows how often it runs; write it as a scan'
+        f'a while loop holds {inside} blocks, and nobody knows how often it '
+        'runs; write it as a scan'
       )
     total += inside * (equation.params['length'] if name == 'scan' else 1)
   return total
@@ -212,10 +222,11 @@ def blocks(program) -> int:
 def measure(
   way: Way, config: ModelConfig, timed: bool, device: jax.Device | None = None
 ) -> dict[str, float]:
-  """QUANTITIES of one program: memory in bytes, flops, seconds (NaN where not timed), calls. config: without the way's changes.
+  """QUANTITIES of one program: memory in bytes, flops, seconds (NaN where not timed), calls.
+  config: without the way's changes.
 
-  device: one of a topology, for which times are predicted; all but the calls are NaN where the program does not fit it. Without one,
-  the CPU.
+  device: one of a topology, for which times are predicted; all but the calls are NaN where the
+  program does not fit it. Without one, the CPU.
   """
   T, config = config.max_length, dataclasses.replace(config, **way.model)
   function, argument = way.build(config, T)
@@ -271,11 +282,12 @@ class Fit:
 
 
 def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit | None:
-  """Least squares in log-log over the largest sizes whose slopes, from each to the next, are within STRAIGHT of the last one.
+  """Least squares in log-log over the largest sizes whose slopes,
+  from each to the next, are within STRAIGHT of the last one.
 
-  There one term dominates: where two of powers p < q are as large as one another, a doubling of the size changes the slope by
-  0.17 (q - p)^2. None where fewer than three sizes are left. Values that are NaN are left out. Raises ValueError for others that are
-  not positive.
+  There one term dominates: where two of powers p < q are as large as one another, a doubling of the
+  size changes the slope by 0.17 (q - p)^2. None where fewer than three sizes are left. Values that
+  are NaN are left out. Raises ValueError for others that are not positive.
   """
   pairs = [
     (size, value) for size, value in zip(sizes, values, strict=True) if not math.isnan(value)
@@ -295,14 +307,18 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit | None:
 
 
 def crossover(config: ModelConfig) -> float:
-  """Length at which attention's products are as many as all others: below it time grows with T, above it with T^2."""
+  """Length at which attention's products are as many as all others:
+  below it time grows with T, above it with T^2.
+  """
   one, two = (flops.forward_flops_per_token(config, T) for T in (1, 3))  # mean keys 1 and 2
   per_key = two - one
   return 2 * (one - per_key) / per_key  # mean keys are about T / 2
 
 
 def config_of(axis: str, size: int, platform: str = 'cpu') -> ModelConfig:
-  """The small model of one point: `size` tokens of the model along T, or layers of the one along L."""
+  """The small model of one point: `size` tokens of the model along T,
+  or layers of the one along L.
+  """
   known = AXES[platform][axis]
   T, L = (size, known['fixed']) if axis == 'T' else (known['fixed'], size)
   return ModelConfig(vocabulary=64, layers=L, max_length=T, **known['base'])
@@ -349,7 +365,9 @@ def _said(sizes, values) -> tuple[str, str]:
 
 
 def report(found: dict, platform: str, where: str) -> None:
-  """Prints taught beside measured exponents with the range of each, and the calls. where: in words, for the tables' titles."""
+  """Prints taught beside measured exponents with the range of each, and the calls.
+  where: in words, for the tables' titles.
+  """
   for quantity in ('memory', 'flops', *(('seconds',) if _timed(found) else ())):
     rows = []
     for way in WAYS:
@@ -385,7 +403,8 @@ def report(found: dict, platform: str, where: str) -> None:
 
 
 def plot(swept: dict[str, dict], path: str) -> None:
-  """Writes log-log plots of memory, operations and time, columns for T and L of each sweep by what it was compiled for.
+  """Writes log-log plots of memory, operations and time,
+  columns for T and L of each sweep by what it was compiled for.
 
   `path` must end as an image does.
   """
@@ -454,8 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     report(found[options.topology], 'tpu', f'as compiled for a {device.device_kind}')
   small, large = crossover(config_of('T', 128)), crossover(llama3_8b.get_config().model)
   print(
-    f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B from {large:,.0f} on: below, time is '
-    'linear in T.'
+    f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B '
+    f'from {large:,.0f} on: below, time is linear in T.'
   )
   if options.plot:
     plot(found, options.plot)

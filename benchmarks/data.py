@@ -1,4 +1,5 @@
-"""How fast is each stage of the data pipeline, against what the machine could do, and does memory stay bounded?
+"""How fast is each stage of the data pipeline, against what the machine could do,
+and does memory stay bounded?
 
     python -m benchmarks.data [--json FILE] [--gigabytes 1]
 
@@ -36,14 +37,17 @@ import json, sys
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 source = SourceConfig(kind='jsonl', path=sys.argv[1], text_field='text')
-prepared = prepare(DataConfig(sources=(source,), tokenizer=TokenizerConfig(vocabulary=4096), cache_dir=sys.argv[2]),
-                   log=lambda line: print(line, file=sys.stderr, flush=True))
+tokenizer = TokenizerConfig(vocabulary=4096)
+config = DataConfig(sources=(source,), tokenizer=tokenizer, cache_dir=sys.argv[2])
+prepared = prepare(config, log=lambda line: print(line, file=sys.stderr, flush=True))
 print(json.dumps(prepared.report))
 """
 
 
 def stages(texts: list[str]) -> dict[str, dict]:
-  """Rates of the stages on a list of documents, against peers; MB/s of UTF-8 text unless named otherwise."""
+  """Rates of the stages on a list of documents, against peers;
+  MB/s of UTF-8 text unless named otherwise.
+  """
   size = sum(len(text.encode()) for text in texts) / 1e6
   sample = texts[: len(texts) // 4]
   sample_size = sum(len(text.encode()) for text in sample) / 1e6
@@ -98,9 +102,8 @@ def stages(texts: list[str]) -> dict[str, dict]:
     'memcpy of the tokens',
     size / common.seconds(lambda: tokens.copy(), 20),
   )
-  short = np.random.default_rng(0).integers(
-    8, 64, 200_000
-  )  # documents of 36 tokens: nothing but searching for room
+  # Documents of 36 tokens: nothing but searching for room.
+  short = np.random.default_rng(0).integers(8, 64, 200_000)
   rate(
     'pack short documents, M tokens/s',
     short.sum() / 1e6 / common.seconds(lambda: packing.pack(short, LENGTH)),
@@ -161,7 +164,9 @@ def appetite(directory: str) -> dict[str, dict]:
 
 
 def loading(directory: str) -> dict[str, dict]:
-  """M tokens/s of the loader, against copying batches that are there already, and the seconds of a warm start."""
+  """M tokens/s of the loader, against copying batches that are there already,
+  and the seconds of a warm start.
+  """
   config = DataConfig(
     sequence_length=LENGTH,
     batch_size=BATCH,
@@ -178,10 +183,12 @@ def loading(directory: str) -> dict[str, dict]:
   warm = common.seconds(lambda: prepare(config, quiet))
   prepared = prepare(config, quiet)
   loader = train_loader(prepared, config)
+
   steps = 300
   next(loader)
   rate = steps * LENGTH * BATCH / 1e6 / common.seconds(lambda: [next(loader) for _ in range(steps)])
   loader.close()
+
   ready = Batch.empty(BATCH, LENGTH)
   copied = LENGTH * BATCH / 1e6 / common.seconds(lambda: jax.tree.map(np.copy, ready), 50)
   return {
@@ -201,7 +208,9 @@ def loading(directory: str) -> dict[str, dict]:
 
 
 def write_corpus(path: pathlib.Path, size: float, texts: list[str]) -> int:
-  """Writes about `size` bytes of JSONL, documents of some 5 KB of random lines of `texts`; returns the exact size."""
+  """Writes about `size` bytes of JSONL, documents of some 5 KB of random lines of `texts`;
+  returns the exact size.
+  """
   rng = random.Random(0)
   lines = [line for text in texts for line in text.splitlines(keepends=True) if line.strip()]
   written = 0
@@ -214,10 +223,13 @@ def write_corpus(path: pathlib.Path, size: float, texts: list[str]) -> int:
 
 
 def bounded(gigabytes: float, texts: list[str]) -> dict:
-  """Prepares a generated corpus in a fresh process while its memory, and its workers', is sampled."""
+  """Prepares a generated corpus in a fresh process while its memory,
+  and its workers', is sampled.
+  """
   with tempfile.TemporaryDirectory() as directory:
     corpus = pathlib.Path(directory) / 'corpus.jsonl'
     size = write_corpus(corpus, gigabytes * 1e9, texts)
+
     began = time.perf_counter()
     command = [sys.executable, '-c', PREPARE, str(corpus), directory]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -229,6 +241,7 @@ def bounded(gigabytes: float, texts: list[str]) -> dict:
         f'preparing {corpus} failed with exit status {process.returncode}; see above'
       )
     report = json.loads(output)
+
   split = report['sources'][0]['train']
   return {
     'corpus_bytes': size,
@@ -259,6 +272,7 @@ def main() -> None:
       for name, row in rates.items()
     ],
   )
+
   results = {'stages': rates}
   if arguments.gigabytes:
     results['bounded'] = run = bounded(arguments.gigabytes, texts)

@@ -1,13 +1,20 @@
-"""How fast is generation, and how near to what the memory allows? Ours beside HF transformers' generate, of the same Llama shape.
+"""How fast is generation, and how near to what the memory allows?
+Ours beside HF transformers' generate, of the same Llama shape.
 
-    python -m benchmarks.decode [--json FILE]                    (needs torch and transformers: make .venv/installed-oracle)
-    python -m benchmarks.decode --model=bench_1b --batches=1,8,64 --json benchmarks/results/decode_h100.json         (on a GPU)
-    python -m benchmarks.decode --capacity                       (ms a token against the cache's capacity)
+    python -m benchmarks.decode [--json FILE]
+    python -m benchmarks.decode --model=bench_1b --batches=1,8,64
+                                --json benchmarks/results/decode_h100.json
+    python -m benchmarks.decode --capacity
 
-On a CPU bench-30M (benchmarks.train_cpu) in f32, on a GPU bench_1b or llama3_8b in bfloat16; random weights, greedy, a prompt of 128
-tokens and 256 new ones, none of which ends a row. Each side runs in a process of its own, in turn, `--runs` times; the best run counts. The
-bound: all weights and the cached tokens are read once a step, at the bandwidth of a sum over an array, of which every process measures its
-own; the median counts, because the best one is that of a moment (on a shared machine 81 GB/s once, where the others saw 43 to 51).
+The first needs torch and transformers (make .venv/installed-oracle), the second is for a GPU, the
+third prints ms a token against the cache's capacity.
+
+On a CPU bench-30M (benchmarks.train_cpu) in f32, on a GPU bench_1b or llama3_8b in bfloat16; random
+weights, greedy, a prompt of 128 tokens and 256 new ones, none of which ends a row. Each side runs
+in a process of its own, in turn, `--runs` times; the best run counts. The bound: all weights and
+the cached tokens are read once a step, at the bandwidth of a sum over an array, of which every
+process measures its own; the median counts, because the best one is that of a moment (on a shared
+machine 81 GB/s once, where the others saw 43 to 51).
 """
 
 import importlib
@@ -45,7 +52,9 @@ def model_config(name: str):
 class Ids:
   """In place of a tokenizer: the model's own ids, one byte each."""
 
-  pad, bos, eos = 0, 1, 2
+  pad = 0
+  bos = 1
+  eos = 2
 
   def __init__(self, vocabulary: int):
     self.vocabulary = vocabulary
@@ -149,7 +158,9 @@ def theirs(name: str, batch: int, cache: str) -> dict:
 
 
 def by_capacity(name: str) -> None:
-  """Prints ms a token of one row that holds PROMPT to PROMPT + NEW tokens, by the capacity of its cache."""
+  """Prints ms a token of one row that holds PROMPT to PROMPT + NEW tokens,
+  by the capacity of its cache.
+  """
   g, rows = generator(name), []
   for capacity in CAPACITIES:
     session = g.session(capacity).append(prompts(g.vocabulary, 1)[0])
@@ -167,6 +178,44 @@ def by_capacity(name: str) -> None:
     rows,
   )
   return {row[0]: row[1] for row in rows}
+
+
+def show(model: str, batch: int, runs: dict[str, list[dict]]) -> dict:
+  """Prints the best run of each side, and returns what was measured."""
+  best = {side: min(taken, key=lambda run: run['seconds']) for side, taken in runs.items()}
+  bandwidth = statistics.median(run['bandwidth'] for taken in runs.values() for run in taken)
+  rows = []
+  for side, run in best.items():
+    run['tokens_per_second'] = batch * NEW / run['seconds']
+    read = run.get('read_bytes', best['ours']['read_bytes'] if 'ours' in best else float('nan'))
+    run['share_of_bandwidth'] = read / bandwidth / run['ms_per_step'] * 1e3
+    rows.append(
+      [
+        SIDES[side],
+        run['tokens_per_second'],
+        run['first_token'] * 1e3,
+        run['ms_per_step'],
+        f'{run["share_of_bandwidth"]:.0%}',
+        run['peak_bytes'] / 2**30,
+      ]
+    )
+  rows = [[*row, row[1] / rows[0][1]] for row in rows]
+
+  commands.table(
+    f'{model}, batch {batch}, {PROMPT} + {NEW} tokens, '
+    f'{best[next(iter(best))]["device"]}, {bandwidth / 1e9:.1f} GB/s measured',
+    [
+      '',
+      'tokens/s',
+      'first token ms',
+      'ms a step',
+      'of the bandwidth',
+      'peak RSS GiB',
+      'x the first',
+    ],
+    rows,
+  )
+  return {'best': best, 'runs': runs, 'bandwidth': bandwidth}
 
 
 def main():
@@ -193,54 +242,15 @@ def main():
     }.get(side, lambda: theirs(options.model, int(batch), side))
     print(json.dumps(run()))
     return
+
   results = {}
   for batch in map(int, options.batches.split(',')):
     runs = {side: [] for side in options.sides.split(',')}
     for _ in range(options.runs):
-      for side, found in runs.items():
-        found.append(
-          train_step.in_process(
-            'benchmarks.decode',
-            '--model',
-            options.model,
-            '--run',
-            f'{side},{batch}',
-            environment={},
-          )
-        )
-    best = {side: min(found, key=lambda run: run['seconds']) for side, found in runs.items()}
-    bandwidth = statistics.median(run['bandwidth'] for found in runs.values() for run in found)
-    rows = []
-    for side, run in best.items():
-      run['tokens_per_second'] = batch * NEW / run['seconds']
-      read = run.get('read_bytes', best['ours']['read_bytes'] if 'ours' in best else float('nan'))
-      run['share_of_bandwidth'] = read / bandwidth / run['ms_per_step'] * 1e3
-      rows.append(
-        [
-          SIDES[side],
-          run['tokens_per_second'],
-          run['first_token'] * 1e3,
-          run['ms_per_step'],
-          f'{run["share_of_bandwidth"]:.0%}',
-          run['peak_bytes'] / 2**30,
-        ]
-      )
-    rows = [[*row, row[1] / rows[0][1]] for row in rows]
-    commands.table(
-      f'{options.model}, batch {batch}, {PROMPT} + {NEW} tokens, {best[next(iter(best))]["device"]}, '
-      f'{bandwidth / 1e9:.1f} GB/s measured',
-      [
-        '',
-        'tokens/s',
-        'first token ms',
-        'ms a step',
-        'of the bandwidth',
-        'peak RSS GiB',
-        'x the first',
-      ],
-      rows,
-    )
-    results[batch] = {'best': best, 'runs': runs, 'bandwidth': bandwidth}
+      for side, taken in runs.items():
+        flags = ['--model', options.model, '--run', f'{side},{batch}']
+        taken.append(train_step.in_process('benchmarks.decode', *flags, environment={}))
+    results[batch] = show(options.model, batch, runs)
   commands.write_json(options.json, 'decode', results)
 
 

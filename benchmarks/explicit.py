@@ -1,9 +1,11 @@
-"""What do explicit axes cost? The train step compiled for TPUs that aren't here, against the same code under automatic axes.
+"""What do explicit axes cost? The train step compiled for TPUs that aren't here,
+against the same code under automatic axes.
 
     python -m benchmarks.explicit [--topology v5p:2x2x4] [--layers 8] [--json FILE]
 
-Llama 3 8B with fewer layers, one sequence of 8,192 tokens a chip, remat `full`. Under explicit axes every array's layout is part of its
-type; under automatic ones XLA's partitioner (Shardy) completes the few that are stated. Needs libtpu (the extra `plan`), no TPU.
+Llama 3 8B with fewer layers, one sequence of 8,192 tokens a chip, remat `full`. Under explicit axes
+every array's layout is part of its type; under automatic ones XLA's partitioner (Shardy) completes
+the few that are stated. Needs libtpu (the extra `plan`), no TPU.
 """
 
 import os
@@ -27,7 +29,9 @@ TWINS = {'explicit': AxisType.Explicit, 'automatic': AxisType.Auto}
 def compiled(
   topology: str, layers: int, mesh: dict[str, int], axis_type: AxisType
 ) -> dict[str, float]:
-  """What the compiler shows of a step: peak memory and collectives in GB, seconds of XLA's operations and of the whole as predicted."""
+  """What the compiler shows of a step: peak memory and collectives in GB, seconds of XLA's
+  operations and of the whole as predicted.
+  """
   config, devices = llama3_8b.get_config(), aot.topology(topology)
   config = dataclasses.replace(
     config,
@@ -55,15 +59,12 @@ def main():
     }
     for name, mesh in MESHES.items()
   }
+
   rows = []
   for name, twins in results.items():
-    rows += [[f'{name}, {twin}', *found.values()] for twin, found in twins.items()]
-    rows.append(
-      [
-        '  explicit over automatic',
-        *(found / twins['automatic'][what] for what, found in twins['explicit'].items()),
-      ]
-    )
+    rows += [[f'{name}, {twin}', *costs.values()] for twin, costs in twins.items()]
+    ratios = [cost / twins['automatic'][kind] for kind, cost in twins['explicit'].items()]
+    rows.append(['  explicit over automatic', *ratios])
   commands.table(
     f'Llama 3 8B, {options.layers} layers, {options.topology}',
     ['mesh', *next(iter(results['fsdp'].values()))],

@@ -1,11 +1,13 @@
-"""What memory does importing a checkpoint take, and how fast is it? Of a generated one, 2 GB in bfloat16.
+"""What memory does importing a checkpoint take, and how fast is it?
+Of a generated one, 2 GB in bfloat16.
 
     python -m benchmarks.import_checkpoint [--json FILE] [--gb 2.0] [--devices 1 4]
 
-Each import runs in a fresh process that is watched from inside: resident memory, anonymous (RssAnon) and of mapped
-files (RssFile), sampled every 5 ms. On CPU devices the model itself lies in that memory, so what an import adds is what
-exceeds the model's bytes; the target is 1.2 times the largest tensor. `load` brings tensors onto the mesh; `import` is
-the command, which writes the run as well.
+Each import runs in a fresh process that is watched from inside: resident memory, anonymous
+(RssAnon) and of mapped files (RssFile), sampled every 5 ms. On CPU devices the model itself lies in
+that memory, so what an import adds is what exceeds the model's bytes; the target is 1.2 times the
+largest tensor. `load` brings tensors onto the mesh; `import` is the command,
+which writes the run as well.
 """
 
 import json
@@ -47,7 +49,7 @@ def generate(directory: pathlib.Path, gigabytes: float) -> dict:
 
   layer = 2 * (
     CONFIG['hidden_size'] * (3 * CONFIG['intermediate_size'] + 3 * CONFIG['hidden_size'])
-  )  # bytes
+  )
   table = 2 * CONFIG['vocab_size'] * CONFIG['hidden_size']
   hf = CONFIG | {'num_hidden_layers': max(1, round((gigabytes * 1e9 - 2 * table) / layer))}
   family, config = families.read(hf)
@@ -82,17 +84,20 @@ def resident() -> dict[str, int]:
   return {'anonymous': found['RssAnon'] + found['RssShmem'], 'file': found['RssFile']}
 
 
-def watched(what: str, source: str, workdir: str) -> None:
-  """Imports in this process and prints, as JSON, seconds and by how much its memory rose at most."""
+def watched(command: str, source: str, workdir: str) -> None:
+  """Imports in this process and prints, as JSON,
+  seconds and by how much its memory rose at most.
+  """
   import jax
 
   import convert
   from model import checkpoint
 
-  jax.block_until_ready(
-    jax.jit(lambda x: x + 1)(1.0)
-  )  # what jax itself takes is no part of an import
-  before, peak, done = resident(), {'anonymous': 0, 'file': 0}, threading.Event()
+  # What jax itself takes is no part of an import.
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
+  before = resident()
+  peak = {'anonymous': 0, 'file': 0}
+  done = threading.Event()
 
   def sample():
     while not done.wait(0.005):
@@ -102,7 +107,7 @@ def watched(what: str, source: str, workdir: str) -> None:
   watcher = threading.Thread(target=sample)
   watcher.start()
   began = time.perf_counter()
-  if what == 'load':
+  if command == 'load':
     _, model = checkpoint.load(source)
     jax.block_until_ready(jax.tree.leaves(model))
   else:
@@ -120,41 +125,43 @@ def main():
     '--devices', type=int, nargs='+', default=[1, 4], help='CPU devices to split the model over'
   )
   options = parser.parse_args()
+
   rows, results = [], {}
   with tempfile.TemporaryDirectory() as directory:
     source = pathlib.Path(directory) / 'hf'
     made = generate(source, options.gb)
     size, largest = made['bytes'], made['largest_tensor']
     print(f'{size / 1e9:.2f} GB in {made["tensors"]} tensors, the largest {largest / 1e6:.0f} MB')
-    for what in ('load', 'import'):
+    for command in ('load', 'import'):
       for devices in options.devices:
         environment = os.environ | {
           'JAX_PLATFORMS': 'cpu',
           'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
         }
         ran = subprocess.run(
-          [sys.executable, '-c', RUN, what, str(source), f'{directory}/{what}{devices}'],
+          [sys.executable, '-c', RUN, command, str(source), f'{directory}/{command}{devices}'],
           env=environment,
           check=True,
           stdout=subprocess.PIPE,
           text=True,
         )
-        found = json.loads(ran.stdout.splitlines()[-1])
-        above = found['anonymous'] + found['file'] - made['bytes']
-        results[f'{what}, {devices} devices'] = (
-          found | made | {'above_the_model': above, 'ratio': above / made['largest_tensor']}
+        run = json.loads(ran.stdout.splitlines()[-1])
+        above = run['anonymous'] + run['file'] - made['bytes']
+        results[f'{command}, {devices} devices'] = (
+          run | made | {'above_the_model': above, 'ratio': above / made['largest_tensor']}
         )
         rows.append(
           [
-            f'{what}, {devices} device{"s" * (devices > 1)}',
-            f'{found["seconds"]:.1f}',
-            f'{made["bytes"] / 1e6 / found["seconds"]:,.0f}',
-            f'{found["anonymous"] / 1e6:,.0f}',
-            f'{found["file"] / 1e6:,.0f}',
+            f'{command}, {devices} device{"s" * (devices > 1)}',
+            f'{run["seconds"]:.1f}',
+            f'{made["bytes"] / 1e6 / run["seconds"]:,.0f}',
+            f'{run["anonymous"] / 1e6:,.0f}',
+            f'{run["file"] / 1e6:,.0f}',
             f'{above / 1e6:,.0f}',
             f'{above / made["largest_tensor"]:.2f}',
           ]
         )
+
   commands.table(
     'Peak memory above what the process had (MB)',
     ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest tensor'],

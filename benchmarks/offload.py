@@ -1,9 +1,11 @@
-"""What does training hold in memory, and how long is a step, with the optimizer's state on the device, in the host's memory and on disk?
+"""What does training hold in memory, and how long is a step, with the optimizer's state on the
+device, in the host's memory and on disk?
 
     python -m benchmarks.offload [--layers 8] [--limit GB] [--json FILE]
 
-A process each, on the CPU, whose devices' memory is the host's: only the disk can spare it any. Resident is the peak of the process, with
-compilers and all; with --limit the kernel refuses each process more data than that (RLIMIT_DATA), and those that need more end.
+A process each, on the CPU, whose devices' memory is the host's: only the disk can spare it any.
+Resident is the peak of the process, with compilers and all; with --limit the kernel refuses each
+process more data than that (RLIMIT_DATA), and those that need more end.
 """
 
 import json
@@ -29,13 +31,28 @@ from parallel.mesh import make_mesh
 from training.config import Config, TrainConfig
 
 place, directory, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
-model = ModelConfig(vocabulary=1024, width=1024, layers=layers, heads=8, feed_forward=4096, max_length=16, remat='full')
-config = Config(model=model, data=DataConfig(sequence_length=16, batch_size=1), train=TrainConfig(offload_optimizer=place))
+model = ModelConfig(
+  vocabulary=1024,
+  width=1024,
+  layers=layers,
+  heads=8,
+  feed_forward=4096,
+  max_length=16,
+  remat='full',
+)
+config = Config(
+  model=model,
+  data=DataConfig(sequence_length=16, batch_size=1),
+  train=TrainConfig(offload_optimizer=place),
+)
 jax.set_mesh(make_mesh(config.mesh))
 make_state, step = train.make_program(config)
 target = train.make_target(config, make_state, jax.sharding.get_mesh(), directory)
-sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make_state).__dict__[name])) for name in
-         ('model', 'optimizer')}
+shapes = jax.eval_shape(make_state)
+sizes = {
+  name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(getattr(shapes, name)))
+  for name in ('model', 'optimizer')
+}
 state = train.begin_state(config, make_state, target)
 draw = np.random.default_rng(0).integers(0, 1024, (2, 1, 16)).astype(np.int32)
 batch = Batch(*draw, np.arange(16, dtype=np.int32)[None], np.ones_like(draw[0]))
@@ -51,7 +68,8 @@ print(json.dumps({'peak': peak, 'seconds': min(seconds), 'loss': float(metrics['
 
 
 def measure(place: str, layers: int, limit: float = 0) -> dict | None:
-  """Peak resident bytes of a process, seconds of its shortest step, bytes of parameters and optimizer state, loss of the last step.
+  """Peak resident bytes of a process, seconds of its shortest step, bytes of parameters and
+  optimizer state, loss of the last step.
 
   limit: GB of data that it may have, 0 for all; None where it ran out of them.
   """
@@ -84,20 +102,20 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     '--limit', type=float, default=0, metavar='GB', help='of data of each process'
   )
   options = parser.parse_args(arguments)
-  found = {place or 'device': measure(place, options.layers, options.limit) for place in PLACES}
+  measured = {place or 'device': measure(place, options.layers, options.limit) for place in PLACES}
   rows = [
     [place, *(m[key] / 1e9 for key in ('model', 'optimizer', 'peak')), m['seconds'], m['loss']]
     if m
     else [place, '', '', 'out of memory', '', '']
-    for place, m in found.items()
+    for place, m in measured.items()
   ]
   commands.table(
     'GB, and seconds of a step',
     ['state in', 'parameters', 'optimizer state', 'peak resident', 'seconds', 'loss'],
     rows,
   )
-  commands.write_json(options.json, 'offload', found)
-  return found
+  commands.write_json(options.json, 'offload', measured)
+  return measured
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
-"""What do drafts gain on real text? A trained model goes on from documents that it was not trained on, with drafts and without.
+"""What do drafts gain on real text? A trained model goes on from documents
+that it was not trained on, with drafts and without.
 
     make demo && python -m benchmarks.speculation --workdir=runs/demo [--json FILE]
 
-Greedy, one row at a time; of each document the first tokens are the prompt. Every way runs on every document twice, the ways in turn, and
-the better time counts. The text is the same by law, and compared. Ways may stop drafting by themselves, where they lose (decode.drafting).
+Greedy, one row at a time; of each document the first tokens are the prompt. Every way runs on every
+document twice, the ways in turn, and the better time counts. The text is the same by law, and
+compared. Ways may stop drafting by themselves, where they lose (decode.drafting).
 """
 
 import itertools
@@ -46,6 +48,7 @@ def main():
   arguments.add_argument('--prompt_tokens', type=int, default=128)
   arguments.add_argument('--max_new_tokens', type=int, default=128)
   options = arguments.parse_args()
+
   from decode.generator import Generator
 
   g = Generator.load(options.workdir)
@@ -65,36 +68,37 @@ def main():
       assert texts.setdefault(index, completion.ids) == completion.ids, (
         f'{name}: another text than plain'
       )
-      if (
-        turn and (key := (name, index)) not in best or turn and g.report.seconds < best[key].seconds
-      ):
+      if turn and ((name, index) not in best or g.report.seconds < best[name, index].seconds):
         best[name, index] = g.report
-  results, new = {}, options.max_new_tokens * len(rows)
+
+  results, tokens = {}, options.max_new_tokens * len(rows)
   for name in ways:
     reports = [best[name, index] for index in range(len(rows))]
     drafted, accepted = (
       sum(getattr(report, of) for report in reports) for of in ('drafted', 'accepted')
     )
     results[name] = {
-      'tokens_per_second': new / sum(report.seconds for report in reports),
+      'tokens_per_second': tokens / sum(report.seconds for report in reports),
       'drafted': drafted,
       'accepted': accepted,
       'fell_back': sum(report.fell_back for report in reports),
     }
+
   plain = results['plain']['tokens_per_second']
   commands.table(
-    f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + {options.max_new_tokens} tokens each, greedy',
+    f'{options.workdir}: {len(rows)} held-out documents, {options.prompt_tokens} + '
+    f'{options.max_new_tokens} tokens each, greedy',
     ['', 'tokens/s', 'x plain', 'drafts kept', 'of', 'stopped drafting'],
     [
       [
         name,
-        found['tokens_per_second'],
-        found['tokens_per_second'] / plain,
-        f'{found["accepted"] / found["drafted"]:.0%}' if found['drafted'] else '-',
-        found['drafted'],
-        f'{found["fell_back"]} of {len(rows)}',
+        way['tokens_per_second'],
+        way['tokens_per_second'] / plain,
+        f'{way["accepted"] / way["drafted"]:.0%}' if way['drafted'] else '-',
+        way['drafted'],
+        f'{way["fell_back"]} of {len(rows)}',
       ]
-      for name, found in results.items()
+      for name, way in results.items()
     ],
   )
   commands.write_json(options.json, 'speculation', results)

@@ -1,10 +1,12 @@
-"""How long until something happens? Start to first step, start to first token, and compile time against depth.
+"""How long until something happens? Start to first step, start to first token,
+and compile time against depth.
 
     python -m benchmarks.startup [--json FILE]
 
-Whole processes of train.py and generate.py on configs/tiny.py, timed from outside, data prepared and compilation cache warm,
-beside the floor that no program on jax gets under: a process that imports jax and flax and runs one compiled addition. Then
-the compile time of a train step with 4 and with 32 layers: the block is scanned, so that it should not grow.
+Whole processes of train.py and generate.py on configs/tiny.py, timed from outside, data prepared
+and compilation cache warm, beside the floor that no program on jax gets under: a process that
+imports jax and flax and runs one compiled addition. Then the compile time of a train step with 4
+and with 32 layers: the block is scanned, so that it should not grow.
 """
 
 import os
@@ -37,9 +39,11 @@ model = ModelConfig(vocabulary=512, width=128, layers=int(sys.argv[1]), heads=4,
 config = configs.Config(model=model, data=DataConfig(sequence_length=128))
 mesh = make_mesh(MeshConfig())
 jax.set_mesh(mesh)
-optimizer = make_optimizer(config.optimizer, 100, params.specs(jax.eval_shape(lambda: transformer.init(model, 0))))
+specs = params.specs(jax.eval_shape(lambda: transformer.init(model, 0)))
+optimizer = make_optimizer(config.optimizer, 100, specs)
 state = abstract(lambda: states.init(config, optimizer), mesh)
-tokens = jax.ShapeDtypeStruct((8, 128), 'int32', sharding=jax.NamedSharding(mesh, train.axes.spec('batch', 'length')))
+rows = jax.NamedSharding(mesh, train.axes.spec('batch', 'length'))
+tokens = jax.ShapeDtypeStruct((8, 128), 'int32', sharding=rows)
 lowered = train.make_train_step(config, optimizer).lower(state, Batch(*[tokens] * 4))
 began = time.perf_counter()
 lowered.compile()
@@ -48,7 +52,9 @@ print(time.perf_counter() - began)
 
 
 def until(command: list[str], sign: str) -> float:
-  """Seconds from the start of a process to the first output that contains `sign`, read character by character."""
+  """Seconds from the start of a process to the first output that contains `sign`,
+  read character by character.
+  """
   began = time.perf_counter()
   process = subprocess.Popen(
     command,
@@ -70,7 +76,9 @@ def until(command: list[str], sign: str) -> float:
 
 
 def compile_seconds(layers: int) -> float:
-  """Seconds that XLA takes for the train step of a small model, in a fresh process, without a cache."""
+  """Seconds that XLA takes for the train step of a small model, in a fresh process,
+  without a cache.
+  """
   ran = subprocess.run(
     [sys.executable, '-c', COMPILE, str(layers)],
     check=True,
@@ -107,16 +115,18 @@ def main():
       '--max_new_tokens=1',
       '--temperature=0',
     ]
-    subprocess.run(
-      train('warm', 3), check=True, stdout=subprocess.DEVNULL
-    )  # prepares the data, fills the cache
+
+    # Prepares the data, fills the cache.
+    subprocess.run(train('warm', 3), check=True, stdout=subprocess.DEVNULL)
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
-    floor, step, token = [], [], []
+
+    floor, step, token = ([] for _ in range(3))
     for i in range(REPEATS):
       floor.append(until([python, '-c', FLOOR], '2'))
       step.append(until(train(f'run{i}', 3), 'step 1/3'))
       token.append(until(generate, '\n'))
   compiled = {layers: min(compile_seconds(layers) for _ in range(3)) for layers in (4, 32)}
+
   base = statistics.median(floor)
   rows = [['floor: import jax and flax, add two numbers', base, 1.0]]
   for name, seconds in (
@@ -134,6 +144,7 @@ def main():
     ['layers', 'seconds', 'x 4 layers'],
     [[str(layers), seconds, seconds / compiled[4]] for layers, seconds in compiled.items()],
   )
+
   results = {
     'floor_seconds': floor,
     'first_step_seconds': step,

@@ -1,13 +1,17 @@
-"""Is our TPU attention scheduled better than jax's? Instruction bundles of both, compiled for TPUs that aren't here.
+"""Is our TPU attention scheduled better than jax's?
+Instruction bundles of both, compiled for TPUs that aren't here.
 
-    python -m benchmarks.tpu_schedule [--topologies v5e:1x1,v6e:1x1] [--widths 64,128,256] [--tune] [--json FILE]
+    python -m benchmarks.tpu_schedule [--topologies v5e:1x1,v6e:1x1] [--widths 64,128,256]
+                                      [--tune] [--json FILE]
 
-bfloat16, 8 heads; a tile is 1024 x 1024 pairs of a query and a key, forward and backward. A kernel may have two bodies: for tiles that
-the mask leaves whole, and for others. The bodies do not depend on the length: each kernel is compiled once for each kind of mask, at
-2048 tokens, and the seconds of all WORKLOADS follow from the steps that they have (Mask.blocks). Seconds: bundles of all tiles over
-the clock, or what the matrix unit takes at its peak, if that is more; stalls of memory and what a step does beside its body are not in
-it. The peer is jax's `splash`, in blocks of 1024 (v4: 512), with its gradients in two kernels or in one, whichever
-has fewer bundles; it masks every block, and skips none for segments. --tune tries step sizes of ours first, and writes those of the
+bfloat16, 8 heads; a tile is 1024 x 1024 pairs of a query and a key, forward and backward. A kernel
+may have two bodies: for tiles that the mask leaves whole, and for others. The bodies do not depend
+on the length: each kernel is compiled once for each kind of mask, at 2048 tokens, and the seconds
+of all WORKLOADS follow from the steps that they have (Mask.blocks). Seconds: bundles of all tiles
+over the clock, or what the matrix unit takes at its peak, if that is more; stalls of memory and
+what a step does beside its body are not in it. The peer is jax's `splash`, in blocks of 1024 (v4:
+512), with its gradients in two kernels or in one, whichever has fewer bundles; it masks every
+block, and skips none for segments. --tune tries step sizes of ours first, and writes those of the
 fewest bundles to kernels/tuning.json. Needs libtpu (the extra `plan`), no TPU.
 """
 
@@ -38,7 +42,7 @@ KERNELS = {
   'splash': {'forward': ('splash_mha_fwd',), 'backward': ('splash_mha_dkv', 'splash_mha_dq')},
 }
 PRODUCTS = {'forward': 2, 'backward': 5}
-WHAT = 'causal', 'window', 'packed'
+MASKINGS = 'causal', 'window', 'packed'
 WORKLOADS = {
   f'{length >> 10}k': ('causal', length) for length in (1 << bit for bit in range(12, 18))
 } | {'16k, window 1k': ('window', 16384), '16k, packed 2k': ('packed', 16384)}
@@ -64,12 +68,12 @@ SMALL_VMEM = 32 << 20  # bytes, below which SMALL are tried, and splash is given
 TUNED_FOR = 8192  # tokens, causal
 
 
-def mask_of(what: str, length: int) -> Mask:
+def mask_of(masking: str, length: int) -> Mask:
   """The mask of a workload: 'causal', 'window' of 1024, or 'packed', documents of 2048 tokens."""
-  if what == 'packed':
+  if masking == 'packed':
     documents = np.arange(length, dtype=np.int32)[None] // 2048
     return Mask(query_segments=documents, key_segments=documents)
-  return Mask(window=1024 if what == 'window' else 0)
+  return Mask(window=1024 if masking == 'window' else 0)
 
 
 def splash(q, k, v, mask: Mask, block: int, fused: bool):
@@ -95,18 +99,20 @@ def splash(q, k, v, mask: Mask, block: int, fused: bool):
   run = kernel.make_splash_mha(
     masks.MultiHeadMask([spec] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1
   )
-  segments = (
-    None
-    if mask.query_segments is None
-    else kernel.SegmentIds(*(jnp.asarray(x) for x in (mask.query_segments, mask.key_segments)))
-  )
+  segments = None
+  if mask.query_segments is not None:
+    segments = kernel.SegmentIds(
+      *(jnp.asarray(x) for x in (mask.query_segments, mask.key_segments))
+    )
   return jnp.swapaxes(jax.vmap(run)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments), 1, 2)
 
 
 def compile_here(
-  topology: str, width: int, what: str, backend: str, options: dict, dtype: str = 'bfloat16'
+  topology: str, width: int, masking: str, backend: str, options: dict, dtype: str = 'bfloat16'
 ) -> None:
-  """Attention and its gradient for a chip. options: of ours, the step of each direction; of splash, its arguments."""
+  """Attention and its gradient for a chip. options: of ours, the step of each direction;
+  of splash, its arguments.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -114,7 +120,7 @@ def compile_here(
   from parallel.mesh import MeshConfig, make_mesh
 
   jax.clear_caches()  # which know nothing of steps
-  mesh, mask = make_mesh(MeshConfig(), aot.topology(topology)[:1]), mask_of(what, LENGTH)
+  mesh, mask = make_mesh(MeshConfig(), aot.topology(topology)[:1]), mask_of(masking, LENGTH)
   if backend == 'pallas_tpu':
     tuning.lookup = lambda kind, direction, width: tuning.Tuning(
       **options[direction], vmem=tuning.VMEM[kind]
@@ -131,13 +137,14 @@ def compile_here(
     x = jax.ShapeDtypeStruct(
       (1, LENGTH, HEADS, width), dtype, sharding=jax.NamedSharding(mesh, jax.P())
     )
-    jax.jit(jax.grad(lambda *x: jnp.sum(run(*x), dtype=jnp.float32), (0, 1, 2))).lower(
-      x, x, x
-    ).compile()
+    gradient = jax.grad(lambda *x: jnp.sum(run(*x), dtype=jnp.float32), (0, 1, 2))
+    jax.jit(gradient).lower(x, x, x).compile()
 
 
 def child(directory: str) -> None:
-  """Compiles what each line of its input asks for; a line of its output has what a tile takes, or why it does not compile."""
+  """Compiles what each line of its input asks for;
+  a line of its output has what a tile takes, or why it does not compile.
+  """
   for line in sys.stdin:
     for path in pathlib.Path(directory).iterdir():
       path.unlink()
@@ -147,17 +154,19 @@ def child(directory: str) -> None:
     except Exception as error:  # most often: VMEM does not suffice
       print(json.dumps({'error': f'{type(error).__name__}: {str(error)[:300]}'}), flush=True)
       continue
-    found, results = bundles.kernels(directory), {}
+    dumped, results = bundles.kernels(directory), {}
     for direction, kernels in KERNELS[job['backend']].items():
-      made = [blocks for name, blocks in found.items() if name.startswith(kernels)]
+      # A direction may have several kernels, and a kernel two bodies: the first for whole tiles,
+      # the last for those that a mask cuts.
+      made = [blocks for name, blocks in dumped.items() if name.startswith(kernels)]
       bodies = [bundles.bodies(blocks) for blocks in made]
       block = job['options'].get('block')
       step = {'rows': block, 'keys': block} if block else job['options'][direction]
       tiles = step['rows'] * step['keys'] / TILE**2
       whole, masked = (sum(body[at].bundles for body in bodies) for at in (0, -1))
-      beside = sum(block.bundles for blocks in made for block in blocks) - sum(
-        block.bundles for body in bodies for block in body
-      )
+      in_all = sum(block.bundles for blocks in made for block in blocks)
+      beside = in_all - sum(block.bundles for body in bodies for block in body)
+
       results[direction] = {
         'step': step,
         'whole': round(whole / tiles),
@@ -170,9 +179,10 @@ def child(directory: str) -> None:
 
 
 def measure(jobs: list[dict]) -> list[dict]:
-  """For arguments of compile_here each: direction -> step, bundles of a tile that is whole and of one that is masked, and those of a step
-  beside them (at most: some run once a row only), shares of slots: of the matrix unit in a whole tile, of stores that spill in the body
-  that has most; or {'error': why}.
+  """For arguments of compile_here each: direction -> step, bundles of a tile that is whole and of
+  one that is masked, and those of a step beside them (at most: some run once a row only), shares of
+  slots: of the matrix unit in a whole tile, of stores that spill in the body that has most; or
+  {'error': why}.
   """
   with tempfile.TemporaryDirectory() as directory:
     environment = os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': bundles.dump_flags(directory)}
@@ -194,41 +204,48 @@ def chip_of(topology: str):
 
 
 def cycles(
-  found: dict,
+  result: dict,
   direction: str,
   width: int,
   chip: hardware.Chip,
-  what: str,
+  masking: str,
   length: int,
   skips: bool,
   beside: bool = False,
 ) -> float:
-  """Of a core, for one head. skips: blocks between segments. beside: with what a step does beside its body."""
-  mask = mask_of(what if skips or what != 'packed' else 'causal', length)
-  rows, keys = found['step']['rows'], found['step']['keys']
+  """Of a core, for one head. skips: blocks between segments.
+  beside: with what a step does beside its body.
+  """
+  mask = mask_of(masking if skips or masking != 'packed' else 'causal', length)
+  rows, keys = result['step']['rows'], result['step']['keys']
   kinds, tiles = np.asarray(mask.blocks(length, length, rows, keys)), rows * keys / TILE**2
+  # The matrix unit's own time for a tile, at its peak: no body takes less.
   floor = PRODUCTS[direction] * 2 * TILE * TILE * width / (chip.bfloat16 / chip.cores) * chip.clock
   body = sum(
-    int((kinds == kind).sum()) * tiles * max(found[name], floor)
+    int((kinds == kind).sum()) * tiles * max(result[name], floor)
     for kind, name in ((FULL, 'whole'), (PARTIAL, 'masked'))
   )
-  return body + beside * found['beside'] * int((kinds != SKIP).sum())
+  return body + beside * result['beside'] * int((kinds != SKIP).sum())
 
 
 def seconds(
-  found: dict, direction: str, width: int, chip: hardware.Chip, what: str, length: int, skips: bool
+  result: dict,
+  direction: str,
+  width: int,
+  chip: hardware.Chip,
+  masking: str,
+  length: int,
+  skips: bool,
 ) -> float:
-  return (
-    HEADS
-    * chip.devices
-    / chip.cores
-    * cycles(found, direction, width, chip, what, length, skips)
-    / chip.clock
-  )
+  """Of a device, whose cores share the heads."""
+  each = cycles(result, direction, width, chip, masking, length, skips)
+  return HEADS * chip.devices / chip.cores * each / chip.clock
 
 
 def best_steps(topology: str, width: int) -> dict[str, dict]:
-  """direction -> the step of the fewest cycles, those beside the bodies counted, of those that compile, in f32 too; with its bundles."""
+  """direction -> the step of the fewest cycles, those beside the bodies counted, of those that
+  compile, in f32 too; with its bundles.
+  """
   kind, chip = chip_of(topology)
   sizes = SMALL if tuning.VMEM[kind] < SMALL_VMEM else CANDIDATES
   steps = [dict(zip(('rows', 'keys', 'chunk'), size)) for size in sizes]
@@ -243,12 +260,12 @@ def best_steps(topology: str, width: int) -> dict[str, dict]:
     return {
       'topology': topology,
       'width': width,
-      'what': 'causal',
+      'masking': 'causal',
       'backend': 'pallas_tpu',
       'options': {'forward': forward, 'backward': backward},
     }
 
-  found, best = measure([job(*pair) for pair in pairs]), {}
+  measured, best = measure([job(*pair) for pair in pairs]), {}
   for direction in PRODUCTS:
 
     def cost(result):
@@ -256,7 +273,7 @@ def best_steps(topology: str, width: int) -> dict[str, dict]:
 
     smallest = min(forward, key=lambda step: step['rows'] * step['keys'])
     for result in sorted(
-      (results[direction] for results in found if direction in results), key=cost
+      (results[direction] for results in measured if direction in results), key=cost
     ):
       steps = dict.fromkeys(PRODUCTS, smallest) | {direction: result['step']}
       if 'error' not in measure([job(**steps) | {'dtype': 'float32'}])[0]:
@@ -264,7 +281,8 @@ def best_steps(topology: str, width: int) -> dict[str, dict]:
         break
     else:
       raise RuntimeError(
-        f'no {direction} step of {sizes} compiles for {topology} with heads {width} wide, in bfloat16 and in f32'
+        f'no {direction} step of {sizes} compiles for {topology} with heads {width} wide, in '
+        'bfloat16 and in f32'
       )
   return best
 
@@ -274,9 +292,9 @@ def tune(topologies: list[str], widths: list[int]) -> None:
   table = json.loads(tuning.TABLE.read_text()) if tuning.TABLE.exists() else {'steps': {}}
   table['made with'] = {name: commands.machine()[name] for name in ('jax', 'libtpu')}
   for topology, width in itertools.product(topologies, widths):
-    for direction, found in best_steps(topology, width).items():
+    for direction, best in best_steps(topology, width).items():
       cells = table['steps'].setdefault(chip_of(topology)[0], {}).setdefault(direction, {})
-      cells[str(width)] = found['step'] | {'whole': found['whole'], 'masked': found['masked']}
+      cells[str(width)] = best['step'] | {'whole': best['whole'], 'masked': best['masked']}
       print(f'{topology}, {width}, {direction}: {cells[str(width)]}', flush=True)
     files.replace(
       str(tuning.TABLE),
@@ -286,7 +304,9 @@ def tune(topologies: list[str], widths: list[int]) -> None:
 
 
 def compare(topology: str, width: int) -> dict[str, dict[str, dict]]:
-  """backend -> kind of mask -> what measure() gives; of splash, for each direction, the best of those that compile."""
+  """backend -> kind of mask -> what measure() gives;
+  of splash, for each direction, the best of those that compile.
+  """
   kind, _ = chip_of(topology)
   ours = {}
   for direction in PRODUCTS:
@@ -298,32 +318,56 @@ def compare(topology: str, width: int) -> dict[str, dict[str, dict]]:
     'splash': [{'block': block, 'fused': fused} for fused in (False, True)],
   }
   jobs = [
-    {'topology': topology, 'width': width, 'what': what, 'backend': backend, 'options': one}
+    {
+      'topology': topology,
+      'width': width,
+      'masking': masking,
+      'backend': backend,
+      'options': choice,
+    }
     for backend in KERNELS
-    for what in WHAT
-    for one in options[backend]
+    for masking in MASKINGS
+    for choice in options[backend]
   ]
-  found = list(zip(jobs, measure(jobs), strict=True))
+  measured = list(zip(jobs, measure(jobs), strict=True))
 
-  def cost(result):
-    return result['whole'] + result['masked']
+  def best(backend, masking, direction):
+    results = [
+      result[direction]
+      for job, result in measured
+      if direction in result and job['backend'] == backend and job['masking'] == masking
+    ]
+    return min(results, key=lambda result: result['whole'] + result['masked'])
 
   return {
     backend: {
-      what: {
-        direction: min(
-          (
-            one[direction]
-            for job, one in found
-            if direction in one and job['backend'] == backend and job['what'] == what
-          ),
-          key=cost,
-        )
-        for direction in PRODUCTS
-      }
-      for what in WHAT
+      masking: {direction: best(backend, masking, direction) for direction in PRODUCTS}
+      for masking in MASKINGS
     }
     for backend in KERNELS
+  }
+
+
+def body_row(both: dict, direction: str) -> list:
+  """Bundles of ours and of splash for a causal tile, their ratio, and shares of slots."""
+  ours, theirs = (both[backend]['causal'][direction] for backend in KERNELS)
+  return [
+    *(f'{result["whole"]:,} / {result["masked"]:,}' for result in (ours, theirs)),
+    ours['whole'] / theirs['whole'],
+    *(f'{ours[share]:.0%} / {theirs[share]:.0%}' for share in ('matrix unit', 'spill')),
+  ]
+
+
+def workload_seconds(both: dict, direction: str, width: int, chip: hardware.Chip) -> dict:
+  """workload -> seconds of ours and of splash."""
+
+  def of(backend, masking, length):
+    result, skips = both[backend][masking][direction], backend == 'pallas_tpu'
+    return seconds(result, direction, width, chip, masking, length, skips)
+
+  return {
+    workload: [of(backend, masking, length) for backend in KERNELS]
+    for workload, (masking, length) in WORKLOADS.items()
   }
 
 
@@ -339,50 +383,28 @@ def main():
     help='try steps, and write the best to kernels/tuning.json, before',
   )
   options = parser.parse_args()
-  topologies, widths = (
-    options.topologies.split(','),
-    [int(width) for width in options.widths.split(',')],
-  )
+  topologies = options.topologies.split(',')
+  widths = [int(width) for width in options.widths.split(',')]
   if options.tune:
     tune(topologies, widths)
-  bodies, times, results = [], [], {}
+
+  bodies, times = {}, {}
+  results = {}
   for topology, width in itertools.product(topologies, widths):
     both, (_, chip) = compare(topology, width), chip_of(topology)
     for direction in PRODUCTS:
       name = f'{topology.partition(":")[0]}, {width}, {direction}'
-      ours, theirs = (both[backend]['causal'][direction] for backend in KERNELS)
-      bodies.append(
-        [
-          name,
-          *(f'{x["whole"]:,} / {x["masked"]:,}' for x in (ours, theirs)),
-          ours['whole'] / theirs['whole'],
-          *(f'{ours[share]:.0%} / {theirs[share]:.0%}' for share in ('matrix unit', 'spill')),
-        ]
-      )
-      each = {
-        workload: [
-          seconds(
-            both[backend][what][direction],
-            direction,
-            width,
-            chip,
-            what,
-            length,
-            backend == 'pallas_tpu',
-          )
-          for backend in KERNELS
-        ]
-        for workload, (what, length) in WORKLOADS.items()
-      }
-      times.append(
-        [name, *(f'{ours * 1e3:.3g} {ours / theirs:.2f}x' for ours, theirs in each.values())]
-      )
+      bodies[name] = body_row(both, direction)
+      each = workload_seconds(both, direction, width, chip)
+      times[name] = [f'{ours * 1e3:.3g} {ours / theirs:.2f}x' for ours, theirs in each.values()]
       results[name] = {
         'seconds': each,
         'bundles': {
-          backend: {what: both[backend][what][direction] for what in WHAT} for backend in KERNELS
+          backend: {masking: both[backend][masking][direction] for masking in MASKINGS}
+          for backend in KERNELS
         },
       }
+
   commands.table(
     f'attention, {HEADS} heads, bfloat16: bundles of a causal tile, whole / masked',
     [
@@ -393,9 +415,13 @@ def main():
       'matrix unit, ours / splash',
       'stores that spill, at most',
     ],
-    bodies,
+    [[name, *row] for name, row in bodies.items()],
   )
-  commands.table('ms of ours by them, and ratio to splash', ['TPU, head width', *WORKLOADS], times)
+  commands.table(
+    'ms of ours by them, and ratio to splash',
+    ['TPU, head width', *WORKLOADS],
+    [[name, *row] for name, row in times.items()],
+  )
   commands.write_json(options.json, 'tpu_schedule', results)
 
 

@@ -1,10 +1,14 @@
-"""Does training use the CPU better than torch does? The same Llama-shaped model, trained by us and by HF transformers.
+"""Does training use the CPU better than torch does?
+The same Llama-shaped model, trained by us and by HF transformers.
 
-    python -m benchmarks.train_cpu [--json FILE] [--steps 8]        (needs torch and transformers: make .venv/installed-oracle)
+    python -m benchmarks.train_cpu [--json FILE] [--steps 8]
 
-bench-30M: vocabulary 8192, width 512, 8 layers, 8 heads, 4 kv heads, head width 64, feed-forward 1408, f32, batch 8 x 512,
-AdamW, clipping. Each side runs in a process of its own, in turn, twice, with the same allocator settings (parallel/hosts.py);
-the better run counts. The machine's own f32 GEMM rate, the faster library's, is the physical limit that both are held to.
+Needs torch and transformers: make .venv/installed-oracle.
+
+bench-30M: vocabulary 8192, width 512, 8 layers, 8 heads, 4 kv heads, head width 64, feed-forward
+1408, f32, batch 8 x 512, AdamW, clipping. Each side runs in a process of its own, in turn, twice,
+with the same allocator settings (parallel/hosts.py); the better run counts. The machine's own f32
+GEMM rate, the faster library's, is the physical limit that both are held to.
 """
 
 import json
@@ -58,24 +62,18 @@ def main():
   if options.side:
     print(json.dumps({'ours': ours, 'theirs': theirs}[options.side](options.steps)))
     return
+
   runs = {'ours': [], 'theirs': []}
   for _ in range(2):
     for side in runs:
-      runs[side].append(
-        train_step.in_process(
-          'benchmarks.train_cpu',
-          '--side',
-          side,
-          '--steps',
-          str(options.steps),
-          environment={'JAX_PLATFORMS': 'cpu'},
-        )
-      )
+      flags = ['--side', side, '--steps', str(options.steps)]
+      environment = {'JAX_PLATFORMS': 'cpu'}
+      run = train_step.in_process('benchmarks.train_cpu', *flags, environment=environment)
+      runs[side].append(run)
+
   best = {side: min(of, key=lambda run: run['step_seconds']) for side, of in runs.items()}
-  gemm, needed = (
-    max(run['gemm'] for of in runs.values() for run in of),
-    best['ours']['flops_per_token'],
-  )
+  gemm = max(run['gemm'] for of in runs.values() for run in of)
+  needed = best['ours']['flops_per_token']
   rows, data = [], config().data
   for side, name in (('ours', 'Tandem'), ('theirs', 'transformers + torch')):
     run = best[side]
@@ -93,8 +91,10 @@ def main():
     )
   a, b = rows
   rows.append(['ratio', a[1] / b[1], '', a[3] / b[3], a[4] / b[4], a[5] / b[5]])
+
   commands.table(
-    f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x {data.sequence_length}',
+    f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x '
+    f'{data.sequence_length}',
     ['', 'tokens/s', 'of the fastest GEMM', 'own GEMM GFLOP/s', 'peak RSS GiB', 'first step s'],
     rows,
   )

@@ -1,19 +1,28 @@
-"""Does training on a GPU run faster than with torch, and what is our attention worth there? A Llama of 1.1 billion parameters, in one run.
+"""Does training on a GPU run faster than with torch, and what is our attention worth there?
+A Llama of 1.1 billion parameters, in one run.
 
-    python -m benchmarks.train_gpu [--quick] [--budget 540] [--json benchmarks/results/train_h100.json]        (needs a GPU)
-    python -m benchmarks.train_gpu --rehearse        the whole harness with a toy model on this CPU: tests it, measures nothing
-    python -m benchmarks.train_gpu --predict         compiles each of our steps for an H100 that isn't here: memory and time, predicted
+    python -m benchmarks.train_gpu [--quick] [--budget 540]
+                                   [--json benchmarks/results/train_h100.json]
+    python -m benchmarks.train_gpu --rehearse
+    python -m benchmarks.train_gpu --predict
 
-configs/bench_1b.py: bfloat16, AdamW in f32, 16k tokens a step, as 4 rows of 4k and as one of 16k. Each side runs in a process of its own.
-Tandem takes the step that train.py takes, with each kernel of attention: our own, on rows that say where documents lie, as train.py's do;
-cuDNN's, which honours no segments, on rows that say nothing; XLA's dense scores and its blocks. Its peer is HF transformers with torch's
-scaled_dot_product_attention in bfloat16 by autocast, and its layers compiled. A torch side that runs out of memory is run again
-with its layers checkpointed, and says so. MFU counts causal attention at half and nothing that is computed twice (model/flops.py).
-What the budget in seconds leaves no time for is named.
+The first needs a GPU. --rehearse runs the whole harness with a toy model on this CPU: tests it,
+measures nothing. --predict compiles each of our steps for an H100 that isn't here: memory and time,
+predicted.
+
+configs/bench_1b.py: bfloat16, AdamW in f32, 16k tokens a step, as 4 rows of 4k and as one of 16k.
+Each side runs in a process of its own. Tandem takes the step that train.py takes, with each kernel
+of attention: our own, on rows that say where documents lie, as train.py's do; cuDNN's, which
+honours no segments, on rows that say nothing; XLA's dense scores and its blocks. Its peer is HF
+transformers with torch's scaled_dot_product_attention in bfloat16 by autocast, and its layers
+compiled. A torch side that runs out of memory is run again with its layers checkpointed, and says
+so. MFU counts causal attention at half and nothing that is computed twice (model/flops.py). What
+the budget in seconds leaves no time for is named.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -23,7 +32,8 @@ from benchmarks import train_step
 
 LENGTHS = (4096, 16384)
 TOKENS = 16384
-# Sides in the order of their importance: attention backend and whether rows have segments, or how torch runs.
+# Sides in the order of their importance: attention backend and whether rows have segments,
+# or how torch runs.
 OURS = {
   'pallas_gpu': ('pallas_gpu', True),
   'cudnn': ('xla', False),
@@ -78,7 +88,9 @@ def config(length: int, attention: str, rehearsal: bool = False):
 
 
 def side_of(side: str, length: int, steps: int, rehearsal: bool, checkpointed: bool) -> dict:
-  """What a process of one side prints. Raises RuntimeError where cuDNN would not be what is measured."""
+  """What a process of one side prints. Raises RuntimeError where cuDNN would
+  not be what is measured.
+  """
   if side in THEIRS:
     where = 'cpu' if rehearsal else 'cuda'
     return train_step.transformers_torch(
@@ -106,7 +118,9 @@ def _refusal(made) -> str:
 
 
 def device() -> tuple[str, str]:
-  """Platform and kind of what jax would run on, asked of a process of its own, so that this one keeps off the GPU."""
+  """Platform and kind of what jax would run on, asked of a process of its own,
+  so that this one keeps off the GPU.
+  """
   found = train_step.in_process('benchmarks.train_gpu', '--side', 'device', environment={})
   return found['platform'], found['kind']
 
@@ -122,7 +136,8 @@ def measure(side: str, length: int, options, ends: float) -> dict:
     str(options.steps),
     *(['--rehearse'] if options.rehearse else []),
   ]
-  # jax and torch both take what they need and no more in advance; a GPU's memory is one process's at a time.
+  # jax and torch both take what they need and no more in advance; a GPU's memory is one process's
+  # at a time.
   environment = {
     'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95',
     'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True',
@@ -133,14 +148,14 @@ def measure(side: str, length: int, options, ends: float) -> dict:
     if left < 10:
       return {'error': 'skipped: no time left'}
     try:
-      found = train_step.in_process(
+      run = train_step.in_process(
         'benchmarks.train_gpu',
         *arguments,
         *flags,
         environment=environment,
         timeout=min(left, LONGEST),
       )
-      return found | {'checkpointed': bool(flags)}
+      return run | {'checkpointed': bool(flags)}
     except RuntimeError as error:
       result = {'error': str(error)}
       if 'out of memory' not in str(error).lower():
@@ -151,7 +166,8 @@ def measure(side: str, length: int, options, ends: float) -> dict:
 def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   """Bytes and seconds of one of our steps by the compiler's account, for hardware that isn't here.
 
-  Raises ImportError where its compiler is not installed, NotImplementedError for a backend that is not there.
+  Raises ImportError where its compiler is not installed,
+  NotImplementedError for a backend that is not there.
   """
   import jax
 
@@ -167,10 +183,10 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   with jax.set_mesh(mesh):
     make_state, step, shapes = train_step.tandem_step(made, packed)
     compiled = step.lower(params.abstract(make_state, mesh), shapes()).compile()
-  found = roofline.predict(Module(compiled.as_text()), mesh, chip, made.model.dtype)
-  rate = TOKENS / found.seconds
+  prediction = roofline.predict(Module(compiled.as_text()), mesh, chip, made.model.dtype)
+  rate = TOKENS / prediction.seconds
   return {
-    'step_seconds': found.seconds,
+    'step_seconds': prediction.seconds,
     'device_peak_bytes': memory.parts(compiled, {}).peak,
     'tokens_per_second': rate,
     'mfu': flops.mfu(
@@ -178,40 +194,27 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
       1,
       hardware.peak(chip, made.model.dtype),
     ),
-    'assumptions': found.assumptions,
+    'assumptions': prediction.assumptions,
   }
 
 
 def show_predictions(options) -> None:
   results, rows = {}, []
-  for length in LENGTHS:
-    for side in OURS:
-      try:
-        found = results[f'{side} {length}'] = predict(side, length)
-        rows.append(
-          [
-            f'{NAMES[side]}, {length}',
-            found['step_seconds'],
-            found['tokens_per_second'],
-            f'{found["mfu"]:.0%}',
-            found['device_peak_bytes'] / 1e9,
-          ]
-        )
-      except Exception as error:  # of one side: the others are still wanted
-        results[f'{side} {length}'] = {'error': str(error).splitlines()[0]}
-        rows.append(
-          [
-            f'{NAMES[side]}, {length}',
-            f'not predicted: {str(error).splitlines()[0][:80]}',
-            '',
-            '',
-            '',
-          ]
-        )
+  for length, side in itertools.product(LENGTHS, OURS):
+    name = f'{NAMES[side]}, {length}'
+    try:
+      step = results[f'{side} {length}'] = predict(side, length)
+      speed = [step['step_seconds'], step['tokens_per_second'], f'{step["mfu"]:.0%}']
+      rows.append([name, *speed, step['device_peak_bytes'] / 1e9])
+    except Exception as error:  # of one side: the others are still wanted
+      why = str(error).splitlines()[0]
+      results[f'{side} {length}'] = {'error': why}
+      rows.append([name, f'not predicted: {why[:80]}', '', '', ''])
+
   commands.table(
     'bench-1B, predicted for an H100, not measured', ['', 'step s', 'tokens/s', 'MFU', 'GB'], rows
   )
-  for text in sorted({text for found in results.values() for text in found.get('assumptions', ())}):
+  for text in sorted({text for step in results.values() for text in step.get('assumptions', ())}):
     print(f'assumed: {text}')
   commands.write_json(options.json, 'train_gpu predicted', results)
 
@@ -222,33 +225,34 @@ def show(results: dict, chip_peak: float | None) -> None:
 
   for length in sorted({int(name.split()[-1]) for name in results}):
     of = {side: results[f'{side} {length}'] for side in ORDER if f'{side} {length}' in results}
-    measured = {side: found for side, found in of.items() if 'error' not in found}
+    measured = {side: run for side, run in of.items() if 'error' not in run}
     needed = next(
-      (found['flops_per_token'] for found in measured.values() if 'flops_per_token' in found), None
+      (run['flops_per_token'] for run in measured.values() if 'flops_per_token' in run), None
     )
     rows = []
-    for side, found in sorted(measured.items(), key=lambda item: item[1]['step_seconds']):
-      found['tokens_per_second'] = rate = found['tokens'] / found['step_seconds']
-      found['mfu'] = mfu = flops.mfu(rate * needed, 1, chip_peak) if needed else None
-      peak = found['device_peak_bytes']
+    for side, run in sorted(measured.items(), key=lambda item: item[1]['step_seconds']):
+      run['tokens_per_second'] = rate = run['tokens'] / run['step_seconds']
+      run['mfu'] = mfu = flops.mfu(rate * needed, 1, chip_peak) if needed else None
+      peak = run['device_peak_bytes']
       rows.append(
         [
-          NAMES[side] + (', checkpointed' if found['checkpointed'] else ''),
+          NAMES[side] + (', checkpointed' if run['checkpointed'] else ''),
           rate,
           '-' if mfu is None else f'{mfu:.1%}',
           '-' if peak is None else f'{peak / 1e9:.1f}',
-          found['first_step_seconds'],
-          f'{found["losses"][-1]:.3f}',
+          run['first_step_seconds'],
+          f'{run["losses"][-1]:.3f}',
         ]
       )
+
     commands.table(
       f'{length} tokens a row',
       ['', 'tokens/s', 'MFU', 'peak GB', 'first step s', 'last loss'],
       rows,
     )
-    for side, found in of.items():
-      if 'error' in found:
-        print(f'not measured: {NAMES[side]}, {length}: {found["error"]}')
+    for side, run in of.items():
+      if 'error' in run:
+        print(f'not measured: {NAMES[side]}, {length}: {run["error"]}')
 
 
 def main() -> int:
@@ -275,22 +279,20 @@ def main() -> int:
     print(json.dumps({'platform': jax.devices()[0].platform, 'kind': jax.devices()[0].device_kind}))
     return 0
   if options.side:
-    print(
-      json.dumps(
-        side_of(
-          options.side, int(options.length), options.steps, options.rehearse, options.checkpointed
-        )
-      )
-    )
+    length, steps = int(options.length), options.steps
+    run = side_of(options.side, length, steps, options.rehearse, options.checkpointed)
+    print(json.dumps(run))
     return 0
   if options.predict:
     show_predictions(options)
     return 0
+
   ends = time.time() + options.budget
   platform, kind = device()
   if platform != 'gpu' and not options.rehearse:
     print(
-      f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); --rehearse runs the harness without one'
+      f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); '
+      '--rehearse runs the harness without one'
     )
     return 1
   from analysis import hardware
@@ -299,14 +301,12 @@ def main() -> int:
   for side in ORDER:
     for length in LENGTHS[: 1 if options.quick else None]:
       why = NOT_ON_A_CPU.get(side) if options.rehearse else None
-      found = results[f'{side} {length}'] = (
-        {'error': why} if why else measure(side, length, options, ends)
-      )
-      found['tokens'] = TOKENS // 128 if options.rehearse else TOKENS
-      print(
-        f'{side}, {length}: {found.get("error") or format(found["step_seconds"], ".3f") + " s a step"}',
-        flush=True,
-      )
+      run = {'error': why} if why else measure(side, length, options, ends)
+      run['tokens'] = TOKENS // 128 if options.rehearse else TOKENS
+      results[f'{side} {length}'] = run
+      speed = run.get('error') or f'{run["step_seconds"]:.3f} s a step'
+      print(f'{side}, {length}: {speed}', flush=True)
+
   show(results, None if options.rehearse else hardware.peak(hardware.lookup(kind), 'bfloat16'))
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')

@@ -1,4 +1,5 @@
-"""What do Tandem and HF transformers take for a training step of the same Llama-shaped model? The two sides of train_cpu and train_gpu.
+"""What do Tandem and HF transformers take for a training step of the same Llama-shaped model? The
+two sides of train_cpu and train_gpu.
 
 Each runs in a process of its own (`in_process`), which prints what it found as its last line.
 """
@@ -16,9 +17,11 @@ from parallel import hosts
 
 
 def tandem_step(config, packed: bool = True):
-  """What train.py runs of a config: functions that make the first state and take a step, and shapes of a batch, () -> Batch.
+  """What train.py runs of a config: functions that make the first state and take a step,
+  and shapes of a batch, () -> Batch.
 
-  packed: rows say where their documents lie, as train.py's do, though here they are one each; otherwise they say nothing.
+  packed: rows say where their documents lie, as train.py's do, though here they are one each;
+  otherwise they say nothing.
   """
   import dataclasses
 
@@ -85,9 +88,11 @@ def tandem(config, steps: int, packed: bool = True) -> dict:
 def transformers_torch(
   config, steps: int, device: str = 'cpu', compiled: bool = False, checkpointed: bool = False
 ) -> dict:
-  """The same with transformers' Llama and torch's AdamW; on a GPU in bfloat16 by autocast, with PyTorch's scaled_dot_product_attention.
+  """The same with transformers' Llama and torch's AdamW; on a GPU in bfloat16 by autocast, with
+  PyTorch's scaled_dot_product_attention.
 
-  compiled: torch.compile of each layer. checkpointed: layers are computed again in the backward pass.
+  compiled: torch.compile of each layer. checkpointed: layers are computed again
+  in the backward pass.
   """
   import torch
   import transformers
@@ -151,7 +156,9 @@ def llama(m, length: int, use_cache: bool):
 
 
 def timed(step, steps: int) -> dict:
-  """First step from the start of the process, then the median of the others; and the losses of the first and the last."""
+  """First step from the start of the process, then the median of the others;
+  and the losses of the first and the last.
+  """
   losses = [step()]
   first = time.time() - float(os.environ['BENCHMARK_STARTED'])
   seconds = []
@@ -172,7 +179,8 @@ def in_process(
 ) -> dict:
   """What `python -m module arguments` printed last, as JSON, with its peak resident memory.
 
-  Raises RuntimeError for one that fails, with what it said last, or that takes longer than `timeout` seconds.
+  Raises RuntimeError for one that fails, with what it said last,
+  or that takes longer than `timeout` seconds.
   """
   process = subprocess.Popen(
     [sys.executable, '-m', module, *arguments],
@@ -196,7 +204,9 @@ def in_process(
 
 
 def reason(said: str) -> str:
-  """The line of a traceback that says what went wrong: the last one that begins with the name of an error."""
+  """The line of a traceback that says what went wrong:
+  the last one that begins with the name of an error.
+  """
   lines = [line.strip() for line in said.splitlines() if line.strip()]
   named = [line for line in lines if 'Error' in line.split(':')[0] or 'RESOURCE_EXHAUSTED' in line]
   return (named or lines or ['no word'])[-1][:300]

@@ -1,14 +1,18 @@
-"""How many bytes does training hold on each chip, for each size of model and each way to split or shrink its state?
+"""How many bytes does training hold on each chip, for each size of model
+and each way to split or shrink its state?
 
     python -m benchmarks.zero [--chips 64] [--json FILE]
 
-Nothing here is computed: every figure is read off the shapes, dtypes and shardings of the real model, optimizer and gradients, traced
-on an abstract mesh of that many chips (mesh.fsdp). Beside it stands what the formula says (`formula`).
+Nothing here is computed: every figure is read off the shapes, dtypes and shardings of the real
+model, optimizer and gradients, traced on an abstract mesh of that many chips (mesh.fsdp). Beside it
+stands what the formula says (`formula`).
 
-Between steps parameters and optimizer state are split in every stage of ZeRO (parallel.mesh.MeshConfig.zero). While a step computes,
-there are gradients; with stages 1 and 2 the weights that layers compute with, whole in the compute dtype, and with 1 their whole
-gradients in it besides. Activations are what the forward pass keeps for the backward pass (the residuals of its vector-Jacobian
-product), of one sequence a chip; what a single block works with while it is gone through is not in them.
+Between steps parameters and optimizer state are split in every stage of ZeRO
+(parallel.mesh.MeshConfig.zero). While a step computes, there are gradients; with stages 1 and 2 the
+weights that layers compute with, whole in the compute dtype, and with 1 their whole gradients in it
+besides. Activations are what the forward pass keeps for the backward pass (the residuals of its
+vector-Jacobian product), of one sequence a chip; what a single block works with while it is gone
+through is not in them.
 """
 
 import dataclasses
@@ -45,7 +49,8 @@ def _gpt(width: int, layers: int, heads: int, length: int) -> ModelConfig:
   )
 
 
-# GPT-2 XL: Radford et al. 2019, table 2. Llama 2 7B: arXiv:2307.09288 and its config.json. GPT-3: arXiv:2005.14165, table 2.1.
+# GPT-2 XL: Radford et al. 2019, table 2. Llama 2 7B: arXiv:2307.09288 and its config.json.
+# GPT-3: arXiv:2005.14165, table 2.1.
 MODELS = {
   '125M (GPT-2)': gpt2.get_config().model,
   '1.5B (GPT-2 XL)': _gpt(1600, 48, 25, 1024),
@@ -73,7 +78,9 @@ PARTS = ('parameters', 'optimizer', 'gradients', 'whole weights', 'whole gradien
 
 @dataclasses.dataclass(frozen=True)
 class State:
-  """Bytes on each chip while a step computes: `parts` by PARTS; `host`: in the host's memory, for each chip; `count`: parameters."""
+  """Bytes on each chip while a step computes: `parts` by PARTS;
+  `host`: in the host's memory, for each chip; `count`: parameters.
+  """
 
   parts: dict[str, int]
   host: int
@@ -125,13 +132,16 @@ def measure(config: Config, chips: int) -> State:
 
 
 def formula(config: Config, chips: int, parameters: int) -> dict[str, float]:
-  """Bytes on each chip as counted by hand: of P parameters, n chips, L layers, T tokens, D width, V rows of the vocabulary.
+  """Bytes on each chip as counted by hand: of P parameters, n chips, L layers,
+  T tokens, D width, V rows of the vocabulary.
 
-  f32 parameters and gradients 4 P / n each; AdamW's two moments 8 P / n (adam8bit: 2 P / n and 8 / 256 P / n for scales, and 8 for
-  tables; in the host's memory 0); weights but for tables whole in the compute dtype (c bytes), with stage 1 their gradients besides;
-  activations with remat='full' c (L + 1) T D, every block's input and the gradient of the loss towards the last one's output, and
+  f32 parameters and gradients 4 P / n each; AdamW's two moments 8 P / n (adam8bit: 2 P / n and 8 /
+  256 P / n for scales, and 8 for tables; in the host's memory 0); weights but for tables whole in
+  the compute dtype (c bytes), with stage 1 their gradients besides; activations with remat='full' c
+  (L + 1) T D, every block's input and the gradient of the loss towards the last one's output, and
   12 T D of the last norm in f32; the loss computes the gradient of the head forward, c V D / n.
-  Short of the truth where scales of adam8bit do not divide over the chips, which then hold them whole.
+  Short of the truth where scales of adam8bit do not divide over the chips,
+  which then hold them whole.
   """
   model, zero = config.model, config.mesh.zero
   P, n, c = parameters, chips, jnp.dtype(model.dtype).itemsize
@@ -169,7 +179,9 @@ def _loss(config, model, batch=None):
 
 
 def _residuals(config, model, mesh) -> int:
-  """Bytes on each chip of what the forward pass leaves for the backward pass and is neither parameter nor token."""
+  """Bytes on each chip of what the forward pass leaves for the backward pass
+  and is neither parameter nor token.
+  """
   rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
   tokens = jax.ShapeDtypeStruct(
     (config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows
@@ -216,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         ]
       )
     commands.table(
-      f'{name}, {state.count:,} parameters, T={model.max_length}, {options.chips} chips: GB on each',
+      f'{name}, {state.count:,} parameters, T={model.max_length}, '
+      f'{options.chips} chips: GB on each',
       ['', *PARTS, 'sum', 'by formula', 'host'],
       rows,
     )

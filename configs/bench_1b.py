@@ -5,7 +5,8 @@
 
 Heads 128 wide, four query heads a key, 16k tokens a step: 4 rows of 4k, or a row of 16k with
 --config.data.sequence_length=16384 --config.data.batch_size=1.
-Hardware: parameters, gradients and AdamW's moments in f32 take 18 GB. Cost and loss are not known: it measures speed.
+Hardware: parameters, gradients and AdamW's moments in f32 take 18 GB.
+Cost and loss are not known: it measures speed.
 """
 
 from data.config import DataConfig, TokenizerConfig

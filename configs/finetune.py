@@ -1,10 +1,11 @@
-"""Goes on training a run's model, such as one that was imported from transformers, on other text: here the standard library.
+"""Goes on training a run's model, such as one that was imported from transformers,
+on other text: here the standard library.
 
     python convert.py import --from path/to/hf_dir --workdir runs/llama --dtype float32
     python train.py --config=configs/finetune.py --config.init=runs/llama --workdir=runs/tuned
 
-Model and tokenizer are those of config.init; a field of config.model that is set here or by a flag replaces its own (remat, dtype,
-...). Cost and score depend on the model: not measured.
+Model and tokenizer are those of config.init; a field of config.model that is set here or by a flag
+replaces its own (remat, dtype, ...). Cost and score depend on the model: not measured.
 """
 
 from data.config import DataConfig

@@ -1,10 +1,14 @@
-"""nanoGPT's CPU setting on tinyshakespeare: characters, 4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps.
+"""nanoGPT's CPU setting on tinyshakespeare: characters, 4 layers, 4 heads,
+width 128, context 64, batch 12, 2,000 steps.
 
-    python train.py --config=configs/shakespeare_char.py --workdir=runs/shakespeare '--config.data.sources[0].path=input.txt'
+    python train.py --config=configs/shakespeare_char.py --workdir=runs/shakespeare \\
+      '--config.data.sources[0].path=input.txt'
 
-The text is data/tinyshakespeare/input.txt of karpathy/char-rnn (1.1 MB); the path is where you keep it.
+The text is data/tinyshakespeare/input.txt of karpathy/char-rnn (1.1 MB);
+the path is where you keep it.
 
-nanoGPT's README gives a validation loss of 1.88 nats. Here 1.676, in 132 s from start to end on two CPU cores (AMD EPYC, Zen 5).
+nanoGPT's README gives a validation loss of 1.88 nats.
+Here 1.676, in 132 s from start to end on two CPU cores (AMD EPYC, Zen 5).
 """
 
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig

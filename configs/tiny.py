@@ -1,4 +1,5 @@
-"""The smallest run that does everything: a byte-level-exact BPE model of the interpreter's own standard library.
+"""The smallest run that does everything: a byte-level-exact BPE model
+of the interpreter's own standard library.
 
 python train.py --config=configs/tiny.py --workdir=runs/tiny
 """

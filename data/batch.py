@@ -12,15 +12,18 @@ from model.loss import IGNORE
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Packed rows of documents; every field is int32 [B, T] (numpy on the host, jax.Array on devices).
+  """Packed rows of documents; every field is int32 [B, T]
+  (numpy on the host, jax.Array on devices).
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers,
+  specs and placeholders.
 
   Attributes:
     tokens: inputs; 0 where segments is 0.
     targets: the token that follows in the same document, IGNORE where segments is 0.
     positions: 0, 1, .. within each segment.
-    segments: 1, 2, .. for the pieces of documents in a row, in order; 0 is padding. No attention across segments.
+    segments: 1, 2, .. for the pieces of documents in a row, in order;
+      0 is padding. No attention across segments.
   """
 
   tokens: Any

@@ -1,4 +1,6 @@
-"""How does a directory in the cache appear whole or not at all, and how is it known to be intact later?"""
+"""How does a directory in the cache appear whole or not at all,
+and how is it known to be intact later?
+"""
 
 import contextlib
 import json
@@ -17,7 +19,9 @@ CHECK_BYTES = 2**28  # more than this is not read at every start just to verify 
 
 @contextlib.contextmanager
 def building(final: pathlib.Path, log: Callable[[str], object]) -> Iterator[pathlib.Path]:
-  """A directory that becomes `final` in one step when the block ends well, and vanishes when it doesn't."""
+  """A directory that becomes `final` in one step when the block ends well,
+  and vanishes when it doesn't.
+  """
   prefix = f'{final.name}.partial-{socket.gethostname()}-'
   final.parent.mkdir(parents=True, exist_ok=True)
   for left in final.parent.glob(f'{prefix}*'):
@@ -105,7 +109,9 @@ def write_index(directory: pathlib.Path, records: list[dict], report: dict) -> N
 
 
 def read_index(directory: pathlib.Path) -> dict:
-  """The index that `write_index` wrote: 'report' and 'files'. Raises CorruptShardError when it can't be parsed."""
+  """The index that `write_index` wrote: 'report' and 'files'.
+  Raises CorruptShardError when it can't be parsed.
+  """
   try:
     return json.loads((directory / INDEX).read_text())
   except ValueError as error:

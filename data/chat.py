@@ -1,8 +1,8 @@
 """How does a conversation become the text that a chat model was trained on?
 
-A template is a Jinja program that comes with the tokenizer. It is another's code, so it runs in Jinja's sandbox and
-sees nothing but JSON data. What it renders holds the names of control tokens: encode it with
-`tokenizer.encode(text, special=True)`.
+A template is a Jinja program that comes with the tokenizer. It is another's code, so it runs in
+Jinja's sandbox and sees nothing but JSON data. What it renders holds the names of control tokens:
+encode it with `tokenizer.encode(text, special=True)`.
 """
 
 import datetime
@@ -19,14 +19,16 @@ _OPEN, _CLOSE = f'<{_NONCE}', f'{_NONCE}>'
 
 
 class ChatTemplate:
-  """A template in the dialect of transformers' apply_chat_template, with its {% generation %} blocks.
+  """A template in the dialect of transformers' apply_chat_template,
+  with its {% generation %} blocks.
 
   Args:
     source: the Jinja text.
     variables: what it may name besides messages, such as bos_token.
 
   Attributes:
-    marks_generation: whether {% generation %} blocks tell what the assistant wrote, see `render_with_spans`.
+    marks_generation: whether {% generation %} blocks tell what the assistant wrote,
+      see `render_with_spans`.
 
   Raises:
     ValueError: source is '' or no valid template.
@@ -47,11 +49,13 @@ class ChatTemplate:
 
   @classmethod
   def of(cls, tokenizer: Tokenizer, name: str = 'default') -> 'ChatTemplate':
-    """A tokenizer's own template, by name where it has several. Raises ValueError where there is none of that name."""
+    """A tokenizer's own template, by name where it has several.
+    Raises ValueError where there is none of that name.
+    """
     if not tokenizer.chat_templates:
       raise ValueError(
-        f'this {tokenizer.kind!r} tokenizer has no chat template (the model may be a base model): put a '
-        'chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)'
+        f'this {tokenizer.kind!r} tokenizer has no chat template (the model may be a base model): '
+        'put a chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)'
       )
     names.check('chat template', name, tokenizer.chat_templates)
     return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)
@@ -62,10 +66,12 @@ class ChatTemplate:
     """The conversation as text.
 
     Args:
-      messages: [{'role': 'user', 'content': 'Hello'}, ...]; content is text or a list of parts, and may be missing
-        beside 'tool_calls'. Other keys are the template's matter; None counts as missing, as in transformers.
+      messages: [{'role': 'user', 'content': 'Hello'}, ...]; content is text or a list of parts, and
+        may be missing beside 'tool_calls'. Other keys are the template's matter; None counts as
+        missing, as in transformers.
       add_generation_prompt: end with what opens the assistant's turn.
-      **variables: for the template (tools, documents, enable_thinking, ...), before those of the constructor.
+      **variables: for the template (tools, documents, enable_thinking, ...),
+      before those of the constructor.
 
     Raises:
       ValueError: messages of another form; data that is not JSON; the template refuses, or fails.
@@ -75,10 +81,12 @@ class ChatTemplate:
   def render_with_spans(
     self, messages: Sequence[Mapping], **options
   ) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and [begin, end) in characters of each part of it that the assistant wrote. Arguments as for `render`.
+    """The text, and [begin, end) in characters of each part of it that the assistant wrote.
+    Arguments as for `render`.
 
     Raises:
-      ValueError: as `render`, and where the template has no {% generation %} block, so that nobody trains on nothing.
+      ValueError: as `render`, and where the template has no {% generation %} block,
+        so that nobody trains on nothing.
     """
     if not self.marks_generation:
       raise ValueError(
@@ -137,8 +145,11 @@ def _plain(data: dict) -> dict:
 
 
 def _spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
-  """Takes the marks out of a text; what stood between them are the spans, in order of their ends."""
-  text, begins, spans = '', [], []
+  """Takes the marks out of a text; what stood between them are the spans,
+  in order of their ends.
+  """
+  text = ''
+  begins, spans = [], []
   for piece in re.split(f'({_OPEN}|{_CLOSE})', marked):
     if piece == _OPEN:
       begins.append(len(text))

@@ -1,6 +1,7 @@
 """What happens to one document before it is learned from, and what in it must not be learned?
 
-The stages, each counted: repair of lone surrogates, quality filters, anonymisation, keys to find duplicates by.
+The stages, each counted: repair of lone surrogates, quality filters,
+anonymisation, keys to find duplicates by.
 """
 
 import collections
@@ -57,8 +58,9 @@ def clean(text: str, config: CleanConfig) -> Cleaned:
 _SURROGATES = re.compile('[\ud800-\udfff]')
 
 
-# Each pattern begins with a character or a class, and looks behind it only then: re skips to possible beginnings at
-# memory speed, but tries a leading look-behind at every character (four times slower on the standard library).
+# Each pattern begins with a character or a class, and looks behind it only then: re skips to
+# possible beginnings at memory speed, but tries a leading look-behind at every character (four
+# times slower on the standard library).
 _EMAIL_HINT = re.compile(r'@(?<=\w@)[A-Za-z0-9-]+\.')
 _EMAIL = re.compile(
   r"[\w.+'-](?<![\w.+'-]{2})[\w.+'-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])"
@@ -82,11 +84,13 @@ _DIGITS = re.compile(r'[0-9](?<![\w.][0-9])[0-9]{8,}(?!\w|\.[0-9])')
 def anonymise(text: str, kinds: Iterable[str]) -> tuple[str, dict[str, int]]:
   """Replaces personal data by placeholders.
 
-  Rules, not a recogniser: 'a@b.de' in prose and 'x@layer.weight' in Python look the same and both go.
+  Rules, not a recogniser: 'a@b.de' in prose and 'x@layer.weight'
+  in Python look the same and both go.
 
   Args:
     text: any text.
-    kinds: of 'email', 'ip', 'phone', 'digits' (runs of nine or more, and 4 x 4 as on cards), in any order.
+    kinds: of 'email', 'ip', 'phone', 'digits' (runs of nine or more, and 4 x 4 as on cards),
+      in any order.
 
   Returns:
     The text with <EMAIL>, <IP>, <PHONE>, <DIGITS>, and how many of each kind were replaced.
@@ -119,7 +123,8 @@ def _mask_addresses(text: str, pattern: re.Pattern) -> tuple[str, int]:
   def replace(match: re.Match) -> str:
     nonlocal masked
     groups = [group for group in match[0].split(':') if group]
-    # Slices such as x[1::2] parse as IPv6: ask for three groups, or a first one of four digits as in fe80::1.
+    # Slices such as x[1::2] parse as IPv6: ask for three groups,
+    # or a first one of four digits as in fe80::1.
     if ':' in match[0] and len(groups) < 3 and len(groups[0]) < 4:
       return match[0]
     try:

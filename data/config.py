@@ -18,8 +18,8 @@ class SourceConfig:
   """One source of documents.
 
   Attributes:
-    kind: 'stdlib' (the running interpreter's own source, without tests), 'text' (a document per file),
-      'jsonl' (a document per line), 'csv' (a document per record).
+    kind: 'stdlib' (the running interpreter's own source, without tests), 'text' (a document per
+      file), 'jsonl' (a document per line), 'csv' (a document per record).
     path: glob of the files ('**' crosses directories); '' for 'stdlib'.
     text_field: the JSON key or CSV column that holds the text; '' for 'stdlib' and 'text'.
     weight: this source's share of the training examples, relative to the other sources' weights.
@@ -57,11 +57,13 @@ class CleanConfig:
   """What is dropped and what is masked before anything is learned from the text.
 
   Attributes:
-    filters: quality rules, see data/clean.py: 'none', 'code' (StarCoder's) or 'prose' (Gopher's, C4's, FineWeb's).
-    anonymise: kinds replaced by placeholders such as <EMAIL>: 'email', 'ip', 'phone', 'digits' (runs of nine or more).
+    filters: quality rules, see data/clean.py: 'none', 'code' (StarCoder's)
+      or 'prose' (Gopher's, C4's, FineWeb's).
+    anonymise: kinds replaced by placeholders such as <EMAIL>: 'email', 'ip',
+      'phone', 'digits' (runs of nine or more).
     exact_duplicates: drop documents equal to an earlier one up to case and whitespace.
-    near_duplicates: drop documents whose estimated Jaccard similarity (5-word shingles) with an earlier one is
-      at least this; 0 switches the stage off.
+    near_duplicates: drop documents whose estimated Jaccard similarity (5-word shingles) with an
+      earlier one is at least this; 0 switches the stage off.
   """
 
   filters: str = 'none'
@@ -85,14 +87,15 @@ class TokenizerConfig:
   """How text becomes integers.
 
   Attributes:
-    kind: 'sentencepiece', 'huggingface' (a tokenizer.json), 'byte' (256 bytes) or 'char' (the characters found in the
-      corpus).
-    path: what to load: a run's tokenizer directory; a SentencePiece .model file ('' trains one on the training split); a
-      directory with tokenizer.json and what Hugging Face keeps beside it.
-    vocabulary: number of ids. 0: the kind's own (4096 for a trained SentencePiece model). For a kind that fixes its
-      own number, any other value than that number is an error.
+    kind: 'sentencepiece', 'huggingface' (a tokenizer.json), 'byte' (256 bytes)
+      or 'char' (the characters found in the corpus).
+    path: what to load: a run's tokenizer directory; a SentencePiece .model file ('' trains one on
+      the training split); a directory with tokenizer.json and what Hugging Face keeps beside it.
+    vocabulary: number of ids. 0: the kind's own (4096 for a trained SentencePiece model). For a
+      kind that fixes its own number, any other value than that number is an error.
     algorithm: 'bpe' or 'unigram', for training.
-    split_by_whitespace: keep pieces within words; False lets frequent phrases become pieces (shorter sequences).
+    split_by_whitespace: keep pieces within words;
+      False lets frequent phrases become pieces (shorter sequences).
     training_bytes: train on an evenly spread sample of about this many bytes of text.
   """
 
@@ -112,8 +115,8 @@ class TokenizerConfig:
       )
     if self.kind == 'huggingface' and not self.path:
       raise ValueError(
-        "tokenizer.path='' with kind='huggingface': give the directory that holds its tokenizer.json, "
-        "or train one here with kind='sentencepiece'"
+        "tokenizer.path='' with kind='huggingface': give the directory that holds its "
+        "tokenizer.json, or train one here with kind='sentencepiece'"
       )
     if self.vocabulary < 0 or self.vocabulary > 2**31 - 1:
       raise ValueError(
@@ -121,8 +124,8 @@ class TokenizerConfig:
       )
     if self.trained and 0 < self.vocabulary < 512:
       raise ValueError(
-        f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 special '
-        "ones come first; use kind='byte' for a smaller one"
+        f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 '
+        "special ones come first; use kind='byte' for a smaller one"
       )
     if self.training_bytes < 1000:
       raise ValueError(f'tokenizer.training_bytes={self.training_bytes} must be >= 1000')
@@ -143,9 +146,11 @@ class DataConfig:
     tokenizer: how text becomes integers.
     sequence_length: T, positions per row.
     batch_size: B, rows per global batch (all processes together).
-    validation_fraction: held-out share: of the documents ('hash') or of each source's characters ('tail').
-    split: 'hash' decides by a hash of the document's content, so a document keeps its side as the corpus grows and
-      duplicates never straddle; 'tail' holds out the end of each source, for a corpus that is a single text.
+    validation_fraction: held-out share: of the documents ('hash')
+      or of each source's characters ('tail').
+    split: 'hash' decides by a hash of the document's content, so a document keeps its side as the
+      corpus grows and duplicates never straddle; 'tail' holds out the end of each source, for a
+      corpus that is a single text.
     seed: order of the training examples.
     cache_dir: where prepared corpora are kept, each under a hash of its content and settings.
   """
@@ -171,7 +176,8 @@ class DataConfig:
       )
     if not 0 < self.validation_fraction < 1:
       raise ValueError(
-        f'data.validation_fraction={self.validation_fraction} must be between 0 and 1, both excluded'
+        f'data.validation_fraction={self.validation_fraction} must be between '
+        '0 and 1, both excluded'
       )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'data.seed={self.seed} must be in [0, 2**32)')

@@ -1,4 +1,6 @@
-"""Which documents are worth learning from? Rules that drop a document that breaks them, with thresholds from papers."""
+"""Which documents are worth learning from? Rules that drop a document that breaks them,
+with thresholds from papers.
+"""
 
 import collections
 import functools
@@ -10,9 +12,8 @@ import numpy as np
 
 from data import duplicates
 
-STOP_WORDS = frozenset(
-  ('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with')
-)  # Gopher, appendix A1
+# Gopher, appendix A1
+STOP_WORDS = frozenset(('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'))
 TERMINAL_PUNCTUATION = ('.', '!', '?', '"', '\u201d', '\u2026', '\u3002', '\uff01', '\uff1f')
 
 
@@ -54,9 +55,8 @@ def _word_length(view: View) -> bool:
 
 
 def _symbols(view: View) -> bool:
-  return view.text.count('#') + view.text.count('...') + view.text.count('\u2026') <= 0.1 * len(
-    view.words
-  )
+  symbols = sum(map(view.text.count, ('#', '...', '\u2026')))
+  return symbols <= 0.1 * len(view.words)
 
 
 def _bullets(view: View) -> bool:
@@ -71,12 +71,8 @@ def _letters(view: View) -> bool:
 
 
 def _stop_words(view: View) -> bool:
-  return (
-    len(
-      STOP_WORDS.intersection(word.strip(string.punctuation) for word in view.text.lower().split())
-    )
-    >= 2
-  )
+  words = (word.strip(string.punctuation) for word in view.text.lower().split())
+  return len(STOP_WORDS.intersection(words)) >= 2
 
 
 def _placeholder_text(view: View) -> bool:
@@ -109,7 +105,8 @@ def _repeated_lines(view: View) -> bool:
   )
 
 
-# n -> greatest share of characters in the most frequent n-gram (2-4), or in all repeated n-grams (5-10).
+# n -> greatest share of characters in the most frequent n-gram (2-4),
+# or in all repeated n-grams (5-10).
 GOPHER_NGRAMS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
@@ -125,16 +122,19 @@ def _repeated_ngrams(view: View) -> bool:
       grams, return_index=True, return_inverse=True, return_counts=True
     )
     if n <= 4:
+      # Characters of the most frequent n-gram, wherever it is, if it repeats.
       top = int(np.argmax(counts))
-      covered = (
-        int(counts[top] * lengths[first[top] : first[top] + n].sum()) if counts[top] > 1 else 0
-      )
+      characters = lengths[first[top] : first[top] + n].sum()
+      covered = int(counts[top] * characters) if counts[top] > 1 else 0
     else:
+      # Characters of words that lie in any n-gram that was there before, each word once: +1 where
+      # such an n-gram starts, -1 behind it, and a word is inside where their running sum is not 0.
       starts = np.flatnonzero(np.arange(len(grams)) != first[inverse])
       inside = np.zeros(len(words) + 1, np.int64)
       np.add.at(inside, starts, 1)
       np.add.at(inside, starts + n, -1)
       covered = int(lengths[np.cumsum(inside[:-1]) > 0].sum())
+
     if covered > limit * lengths.sum():
       return False
   return True
@@ -143,8 +143,8 @@ def _repeated_ngrams(view: View) -> bool:
 # preset -> rule -> keeps(view), in the order in which they are tried.
 FILTERS: dict[str, dict[str, Callable[[View], bool]]] = {
   'none': {},
-  # StarCoder (arXiv:2305.06161, section 3.1) after Codex (arXiv:2107.03374, section 3.1): no line over 1000
-  # characters, 100 on average, a quarter of the characters alphanumeric.
+  # StarCoder (arXiv:2305.06161, section 3.1) after Codex (arXiv:2107.03374, section 3.1): no line
+  # over 1000 characters, 100 on average, a quarter of the characters alphanumeric.
   'code': {'line_length': _line_length, 'alphanumeric': _alphanumeric},
   'prose': {
     # Gopher (arXiv:2112.11446, appendix A1, quality filters).
@@ -154,9 +154,11 @@ FILTERS: dict[str, dict[str, Callable[[View], bool]]] = {
     'bullets': _bullets,
     'letters': _letters,
     'stop_words': _stop_words,
-    # C4 (arXiv:1910.10683, section 2.2), without its rule on lines, which FineWeb found to cost more than it gives.
+    # C4 (arXiv:1910.10683, section 2.2), without its rule on lines,
+    # which FineWeb found to cost more than it gives.
     'placeholder_text': _placeholder_text,
-    # FineWeb (arXiv:2406.17557, section 3.6), with its repository's limits on newlines and short lines.
+    # FineWeb (arXiv:2406.17557, section 3.6), with its repository's limits
+    # on newlines and short lines.
     'line_ends': _line_ends,
     'short_lines': _short_lines,
     # Gopher (appendix A1, repetition removal, table A1).

@@ -1,7 +1,9 @@
-"""How does a Hugging Face tokenizer.json become bytes per id, with control tokens that no text can name?
+"""How does a Hugging Face tokenizer.json become bytes per id,
+with control tokens that no text can name?
 
-Families met in practice: byte-level BPE (GPT-2, Llama 3, Qwen), SentencePiece-style BPE with byte pieces (Llama 2,
-Mistral, Gemma), Unigram (T5), WordPiece (BERT). Encoding is the tokenizers library's; no file is executed.
+Families met in practice: byte-level BPE (GPT-2, Llama 3, Qwen), SentencePiece-style BPE with byte
+pieces (Llama 2, Mistral, Gemma), Unigram (T5), WordPiece (BERT). Encoding is the tokenizers
+library's; no file is executed.
 """
 
 import functools
@@ -38,25 +40,29 @@ class HuggingFaceTokenizer(Tokenizer):
   """A tokenizer.json with the settings that lie beside it.
 
   Control tokens are the added tokens marked special and those that the settings name (bos_token,
-  additional_special_tokens, ...). They decode to b''. Text can't name them, `encode(text, special=True)` excepted; the
-  library's own switch for that, `encode_special_tokens`, is not used because Unigram and WordPiece still find their
-  names as ordinary pieces. Added tokens that are not special (Qwen's <think>) are text, and are found in any text.
+  additional_special_tokens, ...). They decode to b''. Text can't name them,
+  `encode(text, special=True)` excepted; the library's own switch for that, `encode_special_tokens`,
+  is not used because Unigram and WordPiece still find their names as ordinary pieces. Added tokens
+  that are not special (Qwen's <think>) are text, and are found in any text.
 
-  eos is eos_token, or sep_token (BERT's [SEP]). pad is pad_token, or else eos. bos, which a document's first token is
-  predicted from, is bos_token, or cls_token (BERT's [CLS]), or where there is neither, pad: T5's decoder starts with
-  its pad, and Qwen's, <|endoftext|>, is what stands between its documents.
+  eos is eos_token, or sep_token (BERT's [SEP]). pad is pad_token, or else eos. bos, which a
+  document's first token is predicted from, is bos_token, or cls_token (BERT's [CLS]), or where
+  there is neither, pad: T5's decoder starts with its pad, and Qwen's, <|endoftext|>, is what stands
+  between its documents.
 
-  `decode` follows the file's decoder, with two differences: only one leading space is taken away, and added tokens
-  outside the model's vocabulary come out as they stand (the library takes them for byte-level or metaspace pieces).
-  WordPiece's pieces without ## begin with a space, which a text's first piece loses again.
+  `decode` follows the file's decoder, with two differences: only one leading space is taken away,
+  and added tokens outside the model's vocabulary come out as they stand (the library takes them for
+  byte-level or metaspace pieces). WordPiece's pieces without ## begin with a space, which a text's
+  first piece loses again.
 
   Args:
-    contents: 'tokenizer.json' and, of 'tokenizer_config.json', 'special_tokens_map.json' and 'chat_template.jinja',
-      those that there are, as bytes. `save` writes them as they are: transformers loads the directory, too.
+    contents: 'tokenizer.json' and, of 'tokenizer_config.json', 'special_tokens_map.json' and
+      'chat_template.jinja', those that there are, as bytes. `save` writes them as they are:
+      transformers loads the directory, too.
 
   Raises:
-    ValueError: a file that can't be read as what it should be; no token ends a text; a special token without an id;
-      a decoder that can't be written as bytes per id.
+    ValueError: a file that can't be read as what it should be; no token ends a text; a special
+      token without an id; a decoder that can't be written as bytes per id.
   """
 
   kind = 'huggingface'
@@ -70,12 +76,14 @@ class HuggingFaceTokenizer(Tokenizer):
         f'no token ends a text: {SETTINGS} names no eos_token (nor sep_token); put one beside '
         f'{DEFINITION} that does, such as {{"eos_token": "</s>"}}'
       )
+
     definition = _definition(contents)
     vocabulary = _vocabulary(definition)
     added = {token['content']: token['id'] for token in definition['added_tokens']}
     control = {
       token['content']: token['id'] for token in definition['added_tokens'] if token['special']
     }
+
     spell, joins_words, self._drops_space = spelling(definition.get('decoder'))
     ids = vocabulary | added
     token_bytes = [b''] * (max(ids.values()) + 1)
@@ -84,6 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
         token_bytes[index] = (
           piece.encode() if piece not in vocabulary and not joins_words else spell(piece)
         )
+
     eos = ids[roles.get('eos_token') or roles['sep_token']]
     pad = ids[roles['pad_token']] if 'pad_token' in roles else eos
     first = roles.get('bos_token') or roles.get('cls_token')
@@ -94,19 +103,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
   @classmethod
   def read(cls, path: str | os.PathLike) -> 'HuggingFaceTokenizer':
-    """From a directory with a tokenizer.json, or from that file; the files beside it count in both cases."""
-    found = paths(path)
-    contents = {
-      file.name: file.read_bytes() for file in found if file.parent.name != MORE_TEMPLATES
-    }
-    more = {
-      file.stem: file.read_text(encoding='utf-8')
-      for file in found
-      if file.parent.name == MORE_TEMPLATES
-    }
-    if (
-      more
-    ):  # into the settings, where older versions keep them, so that they travel in plain files
+    """From a directory with a tokenizer.json, or from that file;
+    the files beside it count in both cases.
+    """
+    contents, more = {}, {}
+    for file in paths(path):
+      if file.parent.name == MORE_TEMPLATES:
+        more[file.stem] = file.read_text(encoding='utf-8')
+      else:
+        contents[file.name] = file.read_bytes()
+    # Into the settings, where older versions keep them, so that they travel in plain files.
+    if more:
       settings = _json(contents, SETTINGS)
       templates = _templates(contents, settings) | more
       contents.pop(TEMPLATE, None)
@@ -121,15 +128,15 @@ class HuggingFaceTokenizer(Tokenizer):
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
-    return (
-      self._named.encode(in_utf8(text), add_special_tokens=False).ids
-      if special
-      else super().encode(text)
-    )
+    if not special:
+      return super().encode(text)
+    return self._named.encode(in_utf8(text), add_special_tokens=False).ids
 
   @functools.cached_property
   def _named(self):
-    """The library's tokenizer that takes the names of control tokens for those; only prompts need it."""
+    """The library's tokenizer that takes the names of control tokens for those;
+    only prompts need it.
+    """
     return _build(_definition(self._contents))
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -138,9 +145,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():
-      (pathlib.Path(directory) / name).unlink(
-        missing_ok=True
-      )  # another tokenizer's would be read with this one
+      # Another tokenizer's would be read with this one.
+      (pathlib.Path(directory) / name).unlink(missing_ok=True)
     super().save(directory)
 
   def _files(self) -> dict[str, bytes]:
@@ -149,7 +155,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def paths(path: str | os.PathLike) -> list[pathlib.Path]:
-  """The files that make the tokenizer at `path`, a directory or its tokenizer.json; a checkpoint's others stay out."""
+  """The files that make the tokenizer at `path`, a directory or its tokenizer.json;
+  a checkpoint's others stay out.
+  """
   directory = pathlib.Path(path).expanduser()
   directory = directory.parent if directory.name == DEFINITION else directory
   found = [
@@ -177,7 +185,9 @@ def _settings(contents: Mapping[str, bytes]) -> dict:
 
 
 def _roles(settings: dict) -> dict[str, str]:
-  """The tokens named by role, by settings such as bos_token (but not add_bos_token, which is true or false)."""
+  """The tokens named by role, by settings such as bos_token
+  (but not add_bos_token, which is true or false).
+  """
   tokens = {
     key: value
     for key, value in settings.items()
@@ -192,42 +202,44 @@ def _content(token: str | dict) -> str:
 
 
 def _templates(contents: Mapping[str, bytes], settings: dict) -> dict[str, str]:
-  """Chat templates by name; one without a name is the 'default'. The file comes before the settings."""
+  """Chat templates by name; one without a name is the 'default'.
+  The file comes before the settings.
+  """
   given = settings.get('chat_template') or {}
-  templates = (
-    {'default': given}
-    if isinstance(given, str)
-    else given
-    if isinstance(given, dict)
-    else {entry['name']: entry['template'] for entry in given}
-  )
+  if isinstance(given, str):
+    templates = {'default': given}
+  elif isinstance(given, dict):
+    templates = given
+  else:
+    templates = {entry['name']: entry['template'] for entry in given}
   return templates | ({'default': contents[TEMPLATE].decode()} if TEMPLATE in contents else {})
 
 
 def _vocabulary(definition: dict) -> dict[str, int]:
-  vocabulary = definition['model'][
-    'vocab'
-  ]  # Unigram has a list of [piece, score], the others a dict
-  return (
-    vocabulary
-    if isinstance(vocabulary, dict)
-    else {piece: index for index, (piece, _) in enumerate(vocabulary)}
-  )
+  # Unigram has a list of [piece, score], the others a dict.
+  vocabulary = definition['model']['vocab']
+  if isinstance(vocabulary, dict):
+    return vocabulary
+  return {piece: index for index, (piece, _) in enumerate(vocabulary)}
 
 
 def _definition(contents: Mapping[str, bytes]) -> dict:
-  """The parsed tokenizer.json, without truncation and padding, with all added tokens that the settings tell of."""
+  """The parsed tokenizer.json, without truncation and padding,
+  with all added tokens that the settings tell of.
+  """
   settings = _settings(contents)
   definition = _json(contents, DEFINITION)
   if not isinstance(definition.get('model'), dict) or 'vocab' not in definition['model']:
     raise ValueError(
       f'{DEFINITION} has no model with a vocab: not a file of the tokenizers library'
     )
+
   rules = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized', 'special'), False)
   added = {token['content']: rules | token for token in definition.get('added_tokens') or []}
   for index, token in (settings.get('added_tokens_decoder') or {}).items():
     known = added.setdefault(token['content'], rules | token | {'id': int(index)})
     known['special'] = known['special'] or token.get('special', False)
+
   vocabulary = _vocabulary(definition)
   more = [settings.get(key) or [] for key in ('additional_special_tokens', 'extra_special_tokens')]
   listed = [
@@ -238,19 +250,22 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
   for content in [*_roles(settings).values(), *listed]:
     if content not in added and content not in vocabulary:
       raise ValueError(
-        f'{SETTINGS} names the special token {content!r}, which has no id in {DEFINITION}: add it there '
-        "with the number of the model's row for it, or remove it from the settings"
+        f'{SETTINGS} names the special token {content!r}, which has no id in {DEFINITION}: add it '
+        "there with the number of the model's row for it, or remove it from the settings"
       )
-    added.setdefault(content, rules | {'content': content, 'id': vocabulary.get(content)})[
-      'special'
-    ] = True
-  # The library gives ids to added tokens in their order, and its own limits of length would cut documents.
+    token = {'content': content, 'id': vocabulary.get(content)}
+    added.setdefault(content, rules | token)['special'] = True
+
+  # The library gives ids to added tokens in their order, and its own limits of length would cut
+  # documents.
   added = sorted(added.values(), key=lambda token: token['id'])
   return definition | {'added_tokens': added, 'truncation': None, 'padding': None}
 
 
 def _anonymous(definition: dict, control: dict[str, int]) -> dict:
-  """The same, with control tokens under names that no text can hold (they can't be guessed): same ids, never found."""
+  """The same, with control tokens under names that no text can hold (they can't be guessed):
+  same ids, never found.
+  """
   nonce = secrets.token_hex(16)
   renamed = {content: f'{nonce}:{index}' for content, index in control.items()}
   model = dict(definition['model'])
@@ -264,8 +279,8 @@ def _anonymous(definition: dict, control: dict[str, int]) -> dict:
     merges = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model['merges']]
     for part in control.keys() & {part for merge in merges for part in merge}:
       raise ValueError(
-        f'{part!r} is a control token, and a piece of text too: merges in {DEFINITION} make longer pieces '
-        f'from it; name another token in {SETTINGS}'
+        f'{part!r} is a control token, and a piece of text too: merges in {DEFINITION} make longer '
+        f'pieces from it; name another token in {SETTINGS}'
       )
     model['merges'] = [merge for merge in merges if ''.join(merge) not in control]
   added = [
@@ -276,7 +291,9 @@ def _anonymous(definition: dict, control: dict[str, int]) -> dict:
 
 
 def _build(definition: dict):
-  """The library's tokenizer. Raises ValueError for one it can't read, and for ids that it gives anew."""
+  """The library's tokenizer. Raises ValueError for one it can't read,
+  and for ids that it gives anew.
+  """
   import tokenizers
 
   try:
@@ -289,8 +306,9 @@ def _build(definition: dict):
     given = built.token_to_id(token['content'])
     if given != token['id']:
       raise ValueError(
-        f'the added token {token["content"]!r} has id {token["id"]} in the files, but the tokenizers '
-        f'library gives it {given}: ids of added tokens must follow the vocabulary without gaps'
+        f'the added token {token["content"]!r} has id {token["id"]} in the files, but the '
+        f'tokenizers library gives it {given}: '
+        'ids of added tokens must follow the vocabulary without gaps'
       )
   return built
 
@@ -298,8 +316,9 @@ def _build(definition: dict):
 def spelling(decoder: dict | None) -> tuple[Callable[[str], bytes], bool, bool]:
   """A tokenizer.json's decoder as bytes of single pieces.
 
-  Returns: bytes of a piece; whether spaces join pieces, as in WordPiece; whether a text loses a leading space.
-  Raises ValueError for a decoder, or a setting of one, that needs more than one piece at a time.
+  Returns: bytes of a piece; whether spaces join pieces, as in WordPiece; whether a text loses a
+  leading space. Raises ValueError for a decoder, or a setting of one, that needs more than one
+  piece at a time.
   """
   steps: list[Spelling] = []
   fused = joins_words = drops_space = False
@@ -359,7 +378,9 @@ def _unsupported(step: dict, why: str) -> ValueError:
 
 
 def _byte_level() -> dict[str, int]:
-  """GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode): printable ones are themselves."""
+  """GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode):
+  printable ones are themselves.
+  """
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   return {chr(byte): byte for byte in printable} | {
@@ -386,7 +407,7 @@ def _from_byte_piece(piece: str) -> str | bytes:
 def _from_word_piece(piece: str, prefix: str, cleanup: bool) -> str:
   piece = piece.removeprefix(prefix) if piece.startswith(prefix) else ' ' + piece
   if cleanup:  # the library's rules, in its order
-    for old, new in (
+    for spaced, joined in (
       (' .', '.'),
       (' ?', '?'),
       (' !', '!'),
@@ -399,5 +420,5 @@ def _from_word_piece(piece: str, prefix: str, cleanup: bool) -> str:
       (" 've", "'ve"),
       (" 're", "'re"),
     ):
-      piece = piece.replace(old, new)
+      piece = piece.replace(spaced, joined)
   return piece

@@ -1,7 +1,8 @@
 """Which rows make up the next batch, on this process, now and after any restart?
 
-Global batch b is rows b * B .. (b + 1) * B - 1 of one endless, randomly accessible sequence of training rows; a process reads
-those that its devices hold. So a position in the sequence is the whole state, whatever the number of processes.
+Global batch b is rows b * B .. (b + 1) * B - 1 of one endless, randomly accessible sequence of
+training rows; a process reads those that its devices hold. So a position in the sequence is the
+whole state, whatever the number of processes.
 """
 
 import sys
@@ -16,10 +17,14 @@ BUFFERED_BATCHES = 8
 
 
 class Loader:
-  """An endless iterator of training batches, numpy int32 [rows of this process, T]; see `train_loader`."""
+  """An endless iterator of training batches, numpy int32 [rows of this process, T];
+  see `train_loader`.
+  """
 
   def __init__(self, prepared: Prepared, config: DataConfig, rows: Sequence[int]):
-    self._prepared, self._config, self._rows = prepared, config, rows
+    self._prepared = prepared
+    self._config = config
+    self._rows = rows
     self._sequence = _row_sequence(prepared, config)
     self._examples = 0
     self._batches = self._read_from(0)
@@ -33,7 +38,9 @@ class Loader:
     return batch
 
   def state(self) -> dict:
-    """What `restore` needs, JSON-able: how many examples all processes together have been given, and of what."""
+    """What `restore` needs, JSON-able: how many examples all processes together have been given,
+    and of what.
+    """
     return {'examples': self._examples, **self._identity()}
 
   def _identity(self) -> dict:
@@ -44,10 +51,12 @@ class Loader:
     }
 
   def restore(self, state: dict) -> None:
-    """Goes on where `state` was taken, without repeating or skipping an example; processes and batch size may differ.
+    """Goes on where `state` was taken, without repeating or skipping an example;
+    processes and batch size may differ.
 
     Raises:
-      ValueError: the state belongs to other data, another seed or other weights, so its position means nothing here.
+      ValueError: the state belongs to other data, another seed or other weights,
+        so its position means nothing here.
     """
     differing = [
       f'{name}: {state.get(name)!r} then, {value!r} now'
@@ -87,8 +96,10 @@ class Loader:
 
 
 def _row_sequence(prepared: Prepared, config: DataConfig):
-  """The endless sequence of training rows, a grain.MapDataset of (source, row): each source in a new random order in
-  every epoch, mixed in exact proportion to the weights (which grain rounds to 1% of the smallest)."""
+  """The endless sequence of training rows, a grain.MapDataset of (source, row): each source in a
+  new random order in every epoch, mixed in exact proportion to the weights (which grain rounds to
+  1% of the smallest).
+  """
   import grain
 
   def rows(i: int):
@@ -110,7 +121,8 @@ def _row_sequence(prepared: Prepared, config: DataConfig):
 def train_loader(
   prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None
 ) -> Loader:
-  """Training batches for one process, for ever; deterministic in the prepared data, config.seed and the weights.
+  """Training batches for one process, for ever;
+  deterministic in the prepared data, config.seed and the weights.
 
   Args:
     prepared: from `prepare(config)`.
@@ -121,10 +133,14 @@ def train_loader(
 
 
 class ValidationBatches:
-  """The held-out rows in order, as batches [rows of this process, T]; can be iterated again; see `validation_batches`."""
+  """The held-out rows in order, as batches [rows of this process, T];
+  can be iterated again; see `validation_batches`.
+  """
 
   def __init__(self, prepared: Prepared, config: DataConfig, rows: Sequence[int]):
-    self._source, self._config, self._rows = prepared.validation, config, rows
+    self._source = prepared.validation
+    self._config = config
+    self._rows = rows
 
   def __len__(self) -> int:
     return -(-len(self._source) // self._config.batch_size)
@@ -142,7 +158,8 @@ class ValidationBatches:
 def validation_batches(
   prepared: Prepared, config: DataConfig, rows: Sequence[int] | None = None
 ) -> ValidationBatches:
-  """Held-out batches for one process: every held-out token is predicted exactly once; the last batch ends in padding.
+  """Held-out batches for one process: every held-out token is predicted exactly once;
+  the last batch ends in padding.
 
   The arguments are those of `train_loader`.
   """

@@ -1,7 +1,8 @@
 """How do documents of any length fill rows of one length, with no token lost or doubled?
 
-A document of n tokens has n - 1 (input, target) pairs. `cut` divides its pairs into pieces of at most T; `pack` puts
-pieces into rows. Only these plans are stored, never the rows themselves: a row is gathered when it is asked for.
+A document of n tokens has n - 1 (input, target) pairs. `cut` divides its pairs into pieces of at
+most T; `pack` puts pieces into rows. Only these plans are stored, never the rows themselves: a row
+is gathered when it is asked for.
 """
 
 import numpy as np
@@ -13,11 +14,13 @@ def cut(offsets: np.ndarray, length: int) -> np.ndarray:
   """Divides documents into pieces.
 
   Args:
-    offsets: int64 [documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]], of at least two tokens.
+    offsets: int64 [documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]],
+      of at least two tokens.
     length: T, the greatest number of pairs in a piece.
 
   Returns:
-    int64 [pieces, 2]: (start, n), inputs tokens[start:start + n] and targets tokens[start + 1:start + n + 1].
+    int64 [pieces, 2]: (start, n), inputs tokens[start:start + n]
+    and targets tokens[start + 1:start + n + 1].
   """
   pairs = np.diff(offsets) - 1
   counts = -(-pairs // length)
@@ -31,15 +34,16 @@ def cut(offsets: np.ndarray, length: int) -> np.ndarray:
 def pack(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
   """Assigns pieces to rows: best-fit decreasing (Johnson 1974) over windows of WINDOW pieces.
 
-  Pieces of a whole row need no search. The rest is placed longest first, each in the row where it leaves least room.
+  Pieces of a whole row need no search. The rest is placed longest first,
+  each in the row where it leaves least room.
 
   Args:
     lengths: int64 [pieces], each in [1, length].
     length: T.
 
   Returns:
-    order: int64 [pieces], a permutation of the pieces, and rows: int64 [rows + 1]; row r holds the pieces
-    order[rows[r]:rows[r + 1]].
+    order: int64 [pieces], a permutation of the pieces, and rows: int64 [rows + 1]; row r holds the
+      pieces order[rows[r]:rows[r + 1]].
   """
   whole = np.flatnonzero(lengths == length)
   rest = np.flatnonzero(lengths < length)
@@ -55,7 +59,9 @@ def pack(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _best_fit(lengths: np.ndarray, length: int) -> list[list[int]]:
-  """Rows of piece indices. Open rows are kept by the room left in them; bit r of `rooms`: some have room r."""
+  """Rows of piece indices. Open rows are kept by the room left in them;
+  bit r of `rooms`: some have room r.
+  """
   open_rows: list[list[list[int]]] = [[] for _ in range(length + 1)]
   rooms = 0
   rows = []

@@ -1,10 +1,12 @@
-"""How does a config become batches' worth of tokens on disk? The whole pipeline, in the order in which it runs.
+"""How does a config become batches' worth of tokens on disk?
+The whole pipeline, in the order in which it runs.
 
   read -> clean -> drop duplicates -> split -> train the tokenizer -> encode -> pack
 
-Everything streams: memory holds one chunk of documents, and some 200 bytes per document. The result lies in
-cache_dir/<key>, where the key is a hash of the sources' content and of the settings that change it; a second call loads
-it. cache_dir/<key>/rows-<T> holds the packing for one sequence length, so that another one needs no second tokenising.
+Everything streams: memory holds one chunk of documents, and some 200 bytes per document. The result
+lies in cache_dir/<key>, where the key is a hash of the sources' content and of the settings that
+change it; a second call loads it. cache_dir/<key>/rows-<T> holds the packing for one sequence
+length, so that another one needs no second tokenising.
 """
 
 import array
@@ -52,12 +54,16 @@ class Prepared:
 
   @property
   def validation_bytes(self) -> int:
-    """UTF-8 bytes of the held-out text: bits per byte = nats summed over validation / ln 2 / this."""
+    """UTF-8 bytes of the held-out text:
+    bits per byte = nats summed over validation / ln 2 / this.
+    """
     return self.report['validation']['bytes']
 
   @property
   def document_length(self) -> float:
-    """Length of the piece of document that a training token stands in, averaged over tokens: what attention to it costs."""
+    """Length of the piece of document that a training token stands in,
+    averaged over tokens: what attention to it costs.
+    """
     means = [
       packing['squared_pairs'] / packing['pairs'] for packing in self.report['packing']['train']
     ]
@@ -69,11 +75,6 @@ class Prepared:
     with open(self.directories[0] / 'validation.text', 'rb') as file:
       for n in np.diff(offsets).tolist():
         yield file.read(n).decode()
-
-  def verify(self) -> None:
-    """Reads every file and compares checksums; raises cache.CorruptShardError."""
-    for directory in self.directories:
-      cache.check(directory, cache.read_index(directory)['files'], contents=True)
 
 
 def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepared:
@@ -103,32 +104,34 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
   prepared = _load(config, directory, plan, log)
   train, held_out = prepared.report['packing']['train'], prepared.report['validation']
   log(
-    f'data: loaded {directory} in {time.perf_counter() - began:.2f} s: {sum(entry["pairs"] for entry in train):,} '
-    f'training tokens in {sum(entry["rows"] for entry in train):,} rows of {config.sequence_length}, '
+    f'data: loaded {directory} in {time.perf_counter() - began:.2f} s: '
+    f'{sum(entry["pairs"] for entry in train):,} training tokens in '
+    f'{sum(entry["rows"] for entry in train):,} rows of {config.sequence_length}, '
     f'{held_out["tokens"]:,} held out ({held_out["bytes"]:,} bytes)'
   )
   return prepared
 
 
 def corpus_key(config: DataConfig) -> str:
-  """Hash (hex) of the sources' content and of every setting that changes the cleaned, tokenised corpus."""
+  """Hash (hex) of the sources' content and of every setting that changes the cleaned,
+  tokenised corpus.
+  """
   import importlib.metadata
 
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
+  trained = config.tokenizer.trained
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
     path = os.path.expanduser(config.tokenizer.path)
-    if (
-      config.tokenizer.kind == 'huggingface'
-    ):  # beside the tokenizer's files there may be a whole checkpoint
+    if config.tokenizer.kind == 'huggingface':
+      # Beside the tokenizer's files there may be a whole checkpoint.
       within = [str(file) for file in huggingface.paths(path)]
+    elif os.path.isdir(path):
+      within = sorted(str(file) for file in pathlib.Path(path).rglob('*'))
     else:
-      within = (
-        sorted(str(file) for file in pathlib.Path(path).rglob('*'))
-        if os.path.isdir(path)
-        else [path]
-      )
+      within = [path]
     settings['path'] = sources.content_digest(within, memo)
+
   content = {
     'format': FORMAT,
     'sources': [
@@ -137,9 +140,7 @@ def corpus_key(config: DataConfig) -> str:
     ],
     'clean': dataclasses.asdict(config.clean),
     'tokenizer': settings,
-    'sentencepiece': importlib.metadata.version('sentencepiece')
-    if config.tokenizer.trained
-    else '',
+    'sentencepiece': importlib.metadata.version('sentencepiece') if trained else '',
     'split': [config.split, config.validation_fraction],
   }
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -194,11 +195,12 @@ def _build_corpus(
       share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)),
     )
     made.save(directory / 'tokenizer')
-  special = (
-    None if 'bos_token' in made.special_tokens else {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
-  )
+  special = None
+  if 'bos_token' not in made.special_tokens:
+    special = {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
   log(
-    f'data: {made.kind} tokenizer of {made.vocabulary} ids in {report["seconds"]["tokenizer"]:.1f} s'
+    f'data: {made.kind} tokenizer of {made.vocabulary} ids in '
+    f'{report["seconds"]["tokenizer"]:.1f} s'
     + (f'; it has no bos, so documents begin with its {special}' if special else '')
   )
 
@@ -211,7 +213,8 @@ def _build_corpus(
   log(
     f'data: encoded {total / 1e6:.1f} MB in {report["seconds"]["encode"]:.1f} s, '
     f'{report["tokenizer"]["bytes_per_token"]:.2f} bytes per token, '
-    f'{report["tokenizer"]["characters_lost"]} characters lost in {report["tokenizer"]["documents_lost"]} documents'
+    f'{report["tokenizer"]["characters_lost"]} characters lost in '
+    f'{report["tokenizer"]["documents_lost"]} documents'
   )
   cache.write_index(directory, written, report)
 
@@ -219,7 +222,9 @@ def _build_corpus(
 def _cleaned(
   config: DataConfig, source: SourceConfig, seen: set[bytes], counts: dict
 ) -> Iterator[clean.Cleaned]:
-  """The documents of one source that pass every stage up to exact duplicates; updates `counts` on the way."""
+  """The documents of one source that pass every stage up to exact duplicates;
+  updates `counts` on the way.
+  """
 
   def reading() -> Iterator[str]:
     for text in sources.documents(source, counts['problems']):
@@ -245,7 +250,9 @@ def _cleaned(
 
 
 def _split(config: DataConfig, texts: Texts, kept: np.ndarray, bounds: list[int]) -> np.ndarray:
-  """How many leading characters of each document are for training, int64 [documents]; the others are held out."""
+  """How many leading characters of each document are for training, int64 [documents];
+  the others are held out.
+  """
   characters = np.frombuffer(texts.characters, np.int64) * kept
   if config.split == 'hash':
     boundary = np.where(texts.hash_shares() < config.validation_fraction, 0, characters)
@@ -279,7 +286,9 @@ def _encode(
   made: tokenizers.Tokenizer,
   report: dict,
 ) -> list[dict]:
-  """Encodes both splits into shards and keeps the held-out text; completes `report`; returns the files' records."""
+  """Encodes both splits into shards and keeps the held-out text;
+  completes `report`; returns the files' records.
+  """
   lost = collections.Counter()
   held_out = report['validation'] = collections.Counter(documents=0, bytes=0, tokens=0)
   offsets = array.array('q', [0])
@@ -305,16 +314,18 @@ def _encode(
       trained['shards'] = train.shards
   held_out['shards'] = validation.shards
   np.save(directory / 'validation.text.npy', np.array(offsets, np.int64))
+
   splits = [counts['train'] for counts in report['sources']] + [held_out]
+  total_bytes, total_tokens = (sum(split[unit] for split in splits) for unit in ('bytes', 'tokens'))
   report['tokenizer'] = {
     'kind': made.kind,
     'vocabulary': made.vocabulary,
     'documents_lost': lost['documents_lost'],
     'characters_lost': lost['characters_lost'],
     'bos_is_eos': made.bos == made.eos,
-    'bytes_per_token': sum(split['bytes'] for split in splits)
-    / sum(split['tokens'] for split in splits),
+    'bytes_per_token': total_bytes / total_tokens,
   }
+
   names = ['validation.text', 'validation.text.npy']
   names += [f'tokenizer/{path.name}' for path in sorted((directory / 'tokenizer').iterdir())]
   written = [file for split in splits for shard in split['shards'] for file in shard['files']]
@@ -355,6 +366,7 @@ def _build_plan(
   began = time.perf_counter()
   splits = [(counts['train']['shards'], False) for counts in report['sources']]
   splits.append((report['validation']['shards'], True))
+
   packed, written = [], []
   for entries, in_order in splits:
     plans = [shards.write_plan(corpus, directory, entry, length, in_order) for entry in entries]
@@ -370,6 +382,7 @@ def _build_plan(
       }
     )
     written += [file for plan in plans for file in plan['files']]
+
   seconds = time.perf_counter() - began
   log(
     f'data: packed into rows of {length} in {seconds:.1f} s; filled '
@@ -390,13 +403,14 @@ def _load(
     cache.check(where, index['files'], contents=size <= cache.CHECK_BYTES)
   if size > cache.CHECK_BYTES:
     log(
-      f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB; Prepared.verify() reads them'
+      f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB: more than '
+      f'{cache.CHECK_BYTES / 1e9:.1f} GB are not read again at every start'
     )
+
   report = indices[directory]['report'] | {'packing': indices[plan]['report']}
   for of, counts in zip(config.sources, report['sources']):
-    counts['source'] = dataclasses.asdict(
-      of
-    )  # weight and path may differ from those of the run that built this
+    # Weight and path may differ from those of the run that built this.
+    counts['source'] = dataclasses.asdict(of)
 
   def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:
     return shards.PackedSource(
@@ -432,8 +446,9 @@ def _describe(counts: dict) -> str:
   source = counts['source']
   return (
     f'data: {source["kind"]} {source["path"]}: read {counts["read"]["documents"]:,} documents '
-    f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: {listed(counts["problems"])}; '
-    f'dropped: {listed(counts["dropped"])}; masked: {listed(counts["anonymised"])}'
+    f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: '
+    f'{listed(counts["problems"])}; dropped: {listed(counts["dropped"])}; masked: '
+    f'{listed(counts["anonymised"])}'
   )
 
 

@@ -1,7 +1,9 @@
-"""How are tokens kept on disk, so that any corpus is written once, read without copying, and never trusted blindly?
+"""How are tokens kept on disk, so that any corpus is written once,
+read without copying, and never trusted blindly?
 
-A split is a list of shards. A shard is three files: tokens (raw uint16 or uint32), documents (int64 offsets) and, per
-sequence length, a packing plan (pieces and rows). An index lists every file with its size and checksum.
+A split is a list of shards. A shard is three files: tokens (raw uint16 or uint32), documents (int64
+offsets) and, per sequence length, a packing plan (pieces and rows). An index lists every file with
+its size and checksum.
 """
 
 import dataclasses
@@ -85,7 +87,8 @@ def write_plan(
     in_order: keep the documents' order (validation) instead of filling rows best.
 
   Returns:
-    The plan's entry: rows, pairs, squared_pairs (the sum over pieces of their pairs squared), files.
+    The plan's entry: rows, pairs, squared_pairs (the sum over pieces of their pairs squared),
+    files.
   """
   pieces = packing.cut(np.load(corpus / f'{shard["name"]}.documents.npy'), length)
   order, rows = (packing.pack_in_order if in_order else packing.pack)(pieces[:, 1], length)

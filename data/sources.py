@@ -19,7 +19,8 @@ from data.config import SourceConfig
 STDLIB_EXCLUDED = frozenset(
   {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 )
-# A file changed less than this before it was hashed may change again under the same mtime (git: "racily clean").
+# A file changed less than this many seconds before it was hashed may change again under the same
+# mtime (git: "racily clean").
 RACY_SECONDS = 2.0
 
 
@@ -31,26 +32,25 @@ def paths(source: SourceConfig) -> list[str]:
   """
   if source.kind == 'stdlib':
     root = sysconfig.get_path('stdlib')
-    found = []
+    matches = []
     for directory, inner, names in os.walk(root):
-      inner[:] = [
-        name for name in inner if name not in STDLIB_EXCLUDED
-      ]  # site-packages alone may hold 10,000 files
-      found += [os.path.join(directory, name) for name in names if name.endswith('.py')]
-    found.sort()
+      # site-packages alone may hold 10,000 files.
+      inner[:] = [name for name in inner if name not in STDLIB_EXCLUDED]
+      matches += [os.path.join(directory, name) for name in names if name.endswith('.py')]
+    matches.sort()
     where = f'the standard library at {root}'
   else:
-    found = sorted(
+    matches = sorted(
       path
       for path in glob.glob(os.path.expanduser(source.path), recursive=True)
       if os.path.isfile(path)
     )
     where = f'path={source.path!r} (seen from {os.getcwd()})'
-  if not found:
+  if not matches:
     raise FileNotFoundError(
       f'a {source.kind!r} source found no file: {where}; correct the path or glob'
     )
-  return found
+  return matches
 
 
 def documents(source: SourceConfig, problems: collections.Counter) -> Iterator[str]:
@@ -96,10 +96,10 @@ def _jsonl(path: str, field: str, problems: collections.Counter) -> Iterator[str
 
 
 def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
-  csv.field_size_limit(
-    min(sys.maxsize, 2**31 - 1)
-  )  # the default of 131,072 characters rejects longer documents
-  # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts: the rest of the file is kept.
+  # The default of 131,072 characters rejects longer documents.
+  csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+  # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts:
+  # the rest of the file is kept.
   with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
     reader = csv.DictReader(lines)
     if field not in (reader.fieldnames or ()):
@@ -117,8 +117,9 @@ def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
 def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
   """Digest (hex) of the files' names and bytes.
 
-  Reading 1 GB to hash it costs a second at every start, so (size, mtime) -> digest is remembered in `memo_file`, as
-  make and git do; unlike make, an entry is trusted only if the file had been left alone for RACY_SECONDS when hashed.
+  Reading 1 GB to hash it costs a second at every start, so (size, mtime) -> digest is remembered in
+  `memo_file`, as make and git do; unlike make, an entry is trusted only if the file had been left
+  alone for RACY_SECONDS when hashed.
   """
   memo = json.loads(memo_file.read_text()) if memo_file.exists() else {}
   changed = False

@@ -16,11 +16,9 @@ class Texts:
   def __init__(self, directory: pathlib.Path):
     self._path = directory / 'texts.partial'
     self._signatures_path = directory / 'signatures.partial'
-    self._bytes, self.characters, self._hashes = (
-      array.array('q'),
-      array.array('q'),
-      array.array('Q'),
-    )
+    self._bytes = array.array('q')
+    self.characters = array.array('q')
+    self._hashes = array.array('Q')
 
   def write(self, documents: Iterable[clean.Cleaned]) -> None:
     """Appends documents."""

@@ -1,8 +1,10 @@
-"""How does text become integers, and how do they become exactly that text again? What every tokenizer is (data/tokenizers.py has the kinds).
+"""How does text become integers, and how do they become exactly that text again? What every
+tokenizer is (data/tokenizers.py has the kinds).
 
-All tokenizers are a table from id to bytes (so decoding, also of half a character while streaming, is one join) and a
-way to encode. A document is [bos] + ids + [eos]: bos gives its first token a context, eos lets a model end a text.
-Encoding adds neither, and text can't name them: '</s>' in a document is four characters (see `Tokenizer.encode`).
+All tokenizers are a table from id to bytes (so decoding, also of half a character while streaming,
+is one join) and a way to encode. A document is [bos] + ids + [eos]: bos gives its first token a
+context, eos lets a model end a text. Encoding adds neither, and text can't name them: '</s>' in a
+document is four characters (see `Tokenizer.encode`).
 """
 
 import collections
@@ -26,9 +28,11 @@ class Tokenizer:
   Attributes:
     kind: 'sentencepiece', 'huggingface', 'byte' or 'char'.
     token_bytes: what each id decodes to; b'' for special ids.
-    pad, bos, eos: special ids. pad only fills; it never is a target. bos is what a document's first token is predicted
-      from: where a tokenizer has none of that name, another of its special ids (its class says which).
-    special_tokens: names of control tokens by their role ('bos_token': '<s>'), for chat templates; {} when it has none.
+    pad, bos, eos: special ids. pad only fills; it never is a target. bos is what a document's first
+      token is predicted from: where a tokenizer has none of that name, another of its special ids
+      (its class says which).
+    special_tokens: names of control tokens by their role ('bos_token': '<s>'),
+      for chat templates; {} when it has none.
     chat_templates: Jinja texts by name, see data/chat.py; {} when it has none.
   """
 
@@ -36,7 +40,9 @@ class Tokenizer:
 
   def __init__(self, token_bytes: list[bytes], *, pad: int = PAD, bos: int = BOS, eos: int = EOS):
     self.token_bytes = token_bytes
-    self.pad, self.bos, self.eos = pad, bos, eos
+    self.pad = pad
+    self.bos = bos
+    self.eos = eos
     self.special_tokens: dict[str, str] = {}
     self.chat_templates: dict[str, str] = {}
 
@@ -49,32 +55,30 @@ class Tokenizer:
     """Ids of each text, int32 [tokens], without bos and eos."""
     raise NotImplementedError
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without bos and eos."""
-    return [ids.tolist() for ids in self.encode_arrays(texts)]
-
   def encode(self, text: str, *, special: bool = False) -> list[int]:
     """Ids of a text, without bos and eos.
 
     Args:
       text: any text.
-      special: take the names of control tokens ('<|im_start|>') for those tokens, as in what a chat template renders.
-        Never for text that others wrote: it could end a turn, or begin one.
+      special: take the names of control tokens ('<|im_start|>') for those tokens, as in what a chat
+        template renders. Never for text that others wrote: it could end a turn, or begin one.
 
     Raises:
-      ValueError: special, for a kind whose control tokens text can't name; a text that UTF-8 can't hold.
+      ValueError: special, for a kind whose control tokens text can't name;
+        a text that UTF-8 can't hold.
     """
     if special:
       raise ValueError(
-        f'special=True: text can\'t name the control tokens of a {self.kind!r} tokenizer; use one of '
-        "kind='huggingface', or put their ids (bos, eos) around the text's"
+        f"special=True: text can't name the control tokens of a {self.kind!r} tokenizer; use one "
+        "of kind='huggingface', or put their ids (bos, eos) around the text's"
       )
     return self.encode_arrays([in_utf8(text)])[0].tolist()
 
   def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
     """The UTF-8 bytes of ids, id by id: decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b).
 
-    They may begin or end within a character, so whoever streams holds an incomplete last character back.
+    They may begin or end within a character,
+    so whoever streams holds an incomplete last character back.
 
     Raises:
       ValueError: an id is outside the vocabulary.
@@ -93,7 +97,9 @@ class Tokenizer:
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def losses(self, text: str, ids: Sequence[int] | np.ndarray) -> int:
-    """Number of characters of `text` that decode(ids) doesn't give back; 0 means an exact round trip."""
+    """Number of characters of `text` that decode(ids) doesn't give back;
+    0 means an exact round trip.
+    """
     decoded = self.decode(ids)
     if decoded == text:
       return 0
@@ -110,12 +116,14 @@ class Tokenizer:
 
 
 def in_utf8(text: str) -> str:
-  """The text, if UTF-8 can hold it. Raises ValueError otherwise, where libraries of tokenizers fail each in a way of its own."""
+  """The text, if UTF-8 can hold it. Raises ValueError otherwise,
+  where libraries of tokenizers fail each in a way of its own.
+  """
   try:
     text.encode()
   except UnicodeEncodeError as error:
     raise ValueError(
-      f'a text has {text[error.start]!r} at {error.start}, half of a surrogate pair, which UTF-8 cannot hold; take it out, '
-      'or give both halves as one character'
+      f'a text has {text[error.start]!r} at {error.start}, half of a surrogate pair, which UTF-8 '
+      'cannot hold; take it out, or give both halves as one character'
     ) from error
   return text

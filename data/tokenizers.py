@@ -32,7 +32,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-  """One id per character, in code point order as in nanoGPT's data/shakespeare_char, after the special ids.
+  """One id per character, in code point order as in nanoGPT's data/shakespeare_char,
+  after the special ids.
 
   Args:
     characters: the characters that are known; sorted here.
@@ -85,7 +86,8 @@ class SentencePieceTokenizer(Tokenizer):
     self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     if processor.eos_id() < 0:
       raise ValueError(
-        'this SentencePiece model has no eos id, so no document could end; train one with eos_id >= 0'
+        'this SentencePiece model has no eos id, so no document could end; '
+        'train one with eos_id >= 0'
       )
     pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
     super().__init__(
@@ -96,7 +98,8 @@ class SentencePieceTokenizer(Tokenizer):
     )
     byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
     self._space_ids = None if processor.unk_id() in byte_ids else np.array(byte_ids, np.int32)
-    # 'a' comes out as SPACE + 'a' when the model adds a space before every text; decoding takes it away again.
+    # 'a' comes out as SPACE + 'a' when the model adds a space before every text;
+    # decoding takes it away again.
     self._adds_space = processor.encode('a', out_type=str)[0].startswith(SPACE)
 
   def _bytes(self, index: int, piece: str) -> bytes:
@@ -133,7 +136,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-  """Loads a directory written by `save` or of Hugging Face's form, a tokenizer.json of one, or a SentencePiece .model.
+  """Loads a directory written by `save` or of Hugging Face's form,
+  a tokenizer.json of one, or a SentencePiece .model.
 
   Raises:
     FileNotFoundError: no tokenizer is there.
@@ -166,11 +170,13 @@ def build(
   Args:
     config: its kind and settings.
     training: texts of the training split, to train SentencePiece on.
-    everything: texts of both splits, for the 'char' vocabulary (as nanoGPT: a list of characters tells nothing).
+    everything: texts of both splits, for the 'char' vocabulary
+      (as nanoGPT: a list of characters tells nothing).
     share: of `training` that is to be trained on, see `train_sentencepiece`.
 
   Raises:
-    ValueError: config.vocabulary isn't the number of ids that came out; the file at config.path is of another kind.
+    ValueError: config.vocabulary isn't the number of ids that came out;
+      the file at config.path is of another kind.
   """
   if config.kind == 'byte':
     tokenizer = ByteTokenizer()
@@ -194,12 +200,13 @@ def build(
 
 
 def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> bytes:
-  """Trains a model that gives every text back exactly; deterministic. Returns the bytes of a .model file.
+  """Trains a model that gives every text back exactly; deterministic.
+  Returns the bytes of a .model file.
 
-  Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are code's
-  indentation), bytes for rare characters. BPE is the default: on the standard library it trains 15 times faster than
-  unigram and compresses better (3.7 against 3.5 bytes per token at 4096 pieces). Only the given share of the chunks
-  is used, evenly spread.
+  Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are
+  code's indentation), bytes for rare characters. BPE is the default: on the standard library it
+  trains 15 times faster than unigram and compresses better (3.7 against 3.5 bytes per token at 4096
+  pieces). Only the given share of the chunks is used, evenly spread.
   """
   import sentencepiece
 
@@ -239,11 +246,15 @@ def _sample(chunks: Iterable[str], share: float) -> Iterator[str]:
   return (chunk for i, chunk in enumerate(chunks) if int((i + 1) * share) > int(i * share))
 
 
-_CHUNK = 4000  # characters given to the trainer at a time; it skips sentences longer than max_sentence_length bytes
+# Characters given to the trainer at a time; it skips sentences longer than max_sentence_length
+# bytes.
+_CHUNK = 4000
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-  """Cuts texts at line ends into chunks that the trainer accepts; line ends stay, so they are learned as pieces."""
+  """Cuts texts at line ends into chunks that the trainer accepts;
+  line ends stay, so they are learned as pieces.
+  """
   for text in texts:
     chunk = ''
     for line in text.splitlines(keepends=True):

@@ -1,10 +1,13 @@
-"""How many operations does the model need? Multiply-adds x 2 of the matrix products, and nothing else.
+"""How many operations does the model need? Multiply-adds x 2 of the matrix products,
+and nothing else.
 
-Model FLOPs, as in PaLM (arXiv:2204.02311, appendix B): what the mathematics asks for, not what the program runs, so
-recomputation (remat), masked-out blocks and optimizer work don't count. Unlike there, causal attention counts only the
-keys that a query may see. Norms, softmax, activations and the embedding lookup are no matrix products and are left out.
+Model FLOPs, as in PaLM (arXiv:2204.02311, appendix B): what the mathematics asks for, not what the
+program runs, so recomputation (remat), masked-out blocks and optimizer work don't count. Unlike
+there, causal attention counts only the keys that a query may see. Norms, softmax, activations and
+the embedding lookup are no matrix products and are left out.
 
-D width, L layers, N heads, K key/value heads, H head width, F feed-forward width, V vocabulary, E experts, T sequence length.
+D width, L layers, N heads, K key/value heads, H head width, F feed-forward width,
+V vocabulary, E experts, T sequence length.
 """
 
 from model.config import ModelConfig
@@ -17,15 +20,17 @@ def mean_keys(
 ) -> Number:
   """Keys that a query attends to under a causal mask, itself included, averaged over the positions.
 
-  (T + 1) / 2 without a window; with a window W < T, position t sees min(t + 1, W), whose mean is W - W (W - 1) / (2 T).
+  (T + 1) / 2 without a window; with a window W < T, position t sees min(t + 1, W),
+  whose mean is W - W (W - 1) / (2 T).
 
-  Packed documents end the view earlier: `document_length` takes the place of T when it is shorter. For documents of
-  different lengths d pass the mean as a token sees it, E[d^2] / E[d], which makes the result exact without a window.
-  Raises ValueError for lengths below 1 and a negative window.
+  Packed documents end the view earlier: `document_length` takes the place of T when it is shorter.
+  For documents of different lengths d pass the mean as a token sees it, E[d^2] / E[d], which makes
+  the result exact without a window. Raises ValueError for lengths below 1 and a negative window.
   """
   if sequence_length < 1 or (document_length is not None and document_length < 1) or window < 0:
     raise ValueError(
-      f'{sequence_length=}, {document_length=} and {window=}: lengths start at 1 and window at 0 (none)'
+      f'{sequence_length=}, {document_length=} and {window=}: '
+      'lengths start at 1 and window at 0 (none)'
     )
   length = sequence_length if document_length is None else min(sequence_length, document_length)
   if not window or window >= length:
@@ -36,14 +41,17 @@ def mean_keys(
 def forward_flops_per_token(
   model: ModelConfig, sequence_length: Number, document_length: Number | None = None
 ) -> Number:
-  """FLOPs of one token's forward pass: 2 x (weights that multiply it) + attention's two products, summed over layers.
+  """FLOPs of one token's forward pass: 2 x (weights that multiply it)
+  + attention's two products, summed over layers.
 
-      2 [2 D N H + 2 D K H + g D F] + 4 N H keys, each layer, and 2 D V,    g = 3 if gated else 2, keys = mean_keys(...)
+      2 [2 D N H + 2 D K H + g D F] + 4 N H keys, each layer, and 2 D V,
+      g = 3 if gated else 2, keys = mean_keys(...)
 
-  keys follows the layer's window. Of a layer with experts, F is that of the experts that see a token (those chosen and the
-  shared one), and the router adds D E. Latent attention counts its own projections, every key formed as in training. Tying the
-  embeddings changes the number of parameters, not of operations: the head multiplies either way.
-  Raises ValueError while the vocabulary is 0 (open), NotImplementedError for an encoder-decoder, whose tokens are of two kinds.
+  keys follows the layer's window. Of a layer with experts, F is that of the experts that see a
+  token (those chosen and the shared one), and the router adds D E. Latent attention counts its own
+  projections, every key formed as in training. Tying the embeddings changes the number of
+  parameters, not of operations: the head multiplies either way. Raises ValueError while the
+  vocabulary is 0 (open), NotImplementedError for an encoder-decoder, whose tokens are of two kinds.
   """
   if model.V < 1:
     raise ValueError(
@@ -51,7 +59,8 @@ def forward_flops_per_token(
     )
   if model.encoder_layers:
     raise NotImplementedError(
-      f'model.encoder_layers={model.encoder_layers}: FLOPs per token are counted for one stack of layers only'
+      f'model.encoder_layers={model.encoder_layers}: '
+      'FLOPs per token are counted for one stack of layers only'
     )
   total = 2 * model.D * model.V
   for kind in model.kinds:
@@ -63,13 +72,16 @@ def forward_flops_per_token(
 
 
 def prefill_flops(model: ModelConfig, rows: int, length: int) -> Number:
-  """FLOPs of reading `rows` prompts of this length: the forward pass of every token, the head of the last one only."""
+  """FLOPs of reading `rows` prompts of this length: the forward pass of every token,
+  the head of the last one only.
+  """
   head = 2 * model.D * model.V
   return rows * (length * (forward_flops_per_token(model, length) - head) + head)
 
 
 def decode_flops(model: ModelConfig, rows: int, context: int) -> Number:
-  """FLOPs of one more token of each row, which attends to `context` tokens, of layers with a window to no more than that.
+  """FLOPs of one more token of each row, which attends to `context` tokens,
+  of layers with a window to no more than that.
 
   Raises as forward_flops_per_token does.
   """
@@ -96,7 +108,9 @@ def attention_weights(model: ModelConfig) -> int:
 
 
 def feed_forward_weights(model: ModelConfig, moe: bool) -> int:
-  """Weights of one layer's feed-forward, or of its router and the experts that see a token, that multiply it."""
+  """Weights of one layer's feed-forward, or of its router and the experts that see a token,
+  that multiply it.
+  """
   matrices = 3 if model.gated else 2
   if not moe:
     return matrices * model.D * model.F
@@ -107,15 +121,21 @@ def feed_forward_weights(model: ModelConfig, moe: bool) -> int:
 def train_flops_per_token(
   model: ModelConfig, sequence_length: Number, document_length: Number | None = None
 ) -> Number:
-  """FLOPs of training on one token: the forward pass and twice that backward (d inputs and d weights)."""
+  """FLOPs of training on one token: the forward pass and twice
+  that backward (d inputs and d weights).
+  """
   return 3 * forward_flops_per_token(model, sequence_length, document_length)
 
 
 def six_nd(parameters: Number, tokens: Number) -> Number:
-  """The usual estimate of training FLOPs, 6 N D (arXiv:2001.08361, section 2.1); attention is not in it."""
+  """The usual estimate of training FLOPs, 6 N D (arXiv:2001.08361, section 2.1);
+  attention is not in it.
+  """
   return 6 * parameters * tokens
 
 
 def mfu(flops_per_second: Number, devices: int, peak: Number | None) -> Number | None:
-  """Model FLOPs utilisation, 0 to 1: model FLOPs per second / (devices x peak of one), or None for an unknown peak."""
+  """Model FLOPs utilisation, 0 to 1: model FLOPs per second / (devices x peak of one),
+  or None for an unknown peak.
+  """
   return None if peak is None else flops_per_second / (devices * peak)

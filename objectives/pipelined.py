@@ -12,7 +12,7 @@ from data.batch import Batch
 from kernels.mask import Mask
 from model.attention import View
 from model.transformer import Decoder, Output, in_order, summed
-from parallel import axes as ax, pipeline
+from parallel import axes as ax, pipeline_1f1b
 
 
 def wanted(model: Decoder) -> bool:
@@ -64,7 +64,7 @@ def _forward(model, batch, zigzag, score):
 
   rest = jax.tree.map(lambda x: x, model)  # a copy, without what the stages hold
   rest.stack.blocks = nnx.List([])
-  (total, sums, found), (d_rest, d_blocks) = pipeline.gradients(
+  (total, sums, found), (d_rest, d_blocks) = pipeline_1f1b.gradients(
     first, layers, last, rest, tuple(model.stack.blocks), batch, model.config.pipeline
   )
   d_rest.stack.blocks = nnx.List(d_blocks)

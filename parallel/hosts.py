@@ -1,10 +1,13 @@
-"""How does a process meet its host and the other processes? Allocator and compilation cache; who waits for whom, and when all stop.
+"""How does a process meet its host and the other processes?
+Allocator and compilation cache; who waits for whom, and when all stop.
 
-Imports nothing heavy: what concerns the allocator has to happen before anything large is loaded. One process starts no service and waits
-for no one: of the functions below that concern several, each then does nothing, or just what it was given to do.
+Imports nothing heavy: what concerns the allocator has to happen before anything large is loaded.
+One process starts no service and waits for no one: of the functions below that concern several,
+each then does nothing, or just what it was given to do.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import os
@@ -18,8 +21,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-# XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after each use, a train step spends
-# up to half of its time in page faults (benchmarks/README.md has the figures).
+# XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
+# each use, a train step spends up to half of its time in page faults (benchmarks/README.md has the
+# figures).
 TUNABLES = 'glibc.malloc.hugetlb=1'
 
 MEETING_TIMEOUT = 300  # seconds
@@ -31,9 +35,11 @@ T = TypeVar('T')
 
 
 def use_huge_pages() -> None:
-  """Restarts the process, once, with glibc's allocator asking for huge pages; call it before anything heavy is imported.
+  """Restarts the process, once, with glibc's allocator asking for huge pages;
+  call it before anything heavy is imported.
 
-  glibc reads GLIBC_TUNABLES when a process starts, so it cannot be set later. A value that the user has set is respected.
+  glibc reads GLIBC_TUNABLES when a process starts, so it cannot be set later.
+  A value that the user has set is respected.
   """
   if (
     sys.platform == 'linux'
@@ -45,7 +51,9 @@ def use_huge_pages() -> None:
 
 
 def cache_compilations(directory: str | os.PathLike) -> None:
-  """Keeps compiled programs on disk, for every program however small: a second run starts without compiling."""
+  """Keeps compiled programs on disk, for every program however small:
+  a second run starts without compiling.
+  """
   import jax
 
   path = pathlib.Path(directory).absolute()
@@ -61,13 +69,17 @@ def connect(
   process: int = -1,
   heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ):
-  """Meets the other processes, if there are others. Returns a context in which an error ends them too.
+  """Meets the other processes, if there are others.
+  Returns a context in which an error ends them too.
 
-  Without a coordinator, jax looks for the others where it knows how: Slurm, Open MPI, TPU pods, Kubernetes. A process that is lost, or
-  leaves with an error, ends all within heartbeat_timeout of its last sign of life, by an abort whose message gives its number.
+  Without a coordinator, jax looks for the others where it knows how: Slurm, Open MPI, TPU pods,
+  Kubernetes. A process that is lost, or leaves with an error, ends all within heartbeat_timeout of
+  its last sign of life, by an abort whose message gives its number.
 
   Args:
-    coordinator: host:port of process 0, as the others reach it. processes: how many there are. process: which one this is.
+    coordinator: host:port of process 0, as the others reach it.
+    processes: how many there are.
+    process: which one this is.
     heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
   Raises ValueError for some of the first three without the others, and for values that cannot be.
   """
@@ -81,21 +93,14 @@ def connect(
   if any(given.values()):
     if not all(given.values()):
       raise ValueError(
-        f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes need {", ".join(given)}; one '
-        'process needs none of them'
+        f'{" and ".join(flag for flag in given if not given[flag])} missing: several processes '
+        f'need {", ".join(given)}; one process needs none of them'
       )
-    host, _, port = coordinator.rpartition(':')
-    if not host or not port.isdecimal():
-      raise ValueError(
-        f'--coordinator={coordinator} is not HOST:PORT; give the address of process 0 and a free port there'
-      )
-    if not 0 <= process < processes:
-      raise ValueError(
-        f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}'
-      )
+    _check_place(coordinator, processes, process)
     # jax gives up with an abort that does not say for whom it waited.
     print(
-      f'process {process} of {processes} meets the others at {coordinator}, within {MEETING_TIMEOUT} s or not at all',
+      f'process {process} of {processes} meets the others at {coordinator}, within '
+      f'{MEETING_TIMEOUT} s or not at all',
       flush=True,
     )
     jax.distributed.initialize(
@@ -114,19 +119,34 @@ def connect(
         raise
       if 'JOB_COMPLETION_INDEX' in os.environ:
         raise ValueError(
-          'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes only; install '
-          f'jax[k8s], or give {", ".join(given)}'
+          'this is a pod of an indexed Job, whose other pods jax finds with the package kubernetes '
+          f'only; install jax[k8s], or give {", ".join(given)}'
         ) from error
+
   if count() > 1:
     print(f'{_who()}: {jax.local_device_count()} of {jax.device_count()} devices', flush=True)
   return _together(heartbeat_timeout)
 
 
+def _check_place(coordinator: str, processes: int, process: int) -> None:
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal():
+    raise ValueError(
+      f'--coordinator={coordinator} is not HOST:PORT; '
+      'give the address of process 0 and a free port there'
+    )
+  if not 0 <= process < processes:
+    raise ValueError(
+      f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}'
+    )
+
+
 def _alone() -> bool:
-  """Whether the environment is known to be that of one process, where jax's own search would go wrong."""
-  if (
-    os.environ.get('SLURM_NTASKS') == '1'
-  ):  # jax would show the only task of a step just one of its devices
+  """Whether the environment is known to be that of one process,
+  where jax's own search would go wrong.
+  """
+  # jax would show the only task of a step just one of its devices.
+  if os.environ.get('SLURM_NTASKS') == '1':
     return True
   # jax knows the pods of Jobs and of TPU slices, and fails in others, such as a notebook's.
   marks = (
@@ -155,28 +175,26 @@ def _who() -> str:
 
 
 def _leave(error: BaseException, heartbeat_timeout: int) -> None:
-  """Ends this process without the barrier of an orderly exit, at which it would wait for others that wait for it."""
-  if isinstance(error, (SystemExit, KeyboardInterrupt, FloatingPointError)):
-    traceback.print_exception(error) if not isinstance(error, SystemExit) else print(
-      error, file=sys.stderr
-    )
-    print(
-      f'{_who()} leaves because of this error, and with it all others', file=sys.stderr, flush=True
-    )
+  """Ends this process without the barrier of an orderly exit,
+  at which it would wait for others that wait for it.
+  """
+  say = functools.partial(print, file=sys.stderr, flush=True)
+  if isinstance(error, SystemExit):
+    print(error, file=sys.stderr)
   else:
     traceback.print_exception(error)
-    # When a process is lost, the collectives of the others fail, often before it is known which one it was.
-    print(
-      f'{_who()} failed. If it was because another one is lost, that one will be named within {heartbeat_timeout} s',
-      file=sys.stderr,
-      flush=True,
+
+  if isinstance(error, (SystemExit, KeyboardInterrupt, FloatingPointError)):
+    say(f'{_who()} leaves because of this error, and with it all others')
+  else:
+    # When a process is lost, the collectives of the others fail, often before it is known which one
+    # it was.
+    say(
+      f'{_who()} failed. If it was because another one is lost, that one will be named within '
+      f'{heartbeat_timeout} s'
     )
     time.sleep(heartbeat_timeout + 5)
-    print(
-      f'{_who()} leaves: no other one was lost, so the error is its own',
-      file=sys.stderr,
-      flush=True,
-    )
+    say(f'{_who()} leaves: no other one was lost, so the error is its own')
   sys.stdout.flush()
   os._exit(1)
 
@@ -189,7 +207,9 @@ def count() -> int:
 
 
 def barrier(name: str) -> None:
-  """Returns once every process has called it with this name. No device takes part, so that any thread may wait."""
+  """Returns once every process has called it with this name.
+  No device takes part, so that any thread may wait.
+  """
   if count() > 1:
     import orbax.checkpoint as ocp
 
@@ -197,7 +217,8 @@ def barrier(name: str) -> None:
 
 
 def first_alone(function: Callable[[], T], name: str) -> T:
-  """The function's result in every process; process 0 calls it before the others do, so that they find what it wrote.
+  """The function's result in every process; process 0 calls it before the others do,
+  so that they find what it wrote.
 
   name: of the barrier.
   """
@@ -214,17 +235,19 @@ def first_alone(function: Callable[[], T], name: str) -> T:
 
 
 def from_first(function: Callable[[], int | None]) -> int | None:
-  """What the function gives in process 0, an int >= 0 or None, in every process; the others do not call it."""
+  """What the function gives in process 0, an int >= 0 or None, in every process;
+  the others do not call it.
+  """
   if count() == 1:
     return function()
   import jax
   import numpy as np
   from jax.experimental import multihost_utils
 
-  found = function() if jax.process_index() == 0 else None
+  answer = function() if jax.process_index() == 0 else None
   barrier('the first has found it')  # not on the devices, whose collectives have timeouts
-  found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-  return None if found < 0 else found
+  answer = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if answer is None else answer)))
+  return None if answer < 0 else answer
 
 
 def differing(value: str) -> list[int]:
@@ -245,12 +268,15 @@ def check_same(what: str, value: str) -> None:
   others = differing(value)
   if others:
     raise ValueError(
-      f'{what} of processes {others} are not those of process 0; start all with the same command on the same files'
+      f'{what} of processes {others} are not those of process 0; '
+      'start all with the same command on the same files'
     )
 
 
 def check_shared(path: str | os.PathLike) -> None:
-  """Raises ValueError, in every process, where not all see the file that process 0 has just written."""
+  """Raises ValueError, in every process, where not all see the file
+  that process 0 has just written.
+  """
   path = pathlib.Path(path)
   barrier(f'wrote {path.name}')
   for look in range(LOOKS):
@@ -259,15 +285,16 @@ def check_shared(path: str | os.PathLike) -> None:
       return
     time.sleep(LOOK_SECONDS)
   raise ValueError(
-    f'processes {others} do not see {path} as process 0 wrote it; give a --workdir on a file system that all of them share'
+    f'processes {others} do not see {path} as process 0 wrote it; give a --workdir on a file '
+    'system that all of them share'
   )
 
 
 class RowShards:
   """Which rows of a global batch this process reads, and how they become global arrays.
 
-  Attributes: rows, ascending: those that its devices hold. Two processes may hold the same ones, or neighbouring ones by turns: it is
-    the mesh that decides.
+  Attributes: rows, ascending: those that its devices hold. Two processes may hold the same ones, or
+    neighbouring ones by turns: it is the mesh that decides.
   """
 
   def __init__(self, sharding, shape: tuple[int, int]):
@@ -296,9 +323,12 @@ class RowShards:
 
 
 def heed_interrupts() -> None:
-  """From here on, Ctrl-C within a callback of the garbage collector (jax has one) raises a little later: from within, Python drops it."""
+  """From here on, Ctrl-C within a callback of the garbage collector (jax has one) raises a little
+  later: from within, Python drops it.
+  """
 
   def act(number, frame):
+    # Is one of the collector's callbacks among the callers? Then again in 10 ms, by SIGALRM.
     while frame and all(
       frame.f_code is not getattr(callback, '__code__', None) for callback in gc.callbacks
     ):
@@ -308,17 +338,18 @@ def heed_interrupts() -> None:
     else:
       signal.default_int_handler(number, frame)
 
-  if (
-    signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  ):  # a job in the background ignores it
+  # A job in the background ignores Ctrl-C, and goes on doing so.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     for number in (signal.SIGINT, signal.SIGALRM):
       signal.signal(number, act)
 
 
 class StopSignal:
-  """Turns SIGTERM and SIGINT into a request that the training loop reads between steps; a second one acts at once.
+  """Turns SIGTERM and SIGINT into a request that the training loop reads between steps;
+  a second one acts at once.
 
-  With several processes, one that is asked asks all, and they agree on a step; jax's runtime, which sees to that, takes the SIGTERM.
+  With several processes, one that is asked asks all, and they agree on a step;
+  jax's runtime, which sees to that, takes the SIGTERM.
 
   Attributes: name of the signal that came, or ''.
   """
@@ -335,7 +366,9 @@ class StopSignal:
     self._restore()
 
   def after(self, step: int) -> str:
-    """The signal because of which all processes stop after this step, or ''. To be called after every step."""
+    """The signal because of which all processes stop after this step, or ''.
+    To be called after every step.
+    """
     if count() > 1:
       from jax.experimental import multihost_utils
 

@@ -1,8 +1,10 @@
-"""What lies in the host's memory between steps? Arrays that are moved to the device where they are needed, and back.
+"""What lies in the host's memory between steps?
+Arrays that are moved to the device where they are needed, and back.
 
-Inside jit a move is part of the program: the compiler starts it ahead of what needs it and goes on meanwhile (ZeRO-Offload,
-Ren et al., arXiv:2101.06840). What is stacked by layers is moved a layer at a time, in loops: the gradient of a move to the
-device is one to the host, so gradients of parameters that lie there arrive there as the backward loop finds them.
+Inside jit a move is part of the program: the compiler starts it ahead of what needs it and goes on
+meanwhile (ZeRO-Offload, Ren et al., arXiv:2101.06840). What is stacked by layers is moved a layer
+at a time, in loops: the gradient of a move to the device is one to the host, so gradients of
+parameters that lie there arrive there as the backward loop finds them.
 """
 
 import jax
@@ -32,7 +34,9 @@ def back(tree, like):
 
 
 def sum_by_layer(function, x: jax.Array) -> jax.Array:
-  """function(x), which is a sum over elements to a scalar f32; of x [L, ...] in the host's memory as the sum over its layers."""
+  """function(x), which is a sum over elements to a scalar f32;
+  of x [L, ...] in the host's memory as the sum over its layers.
+  """
   if not is_on_host(x):
     return function(x)
   total, _ = jax.lax.scan(

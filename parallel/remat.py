@@ -1,8 +1,9 @@
-"""What is kept from the forward pass for the backward pass? Named, checked policies for `jax.checkpoint`, around blocks and groups of them.
+"""What is kept from the forward pass for the backward pass? Named, checked policies for
+`jax.checkpoint`, around blocks and groups of them.
 
-A block is computed again in the backward pass but for what its policy keeps. Of N layers' inputs, which a scan keeps, `sqrt` keeps
-about 2 sqrt(N): those of groups of sqrt(N) layers, and while a group is gone through backwards those of its layers (Chen et al.,
-arXiv:1604.06174, section 4.3).
+A block is computed again in the backward pass but for what its policy keeps. Of N layers' inputs,
+which a scan keeps, `sqrt` keeps about 2 sqrt(N): those of groups of sqrt(N) layers, and while a
+group is gone through backwards those of its layers (Chen et al., arXiv:1604.06174, section 4.3).
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ _policies = jax.checkpoint_policies
 
 
 def _products(primitive, *arrays, **how):
-  """Whether to keep: products with weights; of a product whose sum is open (see parallel.axes.einsum), what closes it instead."""
+  """Whether to keep: products with weights; of a product whose sum is open (see
+  parallel.axes.einsum), what closes it instead.
+  """
   if primitive.name == 'reshard':
     return bool(arrays[0].sharding.spec.unreduced)
   sharding = how.get('out_sharding')
@@ -52,9 +55,12 @@ class Remat:
   """What is kept of a block.
 
   Attributes:
-    policy: of POLICIES: 'none' keeps everything, 'full' and 'sqrt' nothing, 'dots' products with weights.
-    save: of NAMES, kept besides. offload: of NAMES, kept in the host's memory.
-  Raises ValueError for unknown names, names that are in both lists, and names besides a policy that keeps all.
+    policy: of POLICIES: 'none' keeps everything, 'full' and 'sqrt' nothing,
+      'dots' products with weights.
+    save: of NAMES, kept besides.
+    offload: of NAMES, kept in the host's memory.
+  Raises ValueError for unknown names, names that are in both lists,
+  and names besides a policy that keeps all.
   """
 
   policy: str = 'none'
@@ -72,12 +78,13 @@ class Remat:
       )
     if self.policy == 'none' and (self.save or self.offload):
       raise ValueError(
-        f"remat='none' keeps everything on the device; remat_save={self.save} and remat_offload={self.offload} need "
-        "remat='full', 'sqrt' or 'dots'"
+        f"remat='none' keeps everything on the device; remat_save={self.save} and "
+        f"remat_offload={self.offload} need remat='full', 'sqrt' or 'dots'"
       )
     if self.policy == 'dots' and self.offload:
       raise ValueError(
-        f"remat='dots' keeps products on the device; remat_offload={self.offload} needs remat='full' or 'sqrt'"
+        f"remat='dots' keeps products on the device; remat_offload={self.offload} needs "
+        "remat='full' or 'sqrt'"
       )
 
   def alone(self, layers) -> bool:
@@ -101,9 +108,8 @@ def remat(function, config: Remat):
     policy = _policies.save_from_both_policies(
       policy, _policies.save_only_these_names(*config.save)
     )
-  return jax.checkpoint(
-    function, policy=policy, prevent_cse=False
-  )  # inside a scan CSE cannot undo it
+  # Inside of a scan, common subexpressions' elimination cannot undo it.
+  return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
@@ -112,13 +118,17 @@ def named(x: jax.Array, name: str) -> jax.Array:
 
 
 def scan(step, carry, layers, config: Remat):
-  """jax.lax.scan of `step` over stacked `layers`; in groups whose inputs alone are kept, where the policy is 'sqrt'."""
+  """jax.lax.scan of `step` over stacked `layers`;
+  in groups whose inputs alone are kept, where the policy is 'sqrt'.
+  """
   n = len(jax.tree.leaves(layers)[0])
   if config.alone(layers):
-    carry, found = step(carry, jax.tree.map(lambda x: x[0], layers))
-    return carry, jax.tree.map(lambda x: x[None], found)
+    carry, y = step(carry, jax.tree.map(lambda x: x[0], layers))
+    return carry, jax.tree.map(lambda x: x[None], y)
   if config.policy != 'sqrt' or n < 4:
     return jax.lax.scan(step, carry, layers)
+
+  # As many groups of sqrt(N) layers as there are whole ones, in a loop; the rest is one more group.
   size = math.isqrt(n)
   grouped = n - n % size
 
@@ -130,9 +140,9 @@ def scan(step, carry, layers, config: Remat):
     policy=_policies.nothing_saveable,
     prevent_cse=False,
   )
-  carry, found = jax.lax.scan(group, carry, jax.tree.map(cut, layers))
-  found = jax.tree.map(lambda y: y.reshape(grouped, *y.shape[2:]), found)
+  carry, results = jax.lax.scan(group, carry, jax.tree.map(cut, layers))
+  results = jax.tree.map(lambda y: y.reshape(grouped, *y.shape[2:]), results)
   if grouped == n:
-    return carry, found
+    return carry, results
   carry, rest = group(carry, jax.tree.map(lambda x: jax.lax.slice_in_dim(x, grouped, n), layers))
-  return carry, jax.tree.map(lambda *y: jnp.concatenate(y), found, rest)
+  return carry, jax.tree.map(lambda *y: jnp.concatenate(y), results, rest)

@@ -1,9 +1,11 @@
-"""How do a parameter's shards become whole where it is used, and its gradient shards again? ZeRO's two collectives.
+"""How do a parameter's shards become whole where it is used, and its gradient shards again?
+ZeRO's two collectives.
 
-ZeRO-3 (Rajbhandari et al., arXiv:1910.02054, section 5.3; FSDP): all-gather before a layer, reduce-scatter behind its backward pass.
-Of a product between tokens that devices share and a whole parameter, each device knows a part of the gradient's sum. XLA would sum it
-everywhere and then cut it; here the sum stays open (the type of the whole parameter says so: `reduced`, its gradient is `unreduced`)
-until it is scattered.
+ZeRO-3 (Rajbhandari et al., arXiv:1910.02054, section 5.3; FSDP): all-gather before a layer,
+reduce-scatter behind its backward pass. Of a product between tokens that devices share and a whole
+parameter, each device knows a part of the gradient's sum. XLA would sum it everywhere and then cut
+it; here the sum stays open (the type of the whole parameter says so: `reduced`, its gradient is
+`unreduced`) until it is scattered.
 """
 
 import functools
@@ -15,15 +17,18 @@ from jax.sharding import PartitionSpec as P
 from parallel import axes as ax
 from parallel.mesh import platform
 
-# The most chips that are all of a slice of two dimensions (v5e, v6e: 'lite'), or of three, over which libtpu (0.0.42 to 0.0.52) has each.
-# Over more it makes an all-reduce, which sends twice the bytes and is then cut; over parts of a slice it does not.
+# The most chips that are all of a slice of two dimensions (v5e, v6e: 'lite'), or of three, over
+# which libtpu (0.0.42 to 0.0.52) has each. Over more it makes an all-reduce, which sends twice the
+# bytes and is then cut; over parts of a slice it does not.
 AT_ONCE = {'all_gather': (math.inf, 32), 'reduce_scatter': (8, 4)}
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-  """A parameter with these logical axes as products with tokens use it: whole along `embed`; its gradient is reduce-scattered.
+  """A parameter with these logical axes as products with tokens use it: whole along `embed`;
+  its gradient is reduce-scattered.
 
-  For those products only: what else is done with it may not know how to leave a sum open, and takes `axes.gather`.
+  For those products only: what else is done with it may not know how to leave a sum open,
+  and takes `axes.gather`.
   """
   split = ax.opens() and any(
     axis in ax.EMBED and entry for axis, entry in zip(axes, jax.typeof(x).sharding.spec)
@@ -61,7 +66,9 @@ def _split(axes):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def all_gather(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
-  """Inside of a shard_map: dimension `dim` of all devices along the mesh axes `shards`, one after another."""
+  """Inside of a shard_map: dimension `dim` of all devices along the mesh axes `shards`,
+  one after another.
+  """
   for groups in reversed(_steps(shards, 'all_gather')):
     x = jax.lax.all_gather(x, shards, axis=dim, tiled=True, axis_index_groups=groups)
   return x
@@ -74,27 +81,31 @@ all_gather.defvjp(
 
 
 def reduce_scatter(x: jax.Array, shards: tuple[str, ...], dim: int) -> jax.Array:
-  """Inside of a shard_map: the sum over all devices along the mesh axes `shards`, of which each has its part of dimension `dim`."""
+  """Inside of a shard_map: the sum over all devices along the mesh axes `shards`,
+  of which each has its part of dimension `dim`.
+  """
   for groups in _steps(shards, 'reduce_scatter'):
     x = jax.lax.psum_scatter(x, shards, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
   return x
 
 
 def _steps(shards: tuple[str, ...], kind: str) -> list[list[list[int]] | None]:
-  """Groups of devices for each step of a reduce-scatter over these mesh axes, or backwards of an all-gather; None: all at once.
+  """Groups of devices for each step of a reduce-scatter over these mesh axes,
+  or backwards of an all-gather; None: all at once.
 
   Over all chips of a TPU's slice there are two steps where one would be an all-reduce.
   """
   mesh = jax.sharding.get_abstract_mesh()
   n = math.prod(mesh.shape[axis] for axis in shards)
+  # The largest divisor that is at most sqrt(n): the two steps are as alike as they can be.
   inner = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-  if (
-    platform() != 'tpu'
-    or n < mesh.size
-    or inner == 1
-    or n <= AT_ONCE[kind]['lite' not in mesh.abstract_device.device_kind]
-  ):
+  if platform() != 'tpu' or n < mesh.size or inner == 1:
     return [None]
+  if n <= AT_ONCE[kind]['lite' not in mesh.abstract_device.device_kind]:
+    return [None]
+
+  # Device i is a * inner + b. A first step among those of the same b gives it the a-th of n / inner
+  # parts, a second one among those of the same a the b-th part of that: part i of the whole.
   return [
     [list(range(i, n, inner)) for i in range(inner)],
     [list(range(i, i + inner)) for i in range(0, n, inner)],

@@ -1,14 +1,17 @@
-"""What do all tests share? Eight virtual CPU devices, strict shapes, exact products, checked annotations."""
+"""What do all tests share? Eight virtual CPU devices, strict shapes,
+exact products, checked annotations.
+"""
 
 import importlib.metadata
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# A collective blocks a thread of XLA's pool for every device; with as many threads as devices, programs that follow one another can wait for
-# each other's threads until XLA aborts the process.
+# A collective blocks a thread of XLA's pool for every device; with as many threads as devices,
+# programs that follow one another can wait for each other's threads until XLA aborts the process.
 os.environ.setdefault('NPROC', '32')
-# Most of a test's time is the compiler's: without LLVM's optimizations the suite takes a third less, and with XLA's older way to emit fusions,
-# which jaxlib 0.11 no longer has, programs take another fifth less.
+# Most of a test's time is the compiler's: without LLVM's optimizations the suite takes a third
+# less, and with XLA's older way to emit fusions, which jaxlib 0.11 no longer has, programs take
+# another fifth less.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
   ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 )
@@ -51,7 +54,9 @@ SHARED_DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
 
 @pytest.fixture(scope='module', autouse=True)
 def few_programs():
-  """Programs are forgotten before they are so many that the process dies: Linux grants it 65,530 memory maps, and a program takes several."""
+  """Programs are forgotten before they are so many that the process dies: Linux grants it 65,530
+  memory maps, and a program takes several.
+  """
   yield
   maps = pathlib.Path('/proc/self/maps')
   if maps.exists() and maps.read_bytes().count(b'\n') > 30_000:
@@ -76,7 +81,9 @@ def shared_data():
 
 @pytest.fixture(scope='session')
 def topology():
-  """Devices to compile for by a topology's name; the test is skipped, and says so, where there is no compiler for them."""
+  """Devices to compile for by a topology's name;
+  the test is skipped, and says so, where there is no compiler for them.
+  """
   from analysis import aot
 
   def devices_of(name):

@@ -1,4 +1,6 @@
-"""Do the commands that people type behave? Real processes of train.py and generate.py: stopped, killed, misused, asked for text."""
+"""Do the commands that people type behave? Real processes of train.py and generate.py:
+stopped, killed, misused, asked for text.
+"""
 
 import contextlib
 import dataclasses
@@ -31,10 +33,20 @@ from training.optimizer import OptimizerConfig
 def get_config():
   return Config(
       model=ModelConfig(vocabulary=260, width=32, layers=2, heads=4, kv_heads=2, feed_forward=64),
-      data=DataConfig(sources=(SourceConfig(kind='text', path='DIRECTORY/text.txt'),), clean=CleanConfig(near_duplicates=0.0),
-                      tokenizer=TokenizerConfig(kind='byte'), sequence_length=32, batch_size=8, split='tail', cache_dir='DIRECTORY/cache'),
+      data=DataConfig(
+          sources=(SourceConfig(kind='text', path='DIRECTORY/text.txt'),),
+          clean=CleanConfig(near_duplicates=0.0),
+          tokenizer=TokenizerConfig(kind='byte'),
+          sequence_length=32,
+          batch_size=8,
+          split='tail',
+          cache_dir='DIRECTORY/cache',
+      ),
       optimizer=OptimizerConfig(learning_rate=0.01, schedule='constant'),
-      train=TrainConfig(steps=40, log_every=1, save_every={SAVE_EVERY}, eval_every=10, eval_batches=1))
+      train=TrainConfig(
+          steps=40, log_every=1, save_every={SAVE_EVERY}, eval_every=10, eval_batches=1
+      ),
+  )
 '''
 
 
@@ -50,9 +62,8 @@ class Process:
 
   def __init__(self, directory: pathlib.Path, *command: str):
     self.path = directory / f'output-{time.monotonic_ns()}'
-    environment = {
-      name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'
-    }  # which asks for eight devices
+    # XLA_FLAGS asks for eight devices
+    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
     environment |= {
       'JAX_PLATFORMS': 'cpu',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
@@ -79,9 +90,8 @@ class Process:
     try:
       code = self.process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-      self.process.send_signal(
-        signal.SIGABRT
-      )  # the error output then tells where every thread hangs
+      # The error output then tells where every thread hangs
+      self.process.send_signal(signal.SIGABRT)
       code = self.process.wait()
     return Finished(code, self.out(), pathlib.Path(f'{self.path}.error').read_text())
 
@@ -147,7 +157,9 @@ def arrays(workdir, step) -> dict[str, np.ndarray]:
 
 
 def assert_same_end(workdir, whole, step=40):
-  """Parameters, optimizer, position in the data and every logged loss are those of the uninterrupted run."""
+  """Parameters, optimizer, position in the data and every logged loss are those
+  of the uninterrupted run.
+  """
   a, b = arrays(workdir, step), arrays(whole, step)
   assert a.keys() == b.keys()
   assert not [
@@ -191,7 +203,9 @@ def test_an_unknown_field_names_the_nearest(tmp_path):
 
 
 def test_impossible_wishes_end_in_one_line(runs, whole, tmp_path):
-  """In one go: what a config, a mesh and a directory can get wrong each goes through the same door."""
+  """In one go: what a config, a mesh and a directory can get wrong each goes
+  through the same door.
+  """
   before = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file()}
   done = runs.train(whole, '--config.model.width=64', '--config.train.steps=50')
   assert_plain(done, 'error: ', 'model.width: 32 -> 64', 'Use another --workdir')
@@ -211,7 +225,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
     assert done.code == 0, done.error
     assert 'Traceback' not in done.error
     stopped = re.search(
-      rf'stopped after step (\d+): {signal.Signals(number).name}; the same command goes on from there',
+      rf'stopped after step (\d+): {signal.Signals(number).name}; '
+      'the same command goes on from there',
       done.out,
     )
     assert stopped and int(stopped[1]) >= step
@@ -225,7 +240,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
 
 
 def unfinished(directory: pathlib.Path) -> set[tuple[str, int]]:
-  """Checkpoints that have no record yet: names, and inodes to tell a second attempt from what the first one left."""
+  """Checkpoints that have no record yet: names,
+  and inodes to tell a second attempt from what the first one left.
+  """
   if not directory.exists():
     return set()
   entries = list(os.scandir(directory))
@@ -238,7 +255,9 @@ def unfinished(directory: pathlib.Path) -> set[tuple[str, int]]:
 
 
 def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
-  """Kills a process of training for each kind of moment, restarted each time, then lets one finish; what each kill cost."""
+  """Kills a process of training for each kind of moment, restarted each time,
+  then lets one finish; what each kill cost.
+  """
   seen = []
   checkpoints = Checkpoints(workdir, log=lambda _: None)
   flags = f'--config.train.steps={steps}', *flags
@@ -284,7 +303,9 @@ def kill_and_restart(runs, workdir, kinds, draw, steps, *flags) -> list[dict]:
 
 
 def assert_little_was_lost(seen):
-  """A save is asynchronous: when the process dies, the last one may not be complete, but the one before it is."""
+  """A save is asynchronous: when the process dies, the last one may not be complete,
+  but the one before it is.
+  """
   assert all(0 <= kill['lost'] <= 2 * SAVE_EVERY for kill in seen), seen
   assert any(kill['writing'] or kill['lost'] for kill in seen), seen
   assert [kill['checkpoint'] for kill in seen] == sorted(kill['checkpoint'] for kill in seen), seen
@@ -428,7 +449,9 @@ from absl import flags
 import generate
 load = generate.Generator.load
 loaded = {}
-generate.Generator.load = lambda *given, **how: loaded.get(given) or loaded.setdefault(given, load(*given, **how))
+def load_once(*given, **how):
+  return loaded.get(given) or loaded.setdefault(given, load(*given, **how))
+generate.Generator.load = load_once
 for line in json.loads(sys.argv[1]):
   flags.FLAGS.unparse_flags()
   for name in flags.FLAGS:
@@ -465,8 +488,10 @@ def assert_said(found, words):
 
 def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_path):
   lines = {
-    rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; take it out",
-    b'{"prompt": [1.7, 5]}': r'the prompt \[1.7, 5\] is neither a text nor ids, whole numbers in \[0, 259\)',
+    rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; "
+    'take it out',
+    b'{"prompt": [1.7, 5]}': r'the prompt \[1.7, 5\] is neither a text nor ids, '
+    r'whole numbers in \[0, 259\)',
     b'{"prompt": ["a", "b"]}': r"the prompt \['a', 'b'\] is neither a text nor ids",
     b'[]': 'a prompt has no ids; give at least one',
     b'[5, 259]': r'the id 259; this model has ids in \[0, 259\)',

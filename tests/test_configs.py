@@ -1,4 +1,6 @@
-"""Does every file under configs/ build, resolve, and lower on meshes, with nothing large left whole on every device?"""
+"""Does every file under configs/ build, resolve, and lower on meshes,
+with nothing large left whole on every device?
+"""
 
 import functools
 import importlib.util
@@ -53,7 +55,9 @@ def load(path: pathlib.Path) -> Config:
 
 
 def lower(config: Config, mesh_config: MeshConfig, devices=None):
-  """The abstract state on the mesh, and the lowered train step; of an encoder-decoder, which train.py refuses, the forward pass."""
+  """The abstract state on the mesh, and the lowered train step; of an encoder-decoder, which
+  train.py refuses, the forward pass.
+  """
   mesh = make_mesh(mesh_config, devices)
   config.check_mesh(dict(mesh.shape))
   with jax.set_mesh(mesh):

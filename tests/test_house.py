@@ -1,4 +1,5 @@
-"""Do imports run one way? Every room knows only those below it in DESIGN's list, and no two files know each other.
+"""Do imports run one way? Every room knows only those below it in DESIGN's list,
+and no two files know each other.
 
 Late imports, within functions, count like any other.
 """

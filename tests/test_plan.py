@@ -1,4 +1,6 @@
-"""Is what plan.py compiles what train.py runs, does it say what fits, and does what it proposes fit?"""
+"""Is what plan.py compiles what train.py runs, does it say what fits,
+and does what it proposes fit?
+"""
 
 import dataclasses
 import json
@@ -50,7 +52,9 @@ def program(text: str) -> list[str]:
 
 
 def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
-  """The step that a run executes, with its real state and batch, compiles to the program that is planned from shapes alone."""
+  """The step that a run executes, with its real state and batch,
+  compiles to the program that is planned from shapes alone.
+  """
   (tmp_path / 'text.txt').write_text(
     '\n\n'.join(f'{n} sentences, all of them different: {n * n}.' for n in range(200))
   )
@@ -106,9 +110,8 @@ def fake(
 def test_cost():
   got = fake(tiny(steps=3600), peak=1, seconds=2.0)
   assert got.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 8 * 1.5, 'kWh': 2 * 8 * 0.2}
-  assert got.cost(None, None) == {
-    'hours': 2.0
-  }  # a v5e's power is not published, and no price was given
+  # A v5e's power is not published, and no price was given
+  assert got.cost(None, None) == {'hours': 2.0}
   assert fake(tiny(), peak=1, problem='no').cost(1.0, 1.0) == {}
   assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
 
@@ -144,7 +147,9 @@ def test_a_plan_names_the_attention_that_it_compiled():
 
 
 def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
-  """A policy before microbatches, and both before another mesh; nothing is proposed that was not compiled."""
+  """A policy before microbatches, and both before another mesh;
+  nothing is proposed that was not compiled.
+  """
   config, compiled = (
     dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none')),
     [],
@@ -289,9 +294,8 @@ def test_explicit_axes_cost_nothing_against_the_automatic_twin(mesh):
     explicit
   )
   assert explicit.memory.peak <= 1.01 * auto.memory.peak
-  assert (
-    explicit.prediction.operations <= 1.025 * auto.prediction.operations
-  )  # 2.0% of so small a model with tensor; of Llama 3 8B -14%
+  # 2.0% of so small a model with tensor; of Llama 3 8B -14%
+  assert explicit.prediction.operations <= 1.025 * auto.prediction.operations
   assert explicit.seconds <= 1.01 * auto.seconds
 
 
@@ -331,7 +335,8 @@ def test_what_cannot_run_raises(options, words, monkeypatch):
   [
     (
       {'data': 2, 'fsdp': 2, 'expert': 2},
-      r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; make it a multiple of 8',
+      r'--batch=4 does not split over mesh\.data=2 x mesh\.fsdp=2 x mesh\.expert=2; '
+      'make it a multiple of 8',
     ),
     ({'data': 1, 'tensor': 8}, r'model\.heads=4 does not split over mesh\.tensor=8'),
   ],
@@ -402,7 +407,9 @@ def test_slices():
 
 @pytest.mark.slow
 def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
-  """On the command line, with a model that fits a v5e only when it is recomputed or split into microbatches."""
+  """On the command line, with a model that fits a v5e only when it is recomputed
+  or split into microbatches.
+  """
   compiled_for('v5e:2x2', SMALL)
   config = ROOT / 'configs' / 'tiny.py'
   flags = [

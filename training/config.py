@@ -136,7 +136,7 @@ class Config:
   """Everything that decides a run.
 
   Attributes:
-    init: directory of a run, trained here or imported (convert.py), whose parameters training starts from; see `begin_from`.
+    init: directory of a run, trained here or imported (convert.py), whose parameters training starts from; see `_begun`.
 
   Raises ValueError for parts that do not fit together.
   """
@@ -296,19 +296,15 @@ def _named(sizes, axes):
   return ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
 
 
-def begin_from(config: Config) -> Config:
-  """The config with the model and the tokenizer of the run at config.init, if it names one.
-
-  Fields of config.model that are not at their default replace that run's (remat, a window, ...); where they change a parameter's
-  shape, restoring will say so. A tokenizer at its defaults becomes that run's; another one replaces it. The flag --config does this
-  before it applies overrides, so that these hold whatever their value is.
-  Raises FileNotFoundError where there is no run.
-  """
-  return dataclasses.replace(config, **_begun(config, config.init))
-
-
 def _begun(config: Config, init: str) -> dict:
-  """The parts of a config that change where it begins with the run at `init`; not yet checked together."""
+  """The parts of a config that change where it begins with the run at `init`;
+  not yet checked together.
+
+  Fields of config.model that are not at their default replace that run's (remat, a window, ...);
+  where they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes
+  that run's; another one replaces it. The flag --config does this before it applies overrides, so
+  that these hold whatever their value is. Raises FileNotFoundError where there is no run.
+  """
   if not init:
     return {}
   model, data = load(init).model, config.data

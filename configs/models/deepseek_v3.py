@@ -2,11 +2,11 @@
 
     python train.py --config=configs/models/deepseek_v3.py --workdir=runs/deepseek_v3
 
-Sizes: arXiv:2412.19437, section 4.2, and the config.json that DeepSeek released. What training does with them are
-Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/deepseek_v3 (a directory with the
-model's tokenizer.json; --config.data.tokenizer.path names another).
-Hardware: parameters, gradients and AdamW's moments in f32 take 10,736 GB, split over all chips (fsdp). Cost and loss
-are not known: it was not trained at this size here.
+Sizes: arXiv:2412.19437, section 4.2, and the config.json that DeepSeek released. What training does
+with them are Tandem's defaults, not the authors' recipe. The tokenizer is read from
+tokenizers/deepseek_v3 (a directory with the model's tokenizer.json; --config.data.tokenizer.path
+names another). Hardware: parameters, gradients and AdamW's moments in f32 take 10,736 GB, split
+over all chips (fsdp). Cost and loss are not known: it was not trained at this size here.
 """
 
 import math

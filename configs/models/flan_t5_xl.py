@@ -2,12 +2,12 @@
 
     python train.py --config=configs/models/flan_t5_xl.py --workdir=runs/flan_t5_xl
 
-Sizes: the config.json that Google released; arXiv:2210.11416. What training does with them are Tandem's defaults, not
-the authors' recipe. The tokenizer is read from tokenizers/flan_t5_xl (a directory with the model's tokenizer.json;
---config.data.tokenizer.path names another).
-Hardware: parameters, gradients and AdamW's moments in f32 take 46 GB, split over all chips (fsdp). Cost and loss are
-not known: it was not trained at this size here.
-Its parameters can be imported and generate; train.py refuses it: no objective is for an encoder-decoder yet.
+Sizes: the config.json that Google released; arXiv:2210.11416. What training does with them are
+Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/flan_t5_xl (a
+directory with the model's tokenizer.json; --config.data.tokenizer.path names another). Hardware:
+parameters, gradients and AdamW's moments in f32 take 46 GB, split over all chips (fsdp). Cost and
+loss are not known: it was not trained at this size here. Its parameters can be imported and
+generate; train.py refuses it: no objective is for an encoder-decoder yet.
 """
 
 from data.config import DataConfig, TokenizerConfig

@@ -2,11 +2,11 @@
 
     python train.py --config=configs/models/gpt2.py --workdir=runs/gpt2
 
-Sizes: Radford et al. 2019, table 2, and the config.json that OpenAI released. What training does with them are
-Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/gpt2 (a directory with the model's
-tokenizer.json; --config.data.tokenizer.path names another).
-Hardware: parameters, gradients and AdamW's moments in f32 take 2 GB, split over all chips (fsdp). Cost and loss are
-not known: it was not trained at this size here.
+Sizes: Radford et al. 2019, table 2, and the config.json that OpenAI released. What training does
+with them are Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/gpt2
+(a directory with the model's tokenizer.json; --config.data.tokenizer.path names another). Hardware:
+parameters, gradients and AdamW's moments in f32 take 2 GB, split over all chips (fsdp). Cost and
+loss are not known: it was not trained at this size here.
 """
 
 from data.config import DataConfig, TokenizerConfig

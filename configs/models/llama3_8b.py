@@ -2,11 +2,11 @@
 
     python train.py --config=configs/models/llama3_8b.py --workdir=runs/llama3_8b
 
-Sizes: arXiv:2407.21783, table 3, and the config.json that Meta released. What training does with them are Tandem's
-defaults, not the authors' recipe. The tokenizer is read from tokenizers/llama3_8b (a directory with the model's
-tokenizer.json; --config.data.tokenizer.path names another).
-Hardware: parameters, gradients and AdamW's moments in f32 take 128 GB, split over all chips (fsdp). Cost and loss are
-not known: it was not trained at this size here.
+Sizes: arXiv:2407.21783, table 3, and the config.json that Meta released. What training does with
+them are Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/llama3_8b
+(a directory with the model's tokenizer.json; --config.data.tokenizer.path names another). Hardware:
+parameters, gradients and AdamW's moments in f32 take 128 GB, split over all chips (fsdp). Cost and
+loss are not known: it was not trained at this size here.
 """
 
 from data.config import DataConfig, TokenizerConfig

@@ -2,11 +2,11 @@
 
     python train.py --config=configs/models/mixtral_8x7b.py --workdir=runs/mixtral_8x7b
 
-Sizes: arXiv:2401.04088, table 1, and the config.json that Mistral AI released. What training does with them are
-Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/mixtral_8x7b (a directory with the
-model's tokenizer.json; --config.data.tokenizer.path names another).
-Hardware: parameters, gradients and AdamW's moments in f32 take 747 GB, split over all chips (fsdp). Cost and loss are
-not known: it was not trained at this size here.
+Sizes: arXiv:2401.04088, table 1, and the config.json that Mistral AI released. What training does
+with them are Tandem's defaults, not the authors' recipe. The tokenizer is read from
+tokenizers/mixtral_8x7b (a directory with the model's tokenizer.json; --config.data.tokenizer.path
+names another). Hardware: parameters, gradients and AdamW's moments in f32 take 747 GB, split over
+all chips (fsdp). Cost and loss are not known: it was not trained at this size here.
 """
 
 from data.config import DataConfig, TokenizerConfig

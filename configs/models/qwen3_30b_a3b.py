@@ -2,11 +2,11 @@
 
     python train.py --config=configs/models/qwen3_30b_a3b.py --workdir=runs/qwen3_30b_a3b
 
-Sizes: arXiv:2505.09388, table 2, and the config.json that the Qwen team released. What training does with them are
-Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/qwen3_30b_a3b (a directory with the
-model's tokenizer.json; --config.data.tokenizer.path names another).
-Hardware: parameters, gradients and AdamW's moments in f32 take 489 GB, split over all chips (fsdp). Cost and loss are
-not known: it was not trained at this size here.
+Sizes: arXiv:2505.09388, table 2, and the config.json that the Qwen team released. What training
+does with them are Tandem's defaults, not the authors' recipe. The tokenizer is read from
+tokenizers/qwen3_30b_a3b (a directory with the model's tokenizer.json; --config.data.tokenizer.path
+names another). Hardware: parameters, gradients and AdamW's moments in f32 take 489 GB, split over
+all chips (fsdp). Cost and loss are not known: it was not trained at this size here.
 """
 
 from data.config import DataConfig, TokenizerConfig

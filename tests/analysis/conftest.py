@@ -1,4 +1,6 @@
-"""Steps of a tiny model, compiled for hardware that isn't here; skipped, and said so, where its compiler is not installed."""
+"""Steps of a tiny model, compiled for hardware that isn't here;
+skipped, and said so, where its compiler is not installed.
+"""
 
 import dataclasses
 from typing import Any

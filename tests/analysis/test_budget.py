@@ -1,4 +1,6 @@
-"""Are the sizes that a budget should buy those of the least loss, and are hours, dollars and energy one account?"""
+"""Are the sizes that a budget should buy those of the least loss, and are hours,
+dollars and energy one account?
+"""
 
 import json
 import math
@@ -15,7 +17,9 @@ H100 = next(chip for chip in hardware.CHIPS if chip.name == 'H100 SXM')
 
 
 def least(law, flops):
-  """By halving the slope's interval in ln N, knowing nothing of the closed form; the loss along 6 N D = C has one minimum."""
+  """By halving the slope's interval in ln N, knowing nothing of the closed form;
+  the loss along 6 N D = C has one minimum.
+  """
   low, high = 0.0, math.log(flops / 6)
 
   def loss(x):
@@ -38,7 +42,9 @@ def test_the_closed_form_is_the_numeric_minimum(law, flops):
 @laws
 @given(flops=BUDGETS)
 def test_the_optimum_is_a_stationary_point(law, flops):
-  """Along 6 N D = C the slope of the loss, d loss / d ln N, vanishes there, and is far from it at half and twice the size."""
+  """Along 6 N D = C the slope of the loss, d loss / d ln N, vanishes there,
+  and is far from it at half and twice the size.
+  """
   parameters, tokens = law.optimum(flops)
 
   def slope(factor, h=1e-3):
@@ -51,8 +57,10 @@ def test_the_optimum_is_a_stationary_point(law, flops):
 
 
 def test_what_the_papers_say():
-  """Chinchilla's own budget: 67 B and 1.5 T by approach 1 (table 3), which the corrected constants agree with; 40 B by approach 3 (figure
-  4), which the rounded constants miss by a fifth. Loss of Chinchilla, 70 B and 1.4 T: 1.94 (by equation 10)."""
+  """Chinchilla's own budget: 67 B and 1.5 T by approach 1 (table 3), which the corrected constants
+  agree with; 40 B by approach 3 (figure 4), which the rounded constants miss by a fifth. Loss of
+  Chinchilla, 70 B and 1.4 T: 1.94 (by equation 10).
+  """
   parameters, tokens = LAWS['besiroglu'].optimum(5.76e23)
   assert parameters == pytest.approx(67e9, rel=0.12) and tokens == pytest.approx(1.5e12, rel=0.12)
   assert tokens / parameters == pytest.approx(20, rel=0.15)  # "about twenty tokens a parameter"

@@ -1,4 +1,6 @@
-"""Are basic blocks cut where a core branches, and are their slots counted? On a dump written by hand, in libtpu's form."""
+"""Are basic blocks cut where a core branches, and are their slots counted?
+On a dump written by hand, in libtpu's form.
+"""
 
 import itertools
 
@@ -54,20 +56,10 @@ def test_a_dump_without_bundles_says_why(tmp_path):
 @pytest.mark.parametrize(
   'what, length, skips, whole, masked',
   [
-    (
-      'causal',
-      8192,
-      True,
-      28,
-      8,
-    ),  # 36 of 64 blocks of 1024 x 1024, of which the diagonal is masked
-    (
-      'window',
-      16384,
-      True,
-      0,
-      31,
-    ),  # of 1024 keys: the diagonal, and what is left of the block before
+    # 36 of 64 blocks of 1024 x 1024, of which the diagonal is masked
+    ('causal', 8192, True, 28, 8),
+    # Of 1024 keys: the diagonal, and what is left of the block before
+    ('window', 16384, True, 0, 31),
     ('packed', 16384, True, 8, 16),  # eight documents of two blocks
     ('packed', 16384, False, 120, 16),
   ],
@@ -83,9 +75,8 @@ def test_cycles_are_those_of_the_blocks_that_are_left(what, length, skips, whole
     tpu_schedule.cycles(found, 'forward', 64, chip, what, length, skips, beside=True)
     == whole * 4_100 + masked * 5_100
   )
-  floor = (
-    2 * 2 * 1024**2 * 128 / (4 * 128**2 * 2)
-  )  # products of a core with four units of 128 x 128: 4,096 cycles, but for the peak's digits
+  # Products of a core with four units of 128 x 128: 4,096 cycles, but for the peak's digits
+  floor = 2 * 2 * 1024**2 * 128 / (4 * 128**2 * 2)
   assert tpu_schedule.cycles(found, 'forward', 128, chip, what, length, skips) == pytest.approx(
     whole * floor + masked * 5_000, rel=1e-2
   )
@@ -97,7 +88,9 @@ def test_cycles_are_those_of_the_blocks_that_are_left(what, length, skips, whole
 
 
 def test_the_table_has_every_chip_that_is_known():
-  """And what is between two entries takes the wider one's step; none is wider than a block may be, or than the next chunk."""
+  """And what is between two entries takes the wider one's step;
+  none is wider than a block may be, or than the next chunk.
+  """
   assert {kind for chip in hardware.CHIPS for kind in chip.kinds if chip.clock} >= set(tuning.VMEM)
   for kind, direction, width in itertools.product(
     tuning.VMEM, tpu_schedule.PRODUCTS, (64, 128, 256)

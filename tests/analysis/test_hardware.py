@@ -6,7 +6,8 @@ import pytest
 
 from analysis import hardware
 
-# units x FLOPs per unit and clock x clock: TPU cores x matrix units x 128^2 x 2, GPU SMs x dense bf16 FLOPs per clock.
+# units x FLOPs per unit and clock x clock: TPU cores x matrix units x 128^2 x 2,
+# GPU SMs x dense bf16 FLOPs per clock.
 BUILT = {
   'TPU v4': 2 * 4 * 128**2 * 2 * 1.05e9,
   'TPU v5 lite': 4 * 128**2 * 2 * 1.5e9,
@@ -18,7 +19,8 @@ BUILT = {
   'NVIDIA H200': 132 * 4096 * 1.83e9,
   'NVIDIA B200': 148 * 8192 * 1.86e9,
 }
-# Published for whole pods: v6e 234.9 PFLOPs of 256 chips, 7x 42.5 EFLOPs in fp8 (twice bf16) of 9,216 chips.
+# Published for whole pods: v6e 234.9 PFLOPs of 256 chips,
+# 7x 42.5 EFLOPs in fp8 (twice bf16) of 9,216 chips.
 BUILT |= {'TPU v6 lite': 234.9e15 / 256, 'TPU7x': 42.5e18 / 2 / 9216}
 
 

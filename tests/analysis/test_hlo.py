@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from analysis import hlo
+from analysis.instruction import HOST, arrays, dims, nbytes
 from model import flops
 from parallel import axes as ax, experts
 from parallel.mesh import MeshConfig, make_mesh
@@ -89,9 +90,8 @@ def test_rounds_of_an_exchange_count_once():
     ]
     module = hlo.Module(jax.jit(gradient).lower(*shapes).compile().as_text())
   assert sum(module.routed(i) for _, i, _ in module.walk() if i.opcode == 'while') == 2
-  assert (
-    module.flops() == 3 * 2 * P * C * D * D
-  )  # the gates need no gradient, nor the product for it
+  # The gates need no gradient, nor the product for it
+  assert module.flops() == 3 * 2 * P * C * D * D
 
 
 def test_a_counter_may_start_anywhere_and_step_by_two():
@@ -134,14 +134,14 @@ def test_a_convolution_counts_where_its_window_meets_an_input(stride, padding, p
 
 
 def test_shapes():
-  assert hlo.dims('bf16[4,1,512]{2,1,0:T(8,128)(2,1)}') == (4, 1, 512) and hlo.dims('f32[]') == ()
-  assert list(hlo.arrays('(bf16[4,8]{1,0:T(8,128)S(1)}, pred[3]{0}, s4[6], f32[])')) == [
+  assert dims('bf16[4,1,512]{2,1,0:T(8,128)(2,1)}') == (4, 1, 512) and dims('f32[]') == ()
+  assert list(arrays('(bf16[4,8]{1,0:T(8,128)S(1)}, pred[3]{0}, s4[6], f32[])')) == [
     (64, 1),
     (3, 0),
     (3, 0),
     (4, 0),
   ]
-  assert hlo.nbytes('f32[4]{0:S(5)}') == 16 and next(hlo.arrays('f32[4]{0:S(5)}')) == (16, hlo.HOST)
+  assert nbytes('f32[4]{0:S(5)}') == 16 and next(arrays('f32[4]{0:S(5)}')) == (16, HOST)
 
 
 def test_text_that_is_no_program_raises():
@@ -150,7 +150,9 @@ def test_text_that_is_no_program_raises():
 
 
 def closed_form(model, tokens, length):
-  """FLOPs of a training step without remat, all keys multiplied (the causal half is masked, not skipped)."""
+  """FLOPs of a training step without remat,
+  all keys multiplied (the causal half is masked, not skipped).
+  """
   masked = 4 * model.N * model.H * model.L * (length - flops.mean_keys(length))
   return 3 * tokens * (flops.forward_flops_per_token(model, length) + masked)
 

@@ -1,4 +1,6 @@
-"""Do the parts of a program's memory add up to what the compiler reserves, and is each what its sharding says?"""
+"""Do the parts of a program's memory add up to what the compiler reserves,
+and is each what its sharding says?
+"""
 
 import math
 
@@ -45,9 +47,8 @@ def test_arguments_are_what_their_shardings_say(tpu_step):
 
 def test_all_arguments_are_accounted_for(tpu_step):
   stats = tpu_step.compiled.memory_analysis()
-  exact = (
-    memory.shard_bytes(tpu_step.state) + 4 * 4 * 16 // 2 * 128
-  )  # and the batch: four arrays of int32, rows split over fsdp
+  # And the batch: four arrays of int32, rows split over fsdp
+  exact = memory.shard_bytes(tpu_step.state) + 4 * 4 * 16 // 2 * 128
   assert exact <= stats.argument_size_in_bytes
   # The compiler pads small and narrow arrays to its tiles; no large one.
   assert stats.argument_size_in_bytes - exact < 0.1 * exact

@@ -40,7 +40,9 @@ def product(mesh, size):
   ],
 )
 def test_a_large_product_comes_close_to_the_peak(topology, name):
-  """Clock, cores and peak of the table fit the compiler's own estimate: a wrong one of them shows as a factor."""
+  """Clock, cores and peak of the table fit the compiler's own estimate:
+  a wrong one of them shows as a factor.
+  """
   mesh, chip = one(topology, name)
   found = roofline.predict(product(mesh, 4096), mesh, chip)
   assert found.bound == 'compute' and found.flops == 2 * 4096**3
@@ -55,7 +57,8 @@ def test_a_step_adds_up_and_keeps_above_its_roofline(tpu_step):
   assert found.operations == pytest.approx(
     schedule.cycles(tpu_step.text) / tpu_step.chip.clock, rel=0.2
   )
-  # One that waits for another to leave the link counts that time as its own, so that only the sums compare.
+  # One that waits for another to leave the link counts that time as its own,
+  # so that only the sums compare.
   assert (
     min(found.exposed.values()) >= 0
     and sum(found.exposed.values()) <= sum(found.links.values()) * 1.001
@@ -69,7 +72,8 @@ def test_a_step_adds_up_and_keeps_above_its_roofline(tpu_step):
 KERNEL = """HloModule m, is_scheduled=true
 ENTRY %main (x: bf16[1024,1024]) -> bf16[1024,1024] {
   %x = bf16[1024,1024]{1,0} parameter(0)
-  ROOT %my_kernel.1 = bf16[1024,1024]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":COST}
+  ROOT %my_kernel.1 = bf16[1024,1024]{1,0} custom-call(%x), \
+custom_call_target="tpu_custom_call", backend_config={"custom_call_config":COST}
 }
 """
 
@@ -171,7 +175,9 @@ def attend(topology):
   ],
 )
 def test_our_attention_takes_the_bundles_of_its_tiles(attend, name, kind, width, entry):
-  """Of tiles that it has, not of all; v5p's two cores share the heads. Of other than tabled heads those of the next entry."""
+  """Of tiles that it has, not of all; v5p's two cores share the heads.
+  Of other than tabled heads those of the next entry.
+  """
   mesh, chip, text = attend(name, width)
   found, seconds = roofline.predict(text, mesh, chip), 0.0
   for direction, products in (('forward', 2), ('backward', 5)):
@@ -275,9 +281,8 @@ ENTRY %main (x: f32[100,64], n.2: s32[]) -> f32[100,64] {
 }
 """
   module = Module(text)
-  for name in (
-    'abcd'
-  ):  # read or written through a fusion, a fusion in a fusion, a scatter: a row, an index, a row
+  # Read or written through a fusion, a fusion in a fusion, a scatter: a row, an index, a row
+  for name in 'abcd':
     assert roofline.traffic(module, 'main', module['main', name]) == 256 + 4 + 256, name
   on_chip = Module(re.sub(r'\{1,0\}', '{1,0:S(1)}', text))
   assert roofline.traffic(on_chip, 'main', on_chip['main', 'b']) == 4
@@ -329,7 +334,9 @@ def test_cudnn_computes_the_pairs_that_its_mask_leaves(topology, mask, pairs):
 
 @pytest.mark.parametrize('mask, tiles', [(Mask(causal=False), 16 * 16), (Mask(), 16 * 17 // 2)])
 def test_our_attention_on_a_gpu_computes_the_blocks_that_its_mask_leaves(topology, mask, tiles):
-  """Forward two products of blocks of 128 x 128, backward five of 64 x 128; at a share of the peak that was not measured, and says so."""
+  """Forward two products of blocks of 128 x 128, backward five of 64 x 128; at a share of the peak
+  that was not measured, and says so.
+  """
   mesh, chip = one(topology, 'h100:1x1x1')
   x = jax.ShapeDtypeStruct((1, 2048, 4, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
 

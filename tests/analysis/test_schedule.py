@@ -1,4 +1,6 @@
-"""Are collectives found, attributed to mesh axes, counted and measured; and is what runs beside them told from what waits?"""
+"""Are collectives found, attributed to mesh axes, counted and measured;
+and is what runs beside them told from what waits?
+"""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
   )
   (found,) = schedule.collectives(text, mesh)
   assert found.count == 15 and found.total == 15 * 4 * 4 * 16
-  assert schedule.total_bytes([found]) == {('all-reduce', ('fsdp',)): found.total}
+  assert (found.kind, found.axes) == ('all-reduce', ('fsdp',))
 
 
 WAYS = {  # the groups of `tensor` in a mesh of data 2 x fsdp 2 x tensor 2, then those of `fsdp`
@@ -103,32 +105,40 @@ def test_every_way_to_write_groups_is_read(axis, mesh):
     schedule.groups("replica_groups=mesh['a'=8] {'a':x}", 8)
 
 
-# Two MB gathered by four: 1.5 MB on the wire. libtpu's chain: a start, a product that carries it on, the fusion that ends it.
+# Two MB gathered by four: 1.5 MB on the wire. libtpu's chain: a start,
+# a product that carries it on, the fusion that ends it.
 CHAIN = """HloModule m, is_scheduled=true
 %start (p: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
   %p = bf16[256,1024]{1,0} parameter(0)
-  %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
-  ROOT %c = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%p), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  ROOT %c = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }
-%async_collective_fusion.3 (p.1: bf16[256,1024], q: bf16[1024,1024]) -> (f32[8], bf16[256,1024], bf16[1024,1024]) {
+%async_collective_fusion.3 (p.1: bf16[256,1024], q: bf16[1024,1024]) -> \
+(f32[8], bf16[256,1024], bf16[1024,1024]) {
   %p.1 = bf16[256,1024]{1,0} parameter(0)
   %q = bf16[1024,1024]{1,0} parameter(1)
-  %all-gather.2 = bf16[1024,1024]{1,0} all-gather(%p.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  %all-gather.2 = bf16[1024,1024]{1,0} all-gather(%p.1), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
   %zero = f32[8]{0} constant({...})
   ROOT %t = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) tuple(%zero, %p.1, %all-gather.2)
 }
 %done (p.2: bf16[256,1024], q.2: bf16[1024,1024]) -> bf16[1024,1024] {
   %p.2 = bf16[256,1024]{1,0} parameter(0)
   %q.2 = bf16[1024,1024]{1,0} parameter(1)
-  %all-gather.3 = bf16[1024,1024]{1,0} all-gather(%p.2), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
-  ROOT %c.2 = bf16[1024,1024]{1,0} custom-call(%p.2, %q.2, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+  %all-gather.3 = bf16[1024,1024]{1,0} all-gather(%p.2), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true
+  ROOT %c.2 = bf16[1024,1024]{1,0} custom-call(%p.2, %q.2, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
 }
 ENTRY %main (x: bf16[256,1024]) -> bf16[1024,1024] {
   %x = bf16[256,1024]{1,0} parameter(0)
   %acs = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
   %a = bf16[256,1024]{1,0} get-tuple-element(%acs), index=0
   %b = bf16[1024,1024]{1,0} get-tuple-element(%acs), index=1
-  %work = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) fusion(%a, %b), kind=kOutput, calls=%async_collective_fusion.3, BACKEND
+  %work = (f32[8]{0}, bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) fusion(%a, %b), kind=kOutput, \
+calls=%async_collective_fusion.3, BACKEND
   %c = bf16[256,1024]{1,0} get-tuple-element(%work), index=1
   %d = bf16[1024,1024]{1,0} get-tuple-element(%work), index=2
   ROOT %acd = bf16[1024,1024]{1,0} fusion(%c, %d), kind=kCustom, calls=%done
@@ -194,9 +204,8 @@ def test_links_are_those_of_the_torus_that_a_group_spans():
     600e9
   )
   assert links.bandwidth(part) == pytest.approx(100e9)  # half a ring is a line
-  assert links.bandwidth((0, 5)) == pytest.approx(
-    100e9
-  )  # a diagonal: two dimensions, shared with the other diagonal
+  # A diagonal: two dimensions, shared with the other diagonal
+  assert links.bandwidth((0, 5)) == pytest.approx(100e9)
   line = schedule.Links(fake_mesh(np.ndindex(2, 2, 2), (4, 2)), chip)
   assert line.bandwidth((0, 1)) == pytest.approx(100e9) and line.bandwidth(
     tuple(range(8))
@@ -230,7 +239,9 @@ def test_between_slices_a_member_exchanges_its_part_or_it_raises():
 
 
 def test_between_slices_a_program_sends_and_receives(topology):
-  """What libtpu makes of a mean over `data` and a shift of `stage`, which cross slices, and of a sum over fsdp, which does not."""
+  """What libtpu makes of a mean over `data` and a shift of `stage`,
+  which cross slices, and of a sum over fsdp, which does not.
+  """
   mesh = make_mesh(MeshConfig(data=2, stage=2, fsdp=2, tensor=2), topology('4*v5e:2x2'))
 
   def exchange(x):
@@ -276,9 +287,12 @@ def test_every_slice_may_take_part(mesh):
     {'devices': np.array(devices, object).reshape(2, 4), 'axis_names': ('data', 'fsdp'), 'size': 8},
   )()
   send = (
-    'HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n  %x = f32[1024]{0} parameter(0)\n  %t = token[] after-all()\n'
-    '  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, frontend_attributes={'
-    '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n'
+    'HloModule m\n\nENTRY %main (x: f32[1024]) -> token[] {\n'
+    '  %x = f32[1024]{0} parameter(0)\n'
+    '  %t = token[] after-all()\n'
+    '  ROOT %send.1 = (f32[1024]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, '
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="TARGET",_xla_megascale_transfer_type="TYPE"}\n}\n'
   )
   for target, kind in (
     ('{1:2}x{0:3}', 'all-reduce'),
@@ -294,16 +308,18 @@ def test_every_slice_may_take_part(mesh):
 
 
 def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
-  """Weights are gathered over fsdp; over tensor activations are gathered, and summed and dealt out; nothing moves over an axis of size 1."""
+  """Weights are gathered over fsdp; over tensor activations are gathered, and summed and dealt out;
+  nothing moves over an axis of size 1.
+  """
   found = schedule.collectives(tpu_step.text, tpu_step.mesh)
   assert ('all-gather', ('fsdp',)) in {(c.kind, c.axes) for c in found}
   assert {axis for c in found for axis in c.axes} == {'fsdp', 'tensor'}
-  # Megatron with sequence parallelism: of every layer, [B, T, D] is gathered before attention and before the feed-forward, and
-  # reduce-scattered after each; backward the same. A ring of 2 sends half of it.
+  # Megatron with sequence parallelism: of every layer, [B, T, D] is gathered before attention and
+  # before the feed-forward, and reduce-scattered after each; backward the same.
+  # A ring of 2 sends half of it.
   model, T = tpu_step.config.model, tpu_step.config.data.sequence_length
-  half = (
-    2 * tpu_step.config.data.batch_size // 2 * T * model.D // 2
-  )  # bytes of a device's activations, bf16
+  # Bytes of a device's activations, bf16
+  half = 2 * tpu_step.config.data.batch_size // 2 * T * model.D // 2
   for kind in ('all-gather', 'reduce-scatter'):
     assert (
       sum(c.total for c in found if c.kind == kind and c.axes == ('tensor',) and c.nbytes == half)

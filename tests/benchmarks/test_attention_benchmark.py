@@ -1,4 +1,6 @@
-"""Does the benchmark of attention count, compare and survive as it says? All of it at toy sizes on this CPU; no timing is looked at."""
+"""Does the benchmark of attention count, compare and survive as it says?
+All of it at toy sizes on this CPU; no timing is looked at.
+"""
 
 import dataclasses
 import json
@@ -13,6 +15,7 @@ import pytest
 
 from analysis import aot
 from benchmarks import attention, attention_peers as peers
+from benchmarks.attention_cases import Case, Job
 from kernels import attention as kernels, cudnn
 
 
@@ -56,7 +59,7 @@ def test_without_a_gpu_it_says_so():
 @pytest.mark.parametrize('mask', ['causal', 'full', 'window', 'packed'])
 def test_the_pairs_that_are_counted_are_those_that_are_seen(mask):
   """By the mask that exact values have, and by that which our kernels are given."""
-  case = peers.Case(mask, 64, 16, tokens=128, hidden=32)
+  case = Case(mask, 64, 16, tokens=128, hidden=32)
   index = np.arange(64)
   seen = case.visible(index[:, None], index[None])
   assert case.flops('forward') == 2 * 2 * 2 * 2 * 16 * seen.sum() and case.flops(
@@ -102,7 +105,7 @@ def test_calls_of_a_kernel_are_neither_merged_nor_taken_out():
   except ImportError as error:
     pytest.skip(f'an H100 cannot be compiled for: {error}')
   cudnn._answer(*next(iter(cudnn.ELSEWHERE.values())))
-  case = peers.Case('causal', 1024, 64, tokens=1024, hidden=64)
+  case = Case('causal', 1024, 64, tokens=1024, hidden=64)
   attend, x = (
     peers.cudnn(case),
     jax.ShapeDtypeStruct(
@@ -120,7 +123,7 @@ def test_calls_of_a_kernel_are_neither_merged_nor_taken_out():
 
 
 def test_a_process_with_fewer_cases_draws_the_same_numbers(tmp_path):
-  small, large = attention.toys()[0], peers.Case('full', 128, 16, tokens=512, hidden=32)
+  small, large = attention.toys()[0], Case('full', 128, 16, tokens=512, hidden=32)
   drawn = []
   for n, cases in enumerate(([small, large], [small])):
     path = tmp_path / f'{n}.json'
@@ -136,7 +139,7 @@ def test_a_process_with_fewer_cases_draws_the_same_numbers(tmp_path):
         }
       )
     )
-    drawn.append(peers.Job(str(path)).arrays(small))
+    drawn.append(Job(str(path)).arrays(small))
   for a, b in zip(*drawn, strict=True):
     np.testing.assert_array_equal(a, b)
   assert not np.array_equal(*drawn[0][:2])
@@ -177,7 +180,7 @@ def test_parity_is_judged_by_cudnn_or_by_torch(ours, theirs, good, said):
 
 def test_goals_are_of_the_lengths_that_they_were_set_for():
   def case(length):
-    return peers.Case('causal', length, 128)
+    return Case('causal', length, 128)
 
   assert attention.goal_of(case(4096), 'forward', 9e14) == ''
   assert [

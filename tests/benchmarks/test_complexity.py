@@ -1,4 +1,6 @@
-"""Are the operations, calls and exponents that benchmarks.complexity prints those of the programs, and does it say where they end?"""
+"""Are the operations, calls and exponents that benchmarks.complexity prints those of the programs,
+and does it say where they end?
+"""
 
 import dataclasses
 import json
@@ -40,7 +42,9 @@ def points():
 
 @pytest.mark.parametrize('way', WAYS, ids=lambda way: way.name)
 def test_what_is_compiled_is_what_is_traced(way, points):
-  """But for recomputation: attention's own, inside that of a block, repeats products that the compiler then computes once."""
+  """But for recomputation: attention's own, inside that of a block,
+  repeats products that the compiler then computes once.
+  """
   config = dataclasses.replace(SMALL, **way.model)
   function, argument = way.build(config, 128)
   traced = traced_products(
@@ -55,8 +59,9 @@ def test_what_is_compiled_is_what_is_traced(way, points):
 
 
 def test_calls_are_those_of_the_policy(points):
-  """None computes a block once, full again for its gradient, sqrt again for its group and again for its gradient; generation once a
-  token."""
+  """None computes a block once, full again for its gradient, sqrt again for its group and again for
+  its gradient; generation once a token.
+  """
   calls = {name: point['calls'] for name, point in points.items()}
   assert calls == {
     'training, all scores held': 1,
@@ -69,13 +74,16 @@ def test_calls_are_those_of_the_policy(points):
 
 
 def test_operations_are_the_models(points):
-  """A generated token reads the whole buffer: 128 keys where the formula of a causal mask says 64.5."""
+  """A generated token reads the whole buffer: 128 keys where the formula
+  of a causal mask says 64.5.
+  """
 
   def needed(keys):
     return flops.forward_flops_per_token(SMALL, 2 * keys - 1)
 
   assert points['generation, cache']['flops'] == pytest.approx(128 * needed(128), rel=1e-6)
-  # One forward pass over 128 tokens (one block of queries: no key is skipped) for each token, but the head for one token only.
+  # One forward pass over 128 tokens (one block of queries: no key is skipped)
+  # for each token, but the head for one token only.
   head = 2 * SMALL.D * SMALL.V
   assert points['generation, no cache']['flops'] == pytest.approx(
     128 * (128 * (needed(128) - head) + head), rel=1e-6
@@ -84,9 +92,8 @@ def test_operations_are_the_models(points):
     3 * 128 * needed(128), rel=0.02
   )
   one = points['training, flash attention']['flops']
-  assert (
-    1.1 * one < points['training, remat full']['flops'] < 1.34 * one
-  )  # a forward pass more, but for what no gradient asks for
+  # A forward pass more, but for what no gradient asks for
+  assert 1.1 * one < points['training, remat full']['flops'] < 1.34 * one
   assert 1.25 * one < points['training, remat sqrt']['flops'] < 1.67 * one  # two more
 
 
@@ -118,15 +125,13 @@ def test_a_power_is_its_exponent(power):
 
 def test_the_range_is_where_one_term_dominates():
   sizes = [2**n for n in range(12)]
-  found = complexity.fit(
-    sizes, [64 * size + size**2 for size in sizes]
-  )  # as large as one another at 64
+  # As large as one another at 64
+  found = complexity.fit(sizes, [64 * size + size**2 for size in sizes])
   assert (
     256 <= found.first <= 512 and found.last == 2048 and found.exponent == pytest.approx(2, abs=0.1)
   )
-  assert (
-    complexity.fit(sizes[:8], [64 * size + size**2 for size in sizes[:8]]) is None
-  )  # in the middle of the bend
+  # In the middle of the bend
+  assert complexity.fit(sizes[:8], [64 * size + size**2 for size in sizes[:8]]) is None
   assert (
     complexity.fit(sizes[:2], [1, 2]) is None
     and complexity.fit(sizes[:4], [1, 2, 4, math.nan]).last == 4
@@ -187,12 +192,10 @@ def test_a_tpus_points_are_predicted(topology):
     BY_NAME['training, flash attention'], config, timed=False, device=topology('v5e:1x1')[0]
   )
   scores = 2 * config.L * config.N * config.H * 512**2  # one product of attention, all of it
-  needed = (
-    3 * 512 * flops.forward_flops_per_token(config, 512)
-  )  # with 6 products, the causal half of each
-  assert point['flops'] == pytest.approx(
-    needed + (7 - 6 / 2) * scores, rel=0.01
-  )  # 7: scores again backward; all is one block
+  # With 6 products, the causal half of each
+  needed = 3 * 512 * flops.forward_flops_per_token(config, 512)
+  # 7: scores again backward; all is one block
+  assert point['flops'] == pytest.approx(needed + (7 - 6 / 2) * scores, rel=0.01)
   assert (
     point['flops'] / 197e12 < point['seconds'] < 1 and point['memory'] > 0 and point['calls'] == 1
   )

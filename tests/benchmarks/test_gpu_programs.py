@@ -1,4 +1,6 @@
-"""Do the programs that a GPU would be timed with compile, and run our kernels as often as they say? For an H100 that isn't here."""
+"""Do the programs that a GPU would be timed with compile, and run our kernels as often as they say?
+For an H100 that isn't here.
+"""
 
 import dataclasses
 
@@ -7,6 +9,7 @@ import pytest
 
 from analysis import aot, ptxas
 from benchmarks import attention, attention_peers as peers, train_gpu
+from benchmarks.attention_cases import DIRECTIONS
 from parallel.mesh import MeshConfig, make_mesh
 
 
@@ -48,7 +51,7 @@ def test_what_is_timed_of_attention_compiles_and_runs_every_call(name, h100, ass
     lowered = peers.programs(attend, case, 'bfloat16', jax.NamedSharding(h100, jax.P()))
     compiled = {direction: program.compile() for direction, program in lowered.items()}
   assert set(compiled) == {'forward', 'keeping', 'backward'}
-  for direction in peers.DIRECTIONS:
+  for direction in DIRECTIONS:
     assert peers.check_calls(compiled[direction], case.calls(direction)) == ''
     assert 'flash_' + direction in compiled[direction].as_text()
   check(assembled())
@@ -60,7 +63,9 @@ def test_what_is_timed_of_attention_compiles_and_runs_every_call(name, h100, ass
 @pytest.mark.slow
 @pytest.mark.parametrize('length', train_gpu.LENGTHS)
 def test_the_step_that_is_timed_compiles_with_our_kernel(length, h100, assembled, monkeypatch):
-  """Of two layers, which are one scan as sixteen are: one kernel for all layers, forward, and one backward."""
+  """Of two layers, which are one scan as sixteen are: one kernel for all layers,
+  forward, and one backward.
+  """
   whole = train_gpu.config
   made = whole(length, 'pallas_gpu')
   assert len(made.model.stacks) == 1

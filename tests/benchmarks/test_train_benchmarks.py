@@ -1,4 +1,6 @@
-"""Do both sides of the training benchmarks run what they say, and does a side that cannot run say why? No timing is looked at."""
+"""Do both sides of the training benchmarks run what they say,
+and does a side that cannot run say why? No timing is looked at.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Is the memory table that of the state which training really has, and is the formula beside it the same account?"""
+"""Is the memory table that of the state which training really has,
+and is the formula beside it the same account?
+"""
 
 import json
 
@@ -22,7 +24,9 @@ MODEL = ModelConfig(
 
 @pytest.mark.parametrize('way', zero.WAYS)
 def test_the_formula_is_the_real_state(way):
-  """Of 4 chips: every part within 3%, activations within 10% (positions and angles are not in the formula)."""
+  """Of 4 chips: every part within 3%, activations within 10%
+  (positions and angles are not in the formula).
+  """
   config = zero.setting(MODEL, 4, **zero.WAYS[way])
   state = zero.measure(config, 4)
   for part, expected in zero.formula(config, 4, state.count).items():

@@ -16,7 +16,9 @@ CHATML = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if thinking is defined and thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+    {%- if thinking is defined and thinking is false %}{{
+      '<think>\\n\\n</think>\\n\\n'
+    }}{% endif %}
 {%- endif %}
 """
 
@@ -33,9 +35,14 @@ HEADERS = """{{- bos_token }}
 
 {{ content | trim }}{{ eos_token }}
 {%- endmacro %}
-{{- turn('system', ('Tools: ' ~ (tools | tojson(indent=2)) ~ '\\n' if tools is not none else '') ~ system) }}
+{{- turn(
+  'system',
+  ('Tools: ' ~ (tools | tojson(indent=2)) ~ '\\n' if tools is not none else '') ~ system
+) }}
 {%- for message in messages[offset:] -%}
-  {%- if message.role not in ['user', 'assistant'] %}{{ raise_exception('Who is ' + message.role + '?') }}{% endif %}
+  {%- if message.role not in ['user', 'assistant'] %}{{
+    raise_exception('Who is ' + message.role + '?')
+  }}{% endif %}
   {{- turn(message.role, message.content) }}
 {%- endfor %}
 {%- if add_generation_prompt %}<|start|>assistant<|end|>
@@ -53,7 +60,9 @@ INSTRUCT = """{{ bos_token }}{% set ns = namespace(system='', turns=0) %}
         {{ raise_exception('user and assistant must alternate') }}
     {% endif %}
     {% if message['role'] == 'user' %}
-[INST] {{ (ns.system + '\\n\\n' if ns.system and ns.turns == 0 else '') + message['content'] }} [/INST]
+[INST] {{
+  (ns.system + '\\n\\n' if ns.system and ns.turns == 0 else '') + message['content']
+}} [/INST]
     {% else %}
 {% generation %} {{ message['content'].strip() }}{{ eos_token }}{% endgeneration %}
     {% endif %}

@@ -1,4 +1,6 @@
-"""Chat templates: what they render, where the assistant's turns stand, what they may not do, and errors that say why."""
+"""Chat templates: what they render, where the assistant's turns stand,
+what they may not do, and errors that say why.
+"""
 
 import datetime
 import json
@@ -17,14 +19,17 @@ anything = st.text(st.characters(exclude_categories=['Cs']), max_size=20)
 
 def test_chatml():
   template = ChatTemplate(CHATML)
-  assert (
-    template.render(TURNS[:1])
-    == '<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
+  assert template.render(TURNS[:1]) == (
+    '<|im_start|>system\nBe helpful.<|im_end|>\n'
+    '<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
   )
   text = template.render(SYSTEM + TURNS, add_generation_prompt=True)
   assert text == (
-    '<|im_start|>system\nAnswer in  one word. <|im_end|>\n<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
-    '<|im_start|>assistant\nTea!  <|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n'
+    '<|im_start|>system\nAnswer in  one word. <|im_end|>\n'
+    '<|im_start|>user\n Caf\u00e9 or <tea> & "milk"?\n<|im_end|>\n'
+    '<|im_start|>assistant\nTea!  <|im_end|>\n'
+    '<|im_start|>user\nWhy?<|im_end|>\n'
+    '<|im_start|>assistant\n'
   )
   assert template.render(HELLO, add_generation_prompt=True, thinking=False).endswith(
     'assistant\n<think>\n\n</think>\n\n'
@@ -40,7 +45,9 @@ def test_variables_of_the_call_come_before_those_of_the_tokenizer():
   assert template.render(
     HELLO, bos_token='B', tools=[{'name': '<f>'}], add_generation_prompt=True
   ) == (
-    'B<|start|>system<|end|>\n\nTools: [\n  {\n    "name": "<f>"\n  }\n]<|eot|><|start|>user<|end|>\n\nHello<|eot|><|start|>assistant<|end|>\n\n'
+    'B<|start|>system<|end|>\n\nTools: [\n  {\n    "name": "<f>"\n  }\n]<|eot|>'
+    '<|start|>user<|end|>\n\nHello<|eot|>'
+    '<|start|>assistant<|end|>\n\n'
   )
 
 

@@ -71,11 +71,12 @@ def test_digest_ignores_case_and_whitespace_only():
 
 
 PROSE = (
-  'The keeper of the lighthouse had counted ships for thirty years, and that morning there were none to be seen. '
-  'He wrote the number in his book anyway. A storm was coming from the west, slow and grey as an old sheep, '
-  'with all the patience of weather. His daughter asked why he counted what was not there. '
-  'Because somebody will want to know that nothing happened, he said, and closed the book with great care. '
-  'Outside, gulls walked about on the wet rocks like clerks who have lost their office keys again.'
+  'The keeper of the lighthouse had counted ships for thirty years, and that morning there were '
+  'none to be seen. He wrote the number in his book anyway. A storm was coming from the west, slow '
+  'and grey as an old sheep, with all the patience of weather. His daughter asked why he counted '
+  'what was not there. Because somebody will want to know that nothing happened, he said, and '
+  'closed the book with great care. Outside, gulls walked about on the wet rocks like clerks who '
+  'have lost their office keys again.'
 )
 
 BROKEN = {

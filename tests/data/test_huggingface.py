@@ -1,4 +1,6 @@
-"""Hugging Face tokenizers: ids as the library gives them, exact bytes, control tokens out of the reach of text, files."""
+"""Hugging Face tokenizers: ids as the library gives them, exact bytes,
+control tokens out of the reach of text, files.
+"""
 
 import functools
 import json
@@ -118,10 +120,8 @@ def test_text_cannot_name_control_tokens_unless_asked_to(family, data):
       '\u2581' in text or family == 'mistral' and text.startswith(' ') or tok.decode(ids) == text
     )
   assert tok.encode(text, special=True) == lib.encode(text, add_special_tokens=False).ids
-  if family not in (
-    't5',
-    'bert',
-  ):  # the library's own switch serves BPE; Unigram finds names all the same
+  # The library's own switch serves BPE; Unigram finds names all the same
+  if family not in ('t5', 'bert'):
     switched = families.theirs(family)
     switched.encode_special_tokens = True
     assert ids == switched.encode(text, add_special_tokens=False).ids
@@ -138,9 +138,8 @@ def test_half_a_surrogate_pair_is_said(special):
 def test_the_librarys_own_switch_would_not_do():
   switched = families.theirs('t5')
   switched.encode_special_tokens = True
-  assert (
-    control('t5')['</s>'] in switched.encode('a</s>').ids[:-1]
-  )  # when it does, _anonymous can go
+  # When it does, _anonymous can go
+  assert control('t5')['</s>'] in switched.encode('a</s>').ids[:-1]
   assert control('t5')['</s>'] not in ours('t5').encode('a</s>')
   assert ours('t5').encode('a</s>', special=True)[-1] == control('t5')['</s>']
 
@@ -460,8 +459,8 @@ def test_a_corpus_is_prepared_with_it(family, tmp_path):
     prepared.tokenizer.eos,
     theirs(family).token_to_id('<unk>'),
   }
-  for ids in prepared.tokenizer.encode_batch(list(prepared.validation_documents())):
-    assert ids and not control_ids.intersection(ids)
+  for ids in prepared.tokenizer.encode_arrays(list(prepared.validation_documents())):
+    assert ids.size and not control_ids.intersection(ids.tolist())
 
 
 def test_arrays_are_int32():
@@ -469,7 +468,9 @@ def test_arrays_are_int32():
 
 
 def test_it_agrees_with_sentencepiece_on_a_real_model(shared_data):
-  """T5's own pieces and scores as a tokenizer.json: the same ids and text as the .model gives, where normalisation has nothing to do."""
+  """T5's own pieces and scores as a tokenizer.json: the same ids and text as the .model gives,
+  where normalisation has nothing to do.
+  """
   import tokenizers
 
   sentencepiece = load(shared_data / 't5.model')
@@ -488,10 +489,10 @@ def test_it_agrees_with_sentencepiece_on_a_real_model(shared_data):
   lines = [' '.join(line.split()) for line in text.splitlines()[:3000]] + [
     '</s> is four characters and <pad> five'
   ]
-  assert tok.encode_batch(lines) == sentencepiece.encode_batch(lines)
-  assert [tok.decode(ids) for ids in tok.encode_batch(lines[:-1])] == [
-    sentencepiece.decode(ids).replace(' \u2047 ', '')
-    for ids in sentencepiece.encode_batch(lines[:-1])
+  encoded, expected = (each.encode_arrays(lines) for each in (tok, sentencepiece))
+  assert [ids.tolist() for ids in encoded] == [ids.tolist() for ids in expected]
+  assert [tok.decode(ids) for ids in encoded[:-1]] == [
+    sentencepiece.decode(ids).replace(' \u2047 ', '') for ids in expected[:-1]
   ]
 
 

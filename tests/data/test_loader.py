@@ -1,4 +1,6 @@
-"""Loading laws: deterministic, every row once per epoch, independent of the number of processes, exactly resumable."""
+"""Loading laws: deterministic, every row once per epoch,
+independent of the number of processes, exactly resumable.
+"""
 
 import collections
 import dataclasses

@@ -1,4 +1,6 @@
-"""Packing laws: no pair lost or doubled, no row overfull, whatever the documents and the row length."""
+"""Packing laws: no pair lost or doubled, no row overfull,
+whatever the documents and the row length.
+"""
 
 import numpy as np
 import pytest
@@ -55,7 +57,8 @@ def test_in_order_keeps_the_order(lengths, length):
 
 
 def test_best_fit_decreasing_matches_a_worked_example():
-  # Longest first: 8 opens a row; 7 opens one; 5 opens one; 4 fits the row of 5 (room 5), 3 that of 7, 2 that of 8.
+  # Longest first: 8 opens a row; 7 opens one; 5 opens one;
+  # 4 fits the row of 5 (room 5), 3 that of 7, 2 that of 8.
   order, rows = packing.pack(np.array([2, 3, 4, 5, 7, 8]), 10)
   assert [order[a:b].tolist() for a, b in zip(rows, rows[1:])] == [[5, 0], [4, 1], [3, 2]]
 

@@ -1,4 +1,6 @@
-"""The whole pipeline: what comes out is what went in, the split is stable, the cache is atomic and checked."""
+"""The whole pipeline: what comes out is what went in, the split is stable,
+the cache is atomic and checked.
+"""
 
 import dataclasses
 import json
@@ -190,7 +192,8 @@ def test_tinyshakespeare_splits_as_in_nanogpt(tmp_path):
     ),
     log=quiet,
   )
-  # nanoGPT's prepare.py prints: vocab size 65, train 1,003,854 tokens, val 111,540 tokens; here each has one eos more.
+  # nanoGPT's prepare.py prints: vocab size 65, train 1,003,854 tokens, val 111,540 tokens;
+  # here each has one eos more.
   assert prepared.report['sources'][0]['train']['tokens'] == 1_003_854 + 1
   assert prepared.report['validation']['tokens'] == 111_540 + 1
   assert prepared.report['packing']['train'][0]['fill'] > 0.9999
@@ -227,10 +230,16 @@ def test_damage_is_detected_and_named(tmp_path, kind):
       with pytest.raises(cache.CorruptShardError, match=f'{name}.*delete .* and run again'):
         prepare(config(tmp_path), log=quiet)
       damaged.write_bytes(whole)
-  prepare(config(tmp_path), log=quiet).verify()
+  verify(prepare(config(tmp_path), log=quiet))
 
 
-def test_large_corpora_skip_checksums_loudly_and_verify_reads_them(tmp_path, monkeypatch):
+def verify(prepared):
+  """Reads every file and compares checksums."""
+  for directory in prepared.directories:
+    cache.check(directory, cache.read_index(directory)['files'], contents=True)
+
+
+def test_large_corpora_skip_checksums_loudly_and_a_check_reads_them(tmp_path, monkeypatch):
   write(tmp_path / 'a.jsonl', [text(i) for i in range(40)])
   prepared = prepare(config(tmp_path), log=quiet)
   tokens = prepared.directories[0] / 'train-0-00000.tokens'
@@ -241,7 +250,7 @@ def test_large_corpora_skip_checksums_loudly_and_verify_reads_them(tmp_path, mon
   loaded = prepare(config(tmp_path), log=lines.append)
   assert any('not the checksums' in line for line in lines)
   with pytest.raises(cache.CorruptShardError, match='bits have changed'):
-    loaded.verify()
+    verify(loaded)
   tokens.write_bytes(whole[:-1])
   with pytest.raises(cache.CorruptShardError, match='truncated'):
     prepare(config(tmp_path), log=quiet)

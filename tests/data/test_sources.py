@@ -1,4 +1,6 @@
-"""Sources: every kind reads what it should, in order; bad input is counted and loses nothing else."""
+"""Sources: every kind reads what it should, in order;
+bad input is counted and loses nothing else.
+"""
 
 import collections
 import json

@@ -1,4 +1,6 @@
-"""Tokenizers: exact round trips over all of Unicode, streaming, saving, and errors that say what to do."""
+"""Tokenizers: exact round trips over all of Unicode, streaming, saving,
+and errors that say what to do.
+"""
 
 import collections
 import functools
@@ -47,9 +49,8 @@ def corpus():
 
 @functools.cache
 def trained(**kinds):
-  texts = (
-    corpus()[:20] if 'algorithm' in kinds else corpus()
-  )  # unigram takes fifteen times as long as BPE
+  # Unigram takes fifteen times as long as BPE
+  texts = corpus()[:20] if 'algorithm' in kinds else corpus()
   return tokenizers.build(TokenizerConfig(vocabulary=1024, **kinds), texts, texts)
 
 
@@ -68,7 +69,8 @@ def made(kind):
 def test_round_trip_of_hard_texts_and_code(kind):
   tok = made(kind)
   texts = HARD + ([] if kind == 'char' else corpus()[:10])
-  for text, ids in zip(texts, tok.encode_batch(texts)):
+  for text, array in zip(texts, tok.encode_arrays(texts)):
+    ids = array.tolist()
     assert tok.decode(ids) == text and tok.losses(text, ids) == 0
     assert ids == tok.encode(text)
     assert not {tok.pad, tok.bos, tok.eos}.intersection(ids)
@@ -114,7 +116,7 @@ def test_training_is_deterministic_and_uses_the_share():
 def test_code_compresses():
   tok = trained()
   texts = corpus()
-  assert sum(len(text.encode()) for text in texts) / sum(map(len, tok.encode_batch(texts))) > 2.7
+  assert sum(len(text.encode()) for text in texts) / sum(map(len, tok.encode_arrays(texts))) > 2.7
   assert b'    ' in tok.token_bytes and any(b'\n' in piece[1:] for piece in tok.token_bytes)
 
 

@@ -1,9 +1,14 @@
-"""Which tokenizer.json forms are met in practice? A tiny one of each, trained by the tokenizers library on the spot."""
+"""Which tokenizer.json forms are met in practice?
+A tiny one of each, trained by the tokenizers library on the spot.
+"""
 
 import functools
 import json
 
-WORDS = 'the quick brown fox jumps over lazy dogs and two cats; don\'t stop, please! Is it 12 or 3456? naïve café über größte'
+WORDS = (
+  "the quick brown fox jumps over lazy dogs and two cats; don't stop, please! "
+  'Is it 12 or 3456? naïve café über größte'
+)
 CORPUS = [
   WORDS,
   WORDS.upper(),
@@ -104,7 +109,8 @@ def _byte_level(t, family):
   made.pre_tokenizer = level(add_prefix_space=False)
   if family != 'gpt2':
     words = t.Regex(
-      r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+      r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+      r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
     )
     made.pre_tokenizer = t.pre_tokenizers.Sequence(
       [t.pre_tokenizers.Split(words, 'isolated'), level(add_prefix_space=False, use_regex=False)]

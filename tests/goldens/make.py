@@ -1,7 +1,10 @@
-"""What do transformers' models compute? Writes a file of results for each case: python -m tests.goldens.make [NAME ...]
+"""What do transformers' models compute? Writes a file of results for each case:
 
-Needs torch and transformers. tests/model/test_families.py compares with the files, tests/oracle/test_transformers.py with
-the models themselves; both know the weights by their names (tests.goldens.tiny).
+    python -m tests.goldens.make [NAME ...]
+
+Needs torch and transformers. tests/model/test_families.py compares with the files,
+tests/oracle/test_transformers.py with the models themselves; both know the weights by their names
+(tests.goldens.tiny).
 """
 
 import os
@@ -46,7 +49,9 @@ def load(name: str, directory: pathlib.Path):
 
 
 def forward(model, tokens, source=None, types=None, mask=None, source_mask=None):
-  """Hidden states (of BertModel) or logits, [B, T, _] with gradients, and the pooler's output or None."""
+  """Hidden states (of BertModel) or logits, [B, T, _] with gradients,
+  and the pooler's output or None.
+  """
 
   def put(x):
     return None if x is None else torch.tensor(np.asarray(x, np.int64))
@@ -66,7 +71,9 @@ def forward(model, tokens, source=None, types=None, mask=None, source_mask=None)
 
 
 def loss(name: str, scores, pooled, targets):
-  """The sum over tokens of the cross-entropy; of a model without a head, hidden states seen from a direction."""
+  """The sum over tokens of the cross-entropy; of a model without a head,
+  hidden states seen from a direction.
+  """
   if pooled is None:
     return torch.nn.functional.cross_entropy(
       scores.flatten(0, 1), torch.tensor(targets).long().flatten(), reduction='sum'
@@ -78,7 +85,9 @@ def loss(name: str, scores, pooled, targets):
 
 
 def save_gradients(model, directory: pathlib.Path) -> None:
-  """Writes the gradients as transformers would write the parameters: with the same names and shapes."""
+  """Writes the gradients as transformers would write the parameters:
+  with the same names and shapes.
+  """
   with torch.no_grad():
     for parameter in model.parameters():
       parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -88,7 +97,9 @@ def save_gradients(model, directory: pathlib.Path) -> None:
 
 
 def generate(model, name: str, row: int) -> np.ndarray:
-  """The tokens that the model goes on with after a third of a row, the most likely one each time."""
+  """The tokens that the model goes on with after a third of a row,
+  the most likely one each time.
+  """
   given = tiny.inputs(name)
 
   def put(x):

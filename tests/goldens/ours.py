@@ -1,4 +1,6 @@
-"""What do our models compute? The counterparts of tests.goldens.make: scores, loss, gradients, greedy tokens."""
+"""What do our models compute? The counterparts of tests.goldens.make: scores,
+loss, gradients, greedy tokens.
+"""
 
 import functools
 import json
@@ -103,7 +105,9 @@ def loss_and_gradients(model, name: str):
 
 
 def generate(model, name: str, row: int, new: int) -> np.ndarray:
-  """The counterpart of tests.goldens.make.generate: the prompt in a longer bucket, tokens in two chunks."""
+  """The counterpart of tests.goldens.make.generate: the prompt in a longer bucket,
+  tokens in two chunks.
+  """
   given = tiny.inputs(name)
   tokens, source = np.zeros((1, 11), np.int32), None
   tokens[0, :8] = given['tokens'][row, :8]
@@ -145,8 +149,8 @@ def compare_gradients(
 ) -> list[str]:
   """Names whose gradient is further than 1e-4 of its norm away; `distance(name)` is how far.
 
-  Some gradients are zero (of a bias of keys that shifts all scores alike): there, rounding of the others is all there
-  is.
+  Some gradients are zero (of a bias of keys that shifts all scores alike):
+  there, rounding of the others is all there is.
   """
   least = 1e-3 * np.sqrt(sum(norm**2 for norm in norms.values()))
   errors = {name: distance(name) / max(norms[name], least) for name in names}

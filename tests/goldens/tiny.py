@@ -1,7 +1,8 @@
-"""Which small models stand for the families? Configurations of transformers' classes, and weights that hide no fault.
+"""Which small models stand for the families? Configurations of transformers' classes,
+and weights that hide no fault.
 
-A weight is drawn from its name, so that a file of results is enough to repeat a comparison: the weights need no
-storing.
+A weight is drawn from its name, so that a file of results is enough to repeat a comparison:
+the weights need no storing.
 """
 
 import zlib
@@ -73,7 +74,8 @@ GEMMA3 = dict(
   sliding_attention=dict(rope_type='default', rope_theta=1e4),
 )
 
-# name: (class, arguments of its configuration). Windows are shorter than the sequences that are compared.
+# name: (class, arguments of its configuration).
+# Windows are shorter than the sequences that are compared.
 CASES = {
   'gpt2': (
     'GPT2LMHeadModel',
@@ -182,19 +184,22 @@ CASES = {
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """f32 values of the tensor of that name: matrices N(0, (1.5 / sqrt(inputs))^2), vectors 0.3 N around 1 or 0."""
+  """f32 values of the tensor of that name: matrices N(0, (1.5 / sqrt(inputs))^2),
+  vectors 0.3 N around 1 or 0.
+  """
   noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
   if len(shape) == 1:
     centre = 1.0 if name.lower().endswith('weight') else 0.0
     return np.float32(centre) + np.float32(0.3) * noise
-  gain = (
-    0.6 if 'Attention.q.' in name else 1.5
-  )  # T5 does not divide scores, but starts with small queries
+  # T5 does not divide scores, but starts with small queries
+  gain = 0.6 if 'Attention.q.' in name else 1.5
   return noise * np.float32(gain / np.sqrt(shape[-1] if len(shape) == 2 else shape[-2]))
 
 
 def inputs(name: str) -> dict[str, np.ndarray]:
-  """What the models are compared on: int32 `tokens`, `targets` [2, 24]; `source` [2, 19] and `types` where needed."""
+  """What the models are compared on: int32 `tokens`, `targets` [2, 24];
+  `source` [2, 19] and `types` where needed.
+  """
   rng = np.random.default_rng(zlib.crc32(name.encode()))
 
   def ids(*shape):
@@ -209,7 +214,9 @@ def inputs(name: str) -> dict[str, np.ndarray]:
 
 
 def direction(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """A direction to look at a tensor from: its product with the tensor is one number that every entry takes part in."""
+  """A direction to look at a tensor from: its product with the tensor is one number
+  that every entry takes part in.
+  """
   return np.random.default_rng(zlib.crc32(b'direction ' + name.encode())).standard_normal(
     shape, np.float32
   )

@@ -1,4 +1,6 @@
-"""Do devices that share a row attend as one does? Values, gradients, balance and collectives of every strategy."""
+"""Do devices that share a row attend as one does?
+Values, gradients, balance and collectives of every strategy.
+"""
 
 import itertools
 import re
@@ -69,7 +71,9 @@ def run(
   positions=False,
   **mask,
 ):
-  """(out, log-sum-exp, gradients by name) of a projection of both; rows stand in `order`, as zigzag(T, parts) is."""
+  """(out, log-sum-exp, gradients by name) of a projection of both;
+  rows stand in `order`, as zigzag(T, parts) is.
+  """
 
   def rows(name, high):
     return jnp.asarray(tokens(name, order, high))
@@ -121,7 +125,9 @@ def check(
   dtype=np.float64,
   **features,
 ):
-  """The strategy on a mesh of these sizes against the reference on one device, in f64: what differs then is no rounding."""
+  """The strategy on a mesh of these sizes against the reference on one device,
+  in f64: what differs then is no rounding.
+  """
   arrays, tolerance = inputs(kv_heads, value_width, dtype), 1e-5 if dtype == np.float32 else 1e-11
   expected = run(arrays, np.arange(T), 1, backend='reference', **features)
   with jax.set_mesh(
@@ -151,11 +157,8 @@ def slow(*case):
 
 CASES = [
   ('ring', {'context': 4}, ALL),
-  (
-    'ring',
-    {'context': 4},
-    {'window': 5, 'segments': True, 'sinks': True},
-  ),  # looks into two chunks before its own
+  # Looks into two chunks before its own
+  ('ring', {'context': 4}, {'window': 5, 'segments': True, 'sinks': True}),
   ('ring', {'context': 2, 'tensor': 2}, {'window': 14, 'softcap': 2.0}),
   (
     'ring',
@@ -237,7 +240,9 @@ def test_every_strategy_honours_every_feature(strategy, mask, index):
 
 @pytest.mark.parametrize('R', [2, 3, 8])
 def test_zigzag_work_is_the_same_on_all_devices(R):
-  """All pairs of chunks that causality lets see each other, each computed once, and 2R + 1 of them by each device."""
+  """All pairs of chunks that causality lets see each other, each computed once,
+  and 2R + 1 of them by each device.
+  """
   computed = []
   for mine in range(R):
     late = 2 * R - 1 - mine
@@ -300,9 +305,8 @@ def test_collectives_are_those_of_the_strategy(strategy):
     kinds = 'all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all'
     assert set(re.findall(rf' ({kinds})(?:-start)?\(', text)) == KINDS[strategy]
     assert 'conditional(' not in text, 'who sees whom in zig-zag order is known when it is compiled'
-    if (
-      strategy == 'ring'
-    ):  # of keys and values: early to early, late to late, early to late; nothing else moves
+    # Of keys and values: early to early, late to late, early to late; nothing else moves
+    if strategy == 'ring':
       assert (
         len(
           re.findall(r' collective-permute(?:-start)?\(', compiled(strategy, 4, window=4).as_text())
@@ -313,7 +317,9 @@ def test_collectives_are_those_of_the_strategy(strategy):
 
 @pytest.mark.parametrize('names, transfers', [((), 18), (('attention',), 14)], ids=str)
 def test_remat_goes_around_the_ring_again_only_where_nothing_is_kept(names, transfers):
-  """4 transfers are written down for a forward pass (2 of them in a loop), 10 for a backward pass."""
+  """4 transfers are written down for a forward pass (2 of them in a loop),
+  10 for a backward pass.
+  """
   policy = jax.checkpoint_policies.save_only_these_names(*names)
   run = jax.checkpoint(
     lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, Mask(zigzag=4))[0])), policy=policy
@@ -344,7 +350,8 @@ def test_what_does_not_split_is_refused():
       attention(x['q'][:, :30], x['k'], x['v'], Mask(causal=False))
     with pytest.raises(
       ValueError,
-      match="model.context='ulysses' splits heads: 2 .* is not a multiple of mesh.context=4.*'ulysses_ring'",
+      match="model.context='ulysses' splits heads: 2 .* is not a multiple of mesh.context=4.*"
+      "'ulysses_ring'",
     ):
       attention(x['q'][:, :, :2], x['k'], x['v'], Mask(), context='ulysses')
     with pytest.raises(
@@ -353,7 +360,8 @@ def test_what_does_not_split_is_refused():
       attention(x['q'], x['k'][:, :, :1], x['v'][:, :, :1], Mask(), context='ulysses_ring')
     with pytest.raises(
       NotImplementedError,
-      match=r"'xla' gives no log-sum-exp at no extra cost.*\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\].*'gather'",
+      match="'xla' gives no log-sum-exp at no extra cost.*"
+      r"\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\].*'gather'",
     ):
       attention(*placed, Mask(), backend='xla')
     with pytest.raises(
@@ -399,7 +407,9 @@ def test_a_query_that_sees_nothing_has_no_part_in_anything():
 
 
 def test_scores_far_below_zero_stay_finite_where_a_window_reaches_before_the_row():
-  """Keys that are not there would otherwise outweigh, as zeros, a log-sum-exp of -400 by more than f32 holds."""
+  """Keys that are not there would otherwise outweigh, as zeros,
+  a log-sum-exp of -400 by more than f32 holds.
+  """
   with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])):
     q, k, v = (
       jax.device_put(jnp.full((B, T, heads, H), value), ax.spec(*HEADS))

@@ -1,7 +1,9 @@
-"""How was jobset.json made? python tests/launch/excerpt.py CRD.yaml VERSION, of config/components/crd/bases in kubernetes-sigs/jobset.
+"""How was jobset.json made? python tests/launch/excerpt.py CRD.yaml VERSION, of
+config/components/crd/bases in kubernetes-sigs/jobset.
 
-The custom resource's published schema without its prose, its status, and parts of a pod that no training job here needs: what is left
-of it says which fields there are, their types, and which are required.
+The custom resource's published schema without its prose, its status, and parts of a pod that no
+training job here needs: what is left of it says which fields there are,
+their types, and which are required.
 """
 
 import json
@@ -49,8 +51,9 @@ if __name__ == '__main__':
   crd = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())
   version = crd['spec']['versions'][0]
   kept = {
-    '$comment': f'Excerpt of the JobSet custom resource of github.com/kubernetes-sigs/jobset {sys.argv[2]} (Copyright The Kubernetes '
-    'Authors, Apache License 2.0), made by tests/launch/excerpt.py',
+    '$comment': 'Excerpt of the JobSet custom resource of github.com/kubernetes-sigs/jobset '
+    f'{sys.argv[2]} (Copyright The Kubernetes Authors, Apache License 2.0), '
+    'made by tests/launch/excerpt.py',
     'apiVersion': f'{crd["spec"]["group"]}/{version["name"]}',
     'kind': crd['spec']['names']['kind'],
     'schema': excerpt(version['schema']['openAPIV3Schema']),

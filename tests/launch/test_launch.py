@@ -1,4 +1,6 @@
-"""Are the files in launch/ what their clusters accept, and do they start train.py with the flags they were given?"""
+"""Are the files in launch/ what their clusters accept,
+and do they start train.py with the flags they were given?
+"""
 
 import copy
 import json
@@ -148,14 +150,19 @@ def test_the_jobsets_numbers_fit_together(jobset, monkeypatch):
 # Long options of sbatch, from its manual page in Slurm 26.05.
 SBATCH = set(
   '''
-account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments constraint container contiguous
-core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution error exclude exclusive export
-export-file extra extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint
-hold ignore-pbs input job-name kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mem-update
-mincpus network nice no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket
-oom-kill-step open-mode output overcommit oversubscribe parsable partition prefer priority profile propagate qos quiet reboot requeue
-reservation resources resv-ports runtime segment signal sockets-per-node spread-job spread-segments stepmgr switches thread-spec
-threads-per-core time time-min tmp tres-bind tres-per-task uid use-min-nodes verbose wait wait-all-nodes wckey wrap'''.split()
+account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment
+consolidate-segments constraint container contiguous core-spec cores-per-socket cpu-freq
+cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution error exclude exclusive
+export export-file extra extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node
+gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name
+kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu
+mem-update mincpus network nice no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core
+ntasks-per-gpu ntasks-per-node ntasks-per-socket oom-kill-step open-mode output overcommit
+oversubscribe parsable partition prefer priority profile propagate qos quiet reboot requeue
+reservation resources resv-ports runtime segment signal sockets-per-node spread-job spread-segments
+stepmgr switches thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid
+use-min-nodes verbose wait wait-all-nodes wckey wrap
+'''.split()
 )
 
 
@@ -187,11 +194,14 @@ def test_slurm_knows_every_option():
 
 
 def fakes(directory: pathlib.Path, **scripts: str) -> dict[str, str]:
-  """An environment whose PATH begins with commands that append their arguments, as JSON, to COMMAND.log, and then do this."""
+  """An environment whose PATH begins with commands that append their arguments,
+  as JSON, to COMMAND.log, and then do this.
+  """
   path = directory / 'fakes'
   path.mkdir()
   for name, then in scripts.items():
-    record = f'import json, sys; print(json.dumps(sys.argv[1:]), file=open({str(directory / f"{name}.log")!r}, "a"))'
+    log = str(directory / f'{name}.log')
+    record = f'import json, sys; print(json.dumps(sys.argv[1:]), file=open({log!r}, "a"))'
     (path / name).write_text(
       f"#!/bin/bash\n{sys.executable} - \"$@\" <<'END'\n{record}\nEND\n{then}\n"
     )
@@ -262,8 +272,8 @@ def test_tpu_vm_trains_with_the_flags_given_once_at_a_time_until_it_is_stopped(t
   (home / 'tandem' / '.venv' / 'bin').mkdir(parents=True)
   python = home / 'tandem' / '.venv' / 'bin' / 'python'
   python.write_text(
-    f'#!/bin/bash\nexec {sys.executable} -c "import json, sys, time; print(json.dumps(sys.argv[1:]), flush=True)\n'
-    'time.sleep(60)" "$@"\n'
+    f'#!/bin/bash\nexec {sys.executable} -c "import json, sys, time; '
+    'print(json.dumps(sys.argv[1:]), flush=True)\ntime.sleep(60)" "$@"\n'
   )
   python.chmod(0o755)
   output = home / 'tandem' / 'train.log'

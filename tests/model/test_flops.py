@@ -1,4 +1,6 @@
-"""Are the operations that the formulas count those of the matrix products that a model's program holds?"""
+"""Are the operations that the formulas count those of the matrix products
+that a model's program holds?
+"""
 
 import math
 
@@ -60,7 +62,9 @@ def shapes(m):
 
 
 def product_flops(function, *args, attention_share):
-  """2 x multiply-adds of every dot_general; batched ones are attention's, of which only a share is unmasked."""
+  """2 x multiply-adds of every dot_general; batched ones are attention's,
+  of which only a share is unmasked.
+  """
   total = 0
   for equation in jax.make_jaxpr(function)(*args).eqns:
     if equation.primitive.name == 'dot_general':

@@ -1,4 +1,6 @@
-"""Does the one table of logical axes refuse what it does not know, and what would split one mesh axis twice?"""
+"""Does the one table of logical axes refuse what it does not know,
+and what would split one mesh axis twice?
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,9 @@ def test_specs():
 
 
 def test_rows_that_are_whole():
-  """Tokens of a row are on all devices of `context`, slots and parameters stay split; a jitted function is traced for each."""
+  """Tokens of a row are on all devices of `context`, slots and parameters stay split;
+  a jitted function is traced for each.
+  """
 
   @jax.jit
   def laid_out():

@@ -1,4 +1,6 @@
-"""Do rows reach the devices that hold their experts, all of them, and come back to their tokens? For any routing, in any number of rounds."""
+"""Do rows reach the devices that hold their experts, all of them, and come back to their tokens?
+For any routing, in any number of rounds.
+"""
 
 import functools
 
@@ -15,7 +17,9 @@ P, E, D, n, k = 4, 3, 5, 6, 2  # P devices with E experts each; n tokens of a de
 
 
 def twist(rows, gates, expert, weights):
-  """A function of row, gate and weights that is not linear in any of them; of an empty slot anything."""
+  """A function of row, gate and weights that is not linear in any of them;
+  of an empty slot anything.
+  """
   scale, offset = (
     w.at[expert].get(mode='fill', fill_value=7.0) for w in (weights['scale'], weights['offset'])
   )
@@ -129,7 +133,9 @@ def test_nobody_sends_anything():
 
 
 def test_slots_go_to_their_experts_and_back():
-  """Slot s of expert e, filled by device d, is seen where e lives at place d * C + s; and comes back."""
+  """Slot s of expert e, filled by device d, is seen where e lives at place d * C + s;
+  and comes back.
+  """
   C, mesh = 3, make_mesh(MeshConfig(data=2, expert=4))
   slots = np.arange(8 * P * E * C).reshape(8, P * E, C, 1).astype(np.float32)
 

@@ -1,4 +1,6 @@
-"""Do signals ask once and act twice, does a process restart itself once at most, and is a lone process left alone?"""
+"""Do signals ask once and act twice, does a process restart itself once at most,
+and is a lone process left alone?
+"""
 
 import gc
 import os

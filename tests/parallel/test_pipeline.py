@@ -1,4 +1,6 @@
-"""Are the schedules of the pipeline what they say, tick by tick, and does the loop that follows them give what one loop over layers gives?"""
+"""Are the schedules of the pipeline what they say, tick by tick, and does the loop that follows
+them give what one loop over layers gives?
+"""
 
 import functools
 import math
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig, MoEConfig
-from parallel import axes as ax, pipeline
+from parallel import axes as ax, pipeline, stages as st
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig, schedule, schedule_1f1b
 
@@ -20,7 +22,9 @@ SIZES = [(1, 3), (2, 2), (2, 5), (4, 4), (4, 8), (8, 24)]
 @pytest.mark.parametrize('stages, microbatches', SIZES, ids=str)
 @pytest.mark.parametrize('repeats', [1, 2, 3])
 def test_every_microbatch_passes_every_run_of_layers_in_order(stages, microbatches, repeats):
-  """By following the table: what a stage finds is what the stage before it made one tick ago, or, on stage 0, a new microbatch."""
+  """By following the table: what a stage finds is what the stage before it made one tick ago,
+  or, on stage 0, a new microbatch.
+  """
   microbatches = microbatches if repeats == 1 else stages * microbatches
   table = schedule(stages, microbatches, repeats)
   made, left = [None] * stages, []
@@ -70,7 +74,8 @@ def test_1f1b_is_in_order_and_bounded(stages, microbatches):
       sum(forward[m] <= t <= backward[m] for m in range(microbatches)) for t in range(len(down))
     ]
     assert max(alive) == min(microbatches, 2 * (stages - 1 - p) + 1)
-  # A phase in which no stage runs forward (or backward) is compiled without: its slots take no time.
+  # A phase in which no stage runs forward (or backward) is compiled without:
+  # its slots take no time.
   forward, backward = down[(down >= 0).any(1)], up[(up >= 0).any(1)]
   for table in (forward, backward):
     idle = (table < 0).mean()
@@ -124,7 +129,9 @@ def inputs(blocks, rows):
   ids=str,
 )
 def test_values_reports_and_gradients_are_those_of_one_loop(config, sizes, blocks):
-  """Layers as the model's, but a page of mathematics: [R, 4, 4] blocks, rows of numbers, an array of every row and one of none."""
+  """Layers as the model's, but a page of mathematics: [R, 4, 4] blocks,
+  rows of numbers, an array of every row and one of none.
+  """
   given = inputs(blocks, 24)
 
   def loss(run, w, x, shared, whole):
@@ -150,7 +157,9 @@ def test_values_reports_and_gradients_are_those_of_one_loop(config, sizes, block
 
 
 def test_only_microbatches_move_between_stages():
-  """One permutation a direction, and nothing else that crosses a tick is moved: each stage gathers its own weights over fsdp."""
+  """One permutation a direction, and nothing else that crosses a tick is moved:
+  each stage gathers its own weights over fsdp.
+  """
 
   def layer(x, w):
     w = ax.gather(w, 'embed', 'feed_forward')
@@ -194,7 +203,7 @@ def test_layers_are_dealt_to_stages(stages, repeats):
   """Chunk r P + p is run r of stage p."""
   with jax.set_mesh(make_mesh(MeshConfig(data=1, stage=stages), jax.devices()[:stages])):
     blocks = jax.device_put(np.arange(stages * repeats * 2), jax.P('stage'))
-    dealt = jax.jit(lambda x: pipeline._deal(x, stages, repeats))(blocks)
+    dealt = jax.jit(lambda x: st.deal(x, stages, repeats))(blocks)
   assert np.asarray(dealt).ravel().tolist() == list(range(stages * repeats * 2))
   for p, shard in enumerate(dealt.addressable_shards):
     assert shard.data.tolist() == [
@@ -226,7 +235,8 @@ def test_impossible_configs_raise(fields, words):
     (
       {'layers': 6},
       ValueError,
-      r'model.layers: 6 layers do not split over mesh.stage=4 x model.pipeline.repeats=1; make them a multiple',
+      r'model.layers: 6 layers do not split over mesh.stage=4 x model.pipeline.repeats=1; '
+      'make them a multiple',
     ),
     (
       {'layers': 8, 'pipeline': PipelineConfig(schedule='circular', repeats=3)},
@@ -292,9 +302,11 @@ def test_rows_that_do_not_split_raise():
 def test_the_log_line_names_schedule_bubble_and_what_is_not_split():
   deepseek = ModelConfig(layers=9, moe=MoEConfig(experts=2, first=1))
   assert pipeline.describe(deepseek.stacks, PipelineConfig(microbatches=8), 4) == (
-    'pipeline: gpipe, 4 stages x 8 microbatches, bubble 27.3%; 1 layers are not split: every stage runs them'
+    'pipeline: gpipe, 4 stages x 8 microbatches, bubble 27.3%; 1 layers are not split: '
+    'every stage runs them'
   )
   circular = PipelineConfig(schedule='circular', repeats=2, microbatches=8)
   assert pipeline.describe(ModelConfig(layers=8).stacks, circular, 4) == (
-    'pipeline: circular, 4 stages x 8 microbatches x 2 repeats, bubble 15.8% (without repeats 27.3%)'
+    'pipeline: circular, 4 stages x 8 microbatches x 2 repeats, '
+    'bubble 15.8% (without repeats 27.3%)'
   )

@@ -1,4 +1,6 @@
-"""Are several processes one? Real ones of train.py on this machine: the same numbers, checkpoints for any number, and a common end."""
+"""Are several processes one? Real ones of train.py on this machine:
+the same numbers, checkpoints for any number, and a common end.
+"""
 
 import contextlib
 import json
@@ -120,7 +122,7 @@ with hosts.connect(coordinator, 2, process, {HEARTBEAT}):
     path.write_text(f'{{found}}{{process}}')
     return found
   found = hosts.first_alone(write, 'write')
-  seen = [hosts.from_first(lambda: 7), hosts.from_first(lambda: None), hosts.from_first(lambda: process)]
+  seen = [hosts.from_first(answer) for answer in (lambda: 7, lambda: None, lambda: process)]
   hosts.check_same('path', str(path))
   print(json.dumps([found, seen, hosts.differing(str(process))]))
   try:
@@ -157,13 +159,25 @@ from model.config import ModelConfig
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
 coordinator, process = sys.argv[1], int(sys.argv[2])
-with hosts.connect(coordinator, 2, process, {HEARTBEAT}) if coordinator else contextlib.nullcontext():
+alone = contextlib.nullcontext()
+with hosts.connect(coordinator, 2, process, {HEARTBEAT}) if coordinator else alone:
   mesh = make_mesh(MeshConfig(data=1, context=2))
   with jax.set_mesh(mesh):
-    config = ModelConfig(vocabulary=264, width=16, layers=2, heads=2, feed_forward=24, max_length=64, window=8, global_every=2, init_scale=1.0)
+    config = ModelConfig(
+      vocabulary=264,
+      width=16,
+      layers=2,
+      heads=2,
+      feed_forward=24,
+      max_length=64,
+      window=8,
+      global_every=2,
+      init_scale=1.0,
+    )
     model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
-  found = Generator(model, ByteTokenizer(), mesh)(['def main(', 'x'], max_new_tokens=12, temperature=0.0)
-  print(json.dumps([completion.ids for completion in found]))
+  generator = Generator(model, ByteTokenizer(), mesh)
+  completions = generator(['def main(', 'x'], max_new_tokens=12, temperature=0.0)
+  print(json.dumps([completion.ids for completion in completions]))
 '''
 
 

@@ -1,4 +1,6 @@
-"""Does every memory policy give the gradients of none, keep what its name says, and refuse what it does not know?"""
+"""Does every memory policy give the gradients of none, keep what its name says,
+and refuse what it does not know?
+"""
 
 import dataclasses
 import functools
@@ -93,7 +95,9 @@ def test_groups_of_layers_are_a_scan_of_all(n):
 
 
 def test_kept_inputs_grow_with_the_root_of_the_layers(one_device):
-  """Temporary bytes of a wide residual stream through narrow layers: N layers' inputs with 'full', about 2 sqrt(N) with 'sqrt'."""
+  """Temporary bytes of a wide residual stream through narrow layers:
+  N layers' inputs with 'full', about 2 sqrt(N) with 'sqrt'.
+  """
 
   def kept(policy, layers):
     config = dataclasses.replace(

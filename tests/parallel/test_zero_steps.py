@@ -1,4 +1,6 @@
-"""Are shards gathered and gradients scattered as one collective would, also in the two steps that TPUs take?"""
+"""Are shards gathered and gradients scattered as one collective would,
+also in the two steps that TPUs take?
+"""
 
 import functools
 import types
@@ -22,7 +24,9 @@ def on_a_tpu(monkeypatch):
 
 
 def layer(sizes):
-  """Of x @ w summed with weights that tell every entry apart: the product, and the gradient of w."""
+  """Of x @ w summed with weights that tell every entry apart: the product,
+  and the gradient of w.
+  """
   with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes))):
     w = jax.device_put(
       jnp.arange(32 * 16, dtype=jnp.float32).reshape(32, 16), ax.spec('embed', None)

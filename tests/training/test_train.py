@@ -345,6 +345,11 @@ def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
   assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
 
 
+def begun(config):
+  """The config with what it takes from the run at config.init, as the flag --config makes it."""
+  return dataclasses.replace(config, **configs._begun(config, config.init))
+
+
 def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   straight, corpus, tmp_path, capsys
 ):
@@ -356,7 +361,7 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   begin = dataclasses.replace(
     begin, data=dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
   )
-  run_here(configs.begin_from(begin), tmp_path / 'new')
+  run_here(begun(begin), tmp_path / 'new')
   assert f'beginning with the parameters of {straight}' in capsys.readouterr().out
   saved = configs.load(tmp_path / 'new')
   assert (
@@ -380,10 +385,10 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
     {f'model.{name}': np.asarray(x) for name, x in named_leaves(trainer.state.model).items()},
   )
   with pytest.raises(FileNotFoundError, match='nowhere is not the directory of a run'):
-    configs.begin_from(dataclasses.replace(begin, init=str(tmp_path / 'nowhere')))
+    begun(dataclasses.replace(begin, init=str(tmp_path / 'nowhere')))
   wrong = dataclasses.replace(begin, model=ModelConfig(width=64))
   with pytest.raises(SystemExit, match=r'(?s)does not fit the config.*in the checkpoint'):
-    run_here(configs.begin_from(wrong), tmp_path / 'other')
+    run_here(begun(wrong), tmp_path / 'other')
 
 
 def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
