@@ -1,6 +1,8 @@
-"""Writes text: python generate.py --workdir=runs/tiny --prompt "def main(" --max_new_tokens=64 --temperature=0.8 --seed=1
+"""Writes text: python generate.py --workdir=runs/tiny --prompt "def main(" --max_new_tokens=64
+--temperature=0.8 --seed=1
 
-From Python or Colab: `from generate import Generator; g = Generator.load('runs/tiny'); g('def main(', max_new_tokens=64)[0].text`.
+From Python or Colab: `from generate import Generator; g = Generator.load('runs/tiny');
+g('def main(', max_new_tokens=64)[0].text`.
 """
 
 from parallel import hosts
@@ -133,11 +135,12 @@ OPTIONS = {
 
 
 def read_prompts(path: str) -> list[tuple[str, str | list]]:
-  """Prompts of a JSONL file, each behind its place. Raises ValueError for a file that cannot be read, and for a line that is no prompt."""
+  """Prompts of a JSONL file, each behind its place. Raises ValueError for a file that cannot be
+  read, and for a line that is no prompt.
+  """
   try:
-    lines = (
-      pathlib.Path(path).read_bytes().split(b'\n')
-    )  # other ends of lines, such as U+2028, may stand in a text
+    # other ends of lines, such as U+2028, may stand in a text
+    lines = pathlib.Path(path).read_bytes().split(b'\n')
   except OSError as error:
     raise ValueError(
       f'--prompts={path}: {error.strerror}; give a file of a JSON text or object in each line'
@@ -162,7 +165,9 @@ def read_prompts(path: str) -> list[tuple[str, str | list]]:
 
 
 def prompt_of(given) -> str | list:
-  """A text, ids or messages, by what a line of a JSONL file holds. Raises ValueError for anything else."""
+  """A text, ids or messages, by what a line of a JSONL file holds.
+  Raises ValueError for anything else.
+  """
   if isinstance(given, dict):
     for key in given:
       names.check('key', key, ('prompt', 'messages'))
@@ -173,7 +178,8 @@ def prompt_of(given) -> str | list:
       )
     if 'messages' in asked and not is_chat(asked['messages']):
       raise ValueError(
-        f'messages={str(asked["messages"])[:60]!r} must be a list of objects with "role" and "content"'
+        f'messages={str(asked["messages"])[:60]!r} must be a list of objects with "role" and '
+        '"content"'
       )
     (given,) = asked.values()
   if not isinstance(given, (str, list)):
@@ -189,7 +195,9 @@ def is_chat(prompt) -> bool:
 
 
 def readable(generator: Generator, place: str, prompt: str | list) -> str | list:
-  """A text or ids for the generator. Raises ValueError, with the prompt's place, for what the model cannot read."""
+  """A text or ids for the generator. Raises ValueError, with the prompt's place,
+  for what the model cannot read.
+  """
   try:
     if is_chat(prompt) and SCORE.value:
       raise ValueError(
@@ -206,7 +214,9 @@ def readable(generator: Generator, place: str, prompt: str | list) -> str | list
 
 
 def check_flags() -> None:
-  """Raises ValueError for flags that do not go together, and for an output that could not be written, before anything takes time."""
+  """Raises ValueError for flags that do not go together,
+  and for an output that could not be written, before anything takes time.
+  """
   if PROMPTS.value is not None and PROMPT.value != ['']:
     raise ValueError('--prompt and --prompts: give one of the two')
 
@@ -227,7 +237,8 @@ def check_flags() -> None:
     )
   ):
     raise ValueError(
-      f'--stream with {", ".join(unused)}: it prints text alone, as it comes; leave them out, or give --nostream'
+      f'--stream with {", ".join(unused)}: it prints text alone, as it comes; leave them out, or '
+      'give --nostream'
     )
   if OUTPUT.value is not None:
     try:
@@ -290,7 +301,8 @@ def score(generator: Generator, prompts) -> None:
     nats, size = -float(found.sum()), len(prompt.encode()) if isinstance(prompt, str) else 0
     per_byte = f', {nats / math.log(2) / size:.4f} bits per byte' if size else ''
     print(
-      f'{nats:.4f} nats, {len(found)} tokens{per_byte}: {prompt if len(prompt) <= 60 else f"{prompt[:60]}..."!r}'
+      f'{nats:.4f} nats, {len(found)} tokens{per_byte}: '
+      f'{prompt if len(prompt) <= 60 else f"{prompt[:60]}..."!r}'
     )
 
 
@@ -337,7 +349,8 @@ def bench(generator: Generator, prompts, options: dict) -> None:
     without = dict(draft=None, lookup=0, early_exit=0, draft_tokens=OPTIONS['draft_tokens'].default)
     plain = min((run(**without) for _ in range(2)), key=lambda plain: plain.seconds)
     print(
-      f'without drafts {plain.tokens_per_second:.1f} tokens/s: they gain {report.tokens_per_second / plain.tokens_per_second:.2f}x'
+      f'without drafts {plain.tokens_per_second:.1f} tokens/s: they gain '
+      f'{report.tokens_per_second / plain.tokens_per_second:.2f}x'
     )
 
 
@@ -402,6 +415,5 @@ if __name__ == '__main__':
   except KeyboardInterrupt:
     sys.stdout.flush()
     print('\ninterrupted', file=sys.stderr, flush=True)
-    os._exit(
-      128 + signal.SIGINT
-    )  # at an orderly exit, threads that load or compile would have their say
+    # at an orderly exit, threads that load or compile would have their say
+    os._exit(128 + signal.SIGINT)

@@ -1,13 +1,18 @@
-"""Which texts are likeliest as wholes? Beam search: the best beginnings of each prompt are continued side by side, in jitted steps.
+"""Which texts are likeliest as wholes? Beam search: the best beginnings of each prompt are
+continued side by side, in jitted steps.
 
-The semantics are those of transformers (`generate(num_beams=..)`), to which tests hold it. Of all continuations of a prompt's beams, the
-W likeliest are looked at: those that end join the prompt's finished texts, of which the W best are kept, by their log-probability over
-length ** length_penalty. The W likeliest that do not end go on. At its last token a prompt's text ends wherever it is.
+The semantics are those of transformers (`generate(num_beams=..)`), to which tests hold it. Of all
+continuations of a prompt's beams, the W likeliest are looked at: those that end join the prompt's
+finished texts, of which the W best are kept, by their log-probability over
+length ** length_penalty. The W likeliest that do not end go on. At its last token a prompt's text
+ends wherever it is.
 
-A score is the sum of log-probabilities by the model, after penalties, bias and constraint: they change the log-probabilities, which are not
-normalised again. A text's length is that of its new tokens, the one that ended it included.
+A score is the sum of log-probabilities by the model, after penalties, bias and constraint: they
+change the log-probabilities, which are not normalised again. A text's length is that of its new
+tokens, the one that ended it included.
 
-B prompts · W beams of each · B x W rows, those of a prompt side by side · N room for new tokens · V vocabulary · k alternatives
+B prompts · W beams of each · B x W rows, those of a prompt side by side · N room for new tokens
+V vocabulary · k alternatives
 """
 
 import dataclasses
@@ -29,21 +34,24 @@ from parallel import axes as ax
 from parallel.compiler import GENERATION
 
 EARLY = {False: 0, True: 1, 'never': 2}  # early_stopping, as numbers: see BeamState.early
+# What they may be where nothing is drawn.
 NOT_DRAWN = {
   'temperature': (0, 1),
   'top_k': (0,),
   'top_p': (1,),
   'min_p': (0,),
-}  # what they may be where nothing is drawn
+}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Beams:
-  """W texts of each prompt, the best first. The fields are annotated Any because JAX rebuilds registered dataclasses.
+  """W texts of each prompt, the best first. The fields are annotated Any because JAX rebuilds
+  registered dataclasses.
 
   Attributes:
-    scores: [B, W] f32; -inf: there is no such text. texts: Chunk of [B, W, N] tokens, `processed` being what scores sum up.
+    scores: [B, W] f32; -inf: there is no such text.
+    texts: Chunk of [B, W, N] tokens, `processed` being what scores sum up.
   """
 
   scores: Any
@@ -56,11 +64,14 @@ class BeamState:
   """What a search carries from token to token; its buffers are donated. Annotated Any as Beams is.
 
   Attributes:
-    rows: DecodeState of the running beams; all of a prompt are done together. begun: [B] int32, lengths of the prompts.
-    running: scores are sums. finished: scores are sums over length ** length_penalty.
-    length_penalty: [B] f32; above 0 longer texts gain. early: [B] int32, EARLY of early_stopping. Once W texts are finished, True ends
-      the prompt, False ends it when the best running beam scores less than the worst of them as it is, 'never' when that is so at
-      any length it could still have.
+    rows: DecodeState of the running beams; all of a prompt are done together.
+    begun: [B] int32, lengths of the prompts.
+    running: scores are sums.
+    finished: scores are sums over length ** length_penalty.
+    length_penalty: [B] f32; above 0 longer texts gain.
+    early: [B] int32, EARLY of early_stopping. Once W texts are finished, True ends the prompt,
+      False ends it when the best running beam scores less than the worst of them as it is,
+      'never' when that is so at any length it could still have.
     broken: [B] bool, prompts that have ended because the scores of a beam are not numbers.
   """
 
@@ -83,7 +94,10 @@ def begin(
   room: int,
   alternatives: int = 0,
 ) -> BeamState:
-  """A search from prompts that were read once each (loop.prefill). room: N. alternatives: k, see Chunk."""
+  """A search from prompts that were read once each (loop.prefill).
+
+  room: N. alternatives: k, see Chunk.
+  """
 
   def rows(state):
     return jax.tree.map(lambda x: jnp.repeat(x, beams, 0), state)
@@ -102,11 +116,12 @@ def begin(
       None,
     )
     none = jnp.full((lengths.shape[0], beams), -jnp.inf, jnp.float32)
+    # one beam: alike, they would stay so
     return (
       Beams(none.at[:, 0].set(0), texts),
       Beams(none, texts),
       jnp.zeros_like(lengths, bool),
-    )  # one beam: alike, they would stay so
+    )
 
   lengths = state.cache.lengths
   running, finished, broken = _by_prompts(empty, lengths)
@@ -151,7 +166,8 @@ def search(
 
 @jax.jit
 def best(state: BeamState) -> tuple[Float[Array, 'B W'], Chunk]:
-  """Scores of each prompt's finished texts, the best first, and these, as a Chunk of B x W rows of N tokens.
+  """Scores of each prompt's finished texts, the best first, and these,
+  as a Chunk of B x W rows of N tokens.
 
   Of a prompt that is still going on, running beams count as if they ended here.
   """
@@ -176,7 +192,9 @@ def best(state: BeamState) -> tuple[Float[Array, 'B W'], Chunk]:
 
 
 def check(options) -> None:
-  """Raises ValueError for options (decode.generator.Options) of a search that make no sense, alone or together."""
+  """Raises ValueError for options (decode.generator.Options) of a search that make no sense,
+  alone or together.
+  """
   beams, length_penalty, early = options.beams, options.length_penalty, options.early_stopping
   if (
     isinstance(length_penalty, bool)
@@ -184,45 +202,50 @@ def check(options) -> None:
     or not math.isfinite(length_penalty)
   ):
     raise ValueError(
-      f'length_penalty={length_penalty!r} must be a finite number; 1.0 ranks texts by the mean of their log-probabilities'
+      f'length_penalty={length_penalty!r} must be a finite number; 1.0 ranks texts by the mean of '
+      'their log-probabilities'
     )
   if not isinstance(early, (bool, str)) or early not in EARLY:
     raise ValueError(f"early_stopping={early!r} must be False, True or 'never'")
   if beams == 1:
     if length_penalty != 1 or early is not False:
       raise ValueError(
-        f'length_penalty={length_penalty} and early_stopping={early!r} are of a search, but beams=1; ask for 2 or more'
+        f'length_penalty={length_penalty} and early_stopping={early!r} are of a search, but '
+        'beams=1; ask for 2 or more'
       )
     return
   for name, idle in NOT_DRAWN.items():
     if any(value not in idle for value in np.ravel(getattr(options, name)).tolist()):
       raise ValueError(
-        f'{name}={getattr(options, name)!r} with beams={beams}: a search draws nothing; leave {name} at {idle[-1]}, or draw '
-        'with num_samples and without beams'
+        f'{name}={getattr(options, name)!r} with beams={beams}: a search draws nothing; leave '
+        f'{name} at {idle[-1]}, or draw with num_samples and without beams'
       )
   for name in ('draft', 'lookup', 'early_exit'):
     if getattr(options, name):
       raise ValueError(
-        f'{name} with beams={beams}: a draft guesses one text, a search follows several; leave one of the two out'
+        f'{name} with beams={beams}: a draft guesses one text, a search follows several; leave one '
+        'of the two out'
       )
   if options.num_samples > beams:
     raise ValueError(
-      f'num_samples={options.num_samples} with beams={beams}: it finds as many texts as it has beams; ask for fewer'
+      f'num_samples={options.num_samples} with beams={beams}: it finds as many texts as it has '
+      'beams; ask for fewer'
     )
   if any(isinstance(stop, str) for stop in options.stop):
     raise ValueError(
-      f'stop={options.stop!r} with beams={beams}: it ranks by ids, before a text could be cut off; give ids to stop at, '
-      'or a constraint that the text keeps to'
+      f'stop={options.stop!r} with beams={beams}: it ranks by ids, before a text could be cut off; '
+      'give ids to stop at, or a constraint that the text keeps to'
     )
 
 
 def texts(
   generator, watch, rows, state: DecodeState, rules: Rules, options, room: int
 ) -> Iterator[list[str]]:
-  """Searches behind prompts that a decode.generator.Generator has read, and fills its rows, options.num_samples of each prompt.
+  """Searches behind prompts that a decode.generator.Generator has read, and fills its rows,
+  options.num_samples of each prompt.
 
-  Rows for which no text is left, where a constraint or logit_bias leaves fewer, are taken out of the list.
-  Nothing is said before the end. rules: of all beams. room: see begin. Returns a Report.
+  Rows for which no text is left, where a constraint or logit_bias leaves fewer, are taken out of
+  the list. Nothing is said before the end. rules: of all beams. room: see begin. Returns a Report.
   Raises ValueError where no text is possible, FloatingPointError for scores that are not numbers.
   """
   W, n, prompts = options.beams, options.num_samples, state.logits.shape[0]
@@ -245,10 +268,12 @@ def texts(
       state, goes_on = search(
         generator.model, state, rules, jnp.int32(count), vocabulary=generator.vocabulary
       )
+      # The best so far at once: an interrupt may come when the state is given away to the next
+      # chunk.
       return (
         state,
         (goes_on, best(state)),
-      )  # the best so far at once: an interrupt may come when the state is given away to the next chunk
+      )
 
   watch.began(state.rows.cache, int(np.asarray(state.begun)[: len(rows) // n].sum()) * W)
   left, finish, nothing = options.max_new_tokens, 'length', [''] * len(rows)
@@ -288,19 +313,22 @@ def texts(
 
 
 def _by_prompts(function, *arguments):
-  """The function of arrays whose first dimension is prompts, or their rows, each device on its own: beams never leave theirs."""
+  """The function of arrays whose first dimension is prompts, or their rows,
+  each device on its own: beams never leave theirs.
+  """
   return ax.local(function, (('batch',),) * len(arguments), ('batch',))(*arguments)
 
 
 def _chosen(state, lengths, sampling, ends, allowed):
-  """The state, but for cache and logits, after a choice; from which of its beams [B, W] a prompt goes on; each row's id; if it goes on."""
+  """The state, but for cache and logits, after a choice;
+  from which of its beams [B, W] a prompt goes on; each row's id; if it goes on.
+  """
   rows, (B, W) = state.rows, state.running.scores.shape
   raw = jax.nn.log_softmax(rows.logits, -1)
   law = laws.penalised(raw, sampling, rows.history)
   if allowed is not None:
-    law = jnp.where(
-      allowed | jnp.isnan(law), law, -jnp.inf
-    )  # no mask hides that the model is broken
+    # No mask hides that the model is broken.
+    law = jnp.where(allowed | jnp.isnan(law), law, -jnp.inf)
 
   def beams(x):
     return x.reshape(B, W, *x.shape[1:])
@@ -337,7 +365,9 @@ def _chosen(state, lengths, sampling, ends, allowed):
 
 
 def _choice(running, finished, law, raw, ends, made, most, length_penalty, early):
-  """Of one prompt: running and finished beams with a token more, from which and with which id they go on, whether they do; if broken."""
+  """Of one prompt: running and finished beams with a token more,
+  from which and with which id they go on, whether they do; if broken.
+  """
   W, V = law.shape
   alive = ~jnp.isneginf(running.scores)[:, None]
   sums = jnp.where(alive, running.scores[:, None] + law, -jnp.inf)

@@ -1,8 +1,10 @@
-"""Which tokens may come next? Generation whose text matches a regular expression or a JSON schema, by tables on the device.
+"""Which tokens may come next? Generation whose text matches a regular expression or a JSON schema,
+by tables on the device.
 
-A regular expression is an automaton over bytes, and a token, being bytes, leads each of its states to another or nowhere. Tokens
-that lead all states alike are one class, of which there are few: two small tables say what is allowed and where it leads, so that
-a jitted loop asks no host (Willard & Louf, arXiv:2307.09702, with classes of tokens instead of lists of them).
+A regular expression is an automaton over bytes, and a token, being bytes, leads each of its states
+to another or nowhere. Tokens that lead all states alike are one class, of which there are few: two
+small tables say what is allowed and where it leads, so that a jitted loop asks no host (Willard &
+Louf, arXiv:2307.09702, with classes of tokens instead of lists of them).
 
 B rows · V vocabulary · S states · C classes of tokens
 """
@@ -29,14 +31,15 @@ _NEVER = 0  # the class of tokens that are never allowed
 class Constraint:
   """A set of texts, as an automaton over a tokenizer's ids.
 
-  The text is what `decode_bytes` gives of the generated ids, from the first to the last: a tokenizer that writes a space before
-  a word writes it before the first, too, if the expression lets it (' ?' in front). End-of-text is allowed exactly where the text
-  may end; other ids without bytes never are. A row that max_new_tokens cuts off has the beginning of such a text.
+  The text is what `decode_bytes` gives of the generated ids, from the first to the last: a
+  tokenizer that writes a space before a word writes it before the first, too, if the expression
+  lets it (' ?' in front). End-of-text is allowed exactly where the text may end; other ids without
+  bytes never are. A row that max_new_tokens cuts off has the beginning of such a text.
 
   Attributes:
     regex: what the whole text must match.
-    classes: [V] int32, each id's class. next: [S, C] int32, the state after a token of a class; -1: it is not allowed. State 0 is
-      where a text begins.
+    classes: [V] int32, each id's class. next: [S, C] int32, the state after a token of a class;
+      -1: it is not allowed. State 0 is where a text begins.
   """
 
   def __init__(
@@ -50,13 +53,15 @@ class Constraint:
 
     Args:
       tokenizer: whose ids are generated.
-      regex: in the syntax of Rust's regex crate (Python's without look-around and references; Unicode's \\w). It is of the
-        whole text, so that ^ and $ are left out. Some take as many states as 2 to the power of a repetition: (a|b)*a(a|b){20}.
+      regex: in the syntax of Rust's regex crate (Python's without look-around and references;
+        Unicode's \\w). It is of the whole text, so that ^ and $ are left out. Some take as many
+        states as 2 to the power of a repetition: (a|b)*a(a|b){20}.
       schema: a dict, JSON text, or a PathLike of a file; what of it is kept, see decode.schema.
 
     Raises:
       ImportError: without outlines-core.
-      ValueError: none or both of regex and schema; one that can't be read or kept; no ids of this tokenizer spell a text of it.
+      ValueError: none or both of regex and schema; one that can't be read or kept;
+        no ids of this tokenizer spell a text of it.
     """
     if (regex is None) == (schema is None):
       raise ValueError(f'regex={regex!r} and schema={schema!r}: give one of the two')
@@ -67,13 +72,15 @@ class Constraint:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Automaton:
-  """The tables of all constraints of a batch; one state says where a row is, and in which constraint.
+  """The tables of all constraints of a batch; one state says where a row is,
+  and in which constraint.
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers,
+  specs and placeholders.
 
   Attributes:
-    classes: [V] int32, each id's class, of tokens that no state tells apart. next: [S, C] int32, the state after a token of a class;
-      -1: it is not allowed.
+    classes: [V] int32, each id's class, of tokens that no state tells apart. next: [S, C] int32,
+      the state after a token of a class; -1: it is not allowed.
   """
 
   classes: Any
@@ -83,11 +90,13 @@ class Automaton:
   def of(
     cls, constraints: Sequence[Constraint | None], vocabulary: int
   ) -> tuple['Automaton', Int[np.ndarray, 'B']]:
-    """The tables, as numpy arrays, and each row's first state. A constraint that several rows share is there once.
+    """The tables, as numpy arrays, and each row's first state.
+    A constraint that several rows share is there once.
 
     Args:
       constraints: each row's; None: everything is allowed.
-      vocabulary: number of logits of a row; ids that a constraint's tokenizer lacks are not allowed.
+      vocabulary: number of logits of a row; ids that a constraint's tokenizer lacks are not
+        allowed.
 
     Raises:
       ValueError: a constraint's tokenizer has more ids than that.
@@ -96,7 +105,8 @@ class Automaton:
     for c in distinct:
       if len(c.classes) > vocabulary:
         raise ValueError(
-          f'a constraint is over {len(c.classes)} ids, but vocabulary={vocabulary}; build it with the model\'s tokenizer'
+          f'a constraint is over {len(c.classes)} ids, but vocabulary={vocabulary}; build it with '
+          'the model\'s tokenizer'
         )
     free = np.zeros(vocabulary, np.int32), np.full((1, 1), FREE, np.int32)
     tables = [
@@ -125,10 +135,11 @@ class Automaton:
 
 
 def allowed(automaton: Automaton, states: Int[Array, 'B']) -> Bool[Array, 'B V']:
-  """Which tokens may come next; at least one may, in every state that is reached by allowed ones."""
+  """Which tokens may come next; at least one may, in every state that allowed ones reach."""
   rows = automaton.next.at[states].get(out_sharding=ax.out('batch', None)) >= 0
   B, C = rows.shape
-  # 131072 ids of 256 classes in 8 rows take a TPU v5e an estimated 500k cycles by lookups, 50k by a product; one row 19k by lookups.
+  # 131072 ids of 256 classes in 8 rows take a TPU v5e an estimated 500k cycles by lookups,
+  # 50k by a product; one row 19k by lookups.
   tpu = _by_product if B > 1 and C <= 1024 else _by_lookup
   return jax.lax.platform_dependent(rows, automaton.classes, tpu=tpu, default=_by_lookup)
 
@@ -138,7 +149,9 @@ def _by_lookup(rows, classes):
 
 
 def _by_product(rows, classes):
-  """The same by one-hot columns, which are exact in any precision and never stored: the compiler makes them as it multiplies."""
+  """The same by one-hot columns, which are exact in any precision and never stored:
+  the compiler makes them as it multiplies.
+  """
   columns = jnp.arange(rows.shape[1])[:, None] == classes[None]
   return (
     jnp.matmul(
@@ -149,7 +162,9 @@ def _by_product(rows, classes):
 
 
 def advance(automaton: Automaton, states: Int[Array, 'B'], ids: Int[Array, 'B']) -> Int[Array, 'B']:
-  """The states after these tokens. A token that is not allowed changes nothing, such as the padding after a row's end."""
+  """The states after these tokens. A token that is not allowed changes nothing,
+  such as the padding after a row's end.
+  """
   after = automaton.next.at[
     states, automaton.classes.at[ids].get(out_sharding=ax.out('batch'))
   ].get(out_sharding=ax.out('batch'))
@@ -157,7 +172,8 @@ def advance(automaton: Automaton, states: Int[Array, 'B'], ids: Int[Array, 'B'])
 
 
 def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
-  """The automaton over bytes: the state after each [S, 256], -1 for none; where a text may end [S]; the first state.
+  """The automaton over bytes: the state after each [S, 256], -1 for none;
+  where a text may end [S]; the first state.
 
   Nothing leads on from the last state, so that -1 is an index, too.
   """
@@ -172,17 +188,19 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
     EOS, {bytes([byte]): [byte] for byte in range(256)} | {b'\0\0': [MARK]}
   )
   try:
-    outlines_core.Index(
-      f'{regex}|', vocabulary
-    )  # without a group around it, which a stray ')' would close
-    # The library prefers: of a|ab it takes the a, unless a match must reach the end (\z). It looks for matches that begin later, too,
-    # in 2 to the power of a repetition many combinations, unless something of lower rank has matched before (|, the empty text). It
-    # knows no first state of what can be empty, hence a mark in front; and forgets what follows an end, hence one of two bytes.
+    # Without a group around it, which a stray ')' would close.
+    outlines_core.Index(f'{regex}|', vocabulary)
+    # The library prefers: of a|ab it takes the a, unless a match must reach the end (\z). It looks
+    # for matches that begin later, too, in 2 to the power of a repetition many combinations, unless
+    # something of lower rank has matched before (|, the empty text). It knows no first state of
+    # what can be empty, hence a mark in front; and forgets what follows an end, hence one of two
+    # bytes.
     index = outlines_core.Index(rf'\x00\x00(?:{regex})\z|', vocabulary)
   except ValueError as error:
     raise ValueError(
-      f'regex={regex!r} can\'t be used: {str(error).rstrip(".")}. It is in the syntax of Rust\'s regex crate, which '
-      'knows neither look-around nor references, and of the whole text, so that ^ and $ are left out'
+      f'regex={regex!r} can\'t be used: {str(error).rstrip(".")}. It is in the syntax of Rust\'s '
+      'regex crate, which knows neither look-around nor references, and of the whole text, so that '
+      '^ and $ are left out'
     ) from error
   transitions = index.get_transitions()
   first = transitions[index.get_initial_state()].get(MARK)
@@ -207,10 +225,11 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
   # Bytes that lead all states alike are taken for one of them: 'a' to 'z' in [a-z]+.
   _, same = _merged(after)
   alike = bytes(int(np.argmax(same == kind)) for kind in same)
+  # What a class of byte strings does to all states.
   moves = [
     np.full(len(after), -1, np.int32),
     np.arange(len(after), dtype=np.int32),
-  ]  # what a class of byte strings does to all states
+  ]
   known, longer = {move.tobytes(): i for i, move in enumerate(moves)}, {}
   classes = np.zeros(tokenizer.vocabulary, np.int64)
   for index, token in enumerate(tokenizer.token_bytes):
@@ -230,27 +249,32 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
   kept = _useful(table, ends, first)
   if not kept.size:
     raise ValueError(
-      f'no ids of this {tokenizer.kind!r} tokenizer spell a text that regex={regex!r} accepts: it accepts none, or only '
-      'some with characters that the vocabulary lacks; allow others, or use a tokenizer that has bytes for all characters'
+      f'no ids of this {tokenizer.kind!r} tokenizer spell a text that regex={regex!r} accepts: it '
+      'accepts none, or only some with characters that the vocabulary lacks; allow others, or use '
+      'a tokenizer that has bytes for all characters'
     )
   renumbered = np.full(len(table) + 1, -1, np.int32)
   renumbered[kept] = np.arange(len(kept))
-  # Their order is that of the columns' numbers, so that the class of nothing but -1 is the first, _NEVER.
+  # Their order is that of the columns' numbers, so that the class of nothing but -1 is the first,
+  # _NEVER.
   table, merged = _merged(renumbered[table[kept]])
   return merged[classes[1:]].astype(np.int32), table
 
 
 def _useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
-  """States that a text passes, the first of them in front: reached from there, and able to end. `after`: [S, anything], -1 for none."""
+  """States that a text passes, the first of them in front: reached from there, and able to end.
+  `after`: [S, anything], -1 for none.
+  """
   from scipy.sparse import coo_array
   from scipy.sparse.csgraph import breadth_first_order
 
   S = len(after)
   sources, columns = np.nonzero(after >= 0)
+  # S: the end
   sources, targets = (
     np.append(sources, np.flatnonzero(ends)),
     np.append(after[sources, columns], np.full(ends.sum(), S)),
-  )  # S: the end
+  )
   graph = coo_array((np.ones(len(sources)), (sources, targets)), shape=(S + 1, S + 1)).tocsr()
   reached, able = (
     breadth_first_order(way, start, return_predecessors=False)
@@ -260,6 +284,8 @@ def _useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
 
 
 def _merged(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The different columns of a table, in the order of their numbers, and which of them each column is, int32."""
+  """The different columns of a table, in the order of their numbers,
+  and which of them each column is, int32.
+  """
   columns, which = np.unique(table, axis=1, return_inverse=True)
   return columns, which.reshape(-1).astype(np.int32)

@@ -1,8 +1,9 @@
 """Do drafts pay? What a call drafts with, and when it goes on without, because that is faster.
 
-Where no row draws, so that the text is the same either way, the clock decides: a call times a few chunks with drafts and a few without, and
-stays with what makes its tokens sooner. Otherwise a row stops drafting where too few of its drafts are kept for the bytes that they
-cost, which depends on the row alone, so that a seed's text does; and where all have stopped, the call goes on without.
+Where no row draws, so that the text is the same either way, the clock decides: a call times a few
+chunks with drafts and a few without, and stays with what makes its tokens sooner. Otherwise a row
+stops drafting where too few of its drafts are kept for the bytes that they cost, which depends on
+the row alone, so that a seed's text does; and where all have stopped, the call goes on without.
 """
 
 import dataclasses
@@ -30,15 +31,17 @@ from model.cache import APPEND
 from model.transformer import shallow
 
 TIMED = 2  # chunks of each kind
-SHORT = 16  # tokens of a chunk without drafts, at most, while chunks are timed: so that a call is judged before it ends
+# Tokens of a chunk without drafts, at most, while chunks are timed: so that a call is judged
+# before it ends.
+SHORT = 16
 READ = APPEND - 1  # tokens that a drafter can read at once, which may have one to catch up with
 
 
 def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel | EarlyExit | None:
   """What these options draft with; tokens: of the longest row when it ends.
 
-  Raises ValueError for a draft that is none or does not fit the model, or for layers that it does not have; NotImplementedError for
-  layers that pipeline stages share.
+  Raises ValueError for a draft that is none or does not fit the model,
+  or for layers that it does not have; NotImplementedError for layers that pipeline stages share.
   """
   config, draft = generator.model.config, options.draft
   if draft is not None:
@@ -49,7 +52,8 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
       (
         mine.token_bytes != its.token_bytes
         or (mine.pad, mine.bos, mine.eos) != (its.pad, its.bos, its.eos),
-        f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model ({mine.kind!r}, {mine.vocabulary} ids)',
+        f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model '
+        f'({mine.kind!r}, {mine.vocabulary} ids)',
       ),
       (
         draft.model.config.V != config.V,
@@ -57,7 +61,8 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
       ),
       (
         draft.mesh != generator.mesh,
-        f'its mesh is {dict(draft.mesh.shape)}, the model has {dict(generator.mesh.shape)} or other devices',
+        f'its mesh is {dict(draft.mesh.shape)}, the model has {dict(generator.mesh.shape)} or '
+        'other devices',
       ),
       (
         bool(draft.model.config.encoder_layers) != bool(config.encoder_layers),
@@ -66,7 +71,8 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
       (not draft.model.config.causal, 'model.causal=False: an encoder writes no text'),
       (
         0 < draft.model.config.max_length < tokens,
-        f'it has model.max_length={draft.model.config.max_length}, and rows of {tokens} tokens are asked for; ask for fewer',
+        f'it has model.max_length={draft.model.config.max_length}, and rows of {tokens} tokens are '
+        'asked for; ask for fewer',
       ),
     ):
       if wrong:
@@ -75,8 +81,8 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
   if options.early_exit:
     if config.scan:
       raise NotImplementedError(
-        f'early_exit={options.early_exit} on a mesh with stages, which have some of the layers each; use lookup, '
-        'or a mesh without'
+        f'early_exit={options.early_exit} on a mesh with stages, which have some of the layers '
+        'each; use lookup, or a mesh without'
       )
     if options.early_exit >= config.L:
       raise ValueError(f'early_exit={options.early_exit} must be below model.layers={config.L}')
@@ -85,9 +91,12 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
 
 
 class Course:
-  """How a call goes on from its prompts, a chunk at a time: with drafts, while they pay, or plainly.
+  """How a call goes on from its prompts, a chunk at a time: with drafts, while they pay,
+  or plainly.
 
-  Attributes: fell_back: whether it has gone over from drafts to none, for good. state: after all chunks that were asked for.
+  Attributes:
+    fell_back: whether it has gone over from drafts to none, for good.
+    state: after all chunks that were asked for.
   """
 
   def __init__(
@@ -115,14 +124,16 @@ class Course:
       [0] * len(prompts),
       None,
     )
+    # for a token, of each chunk that had drafts, and that could have none
     self._seconds = {
       True: [],
       False: [],
-    }  # for a token, of each chunk that had drafts, and that could have none
+    }
+    # tokens that were drafted; chunks that were asked for without drafts
     self._drafted, self._without = (
       0,
       0,
-    )  # tokens that were drafted; chunks that were asked for without drafts
+    )
     if drafter is None:
       return
     memory, cost = None, 0.0
@@ -199,13 +210,16 @@ class Course:
     return chunk
 
   def came(self, rows: Sequence[Any]) -> None:
-    """Another chunk is in these rows (decode.generator.Row): what it took, and what became of its drafts."""
+    """Another chunk is in these rows (decode.generator.Row): what it took,
+    and what became of its drafts.
+    """
     if not self._trying():
       return
     asked, now, lengths = self._asked.pop(0), time.perf_counter(), [len(row.ids) for row in rows]
     grown = [n - before for n, before in zip(lengths, self._lengths) if n > before]
     drafted = sum(row.drafted for row in rows)
-    # Looking for drafts in vain costs nothing; behind the last chunk with drafts the one without may have been compiled.
+    # Looking for drafts in vain costs nothing; behind the last chunk with drafts the one without
+    # may have been compiled.
     tells = drafted > self._drafted and all(self._asked) if asked else True
     if self._last is not None and grown and tells:
       self._seconds[asked].append((now - self._last) / statistics.mean(grown))
@@ -213,7 +227,8 @@ class Course:
     if self._timing() and len(self._seconds[False]) == TIMED:
       self._pays = statistics.mean(self._seconds[True]) <= statistics.mean(self._seconds[False])
       self.fell_back = not self._pays
-    # Who has given up drafts nothing in the chunk that is under way, so that no part of a law is left over when it ends.
+    # Who has given up drafts nothing in the chunk that is under way,
+    # so that no part of a law is left over when it ends.
     self.fell_back |= all(
       row.finish or gave_up(np.float32(row.drafted), row.accepted, self._least) for row in rows
     )
@@ -226,7 +241,9 @@ class Course:
     return self._trying() and self._greedy and not self._pays
 
   def _drafts(self) -> bool:
-    """Whether the next chunk is drafted: until so many with drafts have been timed, and again when so many without were asked for."""
+    """Whether the next chunk is drafted: until so many with drafts have been timed,
+    and again when so many without were asked for.
+    """
     return self._trying() and not (
       self._timing() and len(self._seconds[True]) >= TIMED and self._without < TIMED
     )

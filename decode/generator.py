@@ -1,4 +1,6 @@
-"""How does a person generate? Load a run's directory once, then ask it for text, whole or as it comes."""
+"""How does a person generate? Load a run's directory once, then ask it for text,
+whole or as it comes.
+"""
 
 import contextlib
 import dataclasses
@@ -29,15 +31,17 @@ from model.config import ModelConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
-SMALLEST_BUCKET = 32  # prompt lengths and capacities are rounded up to powers of two from here, so that few programs compile
+# prompt lengths and capacities are rounded up to powers of two from here,
+# so that few programs compile
+SMALLEST_BUCKET = 32
 AT_ONCE = 8192  # tokens of a prompt that are read in one call; the others follow, APPEND at a time
 
 
 class Generator:
   """A model with its tokenizer, on a mesh.
 
-  Attributes: model, tokenizer, mesh; parts: into how many the mesh splits rows; vocabulary: ids that can be generated; report: of the
-    last call that has ended, or None.
+  Attributes: model, tokenizer, mesh; parts: into how many the mesh splits rows; vocabulary:
+    ids that can be generated; report: of the last call that has ended, or None.
   """
 
   def __init__(
@@ -75,7 +79,8 @@ class Generator:
     return cls(run.model, run.tokenizer, run.mesh, weights)
 
   def __call__(self, prompts: Prompt | Sequence[Prompt], **options) -> list[Completion]:
-    """Completions of the prompts, generated side by side, `num_samples` of each after one another; options: see Options.
+    """Completions of the prompts, generated side by side, `num_samples` of each after one another;
+    options: see Options.
 
     Ctrl-C ends all rows, and what there is of them is returned.
     """
@@ -91,15 +96,18 @@ class Generator:
     options = _as_it_comes(options)
     if options.num_samples > 1:
       raise ValueError(
-        f'num_samples={options.num_samples}: one text is streamed at a time; call the generator for several'
+        f'num_samples={options.num_samples}: one text is streamed at a time; call the generator '
+        'for several'
       )
     (row,), steps = self._run([prompt], options)
     return pieces_of(row, steps)  # not a generator itself: bad options raise here and now
 
   def chat(self, messages: Sequence[dict[str, str]], **options) -> Iterator[str]:
-    """Pieces of the assistant's next turn, after messages of {'role': .., 'content': ..}; options as for `stream`.
+    """Pieces of the assistant's next turn, after messages of {'role': .., 'content': ..};
+    options as for `stream`.
 
-    Raises ValueError where the tokenizer has no chat template. The names of control tokens in a message become those tokens.
+    Raises ValueError where the tokenizer has no chat template.
+    The names of control tokens in a message become those tokens.
     """
     return self.stream(self.chat_ids(messages), **options)
 
@@ -109,7 +117,9 @@ class Generator:
     return list(self.tokenizer.encode(text, special=True))
 
   def ids(self, prompts: Prompt | Sequence[Prompt], **options) -> Iterator[list[list[int]]]:
-    """New ids of every row, a chunk at a time, until all rows have ended; options: see Options. Ctrl-C raises as in `stream`."""
+    """New ids of every row, a chunk at a time, until all rows have ended; options: see Options.
+    Ctrl-C raises as in `stream`.
+    """
     rows, steps = self._run(several(prompts), _as_it_comes(options))
 
     def chunks():
@@ -126,37 +136,43 @@ class Generator:
     return chunks()
 
   def score(self, texts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
-    """Log-probabilities, f32, of every id of each text but its first one (a text begins as documents do), by the training forward pass.
+    """Log-probabilities, f32, of every id of each text but its first one (a text begins as
+    documents do), by the training forward pass.
 
-    As in generation they are those among ids that the tokenizer has, where the table of embeddings is larger.
+    As in generation they are those among ids that the tokenizer has,
+    where the table of embeddings is larger.
     """
     config = self.model.config
     if config.encoder_layers or not config.causal:
       raise ValueError('scores of texts are those of a decoder; this model has an encoder')
     encoded = [self.encoded(text) for text in several(texts)]
-    tokens, lengths = self._padded(
-      encoded + [encoded[-1][:1]] * (-len(encoded) % self.parts)
-    )  # rows that fill the mesh up
+    # rows that fill the mesh up
+    tokens, lengths = self._padded(encoded + [encoded[-1][:1]] * (-len(encoded) % self.parts))
     with jax.set_mesh(self.mesh):
       found = np.asarray(_scored(self.model, self.put(tokens), self.vocabulary))
     return [row[: length - 1] for row, length in zip(found[: len(encoded)], lengths)]
 
   def session(self, capacity: int = 0, cache_dtype: str = ''):
-    """A text that grows (decode.session.Session), of at most `capacity` tokens; 0: as many as the model has positions for.
+    """A text that grows (decode.session.Session), of at most `capacity` tokens; 0:
+    as many as the model has positions for.
 
-    Raises ValueError for a capacity beyond these, and where there is no end of them and no capacity is given.
+    Raises ValueError for a capacity beyond these, and where there is no end of them and no capacity
+    is given.
     """
     from decode.session import Session
 
     limit = self.model.config.max_length
     if not capacity and not limit:
       raise ValueError(
-        'capacity=0, and the model has no model.max_length; say how many tokens the session may have'
+        'capacity=0, and the model has no model.max_length; say how many tokens the session may '
+        'have'
       )
     return Session(self, capacity or limit, cache_dtype)
 
   def encoded(self, prompt: Prompt) -> list[int]:
-    """The ids that the model reads. Raises ValueError for none, and for what is no id or out of range."""
+    """The ids that the model reads. Raises ValueError for none,
+    and for what is no id or out of range.
+    """
     if isinstance(prompt, str):
       start, end = (
         ([], [self.tokenizer.eos])
@@ -168,8 +184,8 @@ class Generator:
       ids = [operator.index(i) for i in ([prompt] if isinstance(prompt, bytes) else prompt)]
     except TypeError as error:
       raise ValueError(
-        f'the prompt {str(prompt)[:60]} is neither a text nor ids, whole numbers in [0, {self.vocabulary}): '
-        f'{error}'
+        f'the prompt {str(prompt)[:60]} is neither a text nor ids, whole numbers in [0, '
+        f'{self.vocabulary}): {error}'
       ) from error
     if not ids:
       raise ValueError('a prompt has no ids; give at least one')
@@ -186,7 +202,9 @@ class Generator:
       )
 
   def limits(self, longest: int, new: int) -> int:
-    """The room that a cache needs. Raises ValueError for more tokens than the model has positions for."""
+    """The room that a cache needs. Raises ValueError for more tokens than the model has positions
+    for.
+    """
     limit = self.model.config.max_length or sys.maxsize
     if longest + new > limit:
       raise ValueError(
@@ -198,7 +216,9 @@ class Generator:
   def rules(
     self, options: Options, prompts: int, rows: int
   ) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:
-    """Rules of so many rows, the last ones unused; places in the automaton; texts that end a row, and ids."""
+    """Rules of so many rows, the last ones unused; places in the automaton; texts that end a row,
+    and ids.
+    """
     texts, ids = options.stops(self.vocabulary)
     if options.logprobs > self.vocabulary:
       raise ValueError(
@@ -231,7 +251,8 @@ class Generator:
         )
       if len(each) != prompts:
         raise ValueError(
-          f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for each'
+          f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for '
+          'each'
         )
       automaton, places = Automaton.of(
         [c for c in each for _ in range(options.rows)], self.model.config.V
@@ -314,7 +335,9 @@ class Generator:
       )
 
   def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids as one array [B, bucket], and their lengths. Raises ValueError for a row that the model has no positions for."""
+    """Rows of ids as one array [B, bucket], and their lengths.
+    Raises ValueError for a row that the model has no positions for.
+    """
     lengths, limit = (
       np.array([len(ids) for ids in rows], np.int32),
       self.model.config.max_length or sys.maxsize,
@@ -333,7 +356,9 @@ class Generator:
   def _run(
     self, prompts: Sequence[Prompt], options: Options
   ) -> tuple[list[Row], Iterator[list[str]]]:
-    """The rows of a call, and an iterator that fills them: each step gives the text that is new of each."""
+    """The rows of a call, and an iterator that fills them:
+    each step gives the text that is new of each.
+    """
     config, n = self.model.config, options.rows
     if not config.causal:
       raise ValueError('model.causal=False: an encoder writes no text')
@@ -343,9 +368,8 @@ class Generator:
     encoded += [encoded[-1][:1]] * (rows - used)
     rules, places, texts, ends = self.rules(options, len(prompts), rows)
     source, begun = None, encoded
-    if (
-      config.encoder_layers
-    ):  # the prompt is what the encoder reads; the decoder starts with padding, as T5's
+    # the prompt is what the encoder reads; the decoder starts with padding, as T5's
+    if config.encoder_layers:
       source, begun = self._padded(encoded), [[self.tokenizer.pad]] * rows
     lengths = np.array([len(ids) for ids in begun], np.int32)
     capacity = self.limits(int(lengths.max()), options.max_new_tokens)
@@ -393,7 +417,8 @@ class Generator:
     most: int,
     finish: str,
   ) -> Iterator[list[str]]:
-    """Fills the rows with at most so many tokens each, and leaves a report; each step gives the text that is new of each row.
+    """Fills the rows with at most so many tokens each, and leaves a report;
+    each step gives the text that is new of each row.
 
     finish: why a row ends that has not ended itself.
     """
@@ -402,10 +427,11 @@ class Generator:
     ahead = watch.first(course.advance(count))
     try:
       while True:
+        # the least that a row has, then
         chunk, done = (
           ahead,
           min(len(row.ids) for row in rows if not row.finish) + count,
-        )  # the least that a row has, then
+        )
         count = min(most - done, course.most)
         if count > 0:
           ahead = course.advance(count)
@@ -427,7 +453,9 @@ class Generator:
 
 
 def run_out(steps: Iterator[list[str]]) -> None:
-  """Runs the steps of a call to their end. Ctrl-C that comes between two of them counts as if it came in one."""
+  """Runs the steps of a call to their end. Ctrl-C that comes between two of them counts as if it
+  came in one.
+  """
   with contextlib.closing(steps):
     try:
       for _ in steps:
@@ -439,7 +467,9 @@ def run_out(steps: Iterator[list[str]]) -> None:
 
 
 def pieces_of(row: Row, steps: Iterator[list[str]]) -> Iterator[str]:
-  """The text of the only row of a call, as it comes. Raises KeyboardInterrupt at the end where Ctrl-C was that."""
+  """The text of the only row of a call, as it comes. Raises KeyboardInterrupt at the end where
+  Ctrl-C was that.
+  """
   with contextlib.closing(steps):
     for (piece,) in steps:
       if piece:
@@ -453,7 +483,8 @@ def _as_it_comes(given: Mapping[str, Any]) -> Options:
   options = Options.of(given)
   if options.beams > 1:
     raise ValueError(
-      f'beams={options.beams}: no token of a search is certain before its end, and none is streamed; call the generator'
+      f'beams={options.beams}: no token of a search is certain before its end, and none is '
+      'streamed; call the generator'
     )
   return options
 
@@ -463,17 +494,17 @@ def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
   return max(smallest, 1 << (tokens - 1).bit_length())
 
 
-_empty = jax.jit(
-  init_cache, static_argnums=range(5)
-)  # one call to the device, and not one for every layer
+# one call to the device, and not one for every layer
+_empty = jax.jit(init_cache, static_argnums=range(5))
 
 
 @functools.partial(jax.jit, static_argnames='vocabulary')
 def _scored(model, tokens, vocabulary):
-  """[B, T - 1] log-probabilities of tokens [B, T] after those before them; scores of few positions at a time."""
-  with ax.whole_rows(
-    tokens.shape[1] % ax.size('length') > 0
-  ):  # rows that do not split are on all devices
+  """[B, T - 1] log-probabilities of tokens [B, T] after those before them;
+  scores of few positions at a time.
+  """
+  # rows that do not split are on all devices
+  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):
     x = ax.place(model(ax.place(tokens, 'batch', 'length')).hidden, 'batch', None, 'width')
   targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
@@ -493,8 +524,8 @@ def _scored(model, tokens, vocabulary):
 
 def generating(config: ModelConfig) -> ModelConfig:
   """The config with which a trained model generates."""
-  # Which backend trained, in which blocks, is indifferent to the parameters, and not every one of them can attend to a cache. What an
-  # expert has no room for would depend on a row's neighbours.
+  # Which backend trained, in which blocks, is indifferent to the parameters, and not every one of
+  # them can attend to a cache. What an expert has no room for would depend on a row's neighbours.
   moe = (
     dataclasses.replace(config.moe, dispatch='dropless')
     if config.moe.dispatch == 'capacity'
@@ -512,13 +543,17 @@ def generating(config: ModelConfig) -> ModelConfig:
 
 
 def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:
-  """The model as generation holds it: every layer by itself, but over pipeline stages, and in the compute dtype or in bytes."""
+  """The model as generation holds it: every layer by itself, but over pipeline stages,
+  and in the compute dtype or in bytes.
+  """
   model = in_compute_dtype(model if ax.size('layers') > 1 else transformer.unstacked(model))
   return quantised.in_bytes(model) if weights else model
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
-  """The model, cast once, as `params.use` would at every token; norms and biases keep their own precision."""
+  """The model, cast once, as `params.use` would at every token;
+  norms and biases keep their own precision.
+  """
 
   def cast(p):
     return p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p

@@ -1,4 +1,5 @@
-"""How are tokens generated? Prefill, then jitted chunks of steps over a cache that is rewritten in place.
+"""How are tokens generated? Prefill, then jitted chunks of steps over a cache that is
+rewritten in place.
 
 B rows · T tokens · C tokens of a chunk · V vocabulary · M ids that end a row · k alternatives
 """
@@ -24,12 +25,15 @@ from parallel.compiler import GENERATION
 class DecodeState:
   """What generation carries from token to token; its buffers are donated.
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers,
+  specs and placeholders.
 
   Attributes:
     cache: of all tokens so far. logits: [B, V] f32 for each row's next token.
-    done: [B] bool, rows that have ended. stop_at: [B] int32, length, prompt included, at which a row ends at the latest.
-    history: what penalties look at. places: [B] int32, where each row is in its constraint's automaton; None without.
+    done: [B] bool, rows that have ended.
+    stop_at: [B] int32, length, prompt included, at which a row ends at the latest.
+    history: what penalties look at.
+    places: [B] int32, where each row is in its constraint's automaton; None without.
   """
 
   cache: Any
@@ -46,7 +50,9 @@ class Rules:
   """What a call asks of its rows; arrays, so that other values compile nothing anew.
 
   Attributes:
-    sampling: see there. ends: [B, M] int32, ids that end a row and belong to it; -1 is none. automaton: of constraints, or None.
+    sampling: see there.
+    ends: [B, M] int32, ids that end a row and belong to it; -1 is none.
+    automaton: of constraints, or None.
   """
 
   sampling: Any
@@ -61,10 +67,13 @@ class Chunk:
 
   Attributes:
     ids: [B, C] int32. real: [B, C] bool, whether it is the row's (and not after its end).
-    raw: [B, C] f32, log-probability by the model. processed: by the law that it was drawn from (decode.sampling).
-    alternatives: [B, C, k] int32, the ids that the model finds likeliest. alternatives_raw: [B, C, k] f32, their log-probabilities.
+    raw: [B, C] f32, log-probability by the model.
+    processed: [B, C] f32, by the law that it was drawn from (decode.sampling).
+    alternatives: [B, C, k] int32, the ids that the model finds likeliest.
+    alternatives_raw: [B, C, k] f32, their log-probabilities.
     broken: [B] bool, rows that have ended because the model's scores are not finite.
-    drafted, accepted: [B] int32, tokens that a draft proposed, and those of them that were kept; None without drafts.
+    drafted, accepted: [B] int32, tokens that a draft proposed, and those of them that were kept;
+      None without drafts.
   """
 
   ids: Any
@@ -92,8 +101,10 @@ def prefill(
 ) -> DecodeState:
   """Reads prompts into an empty cache.
 
-  tokens: each row's prompt, then padding, whose ids are free: it is never seen. lengths: of the prompts, at least 1.
-  source: of an encoder-decoder, what the encoder reads: ids, and 1 where they count, 0 where they are padding.
+  tokens: each row's prompt, then padding, whose ids are free: it is never seen.
+  lengths: of the prompts, at least 1.
+  source: of an encoder-decoder, what the encoder reads: ids, and 1 where they count,
+    0 where they are padding.
   places: where rows begin in the automaton of their constraints.
   vocabulary: ids from here on are never generated; 0: all may be.
   """
@@ -115,7 +126,9 @@ def append(
   *,
   vocabulary: int = 0,
 ) -> DecodeState:
-  """Reads more of each row's prompt: the first counts[b] of its tokens; rows whose count is 0 stay as they are."""
+  """Reads more of each row's prompt: the first counts[b] of its tokens;
+  rows whose count is 0 stay as they are.
+  """
   x, cache, _ = model(tokens, cache=state.cache, counts=counts)
   logits = jnp.where(
     (counts > 0)[:, None], scores(model, last(x, jnp.maximum(counts, 1)), vocabulary), state.logits
@@ -147,7 +160,8 @@ def decode_chunk(
   vocabulary: int = 0,
   alternatives: int = 0,
 ) -> tuple[DecodeState, Chunk]:
-  """`steps` more tokens of each row, or only `count` of them; where none is made, behind a row's end, ids are `pad`.
+  """`steps` more tokens of each row, or only `count` of them; where none is made,
+  behind a row's end, ids are `pad`.
 
   vocabulary: as of prefill. alternatives: k, see Chunk.
   """
@@ -161,9 +175,8 @@ def decode_chunk(
       ~state.done,
     )
     raw, which, likeliest = laws.logprobs(state.logits, ids, alternatives)
-    x, cache, _ = model(
-      ids[:, None], cache=state.cache, counts=real.astype(jnp.int32)
-    )  # a row that has ended stays as it is
+    # A row that has ended stays as it is.
+    x, cache, _ = model(ids[:, None], cache=state.cache, counts=real.astype(jnp.int32))
     new = advanced(state, cache, ids, real, rules)
     new = dataclasses.replace(
       new, logits=jnp.where(real[:, None], scores(model, x[:, 0], vocabulary), state.logits)
@@ -177,7 +190,9 @@ def decode_chunk(
 
 
 def run(step, state, steps: int, count=None):
-  """`step` again and again, at most `steps` times: the last state, and what each step found, side by side in dimension 1."""
+  """`step` again and again, at most `steps` times: the last state, and what each step found,
+  side by side in dimension 1.
+  """
 
   def into(index, carry):
     state, found = carry
@@ -205,9 +220,8 @@ def draw(log_law, sampling: Sampling, positions, stream=laws.Stream.TOKEN):
   """A token of each row by its law."""
 
   def greedy():
-    return log_law.argmax(-1).astype(
-      jnp.int32
-    )  # most callers need no noise, which is what sampling costs
+    # Most callers need no noise, which is what sampling costs.
+    return log_law.argmax(-1).astype(jnp.int32)
 
   return jax.lax.cond(
     (sampling.temperature > 0).any(),
@@ -244,9 +258,8 @@ def last(x, lengths):
 
 def scores(model, x, vocabulary):
   """Logits [.., V] of hidden states, those of ids from `vocabulary` on at -inf."""
-  logits = ax.place(
-    model.logits(x), 'batch', *(None,) * (x.ndim - 1)
-  )  # sampling ranks the whole vocabulary of a row
+  # Sampling ranks the whole vocabulary of a row.
+  logits = ax.place(model.logits(x), 'batch', *(None,) * (x.ndim - 1))
   if not vocabulary:
     return logits
   inside = jnp.arange(logits.shape[-1]) < vocabulary

@@ -1,7 +1,9 @@
-"""How fast was a call? Time to the first token and for each of the others, and how near that is to what the memory allows.
+"""How fast was a call? Time to the first token and for each of the others,
+and how near that is to what the memory allows.
 
-A step of decoding reads every weight once, whatever the rows, and what the cache holds: these bytes over the machine's bandwidth are the
-least time that a token takes. The bandwidth is measured, once a process, by a sum over an array that no cache of a processor holds.
+A step of decoding reads every weight once, whatever the rows, and what the cache holds: these bytes
+over the machine's bandwidth are the least time that a token takes. The bandwidth is measured, once
+a process, by a sum over an array that no cache of a processor holds.
 """
 
 import dataclasses
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 from model import params, transformer
 from model.cache import Cache
 
-# Bytes that are read to find the bandwidth, and how often in one program: a GPU reads them in less time than a call takes.
+# Bytes that are read to find the bandwidth, and how often in one program:
+# a GPU reads them in less time than a call takes.
 PROBE, TIMES = {'cpu': 2**28}, {'cpu': 1}
 PROBE_ELSEWHERE, TIMES_ELSEWHERE = 2**30, 16
 _COMPILING = '/jax/core/compile/backend_compile_duration'
@@ -34,13 +37,17 @@ class Report:
   """Of one call.
 
   Attributes:
-    rows: of a search, all beams. prompt_tokens, new_tokens: of all rows together. steps: tokens of the longest row.
-    first_token: seconds from the call to the first token, compilation included. compile_seconds: of that and all else.
-    seconds: from the call to its end. ms_per_token: from the first chunk on, which is one step, of each further token of the longest
-      row; NaN where there is none. tokens_per_second: of all rows, in the same time; NaN likewise.
+    rows: of a search, all beams. prompt_tokens, new_tokens: of all rows together. steps:
+      tokens of the longest row.
+    first_token: seconds from the call to the first token, compilation included. compile_seconds:
+      of that and all else.
+    seconds: from the call to its end. ms_per_token: from the first chunk on, which is one step, of
+      each further token of the longest row; NaN where there is none. tokens_per_second: of all
+      rows, in the same time; NaN likewise.
     cache_bytes: of the cache. read_bytes: of weights and cached tokens that an average step reads.
-    seed: as it was asked for. drafted, accepted: tokens that a draft proposed, and that were kept. fell_back: whether the call went on
-      without drafts, because they cost more than they saved (decode.drafting).
+    seed: as it was asked for. drafted, accepted: tokens that a draft proposed, and that were kept.
+      fell_back: whether the call went on without drafts, because they cost more than they saved
+      (decode.drafting).
   """
 
   rows: int
@@ -71,12 +78,14 @@ class Report:
     too_few = 'and too few steps behind it to time'
     return (
       f'{self.rows} rows, {self.prompt_tokens} prompt tokens, {self.new_tokens} new ones{drafts}\n'
-      f'first token {self.first_token * 1e3:.1f} ms, {too_few if math.isnan(self.ms_per_token) else then}\n'
-      f'cache {self.cache_bytes / 1e6:.1f} MB, compilation {self.compile_seconds:.1f} s, seed {self.seed}'
+      f'first token {self.first_token * 1e3:.1f} ms, '
+      f'{too_few if math.isnan(self.ms_per_token) else then}\ncache {self.cache_bytes / 1e6:.1f} '
+      f'MB, compilation {self.compile_seconds:.1f} s, seed {self.seed}'
     )
 
   def share_of_bandwidth(self) -> float:
-    """The least time that a step can take by the memory's measured bandwidth, over what it took; 1 is the bound.
+    """The least time that a step can take by the memory's measured bandwidth, over what it took;
+    1 is the bound.
 
     NaN with drafts, and where no step was timed.
     """
@@ -87,7 +96,9 @@ class Report:
 
 @functools.cache
 def bandwidth() -> float:
-  """Bytes per second that a device of this process reads, measured; of several devices, all of them together."""
+  """Bytes per second that a device of this process reads, measured; of several devices,
+  all of them together.
+  """
   devices = jax.local_devices()
   kind = devices[0].platform
   nbytes, times = PROBE.get(kind, PROBE_ELSEWHERE), TIMES.get(kind, TIMES_ELSEWHERE)
@@ -110,7 +121,9 @@ def bandwidth() -> float:
 
 
 def weight_bytes(model: transformer.Decoder) -> float:
-  """Bytes of the weights that a step reads: not the table that tokens are looked up in, and of experts those that one token goes to."""
+  """Bytes of the weights that a step reads: not the table that tokens are looked up in,
+  and of experts those that one token goes to.
+  """
   leaves = params.named_leaves(model)
   moe, total = model.config.moe, 0.0
   for name, x in leaves.items():
@@ -141,7 +154,9 @@ class Watch:
     self._prompts = prompt_tokens
 
   def first(self, chunk: Any) -> Any:
-    """The first chunk, when it is there: the next one may be over before anyone reads this one, and is dispatched behind this."""
+    """The first chunk, when it is there: the next one may be over before anyone reads this one,
+    and is dispatched behind this.
+    """
     jax.block_until_ready(chunk)
     self._first, self._before = time.perf_counter() - self._start, None
     return chunk

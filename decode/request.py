@@ -33,7 +33,9 @@ Whole = int | np.integer
 
 
 def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-  """Prompts, also where one is given by itself. Raises ValueError for what is no prompt, and for none."""
+  """Prompts, also where one is given by itself. Raises ValueError for what is no prompt,
+  and for none.
+  """
   if isinstance(prompts, str):
     return [prompts]
   if isinstance(prompts, (bytes, Mapping)) or not np.iterable(prompts):
@@ -46,25 +48,30 @@ def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What one call asks for. Those of decode.sampling (LAW) may be sequences, of one value for each prompt.
+  """What one call asks for. Those of decode.sampling (LAW) may be sequences,
+  of one value for each prompt.
 
   Attributes:
     max_new_tokens: a row ends there if it has not ended itself.
     temperature .. logit_bias: see decode.sampling.Sampling; logit_bias is a dict of id -> value.
-    seed: row i draws with seed + i (behind 2**32 - 1 comes 0); what it draws depends on that and on positions only.
-    num_samples: completions of each prompt, rows of their own; of a search the best ones, the best first, and fewer where a constraint
-      or logit_bias leaves fewer.
-    beams, length_penalty, early_stopping: 2 or more beams search for the likeliest texts (decode.beam) and draw nothing: temperature is
-      1.0 (the default) or 0.0 then, without top-k, top-p and min-p.
-    stop: texts and ids at which a row ends, or one; None is none. Such a text is not part of the completion, such an id is. A search
-      takes ids only.
+    seed: row i draws with seed + i (behind 2**32 - 1 comes 0);
+      what it draws depends on that and on positions only.
+    num_samples: completions of each prompt, rows of their own; of a search the best ones,
+      the best first, and fewer where a constraint or logit_bias leaves fewer.
+    beams, length_penalty, early_stopping: 2 or more beams search for the likeliest texts
+      (decode.beam) and draw nothing: temperature is 1.0 (the default) or 0.0 then, without top-k,
+      top-p and min-p.
+    stop: texts and ids at which a row ends, or one; None is none.
+      Such a text is not part of the completion, such an id is. A search takes ids only.
     logprobs: how many alternatives are reported for every token; -1: nothing is.
-    constraint: decode.constrain.Constraint that texts keep to, one for all prompts or a sequence of one (or None) for each.
-    chunk: steps a call to the device, each a token, or more where drafts are kept; texts do not depend on it. cache_dtype: see
-      model.cache.init_cache.
-    draft, lookup, early_exit: what drafts tokens (decode.speculative), one of: a Generator with the same tokenizer; the length of
-      what is looked up in the row's own past; how many of the model's layers. draft_tokens: how many are drafted at a time. Greedy
-      texts are those without; others have the same law, and are other draws.
+    constraint: decode.constrain.Constraint that texts keep to,
+      one for all prompts or a sequence of one (or None) for each.
+    chunk: steps a call to the device, each a token, or more where drafts are kept;
+      texts do not depend on it. cache_dtype: see model.cache.init_cache.
+    draft, lookup, early_exit: what drafts tokens (decode.speculative), one of: a Generator with the
+      same tokenizer; the length of what is looked up in the row's own past; how many of the model's
+      layers. draft_tokens: how many are drafted at a time. Greedy texts are those without; others
+      have the same law, and are other draws.
   Raises ValueError for values that make no sense.
   """
 
@@ -113,19 +120,21 @@ class Options:
     ):
       if bias is not None and not isinstance(bias, Mapping):
         raise ValueError(
-          f'logit_bias={self.logit_bias!r} must map ids to what is added to their logits, as {{13: -1.5}} does, or be a '
-          'list of such, one for each prompt'
+          f'logit_bias={self.logit_bias!r} must map ids to what is added to their logits, as '
+          f'{{13: -1.5}} does, or be a list of such, one for each prompt'
         )
     if self.draft_tokens >= APPEND:
       raise ValueError(
-        f'draft_tokens={self.draft_tokens} must be below {APPEND}, which is what a cache takes at once'
+        f'draft_tokens={self.draft_tokens} must be below {APPEND}, which is what a cache takes at '
+        'once'
       )
     drafters = [name for name in ('draft', 'lookup', 'early_exit') if getattr(self, name)]
     if len(drafters) > 1:
       raise ValueError(f'{" and ".join(drafters)} are given: one of them can draft')
     if not drafters and self.draft_tokens != Options.draft_tokens:
       raise ValueError(
-        f'draft_tokens={self.draft_tokens}, but nothing drafts; give draft, lookup or early_exit, or leave it out'
+        f'draft_tokens={self.draft_tokens}, but nothing drafts; give draft, lookup or early_exit, '
+        'or leave it out'
       )
     beam.check(self)
 
@@ -188,14 +197,18 @@ class Completion:
   """One generated text.
 
   Attributes:
-    prompt; prompt_ids: as the model read it. text: without the prompt. ids: of the text, with the id that ended it, if one did.
-    finish: 'stop' for end-of-text or a stop, 'length' for max_new_tokens, 'cache full', or 'interrupted'.
+    prompt; prompt_ids: as the model read it. text: without the prompt. ids: of the text,
+    with the id that ended it, if one did.
+    finish: 'stop' for end-of-text or a stop, 'length' for max_new_tokens, 'cache full',
+      or 'interrupted'.
     stopped_by: the text or id, where finish is 'stop'.
-    logprobs: of each id by the model; processed: by the law that it was drawn from (greedy: 0), or what a search sums up. Natural
-      logarithms.
-    alternatives: for each id what the model found likeliest, as (id, log-probability); empty unless asked for.
+    logprobs: of each id by the model; processed: by the law that it was drawn from (greedy: 0),
+      or what a search sums up. Natural logarithms.
+    alternatives: for each id what the model found likeliest, as (id, log-probability);
+      empty unless asked for.
     drafted, accepted: tokens that a draft proposed, and those that were kept.
-    seed: that reproduces this row alone. score: of a search, the sum of `processed` over the number of ids ** length_penalty; or None.
+    seed: that reproduces this row alone. score: of a search,
+      the sum of `processed` over the number of ids ** length_penalty; or None.
   """
 
   prompt: Prompt
@@ -237,9 +250,9 @@ class Row:
       return ''
     if chunk.broken[index]:
       raise FloatingPointError(
-        f'the scores after token {len(self._prompt_ids) + len(self.ids)} of the row that begins with '
-        f'{self._prompt_ids[:8]} are not finite: no token can be drawn. Weights or an option (logit_bias, a '
-        'constraint with penalties) made them so'
+        f'the scores after token {len(self._prompt_ids) + len(self.ids)} of the row that begins '
+        f'with {self._prompt_ids[:8]} are not finite: no token can be drawn. Weights or an option '
+        '(logit_bias, a constraint with penalties) made them so'
       )
     own = np.flatnonzero(chunk.real[index])
     ids = chunk.ids[index, own].tolist()

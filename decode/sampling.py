@@ -1,7 +1,9 @@
-"""Which token comes next? The one law of what is drawn: by plain, speculative and constrained generation, and where it is only scored.
+"""Which token comes next? The one law of what is drawn: by plain, speculative and constrained
+generation, and where it is only scored.
 
-The order is fixed: penalties and bias, then the mask of what is allowed, temperature, top-k, top-p, min-p, each on what the one
-before left. Every option is traced and per row. Thresholds are found by bisection, not by sorting the vocabulary.
+The order is fixed: penalties and bias, then the mask of what is allowed, temperature, top-k, top-p,
+min-p, each on what the one before left. Every option is traced and per row. Thresholds are found by
+bisection, not by sorting the vocabulary.
 
 B rows · V vocabulary
 """
@@ -18,12 +20,18 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from parallel import axes as ax
 
-FILTER = 'only_where_a_row_filters'  # the scope of what no call without top-k and top-p runs, and no plan counts
-PerRow = Any  # one value for all rows, or a sequence of one for each; judged by `make_sampling`, whose errors say what to do
+# the scope of what no call without top-k and top-p runs, and no plan counts
+FILTER = 'only_where_a_row_filters'
+# one value for all rows, or a sequence of one for each; judged by `make_sampling`,
+# whose errors say what to do
+PerRow = Any
 
 
 class Stream(enum.IntEnum):
-  """What a random number is for: a token, a draft of it, whether that is kept. A row, seed and position has independent ones for each."""
+  """What a random number is for: a token, a draft of it, whether that is kept.
+
+  A row, seed and position has independent ones for each.
+  """
 
   TOKEN = 0
   DRAFT = 1
@@ -35,19 +43,23 @@ class Stream(enum.IntEnum):
 class Sampling:
   """Options of each row; arrays, so that another value compiles nothing anew.
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers,
+  specs and placeholders.
 
   Attributes:
     temperature: [B] f32, logits are divided by it; 0 is greedy.
     top_k: [B] int32, only the k most likely tokens; 0 keeps all.
-    top_p: [B] f32, only the most likely tokens whose probabilities reach p, the one that reaches it included; 1 keeps all
-      (nucleus sampling, Holtzman et al., arXiv:1904.09751).
-    min_p: [B] f32, only tokens at least this times as likely as the likeliest; 0 keeps all (Nguyen et al., arXiv:2407.01082).
-    repetition_penalty: [B] f32, logits of tokens of the prompt and of generated ones are divided by it where positive, multiplied
-      where negative; 1 leaves them (Keskar et al., arXiv:1909.05858).
-    presence_penalty, frequency_penalty: [B] f32, subtracted from logits of generated tokens, once and once for every time.
+    top_p: [B] f32, only the most likely tokens whose probabilities reach p, the one that reaches it
+      included; 1 keeps all (nucleus sampling, Holtzman et al., arXiv:1904.09751).
+    min_p: [B] f32, only tokens at least this times as likely as the likeliest;
+      0 keeps all (Nguyen et al., arXiv:2407.01082).
+    repetition_penalty: [B] f32, logits of tokens of the prompt and of generated ones are divided by
+      it where positive, multiplied where negative; 1 leaves them (Keskar et al., arXiv:1909.05858).
+    presence_penalty, frequency_penalty: [B] f32, subtracted from logits of generated tokens,
+      once and once for every time.
     bias: [B, V] f32, added to the logits, -inf forbids a token; or None.
-    seed: [B] uint32, a row's draws depend on its seed and on the token's position, and on nothing else.
+    seed: [B] uint32, a row's draws depend on its seed and on the token's position,
+      and on nothing else.
   """
 
   temperature: Any
@@ -73,7 +85,8 @@ class History:
   """What penalties look at. Annotated Any as Sampling is.
 
   Attributes:
-    generated: [B, V] int32, how often each token was generated. prompt: [B, V] bool, tokens that the prompt has.
+    generated: [B, V] int32, how often each token was generated.
+    prompt: [B, V] bool, tokens that the prompt has.
   """
 
   generated: Any
@@ -138,9 +151,11 @@ def make_sampling(
   vocabulary: int = 0,
   seed: PerRow = 0,
 ) -> Sampling:
-  """Options for `rows` rows as numpy arrays; each is one value for all rows, or a sequence of one for each.
+  """Options for `rows` rows as numpy arrays; each is one value for all rows,
+  or a sequence of one for each.
 
-  logit_bias: id -> what is added to its logit, -inf to forbid it; ids are below `vocabulary`, the number of logits.
+  logit_bias: id -> what is added to its logit, -inf to forbid it; ids are below `vocabulary`,
+    the number of logits.
   seed: of one, row i draws with seed_of(seed, i).
   Raises ValueError for a value that makes no sense.
   """
@@ -161,7 +176,9 @@ def make_sampling(
 
 
 def seed_of(seed: int, row: int) -> int:
-  """With which seed a row draws where one is given for all: seed + row, and behind 2**32 - 1 comes 0."""
+  """With which seed a row draws where one is given for all: seed + row,
+  and behind 2**32 - 1 comes 0.
+  """
   return (seed + row) % 2**32 if row else seed  # the first is judged as it was given
 
 
@@ -172,9 +189,8 @@ def _column(name, value, rows):
     raise ValueError(f'{name}={value!r} {words}')
   _check_rows(name, given.shape, rows)
   with np.errstate(over='ignore', invalid='ignore'):
-    values = (
-      given.astype(dtype) if dtype == np.float32 else given
-    )  # what is out of a float's range is judged as what it becomes
+    # what is out of a float's range is judged as what it becomes
+    values = given.astype(dtype) if dtype == np.float32 else given
     wrong = ~valid(values)
   if wrong.any():
     raise ValueError(f'{name}={given[wrong].ravel()[0].item()} {words}')
@@ -215,14 +231,19 @@ def _check_rows(name, shape, rows):
 
 
 def bad(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
-  """Rows that no token can be drawn of, because of a NaN, of +inf, or because nothing is possible: of logits, or of their law."""
+  """Rows that no token can be drawn of, because of a NaN, of +inf, or because nothing is possible:
+  of logits, or of their law.
+  """
   return ~jnp.isfinite(logits.max(-1))
 
 
 def penalised(
   logits: Float[Array, 'B V'], sampling: Sampling, history: History | None
 ) -> Float[Array, 'B V']:
-  """Logits, f32, after penalties and bias. Without a history, rows that ask for a penalty are NaN."""
+  """Logits, f32, after penalties and bias.
+
+  Without a history, rows that ask for a penalty are NaN.
+  """
   logits = logits.astype(jnp.float32)
   if history is None:
     logits = jnp.where(sampling.penalises()[:, None], jnp.nan, logits)
@@ -243,9 +264,11 @@ def law(
   history: History | None = None,
   allowed: Bool[Array, 'B V'] | None = None,
 ) -> Float[Array, 'B V']:
-  """Log-probabilities, f32, of what is drawn: -inf for tokens that are ruled out, one-hot where greedy, NaN for `bad` rows.
+  """Log-probabilities, f32, of what is drawn: -inf for tokens that are ruled out,
+  one-hot where greedy, NaN for `bad` rows.
 
-  history: what penalties look at; None if no row asks for one. allowed: tokens that a constraint leaves; None: all.
+  history: what penalties look at; None if no row asks for one.
+  allowed: tokens that a constraint leaves; None: all.
   """
   return _by_rows(_law, logits, sampling, history, allowed)
 
@@ -253,9 +276,8 @@ def law(
 def _law(logits, sampling, history, allowed):
   logits = penalised(logits, sampling, history)
   if allowed is not None:
-    logits = jnp.where(
-      allowed | jnp.isnan(logits), logits, -jnp.inf
-    )  # no mask hides that the model is broken
+    # No mask hides that the model is broken.
+    logits = jnp.where(allowed | jnp.isnan(logits), logits, -jnp.inf)
   greedy = sampling.temperature[:, None] == 0
   best = jnp.where(
     jnp.arange(logits.shape[1])[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf
@@ -269,9 +291,8 @@ def _law(logits, sampling, history, allowed):
 
 def _kept(below, scaled, sampling):
   """Which tokens top-k, then top-p, then min-p leave; ties at a border stay in."""
-  bits = jax.lax.bitcast_convert_type(
-    below, jnp.int32
-  )  # floats that are not negative order as their bits do
+  # Floats that are not negative order as their bits do.
+  bits = jax.lax.bitcast_convert_type(below, jnp.int32)
   drawn, k, p = sampling.temperature > 0, sampling.top_k, sampling.top_p
   kept = bits <= _border(bits, drawn & (k > 0), lambda: (jnp.ones_like(bits), k[:, None]))
 
@@ -287,9 +308,11 @@ def _kept(below, scaled, sampling):
 
 
 def _border(bits, active, measure):
-  """[B, 1]: the largest bits before which (theirs not included) weights sum to less than `reach`; beyond all in rows not active.
+  """[B, 1]: the largest bits before which (theirs not included) weights sum to less than `reach`;
+  beyond all in rows not active.
 
-  measure: () -> weights [B, V], reach [B, 1]; not asked for if no row is active, as for most callers.
+  measure: () -> weights [B, V], reach [B, 1]; not asked for if no row is active,
+    as for most callers.
   """
 
   def bisect():
@@ -310,7 +333,9 @@ def _border(bits, active, measure):
 def noise(
   seed: UInt[Array, 'B'], positions: Int[Array, 'B'], stream: int, shape: tuple[int, ...] = ()
 ) -> Float[Array, 'B ...']:
-  """Uniform numbers in [0, 1), `shape` of them a row; they depend on the row's seed, its position and the `Stream` only."""
+  """Uniform numbers in [0, 1), `shape` of them a row; they depend on the row's seed,
+  its position and the `Stream` only.
+  """
 
   def draw(seed, position):
     return jax.random.uniform(_key(seed, position, stream), shape, jnp.float32)
@@ -324,10 +349,13 @@ def sample(
   positions: Int[Array, 'B'],
   stream: int = Stream.TOKEN,
 ) -> Int[Array, 'B']:
-  """A token of each row by its law, drawn for the absolute position that it will have (the Gumbel-max way); any token of `bad` rows."""
+  """A token of each row by its law, drawn for the absolute position that it will have (the
+  Gumbel-max way); any token of `bad` rows.
+  """
 
   def draw(log_law, seed, position):
-    # 'high', because noise of 23 bits ends at 16: large vocabularies would tie there, and rare tokens be drawn too rarely.
+    # 'high', because noise of 23 bits ends at 16: large vocabularies would tie there,
+    # and rare tokens be drawn too rarely.
     gumbel = jax.random.gumbel(
       _key(seed, position, stream), log_law.shape, jnp.float32, mode='high'
     )
@@ -345,7 +373,9 @@ def _key(seed, position, stream):
 def logprobs(
   logits: Float[Array, 'B V'], ids: Int[Array, 'B'], k: int
 ) -> tuple[Float[Array, 'B'], Int[Array, 'B k'], Float[Array, 'B k']]:
-  """Of the model itself, before any option: log-probabilities, f32, of these ids; the k most likely ids, and theirs."""
+  """Of the model itself, before any option: log-probabilities, f32, of these ids;
+  the k most likely ids, and theirs.
+  """
 
   def of(logits, ids):
     found = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
@@ -356,5 +386,7 @@ def logprobs(
 
 
 def _by_rows(function, *arguments):
-  """The function of arrays of rows, each device on its own: nothing is sent, not even to ask whether another device's rows filter."""
+  """The function of arrays of rows, each device on its own: nothing is sent,
+  not even to ask whether another device's rows filter.
+  """
   return ax.local(function, (('batch',),) * len(arguments), ('batch',))(*arguments)

@@ -1,8 +1,10 @@
-r"""Which texts does a JSON schema allow, as one regular expression (of Rust's regex crate, see decode.constrain)?
+r"""Which texts does a JSON schema allow, as one regular expression (of Rust's regex crate,
+see decode.constrain)?
 
-Every text that the expression accepts is valid JSON that the schema accepts. Not every such JSON is written: properties
-come in the schema's order, only those that it names, characters stand for themselves (no \u escapes), and one space at
-most follows ':' and ','. A keyword that could not be kept raises; none is passed over.
+Every text that the expression accepts is valid JSON that the schema accepts. Not every such JSON is
+written: properties come in the schema's order, only those that it names, characters stand for
+themselves (no \u escapes), and one space at most follows ':' and ','. A keyword that could not be
+kept raises; none is passed over.
 """
 
 import json
@@ -12,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+# They say nothing about what is valid.
 ANNOTATIONS = {
   '$schema',
   '$id',
@@ -25,11 +28,12 @@ ANNOTATIONS = {
   'deprecated',
   'readOnly',
   'writeOnly',
-}  # they say nothing about what is valid
+}
 CHARACTER = r'(?:[^"\\\x00-\x1F]|\\["\\/bfnrt])'
 NUMBER = r'-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?'
 _DATE = '[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])'
-_TIME = r'(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])'
+_HOURS = r'(?:[01][0-9]|2[0-3]):[0-5][0-9]'
+_TIME = rf'{_HOURS}:[0-5][0-9](?:\.[0-9]+)?(?:Z|[+-]{_HOURS})'
 FORMATS = {
   'date': _DATE,
   'time': _TIME,
@@ -52,10 +56,12 @@ def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str
 
   Args:
     schema: as a dict, as JSON text, or as the path (a PathLike, not text) of a file of it.
-    plain: whether a regular expression accepts only texts that stand for themselves within a JSON string, for `pattern`.
+    plain: whether a regular expression accepts only texts that stand for themselves within a JSON
+      string, for `pattern`.
 
   Raises:
-    ValueError: a file that can't be read, no JSON, or a schema that can't be kept: it names the place, what stands there, and what can.
+    ValueError: a file that can't be read, no JSON, or a schema that can't be kept:
+      it names the place, what stands there, and what can.
   """
   if isinstance(schema, Mapping):
     root = schema
@@ -75,7 +81,9 @@ def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str
 
 
 class _Writer:
-  """Writes one document's schemas; `where` is a place in it, `inside` the references that led there."""
+  """Writes one document's schemas; `where` is a place in it,
+  `inside` the references that led there.
+  """
 
   def __init__(self, root: Any, plain: Callable[[str], bool]):
     self.root, self.plain = root, plain
@@ -98,8 +106,8 @@ class _Writer:
       return _constants(schema, where)
     if 'type' not in schema:
       raise ValueError(
-        f'schema at {where} has keywords {sorted(schema)}, but none of type, enum, const, anyOf and $ref, so that texts '
-        'without end would be valid; name a type'
+        f'schema at {where} has keywords {sorted(schema)}, but none of type, enum, const, anyOf '
+        'and $ref, so that texts without end would be valid; name a type'
       )
     types = _types(schema, where)
     _only(schema, where, {'type'}.union(*(TYPES[kind][0] for kind in types)))
@@ -108,8 +116,8 @@ class _Writer:
   def reference(self, name: Any, where: str, inside: Sequence[str]) -> str:
     if name in inside:
       raise ValueError(
-        f'schema at {where}: {name!r} refers to itself, and no regular expression nests without end; write out as many '
-        'levels as are needed'
+        f'schema at {where}: {name!r} refers to itself, and no regular expression nests without '
+        'end; write out as many levels as are needed'
       )
     target = self.root
     try:
@@ -126,12 +134,14 @@ class _Writer:
   def string(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
     if len(given := TYPES['string'][0] & schema.keys()) > 1 and given != {'minLength', 'maxLength'}:
       raise ValueError(
-        f'schema at {where}: {sorted(given)} can\'t be kept together; leave one, or say it all in pattern'
+        f'schema at {where}: {sorted(given)} can\'t be kept together; leave one, or say it all in '
+        'pattern'
       )
     if 'format' in schema:
       if schema['format'] not in [*FORMATS]:
         raise ValueError(
-          f'schema at {where}: format={schema["format"]!r} is not known; known: {", ".join(FORMATS)}; or use pattern'
+          f'schema at {where}: format={schema["format"]!r} is not known; known: '
+          f'{", ".join(FORMATS)}; or use pattern'
         )
       return f'"{FORMATS[schema["format"]]}"'
     if 'pattern' in schema:
@@ -143,11 +153,13 @@ class _Writer:
         and not pattern.endswith(r'\$')
       ):
         raise ValueError(
-          f'schema at {where}: pattern={pattern!r} may stand anywhere in a text; write ^...$ for a whole one'
+          f'schema at {where}: pattern={pattern!r} may stand anywhere in a text; write ^...$ for a '
+          'whole one'
         )
       if not self.plain(pattern[1:-1]):
         raise ValueError(
-          f'schema at {where}: pattern={pattern!r} accepts \'"\', \'\\\' or control characters, which a JSON string must '
+          f'schema at {where}: pattern={pattern!r} accepts \'"\', \'\\\' or control characters, '
+          'which a JSON string must '
           r'escape; leave them out, for example by [^"\\\x00-\x1F] for .'
         )
       return f'"(?:{pattern[1:-1]})"'
@@ -190,8 +202,8 @@ class _Writer:
     if 'properties' not in schema:
       if more is True:
         raise ValueError(
-          f'schema at {where}: an object without properties holds anything; name them, or give the schema of '
-          'additionalProperties'
+          f'schema at {where}: an object without properties holds anything; name them, or give the '
+          'schema of additionalProperties'
         )
       if required:
         raise ValueError(
@@ -208,11 +220,13 @@ class _Writer:
       raise ValueError(f'schema at {where}: properties={properties!r} must be an object of names')
     if unknown := [name for name in required if name not in properties]:
       raise ValueError(
-        f'schema at {where}: required={unknown} are not among properties={list(properties)}; add them there'
+        f'schema at {where}: required={unknown} are not among properties={list(properties)}; add '
+        'them there'
       )
     if not isinstance(more, bool):
       raise ValueError(
-        f'schema at {where}: additionalProperties={more!r} beside properties is not supported; leave one of the two'
+        f'schema at {where}: additionalProperties={more!r} beside properties is not supported; '
+        'leave one of the two'
       )
     pairs = [
       f'{_text(name)}: ?(?:{self.any(value, f"{where}/properties/{name}", inside)})'
@@ -220,7 +234,8 @@ class _Writer:
     ]
     needed = [name in required for name in properties]
 
-    # A comma stands between two: before all that follow the first property that is there, whichever that is.
+    # A comma stands between two: before all that follow the first property that is there,
+    # whichever that is.
     def after(i):
       return ''.join(
         f', ?{pair}' if must else f'(?:, ?{pair})?' for pair, must in zip(pairs[i:], needed[i:])
@@ -228,7 +243,8 @@ class _Writer:
 
     if any(needed):
       first = needed.index(True)
-      return rf'\{{{"".join(f"(?:{pair}, ?)?" for pair in pairs[:first])}{pairs[first]}{after(first + 1)}\}}'
+      before = ''.join(f'(?:{pair}, ?)?' for pair in pairs[:first])
+      return rf'\{{{before}{pairs[first]}{after(first + 1)}\}}'
     return rf'\{{(?:{"|".join(pair + after(i + 1) for i, pair in enumerate(pairs))})?\}}'
 
 
@@ -254,7 +270,9 @@ def _natural(low: int, high: int | None) -> str:
 
 
 def _span(a: str, b: str) -> str:
-  """Numbers of one length from a to b: those that begin as a, then those between, then those that begin as b."""
+  """Numbers of one length from a to b: those that begin as a, then those between,
+  then those that begin as b.
+  """
   if not a or a == b:
     return a
   if a[0] == b[0]:
@@ -291,8 +309,9 @@ def _types(schema: Mapping[str, Any], where: str) -> list[str]:
 def _only(schema: Mapping[str, Any], where: str, known: set[str]) -> None:
   if rest := schema.keys() - known - ANNOTATIONS:
     raise ValueError(
-      f'schema at {where}: {", ".join(f"{key}={schema[key]!r}" for key in sorted(rest))} can\'t be kept; supported here: '
-      f'{", ".join(sorted(known))}. Leave it out, or write what is wanted with those'
+      f'schema at {where}: {", ".join(f"{key}={schema[key]!r}" for key in sorted(rest))} can\'t be '
+      f'kept; supported here: {", ".join(sorted(known))}. Leave it out, or write what is wanted '
+      'with those'
     )
 
 
@@ -315,7 +334,8 @@ def _counts(schema: Mapping[str, Any], least: str, most: str, where: str) -> tup
   high = _whole(schema, most, where) if most in schema else None
   if low < 0 or (high is not None and high < low):
     raise ValueError(
-      f'schema at {where}: {least}={low} and {most}={high} allow nothing; have 0 <= {least} <= {most}'
+      f'schema at {where}: {least}={low} and {most}={high} allow nothing; have 0 <= {least} <= '
+      f'{most}'
     )
   return low, high
 

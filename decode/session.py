@@ -1,4 +1,5 @@
-"""How does a person go on with a text? One row whose cache stays: append, generate, look at the scores, take back, fork.
+"""How does a person go on with a text? One row whose cache stays: append, generate,
+look at the scores, take back, fork.
 
 A session remembers what it has read, so that a turn costs what is new in it.
 """
@@ -24,19 +25,24 @@ class Session:
   Whatever interrupts it, Ctrl-C included, it holds a text that it can go on with.
 
   Attributes:
-    ids: all that was read and written so far, in turns that have ended. capacity: how many of them there can be.
+    ids: all that was read and written so far, in turns that have ended.
+    capacity: how many of them there can be.
   """
 
   def __init__(self, generator: Generator, capacity: int, cache_dtype: str = ''):
-    """Raises ValueError for a capacity beyond the model's positions, and for an encoder or encoder-decoder."""
+    """Raises ValueError for a capacity beyond the model's positions,
+    and for an encoder or encoder-decoder.
+    """
     config = generator.model.config
     if config.encoder_layers or not config.causal:
       raise ValueError(
-        'a session is of a decoder: what an encoder has read cannot grow; call the generator for every text'
+        'a session is of a decoder: what an encoder has read cannot grow; call the generator for '
+        'every text'
       )
     self._generator, self._cache_dtype = generator, cache_dtype
     self.capacity, self.ids, self._turn = capacity, [], None
-    # Behind all ids, or None: they have to be read (again). _reach: so many tokens the cache has held at most, those taken back included.
+    # _state: behind all ids, or None: they have to be read (again).
+    # _reach: so many tokens the cache has held at most, those taken back included.
     self._state, self._reach = None, 0
     generator.limits(capacity, 0)
 
@@ -47,14 +53,19 @@ class Session:
 
   @property
   def logits(self) -> np.ndarray:
-    """[V] f32, the model's scores for the next token. Raises ValueError before anything was read."""
+    """[V] f32, the model's scores for the next token.
+
+    Raises ValueError before anything was read.
+    """
     self._end_turn()
     if not self.ids:
       raise ValueError('a session that has read nothing has no scores; append a text first')
     return np.asarray(self._read(()).logits[0])
 
   def append(self, text: Prompt) -> 'Session':
-    """Reads more: text, which begins as documents do if it is the first, or ids. Raises ValueError for more than the capacity."""
+    """Reads more: text, which begins as documents do if it is the first, or ids.
+    Raises ValueError for more than the capacity.
+    """
     self._end_turn()
     if isinstance(text, str):
       new = [
@@ -65,8 +76,8 @@ class Session:
       new = self._generator.encoded(text)
     if len(self.ids) + len(new) > self.capacity:
       raise ValueError(
-        f'{len(new)} more tokens pass capacity={self.capacity} of a session that has {len(self.ids)}; make it with more '
-        '(g.session(capacity=..)), or take some back (truncate)'
+        f'{len(new)} more tokens pass capacity={self.capacity} of a session that has '
+        f'{len(self.ids)}; make it with more (g.session(capacity=..)), or take some back (truncate)'
       )
     if new:
       self._read(new)
@@ -81,8 +92,8 @@ class Session:
   def stream(self, prompt: str = '', **options) -> Iterator[str]:
     """The same, in pieces as they come. What was written when one stops to listen stays written.
 
-    Ctrl-C raises KeyboardInterrupt, as of Generator.stream. Whatever else is done with the session ends the stream, too: going on to listen
-    raises ValueError.
+    Ctrl-C raises KeyboardInterrupt, as of Generator.stream. Whatever else is done with the session
+    ends the stream, too: going on to listen raises ValueError.
     """
     row, steps = self._run(prompt, options)
 
@@ -90,8 +101,8 @@ class Session:
       yield from pieces_of(row, steps)
       if not row.finish:
         raise ValueError(
-          'this stream has ended before its text, as the session was used for something else; listen to the end first, or '
-          'fork the session'
+          'this stream has ended before its text, as the session was used for something else; '
+          'listen to the end first, or fork the session'
         )
 
     return pieces()
@@ -108,7 +119,10 @@ class Session:
     return other
 
   def truncate(self, length: int) -> 'Session':
-    """Takes back all but the first ids. Raises ValueError for a length that is not in [0, what there is]."""
+    """Takes back all but the first ids.
+
+    Raises ValueError for a length that is not in [0, what there is].
+    """
     self._end_turn()
     if not 0 <= length <= len(self.ids):
       raise ValueError(
@@ -155,7 +169,8 @@ class Session:
       if state
       else []
     )
-    # The last token is read again, for its scores; a ring has it only if nothing has written over what its window sees.
+    # The last token is read again, for its scores; a ring has it only if nothing has written over
+    # what its window sees.
     if state and length > 1 and self._reach - length + 1 <= min(rings, default=sys.maxsize):
       cache = dataclasses.replace(state.cache, lengths=self._generator.put(self._all(length - 1)))
       self._state = self._behind(dataclasses.replace(state, cache=cache), self.ids[-1:])
@@ -215,9 +230,8 @@ class Session:
       )
     finally:
       self.ids, self._turn = [*self.ids, *row.ids], None
-      if not any(
-        x.is_deleted() for x in jax.tree.leaves(course.state)
-      ):  # an interrupt may come when they are given away
+      # An interrupt may come when they are given away.
+      if not any(x.is_deleted() for x in jax.tree.leaves(course.state)):
         written = int(np.asarray(course.state.cache.lengths)[0])
         self._reach, self._state = (
           max(self._reach, written),

@@ -1,11 +1,15 @@
-"""How does a step make more than one token? Something cheap drafts a few, and the model judges them all at once.
+"""How does a step make more than one token? Something cheap drafts a few,
+and the model judges them all at once.
 
-A drafted token, of law q, is kept with probability min(1, p / q), p being the model's law; in the place of the first that is not kept comes
-one drawn from max(p - q, 0). So tokens have the law p exactly, whatever drafts them (Leviathan et al., arXiv:2211.17192, section 2.3;
-Chen et al., arXiv:2302.01318). Both laws are decode.sampling's, after the same history and in the same constraint. A step begins with a
-token that is drawn, and so always makes one; what the step before rejected is carried over to it.
+A drafted token, of law q, is kept with probability min(1, p / q), p being the model's law; in the
+place of the first that is not kept comes one drawn from max(p - q, 0). So tokens have the law p
+exactly, whatever drafts them (Leviathan et al., arXiv:2211.17192, section 2.3; Chen et al.,
+arXiv:2302.01318). Both laws are decode.sampling's, after the same history and in the same
+constraint. A step begins with a token that is drawn, and so always makes one; what the step before
+rejected is carried over to it.
 
-Random numbers belong to positions. One that was drafted in vain is drafted again with the same noise: nothing that was kept has seen it.
+Random numbers belong to positions. One that was drafted in vain is drafted again with the same
+noise: nothing that was kept has seen it.
 
 B rows · k drafted tokens · V vocabulary · S ids of a row
 """
@@ -34,11 +38,13 @@ TRIAL = 32  # drafted tokens after which a row is judged by how many were kept
 class Speculation:
   """What speculative generation carries from step to step; its buffers are donated.
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers,
+  specs and placeholders.
 
   Attributes:
     state: as plain generation has it. memory: the drafter's.
-    rejected: [B, V] f32, the law, log q, of the draft that was rejected where the next token will be; -inf where none was.
+    rejected: [B, V] f32, the law, log q, of the draft that was rejected where the next token will
+      be; -inf where none was.
     drafted, accepted: [B] int32, tokens so far.
   """
 
@@ -58,23 +64,33 @@ class Speculation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafts:
-  """Attributes: ids: [k, B] int32. laws: [k, B, V] f32, log-probabilities by which they were drawn. counts: [B] int32, how many count."""
+  """What a drafter proposes.
+
+  Attributes:
+    ids: [k, B] int32.
+    laws: [k, B, V] f32, log-probabilities by which they were drawn.
+    counts: [B] int32, how many count.
+  """
 
   ids: Any
   laws: Any
   counts: Any
 
 
-# What drafters share. `propose`: what may follow `first` [B], a token that the model's cache does not have yet, though `state` has been
-# advanced by it (and holds, of the cache, the lengths only); it returns the memory, the model's cache, as long as it was, and Drafts.
-# `read`: the memory after tokens [B, T], the first counts[b] of each row, that came without it where rows had these lengths.
+# What drafters share. `propose`: what may follow `first` [B], a token that the model's cache does
+# not have yet, though `state` has been advanced by it (and holds, of the cache, the lengths only);
+# it returns the memory, the model's cache, as long as it was, and Drafts. `read`: the memory after
+# tokens [B, T], the first counts[b] of each row, that came without it where rows had these lengths.
 # `always`: whether it drafts in every step.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-  """Drafts what followed the last n tokens where the row has had them before. Its memory: the row's ids [B, S]."""
+  """Drafts what followed the last n tokens where the row has had them before.
+
+  Its memory: the row's ids [B, S].
+  """
 
   n: int = dataclasses.field(metadata={'static': True})
   always = False
@@ -94,7 +110,10 @@ class Lookup:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftModel:
-  """Drafts with another model. Its memory: a cache, and the last token that was drafted [B], which the cache does not hold."""
+  """Drafts with another model.
+
+  Its memory: a cache, and the last token that was drafted [B], which the cache does not hold.
+  """
 
   model: Any
   always = True
@@ -111,7 +130,9 @@ class DraftModel:
     return (self.model(tokens, cache=own, counts=counts).cache, memory[1])
 
   def behind(self, memory, tokens, lengths, counts):
-    """The cache without what was rejected; tokens and counts with, in front, the one that it has not read where all drafts were kept."""
+    """The cache without what was rejected; tokens and counts with, in front,
+    the one that it has not read where all drafts were kept.
+    """
     own, tail = memory
     held = jnp.minimum(own.lengths, lengths)
     lacks = (held < lengths)[:, None]
@@ -126,7 +147,9 @@ class DraftModel:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EarlyExit:
-  """Drafts with the model's own first layers, whose part of the model's cache is theirs, too. It needs no memory."""
+  """Drafts with the model's own first layers, whose part of the model's cache is theirs, too.
+  It needs no memory.
+  """
 
   layers: int = dataclasses.field(metadata={'static': True})
   always = True
@@ -147,7 +170,9 @@ class EarlyExit:
 def guessed(
   model: Decoder, cache: Cache, tokens, counts, state, rules: Rules, k: int, vocabulary: int
 ) -> tuple[Cache, Drafts]:
-  """k tokens of a model that has to read these first [B, T]; all but the last are in the cache then."""
+  """k tokens of a model that has to read these first [B, T];
+  all but the last are in the cache then.
+  """
 
   def feed(cache, tokens, counts):
     x, cache, _ = model(tokens, cache=cache, counts=counts)
@@ -155,9 +180,8 @@ def guessed(
 
   def guess(state):
     log_law = next_law(state, rules)
-    state = dataclasses.replace(
-      state, done=state.done | laws.bad(log_law)
-    )  # a draft that fails drafts nothing, and harms nobody
+    # a draft that fails drafts nothing, and harms nobody
+    state = dataclasses.replace(state, done=state.done | laws.bad(log_law))
     ids, real = draw(log_law, rules.sampling, state.cache.lengths, Stream.DRAFT), ~state.done
     return advanced(state, longer(state.cache, real), ids, real, rules), (ids, log_law, real)
 
@@ -197,9 +221,11 @@ def speculate_chunk(
   vocabulary: int = 0,
   alternatives: int = 0,
 ) -> tuple[Speculation, Chunk]:
-  """As loop.decode_chunk: `steps` steps, or `count` of them, each of which makes 1 to k + 1 tokens of a row.
+  """As loop.decode_chunk: `steps` steps, or `count` of them,
+  each of which makes 1 to k + 1 tokens of a row.
 
-  The chunk has k + 1 places for each step, so that what is real is no prefix. No cache needs more room than for each row's stop_at.
+  The chunk has k + 1 places for each step, so that what is real is no prefix.
+  No cache needs more room than for each row's stop_at.
 
   least: a row stops drafting where less than this share of its drafts is kept (see gave_up).
   """
@@ -216,7 +242,9 @@ def speculate_chunk(
     counts = jnp.where(asked, jnp.clip(state.stop_at - n - 1, 0, drafts.counts), 0)
 
     def judge(most, cache):
-      """With the first `most` drafts of each row: the cache with all that the model has read, and what `judged` finds."""
+      """With the first `most` drafts of each row: the cache with all that the model has read,
+      and what `judged` finds.
+      """
       ids, log_laws = drafts.ids[:most], drafts.laws[:most]
       x, cache, _ = model(
         jnp.concatenate([first[:, None], ids.T], 1),
@@ -234,7 +262,9 @@ def speculate_chunk(
 
     if drafter.always:
       cache, state, rejected, more = judge(k, cache)
-    else:  # what drafts nothing costs nothing. Loops of one turn or none: XLA copies the cache for a branch, and none for a loop
+    # what drafts nothing costs nothing. Loops of one turn or none:
+    # XLA copies the cache for a branch, and none for a loop
+    else:
       kinds = jax.eval_shape(functools.partial(judge, k), cache)[-1]
       none = jax.tree.map(lambda x: ax.place(jnp.zeros(x.shape, x.dtype), None, 'batch'), kinds)
       found, some = (cache, state, carried.rejected, none), counts.any().astype(jnp.int32)
@@ -252,9 +282,8 @@ def speculate_chunk(
       state, memory, rejected, carried.drafted + counts, carried.accepted + kept
     ), (tokens, broken, counts, kept)
 
-  count = jnp.where(
-    carried.state.done.all(), 0, steps if count is None else count
-  )  # rows may have ended sooner than their caller knows
+  # rows may have ended sooner than their caller knows
+  count = jnp.where(carried.state.done.all(), 0, steps if count is None else count)
   carried, (tokens, *found) = run(step, carried, steps, count)
   tokens = jax.tree.map(
     lambda x: x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), tokens
@@ -266,7 +295,9 @@ def speculate_chunk(
 
 
 def begun(carried: Speculation, rules: Rules, alternatives: int):
-  """The token that a step makes for certain: the state advanced by it, of its cache the length only; the token; rows that are broken."""
+  """The token that a step makes for certain: the state advanced by it,
+  of its cache the length only; the token; rows that are broken.
+  """
   state = carried.state
   log_law = next_law(state, rules)
   broken = ~state.done & laws.bad(log_law)
@@ -278,7 +309,8 @@ def begun(carried: Speculation, rules: Rules, alternatives: int):
 
 
 def judged(state, drafts: Drafts, after, rules: Rules, alternatives: int):
-  """Which drafts are kept: the state after them, the law of what was rejected, and tokens [k, B] of a Chunk.
+  """Which drafts are kept: the state after them, the law of what was rejected,
+  and tokens [k, B] of a Chunk.
 
   state: with the model's logits before the first draft. after: [k, B, V], its logits after each.
   """
@@ -316,20 +348,22 @@ def accepted(
 
 
 def residual(log_p: Float[Array, 'B V'], log_q: Float[Array, 'B V']) -> Float[Array, 'B V']:
-  """The law, as logarithms, of what comes instead of a rejected token: max(p - q, 0), made a law; p itself where q is -inf everywhere."""
+  """The law, as logarithms, of what comes instead of a rejected token: max(p - q, 0), made a law;
+  p itself where q is -inf everywhere.
+  """
   left = jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0)
   total = left.sum(-1, keepdims=True)
-  rejected = (log_q.max(-1, keepdims=True) > -jnp.inf) & (
-    total > 0
-  )  # where rounding leaves nothing, p and q are the same
+  # where rounding leaves nothing, p and q are the same
+  rejected = (log_q.max(-1, keepdims=True) > -jnp.inf) & (total > 0)
   return jnp.where(rejected, jnp.log(left) - jnp.log(jnp.where(rejected, total, 1)), log_p)
 
 
 def gave_up(drafted, accepted, least):
   """Rows whose drafts, after a trial, are kept so seldom that they cost more than they save.
 
-  A draft that costs `least` of what a step of the model costs pays when it is kept at least that often. This depends on nothing that is
-  measured or that other rows do, so that a seed's text does not.
+  A draft that costs `least` of what a step of the model costs pays when it is kept at least that
+  often. This depends on nothing that is measured or that other rows do, so that a seed's text does
+  not.
   """
   return (drafted >= TRIAL) & (accepted < least * drafted)
 
@@ -346,7 +380,9 @@ def longer(cache: Cache, real) -> Cache:
 
 
 def taken_back(cache: Cache, lengths: Int[Array, 'B']) -> Cache:
-  """The cache without the tokens behind these lengths: their slots count as unused, and are written again."""
+  """The cache without the tokens behind these lengths: their slots count as unused,
+  and are written again.
+  """
   return dataclasses.replace(cache, lengths=lengths)
 
 
@@ -370,9 +406,11 @@ def written(
 def looked_up(
   memory: Int[Array, 'B S'], lengths: Int[Array, 'B'], n: int, k: int
 ) -> tuple[Int[Array, 'B k'], Bool[Array, 'B']]:
-  """What followed the last n of a row's tokens where they were before, the latest time, and whether they were.
+  """What followed the last n of a row's tokens where they were before, the latest time,
+  and whether they were.
 
-  What follows up to the row's end may be less than k tokens: then the row goes round there, and it follows again.
+  What follows up to the row's end may be less than k tokens: then the row goes round there,
+  and it follows again.
   """
 
   def row(ids, length):
@@ -395,7 +433,9 @@ def looked_up(
 def resumed(
   drafter: Any, carried: Speculation, ids: Int[Array, 'B T'], real: Bool[Array, 'B T']
 ) -> Speculation:
-  """Where the drafter has read tokens, the first real ones of these, that were made without it. Of greedy rows: nothing is rejected."""
+  """Where the drafter has read tokens, the first real ones of these, that were made without it.
+  Of greedy rows: nothing is rejected.
+  """
   counts = real.sum(1, dtype=jnp.int32)
   memory = drafter.read(carried.memory, ids, carried.state.cache.lengths - counts, counts)
   return dataclasses.replace(

@@ -1,4 +1,6 @@
-"""How does text come out while tokens are still being generated? What is certain of it: whole characters, and none of a stop string."""
+"""How does text come out while tokens are still being generated? What is certain of it:
+whole characters, and none of a stop string.
+"""
 
 import codecs
 from collections.abc import Sequence
@@ -9,13 +11,14 @@ from data.tokenizer import Tokenizer
 class TextStream:
   """Turns ids into text as they come, up to a stop string.
 
-  A character split over tokens is held back until it is whole, text that may begin a stop string until it turns out not to. The
-  stop string that is complete first ends the text, the longest of several; the text before it is kept. None of this depends on how
-  the ids come in pieces.
+  A character split over tokens is held back until it is whole, text that may begin a stop string
+  until it turns out not to. The stop string that is complete first ends the text, the longest of
+  several; the text before it is kept. None of this depends on how the ids come in pieces.
 
   Attributes:
     stopped: the stop string that ended the text, None so far.
-    ids_used: how many ids belong to the text: all that were added, up to the one that completed the stop string.
+    ids_used: how many ids belong to the text: all that were added, up to the one that completed
+      the stop string.
   """
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -43,7 +46,7 @@ class TextStream:
     return ''.join(pieces)
 
   def end(self) -> str:
-    """What is left: text that was held back, and U+FFFD for a character that was never completed."""
+    """What is left: text that was held back, U+FFFD for a character that was never completed."""
     if self.stopped is not None:
       return ''
     piece = self._certain(self._decoder.decode(b'', final=True))

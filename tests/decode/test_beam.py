@@ -1,4 +1,6 @@
-"""Does beam search find the texts that enumeration finds, with the scores that the training forward pass gives them, alone and in a batch?"""
+"""Does beam search find the texts that enumeration finds,
+with the scores that the training forward pass gives them, alone and in a batch?
+"""
 
 import dataclasses
 import itertools
@@ -43,9 +45,8 @@ def mesh():
 
 def make_model(config):
   model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
-  return jax.tree.map(
-    lambda x: x * 3 if x.ndim == 2 else x, model
-  )  # logits that are far from alike
+  # logits that are far from alike
+  return jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, model)
 
 
 @pytest.fixture(scope='module')
@@ -136,7 +137,9 @@ def law(model, tokens, source):
 
 
 def after(model, prompt, texts, source=None, width=24):
-  """[texts, tokens, V] log-probabilities, by the training forward pass, of each of a text's tokens and of the one behind it."""
+  """[texts, tokens, V] log-probabilities, by the training forward pass,
+  of each of a text's tokens and of the one behind it.
+  """
   tokens = np.zeros((len(texts), width), np.int32)
   for row, text in zip(tokens, texts):
     row[: len(prompt) + len(text)] = prompt + text
@@ -213,7 +216,9 @@ def test_penalties_and_bias_change_log_probabilities_that_are_not_normalised_aga
 
 @pytest.mark.parametrize('fault', ['cache', 'other prompts', 'history'])
 def test_planted_faults_break_it(model, fault, monkeypatch):
-  """A cache that is not reordered; beams of other prompts mixed in; penalties that look at another beam's tokens."""
+  """A cache that is not reordered; beams of other prompts mixed in;
+  penalties that look at another beam's tokens.
+  """
   searching, moving, choosing = beam.search.__wrapped__, caches.reordered, beam._chosen
 
   def forgetful(state, *others):

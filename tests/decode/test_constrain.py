@@ -1,4 +1,6 @@
-"""Is exactly what the expression accepts reachable, in every tokenization, and nothing else, whatever the neighbours?"""
+"""Is exactly what the expression accepts reachable, in every tokenization, and nothing else,
+whatever the neighbours?
+"""
 
 import collections
 import functools
@@ -68,7 +70,9 @@ def steps_to_end(constraint, tokenizer):
 
 
 def walk(constraint, tokenizer, seed, longest=30):
-  """A text by tokens that are drawn evenly from the allowed ones, and towards an end after the first few."""
+  """A text by tokens that are drawn evenly from the allowed ones,
+  and towards an end after the first few.
+  """
   random, steps = np.random.default_rng(seed), steps_to_end(constraint, tokenizer)
   automaton, states = Automaton.of([constraint], tokenizer.vocabulary)
   offset, states, ids = states[0], jnp.asarray(states), []
@@ -164,7 +168,8 @@ def test_random_walks_are_json_of_the_schema(kind):
   tokenizer = made(kind)
   constraint = Constraint(tokenizer, schema=PERSON)
   print(
-    f'{kind}: {constraint.next.shape[0]} states, {constraint.next.shape[1]} classes of {tokenizer.vocabulary} ids'
+    f'{kind}: {constraint.next.shape[0]} states, {constraint.next.shape[1]} classes of '
+    f'{tokenizer.vocabulary} ids'
   )
   seen = [json.loads(walk(constraint, tokenizer, seed, longest=60)) for seed in range(12)]
   for value in seen:
@@ -281,9 +286,8 @@ def test_end_of_text_is_allowed_exactly_where_the_text_may_end():
     seen.append(
       [BYTES.decode([id_]) or id_ for id_ in np.flatnonzero(allowed(automaton, states)[0])]
     )
-    states = advance(
-      automaton, states, np.array([BYTES.encode(character)[0]], np.int32)
-    )  # the last b is not allowed: nothing changes
+    # the last b is not allowed: nothing changes
+    states = advance(automaton, states, np.array([BYTES.encode(character)[0]], np.int32))
   assert seen == [['a'], [BYTES.eos, 'b'], [BYTES.eos]]
   assert np.flatnonzero(allowed(automaton, states)[0]).tolist() == [BYTES.eos]
   for ignored in (BYTES.eos, BYTES.pad):
@@ -307,13 +311,15 @@ def test_rows_keep_to_their_own_constraints():
     for i, (tables, _) in enumerate(alone):
       np.testing.assert_array_equal(masks[i], allowed(tables, own[i])[0])
       own[i] = advance(tables, own[i], ids[i : i + 1])
+    # as on TPUs
     np.testing.assert_array_equal(
       masks, constrain._by_product(automaton.next[states] >= 0, automaton.classes)
-    )  # as on TPUs
+    )
     states = advance(automaton, states, ids)
   with pytest.raises(
     ValueError,
-    match=rf"over {tokenizer.vocabulary} ids, but vocabulary=9; build it with the model's tokenizer",
+    match=rf'over {tokenizer.vocabulary} ids, but vocabulary=9; '
+    "build it with the model's tokenizer",
   ):
     Automaton.of([one], 9)
 
@@ -380,7 +386,8 @@ def test_what_the_vocabulary_lacks_is_no_way():
   )
   with pytest.raises(
     ValueError,
-    match=r"no ids of this 'char' tokenizer spell a text that regex='ac' accepts: it accepts none, or only some with char",
+    match=r"no ids of this 'char' tokenizer spell a text that regex='ac' accepts: "
+    r'it accepts none, or only some with char',
   ):
     Constraint(characters, regex='ac')
   with pytest.raises(ValueError, match="can't be used: .*Found no transitions"):
@@ -420,13 +427,13 @@ def test_a_large_vocabulary_has_few_classes():
   began = time.monotonic()
   constraint = Constraint(large, schema=PERSON)
   print(
-    f'{constraint.next.shape} states and classes of {large.vocabulary} ids in {time.monotonic() - began:.2f} s'
+    f'{constraint.next.shape} states and classes of {large.vocabulary} ids in '
+    f'{time.monotonic() - began:.2f} s'
   )
   assert constraint.next.shape[1] < large.vocabulary / 10
 
 
 def test_repeated_classes_after_a_character_of_theirs_are_built():
-  constraint = Constraint(
-    BYTES, regex='x.{0,60}y?'
-  )  # 2**60 states, if matches that begin later are followed, too
+  # 2**60 states, if matches that begin later are followed, too
+  constraint = Constraint(BYTES, regex='x.{0,60}y?')
   assert len(constraint.next) < 1000

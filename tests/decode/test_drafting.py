@@ -1,4 +1,6 @@
-"""Does a call that drafts write what it would without, say what is wrong with a draft, and stop drafting where it loses?"""
+"""Does a call that drafts write what it would without, say what is wrong with a draft,
+and stop drafting where it loses?
+"""
 
 import dataclasses
 import re
@@ -95,7 +97,9 @@ def test_a_model_that_drafts_for_itself_is_right(generator, expected):
 
 
 def test_draws_are_scored_and_streamed_as_they_are(generator, other):
-  """Log-probabilities are the model's by the training forward pass, and, where no option changes the law, those of the draws."""
+  """Log-probabilities are the model's by the training forward pass, and,
+  where no option changes the law, those of the draws.
+  """
   options = dict(max_new_tokens=24, seed=3, draft=other)
   found = generator(PROMPTS, **options)
   for completion in found:

@@ -1,4 +1,6 @@
-"""Are a report's figures those of the times and tokens that it was told, on a clock that is made up?"""
+"""Are a report's figures those of the times and tokens that it was told,
+on a clock that is made up?
+"""
 
 import math
 import types

@@ -1,4 +1,6 @@
-"""Does the Generator write the same text whichever way it is asked, and say what is wrong with what it is given?"""
+"""Does the Generator write the same text whichever way it is asked,
+and say what is wrong with what it is given?
+"""
 
 import dataclasses
 import json
@@ -43,7 +45,9 @@ def generator():
 
 
 def same(one, other):
-  """Whether two completions are the same, log-probabilities but for rounding: other programs add in another order."""
+  """Whether two completions are the same, log-probabilities but for rounding:
+  other programs add in another order.
+  """
   for name in ('logprobs', 'processed'):
     np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5)
   return dataclasses.replace(one, logprobs=[], processed=[]) == dataclasses.replace(
@@ -62,7 +66,9 @@ def test_text_streams_and_ids_agree(generator):
 
 
 class DropsFirstSpace(ByteTokenizer):
-  """As SentencePiece models that put a space before every text: decoding a whole text takes it away."""
+  """As SentencePiece models that put a space before every text:
+  decoding a whole text takes it away.
+  """
 
   def decode(self, ids):
     return super().decode(ids).removeprefix(' ')
@@ -307,7 +313,9 @@ def test_a_mesh_writes_what_one_device_writes(alone, sizes):
 
 @pytest.mark.slow
 def test_devices_that_share_a_long_text(alone):
-  """A session that reads, writes, takes back and goes on; the slots of its one row are on four devices."""
+  """A session that reads, writes, takes back and goes on;
+  the slots of its one row are on four devices.
+  """
   found = []
   for generator in (alone, sharing(context=4)):
     session = generator.session().append('def main(')

@@ -1,4 +1,6 @@
-"""Do prefill and decode_chunk generate what the full forward says, whatever the chunk, bucket and neighbours are?"""
+"""Do prefill and decode_chunk generate what the full forward says, whatever the chunk,
+bucket and neighbours are?
+"""
 
 import re
 
@@ -40,9 +42,8 @@ def mesh():
 @pytest.fixture(scope='module')
 def model():
   model = jax.jit(transformer.init, static_argnums=(0, 1))(CONFIG, 0)
-  return jax.tree.map(
-    lambda x: x * 3 if x.ndim == 2 else x, model
-  )  # logits that are far from alike
+  # logits that are far from alike
+  return jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, model)
 
 
 def put(x):

@@ -65,7 +65,9 @@ def law64(
   frequency_penalty=0.0,
   logit_bias=None,
 ):
-  """Probabilities [V] by the definitions, in float64, and how far the nearest sum or ratio is from top_p's and min_p's border."""
+  """Probabilities [V] by the definitions, in float64, and how far the nearest sum or ratio is from
+  top_p's and min_p's border.
+  """
   logits = np.asarray(logits, np.float64)
   temperature, top_p, min_p, repetition = (
     np.float64(np.float32(x)) for x in (temperature, top_p, min_p, repetition_penalty)
@@ -99,7 +101,9 @@ def law64(
 
 
 def make_rows(seed, rows):
-  """Logits with ties, some of them -inf, and a history and a mask, which leave token 0: numpy arrays."""
+  """Logits with ties, some of them -inf, and a history and a mask, which leave token 0:
+  numpy arrays.
+  """
   rng = np.random.default_rng(seed)
   logits = rng.integers(-24, 24, (rows, V)).astype(np.float32) / 8
   logits[rng.random((rows, V)) < 0.1] = -np.inf
@@ -142,10 +146,11 @@ def test_law_over_every_pair_of_options():
     for x in OPTIONS[a]
     for y in OPTIONS[b]
   ]
+  # in no way exact
   rows += [
     {'repetition_penalty': x, 'presence_penalty': y, 'frequency_penalty': 0.17}
     for x, y in ((1.3, 0.3), (0.7, -0.1))
-  ]  # in no way exact
+  ]
   check_against_float64(jitted_law, [{**NEUTRAL, **row} for row in rows])
 
 
@@ -167,7 +172,9 @@ def test_law_as_a_property(seed, rows):
 
 
 def small(first, second=None):
-  """Probabilities of one row of five tokens after these options, one call of `law` after another; 'allowed' is among them."""
+  """Probabilities of one row of five tokens after these options, one call of `law` after another;
+  'allowed' is among them.
+  """
   found = jnp.log(jnp.asarray([[0.35, 0.3, 0.2, 0.1, 0.05]], jnp.float32))
   history = on_device(History(np.array([[2, 0, 0, 1, 0]], np.int32), np.zeros((1, 5), bool)))
   for options in (first, second):
@@ -196,7 +203,9 @@ def small(first, second=None):
   ids=str,
 )
 def test_the_order_is_fixed(first, second):
-  """Both at once are the first and then the second. The other way round is another law, which this would not let pass."""
+  """Both at once are the first and then the second. The other way round is another law,
+  which this would not let pass.
+  """
   np.testing.assert_allclose(small({**first, **second}), small(first, second), atol=1e-6)
   assert np.abs(small(second, first) - small(first, second)).max() > 1e-2
 
@@ -340,7 +349,9 @@ def test_greedy_takes_the_first_best():
 
 
 def places(over, n):
-  """n seeds and positions: one of them counts, or both together as those of rows that generate side by side."""
+  """n seeds and positions: one of them counts, or both together as those of rows that generate side
+  by side.
+  """
   numbers, same = np.arange(n), np.full(n, 3)
   seeds, positions = {
     'seeds': (numbers, same),

@@ -1,4 +1,6 @@
-"""Is every text of a schema's expression JSON that the schema accepts, and is nothing of a schema passed over?"""
+"""Is every text of a schema's expression JSON that the schema accepts,
+and is nothing of a schema passed over?
+"""
 
 import json
 import pathlib

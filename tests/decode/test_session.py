@@ -1,4 +1,6 @@
-"""Is a session what one call over its whole text would be, wherever it appends, forks and takes back?"""
+"""Is a session what one call over its whole text would be, wherever it appends,
+forks and takes back?
+"""
 
 import dataclasses
 
@@ -90,12 +92,13 @@ def test_a_ring_is_read_again_where_it_has_turned():
   session = generator.session().append(np.random.default_rng(0).integers(3, 259, 500).tolist())
   past = list(session.ids)
   assert session._state.cache.held[0].ring and not session._state.cache.held[1].ring
+  # 400: what was taken back stays in the ring, and in that of a fork
   for length in (
     498,
     400,
     200,
     3,
-  ):  # 400: what was taken back stays in the ring, and in that of a fork
+  ):
     other = session.fork()
     for one in (session, other):
       assert one.truncate(length).ids == past[:length]

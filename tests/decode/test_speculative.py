@@ -1,4 +1,6 @@
-"""Do drafts change nothing but the number of steps: greedy texts, the law of what is drawn, log-probabilities, caches?"""
+"""Do drafts change nothing but the number of steps: greedy texts, the law of what is drawn,
+log-probabilities, caches?
+"""
 
 import dataclasses
 import functools
@@ -54,9 +56,8 @@ def mesh():
 
 def make(config, seed=0):
   model = jax.jit(transformer.init, static_argnums=(0, 1))(config, seed)
-  return jax.tree.map(
-    lambda x: x * 3 if x.ndim == 2 else x, model
-  )  # logits that are far from alike
+  # logits that are far from alike
+  return jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, model)
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +102,9 @@ def greedy(rows, **options):
 
 
 def read(chunks):
-  """Ids, log-probabilities and alternatives of each row, as a caller reads them: those that are flagged as the row's."""
+  """Ids, log-probabilities and alternatives of each row, as a caller reads them:
+  those that are flagged as the row's.
+  """
   chunks = jax.tree.map(np.asarray, chunks)
   assert all((chunk.ids[~chunk.real] == PAD).all() for chunk in chunks)
   return [
@@ -159,7 +162,9 @@ def speculated(model, drafter, sampling, k, eos=NEVER, least=0.0, run=None, step
 
 
 def assert_same(found, expected):
-  """Ids and alternatives exactly; log-probabilities but for rounding: other programs add in another order."""
+  """Ids and alternatives exactly; log-probabilities but for rounding:
+  other programs add in another order.
+  """
   for one, other in zip(found, expected, strict=True):
     for i, (a, b) in enumerate(zip(one, other, strict=True)):
       if i in (0, 3):
@@ -192,7 +197,9 @@ def expected(model):
   'k', [k if k in (1, 4, 8) else pytest.param(k, marks=pytest.mark.slow) for k in range(1, 9)]
 )
 def test_greedy_is_plain_greedy(model, drafts, expected, k):
-  """To the cache's last slot, and with an end in the middle of drafts; rows go on at speeds of their own."""
+  """To the cache's last slot, and with an end in the middle of drafts;
+  rows go on at speeds of their own.
+  """
   drafters = {name: DraftModel(draft) for name, draft in drafts.items()} | {
     'lookup': Lookup(1),
     'exit': EarlyExit(1),
@@ -326,13 +333,14 @@ def test_repetitive_texts_are_drafted_by_lookup(model):
 
 # The law of what is drawn.
 
-GRID = list(
-  itertools.product([0.0, 0.5, 1.0, 2.0], [0, 1, 3], [0.4, 0.8, 1.0])
-)  # temperatures, top_k, top_p
+# temperatures, top_k, top_p
+GRID = list(itertools.product([0.0, 0.5, 1.0, 2.0], [0, 1, 3], [0.4, 0.8, 1.0]))
 
 
 def judgement(log_p, log_q, accepted=accepted, residual=residual):
-  """Of laws [M, V]: the probability [M, V] that a draft is kept as each token, and that each comes instead of a rejected one."""
+  """Of laws [M, V]: the probability [M, V] that a draft is kept as each token,
+  and that each comes instead of a rejected one.
+  """
   M, V = log_p.shape
   accepted, residual = jax.jit(accepted), jax.jit(residual)
   ids = jnp.tile(jnp.arange(V, dtype=jnp.int32), M)
@@ -353,7 +361,9 @@ def judgement(log_p, log_q, accepted=accepted, residual=residual):
 
 
 def worst_error(**faults):
-  """Of the law of two tokens, by enumeration of two drafts and of what becomes of them, against the model's; over the grid."""
+  """Of the law of two tokens, by enumeration of two drafts and of what becomes of them,
+  against the model's; over the grid.
+  """
   rng, V, n = np.random.default_rng(0), 5, len(GRID)
   options = dict(
     zip(('temperature', 'top_k', 'top_p'), zip(*[case for case in GRID for _ in range(V + 1)]))
@@ -366,9 +376,8 @@ def worst_error(**faults):
   sure = jnp.log(jnp.eye(V))[rng.integers(0, V, n * (V + 1))]  # of drafts that are looked up
   worst = 0.0
   for log_q in (log_q, sure):
-    p = np.exp(np.asarray(log_p, np.float64)).reshape(
-      n, V + 1, V
-    )  # of the first token, and of the second one after each first
+    # of the first token, and of the second one after each first
+    p = np.exp(np.asarray(log_p, np.float64)).reshape(n, V + 1, V)
     kept, instead = (x.reshape(n, V + 1, V) for x in judgement(log_p, log_q, **faults))
     found = kept[:, 0, :, None] * (kept + instead)[:, 1:] + instead[:, 0, :, None] * p[:, 1:]
     worst = max(worst, np.abs(found - p[:, 0, :, None] * p[:, 1:]).max())
@@ -413,7 +422,9 @@ CHOICES = dict(
 
 @functools.cache
 def law_of_three():
-  """The model, and the law [5, 5, 5] of the three tokens after PROMPT: by the full forward and the law of sampling, token by token."""
+  """The model, and the law [5, 5, 5] of the three tokens after PROMPT:
+  by the full forward and the law of sampling, token by token.
+  """
   model, found, before = make(SMALL, 3), np.ones(()), [[]]
   for _ in range(3):
     tokens = np.array([PROMPT + past for past in before], np.int32)
@@ -435,7 +446,9 @@ def law_of_three():
 
 
 def check_draws(drafter, run=None):
-  """Chi-square of real draws of many seeds, two drafts at a time; the share of drafts that were kept."""
+  """Chi-square of real draws of many seeds, two drafts at a time;
+  the share of drafts that were kept.
+  """
   model, expected = law_of_three()
   prompts = [PROMPT] * DRAWS
   rows, carried = speculated(
@@ -510,7 +523,9 @@ def test_faults_change_greedy_texts(model, drafts, expected, monkeypatch, fault)
 
 
 def test_a_seed_draws_the_same_in_other_company(model, drafts):
-  """Chunks, neighbours, their ends and a row's own length change nothing; a row that gives up drafting does so by itself."""
+  """Chunks, neighbours, their ends and a row's own length change nothing;
+  a row that gives up drafting does so by itself.
+  """
   sampling, drafter = make_sampling(3, top_p=0.95, seed=5), DraftModel(drafts['random'])
   rows, carried = speculated(model, drafter, sampling, 4, least=0.9)
   assert max(carried.drafted) < 40 <= 4 * NEW, 'rows stop drafting after a trial'
