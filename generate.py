@@ -1,8 +1,14 @@
-"""Writes text: python generate.py --workdir=runs/tiny --prompt "def main(" --max_new_tokens=64
---temperature=0.8 --seed=1
+"""Writes text:
 
-From Python or Colab: `from generate import Generator; g = Generator.load('runs/tiny');
-g('def main(', max_new_tokens=64)[0].text`.
+  python generate.py --workdir=runs/tiny --prompt "def main(" --temperature=0.8 --seed=1
+
+From Python or Colab:
+
+  from generate import Generator
+  g = Generator.load('runs/tiny')
+  g('def main(', max_new_tokens=64)[0].text
+
+What a call may ask for, from either, is in docs/options.md.
 """
 
 from parallel import hosts
@@ -24,8 +30,10 @@ import files
 import names
 from decode.constrain import Constraint
 from decode.generator import Generator
+from decode.options import COMMAND, DRAFTERS, TABLE
 from decode.request import INTERRUPTED
 from decode.sampling import seed_of
+from decode.table import TYPES, Option
 from parallel.mesh import AXES, MeshConfig
 from training import config as configs
 
@@ -70,87 +78,47 @@ SCORE = flags.DEFINE_bool(
   False,
   'Generate nothing; print, or write to --output, how likely the model finds each prompt.',
 )
-REGEX = flags.DEFINE_string('regex', None, 'Texts match this regular expression.')
-SCHEMA = flags.DEFINE_string(
-  'schema', None, 'Texts are JSON of this schema: a file, or the schema itself.'
-)
-DRAFT = flags.DEFINE_string(
-  'draft', None, 'Directory of a run whose smaller model drafts, with the same tokenizer.'
-)
-EARLY = flags.DEFINE_enum(
-  'early_stopping', 'no', ['no', 'yes', 'never'], 'Of a search: when it ends, see decode.beam.'
-)
-BIAS = flags.DEFINE_multi_string(
-  'logit_bias', [], 'id:value, added to the logit of an id; -inf forbids it.'
-)
-STOP = flags.DEFINE_multi_string('stop', [], 'A text at which a completion ends, without it.')
-STOP_IDS = flags.DEFINE_multi_integer('stop_id', [], 'An id at which a completion ends.')
-# As they are in decode.generator.Options, whose defaults they have.
-OPTIONS = {
-  'max_new_tokens': flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to generate at most.'),
-  'temperature': flags.DEFINE_float('temperature', 1.0, 'Divides the logits; 0 is greedy.'),
-  'top_k': flags.DEFINE_integer('top_k', 0, 'Only the k most likely tokens; 0 keeps all.'),
-  'top_p': flags.DEFINE_float(
-    'top_p', 1.0, 'Only the most likely tokens of this mass; 1 keeps all.'
-  ),
-  'min_p': flags.DEFINE_float(
-    'min_p', 0.0, 'Only tokens at least this times as likely as the likeliest.'
-  ),
-  'repetition_penalty': flags.DEFINE_float(
-    'repetition_penalty', 1.0, 'Above 1, tokens that were there are less likely.'
-  ),
-  'presence_penalty': flags.DEFINE_float(
-    'presence_penalty', 0.0, 'Subtracted from logits of tokens that were generated.'
-  ),
-  'frequency_penalty': flags.DEFINE_float('frequency_penalty', 0.0, 'The same, for every time.'),
-  'seed': flags.DEFINE_integer('seed', 0, 'Of the draws; the same seed gives the same text.'),
-  'num_samples': flags.DEFINE_integer('num_samples', 1, 'Completions of each prompt.'),
-  'logprobs': flags.DEFINE_integer(
-    'logprobs', -1, 'Print, or write, log-probabilities, and so many alternatives of every token.'
-  ),
-  'chunk': flags.DEFINE_integer(
-    'chunk', 16, 'Steps a call to the device, each a token, or more with drafts.'
-  ),
-  'beams': flags.DEFINE_integer(
-    'beams',
-    1,
-    'Of a search for the likeliest texts, of which it writes num_samples; it draws nothing.',
-  ),
-  'length_penalty': flags.DEFINE_float(
-    'length_penalty', 1.0, 'Of a search: above 0, longer texts score better.'
-  ),
-  'lookup': flags.DEFINE_integer(
-    'lookup', 0, 'Draft what followed the last so many ids where they stood before; 0: do not.'
-  ),
-  'early_exit': flags.DEFINE_integer(
-    'early_exit', 0, "Draft with so many of the model's layers; 0: do not."
-  ),
-  'draft_tokens': flags.DEFINE_integer('draft_tokens', 4, 'Drafted at a time.'),
-  'cache_dtype': flags.DEFINE_string(
-    'cache_dtype',
-    '',
-    'Of keys and values: float32, bfloat16, int8; default: as the model computes.',
-  ),
-}
+
+
+def define(option: Option) -> flags.FlagHolder:
+  """The flag of an option, with its default and help."""
+  if option.choices is not None:
+    (default,) = (name for name, value in option.choices.items() if value == option.default)
+    return flags.DEFINE_enum(option.name, default, [*option.choices], option.help)
+  makers = {
+    'float': flags.DEFINE_float,
+    'integer': flags.DEFINE_integer,
+    'string': flags.DEFINE_string,
+    'multi_string': flags.DEFINE_multi_string,
+    'multi_integer': flags.DEFINE_multi_integer,
+  }
+  return makers[option.flag](option.name, option.default, option.help)
+
+
+OPTIONS = {row.name: define(row) for row in (*TABLE.values(), *COMMAND) if row.flag}
+# Those whose values are read as they are; the others are put together in `options_of`.
+PLAIN = [name for name, row in TABLE.items() if row.type in TYPES]
 
 
 def read_prompts(path: str) -> list[tuple[str, str | list]]:
-  """Prompts of a JSONL file, each behind its place. Raises ValueError for a file that cannot be
-  read, and for a line that is no prompt.
+  """Prompts of a JSONL file, each behind its place.
+
+  Raises ValueError for a file that cannot be read, and for a line that is no prompt.
   """
   try:
-    # other ends of lines, such as U+2028, may stand in a text
+    # Other ends of lines, such as U+2028, may stand in a text.
     lines = pathlib.Path(path).read_bytes().split(b'\n')
   except OSError as error:
     raise ValueError(
       f'--prompts={path}: {error.strerror}; give a file of a JSON text or object in each line'
     ) from error
-  found = []
+
+  prompts = []
   for number, line in enumerate(lines, 1):
     place = f'{path}:{number}'
     try:
       if line.strip():
-        found.append((place, prompt_of(json.loads(line.decode()))))
+        prompts.append((place, prompt_of(json.loads(line.decode()))))
     except json.JSONDecodeError as error:
       raise ValueError(f'{place}: not JSON ({error})') from error
     except UnicodeDecodeError as error:
@@ -159,13 +127,14 @@ def read_prompts(path: str) -> list[tuple[str, str | list]]:
       ) from error
     except ValueError as error:
       raise ValueError(f'{place}: {error}') from error
-  if not found:
+  if not prompts:
     raise ValueError(f'{path} holds no prompt')
-  return found
+  return prompts
 
 
 def prompt_of(given) -> str | list:
   """A text, ids or messages, by what a line of a JSONL file holds.
+
   Raises ValueError for anything else.
   """
   if isinstance(given, dict):
@@ -195,8 +164,9 @@ def is_chat(prompt) -> bool:
 
 
 def readable(generator: Generator, place: str, prompt: str | list) -> str | list:
-  """A text or ids for the generator. Raises ValueError, with the prompt's place,
-  for what the model cannot read.
+  """A text or ids for the generator.
+
+  Raises ValueError, with the prompt's place, for what the model cannot read.
   """
   try:
     if is_chat(prompt) and SCORE.value:
@@ -204,9 +174,8 @@ def readable(generator: Generator, place: str, prompt: str | list) -> str | list
         'messages with --score, which is of a text or of ids; give these, or leave out --score'
       )
     if is_chat(prompt) or CHAT.value:
-      return generator.chat_ids(
-        [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
-      )
+      message = {'role': 'user', 'content': prompt}
+      return generator.chat_ids([message] if isinstance(prompt, str) else prompt)
     generator.encoded(prompt)
     return prompt
   except ValueError as error:
@@ -214,28 +183,21 @@ def readable(generator: Generator, place: str, prompt: str | list) -> str | list
 
 
 def check_flags() -> None:
-  """Raises ValueError for flags that do not go together,
-  and for an output that could not be written, before anything takes time.
+  """Raises ValueError for flags that do not go together, and for an output that could not be
+  written, before anything takes time.
   """
   if PROMPTS.value is not None and PROMPT.value != ['']:
     raise ValueError('--prompt and --prompts: give one of the two')
 
-  def given(flags):
+  def given(*flags):
     return [f'--{flag.name}' for flag in flags if flag.present and flag.value is not False]
 
-  if SCORE.value and (
-    unused := given(
-      (CHAT, STREAM, BENCH, REGEX, SCHEMA, DRAFT, EARLY, BIAS, STOP, STOP_IDS, *OPTIONS.values())
-    )
-  ):
+  if SCORE.value and (unused := given(CHAT, STREAM, BENCH, *OPTIONS.values())):
     raise ValueError(
       f'--score with {", ".join(unused)}: it generates nothing; leave them out, or --score'
     )
-  if STREAM.value and (
-    unused := given(
-      (OUTPUT, BENCH, *([OPTIONS['logprobs']] if OPTIONS['logprobs'].value >= 0 else []))
-    )
-  ):
+  logprobs = [OPTIONS['logprobs']] if OPTIONS['logprobs'].value >= 0 else []
+  if STREAM.value and (unused := given(OUTPUT, BENCH, *logprobs)):
     raise ValueError(
       f'--stream with {", ".join(unused)}: it prints text alone, as it comes; leave them out, or '
       'give --nostream'
@@ -262,54 +224,55 @@ def mesh_of(text: str) -> MeshConfig:
 
 
 def options_of(generator: Generator) -> dict:
-  """What the flags ask for, but for what no one gave."""
-  found = {name: flag.value for name, flag in OPTIONS.items()}
-  if STOP.value or STOP_IDS.value:
-    found['stop'] = [*STOP.value, *STOP_IDS.value]
-  if DRAFT.value:
-    found['draft'] = Generator.load(DRAFT.value, mesh=mesh_of(MESH.value), weights=WEIGHTS.value)
-  if EARLY.present:
-    found['early_stopping'] = {'no': False, 'yes': True, 'never': 'never'}[EARLY.value]
-  if BIAS.value:
-    pairs = [text.rpartition(':') for text in BIAS.value]
-    try:
-      found['logit_bias'] = {int(id_): float(value) for id_, _, value in pairs}
-    except ValueError as error:
-      raise ValueError(
-        f'--logit_bias={BIAS.value}: give id:value, as in --logit_bias=13:-inf'
-      ) from error
-  if REGEX.value is not None or SCHEMA.value is not None:
-    schema = SCHEMA.value
+  """What the flags ask for, as decode.options.Options has it."""
+  asked = {name: flag.value for name, flag in OPTIONS.items()}
+  options = {name: asked[name] for name in PLAIN}
+  options['stop'] = [*asked['stop'], *asked['stop_id']]
+  options['early_stopping'] = TABLE['early_stopping'].choices[asked['early_stopping']]
+  if asked['draft']:
+    mesh = mesh_of(MESH.value)
+    options['draft'] = Generator.load(asked['draft'], mesh=mesh, weights=WEIGHTS.value)
+  if asked['logit_bias']:
+    options['logit_bias'] = bias_of(asked['logit_bias'])
+  if asked['regex'] is not None or asked['schema'] is not None:
+    schema = asked['schema']
     if schema is not None and not schema.lstrip().startswith('{'):
       schema = pathlib.Path(schema)
-    found['constraint'] = Constraint(generator.tokenizer, regex=REGEX.value, schema=schema)
-  return found
+    options['constraint'] = Constraint(generator.tokenizer, regex=asked['regex'], schema=schema)
+  return options
+
+
+def bias_of(texts: list[str]) -> dict[int, float]:
+  """What is added to which ids, of id:value each. Raises ValueError for what is something else."""
+  pairs = [text.rpartition(':') for text in texts]
+  try:
+    return {int(id_): float(value) for id_, _, value in pairs}
+  except ValueError as error:
+    raise ValueError(f'--logit_bias={texts}: give id:value, as in --logit_bias=13:-inf') from error
 
 
 def score(generator: Generator, prompts) -> None:
   """Prints, or writes, how likely the model finds the prompts, of their own first token on."""
   scores = generator.score(prompts)
   if OUTPUT.value is not None:
-    return write(
-      'scores',
-      [
-        {'prompt': prompt, 'ids': generator.encoded(prompt), 'logprobs': found.tolist()}
-        for prompt, found in zip(prompts, scores)
-      ],
-    )
-  for prompt, found in zip(prompts, scores):
-    nats, size = -float(found.sum()), len(prompt.encode()) if isinstance(prompt, str) else 0
+    lines = [
+      {'prompt': prompt, 'ids': generator.encoded(prompt), 'logprobs': logprobs.tolist()}
+      for prompt, logprobs in zip(prompts, scores)
+    ]
+    write('scores', lines)
+    return
+  for prompt, logprobs in zip(prompts, scores):
+    nats, size = -float(logprobs.sum()), len(prompt.encode()) if isinstance(prompt, str) else 0
     per_byte = f', {nats / math.log(2) / size:.4f} bits per byte' if size else ''
-    print(
-      f'{nats:.4f} nats, {len(found)} tokens{per_byte}: '
-      f'{prompt if len(prompt) <= 60 else f"{prompt[:60]}..."!r}'
-    )
+    shown = prompt if len(prompt) <= 60 else f'{prompt[:60]}...'
+    print(f'{nats:.4f} nats, {len(logprobs)} tokens{per_byte}: {shown!r}')
 
 
-def write(what: str, found: list[dict]) -> None:
+def write(kind: str, lines: list[dict]) -> None:
   """Writes one JSON object a line to the output."""
-  files.replace(OUTPUT.value, ''.join(f'{json.dumps(one, ensure_ascii=False)}\n' for one in found))
-  print(f'wrote {len(found)} {what} to {OUTPUT.value}')
+  texts = [json.dumps(line, ensure_ascii=False) for line in lines]
+  files.replace(OUTPUT.value, ''.join(f'{text}\n' for text in texts))
+  print(f'wrote {len(lines)} {kind} to {OUTPUT.value}')
 
 
 def show(generator: Generator, completion) -> None:
@@ -338,16 +301,16 @@ def interrupted(completions) -> bool:
 def bench(generator: Generator, prompts, options: dict) -> None:
   """Prints how fast a call is whose programs are compiled, and what its drafts gain."""
 
-  def run(**changed):
+  def report_of(**changed):
     if interrupted(generator(prompts, **options | changed)):
       raise KeyboardInterrupt
     return generator.report
 
-  report = run()
+  report = report_of()
   print(report)
   if report.drafted and not math.isnan(report.ms_per_token):
-    without = dict(draft=None, lookup=0, early_exit=0, draft_tokens=OPTIONS['draft_tokens'].default)
-    plain = min((run(**without) for _ in range(2)), key=lambda plain: plain.seconds)
+    without = {name: TABLE[name].default for name in (*DRAFTERS, 'draft_tokens')}
+    plain = min((report_of(**without) for _ in range(2)), key=lambda plain: plain.seconds)
     print(
       f'without drafts {plain.tokens_per_second:.1f} tokens/s: they gain '
       f'{report.tokens_per_second / plain.tokens_per_second:.2f}x'
@@ -358,45 +321,53 @@ def run() -> None:
   """What the flags ask for."""
   check_flags()
   hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
-  given = (
-    [(f'--prompt={text[:40]!r}', text) for text in PROMPT.value]
-    if PROMPTS.value is None
-    else read_prompts(PROMPTS.value)
-  )
+  if PROMPTS.value is None:
+    given = [(f'--prompt={text[:40]!r}', text) for text in PROMPT.value]
+  else:
+    given = read_prompts(PROMPTS.value)
   generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
   prompts = [readable(generator, place, prompt) for place, prompt in given]
+
   if SCORE.value:
-    return score(generator, prompts)
-  options = options_of(generator)
-  others = (
-    OUTPUT.value is not None,
-    BENCH.value,
-    PROMPTS.value is not None,
-    options['num_samples'] > 1,
-    options['beams'] > 1,
-  )
-  streams = not any(others) and options['logprobs'] < 0 if STREAM.value is None else STREAM.value
-  if streams:
-    pieces = [
-      generator.stream(prompt, **options | {'seed': seed_of(options['seed'], i)})
-      for i, prompt in enumerate(prompts)
-    ]
-    for (_, prompt), parts in zip(given, pieces, strict=True):
-      print(prompt, end='\n' if CHAT.value else '', flush=True)
-      for piece in parts:
-        print(piece, end='', flush=True)
-      print(flush=True)
+    score(generator, prompts)
     return
-  found = generator(prompts, **options)
-  if BENCH.value and not interrupted(found):
+  options = options_of(generator)
+  if streams(options):
+    stream(generator, given, prompts, options)
+    return
+  completions = generator(prompts, **options)
+  if BENCH.value and not interrupted(completions):
     bench(generator, prompts, options)
   if OUTPUT.value is not None:
-    write('completions', [dataclasses.asdict(completion) for completion in found])
+    write('completions', [dataclasses.asdict(completion) for completion in completions])
   elif not BENCH.value:
-    for completion in found:
+    for completion in completions:
       show(generator, completion)
-  if interrupted(found):
+  if interrupted(completions):
     raise KeyboardInterrupt
+
+
+def streams(options: dict) -> bool:
+  """Whether text is printed as it comes."""
+  if STREAM.value is not None:
+    return STREAM.value
+  several = options['num_samples'] > 1 or options['beams'] > 1 or PROMPTS.value is not None
+  more = OUTPUT.value is not None or BENCH.value or options['logprobs'] >= 0
+  return not several and not more
+
+
+def stream(generator: Generator, given, prompts, options: dict) -> None:
+  """Prints each prompt, as it was given, and its text as it comes."""
+  # All of them begin before the first is printed: bad options raise then.
+  streamed = [
+    generator.stream(prompt, **options | {'seed': seed_of(options['seed'], i)})
+    for i, prompt in enumerate(prompts)
+  ]
+  for (_, prompt), pieces in zip(given, streamed, strict=True):
+    print(prompt, end='\n' if CHAT.value else '', flush=True)
+    for piece in pieces:
+      print(piece, end='', flush=True)
+    print(flush=True)
 
 
 def main(arguments):
@@ -415,5 +386,5 @@ if __name__ == '__main__':
   except KeyboardInterrupt:
     sys.stdout.flush()
     print('\ninterrupted', file=sys.stderr, flush=True)
-    # at an orderly exit, threads that load or compile would have their say
+    # At an orderly exit, threads that load or compile would have their say.
     os._exit(128 + signal.SIGINT)

@@ -30,8 +30,8 @@ import names
 import train
 from analysis import aot, candidates, hardware, memory, roofline, schedule, tables
 from analysis.hlo import Module
-from decode.generator import generating
-from decode.request import CHUNK
+from decode.engine import generating
+from decode.options import CHUNK
 from kernels import cudnn
 from kernels.attention import FEW, choose
 from kernels.flash import KERNELS

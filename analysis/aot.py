@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 import names
 from decode import loop
-from decode.generator import generating_model
-from decode.request import CHUNK
+from decode.engine import generating_model
+from decode.options import CHUNK
 from decode.sampling import History, make_sampling
 from model import params, transformer
 from model.cache import init_cache

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import candidates, roofline
-from decode.request import CHUNK
+from decode.options import CHUNK
 
 GB = 1e9
 

@@ -17,8 +17,7 @@ V vocabulary · k alternatives
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -28,19 +27,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from decode import constrain, loop, sampling as laws
 from decode.loop import Chunk, DecodeState, Rules
+from decode.options import Options
+from decode.report import CallTimer, GenerationReport
+from decode.request import INTERRUPTED, LENGTH, Row
 from model import cache as caches
 from model.transformer import Decoder
 from parallel import axes as ax
 from parallel.compiler import GENERATION
 
 EARLY = {False: 0, True: 1, 'never': 2}  # early_stopping, as numbers: see BeamState.early
-# What they may be where nothing is drawn.
-NOT_DRAWN = {
-  'temperature': (0, 1),
-  'top_k': (0,),
-  'top_p': (1,),
-  'min_p': (0,),
-}
 
 
 @jax.tree_util.register_dataclass
@@ -107,21 +102,18 @@ def begin(
       return jnp.zeros((lengths.shape[0], beams, room, *more), dtype)
 
     texts = Chunk(
-      zeros(jnp.int32),
-      zeros(bool),
-      zeros(jnp.float32),
-      zeros(jnp.float32),
-      zeros(jnp.int32, alternatives),
-      zeros(jnp.float32, alternatives),
-      None,
+      ids=zeros(jnp.int32),
+      real=zeros(bool),
+      raw=zeros(jnp.float32),
+      processed=zeros(jnp.float32),
+      alternatives=zeros(jnp.int32, alternatives),
+      alternatives_raw=zeros(jnp.float32, alternatives),
+      broken=None,
     )
     none = jnp.full((lengths.shape[0], beams), -jnp.inf, jnp.float32)
-    # one beam: alike, they would stay so
-    return (
-      Beams(none.at[:, 0].set(0), texts),
-      Beams(none, texts),
-      jnp.zeros_like(lengths, bool),
-    )
+    # One beam runs: alike, they would stay so.
+    one = none.at[:, 0].set(0)
+    return Beams(one, texts), Beams(none, texts), jnp.zeros_like(lengths, bool)
 
   lengths = state.cache.lengths
   running, finished, broken = _by_prompts(empty, lengths)
@@ -150,105 +142,59 @@ def search(
     state, sources, ids, real = _by_prompts(
       _chosen, without, lengths, rules.sampling, rules.ends, allowed
     )
-    moved = dataclasses.replace(
-      state.rows, cache=caches.reordered(rows.cache, sources, state.begun)
-    )
-    x, cache, _ = model(ids[:, None], cache=moved.cache, counts=real.astype(jnp.int32))
-    new = loop.advanced(moved, cache, ids, real, rules)
-    new = dataclasses.replace(new, logits=loop.scores(model, x[:, 0], vocabulary), done=~real)
-    return dataclasses.replace(state, rows=new)
+    cache = caches.reordered(rows.cache, sources, state.begun)
+    rows = dataclasses.replace(state.rows, cache=cache)
+
+    x, cache, _ = model(ids[:, None], cache=cache, counts=real.astype(jnp.int32))
+    rows = loop.advanced(rows, cache, ids, real, rules)
+    logits = loop.scores(model, x[:, 0], vocabulary)
+    return dataclasses.replace(state, rows=dataclasses.replace(rows, logits=logits, done=~real))
+
+  def goes_on(done, begun):
+    return ~done.reshape(begun.shape[0], -1)[:, 0]
 
   state = jax.lax.fori_loop(0, count, step, state)
-  return state, _by_prompts(
-    lambda done, begun: ~done.reshape(begun.shape[0], -1)[:, 0], state.rows.done, state.begun
-  )
+  return state, _by_prompts(goes_on, state.rows.done, state.begun)
 
 
 @jax.jit
 def best(state: BeamState) -> tuple[Float[Array, 'B W'], Chunk]:
-  """Scores of each prompt's finished texts, the best first, and these,
-  as a Chunk of B x W rows of N tokens.
+  """Scores of each prompt's finished texts, the best first, and these, as a Chunk of B x W rows of
+  N tokens.
 
   Of a prompt that is still going on, running beams count as if they ended here.
   """
 
-  def found(state, lengths):
+  def rank(state, lengths):
     B, W = state.running.scores.shape
     made = jnp.maximum(lengths[::W] - state.begun, 1)[:, None]
-    as_it_is = jnp.where(
-      state.rows.done[::W, None],
-      -jnp.inf,
-      _penalised(state.running.scores, made, state.length_penalty[:, None]),
-    )
+    as_it_is = _penalised(state.running.scores, made, state.length_penalty[:, None])
+    as_it_is = jnp.where(state.rows.done[::W, None], -jnp.inf, as_it_is)
     beams = jax.vmap(_merged)(state.finished, dataclasses.replace(state.running, scores=as_it_is))
     texts = dataclasses.replace(beams.texts, broken=jnp.broadcast_to(state.broken[:, None], (B, W)))
     return beams.scores, jax.tree.map(lambda x: x.reshape(B * W, *x.shape[2:]), texts)
 
-  return _by_prompts(
-    found,
-    dataclasses.replace(state, rows=dataclasses.replace(state.rows, cache=None)),
-    state.rows.cache.lengths,
-  )
-
-
-def check(options) -> None:
-  """Raises ValueError for options (decode.generator.Options) of a search that make no sense,
-  alone or together.
-  """
-  beams, length_penalty, early = options.beams, options.length_penalty, options.early_stopping
-  if (
-    isinstance(length_penalty, bool)
-    or not isinstance(length_penalty, (int, float))
-    or not math.isfinite(length_penalty)
-  ):
-    raise ValueError(
-      f'length_penalty={length_penalty!r} must be a finite number; 1.0 ranks texts by the mean of '
-      'their log-probabilities'
-    )
-  if not isinstance(early, (bool, str)) or early not in EARLY:
-    raise ValueError(f"early_stopping={early!r} must be False, True or 'never'")
-  if beams == 1:
-    if length_penalty != 1 or early is not False:
-      raise ValueError(
-        f'length_penalty={length_penalty} and early_stopping={early!r} are of a search, but '
-        'beams=1; ask for 2 or more'
-      )
-    return
-  for name, idle in NOT_DRAWN.items():
-    if any(value not in idle for value in np.ravel(getattr(options, name)).tolist()):
-      raise ValueError(
-        f'{name}={getattr(options, name)!r} with beams={beams}: a search draws nothing; leave '
-        f'{name} at {idle[-1]}, or draw with num_samples and without beams'
-      )
-  for name in ('draft', 'lookup', 'early_exit'):
-    if getattr(options, name):
-      raise ValueError(
-        f'{name} with beams={beams}: a draft guesses one text, a search follows several; leave one '
-        'of the two out'
-      )
-  if options.num_samples > beams:
-    raise ValueError(
-      f'num_samples={options.num_samples} with beams={beams}: it finds as many texts as it has '
-      'beams; ask for fewer'
-    )
-  if any(isinstance(stop, str) for stop in options.stop):
-    raise ValueError(
-      f'stop={options.stop!r} with beams={beams}: it ranks by ids, before a text could be cut off; '
-      'give ids to stop at, or a constraint that the text keeps to'
-    )
+  without = dataclasses.replace(state, rows=dataclasses.replace(state.rows, cache=None))
+  return _by_prompts(rank, without, state.rows.cache.lengths)
 
 
 def texts(
-  generator, watch, rows, state: DecodeState, rules: Rules, options, room: int
-) -> Iterator[list[str]]:
-  """Searches behind prompts that a decode.generator.Generator has read, and fills its rows,
+  generator: Any,
+  timer: CallTimer,
+  rows: list[Row],
+  state: DecodeState,
+  rules: Rules,
+  options: Options,
+  room: int,
+) -> Generator[list[str], None, GenerationReport]:
+  """Searches behind prompts that a decode.engine.Engine has read, and fills its rows,
   options.num_samples of each prompt.
 
   Rows for which no text is left, where a constraint or logit_bias leaves fewer, are taken out of
-  the list. Nothing is said before the end. rules: of all beams. room: see begin. Returns a Report.
+  the list. Nothing is said before the end. rules: of all beams. room: see begin.
   Raises ValueError where no text is possible, FloatingPointError for scores that are not numbers.
   """
-  W, n, prompts = options.beams, options.num_samples, state.logits.shape[0]
+  W, prompts = options.beams, state.logits.shape[0]
 
   def each(value):
     return generator.put(np.full(prompts, value))
@@ -270,58 +216,62 @@ def texts(
       )
       # The best so far at once: an interrupt may come when the state is given away to the next
       # chunk.
-      return (
-        state,
-        (goes_on, best(state)),
-      )
+      return state, (goes_on, best(state))
 
-  watch.began(state.rows.cache, int(np.asarray(state.begun)[: len(rows) // n].sum()) * W)
-  left, finish, nothing = options.max_new_tokens, 'length', [''] * len(rows)
+  used = len(rows) // options.num_samples  # prompts; the others fill the mesh up
+  timer.began(state.rows.cache, int(np.asarray(state.begun)[:used].sum()) * W)
+  left, finish, nothing = options.max_new_tokens, LENGTH, [''] * len(rows)
 
-  def made():
-    return [options.max_new_tokens - left] * (len(rows) // n * W)
+  def lengths():
+    return [options.max_new_tokens - left] * (used * W)
 
   count = 1
-  state, ahead = watch.first(advance(state, count))
+  state, ahead = timer.first(advance(state, count))
   try:
     while True:
       (goes_on, _), left = ahead, left - count
       count = min(left, options.chunk)
       if count:
         state, ahead = advance(state, count)
-      any_ = np.asarray(goes_on).any()
-      watch.came(made())
-      if not count or not any_:
+      some_go_on = np.asarray(goes_on).any()
+      timer.came(lengths())
+      if not count or not some_go_on:
         break
       yield nothing
   except KeyboardInterrupt:
-    finish = 'interrupted'
-  scores, found = jax.tree.map(np.asarray, ahead[1])
+    finish = INTERRUPTED
+
+  scores, chunk = jax.tree.map(np.asarray, ahead[1])
+  _fill(rows, options, scores, chunk, finish)
+  timer.came(lengths())
+  rows[:] = [row for row in rows if not np.isneginf(row.score)]
+  yield nothing
+  return timer.report(options.seed, rows)
+
+
+def _fill(rows: list[Row], options: Options, scores, chunk: Chunk, finish: str) -> None:
+  """Gives each row its text of the best of its prompt. Raises as `texts`."""
   for index, row in enumerate(rows):
-    prompt, place = divmod(index, n)
-    row.add(prompt * W + place, found)
+    prompt, place = divmod(index, options.num_samples)
+    row.add(prompt * options.beams + place, chunk)
     row.end(finish)
     row.score = float(scores[prompt, place])
     if np.isneginf(scores[prompt, 0]):
       raise ValueError(
         f'a constraint and logit_bias leave no text behind prompt {prompt}; leave one of them out'
       )
-  watch.came(made())
-  rows[:] = [row for row in rows if not np.isneginf(row.score)]
-  yield nothing
-  return watch.report(options.seed, rows)
 
 
 def _by_prompts(function, *arguments):
-  """The function of arrays whose first dimension is prompts, or their rows,
-  each device on its own: beams never leave theirs.
+  """The function of arrays whose first dimension is prompts, or their rows, each device on its own:
+  beams never leave theirs.
   """
   return ax.local(function, (('batch',),) * len(arguments), ('batch',))(*arguments)
 
 
 def _chosen(state, lengths, sampling, ends, allowed):
-  """The state, but for cache and logits, after a choice;
-  from which of its beams [B, W] a prompt goes on; each row's id; if it goes on.
+  """The state, but for cache and logits, after a choice; from which of its beams [B, W] a prompt
+  goes on; each row's id; if it goes on.
   """
   rows, (B, W) = state.rows, state.running.scores.shape
   raw = jax.nn.log_softmax(rows.logits, -1)
@@ -334,7 +284,7 @@ def _chosen(state, lengths, sampling, ends, allowed):
     return x.reshape(B, W, *x.shape[1:])
 
   made, most = lengths[::W] - state.begun, rows.stop_at[::W] - state.begun
-  new = jax.vmap(_choice)(
+  running, finished, sources, ids, goes_on, broken = jax.vmap(_choice)(
     state.running,
     state.finished,
     beams(law),
@@ -345,18 +295,19 @@ def _chosen(state, lengths, sampling, ends, allowed):
     state.length_penalty,
     state.early,
   )
-  running, finished, sources, ids, goes_on, broken = new
-  was = ~rows.done[::W]
-  goes_on, broken = was & goes_on & ~broken, was & broken
-  kept = was & ~broken
 
-  def freeze(new, old):
-    return jnp.where(kept.reshape(B, *(1,) * (new.ndim - 1)), new, old)
+  # A prompt that had ended, or breaks now, keeps what it had.
+  went_on = ~rows.done[::W]
+  goes_on, broken = went_on & goes_on & ~broken, went_on & broken
+  kept = went_on & ~broken
+
+  def freeze(after, before):
+    return jnp.where(kept.reshape(B, *(1,) * (after.ndim - 1)), after, before)
 
   running, finished = jax.tree.map(freeze, (running, finished), (state.running, state.finished))
   sources = jnp.where(goes_on[:, None], sources, jnp.arange(W, dtype=jnp.int32)[None])
-  own = (jnp.arange(B, dtype=jnp.int32)[:, None] * W + sources).reshape(-1)
-  history, places = jax.tree.map(lambda x: x[own], (rows.history, rows.places))
+  moved = (jnp.arange(B, dtype=jnp.int32)[:, None] * W + sources).reshape(-1)
+  history, places = jax.tree.map(lambda x: x[moved], (rows.history, rows.places))
   rows = dataclasses.replace(rows, history=history, places=places)
   state = dataclasses.replace(
     state, rows=rows, running=running, finished=finished, broken=state.broken | broken
@@ -365,8 +316,8 @@ def _chosen(state, lengths, sampling, ends, allowed):
 
 
 def _choice(running, finished, law, raw, ends, made, most, length_penalty, early):
-  """Of one prompt: running and finished beams with a token more,
-  from which and with which id they go on, whether they do; if broken.
+  """Of one prompt: running and finished beams with a token more, from which and with which id they
+  go on, whether they do; if broken.
   """
   W, V = law.shape
   alive = ~jnp.isneginf(running.scores)[:, None]
@@ -379,28 +330,28 @@ def _choice(running, finished, law, raw, ends, made, most, length_penalty, early
 
   def longer(chosen):
     source, id_ = sources[chosen], ids[chosen]
-    new = Chunk(
-      id_,
-      jnp.ones_like(id_, bool),
-      raw[source, id_],
-      law[source, id_],
-      alternatives[source],
-      likeliest[source],
-      None,
+    token = Chunk(
+      ids=id_,
+      real=jnp.ones_like(id_, bool),
+      raw=raw[source, id_],
+      processed=law[source, id_],
+      alternatives=alternatives[source],
+      alternatives_raw=likeliest[source],
+      broken=None,
     )
-    return jax.tree.map(lambda old, x: old[source].at[:, made].set(x), running.texts, new)
+    return jax.tree.map(lambda old, x: old[source].at[:, made].set(x), running.texts, token)
 
-  first = jnp.arange(W)
-  ended = Beams(
-    _penalised(jnp.where(over[:W], sums[:W], -jnp.inf), made + 1, length_penalty), longer(first)
-  )
-  finished = _merged(finished, ended)
+  # Only of the W likeliest may one end, as transformers has it.
+  ended = _penalised(jnp.where(over[:W], sums[:W], -jnp.inf), made + 1, length_penalty)
+  finished = _merged(finished, Beams(ended, longer(jnp.arange(W))))
   scores, on = jax.lax.top_k(jnp.where(over, -jnp.inf, sums), W)
+
   full, worst = ~jnp.isneginf(finished.scores[-1]), finished.scores[-1]  # -inf if it is not full
+  # A sum only falls, but above 0 the penalty lifts it with every token: 'never' judges the best
+  # running beam by the length at which it could score best.
   length = jnp.where((early == EARLY['never']) & (length_penalty > 0), most, made + 1)
-  goes_on = (_penalised(scores[0], length, length_penalty) > worst) & ~(
-    full & (early == EARLY[True])
-  )
+  hopes = _penalised(scores[0], length, length_penalty) > worst
+  goes_on = hopes & ~(full & (early == EARLY[True]))
   broken = (alive & ~(law.max(-1, keepdims=True) < jnp.inf)).any()
   return Beams(scores, longer(on)), finished, sources[on], ids[on], goes_on, broken
 
@@ -408,9 +359,8 @@ def _choice(running, finished, law, raw, ends, made, most, length_penalty, early
 def _merged(one, other):
   """The W best of two lots of beams of one prompt."""
   scores, which = jax.lax.top_k(jnp.concatenate([one.scores, other.scores]), one.scores.shape[0])
-  return Beams(
-    scores, jax.tree.map(lambda a, b: jnp.concatenate([a, b])[which], one.texts, other.texts)
-  )
+  texts = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[which], one.texts, other.texts)
+  return Beams(scores, texts)
 
 
 def _penalised(scores, length, length_penalty):

@@ -38,8 +38,9 @@ class Constraint:
 
   Attributes:
     regex: what the whole text must match.
-    classes: [V] int32, each id's class. next: [S, C] int32, the state after a token of a class;
-      -1: it is not allowed. State 0 is where a text begins.
+    classes: [V] int32, each id's class.
+    next: [S, C] int32, the state after a token of a class; -1: it is not allowed. State 0 is where
+      a text begins.
   """
 
   def __init__(
@@ -72,15 +73,15 @@ class Constraint:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Automaton:
-  """The tables of all constraints of a batch; one state says where a row is,
-  and in which constraint.
+  """The tables of all constraints of a batch; one state says where a row is, and in which
+  constraint.
 
   The fields are annotated Any because JAX rebuilds registered dataclasses with tracers,
   specs and placeholders.
 
   Attributes:
-    classes: [V] int32, each id's class, of tokens that no state tells apart. next: [S, C] int32,
-      the state after a token of a class; -1: it is not allowed.
+    classes: [V] int32, each id's class, of tokens that no state tells apart.
+    next: [S, C] int32, the state after a token of a class; -1: it is not allowed.
   """
 
   classes: Any
@@ -91,6 +92,7 @@ class Automaton:
     cls, constraints: Sequence[Constraint | None], vocabulary: int
   ) -> tuple['Automaton', Int[np.ndarray, 'B']]:
     """The tables, as numpy arrays, and each row's first state.
+
     A constraint that several rows share is there once.
 
     Args:
@@ -108,20 +110,20 @@ class Automaton:
           f'a constraint is over {len(c.classes)} ids, but vocabulary={vocabulary}; build it with '
           'the model\'s tokenizer'
         )
-    free = np.zeros(vocabulary, np.int32), np.full((1, 1), FREE, np.int32)
-    tables = [
-      free,
-      *(
-        (np.pad(c.classes, (0, vocabulary - len(c.classes)), constant_values=_NEVER), c.next)
-        for c in distinct
-      ),
-    ]
-    of_each, classes = _merged(np.stack([own for own, _ in tables]))
-    firsts = np.cumsum([0, *(len(table) for _, table in tables)])
+
+    # One table under another, that of no constraint first. A class of the whole is a combination
+    # of theirs that some id has: `columns` says which class of each table that is.
+    nexts = [np.full((1, 1), FREE, np.int32), *(c.next for c in distinct)]
+    each = [np.zeros(vocabulary, np.int32)]
+    for c in distinct:
+      beyond = vocabulary - len(c.classes)
+      each.append(np.pad(c.classes, (0, beyond), constant_values=_NEVER))
+    columns, classes = _merged(np.stack(each))
+    firsts = np.cumsum([0, *map(len, nexts)])
     after = np.concatenate(
       [
         np.where(table < 0, -1, table + first)[:, own]
-        for (_, table), first, own in zip(tables, firsts, of_each)
+        for table, first, own in zip(nexts, firsts, columns)
       ]
     )
     # Another constraint seldom means another program.
@@ -149,31 +151,27 @@ def _by_lookup(rows, classes):
 
 
 def _by_product(rows, classes):
-  """The same by one-hot columns, which are exact in any precision and never stored:
-  the compiler makes them as it multiplies.
+  """The same by one-hot columns, which are exact in any precision and never stored: the compiler
+  makes them as it multiplies.
   """
   columns = jnp.arange(rows.shape[1])[:, None] == classes[None]
-  return (
-    jnp.matmul(
-      rows.astype(jnp.bfloat16), columns.astype(jnp.bfloat16), out_sharding=ax.out('batch', None)
-    )
-    > 0
-  )
+  rows, columns = rows.astype(jnp.bfloat16), columns.astype(jnp.bfloat16)
+  return jnp.matmul(rows, columns, out_sharding=ax.out('batch', None)) > 0
 
 
 def advance(automaton: Automaton, states: Int[Array, 'B'], ids: Int[Array, 'B']) -> Int[Array, 'B']:
-  """The states after these tokens. A token that is not allowed changes nothing,
-  such as the padding after a row's end.
+  """The states after these tokens. A token that is not allowed changes nothing, such as the padding
+  after a row's end.
   """
-  after = automaton.next.at[
-    states, automaton.classes.at[ids].get(out_sharding=ax.out('batch'))
-  ].get(out_sharding=ax.out('batch'))
+  rows = ax.out('batch')
+  classes = automaton.classes.at[ids].get(out_sharding=rows)
+  after = automaton.next.at[states, classes].get(out_sharding=rows)
   return jnp.where(after < 0, states, after)
 
 
 def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
-  """The automaton over bytes: the state after each [S, 256], -1 for none;
-  where a text may end [S]; the first state.
+  """The automaton over bytes: the state after each [S, 256], -1 for none; where a text may end [S];
+  the first state.
 
   Nothing leads on from the last state, so that -1 is an index, too.
   """
@@ -183,6 +181,7 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
     raise ImportError(
       'constraints need outlines-core: pip install outlines-core (the extra tandem[constrain])'
     ) from error
+
   EOS, MARK = 256, 257
   vocabulary = outlines_core.Vocabulary(
     EOS, {bytes([byte]): [byte] for byte in range(256)} | {b'\0\0': [MARK]}
@@ -202,6 +201,7 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
       'regex crate, which knows neither look-around nor references, and of the whole text, so that '
       '^ and $ are left out'
     ) from error
+
   transitions = index.get_transitions()
   first = transitions[index.get_initial_state()].get(MARK)
   number = {state: i for i, state in enumerate(sorted(transitions))}
@@ -225,12 +225,11 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
   # Bytes that lead all states alike are taken for one of them: 'a' to 'z' in [a-z]+.
   _, same = _merged(after)
   alike = bytes(int(np.argmax(same == kind)) for kind in same)
-  # What a class of byte strings does to all states.
-  moves = [
-    np.full(len(after), -1, np.int32),
-    np.arange(len(after), dtype=np.int32),
-  ]
-  known, longer = {move.tobytes(): i for i, move in enumerate(moves)}, {}
+
+  # What each class of byte strings does to all states: nothing leads on, all stay, and what comes.
+  moves = [np.full(len(after), -1, np.int32), np.arange(len(after), dtype=np.int32)]
+  known = {move.tobytes(): i for i, move in enumerate(moves)}
+  longer: dict[tuple[int, int], int] = {}  # the class of a byte string with a byte more
   classes = np.zeros(tokenizer.vocabulary, np.int64)
   for index, token in enumerate(tokenizer.token_bytes):
     here = 1 if token else _NEVER
@@ -244,6 +243,7 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
     classes[index] = here
   classes[tokenizer.eos] = len(moves)
   moves.append(np.where(ends, moves[1], -1).astype(np.int32))
+
   used, classes = np.unique([_NEVER, *classes], return_inverse=True)
   table = np.stack([moves[i] for i in used], 1)
   kept = _useful(table, ends, first)
@@ -253,6 +253,7 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
       'accepts none, or only some with characters that the vocabulary lacks; allow others, or use '
       'a tokenizer that has bytes for all characters'
     )
+
   renumbered = np.full(len(table) + 1, -1, np.int32)
   renumbered[kept] = np.arange(len(kept))
   # Their order is that of the columns' numbers, so that the class of nothing but -1 is the first,
@@ -263,29 +264,26 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
 
 def _useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
   """States that a text passes, the first of them in front: reached from there, and able to end.
-  `after`: [S, anything], -1 for none.
+
+  after: [S, anything], -1 for none.
   """
   from scipy.sparse import coo_array
   from scipy.sparse.csgraph import breadth_first_order
 
   S = len(after)
   sources, columns = np.nonzero(after >= 0)
-  # S: the end
-  sources, targets = (
-    np.append(sources, np.flatnonzero(ends)),
-    np.append(after[sources, columns], np.full(ends.sum(), S)),
-  )
+  # S: the end, to which states lead where a text may end.
+  targets = np.append(after[sources, columns], np.full(ends.sum(), S))
+  sources = np.append(sources, np.flatnonzero(ends))
   graph = coo_array((np.ones(len(sources)), (sources, targets)), shape=(S + 1, S + 1)).tocsr()
-  reached, able = (
-    breadth_first_order(way, start, return_predecessors=False)
-    for way, start in ((graph, first), (graph.T.tocsr(), S))
-  )
+  reached = breadth_first_order(graph, first, return_predecessors=False)
+  able = breadth_first_order(graph.T.tocsr(), S, return_predecessors=False)
   return reached[np.isin(reached, able) & (reached < S)]
 
 
 def _merged(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The different columns of a table, in the order of their numbers,
-  and which of them each column is, int32.
+  """The different columns of a table, in the order of their numbers, and which of them each column
+  is, int32.
   """
   columns, which = np.unique(table, axis=1, return_inverse=True)
   return columns, which.reshape(-1).astype(np.int32)

@@ -40,44 +40,19 @@ READ = APPEND - 1  # tokens that a drafter can read at once, which may have one 
 def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel | EarlyExit | None:
   """What these options draft with; tokens: of the longest row when it ends.
 
-  Raises ValueError for a draft that is none or does not fit the model,
-  or for layers that it does not have; NotImplementedError for layers that pipeline stages share.
+  Raises ValueError for a draft that is none or does not fit the model, or for layers that it does
+  not have; NotImplementedError for layers that pipeline stages share.
   """
-  config, draft = generator.model.config, options.draft
-  if draft is not None:
-    if not isinstance(draft, type(generator)):
-      raise ValueError(f'draft={draft!r} must be a Generator, such as Generator.load(workdir)')
-    mine, its = generator.tokenizer, draft.tokenizer
-    for wrong, words in (
-      (
-        mine.token_bytes != its.token_bytes
-        or (mine.pad, mine.bos, mine.eos) != (its.pad, its.bos, its.eos),
-        f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model '
-        f'({mine.kind!r}, {mine.vocabulary} ids)',
-      ),
-      (
-        draft.model.config.V != config.V,
-        f'it has model.vocabulary={draft.model.config.V}, the model {config.V}',
-      ),
-      (
-        draft.mesh != generator.mesh,
-        f'its mesh is {dict(draft.mesh.shape)}, the model has {dict(generator.mesh.shape)} or '
-        'other devices',
-      ),
-      (
-        bool(draft.model.config.encoder_layers) != bool(config.encoder_layers),
-        'of it and the model, only one has an encoder',
-      ),
-      (not draft.model.config.causal, 'model.causal=False: an encoder writes no text'),
-      (
-        0 < draft.model.config.max_length < tokens,
-        f'it has model.max_length={draft.model.config.max_length}, and rows of {tokens} tokens are '
-        'asked for; ask for fewer',
-      ),
-    ):
-      if wrong:
-        raise ValueError(f'draft: {words}; a draft reads what the model reads')
-    return DraftModel(draft.model)
+  config = generator.model.config
+  if options.draft is not None:
+    if not isinstance(options.draft, type(generator)):
+      raise ValueError(
+        f'draft={options.draft!r} must be a Generator, such as Generator.load(workdir)'
+      )
+    if misfit := _misfit(options.draft, generator, tokens):
+      raise ValueError(f'draft: {misfit}; a draft reads what the model reads')
+    return DraftModel(options.draft.model)
+
   if options.early_exit:
     if config.scan:
       raise NotImplementedError(
@@ -90,9 +65,41 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
   return Lookup(options.lookup) if options.lookup else None
 
 
+def _misfit(draft: Any, generator: Any, tokens: int) -> str:
+  """Why this Generator cannot draft for the other; '' where it can."""
+  mine, its = generator.tokenizer, draft.tokenizer
+  config, theirs = generator.model.config, draft.model.config
+  if mine.token_bytes != its.token_bytes or _controls(mine) != _controls(its):
+    return (
+      f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model '
+      f'({mine.kind!r}, {mine.vocabulary} ids)'
+    )
+  if theirs.V != config.V:
+    return f'it has model.vocabulary={theirs.V}, the model {config.V}'
+  if draft.mesh != generator.mesh:
+    return (
+      f'its mesh is {dict(draft.mesh.shape)}, the model has {dict(generator.mesh.shape)} or other '
+      'devices'
+    )
+  if bool(theirs.encoder_layers) != bool(config.encoder_layers):
+    return 'of it and the model, only one has an encoder'
+  if not theirs.causal:
+    return 'model.causal=False: an encoder writes no text'
+  if 0 < theirs.max_length < tokens:
+    return (
+      f'it has model.max_length={theirs.max_length}, and rows of {tokens} tokens are asked for; '
+      'ask for fewer'
+    )
+  return ''
+
+
+def _controls(tokenizer: Any) -> tuple[int, int, int]:
+  return tokenizer.pad, tokenizer.bos, tokenizer.eos
+
+
 class Course:
-  """How a call goes on from its prompts, a chunk at a time: with drafts, while they pay,
-  or plainly.
+  """How a call goes on from its prompts, a chunk at a time: with drafts, while they pay, or
+  plainly.
 
   Attributes:
     fell_back: whether it has gone over from drafts to none, for good.
@@ -110,49 +117,44 @@ class Course:
     read: Callable[[Any], DecodeState] | None = None,
   ):
     """state: after the prompts. read: what gives the same of a draft."""
-    self._generator, self._options, self._drafter, self._rules, self.state = (
-      generator,
-      options,
-      drafter,
-      rules,
-      state,
-    )
-    self.fell_back, self._pays, self._asked, self._lengths, self._last = (
-      False,
-      False,
-      [],
-      [0] * len(prompts),
-      None,
-    )
-    # for a token, of each chunk that had drafts, and that could have none
-    self._seconds = {
-      True: [],
-      False: [],
-    }
-    # tokens that were drafted; chunks that were asked for without drafts
-    self._drafted, self._without = (
-      0,
-      0,
-    )
-    if drafter is None:
-      return
-    memory, cost = None, 0.0
+    self._generator = generator
+    self._options = options
+    self._drafter = drafter
+    self._rules = rules
+    self.state = state
+    self.fell_back = False
+    self._pays = False  # whether the clock has found that drafts do
+    self._asked: list[bool] = []  # of chunks that are under way: whether they are drafted
+
+    # When the last chunk came, and each row's tokens and the drafted ones by then.
+    self._last: float | None = None
+    self._lengths = [0] * len(prompts)
+    self._drafted = 0
+    # Seconds for a token, of each chunk that had drafts, and that could have none.
+    self._seconds: dict[bool, list[float]] = {True: [], False: []}
+    self._without = 0  # chunks that were asked for without drafts
+
+    if drafter is not None:
+      memory, cost = self._memory(prompts, read)
+      self._greedy = not np.asarray(rules.sampling.temperature).any()
+      # Greedy texts are the same either way, so that the clock may decide, and no row gives up.
+      least = 0 if self._greedy else min(cost / weight_bytes(generator.model), 1)
+      self._drafter = dataclasses.replace(drafter, least=np.float32(least))
+      with jax.set_mesh(generator.mesh):
+        self.state = Speculation.of(state, memory)
+
+  def _memory(self, prompts, read) -> tuple[Any, float]:
+    """What the drafter remembers of the prompts, and bytes of weights that a draft of it reads."""
+    generator, drafter = self._generator, self._drafter
     if isinstance(drafter, Lookup):
-      memory = np.zeros((len(prompts), state.cache.capacity), np.int32)
+      memory = np.zeros((len(prompts), self.state.cache.capacity), np.int32)
       for row, prompt in zip(memory, prompts):
         row[: len(prompt)] = prompt
-      memory = generator.put(memory)
-    elif isinstance(drafter, DraftModel):
-      memory, cost = (
-        (read(options.draft).cache, generator.put(np.zeros(len(prompts), np.int32))),
-        weight_bytes(drafter.model),
-      )
-    else:
-      cost = weight_bytes(shallow(generator.model, drafter.layers))
-    self._greedy = not np.asarray(rules.sampling.temperature).any()
-    self._least = np.float32(0 if self._greedy else min(cost / weight_bytes(generator.model), 1))
-    with jax.set_mesh(generator.mesh):
-      self.state = Speculation.of(state, memory)
+      return generator.put(memory), 0.0
+    if isinstance(drafter, DraftModel):
+      tail = generator.put(np.zeros(len(prompts), np.int32))
+      return (read(self._options.draft).cache, tail), weight_bytes(drafter.model)
+    return None, weight_bytes(shallow(generator.model, drafter.layers))
 
   @property
   def most(self) -> int:
@@ -162,27 +164,20 @@ class Course:
 
   def _steps(self, chunk: int) -> int:
     """Of a chunk of so many tokens without drafts."""
-    return (
-      max(1, chunk // (self._options.draft_tokens + 1))
-      if self._drafts() and self._drafter.always
-      else chunk
-    )
+    if self._drafts() and self._drafter.always:
+      return max(1, chunk // (self._options.draft_tokens + 1))
+    return chunk
 
   def advance(self, count: int) -> Chunk:
     """The next chunk, of so many steps."""
-    generator, options, drafts, trying = (
-      self._generator,
-      self._options,
-      self._drafts(),
-      self._trying(),
-    )
-    steps = self._steps(options.chunk)  # that are compiled, once
+    generator, options = self._generator, self._options
+    drafts = self._drafts()
     self._asked.append(drafts)
-    if not trying:
-      self.state, chunk = generator.advance(
-        getattr(self.state, 'state', self.state), self._rules, options, count
-      )
+    if not self._trying():
+      plain = self.state.state if isinstance(self.state, Speculation) else self.state
+      self.state, chunk = generator.advance(plain, self._rules, options, count)
       return chunk
+
     with jax.set_mesh(generator.mesh):
       if drafts:
         self.state, chunk = speculate_chunk(
@@ -190,9 +185,8 @@ class Course:
           self._drafter,
           self.state,
           self._rules,
-          self._least,
           jnp.int32(count),
-          steps=steps,
+          steps=self._steps(options.chunk),  # that are compiled, once
           k=options.draft_tokens,
           pad=generator.tokenizer.pad,
           vocabulary=generator.vocabulary,
@@ -201,36 +195,37 @@ class Course:
       else:
         self._without += 1
         state, chunk = generator.advance(self.state.state, self._rules, options, count)
-        self.state = resumed(
-          self._drafter,
-          dataclasses.replace(self.state, state=state),
-          chunk.ids[:, :READ],
-          chunk.real[:, :READ],
-        )
+        carried = dataclasses.replace(self.state, state=state)
+        self.state = resumed(self._drafter, carried, chunk.ids[:, :READ], chunk.real[:, :READ])
     return chunk
 
   def came(self, rows: Sequence[Any]) -> None:
-    """Another chunk is in these rows (decode.generator.Row): what it took,
-    and what became of its drafts.
+    """Another chunk is in these rows (decode.request.Row): what it took, and what became of its
+    drafts.
     """
     if not self._trying():
       return
-    asked, now, lengths = self._asked.pop(0), time.perf_counter(), [len(row.ids) for row in rows]
+    asked, now = self._asked.pop(0), time.perf_counter()
+    lengths = [len(row.ids) for row in rows]
     grown = [n - before for n, before in zip(lengths, self._lengths) if n > before]
     drafted = sum(row.drafted for row in rows)
     # Looking for drafts in vain costs nothing; behind the last chunk with drafts the one without
     # may have been compiled.
-    tells = drafted > self._drafted and all(self._asked) if asked else True
+    tells = not asked or (drafted > self._drafted and all(self._asked))
     if self._last is not None and grown and tells:
       self._seconds[asked].append((now - self._last) / statistics.mean(grown))
-    self._last, self._lengths, self._drafted = now, lengths, drafted
+    self._last = now
+    self._lengths = lengths
+    self._drafted = drafted
+
     if self._timing() and len(self._seconds[False]) == TIMED:
       self._pays = statistics.mean(self._seconds[True]) <= statistics.mean(self._seconds[False])
       self.fell_back = not self._pays
-    # Who has given up drafts nothing in the chunk that is under way,
-    # so that no part of a law is left over when it ends.
+    # Who has given up drafts nothing in the chunk that is under way, so that no part of a law is
+    # left over when it ends.
+    least = self._drafter.least
     self.fell_back |= all(
-      row.finish or gave_up(np.float32(row.drafted), row.accepted, self._least) for row in rows
+      row.finish or gave_up(np.float32(row.drafted), row.accepted, least) for row in rows
     )
 
   def _trying(self) -> bool:
@@ -241,9 +236,10 @@ class Course:
     return self._trying() and self._greedy and not self._pays
 
   def _drafts(self) -> bool:
-    """Whether the next chunk is drafted: until so many with drafts have been timed,
-    and again when so many without were asked for.
+    """Whether the next chunk is drafted: until so many with drafts have been timed, and again when
+    so many without were asked for.
     """
-    return self._trying() and not (
-      self._timing() and len(self._seconds[True]) >= TIMED and self._without < TIMED
-    )
+    if not self._trying():
+      return False
+    enough = len(self._seconds[True]) >= TIMED
+    return not (self._timing() and enough and self._without < TIMED)

@@ -1,5 +1,5 @@
-"""How are tokens generated? Prefill, then jitted chunks of steps over a cache that is
-rewritten in place.
+"""How are tokens generated? Prefill, then jitted chunks of steps over a cache that is rewritten in
+place.
 
 B rows · T tokens · C tokens of a chunk · V vocabulary · M ids that end a row · k alternatives
 """
@@ -126,13 +126,12 @@ def append(
   *,
   vocabulary: int = 0,
 ) -> DecodeState:
-  """Reads more of each row's prompt: the first counts[b] of its tokens;
-  rows whose count is 0 stay as they are.
+  """Reads more of each row's prompt: the first counts[b] of its tokens; rows whose count is 0 stay
+  as they are.
   """
   x, cache, _ = model(tokens, cache=state.cache, counts=counts)
-  logits = jnp.where(
-    (counts > 0)[:, None], scores(model, last(x, jnp.maximum(counts, 1)), vocabulary), state.logits
-  )
+  logits = scores(model, last(x, jnp.maximum(counts, 1)), vocabulary)
+  logits = jnp.where((counts > 0)[:, None], logits, state.logits)
   prompt = state.history.prompt | History.of(tokens, counts, logits.shape[1]).prompt
   return dataclasses.replace(
     state,
@@ -160,8 +159,8 @@ def decode_chunk(
   vocabulary: int = 0,
   alternatives: int = 0,
 ) -> tuple[DecodeState, Chunk]:
-  """`steps` more tokens of each row, or only `count` of them; where none is made,
-  behind a row's end, ids are `pad`.
+  """`steps` more tokens of each row, or only `count` of them; where none is made, behind a row's
+  end, ids are `pad`.
 
   vocabulary: as of prefill. alternatives: k, see Chunk.
   """
@@ -170,38 +169,34 @@ def decode_chunk(
     log_law = next_law(state, rules)
     broken = ~state.done & laws.bad(log_law)
     state = dataclasses.replace(state, done=state.done | broken)
-    ids, real = (
-      jnp.where(state.done, pad, draw(log_law, rules.sampling, state.cache.lengths)),
-      ~state.done,
-    )
+    real = ~state.done
+    ids = jnp.where(state.done, pad, draw(log_law, rules.sampling, state.cache.lengths))
     raw, which, likeliest = laws.logprobs(state.logits, ids, alternatives)
+
     # A row that has ended stays as it is.
     x, cache, _ = model(ids[:, None], cache=state.cache, counts=real.astype(jnp.int32))
-    new = advanced(state, cache, ids, real, rules)
-    new = dataclasses.replace(
-      new, logits=jnp.where(real[:, None], scores(model, x[:, 0], vocabulary), state.logits)
-    )
-    return new, Chunk(ids, real, raw, at(log_law, ids), which, likeliest, broken)
+    logits = jnp.where(real[:, None], scores(model, x[:, 0], vocabulary), state.logits)
+    state = dataclasses.replace(advanced(state, cache, ids, real, rules), logits=logits)
+    return state, Chunk(ids, real, raw, at(log_law, ids), which, likeliest, broken)
 
-  state, found = run(step, state, steps, count)
-  return state, dataclasses.replace(
-    found, ids=jnp.where(found.real, found.ids, pad), broken=found.broken.any(1)
-  )
+  state, chunk = run(step, state, steps, count)
+  ids = jnp.where(chunk.real, chunk.ids, pad)
+  return state, dataclasses.replace(chunk, ids=ids, broken=chunk.broken.any(1))
 
 
 def run(step, state, steps: int, count=None):
-  """`step` again and again, at most `steps` times: the last state, and what each step found,
-  side by side in dimension 1.
+  """`step` again and again, at most `steps` times: the last state, and what each step found, side
+  by side in dimension 1.
   """
 
   def into(index, carry):
-    state, found = carry
-    state, new = step(state)
+    state, before = carry
+    state, findings = step(state)
 
     def put(all, x):
       return jax.lax.dynamic_update_index_in_dim(all, x[:, None], index, 1)
 
-    return state, jax.tree.map(put, found, new)
+    return state, jax.tree.map(put, before, findings)
 
   kinds = jax.eval_shape(lambda state: step(state)[1], state)
   none = jax.tree.map(
@@ -232,17 +227,13 @@ def draw(log_law, sampling: Sampling, positions, stream=laws.Stream.TOKEN):
 
 def advanced(state: DecodeState, cache: Cache, ids, real, rules: Rules) -> DecodeState:
   """The state after a token of each row that is real, but for its logits."""
-  done = (
-    state.done | (real & (ids[:, None] == rules.ends).any(1)) | (cache.lengths >= state.stop_at)
-  )
-  places = (
-    state.places
-    if rules.automaton is None
-    else jnp.where(real, constrain.advance(rules.automaton, state.places, ids), state.places)
-  )
-  return dataclasses.replace(
-    state, cache=cache, done=done, history=state.history.add(ids, real), places=places
-  )
+  ended = real & (ids[:, None] == rules.ends).any(1)
+  done = state.done | ended | (cache.lengths >= state.stop_at)
+  history = state.history.add(ids, real)
+  places = state.places
+  if rules.automaton is not None:
+    places = jnp.where(real, constrain.advance(rules.automaton, places, ids), places)
+  return dataclasses.replace(state, cache=cache, done=done, history=history, places=places)
 
 
 def at(x, ids):

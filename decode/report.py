@@ -1,5 +1,5 @@
-"""How fast was a call? Time to the first token and for each of the others,
-and how near that is to what the memory allows.
+"""How fast was a call? Time to the first token and for each of the others, and how near that is to
+what the memory allows.
 
 A step of decoding reads every weight once, whatever the rows, and what the cache holds: these bytes
 over the machine's bandwidth are the least time that a token takes. The bandwidth is measured, once
@@ -19,34 +19,44 @@ import jax.numpy as jnp
 from model import params, transformer
 from model.cache import Cache
 
-# Bytes that are read to find the bandwidth, and how often in one program:
-# a GPU reads them in less time than a call takes.
-PROBE, TIMES = {'cpu': 2**28}, {'cpu': 1}
-PROBE_ELSEWHERE, TIMES_ELSEWHERE = 2**30, 16
 _COMPILING = '/jax/core/compile/backend_compile_duration'
-_compiled = [0.0]
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, seconds, **_: _compiled.__setitem__(
-    0, _compiled[0] + seconds * (event == _COMPILING)
-  )
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Probe:
+  """How the bandwidth is measured: by the sum over an array of so many bytes, so many times in one
+  program.
+  """
+
+  nbytes: int
+  times: int = 1
+
+
+# By platform. What no cache of a CPU holds takes it far longer than a call does; a GPU reads as
+# much in less time than that, hence a larger array there, read again and again by one program.
+PROBES = {'cpu': Probe(2**28)}
+PROBE_ELSEWHERE = Probe(2**30, times=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationReport:
   """Of one call.
 
   Attributes:
-    rows: of a search, all beams. prompt_tokens, new_tokens: of all rows together. steps:
-      tokens of the longest row.
-    first_token: seconds from the call to the first token, compilation included. compile_seconds:
-      of that and all else.
-    seconds: from the call to its end. ms_per_token: from the first chunk on, which is one step, of
-      each further token of the longest row; NaN where there is none. tokens_per_second: of all
-      rows, in the same time; NaN likewise.
-    cache_bytes: of the cache. read_bytes: of weights and cached tokens that an average step reads.
-    seed: as it was asked for. drafted, accepted: tokens that a draft proposed, and that were kept.
-      fell_back: whether the call went on without drafts, because they cost more than they saved
+    rows: of a search, all beams.
+    prompt_tokens, new_tokens: of all rows together.
+    steps: tokens of the longest row.
+    first_token: seconds from the call to the first token, compilation included.
+    compile_seconds: of that and all else.
+    seconds: from the call to its end.
+    ms_per_token: from the first chunk on, which is one step, of each further token of the longest
+      row; NaN where there is none.
+    tokens_per_second: of all rows, in the same time; NaN likewise.
+    cache_bytes: of the cache.
+    read_bytes: of weights and cached tokens that an average step reads.
+    seed: as it was asked for.
+    drafted, accepted: tokens that a draft proposed, and that were kept.
+    fell_back: whether the call went on without drafts, because they cost more than they saved
       (decode.drafting).
   """
 
@@ -68,20 +78,22 @@ class Report:
 
   def __str__(self) -> str:
     drafts = f', {self.accepted} of {self.drafted} drafted tokens kept' if self.drafted else ''
-    drafts += ', and none were drafted any more as that was faster' if self.fell_back else ''
-    share = (
-      ''
-      if self.drafted
-      else f', {self.share_of_bandwidth():.0%} of what the measured bandwidth allows'
-    )
-    then = f'then {self.ms_per_token:.2f} ms a step, {self.tokens_per_second:.1f} tokens/s{share}'
-    too_few = 'and too few steps behind it to time'
+    if self.fell_back:
+      drafts += ', and none were drafted any more as that was faster'
     return (
       f'{self.rows} rows, {self.prompt_tokens} prompt tokens, {self.new_tokens} new ones{drafts}\n'
-      f'first token {self.first_token * 1e3:.1f} ms, '
-      f'{too_few if math.isnan(self.ms_per_token) else then}\ncache {self.cache_bytes / 1e6:.1f} '
-      f'MB, compilation {self.compile_seconds:.1f} s, seed {self.seed}'
+      f'first token {self.first_token * 1e3:.1f} ms, {self._speed()}\n'
+      f'cache {self.cache_bytes / 1e6:.1f} MB, compilation {self.compile_seconds:.1f} s, '
+      f'seed {self.seed}'
     )
+
+  def _speed(self) -> str:
+    if math.isnan(self.ms_per_token):
+      return 'and too few steps behind it to time'
+    speed = f'then {self.ms_per_token:.2f} ms a step, {self.tokens_per_second:.1f} tokens/s'
+    if self.drafted:
+      return speed
+    return f'{speed}, {self.share_of_bandwidth():.0%} of what the measured bandwidth allows'
 
   def share_of_bandwidth(self) -> float:
     """The least time that a step can take by the memory's measured bandwidth, over what it took;
@@ -89,47 +101,45 @@ class Report:
 
     NaN with drafts, and where no step was timed.
     """
-    return (
-      float('nan') if self.drafted else self.read_bytes / bandwidth() / (self.ms_per_token / 1e3)
-    )
+    if self.drafted:
+      return float('nan')
+    return self.read_bytes / bandwidth() / (self.ms_per_token / 1e3)
 
 
 @functools.cache
 def bandwidth() -> float:
-  """Bytes per second that a device of this process reads, measured; of several devices,
-  all of them together.
+  """Bytes per second that a device of this process reads, measured; of several devices, all of them
+  together.
   """
-  devices = jax.local_devices()
-  kind = devices[0].platform
-  nbytes, times = PROBE.get(kind, PROBE_ELSEWHERE), TIMES.get(kind, TIMES_ELSEWHERE)
-  x = jax.device_put(jnp.ones((nbytes // 4,), jnp.float32), devices[0])
-  total = jax.jit(
-    lambda x: jax.lax.fori_loop(
-      0,
-      times,
-      lambda _, before: jnp.sum(jax.lax.optimization_barrier((x, before))[0]),
-      jnp.float32(0),
-    )
-  )
+  device = jax.local_devices()[0]
+  probe = PROBES.get(device.platform, PROBE_ELSEWHERE)
+  x = jax.device_put(jnp.ones((probe.nbytes // 4,), jnp.float32), device)
+
+  @jax.jit
+  def total(x):
+    # Behind a barrier with the sum before it, which a compiler cannot take out of the loop.
+    def read(_, before):
+      return jnp.sum(jax.lax.optimization_barrier((x, before))[0])
+
+    return jax.lax.fori_loop(0, probe.times, read, jnp.float32(0))
+
   total(x).block_until_ready()
   best = float('inf')
   for _ in range(8):
     began = time.perf_counter()
     total(x).block_until_ready()
     best = min(best, time.perf_counter() - began)
-  return times * nbytes / best
+  return probe.times * probe.nbytes / best
 
 
 def weight_bytes(model: transformer.Decoder) -> float:
-  """Bytes of the weights that a step reads: not the table that tokens are looked up in,
-  and of experts those that one token goes to.
+  """Bytes of the weights that a step reads: not the table that tokens are looked up in, and of
+  experts those that one token goes to.
   """
-  leaves = params.named_leaves(model)
   moe, total = model.config.moe, 0.0
-  for name, x in leaves.items():
-    looked_up = name.startswith('embedding.') and not (
-      name == 'embedding.tokens' and model.head.tokens is None
-    )
+  for name, x in params.named_leaves(model).items():
+    is_head = name == 'embedding.tokens' and model.head.tokens is None
+    looked_up = name.startswith('embedding.') and not is_head
     if looked_up or name.startswith('encoder.'):
       continue
     routed = moe.experts and '.feed_forward.' in name and moe.experts in x.shape[1:2]
@@ -137,15 +147,14 @@ def weight_bytes(model: transformer.Decoder) -> float:
   return total
 
 
-class Watch:
-  """Takes the times of a call."""
+class CallTimer:
+  """Takes the times of a call, from when it is made."""
 
   def __init__(self, model: transformer.Decoder):
-    self._weights, self._compiled, self._start = (
-      weight_bytes(model),
-      _compiled[0],
-      time.perf_counter(),
-    )
+    self._weights = weight_bytes(model)
+    self._compiled = _compilation()
+    self._compiled_before = self._compiled.seconds
+    self._start = time.perf_counter()
 
   def began(self, cache: Cache, prompt_tokens: int) -> None:
     """The prompts are on their way into this cache."""
@@ -154,8 +163,8 @@ class Watch:
     self._prompts = prompt_tokens
 
   def first(self, chunk: Any) -> Any:
-    """The first chunk, when it is there: the next one may be over before anyone reads this one,
-    and is dispatched behind this.
+    """The first chunk, when it is there: the next one may be over before anyone reads this one, and
+    is dispatched behind this.
     """
     jax.block_until_ready(chunk)
     self._first, self._before = time.perf_counter() - self._start, None
@@ -166,25 +175,46 @@ class Watch:
     self._last, self._lengths = time.perf_counter() - self._start, list(lengths)
     self._before = self._before or self._lengths
 
-  def report(self, seed: object, rows, fell_back: bool = False) -> Report:
-    new, steps = sum(self._lengths), max(self._lengths)
+  def report(self, seed: object, rows, fell_back: bool = False) -> GenerationReport:
+    """rows: of the call (decode.request.Row); seed, fell_back: see GenerationReport."""
+    tokens, steps = sum(self._lengths), max(self._lengths)
     timed, took = steps - max(self._before), self._last - self._first
-    held = self._prompts + new / 2  # on average over the steps
+    cached = self._prompts + tokens / 2  # on average over the steps
     nan = float('nan')
-    return Report(
-      len(self._lengths),
-      self._prompts,
-      new,
-      steps,
-      self._first,
-      _compiled[0] - self._compiled,
-      self._last,
-      took / timed * 1e3 if timed else nan,
-      (new - sum(self._before)) / took if timed else nan,
-      self._cache,
-      self._weights + held * self._per_token,
-      seed,
-      sum(row.drafted for row in rows),
-      sum(row.accepted for row in rows),
-      fell_back,
+    return GenerationReport(
+      rows=len(self._lengths),
+      prompt_tokens=self._prompts,
+      new_tokens=tokens,
+      steps=steps,
+      first_token=self._first,
+      compile_seconds=self._compiled.seconds - self._compiled_before,
+      seconds=self._last,
+      ms_per_token=took / timed * 1e3 if timed else nan,
+      tokens_per_second=(tokens - sum(self._before)) / took if timed else nan,
+      cache_bytes=self._cache,
+      read_bytes=self._weights + cached * self._per_token,
+      seed=seed,
+      drafted=sum(row.drafted for row in rows),
+      accepted=sum(row.accepted for row in rows),
+      fell_back=fell_back,
     )
+
+
+@dataclasses.dataclass
+class _Compilation:
+  seconds: float = 0.0
+
+
+@functools.cache
+def _compilation() -> _Compilation:
+  """What this process has compiled since this was first called: jax tells a listener, which is
+  registered then, once, and stays.
+  """
+  compilation = _Compilation()
+
+  def listen(event, seconds, **_):
+    if event == _COMPILING:
+      compilation.seconds += seconds
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return compilation

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+import names
+from decode.options import LAW, TABLE, Options, PerRow
 from parallel import axes as ax
 
-# the scope of what no call without top-k and top-p runs, and no plan counts
+# The scope of what no call without top-k and top-p runs, and no plan counts.
 FILTER = 'only_where_a_row_filters'
-# one value for all rows, or a sequence of one for each; judged by `make_sampling`,
-# whose errors say what to do
-PerRow = Any
 
 
 class Stream(enum.IntEnum):
@@ -47,19 +46,9 @@ class Sampling:
   specs and placeholders.
 
   Attributes:
-    temperature: [B] f32, logits are divided by it; 0 is greedy.
-    top_k: [B] int32, only the k most likely tokens; 0 keeps all.
-    top_p: [B] f32, only the most likely tokens whose probabilities reach p, the one that reaches it
-      included; 1 keeps all (nucleus sampling, Holtzman et al., arXiv:1904.09751).
-    min_p: [B] f32, only tokens at least this times as likely as the likeliest;
-      0 keeps all (Nguyen et al., arXiv:2407.01082).
-    repetition_penalty: [B] f32, logits of tokens of the prompt and of generated ones are divided by
-      it where positive, multiplied where negative; 1 leaves them (Keskar et al., arXiv:1909.05858).
-    presence_penalty, frequency_penalty: [B] f32, subtracted from logits of generated tokens,
-      once and once for every time.
+    temperature .. frequency_penalty, seed: [B], of the type and in the range that decode.options
+      states, which says what each of them does.
     bias: [B, V] f32, added to the logits, -inf forbids a token; or None.
-    seed: [B] uint32, a row's draws depend on its seed and on the token's position,
-      and on nothing else.
   """
 
   temperature: Any
@@ -109,70 +98,42 @@ class History:
     return History(self.generated + new, self.prompt)
 
 
-_OPTIONS = {
-  'temperature': (
-    np.float32,
-    lambda x: (x >= 0) & (x < np.inf),
-    'must be 0 (greedy) or positive, and finite',
-  ),
-  'top_k': (
-    np.int32,
-    lambda x: (x >= 0) & (x < 2**31) & (x % 1 == 0),
-    'must be 0 (all tokens) or positive, whole and below 2**31',
-  ),
-  'top_p': (np.float32, lambda x: (x > 0) & (x <= 1), 'must be above 0 and at most 1 (all tokens)'),
-  'min_p': (np.float32, lambda x: (x >= 0) & (x <= 1), 'must be in [0, 1]; 0 keeps all tokens'),
-  'repetition_penalty': (
-    np.float32,
-    lambda x: (x > 0) & (x < np.inf),
-    'must be positive and finite; 1 is none',
-  ),
-  'presence_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
-  'frequency_penalty': (np.float32, np.isfinite, 'must be finite; 0 is none'),
-  'seed': (
-    np.uint32,
-    lambda x: (x >= 0) & (x < 2**32) & (x % 1 == 0),
-    'must be in [0, 2**32) and whole',
-  ),
-}
+def make_sampling(rows: int, *, vocabulary: int = 0, **given: PerRow) -> Sampling:
+  """Options for `rows` rows as numpy arrays; each is one value for all rows, or a sequence of one
+  for each.
 
-
-def make_sampling(
-  rows: int,
-  *,
-  temperature: PerRow = 1.0,
-  top_k: PerRow = 0,
-  top_p: PerRow = 1.0,
-  min_p: PerRow = 0.0,
-  repetition_penalty: PerRow = 1.0,
-  presence_penalty: PerRow = 0.0,
-  frequency_penalty: PerRow = 0.0,
-  logit_bias: PerRow = None,
-  vocabulary: int = 0,
-  seed: PerRow = 0,
-) -> Sampling:
-  """Options for `rows` rows as numpy arrays; each is one value for all rows,
-  or a sequence of one for each.
-
-  logit_bias: id -> what is added to its logit, -inf to forbid it; ids are below `vocabulary`,
-    the number of logits.
-  seed: of one, row i draws with seed_of(seed, i).
-  Raises ValueError for a value that makes no sense.
+  given: options of the law (decode.options.LAW) by name; what is left out has its default there.
+    Ids of logit_bias are below `vocabulary`, the number of logits. Of one seed, row i draws with
+    seed_of(seed, i).
+  Raises ValueError for a name that is none, and for a value that makes no sense.
   """
-  given = dict(
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
-    min_p=min_p,
-    repetition_penalty=repetition_penalty,
-    presence_penalty=presence_penalty,
-    frequency_penalty=frequency_penalty,
-    seed=seed,
-  )
-  columns = {name: _column(name, value, rows) for name, value in given.items()}
-  if np.ndim(seed) == 0:
+  for name in given:
+    names.check('option', name, LAW)
+  values = {name: given.get(name, TABLE[name].default) for name in LAW}
+  logit_bias = values.pop('logit_bias')
+
+  columns = {name: _column(TABLE[name], value, rows) for name, value in values.items()}
+  if np.ndim(values['seed']) == 0:
     columns['seed'] = columns['seed'] + np.arange(rows, dtype=np.uint32)  # as seed_of
   return Sampling(bias=_bias(logit_bias, rows, vocabulary), **columns)
+
+
+def sampling_of(options: Options, prompts: int, vocabulary: int) -> Sampling:
+  """The sampling of all rows of a call, those of a prompt side by side. Raises as make_sampling."""
+
+  def spread(name):
+    value = getattr(options, name)
+    if value is None or np.ndim(value) == 0:
+      return value
+    if len(value) != prompts:
+      raise ValueError(
+        f'{name} has {len(value)} values for {prompts} prompts; give one for all, or one for each'
+      )
+    seeds = name == 'seed'
+    return [seed_of(x, row) if seeds else x for x in value for row in range(options.rows)]
+
+  rows = prompts * options.rows
+  return make_sampling(rows, vocabulary=vocabulary, **{name: spread(name) for name in LAW})
 
 
 def seed_of(seed: int, row: int) -> int:
@@ -182,18 +143,21 @@ def seed_of(seed: int, row: int) -> int:
   return (seed + row) % 2**32 if row else seed  # the first is judged as it was given
 
 
-def _column(name, value, rows):
-  dtype, valid, words = _OPTIONS[name]
+def _column(option, value, rows):
+  name, dtype, must = option.name, option.type, option.range.must
   given = np.asarray(value)
   if given.dtype.kind not in 'iuf':
-    raise ValueError(f'{name}={value!r} {words}')
+    raise ValueError(f'{name}={value!r} {must}')
   _check_rows(name, given.shape, rows)
+
   with np.errstate(over='ignore', invalid='ignore'):
-    # what is out of a float's range is judged as what it becomes
+    # What is out of a float's range is judged as what it becomes.
     values = given.astype(dtype) if dtype == np.float32 else given
-    wrong = ~valid(values)
-  if wrong.any():
-    raise ValueError(f'{name}={given[wrong].ravel()[0].item()} {words}')
+    valid = option.range.holds(values)
+    if dtype != np.float32:
+      valid &= values % 1 == 0
+  if not valid.all():
+    raise ValueError(f'{name}={given[~valid].ravel()[0].item()} {must}')
   return np.array(np.broadcast_to(values, rows), dtype)
 
 

@@ -1,5 +1,5 @@
-r"""Which texts does a JSON schema allow, as one regular expression (of Rust's regex crate,
-see decode.constrain)?
+r"""Which texts does a JSON schema allow, as one regular expression (of Rust's regex crate, see
+decode.constrain)?
 
 Every text that the expression accepts is valid JSON that the schema accepts. Not every such JSON is
 written: properties come in the schema's order, only those that it names, characters stand for
@@ -81,8 +81,8 @@ def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str
 
 
 class _Writer:
-  """Writes one document's schemas; `where` is a place in it,
-  `inside` the references that led there.
+  """Writes one document's schemas; `where` is a place in it, `inside` the references that led
+  there.
   """
 
   def __init__(self, root: Any, plain: Callable[[str], bool]):
@@ -195,26 +195,11 @@ class _Writer:
     return rf'\[{_separated(item, *_counts(schema, "minItems", "maxItems", where))}\]'
 
   def object(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
-    more, required = (
-      schema.get('additionalProperties', True),
-      _list(schema, 'required', where) if 'required' in schema else [],
-    )
+    more = schema.get('additionalProperties', True)
+    required = _list(schema, 'required', where) if 'required' in schema else []
     if 'properties' not in schema:
-      if more is True:
-        raise ValueError(
-          f'schema at {where}: an object without properties holds anything; name them, or give the '
-          'schema of additionalProperties'
-        )
-      if required:
-        raise ValueError(
-          f'schema at {where}: required={required} without properties; name them there'
-        )
-      value = '' if more is False else self.any(more, f'{where}/additionalProperties', inside)
-      return (
-        r'\{\}'
-        if more is False
-        else rf'\{{{_separated(f"{_quoted(CHARACTER)}: ?(?:{value})", 0, None)}\}}'
-      )
+      return self.dictionary(more, required, where, inside)
+
     properties = schema['properties']
     if not isinstance(properties, Mapping):
       raise ValueError(f'schema at {where}: properties={properties!r} must be an object of names')
@@ -232,20 +217,42 @@ class _Writer:
       f'{_text(name)}: ?(?:{self.any(value, f"{where}/properties/{name}", inside)})'
       for name, value in properties.items()
     ]
-    needed = [name in required for name in properties]
+    return _in_order(pairs, [name in required for name in properties])
 
-    # A comma stands between two: before all that follow the first property that is there,
-    # whichever that is.
-    def after(i):
-      return ''.join(
-        f', ?{pair}' if must else f'(?:, ?{pair})?' for pair, must in zip(pairs[i:], needed[i:])
+  def dictionary(self, more: Any, required: Sequence, where: str, inside: Sequence[str]) -> str:
+    """An object of any names, with values of one schema: `more`; False: of none."""
+    if more is True:
+      raise ValueError(
+        f'schema at {where}: an object without properties holds anything; name them, or give the '
+        'schema of additionalProperties'
       )
+    if required:
+      raise ValueError(
+        f'schema at {where}: required={required} without properties; name them there'
+      )
+    if more is False:
+      return r'\{\}'
+    value = self.any(more, f'{where}/additionalProperties', inside)
+    return rf'\{{{_separated(f"{_quoted(CHARACTER)}: ?(?:{value})", 0, None)}\}}'
 
-    if any(needed):
-      first = needed.index(True)
-      before = ''.join(f'(?:{pair}, ?)?' for pair in pairs[:first])
-      return rf'\{{{before}{pairs[first]}{after(first + 1)}\}}'
-    return rf'\{{(?:{"|".join(pair + after(i + 1) for i, pair in enumerate(pairs))})?\}}'
+
+def _in_order(pairs: Sequence[str], needed: Sequence[bool]) -> str:
+  """An object of these pairs of name and value in their order, of which those not needed may be
+  left out.
+  """
+
+  # A comma stands between two: before all that follow the first property that is there, whichever
+  # that is.
+  def after(i):
+    return ''.join(
+      f', ?{pair}' if must else f'(?:, ?{pair})?' for pair, must in zip(pairs[i:], needed[i:])
+    )
+
+  if any(needed):
+    first = needed.index(True)
+    before = ''.join(f'(?:{pair}, ?)?' for pair in pairs[:first])
+    return rf'\{{{before}{pairs[first]}{after(first + 1)}\}}'
+  return rf'\{{(?:{"|".join(pair + after(i + 1) for i, pair in enumerate(pairs))})?\}}'
 
 
 def integers(low: int | None, high: int | None) -> str:
@@ -270,8 +277,8 @@ def _natural(low: int, high: int | None) -> str:
 
 
 def _span(a: str, b: str) -> str:
-  """Numbers of one length from a to b: those that begin as a, then those between,
-  then those that begin as b.
+  """Numbers of one length from a to b: those that begin as a, then those between, then those that
+  begin as b.
   """
   if not a or a == b:
     return a

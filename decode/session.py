@@ -11,12 +11,15 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course
-from decode.generator import APPEND, Generator, bucket, pieces_of, run_out
+from decode.engine import Engine, bucket
 from decode.loop import DecodeState
-from decode.report import Watch
-from decode.request import FULL, LENGTH, Options, Prompt, Row
+from decode.options import DRAFTERS, Options
+from decode.report import CallTimer
+from decode.request import FULL, LENGTH, Completion, Prompt, Row
 from decode.sampling import History
+from model.cache import APPEND
 
 
 class Session:
@@ -29,9 +32,9 @@ class Session:
     capacity: how many of them there can be.
   """
 
-  def __init__(self, generator: Generator, capacity: int, cache_dtype: str = ''):
-    """Raises ValueError for a capacity beyond the model's positions,
-    and for an encoder or encoder-decoder.
+  def __init__(self, generator: Engine, capacity: int, cache_dtype: str = ''):
+    """Raises ValueError for a capacity beyond the model's positions, and for an encoder or
+    encoder-decoder.
     """
     config = generator.model.config
     if config.encoder_layers or not config.causal:
@@ -39,12 +42,16 @@ class Session:
         'a session is of a decoder: what an encoder has read cannot grow; call the generator for '
         'every text'
       )
-    self._generator, self._cache_dtype = generator, cache_dtype
-    self.capacity, self.ids, self._turn = capacity, [], None
-    # _state: behind all ids, or None: they have to be read (again).
-    # _reach: so many tokens the cache has held at most, those taken back included.
-    self._state, self._reach = None, 0
     generator.limits(capacity, 0)
+    self._generator = generator
+    self._cache_dtype = cache_dtype
+    self.capacity = capacity
+    self.ids: list[int] = []
+    self._turn: Iterator[list[str]] | None = None
+    # Behind all ids, or None: they have to be read (again).
+    self._state: DecodeState | None = None
+    # So many tokens the cache has held at most, those taken back included.
+    self._reach = 0
 
   @property
   def text(self) -> str:
@@ -64,26 +71,25 @@ class Session:
 
   def append(self, text: Prompt) -> 'Session':
     """Reads more: text, which begins as documents do if it is the first, or ids.
+
     Raises ValueError for more than the capacity.
     """
     self._end_turn()
     if isinstance(text, str):
-      new = [
-        *([] if self.ids else [self._generator.tokenizer.bos]),
-        *self._generator.tokenizer.encode(text),
-      ]
+      tokenizer = self._generator.tokenizer
+      ids = [*([] if self.ids else [tokenizer.bos]), *tokenizer.encode(text)]
     else:
-      new = self._generator.encoded(text)
-    if len(self.ids) + len(new) > self.capacity:
+      ids = self._generator.encoded(text)
+    if len(self.ids) + len(ids) > self.capacity:
       raise ValueError(
-        f'{len(new)} more tokens pass capacity={self.capacity} of a session that has '
+        f'{len(ids)} more tokens pass capacity={self.capacity} of a session that has '
         f'{len(self.ids)}; make it with more (g.session(capacity=..)), or take some back (truncate)'
       )
-    if new:
-      self._read(new)
+    if ids:
+      self._read(ids)
     return self
 
-  def __call__(self, prompt: str = '', **options):
+  def __call__(self, prompt: str = '', **options) -> Completion:
     """Reads a prompt, if there is one, and goes on: a Completion, as of Generator.__call__."""
     row, steps = self._run(prompt, options)
     run_out(steps)
@@ -111,11 +117,9 @@ class Session:
     """Another session with the same past; from here on each goes its own way."""
     self._end_turn()
     other = Session(self._generator, self.capacity, self._cache_dtype)
-    other.ids, other._state, other._reach = (
-      list(self.ids),
-      self._state and _copy(self._state),
-      self._reach,
-    )
+    other.ids = list(self.ids)
+    other._state = self._state and _copy(self._state)
+    other._reach = self._reach
     return other
 
   def truncate(self, length: int) -> 'Session':
@@ -132,9 +136,9 @@ class Session:
       self._back_to(length)
     return self
 
-  def _read(self, new):
+  def _read(self, more):
     """The state behind these ids, too; where that is interrupted, none of them was read."""
-    generator, ids = self._generator, [*self.ids, *new]
+    generator, ids = self._generator, [*self.ids, *more]
     state, self._state = self._state, None  # its buffers are given away
     if state is None:
       self._reach = 0
@@ -145,14 +149,15 @@ class Session:
         cache_dtype=self._cache_dtype,
       )
     else:
-      state = self._behind(state, new)
+      state = self._behind(state, more)
     self.ids, self._reach = ids, max(self._reach, len(ids))
     self._state = state
     return state
 
-  def _behind(self, state, new):
-    for first in range(0, len(new), APPEND):
-      part = new[first : first + APPEND]
+  def _behind(self, state, ids):
+    """The state after these ids, too."""
+    for first in range(0, len(ids), APPEND):
+      part = ids[first : first + APPEND]
       tokens = np.zeros((self._generator.parts, min(APPEND, bucket(len(part)))), np.int32)
       tokens[:, : len(part)] = part
       state = self._generator.append(state, tokens, self._all(len(part)))
@@ -163,38 +168,24 @@ class Session:
 
   def _back_to(self, length):
     """Only the first ids stay."""
-    state, self._state, self.ids = self._state, None, self.ids[:length]
-    rings = (
-      [held.slots - window for held, window in zip(state.cache.held, self._windows()) if held.ring]
-      if state
-      else []
-    )
+    state, self._state = self._state, None
+    self.ids = self.ids[:length]
+    if state is None or length < 2:
+      return
+
     # The last token is read again, for its scores; a ring has it only if nothing has written over
     # what its window sees.
-    if state and length > 1 and self._reach - length + 1 <= min(rings, default=sys.maxsize):
+    windows = [kind.window for kind, _ in self._generator.model.config.places]
+    rings = [held.slots - window for held, window in zip(state.cache.held, windows) if held.ring]
+    if self._reach - length + 1 <= min(rings, default=sys.maxsize):
       cache = dataclasses.replace(state.cache, lengths=self._generator.put(self._all(length - 1)))
       self._state = self._behind(dataclasses.replace(state, cache=cache), self.ids[-1:])
 
-  def _windows(self):
-    return [kind.window for kind, _ in self._generator.model.config.places]
-
   def _run(self, prompt, given):
+    """The row of a turn, and an iterator that fills it."""
     options = Options.of(given)
-    for name in ('num_samples', 'beams'):
-      if getattr(options, name) > 1:
-        raise ValueError(
-          f'{name}={getattr(options, name)}: a session has one row; fork it, or call the generator'
-        )
-    for name in ('draft', 'lookup', 'early_exit'):
-      if getattr(options, name):
-        raise NotImplementedError(
-          f'{name}: nothing drafts for a session so far; call the generator'
-        )
-    if options.cache_dtype:
-      raise ValueError(
-        f'cache_dtype={options.cache_dtype!r} is of a whole session: g.session(cache_dtype=..)'
-      )
-    generator, watch = self._generator, Watch(self._generator.model)
+    _check(options)
+    generator, timer = self._generator, CallTimer(self._generator.model)
     rules, places, texts, ends = generator.rules(options, 1, generator.parts)
     self._end_turn()
     if prompt:
@@ -204,12 +195,13 @@ class Session:
         'a session that has read nothing cannot go on; append a text first, or give a prompt'
       )
     row = Row(prompt, list(self.ids), int(rules.sampling.seed[0]), texts, generator.tokenizer, ends)
-    self._turn = self._steps(row, rules, places, options, watch)
+    self._turn = self._steps(row, rules, places, options, timer)
     return row, self._turn
 
-  def _steps(self, row, rules, places, options, watch):
+  def _steps(self, row, rules, places, options, timer):
     generator, begun = self._generator, len(self.ids)
     most = min(options.max_new_tokens, self.capacity - begun)
+    finish = LENGTH if most == options.max_new_tokens else FULL
     prompt = np.zeros((generator.parts, generator.model.config.V), bool)
     prompt[:, self.ids] = True  # a turn is as a call with all that there is
     state = dataclasses.replace(
@@ -219,24 +211,19 @@ class Session:
       history=History(generator.put(np.zeros(prompt.shape, np.int32)), generator.put(prompt)),
       places=None if places is None else generator.put(places),
     )
-    course, self._state = (
-      Course(generator, options, None, generator.placed(rules), state, [self.ids]),
-      None,
-    )
-    watch.began(course.state.cache, begun)
+    course = Course(generator, options, None, generator.placed(rules), state, [self.ids])
+    self._state = None  # the course has it, and gives its buffers away
+    timer.began(course.state.cache, begun)
+
     try:
-      yield from generator.go_on(
-        [row], course, watch, options, most, LENGTH if most == options.max_new_tokens else FULL
-      )
+      yield from deliver(generator, [row], course, timer, options, most, finish)
     finally:
       self.ids, self._turn = [*self.ids, *row.ids], None
       # An interrupt may come when they are given away.
       if not any(x.is_deleted() for x in jax.tree.leaves(course.state)):
         written = int(np.asarray(course.state.cache.lengths)[0])
-        self._reach, self._state = (
-          max(self._reach, written),
-          dataclasses.replace(course.state, places=None),
-        )
+        self._reach = max(self._reach, written)
+        self._state = dataclasses.replace(course.state, places=None)
         if written > len(self.ids):
           self._back_to(len(self.ids))
 
@@ -245,6 +232,22 @@ class Session:
     if self._turn is not None:
       self._turn.close()
       self._turn = None
+
+
+def _check(options: Options) -> None:
+  """Raises ValueError or NotImplementedError for options that a session's one row cannot have."""
+  for name in ('num_samples', 'beams'):
+    if getattr(options, name) > 1:
+      raise ValueError(
+        f'{name}={getattr(options, name)}: a session has one row; fork it, or call the generator'
+      )
+  for name in DRAFTERS:
+    if getattr(options, name):
+      raise NotImplementedError(f'{name}: nothing drafts for a session so far; call the generator')
+  if options.cache_dtype:
+    raise ValueError(
+      f'cache_dtype={options.cache_dtype!r} is of a whole session: g.session(cache_dtype=..)'
+    )
 
 
 def _copy(state: DecodeState) -> DecodeState:

@@ -18,7 +18,7 @@ import plan
 import train
 from analysis import aot, candidates, hardware, memory, roofline, tables
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
-from decode.request import CHUNK
+from decode.options import CHUNK
 from kernels.attention import choose
 from model import flops
 from model.config import ModelConfig

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from decode import report
-from decode.report import Watch
+from decode.report import CallTimer
 from model import transformer
 from model.cache import init_cache
 from model.config import ModelConfig
@@ -39,17 +39,17 @@ def model():
 def watched(clock, model, chunks, rows=(ROW,), compiling=0.0):
   """The report of a call whose chunks end at these seconds, when rows have so many tokens."""
   cache = init_cache(model.config, 2, 8)
-  watch = Watch(model)
+  timer = CallTimer(model)
   jax.monitoring.record_event_duration_secs(report._COMPILING, compiling)
-  watch.began(cache, 5)
+  timer.began(cache, 5)
   for index, (seconds, lengths) in enumerate(chunks):
     if not index:
       clock.seconds = seconds
-      watch.first(())
+      timer.first(())
       clock.seconds += 100.0  # what is dispatched before the first chunk is read is no part of it
     clock.seconds = max(clock.seconds, seconds)
-    watch.came(lengths)
-  return watch.report(0, rows)
+    timer.came(lengths)
+  return timer.report(0, rows)
 
 
 def test_steps_are_timed_from_the_first_token_on(clock, model):

@@ -13,8 +13,9 @@ import pytest
 from data.config import DataConfig
 from data.tokenizers import ByteTokenizer
 from decode import beam, drafting, loop
-from decode.generator import Generator, generating
-from decode.report import Watch
+from decode.engine import generating
+from decode.generator import Generator
+from decode.report import CallTimer
 from decode.request import Row
 from kernels.blocks import Blocks
 from model import params, transformer
@@ -254,8 +255,8 @@ def test_a_long_prompt_is_read_in_pieces(generator, monkeypatch):
   prompt = 'abc' * 17
   options = dict(max_new_tokens=8, temperature=0.0, logprobs=0, repetition_penalty=1.5)
   expected = generator(prompt, **options)[0]
-  monkeypatch.setattr('decode.generator.AT_ONCE', 16)
-  monkeypatch.setattr('decode.generator.APPEND', 8)
+  monkeypatch.setattr('decode.engine.AT_ONCE', 16)
+  monkeypatch.setattr('decode.engine.APPEND', 8)
   found = generator([prompt, 'x'], **options)
   assert same(found[0], expected) and same(found[1], generator('x', seed=1, **options)[0])
 
@@ -404,9 +405,9 @@ def test_a_listener_hears_of_an_interrupt(generator, monkeypatch, way):
 def test_the_first_token_comes_alone_and_nothing_is_dispatched_before_it_is_timed(
   generator, monkeypatch, options
 ):
-  asked, timed, first = [], [], Watch.first
+  asked, timed, first = [], [], CallTimer.first
   monkeypatch.setattr(
-    Watch, 'first', lambda self, chunk: timed.append(list(asked)) or first(self, chunk)
+    CallTimer, 'first', lambda self, chunk: timed.append(list(asked)) or first(self, chunk)
   )
   for module, name in ((loop, 'decode_chunk'), (drafting, 'speculate_chunk'), (beam, 'search')):
     program = getattr(module, name)

@@ -144,13 +144,13 @@ def speculated(model, drafter, sampling, k, eos=NEVER, least=0.0, run=None, step
   """As `plain`; also the last chunk's Speculation."""
   state, chunks = start(model, **how), []
   carried = Speculation.of(state, memory_of(drafter, state, **how))
+  drafter = dataclasses.replace(drafter, least=jnp.float32(least))
   while not np.asarray(carried.state.done).all():
     carried, chunk = (run or speculate_chunk)(
       model,
       drafter,
       carried,
       rules(sampling, eos),
-      jnp.float32(least),
       steps=steps,
       k=k,
       pad=PAD,
@@ -290,7 +290,7 @@ def test_rows_that_are_broken_end_and_say_so(model, drafts):
   drafter = DraftModel(drafts['same'])
   carried = Speculation.of(state, memory_of(drafter, state))
   carried, chunk = speculate_chunk(
-    model, drafter, carried, rules(greedy(3)), jnp.float32(0), steps=4, k=4, pad=PAD, alternatives=2
+    model, drafter, carried, rules(greedy(3)), steps=4, k=4, pad=PAD, alternatives=2
   )
   assert (
     chunk.broken.tolist() == [False, True, False]
@@ -571,7 +571,7 @@ def test_buffers_are_rewritten_in_place(model, drafter):
     state, None if drafter.always else jnp.zeros((3, state.cache.capacity), jnp.int32)
   )
   compiled = speculate_chunk.lower(
-    model, drafter, carried, rules(greedy(3)), jnp.float32(0), steps=4, k=4, pad=PAD
+    model, drafter, carried, rules(greedy(3)), steps=4, k=4, pad=PAD
   ).compile()
   assert compiled.memory_analysis().alias_size_in_bytes >= sum(
     x.nbytes for x in jax.tree.leaves(state.cache.held)
