@@ -220,7 +220,9 @@ def texts(
 
   used = len(rows) // options.num_samples  # prompts; the others fill the mesh up
   timer.began(state.rows.cache, int(np.asarray(state.begun)[:used].sum()) * W)
-  left, finish, nothing = options.max_new_tokens, LENGTH, [''] * len(rows)
+  left = options.max_new_tokens
+  finish = LENGTH
+  nothing = [''] * len(rows)
 
   def lengths():
     return [options.max_new_tokens - left] * (used * W)

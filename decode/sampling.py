@@ -94,8 +94,8 @@ class History:
 
   def add(self, ids: Int[Array, 'B'], real: Bool[Array, 'B']) -> 'History':
     """With another generated token of each row that is real."""
-    new = (jnp.arange(self.generated.shape[1])[None] == ids[:, None]) & real[:, None]
-    return History(self.generated + new, self.prompt)
+    hit = (jnp.arange(self.generated.shape[1])[None] == ids[:, None]) & real[:, None]
+    return History(self.generated + hit, self.prompt)
 
 
 def make_sampling(rows: int, *, vocabulary: int = 0, **given: PerRow) -> Sampling:
@@ -144,7 +144,7 @@ def seed_of(seed: int, row: int) -> int:
 
 
 def _column(option, value, rows):
-  name, dtype, must = option.name, option.type, option.range.must
+  name, must = option.name, option.range.must
   given = np.asarray(value)
   if given.dtype.kind not in 'iuf':
     raise ValueError(f'{name}={value!r} {must}')
@@ -152,13 +152,14 @@ def _column(option, value, rows):
 
   with np.errstate(over='ignore', invalid='ignore'):
     # What is out of a float's range is judged as what it becomes.
-    values = given.astype(dtype) if dtype == np.float32 else given
+    whole = option.type != np.float32
+    values = given if whole else given.astype(np.float32)
     valid = option.range.holds(values)
-    if dtype != np.float32:
+    if whole:
       valid &= values % 1 == 0
   if not valid.all():
     raise ValueError(f'{name}={given[~valid].ravel()[0].item()} {must}')
-  return np.array(np.broadcast_to(values, rows), dtype)
+  return np.array(np.broadcast_to(values, rows), option.type)
 
 
 def _bias(logit_bias, rows, vocabulary):
@@ -257,7 +258,8 @@ def _kept(below, scaled, sampling):
   """Which tokens top-k, then top-p, then min-p leave; ties at a border stay in."""
   # Floats that are not negative order as their bits do.
   bits = jax.lax.bitcast_convert_type(below, jnp.int32)
-  drawn, k, p = sampling.temperature > 0, sampling.top_k, sampling.top_p
+  drawn = sampling.temperature > 0
+  k, p = sampling.top_k, sampling.top_p
   kept = bits <= _border(bits, drawn & (k > 0), lambda: (jnp.ones_like(bits), k[:, None]))
 
   def mass():
@@ -342,9 +344,9 @@ def logprobs(
   """
 
   def of(logits, ids):
-    found = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
-    likeliest, which = jax.lax.top_k(found, k)
-    return jnp.take_along_axis(found, ids[:, None], -1)[:, 0], which, likeliest
+    log_law = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+    likeliest, which = jax.lax.top_k(log_law, k)
+    return jnp.take_along_axis(log_law, ids[:, None], -1)[:, 0], which, likeliest
 
   return _by_rows(of, logits, ids)
 

@@ -249,28 +249,18 @@ def speculate_chunk(
       carried.memory, model, cache, state, first.ids, rules, k, vocabulary
     )
     # Nothing behind a row's stop_at is judged: the cache has no room for it.
-    asked = ~state.done & ~gave_up(carried.drafted, carried.accepted, drafter.least)
-    counts = jnp.where(asked, jnp.clip(state.stop_at - n - 1, 0, drafts.counts), 0)
+    drafting = ~state.done & ~gave_up(carried.drafted, carried.accepted, drafter.least)
+    counts = jnp.where(drafting, jnp.clip(state.stop_at - n - 1, 0, drafts.counts), 0)
 
     def judge(most, cache):
       """With the first `most` drafts of each row: the cache with all that the model has read, and
       what `judged` finds.
       """
-      ids, log_laws = drafts.ids[:most], drafts.laws[:most]
-      x, cache, _ = model(
-        jnp.concatenate([first.ids[:, None], ids.T], 1),
-        cache=cache,
-        counts=jnp.where(first.real, 1 + counts, 0),
-      )
-      after = jnp.moveaxis(scores(model, x, vocabulary), 1, 0)
+      asked = Drafts(drafts.ids[:most], drafts.laws[:most], counts)
+      cache, after = _logits(model, cache, first, asked, vocabulary)
       logits = jnp.where(first.real[:, None], after[0], state.logits)
-      behind, rejected, more = judged(
-        dataclasses.replace(state, logits=logits),
-        Drafts(ids, log_laws, counts),
-        after[1:],
-        rules,
-        alternatives,
-      )
+      known = dataclasses.replace(state, logits=logits)
+      behind, rejected, more = judged(known, asked, after[1:], rules, alternatives)
       # Of one shape, however many are judged.
       beyond = [(0, k - most)]
       more = jax.tree.map(lambda x: jnp.pad(x, beyond + [(0, 0)] * (x.ndim - 1)), more)
@@ -284,9 +274,7 @@ def speculate_chunk(
 
     kept = more.real.sum(0, dtype=jnp.int32)
     state = dataclasses.replace(state, cache=taken_back(cache, n + first.real + kept))
-    tokens = jax.tree.map(
-      lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], 1), first, more
-    )
+    tokens = jax.tree.map(_side_by_side, first, more)
     carried = Speculation(
       state=state,
       memory=memory,
@@ -307,6 +295,19 @@ def speculate_chunk(
   return carried, dataclasses.replace(
     tokens, ids=ids, broken=broken > 0, drafted=drafted, accepted=kept
   )
+
+
+def _logits(model, cache, first, drafts, vocabulary):
+  """The model's cache with the first token and the drafts, and logits [1 + k, B, V] after each."""
+  tokens = jnp.concatenate([first.ids[:, None], drafts.ids.T], 1)
+  counts = jnp.where(first.real, 1 + drafts.counts, 0)
+  x, cache, _ = model(tokens, cache=cache, counts=counts)
+  return cache, jnp.moveaxis(scores(model, x, vocabulary), 1, 0)
+
+
+def _side_by_side(first, more):
+  """[B, 1 + k, ...] of [B, ...] and [k, B, ...]."""
+  return jnp.concatenate([first[:, None], jnp.moveaxis(more, 0, 1)], 1)
 
 
 def _where_any(counts, k, judge, before):
@@ -363,11 +364,11 @@ def judged(state, drafts: Drafts, after, rules: Rules, alternatives: int):
     # The first one that is not kept leaves its law: the token in its place is drawn by what p has
     # over q. A row whose drafts were all kept, or had none, draws its next token by p alone.
     rejected = jnp.where((asked & ~kept)[:, None], log_q, rejected)
-    found = token(state, log_p, ids, kept, alternatives)
+    judgement = token(state, log_p, ids, kept, alternatives)
 
     state = advanced(state, longer(state.cache, kept), ids, kept, rules)
     logits = jnp.where(kept[:, None], after, state.logits)
-    return (dataclasses.replace(state, logits=logits), rejected, kept), found
+    return (dataclasses.replace(state, logits=logits), rejected, kept), judgement
 
   start = state, jnp.full_like(state.logits, -jnp.inf), ~state.done
   index = jnp.arange(drafts.ids.shape[0], dtype=jnp.int32)
