@@ -206,7 +206,7 @@ PRINTED = (
     300e9,
     gpu_hours=1024 * 34 * 24,
   ),
-  Printed('Chinchilla 70B (arXiv:2203.15556, table 3)', 70e9, 1.4e12, flops=5.76e23),
+  Printed('Chinchilla 70B (arXiv:2203.15556)', 70e9, 1.4e12, flops=5.76e23),
   Printed('Llama 2 7B (arXiv:2307.09288, table 2)', 6.74e9, 2e12, gpu_hours=184_320),
   Printed('Llama 2 13B', 13.02e9, 2e12, gpu_hours=368_640),
   Printed('Llama 2 70B', 68.98e9, 2e12, gpu_hours=1_720_320),
