@@ -1,0 +1,152 @@
+"""Can what the pages print be typed? Every command of README and docs names files that are there and
+flags that they know, with values that they take; every config is built, every link leads somewhere.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/*.md'), *ROOT.glob('*/README.md')])
+BY_ABSL = ('train.py', 'generate.py', 'plan.py')
+# Reads the flags of each command line without running it, in a fork of its own, since config flags
+# read sys.argv once; prints what is wrong, a line each. Lines with a placeholder (FILE, ..) or a run
+# that is not there are read for the names of their flags alone.
+ABSL = '''
+import importlib, json, os, re, sys
+module = importlib.import_module(sys.argv[1])
+from absl import flags
+from training import config
+def read(line):
+  if any('..' in part or re.search('(^|=)[A-Z][A-Z:_]*$|config.init', part) for part in line):
+    for part in line:
+      name = part.lstrip('-').partition('=')[0]
+      if part.startswith('--') and not name.startswith('config.') and name not in flags.FLAGS:
+        raise ValueError(f'{part}: no such flag')
+    return
+  sys.argv = [sys.argv[0], *line]
+  flags.FLAGS(sys.argv)
+  if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
+    config.from_flag(flags.FLAGS.config)
+for line in json.loads(sys.argv[2]):
+  if not (child := os.fork()):
+    try:
+      read(line)
+    except Exception as error:
+      print(line, error, flush=True)
+    os._exit(0)
+  os.waitpid(child, 0)
+'''
+ARGPARSE = '''
+import argparse, contextlib, importlib, io, json, sys
+class Parsed(Exception):
+  pass
+parse = argparse.ArgumentParser.parse_args
+def parsed(self, *arguments):
+  parse(self, *arguments)
+  raise Parsed
+argparse.ArgumentParser.parse_args = parsed
+for name, line in json.loads(sys.argv[1]):
+  sys.argv = [name, *line]
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said):
+      importlib.import_module(name).main()
+    print(name, line, 'parsed nothing')
+  except Parsed:
+    pass
+  except SystemExit:
+    print(name, line, said.getvalue())
+'''
+
+
+@functools.cache
+def commands() -> dict[str, list[list[str]]]:
+  """Words of every command line that a page prints, indented or between backticks, by its page."""
+  lines = {}
+  for page in PAGES:
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+    blocks = '\n'.join(re.findall(r'^ {4}(.*)$', text, re.M)).replace('\\\n', ' ').split('\n')
+    spans = [' '.join(span.split()) for span in re.findall(r'`([^`]+)`', text)]
+    typed = [line for line in blocks + spans if re.match(r'(python|make|launch/\S+) \S', line)]
+    lines[str(page.relative_to(ROOT))] = [shlex.split(line, comments=True) for line in typed]
+  return lines
+
+
+def python_commands() -> list[tuple[str, list[str]]]:
+  """(file or module, its arguments) of every `python ...`."""
+  every = [words[1:] for lines in commands().values() for words in lines if words[0] == 'python']
+  return [(w[1], w[2:]) if w[0] == '-m' else (w[0], w[1:]) for w in every]
+
+
+def problems(*command: str) -> str:
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  done = subprocess.run(
+    [sys.executable, '-c', *command], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_pages_print_commands():
+  assert {'README.md', 'docs/plans.md', 'docs/measured.md'} <= commands().keys()
+  assert {'train.py', 'generate.py', 'plan.py', 'convert.py'} <= {
+    name for name, _ in python_commands()
+  }
+
+
+@pytest.mark.parametrize('name', BY_ABSL)
+def test_flags_of_commands_are_known(name):
+  lines = [line for file, line in python_commands() if file == name]
+  assert lines
+  said = problems(ABSL, name.removesuffix('.py'), json.dumps(lines))
+  assert not said, said
+
+
+def test_arguments_of_benchmarks_and_convert_are_known():
+  lines = [(name.removesuffix('.py'), line) for name, line in python_commands()]
+  lines = [(name, line) for name, line in lines if f'{name}.py' not in BY_ABSL]
+  for name, _ in lines:
+    assert (ROOT / (name.replace('.', '/') + '.py')).exists(), name
+  said = problems(ARGPARSE, json.dumps(lines))
+  assert not said, said
+
+
+def test_a_wrong_flag_is_found():
+  wrong = ['--config=configs/tiny.py', '--config.modle.width=64']
+  assert 'modle' in problems(ABSL, 'train', json.dumps([wrong]))
+  assert 'nosuch' in problems(ARGPARSE, json.dumps([('convert', ['--nosuch', 'import'])]))
+
+
+def test_targets_and_scripts_exist():
+  targets = set(re.findall(r'^([\w.-]+):', (ROOT / 'Makefile').read_text(), re.M))
+  for page, lines in commands().items():
+    for words in lines:
+      if words[0] == 'make' and not words[1].startswith('.venv'):
+        assert words[1] in targets, (page, words)
+      if words[0].startswith('launch/'):
+        assert (ROOT / words[0]).exists(), (page, words)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+  for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+    if not target.startswith('http'):
+      assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_are_python(page):
+  for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
+    code = compile(block, str(page), 'exec')
+    if 'def get_config' in block:
+      module = {}
+      exec(code, module)
+      module['get_config']()
