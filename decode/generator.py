@@ -23,9 +23,10 @@ from decode.loop import Chunk, Rules
 from decode.report import Watch
 from decode.request import INTERRUPTED, LENGTH, Completion, Options, Prompt, Row, several
 from kernels.blocks import Blocks
-from model import params, quantised, transformer
+from model import params, transformer
 from model.cache import APPEND, init_cache
 from model.config import ModelConfig
+from model.weights import int8
 from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
@@ -47,7 +48,7 @@ class Generator:
     mesh: jax.sharding.Mesh,
     weights: str = '',
   ):
-    """weights: 'int8' holds matrices in bytes (model.quantised); default: in the compute dtype."""
+    """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute dtype."""
     names.check('weights', weights, ('', 'int8'))
     self.tokenizer, self.mesh, self.report = tokenizer, mesh, None
     with jax.set_mesh(mesh):
@@ -514,11 +515,11 @@ def generating(config: ModelConfig) -> ModelConfig:
 def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:
   """The model as generation holds it: every layer by itself, but over pipeline stages, and in the compute dtype or in bytes."""
   model = in_compute_dtype(model if ax.size('layers') > 1 else transformer.unstacked(model))
-  return quantised.in_bytes(model) if weights else model
+  return int8.in_bytes(model) if weights else model
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
-  """The model, cast once, as `params.use` would at every token; norms and biases keep their own precision."""
+  """The model, cast once, as `Weight.whole` would at every token; norms and biases keep their own precision."""
 
   def cast(p):
     return p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
