@@ -263,18 +263,18 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
   here = experts['up'].shape[0]
   first = jax.lax.axis_index(axes.experts) * here if axes.experts else 0
 
-  def one(y, found):
-    index, w = found
+  def add(y, numbered):
+    index, w = numbered
     share = jnp.where(expert == first + index, gates, 0.0).sum(1, keepdims=True)
     w = jax.tree.map(lambda value: value[None], w)
     return y + share * compute(x[None], w, _each)[0].astype(jnp.float32), None
 
   # What an expert computes is as large as everything else together: cheaper to compute again than
   # to keep E times.
-  found = jnp.arange(here, dtype=expert.dtype), experts
-  y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), found)[
-    0
-  ]
+  numbered = jnp.arange(here, dtype=expert.dtype), experts
+  y, _ = jax.lax.scan(
+    jax.checkpoint(add, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), numbered
+  )
   return (
     jax.lax.psum_scatter(y, axes.experts, scatter_dimension=0, tiled=True) if axes.experts else y
   )
@@ -348,7 +348,7 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
   model's largest arrays, only a piece is there at a time.
   """
 
-  def one(w):
+  def feed_forward(w):
     def inner(name):
       return product(rows, w[name], w.get(f'{name}_bias'))
 
@@ -359,7 +359,7 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
     return y if gates is None else y.astype(jnp.float32) * gates[..., None]
 
   if pieces == 1:
-    return one(gather(experts)).astype(rows.dtype)
+    return feed_forward(gather(experts)).astype(rows.dtype)
 
   parts = {
     name: w.cut(-2 if name == 'down' else -1, pieces)
@@ -373,7 +373,7 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
     )
 
   def add(y, part):
-    return y + one(gather(part)).astype(jnp.float32), None
+    return y + feed_forward(gather(part)).astype(jnp.float32), None
 
   y, _ = jax.lax.scan(
     jax.checkpoint(add, prevent_cse=False), jnp.zeros(rows.shape, jnp.float32), parts

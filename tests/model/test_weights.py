@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data.tokenizer import ByteTokenizer
+from data.tokenizers import ByteTokenizer
 from decode.generator import Generator, generating
 from decode.report import weight_bytes
 from model import families, moe as moe_module, transformer
