@@ -26,7 +26,7 @@ from data import loader
 from data.batch import Batch
 from data.prepare import prepare
 from kernels import attention, context
-from model import flops, params, transformer
+from model import flops, params, transformer, weights
 from objectives.pretrain import check_model, pretrain, router_metrics
 from parallel import axes, offload, pipeline
 from parallel.mesh import make_mesh
@@ -78,12 +78,12 @@ def make_train_step(config: configs.Config, optimizer: optax.GradientTransformat
 
   def gradients(state: states.TrainState, batch: Batch):
     """Of the loss summed over tokens and scaled; what an update takes of all of them; metrics, norms."""
-    whole = params.gathered(state.model, dtype) if zero == 2 else None
+    whole = weights.gathered(state.model, dtype) if zero == 2 else None
 
     def loss_fn(model, batch, scale):
       if zero < 3:
-        model = params.joined(
-          model, params.gathered(model, dtype) if zero == 1 else whole, reduce=zero == 2
+        model = weights.joined(
+          model, weights.gathered(model, dtype) if zero == 1 else whole, reduce=zero == 2
         )
       total, sums = pretrain(model, batch, config.train.z_loss)
       return precision.scale(total * unit, scale), sums

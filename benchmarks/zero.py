@@ -28,7 +28,7 @@ from analysis.memory import shard_bytes
 from configs.models import gpt2, llama3_70b
 from data.batch import Batch
 from data.config import DataConfig
-from model import params, transformer
+from model import params, transformer, weights
 from model.config import ModelConfig
 from objectives.pretrain import pretrain
 from parallel import axes as ax
@@ -114,7 +114,7 @@ def measure(config: Config, chips: int) -> State:
     model = jax.eval_shape(init)
     optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
     state = params.abstract(functools.partial(states.init, config, optimizer), mesh)
-    gathered = params.abstract(lambda: params.gathered(init(), config.model.dtype), mesh)
+    gathered = params.abstract(lambda: weights.gathered(init(), config.model.dtype), mesh)
     gradients = params.abstract(
       lambda: jax.grad(lambda model: _loss(config, model)[0])(init()), mesh
     )

@@ -23,9 +23,10 @@ from decode.report import GenerationReport
 from decode.request import Prompt
 from decode.sampling import sampling_of
 from kernels.blocks import Blocks
-from model import params, quantised, transformer
+from model import params, transformer
 from model.cache import APPEND, init_cache
 from model.config import ModelConfig
+from model.weights import int8
 from parallel import axes as ax
 
 # Prompt lengths and capacities are rounded up to powers of two from here, so that few programs
@@ -53,7 +54,7 @@ class Engine:
     mesh: jax.sharding.Mesh,
     weights: str = '',
   ):
-    """weights: 'int8' holds matrices in bytes (model.quantised); default: in the compute dtype."""
+    """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute dtype."""
     names.check('weights', weights, ('', 'int8'))
     self.tokenizer = tokenizer
     self.mesh = mesh
@@ -282,11 +283,11 @@ def generating_model(model: transformer.Decoder, weights: str = '') -> transform
   and in the compute dtype or in bytes.
   """
   model = in_compute_dtype(model if ax.size('layers') > 1 else transformer.unstacked(model))
-  return quantised.in_bytes(model) if weights else model
+  return int8.in_bytes(model) if weights else model
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
-  """The model, cast once, as `params.use` would at every token;
+  """The model, cast once, as `Weight.whole` would at every token;
   norms and biases keep their own precision.
   """
 

@@ -15,7 +15,8 @@ from kernels.mask import Mask, Relative
 from model.cache import Slots
 from model.config import ModelConfig
 from model.layers import Angles, Norm, add_bias, project, rotate
-from model.params import param, product, use
+from model.params import param
+from model.weights import read
 from parallel import axes as ax
 from parallel.remat import named
 
@@ -150,7 +151,8 @@ class Attention(nnx.Module):
     return self._out(out)
 
   def _out(self, x):
-    x = product('BTNH,NHD->BTD', x, self.o, self.dtype, ax.residual(x.shape[1]))  # row-parallel
+    # Row-parallel.
+    x = read(self.o).product('BTNH,NHD->BTD', x, self.dtype, ax.residual(x.shape[1]))
     return add_bias(x, self.o_bias, self.dtype)
 
 
@@ -228,14 +230,15 @@ class LatentAttention(nnx.Module):
         mask,
       )
     else:
-      q = jnp.concatenate([jnp.einsum('BTNH,RNH->BTNR', q, use(self.k, self.dtype)), q_rope], -1)
+      q = read(self.k).product('BTNH,RNH->BTNR', q, self.dtype)
+      q = jnp.concatenate([q, q_rope], -1)
       out = slots.look(
         q, window=self.window, softcap=self.softcap, scale=self.scale, value_width=latent.shape[-1]
       )
-      out = jnp.einsum('BTNR,RNH->BTNH', out, use(self.v, self.dtype))
-    return product(
-      'BTNH,NHD->BTD', out, self.o, self.dtype, ax.residual(out.shape[1])
-    ), slots  # row-parallel
+      out = read(self.v).product('BTNR,RNH->BTNH', out, self.dtype)
+    # Row-parallel.
+    out = read(self.o).product('BTNH,NHD->BTD', out, self.dtype, ax.residual(out.shape[1]))
+    return out, slots
 
   def _mix(self, q, q_rope, k, v, mask):
     q, k, v = named(jnp.concatenate([q, q_rope], -1), 'query'), named(k, 'key'), named(v, 'value')

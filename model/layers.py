@@ -1,4 +1,4 @@
-"""Embedding, norms, positions, feed-forward, head: the parts of a model that look at one token at a time.
+"""Embedding, norms, positions, feed-forward, head: what looks at one token at a time.
 
 B batch · T length · D width · H head width · F feed-forward width · V vocabulary
 """
@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig, RopeConfig
-from model.params import param, product
+from model.params import param
+from model.weights import read
 from parallel import axes as ax
 from parallel.remat import named
 
@@ -30,7 +31,10 @@ CLAMP = 7.0  # of gpt-oss's activation
 def activate(
   gate: Float[Array, '*B F'] | None, up: Float[Array, '*B F'], name: str
 ) -> Float[Array, '*B F']:
-  """act(gate) * up; act(up) where there is no gate; for 'clamped_silu' see ModelConfig.activation."""
+  """act(gate) * up; act(up) where there is no gate.
+
+  For 'clamped_silu' see ModelConfig.activation.
+  """
   if name == 'clamped_silu':
     gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
     return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
@@ -38,7 +42,10 @@ def activate(
 
 
 class Norm(nnx.Module):
-  """RMSNorm (Zhang & Sennrich, arXiv:1910.07467) or LayerNorm (Ba et al., arXiv:1607.06450) over the last axis, in f32."""
+  """RMSNorm or LayerNorm over the last axis, in f32.
+
+  Zhang & Sennrich, arXiv:1910.07467; Ba et al., arXiv:1607.06450.
+  """
 
   def __init__(self, config: ModelConfig, size: int, rngs: nnx.Rngs, kind: str = ''):
     self.kind = kind or config.norm
@@ -80,7 +87,10 @@ class Angles(NamedTuple):
 def rope_angles(
   positions: Int[Array, 'B T'], width: int, rope: RopeConfig, local: bool = False
 ) -> Angles:
-  """Position / base^(2i/H) for pair i (RoFormer, arXiv:2104.09864, eq. 15), stretched as `rope` says; `local`: of a layer with a window."""
+  """Position / base^(2i/H) for pair i, stretched as `rope` says.
+
+  RoFormer, arXiv:2104.09864, eq. 15. local: of a layer with a window.
+  """
   local = local and rope.local_base > 0
   frequencies = jnp.asarray(
     rope_frequencies(
@@ -128,7 +138,10 @@ def rotate(x: Float[Array, 'B T N H'], angles: Angles) -> Float[Array, 'B T N H'
 
 
 class FeedForward(nnx.Module):
-  """act(x gate) * (x up) down, or act(x up) down when not gated; `width` takes the place of the config's F."""
+  """act(x gate) * (x up) down, or act(x up) down when not gated.
+
+  `width` takes the place of the config's F.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int = 0):
     D, F, dtype = config.D, width or config.F, config.parameter_dtype
@@ -161,13 +174,14 @@ class FeedForward(nnx.Module):
       else named(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype), 'gate')
     )
     h = activate(gate, up, self.activation)
-    y = product('BTF,FD->BTD', h, self.down, self.dtype, ax.residual(x.shape[1]))  # row-parallel
+    # Row-parallel.
+    y = read(self.down).product('BTF,FD->BTD', h, self.dtype, ax.residual(x.shape[1]))
     return add_bias(y, self.down_bias, self.dtype)
 
 
 def project(formula: str, x: Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> Array:
   """A column-parallel product: the result's sharding follows from the operands'."""
-  return add_bias(product(formula, x, weight, dtype), bias, dtype)
+  return add_bias(read(weight).product(formula, x, dtype), bias, dtype)
 
 
 def add_bias(x: Array, bias: nnx.Param | None, dtype: str) -> Array:
@@ -216,40 +230,43 @@ class Embedding(nnx.Module):
 def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array, 'B T D']:
   """Rows of a table [V, D] in `dtype`, laid out as the residual stream is.
 
-  The table stays where it is: ids go to its shards, rows come back. Rows of a batch are far fewer bytes than a table of a large
-  vocabulary, and their gradient is added up on the shards.
+  The table stays where it is: ids go to its shards, rows come back. Rows of a batch are far fewer
+  bytes than a table of a large vocabulary, and their gradient is added up on the shards.
   """
-  rows, embed = (ax.mesh_axes(axis) if axis else () for axis in (table.axes[0], 'embed'))
+  stored = read(table)
+  rows, embed = (ax.mesh_axes(axis) if axis else () for axis in (stored.axes[0], 'embed'))
   out = ax.residual(ids.shape[1])
   shared = tuple(
     axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence')
   )  # tokens are dealt out over these
   whole = tuple(axis for axis in rows if axis not in shared)
 
-  def local(table, ids):
+  def local(table, ids):  # table: a Weight of this device's rows
     everyone = jax.lax.all_gather(ids, embed) if embed else ids[None]  # [devices of embed, B, T]
     if rows:
       everyone = everyone - jax.lax.axis_index(rows) * table.shape[0]
       here = (everyone >= 0) & (everyone < table.shape[0])
       x = jnp.where(
-        here[..., None], table.at[jnp.where(here, everyone, 0)].get(mode='promise_in_bounds'), 0
+        here[..., None], table.rows(jnp.where(here, everyone, 0), mode='promise_in_bounds'), 0
       ).astype(dtype)
       x = jax.lax.psum(x, whole) if whole else x
       x = jax.lax.psum_scatter(x, shared, scatter_dimension=2, tiled=True) if shared else x
     else:
-      x = table.at[everyone].get().astype(dtype)
+      x = table.rows(everyone).astype(dtype)
     return (
       jax.lax.all_to_all(x, embed, split_axis=0, concat_axis=3, tiled=True)[0] if embed else x[0]
     )
 
-  x = ax.local(
-    local, (table.axes, ('batch', 'length')), out if shared else ('batch', 'length', 'width')
-  )(table[...], ids)
+  outputs = out if shared else ('batch', 'length', 'width')
+  x = ax.local(local, (stored.layout(), ('batch', 'length')), outputs)(stored, ids)
   return ax.place(x, *out)
 
 
 class Head(nnx.Module):
-  """What stands between the final hidden states and the output embedding: nothing, or BERT's projection and norm; its own table."""
+  """What stands between the final hidden states and the output embedding; its own table.
+
+  Nothing, or BERT's projection and norm.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, V, dtype = config.D, config.V, config.parameter_dtype

@@ -1,7 +1,9 @@
-"""Which experts see a token, and how does it get there? A router, three dispatches that compute the same, statistics.
+"""Which experts see a token, and how does it get there? A router, three dispatches, statistics.
 
-B batch · T length · D width · F feed-forward width of an expert · E experts · k experts of a token · C capacity of an expert
-n = B * T tokens of this device
+The dispatches compute the same.
+
+B batch · T length · D width · F feed-forward width of an expert · E experts
+k experts of a token · C capacity of an expert · n = B * T tokens of this device
 """
 
 import functools
@@ -13,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul import grouped_matmul
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
-from model.params import param, use
-from parallel import axes as ax, zero
+from model.params import param
+from model.weights import read
+from parallel import axes as ax
 from parallel.experts import (
   Exchange,
   count,
@@ -40,7 +42,8 @@ class Axes(NamedTuple):
   """The mesh axes, larger than 1, over which a layer of experts is split.
 
   Attributes:
-    rows, length: of tokens. columns: of the feed-forward width; where `sequence`, of the length of inputs and outputs, too.
+    rows, length: of tokens. columns: of the feed-forward width; where `sequence`, of the length of
+      inputs and outputs, too.
     experts: which hold different experts. shards: along which D of their weights is stored.
   """
 
@@ -53,7 +56,10 @@ class Axes(NamedTuple):
 
 
 class MoE(nnx.Module):
-  """A mixture of experts in place of a feed-forward (Shazeer et al., arXiv:1701.06538); see MoEConfig for its choices."""
+  """A mixture of experts in place of a feed-forward (Shazeer et al., arXiv:1701.06538).
+
+  See MoEConfig for its choices.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     moe, D, E, dtype = config.moe, config.D, config.E, config.parameter_dtype
@@ -90,19 +96,21 @@ class MoE(nnx.Module):
 
     Args:
       segments: 0 for padding, which is sent to no expert and counts nowhere; None: there is none.
-    Returns: y, and sums over the batch in f32, of all devices: `load` [E], choices that fell on each expert; `dropped` [], of
-      them not computed for lack of capacity; `balance_loss` [] and `router_z_loss` [], times their weights, summed over tokens.
+    Returns: y, and sums over the batch in f32, of all devices: `load` [E], choices that fell on
+      each expert; `dropped` [], of them not computed for lack of capacity; `balance_loss` [] and
+      `router_z_loss` [], times their weights, summed over tokens.
     """
     if segments is None:
       segments = ax.place(jnp.ones(x.shape[:2], jnp.int32), 'batch', 'length')
 
-    def held(names):
-      return {name: p for name in names if (p := getattr(self, name)) is not None}
+    def weights(names):
+      return {name: read(p) for name in names if (p := getattr(self, name)) is not None}
 
     # The router stays f32, whatever the compute dtype: a rounded score sends a token elsewhere.
-    routing = {name: use(p, 'float32', product=False) for name, p in held(ROUTING).items()}
-    experts = {name: p[...] for name, p in held(EXPERTS).items()}
-    tokens, stored = ax.residual(x.shape[1]), {name: p.axes for name, p in held(EXPERTS).items()}
+    routing = {name: w.whole('float32', product=False) for name, w in weights(ROUTING).items()}
+    experts = weights(EXPERTS)
+    layout = {name: w.layout() for name, w in experts.items()}
+    tokens = ax.residual(x.shape[1])
     axes = Axes(
       *(
         ax.mesh_axes(name)
@@ -111,10 +119,10 @@ class MoE(nnx.Module):
       'sequence' in tokens,
     )
     run = functools.partial(
-      _layer, moe=self.moe, activation=self.activation, axes=axes, stored=stored, dtype=self.dtype
+      _layer, moe=self.moe, activation=self.activation, axes=axes, dtype=self.dtype
     )
     everywhere = {name: (None,) * value.ndim for name, value in routing.items()}
-    y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, stored), (tokens, STATS))(
+    y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, layout), (tokens, STATS))(
       ax.place(x, *tokens), segments, routing, experts
     )
     return y if self.shared is None else y + self.shared(
@@ -125,17 +133,22 @@ class MoE(nnx.Module):
 def moved(
   bias: Float[Array, '*L E'], load: Float[Array, '*L E'], rate: float
 ) -> Float[Array, '*L E']:
-  """The selection bias after a step: up by `rate` for experts below the mean load, down above (arXiv:2408.15664, algorithm 1)."""
+  """The selection bias after a step: up by `rate` for experts below the mean load, down above.
+
+  arXiv:2408.15664, algorithm 1.
+  """
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def _layer(x, segments, routing, experts, *, moe, activation, axes, stored, dtype):
-  """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights, laid out as `stored`."""
+def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
+  """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights."""
   x = (
     jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
   )
   if 'down_bias' in experts and axes.columns:  # a part of a sum over columns: added once
-    experts['down_bias'] = jnp.where(jax.lax.axis_index(axes.columns) == 0, experts['down_bias'], 0)
+    experts['down_bias'] = jax.tree.map(
+      lambda bias: jnp.where(jax.lax.axis_index(axes.columns) == 0, bias, 0), experts['down_bias']
+    )
   (B, T, D), E = x.shape, moe.experts
   real = (segments > 0).reshape(B * T)
   x = jnp.where(real[:, None], x.reshape(B * T, D), jnp.zeros((), x.dtype))
@@ -156,9 +169,12 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, stored, dtyp
     )
     expert = jnp.where(kept, expert, E)
   gates = jnp.where(expert < E, gates, 0.0)
-  gather = functools.partial(_gathered, stored=stored, shards=axes.shards, dtype=dtype)
-  # Where no shards are gathered, pieces buy little: compiled for v5p, layers of Mixtral take 27% less to 3% more memory whole than in
-  # pieces, which compute 30% more with remat 'none'.
+
+  def gather(experts):
+    return {name: w.here(axes.shards, dtype) for name, w in experts.items()}
+
+  # Where no shards are gathered, pieces buy little: compiled for v5p, layers of Mixtral take 27%
+  # less to 3% more memory whole than in pieces, which compute 30% more with remat 'none'.
   pieces = _pieces(experts['up'].shape[2]) if axes.shards else 1
   compute = functools.partial(_in_pieces, activation=activation, gather=gather, pieces=pieces)
   y = DISPATCHES[moe.dispatch](x, expert, gates, experts, moe=moe, compute=compute, axes=axes)
@@ -177,10 +193,11 @@ def _slots(moe, n, parts):
 def route(
   logits: Float[Array, 'n E'], selection_bias: Float[Array, 'E'] | None, moe: MoEConfig
 ) -> tuple[Float[Array, 'n E'], Int[Array, 'n k'], Float[Array, 'n k']]:
-  """Scores of all experts, the chosen ones in order of their score, and the gates of these; all f32.
+  """Scores of all experts, the chosen ones in order of their score, the gates of these; all f32.
 
-  As transformers does it: a softmax group is as good as its best expert (DeepSeek-V2, arXiv:2405.04434, section 2.2.2), a sigmoid
-  group as its best two (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), and experts of other groups score 0.
+  As transformers does it: a softmax group is as good as its best expert (DeepSeek-V2,
+  arXiv:2405.04434, section 2.2.2), a sigmoid group as its best two (DeepSeek-V3, arXiv:2412.19437,
+  section 2.1.2), and experts of other groups score 0.
   """
   scores = jax.nn.softmax(logits) if moe.router == 'softmax' else jax.nn.sigmoid(logits)
   choice = scores if selection_bias is None else scores + selection_bias[None]
@@ -229,48 +246,57 @@ def _losses(logits, scores, choices, real, moe, axes):
 
 
 def dense(x, expert, gates, experts, *, moe, compute, axes):
-  """Every expert computes every token: obviously right. All dispatches take and give the same, but for what capacity drops.
+  """Every expert computes every token: obviously right.
 
-  x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere · experts: stored weights by name, of those here.
-  Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over axes.columns.
+  All dispatches take and give the same, but for what capacity drops.
+
+  x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere
+  experts: stored weights by name, of those here.
+  Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over
+  axes.columns.
   """
 
   def everyone(a):
     return jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
 
   x, expert, gates = everyone(x), everyone(expert), everyone(gates)
-  first = jax.lax.axis_index(axes.experts) * len(experts['up']) if axes.experts else 0
+  here = experts['up'].shape[0]
+  first = jax.lax.axis_index(axes.experts) * here if axes.experts else 0
 
-  def one(y, found):
-    index, w = found
+  def add(y, numbered):
+    index, w = numbered
     share = jnp.where(expert == first + index, gates, 0.0).sum(1, keepdims=True)
-    w = {name: value[None] for name, value in w.items()}
+    w = jax.tree.map(lambda value: value[None], w)
     return y + share * compute(x[None], w, _each)[0].astype(jnp.float32), None
 
-  # What an expert computes is as large as everything else together: cheaper to compute again than to keep E times.
-  found = jnp.arange(len(experts['up']), dtype=expert.dtype), experts
-  y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), found)[
-    0
-  ]
+  # What an expert computes is as large as everything else together: cheaper to compute again than
+  # to keep E times.
+  numbered = jnp.arange(here, dtype=expert.dtype), experts
+  y, _ = jax.lax.scan(
+    jax.checkpoint(add, prevent_cse=False), jnp.zeros(x.shape, jnp.float32), numbered
+  )
   return (
     jax.lax.psum_scatter(y, axes.experts, scatter_dimension=0, tiled=True) if axes.experts else y
   )
 
 
 def dropless(x, expert, gates, experts, *, moe, compute, axes):
-  """Each choice is computed, whatever the routing: on one device in one go, over several in rounds."""
+  """Each choice is computed, whatever the routing: on one device at once, on several in rounds."""
   run = functools.partial(_sorted, compute=compute)
   if not axes.experts:
     y = run(jnp.repeat(x, expert.shape[1], 0), gates.reshape(-1), expert.reshape(-1), experts)
     return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
-  E = len(experts['up'])
+  E = experts['up'].shape[0]
   exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
   rounds = plan(expert, exchange, axes.rows + axes.length + axes.columns)
   return in_rounds(run, exchange, x, gates, experts, rounds)
 
 
 def capacity(x, expert, gates, experts, *, moe, compute, axes):
-  """Each expert computes C slots of each device, filled or not; the caller has sent to nowhere what does not fit."""
+  """Each expert computes C slots of each device, filled or not.
+
+  The caller has sent to nowhere what does not fit.
+  """
   E, (n, D) = moe.experts, x.shape
   C = _slots(moe, n, E)
   slot = jnp.where(
@@ -286,11 +312,12 @@ DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
 def _sorted(rows, gates, expert, experts, *, compute):
-  """Rows [M, D], each through its expert [M] and times its gate [M]: one grouped product per weight, of rows sorted by expert.
+  """Rows [M, D], each through its expert [M] and times its gate [M].
 
+  One grouped product per weight, of rows sorted by expert.
   E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
   """
-  E = len(experts['up'])
+  E = experts['up'].shape[0]
   if E == 1:
     return compute(rows[None], experts, _each, gates[None])[0]
   order = jnp.argsort(expert, stable=True)
@@ -299,8 +326,8 @@ def _sorted(rows, gates, expert, experts, *, compute):
   sorted_expert = jnp.minimum(expert[order], E - 1)
 
   def product(rows, w, bias):
-    y = grouped_matmul(rows, w, sizes)
-    return y if bias is None else y + bias[sorted_expert]
+    y = w.grouped(rows, sizes, sorted_expert)
+    return y if bias is None else y + bias.rows(sorted_expert)
 
   y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
   return _permute(y, position, order)
@@ -308,46 +335,45 @@ def _sorted(rows, gates, expert, experts, *, compute):
 
 def _each(rows, w, bias):
   """Rows [E, C, D], of each expert as many."""
-  y = jnp.einsum('ECD,EDF->ECF', rows, w)
-  return y if bias is None else y + bias[:, None]
+  y = w.each(rows)
+  return y if bias is None else y + bias.numbers(rows.dtype)[:, None]
 
 
 def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces):
-  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; times `gates` in f32, if given; in the type of the rows.
+  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; in the type of the rows.
 
-  A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients scattered, piece by piece, and what
-  a piece computes is computed again in the backward pass: of a model's largest arrays, only a piece is there at a time.
+  Times `gates` in f32, if given.
+  A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients
+  scattered, piece by piece, and what a piece computes is computed again in the backward pass: of a
+  model's largest arrays, only a piece is there at a time.
   """
 
-  def one(w):
+  def feed_forward(w):
     def inner(name):
       return product(rows, w[name], w.get(f'{name}_bias'))
 
     h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
     y = product(h, w['down'], w.get('down_bias'))
-    # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece once more.
+    # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece
+    # once more.
     return y if gates is None else y.astype(jnp.float32) * gates[..., None]
 
   if pieces == 1:
-    return one(gather(experts)).astype(rows.dtype)
-
-  def cut(w, axis):
-    return jnp.moveaxis(w.reshape(*w.shape[:axis], pieces, -1, *w.shape[axis + 1 :]), axis, 0)
+    return feed_forward(gather(experts)).astype(rows.dtype)
 
   parts = {
-    name: cut(w, {'down': 1}.get(name, w.ndim - 1))
+    name: w.cut(-2 if name == 'down' else -1, pieces)
     for name, w in experts.items()
     if name != 'down_bias'
   }
   if 'down_bias' in experts:  # added once
-    parts['down_bias'] = (
-      jnp.zeros((pieces, *experts['down_bias'].shape), experts['down_bias'].dtype)
-      .at[0]
-      .set(experts['down_bias'])
+    parts['down_bias'] = jax.tree.map(
+      lambda bias: jnp.zeros((pieces, *bias.shape), bias.dtype).at[0].set(bias),
+      experts['down_bias'],
     )
 
   def add(y, part):
-    return y + one(gather(part)).astype(jnp.float32), None
+    return y + feed_forward(gather(part)).astype(jnp.float32), None
 
   y, _ = jax.lax.scan(
     jax.checkpoint(add, prevent_cse=False), jnp.zeros(rows.shape, jnp.float32), parts
@@ -367,26 +393,12 @@ def _pieces(F):
   )
 
 
-def _gathered(experts, *, stored, shards, dtype):
-  """Weights as they are computed with. Gathered inside of the shard_map, so that the gradient is scattered where it is summed."""
-
-  def one(name, w):
-    w = w.astype(dtype)
-    if not shards or 'expert_embed' not in stored[name]:
-      return w
-    at = stored[name].index('expert_embed')
-    # In front of the others: of a minor dimension XLA for TPU would make an all-reduce of the gradient's reduce-scatter.
-    whole = jnp.moveaxis(zero.all_gather(w[None], shards, 0), 0, at)
-    return whole.reshape(*w.shape[:at], -1, *w.shape[at + 1 :])
-
-  return {name: one(name, w) for name, w in experts.items()}
-
-
 @jax.custom_vjp
 def _permute(x, index, back):
-  """Rows index[0], index[1], ... of x; zeros for a row that is not there. `back` is the same the other way.
+  """Rows index[0], index[1], ... of x; zeros for a row that is not there.
 
-  As both ways are known, the gradient is a gather too, where jax would scatter and add.
+  `back` is the same the other way. As both ways are known, the gradient is a gather too, where jax
+  would scatter and add.
   """
   return x.at[index].get(mode='fill', fill_value=0)
 

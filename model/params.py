@@ -1,7 +1,9 @@
-"""What is a parameter? One literal with shape, logical axes and initialiser; everything else is derived from it."""
+"""What is a parameter? One literal with shape, logical axes and initialiser; the rest is derived.
+
+How its value is stored and read is model.weights' business.
+"""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from parallel import axes as ax, zero
+from parallel import axes as ax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,79 +64,6 @@ def param(
   return nnx.Param(ax.place(value, *axes), axes=axes, kind=kind, inputs=inputs, wide=wide)
 
 
-def use(p: nnx.Param, dtype: str, product: bool = True) -> jax.Array:
-  """The value as a layer computes with it: in the compute dtype first, then with its embed shards gathered, unless it is so already.
-
-  product: whether all that is done with it is a product with tokens (see parallel.zero.gather).
-  """
-  value = p.get_value()
-  if isinstance(value, Gathered):
-    return _whole(value.shard, value.whole, p.axes)
-  if not isinstance(value, jax.Array):  # see model.quantised
-    return value.gathered(p.axes).whole(dtype)
-  return (zero if product else ax).gather(value.astype(dtype), *p.axes)
-
-
-def product(
-  formula: str, x: jax.Array, p: nnx.Param, dtype: str, axes: tuple[str | None, ...] | None = None
-) -> jax.Array:
-  """Tokens times a matrix, as jnp.einsum; axes: of the result, where its sharding is a choice (parallel.axes.einsum)."""
-  if hasattr(p.get_value(), 'product'):
-    return p.get_value().gathered(p.axes).product(formula, x, axes, dtype)
-  return (
-    jnp.einsum(formula, x, use(p, dtype))
-    if axes is None
-    else ax.einsum(formula, x, use(p, dtype), axes)
-  )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-  """A parameter whose shards were gathered before: `whole` is what is computed with, `shard` what its gradient belongs to."""
-
-  shard: Any
-  whole: Any
-
-
-def gathered(model, dtype: str):
-  """The matrices that layers gather, whole and in the compute dtype; None in place of all else.
-
-  Left out are tables and experts, which stay where they are or are used by those that hold them, what is computed with in f32, and what is
-  `Gathered` already.
-  """
-
-  def one(p):
-    if p.kind != 'matrix' or 'embed' not in p.axes or p.wide:
-      return None
-    value = p.get_value()
-    if isinstance(value, Gathered):
-      return None
-    return ax.gather(value.astype(dtype), *('layers',) * (value.ndim - len(p.axes)), *p.axes)
-
-  return jax.tree.map(one, model, is_leaf=_is_param)
-
-
-def joined(model, whole, reduce: bool = True):
-  """The model that computes with `whole`, of `gathered`; with `reduce` gradients are reduced to shards where they arise."""
-
-  def one(p, whole):
-    return p if whole is None else p.replace(Gathered(p.get_value(), whole) if reduce else whole)
-
-  return jax.tree.map(one, model, whole, is_leaf=lambda x: x is None or _is_param(x))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _whole(shard, whole, axes):
-  return whole
-
-
-_whole.defvjp(
-  lambda shard, whole, axes: (whole, jnp.zeros((), shard.dtype)),
-  lambda axes, shard, gradient: (ax.place(gradient, *axes).astype(shard.dtype), None),
-)
-
-
 def _is_param(x) -> bool:
   return isinstance(x, nnx.Variable)
 
@@ -153,9 +82,11 @@ def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
 
 
 def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
-  """The result of `function` as ShapeDtypeStructs with the shardings on `mesh`, the one in context, that it would be born with.
+  """The result of `function` as ShapeDtypeStructs with the shardings that it would be born with.
 
-  On a mesh of auto axes, whose arrays have no sharding before they are compiled, these are its explicit twin's.
+  mesh: the one in context.
+  On a mesh of auto axes, whose arrays have no sharding before they are compiled, these are its
+  explicit twin's.
   """
   if mesh.are_all_axes_auto:
     with jax.set_mesh(mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))):
@@ -178,7 +109,10 @@ def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
 
 
 def specs(model) -> nnx.Module:
-  """The tree of ParamSpec of a model, abstract or not; a leaf of a stacked block has 'layers' as its first axis."""
+  """The tree of ParamSpec of a model, abstract or not.
+
+  A leaf of a stacked block has 'layers' as its first axis.
+  """
 
   def one(p):
     shape = tuple(p.get_value().shape)

@@ -19,8 +19,8 @@ from model.cache import Cache, Slots
 from model.config import Kind, ModelConfig, MoEConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE, moved
-from model.params import gathered, joined, named_leaves, param, product, use
-from model.quantised import Bytes
+from model.params import named_leaves, param
+from model.weights import Weight, gathered, joined, read
 from parallel import axes as ax, mesh, offload, pipeline, remat
 
 
@@ -379,27 +379,19 @@ class Decoder(nnx.Module):
 
     The table is laid out as it is stored, but for one with a bias, which is whole along E.
     """
-    tokens = self.embedding.tokens if self.head.tokens is None else self.head.tokens
-    x = self.head(x)
-    if self.head.bias is None:
-      return x, tokens[...].astype(self.config.dtype)
-    bias = self.head.bias[...].astype(self.config.dtype)  # one more input that is always 1
-    return (
-      jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1),
-      jnp.concatenate([use(tokens, self.config.dtype, product=False), bias[:, None]], -1),
-    )
+    return self._output_embedding().scored(self.head(x), self._output_bias(), self.config.dtype)
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
-    if self.head.tokens is not None and isinstance(self.head.tokens.get_value(), Bytes):
-      logits = product('...D,VD->...V', self.head(x), self.head.tokens, 'float32')
-    else:
-      x, table = self.scored(x)
-      logits = jnp.einsum(
-        '...D,VD->...V', x, ax.place(table, 'vocab', None), preferred_element_type=jnp.float32
-      )
+    logits = self._output_embedding().scores(self.head(x), self._output_bias(), self.config.dtype)
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
+
+  def _output_embedding(self) -> Weight:
+    return read(self.embedding.tokens if self.head.tokens is None else self.head.tokens)
+
+  def _output_bias(self) -> Array | None:
+    return None if self.head.bias is None else self.head.bias[...]
 
 
 class EncoderDecoder(Decoder):

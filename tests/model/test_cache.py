@@ -11,7 +11,7 @@ import pytest
 from model import transformer
 from model.cache import init_cache
 from model.config import ModelConfig
-from model.quantised import in_bytes
+from model.weights.int8 import in_bytes
 
 T5 = ModelConfig(
   **laws.TINY

@@ -1,4 +1,7 @@
-"""Is training on every product of mesh axes training on one device, and do devices agree on which collective comes next?"""
+"""Is training on every product of mesh axes training on one device?
+
+And do devices agree on which collective comes next?
+"""
 
 import dataclasses
 import functools
@@ -39,7 +42,7 @@ COLLECTIVE = re.compile(
 
 @functools.cache
 def three_steps(model, devices, sizes):
-  """The program; loss, parameters and momentum (the gradient, at first) after one step and after three."""
+  """The program; loss, parameters, momentum (the gradient, at first) after one step and three."""
   config = Config(
     model=model,
     data=DataConfig(sequence_length=8, batch_size=8),
@@ -67,10 +70,11 @@ def three_steps(model, devices, sizes):
 
 
 def unordered(program):
-  """Pairs of a loop that holds collectives and a collective, or loop of some, behind it that does not depend on it.
+  """Pairs of a loop with collectives and one, or a loop, behind it that does not depend on it.
 
-  XLA's CPU starts collectives in the order of the scheduled program, but does not wait for a loop's: those behind it then wait for
-  some devices while the loop waits for others, in as many threads as there are devices. Only data orders what a barrier does not.
+  XLA's CPU starts collectives in the order of the scheduled program, but does not wait for a
+  loop's: those behind it then wait for some devices while the loop waits for others, in as many
+  threads as there are devices. Only data orders what a barrier does not.
   """
   holds, found = {}, []
   for text in re.split(r'\n(?=%|ENTRY )', program)[

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model import params, transformer
-from model.quantised import Bytes, in_bytes
+from model.weights.int8 import Int8, in_bytes
 from tests.model import laws
 
 BYTES = jax.jit(in_bytes)
@@ -20,14 +20,14 @@ def whole(model):
 
   def one(p):
     value = p.get_value()
-    return p.replace(value.whole('float32')) if isinstance(value, Bytes) else p
+    return p.replace(value.whole('float32')) if isinstance(value, Int8) else p
 
   return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_logits_are_those_of_the_numbers(name):
-  """Few rows go by two digits of a byte, many by numbers made of the bytes: both are the same model."""
+  """Few rows go by two digits of a byte, many by numbers made of the bytes: one model."""
   config = dataclasses.replace(laws.make_config(name), tie_embeddings=False)
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
     model = transformer.unstacked(laws.make_model(config))
@@ -65,7 +65,7 @@ def test_every_matrix_is_bytes_and_errs_by_half_a_step():
     if p.kind == 'vector' or 'embedding' in jax.tree_util.keystr(name):
       assert isinstance(value, jax.Array)
       continue
-    assert isinstance(value, Bytes) and value.values.dtype == jnp.int8, name
+    assert isinstance(value, Int8) and value.values.dtype == jnp.int8, name
     seen += 1
     step = np.asarray(value.scale)
     assert (
@@ -78,7 +78,7 @@ def test_a_tied_table_is_looked_up_as_it_is_and_scores_in_bytes():
   config = laws.make_config('gpt2', position='rope')
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
     small = BYTES(laws.make_model(config))
-  assert isinstance(small.head.tokens.get_value(), Bytes) and isinstance(
+  assert isinstance(small.head.tokens.get_value(), Int8) and isinstance(
     small.embedding.tokens.get_value(), jax.Array
   )
 

@@ -1,0 +1,186 @@
+"""How does a matrix of bytes multiply? int8 numbers, an f32 scale for each output; to generate.
+
+A step of decoding waits for weights, so that bytes are time. On TPUs and GPUs the bytes become
+numbers of the compute dtype on their way into the product. XLA's CPU has no such product, but one
+of int8 with int8: there the other side is written in two digits of a byte, which is 15 bits of the
+largest number of a row, and both digits are rows of one product.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels import cached, grouped_matmul
+from model.weights.weight import Weight, along, gathered_here, in_pieces
+from parallel import axes as ax, mesh
+
+DIGIT = 128  # what a high digit counts
+FEW = 8  # rows, above which a CPU makes numbers of the bytes for all of them at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8(Weight):
+  """A matrix in bytes.
+
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and
+  placeholders.
+
+  Attributes:
+    values: int8.
+    scale: f32, what outputs are multiplied with: the shape of the matrix with 1 for each dimension
+      that is summed over. An expert has its own.
+    summed: which dimensions are, counted from the last.
+  """
+
+  values: Any
+  scale: Any
+  summed: tuple[int, ...] = dataclasses.field(metadata={'static': True})
+  axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
+
+  @classmethod
+  def of(cls, x: jax.Array, summed: tuple[int, ...], axes: tuple[str | None, ...]) -> 'Int8':
+    """The nearest numbers of a byte."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(summed, keepdims=True) / cached.BYTE
+    values = jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return cls(values, scale, summed, axes)
+
+  @property
+  def shape(self):
+    return self.values.shape
+
+  @property
+  def dtype(self):
+    return self.scale.dtype
+
+  @property
+  def scale_axes(self) -> tuple[str | None, ...]:
+    """As `axes`, of the scale."""
+    rank = len(self.axes)
+    return tuple(None if n - rank in self.summed else axis for n, axis in enumerate(self.axes))
+
+  def numbers(self, dtype):
+    return self.values.astype(dtype) * self.scale.astype(dtype)
+
+  def layout(self):
+    return Int8(self.axes, self.scale_axes, self.summed, self.axes)
+
+  def _with(self, values, scale):
+    return Int8(values, scale, self.summed, self.axes)
+
+  def gathered(self, dtype):
+    return self._with(
+      ax.gather(self.values, *along(self.axes, self.values)),
+      ax.gather(self.scale, *along(self.scale_axes, self.scale)),
+    )
+
+  def here(self, shards, dtype):
+    return self._with(
+      gathered_here(self.values, self.axes, shards),
+      gathered_here(self.scale, self.scale_axes, shards),
+    )
+
+  def cut(self, axis, pieces):
+    if axis in self.summed:  # all pieces of a sum have its scale
+      scale = jnp.broadcast_to(self.scale[None], (pieces, *self.scale.shape))
+    else:
+      scale = in_pieces(self.scale, axis, pieces)
+    return self._with(in_pieces(self.values, axis, pieces), scale)
+
+  def whole(self, dtype, product=True):
+    return self.gathered(dtype).numbers(dtype)
+
+  def product(self, formula, x, dtype, axes=None):
+    if not self._takes(formula):
+      return super().product(formula, x, dtype, axes)
+    weight = self.gathered(dtype)
+    before = x.shape[: x.ndim - len(self.summed)]
+    outputs, rows = weight._outputs(), math.prod(before)
+    # Nothing is split over devices.
+    alone = math.prod(jax.sharding.get_abstract_mesh().shape.values() or [1]) == 1
+    if mesh.platform() == 'cpu' and alone and rows <= FEW:
+      y = weight._digits(x, rows).reshape(*before, *outputs)
+    elif axes is None:
+      y = jnp.einsum(formula, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    else:
+      values = weight.values.astype(x.dtype)
+      y = ax.einsum(formula, x, values, axes, preferred_element_type=jnp.float32)
+    scale = weight.scale.reshape(outputs)
+    return (y * jnp.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
+
+  def _outputs(self):
+    rank = self.values.ndim
+    return tuple(size for n, size in enumerate(self.values.shape) if n - rank not in self.summed)
+
+  def _takes(self, formula: str) -> bool:
+    """Whether a product sums over what has one scale, and over nothing else.
+
+    Those are the last dimensions of x, and the matrix's others the last of the result. In other
+    products (against a cache, MLA sums over what are outputs elsewhere) the numbers are taken.
+    """
+    terms, result = formula.split('->')
+    left, right = terms.split(',')
+    summed = ''.join(right[n] for n in self.summed)
+    outputs = ''.join(letter for letter in right if letter not in summed)
+    return left.endswith(summed) and result.endswith(outputs) and not set(outputs) & set(left)
+
+  def _digits(self, x, rows):
+    x = x.reshape(rows, -1).astype(jnp.float32)
+    tiny = jnp.finfo(jnp.float32).tiny
+    unit = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), tiny) / (cached.BYTE * DIGIT)
+    x = jnp.round(x / unit)
+    high = jnp.round(x / DIGIT)
+    digits = jnp.concatenate([high, x - DIGIT * high]).astype(jnp.int8)
+    last = -1 in self.summed
+    shape = (-1, digits.shape[1]) if last else (digits.shape[1], -1)
+    contracted = (((1,), (int(last),)), ((), ()))
+    sums = jax.lax.dot_general(
+      digits, self.values.reshape(shape), contracted, preferred_element_type=jnp.int32
+    ).astype(jnp.float32)
+    return (DIGIT * sums[:rows] + sums[rows:]) * unit
+
+  def rows(self, ids, mode=None):
+    return self.values.at[ids].get(mode=mode) * self.scale.at[ids].get(mode=mode)
+
+  def scores(self, x, bias, dtype):
+    y = self.product('...D,VD->...V', x, 'float32')
+    return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+  def each(self, rows):
+    values = self.values.astype(rows.dtype)
+    y = jnp.einsum('ECD,EDF->ECF', rows, values, preferred_element_type=jnp.float32)
+    return (y * self.scale).astype(rows.dtype)
+
+  def grouped(self, rows, sizes, expert):
+    # Sums of bytes are up to 127 times those of the numbers, which f16 might not hold.
+    x = rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows
+    # `grouped_matmul` refuses operands of two types; `blocked` makes numbers of the bytes of a
+    # block's expert, so that of the others none is read.
+    y = grouped_matmul.blocked(x, self.values, sizes)
+    return (y * self.scale[expert, 0]).astype(rows.dtype)
+
+
+def in_bytes(model):
+  """The model with its matrices in bytes, the output embedding among them.
+
+  Routers, which are computed with in f32, stay as they are, and so do norms and biases. So does the
+  table that tokens are looked up in: a step reads a row of it for each token, which is no time, and
+  bytes would make the model's input less exact. Where it is the output embedding, too, that becomes
+  a copy in bytes.
+  """
+
+  def matrix(p):
+    if p.kind != 'matrix' or p.wide:
+      return p
+    outputs = len(p.axes) - ('experts' in p.axes) - p.inputs
+    return p.replace(Int8.of(p[...], tuple(range(-outputs - p.inputs, -outputs)), p.axes))
+
+  head = model.head.tokens if model.head.tokens is not None else model.embedding.tokens
+  model = jax.tree.map(matrix, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  model.head.tokens = nnx.data(head.replace(Int8.of(head[...], (-1,), head.axes)))
+  return model
