@@ -26,6 +26,8 @@ from kernels.blocks import Blocks
 from model import params, quantised, transformer
 from model.cache import APPEND, init_cache
 from model.config import ModelConfig
+from model.logprobs import logprobs
+from model.vocabulary import TOKENS, Law
 from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
@@ -470,25 +472,23 @@ _empty = jax.jit(
 
 @functools.partial(jax.jit, static_argnames='vocabulary')
 def _scored(model, tokens, vocabulary):
-  """[B, T - 1] log-probabilities of tokens [B, T] after those before them; scores of few positions at a time."""
-  with ax.whole_rows(
-    tokens.shape[1] % ax.size('length') > 0
-  ):  # rows that do not split are on all devices
-    x = ax.place(model(ax.place(tokens, 'batch', 'length')).hidden, 'batch', None, 'width')
+  """[B, T - 1] log-probabilities of tokens [B, T] after those before them."""
   targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+  weights = jnp.pad(jnp.ones_like(tokens[:, 1:], jnp.float32), ((0, 0), (0, 1)))
+  # Rows that do not split are on all devices.
+  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):
+    tokens, targets, weights = (ax.place(a, *TOKENS) for a in (tokens, targets, weights))
+    x = ax.place(model(tokens).hidden, *TOKENS, 'width')
+    law = Law(*_head(model, x), softcap=model.config.logit_softcap, vocabulary=vocabulary)
+    return ax.place(logprobs(law, targets, weights), 'batch', None)[:, :-1]
 
-  def parts(a):
-    return jnp.moveaxis(a.reshape(a.shape[0], -1, SMALLEST_BUCKET, *a.shape[2:]), 1, 0)
 
-  pad = [(0, 0), (0, -tokens.shape[1] % SMALLEST_BUCKET)]
-
-  def one(part):
-    x, targets = part
-    found = jax.nn.log_softmax(loop.scores(model, x, vocabulary), -1)
-    return jnp.take_along_axis(found, targets[..., None], -1)[..., 0]
-
-  found = jax.lax.map(one, (parts(jnp.pad(x, [*pad, (0, 0)])), parts(jnp.pad(targets, pad))))
-  return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1)[:, : tokens.shape[1] - 1]
+def _head(model, x):
+  """Decoder.scored, of a head in bytes, too."""
+  stored = None if model.head.tokens is None else model.head.tokens.get_value()
+  if isinstance(stored, quantised.Bytes):
+    return model.head(x), stored.whole(model.config.dtype)
+  return model.scored(x)
 
 
 def generating(config: ModelConfig) -> ModelConfig:
