@@ -205,14 +205,9 @@ def lower_step(
   state = abstract_state(config, mesh)
   config = config.resolve(config.model.vocabulary)
   with jax.set_mesh(mesh):
-    ids = jax.ShapeDtypeStruct(
-      (config.data.batch_size, config.data.sequence_length),
-      jnp.int32,
-      sharding=jax.NamedSharding(mesh, axes.spec('batch', 'length')),
-    )
-    return make_program(config)[1].lower(
-      state, Batch(*[ids] * len(dataclasses.fields(Batch)))
-    ), state
+    rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
+    batch = Batch.abstract(config.data.batch_size, config.data.sequence_length, rows)
+    return make_program(config)[1].lower(state, batch), state
 
 
 def make_evaluate(config: configs.Config, prepared, put):

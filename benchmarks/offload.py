@@ -55,7 +55,8 @@ sizes = {
 }
 state = train.begin_state(config, make_state, target)
 draw = np.random.default_rng(0).integers(0, 1024, (2, 1, 16)).astype(np.int32)
-batch = Batch(*draw, np.arange(16, dtype=np.int32)[None], np.ones_like(draw[0]))
+batch = Batch(*draw, np.arange(16, dtype=np.int32)[None], np.ones_like(draw[0]),
+              np.ones((1, 16), np.float32))
 seconds = []
 for _ in range(4):
   began = time.perf_counter()

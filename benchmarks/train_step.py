@@ -26,7 +26,6 @@ def tandem_step(config, packed: bool = True):
   import dataclasses
 
   import jax
-  import jax.numpy as jnp
 
   import train
   from data.batch import Batch
@@ -36,10 +35,8 @@ def tandem_step(config, packed: bool = True):
 
   def shapes():
     rows = jax.NamedSharding(jax.sharding.get_mesh(), train.axes.spec('batch', 'length'))
-    ids = jax.ShapeDtypeStruct(
-      (config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows
-    )
-    return dataclasses.replace(Batch(ids, ids, ids, ids), **({} if packed else {'segments': None}))
+    batch = Batch.abstract(config.data.batch_size, config.data.sequence_length, rows)
+    return dataclasses.replace(batch, **({} if packed else {'segments': None}))
 
   return make_state, step, shapes
 
@@ -63,6 +60,7 @@ def tandem(config, steps: int, packed: bool = True) -> dict:
     'targets': tokens[:, 1:],
     'positions': np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
     'segments': np.ones((B, T), np.int32),
+    'weights': np.ones((B, T), np.float32),
   }
   batch = shapes()
   batch = type(batch)(

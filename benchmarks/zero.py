@@ -166,15 +166,8 @@ def formula(config: Config, chips: int, parameters: int) -> dict[str, float]:
 
 def _loss(config, model, batch=None):
   if batch is None:
-
-    def zeros():
-      return ax.place(
-        jnp.zeros((config.data.batch_size, config.data.sequence_length), jnp.int32),
-        'batch',
-        'length',
-      )
-
-    batch = Batch(zeros(), zeros(), zeros(), zeros())
+    shapes = Batch.abstract(config.data.batch_size, config.data.sequence_length)
+    batch = jax.tree.map(lambda x: ax.place(jnp.zeros(x.shape, x.dtype), 'batch', 'length'), shapes)
   return pretrain(model, batch, config.train.z_loss)
 
 
@@ -183,14 +176,12 @@ def _residuals(config, model, mesh) -> int:
   and is neither parameter nor token.
   """
   rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
-  tokens = jax.ShapeDtypeStruct(
-    (config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows
-  )
+  batch = Batch.abstract(config.data.batch_size, config.data.sequence_length, rows)
 
   def forward(model, batch):
     return jax.vjp(lambda model: _loss(config, model, batch)[0], model)[1]
 
-  program = jax.make_jaxpr(forward)(model, Batch(tokens, tokens, tokens, tokens)).jaxpr
+  program = jax.make_jaxpr(forward)(model, batch).jaxpr
   given, total = {*program.invars}, 0
   for out in {*program.outvars} - given:
     kept = jax.ShapeDtypeStruct(

@@ -164,6 +164,7 @@ class PackedSource:
       batch.targets[into, here] = piece[1:]
       batch.positions[into, here] = np.arange(n, dtype=np.int32)
       batch.segments[into, here] = segment
+      batch.weights[into, here] = 1
       at += n
 
   def documents(self) -> Iterator[np.ndarray]:

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.chat import ChatTemplate
-from decode import beam, loop
+from decode import beam
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course, drafter_of
-from decode.engine import SMALLEST_BUCKET, Engine, bucket
+from decode.engine import Engine, bucket
 from decode.options import Options
 from decode.report import CallTimer
 from decode.request import INTERRUPTED, LENGTH, Completion, Prompt, Row, several
 from decode.session import Session
+from model.logprobs import logprobs
+from model.vocabulary import TOKENS, Law
 from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
@@ -212,22 +214,12 @@ def _as_it_comes(given: Mapping[str, Any]) -> Options:
 
 @functools.partial(jax.jit, static_argnames='vocabulary')
 def _scored(model, tokens, vocabulary):
-  """[B, T - 1] log-probabilities of tokens [B, T] after those before them;
-  scores of few positions at a time.
-  """
+  """[B, T - 1] log-probabilities of tokens [B, T] after those before them."""
+  targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+  weights = jnp.pad(jnp.ones_like(tokens[:, 1:], jnp.float32), ((0, 0), (0, 1)))
   # Rows that do not split are on all devices.
   with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):
-    x = ax.place(model(ax.place(tokens, 'batch', 'length')).hidden, 'batch', None, 'width')
-  targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-
-  def parts(a):
-    return jnp.moveaxis(a.reshape(a.shape[0], -1, SMALLEST_BUCKET, *a.shape[2:]), 1, 0)
-
-  def score(part):
-    x, targets = part
-    logprobs = jax.nn.log_softmax(loop.scores(model, x, vocabulary), -1)
-    return jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
-
-  pad = [(0, 0), (0, -tokens.shape[1] % SMALLEST_BUCKET)]
-  scores = jax.lax.map(score, (parts(jnp.pad(x, [*pad, (0, 0)])), parts(jnp.pad(targets, pad))))
-  return jnp.moveaxis(scores, 0, 1).reshape(tokens.shape[0], -1)[:, : tokens.shape[1] - 1]
+    tokens, targets, weights = (ax.place(a, *TOKENS) for a in (tokens, targets, weights))
+    x = ax.place(model(tokens).hidden, *TOKENS, 'width')
+    law = Law(*model.scored(x), softcap=model.config.logit_softcap, vocabulary=vocabulary)
+    return ax.place(logprobs(law, targets, weights), 'batch', None)[:, :-1]

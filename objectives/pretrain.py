@@ -54,7 +54,9 @@ def pretrain(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Array, 
 
   def score(model, x, batch):
     with jax.named_scope('loss'):
-      return loss.cross_entropy(*model.scored(x), batch.targets, z_loss, config.logit_softcap)
+      return loss.cross_entropy(
+        *model.scored(x), batch.targets, batch.weights, z_loss, config.logit_softcap
+      )
 
   def whole(model, batch):
     x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)

@@ -74,9 +74,8 @@ def lower(config: Config, mesh_config: MeshConfig, devices=None):
       return state, jax.jit(lambda state, tokens: state.model(tokens, source=tokens).hidden).lower(
         state, tokens
       )
-    return state, train.make_train_step(config, optimizer).lower(
-      state, Batch(tokens, tokens, tokens, tokens)
-    )
+    batch = Batch.abstract(*tokens.shape, rows)
+    return state, train.make_train_step(config, optimizer).lower(state, batch)
 
 
 def test_there_are_configs():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data import shards
-from data.batch import IGNORE, Batch
+from data.batch import DTYPES, Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.loader import train_loader, validation_batches
 from data.prepare import prepare
@@ -80,11 +80,10 @@ def pairs(batch):
 def test_a_batch_says_what_it_says(corpus):
   prepared, config = prepared_and_config(corpus)
   batch = take(train_loader(prepared, config), 20)
-  assert all(
-    leaf.dtype == np.int32 and leaf.shape == (20, 6, 32) for leaf in jax.tree.leaves(batch)
-  )
+  for name, leaf in vars(batch).items():
+    assert leaf.dtype == DTYPES[name] and leaf.shape == (20, 6, 32)
   padding = batch.segments == 0
-  assert ((batch.targets == IGNORE) == padding).all() and (batch.tokens[padding] == 0).all()
+  assert (batch.weights == np.where(padding, 0, 1)).all() and (batch.tokens[padding] == 0).all()
   inside = (batch.segments[..., 1:] == batch.segments[..., :-1]) & ~padding[..., 1:]
   assert (batch.targets[..., :-1][inside] == batch.tokens[..., 1:][inside]).all()
   assert (np.diff(batch.positions)[inside] == 1).all()
@@ -204,6 +203,6 @@ def test_validation_is_every_pair_once_in_order_and_again(corpus):
 
 def test_batch_is_a_pytree():
   batch = Batch.empty(2, 3)
-  assert len(jax.tree.leaves(batch)) == 4
+  assert len(jax.tree.leaves(batch)) == 5
   assert isinstance(jax.tree.map(lambda leaf: leaf + 1, batch), Batch)
-  assert jax.jit(lambda b: b.targets.sum())(batch) == 6 * IGNORE
+  assert jax.jit(lambda b: b.targets.sum() + b.weights.sum())(batch) == 0

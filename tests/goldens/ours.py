@@ -88,10 +88,9 @@ def _loss(model, name, given, targets):
     return sum(
       (x * tiny.direction(what, x.shape)).sum() for what, x in (('hidden', x), ('pooled', pooled))
     ), (x, pooled)
-  return cross_entropy(*model.scored(x), targets, 0.0, model.config.logit_softcap)[0], (
-    model.logits(x),
-    None,
-  )
+  weights = jnp.ones_like(targets, jnp.float32)
+  total, _ = cross_entropy(*model.scored(x), targets, weights, 0.0, model.config.logit_softcap)
+  return total, (model.logits(x), None)
 
 
 def loss_and_gradients(model, name: str):

@@ -13,7 +13,6 @@ from jax.sharding import AxisType
 from data.batch import Batch
 from model import transformer
 from model.cache import init_cache
-from model.loss import IGNORE
 from model.params import named_leaves
 from objectives.pretrain import pretrain
 from parallel import axes as ax
@@ -42,8 +41,8 @@ def batch():
   positions = np.stack(
     [np.concatenate([np.arange(n) for n in [*row, 8 - row.sum()]]) for row in lengths]
   )
-  targets = np.where(segments > 0, tokens[:, 1:], IGNORE)
-  return Batch(tokens[:, :-1], targets.astype(np.int32), positions.astype(np.int32), segments)
+  weights = (segments > 0).astype(np.float32)
+  return Batch(tokens[:, :-1], tokens[:, 1:], positions.astype(np.int32), segments, weights)
 
 
 @functools.cache

@@ -222,20 +222,16 @@ def temporaries(pipeline):
   )
   mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
   with jax.set_mesh(mesh):
-    ids = jax.ShapeDtypeStruct(
-      (2 * M, 64), jnp.int32, sharding=jax.NamedSharding(mesh, ax.spec('batch', 'length'))
-    )
+    batch = Batch.abstract(2 * M, 64, jax.NamedSharding(mesh, ax.spec('batch', 'length')))
     model = abstract(lambda: transformer.init(config, 0), mesh)
     step = jax.jit(jax.grad(functools.partial(pretrain, z_loss=0.0), has_aux=True))
-    return (
-      step.lower(model, Batch(ids, ids, ids, ids)).compile().memory_analysis().temp_size_in_bytes
-    )
+    return step.lower(model, batch).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.slow
 def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
-  """But for their token ids, positions, segments and targets, twice; GPipe keeps at least what enters every stage."""
-  ids, entering = 4 * 2 * 64 * 4, 2 * 64 * 32 * 4  # bytes of a microbatch
+  """But for what a batch says of its tokens (five fields), twice; GPipe keeps what enters stages."""
+  ids, entering = 5 * 2 * 64 * 4, 2 * 64 * 32 * 4  # bytes of a microbatch
   few, many = (temporaries(PipelineConfig(schedule='1f1b', microbatches=M)) for M in (8, 32))
   assert 0 <= many - few <= 2 * 24 * ids
   few, many = (temporaries(PipelineConfig(microbatches=M)) for M in (8, 32))

@@ -226,7 +226,11 @@ def test_a_process_reads_the_rows_that_its_devices_hold(sizes, here, rows):
 def test_rows_become_the_global_batch_in_their_order(spec):
   sharding = jax.NamedSharding(make_mesh(MeshConfig(data=4, tensor=2)), jax.P(*spec))
   put = hosts.RowShards(sharding, (8, 8))
-  batch = Batch(*(np.arange(64, dtype=np.int32).reshape(8, 8) + i for i in range(4)))
+  batch = jax.tree.map(
+    lambda x, i: np.arange(64, dtype=x.dtype).reshape(8, 8) + i,
+    Batch.empty(8, 8),
+    Batch(*range(5)),
+  )
   placed = put(batch)
   for x, original in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
     assert x.sharding == sharding and np.array_equal(x, original)

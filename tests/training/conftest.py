@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import train
-from data.batch import IGNORE, Batch
+from data.batch import Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from model import params, transformer
 from model.config import ModelConfig
@@ -59,7 +59,8 @@ def make_batches(count: int) -> list[Batch]:
       first = length // 2
       batch.tokens[row, :length] = draw.integers(0, V, length)
       batch.targets[row, :length] = draw.integers(0, V, length)
-      batch.targets[row, first] = IGNORE
+      batch.weights[row, :length] = 1
+      batch.weights[row, first] = 0
       batch.segments[row, :length] = np.where(np.arange(length) < first, 1, 2)
       batch.positions[row, :length] = np.where(
         np.arange(length) < first, np.arange(length), np.arange(length) - first

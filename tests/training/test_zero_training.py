@@ -49,7 +49,13 @@ def batch():
   rows = jax.NamedSharding(jax.sharding.get_mesh(), ax.spec('batch', 'length'))
   return jax.tree.map(
     lambda x: jax.device_put(x, rows),
-    Batch(tokens[:, :-1], tokens[:, 1:], places, np.ones_like(places)),
+    Batch(
+      tokens[:, :-1],
+      tokens[:, 1:],
+      places,
+      np.ones_like(places),
+      np.ones(places.shape, np.float32),
+    ),
   )
 
 
