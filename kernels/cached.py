@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import cached_tpu
-from kernels.mask import Relative
+from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
 
 BLOCK = 512  # slots; a buffer has at most one block, or whole ones
@@ -90,12 +90,8 @@ def attention(
   layer: Int[Array, ''] | int,
   lengths: Int[Array, 'B'],
   queries: Int[Array, 'B T'],
+  scoring: Scoring,
   *,
-  window: int = 0,
-  softcap: float = 0.0,
-  sinks: Float[Array, 'N'] | None = None,
-  relative: Relative | None = None,
-  scale: float = 1.0,
   value_width: int = 0,
 ) -> Float[Array, 'B T N Hv']:
   """Causal attention of new tokens to the slots of one layer, theirs among them; not to be differentiated.
@@ -103,8 +99,15 @@ def attention(
   Args:
     layer: of the R that are held. lengths: tokens of each row, the new ones included. queries: their positions; what those that are not
       below `lengths` yield means nothing.
-    window, softcap, sinks, relative, scale: see kernels.attention. value_width: of latent attention, how much of a key is the value.
+    scoring: its mask is causal, and has a window at most: who sees whom follows from the lengths otherwise.
+    value_width: of latent attention, how much of a key is the value.
+  Raises NotImplementedError for another mask, and where heads do not go together on a mesh.
   """
+  if not scoring.mask.causal or (extra := scoring.mask.fields() - {'causal', 'window'}):
+    raise NotImplementedError(
+      f'attention to a cache is causal, and its mask has at most a window, not '
+      f"{sorted(extra) if scoring.mask.causal else 'causal=False'}; use kernels.attention"
+    )
   N, K, t = q.shape[2], held.keys.shape[2], ax.size('heads')
   heads = held.axes().keys[2]
   if N % t or (heads is None and K > 1 and t % K):
@@ -113,16 +116,13 @@ def attention(
       'or be a multiple of them'
     )
   parts = ax.mesh_axes('slots') if not held.ring else ()
+  sinks, relative = scoring.sinks, scoring.relative
   run = functools.partial(
     _local,
-    window=window,
-    softcap=softcap,
-    scale=scale,
+    scoring=scoring.scaled(q.shape[3]),
     value_width=value_width,
     parts=parts,
     own=ax.mesh_axes('heads') if heads is None and t > 1 else (),
-    relative=relative
-    and {'bidirectional': relative.bidirectional, 'max_distance': relative.max_distance},
   )
   q = ax.place(q, 'batch', None, 'heads', 'head_width')
   arrays, axes = (
@@ -148,15 +148,15 @@ def _local(
   sinks,
   table,
   *,
-  window,
-  softcap,
-  scale,
+  scoring,
   value_width,
   parts,
   own,
-  relative,
 ):
-  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes that split the query heads only."""
+  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes that split the query heads only.
+
+  sinks, table: this device's part of those of `scoring`.
+  """
   B, T, N, H = q.shape
   S, K = held.keys.shape[3], held.keys.shape[2]
   first = 0
@@ -168,13 +168,24 @@ def _local(
   offset = jax.lax.axis_index(parts) * S if parts else 0
   q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  how = dict(window=window, softcap=softcap, scale=scale, Hv=Hv)
-  if mesh.platform() == 'tpu' and not parts and not relative and G * T <= cached_tpu.MOST:
-    top, total, mixed = cached_tpu.blocks(q, held, layer, first, lengths, queries[:, 0], T=T, **how)
+  relative = scoring.relative
+  if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
+    top, total, mixed = cached_tpu.blocks(
+      q, held, layer, first, lengths, queries[:, 0], scoring, T=T, Hv=Hv
+    )
   else:
-    table = relative and Relative(table=table.reshape(table.shape[0], K, G), **relative)
+    if relative is not None:
+      relative = dataclasses.replace(relative, table=table.reshape(table.shape[0], K, G))
     top, total, mixed = blocks(
-      q, held, layer, first, lengths, queries, offset=offset, relative=table, **how
+      q,
+      held,
+      layer,
+      first,
+      lengths,
+      queries,
+      dataclasses.replace(scoring, relative=relative),
+      Hv=Hv,
+      offset=offset,
     )
   if parts:
     highest = jax.lax.pmax(top, parts)
@@ -215,19 +226,18 @@ def blocks(
   first,
   lengths: Int[Array, 'B'],
   queries: Int[Array, 'B T'],
+  scoring: Scoring,
   *,
-  window: int = 0,
-  softcap: float = 0.0,
-  scale: float = 1.0,
   Hv: int,
   offset=0,
-  relative: Relative | None = None,
 ):
   """What a device's slots give to the softmax: its greatest score, the sum of weights, and the weighted sum of values, wide.
 
   q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first` on. offset: of the first slot.
+  A relative's table is [buckets, K, G]; sinks join later, when all slots' shares are together.
   """
   B, K, M, H = q.shape
+  window, softcap = scoring.mask.window, scoring.softcap
   S, T = held.slots, queries.shape[1]
   G, block, wide = M // T, min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
 
@@ -252,14 +262,14 @@ def blocks(
       mesh.platform() == 'cpu'
     ):  # or XLA's CPU puts the write of a token into what reads it as well, for which it copies all slots
       keys = jnp.where(used[..., None], keys, 0)
-    scores = products(q, keys.astype(q.dtype), wide) * scale
+    scores = products(q, keys.astype(q.dtype), wide) * scoring.scale
     if held.key_scales is not None:
       scores = scores * cut(held.key_scales, start)[:, :, None]
     scores = scores.reshape(B, K, G, T, block)
-    if relative:
-      scores = scores + jnp.moveaxis(relative.scores(queries, where[:, 0]), (1, 2), (3, 4)).astype(
-        wide
-      )
+    if scoring.relative is not None:
+      scores = scores + jnp.moveaxis(
+        scoring.relative.scores(queries, where[:, 0]), (1, 2), (3, 4)
+      ).astype(wide)
     if softcap:
       scores = softcap * jnp.tanh(scores / softcap)
     seen = used & (where <= queries[..., None])

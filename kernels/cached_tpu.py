@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.scoring import Scoring
+
 BLOCK = 1024  # slots of a step
 MOST = 2048  # rows of queries of a key head, above which scores of a block do not fit in VMEM
 LANES, ROWS = 128, 16  # of a register of 16 bits
@@ -119,11 +121,9 @@ def blocks(
   first,
   lengths,
   starts,
+  scoring: Scoring,
   *,
   T: int,
-  window: int,
-  softcap: float,
-  scale: float,
   Hv: int,
   interpret=False,
 ):
@@ -132,7 +132,7 @@ def blocks(
   q: [B, K, G x T, H], of the key heads from `first` on.
   """
   B, K, M, H = q.shape
-  S = held.slots
+  S, window = held.slots, scoring.mask.window
   block = min(S, BLOCK)
   bounds = _bounds(window, held.ring, S, block, T)
   rows = -(-M // ROWS) * ROWS
@@ -186,8 +186,8 @@ def blocks(
     block=block,
     T=T,
     Hv=Hv,
-    softcap=softcap,
-    scale=scale,
+    softcap=scoring.softcap,
+    scale=scoring.scale,
   )
   there = [x is not None for x in given]
 

@@ -49,14 +49,15 @@ def refusal(q, k, v, mask) -> str:
   return ''
 
 
-def attention(q, k, v, mask, scale):
+def attention(q, k, v, scoring):
   """The mixed values, each device on its own rows and heads; for what `refusal` has nothing against."""
   if jax.default_backend() != 'gpu':
     _answer(*ELSEWHERE[_kind()])
+  mask = scoring.mask
   window = (mask.window - 1, 0) if 0 < mask.window < k.shape[1] else None
   run = functools.partial(
     jax.nn.dot_product_attention,
-    scale=scale,
+    scale=scoring.scale,
     is_causal=mask.causal,
     local_window_size=window,
     implementation='cudnn',

@@ -16,6 +16,7 @@ from kernels import cudnn, flash_gpu_bodies as bodies, mosaic_gpu_compat as gpu
 from kernels.blocks import Blocks
 from kernels.flash_gpu_bodies import COUNT, LOG2E, WARPGROUPS, Shape, Tuning
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
+from kernels.scoring import Scoring
 
 HOPPER = 132  # processors of an H100 and an H200
 TILE, WIDEST = (
@@ -77,7 +78,7 @@ def _tuning(table, width: int, queries: int, keys: int, held: str) -> Tuning:
   return dataclasses.replace(table[width], **sizes)
 
 
-def _shape(q, k, v, mask: Mask, softcap: float, scale: float, interpret) -> Shape:
+def _shape(q, k, v, scoring: Scoring, interpret) -> Shape:
   (B, T, N, H), (_, S, K, Hv) = q.shape, v.shape
   if max(H, Hv) > WIDEST:
     raise NotImplementedError(
@@ -91,6 +92,7 @@ def _shape(q, k, v, mask: Mask, softcap: float, scale: float, interpret) -> Shap
     raise NotImplementedError(
       f'backend pallas_gpu is for Hopper GPUs, of compute capability 9, not {found}; use xla or blocked'
     )
+  mask = scoring.mask
   by_index = not mask.positioned or mask.fields() <= {'causal', 'window'}
   H, Hv = (_whole(width, TILE) for width in (H, Hv))
   return Shape(
@@ -105,8 +107,8 @@ def _shape(q, k, v, mask: Mask, softcap: float, scale: float, interpret) -> Shap
     mask.window,
     by_index,
     False,
-    softcap,
-    scale,
+    scoring.softcap,
+    scoring.scale,
     q.dtype,
     interpret,
   )
@@ -203,11 +205,10 @@ def _call(
   return jax.lax.optimization_barrier(run(*inputs, *plans, *sums))
 
 
-def forward(
-  q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()
-):
+def forward(q, k, v, scoring: Scoring, *, interpret, blocks: Blocks = Blocks()):
   """kernels.reference.attention of one device's arrays; not to be differentiated."""
-  shape = _shape(q, k, v, mask, softcap, scale, interpret)
+  mask, sinks = scoring.mask, scoring.sinks
+  shape = _shape(q, k, v, scoring, interpret)
   tuning = _tuning(FORWARD, max(shape.H, shape.Hv), *blocks.of('forward'), 'queries')
   rows, keys, stages = WARPGROUPS * tuning.queries, tuning.keys, tuning.stages
   T, S, shape = _filled(shape, rows, keys)
@@ -250,13 +251,11 @@ def backward(
   q,
   k,
   v,
-  mask: Mask,
+  scoring: Scoring,
   lse,
   delta,
   d_out,
   *,
-  softcap: float,
-  scale: float,
   interpret,
   dtype=jnp.float32,
   blocks: Blocks = Blocks(),
@@ -269,7 +268,8 @@ def backward(
   certain order, where it is to be deterministic, and of wide heads, with a soft cap or a prefix: their sums, derivatives or masks fill
   the registers.
   """
-  shape = _shape(q, k, v, mask, softcap, scale, interpret)
+  mask = scoring.mask
+  shape = _shape(q, k, v, scoring, interpret)
   parts = -(-(shape.H + shape.Hv) // WIDEST)
   shape = dataclasses.replace(
     shape, H=max(shape.H, TILE * parts), Hv=max(shape.Hv, TILE * parts)
@@ -281,7 +281,7 @@ def backward(
   alone = (
     blocks.deterministic
     or max(shape.H, shape.Hv) > WIDEST // 2
-    or softcap
+    or shape.softcap
     or mask.prefix is not None
   )
   d_q = _d_q(q, k, v, mask, *rest, shape) if alone else None

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import tuning
 from kernels.blocks import LARGEST, Blocks
 from kernels.mask import FULL, SKIP, Mask
+from kernels.scoring import Scoring
 from parallel import mesh as meshes
 
 LANES = 128  # of a register
@@ -466,7 +467,8 @@ def _cut(
   return G, bq, keys or largest(S, step.keys)
 
 
-def _shape(q, k, v, mask: Mask, softcap: float, direction: str, blocks: Blocks = Blocks()) -> Shape:
+def _shape(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks()) -> Shape:
+  mask = scoring.mask
   (B, T, N, _), (S, K), step = q.shape, k.shape[1:3], _step(q, v, direction, blocks)
   G, bq, bk = _cut(T, S, N // K, step, direction, blocks)
   by_index = not mask.positioned or (mask.query_positions is None and (mask.zigzag == 1 or T != S))
@@ -490,7 +492,7 @@ def _shape(q, k, v, mask: Mask, softcap: float, direction: str, blocks: Blocks =
     by_index,
     mask.query_segments is not None,
     mask.prefix is not None,
-    softcap,
+    scoring.softcap,
     step,
     jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
     any(blocks.of(direction)),
@@ -594,11 +596,10 @@ def _scaled(q, scale):
   return (q.astype(jnp.float32) * (scale * LOG2E)).astype(q.dtype)
 
 
-def forward(
-  q, k, v, mask: Mask, *, softcap: float, sinks, scale: float, interpret, blocks: Blocks = Blocks()
-):
+def forward(q, k, v, scoring: Scoring, *, interpret, blocks: Blocks = Blocks()):
   """kernels.reference.attention of one device's arrays; not to be differentiated."""
-  shape = _shape(q, k, v, mask, softcap, 'forward', blocks)
+  mask, sinks, scale = scoring.mask, scoring.sinks, scoring.scale
+  shape = _shape(q, k, v, scoring, 'forward', blocks)
   queries, numbers, keys, of_sinks = _blocks_of(shape)
   H, Hv, G = q.shape[3], v.shape[3], shape.G
   groups = shape.N // G, G
@@ -634,13 +635,11 @@ def backward(
   q,
   k,
   v,
-  mask: Mask,
+  scoring: Scoring,
   lse,
   delta,
   d_out,
   *,
-  softcap: float,
-  scale: float,
   interpret,
   dtype=jnp.float32,
   blocks: Blocks = Blocks(),
@@ -659,7 +658,7 @@ def backward(
     )
 
   if S <= room(dtype or q.dtype):
-    return _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype, blocks)
+    return _backward_of(q, k, v, scoring, lse, delta, d_out, interpret, dtype, blocks)
   most = room(jnp.float32)
   d_q, parts = 0.0, []
   for start in range(0, S, most):
@@ -668,12 +667,10 @@ def backward(
       q,
       k[:, part],
       v[:, part],
-      mask.block(slice(0, q.shape[1]), part),
+      dataclasses.replace(scoring, mask=scoring.mask.block(slice(0, q.shape[1]), part)),
       lse,
       delta,
       d_out,
-      softcap,
-      scale,
       interpret,
       jnp.float32,
       blocks,
@@ -686,8 +683,9 @@ def backward(
   )
 
 
-def _backward_of(q, k, v, mask, lse, delta, d_out, softcap, scale, interpret, dtype, blocks):
-  shape = _shape(q, k, v, mask, softcap, 'backward', blocks)
+def _backward_of(q, k, v, scoring, lse, delta, d_out, interpret, dtype, blocks):
+  mask, scale = scoring.mask, scoring.scale
+  shape = _shape(q, k, v, scoring, 'backward', blocks)
   queries, numbers, keys, _ = _blocks_of(shape)
   H, Hv, G = q.shape[3], v.shape[3], shape.G
   groups = shape.N // G, G

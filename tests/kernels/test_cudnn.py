@@ -12,6 +12,7 @@ from analysis import aot
 from kernels import cudnn
 from kernels.attention import attention
 from kernels.mask import Mask
+from kernels.scoring import Scoring
 from parallel import axes as ax
 from parallel.mesh import AXES, MeshConfig, make_mesh
 
@@ -75,7 +76,9 @@ def compiled(case, mesh, B=1) -> str:
     )
 
     def loss(q, k, v):
-      step = jax.checkpoint(lambda q, _: (attention(q, k, v, case[6], backend='xla')[0], None))
+      step = jax.checkpoint(
+        lambda q, _: (attention(q, k, v, Scoring(case[6]), backend='xla')[0], None)
+      )
       return jnp.sum(jax.lax.scan(step, q, length=2)[0], dtype=jnp.float32)
 
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*x).compile().as_text()
@@ -150,7 +153,7 @@ def test_each_device_calls_it_for_its_own_rows_and_heads(axis_type):
       return jax.NamedSharding(mesh, ax.spec('batch', 'length', heads, 'head_width'))
 
     out, _ = jax.eval_shape(
-      lambda *x: attention(*x, Mask(), backend='xla'), *shapes(*BASE, B=4, sharding=placed)
+      lambda *x: attention(*x, Scoring(), backend='xla'), *shapes(*BASE, B=4, sharding=placed)
     )
     assert axis_type == AxisType.Auto or out.sharding.spec == ax.spec(
       'batch', 'length', 'heads', 'head_width'
@@ -214,7 +217,8 @@ def test_what_cudnn_is_asked_for_is_the_spec(name, monkeypatch):
   def gradients(backend):
     return jax.jit(
       jax.value_and_grad(
-        lambda *x: jnp.sum(attention(*x, mask, scale=0.3, backend=backend)[0] * weights), (0, 1, 2)
+        lambda *x: jnp.sum(attention(*x, Scoring(mask, scale=0.3), backend=backend)[0] * weights),
+        (0, 1, 2),
       )
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType
-from rows import documents, draw, positions, values_and_gradients
+from rows import attends, documents, draw, positions, values_and_gradients
 
 import kernels
 from analysis import aot, ptxas
@@ -19,6 +19,7 @@ from kernels import cudnn, flash, flash_gpu, mosaic_gpu_compat as gpu, reference
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
+from kernels.scoring import Scoring
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -102,29 +103,25 @@ class Rounded:
   """The kernels' contract kept by the oracle in 16 bits: what precision is lost by rounding what they round."""
 
   @staticmethod
-  def forward(q, k, v, mask, *, interpret, blocks, **settings):
-    return reference.attention(q, k, v, mask, relative=None, **settings)
+  def forward(q, k, v, scoring, *, interpret, blocks):
+    return reference.attention(q, k, v, scoring)
 
   @staticmethod
-  def backward(q, k, v, *arguments, interpret, blocks, dtype=jnp.float32, **settings):
-    found = reference.backward(q, k, v, *arguments, relative=None, **settings)[:3]
+  def backward(q, k, v, *arguments, interpret, blocks, dtype=jnp.float32):
+    found = reference.backward(q, k, v, *arguments)[:3]
     return tuple(x.astype(dtype or like.dtype) for x, like in zip(found, (q, k, v)))
 
 
 def check(case, dtype=jnp.float16):
   """As near to the oracle in f32 as its twin in `dtype` is; what is not rounded to that, the log-sum-exp, much nearer."""
   (q, k, v, sinks), mask, softcap = inputs_of(case, dtype)
-  settings = {'mask': mask, 'softcap': softcap, 'scale': 0.2}
-  found = values_and_gradients(
-    functools.partial(attention, backend='pallas_gpu', **settings), q, k, v, sinks
-  )
+  scoring = Scoring(mask, softcap=softcap, scale=0.2)
+  found = values_and_gradients(attends(scoring, backend='pallas_gpu'), q, k, v, sinks)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(flash, '_module', lambda backend: Rounded)
-    rounded = values_and_gradients(
-      functools.partial(attention, backend='pallas_gpu', **settings), q, k, v, sinks
-    )
+    rounded = values_and_gradients(attends(scoring, backend='pallas_gpu'), q, k, v, sinks)
   exact = values_and_gradients(
-    functools.partial(attention, backend='reference', **settings),
+    attends(scoring, backend='reference'),
     *(x.astype(jnp.float32) for x in (q, k, v)),
     sinks,
   )
@@ -193,26 +190,30 @@ def test_in_bfloat16(case):
 def test_no_warpgroup_reads_what_another_writes(case, deterministic, few_processors):
   """Races are looked for, and barriers that nobody waits for raise."""
   (q, k, v, sinks), mask, softcap = inputs_of(case, jnp.float16)
-  settings = {'softcap': softcap, 'scale': 0.2, 'interpret': gpu.INTERPRETER(detect_races=True)}
-  out, lse = flash_gpu.forward(q, k, v, mask, sinks=sinks, **settings)
-  expected, expected_lse = reference.attention(
-    q, k, v, mask, softcap=softcap, sinks=sinks, relative=None, scale=0.2
-  )
+  scoring = Scoring(mask, softcap=softcap, sinks=sinks, scale=0.2)
+  interpret = gpu.INTERPRETER(detect_races=True)
+  out, lse = flash_gpu.forward(q, k, v, scoring, interpret=interpret)
+  expected, expected_lse = reference.attention(q, k, v, scoring)
   np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(out, expected, atol=4e-3)  # of weights in f16
   delta = (out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
   found = flash_gpu.backward(
-    q, k, v, mask, lse, delta, out, blocks=Blocks(deterministic=deterministic), **settings
+    q,
+    k,
+    v,
+    scoring,
+    lse,
+    delta,
+    out,
+    interpret=interpret,
+    blocks=Blocks(deterministic=deterministic),
   )
   wanted = reference.backward(
     *(x.astype(jnp.float32) for x in (q, k, v)),
-    mask,
+    scoring,
     lse,
     delta,
     out.astype(jnp.float32),
-    softcap=softcap,
-    relative=None,
-    scale=0.2,
   )
   for a, b in zip(found, wanted):
     np.testing.assert_allclose(a, b, atol=4e-3 * float(jnp.abs(b).max()))
@@ -226,9 +227,7 @@ def test_on_a_mesh(monkeypatch):
     for x in (draw(2, 256, 4, 64), draw(2, 256, 2, 64), draw(2, 256, 2, 64, seed=1))
   )
   mask = oracle.mask(documents(256, 256))
-  expected = values_and_gradients(
-    functools.partial(attention, mask=mask, backend='pallas_gpu'), q, k, v, None
-  )
+  expected = values_and_gradients(attends(Scoring(mask), backend='pallas_gpu'), q, k, v, None)
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
 
@@ -240,7 +239,7 @@ def test_on_a_mesh(monkeypatch):
         **{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()}
       )
       found = values_and_gradients(
-        functools.partial(attention, mask=split, backend='pallas_gpu'),
+        attends(Scoring(split), backend='pallas_gpu'),
         *(at(x, *heads) for x in (q, k, v)),
         None,
       )
@@ -272,23 +271,21 @@ def test_what_it_cannot_raises(monkeypatch):
     NotImplementedError,
     match=r"'pallas_gpu' does not honour \['wide_heads'\]; these do: \['reference', 'blocked'",
   ):
-    attention(q, q, q, Mask(), backend='pallas_gpu')
+    attention(q, q, q, Scoring(), backend='pallas_gpu')
   with pytest.raises(NotImplementedError, match=r"'pallas_gpu' does not honour \['float32'\]"):
-    attention(*[q[..., :64].astype(jnp.float32)] * 3, Mask(), backend='pallas_gpu')
+    attention(*[q[..., :64].astype(jnp.float32)] * 3, Scoring(), backend='pallas_gpu')
   monkeypatch.setattr(cudnn, 'capability', lambda: (8, 0))
   with pytest.raises(
     NotImplementedError,
     match=r'for Hopper GPUs, of compute capability 9, not \(8, 0\); use xla or blocked',
   ):
-    flash_gpu.forward(
-      *[q[..., :64]] * 3, Mask(), softcap=0.0, sinks=None, scale=1.0, interpret=False
-    )
+    flash_gpu.forward(*[q[..., :64]] * 3, Scoring(scale=1.0), interpret=False)
   if gpu.INTERPRETER is None:
     with pytest.raises(
       NotImplementedError,
       match='cannot interpret kernels of Mosaic GPU; use jax >= 0.12 or a Hopper GPU',
     ):
-      attention(*[q[..., :64]] * 3, Mask(), backend='pallas_gpu')
+      attention(*[q[..., :64]] * 3, Scoring(), backend='pallas_gpu')
 
 
 SEGMENTS = {f'{x}_segments': np.zeros((2, 2048), np.int32) for x in ('query', 'key')}
@@ -389,8 +386,7 @@ def test_it_compiles_for_an_h100_without_a_spill(case, monkeypatch, tmp_path):
         q,
         k,
         v,
-        mask,
-        softcap=softcap,
+        Scoring(mask, softcap=softcap),
         backend='pallas_gpu',
         blocks=Blocks(deterministic=deterministic),
       )
@@ -419,7 +415,7 @@ def test_a_scanned_layer_runs_each_kernel_once(save):
   def loss(w, x):
     def layer(x, w):
       q = (x @ w).reshape(2, 512, 4, 128)
-      out, _ = attention(q, q, q, Mask(), backend='pallas_gpu')
+      out, _ = attention(q, q, q, Scoring(), backend='pallas_gpu')
       return x + out.reshape(x.shape) @ w, None
 
     if save:

@@ -1,6 +1,5 @@
 """Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs of the real compiler."""
 
-import functools
 import pathlib
 import sys
 import types
@@ -12,13 +11,14 @@ import oracle
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
-from rows import documents, draw, positions, values_and_gradients
+from rows import attends, documents, draw, positions, values_and_gradients
 
 from analysis import aot
 from kernels import attention as dispatch, flash, flash_tpu, reference
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
+from kernels.scoring import Scoring
 from kernels.tuning import Tuning
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
@@ -124,11 +124,11 @@ def assert_close(found, expected):
 def check(case):
   arrays, mask, softcap = inputs_of(case)
   found = values_and_gradients(
-    functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='pallas_tpu'),
+    attends(Scoring(mask, softcap=softcap, scale=0.3), backend='pallas_tpu'),
     *arrays,
   )
   expected = values_and_gradients(
-    functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='reference'),
+    attends(Scoring(mask, softcap=softcap, scale=0.3), backend='reference'),
     *arrays,
   )
   assert_close(found, expected)
@@ -150,9 +150,7 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
   )
 
   def run(backend, *arrays):
-    return values_and_gradients(
-      functools.partial(attention, mask=Mask(), backend=backend), *arrays, None
-    )
+    return values_and_gradients(attends(Scoring(), backend=backend), *arrays, None)
 
   exact = run('reference', *(x.astype(jnp.float32) for x in (q, k, v)))
   with jax.default_matmul_precision('default'):
@@ -201,14 +199,14 @@ def test_in_the_steps_of_a_v5e(case):
 def test_no_step_reads_what_another_writes(small_steps):
   """TPU semantics, with races looked for: forward and backward of a packed row."""
   (q, k, v, _), mask, _ = inputs_of('packed')
-  interpret = pltpu.InterpretParams(detect_races=True)
+  scoring, interpret = Scoring(mask, scale=0.3), pltpu.InterpretParams(detect_races=True)
 
   def run(q, k, v):
-    return flash.flash(('pallas_tpu', 0.0, 0.3, interpret, Blocks()), q, k, v, mask, None)[0]
+    return flash.flash(('pallas_tpu', interpret, Blocks()), q, k, v, scoring)[0]
 
   out, pull = jax.vjp(run, q, k, v)
   expected, pull_expected = jax.vjp(
-    lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend='reference')[0], q, k, v
+    lambda q, k, v: attention(q, k, v, scoring, backend='reference')[0], q, k, v
   )
   assert_close((out, pull(out)), (expected, pull_expected(out)))
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -223,16 +221,12 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
     flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15)
   )
   T = 150 if parts else 300
-  q, k, v, mask = (
-    draw(2, T, 4, 8),
-    draw(2, 300, 2, 8),
-    draw(2, 300, 2, 8, seed=1),
-    oracle.mask(parts),
-  )
-  out, lse = reference.attention(q, k, v, mask, softcap=0.0, sinks=None, relative=None, scale=0.3)
-  arguments = q, k, v, mask, lse, (out * out).sum(-1), out
-  found = flash_tpu.backward(*arguments, softcap=0.0, scale=0.3, interpret=True)
-  for a, b in zip(found, reference.backward(*arguments, softcap=0.0, relative=None, scale=0.3)):
+  q, k, v = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8, seed=1)
+  scoring = Scoring(oracle.mask(parts), scale=0.3)
+  out, lse = reference.attention(q, k, v, scoring)
+  arguments = q, k, v, scoring, lse, (out * out).sum(-1), out
+  found = flash_tpu.backward(*arguments, interpret=True)
+  for a, b in zip(found, reference.backward(*arguments)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -250,7 +244,7 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
 def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
   """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by positions half of them."""
   q, k, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), oracle.mask(parts)
-  shape = flash_tpu._shape(q, k, k, mask, 0.0, 'forward')
+  shape = flash_tpu._shape(q, k, k, Scoring(mask), 'forward')
   made = flash_tpu._steps(mask.blocks(T, 300, shape.bq, shape.bk), 2)
   assert flash_tpu._expected(made, mask, shape) == 2 * steps
   assert int(made.count) <= 2 * steps or 'query_positions' in parts
@@ -260,9 +254,7 @@ def test_on_a_mesh(small_steps):
   """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with documents."""
   q, k, v = draw(2, 256, 4, 8), draw(2, 256, 2, 8), draw(2, 256, 2, 8, seed=1)
   mask = oracle.mask(documents(256, 256))
-  expected = values_and_gradients(
-    functools.partial(attention, mask=mask, backend='reference'), q, k, v, None
-  )
+  expected = values_and_gradients(attends(Scoring(mask), backend='reference'), q, k, v, None)
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
 
@@ -274,7 +266,7 @@ def test_on_a_mesh(small_steps):
         **{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()}
       )
       found = values_and_gradients(
-        functools.partial(attention, mask=split, backend='pallas_tpu'),
+        attends(Scoring(split), backend='pallas_tpu'),
         *(at(x, *heads) for x in (q, k, v)),
         None,
       )
@@ -319,7 +311,7 @@ def test_it_compiles(case, topology):
       return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
     def loss(q, k, v):
-      out, lse = attention(q, k, v, mask, softcap=softcap, backend='pallas_tpu')
+      out, lse = attention(q, k, v, Scoring(mask, softcap=softcap), backend='pallas_tpu')
       return jnp.sum(out, dtype=jnp.float32) + lse.sum()
 
     program = (
