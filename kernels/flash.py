@@ -123,15 +123,16 @@ def _backward(static, kept, gradients):
     lse == -jnp.inf, 0, d_lse
   )
   run = functools.partial(_module(backend).backward, interpret=interpret, dtype=None, blocks=blocks)
+  # The log-sum-exp has the sinks in it already: no kernel needs them again.
+  sinks, scoring = scoring.sinks, dataclasses.replace(scoring, sinks=None)
   d_q, d_k, d_v = _once(backend, run)(q, k, v, scoring, lse, delta, d_out)
-  sinks = scoring.sinks
   if sinks is None:
     return d_q, d_k, d_v, None
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # of queries that see nothing, not even a sink
   d_sinks = (
     -(jnp.exp(sinks.astype(jnp.float32)[None, None] - lse) * delta).sum((0, 1)).astype(sinks.dtype)
   )
-  return d_q, d_k, d_v, dataclasses.replace(scoring, mask=None, relative=None, sinks=d_sinks)
+  return d_q, d_k, d_v, dataclasses.replace(scoring, mask=None, sinks=d_sinks)
 
 
 flash.defvjp(_forward, _backward)

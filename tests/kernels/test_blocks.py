@@ -10,7 +10,13 @@ import pytest
 from rows import attends, documents, draw, values_and_gradients
 
 from analysis import aot, ptxas
-from kernels import blocks as block_sizes, flash, flash_gpu, flash_tpu, mosaic_gpu_compat as gpu
+from kernels import (
+  blocks as block_sizes,
+  flash,
+  flash_gpu,
+  flash_tpu_steps,
+  mosaic_gpu_compat as gpu,
+)
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
@@ -273,9 +279,9 @@ def test_the_tables_sizes_can_be_chosen():
         Blocks(**{f'{direction}_queries': queries, f'{direction}_keys': keys}), 'pallas_gpu', width
       )
     q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), 'bfloat16') for heads in (8, 2))
-    table = flash_tpu._shape(q, k, k, Scoring(), direction)
+    table = flash_tpu_steps.shape_of(q, k, k, Scoring(), direction)
     chosen = Blocks(**{f'{direction}_queries': table.R, f'{direction}_keys': table.bk})
-    again = flash_tpu._shape(q, k, k, Scoring(), direction, chosen)
+    again = flash_tpu_steps.shape_of(q, k, k, Scoring(), direction, chosen)
     assert (
       (again.G, again.bq, again.bk, again.chunk) == (table.G, table.bq, table.bk, table.chunk)
       and again.chosen

@@ -13,8 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from rows import attends, documents, draw, positions, values_and_gradients
 
+import kernels
 from analysis import aot
-from kernels import attention as dispatch, flash, flash_tpu, reference
+from kernels import attention as dispatch, flash, flash_tpu, flash_tpu_steps, reference
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
@@ -110,7 +111,7 @@ def inputs_of(case):
 def small_steps(monkeypatch):
   """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as v6e sums weights."""
   monkeypatch.setattr(
-    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27)
+    flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27)
   )
 
 
@@ -177,7 +178,7 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
 def test_sums_by_lane_are_sums(monkeypatch):
   """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes together."""
   monkeypatch.setattr(
-    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27)
+    flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27)
   )
   check('causal')
   check('causal, soft cap, sinks')
@@ -218,7 +219,7 @@ def test_no_step_reads_what_another_writes(small_steps):
 def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   """A VMEM in which the gradients of 128 keys find place."""
   monkeypatch.setattr(
-    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15)
+    flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15)
   )
   T = 150 if parts else 300
   q, k, v = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8, seed=1)
@@ -244,9 +245,9 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
 def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
   """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by positions half of them."""
   q, k, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), oracle.mask(parts)
-  shape = flash_tpu._shape(q, k, k, Scoring(mask), 'forward')
-  made = flash_tpu._steps(mask.blocks(T, 300, shape.bq, shape.bk), 2)
-  assert flash_tpu._expected(made, mask, shape) == 2 * steps
+  shape = flash_tpu_steps.shape_of(q, k, k, Scoring(mask), 'forward')
+  made = flash_tpu_steps.steps_of(mask.blocks(T, 300, shape.bq, shape.bk), 2)
+  assert flash_tpu_steps.expected(made, mask, shape) == 2 * steps
   assert int(made.count) <= 2 * steps or 'query_positions' in parts
 
 
@@ -329,7 +330,7 @@ def test_it_compiles(case, topology):
 
 FAULTS = {
   'wrong diagonal': ('compare(jnp.greater_equal, q, k)', 'compare(jnp.greater, q, k)'),
-  'dropped rescale': ('acc[rows] = acc[rows] * _over_lanes(shrink, Hv)', 'acc[rows] = acc[rows]'),
+  'dropped rescale': ('acc[rows] = acc[rows] * over_lanes(shrink, Hv)', 'acc[rows] = acc[rows]'),
   'a block is skipped that is needed': (
     'active = ((kinds != SKIP) | blind)',
     'active = ((kinds == FULL) | blind)',
@@ -349,12 +350,19 @@ FAULTS = {
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_planted_fault_is_caught(fault, monkeypatch):
   old, new = FAULTS[fault]
-  source = pathlib.Path(flash_tpu.__file__).read_text()
-  assert source.count(old) == 1, f'{old!r} is not there once: plant the fault where it is now'
-  mutant = types.ModuleType('mutant')
-  monkeypatch.setitem(sys.modules, 'mutant', mutant)  # where dataclasses look for it
-  exec(compile(source.replace(old, new), 'mutant', 'exec'), mutant.__dict__)
-  mutant._tuning = lambda direction, width: Tuning(256, 128, 64, True, 2**27)
-  monkeypatch.setitem(sys.modules, 'kernels.flash_tpu', mutant)
+  sources = {
+    name: pathlib.Path(sys.modules[name].__file__).read_text()
+    for name in ('kernels.flash_tpu_steps', 'kernels.flash_tpu_bodies', 'kernels.flash_tpu')
+  }
+  assert sum(source.count(old) for source in sources.values()) == 1, (
+    f'{old!r} is not there once: plant the fault where it is now'
+  )
+  for name, source in sources.items():  # in the order that they import each other
+    mutant = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, mutant)
+    monkeypatch.setattr(kernels, name.removeprefix('kernels.'), mutant)
+    exec(compile(source.replace(old, new), name, 'exec'), mutant.__dict__)
+    if name == 'kernels.flash_tpu_steps':
+      mutant._tuning = lambda direction, width: Tuning(256, 128, 64, True, 2**27)
   with pytest.raises(AssertionError, match='Not equal|Mismatch|not close'):
     check('causal, soft cap, sinks')
