@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import cudnn, flash_gpu_bodies as bodies, mosaic_gpu_compat as gpu
 from kernels.blocks import Blocks
-from kernels.flash_gpu_bodies import COUNT, LOG2E, WARPGROUPS, Shape, Tuning
+from kernels.flash_gpu_tiles import COUNT, LOG2E, WARPGROUPS, Shape, Tuning
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
 from kernels.scoring import Scoring
 

@@ -446,8 +446,8 @@ FAULTS = {
     'count = (kinds == FULL).sum(1), np.maximum(1, (kinds != SKIP).sum(1) - 1)',
   ),
   'a partial block is not masked': (
-    'if masked:\n          scores = shape.mask(',
-    'if False:\n          scores = shape.mask(',
+    'scores = shape.mask(scores, ',
+    'shape.mask(scores, ',
   ),
   'the sinks are forgotten': ('jnp.where(sink > NOTHING, 1.0, 0.0)', '0.0'),
   'the cap has no slope': ('weights * (1 - bent * bent)', 'weights'),
@@ -457,8 +457,8 @@ FAULTS = {
     '    pass\n',
   ),
   'what is read has not come': (
-    "        plgpu.barrier_wait(ready['k'].at[slot])\n        queries = ",
-    '        queries = ',
+    "    plgpu.barrier_wait(self.ready['k'].at[slot])\n    queries = ",
+    '    queries = ',
   ),
 }
 
@@ -470,12 +470,12 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
   old, new = FAULTS[fault]
   sources = {
     name: pathlib.Path(sys.modules[name].__file__).read_text()
-    for name in ('kernels.flash_gpu_bodies', 'kernels.flash_gpu')
+    for name in ('kernels.flash_gpu_tiles', 'kernels.flash_gpu_bodies', 'kernels.flash_gpu')
   }
   assert sum(source.count(old) for source in sources.values()) == 1, (
     f'{old!r} is not there once: plant the fault where it is now'
   )
-  for name, source in sources.items():  # the second imports the first
+  for name, source in sources.items():  # in the order that they import each other
     mutant = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, mutant)
     monkeypatch.setattr(kernels, name.removeprefix('kernels.'), mutant)
