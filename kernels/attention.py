@@ -1,16 +1,21 @@
-"""Which backend computes attention? One function, one table of what each backend honours; nothing is dropped silently.
+"""Which backend computes attention? One function, one table of what each backend honours; nothing
+is dropped silently.
 
-`reference`: the jnp oracle, everything, [T, S] scores in memory. `blocked`: the oracle on blocks of queries, keys that no query
-of a block can see skipped and scores recomputed in the backward pass, so that memory and work follow the mask. `xla`:
-jax.nn.dot_product_attention; on a GPU it is cuDNN's kernel for a mask of `causal` and `window` in bfloat16 or float16 (kernels.cudnn has
-the whole rule), and else dense scores as XLA compiles them.
-`pallas_tpu`, `pallas_gpu`: our own flash attention for TPUs (kernels.flash_tpu) and Hopper GPUs (kernels.flash_gpu, of 16-bit operands),
-everything but relative positions.
-`auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU `xla` where that is cuDNN's kernel, then on
-a Hopper GPU `pallas_gpu`, as for the segments of packed rows, then `xla` (benchmarks/README.md has the figures); else, and on a CPU,
-`blocked`, then `reference`: the first that honours the spec. What it is is printed once.
-Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS it can put together, on a TPU
-`pallas_tpu` first.
+`reference`: the jnp oracle, everything, [T, S] scores in memory.
+`blocked`: the oracle on blocks of queries, keys that no query of a block can see skipped and scores
+recomputed in the backward pass, so that memory and work follow the mask.
+`xla`: jax.nn.dot_product_attention; on a GPU it is cuDNN's kernel for a mask of `causal` and
+`window` in bfloat16 or float16 (kernels.cudnn has the whole rule), and else dense scores as XLA
+compiles them.
+`pallas_tpu`, `pallas_gpu`: our own flash attention for TPUs (kernels.flash_tpu) and Hopper GPUs
+(kernels.flash_gpu, of 16-bit operands), everything but relative positions.
+`auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU
+`xla` where that is cuDNN's kernel, then on a Hopper GPU `pallas_gpu`, as for the segments of packed
+rows, then `xla` (benchmarks/README.md has the figures); else, and on a CPU, `blocked`, then
+`reference`: the first that honours the spec. What it is is printed once.
+
+Where a mesh splits T, parallel.context calls these backends on each device's part; those of PARTS
+it can put together, on a TPU `pallas_tpu` first.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
@@ -30,11 +35,8 @@ from kernels.scoring import Scoring
 from parallel import axes as ax, context as cp, mesh
 from parallel.remat import named
 
-ANY = {
-  'float32',
-  'float64',
-  'wide_heads',
-}  # operands of more than 16 bits, and of more than 32, heads of more than 256
+# Operands of more than 16 bits, and of more than 32, heads of more than 256.
+ANY = {'float32', 'float64', 'wide_heads'}
 HONOURS = {
   'reference': ANY
   | {
@@ -88,7 +90,9 @@ ORDER_IN_PARTS = {
 }
 WIDE = 256
 FEW = 128  # queries of a row, below which our kernels compute mostly what fills their blocks up
-BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
+# Queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units
+# better.
+BLOCK = 128
 
 
 def attention(
@@ -104,13 +108,14 @@ def attention(
   """Attention and the log-sum-exp of its scores.
 
   Args:
-    scoring: who sees whom, and what becomes of a product of a query and a key. v may be wider or narrower than q and k
-      ('value_width').
-    backend: 'auto' or one of HONOURS. blocks: what its kernels work on at a time, of a backend that lets them be chosen.
+    scoring: who sees whom, and what becomes of a product of a query and a key. v may be wider or
+      narrower than q and k ('value_width').
+    backend: 'auto' or one of HONOURS. blocks: what its kernels work on at a time, of a backend that
+      lets them be chosen.
     context: what devices that share a row do (parallel.context), where there are any.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
-  Raises: ValueError for shapes or blocks that do not fit or an unknown backend; NotImplementedError for a spec or blocks
-    that the backend does not honour, naming those that do.
+  Raises: ValueError for shapes or blocks that do not fit or an unknown backend; NotImplementedError
+    for a spec or blocks that the backend does not honour, naming those that do.
   """
   _check(q, k, v, scoring)
   H = q.shape[3]
@@ -138,7 +143,9 @@ def attention(
 
 
 def _check(q, k, v, scoring):
-  """Raises ValueError where operands do not go together: a kernel would read past one of them, or leave some of it out."""
+  """Raises ValueError where operands do not go together: a kernel would read past one of them, or
+  leave some of it out.
+  """
   for name, x, axes in (('q', q, 'B, T, N, H'), ('k', k, 'B, S, K, H'), ('v', v, 'B, S, K, Hv')):
     if x.ndim != 4 or not x.size:
       raise ValueError(f'{name}{list(x.shape)} must be [{axes}], and not empty')
@@ -160,7 +167,8 @@ def _check(q, k, v, scoring):
 
 
 def part(q, k, v, scoring: Scoring, *, backend: str, blocks: Blocks = Blocks()):
-  """Attention of this device's arrays to some of the keys, by a backend of PARTS; not to be differentiated.
+  """Attention of this device's arrays to some of the keys, by a backend of PARTS; not to be
+  differentiated.
 
   `scoring` has no sinks: they join once, where the parts are put together.
   """
@@ -200,11 +208,13 @@ def _asked(q, v, scoring):
 
 
 def check_part(backend: str) -> str:
-  """`backend`, of which attention can be put together part by part; raises NotImplementedError otherwise."""
+  """`backend`, of which attention can be put together part by part; raises NotImplementedError
+  otherwise.
+  """
   if backend not in PARTS:
     raise NotImplementedError(
-      f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the parts together '
-      f"by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'"
+      f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the '
+      f"parts together by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'"
     )
   return backend
 
@@ -224,16 +234,20 @@ def check(backend: str, spec: set[str]) -> str:
 def choose(
   spec: set[str], platform: str = '', in_parts: bool = False, without: frozenset[str] = frozenset()
 ) -> str:
-  """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform).
+  """What `auto` means for this spec on a platform; default: the one compiled for (see
+  parallel.mesh.platform).
 
-  in_parts: of those that attention can be put together from part by part. without: backends that are not for these arrays.
+  in_parts: of those that attention can be put together from part by part. without: backends that
+  are not for these arrays.
   """
   order = (ORDER_IN_PARTS if in_parts else ORDER)[platform or mesh.platform()]
   return next(name for name in order if spec <= HONOURS[name] and name not in without)
 
 
 def _left_out(q, k, v, mask) -> frozenset[str]:
-  """Kernels of ours that `auto` passes over: all of them for few queries, Hopper's where cuDNN computes the same or on other GPUs."""
+  """Kernels of ours that `auto` passes over: all of them for few queries, Hopper's where cuDNN
+  computes the same or on other GPUs.
+  """
   if q.shape[1] < FEW:
     return frozenset(flash.KERNELS)
   if mesh.platform() == 'gpu' and not cudnn.refusal(q, k, v, mask):
@@ -257,10 +271,12 @@ def _said(chosen: str) -> str:
 
 
 def blocked(q, k, v, scoring: Scoring):
-  """Same contract as reference.attention, without prefix: a loop over query blocks, each with the keys it can see."""
+  """Same contract as reference.attention, without prefix: a loop over query blocks, each with the
+  keys it can see.
+  """
 
-  # Scores are as large as everything else of a block together: cheaper to compute again than to keep. Only arrays are
-  # arguments, since a scale may be traced: the checkpoint closes over it.
+  # Scores are as large as everything else of a block together: cheaper to compute again than to
+  # keep. Only arrays are arguments, since a scale may be traced: the checkpoint closes over it.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def run(q, k, v, mask, sinks, relative):
     part = dataclasses.replace(scoring, mask=mask, sinks=sinks, relative=relative)
@@ -296,7 +312,9 @@ def blocked_backward(q, k, v, scoring: Scoring, lse, delta, d_out):
 
 
 def _blocks(scoring, T, S):
-  """(queries, keys, mask) of each block; of rows in order, keys that no query of the block can see are left out."""
+  """(queries, keys, mask) of each block; of rows in order, keys that no query of the block can see
+  are left out.
+  """
   mask = scoring.mask
   in_order = mask.query_positions is None
   if T != S and in_order and (mask.positioned or scoring.relative is not None):
@@ -314,7 +332,9 @@ def _blocks(scoring, T, S):
 
 
 def xla(q, k, v, scoring: Scoring):
-  """jax.nn.dot_product_attention: cuDNN's where it honours the spec, else its own causal and window flags, else a dense mask."""
+  """jax.nn.dot_product_attention: cuDNN's where it honours the spec, else its own causal and window
+  flags, else a dense mask.
+  """
   mask, scale = scoring.mask, scoring.scale
   T, S = q.shape[1], k.shape[1]
   window = (mask.window - 1, 0 if mask.causal else mask.window - 1) if mask.window else None
@@ -332,13 +352,14 @@ def xla(q, k, v, scoring: Scoring):
     out = jax.nn.dot_product_attention(q, k, v, mask=dense, scale=scale)
     # A query that sees no key was given the mean of all values.
     out = jnp.where(dense.any(-1).swapaxes(1, 2)[..., None], out, 0)
-  # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp that nobody reads costs
-  # nothing.
+  # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp
+  # that nobody reads costs nothing.
   _, lse = reference.attention(q, k, v, scoring)
   return out, lse
 
 
-# Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward, backward).
+# Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward,
+# backward).
 PARTS = {
   'reference': (reference.attention, reference.backward),
   'blocked': (blocked, blocked_backward),

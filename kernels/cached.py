@@ -1,10 +1,13 @@
-"""How do a few new tokens look at a cache? At blocks of slots, one after another, and only at those that rows have filled.
+"""How do a few new tokens look at a cache? At blocks of slots, one after another, and only at those
+that rows have filled.
 
-So the work follows the tokens that are held, and not the room that there is; no scores of all slots exist, and what an unused slot holds,
-NaN included, is never part of a sum. The softmax is put together block by block (Milakov & Gimelshein, arXiv:1805.02867); where a mesh
-splits the slots, devices put theirs together at the end.
+So the work follows the tokens that are held, and not the room that there is; no scores of all slots
+exist, and what an unused slot holds, NaN included, is never part of a sum. The softmax is put
+together block by block (Milakov & Gimelshein, arXiv:1805.02867); where a mesh splits the slots,
+devices put theirs together at the end.
 
-R layers that a buffer stacks · B rows · T new tokens · S slots · N query heads · K key/value heads · G = N/K · H head width
+R layers that a buffer stacks · B rows · T new tokens · S slots · N query heads ·
+K key/value heads · G = N/K · H head width
 """
 
 import dataclasses
@@ -20,7 +23,8 @@ from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
 
 BLOCK = 512  # slots; a buffer has at most one block, or whole ones
-FILLED = 'filled_blocks_of_'  # the scope of the loop over blocks, with how many there are: what a program is planned with
+# The scope of the loop over blocks, with how many there are: what a program is planned with.
+FILLED = 'filled_blocks_of_'
 FEW = 4  # queries of a key head, up to which a CPU takes one after another
 BYTE = 127.0  # what the largest number of an int8 vector becomes
 
@@ -29,12 +33,16 @@ BYTE = 127.0  # what the largest number of an int8 vector becomes
 class Held:
   """Keys and values of R layers.
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and
+  placeholders.
 
   Attributes:
-    keys: [R, B, K, S, H]. values: [R, B, K, S, Hv], or None: they are the first numbers of the keys (latent attention).
-    key_scales, value_scales: [R, B, K, S] f32, what int8 vectors are multiplied with; None for other types.
-    ring: whether position p is in slot p % S, where it stays until position p + S; otherwise p is in slot p.
+    keys: [R, B, K, S, H]. values: [R, B, K, S, Hv], or None: they are the first numbers of the keys
+      (latent attention).
+    key_scales, value_scales: [R, B, K, S] f32, what int8 vectors are multiplied with; None for
+      other types.
+    ring: whether position p is in slot p % S, where it stays until position p + S; otherwise p is
+      in slot p.
   """
 
   keys: Any
@@ -70,7 +78,9 @@ jax.tree_util.register_dataclass(
 
 
 def positions(held: Held, slots: Int[Array, 'S'], lengths: Int[Array, 'B']) -> Int[Array, 'B S']:
-  """The position whose token is in each of these slots of rows that hold so many tokens; negative: none was ever there."""
+  """The position whose token is in each of these slots of rows that hold so many tokens; negative:
+  none was ever there.
+  """
   if not held.ring:
     return jnp.broadcast_to(slots[None], (lengths.shape[0], slots.shape[0]))
   last = lengths[:, None] - 1
@@ -94,12 +104,14 @@ def attention(
   *,
   value_width: int = 0,
 ) -> Float[Array, 'B T N Hv']:
-  """Causal attention of new tokens to the slots of one layer, theirs among them; not to be differentiated.
+  """Causal attention of new tokens to the slots of one layer, theirs among them; not to be
+  differentiated.
 
   Args:
-    layer: of the R that are held. lengths: tokens of each row, the new ones included. queries: their positions; what those that are not
-      below `lengths` yield means nothing.
-    scoring: its mask is causal, and has a window at most: who sees whom follows from the lengths otherwise.
+    layer: of the R that are held. lengths: tokens of each row, the new ones included. queries:
+      their positions; what those that are not below `lengths` yield means nothing.
+    scoring: its mask is causal, and has a window at most: who sees whom follows from the lengths
+      otherwise.
     value_width: of latent attention, how much of a key is the value.
   Raises NotImplementedError for another mask, and where heads do not go together on a mesh.
   """
@@ -112,8 +124,8 @@ def attention(
   heads = held.axes().keys[2]
   if N % t or (heads is None and K > 1 and t % K):
     raise NotImplementedError(
-      f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: it must divide the key heads, '
-      'or be a multiple of them'
+      f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: '
+      'it must divide the key heads, or be a multiple of them'
     )
   parts = ax.mesh_axes('slots') if not held.ring else ()
   sinks, relative = scoring.sinks, scoring.relative
@@ -153,7 +165,8 @@ def _local(
   parts,
   own,
 ):
-  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes that split the query heads only.
+  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes
+  that split the query heads only.
 
   sinks, table: this device's part of those of `scoring`.
   """
@@ -231,10 +244,12 @@ def blocks(
   Hv: int,
   offset=0,
 ):
-  """What a device's slots give to the softmax: its greatest score, the sum of weights, and the weighted sum of values, wide.
+  """What a device's slots give to the softmax: its greatest score, the sum of weights, and the
+  weighted sum of values, wide.
 
-  q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first` on. offset: of the first slot.
-  A relative's table is [buckets, K, G]; sinks join later, when all slots' shares are together.
+  q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first`
+  on. offset: of the first slot. A relative's table is [buckets, K, G]; sinks join later, when all
+  slots' shares are together.
   """
   B, K, M, H = q.shape
   window, softcap = scoring.mask.window, scoring.softcap
@@ -258,9 +273,9 @@ def blocks(
     ]  # [B, 1, block]
     used = (where >= 0) & (where < lengths[:, None, None])
     keys = cut(held.keys, start)
-    if (
-      mesh.platform() == 'cpu'
-    ):  # or XLA's CPU puts the write of a token into what reads it as well, for which it copies all slots
+    # Or XLA's CPU puts the write of a token into what reads it as well, for which it copies all
+    # slots.
+    if mesh.platform() == 'cpu':
       keys = jnp.where(used[..., None], keys, 0)
     scores = products(q, keys.astype(q.dtype), wide) * scoring.scale
     if held.key_scales is not None:

@@ -1,10 +1,13 @@
-"""How does a TPU read a cache no more than once? A Pallas kernel over blocks of slots, for the few queries of generation.
+"""How does a TPU read a cache no more than once? A Pallas kernel over blocks of slots, for the few
+queries of generation.
 
-XLA multiplies the few rows of a step with keys and values on the vector unit, at several times what reading them takes; here they are
-rows of the matrix unit. A block that lies behind a row's last token, or before its window, is neither read nor computed: its step names a
-block that is there already.
+XLA multiplies the few rows of a step with keys and values on the vector unit, at several times what
+reading them takes; here they are rows of the matrix unit. A block that lies behind a row's last
+token, or before its window, is neither read nor computed: its step names a block that is there
+already.
 
-B rows · T new tokens · S slots · K key/value heads · G query heads of each · M = G x T · H head width
+B rows · T new tokens · S slots · K key/value heads · G query heads of each · M = G x T ·
+H head width
 """
 
 import functools
@@ -127,7 +130,8 @@ def blocks(
   Hv: int,
   interpret=False,
 ):
-  """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a row at starts [B].
+  """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a
+  row at starts [B].
 
   q: [B, K, G x T, H], of the key heads from `first` on.
   """

@@ -1,4 +1,5 @@
-"""How do our kernels become a backend? Made differentiable, run by each device on its own rows and heads, with operands they can multiply.
+"""How do our kernels become a backend? Made differentiable, run by each device on its own rows and
+heads, with operands they can multiply.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
@@ -15,14 +16,18 @@ from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
 from parallel.remat import named
 
-# Backend -> the module with `forward` and `backward`, imported when it is used, and the platform where it is not interpreted.
+# Backend -> the module with `forward` and `backward`, imported when it is used, and the platform
+# where it is not interpreted.
 KERNELS = {'pallas_tpu': ('kernels.flash_tpu', 'tpu'), 'pallas_gpu': ('kernels.flash_gpu', 'gpu')}
-# Precisions that Mosaic has on TPUs, and whether they are of f32 operands only: of bfloat16 it has one pass, of float16 nothing at all.
+# Precisions that Mosaic has on TPUs, and whether they are of f32 operands only: of bfloat16 it has
+# one pass, of float16 nothing at all.
 PRECISIONS = {None: False, 'default': False, 'bfloat16': False, 'highest': True, 'float32': True}
 
 
 def attention(backend: str, q, k, v, scoring: Scoring, *, blocks: Blocks):
-  """kernels.reference.attention; on a platform that is not the kernels' own they are interpreted, which is slow."""
+  """kernels.reference.attention; on a platform that is not the kernels' own they are interpreted,
+  which is slow.
+  """
   if isinstance(scoring.scale, jax.core.Tracer):
     raise NotImplementedError(
       f'backend {backend} is compiled for one scale, not {scoring.scale}: multiply q by it, '
@@ -91,8 +96,8 @@ def _operands(backend, *arrays):
   precision = jax.config.jax_default_matmul_precision
   if precision not in PRECISIONS:
     raise NotImplementedError(
-      f'backend {backend} has no products of jax_default_matmul_precision={precision!r}; use one of '
-      f"{list(PRECISIONS)}, or model.attention='xla'"
+      f'backend {backend} has no products of jax_default_matmul_precision={precision!r}; '
+      f"use one of {list(PRECISIONS)}, or model.attention='xla'"
     )
   if PRECISIONS[precision] or arrays[0].dtype == jnp.float16:  # f32 holds both narrow types exactly
     return tuple(x.astype(jnp.float32) for x in arrays)
@@ -101,9 +106,11 @@ def _operands(backend, *arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def flash(static, q, k, v, scoring):
-  """The mixed values and the log-sum-exp, both differentiable. static: (backend, interpret, blocks).
+  """The mixed values and the log-sum-exp, both differentiable. static: (backend, interpret,
+  blocks).
 
-  `scoring` is differentiated by its sinks; its numbers are part of the tree's structure, so that they are static here, too.
+  `scoring` is differentiated by its sinks; its numbers are part of the tree's structure, so that
+  they are static here, too.
   """
   backend, interpret, blocks = static
   return _module(backend).forward(q, k, v, scoring, interpret=interpret, blocks=blocks)
@@ -117,8 +124,8 @@ def _forward(static, q, k, v, scoring):
 def _backward(static, kept, gradients):
   backend, interpret, blocks = static
   (q, k, v, scoring, out, lse), (d_out, d_lse) = kept, gradients
-  # The log-sum-exp's own gradient enters where that of the weights' sum is taken off; of a query that sees nothing it is
-  # -inf whatever the scores are.
+  # The log-sum-exp's own gradient enters where that of the weights' sum is taken off; of a query
+  # that sees nothing it is -inf whatever the scores are.
   delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(
     lse == -jnp.inf, 0, d_lse
   )
@@ -143,7 +150,8 @@ def _once(backend, run):
 
   def refuse(*_):
     raise NotImplementedError(
-      f'attention backend {backend!r} is differentiated once; second derivatives are of reference, blocked or xla'
+      f'attention backend {backend!r} is differentiated once; second derivatives are of '
+      'reference, blocked or xla'
     )
 
   once = jax.custom_vjp(run)

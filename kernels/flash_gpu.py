@@ -1,4 +1,5 @@
-"""How does a Hopper GPU attend without writing scores to memory? What tiles there are, what is held where, and the kernels that are run.
+"""How does a Hopper GPU attend without writing scores to memory? What tiles there are, what is held
+where, and the kernels that are run.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
@@ -19,10 +20,8 @@ from kernels.mask import FULL, PARTIAL, SKIP, Mask
 from kernels.scoring import Scoring
 
 HOPPER = 132  # processors of an H100 and an H200
-TILE, WIDEST = (
-  64,
-  256,
-)  # of head widths: what they are multiples of, and the most that a product writes
+# Of head widths: what they are multiples of, and the most that a product writes.
+TILE, WIDEST = 64, 256
 # By width of heads: what ptxas compiles without a spill, and what shared memory holds.
 FORWARD = {
   64: Tuning(64, 128, 2),
@@ -45,11 +44,14 @@ QUERIES = {
 
 
 def plan(kinds):
-  """What tiles there are, in the order they are taken, and which blocks each goes through, from kinds as Mask.blocks gives them.
+  """What tiles there are, in the order they are taken, and which blocks each goes through, from
+  kinds as Mask.blocks gives them.
 
-  kinds: [rows, tiles, blocks]; NumPy's where they are. A tile that sees nothing goes through one block, all masked.
-  Returns, int32: order [rows x tiles], tiles, those with most blocks first; steps [rows x tiles, 2 + most], of a tile how many of its
-    blocks are FULL, how many there are, and which, FULL ones first.
+  kinds: [rows, tiles, blocks]; NumPy's where they are. A tile that sees nothing goes through one
+  block, all masked.
+  Returns, int32: order [rows x tiles], tiles, those with most blocks first; steps [rows x tiles, 2
+    + most], of a tile how many of its blocks are FULL, how many there are, and which, FULL ones
+    first.
   """
   xp = np if isinstance(kinds, np.ndarray) else jnp
   kinds = kinds.reshape(-1, kinds.shape[-1])
@@ -69,7 +71,9 @@ def plan(kinds):
 
 
 def _tuning(table, width: int, queries: int, keys: int, held: str) -> Tuning:
-  """Of the table, with sizes of a tile and a block that are chosen (kernels.blocks.check). held: which of them the tile holds."""
+  """Of the table, with sizes of a tile and a block that are chosen (kernels.blocks.check). held:
+  which of them the tile holds.
+  """
   sizes = {
     name: size // WARPGROUPS if name == held else size
     for name, size in (('queries', queries), ('keys', keys))
@@ -86,11 +90,13 @@ def _shape(q, k, v, scoring: Scoring, interpret) -> Shape:
     )
   if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
     raise NotImplementedError(
-      f'backend pallas_gpu has bfloat16 and float16, not {q.dtype}, {k.dtype}, {v.dtype}; use xla or blocked'
+      f'backend pallas_gpu has bfloat16 and float16, not {q.dtype}, {k.dtype}, {v.dtype}; '
+      'use xla or blocked'
     )
   if not interpret and (found := cudnn.capability())[0] != 9:
     raise NotImplementedError(
-      f'backend pallas_gpu is for Hopper GPUs, of compute capability 9, not {found}; use xla or blocked'
+      f'backend pallas_gpu is for Hopper GPUs, of compute capability 9, not {found}; '
+      'use xla or blocked'
     )
   mask = scoring.mask
   by_index = not mask.positioned or mask.fields() <= {'causal', 'window'}
@@ -134,7 +140,9 @@ def _whole(length: int, block: int) -> int:
 
 
 def _filled(shape: Shape, rows: int, keys: int) -> tuple[int, int, Shape]:
-  """T and S filled up to whole blocks, and the shape that knows whether there are keys to be hidden for that."""
+  """T and S filled up to whole blocks, and the shape that knows whether there are keys to be hidden
+  for that.
+  """
   T, S = _whole(shape.T, rows), _whole(shape.S, keys)
   behind = shape.causal and shape.by_index  # all queries
   return T, S, dataclasses.replace(shape, ragged=S != shape.S and not behind)
@@ -176,8 +184,8 @@ def _call(
 ):
   """Runs a kernel over the tiles of `kinds`, [rows, tiles, blocks], of so many heads.
 
-  block: pairs of a query and a key in a block. flops: of a pair. sums: (arrays that are added to,); one thread block does that where the
-  kernel is interpreted.
+  block: pairs of a query and a key in a block. flops: of a pair. sums: (arrays that are added to,);
+  one thread block does that where the kernel is interpreted.
   """
   plans, shared = plan(kinds), kinds.shape[0] == 1
   tiles = plans[0].size * (shape.B if shared else 1) * heads
@@ -200,8 +208,9 @@ def _call(
     cost,
     shape.interpret,
   )
-  # Without the barrier XLA (seen in jaxlib 0.11.2) makes the kernel a part of what writes its result into a loop's stack of kept values,
-  # and runs it a second time for whoever else reads that result, as the rest of the layer does.
+  # Without the barrier XLA (seen in jaxlib 0.11.2) makes the kernel a part of what writes its
+  # result into a loop's stack of kept values, and runs it a second time for whoever else reads that
+  # result, as the rest of the layer does.
   return jax.lax.optimization_barrier(run(*inputs, *plans, *sums))
 
 
@@ -260,13 +269,14 @@ def backward(
   dtype=jnp.float32,
   blocks: Blocks = Blocks(),
 ):
-  """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype` (default: theirs where it is None).
+  """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype`
+  (default: theirs where it is None).
 
   Those of k and v were rounded to the dtype of k.
 
-  The gradient of queries comes from a kernel of its own (two products of seven more), instead of being added up in main memory in no
-  certain order, where it is to be deterministic, and of wide heads, with a soft cap or a prefix: their sums, derivatives or masks fill
-  the registers.
+  The gradient of queries comes from a kernel of its own (two products of seven more), instead of
+  being added up in main memory in no certain order, where it is to be deterministic, and of wide
+  heads, with a soft cap or a prefix: their sums, derivatives or masks fill the registers.
   """
   mask = scoring.mask
   shape = _shape(q, k, v, scoring, interpret)

@@ -1,9 +1,12 @@
-"""What do the warpgroups of a Hopper GPU compute while they attend? The bodies of kernels.flash_gpu's kernels.
+"""What do the warpgroups of a Hopper GPU compute while they attend? The bodies of
+kernels.flash_gpu's kernels.
 
-Two warpgroups compute, each a half of a tile (kernels.flash_gpu_tiles has how tiles are shared out and how operands come). Registers
-are what is short: most of the order in here is so that no more is alive at once than 240 of a thread hold, without a spill.
+Two warpgroups compute, each a half of a tile (kernels.flash_gpu_tiles has how tiles are shared out
+and how operands come). Registers are what is short: most of the order in here is so that no more is
+alive at once than 240 of a thread hold, without a spill.
 
-Scores are in powers of two. B batch · T query length · S key length · N query heads · K key/value heads · H head width
+Scores are in powers of two. B batch · T query length · S key length · N query heads · K key/value
+heads · H head width
 """
 
 import dataclasses
@@ -33,8 +36,9 @@ from kernels.flash_gpu_tiles import (
 class Forward:
   """The forward kernel's refs, as a warpgroup has them, and what it does with them.
 
-  q, out [B, T, N, H], k, v [B, S, K, H], lse [B, N, T], sinks [N] or None: in main memory. order, steps: see kernels.flash_gpu.plan.
-  memory, ready, free: of stages, by name. turn: where the two warpgroups pass each other the matrix unit.
+  q, out [B, T, N, H], k, v [B, S, K, H], lse [B, N, T], sinks [N] or None: in main memory. order,
+  steps: see kernels.flash_gpu.plan. memory, ready, free: of stages, by name. turn: where the two
+  warpgroups pass each other the matrix unit.
   """
 
   q: Any
@@ -72,14 +76,17 @@ class Forward:
     plgpu.set_max_registers(COMPUTER, action='increase')
     stages = range(self.tuning.stages)
     tiles.release(self.free, {'k': stages, 'v': stages, 'q': [self.warpgroup]})
-    # The second waits for the first's first product: from here on one computes products while the other is at its softmax.
+    # The second waits for the first's first product: from here on one computes products while the
+    # other is at its softmax.
     pl.when(self.warpgroup == 1)(lambda: tiles.meet(self.turn))
     each_tile(self.tile, 0)
     # The first arrives for the second's last turn.
     pl.when(self.warpgroup == 0)(lambda: tiles.meet(self.turn))
 
   def tile(self, tile, row, head, i, first):
-    """A tile's queries against all its blocks of keys; `first`: blocks before it, by which a stage is told."""
+    """A tile's queries against all its blocks of keys; `first`: blocks before it, by which a stage
+    is told.
+    """
     rows = tiles.rows_of(i, self.warpgroup, self.tuning.queries)
     plgpu.barrier_wait(self.ready['q'].at[self.warpgroup])
     sinks = self.sinks
@@ -100,7 +107,9 @@ class Forward:
     return first + self.steps[tile, COUNT]
 
   def block(self, n, carry, at: Tile, rows, masked: bool):
-    """A step of the online softmax: acc, the mixed values, and total, the sum of weights, both relative to 2 ** top."""
+    """A step of the online softmax: acc, the mixed values, and total, the sum of weights, both
+    relative to 2 ** top.
+    """
     acc, top, total = carry
     shape, memory, size = self.shape, self.memory, (self.tuning.queries, self.tuning.keys)
     slot = lax.rem(at.first + n, self.tuning.stages)
@@ -114,8 +123,9 @@ class Forward:
     )
     plgpu.barrier_arrive(self.free['k'].at[slot])
 
-    # Where nothing lies between, the factor is left to one multiply-add with the top; what is hidden must be hidden before that, and
-    # the greatest product is the greatest score only of a factor that is positive.
+    # Where nothing lies between, the factor is left to one multiply-add with the top; what is
+    # hidden must be hidden before that, and the greatest product is the greatest score only of a
+    # factor that is positive.
     factor = shape.factor
     if masked or shape.softcap or factor <= 0:
       scores, factor = shape.scores(scores)[0], 1.0
@@ -130,7 +140,8 @@ class Forward:
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
     narrow = weights.astype(shape.dtype)
 
-    # The softmax is done: the other may leave its products for its own, and the values' product waits for the turn.
+    # The softmax is done: the other may leave its products for its own, and the values' product
+    # waits for the turn.
     plgpu.barrier_arrive(self.turn)
     plgpu.barrier_wait(self.ready['v'].at[slot])
     plgpu.barrier_wait(self.turn)
@@ -142,7 +153,8 @@ class Forward:
     """Of queries that saw nothing zeros, and -inf."""
     memory, some = self.memory, total > 0
     acc = acc * lax.broadcast_in_dim(1 / jnp.where(some, total, 1.0), acc.shape, [0])
-    # By way of shared memory; where values are as wide as keys, where the queries were, which nobody reads any more.
+    # By way of shared memory; where values are as wide as keys, where the queries were, which
+    # nobody reads any more.
     mixed = memory['out' if 'out' in memory else 'q'].at[self.warpgroup]
     logs = memory['lse'].at[self.warpgroup]
     mixed[...] = acc.astype(self.shape.dtype)
@@ -156,7 +168,9 @@ class Forward:
 
 
 def forward(*refs, shape: Shape, tuning: Tuning, shared: bool):
-  """The body of the forward kernel; refs: see Forward. shared: rows of the batch have the same tiles."""
+  """The body of the forward kernel; refs: see Forward. shared: rows of the batch have the same
+  tiles.
+  """
   kernel = Forward(*refs, shape=shape, tuning=tuning, warpgroup=lax.axis_index('warpgroup'))
   _run(kernel, shared, shape.N)
 
@@ -170,7 +184,9 @@ def _run(kernel, shared: bool, heads: int):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BackwardQueries:
-  """The refs of the kernel of queries' gradients; a tile is of queries, as forward. d_q: as q; others: see Forward."""
+  """The refs of the kernel of queries' gradients; a tile is of queries, as forward. d_q: as q;
+  others: see Forward.
+  """
 
   q: Any
   k: Any
@@ -267,12 +283,15 @@ def backward_queries(*refs, shape: Shape, tuning: Tuning, shared: bool):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BackwardKeys:
-  """The refs of the kernel of keys' and values' gradients, of some columns, and where there is sum_q of queries', added up there.
+  """The refs of the kernel of keys' and values' gradients, of some columns, and where there is
+  sum_q of queries', added up there.
 
-  A tile is of keys, half of them of each warpgroup, and goes through the queries of all heads that share them. Scores are [keys,
-  queries]: the keys' gradients are then products whose left side is in registers already.
+  A tile is of keys, half of them of each warpgroup, and goes through the queries of all heads that
+  share them. Scores are [keys, queries]: the keys' gradients are then products whose left side is
+  in registers already.
 
-  sum_q: [B, T, N, H] f32, or None. d_k, d_v: of these `columns` of keys, and `wide` of values. both: where the warpgroups meet, or None.
+  sum_q: [B, T, N, H] f32, or None. d_k, d_v: of these `columns` of keys, and `wide` of values.
+  both: where the warpgroups meet, or None.
   """
 
   q: Any
@@ -350,7 +369,9 @@ class BackwardKeys:
     return first + self.steps[tile, COUNT] * G
 
   def block(self, n, carry, at: Tile, mine, g, masked: bool):
-    """of_k and of_v, the gradients of this warpgroup's keys and values, with what a block of queries of head g adds."""
+    """of_k and of_v, the gradients of this warpgroup's keys and values, with what a block of
+    queries of head g adds.
+    """
     of_k, of_v = carry
     shape = self.shape
     step = at.first + g * self.steps[at.number, COUNT] + n
@@ -360,7 +381,8 @@ class BackwardKeys:
     values = self.memory['v'].at[tiles.zero(step), mine]
     queries, d_outs = self.memory['q'].at[slot], self.memory['d_out'].at[slot]
 
-    # A mask's positions and segments, or a cap's slope, take the registers that the second product's result would wait in.
+    # A mask's positions and segments, or a cap's slope, take the registers that the second
+    # product's result would wait in.
     crowded = shape.softcap or masked and (self.ids or shape.ragged)
     size = self.tuning.keys, self.tuning.queries
     begun = not shape.softcap and shape.factor > 0
@@ -402,7 +424,9 @@ class BackwardKeys:
     return lax.broadcast_in_dim(numbers, size, [1])
 
   def weights(self, scores, n, at: Tile, mine, slot, begun: bool, masked: bool):
-    """(weights, in 16 bits; what a weight's gradient is multiplied with). begun: the log-sum-exp is taken off already."""
+    """(weights, in 16 bits; what a weight's gradient is multiplied with). begun: the log-sum-exp is
+    taken off already.
+    """
     shape, bq, bk = self.shape, self.tuning.queries, self.tuning.keys
     powers, bent = shape.scores(scores)
     if masked:
@@ -413,9 +437,11 @@ class BackwardKeys:
     return weights.astype(shape.dtype), slopes
 
   def share(self, d_scores, step, mine):
-    """Where there is sum_q: puts these keys' gradients of scores beside the other warpgroup's; returns both, in shared memory.
+    """Where there is sum_q: puts these keys' gradients of scores beside the other warpgroup's;
+    returns both, in shared memory.
 
-    There are two such places, taken in turn: the other may be a step behind, and still read the one before.
+    There are two such places, taken in turn: the other may be a step behind, and still read the one
+    before.
     """
     if self.sum_q is None:
       return None
@@ -426,7 +452,8 @@ class BackwardKeys:
     return held
 
   def add_queries(self, held, step, n, at: Tile, g):
-    """Adds the gradient of the block's queries up in main memory: each warpgroup half of a head's columns, over the keys of both.
+    """Adds the gradient of the block's queries up in main memory: each warpgroup half of a head's
+    columns, over the keys of both.
 
     A product of its own, not beside those of keys: registers.
     """
@@ -476,7 +503,9 @@ def backward_keys(*refs, shape: Shape, tuning: Tuning, shared: bool, columns: sl
 
 
 def _columns(ref, which: slice):
-  """Of a block in shared memory; all of them as it is, since a part of everything compiles to other addresses."""
+  """Of a block in shared memory; all of them as it is, since a part of everything compiles to other
+  addresses.
+  """
   if which == slice(0, ref.shape[1]):
     return ref
   return ref.at[:, pl.ds(which.start, which.stop - which.start)]

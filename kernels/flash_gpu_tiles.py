@@ -1,12 +1,16 @@
-"""How do a Hopper GPU's thread blocks share the tiles of attention out, and how do a tile's operands come? For all of our kernels.
+"""How do a Hopper GPU's thread blocks share the tiles of attention out, and how do a tile's
+operands come? For all of our kernels.
 
-FlashAttention-3 (Shah et al., arXiv:2407.08608): of a thread block's three warpgroups one loads by TMA, the others compute. Thread blocks
-stay: each takes tiles, the longest first, and of a tile the blocks that are seen whole come before those that are masked.
+FlashAttention-3 (Shah et al., arXiv:2407.08608): of a thread block's three warpgroups one loads by
+TMA, the others compute. Thread blocks stay: each takes tiles, the longest first, and of a tile the
+blocks that are seen whole come before those that are masked.
 
-A stage of memory has two barriers. `ready` is passed when what TMA writes there has come; `free` when all who read it have said that
-they are done. So the loader runs ahead by as many blocks as there are stages, and nobody waits for the whole thread block.
+A stage of memory has two barriers. `ready` is passed when what TMA writes there has come; `free`
+when all who read it have said that they are done. So the loader runs ahead by as many blocks as
+there are stages, and nobody waits for the whole thread block.
 
-Scores are in powers of two. B batch · T query length · S key length · N query heads · K key/value heads · H head width
+Scores are in powers of two. B batch · T query length · S key length · N query heads · K key/value
+heads · H head width
 """
 
 import dataclasses
@@ -21,13 +25,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import mosaic_gpu_compat as gpu
 
-# A score that is not seen; the greatest score of none. Numbers and not -inf, whose difference would be NaN: the weight of what is
-# not seen is exp2(HIDDEN - NOTHING) = 0 even where nothing is.
+# A score that is not seen; the greatest score of none. Numbers and not -inf, whose difference would
+# be NaN: the weight of what is not seen is exp2(HIDDEN - NOTHING) = 0 even where nothing is.
 HIDDEN, NOTHING = -3e38, -1e38
 LOG2E = math.log2(math.e)
 FULLS, COUNT, BLOCKS = range(3)  # columns of a plan's steps
 WARPGROUPS = 2  # that compute; one more loads
-# Of a thread's registers: the loader needs few, and what it gives back makes room for the sums of the others.
+# Of a thread's registers: the loader needs few, and what it gives back makes room for the sums of
+# the others.
 LOADER, COMPUTER = 24, 240
 
 
@@ -36,7 +41,8 @@ class Tuning:
   """Sizes of a kernel.
 
   Attributes:
-    queries, keys: of a block; of those that a tile holds still, what one warpgroup has. stages: blocks in flight.
+    queries, keys: of a block; of those that a tile holds still, what one warpgroup has. stages:
+      blocks in flight.
   """
 
   queries: int
@@ -78,14 +84,17 @@ class Shape:
     return bent * (self.softcap * LOG2E), bent
 
   def mask(self, scores, ids, row, queries, keys, of_queries: int):
-    """Scores as they are seen, of queries from `queries` on, along axis `of_queries`, and of keys from `keys` on."""
+    """Scores as they are seen, of queries from `queries` on, along axis `of_queries`, and of keys
+    from `keys` on.
+    """
     starts = {of_queries: queries, 1 - of_queries: keys}
 
     def index(axis):
       numbers = plgpu.broadcasted_iota(
         jnp.int32, scores.shape[axis : axis + 1], 0, layout=gpu.LAYOUTS[axis]
       )
-      # Behind a barrier, or the compiler makes the comparisons' constants out of them, one for each number, and keeps those.
+      # Behind a barrier, or the compiler makes the comparisons' constants out of them, one for each
+      # number, and keeps those.
       return (lax.optimization_barrier(numbers) if axis == 0 else numbers) + starts[axis]
 
     def given(name, axis):
@@ -100,7 +109,8 @@ class Shape:
         lax.broadcast_in_dim(x, scores.shape, [axis])
         for x, axis in ((q, of_queries), (k, 1 - of_queries))
       )
-      # Each relation hides on its own: to join them first, a block of bools would fill the registers.
+      # Each relation hides on its own: to join them first, a block of bools would fill the
+      # registers.
       return jnp.where(relation(q, k), scores, HIDDEN)
 
     # Keys that only fill the last block up.
@@ -126,7 +136,9 @@ class Shape:
 
 
 class Tile(NamedTuple):
-  """Where a warpgroup is: tile of the plan, row of the batch, head, tile of the row, and blocks that went through before it."""
+  """Where a warpgroup is: tile of the plan, row of the batch, head, tile of the row, and blocks
+  that went through before it.
+  """
 
   number: Any
   row: Any
@@ -136,15 +148,19 @@ class Tile(NamedTuple):
 
 
 def zero(step):
-  """0 that is no constant for the compiler, which would keep addresses in registers from block to block."""
+  """0 that is no constant for the compiler, which would keep addresses in registers from block to
+  block.
+  """
   return lax.min(step, 0)
 
 
 def each_tile(order, shape: Shape, shared: bool, heads: int, body, carry):
-  """Runs body(tile of the plan, row, head, tile of the row, carry) for what this thread block takes of all tiles of all heads.
+  """Runs body(tile of the plan, row, head, tile of the row, carry) for what this thread block takes
+  of all tiles of all heads.
 
-  Thread blocks take one after another, every other round backwards, so that all of them end together: tiles are sorted by length, and
-  who had the longest of a round has the shortest of the next.
+  Thread blocks take one after another, every other round backwards, so that all of them end
+  together: tiles are sorted by length, and who had the longest of a round has the shortest of the
+  next.
   """
   blocks, block = lax.axis_size('block'), lax.axis_index('block')
   tiles = order.shape[0]
@@ -170,7 +186,8 @@ def each_tile(order, shape: Shape, shared: bool, heads: int, body, carry):
 def nothing(order):
   """0, which the compiler does not know.
 
-  A loop that it knows to run but once is taken apart, and what was in it needs more registers than there are.
+  A loop that it knows to run but once is taken apart, and what was in it needs more registers than
+  there are.
   """
   return lax.max(~order[0], 0)
 
@@ -182,7 +199,8 @@ def load(each_tile, steps, stages: int, memory, ready, free, held, streamed, pas
 
   Args:
     held: (row, head, tile of the row) -> (slot, {name: source}) of what a tile holds still.
-    streamed: (tile, row, head, n) -> {name: source}s of the n-th block of it. A tile has steps[tile, COUNT] blocks in each of `passes`.
+    streamed: (tile, row, head, n) -> {name: source}s of the n-th block of it. A tile has
+      steps[tile, COUNT] blocks in each of `passes`.
   """
   plgpu.set_max_registers(LOADER, action='decrease')
 
@@ -198,14 +216,16 @@ def load(each_tile, steps, stages: int, memory, ready, free, held, streamed, pas
         copy(lax.rem(step, stages), sources)
       return step + 1
 
-    # The first block before what is held: the latter's memory is free only at the end of the tile before.
+    # The first block before what is held: the latter's memory is free only at the end of the tile
+    # before.
     step = load(0, step)
     for part in held(row, head, i):
       copy(*part)
     return lax.fori_loop(1, steps[tile, COUNT] * passes, load, step)
 
   each_tile(tile, 0)
-  # Every arrival is waited for: a thread block must not end while others still arrive at its barriers.
+  # Every arrival is waited for: a thread block must not end while others still arrive at its
+  # barriers.
   for barrier in free.values():
     for slot in range(barrier.shape[0]):
       plgpu.barrier_wait(barrier.at[slot])
@@ -239,7 +259,9 @@ def rows_of(i, group, size: int):
 
 
 def whole_then_masked(steps, tile, block, carry):
-  """Runs block(n, carry, masked=...) over the blocks of a tile: two loops, so that those that are seen whole have no comparison."""
+  """Runs block(n, carry, masked=...) over the blocks of a tile: two loops, so that those that are
+  seen whole have no comparison.
+  """
   carry = lax.fori_loop(0, steps[tile, FULLS], functools.partial(block, masked=False), carry)
   return lax.fori_loop(
     steps[tile, FULLS], steps[tile, COUNT], functools.partial(block, masked=True), carry

@@ -1,12 +1,16 @@
-"""How does a TPU attend without writing scores to memory? Pallas kernels, forward and backward, over the blocks that a mask leaves.
+"""How does a TPU attend without writing scores to memory? Pallas kernels, forward and backward,
+over the blocks that a mask leaves.
 
-FlashAttention-2 (Dao, arXiv:2307.08691), with its backward pass in one kernel. A grid step (kernels.flash_tpu_steps) is a block of
-queries, those of all heads that share a key stacked, against a block of keys; blocks that the mask rules out are no steps at all, and
-those it leaves whole are not masked. All keys of a block of queries follow one another, forward and backward: the gradient of the
-queries is summed where the output is, and those of all keys of a head wait in VMEM. What a step computes: kernels.flash_tpu_bodies.
+FlashAttention-2 (Dao, arXiv:2307.08691), with its backward pass in one kernel. A grid step
+(kernels.flash_tpu_steps) is a block of queries, those of all heads that share a key stacked,
+against a block of keys; blocks that the mask rules out are no steps at all, and those it leaves
+whole are not masked. All keys of a block of queries follow one another, forward and backward: the
+gradient of the queries is summed where the output is, and those of all keys of a head wait in VMEM.
+What a step computes: kernels.flash_tpu_bodies.
 
-Scores are in powers of two: queries are scaled by log2(e) before. B batch · T query length · S key length · N query heads · K key/value
-heads · G query heads of a step · H head width · R = G x block of queries
+Scores are in powers of two: queries are scaled by log2(e) before. B batch · T query length · S key
+length · N query heads · K key/value heads · G query heads of a step · H head width · R = G x block
+of queries
 """
 
 import dataclasses
@@ -27,7 +31,9 @@ from kernels.scoring import Scoring
 
 
 def _ids(mask: Mask, shape: Shape, transposed: bool):
-  """Arrays of positions and segments, and their blocks: those along the scores' second dimension [B, 1, n], the others in all lanes."""
+  """Arrays of positions and segments, and their blocks: those along the scores' second dimension
+  [B, 1, n], the others in all lanes.
+  """
   arrays, blocks = [], []
   pairs = []
   if shape.positioned and not shape.by_index:
@@ -85,9 +91,12 @@ def _call(
   flops: int,
   interpret,
 ):
-  """Runs a kernel over the steps of a mask. Its name says which were chosen: of those analysis.roofline knows no time.
+  """Runs a kernel over the steps of a mask.
 
-  inputs, outputs: (array, or its shape and dtype; which block of it a step sees) each. flops: of a pair of a query and a key.
+  Its name says which were chosen: of those analysis.roofline knows no time.
+
+  inputs, outputs: (array, or its shape and dtype; which block of it a step sees) each. flops: of a
+  pair of a query and a key.
   """
   kinds = mask.blocks(shape.queries, shape.keys, shape.bq, shape.bk)
   steps = steps_of(kinds, shape.B)
@@ -118,7 +127,9 @@ def _call(
 
 
 def _blocks_of(shape: Shape):
-  """Blocks of queries [B, N/G, G, T, H], of numbers of them [B, N/G, G, T], of keys [B, K, S, H], and of a head's sinks [N/G, G, LANES]."""
+  """Blocks of queries [B, N/G, G, T, H], of numbers of them [B, N/G, G, T], of keys [B, K, S, H],
+  and of a head's sinks [N/G, G, LANES].
+  """
   row, of_q, of_k = (functools.partial(f, shape) for f in (_row, _block_of_queries, _block_of_keys))
   share = shape.N // shape.K // shape.G
 
@@ -204,9 +215,11 @@ def backward(
   dtype=jnp.float32,
   blocks: Blocks = Blocks(),
 ):
-  """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype` (default: theirs where it is None).
+  """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype`
+  (default: theirs where it is None).
 
-  Keys that do not fit VMEM at once go through one after another, with the sum of the queries' gradients in f32.
+  Keys that do not fit VMEM at once go through one after another, with the sum of the queries'
+  gradients in f32.
   """
   step, S, H = step_of(q, v, 'backward', blocks), k.shape[1], q.shape[3] + v.shape[3]
 

@@ -1,8 +1,10 @@
-"""What does a TPU do in one step of attention? The bodies of kernels.flash_tpu's kernels, forward and backward.
+"""What does a TPU do in one step of attention? The bodies of kernels.flash_tpu's kernels, forward
+and backward.
 
-Both walk over a step's R queries in chunks: a chunk's products with the keys are asked for while the chunk before goes through its
-softmax, so that the matrix unit and the vector unit work at the same time. Scores are in powers of two (queries are scaled by
-log2(e) before), because exp2 is what the hardware has.
+Both walk over a step's R queries in chunks: a chunk's products with the keys are asked for while
+the chunk before goes through its softmax, so that the matrix unit and the vector unit work at the
+same time. Scores are in powers of two (queries are scaled by log2(e) before), because exp2 is what
+the hardware has.
 
 R = G x block of queries · H head width · other letters: kernels.flash_tpu_steps
 """
@@ -17,23 +19,25 @@ from jax.experimental import pallas as pl
 
 from kernels.flash_tpu_steps import FIRST, FIRST_OF_ROW, FLAGS, LANES, LAST, LAST_OF_ROW, MASKED
 
-# A score that is not seen; the greatest score of none. Numbers and not -inf, whose difference would be NaN: the weight of what is
-# not seen is exp2(HIDDEN - NOTHING) = 0 even where nothing is.
+# A score that is not seen; the greatest score of none. Numbers and not -inf, whose difference would
+# be NaN: the weight of what is not seen is exp2(HIDDEN - NOTHING) = 0 even where nothing is.
 HIDDEN, NOTHING = -3e38, -1e38
 LOG2E = math.log2(math.e)
 
 
 def seen(shape, ids, i, j, row, rows: int, transposed: bool):
-  """[rows, bk] (or its transpose) bool of a chunk of `rows` queries from `row` on of block i, against block j of keys.
+  """[rows, bk] (or its transpose) bool of a chunk of `rows` queries from `row` on of block i,
+  against block j of keys.
 
-  ids: refs of the positions and segments of queries and keys, and of prefixes, as far as there are any.
+  ids: refs of the positions and segments of queries and keys, and of prefixes, as far as there are
+  any.
   """
   at = row % shape.bq
   size = (shape.bk, rows) if transposed else (rows, shape.bk)
   queries, keys = (1, 0) if transposed else (0, 1)
 
-  # Compact until compared: along the first dimension [n, LANES], the same in all lanes, along the second [1, n]. A sum of
-  # positions is then made once a row and not once a pair.
+  # Compact until compared: along the first dimension [n, LANES], the same in all lanes, along the
+  # second [1, n]. A sum of positions is then made once a row and not once a pair.
   def given(name, axis):
     part = slice(at, at + rows) if axis == queries else slice(None)
     return ids[name][0, part] if axis == 0 else ids[name][0, :, part]
@@ -52,7 +56,8 @@ def seen(shape, ids, i, j, row, rows: int, transposed: bool):
   allowed = []
   if shape.positioned:
     if shape.by_index:
-      # Both from the block of keys' first on: that moves the scalar subtraction out of the keys' side.
+      # Both from the block of keys' first on: that moves the scalar subtraction out of the keys'
+      # side.
       offset = j * shape.bk
       q, k = index(queries) + (i * shape.bq + at - offset), index(keys)
     else:
@@ -125,14 +130,18 @@ def _named(refs, shape):
 
 
 def _place(steps_q, steps_k, shape):
-  """(row, block of queries, block of keys, flags) of the grid's step, out of the two numbers that kernels.flash_tpu_steps packs."""
+  """(row, block of queries, block of keys, flags) of the grid's step, out of the two numbers that
+  kernels.flash_tpu_steps packs.
+  """
   step = pl.program_id(1)
   row, keys = steps_q[step], steps_k[step]
   return div(row, shape.nq), rem(row, shape.nq), keys >> FLAGS, keys
 
 
 def _either(flags, body):
-  """Runs body(masked) of the two that are compiled: most steps of a causal mask are seen whole, and pay no comparison."""
+  """Runs body(masked) of the two that are compiled: most steps of a causal mask are seen whole, and
+  pay no comparison.
+  """
   pl.when(flags & MASKED != 0)(functools.partial(body, True))
   pl.when(flags & MASKED == 0)(functools.partial(body, False))
 
@@ -140,8 +149,8 @@ def _either(flags, body):
 def _with_ones(values, filled: int, shape):
   """[bk, Hv] values filled up to whole lanes, and a column of ones beside them.
 
-  The product with weights then holds their sum, in every lane of its last register. Where heads are narrower than the matrix unit
-  that costs nothing, and the vector unit adds nothing up.
+  The product with weights then holds their sum, in every lane of its last register. Where heads are
+  narrower than the matrix unit that costs nothing, and the vector unit adds nothing up.
   """
   Hv = values.shape[1]
   return jnp.concatenate(
@@ -155,9 +164,11 @@ def _with_ones(values, filled: int, shape):
 
 
 def forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape):
-  """Adds a block of keys to the softmax of a block of queries; `top`, `total` and `acc` are its state, from FIRST step to LAST.
+  """Adds a block of keys to the softmax of a block of queries; `top`, `total` and `acc` are its
+  state, from FIRST step to LAST.
 
-  top, total: [R, LANES]. Of `total` the lanes hold the sum, each (ones), or shares of it that are added up at the end.
+  top, total: [R, LANES]. Of `total` the lanes hold the sum, each (ones), or shares of it that are
+  added up at the end.
   """
   *ids, out, lse, top, total, acc = refs
   H = q.shape[-1]
@@ -191,7 +202,9 @@ def forward(steps_q, steps_k, prefix, q, k, v, sinks, *refs, shape):
 
 
 def _begin(sinks, top, total, acc, shape):
-  """The state before any key: of nothing, or of the sinks, which carry no value but are a weight of 1 beside their own top."""
+  """The state before any key: of nothing, or of the sinks, which carry no value but are a weight of
+  1 beside their own top.
+  """
   acc[...] = jnp.zeros_like(acc)
   # By lanes' shares a sink is one in all lanes together.
   share = 1.0 if shape.tuning.ones else 1.0 / LANES
@@ -203,7 +216,9 @@ def _begin(sinks, top, total, acc, shape):
 
 
 def _absorb(scores, values, rows, state, filled: int, shape):
-  """One step of the online softmax (Milakov & Gimelshein, arXiv:1805.02867), of a chunk of queries: `rows` of the state."""
+  """One step of the online softmax (Milakov & Gimelshein, arXiv:1805.02867), of a chunk of queries:
+  `rows` of the state.
+  """
   (top, total, acc), Hv = state, state[2].shape[-1]
   # The greatest score so far; every weight is relative to it, so that none overflows.
   before = top[rows]
@@ -221,7 +236,9 @@ def _absorb(scores, values, rows, state, filled: int, shape):
 
 
 def _finish(out, lse, top, total, acc, shape):
-  """Divides by the sum of weights, once and not at every step; of a query that saw nothing zeros, and -inf."""
+  """Divides by the sum of weights, once and not at every step; of a query that saw nothing zeros,
+  and -inf.
+  """
   (G, bq), Hv = (shape.G, shape.bq), acc.shape[-1]
   sums = total[...]
   if not shape.tuning.ones:
@@ -235,10 +252,12 @@ def _finish(out, lse, top, total, acc, shape):
 
 
 def backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape, scale: float):
-  """The gradients of a block of queries and of a block of keys that their pairs add to (FlashAttention-2, algorithm 2).
+  """The gradients of a block of queries and of a block of keys that their pairs add to
+  (FlashAttention-2, algorithm 2).
 
-  Scores are transposed here, [keys, queries]: what belongs to a query is a row then, and only small operands are transposed.
-  Gradients of queries are transposed, [H, R], until they are written: scores are what the matrix unit holds still then, and fill it.
+  Scores are transposed here, [keys, queries]: what belongs to a query is a row then, and only small
+  operands are transposed. Gradients of queries are transposed, [H, R], until they are written:
+  scores are what the matrix unit holds still then, and fill it.
   """
   *ids, d_q, d_k, d_v, sum_q, sum_k, sum_v = refs
   H, Hv = q.shape[-1], v.shape[-1]
@@ -246,7 +265,8 @@ def backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape,
   ids = _named(ids, shape) | {'prefix': prefix[b]}
   here = pl.ds(pl.multiple_of(j * shape.bk, shape.bk), shape.bk)
 
-  # A row's keys are all in VMEM, since every block of queries adds to them; of queries there is one block at a time.
+  # A row's keys are all in VMEM, since every block of queries adds to them; of queries there is one
+  # block at a time.
   @pl.when(flags & FIRST_OF_ROW != 0)
   def _():
     sum_k[...], sum_v[...] = jnp.zeros_like(sum_k), jnp.zeros_like(sum_v)
@@ -285,7 +305,8 @@ def backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape,
 
   _either(flags, body)
 
-  # Products were with scaled queries: those of queries lack the scale, those of keys have log2(e) too much.
+  # Products were with scaled queries: those of queries lack the scale, those of keys have log2(e)
+  # too much.
   @pl.when(flags & LAST != 0)
   def _():
     d_q[0, 0] = (sum_q[...].T * scale).reshape(d_q.shape[2:]).astype(d_q.dtype)
@@ -296,10 +317,11 @@ def backward(steps_q, steps_k, prefix, q, k, v, lse, delta, d_out, *refs, shape,
 
 
 def _slopes(scores, d_weights, lse, delta, of_chunk, visible, shape):
-  """(weights, gradients of scores), [keys, queries] of a chunk. lse, delta: refs, of_chunk: where its [1, queries] are.
+  """(weights, gradients of scores), [keys, queries] of a chunk. lse, delta: refs, of_chunk: where
+  its [1, queries] are.
 
-  visible: () -> the mask, or None: all is seen.
-  The log-sum-exp is of all keys, so weights need no other block; that of a query which sees nothing comes as +inf: no weight.
+  visible: () -> the mask, or None: all is seen. The log-sum-exp is of all keys, so weights need no
+  other block; that of a query which sees nothing comes as +inf: no weight.
   """
   if shape.softcap:
     bent = jnp.tanh(scores / (shape.softcap * LOG2E))

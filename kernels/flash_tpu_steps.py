@@ -1,9 +1,12 @@
-"""How is a TPU's attention cut into steps? Sizes of blocks, by the table or as chosen, and the blocks that a mask leaves, in order.
+"""How is a TPU's attention cut into steps? Sizes of blocks, by the table or as chosen, and the
+blocks that a mask leaves, in order.
 
-A step is a block of queries, those of all heads of a group stacked, against a block of keys. Steps are a list that the grid
-reads, and not a rectangle of which some are skipped: a step that does nothing still costs its turn and its copies.
+A step is a block of queries, those of all heads of a group stacked, against a block of keys. Steps
+are a list that the grid reads, and not a rectangle of which some are skipped: a step that does
+nothing still costs its turn and its copies.
 
-B batch · T query length · S key length · N query heads · K key/value heads · G query heads of a step · R = G x block of queries
+B batch · T query length · S key length · N query heads · K key/value heads ·
+G query heads of a step · R = G x block of queries
 """
 
 import dataclasses
@@ -20,7 +23,8 @@ from kernels.scoring import Scoring
 from parallel import mesh as meshes
 
 LANES = 128  # of a register
-# Flags of a step, in the low bits of the number that names its block of keys: what scalars a step needs is then two numbers.
+# Flags of a step, in the low bits of the number that names its block of keys: what scalars a step
+# needs is then two numbers.
 FIRST, LAST, FIRST_OF_ROW, LAST_OF_ROW, MASKED = (1 << bit for bit in range(5))
 FLAGS = 5
 
@@ -43,7 +47,8 @@ class Steps:
   """The steps of a grid, in order: all keys of a block of queries, all blocks of a row, all rows.
 
   Attributes:
-    queries: [n] int32, row x blocks of a row + block of queries. keys: [n] int32, block of keys << FLAGS | flags.
+    queries: [n] int32, row x blocks of a row + block of queries. keys: [n] int32, block of keys <<
+      FLAGS | flags.
     count: how many of the n are steps; an int, or [] int32 where arrays decide.
   """
 
@@ -57,7 +62,8 @@ def steps_of(kinds, B: int) -> Steps:
 
   A block of queries that sees no keys still has one step, to write zeros.
   """
-  # NumPy's where no array decides: the list is then as long as there are steps, and a constant of the program.
+  # NumPy's where no array decides: the list is then as long as there are steps, and a constant of
+  # the program.
   static = isinstance(kinds, np.ndarray)
   xp = np if static else jnp
   kinds = xp.broadcast_to(kinds, (B, *kinds.shape[1:]))
@@ -65,8 +71,9 @@ def steps_of(kinds, B: int) -> Steps:
   blind = (kinds == SKIP).all(2, keepdims=True) & (xp.arange(nk) == 0)[None, None]
   active = ((kinds != SKIP) | blind).reshape(-1)
 
-  # Stable: active ones come first, in the order of (row, queries, keys). Keys go fastest, so that what belongs to a block
-  # of queries (the softmax's state, its gradient) stays in VMEM from its first step to its last.
+  # Stable: active ones come first, in the order of (row, queries, keys). Keys go fastest, so that
+  # what belongs to a block of queries (the softmax's state, its gradient) stays in VMEM from its
+  # first step to its last.
   order = xp.argsort(~active, kind='stable') if static else jnp.argsort(~active, stable=True)
   count = int(active.sum()) if static else active.sum(dtype=jnp.int32)
   if static:
@@ -79,7 +86,8 @@ def steps_of(kinds, B: int) -> Steps:
     return xp.concatenate([xp.ones(1, bool), x[1:] != x[:-1]])
 
   def ends(first):
-    # Before the next one begins, or at the last step: what lies behind it in a traced list is not run.
+    # Before the next one begins, or at the last step: what lies behind it in a traced list is not
+    # run.
     return xp.concatenate([first[1:], xp.ones(1, bool)]) | (here == count - 1)
 
   first, first_of_row = turns(queries), turns(rows)
@@ -95,7 +103,9 @@ def steps_of(kinds, B: int) -> Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What a kernel knows of its problem: sizes as padded, real lengths, and what the mask consists of."""
+  """What a kernel knows of its problem: sizes as padded, real lengths, and what the mask consists
+  of.
+  """
 
   B: int
   N: int
@@ -188,7 +198,10 @@ def _cut(
 
 
 def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks()) -> Shape:
-  """Of the 'forward' or the 'backward' kernel for these arrays. Raises ValueError where chosen blocks do not fit."""
+  """Of the 'forward' or the 'backward' kernel for these arrays.
+
+  Raises ValueError where chosen blocks do not fit.
+  """
   mask, (B, T, N, _), (S, K) = scoring.mask, q.shape, k.shape[1:3]
   step = step_of(q, v, direction, blocks)
   G, bq, bk = _cut(T, S, N // K, step, direction, blocks)
@@ -222,7 +235,9 @@ def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks(
 
 
 def expected(steps: Steps, mask: Mask, shape: Shape) -> int:
-  """Steps that there are; where arrays decide, those without segments, and by positions half of a causal mask's blocks."""
+  """Steps that there are; where arrays decide, those without segments, and by positions half of a
+  causal mask's blocks.
+  """
   if isinstance(steps.count, int):
     return steps.count
   if mask.query_positions is None and mask.prefix is None:

@@ -1,4 +1,5 @@
-"""What is attention, obviously right? The jnp oracle that every backend is held to; it honours the whole spec.
+"""What is attention, obviously right? The jnp oracle that every backend is held to; it honours the
+whole spec.
 
 B batch · T query length · S key length · N query heads · K key/value heads · G = N/K · H head width
 """
@@ -19,9 +20,11 @@ def attention(
   v: Float[Array, 'B S K Hv'],
   scoring: Scoring,
 ) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
-  """softmax(scale q k, masked) v and its log-sum-exp; scores, softmax and log-sum-exp in f32 (or wider, as the inputs are).
+  """softmax(scale q k, masked) v and its log-sum-exp; scores, softmax and log-sum-exp in f32 (or
+  wider, as the inputs are).
 
-  A query that sees no key yields zeros and a log-sum-exp of -inf (of its sink, where there are sinks).
+  A query that sees no key yields zeros and a log-sum-exp of -inf (of its sink, where there are
+  sinks).
   """
   B, T, N, H = q.shape
   K = k.shape[2]
@@ -66,12 +69,15 @@ def backward(
   delta: Float[Array, 'B T N'],
   d_out: Float[Array, 'B T N Hv'],
 ):
-  """Gradients of a part of attention: of queries whose softmax also ran over keys that are not here.
+  """Gradients of a part of attention: of queries whose softmax also ran over keys that are not
+  here.
 
   Args:
-    lse: of all keys. delta: sum over Hv of d_out * out, less the gradient of lse; out being that of all keys. With these the gradient
-      of a score needs no other key (FlashAttention-2, arXiv:2307.08691, algorithm 2).
-  Returns: gradients of q, k, v and relative, at least f32. Nothing is split here: for what runs on one device.
+    lse: of all keys. delta: sum over Hv of d_out * out, less the gradient of lse; out being that of
+      all keys. With these the gradient of a score needs no other key (FlashAttention-2,
+      arXiv:2307.08691, algorithm 2).
+  Returns: gradients of q, k, v and relative, at least f32. Nothing is split here: for what runs on
+    one device.
   """
   B, T, N, H = q.shape
   K, Hv = v.shape[2:]
@@ -108,12 +114,16 @@ def _product(formula, x, y):
 
 
 def _split(K):
-  """Logical axes of K key heads and of their queries: of one key for all heads, what is split is the group."""
+  """Logical axes of K key heads and of their queries: of one key for all heads, what is split is
+  the group.
+  """
   return ('kv_heads', 'group') if K > 1 else (None, 'heads')
 
 
 def _scores(scores, relative, scoring):
-  """Scaled products [B, K, G, T, S] as the softmax takes them; `relative` apart, since it is differentiated."""
+  """Scaled products [B, K, G, T, S] as the softmax takes them; `relative` apart, since it is
+  differentiated.
+  """
   mask, softcap = scoring.mask, scoring.softcap
   K, G, T, S = scores.shape[1:]
   if relative is not None:

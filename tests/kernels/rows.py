@@ -1,4 +1,6 @@
-"""What are our kernels tried with? Rows, documents, positions, and a loss of all that attention gives."""
+"""What are our kernels tried with? Rows, documents, positions, and a loss of all that attention
+gives.
+"""
 
 import dataclasses
 

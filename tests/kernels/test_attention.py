@@ -1,4 +1,6 @@
-"""Is every attention backend the oracle, and the oracle attention? Values and gradients over a product of features."""
+"""Is every attention backend the oracle, and the oracle attention? Values and gradients over a
+product of features.
+"""
 
 import functools
 import itertools
@@ -58,7 +60,8 @@ def mask_parts(name, segments, positions, T, S, B=2):
   return parts
 
 
-# Every pair and triple of features meets; of all products every other one, so that half as many programs compile.
+# Every pair and triple of features meets; of all products every other one, so that half as many
+# programs compile.
 CASES = [
   case
   for case in itertools.product(MASKS, (False, True), (False, True), (0.0, 2.0), (False, True))
@@ -201,7 +204,9 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(
 
 
 def test_pallas_tpu_attends_to_another_sequence():
-  """Queries and keys of different lengths, with padding and without; few queries, which fill no block."""
+  """Queries and keys of different lengths, with padding and without; few queries, which fill no
+  block.
+  """
   q, k, v, _ = inputs(9, 140, 4, 2, 8, 8)
   check_backend('pallas_tpu', q, k, v, None, Mask(causal=False), 1e-5)
   segments = {
@@ -402,7 +407,8 @@ def test_what_our_kernels_cannot_differentiate_raises():
   once = jax.grad(lambda q: jnp.sum(attention(q, k, v, Scoring(), backend='pallas_tpu')[0] ** 2))
   with pytest.raises(
     NotImplementedError,
-    match="'pallas_tpu' is differentiated once; second derivatives are of reference, blocked or xla",
+    match="'pallas_tpu' is differentiated once; "
+    'second derivatives are of reference, blocked or xla',
   ):
     jax.grad(lambda q: jnp.sum(once(q)))(q)
   with pytest.raises(
@@ -469,7 +475,9 @@ def test_auto_finds_a_backend_for_every_spec(platform):
 
 
 def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
-  """By the queries that a row has: training and prefill, against a token at a time, whose positions no flag of xla's can say."""
+  """By the queries that a row has: training and prefill, against a token at a time, whose positions
+  no flag of xla's can say.
+  """
   assert (
     dispatch.choose({'causal', 'segments'}, 'tpu')
     == dispatch.choose({'causal', 'positions', 'softcap', 'sinks'}, 'tpu')

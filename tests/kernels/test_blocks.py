@@ -1,4 +1,6 @@
-"""Are chosen blocks taken exactly, change nothing that attention gives, and refused where they do not fit?"""
+"""Are chosen blocks taken exactly, change nothing that attention gives, and refused where they do
+not fit?
+"""
 
 import functools
 
@@ -28,7 +30,8 @@ interpreted = pytest.mark.skipif(
   gpu.INTERPRETER is None,
   reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can',
 )
-# Per backend: dtype, N, K, H, the blocks, and what a mask is then asked for, forward and backward. On a TPU queries are of all heads of a step.
+# Per backend: dtype, N, K, H, the blocks, and what a mask is then asked for, forward and backward.
+# On a TPU queries are of all heads of a step.
 CHOSEN = {
   'tpu': (
     'pallas_tpu',
@@ -178,12 +181,14 @@ def test_blocks_that_a_row_has_not_raise():
   for sizes, words in (
     (
       {'forward_queries': 512},
-      r'forward_queries=512, of 3 heads a key or fewer, make no whole blocks of a row of 300 queries, filled up to 384; choose one of \[128, 384\], or 0',
+      'forward_queries=512, of 3 heads a key or fewer, make no whole blocks of a row of '
+      r'300 queries, filled up to 384; choose one of \[128, 384\], or 0',
     ),
     ({'backward_queries': 256}, 'backward_queries=256, of 3 heads'),
     (
       {'forward_keys': 256},
-      r'forward_keys=256 make no whole blocks of a row of 300 keys, filled up to 384; choose one of \[128\], or 0',
+      'forward_keys=256 make no whole blocks of a row of 300 keys, filled up to 384; '
+      r'choose one of \[128\], or 0',
     ),
     ({'backward_keys': 1024}, 'attention_blocks.backward_keys=1024 make no whole blocks'),
   ):
@@ -196,7 +201,8 @@ def test_a_backend_without_blocks_to_choose_names_those_that_have(backend):
   q = draw(1, 4, 2, 8)
   with pytest.raises(
     NotImplementedError,
-    match=rf"chooses {{'forward_keys': 128}}, and model.attention='{backend}' is no .*\['pallas_tpu', 'pallas_gpu'\]",
+    match=f"chooses {{'forward_keys': 128}}, and model.attention='{backend}' is no "
+    r".*\['pallas_tpu', 'pallas_gpu'\]",
   ):
     attention(q, q, q, Scoring(), backend=backend, blocks=Blocks(forward_keys=128))
 
@@ -219,7 +225,8 @@ def test_what_may_be_cudnn_is_not_deterministic():
       'pallas_tpu',
       {'forward_queries': 100},
       64,
-      r'forward_queries=100: backend pallas_tpu has \[128, 256, .*1024\] for heads 64 wide; choose one of them, or 0',
+      r'forward_queries=100: backend pallas_tpu has \[128, 256, .*1024\] for heads 64 wide; '
+      'choose one of them, or 0',
     ),
     (
       'pallas_tpu',

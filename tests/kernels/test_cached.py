@@ -1,4 +1,6 @@
-"""Does attention to a cache give what the oracle gives of the tokens that are held, whatever lies in the other slots?"""
+"""Does attention to a cache give what the oracle gives of the tokens that are held, whatever lies
+in the other slots?
+"""
 
 import dataclasses
 import inspect
@@ -34,7 +36,9 @@ def draw(*shape):
 
 
 def in_slots(x, lengths, slots, ring, unused):
-  """[LAYERS, B, K, S, ...] of the tokens [B, P, K, ...]: in one layer, where they belong; `unused` everywhere else."""
+  """[LAYERS, B, K, S, ...] of the tokens [B, P, K, ...]: in one layer, where they belong; `unused`
+  everywhere else.
+  """
   buffer = np.full((LAYERS, B, x.shape[2], slots, *x.shape[3:]), unused, x.dtype)
   for row, length in enumerate(lengths):
     for position in range(length):
@@ -43,7 +47,9 @@ def in_slots(x, lengths, slots, ring, unused):
 
 
 def case(slots=8, T=1, K=2, ring=False, dtype='float32', value_width=0, unused=np.nan):
-  """(what is held, lengths, queries, and the same keys and values [B, P, K, ...] in order, in f32 as they were rounded)."""
+  """(what is held, lengths, queries, and the same keys and values [B, P, K, ...] in order, in f32
+  as they were rounded).
+  """
   most = 3 * slots + 5 if ring else slots - (T > 1)
   counts = np.minimum([T, max(T - 1, 1), 1, T], T)
   lengths = np.maximum([most, BLOCK + 1 if slots > BLOCK else 5, 1, most - 3], counts).astype(

@@ -1,4 +1,6 @@
-"""Does the TPU's kernel for caches give what the loop over blocks gives, interpreted, and does it compile for the chips?"""
+"""Does the TPU's kernel for caches give what the loop over blocks gives, interpreted, and does it
+compile for the chips?
+"""
 
 import functools
 import itertools
@@ -19,7 +21,9 @@ B, K, G, H = 3, 2, 2, 16
 
 
 def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 64), poison=True):
-  """Arguments of `blocks`: queries, what is held (with NaN in slots that are not used), layer, head, lengths and positions."""
+  """Arguments of `blocks`: queries, what is held (with NaN in slots that are not used), layer,
+  head, lengths and positions.
+  """
   rng = np.random.default_rng(S + T)
 
   def draw(*shape):

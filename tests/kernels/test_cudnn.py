@@ -1,4 +1,6 @@
-"""Is cuDNN asked for what it honours and for nothing else, in the program that a GPU will run? Compiled for an H100 that isn't here."""
+"""Is cuDNN asked for what it honours and for nothing else, in the program that a GPU will run?
+Compiled for an H100 that isn't here.
+"""
 
 import re
 
@@ -126,7 +128,9 @@ def test_gpus_that_are_not_known_or_too_old_are_refused(monkeypatch):
   'name', ['causal', 'full', 'window', 'other keys', 'wide', 'float32', 'segments', 'prefix']
 )
 def test_the_program_of_a_gpu_calls_cudnn_where_nothing_is_against_it(name):
-  """Forward, again for the backward pass (remat), and backward, of the whole mask, and no scores of its own."""
+  """Forward, again for the backward pass (remat), and backward, of the whole mask, and no scores of
+  its own.
+  """
   case, reason = CASES[name]
   T, S = case[:2]
   text = compiled(case, h100())
@@ -196,7 +200,9 @@ def test_a_window_of_the_whole_row_is_no_window():
   ['causal', 'full', 'window', 'a window as long as the row', 'other keys', 'one head for all'],
 )
 def test_what_cudnn_is_asked_for_is_the_spec(name, monkeypatch):
-  """jax's own implementation given cuDNN's arguments, on a mesh, beside the oracle: values and gradients."""
+  """jax's own implementation given cuDNN's arguments, on a mesh, beside the oracle: values and
+  gradients.
+  """
   case, run = CASES[name][0], jax.nn.dot_product_attention
 
   def stand_in(*x, implementation, **options):

@@ -1,4 +1,6 @@
-"""Are the Hopper kernels attention? Values and gradients against the oracle, interpreted; and what the assembler makes of them."""
+"""Are the Hopper kernels attention? Values and gradients against the oracle, interpreted; and what
+the assembler makes of them.
+"""
 
 import functools
 import pathlib
@@ -27,7 +29,8 @@ interpreted = pytest.mark.skipif(
   gpu.INTERPRETER is None,
   reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can',
 )
-# T, S, N, K, H, Hv, the mask, softcap, sinks. Tiles are of 128, blocks of 64 or 128: lengths that fill them and that don't.
+# T, S, N, K, H, Hv, the mask, softcap, sinks. Tiles are of 128, blocks of 64 or 128: lengths that
+# fill them and that don't.
 CASES = {
   'causal': (256, 256, 4, 2, 64, 64, {}, 0.0, False),
   'causal, wide heads': (256, 256, 2, 1, 128, 128, {}, 0.0, True),
@@ -100,7 +103,9 @@ def inputs_of(case, dtype):
 
 
 class Rounded:
-  """The kernels' contract kept by the oracle in 16 bits: what precision is lost by rounding what they round."""
+  """The kernels' contract kept by the oracle in 16 bits: what precision is lost by rounding what
+  they round.
+  """
 
   @staticmethod
   def forward(q, k, v, scoring, *, interpret, blocks):
@@ -113,7 +118,9 @@ class Rounded:
 
 
 def check(case, dtype=jnp.float16):
-  """As near to the oracle in f32 as its twin in `dtype` is; what is not rounded to that, the log-sum-exp, much nearer."""
+  """As near to the oracle in f32 as its twin in `dtype` is; what is not rounded to that, the
+  log-sum-exp, much nearer.
+  """
   (q, k, v, sinks), mask, softcap = inputs_of(case, dtype)
   scoring = Scoring(mask, softcap=softcap, scale=0.2)
   found = values_and_gradients(attends(scoring, backend='pallas_gpu'), q, k, v, sinks)
@@ -220,7 +227,10 @@ def test_no_warpgroup_reads_what_another_writes(case, deterministic, few_process
 
 
 def test_on_a_mesh(monkeypatch):
-  """Rows over fsdp, heads over tensor; and keys in a ring over context, by their log-sum-exp. The kernels' twin: they are interpreted alone."""
+  """Rows over fsdp, heads over tensor; and keys in a ring over context, by their log-sum-exp.
+
+  The kernels' twin: they are interpreted alone.
+  """
   monkeypatch.setattr(flash, '_module', lambda backend: Rounded)
   q, k, v = (
     x.astype(jnp.float16)
@@ -404,7 +414,9 @@ def test_it_compiles_for_an_h100_without_a_spill(case, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('save', [None, ('attention',)])
 def test_a_scanned_layer_runs_each_kernel_once(save):
-  """XLA makes a kernel part of the write into a loop's stack of kept values, and would run it again for the rest of the layer."""
+  """XLA makes a kernel part of the write into a loop's stack of kept values, and would run it again
+  for the rest of the layer.
+  """
   try:
     mesh = make_mesh(MeshConfig(), aot.topology('h100:1x1x1'))
   except ImportError as error:

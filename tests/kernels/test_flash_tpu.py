@@ -1,4 +1,6 @@
-"""Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs of the real compiler."""
+"""Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs
+of the real compiler.
+"""
 
 import pathlib
 import sys
@@ -24,7 +26,8 @@ from kernels.tuning import Tuning
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
-# T, S, N, K, H, Hv, the mask, softcap, sinks. Blocks are of 128: lengths that fill them and that don't, one block and several.
+# T, S, N, K, H, Hv, the mask, softcap, sinks. Blocks are of 128: lengths that fill them and that
+# don't, one block and several.
 CASES = {
   'causal': (256, 256, 4, 2, 8, 8, {}, 0.0, False),
   'causal, soft cap, sinks': (300, 300, 4, 2, 8, 6, {}, 2.0, True),
@@ -109,7 +112,9 @@ def inputs_of(case):
 
 @pytest.fixture
 def small_steps(monkeypatch):
-  """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as v6e sums weights."""
+  """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as
+  v6e sums weights.
+  """
   monkeypatch.setattr(
     flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27)
   )
@@ -141,7 +146,8 @@ def test_it_is_attention(case, small_steps):
 
 
 def test_sixteen_bits_lose_what_rounding_loses(small_steps):
-  """As a TPU multiplies them: beside attention in f32, an error as large as the oracle's in bfloat16, whose weights alone are rounded.
+  """As a TPU multiplies them: beside attention in f32, an error as large as the oracle's in
+  bfloat16, whose weights alone are rounded.
 
   Ours also rounds scaled queries, as who calls splash does; keys' gradients are made of those.
   """
@@ -176,7 +182,9 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
 
 
 def test_sums_by_lane_are_sums(monkeypatch):
-  """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes together."""
+  """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes
+  together.
+  """
   monkeypatch.setattr(
     flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27)
   )
@@ -243,7 +251,9 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   ids=['causal', 'packed', 'window', 'positions', 'prefix'],
 )
 def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
-  """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by positions half of them."""
+  """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by
+  positions half of them.
+  """
   q, k, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), oracle.mask(parts)
   shape = flash_tpu_steps.shape_of(q, k, k, Scoring(mask), 'forward')
   made = flash_tpu_steps.steps_of(mask.blocks(T, 300, shape.bq, shape.bk), 2)
@@ -252,7 +262,9 @@ def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
 
 
 def test_on_a_mesh(small_steps):
-  """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with documents."""
+  """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with
+  documents.
+  """
   q, k, v = draw(2, 256, 4, 8), draw(2, 256, 2, 8), draw(2, 256, 2, 8, seed=1)
   mask = oracle.mask(documents(256, 256))
   expected = values_and_gradients(attends(Scoring(mask), backend='reference'), q, k, v, None)

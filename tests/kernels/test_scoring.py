@@ -1,4 +1,6 @@
-"""Is what a call asks of attention one value: static numbers, arrays that are leaves, and nothing dropped?"""
+"""Is what a call asks of attention one value: static numbers, arrays that are leaves, and nothing
+dropped?
+"""
 
 import dataclasses
 
