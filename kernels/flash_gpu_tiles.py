@@ -192,6 +192,13 @@ def nothing(order):
   return lax.max(~order[0], 0)
 
 
+def run(kernel, shared: bool, heads: int):
+  """One warpgroup loads, the others compute; each goes through the same tiles."""
+  turns = functools.partial(each_tile, kernel.order, kernel.shape, shared, heads)
+  pl.when(kernel.warpgroup == WARPGROUPS)(lambda: kernel.load(turns))
+  pl.when(kernel.warpgroup < WARPGROUPS)(lambda: kernel.compute(turns))
+
+
 def load(each_tile, steps, stages: int, memory, ready, free, held, streamed, passes: int = 1):
   """The work of the warpgroup that loads.
 

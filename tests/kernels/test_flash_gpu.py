@@ -482,7 +482,12 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
   old, new = FAULTS[fault]
   sources = {
     name: pathlib.Path(sys.modules[name].__file__).read_text()
-    for name in ('kernels.flash_gpu_tiles', 'kernels.flash_gpu_bodies', 'kernels.flash_gpu')
+    for name in (
+      'kernels.flash_gpu_tiles',
+      'kernels.flash_gpu_forward',
+      'kernels.flash_gpu_backward',
+      'kernels.flash_gpu',
+    )
   }
   assert sum(source.count(old) for source in sources.values()) == 1, (
     f'{old!r} is not there once: plant the fault where it is now'
