@@ -32,6 +32,7 @@ def tandem(case: Case, backend: str):
 
   from kernels import attention as kernels
   from kernels.mask import Mask
+  from kernels.scoring import Scoring
 
   if backend not in kernels.HONOURS:
     return f'kernels.attention has no backend {backend!r}'
@@ -40,7 +41,7 @@ def tandem(case: Case, backend: str):
   )
   packed = {'query_segments': segments, 'key_segments': segments} if case.mask == 'packed' else {}
   mask = Mask(causal=case.mask != 'full', window=case.window, **packed)
-  return lambda q, k, v: kernels.attention(q, k, v, mask, backend=backend)[0]
+  return lambda q, k, v: kernels.attention(q, k, v, Scoring(mask), backend=backend)[0]
 
 
 def cudnn(case: Case):

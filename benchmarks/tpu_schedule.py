@@ -117,6 +117,7 @@ def compile_here(
   import jax.numpy as jnp
 
   from kernels.attention import attention
+  from kernels.scoring import Scoring
   from parallel.mesh import MeshConfig, make_mesh
 
   jax.clear_caches()  # which know nothing of steps
@@ -127,7 +128,7 @@ def compile_here(
     )
 
     def run(q, k, v):
-      return attention(q, k, v, mask, backend=backend)[0]
+      return attention(q, k, v, Scoring(mask), backend=backend)[0]
   else:
 
     def run(q, k, v):

@@ -1,20 +1,26 @@
-"""Which backend computes attention? One function, one table of what each backend honours; nothing is dropped silently.
+"""Which backend computes attention? One function, one table of what each backend honours; nothing
+is dropped silently.
 
-`reference`: the jnp oracle, everything, [T, S] scores in memory. `blocked`: the oracle on blocks of queries, keys that no query
-of a block can see skipped and scores recomputed in the backward pass, so that memory and work follow the mask. `xla`:
-jax.nn.dot_product_attention; on a GPU it is cuDNN's kernel for a mask of `causal` and `window` in bfloat16 or float16 (kernels.cudnn has
-the whole rule), and else dense scores as XLA compiles them.
-`pallas_tpu`, `pallas_gpu`: our own flash attention for TPUs (kernels.flash_tpu) and Hopper GPUs (kernels.flash_gpu, of 16-bit operands),
-everything but relative positions.
-`auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU `xla` where that is cuDNN's kernel, then on
-a Hopper GPU `pallas_gpu`, as for the segments of packed rows, then `xla` (benchmarks/README.md has the figures); else, and on a CPU,
-`blocked`, then `reference`: the first that honours the spec. What it is is printed once.
-Where a mesh splits T, kernels.context calls these backends on each device's part; those of PARTS it can put together, on a TPU
-`pallas_tpu` first.
+`reference`: the jnp oracle, everything, [T, S] scores in memory.
+`blocked`: the oracle on blocks of queries, keys that no query of a block can see skipped and scores
+recomputed in the backward pass, so that memory and work follow the mask.
+`xla`: jax.nn.dot_product_attention; on a GPU it is cuDNN's kernel for a mask of `causal` and
+`window` in bfloat16 or float16 (kernels.cudnn has the whole rule), and else dense scores as XLA
+compiles them.
+`pallas_tpu`, `pallas_gpu`: our own flash attention for TPUs (kernels.flash_tpu) and Hopper GPUs
+(kernels.flash_gpu, of 16-bit operands), everything but relative positions.
+`auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU
+`xla` where that is cuDNN's kernel, then on a Hopper GPU `pallas_gpu`, as for the segments of packed
+rows, then `xla` (docs/measured.md has the figures); else, and on a CPU, `blocked`, then
+`reference`: the first that honours the spec. What it is is printed once.
+
+Where a mesh splits T, kernels.context calls these backends on each device's part; those of PARTS
+it can put together, on a TPU `pallas_tpu` first.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
 
+import dataclasses
 import functools
 import sys
 
@@ -25,15 +31,12 @@ from jaxtyping import Array, Float
 import names
 from kernels import blocks as block_sizes, context as cp, cudnn, flash, reference
 from kernels.blocks import Blocks
-from kernels.mask import Mask, Relative
+from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
 from parallel.remat import named
 
-ANY = {
-  'float32',
-  'float64',
-  'wide_heads',
-}  # operands of more than 16 bits, and of more than 32, heads of more than 256
+# Operands of more than 16 bits, and of more than 32, heads of more than 256.
+ANY = {'float32', 'float64', 'wide_heads'}
 HONOURS = {
   'reference': ANY
   | {
@@ -87,19 +90,17 @@ ORDER_IN_PARTS = {
 }
 WIDE = 256
 FEW = 128  # queries of a row, below which our kernels compute mostly what fills their blocks up
-BLOCK = 128  # queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units better
+# Queries a block; smaller ones skip more of the causal triangle, larger ones feed the matrix units
+# better.
+BLOCK = 128
 
 
 def attention(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K Hv'],
-  mask: Mask,
+  scoring: Scoring,
   *,
-  softcap: float = 0.0,
-  sinks: Float[Array, 'N'] | None = None,
-  relative: Relative | None = None,
-  scale: float | None = None,
   backend: str = 'auto',
   blocks: Blocks = Blocks(),
   context: str = 'ring',
@@ -107,52 +108,52 @@ def attention(
   """Attention and the log-sum-exp of its scores.
 
   Args:
-    mask: who sees whom. softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per query head that joins the softmax.
-    relative: scores by distance, added before the cap. scale: of q.k; default H ** -0.5. v may be wider or narrower than q
-      and k ('value_width').
-    backend: 'auto' or one of HONOURS. blocks: what its kernels work on at a time, of a backend that lets them be chosen.
+    scoring: who sees whom, and what becomes of a product of a query and a key. v may be wider or
+      narrower than q and k ('value_width').
+    backend: 'auto' or one of HONOURS. blocks: what its kernels work on at a time, of a backend that
+      lets them be chosen.
     context: what devices that share a row do (kernels.context), where there are any.
   Returns: the mixed values, in v's dtype, and the log-sum-exp, at least f32.
-  Raises: ValueError for shapes or blocks that do not fit or an unknown backend; NotImplementedError for a spec or blocks that
-    the backend does not honour, naming those that do.
+  Raises: ValueError for shapes or blocks that do not fit or an unknown backend; NotImplementedError
+    for a spec or blocks that the backend does not honour, naming those that do.
   """
-  _check(q, k, v, mask, softcap, sinks)
+  _check(q, k, v, scoring)
   H = q.shape[3]
-  scale = H**-0.5 if scale is None else scale
+  scoring = scoring.scaled(H)
   block_sizes.check(blocks, backend, max(H, v.shape[3]))
   if ax.size('length') > 1:
-    settings = {'softcap': softcap, 'scale': scale, 'backend': backend, 'blocks': blocks}
     local = cp.Local(
-      *(functools.partial(function, **settings) for function in (attention, part, part_backward))
+      *(
+        functools.partial(function, backend=backend, blocks=blocks)
+        for function in (attention, part, part_backward)
+      )
     )
-    return cp.attention(q, k, v, mask, local, sinks=sinks, relative=relative, strategy=context)
-  spec = _spec(q, v, mask, softcap, sinks, relative)
-  backend = (
-    _said(choose(spec, without=_left_out(q, k, v, mask)))
-    if backend == 'auto'
-    else check(backend, spec)
-  )
-  run = {
-    'reference': reference.attention,
-    'blocked': blocked,
-    'xla': xla,
-    **{name: functools.partial(flash.attention, name, blocks=blocks) for name in flash.KERNELS},
-  }[backend]
-  out, lse = run(q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale)
-  return (
-    out if backend in flash.KERNELS else named(out, 'attention')
-  ), lse  # what those keep has that name already
+    return cp.attention(q, k, v, scoring, local, strategy=context)
+
+  asked = _asked(q, v, scoring)
+  if backend == 'auto':
+    backend = _said(choose(asked, without=_left_out(q, k, v, scoring.mask)))
+  else:
+    check(backend, asked)
+  if backend in flash.KERNELS:  # what these keep for the backward pass has its name already
+    return flash.attention(backend, q, k, v, scoring, blocks=blocks)
+  run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla}[backend]
+  out, lse = run(q, k, v, scoring)
+  return named(out, 'attention'), lse
 
 
-def _check(q, k, v, mask, softcap, sinks):
-  """Raises ValueError where operands do not go together: a kernel would read past one of them, or leave some of it out."""
+def _check(q, k, v, scoring):
+  """Raises ValueError where operands do not go together: a kernel would read past one of them, or
+  leave some of it out.
+  """
   for name, x, axes in (('q', q, 'B, T, N, H'), ('k', k, 'B, S, K, H'), ('v', v, 'B, S, K, Hv')):
     if x.ndim != 4 or not x.size:
       raise ValueError(f'{name}{list(x.shape)} must be [{axes}], and not empty')
   (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
   if k.shape != (B, S, K, H) or v.shape[:3] != (B, S, K):
     raise ValueError(
-      f'q{list(q.shape)}, k{list(k.shape)} and v{list(v.shape)} must be [B, T, N, H], [B, S, K, H] and [B, S, K, Hv]'
+      f'q{list(q.shape)}, k{list(k.shape)} and v{list(v.shape)} must be '
+      '[B, T, N, H], [B, S, K, H] and [B, S, K, Hv]'
     )
   if not q.dtype == k.dtype == v.dtype:
     raise ValueError(f'q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast them to one type')
@@ -162,92 +163,58 @@ def _check(q, k, v, mask, softcap, sinks):
     raise ValueError(
       f'{K} key heads do not split over mesh.tensor={ax.size("kv_heads")}; repeat them first'
     )
-  if isinstance(softcap, jax.core.Tracer):
-    raise ValueError(
-      f'softcap={softcap} must be a number when attention is traced: make it static, or close over it'
-    )
-  if softcap < 0:
-    raise ValueError(f'softcap={softcap} must be positive, or 0 for none')
-  if sinks is not None and sinks.shape != (N,):
-    raise ValueError(f'sinks{list(sinks.shape)} must be [{N}], one for each query head')
-  for name, length in (('query', T), ('key', S)):
-    for what in ('segments', 'positions'):
-      x = getattr(mask, f'{name}_{what}')
-      if x is not None and x.shape not in ((B, length), (1, length)):
-        raise ValueError(
-          f'mask.{name}_{what}{list(x.shape)} must be [{B}, {length}], an entry for each {name} of each row'
-        )
-  if mask.prefix is not None and mask.prefix.shape != (B,):
-    raise ValueError(f'mask.prefix{list(mask.prefix.shape)} must be [{B}], one for each row')
+  scoring.check(B, T, S, N)
 
 
-def part(q, k, v, mask, *, softcap, relative, scale, backend, blocks=Blocks()):
-  """Attention of this device's arrays to some of the keys, by a backend of PARTS; not to be differentiated."""
-  backend = _part(q, v, mask, softcap, relative, backend)
-  return PARTS[backend][0](
-    q,
-    k,
-    v,
-    mask,
-    softcap=softcap,
-    sinks=None,
-    relative=relative,
-    scale=scale,
-    **_chosen(backend, blocks),
-  )
+def part(q, k, v, scoring: Scoring, *, backend: str, blocks: Blocks = Blocks()):
+  """Attention of this device's arrays to some of the keys, by a backend of PARTS; not to be
+  differentiated.
+
+  `scoring` has no sinks: they join once, where the parts are put together.
+  """
+  backend = _part(q, v, scoring, backend)
+  return PARTS[backend][0](q, k, v, scoring, **_chosen(backend, blocks))
 
 
 def part_backward(
-  q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale, backend, blocks=Blocks()
+  q, k, v, scoring: Scoring, lse, delta, d_out, *, backend: str, blocks: Blocks = Blocks()
 ):
   """What reference.backward gives, by the same backend as part()."""
-  backend = _part(q, v, mask, softcap, relative, backend)
-  return PARTS[backend][1](
-    q,
-    k,
-    v,
-    mask,
-    lse,
-    delta,
-    d_out,
-    softcap=softcap,
-    relative=relative,
-    scale=scale,
-    **_chosen(backend, blocks),
-  )
+  backend = _part(q, v, scoring, backend)
+  return PARTS[backend][1](q, k, v, scoring, lse, delta, d_out, **_chosen(backend, blocks))
 
 
 def _chosen(backend, blocks):
   return {'blocks': blocks} if backend in flash.KERNELS else {}
 
 
-def _part(q, v, mask, softcap, relative, backend):
-  spec = _spec(q, v, mask, softcap, None, relative)
+def _part(q, v, scoring, backend):
+  asked = _asked(q, v, scoring)
   if backend == 'auto':
-    return _said(choose(spec, in_parts=True, without=_too_new()))
-  return check_part(check(backend, spec))
+    return _said(choose(asked, in_parts=True, without=_too_new()))
+  return check_part(check(backend, asked))
 
 
-def _spec(q, v, mask, softcap, sinks, relative):
+def _asked(q, v, scoring):
+  """What a backend has to honour for these operands, in the words of HONOURS."""
   H, Hv = q.shape[3], v.shape[3]
   named = {
-    'softcap': softcap,
-    'sinks': sinks is not None,
-    'relative': relative is not None,
     'value_width': H != Hv,
     'wide_heads': max(H, Hv) > WIDE,
     'float32': q.dtype.itemsize > 2,
     'float64': q.dtype.itemsize > 4,
   }
-  return mask.fields() | {name for name, is_set in named.items() if is_set}
+  return scoring.fields() | {name for name, is_set in named.items() if is_set}
 
 
 def check_part(backend: str) -> str:
-  """`backend`, of which attention can be put together part by part; raises NotImplementedError otherwise."""
+  """`backend`, of which attention can be put together part by part; raises NotImplementedError
+  otherwise.
+  """
   if backend not in PARTS:
     raise NotImplementedError(
-      f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the parts together '
-      f"by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'"
+      f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the '
+      f"parts together by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'"
     )
   return backend
 
@@ -267,16 +234,20 @@ def check(backend: str, spec: set[str]) -> str:
 def choose(
   spec: set[str], platform: str = '', in_parts: bool = False, without: frozenset[str] = frozenset()
 ) -> str:
-  """What `auto` means for this spec on a platform; default: the one compiled for (see parallel.mesh.platform).
+  """What `auto` means for this spec on a platform; default: the one compiled for (see
+  parallel.mesh.platform).
 
-  in_parts: of those that attention can be put together from part by part. without: backends that are not for these arrays.
+  in_parts: of those that attention can be put together from part by part. without: backends that
+  are not for these arrays.
   """
   order = (ORDER_IN_PARTS if in_parts else ORDER)[platform or mesh.platform()]
   return next(name for name in order if spec <= HONOURS[name] and name not in without)
 
 
 def _left_out(q, k, v, mask) -> frozenset[str]:
-  """Kernels of ours that `auto` passes over: all of them for few queries, Hopper's where cuDNN computes the same or on other GPUs."""
+  """Kernels of ours that `auto` passes over: all of them for few queries, Hopper's where cuDNN
+  computes the same or on other GPUs.
+  """
   if q.shape[1] < FEW:
     return frozenset(flash.KERNELS)
   if mesh.platform() == 'gpu' and not cudnn.refusal(q, k, v, mask):
@@ -299,60 +270,57 @@ def _said(chosen: str) -> str:
   return chosen
 
 
-def blocked(q, k, v, mask, *, softcap, sinks, relative, scale):
-  """Same contract as reference.attention, without prefix: a loop over query blocks, each with the keys it can see."""
-  # Scores are as large as everything else of a block together: cheaper to compute again than to keep.
-  run = jax.checkpoint(
-    lambda q, k, v, mask, sinks, relative: reference.attention(
-      q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale
-    ),
-    prevent_cse=False,
-  )
+def blocked(q, k, v, scoring: Scoring):
+  """Same contract as reference.attention, without prefix: a loop over query blocks, each with the
+  keys it can see.
+  """
+
+  # Scores are as large as everything else of a block together: cheaper to compute again than to
+  # keep. Only arrays are arguments, since a scale may be traced: the checkpoint closes over it.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def run(q, k, v, mask, sinks, relative):
+    part = dataclasses.replace(scoring, mask=mask, sinks=sinks, relative=relative)
+    return reference.attention(q, k, v, part)
+
   outs, lses = zip(
     *[
-      run(q[:, queries], k[:, keys], v[:, keys], block, sinks, relative)
-      for queries, keys, block in _blocks(mask, q.shape[1], k.shape[1], relative)
+      run(q[:, queries], k[:, keys], v[:, keys], block, scoring.sinks, scoring.relative)
+      for queries, keys, block in _blocks(scoring, q.shape[1], k.shape[1])
     ]
   )
   return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 
 
-def blocked_backward(q, k, v, mask, lse, delta, d_out, *, softcap, relative, scale):
+def blocked_backward(q, k, v, scoring: Scoring, lse, delta, d_out):
   """Same contract as reference.backward, block by block."""
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  d_qs, d_k, d_v, d_relative = (
-    [],
-    jnp.zeros(k.shape, wide),
-    jnp.zeros(v.shape, wide),
-    jax.tree.map(jnp.zeros_like, relative),
-  )
-  for queries, keys, block in _blocks(mask, q.shape[1], k.shape[1], relative):
-    cut = [x[:, queries] for x in (lse, delta, d_out)]
-    d_q, dk, dv, new = reference.backward(
+  d_qs, d_k, d_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+  d_relative = jax.tree.map(jnp.zeros_like, scoring.relative)
+  for queries, keys, mask in _blocks(scoring, q.shape[1], k.shape[1]):
+    d_q, of_keys, of_values, of_table = reference.backward(
       q[:, queries],
       k[:, keys],
       v[:, keys],
-      block,
-      *cut,
-      softcap=softcap,
-      relative=relative,
-      scale=scale,
+      dataclasses.replace(scoring, mask=mask),
+      *(x[:, queries] for x in (lse, delta, d_out)),
     )
     d_qs.append(d_q)
-    d_k, d_v, d_relative = (
-      d_k.at[:, keys].add(dk),
-      d_v.at[:, keys].add(dv),
-      jax.tree.map(jnp.add, d_relative, new),
-    )
+    d_k = d_k.at[:, keys].add(of_keys)
+    d_v = d_v.at[:, keys].add(of_values)
+    d_relative = jax.tree.map(jnp.add, d_relative, of_table)
   return jnp.concatenate(d_qs, 1), d_k, d_v, d_relative
 
 
-def _blocks(mask, T, S, relative):
-  """(queries, keys, mask) of each block; of rows in order, keys that no query of the block can see are left out."""
+def _blocks(scoring, T, S):
+  """(queries, keys, mask) of each block; of rows in order, keys that no query of the block can see
+  are left out.
+  """
+  mask = scoring.mask
   in_order = mask.query_positions is None
-  if T != S and in_order and (mask.positioned or relative is not None):
+  if T != S and in_order and (mask.positioned or scoring.relative is not None):
     raise ValueError(
-      f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; use reference'
+      f'backend blocked aligns queries and keys by index, {T} queries and {S} keys do not align; '
+      'use reference'
     )
   for start in range(0, T, BLOCK):
     stop = min(start + BLOCK, T)
@@ -363,17 +331,19 @@ def _blocks(mask, T, S, relative):
     yield queries, keys, mask.block(queries, keys)
 
 
-def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
-  """jax.nn.dot_product_attention: cuDNN's where it honours the spec, else its own causal and window flags, else a dense mask."""
+def xla(q, k, v, scoring: Scoring):
+  """jax.nn.dot_product_attention: cuDNN's where it honours the spec, else its own causal and window
+  flags, else a dense mask.
+  """
+  mask, scale = scoring.mask, scoring.scale
   T, S = q.shape[1], k.shape[1]
-  window, dense = (
-    (mask.window - 1, 0 if mask.causal else mask.window - 1) if mask.window else None,
-    None,
-  )
+  window = (mask.window - 1, 0 if mask.causal else mask.window - 1) if mask.window else None
+  dense = None
   if (mask.positioned and T != S) or not mask.fields() <= {'causal', 'window'}:
     dense = mask.allowed(T, S)[:, None]
+
   if not cudnn.refusal(q, k, v, mask):
-    out = cudnn.attention(q, k, v, mask, scale)
+    out = cudnn.attention(q, k, v, scoring)
   elif dense is None:
     out = jax.nn.dot_product_attention(
       q, k, v, scale=scale, is_causal=mask.causal, local_window_size=window
@@ -382,14 +352,14 @@ def xla(q, k, v, mask, *, softcap, sinks, relative, scale):
     out = jax.nn.dot_product_attention(q, k, v, mask=dense, scale=scale)
     # A query that sees no key was given the mean of all values.
     out = jnp.where(dense.any(-1).swapaxes(1, 2)[..., None], out, 0)
-  # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp that nobody reads costs nothing.
-  _, lse = reference.attention(
-    q, k, v, mask, softcap=softcap, sinks=sinks, relative=relative, scale=scale
-  )
+  # Its own residual is rounded to the inputs' type and has no gradient. Under jit a log-sum-exp
+  # that nobody reads costs nothing.
+  _, lse = reference.attention(q, k, v, scoring)
   return out, lse
 
 
-# Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward, backward).
+# Backends that give the log-sum-exp at no extra cost, and gradients of parts by it: (forward,
+# backward).
 PARTS = {
   'reference': (reference.attention, reference.backward),
   'blocked': (blocked, blocked_backward),

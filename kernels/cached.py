@@ -1,10 +1,13 @@
-"""How do a few new tokens look at a cache? At blocks of slots, one after another, and only at those that rows have filled.
+"""How do a few new tokens look at a cache? At blocks of slots, one after another, and only at those
+that rows have filled.
 
-So the work follows the tokens that are held, and not the room that there is; no scores of all slots exist, and what an unused slot holds,
-NaN included, is never part of a sum. The softmax is put together block by block (Milakov & Gimelshein, arXiv:1805.02867); where a mesh
-splits the slots, devices put theirs together at the end.
+So the work follows the tokens that are held, and not the room that there is; no scores of all slots
+exist, and what an unused slot holds, NaN included, is never part of a sum. The softmax is put
+together block by block (Milakov & Gimelshein, arXiv:1805.02867); where a mesh splits the slots,
+devices put theirs together at the end.
 
-R layers that a buffer stacks · B rows · T new tokens · S slots · N query heads · K key/value heads · G = N/K · H head width
+R layers that a buffer stacks · B rows · T new tokens · S slots · N query heads ·
+K key/value heads · G = N/K · H head width
 """
 
 import dataclasses
@@ -16,11 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import cached_tpu
-from kernels.mask import Relative
+from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
 
 BLOCK = 512  # slots; a buffer has at most one block, or whole ones
-FILLED = 'filled_blocks_of_'  # the scope of the loop over blocks, with how many there are: what a program is planned with
+# The scope of the loop over blocks, with how many there are: what a program is planned with.
+FILLED = 'filled_blocks_of_'
 FEW = 4  # queries of a key head, up to which a CPU takes one after another
 BYTE = 127.0  # what the largest number of an int8 vector becomes
 
@@ -29,12 +33,16 @@ BYTE = 127.0  # what the largest number of an int8 vector becomes
 class Held:
   """Keys and values of R layers.
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and
+  placeholders.
 
   Attributes:
-    keys: [R, B, K, S, H]. values: [R, B, K, S, Hv], or None: they are the first numbers of the keys (latent attention).
-    key_scales, value_scales: [R, B, K, S] f32, what int8 vectors are multiplied with; None for other types.
-    ring: whether position p is in slot p % S, where it stays until position p + S; otherwise p is in slot p.
+    keys: [R, B, K, S, H]. values: [R, B, K, S, Hv], or None: they are the first numbers of the keys
+      (latent attention).
+    key_scales, value_scales: [R, B, K, S] f32, what int8 vectors are multiplied with; None for
+      other types.
+    ring: whether position p is in slot p % S, where it stays until position p + S; otherwise p is
+      in slot p.
   """
 
   keys: Any
@@ -70,7 +78,9 @@ jax.tree_util.register_dataclass(
 
 
 def positions(held: Held, slots: Int[Array, 'S'], lengths: Int[Array, 'B']) -> Int[Array, 'B S']:
-  """The position whose token is in each of these slots of rows that hold so many tokens; negative: none was ever there."""
+  """The position whose token is in each of these slots of rows that hold so many tokens; negative:
+  none was ever there.
+  """
   if not held.ring:
     return jnp.broadcast_to(slots[None], (lengths.shape[0], slots.shape[0]))
   last = lengths[:, None] - 1
@@ -90,39 +100,41 @@ def attention(
   layer: Int[Array, ''] | int,
   lengths: Int[Array, 'B'],
   queries: Int[Array, 'B T'],
+  scoring: Scoring,
   *,
-  window: int = 0,
-  softcap: float = 0.0,
-  sinks: Float[Array, 'N'] | None = None,
-  relative: Relative | None = None,
-  scale: float = 1.0,
   value_width: int = 0,
 ) -> Float[Array, 'B T N Hv']:
-  """Causal attention of new tokens to the slots of one layer, theirs among them; not to be differentiated.
+  """Causal attention of new tokens to the slots of one layer, theirs among them; not to be
+  differentiated.
 
   Args:
-    layer: of the R that are held. lengths: tokens of each row, the new ones included. queries: their positions; what those that are not
-      below `lengths` yield means nothing.
-    window, softcap, sinks, relative, scale: see kernels.attention. value_width: of latent attention, how much of a key is the value.
+    layer: of the R that are held. lengths: tokens of each row, the new ones included. queries:
+      their positions; what those that are not below `lengths` yield means nothing.
+    scoring: its mask is causal, and has a window at most: who sees whom follows from the lengths
+      otherwise.
+    value_width: of latent attention, how much of a key is the value.
+  Raises NotImplementedError for another mask, and where heads do not go together on a mesh.
   """
+  if not scoring.mask.causal or (extra := scoring.mask.fields() - {'causal', 'window'}):
+    raise NotImplementedError(
+      f'attention to a cache is causal, and its mask has at most a window, not '
+      f"{sorted(extra) if scoring.mask.causal else 'causal=False'}; use kernels.attention"
+    )
   N, K, t = q.shape[2], held.keys.shape[2], ax.size('heads')
   heads = held.axes().keys[2]
   if N % t or (heads is None and K > 1 and t % K):
     raise NotImplementedError(
-      f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: it must divide the key heads, '
-      'or be a multiple of them'
+      f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: '
+      'it must divide the key heads, or be a multiple of them'
     )
   parts = ax.mesh_axes('slots') if not held.ring else ()
+  sinks, relative = scoring.sinks, scoring.relative
   run = functools.partial(
     _local,
-    window=window,
-    softcap=softcap,
-    scale=scale,
+    scoring=scoring.scaled(q.shape[3]),
     value_width=value_width,
     parts=parts,
     own=ax.mesh_axes('heads') if heads is None and t > 1 else (),
-    relative=relative
-    and {'bidirectional': relative.bidirectional, 'max_distance': relative.max_distance},
   )
   q = ax.place(q, 'batch', None, 'heads', 'head_width')
   arrays, axes = (
@@ -148,15 +160,16 @@ def _local(
   sinks,
   table,
   *,
-  window,
-  softcap,
-  scale,
+  scoring,
   value_width,
   parts,
   own,
-  relative,
 ):
-  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes that split the query heads only."""
+  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes
+  that split the query heads only.
+
+  sinks, table: this device's part of those of `scoring`.
+  """
   B, T, N, H = q.shape
   S, K = held.keys.shape[3], held.keys.shape[2]
   first = 0
@@ -168,13 +181,24 @@ def _local(
   offset = jax.lax.axis_index(parts) * S if parts else 0
   q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  how = dict(window=window, softcap=softcap, scale=scale, Hv=Hv)
-  if mesh.platform() == 'tpu' and not parts and not relative and G * T <= cached_tpu.MOST:
-    top, total, mixed = cached_tpu.blocks(q, held, layer, first, lengths, queries[:, 0], T=T, **how)
+  relative = scoring.relative
+  if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
+    top, total, mixed = cached_tpu.blocks(
+      q, held, layer, first, lengths, queries[:, 0], scoring, T=T, Hv=Hv
+    )
   else:
-    table = relative and Relative(table=table.reshape(table.shape[0], K, G), **relative)
+    if relative is not None:
+      relative = dataclasses.replace(relative, table=table.reshape(table.shape[0], K, G))
     top, total, mixed = blocks(
-      q, held, layer, first, lengths, queries, offset=offset, relative=table, **how
+      q,
+      held,
+      layer,
+      first,
+      lengths,
+      queries,
+      dataclasses.replace(scoring, relative=relative),
+      Hv=Hv,
+      offset=offset,
     )
   if parts:
     highest = jax.lax.pmax(top, parts)
@@ -215,19 +239,20 @@ def blocks(
   first,
   lengths: Int[Array, 'B'],
   queries: Int[Array, 'B T'],
+  scoring: Scoring,
   *,
-  window: int = 0,
-  softcap: float = 0.0,
-  scale: float = 1.0,
   Hv: int,
   offset=0,
-  relative: Relative | None = None,
 ):
-  """What a device's slots give to the softmax: its greatest score, the sum of weights, and the weighted sum of values, wide.
+  """What a device's slots give to the softmax: its greatest score, the sum of weights, and the
+  weighted sum of values, wide.
 
-  q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first` on. offset: of the first slot.
+  q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first`
+  on. offset: of the first slot. A relative's table is [buckets, K, G]; sinks join later, when all
+  slots' shares are together.
   """
   B, K, M, H = q.shape
+  window, softcap = scoring.mask.window, scoring.softcap
   S, T = held.slots, queries.shape[1]
   G, block, wide = M // T, min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
 
@@ -248,18 +273,18 @@ def blocks(
     ]  # [B, 1, block]
     used = (where >= 0) & (where < lengths[:, None, None])
     keys = cut(held.keys, start)
-    if (
-      mesh.platform() == 'cpu'
-    ):  # or XLA's CPU puts the write of a token into what reads it as well, for which it copies all slots
+    # Or XLA's CPU puts the write of a token into what reads it as well, for which it copies all
+    # slots.
+    if mesh.platform() == 'cpu':
       keys = jnp.where(used[..., None], keys, 0)
-    scores = products(q, keys.astype(q.dtype), wide) * scale
+    scores = products(q, keys.astype(q.dtype), wide) * scoring.scale
     if held.key_scales is not None:
       scores = scores * cut(held.key_scales, start)[:, :, None]
     scores = scores.reshape(B, K, G, T, block)
-    if relative:
-      scores = scores + jnp.moveaxis(relative.scores(queries, where[:, 0]), (1, 2), (3, 4)).astype(
-        wide
-      )
+    if scoring.relative is not None:
+      scores = scores + jnp.moveaxis(
+        scoring.relative.scores(queries, where[:, 0]), (1, 2), (3, 4)
+      ).astype(wide)
     if softcap:
       scores = softcap * jnp.tanh(scores / softcap)
     seen = used & (where <= queries[..., None])

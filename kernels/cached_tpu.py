@@ -1,10 +1,13 @@
-"""How does a TPU read a cache no more than once? A Pallas kernel over blocks of slots, for the few queries of generation.
+"""How does a TPU read a cache no more than once? A Pallas kernel over blocks of slots, for the few
+queries of generation.
 
-XLA multiplies the few rows of a step with keys and values on the vector unit, at several times what reading them takes; here they are
-rows of the matrix unit. A block that lies behind a row's last token, or before its window, is neither read nor computed: its step names a
-block that is there already.
+XLA multiplies the few rows of a step with keys and values on the vector unit, at several times what
+reading them takes; here they are rows of the matrix unit. A block that lies behind a row's last
+token, or before its window, is neither read nor computed: its step names a block that is there
+already.
 
-B rows · T new tokens · S slots · K key/value heads · G query heads of each · M = G x T · H head width
+B rows · T new tokens · S slots · K key/value heads · G query heads of each · M = G x T ·
+H head width
 """
 
 import functools
@@ -13,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from kernels.scoring import Scoring
 
 BLOCK = 1024  # slots of a step
 MOST = 2048  # rows of queries of a key head, above which scores of a block do not fit in VMEM
@@ -119,20 +124,19 @@ def blocks(
   first,
   lengths,
   starts,
+  scoring: Scoring,
   *,
   T: int,
-  window: int,
-  softcap: float,
-  scale: float,
   Hv: int,
   interpret=False,
 ):
-  """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a row at starts [B].
+  """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a
+  row at starts [B].
 
   q: [B, K, G x T, H], of the key heads from `first` on.
   """
   B, K, M, H = q.shape
-  S = held.slots
+  S, window = held.slots, scoring.mask.window
   block = min(S, BLOCK)
   bounds = _bounds(window, held.ring, S, block, T)
   rows = -(-M // ROWS) * ROWS
@@ -186,8 +190,8 @@ def blocks(
     block=block,
     T=T,
     Hv=Hv,
-    softcap=softcap,
-    scale=scale,
+    softcap=scoring.softcap,
+    scale=scoring.scale,
   )
   there = [x is not None for x in given]
 

@@ -12,7 +12,6 @@ P devices · u of them exchange heads · R = P / u groups form the ring · C = T
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 import names
-from kernels.mask import Mask, Relative, zigzag
+from kernels.mask import zigzag
+from kernels.scoring import Scoring
 from parallel import axes as ax
 
 AXIS = ax.RULES['length']
@@ -34,8 +34,8 @@ class Local(NamedTuple):
   """What one device computes with: kernels.attention's functions, their settings filled in.
 
   Attributes:
-    attention: (q, k, v, mask, *, sinks, relative) -> (out, lse), differentiable.
-    part: (q, k, v, mask, *, relative) -> (out, lse). part_backward: see kernels.reference.backward.
+    attention: (q, k, v, scoring) -> (out, lse), differentiable. part: the same, without sinks and not differentiable.
+    part_backward: see kernels.reference.backward.
   """
 
   attention: Callable
@@ -92,11 +92,9 @@ def attention(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K Hv'],
-  mask: Mask,
+  scoring: Scoring,
   local: Local,
   *,
-  sinks: Float[Array, 'N'] | None,
-  relative: Relative | None,
   strategy: str,
 ) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
   """kernels.attention.attention on a mesh that splits T and S; the same contract.
@@ -104,6 +102,7 @@ def attention(
   Raises ValueError where lengths or heads do not split.
   """
   (B, T, N, _), (S, K), P = q.shape, k.shape[1:3], ax.size('length')
+  mask, sinks, relative = scoring.mask, scoring.sinks, scoring.relative
   for what, length in (('queries', T), ('keys', S)):
     if length % P:
       raise ValueError(f'{length} {what} do not split over mesh.context={P}; make rows a multiple')
@@ -130,9 +129,11 @@ def attention(
   table = None if relative is None else relative.table
 
   def run(q, k, v, data, sinks, table):
-    own = dataclasses.replace(mask, **data)
     bias = None if relative is None else dataclasses.replace(relative, table=table)
-    return _on_device(q, k, v, own, local, sinks, bias, R, strategy == 'gather', zigzagged)
+    own = dataclasses.replace(
+      scoring, mask=dataclasses.replace(mask, **data), sinks=sinks, relative=bias
+    )
+    return _on_device(q, k, v, own, local, R, strategy == 'gather', zigzagged)
 
   inputs = (
     heads,
@@ -145,19 +146,18 @@ def attention(
   return ax.local(run, inputs, (heads, heads[:3]))(q, k, v, data, sinks, table)
 
 
-def _on_device(q, k, v, mask, local, sinks, relative, R, gather, zigzagged):
+def _on_device(q, k, v, scoring, local, R, gather, zigzagged):
   """What each device runs; all arrays are its own parts."""
   u = jax.lax.axis_size(AXIS) // R
   if u > 1:
-    q, k, v, mask, sinks, relative = _tokens_for_heads(q, k, v, mask, sinks, relative, u)
+    q, k, v, scoring = _tokens_for_heads(q, k, v, scoring, u)
+  sinks = scoring.sinks
   if R == 1:
-    out, lse = local.attention(q, k, v, mask, sinks=sinks, relative=relative)
+    out, lse = local.attention(q, k, v, scoring)
   elif gather:
-    out, lse = _gathered(
-      q, k, v, mask, functools.partial(local.attention, sinks=sinks, relative=relative), zigzagged
-    )
+    out, lse = _gathered(q, k, v, scoring, local.attention, zigzagged)
   else:
-    out, lse = _ring(q, k, v, relative, mask, local, R, zigzagged)
+    out, lse = _ring(q, k, v, scoring, local, R, zigzagged)
     if sinks is not None:  # once, over all parts together
       total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, None])
       out, lse = (out * jnp.exp(lse - total)[..., None]).astype(out.dtype), total
@@ -177,7 +177,7 @@ def _neighbours(u):
   return [list(range(first, first + u)) for first in range(0, jax.lax.axis_size(AXIS), u)]
 
 
-def _tokens_for_heads(q, k, v, mask, sinks, relative, u):
+def _tokens_for_heads(q, k, v, scoring, u):
   """All arguments with u times the tokens and, of query heads, a u-th; key heads too few for u devices are repeated first."""
   copies = u // math.gcd(k.shape[2], u)
   q, k, v = (_exchange(x, 2, 1, u) for x in (q, jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2)))
@@ -188,10 +188,18 @@ def _tokens_for_heads(q, k, v, mask, sinks, relative, u):
   def share(x):
     return jnp.take(jnp.stack(jnp.split(x, u, -1)), jax.lax.axis_index(AXIS) % u, 0)
 
-  relative = (
-    None if relative is None else dataclasses.replace(relative, table=share(relative.table))
+  # Sinks, and a table's columns, are of query heads.
+  return (
+    q,
+    k,
+    v,
+    dataclasses.replace(
+      scoring,
+      mask=_cut(scoring.mask, rows, rows),
+      sinks=jax.tree.map(share, scoring.sinks),
+      relative=jax.tree.map(share, scoring.relative),
+    ),
   )
-  return q, k, v, _cut(mask, rows, rows), None if sinks is None else share(sinks), relative
 
 
 def _cut(mask, queries, keys):
@@ -210,13 +218,16 @@ def _cut(mask, queries, keys):
   )
 
 
-def _gathered(q, k, v, mask, run, zigzagged):
-  """All keys and values on every device; `run`: local.attention. Its gradient sums what the devices find."""
+def _gathered(q, k, v, scoring, attend, zigzagged):
+  """All keys and values on every device; `attend`: local.attention. Its gradient sums what the devices find."""
+
+  def run(q, k, v, mask):
+    return attend(q, k, v, dataclasses.replace(scoring, mask=mask))
 
   def whole(x):
     return jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
 
-  k, v, mask = whole(k), whole(v), _cut(mask, lambda x: x, whole)
+  k, v, mask = whole(k), whole(v), _cut(scoring.mask, lambda x: x, whole)
   if not zigzagged:
     return run(q, k, v, mask)
   C = q.shape[1] // 2
@@ -336,10 +347,15 @@ def _back(mine, d: int, C: int, R: int, window: int) -> Hop:
   )
 
 
-def _ring(q, k, v, relative, mask, local, R, zigzagged):
+def _ring(q, k, v, scoring, local, R, zigzagged):
   """Attention to the keys of all groups, and its log-sum-exp; with a backward pass of its own, in which keys' gradients travel along."""
-  mask = dataclasses.replace(mask, zigzag=1)  # chunk by chunk, what is computed is in order
+  # Chunk by chunk, what is computed is in order.
+  mask = dataclasses.replace(scoring.mask, zigzag=1)
   wide = jnp.promote_types(q.dtype, jnp.float32)
+
+  def part_of(mask, relative):
+    """Of parts without sinks, which join once; the numbers are closed over, since a scale may be traced."""
+    return dataclasses.replace(scoring, mask=mask, sinks=None, relative=relative)
 
   @jax.custom_vjp
   def run(q, k, v, relative, mask):
@@ -349,7 +365,7 @@ def _ring(q, k, v, relative, mask, local, R, zigzagged):
     def visit(state, _, hop, keys):
       k, v, _ = keys
       part = hop.mask(_cut(_with_keys(mask, keys), hop.queries, hop.keys))
-      out, lse = local.part(hop.queries(q), hop.keys(k), hop.keys(v), part, relative=relative)
+      out, lse = local.part(hop.queries(q), hop.keys(k), hop.keys(v), part_of(part, relative))
       if hop.valid is not None:
         lse = jnp.where(hop.valid(q.shape[0]), lse, -jnp.inf)
       for parts in zip(hop.spread(out.astype(wide), 0), hop.spread(lse, -jnp.inf)):
@@ -379,11 +395,10 @@ def _ring(q, k, v, relative, mask, local, R, zigzagged):
         hop.queries(q),
         hop.keys(k),
         hop.keys(v),
-        part,
+        part_of(part, relative),
         seen,
         hop.queries(delta),
         hop.queries(d_out),
-        relative=relative,
       )
       d_keys = tuple(
         d + jax.linear_transpose(hop.keys, d)(new)[0] for d, new in zip(d_keys, new_keys)
@@ -400,7 +415,7 @@ def _ring(q, k, v, relative, mask, local, R, zigzagged):
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_relative, None
 
   run.defvjp(forward, backward)
-  return run(q, k, v, relative, mask)
+  return run(q, k, v, scoring.relative, mask)
 
 
 def _keys_data(mask):

@@ -1,8 +1,10 @@
-"""Which backend multiplies rows by the matrix of their group? One function; rows are sorted by group, as experts want them.
+"""Which backend multiplies rows by the matrix of their group? One function; rows are sorted by
+group, as experts want them.
 
-`reference`: the jnp oracle, each row with its own copy of its matrix, [M, D, F] in memory. `blocked`: a scan over blocks of rows
-of one group each, at most 1.25 times the ideal work. `auto`: `blocked`. `lax.ragged_dot` is not among them: XLA expands it to a
-product per group and row, E times the work, on GPU always and on TPU for the gradient of the matrices up to jax 0.10.2
+`reference`: the jnp oracle, each row with its own copy of its matrix, [M, D, F] in memory.
+`blocked`: a scan over blocks of rows of one group each, at most 1.25 times the ideal work. `auto`:
+`blocked`. `lax.ragged_dot` is not among them: XLA expands it to a product per group and row, E
+times the work, on GPU always and on TPU for the gradient of the matrices up to jax 0.10.2
 (benchmarks/grouped_matmul.py).
 
 M rows · E groups · D width of a row · F width of a product · b rows of a block
@@ -15,20 +17,20 @@ from jaxtyping import Array, Float, Int
 
 import names
 
-LEAST, MOST = (
-  8,
-  512,
-)  # rows a block: what a vector register holds, and what feeds a matrix unit from memory without waiting
+# Rows a block: what a vector register holds, and what feeds a matrix unit from memory without
+# waiting.
+LEAST, MOST = 8, 512
 
 
 def grouped_matmul(
   x: Float[Array, 'M D'], w: Float[Array, 'E D F'], sizes: Int[Array, 'E'], *, backend: str = 'auto'
 ) -> Float[Array, 'M F']:
-  """The first sizes[0] rows times w[0], the next sizes[1] rows times w[1], and so on; differentiable in x and w.
+  """The first sizes[0] rows times w[0], the next sizes[1] rows times w[1], and so on;
+  differentiable in x and w.
 
   Args:
-    sizes: rows of each group; their sum is at most M. Rows behind it are zeros in the result and contribute nothing to
-      gradients, whatever they hold, NaN included.
+    sizes: rows of each group; their sum is at most M. Rows behind it are zeros in the result and
+      contribute nothing to gradients, whatever they hold, NaN included.
     backend: 'auto', 'reference' or 'blocked'.
   Returns: the products, summed in f32 (or wider, as x is), in x's type.
   Raises ValueError for an unknown backend, or when x and w differ in type.
@@ -72,15 +74,19 @@ BACKENDS = {'reference': reference, 'blocked': blocked}
 
 
 def block_rows(M: int, E: int) -> int:
-  """Rows of a block: the largest power of two that pads by at most a quarter, between LEAST and MOST (and no more than M).
+  """Rows of a block: the largest power of two that pads by at most a quarter, between LEAST and
+  MOST (and no more than M).
 
-  Every group may leave its last block all but empty, which is E * (b - 1) rows at worst and half of that on average.
+  Every group may leave its last block all but empty, which is E * (b - 1) rows at worst and half of
+  that on average.
   """
   return min(M, MOST, max(LEAST, 1 << max(0, (M // (4 * E)).bit_length() - 1)))
 
 
 def _products(x, w, sizes, formula):
-  """Rows times the matrix of their group; each block writes its own rows and leaves the others as they are."""
+  """Rows times the matrix of their group; each block writes its own rows and leaves the others as
+  they are.
+  """
   M, F = x.shape[0], w.shape['EDF'.index(formula[-1])]
   b = block_rows(M, w.shape[0])
 
@@ -105,15 +111,18 @@ def _outer_products(x, dy, w, sizes):
     return dw.at[group].add(part)
 
   dw = _scan(add, jnp.zeros(w.shape, _wide(x)), sizes, M, block_rows(M, w.shape[0]))
-  # Else what scatters it to shards decides about its layout in the loop, where XLA for TPU then transposes a matrix for every block.
+  # Else what scatters it to shards decides about its layout in the loop, where XLA for TPU then
+  # transposes a matrix for every block.
   return with_layout_constraint(dw, Layout(major_to_minor=(0, 1, 2))).astype(w.dtype)
 
 
 def _scan(update, carry, sizes, M, b):
-  """`update(carry, group, start, mine)` block by block: b rows from `start` on, of which `mine` [b] are the group's.
+  """`update(carry, group, start, mine)` block by block: b rows from `start` on, of which `mine` [b]
+  are the group's.
 
-  Blocks left over have no row and change nothing. They are computed all the same: a lax.cond around the update saved no time on a
-  CPU, and makes XLA for GPU copy the whole carry in every step (jax 0.10.2).
+  Blocks left over have no row and change nothing. They are computed all the same: a lax.cond around
+  the update saved no time on a CPU, and makes XLA for GPU copy the whole carry in every step (jax
+  0.10.2).
   """
   E = len(sizes)
   blocks = -(-sizes // b)

@@ -1,4 +1,5 @@
-"""Which key may a query see, and how far away is it? Small specs, the same for every attention backend, never a dense array.
+"""Which key may a query see, and how far away is it? Small specs, the same for every attention
+backend, never a dense array.
 
 B batch · T query length · S key length · N query heads
 """
@@ -23,14 +24,19 @@ class Mask:
 
   Attributes:
     causal: the key's position is not after the query's.
-    window: the key's position is less than `window` away from the query's: before it, and without causal also after it; 0: no limit.
-    prefix: [B] keys at positions below this are seen by every query of the row whatever causal says (prefix LM, T5 paper
-      arXiv:1910.10683, figure 4); segments still hold.
-    query_segments [B, T], key_segments [B, S]: both or neither; a query sees keys of its own segment only.
-    query_positions [B, T], key_positions [B, S]: both or neither; default: the index in the row, for which T == S.
-    zigzag: n, where rows are laid out as zigzag(T, n) says and positions that are not given follow; 1: in order.
+    window: the key's position is less than `window` away from the query's: before it, and without
+      causal also after it; 0: no limit.
+    prefix: [B] keys at positions below this are seen by every query of the row whatever causal says
+      (prefix LM, T5 paper arXiv:1910.10683, figure 4); segments still hold.
+    query_segments [B, T], key_segments [B, S]: both or neither; a query sees keys of its own
+      segment only.
+    query_positions [B, T], key_positions [B, S]: both or neither; default: the index in the row,
+      for which T == S.
+    zigzag: n, where rows are laid out as zigzag(T, n) says and positions that are not given follow;
+      1: in order.
 
-  Arrays are int32; they are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  Arrays are int32; they are annotated Any because JAX rebuilds registered dataclasses with tracers,
+  specs and placeholders.
 
   Raises ValueError for contradictory parts.
   """
@@ -54,7 +60,8 @@ class Mask:
         raise ValueError(f'{a} and {b} come together; one of them is missing')
     if self.prefix is not None and not self.causal:
       raise ValueError(
-        'prefix loosens causal: without causal every key is seen already; drop prefix or set causal=True'
+        'prefix loosens causal: without causal every key is seen already; '
+        'drop prefix or set causal=True'
       )
 
   @property
@@ -75,7 +82,10 @@ class Mask:
     return {name for name, is_set in named.items() if is_set}
 
   def positions(self, T: int, S: int) -> tuple[Int[Array, '#B T'], Int[Array, '#B S']]:
-    """Of queries and keys: as given, or their indices. Raises ValueError where indices do not align."""
+    """Of queries and keys: as given, or their indices.
+
+    Raises ValueError where indices do not align.
+    """
     if self.query_positions is not None:
       return self.query_positions, self.key_positions
     if T != S and self.positioned:
@@ -89,7 +99,10 @@ class Mask:
     return index(T), index(S)
 
   def allowed(self, T: int, S: int) -> Bool[Array, '#B T S']:
-    """The dense mask that the spec stands for (True: seen). The oracle's view; fast backends never build it whole."""
+    """The dense mask that the spec stands for (True: seen).
+
+    The oracle's view; fast backends never build it whole.
+    """
     q, k = self.positions(T, S)
     q, k = q[:, :, None], k[:, None, :]
     seen = jnp.ones((1, T, S), bool)
@@ -106,11 +119,13 @@ class Mask:
     return seen
 
   def blocks(self, T: int, S: int, rows: int, columns: int):
-    """What a kernel has to do for each block of `rows` queries and `columns` keys: SKIP it, mask a PARTIAL one, or see a FULL one whole.
+    """What a kernel has to do for each block of `rows` queries and `columns` keys: SKIP it, mask a
+    PARTIAL one, or see a FULL one whole.
 
-    Returns [B or 1, blocks of T, blocks of S] int32: a NumPy array where the spec has no arrays, else a jax one. Bounds of positions and
-    segments decide: no block with a key that is seen is skipped, and a FULL one has no key that is not; the last block of keys is at
-    most PARTIAL where S does not fill it. Raises ValueError as positions() does.
+    Returns [B or 1, blocks of T, blocks of S] int32: a NumPy array where the spec has no arrays,
+    else a jax one. Bounds of positions and segments decide: no block with a key that is seen is
+    skipped, and a FULL one has no key that is not; the last block of keys is at most PARTIAL where
+    S does not fill it. Raises ValueError as positions() does.
     """
     given = any(x is not None for x in (self.query_positions, self.query_segments, self.prefix))
     np_ = jnp if given else np
@@ -186,12 +201,13 @@ jax.tree_util.register_dataclass(
 def zigzag(T: int, n: int) -> np.ndarray:
   """Which token of a row stands where when 2n chunks are laid out as 0, 2n-1, 1, 2n-2, ... n-1, n.
 
-  The queries of such a pair of chunks see as many keys under a causal mask as those of any other (Llama 3, arXiv:2407.21783,
-  section 3.3.2). Raises ValueError where T does not split.
+  The queries of such a pair of chunks see as many keys under a causal mask as those of any other
+  (Llama 3, arXiv:2407.21783, section 3.3.2). Raises ValueError where T does not split.
   """
   if n > 1 and T % (2 * n):
     raise ValueError(
-      f'{T} tokens do not split into {2 * n} chunks, two for each of {n} parts; make the length a multiple'
+      f'{T} tokens do not split into {2 * n} chunks, two for each of {n} parts; '
+      'make the length a multiple'
     )
   index = np.arange(T, dtype=np.int32)
   if n == 1:
@@ -202,13 +218,15 @@ def zigzag(T: int, n: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Relative:
-  """A score that depends on how far the key is from the query (T5, arXiv:1910.10683, section 2.1; its code has the buckets).
+  """A score that depends on how far the key is from the query (T5, arXiv:1910.10683, section 2.1;
+  its code has the buckets).
 
   Attributes:
     table: [buckets, N], what is added to a scaled score (a backend may split N). Any: see Mask.
-    bidirectional: half of the buckets are for keys after the query; otherwise those share the bucket of distance 0.
-    max_distance: from here on all distances share the last bucket. Half of the buckets (of a direction) are for single
-      distances, the others grow with their logarithm.
+    bidirectional: half of the buckets are for keys after the query; otherwise those share the
+      bucket of distance 0.
+    max_distance: from here on all distances share the last bucket. Half of the buckets (of a
+      direction) are for single distances, the others grow with their logarithm.
   """
 
   table: Any

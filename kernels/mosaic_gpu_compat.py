@@ -1,7 +1,8 @@
-"""What differs between versions of Mosaic GPU (jax 0.10.2 to 0.12), and between a GPU and its interpreter? All of it is in here.
+"""What differs between versions of Mosaic GPU (jax 0.10.2 to 0.12), and between a GPU and its
+interpreter? All of it is in here.
 
-The interpreter (jax 0.12 and later) has no products whose left side is in registers, and none that start from a value: they are done by
-jnp there, from the same memory.
+The interpreter (jax 0.12 and later) has no products whose left side is in registers, and none that
+start from a value: they are done by jnp there, from the same memory.
 """
 
 import functools
@@ -12,9 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LAYOUTS = ROWS, COLUMNS = [
-  plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0)
-]  # of what is along a product's rows, its columns
+# Of what is along a product's rows, its columns.
+LAYOUTS = ROWS, COLUMNS = [plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0)]
 INTERPRETER = getattr(plgpu, 'InterpretGPUParams', None)
 
 
@@ -30,11 +30,13 @@ def kernel(
 ):
   """A kernel of `blocks` thread blocks (axis 'block'), each of some warpgroups (axis 'warpgroup').
 
-  interpret: False, True, or the interpreter's parameters. Not plgpu.kernel: in jax 0.10.2 it takes no arrays that are written in place.
+  interpret: False, True, or the interpreter's parameters. Not plgpu.kernel: in jax 0.10.2 it takes
+  no arrays that are written in place.
   """
   if interpret and INTERPRETER is None:
     raise NotImplementedError(
-      f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; use jax >= 0.12 or a Hopper GPU'
+      f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; '
+      'use jax >= 0.12 or a Hopper GPU'
     )
 
   def scoped(*refs):
@@ -56,11 +58,12 @@ def kernel(
     interpret=INTERPRETER() if interpret is True else interpret,
   )
 
-  def named(
-    *arguments,
-  ):  # the compiled program shows neither a kernel's name nor its cost; analysis.roofline reads them in the scope's
+  # The compiled program shows neither a kernel's name nor its cost; analysis.roofline reads them in
+  # the scope's.
+  def named(*arguments):
     with jax.named_scope(
-      f'{name} flops={cost.flops} bytes_accessed={cost.bytes_accessed} transcendentals={cost.transcendentals} end'
+      f'{name} flops={cost.flops} bytes_accessed={cost.bytes_accessed} '
+      f'transcendentals={cost.transcendentals} end'
     ):
       return run(*arguments)
 
@@ -92,7 +95,8 @@ def filled(shape, layout=plgpu.Layout.WGMMA, value=0.0):
 def products(*operands, interpret, meanwhile=lambda: None):
   """acc + a @ b, f32, for each (acc, a, b), all started before any is waited for.
 
-  acc: a value. a: a value or shared memory. b: shared memory. meanwhile: what is done while they run.
+  acc: a value. a: a value or shared memory. b: shared memory. meanwhile: what is done while they
+  run.
   """
   if interpret:
 
@@ -103,7 +107,8 @@ def products(*operands, interpret, meanwhile=lambda: None):
       acc + jnp.dot(read(a).astype(jnp.float32), read(b).astype(jnp.float32), precision='highest')
       for acc, a, b in operands
     ]
-    plgpu.commit_smem()  # products read by way of the async proxy, as TMA writes; here memory was read otherwise
+    # Products read by way of the async proxy, as TMA writes; here memory was read otherwise.
+    plgpu.commit_smem()
     meanwhile()
     return tuple(done)
 
@@ -116,7 +121,10 @@ def products(*operands, interpret, meanwhile=lambda: None):
 
 
 def add(value, held, target, *, interpret):
-  """Adds f32 registers to main memory by way of shared memory; done when wait_smem_to_gmem says so. The interpreter does it at once."""
+  """Adds f32 registers to main memory by way of shared memory; done when wait_smem_to_gmem says so.
+
+  The interpreter does it at once.
+  """
   if interpret:
     target[...] = target[...] + value
     return

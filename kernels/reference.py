@@ -1,4 +1,5 @@
-"""What is attention, obviously right? The jnp oracle that every backend is held to; it honours the whole spec.
+"""What is attention, obviously right? The jnp oracle that every backend is held to; it honours the
+whole spec.
 
 B batch · T query length · S key length · N query heads · K key/value heads · G = N/K · H head width
 """
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.mask import Mask, Relative
+from kernels.scoring import Scoring
 from parallel import axes as ax
 
 
@@ -17,18 +18,13 @@ def attention(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K Hv'],
-  mask: Mask,
-  *,
-  softcap: float,
-  sinks: Float[Array, 'N'] | None,
-  relative: Relative | None,
-  scale: float,
+  scoring: Scoring,
 ) -> tuple[Float[Array, 'B T N Hv'], Float[Array, 'B T N']]:
-  """softmax(scale q k, masked) v and its log-sum-exp; scores, softmax and log-sum-exp in f32 (or wider, as the inputs are).
+  """softmax(scale q k, masked) v and its log-sum-exp; scores, softmax and log-sum-exp in f32 (or
+  wider, as the inputs are).
 
-  softcap: cap * tanh(score / cap), 0 for none. sinks: a logit per head that takes part in the softmax and carries no value
-  (gpt-oss). relative: added to the scaled scores. A query that sees no key yields zeros and a log-sum-exp of -inf (of its sink,
-  where there are sinks).
+  A query that sees no key yields zeros and a log-sum-exp of -inf (of its sink, where there are
+  sinks).
   """
   B, T, N, H = q.shape
   K = k.shape[2]
@@ -38,11 +34,11 @@ def attention(
   q = jax.lax.reshape(
     q, (B, T, K, G, H), out_sharding=ax.out('batch', 'length', kv_heads, group, 'head_width')
   )
-  scores = _scores(_product('BTKGH,BSKH->BKGTS', q, k) * scale, relative, mask, softcap)
+  scores = _scores(_product('BTKGH,BSKH->BKGTS', q, k) * scoring.scale, scoring.relative, scoring)
   top = scores.max(-1, keepdims=True)
-  if sinks is not None:
+  if scoring.sinks is not None:
     sink = jax.lax.reshape(
-      sinks.astype(scores.dtype),
+      scoring.sinks.astype(scores.dtype),
       (1, K, G, 1, 1),
       out_sharding=ax.out(None, kv_heads, group, None, None),
     )
@@ -50,7 +46,7 @@ def attention(
   top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
   weights = jnp.exp(scores - top)
   total = weights.sum(-1, keepdims=True)
-  if sinks is not None:
+  if scoring.sinks is not None:
     total = total + jnp.exp(sink - top)
   lse = (top + jnp.log(total))[..., 0]
   weights = weights / jnp.where(total > 0, total, 1.0)
@@ -68,21 +64,20 @@ def backward(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K Hv'],
-  mask: Mask,
+  scoring: Scoring,
   lse: Float[Array, 'B T N'],
   delta: Float[Array, 'B T N'],
   d_out: Float[Array, 'B T N Hv'],
-  *,
-  softcap: float,
-  relative: Relative | None,
-  scale: float,
 ):
-  """Gradients of a part of attention: of queries whose softmax also ran over keys that are not here.
+  """Gradients of a part of attention: of queries whose softmax also ran over keys that are not
+  here.
 
   Args:
-    lse: of all keys. delta: sum over Hv of d_out * out, less the gradient of lse; out being that of all keys. With these the gradient
-      of a score needs no other key (FlashAttention-2, arXiv:2307.08691, algorithm 2).
-  Returns: gradients of q, k, v and relative, at least f32. Nothing is split here: for what runs on one device.
+    lse: of all keys. delta: sum over Hv of d_out * out, less the gradient of lse; out being that of
+      all keys. With these the gradient of a score needs no other key (FlashAttention-2,
+      arXiv:2307.08691, algorithm 2).
+  Returns: gradients of q, k, v and relative, at least f32. Nothing is split here: for what runs on
+    one device.
   """
   B, T, N, H = q.shape
   K, Hv = v.shape[2:]
@@ -95,16 +90,16 @@ def backward(
 
   q, d_out = grouped(q), grouped(d_out)
   scores, pull = jax.vjp(
-    lambda x, relative: _scores(x, relative, mask, softcap),
-    _product('BTKGH,BSKH->BKGTS', q, k) * scale,
-    relative,
+    lambda x, relative: _scores(x, relative, scoring),
+    _product('BTKGH,BSKH->BKGTS', q, k) * scoring.scale,
+    scoring.relative,
   )
   weights = jnp.exp(
     scores - by_score(jnp.where(lse == -jnp.inf, jnp.inf, lse))
   )  # of a query that sees nothing: 0
   d_weights = _product('BTKGH,BSKH->BKGTS', d_out, v)
   d_scores, d_relative = pull(weights * (d_weights - by_score(delta)))
-  d_scores = (d_scores * scale).astype(q.dtype)
+  d_scores = (d_scores * scoring.scale).astype(q.dtype)
   d_q = _product('BKGTS,BSKH->BTKGH', d_scores, k).reshape(B, T, N, H)
   return (
     d_q,
@@ -119,12 +114,17 @@ def _product(formula, x, y):
 
 
 def _split(K):
-  """Logical axes of K key heads and of their queries: of one key for all heads, what is split is the group."""
+  """Logical axes of K key heads and of their queries: of one key for all heads, what is split is
+  the group.
+  """
   return ('kv_heads', 'group') if K > 1 else (None, 'heads')
 
 
-def _scores(scores, relative, mask, softcap):
-  """Scaled products [B, K, G, T, S] as the softmax takes them."""
+def _scores(scores, relative, scoring):
+  """Scaled products [B, K, G, T, S] as the softmax takes them; `relative` apart, since it is
+  differentiated.
+  """
+  mask, softcap = scoring.mask, scoring.softcap
   K, G, T, S = scores.shape[1:]
   if relative is not None:
     table = jax.lax.reshape(

@@ -1,6 +1,8 @@
-"""How large are the steps of our attention on a TPU, and what do they take? A table, written by `benchmarks.tpu_schedule --tune`.
+"""How large are the steps of our attention on a TPU, and what do they take? A table, written by
+`benchmarks.tpu_schedule --tune`.
 
-It was made with a compiler, not on a TPU: final instruction bundles of a tile, 1024 x 1024 pairs of a query and a key (analysis.bundles).
+It was made with a compiler, not on a TPU: final instruction bundles of a tile, 1024 x 1024 pairs of
+a query and a key (analysis.bundles).
 """
 
 import dataclasses
@@ -24,10 +26,12 @@ class Tuning:
   """A step of one kernel, on one generation of TPUs.
 
   Attributes:
-    rows: queries of all stacked heads. keys: of a block. chunk: rows whose scores are computed while the chunk before goes through its
-    softmax. ones: forward, sums of weights come from the matrix unit, as the product with a column of ones, which is free where it is
-    wider than a head. vmem: bytes of a core's vector memory.
-    whole, masked: bundles of a tile that the mask leaves whole, and of one that it cuts; 0 where they are not known.
+    rows: queries of all stacked heads. keys: of a block. chunk: rows whose scores are computed
+      while the chunk before goes through its
+    softmax. ones: forward, sums of weights come from the matrix unit, as the product with a column
+    of ones, which is free where it is wider than a head. vmem: bytes of a core's vector memory.
+    whole, masked: bundles of a tile that the mask leaves whole, and of one that it cuts; 0 where
+      they are not known.
   """
 
   rows: int
@@ -40,7 +44,8 @@ class Tuning:
 
 
 def lookup(kind: str, direction: str, width: int) -> Tuning | None:
-  """Of the 'forward' or 'backward' kernel with heads this wide; those between two entries take the wider one's.
+  """Of the 'forward' or 'backward' kernel with heads this wide; those between two entries take the
+  wider one's.
 
   kind: jax's device_kind. None for an unknown kind, and for heads wider than all entries.
   """

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from kernels import attention as kernels
 from kernels.mask import Mask, Relative
+from kernels.scoring import Scoring
 from model.cache import Slots
 from model.config import ModelConfig
 from model.layers import Angles, Norm, add_bias, project, rotate
@@ -96,20 +97,18 @@ class Attention(nnx.Module):
     if angles is not None:
       q, k = rotate(q, angles), rotate(k, angles)
     q, k, v = named(q, 'query'), named(k, 'key'), named(v, 'value')
-    sinks = None if self.sinks is None else self.sinks[...]
+    scoring = Scoring(
+      Mask(window=self.window),
+      softcap=self.softcap,
+      sinks=None if self.sinks is None else self.sinks[...],
+      relative=view.relative,
+      scale=self.scale,
+    )
     slots = slots and slots.append(k, v, self.window)
     if slots is not None and not slots.fresh:
-      out = slots.look(
-        q,
-        window=self.window,
-        softcap=self.softcap,
-        sinks=sinks,
-        relative=view.relative,
-        scale=self.scale,
-      )
-      return self._out(out), slots
+      return self._out(slots.look(q, scoring=scoring)), slots
     mask = dataclasses.replace(view.mask, window=self.window)
-    return self._mix(q, k, v, mask, sinks, view.relative), slots
+    return self._mix(q, k, v, dataclasses.replace(scoring, mask=mask)), slots
 
   def cross(
     self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
@@ -117,7 +116,8 @@ class Attention(nnx.Module):
     """The same of another sequence: of view.memory, or of what the cache holds of it."""
     k, v = self.keys_values(view.memory) if slots is None else slots.remembered()
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
-    return self._mix(q, k, v, view.memory_mask, None, None)
+    scoring = Scoring(view.memory_mask, softcap=self.softcap, scale=self.scale)
+    return self._mix(q, k, v, scoring)
 
   def keys_values(
     self, x: Float[Array, 'B S D']
@@ -127,26 +127,15 @@ class Attention(nnx.Module):
       'BTD,DKH->BTKH', x, self.v, self.v_bias, self.dtype
     )
 
-  def _mix(self, q, k, v, mask, sinks, relative):
+  def _mix(self, q, k, v, scoring):
     copies = ax.size('heads') // k.shape[2]
-    if (
-      copies > 1
-    ):  # fewer keys than devices that share the queries: each holds the one that its queries need
+    # Fewer keys than devices that share the queries: each holds the one that its queries need.
+    if copies > 1:
       k, v = (
         ax.place(jnp.repeat(x, copies, 2), 'batch', 'length', 'heads', 'head_width') for x in (k, v)
       )
     out, _ = kernels.attention(
-      q,
-      k,
-      v,
-      mask,
-      softcap=self.softcap,
-      sinks=sinks,
-      relative=relative,
-      scale=self.scale,
-      backend=self.backend,
-      blocks=self.blocks,
-      context=self.context,
+      q, k, v, scoring, backend=self.backend, blocks=self.blocks, context=self.context
     )
     return self._out(out)
 
@@ -209,7 +198,7 @@ class LatentAttention(nnx.Module):
     rope_key = rotate(
       project('BTD,DH->BTH', x, self.rope_key, None, self.dtype)[:, :, None, :], angles
     )
-    mask = dataclasses.replace(view.mask, window=self.window)
+    scoring = Scoring(Mask(window=self.window), softcap=self.softcap, scale=self.scale)
     slots = slots and slots.append(
       jnp.concatenate([latent[:, :, None, :], rope_key], -1), None, self.window
     )
@@ -222,34 +211,25 @@ class LatentAttention(nnx.Module):
         'heads',
         'head_width',
       )
+      mask = dataclasses.replace(view.mask, window=self.window)
       out = self._mix(
         q,
         q_rope,
         jnp.concatenate([k, shared], -1),
         project('BSR,RNH->BSNH', latent, self.v, None, self.dtype),
-        mask,
+        dataclasses.replace(scoring, mask=mask),
       )
     else:
       q = read(self.k).product('BTNH,RNH->BTNR', q, self.dtype)
       q = jnp.concatenate([q, q_rope], -1)
-      out = slots.look(
-        q, window=self.window, softcap=self.softcap, scale=self.scale, value_width=latent.shape[-1]
-      )
+      out = slots.look(q, scoring=scoring, value_width=latent.shape[-1])
       out = read(self.v).product('BTNR,RNH->BTNH', out, self.dtype)
     # Row-parallel.
     out = read(self.o).product('BTNH,NHD->BTD', out, self.dtype, ax.residual(out.shape[1]))
     return out, slots
 
-  def _mix(self, q, q_rope, k, v, mask):
+  def _mix(self, q, q_rope, k, v, scoring):
     q, k, v = named(jnp.concatenate([q, q_rope], -1), 'query'), named(k, 'key'), named(v, 'value')
     return kernels.attention(
-      q,
-      k,
-      v,
-      mask,
-      softcap=self.softcap,
-      scale=self.scale,
-      backend=self.backend,
-      blocks=self.blocks,
-      context=self.context,
+      q, k, v, scoring, backend=self.backend, blocks=self.blocks, context=self.context
     )[0]

@@ -14,6 +14,7 @@ from kernels import tuning
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
+from kernels.scoring import Scoring
 from parallel.mesh import MeshConfig, make_mesh
 
 
@@ -154,7 +155,9 @@ def attend(topology):
       )
 
     def loss(*x):
-      return attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0].astype(jnp.float32).sum()
+      return (
+        attention(*x, Scoring(), backend='pallas_tpu', blocks=blocks)[0].astype(jnp.float32).sum()
+      )
 
     with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
       return (
@@ -312,6 +315,7 @@ def test_cudnn_computes_the_pairs_that_its_mask_leaves(topology, mask, pairs):
   """Backend xla on an H100: forward two products of each pair, backward five."""
   from kernels.attention import attention
   from kernels.mask import Mask
+  from kernels.scoring import Scoring
 
   mesh, chip = one(topology, 'h100:1x1x1')
   B, T, N, H = 2, 512, 4, 128
@@ -319,7 +323,7 @@ def test_cudnn_computes_the_pairs_that_its_mask_leaves(topology, mask, pairs):
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
 
     def loss(*x):
-      return jnp.sum(attention(*x, Mask(**mask), backend='xla')[0], dtype=jnp.float32)
+      return jnp.sum(attention(*x, Scoring(Mask(**mask)), backend='xla')[0], dtype=jnp.float32)
 
     found = roofline.predict(
       jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text(), mesh, chip
@@ -341,7 +345,7 @@ def test_our_attention_on_a_gpu_computes_the_blocks_that_its_mask_leaves(topolog
   x = jax.ShapeDtypeStruct((1, 2048, 4, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
 
   def loss(*x):
-    return attention(*x, mask, backend='pallas_gpu')[0].astype(jnp.float32).sum()
+    return attention(*x, Scoring(mask), backend='pallas_gpu')[0].astype(jnp.float32).sum()
 
   with jax.set_mesh(mesh):
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text()

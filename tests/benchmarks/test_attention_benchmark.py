@@ -69,7 +69,9 @@ def test_the_pairs_that_are_counted_are_those_that_are_seen(mask):
   attend = peers.tandem(case, 'blocked')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      kernels, 'attention', lambda q, k, v, mask, backend: given.append(mask) or (q, None)
+      kernels,
+      'attention',
+      lambda q, k, v, scoring, backend: given.append(scoring.mask) or (q, None),
     )
     attend(*[jnp.zeros(case.shape)] * 3)
   np.testing.assert_array_equal(

@@ -1,4 +1,5 @@
-"""What is attention, one query and one key at a time? Plain float64 loops that share no line with kernels/.
+"""What is attention, one query and one key at a time? Plain float64 loops that share no line with
+kernels/.
 
 `parts` are the keywords of a Mask, as numpy arrays; those that are not set are left out.
 """

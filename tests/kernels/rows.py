@@ -1,8 +1,14 @@
-"""What are our kernels tried with? Rows, documents, positions, and a loss of all that attention gives."""
+"""What are our kernels tried with? Rows, documents, positions, and a loss of all that attention
+gives.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kernels.attention import attention
 
 
 def draw(*shape, seed=0):
@@ -25,6 +31,16 @@ def documents(T, S):
 
 def positions(T, S):
   return {'query_positions': integers(S, 2, T), 'key_positions': integers(S, 2, S)}
+
+
+def attends(scoring, **settings):
+  """(q, k, v, *, sinks) -> kernels.attention.attention of them."""
+
+  def attend(q, k, v, *, sinks, **more):
+    own = dataclasses.replace(scoring, sinks=sinks)
+    return attention(q, k, v, own, **settings, **more)
+
+  return attend
 
 
 def values_and_gradients(attend, q, k, v, sinks):

@@ -1,4 +1,6 @@
-"""Is every attention backend the oracle, and the oracle attention? Values and gradients over a product of features."""
+"""Is every attention backend the oracle, and the oracle attention? Values and gradients over a
+product of features.
+"""
 
 import functools
 import itertools
@@ -14,6 +16,7 @@ from analysis import aot
 from kernels import attention as dispatch, reference
 from kernels.attention import HONOURS, attention
 from kernels.mask import Mask, Relative
+from kernels.scoring import Scoring
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -57,7 +60,8 @@ def mask_parts(name, segments, positions, T, S, B=2):
   return parts
 
 
-# Every pair and triple of features meets; of all products every other one, so that half as many programs compile.
+# Every pair and triple of features meets; of all products every other one, so that half as many
+# programs compile.
 CASES = [
   case
   for case in itertools.product(MASKS, (False, True), (False, True), (0.0, 2.0), (False, True))
@@ -73,7 +77,7 @@ def test_reference_is_attention(index):
   q, k, v, sink = inputs(T, S, N, K, H, Hv)
   parts = mask_parts(name, segments, positions, T, S)
   options = {'softcap': softcap, 'sinks': sink if sinks else None, 'scale': scale}
-  out, lse = attention(q, k, v, oracle.mask(parts), backend='reference', **options)
+  out, lse = attention(q, k, v, Scoring(oracle.mask(parts), **options), backend='reference')
   expected_out, expected_lse = oracle.attention(q, k, v, parts, **options)
   np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -90,7 +94,8 @@ def values_and_gradients(backend, q, k, v, sinks, mask, softcap, scale):
   weights = np.random.default_rng(5).normal(size=(*q.shape[:3], v.shape[-1])).astype(q.dtype)
 
   def loss(q, k, v, sinks):
-    out, lse = attention(q, k, v, mask, softcap=softcap, sinks=sinks, scale=scale, backend=backend)
+    scoring = Scoring(mask, softcap=softcap, sinks=sinks, scale=scale)
+    out, lse = attention(q, k, v, scoring, backend=backend)
     return jnp.sum(out * weights), (out, lse)
 
   arguments = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
@@ -155,24 +160,21 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(
 
   def gradients(q, k, v, bias, d_out, d_lse):
     def whole(q, k, v, bias):
-      return reference.attention(q, k, v, mask, sinks=None, relative=bias, **options)
+      return reference.attention(q, k, v, Scoring(mask, relative=bias, **options))
 
     (out, lse), pull = jax.vjp(whole, q, k, v, bias)
     d_lse = jnp.where(jnp.isfinite(lse), d_lse, 0)
     delta, found, values = (d_out * out).sum(-1) - d_lse, [], []
     for keys in (slice(0, 3), slice(3, S)):
-      arguments = q, k[:, keys], v[:, keys], mask.block(slice(0, T), keys)
+      scoring = Scoring(mask.block(slice(0, T), keys), relative=bias, **options)
+      arguments = q, k[:, keys], v[:, keys], scoring
       values.append(
         (
-          dispatch.part(*arguments, relative=bias, backend=backend, **options),
-          reference.attention(*arguments, sinks=None, relative=bias, **options),
+          dispatch.part(*arguments, backend=backend),
+          reference.attention(*arguments),
         )
       )
-      found.append(
-        dispatch.part_backward(
-          *arguments, lse, delta, d_out, relative=bias, backend=backend, **options
-        )
-      )
+      found.append(dispatch.part_backward(*arguments, lse, delta, d_out, backend=backend))
     (dq, dk, dv, dr), (dq2, dk2, dv2, dr2) = found
     return (
       values,
@@ -202,7 +204,9 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(
 
 
 def test_pallas_tpu_attends_to_another_sequence():
-  """Queries and keys of different lengths, with padding and without; few queries, which fill no block."""
+  """Queries and keys of different lengths, with padding and without; few queries, which fill no
+  block.
+  """
   q, k, v, _ = inputs(9, 140, 4, 2, 8, 8)
   check_backend('pallas_tpu', q, k, v, None, Mask(causal=False), 1e-5)
   segments = {
@@ -211,7 +215,7 @@ def test_pallas_tpu_attends_to_another_sequence():
   }
   check_backend('pallas_tpu', q, k, v, None, oracle.mask({'causal': False} | segments), 1e-5)
   with pytest.raises(ValueError, match='9 queries and 140 keys need explicit positions'):
-    attention(q, k, v, Mask(), backend='pallas_tpu')
+    attention(q, k, v, Scoring(), backend='pallas_tpu')
 
 
 @pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
@@ -247,7 +251,7 @@ def test_pallas_tpu_compiles_for_a_tpu_in_every_precision(dtype, precision):
     )
     gradients = jax.jit(
       jax.grad(
-        lambda *x: jnp.sum(attention(*x, Mask(), backend='pallas_tpu')[0], dtype=jnp.float32),
+        lambda *x: jnp.sum(attention(*x, Scoring(), backend='pallas_tpu')[0], dtype=jnp.float32),
         (0, 1, 2),
       )
     )
@@ -263,7 +267,7 @@ def test_a_precision_that_pallas_tpu_does_not_have_raises():
     jax.default_matmul_precision('high'),
     pytest.raises(NotImplementedError, match="jax_default_matmul_precision='high'; use one of"),
   ):
-    attention(q, k, v, Mask(), backend='pallas_tpu')
+    attention(q, k, v, Scoring(), backend='pallas_tpu')
 
 
 XLA = list(
@@ -289,7 +293,7 @@ EXACT = [backend for backend, honoured in HONOURS.items() if 'float32' in honour
 @pytest.mark.parametrize('backend', EXACT)
 def test_low_precision_inputs_keep_a_precise_log_sum_exp(backend):
   q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs(9, 9, 4, 2, 8, 8))
-  out, lse = attention(q, k, v, Mask(window=4), backend=backend)
+  out, lse = attention(q, k, v, Scoring(Mask(window=4)), backend=backend)
   expected_out, expected_lse = oracle.attention(
     *(x.astype(np.float32) for x in (q, k, v)), {'window': 4}
   )
@@ -303,7 +307,9 @@ def test_the_log_sum_exp_has_the_same_gradient_everywhere(backend):
   q, k, v, _ = inputs(6, 6, 4, 2, 4, 4)
 
   def gradient(backend):
-    return jax.grad(lambda q: jnp.sum(jnp.sin(attention(q, k, v, Mask(), backend=backend)[1])))(q)
+    return jax.grad(lambda q: jnp.sum(jnp.sin(attention(q, k, v, Scoring(), backend=backend)[1])))(
+      q
+    )
 
   np.testing.assert_allclose(gradient(backend), gradient('reference'), atol=1e-5)
 
@@ -325,9 +331,8 @@ def test_a_backend_honours_a_feature_or_names_those_that_do(backend, feature):
   options = (
     {'softcap': 3.0} if feature == 'softcap' else {'sinks': sinks} if feature == 'sinks' else {}
   )
-  run = functools.partial(
-    attention, q, k, v, oracle.mask(FEATURES.get(feature, {})), backend=backend, **options
-  )
+  scoring = Scoring(oracle.mask(FEATURES.get(feature, {})), **options)
+  run = functools.partial(attention, q, k, v, scoring, backend=backend)
   if feature in HONOURS[backend]:
     expected, _ = oracle.attention(q, k, v, FEATURES.get(feature, {}), **options)
     np.testing.assert_allclose(run()[0], expected, atol=1e-5)
@@ -342,11 +347,11 @@ def test_a_backend_honours_a_feature_or_names_those_that_do(backend, feature):
 def test_bad_arguments_raise():
   q, k, v, _ = inputs(4, 4, 3, 2, 4, 4)
   with pytest.raises(ValueError, match='3 query heads are not a multiple of 2 key/value heads'):
-    attention(q, k, v, Mask())
+    attention(q, k, v, Scoring())
   with pytest.raises(ValueError, match="'refrence' is unknown; did you mean 'reference'"):
-    attention(q[:, :, :2], k, v, Mask(), backend='refrence')
+    attention(q[:, :, :2], k, v, Scoring(), backend='refrence')
   with pytest.raises(ValueError, match='4 queries and 2 keys do not align'):
-    attention(q[:, :, :2], k[:, :2], v[:, :2], Mask(), backend='blocked')
+    attention(q[:, :, :2], k[:, :2], v[:, :2], Scoring(), backend='blocked')
 
 
 SEGMENTS = jnp.zeros((2, 4), jnp.int32)
@@ -382,9 +387,7 @@ def test_operands_that_do_not_go_together_raise(change, words):
       q.astype(change.get('dtype', 'float32')),
       k,
       v,
-      change.get('mask', Mask()),
-      change.get('softcap', 0.0),
-      change.get('sinks'),
+      Scoring(**{name: change[name] for name in ('mask', 'softcap', 'sinks') if name in change}),
     )
 
 
@@ -396,15 +399,16 @@ def test_key_heads_that_devices_cannot_share_raise(backend):
     with pytest.raises(
       ValueError, match='2 key heads do not split over mesh.tensor=4; repeat them first'
     ):
-      attention(q, k, v, Mask(), backend=backend)
+      attention(q, k, v, Scoring(), backend=backend)
 
 
 def test_what_our_kernels_cannot_differentiate_raises():
   q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
-  once = jax.grad(lambda q: jnp.sum(attention(q, k, v, Mask(), backend='pallas_tpu')[0] ** 2))
+  once = jax.grad(lambda q: jnp.sum(attention(q, k, v, Scoring(), backend='pallas_tpu')[0] ** 2))
   with pytest.raises(
     NotImplementedError,
-    match="'pallas_tpu' is differentiated once; second derivatives are of reference, blocked or xla",
+    match="'pallas_tpu' is differentiated once; "
+    'second derivatives are of reference, blocked or xla',
   ):
     jax.grad(lambda q: jnp.sum(once(q)))(q)
   with pytest.raises(
@@ -417,11 +421,7 @@ def test_what_our_kernels_cannot_differentiate_raises():
         q,
         k,
         v,
-        Mask(),
-        softcap=0.0,
-        sinks=None,
-        relative=None,
-        scale=scale,
+        Scoring(scale=scale),
         blocks=dispatch.Blocks(),
       )
     )(2.0)
@@ -436,7 +436,7 @@ def test_wide_counting_changes_nothing_and_wide_numbers_are_refused():
     with pytest.raises(
       NotImplementedError, match="'pallas_tpu' does not honour .*'float64'.*blocked"
     ):
-      attention(*(x.astype('float64') for x in (q, k, v)), mask, backend='pallas_tpu')
+      attention(*(x.astype('float64') for x in (q, k, v)), Scoring(mask), backend='pallas_tpu')
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -445,7 +445,9 @@ def test_a_sink_of_nothing_has_no_gradient_where_nothing_is_seen():
   q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
   nothing = Mask(query_segments=SEGMENTS, key_segments=SEGMENTS + 1)
   gradient = jax.grad(
-    lambda sinks: jnp.sum(attention(q, k, v, nothing, sinks=sinks, backend='pallas_tpu')[0])
+    lambda sinks: jnp.sum(
+      attention(q, k, v, Scoring(nothing, sinks=sinks), backend='pallas_tpu')[0]
+    )
   )(jnp.full(2, -jnp.inf))
   np.testing.assert_array_equal(gradient, 0)
 
@@ -454,7 +456,7 @@ def test_auto_says_once_what_it_is(capsys):
   q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
   dispatch._said.cache_clear()
   for _ in range(2):
-    attention(q, k, v, Mask())
+    attention(q, k, v, Scoring())
   assert capsys.readouterr().err == "attention: 'auto' is 'blocked' on a cpu\n"
 
 
@@ -473,7 +475,9 @@ def test_auto_finds_a_backend_for_every_spec(platform):
 
 
 def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
-  """By the queries that a row has: training and prefill, against a token at a time, whose positions no flag of xla's can say."""
+  """By the queries that a row has: training and prefill, against a token at a time, whose positions
+  no flag of xla's can say.
+  """
   assert (
     dispatch.choose({'causal', 'segments'}, 'tpu')
     == dispatch.choose({'causal', 'positions', 'softcap', 'sinks'}, 'tpu')
@@ -487,7 +491,7 @@ def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
   monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'tpu')
   ran = []
 
-  def run(name, q, k, v, mask, **options):
+  def run(name, q, k, v, scoring, **options):
     return (ran.append(name), (q, q[..., 0]))[1]
 
   monkeypatch.setattr(dispatch.flash, 'attention', run)
@@ -503,7 +507,7 @@ def test_auto_on_a_tpu_is_our_kernel_but_for_few_queries(monkeypatch):
     )
 
   for queries in (256, 128, 127, 1):
-    attention(q[:, -queries:], k, v, at(queries))
+    attention(q[:, -queries:], k, v, Scoring(at(queries)))
   assert ran == ['pallas_tpu', 'pallas_tpu', 'xla', 'xla']
 
 
@@ -511,7 +515,7 @@ def test_auto_on_a_hopper_gpu_is_cudnn_where_it_can_and_our_kernel_where_it_cann
   monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'gpu')
   ran = []
 
-  def run(name, q, k, v, mask, **options):
+  def run(name, q, k, v, scoring, **options):
     return (ran.append(name), (q, q[..., 0]))[1]
 
   monkeypatch.setattr(dispatch.flash, 'attention', run)
@@ -521,15 +525,17 @@ def test_auto_on_a_hopper_gpu_is_cudnn_where_it_can_and_our_kernel_where_it_cann
   for capability in ((9, 0), (8, 0), (10, 0)):
     monkeypatch.setattr(dispatch.cudnn, 'capability', lambda: capability)
     for mask in (Mask(), packed):
-      attention(q[:1], k[:1], v[:1], mask)
-  attention(q[:1], *(x[:1].astype(jnp.bfloat16) for x in (k, v)), packed)
+      attention(q[:1], k[:1], v[:1], Scoring(mask))
+  attention(q[:1], *(x[:1].astype(jnp.bfloat16) for x in (k, v)), Scoring(packed))
   monkeypatch.setattr(dispatch.cudnn, 'capability', lambda: (9, 0))
-  attention(*(x[:1].astype(jnp.float32) for x in (q, k, v)), packed)
+  attention(*(x[:1].astype(jnp.float32) for x in (q, k, v)), Scoring(packed))
   attention(
     q[:1, :1],
     k[:1, :1],
     v[:1, :1],
-    Mask(**{f'{side}_segments': jnp.zeros((1, 1), jnp.int32) for side in ('query', 'key')}),
+    Scoring(
+      Mask(**{f'{side}_segments': jnp.zeros((1, 1), jnp.int32) for side in ('query', 'key')})
+    ),
   )
   assert ran == ['xla', 'pallas_gpu', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla']
 
@@ -542,7 +548,7 @@ def test_memory_of_blocked_follows_the_mask(monkeypatch):
   def temporary_bytes(backend, mask):
     def loss(q, k, v):
       def layer(x, _):
-        return (x + attention(x, k, v, mask, backend=backend)[0], None)
+        return (x + attention(x, k, v, Scoring(mask), backend=backend)[0], None)
 
       return jnp.sum(jax.lax.scan(layer, q, None, length=layers)[0] ** 2)
 

@@ -1,4 +1,6 @@
-"""Are chosen blocks taken exactly, change nothing that attention gives, and refused where they do not fit?"""
+"""Are chosen blocks taken exactly, change nothing that attention gives, and refused where they do
+not fit?
+"""
 
 import functools
 
@@ -7,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from rows import documents, draw, values_and_gradients
+from rows import attends, documents, draw, values_and_gradients
 
 from analysis import aot, ptxas
-from kernels import blocks as block_sizes, flash, flash_gpu, flash_tpu, mosaic_gpu_compat as gpu
+from kernels import (
+  blocks as block_sizes,
+  flash,
+  flash_gpu,
+  flash_tpu_steps,
+  mosaic_gpu_compat as gpu,
+)
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
+from kernels.scoring import Scoring
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -21,7 +30,8 @@ interpreted = pytest.mark.skipif(
   gpu.INTERPRETER is None,
   reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can',
 )
-# Per backend: dtype, N, K, H, the blocks, and what a mask is then asked for, forward and backward. On a TPU queries are of all heads of a step.
+# Per backend: dtype, N, K, H, the blocks, and what a mask is then asked for, forward and backward.
+# On a TPU queries are of all heads of a step.
 CHOSEN = {
   'tpu': (
     'pallas_tpu',
@@ -104,7 +114,7 @@ def test_chosen_blocks_are_taken_and_change_nothing(case, monkeypatch):
   monkeypatch.setattr(
     Mask, 'blocks', lambda self, T, S, *sizes: asked.append(sizes) or run(self, T, S, *sizes)
   )
-  attend = functools.partial(attention, mask=mask, scale=0.2)
+  attend = attends(Scoring(mask, scale=0.2))
   found = values_and_gradients(
     functools.partial(attend, backend=backend, blocks=blocks), q, k, v, None
   )
@@ -139,14 +149,12 @@ def test_devices_that_share_a_row_keep_to_the_blocks(monkeypatch):
   monkeypatch.setattr(
     Mask, 'blocks', lambda self, T, S, *sizes: asked.append(sizes) or run(self, T, S, *sizes)
   )
-  attend = functools.partial(attention, mask=Mask(), backend='pallas_tpu')
+  attend = attends(Scoring(), backend='pallas_tpu')
   chosen = functools.partial(
     attend,
     blocks=Blocks(forward_queries=128, forward_keys=128, backward_queries=256, backward_keys=128),
   )
-  expected = values_and_gradients(
-    functools.partial(attention, mask=Mask(), backend='reference'), q, k, v, None
-  )
+  expected = values_and_gradients(attends(Scoring(), backend='reference'), q, k, v, None)
   with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])):
     placed = [jax.device_put(x, ax.spec('batch', 'length', None, None)) for x in (q, k, v)]
     found = values_and_gradients(chosen, *placed, None)
@@ -167,18 +175,20 @@ def test_blocks_that_a_row_has_not_raise():
 
   def run(**sizes):
     return jax.grad(
-      lambda q: attention(q, k, k, Mask(), backend='pallas_tpu', blocks=Blocks(**sizes))[0].sum()
+      lambda q: attention(q, k, k, Scoring(), backend='pallas_tpu', blocks=Blocks(**sizes))[0].sum()
     )(q)
 
   for sizes, words in (
     (
       {'forward_queries': 512},
-      r'forward_queries=512, of 3 heads a key or fewer, make no whole blocks of a row of 300 queries, filled up to 384; choose one of \[128, 384\], or 0',
+      'forward_queries=512, of 3 heads a key or fewer, make no whole blocks of a row of '
+      r'300 queries, filled up to 384; choose one of \[128, 384\], or 0',
     ),
     ({'backward_queries': 256}, 'backward_queries=256, of 3 heads'),
     (
       {'forward_keys': 256},
-      r'forward_keys=256 make no whole blocks of a row of 300 keys, filled up to 384; choose one of \[128\], or 0',
+      'forward_keys=256 make no whole blocks of a row of 300 keys, filled up to 384; '
+      r'choose one of \[128\], or 0',
     ),
     ({'backward_keys': 1024}, 'attention_blocks.backward_keys=1024 make no whole blocks'),
   ):
@@ -191,9 +201,10 @@ def test_a_backend_without_blocks_to_choose_names_those_that_have(backend):
   q = draw(1, 4, 2, 8)
   with pytest.raises(
     NotImplementedError,
-    match=rf"chooses {{'forward_keys': 128}}, and model.attention='{backend}' is no .*\['pallas_tpu', 'pallas_gpu'\]",
+    match=f"chooses {{'forward_keys': 128}}, and model.attention='{backend}' is no "
+    r".*\['pallas_tpu', 'pallas_gpu'\]",
   ):
-    attention(q, q, q, Mask(), backend=backend, blocks=Blocks(forward_keys=128))
+    attention(q, q, q, Scoring(), backend=backend, blocks=Blocks(forward_keys=128))
 
 
 def test_what_may_be_cudnn_is_not_deterministic():
@@ -214,7 +225,8 @@ def test_what_may_be_cudnn_is_not_deterministic():
       'pallas_tpu',
       {'forward_queries': 100},
       64,
-      r'forward_queries=100: backend pallas_tpu has \[128, 256, .*1024\] for heads 64 wide; choose one of them, or 0',
+      r'forward_queries=100: backend pallas_tpu has \[128, 256, .*1024\] for heads 64 wide; '
+      'choose one of them, or 0',
     ),
     (
       'pallas_tpu',
@@ -274,9 +286,9 @@ def test_the_tables_sizes_can_be_chosen():
         Blocks(**{f'{direction}_queries': queries, f'{direction}_keys': keys}), 'pallas_gpu', width
       )
     q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), 'bfloat16') for heads in (8, 2))
-    table = flash_tpu._shape(q, k, k, Mask(), 0.0, direction)
+    table = flash_tpu_steps.shape_of(q, k, k, Scoring(), direction)
     chosen = Blocks(**{f'{direction}_queries': table.R, f'{direction}_keys': table.bk})
-    again = flash_tpu._shape(q, k, k, Mask(), 0.0, direction, chosen)
+    again = flash_tpu_steps.shape_of(q, k, k, Scoring(), direction, chosen)
     assert (
       (again.G, again.bq, again.bk, again.chunk) == (table.G, table.bq, table.bk, table.chunk)
       and again.chosen
@@ -334,9 +346,9 @@ def test_every_size_compiles_for_an_h100_without_a_spill(
 
     def loss(*x):
       return jnp.sum(
-        attention(*x, spec, softcap=softcap, backend='pallas_gpu', blocks=Blocks(**{name: size}))[
-          0
-        ],
+        attention(
+          *x, Scoring(spec, softcap=softcap), backend='pallas_gpu', blocks=Blocks(**{name: size})
+        )[0],
         dtype=jnp.float32,
       )
 
@@ -364,7 +376,7 @@ def test_chosen_steps_compile_for_a_tpu(topology):
 
     def loss(*x):
       return jnp.sum(
-        attention(*x, Mask(), backend='pallas_tpu', blocks=blocks)[0], dtype=jnp.float32
+        attention(*x, Scoring(), backend='pallas_tpu', blocks=blocks)[0], dtype=jnp.float32
       )
 
     program = (

@@ -1,4 +1,6 @@
-"""Does attention to a cache give what the oracle gives of the tokens that are held, whatever lies in the other slots?"""
+"""Does attention to a cache give what the oracle gives of the tokens that are held, whatever lies
+in the other slots?
+"""
 
 import dataclasses
 import inspect
@@ -12,6 +14,7 @@ import pytest
 from kernels import cached, reference
 from kernels.cached import Held
 from kernels.mask import Mask, Relative
+from kernels.scoring import Scoring
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -33,7 +36,9 @@ def draw(*shape):
 
 
 def in_slots(x, lengths, slots, ring, unused):
-  """[LAYERS, B, K, S, ...] of the tokens [B, P, K, ...]: in one layer, where they belong; `unused` everywhere else."""
+  """[LAYERS, B, K, S, ...] of the tokens [B, P, K, ...]: in one layer, where they belong; `unused`
+  everywhere else.
+  """
   buffer = np.full((LAYERS, B, x.shape[2], slots, *x.shape[3:]), unused, x.dtype)
   for row, length in enumerate(lengths):
     for position in range(length):
@@ -42,7 +47,9 @@ def in_slots(x, lengths, slots, ring, unused):
 
 
 def case(slots=8, T=1, K=2, ring=False, dtype='float32', value_width=0, unused=np.nan):
-  """(what is held, lengths, queries, and the same keys and values [B, P, K, ...] in order, in f32 as they were rounded)."""
+  """(what is held, lengths, queries, and the same keys and values [B, P, K, ...] in order, in f32
+  as they were rounded).
+  """
   most = 3 * slots + 5 if ring else slots - (T > 1)
   counts = np.minimum([T, max(T - 1, 1), 1, T], T)
   lengths = np.maximum([most, BLOCK + 1 if slots > BLOCK else 5, 1, most - 3], counts).astype(
@@ -86,7 +93,7 @@ def features(softcap=0.0, sinks=False, relative=False):
   }
 
 
-def on_mesh(sizes, q, lengths, queries, sinks, relative, **how):
+def on_mesh(sizes, q, lengths, queries, sinks, relative, window, value_width, **how):
   """What is held -> attention to it, on a mesh of these sizes."""
   mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[: math.prod(sizes.values())])
 
@@ -95,7 +102,12 @@ def on_mesh(sizes, q, lengths, queries, sinks, relative, **how):
 
   attend = jax.jit(
     lambda held, layer, *arrays, **more: cached.attention(
-      arrays[0], held, layer, *arrays[1:], **how, **more
+      arrays[0],
+      held,
+      layer,
+      *arrays[1:],
+      Scoring(Mask(window=window), **how, **more),
+      value_width=value_width,
     )
   )
 
@@ -136,8 +148,8 @@ def check(sizes={}, window=0, softcap=0.0, sinks=False, relative=False, **kind):
   np.testing.assert_array_equal(attend(case(**kind, unused=0.0)[0]), found)
   index = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32)[None], keys.shape[:2])
   mask = Mask(window=window, query_positions=jnp.asarray(queries), key_positions=index)
-  expected = jax.jit(lambda *x: reference.attention(*x, **how)[0])(
-    q.astype(np.float32), keys, values, mask
+  expected = jax.jit(lambda *x: reference.attention(*x)[0])(
+    q.astype(np.float32), keys, values, Scoring(mask, **how)
   )
   own = queries < lengths[:, None]
   np.testing.assert_allclose(
@@ -272,4 +284,6 @@ def test_heads_that_do_not_go_together_raise():
       NotImplementedError,
       match='8 query heads and 3 key heads do not go together over mesh.tensor=4: it must divide',
     ):
-      cached.attention(jnp.zeros((B, 1, N, H)), held, 0, jnp.asarray(lengths), jnp.asarray(queries))
+      cached.attention(
+        jnp.zeros((B, 1, N, H)), held, 0, jnp.asarray(lengths), jnp.asarray(queries), Scoring()
+      )

@@ -1,4 +1,6 @@
-"""Does the TPU's kernel for caches give what the loop over blocks gives, interpreted, and does it compile for the chips?"""
+"""Does the TPU's kernel for caches give what the loop over blocks gives, interpreted, and does it
+compile for the chips?
+"""
 
 import functools
 import itertools
@@ -11,13 +13,17 @@ import pytest
 from analysis import aot
 from kernels import cached, cached_tpu
 from kernels.cached import Held
+from kernels.mask import Mask
+from kernels.scoring import Scoring
 from parallel.mesh import MeshConfig, make_mesh
 
 B, K, G, H = 3, 2, 2, 16
 
 
 def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 64), poison=True):
-  """Arguments of `blocks`: queries, what is held (with NaN in slots that are not used), layer, head, lengths and positions."""
+  """Arguments of `blocks`: queries, what is held (with NaN in slots that are not used), layer,
+  head, lengths and positions.
+  """
   rng = np.random.default_rng(S + T)
 
   def draw(*shape):
@@ -49,7 +55,8 @@ def made(T, S, dtype='float32', window=0, ring=False, latent=0, lengths=(37, 8, 
 
 def compare(T, S, window, softcap, latent, **how):
   q, held, layer, first, lengths, queries = made(T, S, window=window, latent=latent, **how)
-  how = dict(window=window, softcap=softcap, scale=0.3, Hv=latent or H)
+  scoring = Scoring(Mask(window=window), softcap=softcap, scale=0.3)
+  how = dict(scoring=scoring, Hv=latent or H)
   expected = jax.jit(functools.partial(cached.blocks, **how))(
     q, held, layer, first, lengths, queries
   )
@@ -149,7 +156,10 @@ def test_it_compiles(chip, case):
   )
   held = Held(vector, None if how['Hv'] else vector, number, number, how['ring'])
   run = functools.partial(
-    cached_tpu.blocks, T=1, window=how['window'], softcap=0.0, scale=0.1, Hv=how['Hv'] or H
+    cached_tpu.blocks,
+    scoring=Scoring(Mask(window=how['window']), scale=0.1),
+    T=1,
+    Hv=how['Hv'] or H,
   )
   with jax.set_mesh(make_mesh(MeshConfig(), [device])):
     text = (

@@ -13,6 +13,7 @@ import pytest
 from kernels import attention as dispatch, context
 from kernels.attention import attention
 from kernels.mask import Mask, Relative, zigzag
+from kernels.scoring import Scoring
 from model import transformer
 from model.config import ModelConfig
 from parallel import axes as ax
@@ -97,11 +98,13 @@ def run(
       x['q'],
       x['k'],
       x['v'],
-      mask,
-      softcap=softcap,
-      sinks=x['sinks'] if sinks else None,
-      relative=bias,
-      scale=0.7,
+      Scoring(
+        mask,
+        softcap=softcap,
+        sinks=x['sinks'] if sinks else None,
+        relative=bias,
+        scale=0.7,
+      ),
       backend=backend,
       context=strategy,
     )
@@ -284,7 +287,7 @@ def compiled(strategy, P, T=T, gradient=False, **mask):
   parts = context.groups(strategy, N, K)
 
   def function(q, k, v):
-    return attention(q, k, v, Mask(zigzag=parts, **mask), context=strategy)[0]
+    return attention(q, k, v, Scoring(Mask(zigzag=parts, **mask)), context=strategy)[0]
 
   run = jax.grad(lambda *x: jnp.sum(function(*x) ** 2), (0, 1, 2)) if gradient else function
   return jax.jit(run).lower(*shapes).compile()
@@ -322,7 +325,7 @@ def test_remat_goes_around_the_ring_again_only_where_nothing_is_kept(names, tran
   """
   policy = jax.checkpoint_policies.save_only_these_names(*names)
   run = jax.checkpoint(
-    lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, Mask(zigzag=4))[0])), policy=policy
+    lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, Scoring(Mask(zigzag=4)))[0])), policy=policy
   )
   with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])):
     shapes = [
@@ -347,27 +350,27 @@ def test_what_does_not_split_is_refused():
   with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
     placed = [jax.device_put(x[name], ax.spec(*HEADS)) for name in 'qkv']
     with pytest.raises(ValueError, match='30 queries do not split over mesh.context=4'):
-      attention(x['q'][:, :30], x['k'], x['v'], Mask(causal=False))
+      attention(x['q'][:, :30], x['k'], x['v'], Scoring(Mask(causal=False)))
     with pytest.raises(
       ValueError,
       match="model.context='ulysses' splits heads: 2 .* is not a multiple of mesh.context=4.*"
       "'ulysses_ring'",
     ):
-      attention(x['q'][:, :, :2], x['k'], x['v'], Mask(), context='ulysses')
+      attention(x['q'][:, :, :2], x['k'], x['v'], Scoring(), context='ulysses')
     with pytest.raises(
       ValueError, match="'ulysses_ring': 1 key heads .* no common divisor.*use 'ring'"
     ):
-      attention(x['q'], x['k'][:, :, :1], x['v'][:, :, :1], Mask(), context='ulysses_ring')
+      attention(x['q'], x['k'][:, :, :1], x['v'][:, :, :1], Scoring(), context='ulysses_ring')
     with pytest.raises(
       NotImplementedError,
       match="'xla' gives no log-sum-exp at no extra cost.*"
       r"\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\].*'gather'",
     ):
-      attention(*placed, Mask(), backend='xla')
+      attention(*placed, Scoring(), backend='xla')
     with pytest.raises(
       NotImplementedError, match="'blocked' does not honour .*'prefix'.*'reference'"
     ):
-      attention(*placed, Mask(prefix=jnp.asarray(PREFIX)), backend='blocked')
+      attention(*placed, Scoring(Mask(prefix=jnp.asarray(PREFIX))), backend='blocked')
     with pytest.raises(
       NotImplementedError, match='an encoder-decoder does not split its rows: mesh.context=4'
     ):
@@ -376,7 +379,7 @@ def test_what_does_not_split_is_refused():
     with pytest.raises(
       ValueError, match='2 key heads do not split over mesh.tensor=4; repeat them first'
     ):
-      attention(x['q'], x['k'], x['v'], Mask())
+      attention(x['q'], x['k'], x['v'], Scoring())
   with pytest.raises(ValueError, match="model.context='rign' is unknown; did you mean 'ring'"):
     ModelConfig(context='rign')
 
@@ -391,7 +394,7 @@ def test_a_query_that_sees_nothing_has_no_part_in_anything():
       return jax.device_put(x[name], ax.spec(*HEADS))
 
     def loss(q, k, v):
-      out, lse = attention(q, k, v, mask)
+      out, lse = attention(q, k, v, Scoring(mask))
       return jnp.sum(out**2), (out, lse)
 
     (_, (out, lse)), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
@@ -417,7 +420,7 @@ def test_scores_far_below_zero_stay_finite_where_a_window_reaches_before_the_row
     )
 
     def run(q, k, v):
-      return jnp.sum(attention(q, k, v, Mask(window=5, zigzag=4))[0] ** 2)
+      return jnp.sum(attention(q, k, v, Scoring(Mask(window=5, zigzag=4)))[0] ** 2)
 
     value, gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2)))(q, k, v)
   np.testing.assert_allclose(value, B * T * N * H, rtol=1e-6)

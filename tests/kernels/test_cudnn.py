@@ -1,4 +1,6 @@
-"""Is cuDNN asked for what it honours and for nothing else, in the program that a GPU will run? Compiled for an H100 that isn't here."""
+"""Is cuDNN asked for what it honours and for nothing else, in the program that a GPU will run?
+Compiled for an H100 that isn't here.
+"""
 
 import re
 
@@ -12,6 +14,7 @@ from analysis import aot
 from kernels import cudnn
 from kernels.attention import attention
 from kernels.mask import Mask
+from kernels.scoring import Scoring
 from parallel import axes as ax
 from parallel.mesh import AXES, MeshConfig, make_mesh
 
@@ -75,7 +78,9 @@ def compiled(case, mesh, B=1) -> str:
     )
 
     def loss(q, k, v):
-      step = jax.checkpoint(lambda q, _: (attention(q, k, v, case[6], backend='xla')[0], None))
+      step = jax.checkpoint(
+        lambda q, _: (attention(q, k, v, Scoring(case[6]), backend='xla')[0], None)
+      )
       return jnp.sum(jax.lax.scan(step, q, length=2)[0], dtype=jnp.float32)
 
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*x).compile().as_text()
@@ -123,7 +128,9 @@ def test_gpus_that_are_not_known_or_too_old_are_refused(monkeypatch):
   'name', ['causal', 'full', 'window', 'other keys', 'wide', 'float32', 'segments', 'prefix']
 )
 def test_the_program_of_a_gpu_calls_cudnn_where_nothing_is_against_it(name):
-  """Forward, again for the backward pass (remat), and backward, of the whole mask, and no scores of its own."""
+  """Forward, again for the backward pass (remat), and backward, of the whole mask, and no scores of
+  its own.
+  """
   case, reason = CASES[name]
   T, S = case[:2]
   text = compiled(case, h100())
@@ -150,7 +157,7 @@ def test_each_device_calls_it_for_its_own_rows_and_heads(axis_type):
       return jax.NamedSharding(mesh, ax.spec('batch', 'length', heads, 'head_width'))
 
     out, _ = jax.eval_shape(
-      lambda *x: attention(*x, Mask(), backend='xla'), *shapes(*BASE, B=4, sharding=placed)
+      lambda *x: attention(*x, Scoring(), backend='xla'), *shapes(*BASE, B=4, sharding=placed)
     )
     assert axis_type == AxisType.Auto or out.sharding.spec == ax.spec(
       'batch', 'length', 'heads', 'head_width'
@@ -193,7 +200,9 @@ def test_a_window_of_the_whole_row_is_no_window():
   ['causal', 'full', 'window', 'a window as long as the row', 'other keys', 'one head for all'],
 )
 def test_what_cudnn_is_asked_for_is_the_spec(name, monkeypatch):
-  """jax's own implementation given cuDNN's arguments, on a mesh, beside the oracle: values and gradients."""
+  """jax's own implementation given cuDNN's arguments, on a mesh, beside the oracle: values and
+  gradients.
+  """
   case, run = CASES[name][0], jax.nn.dot_product_attention
 
   def stand_in(*x, implementation, **options):
@@ -214,7 +223,8 @@ def test_what_cudnn_is_asked_for_is_the_spec(name, monkeypatch):
   def gradients(backend):
     return jax.jit(
       jax.value_and_grad(
-        lambda *x: jnp.sum(attention(*x, mask, scale=0.3, backend=backend)[0] * weights), (0, 1, 2)
+        lambda *x: jnp.sum(attention(*x, Scoring(mask, scale=0.3), backend=backend)[0] * weights),
+        (0, 1, 2),
       )
     )
 

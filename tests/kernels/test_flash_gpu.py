@@ -1,4 +1,6 @@
-"""Are the Hopper kernels attention? Values and gradients against the oracle, interpreted; and what the assembler makes of them."""
+"""Are the Hopper kernels attention? Values and gradients against the oracle, interpreted; and what
+the assembler makes of them.
+"""
 
 import functools
 import pathlib
@@ -11,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType
-from rows import documents, draw, positions, values_and_gradients
+from rows import attends, documents, draw, positions, values_and_gradients
 
 import kernels
 from analysis import aot, ptxas
@@ -19,6 +21,7 @@ from kernels import cudnn, flash, flash_gpu, mosaic_gpu_compat as gpu, reference
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
+from kernels.scoring import Scoring
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -26,7 +29,8 @@ interpreted = pytest.mark.skipif(
   gpu.INTERPRETER is None,
   reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can',
 )
-# T, S, N, K, H, Hv, the mask, softcap, sinks. Tiles are of 128, blocks of 64 or 128: lengths that fill them and that don't.
+# T, S, N, K, H, Hv, the mask, softcap, sinks. Tiles are of 128, blocks of 64 or 128: lengths that
+# fill them and that don't.
 CASES = {
   'causal': (256, 256, 4, 2, 64, 64, {}, 0.0, False),
   'causal, wide heads': (256, 256, 2, 1, 128, 128, {}, 0.0, True),
@@ -99,32 +103,32 @@ def inputs_of(case, dtype):
 
 
 class Rounded:
-  """The kernels' contract kept by the oracle in 16 bits: what precision is lost by rounding what they round."""
+  """The kernels' contract kept by the oracle in 16 bits: what precision is lost by rounding what
+  they round.
+  """
 
   @staticmethod
-  def forward(q, k, v, mask, *, interpret, blocks, **settings):
-    return reference.attention(q, k, v, mask, relative=None, **settings)
+  def forward(q, k, v, scoring, *, interpret, blocks):
+    return reference.attention(q, k, v, scoring)
 
   @staticmethod
-  def backward(q, k, v, *arguments, interpret, blocks, dtype=jnp.float32, **settings):
-    found = reference.backward(q, k, v, *arguments, relative=None, **settings)[:3]
+  def backward(q, k, v, *arguments, interpret, blocks, dtype=jnp.float32):
+    found = reference.backward(q, k, v, *arguments)[:3]
     return tuple(x.astype(dtype or like.dtype) for x, like in zip(found, (q, k, v)))
 
 
 def check(case, dtype=jnp.float16):
-  """As near to the oracle in f32 as its twin in `dtype` is; what is not rounded to that, the log-sum-exp, much nearer."""
+  """As near to the oracle in f32 as its twin in `dtype` is; what is not rounded to that, the
+  log-sum-exp, much nearer.
+  """
   (q, k, v, sinks), mask, softcap = inputs_of(case, dtype)
-  settings = {'mask': mask, 'softcap': softcap, 'scale': 0.2}
-  found = values_and_gradients(
-    functools.partial(attention, backend='pallas_gpu', **settings), q, k, v, sinks
-  )
+  scoring = Scoring(mask, softcap=softcap, scale=0.2)
+  found = values_and_gradients(attends(scoring, backend='pallas_gpu'), q, k, v, sinks)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(flash, '_module', lambda backend: Rounded)
-    rounded = values_and_gradients(
-      functools.partial(attention, backend='pallas_gpu', **settings), q, k, v, sinks
-    )
+    rounded = values_and_gradients(attends(scoring, backend='pallas_gpu'), q, k, v, sinks)
   exact = values_and_gradients(
-    functools.partial(attention, backend='reference', **settings),
+    attends(scoring, backend='reference'),
     *(x.astype(jnp.float32) for x in (q, k, v)),
     sinks,
   )
@@ -193,42 +197,47 @@ def test_in_bfloat16(case):
 def test_no_warpgroup_reads_what_another_writes(case, deterministic, few_processors):
   """Races are looked for, and barriers that nobody waits for raise."""
   (q, k, v, sinks), mask, softcap = inputs_of(case, jnp.float16)
-  settings = {'softcap': softcap, 'scale': 0.2, 'interpret': gpu.INTERPRETER(detect_races=True)}
-  out, lse = flash_gpu.forward(q, k, v, mask, sinks=sinks, **settings)
-  expected, expected_lse = reference.attention(
-    q, k, v, mask, softcap=softcap, sinks=sinks, relative=None, scale=0.2
-  )
+  scoring = Scoring(mask, softcap=softcap, sinks=sinks, scale=0.2)
+  interpret = gpu.INTERPRETER(detect_races=True)
+  out, lse = flash_gpu.forward(q, k, v, scoring, interpret=interpret)
+  expected, expected_lse = reference.attention(q, k, v, scoring)
   np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(out, expected, atol=4e-3)  # of weights in f16
   delta = (out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
   found = flash_gpu.backward(
-    q, k, v, mask, lse, delta, out, blocks=Blocks(deterministic=deterministic), **settings
+    q,
+    k,
+    v,
+    scoring,
+    lse,
+    delta,
+    out,
+    interpret=interpret,
+    blocks=Blocks(deterministic=deterministic),
   )
   wanted = reference.backward(
     *(x.astype(jnp.float32) for x in (q, k, v)),
-    mask,
+    scoring,
     lse,
     delta,
     out.astype(jnp.float32),
-    softcap=softcap,
-    relative=None,
-    scale=0.2,
   )
   for a, b in zip(found, wanted):
     np.testing.assert_allclose(a, b, atol=4e-3 * float(jnp.abs(b).max()))
 
 
 def test_on_a_mesh(monkeypatch):
-  """Rows over fsdp, heads over tensor; and keys in a ring over context, by their log-sum-exp. The kernels' twin: they are interpreted alone."""
+  """Rows over fsdp, heads over tensor; and keys in a ring over context, by their log-sum-exp.
+
+  The kernels' twin: they are interpreted alone.
+  """
   monkeypatch.setattr(flash, '_module', lambda backend: Rounded)
   q, k, v = (
     x.astype(jnp.float16)
     for x in (draw(2, 256, 4, 64), draw(2, 256, 2, 64), draw(2, 256, 2, 64, seed=1))
   )
   mask = oracle.mask(documents(256, 256))
-  expected = values_and_gradients(
-    functools.partial(attention, mask=mask, backend='pallas_gpu'), q, k, v, None
-  )
+  expected = values_and_gradients(attends(Scoring(mask), backend='pallas_gpu'), q, k, v, None)
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
 
@@ -240,7 +249,7 @@ def test_on_a_mesh(monkeypatch):
         **{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()}
       )
       found = values_and_gradients(
-        functools.partial(attention, mask=split, backend='pallas_gpu'),
+        attends(Scoring(split), backend='pallas_gpu'),
         *(at(x, *heads) for x in (q, k, v)),
         None,
       )
@@ -272,23 +281,21 @@ def test_what_it_cannot_raises(monkeypatch):
     NotImplementedError,
     match=r"'pallas_gpu' does not honour \['wide_heads'\]; these do: \['reference', 'blocked'",
   ):
-    attention(q, q, q, Mask(), backend='pallas_gpu')
+    attention(q, q, q, Scoring(), backend='pallas_gpu')
   with pytest.raises(NotImplementedError, match=r"'pallas_gpu' does not honour \['float32'\]"):
-    attention(*[q[..., :64].astype(jnp.float32)] * 3, Mask(), backend='pallas_gpu')
+    attention(*[q[..., :64].astype(jnp.float32)] * 3, Scoring(), backend='pallas_gpu')
   monkeypatch.setattr(cudnn, 'capability', lambda: (8, 0))
   with pytest.raises(
     NotImplementedError,
     match=r'for Hopper GPUs, of compute capability 9, not \(8, 0\); use xla or blocked',
   ):
-    flash_gpu.forward(
-      *[q[..., :64]] * 3, Mask(), softcap=0.0, sinks=None, scale=1.0, interpret=False
-    )
+    flash_gpu.forward(*[q[..., :64]] * 3, Scoring(scale=1.0), interpret=False)
   if gpu.INTERPRETER is None:
     with pytest.raises(
       NotImplementedError,
       match='cannot interpret kernels of Mosaic GPU; use jax >= 0.12 or a Hopper GPU',
     ):
-      attention(*[q[..., :64]] * 3, Mask(), backend='pallas_gpu')
+      attention(*[q[..., :64]] * 3, Scoring(), backend='pallas_gpu')
 
 
 SEGMENTS = {f'{x}_segments': np.zeros((2, 2048), np.int32) for x in ('query', 'key')}
@@ -389,8 +396,7 @@ def test_it_compiles_for_an_h100_without_a_spill(case, monkeypatch, tmp_path):
         q,
         k,
         v,
-        mask,
-        softcap=softcap,
+        Scoring(mask, softcap=softcap),
         backend='pallas_gpu',
         blocks=Blocks(deterministic=deterministic),
       )
@@ -408,7 +414,9 @@ def test_it_compiles_for_an_h100_without_a_spill(case, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('save', [None, ('attention',)])
 def test_a_scanned_layer_runs_each_kernel_once(save):
-  """XLA makes a kernel part of the write into a loop's stack of kept values, and would run it again for the rest of the layer."""
+  """XLA makes a kernel part of the write into a loop's stack of kept values, and would run it again
+  for the rest of the layer.
+  """
   try:
     mesh = make_mesh(MeshConfig(), aot.topology('h100:1x1x1'))
   except ImportError as error:
@@ -419,7 +427,7 @@ def test_a_scanned_layer_runs_each_kernel_once(save):
   def loss(w, x):
     def layer(x, w):
       q = (x @ w).reshape(2, 512, 4, 128)
-      out, _ = attention(q, q, q, Mask(), backend='pallas_gpu')
+      out, _ = attention(q, q, q, Scoring(), backend='pallas_gpu')
       return x + out.reshape(x.shape) @ w, None
 
     if save:
@@ -450,8 +458,8 @@ FAULTS = {
     'count = (kinds == FULL).sum(1), np.maximum(1, (kinds != SKIP).sum(1) - 1)',
   ),
   'a partial block is not masked': (
-    'if masked:\n          scores = shape.mask(',
-    'if False:\n          scores = shape.mask(',
+    'scores = shape.mask(scores, ',
+    'shape.mask(scores, ',
   ),
   'the sinks are forgotten': ('jnp.where(sink > NOTHING, 1.0, 0.0)', '0.0'),
   'the cap has no slope': ('weights * (1 - bent * bent)', 'weights'),
@@ -461,8 +469,8 @@ FAULTS = {
     '    pass\n',
   ),
   'what is read has not come': (
-    "        plgpu.barrier_wait(ready['k'].at[slot])\n        queries = ",
-    '        queries = ',
+    "    plgpu.barrier_wait(self.ready['k'].at[slot])\n    queries = ",
+    '    queries = ',
   ),
 }
 
@@ -474,12 +482,17 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
   old, new = FAULTS[fault]
   sources = {
     name: pathlib.Path(sys.modules[name].__file__).read_text()
-    for name in ('kernels.flash_gpu_bodies', 'kernels.flash_gpu')
+    for name in (
+      'kernels.flash_gpu_tiles',
+      'kernels.flash_gpu_forward',
+      'kernels.flash_gpu_backward',
+      'kernels.flash_gpu',
+    )
   }
   assert sum(source.count(old) for source in sources.values()) == 1, (
     f'{old!r} is not there once: plant the fault where it is now'
   )
-  for name, source in sources.items():  # the second imports the first
+  for name, source in sources.items():  # in the order that they import each other
     mutant = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, mutant)
     monkeypatch.setattr(kernels, name.removeprefix('kernels.'), mutant)

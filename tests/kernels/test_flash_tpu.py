@@ -1,6 +1,7 @@
-"""Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs of the real compiler."""
+"""Are the TPU kernels attention? Values and gradients against the oracle, interpreted; and programs
+of the real compiler.
+"""
 
-import functools
 import pathlib
 import sys
 import types
@@ -12,18 +13,21 @@ import oracle
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
-from rows import documents, draw, positions, values_and_gradients
+from rows import attends, documents, draw, positions, values_and_gradients
 
+import kernels
 from analysis import aot
-from kernels import attention as dispatch, flash, flash_tpu, reference
+from kernels import attention as dispatch, flash, flash_tpu, flash_tpu_steps, reference
 from kernels.attention import attention
 from kernels.blocks import Blocks
 from kernels.mask import Mask
+from kernels.scoring import Scoring
 from kernels.tuning import Tuning
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
-# T, S, N, K, H, Hv, the mask, softcap, sinks. Blocks are of 128: lengths that fill them and that don't, one block and several.
+# T, S, N, K, H, Hv, the mask, softcap, sinks. Blocks are of 128: lengths that fill them and that
+# don't, one block and several.
 CASES = {
   'causal': (256, 256, 4, 2, 8, 8, {}, 0.0, False),
   'causal, soft cap, sinks': (300, 300, 4, 2, 8, 6, {}, 2.0, True),
@@ -108,9 +112,11 @@ def inputs_of(case):
 
 @pytest.fixture
 def small_steps(monkeypatch):
-  """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as v6e sums weights."""
+  """Blocks of 128, two heads of a key in one, so that a few hundred tokens are several steps; as
+  v6e sums weights.
+  """
   monkeypatch.setattr(
-    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27)
+    flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 128, 64, True, 2**27)
   )
 
 
@@ -124,11 +130,11 @@ def assert_close(found, expected):
 def check(case):
   arrays, mask, softcap = inputs_of(case)
   found = values_and_gradients(
-    functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='pallas_tpu'),
+    attends(Scoring(mask, softcap=softcap, scale=0.3), backend='pallas_tpu'),
     *arrays,
   )
   expected = values_and_gradients(
-    functools.partial(attention, mask=mask, softcap=softcap, scale=0.3, backend='reference'),
+    attends(Scoring(mask, softcap=softcap, scale=0.3), backend='reference'),
     *arrays,
   )
   assert_close(found, expected)
@@ -140,7 +146,8 @@ def test_it_is_attention(case, small_steps):
 
 
 def test_sixteen_bits_lose_what_rounding_loses(small_steps):
-  """As a TPU multiplies them: beside attention in f32, an error as large as the oracle's in bfloat16, whose weights alone are rounded.
+  """As a TPU multiplies them: beside attention in f32, an error as large as the oracle's in
+  bfloat16, whose weights alone are rounded.
 
   Ours also rounds scaled queries, as who calls splash does; keys' gradients are made of those.
   """
@@ -150,9 +157,7 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
   )
 
   def run(backend, *arrays):
-    return values_and_gradients(
-      functools.partial(attention, mask=Mask(), backend=backend), *arrays, None
-    )
+    return values_and_gradients(attends(Scoring(), backend=backend), *arrays, None)
 
   exact = run('reference', *(x.astype(jnp.float32) for x in (q, k, v)))
   with jax.default_matmul_precision('default'):
@@ -177,9 +182,11 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
 
 
 def test_sums_by_lane_are_sums(monkeypatch):
-  """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes together."""
+  """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes
+  together.
+  """
   monkeypatch.setattr(
-    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27)
+    flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 256, 128, False, 2**27)
   )
   check('causal')
   check('causal, soft cap, sinks')
@@ -201,14 +208,14 @@ def test_in_the_steps_of_a_v5e(case):
 def test_no_step_reads_what_another_writes(small_steps):
   """TPU semantics, with races looked for: forward and backward of a packed row."""
   (q, k, v, _), mask, _ = inputs_of('packed')
-  interpret = pltpu.InterpretParams(detect_races=True)
+  scoring, interpret = Scoring(mask, scale=0.3), pltpu.InterpretParams(detect_races=True)
 
   def run(q, k, v):
-    return flash.flash(('pallas_tpu', 0.0, 0.3, interpret, Blocks()), q, k, v, mask, None)[0]
+    return flash.flash(('pallas_tpu', interpret, Blocks()), q, k, v, scoring)[0]
 
   out, pull = jax.vjp(run, q, k, v)
   expected, pull_expected = jax.vjp(
-    lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend='reference')[0], q, k, v
+    lambda q, k, v: attention(q, k, v, scoring, backend='reference')[0], q, k, v
   )
   assert_close((out, pull(out)), (expected, pull_expected(out)))
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -220,19 +227,15 @@ def test_no_step_reads_what_another_writes(small_steps):
 def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   """A VMEM in which the gradients of 128 keys find place."""
   monkeypatch.setattr(
-    flash_tpu, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15)
+    flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15)
   )
   T = 150 if parts else 300
-  q, k, v, mask = (
-    draw(2, T, 4, 8),
-    draw(2, 300, 2, 8),
-    draw(2, 300, 2, 8, seed=1),
-    oracle.mask(parts),
-  )
-  out, lse = reference.attention(q, k, v, mask, softcap=0.0, sinks=None, relative=None, scale=0.3)
-  arguments = q, k, v, mask, lse, (out * out).sum(-1), out
-  found = flash_tpu.backward(*arguments, softcap=0.0, scale=0.3, interpret=True)
-  for a, b in zip(found, reference.backward(*arguments, softcap=0.0, relative=None, scale=0.3)):
+  q, k, v = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8, seed=1)
+  scoring = Scoring(oracle.mask(parts), scale=0.3)
+  out, lse = reference.attention(q, k, v, scoring)
+  arguments = q, k, v, scoring, lse, (out * out).sum(-1), out
+  found = flash_tpu.backward(*arguments, interpret=True)
+  for a, b in zip(found, reference.backward(*arguments)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -248,21 +251,23 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   ids=['causal', 'packed', 'window', 'positions', 'prefix'],
 )
 def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
-  """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by positions half of them."""
+  """Of a row of 3 x 3 blocks, of positions 2 x 3; where arrays decide, as many as there may be, by
+  positions half of them.
+  """
   q, k, mask = draw(2, T, 4, 8), draw(2, 300, 2, 8), oracle.mask(parts)
-  shape = flash_tpu._shape(q, k, k, mask, 0.0, 'forward')
-  made = flash_tpu._steps(mask.blocks(T, 300, shape.bq, shape.bk), 2)
-  assert flash_tpu._expected(made, mask, shape) == 2 * steps
+  shape = flash_tpu_steps.shape_of(q, k, k, Scoring(mask), 'forward')
+  made = flash_tpu_steps.steps_of(mask.blocks(T, 300, shape.bq, shape.bk), 2)
+  assert flash_tpu_steps.expected(made, mask, shape) == 2 * steps
   assert int(made.count) <= 2 * steps or 'query_positions' in parts
 
 
 def test_on_a_mesh(small_steps):
-  """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with documents."""
+  """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with
+  documents.
+  """
   q, k, v = draw(2, 256, 4, 8), draw(2, 256, 2, 8), draw(2, 256, 2, 8, seed=1)
   mask = oracle.mask(documents(256, 256))
-  expected = values_and_gradients(
-    functools.partial(attention, mask=mask, backend='reference'), q, k, v, None
-  )
+  expected = values_and_gradients(attends(Scoring(mask), backend='reference'), q, k, v, None)
   for sizes in ({'fsdp': 2, 'tensor': 2}, {'context': 2, 'tensor': 2}):
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:4], AxisType.Explicit)):
 
@@ -274,7 +279,7 @@ def test_on_a_mesh(small_steps):
         **{name: at(jnp.asarray(x), 'batch', 'length') for name, x in documents(256, 256).items()}
       )
       found = values_and_gradients(
-        functools.partial(attention, mask=split, backend='pallas_tpu'),
+        attends(Scoring(split), backend='pallas_tpu'),
         *(at(x, *heads) for x in (q, k, v)),
         None,
       )
@@ -319,7 +324,7 @@ def test_it_compiles(case, topology):
       return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
     def loss(q, k, v):
-      out, lse = attention(q, k, v, mask, softcap=softcap, backend='pallas_tpu')
+      out, lse = attention(q, k, v, Scoring(mask, softcap=softcap), backend='pallas_tpu')
       return jnp.sum(out, dtype=jnp.float32) + lse.sum()
 
     program = (
@@ -337,7 +342,7 @@ def test_it_compiles(case, topology):
 
 FAULTS = {
   'wrong diagonal': ('compare(jnp.greater_equal, q, k)', 'compare(jnp.greater, q, k)'),
-  'dropped rescale': ('acc[rows] = acc[rows] * _over_lanes(shrink, Hv)', 'acc[rows] = acc[rows]'),
+  'dropped rescale': ('acc[rows] = acc[rows] * over_lanes(shrink, Hv)', 'acc[rows] = acc[rows]'),
   'a block is skipped that is needed': (
     'active = ((kinds != SKIP) | blind)',
     'active = ((kinds == FULL) | blind)',
@@ -357,12 +362,19 @@ FAULTS = {
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_planted_fault_is_caught(fault, monkeypatch):
   old, new = FAULTS[fault]
-  source = pathlib.Path(flash_tpu.__file__).read_text()
-  assert source.count(old) == 1, f'{old!r} is not there once: plant the fault where it is now'
-  mutant = types.ModuleType('mutant')
-  monkeypatch.setitem(sys.modules, 'mutant', mutant)  # where dataclasses look for it
-  exec(compile(source.replace(old, new), 'mutant', 'exec'), mutant.__dict__)
-  mutant._tuning = lambda direction, width: Tuning(256, 128, 64, True, 2**27)
-  monkeypatch.setitem(sys.modules, 'kernels.flash_tpu', mutant)
+  sources = {
+    name: pathlib.Path(sys.modules[name].__file__).read_text()
+    for name in ('kernels.flash_tpu_steps', 'kernels.flash_tpu_bodies', 'kernels.flash_tpu')
+  }
+  assert sum(source.count(old) for source in sources.values()) == 1, (
+    f'{old!r} is not there once: plant the fault where it is now'
+  )
+  for name, source in sources.items():  # in the order that they import each other
+    mutant = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, mutant)
+    monkeypatch.setattr(kernels, name.removeprefix('kernels.'), mutant)
+    exec(compile(source.replace(old, new), name, 'exec'), mutant.__dict__)
+    if name == 'kernels.flash_tpu_steps':
+      mutant._tuning = lambda direction, width: Tuning(256, 128, 64, True, 2**27)
   with pytest.raises(AssertionError, match='Not equal|Mismatch|not close'):
     check('causal, soft cap, sinks')

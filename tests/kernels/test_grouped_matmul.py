@@ -1,4 +1,6 @@
-"""Is every row multiplied by its group's matrix? The backends against a loop in numpy, values and gradients."""
+"""Is every row multiplied by its group's matrix? The backends against a loop in numpy, values and
+gradients.
+"""
 
 import functools
 import re
@@ -72,7 +74,9 @@ def test_empty_groups_one_group_whole_blocks_and_a_ragged_tail(sizes, backend):
 
 
 def test_the_matrix_of_a_group_without_rows_changes_nothing():
-  """Not even NaN: no block is its own, and those left over, which fall to the last group, write nothing."""
+  """Not even NaN: no block is its own, and those left over, which fall to the last group, write
+  nothing.
+  """
   x, w, dy = operands(90, 4)
   sizes = np.array([0, 50, 30, 0])
   poisoned = jnp.where(jnp.asarray(sizes == 0)[:, None, None], jnp.nan, w)
@@ -84,7 +88,9 @@ def test_the_matrix_of_a_group_without_rows_changes_nothing():
 
 @pytest.mark.parametrize('backend', gm.BACKENDS)
 def test_half_precision_is_summed_in_f32(backend):
-  """All terms positive, so that one rounding is all that may separate the result from the exact one."""
+  """All terms positive, so that one rounding is all that may separate the result from the exact
+  one.
+  """
   M, sizes = 4000, np.array([3000, 900])
   x, w, dy = (abs(a) for a in operands(M, 2, jnp.bfloat16))
   for name, a, b in zip(

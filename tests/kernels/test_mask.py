@@ -1,4 +1,6 @@
-"""Does Mask say who sees whom? Held to the words of its docstring, written out query by query and key by key."""
+"""Does Mask say who sees whom? Held to the words of its docstring, written out query by query and
+key by key.
+"""
 
 import dataclasses
 
