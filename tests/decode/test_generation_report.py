@@ -2,7 +2,9 @@
 on a clock that is made up?
 """
 
+import importlib.util
 import math
+import sys
 import types
 
 import jax
@@ -85,3 +87,18 @@ def test_too_few_steps_are_not_timed(clock, model):
   assert 'first token 2000.0 ms, and too few steps behind it to time\n' in str(
     found
   ) and 'nan' not in str(found)
+
+
+def test_an_import_registers_nothing_and_timers_one_listener(model, monkeypatch):
+  """The module, read again under another name."""
+  listeners = []
+  monkeypatch.setattr(
+    jax.monitoring, 'register_event_duration_secs_listener', lambda listen: listeners.append(listen)
+  )
+  spec = importlib.util.spec_from_file_location('another_report', report.__file__)
+  again = importlib.util.module_from_spec(spec)
+  monkeypatch.setitem(sys.modules, 'another_report', again)
+  spec.loader.exec_module(again)
+  assert not listeners
+  timers = [again.CallTimer(model) for _ in range(3)]
+  assert len(listeners) == 1 and len(timers) == 3
