@@ -125,7 +125,7 @@ class Weight(abc.ABC):
     return jnp.einsum('ECD,EDF->ECF', rows, self.numbers(rows.dtype))
 
   def grouped(
-    self, rows: Float[Array, 'M D'], sizes: Int[Array, 'E'], expert: Int[Array, 'M']
+    self, rows: Float[Array, 'M D'], sizes: Int[Array, 'E'], expert: Int[Array, '...']
   ) -> Float[Array, 'M F']:
     """Rows, sorted by expert, times the matrix of theirs: see kernels.grouped_matmul.
 
