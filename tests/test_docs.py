@@ -1,5 +1,5 @@
-"""Can what the pages print be typed? Every command of README and docs names files that are there and
-flags that they know, with values that they take; every config is built, every link leads somewhere.
+"""Can what the pages print be typed? README's and docs' commands name files and flags that exist,
+with values that they take; every config is built, every link leads somewhere.
 """
 
 import functools
@@ -17,8 +17,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/*.md'), *ROOT.glob('*/README.md')])
 BY_ABSL = ('train.py', 'generate.py', 'plan.py')
 # Reads the flags of each command line without running it, in a fork of its own, since config flags
-# read sys.argv once; prints what is wrong, a line each. Lines with a placeholder (FILE, ..) or a run
-# that is not there are read for the names of their flags alone.
+# Reads the flags of each command line without running it, in a fork of its own because config
+# flags read sys.argv once; prints what is wrong, a line each. Lines with a placeholder (FILE, ..)
+# or a run that is not there are read for the names of their flags alone.
 ABSL = '''
 import importlib, json, os, re, sys
 module = importlib.import_module(sys.argv[1])

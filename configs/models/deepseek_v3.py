@@ -16,7 +16,7 @@ from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
-TOPOLOGY = 'v5p:4x8x8'  # what README plans it on, and tests compile it for
+TOPOLOGY = 'v5p:4x8x8'  # what docs/plans.md plans it on, and tests compile it for
 
 
 def get_config() -> Config:

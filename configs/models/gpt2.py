@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
-TOPOLOGY = 'v5e:4x4'  # what README plans it on, and tests compile it for
+TOPOLOGY = 'v5e:4x4'  # what docs/plans.md plans it on, and tests compile it for
 
 
 def get_config() -> Config:

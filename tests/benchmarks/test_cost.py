@@ -1,4 +1,4 @@
-"""Are the tables of cost what they say? The paper's figures by its formula; toys by both commands."""
+"""Are the tables of cost what they say? The paper's figures by its formula; toys by command."""
 
 import pytest
 
