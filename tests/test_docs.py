@@ -46,7 +46,7 @@ for line in json.loads(sys.argv[2]):
   os.waitpid(child, 0)
 '''
 ARGPARSE = '''
-import argparse, contextlib, importlib, io, json, sys
+import argparse, contextlib, importlib, io, json, runpy, sys
 class Parsed(Exception):
   pass
 parse = argparse.ArgumentParser.parse_args
@@ -58,8 +58,12 @@ for name, line in json.loads(sys.argv[1]):
   sys.argv = [name, *line]
   said = io.StringIO()
   try:
-    with contextlib.redirect_stderr(said):
-      importlib.import_module(name).main()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+      module = importlib.import_module(name)
+      if not hasattr(module, 'main'):
+        runpy.run_module(name, run_name='__main__')  # takes no arguments, and only prints
+        continue
+      module.main()
     print(name, line, 'parsed nothing')
   except Parsed:
     pass
@@ -76,7 +80,11 @@ def commands() -> dict[str, list[list[str]]]:
     text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
     blocks = '\n'.join(re.findall(r'^ {4}(.*)$', text, re.M)).replace('\\\n', ' ').split('\n')
     spans = [' '.join(span.split()) for span in re.findall(r'`([^`]+)`', text)]
-    typed = [line for line in blocks + spans if re.match(r'(python|make|launch/\S+) \S', line)]
+    typed = [
+      line.partition(' > ')[0]
+      for line in blocks + spans
+      if re.match(r'(python|make|launch/\S+) \S', line)
+    ]
     lines[str(page.relative_to(ROOT))] = [shlex.split(line, comments=True) for line in typed]
   return lines
 
