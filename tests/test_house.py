@@ -35,7 +35,9 @@ ROOMS = (
 FLOOR = {name: len(ROOMS) - i for i, names in enumerate(ROOMS) for name in names}
 # Generator.load('runs/x') is where a person begins who has a directory.
 EXCEPTIONS = {('decode.generator', 'workdir.open')}
-MOST_STATEMENTS = 6_900  # that a reader of train.py meets; DESIGN's aim is 6,000
+MOST_STATEMENTS = (
+  7_200  # that a reader of train.py meets; DESIGN asks for 6,000, which is not reached yet
+)
 
 
 @functools.cache
