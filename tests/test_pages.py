@@ -34,14 +34,14 @@ LATER = {
     'training/config.py',
   },
   'function': {
+    'kernels/cached.py blocks',
+    'kernels/cached_tpu.py blocks',
     'model/config.py __post_init__',
     'train.py make_train_step',
     'train.py run',
   },
   'arguments': {
     'kernels/cached.py _local',
-    'kernels/cached.py blocks',
-    'kernels/cached_tpu.py blocks',
     'tests/decode/test_sampling.py law64',
     'train.py train_steps',
   },
