@@ -1,4 +1,4 @@
-"""Is the chunked, sharded loss the plain cross-entropy, with its gradients, and its memory small?"""
+"""Is the chunked, sharded loss the plain cross-entropy, gradients too, and is its memory small?"""
 
 import contextlib
 
