@@ -130,8 +130,7 @@ def _scored_backward(with_entropy, chunk, kept, cotangents):
   law, targets, weights, lse, entropies = kept
 
   def run(parts, arrays, place):
-    weights, targets, lse, entropies, d_logprob, d_entropy = arrays
-    d_logprob, d_entropy = (_where_scored(weights, d) for d in (d_logprob, d_entropy))
+    _, targets, lse, entropies, d_logprob, d_entropy = arrays
 
     def slopes(logits, ids):
       log_p, p = _probabilities(logits[0], lse, ids)
@@ -189,8 +188,8 @@ def _divergence_backward(beta, chunk, kept, cotangent):
   p, q, *arrays = kept
 
   def run(parts, arrays, place):
-    weights, lses, slope_sums, d_value = arrays
-    d_value = _where_scored(weights, d_value)[..., None]
+    _, lses, slope_sums, d_value = arrays
+    d_value = d_value[..., None]
 
     def slopes(logits, ids):
       laws = tuple(_probabilities(z, lse, ids) for z, lse in zip(logits, lses))
@@ -227,7 +226,8 @@ def _probabilities(logits, lse, ids):
 
 
 def _gradients(run, laws, arrays, cotangents, chunk):
-  """Gradients by the laws, as laws, of `run`, which gets `arrays` and the cotangents."""
+  """Gradients by the laws, as laws, of `run`, which gets `arrays` (weights first) and cotangents."""
+  cotangents = jax.tree.map(functools.partial(_where_scored, arrays[0]), cotangents)
   narrow = any(law.hidden.dtype == jnp.float16 for law in laws)
   if narrow:
     # A cotangent may be as small as 1 / tokens, or as large as f16's loss scale: f16 holds neither

@@ -293,8 +293,9 @@ def test_what_weighs_nothing_does_not_leak(behind):
     assert ((d_x == 0).all(-1) == (weights == 0)).all()
 
 
-def test_a_weight_of_nothing_hides_a_cotangent_that_is_not_a_number():
-  p, _, targets, weights, direction = inputs()
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_a_weight_of_nothing_hides_a_cotangent_that_is_not_a_number(dtype):
+  p, _, targets, weights, direction = inputs(dtype=dtype)
   _, pull = jax.vjp(
     lambda x: lp.logprobs(dataclasses.replace(p, hidden=x), targets, weights), p.hidden
   )
