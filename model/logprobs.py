@@ -226,7 +226,7 @@ def _probabilities(logits, lse, ids):
 
 
 def _gradients(run, laws, arrays, cotangents, chunk):
-  """Gradients by the laws, as laws, of `run`, which gets `arrays` (weights first) and cotangents."""
+  """Gradients by the laws, as laws; `run` gets `arrays`, weights first, and the cotangents."""
   cotangents = jax.tree.map(functools.partial(_where_scored, arrays[0]), cotangents)
   narrow = any(law.hidden.dtype == jnp.float16 for law in laws)
   if narrow:

@@ -338,7 +338,7 @@ def test_sums_of_segments_over_devices():
 
 def test_what_a_divergence_refuses():
   p, q, _, weights, _ = inputs()
-  for beta in (0, 1, -0.1, 1.5):
+  for beta in (0.0, 1.0, -0.1, 1.5):
     with pytest.raises(ValueError, match=f'beta={beta}.*between 0 and 1'):
       lp.jsd(p, q, weights, beta)
   with pytest.raises(ValueError, match='12 and 11 rows'):
