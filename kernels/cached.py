@@ -134,21 +134,22 @@ def attention(
     scoring=scoring.scaled(q.shape[3]),
     value_width=value_width,
     parts=parts,
-    own=ax.mesh_axes('heads') if heads is None and t > 1 else (),
+    query_axes=ax.mesh_axes('heads') if heads is None and t > 1 else (),
   )
   q = ax.place(q, 'batch', None, 'heads', 'head_width')
-  arrays, axes = (
-    [held, jnp.asarray(layer, jnp.int32), lengths, queries],
-    [held.axes(), (), ('batch',), ('batch', None)],
-  )
-  for x, of in (
-    (sinks, ('heads',)),
-    (None if relative is None else relative.table, (None, 'heads')),
-  ):
-    arrays.append(x)
-    axes.append(None if x is None else of)
+  table = None if relative is None else relative.table
   result = ('batch', None, 'heads', 'head_width')
-  return ax.local(run, (result, *axes), result)(q, *arrays)
+  axes = (
+    result,
+    held.axes(),
+    (),
+    ('batch',),
+    ('batch', None),
+    None if sinks is None else ('heads',),
+    None if table is None else (None, 'heads'),
+  )
+  layer = jnp.asarray(layer, jnp.int32)
+  return ax.local(run, axes, result)(q, held, layer, lengths, queries, sinks, table)
 
 
 def _local(
@@ -163,24 +164,29 @@ def _local(
   scoring,
   value_width,
   parts,
-  own,
+  query_axes,
 ):
-  """On one device's rows, heads and slots. parts: mesh axes that split the slots. own: mesh axes
-  that split the query heads only.
+  """On one device's rows, heads and slots. parts: mesh axes that split the slots. query_axes: mesh
+  axes that split the query heads only.
 
   sinks, table: this device's part of those of `scoring`.
   """
   B, T, N, H = q.shape
   S, K = held.keys.shape[3], held.keys.shape[2]
   first = 0
-  if own:  # all key heads are here: the query heads are those of one, or of whole groups
-    groups = jax.lax.axis_size(own)
-    first, K = (jax.lax.axis_index(own) * K // groups, max(K // groups, 1)) if K > 1 else (0, 1)
+  if (
+    query_axes and K > 1
+  ):  # all key heads are here: the query heads are those of one, or of whole groups
+    groups = jax.lax.axis_size(query_axes)
+    first, K = jax.lax.axis_index(query_axes) * K // groups, max(K // groups, 1)
   G = N // K
   Hv = value_width or held.values.shape[4]
   offset = jax.lax.axis_index(parts) * S if parts else 0
   q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   wide = jnp.promote_types(q.dtype, jnp.float32)
+
+  # The TPU's kernel is for the few queries of generation; it has no relative scores, and knows no
+  # slots of other devices.
   relative = scoring.relative
   if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
     top, total, mixed = cached_tpu.blocks(
@@ -200,14 +206,15 @@ def _local(
       Hv=Hv,
       offset=offset,
     )
+
+  # Devices' shares of the softmax, each relative to its own greatest score, are brought to the
+  # greatest of all and added up. The sinks join then: once, and not on every device.
   if parts:
     highest = jax.lax.pmax(top, parts)
     shrink = jnp.exp(top - jnp.where(jnp.isfinite(highest), highest, 0))
-    top, total, mixed = (
-      highest,
-      jax.lax.psum(total * shrink, parts),
-      jax.lax.psum(mixed * shrink[..., None], parts),
-    )
+    total = jax.lax.psum(total * shrink, parts)
+    mixed = jax.lax.psum(mixed * shrink[..., None], parts)
+    top = highest
   if sinks is not None:
     sink = jnp.repeat(sinks.astype(wide).reshape(1, K, G), T, 2)
     highest = jnp.maximum(top, sink)
@@ -225,9 +232,8 @@ def products(
   def one(q):
     return jnp.einsum('BKH,BKSH->BKS', q, keys, preferred_element_type=dtype)
 
-  if (
-    mesh.platform() == 'cpu' and q.shape[2] <= FEW
-  ):  # one query after another: XLA's CPU lays keys out anew for several
+  # One query after another: XLA's CPU lays keys out anew for several.
+  if mesh.platform() == 'cpu' and q.shape[2] <= FEW:
     return jnp.stack([one(q[:, :, m]) for m in range(q.shape[2])], 2)
   return jnp.einsum('BKMH,BKSH->BKMS', q, keys, preferred_element_type=dtype)
 
@@ -252,58 +258,47 @@ def blocks(
   slots' shares are together.
   """
   B, K, M, H = q.shape
-  window, softcap = scoring.mask.window, scoring.softcap
-  S, T = held.slots, queries.shape[1]
-  G, block, wide = M // T, min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
+  S, window = held.slots, scoring.mask.window
+  block, wide = min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
 
   def cut(buffer, start):
     """A block of this layer's slots [B, K, block, ...]."""
-    found = jax.lax.dynamic_slice(
-      buffer,
-      (layer, 0, first, start, *(0,) * (buffer.ndim - 4)),
-      (1, B, K, block, *buffer.shape[4:]),
-    )
-    return found[0]
+    at = (layer, 0, first, start, *(0,) * (buffer.ndim - 4))
+    return jax.lax.dynamic_slice(buffer, at, (1, B, K, block, *buffer.shape[4:]))[0]
 
   def step(index, carry):
     top, total, mixed = carry
     start = index * block
-    where = positions(held, start + offset + jnp.arange(block, dtype=jnp.int32), lengths)[
-      :, None
-    ]  # [B, 1, block]
+    slots = start + offset + jnp.arange(block, dtype=jnp.int32)
+    where = positions(held, slots, lengths)[:, None]  # [B, 1, block]
     used = (where >= 0) & (where < lengths[:, None, None])
     keys = cut(held.keys, start)
     # Or XLA's CPU puts the write of a token into what reads it as well, for which it copies all
     # slots.
     if mesh.platform() == 'cpu':
       keys = jnp.where(used[..., None], keys, 0)
-    scores = products(q, keys.astype(q.dtype), wide) * scoring.scale
-    if held.key_scales is not None:
-      scores = scores * cut(held.key_scales, start)[:, :, None]
-    scores = scores.reshape(B, K, G, T, block)
-    if scoring.relative is not None:
-      scores = scores + jnp.moveaxis(
-        scoring.relative.scores(queries, where[:, 0]), (1, 2), (3, 4)
-      ).astype(wide)
-    if softcap:
-      scores = softcap * jnp.tanh(scores / softcap)
-    seen = used & (where <= queries[..., None])
-    if window:
-      seen = seen & (queries[..., None] - where < window)
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(B, K, M, block)
-    new = jnp.maximum(top, scores.max(-1))
-    finite = jnp.where(jnp.isfinite(new), new, 0)
+    scales = None if held.key_scales is None else cut(held.key_scales, start)
+    scores = _scores(q, keys, scales, where, used, queries, scoring)
+
+    # The online softmax: weights are relative to the greatest score so far, and what was summed
+    # before is brought to it. Of a query that has seen nothing yet that is -inf, beside which
+    # differences would be NaN.
+    now = jnp.maximum(top, scores.max(-1))
+    finite = jnp.where(jnp.isfinite(now), now, 0)
     weights, shrink = jnp.exp(scores - finite[..., None]), jnp.exp(top - finite)
     total = total * shrink + weights.sum(-1)
+
     values = keys[..., :Hv] if held.values is None else cut(held.values, start)
     scales = held.key_scales if held.values is None else held.value_scales
+    # A vector's scale goes to its weight, one number instead of Hv. What is not used is 0 in both:
+    # 0 x NaN would be NaN.
     if scales is not None:
       weights = weights * jnp.where(used, cut(scales, start), 0)[:, :, None]
-    values = jnp.where(used[..., None], values, 0).astype(q.dtype)  # 0 x NaN would be NaN
+    values = jnp.where(used[..., None], values, 0).astype(q.dtype)
     new_mixed = jnp.einsum(
       'BKMS,BKSH->BKMH', weights.astype(q.dtype), values, preferred_element_type=wide
     )
-    return new, total, mixed * shrink[..., None] + new_mixed
+    return now, total, mixed * shrink[..., None] + new_mixed
 
   empty = (
     jnp.full((B, K, M), -jnp.inf, wide),
@@ -311,14 +306,35 @@ def blocks(
     jnp.zeros((B, K, M, Hv), wide),
   )
   if S == block:
-    top, total, mixed = step(0, empty)
-  else:
-    filled = jnp.clip(lengths.max() - offset, 0, S)
-    begin = (
-      jnp.maximum(queries.min() - window + 1 - offset, 0) // block
-      if window and not held.ring
-      else 0
-    )
-    with jax.named_scope(f'{FILLED}{S // block}'):
-      top, total, mixed = jax.lax.fori_loop(begin, -(-filled // block), step, empty)
-  return top, total, mixed
+    return step(0, empty)
+  # From the first block that a window of any row reaches to the last that a row has filled; a
+  # ring's positions are all over it.
+  filled = jnp.clip(lengths.max() - offset, 0, S)
+  begin = 0
+  if window and not held.ring:
+    begin = jnp.maximum(queries.min() - window + 1 - offset, 0) // block
+  with jax.named_scope(f'{FILLED}{S // block}'):
+    return jax.lax.fori_loop(begin, -(-filled // block), step, empty)
+
+
+def _scores(q, keys, scales, where, used, queries, scoring):
+  """[B, K, M, block] of a block of slots, as the softmax takes them.
+
+  scales: of int8 keys [B, K, block], or None. where, used [B, 1, block]: positions, and whether a
+  token of the row is there.
+  """
+  (B, K, M, _), T, window = q.shape, queries.shape[1], scoring.mask.window
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  scores = products(q, keys.astype(q.dtype), wide) * scoring.scale
+  if scales is not None:
+    scores = scores * scales[:, :, None]
+  scores = scores.reshape(B, K, M // T, T, -1)
+  if scoring.relative is not None:
+    rows = scoring.relative.scores(queries, where[:, 0])
+    scores = scores + jnp.moveaxis(rows, (1, 2), (3, 4)).astype(wide)
+  if scoring.softcap:
+    scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+  seen = used & (where <= queries[..., None])
+  if window:
+    seen = seen & (queries[..., None] - where < window)
+  return jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(B, K, M, -1)

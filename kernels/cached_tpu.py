@@ -37,6 +37,33 @@ def _bounds(window, ring, S, block, T):
   return bounds
 
 
+def _position(slot, newest, ring: bool, S: int):
+  """Whose token is in a slot; negative where none was.
+
+  As kernels.cached.positions, but rem is of what is not negative.
+  """
+  return newest - jax.lax.rem(newest - slot + S, S) if ring else slot
+
+
+def _product(x, y, axis: int):
+  """f32, of the last axis of x and this one of y."""
+  return jax.lax.dot_general(
+    x,
+    y,
+    (((1,), (axis,)), ((), ())),
+    preferred_element_type=jnp.float32,
+    # Mosaic knows no other of 16 bits.
+    precision=jax.lax.Precision.DEFAULT if x.dtype.itemsize == 2 else None,
+  )
+
+
+def _written(slot, where, newest, S: int):
+  """Whether a token of the row is in a slot that there is: the last block may reach past the
+  buffer's end.
+  """
+  return (where >= 0) & (where <= newest) & (slot < S)
+
+
 def _kernel(
   scalars,
   lengths,
@@ -54,63 +81,61 @@ def _kernel(
   mixed,
   *,
   bounds,
-  window,
+  scoring,
   ring,
   S,
   block,
   T,
   Hv,
-  softcap,
-  scale,
 ):
+  """One block of slots of a row and key head; a row with fewer blocks than the grid has does
+  nothing in the last steps.
+  """
+  window, softcap = scoring.mask.window, scoring.softcap
   b, i = pl.program_id(0), pl.program_id(2)
   first, last = bounds(lengths, starts, b)
 
   @pl.when(i == 0)
   def _():
-    top[...] = jnp.full_like(top, HIDDEN)
-    total[...] = jnp.zeros_like(total)
+    top[...], total[...] = jnp.full_like(top, HIDDEN), jnp.zeros_like(total)
     mixed[...] = jnp.zeros_like(mixed)
 
   @pl.when(i <= last - first)
   def _():
     rows = q.shape[2]
     keys = k[0, 0, 0].astype(q.dtype)
-    product = functools.partial(
-      jax.lax.dot_general,
-      preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.DEFAULT if q.dtype.itemsize == 2 else None,
-    )  # Mosaic knows no other of 16 bits
-    scores = product(q[0, 0], keys, (((1,), (1,)), ((), ()))) * scale
+    scores = _product(q[0, 0], keys, 1) * scoring.scale
     if k_scale is not None:
       scores = scores * k_scale[0, 0, 0]
     if softcap:
       scores = softcap * jnp.tanh(scores / softcap)
-    slot = (first + i) * block + jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
     newest = lengths[b] - 1
-    where = newest - jax.lax.rem(newest - slot + S, S) if ring else slot
+    slot = (first + i) * block + jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
+    where = _position(slot, newest, ring, S)
+    # Rows are those of a head side by side: T queries, then those of the next head.
     query = starts[b] + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (rows, block), 0), T)
-    seen = (where >= 0) & (where <= newest) & (where <= query) & (slot < S)
+    seen = _written(slot, where, newest, S) & (where <= query)
     if window:
       seen = seen & (query - where < window)
     scores = jnp.where(seen, scores, HIDDEN)
-    new = jnp.maximum(top[:, :1], scores.max(-1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
-    shrink = jnp.exp(top[:, :1] - new)
+
+    # The online softmax; the state is the same in all lanes, one of which is read. Where nothing is
+    # seen HIDDEN is the greatest, and weights would be 1.
+    now = jnp.maximum(top[:, :1], scores.max(-1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(scores - now), 0.0)
+    shrink = jnp.exp(top[:, :1] - now)
     total[...] = total[...] * shrink + weights.sum(-1, keepdims=True)
+
+    # What no token of the row is in may hold anything, and 0 x NaN would be NaN.
     scales = k_scale if v is None else v_scale
     values = keys[:, :Hv] if v is None else v[0, 0, 0].astype(q.dtype)
     slots = (first + i) * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
-    held = newest - jax.lax.rem(newest - slots + S, S) if ring else slots
-    values = jnp.where((held >= 0) & (held <= newest) & (slots < S), values, 0).astype(
-      q.dtype
-    )  # 0 x NaN would be NaN
+    at = _position(slots, newest, ring, S)
+    values = jnp.where(_written(slots, at, newest, S), values, 0).astype(q.dtype)
     if scales is not None:
       weights = jnp.where(seen, weights * scales[0, 0, 0], 0.0)
-    mixed[...] = mixed[...] * shrink + product(
-      weights.astype(q.dtype), values, (((1,), (0,)), ((), ()))
-    )
-    top[...] = jnp.broadcast_to(new, top.shape)
+    mixed[...] = mixed[...] * shrink + _product(weights.astype(q.dtype), values, 0)
+    top[...] = jnp.broadcast_to(now, top.shape)
 
   @pl.when(i == pl.num_programs(2) - 1)
   def _():
@@ -136,27 +161,11 @@ def blocks(
   q: [B, K, G x T, H], of the key heads from `first` on.
   """
   B, K, M, H = q.shape
-  S, window = held.slots, scoring.mask.window
+  S = held.slots
   block = min(S, BLOCK)
-  bounds = _bounds(window, held.ring, S, block, T)
+  bounds = _bounds(scoring.mask.window, held.ring, S, block, T)
   rows = -(-M // ROWS) * ROWS
   q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - M), (0, 0)))
-
-  def at(b, h, i, scalars, lengths, starts):
-    begin, last = bounds(lengths, starts, b)
-    return scalars[0], b, scalars[1] + h, jnp.minimum(begin + i, last), 0
-
-  def scale_at(b, h, i, *given):
-    return *at(b, h, i, *given)[:3], 0, at(b, h, i, *given)[3]
-
-  def mine(width):
-    return pl.BlockSpec((1, 1, rows, width), lambda b, h, i, *_: (b, h, 0, 0))
-
-  def vectors(x):
-    return None if x is None else pl.BlockSpec((1, 1, 1, block, x.shape[4]), at)
-
-  def numbers(x):
-    return None if x is None else pl.BlockSpec((1, 1, 1, 1, block), scale_at)
 
   def row(x):
     return None if x is None else x[:, :, :, None]
@@ -174,32 +183,18 @@ def blocks(
     bytes_accessed=B * K * S * (H + (0 if held.values is None else Hv)) * size + 2 * q.size * 4,
   )
   given = [held.keys, held.values, row(held.key_scales), row(held.value_scales)]
-  specs = [
-    mine(H),
-    vectors(held.keys),
-    vectors(held.values),
-    numbers(held.key_scales),
-    numbers(held.value_scales),
-  ]
-  body = functools.partial(
-    _kernel,
-    bounds=bounds,
-    window=window,
-    ring=held.ring,
-    S=S,
-    block=block,
-    T=T,
-    Hv=Hv,
-    softcap=scoring.softcap,
-    scale=scoring.scale,
-  )
   there = [x is not None for x in given]
+  body = functools.partial(
+    _kernel, bounds=bounds, scoring=scoring, ring=held.ring, S=S, block=block, T=T, Hv=Hv
+  )
 
   def kernel(*refs):
+    """The body, with None for what is not held."""
     scalars, (query, *refs) = refs[:3], refs[3:]
     buffers = [refs.pop(0) if is_there else None for is_there in there]
     body(*scalars, query, *buffers, *refs)
 
+  mine = functools.partial(_queries, rows)
   top, total, mixed = pl.pallas_call(
     kernel,
     name='cached_attention',
@@ -208,7 +203,7 @@ def blocks(
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
       grid=(B, K, -(-S // block)),
-      in_specs=[spec for spec in specs if spec is not None],
+      in_specs=[mine(H), *_held(held, bounds, block)],
       out_specs=[mine(LANES), mine(LANES), mine(Hv)],
       scratch_shapes=[scratch(LANES), scratch(LANES), scratch(Hv)],
     ),
@@ -223,3 +218,29 @@ def blocks(
   )
   top = top[:, :, :M, 0]
   return jnp.where(top <= HIDDEN, -jnp.inf, top), total[:, :, :M, 0], mixed[:, :, :M]
+
+
+def _queries(rows: int, width: int):
+  """The block of [B, K, rows, width] of a row and key head."""
+  return pl.BlockSpec((1, 1, rows, width), lambda b, h, i, *_: (b, h, 0, 0))
+
+
+def _held(held, bounds, block: int):
+  """The blocks of what is held of keys, values and their scales, as far as there are any."""
+
+  # Past a row's last block its step names that one again, which is there already: nothing is
+  # copied.
+  def at(b, h, i, scalars, lengths, starts):
+    begin, last = bounds(lengths, starts, b)
+    return scalars[0], b, scalars[1] + h, jnp.minimum(begin + i, last), 0
+
+  # Scales are numbers of slots, along lanes.
+  def scale_at(b, h, i, *given):
+    layer, row, head, index, _ = at(b, h, i, *given)
+    return layer, row, head, 0, index
+
+  vectors, numbers = (held.keys, held.values), (held.key_scales, held.value_scales)
+  return [
+    *(pl.BlockSpec((1, 1, 1, block, x.shape[4]), at) for x in vectors if x is not None),
+    *(pl.BlockSpec((1, 1, 1, 1, block), scale_at) for x in numbers if x is not None),
+  ]

@@ -213,12 +213,12 @@ FAULTS = {
   ),
   'ring never turns': ('positions', 'not held.ring', 'True', dict(ring=True, window=WINDOW)),
   'mask dropped': (
-    'blocks',
+    '_scores',
     'used & (where <= queries[..., None])',
     'used & (where <= queries[..., None] + 9)',
     dict(T=2),
   ),
-  'window off by one': ('blocks', '< window)', '<= window)', dict(window=WINDOW, slots=SEVERAL)),
+  'window off by one': ('_scores', '< window)', '<= window)', dict(window=WINDOW, slots=SEVERAL)),
   'first block of a window skipped': (
     'blocks',
     '0) // block\n',
@@ -250,10 +250,15 @@ FAULTS = {
     'cut(scales, start)',
     dict(dtype='int8'),
   ),
-  'scales of keys dropped': ('blocks', 'held.key_scales is not None', 'False', dict(dtype='int8')),
+  'scales of keys dropped': ('_scores', 'scales is not None', 'False', dict(dtype='int8')),
   'sink without a value': ('_local', 'jnp.exp(sink - highest)', '0', dict(sinks=True)),
   'another layer': ('blocks', '(layer, 0, first', '(layer * 0, 0, first', {}),
-  'another head': ('_local', 'own) * K // groups', 'own) * 0', dict(sizes={'tensor': 4}, K=2)),
+  'another head': (
+    '_local',
+    'query_axes) * K // groups',
+    'query_axes) * 0',
+    dict(sizes={'tensor': 4}, K=2),
+  ),
   'parts of slots at the same positions': (
     'blocks',
     'start + offset + jnp',
