@@ -47,7 +47,6 @@ LATER = {
   },
   'line': {
     'convert.py',
-    'decode',
     'kernels',
     'model',
     'objectives',
