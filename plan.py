@@ -151,14 +151,13 @@ class Plan:
       return model.attention
     spec = model.attention_spec if self.mode == 'train' else model.attention_spec - {'segments'}
     platform = 'tpu' if self.chip.torus else 'gpu'
-    without = (
-      set(KERNELS)
-      if self.tokens < FEW
-      else {'pallas_gpu'}
-      if platform == 'gpu' and spec <= cudnn.FIELDS
-      else set()
-    )
-    return choose(spec, platform, without=frozenset(without))
+    if self.tokens < FEW:
+      without = frozenset(KERNELS)
+    elif platform == 'gpu' and spec <= cudnn.FIELDS:
+      without = frozenset({'pallas_gpu'})
+    else:
+      without = frozenset()
+    return choose(spec, platform, without=without)
 
   def cost(
     self, dollars_per_chip_hour: float | None, watts_per_chip: float | None
@@ -171,12 +170,12 @@ class Plan:
     runs = self.config.train.steps if self.mode == 'train' else 1e6 / self.tokens
     hours = self.seconds * runs / 3600
     watts = self.chip.watts if watts_per_chip is None else watts_per_chip
-    found = {'hours': hours}
+    costs = {'hours': hours}
     if dollars_per_chip_hour is not None:
-      found['dollars'] = hours * self.chips * dollars_per_chip_hour
+      costs['dollars'] = hours * self.chips * dollars_per_chip_hour
     if watts is not None:
-      found['kWh'] = hours * self.chips * watts / 1000
-    return found
+      costs['kWh'] = hours * self.chips * watts / 1000
+    return costs
 
   def to_dict(self) -> dict:
     """JSON-able."""
@@ -216,7 +215,8 @@ def make_plan(
 ) -> Plan:
   """Compiles what `config` runs in this mode on these devices.
 
-  rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights.
+  Args:
+    rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights.
     axis_type: Auto for the twin that XLA's partitioner lays out.
   Raises ValueError or NotImplementedError for what cannot run there whatever the memory;
   too little memory is a Plan's `problem`.
@@ -224,9 +224,9 @@ def make_plan(
   names.check('mode', mode, MODES)
   mesh, config = make_mesh(config.mesh, devices, axis_type), resolved(config, devices)
   began, chip = time.perf_counter(), chip_of(devices)
-  lowered, held, tokens, model_flops = _lower(config, mesh, mode, rows, context, weights)
-  bytes_held = {name: memory.shard_bytes(tree) for name, tree in held.items()}
-  found = functools.partial(Plan, mode, config, chip, mesh.size)
+  lowered, arrays, tokens, model_flops = _lower(config, mesh, mode, rows, context, weights)
+  bytes_held = {name: memory.shard_bytes(tree) for name, tree in arrays.items()}
+  plan = functools.partial(Plan, mode, config, chip, mesh.size)
 
   def seconds():
     return time.perf_counter() - began
@@ -237,12 +237,13 @@ def make_plan(
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     problem = re.sub(r'^RESOURCE_EXHAUSTED: ', '', str(error).splitlines()[0])
-    return found(problem, bytes_held, None, tokens, model_flops, [], None, seconds())
+    return plan(problem, bytes_held, None, tokens, model_flops, [], None, seconds())
+
   module = Module(compiled.as_text())
-  return found(
+  return plan(
     '',
     bytes_held,
-    memory.parts(compiled, held, held['parameters'] if mode == 'train' else ()),
+    memory.parts(compiled, arrays, arrays['parameters'] if mode == 'train' else ()),
     tokens,
     model_flops,
     schedule.collectives(module, mesh),
@@ -276,8 +277,9 @@ def _lower(config, mesh, mode, rows, context, weights):
     check_model(config.model)
     lowered, state = train.lower_step(config, mesh)
     tokens = config.data.batch_size * T
-    held = {'parameters': state.model, 'optimizer state': state.optimizer}
-    return lowered, held, tokens, tokens * counts.train_flops_per_token(config.model, T)
+    arrays = {'parameters': state.model, 'optimizer state': state.optimizer}
+    return lowered, arrays, tokens, tokens * counts.train_flops_per_token(config.model, T)
+
   if config.model.encoder_layers or not config.model.causal:
     raise NotImplementedError(
       f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, '
@@ -298,6 +300,7 @@ def _lower(config, mesh, mode, rows, context, weights):
       "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in "
       '--config.model.vocabulary=50257'
     )
+
   config.check_parameters(dict(mesh.shape))
   model = generating(config.resolve(config.model.vocabulary).model)
   if mode == 'prefill':
@@ -371,14 +374,10 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
     flags_ = candidates.flags(config, candidate) or '(as given)'
     if flags_ not in tried:
       plan = tried[flags_] = attempt(candidate, devices)
-      log(
-        f'  {flags_}: '
-        + (
-          f'{plan.seconds:.3f} s, {plan.memory.peak / 1e9:.2f} GB'
-          if plan.fits
-          else tables.shortage(plan)
-        )
-      )
+      if plan.fits:
+        log(f'  {flags_}: {plan.seconds:.3f} s, {plan.memory.peak / 1e9:.2f} GB')
+      else:
+        log(f'  {flags_}: {tables.shortage(plan)}')
     return tried[flags_]
 
   ranked = [
@@ -404,7 +403,7 @@ def main(arguments):
   names.only_flags(arguments, '--config.train.steps=100')
   if train.CONFIG.value is None or not TOPOLOGY.value:
     raise app.UsageError('give --config=configs/NAME.py and --topology=KIND:SHAPE')
-  # Defined with train.py, whose --config this is
+  # Defined with train.py, whose --config this is.
   for flag in (
     train.WORKDIR,
     train.PROFILE,
@@ -430,6 +429,7 @@ def main(arguments):
         '--search looks for meshes, remat policies and microbatches of training, not of '
         f'--mode={MODE.value}'
       )
+
     config = configs.from_flag(train.CONFIG.value)
     try:
       devices = aot.topology(TOPOLOGY.value, SLICES.value)
@@ -441,10 +441,11 @@ def main(arguments):
       tables.ranking(resolved(config, devices), plans)
       plan, extra = plans[0], {'candidates': [p.to_dict() for p in plans]}
     else:
-      plan, extra = (
-        make_plan(config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value),
-        {},
+      plan = make_plan(
+        config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value
       )
+      extra = {}
+
     tables.show(plan, plan.cost(DOLLARS.value, WATTS.value))
     if not plan.fits and MODE.value == 'train' and not SEARCH.value:
       print('\nlooking for the nearest change that fits:', flush=True)
@@ -455,12 +456,10 @@ def main(arguments):
         else 'none of these fits; use more chips'
       )
       extra = {'nearest': other and other.to_dict()}
+
   if JSON.value:
-    files.replace(
-      JSON.value,
-      json.dumps(plan.to_dict() | {'cost': plan.cost(DOLLARS.value, WATTS.value)} | extra, indent=1)
-      + '\n',
-    )
+    whole = plan.to_dict() | {'cost': plan.cost(DOLLARS.value, WATTS.value)} | extra
+    files.replace(JSON.value, json.dumps(whole, indent=1) + '\n')
     print(f'\nwrote {JSON.value}')
 
 
