@@ -36,10 +36,9 @@ from kernels import cudnn
 from kernels.attention import FEW, choose
 from kernels.flash import KERNELS
 from model import flops as counts
-from objectives.pretrain import check_model
 from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
-from training import config as configs
+from training import config as configs, overrides, program, state as states
 
 MODES = ('train', 'prefill', 'decode')
 SEARCHED = 3  # meshes whose remat policies and microbatches --search tries
@@ -274,11 +273,10 @@ def _lower(config, mesh, mode, rows, context, weights):
   """The lowered program, the arguments that it holds by name, tokens and model FLOPs of a run."""
   T = config.data.sequence_length
   if mode == 'train':
-    check_model(config.model)
-    lowered, state = train.lower_step(config, mesh)
+    lowered, state = program.lower_step(config, mesh)
     tokens = config.data.batch_size * T
-    arrays = {'parameters': state.model, 'optimizer state': state.optimizer}
-    return lowered, arrays, tokens, tokens * counts.train_flops_per_token(config.model, T)
+    arrays = {'parameters': state.models, 'optimizer state': state.optimizer}
+    return lowered, arrays, tokens, tokens * program.flops_per_token(config)
 
   if config.model.encoder_layers or not config.model.causal:
     raise NotImplementedError(
@@ -336,12 +334,14 @@ def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
   """
   mesh = make_mesh(config.mesh, devices)
   chip = chip_of(devices)
-  held = train.abstract_state(config, mesh)
+  held = program.abstract_state(config, mesh)
   sizes = {
-    'parameters': memory.shard_bytes(held.model),
+    'parameters': memory.shard_bytes(held.models),
     'optimizer state': memory.shard_bytes(held.optimizer),
   }
-  least = sum(sizes.values()) + sizes['parameters']  # gradients are as large
+  # Gradients are as large as what is trained.
+  trained, _ = states.rule(config).parted(held.models)
+  least = sum(sizes.values()) + memory.shard_bytes(trained)
   refused = Plan(
     'train',
     config,
@@ -430,7 +430,7 @@ def main(arguments):
         f'--mode={MODE.value}'
       )
 
-    config = configs.from_flag(train.CONFIG.value)
+    config = overrides.from_flag(train.CONFIG.value)
     try:
       devices = aot.topology(TOPOLOGY.value, SLICES.value)
     except ImportError as error:

@@ -41,7 +41,7 @@ from decode.sampling import History, make_sampling
 from model import flops, params, transformer
 from model.cache import init_cache
 from model.config import ModelConfig
-from objectives.pretrain import pretrain
+from objectives.next_token import summed_loss
 from parallel.mesh import MeshConfig, make_mesh
 
 AXES = {
@@ -94,7 +94,7 @@ QUANTITIES = ('memory', 'flops', 'seconds', 'calls')
 
 
 def _train(config: ModelConfig, T: int):
-  loss = jax.value_and_grad(lambda model, batch: pretrain(model, batch, 0.0), has_aux=True)
+  loss = jax.value_and_grad(lambda model, batch: summed_loss(model, batch, 0.0), has_aux=True)
   return loss, Batch.abstract(1, T)
 
 

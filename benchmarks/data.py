@@ -123,11 +123,12 @@ def _plain_minhash(words: list[bytes]) -> np.ndarray:
 
 def appetite(directory: str) -> dict[str, dict]:
   """M tokens/s of the loader on configs/tiny.py against what its train step consumes."""
-  import train
   from model import params, transformer
+  from parallel import axes
   from parallel.mesh import make_mesh
   from training import state as states
   from training.optimizer import make_optimizer
+  from training.step import make_step
 
   config = runpy.run_path('configs/tiny.py')['get_config']()
   prepared = prepare(dataclasses.replace(config.data, cache_dir=directory), lambda line: None)
@@ -140,10 +141,12 @@ def appetite(directory: str) -> dict[str, dict]:
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     model = jax.eval_shape(lambda: transformer.init(config.model, config.train.seed))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+    optimizer = make_optimizer(
+      config.optimizer, config.train.steps, params.specs({'policy': model})
+    )
     state = jax.jit(lambda: states.init(config, optimizer))()
-    train_step = train.make_train_step(config, optimizer)
-    batch = jax.device_put(first, jax.NamedSharding(mesh, train.axes.spec('batch', 'length')))
+    train_step = make_step(config, optimizer)
+    batch = jax.device_put(first, jax.NamedSharding(mesh, axes.spec('batch', 'length')))
 
     def run() -> None:
       nonlocal state

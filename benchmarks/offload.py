@@ -22,13 +22,13 @@ PLACES = ('', 'host', 'disk')
 CHILD = """
 import dataclasses, json, resource, sys, time
 import jax, numpy as np
-import train
 from data.batch import Batch
 from data.config import DataConfig
 from model import params
 from model.config import ModelConfig
 from parallel.mesh import make_mesh
 from training.config import Config, TrainConfig
+from training.program import begin_state, make_program, make_target
 
 place, directory, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = ModelConfig(
@@ -46,14 +46,14 @@ config = Config(
   train=TrainConfig(offload_optimizer=place),
 )
 jax.set_mesh(make_mesh(config.mesh))
-make_state, step = train.make_program(config)
-target = train.make_target(config, make_state, jax.sharding.get_mesh(), directory)
+make_state, step = make_program(config)
+target = make_target(config, make_state, jax.sharding.get_mesh(), directory)
 shapes = jax.eval_shape(make_state)
 sizes = {
   name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(getattr(shapes, name)))
-  for name in ('model', 'optimizer')
+  for name in ('models', 'optimizer')
 }
-state = train.begin_state(config, make_state, target)
+state = begin_state(config, make_state, target)
 draw = np.random.default_rng(0).integers(0, 1024, (2, 1, 16)).astype(np.int32)
 batch = Batch(*draw, np.arange(16, dtype=np.int32)[None], np.ones_like(draw[0]),
               np.ones((1, 16), np.float32))
@@ -61,7 +61,7 @@ seconds = []
 for _ in range(4):
   began = time.perf_counter()
   state, metrics, _ = step(state, batch)
-  jax.block_until_ready((state.model, metrics))
+  jax.block_until_ready((state.models['policy'], metrics))
   seconds.append(time.perf_counter() - began)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({'peak': peak, 'seconds': min(seconds), 'loss': float(metrics['loss']), **sizes}))
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
   options = parser.parse_args(arguments)
   measured = {place or 'device': measure(place, options.layers, options.limit) for place in PLACES}
   rows = [
-    [place, *(m[key] / 1e9 for key in ('model', 'optimizer', 'peak')), m['seconds'], m['loss']]
+    [place, *(m[key] / 1e9 for key in ('models', 'optimizer', 'peak')), m['seconds'], m['loss']]
     if m
     else [place, '', '', 'out of memory', '', '']
     for place, m in measured.items()

@@ -27,23 +27,24 @@ COMPILE = """
 import sys, time
 import jax
 from model.params import abstract
-import train
 from data.batch import Batch
 from data.config import DataConfig
 from model import params, transformer
 from model.config import ModelConfig
+from parallel import axes
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs, state as states
 from training.optimizer import make_optimizer
+from training.step import make_step
 model = ModelConfig(vocabulary=512, width=128, layers=int(sys.argv[1]), heads=4, max_length=128)
 config = configs.Config(model=model, data=DataConfig(sequence_length=128))
 mesh = make_mesh(MeshConfig())
 jax.set_mesh(mesh)
-specs = params.specs(jax.eval_shape(lambda: transformer.init(model, 0)))
+specs = params.specs({'policy': jax.eval_shape(lambda: transformer.init(model, 0))})
 optimizer = make_optimizer(config.optimizer, 100, specs)
 state = abstract(lambda: states.init(config, optimizer), mesh)
-rows = jax.NamedSharding(mesh, train.axes.spec('batch', 'length'))
-lowered = train.make_train_step(config, optimizer).lower(state, Batch.abstract(8, 128, rows))
+rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
+lowered = make_step(config, optimizer).lower(state, Batch.abstract(8, 128, rows))
 began = time.perf_counter()
 lowered.compile()
 print(time.perf_counter() - began)

@@ -27,14 +27,15 @@ def tandem_step(config, packed: bool = True):
 
   import jax
 
-  import train
   from data.batch import Batch
+  from parallel import axes
+  from training.program import make_program
 
   config = config.resolve(config.model.vocabulary)
-  make_state, step = train.make_program(config)
+  make_state, step = make_program(config)
 
   def shapes():
-    rows = jax.NamedSharding(jax.sharding.get_mesh(), train.axes.spec('batch', 'length'))
+    rows = jax.NamedSharding(jax.sharding.get_mesh(), axes.spec('batch', 'length'))
     batch = Batch.abstract(config.data.batch_size, config.data.sequence_length, rows)
     return dataclasses.replace(batch, **({} if packed else {'segments': None}))
 
@@ -73,7 +74,7 @@ def tandem(config, steps: int, packed: bool = True) -> dict:
     return float(metrics['loss'])
 
   found = timed(step, steps) | {
-    'parameters': params.count(state.model),
+    'parameters': params.count(state.models),
     'flops_per_token': flops.train_flops_per_token(config.model, T),
   }
   memory = jax.devices()[0].memory_stats() or {}

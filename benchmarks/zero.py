@@ -30,7 +30,7 @@ from data.batch import Batch
 from data.config import DataConfig
 from model import params, transformer, weights
 from model.config import ModelConfig
-from objectives.pretrain import pretrain
+from objectives.next_token import summed_loss
 from parallel import axes as ax
 from parallel.mesh import AXES, MeshConfig
 from training import state as states
@@ -112,16 +112,18 @@ def measure(config: Config, chips: int) -> State:
   with jax.sharding.use_abstract_mesh(mesh):
     init = functools.partial(transformer.init, config.model, config.train.seed)
     model = jax.eval_shape(init)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+    optimizer = make_optimizer(
+      config.optimizer, config.train.steps, params.specs({'policy': model})
+    )
     state = params.abstract(functools.partial(states.init, config, optimizer), mesh)
     gathered = params.abstract(lambda: weights.gathered(init(), config.model.dtype), mesh)
     gradients = params.abstract(
       lambda: jax.grad(lambda model: _loss(config, model)[0])(init()), mesh
     )
-    kept = _residuals(config, state.model, mesh)
+    kept = _residuals(config, state.models['policy'], mesh)
   whole = shard_bytes(gathered)
   parts = {
-    'parameters': shard_bytes(state.model),
+    'parameters': shard_bytes(state.models),
     'optimizer': shard_bytes(state.optimizer),
     'gradients': shard_bytes(gradients),
     'whole weights': whole if config.mesh.zero < 3 else 0,
@@ -168,7 +170,7 @@ def _loss(config, model, batch=None):
   if batch is None:
     shapes = Batch.abstract(config.data.batch_size, config.data.sequence_length)
     batch = jax.tree.map(lambda x: ax.place(jnp.zeros(x.shape, x.dtype), 'batch', 'length'), shapes)
-  return pretrain(model, batch, config.train.z_loss)
+  return summed_loss(model, batch, config.objective.z_loss)
 
 
 def _residuals(config, model, mesh) -> int:

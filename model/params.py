@@ -108,8 +108,8 @@ def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
   )
 
 
-def specs(model) -> nnx.Module:
-  """The tree of ParamSpec of a model, abstract or not.
+def specs(model) -> Any:
+  """The tree of ParamSpec of a model, or of a tree of models, abstract or not.
 
   A leaf of a stacked block has 'layers' as its first axis.
   """

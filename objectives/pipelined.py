@@ -1,4 +1,5 @@
-"""How does a decoder's loss run backward for some microbatches while others still run forward? Its parts, for a 1F1B pipeline.
+"""How does a decoder's loss run backward for some microbatches while others still run forward? Its
+parts, for a 1F1B pipeline.
 
 B batch · T length · D width
 """
@@ -23,11 +24,13 @@ def wanted(model: Decoder) -> bool:
 def value(
   model: Decoder, batch: Batch, zigzag: int, score, plain
 ) -> tuple[Float[Array, ''], dict[str, Float[Array, '...']]]:
-  """plain(model, batch), differentiable in the model by the 1F1B schedule, which finds the gradients along with the value.
+  """plain(model, batch), differentiable in the model by the 1F1B schedule, which finds the
+  gradients along with the value.
 
   Args:
     zigzag: of kernels.context, how the rows are laid out.
-    score: (model, hidden states [B, T, D], batch) -> (loss, sums), sums over rows: what plain makes of the final hidden states.
+    score: (model, hidden states [B, T, D], batch) -> (loss, sums), sums over rows: what plain makes
+      of the final hidden states.
     plain: (model, batch) -> (loss, sums), with the losses and reports of experts.
   """
 
@@ -53,19 +56,19 @@ def _forward(model, batch, zigzag, score):
       query_segments=part.segments,
       key_segments=part.segments,
     )
-    x, _, found = model.stack.scan(blocks, x, View(mask, *model.angles(part.positions)))
+    x, _, reports = model.stack.scan(blocks, x, View(mask, *model.angles(part.positions)))
     losses = (
-      value.sum() for report in found for name, value in report.items() if name.endswith('loss')
+      value.sum() for report in reports for name, value in report.items() if name.endswith('loss')
     )
-    return x, sum(losses, start=jnp.float32(0)), found
+    return x, sum(losses, start=jnp.float32(0)), reports
 
   def last(rest, y, part):
     return score(rest, rest.scaled(Output(rest.stack.normed(y), None, None)).hidden, part)
 
   rest = jax.tree.map(lambda x: x, model)  # a copy, without what the stages hold
   rest.stack.blocks = nnx.List([])
-  (total, sums, found), (d_rest, d_blocks) = pipeline_1f1b.gradients(
+  (total, sums, reports), (d_rest, d_blocks) = pipeline_1f1b.gradients(
     first, layers, last, rest, tuple(model.stack.blocks), batch, model.config.pipeline
   )
   d_rest.stack.blocks = nnx.List(d_blocks)
-  return (total, sums | summed(in_order(found)) if found else sums), d_rest
+  return (total, sums | summed(in_order(reports)) if reports else sums), d_rest

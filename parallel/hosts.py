@@ -307,17 +307,25 @@ class RowShards:
     self.rows = sorted({row for part in slices for row in range(*part)})
 
   def __call__(self, batch):
-    """A pytree of numpy arrays [rows of this process, T] as one of global jax.Arrays [B, T]."""
+    """A pytree of numpy arrays [rows of this process, T] as one of global jax.Arrays [B, T].
+
+    What has another shape behind its rows, or none, is split by rows alone.
+    """
     import jax
 
     at = {row: i for i, row in enumerate(self.rows)}
 
     def put(x):
-      def shard(index):
-        start, stop, _ = index[0].indices(self._shape[0])
-        return x[at[start] : at[start] + stop - start, index[1]]
+      shape, sharding = (self._shape[0], *x.shape[1:]), self._sharding
+      if shape != self._shape:
+        rows_only = jax.sharding.PartitionSpec(*sharding.spec[:1])
+        sharding = jax.NamedSharding(sharding.mesh, rows_only)
 
-      return jax.make_array_from_callback(self._shape, self._sharding, shard)
+      def shard(index):
+        start, stop, _ = index[0].indices(shape[0])
+        return x[(slice(at[start], at[start] + stop - start), *index[1:])]
+
+      return jax.make_array_from_callback(shape, sharding, shard)
 
     return jax.tree.map(put, batch)
 

@@ -31,7 +31,7 @@ jaxtyping.install_import_hook(
     'decode',
     'training.precision',
     'training.adam8bit',
-    'training.accumulate',
+    'training.gradients',
   ],
   'beartype.beartype',
 )

@@ -13,7 +13,6 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import plan
-import train
 from analysis import aot
 from data.batch import Batch
 from data.config import DataConfig
@@ -24,6 +23,8 @@ from parallel.mesh import AXES, MeshConfig, make_mesh
 from training import state as states
 from training.config import Config
 from training.optimizer import make_optimizer
+from training.program import check_models, make_program
+from training.step import make_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / 'configs').rglob('*.py') if path.name != '__init__.py')
@@ -62,7 +63,9 @@ def lower(config: Config, mesh_config: MeshConfig, devices=None):
   config.check_mesh(dict(mesh.shape))
   with jax.set_mesh(mesh):
     model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+    optimizer = make_optimizer(
+      config.optimizer, config.train.steps, params.specs({'policy': model})
+    )
     state = abstract(functools.partial(states.init, config, optimizer), mesh)
     rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
     tokens = jax.ShapeDtypeStruct(
@@ -70,12 +73,12 @@ def lower(config: Config, mesh_config: MeshConfig, devices=None):
     )
     if config.model.encoder_layers:
       with pytest.raises(NotImplementedError, match='is an encoder-decoder; use a decoder'):
-        train.check_model(config.model)
-      return state, jax.jit(lambda state, tokens: state.model(tokens, source=tokens).hidden).lower(
-        state, tokens
-      )
+        check_models(config)
+      return state, jax.jit(
+        lambda state, tokens: state.models['policy'](tokens, source=tokens).hidden
+      ).lower(state, tokens)
     batch = Batch.abstract(*tokens.shape, rows)
-    return state, train.make_train_step(config, optimizer).lower(state, batch)
+    return state, make_step(config, optimizer).lower(state, batch)
 
 
 def test_there_are_configs():
@@ -129,7 +132,7 @@ def test_nothing_large_is_replicated_on_the_declared_topology(path):
   config.check_mesh(sizes)
   mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
   with jax.sharding.use_abstract_mesh(mesh):
-    state = abstract(train.make_program(config)[0], mesh)
+    state = abstract(make_program(config)[0], mesh)
   leaves = params.named_leaves(state)
   total = sum(x.size for x in leaves.values())
   whole = {

@@ -31,32 +31,22 @@ LATER = {
   'file': {
     'model/config.py',
     'model/transformer.py',
-    'training/config.py',
   },
   'function': {
-    'kernels/cached.py blocks',
-    'kernels/cached_tpu.py blocks',
     'model/config.py __post_init__',
-    'train.py make_train_step',
-    'train.py run',
   },
   'arguments': {
     'kernels/cached.py _local',
     'tests/decode/test_sampling.py law64',
-    'train.py train_steps',
   },
   'line': {
     'convert.py',
     'kernels',
     'model',
-    'objectives',
     'tests/kernels',
     'tests/model',
     'tests/oracle',
-    'tests/training',
     'tests/workdir',
-    'train.py',
-    'training',
     'workdir',
   },
 }

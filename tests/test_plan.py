@@ -25,6 +25,7 @@ from model.config import ModelConfig
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config, TrainConfig
+from training.program import lower_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -76,7 +77,7 @@ def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
   with jax.set_mesh(mesh):
     train.run(config, tmp_path / 'run')
   monkeypatch.undo()
-  planned = train.lower_step(config, mesh)[0].compile().as_text()
+  planned = lower_step(config, mesh)[0].compile().as_text()
   assert len(ran) == 1 and len(program(planned)) > 500
   assert program(planned) == program(ran[0])
 
@@ -371,7 +372,7 @@ def test_an_open_vocabulary_and_unknown_hardware_raise():
   with pytest.raises(
     ValueError, match='model.vocabulary=0 is the tokenizer.s, which is not read here; set it'
   ):
-    train.lower_step(open_, make_mesh(open_.mesh))
+    lower_step(open_, make_mesh(open_.mesh))
   with pytest.raises(ValueError, match="device kind 'cpu' is not in analysis/hardware.py"):
     plan.make_plan(tiny(), jax.devices())
 

@@ -1,13 +1,16 @@
-"""How does Adam keep its two moments in a byte each? Blockwise dynamic quantisation, as an optax transformation.
+"""How does Adam keep its two moments in a byte each? Blockwise dynamic quantisation, as an optax
+transformation.
 
-Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861. A block is 256 neighbours along the
-last axis (the last block of a row may be shorter). It stores the largest magnitude in f32 and, for each element, a byte
-that stands for a fraction of it on a scale that is dense near zero: tiny second moments survive, which a linear scale
-would flush. A parameter whose last axis is W wide (W <= 256, or a multiple) has 2 + 8 / min(256, W) bytes of state per
-element, 2.03 from 256 on, where f32 Adam has 8.
+Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861. A block is 256
+neighbours along the last axis (the last block of a row may be shorter). It stores the largest
+magnitude in f32 and, for each element, a byte that stands for a fraction of it on a scale that is
+dense near zero: tiny second moments survive, which a linear scale would flush. A parameter whose
+last axis is W wide (W <= 256, or a multiple) has 2 + 8 / min(256, W) bytes of state per element,
+2.03 from 256 on, where f32 Adam has 8.
 
-The paper's blocks run over the flattened tensor; along the last axis they follow a sharded tensor. Codes have the
-parameter's own shape and sharding, and blocks are the same on every mesh, so a checkpoint moves between meshes.
+The paper's blocks run over the flattened tensor; along the last axis they follow a sharded tensor.
+Codes have the parameter's own shape and sharding, and blocks are the same on every mesh, so a
+checkpoint moves between meshes.
 """
 
 import math
@@ -28,7 +31,9 @@ _DECADES = 7
 
 
 class Quantized(NamedTuple):
-  """A tensor of shape [..., W] as codes, [..., W], and the largest magnitudes of its blocks, [..., ceil(W / 256)]."""
+  """A tensor of shape [..., W] as codes, [..., W], and the largest magnitudes of its blocks, [...,
+  ceil(W / 256)].
+  """
 
   codes: UInt8[Array, '... W']
   largest: Float[Array, '... K']
@@ -43,12 +48,13 @@ class Adam8bitState(NamedTuple):
 
 
 def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.GradientTransformation:
-  """optax.scale_by_adam whose moments are quantised between steps; the update is made from the f32 moments.
+  """optax.scale_by_adam whose moments are quantised between steps; the update is made from the f32
+  moments.
 
   Args:
-    mask: which parameters may be quantised: a tree of bools, a prefix of theirs, or a function from parameters to one.
-      Leave embeddings out: their gradients are sparse and very uneven. What is masked out, or smaller than SMALLEST, is
-      treated as optax.scale_by_adam does.
+    mask: which parameters may be quantised: a tree of bools, a prefix of theirs, or a function from
+      parameters to one. Leave embeddings out: their gradients are sparse and very uneven. What is
+      masked out, or smaller than SMALLEST, is treated as optax.scale_by_adam does.
   """
 
   def init(params):
@@ -90,9 +96,10 @@ def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.Gradi
 def dynamic_map(signed: bool) -> Float[np.ndarray, '256']:
   """The 256 values that codes stand for, in order: the reference for `encode` and `decode`.
 
-  The paper's dynamic quantisation. Seven decades up to 1; each spans 0.1 to 1 times its power of ten and holds twice as
-  many equally spaced levels as the decade below, from 1 (signed) or 2 (unsigned) to 64 or 128; the levels are the
-  centres of their intervals. Zero and one are added, so that the largest magnitude of a block is exact (if positive).
+  The paper's dynamic quantisation. Seven decades up to 1; each spans 0.1 to 1 times its power of
+  ten and holds twice as many equally spaced levels as the decade below, from 1 (signed) or 2
+  (unsigned) to 64 or 128; the levels are the centres of their intervals. Zero and one are added, so
+  that the largest magnitude of a block is exact (if positive).
   """
   magnitudes = []
   for decade in range(_DECADES):
@@ -107,7 +114,9 @@ def dynamic_map(signed: bool) -> Float[np.ndarray, '256']:
 
 
 def quantize(x: Float[Array, '... W'], signed: bool) -> Quantized:
-  """The nearest codes and the scales they refer to; a NaN makes its block's scale NaN, so that it comes back as NaN."""
+  """The nearest codes and the scales they refer to; a NaN makes its block's scale NaN, so that it
+  comes back as NaN.
+  """
   largest = _largest_per_block(x)
   scale = _per_element(largest, x)
   return Quantized(encode(x / jnp.where(scale > 0, scale, 1), signed), largest)
@@ -123,8 +132,9 @@ def dequantize(q: Quantized | Float[Array, '...'], signed: bool) -> Float[Array,
 def encode(x: Float[Array, '...'], signed: bool) -> UInt8[Array, '...']:
   """Index of the value of `dynamic_map` nearest to each x in [-1, 1] ([0, 1] when unsigned).
 
-  Computed, not looked up: the map is a small floating-point format, and arithmetic is 20 times as fast as a binary
-  search on a CPU, runs on vector units and keeps any sharding, where gathers from a table do not.
+  Computed, not looked up: the map is a small floating-point format, and arithmetic is 20 times as
+  fast as a binary search on a CPU, runs on vector units and keeps any sharding, where gathers from
+  a table do not.
   """
   values = dynamic_map(signed)
   magnitudes = values[np.argmax(values == 0) :]
@@ -194,7 +204,8 @@ def _largest_per_block(x: Float[Array, '... W']) -> Float[Array, '... K']:
   largest = jnp.max(jnp.abs(x).reshape(*x.shape[:-1], -1, run), axis=-1)
   if run == BLOCK:
     return largest
-  # Blocks straddle devices (or the width is no multiple of 256): all-gather the maxima of runs, 1 / run of the tensor.
+  # Blocks straddle devices (or the width is no multiple of 256): all-gather the maxima of runs, 1 /
+  # run of the tensor.
   largest = _with_last_axis(largest, None)
   largest = jnp.pad(largest, [(0, 0)] * (x.ndim - 1) + [(0, -largest.shape[-1] % (BLOCK // run))])
   return jnp.max(largest.reshape(*x.shape[:-1], -1, BLOCK // run), axis=-1)

@@ -1,7 +1,5 @@
-"""What is a run? One frozen Config: how it is built, overridden by flags, saved, loaded and compared.
-
-A file under configs/ has `get_config()` that returns a Config. `--config=FILE --config.a.b=value` goes through ml_collections'
-config_flags; the result is built anew from the overridden values, so that every check of every part runs again.
+"""What is a run? One frozen Config: how it is built, checked, saved, loaded and compared; flags:
+training/overrides.py.
 """
 
 import dataclasses
@@ -10,19 +8,15 @@ import json
 import math
 import os
 import pathlib
-import sys
 import typing
-
-from absl import flags
-from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags, config_path
 
 import files
 import names
-from data import tokenizers
-from data.config import DataConfig, TokenizerConfig
+from data.config import DataConfig
 from kernels import attention, context
 from model.config import ModelConfig
+from objectives import kinds
+from objectives.objective import Objective
 from parallel.mesh import MeshConfig
 from training.optimizer import OptimizerConfig, make_schedule
 
@@ -36,18 +30,25 @@ class TrainConfig:
   Attributes:
     steps: optimizer updates in all. seed: of the initial parameters.
     accumulation: microbatches of a step; exactly equal to one big batch.
-    offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host' in the host's memory
-      (parallel.offload), 'disk' in files without a name (training.spill). It may change when a run goes on.
+    offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host'
+      in the host's memory (parallel.offload), 'disk' in files without a name (training.spill). It
+      may change when a run goes on.
     spill_dir: on the disk for 'disk', best a local one; default: the run's directory.
-    offload_parameters: keeps the matrices of stacked layers, and their gradients, in the host's memory; layers are on the device one at
-      a time. Needs remat='full' or 'dots', accumulation=1, zero=3, no stages.
-    z_loss: weight of log(Z)^2 in the loss.
+    offload_parameters: keeps the matrices of stacked layers, and their gradients, in the host's
+      memory; layers are on the device one at a time. Needs remat='full' or 'dots', accumulation=1,
+      zero=3, no stages.
+    trained, frozen: patterns over names of parameters such as 'policy.stack.blocks.0.attention.q'
+      ('*' matches dots, too): trained is what any of the first matches and none of the second does
+      (training/trainable.py).
     log_every, eval_every, save_every: in steps; eval_every=0 evaluates only at the end.
-    eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always does).
+    eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always
+      does).
     keep_last: checkpoints to keep besides the best one by validation loss.
-    patience: evaluations without a better validation loss before training stops; 0 never stops early.
-    nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update. (Steps that overflow
-      under f16 loss scaling are always skipped: the scale is what they correct.)
+    patience: evaluations without a better validation loss before training stops; 0 never stops
+      early.
+    nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update.
+      (Steps that overflow under f16 loss scaling are always skipped: the scale is what they
+      correct.)
   """
 
   steps: int = 200
@@ -56,7 +57,8 @@ class TrainConfig:
   offload_optimizer: str = ''
   offload_parameters: bool = False
   spill_dir: str = ''
-  z_loss: float = 0.0
+  trained: tuple[str, ...] = ('*',)
+  frozen: tuple[str, ...] = ()
   log_every: int = 10
   eval_every: int = 0
   eval_batches: int = 0
@@ -75,7 +77,6 @@ class TrainConfig:
       ('eval_every', 0),
       ('eval_batches', 0),
       ('patience', 0),
-      ('z_loss', 0),
       ('seed', 0),
     ):
       if not least <= getattr(self, field) < math.inf:
@@ -89,25 +90,28 @@ class TrainConfig:
     names.check('train.offload_optimizer', self.offload_optimizer, ('', 'host', 'disk'))
     if self.spill_dir and self.offload_optimizer != 'disk':
       raise ValueError(
-        f"train.spill_dir={self.spill_dir!r} would not be read: train.offload_optimizer={self.offload_optimizer!r} is not "
-        "'disk'; leave it empty"
+        f"train.spill_dir={self.spill_dir!r} would not be read: "
+        f"train.offload_optimizer={self.offload_optimizer!r} is not 'disk'; leave it empty"
       )
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
     if self.patience and not self.eval_every:
       raise ValueError(
-        f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set train.eval_every'
+        f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set '
+        'train.eval_every'
       )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-  """Rates for the report's costs. A rate of 0 is unknown, and what needs it is reported as 'no rate given'.
+  """Rates for the report's costs. A rate of 0 is unknown, and what needs it is reported as 'no rate
+  given'.
 
   Attributes:
     dollars_per_chip_hour: price of a chip, while the run holds it.
     watts_per_chip: mean draw of a chip with its share of the host.
     kilograms_co2_per_kwh: carbon intensity of the grid.
-    pue: power usage effectiveness, the data centre's draw per watt of its machines; 1 leaves cooling out.
+    pue: power usage effectiveness, the data centre's draw per watt of its machines; 1 leaves
+      cooling out.
 
   Raises ValueError for negative or non-finite rates and a pue below 1.
   """
@@ -136,7 +140,9 @@ class Config:
   """Everything that decides a run.
 
   Attributes:
-    init: directory of a run, trained here or imported (convert.py), whose parameters training starts from; see `_begun`.
+    objective: what is minimised; its kind decides which fields it has (objectives/kinds.py).
+    init: directory of a run, trained here or imported (convert.py), whose parameters training
+      starts from; see training/overrides.py.
 
   Raises ValueError for parts that do not fit together.
   """
@@ -145,6 +151,7 @@ class Config:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()
+  objective: Objective = dataclasses.field(default_factory=kinds.default)
   mesh: MeshConfig = MeshConfig()
   report: ReportConfig = ReportConfig()
   init: str = ''
@@ -153,11 +160,25 @@ class Config:
     T, B = self.data.sequence_length, self.data.batch_size
     if self.model.max_length and self.model.max_length < T:
       raise ValueError(
-        f'data.sequence_length={T} passes model.max_length={self.model.max_length}; raise it, or set it to 0'
+        f'data.sequence_length={T} passes model.max_length={self.model.max_length}; raise it, or '
+        'set it to 0'
       )
     if B % self.train.accumulation:
       raise ValueError(
-        f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}; make the batch a multiple'
+        f'data.batch_size={B} is not divisible by train.accumulation={self.train.accumulation}; '
+        'make the batch a multiple'
+      )
+    rows = self.objective.rows
+    if B // self.train.accumulation % rows:
+      raise ValueError(
+        f'data.batch_size={B} with train.accumulation={self.train.accumulation} does not fall into '
+        f'whole records of {rows} rows (objective.kind={self.objective.kind!r}); make the batch a '
+        f'multiple of {rows * self.train.accumulation}'
+      )
+    if rows > 1 and self.model.pipeline.schedule == '1f1b':
+      raise NotImplementedError(
+        "model.pipeline.schedule='1f1b' finds the loss of rows one by one, and "
+        f"objective.kind={self.objective.kind!r} has records of {rows} rows; use 'gpipe'"
       )
     if (
       self.model.moe.balance_loss
@@ -165,8 +186,9 @@ class Config:
       and self.train.accumulation > 1
     ):
       raise ValueError(
-        f"model.moe.balance_over='batch' looks at a microbatch when train.accumulation={self.train.accumulation}: parts "
-        "would not add up to the whole; use balance_over='sequence', or no accumulation"
+        "model.moe.balance_over='batch' looks at a microbatch when "
+        f"train.accumulation={self.train.accumulation}: parts would not add up to the whole; use "
+        "balance_over='sequence', or no accumulation"
       )
     if self.train.offload_parameters:
       self._check_offload()
@@ -175,30 +197,34 @@ class Config:
     )  # raises where warm-up and decay do not fit into the run
 
   def _check_offload(self):
-    """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would come to the device all at once."""
+    """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would
+    come to the device all at once.
+    """
     if self.model.remat == 'none':
       raise ValueError(
-        "train.offload_parameters with model.remat='none' would keep on the device the weights of all layers, for the "
-        "backward pass; use model.remat='full' or 'dots'"
+        "train.offload_parameters with model.remat='none' would keep on the device the weights of "
+        "all layers, for the backward pass; use model.remat='full' or 'dots'"
       )
     if self.model.remat == 'sqrt':
       raise NotImplementedError(
-        "train.offload_parameters with model.remat='sqrt', whose groups of layers are a reshape that the compiler "
-        "for TPUs does not do in the host's memory; use model.remat='full'"
+        "train.offload_parameters with model.remat='sqrt', whose groups of layers are a reshape "
+        "that the compiler for TPUs does not do in the host's memory; use model.remat='full'"
       )
     if self.train.accumulation > 1:
       raise NotImplementedError(
-        f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler for TPUs fails '
-        'on sums of gradients in the host\'s memory; use accumulation=1 and more chips'
+        f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler '
+        'for TPUs fails on sums of gradients in the host\'s memory; use accumulation=1 and more '
+        'chips'
       )
     if self.mesh.zero != 3:
       raise ValueError(
-        f'train.offload_parameters with mesh.zero={self.mesh.zero}, which holds the weights of all layers on every device; '
-        'use mesh.zero=3'
+        f'train.offload_parameters with mesh.zero={self.mesh.zero}, which holds the weights of all '
+        'layers on every device; use mesh.zero=3'
       )
 
   def resolve(self, vocabulary: int) -> 'Config':
-    """With the model's open sizes filled in from the data: vocabulary of the tokenizer, longest sequence.
+    """With the model's open sizes filled in from the data: vocabulary of the tokenizer, longest
+    sequence.
 
     Raises ValueError when the model's vocabulary is too small for the tokenizer.
     """
@@ -209,7 +235,8 @@ class Config:
     )
     if model.vocabulary < vocabulary:
       raise ValueError(
-        f'model.vocabulary={model.vocabulary} is smaller than the tokenizer\'s {vocabulary}; set it to 0 to take that'
+        f'model.vocabulary={model.vocabulary} is smaller than the tokenizer\'s {vocabulary}; set '
+        'it to 0 to take that'
       )
     return dataclasses.replace(self, model=model)
 
@@ -219,28 +246,34 @@ class Config:
     micro = self.data.batch_size // self.train.accumulation
     if micro % rows:
       raise ValueError(
-        f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation='
-        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} '
-        f'x expert {sizes["expert"]}); make the batch a multiple'
+        f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / '
+        'train.accumulation='
+        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} '
+        f'x fsdp {sizes["fsdp"]} x expert {sizes["expert"]}); make the batch a multiple'
       )
     m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
     m.check_stages(stages)
     if stages > 1 and self.train.offload_parameters:
       raise NotImplementedError(
-        f'train.offload_parameters brings layers to the device one by one, a stage of a pipeline holds its own all '
-        f'the time: mesh.stage={stages}; use fsdp'
+        'train.offload_parameters brings layers to the device one by one, a stage of a pipeline '
+        f'holds its own all the time: mesh.stage={stages}; use fsdp'
       )
     if stages > 1 and micro % (rows * m.pipeline.count(stages)):
       raise ValueError(
-        f'{micro} sequences (data.batch_size={self.data.batch_size} / train.accumulation={self.train.accumulation}) on '
-        f'{rows} devices do not split into model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); '
-        'make the batch a multiple, or the microbatches fewer'
+        f'{micro} sequences (data.batch_size={self.data.batch_size} / '
+        f'train.accumulation={self.train.accumulation}) on {rows} devices do not split into '
+        f'model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); make the '
+        'batch a multiple, or the microbatches fewer'
       )
     self.check_parameters(sizes)
+    for role in self.objective.models(m).values():
+      if role.config and role.config != m:
+        dataclasses.replace(self, model=role.config).check_parameters(sizes)
     if self.data.sequence_length % (sizes['context'] * tensor):
       raise ValueError(
         f'data.sequence_length={self.data.sequence_length} does not split over '
-        f'{_named(sizes, ("context", "tensor"))}, which share the residual stream; make it a multiple'
+        f'{_named(sizes, ("context", "tensor"))}, which share the residual stream; make it a '
+        'multiple'
       )
     if sizes['context'] > 1:
       self._check_context(sizes)
@@ -256,10 +289,12 @@ class Config:
     m.check_stages(stages)
     if m.V % (tensor * stages):
       raise ValueError(
-        f'model.vocabulary={m.V} does not split over mesh.tensor={tensor} x mesh.stage={stages}, which share '
-        'embedding and loss; make it a multiple (ids that no token has cost little), or an axis smaller'
+        f'model.vocabulary={m.V} does not split over mesh.tensor={tensor} x mesh.stage={stages}, '
+        'which share '
+        'embedding and loss; make it a multiple (ids that no token has cost little), or an axis '
+        'smaller'
       )
-    for what, size, axes in (
+    for field, size, axes in (
       ('model.width', m.D, embed),
       ('model.heads', m.N, ('tensor',)),
       ('model.feed_forward', m.F, ('tensor',)),
@@ -271,11 +306,13 @@ class Config:
     ):
       if size % math.prod(sizes[axis] for axis in axes):
         raise ValueError(
-          f'{what}={size} does not split over {_named(sizes, axes)}; make it a multiple, or the axis smaller'
+          f'{field}={size} does not split over {_named(sizes, axes)}; make it a multiple, or the '
+          'axis smaller'
         )
     if m.K % tensor and tensor % m.K:
       raise ValueError(
-        f'model.kv_heads={m.K} and mesh.tensor={tensor}: one has to be a multiple of the other; change either'
+        f'model.kv_heads={m.K} and mesh.tensor={tensor}: one has to be a multiple of the other; '
+        'change either'
       )
 
   def _check_context(self, sizes):
@@ -285,8 +322,8 @@ class Config:
     chunks = math.lcm(P, 2 * R) if R > 1 else P
     if T % chunks:
       raise ValueError(
-        f'data.sequence_length={T} does not split into {chunks} chunks (mesh.context={P}, model.context={m.context!r}); '
-        'make it a multiple'
+        f'data.sequence_length={T} does not split into {chunks} chunks (mesh.context={P}, '
+        f'model.context={m.context!r}); make it a multiple'
       )
     if R > 1 and m.context != 'gather' and m.attention != 'auto':
       attention.check_part(m.attention)
@@ -296,62 +333,29 @@ def _named(sizes, axes):
   return ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
 
 
-def _begun(config: Config, init: str) -> dict:
-  """The parts of a config that change where it begins with the run at `init`;
-  not yet checked together.
-
-  Fields of config.model that are not at their default replace that run's (remat, a window, ...);
-  where they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes
-  that run's; another one replaces it. The flag --config does this before it applies overrides, so
-  that these hold whatever their value is. Raises FileNotFoundError where there is no run.
-  """
-  if not init:
-    return {}
-  model, data = load(init).model, config.data
-  if data.tokenizer == TokenizerConfig():
-    path = pathlib.Path(init) / 'tokenizer'
-    kind = tokenizers.load(path).kind
-    data = dataclasses.replace(
-      data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))
-    )
-  return {'model': _over(model, config.model), 'data': data, 'init': init}
-
-
-def _over(below, above):
-  """`below` with the fields of `above` that are not at their default."""
-  default = type(above)()
-  changed = {
-    f.name: getattr(above, f.name)
-    for f in dataclasses.fields(above)
-    if getattr(above, f.name) != getattr(default, f.name)
-  }
-  return dataclasses.replace(
-    below,
-    **{
-      name: _over(getattr(below, name), value) if dataclasses.is_dataclass(value) else value
-      for name, value in changed.items()
-    },
-  )
-
-
 def to_dict(config) -> dict:
   """Nested plain dict of a config, for JSON and flags; tuples stay tuples."""
   return dataclasses.asdict(config)
 
 
 def from_dict(cls, values: dict, path: str = 'config'):
-  """A config dataclass from a nested dict. Raises ValueError for unknown names (with the nearest) and wrong types."""
+  """A config dataclass from a nested dict. Raises ValueError for unknown names (with the nearest)
+  and wrong types.
+  """
   hints = typing.get_type_hints(cls)
   known = {field.name for field in dataclasses.fields(cls)}
   for name in values:
     if name not in known:
-      raise ValueError(unknown_field(path, name, sorted(known)))
+      kind = cls().kind if issubclass(cls, Objective) else ''
+      raise ValueError(unknown_field(path, name, sorted(known), kind))
   return cls(
     **{name: _convert(hints[name], value, f'{path}.{name}') for name, value in values.items()}
   )
 
 
 def _convert(hint, value, path):
+  if hint is Objective:
+    hint = kinds.of(value.get('kind', kinds.DEFAULT))
   if dataclasses.is_dataclass(hint):
     return from_dict(hint, value, path)
   if typing.get_origin(hint) is tuple:
@@ -366,92 +370,19 @@ def _convert(hint, value, path):
   return value
 
 
-def define_flag(among: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
-  """Defines --config=FILE and its overrides; `from_flag` turns the holder's value into a Config."""
-  holder = config_flags.DEFINE_config_file(
-    'config',
-    help_string='A file under configs/; override fields with --config.a.b=value.',
-    flag_values=among,
-  )
-  among['config'].parser = _ConfigFile('config')
-  return holder
+# Fields that have another name than they had: flags are told, a config.json is read all the same.
+MOVED = {'train.z_loss': 'objective.z_loss'}
 
 
-def from_flag(value: ConfigDict) -> Config:
-  """The frozen, validated Config that the flag's file and overrides stand for."""
-  return from_dict(Config, value.to_dict())
-
-
-class _ConfigFile(config_flags.ConfigFileFlagParser):
-  """Loads a config file; flags override a mutable copy of its frozen Config (lists can be indexed: sources[0].path)."""
-
-  def parse(self, path):
-    file = path.split(':')[0]
-    if not os.path.isfile(file):  # which the library would tell only who reads a field
-      names.check(
-        'config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py'))
-      )
-    config = super().parse(path)
-    if not isinstance(config, Config):
-      raise ValueError(
-        f'get_config() of {path} returned {type(config).__name__}; it must return a training.config.Config'
-      )
-    overrides = [
-      argument.removeprefix('--config.')
-      for argument in sys.argv
-      if argument.startswith('--config.')
-    ]
-    if 'init' in overrides:
-      raise ValueError(
-        '--config.init is read before the other overrides are; write it as --config.init=DIRECTORY'
-      )
-    init = [
-      override.removeprefix('init=') for override in overrides if override.startswith('init=')
-    ]
-    try:
-      begun = _begun(config, init[-1] if init else config.init)
-    except FileNotFoundError as error:
-      raise ValueError(f'config.init: {error}') from error
-    config = _mutable(config)
-    for part, value in begun.items():
-      config[part] = _mutable(value)
-    for override in overrides:
-      _check_path(config, override.split('=')[0])
-    return config
-
-
-def _mutable(value):
-  """A frozen config as a ConfigDict, its tuples of configs as lists, which flags can index."""
-  if dataclasses.is_dataclass(value):
-    return ConfigDict(
-      {field.name: _mutable(getattr(value, field.name)) for field in dataclasses.fields(value)},
-      sort_keys=False,
-    )
-  if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) for v in value):
-    return [_mutable(v) for v in value]
-  return value
-
-
-def _check_path(config: ConfigDict, path: str) -> None:
-  """Raises ValueError where an override names a field or an index that is not there."""
-  holder, walked = config, 'config'
-  for part in config_path.split(path):
-    if isinstance(part, int):
-      if not isinstance(holder, list) or part >= len(holder):
-        raise ValueError(
-          f'{walked} has no item {part}; it holds {len(holder) if isinstance(holder, list) else "no list"}'
-        )
-      holder, walked = holder[part], f'{walked}[{part}]'
-    else:
-      if not hasattr(holder, 'keys'):
-        raise ValueError(f'{walked} is a value, it has no field {part!r}')
-      if part not in holder:
-        raise ValueError(unknown_field(walked, part, holder.keys()))
-      holder, walked = holder[part], f'{walked}.{part}'
-
-
-def unknown_field(path: str, name: str, known) -> str:
-  """What to say of a field that is not there."""
+def unknown_field(path: str, name: str, known, kind: str = '') -> str:
+  """What to say of a field that is not there. kind: where it is one of the objective, of which kind
+  that is.
+  """
+  moved = MOVED.get(f'{path}.{name}'.removeprefix('config.'))
+  if moved:
+    return f'{path}.{name} is config.{moved} now'
+  if kind and kinds.foreign(kind, name):
+    return kinds.foreign(kind, name)
   near = difflib.get_close_matches(name, known, 1)
   return (
     f'{path} has no field {name!r}'
@@ -470,17 +401,37 @@ def load(directory: str | os.PathLike) -> Config:
   path = pathlib.Path(directory) / FILE
   if not path.exists():
     raise FileNotFoundError(
-      f'{path} does not exist: {directory} is not the directory of a run; train one with train.py --workdir'
+      f'{path} does not exist: {directory} is not the directory of a run; train one with train.py '
+      '--workdir'
     )
   try:
-    return from_dict(Config, json.loads(path.read_text()))
+    return from_dict(Config, _renamed(json.loads(path.read_text())))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
 
 
-# What decides the parameters' shapes and values, the optimizer's state, or which example comes when. Everything else may
-# change when a run goes on: how long it is, its schedule, what is logged, the mesh.
-IDENTITY = ('model', 'data', 'optimizer.name', 'train.seed')
+def _renamed(values: dict) -> dict:
+  """The values of a config.json with those that have moved in their new places."""
+  for old, new in MOVED.items():
+    part, _, name = old.partition('.')
+    if name in values.get(part, {}):
+      new_part, _, new_name = new.partition('.')
+      values.setdefault(new_part, {})[new_name] = values[part].pop(name)
+  return values
+
+
+# What decides the parameters' shapes and values, the optimizer's state, or which example comes
+# when. Everything else may change when a run goes on: how long it is, its schedule, what is logged,
+# the mesh.
+IDENTITY = (
+  'model',
+  'data',
+  'objective.kind',
+  'optimizer.name',
+  'train.seed',
+  'train.trained',
+  'train.frozen',
+)
 INDIFFERENT = (
   'data.cache_dir',
   'model.attention',
@@ -494,7 +445,9 @@ INDIFFERENT = (
 
 
 def differences(old: Config, new: Config) -> list[str]:
-  """Lines 'path: old -> new' of what changes the model or the data order; empty when `new` may resume `old`."""
+  """Lines 'path: old -> new' of what changes the model or the data order; empty when `new` may
+  resume `old`.
+  """
   before, after = _flat(to_dict(old)), _flat(to_dict(new))
 
   def matters(path):
@@ -513,7 +466,9 @@ def differences(old: Config, new: Config) -> list[str]:
 def check_unchanged(
   config: Config, directory: str | os.PathLike, allow_change: bool = False
 ) -> None:
-  """Raises ValueError where the directory was begun with another model or data order, unless that is allowed."""
+  """Raises ValueError where the directory was begun with another model or data order, unless that
+  is allowed.
+  """
   changes = (
     differences(load(directory), config) if (pathlib.Path(directory) / FILE).exists() else []
   )

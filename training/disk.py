@@ -1,7 +1,9 @@
-"""What is an array that lies in a file? Its shards on this process's devices, one behind the other, read and written by layers.
+"""What is an array that lies in a file? Its shards on this process's devices, one behind the other,
+read and written by layers.
 
-The file has no name: it is gone with the process, however that ends. What should last is copied (`export`) to another file, which holds the
-whole array as NumPy does, whatever devices it was split over, so that any mesh can read it.
+The file has no name: it is gone with the process, however that ends. What should last is copied
+(`export`) to another file, which holds the whole array as NumPy does, whatever devices it was split
+over, so that any mesh can read it.
 """
 
 import functools
@@ -19,7 +21,8 @@ COPIED = (
 
 
 class OnDisk:
-  """An array in a file; a leaf of a pytree, as jax.ShapeDtypeStruct is one. The file is made when it is first written to.
+  """An array in a file; a leaf of a pytree, as jax.ShapeDtypeStruct is one. The file is made when
+  it is first written to.
 
   Args:
     shape, dtype, sharding: of the array. directory: on the disk that is to hold it.
@@ -50,7 +53,9 @@ class OnDisk:
 
   @functools.cached_property
   def shards(self) -> dict[jax.Device, int]:
-    """The place in the file of what each device of this process holds; devices with the same share it."""
+    """The place in the file of what each device of this process holds; devices with the same share
+    it.
+    """
     places: dict = {}
     indices = self.sharding.addressable_devices_indices_map(self.shape)
     return {device: places.setdefault(str(index), len(places)) for device, index in indices.items()}
@@ -90,7 +95,9 @@ class OnDisk:
         _write(self._file, np.asarray(piece.data), self._offset(shard, first))
 
   def export(self, path: pathlib.Path) -> None:
-    """Copies the shards that this process is the first to hold into the file at `path`, which has the size of the array."""
+    """Copies the shards that this process is the first to hold into the file at `path`, which has
+    the size of the array.
+    """
     for whole, shard, first, layers in self._slices(path, owned=True):
       whole[...] = self._read(shard, first, (layers, *self.shard_shape[1:]))
 
@@ -106,7 +113,9 @@ class OnDisk:
     return self
 
   def _slices(self, path, owned):
-    """(part of the file at `path`, the shard that it is of, first layer, layers), a few layers at a time."""
+    """(part of the file at `path`, the shard that it is of, first layer, layers), a few layers at a
+    time.
+    """
     indices = self.sharding.devices_indices_map(self.shape)
     owners: dict = {}
     for device in sorted(indices, key=lambda device: device.id):
@@ -137,7 +146,8 @@ class OnDisk:
       n = os.preadv(self._file.fileno(), [left[: 2**30]], offset)
       if not n:
         raise OSError(
-          f'a file in {self.directory} ends at {offset} bytes, before what was written to it; is the disk full?'
+          f'a file in {self.directory} ends at {offset} bytes, before what was written to it; is '
+          'the disk full?'
         )
       left, offset = left[n:], offset + n
     return x

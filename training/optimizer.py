@@ -1,6 +1,8 @@
-"""How do gradients become updates? Optimizers, schedules and clipping, built from one config through optax.
+"""How do gradients become updates? Optimizers, schedules and clipping, built from one config
+through optax.
 
-Every optimizer is the same chain: its own rescaling of the gradient, decoupled weight decay, the schedule.
+Every optimizer is the same chain: its own rescaling of the gradient, decoupled weight decay, the
+schedule.
 """
 
 import dataclasses
@@ -17,7 +19,8 @@ import names
 from parallel import axes as ax
 from training import adam8bit
 
-# What each optimizer and each schedule reads, with its defaults; a field that is set but not read is an error.
+# What each optimizer and each schedule reads, with its defaults; a field that is set but not read
+# is an error.
 _ADAM = {'b1': 0.9, 'b2': 0.95, 'epsilon': 1e-8}
 OPTIMIZERS = {
   'adamw': _ADAM,
@@ -57,24 +60,30 @@ LIMITS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """Which optimizer, at which learning rate. A field left -1 takes its default in OPTIMIZERS or SCHEDULES.
+  """Which optimizer, at which learning rate. A field left -1 takes its default in OPTIMIZERS or
+  SCHEDULES.
 
   Attributes:
-    name: 'adamw' (Loshchilov and Hutter, arXiv:1711.05101), 'adam8bit' (see training/adam8bit.py), 'adafactor'
-      (Shazeer and Stern, arXiv:1804.04235; without momentum or parameter scaling, updates clipped to RMS 1), 'lion'
-      (Chen et al., arXiv:2302.06675), 'muon' (see `scale_by_muon`; AdamW for all that is not a hidden matrix), 'sgd'.
+    name: 'adamw' (Loshchilov and Hutter, arXiv:1711.05101), 'adam8bit' (see training/adam8bit.py),
+      'adafactor' (Shazeer and Stern, arXiv:1804.04235; without momentum or parameter scaling,
+      updates clipped to RMS 1), 'lion' (Chen et al., arXiv:2302.06675), 'muon' (see
+      `scale_by_muon`; AdamW for all that is not a hidden matrix), 'sgd'.
     learning_rate: the peak, reached after warm-up.
-    schedule: after warm-up: 'constant'; 'cosine' or 'linear' down to final_fraction; 'wsd' (warm-up, stable, decay;
-      Hu et al., arXiv:2404.06395), constant until the last decay_fraction of the run, then linear.
+    schedule: after warm-up: 'constant'; 'cosine' or 'linear' down to final_fraction; 'wsd'
+      (warm-up, stable, decay; Hu et al., arXiv:2404.06395), constant until the last decay_fraction
+      of the run, then linear.
     warmup_steps: linear warm-up from learning_rate / (warmup_steps + 1).
     final_fraction: the learning rate at the end of the run, as a share of the peak.
     decay_fraction: the share of all steps over which 'wsd' decays.
-    weight_decay: decoupled, times the learning rate; on matrices and embeddings, not on norms and biases.
+    weight_decay: decoupled, times the learning rate; on matrices and embeddings, not on norms and
+      biases.
     clip_norm: largest global norm of the gradient; 0 means no clipping.
-    b1, b2, epsilon: of Adam or Lion (of the AdamW group in 'muon'); epsilon of Adafactor is added to squared gradients.
+    b1, b2, epsilon: of Adam or Lion (of the AdamW group in 'muon'); epsilon of Adafactor is added
+      to squared gradients.
     momentum: of 'sgd' (heavy ball) and 'muon' (Nesterov).
-    adam_ratio: of 'muon': learning rate of the AdamW group (not its decay) as a multiple of learning_rate. Muon's
-      updates are scaled to the RMS of AdamW's, so that one learning rate can serve both groups.
+    adam_ratio: of 'muon': learning rate of the AdamW group (not its decay) as a multiple of
+      learning_rate. Muon's updates are scaled to the RMS of AdamW's, so that one learning rate can
+      serve both groups.
 
   Raises ValueError when a value is impossible, or is set and would not be read.
   """
@@ -123,10 +132,11 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """The learning rate as a function of the number of updates made so far, for a run of `steps` updates.
+  """The learning rate as a function of the number of updates made so far, for a run of `steps`
+  updates.
 
-  The first update gets learning_rate / (warmup_steps + 1), update number warmup_steps the peak; the final value would
-  be reached at number `steps` and is held after it.
+  The first update gets learning_rate / (warmup_steps + 1), update number warmup_steps the peak; the
+  final value would be reached at number `steps` and is held after it.
 
   Raises ValueError when warm-up and decay do not fit into the run.
   """
@@ -135,8 +145,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   decay = round(s.get('decay_fraction', 0) * steps)
   if after < max(1, decay):
     raise ValueError(
-      f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not fit '
-      f'into {steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps'
+      f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not '
+      f'fit into {steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps'
     )
   if config.schedule == 'constant':
     schedule = optax.constant_schedule(peak)
@@ -157,15 +167,18 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, steps: int, specs, whole: bool = True
 ) -> optax.GradientTransformation:
-  """The transformation from (clipped) gradients to updates; clipping itself is `clip`, in the train step.
+  """The transformation from (clipped) gradients to updates; clipping itself is `clip`, in the train
+  step.
 
   Args:
     steps: number of updates of the whole run.
-    specs: the parameters' tree (or a prefix of it) with a description at each parameter: an object with `axes` (logical
-      axis names, 'layers' first where blocks are stacked), `kind` ('matrix', 'embedding', 'vector') and `inputs` (the
-      number of axes, after layers and experts, that a matrix contracts over).
+    specs: the parameters' tree (or a prefix of it) with a description at each parameter: an object
+      with `axes` (logical axis names, 'layers' first where blocks are stacked), `kind` ('matrix',
+      'embedding', 'vector') and `inputs` (the number of axes, after layers and experts, that a
+      matrix contracts over).
     whole: whether these are all parameters of the model, not a part of them (see training.update).
-  Raises ValueError for a description that makes no sense, and when 'muon' finds no matrix to work on.
+  Raises ValueError for a description that makes no sense, and when 'muon' finds no matrix to work
+    on.
   """
   for path, spec in jax.tree_util.tree_leaves_with_path(specs):
     _check_spec(jax.tree_util.keystr(path, simple=True, separator='.'), spec)
@@ -182,9 +195,11 @@ def make_optimizer(
 
 
 def clip(grads, norm: Float[Array, ''], max_norm: float):
-  """Gradients scaled down so that their global norm, which is given, is at most max_norm; 0 leaves them alone.
+  """Gradients scaled down so that their global norm, which is given, is at most max_norm; 0 leaves
+  them alone.
 
-  Pascanu et al., arXiv:1211.5063. The norm is an argument because the train step computes it anyway, to log it.
+  Pascanu et al., arXiv:1211.5063. The norm is an argument because the train step computes it
+  anyway, to log it.
   """
   if max_norm == 0:
     return grads
@@ -193,21 +208,25 @@ def clip(grads, norm: Float[Array, ''], max_norm: float):
 
 
 def scale_by_muon(momentum: float, specs) -> optax.GradientTransformation:
-  """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised layer by layer.
+  """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): Nesterov momentum,
+  orthogonalised layer by layer.
 
-  A matrix of a layer is seen as [inputs, outputs]: q of [L, D, N, H] is L matrices of D x (N H); every expert is one. Updates are
-  scaled by 0.2 sqrt(max(inputs, outputs)), which gives them the RMS of AdamW's (Liu et al., arXiv:2502.16982, section 2.2).
-  optax.contrib.muon cannot run on matrices that explicit axes shard, and takes 1.4 to 2 times as long on a CPU.
+  A matrix of a layer is seen as [inputs, outputs]: q of [L, D, N, H] is L matrices of D x (N H);
+  every expert is one. Updates are scaled by 0.2 sqrt(max(inputs, outputs)), which gives them the
+  RMS of AdamW's (Liu et al., arXiv:2502.16982, section 2.2). optax.contrib.muon cannot run on
+  matrices that explicit axes shard, and takes 1.4 to 2 times as long on a CPU.
   """
 
   def update(updates, state, params=None):
     del params
-    # specs may be a prefix: below a spec there is the parameter's own node, or nothing where another group owns it.
+    # specs may be a prefix: below a spec there is the parameter's own node, or nothing where
+    # another group owns it.
     return jax.tree.map(
       lambda spec, x: jax.tree.map(lambda m: _muon_update(m, spec), x), specs, updates
     ), state
 
-  # The orthogonalisation ignores magnitude, so momentum needs neither dampening nor bias correction.
+  # The orthogonalisation ignores magnitude, so momentum needs neither dampening nor bias
+  # correction.
   return optax.chain(
     optax.trace(momentum, nesterov=True),
     optax.GradientTransformation(optax.init_empty_state, update),
@@ -217,8 +236,8 @@ def scale_by_muon(momentum: float, specs) -> optax.GradientTransformation:
 def orthogonalize(x: Float[Array, 'L M N']) -> Float[Array, 'L M N']:
   """Each matrix U S V^T replaced by nearly U V^T: singular values end between about 0.7 and 1.2.
 
-  Five Newton-Schulz steps of the quintic with Jordan's coefficients; a zero matrix stays zero. Matrix products run at
-  JAX's default precision, whose bfloat16 passes on TPU are enough for it.
+  Five Newton-Schulz steps of the quintic with Jordan's coefficients; a zero matrix stays zero.
+  Matrix products run at JAX's default precision, whose bfloat16 passes on TPU are enough for it.
   """
   if x.shape[1] > x.shape[2]:
     return orthogonalize(x.mT).mT
@@ -241,8 +260,9 @@ def _muon_update(x: jax.Array, spec) -> jax.Array:
   stacked = _reshape(x, (-1, *shape), (entries[0] if stacks else None, *entries[stacks:]))
   layers = stacked.shape[0]
   fan_in, fan_out = math.prod(shape[: spec.inputs]), math.prod(shape[spec.inputs :])
-  # Each device orthogonalises whole layers: all-to-alls bring them together and take the updates back to their shards.
-  # Layers of zeros fill up the last round, so that any number of layers suits any mesh.
+  # Each device orthogonalises whole layers: all-to-alls bring them together and take the updates
+  # back to their shards. Layers of zeros fill up the last round, so that any number of layers suits
+  # any mesh.
   route = _route_to_layers(jax.typeof(stacked).sharding)
   devices = math.prod(route[-1].mesh.shape[axis] for axis in _mesh_axes(route[-1])[0])
   stacked = jnp.pad(stacked, [(0, -layers % devices)] + [(0, 0)] * len(shape))
@@ -258,8 +278,8 @@ def _muon_update(x: jax.Array, spec) -> jax.Array:
 def _route_to_layers(sharding: NamedSharding) -> list[NamedSharding]:
   """From `sharding` to the one that splits only dimension 0, one mesh axis a step.
 
-  One axis at a time because the compiler turns such a step into an all-to-all; asked for all at once, it gathers the
-  whole array on every device.
+  One axis at a time because the compiler turns such a step into an all-to-all; asked for all at
+  once, it gathers the whole array on every device.
   """
   axes, route = _mesh_axes(sharding), [sharding]
   for dimension in range(1, len(axes)):
@@ -299,8 +319,8 @@ def _check_spec(path: str, spec) -> None:
   matrix_axes = len(spec.axes) - _stacks(spec)
   if spec.kind == 'matrix' and not 1 <= spec.inputs < matrix_axes:
     raise ValueError(
-      f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 and '
-      f'at most {matrix_axes - 1} of them'
+      f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 '
+      f'and at most {matrix_axes - 1} of them'
     )
 
 
@@ -326,7 +346,8 @@ def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTra
   groups = jax.tree.map(lambda spec: 'muon' if _is_hidden_matrix(spec) else 'adamw', specs)
   if whole and 'muon' not in jax.tree.leaves(groups):
     raise ValueError(
-      "optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use 'adamw'"
+      "optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use "
+      "'adamw'"
     )
   return optax.partition(
     {

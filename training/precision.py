@@ -1,4 +1,4 @@
-"""Is the arithmetic holding? Dynamic loss scaling, skipped steps, and norms that name the culprit."""
+"""Is the arithmetic holding? Dynamic loss scaling, skipped steps, norms that name the culprit."""
 
 import dataclasses
 import functools
@@ -42,7 +42,8 @@ class LossScale:
 def init_loss_scale(
   compute_dtype: str, *, initial: float = 2.0**15, interval: int = 2000
 ) -> LossScale:
-  """A fresh state. Only float16 needs scaling: other types get a scale of 1 that never moves, on the same code path.
+  """A fresh state. Only float16 needs scaling: other types get a scale of 1 that never moves, on
+  the same code path.
 
   Raises ValueError when the initial scale is not between 1 and 2**24 or the interval is below 1.
   """
@@ -75,7 +76,9 @@ def scale(loss: Float[Array, ''], state: LossScale) -> Float[Array, '']:
 
 
 def update(state: LossScale, finite: Bool[Array, '']) -> LossScale:
-  """The state after a step: grown after `interval` finite steps in a row, backed off at once after one that is not."""
+  """The state after a step: grown after `interval` finite steps in a row, backed off at once after
+  one that is not.
+  """
   good = jnp.where(finite, state.good_steps + 1, 0)
   grow = good >= state.interval
   factor = jnp.where(finite, jnp.where(grow, state.growth, 1.0), state.backoff)
@@ -88,15 +91,18 @@ def update(state: LossScale, finite: Bool[Array, '']) -> LossScale:
 
 
 def select(finite: Bool[Array, ''], new, old):
-  """`new` where the step was finite, else `old`: a step that is skipped leaves no trace in parameters or optimizer."""
+  """`new` where the step was finite, else `old`: a step that is skipped leaves no trace in
+  parameters or optimizer.
+  """
   return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def norms_by_module(tree) -> dict[str, float]:
-  """L2 norms, in f32, of each top-level module ('stack') and of each parameter in it ('stack.blocks.0.attention.q').
+  """L2 norms, in f32, of each top-level module ('stack') and of each parameter in it
+  ('stack.blocks.0.attention.q').
 
-  A stacked parameter is one entry for all layers. Waits for the arrays; on several hosts every process must call it.
-  A norm of finite elements is finite unless it exceeds f32 itself.
+  A stacked parameter is one entry for all layers. Waits for the arrays; on several hosts every
+  process must call it. A norm of finite elements is finite unless it exceeds f32 itself.
   """
 
   def norm(x):

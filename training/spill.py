@@ -1,8 +1,10 @@
-"""How does a run go on whose optimizer state fits neither the devices nor their hosts? From disk, a few layers at a time.
+"""How does a run go on whose optimizer state fits neither the devices nor their hosts? From disk, a
+few layers at a time.
 
-ZeRO-Infinity (Rajbhandari et al., arXiv:2104.07857): a step is one program for the gradients and then one for each part of the parameters
-(training.update), a few layers of it at a time. Threads read state ahead of the update that needs it, the first of it while gradients are
-computed, and write it behind; so no more than AHEAD + BEHIND + 1 slices of state are in memory at once.
+ZeRO-Infinity (Rajbhandari et al., arXiv:2104.07857): a step is one program for the gradients and
+then one for each part of the parameters (training.update), a few layers of it at a time. Threads
+read state ahead of the update that needs it, the first of it while gradients are computed, and
+write it behind; so no more than AHEAD + BEHIND + 1 slices of state are in memory at once.
 """
 
 import collections
@@ -16,7 +18,7 @@ import jax
 
 from model.params import named_leaves
 from parallel import offload
-from training import update
+from training import state as states, update
 from training.disk import OnDisk
 
 SLICE = (
@@ -26,7 +28,9 @@ AHEAD, BEHIND = 2, 2
 
 
 def on_disk(state, directory):
-  """An abstract train state with the arrays of its optimizer in files that `directory` is to hold; scalars stay."""
+  """An abstract train state with the arrays of its optimizer in files that `directory` is to hold;
+  scalars stay.
+  """
 
   def place(x):
     return OnDisk(x.shape, x.dtype, x.sharding, directory) if x.ndim else x
@@ -36,8 +40,9 @@ def on_disk(state, directory):
 
 def begin(config, state, target):
   """A train state whose optimizer, None before, is at its beginning, in the files of `target`."""
-  leaves, model = named_leaves(target.optimizer), named_leaves(state.model)
-  for part, first, layers in _slices(update.split(config, state.model, together=False), leaves):
+  trained, _ = states.rule(config).parted(state.models)
+  leaves, model = named_leaves(target.optimizer), named_leaves(trained)
+  for part, first, layers in _slices(update.split(config, trained, together=False), leaves):
     # Layers begin alike, and as zeros do: the parameters are not looked at.
     def make(p):
       return [
@@ -65,7 +70,9 @@ def _like(x, file):
 
 
 def _slices(parts, leaves):
-  """(part, first layer, layers) in the order of updates; layers is None for a part that is updated whole."""
+  """(part, first layer, layers) in the order of updates; layers is None for a part that is updated
+  whole.
+  """
   for part in parts:
     of_layer = sum(leaves[n].nbytes for n in part.state_names if leaves[n].ndim) // max(
       1, part.layers
@@ -76,7 +83,8 @@ def _slices(parts, leaves):
 
 
 class Step:
-  """A training step with the optimizer's state on disk; as train.make_train_step's, whose `gradients` and `advance` it runs.
+  """A training step with the optimizer's state on disk: the parts of training.step, of what is
+  trained of a state.
 
   Args:
     prepared: (gradients, measured) -> gradients as the optimizer takes them.
@@ -88,18 +96,18 @@ class Step:
     self._threads = concurrent.futures.ThreadPoolExecutor(AHEAD + BEHIND, 'spill')
     self._programs: dict[update.Part, Callable] = {}
 
-  def lower(self, state, batch) -> jax.stages.Lowered:
+  def lower(self, state, frozen, batch) -> jax.stages.Lowered:
     """The program of the gradients, which is the larger one, lowered."""
-    return self._gradients.lower(dataclasses.replace(state, optimizer=None), batch)
+    return self._gradients.lower(dataclasses.replace(state, optimizer=None), frozen, batch)
 
-  def __call__(self, state, batch):
+  def __call__(self, state, frozen, batch):
     bare = dataclasses.replace(state, optimizer=None)
-    grads, measured, metrics, norms = self._gradients(bare, batch)
-    optimizer, model = self._update(measured, grads, state.optimizer, state.model)
+    grads, measured, metrics, norms = self._gradients(bare, frozen, batch)
+    optimizer, models = self._update(measured, grads, state.optimizer, state.models)
     del grads
     return (
       dataclasses.replace(
-        self._advance(dataclasses.replace(bare, model=model), measured), optimizer=optimizer
+        self._advance(dataclasses.replace(bare, models=models), measured), optimizer=optimizer
       ),
       metrics,
       norms,
@@ -170,7 +178,9 @@ def _write(rows, first):
 
 
 def _advance_part(part, prepared, layers, parameters, grads, state, measured, first):
-  """The parameters of a part with `layers` of them, from `first` on, updated; and the new state of those."""
+  """The parameters of a part with `layers` of them, from `first` on, updated; and the new state of
+  those.
+  """
 
   def cut(x):
     return x if layers is None else jax.lax.dynamic_slice_in_dim(x, first, layers)

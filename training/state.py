@@ -1,6 +1,7 @@
 """What does training carry from step to step?"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,43 +10,83 @@ import optax
 from jaxtyping import Array
 
 from model import params, transformer
+from objectives.objective import Role
 from parallel import offload
 from training import precision
+from training.config import load
+from training.trainable import Rule, joined
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """A step takes one and returns a new one; its buffers are donated.
+  """A step takes one and returns a new one; the buffers of what is trained are donated.
 
   Attributes:
     step: [] int32, updates that were tried (skipped ones count).
-    model: the parameters; with train.offload_parameters the matrices of stacked layers in the host's memory.
-    optimizer: the state of the optax transformation, sharded as the parameters are; in the host's memory with
-      train.offload_optimizer='host'.
+    models: by name, each with its own config; all that the objective takes, trained or frozen. With
+      train.offload_parameters the trained matrices of stacked layers are in the host's memory.
+    optimizer: the state of the optax transformation of what is trained, sharded as the parameters
+      are; in the host's memory with train.offload_optimizer='host'.
     scale: precision.LossScale; constant 1 unless the compute dtype is float16.
-    key: [2] uint32, data of the run's random key; what a step draws, it draws from this folded with `step`.
+    key: [2] uint32, data of the run's random key; what a step draws, it draws from this folded with
+      `step`.
   """
 
   step: Array
-  model: Any
+  models: dict[str, Any]
   optimizer: Any
   scale: Any
   key: Array
 
 
+def roles(config) -> dict[str, Role]:
+  """The models that a run of this config takes, the main one first."""
+  return {
+    name: role if role.config else dataclasses.replace(role, config=load(role.directory).model)
+    for name, role in config.objective.models(config.model).items()
+  }
+
+
+def rule(config) -> Rule:
+  """Which parameters a run of this config trains."""
+  whole = tuple(name for name, role in roles(config).items() if not role.trained)
+  return Rule(config.train.trained, config.train.frozen, whole)
+
+
+def new_model(config, name: str):
+  """A model of the run as it would begin anew, on the mesh in context. Traced: use under jit or
+  eval_shape.
+  """
+  everyone = roles(config)
+  # The main one, which is first, begins as it would alone.
+  seed = (config.train.seed + list(everyone).index(name)) % 2**32
+  model = transformer.init(everyone[name].config, seed)
+  return everyone[name].stored(model) if everyone[name].stored else model
+
+
 def init(
-  config, optimizer: optax.GradientTransformation, model: transformer.Decoder | None = None
+  config, optimizer: optax.GradientTransformation, models: Mapping[str, Any] | None = None
 ) -> TrainState:
-  """The state before the first step, on the mesh in context; of a new model, or of the one given. Traced: use under jit or eval_shape."""
-  model = transformer.init(config.model, config.train.seed) if model is None else model
+  """The state before the first step, on the mesh in context; of the models given, and new ones for
+  the rest.
+
+  What is None in a given model is None in the state. Traced: use under jit or eval_shape.
+  """
+  given = models or {}
+  models = {
+    name: given[name] if name in given else new_model(config, name) for name in roles(config)
+  }
   key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1))
-  state = optimizer.init(model)
-  state = offload.to_host(state) if config.train.offload_optimizer == 'host' else state
+  trained, frozen = rule(config).parted(models)
+  moments = optimizer.init(trained)
+  if config.train.offload_optimizer == 'host':
+    moments = offload.to_host(moments)
   if config.train.offload_parameters:
 
     def away(spec, p):
       return offload.to_host(p) if spec.kind == 'matrix' and spec.axes[0] == 'layers' else p
 
-    model = jax.tree.map(away, params.specs(model), model)
-  return TrainState(jnp.int32(0), model, state, precision.init_loss_scale(config.model.dtype), key)
+    trained = jax.tree.map(away, params.specs(trained), trained)
+  scale = precision.init_loss_scale(config.model.dtype)
+  return TrainState(jnp.int32(0), joined(trained, frozen), moments, scale, key)

@@ -1,7 +1,9 @@
-"""How is a large model updated in little memory? A part of its parameters at a time, with its part of the optimizer's state.
+"""How is a large model updated in little memory? A part of its parameters at a time, with its part
+of the optimizer's state.
 
-Optimizers here look at one parameter at a time (the gradient's norm, which is of all, is taken before), and most of them at one element
-at a time. So the parts of a model can be updated one after another, and of stacked parameters a layer at a time, with the same result.
+Optimizers here look at one parameter at a time (the gradient's norm, which is of all, is taken
+before), and most of them at one element at a time. So the parts of a model can be updated one after
+another, and of stacked parameters a layer at a time, with the same result.
 """
 
 import dataclasses
@@ -26,8 +28,8 @@ LAYERWISE = (
 
 
 class Measured(NamedTuple):
-  """What an update takes of all gradients together: what they are to be divided by, the norm that they then have, whether they are finite;
-  and what fell on each expert (None without experts).
+  """What an update takes of all gradients together: what they are to be divided by, the norm that
+  they then have, whether they are finite; and what fell on each expert (None without experts).
   """
 
   divisor: Any
@@ -41,8 +43,10 @@ class Part:
   """Some parameters of a model.
 
   Attributes:
-    names: of the parameters. state_names: of the leaves of their optimizer state, scalars, which all parts share, among them.
-    layers: how many layers all of these are stacks of; 0 where they are none, or the optimizer needs them whole.
+    names: of the parameters. state_names: of the leaves of their optimizer state, scalars, which
+      all parts share, among them.
+    layers: how many layers all of these are stacks of; 0 where they are none, or the optimizer
+      needs them whole.
     optimizer: their transformation. model, state: structures of what it works on.
   """
 
@@ -56,15 +60,13 @@ class Part:
   def update(self, finite, grads: list, state: list, parameters: list) -> tuple[list, list]:
     """The new state and parameters; those before where the step is not `finite`."""
     before = self.model.unflatten(parameters)
-    updates, new = self.optimizer.update(
+    updates, after = self.optimizer.update(
       self.model.unflatten(grads), self.state.unflatten(state), before
     )
     # State keeps its type, which gradients wider than their parameters would widen.
-    new = (
-      [x.astype(old.dtype) for x, old in zip(jax.tree.leaves(new), state)],
-      jax.tree.leaves(optax.apply_updates(before, updates)),
-    )
-    return precision.select(finite, new, (state, parameters))
+    kept = [x.astype(old.dtype) for x, old in zip(jax.tree.leaves(after), state)]
+    moved = jax.tree.leaves(optax.apply_updates(before, updates))
+    return precision.select(finite, (kept, moved), (state, parameters))
 
 
 def whole(optimizer: optax.GradientTransformation, model, state) -> Part:
@@ -80,7 +82,8 @@ def whole(optimizer: optax.GradientTransformation, model, state) -> Part:
 
 
 def split(config, model, together: bool = True) -> list[Part]:
-  """A model, abstract or not, in parts of one parameter; or of all that are stacks of as many layers, where that makes no difference.
+  """A model, abstract or not, in parts of one parameter; or of all that are stacks of as many
+  layers, where that makes no difference.
 
   config: of the run.
   """
@@ -91,12 +94,12 @@ def split(config, model, together: bool = True) -> list[Part]:
     groups.setdefault((layers, '' if layers and together else name), []).append(name)
   for (layers, _), names in groups.items():
     # What is of another part is None in both.
-    own = jax.tree.unflatten(
+    picked = jax.tree.unflatten(
       jax.tree.structure(specs),
       [spec if name in names else None for name, spec in named_leaves(specs).items()],
     )
-    part = jax.tree.map(lambda spec, p: spec and p, own, model, is_leaf=lambda x: x is None)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, own, whole=False)
+    part = jax.tree.map(lambda spec, p: spec and p, picked, model, is_leaf=lambda x: x is None)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, picked, whole=False)
     parts.append(
       dataclasses.replace(
         whole(optimizer, part, jax.eval_shape(optimizer.init, part)), layers=layers
@@ -106,21 +109,23 @@ def split(config, model, together: bool = True) -> list[Part]:
 
 
 def run(parts: Iterable[Part], prepared: Callable, measured: Measured, grads, state, model):
-  """The new state and model, each array where it lay before; of what lies in the host's memory a layer is on the device at a time.
+  """The new state and model, each array where it lay before; of what lies in the host's memory a
+  layer is on the device at a time.
 
   prepared: (gradients, measured) -> gradients as the optimizer takes them.
   """
-  trees = grads, state, model
-  leaves = tuple(named_leaves(tree) for tree in trees)
+  leaves = [named_leaves(tree) for tree in (grads, state, model)]
   new_state, new_model = dict(leaves[1]), {}
+
   for part in parts:
-    own = [
-      [of[name] for name in names]
-      for of, names in zip(leaves, (part.names, part.state_names, part.names))
+    of_part = [
+      [tree[name] for name in names]
+      for tree, names in zip(leaves, (part.names, part.state_names, part.names))
     ]
-    found = (_by_layer if part.layers else _at_once)(part, prepared, measured, *own)
-    new_state |= zip(part.state_names, found[0], strict=True)
-    new_model |= zip(part.names, found[1], strict=True)
+    advance = _by_layer if part.layers else _at_once
+    part_state, part_model = advance(part, prepared, measured, *of_part)
+    new_state |= zip(part.state_names, part_state, strict=True)
+    new_model |= zip(part.names, part_model, strict=True)
 
   def rebuilt(tree, leaves):
     return jax.tree.unflatten(
@@ -131,29 +136,26 @@ def run(parts: Iterable[Part], prepared: Callable, measured: Measured, grads, st
 
 
 def _at_once(part, prepared, measured, grads, state, parameters):
-  found = part.update(
-    measured.finite,
-    prepared(offload.to_device(grads), measured),
-    *offload.to_device((state, parameters)),
-  )
-  return offload.back(found, (state, parameters))
+  before = state, parameters
+  grads = prepared(offload.to_device(grads), measured)
+  after = part.update(measured.finite, grads, *offload.to_device(before))
+  return offload.back(after, before)
 
 
 def _by_layer(part, prepared, measured, grads, state, parameters):
   def cut(tree, i):
     return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim else x for x in tree]
 
-  def put(tree, new, i):
+  def put(tree, rows, i):
     return [
-      jax.lax.dynamic_update_index_in_dim(x, y, i, 0) if x.ndim else y for x, y in zip(tree, new)
+      jax.lax.dynamic_update_index_in_dim(x, y, i, 0) if x.ndim else y for x, y in zip(tree, rows)
     ]
 
   def layer(i, carry):
-    rows = [
-      x if now.ndim else x_before for x, now, x_before in zip(cut(carry[0], i), carry[0], state)
-    ]  # scalars as they were before
-    found = _at_once(part, prepared, measured, cut(grads, i), rows, cut(carry[1], i))
-    return tuple(put(tree, new, i) for tree, new in zip(carry, found))
+    # Scalars as they were before.
+    rows = [x if before.ndim else before for x, before in zip(cut(carry[0], i), state)]
+    after = _at_once(part, prepared, measured, cut(grads, i), rows, cut(carry[1], i))
+    return tuple(put(tree, updated, i) for tree, updated in zip(carry, after))
 
   # Written in place: what a scan collects would be a second copy of all.
   return jax.lax.fori_loop(0, part.layers, layer, (state, parameters))

@@ -1,11 +1,15 @@
 """What survives a crash? Checkpoints that are complete and unharmed, or are not used.
 
-    checkpoints/00000100/       arrays of the train state, written by orbax in the background; below spilled/ those that lie on disk
-                                (training.disk), copied from there a few layers at a time while the run waits
-    checkpoints/00000100.json   the record: written last, so that without it the directory does not count; holds the data
-                                loader's state, the validation loss, size and digest of every file, and its own digest
+    checkpoints/00000100/       arrays of the train state, written by orbax in the background; below
+                                spilled/ those that lie on disk (training.disk), copied from there a
+                                few layers at a time while the run waits checkpoints/00000100.json
+                                the record: written last, so that without it the directory does not
+                                count; holds the data
+                                loader's state, the validation loss, size and digest of every file,
+                                and its own digest
 
-A kill while saving leaves a directory without a record; a truncated or changed file no longer matches its digest.
+A kill while saving leaves a directory without a record; a truncated or changed file no longer
+matches its digest.
 """
 
 import concurrent.futures
@@ -23,8 +27,10 @@ import jax.numpy as jnp
 
 import files
 from model.params import named_leaves
+from objectives.objective import MAIN
 from parallel import hosts
 from training import disk
+from training.trainable import divided, joined
 
 SPILLED = 'spilled'
 
@@ -40,7 +46,8 @@ class Checkpoints:
   Args:
     directory: of the run; checkpoints/ is made below it.
     log: receives a line for everything that a reader of the run should know.
-    chunk_bytes: size of a file of a checkpoint, at most; larger ones are written faster and take more host memory.
+    chunk_bytes: size of a file of a checkpoint, at most; larger ones are written faster and take
+      more host memory.
   """
 
   def __init__(
@@ -64,16 +71,20 @@ class Checkpoints:
     progress: dict,
     validation_loss: float | None = None,
     donated: bool = True,
+    references: dict | None = None,
   ) -> None:
-    """Starts writing; returns once the state may be donated. Waits for the save before it, and raises what that raised.
+    """Starts writing; returns once the state may be donated. Waits for the save before it, and
+    raises what that raised.
 
-    data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False promises that the state stays
-      as it is until `wait`, which saves a copy.
+    data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False
+      promises that the state stays as it is until `wait`, which saves a copy. references: of models
+      whose frozen parameters are not in `state`, where these are (workdir/frozen.py).
     """
     import orbax.checkpoint as ocp
 
     self.wait()
-    # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes twice the time.
+    # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes
+    # twice the time.
     if self._orbax is None:
       logging.getLogger('absl').addFilter(_worth_saying)
       self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
@@ -82,7 +93,8 @@ class Checkpoints:
     spilled = {name: x for name, x in leaves.items() if isinstance(x, disk.OnDisk)}
     leaves = {name: x for name, x in leaves.items() if name not in spilled}
     if donated and jax.default_backend() == 'cpu':
-      # A host copy of a CPU array is a view of it; what is written must not hang on donation sparing viewed buffers.
+      # A host copy of a CPU array is a view of it; what is written must not hang on donation
+      # sparing viewed buffers.
       leaves = {name: jnp.copy(x) for name, x in leaves.items()}
     path = self._path(step)
     if jax.process_index() == 0:
@@ -98,6 +110,7 @@ class Checkpoints:
       'progress': progress,
       'leaves': shapes,
       'spilled': [*spilled],
+      'references': references or {},
     }
     for name, x in spilled.items():  # the next step changes them
       x.export(_aside(path) / name)
@@ -129,7 +142,9 @@ class Checkpoints:
       raise ValueError(f'{path} is damaged: {error}') from error
 
   def best(self, among: Iterable[int] | None = None) -> int | None:
-    """The step with the lowest validation loss (of all, or of those given); None where no checkpoint was evaluated."""
+    """The step with the lowest validation loss (of all, or of those given); None where no
+    checkpoint was evaluated.
+    """
     losses = {}
     for step in self.steps() if among is None else among:
       try:
@@ -141,7 +156,9 @@ class Checkpoints:
     return min(losses, key=losses.get, default=None)
 
   def problems(self, step: int) -> list[str]:
-    """What is wrong with a checkpoint: files that are missing, truncated or changed since they were written."""
+    """What is wrong with a checkpoint: files that are missing, truncated or changed since they were
+    written.
+    """
     try:
       record = self.record(step)
     except ValueError as error:
@@ -158,17 +175,19 @@ class Checkpoints:
     return found
 
   def latest(self) -> int | None:
-    """The last step whose checkpoint is whole, None if there never was one. Damaged ones are named in the log.
+    """The last step whose checkpoint is whole, None if there never was one. Damaged ones are named
+    in the log.
 
-    With several processes, the first one looks, for all. Raises ValueError when there are checkpoints and all are damaged: starting over
-    must be asked for.
+    With several processes, the first one looks, for all. Raises ValueError when there are
+    checkpoints and all are damaged: starting over must be asked for.
     """
     return hosts.from_first(self._latest)
 
   def _latest(self) -> int | None:
     for left in self._unfinished():
       self._log(
-        f'WARNING: {left} has no record: it is being written, or its writer was killed; it will not be used'
+        f'WARNING: {left} has no record: it is being written, or its writer was killed; it will '
+        'not be used'
       )
     steps = self.steps()
     for step in reversed(steps):
@@ -180,14 +199,18 @@ class Checkpoints:
       )
     if steps:
       raise ValueError(
-        f'all checkpoints in {self.directory} are damaged: {steps}; remove that directory to start over'
+        f'all checkpoints in {self.directory} are damaged: {steps}; remove that directory to '
+        'start over'
       )
     return None
 
-  def restore(self, step: int, target, only: str = ''):
-    """The state of `step` in the shape of `target`, an abstract tree with shardings (see `abstract`).
+  def restore(self, step: int, target, only: str = '', some: bool = False):
+    """The state of `step` in the shape of `target`, an abstract tree with shardings (see
+    `abstract`).
 
-    only: 'model' restores that field alone; `target` is then the abstract model.
+    only: 'models.policy', as an example, restores that model alone; `target` is then the abstract
+      model.
+    some: whether the checkpoint may have more than `target` asks for.
     Raises ValueError that lists what is missing, left over or of another shape or type.
     """
     import orbax.checkpoint as ocp
@@ -196,9 +219,13 @@ class Checkpoints:
       name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()
     }
     wanted, spilled = named_leaves(target, only), {*self.record(step).get('spilled', ())}
+    if not any(name.startswith('models.') for name in saved):
+      wanted, only = {_former(name): x for name, x in wanted.items()}, _former(only)
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
     wrong = [f'{name}: not in the checkpoint' for name in wanted if name not in scope]
-    wrong += [f'{name}: in the checkpoint only' for name in scope if name not in wanted]
+    wrong += [
+      f'{name}: in the checkpoint only' for name in scope if name not in wanted and not some
+    ]
     wrong += [
       f'{name}: {scope[name]} in the checkpoint, {(x.shape, str(x.dtype))} in the model'
       for name, x in wanted.items()
@@ -239,13 +266,55 @@ class Checkpoints:
         }
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
-  def model(self, target, step: int | None = None):
-    """The parameters of `step`, by default the last whole one, in the shape of `target`. Raises FileNotFoundError where there is none."""
+  def model(self, target, step: int | None = None, some: bool = False):
+    """The main model of `step`, by default the last whole one, in the shape of `target`; what of it
+    is by reference, from there.
+
+    some: whether `target` may be a part of it. Raises FileNotFoundError where there is none.
+    """
     if not self.steps():
       raise FileNotFoundError(
-        f'{self.directory} holds no checkpoint; train with train.py --workdir={self.directory.parent} first'
+        f'{self.directory} holds no checkpoint; train with train.py '
+        f'--workdir={self.directory.parent} first'
       )
-    return self.restore(self.latest() if step is None else step, target, only='model')
+    step = self.latest() if step is None else step
+    record = self.record(step)
+    # The policy, or the only model that there is.
+    kept = {name.split('.')[1] for name in record['leaves'] if name.startswith('models.')}
+    main = MAIN if MAIN in kept or len(kept) != 1 else kept.pop()
+    reference = record.get('references', {}).get(main)
+    if not reference:
+      return self.restore(step, target, f'models.{main}', some)
+    here, there = divided({main: target}, lambda name: f'models.{name}' in record['leaves'])
+    base = Checkpoints(reference['directory'], log=self._log)
+    base.check(reference)
+    here = self.restore(step, here[main], f'models.{main}', some)
+    there = base.model(there[main], reference['step'], some=True)
+    return joined({main: here}, {main: there})[main]
+
+  def reference(self, step: int) -> dict:
+    """What `check` knows a checkpoint by, JSON-able: its directory, step and digest."""
+    self.record(step)
+    sealed = json.loads(self._path(step).with_suffix('.json').read_text())
+    return {'directory': str(self.directory.parent), 'step': step, 'digest': sealed['sha256']}
+
+  def check(self, reference: dict) -> None:
+    """Raises ValueError where the checkpoint of a reference is not there, is damaged, or is another
+    one than it was.
+    """
+    step = reference['step']
+    problems = self.problems(step)
+    if not problems and self.reference(step)['digest'] != reference['digest']:
+      problems = [
+        f'its digest was {reference["digest"][:12]}, it is {self.reference(step)["digest"][:12]} '
+        'now'
+      ]
+    if problems:
+      raise ValueError(
+        f'frozen parameters of this run are those of checkpoint {step} in '
+        f'{reference["directory"]}, which is not what it '
+        f'was: {"; ".join(problems)}. Bring it back, or begin another run'
+      )
 
   def _commit(self, step: int, record: dict) -> None:
     self._orbax.wait_until_finished()
@@ -289,6 +358,16 @@ class Checkpoints:
 
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'
+
+
+def _former(name: str) -> str:
+  """The name of a leaf in a checkpoint of a run that knew one model only, which had no name."""
+  parts = name.split('.')
+  if parts[:2] == ['models', MAIN]:
+    return '.'.join(('model', *parts[2:]))
+  if parts[0] == 'optimizer' and MAIN in parts:
+    parts.remove(MAIN)
+  return '.'.join(parts)
 
 
 def _aside(path: pathlib.Path) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""A matrix whose shards were gathered ahead of its layer: ZeRO-1 and 2 (train.make_train_step)."""
+"""A matrix whose shards were gathered ahead of its layer: ZeRO-1 and 2 (training/step.py)."""
 
 import dataclasses
 import functools

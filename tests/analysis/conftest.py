@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import pytest
 
-import train
 from analysis import hardware
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config
+from training.program import lower_step
 
 TINY = Config(
   model=ModelConfig(
@@ -46,7 +46,7 @@ def compile_step(topology):
   def compile_step(name, config=TINY):
     devices = topology(name)
     mesh = make_mesh(config.mesh, devices)
-    lowered, state = train.lower_step(config, mesh)
+    lowered, state = lower_step(config, mesh)
     compiled = lowered.compile()
     chip = hardware.lookup(
       devices[0].device_kind, devices[0].num_cores if devices[0].platform == 'tpu' else None

@@ -16,8 +16,8 @@ from model import params
 def found(step):
   return memory.parts(
     step.compiled,
-    {'parameters': step.state.model, 'optimizer state': step.state.optimizer},
-    step.state.model,
+    {'parameters': step.state.models['policy'], 'optimizer state': step.state.optimizer},
+    step.state.models['policy'],
   )
 
 
@@ -35,7 +35,7 @@ def test_parts_add_up_to_the_compilers_peak(tpu_step):
 
 def test_arguments_are_what_their_shardings_say(tpu_step):
   got = found(tpu_step).parts
-  model = tpu_step.state.model
+  model = tpu_step.state.models['policy']
   # Matrices split over fsdp and tensor, four ways; vectors are on every device.
   matrices = sum(
     math.prod(spec.shape) for spec in jax.tree.leaves(params.specs(model)) if spec.kind != 'vector'

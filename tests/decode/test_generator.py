@@ -136,7 +136,7 @@ def save_run(workdir, model=MODEL):
   configs.save(config, workdir)
   ByteTokenizer().save(workdir / 'tokenizer')
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  specs = params.specs(jax.eval_shape(lambda: transformer.init(model, 0)))
+  specs = params.specs({'policy': jax.eval_shape(lambda: transformer.init(model, 0))})
   optimizer = make_optimizer(config.optimizer, config.train.steps, specs)
   checkpoints = Checkpoints(workdir, log=lambda _: None)
   with jax.set_mesh(mesh):
@@ -144,11 +144,11 @@ def save_run(workdir, model=MODEL):
     checkpoints.save(3, state, {}, {}, validation_loss=1.0)
     checkpoints.wait()
     later = dataclasses.replace(
-      state, model=jax.jit(transformer.init, static_argnums=(0, 1))(model, 9)
+      state, models={'policy': jax.jit(transformer.init, static_argnums=(0, 1))(model, 9)}
     )
     checkpoints.save(5, later, {}, {}, validation_loss=2.0)
     checkpoints.wait()
-  return state.model, later.model
+  return state.models['policy'], later.models['policy']
 
 
 def test_load(tmp_path):

@@ -18,7 +18,7 @@ import yaml
 from absl import flags
 
 import train
-from training import config as configs
+from training import config as configs, overrides
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / 'launch'
@@ -116,9 +116,9 @@ def config_of(arguments: list[str], monkeypatch) -> configs.Config:
   monkeypatch.setattr(sys, 'argv', ['train.py', *known])
   monkeypatch.chdir(ROOT)
   values = flags.FlagValues()
-  holder = configs.define_flag(values)
+  holder = overrides.define_flag(values)
   values(sys.argv)
-  return configs.from_flag(holder.value)
+  return overrides.from_flag(holder.value)
 
 
 def test_the_jobsets_numbers_fit_together(jobset, monkeypatch):

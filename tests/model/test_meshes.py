@@ -14,7 +14,7 @@ from data.batch import Batch
 from model import transformer
 from model.cache import init_cache
 from model.params import named_leaves
-from objectives.pretrain import pretrain
+from objectives.next_token import summed_loss
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -61,7 +61,7 @@ def loss_and_gradients(mesh, config=CONFIG):
     )
   with jax.set_mesh(mesh):
     rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
-    run = jax.jit(jax.value_and_grad(functools.partial(pretrain, z_loss=1e-2), has_aux=True))
+    run = jax.jit(jax.value_and_grad(functools.partial(summed_loss, z_loss=1e-2), has_aux=True))
     (value, sums), gradients = run(model, jax.tree.map(lambda x: jax.device_put(x, rows), batch()))
   return float(value) / float(sums['tokens']), named_leaves(gradients), named_leaves(model)
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from test_meshes import CONFIG, batch
 
-import train
 from data.config import DataConfig
 from model import params, transformer
 from model.config import MoEConfig
@@ -24,6 +23,7 @@ from parallel.pipeline import PipelineConfig
 from training import state as states
 from training.config import Config
 from training.optimizer import OptimizerConfig, make_optimizer
+from training.step import make_step
 
 DENSE = dataclasses.replace(CONFIG, layers=4, max_length=8, remat='full')
 MOE = dataclasses.replace(
@@ -51,19 +51,22 @@ def three_steps(model, devices, sizes):
   )
   with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:devices])):
     optimizer = make_optimizer(
-      HEAVY, 200, params.specs(jax.eval_shape(functools.partial(transformer.init, model, 0)))
+      HEAVY,
+      200,
+      params.specs({'policy': jax.eval_shape(functools.partial(transformer.init, model, 0))}),
     )
     state = jax.jit(functools.partial(states.init, config, optimizer))()
-    state = dataclasses.replace(state, model=laws.randomised(state.model))
+    state = dataclasses.replace(state, models=laws.randomised(state.models))
     rows = jax.NamedSharding(jax.sharding.get_mesh(), ax.spec('batch', 'length'))
     given = jax.tree.map(lambda x: jax.device_put(x, rows), batch())
-    step, found = train.make_train_step(config, optimizer).lower(state, given).compile(), []
+    step, found = make_step(config, optimizer).lower(state, given).compile(), []
     for _ in range(3):
       state, metrics, _ = step(state, given)
       found.append(
         jax.tree.map(
           np.asarray,
-          {'loss': metrics['loss']} | params.named_leaves((state.model, state.optimizer)),
+          {'loss': metrics['loss']}
+          | params.named_leaves((state.models['policy'], state.optimizer)),
         )
       )
   return step.as_text(), (found[0], found[-1])

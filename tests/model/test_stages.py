@@ -17,7 +17,7 @@ from model import transformer
 from model.cache import init_cache
 from model.config import MoEConfig
 from model.params import abstract, named_leaves, specs
-from objectives.pretrain import pretrain
+from objectives.next_token import summed_loss
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
@@ -96,8 +96,8 @@ def reports(mesh, config):
   with jax.set_mesh(mesh):
     rows = jax.NamedSharding(mesh, ax.spec('batch', 'length'))
     given = laws.make_model(config), jax.tree.map(lambda x: jax.device_put(x, rows), batch())
-    value = jax.jit(functools.partial(pretrain, z_loss=1e-2))
-    step = jax.jit(jax.grad(functools.partial(pretrain, z_loss=1e-2), has_aux=True))
+    value = jax.jit(functools.partial(summed_loss, z_loss=1e-2))
+    step = jax.jit(jax.grad(functools.partial(summed_loss, z_loss=1e-2), has_aux=True))
     return value(*given), step(*given)[1]
 
 
@@ -224,7 +224,7 @@ def temporaries(pipeline):
   with jax.set_mesh(mesh):
     batch = Batch.abstract(2 * M, 64, jax.NamedSharding(mesh, ax.spec('batch', 'length')))
     model = abstract(lambda: transformer.init(config, 0), mesh)
-    step = jax.jit(jax.grad(functools.partial(pretrain, z_loss=0.0), has_aux=True))
+    step = jax.jit(jax.grad(functools.partial(summed_loss, z_loss=0.0), has_aux=True))
     return step.lower(model, batch).compile().memory_analysis().temp_size_in_bytes
 
 

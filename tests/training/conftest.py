@@ -1,4 +1,6 @@
-"""What do the tests of training share? A config as small as can be, batches with padding, and real steps of train.py on any mesh."""
+"""What do the tests of training share? A config as small as can be, batches with padding, and real
+steps of train.py on any mesh.
+"""
 
 import dataclasses
 import functools
@@ -21,6 +23,7 @@ from parallel.mesh import MeshConfig, make_mesh
 from training import precision, state as states
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
+from training.step import make_step
 
 B, T, V = 8, 16, 264  # V: the byte tokenizer's 259, rounded up to split in eight
 
@@ -49,7 +52,9 @@ def tiny(**parts) -> Config:
 
 
 def make_batches(count: int) -> list[Batch]:
-  """Packed rows with two documents and very different amounts of padding, so that a row's share of the tokens matters."""
+  """Packed rows with two documents and very different amounts of padding, so that a row's share of
+  the tokens matters.
+  """
   draw = np.random.default_rng(7)
   made = []
   for _ in range(count):
@@ -94,7 +99,9 @@ class Trainer:
     with jax.set_mesh(self.mesh):
       init = functools.partial(transformer.init, config.model, config.train.seed)
       shapes = abstract(init, self.mesh)
-      optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(shapes))
+      optimizer = make_optimizer(
+        config.optimizer, config.train.steps, params.specs({'policy': shapes})
+      )
       self.make_state = functools.partial(states.init, config, optimizer)
       values = initial_model(config.model, config.train.seed)
       leaves = [
@@ -104,8 +111,8 @@ class Trainer:
       model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
       self.state = states.TrainState(
         jnp.int32(0),
-        model,
-        jax.jit(optimizer.init)(model),
+        {'policy': model},
+        jax.jit(optimizer.init)({'policy': model}),
         precision.init_loss_scale(config.model.dtype),
         jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1)),
       )
@@ -115,7 +122,7 @@ class Trainer:
         return jax.device_put(x, like.sharding)
 
       self.state = jax.tree.map(place, self.state, abstract(self.make_state, self.mesh))
-      self.train_step = train.make_train_step(config, optimizer)
+      self.train_step = make_step(config, optimizer)
       self.compiled = None
 
   def put(self, batch: Batch) -> Batch:

@@ -1,4 +1,4 @@
-"""Does 8-bit Adam quantise to the nearest code, block by block, on any mesh, and train like Adam?"""
+"""Does 8-bit Adam quantise to the nearest code, by blocks, on any mesh, and train like Adam?"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ decode = jax.jit(adam8bit.decode, static_argnums=1)
 
 
 def oracle_map(signed):
-  """The paper's map as its authors build it: means of neighbouring boundaries of ten-fold intervals."""
+  """The paper's map as its authors build it: means of neighbouring boundaries of ten-fold
+  intervals.
+  """
   values = [0.0, 1.0]
   for i in range(7):
     boundaries = np.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
@@ -28,7 +30,9 @@ def oracle_map(signed):
 
 
 def oracle_quantize(x, signed):
-  """Nearest entry by brute force, a block at a time: the values that the codes stand for, and the block maxima."""
+  """Nearest entry by brute force, a block at a time: the values that the codes stand for, and the
+  block maxima.
+  """
   values, out, largest = oracle_map(signed), np.zeros_like(x), []
   for row, out_row in zip(x.reshape(-1, x.shape[-1]), out.reshape(-1, x.shape[-1])):
     for start in range(0, len(row), BLOCK):
@@ -99,7 +103,8 @@ def test_nan_is_not_rounded_away():
   assert np.isnan(y[0, 3]) and (y[0, BLOCK:] == 1).all()
 
 
-# 512 is a whole block on each of 2 devices and half of one on each of 4; shards of 1408 (352 or 176) straddle blocks.
+# 512 is a whole block on each of 2 devices and half of one on each of 4; shards of 1408 (352 or
+# 176) straddle blocks.
 @pytest.mark.parametrize(
   'spec', [P(None, ('fsdp', 'tensor')), P('tensor', 'fsdp'), P('fsdp', 'tensor')]
 )

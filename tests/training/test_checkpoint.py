@@ -1,4 +1,6 @@
-"""Does a checkpoint hold the state at its save, bit for bit, and is every kind of damage seen, named and gone back from?"""
+"""Does a checkpoint hold the state at its save, bit for bit, and is every kind of damage seen,
+named and gone back from?
+"""
 
 import dataclasses
 import functools
@@ -275,7 +277,9 @@ def test_no_checkpoint_is_no_error(tmp_path):
 
 
 def test_after_damage_the_new_checkpoints_are_the_ones_that_are_kept(copy, mesh):
-  """The damaged one has a later step; it must neither count as one of the last nor as the best, nor stay, nor what a kill left."""
+  """The damaged one has a later step; it must neither count as one of the last nor as the best, nor
+  stay, nor what a kill left.
+  """
   checkpoints, _ = copy
   flip(files_of(checkpoints, 3)[0], 0)
   (checkpoints.directory / '00000007').mkdir()

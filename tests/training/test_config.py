@@ -1,4 +1,6 @@
-"""Is a Config refused where it is impossible, rebuilt from flags and JSON exactly, and compared as the run's identity demands?"""
+"""Is a Config refused where it is impossible, rebuilt from flags and JSON exactly, and compared as
+the run's identity demands?
+"""
 
 import dataclasses
 import json
@@ -10,13 +12,16 @@ import pytest
 from absl import flags
 from conftest import tiny
 from hypothesis import given, settings, strategies as st
+from toy import Toy
 
 from data import tokenizers
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from kernels.blocks import Blocks
 from model.config import CHOICES, ModelConfig, MoEConfig, RopeConfig
+from objectives import kinds
+from objectives.next_token import NextToken
 from parallel.mesh import AXES
-from training import config as configs
+from training import config as configs, overrides
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig
 
@@ -31,7 +36,8 @@ def nested(**parts) -> dict:
   return values
 
 
-# What is impossible, with what the message must hold: the field and its value, the limit, what to do.
+# What is impossible, with what the message must hold: the field and its value, the limit, what to
+# do.
 IMPOSSIBLE = {
   'heads by kv_heads': (
     {'model': {'heads': 4, 'kv_heads': 3}},
@@ -62,7 +68,7 @@ IMPOSSIBLE = {
     ('train.patience=2', 'train.eval_every=0', 'set train.eval_every'),
   ),
   'no steps': ({'train': {'steps': 0}}, ('train.steps=0', 'at least 1')),
-  'no number': ({'train': {'z_loss': float('nan')}}, ('train.z_loss=nan', 'at least 0')),
+  'no number': ({'objective': {'z_loss': float('nan')}}, ('objective.z_loss=nan', 'at least 0')),
   'seed beyond 32 bits': ({'train': {'seed': 2**32}}, ('train.seed=4294967296', 'below 2**32')),
   'unknown choice': (
     {'train': {'nonfinite': 'skipp'}},
@@ -136,7 +142,8 @@ def test_a_mesh_that_cannot_split_the_arrays_is_refused():
     tiny(model={'heads': 6, 'kv_heads': 3, 'head_width': 8}).check_mesh(SIZES | {'tensor': 2})
   with pytest.raises(
     ValueError,
-    match=r'data\.sequence_length=14 does not split over mesh\.tensor=4, which share the residual stream',
+    match=r'data\.sequence_length=14 does not split over mesh\.tensor=4, which share the '
+    'residual stream',
   ):
     tiny(data={'sequence_length': 14}).check_mesh(SIZES | {'tensor': 4})
   config.check_mesh(SIZES | {'stage': 2, 'fsdp': 4})
@@ -281,10 +288,11 @@ OPTIMIZER = st.builds(
   b1=st.just(-1.0) | st.floats(0, 0.999),
   weight_decay=st.floats(0, 1),
 )
-TRAIN = st.builds(
-  TrainConfig, steps=st.integers(1, 10**9), seed=st.integers(0, 2**32 - 1), z_loss=st.floats(0, 1)
+TRAIN = st.builds(TrainConfig, steps=st.integers(1, 10**9), seed=st.integers(0, 2**32 - 1))
+OBJECTIVE = st.builds(NextToken, z_loss=st.floats(0, 1))
+ANY = st.builds(
+  Config, model=MODEL, data=DATA, optimizer=OPTIMIZER, train=TRAIN, objective=OBJECTIVE
 )
-ANY = st.builds(Config, model=MODEL, data=DATA, optimizer=OPTIMIZER, train=TRAIN)
 
 
 @settings(max_examples=50)
@@ -368,16 +376,18 @@ def test_a_run_of_another_model_is_refused_and_nothing_is_written(tmp_path):
 
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
-  """Parses a command line with --config=FILE, whose get_config() returns what is given, as train.py does."""
+  """Parses a command line with --config=FILE, whose get_config() returns what is given, as train.py
+  does.
+  """
 
   def of(*arguments, returns='tiny()'):
     path = tmp_path / 'config_file.py'
     path.write_text(f'from conftest import tiny\n\ndef get_config():\n  return {returns}\n')
     monkeypatch.setattr(sys, 'argv', ['train.py', f'--config={path}', *arguments])
     values = flags.FlagValues()
-    holder = configs.define_flag(values)
+    holder = overrides.define_flag(values)
     values(sys.argv)
-    return configs.from_flag(holder.value)
+    return overrides.from_flag(holder.value)
 
   return of
 
@@ -480,15 +490,52 @@ def test_an_override_to_no_items_is_possible(parse):
     ('--config.train.steps=2.5', "config.train.steps"),
     (
       '--config.model.attention_blocks.forward_quries=512',
-      "config.model.attention_blocks has no field 'forward_quries'; did you mean 'forward_queries'?",
+      "config.model.attention_blocks has no field 'forward_quries'; did you mean "
+      "'forward_queries'?",
     ),
     ("--config.data.clean.anonymise=('emial',)", "did you mean 'email'?"),
     ('--config.model.kv_heads=3', r'model.kv_heads=3; kv_heads must be one of \[1, 2, 4\]'),
+    ('--config.train.z_loss=0.1', 'config.train.z_loss is config.objective.z_loss now'),
+    ('--config.objective.kind=nxt_token', "did you mean 'next_token'?"),
+    ('--config.objective.kind', 'write it as --config.objective.kind=NAME'),
+    (
+      '--config.objective.z_los=1',
+      "config.objective has no field 'z_los'; did you mean 'z_loss'?",
+    ),
   ],
 )
 def test_a_wrong_override_is_an_error(parse, argument, said):
   with pytest.raises((ValueError, flags.Error), match=said):
     parse(argument)
+
+
+def test_the_kind_of_the_objective_decides_its_fields(parse, monkeypatch):
+  monkeypatch.setitem(kinds.KINDS, 'toy', 'toy.Toy')
+  assert parse('--config.objective.z_loss=0.5').objective == NextToken(z_loss=0.5)
+  config = parse('--config.objective.reference=there', '--config.objective.kind=toy')
+  assert config.objective == Toy(reference='there')
+  assert configs.from_dict(Config, json.loads(json.dumps(configs.to_dict(config)))) == config
+  assert configs.differences(tiny(), config) == ["objective.kind: 'next_token' -> 'toy'"]
+  said = (
+    "config.objective.reference is a field of toy, not of objective.kind='next_token', whose "
+    'fields are: z_loss'
+  )
+  with pytest.raises((ValueError, flags.Error), match=said):
+    parse('--config.objective.reference=there')
+  with pytest.raises(ValueError, match=said):
+    configs.from_dict(Config, nested(objective={'reference': 'there'}))
+  with pytest.raises(ValueError, match="objective.kind='toy' cannot have the fields of 'next_tok"):
+    NextToken(kind='toy')
+
+
+def test_a_config_of_before_a_field_moved_is_read(tmp_path):
+  configs.save(tiny(), tmp_path)
+  values = json.loads((tmp_path / configs.FILE).read_text())
+  del values['objective'], values['train']['trained'], values['train']['frozen']
+  values['train']['z_loss'] = 0.25
+  (tmp_path / configs.FILE).write_text(json.dumps(values))
+  expected = dataclasses.replace(tiny(), objective=NextToken(z_loss=0.25))
+  assert configs.load(tmp_path) == expected and not configs.differences(tiny(), expected)
 
 
 def test_a_file_must_return_a_config(parse):
@@ -507,7 +554,9 @@ def test_a_file_that_is_not_there_is_named_with_the_nearest(parse, tmp_path):
 
 
 def test_the_convention_of_field_types():
-  """Only types that flags and JSON carry: numbers, text, truth, tuples of those, optionals, other configs."""
+  """Only types that flags and JSON carry: numbers, text, truth, tuples of those, optionals, other
+  configs.
+  """
 
   def check(hint, path):
     if dataclasses.is_dataclass(hint):

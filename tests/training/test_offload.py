@@ -1,4 +1,6 @@
-"""Is training the same wherever parameters and optimizer state lie, and are they where they are said to be?"""
+"""Is training the same wherever parameters and optimizer state lie, and are they where they are
+said to be?
+"""
 
 import dataclasses
 import functools
@@ -10,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import on, run_here
 
-import train
 from analysis.memory import shard_bytes
 from model.config import MoEConfig
 from model.params import named_leaves
@@ -20,6 +21,7 @@ from training import spill
 from training.config import TrainConfig
 from training.disk import OnDisk
 from training.optimizer import OPTIMIZERS, OptimizerConfig
+from training.program import begin_state, make_program, make_target
 from workdir.checkpoint import SPILLED, Checkpoints
 
 SPLIT = {'data': 2, 'fsdp': 4}
@@ -43,19 +45,20 @@ class Run:
 
   def __init__(self, mesh=SPLIT, model=(), optimizer='adamw', directory='', **training):
     config = setting(mesh, model, **training)
-    # With a small epsilon updates are as large as the learning rate however small the gradient: rounding would show.
+    # With a small epsilon updates are as large as the learning rate however small the gradient:
+    # rounding would show.
     epsilon = {'epsilon': 1e-3} if 'b1' in OPTIMIZERS[optimizer] and optimizer != 'lion' else {}
     self.config = dataclasses.replace(config, optimizer=OptimizerConfig(name=optimizer, **epsilon))
     self.mesh = make_mesh(config.mesh)
     with jax.set_mesh(self.mesh):
-      self.make_state, self.step = train.make_program(self.config)
-      self.target = train.make_target(
+      self.make_state, self.step = make_program(self.config)
+      self.target = make_target(
         self.config, self.make_state, self.mesh, directory or tempfile.gettempdir()
       )
 
   def begin(self):
     with jax.set_mesh(self.mesh):
-      return train.begin_state(self.config, self.make_state, self.target)
+      return begin_state(self.config, self.make_state, self.target)
 
   def go(self, state, steps=3):
     with jax.set_mesh(self.mesh):
@@ -95,7 +98,8 @@ def plain(*setting_):
 
 
 def check(where, mesh=SPLIT, model=(), optimizer='adamw', **training):
-  """Three steps are those of a run on the device, up to rounding: a compiler fuses multiplications and additions as a program lets it.
+  """Three steps are those of a run on the device, up to rounding: a compiler fuses multiplications
+  and additions as a program lets it.
 
   Moments in 8 bits differ where a value is halfway between two codes.
   """
@@ -106,7 +110,9 @@ def check(where, mesh=SPLIT, model=(), optimizer='adamw', **training):
   expected, metrics = plain(frozen(mesh), frozen(model), optimizer, frozen(training))
   run = Run(mesh, model, optimizer, **training, **where)
   state, measured = run.go(run.begin())
-  assert_close(state.model, expected.model, 5e-5 if optimizer == 'adam8bit' else 2e-6)
+  assert_close(
+    state.models['policy'], expected.models['policy'], 5e-5 if optimizer == 'adam8bit' else 2e-6
+  )
   assert_close(measured, metrics, 1e-5)
   assert [x.shape for x in jax.tree.leaves(state.optimizer)] == [
     x.shape for x in jax.tree.leaves(expected.optimizer)
@@ -116,7 +122,7 @@ def check(where, mesh=SPLIT, model=(), optimizer='adamw', **training):
 
 def test_in_the_hosts_memory():
   state, _ = check(HOST)
-  kinds = {name: x.sharding.memory_kind for name, x in named_leaves(state.model).items()}
+  kinds = {name: x.sharding.memory_kind for name, x in named_leaves(state.models['policy']).items()}
   assert (
     kinds['stack.blocks.0.attention.q']
     == kinds['stack.blocks.0.feed_forward.down']
@@ -171,7 +177,9 @@ def test_every_optimizer_on_disk(optimizer, monkeypatch):
 
 
 def test_on_disk_goes_on_from_the_device_and_back(runs, tmp_path):
-  """State on disk and on the device can follow each other; on disk a resumed run is the same bit for bit."""
+  """State on disk and on the device can follow each other; on disk a resumed run is the same bit
+  for bit.
+  """
   expected, _ = jax.tree.map(lambda x: np.array(x), runs['device'].go(runs['device'].begin()))
   for one, other in (('disk', 'device'), ('device', 'disk'), ('disk', 'disk')):
     checkpoints = Checkpoints(tmp_path / f'from {one}' / other, log=lambda _: None)
@@ -184,7 +192,7 @@ def test_on_disk_goes_on_from_the_device_and_back(runs, tmp_path):
       assert checkpoints.problems(2) == []
       state = checkpoints.restore(2, runs[other].target)
     state, _ = runs[other].go(state, 1)
-    assert_close(state.model, expected.model, 2e-6)
+    assert_close(state.models['policy'], expected.models['policy'], 2e-6)
     if one == other:
       assert_same(state, uninterrupted)
 
@@ -214,7 +222,9 @@ def test_on_disk_moves_to_another_mesh(runs, tmp_path):
 
 
 def test_a_killed_writer_leaves_nothing_that_counts(runs, tmp_path):
-  """Killed between the copy of what was on disk and the rest; and a changed byte of the copy is seen."""
+  """Killed between the copy of what was on disk and the rest; and a changed byte of the copy is
+  seen.
+  """
   run, checkpoints = runs['disk'], Checkpoints(tmp_path, log=lambda _: None)
   with jax.set_mesh(run.mesh):
     state = run.begin()
@@ -238,14 +248,17 @@ def test_a_step_that_is_not_finite_leaves_no_trace_on_disk(runs):
   run = runs['disk']
   state, _ = run.go(run.begin(), 1)
   before = {
-    name: whole(x).copy() for name, x in named_leaves((state.model, state.optimizer)).items()
+    name: whole(x).copy()
+    for name, x in named_leaves((state.models['policy'], state.optimizer)).items()
   }
   state = dataclasses.replace(
     state, scale=dataclasses.replace(state.scale, scale=jnp.float32(jnp.inf))
   )
   state, _ = run.go(state, 1)
   assert state.scale.skipped_steps == 1 and state.step == 2
-  after = {name: whole(x) for name, x in named_leaves((state.model, state.optimizer)).items()}
+  after = {
+    name: whole(x) for name, x in named_leaves((state.models['policy'], state.optimizer)).items()
+  }
   assert_same(after, before)
 
 
@@ -255,7 +268,7 @@ def test_nothing_of_it_is_in_memory(runs):
   state = run.begin()
   assert all(isinstance(x, OnDisk) for x in jax.tree.leaves(state.optimizer) if x.ndim)
   in_files = sum(x.nbytes for x in jax.tree.leaves(state.optimizer) if x.ndim)
-  assert in_files == 2 * sum(x.nbytes for x in jax.tree.leaves(state.model))
+  assert in_files == 2 * sum(x.nbytes for x in jax.tree.leaves(state.models['policy']))
   assert shard_bytes(run.target.optimizer, 'disk') == pytest.approx(
     in_files / 4, rel=0.02
   )  # vectors are not split

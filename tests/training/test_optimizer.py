@@ -1,4 +1,6 @@
-"""Do optimizers, schedules and clipping do what optax, arithmetic and linear algebra say they should?"""
+"""Do optimizers, schedules and clipping do what optax, arithmetic and linear algebra say they
+should?
+"""
 
 import dataclasses
 
@@ -95,7 +97,8 @@ GIVEN = {
   'adamw': dict(b1=0.8, b2=0.9, epsilon=1e-6, weight_decay=0.3),
   'lion': dict(b1=0.8, b2=0.9, weight_decay=0.3),
   'sgd': dict(momentum=0.7, weight_decay=0.3),
-  # Optax's own Adafactor decays weights by the rate alone, not times the learning rate: compared without decay.
+  # Optax's own Adafactor decays weights by the rate alone, not times the learning rate: compared
+  # without decay.
   'adafactor': dict(weight_decay=0.0),
 }
 
@@ -266,7 +269,8 @@ def test_clip_off_and_not_finite():
 def test_orthogonalize_keeps_directions_and_levels_singular_values():
   rng = np.random.default_rng(0)
   for shape in ((2, 32, 96), (2, 96, 32), (1, 64, 64)):
-    # Condition number 30, as of a gradient after the first layers of a network; magnitude must not matter.
+    # Condition number 30, as of a gradient after the first layers of a network; magnitude must not
+    # matter.
     left, _ = np.linalg.qr(rng.normal(size=(shape[0], shape[1], min(shape[1:]))))
     right, _ = np.linalg.qr(rng.normal(size=(shape[0], shape[2], min(shape[1:]))))
     values = np.geomspace(1, 1 / 30, min(shape[1:]))

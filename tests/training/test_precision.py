@@ -81,7 +81,8 @@ def test_float16_training_backs_off_then_trains():
   opt_state, scale = optimizer.init(params), precision.init_loss_scale('float16')
   run = jax.jit(functools.partial(step, optimizer=optimizer))
   x = jnp.full((4,), 8.0)
-  # The gradient of the f16 product is 2 * 8 * scale * 8 = 2**7 * scale; above 65504 it overflows: at 2**15 to 2**9.
+  # The gradient of the f16 product is 2 * 8 * scale * 8 = 2**7 * scale; above 65504 it overflows:
+  # at 2**15 to 2**9.
   skipped = 0
   while True:
     before = params, opt_state

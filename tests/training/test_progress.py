@@ -1,4 +1,6 @@
-"""Is patience counted as configured, and does a step that is not finite stop the run with everything that a person needs to know?"""
+"""Is patience counted as configured, and does a step that is not finite stop the run with
+everything that a person needs to know?
+"""
 
 import math
 import types

@@ -1,4 +1,6 @@
-"""Are training's laws kept? Meshes, optimizers, skipped steps and stops change nothing they should not; resumed is uninterrupted."""
+"""Are training's laws kept? Meshes, optimizers, skipped steps and stops change nothing they should
+not; resumed is uninterrupted.
+"""
 
 import dataclasses
 import json
@@ -21,14 +23,13 @@ from conftest import (
   tiny,
 )
 
-import train
 from data.config import TokenizerConfig
 from kernels import flash_gpu, mosaic_gpu_compat
 from kernels.blocks import Blocks
 from model.config import ModelConfig, MoEConfig
 from model.params import abstract, named_leaves
-from training import config as configs
-from training.optimizer import OPTIMIZERS
+from training import config as configs, overrides
+from training.optimizer import OPTIMIZERS, make_schedule
 from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
 
@@ -54,8 +55,10 @@ def alone():
 
 
 def assert_equivalent(a, b, learning_rate=0.01, steps=3):
-  """Equal but for the order of f32 sums. Adam and its kin divide by a gradient's own size, so where a gradient is all rounding
-  error, so is the update: such elements are few, and no step moves one further than a few learning rates."""
+  """Equal but for the order of f32 sums. Adam and its kin divide by a gradient's own size, so where
+  a gradient is all rounding error, so is the update: such elements are few, and no step moves one
+  further than a few learning rates.
+  """
   a, b = host(a), host(b)
   assert a.keys() == b.keys()
   apart = np.concatenate([np.abs(a[name] - b[name]).ravel() for name in a])
@@ -66,7 +69,7 @@ def assert_equivalent(a, b, learning_rate=0.01, steps=3):
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
 def test_eight_devices_are_one(alone, mesh):
   trainer, metrics = trained(8, mesh=mesh)
-  assert_equivalent(trainer.state.model, alone[0].state.model)
+  assert_equivalent(trainer.state.models['policy'], alone[0].state.models['policy'])
   for a, b in zip(metrics, alone[1], strict=True):
     assert a.keys() == b.keys()
     for name in a:
@@ -86,7 +89,7 @@ def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
   trainer, metrics = trained(
     math.prod(mesh.values()), mesh=mesh, model={'attention': 'pallas_tpu', 'remat': remat}
   )
-  assert_equivalent(trainer.state.model, alone[0].state.model)
+  assert_equivalent(trainer.state.models['policy'], alone[0].state.models['policy'])
   np.testing.assert_allclose([m['loss'] for m in metrics], [m['loss'] for m in alone[1]], rtol=1e-5)
 
 
@@ -97,7 +100,9 @@ def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
 )
 @pytest.mark.parametrize('model', [{}, {'attention_blocks': Blocks(forward_keys=64)}], ids=str)
 def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
-  """Interpreted, in packed rows, of 16 bits, which is all that they multiply: as near to the oracle in f32 as the oracle in 16 bits is."""
+  """Interpreted, in packed rows, of 16 bits, which is all that they multiply: as near to the oracle
+  in f32 as the oracle in 16 bits is.
+  """
   monkeypatch.setattr(flash_gpu, '_processors', lambda: 3)
   runs = {
     name: trained(model=fields)
@@ -108,7 +113,7 @@ def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
     )
   }
   found = {
-    name: np.concatenate([x.ravel() for x in host(trainer.state.model).values()])
+    name: np.concatenate([x.ravel() for x in host(trainer.state.models['policy']).values()])
     for name, (trainer, _) in runs.items()
   }
   began = np.concatenate([x.ravel() for x in initial_model(tiny().model, tiny().train.seed)])
@@ -152,7 +157,7 @@ def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(nam
   """AdamW is above too; Muon, which moves whole layers between devices, is tried each time."""
   alone, _ = trained(optimizer={'name': name})
   trainer, metrics = trained(8, optimizer={'name': name}, mesh={'fsdp': 8})
-  assert_equivalent(trainer.state.model, alone.state.model)
+  assert_equivalent(trainer.state.models['policy'], alone.state.models['policy'])
   assert all(math.isfinite(step['grad_norm']) for step in metrics)
   checkpoints = Checkpoints(tmp_path, log=pytest.fail)
   with jax.set_mesh(trainer.mesh):
@@ -192,7 +197,7 @@ def test_f16_overflow_is_skipped_and_halves_the_scale():
   # The schedule advances with updates, not with attempts, and what is logged is what is applied.
   applied = jax.tree.leaves(trainer.state.optimizer)[-1]
   assert applied == 15 - skipped
-  at = train.make_schedule(trainer.config.optimizer, trainer.config.train.steps)
+  at = make_schedule(trainer.config.optimizer, trainer.config.train.steps)
   np.testing.assert_allclose(seen[-1]['learning_rate'], at(applied - 1), rtol=1e-6)
 
 
@@ -210,7 +215,9 @@ EXPERTS = dataclasses.replace(
 
 
 def test_experts_are_balanced_and_reported():
-  """On a mesh with microbatches as alone; the bias moves by the loads of the whole batch, and the optimizer leaves it alone."""
+  """On a mesh with microbatches as alone; the bias moves by the loads of the whole batch, and the
+  optimizer leaves it alone.
+  """
   model, sgd = {'moe': EXPERTS, 'layers': 3}, {'name': 'sgd', 'learning_rate': 0.5}
   alone, mesh = Trainer(tiny(model=model, optimizer=sgd)), {'data': 2, 'fsdp': 2, 'tensor': 2}
   many = Trainer(tiny(model=model, optimizer=sgd, mesh=mesh, train={'accumulation': 2}), 8)
@@ -228,8 +235,8 @@ def test_experts_are_balanced_and_reported():
       and one['balance_loss'] > 0
       and one['router_z_loss'] > 0
     )
-  assert_close(alone.state.model, many.state.model, 1e-6)
-  bias = np.array(alone.state.model.stack.blocks[1].feed_forward.selection_bias[...])
+  assert_close(alone.state.models['policy'], many.state.models['policy'], 1e-6)
+  bias = np.array(alone.state.models['policy'].stack.blocks[1].feed_forward.selection_bias[...])
   assert bias.shape == (2, 4) and (bias != 0).any() and (np.abs(bias) < 0.031).all()
   np.testing.assert_allclose(
     bias / 0.01, np.round(bias / 0.01), atol=1e-5
@@ -273,11 +280,11 @@ def split_alone():
 def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
   """Three steps with everything recomputed; the bias that balances the load moves alike, too."""
   trainer, metrics = trained(8, mesh=mesh, model={'moe': SPLIT, 'remat': 'full'})
-  assert_equivalent(trainer.state.model, split_alone[0].state.model)
+  assert_equivalent(trainer.state.models['policy'], split_alone[0].state.models['policy'])
   for a, b in zip(metrics, split_alone[1], strict=True):
     for name in b:
       np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6, err_msg=name)
-  bias = trainer.state.model.stack.blocks[0].feed_forward.selection_bias[...]
+  bias = trainer.state.models['policy'].stack.blocks[0].feed_forward.selection_bias[...]
   assert np.abs(np.asarray(bias)).max() > 0.005
 
 
@@ -313,7 +320,9 @@ def steps_logged(workdir):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, capsys):
-  """Three starts, with more steps each; the second one is before its checkpoint's last lines of metrics."""
+  """Three starts, with more steps each; the second one is before its checkpoint's last lines of
+  metrics.
+  """
   for steps, checkpoint in ((2, None), (4, 2), (6, 4)):
     run_here(on(corpus, train={'steps': steps}), tmp_path)
     said = capsys.readouterr().out
@@ -338,8 +347,8 @@ def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
   run_here(on(corpus, mesh={'data': 2, 'fsdp': 4}), tmp_path)
   a, b = state_of(tmp_path, 6), state_of(straight, 6)
   assert_equivalent(
-    {name: x for name, x in a.items() if name.startswith('model.')},
-    {name: x for name, x in b.items() if name.startswith('model.')},
+    {name: x for name, x in a.items() if name.startswith('models.policy.')},
+    {name: x for name, x in b.items() if name.startswith('models.policy.')},
     steps=2,
   )
   assert Checkpoints(tmp_path).record(6)['data'] == Checkpoints(straight).record(6)['data']
@@ -347,13 +356,15 @@ def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
 
 def begun(config):
   """The config with what it takes from the run at config.init, as the flag --config makes it."""
-  return dataclasses.replace(config, **configs._begun(config, config.init))
+  return dataclasses.replace(config, **overrides._begun(config, config.init))
 
 
 def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   straight, corpus, tmp_path, capsys
 ):
-  """Taken as they are, and as an import leaves them: the model alone, at step 0 of the run's own directory."""
+  """Taken as they are, and as an import leaves them: the model alone, at step 0 of the run's own
+  directory.
+  """
   still = {'optimizer': {'learning_rate': 1e-30}, 'train': {'steps': 1, 'save_every': 1}}
   begin = dataclasses.replace(
     on(corpus, **still), init=str(straight), model=ModelConfig(remat='full')
@@ -370,19 +381,24 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   )
 
   def ours(workdir, step):
-    return {name: x for name, x in state_of(workdir, step).items() if name.startswith('model.')}
+    return {
+      name: x for name, x in state_of(workdir, step).items() if name.startswith('models.policy.')
+    }
 
   assert_same(ours(tmp_path / 'new', 1), ours(straight, 6))
 
   trainer = Trainer(on(corpus, **still))
   imported = Checkpoints(tmp_path / 'imported')
-  imported.save(0, {'model': trainer.state.model}, {}, {})
+  imported.save(0, {'model': trainer.state.models['policy']}, {}, {})
   imported.wait()
   run_here(on(corpus, **still), tmp_path / 'imported')
   assert f'beginning with the parameters of {tmp_path / "imported"}' in capsys.readouterr().out
   assert_same(
     ours(tmp_path / 'imported', 1),
-    {f'model.{name}': np.asarray(x) for name, x in named_leaves(trainer.state.model).items()},
+    {
+      f'models.policy.{name}': np.asarray(x)
+      for name, x in named_leaves(trainer.state.models['policy']).items()
+    },
   )
   with pytest.raises(FileNotFoundError, match='nowhere is not the directory of a run'):
     begun(dataclasses.replace(begin, init=str(tmp_path / 'nowhere')))
@@ -411,7 +427,7 @@ def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(strai
     run_here(other, straight)
   # Allowed, but impossible: parameters of this shape are not there.
   with pytest.raises(
-    SystemExit, match=r'(?s)checkpoint 6 .* does not fit the config.*model\.embedding'
+    SystemExit, match=r'(?s)checkpoint 6 .* does not fit the config.*models\.policy\.embedding'
   ):
     run_here(other, straight, allow_change=True)
   assert {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()} == kept

@@ -1,4 +1,4 @@
-"""Are ZeRO's stages, offloading and one device the same training, and do they keep what they say?"""
+"""Are ZeRO's stages, offloading and one device one training, and do they keep what they say?"""
 
 import functools
 import re
@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from data.batch import Batch
 from data.config import DataConfig
 from model import params, transformer
@@ -18,6 +17,7 @@ from parallel.pipeline import PipelineConfig
 from training import state as states
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
+from training.step import make_step
 
 MODEL = dict(
   vocabulary=64,
@@ -37,7 +37,8 @@ def setting(mesh, model=(), **training):
     model=ModelConfig(**MODEL | dict(model)),
     data=DataConfig(sequence_length=16, batch_size=16),
     mesh=MeshConfig(**mesh),
-    # With a small epsilon updates are as large as the learning rate however small the gradient: rounding would show.
+    # With a small epsilon updates are as large as the learning rate however small the gradient:
+    # rounding would show.
     train=TrainConfig(**training),
     optimizer=OptimizerConfig(epsilon=1e-3),
   )
@@ -64,10 +65,12 @@ def three_steps(config, devices=8):
   """The compiled step, the state after three steps, and its parameters by name."""
   with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:devices])):
     model = jax.eval_shape(functools.partial(transformer.init, config.model, 0))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, params.specs(model))
+    optimizer = make_optimizer(
+      config.optimizer, config.train.steps, params.specs({'policy': model})
+    )
     state, step, rows = (
       jax.jit(functools.partial(states.init, config, optimizer))(),
-      train.make_train_step(config, optimizer),
+      make_step(config, optimizer),
       batch(),
     )
     compiled = step.lower(state, rows).compile()
@@ -76,7 +79,7 @@ def three_steps(config, devices=8):
   return (
     compiled,
     state,
-    {name: np.asarray(x) for name, x in params.named_leaves(state.model).items()},
+    {name: np.asarray(x) for name, x in params.named_leaves(state.models['policy']).items()},
   )
 
 
@@ -127,7 +130,9 @@ def test_a_stage_with_experts():
 
 
 def test_gradients_are_split_where_they_arise():
-  """With 1 the backward loop carries whole gradients, with 2 and 3 shards; with 1 and 2 there are whole weights besides."""
+  """With 1 the backward loop carries whole gradients, with 2 and 3 shards; with 1 and 2 there are
+  whole weights besides.
+  """
   used = {
     zero: three_steps(setting({'data': 2, 'fsdp': 4, 'zero': zero}, accumulation=2))[0]
     .memory_analysis()
@@ -142,10 +147,10 @@ def test_optimizer_state_in_the_hosts_memory():
   _, state = check(setting({'data': 2, 'fsdp': 4}, offload_optimizer='host'), setting({'data': 1}))
   arrays = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
   assert arrays and all(x.sharding.memory_kind == 'pinned_host' for x in arrays)
-  assert all(x.sharding.memory_kind == 'device' for x in jax.tree.leaves(state.model))
+  assert all(x.sharding.memory_kind == 'device' for x in jax.tree.leaves(state.models['policy']))
   config = setting({'data': 2, 'fsdp': 4}, offload_optimizer='host')
   with jax.set_mesh(make_mesh(config.mesh)):
-    optimizer = make_optimizer(config.optimizer, 200, params.specs(state.model))
+    optimizer = make_optimizer(config.optimizer, 200, params.specs(state.models))
     target = params.abstract(
       functools.partial(states.init, config, optimizer), jax.sharding.get_mesh()
     )

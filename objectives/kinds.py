@@ -1,0 +1,43 @@
+"""Which objectives are there? The only list, by the name that --config.objective.kind takes.
+
+A kind is imported when it is asked for: who reads train.py meets what an objective is, and of those
+that there are the one that the run names.
+"""
+
+import dataclasses
+import importlib
+
+import names
+from objectives.objective import Objective
+
+KINDS = {'next_token': 'objectives.next_token.NextToken'}
+DEFAULT = 'next_token'
+
+
+def of(kind: str) -> type[Objective]:
+  """The kind of this name. Raises ValueError for a name that none has."""
+  module, _, name = KINDS[names.check('objective.kind', kind, KINDS)].rpartition('.')
+  return getattr(importlib.import_module(module), name)
+
+
+def default() -> Objective:
+  """What a run minimises that does not say."""
+  return of(DEFAULT)()
+
+
+def fields(kind: str) -> list[str]:
+  """The settings of a kind, without its tag."""
+  return [field.name for field in dataclasses.fields(of(kind)) if field.name != 'kind']
+
+
+def foreign(kind: str, name: str) -> str:
+  """What to say of a field that this kind has not: which it has, and whose it is. '' for one that
+  it has, or that no kind has.
+  """
+  others = [other for other in KINDS if other != kind and name in fields(other)]
+  if name in fields(kind) or not others:
+    return ''
+  return (
+    f'config.objective.{name} is a field of {" and ".join(others)}, not of '
+    f'objective.kind={kind!r}, whose fields are: {", ".join(fields(kind)) or "none"}'
+  )

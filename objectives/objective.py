@@ -1,0 +1,180 @@
+"""What is an objective? A value: the models it takes, the batches it takes, what it minimises, and
+what it says of both.
+
+A kind of objective is a frozen dataclass below `Objective`; its fields are its settings, flags
+`--config.objective.NAME`. The step (training/step.py), the planner and the pipelines call the
+methods here and name no kind; objectives/kinds.py lists the kinds.
+
+B rows of a batch · T length
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from data.config import DataConfig
+from model.config import ModelConfig
+
+Sums = dict[str, Array]  # what microbatches, devices and batches add up
+MAIN = 'policy'
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+  """A model that an objective takes.
+
+  Attributes:
+    config: of its network; None for that of the run at `directory`.
+    trained: False freezes all of it, whatever the run's patterns say (training/trainable.py).
+    directory: of the run whose parameters it begins with; '' for a new model. (The run's own `init`
+      is that of the main one.)
+    stored: what makes of a frozen model what lies in memory, as `in_bfloat16` or
+      model.weights.int8.in_bytes; None leaves it as its config says.
+  """
+
+  config: ModelConfig | None
+  trained: bool = True
+  directory: str = ''
+  stored: Callable[[Any], Any] | None = None
+
+
+@runtime_checkable
+class Batches(Protocol):
+  """An endless source of batches for one process, whose position is kept in checkpoints."""
+
+  def take(self, state) -> Any:
+    """The next batch, numpy arrays [rows of this process, ...]. state: of training, before the step
+    that the batch is for: a rollout generates with its models; text looks at nothing of it.
+    """
+
+  def state(self) -> dict:
+    """The position, JSON-able."""
+
+  def restore(self, position: dict) -> None:
+    """Goes on at a position. Raises ValueError where it is one of other data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """What all kinds share, and what a kind says for itself.
+
+  Attributes:
+    kind: the tag, as in objectives/kinds.py; a default that nothing else may replace.
+    main: name of the model that a run is for: the one of `config.model`, which `config.init` begins
+      and generation opens.
+    rows: rows of a batch that make up one record (a pair: 2, a group: its size). They follow one
+      another, and stay together.
+  """
+
+  kind: str = ''
+
+  # Without annotations: facts of a kind, no settings.
+  main = MAIN
+  rows = 1
+
+  def __post_init__(self):
+    tag = type(self).__dataclass_fields__['kind'].default
+    if self.kind != tag:
+      raise ValueError(
+        f'objective.kind={self.kind!r} cannot have the fields of {tag!r}; give '
+        f'--config.objective.kind={self.kind} alone'
+      )
+
+  # 1. Models.
+
+  def models(self, config: ModelConfig) -> dict[str, Role]:
+    """The models by name; `config` is the run's own, of the main one. By default that is all there
+    is.
+    """
+    return {self.main: Role(config)}
+
+  def accepts(self, models: Mapping[str, ModelConfig]) -> None:
+    """Raises NotImplementedError or ValueError, saying what would do, where the objective cannot
+    train these.
+    """
+
+  # 2. Batches.
+
+  def read(self, config: DataConfig, log: Callable[[str], Any]) -> Any:
+    """What batches are cut from, made once: has `tokenizer`, `key` (of all that decides about
+    batches), `document_length` (for FLOPs), and `validation_documents()` (texts, for what
+    compressors make of them; may be empty).
+    """
+    raise NotImplementedError
+
+  def batches(self, prepared, config: DataConfig, rows: Sequence[int]) -> Batches:
+    """Training batches; rows: of all rows of a batch, those that this process reads."""
+    raise NotImplementedError
+
+  def validation_batches(self, prepared, config: DataConfig, rows: Sequence[int]) -> Iterable:
+    """Batches to evaluate on, the same ones each time."""
+    raise NotImplementedError
+
+  def batch_like(self, config: DataConfig) -> Any:
+    """A batch as jax.ShapeDtypeStructs [B, T] or [B, ...], without shardings."""
+    raise NotImplementedError
+
+  def prepare(self, models: Mapping[str, Any], batch) -> Any:
+    """The batch with what depends on all of it (advantages whitened, statistics of a group), before
+    microbatches are cut; not differentiated. Everything in a batch is [B, ...]: what is one number
+    for all is repeated for each row.
+    """
+    return batch
+
+  # 3. Loss.
+
+  def weights(self, batch) -> dict[str, Float[Array, '']]:
+    """The denominator of every term, of a whole prepared batch: its tokens, its examples, its
+    pairs, a constant.
+
+    A function of the batch alone, so that it is known before the first microbatch: terms of
+    different denominators then share one backward pass, and each is divided by its own once, after
+    all microbatches and devices.
+    """
+    raise NotImplementedError
+
+  def sums(self, models: Mapping[str, Any], batch) -> tuple[dict[str, Float[Array, '']], Sums]:
+    """Of any part of a prepared batch: the numerator of every term, which is differentiated; and
+    what metrics are made of. Both add up over parts. Of a main model with experts the second has
+    `load` (Output.router), which balances them.
+    """
+    raise NotImplementedError
+
+  def loss(self, models: Mapping[str, Any], batch) -> dict[str, tuple[Array, Array]]:
+    """{term: (sum, weight)} of a whole prepared batch; what is minimised is the sum over terms of
+    sum / weight.
+    """
+    terms, _ = self.sums(models, batch)
+    weights = self.weights(batch)
+    return {name: (total, weights[name]) for name, total in terms.items()}
+
+  # 4. What is said of it.
+
+  def metrics(self, terms: Sums, weights: Sums, sums: Sums) -> dict[str, Array]:
+    """Of a step, from what its whole batch added up to; holds `loss`."""
+    means = {name: total / or_one(weights[name]) for name, total in terms.items()}
+    return {'loss': sum(means.values()), **(means if len(means) > 1 else {})}
+
+  def judged(self, models: Mapping[str, Any], batch) -> Sums:
+    """Of a validation batch: what `verdict` needs, to be added up over batches."""
+    raise NotImplementedError
+
+  def verdict(self, sums: Mapping[str, float], prepared) -> dict[str, float]:
+    """An evaluation from the sums of its batches; the best checkpoint has the lowest
+    `validation_loss`.
+    """
+    raise NotImplementedError
+
+
+def in_bfloat16(model):
+  """A frozen model in half of the memory."""
+  return jax.tree.map(lambda p: p.astype(jnp.bfloat16), model)
+
+
+def or_one(weight: Array) -> Array:
+  """A denominator; 1 where nothing was counted, whose numerator is then 0."""
+  return jnp.where(weight > 0, weight, 1)

@@ -1,0 +1,157 @@
+"""How does a Config come from the command line? From a file under configs/, and flags that override
+its fields.
+
+A file has `get_config()` that returns a Config. `--config=FILE --config.a.b=value` goes through
+ml_collections' config_flags; the result is built anew from the overridden values, so that every
+check of every part runs again. Two fields are read before the others, because they decide what the
+others may be: `init` and `objective.kind`.
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags, config_path
+
+import names
+from data import tokenizers
+from data.config import TokenizerConfig
+from objectives import kinds
+from training.config import Config, from_dict, load, unknown_field
+
+
+def define_flag(among: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
+  """Defines --config=FILE and its overrides; `from_flag` turns the holder's value into a Config."""
+  holder = config_flags.DEFINE_config_file(
+    'config',
+    help_string='A file under configs/; override fields with --config.a.b=value.',
+    flag_values=among,
+  )
+  among['config'].parser = _ConfigFile('config')
+  return holder
+
+
+def from_flag(value: ConfigDict) -> Config:
+  """The frozen, validated Config that the flag's file and overrides stand for."""
+  return from_dict(Config, value.to_dict())
+
+
+class _ConfigFile(config_flags.ConfigFileFlagParser):
+  """Loads a config file; flags override a mutable copy of its frozen Config (lists can be indexed:
+  sources[0].path).
+  """
+
+  def parse(self, path):
+    file = path.split(':')[0]
+    if not os.path.isfile(file):  # which the library would tell only who reads a field
+      names.check(
+        'config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py'))
+      )
+    config = super().parse(path)
+    if not isinstance(config, Config):
+      raise ValueError(
+        f'get_config() of {path} returned {type(config).__name__}; it must return a '
+        'training.config.Config'
+      )
+    overrides = [
+      argument.removeprefix('--config.')
+      for argument in sys.argv
+      if argument.startswith('--config.')
+    ]
+    try:
+      begun = _begun(config, _first(overrides, 'init', 'DIRECTORY') or config.init)
+    except FileNotFoundError as error:
+      raise ValueError(f'config.init: {error}') from error
+    kind = _first(overrides, 'objective.kind', 'NAME')
+    if kind and kind != config.objective.kind:
+      config = dataclasses.replace(config, objective=kinds.of(kind)())
+    config = _mutable(config)
+    for part, value in begun.items():
+      config[part] = _mutable(value)
+    for override in overrides:
+      _check_path(config, override.split('=')[0])
+    return config
+
+
+def _first(overrides: list[str], name: str, example: str) -> str:
+  """What is given for a field that is read before the others; '' where nothing is."""
+  if name in overrides:
+    raise ValueError(
+      f'--config.{name} is read before the other overrides are; write it as '
+      f'--config.{name}={example}'
+    )
+  given = [override for override in overrides if override.startswith(f'{name}=')]
+  return given[-1].removeprefix(f'{name}=') if given else ''
+
+
+def _mutable(value):
+  """A frozen config as a ConfigDict, its tuples of configs as lists, which flags can index."""
+  if dataclasses.is_dataclass(value):
+    return ConfigDict(
+      {field.name: _mutable(getattr(value, field.name)) for field in dataclasses.fields(value)},
+      sort_keys=False,
+    )
+  if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) for v in value):
+    return [_mutable(v) for v in value]
+  return value
+
+
+def _check_path(config: ConfigDict, path: str) -> None:
+  """Raises ValueError where an override names a field or an index that is not there."""
+  holder, walked = config, 'config'
+  for part in config_path.split(path):
+    if isinstance(part, int):
+      if not isinstance(holder, list) or part >= len(holder):
+        raise ValueError(
+          f'{walked} has no item {part}; it holds '
+          f'{len(holder) if isinstance(holder, list) else "no list"}'
+        )
+      holder, walked = holder[part], f'{walked}[{part}]'
+    else:
+      if not hasattr(holder, 'keys'):
+        raise ValueError(f'{walked} is a value, it has no field {part!r}')
+      if part not in holder:
+        kind = holder['kind'] if walked == 'config.objective' else ''
+        raise ValueError(unknown_field(walked, part, holder.keys(), kind))
+      holder, walked = holder[part], f'{walked}.{part}'
+
+
+def _begun(config: Config, init: str) -> dict:
+  """The parts of a config that change where it begins with the run at `init`;
+  not yet checked together.
+
+  Fields of config.model that are not at their default replace that run's (remat, a window, ...);
+  where they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes
+  that run's; another one replaces it. The flag --config does this before it applies overrides, so
+  that these hold whatever their value is. Raises FileNotFoundError where there is no run.
+  """
+  if not init:
+    return {}
+  model, data = load(init).model, config.data
+  if data.tokenizer == TokenizerConfig():
+    path = pathlib.Path(init) / 'tokenizer'
+    kind = tokenizers.load(path).kind
+    data = dataclasses.replace(
+      data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))
+    )
+  return {'model': _over(model, config.model), 'data': data, 'init': init}
+
+
+def _over(below, above):
+  """`below` with the fields of `above` that are not at their default."""
+  default = type(above)()
+  changed = {
+    f.name: getattr(above, f.name)
+    for f in dataclasses.fields(above)
+    if getattr(above, f.name) != getattr(default, f.name)
+  }
+  return dataclasses.replace(
+    below,
+    **{
+      name: _over(getattr(below, name), value) if dataclasses.is_dataclass(value) else value
+      for name, value in changed.items()
+    },
+  )

@@ -1,0 +1,127 @@
+"""What does a run execute? Its state and its step, made from the config alone, so that they can be
+planned, lowered, and begun.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+
+from model import flops, params
+from parallel import axes
+from training import spill, state as states
+from training.config import Config
+from training.optimizer import make_optimizer
+from training.state import TrainState
+from training.step import make_step
+from training.trainable import joined
+
+
+def make_program(config: Config):
+  """(make_state, step): a function that makes the initial state of a run of this config (of models
+  given: states.init), and its step.
+
+  Raises ValueError for a pattern of train.trained or train.frozen that matches no parameter.
+  """
+  models = jax.eval_shape(
+    lambda: {name: states.new_model(config, name) for name in states.roles(config)}
+  )
+  rule = states.rule(config)
+  rule.check(models)
+  specs = params.specs(rule.parted(models)[0])
+  optimizer = make_optimizer(config.optimizer, config.train.steps, specs)
+  return functools.partial(states.init, config, optimizer), make_step(config, optimizer)
+
+
+def make_target(config: Config, make_state, mesh: jax.sharding.Mesh, directory) -> TrainState:
+  """Shapes and places of what make_state makes: on the mesh, in context, and on disk below
+  `directory`.
+  """
+  state = params.abstract(make_state, mesh)
+  if config.train.offload_optimizer == 'disk':
+    return spill.on_disk(state, config.train.spill_dir or directory)
+  return state
+
+
+def begin_state(
+  config: Config, make_state, target: TrainState, models: Mapping | None = None
+) -> TrainState:
+  """The first state, in the places of `target`; of the models given, whose trained part is donated,
+  and new ones for the rest.
+  """
+  given = models or {}
+  trained, frozen = states.rule(config).parted(given)
+
+  def make(trained):
+    state = make_state(trained)
+    return (
+      state
+      if config.train.offload_optimizer != 'disk'
+      else dataclasses.replace(state, optimizer=None)
+    )
+
+  state = jax.jit(make, donate_argnums=0)(trained)
+  # What is frozen goes round the program, which would copy it.
+  state = dataclasses.replace(
+    state, models=state.models | joined({name: state.models[name] for name in given}, frozen)
+  )
+  return state if config.train.offload_optimizer != 'disk' else spill.begin(config, state, target)
+
+
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes and shardings of what a run of this config carries, on a mesh whose devices may be
+  elsewhere.
+
+  Raises ValueError for a batch or a size that the mesh does not divide, and for an open vocabulary;
+    and what the
+  objective raises for models that it does not take.
+  """
+  check_models(config)
+  if not config.model.vocabulary:
+    raise ValueError(
+      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in "
+      "--config.model.vocabulary=50257"
+    )
+  config = config.resolve(config.model.vocabulary)
+  config.check_mesh(dict(mesh.shape))
+  with jax.set_mesh(mesh):
+    return make_target(config, make_program(config)[0], mesh, '.')
+
+
+def check_models(config: Config) -> None:
+  """Raises NotImplementedError or ValueError where the objective does not take the run's models."""
+  config.objective.accepts({name: role.config for name, role in states.roles(config).items()})
+
+
+def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
+  """The step that a run of this config takes on a mesh, lowered, and the state that it takes;
+  raises as abstract_state does.
+  """
+  state = abstract_state(config, mesh)
+  config = config.resolve(config.model.vocabulary)
+  with jax.set_mesh(mesh):
+    batch = jax.tree.map(lambda x: _placed(x, config), config.objective.batch_like(config.data))
+    return make_program(config)[1].lower(state, batch), state
+
+
+def flops_per_token(config: Config, document_length: float | None = None) -> float:
+  """FLOPs of training for a token of a batch: of every model that is trained, and a forward pass of
+  every other.
+
+  document_length: mean tokens of a document, where that is known (model/flops.py).
+  """
+  length = config.data.sequence_length
+  each = [
+    flops.train_flops_per_token(role.config, length, document_length) / (1 if role.trained else 3)
+    for role in states.roles(config).values()
+  ]
+  return sum(each)
+
+
+def _placed(x: jax.ShapeDtypeStruct, config: Config) -> jax.ShapeDtypeStruct:
+  """An array of a batch as hosts.RowShards lays it out on the mesh in context."""
+  by_length = x.shape == (config.data.batch_size, config.data.sequence_length)
+  spec = axes.spec('batch', 'length') if by_length else axes.spec('batch')
+  sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

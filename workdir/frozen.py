@@ -1,0 +1,104 @@
+"""Where are frozen parameters kept? Not in a run's checkpoints, but where they came from: by
+directory, step and digest.
+
+That is so for models that an objective takes from another run, and for the frozen part of a model
+that began with one (`config.init`). What was frozen as it was initialised has no such place, and is
+saved like what is trained.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from model import params, transformer
+from training import state as states
+from training.config import Config
+from training.state import TrainState
+from training.trainable import divided, joined, shared
+from workdir.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """What of a run's models is by reference: `references` by model, as checkpoints record them."""
+
+  config: Config
+  references: dict[str, dict]
+
+  def kept(self, state: TrainState) -> TrainState:
+    """The state, abstract or not, as a checkpoint holds it: without what is by reference."""
+    rule = states.rule(self.config)
+    models, _ = divided(
+      state.models,
+      lambda name: rule.trains(name) or name.split('.')[0] not in self.references,
+    )
+    return dataclasses.replace(state, models=models)
+
+  def completed(self, state: TrainState, log: Callable[[str], Any]) -> TrainState:
+    """A state that was kept, with what it left out. Raises ValueError where that is not what it
+    was.
+    """
+    models = {
+      name: _frozen(self.config, name, reference, log)
+      for name, reference in self.references.items()
+    }
+    models = _shared(self.config, joined(state.models, state.models | models), self.references)
+    return dataclasses.replace(state, models=models)
+
+
+def begin(
+  config: Config, log: Callable[[str], Any], imported: str | os.PathLike = ''
+) -> tuple[dict[str, Any], Frozen]:
+  """The models that begin with a run's parameters, by name, on the mesh in context; and what of
+  them is frozen.
+
+  imported: the run's own directory where the main model was imported into it, as a checkpoint that
+    later ones replace.
+  Raises FileNotFoundError where there is no run, ValueError where it does not fit.
+  """
+  models, references, rule = {}, {}, states.rule(config)
+  for name, role in states.roles(config).items():
+    main = name == config.objective.main
+    directory = (imported or config.init) if main else role.directory
+    if not directory:
+      continue
+    log(f'beginning with the parameters of {directory}' + ('' if main else f' as {name}'))
+    checkpoints = Checkpoints(directory, log=log)
+    step = checkpoints.latest()
+    models[name] = _stored(checkpoints.model(_abstract(config, name), step), role.stored)
+    frozen = jax.tree.leaves(rule.parted({name: models[name]})[1])
+    if frozen and not (main and imported):
+      references[name] = checkpoints.reference(step)
+  return _shared(config, models, references), Frozen(config, references)
+
+
+def _frozen(config, name, reference, log):
+  """The frozen part of a model."""
+  checkpoints = Checkpoints(reference['directory'], log=log)
+  checkpoints.check(reference)
+  _, part = states.rule(config).parted({name: _abstract(config, name)})
+  model = checkpoints.model(part[name], reference['step'], some=True)
+  return _stored(model, states.roles(config)[name].stored)
+
+
+def _stored(model, how):
+  return jax.jit(how, donate_argnums=0)(model) if how else model
+
+
+def _abstract(config, name):
+  """A model as the run that it comes from keeps it."""
+  role = states.roles(config)[name]
+  return params.abstract(
+    lambda: transformer.init(role.config, config.train.seed), jax.sharding.get_mesh()
+  )
+
+
+def _shared(config, models, references):
+  known = {
+    name: (reference['digest'], states.roles(config)[name].stored)
+    for name, reference in references.items()
+  }
+  return shared(models, known, states.rule(config))
