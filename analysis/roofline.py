@@ -35,7 +35,7 @@ ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}
 # head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
 # backward (arXiv:2407.08608, figures 5 and 6).
 CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
-# Ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (benchmarks/README.md)
+# Ours: 47 to 60% forward, 31 to 51% backward, 4k to 16k (docs/measured.md)
 CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52
 # Bytes/s of a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
 HOST_BANDWIDTH = 16e9

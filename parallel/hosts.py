@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 # XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
-# each use, a train step spends up to half of its time in page faults (benchmarks/README.md has the
+# each use, a train step spends up to half of its time in page faults (docs/measured.md has the
 # figures).
 TUNABLES = 'glibc.malloc.hugetlb=1'
 
