@@ -2,11 +2,10 @@
 
     checkpoints/00000100/       arrays of the train state, written by orbax in the background; below
                                 spilled/ those that lie on disk (training.disk), copied from there a
-                                few layers at a time while the run waits checkpoints/00000100.json
-                                the record: written last, so that without it the directory does not
-                                count; holds the data
-                                loader's state, the validation loss, size and digest of every file,
-                                and its own digest
+                                few layers at a time while the run waits
+    checkpoints/00000100.json   the record: written last, so that without it the directory does not
+                                count; holds the data loader's state, the validation loss, size and
+                                digest of every file, and its own digest
 
 A kill while saving leaves a directory without a record; a truncated or changed file no longer
 matches its digest.
