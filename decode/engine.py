@@ -54,7 +54,9 @@ class Engine:
     mesh: jax.sharding.Mesh,
     weights: str = '',
   ):
-    """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute dtype."""
+    """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute
+    dtype.
+    """
     names.check('weights', weights, ('', 'int8'))
     self.tokenizer = tokenizer
     self.mesh = mesh

@@ -24,7 +24,7 @@ ABSL = '''
 import importlib, json, os, re, sys
 module = importlib.import_module(sys.argv[1])
 from absl import flags
-from training import config
+from training import overrides
 def read(line):
   if any('..' in part or re.search('(^|=)[A-Z][A-Z:_]*$|config.init', part) for part in line):
     for part in line:
@@ -35,7 +35,7 @@ def read(line):
   sys.argv = [sys.argv[0], *line]
   flags.FLAGS(sys.argv)
   if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
-    config.from_flag(flags.FLAGS.config)
+    overrides.from_flag(flags.FLAGS.config)
 for line in json.loads(sys.argv[2]):
   if not (child := os.fork()):
     try:

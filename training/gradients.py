@@ -19,15 +19,10 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int, rows: int = 1):
     rows: that make up one record; they follow one another, and are of the same part.
   Returns: gradients of the summed loss in the parameters' dtype, and the summed sums. Parts are
     added in f32: a narrower sum would stop growing after a few.
-  Raises ValueError for a batch that does not fall into so many parts of whole records.
+  Raises ValueError for a batch that does not fall into so many parts of whole records, on every
+    device that has rows of it.
   """
-  for x in jax.tree.leaves(batch):
-    if x.ndim < 1 or x.shape[0] % (microbatches * rows):
-      raise ValueError(
-        f'an array of shape {x.shape} in the batch does not fall into '
-        f'train.accumulation={microbatches} parts of whole records of {rows} row(s); make '
-        f'data.batch_size a multiple of {microbatches * rows}'
-      )
+  check(batch, microbatches, rows)
   gradient = jax.grad(loss_fn, has_aux=True)
   if microbatches == 1:
     return gradient(model, batch, scale)
@@ -46,6 +41,24 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int, rows: int = 1):
   )
   totals, _ = jax.lax.scan(step, zeros, parts)
   return jax.tree.map(lambda total, x: total.astype(x.dtype), totals, shapes)
+
+
+def check(batch, microbatches: int, rows: int) -> None:
+  """Raises ValueError where records of so many rows would be cut apart, by microbatches or devices."""
+  devices = ax.size('batch') if rows > 1 else 1
+  for x in jax.tree.leaves(batch):
+    if x.ndim < 1 or x.shape[0] % (microbatches * rows):
+      raise ValueError(
+        f'an array of shape {x.shape} in the batch does not fall into '
+        f'train.accumulation={microbatches} parts of whole records of {rows} row(s); make '
+        f'data.batch_size a multiple of {microbatches * rows}'
+      )
+    if x.shape[0] % (microbatches * rows * devices):
+      raise ValueError(
+        f'{x.shape[0]} rows over {devices} devices, in train.accumulation={microbatches} parts, '
+        f'cut records of {rows} rows apart; make data.batch_size a multiple of '
+        f'{microbatches * rows * devices}, or give other axes of the mesh more devices'
+      )
 
 
 def _split(x: jax.Array, microbatches: int, rows: int) -> jax.Array:

@@ -24,7 +24,7 @@ from objectives.objective import or_one
 from parallel import offload
 from training import precision, spill, state as states, update
 from training.config import Config
-from training.gradients import accumulate
+from training.gradients import accumulate, check
 from training.optimizer import clip, make_schedule
 from training.state import TrainState
 from training.trainable import Rule, joined
@@ -103,6 +103,7 @@ def make_gradients(config: Config):
     return {name: weights.gathered(m, roles[name].config.dtype) for name, m in trained.items()}
 
   def gradients(state: TrainState, frozen, batch):
+    check(batch, config.train.accumulation, objective.rows)
     batch = objective.prepare(joined(state.models, frozen), batch)
     denominators = {name: or_one(weight) for name, weight in objective.weights(batch).items()}
     # One backward pass serves all terms: they are brought to the denominator of the first, which is

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from data.tokenizers import ByteTokenizer
-from decode.generator import Generator, generating
+from decode.engine import generating
+from decode.generator import Generator
 from decode.report import weight_bytes
 from model import families, moe as moe_module, transformer
 from model.weights import Gathered, Plain, Weight, gathered, int8, joined, read

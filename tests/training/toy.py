@@ -49,7 +49,8 @@ class Toy(NextToken):
   def prepare(self, models, batch):
     """Lengths of rows, whitened over the whole batch."""
     lengths = (batch.weights > 0).sum(1).astype(jnp.float32)
-    whitened = (lengths - lengths.mean()) / jnp.sqrt(jnp.square(lengths - lengths.mean()).mean())
+    spread = jnp.sqrt(jnp.square(lengths - lengths.mean()).mean())
+    whitened = (lengths - lengths.mean()) / jnp.maximum(spread, 1e-6)  # rows may be alike
     return {'rows': batch, 'whitened': whitened}
 
   def weights(self, batch):
