@@ -44,7 +44,7 @@ def accumulate(loss_fn, model, batch, scale, microbatches: int, rows: int = 1):
 
 
 def check(batch, microbatches: int, rows: int) -> None:
-  """Raises ValueError where records of so many rows would be cut apart, by microbatches or devices."""
+  """Raises ValueError where records of so many rows would be cut apart, by parts or devices."""
   devices = ax.size('batch') if rows > 1 else 1
   for x in jax.tree.leaves(batch):
     if x.ndim < 1 or x.shape[0] % (microbatches * rows):
