@@ -137,7 +137,11 @@ def attention(
     query_axes=ax.mesh_axes('heads') if heads is None and t > 1 else (),
   )
   q = ax.place(q, 'batch', None, 'heads', 'head_width')
-  table = None if relative is None else relative.table
+  of_heads = {
+    'sinks': (sinks, ('heads',)),
+    'table': (None if relative is None else relative.table, (None, 'heads')),
+  }
+  of_heads = {name: pair for name, pair in of_heads.items() if pair[0] is not None}
   result = ('batch', None, 'heads', 'head_width')
   axes = (
     result,
@@ -145,11 +149,11 @@ def attention(
     (),
     ('batch',),
     ('batch', None),
-    None if sinks is None else ('heads',),
-    None if table is None else (None, 'heads'),
+    {name: axes for name, (_, axes) in of_heads.items()},
   )
   layer = jnp.asarray(layer, jnp.int32)
-  return ax.local(run, axes, result)(q, held, layer, lengths, queries, sinks, table)
+  arrays = {name: x for name, (x, _) in of_heads.items()}
+  return ax.local(run, axes, result)(q, held, layer, lengths, queries, arrays)
 
 
 def _local(
@@ -158,8 +162,7 @@ def _local(
   layer,
   lengths,
   queries,
-  sinks,
-  table,
+  of_heads,
   *,
   scoring,
   value_width,
@@ -169,7 +172,8 @@ def _local(
   """On one device's rows, heads and slots. parts: mesh axes that split the slots. query_axes: mesh
   axes that split the query heads only.
 
-  sinks, table: this device's part of those of `scoring`.
+  of_heads: this device's part of the sinks and of the relative's table in `scoring`, as far as
+  there are any.
   """
   B, T, N, H = q.shape
   S, K = held.keys.shape[3], held.keys.shape[2]
@@ -194,6 +198,7 @@ def _local(
     )
   else:
     if relative is not None:
+      table = of_heads['table']
       relative = dataclasses.replace(relative, table=table.reshape(table.shape[0], K, G))
     top, total, mixed = blocks(
       q,
@@ -215,8 +220,8 @@ def _local(
     total = jax.lax.psum(total * shrink, parts)
     mixed = jax.lax.psum(mixed * shrink[..., None], parts)
     top = highest
-  if sinks is not None:
-    sink = jnp.repeat(sinks.astype(wide).reshape(1, K, G), T, 2)
+  if 'sinks' in of_heads:
+    sink = jnp.repeat(of_heads['sinks'].astype(wide).reshape(1, K, G), T, 2)
     highest = jnp.maximum(top, sink)
     shrink = jnp.exp(top - highest)
     total, mixed = total * shrink + jnp.exp(sink - highest), mixed * shrink[..., None]

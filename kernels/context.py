@@ -1,14 +1,18 @@
-"""How do devices that share a row attend to all of it? Four strategies, each of parts that a backend of kernels.attention computes.
+"""How do devices that share a row attend to all of it? Four strategies, each of parts that a
+backend of kernels.attention computes.
 
-`ring`: keys and values travel from device to device while the ones at hand are computed, and results are merged by their log-sum-exp
-(Liu et al., arXiv:2310.01889). `gather`: every device gets all keys and values. `ulysses`: devices exchange tokens for heads, so that
-each has all tokens of some heads (Jacobs et al., arXiv:2309.14509). `ulysses_ring`: as many neighbours as share the key heads evenly
-do that, and form a ring of groups (Fang & Zhao, arXiv:2405.07719).
+`ring`: keys and values travel from device to device while the ones at hand are computed, and
+results are merged by their log-sum-exp (Liu et al., arXiv:2310.01889). `gather`: every device gets
+all keys and values. `ulysses`: devices exchange tokens for heads, so that each has all tokens of
+some heads (Jacobs et al., arXiv:2309.14509). `ulysses_ring`: as many neighbours as share the key
+heads evenly do that, and form a ring of groups (Fang & Zhao, arXiv:2405.07719).
 
-A ring's causal work is the same on all devices when rows are laid out zig-zag (`lay_out`, kernels.mask.zigzag); rows in another order,
-or with positions of their own, give the same result with less balance. A window looks only at the chunks in its reach.
+A ring's causal work is the same on all devices when rows are laid out zig-zag (`lay_out`,
+kernels.mask.zigzag); rows in another order, or with positions of their own, give the same result
+with less balance. A window looks only at the chunks in its reach.
 
-P devices · u of them exchange heads · R = P / u groups form the ring · C = T / 2R tokens of a chunk · other letters: kernels.attention
+P devices · u of them exchange heads · R = P / u groups form the ring · C = T / 2R tokens of a chunk ·
+other letters: kernels.attention
 """
 
 import dataclasses
@@ -34,7 +38,8 @@ class Local(NamedTuple):
   """What one device computes with: kernels.attention's functions, their settings filled in.
 
   Attributes:
-    attention: (q, k, v, scoring) -> (out, lse), differentiable. part: the same, without sinks and not differentiable.
+    attention: (q, k, v, scoring) -> (out, lse), differentiable. part: the same, without sinks and
+      not differentiable.
     part_backward: see kernels.reference.backward.
   """
 
@@ -44,7 +49,7 @@ class Local(NamedTuple):
 
 
 def groups(strategy: str, heads: int, kv_heads: int) -> int:
-  """R on the mesh in context, the parts that a row is laid out in (`lay_out`) for a model of so many heads; 1: in order.
+  """R on the mesh in context: parts that a row is laid out in, for so many heads; 1: in order.
 
   Raises ValueError for an unknown strategy, and where heads do not split.
   """
@@ -53,7 +58,7 @@ def groups(strategy: str, heads: int, kv_heads: int) -> int:
 
 
 def in_parts(strategy: str, heads: int, kv_heads: int) -> bool:
-  """Whether attention is put together from parts on the mesh in context, which not every backend can be (kernels.attention.PARTS)."""
+  """Whether attention is put together from parts (kernels.attention.PARTS) on the mesh at hand."""
   return strategy != 'gather' and groups(strategy, heads, kv_heads) > 1
 
 
@@ -65,19 +70,23 @@ def degree(strategy: str, N: int, K: int, P: int) -> int:
   u = P if strategy == 'ulysses' else math.gcd(K, P)
   if N % u:
     raise ValueError(
-      f"model.context='ulysses' splits heads: {N} (model.heads / mesh.tensor) is not a multiple of mesh.context={P}; make "
-      "context a divisor, or use 'ulysses_ring', 'ring' or 'gather'"
+      f"model.context='ulysses' splits heads: {N} (model.heads / mesh.tensor) is not a "
+      f"multiple of mesh.context={P}; make context a divisor, or use 'ulysses_ring', 'ring' "
+      "or 'gather'"
     )
   if u == 1:
     raise ValueError(
-      f"model.context='ulysses_ring': {K} key heads (model.kv_heads / mesh.tensor) and mesh.context={P} have no common "
-      "divisor to exchange heads by; use 'ring'"
+      f"model.context='ulysses_ring': {K} key heads (model.kv_heads / mesh.tensor) and "
+      f"mesh.context={P} have no common divisor to exchange heads by; use 'ring'"
     )
   return u
 
 
 def lay_out(batch, n: int):
-  """A pytree of [B, T] arrays, in order, laid out as zigzag(T, n) and split over the mesh. Raises ValueError where T does not split."""
+  """A pytree of [B, T] arrays, in order, laid out as zigzag(T, n) and split over the mesh.
+
+  Raises ValueError where T does not split.
+  """
 
   def one(x):
     B, T = x.shape
@@ -167,7 +176,7 @@ def _on_device(q, k, v, scoring, local, R, gather, zigzagged):
 
 
 def _exchange(x, split, concatenate, u):
-  """u neighbours exchange parts along dimension `split`, which are put together along the other one."""
+  """u neighbours exchange parts along `split`, and put them together along the other dimension."""
   return jax.lax.all_to_all(
     x, AXIS, split, concatenate, tiled=True, axis_index_groups=_neighbours(u)
   )
@@ -178,7 +187,7 @@ def _neighbours(u):
 
 
 def _tokens_for_heads(q, k, v, scoring, u):
-  """All arguments with u times the tokens and, of query heads, a u-th; key heads too few for u devices are repeated first."""
+  """All arguments with u times the tokens and a u-th of the heads; too few key heads are repeated."""
   copies = u // math.gcd(k.shape[2], u)
   q, k, v = (_exchange(x, 2, 1, u) for x in (q, jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2)))
 
@@ -219,7 +228,7 @@ def _cut(mask, queries, keys):
 
 
 def _gathered(q, k, v, scoring, attend, zigzagged):
-  """All keys and values on every device; `attend`: local.attention. Its gradient sums what the devices find."""
+  """All keys and values on every device, by local.attention; its gradient sums what they find."""
 
   def run(q, k, v, mask):
     return attend(q, k, v, dataclasses.replace(scoring, mask=mask))
@@ -255,9 +264,12 @@ class Hop(NamedTuple):
   """What one step of a ring computes. `queries` and `keys` are linear.
 
   Attributes:
-    queries, keys: from the tokens at hand, [B, T, ...] of the device and of whom the keys are from, to those computed.
-    spread: (x, fill) -> arrays as the device's queries [B, T, ...]: where the results belong, `fill` elsewhere.
-    mask: from the mask of the tokens computed to the part of it that matters. seen: [] whether anything is seen, or None: it is.
+    queries, keys: from the tokens at hand, [B, T, ...] of the device and of whom the keys are from,
+      to those computed.
+    spread: (x, fill) -> arrays as the device's queries [B, T, ...]: where the results belong,
+      `fill` elsewhere.
+    mask: from the mask of the tokens computed to the part of it that matters. seen: [] whether
+      anything is seen, or None: it is.
     valid: of the queries [B, 1, 1], whether there are keys for them; or None: there are.
   """
 
@@ -274,10 +286,11 @@ def _everything(mask):
 
 
 def _pairs(mine, other) -> Hop:
-  """Of zig-zag chunks, those of another device: two pairs of chunks wherever it stands, each of which sees all.
+  """Of zig-zag chunks, those of another device: two pairs, wherever it stands, that see all.
 
-  The chunks are `mine` and 2R - 1 - `mine`, and of the other device alike. The late chunk sees the other's early one. When the other
-  device comes before, so does the early chunk; otherwise the late chunk sees the late one, too.
+  The chunks are `mine` and 2R - 1 - `mine`, and of the other device alike. The late chunk sees the
+  other's early one. When the other device comes before, so does the early chunk; otherwise the late
+  chunk sees the late one, too.
   """
   before = other < mine
 
@@ -348,13 +361,15 @@ def _back(mine, d: int, C: int, R: int, window: int) -> Hop:
 
 
 def _ring(q, k, v, scoring, local, R, zigzagged):
-  """Attention to the keys of all groups, and its log-sum-exp; with a backward pass of its own, in which keys' gradients travel along."""
+  """Attention to the keys of all groups, and its log-sum-exp; with a backward pass of its own, in
+  which keys' gradients travel along.
+  """
   # Chunk by chunk, what is computed is in order.
   mask = dataclasses.replace(scoring.mask, zigzag=1)
   wide = jnp.promote_types(q.dtype, jnp.float32)
 
   def part_of(mask, relative):
-    """Of parts without sinks, which join once; the numbers are closed over, since a scale may be traced."""
+    """Of parts, which have no sinks; numbers are closed over, since a scale may be traced."""
     return dataclasses.replace(scoring, mask=mask, sinks=None, relative=relative)
 
   @jax.custom_vjp
@@ -376,7 +391,7 @@ def _ring(q, k, v, scoring, local, R, zigzagged):
     (out, lse), _ = _walk(
       visit, start, (k, v, _keys_data(mask)), (), mask, q.shape[1], R, zigzagged
     )
-    # With these kept (a name that remat policies know) the backward pass goes around once, not twice.
+    # With these kept (remat policies know the name) the backward pass goes around once, not twice.
     out, lse = checkpoint_name(out.astype(v.dtype), 'attention'), checkpoint_name(lse, 'attention')
     return (out, lse), (q, k, v, relative, mask, out, lse)
 
@@ -427,9 +442,10 @@ def _with_keys(mask, keys):
 
 
 def _walk(visit, state, keys, d_keys, mask, T, R, zigzagged):
-  """visit(state, d_keys, hop, keys) -> (state, d_keys), hop by hop; d_keys travel with the keys that they belong to, and come home.
+  """visit(state, d_keys, hop, keys) -> (state, d_keys), hop by hop; d_keys travel with the keys
+  that they belong to, and come home.
 
-  Each transfer is independent of the hop that is computed meanwhile, so that a scheduler can hide it.
+  Each transfer is independent of the hop computed meanwhile, so that a scheduler can hide it.
   """
   u, C = jax.lax.axis_size(AXIS) // R, T // 2
   mine = jax.lax.axis_index(AXIS) // u
@@ -475,6 +491,7 @@ def _seen(mask):
 
 def _merge(out, lse, new_out, new_lse):
   """Attention to two sets of keys together, each with the log-sum-exp of its scores."""
-  # Shares that are 1 together whatever the rounding of large log-sum-exps; of a set that nothing is seen of, 0.
+  # Shares that are 1 together whatever the rounding of large log-sum-exps; of a set that nothing is
+  # seen of, 0.
   share = jnp.where(new_lse == -jnp.inf, 0, jax.nn.sigmoid(new_lse - lse))[..., None]
   return out + share * (new_out - out), jnp.logaddexp(lse, new_lse)

@@ -84,7 +84,9 @@ class BackwardQueries:
     return first + self.steps[tile, COUNT]
 
   def block(self, n, acc, at: Tile, rows, masked: bool):
-    """acc, the gradient of queries, with what a block of keys adds (FlashAttention-2, algorithm 2)."""
+    """acc, the gradient of queries, with what a block of keys adds (FlashAttention-2,
+    algorithm 2).
+    """
     shape, memory, size = self.shape, self.memory, (self.tuning.queries, self.tuning.keys)
 
     def of(name):

@@ -52,7 +52,9 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What a kernel knows of its problem: sizes, of heads as padded, and what the mask consists of."""
+  """What a kernel knows of its problem: sizes, of heads as padded, and what the mask consists
+  of.
+  """
 
   B: int
   N: int

@@ -146,6 +146,9 @@ class Mask:
           f'{T} queries and {S} keys need explicit positions: their indices do not align'
         )
       positions = tuple(zigzag(length, self.zigzag if T == S else 1)[None] for length in (T, S))
+
+    # some: may any pair of the block be seen; every: are all. Each part of the spec narrows both by
+    # the bounds of its numbers.
     q_min, q_max, k_min, k_max = pair(*positions)
     if self.causal:
       some, every = k_min <= q_max, k_max <= q_min
@@ -166,6 +169,7 @@ class Mask:
         some & (q_min <= k_max) & (k_min <= q_max),
         every & (q_min == k_max) & (k_min == q_max) & (q_min == q_max),
       )
+    # Keys that only fill the last block up must be masked.
     if S % columns:
       every = every & (np_.arange(every.shape[2]) < every.shape[2] - 1)[None, None]
     return np_.where(every, FULL, np_.where(some, PARTIAL, SKIP)).astype(np.int32)

@@ -35,6 +35,9 @@ def attention(
     q, (B, T, K, G, H), out_sharding=ax.out('batch', 'length', kv_heads, group, 'head_width')
   )
   scores = _scores(_product('BTKGH,BSKH->BKGTS', q, k) * scoring.scale, scoring.relative, scoring)
+
+  # Weights are relative to the greatest score, which cancels: no gradient goes through it. Where
+  # nothing is seen it is -inf, and differences with it would be NaN.
   top = scores.max(-1, keepdims=True)
   if scoring.sinks is not None:
     sink = jax.lax.reshape(
@@ -48,6 +51,7 @@ def attention(
   total = weights.sum(-1, keepdims=True)
   if scoring.sinks is not None:
     total = total + jnp.exp(sink - top)
+  # The log-sum-exp in f32, before weights are rounded to the values' type.
   lse = (top + jnp.log(total))[..., 0]
   weights = weights / jnp.where(total > 0, total, 1.0)
   out = jnp.einsum('BKGTS,BSKH->BTKGH', weights.astype(v.dtype), v)

@@ -36,14 +36,11 @@ LATER = {
     'model/config.py __post_init__',
   },
   'arguments': {
-    'kernels/cached.py _local',
     'tests/decode/test_sampling.py law64',
   },
   'line': {
     'convert.py',
-    'kernels',
     'model',
-    'tests/kernels',
     'tests/model',
     'tests/oracle',
     'tests/workdir',

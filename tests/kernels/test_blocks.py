@@ -96,7 +96,9 @@ T = 450  # filled up to 512
   ],
 )
 def test_chosen_blocks_are_taken_and_change_nothing(case, monkeypatch):
-  """Packed rows, values and gradients; of 16 bits as near to the oracle as the table's blocks are."""
+  """Packed rows, values and gradients; of 16 bits as near to the oracle as the table's blocks
+  are.
+  """
   backend, dtype, N, K, H, blocks, forward, backward = CHOSEN[case]
   monkeypatch.setattr(flash_gpu, '_processors', lambda: 3)
   parts = {

@@ -67,7 +67,9 @@ def shapes(T, S, N, K, H, dtype, mask=None, B=1, sharding=lambda heads: None):
 
 
 def compiled(case, mesh, B=1) -> str:
-  """The program of attention and its gradients, through a jitted loop with remat as models have it."""
+  """The program of attention and its gradients, through a jitted loop with remat as models
+  have it.
+  """
   with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
     x = shapes(
       *case,
