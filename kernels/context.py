@@ -11,8 +11,8 @@ A ring's causal work is the same on all devices when rows are laid out zig-zag (
 kernels.mask.zigzag); rows in another order, or with positions of their own, give the same result
 with less balance. A window looks only at the chunks in its reach.
 
-P devices · u of them exchange heads · R = P / u groups form the ring · C = T / 2R tokens of a chunk ·
-other letters: kernels.attention
+P devices · u of them exchange heads · R = P / u groups form the ring · C = T / 2R tokens of a
+chunk · other letters: kernels.attention
 """
 
 import dataclasses
