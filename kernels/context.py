@@ -187,7 +187,10 @@ def _neighbours(u):
 
 
 def _tokens_for_heads(q, k, v, scoring, u):
-  """All arguments with u times the tokens and a u-th of the heads; too few key heads are repeated."""
+  """All arguments with u times the tokens and a u-th of the heads.
+
+  Too few key heads are repeated.
+  """
   copies = u // math.gcd(k.shape[2], u)
   q, k, v = (_exchange(x, 2, 1, u) for x in (q, jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2)))
 
