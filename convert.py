@@ -59,9 +59,8 @@ def _import(options) -> None:
     run = configs.Config(model=config, data=data).resolve(
       tokenizer.vocabulary if tokenizer else config.V
     )
-    checkpoints = Checkpoints(
-      partial, log=_log, chunk_bytes=2**21
-    )  # small: a file lies in memory while it is written
+    # Small, because a file lies in memory while it is written.
+    checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21)
     checkpoints.save(0, {'model': model}, data={}, progress={}, donated=False)
     checkpoints.wait()
     configs.save(run, partial)

@@ -12,7 +12,8 @@ compiles them.
 `auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU
 `xla` where that is cuDNN's kernel, then on a Hopper GPU `pallas_gpu`, as for the segments of packed
 rows, then `xla` (docs/measured.md has the figures); else, and on a CPU, `blocked`, then
-`reference`: the first that honours the spec. What it is is printed once.
+`reference`: the first that honours the spec. What it is is printed once. On a Hopper GPU its
+gradients are not the same bits every time (kernels.blocks.Blocks has what is), nor are cuDNN's.
 
 Where a mesh splits T, kernels.context calls these backends on each device's part; those of PARTS
 it can put together, on a TPU `pallas_tpu` first.
@@ -265,8 +266,14 @@ def _too_new() -> frozenset[str]:
 @functools.cache
 def _said(chosen: str) -> str:
   """What `auto` means here, printed once."""
+  said = f"attention: 'auto' is {chosen!r} on a {mesh.platform()}"
+  if chosen == 'pallas_gpu':
+    said += (
+      "; gradients of queries are added up in no certain order: for the same bits every time, set "
+      'model.attention=pallas_gpu and model.attention_blocks.deterministic=True'
+    )
   if jax.process_index() == 0:
-    print(f"attention: 'auto' is {chosen!r} on a {mesh.platform()}", file=sys.stderr)
+    print(said, file=sys.stderr)
   return chosen
 
 

@@ -1,1 +1,1 @@
-"""How a model is trained: state, optimizers, checkpoints and what is watched."""
+"""How a model is trained: config, step, gradients, what is trained, state, optimizers."""

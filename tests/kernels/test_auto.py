@@ -103,3 +103,14 @@ def test_auto_on_a_hopper_gpu_is_cudnn_where_it_can_and_our_kernel_where_it_cann
     ),
   )
   assert ran == ['xla', 'pallas_gpu', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla']
+
+
+def test_auto_says_where_gradients_are_not_the_same_bits_every_time(monkeypatch, capsys):
+  monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'gpu')
+  for chosen in ('pallas_gpu', 'xla'):
+    dispatch._said.cache_clear()
+    dispatch._said(chosen)
+    said = capsys.readouterr().err
+    remedy = 'model.attention=pallas_gpu and model.attention_blocks.deterministic=True'
+    assert (remedy in said) == (chosen == 'pallas_gpu')
+  dispatch._said.cache_clear()

@@ -55,7 +55,7 @@ ACTIVATIONS = {
 
 
 def logits(config, weights, tokens):
-  """Logits [T, V] of one document. weights: name -> array, as workdir.checkpoint.named_leaves gives them."""
+  """Logits [T, V] of one document. weights: name -> array, as model.params.named_leaves gives them."""
   w = {name: np.asarray(x, np.float64) for name, x in weights.items()}
   x = w['embedding.tokens'][tokens] * (math.sqrt(config.width) if config.embedding_scale else 1)
   if config.position == 'learned':
