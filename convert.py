@@ -1,8 +1,8 @@
 """How do a checkpoint of transformers and a run's directory become each other?
 
-    python convert.py import --from DIR --workdir RUN     config.json + *.safetensors (+ tokenizer) -> a run
-    python convert.py export --workdir RUN --to DIR       a run -> what transformers loads
-    python convert.py inspect DIR                         family, parameters, dtype, memory per chip count
+    python convert.py import --from DIR --workdir RUN   config.json, *.safetensors, tokenizer -> run
+    python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
+    python convert.py inspect DIR                       family, parameters, dtype, memory by chips
 
 Tensors stream (model/checkpoint.py): neither needs a model to fit this machine's memory twice.
 """
@@ -72,7 +72,9 @@ def _import(options) -> None:
 
 
 def _tokenizer(path: pathlib.Path, wanted: bool):
-  """The tokenizer at a path, or in a checkpoint's directory; None where there is none and none was asked for."""
+  """The tokenizer at a path, or in a checkpoint's directory; None where there is none and none was
+  asked for.
+  """
   models = [
     path / name
     for name in ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')

@@ -39,12 +39,8 @@ LATER = {
     'tests/decode/test_sampling.py law64',
   },
   'line': {
-    'convert.py',
     'model',
     'tests/model',
-    'tests/oracle',
-    'tests/workdir',
-    'workdir',
   },
 }
 

@@ -1,1 +1,3 @@
-"""A run's directory: checkpoints, metrics, progress, reports; the only code that knows its layout."""
+"""A run's directory: checkpoints, metrics, progress, reports; the only code that knows its
+layout.
+"""

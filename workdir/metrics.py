@@ -1,6 +1,8 @@
-"""What was measured? metrics.jsonl, a JSON object per line with its `step`, and the same numbers as TensorBoard events.
+"""What was measured? metrics.jsonl, a JSON object per line with its `step`, and the same numbers as
+TensorBoard events.
 
-JSON has no NaN or infinity: they are written as the strings 'nan', 'inf' and '-inf', so that any parser reads the file.
+JSON has no NaN or infinity: they are written as the strings 'nan', 'inf' and '-inf', so that any
+parser reads the file.
 """
 
 import concurrent.futures
@@ -21,7 +23,8 @@ _NAMES = ('nan', 'inf', '-inf')
 
 
 def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
-  """The metrics on the host, flat: waits for device arrays; names in nested mappings, and indices of vectors, are joined with '/'.
+  """The metrics on the host, flat: waits for device arrays; names in nested mappings, and indices
+  of vectors, are joined with '/'.
 
   Raises ValueError for a metric that is neither a scalar nor a vector.
   """
@@ -35,7 +38,8 @@ def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
       flat |= scalars({str(i): x for i, x in enumerate(np.asarray(value))}, f'{prefix}{name}/')
     elif np.ndim(value):
       raise ValueError(
-        f'metric {prefix + name!r} has shape {np.shape(value)}; give scalars, vectors, or a mapping of them'
+        f'metric {prefix + name!r} has shape {np.shape(value)}; give scalars, vectors, or a '
+        'mapping of them'
       )
     else:
       flat[prefix + name] = (
@@ -59,10 +63,12 @@ def append_line(file: TextIO, line: Mapping[str, float]):
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-  """The lines of a metrics.jsonl in order of step; lines of the same step are one dict. Empty if there is no file.
+  """The lines of a metrics.jsonl in order of step; lines of the same step are one dict.
 
-  A last line without its newline (a process killed while writing) is left out; any other line that isn't JSON raises
-  ValueError with its number.
+  Empty if there is no file.
+
+  A last line without its newline (a process killed while writing) is left out; any other line that
+  isn't JSON raises ValueError with its number.
   """
   path, steps = pathlib.Path(path), {}
   lines = path.read_text().split('\n')[:-1] if path.exists() else []
@@ -80,7 +86,9 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def drop_from(path: str | os.PathLike, step: int) -> int:
-  """Drops the lines at or after `step`, atomically; returns how many. A last line cut short counts as one.
+  """Drops the lines at or after `step`, atomically; returns how many.
+
+  A last line cut short counts as one.
 
   Raises ValueError, and changes nothing, where a line isn't one of metrics (see `read_metrics`).
   """
@@ -118,8 +126,9 @@ class TensorBoard:
     if self._writer is None:
       import tensorboardX
 
-      # TensorBoard hides what earlier processes wrote from purge_step on. Files are named by the second, and one of the
-      # same name is overwritten: the suffix keeps a quick restart from doing that.
+      # TensorBoard hides what earlier processes wrote from purge_step on. Files are named by the
+      # second, and one of the same name is overwritten: the suffix keeps a quick restart from doing
+      # that.
       self._writer = tensorboardX.SummaryWriter(
         str(self._directory),
         purge_step=self._first_step,

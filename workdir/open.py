@@ -19,7 +19,9 @@ from workdir.checkpoint import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a directory held. model: on `mesh`, as it is stored but with the config of one that generates."""
+  """What a directory held. model: on `mesh`, as it is stored but with the config of one that
+  generates.
+  """
 
   config: configs.Config
   model: transformer.Decoder
@@ -33,8 +35,9 @@ def open_run(
   """A run's model at its 'last' or 'best' checkpoint, or at a step's, to generate with.
 
   mesh: over how many of this machine's devices; the default is one.
-  Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a checkpoint that is
-    not there or damaged, and for a mesh that the devices do not fill.
+
+  Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a
+  checkpoint that is not there or damaged, and for a mesh that the devices do not fill.
   """
   config = configs.load(workdir)
   model_config = generating(config.model)

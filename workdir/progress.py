@@ -10,7 +10,9 @@ from training import precision
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What evaluations have shown so far: the lowest validation loss, and how many evaluations have not beaten it."""
+  """What evaluations have shown so far: the lowest validation loss, and how many evaluations have
+  not beaten it.
+  """
 
   best: float = math.inf
   waited: int = 0
@@ -24,7 +26,9 @@ class Progress:
     )
 
   def impatient(self, patience: int) -> str:
-    """Why to stop: `patience` evaluations or more in a row were no better; '' while there is no reason (or patience is 0)."""
+    """Why to stop: `patience` evaluations or more in a row were no better; '' while there is no
+    reason (or patience is 0).
+    """
     return (
       f'train.patience={patience}: no better validation loss in {self.waited} evaluations'
       if 0 < patience <= self.waited
@@ -47,12 +51,14 @@ class Progress:
 def check_finite(done: dict | None, norms, config, checkpoints) -> None:
   """Raises FloatingPointError when a completed step was not finite and the config says to stop.
 
-  The message names the step, the norm of each module's gradient and the last good checkpoint. The state is as before that
-  step: an update that is not finite is never applied. Under f16 loss scaling a step may overflow, which lowers the scale;
-  it is an error once the scale can go no lower.
+  The message names the step, the norm of each module's gradient and the last good checkpoint. The
+  state is as before that step: an update that is not finite is never applied. Under f16 loss
+  scaling a step may overflow, which lowers the scale; it is an error once the scale can go no
+  lower.
 
   Args:
-    done: metrics of the step, as Watch returns them. norms: its gradient norms by parameter, on device.
+    done: metrics of the step, as Watch returns them. norms: its gradient norms by parameter, on
+      device.
   """
   if done is None or config.train.nonfinite == 'skip' or done.get('loss_scale', 1) > 1:
     return
@@ -64,7 +70,9 @@ def check_finite(done: dict | None, norms, config, checkpoints) -> None:
   steps = checkpoints.steps()
   good = f'checkpoint {steps[-1]} in {checkpoints.directory}' if steps else 'there is none yet'
   raise FloatingPointError(
-    f'step {done["step"]}: loss {done["loss"]}, gradient norm {done["grad_norm"]}. Gradient norm by module: '
+    f'step {done["step"]}: loss {done["loss"]}, gradient norm {done["grad_norm"]}. '
+    'Gradient norm by module: '
     + ', '.join(f'{name} {norm:.3g}' for name, norm in by_module.items())
-    + f'. Not finite: {bad}. Last good checkpoint: {good}. Lower optimizer.learning_rate, or set train.nonfinite=skip to go on.'
+    + f'. Not finite: {bad}. Last good checkpoint: {good}. '
+    'Lower optimizer.learning_rate, or set train.nonfinite=skip to go on.'
   )

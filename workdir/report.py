@@ -1,4 +1,6 @@
-"""What did the run achieve, and what did it cost? report.md and loss.png, written at its end from metrics.jsonl."""
+"""What did the run achieve, and what did it cost? report.md and loss.png, written at its end from
+metrics.jsonl.
+"""
 
 import gzip
 import io
@@ -19,16 +21,19 @@ CHINCHILLA_TOKENS_PER_PARAMETER = 20
 
 
 def compression_baselines(documents: Iterable[str]) -> dict[str, float]:
-  """What general compressors make of the documents, one by one: {'gzip': bits/byte, 'xz': bits/byte} at level 9.
+  """What general compressors make of the documents, one by one: {'gzip': bits/byte, 'xz':
+  bits/byte} at level 9.
 
-  8 x (sum of compressed sizes, headers included) / (sum of UTF-8 sizes). Raises ValueError when there is no text.
+  8 x (sum of compressed sizes, headers included) / (sum of UTF-8 sizes). Raises ValueError when
+  there is no text.
   """
   raw = packed_gzip = packed_xz = 0
   for document in documents:
     data = document.encode()
     raw += len(data)
     packed_gzip += len(gzip.compress(data, 9, mtime=0))
-    # Preset 9 clears a 64 MiB dictionary per document; one that holds the document gives the same size, 18x sooner.
+    # Preset 9 clears a 64 MiB dictionary per document; one that holds the document gives the same
+    # size, 18x sooner.
     dictionary = min(64 * 2**20, max(4096, 1 << len(data).bit_length()))
     packed_xz += len(
       lzma.compress(data, filters=[{'id': lzma.FILTER_LZMA2, 'preset': 9, 'dict_size': dictionary}])
@@ -47,12 +52,14 @@ def write_report(
   chips: int,
   hardware: str,
 ) -> pathlib.Path:
-  """Writes report.md and loss.png into the run's directory, each atomically, and returns the path of report.md.
+  """Writes report.md and loss.png into the run's directory, each atomically, and returns the path
+  of report.md.
 
   Everything measured comes from metrics.jsonl, so a resumed run is covered whole.
 
   Args:
-    parameters: trained ones, all of them. flops_per_token: of training (model.flops.train_flops_per_token).
+    parameters: trained ones, all of them. flops_per_token: of training
+      (model.flops.train_flops_per_token).
     chips: how many the run held. hardware: their name, as the reader should see it.
   Raises ValueError when metrics.jsonl has no training step.
   """
@@ -74,10 +81,12 @@ def write_report(
 
 
 def plot(lines: Sequence[dict[str, float]]) -> bytes:
-  """The loss curve as PNG: training (raw and smoothed) and validation in nats per token, on a logarithmic axis.
+  """The loss curve as PNG: training (raw and smoothed) and validation in nats per token, on a
+  logarithmic axis.
 
-  Where evaluations gave bits per byte, the right axis shows the same heights in that unit (nats per token x the ratio
-  of the two at the last evaluation), and gzip and xz, if measured, are lines to get under.
+  Where evaluations gave bits per byte, the right axis shows the same heights in that unit (nats per
+  token x the ratio of the two at the last evaluation), and gzip and xz, if measured, are lines to
+  get under.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -131,7 +140,8 @@ def _log_scale(axes, low: float, high: float):
   from matplotlib import ticker
 
   axes.set(yscale='log', ylim=(low, high))
-  # Rounder numbers for a wide range, more of them for a narrow one; the default labels powers of ten only.
+  # Rounder numbers for a wide range, more of them for a narrow one; the default labels powers of
+  # ten only.
   digits = (
     (1, 1.5, 2, 3, 4, 5, 6, 8) if high > 2 * low else tuple(digit / 10 for digit in range(10, 100))
   )
@@ -155,7 +165,8 @@ def _points(lines, name):
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-  # A centred mean whose width grows with the step: a trailing one would lag behind the steep start. Gaps stay gaps.
+  # A centred mean whose width grows with the step: a trailing one would lag behind the steep start.
+  # Gaps stay gaps.
   smooth = []
   for i, value in enumerate(values):
     half = min(i // 8, len(values) // 40)

@@ -1,17 +1,18 @@
-"""How is the run going? metrics.jsonl, TensorBoard, a progress bar, true step times, device memory and profiles.
+"""How is the run going? metrics.jsonl, TensorBoard, a progress bar, true step times, device memory
+and profiles.
 
-A step's time is from the completion of the step before it to its own, with pauses (evaluation, checkpoints) taken out.
-The trainer hands over step n right after dispatching it, and only then does the watch wait for step n - 1, so that the
-device always has work queued:
+A step's time is from the completion of the step before it to its own, with pauses (evaluation,
+checkpoints) taken out. The trainer hands over step n right after dispatching it, and only then does
+the watch wait for step n - 1, so that the device always has work queued:
 
     with Watch(workdir, steps=range(start, total), log_every=10) as watch:
       for step in range(start, total):
         state, metrics = train_step(state, batch)
-        done = watch.step(step, metrics, tokens)        # numbers of step - 1
+        done = watch.step(step, metrics, tokens)   # numbers of step - 1
         if step in evaluations:
-          with watch.pause() as done:                   # numbers of `step`: nothing is left in flight
+          with watch.pause() as done:    # numbers of `step`: nothing is left in flight
             watch.log(step, evaluate(state))
-      done = watch.flush()                              # numbers of the last step
+      done = watch.flush()                         # numbers of the last step
 """
 
 import contextlib
@@ -43,23 +44,25 @@ class Watch:
   """Times, records and shows the steps of one run; a context manager around the training loop.
 
   Args:
-    directory: where metrics.jsonl and tensorboard/ go. Lines there at or after `steps.start` are dropped, atomically,
-      so that a resumed run has each step once; tokens, train_seconds and wall_seconds go on from the last line kept.
+    directory: where metrics.jsonl and tensorboard/ go. Lines there at or after `steps.start` are
+      dropped, atomically, so that a resumed run has each step once; tokens, train_seconds and
+      wall_seconds go on from the last line kept.
     steps: the steps that this process will run, e.g. range(resumed_step, total_steps).
     log_every: a line is written when step % log_every == 0, at the last step, and at each pause.
     flops_per_token: model FLOPs of training on a token (model.flops.train_flops_per_token).
-    devices, peak: how many jax devices compute, and FLOP/s of one (analysis.hardware.peak). With peak=None, no MFU is
-      recorded or shown.
+    devices, peak: how many jax devices compute, and FLOP/s of one (analysis.hardware.peak). With
+      peak=None, no MFU is recorded or shown.
     tensorboard: also write TensorBoard events, from a background thread.
-    write: False keeps the clock and the host copies but writes and shows nothing: processes other than 0.
+    write: False keeps the clock and the host copies but writes and shows nothing: processes other
+      than 0.
     stream: a terminal gets a progress bar, anything else plain lines.
     clock: seconds, monotonic.
 
-  A line holds `step`, the mean of each metric over the steps since the last line (over its finite values, if some are
-  not: `nonfinite_steps` counts steps with others), and tokens, tokens_per_second, step_seconds (mean), mfu,
-  train_seconds (in steps), wall_seconds (pauses too), device_bytes (peak), device_share (of the limit), host_bytes
-  (resident). The first step holds the compilation: it is `first_step_seconds`, and in no other time or rate of its line
-  but the totals.
+  A line holds `step`, the mean of each metric over the steps since the last line (over its finite
+  values, if some are not: `nonfinite_steps` counts steps with others), and tokens,
+  tokens_per_second, step_seconds (mean), mfu, train_seconds (in steps), wall_seconds (pauses too),
+  device_bytes (peak), device_share (of the limit), host_bytes (resident). The first step holds the
+  compilation: it is `first_step_seconds`, and in no other time or rate of its line but the totals.
   """
 
   def __init__(
@@ -104,7 +107,8 @@ class Watch:
       dropped = drop_from(self.path, self._steps.start)
       if dropped:
         self.print(
-          f'{self.path}: dropped {dropped} line(s) at or after step {self._steps.start}, which runs again'
+          f'{self.path}: dropped {dropped} line(s) at or after step {self._steps.start}, '
+          'which runs again'
         )
       kept = read_metrics(self.path)
       self._totals.update(
@@ -116,7 +120,8 @@ class Watch:
     return self
 
   def __exit__(self, kind, error, trace):
-    # After an error the step in flight may never complete, or fail again; what completed before it is kept.
+    # After an error the step in flight may never complete, or fail again; what completed before it
+    # is kept.
     try:
       if kind is None:
         self.flush()
@@ -130,13 +135,15 @@ class Watch:
       self._tensorboard.close()
 
   def step(self, step: int, metrics: Mapping[str, Any], tokens: int) -> dict[str, float] | None:
-    """Takes over step `step`, just dispatched, and returns the numbers of the step before it, once that has completed.
+    """Takes over step `step`, just dispatched, and returns the numbers of the step before it, once
+    that has completed.
 
     Args:
       metrics: scalars on device or host, nested mappings allowed (joined with '/').
       tokens: how many tokens the step trains on, over all processes.
-    Returns `step` and each metric of the completed step as floats, non-finite ones included, or None where a pause or
-    `flush` gave them already. Raises ValueError for a step out of order and a metric that isn't a scalar.
+    Returns `step` and each metric of the completed step as floats, non-finite ones included, or
+    None where a pause or `flush` gave them already. Raises ValueError for a step out of order and a
+    metric that isn't a scalar.
     """
     if step != self._handed + 1:
       raise ValueError(
@@ -148,12 +155,16 @@ class Watch:
     return done
 
   def flush(self) -> dict[str, float] | None:
-    """Waits for the step in flight and returns its numbers, as `step` does; None when nothing is in flight."""
+    """Waits for the step in flight and returns its numbers, as `step` does; None when nothing is in
+    flight.
+    """
     return self._complete()
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[dict[str, float] | None]:
-    """Takes what happens inside out of the step times; yields the numbers of the step that it first waits for."""
+    """Takes what happens inside out of the step times; yields the numbers of the step that it first
+    waits for.
+    """
     self._pauses += 1
     try:
       done = self.flush()
@@ -257,7 +268,8 @@ class _Window:
 
 
 def memory() -> dict[str, float]:
-  """Bytes in use: device_bytes (peak) and device_share (of the limit) of the first local device, host_bytes (resident).
+  """Bytes in use: device_bytes (peak) and device_share (of the limit) of the first local device,
+  host_bytes (resident).
 
   A name is missing where the backend or the system doesn't tell (a CPU has no device statistics).
   """
@@ -276,8 +288,9 @@ def memory() -> dict[str, float]:
 class ProfileWindow:
   """Traces the steps named, e.g. '10-12' or '10', with jax.profiler, for XProf or Perfetto.
 
-  Call `before(step)` and `after(step, outputs)` around each step's dispatch. The last step named is waited for, so that
-  the trace holds all of it. '' names no step. Raises ValueError for other text, and for steps that the run won't reach.
+  Call `before(step)` and `after(step, outputs)` around each step's dispatch. The last step named is
+  waited for, so that the trace holds all of it. '' names no step. Raises ValueError for other text,
+  and for steps that the run won't reach.
   """
 
   def __init__(self, steps: str, directory: str | os.PathLike, run: range):
@@ -307,7 +320,9 @@ class ProfileWindow:
       self._annotation.__enter__()
 
   def after(self, step: int, outputs: Any):
-    """Ends the trace if `step` is the last one named; `outputs` are any of its results (a pytree of arrays)."""
+    """Ends the trace if `step` is the last one named; `outputs` are any of its results (a pytree of
+    arrays).
+    """
     if step in self.steps:
       self._annotation.__exit__(None, None, None)
       if step == self.steps[-1]:
@@ -372,7 +387,7 @@ class _Lines:
 
 
 class _Bar(_Lines):
-  """A progress bar that keeps the last known numbers beside it, within 80 columns: for terminals."""
+  """For terminals: a progress bar with the last known numbers beside it, within 80 columns."""
 
   FORMS = {
     'loss': 'loss {:.3f}',

@@ -1,4 +1,6 @@
-"""Does beam search find what transformers' generate(num_beams=..) finds? Token for token, with its scores."""
+"""Does beam search find what transformers' generate(num_beams=..) finds? Token for token, with its
+scores.
+"""
 
 import functools
 import pathlib
@@ -35,7 +37,9 @@ def case(name):
 
 
 def prompts(name):
-  """Two prompts of different lengths, and, of an encoder-decoder, their sources, the second one shorter."""
+  """Two prompts of different lengths, and, of an encoder-decoder, their sources, the second one
+  shorter.
+  """
   given = tiny.inputs(name)
   if 'source' in given:
     return [[0], [0]], given['source'], np.array([given['source'].shape[1], 11])

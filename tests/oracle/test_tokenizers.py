@@ -1,4 +1,6 @@
-"""Do tokenizers and chat templates give what transformers gives? Ids, decoded text, rendered and encoded conversations."""
+"""Do tokenizers and chat templates give what transformers gives? Ids, decoded text, rendered and
+encoded conversations.
+"""
 
 import json
 

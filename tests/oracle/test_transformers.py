@@ -1,6 +1,8 @@
-"""Do the families compute what transformers computes? Logits, loss, gradients, packed and padded rows, greedy tokens.
+"""Do the families compute what transformers computes? Logits, loss, gradients, packed and padded
+rows, greedy tokens.
 
-Default initialisation hides faults (norms are 1, biases 0), so every weight is drawn anew. Sequences pass every window.
+Default initialisation hides faults (norms are 1, biases 0), so every weight is drawn anew.
+Sequences pass every window.
 """
 
 import functools

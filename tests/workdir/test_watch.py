@@ -1,4 +1,6 @@
-"""Are step times those of completed steps, is every step's number seen, and does a resumed run have each step once?"""
+"""Are step times those of completed steps, is every step's number seen, and does a resumed run have
+each step once?
+"""
 
 import io
 import json
