@@ -362,7 +362,7 @@ def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:
   return Feed(config.objective.batches(prepared, config.data, put.rows), put)
 
 
-class Cost(NamedTuple):
+class RunCost(NamedTuple):
   """What a run is known to cost before it starts: parameters of the main model, FLOPs a token, and
   the chip that does them.
   """
@@ -372,19 +372,19 @@ class Cost(NamedTuple):
   chip: hardware.Chip | None
 
 
-def costs(config: configs.Config, make_state, prepared) -> Cost:
+def costs(config: configs.Config, make_state, prepared) -> RunCost:
   """On the devices here."""
   device = jax.devices()[0]
   cores = getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
   models = jax.eval_shape(make_state).models
-  return Cost(
+  return RunCost(
     params.count(models[config.objective.main]),
     program.flops_per_token(config, prepared.document_length),
     hardware.lookup(device.device_kind, cores),
   )
 
 
-def described(config: configs.Config, cost: Cost) -> str:
+def described(config: configs.Config, cost: RunCost) -> str:
   """The line of the log about the model."""
   model = config.model
   chosen = model.attention

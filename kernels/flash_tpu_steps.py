@@ -102,7 +102,7 @@ def steps_of(kinds, B: int) -> Steps:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class StepShape:
   """What a kernel knows of its problem: sizes as padded, real lengths, and what the mask consists
   of.
   """
@@ -197,7 +197,7 @@ def _cut(
   return G, bq, keys or largest(S, step.keys)
 
 
-def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks()) -> Shape:
+def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks()) -> StepShape:
   """Of the 'forward' or the 'backward' kernel for these arrays.
 
   Raises ValueError where chosen blocks do not fit.
@@ -211,7 +211,7 @@ def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks(
     'highest',
     'float32',
   )
-  return Shape(
+  return StepShape(
     B=B,
     N=N,
     K=K,
@@ -234,7 +234,7 @@ def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks(
   )
 
 
-def expected(steps: Steps, mask: Mask, shape: Shape) -> int:
+def expected(steps: Steps, mask: Mask, shape: StepShape) -> int:
   """Steps that there are; where arrays decide, those without segments, and by positions half of a
   causal mask's blocks.
   """

@@ -91,7 +91,7 @@ class PipelineConfig:
     return (stages - 1) / (self.repeats * self.count(stages) + stages - 1)
 
 
-class Slots(NamedTuple):
+class Schedule(NamedTuple):
   """A schedule: what each stage works on at each tick, int32 [ticks, P] each.
 
   Attributes: microbatch, -1 where the stage is idle; repeat: which of the stage's runs of layers.
@@ -101,7 +101,7 @@ class Slots(NamedTuple):
   repeat: np.ndarray
 
 
-def schedule(stages: int, microbatches: int, repeats: int = 1) -> Slots:
+def schedule(stages: int, microbatches: int, repeats: int = 1) -> Schedule:
   """The forward pass; the backward pass is the same, mirrored."""
   busy = microbatches * repeats
   ticks = np.arange(busy + stages - 1, dtype=np.int32)[:, None]
@@ -113,7 +113,7 @@ def schedule(stages: int, microbatches: int, repeats: int = 1) -> Slots:
   # and so on; then the next P. By the time the last of the P has left, the first is back.
   turn, in_group = np.divmod(nth, stages)
   group, repeat = np.divmod(turn, repeats)
-  return Slots(np.where(idle, -1, group * stages + in_group), np.where(idle, 0, repeat))
+  return Schedule(np.where(idle, -1, group * stages + in_group), np.where(idle, 0, repeat))
 
 
 def schedule_1f1b(stages: int, microbatches: int) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,7 @@ def make_step(config: Config, optimizer: optax.GradientTransformation):
   gradients, rule = make_gradients(config), states.rule(config)
   prepared, advance = functools.partial(_prepared, config), functools.partial(_advance, config)
   if config.train.offload_optimizer == 'disk':
-    return Step(spill.Step(config, gradients, prepared, advance), rule)
+    return Step(spill.SpilledStep(config, gradients, prepared, advance), rule)
   in_parts = config.train.offload_optimizer or config.train.offload_parameters
 
   def step(state: TrainState, frozen, batch):
