@@ -19,12 +19,8 @@ from parallel import axes as ax, offload
 from training import precision
 from training.optimizer import make_optimizer
 
-LAYERWISE = (
-  'adamw',
-  'adam8bit',
-  'lion',
-  'sgd',
-)  # the new state of a layer depends on the gradient of that layer only
+# They look at one element of a parameter, or a block, at a time, whatever its shape.
+LAYERWISE = ('adamw', 'adam8bit', 'lion', 'sgd')
 
 
 class Measured(NamedTuple):
