@@ -247,9 +247,11 @@ def _law(logits, sampling, history, allowed):
   best = jnp.where(
     jnp.arange(logits.shape[1])[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf
   )
-  # From the best downwards, so that no temperature is too small to divide by.
+  # From the best downwards, so that no temperature is too small to divide by; but for those that
+  # hardware takes for 0.
   below = logits.max(-1, keepdims=True) - logits
-  scaled = below / jnp.where(greedy, 1.0, sampling.temperature[:, None])
+  warmth = jnp.maximum(sampling.temperature[:, None], jnp.finfo(jnp.float32).tiny)
+  scaled = below / jnp.where(greedy, 1.0, warmth)
   drawn = jax.nn.log_softmax(jnp.where(_kept(below, scaled, sampling), -scaled, -jnp.inf), -1)
   return jnp.where(bad(logits)[:, None], jnp.nan, jnp.where(greedy, best, drawn))
 

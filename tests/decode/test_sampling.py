@@ -647,3 +647,12 @@ def test_options_become_columns():
     *[np.float32] * 6,
     np.uint32,
   ]
+
+
+@pytest.mark.parametrize('temperature', [1e-38, 1e-45, np.finfo(np.float32).tiny])
+def test_no_temperature_is_too_small(temperature):
+  """1e-38 is a float that hardware takes for 0, which 0 must not be divided by."""
+  logits = jnp.asarray([[0.0, 3.0, -1.0, 2.0]], jnp.float32)
+  for compute in (law, jax.jit(law)):
+    log_law = compute(logits, make_sampling(1, temperature=temperature))
+    np.testing.assert_array_equal(np.exp(log_law), [[0.0, 1.0, 0.0, 0.0]])

@@ -301,3 +301,12 @@ def test_planted_faults_break_the_law(method, fault, name, monkeypatch):
   monkeypatch.setattr(Int8, method, fault)
   with pytest.raises(AssertionError):
     check_numbers(config_of(name))
+
+
+def test_numbers_in_bfloat16_are_rounded_once():
+  """What a byte and its scale stand for, and not a byte times a rounded scale."""
+  x = jax.random.normal(jax.random.key(0), (64, 32))
+  weight = int8.Int8.of(x, (0,), (None, None))
+  numbers = np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)
+  nearest = jnp.asarray(numbers, jnp.float32).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(weight.numbers(jnp.bfloat16), nearest)
