@@ -31,7 +31,7 @@ import names
 from decode.constrain import Constraint
 from decode.generator import Generator
 from decode.options import COMMAND, DRAFTERS, TABLE
-from decode.request import INTERRUPTED
+from decode.request import FAILED, INTERRUPTED
 from decode.sampling import seed_of
 from decode.table import TYPES, Option
 from parallel.mesh import AXES, MeshConfig
@@ -345,6 +345,11 @@ def run() -> None:
       show(generator, completion)
   if interrupted(completions):
     raise KeyboardInterrupt
+  failed = [completion for completion in completions if completion.finish == FAILED]
+  if failed:
+    # Those that have not are printed, or written, by now.
+    reasons = '; '.join(completion.error for completion in failed)
+    raise ValueError(f'{len(failed)} of {len(completions)} texts ended early: {reasons}')
 
 
 def streams(options: dict) -> bool:

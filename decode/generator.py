@@ -92,7 +92,7 @@ class Generator(Engine):
   def ids(self, prompts: Prompt | Sequence[Prompt], **options) -> Iterator[list[list[int]]]:
     """New ids of every row, a chunk at a time, until all rows have ended; options: see Options.
 
-    Ctrl-C raises as in `stream`.
+    Ctrl-C raises as in `stream`, and so does, behind the last ids, a row that has failed.
     """
     rows, steps = self._run(several(prompts), _as_it_comes(options))
 
@@ -106,6 +106,9 @@ class Generator(Engine):
             yield fresh
       if any(row.finish == INTERRUPTED for row in rows):
         raise KeyboardInterrupt
+      for row in rows:
+        if row.error is not None:
+          raise row.error
 
     return chunks()
 

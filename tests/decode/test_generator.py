@@ -13,6 +13,7 @@ import pytest
 from data.config import DataConfig
 from data.tokenizers import ByteTokenizer
 from decode import beam, drafting, loop
+from decode.constrain import Constraint
 from decode.engine import generating
 from decode.generator import Generator
 from decode.report import CallTimer
@@ -335,6 +336,49 @@ def test_scores_that_are_not_finite_raise(generator):
   )
   with pytest.raises(FloatingPointError, match='the scores after token 2 .* are not finite'):
     broken('a', max_new_tokens=3)
+
+
+def test_a_row_that_nothing_is_left_to_ends_alone(generator):
+  """Its constraint allows what its bias forbids; the rows beside it are as without it."""
+  only_a = Constraint(generator.tokenizer, regex='a+')
+  forbidden = {id_: -np.inf for id_ in generator.tokenizer.encode('a')}
+  options = dict(max_new_tokens=4, temperature=0.0)
+  beside = generator(['def', 'return'], **options)
+  first, failed, last = generator(
+    ['def', 'x', 'return'],
+    constraint=[None, only_a, None],
+    logit_bias=[None, forbidden, None],
+    **options,
+  )
+  assert [first.ids, last.ids] == [row.ids for row in beside] and first.error == ''
+  assert failed.finish == 'failed' and failed.ids == [] and failed.text == ''
+  assert 'of the row that begins with' in failed.error and 'are not finite' in failed.error
+  # Alone it raises, and so it does where nothing could say why.
+  with pytest.raises(FloatingPointError, match='are not finite'):
+    generator('x', constraint=only_a, logit_bias=forbidden, **options)
+  pieces = generator.ids(
+    ['def', 'x'], constraint=[None, only_a], logit_bias=[None, forbidden], **options
+  )
+  with pytest.raises(FloatingPointError, match='are not finite'):
+    list(pieces)
+
+
+def test_a_stop_that_the_last_flush_completes_is_reported(generator):
+  """U+FFFD, of a character whose last bytes never come."""
+  first = [b + 3 for b in 'é'.encode()][:1]
+  row = Row('', [1], 0, ['\ufffd'], ByteTokenizer(), [])
+  chunk = loop.Chunk(
+    np.array([first]),
+    np.ones((1, 1), bool),
+    np.zeros((1, 1)),
+    np.zeros((1, 1)),
+    np.zeros((1, 1, 0), np.int32),
+    np.zeros((1, 1, 0)),
+    np.zeros(1, bool),
+  )
+  assert row.add(0, chunk) == '' and row.end('length') == ''
+  completion = row.completion()
+  assert (completion.finish, completion.stopped_by) == ('stop', '\ufffd')
 
 
 def interrupted(function, number):
