@@ -87,7 +87,7 @@ def load(
   family, found = families.read(read_json(directory), set(tensors.tensors), ignore_keys)
   if config is None:
     dtype = dtype or stored_dtype(tensors, log)
-    config = dataclasses.replace(found, parameter_dtype=dtype, dtype=compute_dtype or dtype)
+    config = found.with_execution(parameter_dtype=dtype, dtype=compute_dtype or dtype)
   parts = parts_of(family, config)
   called = resolve(parts, tensors, family)
   tied = check(parts, called, tensors, family, ignore)
@@ -141,7 +141,7 @@ def save(
       config,
       partial,
       families.family_of(config, family),
-      dtype or config.parameter_dtype,
+      dtype or config.execution.parameter_dtype,
       shard_bytes,
       special or {},
     )

@@ -57,11 +57,13 @@ class Norm(nnx.Module):
       ('norm',),
       'zeros' if config.norm_offset else 'ones',
       kind='vector',
-      dtype=config.parameter_dtype,
+      dtype=config.execution.parameter_dtype,
     )
     biased = self.kind == 'layer' and config.biases == 'all'
     self.bias = (
-      param(rngs, (size,), ('norm',), 'zeros', kind='vector', dtype=config.parameter_dtype)
+      param(
+        rngs, (size,), ('norm',), 'zeros', kind='vector', dtype=config.execution.parameter_dtype
+      )
       if biased
       else None
     )
@@ -144,8 +146,8 @@ class FeedForward(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int = 0):
-    D, F, dtype = config.D, width or config.F, config.parameter_dtype
-    self.dtype, self.activation = config.dtype, config.activation
+    D, F, dtype = config.D, width or config.F, config.execution.parameter_dtype
+    self.dtype, self.activation = config.execution.dtype, config.activation
     self.gate = (
       param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype) if config.gated else None
     )
@@ -196,8 +198,8 @@ class Embedding(nnx.Module):
   """Tokens, and where the config has them learned positions and token types, as vectors."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, dtype = config.D, config.parameter_dtype
-    self.dtype = config.dtype
+    D, dtype = config.D, config.execution.parameter_dtype
+    self.dtype = config.execution.dtype
     self.scale = config.D**0.5 if config.embedding_scale else 1.0
 
     def table(rows, axis):
@@ -269,8 +271,8 @@ class Head(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, V, dtype = config.D, config.V, config.parameter_dtype
-    self.dtype, self.activation = config.dtype, config.activation
+    D, V, dtype = config.D, config.V, config.execution.parameter_dtype
+    self.dtype, self.activation = config.execution.dtype, config.activation
     mlm = config.head == 'mlm'
     self.tokens = (
       None
@@ -299,8 +301,8 @@ class Pooler(nnx.Module):
   """A projection and tanh of a row's first token: what BERT classifies."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, dtype = config.D, config.parameter_dtype
-    self.dtype = config.dtype
+    D, dtype = config.D, config.execution.parameter_dtype
+    self.dtype = config.execution.dtype
     self.dense = param(rngs, (D, D), ('embed', None), D**-0.5, dtype=dtype)
     self.bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype)
 

@@ -62,11 +62,11 @@ class MoE(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    moe, D, E, dtype = config.moe, config.D, config.E, config.parameter_dtype
+    moe, D, E, dtype = config.moe, config.D, config.E, config.execution.parameter_dtype
     if not E:
       raise ValueError('model.moe.experts=0: a mixture of experts needs at least one')
     F, biased = moe.feed_forward or config.F, config.biases == 'all'
-    self.moe, self.dtype, self.activation = moe, config.dtype, config.activation
+    self.moe, self.dtype, self.activation = moe, config.execution.dtype, config.activation
     inner, outer = (
       ('experts', 'expert_embed', 'feed_forward'),
       ('experts', 'feed_forward', 'expert_embed'),

@@ -429,19 +429,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
   every = config.global_every if len(looks) > 1 else 0
   key = (config.H + config.latent.rope_width) ** -0.5
   experts_at = [i for i, kind in enumerate(kinds) if kind.moe]
-  changes = {
-    field: getattr(default, field)
-    for field in (
-      'dtype',
-      'parameter_dtype',
-      'attention',
-      'remat',
-      'remat_save',
-      'remat_offload',
-      'init_scale',
-    )
-  }
-  changes |= dict(
+  changes = dict(
+    init_scale=default.init_scale,
     kv_heads=config.K,
     head_width=config.H,
     feed_forward=config.F,
@@ -475,7 +464,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )
     if len(experts_at) == config.L:
       changes['feed_forward'] = changes['moe'].feed_forward
-  return dataclasses.replace(config, **changes)
+  return dataclasses.replace(config.network, **changes)
 
 
 def _canonical_rope(config: ModelConfig, looks: set[int]) -> RopeConfig:

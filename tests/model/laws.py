@@ -10,6 +10,7 @@ import numpy as np
 from model import transformer
 from model.cache import init_cache
 from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from model.params import abstract
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
@@ -89,7 +90,7 @@ CONFIGS = {
     ),
   ),
   'layer norm': dict(norm='layer', gated=False, activation='relu2', layers=3),
-  'bfloat16': dict(dtype='bfloat16', qk_norm=True),
+  'bfloat16': dict(execution=ExecutionConfig(dtype='bfloat16'), qk_norm=True),
 }
 
 

@@ -116,7 +116,7 @@ def test_cached_decode_is_the_full_forward(config, one_device):
 
 
 def test_a_window_of_an_encoder_looks_to_either_side(one_device):
-  config = dataclasses.replace(BERT, window=2, attention='blocked')
+  config = dataclasses.replace(BERT.with_execution(attention='blocked'), window=2)
   model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 12)
   hidden = jax.jit(lambda model, tokens: model(tokens).hidden)
   changed = np.asarray(

@@ -16,6 +16,7 @@ import pytest
 
 from model import checkpoint, families, params, transformer
 from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from model.families import common
 from model.families.layout import Layout, Source
 from tests.goldens import ours, tiny
@@ -185,7 +186,8 @@ def test_config_json_reads_back(name):
   assert families.problems(config, family) == []
   assert families.family_of(config) is family
   training = dataclasses.replace(
-    config, dtype='bfloat16', remat='full', parameter_dtype='bfloat16', init_scale=0.5
+    config.with_execution(dtype='bfloat16', remat='full', parameter_dtype='bfloat16'),
+    init_scale=0.5,
   )
   assert families.family_of(training) is family
 
@@ -439,7 +441,7 @@ def test_canonical_configs_differ_where_the_model_does():
   same = [
     dict(kv_heads=4),
     dict(head_width=64),
-    dict(dtype='bfloat16'),
+    dict(execution=ExecutionConfig(dtype='bfloat16')),
     dict(attention_scale=64**-0.5),
     dict(relative_buckets=64),
   ]

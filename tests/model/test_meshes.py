@@ -92,7 +92,7 @@ def test_the_auto_twin_gives_the_same(expected):
 
 
 def test_another_backend_and_remat_split_too(expected):
-  config = dataclasses.replace(CONFIG, attention='xla', remat='dots')
+  config = CONFIG.with_execution(attention='xla', remat='dots')
   check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), expected, config)
 
 
@@ -106,7 +106,7 @@ def test_another_backend_and_remat_split_too(expected):
   ],
 )
 def test_rows_split_over_devices(strategy, remat, sizes, expected):
-  config = dataclasses.replace(CONFIG, context=strategy, remat=remat)
+  config = CONFIG.with_execution(context=strategy, remat=remat)
   check(make_mesh(MeshConfig(**sizes)), expected, config)
 
 
@@ -129,7 +129,9 @@ def test_the_auto_twin_splits_rows_too(expected):
   ],
 )
 def test_architectures_split_their_rows(name, strategy):
-  config = dataclasses.replace(laws.make_config(name), vocabulary=48, context=strategy)
+  config = dataclasses.replace(
+    laws.make_config(name).with_execution(context=strategy), vocabulary=48
+  )
   one = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
   check(make_mesh(MeshConfig(context=2 if config.latent.width else 4)), one, config)
 
@@ -177,7 +179,7 @@ def test_cached_decode_on_a_mesh(axis_type):
 )
 def test_architectures_split_and_decode_on_a_mesh(name):
   """Packed rows through loss and gradients with remat, then prefill and decode."""
-  config = dataclasses.replace(laws.make_config(name), vocabulary=48, remat='full')
+  config = dataclasses.replace(laws.make_config(name).with_execution(remat='full'), vocabulary=48)
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   check(mesh, loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config), config)
   with jax.set_mesh(mesh):

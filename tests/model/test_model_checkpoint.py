@@ -102,7 +102,7 @@ def test_pieces_make_the_whole(llama, tmp_path, monkeypatch, piece):
 def test_dtypes(llama, tmp_path, kind, stored, dtype, capsys):
   rewrite(llama, lambda tensors: None, kind)
   config, model = checkpoint.load(llama, mesh=ours.MESH)
-  assert config.parameter_dtype == config.dtype == dtype
+  assert config.execution.parameter_dtype == config.execution.dtype == dtype
   assert all(x.dtype == dtype for x in jax.tree.leaves(model))
   assert ('float16' in capsys.readouterr().out) == (kind == 'F16')
   checkpoint.save(model, config, tmp_path / 'out', dtype=stored)
@@ -113,7 +113,7 @@ def test_dtypes(llama, tmp_path, kind, stored, dtype, capsys):
 
 def test_dtypes_that_are_asked_for(llama, capsys):
   config, model = checkpoint.load(llama, mesh=ours.MESH, dtype='bfloat16', compute_dtype='float32')
-  assert (config.parameter_dtype, config.dtype) == ('bfloat16', 'float32')
+  assert (config.execution.parameter_dtype, config.execution.dtype) == ('bfloat16', 'float32')
   _, exact = checkpoint.load(llama, mesh=ours.MESH)
   jax.tree.map(
     lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)),

@@ -1,6 +1,5 @@
 """Do tokens reach the experts that their router chose, and nothing else? Three dispatches, a loop in numpy, many devices."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -15,6 +14,7 @@ from jax.sharding import AxisType
 
 from model import moe as moe_module
 from model.config import ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
 from model.moe import MoE, moved, route
 from model.params import abstract, named_leaves
 from parallel import axes as ax
@@ -578,8 +578,8 @@ def test_stacked_scanned_and_rematerialised(dispatch):
 @pytest.mark.parametrize('dispatch', MOSTLY_SLOW)
 def test_bfloat16_experts_under_an_f32_router(dispatch):
   """Tokens go where the f32 scores of the rounded inputs send them."""
-  config = make_config('deepseek v3', dispatch, dtype='bfloat16')
-  exact = dataclasses.replace(config, dtype='float32')
+  config = make_config('deepseek v3', dispatch, execution=ExecutionConfig(dtype='bfloat16'))
+  exact = config.with_execution(dtype='float32')
   x, segments = inputs(rows=64)
   x = x.astype(jnp.bfloat16)
   y, stats = forward(make_moe(config), x, segments)
@@ -593,13 +593,13 @@ def test_bfloat16_experts_under_an_f32_router(dispatch):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('dispatch', DISPATCHES)
 def test_half_precision_on_split_experts(dispatch, dtype):
-  config = make_config('biased', dispatch, dtype=dtype)
+  config = make_config('biased', dispatch, execution=ExecutionConfig(dtype=dtype))
   x, segments = inputs()
   ((_, (y, _)), gradients), _ = on_mesh(
     make_mesh(MeshConfig(**SPLIT[0])), config, x.astype(dtype), segments
   )
   ((_, (wanted, _)), wanted_gradients) = run(
-    make_moe(dataclasses.replace(config, dtype='float32')),
+    make_moe(config.with_execution(dtype='float32')),
     x.astype(dtype).astype(jnp.float32),
     segments,
   )

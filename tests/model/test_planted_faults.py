@@ -9,6 +9,7 @@ import pytest
 from kernels import cached
 from kernels.mask import Mask, Relative
 from model import attention, cache, layers, transformer
+from model.execution import ExecutionConfig
 
 
 def allow_all(self, T, S):
@@ -147,4 +148,4 @@ def test_a_law_catches(fault, monkeypatch):
   where, name, replacement, law, config = FAULTS[fault]
   monkeypatch.setattr(where, name, replacement)
   with pytest.raises(AssertionError):
-    law(laws.make_config(config, attention='reference'))
+    law(laws.make_config(config, execution=ExecutionConfig(attention='reference')))

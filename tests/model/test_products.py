@@ -17,6 +17,7 @@ from test_meshes import CONFIG, batch
 from data.config import DataConfig
 from model import params, transformer
 from model.config import MoEConfig
+from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import AXES, MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
@@ -25,7 +26,8 @@ from training.config import Config
 from training.optimizer import OptimizerConfig, make_optimizer
 from training.step import make_step
 
-DENSE = dataclasses.replace(CONFIG, layers=4, max_length=8, remat='full')
+full = functools.partial(ExecutionConfig, remat='full')
+DENSE = dataclasses.replace(CONFIG, layers=4, max_length=8, execution=full())
 MOE = dataclasses.replace(
   DENSE,
   layers=2,
@@ -101,7 +103,7 @@ def unordered(program):
 
 def check(model, sizes):
   program, steps = three_steps(model, 8, tuple(sizes.items()))
-  alone = three_steps(dataclasses.replace(model, pipeline=PipelineConfig()), 1, ())[1]
+  alone = three_steps(model.with_execution(pipeline=PipelineConfig()), 1, ())[1]
   for found, expected in zip(steps, alone, strict=True):
     for name, wanted in expected.items():
       np.testing.assert_allclose(
@@ -139,13 +141,16 @@ def test_more_tensor_shards_than_keys_are_one_device(sizes):
 @pytest.mark.parametrize(
   'changes, sizes',
   [
-    slow({'pipeline': F1B1}, {'stage': 2, 'context': 2, 'fsdp': 2}),
-    slow({'pipeline': F1B1, 'context': 'gather'}, {'stage': 2, 'context': 4}),
-    slow({'pipeline': CIRCULAR, 'context': 'ulysses'}, {'stage': 2, 'context': 2, 'tensor': 2}),
-    slow({'context': 'ulysses_ring', 'remat': 'none'}, {'stage': 2, 'context': 4}),
-    slow({'window': 3, 'remat': 'none'}, {'stage': 2, 'context': 2, 'fsdp': 2}),
+    slow({'execution': full(pipeline=F1B1)}, {'stage': 2, 'context': 2, 'fsdp': 2}),
+    slow({'execution': full(pipeline=F1B1, context='gather')}, {'stage': 2, 'context': 4}),
+    slow(
+      {'execution': full(pipeline=CIRCULAR, context='ulysses')},
+      {'stage': 2, 'context': 2, 'tensor': 2},
+    ),
+    slow({'execution': ExecutionConfig(context='ulysses_ring')}, {'stage': 2, 'context': 4}),
+    slow({'window': 3, 'execution': ExecutionConfig()}, {'stage': 2, 'context': 2, 'fsdp': 2}),
     slow({}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 1}),
-    slow({'pipeline': F1B1}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 2}),
+    slow({'execution': full(pipeline=F1B1)}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 2}),
   ],
   ids=str,
 )

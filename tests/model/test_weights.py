@@ -16,6 +16,7 @@ from decode.engine import generating
 from decode.generator import Generator
 from decode.report import weight_bytes
 from model import families, moe as moe_module, transformer
+from model.execution import ExecutionConfig
 from model.weights import Gathered, Plain, Weight, gathered, int8, joined, read
 from model.weights.int8 import Int8, in_bytes
 from parallel import axes as ax
@@ -133,7 +134,7 @@ def test_every_dispatch(dispatch, monkeypatch):
 @pytest.mark.parametrize('dtype', ['bfloat16', slow('float16')])
 def test_other_compute_dtypes_round_once_more(dtype, monkeypatch):
   monkeypatch.setattr(int8, 'FEW', 0)
-  config = dataclasses.replace(config_of('mixtral'), dtype=dtype)
+  config = config_of('mixtral').with_execution(dtype=dtype)
   # A step of rounding may send a token to another expert: all see all.
   config = dataclasses.replace(
     config, moe=dataclasses.replace(config.moe, per_token=config.moe.experts)
@@ -222,7 +223,7 @@ def test_meshes_are_one_device(name, sizes, monkeypatch):
 def test_stages_gather_bytes_ahead(monkeypatch):
   """Over stages layers stay stacked, and what one keeps whole for its microbatches is bytes."""
   monkeypatch.setattr(int8, 'FEW', 0)
-  config = laws.make_config('llama', vocabulary=48, remat='none')
+  config = laws.make_config('llama', vocabulary=48, execution=ExecutionConfig(remat='none'))
   found = []
   for mesh in ({}, {'stage': 2, 'fsdp': 2}):
     with jax.set_mesh(on(mesh)):
@@ -240,7 +241,7 @@ def test_gathered_ahead(reduce, kind):
       (laws.make_model(config), kind),
       (BYTES(laws.make_model(config)), Int8),
     ):
-      ahead = joined(model, gathered(model, config.dtype), reduce)
+      ahead = joined(model, gathered(model, config.execution.dtype), reduce)
       assert isinstance(read(ahead.stack.blocks[0].attention.q), expected)
       assert isinstance(read(ahead.embedding.tokens), Plain)
       assert distance(everything()(ahead), everything()(model)) < 1e-6
