@@ -1,4 +1,5 @@
-"""How do a checkpoint of transformers and a model become each other? `load` and `save`; convert.py has the commands.
+"""How do a checkpoint of transformers and a model become each other? `load` and `save`;
+convert.py has the commands.
 
 Tensors stream: a piece of one at a time goes from its file to the devices that hold it, and back.
 """
@@ -35,14 +36,18 @@ KINDS = {str(dtype): kind for kind, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One tensor's share of a parameter: the leaf, its index into stacked layers and experts, the layout of the rest."""
+  """One tensor's share of a parameter: the leaf, its index into stacked layers and experts,
+  the layout of the rest.
+  """
 
   leaf: str
   index: tuple[int, ...]
   layout: Layout
 
   def region(self, start: int, stop: int) -> Region:
-    """Ranges of the leaf's dimensions that come from `start` to `stop` of the tensor's first name."""
+    """Ranges of the leaf's dimensions: what comes from `start` to `stop` of the tensor's first
+    name.
+    """
     return tuple((i, i + 1) for i in self.index) + self.layout.region(start, stop)
 
 
@@ -74,13 +79,13 @@ def load(
 
   Args:
     directory: with config.json and *.safetensors.
-    config: default: what config.json says. mesh: default: all devices, parameters split as far as the width allows.
-    dtype: of the parameters where `config` is not given; default: the checkpoint's (float32 for float16).
-      compute_dtype:
-      default: the same.
+    config: default: what config.json says.
+    mesh: default: all devices, parameters split as far as the width allows.
+    dtype: of the parameters where `config` is not given; default: the checkpoint's (float32 for
+      float16). compute_dtype: default: the same.
     ignore: a pattern of tensors to leave out. ignore_keys: of config.json not to look at.
-  Raises: FileNotFoundError, ValueError or NotImplementedError: for what is not supported, and with one list of all
-    tensors that are missing, left over, or of another shape or kind.
+  Raises: FileNotFoundError, ValueError or NotImplementedError: for what is not supported,
+    and with one list of all tensors that are missing, left over, or of another shape or kind.
   """
   directory = pathlib.Path(directory)
   tensors = TensorFiles(directory)
@@ -100,7 +105,8 @@ def load(
     mapped = {part.leaf for shares in parts.values() for part in shares}
     if mapped != leaves.keys():
       raise RuntimeError(
-        f'the name map of {family.__name__} and the model differ in {sorted(mapped ^ leaves.keys())}'
+        f'the name map of {family.__name__} and the model differ in '
+        f'{sorted(mapped ^ leaves.keys())}'
       )
   with jax.set_mesh(NO_MESH):
     built = {leaf: Filling(x) for leaf, x in leaves.items()}
@@ -131,9 +137,11 @@ def save(
   """Writes a model as transformers keeps it: config.json and *.safetensors; whole, or not at all.
 
   Args:
-    directory: must not exist. family: default: the first that can express the config. dtype: default: the parameters'.
+    directory: must not exist. family: default: the first that can express the config.
+    dtype: default: the parameters'.
     special: bos_token_id and others for config.json.
-  Raises ValueError for a config that no family expresses, FileExistsError for a directory that is there.
+  Raises ValueError for a config that no family expresses,
+  FileExistsError for a directory that is there.
   """
   with new_directory(directory) as partial:
     write_files(
@@ -197,9 +205,13 @@ def check(
   family,
   ignore: str = '',
 ) -> dict[str, str]:
-  """Tensors of the file that repeat others, by those. Raises ValueError that lists all that does not fit.
+  """Tensors of the file that repeat others, by those.
 
-  Args: called: name of a tensor -> in the files. ignore: a pattern of tensors in the files that may be left out.
+  Raises ValueError that lists all that does not fit.
+
+  Args:
+    called: name of a tensor -> in the files.
+    ignore: a pattern of tensors in the files that may be left out.
   """
   have, used, tied, wrong = tensors.tensors, {*called.values()}, {}, []
   if ignore and not any(re.fullmatch(ignore, name) for name in have):
@@ -269,9 +281,8 @@ def _check_equal(tensors: TensorFiles, one: str, other: str) -> None:
       tensors.read(other, start, min(start + step, rows)),
     ):
       raise ValueError(
-        f'{one} differs from {other}, to which config.json ties it; set tie_word_embeddings to false '
-        'there, or leave it out '
-        f'with --ignore={re.escape(one)}'
+        f'{one} differs from {other}, to which config.json ties it; set tie_word_embeddings to '
+        f'false there, or leave it out with --ignore={re.escape(one)}'
       )
 
 
@@ -289,7 +300,8 @@ def stored_dtype(tensors: TensorFiles, log) -> str:
   )
   if wider:
     log(
-      f'NOTE: {wider:,} parameters have more digits than {dtype} keeps; --dtype=float32 keeps what it can'
+      f'NOTE: {wider:,} parameters have more digits than {dtype} keeps; --dtype=float32 keeps what '
+      'it can'
     )
   elif most == 'F16':
     log('NOTE: float16 parameters become float32, which holds them exactly')
@@ -316,7 +328,9 @@ def read_json(directory: pathlib.Path) -> dict:
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A directory beside the named one, which takes its name at the end; after an error nothing stays."""
+  """A directory beside the named one, which takes its name at the end;
+  after an error nothing stays.
+  """
   directory = pathlib.Path(directory).absolute()
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise FileExistsError(

@@ -354,8 +354,8 @@ class ModelConfig:
     if batch_wide and run.pipeline.count(stages) > 1:
       raise ValueError(
         "model.moe.balance_over='batch' looks at one of "
-        f'model.execution.pipeline.microbatches={run.pipeline.count(stages)} at a time: parts would '
-        "not add up to the whole; use balance_over='sequence'"
+        f'model.execution.pipeline.microbatches={run.pipeline.count(stages)} at a time: parts '
+        "would not add up to the whole; use balance_over='sequence'"
       )
     for wrong, feature in (
       (

@@ -1,4 +1,6 @@
-"""Which parts of a network have choices of their own? Rotary positions, latent attention, experts."""
+"""Which parts of a network have choices of their own?
+Rotary positions, latent attention, experts.
+"""
 
 import dataclasses
 

@@ -10,7 +10,9 @@ Region = tuple[tuple[int, int], ...]  # start and end in each dimension
 
 
 class Filling:
-  """A parameter that is filled piece by piece: each device holds its own shard, and gets nothing else."""
+  """A parameter that is filled piece by piece:
+  each device holds its own shard, and gets nothing else.
+  """
 
   def __init__(self, abstract: jax.ShapeDtypeStruct):
     self._abstract = abstract
@@ -53,7 +55,8 @@ class Filling:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(shard, own, at):
-  # As bits: jax 0.10 on a CPU computes with bfloat16 as float32, and would convert the whole shard to and fro.
+  # As bits: jax 0.10 on a CPU computes with bfloat16 as float32,
+  # and would convert the whole shard to and fro.
   bits = jnp.dtype(f'uint{8 * shard.dtype.itemsize}')
   own, whole = (jax.lax.bitcast_convert_type(x, bits) for x in (own.astype(shard.dtype), shard))
   return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, own, at), shard.dtype)

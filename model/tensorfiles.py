@@ -1,8 +1,9 @@
 """How are tensors read from and written to safetensors files, a piece at a time?
 
-The format is a length, a JSON header and the tensors one after the other (github.com/huggingface/safetensors). The
-library of that name maps whole files into memory, whose pages then count as the process's, and writes only what it
-holds whole: so the file is read and written here, and nothing is held but the rows asked for.
+The format is a length, a JSON header and the tensors one after the other
+(github.com/huggingface/safetensors). The library of that name maps whole files into memory, whose
+pages then count as the process's, and writes only what it holds whole: so the file is read and
+written here, and nothing is held but the rows asked for.
 """
 
 import dataclasses
@@ -49,7 +50,9 @@ LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies: file, kind as the file calls it ('BF16'), shape, and offset of its first byte."""
+  """Where a tensor lies: file, kind as the file calls it ('BF16'), shape,
+  and offset of its first byte.
+  """
 
   path: pathlib.Path
   kind: str
@@ -62,8 +65,8 @@ class TensorFiles:
 
   Attributes: tensors: name -> Tensor, in the order in which they lie in the files.
 
-  Raises: FileNotFoundError where there are no safetensors; ValueError for a file that is truncated, damaged, or does
-    not hold what the index says.
+  Raises: FileNotFoundError where there are no safetensors;
+    ValueError for a file that is truncated, damaged, or does not hold what the index says.
   """
 
   def __init__(self, directory: str | os.PathLike):
@@ -139,9 +142,8 @@ def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]
   )
   if pickles:
     raise ValueError(
-      f'{directory} holds {pickles[0]} and no safetensors: a pickle can run any code when it is loaded, '
-      'so it is never '
-      'loaded here; where you trust it, convert it with transformers: '
+      f'{directory} holds {pickles[0]} and no safetensors: a pickle can run any code when it is '
+      'loaded, so it is never loaded here; where you trust it, convert it with transformers: '
       "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
     )
   raise FileNotFoundError(f'{directory} holds no *.safetensors')

@@ -1,7 +1,8 @@
 """How is a BERT (arXiv:1810.04805) written in transformers?
 
-BertModel is hidden states and a pooler, BertForMaskedLM has a head instead. The head of BertForPreTraining that tells
-whether one sentence follows another is no part of the model; its tensors have to be named to be left out.
+BertModel is hidden states and a pooler, BertForMaskedLM has a head instead. The head of
+BertForPreTraining that tells whether one sentence follows another is no part of the model; its
+tensors have to be named to be left out.
 """
 
 from model.config import ModelConfig

@@ -1,4 +1,5 @@
-"""What do the families share? Reading a config.json to its last key, and saying where a parameter lies in a checkpoint.
+"""What do the families share? Reading a config.json to its last key,
+and saying where a parameter lies in a checkpoint.
 
 A family is a module with `TYPES`, `config`, `to_hf` and `tensors`; see model.families.
 """
@@ -15,25 +16,29 @@ from model.families.layout import Source
 # Keys of config.json that change nothing of what a model computes.
 HARMLESS = frozenset(
   '''
-    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path auto_map
-    tokenizer_class prefix use_cache output_attentions output_hidden_states return_dict torchscript use_bfloat16
-    chunk_size_feed_forward gradient_checkpointing attn_implementation _attn_implementation
-    _attn_implementation_autoset cache_implementation pretraining_tp ep_size bos_token_id eos_token_id pad_token_id
-    sep_token_id cls_token_id unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length
-    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    suppress_tokens begin_suppress_tokens num_return_sequences output_scores return_dict_in_generate
-    remove_invalid_values exponential_decay_length_penalty task_specific_params id2label label2id num_labels
-    problem_type finetuning_task classifier_dropout summary_type summary_use_proj summary_activation
-    summary_proj_to_labels summary_first_dropout
+    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path
+    auto_map tokenizer_class prefix use_cache output_attentions output_hidden_states return_dict
+    torchscript use_bfloat16 chunk_size_feed_forward gradient_checkpointing attn_implementation
+    _attn_implementation _attn_implementation_autoset cache_implementation pretraining_tp ep_size
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids suppress_tokens begin_suppress_tokens num_return_sequences output_scores
+    return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
+    task_specific_params id2label label2id num_labels problem_type finetuning_task
+    classifier_dropout summary_type summary_use_proj summary_activation summary_proj_to_labels
+    summary_first_dropout
 '''.split()
 )
-# These act in training only (Tandem has its own initialisers, losses and no dropout), or on rounding only.
+# These act in training only (Tandem has its own initialisers, losses and no dropout),
+# or on rounding only.
 HARMLESS |= frozenset(
   '''
-    initializer_range initializer_factor attention_dropout hidden_dropout_prob attention_probs_dropout_prob
-    resid_pdrop embd_pdrop attn_pdrop dropout_rate hidden_dropout output_router_logits router_aux_loss_coef
-    aux_loss_alpha seq_aux router_jitter_noise reorder_and_upcast_attn
+    initializer_range initializer_factor attention_dropout hidden_dropout_prob
+    attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop dropout_rate hidden_dropout
+    output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise
+    reorder_and_upcast_attn
 '''.split()
 )
 
@@ -79,7 +84,9 @@ class Keys:
     self._hf, self._defaults, self._read = hf, defaults, set()
 
   def __call__(self, *names: str) -> Any:
-    """The value of the first of these names (of one thing) that has one, else the default; ValueError for neither."""
+    """The value of the first of these names (of one thing) that has one, else the default;
+    ValueError for neither.
+    """
     self._read.update(names)
     found = [self._hf[name] for name in names if name in self._hf]
     if found:
@@ -89,7 +96,9 @@ class Keys:
     return self._defaults[names[0]]
 
   def only(self, name: str, *allowed) -> None:
-    """Raises NotImplementedError for a value that changes the computation in a way that is not built."""
+    """Raises NotImplementedError for a value that changes the computation in a way that is not
+    built.
+    """
     self._read.add(name)
     if name in self._hf and self._hf[name] not in allowed:
       raise unsupported(f'{name}={self._hf[name]!r}', map(repr, allowed))
@@ -112,9 +121,9 @@ class Keys:
         for name in unknown
       ]
       raise ValueError(
-        f'config.json has keys that nothing is known of: {", ".join(hints)}; if they do not change what '
-        'the model computes, '
-        f'ignore them: {" ".join(f"--ignore_key={name}" for name in unknown)}'
+        f'config.json has keys that nothing is known of: {", ".join(hints)}; if they do not change '
+        'what the model computes, ignore them: '
+        + ' '.join(f'--ignore_key={name}' for name in unknown)
       )
 
 
@@ -218,7 +227,9 @@ def rope_parameters(config: ModelConfig, base: float = 0.0) -> dict:
 
 
 def read_rope(keys: Keys) -> RopeConfig:
-  """The RopeConfig of a model, from the new spelling (rope_parameters) or the old (rope_theta, rope_scaling)."""
+  """The RopeConfig of a model, from the new spelling (rope_parameters) or the old
+  (rope_theta, rope_scaling).
+  """
   return rope(
     keys('rope_parameters', 'rope_scaling') or {},
     float(keys('rope_theta')),
@@ -292,8 +303,8 @@ def llama_like_hf(config: ModelConfig, model_type: str, architecture: str, **oth
   """The inverse of `llama_like`."""
   if not config.max_length or not config.V:
     raise ValueError(
-      f'model.max_length={config.max_length} and model.vocabulary={config.vocabulary} must be known to '
-      'write a config.json; set them'
+      f'model.max_length={config.max_length} and model.vocabulary={config.vocabulary} must be '
+      'known to write a config.json; set them'
     )
   return (
     dict(
@@ -328,7 +339,9 @@ def blocks(
 
 
 def attention(at: str, config: ModelConfig) -> dict[str, Source]:
-  """Projections called q_proj, k_proj, v_proj and o_proj below `at`, with the biases and norms that the config has."""
+  """Projections called q_proj, k_proj, v_proj and o_proj below `at`,
+  with the biases and norms that the config has.
+  """
   found = {
     'attention.q': Source(f'{at}.q_proj.weight', '(N H) D -> D N H'),
     'attention.k': Source(f'{at}.k_proj.weight', '(K H) D -> D K H'),
@@ -414,13 +427,15 @@ def decoder(
   )
 
 
-# Tensors that some checkpoints hold though the config alone decides them; names of one tensor twice.
+# Tensors that some checkpoints hold though the config alone decides them;
+# names of one tensor twice.
 BUFFERS = (r'.*rotary_emb\.inv_freq',)
 TIED = {'lm_head.weight': 'model.embed_tokens.weight'}
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-  """The same function of the same parameters, defaults written out, choices of training and of what is not there reset.
+  """The same function of the same parameters, defaults written out,
+  choices of training and of what is not there reset.
 
   Two configs compute the same from the same parameters when their canonical forms are equal.
   """

@@ -1,7 +1,8 @@
 """How is a DeepSeek-V2 (arXiv:2405.04434) or V3 (arXiv:2412.19437) written in transformers?
 
-Rotary positions turn neighbours there (2i, 2i + 1) and the pairs (i, i + H/2) here: the entries are reordered on the
-way. Modules that predict further tokens are no part of the model; their tensors have to be named to be left out.
+Rotary positions turn neighbours there (2i, 2i + 1) and the pairs (i, i + H/2) here: the entries are
+reordered on the way. Modules that predict further tokens are no part of the model; their tensors
+have to be named to be left out.
 """
 
 from model.config import LatentConfig, ModelConfig, MoEConfig
@@ -141,7 +142,9 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 def _weight(config: ModelConfig) -> dict:
-  """The inverse of `_scale`: the mscale_all_dim that gives the config's attention_scale, in as few digits as do."""
+  """The inverse of `_scale`: the mscale_all_dim that gives the config's attention_scale,
+  in as few digits as do.
+  """
   plain = (config.H + config.latent.rope_width) ** -0.5
   extra = (config.attention_scale or plain) / plain
   if extra == 1 or config.rope.factor == 1:

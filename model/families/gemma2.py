@@ -1,4 +1,6 @@
-"""How is a Gemma 2 (arXiv:2408.00118) written in transformers? Soft-caps, windows, norms on both sides."""
+"""How is a Gemma 2 (arXiv:2408.00118) written in transformers?
+Soft-caps, windows, norms on both sides.
+"""
 
 from model.config import ModelConfig
 from model.families import common

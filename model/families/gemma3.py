@@ -1,6 +1,8 @@
-"""How is the text model of a Gemma 3 (arXiv:2503.19786) written in transformers? Two rotary bases, one of them local.
+"""How is the text model of a Gemma 3 (arXiv:2503.19786) written in transformers?
+Two rotary bases, one of them local.
 
-Of a checkpoint with a vision tower, the text model is read; the tower's tensors have to be named to be left out.
+Of a checkpoint with a vision tower, the text model is read;
+the tower's tensors have to be named to be left out.
 """
 
 import dataclasses
@@ -47,7 +49,9 @@ def config(hf: dict) -> ModelConfig:
 
 
 def rope(keys: common.Keys) -> RopeConfig:
-  """Both sets of rotary parameters: of layers that see all, which may be stretched, and of those with a window."""
+  """Both sets of rotary parameters: of layers that see all, which may be stretched,
+  and of those with a window.
+  """
   parameters, longest = (
     keys('rope_parameters', 'rope_scaling') or {},
     keys('max_position_embeddings'),

@@ -1,4 +1,6 @@
-"""How is a GPT-2 (Radford et al. 2019) written in transformers? Queries, keys and values as one, [inputs, outputs]."""
+"""How is a GPT-2 (Radford et al. 2019) written in transformers?
+Queries, keys and values as one, [inputs, outputs].
+"""
 
 from model.config import ModelConfig
 from model.families import common

@@ -1,4 +1,6 @@
-"""How is a gpt-oss (arXiv:2508.10925) written in transformers? Attention sinks, windows, experts with biases."""
+"""How is a gpt-oss (arXiv:2508.10925) written in transformers?
+Attention sinks, windows, experts with biases.
+"""
 
 from model.config import ModelConfig, MoEConfig
 from model.families import common, gemma2

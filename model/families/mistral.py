@@ -1,4 +1,6 @@
-"""How is a Mistral written in transformers? A Llama whose every layer has a window (arXiv:2310.06825)."""
+"""How is a Mistral written in transformers?
+A Llama whose every layer has a window (arXiv:2310.06825).
+"""
 
 from model.config import ModelConfig
 from model.families import common

@@ -1,4 +1,6 @@
-"""How is a Mixtral written in transformers? A Mistral with experts in every layer (arXiv:2401.04088)."""
+"""How is a Mixtral written in transformers?
+A Mistral with experts in every layer (arXiv:2401.04088).
+"""
 
 from model.config import ModelConfig, MoEConfig
 from model.families import common

@@ -1,4 +1,6 @@
-"""How is a dense Qwen3 written in transformers? A Llama with norms of queries and keys (arXiv:2505.09388)."""
+"""How is a dense Qwen3 written in transformers?
+A Llama with norms of queries and keys (arXiv:2505.09388).
+"""
 
 from model.config import ModelConfig
 from model.families import common, qwen2

@@ -1,6 +1,8 @@
-"""How is a T5 (arXiv:1910.10683) written in transformers? Version 1.0; 1.1 and Flan: gated, logits not scaled, a head.
+"""How is a T5 (arXiv:1910.10683) written in transformers?
+Version 1.0; 1.1 and Flan: gated, logits not scaled, a head.
 
-What config.json says of tied embeddings cannot be trusted (transformers 5 always writes true): the tensors tell.
+What config.json says of tied embeddings cannot be trusted (transformers 5 always writes true):
+the tensors tell.
 """
 
 import dataclasses

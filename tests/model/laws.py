@@ -1,4 +1,6 @@
-"""Which laws does every decoder obey? Checks that raise AssertionError when one is broken, as planted faults must."""
+"""Which laws does every decoder obey? Checks that raise AssertionError when one is broken,
+as planted faults must.
+"""
 
 import dataclasses
 import functools
@@ -110,7 +112,9 @@ def on_one_device(function):
 
 
 def randomised(model, seed: int = 0):
-  """The model with every weight drawn anew, norm scales and biases too, so that none of them is 0 or 1."""
+  """The model with every weight drawn anew, norm scales and biases too,
+  so that none of them is 0 or 1.
+  """
 
   def one(index, x):
     draw = np.random.default_rng([seed, index]).normal(size=x.shape)
@@ -131,7 +135,9 @@ def tokens_of(config: ModelConfig, rows: int, length: int, seed: int = 0):
 
 
 def forward():
-  """A new jitted (model, tokens, positions, segments) -> logits [B, T, V]: new, so that a planted fault is traced."""
+  """A new jitted (model, tokens, positions, segments) -> logits [B, T, V]:
+  new, so that a planted fault is traced.
+  """
   return jax.jit(lambda model, *inputs: model.logits(model(*inputs).hidden))
 
 
@@ -173,7 +179,9 @@ def check_window(config: ModelConfig):
 
 @on_one_device
 def check_segments(config: ModelConfig):
-  """Documents packed in a row are isolated: another document's tokens change nothing, bitwise; alone it is the same."""
+  """Documents packed in a row are isolated: another document's tokens change nothing, bitwise;
+  alone it is the same.
+  """
   model, run = make_model(config), forward()
   sizes = [5, 3, 4]
   segments = jnp.asarray(np.repeat([1, 2, 3], sizes), jnp.int32)[None]
@@ -189,7 +197,8 @@ def check_segments(config: ModelConfig):
       f'changing document {other} reached another one'
     )
 
-  # The second document alone in a row of padding: the same keys stand elsewhere in the row, so sums are regrouped.
+  # The second document alone in a row of padding:
+  # the same keys stand elsewhere in the row, so sums are regrouped.
   def alone(x):
     return jnp.pad(x[:, 5:8], ((0, 0), (0, 9)))
 
@@ -200,7 +209,9 @@ def check_segments(config: ModelConfig):
 @functools.cache
 @on_one_device
 def full_logits(config: ModelConfig) -> np.ndarray:
-  """Of tokens_of(config, 2, 9), by the full forward, which a planted fault of the cache leaves as it is."""
+  """Of tokens_of(config, 2, 9), by the full forward,
+  which a planted fault of the cache leaves as it is.
+  """
   return np.asarray(forward()(make_model(config), tokens_of(config, 2, 9)))
 
 
@@ -208,7 +219,9 @@ def full_logits(config: ModelConfig) -> np.ndarray:
 def check_cached_decode(
   config: ModelConfig, tolerance: float = 1e-5, splits=([1] * 9, [4, 1, 4], [1, 4, 4])
 ):
-  """The logits of prefill and decode, however a sequence is split into calls, are those of the full forward."""
+  """The logits of prefill and decode, however a sequence is split into calls,
+  are those of the full forward.
+  """
   model, step = make_model(config), cached()
   tokens, full = tokens_of(config, 2, 9), full_logits(config)
   scale = max(1.0, np.abs(full).max())
@@ -245,7 +258,8 @@ def appending(room: int):
   return jax.jit(run, static_argnames='fresh')
 
 
-# Tokens of a call, and how many of them are each row's: prompts longer than a ring, some rows ahead of others, single tokens.
+# Tokens of a call, and how many of them are each row's:
+# prompts longer than a ring, some rows ahead of others, single tokens.
 CALLS = [
   (20, (20, 17, 3)),
   (9, (0, 1, 9)),
@@ -272,10 +286,12 @@ def check_appending(
 ):
   """Rows of unequal lengths grow by unequal pieces: the logits are those of the full forward.
 
-  Bitwise the same are those of a cache whose unused slots hold NaN, to which padding has other ids, and from which tokens were taken back.
+  Bitwise the same are those of a cache whose unused slots hold NaN, to which padding has other ids,
+  and from which tokens were taken back.
 
   Args:
-    dtype: of the cache. least: what the error must be above, somewhere, where a cache is to be less exact. rings: how many there are.
+    dtype: of the cache. least: what the error must be above, somewhere,
+      where a cache is to be less exact. rings: how many there are.
   """
   config = dataclasses.replace(config, max_length=64)
   model, run, draw = make_model(config), appending(9), np.random.default_rng(5)
@@ -333,7 +349,8 @@ def padded_prefill(model, tokens, lengths, capacity):
 
 @on_one_device
 def check_padding_and_neighbours(config: ModelConfig, tolerance: float = 1e-6):
-  """Padding ids and a batch's other rows change nothing, bitwise; another bucket, capacity or batch size only rounds.
+  """Padding ids and a batch's other rows change nothing, bitwise;
+  another bucket, capacity or batch size only rounds.
 
   (Another size is another program: products of other shapes are summed in another order.)
   """

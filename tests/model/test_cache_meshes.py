@@ -1,4 +1,6 @@
-"""Is a cache that devices share one cache? Slots over `context`, heads over `tensor`, rows, experts, stages: as on one device."""
+"""Is a cache that devices share one cache? Slots over `context`, heads over `tensor`, rows,
+experts, stages: as on one device.
+"""
 
 import dataclasses
 import math
@@ -25,7 +27,9 @@ def mesh_of(sizes, **kind):
 
 
 def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
-  """Prefill and decode of 4 rows in such pieces against the full forward on one device; slots that are unused hold NaN."""
+  """Prefill and decode of 4 rows in such pieces against the full forward on one device;
+  slots that are unused hold NaN.
+  """
   config = dataclasses.replace(config, vocabulary=48, max_length=64)
   tokens, edges = laws.tokens_of(config, 4, sum(pieces)), np.cumsum([0, *pieces])
   with jax.set_mesh(mesh_of({})):
@@ -79,7 +83,9 @@ def slow(*case):
   ids=str,
 )
 def test_devices_that_share_a_cache_are_one(name, changes, sizes):
-  """A prompt that splits, and tokens that are too few to split: before, across and behind the edge of a device's 8 slots."""
+  """A prompt that splits, and tokens that are too few to split:
+  before, across and behind the edge of a device's 8 slots.
+  """
   check(laws.make_config(name, **changes), sizes)
 
 

@@ -1,4 +1,6 @@
-"""Does an encoder see everything of its own and nothing else, and does a decoder see what the encoder made of its source?"""
+"""Does an encoder see everything of its own and nothing else,
+and does a decoder see what the encoder made of its source?
+"""
 
 import dataclasses
 

@@ -1,6 +1,8 @@
-"""Are the families read and written as transformers does? Its models' results, kept in files; laws of config.json.
+"""Are the families read and written as transformers does? Its models' results, kept in files;
+laws of config.json.
 
-The files are written by tests/goldens/make.py; tests/oracle/test_transformers.py compares with the models themselves.
+The files are written by tests/goldens/make.py;
+tests/oracle/test_transformers.py compares with the models themselves.
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""Are eight devices one device? Loss, gradients and decoding on meshes, explicit or auto, are those of one device."""
+"""Are eight devices one device? Loss, gradients and decoding on meshes, explicit or auto,
+are those of one device.
+"""
 
 import dataclasses
 import functools
@@ -144,7 +146,8 @@ def test_parameters_are_born_sharded_and_equal(sizes, axis_type):
   for (name, x), wanted in zip(
     named_leaves(born(CONFIG, mesh)).items(), named_leaves(one).values(), strict=True
   ):
-    # The same random bits; another partition may round the normal's polynomial otherwise in the last bit (seen on jax 0.12).
+    # The same random bits; another partition may round the normal's polynomial otherwise in the
+    # last bit (seen on jax 0.12).
     np.testing.assert_allclose(np.asarray(x), np.asarray(wanted), rtol=5e-7, err_msg=name)
     assert x.sharding.mesh.shape == mesh.shape
     split = mesh.shape['fsdp'] * (mesh.shape['tensor'] if 'positions' not in name else 1)

@@ -1,4 +1,6 @@
-"""Do checkpoints come in and go out whole? Bits, meshes, pieces; errors list everything and leave nothing."""
+"""Do checkpoints come in and go out whole? Bits, meshes, pieces;
+errors list everything and leave nothing.
+"""
 
 import dataclasses
 import json

@@ -89,12 +89,14 @@ def test_impossible_combinations_raise(make, words):
 def test_a_backend_that_cannot_honour_the_architecture_is_refused():
   with pytest.raises(
     NotImplementedError,
-    match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'pallas_tpu'\]",
+    match=r"'xla' does not honour \['softcap'\]; "
+    r"these do: \['reference', 'blocked', 'pallas_tpu'\]",
   ):
     ModelConfig(execution=ExecutionConfig(attention='xla'), attention_softcap=2.0)
   with pytest.raises(
     ValueError,
-    match=r"model.execution.attention='splash' is unknown.*Known: auto, reference, blocked, pallas_tpu, pallas_gpu, xla",
+    match=r"model.execution.attention='splash' is unknown.*"
+    r'Known: auto, reference, blocked, pallas_tpu, pallas_gpu, xla',
   ):
     ModelConfig(execution=ExecutionConfig(attention='splash'))
   ModelConfig(execution=ExecutionConfig(attention='blocked'), attention_softcap=2.0)
@@ -108,7 +110,8 @@ def test_blocks_that_the_backend_has_not_for_such_heads_are_refused():
   )
   with pytest.raises(
     NotImplementedError,
-    match=r"model.execution.attention='auto' is no backend whose blocks can be chosen; set it to one of \['pallas_tpu', 'pallas_gpu'\]",
+    match=r"model.execution.attention='auto' is no backend whose blocks can be chosen; "
+    r"set it to one of \['pallas_tpu', 'pallas_gpu'\]",
   ):
     ModelConfig(execution=ExecutionConfig(attention_blocks=Blocks(forward_keys=256)))
   gpu = dict(
@@ -119,7 +122,8 @@ def test_blocks_that_the_backend_has_not_for_such_heads_are_refused():
   ModelConfig(head_width=128, **gpu)
   with pytest.raises(
     ValueError,
-    match=r'model.execution.attention_blocks.forward_keys=128: backend pallas_gpu has \[64\] for heads 192 wide',
+    match=r'model.execution.attention_blocks.forward_keys=128: '
+    r'backend pallas_gpu has \[64\] for heads 192 wide',
   ):
     ModelConfig(head_width=128, latent=LatentConfig(width=64, rope_width=64), **gpu)
 

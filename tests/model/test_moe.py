@@ -1,4 +1,6 @@
-"""Do tokens reach the experts that their router chose, and nothing else? Three dispatches, a loop in numpy, many devices."""
+"""Do tokens reach the experts that their router chose, and nothing else?
+Three dispatches, a loop in numpy, many devices.
+"""
 
 import functools
 import math
@@ -69,7 +71,8 @@ def min_7(gate):
 
 
 DISPATCHES = ['dense', 'dropless', 'capacity']
-# The laws hold for every dispatch; those that compile for long are tried on one, and on the others by `make test-all`.
+# The laws hold for every dispatch; those that compile for long are tried on one,
+# and on the others by `make test-all`.
 MOSTLY_SLOW = [
   'dropless',
   pytest.param('dense', marks=pytest.mark.slow),
@@ -119,7 +122,9 @@ def forward(layer, x, segments=None):
 
 @jax.jit
 def run(layer, x, segments):
-  """((objective, (y, stats)), gradients of the layer and of x) of an objective that every output matters to."""
+  """((objective, (y, stats)), gradients of the layer and of x)
+  of an objective that every output matters to.
+  """
 
   def objective(layer, x):
     y, stats = layer(x, segments)
@@ -145,7 +150,9 @@ def close(found, wanted, tolerance=1e-5):
 
 
 def choose(scores, moe):
-  """One token's experts in numpy, as transformers chooses them; `scores` with the selection bias."""
+  """One token's experts in numpy, as transformers chooses them;
+  `scores` with the selection bias.
+  """
   scores = scores.copy()
   if moe.groups > 1:
     groups = scores.reshape(moe.groups, -1)
@@ -156,7 +163,9 @@ def choose(scores, moe):
 
 
 def token_loop(layer, config, x, segments, drop=lambda expert: False):
-  """y and stats, one token and one choice at a time, in float64; `drop` is asked in the order of tokens."""
+  """y and stats, one token and one choice at a time, in float64;
+  `drop` is asked in the order of tokens.
+  """
   moe, w = (
     config.moe,
     {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(layer).items()},
@@ -239,7 +248,9 @@ def test_without_segments_every_token_counts():
 
 @pytest.mark.parametrize('dispatch', DISPATCHES)
 def test_padding_goes_nowhere(dispatch):
-  """It yields zeros and counts in no statistic; what it holds, NaN included, changes nothing, bitwise."""
+  """It yields zeros and counts in no statistic;
+  what it holds, NaN included, changes nothing, bitwise.
+  """
   config = make_config('gpt-oss', dispatch, capacity_factor=0.5)
   layer, (x, segments) = make_moe(config), inputs()
   wanted = run(layer, x, segments)
@@ -297,7 +308,9 @@ def test_neighbours_change_nothing(dispatch):
 @pytest.mark.parametrize('over', ['sequence', 'batch'])
 @pytest.mark.parametrize('case', ['mixtral', 'deepseek v3'])
 def test_balance_loss_of_a_balanced_and_of_the_worst_router(case, over):
-  """Its weight per token where all experts are as likely; E / k of that where all tokens choose the same k and nothing else."""
+  """Its weight per token where all experts are as likely;
+  E / k of that where all tokens choose the same k and nothing else.
+  """
   config = make_config(case, balance_over=over, groups=1, groups_per_token=1)
   layer, (x, segments) = make_moe(config), inputs()
   tokens, moe = int((segments > 0).sum()), config.moe
@@ -341,7 +354,9 @@ def test_the_selection_bias_chooses_and_does_not_weigh():
 
 @given(st.integers(0, 2**31), st.sampled_from(['deepseek v2', 'deepseek v3']))
 def test_choices_within_groups(seed, case):
-  """Against numpy, negative biases too: those of experts outside the best groups count as 0, as in transformers."""
+  """Against numpy, negative biases too: those of experts outside the best groups count as 0,
+  as in transformers.
+  """
   moe = make_config(case).moe
   draw = np.random.default_rng(seed)
   logits, bias = draw.normal(size=(4, 8)).astype(np.float32), draw.normal(size=8).astype(np.float32)
@@ -351,7 +366,9 @@ def test_choices_within_groups(seed, case):
 
 
 def test_the_moved_bias_balances_the_load():
-  """A router that likes some experts twenty times as much as others: the bias evens the load out within 600 steps."""
+  """A router that likes some experts twenty times as much as others:
+  the bias evens the load out within 600 steps.
+  """
   moe = make_config('deepseek v3', groups=1, groups_per_token=1).moe
   draw = np.random.default_rng(0)
   preference = np.linspace(-1.5, 1.5, 8)
@@ -497,7 +514,9 @@ def test_pieces_are_equal_whole_lanes():
 
 @pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
 def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
-  """What XLA makes of it: all-to-alls of tokens; of weights, shards of D gathered and gradients scattered, and never all experts."""
+  """What XLA makes of it: all-to-alls of tokens;
+  of weights, shards of D gathered and gradients scattered, and never all experts.
+  """
   config, mesh = (
     make_config('mixtral', dispatch, capacity_factor=0.5),
     make_mesh(MeshConfig(data=1, fsdp=2, expert=4)),
@@ -547,7 +566,9 @@ def test_capacity_is_each_devices_own():
 
 @pytest.mark.parametrize('dispatch', MOSTLY_SLOW)
 def test_stacked_scanned_and_rematerialised(dispatch):
-  """As a stack uses it: born under vmap, scanned, recomputed in the backward pass; the same as a loop over layers."""
+  """As a stack uses it: born under vmap, scanned, recomputed in the backward pass;
+  the same as a loop over layers.
+  """
   config = make_config('deepseek v3', dispatch)
   stack = make_moe(config, layers=2)
   assert stack.down[...].shape == (2, 8, F, D)
@@ -606,7 +627,8 @@ def test_half_precision_on_split_experts(dispatch, dtype):
   for a, b in zip(
     jax.tree.leaves((y, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True
   ):
-    # A bias's gradient is a sum over all tokens whose terms were rounded to 8 bits, and nearly cancel.
+    # A bias's gradient is a sum over all tokens whose terms were rounded to 8 bits,
+    # and nearly cancel.
     np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.06 * np.abs(b).max())
 
 

@@ -1,4 +1,6 @@
-"""Are layers that are split over pipeline stages one stack? Loss, gradients, reports, memory, on products of meshes, by every schedule."""
+"""Are layers that are split over pipeline stages one stack?
+Loss, gradients, reports, memory, on products of meshes, by every schedule.
+"""
 
 import dataclasses
 import functools
@@ -132,7 +134,9 @@ def test_experts_report_what_real_microbatches_did(pipeline):
 
 
 def test_parameters_are_born_split_over_stages():
-  """All of the stack that is split, biases and norms too; embedding and head over what the loss is split over."""
+  """All of the stack that is split, biases and norms too;
+  embedding and head over what the loss is split over.
+  """
   config = model_config('llama', layers=4)
   mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
   found, one = (
@@ -240,7 +244,9 @@ def temporaries(pipeline):
 
 @pytest.mark.slow
 def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
-  """But for what a batch says of its tokens (five fields), twice; GPipe keeps what enters stages."""
+  """But for what a batch says of its tokens (five fields), twice;
+  GPipe keeps what enters stages.
+  """
   ids, entering = 5 * 2 * 64 * 4, 2 * 64 * 32 * 4  # bytes of a microbatch
   few, many = (temporaries(PipelineConfig(schedule='1f1b', microbatches=M)) for M in (8, 32))
   assert 0 <= many - few <= 2 * 24 * ids

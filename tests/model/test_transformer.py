@@ -192,7 +192,9 @@ def test_the_abstract_model_is_the_model(name, one_device):
 
 
 def test_caches_and_masks_are_pytrees_of_anything():
-  """Abstract arrays, shardings and placeholders take the place of arrays when programs are planned."""
+  """Abstract arrays, shardings and placeholders take the place of arrays
+  when programs are planned.
+  """
   cache = jax.eval_shape(lambda: laws.init_cache(laws.make_config(), 2, 8))
   assert [x.shape for x in jax.tree.leaves(cache.held)] == [
     (2, 2, 2, 8, 4)
@@ -203,7 +205,9 @@ def test_caches_and_masks_are_pytrees_of_anything():
 
 
 def test_layers_report_and_are_balanced_in_their_order(one_device):
-  """Windows and experts alternate, so that periods have several places and the last one is cut off."""
+  """Windows and experts alternate, so that periods have several places
+  and the last one is cut off.
+  """
   config = laws.make_config(
     layers=14,
     window=3,

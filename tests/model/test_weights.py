@@ -144,7 +144,9 @@ def test_other_compute_dtypes_round_once_more(dtype, monkeypatch):
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_which_parameters_become_bytes_and_how_near_they_are(name):
-  """All matrices but routers; numbers err by half a step, which each expert's output has its own."""
+  """All matrices but routers; numbers err by half a step,
+  which each expert's output has its own.
+  """
   with jax.set_mesh(on({})):
     model = laws.make_model(config_of(name))
     small = parameters(BYTES(model))
