@@ -53,15 +53,15 @@ class Part:
 
 def parts_of(family, config: ModelConfig) -> dict[str, list[Part]]:
   """Tensor name -> the parts of parameters that it holds."""
-  lengths, found = sizes(config), {}
+  lengths, parts = sizes(config), {}
   for leaf, source in family.tensors(config).items():
     layout = Layout.of(source, lengths)
     for i, layer in enumerate(source.layers) if source.layers else ((None, None),):
       for expert in range(config.E) if '{expert}' in source.name else (None,):
         name = source.name.format(layer=layer, expert=expert)
         index = tuple(n for n in (i, expert) if n is not None)
-        found.setdefault(name, []).append(Part(leaf, index, layout))
-  return found
+        parts.setdefault(name, []).append(Part(leaf, index, layout))
+  return parts
 
 
 def load(
@@ -89,10 +89,10 @@ def load(
   """
   directory = pathlib.Path(directory)
   tensors = TensorFiles(directory)
-  family, found = families.read(read_json(directory), set(tensors.tensors), ignore_keys)
+  family, network = families.read(read_json(directory), set(tensors.tensors), ignore_keys)
   if config is None:
     dtype = dtype or stored_dtype(tensors, log)
-    config = found.with_execution(parameter_dtype=dtype, dtype=compute_dtype or dtype)
+    config = network.with_execution(parameter_dtype=dtype, dtype=compute_dtype or dtype)
   parts = parts_of(family, config)
   called = resolve(parts, tensors, family)
   tied = check(parts, called, tensors, family, ignore)
@@ -218,18 +218,18 @@ def check(
     raise ValueError(
       f'--ignore={ignore} matches no tensor in {tensors.directory}; it has to match a whole name'
     )
-  for name, there in called.items():
-    if there not in have:
-      wrong.append(f'missing: {there}')
+  for name, stored in called.items():
+    if stored not in have:
+      wrong.append(f'missing: {stored}')
       continue
-    tensor, shape = have[there], parts[name][0].layout.shape
+    tensor, shape = have[stored], parts[name][0].layout.shape
     if tensor.shape != shape:
       wrong.append(
-        f'mis-shaped: {there} is {list(tensor.shape)}, config.json makes it {list(shape)}'
+        f'mis-shaped: {stored} is {list(tensor.shape)}, config.json makes it {list(shape)}'
       )
     if tensor.kind not in DTYPES:
       wrong.append(
-        f'of an unsupported dtype: {there} is {tensor.kind}; supported: {", ".join(DTYPES)}'
+        f'of an unsupported dtype: {stored} is {tensor.kind}; supported: {", ".join(DTYPES)}'
       )
   for name in have:
     if (
@@ -272,17 +272,17 @@ def resolve(parts, tensors, family) -> dict[str, str]:
   return max(spellings, key=lambda called: sum(name in tensors.tensors for name in called.values()))
 
 
-def _check_equal(tensors: TensorFiles, one: str, other: str) -> None:
-  rows = tensors.tensors[one].shape[0]
-  step = max(1, PIECE * rows // max(1, math.prod(tensors.tensors[one].shape)))
+def _check_equal(tensors: TensorFiles, name: str, other: str) -> None:
+  rows = tensors.tensors[name].shape[0]
+  step = max(1, PIECE * rows // max(1, math.prod(tensors.tensors[name].shape)))
   for start in range(0, rows, step):
     if not np.array_equal(
-      tensors.read(one, start, min(start + step, rows)),
+      tensors.read(name, start, min(start + step, rows)),
       tensors.read(other, start, min(start + step, rows)),
     ):
       raise ValueError(
-        f'{one} differs from {other}, to which config.json ties it; set tie_word_embeddings to '
-        f'false there, or leave it out with --ignore={re.escape(one)}'
+        f'{name} differs from {other}, to which config.json ties it; set tie_word_embeddings to '
+        f'false there, or leave it out with --ignore={re.escape(name)}'
       )
 
 
@@ -318,12 +318,12 @@ def read_json(directory: pathlib.Path) -> dict:
   if not path.is_file():
     raise FileNotFoundError(f'{path} does not exist: {directory} is no checkpoint of transformers')
   try:
-    found = json.loads(path.read_text())
+    keys = json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
-  if not isinstance(found, dict):
-    raise ValueError(f'{path} holds {type(found).__name__}, not the keys of a config')
-  return found
+  if not isinstance(keys, dict):
+    raise ValueError(f'{path} holds {type(keys).__name__}, not the keys of a config')
+  return keys
 
 
 @contextlib.contextmanager

@@ -115,11 +115,17 @@ def rope_frequencies(width: int, base: float, scaling: str, rope: RopeConfig) ->
   slow = frequencies / np.float32(rope.factor)
   if scaling == 'linear':
     return slow
-  if scaling == 'llama3':  # the ramp is linear in the turns over the original length
+  # A pair that turns often within the original length tells neighbours apart, and keeps its
+  # frequency; one that hardly gets round once tells where in the text a token is, and is slowed
+  # down so that a longer text covers the angles of the original. Between is a ramp, `keep` from 1
+  # to 0.
+  if scaling == 'llama3':
+    # The ramp is linear in the turns over the original length.
     turns = rope.original_length * frequencies / np.float32(2 * math.pi)
     keep = (turns - rope.low) / (rope.high - rope.low)
-  else:  # YaRN's is linear in the pair's index
-
+  else:
+    # YaRN's is linear in the pair's index: the one whose wavelength, 2 pi base^(2i/H), makes so
+    # many turns of the original length.
     def index(turns):
       return width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
@@ -219,9 +225,8 @@ class Embedding(nnx.Module):
   ) -> Float[Array, 'B T D']:
     x = lookup(self.tokens, tokens, self.dtype)
     if self.scale != 1.0:
-      x = x * jnp.asarray(
-        self.scale, x.dtype
-      )  # the factor is rounded, too, in the models that do it
+      # The factor is rounded, too, in the models that do it.
+      x = x * jnp.asarray(self.scale, x.dtype)
     if self.positions is not None:
       x = x + lookup(self.positions, positions, self.dtype)
     if self.types is not None:
@@ -238,14 +243,14 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
   stored = read(table)
   rows, embed = (ax.mesh_axes(axis) if axis else () for axis in (stored.axes[0], 'embed'))
   out = ax.residual(ids.shape[1])
-  shared = tuple(
-    axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence')
-  )  # tokens are dealt out over these
+  # Tokens are dealt out over these.
+  shared = tuple(axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence'))
   whole = tuple(axis for axis in rows if axis not in shared)
 
   def local(table, ids):  # table: a Weight of this device's rows
     everyone = jax.lax.all_gather(ids, embed) if embed else ids[None]  # [devices of embed, B, T]
     if rows:
+      # Each device answers for its own rows, with zeros for others': the sum is the row.
       everyone = everyone - jax.lax.axis_index(rows) * table.shape[0]
       here = (everyone >= 0) & (everyone < table.shape[0])
       x = jnp.where(
@@ -255,6 +260,7 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
       x = jax.lax.psum_scatter(x, shared, scatter_dimension=2, tiled=True) if shared else x
     else:
       x = table.rows(everyone).astype(dtype)
+    # This device has its columns of everyone's tokens, and needs all columns of its own.
     return (
       jax.lax.all_to_all(x, embed, split_axis=0, concat_axis=3, tiled=True)[0] if embed else x[0]
     )

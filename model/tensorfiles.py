@@ -92,8 +92,8 @@ class TensorFiles:
     """Rows `start` to `stop` of a tensor's first dimension."""
     tensor = self.tensors[name]
     dtype, row = DTYPES[tensor.kind], math.prod(tensor.shape[1:])
-    found = np.empty((stop - start, *tensor.shape[1:]), dtype)
-    view = memoryview(found.reshape(-1).view(np.uint8))
+    rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
+    view = memoryview(rows.reshape(-1).view(np.uint8))
     offset = tensor.offset + start * row * dtype.itemsize
     with open(tensor.path, 'rb', buffering=0) as file:
       file.seek(offset)
@@ -102,7 +102,7 @@ class TensorFiles:
         if not count:
           raise ValueError(f'{tensor.path} ended within {name}: it was changed while it was read')
         view = view[count:]
-    return found
+    return rows
 
 
 def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
@@ -123,16 +123,16 @@ def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]
         f'{directory} lacks {", ".join(missing)}, which {INDEX} names; download them again'
       )
     return paths, promised
-  found = (
+  paths = (
     [directory / SINGLE]
     if (directory / SINGLE).is_file()
     else sorted(directory.glob('*.safetensors'))
   )
-  if len(found) == 1:
-    return found, {}
-  if found:
+  if len(paths) == 1:
+    return paths, {}
+  if paths:
     raise ValueError(
-      f'{directory} holds {len(found)} safetensors files and no {INDEX}, which tells what belongs '
+      f'{directory} holds {len(paths)} safetensors files and no {INDEX}, which tells what belongs '
       'together'
     )
   pickles = sorted(
@@ -168,7 +168,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
     try:
       entries = json.loads(file.read(length))
       entries.pop('__metadata__', None)
-      found = {
+      tensors = {
         name: Tensor(
           path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
         )
@@ -180,7 +180,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
         f'{path} is truncated or damaged: its header cannot be read ({error!r}); download it again'
       ) from error
   position = 8 + length
-  for name, tensor in found.items():
+  for name, tensor in tensors.items():
     need(tensor.kind in WIDTHS, f'{name} has the unknown dtype {tensor.kind!r}')
     need(
       tensor.offset == position
@@ -189,7 +189,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
     )
     position = ends[name]
   need(position == size, f'its tensors end at byte {position}, the file at {size}')
-  return found
+  return tensors
 
 
 def write(

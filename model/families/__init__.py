@@ -90,11 +90,11 @@ def problems(config: ModelConfig, family: ModuleType) -> list[str]:
     back = family.config(family.to_hf(config))
   except (ValueError, NotImplementedError) as error:
     return [str(error)]
-  wanted, found = (named_leaves(dataclasses.asdict(common.canonical(c))) for c in (config, back))
+  wanted, readable = (named_leaves(dataclasses.asdict(common.canonical(c))) for c in (config, back))
   return [
-    f'model.{field}={value!r} (it has {found[field]!r})'
+    f'model.{field}={value!r} (it has {readable[field]!r})'
     for field, value in wanted.items()
-    if found[field] != value
+    if readable[field] != value
   ]
 
 

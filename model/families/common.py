@@ -160,11 +160,11 @@ def rope(parameters: dict, base: float, longest: int) -> RopeConfig:
     return float(left.pop(name))
 
   if kind == 'default':
-    found = RopeConfig(base=base)
+    config = RopeConfig(base=base)
   elif kind == 'linear':
-    found = RopeConfig(base=base, scaling='linear', factor=need('factor'))
+    config = RopeConfig(base=base, scaling='linear', factor=need('factor'))
   elif kind == 'llama3':
-    found = RopeConfig(
+    config = RopeConfig(
       base=base,
       scaling='llama3',
       factor=need('factor'),
@@ -178,7 +178,7 @@ def rope(parameters: dict, base: float, longest: int) -> RopeConfig:
     attention = float(left.pop('attention_factor', 0))
     if not attention and one and all_:
       attention = mscale(factor, one) / mscale(factor, all_)
-    found = RopeConfig(
+    config = RopeConfig(
       base=base,
       scaling='yarn',
       factor=factor,
@@ -194,7 +194,7 @@ def rope(parameters: dict, base: float, longest: int) -> RopeConfig:
     raise ValueError(
       f'rope parameters {sorted(left)} in config.json are unknown for rope_type={kind!r}'
     )
-  return found
+  return config
 
 
 def mscale(factor: float, weight: float) -> float:
@@ -205,25 +205,28 @@ def mscale(factor: float, weight: float) -> float:
 def rope_parameters(config: ModelConfig, base: float = 0.0) -> dict:
   """The inverse of `rope`."""
   r = config.rope
-  found = {'rope_type': {'none': 'default'}.get(r.scaling, r.scaling), 'rope_theta': base or r.base}
+  parameters = {
+    'rope_type': {'none': 'default'}.get(r.scaling, r.scaling),
+    'rope_theta': base or r.base,
+  }
   if r.scaling == 'none':
-    return found
-  found['factor'] = r.factor
+    return parameters
+  parameters['factor'] = r.factor
   if r.scaling == 'llama3':
-    found |= {
+    parameters |= {
       'low_freq_factor': r.low,
       'high_freq_factor': r.high,
       'original_max_position_embeddings': r.original_length,
     }
   if r.scaling == 'yarn':
-    found |= {
+    parameters |= {
       'beta_slow': r.low,
       'beta_fast': r.high,
       'original_max_position_embeddings': r.original_length,
       'truncate': r.truncate,
       'attention_factor': r.attention_factor or mscale(r.factor, 1.0),
     }
-  return found
+  return parameters
 
 
 def read_rope(keys: Keys) -> RopeConfig:
@@ -342,39 +345,41 @@ def attention(at: str, config: ModelConfig) -> dict[str, Source]:
   """Projections called q_proj, k_proj, v_proj and o_proj below `at`,
   with the biases and norms that the config has.
   """
-  found = {
+  sources = {
     'attention.q': Source(f'{at}.q_proj.weight', '(N H) D -> D N H'),
     'attention.k': Source(f'{at}.k_proj.weight', '(K H) D -> D K H'),
     'attention.v': Source(f'{at}.v_proj.weight', '(K H) D -> D K H'),
     'attention.o': Source(f'{at}.o_proj.weight', 'D (N H) -> N H D'),
   }
   if config.biases != 'none':
-    found |= {
+    sources |= {
       'attention.q_bias': Source(f'{at}.q_proj.bias', '(N H) -> N H'),
       'attention.k_bias': Source(f'{at}.k_proj.bias', '(K H) -> K H'),
       'attention.v_bias': Source(f'{at}.v_proj.bias', '(K H) -> K H'),
     }
   if config.biases == 'all':
-    found['attention.o_bias'] = Source(f'{at}.o_proj.bias', 'D -> D')
+    sources['attention.o_bias'] = Source(f'{at}.o_proj.bias', 'D -> D')
   if config.qk_norm:
-    found |= {f'attention.{x}_norm.scale': Source(f'{at}.{x}_norm.weight', 'H -> H') for x in 'qk'}
-  return found
+    sources |= {
+      f'attention.{x}_norm.scale': Source(f'{at}.{x}_norm.weight', 'H -> H') for x in 'qk'
+    }
+  return sources
 
 
 def feed_forward(
   at: str, config: ModelConfig, size: str = 'F', to: str = 'feed_forward'
 ) -> dict[str, Source]:
   """Projections called gate_proj, up_proj and down_proj below `at`."""
-  found = {
+  sources = {
     f'{to}.{x}': Source(f'{at}.{x}_proj.weight', f'{size} D -> D {size}') for x in ('gate', 'up')
   }
-  found[f'{to}.down'] = Source(f'{at}.down_proj.weight', f'D {size} -> {size} D')
+  sources[f'{to}.down'] = Source(f'{at}.down_proj.weight', f'D {size} -> {size} D')
   if config.biases == 'all':
-    found |= {
+    sources |= {
       f'{to}.{x}_bias': Source(f'{at}.{x}_proj.bias', f'{size} -> {size}') for x in ('gate', 'up')
     }
-    found[f'{to}.down_bias'] = Source(f'{at}.down_proj.bias', 'D -> D')
-  return found
+    sources[f'{to}.down_bias'] = Source(f'{at}.down_proj.bias', 'D -> D')
+  return sources
 
 
 def experts(
@@ -415,15 +420,15 @@ def decoder(
   scales = {
     f'{ours}.scale': Source(f'{LAYER}.{theirs}.weight', 'D -> D') for ours, theirs in norms.items()
   }
-  found = {
+  sources = {
     'embedding.tokens': Source('model.embed_tokens.weight', 'V D -> V D'),
     **blocks(config, lambda kind: scales | block(kind)),
     'stack.norm.scale': Source('model.norm.weight', 'D -> D'),
   }
   return (
-    found
+    sources
     if config.tie_embeddings
-    else found | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
+    else sources | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
   )
 
 

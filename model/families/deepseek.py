@@ -54,7 +54,7 @@ def config(hf: dict) -> ModelConfig:
   ):
     keys.only(name, *built)
   parameters = keys('rope_parameters', 'rope_scaling') or {}
-  found = common.llama_like(
+  network = common.llama_like(
     keys,
     head_width=H,
     moe=_moe(keys, v3),
@@ -68,7 +68,7 @@ def config(hf: dict) -> ModelConfig:
     ),
   )
   keys.close('num_nextn_predict_layers', 'num_mtp_layers')
-  return found
+  return network
 
 
 def _moe(keys: common.Keys, v3: bool) -> MoEConfig:
@@ -112,7 +112,7 @@ def to_hf(config: ModelConfig) -> dict:
   version = (
     ('deepseek_v3', 'DeepseekV3ForCausalLM') if v3 else ('deepseek_v2', 'DeepseekV2ForCausalLM')
   )
-  found = common.llama_like_hf(
+  hf = common.llama_like_hf(
     config,
     *version,
     kv_lora_rank=latent.width,
@@ -132,13 +132,13 @@ def to_hf(config: ModelConfig) -> dict:
     topk_group=moe.groups_per_token,
     attention_bias=False,
   )
-  found |= (
+  hf |= (
     dict(rope_interleave=True, num_nextn_predict_layers=0)
     if v3
     else dict(topk_method='greedy' if moe.groups == 1 else 'group_limited_greedy')
   )
-  found['rope_parameters'] |= _weight(config)
-  return found
+  hf['rope_parameters'] |= _weight(config)
+  return hf
 
 
 def _weight(config: ModelConfig) -> dict:

@@ -43,9 +43,9 @@ def config(hf: dict) -> ModelConfig:
   windows = common.windows(
     keys('layer_types') or gemma2.alternating(layers, every), layers, keys('sliding_window')
   )
-  found = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
+  network = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
   keys.close('hidden_act')
-  return found
+  return network
 
 
 def rope(keys: common.Keys) -> RopeConfig:

@@ -79,16 +79,16 @@ class Layout:
   @classmethod
   def of(cls, source: Source, lengths: dict[str, int]) -> 'Layout':
     """Raises ValueError for a pattern whose sides do not name the same dimensions."""
-    there, here = source.pattern.split(' -> ')
+    theirs, ours = source.pattern.split(' -> ')
     groups = tuple(
-      tuple(group.strip('()').split()) for group in re.findall(r'\([^)]*\)|\S+', there)
+      tuple(group.strip('()').split()) for group in re.findall(r'\([^)]*\)|\S+', theirs)
     )
     names = [name for group in groups for name in group]
     gone = {source.take[0]} if source.take and isinstance(source.take[1], int) else set()
-    if sorted({*here.split()} | gone) != sorted(names):
+    if sorted({*ours.split()} | gone) != sorted(names):
       raise ValueError(f'{source}: the two sides of the pattern name different dimensions')
     return cls(
-      groups, tuple((name, lengths[name]) for name in names), tuple(here.split()), source.take
+      groups, tuple((name, lengths[name]) for name in names), tuple(ours.split()), source.take
     )
 
   @functools.cached_property

@@ -15,9 +15,9 @@ WINDOWS = dict(
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
   keys = common.Keys(hf, **common.LLAMA_LIKE, **WINDOWS)
-  found = common.llama_like(keys, biases='qkv', **windows(keys))
+  network = common.llama_like(keys, biases='qkv', **windows(keys))
   keys.close()
-  return found
+  return network
 
 
 def windows(keys: common.Keys) -> dict[str, int]:
