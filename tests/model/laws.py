@@ -116,13 +116,13 @@ def randomised(model, seed: int = 0):
   so that none of them is 0 or 1.
   """
 
-  def one(index, x):
+  def drawn(index, x):
     draw = np.random.default_rng([seed, index]).normal(size=x.shape)
     values = draw * 0.3 + (1 if x.ndim < 3 and draw.size < 100 else 0)
     return jax.device_put(values.astype(x.dtype), x.sharding)
 
   leaves, structure = jax.tree.flatten(model)
-  return jax.tree.unflatten(structure, [one(index, x) for index, x in enumerate(leaves)])
+  return jax.tree.unflatten(structure, [drawn(index, x) for index, x in enumerate(leaves)])
 
 
 def make_model(config: ModelConfig, seed: int = 0):
@@ -202,8 +202,8 @@ def check_segments(config: ModelConfig):
   def alone(x):
     return jnp.pad(x[:, 5:8], ((0, 0), (0, 9)))
 
-  found = run(model, alone(tokens), alone(positions), alone(segments))
-  np.testing.assert_allclose(found[:, :3], packed[:, 5:8], rtol=1e-5, atol=1e-5)
+  actual = run(model, alone(tokens), alone(positions), alone(segments))
+  np.testing.assert_allclose(actual[:, :3], packed[:, 5:8], rtol=1e-5, atol=1e-5)
 
 
 @functools.cache
@@ -244,8 +244,8 @@ def check_unused_slots(config: ModelConfig):
   dirty = jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, clean)
   for size in (5, 1):
     expected, clean = step(model, tokens[:, -size:], clean)
-    found, dirty = step(model, tokens[:, -size:], dirty)
-    np.testing.assert_array_equal(found, expected)
+    actual, dirty = step(model, tokens[:, -size:], dirty)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def appending(room: int):
@@ -298,7 +298,7 @@ def check_appending(
   tokens = tokens_of(config, 3, sum(room for room, _ in calls))
   full = np.asarray(forward()(model, tokens[:, :64]))
   clean = init_cache(config, 3, 60, dtype, append=9)
-  assert rings is None or sum(held.ring for held in clean.held) == rings
+  assert rings is None or sum(layer.ring for layer in clean.held) == rings
   dirty = jax.tree.map(
     lambda x: jnp.full_like(x, np.nan) if x.ndim > 3 and x.dtype != jnp.int8 else x, clean
   )
@@ -309,7 +309,7 @@ def check_appending(
   lengths, errors = np.zeros(3, int), [0.0]
   for room, counts in calls:
     ids, others = draw.integers(0, config.V, (2, 3, room))
-    own = np.arange(room)[None] < np.array(counts)[:, None]
+    filled = np.arange(room)[None] < np.array(counts)[:, None]
     for row, count in enumerate(counts):
       ids[row, :count] = tokens[row, lengths[row] : lengths[row] + count]
     if room == 1 and lengths.min() > 0:  # a draft, all of it refused
@@ -317,9 +317,9 @@ def check_appending(
       dirty = dataclasses.replace(dirty, lengths=put(lengths))
     logits, clean = run(model, clean, put(ids), put(counts), fresh=not lengths.any())
     same, dirty = run(
-      model, dirty, put(np.where(own, ids, others)), put(counts), fresh=not lengths.any()
+      model, dirty, put(np.where(filled, ids, others)), put(counts), fresh=not lengths.any()
     )
-    np.testing.assert_array_equal(np.asarray(same)[own], np.asarray(logits)[own])
+    np.testing.assert_array_equal(np.asarray(same)[filled], np.asarray(logits)[filled])
     for row, count in enumerate(counts):
       wanted = full[row, lengths[row] : lengths[row] + count]
       errors.append(

@@ -67,12 +67,12 @@ def test_fewer_bits_are_near(name, dtype, bound):
 def test_layers_by_themselves_are_the_scanned_ones(name, one_device):
   config = laws.make_config(name)
   stacked, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
-  found = []
+  outputs = []
   for model in (stacked, transformer.unstacked(stacked)):
     step, cache = laws.cached(), init_cache(model.config, 2, 12)
     first, cache = step(model, tokens[:, :5], cache, fresh=True)
-    found.append([np.asarray(x) for x in (first, step(model, tokens[:, 5:6], cache)[0])])
-  for a, b in zip(*found, strict=True):
+    outputs.append([np.asarray(x) for x in (first, step(model, tokens[:, 5:6], cache)[0])])
+  for a, b in zip(*outputs, strict=True):
     np.testing.assert_allclose(
       a, b, rtol=0, atol=(3e-2 if name == 'bfloat16' else 1e-6) * np.abs(b).max()
     )

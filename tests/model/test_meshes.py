@@ -77,8 +77,8 @@ def check(mesh, expected, config=CONFIG):
   loss, gradients, model = loss_and_gradients(mesh, config)
   np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
   for name, wanted in expected[1].items():
-    found, wanted = np.asarray(gradients[name]), np.asarray(wanted)
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+    actual, wanted = np.asarray(gradients[name]), np.asarray(wanted)
+    np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
     laid_out_alike = gradients[name].sharding.is_equivalent_to(model[name].sharding, wanted.ndim)
     assert laid_out_alike or AxisType.Auto in mesh.axis_types, name
 
@@ -134,17 +134,17 @@ def test_architectures_split_their_rows(name, strategy):
   config = dataclasses.replace(
     laws.make_config(name).with_execution(context=strategy), vocabulary=48
   )
-  one = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
-  check(make_mesh(MeshConfig(context=2 if config.latent.width else 4)), one, config)
+  alone = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
+  check(make_mesh(MeshConfig(context=2 if config.latent.width else 4)), alone, config)
 
 
 @pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_parameters_are_born_sharded_and_equal(sizes, axis_type):
-  one = born(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
+  alone = born(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
   mesh = make_mesh(MeshConfig(**sizes), axis_type=axis_type)
   for (name, x), wanted in zip(
-    named_leaves(born(CONFIG, mesh)).items(), named_leaves(one).values(), strict=True
+    named_leaves(born(CONFIG, mesh)).items(), named_leaves(alone).values(), strict=True
   ):
     # The same random bits; another partition may round the normal's polynomial otherwise in the
     # last bit (seen on jax 0.12).

@@ -70,11 +70,11 @@ def leaves(model):
 )
 def test_every_device_gets_its_shard(hf, mesh, tmp_path, monkeypatch):
   ours.build(hf, tmp_path / 'model')
-  _, one = checkpoint.load(tmp_path / 'model', mesh=ours.MESH)
+  _, loaded = checkpoint.load(tmp_path / 'model', mesh=ours.MESH)
   monkeypatch.setattr(checkpoint, 'PIECE', 500)  # so that pieces begin and end within shards
   mesh = make_mesh(MeshConfig(**mesh), jax.devices()[: math.prod(mesh.values())])
   _, many = checkpoint.load(tmp_path / 'model', mesh=mesh)
-  for name, x in leaves(one).items():
+  for name, x in leaves(loaded).items():
     np.testing.assert_array_equal(leaves(many)[name], x, err_msg=name)
   assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(many))
   assert all(
@@ -367,13 +367,13 @@ def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
     num_hidden_layers=32,
   )
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  family, found = checkpoint.families.read(config)
+  family, network = checkpoint.families.read(config)
   files = object.__new__(TensorFiles)
   files.directory, files.tensors = (
     tmp_path,
     {
       name: tensorfiles.Tensor(tmp_path, 'BF16', parts[0].layout.shape, 0)
-      for name, parts in checkpoint.parts_of(family, found).items()
+      for name, parts in checkpoint.parts_of(family, network).items()
     },
   )
   monkeypatch.setattr(convert, 'TensorFiles', lambda directory: files)

@@ -134,18 +134,18 @@ def run(layer, x, segments):
   return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(layer, x)
 
 
-def close(found, wanted, tolerance=1e-5):
-  found, wanted = (
+def close(actual, wanted, tolerance=1e-5):
+  actual, wanted = (
     {
       jax.tree_util.keystr(path): np.asarray(leaf)
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    for tree in (found, wanted)
+    for tree in (actual, wanted)
   )
-  assert found.keys() == wanted.keys()
+  assert actual.keys() == wanted.keys()
   for name, b in wanted.items():
     np.testing.assert_allclose(
-      found[name], b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=name
+      actual[name], b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=name
     )
 
 
@@ -229,14 +229,14 @@ def token_loop(layer, config, x, segments, drop=lambda expert: False):
 def test_all_dispatches_are_the_loop_over_tokens(case):
   """Values against the loop; gradients of the dispatches against each other."""
   x, segments = inputs()
-  found = {}
+  outputs = {}
   for dispatch in DISPATCHES:
     config = make_config(case, dispatch)
     layer = make_moe(config)
-    found[dispatch] = run(layer, x, segments)
-  close(found['dense'][0][1], token_loop(layer, config, x, segments))
+    outputs[dispatch] = run(layer, x, segments)
+  close(outputs['dense'][0][1], token_loop(layer, config, x, segments))
   for dispatch in ('dropless', 'capacity'):
-    close(found[dispatch], found['dense'])
+    close(outputs[dispatch], outputs['dense'])
 
 
 def test_without_segments_every_token_counts():
@@ -458,9 +458,9 @@ PARTS = [
 )
 def test_eight_devices_are_one(case, dispatch, sizes, factor):
   mesh = make_mesh(MeshConfig(**sizes))
-  found, layer = on_mesh(mesh, make_config(case, dispatch, capacity_factor=factor), *inputs())
-  close(found, expected(case, dispatch))
-  for name, gradient in named_leaves(found[1][0]).items():
+  actual, layer = on_mesh(mesh, make_config(case, dispatch, capacity_factor=factor), *inputs())
+  close(actual, expected(case, dispatch))
+  for name, gradient in named_leaves(actual[1][0]).items():
     assert gradient.sharding.is_equivalent_to(named_leaves(layer)[name].sharding, gradient.ndim), (
       name
     )
@@ -545,8 +545,8 @@ def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
 
 def test_the_auto_twin_gives_the_same():
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=AxisType.Auto)
-  found, _ = on_mesh(mesh, make_config('gpt-oss'), *inputs())
-  close(found, expected('gpt-oss', 'dropless'))
+  actual, _ = on_mesh(mesh, make_config('gpt-oss'), *inputs())
+  close(actual, expected('gpt-oss', 'dropless'))
 
 
 def test_capacity_is_each_devices_own():

@@ -123,12 +123,12 @@ def test_experts_report_what_real_microbatches_did(pipeline):
   mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
   (value, sums), with_gradients = reports(mesh, config.with_execution(pipeline=pipeline))
   np.testing.assert_allclose(value, expected, rtol=1e-5)
-  for found in (sums, with_gradients):
+  for actual in (sums, with_gradients):
     assert (
-      found.keys() == expected_sums.keys() >= {'load', 'dropped', 'balance_loss', 'router_z_loss'}
+      actual.keys() == expected_sums.keys() >= {'load', 'dropped', 'balance_loss', 'router_z_loss'}
     )
     for name, wanted in expected_sums.items():
-      np.testing.assert_allclose(found[name], wanted, rtol=1e-5, err_msg=name)
+      np.testing.assert_allclose(actual[name], wanted, rtol=1e-5, err_msg=name)
   np.testing.assert_array_equal(sums['load'], expected_sums['load'])
   assert sums['load'].shape == (4, 4)
 
@@ -139,7 +139,7 @@ def test_parameters_are_born_split_over_stages():
   """
   config = model_config('llama', layers=4)
   mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
-  found, one = (
+  actual, alone = (
     named_leaves(born(config, mesh)),
     named_leaves(born(config, make_mesh(MeshConfig(), jax.devices()[:1]))),
   )
@@ -148,8 +148,8 @@ def test_parameters_are_born_split_over_stages():
       specs(abstract(lambda: transformer.init(config, 0), mesh)),
       is_leaf=lambda x: hasattr(x, 'axes'),
     )
-  for (name, x), spec in zip(found.items(), described, strict=True):
-    np.testing.assert_allclose(x, one[name], rtol=5e-7, err_msg=name)
+  for (name, x), spec in zip(actual.items(), described, strict=True):
+    np.testing.assert_allclose(x, alone[name], rtol=5e-7, err_msg=name)
     if name.startswith('stack.blocks'):
       assert (
         spec.axes[0] == 'layers'

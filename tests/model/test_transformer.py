@@ -20,7 +20,7 @@ EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
 @pytest.mark.parametrize('name', EXACT)
 def test_logits_are_those_of_the_float64_forward(name, one_device):
   config = laws.make_config(name)
-  model, tokens, found = (
+  model, tokens, actual = (
     laws.make_model(config),
     laws.tokens_of(config, 2, 9),
     laws.full_logits(config),
@@ -28,7 +28,7 @@ def test_logits_are_those_of_the_float64_forward(name, one_device):
   for row in range(2):
     expected = float64.logits(config, named_leaves(model), np.asarray(tokens[row]))
     assert np.abs(expected).max() > 0.5, 'too small to tell anything'
-    np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(actual[row], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_gradients_are_those_of_the_float64_forward(one_device):
@@ -106,8 +106,8 @@ def test_remat_changes_nothing(one_device):
   model, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
   expected = loss_and_gradients(config, model, tokens)
   for remat in ('full', 'dots'):
-    found = loss_and_gradients(config.with_execution(remat=remat), model, tokens)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    actual = loss_and_gradients(config.with_execution(remat=remat), model, tokens)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -237,11 +237,11 @@ def test_layers_report_and_are_balanced_in_their_order(one_device):
 def test_seeds_and_layers_differ(one_device):
   config = laws.make_config()
   make = jax.jit(transformer.init, static_argnums=(0, 1))
-  one, same, other = make(config, 0), make(config, 0), make(config, 1)
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
+  first, same, other = make(config, 0), make(config, 0), make(config, 1)
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(same), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert (one.embedding.tokens[...] != other.embedding.tokens[...]).all()
-  q = np.asarray(one.stack.blocks[0].attention.q[...])
+  assert (first.embedding.tokens[...] != other.embedding.tokens[...]).all()
+  q = np.asarray(first.stack.blocks[0].attention.q[...])
   assert (q[0] != q[1]).all() and abs(q.std() * config.D**0.5 - 1) < 0.2
 
 
