@@ -66,7 +66,7 @@ def _import(options) -> None:
     configs.save(run, partial)
   title = families.TYPES[checkpoint.read_json(source)['model_type']]
   _log(
-    f'{workdir}: {title}, {_count(model):,} parameters in {config.parameter_dtype}, '
+    f'{workdir}: {title}, {_count(model):,} parameters in {config.execution.parameter_dtype}, '
     f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
   )
 
@@ -116,7 +116,7 @@ def _export(options) -> None:
       config,
       partial,
       family,
-      options.dtype or config.parameter_dtype,
+      options.dtype or config.execution.parameter_dtype,
       checkpoint.SHARD_BYTES,
       special,
     )
@@ -129,7 +129,7 @@ def _export(options) -> None:
       _log(f'NOTE: no tokenizer is written: {reason}')
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
-    f'{options.dtype or config.parameter_dtype}'
+    f'{options.dtype or config.execution.parameter_dtype}'
   )
 
 
@@ -144,10 +144,10 @@ def _inspect(options) -> None:
       parts, checkpoint.resolve(parts, tensors, family), tensors, family, options.ignore
     )
     kinds = sorted({tensor.kind for tensor in tensors.tensors.values()})
-    config = dataclasses.replace(config, parameter_dtype=checkpoint.stored_dtype(tensors, _log))
+    config = config.with_execution(parameter_dtype=checkpoint.stored_dtype(tensors, _log))
   else:
     config = configs.load(directory).model
-    kinds = [checkpoint.KINDS[config.parameter_dtype]]
+    kinds = [checkpoint.KINDS[config.execution.parameter_dtype]]
     try:
       title = families.name_of(families.family_of(config))
     except ValueError:
@@ -156,7 +156,9 @@ def _inspect(options) -> None:
   size = sum(x.size * x.dtype.itemsize for x in leaves)
   count = sum(x.size for x in leaves)
   _log(f'{directory}: {title}, {count:,} parameters, {"/".join(kinds)} in the files')
-  _log(f'memory per chip in GiB, parameters ({config.parameter_dtype}) split over the chips:')
+  _log(
+    f'memory per chip in GiB, parameters ({config.execution.parameter_dtype}) split over the chips:'
+  )
   _log('   chips  parameters  and AdamW\'s state')
   # Two moments in the parameters' dtype; vectors, which are not split, are too small to count.
   chips = 1

@@ -129,7 +129,7 @@ class Plan:
     return counts.mfu(
       self.model_flops / self.seconds,
       self.devices,
-      hardware.peak(self.chip, self.config.model.dtype),
+      hardware.peak(self.chip, self.config.model.execution.dtype),
     )
 
   @property
@@ -146,8 +146,8 @@ class Plan:
     model = self.config.model
     if self.mode == 'decode':
       return 'cached'
-    if model.attention != 'auto' or self.config.mesh.context > 1:
-      return model.attention
+    if model.execution.attention != 'auto' or self.config.mesh.context > 1:
+      return model.execution.attention
     spec = model.attention_spec if self.mode == 'train' else model.attention_spec - {'segments'}
     platform = 'tpu' if self.chip.torus else 'gpu'
     if self.tokens < FEW:
@@ -185,7 +185,7 @@ class Plan:
       'chips': self.chips,
       'mesh': self.config.mesh.sizes(),
       'fits': self.fits,
-      'remat': self.config.model.remat,
+      'remat': self.config.model.execution.remat,
       'attention': self.attention,
       'accumulation': self.config.train.accumulation,
       'problem': self.problem,
@@ -246,7 +246,7 @@ def make_plan(
     tokens,
     model_flops,
     schedule.collectives(module, mesh),
-    roofline.predict(module, mesh, chip, config.model.dtype),
+    roofline.predict(module, mesh, chip, config.model.execution.dtype),
     seconds(),
   )
 

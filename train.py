@@ -309,7 +309,7 @@ def run(
       log_every=config.train.log_every,
       flops_per_token=cost.flops_per_token,
       devices=mesh.size,
-      peak=hardware.peak(cost.chip, config.model.dtype),
+      peak=hardware.peak(cost.chip, config.model.execution.dtype),
     )
     evaluate = make_evaluate(config, prepared, feed.put)
     with watching as watch, hosts.StopSignal() as signal:
@@ -351,7 +351,9 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
   configs.check_unchanged(config, workdir, allow_change)
   hosts.check_same('config and data', f'{config} {prepared.key}')
   if mesh.shape['stage'] > 1:
-    log(pipeline.describe(config.model.stacks, config.model.pipeline, mesh.shape['stage']))
+    log(
+      pipeline.describe(config.model.stacks, config.model.execution.pipeline, mesh.shape['stage'])
+    )
   return prepared, config
 
 
@@ -387,11 +389,11 @@ def costs(config: configs.Config, make_state, prepared) -> RunCost:
 def described(config: configs.Config, cost: RunCost) -> str:
   """The line of the log about the model."""
   model = config.model
-  chosen = model.attention
+  chosen = model.execution.attention
   if chosen == 'auto':
-    in_parts = context.in_parts(model.context, model.N, model.K)
+    in_parts = context.in_parts(model.execution.context, model.N, model.K)
     chosen = attention.choose(model.attention_spec, in_parts=in_parts)
-  split = f', rows split by {model.context!r}' if axes.size('length') > 1 else ''
+  split = f', rows split by {model.execution.context!r}' if axes.size('length') > 1 else ''
   return (
     f'model: {cost.parameters:,} parameters, {cost.flops_per_token:.3g} training FLOPs a token, '
     f'attention {chosen!r}{split}'

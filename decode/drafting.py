@@ -54,7 +54,7 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
     return DraftModel(options.draft.model)
 
   if options.early_exit:
-    if config.scan:
+    if config.execution.scan:
       raise NotImplementedError(
         f'early_exit={options.early_exit} on a mesh with stages, which have some of the layers '
         'each; use lookup, or a mesh without'

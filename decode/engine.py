@@ -270,13 +270,10 @@ def generating(config: ModelConfig) -> ModelConfig:
     else config.moe
   )
   return dataclasses.replace(
-    config,
-    attention='auto',
-    attention_blocks=Blocks(),
+    config.with_execution(
+      attention='auto', attention_blocks=Blocks(), remat='none', remat_save=(), remat_offload=()
+    ),
     moe=moe,
-    remat='none',
-    remat_save=(),
-    remat_offload=(),
   )
 
 
@@ -294,6 +291,6 @@ def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
   """
 
   def cast(p):
-    return p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
+    return p.replace(p[...].astype(model.config.execution.dtype)) if p.kind != 'vector' else p
 
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -181,8 +181,8 @@ def _cut(
     able = {g * n: (g, n) for g in groups for n in _sizes(T) if g * n <= LARGEST}
     if rows not in able:
       raise ValueError(
-        f'model.attention_blocks.{direction}_queries={rows}, of {share} heads a key or fewer, '
-        f'make no whole blocks of a row of {T} queries, filled up to {_fill(T)}; '
+        f'model.execution.attention_blocks.{direction}_queries={rows}, of {share} heads a key or '
+        f'fewer, make no whole blocks of a row of {T} queries, filled up to {_fill(T)}; '
         f'choose one of {sorted(able)}, or 0'
       )
     G, bq = able[rows]
@@ -191,8 +191,8 @@ def _cut(
     bq = largest(T, step.rows // G)
   if keys and keys not in _sizes(S):
     raise ValueError(
-      f'model.attention_blocks.{direction}_keys={keys} make no whole blocks of a row of {S} keys, '
-      f'filled up to {_fill(S)}; choose one of {_sizes(S)}, or 0'
+      f'model.execution.attention_blocks.{direction}_keys={keys} make no whole blocks of a row of '
+      f'{S} keys, filled up to {_fill(S)}; choose one of {_sizes(S)}, or 0'
     )
   return G, bq, keys or largest(S, step.keys)
 

@@ -45,13 +45,13 @@ class Attention(nnx.Module):
   """Multi-head attention with grouped keys and values (Ainslie et al., arXiv:2305.13245); `cross`: to another sequence."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0, cross: bool = False):
-    D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.parameter_dtype
+    D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.execution.parameter_dtype
     self.dtype, self.backend, self.softcap = (
-      config.dtype,
-      config.attention,
+      config.execution.dtype,
+      config.execution.attention,
       config.attention_softcap,
     )
-    self.blocks, self.context = config.attention_blocks, config.context
+    self.blocks, self.context = config.execution.attention_blocks, config.execution.context
     self.scale, self.window = config.attention_scale or H**-0.5, window
     kv_heads = ax.whole_or('kv_heads', K)
     self.q = param(rngs, (D, N, H), ('embed', 'heads', 'head_width'), D**-0.5, dtype=dtype)
@@ -154,14 +154,20 @@ class LatentAttention(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0):
-    D, N, H, dtype, latent = config.D, config.N, config.H, config.parameter_dtype, config.latent
+    D, N, H, dtype, latent = (
+      config.D,
+      config.N,
+      config.H,
+      config.execution.parameter_dtype,
+      config.latent,
+    )
     R, Hr, Hv, Q = latent.width, latent.rope_width, config.value_width, latent.query_width
     self.dtype, self.backend, self.softcap = (
-      config.dtype,
-      config.attention,
+      config.execution.dtype,
+      config.execution.attention,
       config.attention_softcap,
     )
-    self.blocks, self.context = config.attention_blocks, config.context
+    self.blocks, self.context = config.execution.attention_blocks, config.execution.context
     self.scale, self.window, self.nope = config.attention_scale or (H + Hr) ** -0.5, window, H
     self.q_down = param(rngs, (D, Q), ('embed', 'latent'), D**-0.5, dtype=dtype) if Q else None
     self.q_down_norm = Norm(config, Q, rngs) if Q else None

@@ -197,7 +197,7 @@ def init_cache(
     raise NotImplementedError(
       f'a cache for {what} is not split over mesh.stage={ax.size("layers")}; generate on a mesh without stages'
     )
-  dtype, latent = dtype or config.dtype, config.latent
+  dtype, latent = dtype or config.execution.dtype, config.latent
   K, H = (1, latent.width + latent.rope_width) if latent.width else (config.K, config.H)
   most = _whole(-(-capacity // ax.size('slots'))) * ax.size('slots')
 

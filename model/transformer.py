@@ -100,7 +100,11 @@ class Stack(nnx.Module):
   """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a repeating period."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
-    self.remat, self.pipeline, self.dtype = config.kept, config.pipeline, config.dtype
+    self.remat, self.pipeline, self.dtype = (
+      config.kept,
+      config.execution.pipeline,
+      config.execution.dtype,
+    )
     self.periods = config.encoder_stacks if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
     config.check_stages(ax.size('layers'))
@@ -127,7 +131,7 @@ class Stack(nnx.Module):
         (None, 'heads'),
         config.D**-0.5,
         kind='vector',
-        dtype=config.parameter_dtype,
+        dtype=config.execution.parameter_dtype,
       )
       if config.position == 'relative'
       else None
@@ -379,11 +383,15 @@ class Decoder(nnx.Module):
 
     The table is laid out as it is stored, but for one with a bias, which is whole along E.
     """
-    return self._output_embedding().scored(self.head(x), self._output_bias(), self.config.dtype)
+    return self._output_embedding().scored(
+      self.head(x), self._output_bias(), self.config.execution.dtype
+    )
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
-    logits = self._output_embedding().scores(self.head(x), self._output_bias(), self.config.dtype)
+    logits = self._output_embedding().scores(
+      self.head(x), self._output_bias(), self.config.execution.dtype
+    )
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -491,11 +499,11 @@ def init(config: ModelConfig, seed: int) -> Decoder:
 
 
 def unstacked(model: Decoder) -> Decoder:
-  """The same model with every layer by itself (model.scan=False): matrices lie where a product reads them, and none is cut out of a stack.
+  """The same model with every layer by itself (model.execution.scan=False): matrices lie where a product reads them, and none is cut out of a stack.
 
   Traceable; on the mesh that the model is on, in context.
   """
-  config, found = dataclasses.replace(model.config, scan=False), named_leaves(model)
+  config, found = model.config.with_execution(scan=False), named_leaves(model)
   places = {
     layer: (place, repeat)
     for place, (_, layers) in enumerate(model.config.places)
@@ -523,9 +531,9 @@ def shallow(model: Decoder, layers: int) -> Decoder:
   Raises ValueError for a stacked model, and for no layers or more than there are.
   """
   config = model.config
-  if config.scan or not 0 < layers <= config.L:
+  if config.execution.scan or not 0 < layers <= config.L:
     raise ValueError(
-      f'{layers} layers of model.layers={config.L}, model.scan={config.scan}: take at least 1 and at most all of them, '
+      f'{layers} layers of model.layers={config.L}, model.execution.scan={config.execution.scan}: take at least 1 and at most all of them, '
       'of a model whose layers are each by itself (unstacked)'
     )
   moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()

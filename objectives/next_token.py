@@ -115,7 +115,7 @@ def summed_loss(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Arra
   """
   config = model.config
   # What causal attention takes is then the same for all devices of a row.
-  parts = context.groups(config.context, config.N, config.K)
+  parts = context.groups(config.execution.context, config.N, config.K)
   batch = context.lay_out(batch, parts)
 
   def score(model, x, batch):

@@ -59,16 +59,17 @@ class PipelineConfig:
   repeats: int = 1
 
   def __post_init__(self):
-    names.check('model.pipeline.schedule', self.schedule, SCHEDULES)
+    names.check('model.execution.pipeline.schedule', self.schedule, SCHEDULES)
     if self.microbatches < 0:
       raise ValueError(
-        f'model.pipeline.microbatches={self.microbatches} must be at least 1, '
+        f'model.execution.pipeline.microbatches={self.microbatches} must be at least 1, '
         'or 0 for as many as there are stages'
       )
     if self.repeats < 1 or (self.repeats > 1) != (self.schedule == 'circular'):
       raise ValueError(
-        f'model.pipeline.repeats={self.repeats} does not suit '
-        f"model.pipeline.schedule={self.schedule!r}: 'circular' takes 2 or more, the others 1"
+        f'model.execution.pipeline.repeats={self.repeats} does not suit '
+        f"model.execution.pipeline.schedule={self.schedule!r}: 'circular' takes 2 or more, the "
+        'others 1'
       )
 
   def count(self, stages: int) -> int:
@@ -78,8 +79,8 @@ class PipelineConfig:
     M = self.microbatches or stages
     if self.repeats > 1 and M % stages:
       raise ValueError(
-        f'model.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in the '
-        "'circular' schedule as many microbatches as stages go round together; "
+        f'model.execution.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in '
+        "the 'circular' schedule as many microbatches as stages go round together; "
         "make it a multiple, or use 'gpipe'"
       )
     return M
@@ -150,7 +151,7 @@ def check(field: str, periods, config: PipelineConfig, stages: int) -> None:
     counted = 'layers' if len(kinds) == 1 else f'repeats of a period of {len(kinds)} layers'
     raise ValueError(
       f'{field}: {blocks} {counted} do not split over mesh.stage={stages} x '
-      f'model.pipeline.repeats={config.repeats}; make them a multiple, '
+      f'model.execution.pipeline.repeats={config.repeats}; make them a multiple, '
       'or the stages or repeats fewer'
     )
   config.count(stages)

@@ -100,7 +100,9 @@ def make_gradients(config: Config):
   unit = 2.0 ** -round(math.log2(config.data.batch_size * config.data.sequence_length))
 
   def gathered(trained):
-    return {name: weights.gathered(m, roles[name].config.dtype) for name, m in trained.items()}
+    return {
+      name: weights.gathered(m, roles[name].config.execution.dtype) for name, m in trained.items()
+    }
 
   def gradients(state: TrainState, frozen, batch):
     check(batch, config.train.accumulation, objective.rows)
@@ -139,7 +141,7 @@ def make_gradients(config: Config):
       'grad_norm': norm,
       'learning_rate': schedule(state.step - state.scale.skipped_steps),
     }
-    if config.model.dtype == 'float16':
+    if config.model.execution.dtype == 'float16':
       metrics |= {'loss_scale': state.scale.scale}
     measured = update.Measured(divisor, norm, finite, sums.get('load'))
     return grads, measured, metrics, _by_model(norms)

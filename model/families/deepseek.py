@@ -1,7 +1,8 @@
 """How is a DeepSeek-V2 (arXiv:2405.04434) or V3 (arXiv:2412.19437) written in transformers?
 
-Rotary positions turn neighbours there (2i, 2i + 1) and the pairs (i, i + H/2) here: the entries are reordered on the
-way. Modules that predict further tokens are no part of the model; their tensors have to be named to be left out.
+Rotary positions turn neighbours there (2i, 2i + 1) and the pairs (i, i + H/2) here: the entries are
+reordered on the way. Modules that predict further tokens are no part of the model; their tensors
+have to be named to be left out.
 """
 
 from model.config import LatentConfig, ModelConfig, MoEConfig
@@ -53,7 +54,7 @@ def config(hf: dict) -> ModelConfig:
   ):
     keys.only(name, *built)
   parameters = keys('rope_parameters', 'rope_scaling') or {}
-  found = common.llama_like(
+  network = common.llama_like(
     keys,
     head_width=H,
     moe=_moe(keys, v3),
@@ -67,7 +68,7 @@ def config(hf: dict) -> ModelConfig:
     ),
   )
   keys.close('num_nextn_predict_layers', 'num_mtp_layers')
-  return found
+  return network
 
 
 def _moe(keys: common.Keys, v3: bool) -> MoEConfig:
@@ -111,7 +112,7 @@ def to_hf(config: ModelConfig) -> dict:
   version = (
     ('deepseek_v3', 'DeepseekV3ForCausalLM') if v3 else ('deepseek_v2', 'DeepseekV2ForCausalLM')
   )
-  found = common.llama_like_hf(
+  hf = common.llama_like_hf(
     config,
     *version,
     kv_lora_rank=latent.width,
@@ -131,17 +132,19 @@ def to_hf(config: ModelConfig) -> dict:
     topk_group=moe.groups_per_token,
     attention_bias=False,
   )
-  found |= (
+  hf |= (
     dict(rope_interleave=True, num_nextn_predict_layers=0)
     if v3
     else dict(topk_method='greedy' if moe.groups == 1 else 'group_limited_greedy')
   )
-  found['rope_parameters'] |= _weight(config)
-  return found
+  hf['rope_parameters'] |= _weight(config)
+  return hf
 
 
 def _weight(config: ModelConfig) -> dict:
-  """The inverse of `_scale`: the mscale_all_dim that gives the config's attention_scale, in as few digits as do."""
+  """The inverse of `_scale`: the mscale_all_dim that gives the config's attention_scale,
+  in as few digits as do.
+  """
   plain = (config.H + config.latent.rope_width) ** -0.5
   extra = (config.attention_scale or plain) / plain
   if extra == 1 or config.rope.factor == 1:

@@ -1,4 +1,6 @@
-"""How is a Gemma 2 (arXiv:2408.00118) written in transformers? Soft-caps, windows, norms on both sides."""
+"""How is a Gemma 2 (arXiv:2408.00118) written in transformers?
+Soft-caps, windows, norms on both sides.
+"""
 
 from model.config import ModelConfig
 from model.families import common
@@ -30,9 +32,9 @@ def config(hf: dict) -> ModelConfig:
   windows = common.windows(
     keys('layer_types') or alternating(layers, 2), layers, keys('sliding_window')
   )
-  found = gemma_like(keys, **windows)
+  network = gemma_like(keys, **windows)
   keys.close('hidden_act')  # of the first Gemma; hidden_activation is what counts
-  return found
+  return network
 
 
 def gemma_like(keys: common.Keys, **others) -> ModelConfig:
@@ -59,7 +61,7 @@ def alternating(layers: int, every: int) -> list[str]:
 def gemma_like_hf(config: ModelConfig, model_type: str, architecture: str, **others) -> dict:
   """The inverse of `gemma_like`."""
   scale = config.attention_scale or config.H**-0.5
-  found = common.llama_like_hf(
+  hf = common.llama_like_hf(
     config,
     model_type,
     architecture,
@@ -71,7 +73,7 @@ def gemma_like_hf(config: ModelConfig, model_type: str, architecture: str, **oth
     attention_bias=False,
     **others,
   )
-  return found | {'hidden_activation': found.pop('hidden_act')}
+  return hf | {'hidden_activation': hf.pop('hidden_act')}
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -1,6 +1,8 @@
-"""How is the text model of a Gemma 3 (arXiv:2503.19786) written in transformers? Two rotary bases, one of them local.
+"""How is the text model of a Gemma 3 (arXiv:2503.19786) written in transformers?
+Two rotary bases, one of them local.
 
-Of a checkpoint with a vision tower, the text model is read; the tower's tensors have to be named to be left out.
+Of a checkpoint with a vision tower, the text model is read;
+the tower's tensors have to be named to be left out.
 """
 
 import dataclasses
@@ -41,13 +43,15 @@ def config(hf: dict) -> ModelConfig:
   windows = common.windows(
     keys('layer_types') or gemma2.alternating(layers, every), layers, keys('sliding_window')
   )
-  found = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
+  network = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
   keys.close('hidden_act')
-  return found
+  return network
 
 
 def rope(keys: common.Keys) -> RopeConfig:
-  """Both sets of rotary parameters: of layers that see all, which may be stretched, and of those with a window."""
+  """Both sets of rotary parameters: of layers that see all, which may be stretched,
+  and of those with a window.
+  """
   parameters, longest = (
     keys('rope_parameters', 'rope_scaling') or {},
     keys('max_position_embeddings'),

@@ -15,9 +15,9 @@ def config(hf: dict) -> ModelConfig:
     raise common.unsupported(
       f'attention_bias={biased[0]} with mlp_bias={biased[1]}', ['both, or neither']
     )
-  found = common.llama_like(keys, biases='all' if biased[0] else 'none')
+  network = common.llama_like(keys, biases='all' if biased[0] else 'none')
   keys.close()
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -1,4 +1,6 @@
-"""How is a Mixtral written in transformers? A Mistral with experts in every layer (arXiv:2401.04088)."""
+"""How is a Mixtral written in transformers?
+A Mistral with experts in every layer (arXiv:2401.04088).
+"""
 
 from model.config import ModelConfig, MoEConfig
 from model.families import common
@@ -16,9 +18,9 @@ def config(hf: dict) -> ModelConfig:
     per_token=keys('num_experts_per_tok'),
     feed_forward=keys('intermediate_size'),
   )
-  found = common.llama_like(keys, window=keys('sliding_window') or 0, moe=moe)
+  network = common.llama_like(keys, window=keys('sliding_window') or 0, moe=moe)
   keys.close()
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -40,9 +40,9 @@ def config(hf: dict) -> ModelConfig:
     renormalise=keys('norm_topk_prob'),
   )
   used, window = keys('use_sliding_window'), keys('sliding_window')
-  found = common.llama_like(keys, qk_norm=True, window=window or 0 if used else 0, moe=moe)
+  network = common.llama_like(keys, qk_norm=True, window=window or 0 if used else 0, moe=moe)
   keys.close('max_window_layers')  # transformers does not look at it in this family
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -175,14 +175,12 @@ def test_load(tmp_path):
 
 
 def test_a_run_that_trained_with_a_backend_for_training_generates(tmp_path):
-  save_run(tmp_path, dataclasses.replace(MODEL, attention='blocked'))
+  save_run(tmp_path, MODEL.with_execution(attention='blocked'))
   assert len(Generator.load(tmp_path)('def', max_new_tokens=5)[0].ids) == 5
 
 
 def test_neither_a_backend_nor_its_blocks_are_those_of_training():
-  trained = dataclasses.replace(
-    MODEL, attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256)
-  )
+  trained = MODEL.with_execution(attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256))
   assert generating(trained) == MODEL
 
 

@@ -1,4 +1,6 @@
-"""Do models remember what they have read: in rings, in fewer bits, layer by layer, and after something was taken back?"""
+"""Do models remember what they have read: in rings, in fewer bits, layer by layer,
+and after something was taken back?
+"""
 
 import dataclasses
 
@@ -53,7 +55,9 @@ def test_rows_that_grow_by_unequal_pieces(name, rings):
   ],
 )
 def test_fewer_bits_are_near(name, dtype, bound):
-  """The bound is that of the largest logit's size. A scale serves a whole latent vector, its keys of positions included."""
+  """The bound is that of the largest logit's size.
+  A scale serves a whole latent vector, its keys of positions included.
+  """
   laws.check_appending(laws.make_config(name), bound, dtype, least=1e-4, calls=laws.CALLS[:6])
 
 
@@ -63,19 +67,21 @@ def test_fewer_bits_are_near(name, dtype, bound):
 def test_layers_by_themselves_are_the_scanned_ones(name, one_device):
   config = laws.make_config(name)
   stacked, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
-  found = []
+  outputs = []
   for model in (stacked, transformer.unstacked(stacked)):
     step, cache = laws.cached(), init_cache(model.config, 2, 12)
     first, cache = step(model, tokens[:, :5], cache, fresh=True)
-    found.append([np.asarray(x) for x in (first, step(model, tokens[:, 5:6], cache)[0])])
-  for a, b in zip(*found, strict=True):
+    outputs.append([np.asarray(x) for x in (first, step(model, tokens[:, 5:6], cache)[0])])
+  for a, b in zip(*outputs, strict=True):
     np.testing.assert_allclose(
       a, b, rtol=0, atol=(3e-2 if name == 'bfloat16' else 1e-6) * np.abs(b).max()
     )
 
 
 def test_an_encoder_decoder_layer_by_layer(one_device):
-  """What it has read is the source's; a row that has ended, padding and a draft that was taken back leave it alone."""
+  """What it has read is the source's; a row that has ended,
+  padding and a draft that was taken back leave it alone.
+  """
   stacked, tokens, source = (
     laws.make_model(T5),
     laws.tokens_of(T5, 2, 9),
@@ -144,7 +150,8 @@ def test_more_tokens_than_a_ring_has_room_for_raise(one_device):
   assert cache.held[0].slots == 8
   with pytest.raises(
     ValueError,
-    match=r'7 tokens at once overwrite what a window of 3 .* ring of 8 slots; append at most 6, or .*append=7',
+    match=r'7 tokens at once overwrite what a window of 3 .* ring of 8 slots; '
+    r'append at most 6, or .*append=7',
   ):
     model(laws.tokens_of(config, 1, 7), cache=cache)
   model(laws.tokens_of(config, 1, 7), cache=cache, fresh=True)

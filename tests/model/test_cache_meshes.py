@@ -1,4 +1,6 @@
-"""Is a cache that devices share one cache? Slots over `context`, heads over `tensor`, rows, experts, stages: as on one device."""
+"""Is a cache that devices share one cache? Slots over `context`, heads over `tensor`, rows,
+experts, stages: as on one device.
+"""
 
 import dataclasses
 import math
@@ -25,7 +27,9 @@ def mesh_of(sizes, **kind):
 
 
 def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
-  """Prefill and decode of 4 rows in such pieces against the full forward on one device; slots that are unused hold NaN."""
+  """Prefill and decode of 4 rows in such pieces against the full forward on one device;
+  slots that are unused hold NaN.
+  """
   config = dataclasses.replace(config, vocabulary=48, max_length=64)
   tokens, edges = laws.tokens_of(config, 4, sum(pieces)), np.cumsum([0, *pieces])
   with jax.set_mesh(mesh_of({})):
@@ -34,9 +38,9 @@ def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
     model, cache = laws.make_model(config), init_cache(config, 4, 16, append=3)
     cache = jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, cache)
     parts = sizes.get('context', 1)
-    for held in cache.held:
-      S, whole = held.keys.addressable_shards[0].data.shape[3], held.keys.shape[3]
-      assert S * (1 if held.ring else parts) == whole, (
+    for layer in cache.held:
+      S, whole = layer.keys.addressable_shards[0].data.shape[3], layer.keys.shape[3]
+      assert S * (1 if layer.ring else parts) == whole, (
         'a ring is whole on every device, other slots are split'
       )
     step, born = laws.cached(), [x.sharding for x in jax.tree.leaves(cache.held)]
@@ -79,7 +83,9 @@ def slow(*case):
   ids=str,
 )
 def test_devices_that_share_a_cache_are_one(name, changes, sizes):
-  """A prompt that splits, and tokens that are too few to split: before, across and behind the edge of a device's 8 slots."""
+  """A prompt that splits, and tokens that are too few to split:
+  before, across and behind the edge of a device's 8 slots.
+  """
   check(laws.make_config(name, **changes), sizes)
 
 
@@ -128,26 +134,26 @@ def test_rows_are_repeated_and_reordered_where_they_lie(monkeypatch):
           held=tuple(
             jax.tree.map(
               lambda x, axes: place(draw.normal(size=x.shape).astype(np.float32), *axes),
-              held,
-              held.axes(),
+              layer,
+              layer.axes(),
             )
-            for held in cache.held
+            for layer in cache.held
           ),
         )
 
       cache = dataclasses.replace(
         fill(cache), lengths=place(np.array([41] * 3 + [30] * 3, np.int32), 'batch')
       )
-      found = jax.jit(caches.reordered)(
+      actual = jax.jit(caches.reordered)(
         cache, place(sources, 'batch', None), place(shared, 'batch')
       )
       return [
         np.asarray(x)
-        for x in jax.tree.leaves((found, jax.jit(caches.repeated, static_argnums=1)(fill(two), 3)))
+        for x in jax.tree.leaves((actual, jax.jit(caches.repeated, static_argnums=1)(fill(two), 3)))
       ], cache
 
-  (expected, before), (found, _) = run({}), run({'context': 2, 'data': 2, 'tensor': 2})
-  for a, b in zip(found, expected, strict=True):
+  (expected, before), (actual, _) = run({}), run({'context': 2, 'data': 2, 'tensor': 2})
+  for a, b in zip(actual, expected, strict=True):
     np.testing.assert_array_equal(a, b)
   whole, was = expected[2], np.asarray(before.held[1].keys)
   np.testing.assert_array_equal(whole[:, :3, :, 16:41], was[:, [1, 1, 0], :, 16:41])

@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny
 from hypothesis import given, strategies as st
 
+from model.execution import ExecutionConfig
 from workdir.progress import Progress, check_finite
 
 
@@ -102,7 +103,7 @@ def test_finite_steps_and_missing_steps_pass():
 
 
 def test_f16_overflows_pass_until_the_scale_can_go_no_lower():
-  config = tiny(model={'dtype': 'float16'})
+  config = tiny(model={'execution': ExecutionConfig(dtype='float16')})
   check_finite(BAD | {'loss_scale': 2.0}, NORMS, config, types.SimpleNamespace())
   with pytest.raises(FloatingPointError):
     check_finite(BAD | {'loss_scale': 1.0}, NORMS, config, Records())

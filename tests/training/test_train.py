@@ -27,6 +27,7 @@ from data.config import TokenizerConfig
 from kernels import flash_gpu, mosaic_gpu_compat
 from kernels.blocks import Blocks
 from model.config import ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
 from model.params import abstract, named_leaves
 from training import config as configs, overrides
 from training.optimizer import OPTIMIZERS, make_schedule
@@ -87,7 +88,9 @@ def test_eight_devices_are_one(alone, mesh):
 def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
   """Interpreted, forward and backward, in packed rows; split and recomputed as well."""
   trainer, metrics = trained(
-    math.prod(mesh.values()), mesh=mesh, model={'attention': 'pallas_tpu', 'remat': remat}
+    math.prod(mesh.values()),
+    mesh=mesh,
+    model={'execution': ExecutionConfig(attention='pallas_tpu', remat=remat)},
   )
   assert_equivalent(trainer.state.models['policy'], alone[0].state.models['policy'])
   np.testing.assert_allclose([m['loss'] for m in metrics], [m['loss'] for m in alone[1]], rtol=1e-5)
@@ -98,8 +101,8 @@ def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
   mosaic_gpu_compat.INTERPRETER is None,
   reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can',
 )
-@pytest.mark.parametrize('model', [{}, {'attention_blocks': Blocks(forward_keys=64)}], ids=str)
-def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
+@pytest.mark.parametrize('blocks', [{}, {'attention_blocks': Blocks(forward_keys=64)}], ids=str)
+def test_training_with_the_gpu_kernels_is_training(blocks, monkeypatch):
   """Interpreted, in packed rows, of 16 bits, which is all that they multiply: as near to the oracle
   in f32 as the oracle in 16 bits is.
   """
@@ -107,9 +110,12 @@ def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
   runs = {
     name: trained(model=fields)
     for name, fields in (
-      ('exact', {'attention': 'reference'}),
-      ('oracle', {'attention': 'reference', 'dtype': 'bfloat16'}),
-      ('ours', {'attention': 'pallas_gpu', 'dtype': 'bfloat16'} | model),
+      ('exact', {'execution': ExecutionConfig(attention='reference')}),
+      ('oracle', {'execution': ExecutionConfig(attention='reference', dtype='bfloat16')}),
+      (
+        'ours',
+        {'execution': ExecutionConfig(attention='pallas_gpu', dtype='bfloat16', **blocks)},
+      ),
     )
   }
   found = {
@@ -174,7 +180,11 @@ def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(nam
 
 def test_f16_overflow_is_skipped_and_halves_the_scale():
   trainer = Trainer(
-    tiny(model={'dtype': 'float16'}, optimizer={'schedule': 'linear'}, train={'steps': 40})
+    tiny(
+      model={'execution': ExecutionConfig(dtype='float16')},
+      optimizer={'schedule': 'linear'},
+      train={'steps': 40},
+    )
   )
   largest = jax.device_put(
     jnp.float32(2.0**24), trainer.state.scale.scale.sharding
@@ -279,7 +289,9 @@ def split_alone():
 )
 def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
   """Three steps with everything recomputed; the bias that balances the load moves alike, too."""
-  trainer, metrics = trained(8, mesh=mesh, model={'moe': SPLIT, 'remat': 'full'})
+  trainer, metrics = trained(
+    8, mesh=mesh, model={'moe': SPLIT, 'execution': ExecutionConfig(remat='full')}
+  )
   assert_equivalent(trainer.state.models['policy'], split_alone[0].state.models['policy'])
   for a, b in zip(metrics, split_alone[1], strict=True):
     for name in b:
@@ -367,7 +379,9 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   """
   still = {'optimizer': {'learning_rate': 1e-30}, 'train': {'steps': 1, 'save_every': 1}}
   begin = dataclasses.replace(
-    on(corpus, **still), init=str(straight), model=ModelConfig(remat='full')
+    on(corpus, **still),
+    init=str(straight),
+    model=ModelConfig(execution=ExecutionConfig(remat='full')),
   )
   begin = dataclasses.replace(
     begin, data=dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
@@ -376,7 +390,7 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   assert f'beginning with the parameters of {straight}' in capsys.readouterr().out
   saved = configs.load(tmp_path / 'new')
   assert (
-    saved.model == dataclasses.replace(configs.load(straight).model, remat='full')
+    saved.model == configs.load(straight).model.with_execution(remat='full')
     and saved.data.tokenizer.kind == 'byte'
   )
 
