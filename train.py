@@ -9,20 +9,23 @@ from parallel import hosts
 
 if __name__ == '__main__':
   hosts.use_huge_pages()
+  hosts.leave_at_signals()
 
 import contextlib
 import functools
 import itertools
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+import commands
+import files
 import names
 from analysis import hardware
+from commands import mendable
 from kernels import attention, context
 from model import params
 from objectives.objective import Batches
@@ -31,6 +34,7 @@ from parallel.mesh import make_mesh
 from training import config as configs, overrides, program
 from training.program import begin_state, make_program, make_target
 from training.state import TrainState
+from workdir import changes
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite
@@ -55,11 +59,18 @@ PROCESSES = flags.DEFINE_integer(
 )
 PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
 STOPPED_CODE = flags.DEFINE_integer(
-  'stopped_code', 0, 'Exit code of a run that a signal stopped, for launchers that start it again.'
+  'stopped_code',
+  0,
+  'Exit code of a run that a signal stopped, for launchers that start it again. Without it: 0 '
+  'where all was saved, 128 + the number of the signal where it came before the first step, or '
+  'twice.',
 )
 HEARTBEAT = flags.DEFINE_integer(
   'heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.'
 )
+
+
+LOCK = 'lock'  # in a run's directory while a process trains there
 
 
 class Feed(NamedTuple):
@@ -180,6 +191,7 @@ def train_steps(
           progress.record(),
           evaluation.get('validation_loss'),
           references=begun.frozen.references,
+          config=configs.to_dict(config),
         )
     if reason:
       break
@@ -206,6 +218,10 @@ def beginning(
     state = frozen.completed(checkpoints.restore(first, frozen.kept(target)), log)
     restore_order(batches, record['data'], allow_change, log)
     log(f'going on from checkpoint {first}')
+    if (before := changes.before(record, workdir)) is not None:
+      updates = int(state.step) - int(state.scale.skipped_steps)
+      for line in changes.described(before, config, first, updates):
+        log(line)
     return Beginning(first, state, frozen, progress)
   # Checkpoint 0 is an imported model, without a state of training.
   models, frozen = begin(config, log, workdir if latest == 0 else '')
@@ -226,6 +242,14 @@ def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> 
     )
 
 
+def check_writable(config: configs.Config) -> None:
+  """Raises OSError where what the run writes besides its directory cannot be, which would else be
+  found out after hours.
+  """
+  for directory in filter(None, (config.data.cache_dir, config.train.spill_dir)):
+    files.check_writable(pathlib.Path(directory) / 'writable')
+
+
 def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
   """Writes what makes the directory this run's. Raises ValueError where another process does not
   see it.
@@ -234,15 +258,6 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
     configs.save(config, workdir)
     tokenizer.save(workdir / 'tokenizer')
   hosts.check_shared(workdir / configs.FILE)
-
-
-@contextlib.contextmanager
-def mendable():
-  """What the person who started the run can mend ends it with one message, not with a traceback."""
-  try:
-    yield
-  except (ValueError, NotImplementedError, FileNotFoundError) as error:
-    sys.exit(f'error: {error}')
 
 
 def main(arguments):
@@ -264,8 +279,19 @@ def run(
 ) -> bool:
   """Trains in `workdir`, from its last whole checkpoint on; returns whether a signal ended it.
 
-  profile, allow_change: as the flags.
+  profile, allow_change: as the flags. No other process trains there meanwhile.
   """
+  with contextlib.ExitStack() as held:
+    with mendable():
+      check_writable(config)
+      if jax.process_index() == 0:
+        remedy = 'wait until it ends, end it, or give another --workdir'
+        held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
+    return train(config, workdir, profile, allow_change)
+
+
+def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_change: bool) -> bool:
+  """What `run` does, in a directory that is this process's."""
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
 
@@ -401,4 +427,5 @@ def described(config: configs.Config, cost: RunCost) -> str:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  hosts.heed_interrupts(hosts.STOPPING)
+  commands.end(lambda: app.run(main), hosts.stopped_code())
