@@ -37,20 +37,20 @@ def paths(source: SourceConfig) -> list[str]:
       # site-packages alone may hold 10,000 files.
       inner[:] = [name for name in inner if name not in STDLIB_EXCLUDED]
       matches += [os.path.join(directory, name) for name in names if name.endswith('.py')]
-    matches.sort()
     where = f'the standard library at {root}'
   else:
-    matches = sorted(
+    matches = [
       path
       for path in glob.glob(os.path.expanduser(source.path), recursive=True)
       if os.path.isfile(path)
-    )
+    ]
     where = f'path={source.path!r} (seen from {os.getcwd()})'
   if not matches:
     raise FileNotFoundError(
       f'a {source.kind!r} source found no file: {where}; correct the path or glob'
     )
-  return matches
+  # By their bytes: what a name's characters are depends on the locale.
+  return sorted(matches, key=os.fsencode)
 
 
 def documents(source: SourceConfig, problems: collections.Counter) -> Iterator[str]:
@@ -135,7 +135,7 @@ def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
       entry = [status.st_size, status.st_mtime_ns, digest]
       if now - status.st_mtime > RACY_SECONDS:
         memo[name], changed = entry, True
-    total.update(f'{os.path.basename(path)}\0{entry[2]}\n'.encode())
+    total.update(os.fsencode(os.path.basename(path)) + f'\0{entry[2]}\n'.encode())
   if changed:
     files.replace(memo_file, json.dumps(memo))
   return total.hexdigest()

@@ -15,6 +15,9 @@ from data.tokenizer import BOS, EOS, INDEX, PAD, UNK, Tokenizer
 
 SPACE = '\u2581'  # SentencePiece writes a space as this character
 DEFAULT_VOCABULARY = 4096
+# Unigram's training adds up expected counts thread by thread, so that their number decides which
+# pieces come out; this is SentencePiece's default, on any machine.
+TRAINING_THREADS = 16
 _MODEL = 'tokenizer.model'
 _BYTE_PIECE = re.compile(r'<0x([0-9A-F]{2})>')
 
@@ -200,7 +203,7 @@ def build(
 
 
 def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> bytes:
-  """Trains a model that gives every text back exactly; deterministic.
+  """Trains a model that gives every text back exactly; the same bytes on any machine.
   Returns the bytes of a .model file.
 
   Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are
@@ -231,7 +234,7 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: fl
       split_by_unicode_script=False,
       split_by_number=False,
       max_sentence_length=4 * _CHUNK,
-      num_threads=os.cpu_count() or 1,
+      num_threads=TRAINING_THREADS,
       minloglevel=2,
     )
   except RuntimeError as error:
