@@ -1,9 +1,11 @@
-"""How is a file written so that it is there whole or not at all?"""
+"""How is a file written so that it is there whole or not at all, and JSON read whatever it holds?"""
 
 import errno
+import json
 import os
 import pathlib
 import socket
+from typing import Any
 
 
 def replace(path: str | os.PathLike, data: bytes | str) -> None:
@@ -31,6 +33,19 @@ def check_writable(path: str | os.PathLike) -> None:
   temporary = _beside(path)
   temporary.touch()
   temporary.unlink()
+
+
+def parsed(content: bytes | str, name: str | os.PathLike) -> Any:
+  """What JSON says.
+
+  Raises:
+    ValueError: naming `name`, for whatever a parser stumbles over: no JSON, no UTF-8, a number of
+      thousands of digits, nesting beyond Python's stack.
+  """
+  try:
+    return json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{os.fspath(name)} is not JSON that can be read: {error}') from error
 
 
 def _beside(path):

@@ -163,12 +163,13 @@ def _build_corpus(
       counts = {
         'source': dataclasses.asdict(source),
         'read': collections.Counter(),
-        'problems': collections.Counter(),
+        'problems': sources.Problems(),
         'dropped': collections.Counter(),
         'repaired_characters': 0,
         'anonymised': collections.Counter(),
       }
       texts.write(_cleaned(config, source, seen, counts))
+      counts['first_problems'] = counts['problems'].first
       bounds.append(len(texts))
       report['sources'].append(counts)
   del seen
@@ -448,10 +449,11 @@ def _describe(counts: dict) -> str:
     return ', '.join(f'{count:,} {name}' for name, count in of.items() if count) or 'none'
 
   source = counts['source']
+  places = ''.join(f', first {kind} {at}' for kind, at in counts['first_problems'].items())
   return (
     f'data: {source["kind"]} {source["path"]}: read {counts["read"]["documents"]:,} documents '
     f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: '
-    f'{listed(counts["problems"])}; dropped: {listed(counts["dropped"])}; masked: '
+    f'{listed(counts["problems"])}{places}; dropped: {listed(counts["dropped"])}; masked: '
     f'{listed(counts["anonymised"])}'
   )
 
