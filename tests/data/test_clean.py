@@ -196,17 +196,18 @@ def test_of_all_pairs_at_the_threshold_nearly_all_are_found(threshold, shared, m
 
 def test_no_third_document_stands_between_two_that_are_alike():
   rng = np.random.default_rng(0)
-  first, second = rng.integers(0, 2**32, (2, duplicates.HASHES), np.uint32)
-  values = duplicates.bands(0.75)[1]
-  between = np.append(first[:values], second[values:])  # agrees with both others in that band
-  near = np.append(first[:100], second[100:])
-  for copies in (1, duplicates.SMALL - 2, 2 * duplicates.SMALL):
-    signatures = np.stack([first, *[between] * copies, near])
-    assert duplicates.near_duplicates(signatures, 0.75).tolist() == [
-      False,
-      False,
-      *[True] * copies,
-    ]
+  number, values = duplicates.bands(0.75)
+  first, other = rng.integers(0, 2**32, (2, duplicates.HASHES), np.uint32)
+  near = np.append(first[:-10], other[-10:])
+  for copies in (1, 2 * duplicates.SMALL):
+    # In every band others stand between the two, which agree with both there and nowhere else.
+    between = rng.integers(0, 2**32, (number, copies, duplicates.HASHES), np.uint32)
+    for band in range(number):
+      here = slice(band * values, (band + 1) * values)
+      between[band, :, here] = first[here]
+    signatures = np.stack([first, *between.reshape(-1, duplicates.HASHES), near])
+    dropped = duplicates.near_duplicates(signatures, 0.75)
+    assert np.flatnonzero(dropped).tolist() == [len(dropped) - 1]
 
 
 def test_bands_meet_in_nearly_all_pairs_at_the_threshold():
