@@ -1,5 +1,5 @@
 """How is a file written so that it is there whole or not at all, and a place so that one process
-alone writes it?
+alone writes it; and how is JSON read, whatever it holds?
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 
 def replace(path: str | os.PathLike, data: bytes | str) -> None:
@@ -38,6 +39,19 @@ def check_writable(path: str | os.PathLike) -> None:
   temporary = _beside(path)
   temporary.touch()
   temporary.unlink()
+
+
+def parsed(content: bytes | str, name: str | os.PathLike) -> Any:
+  """What JSON says.
+
+  Raises:
+    ValueError: naming `name`, for whatever a parser stumbles over: no JSON, no UTF-8, a number of
+      thousands of digits, nesting beyond Python's stack.
+  """
+  try:
+    return json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{os.fspath(name)} is not JSON that can be read: {error}') from error
 
 
 _locked: set[pathlib.Path] = set()  # by this process, which the system lets lock a file twice

@@ -45,6 +45,9 @@ class ChatTemplate:
       self._template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
       raise ValueError(f'line {error.lineno} of the chat template: {error.message}') from error
+    except (RecursionError, ValueError, SyntaxError, MemoryError) as error:
+      # Nested beyond a stack (Jinja's, or that of Python's compiler); a number of too many digits.
+      raise ValueError(f'the chat template can\'t be read: {error}') from error
     self.marks_generation = environment.marks_generation
 
   @classmethod
@@ -140,7 +143,7 @@ def _plain(data: dict) -> dict:
   """A copy in JSON's types only: the methods of richer objects are a way out of the sandbox."""
   try:
     return json.loads(json.dumps(data))
-  except TypeError as error:
+  except (TypeError, ValueError, RecursionError) as error:
     raise ValueError(f'a chat template sees JSON data only: {error}') from error
 
 

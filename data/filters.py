@@ -113,7 +113,9 @@ GOPHER_NGRAMS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 
 def _repeated_ngrams(view: View) -> bool:
   words = view.words
   lengths = np.array([len(word) for word in words], np.int64)
-  hashes = np.array([hash(word) for word in words], np.int64).astype(np.uint64)
+  # Numbers and not Python's hashes of words, which another process draws anew.
+  numbers: dict[str, int] = {}
+  hashes = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.uint64)
   for n, limit in GOPHER_NGRAMS.items():
     if len(words) < n:
       break
@@ -122,8 +124,10 @@ def _repeated_ngrams(view: View) -> bool:
       grams, return_index=True, return_inverse=True, return_counts=True
     )
     if n <= 4:
-      # Characters of the most frequent n-gram, wherever it is, if it repeats.
-      top = int(np.argmax(counts))
+      # Characters of the most frequent n-gram, wherever it is, if it repeats. Of several that are
+      # as frequent it is the one that begins first (as in FineWeb's code): np.unique sorts by hash.
+      often = np.flatnonzero(counts == counts.max())
+      top = int(often[np.argmin(first[often])])
       characters = lengths[first[top] : first[top] + n].sum()
       covered = int(counts[top] * characters) if counts[top] > 1 else 0
     else:

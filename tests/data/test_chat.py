@@ -189,3 +189,14 @@ def test_no_template_is_an_error():
     ValueError, match="'byte' tokenizer has no chat template.*chat_template.jinja"
   ):
     ChatTemplate.of(tokenizers.ByteTokenizer())
+
+
+def test_templates_and_messages_without_end():
+  for source in ('{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}', '{{ ' + '9' * 5000 + ' }}'):
+    with pytest.raises(ValueError, match='the chat template'):
+      ChatTemplate(source).render([{'role': 'user', 'content': 'a'}])
+  nested = []
+  for _ in range(100_000):
+    nested = [nested]
+  with pytest.raises(ValueError, match='JSON data only'):
+    ChatTemplate('a').render([{'role': 'user', 'content': nested}])

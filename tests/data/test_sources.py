@@ -2,9 +2,9 @@
 bad input is counted and loses nothing else.
 """
 
-import collections
 import json
 import os
+import sys
 
 import pytest
 
@@ -13,7 +13,7 @@ from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 
 
 def read(source):
-  problems = collections.Counter()
+  problems = sources.Problems()
   return list(sources.documents(source, problems)), dict(problems)
 
 
@@ -111,3 +111,42 @@ def test_digest_follows_content_and_remembers_only_old_files(tmp_path):
 def test_impossible_configs_are_refused_with_a_remedy(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+HARD_JSON = [
+  b'9' * 5000,
+  b'[' * 100_000,
+  b'{"t": ' * 100_000,
+  b'{"t": "\xff"}',
+  b'{"t": 1e',
+  b'\x00',
+]
+
+
+def test_a_line_that_no_parser_likes_is_counted_with_its_place(tmp_path, monkeypatch):
+  file = tmp_path / 'a.jsonl'
+  for hard in HARD_JSON:
+    file.write_bytes(b'{"t": "one"}\n\n%b\n%b\n{"t": "two"}\n' % (hard, hard))
+    problems = sources.Problems()
+    source = SourceConfig(kind='jsonl', path=str(file), text_field='t')
+    assert list(sources.documents(source, problems)) == ['one', 'two']
+    (kind,) = problems
+    assert problems[kind] == 2 and problems.first == {kind: f'{file}:3'}
+  (tmp_path / 'a.csv').write_text('t\none\n' + 'x' * 5000 + '\ntwo\n')
+  monkeypatch.setattr(sys, 'maxsize', 4000)  # csv's own limit, which else takes 2 GB
+  source = SourceConfig(kind='csv', path=str(tmp_path / 'a.csv'), text_field='t')
+  assert read(source) == (['one', 'two'], {'malformed': 1})
+
+
+def test_a_damaged_memo_is_made_anew(tmp_path):
+  file, memo = tmp_path / 'a.txt', tmp_path / 'sources.json'
+  file.write_text('one')
+  os.utime(file, (1e9, 1e9))
+  digest, whole = sources.content_digest([str(file)], memo), memo.read_bytes()
+  entry = json.loads(whole)[str(file)]
+  shapes = [[*entry[:2], 7], [*entry[:2], 'zz'], entry[:2], 7, None, {}]
+  others = [json.dumps({str(file): shape}).encode() for shape in shapes]
+  for damaged in (*HARD_JSON, b'', b'[]', b'7', whole[:-9], *others):
+    memo.write_bytes(damaged)
+    assert sources.content_digest([str(file)], memo) == digest
+    assert memo.read_bytes() == whole
