@@ -33,7 +33,7 @@ import names
 import train
 from analysis import aot, candidates, hardware, memory, roofline, schedule, tables
 from analysis.hlo import Module
-from decode.engine import generating
+from decode.generating import generating
 from decode.options import CHUNK
 from kernels import cudnn
 from kernels.attention import FEW, choose

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 import names
 from decode import loop
-from decode.engine import generating_model
+from decode.generating import generating_model
 from decode.options import CHUNK
 from decode.sampling import History, make_sampling
 from model import params, transformer

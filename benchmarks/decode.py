@@ -62,7 +62,7 @@ class Ids:
 def generator(name: str, weights: str = ''):
   import jax
 
-  from decode.engine import generating
+  from decode.generating import generating
   from decode.generator import Generator
   from model import transformer
   from parallel.mesh import MeshConfig, make_mesh

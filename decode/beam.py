@@ -187,7 +187,7 @@ def texts(
   options: Options,
   room: int,
 ) -> Generator[list[str], None, GenerationReport]:
-  """Searches behind prompts that a decode.engine.Engine has read, and fills its rows,
+  """Searches behind prompts that a decode.loaded.LoadedModel has read, and fills its rows,
   options.num_samples of each prompt.
 
   Rows for which no text is left, where a constraint or logit_bias leaves fewer, are taken out of

@@ -28,7 +28,7 @@ from decode.speculative import (
   speculate_chunk,
 )
 from model.cache import APPEND
-from model.transformer import shallow
+from model.rearranged import shallow
 
 TIMED = 2  # chunks of each kind
 # Tokens of a chunk without drafts, at most, while chunks are timed: so that a call is judged

@@ -16,7 +16,7 @@ from data.chat import ChatTemplate
 from decode import beam
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course, drafter_of
-from decode.engine import Engine, bucket
+from decode.loaded import LoadedModel, bucket
 from decode.options import Options
 from decode.report import CallTimer
 from decode.request import INTERRUPTED, LENGTH, Completion, Prompt, Row, several
@@ -27,10 +27,10 @@ from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
 
-class Generator(Engine):
+class Generator(LoadedModel):
   """A model with its tokenizer, on a mesh, that is asked for text.
 
-  Attributes: those of decode.engine.Engine, of which `report` is of the last call that has ended.
+  Attributes: those of decode.loaded.LoadedModel, of which `report` is of the last call that has ended.
   """
 
   @classmethod
@@ -44,7 +44,7 @@ class Generator(Engine):
     """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's; see
     workdir.open.
 
-    weights: see Engine.
+    weights: see LoadedModel.
     """
     # The one import that points up the house: a person who has a directory begins here.
     from workdir.open import open_run

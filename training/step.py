@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model import transformer, weights
+from model import rearranged, weights
 from objectives.objective import or_one
 from parallel import offload
 from training import precision, spill, state as states, update
@@ -167,6 +167,6 @@ def _advance(config, state: TrainState, measured: update.Measured) -> TrainState
   if config.model.moe.bias_rate:
     # Nothing moves where all experts have the same load.
     load = jnp.where(measured.finite, measured.load, 0)
-    models = models | {main: transformer.balanced(models[main], load, config.model.moe.bias_rate)}
+    models = models | {main: rearranged.balanced(models[main], load, config.model.moe.bias_rate)}
   scale = precision.update(state.scale, measured.finite)
   return dataclasses.replace(state, step=state.step + 1, models=models, scale=scale)

@@ -14,12 +14,12 @@ from data.config import DataConfig
 from data.tokenizers import ByteTokenizer
 from decode import beam, drafting, loop
 from decode.constrain import Constraint
-from decode.engine import generating
+from decode.generating import generating
 from decode.generator import Generator
 from decode.report import CallTimer
 from decode.request import Row
 from kernels.blocks import Blocks
-from model import params, transformer
+from model import params, rearranged, transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs, state as states
@@ -162,7 +162,7 @@ def test_load(tmp_path):
   ):
     loaded = Generator.load(tmp_path, which)
     with jax.set_mesh(loaded.mesh):
-      model = transformer.unstacked(model)
+      model = rearranged.unstacked(model)
     for a, b in zip(jax.tree.leaves(loaded.model), jax.tree.leaves(model), strict=True):
       np.testing.assert_array_equal(a, b)
   assert len(loaded('def', max_new_tokens=5)[0].ids) == 5
@@ -254,8 +254,8 @@ def test_a_long_prompt_is_read_in_pieces(generator, monkeypatch):
   prompt = 'abc' * 17
   options = dict(max_new_tokens=8, temperature=0.0, logprobs=0, repetition_penalty=1.5)
   expected = generator(prompt, **options)[0]
-  monkeypatch.setattr('decode.engine.AT_ONCE', 16)
-  monkeypatch.setattr('decode.engine.APPEND', 8)
+  monkeypatch.setattr('decode.loaded.AT_ONCE', 16)
+  monkeypatch.setattr('decode.loaded.APPEND', 8)
   found = generator([prompt, 'x'], **options)
   assert same(found[0], expected) and same(found[1], generator('x', seed=1, **options)[0])
 

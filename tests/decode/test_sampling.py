@@ -637,14 +637,14 @@ def test_options_become_columns():
     and made.top_k.tolist() == [3, 4]
     and made.seed.tolist() == [7, 7]
   )
-  assert (
-    made.bias.tolist() == [[0, 0, 0], [0, 2, 0]]
-    and make_sampling(2, logit_bias=[None, {}]).bias is None
-  )
+  assert made.bias.added(jnp.zeros((2, 3))).tolist() == [[0, 0, 0], [0, 2, 0]]
+  assert make_sampling(2, logit_bias=[None, {}]).bias.ids.shape == (2, 0), 'which costs nothing'
   assert [x.dtype for x in jax.tree.leaves(made)] == [
     np.float32,
     np.int32,
-    *[np.float32] * 6,
+    *[np.float32] * 5,
+    np.int32,
+    np.float32,
     np.uint32,
   ]
 

@@ -10,7 +10,7 @@ import laws
 import numpy as np
 import pytest
 
-from model import transformer
+from model import rearranged
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.weights.int8 import in_bytes
@@ -68,7 +68,7 @@ def test_layers_by_themselves_are_the_scanned_ones(name, one_device):
   config = laws.make_config(name)
   stacked, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
   outputs = []
-  for model in (stacked, transformer.unstacked(stacked)):
+  for model in (stacked, rearranged.unstacked(stacked)):
     step, cache = laws.cached(), init_cache(model.config, 2, 12)
     first, cache = step(model, tokens[:, :5], cache, fresh=True)
     outputs.append([np.asarray(x) for x in (first, step(model, tokens[:, 5:6], cache)[0])])
@@ -91,7 +91,7 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
   full = jax.jit(
     lambda model: model.logits(model(tokens, source=source, source_segments=real).hidden)
   )(stacked)
-  model, run = transformer.unstacked(stacked), laws.appending(4)
+  model, run = rearranged.unstacked(stacked), laws.appending(4)
   cache = jax.jit(lambda *args: args[0].read(*args[1:]))(
     model, init_cache(model.config, 2, 12), source, real
   )
@@ -115,7 +115,7 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
 
 
 def test_bytes_of_weights_and_of_a_cache_go_together(one_device):
-  model = jax.jit(in_bytes)(transformer.unstacked(laws.make_model(laws.make_config('gpt-oss'))))
+  model = jax.jit(in_bytes)(rearranged.unstacked(laws.make_model(laws.make_config('gpt-oss'))))
   tokens, step = laws.tokens_of(model.config, 2, 6), laws.cached()
   full = np.asarray(laws.forward()(model, tokens))
   first, cache = step(model, tokens[:, :5], init_cache(model.config, 2, 8, 'int8'), fresh=True)

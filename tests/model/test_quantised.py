@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import params, transformer
+from model import params, rearranged
 from model.weights.int8 import Int8, in_bytes
 from tests.model import laws
 
@@ -30,7 +30,7 @@ def test_logits_are_those_of_the_numbers(name):
   """Few rows go by two digits of a byte, many by numbers made of the bytes: one model."""
   config = dataclasses.replace(laws.make_config(name), tie_embeddings=False)
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
-    model = transformer.unstacked(laws.make_model(config))
+    model = rearranged.unstacked(laws.make_model(config))
     small = BYTES(model)
     numbers = whole(small)
     for tokens in (laws.tokens_of(config, 2, 3), laws.tokens_of(config, 2, 12)):
@@ -46,7 +46,7 @@ def test_logits_are_those_of_the_numbers(name):
 
 def test_every_matrix_is_bytes_and_errs_by_half_a_step():
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
-    model = transformer.unstacked(
+    model = rearranged.unstacked(
       laws.make_model(laws.make_config('llama', width=512, heads=8, feed_forward=1024))
     )
     small = BYTES(model)
@@ -89,7 +89,7 @@ def test_on_meshes(sizes):
   outputs = []
   for devices, mesh in ((1, {}), (2, sizes)):
     with jax.set_mesh(laws.make_mesh(laws.MeshConfig(**mesh), jax.devices()[:devices])):
-      small = BYTES(transformer.unstacked(laws.make_model(config)))
+      small = BYTES(rearranged.unstacked(laws.make_model(config)))
       tokens = jax.device_put(laws.tokens_of(config, 2, 12), laws.ax.spec('batch', 'length'))
       outputs.append(np.asarray(laws.forward()(small, tokens)))
   np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5 * np.abs(outputs[0]).max())

@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 from data.tokenizers import ByteTokenizer
-from decode.engine import generating
+from decode.generating import generating
 from decode.generator import Generator
 from decode.report import weight_bytes
-from model import families, moe as moe_module, transformer
+from model import families, moe as moe_module, rearranged
 from model.execution import ExecutionConfig
 from model.weights import Gathered, Plain, Weight, gathered, int8, joined, read
 from model.weights.int8 import Int8, in_bytes
@@ -91,7 +91,7 @@ def on(sizes: dict[str, int]):
 
 def born(config, seed: int = 0):
   """Weights that keep activations near 1, so that no law is lost in what is saturated."""
-  return transformer.unstacked(jax.tree.map(lambda x: x * 0.6, laws.make_model(config, seed)))
+  return rearranged.unstacked(jax.tree.map(lambda x: x * 0.6, laws.make_model(config, seed)))
 
 
 def distance(actual, expected) -> float:
