@@ -72,8 +72,8 @@ def shallow(model: Decoder, layers: int) -> Decoder:
   if config.execution.scan or not 0 < layers <= config.L:
     raise ValueError(
       f'{layers} layers of model.layers={config.L}, '
-      f'model.execution.scan={config.execution.scan}: take at least 1 and at most all of them, of a '
-      'model whose layers are each by itself (unstacked)'
+      f'model.execution.scan={config.execution.scan}: take at least 1 and at most all of them, of '
+      'a model whose layers are each by itself (unstacked)'
     )
   moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to

@@ -7,6 +7,7 @@ tensors have to be named to be left out.
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys, unsupported
 
 TYPES = ('bert',)
 BUFFERS = (r'(bert\.)?embeddings\.position_ids',)
@@ -31,10 +32,10 @@ DEFAULTS = dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   architecture = (keys('architectures') or ['BertModel'])[0]
   if architecture not in WEIGHTS:
-    raise common.unsupported(f'architectures={architecture!r}', WEIGHTS)
+    raise unsupported(f'architectures={architecture!r}', WEIGHTS)
   head, pooler = WEIGHTS[architecture]
   for key, *built in (
     ('position_embedding_type', 'absolute'),

@@ -7,6 +7,7 @@ have to be named to be left out.
 
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('deepseek_v3', 'deepseek_v2')
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -38,7 +39,7 @@ DEFAULTS_V3 = DEFAULTS | dict(
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
   v3 = hf['model_type'] == 'deepseek_v3'
-  keys = common.Keys(hf, **(DEFAULTS_V3 if v3 else DEFAULTS))
+  keys = Keys(hf, **(DEFAULTS_V3 if v3 else DEFAULTS))
   rotated, H = keys('qk_rope_head_dim'), keys('qk_nope_head_dim')
   for name, *built in (
     ('attention_bias', False),
@@ -71,7 +72,7 @@ def config(hf: dict) -> ModelConfig:
   return network
 
 
-def _moe(keys: common.Keys, v3: bool) -> MoEConfig:
+def _moe(keys: Keys, v3: bool) -> MoEConfig:
   grouped = v3 or keys('topk_method') == 'group_limited_greedy'
   groups, best = keys('n_group'), keys('topk_group')
   renormalise = keys('norm_topk_prob')

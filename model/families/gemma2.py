@@ -4,6 +4,7 @@ Soft-caps, windows, norms on both sides.
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('gemma2',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -27,7 +28,7 @@ DEFAULTS = common.LLAMA_LIKE | dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   layers = keys('num_hidden_layers')
   windows = common.windows(
     keys('layer_types') or alternating(layers, 2), layers, keys('sliding_window')
@@ -37,7 +38,7 @@ def config(hf: dict) -> ModelConfig:
   return network
 
 
-def gemma_like(keys: common.Keys, **others) -> ModelConfig:
+def gemma_like(keys: Keys, **others) -> ModelConfig:
   """What Gemma 2 and 3 have in common."""
   keys.only('attention_bias', False)
   return common.llama_like(

@@ -9,6 +9,7 @@ import dataclasses
 
 from model.config import ModelConfig, RopeConfig
 from model.families import common, gemma2
+from model.families.keys import Keys, unsupported
 
 TYPES = ('gemma3_text', 'gemma3')
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -35,7 +36,7 @@ def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
   if hf.get('model_type') == 'gemma3':
     hf = hf['text_config'] | {'quantization_config': hf.get('quantization_config')}
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   layers, every = (
     keys('num_hidden_layers'),
     keys('sliding_window_pattern', '_sliding_window_pattern'),
@@ -48,7 +49,7 @@ def config(hf: dict) -> ModelConfig:
   return network
 
 
-def rope(keys: common.Keys) -> RopeConfig:
+def rope(keys: Keys) -> RopeConfig:
   """Both sets of rotary parameters: of layers that see all, which may be stretched,
   and of those with a window.
   """
@@ -63,7 +64,7 @@ def rope(keys: common.Keys) -> RopeConfig:
   else:
     local, whole = RopeConfig(base=local_base), common.rope(parameters, base, longest)
   if local.scaling != 'none':
-    raise common.unsupported(
+    raise unsupported(
       f'rope_type={local.scaling!r} of sliding_attention',
       ['default: layers with a window are not stretched'],
     )

@@ -4,6 +4,7 @@ Queries, keys and values as one, [inputs, outputs].
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('gpt2',)
 BUFFERS = (r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)',)  # the causal mask
@@ -16,7 +17,7 @@ DEFAULTS = dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   keys.only('scale_attn_weights', True)
   keys.only('scale_attn_by_inverse_layer_idx', False)
   width, length = keys('n_embd'), keys('n_positions')

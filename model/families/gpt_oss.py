@@ -4,6 +4,7 @@ Attention sinks, windows, experts with biases.
 
 from model.config import ModelConfig, MoEConfig
 from model.families import common, gemma2
+from model.families.keys import Keys
 
 TYPES = ('gpt_oss',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -28,7 +29,7 @@ DEFAULTS = common.LLAMA_LIKE | dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   for name, built in (
     ('attention_bias', True),
     ('swiglu_alpha', 1.702),

@@ -4,6 +4,7 @@ A Llama whose every layer has a window (arXiv:2310.06825).
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('mistral',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -11,7 +12,7 @@ BUFFERS, TIED = common.BUFFERS, common.TIED
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **common.LLAMA_LIKE, sliding_window=4096)
+  keys = Keys(hf, **common.LLAMA_LIKE, sliding_window=4096)
   network = common.llama_like(keys, window=keys('sliding_window') or 0)
   keys.close()
   return network

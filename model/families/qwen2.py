@@ -4,6 +4,7 @@ A Llama with biases on q, k and v.
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('qwen2',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -14,13 +15,13 @@ WINDOWS = dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **common.LLAMA_LIKE, **WINDOWS)
+  keys = Keys(hf, **common.LLAMA_LIKE, **WINDOWS)
   network = common.llama_like(keys, biases='qkv', **windows(keys))
   keys.close()
   return network
 
 
-def windows(keys: common.Keys) -> dict[str, int]:
+def windows(keys: Keys) -> dict[str, int]:
   """The windows of Qwen's four keys: where layer_types does not say otherwise,
   the first max_window_layers see all.
   """

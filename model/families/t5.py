@@ -9,6 +9,7 @@ import dataclasses
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys, unsupported
 
 TYPES = ('t5',)
 # Saved by some, used by none.
@@ -32,10 +33,10 @@ DEFAULTS = dict(
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
   tied = hf.get('tie_word_embeddings', True)
-  keys = common.Keys(hf, **DEFAULTS, scale_decoder_outputs=tied)
+  keys = Keys(hf, **DEFAULTS, scale_decoder_outputs=tied)
   gate, _, name = keys('feed_forward_proj').rpartition('-')
   if gate not in ('', 'gated'):
-    raise common.unsupported(
+    raise unsupported(
       f'feed_forward_proj={hf["feed_forward_proj"]!r}', ['an activation', 'gated- and one']
     )
   name = 'gelu_new' if (gate, name) == ('gated', 'gelu') else name

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import convert
-from model import checkpoint, params, stream, tensorfiles
+from model import checkpoint, params, stream, tensorfiles, transformer
 from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
@@ -57,6 +57,19 @@ def rewrite(directory, change, kind='F32'):
 
 def leaves(model):
   return {name: np.asarray(x) for name, x in params.named_leaves(model).items()}
+
+
+def test_how_a_model_runs_is_not_in_a_checkpoint(llama, tmp_path):
+  """Nor are its layers, which lie one by one in one model and stacked in the other."""
+  config, model = checkpoint.load(llama, mesh=ours.MESH)
+  with jax.set_mesh(ours.MESH):
+    unstacked = transformer.unstacked(model)
+  other = unstacked.config.with_execution(context='gather', remat='full')
+  assert other != config and other.network == config.network
+  checkpoint.save(unstacked, other, tmp_path / 'again')
+  _, again = checkpoint.load(tmp_path / 'again', mesh=ours.MESH)
+  for name, x in leaves(model).items():
+    np.testing.assert_array_equal(leaves(again)[name], x, err_msg=name)
 
 
 @pytest.mark.parametrize(
