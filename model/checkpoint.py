@@ -35,7 +35,7 @@ KINDS = {str(dtype): kind for kind, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TensorShare:
   """One tensor's share of a parameter: the leaf, its index into stacked layers and experts,
   the layout of the rest.
   """
@@ -51,7 +51,7 @@ class Part:
     return tuple((i, i + 1) for i in self.index) + self.layout.region(start, stop)
 
 
-def parts_of(family, config: ModelConfig) -> dict[str, list[Part]]:
+def parts_of(family, config: ModelConfig) -> dict[str, list[TensorShare]]:
   """Tensor name -> the parts of parameters that it holds."""
   lengths, parts = sizes(config), {}
   for leaf, source in family.tensors(config).items():
@@ -60,7 +60,7 @@ def parts_of(family, config: ModelConfig) -> dict[str, list[Part]]:
       for expert in range(config.E) if '{expert}' in source.name else (None,):
         name = source.name.format(layer=layer, expert=expert)
         index = tuple(n for n in (i, expert) if n is not None)
-        parts.setdefault(name, []).append(Part(leaf, index, layout))
+        parts.setdefault(name, []).append(TensorShare(leaf, index, layout))
   return parts
 
 
@@ -199,7 +199,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
 
 
 def check(
-  parts: dict[str, list[Part]],
+  parts: dict[str, list[TensorShare]],
   called: dict[str, str],
   tensors: TensorFiles,
   family,

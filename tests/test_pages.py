@@ -36,8 +36,8 @@ LATER = {
   'line': {},
 }
 
-# Names of two classes, until one of them is renamed.
-TWINS = {'Part', 'View'}
+# Names of two classes, until one is renamed.
+TWINS = {'View'}
 
 
 def pages() -> Iterator[pathlib.Path]:
