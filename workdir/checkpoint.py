@@ -30,6 +30,7 @@ from objectives.objective import MAIN
 from parallel import hosts
 from training import disk
 from training.trainable import divided, joined
+from workdir.metrics import lowest
 
 SPILLED = 'spilled'
 
@@ -142,7 +143,7 @@ class Checkpoints:
 
   def best(self, among: Iterable[int] | None = None) -> int | None:
     """The step with the lowest validation loss (of all, or of those given); None where no
-    checkpoint was evaluated.
+    checkpoint was evaluated, or none to a finite loss.
     """
     losses = {}
     for step in self.steps() if among is None else among:
@@ -152,7 +153,7 @@ class Checkpoints:
         continue  # restore() reports it
       if loss is not None:
         losses[step] = loss
-    return min(losses, key=losses.get, default=None)
+    return lowest(losses)
 
   def problems(self, step: int) -> list[str]:
     """What is wrong with a checkpoint: files that are missing, truncated or changed since they were

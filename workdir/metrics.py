@@ -53,6 +53,16 @@ def nonfinite(metrics: Mapping[str, float]) -> list[str]:
   return [name for name, value in metrics.items() if not math.isfinite(value)]
 
 
+def lowest(losses: Mapping[int, float]) -> int | None:
+  """The step with the lowest loss, the first of several; None where none is finite.
+
+  NaN compares as neither lower nor higher, and `min` keeps it where it comes first: what is not
+  finite is the best of nothing.
+  """
+  finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+  return min(finite, key=finite.get, default=None)
+
+
 def append_line(file: TextIO, line: Mapping[str, float]):
   """Writes one line and hands it to the operating system, so that it outlives a killed process."""
   valid = {

@@ -5,6 +5,7 @@ named and gone back from?
 import dataclasses
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -144,6 +145,15 @@ def test_the_last_and_the_best_are_kept(mesh, tmp_path):
   ]
   save(checkpoints, 7, loss={7: 0.5})
   assert checkpoints.steps() == [6, 7] and checkpoints.best() == 7
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(mesh, tmp_path):
+  """NaN is neither lower nor higher than a number: where it came first, it was the lowest."""
+  checkpoints = Checkpoints(tmp_path, keep_last=1)
+  save(checkpoints, 1, 2, loss={1: math.nan, 2: -math.inf})
+  assert checkpoints.steps() == [2] and checkpoints.best() is None
+  save(checkpoints, 3, 4, 5, loss={3: 1.0, 4: 0.5, 5: 2.0})
+  assert checkpoints.steps() == [4, 5] and checkpoints.best() == 4
 
 
 def test_a_step_can_be_saved_again(mesh, tmp_path):

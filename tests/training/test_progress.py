@@ -49,7 +49,9 @@ def test_a_run_without_checkpoint_has_no_progress():
 
 
 def test_a_loss_that_is_not_a_number_is_no_progress():
-  assert Progress(2.0, 0).after(math.nan) == Progress(2.0, 1)
+  for loss in (math.nan, math.inf, -math.inf):
+    assert Progress(2.0, 0).after(loss) == Progress(2.0, 1)
+    assert Progress().after(loss) == Progress(math.inf, 1)
 
 
 def test_patience_counts_evaluations_without_progress():
