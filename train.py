@@ -31,6 +31,7 @@ from parallel.mesh import make_mesh
 from training import config as configs, overrides, program
 from training.program import begin_state, make_program, make_target
 from training.state import TrainState
+from workdir import changes
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite
@@ -180,6 +181,7 @@ def train_steps(
           progress.record(),
           evaluation.get('validation_loss'),
           references=begun.frozen.references,
+          config=configs.to_dict(config),
         )
     if reason:
       break
@@ -206,6 +208,10 @@ def beginning(
     state = frozen.completed(checkpoints.restore(first, frozen.kept(target)), log)
     restore_order(batches, record['data'], allow_change, log)
     log(f'going on from checkpoint {first}')
+    if (before := changes.before(record, workdir)) is not None:
+      updates = int(state.step) - int(state.scale.skipped_steps)
+      for line in changes.described(before, config, first, updates):
+        log(line)
     return Beginning(first, state, frozen, progress)
   # Checkpoint 0 is an imported model, without a state of training.
   models, frozen = begin(config, log, workdir if latest == 0 else '')

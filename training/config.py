@@ -411,9 +411,14 @@ def load(directory: str | os.PathLike) -> Config:
       '--workdir'
     )
   try:
-    return from_dict(Config, _renamed(json.loads(path.read_text())))
+    return of(json.loads(path.read_text()))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
+
+
+def of(values: dict) -> Config:
+  """The Config of what `to_dict` gave, by this version or an older one. Raises ValueError."""
+  return from_dict(Config, _renamed(values))
 
 
 def _renamed(values: dict) -> dict:
@@ -448,19 +453,21 @@ def differences(old: Config, new: Config) -> list[str]:
   """Lines 'path: old -> new' of what changes the model or the data order; empty when `new` may
   resume `old`.
   """
+  return [line for path, line in changes(old, new).items() if _under(path, IDENTITY)]
+
+
+def changes(old: Config, new: Config) -> dict[str, str]:
+  """The same lines by path, of all that changes what a step does."""
   before, after = _flat(to_dict(old)), _flat(to_dict(new))
-
-  def matters(path):
-    def under(names_):
-      return any(path == name or path.startswith(name + '.') for name in names_)
-
-    return under(IDENTITY) and not under(INDIFFERENT)
-
-  return [
-    f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
+  return {
+    path: f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
     for path in sorted({*before, *after})
-    if matters(path) and before.get(path) != after.get(path)
-  ]
+    if before.get(path) != after.get(path) and not _under(path, INDIFFERENT)
+  }
+
+
+def _under(path: str, names_: tuple[str, ...]) -> bool:
+  return any(path == name or path.startswith(name + '.') for name in names_)
 
 
 def check_unchanged(

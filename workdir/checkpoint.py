@@ -72,13 +72,15 @@ class Checkpoints:
     validation_loss: float | None = None,
     donated: bool = True,
     references: dict | None = None,
+    config: dict | None = None,
   ) -> None:
     """Starts writing; returns once the state may be donated. Waits for the save before it, and
     raises what that raised.
 
     data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False
       promises that the state stays as it is until `wait`, which saves a copy. references: of models
-      whose frozen parameters are not in `state`, where these are (workdir/frozen.py).
+      whose frozen parameters are not in `state`, where these are (workdir/frozen.py). config: what
+      the state was trained with, JSON-able.
     """
     import orbax.checkpoint as ocp
 
@@ -111,7 +113,7 @@ class Checkpoints:
       'leaves': shapes,
       'spilled': [*spilled],
       'references': references or {},
-    }
+    } | ({} if config is None else {'config': config})
     for name, x in spilled.items():  # the next step changes them
       x.export(_aside(path) / name)
     if spilled:

@@ -339,6 +339,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, caps
     run_here(on(corpus, train={'steps': steps}), tmp_path)
     said = capsys.readouterr().out
     assert (f'going on from checkpoint {checkpoint}' in said) == bool(checkpoint)
+    assert 'learning rate' not in said, 'a constant schedule has no length'
     with open(tmp_path / 'metrics.jsonl', 'a') as file:  # as if it had been killed further on
       file.write(json.dumps({'step': steps + 1, 'loss': 0.0}) + '\n')
   (tmp_path / 'metrics.jsonl').write_text(
@@ -352,6 +353,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, caps
     return [line['loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
 
   assert losses(tmp_path) == losses(straight)
+
+
+def test_what_changed_at_a_resume_is_said_and_a_jump_of_the_rate_warned_of(
+  corpus, tmp_path, capsys
+):
+  cosine = {'optimizer': {'schedule': 'cosine'}}
+  run_here(on(corpus, **cosine, train={'steps': 2}), tmp_path)
+  # The last config is that of the checkpoint, not that of a run which never came to one.
+  configs.save(on(corpus, **cosine, train={'steps': 4}), tmp_path)
+  capsys.readouterr()
+  run_here(on(corpus, **cosine, train={'steps': 4, 'log_every': 2}), tmp_path)
+  said = capsys.readouterr().out
+  assert (
+    'changed since checkpoint 2: train.log_every: 1 -> 2; train.steps: 2 -> 4\n'
+    'learning rate of step 3: 0.0055, before the change 0.001\n'
+    'WARNING: the learning rate jumps here, to 5.5 times what it was to be'
+  ) in said
+  lines = read_metrics(tmp_path / 'metrics.jsonl')
+  run_here(on(corpus, train={'steps': 5}, optimizer={'learning_rate': 0.001}), tmp_path)
+  said = capsys.readouterr().out
+  assert "optimizer.schedule: 'cosine' -> 'constant'" in said and 'before the change' not in said
+  assert 'jumps' not in said and len(lines) == 3
 
 
 def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
