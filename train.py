@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+import files
 import names
 from analysis import hardware
 from kernels import attention, context
@@ -61,6 +62,9 @@ STOPPED_CODE = flags.DEFINE_integer(
 HEARTBEAT = flags.DEFINE_integer(
   'heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.'
 )
+
+
+LOCK = 'lock'  # in a run's directory while a process trains there
 
 
 class Feed(NamedTuple):
@@ -247,7 +251,7 @@ def mendable():
   """What the person who started the run can mend ends it with one message, not with a traceback."""
   try:
     yield
-  except (ValueError, NotImplementedError, FileNotFoundError) as error:
+  except (ValueError, NotImplementedError, OSError) as error:
     sys.exit(f'error: {error}')
 
 
@@ -270,8 +274,18 @@ def run(
 ) -> bool:
   """Trains in `workdir`, from its last whole checkpoint on; returns whether a signal ended it.
 
-  profile, allow_change: as the flags.
+  profile, allow_change: as the flags. No other process trains there meanwhile.
   """
+  with contextlib.ExitStack() as held:
+    with mendable():
+      if jax.process_index() == 0:
+        remedy = 'wait until it ends, end it, or give another --workdir'
+        held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
+    return train(config, workdir, profile, allow_change)
+
+
+def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_change: bool) -> bool:
+  """What `run` does, in a directory that is this process's."""
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
 

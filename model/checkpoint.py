@@ -336,14 +336,18 @@ def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
     raise FileExistsError(
       f'{directory} is there already, and not empty; name another, or remove it'
     )
-  partial = directory.with_name(f'.{directory.name}.{os.getpid()}.partial')
-  partial.mkdir(parents=True)
-  try:
-    yield partial
-    os.replace(partial, directory)
-  except BaseException:
-    shutil.rmtree(partial)
-    raise
+  partial = directory.with_name(f'.{directory.name}.partial')
+  lock = directory.with_name(f'.{directory.name}.lock')
+  with files.locked(lock, str(directory), 'wait until it ends, or name another directory'):
+    if partial.exists():  # left by a process that was killed
+      shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+      yield partial
+      os.replace(partial, directory)
+    except BaseException:
+      shutil.rmtree(partial)
+      raise
 
 
 if __name__ == '__main__':

@@ -220,7 +220,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
   for number, step in zip(numbers, (6, 17), strict=True):
     process = runs.start(tmp_path)
     assert process.until(lambda: f'step {step}/40' in process.out())
+    if number == signal.SIGTERM:  # it stands still meanwhile, and is asked to stop when it goes on
+      process.process.send_signal(signal.SIGSTOP)
+      holder = f'{tmp_path} is in use by process {process.process.pid} on '
+      refused = runs.train(tmp_path)
+      assert_plain(refused, 'error: ', holder, 'or give another --workdir')
     process.process.send_signal(number)
+    process.process.send_signal(signal.SIGCONT)
     done = process.end()
     assert done.code == 0, done.error
     assert 'Traceback' not in done.error

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,6 +34,8 @@ from training.trainable import divided, joined
 from workdir.metrics import lowest
 
 SPILLED = 'spilled'
+# A checkpoint, what it has on disk until orbax has made its directory, and orbax's own.
+WRITTEN = re.compile(r'\d{8,}(\.spilled|\.orbax-checkpoint-tmp.*)?')
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
@@ -130,7 +133,8 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps with a record, ascending; says nothing of their files."""
-    return sorted(int(path.stem) for path in self.directory.glob('*.json') if path.stem.isdecimal())
+    names_ = [path.stem for path in self.directory.glob('*.json') if path.stem.isdecimal()]
+    return sorted(int(name) for name in names_ if name == self._path(int(name)).name)
 
   def record(self, step: int) -> dict:
     """What the record of `step` holds, or ValueError if it cannot be read."""
@@ -352,10 +356,12 @@ class Checkpoints:
         shutil.rmtree(path)
 
   def _unfinished(self) -> list[pathlib.Path]:
-    """Directories without a record."""
+    """Directories without a record, of those whose names a run writes: others are a person's."""
     names_ = {self._path(step).name for step in self.steps()}
     return sorted(
-      path for path in self.directory.glob('*') if path.is_dir() and path.name not in names_
+      path
+      for path in self.directory.glob('*')
+      if path.is_dir() and path.name not in names_ and WRITTEN.fullmatch(path.name)
     )
 
   def _path(self, step: int) -> pathlib.Path:

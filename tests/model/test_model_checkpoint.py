@@ -382,3 +382,17 @@ def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
   assert '8,030,261,248 parameters' in lines[0]
   assert [float(x) for x in lines[3].split()] == [1, 14.958, 44.873]
   assert [float(x) for x in lines[6].split()] == [8, 1.870, 5.609]
+
+
+def test_one_process_writes_a_directory_and_takes_away_what_a_killed_one_left(tmp_path):
+  (tmp_path / '.new.partial').mkdir()
+  (tmp_path / '.new.partial' / 'half').touch()
+  with checkpoint.new_directory(tmp_path / 'new') as partial:
+    (partial / 'whole').touch()
+    with pytest.raises(ValueError, match='new is in use by this process already; wait'):
+      with checkpoint.new_directory(tmp_path / 'new'):
+        pass
+  assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob('*'))] == [
+    'new',
+    'new/whole',
+  ]

@@ -263,6 +263,22 @@ def test_a_half_written_directory_is_named_and_not_used(copy):
   assert '00000004.orbax-checkpoint-tmp' in log[1]
 
 
+def test_only_what_a_run_writes_is_removed(copy, mesh):
+  checkpoints, log = copy
+  for name in ('backup', '00000003.mine', '3', '00000003 (copy)'):
+    shutil.copytree(checkpoints.directory / '00000003', checkpoints.directory / name)
+  shutil.copy(checkpoints.directory / '00000003.json', checkpoints.directory / '3.json')
+  left = ('00000004', '00000004.spilled', '00000004.orbax-checkpoint-tmp', '123456789')
+  for name in left:
+    (checkpoints.directory / name).mkdir()
+  assert checkpoints.steps() == [1, 2, 3]
+  assert checkpoints.latest() == 3 and len(log) == len(left)
+  save(checkpoints, 5)
+  names = {path.name for path in checkpoints.directory.iterdir()}
+  assert {'backup', '00000003.mine', '3', '3.json', '00000003 (copy)'} < names
+  assert not names & {*left}
+
+
 def test_a_record_without_its_directory_is_damaged(copy):
   checkpoints, log = copy
   shutil.rmtree(checkpoints.directory / '00000003')
