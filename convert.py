@@ -7,6 +7,11 @@
 Tensors stream (model/checkpoint.py): neither needs a model to fit this machine's memory twice.
 """
 
+from parallel import hosts
+
+if __name__ == '__main__':
+  hosts.leave_at_signals()
+
 import argparse
 import dataclasses
 import functools
@@ -16,6 +21,7 @@ import sys
 
 import jax
 
+import commands
 import files
 import names
 from data import tokenizers
@@ -240,8 +246,9 @@ def main(arguments: list[str] | None = None) -> None:
   except re.error as error:
     sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')
   except (ValueError, NotImplementedError, OSError) as error:
-    sys.exit(f'error: {error}')
+    sys.exit(f'error: {commands.said(error)}')
 
 
 if __name__ == '__main__':
-  main()
+  hosts.heed_interrupts(hosts.STOPPING)  # a directory that is half written goes
+  commands.end(main)

@@ -15,17 +15,16 @@ from parallel import hosts
 
 if __name__ == '__main__':
   hosts.use_huge_pages()
+  hosts.leave_at_signals()
 
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import signal
-import sys
 
 from absl import app, flags, logging
 
+import commands
 import files
 import names
 from decode.constrain import Constraint
@@ -378,18 +377,10 @@ def stream(generator: Generator, given, prompts, options: dict) -> None:
 def main(arguments):
   names.only_flags(arguments, '--prompt="def main("')
   logging.set_verbosity(logging.WARNING)
-  try:
+  with commands.mendable(FloatingPointError, ImportError):
     run()
-  except (OSError, ValueError, FloatingPointError, ImportError, NotImplementedError) as error:
-    sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
   hosts.heed_interrupts()
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.stdout.flush()
-    print('\ninterrupted', file=sys.stderr, flush=True)
-    # At an orderly exit, threads that load or compile would have their say.
-    os._exit(128 + signal.SIGINT)
+  commands.end(lambda: app.run(main))

@@ -10,7 +10,10 @@ v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 
 import os
 
+from parallel import hosts
+
 if __name__ == '__main__':
+  hosts.leave_at_signals()
   # What is compiled for is asked of the compiler, not of this machine
   os.environ['JAX_PLATFORMS'] = 'cpu'
 
@@ -18,13 +21,13 @@ import dataclasses
 import functools
 import json
 import re
-import sys
 import time
 
 import jax
 from absl import app, flags, logging
 from jax.sharding import AxisType
 
+import commands
 import files
 import names
 import train
@@ -417,7 +420,7 @@ def main(arguments):
     if flag.present:
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
   logging.set_verbosity(logging.WARNING)
-  with train.mendable():
+  with commands.mendable():
     names.check('mode', MODE.value, MODES)
     if MODE.value == 'train' and (BATCH.present or CONTEXT.present or WEIGHTS.present):
       raise ValueError(
@@ -431,10 +434,8 @@ def main(arguments):
       )
 
     config = overrides.from_flag(train.CONFIG.value)
-    try:
+    with commands.mendable(ImportError):
       devices = aot.topology(TOPOLOGY.value, SLICES.value)
-    except ImportError as error:
-      sys.exit(f'error: {error}')
     if SEARCH.value:
       print('compiling candidates:', flush=True)
       plans = search(config, devices, log=functools.partial(print, flush=True))
@@ -464,4 +465,5 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  hosts.heed_interrupts()
+  commands.end(lambda: app.run(main))

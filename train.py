@@ -9,21 +9,23 @@ from parallel import hosts
 
 if __name__ == '__main__':
   hosts.use_huge_pages()
+  hosts.leave_at_signals()
 
 import contextlib
 import functools
 import itertools
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+import commands
 import files
 import names
 from analysis import hardware
+from commands import mendable
 from kernels import attention, context
 from model import params
 from objectives.objective import Batches
@@ -57,7 +59,11 @@ PROCESSES = flags.DEFINE_integer(
 )
 PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
 STOPPED_CODE = flags.DEFINE_integer(
-  'stopped_code', 0, 'Exit code of a run that a signal stopped, for launchers that start it again.'
+  'stopped_code',
+  0,
+  'Exit code of a run that a signal stopped, for launchers that start it again. Without it: 0 '
+  'where all was saved, 128 + the number of the signal where it came before the first step, or '
+  'twice.',
 )
 HEARTBEAT = flags.DEFINE_integer(
   'heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.'
@@ -236,6 +242,14 @@ def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> 
     )
 
 
+def check_writable(config: configs.Config) -> None:
+  """Raises OSError where what the run writes besides its directory cannot be, which would else be
+  found out after hours.
+  """
+  for directory in filter(None, (config.data.cache_dir, config.train.spill_dir)):
+    files.check_writable(pathlib.Path(directory) / 'writable')
+
+
 def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
   """Writes what makes the directory this run's. Raises ValueError where another process does not
   see it.
@@ -244,15 +258,6 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
     configs.save(config, workdir)
     tokenizer.save(workdir / 'tokenizer')
   hosts.check_shared(workdir / configs.FILE)
-
-
-@contextlib.contextmanager
-def mendable():
-  """What the person who started the run can mend ends it with one message, not with a traceback."""
-  try:
-    yield
-  except (ValueError, NotImplementedError, OSError) as error:
-    sys.exit(f'error: {error}')
 
 
 def main(arguments):
@@ -278,6 +283,7 @@ def run(
   """
   with contextlib.ExitStack() as held:
     with mendable():
+      check_writable(config)
       if jax.process_index() == 0:
         remedy = 'wait until it ends, end it, or give another --workdir'
         held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
@@ -421,4 +427,5 @@ def described(config: configs.Config, cost: RunCost) -> str:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  hosts.heed_interrupts(hosts.STOPPING)
+  commands.end(lambda: app.run(main), hosts.stopped_code())

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -50,7 +51,15 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
       names.check(
         'config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py'))
       )
-    config = super().parse(path)
+    try:
+      config = super().parse(path)
+    except SyntaxError as error:
+      raise ValueError(f'{error.filename}:{error.lineno}: {error.msg}') from error
+    except Exception as error:
+      raise ValueError(_place(file, error)) from error
+    # The library keeps one of the system until somebody reads a field.
+    if isinstance(kept := getattr(config, '__dict__', {}).get('_error'), OSError):
+      raise ValueError(_place(file, kept)) from kept
     if not isinstance(config, Config):
       raise ValueError(
         f'get_config() of {path} returned {type(config).__name__}; it must return a '
@@ -74,6 +83,21 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     for override in overrides:
       _check_path(config, override.split('=')[0])
     return config
+
+
+def _place(file: str, error: Exception) -> str:
+  """What a config file failed at, behind its line; of what the library raises, which says it with
+  its traceback, what it was raised because of.
+  """
+  if isinstance(error, (TypeError, ValueError)) and error.__context__ is not None:
+    error = error.__context__
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if os.path.realpath(frame.filename) == os.path.realpath(file)
+  ]
+  kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+  return f'{":".join([file, *map(str, lines[-1:])])}: {kind}{error}'
 
 
 def _first(overrides: list[str], name: str, example: str) -> str:

@@ -12,6 +12,8 @@ matches its digest.
 """
 
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -19,7 +21,8 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -39,8 +42,33 @@ WRITTEN = re.compile(r'\d{8,}(\.spilled|\.orbax-checkpoint-tmp.*)?')
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-  """Orbax warns at every save that it merges no OCDBT files, which it was told not to write."""
-  return not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT')
+  """Orbax warns at every save that it merges no OCDBT files, which it was told not to write; and
+  what a thread of its ran into is raised by `wait`, with all that it says a second time.
+  """
+  said = str(record.msg)
+  return not said.startswith('[process=%s][thread=%s] Skipping merge of OCDBT') and not (
+    'orbax' in record.pathname and record.exc_info
+  )
+
+
+@functools.cache
+def _quieten() -> None:
+  """Once for the process."""
+  logging.getLogger('absl').addFilter(_worth_saying)
+  sys.excepthook, sys.unraisablehook = _quiet(sys.excepthook), _quiet(sys.unraisablehook)
+
+
+def _quiet(hook: Callable) -> Callable:
+  """A hook of `sys` that does not show what TensorStore's threads raise, hundreds of times, when
+  the loop that waited for them has failed and is gone.
+  """
+
+  def quiet(*what):
+    error = what[1] if len(what) > 1 else what[0].exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
+      hook(*what)
+
+  return quiet
 
 
 class Checkpoints:
@@ -91,7 +119,7 @@ class Checkpoints:
     # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes
     # twice the time.
     if self._orbax is None:
-      logging.getLogger('absl').addFilter(_worth_saying)
+      _quieten()
       self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
     leaves = named_leaves(state)
     shapes = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
@@ -122,7 +150,8 @@ class Checkpoints:
     if spilled:
       hosts.barrier(f'checkpoint {step} holds what was on disk')
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), leaves)
-    self._orbax.save(path, args=ocp.args.PyTreeSave(leaves, save_args=pieces))
+    with _by_the_system(path):
+      self._orbax.save(path, args=ocp.args.PyTreeSave(leaves, save_args=pieces))
     self._writing = self._writer.submit(self._commit, step, record)
 
   def wait(self) -> None:
@@ -323,7 +352,8 @@ class Checkpoints:
       )
 
   def _commit(self, step: int, record: dict) -> None:
-    self._orbax.wait_until_finished()
+    with _by_the_system(self._path(step)):
+      self._orbax.wait_until_finished()
     if jax.process_index() == 0:
       self._seal_and_tidy(step, record)
     hosts.barrier(f'checkpoint {step} is whole')
@@ -381,6 +411,20 @@ def _former(name: str) -> str:
 def _aside(path: pathlib.Path) -> pathlib.Path:
   """Where files of a checkpoint are until orbax has made its directory."""
   return path.with_suffix('.' + SPILLED)
+
+
+@contextlib.contextmanager
+def _by_the_system(path: pathlib.Path) -> Iterator[None]:
+  """What the operating system refused comes as an OSError about `path`, though TensorStore says it
+  as a ValueError behind hundreds of lines.
+  """
+  try:
+    yield
+  except ValueError as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if not code:
+      raise
+    raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def _seal(record: dict) -> dict:

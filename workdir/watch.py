@@ -132,7 +132,9 @@ class Watch:
         self._file.close()
         self._view.close()
     if self._tensorboard:
-      self._tensorboard.close()
+      # What ends the run is the first error, not one that follows from it.
+      with contextlib.suppress(*(() if kind is None else (Exception,))):
+        self._tensorboard.close()
 
   def step(self, step: int, metrics: Mapping[str, Any], tokens: int) -> dict[str, float] | None:
     """Takes over step `step`, just dispatched, and returns the numbers of the step before it, once
