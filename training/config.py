@@ -446,7 +446,12 @@ IDENTITY = (
   'train.trained',
   'train.frozen',
 )
-INDIFFERENT = ('data.cache_dir', *(f'model.execution.{name}' for name in FREE))
+# What lies at data.tokenizer.path is part of the data's key.
+INDIFFERENT = (
+  'data.cache_dir',
+  'data.tokenizer.path',
+  *(f'model.execution.{name}' for name in FREE),
+)
 
 
 def differences(old: Config, new: Config) -> list[str]:
