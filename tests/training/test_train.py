@@ -468,7 +468,9 @@ def test_a_run_goes_on_though_what_it_began_with_has_moved(corpus, tmp_path, mon
   """It has model and tokenizer of its own, and on the command line stands still where it began."""
   base, workdir = tmp_path / 'base', tmp_path / 'run'
   run_here(on(corpus, train={'steps': 1}), base)
-  begin = dataclasses.replace(on(corpus), init=str(base), model=ModelConfig(remat='full'))
+  begin = dataclasses.replace(
+    on(corpus), init=str(base), model=ModelConfig(execution=ExecutionConfig(remat='full'))
+  )
   data = dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
   begin = dataclasses.replace(begin, data=data)
   monkeypatch.setattr(sys, 'argv', ['train.py', f'--workdir={workdir}'])
