@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  commands = parser.add_subparsers(required=True)
+  kinds = parser.add_subparsers(required=True)
 
   reading = argparse.ArgumentParser(add_help=False)
   reading.add_argument(
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
   )
 
   def command(name, run, help_, *parents):
-    made = commands.add_parser(name, help=help_, parents=parents)
+    made = kinds.add_parser(name, help=help_, parents=parents)
     made.set_defaults(run=run)
     return made
 
@@ -242,6 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
   )
   options = parser.parse_args(arguments)
   try:
+    for name in ('workdir', 'from', 'to', 'directory'):
+      files.check_local(name, getattr(options, name, ''))
     options.run(options)
   except re.error as error:
     sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,18 @@ def replace(path: str | os.PathLike, data: bytes | str) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
+
+
+def check_local(what: str, path: str | os.PathLike) -> None:
+  """Raises ValueError for the address of something that is reached otherwise than through the file
+  system, which would be taken for a directory of that name.
+  """
+  scheme = re.match(r'([a-z][a-z0-9+.-]*):/', str(path))
+  if scheme:
+    raise ValueError(
+      f'{what}={path} is an address ({scheme[1]}), and files are read and written on file systems '
+      'here; mount it as a directory (gcsfuse, mount-s3, ...) and give that, or copy it'
+    )
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -185,6 +185,8 @@ def check_flags() -> None:
   """Raises ValueError for flags that do not go together, and for an output that could not be
   written, before anything takes time.
   """
+  for flag in (WORKDIR, OPTIONS['draft'], OUTPUT, PROMPTS):
+    files.check_local(f'--{flag.name}', flag.value or '')
   if PROMPTS.value is not None and PROMPT.value != ['']:
     raise ValueError('--prompt and --prompts: give one of the two')
 

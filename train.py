@@ -12,6 +12,7 @@ if __name__ == '__main__':
   hosts.leave_at_signals()
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -158,11 +159,13 @@ def train_steps(
     return bool(n) and step % n == 0
 
   state, progress = begun.state, begun.progress
-  tokens = config.data.batch_size * config.data.sequence_length
+  count = jax.jit(config.objective.tokens)
   norms, impatient = None, ''
   for step in range(begun.step + 1, config.train.steps + 1):
     profile.before(step)
-    state, metrics, step_norms = train_step(state, feed.take(state))
+    batch = feed.take(state)
+    tokens = count(batch)
+    state, metrics, step_norms = train_step(state, batch)
     profile.after(step, metrics)
     check_finite(watch.step(step, metrics, tokens), norms, config, checkpoints)
     norms = step_norms
@@ -242,11 +245,15 @@ def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> 
     )
 
 
-def check_writable(config: configs.Config) -> None:
-  """Raises OSError where what the run writes besides its directory cannot be, which would else be
-  found out after hours.
+def check_places(config: configs.Config) -> None:
+  """Raises ValueError or OSError where what the run reads and writes besides its directory cannot
+  be, which would else be found out after hours.
   """
-  for directory in filter(None, (config.data.cache_dir, config.train.spill_dir)):
+  places = {'data.cache_dir': config.data.cache_dir, 'train.spill_dir': config.train.spill_dir}
+  read = {f'data.sources[{i}].path': source.path for i, source in enumerate(config.data.sources)}
+  for name, path in (places | read | {'data.tokenizer.path': config.data.tokenizer.path}).items():
+    files.check_local(name, path)
+  for directory in filter(None, places.values()):
     files.check_writable(pathlib.Path(directory) / 'writable')
 
 
@@ -267,6 +274,7 @@ def main(arguments):
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)
   with mendable():
+    files.check_local('--workdir', WORKDIR.value)
     config = overrides.from_flag(CONFIG.value)
     together = hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
   with together:
@@ -283,7 +291,8 @@ def run(
   """
   with contextlib.ExitStack() as held:
     with mendable():
-      check_writable(config)
+      files.check_local('--workdir', workdir)
+      check_places(config)
       if jax.process_index() == 0:
         remedy = 'wait until it ends, end it, or give another --workdir'
         held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
@@ -299,6 +308,9 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
   with mendable():
     program.check_models(config)
     mesh = make_mesh(config.mesh)
+    # What can be known without the data is, and again with it.
+    config.check_mesh(dict(mesh.shape))
+    configs.check_unchanged(sized(config, workdir), workdir, allow_change)
   jax.set_mesh(mesh)
   log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
 
@@ -381,6 +393,21 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
       pipeline.describe(config.model.stacks, config.model.execution.pipeline, mesh.shape['stage'])
     )
   return prepared, config
+
+
+def sized(config: configs.Config, workdir: pathlib.Path) -> configs.Config:
+  """The config with the sizes that it leaves open as the run in the directory had them."""
+  if not (workdir / configs.FILE).exists():
+    return config
+  before = configs.load(workdir).model
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      config.model,
+      vocabulary=config.model.vocabulary or before.vocabulary,
+      max_length=config.model.max_length or before.max_length,
+    ),
+  )
 
 
 def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:

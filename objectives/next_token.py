@@ -57,6 +57,9 @@ class NextToken(Objective):
   def batch_like(self, config):
     return Batch.abstract(config.batch_size, config.sequence_length)
 
+  def tokens(self, batch):
+    return jnp.count_nonzero(batch.segments)
+
   def weights(self, batch):
     return {self.term: jnp.sum(batch.weights)}
 

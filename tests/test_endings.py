@@ -15,8 +15,8 @@ from absl import flags
 
 import commands
 import train
-from data.config import DataConfig
-from tests.test_commands import Process, Runs
+from data.config import DataConfig, SourceConfig
+from tests.test_commands import ROOT, Process, Runs
 from training import overrides
 from training.config import Config, TrainConfig
 from workdir.checkpoint import Checkpoints
@@ -225,3 +225,30 @@ def test_a_config_file_that_fails_is_said_with_its_line(tmp_path, monkeypatch, t
   overrides.define_flag(values)
   with pytest.raises(flags.IllegalFlagValueError, match=said):
     values(sys.argv)
+
+
+@pytest.mark.parametrize(
+  'command, said',
+  [
+    (['train.py', '--config=configs/tiny.py', '--workdir=gs://b/run'], '--workdir=gs://b/run'),
+    (['generate.py', '--workdir=s3://b/run'], '--workdir=s3://b/run'),
+    (['convert.py', 'export', '--workdir=runs/x', '--to=gs://b/x'], 'to=gs://b/x'),
+  ],
+  ids=['train', 'generate', 'convert'],
+)
+def test_addresses_are_refused_before_anything_is_made(tmp_path, command, said):
+  done = Process(tmp_path, *command).end()
+  assert done.code == 1 and f'error: {said} is an address' in done.error.splitlines()[-1]
+  assert 'Traceback' not in done.error and not done.out
+  assert not (ROOT / 'gs:').exists() and not (ROOT / 's3:').exists()
+
+
+def test_addresses_in_a_config_are_refused(tmp_path):
+  for changes in (
+    {'data': DataConfig(cache_dir='gs://b/cache')},
+    {'train': TrainConfig(offload_optimizer='disk', spill_dir='s3:/b')},
+    {'data': DataConfig(sources=(SourceConfig(kind='text', path='https://x.org/a.txt'),))},
+  ):
+    with pytest.raises(SystemExit, match=r'error: (data|train)\..* is an address .*mount it'):
+      train.run(Config(**changes), tmp_path / 'run')
+  assert not [*tmp_path.iterdir()]

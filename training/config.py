@@ -446,7 +446,8 @@ IDENTITY = (
   'train.trained',
   'train.frozen',
 )
-INDIFFERENT = ('data.cache_dir', *(f'model.execution.{name}' for name in FREE))
+# What lies at data.tokenizer.path is part of the data's key.
+INDIFFERENT = ('data.cache_dir', 'data.tokenizer.path', *(f'model.execution.{x}' for x in FREE))
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -476,13 +477,12 @@ def check_unchanged(
   """Raises ValueError where the directory was begun with another model or data order, unless that
   is allowed.
   """
-  changes = (
-    differences(load(directory), config) if (pathlib.Path(directory) / FILE).exists() else []
-  )
-  if changes and not allow_change:
+  begun = (pathlib.Path(directory) / FILE).exists()
+  lines = differences(load(directory), config) if begun else []
+  if lines and not allow_change:
     raise ValueError(
       f'{directory} was begun with another model or data order:\n  '
-      + '\n  '.join(changes)
+      + '\n  '.join(lines)
       + '\nUse another --workdir, or --allow_config_change to go on all the same.'
     )
 

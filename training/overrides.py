@@ -10,6 +10,7 @@ others may be: `init` and `objective.kind`.
 import dataclasses
 import os
 import pathlib
+import re
 import sys
 import traceback
 
@@ -17,11 +18,12 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags, config_path
 
+import files
 import names
 from data import tokenizers
 from data.config import TokenizerConfig
 from objectives import kinds
-from training.config import Config, from_dict, load, unknown_field
+from training.config import FILE, Config, from_dict, load, unknown_field
 
 
 def define_flag(among: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
@@ -71,7 +73,9 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
       if argument.startswith('--config.')
     ]
     try:
-      begun = _begun(config, _first(overrides, 'init', 'DIRECTORY') or config.init)
+      init = _first(overrides, 'init', 'DIRECTORY') or config.init
+      files.check_local('config.init', init)
+      begun = _begun(config, init, _taken_over(init))
     except FileNotFoundError as error:
       raise ValueError(f'config.init: {error}') from error
     kind = _first(overrides, 'objective.kind', 'NAME')
@@ -143,9 +147,20 @@ def _check_path(config: ConfigDict, path: str) -> None:
       holder, walked = holder[part], f'{walked}.{part}'
 
 
-def _begun(config: Config, init: str) -> dict:
+def _taken_over(init: str) -> str:
+  """Where what a run took from `init` is to be read: there, or, where it is gone and the command
+  line's --workdir is a run that began with it, in that one, which has kept model and tokenizer.
+  """
+  if not init or (pathlib.Path(init) / FILE).exists():
+    return init
+  given = re.findall(r'(?<= )--?workdir[= ](\S+)', ' '.join(['', *sys.argv[1:]]))
+  own = given[-1] if given else ''
+  return own if own and (pathlib.Path(own) / FILE).exists() and load(own).init == init else init
+
+
+def _begun(config: Config, init: str, kept: str = '') -> dict:
   """The parts of a config that change where it begins with the run at `init`;
-  not yet checked together.
+  not yet checked together. kept: where what it takes from there is read, if elsewhere.
 
   Fields of config.model that are not at their default replace that run's (remat, a window, ...);
   where they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes
@@ -154,9 +169,9 @@ def _begun(config: Config, init: str) -> dict:
   """
   if not init:
     return {}
-  model, data = load(init).model, config.data
+  model, data = load(kept or init).model, config.data
   if data.tokenizer == TokenizerConfig():
-    path = pathlib.Path(init) / 'tokenizer'
+    path = pathlib.Path(kept or init) / 'tokenizer'
     kind = tokenizers.load(path).kind
     data = dataclasses.replace(
       data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))

@@ -3,8 +3,10 @@ not; resumed is uninterrupted.
 """
 
 import dataclasses
+import itertools
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from conftest import (
   tiny,
 )
 
-from data.config import TokenizerConfig
+from data.config import SourceConfig, TokenizerConfig
 from kernels import flash_gpu, mosaic_gpu_compat
 from kernels.blocks import Blocks
 from model.config import ModelConfig, MoEConfig
@@ -377,6 +379,24 @@ def test_what_changed_at_a_resume_is_said_and_a_jump_of_the_rate_warned_of(
   assert 'jumps' not in said and len(lines) == 3
 
 
+def test_tokens_of_a_run_are_those_that_are_no_padding(corpus, tmp_path):
+  """Counted on the host, in the batches that the run read: what rates, MFU and the report say."""
+  texts = ['a' * (3 + i % 9) + f' {i}' for i in range(200)]
+  source = tmp_path / 'short.jsonl'
+  source.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  sources = (SourceConfig(kind='jsonl', path=str(source), text_field='text'),)
+  config = on(corpus, data={'sources': sources}, train={'steps': 3}, mesh={'fsdp': 4, 'context': 2})
+  run_here(config, tmp_path / 'run')
+  config = configs.load(tmp_path / 'run')
+  prepared = config.objective.read(config.data, lambda _: None)
+  batches = config.objective.batches(prepared, config.data, range(config.data.batch_size))
+  real = [int((batches.take(None).segments > 0).sum()) for _ in range(3)]
+  assert sum(real) < 0.9 * 3 * 8 * 16, 'or this test says nothing'
+  lines = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  assert [line['tokens'] for line in lines] == list(itertools.accumulate(real))
+  assert lines[1]['tokens_per_second'] * lines[1]['step_seconds'] == pytest.approx(real[1])
+
+
 def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
   run_here(on(corpus, train={'steps': 4}), tmp_path)
   run_here(on(corpus, mesh={'data': 2, 'fsdp': 4}), tmp_path)
@@ -444,6 +464,33 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
     run_here(begun(wrong), tmp_path / 'other')
 
 
+def test_a_run_goes_on_though_what_it_began_with_has_moved(corpus, tmp_path, monkeypatch, capsys):
+  """It has model and tokenizer of its own, and on the command line stands still where it began."""
+  base, workdir = tmp_path / 'base', tmp_path / 'run'
+  run_here(on(corpus, train={'steps': 1}), base)
+  begin = dataclasses.replace(
+    on(corpus), init=str(base), model=ModelConfig(execution=ExecutionConfig(remat='full'))
+  )
+  data = dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
+  begin = dataclasses.replace(begin, data=data)
+  monkeypatch.setattr(sys, 'argv', ['train.py', f'--workdir={workdir}'])
+
+  def resume(steps):
+    config = dataclasses.replace(begin, train=dataclasses.replace(begin.train, steps=steps))
+    parts = overrides._begun(config, config.init, overrides._taken_over(config.init))
+    run_here(dataclasses.replace(config, **parts), workdir)
+
+  resume(2)
+  base.rename(tmp_path / 'moved')
+  capsys.readouterr()
+  resume(4)
+  assert 'going on from checkpoint 2' in capsys.readouterr().out
+  assert steps_logged(workdir) == [1, 2, 3, 4]
+  monkeypatch.setattr(sys, 'argv', ['train.py', f'--workdir={tmp_path / "other"}'])
+  with pytest.raises(FileNotFoundError, match='base is not the directory of a run'):
+    resume(4)
+
+
 def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
   (straight / 'report.md').unlink()
   before = sorted(path.name for path in (straight / 'checkpoints').iterdir())
@@ -457,6 +504,10 @@ def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsy
 
 def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(straight, corpus):
   kept = {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()}
+  # Without the corpus, which is not looked at for this.
+  gone = (SourceConfig(kind='text', path='gone'),)
+  with pytest.raises(SystemExit, match='model.width: 32 -> 64'):
+    run_here(on(corpus, model={'width': 64, 'vocabulary': 0}, data={'sources': gone}), straight)
   other = on(corpus, model={'width': 64}, data={'seed': 1}, train={'steps': 9})
   with pytest.raises(
     SystemExit, match=r'(?s)data\.seed: 0 -> 1.*model\.width: 32 -> 64.*--allow_config_change'
