@@ -22,6 +22,7 @@ import files
 import names
 from data import tokenizers
 from data.config import TokenizerConfig
+from model.execution import ExecutionConfig
 from objectives import kinds
 from training.config import FILE, Config, from_dict, load, unknown_field
 
@@ -163,6 +164,7 @@ def _begun(config: Config, init: str, kept: str = '') -> dict:
   not yet checked together. kept: where what it takes from there is read, if elsewhere.
 
   Fields of config.model that are not at their default replace that run's (remat, a window, ...);
+  parameters become f32 where nobody says otherwise;
   where they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes
   that run's; another one replaces it. The flag --config does this before it applies overrides, so
   that these hold whatever their value is. Raises FileNotFoundError where there is no run.
@@ -176,6 +178,9 @@ def _begun(config: Config, init: str, kept: str = '') -> dict:
     data = dataclasses.replace(
       data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))
     )
+  # An update is often less than bf16 can add to a parameter: what is trained is f32 unless the
+  # config says otherwise, whatever it was kept in.
+  model = model.with_execution(parameter_dtype=ExecutionConfig.parameter_dtype)
   return {'model': _over(model, config.model), 'data': data, 'init': init}
 
 

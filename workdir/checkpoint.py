@@ -302,8 +302,8 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
   def model(self, target, step: int | None = None, some: bool = False):
-    """The main model of `step`, by default the last whole one, in the shape of `target`; what of it
-    is by reference, from there.
+    """The main model of `step`, by default the last whole one, in the shape and the types of
+    `target`, whatever types it was kept in; what of it is by reference, from there.
 
     some: whether `target` may be a part of it. Raises FileNotFoundError where there is none.
     """
@@ -319,13 +319,35 @@ class Checkpoints:
     main = MAIN if MAIN in kept or len(kept) != 1 else kept.pop()
     reference = record.get('references', {}).get(main)
     if not reference:
-      return self.restore(step, target, f'models.{main}', some)
+      return self._converted(step, target, f'models.{main}', some)
     here, there = divided({main: target}, lambda name: f'models.{name}' in record['leaves'])
     base = Checkpoints(reference['directory'], log=self._log)
     base.check(reference)
-    here = self.restore(step, here[main], f'models.{main}', some)
+    here = self._converted(step, here[main], f'models.{main}', some)
     there = base.model(there[main], reference['step'], some=True)
     return joined({main: here}, {main: there})[main]
+
+  def _converted(self, step: int, target, only: str, some: bool):
+    """As restore, but floats kept in another type become those of `target`: exactly, where they
+    get wider.
+    """
+    types = {name: dtype for name, (_, dtype) in self.record(step)['leaves'].items()}
+
+    def kept(name, x):
+      dtype = types.get(name, types.get(_former(name), x.dtype))
+      float_ = all(jnp.issubdtype(d, jnp.floating) for d in (dtype, x.dtype))
+      return jax.ShapeDtypeStruct(x.shape, dtype if float_ else x.dtype, sharding=x.sharding)
+
+    leaves = named_leaves(target, only)
+    as_kept = jax.tree.unflatten(
+      jax.tree.structure(target), [kept(name, x) for name, x in leaves.items()]
+    )
+    model = self.restore(step, as_kept, only, some)
+    if jax.tree.map(lambda x: x.dtype, as_kept) == jax.tree.map(lambda x: x.dtype, target):
+      return model
+    return jax.tree.map(
+      lambda x, wanted: x if x.dtype == wanted.dtype else _cast(x, wanted.dtype), model, target
+    )
 
   def reference(self, step: int) -> dict:
     """What `check` knows a checkpoint by, JSON-able: its directory, step and digest."""
@@ -411,6 +433,11 @@ def _former(name: str) -> str:
 def _aside(path: pathlib.Path) -> pathlib.Path:
   """Where files of a checkpoint are until orbax has made its directory."""
   return path.with_suffix('.' + SPILLED)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(x: jax.Array, dtype) -> jax.Array:
+  return x.astype(dtype)
 
 
 @contextlib.contextmanager

@@ -464,6 +464,42 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
     run_here(begun(wrong), tmp_path / 'other')
 
 
+def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path):
+  """At a small rate bf16 loses nine of ten updates, and all of norms, whose scales are near 1."""
+  half = ModelConfig(execution=ExecutionConfig(parameter_dtype='bfloat16'))
+  base = on(corpus, train={'steps': 1})
+  base = dataclasses.replace(
+    base, model=base.model.with_execution(parameter_dtype='bfloat16', dtype='bfloat16')
+  )
+  run_here(base, tmp_path / 'base')
+  small = {'optimizer': {'learning_rate': 2e-5}, 'train': {'steps': 2, 'save_every': 2}}
+  begin = dataclasses.replace(on(corpus, **small), init=str(tmp_path / 'base'), model=ModelConfig())
+  data = dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
+  begin = dataclasses.replace(begin, data=data)
+  before = state_of(tmp_path / 'base', 1)
+
+  def moved(model, workdir):
+    run_here(begun(dataclasses.replace(begin, model=model)), workdir)
+    after = {
+      name: x for name, x in state_of(workdir, 2).items() if name.startswith('models.policy.')
+    }
+    shares = {
+      name: float((x.astype(np.float32) != before[name].astype(np.float32)).mean())
+      for name, x in after.items()
+    }
+    return {str(x.dtype) for x in after.values()}, shares
+
+  types, shares = moved(ModelConfig(), tmp_path / 'tuned')
+  norms = [name for name in shares if 'norm' in name]
+  assert (
+    types == {'float32'} and configs.load(tmp_path / 'tuned').model.execution.dtype == 'bfloat16'
+  )
+  assert norms and all(shares[name] > 0.9 for name in norms)
+  # What is asked for holds.
+  types, lost = moved(half, tmp_path / 'lost')
+  assert types == {'bfloat16'} and all(lost[name] == 0 for name in norms)
+
+
 def test_a_run_goes_on_though_what_it_began_with_has_moved(corpus, tmp_path, monkeypatch, capsys):
   """It has model and tokenizer of its own, and on the command line stands still where it began."""
   base, workdir = tmp_path / 'base', tmp_path / 'run'
