@@ -1,4 +1,4 @@
-"""How are more prompts completed than an engine has rows? Some begin, and others join as rows become
+"""How are more prompts completed than an engine has rows? Some begin, and others join as rows get
 free.
 
 It is the simplest user of an engine: what comes next is read when it is there, and no one is in a

@@ -30,7 +30,8 @@ from parallel.mesh import MeshConfig
 class Generator(LoadedModel):
   """A model with its tokenizer, on a mesh, that is asked for text.
 
-  Attributes: those of decode.loaded.LoadedModel, of which `report` is of the last call that has ended.
+  Attributes: those of decode.loaded.LoadedModel, of which `report` is of the last call that has
+  ended.
   """
 
   @classmethod

@@ -201,7 +201,7 @@ def _local(
   relative = scoring.relative
   if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
     top, total, mixed = cached_tpu.blocks(
-      q, held, layer, first, lengths, queries[:, 0], scoring, T=T, Hv=Hv, rows=rows
+      q, held, (layer, first), lengths, queries[:, 0], scoring, T=T, Hv=Hv, rows=rows
     )
   else:
     if relative is not None:
@@ -210,8 +210,7 @@ def _local(
     top, total, mixed = blocks(
       q,
       held,
-      layer,
-      first,
+      (layer, first),
       lengths,
       queries,
       dataclasses.replace(scoring, relative=relative),
@@ -254,8 +253,7 @@ def products(
 def blocks(
   q: Float[Array, 'B K M H'],
   held: Held,
-  layer,
-  first,
+  at: tuple,
   lengths: Int[Array, 'B'],
   queries: Int[Array, 'B T'],
   scoring: Scoring,
@@ -267,23 +265,16 @@ def blocks(
   """What a device's slots give to the softmax: its greatest score, the sum of weights, and the
   weighted sum of values, wide.
 
-  q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first`
-  on. offset: of the first slot. rows: [B] of the buffers, or None: all, in order. A relative's table is [buckets, K, G]; sinks join later, when all
-  slots' shares are together.
+  q: of M = G x T queries of a key head, those of a head side by side. at: the layer, and the first
+  of the key heads. offset: of the first slot. rows: [B] of the buffers, or None: all, in order. A
+  relative's table is [buckets, K, G]; sinks join later, when all slots' shares are together.
   """
   B, K, M, H = q.shape
   S, window = held.slots, scoring.mask.window
   block, wide = min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
 
   def cut(buffer, start):
-    """A block of this layer's slots [B, K, block, ...]."""
-    at = (layer, 0, first, start, *(0,) * (buffer.ndim - 4))
-    if rows is None:
-      return jax.lax.dynamic_slice(buffer, at, (1, B, K, block, *buffer.shape[4:]))[0]
-    # One by one: they are few, and compilers make less of a gather than of slices.
-    size = (1, 1, K, block, *buffer.shape[4:])
-    each = [jax.lax.dynamic_slice(buffer, (at[0], row, *at[2:]), size)[0] for row in rows]
-    return jnp.concatenate(each)
+    return _cut(buffer, at, start, (B, K, block), rows)
 
   def step(index, carry):
     top, total, mixed = carry
@@ -334,6 +325,19 @@ def blocks(
     begin = jnp.maximum(queries.min() - window + 1 - offset, 0) // block
   with jax.named_scope(f'{FILLED}{S // block}'):
     return jax.lax.fori_loop(begin, -(-filled // block), step, empty)
+
+
+def _cut(buffer, at, start, shape, rows):
+  """A block of a layer's slots, [B, K, block, ...] of `shape`."""
+  (layer, first), (B, K, block), rest = at, shape, buffer.shape[4:]
+  behind = (first, start, *(0,) * len(rest))
+  if rows is None:
+    return jax.lax.dynamic_slice(buffer, (layer, 0, *behind), (1, B, K, block, *rest))[0]
+  # One by one: they are few, and compilers make less of a gather than of slices.
+  size = (1, 1, K, block, *rest)
+  return jnp.concatenate(
+    [jax.lax.dynamic_slice(buffer, (layer, row, *behind), size)[0] for row in rows]
+  )
 
 
 def _scores(q, keys, scales, where, used, queries, scoring):

@@ -145,8 +145,7 @@ def _kernel(
 def blocks(
   q,
   held,
-  layer,
-  first,
+  at,
   lengths,
   starts,
   scoring: Scoring,
@@ -159,7 +158,7 @@ def blocks(
   """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a
   row at starts [B].
 
-  q: [B, K, G x T, H], of the key heads from `first` on.
+  q: [B, K, G x T, H].
   """
   B, K, M, H = q.shape
   S = held.slots
@@ -189,8 +188,7 @@ def blocks(
     _kernel, bounds=bounds, scoring=scoring, ring=held.ring, S=S, block=block, T=T, Hv=Hv
   )
 
-  # Which rows of the buffers these are is a matter of index maps only, and one more vector of
-  # scalars that they read.
+  # Which rows of the buffers these are is a matter of index maps, that read one more vector.
   named = () if rows is None else (rows,)
 
   def kernel(*refs):
@@ -215,7 +213,7 @@ def blocks(
     out_shape=[out(LANES), out(LANES), out(Hv)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
   )(
-    jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(first, jnp.int32)]),
+    jnp.stack([jnp.asarray(x, jnp.int32) for x in at]),
     lengths,
     starts,
     *named,

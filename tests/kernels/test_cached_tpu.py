@@ -58,10 +58,10 @@ def compare(T, S, window, softcap, latent, **how):
   scoring = Scoring(Mask(window=window), softcap=softcap, scale=0.3)
   how = dict(scoring=scoring, Hv=latent or H)
   expected = jax.jit(functools.partial(cached.blocks, **how))(
-    q, held, layer, first, lengths, queries
+    q, held, (layer, first), lengths, queries
   )
   kernel = functools.partial(cached_tpu.blocks, T=T, interpret=True, **how)
-  found = jax.jit(kernel)(q, held, layer, first, lengths, queries[:, 0])
+  found = jax.jit(kernel)(q, held, (layer, first), lengths, queries[:, 0])
 
   def mean(top, total, mixed):
     return mixed / jnp.where(total > 0, total, 1)[..., None]
@@ -164,7 +164,7 @@ def test_it_compiles(chip, case):
   with jax.set_mesh(make_mesh(MeshConfig(), [device])):
     text = (
       jax.jit(run)
-      .lower(shape((B, 1, M, H)), held, 0, 0, shape((B,), 'int32'), shape((B,), 'int32'))
+      .lower(shape((B, 1, M, H)), held, (0, 0), shape((B,), 'int32'), shape((B,), 'int32'))
       .compile()
       .as_text()
     )
