@@ -73,21 +73,35 @@ class CleanConfig:
     filters: quality rules, see data/clean.py: 'none', 'code' (StarCoder's)
       or 'prose' (Gopher's, C4's, FineWeb's).
     anonymise: kinds replaced by placeholders such as <EMAIL>: 'email', 'ip',
-      'phone', 'digits' (runs of nine or more).
+      'phone', 'digits' (runs of nine or more, cards, IBANs, US social security numbers); see
+      data/personal.py. Give () for fine-tuning, as configs/finetune.py does: a model that is to
+      copy a number from its prompt must see numbers.
     exact_duplicates: drop documents equal to an earlier one up to case and whitespace.
     near_duplicates: drop documents whose estimated Jaccard similarity (5-word shingles) with an
       earlier one is at least this; 0 switches the stage off.
+    word_list: a file of words and phrases, one a line; a document with any of them is dropped. None
+      comes with the code; '' drops nothing.
+    classifier: a file that `python -m data.labels` made of labelled lines; '' drops nothing.
+    classifier_threshold: the probability from which the classifier drops a document.
   """
 
   filters: str = 'none'
   anonymise: tuple[str, ...] = ANONYMISED_KINDS
   exact_duplicates: bool = True
   near_duplicates: float = 0.75
+  word_list: str = ''
+  classifier: str = ''
+  classifier_threshold: float = 0.5
 
   def __post_init__(self):
     names.check('clean.filters', self.filters, FILTER_PRESETS)
     for kind in self.anonymise:
       names.check('clean.anonymise', kind, ANONYMISED_KINDS)
+    if not 0 < self.classifier_threshold < 1:
+      raise ValueError(
+        f'clean.classifier_threshold={self.classifier_threshold} must be between 0 and 1, both '
+        'excluded'
+      )
     if self.near_duplicates != 0 and not 0.5 <= self.near_duplicates <= 1:
       raise ValueError(
         f'clean.near_duplicates={self.near_duplicates} must be 0 (off) or in [0.5, 1]: the MinHash '
@@ -135,7 +149,8 @@ class TokenizerConfig:
     _check_whole('tokenizer.training_bytes', self.training_bytes)
     if not 0 <= self.vocabulary <= MOST_IDS:
       raise ValueError(
-        f'tokenizer.vocabulary={self.vocabulary} must be in [0, {MOST_IDS}]; 0 takes the kind\'s own'
+        f'tokenizer.vocabulary={self.vocabulary} must be in [0, {MOST_IDS}]; 0 takes the '
+        'kind\'s own'
       )
     if self.trained and 0 < self.vocabulary < 512:
       raise ValueError(
@@ -201,9 +216,9 @@ class DataConfig:
       )
     if self.batch_size * self.sequence_length > MOST_POSITIONS:
       raise ValueError(
-        f'data.batch_size={self.batch_size} rows of data.sequence_length={self.sequence_length} are '
-        f'{self.batch_size * self.sequence_length:,} positions, of at most {MOST_POSITIONS:,}; lower '
-        'one of the two'
+        f'data.batch_size={self.batch_size} rows of data.sequence_length={self.sequence_length} '
+        f'are {self.batch_size * self.sequence_length:,} positions, of at most '
+        f'{MOST_POSITIONS:,}; lower one of the two'
       )
     if not 0 < self.validation_fraction < 1:
       raise ValueError(

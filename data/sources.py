@@ -80,8 +80,8 @@ def paths(source: SourceConfig) -> list[str]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-  """What a glob matches, some of it more than once. '**' enters no directory by a link, as glob.glob
-  does: a few links to the directories above them make 2^40 paths.
+  """What a glob matches, some of it more than once. '**' enters no directory by a link, as
+  glob.glob does: a few links to the directories above them make 2^40 paths.
   """
   parts = pattern.split('/')
   if '**' not in parts:
