@@ -117,8 +117,8 @@ def read_prompts(path: str) -> list[tuple[str, str | list]]:
     place = f'{path}:{number}'
     try:
       if line.strip():
-        prompts.append((place, prompt_of(json.loads(line.decode()))))
-    except json.JSONDecodeError as error:
+        prompts.append((place, prompt_of(json.loads(line.decode('utf-8-sig')))))
+    except (json.JSONDecodeError, RecursionError) as error:
       raise ValueError(f'{place}: not JSON ({error})') from error
     except UnicodeDecodeError as error:
       raise ValueError(

@@ -134,13 +134,21 @@ def corpus_key(config: DataConfig) -> str:
       within = [path]
     settings['path'] = sources.content_digest(within, memo)
 
+  cleaning = dataclasses.asdict(config.clean)
+  for name in ('word_list', 'classifier'):
+    if cleaning[name]:
+      path = os.path.expanduser(cleaning[name])
+      if not os.path.isfile(path):
+        raise FileNotFoundError(f'clean.{name}={cleaning[name]!r} is no file')
+      cleaning[name] = sources.content_digest([path], memo)
+
   content = {
     'format': FORMAT,
     'sources': [
       [source.kind, source.text_field, sources.content_digest(sources.paths(source), memo)]
       for source in config.sources
     ],
-    'clean': dataclasses.asdict(config.clean),
+    'clean': cleaning,
     'tokenizer': settings,
     # What decides besides: the trainer, and (by lower() and isalpha()) the tables of characters.
     'sentencepiece': importlib.metadata.version('sentencepiece') if trained else '',

@@ -11,6 +11,7 @@ B rows · V vocabulary · S states · C classes of tokens
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ from parallel import axes as ax
 
 FREE = 0  # the state in which everything is allowed, for rows without a constraint
 SMALLEST = 64  # the tables' sides are rounded up to powers of two from here
+# Of an expression's places (characters, classes), repetitions written out: at this many the library
+# takes some 6 s, and 18,000 states; both grow with them.
+MOST_PLACES = 6144
 _NEVER = 0  # the class of tokens that are never allowed
 
 
@@ -55,7 +59,8 @@ class Constraint:
     Args:
       tokenizer: whose ids are generated.
       regex: in the syntax of Rust's regex crate (Python's without look-around and references;
-        Unicode's \\w). It is of the whole text, so that ^ and $ are left out. Some take as many
+        Unicode's \\w). It is of the whole text, so that ^ and $ are left out. Its
+        repetitions written out have at most MOST_PLACES places; beside that, some take as many
         states as 2 to the power of a repetition: (a|b)*a(a|b){20}.
       schema: a dict, JSON text, or a PathLike of a file; what of it is kept, see decode.schema.
 
@@ -262,6 +267,12 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
       'constraints need outlines-core: pip install outlines-core (the extra tandem[constrain])'
     ) from error
 
+  if (places := _places(regex)) > MOST_PLACES:
+    raise ValueError(
+      f'regex={regex[:200]!r} has {places:,} places with its repetitions written out, of at most '
+      f'{MOST_PLACES:,} (a character of a JSON string is 3): lower its counts (maxLength, '
+      'maxItems), or leave them out and bound the text by max_new_tokens'
+    )
   EOS, MARK = 256, 257
   vocabulary = outlines_core.Vocabulary(
     EOS, {bytes([byte]): [byte] for byte in range(256)} | {b'\0\0': [MARK]}
@@ -290,6 +301,34 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
     for byte in moves.keys() - {MARK}:
       after[number[state], byte] = number[moves[byte]]
   return after[:, :EOS], after[:, EOS] >= 0, number.get(first, len(number))
+
+
+_PLACE = re.compile(
+  r'(?P<open>\((?:\?(?:P?<\w+>|[a-zA-Z-]*:)?)?)|(?P<close>\))|\{(?P<low>\d+)(?:,(?P<high>\d*))?\}'
+  r'|(?P<free>[*+?|^$])|(?P<place>\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]|\\[pPxu]\{[^}]*\}|\\.|.)',
+  re.DOTALL,
+)
+
+
+def _places(regex: str) -> int:
+  """About how many characters and classes a regular expression has, repetitions written out: known
+  before the library spends time and memory on them.
+  """
+  totals, last = [0], 0  # of each open group, and of what a repetition would repeat
+  for match in _PLACE.finditer(regex):
+    if match['open']:
+      totals.append(0)
+    elif match['close']:
+      last = totals.pop() if len(totals) > 1 else 0
+      totals[-1] += last
+    elif match['low']:
+      times = max(int(match['high'] or match['low']), 1) if len(match[0]) < 20 else MOST_PLACES
+      totals[-1] += last * (times - 1)
+      last *= times
+    elif match['place']:
+      last = 1
+      totals[-1] += 1
+  return sum(totals)
 
 
 def _plain(regex: str) -> bool:

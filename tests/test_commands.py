@@ -509,9 +509,11 @@ def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_pat
     b'7': "'7' is neither a text nor an object",
     b'"caf\xe9"': 'not UTF-8 .*; save the file as UTF-8',
     b'"a': 'not JSON',
+    b'[' * 100_000: 'not JSON',
+    b'9' * 5000: 'Exceeds the limit',
   }
   for index, line in enumerate(lines):
-    (tmp_path / f'{index}.jsonl').write_bytes(b'"fine"\n\n' + line + b'\n')
+    (tmp_path / f'{index}.jsonl').write_bytes(b'\xef\xbb\xbf"fine"\n\n' + line + b'\n')
   found = said(*([f'--prompts={tmp_path}/{index}.jsonl'] for index in range(len(lines))))
   assert_said(
     found,
