@@ -252,7 +252,7 @@ FAULTS = {
   ),
   'scales of keys dropped': ('_scores', 'scales is not None', 'False', dict(dtype='int8')),
   'sink without a value': ('_local', 'jnp.exp(sink - highest)', '0', dict(sinks=True)),
-  'another layer': ('blocks', '(layer, 0, first', '(layer * 0, 0, first', {}),
+  'another layer': ('_cut', '(layer, 0, *behind)', '(layer * 0, 0, *behind)', {}),
   'another head': (
     '_local',
     'query_axes) * K // groups',
