@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 from kernels import cached
 from model import cache as caches
 from model.cache import init_cache
+from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -68,13 +69,19 @@ def slow(*case):
   'name, changes, sizes',
   [
     ('gpt-oss', {}, {'context': 4}),
-    ('llama', {'context': 'ulysses'}, {'context': 2, 'tensor': 2, 'data': 2}),
+    (
+      'llama',
+      {'execution': ExecutionConfig(context='ulysses')},
+      {'context': 2, 'tensor': 2, 'data': 2},
+    ),
     ('mixtral', {}, {'context': 2, 'expert': 2}),
     ('gpt-oss', {'layers': 4}, {'stage': 2, 'context': 2}),
-    slow('gemma3', {'context': 'gather'}, {'context': 4, 'data': 2}),
+    slow('gemma3', {'execution': ExecutionConfig(context='gather')}, {'context': 4, 'data': 2}),
     slow('gemma2', {}, {'context': 2, 'fsdp': 2, 'tensor': 2}),
     slow('deepseek', {}, {'context': 2, 'tensor': 2}),
-    slow('relative', {'context': 'ulysses_ring'}, {'context': 2, 'data': 2}),
+    slow(
+      'relative', {'execution': ExecutionConfig(context='ulysses_ring')}, {'context': 2, 'data': 2}
+    ),
     slow('qwen3', {}, {'context': 2, 'tensor': 4}),
     slow('deepseek moe', {}, {'expert': 4, 'tensor': 2}),
     slow('deepseek moe', {}, {'context': 2, 'expert': 2, 'tensor': 2}),

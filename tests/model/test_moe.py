@@ -89,7 +89,9 @@ MESHES = [
 def make_config(case='mixtral', dispatch='dropless', **changes):
   fields = CASES[case] | {'capacity_factor': 100.0, 'balance_loss': 0.5, 'z_loss': 0.25} | changes
   model = {
-    name: fields.pop(name) for name in ('biases', 'activation', 'gated', 'dtype') if name in fields
+    name: fields.pop(name)
+    for name in ('biases', 'activation', 'gated', 'execution')
+    if name in fields
   }
   return ModelConfig(width=D, feed_forward=F, moe=MoEConfig(dispatch=dispatch, **fields), **model)
 
