@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 
 from data.tokenizers import ByteTokenizer
-from decode import bulk, constrain
+from decode import bulk, constrain, loop
 from decode.bulk import complete, samples
 from decode.engine import Engine, Request, Sizes
 from decode.generating import generating, generating_model
 from decode.generator import Generator
 from decode.sampling import make_sampling, sample_seed
+from kernels import cached
 from model import cache, transformer
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.execution import ExecutionConfig
@@ -141,9 +143,8 @@ def together(engine, model, requests):
   return {index: bits(written) for index, written in complete(engine, model, requests)}
 
 
-def check_company(name, dtype):
+def check_company(engine, model):
   """Bit for bit the same alone, among others in every order, in any row, after others."""
-  engine, model = engine_of(name, dtype), model_of(name, dtype)
   expected = [alone(engine, model, asked, 0) for asked in REQUESTS]
   assert len({tuple(ids) for ids, *_ in expected}) == len(REQUESTS)
   for index in (1, 4):
@@ -155,7 +156,6 @@ def check_company(name, dtype):
   for order in orders:  # each after all that the one before has left behind
     found = together(engine, model, [REQUESTS[i] for i in order])
     assert [found[n] for n in range(len(found))] == [expected[i] for i in order]
-  return expected
 
 
 FAST = [('llama', 'float32'), ('windows', 'bfloat16'), ('bytes', 'bfloat16')]
@@ -166,7 +166,7 @@ REST = [pair for pair in itertools.product(MODELS, ('float32', 'bfloat16')) if p
   'name, dtype', [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
 )
 def test_a_requests_bytes_do_not_depend_on_company(name, dtype):
-  check_company(name, dtype)
+  check_company(engine_of(name, dtype), model_of(name, dtype))
 
 
 @pytest.mark.parametrize(
@@ -295,6 +295,28 @@ def test_alternatives_change_no_bit():
   assert bits(written) == expected, 'nor do chunks of another size'
 
 
+def check_between_chunks(engine, model):
+  """A prompt that is read part by part, while others write."""
+  expected = alone(engine, model, REQUESTS[1], 4)
+  engine.join(0, REQUESTS[0])
+  engine.read(model)
+  engine.join(4, REQUESTS[1])
+  written = bulk.Written()
+  while engine.reading:
+    engine.read(model, [4])
+    chunk = jax.tree.map(np.asarray, engine.decode(model, 1))
+    written.add(chunk, 4, REQUESTS[1])
+    assert len(written.ids) == (not engine.reading)
+  while not written.add(jax.tree.map(np.asarray, engine.decode(model)), 4, REQUESTS[1]):
+    pass
+  engine.release([0, 4])
+  assert bits(written) == expected
+
+
+def test_prompts_are_read_while_others_write():
+  check_between_chunks(engine_of('llama'), model_of('llama'))
+
+
 def test_samples_are_requests_of_their_own():
   engine, model = engine_of('llama'), model_of('llama')
   engine.reset()
@@ -307,8 +329,26 @@ def test_samples_are_requests_of_their_own():
   assert len(set(seeds)) == 1000 and max(seeds) < 2**32 and sample_seed(5, 0) == 5
 
 
+def check_options(engine, model):
+  """What a request asks for holds for it, and for no one after it in its row."""
+  engine.reset()
+  plain = alone(engine, model, REQUESTS[1], 0)
+  for n in (50, 60):
+    biased = [request(4, new=4, logit_bias={n + row: 1e4}) for row in range(B)]
+    for row, (ids, *_) in together(engine, model, biased).items():
+      assert ids == [n + row] * 4
+    assert together(engine, model, [REQUESTS[1]] * B) == dict.fromkeys(range(B), plain)
+
+
+def test_options_are_of_one_request():
+  check_options(engine_of('llama'), model_of('llama'))
+
+
 def test_rows_are_conserved_and_released_ones_cost_nothing():
-  engine, model = engine_of('llama'), model_of('llama')
+  check_conservation(engine_of('llama'), model_of('llama'))
+
+
+def check_conservation(engine, model):
   engine.reset()
   random = np.random.default_rng(0)
   busy = set()
@@ -482,9 +522,100 @@ def test_devices_that_share_an_engine_are_one(name, sizes):
     np.testing.assert_allclose(found[index][1], raw, atol=1e-4)
 
 
-def replaced(module, function, old, new):
-  """A function of a module with another text in the place of some of its own."""
-  text, names = inspect.getsource(getattr(module, function)), dict(vars(module))
+# (where, whose text, what of it, what in its place, the law that notices)
+FAULTS = {
+  'rows ignored where tokens are written': (
+    cache.Slots,
+    '_scatter',
+    'is None else rows',
+    'is None else jnp.arange(x.shape[0], dtype=jnp.int32)',
+    check_company,
+  ),
+  'rows ignored where slots are looked at': (
+    cached,
+    '_local',
+    "rows = optional.get('rows')",
+    'rows = jnp.arange(B) if held.keys.shape[1] > B else None',
+    check_company,
+  ),
+  'positions of other rows': (
+    cache.Cache,
+    'lengths_of',
+    'rows_of(self.lengths, rows)',
+    'self.lengths[: rows.shape[0]]',
+    check_company,
+  ),
+  'a released row keeps its length': (
+    loop,
+    'release',
+    'jnp.where(leaving, 0, lengths)',
+    'lengths',
+    check_conservation,
+  ),
+  'a released row keeps its bias': (
+    loop,
+    'release',
+    'jax.tree.map(cleared, sampling, idle)',
+    'sampling',
+    check_conservation,
+  ),
+  'the bias of the row before': (
+    loop,
+    'join',
+    'with_rows(rules, rows, joining)',
+    'dataclasses.replace(with_rows(rules, rows, joining), sampling=dataclasses.replace('
+    'with_rows(rules.sampling, rows, joining.sampling), bias=rules.sampling.bias))',
+    check_options,
+  ),
+  'the history of the row before': (
+    loop,
+    'join',
+    'with_rows(state.history, rows, jax.tree.map(jnp.zeros_like, history))',
+    'state.history',
+    check_company,
+  ),
+  'a row is written on before its prompt ends': (
+    loop,
+    'read',
+    '~ends | (cache',
+    '(cache',
+    check_between_chunks,
+  ),
+  'logits of another row': (
+    loop,
+    'read',
+    'with_rows(state.logits, rows, logits)',
+    'with_rows(state.logits, rows * 0, logits)',
+    check_company,
+  ),
+}
+FIRST = [
+  'rows ignored where tokens are written',
+  'rows ignored where slots are looked at',
+  'a released row keeps its length',
+]
+
+
+@pytest.fixture
+def traced_anew():
+  """Nothing that a fault is in, or is to be in, was traced before."""
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+  'fault',
+  [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in FAULTS if name not in FIRST)],
+)
+def test_planted_faults_are_noticed(fault, monkeypatch, traced_anew):
+  owner, name, old, new, check = FAULTS[fault]
+  function = getattr(owner, name)
+  text = textwrap.dedent(inspect.getsource(function))
   assert text.count(old) == 1, f'{old!r} is not what it says any more'
+  names = dict(vars(inspect.getmodule(function)))
   exec(text.replace(old, new), names)
-  return names[function]
+  monkeypatch.setattr(owner, name, names[name])
+  engine, model = engine_of.__wrapped__('llama'), model_of('llama')
+  with pytest.raises(AssertionError):
+    check(engine, model)
