@@ -44,7 +44,7 @@ def clean(text: str, config: CleanConfig) -> Cleaned:
   counts = {'repaired': repaired} if repaired else {}
   if not text.strip():
     return Cleaned('', 'empty', counts)
-  view = filters.View(text)
+  view = filters.SplitText(text)
   for name, keeps in filters.FILTERS[config.filters].items():
     if not keeps(view):
       return Cleaned('', name, counts)
