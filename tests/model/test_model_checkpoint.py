@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import convert
-from model import checkpoint, params, stream, tensorfiles, transformer
+from model import checkpoint, params, rearranged, stream, tensorfiles, transformer
 from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
@@ -63,7 +63,7 @@ def test_how_a_model_runs_is_not_in_a_checkpoint(llama, tmp_path):
   """Nor are its layers, which lie one by one in one model and stacked in the other."""
   config, model = checkpoint.load(llama, mesh=ours.MESH)
   with jax.set_mesh(ours.MESH):
-    unstacked = transformer.unstacked(model)
+    unstacked = rearranged.unstacked(model)
   other = unstacked.config.with_execution(context='gather', remat='full')
   assert other != config and other.network == config.network
   checkpoint.save(unstacked, other, tmp_path / 'again')
