@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import convert
-from model import checkpoint, params, rearranged, stream, tensorfiles, transformer
+from model import checkpoint, params, rearranged, stream, tensorfiles
 from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
