@@ -85,6 +85,8 @@ def complete(
       count = min(engine.sizes.steps, left)
       chunk = jax.tree.map(np.asarray, engine.decode(weights, count))
       ended = [row for row, (_, request, text) in rows.items() if text.add(chunk, row, request)]
+      if not ended and not chunk.real.any():
+        raise RuntimeError(f'rows {sorted(rows)} write nothing and do not end: their state is lost')
       engine.release(ended)
       for row in ended:
         index, _, text = rows.pop(row)

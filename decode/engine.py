@@ -255,7 +255,7 @@ class Engine:
     """What loop.join takes of a request besides the state: a row of each part of the mesh, of
     which this one only is there.
     """
-    rows = self._named({row: 0}, self._parts)
+    rows = self._named({row: self.part_of(row)}, self._parts)
     sampling = dataclasses.replace(
       request.sampling, bias=request.sampling.bias.padded(self.sizes.bias)
     )
@@ -305,13 +305,13 @@ class Engine:
     return chosen
 
   def _named(self, places: dict[int, int], J: int) -> np.ndarray:
-    """[J], where a device finds these rows among its own, each at its place (of a call of one row
-    a part: of its part); none elsewhere. See model.cache.Slots.
+    """[J], as which of its own a device finds these rows, each at its place in the call, which is
+    on the row's part of the mesh; no row elsewhere. See model.cache.Slots.
     """
     here = self.sizes.rows // self._parts
     rows = np.full(J, here, np.int32)
     for row, index in places.items():
-      rows[self.part_of(row) if J == self._parts else index] = row % here
+      rows[index] = row % here
     return rows
 
   def _check_request(self, request: Request) -> None:
