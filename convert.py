@@ -10,6 +10,7 @@ Tensors stream (model/checkpoint.py): neither needs a model to fit this machine'
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 import sys
@@ -18,8 +19,9 @@ import jax
 
 import files
 import names
-from data import tokenizers
+from data import generation as generations, tokenizers
 from data.config import DataConfig, TokenizerConfig
+from data.generation import GENERATION
 from model import checkpoint, families, transformer
 from model.params import abstract
 from model.tensorfiles import TensorFiles
@@ -52,6 +54,8 @@ def _import(options) -> None:
       else _tokenizer(pathlib.Path(options.tokenizer or source), bool(options.tokenizer))
     )
     if tokenizer:
+      if generation := _generation(source, tokenizer):
+        files.replace(partial / GENERATION, json.dumps(generation, indent=2) + '\n')
       tokenizer.save(partial / 'tokenizer')
       data = dataclasses.replace(
         data, tokenizer=TokenizerConfig(kind=tokenizer.kind, path=str(workdir / 'tokenizer'))
@@ -91,6 +95,29 @@ def _tokenizer(path: pathlib.Path, wanted: bool):
   return tokenizers.load(models[0])
 
 
+def _generation(source: pathlib.Path, tokenizer) -> dict:
+  """What generation_config.json says, with all ids that it and config.json end texts with.
+
+  {} where neither says more than the tokenizer.
+  """
+  generation = generations.read(source)
+  place = source / 'config.json'
+  ids = [
+    *generations.end_ids(checkpoint.read_json(source), place),
+    *generations.end_ids(generation, source / GENERATION),
+  ]
+  ids = list(dict.fromkeys([tokenizer.eos, *ids]))
+  if unknown := [i for i in ids if i >= tokenizer.vocabulary]:
+    _log(
+      f'NOTE: eos_token_id has {unknown}, but the tokenizer only {tokenizer.vocabulary} ids: no '
+      'text ends there'
+    )
+  ids = [i for i in ids if i < tokenizer.vocabulary]
+  if len(ids) > 1:
+    _log(f'texts end with the ids {", ".join(map(str, ids))}')
+  return generation | {'eos_token_id': ids} if generation or len(ids) > 1 else {}
+
+
 def _export(options) -> None:
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
   config = configs.load(workdir).model
@@ -102,15 +129,22 @@ def _export(options) -> None:
   steps = {name: step for name, step in steps.items() if step is not None}
   step = steps[names.check('checkpoint', options.checkpoint, steps)]
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
+  if tokenizer:
+    tokenizer.generation = generations.read(workdir)
   with checkpoint.new_directory(target) as partial:
     mesh = checkpoint.default_mesh(config)
     with jax.set_mesh(mesh):
       model = checkpoints.model(
         abstract(functools.partial(transformer.init, config, 0), mesh), step
       )
-    special = (
-      {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')} if tokenizer else {}
-    )
+    special = {}
+    if tokenizer:
+      ends = [*generations.ends(tokenizer)]
+      special = {
+        'bos': tokenizer.bos,
+        'eos': ends if len(ends) > 1 else tokenizer.eos,
+        'pad': tokenizer.pad,
+      }
     checkpoint.write_files(
       model,
       config,
@@ -127,10 +161,20 @@ def _export(options) -> None:
     else:
       reason = f'{tokenizer.kind!r} is unknown to transformers' if tokenizer else 'the run has none'
       _log(f'NOTE: no tokenizer is written: {reason}')
+    if tokenizer:
+      _write_generation(partial, tokenizer.generation)
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
     f'{options.dtype or config.parameter_dtype}'
   )
+
+
+def _write_generation(directory: pathlib.Path, generation: dict) -> None:
+  """generation_config.json, which transformers prefers to config.json where both tell of ids."""
+  hf = checkpoint.read_json(directory)
+  keys = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
+  ids = {key: hf[key] for key in keys if hf.get(key) is not None}
+  files.replace(directory / GENERATION, json.dumps(generation | ids, indent=2) + '\n')
 
 
 def _inspect(options) -> None:

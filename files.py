@@ -1,6 +1,7 @@
-"""How is a file written so that it is there whole or not at all?"""
+"""How is a file written so that it is there whole or not at all, and JSON of others read?"""
 
 import errno
+import json
 import os
 import pathlib
 import socket
@@ -38,3 +39,18 @@ def _beside(path):
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   return path.with_name(f'{path.name}.{socket.gethostname()}-{os.getpid()}.tmp')
+
+
+def json_object(data: bytes | str, place: object) -> dict:
+  """The object that JSON from elsewhere holds.
+
+  Raises ValueError, which names the place, for what is none: no UTF-8, numbers of thousands of
+  digits, and brackets in brackets without end (RecursionError) among others.
+  """
+  try:
+    value = json.loads(data)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{place} is not JSON: {error if data else "it is empty"}') from error
+  if not isinstance(value, dict):
+    raise ValueError(f'{place} holds {type(value).__name__}, not an object with names')
+  return value

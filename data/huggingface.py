@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+import files
 import names
 from data.tokenizer import Tokenizer, in_utf8
 
@@ -169,15 +170,7 @@ def paths(path: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def _json(contents: Mapping[str, bytes], name: str) -> dict:
-  if name not in contents:
-    return {}
-  try:
-    value = json.loads(contents[name])
-  except ValueError as error:
-    raise ValueError(f'{name} is not JSON: {error}') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{name} holds {type(value).__name__}, not an object with names')
-  return value
+  return files.json_object(contents[name], name) if name in contents else {}
 
 
 def _settings(contents: Mapping[str, bytes]) -> dict:
@@ -377,18 +370,12 @@ def _unsupported(step: dict, why: str) -> ValueError:
   return ValueError(f'{DEFINITION}: the decoder {shown} can\'t be written as bytes per id: {why}')
 
 
-def _byte_level() -> dict[str, int]:
-  """GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode):
-  printable ones are themselves.
-  """
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {
-    chr(256 + i): byte for i, byte in enumerate(others)
-  }
-
-
-_BYTE_LEVEL = _byte_level()
+# GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode): printable ones are
+# themselves, the others follow the 256 in their order.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
+  chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
 _BYTE_PIECE = re.compile('<0x([0-9A-Fa-f]{2})>')
 
 

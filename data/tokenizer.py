@@ -34,6 +34,8 @@ class Tokenizer:
     special_tokens: names of control tokens by their role ('bos_token': '<s>'),
       for chat templates; {} when it has none.
     chat_templates: Jinja texts by name, see data/chat.py; {} when it has none.
+    generation: what the run's generation_config.json says of ends and of sampling, see
+      data/generation.py; {} when there is none.
   """
 
   kind: str
@@ -45,6 +47,7 @@ class Tokenizer:
     self.eos = eos
     self.special_tokens: dict[str, str] = {}
     self.chat_templates: dict[str, str] = {}
+    self.generation: dict[str, object] = {}
 
   @property
   def vocabulary(self) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import names
+from data import generation
 from data.tokenizer import Tokenizer
 from decode import loop
 from decode.constrain import Automaton, Constraint
@@ -133,7 +134,7 @@ class Engine:
       beyond = self.model.config.V - self.vocabulary
       sampling = dataclasses.replace(sampling, bias=np.pad(sampling.bias, ((0, 0), (0, beyond))))
 
-    ends = [self.tokenizer.eos, *ids]
+    ends = [*generation.ends(self.tokenizer), *ids]
     table = np.full((rows, bucket(len(ends), 4)), -1, np.int32)
     table[:, : len(ends)] = ends
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from data.chat import ChatTemplate
 from decode import beam
+from decode.defaults import model_defaults
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course, drafter_of
 from decode.engine import Engine, bucket
@@ -51,6 +52,11 @@ class Generator(Engine):
 
     run = open_run(workdir, checkpoint, mesh)
     return cls(run.model, run.tokenizer, run.mesh, weights)
+
+  @property
+  def defaults(self) -> dict[str, Any]:
+    """Options with which the model's authors generate, for `g(prompt, **g.defaults)`."""
+    return model_defaults(self.tokenizer.generation)[0]
 
   def __call__(self, prompts: Prompt | Sequence[Prompt], **options) -> list[Completion]:
     """Completions of the prompts, generated side by side, `num_samples` of each after one another.
