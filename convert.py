@@ -19,7 +19,7 @@ import jax
 
 import files
 import names
-from data import generation as generations, tokenizers
+from data import export, generation as generations, tokenizers
 from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
 from model import checkpoint, families, transformer
@@ -27,6 +27,13 @@ from model.params import abstract
 from model.tensorfiles import TensorFiles
 from training import config as configs
 from workdir.checkpoint import Checkpoints
+
+SENTENCEPIECE = (
+  'tokenizer.model',
+  'spiece.model',
+  'sentencepiece.bpe.model',
+  'sentencepiece.model',
+)
 
 
 def _import(options) -> None:
@@ -79,11 +86,7 @@ def _tokenizer(path: pathlib.Path, wanted: bool):
   """The tokenizer at a path, or in a checkpoint's directory; None where there is none and none was
   asked for.
   """
-  models = [
-    path / name
-    for name in ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
-    if (path / name).is_file()
-  ]
+  models = [path / name for name in SENTENCEPIECE if (path / name).is_file()]
   if (path / 'tokenizer.json').is_file() or not models:
     try:
       return tokenizers.load(path)
@@ -154,19 +157,37 @@ def _export(options) -> None:
       checkpoint.SHARD_BYTES,
       special,
     )
-    if tokenizer and tokenizer.kind == 'huggingface':
-      tokenizer.save(partial)
-    elif tokenizer and tokenizer.kind == 'sentencepiece':
-      files.replace(partial / 'tokenizer.model', tokenizer.model)
+    if tokenizer:
+      _write_tokenizer(partial, tokenizer, config, families.name_of(family))
     else:
-      reason = f'{tokenizer.kind!r} is unknown to transformers' if tokenizer else 'the run has none'
-      _log(f'NOTE: no tokenizer is written: {reason}')
+      _log('NOTE: no tokenizer is written: the run has none')
     if tokenizer:
       _write_generation(partial, tokenizer.generation)
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
     f'{options.dtype or config.parameter_dtype}'
   )
+
+
+def _write_tokenizer(directory: pathlib.Path, tokenizer, config, family: str) -> None:
+  """Files that give others the tokenizer's ids, or none that would give them other ones."""
+  model = getattr(tokenizer, 'model', None)  # of SentencePiece
+  try:
+    contents, note = export.contents(tokenizer, bool(config.encoder_layers))
+    if model:
+      contents = {'tokenizer.model': model} | contents
+  except ValueError as error:
+    # Under another name: AutoTokenizer would make a tokenizer of it, with other ids.
+    contents, note = {'sentencepiece.model': model}, f'no tokenizer for transformers: {error}'
+  for name, content in contents.items():
+    files.replace(directory / name, content)
+  if note:
+    _log(f'NOTE: {note}')
+  if family == 'qwen2' and 'Qwen2' not in export.class_of(tokenizer):
+    _log(
+      "NOTE: transformers' AutoTokenizer makes Qwen2Tokenizer of whatever stands beside a qwen2 "
+      'model; load this one by PreTrainedTokenizerFast.from_pretrained(DIR)'
+    )
 
 
 def _write_generation(directory: pathlib.Path, generation: dict) -> None:
