@@ -11,6 +11,7 @@ import collections
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ import files
 
 # Of the tokenizers made here; a loaded SentencePiece model keeps its own.
 PAD, BOS, EOS, UNK = range(4)
+# Within a name of a control token: it is text, see `Tokenizer.encode`. No text can guess it.
+CUT = f'<{secrets.token_hex(16)}>'
 INDEX = 'tokenizer.json'
 
 
@@ -64,7 +67,8 @@ class Tokenizer:
     Args:
       text: any text.
       special: take the names of control tokens ('<|im_start|>') for those tokens, as in what a chat
-        template renders. Never for text that others wrote: it could end a turn, or begin one.
+        template renders. Never for text that others wrote: it could end a turn, or begin one;
+        data.chat.quoted puts CUT, which is taken out here, into the names that it holds.
 
     Raises:
       ValueError: special, for a kind whose control tokens text can't name;

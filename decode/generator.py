@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.chat import ChatTemplate
+from data.chat import ChatTemplate, quoted
 from decode import beam
 from decode.defaults import model_defaults
 from decode.delivery import deliver, pieces_of, run_out
@@ -86,12 +86,17 @@ class Generator(Engine):
     options as for `stream`.
 
     Raises ValueError where the tokenizer has no chat template.
-    The names of control tokens in a message become those tokens.
+    The names of control tokens in a message are text, as in any prompt (but see `chat_ids`).
     """
     return self.stream(self.chat_ids(messages), **options)
 
-  def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The prompt that asks for the assistant's next turn. Raises as `chat` says."""
+  def chat_ids(self, messages: Sequence[dict[str, str]], named: bool = False) -> list[int]:
+    """The prompt that asks for the assistant's next turn. Raises as `chat` says.
+
+    named: take names of control tokens in a message for those tokens, as transformers does: only
+      for messages that nobody else has written.
+    """
+    messages = messages if named else quoted(messages, self.tokenizer)
     text = ChatTemplate.of(self.tokenizer).render(messages, add_generation_prompt=True)
     return list(self.tokenizer.encode(text, special=True))
 
