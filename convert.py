@@ -95,7 +95,13 @@ def _tokenizer(path: pathlib.Path, wanted: bool):
         raise
       _log(f'NOTE: {path} holds no tokenizer.json and no SentencePiece model')
       return None
-  return tokenizers.load(models[0])
+  try:
+    return tokenizers.load(models[0])
+  except RuntimeError as error:  # of the library, for another format
+    raise ValueError(
+      f'{models[0]} is no SentencePiece model (tiktoken has files of that name, too): {error}; '
+      'put a tokenizer.json beside it, or name a tokenizer by --tokenizer=PATH'
+    ) from error
 
 
 def _generation(source: pathlib.Path, tokenizer) -> dict:

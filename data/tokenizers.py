@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+import files
 from data import huggingface
 from data.config import TokenizerConfig
 from data.tokenizer import BOS, EOS, INDEX, PAD, UNK, Tokenizer
@@ -158,14 +159,16 @@ def load(path: str | os.PathLike) -> Tokenizer:
       f'no tokenizer at {str(path)!r}: neither a SentencePiece .model file nor a directory with '
       f'{INDEX}'
     )
-  index = json.loads((path / INDEX).read_bytes())
+  index = files.json_object((path / INDEX).read_bytes(), path / INDEX)
   if 'kind' not in index:
     return huggingface.HuggingFaceTokenizer.read(path)
   if index['kind'] == 'byte':
     return ByteTokenizer()
-  if index['kind'] == 'char':
-    return CharTokenizer(index['characters'])
-  return SentencePieceTokenizer((path / _MODEL).read_bytes())
+  return (
+    CharTokenizer(index['characters'])
+    if index['kind'] == 'char'
+    else SentencePieceTokenizer((path / _MODEL).read_bytes())
+  )
 
 
 def build(

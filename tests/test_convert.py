@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import struct
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from data.generation import GENERATION, ends as ends_of
 from decode.constrain import Constraint
 from decode.defaults import model_defaults
 from decode.generator import Generator
+from model.tensorfiles import INDEX
 from tests.goldens import ours
 from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
 from training import config as configs
@@ -121,3 +123,63 @@ def test_defaults_of_the_model_are_taken_when_asked_for_and_printed(imported):
   assert 'defaults of the model: temperature=0.25\n' in done.stderr
   assert 'not taken: typical_p=0.7' in done.stderr and done.stdout.startswith('def f(')
   assert Generator.load(imported / 'run').defaults == {'temperature': 0.25, 'top_p': 0.5}
+
+
+def refused(tmp_path, words):
+  with pytest.raises(SystemExit, match=f'error: .*{words}'):
+    command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('file', ['../secret', '/etc/passwd', 'a/b', '..', 'a\\b', ''])
+def test_an_index_leads_nowhere_else(tmp_path, file):
+  ours.build(LLAMA, tmp_path / 'hf')
+  (tmp_path / 'secret').write_text('secret')
+  index = {'weight_map': {'model.norm.weight': file}}
+  (tmp_path / 'hf' / INDEX).write_text(json.dumps(index))
+  refused(tmp_path, 'names the file .*only names of files in its own directory')
+
+
+@pytest.mark.parametrize(
+  'name, content, words',
+  [
+    ('config.json', '[' * 100_000, 'config.json is not JSON'),
+    ('config.json', '', 'config.json is not JSON: it is empty'),
+    ('config.json', json.dumps(LLAMA | {'hidden_size': '64'}), "look at .*hidden_size='64'"),
+    ('config.json', json.dumps(LLAMA | {'rms_norm_eps': None}), 'look at .*rms_norm_eps=None'),
+    (INDEX, '[' * 100_000, 'is not JSON'),
+    (INDEX, '{"weight_map": {"a": 1}}', 'weight_map must give a file'),
+    (INDEX, '{"weight_map": ["a"]}', 'weight_map must give a file'),
+    (INDEX, '[]', 'holds list'),
+    ('tokenizer.json', '', 'tokenizer.json is not JSON: it is empty'),
+    ('tokenizer.json', '[' * 100_000, 'tokenizer.json is not JSON'),
+    ('tokenizer.model', 'IQ== 0\nIg== 1\n', 'tokenizer.model is no SentencePiece model'),
+    (GENERATION, '{"a":' * 100_000, f'{GENERATION} is not JSON'),
+  ],
+)
+def test_files_that_are_damaged_are_named(tmp_path, name, content, words):
+  ours.build(LLAMA, tmp_path / 'hf')
+  if name == GENERATION:
+    write_tokenizer(tmp_path / 'hf')
+  (tmp_path / 'hf' / name).write_text(content)
+  refused(tmp_path, words)
+
+
+@pytest.mark.parametrize(
+  'header',
+  [
+    '[' * 100_000,
+    '[]',
+    '{"a": 1}',
+    '{"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 6]}}',
+    '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": "04"}}',
+  ],
+)
+def test_a_header_that_is_damaged_is_named(tmp_path, header):
+  ours.build(LLAMA, tmp_path / 'hf')
+  path = tmp_path / 'hf' / 'model.safetensors'
+  path.write_bytes(struct.pack('<Q', len(header)) + header.encode())
+  refused(tmp_path, 'model.safetensors is truncated or damaged')
