@@ -1,16 +1,21 @@
-"""What does every command share? Which machine this is, a parser, a table,
+"""What does every command share? How it ends, which machine this is, a parser, a table,
 a JSON file with the hardware.
 """
 
 import argparse
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 
 import files
 
@@ -33,6 +38,85 @@ PACKAGES = (
   'nvidia-cudnn-cu12',
   'nvidia-cudnn-cu13',
 )
+
+
+REMEDIES = {
+  errno.ENOSPC: 'the disk is full: make room and run the same command again',
+  errno.EDQUOT: 'your share of the disk is used up: make room and run the same command again',
+  errno.EFBIG: 'files may not be this large here: raise the limit (ulimit -f) or use another disk',
+  errno.EROFS: 'give a place that can be written to',
+  errno.EACCES: 'give a place that you may use',
+  errno.EPERM: 'give a place that you may use',
+  errno.ENAMETOOLONG: 'give a shorter path',
+  errno.EEXIST: 'a file is where a directory should be: name another place, or move it',
+  errno.ENOTDIR: 'a file is where a directory should be: name another place, or move it',
+  errno.EISDIR: 'a directory is where a file should be: name another place, or move it',
+}
+
+
+def said(error: BaseException) -> str:
+  """What an error says to the person who can mend it; of one of the system, where and a remedy."""
+  if not isinstance(error, OSError) or error.errno is None:
+    return str(error)
+  where = '' if error.filename is None else f'{error.filename}: '
+  remedy = REMEDIES.get(error.errno)
+  return f'{where}{error.strerror or os.strerror(error.errno)}' + (f'; {remedy}' if remedy else '')
+
+
+@contextlib.contextmanager
+def mendable(*more: type[Exception]) -> Iterator[None]:
+  """What the person who started a command can mend ends it with one message, without a traceback:
+  what a check refuses, what the system refuses, and `more`.
+  """
+  try:
+    yield
+  except (ValueError, NotImplementedError, OSError, *more) as error:
+    sys.exit(f'error: {said(error)}')
+
+
+def end(command: Callable[[], object], stopped_code: int = 0) -> None:
+  """Runs a command to its end, which is the process's end where it failed.
+
+  Without a traceback end what a person can mend (see `mendable`; of the rest, what the system
+  refuses, numbers that are not finite, memory that is not there), and an interruption, with
+  stopped_code or, as shells do, 128 + the signal's number. What remains is our fault, and said to
+  be. After a failure nobody waits for threads: some of them may wait for what will not come.
+  """
+  code = 1
+  try:
+    command()
+    return
+  except SystemExit as error:
+    if not isinstance(error.code, str):
+      raise
+    _say(error.code)
+  except KeyboardInterrupt as error:
+    name = str(error) or signal.SIGINT.name
+    _say('\ninterrupted' + ('' if name == signal.SIGINT.name else f' by {name}'))
+    code = stopped_code or 128 + signal.Signals[name]
+  except (OSError, FloatingPointError) as error:
+    _say(f'error: {said(error)}')
+  except MemoryError as error:
+    _say(f'error: out of memory: {error}')
+  except BaseException as error:
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      _say(
+        f'error: out of memory: {str(error).splitlines()[0]}; make the batch or the model smaller'
+      )
+    else:
+      traceback.print_exc()
+      _say('error: this is a fault of the program, not of what was asked of it; please report it')
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
+  os._exit(code)
+
+
+def _say(text: str) -> None:
+  """Writes a line for the person, after all that was printed, where a stream is open still."""
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
+  with contextlib.suppress(OSError, ValueError):
+    print(text, file=sys.stderr, flush=True)
 
 
 def machine() -> dict:

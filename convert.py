@@ -7,6 +7,11 @@
 Tensors stream (model/checkpoint.py): neither needs a model to fit this machine's memory twice.
 """
 
+from parallel import hosts
+
+if __name__ == '__main__':
+  hosts.leave_at_signals()
+
 import argparse
 import dataclasses
 import functools
@@ -17,6 +22,7 @@ import sys
 
 import jax
 
+import commands
 import files
 import names
 from data import export, generation as generations, tokenizers
@@ -77,7 +83,7 @@ def _import(options) -> None:
     configs.save(run, partial)
   title = families.TYPES[checkpoint.read_json(source)['model_type']]
   _log(
-    f'{workdir}: {title}, {_count(model):,} parameters in {config.parameter_dtype}, '
+    f'{workdir}: {title}, {_count(model):,} parameters in {config.execution.parameter_dtype}, '
     f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
   )
 
@@ -95,13 +101,7 @@ def _tokenizer(path: pathlib.Path, wanted: bool):
         raise
       _log(f'NOTE: {path} holds no tokenizer.json and no SentencePiece model')
       return None
-  try:
-    return tokenizers.load(models[0])
-  except RuntimeError as error:  # of the library, for another format
-    raise ValueError(
-      f'{models[0]} is no SentencePiece model (tiktoken has files of that name, too): {error}; '
-      'put a tokenizer.json beside it, or name a tokenizer by --tokenizer=PATH'
-    ) from error
+  return tokenizers.load(models[0])
 
 
 def _generation(source: pathlib.Path, tokenizer) -> dict:
@@ -159,7 +159,7 @@ def _export(options) -> None:
       config,
       partial,
       family,
-      options.dtype or config.parameter_dtype,
+      options.dtype or config.execution.parameter_dtype,
       checkpoint.SHARD_BYTES,
       special,
     )
@@ -171,7 +171,7 @@ def _export(options) -> None:
       _write_generation(partial, tokenizer.generation)
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
-    f'{options.dtype or config.parameter_dtype}'
+    f'{options.dtype or config.execution.parameter_dtype}'
   )
 
 
@@ -215,10 +215,10 @@ def _inspect(options) -> None:
       parts, checkpoint.resolve(parts, tensors, family), tensors, family, options.ignore
     )
     kinds = sorted({tensor.kind for tensor in tensors.tensors.values()})
-    config = dataclasses.replace(config, parameter_dtype=checkpoint.stored_dtype(tensors, _log))
+    config = config.with_execution(parameter_dtype=checkpoint.stored_dtype(tensors, _log))
   else:
     config = configs.load(directory).model
-    kinds = [checkpoint.KINDS[config.parameter_dtype]]
+    kinds = [checkpoint.KINDS[config.execution.parameter_dtype]]
     try:
       title = families.name_of(families.family_of(config))
     except ValueError:
@@ -227,7 +227,9 @@ def _inspect(options) -> None:
   size = sum(x.size * x.dtype.itemsize for x in leaves)
   count = sum(x.size for x in leaves)
   _log(f'{directory}: {title}, {count:,} parameters, {"/".join(kinds)} in the files')
-  _log(f'memory per chip in GiB, parameters ({config.parameter_dtype}) split over the chips:')
+  _log(
+    f'memory per chip in GiB, parameters ({config.execution.parameter_dtype}) split over the chips:'
+  )
   _log('   chips  parameters  and AdamW\'s state')
   # Two moments in the parameters' dtype; vectors, which are not split, are too small to count.
   chips = 1
@@ -250,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  commands = parser.add_subparsers(required=True)
+  kinds = parser.add_subparsers(required=True)
 
   reading = argparse.ArgumentParser(add_help=False)
   reading.add_argument(
@@ -265,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
   )
 
   def command(name, run, help_, *parents):
-    made = commands.add_parser(name, help=help_, parents=parents)
+    made = kinds.add_parser(name, help=help_, parents=parents)
     made.set_defaults(run=run)
     return made
 
@@ -305,12 +307,15 @@ def main(arguments: list[str] | None = None) -> None:
   )
   options = parser.parse_args(arguments)
   try:
+    for name in ('workdir', 'from', 'to', 'directory'):
+      files.check_local(name, getattr(options, name, ''))
     options.run(options)
   except re.error as error:
     sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')
   except (ValueError, NotImplementedError, OSError) as error:
-    sys.exit(f'error: {error}')
+    sys.exit(f'error: {commands.said(error)}')
 
 
 if __name__ == '__main__':
-  main()
+  hosts.heed_interrupts(hosts.STOPPING)  # a directory that is half written goes
+  commands.end(main)

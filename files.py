@@ -1,10 +1,18 @@
-"""How is a file written so that it is there whole or not at all, and JSON of others read?"""
+"""How is a file written so that it is there whole or not at all, and a place so that one process
+alone writes it; and how is JSON read, whatever it holds?
+"""
 
+import contextlib
+import datetime
 import errno
+import fcntl
 import json
 import os
 import pathlib
+import re
 import socket
+from collections.abc import Iterator
+from typing import Any
 
 
 def replace(path: str | os.PathLike, data: bytes | str) -> None:
@@ -23,6 +31,18 @@ def replace(path: str | os.PathLike, data: bytes | str) -> None:
     raise
 
 
+def check_local(what: str, path: str | os.PathLike) -> None:
+  """Raises ValueError for the address of something that is reached otherwise than through the file
+  system, which would be taken for a directory of that name.
+  """
+  scheme = re.match(r'([a-z][a-z0-9+.-]*):/', str(path))
+  if scheme:
+    raise ValueError(
+      f'{what}={path} is an address ({scheme[1]}), and files are read and written on file systems '
+      'here; mount it as a directory (gcsfuse, mount-s3, ...) and give that, or copy it'
+    )
+
+
 def check_writable(path: str | os.PathLike) -> None:
   """Raises OSError where `replace` could not write, before there is anything to lose;
   what is at `path` stays.
@@ -34,6 +54,106 @@ def check_writable(path: str | os.PathLike) -> None:
   temporary.unlink()
 
 
+def parsed(content: bytes | str, name: str | os.PathLike) -> Any:
+  """What JSON says.
+
+  Raises:
+    ValueError: naming `name`, for whatever a parser stumbles over: no JSON, no UTF-8, a number of
+      thousands of digits, nesting beyond Python's stack.
+  """
+  try:
+    return json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{os.fspath(name)} is not JSON that can be read: {error}') from error
+
+
+_locked: set[pathlib.Path] = set()  # by this process, which the system lets lock a file twice
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, place: str, remedy: str) -> Iterator[None]:
+  """A block during which no other process is in one with the same file, which is there meanwhile.
+
+  The system takes the lock from a process that ends, however it ends: a file that a killed one left
+  is taken over. It holds between machines where their shared disk passes locks on (NFS, Lustre and
+  GPFS do, if they were not told otherwise); on one that knows no locks, the file's content is
+  believed about this machine, and other machines are not seen.
+
+  place: what is locked, for the message; remedy: what to do there.
+  Raises ValueError where another process is in it: its number, machine and when it began.
+  """
+  path = pathlib.Path(path).absolute()
+  fresh = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path in _locked:
+    raise ValueError(f'{place} is in use by this process already; {remedy}')
+  file = _lock(path, place, remedy)
+  _locked.add(path)
+  try:
+    yield
+  finally:
+    _locked.discard(path)
+    path.unlink(missing_ok=True)  # while it is locked: who opened it before sees that it is gone
+    os.close(file)
+    for parent in fresh:
+      with contextlib.suppress(OSError):  # something was put there
+        parent.rmdir()
+
+
+def _lock(path: pathlib.Path, place: str, remedy: str) -> int:
+  """The open and locked file."""
+  while True:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      taken = False
+    except (BlockingIOError, PermissionError):
+      taken = True
+    except OSError:  # a file system without locks
+      taken = _lives(_holder(file))
+    if taken:
+      holder = _holder(file)
+      os.close(file)
+      raise ValueError(
+        f'{place} is in use by process {holder.get("process", "?")} on '
+        f'{holder.get("host", "another machine")}, since {holder.get("since", "?")}; {remedy}'
+      )
+    # Between opening and locking, the one before may have ended and taken its file away.
+    with contextlib.suppress(FileNotFoundError):
+      if os.fstat(file).st_ino == path.stat().st_ino:
+        break
+    os.close(file)
+
+  since = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
+  content = {'process': os.getpid(), 'host': socket.gethostname(), 'since': since}
+  os.ftruncate(file, 0)
+  os.pwrite(file, json.dumps(content).encode(), 0)
+  return file
+
+
+def _holder(file: int) -> dict:
+  """What the process that holds a lock says of itself; {} where it has not yet."""
+  try:
+    content = json.loads(os.pread(file, 4096, 0))
+  except ValueError:
+    return {}
+  return content if isinstance(content, dict) else {}
+
+
+def _lives(holder: dict) -> bool:
+  """Whether it is another process of this machine that is there still."""
+  process = holder.get('process')
+  if holder.get('host') != socket.gethostname() or process in (None, os.getpid()):
+    return False
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass
+  return True
+
+
 def _beside(path):
   """The name of a process's own file in the same directory, which is made if needed."""
   path = pathlib.Path(path)
@@ -41,16 +161,9 @@ def _beside(path):
   return path.with_name(f'{path.name}.{socket.gethostname()}-{os.getpid()}.tmp')
 
 
-def json_object(data: bytes | str, place: object) -> dict:
-  """The object that JSON from elsewhere holds.
-
-  Raises ValueError, which names the place, for what is none: no UTF-8, numbers of thousands of
-  digits, and brackets in brackets without end (RecursionError) among others.
-  """
-  try:
-    value = json.loads(data)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{place} is not JSON: {error if data else "it is empty"}') from error
+def json_object(data: bytes | str, place: str | os.PathLike) -> dict:
+  """The object that JSON holds. Raises ValueError for what is none; see `parsed`."""
+  value = parsed(data, place)
   if not isinstance(value, dict):
     raise ValueError(f'{place} holds {type(value).__name__}, not an object with names')
   return value

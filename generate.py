@@ -15,24 +15,24 @@ from parallel import hosts
 
 if __name__ == '__main__':
   hosts.use_huge_pages()
+  hosts.leave_at_signals()
 
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import signal
 import sys
 
 from absl import app, flags, logging
 
+import commands
 import files
 import names
 from decode.constrain import Constraint
 from decode.defaults import model_defaults
 from decode.generator import Generator
 from decode.options import COMMAND, DRAFTERS, DRAWING, TABLE
-from decode.request import INTERRUPTED
+from decode.request import FAILED, INTERRUPTED
 from decode.sampling import seed_of
 from decode.table import TYPES, Option
 from parallel.mesh import AXES, MeshConfig
@@ -119,8 +119,8 @@ def read_prompts(path: str) -> list[tuple[str, str | list]]:
     place = f'{path}:{number}'
     try:
       if line.strip():
-        prompts.append((place, prompt_of(json.loads(line.decode()))))
-    except json.JSONDecodeError as error:
+        prompts.append((place, prompt_of(json.loads(line.decode('utf-8-sig')))))
+    except (json.JSONDecodeError, RecursionError) as error:
       raise ValueError(f'{place}: not JSON ({error})') from error
     except UnicodeDecodeError as error:
       raise ValueError(
@@ -187,6 +187,8 @@ def check_flags() -> None:
   """Raises ValueError for flags that do not go together, and for an output that could not be
   written, before anything takes time.
   """
+  for flag in (WORKDIR, OPTIONS['draft'], OUTPUT, PROMPTS):
+    files.check_local(f'--{flag.name}', flag.value or '')
   if PROMPTS.value is not None and PROMPT.value != ['']:
     raise ValueError('--prompt and --prompts: give one of the two')
 
@@ -365,6 +367,11 @@ def run() -> None:
       show(generator, completion)
   if interrupted(completions):
     raise KeyboardInterrupt
+  failed = [completion for completion in completions if completion.finish == FAILED]
+  if failed:
+    # Those that have not are printed, or written, by now.
+    reasons = '; '.join(completion.error for completion in failed)
+    raise ValueError(f'{len(failed)} of {len(completions)} texts ended early: {reasons}')
 
 
 def streams(options: dict) -> bool:
@@ -393,18 +400,10 @@ def stream(generator: Generator, given, prompts, options: dict) -> None:
 def main(arguments):
   names.only_flags(arguments, '--prompt="def main("')
   logging.set_verbosity(logging.WARNING)
-  try:
+  with commands.mendable(FloatingPointError, ImportError):
     run()
-  except (OSError, ValueError, FloatingPointError, ImportError, NotImplementedError) as error:
-    sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
   hosts.heed_interrupts()
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.stdout.flush()
-    print('\ninterrupted', file=sys.stderr, flush=True)
-    # At an orderly exit, threads that load or compile would have their say.
-    os._exit(128 + signal.SIGINT)
+  commands.end(lambda: app.run(main))

@@ -10,7 +10,10 @@ v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 
 import os
 
+from parallel import hosts
+
 if __name__ == '__main__':
+  hosts.leave_at_signals()
   # What is compiled for is asked of the compiler, not of this machine
   os.environ['JAX_PLATFORMS'] = 'cpu'
 
@@ -18,19 +21,19 @@ import dataclasses
 import functools
 import json
 import re
-import sys
 import time
 
 import jax
 from absl import app, flags, logging
 from jax.sharding import AxisType
 
+import commands
 import files
 import names
 import train
 from analysis import aot, candidates, hardware, memory, roofline, schedule, tables
 from analysis.hlo import Module
-from decode.engine import generating
+from decode.generating import generating
 from decode.options import CHUNK
 from kernels import cudnn
 from kernels.attention import FEW, choose
@@ -129,7 +132,7 @@ class Plan:
     return counts.mfu(
       self.model_flops / self.seconds,
       self.devices,
-      hardware.peak(self.chip, self.config.model.dtype),
+      hardware.peak(self.chip, self.config.model.execution.dtype),
     )
 
   @property
@@ -146,8 +149,8 @@ class Plan:
     model = self.config.model
     if self.mode == 'decode':
       return 'cached'
-    if model.attention != 'auto' or self.config.mesh.context > 1:
-      return model.attention
+    if model.execution.attention != 'auto' or self.config.mesh.context > 1:
+      return model.execution.attention
     spec = model.attention_spec if self.mode == 'train' else model.attention_spec - {'segments'}
     platform = 'tpu' if self.chip.torus else 'gpu'
     if self.tokens < FEW:
@@ -185,7 +188,7 @@ class Plan:
       'chips': self.chips,
       'mesh': self.config.mesh.sizes(),
       'fits': self.fits,
-      'remat': self.config.model.remat,
+      'remat': self.config.model.execution.remat,
       'attention': self.attention,
       'accumulation': self.config.train.accumulation,
       'problem': self.problem,
@@ -246,7 +249,7 @@ def make_plan(
     tokens,
     model_flops,
     schedule.collectives(module, mesh),
-    roofline.predict(module, mesh, chip, config.model.dtype),
+    roofline.predict(module, mesh, chip, config.model.execution.dtype),
     seconds(),
   )
 
@@ -417,7 +420,7 @@ def main(arguments):
     if flag.present:
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
   logging.set_verbosity(logging.WARNING)
-  with train.mendable():
+  with commands.mendable():
     names.check('mode', MODE.value, MODES)
     if MODE.value == 'train' and (BATCH.present or CONTEXT.present or WEIGHTS.present):
       raise ValueError(
@@ -431,10 +434,8 @@ def main(arguments):
       )
 
     config = overrides.from_flag(train.CONFIG.value)
-    try:
+    with commands.mendable(ImportError):
       devices = aot.topology(TOPOLOGY.value, SLICES.value)
-    except ImportError as error:
-      sys.exit(f'error: {error}')
     if SEARCH.value:
       print('compiling candidates:', flush=True)
       plans = search(config, devices, log=functools.partial(print, flush=True))
@@ -464,4 +465,5 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  hosts.heed_interrupts()
+  commands.end(lambda: app.run(main))

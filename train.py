@@ -9,21 +9,24 @@ from parallel import hosts
 
 if __name__ == '__main__':
   hosts.use_huge_pages()
+  hosts.leave_at_signals()
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+import commands
 import files
 import names
 from analysis import hardware
+from commands import mendable
 from kernels import attention, context
 from model import params
 from objectives.objective import Batches
@@ -32,6 +35,7 @@ from parallel.mesh import make_mesh
 from training import config as configs, overrides, program
 from training.program import begin_state, make_program, make_target
 from training.state import TrainState
+from workdir import changes
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite
@@ -56,11 +60,18 @@ PROCESSES = flags.DEFINE_integer(
 )
 PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
 STOPPED_CODE = flags.DEFINE_integer(
-  'stopped_code', 0, 'Exit code of a run that a signal stopped, for launchers that start it again.'
+  'stopped_code',
+  0,
+  'Exit code of a run that a signal stopped, for launchers that start it again. Without it: 0 '
+  'where all was saved, 128 + the number of the signal where it came before the first step, or '
+  'twice.',
 )
 HEARTBEAT = flags.DEFINE_integer(
   'heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.'
 )
+
+
+LOCK = 'lock'  # in a run's directory while a process trains there
 
 
 class Feed(NamedTuple):
@@ -148,11 +159,13 @@ def train_steps(
     return bool(n) and step % n == 0
 
   state, progress = begun.state, begun.progress
-  tokens = config.data.batch_size * config.data.sequence_length
+  count = jax.jit(config.objective.tokens)
   norms, impatient = None, ''
   for step in range(begun.step + 1, config.train.steps + 1):
     profile.before(step)
-    state, metrics, step_norms = train_step(state, feed.take(state))
+    batch = feed.take(state)
+    tokens = count(batch)
+    state, metrics, step_norms = train_step(state, batch)
     profile.after(step, metrics)
     check_finite(watch.step(step, metrics, tokens), norms, config, checkpoints)
     norms = step_norms
@@ -181,6 +194,7 @@ def train_steps(
           progress.record(),
           evaluation.get('validation_loss'),
           references=begun.frozen.references,
+          config=configs.to_dict(config),
         )
     if reason:
       break
@@ -207,6 +221,10 @@ def beginning(
     state = frozen.completed(checkpoints.restore(first, frozen.kept(target)), log)
     restore_order(batches, record['data'], allow_change, log)
     log(f'going on from checkpoint {first}')
+    if (before := changes.before(record, workdir)) is not None:
+      updates = int(state.step) - int(state.scale.skipped_steps)
+      for line in changes.described(before, config, first, updates):
+        log(line)
     return Beginning(first, state, frozen, progress)
   # Checkpoint 0 is an imported model, without a state of training.
   models, frozen = begin(config, log, workdir if latest == 0 else '')
@@ -227,6 +245,18 @@ def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> 
     )
 
 
+def check_places(config: configs.Config) -> None:
+  """Raises ValueError or OSError where what the run reads and writes besides its directory cannot
+  be, which would else be found out after hours.
+  """
+  places = {'data.cache_dir': config.data.cache_dir, 'train.spill_dir': config.train.spill_dir}
+  read = {f'data.sources[{i}].path': source.path for i, source in enumerate(config.data.sources)}
+  for name, path in (places | read | {'data.tokenizer.path': config.data.tokenizer.path}).items():
+    files.check_local(name, path)
+  for directory in filter(None, places.values()):
+    files.check_writable(pathlib.Path(directory) / 'writable')
+
+
 def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
   """Writes what makes the directory this run's. Raises ValueError where another process does not
   see it.
@@ -241,15 +271,6 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
   hosts.check_shared(workdir / configs.FILE)
 
 
-@contextlib.contextmanager
-def mendable():
-  """What the person who started the run can mend ends it with one message, not with a traceback."""
-  try:
-    yield
-  except (ValueError, NotImplementedError, FileNotFoundError) as error:
-    sys.exit(f'error: {error}')
-
-
 def main(arguments):
   # 1. Config: what is asked for.
   names.only_flags(arguments, '--config.train.steps=100')
@@ -257,6 +278,7 @@ def main(arguments):
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)
   with mendable():
+    files.check_local('--workdir', WORKDIR.value)
     config = overrides.from_flag(CONFIG.value)
     together = hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
   with together:
@@ -269,8 +291,20 @@ def run(
 ) -> bool:
   """Trains in `workdir`, from its last whole checkpoint on; returns whether a signal ended it.
 
-  profile, allow_change: as the flags.
+  profile, allow_change: as the flags. No other process trains there meanwhile.
   """
+  with contextlib.ExitStack() as held:
+    with mendable():
+      files.check_local('--workdir', workdir)
+      check_places(config)
+      if jax.process_index() == 0:
+        remedy = 'wait until it ends, end it, or give another --workdir'
+        held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
+    return train(config, workdir, profile, allow_change)
+
+
+def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_change: bool) -> bool:
+  """What `run` does, in a directory that is this process's."""
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
 
@@ -278,6 +312,9 @@ def run(
   with mendable():
     program.check_models(config)
     mesh = make_mesh(config.mesh)
+    # What can be known without the data is, and again with it.
+    config.check_mesh(dict(mesh.shape))
+    configs.check_unchanged(sized(config, workdir), workdir, allow_change)
   jax.set_mesh(mesh)
   log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
 
@@ -314,7 +351,7 @@ def run(
       log_every=config.train.log_every,
       flops_per_token=cost.flops_per_token,
       devices=mesh.size,
-      peak=hardware.peak(cost.chip, config.model.dtype),
+      peak=hardware.peak(cost.chip, config.model.execution.dtype),
     )
     evaluate = make_evaluate(config, prepared, feed.put)
     with watching as watch, hosts.StopSignal() as signal:
@@ -356,8 +393,25 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
   configs.check_unchanged(config, workdir, allow_change)
   hosts.check_same('config and data', f'{config} {prepared.key}')
   if mesh.shape['stage'] > 1:
-    log(pipeline.describe(config.model.stacks, config.model.pipeline, mesh.shape['stage']))
+    log(
+      pipeline.describe(config.model.stacks, config.model.execution.pipeline, mesh.shape['stage'])
+    )
   return prepared, config
+
+
+def sized(config: configs.Config, workdir: pathlib.Path) -> configs.Config:
+  """The config with the sizes that it leaves open as the run in the directory had them."""
+  if not (workdir / configs.FILE).exists():
+    return config
+  before = configs.load(workdir).model
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      config.model,
+      vocabulary=config.model.vocabulary or before.vocabulary,
+      max_length=config.model.max_length or before.max_length,
+    ),
+  )
 
 
 def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:
@@ -367,7 +421,7 @@ def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:
   return Feed(config.objective.batches(prepared, config.data, put.rows), put)
 
 
-class Cost(NamedTuple):
+class RunCost(NamedTuple):
   """What a run is known to cost before it starts: parameters of the main model, FLOPs a token, and
   the chip that does them.
   """
@@ -377,26 +431,26 @@ class Cost(NamedTuple):
   chip: hardware.Chip | None
 
 
-def costs(config: configs.Config, make_state, prepared) -> Cost:
+def costs(config: configs.Config, make_state, prepared) -> RunCost:
   """On the devices here."""
   device = jax.devices()[0]
   cores = getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
   models = jax.eval_shape(make_state).models
-  return Cost(
+  return RunCost(
     params.count(models[config.objective.main]),
     program.flops_per_token(config, prepared.document_length),
     hardware.lookup(device.device_kind, cores),
   )
 
 
-def described(config: configs.Config, cost: Cost) -> str:
+def described(config: configs.Config, cost: RunCost) -> str:
   """The line of the log about the model."""
   model = config.model
-  chosen = model.attention
+  chosen = model.execution.attention
   if chosen == 'auto':
-    in_parts = context.in_parts(model.context, model.N, model.K)
+    in_parts = context.in_parts(model.execution.context, model.N, model.K)
     chosen = attention.choose(model.attention_spec, in_parts=in_parts)
-  split = f', rows split by {model.context!r}' if axes.size('length') > 1 else ''
+  split = f', rows split by {model.execution.context!r}' if axes.size('length') > 1 else ''
   return (
     f'model: {cost.parameters:,} parameters, {cost.flops_per_token:.3g} training FLOPs a token, '
     f'attention {chosen!r}{split}'
@@ -404,4 +458,5 @@ def described(config: configs.Config, cost: Cost) -> str:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  hosts.heed_interrupts(hosts.STOPPING)
+  commands.end(lambda: app.run(main), hosts.stopped_code())

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 import names
 from decode import loop
-from decode.engine import generating_model
+from decode.generating import generating_model
 from decode.options import CHUNK
 from decode.sampling import History, make_sampling
 from model import params, transformer
@@ -24,7 +24,9 @@ from model.cache import init_cache
 from model.config import ModelConfig
 from parallel import axes as ax
 
-TPUS = ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')
+# Kinds of TPUs, with the sides of a slice at most: libtpu ends the process where there are more.
+TPUS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2, 'tpu7x': 3}
+MOST_CHIPS = 100_000
 HOST_CHIPS = 4  # of a host, where nothing else is said
 # libtpu without a TPU: don't ask for a machine's metadata,
 # and don't keep other processes from doing the same.
@@ -65,10 +67,18 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     )
   kind = names.check('topology', parts[2], (*TPUS, *GPUS))
   slices *= int(parts[1] or 1)
+  sizes = [int(n) for n in parts[3].split('x')]
+  if slices < 1 or min(sizes) < 1:
+    raise ValueError(f'topology={name!r} has no chips; slices and sides are at least 1')
+  if slices * math.prod(sizes) > MOST_CHIPS:
+    raise ValueError(
+      f'topology={name!r} has {slices * math.prod(sizes):,} chips, of at most {MOST_CHIPS:,}; '
+      'give a smaller one'
+    )
   if kind in GPUS:
     asked = _gpus(name, kind, parts[3], slices)
   else:
-    asked = _tpus(kind, parts[3], slices)
+    asked = _tpus(name, kind, parts[3], slices)
   try:
     return list(topologies.get_topology_desc(**asked).devices)
   except Exception as error:  # plugins raise whatever they like
@@ -95,11 +105,20 @@ def _gpus(name: str, kind: str, shape: str, slices: int) -> dict:
   }
 
 
-def _tpus(kind: str, shape: str, slices: int) -> dict:
-  """What jax is asked for TPUs; sets what libtpu reads of the environment."""
+def _tpus(name: str, kind: str, shape: str, slices: int) -> dict:
+  """What jax is asked for TPUs; sets what libtpu reads of the environment.
+
+  name: of the topology, for errors.
+  """
+  sides = shape.count('x') + 1
+  if not 2 <= sides <= TPUS[kind]:
+    raise ValueError(
+      f'topology={name!r}: a slice of {kind} has {"2 or 3" if TPUS[kind] == 3 else "2"} sides, not '
+      f'{sides}; write it as in {kind}:{"x".join("4" * TPUS[kind])}'
+    )
   for variable, value in LIBTPU.items():
     os.environ.setdefault(variable, value)
-  if kind in ('v4', 'v5p', 'tpu7x') and shape.count('x') == 1:  # their topologies have three sides
+  if sides < TPUS[kind]:
     shape += 'x1'
   asked = {'platform': 'tpu', 'topology_name': f'{kind}:{shape}'}
   if slices > 1:

@@ -23,7 +23,7 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward; attention's own prod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Law:
+class ScalingLaw:
   """Loss in nats per token, L(N, D) = E + A / N^alpha + B / D^beta,
   of models of N parameters trained on D tokens.
   """
@@ -60,8 +60,8 @@ class Law:
 # table 1, who fitted the same runs again: the first are rounded and fit their own data badly, and
 # contradict the paper's approaches 1 and 2, which the second agree with.
 LAWS = {
-  'hoffmann': Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
-  'besiroglu': Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
+  'hoffmann': ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
+  'besiroglu': ScalingLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
 }
 
 

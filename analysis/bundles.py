@@ -21,7 +21,7 @@ def dump_flags(directory: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class BasicBlock:
   """A basic block. uses: unit -> share of its slots that are used, 0 to 1;
   'MXU', 'VALU', 'VSTORE', 'VSTORE:SPILL', ...
   """
@@ -35,7 +35,7 @@ class Block:
     return self.bundles * self.uses.get('MXU', self.uses.get('MATMUL', 0.0))
 
 
-def kernels(directory: str) -> dict[str, list[Block]]:
+def kernels(directory: str) -> dict[str, list[BasicBlock]]:
   """The basic blocks of every kernel that was dumped, by its name.
   Raises FileNotFoundError where there is none.
   """
@@ -54,7 +54,7 @@ def kernels(directory: str) -> dict[str, list[Block]]:
   return blocks
 
 
-def bodies(blocks: list[Block]) -> list[Block]:
+def bodies(blocks: list[BasicBlock]) -> list[BasicBlock]:
   """The blocks that do a kernel's products, fewest bundles first."""
   most = max(block.matrix for block in blocks)
   return sorted(
@@ -62,7 +62,7 @@ def bodies(blocks: list[Block]) -> list[Block]:
   )
 
 
-def _blocks(bundles: pathlib.Path, table: pathlib.Path) -> list[Block]:
+def _blocks(bundles: pathlib.Path, table: pathlib.Path) -> list[BasicBlock]:
   lines = [
     line for line in table.read_text().splitlines() if line.strip() and not line.startswith('==')
   ]
@@ -90,5 +90,5 @@ def _blocks(bundles: pathlib.Path, table: pathlib.Path) -> list[Block]:
     sums = [sum(column) for column in zip(*used[begin:end])] or [0] * len(units)
     size = end - begin
     uses = {unit: n / (slots * size) for unit, n, slots in zip(units, sums, capacity)}
-    blocks.append(Block(size, uses))
+    blocks.append(BasicBlock(size, uses))
   return blocks

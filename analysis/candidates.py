@@ -5,6 +5,7 @@ Meshes, remat policies and microbatches, and the flags that ask for them.
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 
 from parallel import remat
@@ -21,7 +22,7 @@ def change(
   config: Config, mesh: dict[str, int] | None = None, policy: str = '', accumulation: int = 0
 ) -> Config:
   """The config with another mesh, remat policy or number of microbatches. Raises as Config does."""
-  model = dataclasses.replace(config.model, remat=policy or config.model.remat)
+  model = config.model.with_execution(remat=policy or config.model.execution.remat)
   train = dataclasses.replace(config.train, accumulation=accumulation or config.train.accumulation)
   return dataclasses.replace(
     config, model=model, train=train, mesh=MeshConfig(**mesh) if mesh else config.mesh
@@ -31,10 +32,9 @@ def change(
 def flags(old: Config, new: Config) -> str:
   """The flags that turn `old` into `new`, as far as `change` changes it."""
   changed = []
-  for path in ('model.remat', 'train.accumulation', *(f'mesh.{axis}' for axis in AXES)):
-    part, name = path.split('.')
-    value = getattr(getattr(new, part), name)
-    if value != getattr(getattr(old, part), name):
+  for path in ('model.execution.remat', 'train.accumulation', *(f'mesh.{axis}' for axis in AXES)):
+    value = operator.attrgetter(path)(new)
+    if value != operator.attrgetter(path)(old):
       changed.append(f'--config.{path}={value}')
   return ' '.join(changed)
 
@@ -113,7 +113,7 @@ def nearest(
   microbatches, that with another mesh.
   """
   stronger = policies(config)
-  stronger = stronger[stronger.index(config.model.remat) + 1 :]
+  stronger = stronger[stronger.index(config.model.execution.remat) + 1 :]
   yield from (change(config, policy=name) for name in stronger)
   least = change(config, policy=stronger[-1]) if stronger else config
   yield from (change(least, accumulation=n) for n in microbatches(least, sizes))

@@ -318,7 +318,7 @@ class Links:
       return 0.0, 0.0
     slices = len({self._place(self.mesh.devices.flat[i]) for i in c.group})
     if slices == 1:
-      return c.nbytes / self.bandwidth(c.group), 0.0
+      return max(c.nbytes / self.bandwidth(c.group), self._through_cuts(c, c.group)), 0.0
     if self.chip.network is None:
       raise ValueError(
         f'no bandwidth between slices is tabled for a {self.chip.name}; add it to '
@@ -336,7 +336,9 @@ class Links:
     inside = max(1, c.size // slices)  # members in a slice
     first = self._place(self.mesh.devices.flat[c.group[0]])
     near = tuple(i for i in c.group if self._place(self.mesh.devices.flat[i]) == first)
-    within = c.nbytes * share(inside) / self.bandwidth(near) if inside > 1 else 0.0
+    if inside == 1:
+      return 0.0, c.nbytes * share(slices) / network
+    within = max(c.nbytes * share(inside) / self.bandwidth(near), self._through_cuts(c, near))
     return within, c.nbytes * share(slices) / inside / network
 
   def _place(self, device):
@@ -358,10 +360,8 @@ class Links:
     if not chip.torus or devices[0].platform != 'tpu':
       return out
 
-    # Sides of the whole topology, and how many places of each side the group has.
-    coords = np.array([device.coords for device in devices])  # [group, dimension]
-    everywhere = np.array([device.coords for device in self.mesh.devices.flat])
-    sides = everywhere.max(0) - everywhere.min(0) + 1
+    # How many places of each side of the whole topology the group has.
+    coords, sides = self._places(group)
     spans = [len(set(column)) for column in coords.T]
     rings = sum(
       1 if span == side and side % chip.wraps == 0 else 0.5
@@ -372,3 +372,35 @@ class Links:
     sharing = math.prod(spans) / len({tuple(place) for place in coords})
     # Two cores of a chip span nothing, and their link is as fast as any.
     return out * (rings or 0.5) / chip.torus / sharing
+
+  def _through_cuts(self, c: Collective, group: tuple[int, ...]) -> float:
+    """Seconds, at least, of an all-to-all within a group: what has to cross the middle of each
+    dimension, over the links that do. 0 of all else, whose members pass on what they get.
+
+    Of s chips in a row half are on either side, and each sends half of its x bytes across: s x / 4,
+    one way, over the one link of a line or the two of a ring. A group with gaps leaves these to its
+    like, whose bytes take the same links.
+    """
+    chip = self.chip
+    if 'all-to-all' not in c.kind or not chip.torus:
+      return 0.0
+    if self.mesh.devices.flat[group[0]].platform != 'tpu':
+      return 0.0
+    operand = c.nbytes * c.size / (c.size - 1)
+    link = chip.interconnect / 2 / chip.devices / (2 * chip.torus)
+    times = [0.0]
+    coords, sides = self._places(group)
+    for column, side in zip(coords.T, sides):
+      places = sorted(set(column.tolist()))
+      if len(places) > 1:
+        span, gap = len(places), int(np.diff(places).min())
+        links = 2 if span * gap == side and side % chip.wraps == 0 else 1
+        across = gap * (span // 2) * (span - span // 2) / span * operand
+        times.append(across / links / link)
+    return max(times)
+
+  def _places(self, group: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the members of a group sit, [members, dimensions], and the topology's sides."""
+    coords = np.array([self.mesh.devices.flat[i].coords for i in group])
+    everywhere = np.array([device.coords for device in self.mesh.devices.flat])
+    return coords, everywhere.max(0) - everywhere.min(0) + 1

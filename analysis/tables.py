@@ -45,8 +45,9 @@ def show(plan, cost: dict[str, float]) -> None:
   run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}[plan.mode]
   console.print(
     f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat '
-    f'{plan.config.model.remat!r}, attention {plan.attention!r}, {plan.config.train.accumulation} '
-    f'microbatch(es); {plan.tokens:,} tokens {run}; compiled in {plan.compile_seconds:.1f} s'
+    f'{plan.config.model.execution.remat!r}, attention {plan.attention!r}, '
+    f'{plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
+    f'compiled in {plan.compile_seconds:.1f} s'
   )
   _memory(console, plan)
   if plan.prediction is None:

@@ -83,7 +83,7 @@ def toys() -> list[Case]:
   ]
 
 
-class Run:
+class Timings:
   """Processes of peers, one after the other, on the same numbers;
   what they found, and what was left out and why.
   """
@@ -175,7 +175,7 @@ class Run:
         self.missing[peer] = next(result['error'] for result in self.found[peer].values())
 
 
-def rows_of(run: Run, names: dict[str, str], peak: float, direction: str) -> list[list[str]]:
+def rows_of(run: Timings, names: dict[str, str], peak: float, direction: str) -> list[list[str]]:
   """Of the cases that anyone measured: TFLOP/s and share of the peak by peer,
   ours over cuDNN's, goals, and errors.
   """
@@ -237,7 +237,7 @@ def parity_of(
   return f'{worst} {ratios[worst]:.2f}x of {judge}' + ('' if good else ' FAILS'), good
 
 
-def faster_of(run: Run, ours: str) -> list[str]:
+def faster_of(run: Timings, ours: str) -> list[str]:
   """What skipping is worth: our windows and documents against our own causal attention
   of as long rows.
   """
@@ -260,7 +260,7 @@ def faster_of(run: Run, ours: str) -> list[str]:
   return said
 
 
-def show(run: Run, names: dict[str, str], peak: float, device: str) -> None:
+def show(run: Timings, names: dict[str, str], peak: float, device: str) -> None:
   for direction in DIRECTIONS:
     commands.table(
       f'{direction}, {device}: TFLOP/s (share of the {peak / 1e12:.3g} of a large product)',
@@ -294,7 +294,9 @@ def main() -> int:
   if options.rehearse:
     os.environ['JAX_PLATFORMS'] = 'cpu'
 
-  run = Run(toys() if options.rehearse else cases(options.quick), options.budget, options.rehearse)
+  run = Timings(
+    toys() if options.rehearse else cases(options.quick), options.budget, options.rehearse
+  )
   names = (STAND_IN if options.rehearse else {}) | PEERS
   with tempfile.TemporaryDirectory() as directory:
     peak = next((r for r in run.ask('peak', 0.2, directory, []) if 'peak' in r), None)

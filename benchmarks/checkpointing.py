@@ -40,7 +40,7 @@ WAYS = {
 
 def changed(config, way: str):
   """The config with a policy of WAYS."""
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, **WAYS[way]))
+  return dataclasses.replace(config, model=config.model.with_execution(**WAYS[way]))
 
 
 def compiled(config, device: jax.Device):
@@ -60,7 +60,7 @@ def compiled(config, device: jax.Device):
   )
   if device.platform != 'cpu':
     chip = hardware.lookup(device.device_kind, device.num_cores)
-    figures['seconds'] = roofline.predict(module, mesh, chip, config.model.dtype).seconds
+    figures['seconds'] = roofline.predict(module, mesh, chip, config.model.execution.dtype).seconds
   return program, (make_state, shapes, mesh), figures
 
 

@@ -41,6 +41,7 @@ from decode.sampling import History, make_sampling
 from model import flops, params, transformer
 from model.cache import init_cache
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from objectives.next_token import summed_loss
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -66,8 +67,7 @@ AXES = {
         heads=8,
         head_width=128,
         feed_forward=128,
-        dtype='bfloat16',
-        parameter_dtype='bfloat16',
+        execution=ExecutionConfig(dtype='bfloat16', parameter_dtype='bfloat16'),
       ),
       fixed=4,
       sizes=(1024, 2048, 4096, 8192, 16384),
@@ -78,8 +78,7 @@ AXES = {
         heads=1,
         head_width=128,
         feed_forward=128,
-        dtype='bfloat16',
-        parameter_dtype='bfloat16',
+        execution=ExecutionConfig(dtype='bfloat16', parameter_dtype='bfloat16'),
       ),
       fixed=512,
       sizes=(16, 64, 256, 1024),
@@ -137,14 +136,14 @@ class Way:
     build: (config, T) -> function of a model and one more argument, and that argument, abstract.
     taught: quantity -> powers of T and L.
     calls: forward calls as taught, of T.
-    model: changes of the config.
+    execution: how the model runs.
   """
 
   name: str
   build: Callable
   taught: dict[str, dict[str, float]]
   calls: str
-  model: dict[str, str]
+  execution: dict[str, str]
 
   @property
   def trains(self) -> bool:
@@ -226,7 +225,7 @@ def measure(
   device: one of a topology, for which times are predicted; all but the calls are NaN where the
   program does not fit it. Without one, the CPU.
   """
-  T, config = config.max_length, dataclasses.replace(config, **way.model)
+  T, config = config.max_length, config.with_execution(**way.execution)
   function, argument = way.build(config, T)
   mesh = make_mesh(MeshConfig(), [device or jax.devices()[0]])
   with jax.set_mesh(mesh):
@@ -252,7 +251,7 @@ def measure(
     )
     if device:
       chip = hardware.lookup(device.device_kind, device.num_cores)
-      predicted = roofline.predict(module, mesh, chip, config.dtype)
+      predicted = roofline.predict(module, mesh, chip, config.execution.dtype)
       return dict(memory=memory, flops=predicted.flops, seconds=predicted.seconds, calls=calls)
     operations, seconds = module.flops(), math.nan
     if timed and operations <= MOST_TIMED[0] and memory <= MOST_TIMED[1]:

@@ -19,6 +19,7 @@ from benchmarks.zero import State, formula, measure, setting
 from configs.models import gpt2
 from model import flops
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
@@ -52,7 +53,7 @@ def llama2(width: int, layers: int, heads: int, kv_heads: int, feed_forward: int
     kv_heads=kv_heads,
     feed_forward=feed_forward,
     max_length=4096,
-    dtype='bfloat16',
+    execution=ExecutionConfig(dtype='bfloat16'),
   )
 
 

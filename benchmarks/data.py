@@ -116,7 +116,7 @@ def stages(texts: list[str]) -> dict[str, dict]:
 def _plain_minhash(words: list[bytes]) -> np.ndarray:
   from datasketch import MinHash
 
-  sketch = MinHash(num_perm=duplicates.BANDS * duplicates.ROWS)
+  sketch = MinHash(num_perm=duplicates.HASHES)
   sketch.update_batch({b' '.join(words[i : i + 5]) for i in range(max(1, len(words) - 4))})
   return sketch.hashvalues
 

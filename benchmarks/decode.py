@@ -42,11 +42,7 @@ def model_config(name: str):
   module = importlib.import_module(
     f'configs.{name}' if name.startswith('bench') else f'configs.models.{name}'
   )
-  import dataclasses
-
-  return dataclasses.replace(
-    module.get_config().model, dtype='bfloat16', parameter_dtype='bfloat16'
-  )
+  return module.get_config().model.with_execution(dtype='bfloat16', parameter_dtype='bfloat16')
 
 
 class Ids:
@@ -67,7 +63,7 @@ class Ids:
 def generator(name: str, weights: str = ''):
   import jax
 
-  from decode.engine import generating
+  from decode.generating import generating
   from decode.generator import Generator
   from model import transformer
   from parallel.mesh import MeshConfig, make_mesh
@@ -118,7 +114,7 @@ def theirs(name: str, batch: int, cache: str) -> dict:
 
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   m = model_config(name)
-  dtype = torch.bfloat16 if m.dtype == 'bfloat16' else torch.float32
+  dtype = torch.bfloat16 if m.execution.dtype == 'bfloat16' else torch.float32
   torch.manual_seed(0)
   with torch.device(device):
     made = train_step.llama(m, 4 * (PROMPT + NEW), use_cache=True)

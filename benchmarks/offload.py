@@ -26,6 +26,7 @@ from data.batch import Batch
 from data.config import DataConfig
 from model import params
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import make_mesh
 from training.config import Config, TrainConfig
 from training.program import begin_state, make_program, make_target
@@ -38,7 +39,7 @@ model = ModelConfig(
   heads=8,
   feed_forward=4096,
   max_length=16,
-  remat='full',
+  execution=ExecutionConfig(remat='full'),
 )
 config = Config(
   model=model,

@@ -20,12 +20,19 @@ from benchmarks import common, train_step
 def config():
   from data.config import DataConfig
   from model.config import ModelConfig
+  from model.execution import ExecutionConfig
   from training.config import Config
   from training.optimizer import OptimizerConfig
 
   return Config(
     model=ModelConfig(
-      vocabulary=8192, width=512, layers=8, heads=8, kv_heads=4, feed_forward=1408, remat='dots'
+      vocabulary=8192,
+      width=512,
+      layers=8,
+      heads=8,
+      kv_heads=4,
+      feed_forward=1408,
+      execution=ExecutionConfig(remat='dots'),
     ),
     data=DataConfig(sequence_length=512, batch_size=8),
     optimizer=OptimizerConfig(schedule='constant'),

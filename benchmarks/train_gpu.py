@@ -62,17 +62,16 @@ def config(length: int, attention: str, rehearsal: bool = False):
   from configs import bench_1b
 
   made = bench_1b.get_config()
-  model = dataclasses.replace(made.model, attention=attention)
+  model = made.model.with_execution(attention=attention)
   if rehearsal:
     model = dataclasses.replace(
-      model,
+      model.with_execution(dtype='float32'),
       vocabulary=256,
       width=32,
       layers=2,
       heads=4,
       kv_heads=2,
       feed_forward=64,
-      dtype='float32',
     )
     length = length // 128
   data = dataclasses.replace(
@@ -111,7 +110,7 @@ def _refusal(made) -> str:
 
   m = made.model
   q, k = (
-    jax.ShapeDtypeStruct((1, made.data.sequence_length, heads, m.H), m.dtype)
+    jax.ShapeDtypeStruct((1, made.data.sequence_length, heads, m.H), m.execution.dtype)
     for heads in (m.N, m.K)
   )
   return cudnn.refusal(q, k, k, Mask())
@@ -183,7 +182,7 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   with jax.set_mesh(mesh):
     make_state, step, shapes = train_step.tandem_step(made, packed)
     compiled = step.lower(params.abstract(make_state, mesh), shapes()).compile()
-  prediction = roofline.predict(Module(compiled.as_text()), mesh, chip, made.model.dtype)
+  prediction = roofline.predict(Module(compiled.as_text()), mesh, chip, made.model.execution.dtype)
   rate = TOKENS / prediction.seconds
   return {
     'step_seconds': prediction.seconds,
@@ -192,7 +191,7 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
     'mfu': flops.mfu(
       rate * flops.train_flops_per_token(made.model, length),
       1,
-      hardware.peak(chip, made.model.dtype),
+      hardware.peak(chip, made.model.execution.dtype),
     ),
     'assumptions': prediction.assumptions,
   }

@@ -119,7 +119,7 @@ def transformers_torch(
   )
 
   def step():
-    with torch.autocast(device, torch.bfloat16, enabled=m.dtype == 'bfloat16'):
+    with torch.autocast(device, torch.bfloat16, enabled=m.execution.dtype == 'bfloat16'):
       loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -30,6 +30,7 @@ from data.batch import Batch
 from data.config import DataConfig
 from model import params, transformer, weights
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from objectives.next_token import summed_loss
 from parallel import axes as ax
 from parallel.mesh import AXES, MeshConfig
@@ -61,7 +62,7 @@ MODELS = {
     heads=32,
     feed_forward=11_008,
     max_length=4096,
-    dtype='bfloat16',
+    execution=ExecutionConfig(dtype='bfloat16'),
   ),
   '70B (Llama 3)': llama3_70b.get_config().model,
   '175B (GPT-3)': _gpt(12_288, 96, 96, 2048),
@@ -96,7 +97,7 @@ def setting(
 ) -> Config:
   """The run of one cell of the table: one sequence a chip, remat='full'."""
   return Config(
-    model=dataclasses.replace(model, remat='full', attention='blocked'),
+    model=model.with_execution(remat='full', attention='blocked'),
     data=DataConfig(sequence_length=model.max_length, batch_size=chips),
     mesh=MeshConfig(data=1, fsdp=chips, zero=zero),
     optimizer=OptimizerConfig(name=optimizer),
@@ -116,7 +117,7 @@ def measure(config: Config, chips: int) -> State:
       config.optimizer, config.train.steps, params.specs({'policy': model})
     )
     state = params.abstract(functools.partial(states.init, config, optimizer), mesh)
-    gathered = params.abstract(lambda: weights.gathered(init(), config.model.dtype), mesh)
+    gathered = params.abstract(lambda: weights.gathered(init(), config.model.execution.dtype), mesh)
     gradients = params.abstract(
       lambda: jax.grad(lambda model: _loss(config, model)[0])(init()), mesh
     )
@@ -146,7 +147,7 @@ def formula(config: Config, chips: int, parameters: int) -> dict[str, float]:
   which then hold them whole.
   """
   model, zero = config.model, config.mesh.zero
-  P, n, c = parameters, chips, jnp.dtype(model.dtype).itemsize
+  P, n, c = parameters, chips, jnp.dtype(model.execution.dtype).itemsize
   tables = model.V * model.D * (1 if model.tie_embeddings else 2) + (
     model.max_length * model.D if model.position == 'learned' else 0
   )

@@ -11,6 +11,7 @@ Cost and loss are not known: it measures speed.
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
+from model.execution import ExecutionConfig
 from training.config import Config
 from training.optimizer import OptimizerConfig
 
@@ -26,9 +27,7 @@ def get_config() -> Config:
       feed_forward=8192,
       norm_epsilon=1e-5,
       rope=RopeConfig(base=500_000.0),
-      dtype='bfloat16',
-      remat='dots',
-      remat_save=('attention',),
+      execution=ExecutionConfig(dtype='bfloat16', remat='dots', remat_save=('attention',)),
     ),
     data=DataConfig(
       sequence_length=4096, batch_size=4, tokenizer=TokenizerConfig(vocabulary=32_768)

@@ -3,6 +3,7 @@ and how is it known to be intact later?
 """
 
 import contextlib
+import glob
 import json
 import os
 import pathlib
@@ -24,15 +25,18 @@ def building(final: pathlib.Path, log: Callable[[str], object]) -> Iterator[path
   """
   prefix = f'{final.name}.partial-{socket.gethostname()}-'
   final.parent.mkdir(parents=True, exist_ok=True)
-  for left in final.parent.glob(f'{prefix}*'):
-    process = int(left.name.removeprefix(prefix))
-    if process == os.getpid() or not _alive(process):
+  for left in final.parent.glob(f'{glob.escape(prefix)}*'):
+    process = left.name.removeprefix(prefix)
+    if not process.isdecimal():
+      continue  # of a host whose name begins as this one's
+    if int(process) == os.getpid() or not _alive(int(process)):
       log(f'data: removed {left}, left by a run that was killed')
       shutil.rmtree(left)
   partial = final.with_name(f'{prefix}{os.getpid()}')
   partial.mkdir()
   try:
     yield partial
+    _discard_unfinished(final, partial, log)
     try:
       os.rename(partial, final)
     except OSError:
@@ -43,6 +47,24 @@ def building(final: pathlib.Path, log: Callable[[str], object]) -> Iterator[path
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+def _discard_unfinished(
+  final: pathlib.Path, partial: pathlib.Path, log: Callable[[str], object]
+) -> None:
+  """Clears the way to `final` where a directory without an index stands in it: the index came with
+  it in one step, so that somebody has deleted it, and nothing tells whether the rest is whole.
+  """
+  if not final.is_dir() or (final / INDEX).exists():
+    return
+  # Aside before it is looked at again: another process may be putting a whole one there.
+  aside = partial.with_name(f'{partial.name}9')
+  os.rename(final, aside)
+  if (aside / INDEX).exists():
+    os.rename(aside, final)
+    return
+  log(f'data: {final} had no {INDEX}, so that nothing in it could be trusted: prepared anew')
+  shutil.rmtree(aside)
 
 
 def _alive(process: int) -> bool:
@@ -110,14 +132,26 @@ def write_index(directory: pathlib.Path, records: list[dict], report: dict) -> N
 
 def read_index(directory: pathlib.Path) -> dict:
   """The index that `write_index` wrote: 'report' and 'files'.
-  Raises CorruptShardError when it can't be parsed.
+  Raises CorruptShardError when it can't be parsed, or has another form.
   """
   try:
-    return json.loads((directory / INDEX).read_text())
+    index = files.parsed((directory / INDEX).read_bytes(), directory / INDEX)
   except ValueError as error:
+    raise CorruptShardError(f'{error}; {_remedy(directory)}') from error
+  if not (
+    isinstance(index, dict)
+    and isinstance(index.get('report'), dict)
+    and isinstance(index.get('files'), list)
+    and all(
+      isinstance(entry, dict) and {'name', 'bytes', 'crc32'} <= entry.keys()
+      for entry in index['files']
+    )
+  ):
     raise CorruptShardError(
-      f'{directory / INDEX} is no JSON ({error}); {_remedy(directory)}'
-    ) from error
+      f'{directory / INDEX} is no index of files with names, sizes and checksums; '
+      + _remedy(directory)
+    )
+  return index
 
 
 def _remedy(directory: pathlib.Path) -> str:

@@ -46,6 +46,9 @@ class ChatTemplate:
       self._template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
       raise ValueError(f'line {error.lineno} of the chat template: {error.message}') from error
+    except (RecursionError, ValueError, SyntaxError, MemoryError) as error:
+      # Nested beyond a stack (Jinja's, or that of Python's compiler); a number of too many digits.
+      raise ValueError(f'the chat template can\'t be read: {error}') from error
     self.marks_generation = environment.marks_generation
 
   @classmethod
@@ -118,13 +121,20 @@ def quoted(messages, tokenizer: Tokenizer):
   """
   if not hasattr(tokenizer, 'control_names'):
     return messages  # of a kind whose control tokens text can't name
-  if isinstance(messages, str):
-    return tokenizer.control_names.sub(lambda match: f'{match[0][0]}{CUT}{match[0][1:]}', messages)
-  if isinstance(messages, Mapping):
-    return {key: quoted(value, tokenizer) for key, value in messages.items()}
-  if isinstance(messages, (list, tuple)):
-    return [quoted(value, tokenizer) for value in messages]
-  return messages
+  try:
+    return _quoted(messages, tokenizer.control_names)
+  except RecursionError as error:
+    raise ValueError(f'a chat template sees JSON data only: {error}') from error
+
+
+def _quoted(value, pattern: re.Pattern):
+  if isinstance(value, str):
+    return pattern.sub(lambda match: f'{match[0][0]}{CUT}{match[0][1:]}', value)
+  if isinstance(value, Mapping):
+    return {key: _quoted(each, pattern) for key, each in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_quoted(each, pattern) for each in value]
+  return value
 
 
 def _checked(messages: Sequence[Mapping]) -> list[dict]:
@@ -160,7 +170,7 @@ def _plain(data: dict) -> dict:
   """A copy in JSON's types only: the methods of richer objects are a way out of the sandbox."""
   try:
     return json.loads(json.dumps(data))
-  except TypeError as error:
+  except (TypeError, ValueError, RecursionError) as error:
     raise ValueError(f'a chat template sees JSON data only: {error}') from error
 
 

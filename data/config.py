@@ -12,6 +12,17 @@ TOKENIZER_KINDS = ('sentencepiece', 'huggingface', 'byte', 'char')
 TOKENIZER_ALGORITHMS = ('bpe', 'unigram')
 SPLITS = ('hash', 'tail')
 
+# Beyond any use, and below what no machine could hold: said at once and not by a killed process.
+MOST_IDS = 2**24
+MOST_TRAINING_BYTES = 2**40
+MOST_LENGTH = 2**24
+MOST_POSITIONS = 2**31  # of a batch, which is 20 bytes each on the hosts
+
+
+def _check_whole(name: str, value: object) -> None:
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise ValueError(f'{name}={value!r} must be a whole number, such as 4096')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -20,7 +31,8 @@ class SourceConfig:
   Attributes:
     kind: 'stdlib' (the running interpreter's own source, without tests), 'text' (a document per
       file), 'jsonl' (a document per line), 'csv' (a document per record).
-    path: glob of the files ('**' crosses directories); '' for 'stdlib'.
+    path: glob of the files ('**' crosses directories, but no links to them); '' for 'stdlib'. Names
+      that end in .gz, .bz2, .xz or .zst are decompressed.
     text_field: the JSON key or CSV column that holds the text; '' for 'stdlib' and 'text'.
     weight: this source's share of the training examples, relative to the other sources' weights.
   """
@@ -34,7 +46,8 @@ class SourceConfig:
     names.check('source.kind', self.kind, SOURCE_KINDS)
     if bool(self.path) == (self.kind == 'stdlib'):
       remedy = (
-        "leave it '' (the interpreter knows its own library)"
+        "set source.kind='text' (or 'jsonl', 'csv') to read files; 'stdlib', which is the default, "
+        "knows where its own are: leave it ''"
         if self.path
         else 'give a file or a glob'
       )
@@ -60,21 +73,35 @@ class CleanConfig:
     filters: quality rules, see data/clean.py: 'none', 'code' (StarCoder's)
       or 'prose' (Gopher's, C4's, FineWeb's).
     anonymise: kinds replaced by placeholders such as <EMAIL>: 'email', 'ip',
-      'phone', 'digits' (runs of nine or more).
+      'phone', 'digits' (runs of nine or more, cards, IBANs, US social security numbers); see
+      data/personal.py. Give () for fine-tuning, as configs/finetune.py does: a model that is to
+      copy a number from its prompt must see numbers.
     exact_duplicates: drop documents equal to an earlier one up to case and whitespace.
     near_duplicates: drop documents whose estimated Jaccard similarity (5-word shingles) with an
       earlier one is at least this; 0 switches the stage off.
+    word_list: a file of words and phrases, one a line; a document with any of them is dropped. None
+      comes with the code; '' drops nothing.
+    classifier: a file that `python -m data.labels` made of labelled lines; '' drops nothing.
+    classifier_threshold: the probability from which the classifier drops a document.
   """
 
   filters: str = 'none'
   anonymise: tuple[str, ...] = ANONYMISED_KINDS
   exact_duplicates: bool = True
   near_duplicates: float = 0.75
+  word_list: str = ''
+  classifier: str = ''
+  classifier_threshold: float = 0.5
 
   def __post_init__(self):
     names.check('clean.filters', self.filters, FILTER_PRESETS)
     for kind in self.anonymise:
       names.check('clean.anonymise', kind, ANONYMISED_KINDS)
+    if not 0 < self.classifier_threshold < 1:
+      raise ValueError(
+        f'clean.classifier_threshold={self.classifier_threshold} must be between 0 and 1, both '
+        'excluded'
+      )
     if self.near_duplicates != 0 and not 0.5 <= self.near_duplicates <= 1:
       raise ValueError(
         f'clean.near_duplicates={self.near_duplicates} must be 0 (off) or in [0.5, 1]: the MinHash '
@@ -118,17 +145,23 @@ class TokenizerConfig:
         "tokenizer.path='' with kind='huggingface': give the directory that holds its "
         "tokenizer.json, or train one here with kind='sentencepiece'"
       )
-    if self.vocabulary < 0 or self.vocabulary > 2**31 - 1:
+    _check_whole('tokenizer.vocabulary', self.vocabulary)
+    _check_whole('tokenizer.training_bytes', self.training_bytes)
+    if not 0 <= self.vocabulary <= MOST_IDS:
       raise ValueError(
-        f'tokenizer.vocabulary={self.vocabulary} must be in [0, 2**31 - 1]; 0 takes the kind\'s own'
+        f'tokenizer.vocabulary={self.vocabulary} must be in [0, {MOST_IDS}]; 0 takes the '
+        'kind\'s own'
       )
     if self.trained and 0 < self.vocabulary < 512:
       raise ValueError(
         f'tokenizer.vocabulary={self.vocabulary} must be >= 512 to train: 256 byte pieces and 4 '
         "special ones come first; use kind='byte' for a smaller one"
       )
-    if self.training_bytes < 1000:
-      raise ValueError(f'tokenizer.training_bytes={self.training_bytes} must be >= 1000')
+    if not 1000 <= self.training_bytes <= MOST_TRAINING_BYTES:
+      raise ValueError(
+        f'tokenizer.training_bytes={self.training_bytes} must be in [1000, {MOST_TRAINING_BYTES}]: '
+        'the trainer keeps the sample in memory, several times over'
+      )
 
   @property
   def trained(self) -> bool:
@@ -169,10 +202,23 @@ class DataConfig:
     names.check('data.split', self.split, SPLITS)
     if not self.sources:
       raise ValueError('data.sources is empty: give at least one SourceConfig')
+    for name in ('sequence_length', 'batch_size', 'seed'):
+      _check_whole(f'data.{name}', getattr(self, name))
     if self.sequence_length < 1 or self.batch_size < 1:
       raise ValueError(
         f'data.sequence_length={self.sequence_length} and data.batch_size={self.batch_size} '
         'must be >= 1'
+      )
+    if self.sequence_length > MOST_LENGTH:
+      raise ValueError(
+        f'data.sequence_length={self.sequence_length} must be at most {MOST_LENGTH}; longer '
+        'documents are cut'
+      )
+    if self.batch_size * self.sequence_length > MOST_POSITIONS:
+      raise ValueError(
+        f'data.batch_size={self.batch_size} rows of data.sequence_length={self.sequence_length} '
+        f'are {self.batch_size * self.sequence_length:,} positions, of at most '
+        f'{MOST_POSITIONS:,}; lower one of the two'
       )
     if not 0 < self.validation_fraction < 1:
       raise ValueError(

@@ -2,11 +2,16 @@
 
 import functools
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
-SHINGLE_WORDS = 5  # FineWeb (arXiv:2406.17557, section 3.3): 5-grams, 112 hashes in 14 bands of 8
-BANDS, ROWS = 14, 8
+# FineWeb (arXiv:2406.17557, section 3.3): 5-grams, 112 hashes. Its 14 bands of 8 meet in 77% of the
+# pairs at its threshold of 0.75; here the bands follow from the threshold, see `bands`.
+SHINGLE_WORDS, HASHES = 5, 112
+RECALL = 0.995  # of pairs exactly at the threshold
+SMALL = 32  # documents that share a band, of which all pairs are compared at once
+LARGE = 4096  # from here on they are divided by finer bands first
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
@@ -24,11 +29,11 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 def _permutations() -> np.ndarray:
   from datasketch import MinHash
 
-  return MinHash(num_perm=BANDS * ROWS, seed=1, scheme='affine32').permutations
+  return MinHash(num_perm=HASHES, seed=1, scheme='affine32').permutations
 
 
 def minhash(words: list[bytes]) -> np.ndarray:
-  """MinHash (Broder 1997) of the set of 5-word shingles, uint32 [BANDS * ROWS].
+  """MinHash (Broder 1997) of the set of 5-word shingles, uint32 [HASHES].
 
   Shingles are hashed here, in numpy; datasketch's own loop calls SHA-1 for each of them,
   which takes four times as long.
@@ -38,70 +43,159 @@ def minhash(words: list[bytes]) -> np.ndarray:
   hashes = np.fromiter(map(zlib.crc32, words), np.uint32, len(words)).astype(np.uint64)
   grams = ngram_hashes(hashes, min(SHINGLE_WORDS, len(words)))
   unique = np.unique((grams >> np.uint64(16)).astype(np.uint32))
-  sketch = MinHash(
-    num_perm=BANDS * ROWS, permutations=_permutations(), scheme='affine32', hashfunc=int
-  )
+  sketch = MinHash(num_perm=HASHES, permutations=_permutations(), scheme='affine32', hashfunc=int)
   # Blocks of 4096 x 112 values stay in the processor's cache.
   for start in range(0, len(unique), 4096):
     sketch.update_batch(unique[start : start + 4096].tolist())
   return sketch.hashvalues
 
 
+def bands(threshold: float, recall: float = RECALL) -> tuple[int, int]:
+  """(number of bands, values in each): the widest bands, which bring the fewest documents together,
+  of which two with a similarity of `threshold` share at least one with a probability of `recall`.
+  """
+  for values in range(HASHES, 1, -1):
+    number = HASHES // values
+    if 1 - (1 - threshold**values) ** number >= recall:
+      return number, values
+  return HASHES, 1
+
+
 def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
   """Finds documents that resemble an earlier one.
 
   Locality-sensitive hashing (Leskovec, Rajaraman & Ullman, "Mining of Massive Datasets", section
-  3.4): documents that agree on all ROWS values of a band are candidates; a candidate pair counts
-  when the share of equal values (the estimated Jaccard similarity) is at least `threshold`. Pairs
+  3.4): documents that agree on all values of a band are compared, each with each; a pair counts
+  when the share of equal values (the estimated Jaccard similarity) is at least `threshold`. At
+  least 99% of all such pairs are found: RECALL of those exactly at it, more of those above. Pairs
   are closed transitively; each cluster keeps its first document. The bands are sorted one at a time
   rather than kept in dictionaries: 30 bytes per document, not kilobytes.
 
   Args:
-    signatures: uint32 [documents, BANDS * ROWS], in memory or memory-mapped.
+    signatures: uint32 [documents, HASHES], in memory or memory-mapped.
     threshold: in (0, 1].
 
   Returns:
     bool [documents]: True for those to drop.
   """
+  count = len(signatures)
+  firsts = np.arange(count)  # of each document's cluster, as far as it is known
+  number, values = bands(threshold)
+  for band in range(number if count > 1 else 0):
+    groups = Groups(_band_keys(signatures[:, band * values : (band + 1) * values]))
+    links = [_alike(signatures, pairs, firsts, threshold) for pairs in groups.pairs()]
+    for members in groups.beyond(SMALL):
+      links += _links(signatures, members, threshold)
+    firsts = _joined(firsts, links)
+  return firsts != np.arange(count)
+
+
+class Groups:
+  """Documents that have a key in common.
+
+  Args:
+    keys: uint64 [documents].
+  """
+
+  def __init__(self, keys: np.ndarray):
+    # The documents by their keys; where each key's begin, and how many they are.
+    self._order = np.argsort(keys, kind='stable')
+    changes = keys[self._order[1:]] != keys[self._order[:-1]]
+    self._begins = np.flatnonzero(np.append(True, changes))
+    self._sizes = np.diff(np.append(self._begins, len(keys)))
+
+  def pairs(self) -> Iterator[np.ndarray]:
+    """All pairs [pairs, 2] within the groups of at most SMALL, by their distance in the order: the
+    next neighbours of all groups, then those after next.
+    """
+    ends = np.repeat(np.where(self._sizes <= SMALL, self._begins + self._sizes, 0), self._sizes)
+    for distance in range(1, SMALL):
+      here = np.flatnonzero(np.arange(len(ends)) + distance < ends)
+      if not here.size:
+        return
+      yield np.stack([self._order[here], self._order[here + distance]], axis=1)
+
+  def beyond(self, size: int) -> Iterator[np.ndarray]:
+    """The documents of each group that has more of them than that."""
+    for group in np.flatnonzero(self._sizes > size):
+      begin = self._begins[group]
+      yield self._order[begin : begin + self._sizes[group]]
+
+
+def _alike(
+  signatures: np.ndarray, pairs: np.ndarray, firsts: np.ndarray, threshold: float
+) -> np.ndarray:
+  """Those of some pairs that are alike and not in one cluster yet, in blocks that fit into
+  memory.
+  """
+  pairs = pairs[firsts[pairs[:, 0]] != firsts[pairs[:, 1]]]
+  same = [np.zeros(0, bool)]
+  for block in np.array_split(pairs, len(pairs) // 65536 + 1):
+    agreed = signatures[block[:, 0]] == signatures[block[:, 1]]
+    same.append(agreed.mean(axis=1) >= threshold)
+  return pairs[np.concatenate(same)]
+
+
+def _links(signatures: np.ndarray, members: np.ndarray, threshold: float) -> list[np.ndarray]:
+  """Pairs, each [pairs, 2], that join those of the members that are alike.
+
+  Who is linked asks in turn, and who has been linked is asked no more: copies of a document, which
+  most large groups consist of, take one comparison each, and only members unlike one another take
+  one for each pair. Thousands of those have a phrase in common and little else (a template's
+  beginning): finer bands, which hardly a pair escapes, part them first.
+  """
+  if len(members) <= LARGE:
+    return _links_within(signatures, members, threshold)
+  links = []
+  number, values = bands(threshold, recall=0.9999)
+  for band in range(number):
+    own = signatures[members, band * values : (band + 1) * values]
+    for part in Groups(_band_keys(own)).beyond(1):
+      links += _links_within(signatures, members[part], threshold)
+  return links
+
+
+def _links_within(
+  signatures: np.ndarray, members: np.ndarray, threshold: float
+) -> list[np.ndarray]:
+  own = np.asarray(signatures[members])
+  waiting = np.arange(len(members))
+  links = []
+  while waiting.size:
+    asking, waiting = [waiting[0]], waiting[1:]
+    while asking and waiting.size:
+      member = asking.pop()
+      same = (own[waiting] == own[member]).mean(axis=1) >= threshold
+      linked = waiting[same]
+      waiting = waiting[~same]
+      asking += linked.tolist()
+      if linked.size:
+        links.append(np.stack([np.full(len(linked), members[member]), members[linked]], axis=1))
+  return links
+
+
+def _joined(firsts: np.ndarray, links: list[np.ndarray]) -> np.ndarray:
+  """The first documents of the clusters, once these links count, too."""
   from scipy.sparse import coo_array
   from scipy.sparse.csgraph import connected_components
 
-  count = len(signatures)
-  if count < 2:
-    return np.zeros(count, bool)
-
-  # Candidates: neighbours among the documents sorted by a band's key, where the key is the same.
-  pairs = [np.zeros((0, 2), np.int64)]
-  for band in range(BANDS):
-    keys = _band_keys(signatures[:, band * ROWS : (band + 1) * ROWS])
-    order = np.argsort(keys, kind='stable')
-    same = keys[order[1:]] == keys[order[:-1]]
-    pairs.append(np.stack([order[:-1][same], order[1:][same]], axis=1))
-  pairs = np.unique(np.concatenate(pairs), axis=0)
-
-  # Those whose signatures agree in enough of their values, in blocks that fit into memory.
-  alike = [np.zeros(0, bool)]
-  for block in np.array_split(pairs, len(pairs) // 65536 + 1):
-    same = signatures[block[:, 0]] == signatures[block[:, 1]]
-    alike.append(same.mean(axis=1) >= threshold)
-  links = pairs[np.concatenate(alike)]
-
-  # Of each connected cluster the first document stays.
-  graph = coo_array(
-    (np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(count, count)
-  )
+  pairs = np.concatenate([np.zeros((0, 2), np.int64), *links])
+  if not len(pairs):
+    return firsts
+  count = len(firsts)
+  rows = np.append(np.arange(count), pairs[:, 0])
+  columns = np.append(firsts, pairs[:, 1])
+  graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(count, count))
   _, cluster = connected_components(graph, directed=False)
   _, first = np.unique(cluster, return_index=True)
-  drop = np.ones(count, bool)
-  drop[first] = False
-  return drop
+  return first[cluster]
 
 
 def _band_keys(values: np.ndarray) -> np.ndarray:
-  """One uint64 key per document from the ROWS values of a band, [documents, ROWS]:
+  """One uint64 key per document from the values of a band, [documents, values]:
   a random linear hash modulo 2^64.
   """
-  draws = np.random.default_rng(0).integers(1, 2**63, ROWS, np.uint64)
+  draws = np.random.default_rng(0).integers(1, 2**63, values.shape[1], np.uint64)
   multipliers = draws * np.uint64(2) + np.uint64(1)  # odd
   blocks = range(0, len(values), 65536)
   return np.concatenate(

@@ -17,7 +17,7 @@ STOP_WORDS = frozenset(('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'))
 TERMINAL_PUNCTUATION = ('.', '!', '?', '"', '\u201d', '\u2026', '\u3002', '\uff01', '\uff1f')
 
 
-class View:
+class SplitText:
   """A text with its words and its lines that aren't blank, split once for all the filters."""
 
   def __init__(self, text: str):
@@ -36,55 +36,55 @@ def _share(part: int, whole: int) -> float:
   return part / whole if whole else 0.0
 
 
-def _alphanumeric(view: View) -> bool:
+def _alphanumeric(view: SplitText) -> bool:
   return sum(map(len, re.findall(r'[^\W_]+', view.text))) >= 0.25 * len(view.text)
 
 
-def _line_length(view: View) -> bool:
+def _line_length(view: SplitText) -> bool:
   lines = view.text.split('\n')
   return max(map(len, lines)) <= 1000 and len(view.text) / len(lines) <= 100
 
 
-def _word_count(view: View) -> bool:
+def _word_count(view: SplitText) -> bool:
   return 50 <= len(view.words) <= 100_000
 
 
-def _word_length(view: View) -> bool:
+def _word_length(view: SplitText) -> bool:
   words = view.words
   return 3 <= _share(sum(map(len, words)), len(words)) <= 10
 
 
-def _symbols(view: View) -> bool:
+def _symbols(view: SplitText) -> bool:
   symbols = sum(map(view.text.count, ('#', '...', '\u2026')))
   return symbols <= 0.1 * len(view.words)
 
 
-def _bullets(view: View) -> bool:
+def _bullets(view: SplitText) -> bool:
   bullets = sum(line.startswith(('-', '*', '\u2022', '\u25cf')) for line in view.lines)
   ellipses = sum(line.endswith(('...', '\u2026')) for line in view.lines)
   return bullets <= 0.9 * len(view.lines) and ellipses <= 0.3 * len(view.lines)
 
 
-def _letters(view: View) -> bool:
+def _letters(view: SplitText) -> bool:
   words = view.words
   return sum(any(map(str.isalpha, word)) for word in words) >= 0.8 * len(words)
 
 
-def _stop_words(view: View) -> bool:
+def _stop_words(view: SplitText) -> bool:
   words = (word.strip(string.punctuation) for word in view.text.lower().split())
   return len(STOP_WORDS.intersection(words)) >= 2
 
 
-def _placeholder_text(view: View) -> bool:
+def _placeholder_text(view: SplitText) -> bool:
   return 'lorem ipsum' not in view.text.lower() and '{' not in view.text
 
 
-def _line_ends(view: View) -> bool:
+def _line_ends(view: SplitText) -> bool:
   ended = sum(line.endswith(TERMINAL_PUNCTUATION) for line in view.lines)
   return ended >= 0.12 * len(view.lines) and view.text.count('\n') <= 0.3 * len(view.words)
 
 
-def _short_lines(view: View) -> bool:
+def _short_lines(view: SplitText) -> bool:
   return sum(len(line) <= 30 for line in view.lines) <= 0.67 * len(view.lines)
 
 
@@ -95,7 +95,7 @@ def _duplicate_share(parts: list[str]) -> tuple[float, float]:
   return _share(len(parts) - len(counts), len(parts)), _share(repeated, sum(map(len, parts)))
 
 
-def _repeated_lines(view: View) -> bool:
+def _repeated_lines(view: SplitText) -> bool:
   lines, line_characters = _duplicate_share(view.lines)
   paragraphs, paragraph_characters = _duplicate_share(
     [part for part in re.split(r'\n{2,}', view.text) if part.strip()]
@@ -110,10 +110,12 @@ def _repeated_lines(view: View) -> bool:
 GOPHER_NGRAMS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
-def _repeated_ngrams(view: View) -> bool:
+def _repeated_ngrams(view: SplitText) -> bool:
   words = view.words
   lengths = np.array([len(word) for word in words], np.int64)
-  hashes = np.array([hash(word) for word in words], np.int64).astype(np.uint64)
+  # Numbers and not Python's hashes of words, which another process draws anew.
+  numbers: dict[str, int] = {}
+  hashes = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.uint64)
   for n, limit in GOPHER_NGRAMS.items():
     if len(words) < n:
       break
@@ -122,8 +124,10 @@ def _repeated_ngrams(view: View) -> bool:
       grams, return_index=True, return_inverse=True, return_counts=True
     )
     if n <= 4:
-      # Characters of the most frequent n-gram, wherever it is, if it repeats.
-      top = int(np.argmax(counts))
+      # Characters of the most frequent n-gram, wherever it is, if it repeats. Of several that are
+      # as frequent it is the one that begins first (as in FineWeb's code): np.unique sorts by hash.
+      often = np.flatnonzero(counts == counts.max())
+      top = int(often[np.argmin(first[often])])
       characters = lengths[first[top] : first[top] + n].sum()
       covered = int(counts[top] * characters) if counts[top] > 1 else 0
     else:
@@ -141,7 +145,7 @@ def _repeated_ngrams(view: View) -> bool:
 
 
 # preset -> rule -> keeps(view), in the order in which they are tried.
-FILTERS: dict[str, dict[str, Callable[[View], bool]]] = {
+FILTERS: dict[str, dict[str, Callable[[SplitText], bool]]] = {
   'none': {},
   # StarCoder (arXiv:2305.06161, section 3.1) after Codex (arXiv:2107.03374, section 3.1): no line
   # over 1000 characters, 100 on average, a quarter of the characters alphanumeric.

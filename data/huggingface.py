@@ -111,24 +111,20 @@ class HuggingFaceTokenizer(Tokenizer):
   @classmethod
   def read(cls, path: str | os.PathLike) -> 'HuggingFaceTokenizer':
     """From a directory with a tokenizer.json, or from that file;
-    the files beside it count in both cases.
+    the files beside it count in both cases. Its ValueErrors name the directory.
     """
-    contents, more = {}, {}
-    for file in paths(path):
-      if file.parent.name == MORE_TEMPLATES:
-        more[file.stem] = file.read_text(encoding='utf-8')
-      else:
-        contents[file.name] = file.read_bytes()
-    # Into the settings, where older versions keep them, so that they travel in plain files.
-    if more:
-      settings = _json(contents, SETTINGS)
-      templates = _templates(contents, settings) | more
-      contents.pop(TEMPLATE, None)
-      settings['chat_template'] = [
-        {'name': name, 'template': template} for name, template in templates.items()
-      ]
-      contents[SETTINGS] = json.dumps(settings, ensure_ascii=False, indent=2).encode()
-    return cls(contents)
+    directory = pathlib.Path(path).expanduser()
+    directory = directory.parent if directory.name == DEFINITION else directory
+    try:
+      return cls(_contents(directory))
+    except ValueError as error:
+      raise ValueError(f'{directory}: {error}') from error
+    except (LookupError, TypeError, AttributeError) as error:
+      # Other JSON than a tokenizer's: a list where an object with names should be, or without one.
+      raise ValueError(
+        f'{directory}: {DEFINITION} or the settings beside it are not of the form that the '
+        f'tokenizers library writes ({type(error).__name__}: {error}); save the tokenizer anew'
+      ) from error
 
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
     encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -171,6 +167,34 @@ def paths(path: str | os.PathLike) -> list[pathlib.Path]:
   return found + sorted((directory / MORE_TEMPLATES).glob('*.jinja'))
 
 
+def _contents(directory: pathlib.Path) -> dict[str, bytes]:
+  """The files of `paths` by name, with all templates in the settings."""
+  contents, more = {}, {}
+  for file in paths(directory):
+    if file.parent.name == MORE_TEMPLATES:
+      more[file.stem] = _utf8(file.read_bytes(), f'{MORE_TEMPLATES}/{file.name}')
+    else:
+      contents[file.name] = file.read_bytes()
+
+  # Where older versions keep them, so that they travel in plain files.
+  if more:
+    settings = _json(contents, SETTINGS)
+    templates = _templates(contents, settings) | more
+    contents.pop(TEMPLATE, None)
+    settings['chat_template'] = [
+      {'name': name, 'template': template} for name, template in templates.items()
+    ]
+    contents[SETTINGS] = json.dumps(settings, ensure_ascii=False, indent=2).encode()
+  return contents
+
+
+def _utf8(content: bytes, name: str) -> str:
+  try:
+    return content.decode()
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{name} is not UTF-8 ({error}); save it as UTF-8') from error
+
+
 def _json(contents: Mapping[str, bytes], name: str) -> dict:
   return files.json_object(contents[name], name) if name in contents else {}
 
@@ -207,7 +231,9 @@ def _templates(contents: Mapping[str, bytes], settings: dict) -> dict[str, str]:
     templates = given
   else:
     templates = {entry['name']: entry['template'] for entry in given}
-  return templates | ({'default': contents[TEMPLATE].decode()} if TEMPLATE in contents else {})
+  return templates | (
+    {'default': _utf8(contents[TEMPLATE], TEMPLATE)} if TEMPLATE in contents else {}
+  )
 
 
 def _vocabulary(definition: dict) -> dict[str, int]:

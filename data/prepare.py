@@ -5,8 +5,9 @@ The whole pipeline, in the order in which it runs.
 
 Everything streams: memory holds one chunk of documents, and some 200 bytes per document. The result
 lies in cache_dir/<key>, where the key is a hash of the sources' content and of the settings that
-change it; a second call loads it. cache_dir/<key>/rows-<T> holds the packing for one sequence
-length, so that another one needs no second tokenising.
+change it, and of nothing else (no hash seed, core count or locale changes a byte); a second call
+loads it. cache_dir/<key>/rows-<T> holds the packing for one sequence length, so that another one
+needs no second tokenising.
 """
 
 import array
@@ -19,6 +20,7 @@ import json
 import os
 import pathlib
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,7 +29,7 @@ from data import cache, clean, duplicates, huggingface, shards, sources, tokeniz
 from data.config import DataConfig, SourceConfig
 from data.texts import Texts
 
-FORMAT = 2  # part of every key: raise it when the code changes what a config means
+FORMAT = 3  # part of every key: raise it when the code changes what a config means
 ENCODE_CHARACTERS = 2**22  # encoded at a time: SentencePiece returns Python integers, 36 bytes each
 PARALLEL_BYTES = 2**26  # below this, starting worker processes costs more than they save
 
@@ -132,15 +134,25 @@ def corpus_key(config: DataConfig) -> str:
       within = [path]
     settings['path'] = sources.content_digest(within, memo)
 
+  cleaning = dataclasses.asdict(config.clean)
+  for name in ('word_list', 'classifier'):
+    if cleaning[name]:
+      path = os.path.expanduser(cleaning[name])
+      if not os.path.isfile(path):
+        raise FileNotFoundError(f'clean.{name}={cleaning[name]!r} is no file')
+      cleaning[name] = sources.content_digest([path], memo)
+
   content = {
     'format': FORMAT,
     'sources': [
       [source.kind, source.text_field, sources.content_digest(sources.paths(source), memo)]
       for source in config.sources
     ],
-    'clean': dataclasses.asdict(config.clean),
+    'clean': cleaning,
     'tokenizer': settings,
+    # What decides besides: the trainer, and (by lower() and isalpha()) the tables of characters.
     'sentencepiece': importlib.metadata.version('sentencepiece') if trained else '',
+    'unicode': unicodedata.unidata_version,
     'split': [config.split, config.validation_fraction],
   }
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -159,12 +171,13 @@ def _build_corpus(
       counts = {
         'source': dataclasses.asdict(source),
         'read': collections.Counter(),
-        'problems': collections.Counter(),
+        'problems': sources.Problems(),
         'dropped': collections.Counter(),
         'repaired_characters': 0,
         'anonymised': collections.Counter(),
       }
       texts.write(_cleaned(config, source, seen, counts))
+      counts['first_problems'] = counts['problems'].first
       bounds.append(len(texts))
       report['sources'].append(counts)
   del seen
@@ -444,10 +457,11 @@ def _describe(counts: dict) -> str:
     return ', '.join(f'{count:,} {name}' for name, count in of.items() if count) or 'none'
 
   source = counts['source']
+  places = ''.join(f', first {kind} {at}' for kind, at in counts['first_problems'].items())
   return (
     f'data: {source["kind"]} {source["path"]}: read {counts["read"]["documents"]:,} documents '
     f'({counts["read"]["characters"] / 1e6:.1f} M characters); problems: '
-    f'{listed(counts["problems"])}; dropped: {listed(counts["dropped"])}; masked: '
+    f'{listed(counts["problems"])}{places}; dropped: {listed(counts["dropped"])}; masked: '
     f'{listed(counts["anonymised"])}'
   )
 

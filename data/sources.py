@@ -4,15 +4,19 @@ import collections
 import csv
 import glob
 import hashlib
+import io
 import json
 import os
 import pathlib
+import re
+import secrets
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import files
+from data import compressed
 from data.config import SourceConfig
 
 # Directories of the standard library that hold tests, third-party packages or byte code.
@@ -22,6 +26,26 @@ STDLIB_EXCLUDED = frozenset(
 # A file changed less than this many seconds before it was hashed may change again under the same
 # mtime (git: "racily clean").
 RACY_SECONDS = 2.0
+SHOWN = 20  # keys of records, in a message
+
+
+class Problems(collections.Counter):
+  """What gave no document, counted by kind: 'undecodable' files or lines, 'unreadable' files,
+  'malformed' lines or records, records with 'no_text', an 'unclosed_quote' (what it swallowed is
+  one).
+
+  Attributes:
+    first: where each kind was met first, as 'path:line' or, of a whole file, 'path'.
+  """
+
+  def __init__(self):
+    super().__init__()
+    self.first: dict[str, str] = {}
+
+  def add(self, kind: str, path: str, line: int = 0) -> None:
+    """Counts one; line 0: the whole file."""
+    self[kind] += 1
+    self.first.setdefault(kind, f'{path}:{line}' if line else path)
 
 
 def paths(source: SourceConfig) -> list[str]:
@@ -29,6 +53,7 @@ def paths(source: SourceConfig) -> list[str]:
 
   Raises:
     FileNotFoundError: nothing matches.
+    ValueError: a .zst file, and nothing that reads it.
   """
   if source.kind == 'stdlib':
     root = sysconfig.get_path('stdlib')
@@ -37,81 +62,170 @@ def paths(source: SourceConfig) -> list[str]:
       # site-packages alone may hold 10,000 files.
       inner[:] = [name for name in inner if name not in STDLIB_EXCLUDED]
       matches += [os.path.join(directory, name) for name in names if name.endswith('.py')]
-    matches.sort()
     where = f'the standard library at {root}'
   else:
-    matches = sorted(
-      path
-      for path in glob.glob(os.path.expanduser(source.path), recursive=True)
-      if os.path.isfile(path)
-    )
+    matches = [
+      path for path in set(_matches(os.path.expanduser(source.path))) if os.path.isfile(path)
+    ]
     where = f'path={source.path!r} (seen from {os.getcwd()})'
+    if os.path.isdir(os.path.expanduser(source.path)):
+      where += f", which is a folder: path='{source.path.rstrip('/')}/**/*' takes all files in it"
   if not matches:
     raise FileNotFoundError(
       f'a {source.kind!r} source found no file: {where}; correct the path or glob'
     )
-  return matches
+  compressed.check(matches)
+  # By their bytes: what a name's characters are depends on the locale.
+  return sorted(matches, key=os.fsencode)
 
 
-def documents(source: SourceConfig, problems: collections.Counter) -> Iterator[str]:
+def _matches(pattern: str) -> Iterator[str]:
+  """What a glob matches, some of it more than once. '**' enters no directory by a link, as
+  glob.glob does: a few links to the directories above them make 2^40 paths.
+  """
+  parts = pattern.split('/')
+  if '**' not in parts:
+    yield from glob.glob(pattern)
+    return
+  at = parts.index('**')
+  after = '/'.join(parts[at + 1 :]) or '*'
+  for root in glob.glob('/'.join(parts[:at]) + '/') if at else ['.']:
+    for directory, inner, _ in os.walk(root):
+      inner[:] = [name for name in inner if not name.startswith('.')]
+      yield from _matches(os.path.join(glob.escape(directory), after))
+
+
+def documents(source: SourceConfig, problems: Problems) -> Iterator[str]:
   """Streams the texts of a source in a fixed order.
 
   Args:
     source: what to read.
-    problems: counts, updated while reading, of what gave no document: 'undecodable' files or lines,
-      'unreadable' files, 'malformed' lines, records with 'no_text'.
+    problems: updated while reading, by what gave no document.
+
+  Raises:
+    ValueError: no record of any file has the field that should hold the text.
   """
+  keys: dict[str, str] = {}
+  documents = 0
   for path in paths(source):
     try:
-      if source.kind in ('stdlib', 'text'):
-        yield pathlib.Path(path).read_bytes().decode('utf-8-sig')
-      elif source.kind == 'jsonl':
-        yield from _jsonl(path, source.text_field, problems)
-      else:
-        yield from _csv(path, source.text_field, problems)
+      for text in _texts(source, path, problems, keys):
+        documents += 1
+        yield text
     except UnicodeDecodeError:
-      problems['undecodable'] += 1
-    except OSError:
-      problems['unreadable'] += 1
+      problems.add('undecodable', path)
+    except compressed.damaged():
+      problems.add('unreadable', path)
+  if keys and not documents:
+    shown = ', '.join(f'{key} ({kind})' for key, kind in [*keys.items()][:SHOWN])
+    raise ValueError(
+      f'path={source.path!r}: none of {problems["no_text"]} records has a text under the key '
+      f'{source.text_field!r}; keys there, with the types of their values: {shown}. Set '
+      'source.text_field to one that holds text (str)'
+    )
 
 
-def _jsonl(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
-  with open(path, 'rb') as lines:
-    for line in lines:
+def _texts(
+  source: SourceConfig, path: str, problems: Problems, keys: dict[str, str]
+) -> Iterator[str]:
+  """The texts of one file."""
+  if source.kind in ('stdlib', 'text'):
+    with compressed.opened(path) as file:
+      text = file.read().decode('utf-8-sig')
+    yield text
+  elif source.kind == 'jsonl':
+    yield from _jsonl(path, source.text_field, problems, keys)
+  else:
+    yield from _csv(path, source.text_field, problems)
+
+
+def _jsonl(path: str, field: str, problems: Problems, keys: dict[str, str]) -> Iterator[str]:
+  """Texts of a file; of the records without one, gathers keys with the types of their values."""
+  with compressed.opened(path) as lines:
+    for number, line in enumerate(lines, 1):
       if not line.strip():
         continue
       try:
-        record = json.loads(line.decode('utf-8-sig'))
+        record = files.parsed(line.decode('utf-8-sig'), path)
       except UnicodeDecodeError:
-        problems['undecodable'] += 1
+        problems.add('undecodable', path, number)
         continue
-      except json.JSONDecodeError:
-        problems['malformed'] += 1
+      except ValueError:
+        problems.add('malformed', path, number)
         continue
       text = record.get(field) if isinstance(record, dict) else None
       if isinstance(text, str):
         yield text
       else:
-        problems['no_text'] += 1
+        problems.add('no_text', path, number)
+        if isinstance(record, dict) and len(keys) < SHOWN:
+          keys |= {str(key)[:40]: type(value).__name__ for key, value in record.items()}
 
 
-def _csv(path: str, field: str, problems: collections.Counter) -> Iterator[str]:
+def _csv(path: str, field: str, problems: Problems) -> Iterator[str]:
   # The default of 131,072 characters rejects longer documents.
   csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
   # Bytes that are not UTF-8 become lone surrogates, which cleaning replaces and counts:
   # the rest of the file is kept.
-  with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
-    reader = csv.DictReader(lines)
+  with (
+    compressed.opened(path) as file,
+    io.TextIOWrapper(file, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines,
+  ):
+    ended = []
+    reader = csv.DictReader(_with_end(lines, ended))
+    if any(_END in name for name in reader.fieldnames):
+      raise ValueError(f'{path}: a quote in the line of its columns is never closed; close it')
     if field not in (reader.fieldnames or ()):
       raise ValueError(
         f'{path} has no column {field!r}; its columns: {", ".join(reader.fieldnames or ())}. '
         'Set source.text_field to one of them'
       )
-    for record in reader:
+    while True:
+      begin = reader.line_num + 1
+      try:
+        record = next(reader, None)
+      except csv.Error:
+        problems.add('malformed', path, begin)
+        continue
+      if record is None:
+        return
+      if ended and _END in str([*record.values()]):
+        # It swallowed the rest of the file, which is no document.
+        if record[reader.fieldnames[0]] != _END:
+          problems.add('unclosed_quote', path, begin)
+        return
       if record[field] is None:
-        problems['no_text'] += 1
+        problems.add('no_text', path, begin)
       else:
         yield record[field]
+
+
+_END = f'end {secrets.token_hex(16)}'  # no file can hold what can't be guessed
+
+
+def _with_end(lines: Iterable[str], ended: list) -> Iterator[str]:
+  """The lines, and a last one that becomes a record of its own, if no quote is open before it."""
+  yield from lines
+  ended.append(True)
+  yield _END
+
+
+def _remembered(memo_file: pathlib.Path) -> dict[str, list]:
+  """The entries of a memo that are whole. What can't be read is forgotten: it is only a memo."""
+  try:
+    memo = files.parsed(memo_file.read_bytes(), memo_file)
+  except (OSError, ValueError):
+    return {}
+  if not isinstance(memo, dict):
+    return {}
+  return {
+    name: entry
+    for name, entry in memo.items()
+    if isinstance(entry, list)
+    and len(entry) == 3
+    and isinstance(entry[2], str)
+    and re.fullmatch('[0-9a-f]{32}', entry[2])
+  }
 
 
 def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
@@ -121,7 +235,7 @@ def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
   `memo_file`, as make and git do; unlike make, an entry is trusted only if the file had been left
   alone for RACY_SECONDS when hashed.
   """
-  memo = json.loads(memo_file.read_text()) if memo_file.exists() else {}
+  memo = _remembered(memo_file)
   changed = False
   total = hashlib.blake2b(digest_size=16)
   for path in names:
@@ -135,7 +249,7 @@ def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
       entry = [status.st_size, status.st_mtime_ns, digest]
       if now - status.st_mtime > RACY_SECONDS:
         memo[name], changed = entry, True
-    total.update(f'{os.path.basename(path)}\0{entry[2]}\n'.encode())
+    total.update(os.fsencode(os.path.basename(path)) + f'\0{entry[2]}\n'.encode())
   if changed:
     files.replace(memo_file, json.dumps(memo))
   return total.hexdigest()

@@ -10,12 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 import files
+import names
 from data import huggingface
 from data.config import TokenizerConfig
 from data.tokenizer import BOS, EOS, INDEX, PAD, UNK, Tokenizer
 
 SPACE = '\u2581'  # SentencePiece writes a space as this character
 DEFAULT_VOCABULARY = 4096
+# Unigram's training adds up expected counts thread by thread, so that their number decides which
+# pieces come out; this is SentencePiece's default, on any machine.
+TRAINING_THREADS = 16
 _MODEL = 'tokenizer.model'
 # Appended to a model's protocol buffer, where the last value counts: normalizer_spec (3) with
 # add_dummy_prefix (3) and remove_extra_whitespaces (4) false.
@@ -148,27 +152,41 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
   Raises:
     FileNotFoundError: no tokenizer is there.
-    ValueError: a tokenizer.json that can't be used, see data/huggingface.py.
+    ValueError: a file that isn't what its name says; a tokenizer.json that can't be used, see
+      data/huggingface.py.
   """
   path = pathlib.Path(path).expanduser()
   if path.is_file() and path.suffix != '.json':
-    return SentencePieceTokenizer(path.read_bytes())
+    return _sentencepiece(path)
   path = path.parent if path.name == INDEX else path
   if not (path / INDEX).is_file():
     raise FileNotFoundError(
       f'no tokenizer at {str(path)!r}: neither a SentencePiece .model file nor a directory with '
       f'{INDEX}'
     )
-  index = files.json_object((path / INDEX).read_bytes(), path / INDEX)
-  if 'kind' not in index:
+  index = files.parsed((path / INDEX).read_bytes(), path / INDEX)
+  if not isinstance(index, dict) or 'kind' not in index:
     return huggingface.HuggingFaceTokenizer.read(path)
-  if index['kind'] == 'byte':
+  kind = names.check(f'{path / INDEX}: kind', index['kind'], ('sentencepiece', 'byte', 'char'))
+  if kind == 'byte':
     return ByteTokenizer()
-  return (
-    CharTokenizer(index['characters'])
-    if index['kind'] == 'char'
-    else SentencePieceTokenizer((path / _MODEL).read_bytes())
-  )
+  if kind == 'char':
+    if not isinstance(index.get('characters'), str):
+      raise ValueError(f'{path / INDEX}: a tokenizer of kind \'char\' has its characters as a text')
+    return CharTokenizer(index['characters'])
+  return _sentencepiece(path / _MODEL)
+
+
+def _sentencepiece(path: pathlib.Path) -> SentencePieceTokenizer:
+  try:
+    return SentencePieceTokenizer(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  except RuntimeError as error:  # the library's own, without the file's name
+    raise ValueError(
+      f'{path} is no SentencePiece model ({error}); tiktoken\'s files, too, are called '
+      f'{_MODEL}: for one of those give the directory of its {INDEX}'
+    ) from error
 
 
 def build(
@@ -209,7 +227,7 @@ def build(
 
 
 def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> bytes:
-  """Trains a model that gives every text back exactly; deterministic.
+  """Trains a model that gives every text back exactly; the same bytes on any machine.
   Returns the bytes of a .model file.
 
   Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are
@@ -240,7 +258,7 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: fl
       split_by_unicode_script=False,
       split_by_number=False,
       max_sentence_length=4 * _CHUNK,
-      num_threads=os.cpu_count() or 1,
+      num_threads=TRAINING_THREADS,
       minloglevel=2,
     )
   except RuntimeError as error:

@@ -29,7 +29,7 @@ from decode import constrain, loop, sampling as laws
 from decode.loop import Chunk, DecodeState, Rules
 from decode.options import Options
 from decode.report import CallTimer, GenerationReport
-from decode.request import INTERRUPTED, LENGTH, Row
+from decode.request import INTERRUPTED, LENGTH, Row, raise_where_all_failed
 from model import cache as caches
 from model.transformer import Decoder
 from parallel import axes as ax
@@ -187,12 +187,13 @@ def texts(
   options: Options,
   room: int,
 ) -> Generator[list[str], None, GenerationReport]:
-  """Searches behind prompts that a decode.engine.Engine has read, and fills its rows,
+  """Searches behind prompts that a decode.loaded.LoadedModel has read, and fills its rows,
   options.num_samples of each prompt.
 
   Rows for which no text is left, where a constraint or logit_bias leaves fewer, are taken out of
-  the list. Nothing is said before the end. rules: of all beams. room: see begin.
-  Raises ValueError where no text is possible, FloatingPointError for scores that are not numbers.
+  the list; where none is possible (ValueError), or scores are not numbers (FloatingPointError), the
+  first row of the prompt fails, and it is raised if all do. Nothing is said before the end.
+  rules: of all beams. room: see begin.
   """
   W, prompts = options.beams, state.logits.shape[0]
 
@@ -246,21 +247,26 @@ def texts(
   scores, chunk = jax.tree.map(np.asarray, ahead[1])
   _fill(rows, options, scores, chunk, finish)
   timer.came(lengths())
-  rows[:] = [row for row in rows if not np.isneginf(row.score)]
+  rows[:] = [row for row in rows if row.error or not np.isneginf(row.score)]
+  raise_where_all_failed(rows)
   yield nothing
   return timer.report(options.seed, rows)
 
 
 def _fill(rows: list[Row], options: Options, scores, chunk: Chunk, finish: str) -> None:
-  """Gives each row its text of the best of its prompt. Raises as `texts`."""
+  """Gives each row its text of the best of its prompt. The first row of a prompt without any
+  fails.
+  """
   for index, row in enumerate(rows):
     prompt, place = divmod(index, options.num_samples)
     row.add(prompt * options.beams + place, chunk)
     row.end(finish)
     row.score = float(scores[prompt, place])
-    if np.isneginf(scores[prompt, 0]):
-      raise ValueError(
-        f'a constraint and logit_bias leave no text behind prompt {prompt}; leave one of them out'
+    if np.isneginf(scores[prompt, 0]) and not place and row.error is None:
+      row.fail(
+        ValueError(
+          f'a constraint and logit_bias leave no text behind prompt {prompt}; leave one of them out'
+        )
       )
 
 

@@ -11,6 +11,7 @@ B rows · V vocabulary · S states · C classes of tokens
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from parallel import axes as ax
 
 FREE = 0  # the state in which everything is allowed, for rows without a constraint
 SMALLEST = 64  # the tables' sides are rounded up to powers of two from here
+# Of an expression's places (characters, classes), repetitions written out: at this many the library
+# takes some 6 s, and 18,000 states; both grow with them.
+MOST_PLACES = 6144
 _NEVER = 0  # the class of tokens that are never allowed
 
 
@@ -56,7 +60,8 @@ class Constraint:
     Args:
       tokenizer: whose ids are generated.
       regex: in the syntax of Rust's regex crate (Python's without look-around and references;
-        Unicode's \\w). It is of the whole text, so that ^ and $ are left out. Some take as many
+        Unicode's \\w). It is of the whole text, so that ^ and $ are left out. Its
+        repetitions written out have at most MOST_PLACES places; beside that, some take as many
         states as 2 to the power of a repetition: (a|b)*a(a|b){20}.
       schema: a dict, JSON text, or a PathLike of a file; what of it is kept, see decode.schema.
 
@@ -105,36 +110,116 @@ class Automaton:
       ValueError: a constraint's tokenizer has more ids than that.
     """
     distinct = list(dict.fromkeys(c for c in constraints if c is not None))
-    for c in distinct:
-      if len(c.classes) > vocabulary:
-        raise ValueError(
-          f'a constraint is over {len(c.classes)} ids, but vocabulary={vocabulary}; build it with '
-          'the model\'s tokenizer'
-        )
-
-    # One table under another, that of no constraint first. A class of the whole is a combination
-    # of theirs that some id has: `columns` says which class of each table that is.
-    nexts = [np.full((1, 1), FREE, np.int32), *(c.next for c in distinct)]
-    each = [np.zeros(vocabulary, np.int32)]
-    for c in distinct:
-      beyond = vocabulary - len(c.classes)
-      each.append(np.pad(c.classes, (0, beyond), constant_values=_NEVER))
-    columns, classes = _merged(np.stack(each))
-    firsts = np.cumsum([0, *map(len, nexts)])
-    after = np.concatenate(
-      [
-        np.where(table < 0, -1, table + first)[:, own]
-        for table, first, own in zip(nexts, firsts, columns)
-      ]
-    )
+    # One table under another, that of no constraint first.
+    firsts = np.cumsum([1, *(len(c.next) for c in distinct)]).tolist()
+    classes, tables = _together(dict(zip(distinct, firsts)), vocabulary)
+    after = np.concatenate(tables)
     # Another constraint seldom means another program.
     after = np.pad(
       after,
       [(0, max(SMALLEST, 1 << (n - 1).bit_length()) - n) for n in after.shape],
       constant_values=-1,
     )
-    first = {None: FREE} | dict(zip(distinct, firsts[1:].tolist()))
+    first = {None: FREE} | dict(zip(distinct, firsts))
     return cls(classes, after.astype(np.int32)), np.array([first[c] for c in constraints], np.int32)
+
+
+class Tables:
+  """The automaton of rows that come and go: constraints join and leave it, their states stay where
+  they are while they are in it, and its size is fixed, so that nothing is compiled anew.
+
+  Attributes:
+    automaton: the tables, as numpy arrays, new ones after every `add`; at first everything is
+      allowed.
+  """
+
+  def __init__(self, vocabulary: int, states: int, classes: int):
+    """vocabulary: number of logits of a row. states, classes: S and C, of all constraints that are
+    there at a time together.
+    """
+    self._vocabulary = vocabulary
+    self._shape = states, classes
+    self._users: dict[Constraint, int] = {}
+    self._firsts: dict[Constraint, int] = {}
+    self.automaton = self._built({})
+
+  def add(self, constraint: Constraint | None) -> int:
+    """The state in which a row of this constraint begins.
+
+    Raises ValueError where no states or classes are left for it, and as Automaton.of.
+    """
+    if constraint is None:
+      return FREE
+    if constraint not in self._firsts:
+      firsts = self._firsts | {constraint: self._gap(len(constraint.next))}
+      self.automaton = self._built(firsts)
+      self._firsts = firsts
+    self._users[constraint] = self._users.get(constraint, 0) + 1
+    return self._firsts[constraint]
+
+  def remove(self, constraint: Constraint | None) -> None:
+    """A row of it has left; with the last one its states are free for others."""
+    if constraint is None:
+      return
+    self._users[constraint] -= 1
+    if not self._users[constraint]:
+      del self._users[constraint], self._firsts[constraint]
+
+  def _gap(self, states: int) -> int:
+    """The first of so many states in a row that no constraint has."""
+    begin = FREE + 1
+    for constraint, first in sorted(self._firsts.items(), key=lambda item: item[1]):
+      if first - begin >= states:
+        break
+      begin = first + len(constraint.next)
+    if begin + states > self._shape[0]:
+      raise ValueError(
+        f'a constraint of {states} states finds no room among {self._shape[0]}, of which others '
+        'have some; wait until these have left, or make room for more states'
+      )
+    return begin
+
+  def _built(self, firsts: dict[Constraint, int]) -> Automaton:
+    classes, tables = _together(firsts, self._vocabulary)
+    S, C = self._shape
+    if tables[0].shape[1] > C:
+      raise ValueError(
+        f'constraints tell {tables[0].shape[1]} classes of tokens apart together, of at most {C}; '
+        'wait until others have left, or make room for more classes'
+      )
+    after = np.full((S, C), -1, np.int32)
+    for table, first in zip(tables, [FREE, *firsts.values()], strict=True):
+      after[first : first + len(table), : table.shape[1]] = table
+    return Automaton(classes, after)
+
+
+def _together(
+  firsts: dict[Constraint, int], vocabulary: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Classes [V] of tokens that none of the constraints tells apart, and by these the table of no
+  constraint and that of each, whose states are numbered from its first.
+
+  Raises ValueError for a constraint that is over more ids than `vocabulary`.
+  """
+  for c in firsts:
+    if len(c.classes) > vocabulary:
+      raise ValueError(
+        f'a constraint is over {len(c.classes)} ids, but vocabulary={vocabulary}; build it with '
+        'the model\'s tokenizer'
+      )
+
+  # A class of the whole is a combination of theirs that some id has: `columns` says which class of
+  # each table that is.
+  nexts = [np.zeros((1, 1), np.int32), *(c.next for c in firsts)]
+  each = [np.zeros(vocabulary, np.int32)]
+  for c in firsts:
+    beyond = vocabulary - len(c.classes)
+    each.append(np.pad(c.classes, (0, beyond), constant_values=_NEVER))
+  columns, classes = _merged(np.stack(each))
+  return classes, [
+    np.where(table < 0, -1, table + first)[:, column].astype(np.int32)
+    for table, first, column in zip(nexts, [FREE, *firsts.values()], columns, strict=True)
+  ]
 
 
 def allowed(automaton: Automaton, states: Int[Array, 'B']) -> Bool[Array, 'B V']:
@@ -183,6 +268,12 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
       'constraints need outlines-core: pip install outlines-core (the extra tandem[constrain])'
     ) from error
 
+  if (places := _places(regex)) > MOST_PLACES:
+    raise ValueError(
+      f'regex={regex[:200]!r} has {places:,} places with its repetitions written out, of at most '
+      f'{MOST_PLACES:,} (a character of a JSON string is 3): lower its counts (maxLength, '
+      'maxItems), or leave them out and bound the text by max_new_tokens'
+    )
   EOS, MARK = 256, 257
   vocabulary = outlines_core.Vocabulary(
     EOS, {bytes([byte]): [byte] for byte in range(256)} | {b'\0\0': [MARK]}
@@ -211,6 +302,34 @@ def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
     for byte in moves.keys() - {MARK}:
       after[number[state], byte] = number[moves[byte]]
   return after[:, :EOS], after[:, EOS] >= 0, number.get(first, len(number))
+
+
+_PLACE = re.compile(
+  r'(?P<open>\((?:\?(?:P?<\w+>|[a-zA-Z-]*:)?)?)|(?P<close>\))|\{(?P<low>\d+)(?:,(?P<high>\d*))?\}'
+  r'|(?P<free>[*+?|^$])|(?P<place>\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]|\\[pPxu]\{[^}]*\}|\\.|.)',
+  re.DOTALL,
+)
+
+
+def _places(regex: str) -> int:
+  """About how many characters and classes a regular expression has, repetitions written out: known
+  before the library spends time and memory on them.
+  """
+  totals, last = [0], 0  # of each open group, and of what a repetition would repeat
+  for match in _PLACE.finditer(regex):
+    if match['open']:
+      totals.append(0)
+    elif match['close']:
+      last = totals.pop() if len(totals) > 1 else 0
+      totals[-1] += last
+    elif match['low']:
+      times = max(int(match['high'] or match['low']), 1) if len(match[0]) < 20 else MOST_PLACES
+      totals[-1] += last * (times - 1)
+      last *= times
+    elif match['place']:
+      last = 1
+      totals[-1] += 1
+  return sum(totals)
 
 
 def _plain(regex: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from decode.drafting import Course
 from decode.options import Options
 from decode.report import CallTimer
-from decode.request import INTERRUPTED, Row
+from decode.request import INTERRUPTED, Row, raise_where_all_failed
 
 
 def deliver(
@@ -59,6 +59,7 @@ def deliver(
   pieces = [piece + row.end(finish) for piece, row in zip(pieces, rows)]
   generator.report = timer.report(options.seed, rows, course.fell_back)
   yield pieces
+  raise_where_all_failed(rows)
 
 
 def run_out(steps: Iterator[list[str]]) -> None:

@@ -28,7 +28,7 @@ from decode.speculative import (
   speculate_chunk,
 )
 from model.cache import APPEND
-from model.transformer import shallow
+from model.rearranged import shallow
 
 TIMED = 2  # chunks of each kind
 # Tokens of a chunk without drafts, at most, while chunks are timed: so that a call is judged
@@ -54,7 +54,7 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
     return DraftModel(options.draft.model)
 
   if options.early_exit:
-    if config.scan:
+    if config.execution.scan:
       raise NotImplementedError(
         f'early_exit={options.early_exit} on a mesh with stages, which have some of the layers '
         'each; use lookup, or a mesh without'

@@ -1,300 +1,418 @@
-"""What does the device do for a call? A model on a mesh, with the programs that read prompts into a
-cache and go on from there.
+"""Who reads and writes for many requests at once, with the same bits for each whatever the others
+do? One state of B rows, which requests join and leave one by one, and four programs of fixed shape.
 
-Arrays come and go here; of texts it knows what their ids are, and of a call its rules.
+What a program of another shape computes differs in its last bits: 1e-5 of keys in f32, 0.1 in
+bfloat16, enough to write another token. So prompts are read by one program only, [J, C] tokens
+straight into the rows that they belong to, and all rows are decoded by one, [B, 1]. Neither
+depends on who else is there: with one build, hardware, mesh and Sizes a request's bytes are a
+function of the request.
+
+Arrays and ids come and go here; of texts and directories it knows nothing. Weights are an argument
+of every call: others of the same shapes compile nothing.
+
+B rows · J rows that are read together · C tokens of each · V vocabulary
 """
 
 import dataclasses
-import operator
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import names
-from data import generation
-from data.tokenizer import Tokenizer
 from decode import loop
-from decode.constrain import Automaton, Constraint
+from decode.constrain import Automaton, Constraint, Tables
 from decode.loop import Chunk, DecodeState, Rules
-from decode.options import Options
-from decode.report import GenerationReport
-from decode.request import Prompt
-from decode.sampling import sampling_of
-from kernels.blocks import Blocks
-from model import params, transformer
+from decode.options import CHUNK
+from decode.sampling import History, Sampling
 from model.cache import APPEND, init_cache
 from model.config import ModelConfig
-from model.weights import int8
+from model.transformer import Decoder
 from parallel import axes as ax
 
-# Prompt lengths and capacities are rounded up to powers of two from here, so that few programs
-# compile.
-SMALLEST_BUCKET = 32
-# Tokens of a prompt that are read in one call; the others follow, APPEND at a time.
-AT_ONCE = 8192
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What an engine has room for; each is part of the shape of its programs.
+
+  Attributes:
+    rows: B, requests that are in it at a time.
+    capacity: tokens that a row holds at most, prompt and new ones.
+    read_rows: J, rows that are read together; 0: one of each part of the mesh.
+    read_tokens: C, tokens of each of them that are read together.
+    steps: tokens of each row that a call of `decode` makes at most.
+    bias: ids that a request may have a bias for. ends: ids that may end it.
+    states, classes: of the automaton that the constraints of all rows share (decode.constrain).
+    alternatives: likeliest ids that a call of `decode` gives where it is asked for any.
+    cache_dtype: of keys and values; default: as the model computes.
+
+  Raises ValueError where one of them is no size.
+  """
+
+  rows: int = 8
+  capacity: int = 2048
+  read_rows: int = 0
+  read_tokens: int = APPEND
+  steps: int = CHUNK
+  bias: int = 300
+  ends: int = 8
+  states: int = 4096
+  classes: int = 256
+  alternatives: int = 0
+  cache_dtype: str = ''
+
+  def __post_init__(self):
+    may_be_none = ('read_rows', 'bias', 'alternatives')
+    for field in dataclasses.fields(self):
+      value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
+      if field.type is int and value < least:
+        raise ValueError(f'{field.name}={value} of an engine must be at least {least}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What one row is asked for.
+
+  Attributes:
+    prompt: ids, at least one.
+    max_new_tokens: how many to write at most.
+    sampling: of one row, as decode.sampling.make_sampling(1, ..) gives it.
+    ends: ids that end the row, and belong to it.
+    constraint: what it keeps to, or None.
+  """
+
+  prompt: Sequence[int]
+  max_new_tokens: int
+  sampling: Sampling
+  ends: Sequence[int] = ()
+  constraint: Constraint | None = None
 
 
 class Engine:
-  """A model with its tokenizer, on a mesh.
+  """B rows of a model, with the programs that read into them and write on.
+
+  A row is free, or has a request: `join` gives it one, `read` reads the request's prompt part by
+  part, from whose end on every `decode` writes tokens, until `release` frees it. A row that has
+  ended stays as it is, and costs what it holds, until then. Not for several threads at a time.
 
   Attributes:
-    model: as generation holds it (see `generating_model`).
-    tokenizer, mesh: as they were given.
-    parts: into how many the mesh splits rows.
-    vocabulary: ids that can be generated are below it.
-    report: of the last call that has ended, or None.
+    sizes, mesh: as they were given.
+    state, rules: of all rows, on the device.
   """
 
   def __init__(
     self,
-    model: transformer.Decoder,
-    tokenizer: Tokenizer,
+    config: ModelConfig,
     mesh: jax.sharding.Mesh,
-    weights: str = '',
-  ):
-    """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute
-    dtype.
-    """
-    names.check('weights', weights, ('', 'int8'))
-    self.tokenizer = tokenizer
-    self.mesh = mesh
-    self.report: GenerationReport | None = None
-    with jax.set_mesh(mesh):
-      self.model = jax.jit(generating_model, static_argnames='weights')(model, weights=weights)
-      self.parts = ax.size('batch')
-    # A table of embeddings may have more rows than there are tokens.
-    self.vocabulary = min(tokenizer.vocabulary, self.model.config.V)
-
-  def encoded(self, prompt: Prompt) -> list[int]:
-    """The ids that the model reads.
-
-    Raises ValueError for none, and for what is no id or out of range.
-    """
-    if isinstance(prompt, str):
-      ids = self.tokenizer.encode(prompt)
-      if self.model.config.encoder_layers:
-        return [*ids, self.tokenizer.eos]
-      return [self.tokenizer.bos, *ids]
-    try:
-      ids = [operator.index(i) for i in ([prompt] if isinstance(prompt, bytes) else prompt)]
-    except TypeError as error:
-      raise ValueError(
-        f'the prompt {str(prompt)[:60]} is neither a text nor ids, whole numbers in '
-        f'[0, {self.vocabulary}): {error}'
-      ) from error
-    if not ids:
-      raise ValueError('a prompt has no ids; give at least one')
-    wrong = [i for i in ids if not 0 <= i < self.vocabulary]
-    if wrong:
-      raise ValueError(
-        f'a prompt has the id {wrong[0]}; this model has ids in [0, {self.vocabulary})'
-      )
-    return ids
-
-  def put(self, x) -> jax.Array:
-    """An array on the mesh, split along its rows."""
-    with jax.set_mesh(self.mesh):
-      spec = ax.spec('batch', *(None,) * (np.ndim(x) - 1))
-      return jax.device_put(x, jax.NamedSharding(self.mesh, spec))
-
-  def limits(self, longest: int, new: int) -> int:
-    """The room that a cache needs.
-
-    Raises ValueError for more tokens than the model has positions for.
-    """
-    limit = self.model.config.max_length or sys.maxsize
-    if longest + new > limit:
-      raise ValueError(
-        f'a prompt of {longest} tokens and max_new_tokens={new} pass model.max_length={limit}; '
-        'shorten the prompt or ask for fewer'
-      )
-    return min(limit, bucket(longest + new))
-
-  def rules(
-    self, options: Options, prompts: int, rows: int
-  ) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:
-    """Rules of so many rows, the last ones unused; places in the automaton;
-    texts that end a row, and ids.
-    """
-    texts, ids = options.stops(self.vocabulary)
-    if options.logprobs > self.vocabulary:
-      raise ValueError(
-        f'logprobs={options.logprobs} must be at most {self.vocabulary}, as many ids as there are'
-      )
-    unused = rows - prompts * options.rows
-
-    def fill(x):
-      return np.concatenate([x, np.repeat(x[-1:], unused, 0)])
-
-    sampling = jax.tree.map(fill, sampling_of(options, prompts, self.vocabulary))
-    if sampling.bias is not None:
-      beyond = self.model.config.V - self.vocabulary
-      sampling = dataclasses.replace(sampling, bias=np.pad(sampling.bias, ((0, 0), (0, beyond))))
-
-    ends = [*generation.ends(self.tokenizer), *ids]
-    table = np.full((rows, bucket(len(ends), 4)), -1, np.int32)
-    table[:, : len(ends)] = ends
-
-    automaton = places = None
-    if options.constraint is not None:
-      each = [c for c in _constraints(options, prompts) for _ in range(options.rows)]
-      automaton, places = Automaton.of(each, self.model.config.V)
-      places = fill(places)
-    return Rules(sampling, table, automaton), places, texts, ends
-
-  def placed(self, rules: Rules, beams: int = 1) -> Rules:
-    """Rules on the mesh, those of a row for each of its beams."""
-
-    def spread(x):
-      return self.put(np.repeat(x, beams, 0))
-
-    with jax.set_mesh(self.mesh):
-      return Rules(
-        sampling=jax.tree.map(spread, rules.sampling),
-        ends=spread(rules.ends),
-        automaton=jax.device_put(rules.automaton, jax.NamedSharding(self.mesh, jax.P())),
-      )
-
-  def read(
-    self,
-    encoded: Sequence[Sequence[int]],
-    capacity: int,
-    stop_at: np.ndarray,
+    sizes: Sizes = Sizes(),
     *,
-    source: tuple[np.ndarray, np.ndarray] | None = None,
-    places: np.ndarray | None = None,
-    cache_dtype: str = '',
-    append: int = APPEND,
-  ) -> DecodeState:
-    """The state after prompts, read in pieces where they are long.
+    vocabulary: int = 0,
+    pad: int = 0,
+  ):
+    """An engine for weights of this config (decode.generating.generating_model's), all rows free.
 
-    encoded: ids of each row. stop_at: [B], see DecodeState.
-    source: what the encoder of an encoder-decoder reads: ids [B, S], and how many of them [B].
+    Args:
+      vocabulary: ids from here on are never generated; 0: all may be.
+      pad: what a chunk has behind a row's end.
+    Raises ValueError for sizes that the mesh does not split, that the model has no positions for,
+    and for experts that drop tokens; NotImplementedError for what has no engine.
     """
-    tokens, lengths = self.padded(encoded)
-    with jax.set_mesh(self.mesh):
-      cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
-      if source is not None:
-        ids, counts = source
-        real = np.arange(ids.shape[1])[None] < counts[:, None]
-        source = self.put(ids), self.put(real.astype(np.int32))
-      state = loop.prefill(
-        self.model,
-        self.put(tokens[:, :AT_ONCE]),
-        self.put(np.minimum(lengths, AT_ONCE)),
-        cache,
-        self.put(stop_at),
-        source,
-        None if places is None else self.put(places),
-        vocabulary=self.vocabulary,
-      )
-      for first in range(AT_ONCE, int(lengths.max()), append):
-        part = tokens[:, first : first + append]
-        state = self.append(state, part, np.clip(lengths - first, 0, append))
-    return state
+    self.sizes, self.mesh = sizes, mesh
+    self._config, self._pad = config, pad
+    self._vocabulary = vocabulary or config.V
+    with jax.set_mesh(mesh):
+      _check(config, sizes)
+      self._parts = ax.size('batch')
+    self._read_rows = sizes.read_rows or self._parts
+    self._programs: dict[str, Any] = {}
+    self._begun = self._compiled(jax.jit(self._begin))
+    self.reset()
+    self._programs['join'] = self._compiled(
+      loop.join, self.state, self.rules, *self._joining(0, idle_request(sizes.bias), 0)
+    )
+    self._programs['release'] = self._compiled(
+      loop.release, self.state, self.rules, self._put(np.zeros(sizes.rows, bool))
+    )
 
-  def append(self, state: DecodeState, tokens: np.ndarray, counts: np.ndarray) -> DecodeState:
-    """The state after more tokens of rows [B, T], the first counts [B] of them."""
-    counts = counts.astype(np.int32)
-    with jax.set_mesh(self.mesh):
-      return loop.append(
-        self.model, state, self.put(tokens), self.put(counts), vocabulary=self.vocabulary
-      )
+  def reset(self) -> None:
+    """All rows are free, whatever they had: also after a call that has failed half-way."""
+    self._requests: dict[int, Request] = {}
+    self._unread: dict[int, list[int]] = {}
+    self._tables = Tables(self._config.V, self.sizes.states, self.sizes.classes)
+    self._automaton = self._uploaded()
+    self.state, self.rules = self._begun()
 
-  def advance(
-    self, state: DecodeState, rules: Rules, options: Options, count: int
-  ) -> tuple[DecodeState, Chunk]:
-    """The state after `count` more tokens, at most a chunk, and these."""
-    with jax.set_mesh(self.mesh):
-      return loop.decode_chunk(
-        self.model,
-        state,
-        rules,
-        jnp.int32(count),
-        steps=options.chunk,
-        pad=self.tokenizer.pad,
-        vocabulary=self.vocabulary,
-        alternatives=max(options.logprobs, 0),
-      )
-
-  def padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids as one array [B, bucket], and their lengths [B].
-
-    Raises ValueError for a row that the model has no positions for.
+  def compile(self, weights: Decoder) -> None:
+    """Compiles all programs for weights of these shapes, types and shardings (also abstract ones):
+    none is compiled later. Without this call, the first calls compile.
     """
-    lengths = np.array([len(ids) for ids in rows], np.int32)
-    longest = int(lengths.max())
-    limit = self.model.config.max_length or sys.maxsize
-    if longest > limit:
-      raise ValueError(f'a prompt of {longest} tokens passes model.max_length={limit}; shorten it')
-    tokens = np.full((len(rows), min(limit, bucket(longest))), self.tokenizer.pad, np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-      row[: len(ids)] = ids
-    return tokens, lengths
+    self._reader(weights)
+    for alternatives in {0, self.sizes.alternatives}:
+      self._decoder(weights, alternatives)
 
+  @property
+  def free(self) -> list[int]:
+    """Rows that have no request."""
+    return [row for row in range(self.sizes.rows) if row not in self._requests]
 
-def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
-  """The next power of two from `smallest` on."""
-  return max(smallest, 1 << (tokens - 1).bit_length())
+  @property
+  def reading(self) -> list[int]:
+    """Rows whose prompts are not read to the end; who joined first is first."""
+    return list(self._unread)
 
+  def join(self, row: int, request: Request) -> None:
+    """A free row begins with a request.
 
-# One call to the device, and not one for every layer.
-_empty = jax.jit(init_cache, static_argnums=range(5))
+    Raises ValueError for a row that is not free, and for a request that does not fit.
+    """
+    if row not in self.free:
+      raise ValueError(f'row {row} is not free; these are: {self.free}; release others first')
+    self._check_request(request)
+    before = self._tables.automaton
+    place = self._tables.add(request.constraint)
+    if self._tables.automaton is not before:
+      self._automaton = self._uploaded()
+    self._requests[row] = request
+    self._unread[row] = [int(i) for i in request.prompt]
+    arguments = self._joining(row, request, place)
+    self.state, self.rules = self._run('join', self.state, self.rules, *arguments)
 
+  def read(self, weights: Decoder, rows: Iterable[int] | None = None) -> list[int]:
+    """Reads the next C tokens of these rows' prompts, in one call; which of them have come to their
+    end.
 
-def _constraints(options: Options, prompts: int) -> list[Constraint | None]:
-  """Of each prompt. Raises ValueError for what is no constraint, and for another number of them."""
-  given = options.constraint
-  each = list(given) if isinstance(given, (list, tuple)) else [given] * prompts
-  if not all(c is None or isinstance(c, Constraint) for c in each):
-    raise ValueError(
-      f'constraint={given!r} must be a decode.constrain.Constraint, such as '
-      'Constraint(g.tokenizer, regex=..), or a list of one, or None, for each prompt'
+    rows: at most J of `reading`, at most J / parts on each part of the mesh (`part_of`); default:
+    as many as go together. Raises ValueError for others.
+    """
+    chosen = self._together() if rows is None else list(rows)
+    arguments, ended = self._reading(chosen)
+    self._reader(weights)
+    self.state = self._run('read', weights, self.state, *arguments)
+    for row in chosen:
+      del self._unread[row][: self.sizes.read_tokens]
+    for row in ended:
+      del self._unread[row]
+    return ended
+
+  def decode(self, weights: Decoder, count: int = 0, alternatives: bool = False) -> Chunk:
+    """Up to `count` more tokens of every row whose prompt was read (0: as many as a call makes),
+    as arrays on the device, [B, steps].
+
+    alternatives: with the likeliest ids, too; they change no bit of anything else.
+    """
+    count = count or self.sizes.steps
+    if not 0 < count <= self.sizes.steps:
+      raise ValueError(f'count={count} of a chunk must be in [1, {self.sizes.steps}] (Sizes.steps)')
+    k = self.sizes.alternatives if alternatives else 0
+    if alternatives and not k:
+      raise ValueError('this engine gives no alternatives: make it with Sizes(alternatives=..)')
+    name = self._decoder(weights, k)
+    rules = dataclasses.replace(self.rules, automaton=self._automaton)
+    self.state, chunk = self._run(name, weights, self.state, rules, np.int32(count))
+    return chunk
+
+  def release(self, rows: Iterable[int]) -> None:
+    """Frees these rows, whatever they are doing. Raises ValueError for one that is free already."""
+    leaving = np.zeros(self.sizes.rows, bool)
+    for row in list(rows):
+      if row not in self._requests:
+        raise ValueError(f'row {row} has no request; these have: {sorted(self._requests)}')
+      self._tables.remove(self._requests.pop(row).constraint)
+      self._unread.pop(row, None)
+      leaving[row] = True
+    if leaving.any():
+      leaving = self._put(leaving)
+      self.state, self.rules = self._run('release', self.state, self.rules, leaving)
+
+  def part_of(self, row: int) -> int:
+    """On which part of the mesh a row lives: it is read and written there only."""
+    return row // (self.sizes.rows // self._parts)
+
+  def _begin(self) -> tuple[DecodeState, Rules]:
+    """The state of rows that are all free, and their rules without an automaton."""
+    sizes, B, V = self.sizes, self.sizes.rows, self._config.V
+
+    def zeros(dtype, *more):
+      axes = 'batch', *(None,) * len(more)
+      return ax.place(jnp.zeros((B, *more), dtype, out_sharding=ax.out(*axes)), *axes)
+
+    def split(x):
+      return ax.place(jnp.asarray(x), 'batch', *(None,) * (x.ndim - 1))
+
+    state = DecodeState(
+      cache=init_cache(self._config, B, sizes.capacity, sizes.cache_dtype, sizes.read_tokens),
+      logits=zeros(jnp.float32, V),
+      done=~zeros(bool),
+      stop_at=zeros(jnp.int32),
+      history=History(zeros(jnp.int32, V), zeros(bool, V)),
+      places=zeros(jnp.int32),
     )
-  if len(each) != prompts:
-    raise ValueError(
-      f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for each'
+    sampling = jax.tree.map(split, loop.idle_sampling(B, sizes.bias))
+    return state, Rules(sampling, zeros(jnp.int32, sizes.ends) - 1)
+
+  def _joining(self, row: int, request: Request, place: int):
+    """What loop.join takes of a request besides the state: a row of each part of the mesh, of
+    which this one only is there.
+    """
+    rows = self._named({row: 0}, self._parts)
+    sampling = dataclasses.replace(
+      request.sampling, bias=request.sampling.bias.padded(self.sizes.bias)
     )
-  return each
+    ends = np.full((1, self.sizes.ends), -1, np.int32)
+    ends[0, : len(request.ends)] = request.ends
+    stop_at = np.array([len(request.prompt) + request.max_new_tokens], np.int32)
+    values = Rules(sampling, ends), stop_at, np.array([place], np.int32)
+    everywhere = jax.tree.map(lambda x: self._put(np.repeat(x, self._parts, 0)), values)
+    return self._put(rows), *everywhere
+
+  def _reading(self, chosen: Sequence[int]):
+    """What loop.read takes of these rows besides model and state; whose prompts end with it."""
+    J, C = self._read_rows, self.sizes.read_tokens
+    tokens = np.full((J, C), self._pad, np.int32)
+    counts, ends = np.zeros(J, np.int32), np.zeros(J, bool)
+    places: dict[int, int] = {}
+    taken = [0] * self._parts
+    for row in chosen:
+      if row not in self._unread or row in places:
+        raise ValueError(f'row {row} has nothing to read; these have, each once: {self.reading}')
+      part = self.part_of(row)
+      if taken[part] == J // self._parts:
+        raise ValueError(
+          f'rows {list(chosen)} do not go together: {J // self._parts} at a time are read on each '
+          f'of {self._parts} parts of the mesh (Engine.part_of)'
+        )
+      index = part * (J // self._parts) + taken[part]
+      taken[part] += 1
+      places[row] = index
+      ids = self._unread[row][:C]
+      tokens[index, : len(ids)] = ids
+      counts[index] = len(ids)
+      ends[index] = len(self._unread[row]) <= C
+    rows = self._named(places, J)
+    arguments = tuple(map(self._put, (rows, tokens, counts, ends)))
+    return arguments, [row for row, index in places.items() if ends[index]]
+
+  def _together(self) -> list[int]:
+    """Of the rows that are being read the first ones that one call can read."""
+    chosen: list[int] = []
+    taken = [0] * self._parts
+    for row in self.reading:
+      part = self.part_of(row)
+      if taken[part] < self._read_rows // self._parts:
+        taken[part] += 1
+        chosen.append(row)
+    return chosen
+
+  def _named(self, places: dict[int, int], J: int) -> np.ndarray:
+    """[J], where a device finds these rows among its own, each at its place (of a call of one row
+    a part: of its part); none elsewhere. See model.cache.Slots.
+    """
+    here = self.sizes.rows // self._parts
+    rows = np.full(J, here, np.int32)
+    for row, index in places.items():
+      rows[self.part_of(row) if J == self._parts else index] = row % here
+    return rows
+
+  def _check_request(self, request: Request) -> None:
+    prompt, new, sizes = request.prompt, request.max_new_tokens, self.sizes
+    if len(prompt) < 1 or new < 1:
+      raise ValueError(
+        f'a prompt of {len(prompt)} tokens and max_new_tokens={new}: both must be at least 1'
+      )
+    if len(prompt) + new > sizes.capacity:
+      raise ValueError(
+        f'a prompt of {len(prompt)} tokens and max_new_tokens={new} pass capacity={sizes.capacity} '
+        'of a row; shorten the prompt or ask for fewer'
+      )
+    wrong = [i for i in prompt if not 0 <= i < self._vocabulary]
+    if wrong:
+      raise ValueError(f'a prompt has the id {wrong[0]}; ids are in [0, {self._vocabulary})')
+    if len(request.ends) > sizes.ends:
+      raise ValueError(f'{len(request.ends)} ids end a row, of at most {sizes.ends}; give fewer')
+    if request.sampling.seed.shape != (1,):
+      raise ValueError(
+        f'a request is one row, and its sampling is of {request.sampling.seed.shape}; make it with '
+        'make_sampling(1, ..)'
+      )
+    request.sampling.bias.padded(sizes.bias)  # raises for more
+
+  def _reader(self, weights) -> None:
+    if 'read' not in self._programs:
+      arguments, _ = self._reading(())
+      self._programs['read'] = self._compiled(
+        loop.read, weights, self.state, *arguments, vocabulary=self._vocabulary
+      )
+
+  def _decoder(self, weights, alternatives: int) -> str:
+    """The name of the program, compiled."""
+    name = f'decode with {alternatives} alternatives'
+    if name not in self._programs:
+      self._programs[name] = self._compiled(
+        loop.decode_chunk,
+        weights,
+        self.state,
+        dataclasses.replace(self.rules, automaton=self._automaton),
+        np.int32(0),
+        steps=self.sizes.steps,
+        pad=self._pad,
+        vocabulary=self._vocabulary,
+        alternatives=alternatives,
+      )
+    return name
+
+  def _compiled(self, function, *arguments, **static) -> jax.stages.Compiled:
+    """A program of these shapes, which takes no others: where one comes that it was not compiled
+    for, it raises and compiles nothing.
+    """
+    with jax.set_mesh(self.mesh):
+      return function.lower(*arguments, **static).compile()
+
+  def _run(self, name: str, *arguments):
+    with jax.set_mesh(self.mesh):
+      return self._programs[name](*arguments)
+
+  def _put(self, x: np.ndarray) -> jax.Array:
+    """On the mesh, split along its rows. Of a new array each time: on a CPU the device may go on
+    using the memory of what it is given.
+    """
+    with jax.set_mesh(self.mesh):
+      spec = ax.spec('batch', *(None,) * (x.ndim - 1))
+    return jax.device_put(x, jax.NamedSharding(self.mesh, spec))
+
+  def _uploaded(self) -> Automaton:
+    return jax.device_put(self._tables.automaton, jax.NamedSharding(self.mesh, jax.P()))
 
 
-def generating(config: ModelConfig) -> ModelConfig:
-  """The config with which a trained model generates."""
-  # Which backend trained, in which blocks, is indifferent to the parameters, and not every one of
-  # them can attend to a cache. What an expert has no room for would depend on a row's neighbours.
-  moe = (
-    dataclasses.replace(config.moe, dispatch='dropless')
-    if config.moe.dispatch == 'capacity'
-    else config.moe
-  )
-  return dataclasses.replace(
-    config,
-    attention='auto',
-    attention_blocks=Blocks(),
-    moe=moe,
-    remat='none',
-    remat_save=(),
-    remat_offload=(),
-  )
+def idle_request(bias: int) -> Request:
+  """What asks for nothing, in the shapes of what does."""
+  return Request([0], 1, loop.idle_sampling(1, bias))
 
 
-def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:
-  """The model as generation holds it: every layer by itself, but over pipeline stages,
-  and in the compute dtype or in bytes.
-  """
-  model = in_compute_dtype(model if ax.size('layers') > 1 else transformer.unstacked(model))
-  return int8.in_bytes(model) if weights else model
-
-
-def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
-  """The model, cast once, as `Weight.whole` would at every token;
-  norms and biases keep their own precision.
-  """
-
-  def cast(p):
-    return p.replace(p[...].astype(model.config.dtype)) if p.kind != 'vector' else p
-
-  return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))
+def _check(config: ModelConfig, sizes: Sizes) -> None:
+  """Raises as Engine says; with the mesh in context."""
+  parts = ax.size('batch')
+  for name in ('rows', 'read_rows'):
+    value = getattr(sizes, name)
+    if value % parts:
+      raise ValueError(
+        f'{name}={value} do not split over the {parts} parts of the mesh (data x fsdp x expert); '
+        'make it a multiple'
+      )
+  if sizes.read_rows > sizes.rows:
+    raise ValueError(f'read_rows={sizes.read_rows} of rows={sizes.rows}: read at most all of them')
+  if config.encoder_layers:
+    raise NotImplementedError(
+      f'an engine for model.encoder_layers={config.encoder_layers}: what an encoder reads joins no '
+      'running batch so far; use decode.generator.Generator'
+    )
+  if ax.size('layers') > 1:
+    raise NotImplementedError(
+      f'an engine over mesh.stage={ax.size("layers")}: stages write all rows of a cache at once; '
+      'use a mesh without stages, or decode.generator.Generator'
+    )
+  if config.moe.experts and config.moe.dispatch == 'capacity':
+    raise ValueError(
+      "model.moe.dispatch='capacity' drops tokens for want of room, which depends on who else is "
+      "there; use 'dropless', as decode.generating.generating does"
+    )

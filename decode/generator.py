@@ -17,7 +17,7 @@ from decode import beam
 from decode.defaults import model_defaults
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course, drafter_of
-from decode.engine import Engine, bucket
+from decode.loaded import LoadedModel, bucket
 from decode.options import Options
 from decode.report import CallTimer
 from decode.request import INTERRUPTED, LENGTH, Completion, Prompt, Row, several
@@ -28,10 +28,11 @@ from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
 
-class Generator(Engine):
+class Generator(LoadedModel):
   """A model with its tokenizer, on a mesh, that is asked for text.
 
-  Attributes: those of decode.engine.Engine, of which `report` is of the last call that has ended.
+  Attributes: those of decode.loaded.LoadedModel, of which `report` is of the last call that has
+  ended.
   """
 
   @classmethod
@@ -45,7 +46,7 @@ class Generator(Engine):
     """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's; see
     workdir.open.
 
-    weights: see Engine.
+    weights: see LoadedModel.
     """
     # The one import that points up the house: a person who has a directory begins here.
     from workdir.open import open_run
@@ -103,7 +104,7 @@ class Generator(Engine):
   def ids(self, prompts: Prompt | Sequence[Prompt], **options) -> Iterator[list[list[int]]]:
     """New ids of every row, a chunk at a time, until all rows have ended; options: see Options.
 
-    Ctrl-C raises as in `stream`.
+    Ctrl-C raises as in `stream`, and so does, behind the last ids, a row that has failed.
     """
     rows, steps = self._run(several(prompts), _as_it_comes(options))
 
@@ -117,6 +118,9 @@ class Generator(Engine):
             yield fresh
       if any(row.finish == INTERRUPTED for row in rows):
         raise KeyboardInterrupt
+      for row in rows:
+        if row.error is not None:
+          raise row.error
 
     return chunks()
 

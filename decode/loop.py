@@ -1,7 +1,9 @@
 """How are tokens generated? Prefill, then jitted chunks of steps over a cache that is rewritten in
-place.
+place. Or, where a cache stays and rows join and leave it (decode.engine): join, read, the same
+chunks, release.
 
-B rows · T tokens · C tokens of a chunk · V vocabulary · M ids that end a row · k alternatives
+B rows · J of them that a call is about · T tokens · C tokens of a chunk · V vocabulary ·
+M ids that end a row · k alternatives
 """
 
 import dataclasses
@@ -10,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from decode import constrain, sampling as laws
-from decode.sampling import History, Sampling
-from model.cache import Cache
+from decode.sampling import Bias, History, Sampling, make_sampling
+from model.cache import Cache, rows_of, with_rows
 from model.transformer import Decoder
 from parallel import axes as ax
 from parallel.compiler import GENERATION
@@ -33,7 +36,7 @@ class DecodeState:
     done: [B] bool, rows that have ended.
     stop_at: [B] int32, length, prompt included, at which a row ends at the latest.
     history: what penalties look at.
-    places: [B] int32, where each row is in its constraint's automaton; None without.
+    places: [B] int32, where each row is in the automaton of constraints; None without one.
   """
 
   cache: Any
@@ -142,6 +145,110 @@ def append(
   )
 
 
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def join(
+  state: DecodeState,
+  rules: Rules,
+  rows: Int[Array, 'J'],
+  joining: Rules,
+  stop_at: Int[Array, 'J'],
+  places: Int[Array, 'J'],
+) -> tuple[DecodeState, Rules]:
+  """Rows begin anew, with nothing of what was there before: empty, and not to be decoded until
+  `read` has come to the end of their prompts.
+
+  rules, joining: of all rows, and of these; without automata. rows: as model.cache.Slots numbers
+  them. stop_at, places: see DecodeState.
+  """
+  cache = state.cache
+  lengths, none = cache.lengths_of(rows), jnp.zeros_like(rows)
+  cache = cache.longer(cache.held, -lengths, rows)
+  history = rows_of(state.history, rows)
+  state = DecodeState(
+    cache=cache,
+    logits=state.logits,
+    done=with_rows(state.done, rows, none == 0),
+    stop_at=with_rows(state.stop_at, rows, stop_at),
+    history=with_rows(state.history, rows, jax.tree.map(jnp.zeros_like, history)),
+    places=with_rows(state.places, rows, places),
+  )
+  return state, with_rows(rules, rows, joining)
+
+
+@functools.partial(jax.jit, static_argnames='vocabulary', donate_argnums=1)
+def read(
+  model: Decoder,
+  state: DecodeState,
+  rows: Int[Array, 'J'],
+  tokens: Int[Array, 'J T'],
+  counts: Int[Array, 'J'],
+  ends: Bool[Array, 'J'],
+  *,
+  vocabulary: int = 0,
+) -> DecodeState:
+  """Reads a part of the prompts of some rows straight into their slots: the first counts[j] of the
+  tokens; all other rows stay as they are.
+
+  rows: as model.cache.Slots numbers them. ends: whether a row's prompt ends with this part, so that
+  the row is decoded from now on. vocabulary: as of prefill.
+  """
+  x, cache, _ = model(tokens, cache=state.cache, counts=counts, rows=rows)
+  before = rows_of(dataclasses.replace(state, cache=None), rows)
+  logits = scores(model, last(x, jnp.maximum(counts, 1)), vocabulary)
+  logits = jnp.where((counts > 0)[:, None], logits, before.logits)
+  prompt = before.history.prompt | History.of(tokens, counts, logits.shape[1]).prompt
+  done = ~ends | (cache.lengths_of(rows) >= before.stop_at)
+  return dataclasses.replace(
+    state,
+    cache=cache,
+    logits=with_rows(state.logits, rows, logits),
+    done=with_rows(state.done, rows, done),
+    history=dataclasses.replace(
+      state.history, prompt=with_rows(state.history.prompt, rows, prompt)
+    ),
+  )
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def release(
+  state: DecodeState, rules: Rules, leaving: Bool[Array, 'B']
+) -> tuple[DecodeState, Rules]:
+  """Rows leave: ended and empty, so that no step pays for what they held, nor, as they ask for
+  nothing any more, for their options.
+
+  rules: without an automaton.
+  """
+
+  def reset(state, lengths, sampling, leaving):
+    idle = idle_sampling(leaving.shape[0], sampling.bias.ids.shape[1])
+    state = dataclasses.replace(
+      state,
+      done=state.done | leaving,
+      stop_at=jnp.where(leaving, 0, state.stop_at),
+      places=jnp.where(leaving, constrain.FREE, state.places),
+    )
+
+    def cleared(x, nothing):
+      return jnp.where(leaving.reshape(-1, *(1,) * (x.ndim - 1)), nothing, x)
+
+    return state, jnp.where(leaving, 0, lengths), jax.tree.map(cleared, sampling, idle)
+
+  run = ax.local(reset, (('batch',),) * 4, ('batch',))
+  without = dataclasses.replace(state, cache=None)
+  after, lengths, sampling = run(without, state.cache.lengths, rules.sampling, leaving)
+  cache = dataclasses.replace(state.cache, lengths=lengths)
+  return dataclasses.replace(after, cache=cache), dataclasses.replace(rules, sampling=sampling)
+
+
+def idle_sampling(rows: int, width: int) -> Sampling:
+  """Of rows that no one uses, as numpy arrays: greedy, without bias, which is cheapest.
+
+  width: ids that a bias has room for.
+  """
+  bias = Bias(np.full((rows, width), -1, np.int32), np.zeros((rows, width), np.float32))
+  return dataclasses.replace(make_sampling(rows, temperature=0.0), bias=bias)
+
+
 @functools.partial(
   jax.jit,
   static_argnames=('steps', 'pad', 'vocabulary', 'alternatives'),
@@ -207,8 +314,19 @@ def run(step, state, steps: int, count=None):
 
 def next_law(state: DecodeState, rules: Rules):
   """Log-probabilities [B, V] that each row's next token is drawn by."""
-  allowed = None if rules.automaton is None else constrain.allowed(rules.automaton, state.places)
+  allowed = None if rules.automaton is None else _allowed(rules.automaton, state)
   return laws.law(state.logits, rules.sampling, state.history, allowed)
+
+
+def _allowed(automaton, state):
+  """[B, V]: what constraints leave of the vocabulary, at no cost where no row has one."""
+
+  def everything():
+    shape = state.logits.shape
+    return ax.place(jnp.ones(shape, bool, out_sharding=ax.out('batch', None)), 'batch', None)
+
+  constrained = (state.places != constrain.FREE).any()
+  return jax.lax.cond(constrained, lambda: constrain.allowed(automaton, state.places), everything)
 
 
 def draw(log_law, sampling: Sampling, positions, stream=laws.Stream.TOKEN):

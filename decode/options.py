@@ -45,7 +45,7 @@ class Options:
   max_new_tokens: Whole = option_field(
     int,
     128,
-    Range(1),
+    Range(1, 2**24, '[]'),
     'Tokens to generate at most.',
     'A row ends there if it has not ended itself.',
   )
@@ -114,7 +114,7 @@ class Options:
   num_samples: Whole = option_field(
     int,
     1,
-    Range(1),
+    Range(1, 2**14, '[]'),
     'Completions of each prompt.',
     'Rows of their own; of a search the best ones, the best first, and fewer where a constraint or '
     'logit_bias leaves fewer.',
@@ -122,7 +122,7 @@ class Options:
   beams: Whole = option_field(
     int,
     1,
-    Range(1),
+    Range(1, 2**10, '[]'),
     'Of a search for the likeliest texts, of which it writes num_samples; it draws nothing.',
     '2 or more search (decode.beam): temperature is 1.0 (the default) or 0.0 then, without top_k, '
     'top_p and min_p.',
@@ -170,7 +170,7 @@ class Options:
   chunk: Whole = option_field(
     int,
     CHUNK,
-    Range(1),
+    Range(1, 2**14, '[]'),
     'Steps a call to the device, each a token, or more with drafts.',
     'Texts do not depend on it.',
   )
@@ -193,7 +193,7 @@ class Options:
   lookup: Whole = option_field(
     int,
     0,
-    Range(0),
+    Range(0, 2**10, '[]'),
     'Draft what followed the last so many ids where they stood before; 0: do not.',
   )
   early_exit: Whole = option_field(
@@ -285,9 +285,15 @@ LAW = tuple(name for name, row in TABLE.items() if row.where is Where.LAW)
 
 
 def _check_whole(row: Option, value) -> None:
-  least = row.range.least
+  least, most = row.range.least, row.range.most
   if not isinstance(value, Whole) or isinstance(value, bool) or value < least:
     raise ValueError(f'{row.name}={value!r} must be at least {least}, and whole')
+  # draft_tokens, whose range is open, is judged with what drafts.
+  if row.range.ends == '[]' and value > most:
+    raise ValueError(
+      f'{row.name}={value!r} must be at most {most}, for arrays of that size are allocated before '
+      'the first token; give less, and call again for more'
+    )
 
 
 def _stops(given) -> tuple:

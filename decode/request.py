@@ -15,6 +15,7 @@ STOPPED = 'stop'
 LENGTH = 'length'
 FULL = 'cache full'
 INTERRUPTED = 'interrupted'
+FAILED = 'failed'
 
 Prompt = Any  # a text or ids; judged by Generator.encoded, whose errors say what to do
 
@@ -44,7 +45,7 @@ class Completion:
     text: without the prompt.
     ids: of the text, with the id that ended it, if one did.
     finish: 'stop' for end-of-text or a stop, 'length' for max_new_tokens, 'cache full',
-      or 'interrupted'.
+      'interrupted', or 'failed', where no token could be drawn: `error` says why.
     stopped_by: the text or id, where finish is 'stop'.
     logprobs: of each id by the model, natural logarithms.
     processed: by the law that it was drawn from (greedy: 0), or what a search sums up.
@@ -53,6 +54,7 @@ class Completion:
     drafted, accepted: tokens that a draft proposed, and those that were kept.
     seed: that reproduces this row alone.
     score: of a search, the sum of `processed` over the number of ids ** length_penalty; or None.
+    error: why the row failed; '' where it did not.
   """
 
   prompt: Prompt
@@ -68,6 +70,7 @@ class Completion:
   accepted: int
   seed: int
   score: float | None = None
+  error: str = ''
 
 
 class Row:
@@ -76,6 +79,7 @@ class Row:
   Attributes:
     ids, drafted, accepted, finish, stopped_by, score: as its Completion has them; finish is ''
       until the row ends.
+    error: what would be raised if the row were alone; None where it has not failed.
   """
 
   def __init__(
@@ -105,18 +109,12 @@ class Row:
     self.finish = ''
     self.stopped_by = None
     self.score = None
+    self.error: Exception | None = None
 
   def add(self, index: int, chunk: Chunk) -> str:
     """Takes the row's tokens of a chunk (of NumPy arrays); the text that is certain by them."""
     if self.finish:
       return ''
-    if chunk.broken[index]:
-      raise FloatingPointError(
-        f'the scores after token {len(self._prompt_ids) + len(self.ids)} of the row that begins '
-        f'with {self._prompt_ids[:8]} are not finite: no token can be drawn. Weights or an option '
-        '(logit_bias, a constraint with penalties) made them so'
-      )
-
     places = np.flatnonzero(chunk.real[index])
     ids = chunk.ids[index, places].tolist()
     piece = self._stream.add(ids)
@@ -131,7 +129,19 @@ class Row:
     self._text.append(piece)
     if not self.finish and ids and ids[-1] in self._ends:
       self.finish, self.stopped_by = STOPPED, ids[-1]
+    if not self.finish and chunk.broken[index]:
+      self.fail(
+        FloatingPointError(
+          f'the scores after token {len(self._prompt_ids) + len(self.ids)} of the row that begins '
+          f'with {self._prompt_ids[:8]} are not finite: no token can be drawn. Weights or an '
+          'option (logit_bias, a constraint with penalties) made them so'
+        )
+      )
     return piece
+
+  def fail(self, error: Exception) -> None:
+    """The row ends here, because of that; others go on."""
+    self.finish, self.error = FAILED, error
 
   def _note(self, index: int, chunk: Chunk, places: np.ndarray) -> None:
     """Log-probabilities at these places of the chunk, and what became of its drafts."""
@@ -147,9 +157,13 @@ class Row:
 
   def end(self, finish: str) -> str:
     """The row ends here, if it has not before; the text that was held back."""
-    self.finish = self.finish or finish
+    before = self._stream.stopped
     rest = self._stream.end()
     self._text.append(rest)
+    if before is None and self._stream.stopped is not None:
+      # A stop string that ends in a character whose last bytes never came.
+      self.finish, self.stopped_by = STOPPED, self._stream.stopped
+    self.finish = self.finish or finish
     return rest
 
   def completion(self) -> Completion:
@@ -168,4 +182,11 @@ class Row:
       accepted=self.accepted,
       seed=self._seed,
       score=self.score,
+      error='' if self.error is None else str(self.error),
     )
+
+
+def raise_where_all_failed(rows: Sequence[Row]) -> None:
+  """Raises the first row's error where no row has done without one."""
+  if all(row.error is not None for row in rows):
+    raise rows[0].error

@@ -5,7 +5,7 @@ The order is fixed: penalties and bias, then the mask of what is allowed, temper
 min-p, each on what the one before left. Every option is traced and per row. Thresholds are found by
 bisection, not by sorting the vocabulary.
 
-B rows · V vocabulary
+B rows · V vocabulary · W ids with a bias
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import names
 from decode.options import LAW, TABLE, Options, PerRow
 from parallel import axes as ax
 
+SMALLEST_BIAS = 8  # ids that a bias has room for, if it has for any
 # The scope of what no call without top-k and top-p runs, and no plan counts.
 FILTER = 'only_where_a_row_filters'
 
@@ -39,6 +40,44 @@ class Stream(enum.IntEnum):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Bias:
+  """What is added to the logits of a few ids. Annotated Any as Sampling is.
+
+  Attributes:
+    ids: [B, W] int32, different ones; -1 is none.
+    values: [B, W] f32; -inf forbids a token.
+  """
+
+  ids: Any
+  values: Any
+
+  def added(self, logits: Float[Array, 'B V']) -> Float[Array, 'B V']:
+    """Logits with it; where no row of a device has one, at no cost."""
+    if not self.ids.shape[1]:
+      return logits
+
+    def add():
+      B, V = logits.shape
+      ids = jnp.where(self.ids < 0, V, self.ids)  # behind the last one: nowhere
+      rows = jnp.arange(B, dtype=jnp.int32)[:, None]
+      return logits.at[rows, ids].add(self.values, mode='drop')
+
+    return jax.lax.cond((self.ids >= 0).any(), add, lambda: logits)
+
+  def padded(self, width: int) -> 'Bias':
+    """With room for so many ids, as numpy arrays. Raises ValueError where that is too little."""
+    beyond = width - self.ids.shape[1]
+    if beyond < 0 and (self.ids[:, width:] >= 0).any():
+      most = int((self.ids >= 0).sum(1).max())
+      raise ValueError(f'logit_bias has {most} ids; at most {width} are possible here: give fewer')
+    pad = [(0, 0), (0, max(beyond, 0))]
+    return Bias(
+      np.pad(self.ids[:, :width], pad, constant_values=-1), np.pad(self.values[:, :width], pad)
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Sampling:
   """Options of each row; arrays, so that another value compiles nothing anew.
 
@@ -48,7 +87,7 @@ class Sampling:
   Attributes:
     temperature .. frequency_penalty, seed: [B], of the type and in the range that decode.options
       states, which says what each of them does.
-    bias: [B, V] f32, added to the logits, -inf forbids a token; or None.
+    bias: see Bias; without one it has room for no ids.
   """
 
   temperature: Any
@@ -143,6 +182,15 @@ def seed_of(seed: int, row: int) -> int:
   return (seed + row) % 2**32 if row else seed  # the first is judged as it was given
 
 
+def sample_seed(seed: int, sample: int) -> int:
+  """With which seed sample number `sample` of a request is drawn, whose first one has the request's
+  own: far from those of requests with seeds nearby, whose noise it would share otherwise.
+  """
+  if not sample:
+    return seed
+  return int(np.random.SeedSequence(seed, spawn_key=(sample,)).generate_state(1)[0])
+
+
 def _column(option, value, rows):
   name, must = option.name, option.range.must
   given = np.asarray(value)
@@ -163,25 +211,28 @@ def _column(option, value, rows):
 
 
 def _bias(logit_bias, rows, vocabulary):
+  """A Bias with room for as many ids as a row has, rounded up to a power of two."""
   if logit_bias is None:
-    return None
+    logit_bias = {}
   each = [logit_bias] * rows if isinstance(logit_bias, Mapping) else list(logit_bias)
   _check_rows('logit_bias', (len(each),), rows)
-  if not any(each):
-    return None
-  bias = np.zeros((rows, vocabulary), np.float32)
-  for row, values in zip(bias, each, strict=True):
-    for id_, value in (values or {}).items():
+  each = [given or {} for given in each]
+  most = max(map(len, each), default=0)
+  width = max(SMALLEST_BIAS, 1 << (most - 1).bit_length()) if most else 0
+  bias = Bias(np.full((rows, width), -1, np.int32), np.zeros((rows, width), np.float32))
+  for row, given in enumerate(each):
+    for place, (id_, value) in enumerate(given.items()):
       if not (isinstance(id_, (int, np.integer)) and 0 <= id_ < vocabulary):
         raise ValueError(
           f'logit_bias has the id {id_!r}; ids are whole numbers in [0, vocabulary={vocabulary})'
         )
-      row[id_] = value
-      if not row[id_] < np.inf:
+      bias.ids[row, place] = id_
+      bias.values[row, place] = value
+      if not bias.values[row, place] < np.inf:
         raise ValueError(
           f'logit_bias={value} of id {id_} must be finite, or -inf to forbid the token'
         )
-    if np.isneginf(row).all():
+    if given and np.isneginf(bias.values[row]).sum() == vocabulary:
       raise ValueError(
         f'logit_bias forbids all ids in [0, vocabulary={vocabulary}) of a row; leave at least one'
       )
@@ -220,7 +271,7 @@ def penalised(
       sampling.presence_penalty[:, None] * generated
       + sampling.frequency_penalty[:, None] * history.generated
     )
-  return logits if sampling.bias is None else logits + sampling.bias
+  return sampling.bias.added(logits)
 
 
 def law(
@@ -247,9 +298,11 @@ def _law(logits, sampling, history, allowed):
   best = jnp.where(
     jnp.arange(logits.shape[1])[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf
   )
-  # From the best downwards, so that no temperature is too small to divide by.
+  # From the best downwards, so that no temperature is too small to divide by; but for those that
+  # hardware takes for 0.
   below = logits.max(-1, keepdims=True) - logits
-  scaled = below / jnp.where(greedy, 1.0, sampling.temperature[:, None])
+  warmth = jnp.maximum(sampling.temperature[:, None], jnp.finfo(jnp.float32).tiny)
+  scaled = below / jnp.where(greedy, 1.0, warmth)
   drawn = jax.nn.log_softmax(jnp.where(_kept(below, scaled, sampling), -scaled, -jnp.inf), -1)
   return jnp.where(bad(logits)[:, None], jnp.nan, jnp.where(greedy, best, drawn))
 

@@ -4,7 +4,8 @@ decode.constrain)?
 Every text that the expression accepts is valid JSON that the schema accepts. Not every such JSON is
 written: properties come in the schema's order, only those that it names, characters stand for
 themselves (no \u escapes), and one space at most follows ':' and ','. A keyword that could not be
-kept raises; none is passed over.
+kept raises; none is passed over. A format is kept by its shape: 2023-02-29 is a date to it. A
+pattern is ECMA-262's, see decode.ecma.
 """
 
 import json
@@ -13,6 +14,8 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from decode import ecma
 
 # They say nothing about what is valid.
 ANNOTATIONS = {
@@ -40,6 +43,7 @@ FORMATS = {
   'date-time': f'{_DATE}T{_TIME}',
   'uuid': '[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}',
 }
+MOST_DIGITS = 100  # of a bound: an expression of all integers below it grows with their square
 TYPES = {  # the keywords of each type, and the Python types that json reads it as
   'string': ({'minLength', 'maxLength', 'pattern', 'format'}, (str,)),
   'integer': ({'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'}, (int,)),
@@ -73,11 +77,16 @@ def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str
       raise ValueError(
         f'schema={str(schema)!r}: {error.strerror}; give a file of JSON, or the JSON itself'
       ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(
-        f'schema={str(schema)!r} is not JSON: {error}; for a file, give a pathlib.Path'
+        f'schema={str(schema)[:200]!r} is not JSON: {error}; for a file, give a pathlib.Path'
       ) from error
-  return _Writer(root, plain).any(root, '#', ())
+  try:
+    return _Writer(root, plain).any(root, '#', ())
+  except RecursionError as error:
+    raise ValueError(
+      'the schema is nested deeper than it can be followed; write it flatter'
+    ) from error
 
 
 class _Writer:
@@ -89,6 +98,12 @@ class _Writer:
     self.root, self.plain = root, plain
 
   def any(self, schema: Any, where: str, inside: Sequence[str]) -> str:
+    if isinstance(schema, bool):
+      means = 'anything, texts without end' if schema else 'nothing'
+      raise ValueError(
+        f'schema at {where}: {schema!r} is not an object that names a type: it allows {means}; '
+        'name one, or leave it out'
+      )
     if not isinstance(schema, Mapping):
       raise ValueError(
         f'schema at {where}: {schema!r} is not an object that names a type; give one'
@@ -156,13 +171,17 @@ class _Writer:
           f'schema at {where}: pattern={pattern!r} may stand anywhere in a text; write ^...$ for a '
           'whole one'
         )
-      if not self.plain(pattern[1:-1]):
+      try:
+        translated = ecma.to_rust(pattern[1:-1])
+      except ValueError as error:
+        raise ValueError(f'schema at {where}: pattern={pattern!r}: {error}') from error
+      if not self.plain(translated):
         raise ValueError(
           f'schema at {where}: pattern={pattern!r} accepts \'"\', \'\\\' or control characters, '
           'which a JSON string must '
           r'escape; leave them out, for example by [^"\\\x00-\x1F] for .'
         )
-      return f'"(?:{pattern[1:-1]})"'
+      return f'"(?:{translated})"'
     return f'"{CHARACTER}{_times(schema, "minLength", "maxLength", where)}"'
 
   def integer(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
@@ -208,16 +227,24 @@ class _Writer:
         f'schema at {where}: required={unknown} are not among properties={list(properties)}; add '
         'them there'
       )
+    if never := [name for name in required if properties[name] is False]:
+      raise ValueError(
+        f'schema at {where}: required={never} are False in properties, which allows no value; '
+        'leave them out of one of the two'
+      )
     if not isinstance(more, bool):
       raise ValueError(
         f'schema at {where}: additionalProperties={more!r} beside properties is not supported; '
         'leave one of the two'
       )
     pairs = [
-      f'{_text(name)}: ?(?:{self.any(value, f"{where}/properties/{name}", inside)})'
+      f'{_text(name, where)}: ?(?:{self.any(value, f"{where}/properties/{name}", inside)})'
       for name, value in properties.items()
+      if value is not False
     ]
-    return _in_order(pairs, [name in required for name in properties])
+    return _in_order(
+      pairs, [name in required for name in properties if properties[name] is not False]
+    )
 
   def dictionary(self, more: Any, required: Sequence, where: str, inside: Sequence[str]) -> str:
     """An object of any names, with values of one schema: `more`; False: of none."""
@@ -301,7 +328,7 @@ def _constants(schema: Mapping[str, Any], where: str) -> str:
     raise ValueError(
       f'schema at {where}: none of {values} is of type {schema.get("type")!r}; give one that is'
     )
-  return _either(map(_text, fitting))
+  return _either(_text(value, where) for value in fitting)
 
 
 def _types(schema: Mapping[str, Any], where: str) -> list[str]:
@@ -333,6 +360,8 @@ def _list(schema: Mapping[str, Any], key: str, where: str) -> list:
 def _whole(schema: Mapping[str, Any], key: str, where: str) -> int:
   if type(schema[key]) is not int:
     raise ValueError(f'schema at {where}: {key}={schema[key]!r} must be a whole number')
+  if abs(schema[key]) >= 10**MOST_DIGITS:
+    raise ValueError(f'schema at {where}: {key} has more than {MOST_DIGITS} digits; leave it out')
   return schema[key]
 
 
@@ -367,5 +396,14 @@ def _quoted(character: str) -> str:
   return f'"{character}*"'
 
 
-def _text(value: Any) -> str:
-  return re.escape(json.dumps(value, ensure_ascii=False))
+def _text(value: Any, where: str) -> str:
+  """An expression of a value's JSON."""
+  try:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f'schema at {where}: {str(value)[:60]!r} can\'t be written as JSON: {error}; NaN, infinities '
+      'and halves of surrogate pairs have no form there'
+    ) from error
+  return re.escape(text)

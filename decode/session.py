@@ -13,7 +13,7 @@ import numpy as np
 
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course
-from decode.engine import Engine, bucket
+from decode.loaded import LoadedModel, bucket
 from decode.loop import DecodeState
 from decode.options import DRAFTERS, Options
 from decode.report import CallTimer
@@ -32,7 +32,7 @@ class Session:
     capacity: how many of them there can be.
   """
 
-  def __init__(self, generator: Engine, capacity: int, cache_dtype: str = ''):
+  def __init__(self, generator: LoadedModel, capacity: int, cache_dtype: str = ''):
     """Raises ValueError for a capacity beyond the model's positions, and for an encoder or
     encoder-decoder.
     """

@@ -26,7 +26,8 @@ from decode import sampling as laws
 from decode.loop import Chunk, DecodeState, Rules, advanced, at, draw, last, next_law, run, scores
 from decode.sampling import Stream
 from model.cache import Cache
-from model.transformer import Decoder, shallow
+from model.rearranged import shallow
+from model.transformer import Decoder
 from parallel import axes as ax
 from parallel.compiler import GENERATION
 

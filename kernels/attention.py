@@ -215,7 +215,8 @@ def check_part(backend: str) -> str:
   if backend not in PARTS:
     raise NotImplementedError(
       f'attention backend {backend!r} gives no log-sum-exp at no extra cost, which a ring puts the '
-      f"parts together by; these do: {list(PARTS)}; or use model.context='gather' or 'ulysses'"
+      f"parts together by; these do: {list(PARTS)}; or use model.execution.context='gather' or "
+      "'ulysses'"
     )
   return backend
 
@@ -270,7 +271,7 @@ def _said(chosen: str) -> str:
   if chosen == 'pallas_gpu':
     said += (
       "; gradients of queries are added up in no certain order: for the same bits every time, set "
-      'model.attention=pallas_gpu and model.attention_blocks.deterministic=True'
+      'model.execution.attention=pallas_gpu and model.execution.attention_blocks.deterministic=True'
     )
   if jax.process_index() == 0:
     print(said, file=sys.stderr)

@@ -75,8 +75,9 @@ def check(blocks: Blocks, backend: str, width: int) -> None:
   """
   if blocks.deterministic and backend in ('auto', 'xla'):
     raise NotImplementedError(
-      f'model.attention_blocks.deterministic=True: model.attention={backend!r} may be '
-      f'cuDNN, which adds gradients up in no certain order; '
+      'model.execution.attention_blocks.deterministic=True: '
+      f'model.execution.attention={backend!r} may be cuDNN, which adds gradients up in no certain '
+      'order; '
       f'set it to one of {[*SIZES, "blocked", "reference"]}'
     )
   chosen = {
@@ -88,14 +89,15 @@ def check(blocks: Blocks, backend: str, width: int) -> None:
     return
   if backend not in SIZES:
     raise NotImplementedError(
-      f'model.attention_blocks chooses {chosen}, and model.attention={backend!r} is no '
-      f'backend whose blocks can be chosen; set it to one of {list(SIZES)}, or leave the blocks 0'
+      f'model.execution.attention_blocks chooses {chosen}, and '
+      f'model.execution.attention={backend!r} is no backend whose blocks can be chosen; set it to '
+      f'one of {list(SIZES)}, or leave the blocks 0'
     )
   sizes = SIZES[backend](width)
   for name, size in chosen.items():
     if size not in sizes.get(name, ()):
       raise ValueError(
-        f'model.attention_blocks.{name}={size}: backend {backend} has '
+        f'model.execution.attention_blocks.{name}={size}: backend {backend} has '
         f'{list(sizes.get(name, ()))} for heads {width} wide; '
         'choose one of them, or 0 for what its table says'
       )

@@ -6,8 +6,8 @@ exist, and what an unused slot holds, NaN included, is never part of a sum. The 
 together block by block (Milakov & Gimelshein, arXiv:1805.02867); where a mesh splits the slots,
 devices put theirs together at the end.
 
-R layers that a buffer stacks · B rows · T new tokens · S slots · N query heads ·
-K key/value heads · G = N/K · H head width
+R layers that a buffer stacks · B rows, of a call: all of a buffer's, or some · T new tokens ·
+S slots · N query heads · K key/value heads · G = N/K · H head width
 """
 
 import dataclasses
@@ -103,6 +103,7 @@ def attention(
   scoring: Scoring,
   *,
   value_width: int = 0,
+  rows: Int[Array, 'B'] | None = None,
 ) -> Float[Array, 'B T N Hv']:
   """Causal attention of new tokens to the slots of one layer, theirs among them; not to be
   differentiated.
@@ -113,6 +114,8 @@ def attention(
     scoring: its mask is causal, and has a window at most: who sees whom follows from the lengths
       otherwise.
     value_width: of latent attention, how much of a key is the value.
+    rows: which of its device's rows of the buffers each row is; what a number beyond them yields
+      means nothing. None: all, in order.
   Raises NotImplementedError for another mask, and where heads do not go together on a mesh.
   """
   if not scoring.mask.causal or (extra := scoring.mask.fields() - {'causal', 'window'}):
@@ -137,11 +140,12 @@ def attention(
     query_axes=ax.mesh_axes('heads') if heads is None and t > 1 else (),
   )
   q = ax.place(q, 'batch', None, 'heads', 'head_width')
-  of_heads = {
+  optional = {
     'sinks': (sinks, ('heads',)),
     'table': (None if relative is None else relative.table, (None, 'heads')),
+    'rows': (rows, ('batch',)),
   }
-  of_heads = {name: pair for name, pair in of_heads.items() if pair[0] is not None}
+  optional = {name: pair for name, pair in optional.items() if pair[0] is not None}
   result = ('batch', None, 'heads', 'head_width')
   axes = (
     result,
@@ -149,10 +153,10 @@ def attention(
     (),
     ('batch',),
     ('batch', None),
-    {name: axes for name, (_, axes) in of_heads.items()},
+    {name: axes for name, (_, axes) in optional.items()},
   )
   layer = jnp.asarray(layer, jnp.int32)
-  arrays = {name: x for name, (x, _) in of_heads.items()}
+  arrays = {name: x for name, (x, _) in optional.items()}
   return ax.local(run, axes, result)(q, held, layer, lengths, queries, arrays)
 
 
@@ -162,7 +166,7 @@ def _local(
   layer,
   lengths,
   queries,
-  of_heads,
+  optional,
   *,
   scoring,
   value_width,
@@ -172,8 +176,8 @@ def _local(
   """On one device's rows, heads and slots. parts: mesh axes that split the slots. query_axes: mesh
   axes that split the query heads only.
 
-  of_heads: this device's part of the sinks and of the relative's table in `scoring`, as far as
-  there are any.
+  optional: this device's part of the sinks and of the relative's table in `scoring`, and its rows
+  of the buffers, as far as there are any.
   """
   B, T, N, H = q.shape
   S, K = held.keys.shape[3], held.keys.shape[2]
@@ -188,28 +192,31 @@ def _local(
   offset = jax.lax.axis_index(parts) * S if parts else 0
   q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   wide = jnp.promote_types(q.dtype, jnp.float32)
+  rows = optional.get('rows')
+  if rows is not None:
+    rows = jnp.minimum(rows, held.keys.shape[1] - 1)  # none of them reads beyond the buffers
 
   # The TPU's kernel is for the few queries of generation; it has no relative scores, and knows no
   # slots of other devices.
   relative = scoring.relative
   if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
     top, total, mixed = cached_tpu.blocks(
-      q, held, layer, first, lengths, queries[:, 0], scoring, T=T, Hv=Hv
+      q, held, (layer, first), lengths, queries[:, 0], scoring, T=T, Hv=Hv, rows=rows
     )
   else:
     if relative is not None:
-      table = of_heads['table']
+      table = optional['table']
       relative = dataclasses.replace(relative, table=table.reshape(table.shape[0], K, G))
     top, total, mixed = blocks(
       q,
       held,
-      layer,
-      first,
+      (layer, first),
       lengths,
       queries,
       dataclasses.replace(scoring, relative=relative),
       Hv=Hv,
       offset=offset,
+      rows=rows,
     )
 
   # Devices' shares of the softmax, each relative to its own greatest score, are brought to the
@@ -220,8 +227,8 @@ def _local(
     total = jax.lax.psum(total * shrink, parts)
     mixed = jax.lax.psum(mixed * shrink[..., None], parts)
     top = highest
-  if 'sinks' in of_heads:
-    sink = jnp.repeat(of_heads['sinks'].astype(wide).reshape(1, K, G), T, 2)
+  if 'sinks' in optional:
+    sink = jnp.repeat(optional['sinks'].astype(wide).reshape(1, K, G), T, 2)
     highest = jnp.maximum(top, sink)
     shrink = jnp.exp(top - highest)
     total, mixed = total * shrink + jnp.exp(sink - highest), mixed * shrink[..., None]
@@ -246,30 +253,28 @@ def products(
 def blocks(
   q: Float[Array, 'B K M H'],
   held: Held,
-  layer,
-  first,
+  at: tuple,
   lengths: Int[Array, 'B'],
   queries: Int[Array, 'B T'],
   scoring: Scoring,
   *,
   Hv: int,
   offset=0,
+  rows=None,
 ):
   """What a device's slots give to the softmax: its greatest score, the sum of weights, and the
   weighted sum of values, wide.
 
-  q: of M = G x T queries of a key head, those of a head side by side; of the key heads from `first`
-  on. offset: of the first slot. A relative's table is [buckets, K, G]; sinks join later, when all
-  slots' shares are together.
+  q: of M = G x T queries of a key head, those of a head side by side. at: the layer, and the first
+  of the key heads. offset: of the first slot. rows: [B] of the buffers, or None: all, in order. A
+  relative's table is [buckets, K, G]; sinks join later, when all slots' shares are together.
   """
   B, K, M, H = q.shape
   S, window = held.slots, scoring.mask.window
   block, wide = min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
 
   def cut(buffer, start):
-    """A block of this layer's slots [B, K, block, ...]."""
-    at = (layer, 0, first, start, *(0,) * (buffer.ndim - 4))
-    return jax.lax.dynamic_slice(buffer, at, (1, B, K, block, *buffer.shape[4:]))[0]
+    return _cut(buffer, at, start, (B, K, block), rows)
 
   def step(index, carry):
     top, total, mixed = carry
@@ -320,6 +325,19 @@ def blocks(
     begin = jnp.maximum(queries.min() - window + 1 - offset, 0) // block
   with jax.named_scope(f'{FILLED}{S // block}'):
     return jax.lax.fori_loop(begin, -(-filled // block), step, empty)
+
+
+def _cut(buffer, at, start, shape, rows):
+  """A block of a layer's slots, [B, K, block, ...] of `shape`."""
+  (layer, first), (B, K, block), rest = at, shape, buffer.shape[4:]
+  behind = (first, start, *(0,) * len(rest))
+  if rows is None:
+    return jax.lax.dynamic_slice(buffer, (layer, 0, *behind), (1, B, K, block, *rest))[0]
+  # One by one: they are few, and compilers make less of a gather than of slices.
+  size = (1, 1, K, block, *rest)
+  return jnp.concatenate(
+    [jax.lax.dynamic_slice(buffer, (layer, row, *behind), size)[0] for row in rows]
+  )
 
 
 def _scores(q, keys, scales, where, used, queries, scoring):

@@ -145,41 +145,41 @@ def _kernel(
 def blocks(
   q,
   held,
-  layer,
-  first,
+  at,
   lengths,
   starts,
   scoring: Scoring,
   *,
   T: int,
   Hv: int,
+  rows=None,
   interpret=False,
 ):
   """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a
   row at starts [B].
 
-  q: [B, K, G x T, H], of the key heads from `first` on.
+  q: [B, K, G x T, H].
   """
   B, K, M, H = q.shape
   S = held.slots
   block = min(S, BLOCK)
   bounds = _bounds(scoring.mask.window, held.ring, S, block, T)
-  rows = -(-M // ROWS) * ROWS
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - M), (0, 0)))
+  padded = -(-M // ROWS) * ROWS
+  q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - M), (0, 0)))
 
   def row(x):
     return None if x is None else x[:, :, :, None]
 
   def out(width):
-    return jax.ShapeDtypeStruct((B, K, rows, width), jnp.float32)
+    return jax.ShapeDtypeStruct((B, K, padded, width), jnp.float32)
 
   def scratch(width):
-    return pltpu.VMEM((rows, width), jnp.float32)
+    return pltpu.VMEM((padded, width), jnp.float32)
 
   size = held.keys.dtype.itemsize
   cost = pl.CostEstimate(
-    flops=2 * B * K * rows * S * (H + Hv),
-    transcendentals=B * K * rows * S,
+    flops=2 * B * K * padded * S * (H + Hv),
+    transcendentals=B * K * padded * S,
     bytes_accessed=B * K * S * (H + (0 if held.values is None else Hv)) * size + 2 * q.size * 4,
   )
   given = [held.keys, held.values, row(held.key_scales), row(held.value_scales)]
@@ -188,20 +188,23 @@ def blocks(
     _kernel, bounds=bounds, scoring=scoring, ring=held.ring, S=S, block=block, T=T, Hv=Hv
   )
 
+  # Which rows of the buffers these are is a matter of index maps, that read one more vector.
+  named = () if rows is None else (rows,)
+
   def kernel(*refs):
     """The body, with None for what is not held."""
-    scalars, (query, *refs) = refs[:3], refs[3:]
+    scalars, (query, *refs) = refs[:3], refs[3 + len(named) :]
     buffers = [refs.pop(0) if is_there else None for is_there in there]
     body(*scalars, query, *buffers, *refs)
 
-  mine = functools.partial(_queries, rows)
+  mine = functools.partial(_queries, padded)
   top, total, mixed = pl.pallas_call(
     kernel,
     name='cached_attention',
     interpret=interpret,
     cost_estimate=cost,
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3,
+      num_scalar_prefetch=3 + len(named),
       grid=(B, K, -(-S // block)),
       in_specs=[mine(H), *_held(held, bounds, block)],
       out_specs=[mine(LANES), mine(LANES), mine(Hv)],
@@ -210,9 +213,10 @@ def blocks(
     out_shape=[out(LANES), out(LANES), out(Hv)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
   )(
-    jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(first, jnp.int32)]),
+    jnp.stack([jnp.asarray(x, jnp.int32) for x in at]),
     lengths,
     starts,
+    *named,
     q,
     *(x for x in given if x is not None),
   )
@@ -230,9 +234,10 @@ def _held(held, bounds, block: int):
 
   # Past a row's last block its step names that one again, which is there already: nothing is
   # copied.
-  def at(b, h, i, scalars, lengths, starts):
+  def at(b, h, i, scalars, lengths, starts, rows=None):
     begin, last = bounds(lengths, starts, b)
-    return scalars[0], b, scalars[1] + h, jnp.minimum(begin + i, last), 0
+    row = b if rows is None else rows[b]
+    return scalars[0], row, scalars[1] + h, jnp.minimum(begin + i, last), 0
 
   # Scales are numbers of slots, along lanes.
   def scale_at(b, h, i, *given):

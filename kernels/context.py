@@ -64,19 +64,19 @@ def in_parts(strategy: str, heads: int, kv_heads: int) -> bool:
 
 def degree(strategy: str, N: int, K: int, P: int) -> int:
   """u for N query and K key heads of a device. Raises as `groups` does."""
-  names.check('model.context', strategy, STRATEGIES)
+  names.check('model.execution.context', strategy, STRATEGIES)
   if P == 1 or strategy in ('ring', 'gather'):
     return 1
   u = P if strategy == 'ulysses' else math.gcd(K, P)
   if N % u:
     raise ValueError(
-      f"model.context='ulysses' splits heads: {N} (model.heads / mesh.tensor) is not a "
+      f"model.execution.context='ulysses' splits heads: {N} (model.heads / mesh.tensor) is not a "
       f"multiple of mesh.context={P}; make context a divisor, or use 'ulysses_ring', 'ring' "
       "or 'gather'"
     )
   if u == 1:
     raise ValueError(
-      f"model.context='ulysses_ring': {K} key heads (model.kv_heads / mesh.tensor) and "
+      f"model.execution.context='ulysses_ring': {K} key heads (model.kv_heads / mesh.tensor) and "
       f"mesh.context={P} have no common divisor to exchange heads by; use 'ring'"
     )
   return u

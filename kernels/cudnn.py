@@ -6,11 +6,11 @@ What decides is known when a program is traced: what it is compiled for, types, 
 of the mask. So the same command always runs the same kernel, and plan.py compiles, ahead of time,
 the one that a run will have (it then prints 'cuDNN attention'). Where cuDNN has no plan XLA fails
 to compile the program, and nothing falls back (jax's tests saw that under CUDA 13.0, jax issue
-32430): model.attention='blocked' does without cuDNN. Segments, positions and a prefix would need a
-dense bias, [B, 1, T, S], whose gradient jax 0.10 asks cuDNN for, which has none for most shapes
-(jax issue 30593). What training packs into rows has segments. A remat policy that saves 'attention'
-keeps the mixed values only, from which the backward pass cannot start: the forward kernel runs
-again.
+32430): model.execution.attention='blocked' does without cuDNN. Segments, positions and a prefix
+would need a dense bias, [B, 1, T, S], whose gradient jax 0.10 asks cuDNN for, which has none for
+most shapes (jax issue 30593). What training packs into rows has segments. A remat policy that saves
+'attention' keeps the mixed values only, from which the backward pass cannot start: the forward
+kernel runs again.
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
@@ -113,7 +113,7 @@ def _answer(capability, version) -> None:
   if unknown := [name for name in answers if not hasattr(asking, name)]:
     raise NotImplementedError(
       f"jax {jax.__version__} has no {unknown} in {asking.__name__}: cuDNN's attention cannot be "
-      "compiled without a GPU; use model.attention='blocked' to plan"
+      "compiled without a GPU; use model.execution.attention='blocked' to plan"
     )
   for name, answer in answers.items():
     setattr(asking, name, answer)

@@ -97,7 +97,7 @@ def _operands(backend, *arrays):
   if precision not in PRECISIONS:
     raise NotImplementedError(
       f'backend {backend} has no products of jax_default_matmul_precision={precision!r}; '
-      f"use one of {list(PRECISIONS)}, or model.attention='xla'"
+      f"use one of {list(PRECISIONS)}, or model.execution.attention='xla'"
     )
   if PRECISIONS[precision] or arrays[0].dtype == jnp.float16:  # f32 holds both narrow types exactly
     return tuple(x.astype(jnp.float32) for x in arrays)

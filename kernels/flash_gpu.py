@@ -18,7 +18,7 @@ from kernels import cudnn, mosaic_gpu_compat as gpu
 from kernels.blocks import Blocks
 from kernels.flash_gpu_backward import backward_keys, backward_queries
 from kernels.flash_gpu_forward import forward as forward_body
-from kernels.flash_gpu_tiles import COUNT, LOG2E, WARPGROUPS, Shape, Tuning
+from kernels.flash_gpu_tiles import COUNT, LOG2E, WARPGROUPS, TileShape, Tiling
 from kernels.mask import FULL, PARTIAL, SKIP, Mask
 from kernels.scoring import Scoring
 
@@ -27,22 +27,22 @@ HOPPER = 132  # processors of an H100 and an H200
 TILE, WIDEST = 64, 256
 # By width of heads: what ptxas compiles without a spill, and what shared memory holds.
 FORWARD = {
-  64: Tuning(64, 128, 2),
-  128: Tuning(64, 128, 2),
-  192: Tuning(64, 64, 2),
-  256: Tuning(64, 64, 2),
+  64: Tiling(64, 128, 2),
+  128: Tiling(64, 128, 2),
+  192: Tiling(64, 64, 2),
+  256: Tiling(64, 64, 2),
 }
 KEYS = {
-  64: Tuning(64, 64, 2),
-  128: Tuning(64, 64, 2),
-  192: Tuning(32, 64, 2),
-  256: Tuning(32, 64, 2),
+  64: Tiling(64, 64, 2),
+  128: Tiling(64, 64, 2),
+  192: Tiling(32, 64, 2),
+  256: Tiling(32, 64, 2),
 }
 QUERIES = {
-  64: Tuning(64, 64, 2),
-  128: Tuning(64, 64, 2),
-  192: Tuning(64, 32, 2),
-  256: Tuning(64, 32, 2),
+  64: Tiling(64, 64, 2),
+  128: Tiling(64, 64, 2),
+  192: Tiling(64, 32, 2),
+  256: Tiling(64, 32, 2),
 }
 
 
@@ -73,7 +73,7 @@ def plan(kinds):
   return order.astype(np.int32), steps.astype(np.int32)
 
 
-def _tuning(table, width: int, queries: int, keys: int, held: str) -> Tuning:
+def _tuning(table, width: int, queries: int, keys: int, held: str) -> Tiling:
   """Of the table, with sizes of a tile and a block that are chosen (kernels.blocks.check). held:
   which of them the tile holds.
   """
@@ -85,7 +85,7 @@ def _tuning(table, width: int, queries: int, keys: int, held: str) -> Tuning:
   return dataclasses.replace(table[width], **sizes)
 
 
-def _shape(q, k, v, scoring: Scoring, interpret) -> Shape:
+def _shape(q, k, v, scoring: Scoring, interpret) -> TileShape:
   (B, T, N, H), (_, S, K, Hv) = q.shape, v.shape
   if max(H, Hv) > WIDEST:
     raise NotImplementedError(
@@ -104,7 +104,7 @@ def _shape(q, k, v, scoring: Scoring, interpret) -> Shape:
   mask = scoring.mask
   by_index = not mask.positioned or mask.fields() <= {'causal', 'window'}
   H, Hv = (_whole(width, TILE) for width in (H, Hv))
-  return Shape(
+  return TileShape(
     B,
     N,
     K,
@@ -123,7 +123,7 @@ def _shape(q, k, v, scoring: Scoring, interpret) -> Shape:
   )
 
 
-def _ids(mask: Mask, shape: Shape, T: int, S: int):
+def _ids(mask: Mask, shape: TileShape, T: int, S: int):
   """The mask's arrays for T queries and S keys, by name: [B, T], [B, S] and [B]."""
   ids = {}
   if not shape.by_index:
@@ -141,7 +141,7 @@ def _whole(length: int, block: int) -> int:
   return -(-length // block) * block
 
 
-def _filled(shape: Shape, rows: int, keys: int) -> tuple[int, int, Shape]:
+def _filled(shape: TileShape, rows: int, keys: int) -> tuple[int, int, TileShape]:
   """T and S filled up to whole blocks, and the shape that knows whether there are keys to be hidden
   for that.
   """
@@ -174,7 +174,7 @@ def _barriers(arrivals: int, **numbers: int):
 def _call(
   kernel,
   name: str,
-  shape: Shape,
+  shape: TileShape,
   kinds,
   heads: int,
   work: tuple[int, int],
@@ -323,7 +323,7 @@ class Given(NamedTuple):
   delta: Any
   d_out: Any
 
-  def padded(self, T: int, S: int, shape: Shape):
+  def padded(self, T: int, S: int, shape: TileShape):
     """The arrays in the order of the kernels' refs, filled up to T queries and S keys, and the
     mask's arrays.
     """
@@ -338,7 +338,7 @@ class Given(NamedTuple):
     )
 
 
-def _d_q(given: Given, shape: Shape):
+def _d_q(given: Given, shape: TileShape):
   tuning = QUERIES[max(shape.H, shape.Hv)]
   rows, keys, stages, groups = WARPGROUPS * tuning.queries, tuning.keys, tuning.stages, WARPGROUPS
   T, S, shape = _filled(shape, rows, keys)
@@ -370,7 +370,9 @@ def _d_q(given: Given, shape: Shape):
   return d_q[:, : shape.T]
 
 
-def _d_keys(given: Given, shape: Shape, columns: slice, wide: slice, fused: bool, blocks: Blocks):
+def _d_keys(
+  given: Given, shape: TileShape, columns: slice, wide: slice, fused: bool, blocks: Blocks
+):
   """Of queries, if fused, else None, and of these columns of keys and values."""
   tuning = _tuning(KEYS, max(shape.H, shape.Hv), *blocks.of('backward'), 'keys')
   queries, stages, groups = tuning.queries, tuning.stages, WARPGROUPS
@@ -410,7 +412,7 @@ def _d_keys(given: Given, shape: Shape, columns: slice, wide: slice, fused: bool
   )
 
 
-def _memory_of_keys(shape: Shape, tuning: Tuning, width: list[int], fused: bool):
+def _memory_of_keys(shape: TileShape, tuning: Tiling, width: list[int], fused: bool):
   """Shared memory of the kernel of keys' gradients, of which it writes so many columns of keys and
   of values.
   """

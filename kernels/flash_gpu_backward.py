@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import flash_gpu_tiles as tiles, mosaic_gpu_compat as gpu
-from kernels.flash_gpu_tiles import BLOCKS, COMPUTER, COUNT, WARPGROUPS, Shape, Tile, Tuning
+from kernels.flash_gpu_tiles import BLOCKS, COMPUTER, COUNT, WARPGROUPS, Tile, TileShape, Tiling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class BackwardQueries:
   memory: Any
   ready: Any
   free: Any
-  shape: Shape
-  tuning: Tuning
+  shape: TileShape
+  tuning: Tiling
   warpgroup: Any
 
   def load(self, each_tile):
@@ -118,7 +118,7 @@ class BackwardQueries:
     return acc
 
 
-def backward_queries(*refs, shape: Shape, tuning: Tuning, shared: bool):
+def backward_queries(*refs, shape: TileShape, tuning: Tiling, shared: bool):
   """The body of the kernel of queries' gradients; refs: see BackwardQueries."""
   kernel = BackwardQueries(*refs, shape=shape, tuning=tuning, warpgroup=lax.axis_index('warpgroup'))
   tiles.run(kernel, shared, shape.N)
@@ -153,8 +153,8 @@ class BackwardKeys:
   ready: Any
   free: Any
   both: Any
-  shape: Shape
-  tuning: Tuning
+  shape: TileShape
+  tuning: Tiling
   columns: slice
   wide: slice
   warpgroup: Any
@@ -332,7 +332,9 @@ class BackwardKeys:
     tiles.release(self.free, {'k': [0]})
 
 
-def backward_keys(*refs, shape: Shape, tuning: Tuning, shared: bool, columns: slice, wide: slice):
+def backward_keys(
+  *refs, shape: TileShape, tuning: Tiling, shared: bool, columns: slice, wide: slice
+):
   """The body of the kernel of keys' and values' gradients; refs: see BackwardKeys."""
   kernel = BackwardKeys(
     *refs,

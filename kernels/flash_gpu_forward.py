@@ -26,9 +26,9 @@ from kernels.flash_gpu_tiles import (
   LOG2E,
   NOTHING,
   WARPGROUPS,
-  Shape,
   Tile,
-  Tuning,
+  TileShape,
+  Tiling,
 )
 
 
@@ -54,8 +54,8 @@ class Forward:
   ready: Any
   free: Any
   turn: Any
-  shape: Shape
-  tuning: Tuning
+  shape: TileShape
+  tuning: Tiling
   warpgroup: Any
 
   def load(self, each_tile):
@@ -167,7 +167,7 @@ class Forward:
     plgpu.barrier_arrive(self.free['q'].at[self.warpgroup])
 
 
-def forward(*refs, shape: Shape, tuning: Tuning, shared: bool):
+def forward(*refs, shape: TileShape, tuning: Tiling, shared: bool):
   """The body of the forward kernel; refs: see Forward. shared: rows of the batch have the same
   tiles.
   """

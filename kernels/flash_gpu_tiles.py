@@ -37,7 +37,7 @@ LOADER, COMPUTER = 24, 240
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
+class Tiling:
   """Sizes of a kernel.
 
   Attributes:
@@ -51,7 +51,7 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class TileShape:
   """What a kernel knows of its problem: sizes, of heads as padded, and what the mask consists
   of.
   """
@@ -156,7 +156,7 @@ def zero(step):
   return lax.min(step, 0)
 
 
-def each_tile(order, shape: Shape, shared: bool, heads: int, body, carry):
+def each_tile(order, shape: TileShape, shared: bool, heads: int, body, carry):
   """Runs body(tile of the plan, row, head, tile of the row, carry) for what this thread block takes
   of all tiles of all heads.
 
@@ -240,7 +240,7 @@ def load(each_tile, steps, stages: int, memory, ready, free, held, streamed, pas
       plgpu.barrier_wait(barrier.at[slot])
 
 
-def keys_of(k, v, steps, bk: int, shape: Shape):
+def keys_of(k, v, steps, bk: int, shape: TileShape):
   """What is streamed where a tile is of queries."""
 
   def streamed(tile, row, head, n):

@@ -25,12 +25,12 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import flash_tpu_bodies as bodies
 from kernels.blocks import Blocks
 from kernels.flash_tpu_bodies import LOG2E, div, rem
-from kernels.flash_tpu_steps import FLAGS, LANES, Shape, expected, shape_of, step_of, steps_of
+from kernels.flash_tpu_steps import FLAGS, LANES, StepShape, expected, shape_of, step_of, steps_of
 from kernels.mask import Mask
 from kernels.scoring import Scoring
 
 
-def _ids(mask: Mask, shape: Shape, transposed: bool):
+def _ids(mask: Mask, shape: StepShape, transposed: bool):
   """Arrays of positions and segments, and their blocks: those along the scores' second dimension
   [B, 1, n], the others in all lanes.
   """
@@ -82,7 +82,7 @@ def _block_of_keys(shape, s, queries, keys, prefix):
 def _call(
   kernel,
   name: str,
-  shape: Shape,
+  shape: StepShape,
   mask: Mask,
   inputs,
   outputs,
@@ -126,7 +126,7 @@ def _call(
   )(steps.queries, steps.keys, prefix, *(x for x, _ in inputs), *arrays)
 
 
-def _blocks_of(shape: Shape):
+def _blocks_of(shape: StepShape):
   """Blocks of queries [B, N/G, G, T, H], of numbers of them [B, N/G, G, T], of keys [B, K, S, H],
   and of a head's sinks [N/G, G, LANES].
   """

@@ -102,7 +102,7 @@ def steps_of(kinds, B: int) -> Steps:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class StepShape:
   """What a kernel knows of its problem: sizes as padded, real lengths, and what the mask consists
   of.
   """
@@ -181,8 +181,8 @@ def _cut(
     able = {g * n: (g, n) for g in groups for n in _sizes(T) if g * n <= LARGEST}
     if rows not in able:
       raise ValueError(
-        f'model.attention_blocks.{direction}_queries={rows}, of {share} heads a key or fewer, '
-        f'make no whole blocks of a row of {T} queries, filled up to {_fill(T)}; '
+        f'model.execution.attention_blocks.{direction}_queries={rows}, of {share} heads a key or '
+        f'fewer, make no whole blocks of a row of {T} queries, filled up to {_fill(T)}; '
         f'choose one of {sorted(able)}, or 0'
       )
     G, bq = able[rows]
@@ -191,13 +191,13 @@ def _cut(
     bq = largest(T, step.rows // G)
   if keys and keys not in _sizes(S):
     raise ValueError(
-      f'model.attention_blocks.{direction}_keys={keys} make no whole blocks of a row of {S} keys, '
-      f'filled up to {_fill(S)}; choose one of {_sizes(S)}, or 0'
+      f'model.execution.attention_blocks.{direction}_keys={keys} make no whole blocks of a row of '
+      f'{S} keys, filled up to {_fill(S)}; choose one of {_sizes(S)}, or 0'
     )
   return G, bq, keys or largest(S, step.keys)
 
 
-def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks()) -> Shape:
+def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks()) -> StepShape:
   """Of the 'forward' or the 'backward' kernel for these arrays.
 
   Raises ValueError where chosen blocks do not fit.
@@ -211,7 +211,7 @@ def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks(
     'highest',
     'float32',
   )
-  return Shape(
+  return StepShape(
     B=B,
     N=N,
     K=K,
@@ -234,7 +234,7 @@ def shape_of(q, k, v, scoring: Scoring, direction: str, blocks: Blocks = Blocks(
   )
 
 
-def expected(steps: Steps, mask: Mask, shape: Shape) -> int:
+def expected(steps: Steps, mask: Mask, shape: StepShape) -> int:
   """Steps that there are; where arrays decide, those without segments, and by positions half of a
   causal mask's blocks.
   """

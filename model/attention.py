@@ -1,6 +1,8 @@
-"""How does a token look at others? Projections, norms of queries and keys, positions, the cache; the mixing is kernels.attention.
+"""How does a token look at others? Projections, norms of queries and keys, positions, the cache;
+the mixing is kernels.attention.
 
-B batch · T query length · S key or cache length · D width · N query heads · K key/value heads · H head width · R latent width
+B batch · T query length · S key or cache length · D width · N query heads · K key/value heads ·
+H head width · R latent width
 """
 
 import dataclasses
@@ -27,9 +29,10 @@ class View:
   """What the layers of a stack share.
 
   Attributes:
-    mask: who sees whom, but for the layer's window. angles, local_angles: of rotary positions, the second for layers with a
-      window; None without. relative: T5's table, or None.
-    memory: [B, S, D], what cross-attention looks at, or None: there is none, or the cache holds its keys and values.
+    mask: who sees whom, but for the layer's window. angles, local_angles: of rotary positions, the
+      second for layers with a window; None without. relative: T5's table, or None.
+    memory: [B, S, D], what cross-attention looks at, or None: there is none, or the cache holds its
+      keys and values.
     memory_mask: who sees what of it.
   """
 
@@ -42,16 +45,18 @@ class View:
 
 
 class Attention(nnx.Module):
-  """Multi-head attention with grouped keys and values (Ainslie et al., arXiv:2305.13245); `cross`: to another sequence."""
+  """Multi-head attention with grouped keys and values (Ainslie et al., arXiv:2305.13245); `cross`:
+  to another sequence.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0, cross: bool = False):
-    D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.parameter_dtype
+    D, N, K, H, dtype = config.D, config.N, config.K, config.H, config.execution.parameter_dtype
     self.dtype, self.backend, self.softcap = (
-      config.dtype,
-      config.attention,
+      config.execution.dtype,
+      config.execution.attention,
       config.attention_softcap,
     )
-    self.blocks, self.context = config.attention_blocks, config.context
+    self.blocks, self.context = config.execution.attention_blocks, config.execution.context
     self.scale, self.window = config.attention_scale or H**-0.5, window
     kv_heads = ax.whole_or('kv_heads', K)
     self.q = param(rngs, (D, N, H), ('embed', 'heads', 'head_width'), D**-0.5, dtype=dtype)
@@ -88,7 +93,9 @@ class Attention(nnx.Module):
   def __call__(
     self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
   ) -> tuple[Float[Array, 'B T D'], Slots | None]:
-    """The mixed tokens; with `slots` keys and values are written there first, and attention is to all that they hold."""
+    """The mixed tokens; with `slots` keys and values are written there first, and attention is to
+    all that they hold.
+    """
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
     k, v = self.keys_values(x)
     if self.q_norm is not None:
@@ -148,20 +155,27 @@ class Attention(nnx.Module):
 class LatentAttention(nnx.Module):
   """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-  A token's keys and values of all heads come from one latent vector of R; positions go through a separate part of H' that all
-  heads share. The cache holds R + H' numbers per token. Against a cache, keys are never formed: the key projection is applied
-  to the queries instead, and the value projection to the mixed latents, which leaves attention with one key/value head.
+  A token's keys and values of all heads come from one latent vector of R; positions go through a
+  separate part of H' that all heads share. The cache holds R + H' numbers per token. Against a
+  cache, keys are never formed: the key projection is applied to the queries instead, and the value
+  projection to the mixed latents, which leaves attention with one key/value head.
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, window: int = 0):
-    D, N, H, dtype, latent = config.D, config.N, config.H, config.parameter_dtype, config.latent
+    D, N, H, dtype, latent = (
+      config.D,
+      config.N,
+      config.H,
+      config.execution.parameter_dtype,
+      config.latent,
+    )
     R, Hr, Hv, Q = latent.width, latent.rope_width, config.value_width, latent.query_width
     self.dtype, self.backend, self.softcap = (
-      config.dtype,
-      config.attention,
+      config.execution.dtype,
+      config.execution.attention,
       config.attention_softcap,
     )
-    self.blocks, self.context = config.attention_blocks, config.context
+    self.blocks, self.context = config.execution.attention_blocks, config.execution.context
     self.scale, self.window, self.nope = config.attention_scale or (H + Hr) ** -0.5, window, H
     self.q_down = param(rngs, (D, Q), ('embed', 'latent'), D**-0.5, dtype=dtype) if Q else None
     self.q_down_norm = Norm(config, Q, rngs) if Q else None

@@ -1,10 +1,13 @@
-"""What does generation remember? Keys and values of the tokens so far, in buffers that are born whole and rewritten in place.
+"""What does generation remember? Keys and values of the tokens so far, in buffers that are born
+whole and rewritten in place.
 
-R layers of a place of a period · B rows · T new tokens · S slots · K key/value heads · H head width · P groups of W rows
+R layers of a place of a period · B rows · J of them that a call is about · T new tokens · S slots ·
+K key/value heads · H head width · P groups of W rows
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +20,9 @@ from kernels.cached import Held
 from model.config import ModelConfig
 from parallel import axes as ax
 
-APPEND = 256  # tokens that are appended together at most, but for those that an empty cache gets: so much longer than windows rings are
+# Tokens that are appended together at most, but for those that an empty cache gets: so much longer
+# than windows rings are.
+APPEND = 256
 DTYPES = ('', 'float32', 'bfloat16', 'float16', 'int8')
 
 
@@ -25,12 +30,14 @@ DTYPES = ('', 'float32', 'bfloat16', 'float16', 'int8')
 class Cache:
   """Rows of tokens; slots that none of them is in are unused, whatever they hold.
 
-  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and placeholders.
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and
+  placeholders.
 
   Attributes:
     held: keys and values of every place (ModelConfig.places).
     lengths: [B] int32, tokens that each row holds. capacity: how many it can hold.
-    memory: keys and values of cross-attention of every place, [R, B, S', K, H] each, or None before the source was read (and without one).
+    memory: keys and values of cross-attention of every place, [R, B, S', K, H] each, or None before
+      the source was read (and without one).
     memory_segments: [B, S'] int32, 0 where the source is padding; or None.
   """
 
@@ -40,15 +47,150 @@ class Cache:
   memory_segments: Any = None
   capacity: int = 0
 
+  def lengths_of(self, rows: Int[Array, 'J'] | None) -> Int[Array, 'J']:
+    """Tokens of these rows (see Slots.rows)."""
+    return self.lengths if rows is None else rows_of(self.lengths, rows)
+
+  def longer(self, held: tuple, counts: Int[Array, 'J'], rows: Int[Array, 'J'] | None) -> 'Cache':
+    """With these buffers, and so many more tokens in these rows (see Slots.rows)."""
+    if rows is None:
+      lengths = self.lengths + counts
+    else:
+      lengths = with_rows(self.lengths, rows, self.lengths_of(rows) + counts)
+    return dataclasses.replace(self, held=held, lengths=lengths)
+
+
+def rows_of(x: Any, rows: Int[Array, 'J']) -> Any:
+  """x[rows] of arrays [B, ...], each device on its own rows; see Slots.rows."""
+
+  def take(x, rows):
+    return jax.tree.map(lambda x: x.at[rows].get(mode='clip'), x)
+
+  return ax.local(take, (('batch',), ('batch',)), ('batch',))(x, rows)
+
+
+def with_rows(x: Any, rows: Int[Array, 'J'], values: Any) -> Any:
+  """Arrays [B, ...] with values [J, ...] in these rows, each device on its own; see Slots.rows."""
+
+  def put(x, rows, values):
+    return jax.tree.map(lambda x, new: x.at[rows].set(new, mode='drop'), x, values)
+
+  return ax.local(put, (('batch',),) * 3, ('batch',))(x, rows, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """What a call of a stack has of a cache: the buffers of some of its places, and which tokens the
+  call adds to which rows, which is the same in all of them.
+
+  Buffers go through the loop over layers, everything else is as it was at its begin. Without a
+  cache there are no buffers (None in every place), so that a stack is written once.
+
+  Attributes:
+    held, memory: of each place, see Cache.
+    lengths, counts, rows, capacity, fresh: see Slots.
+  """
+
+  held: tuple
+  memory: tuple
+  lengths: Any = None
+  counts: Any = None
+  rows: Any = None
+  capacity: int = 0
+  fresh: bool = False
+
+  @classmethod
+  def of(
+    cls,
+    cache: Cache,
+    tokens: int,
+    counts: Int[Array, 'J'] | None,
+    fresh: bool,
+    rows: Int[Array, 'J'] | None,
+  ) -> 'Places':
+    """All places, for a call of `tokens` tokens a row, which are the row's where counts is None.
+
+    Raises NotImplementedError for rows where not some rows only can be written.
+    """
+    lengths = cache.lengths_of(rows)
+    counts = jnp.full_like(lengths, tokens) if counts is None else counts
+    if rows is not None:
+      _check_rows(cache, fresh)
+      # A place of the call that is about no row looks at nothing.
+      lengths = jnp.where(counts > 0, lengths, 0)
+    memory = (None,) * len(cache.held) if cache.memory is None else cache.memory
+    return cls(cache.held, memory, lengths, counts, rows, cache.capacity, fresh)
+
+  @classmethod
+  def without(cls, places: int) -> 'Places':
+    """Of so many places without a cache."""
+    return cls((None,) * places, (None,) * places)
+
+  def split(self, sizes: Iterable[int]) -> list['Places']:
+    """So many places after one another."""
+    parts, first = [], 0
+    for size in sizes:
+      part = slice(first, first + size)
+      parts.append(dataclasses.replace(self, held=self.held[part], memory=self.memory[part]))
+      first += size
+    return parts
+
+  def joined(self, parts: Sequence['Places']) -> 'Places':
+    """All places, with the buffers of these parts of them."""
+    return self.carrying(sum((part.held for part in parts), ()))
+
+  def carrying(self, held: Sequence[Any]) -> 'Places':
+    """With these buffers: what a loop carries."""
+    return dataclasses.replace(self, held=tuple(held))
+
+  def slots(self, place: int, layer: Int[Array, ''] | int) -> 'Slots | None':
+    """What a block sees: one layer of a place."""
+    if self.held[place] is None:
+      return None
+    return Slots(
+      self.held[place],
+      self.memory[place],
+      layer,
+      self.lengths,
+      self.counts,
+      self.capacity,
+      self.fresh,
+      self.rows,
+    )
+
+
+def _check_rows(cache: Cache, fresh: bool) -> None:
+  if fresh:
+    raise NotImplementedError(
+      'rows of a cache with fresh=True: a call that fills buffers from their beginning is about '
+      'all rows; append to empty rows instead (fresh=False)'
+    )
+  if cache.memory is not None:
+    raise NotImplementedError(
+      'rows of a cache of an encoder-decoder: what its encoder has read is of all rows; call it '
+      'with all of them (rows=None)'
+    )
+  if ax.size('layers') > 1:
+    raise NotImplementedError(
+      f'rows of a cache over mesh.stage={ax.size("layers")}: stages write all rows at once; '
+      'generate on a mesh without stages'
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
   """A block's view of a cache.
 
   Attributes:
-    held: of its place. memory: the same of cross-attention, or None. layer: which of their R layers it is.
-    lengths: [B] tokens before this call. counts: [B] how many of the call's tokens are the row's, the others being padding.
+    held: of its place. memory: the same of cross-attention, or None. layer: which of their R layers
+      it is.
+    lengths: [J] tokens before this call. counts: [J] how many of the call's tokens are the row's,
+      the others being padding.
     capacity: see Cache. fresh: whether the rows were empty.
+    rows: [J] int32, which of its device's rows of the buffers each row of the call is, different
+      ones; as many as a device has, or more: none, and its count is 0. None: all rows, in order.
+      Where a mesh splits rows, those of a call are split alike, and a number counts the rows of
+      its own device: what is on another cannot be named.
   """
 
   held: Any
@@ -58,45 +200,43 @@ class Slots:
   counts: Any
   capacity: int
   fresh: bool
+  rows: Any = None
 
   def append(
-    self, keys: Float[Array, 'B T K H'], values: Float[Array, 'B T K Hv'] | None, window: int = 0
+    self, keys: Float[Array, 'J T K H'], values: Float[Array, 'J T K Hv'] | None, window: int = 0
   ) -> 'Slots':
-    """With the row's tokens behind those that it has. A token that would pass the capacity is not written: the caller stops rows before.
+    """With the row's tokens behind those that it has. A token that would pass the capacity is not
+    written: the caller stops rows before.
 
-    window: of the layer. Raises ValueError for more tokens than a ring of slots has room for besides its window.
+    window: of the layer. Raises ValueError for more tokens than a ring of slots has room for
+    besides its window.
     """
     held, T = self.held, keys.shape[1]
     if held.ring and not self.fresh and T > held.slots - window + 1:
       raise ValueError(
-        f'{T} tokens at once overwrite what a window of {window} still sees in a ring of {held.slots} slots; append at most '
-        f'{held.slots - window + 1}, or make the cache with init_cache(.., append={T})'
+        f'{T} tokens at once overwrite what a window of {window} still sees in a ring of '
+        f'{held.slots} slots; append at most {held.slots - window + 1}, or make the cache with '
+        f'init_cache(.., append={T})'
       )
-    new = Held(keys, values, ring=held.ring)
+    tokens = Held(keys, values, ring=held.ring)
     if held.keys.dtype == jnp.int8:
       pairs = [(None, None) if x is None else cached.quantised(x) for x in (keys, values)]
-      new = Held(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], held.ring)
+      tokens = Held(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], held.ring)
+
+    axes, written = held.axes(), {}
     write = self._fill if self.fresh else self._scatter
+    for name in ('keys', 'values', 'key_scales', 'value_scales'):
+      buffer, x = getattr(held, name), getattr(tokens, name)
+      if x is not None:
+        written[name] = write(buffer, getattr(axes, name), x.astype(buffer.dtype))
+    return dataclasses.replace(self, held=dataclasses.replace(held, **written))
 
-    def one(buffer, axes, x):
-      return None if x is None else write(buffer, axes, x.astype(buffer.dtype))
-
-    axes = held.axes()
-    return dataclasses.replace(
-      self,
-      held=Held(
-        *(
-          one(getattr(held, name), getattr(axes, name), getattr(new, name))
-          for name in ('keys', 'values', 'key_scales', 'value_scales')
-        ),
-        held.ring,
-      ),
-    )
-
-  def look(self, q: Float[Array, 'B T N H'], **how) -> Float[Array, 'B T N Hv']:
+  def look(self, q: Float[Array, 'J T N H'], **how) -> Float[Array, 'J T N Hv']:
     """Attention of the call's tokens to all that is held; how: see kernels.cached.attention."""
     queries = self.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    return cached.attention(q, self.held, self.layer, self.lengths + self.counts, queries, **how)
+    return cached.attention(
+      q, self.held, self.layer, self.lengths + self.counts, queries, rows=self.rows, **how
+    )
 
   def remembered(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """This layer's keys and values of cross-attention."""
@@ -123,36 +263,38 @@ class Slots:
 
     def put(buffer, x, layer, counts):
       at = (layer, *(0,) * (buffer.ndim - 1))
-      real = (counts > 0).reshape(1, -1, *(1,) * (x.ndim - 2))  # no row is, on a stage that is idle
+      # No row is, on a stage that is idle.
+      real = (counts > 0).reshape(1, -1, *(1,) * (x.ndim - 2))
       return jax.lax.dynamic_update_slice(
         buffer, jnp.where(real, x, jax.lax.dynamic_slice(buffer, at, x.shape)), at
       )
 
-    own = (None, *axes[1:])
-    return ax.local(put, (axes, own, (), ('batch',)), axes)(
-      buffer, ax.place(x, *own), jnp.asarray(self.layer, jnp.int32), self.counts
+    of_layer = (None, *axes[1:])
+    return ax.local(put, (axes, of_layer, (), ('batch',)), axes)(
+      buffer, ax.place(x, *of_layer), jnp.asarray(self.layer, jnp.int32), self.counts
     )
 
   def _scatter(self, buffer, axes, x):
-    """Tokens [B, T, K, ...] behind each row's own."""
+    """Tokens [J, T, K, ...] behind those of their rows."""
     S, T, parts = buffer.shape[3], x.shape[1], ax.mesh_axes('slots') if axes[3] else ()
+    some = () if self.rows is None else (self.rows,)
 
-    def put(buffer, x, layer, lengths, counts):
+    def put(buffer, x, layer, lengths, counts, rows=None):
       index = jnp.arange(T, dtype=jnp.int32)[None]
       where = lengths[:, None] + index
       inside = (index < counts[:, None]) & (where < self.capacity)
       where = where % S if self.held.ring else where
       if parts:
         where = where - jax.lax.axis_index(parts) * buffer.shape[3]
+      # Padding, and what another device has room for, goes behind the last slot: nowhere.
       where = jnp.where(inside & (where >= 0), where, buffer.shape[3])
-      rows = jnp.arange(buffer.shape[1], dtype=jnp.int32)[:, None]
-      return buffer.at[layer, rows, :, where].set(x, mode='drop', unique_indices=True)
+      rows = jnp.arange(buffer.shape[1], dtype=jnp.int32) if rows is None else rows
+      return buffer.at[layer, rows[:, None], :, where].set(x, mode='drop', unique_indices=True)
 
     tokens = ('batch', None, *axes[2:3], *axes[4:])
-    run = ax.local(put, (axes, tokens, (), ('batch',), ('batch',)), axes)
-    return run(
-      buffer, ax.place(x, *tokens), jnp.asarray(self.layer, jnp.int32), self.lengths, self.counts
-    )
+    run = ax.local(put, (axes, tokens, (), *(('batch',),) * (2 + len(some))), axes)
+    layer = jnp.asarray(self.layer, jnp.int32)
+    return run(buffer, ax.place(x, *tokens), layer, self.lengths, self.counts, *some)
 
 
 jax.tree_util.register_dataclass(
@@ -160,7 +302,7 @@ jax.tree_util.register_dataclass(
 )
 jax.tree_util.register_dataclass(
   Slots,
-  data_fields=['held', 'memory', 'layer', 'lengths', 'counts'],
+  data_fields=['held', 'memory', 'layer', 'lengths', 'counts', 'rows'],
   meta_fields=['capacity', 'fresh'],
 )
 
@@ -168,15 +310,19 @@ jax.tree_util.register_dataclass(
 def init_cache(
   config: ModelConfig, rows: int, capacity: int, dtype: str = '', append: int = APPEND
 ) -> Cache:
-  """An empty cache for `rows` sequences of at most `capacity` tokens; a layer with a window has a ring of slots, if that is less.
+  """An empty cache for `rows` sequences of at most `capacity` tokens; a layer with a window has a
+  ring of slots, if that is less.
 
-  Over pipeline stages, layers are split as the model's are; key heads over `tensor`, and slots, but those of rings, over `context`.
+  Over pipeline stages, layers are split as the model's are; key heads over `tensor`, and slots, but
+  those of rings, over `context`.
 
   Args:
-    dtype: of keys and values; default: the compute dtype. 'int8': with an f32 scale for each vector.
+    dtype: of keys and values; default: the compute dtype. 'int8': with an f32 scale for each
+      vector.
     append: tokens that may follow others in one call, at most.
-  Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which generates nothing;
-  NotImplementedError on a mesh with stages for an encoder-decoder or layers of which some are on every stage.
+  Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which
+  generates nothing; NotImplementedError on a mesh with stages for an encoder-decoder or layers of
+  which some are on every stage.
   """
   names.check('dtype of a cache', dtype, DTYPES)
   if not config.causal:
@@ -185,7 +331,8 @@ def init_cache(
     )
   if config.max_length and capacity > config.max_length:
     raise ValueError(
-      f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer tokens'
+      f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer '
+      'tokens'
     )
   if capacity < 1 or append < 1:
     raise ValueError(
@@ -193,11 +340,12 @@ def init_cache(
     )
   if ax.size('layers') > 1 and (len(config.stacks) > 1 or config.encoder_layers):
     scans = f'layers of {len(config.stacks)} scans (model.stacks)'
-    what = f'model.encoder_layers={config.encoder_layers}' if config.encoder_layers else scans
+    unsplit = f'model.encoder_layers={config.encoder_layers}' if config.encoder_layers else scans
     raise NotImplementedError(
-      f'a cache for {what} is not split over mesh.stage={ax.size("layers")}; generate on a mesh without stages'
+      f'a cache for {unsplit} is not split over mesh.stage={ax.size("layers")}; generate on a mesh '
+      'without stages'
     )
-  dtype, latent = dtype or config.dtype, config.latent
+  dtype, latent = dtype or config.execution.dtype, config.latent
   K, H = (1, latent.width + latent.rope_width) if latent.width else (config.K, config.H)
   most = _whole(-(-capacity // ax.size('slots'))) * ax.size('slots')
 
@@ -258,10 +406,12 @@ def repeated(cache: Cache, times: int) -> Cache:
 
 
 def reordered(cache: Cache, sources: Int[Array, 'P W'], shared: Int[Array, 'P']) -> Cache:
-  """Rows as P groups of W: row w of group p gets the tokens of row sources[p, w] of its group, all of which hold equally many.
+  """Rows as P groups of W: row w of group p gets the tokens of row sources[p, w] of its group, all
+  of which hold equally many.
 
-  shared: how many first tokens are those of all rows of a group anyway: blocks of slots with no others stay untouched, as do unused
-  ones. Only a block is ever there twice. Memories are taken for shared, too.
+  shared: how many first tokens are those of all rows of a group anyway: blocks of slots with no
+  others stay untouched, as do unused ones. Only a block is ever there twice. Memories are taken for
+  shared, too.
   """
 
   def one(held):
@@ -278,9 +428,9 @@ def _reorder(held, sources, shared, lengths, parts):
   """On one device's rows and slots. parts: mesh axes that split the slots."""
   (P, W), S = sources.shape, held.slots
   block, offset = min(S, cached.BLOCK), jax.lax.axis_index(parts) * S if parts else 0
-  own = jnp.arange(W, dtype=jnp.int32)[None]
+  themselves = jnp.arange(W, dtype=jnp.int32)[None]
   rows = (jnp.arange(P, dtype=jnp.int32)[:, None] * W + sources).reshape(-1)
-  moves = (sources != own).any(1)
+  moves = (sources != themselves).any(1)
   end = jnp.clip(jnp.where(moves, lengths[::W], 0).max() - offset, 0, S)
   begin = (
     0
@@ -290,8 +440,8 @@ def _reorder(held, sources, shared, lengths, parts):
 
   def step(index, held):
     def move(buffer):
-      found = jax.lax.dynamic_slice_in_dim(buffer, index * block, block, 3)
-      return jax.lax.dynamic_update_slice_in_dim(buffer, found[:, rows], index * block, 3)
+      before = jax.lax.dynamic_slice_in_dim(buffer, index * block, block, 3)
+      return jax.lax.dynamic_update_slice_in_dim(buffer, before[:, rows], index * block, 3)
 
     return jax.tree.map(move, held)
 

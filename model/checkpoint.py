@@ -1,4 +1,5 @@
-"""How do a checkpoint of transformers and a model become each other? `load` and `save`; convert.py has the commands.
+"""How do a checkpoint of transformers and a model become each other? `load` and `save`;
+convert.py has the commands.
 
 Tensors stream: a piece of one at a time goes from its file to the devices that hold it, and back.
 """
@@ -34,29 +35,33 @@ KINDS = {str(dtype): kind for kind, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-  """One tensor's share of a parameter: the leaf, its index into stacked layers and experts, the layout of the rest."""
+class TensorShare:
+  """One tensor's share of a parameter: the leaf, its index into stacked layers and experts,
+  the layout of the rest.
+  """
 
   leaf: str
   index: tuple[int, ...]
   layout: Layout
 
   def region(self, start: int, stop: int) -> Region:
-    """Ranges of the leaf's dimensions that come from `start` to `stop` of the tensor's first name."""
+    """Ranges of the leaf's dimensions: what comes from `start` to `stop` of the tensor's first
+    name.
+    """
     return tuple((i, i + 1) for i in self.index) + self.layout.region(start, stop)
 
 
-def parts_of(family, config: ModelConfig) -> dict[str, list[Part]]:
+def parts_of(family, config: ModelConfig) -> dict[str, list[TensorShare]]:
   """Tensor name -> the parts of parameters that it holds."""
-  lengths, found = sizes(config), {}
+  lengths, parts = sizes(config), {}
   for leaf, source in family.tensors(config).items():
     layout = Layout.of(source, lengths)
     for i, layer in enumerate(source.layers) if source.layers else ((None, None),):
       for expert in range(config.E) if '{expert}' in source.name else (None,):
         name = source.name.format(layer=layer, expert=expert)
         index = tuple(n for n in (i, expert) if n is not None)
-        found.setdefault(name, []).append(Part(leaf, index, layout))
-  return found
+        parts.setdefault(name, []).append(TensorShare(leaf, index, layout))
+  return parts
 
 
 def load(
@@ -74,20 +79,20 @@ def load(
 
   Args:
     directory: with config.json and *.safetensors.
-    config: default: what config.json says. mesh: default: all devices, parameters split as far as the width allows.
-    dtype: of the parameters where `config` is not given; default: the checkpoint's (float32 for float16).
-      compute_dtype:
-      default: the same.
+    config: default: what config.json says.
+    mesh: default: all devices, parameters split as far as the width allows.
+    dtype: of the parameters where `config` is not given; default: the checkpoint's (float32 for
+      float16). compute_dtype: default: the same.
     ignore: a pattern of tensors to leave out. ignore_keys: of config.json not to look at.
-  Raises: FileNotFoundError, ValueError or NotImplementedError: for what is not supported, and with one list of all
-    tensors that are missing, left over, or of another shape or kind.
+  Raises: FileNotFoundError, ValueError or NotImplementedError: for what is not supported,
+    and with one list of all tensors that are missing, left over, or of another shape or kind.
   """
   directory = pathlib.Path(directory)
   tensors = TensorFiles(directory)
-  family, found = families.read(read_json(directory), set(tensors.tensors), ignore_keys)
+  family, network = families.read(read_json(directory), set(tensors.tensors), ignore_keys)
   if config is None:
     dtype = dtype or stored_dtype(tensors, log)
-    config = dataclasses.replace(found, parameter_dtype=dtype, dtype=compute_dtype or dtype)
+    config = network.with_execution(parameter_dtype=dtype, dtype=compute_dtype or dtype)
   parts = parts_of(family, config)
   called = resolve(parts, tensors, family)
   tied = check(parts, called, tensors, family, ignore)
@@ -100,7 +105,8 @@ def load(
     mapped = {part.leaf for shares in parts.values() for part in shares}
     if mapped != leaves.keys():
       raise RuntimeError(
-        f'the name map of {family.__name__} and the model differ in {sorted(mapped ^ leaves.keys())}'
+        f'the name map of {family.__name__} and the model differ in '
+        f'{sorted(mapped ^ leaves.keys())}'
       )
   with jax.set_mesh(NO_MESH):
     built = {leaf: Filling(x) for leaf, x in leaves.items()}
@@ -131,9 +137,11 @@ def save(
   """Writes a model as transformers keeps it: config.json and *.safetensors; whole, or not at all.
 
   Args:
-    directory: must not exist. family: default: the first that can express the config. dtype: default: the parameters'.
+    directory: must not exist. family: default: the first that can express the config.
+    dtype: default: the parameters'.
     special: bos_token_id and others for config.json.
-  Raises ValueError for a config that no family expresses, FileExistsError for a directory that is there.
+  Raises ValueError for a config that no family expresses,
+  FileExistsError for a directory that is there.
   """
   with new_directory(directory) as partial:
     write_files(
@@ -141,7 +149,7 @@ def save(
       config,
       partial,
       families.family_of(config, family),
-      dtype or config.parameter_dtype,
+      dtype or config.execution.parameter_dtype,
       shard_bytes,
       special or {},
     )
@@ -191,33 +199,37 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
 
 
 def check(
-  parts: dict[str, list[Part]],
+  parts: dict[str, list[TensorShare]],
   called: dict[str, str],
   tensors: TensorFiles,
   family,
   ignore: str = '',
 ) -> dict[str, str]:
-  """Tensors of the file that repeat others, by those. Raises ValueError that lists all that does not fit.
+  """Tensors of the file that repeat others, by those.
 
-  Args: called: name of a tensor -> in the files. ignore: a pattern of tensors in the files that may be left out.
+  Raises ValueError that lists all that does not fit.
+
+  Args:
+    called: name of a tensor -> in the files.
+    ignore: a pattern of tensors in the files that may be left out.
   """
   have, used, tied, wrong = tensors.tensors, {*called.values()}, {}, []
   if ignore and not any(re.fullmatch(ignore, name) for name in have):
     raise ValueError(
       f'--ignore={ignore} matches no tensor in {tensors.directory}; it has to match a whole name'
     )
-  for name, there in called.items():
-    if there not in have:
-      wrong.append(f'missing: {there}')
+  for name, stored in called.items():
+    if stored not in have:
+      wrong.append(f'missing: {stored}')
       continue
-    tensor, shape = have[there], parts[name][0].layout.shape
+    tensor, shape = have[stored], parts[name][0].layout.shape
     if tensor.shape != shape:
       wrong.append(
-        f'mis-shaped: {there} is {list(tensor.shape)}, config.json makes it {list(shape)}'
+        f'mis-shaped: {stored} is {list(tensor.shape)}, config.json makes it {list(shape)}'
       )
     if tensor.kind not in DTYPES:
       wrong.append(
-        f'of an unsupported dtype: {there} is {tensor.kind}; supported: {", ".join(DTYPES)}'
+        f'of an unsupported dtype: {stored} is {tensor.kind}; supported: {", ".join(DTYPES)}'
       )
   for name in have:
     if (
@@ -260,18 +272,17 @@ def resolve(parts, tensors, family) -> dict[str, str]:
   return max(spellings, key=lambda called: sum(name in tensors.tensors for name in called.values()))
 
 
-def _check_equal(tensors: TensorFiles, one: str, other: str) -> None:
-  rows = tensors.tensors[one].shape[0]
-  step = max(1, PIECE * rows // max(1, math.prod(tensors.tensors[one].shape)))
+def _check_equal(tensors: TensorFiles, name: str, other: str) -> None:
+  rows = tensors.tensors[name].shape[0]
+  step = max(1, PIECE * rows // max(1, math.prod(tensors.tensors[name].shape)))
   for start in range(0, rows, step):
     if not np.array_equal(
-      tensors.read(one, start, min(start + step, rows)),
+      tensors.read(name, start, min(start + step, rows)),
       tensors.read(other, start, min(start + step, rows)),
     ):
       raise ValueError(
-        f'{one} differs from {other}, to which config.json ties it; set tie_word_embeddings to false '
-        'there, or leave it out '
-        f'with --ignore={re.escape(one)}'
+        f'{name} differs from {other}, to which config.json ties it; set tie_word_embeddings to '
+        f'false there, or leave it out with --ignore={re.escape(name)}'
       )
 
 
@@ -289,7 +300,8 @@ def stored_dtype(tensors: TensorFiles, log) -> str:
   )
   if wider:
     log(
-      f'NOTE: {wider:,} parameters have more digits than {dtype} keeps; --dtype=float32 keeps what it can'
+      f'NOTE: {wider:,} parameters have more digits than {dtype} keeps; --dtype=float32 keeps what '
+      'it can'
     )
   elif most == 'F16':
     log('NOTE: float16 parameters become float32, which holds them exactly')
@@ -310,20 +322,26 @@ def read_json(directory: pathlib.Path) -> dict:
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A directory beside the named one, which takes its name at the end; after an error nothing stays."""
+  """A directory beside the named one, which takes its name at the end;
+  after an error nothing stays.
+  """
   directory = pathlib.Path(directory).absolute()
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise FileExistsError(
       f'{directory} is there already, and not empty; name another, or remove it'
     )
-  partial = directory.with_name(f'.{directory.name}.{os.getpid()}.partial')
-  partial.mkdir(parents=True)
-  try:
-    yield partial
-    os.replace(partial, directory)
-  except BaseException:
-    shutil.rmtree(partial)
-    raise
+  partial = directory.with_name(f'.{directory.name}.partial')
+  lock = directory.with_name(f'.{directory.name}.lock')
+  with files.locked(lock, str(directory), 'wait until it ends, or name another directory'):
+    if partial.exists():  # left by a process that was killed
+      shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+      yield partial
+      os.replace(partial, directory)
+    except BaseException:
+      shutil.rmtree(partial)
+      raise
 
 
 if __name__ == '__main__':

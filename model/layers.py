@@ -57,11 +57,13 @@ class Norm(nnx.Module):
       ('norm',),
       'zeros' if config.norm_offset else 'ones',
       kind='vector',
-      dtype=config.parameter_dtype,
+      dtype=config.execution.parameter_dtype,
     )
     biased = self.kind == 'layer' and config.biases == 'all'
     self.bias = (
-      param(rngs, (size,), ('norm',), 'zeros', kind='vector', dtype=config.parameter_dtype)
+      param(
+        rngs, (size,), ('norm',), 'zeros', kind='vector', dtype=config.execution.parameter_dtype
+      )
       if biased
       else None
     )
@@ -113,11 +115,17 @@ def rope_frequencies(width: int, base: float, scaling: str, rope: RopeConfig) ->
   slow = frequencies / np.float32(rope.factor)
   if scaling == 'linear':
     return slow
-  if scaling == 'llama3':  # the ramp is linear in the turns over the original length
+  # A pair that turns often within the original length tells neighbours apart, and keeps its
+  # frequency; one that hardly gets round once tells where in the text a token is, and is slowed
+  # down so that a longer text covers the angles of the original. Between is a ramp, `keep` from 1
+  # to 0.
+  if scaling == 'llama3':
+    # The ramp is linear in the turns over the original length.
     turns = rope.original_length * frequencies / np.float32(2 * math.pi)
     keep = (turns - rope.low) / (rope.high - rope.low)
-  else:  # YaRN's is linear in the pair's index
-
+  else:
+    # YaRN's is linear in the pair's index: the one whose wavelength, 2 pi base^(2i/H), makes so
+    # many turns of the original length.
     def index(turns):
       return width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
@@ -144,8 +152,8 @@ class FeedForward(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int = 0):
-    D, F, dtype = config.D, width or config.F, config.parameter_dtype
-    self.dtype, self.activation = config.dtype, config.activation
+    D, F, dtype = config.D, width or config.F, config.execution.parameter_dtype
+    self.dtype, self.activation = config.execution.dtype, config.activation
     self.gate = (
       param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype) if config.gated else None
     )
@@ -196,8 +204,8 @@ class Embedding(nnx.Module):
   """Tokens, and where the config has them learned positions and token types, as vectors."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, dtype = config.D, config.parameter_dtype
-    self.dtype = config.dtype
+    D, dtype = config.D, config.execution.parameter_dtype
+    self.dtype = config.execution.dtype
     self.scale = config.D**0.5 if config.embedding_scale else 1.0
 
     def table(rows, axis):
@@ -217,9 +225,8 @@ class Embedding(nnx.Module):
   ) -> Float[Array, 'B T D']:
     x = lookup(self.tokens, tokens, self.dtype)
     if self.scale != 1.0:
-      x = x * jnp.asarray(
-        self.scale, x.dtype
-      )  # the factor is rounded, too, in the models that do it
+      # The factor is rounded, too, in the models that do it.
+      x = x * jnp.asarray(self.scale, x.dtype)
     if self.positions is not None:
       x = x + lookup(self.positions, positions, self.dtype)
     if self.types is not None:
@@ -236,14 +243,14 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
   stored = read(table)
   rows, embed = (ax.mesh_axes(axis) if axis else () for axis in (stored.axes[0], 'embed'))
   out = ax.residual(ids.shape[1])
-  shared = tuple(
-    axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence')
-  )  # tokens are dealt out over these
+  # Tokens are dealt out over these.
+  shared = tuple(axis for axis in rows if out[1] == 'sequence' and axis in ax.mesh_axes('sequence'))
   whole = tuple(axis for axis in rows if axis not in shared)
 
   def local(table, ids):  # table: a Weight of this device's rows
     everyone = jax.lax.all_gather(ids, embed) if embed else ids[None]  # [devices of embed, B, T]
     if rows:
+      # Each device answers for its own rows, with zeros for others': the sum is the row.
       everyone = everyone - jax.lax.axis_index(rows) * table.shape[0]
       here = (everyone >= 0) & (everyone < table.shape[0])
       x = jnp.where(
@@ -253,6 +260,7 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
       x = jax.lax.psum_scatter(x, shared, scatter_dimension=2, tiled=True) if shared else x
     else:
       x = table.rows(everyone).astype(dtype)
+    # This device has its columns of everyone's tokens, and needs all columns of its own.
     return (
       jax.lax.all_to_all(x, embed, split_axis=0, concat_axis=3, tiled=True)[0] if embed else x[0]
     )
@@ -269,8 +277,8 @@ class Head(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, V, dtype = config.D, config.V, config.parameter_dtype
-    self.dtype, self.activation = config.dtype, config.activation
+    D, V, dtype = config.D, config.V, config.execution.parameter_dtype
+    self.dtype, self.activation = config.execution.dtype, config.activation
     mlm = config.head == 'mlm'
     self.tokens = (
       None
@@ -299,8 +307,8 @@ class Pooler(nnx.Module):
   """A projection and tanh of a row's first token: what BERT classifies."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, dtype = config.D, config.parameter_dtype
-    self.dtype = config.dtype
+    D, dtype = config.D, config.execution.parameter_dtype
+    self.dtype = config.execution.dtype
     self.dense = param(rngs, (D, D), ('embed', None), D**-0.5, dtype=dtype)
     self.bias = param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype)
 

@@ -133,6 +133,7 @@ def _scored_backward(with_entropy, chunk, kept, cotangents):
     _, targets, lse, entropies, d_logprob, d_entropy = arrays
 
     def slopes(logits, ids):
+      # p of a chunk is known without the others: the first pass left the log-sum-exp of all.
       log_p, p = _probabilities(logits[0], lse, ids)
       slope = d_logprob[..., None] * (passes.hits(targets, ids) - p)
       if with_entropy:
@@ -174,6 +175,8 @@ def _divergence_forward(p, q, weights, beta, chunk):
         total + value.sum(-1) for total, value in zip(sums, (jnp.maximum(a + b, 0), a, b))
       ), None
 
+    # The sums of the slopes by log p and log q come along, one number a token each: the backward
+    # pass subtracts them from every id's slope, and must know them before its first chunk.
     zeros = jnp.zeros(arrays[0].shape, jnp.float32)
     sums, _ = jax.lax.scan(step, (zeros,) * 3, tuple(part.chunks for part in parts))
     value, *slope_sums = (passes.sum_over(total, place.columns) for total in sums)

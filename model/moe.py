@@ -62,11 +62,11 @@ class MoE(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    moe, D, E, dtype = config.moe, config.D, config.E, config.parameter_dtype
+    moe, D, E, dtype = config.moe, config.D, config.E, config.execution.parameter_dtype
     if not E:
       raise ValueError('model.moe.experts=0: a mixture of experts needs at least one')
     F, biased = moe.feed_forward or config.F, config.biases == 'all'
-    self.moe, self.dtype, self.activation = moe, config.dtype, config.activation
+    self.moe, self.dtype, self.activation = moe, config.execution.dtype, config.activation
     inner, outer = (
       ('experts', 'expert_embed', 'feed_forward'),
       ('experts', 'feed_forward', 'expert_embed'),
@@ -151,6 +151,7 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
     )
   (B, T, D), E = x.shape, moe.experts
   real = (segments > 0).reshape(B * T)
+  # Padding may hold anything, NaN too, and a product with a gate of 0 would keep it.
   x = jnp.where(real[:, None], x.reshape(B * T, D), jnp.zeros((), x.dtype))
   logits = jnp.einsum(
     'nD,DE->nE', x.astype(jnp.float32), routing['router'], precision=jax.lax.Precision.HIGHEST
@@ -162,6 +163,7 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
 
   expert = jnp.where(real[:, None], choices, E)  # E: nowhere
   if moe.dispatch == 'capacity':
+    # Of the choices of an expert, in the order of tokens, the first C are kept.
     C = _slots(moe, B * T, E)
     kept = rank(expert, E) < C
     stats['dropped'] = _sum_over(
@@ -201,6 +203,7 @@ def route(
   """
   scores = jax.nn.softmax(logits) if moe.router == 'softmax' else jax.nn.sigmoid(logits)
   choice = scores if selection_bias is None else scores + selection_bias[None]
+  # Which experts are chosen has no gradient; the gates carry the router's.
   choice = jax.lax.stop_gradient(choice)
   if moe.groups > 1:
     grouped = choice.reshape(len(choice), moe.groups, -1)
@@ -211,6 +214,7 @@ def route(
     inside = (groups[:, :, None] == jnp.arange(moe.groups)[None, None]).any(1)
     choice = jnp.where(inside[:, :, None], grouped, 0.0).reshape(choice.shape)
   choices = jax.lax.top_k(choice, moe.per_token)[1]
+  # Of the scores: the selection bias decides who is chosen, not how much that counts.
   gates = jnp.take_along_axis(scores, choices, 1)
   if moe.renormalise:
     gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
@@ -259,6 +263,7 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
   def everyone(a):
     return jax.lax.all_gather(a, axes.experts, axis=0, tiled=True) if axes.experts else a
 
+  # Experts stay where they are: all tokens come to each device, and go back as sums.
   x, expert, gates = everyone(x), everyone(expert), everyone(gates)
   here = experts['up'].shape[0]
   first = jax.lax.axis_index(axes.experts) * here if axes.experts else 0
@@ -299,6 +304,8 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes):
   """
   E, (n, D) = moe.experts, x.shape
   C = _slots(moe, n, E)
+  # A choice's slot is its rank among those of its expert; what goes nowhere gets a number behind
+  # all slots, another one each: `inverse` must not find two in one place.
   slot = jnp.where(
     expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)
   ).reshape(-1)
@@ -320,6 +327,8 @@ def _sorted(rows, gates, expert, experts, *, compute):
   E = experts['up'].shape[0]
   if E == 1:
     return compute(rows[None], experts, _each, gates[None])[0]
+  # Sorted, an expert's rows lie side by side, those of none at the end: one product for all experts
+  # goes through them group by group, and none is filled up to the size of the largest.
   order = jnp.argsort(expert, stable=True)
   position = inverse(order, order.size)
   sizes = count(expert, E)

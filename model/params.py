@@ -94,17 +94,16 @@ def abstract(function: Callable[[], Any], mesh: Mesh | AbstractMesh):
   else:
     program, result = jax.make_jaxpr(function, return_shape=True)()
 
-  def one(x, known):
-    memory = (
-      'pinned_host' if known.memory_space == jax.memory.Space.Host else None
-    )  # offloaded: see parallel.offload
+  def described(x, known):
+    # In the host's memory: see parallel.offload.
+    memory = 'pinned_host' if known.memory_space == jax.memory.Space.Host else None
     return jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=NamedSharding(mesh, known.sharding.spec, memory_kind=memory)
     )
 
   leaves, structure = jax.tree.flatten(result)
   return jax.tree.unflatten(
-    structure, [one(x, known) for x, known in zip(leaves, program.out_avals, strict=True)]
+    structure, [described(x, known) for x, known in zip(leaves, program.out_avals, strict=True)]
   )
 
 
@@ -114,12 +113,12 @@ def specs(model) -> Any:
   A leaf of a stacked block has 'layers' as its first axis.
   """
 
-  def one(p):
+  def spec(p):
     shape = tuple(p.get_value().shape)
     stacked = ('layers',) * (len(shape) - len(p.axes))
     return ParamSpec(shape, (*stacked, *p.axes), p.kind, p.inputs)
 
-  return jax.tree.map(one, model, is_leaf=_is_param)
+  return jax.tree.map(spec, model, is_leaf=_is_param)
 
 
 def count(model) -> int:

@@ -10,7 +10,9 @@ Region = tuple[tuple[int, int], ...]  # start and end in each dimension
 
 
 class Filling:
-  """A parameter that is filled piece by piece: each device holds its own shard, and gets nothing else."""
+  """A parameter that is filled piece by piece:
+  each device holds its own shard, and gets nothing else.
+  """
 
   def __init__(self, abstract: jax.ShapeDtypeStruct):
     self._abstract = abstract
@@ -35,12 +37,12 @@ class Filling:
     for device, place in self._places.items():
       shared = overlap(region, place)
       if shared:
-        own = x[
+        piece = x[
           tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(shared, region))
         ]
         at = tuple(np.int32(low - start) for (low, _), (start, _) in zip(shared, place))
         self._shards[device] = _update(
-          self._shards[device], jax.device_put(np.ascontiguousarray(own), device), at
+          self._shards[device], jax.device_put(np.ascontiguousarray(piece), device), at
         )
     jax.block_until_ready(list(self._shards.values()))  # pieces must not pile up on the host
 
@@ -52,11 +54,12 @@ class Filling:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _update(shard, own, at):
-  # As bits: jax 0.10 on a CPU computes with bfloat16 as float32, and would convert the whole shard to and fro.
+def _update(shard, piece, at):
+  # As bits: jax 0.10 on a CPU computes with bfloat16 as float32,
+  # and would convert the whole shard to and fro.
   bits = jnp.dtype(f'uint{8 * shard.dtype.itemsize}')
-  own, whole = (jax.lax.bitcast_convert_type(x, bits) for x in (own.astype(shard.dtype), shard))
-  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, own, at), shard.dtype)
+  piece, whole = (jax.lax.bitcast_convert_type(x, bits) for x in (piece.astype(shard.dtype), shard))
+  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, piece, at), shard.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -66,7 +69,7 @@ def _slice(shard, at, lengths):
 
 def fetch(x: jax.Array, region: Region) -> np.ndarray:
   """A region of an array, on the host."""
-  found = np.empty([stop - start for start, stop in region], x.dtype)
+  values = np.empty([stop - start for start, stop in region], x.dtype)
   for shard in x.addressable_shards:
     place = tuple(
       slice_.indices(size)[:2] for slice_, size in zip(shard.index, x.shape, strict=True)
@@ -74,14 +77,14 @@ def fetch(x: jax.Array, region: Region) -> np.ndarray:
     shared = overlap(region, place)
     if shared and shard.replica_id == 0:
       at = tuple(np.int32(low - start) for (low, _), (start, _) in zip(shared, place))
-      own = np.asarray(_slice(shard.data, at, tuple(high - low for low, high in shared)))
-      found[
+      piece = np.asarray(_slice(shard.data, at, tuple(high - low for low, high in shared)))
+      values[
         tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(shared, region))
-      ] = own
-  return found
+      ] = piece
+  return values
 
 
-def overlap(one: Region, other: Region) -> Region | None:
+def overlap(region: Region, other: Region) -> Region | None:
   """What two regions share, or None."""
-  shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+  shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(region, other, strict=True))
   return shared if all(low < high for low, high in shared) else None

@@ -1,8 +1,9 @@
 """How are tensors read from and written to safetensors files, a piece at a time?
 
-The format is a length, a JSON header and the tensors one after the other (github.com/huggingface/safetensors). The
-library of that name maps whole files into memory, whose pages then count as the process's, and writes only what it
-holds whole: so the file is read and written here, and nothing is held but the rows asked for.
+The format is a length, a JSON header and the tensors one after the other
+(github.com/huggingface/safetensors). The library of that name maps whole files into memory, whose
+pages then count as the process's, and writes only what it holds whole: so the file is read and
+written here, and nothing is held but the rows asked for.
 """
 
 import dataclasses
@@ -49,7 +50,9 @@ LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies: file, kind as the file calls it ('BF16'), shape, and offset of its first byte."""
+  """Where a tensor lies: file, kind as the file calls it ('BF16'), shape,
+  and offset of its first byte.
+  """
 
   path: pathlib.Path
   kind: str
@@ -62,8 +65,8 @@ class TensorFiles:
 
   Attributes: tensors: name -> Tensor, in the order in which they lie in the files.
 
-  Raises: FileNotFoundError where there are no safetensors; ValueError for a file that is truncated, damaged, or does
-    not hold what the index says.
+  Raises: FileNotFoundError where there are no safetensors;
+    ValueError for a file that is truncated, damaged, or does not hold what the index says.
   """
 
   def __init__(self, directory: str | os.PathLike):
@@ -89,8 +92,8 @@ class TensorFiles:
     """Rows `start` to `stop` of a tensor's first dimension."""
     tensor = self.tensors[name]
     dtype, row = DTYPES[tensor.kind], math.prod(tensor.shape[1:])
-    found = np.empty((stop - start, *tensor.shape[1:]), dtype)
-    view = memoryview(found.reshape(-1).view(np.uint8))
+    rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
+    view = memoryview(rows.reshape(-1).view(np.uint8))
     offset = tensor.offset + start * row * dtype.itemsize
     with open(tensor.path, 'rb', buffering=0) as file:
       file.seek(offset)
@@ -99,7 +102,7 @@ class TensorFiles:
         if not count:
           raise ValueError(f'{tensor.path} ended within {name}: it was changed while it was read')
         view = view[count:]
-    return found
+    return rows
 
 
 def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
@@ -129,16 +132,16 @@ def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]
         f'{directory} lacks {", ".join(missing)}, which {INDEX} names; download them again'
       )
     return paths, promised
-  found = (
+  paths = (
     [directory / SINGLE]
     if (directory / SINGLE).is_file()
     else sorted(directory.glob('*.safetensors'))
   )
-  if len(found) == 1:
-    return found, {}
-  if found:
+  if len(paths) == 1:
+    return paths, {}
+  if paths:
     raise ValueError(
-      f'{directory} holds {len(found)} safetensors files and no {INDEX}, which tells what belongs '
+      f'{directory} holds {len(paths)} safetensors files and no {INDEX}, which tells what belongs '
       'together'
     )
   pickles = sorted(
@@ -148,9 +151,8 @@ def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]
   )
   if pickles:
     raise ValueError(
-      f'{directory} holds {pickles[0]} and no safetensors: a pickle can run any code when it is loaded, '
-      'so it is never '
-      'loaded here; where you trust it, convert it with transformers: '
+      f'{directory} holds {pickles[0]} and no safetensors: a pickle can run any code when it is '
+      'loaded, so it is never loaded here; where you trust it, convert it with transformers: '
       "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
     )
   raise FileNotFoundError(f'{directory} holds no *.safetensors')
@@ -177,7 +179,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
       entries.pop('__metadata__', None)
       for name, entry in entries.items():
         _check_entry(name, entry)
-      found = {
+      tensors = {
         name: Tensor(
           path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
         )
@@ -189,7 +191,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
         f'{path} is truncated or damaged: its header cannot be read ({error}); download it again'
       ) from error
   position = 8 + length
-  for name, tensor in found.items():
+  for name, tensor in tensors.items():
     need(tensor.kind in WIDTHS, f'{name} has the unknown dtype {tensor.kind!r}')
     need(
       tensor.offset == position
@@ -198,7 +200,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
     )
     position = ends[name]
   need(position == size, f'its tensors end at byte {position}, the file at {size}')
-  return found
+  return tensors
 
 
 def _check_entry(name: str, entry) -> None:

@@ -1,35 +1,36 @@
-"""What is the network? An embedding, a stack of blocks scanned over its layers, a head; and, where the config asks, an encoder.
+"""What is the network? An embedding, a stack of blocks scanned over its layers, a head; and, where
+the config asks, an encoder.
 
 B batch · T length · S source or cache length · D width · V vocabulary · L layers · E experts
 """
 
 import dataclasses
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels.mask import Mask, Relative
 from model.attention import Attention, LatentAttention, View
-from model.cache import Cache, Slots
-from model.config import Kind, ModelConfig, MoEConfig
+from model.cache import Cache, Places, Slots
+from model.config import Kind, ModelConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
-from model.moe import MoE, moved
-from model.params import named_leaves, param
+from model.moe import MoE
+from model.params import param
 from model.weights import Weight, gathered, joined, read
 from parallel import axes as ax, mesh, offload, pipeline, remat
 
 
 class Output(NamedTuple):
   """Attributes:
-  hidden: [B, T, D] final hidden states, in the compute dtype: what `logits` and loss.cross_entropy score.
+  hidden: [B, T, D] final hidden states, in the compute dtype: what `logits` and loss.cross_entropy
+    score.
   cache: with the tokens appended; None without one.
-  router: what the experts report (model.moe), summed over the batch: `load` [layers with experts, E] and `dropped` of the same
-    layers; `balance_loss` and `router_z_loss`, weighted and summed over layers; None without experts.
+  router: what the experts report (model.moe), summed over the batch: `load` [layers with experts,
+    E] and `dropped` of the same layers; `balance_loss` and `router_z_loss`, weighted and summed
+    over layers; None without experts.
   """
 
   hidden: Any
@@ -38,7 +39,9 @@ class Output(NamedTuple):
 
 
 class Block(nnx.Module):
-  """Attention, cross-attention where there is an encoder, feed-forward or experts; each with a residual."""
+  """Attention, cross-attention where there is an encoder, feed-forward or experts; each with a
+  residual.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: Kind = Kind(), cross: bool = False):
     self.placement = config.norm_placement
@@ -82,7 +85,8 @@ class Block(nnx.Module):
     return x, slots, report
 
   def _before(self, x, norm):
-    # The products need all tokens of a device's sequences; what is gathered is normed already, and in the compute dtype.
+    # The products need all tokens of a device's sequences; what is gathered is normed already, and
+    # in the compute dtype.
     return ax.place(self._normed(x, norm), 'batch', 'length', 'width')
 
   def _normed(self, x, norm):
@@ -97,18 +101,23 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-  """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a repeating period."""
+  """Blocks and a final norm. `blocks[j]` holds, stacked, all layers that are at one place of a
+  repeating period.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
-    self.remat, self.pipeline, self.dtype = config.kept, config.pipeline, config.dtype
+    self.remat, self.pipeline, self.dtype = (
+      config.kept,
+      config.execution.pipeline,
+      config.execution.dtype,
+    )
     self.periods = config.encoder_stacks if encoder else config.stacks
     cross = bool(config.encoder_layers) and not encoder
     config.check_stages(ax.size('layers'))
 
     def born(kind, repeats, axis):
-      keys = ax.place(
-        jax.random.split(rngs.params(), repeats), axis
-      )  # vmap lays out what it stacks as it finds the keys
+      # vmap lays out what it stacks as it finds the keys.
+      keys = ax.place(jax.random.split(rngs.params(), repeats), axis)
       return jax.vmap(lambda key: Block(config, nnx.Rngs(params=key), kind, cross))(keys)
 
     self.blocks = nnx.List(
@@ -127,7 +136,7 @@ class Stack(nnx.Module):
         (None, 'heads'),
         config.D**-0.5,
         kind='vector',
-        dtype=config.parameter_dtype,
+        dtype=config.execution.parameter_dtype,
       )
       if config.position == 'relative'
       else None
@@ -140,8 +149,9 @@ class Stack(nnx.Module):
     cache: Cache | None,
     counts: Int[Array, 'B'] | None = None,
     fresh: bool = False,
+    rows: Int[Array, 'B'] | None = None,
   ) -> Output:
-    """Final hidden states of x; counts, fresh: see Decoder."""
+    """Final hidden states of x; counts, fresh, rows: see Decoder."""
     if self.relative is not None:
       view = dataclasses.replace(
         view,
@@ -149,39 +159,42 @@ class Stack(nnx.Module):
           table=self.relative[...], bidirectional=self.bidirectional, max_distance=self.distance
         ),
       )
-    reports, blocks, held = [], list(self.blocks), [None] * len(self.blocks)
-    if cache is not None:
-      counts = jnp.full_like(cache.lengths, x.shape[1]) if counts is None else counts
-      memories = [None] * len(blocks) if cache.memory is None else cache.memory
-      held = [
-        Slots(*both, 0, cache.lengths, counts, cache.capacity, fresh)
-        for both in zip(cache.held, memories, strict=True)
-      ]
-    for i, (kinds, _) in enumerate(self.periods):
-      at = slice(sum(len(kinds) for kinds, _ in self.periods[:i]), None)
-      own = slice(at.start, at.start + len(kinds))
+    if cache is None:
+      places = Places.without(len(self.blocks))
+    else:
+      places = Places.of(cache, x.shape[1], counts, fresh, rows)
+
+    # One scan after another, each over the blocks and the buffers of its own places.
+    reports, written, first = [], [], 0
+    parts = places.split(len(kinds) for kinds, _ in self.periods)
+    for i, ((kinds, _), part) in enumerate(zip(self.periods, parts, strict=True)):
+      blocks = tuple(list(self.blocks)[first : first + len(kinds)])
       split = ax.size('layers') > 1 and i == pipeline.split_scan(self.periods)
       run = self._pipelined if split else self.scan
-      x, held[own], found = run(tuple(blocks[own]), x, view, held[own])
-      reports += in_order(found)
+      x, part, scanned = run(blocks, x, view, part)
+      reports += in_order(scanned)
+      written.append(part)
+      first += len(kinds)
+
     if cache is not None:
-      cache = dataclasses.replace(
-        cache, held=tuple(slots.held for slots in held), lengths=cache.lengths + counts
-      )
+      cache = cache.longer(places.joined(written).held, places.counts, rows)
     return Output(self.normed(x), cache, summed(reports) if reports else None)
 
   def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     """What the last block leaves, as it is scored."""
     return ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
 
-  def scan(self, blocks, x, view, slots=()):
-    """Periods of blocks, one after another: the new x, the slots of each place written, and what each place of the period reports."""
+  def scan(self, blocks, x, view, places: Places | None = None):
+    """Periods of blocks, one after another: the new x, `places` with the tokens written, and what
+    each place of the period reports. Without `places` there is no cache.
+    """
 
-    # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half a parameter's memory again. On GPUs XLA
-    # does not, and a barrier there makes it copy every layer's weights, and their gradients, before it casts them. With `x` the barrier
-    # keeps jax from gathering all layers of a stage before the loop over ticks. What lies in the host's memory comes to the device here,
-    # forward and backward.
-    def one(block, x, slots):
+    # The barrier keeps XLA from casting the weights of all layers before the loop, which takes half
+    # a parameter's memory again. On GPUs XLA does not, and a barrier there makes it copy every
+    # layer's weights, and their gradients, before it casts them. With `x` the barrier keeps jax
+    # from gathering all layers of a stage before the loop over ticks. What lies in the host's
+    # memory comes to the device here, forward and backward.
+    def guarded(block, x, slots):
       block = offload.to_device(block)
       if pipeline.inside():
         block, x = jax.lax.optimization_barrier((block, x))
@@ -189,104 +202,91 @@ class Stack(nnx.Module):
         block = jax.lax.optimization_barrier(block)
       return block(x, view, slots)
 
-    alone, slots = self.remat.alone(blocks), slots or [None] * len(blocks)
-    run = (
-      (lambda block, x, slots: block(x, view, slots))
-      if alone and not pipeline.inside()
-      else remat.remat(one, self.remat)
-    )
+    alone = self.remat.alone(blocks)
+    if alone and not pipeline.inside():
+
+      def run(block, x, slots):
+        return block(x, view, slots)
+    else:
+      run = remat.remat(guarded, self.remat)
+    places = Places.without(len(blocks)) if places is None else places
 
     def period(carry, blocks):
-      x, held, layer = carry
-      found, new = [], []
-      for block, place, buffers in zip(blocks, slots, held, strict=True):
-        own = place and dataclasses.replace(place, held=buffers, layer=layer)
-        x, own, report = run(block, x, own)
-        new.append(own and own.held)
-        found += [report] if report else []
-      return (x, tuple(new), layer + 1), found
+      x, buffers, layer = carry
+      before, after, reports = places.carrying(buffers), [], []
+      for place, block in enumerate(blocks):
+        x, slots, report = run(block, x, before.slots(place, layer))
+        after.append(slots and slots.held)
+        reports += [report] if report else []
+      return (x, tuple(after), layer + 1), reports
 
-    held = tuple(place and place.held for place in slots)
-    (x, held, _), found = remat.scan(
-      period, (x, held, 0 if alone else jnp.int32(0)), blocks, self.remat
-    )
-    return (
-      x,
-      [
-        place and dataclasses.replace(place, held=buffers)
-        for place, buffers in zip(slots, held, strict=True)
-      ],
-      found,
-    )
+    # Only buffers go from layer to layer: what else the places say is the same for all of them, and
+    # need not be carried.
+    carry = x, places.held, 0 if alone else jnp.int32(0)
+    (x, buffers, _), reports = remat.scan(period, carry, blocks, self.remat)
+    return x, places.carrying(buffers), reports
 
-  def _pipelined(self, blocks, x, view, slots):
+  def _pipelined(self, blocks, x, view, places):
     """As scan, over the stages of the mesh."""
-    if (
-      self.remat.policy == 'none'
-    ):  # then what is gathered is kept: once, and not for every microbatch
+    # Then what is gathered is kept: once, and not for every microbatch.
+    if self.remat.policy == 'none':
       blocks = joined(blocks, gathered(blocks, self.dtype), reduce=False)
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     whole = {'relative': fields.pop('relative')}
-    if slots[0] is None:
+    if places.lengths is None:
 
       def layers(blocks, x, shared, whole):
-        x, _, found = self.scan(blocks, x, View(**shared, **whole), slots)
-        return x, found
+        x, _, reports = self.scan(blocks, x, View(**shared, **whole))
+        return x, reports
 
-      x, found = pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
-      return x, slots, found
-    lengths, counts = slots[0].lengths, slots[0].counts
+      x, reports = pipeline.run(layers, blocks, x, fields, whole, self.pipeline)
+      return x, places, reports
 
-    def cached(blocks, x, held, shared, active):
+    def cached(blocks, x, buffers, shared, active):
       lengths, counts, shared = shared
-      own = [
-        dataclasses.replace(
-          place, held=buffers, lengths=lengths, counts=jnp.where(active, counts, 0)
-        )  # an idle stage writes nothing
-        for place, buffers in zip(slots, held, strict=True)
-      ]
-      x, own, found = self.scan(blocks, x, View(**shared), own)
-      return x, tuple(place.held for place in own), found
+      here = dataclasses.replace(
+        places.carrying(buffers),
+        lengths=lengths,
+        counts=jnp.where(active, counts, 0),  # an idle stage writes nothing
+      )
+      x, here, reports = self.scan(blocks, x, View(**shared), here)
+      return x, here.held, reports
 
-    x, held, found = pipeline.relay(
-      cached, blocks, x, tuple(place.held for place in slots), (lengths, counts, fields | whole)
-    )
-    return (
-      x,
-      [
-        dataclasses.replace(place, held=buffers) for place, buffers in zip(slots, held, strict=True)
-      ],
-      found,
-    )
+    shared = places.lengths, places.counts, fields | whole
+    x, buffers, reports = pipeline.relay(cached, blocks, x, places.held, shared)
+    return x, places.carrying(buffers), reports
 
   def keys_values(
     self, memory: Float[Array, 'B S D']
   ) -> tuple[tuple[Float[Array, 'R B S K H'], Float[Array, 'R B S K H']], ...]:
     """Of cross-attention to `memory`, of every place."""
 
-    def one(block):
+    def of_place(block):
       return jax.lax.scan(lambda _, block: (None, block.cross.keys_values(memory)), None, block)[1]
 
-    return tuple(map(one, self.blocks))
+    return tuple(map(of_place, self.blocks))
 
 
-def in_order(found):
-  """Results of a scan over periods, one tree a place of the period, as a list of one tree in the order of layers (or none)."""
+def in_order(reports):
+  """Results of a scan over periods, one tree a place of the period, as a list of one tree in the
+  order of layers (or none).
+  """
 
   def merge(*x):
     return jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
 
-  return [jax.tree.map(merge, *found)] if found else []
+  return [jax.tree.map(merge, *reports)] if reports else []
 
 
 def summed(reports):
   """What the layers with experts report: by layer, and losses summed over them."""
-  found = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
-  return {name: x.sum() if name.endswith('loss') else x for name, x in found.items()}
+  by_layer = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
+  return {name: x.sum() if name.endswith('loss') else x for name, x in by_layer.items()}
 
 
 class Decoder(nnx.Module):
-  """A language model: `model(tokens, ...)` gives final hidden states, `model.logits` the scores of them.
+  """A language model: `model(tokens, ...)` gives final hidden states, `model.logits` the scores of
+  them.
 
   With config.causal=False it is an encoder (BERT): every token sees all of its row or segment.
   """
@@ -315,28 +315,41 @@ class Decoder(nnx.Module):
     zigzag: int = 1,
     counts: Int[Array, 'B'] | None = None,
     fresh: bool = False,
+    rows: Int[Array, 'B'] | None = None,
   ) -> Output:
     """Final hidden states, the cache with the tokens appended, and what the experts report.
 
     Args:
       positions: of each token in its document; default: 0..T-1, or after the row's cached tokens.
-      segments: document of each token in a packed row; tokens of different segments never see each other.
-      cache: what earlier calls left; the row's new tokens follow its cached ones. Not together with segments.
+      segments: document of each token in a packed row; tokens of different segments never see each
+        other.
+      cache: what earlier calls left; the row's new tokens follow its cached ones. Not together with
+        segments.
       types: rows of the table of token types; default 0.
-      zigzag: n, where all arguments are laid out as kernels.context.lay_out(.., n) does; so are the hidden states then.
-      counts: with a cache, how many of the tokens are the row's; the others are padding behind them, and not kept. Default: all.
-      fresh: with a cache, that it is empty: tokens then look at each other as in training, and not at slots.
-    Raises ValueError for more tokens than model.max_length, and for arguments that exclude each other.
+      zigzag: n, where all arguments are laid out as kernels.context.lay_out(.., n) does; so are the
+        hidden states then.
+      counts: with a cache, how many of the tokens are the row's; the others are padding behind
+        them, and not kept. Default: all.
+      fresh: with a cache, that it is empty: tokens then look at each other as in training, and not
+        at slots.
+      rows: with a cache, which of its rows these are, as model.cache.Slots numbers them; the others
+        stay as they are. Default: all, in order.
+    Raises ValueError for more tokens than model.max_length, and for arguments that exclude each
+    other; NotImplementedError for rows with fresh, and over pipeline stages.
     """
     split = cache is None or (fresh and tokens.shape[1] % ax.size('length') == 0)
     with ax.whole_rows(not split):
-      x, view = self._view(tokens, positions, segments, cache, types, zigzag)
-      return self.scaled(self.stack(x, view, cache, counts, fresh))
+      begin = None if cache is None else cache.lengths_of(rows)
+      x, view = self._view(tokens, positions, segments, begin, types, zigzag)
+      return self.scaled(self.stack(x, view, cache, counts, fresh, rows))
 
-  def _view(self, tokens, positions, segments, cache, types, zigzag=1):
-    """What the stack is called with: the embedded tokens, and what its layers share."""
+  def _view(self, tokens, positions, segments, begin, types, zigzag=1):
+    """What the stack is called with: the embedded tokens, and what its layers share.
+
+    begin: [B], how many tokens a cache holds of each row; None without.
+    """
     config, (B, T) = self.config, tokens.shape
-    if cache is not None and segments is not None:
+    if begin is not None and segments is not None:
       raise ValueError('a cache holds one document a row: segments and cache exclude each other')
     if config.max_length and T > config.max_length:
       raise ValueError(
@@ -346,13 +359,11 @@ class Decoder(nnx.Module):
       raise ValueError(
         'token types were given to a model without a table of them; set model.token_types'
       )
-    if cache is not None:
+    if begin is not None:
       tokens = ax.place(tokens, 'batch', 'length')
     if positions is None:
       index = jnp.broadcast_to(Mask(zigzag=zigzag).positions(T, T)[0], (B, T))
-      positions = ax.place(
-        index if cache is None else index + cache.lengths[:, None], 'batch', 'length'
-      )
+      positions = ax.place(index if begin is None else index + begin[:, None], 'batch', 'length')
     mask = Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
@@ -375,15 +386,22 @@ class Decoder(nnx.Module):
     )
 
   def scored(self, x: Float[Array, '*B D']) -> tuple[Float[Array, '*B E'], Float[Array, 'V E']]:
-    """What final hidden states become before they are scored, and the table they are scored against, in the compute dtype.
+    """What final hidden states become before they are scored, and the table they are scored
+    against, in the compute dtype.
 
     The table is laid out as it is stored, but for one with a bias, which is whole along E.
     """
-    return self._output_embedding().scored(self.head(x), self._output_bias(), self.config.dtype)
+    return self._output_embedding().scored(
+      self.head(x), self._output_bias(), self.config.execution.dtype
+    )
 
   def logits(self, x: Float[Array, '*B D']) -> Float[Array, '*B V']:
-    """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy, which never holds them all."""
-    logits = self._output_embedding().scores(self.head(x), self._output_bias(), self.config.dtype)
+    """Scores over the vocabulary in f32, of a few positions: training uses loss.cross_entropy,
+    which never holds them all.
+    """
+    logits = self._output_embedding().scores(
+      self.head(x), self._output_bias(), self.config.execution.dtype
+    )
     cap = self.config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -395,12 +413,15 @@ class Decoder(nnx.Module):
 
 
 class EncoderDecoder(Decoder):
-  """A decoder whose blocks also look at what an encoder, of the same sizes and with the same embedding, made of a source."""
+  """A decoder whose blocks also look at what an encoder, of the same sizes and with the same
+  embedding, made of a source.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     if ax.size('length') > 1:
       raise NotImplementedError(
-        f'an encoder-decoder does not split its rows: mesh.context={ax.size("length")}; use data, fsdp or tensor'
+        f'an encoder-decoder does not split its rows: mesh.context={ax.size("length")}; use data, '
+        'fsdp or tensor'
       )
     super().__init__(config, rngs)
     self.encoder = Stack(config, rngs, encoder=True)
@@ -418,16 +439,19 @@ class EncoderDecoder(Decoder):
     counts: Int[Array, 'B'] | None = None,
     fresh: bool = False,
   ) -> Output:
-    """As Decoder.__call__; the source comes with the call, or was read into the cache before (`read`).
+    """As Decoder.__call__; the source comes with the call, or was read into the cache before
+    (`read`).
 
-    source_segments: document of each source token, 0 for padding; the tokens of a segment see the source of the same number.
-      Without segments every row is document 1.
+    source_segments: document of each source token, 0 for padding; the tokens of a segment see the
+      source of the same number. Without segments every row is document 1.
     """
     if (source is None) == (cache is None):
       raise ValueError(
-        'an encoder-decoder needs its source: give it with the call, or read it into the cache first, and not both'
+        'an encoder-decoder needs its source: give it with the call, or read it into the cache '
+        'first, and not both'
       )
-    x, view = self._view(tokens, positions, segments, cache, None)
+    begin = None if cache is None else cache.lengths
+    x, view = self._view(tokens, positions, segments, begin, None)
     if cache is None:
       memory = self.encode(source, source_positions, source_segments)
       keys = source_segments
@@ -459,7 +483,9 @@ class EncoderDecoder(Decoder):
     ).hidden
 
   def read(self, cache: Cache, source: Int[Array, 'B S'], segments: Int[Array, 'B S']) -> Cache:
-    """Encodes a source and keeps, in the cache, what every layer of the decoder looks up of it; segments: 1, or 0 for padding."""
+    """Encodes a source and keeps, in the cache, what every layer of the decoder looks up of it;
+    segments: 1, or 0 for padding.
+    """
     return dataclasses.replace(
       cache,
       memory=self.stack.keys_values(self.encode(source, segments=segments)),
@@ -467,72 +493,8 @@ class EncoderDecoder(Decoder):
     )
 
 
-def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
-  """The model with the selection bias of every router moved towards experts with less than their share (moe.moved).
-
-  load: choices that fell on each expert, of the layers with experts in order (Output.router).
-  """
-  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
-  row = {
-    layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)
-  }
-  for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
-    if kind.moe:
-      bias = block.feed_forward.selection_bias
-      bias[...] = moved(bias[...], load[np.array([row[layer] for layer in layers])], rate)
-  return model
-
-
 def init(config: ModelConfig, seed: int) -> Decoder:
   """A new model, born sharded on the mesh in context. Traced: use under jit or jax.eval_shape."""
   return (EncoderDecoder if config.encoder_layers else Decoder)(
     config, nnx.Rngs(params=jax.random.key(seed))
   )
-
-
-def unstacked(model: Decoder) -> Decoder:
-  """The same model with every layer by itself (model.scan=False): matrices lie where a product reads them, and none is cut out of a stack.
-
-  Traceable; on the mesh that the model is on, in context.
-  """
-  config, found = dataclasses.replace(model.config, scan=False), named_leaves(model)
-  places = {
-    layer: (place, repeat)
-    for place, (_, layers) in enumerate(model.config.places)
-    for repeat, layer in enumerate(layers)
-  }
-
-  def one(name, shape):
-    stack, _, layer, rest = re.fullmatch(
-      r'(?:(stack|encoder)(\.blocks)\.(\d+)\.)?(.*)', name
-    ).groups()
-    if stack is None:
-      return found[name]
-    place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
-    x = found[f'{stack}.blocks.{place}.{rest}']
-    return x if x.shape == shape.shape else jax.lax.slice_in_dim(x, repeat, repeat + 1)
-
-  target = jax.eval_shape(lambda: init(config, 0))
-  leaves = [one(name, shape) for name, shape in named_leaves(target).items()]
-  return jax.tree.unflatten(jax.tree.structure(target), leaves)
-
-
-def shallow(model: Decoder, layers: int) -> Decoder:
-  """The first layers of an unstacked model, with its final norm and head; nothing is copied.
-
-  Raises ValueError for a stacked model, and for no layers or more than there are.
-  """
-  config = model.config
-  if config.scan or not 0 < layers <= config.L:
-    raise ValueError(
-      f'{layers} layers of model.layers={config.L}, model.scan={config.scan}: take at least 1 and at most all of them, '
-      'of a model whose layers are each by itself (unstacked)'
-    )
-  moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()
-  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
-  model.config = dataclasses.replace(config, layers=layers, moe=moe)
-  model.stack.periods, model.stack.blocks = (
-    model.config.stacks,
-    nnx.List(list(model.stack.blocks)[:layers]),
-  )
-  return model

@@ -190,6 +190,8 @@ def statistics(
   """The first pass."""
 
   def step(carry, chunk):
+    # The sums so far are relative to the largest logit so far (online softmax,
+    # arXiv:1805.02867): where a chunk has a larger one, they shrink.
     top, total, picked, surplus = carry
     logits = tempered(part, capped(part, chunk))
     higher = jnp.maximum(top, logits.max(-1))
@@ -212,6 +214,7 @@ def statistics(
   lowest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
   carry = (lowest, zeros, zeros, zeros if entropy else None)
   (local_top, total, picked, surplus), _ = jax.lax.scan(step, carry, part.chunks)
+  # The same between devices, each of which has its own largest logit.
   top = jax.lax.pmax(local_top, columns) if columns else local_top
   shrink = jnp.exp(local_top - top)
   if entropy:

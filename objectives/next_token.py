@@ -57,6 +57,9 @@ class NextToken(Objective):
   def batch_like(self, config):
     return Batch.abstract(config.batch_size, config.sequence_length)
 
+  def tokens(self, batch):
+    return jnp.count_nonzero(batch.segments)
+
   def weights(self, batch):
     return {self.term: jnp.sum(batch.weights)}
 
@@ -115,7 +118,7 @@ def summed_loss(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Arra
   """
   config = model.config
   # What causal attention takes is then the same for all devices of a row.
-  parts = context.groups(config.context, config.N, config.K)
+  parts = context.groups(config.execution.context, config.N, config.K)
   batch = context.lay_out(batch, parts)
 
   def score(model, x, batch):

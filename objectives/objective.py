@@ -118,6 +118,12 @@ class Objective:
     """A batch as jax.ShapeDtypeStructs [B, T] or [B, ...], without shardings."""
     raise NotImplementedError
 
+  def tokens(self, batch) -> Array:
+    """How many of a whole batch's tokens are no padding, [] int32: what a step is said to have
+    worked on.
+    """
+    raise NotImplementedError
+
   def prepare(self, models: Mapping[str, Any], batch) -> Any:
     """The batch with what depends on all of it (advantages whitened, statistics of a group), before
     microbatches are cut; not differentiated. Everything in a batch is [B, ...]: what is one number

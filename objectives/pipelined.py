@@ -18,7 +18,7 @@ from parallel import axes as ax, pipeline_1f1b
 
 def wanted(model: Decoder) -> bool:
   """Whether the config asks for 1F1B on a mesh that has stages."""
-  return model.config.pipeline.schedule == '1f1b' and ax.size('layers') > 1
+  return model.config.execution.pipeline.schedule == '1f1b' and ax.size('layers') > 1
 
 
 def value(
@@ -68,7 +68,7 @@ def _forward(model, batch, zigzag, score):
   rest = jax.tree.map(lambda x: x, model)  # a copy, without what the stages hold
   rest.stack.blocks = nnx.List([])
   (total, sums, reports), (d_rest, d_blocks) = pipeline_1f1b.gradients(
-    first, layers, last, rest, tuple(model.stack.blocks), batch, model.config.pipeline
+    first, layers, last, rest, tuple(model.stack.blocks), batch, model.config.execution.pipeline
   )
   d_rest.stack.blocks = nnx.List(d_blocks)
   return (total, sums | summed(in_order(reports)) if reports else sums), d_rest

@@ -8,18 +8,20 @@ each then does nothing, or just what it was given to do.
 
 import contextlib
 import functools
-import gc
 import hashlib
 import os
 import pathlib
 import platform
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
+
+import commands
 
 # XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
 # each use, a train step spends up to half of its time in page faults (docs/measured.md has the
@@ -179,12 +181,15 @@ def _leave(error: BaseException, heartbeat_timeout: int) -> None:
   at which it would wait for others that wait for it.
   """
   say = functools.partial(print, file=sys.stderr, flush=True)
-  if isinstance(error, SystemExit):
-    print(error, file=sys.stderr)
+  own = (SystemExit, KeyboardInterrupt, FloatingPointError, OSError)
+  if isinstance(error, KeyboardInterrupt):
+    say(f'interrupted by {error}' if str(error) else 'interrupted')
+  elif isinstance(error, own):
+    say(error if isinstance(error, SystemExit) else f'error: {commands.said(error)}')
   else:
     traceback.print_exception(error)
 
-  if isinstance(error, (SystemExit, KeyboardInterrupt, FloatingPointError)):
+  if isinstance(error, own):
     say(f'{_who()} leaves because of this error, and with it all others')
   else:
     # When a process is lost, the collectives of the others fail, often before it is known which one
@@ -330,30 +335,63 @@ class RowShards:
     return jax.tree.map(put, batch)
 
 
-def heed_interrupts() -> None:
-  """From here on, Ctrl-C within a callback of the garbage collector (jax has one) raises a little
-  later: from within, Python drops it.
+# What asks a process to stop: a scheduler, a person, a terminal that is gone.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def stopped_code() -> int:
+  """The flag --stopped_code as it stands on the command line, which a signal does not wait to be
+  parsed; 0 where it does not.
+  """
+  given = re.findall(r'(?<= )--?stopped_code[= ](\d+)(?= )', ' '.join(['', *sys.argv[1:], '']))
+  return int(given[-1]) if given else 0
+
+
+def leave_at_signals() -> None:
+  """Until `heed_interrupts`, what asks to stop ends the process, in one line: while modules are
+  loaded there is nothing to lose, and an exception would be theirs to pass on.
   """
 
-  def act(number, frame):
-    # Is one of the collector's callbacks among the callers? Then again in 10 ms, by SIGALRM.
-    while frame and all(
-      frame.f_code is not getattr(callback, '__code__', None) for callback in gc.callbacks
-    ):
-      frame = frame.f_back
-    if frame:
+  def leave(number, _):
+    by = '' if number == signal.SIGINT else f' by {signal.Signals(number).name}'
+    os.write(2, f'\ninterrupted{by}\n'.encode())
+    os._exit(stopped_code() or 128 + number)
+
+  for number in _heeded(STOPPING):
+    signal.signal(number, leave)
+
+
+def _heeded(numbers) -> list[signal.Signals]:
+  """Those that are not ignored, as Ctrl-C is by a job in the background, and SIGHUP under nohup."""
+  return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def heed_interrupts(numbers: Sequence[signal.Signals] = (signal.SIGINT,)) -> None:
+  """From here on, Ctrl-C, or what `numbers` names, raises KeyboardInterrupt with its name.
+
+  Where it comes within a callback of the garbage collector (jax has one), of a weak reference or in
+  a __del__, Python drops what is raised: it is raised again a little later, until somebody has it.
+  """
+  waiting, pass_on = [], sys.unraisablehook
+
+  def act(number, _):
+    if number != signal.SIGALRM:
+      waiting[:] = [signal.Signals(number).name]
+    raise KeyboardInterrupt(*waiting)
+
+  def dropped(unraisable):
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
       signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
-      signal.default_int_handler(number, frame)
+      pass_on(unraisable)
 
-  # A job in the background ignores Ctrl-C, and goes on doing so.
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    for number in (signal.SIGINT, signal.SIGALRM):
-      signal.signal(number, act)
+  sys.unraisablehook = dropped
+  for number in (*_heeded(numbers), signal.SIGALRM):
+    signal.signal(number, act)
 
 
 class StopSignal:
-  """Turns SIGTERM and SIGINT into a request that the training loop reads between steps;
+  """Turns SIGTERM, SIGINT and SIGHUP into a request that the training loop reads between steps;
   a second one acts at once.
 
   With several processes, one that is asked asks all, and they agree on a step;
@@ -366,8 +404,8 @@ class StopSignal:
     self.name = ''
 
   def __enter__(self) -> 'StopSignal':
-    numbers = (signal.SIGTERM, signal.SIGINT) if count() == 1 else (signal.SIGINT,)
-    self._old = {number: signal.signal(number, self._note) for number in numbers}
+    numbers = [number for number in STOPPING if count() == 1 or number != signal.SIGTERM]
+    self._old = {number: signal.signal(number, self._note) for number in _heeded(numbers)}
     return self
 
   def __exit__(self, *_) -> None:

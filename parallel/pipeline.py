@@ -59,16 +59,17 @@ class PipelineConfig:
   repeats: int = 1
 
   def __post_init__(self):
-    names.check('model.pipeline.schedule', self.schedule, SCHEDULES)
+    names.check('model.execution.pipeline.schedule', self.schedule, SCHEDULES)
     if self.microbatches < 0:
       raise ValueError(
-        f'model.pipeline.microbatches={self.microbatches} must be at least 1, '
+        f'model.execution.pipeline.microbatches={self.microbatches} must be at least 1, '
         'or 0 for as many as there are stages'
       )
     if self.repeats < 1 or (self.repeats > 1) != (self.schedule == 'circular'):
       raise ValueError(
-        f'model.pipeline.repeats={self.repeats} does not suit '
-        f"model.pipeline.schedule={self.schedule!r}: 'circular' takes 2 or more, the others 1"
+        f'model.execution.pipeline.repeats={self.repeats} does not suit '
+        f"model.execution.pipeline.schedule={self.schedule!r}: 'circular' takes 2 or more, the "
+        'others 1'
       )
 
   def count(self, stages: int) -> int:
@@ -78,8 +79,8 @@ class PipelineConfig:
     M = self.microbatches or stages
     if self.repeats > 1 and M % stages:
       raise ValueError(
-        f'model.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in the '
-        "'circular' schedule as many microbatches as stages go round together; "
+        f'model.execution.pipeline.microbatches={M} is not a multiple of mesh.stage={stages}: in '
+        "the 'circular' schedule as many microbatches as stages go round together; "
         "make it a multiple, or use 'gpipe'"
       )
     return M
@@ -91,7 +92,7 @@ class PipelineConfig:
     return (stages - 1) / (self.repeats * self.count(stages) + stages - 1)
 
 
-class Slots(NamedTuple):
+class Schedule(NamedTuple):
   """A schedule: what each stage works on at each tick, int32 [ticks, P] each.
 
   Attributes: microbatch, -1 where the stage is idle; repeat: which of the stage's runs of layers.
@@ -101,7 +102,7 @@ class Slots(NamedTuple):
   repeat: np.ndarray
 
 
-def schedule(stages: int, microbatches: int, repeats: int = 1) -> Slots:
+def schedule(stages: int, microbatches: int, repeats: int = 1) -> Schedule:
   """The forward pass; the backward pass is the same, mirrored."""
   busy = microbatches * repeats
   ticks = np.arange(busy + stages - 1, dtype=np.int32)[:, None]
@@ -113,7 +114,7 @@ def schedule(stages: int, microbatches: int, repeats: int = 1) -> Slots:
   # and so on; then the next P. By the time the last of the P has left, the first is back.
   turn, in_group = np.divmod(nth, stages)
   group, repeat = np.divmod(turn, repeats)
-  return Slots(np.where(idle, -1, group * stages + in_group), np.where(idle, 0, repeat))
+  return Schedule(np.where(idle, -1, group * stages + in_group), np.where(idle, 0, repeat))
 
 
 def schedule_1f1b(stages: int, microbatches: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +151,7 @@ def check(field: str, periods, config: PipelineConfig, stages: int) -> None:
     counted = 'layers' if len(kinds) == 1 else f'repeats of a period of {len(kinds)} layers'
     raise ValueError(
       f'{field}: {blocks} {counted} do not split over mesh.stage={stages} x '
-      f'model.pipeline.repeats={config.repeats}; make them a multiple, '
+      f'model.execution.pipeline.repeats={config.repeats}; make them a multiple, '
       'or the stages or repeats fewer'
     )
   config.count(stages)

@@ -73,8 +73,8 @@ def split(x, M):
   B, devices = x.shape[0], ax.size('batch')
   if B % (M * devices):
     raise ValueError(
-      f'{B} rows do not split into model.pipeline.microbatches={M} on {devices} devices of data, '
-      'fsdp and expert; make the batch a multiple of both, or the microbatches fewer'
+      f'{B} rows do not split into model.execution.pipeline.microbatches={M} on {devices} devices '
+      'of data, fsdp and expert; make the batch a multiple of both, or the microbatches fewer'
     )
   return jnp.moveaxis(reshape(x, (B // M, M), 1, split=True), 1, 0)
 

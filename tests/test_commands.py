@@ -220,7 +220,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
   for number, step in zip(numbers, (6, 17), strict=True):
     process = runs.start(tmp_path)
     assert process.until(lambda: f'step {step}/40' in process.out())
+    if number == signal.SIGTERM:  # it stands still meanwhile, and is asked to stop when it goes on
+      process.process.send_signal(signal.SIGSTOP)
+      holder = f'{tmp_path} is in use by process {process.process.pid} on '
+      refused = runs.train(tmp_path)
+      assert_plain(refused, 'error: ', holder, 'or give another --workdir')
     process.process.send_signal(number)
+    process.process.send_signal(signal.SIGCONT)
     done = process.end()
     assert done.code == 0, done.error
     assert 'Traceback' not in done.error
@@ -503,9 +509,11 @@ def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_pat
     b'7': "'7' is neither a text nor an object",
     b'"caf\xe9"': 'not UTF-8 .*; save the file as UTF-8',
     b'"a': 'not JSON',
+    b'[' * 100_000: 'not JSON',
+    b'9' * 5000: 'Exceeds the limit',
   }
   for index, line in enumerate(lines):
-    (tmp_path / f'{index}.jsonl').write_bytes(b'"fine"\n\n' + line + b'\n')
+    (tmp_path / f'{index}.jsonl').write_bytes(b'\xef\xbb\xbf"fine"\n\n' + line + b'\n')
   found = said(*([f'--prompts={tmp_path}/{index}.jsonl'] for index in range(len(lines))))
   assert_said(
     found,

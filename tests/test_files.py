@@ -1,8 +1,92 @@
 """Is a file there whole or not at all, and is nothing else left beside it?"""
 
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
 import pytest
 
 import files
+
+HOLD = """
+import sys, files
+with files.locked(sys.argv[1], 'the run', 'wait'):
+  print('in', flush=True)
+  sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+  """Another process that has the lock until its input ends."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLD, str(tmp_path / 'run' / 'lock')],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'in\n'
+  yield process
+  process.kill()
+  process.communicate()
+
+
+def held(path):
+  with files.locked(path, 'the run', 'wait'):
+    return sorted(path.parent.iterdir())
+
+
+def refusal(process):
+  return (
+    rf'^the run is in use by process {process} on {re.escape(socket.gethostname())}, '
+    r'since \d{4}-.*; wait$'
+  )
+
+
+def test_one_process_alone_is_in_a_locked_place(other, tmp_path):
+  path = tmp_path / 'run' / 'lock'
+  for _ in range(2):
+    with pytest.raises(ValueError, match=refusal(other.pid)):
+      held(path)
+  other.communicate('')
+  assert not (tmp_path / 'run').exists(), 'what it made and left empty'
+  assert held(path) == [path] and not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(other, tmp_path):
+  path = tmp_path / 'run' / 'lock'
+  other.kill()
+  other.wait()
+  assert json.loads(path.read_text())['process'] == other.pid
+  assert held(path) == [path]
+
+
+def test_a_process_locks_a_place_once(tmp_path):
+  with files.locked(tmp_path / 'lock', 'the run', 'wait'):
+    with pytest.raises(ValueError, match='the run is in use by this process already; wait'):
+      held(tmp_path / 'lock')
+    assert (tmp_path / 'lock').exists()
+
+
+def test_a_disk_without_locks_is_believed_about_this_machine(other, tmp_path, monkeypatch):
+  def unsupported(*_):
+    raise OSError(errno.ENOLCK, 'no locks')
+
+  monkeypatch.setattr(fcntl, 'lockf', unsupported)
+  path = tmp_path / 'run' / 'lock'
+  with pytest.raises(ValueError, match=refusal(other.pid)):
+    held(path)
+  other.kill()
+  other.wait()
+  assert held(path) == [path]
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps({'process': os.getppid(), 'host': 'elsewhere', 'since': '?'}))
+  assert held(path) == [path]
 
 
 def test_what_could_not_be_written_leaves_nothing(tmp_path):

@@ -22,6 +22,7 @@ from decode.options import CHUNK
 from kernels.attention import choose
 from model import flops
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config, TrainConfig
@@ -118,9 +119,14 @@ def test_cost():
 
 
 def test_a_plan_names_the_attention_that_it_compiled():
-  def made(mode, chip, **model):
+  def made(mode, chip, execution=ExecutionConfig(), **model):
     return dataclasses.replace(
-      fake(dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, **model)), peak=1),
+      fake(
+        dataclasses.replace(
+          tiny(), model=dataclasses.replace(tiny().model, execution=execution, **model)
+        ),
+        peak=1,
+      ),
       mode=mode,
       chip=hardware.lookup(chip),
     )
@@ -129,7 +135,10 @@ def test_a_plan_names_the_attention_that_it_compiled():
     made('train', 'TPU v5').attention == 'pallas_tpu'
     and made('decode', 'TPU v5').attention == 'cached'
   )
-  assert made('train', 'TPU v5', attention='blocked').to_dict()['attention'] == 'blocked'
+  assert (
+    made('train', 'TPU v5', execution=ExecutionConfig(attention='blocked')).to_dict()['attention']
+    == 'blocked'
+  )
   assert made('decode', 'NVIDIA H100 80GB HBM3').attention == 'cached'
 
   def on_gpu(mode, **model):
@@ -140,9 +149,10 @@ def test_a_plan_names_the_attention_that_it_compiled():
     == choose({'causal', 'segments', 'softcap', 'float32'}, 'gpu')
     == 'blocked'
   )
+  half = ExecutionConfig(dtype='bfloat16')
   assert (
-    on_gpu('train', dtype='bfloat16', attention_softcap=2.0)
-    == on_gpu('train', dtype='bfloat16')
+    on_gpu('train', execution=half, attention_softcap=2.0)
+    == on_gpu('train', execution=half)
     == 'pallas_gpu'
   )
 
@@ -152,7 +162,7 @@ def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
   nothing is proposed that was not compiled.
   """
   config, compiled = (
-    dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, remat='none')),
+    dataclasses.replace(tiny(), model=tiny().model.with_execution(remat='none')),
     [],
   )
 
@@ -165,10 +175,10 @@ def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
 
   devices = jax.devices()
   for needed, flags in (
-    (lambda c: c.model.remat == 'full', '--config.model.remat=full'),
+    (lambda c: c.model.execution.remat == 'full', '--config.model.execution.remat=full'),
     (
       lambda c: c.train.accumulation == 2,
-      '--config.model.remat=sqrt --config.train.accumulation=2',
+      '--config.model.execution.remat=sqrt --config.train.accumulation=2',
     ),
     (lambda c: c.mesh.fsdp == 4, None),
   ):
@@ -189,19 +199,21 @@ def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
 def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch, capsys):
   def attempt(config, devices):
     slow = {'full': 2.0, 'sqrt': 2.0, 'dots': 1.5}.get(
-      config.model.remat, 1.0
+      config.model.execution.remat, 1.0
     ) * config.mesh.tensor + 0.01 * config.train.accumulation
     return fake(
       config,
       seconds=slow,
-      peak=99e9 if config.model.remat == 'none' and config.train.accumulation < 2 else 1e9,
+      peak=99e9
+      if config.model.execution.remat == 'none' and config.train.accumulation < 2
+      else 1e9,
     )
 
   monkeypatch.setattr(plan, 'attempt', attempt)
   config = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, batch_size=32))
   found = plan.search(config, jax.devices(), log=lambda _: None)
   best = found[0].config
-  assert (best.model.remat, best.train.accumulation, best.mesh.tensor) == ('none', 2, 1)
+  assert (best.model.execution.remat, best.train.accumulation, best.mesh.tensor) == ('none', 2, 1)
   assert [p.fits for p in found] == sorted((p.fits for p in found), reverse=True)
   assert [p.seconds for p in found if p.fits] == sorted(p.seconds for p in found if p.fits)
   tables.ranking(config, found)
@@ -245,7 +257,9 @@ def compiled_for(name, config, **options):
 
 SMALL = dataclasses.replace(
   tiny(),
-  model=dataclasses.replace(tiny().model, width=128, attention='reference', max_length=64),
+  model=dataclasses.replace(
+    tiny().model.with_execution(attention='reference'), width=128, max_length=64
+  ),
   mesh=MeshConfig(fsdp=2, tensor=2),
 )
 
@@ -271,14 +285,12 @@ def test_explicit_axes_cost_nothing_against_the_automatic_twin(mesh):
     mesh=MeshConfig(**mesh),
     data=dataclasses.replace(tiny().data, batch_size=8, sequence_length=2048),
     model=dataclasses.replace(
-      tiny().model,
+      tiny().model.with_execution(dtype='bfloat16', remat='full'),
       width=1024,
       heads=8,
       layers=8,
       vocabulary=8192,
       max_length=2048,
-      dtype='bfloat16',
-      remat='full',
     ),
   )
   with jax.default_matmul_precision('default'):  # Mosaic has no higher one for bfloat16
@@ -415,8 +427,8 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
   config = ROOT / 'configs' / 'tiny.py'
   flags = [
     '--config.model.vocabulary=512',
-    '--config.model.remat=none',
-    '--config.model.attention=reference',
+    '--config.model.execution.remat=none',
+    '--config.model.execution.attention=reference',
     '--config.mesh.data=1',
     '--config.mesh.fsdp=-1',
     '--config.data.sequence_length=1024',

@@ -15,6 +15,7 @@ import names
 from data.config import DataConfig
 from kernels import attention, context
 from model.config import ModelConfig
+from model.execution import FREE, ExecutionConfig
 from objectives import kinds
 from objectives.objective import Objective
 from parallel.mesh import MeshConfig
@@ -175,9 +176,9 @@ class Config:
         f'whole records of {rows} rows (objective.kind={self.objective.kind!r}); make the batch a '
         f'multiple of {rows * self.train.accumulation}'
       )
-    if rows > 1 and self.model.pipeline.schedule == '1f1b':
+    if rows > 1 and self.model.execution.pipeline.schedule == '1f1b':
       raise NotImplementedError(
-        "model.pipeline.schedule='1f1b' finds the loss of rows one by one, and "
+        "model.execution.pipeline.schedule='1f1b' finds the loss of rows one by one, and "
         f"objective.kind={self.objective.kind!r} has records of {rows} rows; use 'gpipe'"
       )
     if (
@@ -200,15 +201,16 @@ class Config:
     """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would
     come to the device all at once.
     """
-    if self.model.remat == 'none':
+    if self.model.execution.remat == 'none':
       raise ValueError(
-        "train.offload_parameters with model.remat='none' would keep on the device the weights of "
-        "all layers, for the backward pass; use model.remat='full' or 'dots'"
+        "train.offload_parameters with model.execution.remat='none' would keep on the device the "
+        "weights of all layers, for the backward pass; use model.execution.remat='full' or 'dots'"
       )
-    if self.model.remat == 'sqrt':
+    if self.model.execution.remat == 'sqrt':
       raise NotImplementedError(
-        "train.offload_parameters with model.remat='sqrt', whose groups of layers are a reshape "
-        "that the compiler for TPUs does not do in the host's memory; use model.remat='full'"
+        "train.offload_parameters with model.execution.remat='sqrt', whose groups of layers are a "
+        "reshape that the compiler for TPUs does not do in the host's memory; use "
+        "model.execution.remat='full'"
       )
     if self.train.accumulation > 1:
       raise NotImplementedError(
@@ -258,12 +260,12 @@ class Config:
         'train.offload_parameters brings layers to the device one by one, a stage of a pipeline '
         f'holds its own all the time: mesh.stage={stages}; use fsdp'
       )
-    if stages > 1 and micro % (rows * m.pipeline.count(stages)):
+    if stages > 1 and micro % (rows * m.execution.pipeline.count(stages)):
       raise ValueError(
         f'{micro} sequences (data.batch_size={self.data.batch_size} / '
         f'train.accumulation={self.train.accumulation}) on {rows} devices do not split into '
-        f'model.pipeline.microbatches={m.pipeline.count(stages)} (default: mesh.stage); make the '
-        'batch a multiple, or the microbatches fewer'
+        f'model.execution.pipeline.microbatches={m.execution.pipeline.count(stages)} (default: '
+        'mesh.stage); make the batch a multiple, or the microbatches fewer'
       )
     self.check_parameters(sizes)
     for role in self.objective.models(m).values():
@@ -318,15 +320,16 @@ class Config:
   def _check_context(self, sizes):
     """The same of rows that are split, and of heads where devices exchange tokens for them."""
     m, T, P, tensor = self.model, self.data.sequence_length, sizes['context'], sizes['tensor']
-    R = P // context.degree(m.context, m.N // tensor, max(1, m.K // tensor), P)
+    strategy, backend = m.execution.context, m.execution.attention
+    R = P // context.degree(strategy, m.N // tensor, max(1, m.K // tensor), P)
     chunks = math.lcm(P, 2 * R) if R > 1 else P
     if T % chunks:
       raise ValueError(
         f'data.sequence_length={T} does not split into {chunks} chunks (mesh.context={P}, '
-        f'model.context={m.context!r}); make it a multiple'
+        f'model.execution.context={strategy!r}); make it a multiple'
       )
-    if R > 1 and m.context != 'gather' and m.attention != 'auto':
-      attention.check_part(m.attention)
+    if R > 1 and strategy != 'gather' and backend != 'auto':
+      attention.check_part(backend)
 
 
 def _named(sizes, axes):
@@ -371,7 +374,10 @@ def _convert(hint, value, path):
 
 
 # Fields that have another name than they had: flags are told, a config.json is read all the same.
-MOVED = {'train.z_loss': 'objective.z_loss'}
+MOVED = {'train.z_loss': 'objective.z_loss'} | {
+  f'model.{field.name}': f'model.execution.{field.name}'
+  for field in dataclasses.fields(ExecutionConfig)
+}
 
 
 def unknown_field(path: str, name: str, known, kind: str = '') -> str:
@@ -405,18 +411,26 @@ def load(directory: str | os.PathLike) -> Config:
       '--workdir'
     )
   try:
-    return from_dict(Config, _renamed(json.loads(path.read_text())))
+    return of(json.loads(path.read_text()))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
+
+
+def of(values: dict) -> Config:
+  """The Config of what `to_dict` gave, by this version or an older one. Raises ValueError."""
+  return from_dict(Config, _renamed(values))
 
 
 def _renamed(values: dict) -> dict:
   """The values of a config.json with those that have moved in their new places."""
   for old, new in MOVED.items():
-    part, _, name = old.partition('.')
+    part, name = old.split('.')
     if name in values.get(part, {}):
-      new_part, _, new_name = new.partition('.')
-      values.setdefault(new_part, {})[new_name] = values[part].pop(name)
+      *parts, new_name = new.split('.')
+      holder = values
+      for new_part in parts:
+        holder = holder.setdefault(new_part, {})
+      holder[new_name] = values[part].pop(name)
   return values
 
 
@@ -432,35 +446,29 @@ IDENTITY = (
   'train.trained',
   'train.frozen',
 )
-INDIFFERENT = (
-  'data.cache_dir',
-  'model.attention',
-  'model.attention_blocks',
-  'model.context',
-  'model.remat',
-  'model.remat_save',
-  'model.remat_offload',
-  'model.pipeline',
-)
+# What lies at data.tokenizer.path is part of the data's key.
+INDIFFERENT = ('data.cache_dir', 'data.tokenizer.path', *(f'model.execution.{x}' for x in FREE))
 
 
 def differences(old: Config, new: Config) -> list[str]:
   """Lines 'path: old -> new' of what changes the model or the data order; empty when `new` may
   resume `old`.
   """
+  return [line for path, line in changes(old, new).items() if _under(path, IDENTITY)]
+
+
+def changes(old: Config, new: Config) -> dict[str, str]:
+  """The same lines by path, of all that changes what a step does."""
   before, after = _flat(to_dict(old)), _flat(to_dict(new))
-
-  def matters(path):
-    def under(names_):
-      return any(path == name or path.startswith(name + '.') for name in names_)
-
-    return under(IDENTITY) and not under(INDIFFERENT)
-
-  return [
-    f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
+  return {
+    path: f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
     for path in sorted({*before, *after})
-    if matters(path) and before.get(path) != after.get(path)
-  ]
+    if before.get(path) != after.get(path) and not _under(path, INDIFFERENT)
+  }
+
+
+def _under(path: str, names_: tuple[str, ...]) -> bool:
+  return any(path == name or path.startswith(name + '.') for name in names_)
 
 
 def check_unchanged(
@@ -469,13 +477,12 @@ def check_unchanged(
   """Raises ValueError where the directory was begun with another model or data order, unless that
   is allowed.
   """
-  changes = (
-    differences(load(directory), config) if (pathlib.Path(directory) / FILE).exists() else []
-  )
-  if changes and not allow_change:
+  begun = (pathlib.Path(directory) / FILE).exists()
+  lines = differences(load(directory), config) if begun else []
+  if lines and not allow_change:
     raise ValueError(
       f'{directory} was begun with another model or data order:\n  '
-      + '\n  '.join(changes)
+      + '\n  '.join(lines)
       + '\nUse another --workdir, or --allow_config_change to go on all the same.'
     )
 

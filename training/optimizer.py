@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 import names
 from parallel import axes as ax
 from training import adam8bit
+from training.adafactor import scale_by_adafactor, stacks_of
 
 # What each optimizer and each schedule reads, with its defaults; a field that is set but not read
 # is an error.
@@ -65,8 +66,7 @@ class OptimizerConfig:
 
   Attributes:
     name: 'adamw' (Loshchilov and Hutter, arXiv:1711.05101), 'adam8bit' (see training/adam8bit.py),
-      'adafactor' (Shazeer and Stern, arXiv:1804.04235; without momentum or parameter scaling,
-      updates clipped to RMS 1), 'lion' (Chen et al., arXiv:2302.06675), 'muon' (see
+      'adafactor' (see training/adafactor.py), 'lion' (Chen et al., arXiv:2302.06675), 'muon' (see
       `scale_by_muon`; AdamW for all that is not a hidden matrix), 'sgd'.
     learning_rate: the peak, reached after warm-up.
     schedule: after warm-up: 'constant'; 'cosine' or 'linear' down to final_fraction; 'wsd'
@@ -250,7 +250,7 @@ def orthogonalize(x: Float[Array, 'L M N']) -> Float[Array, 'L M N']:
 
 
 def _muon_update(x: jax.Array, spec) -> jax.Array:
-  stacks = _stacks(spec)
+  stacks = stacks_of(spec)
   if stacks == 2:
     x = jnp.moveaxis(
       x, 1, 0
@@ -298,11 +298,6 @@ def _mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
   ]
 
 
-def _stacks(spec) -> int:
-  """How many leading axes count matrices, of layers and of experts."""
-  return sum(axis in ('layers', 'experts') for axis in spec.axes[:2])
-
-
 def _reshape(x, shape, entries):
   return x.reshape(shape, out_sharding=P(*entries) if ax.explicit() else None)
 
@@ -316,7 +311,7 @@ def _check_spec(path: str, spec) -> None:
     raise ValueError(f'{path}: kind {spec.kind!r} is unknown; known: {list(KINDS)}')
   if 'layers' in spec.axes[1:]:
     raise ValueError(f"{path}: axes {spec.axes} must name 'layers' first")
-  matrix_axes = len(spec.axes) - _stacks(spec)
+  matrix_axes = len(spec.axes) - stacks_of(spec)
   if spec.kind == 'matrix' and not 1 <= spec.inputs < matrix_axes:
     raise ValueError(
       f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 '
@@ -336,9 +331,7 @@ def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTra
 
     return adam8bit.scale_by_adam8bit(s['b1'], s['b2'], s['epsilon'], matrices)
   if config.name == 'adafactor':
-    return optax.chain(
-      optax.scale_by_factored_rms(epsilon=s['epsilon']), optax.clip_by_block_rms(1.0)
-    )
+    return scale_by_adafactor(s['epsilon'], specs)
   if config.name == 'lion':
     return optax.scale_by_lion(s['b1'], s['b2'])
   if config.name == 'sgd':

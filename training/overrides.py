@@ -10,17 +10,21 @@ others may be: `init` and `objective.kind`.
 import dataclasses
 import os
 import pathlib
+import re
 import sys
+import traceback
 
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags, config_path
 
+import files
 import names
 from data import tokenizers
 from data.config import TokenizerConfig
+from model.execution import ExecutionConfig
 from objectives import kinds
-from training.config import Config, from_dict, load, unknown_field
+from training.config import FILE, Config, from_dict, load, unknown_field
 
 
 def define_flag(among: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
@@ -50,7 +54,15 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
       names.check(
         'config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py'))
       )
-    config = super().parse(path)
+    try:
+      config = super().parse(path)
+    except SyntaxError as error:
+      raise ValueError(f'{error.filename}:{error.lineno}: {error.msg}') from error
+    except Exception as error:
+      raise ValueError(_place(file, error)) from error
+    # The library keeps one of the system until somebody reads a field.
+    if isinstance(kept := getattr(config, '__dict__', {}).get('_error'), OSError):
+      raise ValueError(_place(file, kept)) from kept
     if not isinstance(config, Config):
       raise ValueError(
         f'get_config() of {path} returned {type(config).__name__}; it must return a '
@@ -62,7 +74,9 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
       if argument.startswith('--config.')
     ]
     try:
-      begun = _begun(config, _first(overrides, 'init', 'DIRECTORY') or config.init)
+      init = _first(overrides, 'init', 'DIRECTORY') or config.init
+      files.check_local('config.init', init)
+      begun = _begun(config, init, _taken_over(init))
     except FileNotFoundError as error:
       raise ValueError(f'config.init: {error}') from error
     kind = _first(overrides, 'objective.kind', 'NAME')
@@ -74,6 +88,21 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     for override in overrides:
       _check_path(config, override.split('=')[0])
     return config
+
+
+def _place(file: str, error: Exception) -> str:
+  """What a config file failed at, behind its line; of what the library raises, which says it with
+  its traceback, what it was raised because of.
+  """
+  if isinstance(error, (TypeError, ValueError)) and error.__context__ is not None:
+    error = error.__context__
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if os.path.realpath(frame.filename) == os.path.realpath(file)
+  ]
+  kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+  return f'{":".join([file, *map(str, lines[-1:])])}: {kind}{error}'
 
 
 def _first(overrides: list[str], name: str, example: str) -> str:
@@ -119,24 +148,39 @@ def _check_path(config: ConfigDict, path: str) -> None:
       holder, walked = holder[part], f'{walked}.{part}'
 
 
-def _begun(config: Config, init: str) -> dict:
+def _taken_over(init: str) -> str:
+  """Where what a run took from `init` is to be read: there, or, where it is gone and the command
+  line's --workdir is a run that began with it, in that one, which has kept model and tokenizer.
+  """
+  if not init or (pathlib.Path(init) / FILE).exists():
+    return init
+  given = re.findall(r'(?<= )--?workdir[= ](\S+)', ' '.join(['', *sys.argv[1:]]))
+  own = given[-1] if given else ''
+  return own if own and (pathlib.Path(own) / FILE).exists() and load(own).init == init else init
+
+
+def _begun(config: Config, init: str, kept: str = '') -> dict:
   """The parts of a config that change where it begins with the run at `init`;
-  not yet checked together.
+  not yet checked together. kept: where what it takes from there is read, if elsewhere.
 
   Fields of config.model that are not at their default replace that run's (remat, a window, ...);
+  parameters become f32 where nobody says otherwise;
   where they change a parameter's shape, restoring will say so. A tokenizer at its defaults becomes
   that run's; another one replaces it. The flag --config does this before it applies overrides, so
   that these hold whatever their value is. Raises FileNotFoundError where there is no run.
   """
   if not init:
     return {}
-  model, data = load(init).model, config.data
+  model, data = load(kept or init).model, config.data
   if data.tokenizer == TokenizerConfig():
-    path = pathlib.Path(init) / 'tokenizer'
+    path = pathlib.Path(kept or init) / 'tokenizer'
     kind = tokenizers.load(path).kind
     data = dataclasses.replace(
       data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))
     )
+  # An update is often less than bf16 can add to a parameter: what is trained is f32 unless the
+  # config says otherwise, whatever it was kept in.
+  model = model.with_execution(parameter_dtype=ExecutionConfig.parameter_dtype)
   return {'model': _over(model, config.model), 'data': data, 'init': init}
 
 

@@ -82,7 +82,7 @@ def _slices(parts, leaves):
       yield part, first, min(step, part.layers - first) if part.layers else None
 
 
-class Step:
+class SpilledStep:
   """A training step with the optimizer's state on disk: the parts of training.step, of what is
   trained of a state.
 
@@ -94,7 +94,7 @@ class Step:
     self._config, self._prepared = config, prepared
     self._gradients, self._advance = jax.jit(gradients), jax.jit(advance, donate_argnums=0)
     self._threads = concurrent.futures.ThreadPoolExecutor(AHEAD + BEHIND, 'spill')
-    self._programs: dict[update.Part, Callable] = {}
+    self._programs: dict[update.Section, Callable] = {}
 
   def lower(self, state, frozen, batch) -> jax.stages.Lowered:
     """The program of the gradients, which is the larger one, lowered."""

@@ -88,5 +88,5 @@ def init(
       return offload.to_host(p) if spec.kind == 'matrix' and spec.axes[0] == 'layers' else p
 
     trained = jax.tree.map(away, params.specs(trained), trained)
-  scale = precision.init_loss_scale(config.model.dtype)
+  scale = precision.init_loss_scale(config.model.execution.dtype)
   return TrainState(jnp.int32(0), joined(trained, frozen), moments, scale, key)

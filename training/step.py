@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model import transformer, weights
+from model import rearranged, weights
 from objectives.objective import or_one
 from parallel import offload
 from training import precision, spill, state as states, update
@@ -39,7 +39,7 @@ def make_step(config: Config, optimizer: optax.GradientTransformation):
   gradients, rule = make_gradients(config), states.rule(config)
   prepared, advance = functools.partial(_prepared, config), functools.partial(_advance, config)
   if config.train.offload_optimizer == 'disk':
-    return Step(spill.Step(config, gradients, prepared, advance), rule)
+    return Step(spill.SpilledStep(config, gradients, prepared, advance), rule)
   in_parts = config.train.offload_optimizer or config.train.offload_parameters
 
   def step(state: TrainState, frozen, batch):
@@ -100,7 +100,9 @@ def make_gradients(config: Config):
   unit = 2.0 ** -round(math.log2(config.data.batch_size * config.data.sequence_length))
 
   def gathered(trained):
-    return {name: weights.gathered(m, roles[name].config.dtype) for name, m in trained.items()}
+    return {
+      name: weights.gathered(m, roles[name].config.execution.dtype) for name, m in trained.items()
+    }
 
   def gradients(state: TrainState, frozen, batch):
     check(batch, config.train.accumulation, objective.rows)
@@ -139,7 +141,7 @@ def make_gradients(config: Config):
       'grad_norm': norm,
       'learning_rate': schedule(state.step - state.scale.skipped_steps),
     }
-    if config.model.dtype == 'float16':
+    if config.model.execution.dtype == 'float16':
       metrics |= {'loss_scale': state.scale.scale}
     measured = update.Measured(divisor, norm, finite, sums.get('load'))
     return grads, measured, metrics, _by_model(norms)
@@ -165,6 +167,6 @@ def _advance(config, state: TrainState, measured: update.Measured) -> TrainState
   if config.model.moe.bias_rate:
     # Nothing moves where all experts have the same load.
     load = jnp.where(measured.finite, measured.load, 0)
-    models = models | {main: transformer.balanced(models[main], load, config.model.moe.bias_rate)}
+    models = models | {main: rearranged.balanced(models[main], load, config.model.moe.bias_rate)}
   scale = precision.update(state.scale, measured.finite)
   return dataclasses.replace(state, step=state.step + 1, models=models, scale=scale)

@@ -19,12 +19,8 @@ from parallel import axes as ax, offload
 from training import precision
 from training.optimizer import make_optimizer
 
-LAYERWISE = (
-  'adamw',
-  'adam8bit',
-  'lion',
-  'sgd',
-)  # the new state of a layer depends on the gradient of that layer only
+# They look at one element of a parameter, or a block, at a time, whatever its shape.
+LAYERWISE = ('adamw', 'adam8bit', 'lion', 'sgd')
 
 
 class Measured(NamedTuple):
@@ -39,7 +35,7 @@ class Measured(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class Section:
   """Some parameters of a model.
 
   Attributes:
@@ -69,9 +65,9 @@ class Part:
     return precision.select(finite, (kept, moved), (state, parameters))
 
 
-def whole(optimizer: optax.GradientTransformation, model, state) -> Part:
+def whole(optimizer: optax.GradientTransformation, model, state) -> Section:
   """A model in one part."""
-  return Part(
+  return Section(
     tuple(named_leaves(model)),
     tuple(named_leaves(state)),
     0,
@@ -81,7 +77,7 @@ def whole(optimizer: optax.GradientTransformation, model, state) -> Part:
   )
 
 
-def split(config, model, together: bool = True) -> list[Part]:
+def split(config, model, together: bool = True) -> list[Section]:
   """A model, abstract or not, in parts of one parameter; or of all that are stacks of as many
   layers, where that makes no difference.
 
@@ -108,7 +104,7 @@ def split(config, model, together: bool = True) -> list[Part]:
   return parts
 
 
-def run(parts: Iterable[Part], prepared: Callable, measured: Measured, grads, state, model):
+def run(parts: Iterable[Section], prepared: Callable, measured: Measured, grads, state, model):
   """The new state and model, each array where it lay before; of what lies in the host's memory a
   layer is on the device at a time.
 

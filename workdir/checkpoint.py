@@ -12,13 +12,17 @@ matches its digest.
 """
 
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -30,13 +34,41 @@ from objectives.objective import MAIN
 from parallel import hosts
 from training import disk
 from training.trainable import divided, joined
+from workdir.metrics import lowest
 
 SPILLED = 'spilled'
+# A checkpoint, what it has on disk until orbax has made its directory, and orbax's own.
+WRITTEN = re.compile(r'\d{8,}(\.spilled|\.orbax-checkpoint-tmp.*)?')
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-  """Orbax warns at every save that it merges no OCDBT files, which it was told not to write."""
-  return not str(record.msg).startswith('[process=%s][thread=%s] Skipping merge of OCDBT')
+  """Orbax warns at every save that it merges no OCDBT files, which it was told not to write; and
+  what a thread of its ran into is raised by `wait`, with all that it says a second time.
+  """
+  said = str(record.msg)
+  return not said.startswith('[process=%s][thread=%s] Skipping merge of OCDBT') and not (
+    'orbax' in record.pathname and record.exc_info
+  )
+
+
+@functools.cache
+def _quieten() -> None:
+  """Once for the process."""
+  logging.getLogger('absl').addFilter(_worth_saying)
+  sys.excepthook, sys.unraisablehook = _quiet(sys.excepthook), _quiet(sys.unraisablehook)
+
+
+def _quiet(hook: Callable) -> Callable:
+  """A hook of `sys` that does not show what TensorStore's threads raise, hundreds of times, when
+  the loop that waited for them has failed and is gone.
+  """
+
+  def quiet(*what):
+    error = what[1] if len(what) > 1 else what[0].exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
+      hook(*what)
+
+  return quiet
 
 
 class Checkpoints:
@@ -71,13 +103,15 @@ class Checkpoints:
     validation_loss: float | None = None,
     donated: bool = True,
     references: dict | None = None,
+    config: dict | None = None,
   ) -> None:
     """Starts writing; returns once the state may be donated. Waits for the save before it, and
     raises what that raised.
 
     data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False
       promises that the state stays as it is until `wait`, which saves a copy. references: of models
-      whose frozen parameters are not in `state`, where these are (workdir/frozen.py).
+      whose frozen parameters are not in `state`, where these are (workdir/frozen.py). config: what
+      the state was trained with, JSON-able.
     """
     import orbax.checkpoint as ocp
 
@@ -85,7 +119,7 @@ class Checkpoints:
     # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes
     # twice the time.
     if self._orbax is None:
-      logging.getLogger('absl').addFilter(_worth_saying)
+      _quieten()
       self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
     leaves = named_leaves(state)
     shapes = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
@@ -110,13 +144,14 @@ class Checkpoints:
       'leaves': shapes,
       'spilled': [*spilled],
       'references': references or {},
-    }
+    } | ({} if config is None else {'config': config})
     for name, x in spilled.items():  # the next step changes them
       x.export(_aside(path) / name)
     if spilled:
       hosts.barrier(f'checkpoint {step} holds what was on disk')
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), leaves)
-    self._orbax.save(path, args=ocp.args.PyTreeSave(leaves, save_args=pieces))
+    with _by_the_system(path):
+      self._orbax.save(path, args=ocp.args.PyTreeSave(leaves, save_args=pieces))
     self._writing = self._writer.submit(self._commit, step, record)
 
   def wait(self) -> None:
@@ -127,7 +162,8 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps with a record, ascending; says nothing of their files."""
-    return sorted(int(path.stem) for path in self.directory.glob('*.json') if path.stem.isdecimal())
+    names_ = [path.stem for path in self.directory.glob('*.json') if path.stem.isdecimal()]
+    return sorted(int(name) for name in names_ if name == self._path(int(name)).name)
 
   def record(self, step: int) -> dict:
     """What the record of `step` holds, or ValueError if it cannot be read."""
@@ -142,7 +178,7 @@ class Checkpoints:
 
   def best(self, among: Iterable[int] | None = None) -> int | None:
     """The step with the lowest validation loss (of all, or of those given); None where no
-    checkpoint was evaluated.
+    checkpoint was evaluated, or none to a finite loss.
     """
     losses = {}
     for step in self.steps() if among is None else among:
@@ -152,7 +188,7 @@ class Checkpoints:
         continue  # restore() reports it
       if loss is not None:
         losses[step] = loss
-    return min(losses, key=losses.get, default=None)
+    return lowest(losses)
 
   def problems(self, step: int) -> list[str]:
     """What is wrong with a checkpoint: files that are missing, truncated or changed since they were
@@ -266,8 +302,8 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
   def model(self, target, step: int | None = None, some: bool = False):
-    """The main model of `step`, by default the last whole one, in the shape of `target`; what of it
-    is by reference, from there.
+    """The main model of `step`, by default the last whole one, in the shape and the types of
+    `target`, whatever types it was kept in; what of it is by reference, from there.
 
     some: whether `target` may be a part of it. Raises FileNotFoundError where there is none.
     """
@@ -283,13 +319,35 @@ class Checkpoints:
     main = MAIN if MAIN in kept or len(kept) != 1 else kept.pop()
     reference = record.get('references', {}).get(main)
     if not reference:
-      return self.restore(step, target, f'models.{main}', some)
+      return self._converted(step, target, f'models.{main}', some)
     here, there = divided({main: target}, lambda name: f'models.{name}' in record['leaves'])
     base = Checkpoints(reference['directory'], log=self._log)
     base.check(reference)
-    here = self.restore(step, here[main], f'models.{main}', some)
+    here = self._converted(step, here[main], f'models.{main}', some)
     there = base.model(there[main], reference['step'], some=True)
     return joined({main: here}, {main: there})[main]
+
+  def _converted(self, step: int, target, only: str, some: bool):
+    """As restore, but floats kept in another type become those of `target`: exactly, where they
+    get wider.
+    """
+    types = {name: dtype for name, (_, dtype) in self.record(step)['leaves'].items()}
+
+    def kept(name, x):
+      dtype = types.get(name, types.get(_former(name), x.dtype))
+      float_ = all(jnp.issubdtype(d, jnp.floating) for d in (dtype, x.dtype))
+      return jax.ShapeDtypeStruct(x.shape, dtype if float_ else x.dtype, sharding=x.sharding)
+
+    leaves = named_leaves(target, only)
+    as_kept = jax.tree.unflatten(
+      jax.tree.structure(target), [kept(name, x) for name, x in leaves.items()]
+    )
+    model = self.restore(step, as_kept, only, some)
+    if jax.tree.map(lambda x: x.dtype, as_kept) == jax.tree.map(lambda x: x.dtype, target):
+      return model
+    return jax.tree.map(
+      lambda x, wanted: x if x.dtype == wanted.dtype else _cast(x, wanted.dtype), model, target
+    )
 
   def reference(self, step: int) -> dict:
     """What `check` knows a checkpoint by, JSON-able: its directory, step and digest."""
@@ -316,7 +374,8 @@ class Checkpoints:
       )
 
   def _commit(self, step: int, record: dict) -> None:
-    self._orbax.wait_until_finished()
+    with _by_the_system(self._path(step)):
+      self._orbax.wait_until_finished()
     if jax.process_index() == 0:
       self._seal_and_tidy(step, record)
     hosts.barrier(f'checkpoint {step} is whole')
@@ -349,10 +408,12 @@ class Checkpoints:
         shutil.rmtree(path)
 
   def _unfinished(self) -> list[pathlib.Path]:
-    """Directories without a record."""
+    """Directories without a record, of those whose names a run writes: others are a person's."""
     names_ = {self._path(step).name for step in self.steps()}
     return sorted(
-      path for path in self.directory.glob('*') if path.is_dir() and path.name not in names_
+      path
+      for path in self.directory.glob('*')
+      if path.is_dir() and path.name not in names_ and WRITTEN.fullmatch(path.name)
     )
 
   def _path(self, step: int) -> pathlib.Path:
@@ -372,6 +433,25 @@ def _former(name: str) -> str:
 def _aside(path: pathlib.Path) -> pathlib.Path:
   """Where files of a checkpoint are until orbax has made its directory."""
   return path.with_suffix('.' + SPILLED)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(x: jax.Array, dtype) -> jax.Array:
+  return x.astype(dtype)
+
+
+@contextlib.contextmanager
+def _by_the_system(path: pathlib.Path) -> Iterator[None]:
+  """What the operating system refused comes as an OSError about `path`, though TensorStore says it
+  as a ValueError behind hundreds of lines.
+  """
+  try:
+    yield
+  except ValueError as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if not code:
+      raise
+    raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def _seal(record: dict) -> dict:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -20,6 +21,7 @@ import files
 
 FILE = 'metrics.jsonl'
 _NAMES = ('nan', 'inf', '-inf')
+FLUSH_SECONDS, CLOSING_SECONDS = 10, 60  # of TensorBoard's files
 
 
 def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
@@ -51,6 +53,16 @@ def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
 def nonfinite(metrics: Mapping[str, float]) -> list[str]:
   """Names of the metrics that are NaN or infinite."""
   return [name for name, value in metrics.items() if not math.isfinite(value)]
+
+
+def lowest(losses: Mapping[int, float]) -> int | None:
+  """The step with the lowest loss, the first of several; None where none is finite.
+
+  NaN compares as neither lower nor higher, and `min` keeps it where it comes first: what is not
+  finite is the best of nothing.
+  """
+  finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+  return min(finite, key=finite.get, default=None)
 
 
 def append_line(file: TextIO, line: Mapping[str, float]):
@@ -102,13 +114,18 @@ def drop_from(path: str | os.PathLike, step: int) -> int:
 
 
 class TensorBoard:
-  """Writes event files from one background thread, which also pays for the library's import."""
+  """Writes event files from one background thread, which also pays for the library's import.
+
+  The library's own SummaryWriter has a thread more: where that one dies, as on a full disk, whoever
+  hands it something waits for good. Here, an error is raised at the next line.
+  """
 
   def __init__(self, directory: pathlib.Path, first_step: int):
     self._directory, self._first_step = directory, first_step
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'tensorboard')
     self._writing: list[concurrent.futures.Future] = []
     self._writer = None
+    self._flushed = 0.0
 
   def write(self, line: dict[str, float]):
     # result() raises here what failed over there.
@@ -116,25 +133,44 @@ class TensorBoard:
     self._writing.append(self._thread.submit(self._add, line))
 
   def close(self):
-    self._thread.shutdown()
+    """Ends the files. Raises what failed, and OSError where a minute was too short for it."""
+    if self._writing:
+      self._writing.append(self._thread.submit(self._end))
+    self._thread.shutdown(wait=False)
     for writing in self._writing:
-      writing.result()
-    if self._writer is not None:
-      self._writer.close()
+      try:
+        writing.result(CLOSING_SECONDS)
+      except TimeoutError as error:
+        raise OSError(
+          f'{self._directory} was not written within {CLOSING_SECONDS} s: does its disk answer?'
+        ) from error
 
   def _add(self, line: dict[str, float]):
-    if self._writer is None:
-      import tensorboardX
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
 
-      # TensorBoard hides what earlier processes wrote from purge_step on. Files are named by the
-      # second, and one of the same name is overwritten: the suffix keeps a quick restart from doing
-      # that.
-      self._writer = tensorboardX.SummaryWriter(
-        str(self._directory),
-        purge_step=self._first_step,
-        flush_secs=10,
-        filename_suffix=f'.from{self._first_step}',
+    if self._writer is None:
+      # TensorBoard hides what earlier processes wrote from the step of a start on. Files are named
+      # by the second, and one of the same name is overwritten: the suffix keeps a quick restart
+      # from doing that.
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._writer = event_file_writer.EventsWriter(
+        str(self._directory / 'events'), f'.from{self._first_step}'
       )
+      log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._event(self._first_step, session_log=log)
     for name, value in line.items():
       if name != 'step':
-        self._writer.add_scalar(name, value, line['step'])
+        self._event(line['step'], summary=summary.scalar(name, value))
+    if time.monotonic() - self._flushed > FLUSH_SECONDS:
+      self._writer.flush()
+      self._flushed = time.monotonic()
+
+  def _event(self, step: int, **content):
+    from tensorboardX.proto import event_pb2
+
+    self._writer.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
+
+  def _end(self):
+    if self._writer is not None:
+      self._writer.close()

@@ -10,7 +10,7 @@ import jax
 import names
 from data import generation, tokenizers
 from data.tokenizer import Tokenizer
-from decode.engine import generating
+from decode.generating import generating
 from model import params, transformer
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs

@@ -18,12 +18,10 @@ class Progress:
   waited: int = 0
 
   def after(self, validation_loss: float) -> 'Progress':
-    """The progress after one more evaluation."""
-    return (
-      Progress(validation_loss, 0)
-      if validation_loss < self.best
-      else Progress(self.best, self.waited + 1)
-    )
+    """The progress after one more evaluation; a loss that is not finite is none."""
+    if math.isfinite(validation_loss) and validation_loss < self.best:
+      return Progress(validation_loss, 0)
+    return Progress(self.best, self.waited + 1)
 
   def impatient(self, patience: int) -> str:
     """Why to stop: `patience` evaluations or more in a row were no better; '' while there is no

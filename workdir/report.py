@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import files
 from model import flops
 from training.config import ReportConfig
-from workdir.metrics import FILE, read_metrics
+from workdir.metrics import FILE, lowest, read_metrics
 from workdir.watch import short
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20
@@ -192,14 +192,10 @@ def _progress(lines):
   ]
   steps, validation = _points(lines, 'validation_loss')
   if validation:
-    best = min(validation, key=lambda value: (math.isnan(value), value))
-    at = steps[validation.index(best)]
-    rows.append(
-      (
-        'Validation loss, last (best)',
-        f'{validation[-1]:.4f} ({best:.4f} at step {at:,}) nats/token',
-      )
-    )
+    losses = dict(zip(steps, validation, strict=True))
+    best = lowest(losses)
+    of = 'none is finite' if best is None else f'{losses[best]:.4f} at step {best:,}'
+    rows.append(('Validation loss, last (best)', f'{validation[-1]:.4f} ({of}) nats/token'))
   bits = _last(lines, 'bits_per_byte')
   if bits is not None:
     rows.append(('**Held-out bits per byte**', f'**{bits:.3f}**'))

@@ -132,15 +132,18 @@ class Watch:
         self._file.close()
         self._view.close()
     if self._tensorboard:
-      self._tensorboard.close()
+      # What ends the run is the first error, not one that follows from it.
+      with contextlib.suppress(*(() if kind is None else (Exception,))):
+        self._tensorboard.close()
 
-  def step(self, step: int, metrics: Mapping[str, Any], tokens: int) -> dict[str, float] | None:
+  def step(self, step: int, metrics: Mapping[str, Any], tokens) -> dict[str, float] | None:
     """Takes over step `step`, just dispatched, and returns the numbers of the step before it, once
     that has completed.
 
     Args:
       metrics: scalars on device or host, nested mappings allowed (joined with '/').
-      tokens: how many tokens the step trains on, over all processes.
+      tokens: how many tokens the step trains on, padding left out, over all processes; an int, or
+        an integer on a device.
     Returns `step` and each metric of the completed step as floats, non-finite ones included, or
     None where a pause or `flush` gave them already. Raises ValueError for a step out of order and a
     metric that isn't a scalar.
@@ -195,6 +198,7 @@ class Watch:
       return None
     (step, metrics, tokens), self._pending = self._pending, None
     values = scalars(metrics)
+    tokens = int(tokens)
     now = self._clock()
     seconds, self._mark = now - self._mark, now
     self._totals['tokens'] += tokens

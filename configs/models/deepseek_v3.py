@@ -13,6 +13,7 @@ import math
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -49,8 +50,7 @@ def get_config() -> Config:
         bias_rate=0.001,
         balance_loss=0.0001,
       ),
-      dtype='bfloat16',
-      remat='full',
+      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
     ),
     data=DataConfig(
       sequence_length=4096,

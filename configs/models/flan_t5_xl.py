@@ -12,6 +12,7 @@ generate; train.py refuses it: no objective is for an encoder-decoder yet.
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -30,8 +31,7 @@ def get_config() -> Config:
       norm_epsilon=1e-6,
       position='relative',
       attention_scale=1.0,
-      dtype='bfloat16',
-      remat='full',
+      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
     ),
     data=DataConfig(
       sequence_length=512,

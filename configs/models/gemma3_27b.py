@@ -11,6 +11,7 @@ all chips (fsdp). Cost and loss are not known: it was not trained at this size h
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -39,8 +40,7 @@ def get_config() -> Config:
       embedding_scale=True,
       tie_embeddings=True,
       rope=RopeConfig(base=1e6, local_base=1e4, scaling='linear', factor=8.0),
-      dtype='bfloat16',
-      remat='full',
+      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
     ),
     data=DataConfig(
       sequence_length=4096,

@@ -11,6 +11,7 @@ loss are not known: it was not trained at this size here.
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -33,7 +34,7 @@ def get_config() -> Config:
       position='learned',
       biases='all',
       tie_embeddings=True,
-      dtype='bfloat16',
+      execution=ExecutionConfig(dtype='bfloat16'),
     ),
     data=DataConfig(
       sequence_length=1024,

@@ -11,6 +11,7 @@ all chips (fsdp). Cost and loss are not known: it was not trained at this size h
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -29,8 +30,7 @@ def get_config() -> Config:
       max_length=8192,
       norm_epsilon=1e-5,
       rope=RopeConfig(base=500_000.0),
-      dtype='bfloat16',
-      remat='full',
+      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
     ),
     data=DataConfig(
       sequence_length=8192,

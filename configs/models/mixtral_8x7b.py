@@ -11,6 +11,7 @@ all chips (fsdp). Cost and loss are not known: it was not trained at this size h
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -30,8 +31,7 @@ def get_config() -> Config:
       norm_epsilon=1e-5,
       rope=RopeConfig(base=1e6),
       moe=MoEConfig(experts=8, per_token=2, balance_loss=0.02),
-      dtype='bfloat16',
-      remat='full',
+      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
     ),
     data=DataConfig(
       sequence_length=4096,

@@ -11,6 +11,7 @@ all chips (fsdp). Cost and loss are not known: it was not trained at this size h
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -32,8 +33,7 @@ def get_config() -> Config:
       qk_norm=True,
       rope=RopeConfig(base=1e6),
       moe=MoEConfig(experts=128, per_token=8, feed_forward=768, balance_loss=0.001),
-      dtype='bfloat16',
-      remat='full',
+      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
     ),
     data=DataConfig(
       sequence_length=4096,

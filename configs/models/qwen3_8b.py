@@ -11,6 +11,7 @@ chips (fsdp). Cost and loss are not known: it was not trained at this size here.
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig, RopeConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig
 from training.config import Config
 
@@ -31,8 +32,7 @@ def get_config() -> Config:
       norm_epsilon=1e-6,
       qk_norm=True,
       rope=RopeConfig(base=1e6),
-      dtype='bfloat16',
-      remat='full',
+      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
     ),
     data=DataConfig(
       sequence_length=4096,

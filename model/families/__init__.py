@@ -1,12 +1,15 @@
-"""Which architectures of transformers can be read and written? A family is a config function and a name map.
+"""Which architectures of transformers can be read and written?
+A family is a config function and a name map.
 
 Each family is a module with
   TYPES          the `model_type`s of config.json that it reads
-  config(hf)     the ModelConfig of a parsed config.json; raises for whatever is not supported, naming it
+  config(hf)     the ModelConfig of a parsed config.json; raises for whatever is not supported,
+                 naming it
   to_hf(config)  a config.json that transformers loads
   tensors(config)  our leaf -> common.Source: where each parameter lies in a checkpoint
   BUFFERS, TIED  patterns of tensors that hold no parameter; names of one tensor twice
-and, where a checkpoint needs it, PREFIXES (a prefix of names -> others in use) and with_tensors(config, names).
+and, where a checkpoint needs it, PREFIXES (a prefix of names -> others in use) and
+with_tensors(config, names).
 """
 
 import dataclasses
@@ -59,9 +62,10 @@ def read(
   """The family and the ModelConfig of a parsed config.json.
 
   Args:
-    tensors: names in the checkpoint, for families whose config.json does not tell all. ignore: keys not to look at.
-  Raises: ValueError for an unknown model_type, missing or unknown keys, and keys to ignore that are not there;
-    NotImplementedError for values that are not supported.
+    tensors: names in the checkpoint, for families whose config.json does not tell all.
+    ignore: keys not to look at.
+  Raises: ValueError for an unknown model_type, missing or unknown keys,
+    and keys to ignore that are not there; NotImplementedError for values that are not supported.
   """
   kind = names_.check('model_type of config.json', hf.get('model_type'), TYPES)
   family = FAMILIES[TYPES[kind]]
@@ -98,16 +102,18 @@ def name_of(family: ModuleType) -> str:
 
 
 def problems(config: ModelConfig, family: ModuleType) -> list[str]:
-  """What of a config a family cannot express; [] when its config.json reads back as the same model."""
+  """What of a config a family cannot express;
+  [] when its config.json reads back as the same model.
+  """
   try:
     back = family.config(family.to_hf(config))
   except (ValueError, NotImplementedError) as error:
     return [str(error)]
-  wanted, found = (named_leaves(dataclasses.asdict(common.canonical(c))) for c in (config, back))
+  wanted, readable = (named_leaves(dataclasses.asdict(common.canonical(c))) for c in (config, back))
   return [
-    f'model.{field}={value!r} (it has {found[field]!r})'
+    f'model.{field}={value!r} (it has {readable[field]!r})'
     for field, value in wanted.items()
-    if found[field] != value
+    if readable[field] != value
   ]
 
 

@@ -1,11 +1,13 @@
 """How is a BERT (arXiv:1810.04805) written in transformers?
 
-BertModel is hidden states and a pooler, BertForMaskedLM has a head instead. The head of BertForPreTraining that tells
-whether one sentence follows another is no part of the model; its tensors have to be named to be left out.
+BertModel is hidden states and a pooler, BertForMaskedLM has a head instead. The head of
+BertForPreTraining that tells whether one sentence follows another is no part of the model; its
+tensors have to be named to be left out.
 """
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys, unsupported
 
 TYPES = ('bert',)
 BUFFERS = (r'(bert\.)?embeddings\.position_ids',)
@@ -30,10 +32,10 @@ DEFAULTS = dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   architecture = (keys('architectures') or ['BertModel'])[0]
   if architecture not in WEIGHTS:
-    raise common.unsupported(f'architectures={architecture!r}', WEIGHTS)
+    raise unsupported(f'architectures={architecture!r}', WEIGHTS)
   head, pooler = WEIGHTS[architecture]
   for key, *built in (
     ('position_embedding_type', 'absolute'),
@@ -41,7 +43,7 @@ def config(hf: dict) -> ModelConfig:
     ('tie_word_embeddings', True),
   ):
     keys.only(key, *built)
-  found = ModelConfig(
+  network = ModelConfig(
     vocabulary=keys('vocab_size'),
     width=keys('hidden_size'),
     layers=keys('num_hidden_layers'),
@@ -69,7 +71,7 @@ def config(hf: dict) -> ModelConfig:
     'pooler_type',
     'directionality',
   )
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:
@@ -136,7 +138,7 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
   block |= dense(
     'feed_forward.down', 'feed_forward.down_bias', f'{at}.output.dense', 'D F -> F D', 'D -> D'
   )
-  found = {
+  sources = {
     'embedding.tokens': Source(f'{base}embeddings.word_embeddings.weight', 'V D -> V D'),
     'embedding.positions': Source(f'{base}embeddings.position_embeddings.weight', 'P D -> P D'),
     'embedding.types': Source(
@@ -146,12 +148,12 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
     **common.blocks(config, lambda kind: block),
   }
   if config.head == 'mlm':
-    found |= dense(
+    sources |= dense(
       'head.dense', 'head.dense_bias', 'cls.predictions.transform.dense', 'D2 D -> D D2', 'D -> D'
     )
-    found |= norm('head.norm', 'cls.predictions.transform.LayerNorm') | {
+    sources |= norm('head.norm', 'cls.predictions.transform.LayerNorm') | {
       'head.bias': Source('cls.predictions.bias', 'V -> V')
     }
   if config.pooler:
-    found |= dense('pooler.dense', 'pooler.bias', f'{base}pooler.dense', 'D2 D -> D D2', 'D -> D')
-  return found
+    sources |= dense('pooler.dense', 'pooler.bias', f'{base}pooler.dense', 'D2 D -> D D2', 'D -> D')
+  return sources

@@ -1,53 +1,15 @@
-"""What do the families share? Reading a config.json to its last key, and saying where a parameter lies in a checkpoint.
+"""What do the families share? Rotary positions, windows, and where a parameter lies in a file.
 
 A family is a module with `TYPES`, `config`, `to_hf` and `tensors`; see model.families.
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 from model.config import Kind, LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.families.keys import Keys, unsupported
 from model.families.layout import Source
-
-# Keys of config.json that change nothing of what a model computes.
-HARMLESS = frozenset(
-  '''
-    architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path auto_map
-    tokenizer_class prefix use_cache output_attentions output_hidden_states return_dict torchscript use_bfloat16
-    chunk_size_feed_forward gradient_checkpointing attn_implementation _attn_implementation
-    _attn_implementation_autoset cache_implementation pretraining_tp ep_size bos_token_id eos_token_id pad_token_id
-    sep_token_id cls_token_id unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length
-    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    suppress_tokens begin_suppress_tokens num_return_sequences output_scores return_dict_in_generate
-    remove_invalid_values exponential_decay_length_penalty task_specific_params id2label label2id num_labels
-    problem_type finetuning_task classifier_dropout summary_type summary_use_proj summary_activation
-    summary_proj_to_labels summary_first_dropout
-'''.split()
-)
-# These act in training only (Tandem has its own initialisers, losses and no dropout), or on rounding only.
-HARMLESS |= frozenset(
-  '''
-    initializer_range initializer_factor attention_dropout hidden_dropout_prob attention_probs_dropout_prob
-    resid_pdrop embd_pdrop attn_pdrop dropout_rate hidden_dropout output_router_logits router_aux_loss_coef
-    aux_loss_alpha seq_aux router_jitter_noise reorder_and_upcast_attn
-'''.split()
-)
-
-# Keys that say something only with another value.
-ABSENT = {
-  'tie_encoder_decoder': False,
-  'add_cross_attention': False,
-  'cross_attention_hidden_size': None,
-  'pruned_heads': {},
-  'is_decoder': False,
-  'quantization_config': None,
-  'use_bidirectional_attention': False,
-  'sparsity_config': None,
-}
 
 ACTIVATIONS = {
   'silu': 'silu',
@@ -66,63 +28,6 @@ ACTIVATIONS_TO_HF = {
   'relu': 'relu',
   'relu2': 'relu2',
 }
-
-
-class Keys:
-  """A config.json that is read key by key; what nobody has read at the end is an error.
-
-  Args:
-    hf: the parsed file. defaults: what transformers takes for a key that is not there.
-  """
-
-  def __init__(self, hf: dict, **defaults):
-    self._hf, self._defaults, self._read = hf, defaults, set()
-
-  def __call__(self, *names: str) -> Any:
-    """The value of the first of these names (of one thing) that has one, else the default; ValueError for neither."""
-    self._read.update(names)
-    found = [self._hf[name] for name in names if name in self._hf]
-    if found:
-      return next((value for value in found if value is not None), None)
-    if names[0] not in self._defaults:
-      raise ValueError(f'config.json has no {names[0]!r}, and it cannot be guessed')
-    return self._defaults[names[0]]
-
-  def only(self, name: str, *allowed) -> None:
-    """Raises NotImplementedError for a value that changes the computation in a way that is not built."""
-    self._read.add(name)
-    if name in self._hf and self._hf[name] not in allowed:
-      raise unsupported(f'{name}={self._hf[name]!r}', map(repr, allowed))
-
-  def close(self, *harmless: str) -> None:
-    """Raises ValueError for keys that were never read: each may change what the model computes."""
-    for name, value in ABSENT.items():
-      if name not in self._read:
-        self.only(name, value, None)
-    known = {*self._read, *HARMLESS, *harmless}
-    unknown = sorted(set(self._hf) - known)
-    if unknown:
-      hints = [
-        f'{name}={self._hf[name]!r}'
-        + (
-          f' (did you mean {near[0]!r}?)'
-          if (near := difflib.get_close_matches(name, known, 1))
-          else ''
-        )
-        for name in unknown
-      ]
-      raise ValueError(
-        f'config.json has keys that nothing is known of: {", ".join(hints)}; if they do not change what '
-        'the model computes, '
-        f'ignore them: {" ".join(f"--ignore_key={name}" for name in unknown)}'
-      )
-
-
-def unsupported(what: str, supported: Iterable[str]) -> NotImplementedError:
-  """The error for a value of config.json."""
-  return NotImplementedError(
-    f'{what} in config.json is not supported; supported: {", ".join(supported)}'
-  )
 
 
 def activation(name: str) -> str:
@@ -151,11 +56,11 @@ def rope(parameters: dict, base: float, longest: int) -> RopeConfig:
     return float(left.pop(name))
 
   if kind == 'default':
-    found = RopeConfig(base=base)
+    config = RopeConfig(base=base)
   elif kind == 'linear':
-    found = RopeConfig(base=base, scaling='linear', factor=need('factor'))
+    config = RopeConfig(base=base, scaling='linear', factor=need('factor'))
   elif kind == 'llama3':
-    found = RopeConfig(
+    config = RopeConfig(
       base=base,
       scaling='llama3',
       factor=need('factor'),
@@ -169,7 +74,7 @@ def rope(parameters: dict, base: float, longest: int) -> RopeConfig:
     attention = float(left.pop('attention_factor', 0))
     if not attention and one and all_:
       attention = mscale(factor, one) / mscale(factor, all_)
-    found = RopeConfig(
+    config = RopeConfig(
       base=base,
       scaling='yarn',
       factor=factor,
@@ -185,7 +90,7 @@ def rope(parameters: dict, base: float, longest: int) -> RopeConfig:
     raise ValueError(
       f'rope parameters {sorted(left)} in config.json are unknown for rope_type={kind!r}'
     )
-  return found
+  return config
 
 
 def mscale(factor: float, weight: float) -> float:
@@ -196,29 +101,34 @@ def mscale(factor: float, weight: float) -> float:
 def rope_parameters(config: ModelConfig, base: float = 0.0) -> dict:
   """The inverse of `rope`."""
   r = config.rope
-  found = {'rope_type': {'none': 'default'}.get(r.scaling, r.scaling), 'rope_theta': base or r.base}
+  parameters = {
+    'rope_type': {'none': 'default'}.get(r.scaling, r.scaling),
+    'rope_theta': base or r.base,
+  }
   if r.scaling == 'none':
-    return found
-  found['factor'] = r.factor
+    return parameters
+  parameters['factor'] = r.factor
   if r.scaling == 'llama3':
-    found |= {
+    parameters |= {
       'low_freq_factor': r.low,
       'high_freq_factor': r.high,
       'original_max_position_embeddings': r.original_length,
     }
   if r.scaling == 'yarn':
-    found |= {
+    parameters |= {
       'beta_slow': r.low,
       'beta_fast': r.high,
       'original_max_position_embeddings': r.original_length,
       'truncate': r.truncate,
       'attention_factor': r.attention_factor or mscale(r.factor, 1.0),
     }
-  return found
+  return parameters
 
 
 def read_rope(keys: Keys) -> RopeConfig:
-  """The RopeConfig of a model, from the new spelling (rope_parameters) or the old (rope_theta, rope_scaling)."""
+  """The RopeConfig of a model, from the new spelling (rope_parameters) or the old
+  (rope_theta, rope_scaling).
+  """
   return rope(
     keys('rope_parameters', 'rope_scaling') or {},
     float(keys('rope_theta')),
@@ -292,8 +202,8 @@ def llama_like_hf(config: ModelConfig, model_type: str, architecture: str, **oth
   """The inverse of `llama_like`."""
   if not config.max_length or not config.V:
     raise ValueError(
-      f'model.max_length={config.max_length} and model.vocabulary={config.vocabulary} must be known to '
-      'write a config.json; set them'
+      f'model.max_length={config.max_length} and model.vocabulary={config.vocabulary} must be '
+      'known to write a config.json; set them'
     )
   return (
     dict(
@@ -328,40 +238,44 @@ def blocks(
 
 
 def attention(at: str, config: ModelConfig) -> dict[str, Source]:
-  """Projections called q_proj, k_proj, v_proj and o_proj below `at`, with the biases and norms that the config has."""
-  found = {
+  """Projections called q_proj, k_proj, v_proj and o_proj below `at`,
+  with the biases and norms that the config has.
+  """
+  sources = {
     'attention.q': Source(f'{at}.q_proj.weight', '(N H) D -> D N H'),
     'attention.k': Source(f'{at}.k_proj.weight', '(K H) D -> D K H'),
     'attention.v': Source(f'{at}.v_proj.weight', '(K H) D -> D K H'),
     'attention.o': Source(f'{at}.o_proj.weight', 'D (N H) -> N H D'),
   }
   if config.biases != 'none':
-    found |= {
+    sources |= {
       'attention.q_bias': Source(f'{at}.q_proj.bias', '(N H) -> N H'),
       'attention.k_bias': Source(f'{at}.k_proj.bias', '(K H) -> K H'),
       'attention.v_bias': Source(f'{at}.v_proj.bias', '(K H) -> K H'),
     }
   if config.biases == 'all':
-    found['attention.o_bias'] = Source(f'{at}.o_proj.bias', 'D -> D')
+    sources['attention.o_bias'] = Source(f'{at}.o_proj.bias', 'D -> D')
   if config.qk_norm:
-    found |= {f'attention.{x}_norm.scale': Source(f'{at}.{x}_norm.weight', 'H -> H') for x in 'qk'}
-  return found
+    sources |= {
+      f'attention.{x}_norm.scale': Source(f'{at}.{x}_norm.weight', 'H -> H') for x in 'qk'
+    }
+  return sources
 
 
 def feed_forward(
   at: str, config: ModelConfig, size: str = 'F', to: str = 'feed_forward'
 ) -> dict[str, Source]:
   """Projections called gate_proj, up_proj and down_proj below `at`."""
-  found = {
+  sources = {
     f'{to}.{x}': Source(f'{at}.{x}_proj.weight', f'{size} D -> D {size}') for x in ('gate', 'up')
   }
-  found[f'{to}.down'] = Source(f'{at}.down_proj.weight', f'D {size} -> {size} D')
+  sources[f'{to}.down'] = Source(f'{at}.down_proj.weight', f'D {size} -> {size} D')
   if config.biases == 'all':
-    found |= {
+    sources |= {
       f'{to}.{x}_bias': Source(f'{at}.{x}_proj.bias', f'{size} -> {size}') for x in ('gate', 'up')
     }
-    found[f'{to}.down_bias'] = Source(f'{at}.down_proj.bias', 'D -> D')
-  return found
+    sources[f'{to}.down_bias'] = Source(f'{at}.down_proj.bias', 'D -> D')
+  return sources
 
 
 def experts(
@@ -402,25 +316,27 @@ def decoder(
   scales = {
     f'{ours}.scale': Source(f'{LAYER}.{theirs}.weight', 'D -> D') for ours, theirs in norms.items()
   }
-  found = {
+  sources = {
     'embedding.tokens': Source('model.embed_tokens.weight', 'V D -> V D'),
     **blocks(config, lambda kind: scales | block(kind)),
     'stack.norm.scale': Source('model.norm.weight', 'D -> D'),
   }
   return (
-    found
+    sources
     if config.tie_embeddings
-    else found | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
+    else sources | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
   )
 
 
-# Tensors that some checkpoints hold though the config alone decides them; names of one tensor twice.
+# Tensors that some checkpoints hold though the config alone decides them;
+# names of one tensor twice.
 BUFFERS = (r'.*rotary_emb\.inv_freq',)
 TIED = {'lm_head.weight': 'model.embed_tokens.weight'}
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-  """The same function of the same parameters, defaults written out, choices of training and of what is not there reset.
+  """The same function of the same parameters, defaults written out,
+  choices of training and of what is not there reset.
 
   Two configs compute the same from the same parameters when their canonical forms are equal.
   """
@@ -429,19 +345,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
   every = config.global_every if len(looks) > 1 else 0
   key = (config.H + config.latent.rope_width) ** -0.5
   experts_at = [i for i, kind in enumerate(kinds) if kind.moe]
-  changes = {
-    field: getattr(default, field)
-    for field in (
-      'dtype',
-      'parameter_dtype',
-      'attention',
-      'remat',
-      'remat_save',
-      'remat_offload',
-      'init_scale',
-    )
-  }
-  changes |= dict(
+  changes = dict(
+    init_scale=default.init_scale,
     kv_heads=config.K,
     head_width=config.H,
     feed_forward=config.F,
@@ -475,7 +380,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )
     if len(experts_at) == config.L:
       changes['feed_forward'] = changes['moe'].feed_forward
-  return dataclasses.replace(config, **changes)
+  return dataclasses.replace(config.network, **changes)
 
 
 def _canonical_rope(config: ModelConfig, looks: set[int]) -> RopeConfig:

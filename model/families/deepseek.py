@@ -1,11 +1,13 @@
 """How is a DeepSeek-V2 (arXiv:2405.04434) or V3 (arXiv:2412.19437) written in transformers?
 
-Rotary positions turn neighbours there (2i, 2i + 1) and the pairs (i, i + H/2) here: the entries are reordered on the
-way. Modules that predict further tokens are no part of the model; their tensors have to be named to be left out.
+Rotary positions turn neighbours there (2i, 2i + 1) and the pairs (i, i + H/2) here: the entries are
+reordered on the way. Modules that predict further tokens are no part of the model; their tensors
+have to be named to be left out.
 """
 
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('deepseek_v3', 'deepseek_v2')
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -37,7 +39,7 @@ DEFAULTS_V3 = DEFAULTS | dict(
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
   v3 = hf['model_type'] == 'deepseek_v3'
-  keys = common.Keys(hf, **(DEFAULTS_V3 if v3 else DEFAULTS))
+  keys = Keys(hf, **(DEFAULTS_V3 if v3 else DEFAULTS))
   rotated, H = keys('qk_rope_head_dim'), keys('qk_nope_head_dim')
   for name, *built in (
     ('attention_bias', False),
@@ -53,7 +55,7 @@ def config(hf: dict) -> ModelConfig:
   ):
     keys.only(name, *built)
   parameters = keys('rope_parameters', 'rope_scaling') or {}
-  found = common.llama_like(
+  network = common.llama_like(
     keys,
     head_width=H,
     moe=_moe(keys, v3),
@@ -67,10 +69,10 @@ def config(hf: dict) -> ModelConfig:
     ),
   )
   keys.close('num_nextn_predict_layers', 'num_mtp_layers')
-  return found
+  return network
 
 
-def _moe(keys: common.Keys, v3: bool) -> MoEConfig:
+def _moe(keys: Keys, v3: bool) -> MoEConfig:
   grouped = v3 or keys('topk_method') == 'group_limited_greedy'
   groups, best = keys('n_group'), keys('topk_group')
   renormalise = keys('norm_topk_prob')
@@ -111,7 +113,7 @@ def to_hf(config: ModelConfig) -> dict:
   version = (
     ('deepseek_v3', 'DeepseekV3ForCausalLM') if v3 else ('deepseek_v2', 'DeepseekV2ForCausalLM')
   )
-  found = common.llama_like_hf(
+  hf = common.llama_like_hf(
     config,
     *version,
     kv_lora_rank=latent.width,
@@ -131,17 +133,19 @@ def to_hf(config: ModelConfig) -> dict:
     topk_group=moe.groups_per_token,
     attention_bias=False,
   )
-  found |= (
+  hf |= (
     dict(rope_interleave=True, num_nextn_predict_layers=0)
     if v3
     else dict(topk_method='greedy' if moe.groups == 1 else 'group_limited_greedy')
   )
-  found['rope_parameters'] |= _weight(config)
-  return found
+  hf['rope_parameters'] |= _weight(config)
+  return hf
 
 
 def _weight(config: ModelConfig) -> dict:
-  """The inverse of `_scale`: the mscale_all_dim that gives the config's attention_scale, in as few digits as do."""
+  """The inverse of `_scale`: the mscale_all_dim that gives the config's attention_scale,
+  in as few digits as do.
+  """
   plain = (config.H + config.latent.rope_width) ** -0.5
   extra = (config.attention_scale or plain) / plain
   if extra == 1 or config.rope.factor == 1:

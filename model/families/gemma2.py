@@ -1,7 +1,10 @@
-"""How is a Gemma 2 (arXiv:2408.00118) written in transformers? Soft-caps, windows, norms on both sides."""
+"""How is a Gemma 2 (arXiv:2408.00118) written in transformers?
+Soft-caps, windows, norms on both sides.
+"""
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('gemma2',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -25,17 +28,17 @@ DEFAULTS = common.LLAMA_LIKE | dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   layers = keys('num_hidden_layers')
   windows = common.windows(
     keys('layer_types') or alternating(layers, 2), layers, keys('sliding_window')
   )
-  found = gemma_like(keys, **windows)
+  network = gemma_like(keys, **windows)
   keys.close('hidden_act')  # of the first Gemma; hidden_activation is what counts
-  return found
+  return network
 
 
-def gemma_like(keys: common.Keys, **others) -> ModelConfig:
+def gemma_like(keys: Keys, **others) -> ModelConfig:
   """What Gemma 2 and 3 have in common."""
   keys.only('attention_bias', False)
   return common.llama_like(
@@ -59,7 +62,7 @@ def alternating(layers: int, every: int) -> list[str]:
 def gemma_like_hf(config: ModelConfig, model_type: str, architecture: str, **others) -> dict:
   """The inverse of `gemma_like`."""
   scale = config.attention_scale or config.H**-0.5
-  found = common.llama_like_hf(
+  hf = common.llama_like_hf(
     config,
     model_type,
     architecture,
@@ -72,7 +75,7 @@ def gemma_like_hf(config: ModelConfig, model_type: str, architecture: str, **oth
     attention_bias=False,
     **others,
   )
-  return found | {'hidden_activation': found.pop('hidden_act')}
+  return hf | {'hidden_activation': hf.pop('hidden_act')}
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -1,12 +1,15 @@
-"""How is the text model of a Gemma 3 (arXiv:2503.19786) written in transformers? Two rotary bases, one of them local.
+"""How is the text model of a Gemma 3 (arXiv:2503.19786) written in transformers?
+Two rotary bases, one of them local.
 
-Of a checkpoint with a vision tower, the text model is read; the tower's tensors have to be named to be left out.
+Of a checkpoint with a vision tower, the text model is read;
+the tower's tensors have to be named to be left out.
 """
 
 import dataclasses
 
 from model.config import ModelConfig, RopeConfig
 from model.families import common, gemma2
+from model.families.keys import Keys, unsupported
 
 TYPES = ('gemma3_text', 'gemma3')
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -33,7 +36,7 @@ def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
   if hf.get('model_type') == 'gemma3':
     hf = hf['text_config'] | {'quantization_config': hf.get('quantization_config')}
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   keys.only('attn_logit_softcapping', None)  # which transformers does not apply in Gemma 3
   layers, every = (
     keys('num_hidden_layers'),
@@ -42,13 +45,15 @@ def config(hf: dict) -> ModelConfig:
   windows = common.windows(
     keys('layer_types') or gemma2.alternating(layers, every), layers, keys('sliding_window')
   )
-  found = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
+  network = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
   keys.close('hidden_act')
-  return found
+  return network
 
 
-def rope(keys: common.Keys) -> RopeConfig:
-  """Both sets of rotary parameters: of layers that see all, which may be stretched, and of those with a window."""
+def rope(keys: Keys) -> RopeConfig:
+  """Both sets of rotary parameters: of layers that see all, which may be stretched,
+  and of those with a window.
+  """
   parameters, longest = (
     keys('rope_parameters', 'rope_scaling') or {},
     keys('max_position_embeddings'),
@@ -60,7 +65,7 @@ def rope(keys: common.Keys) -> RopeConfig:
   else:
     local, whole = RopeConfig(base=local_base), common.rope(parameters, base, longest)
   if local.scaling != 'none':
-    raise common.unsupported(
+    raise unsupported(
       f'rope_type={local.scaling!r} of sliding_attention',
       ['default: layers with a window are not stretched'],
     )

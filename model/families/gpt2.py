@@ -1,7 +1,10 @@
-"""How is a GPT-2 (Radford et al. 2019) written in transformers? Queries, keys and values as one, [inputs, outputs]."""
+"""How is a GPT-2 (Radford et al. 2019) written in transformers?
+Queries, keys and values as one, [inputs, outputs].
+"""
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('gpt2',)
 BUFFERS = (r'(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)',)  # the causal mask
@@ -14,12 +17,12 @@ DEFAULTS = dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   keys.only('scale_attn_weights', True)
   keys.only('scale_attn_by_inverse_layer_idx', False)
   width, length = keys('n_embd'), keys('n_positions')
   keys.only('n_ctx', length)
-  found = ModelConfig(
+  network = ModelConfig(
     vocabulary=keys('vocab_size'),
     width=width,
     layers=keys('n_layer'),
@@ -35,7 +38,7 @@ def config(hf: dict) -> ModelConfig:
     tie_embeddings=keys('tie_word_embeddings'),
   )
   keys.close()
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:
@@ -85,14 +88,14 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
     }
 
   block |= norms('attention_norm', f'{at}.ln_1') | norms('feed_forward_norm', f'{at}.ln_2')
-  found = {
+  sources = {
     'embedding.tokens': Source('transformer.wte.weight', 'V D -> V D'),
     'embedding.positions': Source('transformer.wpe.weight', 'P D -> P D'),
     **common.blocks(config, lambda kind: block),
     **norms('stack.norm', 'transformer.ln_f'),
   }
   return (
-    found
+    sources
     if config.tie_embeddings
-    else found | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
+    else sources | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
   )

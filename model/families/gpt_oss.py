@@ -1,7 +1,10 @@
-"""How is a gpt-oss (arXiv:2508.10925) written in transformers? Attention sinks, windows, experts with biases."""
+"""How is a gpt-oss (arXiv:2508.10925) written in transformers?
+Attention sinks, windows, experts with biases.
+"""
 
 from model.config import ModelConfig, MoEConfig
 from model.families import common, gemma2
+from model.families.keys import Keys
 
 TYPES = ('gpt_oss',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -26,7 +29,7 @@ DEFAULTS = common.LLAMA_LIKE | dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   for name, built in (
     ('attention_bias', True),
     ('swiglu_alpha', 1.702),
@@ -43,11 +46,11 @@ def config(hf: dict) -> ModelConfig:
     per_token=keys('num_experts_per_tok', 'experts_per_token'),
     feed_forward=keys('intermediate_size'),
   )
-  found = common.llama_like(
+  network = common.llama_like(
     keys, activation='clamped_silu', biases='all', sinks=True, moe=moe, **windows
   )
   keys.close('initial_context_length')
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:
@@ -72,7 +75,7 @@ def to_hf(config: ModelConfig) -> dict:
 def tensors(config: ModelConfig) -> dict[str, common.Source]:
   """Where each parameter lies; gates and ups of an expert alternate."""
   mlp = f'{common.LAYER}.mlp'
-  found = {
+  sources = {
     'feed_forward.router': common.Source(f'{mlp}.router.weight', 'E D -> D E'),
     'feed_forward.router_bias': common.Source(f'{mlp}.router.bias', 'E -> E'),
     'feed_forward.down': common.Source(f'{mlp}.experts.down_proj', 'E M D -> E M D'),
@@ -80,12 +83,12 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
     'attention.sinks': common.Source(f'{common.LAYER}.self_attn.sinks', 'N -> N'),
   }
   for i, name in enumerate(('gate', 'up')):
-    found[f'feed_forward.{name}'] = common.Source(
+    sources[f'feed_forward.{name}'] = common.Source(
       f'{mlp}.experts.gate_up_proj', 'E D (M 2) -> E D M', ('2', i)
     )
-    found[f'feed_forward.{name}_bias'] = common.Source(
+    sources[f'feed_forward.{name}_bias'] = common.Source(
       f'{mlp}.experts.gate_up_proj_bias', 'E (M 2) -> E M', ('2', i)
     )
   return common.decoder(
-    config, lambda kind: common.attention(f'{common.LAYER}.self_attn', config) | found
+    config, lambda kind: common.attention(f'{common.LAYER}.self_attn', config) | sources
   )

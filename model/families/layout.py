@@ -1,4 +1,6 @@
-"""Where does a parameter lie in a checkpoint, and how do its entries get from there to here and back?"""
+"""Where does a parameter lie in a checkpoint,
+and how do its entries get from there to here and back?
+"""
 
 import dataclasses
 import functools
@@ -17,10 +19,10 @@ class Source:
 
   Attributes:
     name: of the tensor, with {layer} and {expert}.
-    pattern: dimensions there -> here, as in '(N H) D -> D N H': a group in parentheses is one dimension there, and
-      names are of `sizes`. Dimensions here follow those of layers and experts.
-    take: (name, index or indices) where the parameter is only a part of the tensor, or its entries lie in another
-      order: these, of the dimension of that name; one index removes it.
+    pattern: dimensions there -> here, as in '(N H) D -> D N H': a group in parentheses is one
+      dimension there, and names are of `sizes`. Dimensions here follow those of layers and experts.
+    take: (name, index or indices) where the parameter is only a part of the tensor, or its entries
+      lie in another order: these, of the dimension of that name; one index removes it.
     layers: of each repeat of the stacked parameter; (): it is not stacked.
   """
 
@@ -31,7 +33,9 @@ class Source:
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-  """Length of each dimension that patterns name: the letters of the legend, and of what some families fuse."""
+  """Length of each dimension that patterns name:
+  the letters of the legend, and of what some families fuse.
+  """
   latent, moe, H = config.latent, config.moe, config.H
   return {
     'V': config.V,
@@ -63,7 +67,8 @@ class Layout:
   """A Source with its lengths.
 
   Attributes:
-    groups: names of each dimension there. lengths: of each name. here: names of the dimensions here.
+    groups: names of each dimension there. lengths: of each name.
+    here: names of the dimensions here.
   """
 
   groups: tuple[tuple[str, ...], ...]
@@ -74,16 +79,16 @@ class Layout:
   @classmethod
   def of(cls, source: Source, lengths: dict[str, int]) -> 'Layout':
     """Raises ValueError for a pattern whose sides do not name the same dimensions."""
-    there, here = source.pattern.split(' -> ')
+    theirs, ours = source.pattern.split(' -> ')
     groups = tuple(
-      tuple(group.strip('()').split()) for group in re.findall(r'\([^)]*\)|\S+', there)
+      tuple(group.strip('()').split()) for group in re.findall(r'\([^)]*\)|\S+', theirs)
     )
     names = [name for group in groups for name in group]
     gone = {source.take[0]} if source.take and isinstance(source.take[1], int) else set()
-    if sorted({*here.split()} | gone) != sorted(names):
+    if sorted({*ours.split()} | gone) != sorted(names):
       raise ValueError(f'{source}: the two sides of the pattern name different dimensions')
     return cls(
-      groups, tuple((name, lengths[name]) for name in names), tuple(here.split()), source.take
+      groups, tuple((name, lengths[name]) for name in names), tuple(ours.split()), source.take
     )
 
   @functools.cached_property
@@ -93,7 +98,9 @@ class Layout:
     return tuple(math.prod(length[name] for name in group) for group in self.groups)
 
   def chunks(self, limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of the first name there, so that each holds at most `limit` entries where that is possible."""
+    """Ranges of the first name there, so that each holds at most `limit` entries where that is
+    possible.
+    """
     name, length = self.lengths[0]
     whole = (
       self.take is not None and self.take[0] == name
@@ -107,7 +114,9 @@ class Layout:
     return start * inner, stop * inner
 
   def region(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-    """The range of each dimension here that comes from `start` to `stop` of the first name there."""
+    """The range of each dimension here: what comes from `start` to `stop` of the first name
+    there.
+    """
     length = dict(self.lengths)
     if self.take and not isinstance(self.take[1], int):
       length[self.take[0]] = len(self.take[1])
@@ -125,7 +134,9 @@ class Layout:
     return parts.transpose([self._kept.index(name) for name in self.here])
 
   def send(self, x: np.ndarray, into: np.ndarray) -> int:
-    """The inverse: writes the parameter here into rows of the tensor there. Returns how many entries it wrote."""
+    """The inverse: writes the parameter here into rows of the tensor there.
+    Returns how many entries it wrote.
+    """
     parts = self._parts(into)
     at = tuple(
       self._taken if self.take and name == self.take[0] else slice(None) for name in self._names

@@ -2,6 +2,7 @@
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys, unsupported
 
 TYPES = ('llama',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -9,15 +10,13 @@ BUFFERS, TIED = common.BUFFERS, common.TIED
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **common.LLAMA_LIKE, mlp_bias=False)
+  keys = Keys(hf, **common.LLAMA_LIKE, mlp_bias=False)
   biased = keys('attention_bias'), keys('mlp_bias')
   if biased[0] != biased[1]:
-    raise common.unsupported(
-      f'attention_bias={biased[0]} with mlp_bias={biased[1]}', ['both, or neither']
-    )
-  found = common.llama_like(keys, biases='all' if biased[0] else 'none')
+    raise unsupported(f'attention_bias={biased[0]} with mlp_bias={biased[1]}', ['both, or neither'])
+  network = common.llama_like(keys, biases='all' if biased[0] else 'none')
   keys.close()
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -1,7 +1,10 @@
-"""How is a Mistral written in transformers? A Llama whose every layer has a window (arXiv:2310.06825)."""
+"""How is a Mistral written in transformers?
+A Llama whose every layer has a window (arXiv:2310.06825).
+"""
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('mistral',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -9,10 +12,10 @@ BUFFERS, TIED = common.BUFFERS, common.TIED
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **common.LLAMA_LIKE, sliding_window=4096)
-  found = common.llama_like(keys, window=keys('sliding_window') or 0)
+  keys = Keys(hf, **common.LLAMA_LIKE, sliding_window=4096)
+  network = common.llama_like(keys, window=keys('sliding_window') or 0)
   keys.close()
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -1,7 +1,10 @@
-"""How is a Mixtral written in transformers? A Mistral with experts in every layer (arXiv:2401.04088)."""
+"""How is a Mixtral written in transformers?
+A Mistral with experts in every layer (arXiv:2401.04088).
+"""
 
 from model.config import ModelConfig, MoEConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('mixtral',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -10,15 +13,15 @@ DEFAULTS = common.LLAMA_LIKE | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_w
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   moe = MoEConfig(
     experts=keys('num_local_experts', 'num_experts'),
     per_token=keys('num_experts_per_tok'),
     feed_forward=keys('intermediate_size'),
   )
-  found = common.llama_like(keys, window=keys('sliding_window') or 0, moe=moe)
+  network = common.llama_like(keys, window=keys('sliding_window') or 0, moe=moe)
   keys.close()
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

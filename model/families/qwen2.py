@@ -1,7 +1,10 @@
-"""How is a Qwen2 or Qwen2.5 (arXiv:2412.15115) written in transformers? A Llama with biases on q, k and v."""
+"""How is a Qwen2 or Qwen2.5 (arXiv:2412.15115) written in transformers?
+A Llama with biases on q, k and v.
+"""
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys
 
 TYPES = ('qwen2',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -12,14 +15,16 @@ WINDOWS = dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **common.LLAMA_LIKE, **WINDOWS)
-  found = common.llama_like(keys, biases='qkv', **windows(keys))
+  keys = Keys(hf, **common.LLAMA_LIKE, **WINDOWS)
+  network = common.llama_like(keys, biases='qkv', **windows(keys))
   keys.close()
-  return found
+  return network
 
 
-def windows(keys: common.Keys) -> dict[str, int]:
-  """The windows of Qwen's four keys: where layer_types does not say otherwise, the first max_window_layers see all."""
+def windows(keys: Keys) -> dict[str, int]:
+  """The windows of Qwen's four keys: where layer_types does not say otherwise,
+  the first max_window_layers see all.
+  """
   used, window, first = (
     keys('use_sliding_window'),
     keys('sliding_window'),

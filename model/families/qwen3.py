@@ -1,7 +1,10 @@
-"""How is a dense Qwen3 written in transformers? A Llama with norms of queries and keys (arXiv:2505.09388)."""
+"""How is a dense Qwen3 written in transformers?
+A Llama with norms of queries and keys (arXiv:2505.09388).
+"""
 
 from model.config import ModelConfig
 from model.families import common, qwen2
+from model.families.keys import Keys
 
 TYPES = ('qwen3',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -9,11 +12,11 @@ BUFFERS, TIED = common.BUFFERS, common.TIED
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **common.LLAMA_LIKE | dict(head_dim=128), **qwen2.WINDOWS)
+  keys = Keys(hf, **common.LLAMA_LIKE | dict(head_dim=128), **qwen2.WINDOWS)
   keys.only('attention_bias', False)
-  found = common.llama_like(keys, qk_norm=True, **qwen2.windows(keys))
+  network = common.llama_like(keys, qk_norm=True, **qwen2.windows(keys))
   keys.close()
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

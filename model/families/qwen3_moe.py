@@ -2,6 +2,7 @@
 
 from model.config import ModelConfig, MoEConfig
 from model.families import common
+from model.families.keys import Keys, unsupported
 
 TYPES = ('qwen3_moe',)
 BUFFERS, TIED = common.BUFFERS, common.TIED
@@ -17,7 +18,7 @@ DEFAULTS = common.LLAMA_LIKE | dict(
 
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  keys = common.Keys(hf, **DEFAULTS)
+  keys = Keys(hf, **DEFAULTS)
   keys.only('attention_bias', False)
   step, dense, layers = (
     keys('decoder_sparse_step'),
@@ -27,7 +28,7 @@ def config(hf: dict) -> ModelConfig:
   sparse = [i for i in range(layers) if (i + 1) % step == 0 and i not in dense]
   first, every = (sparse or [0])[0], sparse[1] - sparse[0] if len(sparse) > 1 else 1
   if not sparse or sparse != list(range(first, layers, every)):
-    raise common.unsupported(
+    raise unsupported(
       f'mlp_only_layers={dense}, decoder_sparse_step={step} (experts in layers {sparse})',
       ['every n-th layer, from the first one with experts on'],
     )
@@ -40,9 +41,9 @@ def config(hf: dict) -> ModelConfig:
     renormalise=keys('norm_topk_prob'),
   )
   used, window = keys('use_sliding_window'), keys('sliding_window')
-  found = common.llama_like(keys, qk_norm=True, window=window or 0 if used else 0, moe=moe)
+  network = common.llama_like(keys, qk_norm=True, window=window or 0 if used else 0, moe=moe)
   keys.close('max_window_layers')  # transformers does not look at it in this family
-  return found
+  return network
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -1,12 +1,15 @@
-"""How is a T5 (arXiv:1910.10683) written in transformers? Version 1.0; 1.1 and Flan: gated, logits not scaled, a head.
+"""How is a T5 (arXiv:1910.10683) written in transformers?
+Version 1.0; 1.1 and Flan: gated, logits not scaled, a head.
 
-What config.json says of tied embeddings cannot be trusted (transformers 5 always writes true): the tensors tell.
+What config.json says of tied embeddings cannot be trusted (transformers 5 always writes true):
+the tensors tell.
 """
 
 import dataclasses
 
 from model.config import ModelConfig
 from model.families import common
+from model.families.keys import Keys, unsupported
 
 TYPES = ('t5',)
 # Saved by some, used by none.
@@ -30,10 +33,10 @@ DEFAULTS = dict(
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
   tied = hf.get('tie_word_embeddings', True)
-  keys = common.Keys(hf, **DEFAULTS, scale_decoder_outputs=tied)
+  keys = Keys(hf, **DEFAULTS, scale_decoder_outputs=tied)
   gate, _, name = keys('feed_forward_proj').rpartition('-')
   if gate not in ('', 'gated'):
-    raise common.unsupported(
+    raise unsupported(
       f'feed_forward_proj={hf["feed_forward_proj"]!r}', ['an activation', 'gated- and one']
     )
   name = 'gelu_new' if (gate, name) == ('gated', 'gelu') else name
@@ -47,7 +50,7 @@ def config(hf: dict) -> ModelConfig:
     'decoder_start_token_id', hf.get('pad_token_id') or 0, None
   )  # decode.generator starts with padding
   width = keys('d_model')
-  found = ModelConfig(
+  network = ModelConfig(
     vocabulary=keys('vocab_size'),
     width=width,
     layers=keys('num_decoder_layers') or keys('num_layers'),
@@ -67,7 +70,7 @@ def config(hf: dict) -> ModelConfig:
     logit_scale=width**-0.5 if keys('scale_decoder_outputs') else 1.0,
   )
   keys.close('output_past')
-  return found
+  return network
 
 
 def with_tensors(config: ModelConfig, names: set[str]) -> ModelConfig:
@@ -80,7 +83,7 @@ def to_hf(config: ModelConfig) -> dict:
   act = {'gelu': 'gelu' if config.gated else 'gelu_new', 'gelu_exact': 'gelu'}.get(
     config.activation, config.activation
   )
-  found = dict(
+  hf = dict(
     architectures=['T5ForConditionalGeneration'],
     model_type='t5',
     vocab_size=config.V,
@@ -99,7 +102,7 @@ def to_hf(config: ModelConfig) -> dict:
     tie_word_embeddings=config.tie_embeddings,
     scale_decoder_outputs=config.logit_scale != 1.0,
   )
-  return found | ({'n_positions': config.max_length} if config.max_length else {})
+  return hf | ({'n_positions': config.max_length} if config.max_length else {})
 
 
 def tensors(config: ModelConfig) -> dict[str, common.Source]:
@@ -107,20 +110,20 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
   Source = common.Source
 
   def attention(at, to):
-    found = {f'{to}.{x}': Source(f'{at}.{x}.weight', '(N H) D -> D N H') for x in 'qkv'}
-    return found | {f'{to}.o': Source(f'{at}.o.weight', 'D (N H) -> N H D')}
+    sources = {f'{to}.{x}': Source(f'{at}.{x}.weight', '(N H) D -> D N H') for x in 'qkv'}
+    return sources | {f'{to}.o': Source(f'{at}.o.weight', 'D (N H) -> N H D')}
 
   def block(stack, last):
     at = f'{stack}.block.{{layer}}.layer'
     dense = f'{at}.{last}.DenseReluDense'
-    found = {
+    sources = {
       'attention_norm.scale': Source(f'{at}.0.layer_norm.weight', 'D -> D'),
       **attention(f'{at}.0.SelfAttention', 'attention'),
       'feed_forward_norm.scale': Source(f'{at}.{last}.layer_norm.weight', 'D -> D'),
       'feed_forward.down': Source(f'{dense}.wo.weight', 'D F -> F D'),
     }
     names = {'gate': 'wi_0', 'up': 'wi_1'} if config.gated else {'up': 'wi'}
-    return found | {
+    return sources | {
       f'feed_forward.{ours}': Source(f'{dense}.{theirs}.weight', 'F D -> D F')
       for ours, theirs in names.items()
     }
@@ -136,13 +139,13 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
     )
     for leaf, source in block('encoder', 1).items()
   }
-  found = {
+  sources = {
     'embedding.tokens': Source('shared.weight', 'V D -> V D'),
     **common.blocks(config, lambda kind: decoder),
     **encoder,
   }
   for ours, theirs in (('stack', 'decoder'), ('encoder', 'encoder')):
-    found |= {
+    sources |= {
       f'{ours}.norm.scale': Source(f'{theirs}.final_layer_norm.weight', 'D -> D'),
       f'{ours}.relative': Source(
         f'{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
@@ -150,7 +153,7 @@ def tensors(config: ModelConfig) -> dict[str, common.Source]:
       ),
     }
   return (
-    found
+    sources
     if config.tie_embeddings
-    else found | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
+    else sources | {'head.tokens': Source('lm_head.weight', 'V D -> V D')}
   )

@@ -65,7 +65,8 @@ class Int8(Weight):
     return tuple(None if n - rank in self.summed else axis for n, axis in enumerate(self.axes))
 
   def numbers(self, dtype):
-    return self.values.astype(dtype) * self.scale.astype(dtype)
+    # The scale in f32: rounded to bf16 it would move all numbers of an output together.
+    return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
   def layout(self):
     return Int8(self.axes, self.scale_axes, self.summed, self.axes)

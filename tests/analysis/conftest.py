@@ -11,6 +11,7 @@ import pytest
 from analysis import hardware
 from data.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config
 from training.program import lower_step
@@ -23,8 +24,7 @@ TINY = Config(
     heads=2,
     kv_heads=2,
     feed_forward=512,
-    dtype='bfloat16',
-    attention='reference',
+    execution=ExecutionConfig(dtype='bfloat16', attention='reference'),
   ),
   data=DataConfig(sequence_length=128, batch_size=16, tokenizer=TokenizerConfig(kind='byte')),
   mesh=MeshConfig(data=1, fsdp=2, tensor=2),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from analysis import budget, hardware
-from analysis.budget import LAWS, Fleet, Law
+from analysis.budget import LAWS, Fleet, ScalingLaw
 
 BUDGETS = st.floats(18, 27).map(lambda exponent: 10**exponent)
 laws = pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
@@ -72,7 +72,7 @@ def test_what_the_papers_say():
 
 
 def test_a_symmetric_law_splits_evenly():
-  law = Law(E=0, A=3, B=3, alpha=0.5, beta=0.5)
+  law = ScalingLaw(E=0, A=3, B=3, alpha=0.5, beta=0.5)
   assert law.optimum(6e10) == (pytest.approx(1e5), pytest.approx(1e5))
 
 

@@ -2,6 +2,10 @@
 and is what runs beside them told from what waits?
 """
 
+import dataclasses
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +216,64 @@ def test_links_are_those_of_the_torus_that_a_group_spans():
   ) == pytest.approx(300e9)
   flat = schedule.Links(fake_mesh(np.ndindex(16, 16), (16, 16)), CHIP)
   assert flat.bandwidth(tuple(range(16))) == pytest.approx(100e9)
+
+
+def crossing(coords, groups, chip, sides, nbytes):
+  """Seconds, at least, of all-to-alls that run in all groups at once: over every cut of the torus
+  in two, the bytes that have to cross it one way, by the links that do.
+  """
+  link, most = chip.interconnect / 2 / (2 * chip.torus), 0.0
+  for dimension, side in enumerate(sides):
+    rows = math.prod(sides) // side
+    for begin, end in itertools.combinations(range(side + 1), 2):
+      inside = (coords[:, dimension] >= begin) & (coords[:, dimension] < end)
+      if inside.all():
+        continue
+      pairs = sum(inside[group].sum() * (~inside[group]).sum() for group in groups)
+      wrapped = side % chip.wraps == 0
+      ends = 2 if wrapped else (begin > 0) + (end < side)
+      most = max(most, pairs * nbytes / len(groups[0]) / (rows * ends * link))
+  return most
+
+
+@pytest.mark.parametrize('axes', [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(
+  'kind, sides, shape',
+  [
+    ('TPU v5e', (4, 4), (4, 4)),
+    ('TPU v5e', (4, 8), (8, 4)),
+    ('TPU v5e', (16, 16), (16, 16)),
+    ('TPU v5e', (16, 16), (8, 32)),
+    ('TPU v6e', (8, 8), (2, 32)),
+    ('TPU v5p', (2, 2, 4), (4, 4)),
+    ('TPU v5p', (4, 4, 4), (8, 8)),
+    ('TPU v5p', (4, 4, 8), (16, 8)),
+    ('TPU v5p', (8, 8, 8), (8, 64)),
+  ],
+)
+def test_no_all_to_all_beats_what_crosses_a_cut(kind, sides, shape, axes):
+  chip = hardware.lookup(kind)
+  coords = np.array(list(np.ndindex(*sides)))
+  links = schedule.Links(fake_mesh(coords.tolist(), shape), chip)
+  numbers = np.moveaxis(np.arange(len(coords)).reshape(shape), axes, range(-len(axes), 0))
+  groups = numbers.reshape(-1, math.prod(shape[axis] for axis in axes))
+  size, nbytes = groups.shape[1], 2**30
+  sent = schedule.sent('all-to-all', nbytes, nbytes, size)
+  bound = crossing(coords, groups, chip, sides, nbytes)
+  for group in groups:
+    exchange = schedule.Collective('all-to-all', ('fsdp',), size, 1, sent, False, '', tuple(group))
+    assert links.seconds(exchange)[0] >= bound * (1 - 1e-6)
+
+
+def test_an_all_to_all_of_a_ring_is_what_crosses_its_middle():
+  # Of 16 chips in a ring, 16 x / 4 cross the middle one way, over two links of 50 GB/s.
+  flat = schedule.Links(fake_mesh(np.ndindex(16, 16), (16, 16)), CHIP)
+  sent = schedule.sent('all-to-all', 2**30, 2**30, 16)
+  ring = schedule.Collective('all-to-all', ('tensor',), 16, 1, sent, False, '', tuple(range(16)))
+  assert flat.seconds(ring) == (pytest.approx(16 * 2**30 / 8 / 50e9), 0.0)
+  # What members pass on is not bound by it.
+  gather = dataclasses.replace(ring, kind='all-gather')
+  assert flat.seconds(gather)[0] == pytest.approx(sent / 100e9)
 
 
 def test_between_slices_a_member_exchanges_its_part_or_it_raises():

@@ -190,7 +190,7 @@ def test_goals_are_of_the_lengths_that_they_were_set_for():
   ] == ['500 / 590: below', '500 / 590: above the floor', '500 / 590: reached', '500 / 590']
 
 
-class Scripted(attention.Run):
+class Scripted(attention.Timings):
   """A run whose processes end as told: (cases that are reported, last words)."""
 
   def __init__(self, script):

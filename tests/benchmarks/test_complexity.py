@@ -2,7 +2,6 @@
 and does it say where they end?
 """
 
-import dataclasses
 import json
 import math
 
@@ -45,7 +44,7 @@ def test_what_is_compiled_is_what_is_traced(way, points):
   """But for recomputation: attention's own, inside that of a block,
   repeats products that the compiler then computes once.
   """
-  config = dataclasses.replace(SMALL, **way.model)
+  config = SMALL.with_execution(**way.execution)
   function, argument = way.build(config, 128)
   traced = traced_products(
     jax.make_jaxpr(function)(jax.eval_shape(lambda: transformer.init(config, 0)), argument).jaxpr

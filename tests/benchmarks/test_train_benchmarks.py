@@ -54,7 +54,7 @@ def test_without_a_gpu_it_says_so():
 
 def test_the_model_has_the_size_that_it_says():
   made = train_gpu.config(16384, 'auto')
-  assert (made.data.batch_size, made.data.sequence_length, made.model.dtype) == (
+  assert (made.data.batch_size, made.data.sequence_length, made.model.execution.dtype) == (
     1,
     16384,
     'bfloat16',

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import zero
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 
 MODEL = ModelConfig(
   vocabulary=512,
@@ -18,7 +19,7 @@ MODEL = ModelConfig(
   head_width=256,
   feed_forward=2048,
   max_length=128,
-  dtype='bfloat16',
+  execution=ExecutionConfig(dtype='bfloat16'),
 )
 
 

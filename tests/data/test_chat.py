@@ -217,3 +217,14 @@ def test_names_of_control_tokens_in_messages_are_text(family):
     assert not (control - unknown) & {*ids[len(first) :]}, content
   # As they stand, they are the tokens: transformers' way.
   assert len(tokenizer.encode(names[0], special=True)) == 1
+
+
+def test_templates_and_messages_without_end():
+  for source in ('{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}', '{{ ' + '9' * 5000 + ' }}'):
+    with pytest.raises(ValueError, match='the chat template'):
+      ChatTemplate(source).render([{'role': 'user', 'content': 'a'}])
+  nested = []
+  for _ in range(100_000):
+    nested = [nested]
+  with pytest.raises(ValueError, match='JSON data only'):
+    ChatTemplate('a').render([{'role': 'user', 'content': nested}])

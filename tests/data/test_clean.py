@@ -161,3 +161,58 @@ def test_workers_change_nothing():
   assert [(c.text, c.dropped, c.counts, c.digest, c.signature.tolist()) for c in parallel] == [
     (c.text, c.dropped, c.counts, c.digest, c.signature.tolist()) for c in alone
   ]
+
+
+def simulated(rng, documents, similarity, shared):
+  """Signatures of documents in random order, every second of which resembles the one before by
+  about `similarity`; a share of them have a phrase in common, whose hash is the smallest in some of
+  their places.
+  """
+  values = rng.integers(0, 2**32, (documents, duplicates.HASHES), np.uint32)
+  phrase = rng.integers(0, 2**32, duplicates.HASHES, np.uint32)
+  with_phrase = rng.random((documents, 1)) < shared
+  values = np.where(with_phrase & (rng.random(values.shape) < 0.3), phrase, values)
+  equal = rng.random((documents // 2, duplicates.HASHES)) < similarity
+  values[1::2] = np.where(equal, values[::2], values[1::2])
+  return values[rng.permutation(documents)]
+
+
+# Of documents without and with a phrase in common, which fills the bands of many with one key.
+@pytest.mark.parametrize('threshold', [0.5, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize('shared', [0.0, 0.9])
+def test_of_all_pairs_at_the_threshold_nearly_all_are_found(threshold, shared, monkeypatch):
+  rng = np.random.default_rng(0)
+  signatures = simulated(rng, 1600, threshold, shared)
+  alike = np.stack([(signatures == one).mean(axis=1) >= threshold for one in signatures])
+  pairs = np.argwhere(np.triu(alike, 1))
+  assert len(pairs) > 300
+  for large in (duplicates.LARGE, 64):
+    monkeypatch.setattr(duplicates, 'LARGE', large)
+    dropped = duplicates.near_duplicates(signatures, threshold)
+    # A pair that was found keeps its first at most, and nothing is dropped that resembles nothing.
+    recall = dropped[pairs[:, 1]].mean()
+    assert recall >= 0.99 and not dropped[~np.isin(np.arange(1600), pairs[:, 1])].any()
+
+
+def test_no_third_document_stands_between_two_that_are_alike():
+  rng = np.random.default_rng(0)
+  number, values = duplicates.bands(0.75)
+  first, other = rng.integers(0, 2**32, (2, duplicates.HASHES), np.uint32)
+  near = np.append(first[:-10], other[-10:])
+  for copies in (1, 2 * duplicates.SMALL):
+    # In every band others stand between the two, which agree with both there and nowhere else.
+    between = rng.integers(0, 2**32, (number, copies, duplicates.HASHES), np.uint32)
+    for band in range(number):
+      here = slice(band * values, (band + 1) * values)
+      between[band, :, here] = first[here]
+    signatures = np.stack([first, *between.reshape(-1, duplicates.HASHES), near])
+    dropped = duplicates.near_duplicates(signatures, 0.75)
+    assert np.flatnonzero(dropped).tolist() == [len(dropped) - 1]
+
+
+def test_bands_meet_in_nearly_all_pairs_at_the_threshold():
+  for threshold in np.linspace(0.5, 1, 51):
+    number, values = duplicates.bands(threshold)
+    assert number * values <= duplicates.HASHES
+    assert 1 - (1 - threshold**values) ** number >= 0.99
+  assert duplicates.bands(0.75) == (22, 5) and duplicates.bands(1.0) == (1, 112)

@@ -507,3 +507,33 @@ def test_older_files_read_the_same():
   assert made(files, families.SETTINGS['t5']).decode(ours('t5').encode('a b')) == 'a b'
   files['decoder'] |= {'add_prefix_space': False, 'prepend_scheme': 'never'}
   assert made(files, families.SETTINGS['t5']).decode(ours('t5').encode('a b')) == ' a b'
+
+
+def test_json_of_another_form_is_one_line_that_names_the_directory(tmp_path):
+  ours('gpt2').save(tmp_path)
+  definition = json.loads((tmp_path / 'tokenizer.json').read_text())
+  shapes = [
+    {'model': {'vocab': 7}},
+    {'model': {'vocab': [1, 2]}},
+    {'model': definition['model'] | {'vocab': {'a': 'x'}}},
+    {'added_tokens': 7},
+    {'added_tokens': [{}]},
+    {'added_tokens': ['</s>']},
+    {'decoder': 7},
+    {'decoder': {'type': ['ByteLevel']}},
+    {'decoder': {'type': 'Sequence'}},
+    {'decoder': {'type': 'Replace', 'pattern': 'a'}},
+  ]
+  for shape in shapes:
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(definition | shape))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+      tokenizers.load(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(definition))
+  for damaged in (b'[' * 100_000, b'9' * 5000, b'\xff', b'{"eos_token": {"a": 1}}', b'[]'):
+    (tmp_path / 'tokenizer_config.json').write_bytes(damaged)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+      tokenizers.load(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_bytes(b'{"eos_token": "<|endoftext|>"}')
+  (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
+  with pytest.raises(ValueError, match='chat_template.jinja is not UTF-8'):
+    tokenizers.load(tmp_path)

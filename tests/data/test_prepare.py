@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -302,3 +303,33 @@ def test_tokens_are_kept_as_wide_as_the_vocabulary_needs(tmp_path):
       writer.add(np.array([1, vocabulary - 1, 2]))
     stored = np.fromfile(tmp_path / f'v{vocabulary}-00000.tokens', dtype)
     assert writer.shards[0]['dtype'] == dtype and stored.tolist() == [1, vocabulary - 1, 2]
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_a_directory_whose_index_is_gone_is_prepared_anew(tmp_path, which):
+  write(tmp_path / 'a.jsonl', [text(i) for i in range(40)])
+  first = prepare(config(tmp_path), log=quiet)
+  (first.directories[which] / cache.INDEX).unlink()
+  lines = []
+  again = prepare(config(tmp_path), log=lines.append)
+  assert any(f'{first.directories[which]} had no index.json' in line for line in lines)
+  assert sorted(again.validation_documents()) == sorted(first.validation_documents())
+  verify(again)
+  assert {path.name for path in (tmp_path / 'cache').iterdir()} == {first.key.split('-')[0]}
+
+
+def test_an_index_of_another_form_is_refused_by_its_name(tmp_path):
+  write(tmp_path / 'a.jsonl', [text(i) for i in range(40)])
+  index = prepare(config(tmp_path), log=quiet).directories[0] / cache.INDEX
+  for damaged in (b'[' * 100_000, b'9' * 5000, b'\xff', b'[]', b'{"report": {}, "files": [1]}'):
+    index.write_bytes(damaged)
+    with pytest.raises(cache.CorruptShardError, match='index.json .*; delete .* and run again'):
+      prepare(config(tmp_path), log=quiet)
+
+
+def test_what_a_host_of_a_longer_name_is_building_stays(tmp_path):
+  theirs = tmp_path / f'x.partial-{socket.gethostname()}-b-7'
+  theirs.mkdir()
+  with cache.building(tmp_path / 'x', quiet) as mine:
+    (mine / cache.INDEX).touch()
+  assert theirs.is_dir()

@@ -2,18 +2,22 @@
 bad input is counted and loses nothing else.
 """
 
-import collections
+import bz2
+import gzip
 import json
+import lzma
 import os
+import sys
+import types
 
 import pytest
 
-from data import sources
+from data import compressed, sources
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 
 
 def read(source):
-  problems = collections.Counter()
+  problems = sources.Problems()
   return list(sources.documents(source, problems)), dict(problems)
 
 
@@ -92,6 +96,14 @@ def test_digest_follows_content_and_remembers_only_old_files(tmp_path):
     (lambda: SourceConfig(kind='json'), "did you mean 'jsonl'"),
     (lambda: SourceConfig(kind='text'), 'give a file or a glob'),
     (lambda: SourceConfig(path='x'), "leave it ''"),
+    (lambda: SourceConfig(path='x'), "set source.kind='text'"),
+    (lambda: TokenizerConfig(vocabulary=1e20), 'must be a whole number'),
+    (lambda: TokenizerConfig(vocabulary=10**20), r'must be in \[0, 16777216\]'),
+    (lambda: TokenizerConfig(training_bytes=10**20), r'must be in \[1000, '),
+    (lambda: DataConfig(batch_size=10**9), 'positions, of at most .*; lower'),
+    (lambda: DataConfig(batch_size=1e9), 'must be a whole number'),
+    (lambda: DataConfig(sequence_length=10**9, batch_size=1), 'must be at most'),
+    (lambda: DataConfig(seed=0.5), 'must be a whole number'),
     (lambda: SourceConfig(kind='jsonl', path='x'), 'name the field'),
     (lambda: SourceConfig(kind='text', path='x', text_field='t'), 'whole file'),
     (lambda: SourceConfig(weight=0.0), 'must be positive'),
@@ -111,3 +123,149 @@ def test_digest_follows_content_and_remembers_only_old_files(tmp_path):
 def test_impossible_configs_are_refused_with_a_remedy(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+HARD_JSON = [
+  b'9' * 5000,
+  b'[' * 100_000,
+  b'{"t": ' * 100_000,
+  b'{"t": "\xff"}',
+  b'{"t": 1e',
+  b'\x00',
+]
+
+
+def test_a_line_that_no_parser_likes_is_counted_with_its_place(tmp_path, monkeypatch):
+  file = tmp_path / 'a.jsonl'
+  for hard in HARD_JSON:
+    file.write_bytes(b'{"t": "one"}\n\n%b\n%b\n{"t": "two"}\n' % (hard, hard))
+    problems = sources.Problems()
+    source = SourceConfig(kind='jsonl', path=str(file), text_field='t')
+    assert list(sources.documents(source, problems)) == ['one', 'two']
+    (kind,) = problems
+    assert problems[kind] == 2 and problems.first == {kind: f'{file}:3'}
+  (tmp_path / 'a.csv').write_text('t\none\n' + 'x' * 5000 + '\ntwo\n')
+  monkeypatch.setattr(sys, 'maxsize', 4000)  # csv's own limit, which else takes 2 GB
+  source = SourceConfig(kind='csv', path=str(tmp_path / 'a.csv'), text_field='t')
+  assert read(source) == (['one', 'two'], {'malformed': 1})
+
+
+def test_a_damaged_memo_is_made_anew(tmp_path):
+  file, memo = tmp_path / 'a.txt', tmp_path / 'sources.json'
+  file.write_text('one')
+  os.utime(file, (1e9, 1e9))
+  digest, whole = sources.content_digest([str(file)], memo), memo.read_bytes()
+  entry = json.loads(whole)[str(file)]
+  shapes = [[*entry[:2], 7], [*entry[:2], 'zz'], entry[:2], 7, None, {}]
+  others = [json.dumps({str(file): shape}).encode() for shape in shapes]
+  for damaged in (*HARD_JSON, b'', b'[]', b'7', whole[:-9], *others):
+    memo.write_bytes(damaged)
+    assert sources.content_digest([str(file)], memo) == digest
+    assert memo.read_bytes() == whole
+
+
+PACKERS = {'gz': gzip.compress, 'bz2': bz2.compress, 'xz': lzma.compress}
+
+
+@pytest.mark.parametrize('ending', PACKERS)
+def test_compressed_files_read_as_others_and_damaged_ones_up_to_the_damage(tmp_path, ending):
+  lines = b''.join(b'{"t": "%032x"}\n' % (i * 7**30 % 2**127) for i in range(20_000))
+  contents = {'a.jsonl': lines, 'b.csv': b't\none\n"two\nlines"\n', 'c.txt': '\ufeffé'.encode()}
+  for name, content in contents.items():
+    (tmp_path / f'{name}.{ending}').write_bytes(PACKERS[ending](content))
+  kinds = {'a.jsonl': ('jsonl', 't'), 'b.csv': ('csv', 't'), 'c.txt': ('text', '')}
+  read_all = {
+    name: read(SourceConfig(kind=kind, text_field=field, path=f'{tmp_path}/{name}.{ending}'))
+    for name, (kind, field) in kinds.items()
+  }
+  assert len(read_all['a.jsonl'][0]) == 20_000 and not read_all['a.jsonl'][1]
+  assert read_all['b.csv'] == (['one', 'two\nlines'], {})
+  assert read_all['c.txt'] == (['é'], {})
+
+  packed = tmp_path / f'a.jsonl.{ending}'
+  whole = packed.read_bytes()
+  half = len(whole) // 2
+  source = SourceConfig(kind='jsonl', text_field='t', path=str(packed))
+  for damaged in (whole[:half], b'plain'):
+    packed.write_bytes(damaged)
+    documents, problems = read(source)
+    assert documents == read_all['a.jsonl'][0][: len(documents)]
+    assert problems.pop('unreadable') == 1 and not problems
+  # Bits that changed are seen at the next checksum: what came before is counted as it is.
+  packed.write_bytes(whole[:half] + bytes([whole[half] ^ 255]) * 9 + whole[half + 9 :])
+  assert read(source)[1]['unreadable'] == 1
+
+
+def test_zst_is_read_by_the_library_that_is_there_or_says_what_to_install(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt.zst').write_bytes(b'packed')
+  source = SourceConfig(kind='text', path=f'{tmp_path}/*.zst')
+  monkeypatch.setattr(compressed, '_zstandard', lambda: None)
+  with pytest.raises(ValueError, match='a.txt.zst needs .*pip install zstandard'):
+    sources.paths(source)
+
+  class ZstdError(Exception):
+    pass
+
+  stub = types.SimpleNamespace(open=lambda path, mode: open(path, mode), ZstdError=ZstdError)
+  monkeypatch.setattr(compressed, '_zstandard', lambda: stub)
+  assert read(source) == (['packed'], {})
+
+  def refuse(path, mode):
+    raise ZstdError
+
+  stub.open = refuse
+  assert read(source) == ([], {'unreadable': 1})
+
+
+@pytest.mark.parametrize('rest', ['', '\n', '\n7,seven\n8,eight\n', '\n7,seven'])
+def test_an_unclosed_quote_is_counted_and_its_record_is_no_document(tmp_path, rest):
+  (tmp_path / 'a.csv').write_text('id,t\n1,one\n\n2,"two ""2""\n"\n3,"three' + rest)
+  problems = sources.Problems()
+  source = SourceConfig(kind='csv', path=f'{tmp_path}/a.csv', text_field='t')
+  assert list(sources.documents(source, problems)) == ['one', 'two "2"\n']
+  assert problems == {'unclosed_quote': 1}
+  assert problems.first == {'unclosed_quote': f'{tmp_path}/a.csv:6'}
+  (tmp_path / 'a.csv').write_text('id,"t\n1,one\n')
+  with pytest.raises(ValueError, match='a.csv: a quote in the line of its columns is never closed'):
+    read(source)
+  for whole, last in (('id,t\n1,one', 'one'), ('id,t\n1,"one"', 'one'), ('id,t\n1,"a"b\n', 'ab')):
+    (tmp_path / 'a.csv').write_text(whole)
+    assert read(source) == ([last], {})
+
+
+def test_a_wrong_field_lists_the_keys_that_are_there(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"body": "x", "n": 3}\n{"text": 4}\n')
+  source = SourceConfig(kind='jsonl', path=f'{tmp_path}/a.jsonl', text_field='text')
+  with pytest.raises(
+    ValueError, match=r"none of 2 .*'text'; keys .*: body \(str\), n \(int\), text"
+  ):
+    read(source)
+
+
+def test_a_folder_is_told_from_a_glob(tmp_path):
+  (tmp_path / 'a.txt').write_text('one')
+  with pytest.raises(FileNotFoundError, match=r"is a folder: path='.*/\*\*/\*' takes all files"):
+    sources.paths(SourceConfig(kind='text', path=f'{tmp_path}/'))
+  assert read(SourceConfig(kind='text', path=f'{tmp_path}/**/*')) == (['one'], {})
+
+
+def test_stars_enter_no_directory_by_a_link(tmp_path, monkeypatch):
+  (tmp_path / 'a' / 'b' / '.hidden').mkdir(parents=True)
+  for i in range(40):
+    (tmp_path / 'a' / f'link{i}').symlink_to(tmp_path)
+  files = {'top.txt', 'a/one.txt', 'a/b/two.txt', 'a/b/three.md'}
+  for file in files:
+    (tmp_path / file).write_text(file)
+  (tmp_path / 'a' / 'b' / '.hidden' / 'no.txt').write_text('no')
+  (tmp_path / 'a' / 'file.txt').symlink_to(tmp_path / 'top.txt')
+  monkeypatch.chdir(tmp_path)
+  for root in (f'{tmp_path}/', ''):
+    for pattern, expected in {
+      '**/*.txt': {'top.txt', 'a/one.txt', 'a/file.txt', 'a/b/two.txt'},
+      '**': files | {'a/file.txt'},
+      '**/b/**/*.txt': {'a/b/two.txt'},
+      'a/**/**/two.*': {'a/b/two.txt'},
+      'a/*/*.md': {'a/b/three.md'},
+    }.items():
+      matched = sources.paths(SourceConfig(kind='text', path=root + pattern))
+      assert sorted(os.path.relpath(path) for path in matched) == sorted(expected), pattern

@@ -206,3 +206,21 @@ def test_a_loaded_model_keeps_its_ids_and_its_losses_are_counted():
 def test_arrays_are_int32():
   for kind in ('byte', 'char', 'bpe'):
     assert all(array.dtype == np.int32 for array in made(kind).encode_arrays(['ab', '']))
+
+
+@pytest.mark.parametrize(
+  'content',
+  [b'', b'[' * 100_000, b'9' * 5000, b'\xff', b'[]', b'{"kind": "bite"}', b'{"kind": "char"}'],
+)
+def test_a_damaged_tokenizer_is_named(tmp_path, content):
+  (tmp_path / 'tokenizer.json').write_bytes(content)
+  with pytest.raises(ValueError, match=f'{tmp_path}.*tokenizer.json'):
+    tokenizers.load(tmp_path)
+
+
+# Of tiktoken, which has files of that name, and an empty one.
+@pytest.mark.parametrize('content', [b'IQ== 0\nIg== 1\n', b''])
+def test_what_is_no_sentencepiece_model_is_named(tmp_path, content):
+  (tmp_path / 'tokenizer.model').write_bytes(content)
+  with pytest.raises(ValueError, match=f'{tmp_path}/tokenizer.model'):
+    tokenizers.load(tmp_path / 'tokenizer.model')

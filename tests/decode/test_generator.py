@@ -13,12 +13,13 @@ import pytest
 from data.config import DataConfig
 from data.tokenizers import ByteTokenizer
 from decode import beam, drafting, loop
-from decode.engine import generating
+from decode.constrain import Constraint
+from decode.generating import generating
 from decode.generator import Generator
 from decode.report import CallTimer
 from decode.request import Row
 from kernels.blocks import Blocks
-from model import params, transformer
+from model import params, rearranged, transformer
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs, state as states
@@ -161,7 +162,7 @@ def test_load(tmp_path):
   ):
     loaded = Generator.load(tmp_path, which)
     with jax.set_mesh(loaded.mesh):
-      model = transformer.unstacked(model)
+      model = rearranged.unstacked(model)
     for a, b in zip(jax.tree.leaves(loaded.model), jax.tree.leaves(model), strict=True):
       np.testing.assert_array_equal(a, b)
   assert len(loaded('def', max_new_tokens=5)[0].ids) == 5
@@ -174,14 +175,12 @@ def test_load(tmp_path):
 
 
 def test_a_run_that_trained_with_a_backend_for_training_generates(tmp_path):
-  save_run(tmp_path, dataclasses.replace(MODEL, attention='blocked'))
+  save_run(tmp_path, MODEL.with_execution(attention='blocked'))
   assert len(Generator.load(tmp_path)('def', max_new_tokens=5)[0].ids) == 5
 
 
 def test_neither_a_backend_nor_its_blocks_are_those_of_training():
-  trained = dataclasses.replace(
-    MODEL, attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256)
-  )
+  trained = MODEL.with_execution(attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256))
   assert generating(trained) == MODEL
 
 
@@ -255,8 +254,8 @@ def test_a_long_prompt_is_read_in_pieces(generator, monkeypatch):
   prompt = 'abc' * 17
   options = dict(max_new_tokens=8, temperature=0.0, logprobs=0, repetition_penalty=1.5)
   expected = generator(prompt, **options)[0]
-  monkeypatch.setattr('decode.engine.AT_ONCE', 16)
-  monkeypatch.setattr('decode.engine.APPEND', 8)
+  monkeypatch.setattr('decode.loaded.AT_ONCE', 16)
+  monkeypatch.setattr('decode.loaded.APPEND', 8)
   found = generator([prompt, 'x'], **options)
   assert same(found[0], expected) and same(found[1], generator('x', seed=1, **options)[0])
 
@@ -335,6 +334,49 @@ def test_scores_that_are_not_finite_raise(generator):
   )
   with pytest.raises(FloatingPointError, match='the scores after token 2 .* are not finite'):
     broken('a', max_new_tokens=3)
+
+
+def test_a_row_that_nothing_is_left_to_ends_alone(generator):
+  """Its constraint allows what its bias forbids; the rows beside it are as without it."""
+  only_a = Constraint(generator.tokenizer, regex='a+')
+  forbidden = {id_: -np.inf for id_ in generator.tokenizer.encode('a')}
+  options = dict(max_new_tokens=4, temperature=0.0)
+  beside = generator(['def', 'return'], **options)
+  first, failed, last = generator(
+    ['def', 'x', 'return'],
+    constraint=[None, only_a, None],
+    logit_bias=[None, forbidden, None],
+    **options,
+  )
+  assert [first.ids, last.ids] == [row.ids for row in beside] and first.error == ''
+  assert failed.finish == 'failed' and failed.ids == [] and failed.text == ''
+  assert 'of the row that begins with' in failed.error and 'are not finite' in failed.error
+  # Alone it raises, and so it does where nothing could say why.
+  with pytest.raises(FloatingPointError, match='are not finite'):
+    generator('x', constraint=only_a, logit_bias=forbidden, **options)
+  pieces = generator.ids(
+    ['def', 'x'], constraint=[None, only_a], logit_bias=[None, forbidden], **options
+  )
+  with pytest.raises(FloatingPointError, match='are not finite'):
+    list(pieces)
+
+
+def test_a_stop_that_the_last_flush_completes_is_reported(generator):
+  """U+FFFD, of a character whose last bytes never come."""
+  first = [b + 3 for b in 'é'.encode()][:1]
+  row = Row('', [1], 0, ['\ufffd'], ByteTokenizer(), [])
+  chunk = loop.Chunk(
+    np.array([first]),
+    np.ones((1, 1), bool),
+    np.zeros((1, 1)),
+    np.zeros((1, 1)),
+    np.zeros((1, 1, 0), np.int32),
+    np.zeros((1, 1, 0)),
+    np.zeros(1, bool),
+  )
+  assert row.add(0, chunk) == '' and row.end('length') == ''
+  completion = row.completion()
+  assert (completion.finish, completion.stopped_by) == ('stop', '\ufffd')
 
 
 def interrupted(function, number):

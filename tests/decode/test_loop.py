@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from decode import loop
-from decode.engine import generating_model
+from decode.generating import generating_model
 from decode.loop import Rules, decode_chunk, prefill
 from decode.sampling import make_sampling
 from model import transformer

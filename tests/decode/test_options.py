@@ -146,3 +146,18 @@ def test_whole_numbers_are_judged_by_their_range(name, value):
   least = TABLE[name].range.least
   with pytest.raises(ValueError, match=f'{name}=.* must be at least {least}, and whole'):
     Options(**{name: value})
+
+
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('max_new_tokens', 10**12),
+    ('num_samples', 10**6),
+    ('beams', 10**6),
+    ('chunk', 10**8),
+    ('lookup', 10**9),
+  ],
+)
+def test_what_no_machine_holds_is_refused_before_anything_is_traced(name, value):
+  with pytest.raises(ValueError, match=f'{name}={value} must be at most {TABLE[name].range.most}'):
+    Options(**{name: value})

@@ -637,13 +637,22 @@ def test_options_become_columns():
     and made.top_k.tolist() == [3, 4]
     and made.seed.tolist() == [7, 7]
   )
-  assert (
-    made.bias.tolist() == [[0, 0, 0], [0, 2, 0]]
-    and make_sampling(2, logit_bias=[None, {}]).bias is None
-  )
+  assert made.bias.added(jnp.zeros((2, 3))).tolist() == [[0, 0, 0], [0, 2, 0]]
+  assert make_sampling(2, logit_bias=[None, {}]).bias.ids.shape == (2, 0), 'which costs nothing'
   assert [x.dtype for x in jax.tree.leaves(made)] == [
     np.float32,
     np.int32,
-    *[np.float32] * 6,
+    *[np.float32] * 5,
+    np.int32,
+    np.float32,
     np.uint32,
   ]
+
+
+@pytest.mark.parametrize('temperature', [1e-38, 1e-45, np.finfo(np.float32).tiny])
+def test_no_temperature_is_too_small(temperature):
+  """1e-38 is a float that hardware takes for 0, which 0 must not be divided by."""
+  logits = jnp.asarray([[0.0, 3.0, -1.0, 2.0]], jnp.float32)
+  for compute in (law, jax.jit(law)):
+    log_law = compute(logits, make_sampling(1, temperature=temperature))
+    np.testing.assert_array_equal(np.exp(log_law), [[0.0, 1.0, 0.0, 0.0]])

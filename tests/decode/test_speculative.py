@@ -29,6 +29,7 @@ from decode.speculative import (
 from model import transformer
 from model.cache import init_cache
 from model.config import LatentConfig, ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -41,7 +42,7 @@ CONFIG = ModelConfig(
   feed_forward=24,
   max_length=64,
   init_scale=1.0,
-  scan=False,
+  execution=ExecutionConfig(scan=False),
 )
 PAD, NEVER, NEW = 0, 99, 20
 PROMPTS = [[1, 5, 9, 30], [1], [1, 7, 7, 7, 7, 12, 3]]
@@ -407,7 +408,7 @@ SMALL = ModelConfig(
   feed_forward=8,
   max_length=16,
   init_scale=1.0,
-  scan=False,
+  execution=ExecutionConfig(scan=False),
 )
 PROMPT, DRAWS = [1, 3], 4096
 CHOICES = dict(

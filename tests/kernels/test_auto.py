@@ -111,6 +111,8 @@ def test_auto_says_where_gradients_are_not_the_same_bits_every_time(monkeypatch,
     dispatch._said.cache_clear()
     dispatch._said(chosen)
     said = capsys.readouterr().err
-    remedy = 'model.attention=pallas_gpu and model.attention_blocks.deterministic=True'
+    remedy = (
+      'model.execution.attention=pallas_gpu and model.execution.attention_blocks.deterministic=True'
+    )
     assert (remedy in said) == (chosen == 'pallas_gpu')
   dispatch._said.cache_clear()

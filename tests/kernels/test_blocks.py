@@ -203,7 +203,7 @@ def test_a_backend_without_blocks_to_choose_names_those_that_have(backend):
   q = draw(1, 4, 2, 8)
   with pytest.raises(
     NotImplementedError,
-    match=f"chooses {{'forward_keys': 128}}, and model.attention='{backend}' is no "
+    match=f"chooses {{'forward_keys': 128}}, and model.execution.attention='{backend}' is no "
     r".*\['pallas_tpu', 'pallas_gpu'\]",
   ):
     attention(q, q, q, Scoring(), backend=backend, blocks=Blocks(forward_keys=128))
@@ -213,7 +213,8 @@ def test_what_may_be_cudnn_is_not_deterministic():
   for backend in ('auto', 'xla'):
     with pytest.raises(
       NotImplementedError,
-      match=f"deterministic=True: model.attention='{backend}' may be cuDNN.*set it to one of",
+      match=f"deterministic=True: model.execution.attention='{backend}' may be cuDNN.*"
+      'set it to one of',
     ):
       block_sizes.check(Blocks(deterministic=True), backend, 64)
   for backend in ('pallas_gpu', 'pallas_tpu', 'blocked', 'reference'):
@@ -270,7 +271,7 @@ def test_what_may_be_cudnn_is_not_deterministic():
   ],
 )
 def test_sizes_that_a_backend_has_not_raise(backend, sizes, width, words):
-  with pytest.raises(ValueError, match=r'model.attention_blocks.' + words):
+  with pytest.raises(ValueError, match=r'model.execution.attention_blocks.' + words):
     block_sizes.check(Blocks(**sizes), backend, width)
 
 

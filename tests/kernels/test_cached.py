@@ -186,6 +186,32 @@ def test_more_tokens_than_a_block():
   check(slots=SEVERAL, T=13, window=WINDOW, sinks=True)
 
 
+def check_rows(window=0, **kind):
+  """Some rows of the buffers, in another order: what all of them give, but for rounding, as another
+  number of rows is another program.
+  """
+  held, lengths, queries, *_ = case(**kind)
+  q = jnp.asarray(draw(B, queries.shape[1], N, H), held.keys.dtype)
+  scoring = Scoring(Mask(window=window), scale=0.7)
+
+  @jax.jit
+  def attend(q, lengths, queries, rows=None):
+    return cached.attention(q, held, LAYER, lengths, queries, scoring, rows=rows)
+
+  expected = np.asarray(attend(q, lengths, queries), np.float32)
+  for rows in ([2], [3, 0, 1], [1, B]):  # the last of which is none
+    some = np.minimum(rows, B - 1)
+    found = attend(q[some], lengths[some], queries[some], jnp.array(rows, jnp.int32))
+    for row, mixed in zip(rows, np.asarray(found, np.float32)):
+      if row < B:
+        np.testing.assert_allclose(mixed, expected[row], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', [dict(slots=SEVERAL, T=2), dict(window=WINDOW, ring=True)])
+def test_some_rows_of_a_buffer_are_looked_at(kind):
+  check_rows(**kind)
+
+
 MESHES = [
   ({'data': 4}, {'ring': True, 'window': WINDOW}),
   ({'tensor': 8}, {'K': 2, 'sinks': True, 'relative': True}),  # four devices share a key head
@@ -252,7 +278,7 @@ FAULTS = {
   ),
   'scales of keys dropped': ('_scores', 'scales is not None', 'False', dict(dtype='int8')),
   'sink without a value': ('_local', 'jnp.exp(sink - highest)', '0', dict(sinks=True)),
-  'another layer': ('blocks', '(layer, 0, first', '(layer * 0, 0, first', {}),
+  'another layer': ('_cut', '(layer, 0, *behind', '(layer * 0, 0, *behind', {}),
   'another head': (
     '_local',
     'query_axes) * K // groups',

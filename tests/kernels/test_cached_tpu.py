@@ -58,10 +58,10 @@ def compare(T, S, window, softcap, latent, **how):
   scoring = Scoring(Mask(window=window), softcap=softcap, scale=0.3)
   how = dict(scoring=scoring, Hv=latent or H)
   expected = jax.jit(functools.partial(cached.blocks, **how))(
-    q, held, layer, first, lengths, queries
+    q, held, (layer, first), lengths, queries
   )
   kernel = functools.partial(cached_tpu.blocks, T=T, interpret=True, **how)
-  found = jax.jit(kernel)(q, held, layer, first, lengths, queries[:, 0])
+  found = jax.jit(kernel)(q, held, (layer, first), lengths, queries[:, 0])
 
   def mean(top, total, mixed):
     return mixed / jnp.where(total > 0, total, 1)[..., None]
@@ -102,6 +102,19 @@ def test_what_is_held_and_how(small_blocks, how):
   compare(2, **dict(S=80, window=0, softcap=0.0, latent=0) | how)
 
 
+@pytest.mark.parametrize('rows', [[1], [2, 0]])
+def test_some_rows_of_a_buffer_are_looked_at(small_blocks, rows):
+  q, held, layer, first, lengths, queries = made(2, 80, dtype='int8')
+  how = dict(scoring=Scoring(Mask(), scale=0.3), Hv=H, T=2, interpret=True)
+  starts, some = queries[:, 0], jnp.array(rows)
+  expected = cached_tpu.blocks(q, held, (layer, first), lengths, starts, **how)
+  found = cached_tpu.blocks(
+    q[some], held, (layer, first), lengths[some], starts[some], rows=some.astype(jnp.int32), **how
+  )
+  for part, whole in zip(found, expected):
+    np.testing.assert_array_equal(part, whole[some])
+
+
 @pytest.mark.parametrize('fault', ['a row of slots too few', 'no rescaling'])
 def test_planted_faults_break_it(small_blocks, fault, monkeypatch):
   if fault == 'no rescaling':
@@ -129,6 +142,7 @@ CASES = {
   'latent': dict(H=576, M=128, S=4096, Hv=512),
   'bytes': dict(H=128, M=4, S=4096, dtype='int8'),
   'ring': dict(H=256, M=2, S=1280, window=1024, ring=True),
+  'some rows': dict(H=128, M=512, S=2048, of=32),
 }
 
 
@@ -143,7 +157,7 @@ CASES = {
 )
 @pytest.mark.parametrize('case', CASES)
 def test_it_compiles(chip, case):
-  how = dict(dtype='bfloat16', Hv=0, window=0, ring=False) | CASES[case]
+  how = dict(dtype='bfloat16', Hv=0, window=0, ring=False, of=0) | CASES[case]
   device = aot.topology(chip)[0]
 
   def shape(shape, dtype='bfloat16'):
@@ -151,7 +165,7 @@ def test_it_compiles(chip, case):
 
   S, H, M, B = how['S'], how['H'], how['M'], 8
   vector, number = (
-    shape((1, B, 1, S, H), how['dtype']),
+    shape((1, how['of'] or B, 1, S, H), how['dtype']),
     shape((1, B, 1, S), 'float32') if how['dtype'] == 'int8' else None,
   )
   held = Held(vector, None if how['Hv'] else vector, number, number, how['ring'])
@@ -162,10 +176,8 @@ def test_it_compiles(chip, case):
     Hv=how['Hv'] or H,
   )
   with jax.set_mesh(make_mesh(MeshConfig(), [device])):
-    text = (
-      jax.jit(run)
-      .lower(shape((B, 1, M, H)), held, 0, 0, shape((B,), 'int32'), shape((B,), 'int32'))
-      .compile()
-      .as_text()
-    )
+    numbers = shape((B,), 'int32')
+    given = shape((B, 1, M, H)), held, (0, 0), numbers, numbers
+    rows = {'rows': numbers} if how['of'] else {}
+    text = jax.jit(run).lower(*given, **rows).compile().as_text()
   assert 'tpu_custom_call' in text

@@ -16,6 +16,7 @@ from kernels.mask import Mask, Relative, zigzag
 from kernels.scoring import Scoring
 from model import transformer
 from model.config import ModelConfig
+from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -353,8 +354,8 @@ def test_what_does_not_split_is_refused():
       attention(x['q'][:, :30], x['k'], x['v'], Scoring(Mask(causal=False)))
     with pytest.raises(
       ValueError,
-      match="model.context='ulysses' splits heads: 2 .* is not a multiple of mesh.context=4.*"
-      "'ulysses_ring'",
+      match="model.execution.context='ulysses' splits heads: 2 .* is not a multiple of "
+      "mesh.context=4.*'ulysses_ring'",
     ):
       attention(x['q'][:, :, :2], x['k'], x['v'], Scoring(), context='ulysses')
     with pytest.raises(
@@ -380,8 +381,10 @@ def test_what_does_not_split_is_refused():
       ValueError, match='2 key heads do not split over mesh.tensor=4; repeat them first'
     ):
       attention(x['q'], x['k'], x['v'], Scoring())
-  with pytest.raises(ValueError, match="model.context='rign' is unknown; did you mean 'ring'"):
-    ModelConfig(context='rign')
+  with pytest.raises(
+    ValueError, match="model.execution.context='rign' is unknown; did you mean 'ring'"
+  ):
+    ModelConfig(execution=ExecutionConfig(context='rign'))
 
 
 def test_a_query_that_sees_nothing_has_no_part_in_anything():

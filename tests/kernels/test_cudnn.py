@@ -187,7 +187,8 @@ def test_a_jax_that_asks_in_other_words_is_named(monkeypatch):
 
   monkeypatch.delattr(asking, 'check_compute_capability')
   with pytest.raises(
-    NotImplementedError, match=r"has no \['check_compute_capability'\].*model.attention='blocked'"
+    NotImplementedError,
+    match=r"has no \['check_compute_capability'\].*model.execution.attention='blocked'",
   ):
     cudnn._answer((9, 0), 91200)
 

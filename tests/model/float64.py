@@ -1,4 +1,6 @@
-"""What should a decoder compute? A plain float64 forward, written from the papers, sharing no line with model/."""
+"""What should a decoder compute? A plain float64 forward, written from the papers,
+sharing no line with model/.
+"""
 
 import math
 
@@ -55,7 +57,10 @@ ACTIVATIONS = {
 
 
 def logits(config, weights, tokens):
-  """Logits [T, V] of one document. weights: name -> array, as model.params.named_leaves gives them."""
+  """Logits [T, V] of one document.
+
+  weights: name -> array, as model.params.named_leaves gives them.
+  """
   w = {name: np.asarray(x, np.float64) for name, x in weights.items()}
   x = w['embedding.tokens'][tokens] * (math.sqrt(config.width) if config.embedding_scale else 1)
   if config.position == 'learned':

@@ -1,4 +1,6 @@
-"""Which laws does every decoder obey? Checks that raise AssertionError when one is broken, as planted faults must."""
+"""Which laws does every decoder obey? Checks that raise AssertionError when one is broken,
+as planted faults must.
+"""
 
 import dataclasses
 import functools
@@ -10,6 +12,7 @@ import numpy as np
 from model import transformer
 from model.cache import init_cache
 from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from model.params import abstract
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
@@ -89,7 +92,7 @@ CONFIGS = {
     ),
   ),
   'layer norm': dict(norm='layer', gated=False, activation='relu2', layers=3),
-  'bfloat16': dict(dtype='bfloat16', qk_norm=True),
+  'bfloat16': dict(execution=ExecutionConfig(dtype='bfloat16'), qk_norm=True),
 }
 
 
@@ -109,15 +112,17 @@ def on_one_device(function):
 
 
 def randomised(model, seed: int = 0):
-  """The model with every weight drawn anew, norm scales and biases too, so that none of them is 0 or 1."""
+  """The model with every weight drawn anew, norm scales and biases too,
+  so that none of them is 0 or 1.
+  """
 
-  def one(index, x):
+  def drawn(index, x):
     draw = np.random.default_rng([seed, index]).normal(size=x.shape)
     values = draw * 0.3 + (1 if x.ndim < 3 and draw.size < 100 else 0)
     return jax.device_put(values.astype(x.dtype), x.sharding)
 
   leaves, structure = jax.tree.flatten(model)
-  return jax.tree.unflatten(structure, [one(index, x) for index, x in enumerate(leaves)])
+  return jax.tree.unflatten(structure, [drawn(index, x) for index, x in enumerate(leaves)])
 
 
 def make_model(config: ModelConfig, seed: int = 0):
@@ -130,7 +135,9 @@ def tokens_of(config: ModelConfig, rows: int, length: int, seed: int = 0):
 
 
 def forward():
-  """A new jitted (model, tokens, positions, segments) -> logits [B, T, V]: new, so that a planted fault is traced."""
+  """A new jitted (model, tokens, positions, segments) -> logits [B, T, V]:
+  new, so that a planted fault is traced.
+  """
   return jax.jit(lambda model, *inputs: model.logits(model(*inputs).hidden))
 
 
@@ -172,7 +179,9 @@ def check_window(config: ModelConfig):
 
 @on_one_device
 def check_segments(config: ModelConfig):
-  """Documents packed in a row are isolated: another document's tokens change nothing, bitwise; alone it is the same."""
+  """Documents packed in a row are isolated: another document's tokens change nothing, bitwise;
+  alone it is the same.
+  """
   model, run = make_model(config), forward()
   sizes = [5, 3, 4]
   segments = jnp.asarray(np.repeat([1, 2, 3], sizes), jnp.int32)[None]
@@ -188,18 +197,21 @@ def check_segments(config: ModelConfig):
       f'changing document {other} reached another one'
     )
 
-  # The second document alone in a row of padding: the same keys stand elsewhere in the row, so sums are regrouped.
+  # The second document alone in a row of padding:
+  # the same keys stand elsewhere in the row, so sums are regrouped.
   def alone(x):
     return jnp.pad(x[:, 5:8], ((0, 0), (0, 9)))
 
-  found = run(model, alone(tokens), alone(positions), alone(segments))
-  np.testing.assert_allclose(found[:, :3], packed[:, 5:8], rtol=1e-5, atol=1e-5)
+  actual = run(model, alone(tokens), alone(positions), alone(segments))
+  np.testing.assert_allclose(actual[:, :3], packed[:, 5:8], rtol=1e-5, atol=1e-5)
 
 
 @functools.cache
 @on_one_device
 def full_logits(config: ModelConfig) -> np.ndarray:
-  """Of tokens_of(config, 2, 9), by the full forward, which a planted fault of the cache leaves as it is."""
+  """Of tokens_of(config, 2, 9), by the full forward,
+  which a planted fault of the cache leaves as it is.
+  """
   return np.asarray(forward()(make_model(config), tokens_of(config, 2, 9)))
 
 
@@ -207,7 +219,9 @@ def full_logits(config: ModelConfig) -> np.ndarray:
 def check_cached_decode(
   config: ModelConfig, tolerance: float = 1e-5, splits=([1] * 9, [4, 1, 4], [1, 4, 4])
 ):
-  """The logits of prefill and decode, however a sequence is split into calls, are those of the full forward."""
+  """The logits of prefill and decode, however a sequence is split into calls,
+  are those of the full forward.
+  """
   model, step = make_model(config), cached()
   tokens, full = tokens_of(config, 2, 9), full_logits(config)
   scale = max(1.0, np.abs(full).max())
@@ -230,8 +244,8 @@ def check_unused_slots(config: ModelConfig):
   dirty = jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, clean)
   for size in (5, 1):
     expected, clean = step(model, tokens[:, -size:], clean)
-    found, dirty = step(model, tokens[:, -size:], dirty)
-    np.testing.assert_array_equal(found, expected)
+    actual, dirty = step(model, tokens[:, -size:], dirty)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def appending(room: int):
@@ -244,7 +258,8 @@ def appending(room: int):
   return jax.jit(run, static_argnames='fresh')
 
 
-# Tokens of a call, and how many of them are each row's: prompts longer than a ring, some rows ahead of others, single tokens.
+# Tokens of a call, and how many of them are each row's:
+# prompts longer than a ring, some rows ahead of others, single tokens.
 CALLS = [
   (20, (20, 17, 3)),
   (9, (0, 1, 9)),
@@ -271,17 +286,19 @@ def check_appending(
 ):
   """Rows of unequal lengths grow by unequal pieces: the logits are those of the full forward.
 
-  Bitwise the same are those of a cache whose unused slots hold NaN, to which padding has other ids, and from which tokens were taken back.
+  Bitwise the same are those of a cache whose unused slots hold NaN, to which padding has other ids,
+  and from which tokens were taken back.
 
   Args:
-    dtype: of the cache. least: what the error must be above, somewhere, where a cache is to be less exact. rings: how many there are.
+    dtype: of the cache. least: what the error must be above, somewhere,
+      where a cache is to be less exact. rings: how many there are.
   """
   config = dataclasses.replace(config, max_length=64)
   model, run, draw = make_model(config), appending(9), np.random.default_rng(5)
   tokens = tokens_of(config, 3, sum(room for room, _ in calls))
   full = np.asarray(forward()(model, tokens[:, :64]))
   clean = init_cache(config, 3, 60, dtype, append=9)
-  assert rings is None or sum(held.ring for held in clean.held) == rings
+  assert rings is None or sum(layer.ring for layer in clean.held) == rings
   dirty = jax.tree.map(
     lambda x: jnp.full_like(x, np.nan) if x.ndim > 3 and x.dtype != jnp.int8 else x, clean
   )
@@ -292,7 +309,7 @@ def check_appending(
   lengths, errors = np.zeros(3, int), [0.0]
   for room, counts in calls:
     ids, others = draw.integers(0, config.V, (2, 3, room))
-    own = np.arange(room)[None] < np.array(counts)[:, None]
+    filled = np.arange(room)[None] < np.array(counts)[:, None]
     for row, count in enumerate(counts):
       ids[row, :count] = tokens[row, lengths[row] : lengths[row] + count]
     if room == 1 and lengths.min() > 0:  # a draft, all of it refused
@@ -300,9 +317,9 @@ def check_appending(
       dirty = dataclasses.replace(dirty, lengths=put(lengths))
     logits, clean = run(model, clean, put(ids), put(counts), fresh=not lengths.any())
     same, dirty = run(
-      model, dirty, put(np.where(own, ids, others)), put(counts), fresh=not lengths.any()
+      model, dirty, put(np.where(filled, ids, others)), put(counts), fresh=not lengths.any()
     )
-    np.testing.assert_array_equal(np.asarray(same)[own], np.asarray(logits)[own])
+    np.testing.assert_array_equal(np.asarray(same)[filled], np.asarray(logits)[filled])
     for row, count in enumerate(counts):
       wanted = full[row, lengths[row] : lengths[row] + count]
       errors.append(
@@ -332,7 +349,8 @@ def padded_prefill(model, tokens, lengths, capacity):
 
 @on_one_device
 def check_padding_and_neighbours(config: ModelConfig, tolerance: float = 1e-6):
-  """Padding ids and a batch's other rows change nothing, bitwise; another bucket, capacity or batch size only rounds.
+  """Padding ids and a batch's other rows change nothing, bitwise;
+  another bucket, capacity or batch size only rounds.
 
   (Another size is another program: products of other shapes are summed in another order.)
   """

@@ -1,4 +1,6 @@
-"""Do models remember what they have read: in rings, in fewer bits, layer by layer, and after something was taken back?"""
+"""Do models remember what they have read: in rings, in fewer bits, layer by layer,
+and after something was taken back?
+"""
 
 import dataclasses
 
@@ -8,7 +10,7 @@ import laws
 import numpy as np
 import pytest
 
-from model import transformer
+from model import rearranged
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.weights.int8 import in_bytes
@@ -53,7 +55,9 @@ def test_rows_that_grow_by_unequal_pieces(name, rings):
   ],
 )
 def test_fewer_bits_are_near(name, dtype, bound):
-  """The bound is that of the largest logit's size. A scale serves a whole latent vector, its keys of positions included."""
+  """The bound is that of the largest logit's size.
+  A scale serves a whole latent vector, its keys of positions included.
+  """
   laws.check_appending(laws.make_config(name), bound, dtype, least=1e-4, calls=laws.CALLS[:6])
 
 
@@ -63,19 +67,21 @@ def test_fewer_bits_are_near(name, dtype, bound):
 def test_layers_by_themselves_are_the_scanned_ones(name, one_device):
   config = laws.make_config(name)
   stacked, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
-  found = []
-  for model in (stacked, transformer.unstacked(stacked)):
+  outputs = []
+  for model in (stacked, rearranged.unstacked(stacked)):
     step, cache = laws.cached(), init_cache(model.config, 2, 12)
     first, cache = step(model, tokens[:, :5], cache, fresh=True)
-    found.append([np.asarray(x) for x in (first, step(model, tokens[:, 5:6], cache)[0])])
-  for a, b in zip(*found, strict=True):
+    outputs.append([np.asarray(x) for x in (first, step(model, tokens[:, 5:6], cache)[0])])
+  for a, b in zip(*outputs, strict=True):
     np.testing.assert_allclose(
       a, b, rtol=0, atol=(3e-2 if name == 'bfloat16' else 1e-6) * np.abs(b).max()
     )
 
 
 def test_an_encoder_decoder_layer_by_layer(one_device):
-  """What it has read is the source's; a row that has ended, padding and a draft that was taken back leave it alone."""
+  """What it has read is the source's; a row that has ended,
+  padding and a draft that was taken back leave it alone.
+  """
   stacked, tokens, source = (
     laws.make_model(T5),
     laws.tokens_of(T5, 2, 9),
@@ -85,7 +91,7 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
   full = jax.jit(
     lambda model: model.logits(model(tokens, source=source, source_segments=real).hidden)
   )(stacked)
-  model, run = transformer.unstacked(stacked), laws.appending(4)
+  model, run = rearranged.unstacked(stacked), laws.appending(4)
   cache = jax.jit(lambda *args: args[0].read(*args[1:]))(
     model, init_cache(model.config, 2, 12), source, real
   )
@@ -109,7 +115,7 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
 
 
 def test_bytes_of_weights_and_of_a_cache_go_together(one_device):
-  model = jax.jit(in_bytes)(transformer.unstacked(laws.make_model(laws.make_config('gpt-oss'))))
+  model = jax.jit(in_bytes)(rearranged.unstacked(laws.make_model(laws.make_config('gpt-oss'))))
   tokens, step = laws.tokens_of(model.config, 2, 6), laws.cached()
   full = np.asarray(laws.forward()(model, tokens))
   first, cache = step(model, tokens[:, :5], init_cache(model.config, 2, 8, 'int8'), fresh=True)
@@ -144,7 +150,8 @@ def test_more_tokens_than_a_ring_has_room_for_raise(one_device):
   assert cache.held[0].slots == 8
   with pytest.raises(
     ValueError,
-    match=r'7 tokens at once overwrite what a window of 3 .* ring of 8 slots; append at most 6, or .*append=7',
+    match=r'7 tokens at once overwrite what a window of 3 .* ring of 8 slots; '
+    r'append at most 6, or .*append=7',
   ):
     model(laws.tokens_of(config, 1, 7), cache=cache)
   model(laws.tokens_of(config, 1, 7), cache=cache, fresh=True)

@@ -1,4 +1,6 @@
-"""Is a cache that devices share one cache? Slots over `context`, heads over `tensor`, rows, experts, stages: as on one device."""
+"""Is a cache that devices share one cache? Slots over `context`, heads over `tensor`, rows,
+experts, stages: as on one device.
+"""
 
 import dataclasses
 import math
@@ -14,6 +16,7 @@ from jax.sharding import AxisType
 from kernels import cached
 from model import cache as caches
 from model.cache import init_cache
+from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -25,7 +28,9 @@ def mesh_of(sizes, **kind):
 
 
 def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
-  """Prefill and decode of 4 rows in such pieces against the full forward on one device; slots that are unused hold NaN."""
+  """Prefill and decode of 4 rows in such pieces against the full forward on one device;
+  slots that are unused hold NaN.
+  """
   config = dataclasses.replace(config, vocabulary=48, max_length=64)
   tokens, edges = laws.tokens_of(config, 4, sum(pieces)), np.cumsum([0, *pieces])
   with jax.set_mesh(mesh_of({})):
@@ -34,9 +39,9 @@ def check(config, sizes, pieces=(4, 3, 3, 1), **kind):
     model, cache = laws.make_model(config), init_cache(config, 4, 16, append=3)
     cache = jax.tree.map(lambda x: jnp.full_like(x, np.nan) if x.ndim == 5 else x, cache)
     parts = sizes.get('context', 1)
-    for held in cache.held:
-      S, whole = held.keys.addressable_shards[0].data.shape[3], held.keys.shape[3]
-      assert S * (1 if held.ring else parts) == whole, (
+    for layer in cache.held:
+      S, whole = layer.keys.addressable_shards[0].data.shape[3], layer.keys.shape[3]
+      assert S * (1 if layer.ring else parts) == whole, (
         'a ring is whole on every device, other slots are split'
       )
     step, born = laws.cached(), [x.sharding for x in jax.tree.leaves(cache.held)]
@@ -64,13 +69,19 @@ def slow(*case):
   'name, changes, sizes',
   [
     ('gpt-oss', {}, {'context': 4}),
-    ('llama', {'context': 'ulysses'}, {'context': 2, 'tensor': 2, 'data': 2}),
+    (
+      'llama',
+      {'execution': ExecutionConfig(context='ulysses')},
+      {'context': 2, 'tensor': 2, 'data': 2},
+    ),
     ('mixtral', {}, {'context': 2, 'expert': 2}),
     ('gpt-oss', {'layers': 4}, {'stage': 2, 'context': 2}),
-    slow('gemma3', {'context': 'gather'}, {'context': 4, 'data': 2}),
+    slow('gemma3', {'execution': ExecutionConfig(context='gather')}, {'context': 4, 'data': 2}),
     slow('gemma2', {}, {'context': 2, 'fsdp': 2, 'tensor': 2}),
     slow('deepseek', {}, {'context': 2, 'tensor': 2}),
-    slow('relative', {'context': 'ulysses_ring'}, {'context': 2, 'data': 2}),
+    slow(
+      'relative', {'execution': ExecutionConfig(context='ulysses_ring')}, {'context': 2, 'data': 2}
+    ),
     slow('qwen3', {}, {'context': 2, 'tensor': 4}),
     slow('deepseek moe', {}, {'expert': 4, 'tensor': 2}),
     slow('deepseek moe', {}, {'context': 2, 'expert': 2, 'tensor': 2}),
@@ -79,7 +90,9 @@ def slow(*case):
   ids=str,
 )
 def test_devices_that_share_a_cache_are_one(name, changes, sizes):
-  """A prompt that splits, and tokens that are too few to split: before, across and behind the edge of a device's 8 slots."""
+  """A prompt that splits, and tokens that are too few to split:
+  before, across and behind the edge of a device's 8 slots.
+  """
   check(laws.make_config(name, **changes), sizes)
 
 
@@ -128,26 +141,26 @@ def test_rows_are_repeated_and_reordered_where_they_lie(monkeypatch):
           held=tuple(
             jax.tree.map(
               lambda x, axes: place(draw.normal(size=x.shape).astype(np.float32), *axes),
-              held,
-              held.axes(),
+              layer,
+              layer.axes(),
             )
-            for held in cache.held
+            for layer in cache.held
           ),
         )
 
       cache = dataclasses.replace(
         fill(cache), lengths=place(np.array([41] * 3 + [30] * 3, np.int32), 'batch')
       )
-      found = jax.jit(caches.reordered)(
+      actual = jax.jit(caches.reordered)(
         cache, place(sources, 'batch', None), place(shared, 'batch')
       )
       return [
         np.asarray(x)
-        for x in jax.tree.leaves((found, jax.jit(caches.repeated, static_argnums=1)(fill(two), 3)))
+        for x in jax.tree.leaves((actual, jax.jit(caches.repeated, static_argnums=1)(fill(two), 3)))
       ], cache
 
-  (expected, before), (found, _) = run({}), run({'context': 2, 'data': 2, 'tensor': 2})
-  for a, b in zip(found, expected, strict=True):
+  (expected, before), (actual, _) = run({}), run({'context': 2, 'data': 2, 'tensor': 2})
+  for a, b in zip(actual, expected, strict=True):
     np.testing.assert_array_equal(a, b)
   whole, was = expected[2], np.asarray(before.held[1].keys)
   np.testing.assert_array_equal(whole[:, :3, :, 16:41], was[:, [1, 1, 0], :, 16:41])

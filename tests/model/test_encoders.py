@@ -1,4 +1,6 @@
-"""Does an encoder see everything of its own and nothing else, and does a decoder see what the encoder made of its source?"""
+"""Does an encoder see everything of its own and nothing else,
+and does a decoder see what the encoder made of its source?
+"""
 
 import dataclasses
 
@@ -116,7 +118,7 @@ def test_cached_decode_is_the_full_forward(config, one_device):
 
 
 def test_a_window_of_an_encoder_looks_to_either_side(one_device):
-  config = dataclasses.replace(BERT, window=2, attention='blocked')
+  config = dataclasses.replace(BERT.with_execution(attention='blocked'), window=2)
   model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 12)
   hidden = jax.jit(lambda model, tokens: model(tokens).hidden)
   changed = np.asarray(
@@ -163,9 +165,11 @@ def test_packed_pairs_are_each_alone(one_device):
 
   (segments, positions), (source_segments, source_positions) = index(4, 3), index(3, 6)
   packed = scores(model, tokens, source, segments, source_segments, positions, source_positions)
-  for own, its in ((slice(0, 4), slice(0, 3)), (slice(4, 7), slice(3, 9))):
-    alone = scores(model, tokens[:, own], source[:, its])
-    np.testing.assert_allclose(packed[:, own], alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max())
+  for document, its in ((slice(0, 4), slice(0, 3)), (slice(4, 7), slice(3, 9))):
+    alone = scores(model, tokens[:, document], source[:, its])
+    np.testing.assert_allclose(
+      packed[:, document], alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max()
+    )
 
 
 def test_an_encoder_sees_all_of_its_document(one_device):
@@ -229,9 +233,9 @@ def test_a_mesh_is_one_device(config):
         jax.jit(jax.value_and_grad(lambda model: jnp.mean(jnp.sin(score(model)))))(model)
       )
 
-  one = run(make_mesh(MeshConfig(), jax.devices()[:1]))
+  alone = run(make_mesh(MeshConfig(), jax.devices()[:1]))
   many = run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-  for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+  for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(alone), strict=True):
     np.testing.assert_allclose(
       a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max() + 1e-8
     )  # added up in another order

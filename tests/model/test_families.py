@@ -1,6 +1,8 @@
-"""Are the families read and written as transformers does? Its models' results, kept in files; laws of config.json.
+"""Are the families read and written as transformers does? Its models' results, kept in files;
+laws of config.json.
 
-The files are written by tests/goldens/make.py; tests/oracle/test_transformers.py compares with the models themselves.
+The files are written by tests/goldens/make.py;
+tests/oracle/test_transformers.py compares with the models themselves.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ import pytest
 
 from model import checkpoint, families, params, transformer
 from model.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from model.families import common
 from model.families.layout import Layout, Source
 from tests.goldens import ours, tiny
@@ -66,24 +69,26 @@ def test_it_computes_what_transformers_computed(name, tmp_path):
     for row, expected in enumerate(golden['greedy']):
       np.testing.assert_array_equal(ours.generate(model, name, row, len(expected)), expected)
 
-  total, (found, pooled), gradients = ours.loss_and_gradients(model, name)
-  for one, expected in ((found, golden['scores']), (pooled, golden['pooled'])):
+  total, (scores, pooled), gradients = ours.loss_and_gradients(model, name)
+  for actual, expected in ((scores, golden['scores']), (pooled, golden['pooled'])):
     if expected.size:
-      np.testing.assert_allclose(one, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
+      np.testing.assert_allclose(
+        actual, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max())
+      )
   np.testing.assert_allclose(total, golden['loss'], rtol=1e-5)
   checkpoint.save(gradients, config, tmp_path / 'gradients')
-  found = ours.tensors(tmp_path / 'gradients')
-  assert sorted(found) == list(golden['names'])
+  saved = ours.tensors(tmp_path / 'gradients')
+  assert sorted(saved) == list(golden['names'])
   norms, products = (dict(zip(golden['names'], golden[what])) for what in ('norms', 'products'))
 
   # A difference of d in every direction shows as about d in one of them.
   def distance(name):
     return max(
-      abs(np.linalg.norm(found[name]) - norms[name]),
-      abs(np.sum(found[name] * tiny.direction(name, found[name].shape)) - products[name]) / 3,
+      abs(np.linalg.norm(saved[name]) - norms[name]),
+      abs(np.sum(saved[name] * tiny.direction(name, saved[name].shape)) - products[name]) / 3,
     )
 
-  assert not ours.compare_gradients(found, norms, distance, found)
+  assert not ours.compare_gradients(saved, norms, distance, saved)
 
 
 # Names and shapes.
@@ -134,15 +139,15 @@ def test_what_is_brought_here_and_sent_back_is_the_same(data):
     for part in ((order[:half], order[half:]) if taken else ((),))
     if part or not taken
   ]
-  there = np.random.default_rng(0).integers(0, 1000, layouts[0].shape)
-  back = np.full_like(there, -1)
+  theirs = np.random.default_rng(0).integers(0, 1000, layouts[0].shape)
+  back = np.full_like(theirs, -1)
   for layout in layouts:
     for start, stop in layout.chunks(data.draw(st.integers(1, 200))):
       low, high = layout.rows(start, stop)
-      brought = layout.bring(there[low:high])
+      brought = layout.bring(theirs[low:high])
       assert brought.shape == tuple(b - a for a, b in layout.region(start, stop))
       layout.send(brought, back[low:high])
-  np.testing.assert_array_equal(back, there)
+  np.testing.assert_array_equal(back, theirs)
 
 
 def test_layout_by_hand():
@@ -185,7 +190,8 @@ def test_config_json_reads_back(name):
   assert families.problems(config, family) == []
   assert families.family_of(config) is family
   training = dataclasses.replace(
-    config, dtype='bfloat16', remat='full', parameter_dtype='bfloat16', init_scale=0.5
+    config.with_execution(dtype='bfloat16', remat='full', parameter_dtype='bfloat16'),
+    init_scale=0.5,
   )
   assert families.family_of(training) is family
 
@@ -348,7 +354,7 @@ def test_a_missing_size_is_named():
 
 
 def test_old_and_new_spellings_of_rotary_positions_are_the_same():
-  new = HF['llama'] | {
+  written = HF['llama'] | {
     'rope_parameters': {
       'rope_type': 'yarn',
       'rope_theta': 5e5,
@@ -360,8 +366,8 @@ def test_old_and_new_spellings_of_rotary_positions_are_the_same():
     'rope_theta': 500_000,
     'rope_scaling': {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16},
   }
-  assert families.read(new) == families.read(old)
-  new, old = (
+  assert families.read(written) == families.read(old)
+  written, old = (
     HF['gemma3'],
     {
       key: value
@@ -374,7 +380,7 @@ def test_old_and_new_spellings_of_rotary_positions_are_the_same():
       'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
     },
   )
-  assert families.read(new) == families.read(old)
+  assert families.read(written) == families.read(old)
 
 
 def test_a_text_model_with_a_vision_tower_is_read_as_the_text_model():
@@ -439,7 +445,7 @@ def test_canonical_configs_differ_where_the_model_does():
   same = [
     dict(kv_heads=4),
     dict(head_width=64),
-    dict(dtype='bfloat16'),
+    dict(execution=ExecutionConfig(dtype='bfloat16')),
     dict(attention_scale=64**-0.5),
     dict(relative_buckets=64),
   ]

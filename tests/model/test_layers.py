@@ -23,15 +23,15 @@ def test_norm(kind, biases, dtype):
   biased = (kind, biases) == ('layer', 'all')
   assert (norm.bias is not None) == biased
   x = jnp.asarray(np.random.default_rng(1).normal(2, 3, (2, 3, 16)), dtype)
-  found = norm(x)
-  assert found.dtype == x.dtype
+  actual = norm(x)
+  assert actual.dtype == x.dtype
   y = np.asarray(x, np.float64)
   mean = y.mean(-1, keepdims=True) if kind == 'layer' else 0
   expected = (y - mean) / np.sqrt(((y - mean) ** 2).mean(-1, keepdims=True) + 1e-3)
   expected = expected * np.asarray(norm.scale[...]) + (np.asarray(norm.bias[...]) if biased else 0)
   tolerance = 1e-5 if dtype == 'float32' else 1e-2
   np.testing.assert_allclose(
-    np.asarray(found, np.float64), expected, rtol=tolerance, atol=tolerance
+    np.asarray(actual, np.float64), expected, rtol=tolerance, atol=tolerance
   )
 
 

@@ -330,10 +330,10 @@ def test_sums_of_segments_over_devices():
     weights, values, segments = (
       jax.device_put(a, ax.spec('batch', 'length')) for a in (weights, values, segments)
     )
-    found = jax.jit(
+    actual = jax.jit(
       jax.value_and_grad(lambda v: (lp.segment_sums(v, weights, segments, 3) ** 2).sum())
     )(values)
-  for a, b in zip(found, expected):
+  for a, b in zip(actual, expected):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

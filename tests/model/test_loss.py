@@ -64,10 +64,10 @@ def check(arguments, z_loss=0.0, softcap=0.0, chunk=loss.CHUNK, mesh=None, toler
   for name in expected_sums:
     np.testing.assert_allclose(sums[name], expected_sums[name], rtol=tolerance)
     np.testing.assert_allclose(forward_sums[name], expected_sums[name], rtol=tolerance)
-  for found, wanted, of in zip(gradients, expected_gradients, (x, head)):
-    assert found.dtype == of.dtype and found.sharding.is_equivalent_to(of.sharding, of.ndim)
-    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
-    np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
+  for actual, wanted, of in zip(gradients, expected_gradients, (x, head)):
+    assert actual.dtype == of.dtype and actual.sharding.is_equivalent_to(of.sharding, of.ndim)
+    actual, wanted = np.asarray(actual, np.float32), np.asarray(wanted, np.float32)
+    np.testing.assert_allclose(actual, wanted, atol=tolerance * np.abs(wanted).max())
 
 
 CASES = [

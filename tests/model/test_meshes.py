@@ -1,4 +1,6 @@
-"""Are eight devices one device? Loss, gradients and decoding on meshes, explicit or auto, are those of one device."""
+"""Are eight devices one device? Loss, gradients and decoding on meshes, explicit or auto,
+are those of one device.
+"""
 
 import dataclasses
 import functools
@@ -75,8 +77,8 @@ def check(mesh, expected, config=CONFIG):
   loss, gradients, model = loss_and_gradients(mesh, config)
   np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
   for name, wanted in expected[1].items():
-    found, wanted = np.asarray(gradients[name]), np.asarray(wanted)
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+    actual, wanted = np.asarray(gradients[name]), np.asarray(wanted)
+    np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
     laid_out_alike = gradients[name].sharding.is_equivalent_to(model[name].sharding, wanted.ndim)
     assert laid_out_alike or AxisType.Auto in mesh.axis_types, name
 
@@ -92,7 +94,7 @@ def test_the_auto_twin_gives_the_same(expected):
 
 
 def test_another_backend_and_remat_split_too(expected):
-  config = dataclasses.replace(CONFIG, attention='xla', remat='dots')
+  config = CONFIG.with_execution(attention='xla', remat='dots')
   check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), expected, config)
 
 
@@ -106,7 +108,7 @@ def test_another_backend_and_remat_split_too(expected):
   ],
 )
 def test_rows_split_over_devices(strategy, remat, sizes, expected):
-  config = dataclasses.replace(CONFIG, context=strategy, remat=remat)
+  config = CONFIG.with_execution(context=strategy, remat=remat)
   check(make_mesh(MeshConfig(**sizes)), expected, config)
 
 
@@ -129,20 +131,23 @@ def test_the_auto_twin_splits_rows_too(expected):
   ],
 )
 def test_architectures_split_their_rows(name, strategy):
-  config = dataclasses.replace(laws.make_config(name), vocabulary=48, context=strategy)
-  one = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
-  check(make_mesh(MeshConfig(context=2 if config.latent.width else 4)), one, config)
+  config = dataclasses.replace(
+    laws.make_config(name).with_execution(context=strategy), vocabulary=48
+  )
+  alone = loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config)
+  check(make_mesh(MeshConfig(context=2 if config.latent.width else 4)), alone, config)
 
 
 @pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_parameters_are_born_sharded_and_equal(sizes, axis_type):
-  one = born(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
+  alone = born(CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
   mesh = make_mesh(MeshConfig(**sizes), axis_type=axis_type)
   for (name, x), wanted in zip(
-    named_leaves(born(CONFIG, mesh)).items(), named_leaves(one).values(), strict=True
+    named_leaves(born(CONFIG, mesh)).items(), named_leaves(alone).values(), strict=True
   ):
-    # The same random bits; another partition may round the normal's polynomial otherwise in the last bit (seen on jax 0.12).
+    # The same random bits; another partition may round the normal's polynomial otherwise in the
+    # last bit (seen on jax 0.12).
     np.testing.assert_allclose(np.asarray(x), np.asarray(wanted), rtol=5e-7, err_msg=name)
     assert x.sharding.mesh.shape == mesh.shape
     split = mesh.shape['fsdp'] * (mesh.shape['tensor'] if 'positions' not in name else 1)
@@ -177,7 +182,7 @@ def test_cached_decode_on_a_mesh(axis_type):
 )
 def test_architectures_split_and_decode_on_a_mesh(name):
   """Packed rows through loss and gradients with remat, then prefill and decode."""
-  config = dataclasses.replace(laws.make_config(name), vocabulary=48, remat='full')
+  config = dataclasses.replace(laws.make_config(name).with_execution(remat='full'), vocabulary=48)
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   check(mesh, loss_and_gradients(make_mesh(MeshConfig(), jax.devices()[:1]), config), config)
   with jax.set_mesh(mesh):

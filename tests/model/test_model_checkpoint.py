@@ -1,4 +1,6 @@
-"""Do checkpoints come in and go out whole? Bits, meshes, pieces; errors list everything and leave nothing."""
+"""Do checkpoints come in and go out whole? Bits, meshes, pieces;
+errors list everything and leave nothing.
+"""
 
 import dataclasses
 import json
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import convert
-from model import checkpoint, params, stream, tensorfiles
+from model import checkpoint, params, rearranged, stream, tensorfiles
 from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
@@ -57,6 +59,19 @@ def leaves(model):
   return {name: np.asarray(x) for name, x in params.named_leaves(model).items()}
 
 
+def test_how_a_model_runs_is_not_in_a_checkpoint(llama, tmp_path):
+  """Nor are its layers, which lie one by one in one model and stacked in the other."""
+  config, model = checkpoint.load(llama, mesh=ours.MESH)
+  with jax.set_mesh(ours.MESH):
+    unstacked = rearranged.unstacked(model)
+  other = unstacked.config.with_execution(context='gather', remat='full')
+  assert other != config and other.network == config.network
+  checkpoint.save(unstacked, other, tmp_path / 'again')
+  _, again = checkpoint.load(tmp_path / 'again', mesh=ours.MESH)
+  for name, x in leaves(model).items():
+    np.testing.assert_array_equal(leaves(again)[name], x, err_msg=name)
+
+
 @pytest.mark.parametrize(
   'hf, mesh',
   [
@@ -68,11 +83,11 @@ def leaves(model):
 )
 def test_every_device_gets_its_shard(hf, mesh, tmp_path, monkeypatch):
   ours.build(hf, tmp_path / 'model')
-  _, one = checkpoint.load(tmp_path / 'model', mesh=ours.MESH)
+  _, loaded = checkpoint.load(tmp_path / 'model', mesh=ours.MESH)
   monkeypatch.setattr(checkpoint, 'PIECE', 500)  # so that pieces begin and end within shards
   mesh = make_mesh(MeshConfig(**mesh), jax.devices()[: math.prod(mesh.values())])
   _, many = checkpoint.load(tmp_path / 'model', mesh=mesh)
-  for name, x in leaves(one).items():
+  for name, x in leaves(loaded).items():
     np.testing.assert_array_equal(leaves(many)[name], x, err_msg=name)
   assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(many))
   assert all(
@@ -102,7 +117,7 @@ def test_pieces_make_the_whole(llama, tmp_path, monkeypatch, piece):
 def test_dtypes(llama, tmp_path, kind, stored, dtype, capsys):
   rewrite(llama, lambda tensors: None, kind)
   config, model = checkpoint.load(llama, mesh=ours.MESH)
-  assert config.parameter_dtype == config.dtype == dtype
+  assert config.execution.parameter_dtype == config.execution.dtype == dtype
   assert all(x.dtype == dtype for x in jax.tree.leaves(model))
   assert ('float16' in capsys.readouterr().out) == (kind == 'F16')
   checkpoint.save(model, config, tmp_path / 'out', dtype=stored)
@@ -113,7 +128,7 @@ def test_dtypes(llama, tmp_path, kind, stored, dtype, capsys):
 
 def test_dtypes_that_are_asked_for(llama, capsys):
   config, model = checkpoint.load(llama, mesh=ours.MESH, dtype='bfloat16', compute_dtype='float32')
-  assert (config.parameter_dtype, config.dtype) == ('bfloat16', 'float32')
+  assert (config.execution.parameter_dtype, config.execution.dtype) == ('bfloat16', 'float32')
   _, exact = checkpoint.load(llama, mesh=ours.MESH)
   jax.tree.map(
     lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)),
@@ -369,13 +384,13 @@ def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
     num_hidden_layers=32,
   )
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  family, found = checkpoint.families.read(config)
+  family, network = checkpoint.families.read(config)
   files = object.__new__(TensorFiles)
   files.directory, files.tensors = (
     tmp_path,
     {
       name: tensorfiles.Tensor(tmp_path, 'BF16', parts[0].layout.shape, 0)
-      for name, parts in checkpoint.parts_of(family, found).items()
+      for name, parts in checkpoint.parts_of(family, network).items()
     },
   )
   monkeypatch.setattr(convert, 'TensorFiles', lambda directory: files)
@@ -384,3 +399,17 @@ def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
   assert '8,030,261,248 parameters' in lines[0]
   assert [float(x) for x in lines[3].split()] == [1, 14.958, 44.873]
   assert [float(x) for x in lines[6].split()] == [8, 1.870, 5.609]
+
+
+def test_one_process_writes_a_directory_and_takes_away_what_a_killed_one_left(tmp_path):
+  (tmp_path / '.new.partial').mkdir()
+  (tmp_path / '.new.partial' / 'half').touch()
+  with checkpoint.new_directory(tmp_path / 'new') as partial:
+    (partial / 'whole').touch()
+    with pytest.raises(ValueError, match='new is in use by this process already; wait'):
+      with checkpoint.new_directory(tmp_path / 'new'):
+        pass
+  assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob('*'))] == [
+    'new',
+    'new/whole',
+  ]

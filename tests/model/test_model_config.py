@@ -6,6 +6,7 @@ import pytest
 
 from kernels.blocks import Blocks
 from model.config import CHOICES, Kind, LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from model.layers import ACTIVATIONS
 
 
@@ -27,7 +28,6 @@ from model.layers import ACTIVATIONS
     ({'attention_softcap': -2.0}, r'model.attention_softcap=-2.0 must be at least 0'),
     ({'norm_epsilon': 0.0}, r'model.norm_epsilon=0.0 must be positive'),
     ({'norm': 'rns'}, r"model.norm='rns' is unknown; did you mean 'rms'\? Known: rms, layer"),
-    ({'remat': 'dot'}, r"model.remat='dot' is unknown; did you mean 'dots'"),
   ],
 )
 def test_impossible_values_raise(fields, words):
@@ -38,6 +38,10 @@ def test_impossible_values_raise(fields, words):
 @pytest.mark.parametrize(
   'make, words',
   [
+    (
+      lambda: ExecutionConfig(remat='dot'),
+      r"model.execution.remat='dot' is unknown; did you mean 'dots'",
+    ),
     (lambda: RopeConfig(base=float('nan')), r'model.rope.base=nan must be positive'),
     (
       lambda: RopeConfig(scaling='dynamic'),
@@ -85,31 +89,41 @@ def test_impossible_combinations_raise(make, words):
 def test_a_backend_that_cannot_honour_the_architecture_is_refused():
   with pytest.raises(
     NotImplementedError,
-    match=r"'xla' does not honour \['softcap'\]; these do: \['reference', 'blocked', 'pallas_tpu'\]",
+    match=r"'xla' does not honour \['softcap'\]; "
+    r"these do: \['reference', 'blocked', 'pallas_tpu'\]",
   ):
-    ModelConfig(attention='xla', attention_softcap=2.0)
+    ModelConfig(execution=ExecutionConfig(attention='xla'), attention_softcap=2.0)
   with pytest.raises(
     ValueError,
-    match=r"model.attention='splash' is unknown.*Known: auto, reference, blocked, pallas_tpu, pallas_gpu, xla",
+    match=r"model.execution.attention='splash' is unknown.*"
+    r'Known: auto, reference, blocked, pallas_tpu, pallas_gpu, xla',
   ):
-    ModelConfig(attention='splash')
-  ModelConfig(attention='blocked', attention_softcap=2.0)
+    ModelConfig(execution=ExecutionConfig(attention='splash'))
+  ModelConfig(execution=ExecutionConfig(attention='blocked'), attention_softcap=2.0)
 
 
 def test_blocks_that_the_backend_has_not_for_such_heads_are_refused():
   ModelConfig(
-    attention='pallas_tpu', attention_blocks=Blocks(forward_queries=512, backward_keys=256)
+    execution=ExecutionConfig(
+      attention='pallas_tpu', attention_blocks=Blocks(forward_queries=512, backward_keys=256)
+    )
   )
   with pytest.raises(
     NotImplementedError,
-    match=r"model.attention='auto' is no backend whose blocks can be chosen; set it to one of \['pallas_tpu', 'pallas_gpu'\]",
+    match=r"model.execution.attention='auto' is no backend whose blocks can be chosen; "
+    r"set it to one of \['pallas_tpu', 'pallas_gpu'\]",
   ):
-    ModelConfig(attention_blocks=Blocks(forward_keys=256))
-  gpu = dict(attention='pallas_gpu', dtype='bfloat16', attention_blocks=Blocks(forward_keys=128))
+    ModelConfig(execution=ExecutionConfig(attention_blocks=Blocks(forward_keys=256)))
+  gpu = dict(
+    execution=ExecutionConfig(
+      attention='pallas_gpu', dtype='bfloat16', attention_blocks=Blocks(forward_keys=128)
+    )
+  )
   ModelConfig(head_width=128, **gpu)
   with pytest.raises(
     ValueError,
-    match=r'model.attention_blocks.forward_keys=128: backend pallas_gpu has \[64\] for heads 192 wide',
+    match=r'model.execution.attention_blocks.forward_keys=128: '
+    r'backend pallas_gpu has \[64\] for heads 192 wide',
   ):
     ModelConfig(head_width=128, latent=LatentConfig(width=64, rope_width=64), **gpu)
 

@@ -1,6 +1,7 @@
-"""Do tokens reach the experts that their router chose, and nothing else? Three dispatches, a loop in numpy, many devices."""
+"""Do tokens reach the experts that their router chose, and nothing else?
+Three dispatches, a loop in numpy, many devices.
+"""
 
-import dataclasses
 import functools
 import math
 import re
@@ -15,6 +16,7 @@ from jax.sharding import AxisType
 
 from model import moe as moe_module
 from model.config import ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
 from model.moe import MoE, moved, route
 from model.params import abstract, named_leaves
 from parallel import axes as ax
@@ -69,7 +71,8 @@ def min_7(gate):
 
 
 DISPATCHES = ['dense', 'dropless', 'capacity']
-# The laws hold for every dispatch; those that compile for long are tried on one, and on the others by `make test-all`.
+# The laws hold for every dispatch; those that compile for long are tried on one,
+# and on the others by `make test-all`.
 MOSTLY_SLOW = [
   'dropless',
   pytest.param('dense', marks=pytest.mark.slow),
@@ -86,7 +89,9 @@ MESHES = [
 def make_config(case='mixtral', dispatch='dropless', **changes):
   fields = CASES[case] | {'capacity_factor': 100.0, 'balance_loss': 0.5, 'z_loss': 0.25} | changes
   model = {
-    name: fields.pop(name) for name in ('biases', 'activation', 'gated', 'dtype') if name in fields
+    name: fields.pop(name)
+    for name in ('biases', 'activation', 'gated', 'execution')
+    if name in fields
   }
   return ModelConfig(width=D, feed_forward=F, moe=MoEConfig(dispatch=dispatch, **fields), **model)
 
@@ -119,7 +124,9 @@ def forward(layer, x, segments=None):
 
 @jax.jit
 def run(layer, x, segments):
-  """((objective, (y, stats)), gradients of the layer and of x) of an objective that every output matters to."""
+  """((objective, (y, stats)), gradients of the layer and of x)
+  of an objective that every output matters to.
+  """
 
   def objective(layer, x):
     y, stats = layer(x, segments)
@@ -129,23 +136,25 @@ def run(layer, x, segments):
   return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(layer, x)
 
 
-def close(found, wanted, tolerance=1e-5):
-  found, wanted = (
+def close(actual, wanted, tolerance=1e-5):
+  actual, wanted = (
     {
       jax.tree_util.keystr(path): np.asarray(leaf)
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    for tree in (found, wanted)
+    for tree in (actual, wanted)
   )
-  assert found.keys() == wanted.keys()
+  assert actual.keys() == wanted.keys()
   for name, b in wanted.items():
     np.testing.assert_allclose(
-      found[name], b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=name
+      actual[name], b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()), err_msg=name
     )
 
 
 def choose(scores, moe):
-  """One token's experts in numpy, as transformers chooses them; `scores` with the selection bias."""
+  """One token's experts in numpy, as transformers chooses them;
+  `scores` with the selection bias.
+  """
   scores = scores.copy()
   if moe.groups > 1:
     groups = scores.reshape(moe.groups, -1)
@@ -156,7 +165,9 @@ def choose(scores, moe):
 
 
 def token_loop(layer, config, x, segments, drop=lambda expert: False):
-  """y and stats, one token and one choice at a time, in float64; `drop` is asked in the order of tokens."""
+  """y and stats, one token and one choice at a time, in float64;
+  `drop` is asked in the order of tokens.
+  """
   moe, w = (
     config.moe,
     {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(layer).items()},
@@ -220,14 +231,14 @@ def token_loop(layer, config, x, segments, drop=lambda expert: False):
 def test_all_dispatches_are_the_loop_over_tokens(case):
   """Values against the loop; gradients of the dispatches against each other."""
   x, segments = inputs()
-  found = {}
+  outputs = {}
   for dispatch in DISPATCHES:
     config = make_config(case, dispatch)
     layer = make_moe(config)
-    found[dispatch] = run(layer, x, segments)
-  close(found['dense'][0][1], token_loop(layer, config, x, segments))
+    outputs[dispatch] = run(layer, x, segments)
+  close(outputs['dense'][0][1], token_loop(layer, config, x, segments))
   for dispatch in ('dropless', 'capacity'):
-    close(found[dispatch], found['dense'])
+    close(outputs[dispatch], outputs['dense'])
 
 
 def test_without_segments_every_token_counts():
@@ -239,7 +250,9 @@ def test_without_segments_every_token_counts():
 
 @pytest.mark.parametrize('dispatch', DISPATCHES)
 def test_padding_goes_nowhere(dispatch):
-  """It yields zeros and counts in no statistic; what it holds, NaN included, changes nothing, bitwise."""
+  """It yields zeros and counts in no statistic;
+  what it holds, NaN included, changes nothing, bitwise.
+  """
   config = make_config('gpt-oss', dispatch, capacity_factor=0.5)
   layer, (x, segments) = make_moe(config), inputs()
   wanted = run(layer, x, segments)
@@ -297,7 +310,9 @@ def test_neighbours_change_nothing(dispatch):
 @pytest.mark.parametrize('over', ['sequence', 'batch'])
 @pytest.mark.parametrize('case', ['mixtral', 'deepseek v3'])
 def test_balance_loss_of_a_balanced_and_of_the_worst_router(case, over):
-  """Its weight per token where all experts are as likely; E / k of that where all tokens choose the same k and nothing else."""
+  """Its weight per token where all experts are as likely;
+  E / k of that where all tokens choose the same k and nothing else.
+  """
   config = make_config(case, balance_over=over, groups=1, groups_per_token=1)
   layer, (x, segments) = make_moe(config), inputs()
   tokens, moe = int((segments > 0).sum()), config.moe
@@ -341,7 +356,9 @@ def test_the_selection_bias_chooses_and_does_not_weigh():
 
 @given(st.integers(0, 2**31), st.sampled_from(['deepseek v2', 'deepseek v3']))
 def test_choices_within_groups(seed, case):
-  """Against numpy, negative biases too: those of experts outside the best groups count as 0, as in transformers."""
+  """Against numpy, negative biases too: those of experts outside the best groups count as 0,
+  as in transformers.
+  """
   moe = make_config(case).moe
   draw = np.random.default_rng(seed)
   logits, bias = draw.normal(size=(4, 8)).astype(np.float32), draw.normal(size=8).astype(np.float32)
@@ -351,7 +368,9 @@ def test_choices_within_groups(seed, case):
 
 
 def test_the_moved_bias_balances_the_load():
-  """A router that likes some experts twenty times as much as others: the bias evens the load out within 600 steps."""
+  """A router that likes some experts twenty times as much as others:
+  the bias evens the load out within 600 steps.
+  """
   moe = make_config('deepseek v3', groups=1, groups_per_token=1).moe
   draw = np.random.default_rng(0)
   preference = np.linspace(-1.5, 1.5, 8)
@@ -441,9 +460,9 @@ PARTS = [
 )
 def test_eight_devices_are_one(case, dispatch, sizes, factor):
   mesh = make_mesh(MeshConfig(**sizes))
-  found, layer = on_mesh(mesh, make_config(case, dispatch, capacity_factor=factor), *inputs())
-  close(found, expected(case, dispatch))
-  for name, gradient in named_leaves(found[1][0]).items():
+  actual, layer = on_mesh(mesh, make_config(case, dispatch, capacity_factor=factor), *inputs())
+  close(actual, expected(case, dispatch))
+  for name, gradient in named_leaves(actual[1][0]).items():
     assert gradient.sharding.is_equivalent_to(named_leaves(layer)[name].sharding, gradient.ndim), (
       name
     )
@@ -497,7 +516,9 @@ def test_pieces_are_equal_whole_lanes():
 
 @pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
 def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
-  """What XLA makes of it: all-to-alls of tokens; of weights, shards of D gathered and gradients scattered, and never all experts."""
+  """What XLA makes of it: all-to-alls of tokens;
+  of weights, shards of D gathered and gradients scattered, and never all experts.
+  """
   config, mesh = (
     make_config('mixtral', dispatch, capacity_factor=0.5),
     make_mesh(MeshConfig(data=1, fsdp=2, expert=4)),
@@ -526,8 +547,8 @@ def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
 
 def test_the_auto_twin_gives_the_same():
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=AxisType.Auto)
-  found, _ = on_mesh(mesh, make_config('gpt-oss'), *inputs())
-  close(found, expected('gpt-oss', 'dropless'))
+  actual, _ = on_mesh(mesh, make_config('gpt-oss'), *inputs())
+  close(actual, expected('gpt-oss', 'dropless'))
 
 
 def test_capacity_is_each_devices_own():
@@ -547,7 +568,9 @@ def test_capacity_is_each_devices_own():
 
 @pytest.mark.parametrize('dispatch', MOSTLY_SLOW)
 def test_stacked_scanned_and_rematerialised(dispatch):
-  """As a stack uses it: born under vmap, scanned, recomputed in the backward pass; the same as a loop over layers."""
+  """As a stack uses it: born under vmap, scanned, recomputed in the backward pass;
+  the same as a loop over layers.
+  """
   config = make_config('deepseek v3', dispatch)
   stack = make_moe(config, layers=2)
   assert stack.down[...].shape == (2, 8, F, D)
@@ -578,8 +601,8 @@ def test_stacked_scanned_and_rematerialised(dispatch):
 @pytest.mark.parametrize('dispatch', MOSTLY_SLOW)
 def test_bfloat16_experts_under_an_f32_router(dispatch):
   """Tokens go where the f32 scores of the rounded inputs send them."""
-  config = make_config('deepseek v3', dispatch, dtype='bfloat16')
-  exact = dataclasses.replace(config, dtype='float32')
+  config = make_config('deepseek v3', dispatch, execution=ExecutionConfig(dtype='bfloat16'))
+  exact = config.with_execution(dtype='float32')
   x, segments = inputs(rows=64)
   x = x.astype(jnp.bfloat16)
   y, stats = forward(make_moe(config), x, segments)
@@ -593,20 +616,21 @@ def test_bfloat16_experts_under_an_f32_router(dispatch):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('dispatch', DISPATCHES)
 def test_half_precision_on_split_experts(dispatch, dtype):
-  config = make_config('biased', dispatch, dtype=dtype)
+  config = make_config('biased', dispatch, execution=ExecutionConfig(dtype=dtype))
   x, segments = inputs()
   ((_, (y, _)), gradients), _ = on_mesh(
     make_mesh(MeshConfig(**SPLIT[0])), config, x.astype(dtype), segments
   )
   ((_, (wanted, _)), wanted_gradients) = run(
-    make_moe(dataclasses.replace(config, dtype='float32')),
+    make_moe(config.with_execution(dtype='float32')),
     x.astype(dtype).astype(jnp.float32),
     segments,
   )
   for a, b in zip(
     jax.tree.leaves((y, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True
   ):
-    # A bias's gradient is a sum over all tokens whose terms were rounded to 8 bits, and nearly cancel.
+    # A bias's gradient is a sum over all tokens whose terms were rounded to 8 bits,
+    # and nearly cancel.
     np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.06 * np.abs(b).max())
 
 

@@ -9,6 +9,7 @@ import pytest
 from kernels import cached
 from kernels.mask import Mask, Relative
 from model import attention, cache, layers, transformer
+from model.execution import ExecutionConfig
 
 
 def allow_all(self, T, S):
@@ -48,14 +49,14 @@ def look_as(change):
 
 def append_ahead(self, keys, values, window=0):
   """Slots.append that leaves a slot free at every call."""
-  new = cache_append(dataclasses.replace(self, lengths=self.lengths + 1), keys, values, window)
-  return dataclasses.replace(new, lengths=self.lengths)
+  appended = cache_append(dataclasses.replace(self, lengths=self.lengths + 1), keys, values, window)
+  return dataclasses.replace(appended, lengths=self.lengths)
 
 
 def as_if_fresh(self, keys, values, window=0):
   """Slots.append that begins anew at every call."""
-  new = cache_append(dataclasses.replace(self, fresh=True), keys, values, window)
-  return dataclasses.replace(new, fresh=self.fresh)
+  appended = cache_append(dataclasses.replace(self, fresh=True), keys, values, window)
+  return dataclasses.replace(appended, fresh=self.fresh)
 
 
 def padding_counts(held, slots, lengths):
@@ -147,4 +148,4 @@ def test_a_law_catches(fault, monkeypatch):
   where, name, replacement, law, config = FAULTS[fault]
   monkeypatch.setattr(where, name, replacement)
   with pytest.raises(AssertionError):
-    law(laws.make_config(config, attention='reference'))
+    law(laws.make_config(config, execution=ExecutionConfig(attention='reference')))

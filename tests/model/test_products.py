@@ -17,6 +17,7 @@ from test_meshes import CONFIG, batch
 from data.config import DataConfig
 from model import params, transformer
 from model.config import MoEConfig
+from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import AXES, MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
@@ -25,7 +26,8 @@ from training.config import Config
 from training.optimizer import OptimizerConfig, make_optimizer
 from training.step import make_step
 
-DENSE = dataclasses.replace(CONFIG, layers=4, max_length=8, remat='full')
+full = functools.partial(ExecutionConfig, remat='full')
+DENSE = dataclasses.replace(CONFIG, layers=4, max_length=8, execution=full())
 MOE = dataclasses.replace(
   DENSE,
   layers=2,
@@ -59,17 +61,17 @@ def three_steps(model, devices, sizes):
     state = dataclasses.replace(state, models=laws.randomised(state.models))
     rows = jax.NamedSharding(jax.sharding.get_mesh(), ax.spec('batch', 'length'))
     given = jax.tree.map(lambda x: jax.device_put(x, rows), batch())
-    step, found = make_step(config, optimizer).lower(state, given).compile(), []
+    step, steps = make_step(config, optimizer).lower(state, given).compile(), []
     for _ in range(3):
       state, metrics, _ = step(state, given)
-      found.append(
+      steps.append(
         jax.tree.map(
           np.asarray,
           {'loss': metrics['loss']}
           | params.named_leaves((state.models['policy'], state.optimizer)),
         )
       )
-  return step.as_text(), (found[0], found[-1])
+  return step.as_text(), (steps[0], steps[-1])
 
 
 def unordered(program):
@@ -79,7 +81,7 @@ def unordered(program):
   loop's: those behind it then wait for some devices while the loop waits for others, in as many
   threads as there are devices. Only data orders what a barrier does not.
   """
-  holds, found = {}, []
+  holds, pairs = {}, []
   for text in re.split(r'\n(?=%|ENTRY )', program)[
     1:
   ]:  # a computation comes before those that call it
@@ -89,23 +91,23 @@ def unordered(program):
       called = any(holds.get(used) for used in re.findall(r'%([\w.-]+)', rest))
       after = set().union(*(behind.get(used, ()) for used in re.findall(r'%([\w.-]+)', rest)))
       if called or COLLECTIVE.search(rest):
-        found += [(loop, name) for loop in loops if loop not in after]
+        pairs += [(loop, name) for loop in loops if loop not in after]
         some = True
       if called:
         loops.append(name)
         after.add(name)
       behind[name] = after
     holds[re.match(r'(?:ENTRY )?%([\w.-]+)', text)[1]] = some
-  return found
+  return pairs
 
 
 def check(model, sizes):
   program, steps = three_steps(model, 8, tuple(sizes.items()))
-  alone = three_steps(dataclasses.replace(model, pipeline=PipelineConfig()), 1, ())[1]
-  for found, expected in zip(steps, alone, strict=True):
+  alone = three_steps(model.with_execution(pipeline=PipelineConfig()), 1, ())[1]
+  for actual, expected in zip(steps, alone, strict=True):
     for name, wanted in expected.items():
       np.testing.assert_allclose(
-        found[name], wanted, atol=1e-5 * max(1e-3, np.abs(wanted).max()), err_msg=name
+        actual[name], wanted, atol=1e-5 * max(1e-3, np.abs(wanted).max()), err_msg=name
       )
   return program
 
@@ -139,13 +141,16 @@ def test_more_tensor_shards_than_keys_are_one_device(sizes):
 @pytest.mark.parametrize(
   'changes, sizes',
   [
-    slow({'pipeline': F1B1}, {'stage': 2, 'context': 2, 'fsdp': 2}),
-    slow({'pipeline': F1B1, 'context': 'gather'}, {'stage': 2, 'context': 4}),
-    slow({'pipeline': CIRCULAR, 'context': 'ulysses'}, {'stage': 2, 'context': 2, 'tensor': 2}),
-    slow({'context': 'ulysses_ring', 'remat': 'none'}, {'stage': 2, 'context': 4}),
-    slow({'window': 3, 'remat': 'none'}, {'stage': 2, 'context': 2, 'fsdp': 2}),
+    slow({'execution': full(pipeline=F1B1)}, {'stage': 2, 'context': 2, 'fsdp': 2}),
+    slow({'execution': full(pipeline=F1B1, context='gather')}, {'stage': 2, 'context': 4}),
+    slow(
+      {'execution': full(pipeline=CIRCULAR, context='ulysses')},
+      {'stage': 2, 'context': 2, 'tensor': 2},
+    ),
+    slow({'execution': ExecutionConfig(context='ulysses_ring')}, {'stage': 2, 'context': 4}),
+    slow({'window': 3, 'execution': ExecutionConfig()}, {'stage': 2, 'context': 2, 'fsdp': 2}),
     slow({}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 1}),
-    slow({'pipeline': F1B1}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 2}),
+    slow({'execution': full(pipeline=F1B1)}, {'stage': 2, 'context': 2, 'fsdp': 2, 'zero': 2}),
   ],
   ids=str,
 )

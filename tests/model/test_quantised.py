@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import params, transformer
+from model import params, rearranged
 from model.weights.int8 import Int8, in_bytes
 from tests.model import laws
 
@@ -18,11 +18,11 @@ NAMES = ['llama', 'gpt2', 'qwen3', 'deepseek', 'mixtral', 'relative']
 def whole(model):
   """The model with the numbers that its bytes stand for."""
 
-  def one(p):
+  def plain(p):
     value = p.get_value()
     return p.replace(value.whole('float32')) if isinstance(value, Int8) else p
 
-  return jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
+  return jax.tree.map(plain, model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -30,23 +30,23 @@ def test_logits_are_those_of_the_numbers(name):
   """Few rows go by two digits of a byte, many by numbers made of the bytes: one model."""
   config = dataclasses.replace(laws.make_config(name), tie_embeddings=False)
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
-    model = transformer.unstacked(laws.make_model(config))
+    model = rearranged.unstacked(laws.make_model(config))
     small = BYTES(model)
     numbers = whole(small)
     for tokens in (laws.tokens_of(config, 2, 3), laws.tokens_of(config, 2, 12)):
-      expected, found = laws.forward()(numbers, tokens), laws.forward()(small, tokens)
+      expected, actual = laws.forward()(numbers, tokens), laws.forward()(small, tokens)
       np.testing.assert_allclose(
-        found, expected, atol=2e-3 * np.abs(expected).max()
+        actual, expected, atol=2e-3 * np.abs(expected).max()
       )  # 15 bits of every row's largest number
       exact = laws.forward()(model, tokens)
       assert (
-        1e-5 < np.abs(found - exact).max() / np.abs(exact).max() < 0.2
+        1e-5 < np.abs(actual - exact).max() / np.abs(exact).max() < 0.2
       )  # 8 bits of a weight are another model, a near one
 
 
 def test_every_matrix_is_bytes_and_errs_by_half_a_step():
   with jax.set_mesh(laws.make_mesh(laws.MeshConfig(), jax.devices()[:1])):
-    model = transformer.unstacked(
+    model = rearranged.unstacked(
       laws.make_model(laws.make_config('llama', width=512, heads=8, feed_forward=1024))
     )
     small = BYTES(model)
@@ -86,10 +86,10 @@ def test_a_tied_table_is_looked_up_as_it_is_and_scores_in_bytes():
 @pytest.mark.parametrize('sizes', [dict(data=2), dict(tensor=2), dict(fsdp=2, data=1)])
 def test_on_meshes(sizes):
   config = laws.make_config('llama', vocabulary=48)
-  found = []
+  outputs = []
   for devices, mesh in ((1, {}), (2, sizes)):
     with jax.set_mesh(laws.make_mesh(laws.MeshConfig(**mesh), jax.devices()[:devices])):
-      small = BYTES(transformer.unstacked(laws.make_model(config)))
+      small = BYTES(rearranged.unstacked(laws.make_model(config)))
       tokens = jax.device_put(laws.tokens_of(config, 2, 12), laws.ax.spec('batch', 'length'))
-      found.append(np.asarray(laws.forward()(small, tokens)))
-  np.testing.assert_allclose(found[1], found[0], atol=1e-5 * np.abs(found[0]).max())
+      outputs.append(np.asarray(laws.forward()(small, tokens)))
+  np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5 * np.abs(outputs[0]).max())

@@ -1,4 +1,6 @@
-"""Are layers that are split over pipeline stages one stack? Loss, gradients, reports, memory, on products of meshes, by every schedule."""
+"""Are layers that are split over pipeline stages one stack?
+Loss, gradients, reports, memory, on products of meshes, by every schedule.
+"""
 
 import dataclasses
 import functools
@@ -16,6 +18,7 @@ from data.batch import Batch
 from model import transformer
 from model.cache import init_cache
 from model.config import MoEConfig
+from model.execution import ExecutionConfig
 from model.params import abstract, named_leaves, specs
 from objectives.next_token import summed_loss
 from parallel import axes as ax
@@ -55,23 +58,33 @@ def model_config(name='', **changes):
     (F1B1, {'stage': 2, 'data': 1, 'tensor': 2}, model_config('llama', layers=4)),
     slow(CIRCULAR, PRODUCT, model_config(layers=4)),
     slow(F1B1, PRODUCT, model_config('mixtral', moe=EXPERTS)),
-    slow(F1B1, DATA, model_config(layers=4, remat='full')),
-    slow(PipelineConfig(schedule='1f1b'), FSDP, model_config(layers=4, remat='dots')),
+    slow(F1B1, DATA, model_config(layers=4, execution=ExecutionConfig(remat='full'))),
+    slow(
+      PipelineConfig(schedule='1f1b'),
+      FSDP,
+      model_config(layers=4, execution=ExecutionConfig(remat='dots')),
+    ),
     slow(F1B1, TWO, model_config('gemma2', layers=4)),
     slow(PipelineConfig(schedule='1f1b', microbatches=8), FOUR, model_config(layers=4)),
-    slow(GPIPE, DATA, model_config(layers=4, remat='full')),
-    slow(GPIPE, TENSOR, model_config('mixtral', moe=EXPERTS, remat='full', heads=4, kv_heads=4)),
+    slow(GPIPE, DATA, model_config(layers=4, execution=ExecutionConfig(remat='full'))),
+    slow(
+      GPIPE,
+      TENSOR,
+      model_config(
+        'mixtral', moe=EXPERTS, execution=ExecutionConfig(remat='full'), heads=4, kv_heads=4
+      ),
+    ),
     slow(GPIPE, PRODUCT, model_config('relative')),
     slow(GPIPE, PRODUCT, model_config('deepseek')),
     slow(
-      GPIPE, PRODUCT, model_config('deepseek moe', remat='full')
+      GPIPE, PRODUCT, model_config('deepseek moe', execution=ExecutionConfig(remat='full'))
     ),  # its first layer is not split
     slow(GPIPE, PRODUCT, model_config('gemma3')),  # nor its last
-    slow(CIRCULAR, TWO, model_config('gpt-oss', layers=8, remat='full')),
+    slow(CIRCULAR, TWO, model_config('gpt-oss', layers=8, execution=ExecutionConfig(remat='full'))),
     slow(
       PipelineConfig(schedule='circular', repeats=2),
       FSDP,
-      model_config('mixtral', moe=EXPERTS, layers=4, remat='dots'),
+      model_config('mixtral', moe=EXPERTS, layers=4, execution=ExecutionConfig(remat='dots')),
     ),
   ],
   ids=lambda x: (
@@ -83,13 +96,13 @@ def model_config(name='', **changes):
 def test_stages_are_one_stack(pipeline, sizes, config):
   """Packed rows of unequal padding, so that no two microbatches weigh the same."""
   mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
-  check(mesh, alone(config), dataclasses.replace(config, pipeline=pipeline))
+  check(mesh, alone(config), config.with_execution(pipeline=pipeline))
 
 
 @pytest.mark.slow
 def test_the_auto_twin_gives_the_same():
   mesh = make_mesh(MeshConfig(stage=2, fsdp=2, tensor=2), axis_type=AxisType.Auto)
-  check(mesh, alone(CONFIG), dataclasses.replace(CONFIG, pipeline=GPIPE))
+  check(mesh, alone(CONFIG), CONFIG.with_execution(pipeline=GPIPE))
 
 
 def reports(mesh, config):
@@ -108,23 +121,25 @@ def test_experts_report_what_real_microbatches_did(pipeline):
   config = dataclasses.replace(laws.make_config('mixtral'), vocabulary=48, layers=4, moe=EXPERTS)
   (expected, expected_sums), _ = reports(make_mesh(MeshConfig(), jax.devices()[:1]), config)
   mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
-  (value, sums), with_gradients = reports(mesh, dataclasses.replace(config, pipeline=pipeline))
+  (value, sums), with_gradients = reports(mesh, config.with_execution(pipeline=pipeline))
   np.testing.assert_allclose(value, expected, rtol=1e-5)
-  for found in (sums, with_gradients):
+  for actual in (sums, with_gradients):
     assert (
-      found.keys() == expected_sums.keys() >= {'load', 'dropped', 'balance_loss', 'router_z_loss'}
+      actual.keys() == expected_sums.keys() >= {'load', 'dropped', 'balance_loss', 'router_z_loss'}
     )
     for name, wanted in expected_sums.items():
-      np.testing.assert_allclose(found[name], wanted, rtol=1e-5, err_msg=name)
+      np.testing.assert_allclose(actual[name], wanted, rtol=1e-5, err_msg=name)
   np.testing.assert_array_equal(sums['load'], expected_sums['load'])
   assert sums['load'].shape == (4, 4)
 
 
 def test_parameters_are_born_split_over_stages():
-  """All of the stack that is split, biases and norms too; embedding and head over what the loss is split over."""
+  """All of the stack that is split, biases and norms too;
+  embedding and head over what the loss is split over.
+  """
   config = model_config('llama', layers=4)
   mesh = make_mesh(MeshConfig(stage=2, data=1, fsdp=2), jax.devices()[:4])
-  found, one = (
+  actual, alone = (
     named_leaves(born(config, mesh)),
     named_leaves(born(config, make_mesh(MeshConfig(), jax.devices()[:1]))),
   )
@@ -133,8 +148,8 @@ def test_parameters_are_born_split_over_stages():
       specs(abstract(lambda: transformer.init(config, 0), mesh)),
       is_leaf=lambda x: hasattr(x, 'axes'),
     )
-  for (name, x), spec in zip(found.items(), described, strict=True):
-    np.testing.assert_allclose(x, one[name], rtol=5e-7, err_msg=name)
+  for (name, x), spec in zip(actual.items(), described, strict=True):
+    np.testing.assert_allclose(x, alone[name], rtol=5e-7, err_msg=name)
     if name.startswith('stack.blocks'):
       assert (
         spec.axes[0] == 'layers'
@@ -217,8 +232,7 @@ def temporaries(pipeline):
     feed_forward=64,
     vocabulary=64,
     max_length=64,
-    remat='full',
-    pipeline=pipeline,
+    execution=ExecutionConfig(remat='full', pipeline=pipeline),
   )
   mesh = make_mesh(MeshConfig(stage=4, data=1), jax.devices()[:4])
   with jax.set_mesh(mesh):
@@ -230,7 +244,9 @@ def temporaries(pipeline):
 
 @pytest.mark.slow
 def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
-  """But for what a batch says of its tokens (five fields), twice; GPipe keeps what enters stages."""
+  """But for what a batch says of its tokens (five fields), twice;
+  GPipe keeps what enters stages.
+  """
   ids, entering = 5 * 2 * 64 * 4, 2 * 64 * 32 * 4  # bytes of a microbatch
   few, many = (temporaries(PipelineConfig(schedule='1f1b', microbatches=M)) for M in (8, 32))
   assert 0 <= many - few <= 2 * 24 * ids

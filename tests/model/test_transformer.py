@@ -1,6 +1,5 @@
 """Does the decoder obey its laws, and compute what an independent float64 forward computes?"""
 
-import dataclasses
 import math
 
 import float64
@@ -10,8 +9,9 @@ import laws
 import numpy as np
 import pytest
 
-from model import params, transformer
+from model import params, rearranged, transformer
 from model.config import MoEConfig
+from model.execution import ExecutionConfig
 from model.params import named_leaves
 
 EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
@@ -20,7 +20,7 @@ EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
 @pytest.mark.parametrize('name', EXACT)
 def test_logits_are_those_of_the_float64_forward(name, one_device):
   config = laws.make_config(name)
-  model, tokens, found = (
+  model, tokens, actual = (
     laws.make_model(config),
     laws.tokens_of(config, 2, 9),
     laws.full_logits(config),
@@ -28,7 +28,7 @@ def test_logits_are_those_of_the_float64_forward(name, one_device):
   for row in range(2):
     expected = float64.logits(config, named_leaves(model), np.asarray(tokens[row]))
     assert np.abs(expected).max() > 0.5, 'too small to tell anything'
-    np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(actual[row], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_gradients_are_those_of_the_float64_forward(one_device):
@@ -63,7 +63,7 @@ def test_causality(name):
 
 @pytest.mark.parametrize('backend', ['reference', 'xla'])
 def test_causality_of_other_backends(backend):
-  laws.check_causality(laws.make_config(attention=backend))
+  laws.check_causality(laws.make_config(execution=ExecutionConfig(attention=backend)))
 
 
 def test_window():
@@ -106,8 +106,8 @@ def test_remat_changes_nothing(one_device):
   model, tokens = laws.make_model(config), laws.tokens_of(config, 2, 7)
   expected = loss_and_gradients(config, model, tokens)
   for remat in ('full', 'dots'):
-    found = loss_and_gradients(dataclasses.replace(config, remat=remat), model, tokens)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    actual = loss_and_gradients(config.with_execution(remat=remat), model, tokens)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -192,7 +192,9 @@ def test_the_abstract_model_is_the_model(name, one_device):
 
 
 def test_caches_and_masks_are_pytrees_of_anything():
-  """Abstract arrays, shardings and placeholders take the place of arrays when programs are planned."""
+  """Abstract arrays, shardings and placeholders take the place of arrays
+  when programs are planned.
+  """
   cache = jax.eval_shape(lambda: laws.init_cache(laws.make_config(), 2, 8))
   assert [x.shape for x in jax.tree.leaves(cache.held)] == [
     (2, 2, 2, 8, 4)
@@ -203,7 +205,9 @@ def test_caches_and_masks_are_pytrees_of_anything():
 
 
 def test_layers_report_and_are_balanced_in_their_order(one_device):
-  """Windows and experts alternate, so that periods have several places and the last one is cut off."""
+  """Windows and experts alternate, so that periods have several places
+  and the last one is cut off.
+  """
   config = laws.make_config(
     layers=14,
     window=3,
@@ -224,7 +228,7 @@ def test_layers_report_and_are_balanced_in_their_order(one_device):
   np.testing.assert_array_equal(
     load, [[12 * (expert == layer) for expert in range(14)] for layer in sparse]
   )
-  moved = transformer.balanced(model, load, 1.0)
+  moved = rearranged.balanced(model, load, 1.0)
   for block, (kind, layers) in zip(moved.stack.blocks, config.places, strict=True):
     for row, layer in zip(block.feed_forward.selection_bias[...] if kind.moe else (), layers):
       assert row.tolist() == [9.0 if expert == layer else 1.0 for expert in range(14)]
@@ -233,11 +237,11 @@ def test_layers_report_and_are_balanced_in_their_order(one_device):
 def test_seeds_and_layers_differ(one_device):
   config = laws.make_config()
   make = jax.jit(transformer.init, static_argnums=(0, 1))
-  one, same, other = make(config, 0), make(config, 0), make(config, 1)
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
+  first, same, other = make(config, 0), make(config, 0), make(config, 1)
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(same), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert (one.embedding.tokens[...] != other.embedding.tokens[...]).all()
-  q = np.asarray(one.stack.blocks[0].attention.q[...])
+  assert (first.embedding.tokens[...] != other.embedding.tokens[...]).all()
+  q = np.asarray(first.stack.blocks[0].attention.q[...])
   assert (q[0] != q[1]).all() and abs(q.std() * config.D**0.5 - 1) < 0.2
 
 

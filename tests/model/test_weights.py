@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 
 from data.tokenizers import ByteTokenizer
-from decode.engine import generating
+from decode.generating import generating
 from decode.generator import Generator
 from decode.report import weight_bytes
-from model import families, moe as moe_module, transformer
+from model import families, moe as moe_module, rearranged
+from model.execution import ExecutionConfig
 from model.weights import Gathered, Plain, Weight, gathered, int8, joined, read
 from model.weights.int8 import Int8, in_bytes
 from parallel import axes as ax
@@ -90,14 +91,14 @@ def on(sizes: dict[str, int]):
 
 def born(config, seed: int = 0):
   """Weights that keep activations near 1, so that no law is lost in what is saturated."""
-  return transformer.unstacked(jax.tree.map(lambda x: x * 0.6, laws.make_model(config, seed)))
+  return rearranged.unstacked(jax.tree.map(lambda x: x * 0.6, laws.make_model(config, seed)))
 
 
-def distance(found, expected) -> float:
+def distance(actual, expected) -> float:
   """The largest error, as a part of the largest number."""
   return max(
     np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
-    for a, b in zip(found, expected, strict=True)
+    for a, b in zip(actual, expected, strict=True)
   )
 
 
@@ -106,9 +107,9 @@ def check_numbers(config, length: int = 6, rows: int = 4, tolerance: float = 1e-
   with jax.set_mesh(on({})):
     model = born(config)
     small = BYTES(model)
-    found, expected, before = (everything(length, rows)(x) for x in (small, numbers(small), model))
-  assert distance(found, expected) < tolerance
-  assert 1e-4 < distance(found, before) < 0.5, 'bytes are another model, a near one'
+    actual, expected, before = (everything(length, rows)(x) for x in (small, numbers(small), model))
+  assert distance(actual, expected) < tolerance
+  assert 1e-4 < distance(actual, before) < 0.5, 'bytes are another model, a near one'
 
 
 @pytest.mark.parametrize('name', [name if name in QUICK else slow(name) for name in FAMILIES])
@@ -133,7 +134,7 @@ def test_every_dispatch(dispatch, monkeypatch):
 @pytest.mark.parametrize('dtype', ['bfloat16', slow('float16')])
 def test_other_compute_dtypes_round_once_more(dtype, monkeypatch):
   monkeypatch.setattr(int8, 'FEW', 0)
-  config = dataclasses.replace(config_of('mixtral'), dtype=dtype)
+  config = config_of('mixtral').with_execution(dtype=dtype)
   # A step of rounding may send a token to another expert: all see all.
   config = dataclasses.replace(
     config, moe=dataclasses.replace(config.moe, per_token=config.moe.experts)
@@ -143,7 +144,9 @@ def test_other_compute_dtypes_round_once_more(dtype, monkeypatch):
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_which_parameters_become_bytes_and_how_near_they_are(name):
-  """All matrices but routers; numbers err by half a step, which each expert's output has its own."""
+  """All matrices but routers; numbers err by half a step,
+  which each expert's output has its own.
+  """
   with jax.set_mesh(on({})):
     model = laws.make_model(config_of(name))
     small = parameters(BYTES(model))
@@ -159,8 +162,8 @@ def test_which_parameters_become_bytes_and_how_near_they_are(name):
     x = np.asarray(source[...], np.float64)
     scale = np.abs(x).max(summed(path), keepdims=True) / 127
     np.testing.assert_allclose(value.scale, scale, rtol=1e-6)
-    found = np.asarray(value.values, np.float64) * scale
-    assert (np.abs(found - x) <= scale * (0.5 + 1e-5)).all(), path
+    actual = np.asarray(value.values, np.float64) * scale
+    assert (np.abs(actual - x) <= scale * (0.5 + 1e-5)).all(), path
     assert value.axes == p.axes and isinstance(read(p), Int8)
     seen.add(path.split('.')[-1])
   rest = {path.split('.')[-1] for path in small.keys()} - seen
@@ -211,24 +214,24 @@ def test_meshes_are_one_device(name, sizes, monkeypatch):
   """Experts over fsdp come in two pieces."""
   monkeypatch.setattr(int8, 'FEW', 0)
   monkeypatch.setattr(moe_module, '_pieces', lambda F: 2)
-  found = []
+  outputs = []
   for mesh in ({}, sizes):
     with jax.set_mesh(on(mesh)):
       small = BYTES(born(config_of(name)))
-      found.append([np.asarray(x) for x in everything()(small)])
-  assert distance(found[1], found[0]) < 1e-5
+      outputs.append([np.asarray(x) for x in everything()(small)])
+  assert distance(outputs[1], outputs[0]) < 1e-5
 
 
 def test_stages_gather_bytes_ahead(monkeypatch):
   """Over stages layers stay stacked, and what one keeps whole for its microbatches is bytes."""
   monkeypatch.setattr(int8, 'FEW', 0)
-  config = laws.make_config('llama', vocabulary=48, remat='none')
-  found = []
+  config = laws.make_config('llama', vocabulary=48, execution=ExecutionConfig(remat='none'))
+  outputs = []
   for mesh in ({}, {'stage': 2, 'fsdp': 2}):
     with jax.set_mesh(on(mesh)):
       small = BYTES(laws.make_model(config))
-      found.append([np.asarray(x) for x in everything()(small)])
-  assert distance(found[1], found[0]) < 1e-5
+      outputs.append([np.asarray(x) for x in everything()(small)])
+  assert distance(outputs[1], outputs[0]) < 1e-5
 
 
 @pytest.mark.parametrize('reduce, kind', [(False, Plain), (True, Gathered)])
@@ -240,7 +243,7 @@ def test_gathered_ahead(reduce, kind):
       (laws.make_model(config), kind),
       (BYTES(laws.make_model(config)), Int8),
     ):
-      ahead = joined(model, gathered(model, config.dtype), reduce)
+      ahead = joined(model, gathered(model, config.execution.dtype), reduce)
       assert isinstance(read(ahead.stack.blocks[0].attention.q), expected)
       assert isinstance(read(ahead.embedding.tokens), Plain)
       assert distance(everything()(ahead), everything()(model)) < 1e-6
@@ -259,8 +262,8 @@ def test_prompts_and_steps_of_a_generator(name):
   plain = Generator(model, ByteTokenizer(), on({}))
   plain.model = numbers(small.model)
   options = dict(max_new_tokens=6, temperature=0.0)
-  found, expected = (g(['def main(', 'x'], **options) for g in (small, plain))
-  for one, other in zip(found, expected, strict=True):
+  actual, expected = (g(['def main(', 'x'], **options) for g in (small, plain))
+  for one, other in zip(actual, expected, strict=True):
     assert one.ids == other.ids and len(one.ids) > 2
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=0.05)
   assert small.report.read_bytes < 0.5 * plain.report.read_bytes
@@ -301,3 +304,12 @@ def test_planted_faults_break_the_law(method, fault, name, monkeypatch):
   monkeypatch.setattr(Int8, method, fault)
   with pytest.raises(AssertionError):
     check_numbers(config_of(name))
+
+
+def test_numbers_in_bfloat16_are_rounded_once():
+  """What a byte and its scale stand for, and not a byte times a rounded scale."""
+  x = jax.random.normal(jax.random.key(0), (64, 32))
+  weight = int8.Int8.of(x, (0,), (None, None))
+  numbers = np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)
+  nearest = jnp.asarray(numbers, jnp.float32).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(weight.numbers(jnp.bfloat16), nearest)

@@ -18,7 +18,7 @@ from parallel import axes, hosts
 from parallel.mesh import MeshConfig, make_mesh
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_second_acts(number):
   acted = []
   before = signal.signal(number, lambda *_: acted.append(number))
@@ -38,7 +38,7 @@ def test_the_first_signal_asks_and_the_second_acts(number):
 
 
 def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_not_lost():
-  came = []
+  came, hook = [], sys.unraisablehook
 
   def callback(phase, _):
     if not came:
@@ -58,6 +58,7 @@ def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_not_lost():
     assert came == ['start']
   finally:
     gc.callbacks.remove(callback)
+    sys.unraisablehook = hook
     for number, handler in zip((signal.SIGINT, signal.SIGALRM), before):
       signal.signal(number, handler)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
 from parallel import axes as ax, pipeline, stages as st
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig, schedule, schedule_1f1b
@@ -214,14 +215,24 @@ def test_layers_are_dealt_to_stages(stages, repeats):
 @pytest.mark.parametrize(
   'fields, words',
   [
-    ({'schedule': 'gpip'}, "model.pipeline.schedule='gpip' is unknown; did you mean 'gpipe'"),
-    ({'microbatches': -1}, 'model.pipeline.microbatches=-1 must be at least 1, or 0'),
+    (
+      {'schedule': 'gpip'},
+      "model.execution.pipeline.schedule='gpip' is unknown; did you mean 'gpipe'",
+    ),
+    ({'microbatches': -1}, 'model.execution.pipeline.microbatches=-1 must be at least 1, or 0'),
     (
       {'repeats': 2},
-      "repeats=2 does not suit model.pipeline.schedule='gpipe': 'circular' takes 2 or more",
+      "repeats=2 does not suit model.execution.pipeline.schedule='gpipe': 'circular' takes 2 or "
+      'more',
     ),
-    ({'schedule': 'circular'}, "repeats=1 does not suit model.pipeline.schedule='circular'"),
-    ({'schedule': '1f1b', 'repeats': 0}, "repeats=0 does not suit model.pipeline.schedule='1f1b'"),
+    (
+      {'schedule': 'circular'},
+      "repeats=1 does not suit model.execution.pipeline.schedule='circular'",
+    ),
+    (
+      {'schedule': '1f1b', 'repeats': 0},
+      "repeats=0 does not suit model.execution.pipeline.schedule='1f1b'",
+    ),
   ],
 )
 def test_impossible_configs_raise(fields, words):
@@ -235,13 +246,16 @@ def test_impossible_configs_raise(fields, words):
     (
       {'layers': 6},
       ValueError,
-      r'model.layers: 6 layers do not split over mesh.stage=4 x model.pipeline.repeats=1; '
-      'make them a multiple',
+      r'model.layers: 6 layers do not split over mesh.stage=4 x '
+      'model.execution.pipeline.repeats=1; make them a multiple',
     ),
     (
-      {'layers': 8, 'pipeline': PipelineConfig(schedule='circular', repeats=3)},
+      {
+        'layers': 8,
+        'execution': ExecutionConfig(pipeline=PipelineConfig(schedule='circular', repeats=3)),
+      },
       ValueError,
-      'mesh.stage=4 x model.pipeline.repeats=3',
+      'mesh.stage=4 x model.execution.pipeline.repeats=3',
     ),
     (
       {'layers': 12, 'window': 2, 'global_every': 2},
@@ -249,7 +263,12 @@ def test_impossible_configs_raise(fields, words):
       'model.layers: 6 repeats of a period of 2 layers do not split',
     ),
     (
-      {'layers': 8, 'pipeline': PipelineConfig(schedule='circular', repeats=2, microbatches=6)},
+      {
+        'layers': 8,
+        'execution': ExecutionConfig(
+          pipeline=PipelineConfig(schedule='circular', repeats=2, microbatches=6)
+        ),
+      },
       ValueError,
       'microbatches=6 is not a multiple of mesh.stage=4: .* make it a multiple',
     ),
@@ -267,18 +286,21 @@ def test_impossible_configs_raise(fields, words):
       {
         'layers': 9,
         'moe': MoEConfig(experts=2, first=1),
-        'pipeline': PipelineConfig(schedule='1f1b'),
+        'execution': ExecutionConfig(pipeline=PipelineConfig(schedule='1f1b')),
       },
       NotImplementedError,
       "schedule='1f1b' does not work with layers of 2 scans.*use 'gpipe' or 'circular'",
     ),
     (
-      {'position': 'relative', 'pipeline': PipelineConfig(schedule='1f1b')},
+      {
+        'position': 'relative',
+        'execution': ExecutionConfig(pipeline=PipelineConfig(schedule='1f1b')),
+      },
       NotImplementedError,
       "position='relative'",
     ),
     (
-      {'dtype': 'float16', 'pipeline': PipelineConfig(schedule='1f1b')},
+      {'execution': ExecutionConfig(dtype='float16', pipeline=PipelineConfig(schedule='1f1b'))},
       NotImplementedError,
       "dtype='float16'",
     ),
@@ -294,7 +316,8 @@ def test_models_that_do_not_split_raise(model, error, words):
 def test_rows_that_do_not_split_raise():
   with jax.set_mesh(make_mesh(MeshConfig(stage=2, data=4))):
     with pytest.raises(
-      ValueError, match='8 rows do not split into model.pipeline.microbatches=4 on 4 devices'
+      ValueError,
+      match='8 rows do not split into model.execution.pipeline.microbatches=4 on 4 devices',
     ):
       pipeline.run(layers, *inputs(2, 8), PipelineConfig(microbatches=4))
 

@@ -54,7 +54,7 @@ def gradients(config):
 @pytest.mark.parametrize('kept', KEPT, ids=str)
 def test_every_policy_is_none(kept, one_device):
   expected = gradients(CONFIG)
-  for name, found in gradients(dataclasses.replace(CONFIG, **kept)).items():
+  for name, found in gradients(CONFIG.with_execution(**kept)).items():
     largest = np.abs(
       expected[name]
     ).max()  # elements are sums of terms as large: what is computed anew may round otherwise
@@ -101,7 +101,12 @@ def test_kept_inputs_grow_with_the_root_of_the_layers(one_device):
 
   def kept(policy, layers):
     config = dataclasses.replace(
-      CONFIG, width=64, heads=1, feed_forward=16, layers=layers, max_length=512, remat=policy
+      CONFIG.with_execution(remat=policy),
+      width=64,
+      heads=1,
+      feed_forward=16,
+      layers=layers,
+      max_length=512,
     )
     model = jax.eval_shape(lambda: transformer.init(config, 0))
     tokens = jax.ShapeDtypeStruct((2, 512), jnp.int32)
@@ -139,33 +144,37 @@ def test_blocks_have_values_of_every_name_and_no_other(one_device):
 
 
 @pytest.mark.parametrize(
-  'wrong, words',
+  'kept, network, words',
   [
-    ({'remat': 'ful'}, f"remat='ful' is unknown; did you mean 'full'.*{', '.join(POLICIES)}"),
+    ({'remat': 'ful'}, {}, f"remat='ful' is unknown; did you mean 'full'.*{', '.join(POLICIES)}"),
     (
       {'remat': 'full', 'remat_save': ('atention',)},
+      {},
       f"remat_save='atention' is unknown; did you mean 'attention'.*{', '.join(NAMES)}",
     ),
     (
       {'remat': 'full', 'remat_offload': ('blocks',)},
+      {},
       "remat_offload='blocks' is unknown; did you mean 'block'",
     ),
-    ({'remat_save': ('up',)}, "remat='none' keeps everything"),
-    ({'remat': 'full', 'remat_save': ('up',), 'remat_offload': ('up',)}, r"both name \['up'\]"),
-    ({'remat': 'dots', 'remat_offload': ('up',)}, "remat='dots' keeps products on the device"),
+    ({'remat_save': ('up',)}, {}, "remat='none' keeps everything"),
+    ({'remat': 'full', 'remat_save': ('up',), 'remat_offload': ('up',)}, {}, r"both name \['up'\]"),
+    ({'remat': 'dots', 'remat_offload': ('up',)}, {}, "remat='dots' keeps products on the device"),
     (
-      {'remat': 'full', 'remat_save': ('gate',), 'gated': False},
+      {'remat': 'full', 'remat_save': ('gate',)},
+      {'gated': False},
       r"name \['gate'\], which no block of this model has; it has block",
     ),
     (
-      {'remat': 'full', 'remat_save': ('up',), 'moe': MoEConfig(experts=2, per_token=1)},
+      {'remat': 'full', 'remat_save': ('up',)},
+      {'moe': MoEConfig(experts=2, per_token=1)},
       r"\['up'\], which no block",
     ),
   ],
 )
-def test_unknown_and_contradictory_names_raise(wrong, words):
+def test_unknown_and_contradictory_names_raise(kept, network, words):
   with pytest.raises(ValueError, match=re.compile(words, re.DOTALL)):
-    dataclasses.replace(CONFIG, **wrong)
+    dataclasses.replace(CONFIG, **network).with_execution(**kept)
 
 
 @pytest.mark.parametrize(

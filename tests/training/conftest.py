@@ -113,7 +113,7 @@ class Trainer:
         jnp.int32(0),
         {'policy': model},
         jax.jit(optimizer.init)({'policy': model}),
-        precision.init_loss_scale(config.model.dtype),
+        precision.init_loss_scale(config.model.execution.dtype),
         jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), 1)),
       )
 

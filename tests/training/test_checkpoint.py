@@ -5,6 +5,7 @@ named and gone back from?
 import dataclasses
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -146,6 +147,15 @@ def test_the_last_and_the_best_are_kept(mesh, tmp_path):
   assert checkpoints.steps() == [6, 7] and checkpoints.best() == 7
 
 
+def test_a_loss_that_is_not_finite_is_never_the_best(mesh, tmp_path):
+  """NaN is neither lower nor higher than a number: where it came first, it was the lowest."""
+  checkpoints = Checkpoints(tmp_path, keep_last=1)
+  save(checkpoints, 1, 2, loss={1: math.nan, 2: -math.inf})
+  assert checkpoints.steps() == [2] and checkpoints.best() is None
+  save(checkpoints, 3, 4, 5, loss={3: 1.0, 4: 0.5, 5: 2.0})
+  assert checkpoints.steps() == [4, 5] and checkpoints.best() == 4
+
+
 def test_a_step_can_be_saved_again(mesh, tmp_path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(2, make_state(9), DATA, PROGRESS)
@@ -251,6 +261,22 @@ def test_a_half_written_directory_is_named_and_not_used(copy):
   assert len(log) == 2
   assert str(checkpoints.directory / '00000003') in log[0] and 'has no record' in log[0]
   assert '00000004.orbax-checkpoint-tmp' in log[1]
+
+
+def test_only_what_a_run_writes_is_removed(copy, mesh):
+  checkpoints, log = copy
+  for name in ('backup', '00000003.mine', '3', '00000003 (copy)'):
+    shutil.copytree(checkpoints.directory / '00000003', checkpoints.directory / name)
+  shutil.copy(checkpoints.directory / '00000003.json', checkpoints.directory / '3.json')
+  left = ('00000004', '00000004.spilled', '00000004.orbax-checkpoint-tmp', '123456789')
+  for name in left:
+    (checkpoints.directory / name).mkdir()
+  assert checkpoints.steps() == [1, 2, 3]
+  assert checkpoints.latest() == 3 and len(log) == len(left)
+  save(checkpoints, 5)
+  names = {path.name for path in checkpoints.directory.iterdir()}
+  assert {'backup', '00000003.mine', '3', '3.json', '00000003 (copy)'} < names
+  assert not names & {*left}
 
 
 def test_a_record_without_its_directory_is_damaged(copy):

@@ -4,6 +4,8 @@ the run's identity demands?
 
 import dataclasses
 import json
+import pathlib
+import shutil
 import sys
 import types
 import typing
@@ -17,10 +19,13 @@ from toy import Toy
 from data import tokenizers
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from kernels.blocks import Blocks
+from model import execution
 from model.config import CHOICES, ModelConfig, MoEConfig, RopeConfig
+from model.execution import ExecutionConfig
 from objectives import kinds
 from objectives.next_token import NextToken
 from parallel.mesh import AXES
+from parallel.pipeline import PipelineConfig
 from training import config as configs, overrides
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig
@@ -150,7 +155,13 @@ def test_a_mesh_that_cannot_split_the_arrays_is_refused():
   for sizes, said in (
     (
       {'stage': 2, 'fsdp': 8},
-      ('8 sequences', 'batch_size=8', '8 devices', 'model.pipeline.microbatches=2', 'a multiple'),
+      (
+        '8 sequences',
+        'batch_size=8',
+        '8 devices',
+        'model.execution.pipeline.microbatches=2',
+        'a multiple',
+      ),
     ),
     ({'stage': 4}, ('model.layers: 2 layers', 'mesh.stage=4', 'a multiple')),
     (
@@ -185,12 +196,12 @@ def test_rows_that_do_not_split_are_refused():
       ('data.sequence_length=16', '32 chunks', 'mesh.context=16', "'ring'", 'a multiple'),
     ),
     (
-      {'context': 'ulysses'},
+      {'execution': ExecutionConfig(context='ulysses')},
       {'context': 8},
       ("'ulysses' splits heads: 4", 'mesh.context=8', "'ulysses_ring'"),
     ),
     (
-      {'context': 'ulysses_ring'},
+      {'execution': ExecutionConfig(context='ulysses_ring')},
       {'context': 2, 'tensor': 2},
       ('1 key heads', 'mesh.context=2', "'ring'"),
     ),
@@ -208,8 +219,10 @@ def test_rows_that_do_not_split_are_refused():
     NotImplementedError,
     match=r"'xla' gives no log-sum-exp .*\['reference', 'blocked', 'pallas_tpu', 'pallas_gpu'\]",
   ):
-    tiny(model={'attention': 'xla'}).check_mesh(SIZES | {'context': 2})
-  tiny(model={'attention': 'xla', 'context': 'ulysses'}).check_mesh(SIZES | {'context': 2})
+    tiny(model={'execution': ExecutionConfig(attention='xla')}).check_mesh(SIZES | {'context': 2})
+  tiny(model={'execution': ExecutionConfig(attention='xla', context='ulysses')}).check_mesh(
+    SIZES | {'context': 2}
+  )
 
 
 def test_open_sizes_come_from_the_data():
@@ -266,6 +279,15 @@ NEEDS_MORE = (
   'relative',
   'pallas_gpu',
 )  # of a gate, of an attention backend, of a dtype
+
+
+def any_of(choices):
+  return {
+    name: st.sampled_from([x for x in known if x not in NEEDS_MORE])
+    for name, known in choices.items()
+  }
+
+
 MODEL = st.builds(
   ModelConfig,
   layers=st.integers(1, 99),
@@ -277,10 +299,8 @@ MODEL = st.builds(
     factor=st.floats(1, 99),
     scaling=st.sampled_from(['none', 'linear']),
   ),
-  **{
-    name: st.sampled_from([x for x in known if x not in NEEDS_MORE])
-    for name, known in CHOICES.items()
-  },
+  execution=st.builds(ExecutionConfig, **any_of(execution.CHOICES)),
+  **any_of(CHOICES),
 )
 OPTIMIZER = st.builds(
   OptimizerConfig,
@@ -331,8 +351,14 @@ def test_differences_are_those_that_change_the_model_or_the_data_order():
     {'optimizer': {'learning_rate': 1.0, 'schedule': 'linear', 'b1': 0.5}},
     {'mesh': {'fsdp': 2}},
     {'data': {'cache_dir': 'elsewhere'}},
-    {'model': {'remat': 'full', 'attention': 'xla'}},
-    {'model': {'attention': 'pallas_tpu', 'attention_blocks': Blocks(forward_keys=256)}},
+    {'model': {'execution': ExecutionConfig(remat='full', attention='xla')}},
+    {
+      'model': {
+        'execution': ExecutionConfig(
+          attention='pallas_tpu', attention_blocks=Blocks(forward_keys=256)
+        )
+      }
+    },
   )
   for changes in same:
     assert not configs.differences(tiny(), tiny(**changes)), changes
@@ -405,15 +431,16 @@ def test_flags_override_any_field(parse):
     "--config.data.clean.anonymise=('email', 'ip')",
     '--config.data.clean.near_duplicates=0.8',
     '--config.mesh.fsdp=4',
-    '--config.model.attention=pallas_tpu',
-    '--config.model.attention_blocks.forward_queries=512',
+    '--config.model.execution.attention=pallas_tpu',
+    '--config.model.execution.attention_blocks.forward_queries=512',
   )
   assert config == tiny(
     model={
       'width': 64,
       'gated': False,
-      'attention': 'pallas_tpu',
-      'attention_blocks': Blocks(forward_queries=512),
+      'execution': ExecutionConfig(
+        attention='pallas_tpu', attention_blocks=Blocks(forward_queries=512)
+      ),
     },
     train={'steps': 7},
     optimizer={'b1': 0.5, 'schedule': 'linear'},
@@ -429,15 +456,17 @@ def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
   """Also to a value that is a field's default; what the file sets replaces the run's, too."""
   run = tiny(
     model={
-      'dtype': 'bfloat16',
-      'remat': 'full',
+      'execution': ExecutionConfig(dtype='bfloat16', remat='full'),
       'qk_norm': True,
       'rope': RopeConfig(base=5.0, factor=2.0),
     }
   )
   configs.save(run, tmp_path / 'run')
   tokenizers.ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
-  returns = "__import__('dataclasses').replace(tiny(), model=type(tiny().model)(remat='dots'))"
+  returns = (
+    "__import__('dataclasses').replace(tiny(), "
+    "model=type(tiny().model)().with_execution(remat='dots'))"
+  )
   run = dataclasses.replace(run, model=dataclasses.replace(run.model, max_length=99))
   configs.save(run, tmp_path / 'run')
   long = returns.replace(
@@ -454,12 +483,12 @@ def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
   )
   found = parse(
     f'--config.init={tmp_path}/run',
-    '--config.model.dtype=float32',
+    '--config.model.execution.dtype=float32',
     '--config.model.rope.factor=1.0',
     returns=returns,
   )
   assert found.model == dataclasses.replace(
-    run.model, remat='dots', dtype='float32', rope=RopeConfig(base=5.0)
+    run.model.with_execution(remat='dots', dtype='float32'), rope=RopeConfig(base=5.0)
   )
   assert found.init == f'{tmp_path}/run'
   for argument, said in (
@@ -489,8 +518,8 @@ def test_an_override_to_no_items_is_possible(parse):
     ('--config.model.width=x', "config.model.width"),
     ('--config.train.steps=2.5', "config.train.steps"),
     (
-      '--config.model.attention_blocks.forward_quries=512',
-      "config.model.attention_blocks has no field 'forward_quries'; did you mean "
+      '--config.model.execution.attention_blocks.forward_quries=512',
+      "config.model.execution.attention_blocks has no field 'forward_quries'; did you mean "
       "'forward_queries'?",
     ),
     ("--config.data.clean.anonymise=('emial',)", "did you mean 'email'?"),
@@ -536,6 +565,78 @@ def test_a_config_of_before_a_field_moved_is_read(tmp_path):
   (tmp_path / configs.FILE).write_text(json.dumps(values))
   expected = dataclasses.replace(tiny(), objective=NextToken(z_loss=0.25))
   assert configs.load(tmp_path) == expected and not configs.differences(tiny(), expected)
+
+
+EXECUTION = {
+  'dtype',
+  'parameter_dtype',
+  'attention',
+  'attention_blocks',
+  'context',
+  'remat',
+  'remat_save',
+  'remat_offload',
+  'pipeline',
+  'scan',
+}
+
+
+def test_a_config_of_before_execution_had_a_part_of_its_own_is_read(tmp_path):
+  """A file as it was written then, with every field of every part, most of them not at their
+  default.
+  """
+  shutil.copy(
+    pathlib.Path(__file__).parent / 'config_before_execution.json', tmp_path / 'config.json'
+  )
+  old = json.loads((tmp_path / 'config.json').read_text())
+  assert EXECUTION < old['model'].keys()
+
+  config = configs.load(tmp_path)
+  execution_then = {name: old['model'].pop(name) for name in EXECUTION}
+  old['model']['execution'] = execution_then
+  assert old == json.loads(json.dumps(configs.to_dict(config)))
+  assert config.model.execution == ExecutionConfig(
+    dtype='bfloat16',
+    parameter_dtype='bfloat16',
+    attention='pallas_tpu',
+    attention_blocks=Blocks(
+      forward_queries=512,
+      forward_keys=512,
+      backward_queries=512,
+      backward_keys=256,
+      deterministic=True,
+    ),
+    context='ulysses',
+    remat='full',
+    remat_save=('query', 'up'),
+    remat_offload=('block',),
+    pipeline=PipelineConfig(schedule='circular', microbatches=4, repeats=2),
+    scan=False,
+  )
+  # A run of then goes on.
+  configs.check_unchanged(config, tmp_path)
+
+
+@pytest.mark.parametrize('name', sorted(EXECUTION))
+def test_where_a_field_of_execution_has_gone_is_said(parse, name):
+  with pytest.raises(
+    (ValueError, flags.Error), match=f'config.model.{name} is config.model.execution.{name} now'
+  ):
+    parse(f'--config.model.{name}=x')
+  with pytest.raises(TypeError, match=f'model.{name} is model.execution.{name} now: .*{name}=...'):
+    ModelConfig(**{name: 'x'})
+  with pytest.raises(TypeError, match=f'model.{name} is model.execution.{name} now'):
+    dataclasses.replace(tiny().model, **{name: 'x'})
+
+
+def test_what_a_checkpoint_depends_on_of_execution_may_not_change():
+  for name, value, said in (
+    ('dtype', 'bfloat16', "model.execution.dtype: 'float32' -> 'bfloat16'"),
+    ('parameter_dtype', 'bfloat16', "model.execution.parameter_dtype: 'float32' -> 'bfloat16'"),
+    ('scan', False, 'model.execution.scan: True -> False'),
+  ):
+    changed = tiny(model={'execution': ExecutionConfig(**{name: value})})
+    assert configs.differences(tiny(), changed) == [said]
 
 
 def test_a_file_must_return_a_config(parse):

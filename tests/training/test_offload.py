@@ -14,6 +14,7 @@ from conftest import on, run_here
 
 from analysis.memory import shard_bytes
 from model.config import MoEConfig
+from model.execution import ExecutionConfig
 from model.params import named_leaves
 from parallel.mesh import make_mesh
 from tests.training.test_zero_training import batch, setting
@@ -149,7 +150,7 @@ def test_every_optimizer_in_the_hosts_memory(optimizer, where):
 @pytest.mark.parametrize(
   'setting_',
   [
-    {'model': {'remat': 'dots'}},
+    {'model': {'execution': ExecutionConfig(remat='dots')}},
     {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}},
     {'mesh': {'data': 2, 'fsdp': 2, 'context': 2}},
     {
@@ -160,7 +161,7 @@ def test_every_optimizer_in_the_hosts_memory(optimizer, where):
         )
       },
     },
-    {'model': {'parameter_dtype': 'bfloat16'}},
+    {'model': {'execution': ExecutionConfig(remat='full', parameter_dtype='bfloat16')}},
   ],
   ids=str,
 )
@@ -282,10 +283,10 @@ def test_what_cannot_work_is_an_error():
     TrainConfig(offload_optimizer='disc')
   with pytest.raises(ValueError, match='train.spill_dir'):
     TrainConfig(spill_dir='/somewhere')
-  with pytest.raises(ValueError, match="use model.remat='full'"):
-    setting(SPLIT, {'remat': 'none'}, offload_parameters=True)
-  with pytest.raises(NotImplementedError, match="use model.remat='full'"):
-    setting(SPLIT, {'remat': 'sqrt'}, offload_parameters=True)
+  with pytest.raises(ValueError, match="use model.execution.remat='full'"):
+    setting(SPLIT, {'execution': ExecutionConfig(remat='none')}, offload_parameters=True)
+  with pytest.raises(NotImplementedError, match="use model.execution.remat='full'"):
+    setting(SPLIT, {'execution': ExecutionConfig(remat='sqrt')}, offload_parameters=True)
   with pytest.raises(NotImplementedError, match='use accumulation=1'):
     setting(SPLIT, accumulation=2, offload_parameters=True)
   with pytest.raises(ValueError, match='use mesh.zero=3'):

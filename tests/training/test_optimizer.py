@@ -91,15 +91,11 @@ REFERENCES = {
   'sgd': lambda lr, mask: optax.chain(
     optax.trace(0.7), optax.add_decayed_weights(0.3, mask), optax.scale_by_learning_rate(lr)
   ),
-  'adafactor': lambda lr, mask: optax.adafactor(lr, multiply_by_parameter_scale=False),
 }
 GIVEN = {
   'adamw': dict(b1=0.8, b2=0.9, epsilon=1e-6, weight_decay=0.3),
   'lion': dict(b1=0.8, b2=0.9, weight_decay=0.3),
   'sgd': dict(momentum=0.7, weight_decay=0.3),
-  # Optax's own Adafactor decays weights by the rate alone, not times the learning rate: compared
-  # without decay.
-  'adafactor': dict(weight_decay=0.0),
 }
 
 
@@ -108,19 +104,112 @@ def test_equals_optax(name):
   config = OptimizerConfig(
     name=name, learning_rate=0.05, schedule='linear', warmup_steps=2, **GIVEN[name]
   )
-  shapes = {**SHAPES, 'up': (3, 128, 160)}  # Wide enough for Adafactor to factor.
-  params = random_tree(0, shapes)
+  params = random_tree(0)
   mask = {name: spec.kind != 'vector' for name, spec in SPECS.items()}
   reference = REFERENCES[name](opt.make_schedule(config, STEPS), mask)
   ours, theirs = opt.make_optimizer(config, STEPS, SPECS), reference
   states, both = [ours.init(params), theirs.init(params)], [params, params]
   steps = jax.jit(ours.update), jax.jit(theirs.update)
   for step in range(4):
-    grads = random_tree(step + 1, shapes)
+    grads = random_tree(step + 1)
     for i, update in enumerate(steps):
       updates, states[i] = update(grads, states[i], both[i])
       both[i] = optax.apply_updates(both[i], updates)
   close(*both)
+
+
+# A head of 64, three layers; as matrices of one layer, which optax is given.
+TALL = {
+  'embedding': (160, 128),
+  'q': (3, 128, 2, 64),
+  'o': (3, 2, 64, 160),
+  'up': (3, 128, 32),
+  'norm': (3, 160),
+  'experts': (3, 2, 128, 192),
+  'head': (128, 160),
+}
+AS_MATRICES = {
+  'embedding': (160, 128),
+  'q': (128, 128),
+  'o': (128, 160),
+  'up': (128, 32),
+  'norm': (160,),
+  'experts': (128, 192),
+  'head': (128, 160),
+}
+TALL_SPECS = {
+  **{name: SPECS[name] for name in TALL if name in SPECS},
+  'experts': Spec(('layers', 'experts', 'embed', 'feed_forward'), 'matrix'),
+}
+
+
+def test_adafactor_is_optax_on_each_matrix_of_each_layer():
+  config = OptimizerConfig(
+    name='adafactor', learning_rate=0.05, schedule='linear', warmup_steps=2, weight_decay=0.0
+  )
+  ours = opt.make_optimizer(config, STEPS, TALL_SPECS)
+  # Optax's own Adafactor decays weights by the rate alone, not times the learning rate: compared
+  # without decay.
+  theirs = optax.adafactor(opt.make_schedule(config, STEPS), multiply_by_parameter_scale=False)
+
+  def parted(tree):
+    return {name: list(x.reshape(-1, *AS_MATRICES[name])) for name, x in tree.items()}
+
+  params = random_tree(0, TALL)
+  both, states = [params, parted(params)], [ours.init(params), theirs.init(parted(params))]
+  for step in range(4):
+    # Layers of gradients unlike in size: what they shared would show.
+    grads = {
+      name: g * 10.0 ** np.arange(len(g)).reshape(-1, *(1,) * (g.ndim - 1))
+      if TALL_SPECS[name].axes[0] == 'layers'
+      else g
+      for name, g in random_tree(step + 1, TALL).items()
+    }
+    for i, (optimizer, noise) in enumerate(((ours, grads), (theirs, parted(grads)))):
+      updates, states[i] = jax.jit(optimizer.update)(noise, states[i], both[i])
+      both[i] = optax.apply_updates(both[i], updates)
+  close(parted(both[0]), both[1])
+
+
+def test_adafactor_factors_heads_of_64():
+  state = opt.make_optimizer(OptimizerConfig(name='adafactor'), STEPS, TALL_SPECS).init(
+    random_tree(0, TALL)
+  )
+  squares = state[0].squares
+  assert squares['q'].rows.shape == (3, 128) and squares['q'].columns.shape == (3, 2, 64)
+  assert squares['o'].rows.shape == (3, 2, 64) and squares['o'].columns.shape == (3, 160)
+  assert squares['experts'].rows.shape == (3, 2, 128)
+  assert squares['embedding'].rows.shape == (160,)
+  # What is too narrow, and what is no matrix, is kept whole.
+  assert squares['up'].elements.shape == TALL['up'] and squares['norm'].elements.shape == (3, 160)
+
+
+@pytest.mark.parametrize('name', opt.OPTIMIZERS)
+def test_layers_that_are_stacked_are_updated_as_if_each_were_alone(name):
+  config = OptimizerConfig(name=name, learning_rate=0.05)
+
+  def parted(tree, specs=False):
+    return {
+      (key, layer): x if specs else x[layer : layer + 1]
+      for key, x in tree.items()
+      for layer in range(TALL[key][0] if TALL_SPECS[key].axes[0] == 'layers' else 0)
+    }
+
+  stacked = {key: spec for key, spec in TALL_SPECS.items() if spec.axes[0] == 'layers'}
+  params = {key: x for key, x in random_tree(0, TALL).items() if key in stacked}
+  together = opt.make_optimizer(config, STEPS, stacked)
+  alone = opt.make_optimizer(config, STEPS, parted(stacked, specs=True))
+  states, both = [together.init(params), alone.init(parted(params))], [params, parted(params)]
+  for step in range(3):
+    grads = {
+      key: g * 10.0 ** np.arange(len(g)).reshape(-1, *(1,) * (g.ndim - 1))
+      for key, g in random_tree(step + 1, TALL).items()
+      if key in stacked
+    }
+    for i, (optimizer, noise) in enumerate(((together, grads), (alone, parted(grads)))):
+      updates, states[i] = jax.jit(optimizer.update)(noise, states[i], both[i])
+      both[i] = optax.apply_updates(both[i], updates)
+  close(parted(both[0]), both[1], 1e-4 if name == 'muon' else 2e-6)
 
 
 def test_adamw_first_step_by_hand():

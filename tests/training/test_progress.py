@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny
 from hypothesis import given, strategies as st
 
+from model.execution import ExecutionConfig
 from workdir.progress import Progress, check_finite
 
 
@@ -48,7 +49,9 @@ def test_a_run_without_checkpoint_has_no_progress():
 
 
 def test_a_loss_that_is_not_a_number_is_no_progress():
-  assert Progress(2.0, 0).after(math.nan) == Progress(2.0, 1)
+  for loss in (math.nan, math.inf, -math.inf):
+    assert Progress(2.0, 0).after(loss) == Progress(2.0, 1)
+    assert Progress().after(loss) == Progress(math.inf, 1)
 
 
 def test_patience_counts_evaluations_without_progress():
@@ -102,7 +105,7 @@ def test_finite_steps_and_missing_steps_pass():
 
 
 def test_f16_overflows_pass_until_the_scale_can_go_no_lower():
-  config = tiny(model={'dtype': 'float16'})
+  config = tiny(model={'execution': ExecutionConfig(dtype='float16')})
   check_finite(BAD | {'loss_scale': 2.0}, NORMS, config, types.SimpleNamespace())
   with pytest.raises(FloatingPointError):
     check_finite(BAD | {'loss_scale': 1.0}, NORMS, config, Records())

@@ -3,8 +3,10 @@ not; resumed is uninterrupted.
 """
 
 import dataclasses
+import itertools
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,11 @@ from conftest import (
   tiny,
 )
 
-from data.config import TokenizerConfig
+from data.config import SourceConfig, TokenizerConfig
 from kernels import flash_gpu, mosaic_gpu_compat
 from kernels.blocks import Blocks
 from model.config import ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
 from model.params import abstract, named_leaves
 from training import config as configs, overrides
 from training.optimizer import OPTIMIZERS, make_schedule
@@ -87,7 +90,9 @@ def test_eight_devices_are_one(alone, mesh):
 def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
   """Interpreted, forward and backward, in packed rows; split and recomputed as well."""
   trainer, metrics = trained(
-    math.prod(mesh.values()), mesh=mesh, model={'attention': 'pallas_tpu', 'remat': remat}
+    math.prod(mesh.values()),
+    mesh=mesh,
+    model={'execution': ExecutionConfig(attention='pallas_tpu', remat=remat)},
   )
   assert_equivalent(trainer.state.models['policy'], alone[0].state.models['policy'])
   np.testing.assert_allclose([m['loss'] for m in metrics], [m['loss'] for m in alone[1]], rtol=1e-5)
@@ -98,8 +103,8 @@ def test_training_with_the_tpu_kernels_is_training(alone, mesh, remat):
   mosaic_gpu_compat.INTERPRETER is None,
   reason=f'jax {jax.__version__} cannot interpret kernels of Mosaic GPU; 0.12 can',
 )
-@pytest.mark.parametrize('model', [{}, {'attention_blocks': Blocks(forward_keys=64)}], ids=str)
-def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
+@pytest.mark.parametrize('blocks', [{}, {'attention_blocks': Blocks(forward_keys=64)}], ids=str)
+def test_training_with_the_gpu_kernels_is_training(blocks, monkeypatch):
   """Interpreted, in packed rows, of 16 bits, which is all that they multiply: as near to the oracle
   in f32 as the oracle in 16 bits is.
   """
@@ -107,9 +112,12 @@ def test_training_with_the_gpu_kernels_is_training(model, monkeypatch):
   runs = {
     name: trained(model=fields)
     for name, fields in (
-      ('exact', {'attention': 'reference'}),
-      ('oracle', {'attention': 'reference', 'dtype': 'bfloat16'}),
-      ('ours', {'attention': 'pallas_gpu', 'dtype': 'bfloat16'} | model),
+      ('exact', {'execution': ExecutionConfig(attention='reference')}),
+      ('oracle', {'execution': ExecutionConfig(attention='reference', dtype='bfloat16')}),
+      (
+        'ours',
+        {'execution': ExecutionConfig(attention='pallas_gpu', dtype='bfloat16', **blocks)},
+      ),
     )
   }
   found = {
@@ -174,7 +182,11 @@ def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(nam
 
 def test_f16_overflow_is_skipped_and_halves_the_scale():
   trainer = Trainer(
-    tiny(model={'dtype': 'float16'}, optimizer={'schedule': 'linear'}, train={'steps': 40})
+    tiny(
+      model={'execution': ExecutionConfig(dtype='float16')},
+      optimizer={'schedule': 'linear'},
+      train={'steps': 40},
+    )
   )
   largest = jax.device_put(
     jnp.float32(2.0**24), trainer.state.scale.scale.sharding
@@ -279,7 +291,9 @@ def split_alone():
 )
 def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
   """Three steps with everything recomputed; the bias that balances the load moves alike, too."""
-  trainer, metrics = trained(8, mesh=mesh, model={'moe': SPLIT, 'remat': 'full'})
+  trainer, metrics = trained(
+    8, mesh=mesh, model={'moe': SPLIT, 'execution': ExecutionConfig(remat='full')}
+  )
   assert_equivalent(trainer.state.models['policy'], split_alone[0].state.models['policy'])
   for a, b in zip(metrics, split_alone[1], strict=True):
     for name in b:
@@ -327,6 +341,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, caps
     run_here(on(corpus, train={'steps': steps}), tmp_path)
     said = capsys.readouterr().out
     assert (f'going on from checkpoint {checkpoint}' in said) == bool(checkpoint)
+    assert 'learning rate' not in said, 'a constant schedule has no length'
     with open(tmp_path / 'metrics.jsonl', 'a') as file:  # as if it had been killed further on
       file.write(json.dumps({'step': steps + 1, 'loss': 0.0}) + '\n')
   (tmp_path / 'metrics.jsonl').write_text(
@@ -340,6 +355,46 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, caps
     return [line['loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
 
   assert losses(tmp_path) == losses(straight)
+
+
+def test_what_changed_at_a_resume_is_said_and_a_jump_of_the_rate_warned_of(
+  corpus, tmp_path, capsys
+):
+  cosine = {'optimizer': {'schedule': 'cosine'}}
+  run_here(on(corpus, **cosine, train={'steps': 2}), tmp_path)
+  # The last config is that of the checkpoint, not that of a run which never came to one.
+  configs.save(on(corpus, **cosine, train={'steps': 4}), tmp_path)
+  capsys.readouterr()
+  run_here(on(corpus, **cosine, train={'steps': 4, 'log_every': 2}), tmp_path)
+  said = capsys.readouterr().out
+  assert (
+    'changed since checkpoint 2: train.log_every: 1 -> 2; train.steps: 2 -> 4\n'
+    'learning rate of step 3: 0.0055, before the change 0.001\n'
+    'WARNING: the learning rate jumps here, to 5.5 times what it was to be'
+  ) in said
+  lines = read_metrics(tmp_path / 'metrics.jsonl')
+  run_here(on(corpus, train={'steps': 5}, optimizer={'learning_rate': 0.001}), tmp_path)
+  said = capsys.readouterr().out
+  assert "optimizer.schedule: 'cosine' -> 'constant'" in said and 'before the change' not in said
+  assert 'jumps' not in said and len(lines) == 3
+
+
+def test_tokens_of_a_run_are_those_that_are_no_padding(corpus, tmp_path):
+  """Counted on the host, in the batches that the run read: what rates, MFU and the report say."""
+  texts = ['a' * (3 + i % 9) + f' {i}' for i in range(200)]
+  source = tmp_path / 'short.jsonl'
+  source.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  sources = (SourceConfig(kind='jsonl', path=str(source), text_field='text'),)
+  config = on(corpus, data={'sources': sources}, train={'steps': 3}, mesh={'fsdp': 4, 'context': 2})
+  run_here(config, tmp_path / 'run')
+  config = configs.load(tmp_path / 'run')
+  prepared = config.objective.read(config.data, lambda _: None)
+  batches = config.objective.batches(prepared, config.data, range(config.data.batch_size))
+  real = [int((batches.take(None).segments > 0).sum()) for _ in range(3)]
+  assert sum(real) < 0.9 * 3 * 8 * 16, 'or this test says nothing'
+  lines = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  assert [line['tokens'] for line in lines] == list(itertools.accumulate(real))
+  assert lines[1]['tokens_per_second'] * lines[1]['step_seconds'] == pytest.approx(real[1])
 
 
 def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
@@ -367,7 +422,9 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   """
   still = {'optimizer': {'learning_rate': 1e-30}, 'train': {'steps': 1, 'save_every': 1}}
   begin = dataclasses.replace(
-    on(corpus, **still), init=str(straight), model=ModelConfig(remat='full')
+    on(corpus, **still),
+    init=str(straight),
+    model=ModelConfig(execution=ExecutionConfig(remat='full')),
   )
   begin = dataclasses.replace(
     begin, data=dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
@@ -376,7 +433,7 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   assert f'beginning with the parameters of {straight}' in capsys.readouterr().out
   saved = configs.load(tmp_path / 'new')
   assert (
-    saved.model == dataclasses.replace(configs.load(straight).model, remat='full')
+    saved.model == configs.load(straight).model.with_execution(remat='full')
     and saved.data.tokenizer.kind == 'byte'
   )
 
@@ -407,6 +464,69 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
     run_here(begun(wrong), tmp_path / 'other')
 
 
+def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path):
+  """At a small rate bf16 loses nine of ten updates, and all of norms, whose scales are near 1."""
+  half = ModelConfig(execution=ExecutionConfig(parameter_dtype='bfloat16'))
+  base = on(corpus, train={'steps': 1})
+  base = dataclasses.replace(
+    base, model=base.model.with_execution(parameter_dtype='bfloat16', dtype='bfloat16')
+  )
+  run_here(base, tmp_path / 'base')
+  small = {'optimizer': {'learning_rate': 2e-5}, 'train': {'steps': 2, 'save_every': 2}}
+  begin = dataclasses.replace(on(corpus, **small), init=str(tmp_path / 'base'), model=ModelConfig())
+  data = dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
+  begin = dataclasses.replace(begin, data=data)
+  before = state_of(tmp_path / 'base', 1)
+
+  def moved(model, workdir):
+    run_here(begun(dataclasses.replace(begin, model=model)), workdir)
+    after = {
+      name: x for name, x in state_of(workdir, 2).items() if name.startswith('models.policy.')
+    }
+    shares = {
+      name: float((x.astype(np.float32) != before[name].astype(np.float32)).mean())
+      for name, x in after.items()
+    }
+    return {str(x.dtype) for x in after.values()}, shares
+
+  types, shares = moved(ModelConfig(), tmp_path / 'tuned')
+  norms = [name for name in shares if 'norm' in name]
+  assert (
+    types == {'float32'} and configs.load(tmp_path / 'tuned').model.execution.dtype == 'bfloat16'
+  )
+  assert norms and all(shares[name] > 0.9 for name in norms)
+  # What is asked for holds.
+  types, lost = moved(half, tmp_path / 'lost')
+  assert types == {'bfloat16'} and all(lost[name] == 0 for name in norms)
+
+
+def test_a_run_goes_on_though_what_it_began_with_has_moved(corpus, tmp_path, monkeypatch, capsys):
+  """It has model and tokenizer of its own, and on the command line stands still where it began."""
+  base, workdir = tmp_path / 'base', tmp_path / 'run'
+  run_here(on(corpus, train={'steps': 1}), base)
+  begin = dataclasses.replace(
+    on(corpus), init=str(base), model=ModelConfig(execution=ExecutionConfig(remat='full'))
+  )
+  data = dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
+  begin = dataclasses.replace(begin, data=data)
+  monkeypatch.setattr(sys, 'argv', ['train.py', f'--workdir={workdir}'])
+
+  def resume(steps):
+    config = dataclasses.replace(begin, train=dataclasses.replace(begin.train, steps=steps))
+    parts = overrides._begun(config, config.init, overrides._taken_over(config.init))
+    run_here(dataclasses.replace(config, **parts), workdir)
+
+  resume(2)
+  base.rename(tmp_path / 'moved')
+  capsys.readouterr()
+  resume(4)
+  assert 'going on from checkpoint 2' in capsys.readouterr().out
+  assert steps_logged(workdir) == [1, 2, 3, 4]
+  monkeypatch.setattr(sys, 'argv', ['train.py', f'--workdir={tmp_path / "other"}'])
+  with pytest.raises(FileNotFoundError, match='base is not the directory of a run'):
+    resume(4)
+
+
 def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
   (straight / 'report.md').unlink()
   before = sorted(path.name for path in (straight / 'checkpoints').iterdir())
@@ -420,6 +540,10 @@ def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsy
 
 def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(straight, corpus):
   kept = {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()}
+  # Without the corpus, which is not looked at for this.
+  gone = (SourceConfig(kind='text', path='gone'),)
+  with pytest.raises(SystemExit, match='model.width: 32 -> 64'):
+    run_here(on(corpus, model={'width': 64, 'vocabulary': 0}, data={'sources': gone}), straight)
   other = on(corpus, model={'width': 64}, data={'seed': 1}, train={'steps': 9})
   with pytest.raises(
     SystemExit, match=r'(?s)data\.seed: 0 -> 1.*model\.width: 32 -> 64.*--allow_config_change'

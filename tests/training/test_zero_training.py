@@ -11,6 +11,7 @@ from data.batch import Batch
 from data.config import DataConfig
 from model import params, transformer
 from model.config import ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
@@ -28,7 +29,7 @@ MODEL = dict(
   max_length=16,
   feed_forward=88,
   gated=True,
-  remat='full',
+  execution=ExecutionConfig(remat='full'),
 )
 
 
@@ -103,7 +104,7 @@ def gathers_in_loops(text):
     pytest.param({'data': 1, 'fsdp': 4, 'stage': 2}, {}, marks=pytest.mark.slow),
     pytest.param(
       {'data': 1, 'fsdp': 4, 'stage': 2},
-      {'pipeline': PipelineConfig(schedule='1f1b')},
+      {'execution': ExecutionConfig(remat='full', pipeline=PipelineConfig(schedule='1f1b'))},
       marks=pytest.mark.slow,
     ),
   ],

@@ -1,7 +1,9 @@
 """Does metrics.jsonl keep every number, each step once, and survive a killed process?"""
 
+import errno
 import json
 import math
+import threading
 
 import jax.numpy as jnp
 import pytest
@@ -100,6 +102,32 @@ def test_scalars_come_to_the_host_flat():
 
 def test_nonfinite_names():
   assert metrics.nonfinite({'a': 1.0, 'b': math.nan, 'c': -math.inf}) == ['b', 'c']
+
+
+@pytest.mark.parametrize('failing', ['write', 'flush'])
+def test_a_full_disk_under_tensorboard_is_an_error_and_no_wait(tmp_path, monkeypatch, failing):
+  """Tried in a thread of its own, which is left behind where it waits for good."""
+  from tensorboardX import event_file_writer
+
+  room, works = iter(range(9)), getattr(event_file_writer.RecordWriter, failing)
+
+  def full(*given):
+    if failing == 'flush' or next(room, None) is None:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    works(*given)
+
+  def lines():
+    with pytest.raises(OSError, match='No space left'):
+      board = metrics.TensorBoard(tmp_path, 0)
+      for step in range(40):
+        board.write({'step': step, 'loss': 1.0})
+      board.close()
+    ended.set()
+
+  monkeypatch.setattr(event_file_writer.RecordWriter, failing, full)
+  ended = threading.Event()
+  threading.Thread(target=lines, daemon=True).start()
+  assert ended.wait(20)
 
 
 def test_tensorboard_failure_is_not_swallowed(tmp_path):

@@ -122,6 +122,16 @@ def test_best_validation_is_the_smallest_finite(tmp_path):
   )
 
 
+def test_losses_that_are_not_finite_are_not_the_best(tmp_path):
+  with open(tmp_path / FILE, 'w') as file:
+    for step, loss in enumerate(['nan', '-inf']):
+      line = dict(
+        step=step, loss=1.0, validation_loss=loss, tokens=1, train_seconds=1, wall_seconds=1
+      )
+      file.write(json.dumps(line) + '\n')
+  assert write(tmp_path)[0]['Validation loss, last (best)'] == '-inf (none is finite) nats/token'
+
+
 def test_an_empty_run_is_refused_and_nothing_is_written(tmp_path):
   with pytest.raises(ValueError, match='no training step'):
     write(tmp_path)

@@ -1,0 +1,95 @@
+"""How are more prompts completed than an engine has rows? Some begin, and others join as rows get
+free.
+
+It is the simplest user of an engine: what comes next is read when it is there, and no one is in a
+hurry. Which rows a request shares its time with changes nothing in what comes of it.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+
+from decode.engine import Engine, Request
+from decode.loop import Chunk
+from decode.sampling import sample_seed
+from model.transformer import Decoder
+
+
+@dataclasses.dataclass
+class Written:
+  """What has come of a request.
+
+  Attributes:
+    ids: with the one that ended it, if one did.
+    raw: log-probability of each by the model; processed: by the law that it was drawn from.
+    ended: whether one of its ends ended it; otherwise max_new_tokens did.
+    broken: whether it ended because the model's scores were not finite.
+  """
+
+  ids: list[int] = dataclasses.field(default_factory=list)
+  raw: list[float] = dataclasses.field(default_factory=list)
+  processed: list[float] = dataclasses.field(default_factory=list)
+  ended: bool = False
+  broken: bool = False
+
+  def add(self, chunk: Chunk, row: int, request: Request) -> bool:
+    """Takes the row's tokens of a chunk (of NumPy arrays); whether there will be no more."""
+    places = np.flatnonzero(chunk.real[row])
+    self.ids += chunk.ids[row, places].tolist()
+    self.raw += chunk.raw[row, places].tolist()
+    self.processed += chunk.processed[row, places].tolist()
+    self.ended = bool(self.ids) and self.ids[-1] in request.ends
+    self.broken = bool(chunk.broken[row])
+    return self.ended or self.broken or len(self.ids) == request.max_new_tokens
+
+
+def samples(request: Request, n: int) -> list[Request]:
+  """n of the same prompt, the first of them the request itself; each draws with a seed of its own
+  (decode.sampling.sample_seed), so that any of them can be asked for alone.
+  """
+  seed = int(request.sampling.seed[0])
+
+  def sample(i):
+    seeds = np.array([sample_seed(seed, i)], np.uint32)
+    return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seeds))
+
+  return [sample(i) for i in range(n)]
+
+
+def complete(
+  engine: Engine, weights: Decoder, requests: Iterable[Request]
+) -> Iterator[tuple[int, Written]]:
+  """(index of a request, what has come of it), as they end, in the free rows of an engine.
+
+  Requests are taken as rows become free for them, so that they need not all be there at once. Rows
+  are freed whenever one stops to listen. Raises as Engine.join, for a request that does not fit.
+  """
+  waiting = enumerate(requests)
+  rows: dict[int, tuple[int, Request, Written]] = {}
+  finished: collections.deque[tuple[int, Written]] = collections.deque()
+  try:
+    while True:
+      for row, (index, request) in zip(engine.free, waiting):
+        engine.join(row, request)
+        rows[row] = index, request, Written()
+      if not rows:
+        return
+      while engine.reading:
+        engine.read(weights)
+
+      # No more steps than the one that has most to write still needs.
+      left = max(request.max_new_tokens - len(text.ids) for _, request, text in rows.values())
+      count = min(engine.sizes.steps, left)
+      chunk = jax.tree.map(np.asarray, engine.decode(weights, count))
+      ended = [row for row, (_, request, text) in rows.items() if text.add(chunk, row, request)]
+      engine.release(ended)
+      for row in ended:
+        index, _, text = rows.pop(row)
+        finished.append((index, text))
+      while finished:
+        yield finished.popleft()
+  finally:
+    engine.release(rows)

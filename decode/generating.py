@@ -1,0 +1,49 @@
+"""In what form does a trained model generate? Its config and its weights, as every program of
+generation takes them.
+"""
+
+import dataclasses
+
+import jax
+
+from kernels.blocks import Blocks
+from model import params, rearranged, transformer
+from model.config import ModelConfig
+from model.weights import int8
+from parallel import axes as ax
+
+
+def generating(config: ModelConfig) -> ModelConfig:
+  """The config with which a trained model generates."""
+  # Which backend trained, in which blocks, is indifferent to the parameters, and not every one of
+  # them can attend to a cache. What an expert has no room for would depend on a row's neighbours.
+  moe = (
+    dataclasses.replace(config.moe, dispatch='dropless')
+    if config.moe.dispatch == 'capacity'
+    else config.moe
+  )
+  return dataclasses.replace(
+    config.with_execution(
+      attention='auto', attention_blocks=Blocks(), remat='none', remat_save=(), remat_offload=()
+    ),
+    moe=moe,
+  )
+
+
+def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:
+  """The model as generation holds it: every layer by itself, but over pipeline stages,
+  and in the compute dtype or in bytes.
+  """
+  model = in_compute_dtype(model if ax.size('layers') > 1 else rearranged.unstacked(model))
+  return int8.in_bytes(model) if weights else model
+
+
+def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
+  """The model, cast once, as `Weight.whole` would at every token;
+  norms and biases keep their own precision.
+  """
+
+  def cast(p):
+    return p.replace(p[...].astype(model.config.execution.dtype)) if p.kind != 'vector' else p
+
+  return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -1,0 +1,256 @@
+"""What does the device do for a call? A model on a mesh with its tokenizer, and the programs that
+read prompts into a cache of the call's own and go on from there.
+
+Arrays come and go here; of texts it knows what their ids are, and of a call its rules. Where rows
+join and leave a cache that stays, that is decode.engine.
+"""
+
+import operator
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import names
+from data import generation
+from data.tokenizer import Tokenizer
+from decode import loop
+from decode.constrain import Automaton, Constraint
+from decode.generating import generating_model
+from decode.loop import Chunk, DecodeState, Rules
+from decode.options import Options
+from decode.report import GenerationReport
+from decode.request import Prompt
+from decode.sampling import sampling_of
+from model import transformer
+from model.cache import APPEND, init_cache
+from parallel import axes as ax
+
+# Prompt lengths and capacities are rounded up to powers of two from here, so that few programs
+# compile.
+SMALLEST_BUCKET = 32
+# Tokens of a prompt that are read in one call; the others follow, APPEND at a time.
+AT_ONCE = 8192
+
+
+class LoadedModel:
+  """A model with its tokenizer, on a mesh: what a Generator, its sessions, searches and drafts
+  share.
+
+  Attributes:
+    model: as generation holds it (see `generating_model`).
+    tokenizer, mesh: as they were given.
+    parts: into how many the mesh splits rows.
+    vocabulary: ids that can be generated are below it.
+    report: of the last call that has ended, or None.
+  """
+
+  def __init__(
+    self,
+    model: transformer.Decoder,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    weights: str = '',
+  ):
+    """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute
+    dtype.
+    """
+    names.check('weights', weights, ('', 'int8'))
+    self.tokenizer = tokenizer
+    self.mesh = mesh
+    self.report: GenerationReport | None = None
+    with jax.set_mesh(mesh):
+      self.model = jax.jit(generating_model, static_argnames='weights')(model, weights=weights)
+      self.parts = ax.size('batch')
+    # A table of embeddings may have more rows than there are tokens.
+    self.vocabulary = min(tokenizer.vocabulary, self.model.config.V)
+
+  def encoded(self, prompt: Prompt) -> list[int]:
+    """The ids that the model reads.
+
+    Raises ValueError for none, and for what is no id or out of range.
+    """
+    if isinstance(prompt, str):
+      ids = self.tokenizer.encode(prompt)
+      if self.model.config.encoder_layers:
+        return [*ids, self.tokenizer.eos]
+      return [self.tokenizer.bos, *ids]
+    try:
+      ids = [operator.index(i) for i in ([prompt] if isinstance(prompt, bytes) else prompt)]
+    except TypeError as error:
+      raise ValueError(
+        f'the prompt {str(prompt)[:60]} is neither a text nor ids, whole numbers in '
+        f'[0, {self.vocabulary}): {error}'
+      ) from error
+    if not ids:
+      raise ValueError('a prompt has no ids; give at least one')
+    wrong = [i for i in ids if not 0 <= i < self.vocabulary]
+    if wrong:
+      raise ValueError(
+        f'a prompt has the id {wrong[0]}; this model has ids in [0, {self.vocabulary})'
+      )
+    return ids
+
+  def put(self, x) -> jax.Array:
+    """An array on the mesh, split along its rows."""
+    with jax.set_mesh(self.mesh):
+      spec = ax.spec('batch', *(None,) * (np.ndim(x) - 1))
+      return jax.device_put(x, jax.NamedSharding(self.mesh, spec))
+
+  def limits(self, longest: int, new: int) -> int:
+    """The room that a cache needs.
+
+    Raises ValueError for more tokens than the model has positions for.
+    """
+    limit = self.model.config.max_length or sys.maxsize
+    if longest + new > limit:
+      raise ValueError(
+        f'a prompt of {longest} tokens and max_new_tokens={new} pass model.max_length={limit}; '
+        'shorten the prompt or ask for fewer'
+      )
+    return min(limit, bucket(longest + new))
+
+  def rules(
+    self, options: Options, prompts: int, rows: int
+  ) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:
+    """Rules of so many rows, the last ones unused; places in the automaton;
+    texts that end a row, and ids.
+    """
+    texts, ids = options.stops(self.vocabulary)
+    if options.logprobs > self.vocabulary:
+      raise ValueError(
+        f'logprobs={options.logprobs} must be at most {self.vocabulary}, as many ids as there are'
+      )
+    unused = rows - prompts * options.rows
+
+    def fill(x):
+      return np.concatenate([x, np.repeat(x[-1:], unused, 0)])
+
+    sampling = jax.tree.map(fill, sampling_of(options, prompts, self.vocabulary))
+    ends = [*generation.ends(self.tokenizer), *ids]
+    table = np.full((rows, bucket(len(ends), 4)), -1, np.int32)
+    table[:, : len(ends)] = ends
+
+    automaton = places = None
+    if options.constraint is not None:
+      each = [c for c in _constraints(options, prompts) for _ in range(options.rows)]
+      automaton, places = Automaton.of(each, self.model.config.V)
+      places = fill(places)
+    return Rules(sampling, table, automaton), places, texts, ends
+
+  def placed(self, rules: Rules, beams: int = 1) -> Rules:
+    """Rules on the mesh, those of a row for each of its beams."""
+
+    def spread(x):
+      return self.put(np.repeat(x, beams, 0))
+
+    with jax.set_mesh(self.mesh):
+      return Rules(
+        sampling=jax.tree.map(spread, rules.sampling),
+        ends=spread(rules.ends),
+        automaton=jax.device_put(rules.automaton, jax.NamedSharding(self.mesh, jax.P())),
+      )
+
+  def read(
+    self,
+    encoded: Sequence[Sequence[int]],
+    capacity: int,
+    stop_at: np.ndarray,
+    *,
+    source: tuple[np.ndarray, np.ndarray] | None = None,
+    places: np.ndarray | None = None,
+    cache_dtype: str = '',
+    append: int = APPEND,
+  ) -> DecodeState:
+    """The state after prompts, read in pieces where they are long.
+
+    encoded: ids of each row. stop_at: [B], see DecodeState.
+    source: what the encoder of an encoder-decoder reads: ids [B, S], and how many of them [B].
+    """
+    tokens, lengths = self.padded(encoded)
+    with jax.set_mesh(self.mesh):
+      cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
+      if source is not None:
+        ids, counts = source
+        real = np.arange(ids.shape[1])[None] < counts[:, None]
+        source = self.put(ids), self.put(real.astype(np.int32))
+      state = loop.prefill(
+        self.model,
+        self.put(tokens[:, :AT_ONCE]),
+        self.put(np.minimum(lengths, AT_ONCE)),
+        cache,
+        self.put(stop_at),
+        source,
+        None if places is None else self.put(places),
+        vocabulary=self.vocabulary,
+      )
+      for first in range(AT_ONCE, int(lengths.max()), append):
+        part = tokens[:, first : first + append]
+        state = self.append(state, part, np.clip(lengths - first, 0, append))
+    return state
+
+  def append(self, state: DecodeState, tokens: np.ndarray, counts: np.ndarray) -> DecodeState:
+    """The state after more tokens of rows [B, T], the first counts [B] of them."""
+    counts = counts.astype(np.int32)
+    with jax.set_mesh(self.mesh):
+      return loop.append(
+        self.model, state, self.put(tokens), self.put(counts), vocabulary=self.vocabulary
+      )
+
+  def advance(
+    self, state: DecodeState, rules: Rules, options: Options, count: int
+  ) -> tuple[DecodeState, Chunk]:
+    """The state after `count` more tokens, at most a chunk, and these."""
+    with jax.set_mesh(self.mesh):
+      return loop.decode_chunk(
+        self.model,
+        state,
+        rules,
+        jnp.int32(count),
+        steps=options.chunk,
+        pad=self.tokenizer.pad,
+        vocabulary=self.vocabulary,
+        alternatives=max(options.logprobs, 0),
+      )
+
+  def padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one array [B, bucket], and their lengths [B].
+
+    Raises ValueError for a row that the model has no positions for.
+    """
+    lengths = np.array([len(ids) for ids in rows], np.int32)
+    longest = int(lengths.max())
+    limit = self.model.config.max_length or sys.maxsize
+    if longest > limit:
+      raise ValueError(f'a prompt of {longest} tokens passes model.max_length={limit}; shorten it')
+    tokens = np.full((len(rows), min(limit, bucket(longest))), self.tokenizer.pad, np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+      row[: len(ids)] = ids
+    return tokens, lengths
+
+
+def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
+  """The next power of two from `smallest` on."""
+  return max(smallest, 1 << (tokens - 1).bit_length())
+
+
+# One call to the device, and not one for every layer.
+_empty = jax.jit(init_cache, static_argnums=range(5))
+
+
+def _constraints(options: Options, prompts: int) -> list[Constraint | None]:
+  """Of each prompt. Raises ValueError for what is no constraint, and for another number of them."""
+  given = options.constraint
+  each = list(given) if isinstance(given, (list, tuple)) else [given] * prompts
+  if not all(c is None or isinstance(c, Constraint) for c in each):
+    raise ValueError(
+      f'constraint={given!r} must be a decode.constrain.Constraint, such as '
+      'Constraint(g.tokenizer, regex=..), or a list of one, or None, for each prompt'
+    )
+  if len(each) != prompts:
+    raise ValueError(
+      f'constraint has {len(each)} values for {prompts} prompts; give one for all, or one for each'
+    )
+  return each

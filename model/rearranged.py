@@ -1,0 +1,83 @@
+"""Which other forms does a model take? Every layer by itself, its first layers only, its routers
+rebalanced: rearranged leaves, of the same values.
+
+L layers · E experts
+"""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from model.config import MoEConfig
+from model.moe import moved
+from model.params import named_leaves
+from model.transformer import Decoder, init
+
+
+def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
+  """The model with the selection bias of every router moved towards experts with less than their
+  share (moe.moved).
+
+  load: choices that fell on each expert, of the layers with experts in order (Output.router).
+  """
+  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
+  row = {
+    layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)
+  }
+  for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
+    if kind.moe:
+      bias = block.feed_forward.selection_bias
+      bias[...] = moved(bias[...], load[np.array([row[layer] for layer in layers])], rate)
+  return model
+
+
+def unstacked(model: Decoder) -> Decoder:
+  """The same model with every layer by itself (model.execution.scan=False): matrices lie where a
+  product reads them, and none is cut out of a stack.
+
+  Traceable; on the mesh that the model is on, in context.
+  """
+  config, stored = model.config.with_execution(scan=False), named_leaves(model)
+  places = {
+    layer: (place, repeat)
+    for place, (_, layers) in enumerate(model.config.places)
+    for repeat, layer in enumerate(layers)
+  }
+
+  def leaf(name, shape):
+    stack, _, layer, rest = re.fullmatch(
+      r'(?:(stack|encoder)(\.blocks)\.(\d+)\.)?(.*)', name
+    ).groups()
+    if stack is None:
+      return stored[name]
+    place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
+    x = stored[f'{stack}.blocks.{place}.{rest}']
+    return x if x.shape == shape.shape else jax.lax.slice_in_dim(x, repeat, repeat + 1)
+
+  target = jax.eval_shape(lambda: init(config, 0))
+  leaves = [leaf(name, shape) for name, shape in named_leaves(target).items()]
+  return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def shallow(model: Decoder, layers: int) -> Decoder:
+  """The first layers of an unstacked model, with its final norm and head; nothing is copied.
+
+  Raises ValueError for a stacked model, and for no layers or more than there are.
+  """
+  config = model.config
+  if config.execution.scan or not 0 < layers <= config.L:
+    raise ValueError(
+      f'{layers} layers of model.layers={config.L}, '
+      f'model.execution.scan={config.execution.scan}: take at least 1 and at most all of them, of '
+      'a model whose layers are each by itself (unstacked)'
+    )
+  moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()
+  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
+  model.config = dataclasses.replace(config, layers=layers, moe=moe)
+  model.stack.periods = model.config.stacks
+  model.stack.blocks = nnx.List(list(model.stack.blocks)[:layers])
+  return model

@@ -1,0 +1,621 @@
+"""Are a request's bytes the same alone, in any company, in any order of arrival, in any row? And
+does an engine forget whoever has left, compile nothing on the way, and write what a Generator does?
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.tokenizers import ByteTokenizer
+from decode import bulk, constrain, loop
+from decode.bulk import complete, samples
+from decode.engine import Engine, Request, Sizes
+from decode.generating import generating, generating_model
+from decode.generator import Generator
+from decode.sampling import make_sampling, sample_seed
+from kernels import cached
+from model import cache, transformer
+from model.config import LatentConfig, ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
+from parallel.mesh import MeshConfig, make_mesh
+
+V, B, C, CAPACITY = 260, 6, 8, 48
+TINY = dict(
+  vocabulary=V,
+  width=16,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  feed_forward=24,
+  max_length=64,
+  init_scale=1.0,
+)
+MODELS = {
+  'llama': {},
+  # Layers with rings of 16 slots, which turn, and one without.
+  'windows': dict(window=8, global_every=2, attention_softcap=3.0),
+  'experts': dict(moe=MoEConfig(experts=4, per_token=2, feed_forward=8)),
+  'latent': dict(latent=LatentConfig(width=6, rope_width=4, value_width=3), kv_heads=4),
+  'bytes': {},
+}
+SIZES = Sizes(
+  rows=B, capacity=CAPACITY, read_tokens=C, steps=5, bias=12, ends=4, states=70, classes=64
+)
+
+
+def one_device():
+  return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@functools.cache
+def model_of(name, dtype='float32', seed=0, mesh=None):
+  """In the form in which it generates."""
+  config = ModelConfig(**TINY | MODELS[name], execution=ExecutionConfig(dtype=dtype))
+  with jax.set_mesh(mesh or one_device()):
+    model = jax.jit(transformer.init, static_argnums=(0, 1))(generating(config), seed)
+    # Scores that are far from alike.
+    model = jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, model)
+    weights = 'int8' if name == 'bytes' else ''
+    return jax.jit(generating_model, static_argnames='weights')(model, weights=weights)
+
+
+@functools.cache
+def engine_of(name, dtype='float32', mesh=None, **sizes):
+  model = model_of(name, dtype, mesh=mesh)
+  if name == 'bytes':
+    sizes['cache_dtype'] = 'int8'
+  sizes = dataclasses.replace(SIZES, **sizes)
+  engine = Engine(model.config, mesh or one_device(), sizes, vocabulary=V - 2)
+  engine.compile(model)
+  return engine
+
+
+def prompt(n):
+  return np.random.default_rng(n).integers(3, V - 2, n).tolist()
+
+
+def request(length, new=12, ends=(), **options):
+  sampling = make_sampling(1, vocabulary=V - 2, **options)
+  return Request(prompt(length), new, sampling, ends)
+
+
+# Of one token and several parts, of all options; one that its prompt nearly fills.
+REQUESTS = [
+  request(5, temperature=0.0),
+  request(21, seed=7),
+  request(1, temperature=0.7, top_k=9, top_p=0.9, seed=8),
+  request(8, temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.2),
+  request(9, logit_bias={3: 5.0, 40: -np.inf, 41: 2.5}, min_p=0.01, seed=1),
+  request(47, new=1, seed=3),
+  request(16, new=20, ends=[65, 66, *range(100, 102)], seed=4),
+  request(30, new=18, temperature=1.5, seed=5),
+]
+
+
+def poison(engine):
+  """Slots that no one has written, and whatever else a free row has, hold garbage."""
+
+  def garbage(x):
+    fill = np.nan if jnp.issubdtype(x.dtype, jnp.floating) else 77
+    return jax.device_put(np.full(x.shape, fill, x.dtype), x.sharding)
+
+  state = engine.state
+  held = jax.tree.map(garbage, state.cache.held)
+  engine.state = dataclasses.replace(
+    state,
+    cache=dataclasses.replace(state.cache, held=held),
+    logits=garbage(state.logits),
+    history=jax.tree.map(
+      lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding), state.history
+    ),
+  )
+
+
+def bits(written):
+  assert not written.broken
+  assert np.isfinite(written.raw).all() and len(written.raw) == len(written.ids)
+  return written.ids, written.raw, written.processed, written.ended
+
+
+def alone(engine, model, request, row):
+  """What a row writes in an engine where no one else ever was."""
+  engine.reset()
+  poison(engine)
+  engine.join(row, request)
+  while engine.reading:
+    engine.read(model)
+  written = bulk.Written()
+  while not written.add(jax.tree.map(np.asarray, engine.decode(model)), row, request):
+    pass
+  engine.release([row])
+  return bits(written)
+
+
+def together(engine, model, requests):
+  return {index: bits(written) for index, written in complete(engine, model, requests)}
+
+
+def check_company(engine, model):
+  """Bit for bit the same alone, among others in every order, in any row, after others."""
+  expected = [alone(engine, model, asked, 0) for asked in REQUESTS]
+  assert len({tuple(ids) for ids, *_ in expected}) == len(REQUESTS)
+  for index in (1, 4):
+    assert alone(engine, model, REQUESTS[index], 5) == expected[index], 'in another row'
+
+  orders = [range(8), range(7, -1, -1), (3, 3, 6, 1, 1, 0, 2, 7, 5, 4, 6)]
+  engine.reset()
+  poison(engine)
+  for order in orders:  # each after all that the one before has left behind
+    found = together(engine, model, [REQUESTS[i] for i in order])
+    assert [found[n] for n in range(len(found))] == [expected[i] for i in order]
+
+
+FAST = [('llama', 'float32'), ('windows', 'bfloat16'), ('bytes', 'bfloat16')]
+REST = [pair for pair in itertools.product(MODELS, ('float32', 'bfloat16')) if pair not in FAST]
+
+
+@pytest.mark.parametrize(
+  'name, dtype', [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
+)
+def test_a_requests_bytes_do_not_depend_on_company(name, dtype):
+  check_company(engine_of(name, dtype), model_of(name, dtype))
+
+
+@pytest.mark.parametrize(
+  'name', ['llama', *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:4])]
+)
+def test_greedy_is_the_argmax_of_the_full_forward(name):
+  """By the pass that trains, token by token."""
+  engine, model = engine_of(name), model_of(name)
+
+  @jax.jit
+  def full(model, tokens):
+    return model.logits(model(tokens).hidden)[..., : V - 2]
+
+  asked = [request(n, new=10, temperature=0.0) for n in (1, 7, 8, 17, 30, 2, 25)]
+  for index, (ids, raw, *_) in together(engine, model, asked).items():
+    tokens = np.zeros((1, CAPACITY), np.int32)
+    text = [*asked[index].prompt, *ids]
+    tokens[0, : len(text)] = text
+    with jax.set_mesh(one_device()):
+      law = np.asarray(jax.nn.log_softmax(full(model, tokens)[0]))
+    law = law[len(text) - len(ids) - 1 : len(text) - 1]
+    assert len(set(ids)) > 2 and ids == law.argmax(1).tolist()
+    np.testing.assert_allclose(raw, law.max(1), atol=1e-4)
+
+
+def test_it_writes_what_a_generator_writes():
+  tokenizer = ByteTokenizer()
+  model = model_of('llama')
+  generator = Generator(model, tokenizer, one_device())
+  constraint = constrain.Constraint(tokenizer, regex='[ab]{3,40}c')
+  options = [
+    dict(temperature=0.0),
+    dict(seed=3, top_p=0.9, top_k=50),
+    dict(seed=4, logit_bias={70: 4.0, 71: -np.inf}, repetition_penalty=1.3),
+    dict(seed=5, stop=[5, 80, 90]),
+    dict(seed=6, constraint=constraint),
+    dict(seed=9, temperature=0.6, min_p=0.05, constraint=constraint),
+  ]
+  requests, expected = [], []
+  for n, given in enumerate(options):
+    law = {name: x for name, x in given.items() if name not in ('stop', 'constraint')}
+    requests.append(
+      Request(
+        prompt(4 + 5 * n),
+        14,
+        make_sampling(1, vocabulary=tokenizer.vocabulary, **law),
+        [tokenizer.eos, *given.get('stop', ())],
+        given.get('constraint'),
+      )
+    )
+    (completion,) = generator([prompt(4 + 5 * n)], max_new_tokens=14, **given)
+    expected.append(completion)
+  sizes = dict(rows=4)
+  engine = Engine(
+    model.config, one_device(), dataclasses.replace(SIZES, **sizes), vocabulary=tokenizer.vocabulary
+  )
+  found = dict(complete(engine, model, requests))
+  for index, completion in enumerate(expected):
+    assert found[index].ids == completion.ids, options[index]
+    np.testing.assert_allclose(found[index].raw, completion.logprobs, atol=1e-4)
+    np.testing.assert_allclose(found[index].processed, completion.processed, atol=1e-4)
+    assert found[index].ended == (completion.finish == 'stop')
+
+
+@contextlib.contextmanager
+def compilations():
+  """Names of programs that are compiled meanwhile."""
+  names = []
+
+  def listen(event, seconds, **about):
+    if event == '/jax/core/compile/backend_compile_duration':
+      names.append(about.get('fun_name'))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_after_the_start():
+  engine, other = engine_of('llama', alternatives=3), model_of('llama', seed=1)
+  model = model_of('llama')
+  constraint = constrain.Constraint(ByteTokenizer(), regex='[ab]{3,9}')
+  asked = [*REQUESTS, dataclasses.replace(REQUESTS[0], constraint=constraint)]
+  engine.reset()
+  with compilations() as names:
+    first = together(engine, model, asked)
+    engine.reset()
+    second = together(engine, other, asked)
+    engine.join(0, asked[1])
+    while engine.reading:
+      engine.read(other)
+    engine.decode(other, 2, alternatives=True)
+    engine.release([0])
+  assert not names
+  assert first != second, 'other weights write something else'
+  with compilations() as names:
+    jax.jit(lambda x: x + 1.5)(1.0)
+  assert names, 'and this counts what is compiled'
+
+
+def test_other_shapes_raise():
+  engine = engine_of('llama')
+  engine.reset()
+  engine.join(0, REQUESTS[0])
+  with pytest.raises(TypeError):
+    engine.read(model_of('bytes'))
+  engine.reset()
+
+
+def test_alternatives_change_no_bit():
+  engine, model = engine_of('llama', alternatives=3), model_of('llama')
+  engine.reset()
+  expected = alone(engine, model, REQUESTS[1], 2)
+  engine.join(2, REQUESTS[1])
+  while engine.reading:
+    engine.read(model)
+  written = bulk.Written()
+  over = False
+  while not over:
+    chunk = jax.tree.map(np.asarray, engine.decode(model, 3, alternatives=True))
+    over = written.add(chunk, 2, REQUESTS[1])
+    assert chunk.alternatives.shape == (B, SIZES.steps, 3)
+  engine.release([2])
+  assert bits(written) == expected, 'nor do chunks of another size'
+
+
+def check_between_chunks(engine, model):
+  """A prompt that is read part by part, while others write."""
+  expected = alone(engine, model, REQUESTS[1], 4)
+  engine.join(0, REQUESTS[0])
+  engine.read(model)
+  engine.join(4, REQUESTS[1])
+  written = bulk.Written()
+  while engine.reading:
+    engine.read(model, [4])
+    chunk = jax.tree.map(np.asarray, engine.decode(model, 1))
+    written.add(chunk, 4, REQUESTS[1])
+    assert len(written.ids) == (not engine.reading)
+  while not written.add(jax.tree.map(np.asarray, engine.decode(model)), 4, REQUESTS[1]):
+    pass
+  engine.release([0, 4])
+  assert bits(written) == expected
+
+
+def test_prompts_are_read_while_others_write():
+  check_between_chunks(engine_of('llama'), model_of('llama'))
+
+
+def test_samples_are_requests_of_their_own():
+  engine, model = engine_of('llama'), model_of('llama')
+  engine.reset()
+  many = samples(REQUESTS[1], 9)
+  found = together(engine, model, many)
+  assert found[0] == alone(engine, model, REQUESTS[1], 3)
+  assert found[8] == alone(engine, model, many[8], 4)
+  assert len({tuple(ids) for ids, *_ in found.values()}) == 9
+  seeds = [sample_seed(seed, i) for seed in range(50) for i in range(20)]
+  assert len(set(seeds)) == 1000 and max(seeds) < 2**32 and sample_seed(5, 0) == 5
+
+
+def check_options(engine, model):
+  """What a request asks for holds for it, and for no one after it in its row."""
+  engine.reset()
+  plain = alone(engine, model, REQUESTS[1], 0)
+  for n in (50, 60):
+    biased = [request(4, new=4, logit_bias={n + row: 1e4}) for row in range(B)]
+    for row, (ids, *_) in together(engine, model, biased).items():
+      assert ids == [n + row] * 4
+    assert together(engine, model, [REQUESTS[1]] * B) == dict.fromkeys(range(B), plain)
+
+
+def test_options_are_of_one_request():
+  check_options(engine_of('llama'), model_of('llama'))
+
+
+def test_rows_are_conserved_and_released_ones_cost_nothing():
+  check_conservation(engine_of('llama'), model_of('llama'))
+
+
+def check_conservation(engine, model):
+  engine.reset()
+  random = np.random.default_rng(0)
+  busy = set()
+  for _ in range(60):
+    choice = random.integers(4)
+    if choice == 0 and engine.free:
+      row = int(random.choice(engine.free))
+      engine.join(row, REQUESTS[random.integers(len(REQUESTS))])
+      busy.add(row)
+    elif choice == 1 and engine.reading:
+      engine.read(model)
+    elif choice == 2:
+      engine.decode(model, int(random.integers(1, 6)))
+    elif busy:
+      row = int(random.choice(sorted(busy)))
+      engine.release([row])
+      busy.remove(row)
+    assert sorted([*engine.free, *busy]) == list(range(B)) and set(engine.reading) <= busy
+    lengths = np.asarray(engine.state.cache.lengths)
+    done, sampling = np.asarray(engine.state.done), engine.rules.sampling
+    for row in engine.free:
+      assert lengths[row] == 0 and done[row]
+      assert np.asarray(sampling.temperature)[row] == 0
+      assert (np.asarray(sampling.bias.ids)[row] == -1).all()
+  engine.release(busy)
+  assert engine.free == list(range(B)) and not np.asarray(engine.state.cache.lengths).any()
+
+
+def test_whoever_stops_to_listen_frees_the_rows():
+  engine, model = engine_of('llama'), model_of('llama')
+  engine.reset()
+  written = complete(engine, model, iter(REQUESTS))
+  next(written)
+  assert len(engine.free) < B
+  written.close()
+  assert len(engine.free) == B
+
+
+def test_constraints_come_and_go():
+  tokenizer = ByteTokenizer()
+  each = [constrain.Constraint(tokenizer, regex=f'[{x}]{{2,8}}') for x in 'abc']
+  tables = constrain.Tables(V, 28, 8)
+  assert tables.add(None) == constrain.FREE and (tables.automaton.next[0, 0] == 0).all()
+  first, second = tables.add(each[0]), tables.add(each[1])
+  assert tables.add(each[0]) == first != second
+  with pytest.raises(ValueError, match='finds no room among 28'):
+    [tables.add(constrain.Constraint(tokenizer, regex=f'x{{{n}}}')) for n in (9, 11)]
+  tables.remove(each[0])
+  kept = tables.automaton
+  tables.remove(each[0])
+  assert tables.add(each[2]) == first and kept.next is not tables.automaton.next
+  alone, (begin,) = constrain.Automaton.of([each[1]], V)
+  np.testing.assert_array_equal(
+    tables.automaton.next[second][tables.automaton.classes] >= 0,
+    alone.next[begin][alone.classes] >= 0,
+  )
+  with pytest.raises(ValueError, match='classes of tokens apart together, of at most 1'):
+    constrain.Tables(V, 28, 1).add(each[0])
+
+
+@pytest.mark.parametrize(
+  'change, words',
+  [
+    (dict(prompt=[]), 'a prompt of 0 tokens'),
+    (dict(prompt=[V - 2]), r'a prompt has the id 258; ids are in \[0, 258\)'),
+    (dict(max_new_tokens=44), 'a prompt of 5 tokens and max_new_tokens=44 pass capacity=48'),
+    (dict(ends=range(5)), '5 ids end a row, of at most 4'),
+    (dict(sampling=make_sampling(2)), r'its sampling is of \(2,\)'),
+    (
+      dict(sampling=make_sampling(1, vocabulary=V, logit_bias={i: 1 for i in range(13)})),
+      'logit_bias has 13 ids; at most 12',
+    ),
+  ],
+)
+def test_requests_that_do_not_fit_raise_and_take_no_row(change, words):
+  engine = engine_of('llama')
+  engine.reset()
+  with pytest.raises(ValueError, match=words):
+    engine.join(0, dataclasses.replace(REQUESTS[0], **change))
+  assert len(engine.free) == B
+
+
+def test_calls_that_make_no_sense_raise():
+  engine, model = engine_of('llama'), model_of('llama')
+  engine.reset()
+  engine.join(1, REQUESTS[0])
+  with pytest.raises(ValueError, match='row 1 is not free'):
+    engine.join(1, REQUESTS[0])
+  with pytest.raises(ValueError, match='row 9 is not free'):
+    engine.join(9, REQUESTS[0])
+  with pytest.raises(ValueError, match='row 2 has nothing to read'):
+    engine.read(model, [2])
+  with pytest.raises(ValueError, match='row 2 has no request'):
+    engine.release([2])
+  with pytest.raises(ValueError, match=r'count=6 of a chunk must be in \[1, 5\]'):
+    engine.decode(model, 6)
+  with pytest.raises(ValueError, match='gives no alternatives'):
+    engine.decode(model, alternatives=True)
+  engine.join(2, REQUESTS[0])
+  with pytest.raises(ValueError, match=r'rows \[1, 2\] do not go together: 1 at a time'):
+    engine.read(model, [1, 2])
+  engine.reset()
+
+
+@pytest.mark.parametrize(
+  'config, mesh, sizes, error, words',
+  [
+    ({}, dict(data=2), dict(rows=3), ValueError, 'rows=3 do not split over the 2 parts'),
+    ({}, dict(data=2), dict(read_rows=1), ValueError, 'read_rows=1 do not split'),
+    ({}, dict(data=1, stage=2), {}, NotImplementedError, 'an engine over mesh.stage=2'),
+    (dict(encoder_layers=1), {}, {}, NotImplementedError, 'model.encoder_layers=1: what an'),
+    (
+      dict(moe=MoEConfig(experts=2, dispatch='capacity', feed_forward=8)),
+      {},
+      {},
+      ValueError,
+      "dispatch='capacity' drops tokens",
+    ),
+    ({}, {}, dict(capacity=80), ValueError, 'passes model.max_length=64'),
+  ],
+)
+def test_what_has_no_engine_says_so(config, mesh, sizes, error, words):
+  count = int(np.prod(list(mesh.values()) or [1]))
+  mesh = make_mesh(MeshConfig(**mesh), jax.devices()[:count])
+  with pytest.raises(error, match=words):
+    Engine(ModelConfig(**TINY | config), mesh, dataclasses.replace(SIZES, **sizes))
+  with pytest.raises(ValueError, match='steps=0 of an engine must be at least 1'):
+    Sizes(steps=0)
+
+
+def test_rows_of_a_cache_that_cannot_be_named_raise():
+  model = model_of('llama')
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  with jax.set_mesh(one_device()):
+    empty = cache.init_cache(model.config, 2, 16)
+    with pytest.raises(NotImplementedError, match='rows of a cache with fresh=True'):
+      model(tokens, cache=empty, rows=jnp.zeros(1, jnp.int32), fresh=True)
+    with pytest.raises(NotImplementedError, match='rows of a cache of an encoder-decoder'):
+      model(
+        tokens,
+        cache=dataclasses.replace(empty, memory=((None, None),) * 2),
+        rows=jnp.zeros(1, jnp.int32),
+      )
+
+
+@pytest.mark.parametrize(
+  'name, sizes',
+  [
+    ('llama', dict(data=2, tensor=2)),
+    pytest.param('windows', dict(data=2, tensor=2), marks=pytest.mark.slow),
+    pytest.param('experts', dict(data=2, tensor=2), marks=pytest.mark.slow),
+    pytest.param('experts', dict(data=1, expert=2), marks=pytest.mark.slow),
+    pytest.param('latent', dict(data=2, tensor=2), marks=pytest.mark.slow),
+    pytest.param('llama', dict(data=2, context=2), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_devices_that_share_an_engine_are_one(name, sizes):
+  """The same tokens as on one device; the same bits whoever else is there."""
+  expected = [alone(engine_of(name), model_of(name), asked, 0) for asked in REQUESTS]
+  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+  engine, model = engine_of(name, mesh=mesh, read_rows=4), model_of(name, mesh=mesh)
+  row, other = alone(engine, model, REQUESTS[1], 0), alone(engine, model, REQUESTS[1], 5)
+  assert row == other, 'on another device'
+  engine.reset()
+  poison(engine)
+  found = together(engine, model, REQUESTS)
+  assert found[1] == row
+  for index, (ids, raw, *_) in enumerate(expected):
+    assert found[index][0] == ids
+    np.testing.assert_allclose(found[index][1], raw, atol=1e-4)
+
+
+# (where, whose text, what of it, what in its place, the law that notices)
+FAULTS = {
+  'rows ignored where tokens are written': (
+    cache.Slots,
+    '_scatter',
+    'is None else rows',
+    'is None else jnp.arange(x.shape[0], dtype=jnp.int32)',
+    check_company,
+  ),
+  'rows ignored where slots are looked at': (
+    cached,
+    '_local',
+    "rows = optional.get('rows')",
+    'rows = jnp.arange(B) if held.keys.shape[1] > B else None',
+    check_company,
+  ),
+  'positions of other rows': (
+    cache.Cache,
+    'lengths_of',
+    'rows_of(self.lengths, rows)',
+    'self.lengths[: rows.shape[0]]',
+    check_company,
+  ),
+  'a released row keeps its length': (
+    loop,
+    'release',
+    'jnp.where(leaving, 0, lengths)',
+    'lengths',
+    check_conservation,
+  ),
+  'a released row keeps its bias': (
+    loop,
+    'release',
+    'jax.tree.map(cleared, sampling, idle)',
+    'sampling',
+    check_conservation,
+  ),
+  'the bias of the row before': (
+    loop,
+    'join',
+    'with_rows(rules, rows, joining)',
+    'dataclasses.replace(with_rows(rules, rows, joining), sampling=dataclasses.replace('
+    'with_rows(rules.sampling, rows, joining.sampling), bias=rules.sampling.bias))',
+    check_options,
+  ),
+  'the history of the row before': (
+    loop,
+    'join',
+    'with_rows(state.history, rows, jax.tree.map(jnp.zeros_like, history))',
+    'state.history',
+    check_company,
+  ),
+  'a row is written on before its prompt ends': (
+    loop,
+    'read',
+    '~ends | (cache',
+    '(cache',
+    check_between_chunks,
+  ),
+  'logits of another row': (
+    loop,
+    'read',
+    'with_rows(state.logits, rows, logits)',
+    'with_rows(state.logits, rows * 0, logits)',
+    check_company,
+  ),
+}
+FIRST = [
+  'rows ignored where tokens are written',
+  'rows ignored where slots are looked at',
+  'a released row keeps its length',
+]
+
+
+@pytest.fixture
+def traced_anew():
+  """Nothing that a fault is in, or is to be in, was traced before."""
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+  'fault',
+  [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in FAULTS if name not in FIRST)],
+)
+def test_planted_faults_are_noticed(fault, monkeypatch, traced_anew):
+  owner, name, old, new, check = FAULTS[fault]
+  function = getattr(owner, name)
+  text = textwrap.dedent(inspect.getsource(function))
+  assert text.count(old) == 1, f'{old!r} is not what it says any more'
+  names = dict(vars(inspect.getmodule(function)))
+  exec(text.replace(old, new), names)
+  monkeypatch.setattr(owner, name, names[name])
+  engine, model = engine_of.__wrapped__('llama'), model_of('llama')
+  with pytest.raises(AssertionError):
+    check(engine, model)

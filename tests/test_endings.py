@@ -1,0 +1,254 @@
+"""How does a command end that was stopped, or that the system refused something? In one line, with
+the code that launchers look at, and soon, whatever its threads wait for.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import resource
+import signal
+import sys
+
+import pytest
+from absl import flags
+
+import commands
+import train
+from data.config import DataConfig, SourceConfig
+from tests.test_commands import ROOT, Process, Runs
+from training import overrides
+from training.config import Config, TrainConfig
+from workdir.checkpoint import Checkpoints
+
+# A module or a config that says that it is there by reading a pipe, which nobody writes to.
+WAITING = "open({path!r}).read()\n"
+
+
+class Ended(BaseException):
+  """What the process would have ended with."""
+
+
+@pytest.fixture
+def end(monkeypatch, capsys):
+  """(what a command raises) -> (code, what it said on stderr)."""
+
+  def leave(code):
+    raise Ended(code)
+
+  monkeypatch.setattr(os, '_exit', leave)
+
+  def run(error, stopped_code=0):
+    def command():
+      raise error
+
+    with pytest.raises(Ended) as ended:
+      commands.end(command, stopped_code)
+    return ended.value.args[0], capsys.readouterr().err
+
+  return run
+
+
+def test_what_a_person_can_mend_is_one_line(end):
+  full = OSError(errno.ENOSPC, 'No space left on device', 'runs/x')
+  assert end(full) == (
+    1,
+    'error: runs/x: No space left on device; the disk is full: make room and run the same command '
+    'again\n',
+  )
+  assert end(SystemExit('error: no')) == (1, 'error: no\n')
+  assert end(FileNotFoundError('x does not exist; train it')) == (
+    1,
+    'error: x does not exist; train it\n',
+  )
+  assert end(FloatingPointError('step 2: nan')) == (1, 'error: step 2: nan\n')
+  code, said = end(RuntimeError('RESOURCE_EXHAUSTED: 9 GB\nof\nmany lines'))
+  assert (code, said.count('\n')) == (1, 1) and 'out of memory' in said and '9 GB' in said
+
+
+def test_an_interruption_is_one_line_and_has_its_code(end):
+  assert end(KeyboardInterrupt()) == (130, '\ninterrupted\n')
+  assert end(KeyboardInterrupt('SIGINT')) == (130, '\ninterrupted\n')
+  assert end(KeyboardInterrupt('SIGTERM')) == (143, '\ninterrupted by SIGTERM\n')
+  assert end(KeyboardInterrupt('SIGTERM'), 75) == (75, '\ninterrupted by SIGTERM\n')
+
+
+def test_what_is_our_fault_is_said_to_be(end):
+  code, said = end(TypeError('unhashable'))
+  assert code == 1 and said.startswith('Traceback') and 'TypeError: unhashable\n' in said
+  assert said.endswith(
+    'error: this is a fault of the program, not of what was asked of it; please report it\n'
+  )
+
+
+def test_other_codes_and_good_ends_are_left_alone():
+  assert commands.end(lambda: None) is None
+  with pytest.raises(SystemExit) as ended:
+    commands.end(lambda: sys.exit(75))
+  assert ended.value.code == 75
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  return Runs(tmp_path_factory.mktemp('endings'))
+
+
+@pytest.fixture
+def pipe(tmp_path):
+  """(command line, environment) -> a process that waits where it reads the pipe."""
+  path = tmp_path / 'pipe'
+  os.mkfifo(path)
+  writers = []
+
+  def start(*command):
+    process = Process(tmp_path, *command)
+
+    def reads():
+      with contextlib.suppress(OSError):  # which has a writer only where someone reads
+        writers.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+      return writers
+
+    assert process.until(reads), process.end()
+    return process
+
+  start.path = str(path)
+  yield start
+  for writer in writers:
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+  'number, flags, code',
+  [
+    (signal.SIGTERM, ['--stopped_code=75'], 75),
+    (signal.SIGHUP, ['--stopped_code', '75'], 75),
+    (signal.SIGINT, [], 130),
+  ],
+  ids=str,
+)
+def test_a_signal_before_the_first_step_has_the_code_of_a_stop(pipe, tmp_path, number, flags, code):
+  """While the config is read: everything up to the first step goes the same way."""
+  (tmp_path / 'config.py').write_text(WAITING.format(path=pipe.path))
+  workdir = f'--workdir={tmp_path / "run"}'
+  process = pipe('train.py', f'--config={tmp_path / "config.py"}', workdir, *flags)
+  process.process.send_signal(number)
+  done = process.end()
+  by = '' if number == signal.SIGINT else f' by {number.name}'
+  assert (done.code, done.error.strip()) == (code, f'interrupted{by}')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'command, code',
+  [
+    (['train.py', '--stopped_code=75'], 75),
+    (['generate.py'], 143),
+    (['plan.py'], 143),
+    (['convert.py'], 143),
+  ],
+  ids=lambda x: x[0] if isinstance(x, list) else str(x),
+)
+def test_a_signal_while_modules_are_loaded_is_one_line(pipe, tmp_path, monkeypatch, command, code):
+  (tmp_path / 'jax.py').write_text(WAITING.format(path=pipe.path))
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  # The directory of the script comes first, which has no jax.
+  process = pipe(*command)
+  process.process.send_signal(signal.SIGTERM)
+  done = process.end()
+  assert (done.code, done.error) == (code, '\ninterrupted by SIGTERM\n')
+
+
+def test_a_save_that_the_disk_refuses_ends_the_run_and_what_was_saved_stays(runs, tmp_path):
+  """Files may be as large here as all but a checkpoint's largest; orbax says it in 300 lines, and
+  its threads, which wait, are not waited for.
+  """
+  assert runs.train(tmp_path, '--config.train.steps=6').code == 0
+  before = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # processes inherit it
+  try:
+    done = runs.train(tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert done.code == 1
+  (line,) = [line for line in done.error.splitlines() if not line.startswith('attention: ')]
+  assert re.fullmatch(
+    rf'error: {re.escape(str(tmp_path))}/checkpoints/00000008: File too large; .*ulimit.*', line
+  )
+  left = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+  assert {*before} <= left and not {'00000008', '00000008.json'} & left
+  assert Checkpoints(tmp_path).latest() == 6
+
+
+def test_places_that_are_files_or_cannot_be_are_said_in_one_line(tmp_path):
+  (tmp_path / 'file').touch()
+  there, other = 'a file is where a directory should be', tmp_path / 'run'
+  disk = {'offload_optimizer': 'disk', 'spill_dir': f'{tmp_path}/file/x'}
+  for workdir, changes, said in (
+    (tmp_path / 'file', {}, f'{tmp_path}/file: File exists; {there}'),
+    (tmp_path / 'file' / 'run', {}, f'{tmp_path}/file/run: Not a directory; {there}'),
+    (tmp_path / ('x' * 300), {}, 'File name too long; give a shorter path'),
+    (other, {'data': DataConfig(cache_dir=f'{tmp_path}/file')}, f'/file: File exists; {there}'),
+    (other, {'train': TrainConfig(**disk)}, f'/file/x: Not a directory; {there}'),
+  ):
+    changes = {'data': DataConfig(cache_dir=str(tmp_path / 'cache')), **changes}
+    with pytest.raises(SystemExit) as ended:
+      train.run(Config(**changes), workdir)
+    assert ended.value.code.startswith('error: ') and said in ended.value.code
+    assert '\n' not in ended.value.code
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['cache', 'file']
+
+
+@pytest.mark.parametrize(
+  'text, said',
+  [
+    ('def get_config(:', r'config\.py:1: invalid syntax'),
+    ('import nowhere_at_all', r"config\.py:1: ModuleNotFoundError: .*'nowhere_at_all'"),
+    ('def get_config():\n  return widht', r"config\.py:2: NameError: name 'widht'"),
+    (
+      'from model.config import ModelConfig\n\n\ndef get_config():\n  return ModelConfig(widht=3)',
+      r"config\.py:5: TypeError: .*'widht'",
+    ),
+    (
+      'from model.config import ModelConfig\n\n\ndef get_config():\n  return ModelConfig(width=-1)',
+      r'config\.py:5: model\.width=-1',
+    ),
+    ('def get_config():\n  return open("nowhere")', r"No such file or directory: 'nowhere'"),
+    ('def get_config():\n  return 3', r'get_config\(\) of .*config\.py returned int'),
+  ],
+  ids=['syntax', 'import', 'name', 'field', 'limit', 'file', 'value'],
+)
+def test_a_config_file_that_fails_is_said_with_its_line(tmp_path, monkeypatch, text, said):
+  (tmp_path / 'config.py').write_text(text)
+  monkeypatch.setattr(sys, 'argv', ['train.py', f'--config={tmp_path / "config.py"}'])
+  values = flags.FlagValues()
+  overrides.define_flag(values)
+  with pytest.raises(flags.IllegalFlagValueError, match=said):
+    values(sys.argv)
+
+
+@pytest.mark.parametrize(
+  'command, said',
+  [
+    (['train.py', '--config=configs/tiny.py', '--workdir=gs://b/run'], '--workdir=gs://b/run'),
+    (['generate.py', '--workdir=s3://b/run'], '--workdir=s3://b/run'),
+    (['convert.py', 'export', '--workdir=runs/x', '--to=gs://b/x'], 'to=gs://b/x'),
+  ],
+  ids=['train', 'generate', 'convert'],
+)
+def test_addresses_are_refused_before_anything_is_made(tmp_path, command, said):
+  done = Process(tmp_path, *command).end()
+  assert done.code == 1 and f'error: {said} is an address' in done.error.splitlines()[-1]
+  assert 'Traceback' not in done.error and not done.out
+  assert not (ROOT / 'gs:').exists() and not (ROOT / 's3:').exists()
+
+
+def test_addresses_in_a_config_are_refused(tmp_path):
+  for changes in (
+    {'data': DataConfig(cache_dir='gs://b/cache')},
+    {'train': TrainConfig(offload_optimizer='disk', spill_dir='s3:/b')},
+    {'data': DataConfig(sources=(SourceConfig(kind='text', path='https://x.org/a.txt'),))},
+  ):
+    with pytest.raises(SystemExit, match=r'error: (data|train)\..* is an address .*mount it'):
+      train.run(Config(**changes), tmp_path / 'run')
+  assert not [*tmp_path.iterdir()]

@@ -1,0 +1,49 @@
+"""What does a run that goes on do otherwise than before, and does its learning rate jump?
+
+A rate, a schedule or a length may change without the run being another one. Each of them also
+decides the rate at every step: a cosine over 24 steps that is made one over 48 goes from its end
+back to its middle.
+"""
+
+import math
+import pathlib
+
+from training import config as configs
+from training.config import Config
+from training.optimizer import make_schedule
+
+JUMP = 1.5  # of the rate: a factor, up or down, that no schedule is meant to have within a step
+
+
+def before(record: dict, directory: pathlib.Path) -> Config | None:
+  """The config that a checkpoint was written under: its record's, or, where it was written before
+  records held one, the directory's; None where neither can be read.
+  """
+  try:
+    return configs.of(record['config']) if 'config' in record else configs.load(directory)
+  except (FileNotFoundError, ValueError):
+    return None
+
+
+def described(old: Config, new: Config, step: int, updates: int) -> list[str]:
+  """Lines for the log of what changed at a checkpoint, [] where nothing did.
+
+  step: of the checkpoint. updates: how many it has behind it, steps that were skipped left out.
+  """
+  lines = configs.changes(old, new).values()
+  if not lines:
+    return []
+  was, now = (float(make_schedule(c.optimizer, c.train.steps)(updates)) for c in (old, new))
+  said = [f'changed since checkpoint {step}: ' + '; '.join(lines)]
+  if math.isclose(now, was, rel_tol=1e-5):
+    return said
+  said.append(f'learning rate of step {step + 1}: {now:.4g}, before the change {was:.4g}')
+  ratio = now / was if was else math.inf
+  if not 1 / JUMP < ratio < JUMP:
+    times = f'{ratio:.3g} times what' if was else 'from 0, which'
+    said.append(
+      f'WARNING: the learning rate jumps here, to {times} it was to be. If that is not meant, '
+      'lower optimizer.learning_rate, or go on with the schedule and train.steps that the run had; '
+      "schedule='wsd' and 'constant' can be made longer before they decay"
+    )
+  return said
