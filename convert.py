@@ -15,6 +15,7 @@ if __name__ == '__main__':
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 import sys
@@ -24,13 +25,21 @@ import jax
 import commands
 import files
 import names
-from data import tokenizers
+from data import export, generation as generations, tokenizers
 from data.config import DataConfig, TokenizerConfig
+from data.generation import GENERATION
 from model import checkpoint, families, transformer
 from model.params import abstract
 from model.tensorfiles import TensorFiles
 from training import config as configs
 from workdir.checkpoint import Checkpoints
+
+SENTENCEPIECE = (
+  'tokenizer.model',
+  'spiece.model',
+  'sentencepiece.bpe.model',
+  'sentencepiece.model',
+)
 
 
 def _import(options) -> None:
@@ -58,6 +67,8 @@ def _import(options) -> None:
       else _tokenizer(pathlib.Path(options.tokenizer or source), bool(options.tokenizer))
     )
     if tokenizer:
+      if generation := _generation(source, tokenizer):
+        files.replace(partial / GENERATION, json.dumps(generation, indent=2) + '\n')
       tokenizer.save(partial / 'tokenizer')
       data = dataclasses.replace(
         data, tokenizer=TokenizerConfig(kind=tokenizer.kind, path=str(workdir / 'tokenizer'))
@@ -81,11 +92,7 @@ def _tokenizer(path: pathlib.Path, wanted: bool):
   """The tokenizer at a path, or in a checkpoint's directory; None where there is none and none was
   asked for.
   """
-  models = [
-    path / name
-    for name in ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
-    if (path / name).is_file()
-  ]
+  models = [path / name for name in SENTENCEPIECE if (path / name).is_file()]
   if (path / 'tokenizer.json').is_file() or not models:
     try:
       return tokenizers.load(path)
@@ -95,6 +102,29 @@ def _tokenizer(path: pathlib.Path, wanted: bool):
       _log(f'NOTE: {path} holds no tokenizer.json and no SentencePiece model')
       return None
   return tokenizers.load(models[0])
+
+
+def _generation(source: pathlib.Path, tokenizer) -> dict:
+  """What generation_config.json says, with all ids that it and config.json end texts with.
+
+  {} where neither says more than the tokenizer.
+  """
+  generation = generations.read(source)
+  place = source / 'config.json'
+  ids = [
+    *generations.end_ids(checkpoint.read_json(source), place),
+    *generations.end_ids(generation, source / GENERATION),
+  ]
+  ids = list(dict.fromkeys([tokenizer.eos, *ids]))
+  if unknown := [i for i in ids if i >= tokenizer.vocabulary]:
+    _log(
+      f'NOTE: eos_token_id has {unknown}, but the tokenizer only {tokenizer.vocabulary} ids: no '
+      'text ends there'
+    )
+  ids = [i for i in ids if i < tokenizer.vocabulary]
+  if len(ids) > 1:
+    _log(f'texts end with the ids {", ".join(map(str, ids))}')
+  return generation | {'eos_token_id': ids} if generation or len(ids) > 1 else {}
 
 
 def _export(options) -> None:
@@ -108,15 +138,22 @@ def _export(options) -> None:
   steps = {name: step for name, step in steps.items() if step is not None}
   step = steps[names.check('checkpoint', options.checkpoint, steps)]
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
+  if tokenizer:
+    tokenizer.generation = generations.read(workdir)
   with checkpoint.new_directory(target) as partial:
     mesh = checkpoint.default_mesh(config)
     with jax.set_mesh(mesh):
       model = checkpoints.model(
         abstract(functools.partial(transformer.init, config, 0), mesh), step
       )
-    special = (
-      {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')} if tokenizer else {}
-    )
+    special = {}
+    if tokenizer:
+      ends = [*generations.ends(tokenizer)]
+      special = {
+        'bos': tokenizer.bos,
+        'eos': ends if len(ends) > 1 else tokenizer.eos,
+        'pad': tokenizer.pad,
+      }
     checkpoint.write_files(
       model,
       config,
@@ -126,17 +163,45 @@ def _export(options) -> None:
       checkpoint.SHARD_BYTES,
       special,
     )
-    if tokenizer and tokenizer.kind == 'huggingface':
-      tokenizer.save(partial)
-    elif tokenizer and tokenizer.kind == 'sentencepiece':
-      files.replace(partial / 'tokenizer.model', tokenizer.model)
+    if tokenizer:
+      _write_tokenizer(partial, tokenizer, config, families.name_of(family))
     else:
-      reason = f'{tokenizer.kind!r} is unknown to transformers' if tokenizer else 'the run has none'
-      _log(f'NOTE: no tokenizer is written: {reason}')
+      _log('NOTE: no tokenizer is written: the run has none')
+    if tokenizer:
+      _write_generation(partial, tokenizer.generation)
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
     f'{options.dtype or config.execution.parameter_dtype}'
   )
+
+
+def _write_tokenizer(directory: pathlib.Path, tokenizer, config, family: str) -> None:
+  """Files that give others the tokenizer's ids, or none that would give them other ones."""
+  model = getattr(tokenizer, 'model', None)  # of SentencePiece
+  try:
+    contents, note = export.contents(tokenizer, bool(config.encoder_layers))
+    if model:
+      contents = {'tokenizer.model': model} | contents
+  except ValueError as error:
+    # Under another name: AutoTokenizer would make a tokenizer of it, with other ids.
+    contents, note = {'sentencepiece.model': model}, f'no tokenizer for transformers: {error}'
+  for name, content in contents.items():
+    files.replace(directory / name, content)
+  if note:
+    _log(f'NOTE: {note}')
+  if family == 'qwen2' and 'Qwen2' not in export.class_of(tokenizer):
+    _log(
+      "NOTE: transformers' AutoTokenizer makes Qwen2Tokenizer of whatever stands beside a qwen2 "
+      'model; load this one by PreTrainedTokenizerFast.from_pretrained(DIR)'
+    )
+
+
+def _write_generation(directory: pathlib.Path, generation: dict) -> None:
+  """generation_config.json, which transformers prefers to config.json where both tell of ids."""
+  hf = checkpoint.read_json(directory)
+  keys = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
+  ids = {key: hf[key] for key in keys if hf.get(key) is not None}
+  files.replace(directory / GENERATION, json.dumps(generation | ids, indent=2) + '\n')
 
 
 def _inspect(options) -> None:

@@ -159,3 +159,11 @@ def _beside(path):
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   return path.with_name(f'{path.name}.{socket.gethostname()}-{os.getpid()}.tmp')
+
+
+def json_object(data: bytes | str, place: str | os.PathLike) -> dict:
+  """The object that JSON holds. Raises ValueError for what is none; see `parsed`."""
+  value = parsed(data, place)
+  if not isinstance(value, dict):
+    raise ValueError(f'{place} holds {type(value).__name__}, not an object with names')
+  return value

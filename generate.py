@@ -21,6 +21,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 
 from absl import app, flags, logging
 
@@ -28,8 +29,9 @@ import commands
 import files
 import names
 from decode.constrain import Constraint
+from decode.defaults import model_defaults
 from decode.generator import Generator
-from decode.options import COMMAND, DRAFTERS, TABLE
+from decode.options import COMMAND, DRAFTERS, DRAWING, TABLE
 from decode.request import FAILED, INTERRUPTED
 from decode.sampling import seed_of
 from decode.table import TYPES, Option
@@ -227,6 +229,8 @@ def mesh_of(text: str) -> MeshConfig:
 def options_of(generator: Generator) -> dict:
   """What the flags ask for, as decode.options.Options has it."""
   asked = {name: flag.value for name, flag in OPTIONS.items()}
+  if asked['defaults'] == 'model':
+    asked |= defaults_of(generator, asked)
   options = {name: asked[name] for name in PLAIN}
   options['stop'] = [*asked['stop'], *asked['stop_id']]
   options['early_stopping'] = TABLE['early_stopping'].choices[asked['early_stopping']]
@@ -240,6 +244,23 @@ def options_of(generator: Generator) -> dict:
     if schema is not None and not schema.lstrip().startswith('{'):
       schema = pathlib.Path(schema)
     options['constraint'] = Constraint(generator.tokenizer, regex=asked['regex'], schema=schema)
+  return options
+
+
+def defaults_of(generator: Generator, asked: dict) -> dict:
+  """Options of the model's generation_config.json, which are printed, but for those that are asked
+  for, and for what a search does not do.
+  """
+  options, left = model_defaults(generator.tokenizer.generation)
+  options = {
+    name: value
+    for name, value in options.items()
+    if not OPTIONS[name].present and not (asked['beams'] > 1 and name in DRAWING)
+  }
+  shown = ', '.join(f'{name}={value}' for name, value in options.items()) or 'none'
+  print(f'defaults of the model: {shown}', file=sys.stderr)
+  if left:
+    print(f'NOTE: of generation_config.json, not taken: {", ".join(left)}', file=sys.stderr)
   return options
 
 

@@ -262,6 +262,10 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
   see it.
   """
   if jax.process_index() == 0:
+    # Where the model that it begins with ends its texts, see data/generation.py.
+    inherited = pathlib.Path(config.init) / 'generation_config.json'
+    if config.init and inherited.is_file():
+      files.replace(workdir / inherited.name, inherited.read_bytes())
     configs.save(config, workdir)
     tokenizer.save(workdir / 'tokenizer')
   hosts.check_shared(workdir / configs.FILE)

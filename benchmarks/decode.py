@@ -51,6 +51,7 @@ class Ids:
   pad = 0
   bos = 1
   eos = 2
+  generation = {}
 
   def __init__(self, vocabulary: int):
     self.vocabulary = vocabulary

@@ -12,8 +12,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 import names
-from data.tokenizer import Tokenizer
+from data.tokenizer import CUT, Tokenizer
 
+REASONING = ('reasoning_content', 'thinking', 'reasoning')
 _NONCE = secrets.token_hex(16)  # no message can hold what can't be guessed
 _OPEN, _CLOSE = f'<{_NONCE}', f'{_NONCE}>'
 
@@ -114,6 +115,28 @@ class ChatTemplate:
       ) from error
 
 
+def quoted(messages, tokenizer: Tokenizer):
+  """The same messages, in which names of the tokenizer's control tokens are text: where what a
+  template makes of them is encoded with special=True, they are spelled out, and end no turn.
+  """
+  if not hasattr(tokenizer, 'control_names'):
+    return messages  # of a kind whose control tokens text can't name
+  try:
+    return _quoted(messages, tokenizer.control_names)
+  except RecursionError as error:
+    raise ValueError(f'a chat template sees JSON data only: {error}') from error
+
+
+def _quoted(value, pattern: re.Pattern):
+  if isinstance(value, str):
+    return pattern.sub(lambda match: f'{match[0][0]}{CUT}{match[0][1:]}', value)
+  if isinstance(value, Mapping):
+    return {key: _quoted(each, pattern) for key, each in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_quoted(each, pattern) for each in value]
+  return value
+
+
 def _checked(messages: Sequence[Mapping]) -> list[dict]:
   """Messages without their None values. Raises ValueError that says which one has another form."""
   form = "; give [{'role': 'user', 'content': 'Hello'}, ...]"
@@ -126,6 +149,10 @@ def _checked(messages: Sequence[Mapping]) -> list[dict]:
         f'messages[{i}]={message!r} is {type(message).__name__}, not a mapping' + form
       )
     message = {key: value for key, value in message.items() if value is not None}
+    # Of one thing: templates read one of these names or another, as in transformers.
+    thought = next((message[key] for key in REASONING if key in message), None)
+    if thought is not None:
+      message = {'thinking': thought, **message, 'reasoning_content': thought}
     if not isinstance(message.get('role'), str):
       raise ValueError(f'messages[{i}] has role={message.get("role")!r}, which is no text' + form)
     if not isinstance(message.get('content'), (str, list)) and (

@@ -18,7 +18,7 @@ import numpy as np
 
 import files
 import names
-from data.tokenizer import Tokenizer, in_utf8
+from data.tokenizer import CUT, Tokenizer
 
 DEFINITION, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL_MAP, TEMPLATE = 'special_tokens_map.json', 'chat_template.jinja'
@@ -100,7 +100,13 @@ class HuggingFaceTokenizer(Tokenizer):
     super().__init__(token_bytes, pad=pad, bos=ids[first] if first else pad, eos=eos)
     self.special_tokens = roles
     self.chat_templates = _templates(contents, settings)
-    self._plain = _build(_anonymous(definition, control))
+    nonce = secrets.token_hex(16)
+    self._hidden = {content: f'{nonce}:{index}:' for content, index in control.items()}
+    # The longest first, as the library looks for them.
+    self.control_names = re.compile(
+      '|'.join(map(re.escape, sorted(control, key=len, reverse=True))) or '(?!)'
+    )
+    self._plain = _build(_anonymous(definition, self._hidden))
 
   @classmethod
   def read(cls, path: str | os.PathLike) -> 'HuggingFaceTokenizer':
@@ -127,14 +133,10 @@ class HuggingFaceTokenizer(Tokenizer):
   def encode(self, text: str, *, special: bool = False) -> list[int]:
     if not special:
       return super().encode(text)
-    return self._named.encode(in_utf8(text), add_special_tokens=False).ids
-
-  @functools.cached_property
-  def _named(self):
-    """The library's tokenizer that takes the names of control tokens for those;
-    only prompts need it.
-    """
-    return _build(_definition(self._contents))
+    # All names but those with CUT in them, under which the plain tokenizer has the control tokens.
+    return super().encode(
+      self.control_names.sub(lambda match: self._hidden[match[0]], text).replace(CUT, '')
+    )
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     decoded = super().decode(ids)
@@ -194,12 +196,7 @@ def _utf8(content: bytes, name: str) -> str:
 
 
 def _json(contents: Mapping[str, bytes], name: str) -> dict:
-  if name not in contents:
-    return {}
-  value = files.parsed(contents[name], name)
-  if not isinstance(value, dict):
-    raise ValueError(f'{name} holds {type(value).__name__}, not an object with names')
-  return value
+  return files.json_object(contents[name], name) if name in contents else {}
 
 
 def _settings(contents: Mapping[str, bytes]) -> dict:
@@ -286,12 +283,10 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
   return definition | {'added_tokens': added, 'truncation': None, 'padding': None}
 
 
-def _anonymous(definition: dict, control: dict[str, int]) -> dict:
+def _anonymous(definition: dict, renamed: dict[str, str]) -> dict:
   """The same, with control tokens under names that no text can hold (they can't be guessed):
   same ids, never found.
   """
-  nonce = secrets.token_hex(16)
-  renamed = {content: f'{nonce}:{index}' for content, index in control.items()}
   model = dict(definition['model'])
   if isinstance(model['vocab'], dict):
     model['vocab'] = {renamed.get(piece, piece): index for piece, index in model['vocab'].items()}
@@ -301,12 +296,12 @@ def _anonymous(definition: dict, control: dict[str, int]) -> dict:
     model['unk_token'] = renamed[model['unk_token']]
   if model.get('merges'):
     merges = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model['merges']]
-    for part in control.keys() & {part for merge in merges for part in merge}:
+    for part in renamed.keys() & {part for merge in merges for part in merge}:
       raise ValueError(
         f'{part!r} is a control token, and a piece of text too: merges in {DEFINITION} make longer '
         f'pieces from it; name another token in {SETTINGS}'
       )
-    model['merges'] = [merge for merge in merges if ''.join(merge) not in control]
+    model['merges'] = [merge for merge in merges if ''.join(merge) not in renamed]
   added = [
     token | {'content': renamed.get(token['content'], token['content'])}
     for token in definition['added_tokens']
@@ -401,18 +396,12 @@ def _unsupported(step: dict, why: str) -> ValueError:
   return ValueError(f'{DEFINITION}: the decoder {shown} can\'t be written as bytes per id: {why}')
 
 
-def _byte_level() -> dict[str, int]:
-  """GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode):
-  printable ones are themselves.
-  """
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {
-    chr(256 + i): byte for i, byte in enumerate(others)
-  }
-
-
-_BYTE_LEVEL = _byte_level()
+# GPT-2's character for each byte (Radford et al. 2019, bytes_to_unicode): printable ones are
+# themselves, the others follow the 256 in their order.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
+  chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
 _BYTE_PIECE = re.compile('<0x([0-9A-Fa-f]{2})>')
 
 

@@ -11,6 +11,7 @@ import collections
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ import files
 
 # Of the tokenizers made here; a loaded SentencePiece model keeps its own.
 PAD, BOS, EOS, UNK = range(4)
+# Within a name of a control token: it is text, see `Tokenizer.encode`. No text can guess it.
+CUT = f'<{secrets.token_hex(16)}>'
 INDEX = 'tokenizer.json'
 
 
@@ -34,6 +37,8 @@ class Tokenizer:
     special_tokens: names of control tokens by their role ('bos_token': '<s>'),
       for chat templates; {} when it has none.
     chat_templates: Jinja texts by name, see data/chat.py; {} when it has none.
+    generation: what the run's generation_config.json says of ends and of sampling, see
+      data/generation.py; {} when there is none.
   """
 
   kind: str
@@ -45,6 +50,7 @@ class Tokenizer:
     self.eos = eos
     self.special_tokens: dict[str, str] = {}
     self.chat_templates: dict[str, str] = {}
+    self.generation: dict[str, object] = {}
 
   @property
   def vocabulary(self) -> int:
@@ -61,7 +67,8 @@ class Tokenizer:
     Args:
       text: any text.
       special: take the names of control tokens ('<|im_start|>') for those tokens, as in what a chat
-        template renders. Never for text that others wrote: it could end a turn, or begin one.
+        template renders. Never for text that others wrote: it could end a turn, or begin one;
+        data.chat.quoted puts CUT, which is taken out here, into the names that it holds.
 
     Raises:
       ValueError: special, for a kind whose control tokens text can't name;

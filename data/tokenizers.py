@@ -21,6 +21,9 @@ DEFAULT_VOCABULARY = 4096
 # pieces come out; this is SentencePiece's default, on any machine.
 TRAINING_THREADS = 16
 _MODEL = 'tokenizer.model'
+# Appended to a model's protocol buffer, where the last value counts: normalizer_spec (3) with
+# add_dummy_prefix (3) and remove_extra_whitespaces (4) false.
+_AS_IT_STANDS = b'\x1a\x04\x18\x00\x20\x00'
 _BYTE_PIECE = re.compile(r'<0x([0-9A-F]{2})>')
 
 
@@ -102,7 +105,9 @@ class SentencePieceTokenizer(Tokenizer):
       bos=processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id(),
     )
     byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
-    self._space_ids = None if processor.unk_id() in byte_ids else np.array(byte_ids, np.int32)
+    self._space_ids = [] if processor.unk_id() in byte_ids else byte_ids
+    # For parts of a text, which are no beginnings.
+    self._inner = sentencepiece.SentencePieceProcessor(model_proto=model + _AS_IT_STANDS)
     # 'a' comes out as SPACE + 'a' when the model adds a space before every text;
     # decoding takes it away again.
     self._adds_space = processor.encode('a', out_type=str)[0].startswith(SPACE)
@@ -117,8 +122,11 @@ class SentencePieceTokenizer(Tokenizer):
     return piece.replace(SPACE, ' ').encode()
 
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-    if self._space_ids is not None and any(SPACE in text for text in texts):
-      return [self._encode_around_space(text) for text in texts]
+    if self._space_ids and any(SPACE in text for text in texts):
+      return [
+        self._encode_around_space(text) if SPACE in text else self.encode_arrays([text])[0]
+        for text in texts
+      ]
     return [
       np.array(ids, np.int32)
       for ids in self._processor.encode(list(texts), num_threads=self._threads)
@@ -126,11 +134,9 @@ class SentencePieceTokenizer(Tokenizer):
 
   def _encode_around_space(self, text: str) -> np.ndarray:
     """Spells U+2581 as bytes, which SentencePiece itself would turn into a space."""
-    parts = [np.array(self._processor.encode(part), np.int32) for part in text.split(SPACE)]
-    spelled = [parts[0]]
-    for part in parts[1:]:
-      spelled += [self._space_ids, part]
-    return np.concatenate(spelled)
+    parts = self._inner.encode((' ' * self._adds_space + text).split(SPACE))
+    ids = [i for part in parts for i in (*self._space_ids, *part)]
+    return np.array(ids[len(self._space_ids) :], np.int32)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     decoded = super().decode(ids)

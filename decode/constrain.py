@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from data import generation
 from data.tokenizer import Tokenizer
 from decode import schema as schemas
 from parallel import axes as ax
@@ -360,7 +361,7 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
           moves.append(move)
       here = longer[here, byte]
     classes[index] = here
-  classes[tokenizer.eos] = len(moves)
+  classes[[*generation.ends(tokenizer)]] = len(moves)
   moves.append(np.where(ends, moves[1], -1).astype(np.int32))
 
   used, classes = np.unique([_NEVER, *classes], return_inverse=True)

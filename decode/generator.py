@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.chat import ChatTemplate
+from data.chat import ChatTemplate, quoted
 from decode import beam
+from decode.defaults import model_defaults
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course, drafter_of
 from decode.loaded import LoadedModel, bucket
@@ -53,6 +54,11 @@ class Generator(LoadedModel):
     run = open_run(workdir, checkpoint, mesh)
     return cls(run.model, run.tokenizer, run.mesh, weights)
 
+  @property
+  def defaults(self) -> dict[str, Any]:
+    """Options with which the model's authors generate, for `g(prompt, **g.defaults)`."""
+    return model_defaults(self.tokenizer.generation)[0]
+
   def __call__(self, prompts: Prompt | Sequence[Prompt], **options) -> list[Completion]:
     """Completions of the prompts, generated side by side, `num_samples` of each after one another.
 
@@ -81,12 +87,17 @@ class Generator(LoadedModel):
     options as for `stream`.
 
     Raises ValueError where the tokenizer has no chat template.
-    The names of control tokens in a message become those tokens.
+    The names of control tokens in a message are text, as in any prompt (but see `chat_ids`).
     """
     return self.stream(self.chat_ids(messages), **options)
 
-  def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The prompt that asks for the assistant's next turn. Raises as `chat` says."""
+  def chat_ids(self, messages: Sequence[dict[str, str]], named: bool = False) -> list[int]:
+    """The prompt that asks for the assistant's next turn. Raises as `chat` says.
+
+    named: take names of control tokens in a message for those tokens, as transformers does: only
+      for messages that nobody else has written.
+    """
+    messages = messages if named else quoted(messages, self.tokenizer)
     text = ChatTemplate.of(self.tokenizer).render(messages, add_generation_prompt=True)
     return list(self.tokenizer.encode(text, special=True))
 

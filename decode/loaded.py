@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import names
+from data import generation
 from data.tokenizer import Tokenizer
 from decode import loop
 from decode.constrain import Automaton, Constraint
@@ -128,7 +129,7 @@ class LoadedModel:
       return np.concatenate([x, np.repeat(x[-1:], unused, 0)])
 
     sampling = jax.tree.map(fill, sampling_of(options, prompts, self.vocabulary))
-    ends = [self.tokenizer.eos, *ids]
+    ends = [*generation.ends(self.tokenizer), *ids]
     table = np.full((rows, bucket(len(ends), 4)), -1, np.int32)
     table[:, : len(ends)] = ends
 

@@ -242,6 +242,17 @@ class Options:
 # What generate.py reads and turns into something else.
 COMMAND = (
   Option(
+    name='defaults',
+    type='tandem or model',
+    default='tandem',
+    help='Of options that are not given: those below, or those of the model, which are printed.',
+    more='The latter are what its generation_config.json says (decode.defaults); from Python '
+    '`g(prompt, **g.defaults)`.',
+    where=Where.COMMAND,
+    choices={'tandem': 'tandem', 'model': 'model'},
+    flag='enum',
+  ),
+  Option(
     name='stop_id',
     type='ids',
     default=(),

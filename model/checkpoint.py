@@ -317,13 +317,7 @@ def read_json(directory: pathlib.Path) -> dict:
   path = directory / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(f'{path} does not exist: {directory} is no checkpoint of transformers')
-  try:
-    keys = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
-  if not isinstance(keys, dict):
-    raise ValueError(f'{path} holds {type(keys).__name__}, not the keys of a config')
-  return keys
+  return files.json_object(path.read_bytes(), path)
 
 
 @contextlib.contextmanager

@@ -110,12 +110,21 @@ def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]
   if not directory.is_dir():
     raise FileNotFoundError(f'{directory} is not a directory')
   if (directory / INDEX).is_file():
-    try:
-      promised = json.loads((directory / INDEX).read_text())['weight_map']
-    except (ValueError, KeyError, TypeError) as error:
+    promised = files.json_object((directory / INDEX).read_bytes(), directory / INDEX).get(
+      'weight_map'
+    )
+    if not isinstance(promised, dict) or not all(isinstance(f, str) for f in promised.values()):
       raise ValueError(
-        f'{directory / INDEX} is not an index of safetensors files: {error!r}'
-      ) from error
+        f'{directory / INDEX} is not an index of safetensors files: its weight_map must give a '
+        'file for each tensor'
+      )
+    for file in promised.values():
+      # What an index names is opened: no path leads out of the directory.
+      if file in ('', '.', '..') or set(file) & {'/', '\\', '\0'}:
+        raise ValueError(
+          f'{directory / INDEX} names the file {file!r}; only names of files in its own directory '
+          'are read'
+        )
     paths = [directory / file for file in sorted(set(promised.values()))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -166,8 +175,10 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
       f'its header should have {length} bytes, the file has {size}',
     )
     try:
-      entries = json.loads(file.read(length))
+      entries = files.json_object(file.read(length), 'its header')
       entries.pop('__metadata__', None)
+      for name, entry in entries.items():
+        _check_entry(name, entry)
       tensors = {
         name: Tensor(
           path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
@@ -175,9 +186,9 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets'][0])
       }
       ends = {name: 8 + length + entry['data_offsets'][1] for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except ValueError as error:
       raise ValueError(
-        f'{path} is truncated or damaged: its header cannot be read ({error!r}); download it again'
+        f'{path} is truncated or damaged: its header cannot be read ({error}); download it again'
       ) from error
   position = 8 + length
   for name, tensor in tensors.items():
@@ -190,6 +201,25 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
     position = ends[name]
   need(position == size, f'its tensors end at byte {position}, the file at {size}')
   return tensors
+
+
+def _check_entry(name: str, entry) -> None:
+  """Raises ValueError for an entry of a header that is not one of a tensor."""
+
+  def whole(numbers, count=None):
+    return (
+      isinstance(numbers, list)
+      and count in (None, len(numbers))
+      and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+    )
+
+  if not (
+    isinstance(entry, dict)
+    and isinstance(entry.get('dtype'), str)
+    and whole(entry.get('shape'))
+    and whole(entry.get('data_offsets'), 2)
+  ):
+    raise ValueError(f'{name!r} has {str(entry)[:80]} for dtype, shape and data_offsets')
 
 
 def write(

@@ -8,7 +8,7 @@ import pathlib
 import jax
 
 import names
-from data import tokenizers
+from data import generation, tokenizers
 from data.tokenizer import Tokenizer
 from decode.generating import generating
 from model import params, transformer
@@ -49,7 +49,9 @@ def open_run(
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
     model = checkpoints.model(target, step)
-  return Run(config, model, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), mesh)
+  tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
+  tokenizer.generation = generation.read(workdir)
+  return Run(config, model, tokenizer, mesh)
 
 
 def _step(checkpoints: Checkpoints, checkpoint: str) -> int | None:

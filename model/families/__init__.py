@@ -71,10 +71,29 @@ def read(
   family = FAMILIES[TYPES[kind]]
   for key in ignore:
     names_.check('--ignore_key', key, hf)
-  config = family.config({key: value for key, value in hf.items() if key not in ignore})
+  try:
+    config = family.config({key: value for key, value in hf.items() if key not in ignore})
+  except (
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    ZeroDivisionError,
+  ) as error:
+    odd = [f'{key}={value!r}' for key, value in hf.items() if value is None or _digits(value)]
+    raise ValueError(
+      f'config.json has a value of another type than it should be ({type(error).__name__}: {error})'
+      + (f'; look at {", ".join(odd)}' if odd else '')
+    ) from error
   return family, family.with_tensors(config, tensors) if tensors and hasattr(
     family, 'with_tensors'
   ) else config
+
+
+def _digits(value) -> bool:
+  """Whether a value is a number between quotes."""
+  return isinstance(value, str) and value.replace('.', '', 1).lstrip('-').isdigit()
 
 
 def name_of(family: ModuleType) -> str:

@@ -69,7 +69,8 @@ def gemma_like_hf(config: ModelConfig, model_type: str, architecture: str, **oth
     query_pre_attn_scalar=round(scale**-2),
     attn_logit_softcapping=config.attention_softcap or None,
     final_logit_softcapping=config.logit_softcap or None,
-    sliding_window=config.window or None,
+    # transformers needs a number even where no layer has a window.
+    sliding_window=config.window or DEFAULTS['sliding_window'],
     layer_types=common.layer_types(config),
     attention_bias=False,
     **others,

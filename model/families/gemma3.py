@@ -37,6 +37,7 @@ def config(hf: dict) -> ModelConfig:
   if hf.get('model_type') == 'gemma3':
     hf = hf['text_config'] | {'quantization_config': hf.get('quantization_config')}
   keys = Keys(hf, **DEFAULTS)
+  keys.only('attn_logit_softcapping', None)  # which transformers does not apply in Gemma 3
   layers, every = (
     keys('num_hidden_layers'),
     keys('sliding_window_pattern', '_sliding_window_pattern'),

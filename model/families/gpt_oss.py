@@ -63,7 +63,8 @@ def to_hf(config: ModelConfig) -> dict:
     num_local_experts=config.E,
     num_experts_per_tok=config.moe.per_token,
     intermediate_size=config.moe.feed_forward or config.F,
-    sliding_window=config.window or None,
+    # transformers needs a number even where no layer has a window.
+    sliding_window=config.window or 128,
     attention_bias=True,
     layer_types=common.layer_types(config),
     swiglu_alpha=1.702,

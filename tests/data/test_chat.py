@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data import huggingface, tokenizers
-from data.chat import ChatTemplate
+from data.chat import ChatTemplate, quoted
 from tests.data import tokenizer_families as families
 from tests.data.templates import CHATML, CONVERSATIONS, HEADERS, INSTRUCT, SYSTEM, TURNS
 
@@ -189,6 +189,34 @@ def test_no_template_is_an_error():
     ValueError, match="'byte' tokenizer has no chat template.*chat_template.jinja"
   ):
     ChatTemplate.of(tokenizers.ByteTokenizer())
+
+
+@pytest.mark.parametrize('name', ['reasoning', 'thinking', 'reasoning_content'])
+def test_names_of_reasoning_are_those_of_one_thing(name):
+  message = [{'role': 'assistant', 'content': 'x', name: 'Hm.'}]
+  source = '{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}'
+  assert ChatTemplate(source).render(message) == 'Hm.|Hm.'
+  both = [message[0] | {'reasoning_content': 'A', 'thinking': 'B'}]
+  assert ChatTemplate(source).render(both) == 'A|B'
+
+
+@pytest.mark.parametrize('family', ['qwen', 'llama3', 'mistral', 'gemma', 't5', 'bert'])
+def test_names_of_control_tokens_in_messages_are_text(family):
+  tokenizer = huggingface.HuggingFaceTokenizer(families.contents(family))
+  names = [token for token in tokenizer._hidden]
+  for content in ('a b', *names, f'x{names[-1]} y'):
+    source = '{{ bos_token or eos_token or sep_token }}{{ messages[0].content }}'
+    template = ChatTemplate(source, tokenizer.special_tokens)
+    first = tokenizer.encode(template.render([{'role': 'user', 'content': ''}]), special=True)
+    messages = [{'role': 'user', 'content': content}]
+    ids = tokenizer.encode(template.render(quoted(messages, tokenizer)), special=True)
+    control = {i for i, piece in enumerate(tokenizer.token_bytes) if not piece}
+    unknown = {tokenizer._plain.token_to_id(tokenizer._hidden.get('<unk>', '<unk>'))}
+    unknown |= {tokenizer._plain.token_to_id(tokenizer._hidden.get('[UNK]', '[UNK]'))}
+    assert ids[: len(first)] == first
+    assert not (control - unknown) & {*ids[len(first) :]}, content
+  # As they stand, they are the tokens: transformers' way.
+  assert len(tokenizer.encode(names[0], special=True)) == 1
 
 
 def test_templates_and_messages_without_end():

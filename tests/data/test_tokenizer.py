@@ -4,6 +4,7 @@ and errors that say what to do.
 
 import collections
 import functools
+import io
 import pathlib
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from data import sources, tokenizers
 from data.config import SourceConfig, TokenizerConfig
+from tests.data.tokenizer_families import CORPUS
 
 T5 = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 't5.model'
 HARD = [
@@ -74,6 +76,27 @@ def test_round_trip_of_hard_texts_and_code(kind):
     assert tok.decode(ids) == text and tok.losses(text, ids) == 0
     assert ids == tok.encode(text)
     assert not {tok.pad, tok.bos, tok.eos}.intersection(ids)
+
+
+@pytest.mark.parametrize('removes', [False, True])
+def test_a_model_with_a_dummy_prefix_gives_u2581_back(removes):
+  tok = prefixed(remove_extra_whitespaces=removes)
+  for text in ('a\u2581b', '\u2581', '\u2581a', 'a \u2581 b\u2581\u2581c d', ' \u2581 a'):
+    assert tok.decode(tok.encode(text)) == text
+  # Beside such a text, others have the ids that SentencePiece gives them.
+  plain = tok.encode_arrays(['hello world', 'a\u2581b'])[0]
+  assert plain.tolist() == tok._processor.encode('hello world')
+
+
+def prefixed(**settings):
+  import sentencepiece
+
+  model = io.BytesIO()
+  settings |= {'byte_fallback': True, 'normalization_rule_name': 'identity', 'minloglevel': 2}
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CORPUS), model_writer=model, model_type='bpe', vocab_size=350, **settings
+  )
+  return tokenizers.SentencePieceTokenizer(model.getvalue())
 
 
 @pytest.mark.parametrize('kind', ['byte', 'char', 'bpe'])

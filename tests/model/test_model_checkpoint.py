@@ -337,8 +337,12 @@ def test_a_checkpoint_becomes_a_run_that_writes_and_a_checkpoint_again(tmp_path,
   for name, x in ours.tensors(tmp_path / 'hf').items():
     np.testing.assert_array_equal(ours.tensors(tmp_path / 'out')[name], x)
   assert json.loads((tmp_path / 'out' / 'config.json').read_text())['eos_token_id'] == 256
-  for name in ('tokenizer.json', 'tokenizer_config.json'):
-    assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'hf' / name).read_bytes()
+  before, after = tmp_path / 'hf', tmp_path / 'out'
+  assert (after / 'tokenizer.json').read_bytes() == (before / 'tokenizer.json').read_bytes()
+  settings = json.loads((before / 'tokenizer_config.json').read_text())
+  assert json.loads((after / 'tokenizer_config.json').read_text()) == settings | {
+    'tokenizer_class': 'PreTrainedTokenizerFast'
+  }
   with pytest.raises(SystemExit, match="error: .*did you mean 'mistral'"):
     convert.main(
       ['export', '--workdir', run, '--to', str(tmp_path / 'other'), '--family', 'mistrall']

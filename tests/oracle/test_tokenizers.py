@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+import convert
 from data import huggingface, tokenizers
 from data.chat import ChatTemplate
-from tests.data import tokenizer_families as families
+from model.config import ModelConfig
+from tests.data import test_tokenizer, tokenizer_families as families
 from tests.data.templates import CONVERSATIONS, TEMPLATES, TURNS
 
 pytestmark = pytest.mark.oracle
@@ -116,3 +118,82 @@ def test_spans_are_the_assistants_tokens(template, tmp_path):
   assert inside.astype(int).tolist() == encoded['assistant_masks'] and 0 < inside.sum() < len(
     inside
   )
+
+
+def exported(tokenizer, directory, model_type):
+  """The directory of an export, as convert.py writes it beside a config.json of this type."""
+  config = ModelConfig(encoder_layers=1 if model_type == 't5' else 0)
+  convert._write_tokenizer(directory, tokenizer, config, model_type)
+  (directory / 'config.json').write_text(json.dumps({'model_type': model_type}))
+  return directory
+
+
+@pytest.mark.parametrize(
+  'model_type', ['llama', 'gpt2', 'gemma2', 'bert', 't5', 'mistral', 'qwen3']
+)
+@pytest.mark.parametrize('family', families.FAMILIES)
+def test_autotokenizer_of_an_export_of_any_family(family, model_type, tmp_path):
+  import transformers
+
+  ours = huggingface.HuggingFaceTokenizer(families.contents(family))
+  theirs = transformers.AutoTokenizer.from_pretrained(exported(ours, tmp_path, model_type))
+  for text in TEXTS:
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+PREFIXED = {
+  'prefix': {'remove_extra_whitespaces': False},
+  'removes': {'remove_extra_whitespaces': True},
+  'symbols': {
+    'remove_extra_whitespaces': False,
+    'add_dummy_prefix': False,
+    'user_defined_symbols': ['<t>'],
+  },
+}
+
+
+@pytest.mark.parametrize('model_type', ['llama', 'gemma2', 't5'])
+@pytest.mark.parametrize('kind', ['byte', 'char', 'bpe', 'phrases', 'unigram', *PREFIXED])
+def test_autotokenizer_of_an_export_of_our_kinds(kind, model_type, tmp_path):
+  import transformers
+
+  ours = (
+    test_tokenizer.prefixed(**PREFIXED[kind]) if kind in PREFIXED else test_tokenizer.made(kind)
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(exported(ours, tmp_path, model_type))
+  names = ('<s>', '</s>', '<unk>', '<0x0A>') if kind == 'unigram' else ()
+  texts = [*test_tokenizer.HARD, '<t>', ' a <t>  b', *([] if kind == 'char' else TEXTS)]
+  for text in texts:
+    if kind == 'removes' and '\u2581' in text or text in names:
+      continue  # as the note says
+    ids = ours.encode(text)
+    around = [*ids, ours.eos] if model_type == 't5' else [ours.bos, *ids]
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.encode(text) == around
+    assert theirs.decode(around, skip_special_tokens=True) == ours.decode(ids)
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+  assert theirs.pad_token_id == ours.pad and len(theirs) == ours.vocabulary
+  again = tokenizers.load(tmp_path)
+  for text in ('a b', 'x = 1\n', ''):
+    assert again.encode(text) == ours.encode(text)
+
+
+def test_a_tokenizer_that_transformers_cannot_have_is_not_misread(tmp_path, capsys):
+  import transformers
+
+  ours = test_tokenizer.prefixed(user_defined_symbols=['<t>'])
+  exported(ours, tmp_path, 'llama')
+  assert "NOTE: no tokenizer for transformers: ids of '<t>' would be" in capsys.readouterr().out
+  assert {path.name for path in tmp_path.iterdir()} == {'config.json', 'sentencepiece.model'}
+  with pytest.raises((OSError, ValueError, TypeError)):
+    transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(not test_tokenizer.T5.exists(), reason='no t5.model beside the checkout')
+def test_autotokenizer_of_an_export_of_t5s_tokenizer(tmp_path):
+  import transformers
+
+  ours = tokenizers.load(test_tokenizer.T5)
+  theirs = transformers.AutoTokenizer.from_pretrained(exported(ours, tmp_path, 't5'))
+  for text in [*TEXTS, 'Hello,  world!\n', '\ufb01 \uff21']:
+    assert theirs.encode(text) == [*ours.encode(text), ours.eos]

@@ -1,0 +1,185 @@
+"""Does what a checkpoint says beside its tensors reach generation, and go out again?"""
+
+import dataclasses
+import json
+import pathlib
+import struct
+import subprocess
+import sys
+
+import pytest
+
+import convert
+from data import generation, tokenizers
+from data.generation import GENERATION, ends as ends_of
+from decode.constrain import Constraint
+from decode.defaults import model_defaults
+from decode.generator import Generator
+from model.tensorfiles import INDEX
+from tests.goldens import ours
+from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
+from training import config as configs
+
+ROOT = pathlib.Path(__file__).parents[1]
+SAYS = {'do_sample': True, 'temperature': 0.25, 'top_p': 0.5, 'typical_p': 0.7}
+
+
+def command(*arguments):
+  convert.main([str(argument) for argument in arguments])
+
+
+def written(directory, name):
+  return json.loads((directory / name).read_text())
+
+
+def build(directory, ends=None, says=None):
+  """A checkpoint of transformers whose tokenizer ends a text with 256."""
+  ours.build(LLAMA | {'vocab_size': 300}, directory)
+  write_tokenizer(directory)
+  if ends is not None:
+    path = directory / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'eos_token_id': ends}))
+  if says is not None:
+    (directory / GENERATION).write_text(json.dumps(says))
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory):
+  """A directory with hf/ and run/, whose texts end at 256, 7 and 9."""
+  directory = tmp_path_factory.mktemp('ends')
+  build(directory / 'hf', [256, 7], SAYS | {'eos_token_id': [9, 100_000]})
+  command('import', '--from', directory / 'hf', '--workdir', directory / 'run')
+  return directory
+
+
+def test_all_end_ids_of_a_checkpoint_end_a_text(imported):
+  generator = Generator.load(imported / 'run')
+  assert ends_of(generator.tokenizer) == (256, 7, 9)
+  session = generator.session(40).append('def f(')
+  for end in (256, 7, 9):
+    options = {'max_new_tokens': 3, 'temperature': 0.0, 'logit_bias': {end: 99.0}}
+    for completion in (generator('def f(', **options)[0], session.fork()(**options)):
+      assert (completion.finish, completion.ids) == ('stop', [end])
+  # Where a text may end it may end with each of them, and nowhere else.
+  constraint = Constraint(generator.tokenizer, regex='a+')
+  after = constraint.next[:, constraint.classes[list(ends_of(generator.tokenizer))]]
+  assert (after >= 0).any() and (after[0] < 0).all() and (after == after[:, :1]).all()
+
+
+def test_end_ids_go_wherever_the_model_goes_and_out_again(imported, tmp_path):
+  import train
+
+  config = dataclasses.replace(configs.load(imported / 'run'), init=str(imported / 'run'))
+  tokenizer = tokenizers.load(imported / 'run' / 'tokenizer')
+  train.claim(tmp_path / 'tuned', config, tokenizer)
+  assert (tmp_path / 'tuned' / GENERATION).read_bytes() == (
+    imported / 'run' / GENERATION
+  ).read_bytes()
+
+  command('export', '--workdir', imported / 'run', '--to', tmp_path / 'out')
+  assert written(tmp_path / 'out', 'config.json')['eos_token_id'] == [256, 7, 9]
+  assert written(tmp_path / 'out', GENERATION) == SAYS | {
+    'eos_token_id': [256, 7, 9],
+    'bos_token_id': 256,
+    'pad_token_id': 256,
+  }
+  command('import', '--from', tmp_path / 'out', '--workdir', tmp_path / 'again')
+  assert generation.end_ids(generation.read(tmp_path / 'again'), 'again') == [256, 7, 9]
+
+
+def test_a_checkpoint_that_says_nothing_more_changes_nothing(tmp_path):
+  build(tmp_path / 'hf')
+  command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
+  assert not (tmp_path / 'run' / GENERATION).exists()
+  command('export', '--workdir', tmp_path / 'run', '--to', tmp_path / 'out')
+  assert written(tmp_path / 'out', 'config.json')['eos_token_id'] == 256
+
+
+@pytest.mark.parametrize('ends', ['</s>', [1, True], [-1], {'a': 1}, 2.0])
+def test_an_end_that_is_no_id_is_refused(tmp_path, ends):
+  build(tmp_path / 'hf', says={'eos_token_id': ends})
+  with pytest.raises(
+    SystemExit, match='error: eos_token_id=.*generation_config.json must be an id'
+  ):
+    command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
+
+
+def test_defaults_of_the_model_are_those_of_transformers():
+  assert model_defaults({}) == ({'temperature': 0.0}, [])
+  assert model_defaults({'temperature': 0.6, 'top_k': 5}) == ({'temperature': 0.0}, [])
+  options, left = model_defaults(SAYS | {'top_k': None, 'num_beams': 1, 'eos_token_id': [1]})
+  assert options == {'temperature': 0.25, 'top_p': 0.5} and left == ['typical_p=0.7']
+
+
+def test_defaults_of_the_model_are_taken_when_asked_for_and_printed(imported):
+  done = subprocess.run(
+    [sys.executable, 'generate.py', f'--workdir={imported / "run"}', '--prompt=def f(']
+    + ['--defaults=model', '--top_p=0.9', '--max_new_tokens=3'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'defaults of the model: temperature=0.25\n' in done.stderr
+  assert 'not taken: typical_p=0.7' in done.stderr and done.stdout.startswith('def f(')
+  assert Generator.load(imported / 'run').defaults == {'temperature': 0.25, 'top_p': 0.5}
+
+
+def refused(tmp_path, words):
+  with pytest.raises(SystemExit, match=f'error: .*{words}'):
+    command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('file', ['../secret', '/etc/passwd', 'a/b', '..', 'a\\b', ''])
+def test_an_index_leads_nowhere_else(tmp_path, file):
+  ours.build(LLAMA, tmp_path / 'hf')
+  (tmp_path / 'secret').write_text('secret')
+  index = {'weight_map': {'model.norm.weight': file}}
+  (tmp_path / 'hf' / INDEX).write_text(json.dumps(index))
+  refused(tmp_path, 'names the file .*only names of files in its own directory')
+
+
+@pytest.mark.parametrize(
+  'name, content, words',
+  [
+    ('config.json', '[' * 100_000, 'config.json is not JSON'),
+    ('config.json', '', 'config.json is not JSON that can be read'),
+    ('config.json', json.dumps(LLAMA | {'hidden_size': '64'}), "look at .*hidden_size='64'"),
+    ('config.json', json.dumps(LLAMA | {'rms_norm_eps': None}), 'look at .*rms_norm_eps=None'),
+    (INDEX, '[' * 100_000, 'is not JSON'),
+    (INDEX, '{"weight_map": {"a": 1}}', 'weight_map must give a file'),
+    (INDEX, '{"weight_map": ["a"]}', 'weight_map must give a file'),
+    (INDEX, '[]', 'holds list'),
+    ('tokenizer.json', '', 'tokenizer.json is not JSON that can be read'),
+    ('tokenizer.json', '[' * 100_000, 'tokenizer.json is not JSON'),
+    ('tokenizer.model', 'IQ== 0\nIg== 1\n', 'tokenizer.model is no SentencePiece model'),
+    (GENERATION, '{"a":' * 100_000, f'{GENERATION} is not JSON'),
+  ],
+)
+def test_files_that_are_damaged_are_named(tmp_path, name, content, words):
+  ours.build(LLAMA, tmp_path / 'hf')
+  if name == GENERATION:
+    write_tokenizer(tmp_path / 'hf')
+  (tmp_path / 'hf' / name).write_text(content)
+  refused(tmp_path, words)
+
+
+@pytest.mark.parametrize(
+  'header',
+  [
+    '[' * 100_000,
+    '[]',
+    '{"a": 1}',
+    '{"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 6]}}',
+    '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": "04"}}',
+  ],
+)
+def test_a_header_that_is_damaged_is_named(tmp_path, header):
+  ours.build(LLAMA, tmp_path / 'hf')
+  path = tmp_path / 'hf' / 'model.safetensors'
+  path.write_bytes(struct.pack('<Q', len(header)) + header.encode())
+  refused(tmp_path, 'model.safetensors is truncated or damaged')
