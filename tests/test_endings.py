@@ -2,7 +2,6 @@
 the code that launchers look at, and soon, whatever its threads wait for.
 """
 
-import contextlib
 import errno
 import os
 import re
@@ -21,8 +20,14 @@ from training import overrides
 from training.config import Config, TrainConfig
 from workdir.checkpoint import Checkpoints
 
-# A module or a config that says that it is there by reading a pipe, which nobody writes to.
-WAITING = "open({path!r}).read()\n"
+# A module or a config that says that it is there, and stays. Where it slept long, or read what
+# never comes, a signal just before the call would not wake it: Python looks at signals between
+# calls.
+WAITING = """import pathlib, time
+pathlib.Path({path!r}).touch()
+while True:
+  time.sleep(0.01)
+"""
 
 
 class Ended(BaseException):
@@ -94,27 +99,17 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def pipe(tmp_path):
-  """(command line, environment) -> a process that waits where it reads the pipe."""
-  path = tmp_path / 'pipe'
-  os.mkfifo(path)
-  writers = []
+def waiting(tmp_path):
+  """(command line) -> a process that waits where it reads what was written to `waiting.source`."""
+  there = tmp_path / 'there'
 
   def start(*command):
     process = Process(tmp_path, *command)
-
-    def reads():
-      with contextlib.suppress(OSError):  # which has a writer only where someone reads
-        writers.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-      return writers
-
-    assert process.until(reads), process.end()
+    assert process.until(there.exists), process.end()
     return process
 
-  start.path = str(path)
-  yield start
-  for writer in writers:
-    os.close(writer)
+  start.source = WAITING.format(path=str(there))
+  return start
 
 
 @pytest.mark.parametrize(
@@ -126,11 +121,13 @@ def pipe(tmp_path):
   ],
   ids=str,
 )
-def test_a_signal_before_the_first_step_has_the_code_of_a_stop(pipe, tmp_path, number, flags, code):
+def test_a_signal_before_the_first_step_has_the_code_of_a_stop(
+  waiting, tmp_path, number, flags, code
+):
   """While the config is read: everything up to the first step goes the same way."""
-  (tmp_path / 'config.py').write_text(WAITING.format(path=pipe.path))
+  (tmp_path / 'config.py').write_text(waiting.source)
   workdir = f'--workdir={tmp_path / "run"}'
-  process = pipe('train.py', f'--config={tmp_path / "config.py"}', workdir, *flags)
+  process = waiting('train.py', f'--config={tmp_path / "config.py"}', workdir, *flags)
   process.process.send_signal(number)
   done = process.end()
   by = '' if number == signal.SIGINT else f' by {number.name}'
@@ -148,11 +145,13 @@ def test_a_signal_before_the_first_step_has_the_code_of_a_stop(pipe, tmp_path, n
   ],
   ids=lambda x: x[0] if isinstance(x, list) else str(x),
 )
-def test_a_signal_while_modules_are_loaded_is_one_line(pipe, tmp_path, monkeypatch, command, code):
-  (tmp_path / 'jax.py').write_text(WAITING.format(path=pipe.path))
+def test_a_signal_while_modules_are_loaded_is_one_line(
+  waiting, tmp_path, monkeypatch, command, code
+):
+  (tmp_path / 'jax.py').write_text(waiting.source)
   monkeypatch.setenv('PYTHONPATH', str(tmp_path))
   # The directory of the script comes first, which has no jax.
-  process = pipe(*command)
+  process = waiting(*command)
   process.process.send_signal(signal.SIGTERM)
   done = process.end()
   assert (done.code, done.error) == (code, '\ninterrupted by SIGTERM\n')

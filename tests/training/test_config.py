@@ -581,6 +581,15 @@ EXECUTION = {
 }
 
 
+def kept(old, new):
+  """`new` without the fields that the config has gained since `old` was written."""
+  if isinstance(old, dict):
+    return {name: kept(value, new[name]) for name, value in old.items()}
+  if isinstance(old, list):
+    return [kept(*pair) for pair in zip(old, new, strict=True)]
+  return new
+
+
 def test_a_config_of_before_execution_had_a_part_of_its_own_is_read(tmp_path):
   """A file as it was written then, with every field of every part, most of them not at their
   default.
@@ -594,7 +603,7 @@ def test_a_config_of_before_execution_had_a_part_of_its_own_is_read(tmp_path):
   config = configs.load(tmp_path)
   execution_then = {name: old['model'].pop(name) for name in EXECUTION}
   old['model']['execution'] = execution_then
-  assert old == json.loads(json.dumps(configs.to_dict(config)))
+  assert kept(old, json.loads(json.dumps(configs.to_dict(config)))) == old
   assert config.model.execution == ExecutionConfig(
     dtype='bfloat16',
     parameter_dtype='bfloat16',
