@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from kernels import attention as kernels
 from kernels.mask import Mask, Relative
 from kernels.scoring import Scoring
-from model.cache import Slots
 from model.config import ModelConfig
 from model.layers import Angles, Norm, add_bias, project, rotate
 from model.params import param
+from model.places import Slots
 from model.weights import read
 from parallel import axes as ax
 from parallel.remat import named

@@ -7,7 +7,6 @@ K key/value heads · H head width · P groups of W rows
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int
 import names
 from kernels import cached
 from kernels.cached import Held
+from model import places
 from model.config import ModelConfig
 from parallel import axes as ax
 
@@ -51,6 +51,22 @@ class Cache:
     """Tokens of these rows (see Slots.rows)."""
     return self.lengths if rows is None else rows_of(self.lengths, rows)
 
+  def places(
+    self, tokens: int, counts: Int[Array, 'J'] | None, fresh: bool, rows: Int[Array, 'J'] | None
+  ) -> 'Places':
+    """All places, for a call of `tokens` tokens a row, which are the row's where counts is None.
+
+    Raises NotImplementedError for rows where not some rows only can be written.
+    """
+    lengths = self.lengths_of(rows)
+    counts = jnp.full_like(lengths, tokens) if counts is None else counts
+    if rows is not None:
+      _check_rows(self, fresh)
+      # A place of the call that is about no row looks at nothing.
+      lengths = jnp.where(counts > 0, lengths, 0)
+    memory = (None,) * len(self.held) if self.memory is None else self.memory
+    return Places(self.held, lengths, memory, counts, rows, self.capacity, fresh)
+
   def longer(self, held: tuple, counts: Int[Array, 'J'], rows: Int[Array, 'J'] | None) -> 'Cache':
     """With these buffers, and so many more tokens in these rows (see Slots.rows)."""
     if rows is None:
@@ -79,74 +95,26 @@ def with_rows(x: Any, rows: Int[Array, 'J'], values: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-  """What a call of a stack has of a cache: the buffers of some of its places, and which tokens the
-  call adds to which rows, which is the same in all of them.
-
-  Buffers go through the loop over layers, everything else is as it was at its begin. Without a
-  cache there are no buffers (None in every place), so that a stack is written once.
+class Places(places.Places):
+  """Some places of a cache, and which tokens a call adds to which rows, which is the same in all.
 
   Attributes:
-    held, memory: of each place, see Cache.
-    lengths, counts, rows, capacity, fresh: see Slots.
+    memory: of each place, see Cache.
+    counts, rows, capacity, fresh: see Slots.
   """
 
-  held: tuple
-  memory: tuple
-  lengths: Any = None
+  memory: tuple = ()
   counts: Any = None
   rows: Any = None
   capacity: int = 0
   fresh: bool = False
 
-  @classmethod
-  def of(
-    cls,
-    cache: Cache,
-    tokens: int,
-    counts: Int[Array, 'J'] | None,
-    fresh: bool,
-    rows: Int[Array, 'J'] | None,
-  ) -> 'Places':
-    """All places, for a call of `tokens` tokens a row, which are the row's where counts is None.
+  def part(self, places: slice) -> 'Places':
+    """Some of the places."""
+    return dataclasses.replace(super().part(places), memory=self.memory[places])
 
-    Raises NotImplementedError for rows where not some rows only can be written.
-    """
-    lengths = cache.lengths_of(rows)
-    counts = jnp.full_like(lengths, tokens) if counts is None else counts
-    if rows is not None:
-      _check_rows(cache, fresh)
-      # A place of the call that is about no row looks at nothing.
-      lengths = jnp.where(counts > 0, lengths, 0)
-    memory = (None,) * len(cache.held) if cache.memory is None else cache.memory
-    return cls(cache.held, memory, lengths, counts, rows, cache.capacity, fresh)
-
-  @classmethod
-  def without(cls, places: int) -> 'Places':
-    """Of so many places without a cache."""
-    return cls((None,) * places, (None,) * places)
-
-  def split(self, sizes: Iterable[int]) -> list['Places']:
-    """So many places after one another."""
-    parts, first = [], 0
-    for size in sizes:
-      part = slice(first, first + size)
-      parts.append(dataclasses.replace(self, held=self.held[part], memory=self.memory[part]))
-      first += size
-    return parts
-
-  def joined(self, parts: Sequence['Places']) -> 'Places':
-    """All places, with the buffers of these parts of them."""
-    return self.carrying(sum((part.held for part in parts), ()))
-
-  def carrying(self, held: Sequence[Any]) -> 'Places':
-    """With these buffers: what a loop carries."""
-    return dataclasses.replace(self, held=tuple(held))
-
-  def slots(self, place: int, layer: Int[Array, ''] | int) -> 'Slots | None':
+  def slots(self, place: int, layer: Int[Array, ''] | int) -> 'Slots':
     """What a block sees: one layer of a place."""
-    if self.held[place] is None:
-      return None
     return Slots(
       self.held[place],
       self.memory[place],

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from kernels.mask import Mask, Relative
 from model.attention import Attention, LatentAttention, View
-from model.cache import Cache, Places, Slots
 from model.config import Kind, ModelConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE
 from model.params import param
+from model.places import Cache, Places, Slots, without
 from model.weights import Weight, gathered, joined, read
 from parallel import axes as ax, mesh, offload, pipeline, remat
 
@@ -160,9 +160,9 @@ class Stack(nnx.Module):
         ),
       )
     if cache is None:
-      places = Places.without(len(self.blocks))
+      places = without(len(self.blocks))
     else:
-      places = Places.of(cache, x.shape[1], counts, fresh, rows)
+      places = cache.places(x.shape[1], counts, fresh, rows)
 
     # One scan after another, each over the blocks and the buffers of its own places.
     reports, written, first = [], [], 0
@@ -209,7 +209,7 @@ class Stack(nnx.Module):
         return block(x, view, slots)
     else:
       run = remat.remat(guarded, self.remat)
-    places = Places.without(len(blocks)) if places is None else places
+    places = without(len(blocks)) if places is None else places
 
     def period(carry, blocks):
       x, buffers, layer = carry
