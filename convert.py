@@ -3,6 +3,7 @@
     python convert.py import --from DIR --workdir RUN   config.json, *.safetensors, tokenizer -> run
     python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
+    python convert.py seal --workdir RUN                a config.json that was edited on purpose
 
 Tensors stream (model/checkpoint.py): neither needs a model to fit this machine's memory twice.
 """
@@ -32,6 +33,7 @@ from model import checkpoint, families, transformer
 from model.params import abstract
 from model.tensorfiles import TensorFiles
 from training import config as configs
+from workdir import seals
 from workdir.checkpoint import Checkpoints
 
 SENTENCEPIECE = (
@@ -78,7 +80,15 @@ def _import(options) -> None:
     )
     # Small, because a file lies in memory while it is written.
     checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21)
-    checkpoints.save(0, {'model': model}, data={}, progress={}, donated=False)
+    checkpoints.save(
+      0,
+      {'model': model},
+      data={},
+      progress={},
+      donated=False,
+      config=configs.to_dict(run),
+      run=seals.bound(seals.run_of({}), partial, {}),
+    )
     checkpoints.wait()
     configs.save(run, partial)
   title = families.TYPES[checkpoint.read_json(source)['model_type']]
@@ -129,7 +139,7 @@ def _generation(source: pathlib.Path, tokenizer) -> dict:
 
 def _export(options) -> None:
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
-  config = configs.load(workdir).model
+  config = seals.opened(workdir).model
   family = families.family_of(config, options.family)
   checkpoints = Checkpoints(workdir, log=_log)
   steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {
@@ -137,6 +147,7 @@ def _export(options) -> None:
   }
   steps = {name: step for name, step in steps.items() if step is not None}
   step = steps[names.check('checkpoint', options.checkpoint, steps)]
+  seals.check_own(checkpoints.record(step), workdir)
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
   if tokenizer:
     tokenizer.generation = generations.read(workdir)
@@ -173,6 +184,10 @@ def _export(options) -> None:
     f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
     f'{options.dtype or config.execution.parameter_dtype}'
   )
+
+
+def _seal(options) -> None:
+  seals.reseal(options.workdir, _log)
 
 
 def _write_tokenizer(directory: pathlib.Path, tokenizer, config, family: str) -> None:
@@ -304,6 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   command('inspect', _inspect, 'family, parameters, dtype, memory', reading).add_argument(
     'directory', metavar='DIR'
+  )
+  command('seal', _seal, 'config.json as it was edited').add_argument(
+    '--workdir', required=True, metavar='RUN'
   )
   options = parser.parse_args(arguments)
   try:

@@ -1,11 +1,12 @@
 """How is a file written so that it is there whole or not at all, and a place so that one process
-alone writes it; and how is JSON read, whatever it holds?
+alone writes it; and how is JSON read, whatever it holds, and known to be what was written?
 """
 
 import contextlib
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -167,3 +168,28 @@ def json_object(data: bytes | str, place: str | os.PathLike) -> dict:
   if not isinstance(value, dict):
     raise ValueError(f'{place} holds {type(value).__name__}, not an object with names')
   return value
+
+
+def digest(values: Any) -> str:
+  """Of what JSON can hold, hex."""
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+SEAL = 'sha256'
+
+
+def sealed(values: dict) -> dict:
+  """An object with a seal behind its values, by which `unsealed` knows that it is unharmed."""
+  return values | {SEAL: digest(values)}
+
+
+def unsealed(values: dict, place: str | os.PathLike, remedy: str) -> dict:
+  """The object without its seal; one without is taken as it is, since older versions set none.
+
+  Raises ValueError where it was changed since it was sealed.
+  """
+  seal = values.get(SEAL)
+  rest = {name: value for name, value in values.items() if name != SEAL}
+  if seal is not None and seal != digest(rest):
+    raise ValueError(f'{place} was changed since it was written; {remedy}')
+  return rest

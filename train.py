@@ -27,6 +27,7 @@ import files
 import names
 from analysis import hardware
 from commands import mendable
+from data.tokenizer import Tokenizer
 from kernels import attention, context
 from model import params
 from objectives.objective import Batches
@@ -35,7 +36,7 @@ from parallel.mesh import make_mesh
 from training import config as configs, overrides, program
 from training.program import begin_state, make_program, make_target
 from training.state import TrainState
-from workdir import changes
+from workdir import changes, seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite
@@ -75,12 +76,13 @@ LOCK = 'lock'  # in a run's directory while a process trains there
 
 
 class Feed(NamedTuple):
-  """The batches of a run: `batches` of this process's rows, and `put`, which makes global arrays of
-  them.
+  """The batches of a run: `batches` of this process's rows, `put`, which makes global arrays of
+  them, and whose ids they hold.
   """
 
   batches: Batches
   put: hosts.RowShards
+  tokenizer: Tokenizer
 
   def take(self, state) -> Any:
     """The next batch on the devices, for a step from this state."""
@@ -89,13 +91,15 @@ class Feed(NamedTuple):
 
 class Beginning(NamedTuple):
   """Where a run starts: the step that it has reached, the state there (None where nothing is left
-  to do), what of its models is kept elsewhere, its progress.
+  to do), what of its models is kept elsewhere, its progress, and the record of the checkpoint
+  ({} at the beginning).
   """
 
   step: int
   state: TrainState | None
   frozen: Frozen
   progress: Progress
+  record: dict
 
 
 def make_evaluate(config: configs.Config, prepared, put):
@@ -160,7 +164,7 @@ def train_steps(
 
   state, progress = begun.state, begun.progress
   count = jax.jit(config.objective.tokens)
-  norms, impatient = None, ''
+  norms, impatient, run = None, '', seals.run_of(begun.record)
   for step in range(begun.step + 1, config.train.steps + 1):
     profile.before(step)
     batch = feed.take(state)
@@ -195,6 +199,7 @@ def train_steps(
           evaluation.get('validation_loss'),
           references=begun.frozen.references,
           config=configs.to_dict(config),
+          run=seals.bound(run, watch.path.parent, watch.mark()),
         )
     if reason:
       break
@@ -203,32 +208,40 @@ def train_steps(
 
 
 def beginning(
-  config, workdir, checkpoints, make_state, target, batches, allow_change, log
+  config, workdir, checkpoints, make_state, target, feed, allow_change, log
 ) -> Beginning:
-  """Where the run starts; `batches` go on from there."""
+  """Where the run starts; the feed's batches go on from there."""
   latest = checkpoints.latest()
   first = latest or 0
+  record = {} if latest is None else checkpoints.record(latest)
   progress = Progress.resume(checkpoints, first)
   ended = progress.impatient(config.train.patience)
   if first >= config.train.steps:
     ended = ended or f'train.steps={config.train.steps}'
   if ended:
     log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
-    return Beginning(first, None, Frozen(config, {}), progress)
+    return Beginning(first, None, Frozen(config, {}), progress, record)
   if first:
-    record = checkpoints.record(first)
+    if 'run' not in record:
+      log(
+        f'WARNING: checkpoint {first} is of an older version, which does not tell whether '
+        'config.json, the tokenizer and metrics.jsonl are its own; the next one will'
+      )
+    if not allow_change:
+      seals.check_tokenizer(record, workdir, feed.tokenizer)
     frozen = Frozen(config, record.get('references', {}))
     state = frozen.completed(checkpoints.restore(first, frozen.kept(target)), log)
-    restore_order(batches, record['data'], allow_change, log)
+    restore_order(feed.batches, record['data'], allow_change, log)
     log(f'going on from checkpoint {first}')
-    if (before := changes.before(record, workdir)) is not None:
+    if (before := seals.begun(workdir)) is not None:
       updates = int(state.step) - int(state.scale.skipped_steps)
       for line in changes.described(before, config, first, updates):
         log(line)
-    return Beginning(first, state, frozen, progress)
+    return Beginning(first, state, frozen, progress, record)
   # Checkpoint 0 is an imported model, without a state of training.
   models, frozen = begin(config, log, workdir if latest == 0 else '')
-  return Beginning(first, begin_state(config, make_state, target, models), frozen, progress)
+  state = begin_state(config, make_state, target, models)
+  return Beginning(first, state, frozen, progress, record)
 
 
 def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> None:
@@ -257,9 +270,10 @@ def check_places(config: configs.Config) -> None:
     files.check_writable(pathlib.Path(directory) / 'writable')
 
 
-def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
-  """Writes what makes the directory this run's. Raises ValueError where another process does not
-  see it.
+def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict, log) -> None:
+  """Writes what makes the directory this run's, which goes on from a checkpoint of this record.
+
+  Raises ValueError where another process does not see it.
   """
   if jax.process_index() == 0:
     # Where the model that it begins with ends its texts, see data/generation.py.
@@ -267,7 +281,8 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer) -> None:
     if config.init and inherited.is_file():
       files.replace(workdir / inherited.name, inherited.read_bytes())
     configs.save(config, workdir)
-    tokenizer.save(workdir / 'tokenizer')
+    seals.keep_tokenizer(tokenizer, workdir)
+    seals.settle_metrics(record, workdir, log)
   hosts.check_shared(workdir / configs.FILE)
 
 
@@ -314,7 +329,7 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
     mesh = make_mesh(config.mesh)
     # What can be known without the data is, and again with it.
     config.check_mesh(dict(mesh.shape))
-    configs.check_unchanged(sized(config, workdir), workdir, allow_change)
+    seals.check_unchanged(sized(config, workdir), workdir, allow_change)
   jax.set_mesh(mesh)
   log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
 
@@ -335,16 +350,14 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
   # before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
   with mendable():
-    begun = beginning(
-      config, workdir, checkpoints, make_state, target, feed.batches, allow_change, log
-    )
+    begun = beginning(config, workdir, checkpoints, make_state, target, feed, allow_change, log)
 
   # 6. Steps, watched; a signal ends them after the one in flight.
   if begun.state is not None:
     steps = range(begun.step + 1, config.train.steps + 1)
     with mendable():
       window = ProfileWindow(profile, workdir / 'profile', steps)
-      claim(workdir, config, prepared.tokenizer)
+      claim(workdir, config, prepared.tokenizer, begun.record, log)
     watching = Watch(
       workdir,
       steps=steps,
@@ -367,7 +380,10 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
       return True
 
   # 7. Report: what it achieved and what it cost.
-  if jax.process_index() == 0:
+  problem = '' if begun.state is not None else seals.metrics_problem(begun.record, workdir)
+  if problem:
+    log(f'WARNING: {problem}: there is no report of it')
+  elif jax.process_index() == 0:
     report = write_report(
       workdir,
       config.report,
@@ -390,7 +406,7 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
   prepared = hosts.first_alone(lambda: config.objective.read(config.data, log), 'data')
   config = config.resolve(prepared.tokenizer.vocabulary)
   config.check_mesh(dict(mesh.shape))
-  configs.check_unchanged(config, workdir, allow_change)
+  seals.check_unchanged(config, workdir, allow_change)
   hosts.check_same('config and data', f'{config} {prepared.key}')
   if mesh.shape['stage'] > 1:
     log(
@@ -401,9 +417,10 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
 
 def sized(config: configs.Config, workdir: pathlib.Path) -> configs.Config:
   """The config with the sizes that it leaves open as the run in the directory had them."""
-  if not (workdir / configs.FILE).exists():
+  begun = seals.begun(workdir)
+  if begun is None:
     return config
-  before = configs.load(workdir).model
+  before = begun.model
   return dataclasses.replace(
     config,
     model=dataclasses.replace(
@@ -418,7 +435,8 @@ def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:
   """The batches of prepared data, from the first one on."""
   rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
   put = hosts.RowShards(rows, (config.data.batch_size, config.data.sequence_length))
-  return Feed(config.objective.batches(prepared, config.data, put.rows), put)
+  batches = config.objective.batches(prepared, config.data, put.rows)
+  return Feed(batches, put, prepared.tokenizer)
 
 
 class RunCost(NamedTuple):

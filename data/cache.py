@@ -127,20 +127,21 @@ def check(directory: pathlib.Path, records: Sequence[dict], contents: bool) -> N
 
 def write_index(directory: pathlib.Path, records: list[dict], report: dict) -> None:
   """Writes the index of a directory: its files' records and a report."""
-  files.replace(directory / INDEX, json.dumps({'report': report, 'files': records}, indent=1))
+  index = files.sealed({'report': report, 'files': records})
+  files.replace(directory / INDEX, json.dumps(index, indent=1))
 
 
 def read_index(directory: pathlib.Path) -> dict:
   """The index that `write_index` wrote: 'report' and 'files'.
-  Raises CorruptShardError when it can't be parsed, or has another form.
+  Raises CorruptShardError when it can't be parsed, has another form, or was changed.
   """
+  place = directory / INDEX
   try:
-    index = files.parsed((directory / INDEX).read_bytes(), directory / INDEX)
+    index = files.unsealed(files.json_object(place.read_bytes(), place), place, 'it is not trusted')
   except ValueError as error:
     raise CorruptShardError(f'{error}; {_remedy(directory)}') from error
   if not (
-    isinstance(index, dict)
-    and isinstance(index.get('report'), dict)
+    isinstance(index.get('report'), dict)
     and isinstance(index.get('files'), list)
     and all(
       isinstance(entry, dict) and {'name', 'bytes', 'crc32'} <= entry.keys()

@@ -51,6 +51,7 @@ class Loader:
   def _identity(self) -> dict:
     return {
       'key': self._prepared.key,
+      'files': self._prepared.files,
       'seed': self._config.seed,
       'weights': [source.weight for source in self._prepared.train],
     }
@@ -66,7 +67,8 @@ class Loader:
     differing = [
       f'{name}: {state.get(name)!r} then, {value!r} now'
       for name, value in self._identity().items()
-      if state.get(name) != value
+      # Older versions kept no digest of the files.
+      if state.get(name) != value and (name != 'files' or name in state)
     ]
     if differing:
       raise ValueError(

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+import files
 from data import cache, clean, duplicates, huggingface, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
 from data.texts import Texts
@@ -41,6 +42,7 @@ class Prepared:
   Attributes:
     key: hash of everything that determines the training rows, '<corpus key>-<sequence length>'.
     directories: where the corpus lies, and its packing.
+    files: digest of all files there, by their sizes and checksums.
     tokenizer: of the corpus.
     train: the packed rows of each source, with its weight.
     validation: the packed held-out rows of all sources, in order.
@@ -49,6 +51,7 @@ class Prepared:
 
   key: str
   directories: tuple[pathlib.Path, pathlib.Path]
+  files: str
   tokenizer: tokenizers.Tokenizer
   train: tuple[shards.PackedSource, ...]
   validation: shards.PackedSource
@@ -445,6 +448,7 @@ def _load(
   return Prepared(
     f'{directory.name}-{config.sequence_length}',
     (directory, plan),
+    files.digest([index['files'] for index in indices.values()]),
     tokenizers.load(directory / 'tokenizer'),
     train,
     validation,

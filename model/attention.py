@@ -18,7 +18,7 @@ from kernels.scoring import Scoring
 from model.config import ModelConfig
 from model.layers import Angles, Norm, add_bias, project, rotate
 from model.params import param
-from model.places import Slots
+from model.places import AnySlots
 from model.weights import read
 from parallel import axes as ax
 from parallel.remat import named
@@ -91,8 +91,8 @@ class Attention(nnx.Module):
     self.k_norm = Norm(config, H, rngs, 'rms') if normed else None
 
   def __call__(
-    self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
-  ) -> tuple[Float[Array, 'B T D'], Slots | None]:
+    self, x: Float[Array, 'B T D'], view: View, slots: AnySlots | None
+  ) -> tuple[Float[Array, 'B T D'], AnySlots | None]:
     """The mixed tokens; with `slots` keys and values are written there first, and attention is to
     all that they hold.
     """
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
     return self._mix(q, k, v, dataclasses.replace(scoring, mask=mask)), slots
 
   def cross(
-    self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
+    self, x: Float[Array, 'B T D'], view: View, slots: AnySlots | None
   ) -> Float[Array, 'B T D']:
     """The same of another sequence: of view.memory, or of what the cache holds of it."""
     k, v = self.keys_values(view.memory) if slots is None else slots.remembered()
@@ -197,8 +197,8 @@ class LatentAttention(nnx.Module):
     )
 
   def __call__(
-    self, x: Float[Array, 'B T D'], view: View, slots: Slots | None
-  ) -> tuple[Float[Array, 'B T D'], Slots | None]:
+    self, x: Float[Array, 'B T D'], view: View, slots: AnySlots | None
+  ) -> tuple[Float[Array, 'B T D'], AnySlots | None]:
     """As Attention.__call__."""
     angles = view.local_angles if self.window else view.angles
     queries = (

@@ -53,7 +53,7 @@ class Cache:
 
   def places(
     self, tokens: int, counts: Int[Array, 'J'] | None, fresh: bool, rows: Int[Array, 'J'] | None
-  ) -> 'Places':
+  ) -> 'CachedPlaces':
     """All places, for a call of `tokens` tokens a row, which are the row's where counts is None.
 
     Raises NotImplementedError for rows where not some rows only can be written.
@@ -65,7 +65,7 @@ class Cache:
       # A place of the call that is about no row looks at nothing.
       lengths = jnp.where(counts > 0, lengths, 0)
     memory = (None,) * len(self.held) if self.memory is None else self.memory
-    return Places(self.held, lengths, memory, counts, rows, self.capacity, fresh)
+    return CachedPlaces(self.held, lengths, memory, counts, rows, self.capacity, fresh)
 
   def longer(self, held: tuple, counts: Int[Array, 'J'], rows: Int[Array, 'J'] | None) -> 'Cache':
     """With these buffers, and so many more tokens in these rows (see Slots.rows)."""
@@ -95,7 +95,7 @@ def with_rows(x: Any, rows: Int[Array, 'J'], values: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Places(places.Places):
+class CachedPlaces(places.Places):
   """Some places of a cache, and which tokens a call adds to which rows, which is the same in all.
 
   Attributes:
@@ -109,7 +109,7 @@ class Places(places.Places):
   capacity: int = 0
   fresh: bool = False
 
-  def part(self, places: slice) -> 'Places':
+  def part(self, places: slice) -> 'CachedPlaces':
     """Some of the places."""
     return dataclasses.replace(super().part(places), memory=self.memory[places])
 

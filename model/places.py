@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 
 @runtime_checkable
-class Slots(Protocol):
+class AnySlots(Protocol):
   """A block's view of a cache, see model.cache.Slots."""
 
   held: Any
@@ -19,7 +19,7 @@ class Slots(Protocol):
 
   def append(
     self, keys: Float[Array, 'B T K H'], values: Float[Array, 'B T K Hv'] | None, window: int = 0
-  ) -> 'Slots':
+  ) -> 'AnySlots':
     """With the row's tokens behind those that it has."""
 
   def look(self, q: Float[Array, 'B T N H'], **how) -> Float[Array, 'B T N Hv']:
@@ -64,7 +64,7 @@ class Places:
     """With these buffers: what a loop carries."""
     return dataclasses.replace(self, held=tuple(held))
 
-  def slots(self, place: int, layer: Int[Array, ''] | int) -> Slots | None:
+  def slots(self, place: int, layer: Int[Array, ''] | int) -> AnySlots | None:
     """What a block sees: one layer of a place."""
     return None
 
@@ -75,7 +75,7 @@ def without(places: int) -> Places:
 
 
 @runtime_checkable
-class Cache(Protocol):
+class AnyCache(Protocol):
   """What a model is called with, see model.cache.Cache.
 
   Attributes:
@@ -95,5 +95,7 @@ class Cache(Protocol):
   ) -> Places:
     """All places, for a call of `tokens` tokens a row, which are the row's where counts is None."""
 
-  def longer(self, held: tuple, counts: Int[Array, 'B'], rows: Int[Array, 'B'] | None) -> 'Cache':
+  def longer(
+    self, held: tuple, counts: Int[Array, 'B'], rows: Int[Array, 'B'] | None
+  ) -> 'AnyCache':
     """With these buffers, and so many more tokens in these rows."""

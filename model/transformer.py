@@ -18,7 +18,7 @@ from model.config import Kind, ModelConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
 from model.moe import MoE
 from model.params import param
-from model.places import Cache, Places, Slots, without
+from model.places import AnyCache, AnySlots, Places, without
 from model.weights import Weight, gathered, joined, read
 from parallel import axes as ax, mesh, offload, pipeline, remat
 
@@ -34,7 +34,7 @@ class Output(NamedTuple):
   """
 
   hidden: Any
-  cache: Cache | None
+  cache: AnyCache | None
   router: dict[str, Array] | None
 
 
@@ -59,7 +59,7 @@ class Block(nnx.Module):
     self.feed_forward_norm, self.feed_forward_post_norm = norm(), norm(both)
     self.feed_forward = MoE(config, rngs) if kind.moe else FeedForward(config, rngs)
 
-  def __call__(self, x: Float[Array, 'B T D'], view: View, slots: Slots | None):
+  def __call__(self, x: Float[Array, 'B T D'], view: View, slots: AnySlots | None):
     """The new x, the slots written, and what the experts report ({} without)."""
     x = remat.named(x, 'block')
     with jax.named_scope('attention'):
@@ -146,7 +146,7 @@ class Stack(nnx.Module):
     self,
     x: Float[Array, 'B T D'],
     view: View,
-    cache: Cache | None,
+    cache: AnyCache | None,
     counts: Int[Array, 'B'] | None = None,
     fresh: bool = False,
     rows: Int[Array, 'B'] | None = None,
@@ -309,7 +309,7 @@ class Decoder(nnx.Module):
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
-    cache: Cache | None = None,
+    cache: AnyCache | None = None,
     *,
     types: Int[Array, 'B T'] | None = None,
     zigzag: int = 1,
@@ -431,7 +431,7 @@ class EncoderDecoder(Decoder):
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'] | None = None,
     segments: Int[Array, 'B T'] | None = None,
-    cache: Cache | None = None,
+    cache: AnyCache | None = None,
     *,
     source: Int[Array, 'B S'] | None = None,
     source_positions: Int[Array, 'B S'] | None = None,
@@ -482,15 +482,14 @@ class EncoderDecoder(Decoder):
       x, dataclasses.replace(view, mask=dataclasses.replace(view.mask, causal=False)), None
     ).hidden
 
-  def read(self, cache: Cache, source: Int[Array, 'B S'], segments: Int[Array, 'B S']) -> Cache:
+  def read(
+    self, cache: AnyCache, source: Int[Array, 'B S'], segments: Int[Array, 'B S']
+  ) -> AnyCache:
     """Encodes a source and keeps, in the cache, what every layer of the decoder looks up of it;
     segments: 1, or 0 for padding.
     """
-    return dataclasses.replace(
-      cache,
-      memory=self.stack.keys_values(self.encode(source, segments=segments)),
-      memory_segments=segments,
-    )
+    memory = self.stack.keys_values(self.encode(source, segments=segments))
+    return cache.remembering(memory, segments)
 
 
 def init(config: ModelConfig, seed: int) -> Decoder:

@@ -50,6 +50,23 @@ def get_config():
 '''
 
 
+# Read by every Python that starts with its directory in PYTHONPATH: whoever prints HOLD then waits
+# for the file RELEASE, so that what a test does meanwhile comes neither too early nor too late.
+HOLDING = """
+import builtins, os, pathlib, time
+shown = builtins.print
+
+def held(*values, **how):
+  shown(*values, **how)
+  if os.environ['HOLD'] in ' '.join(map(str, values)):
+    while not pathlib.Path(os.environ['RELEASE']).exists():
+      time.sleep(0.01)
+
+if os.environ.get('HOLD'):
+  builtins.print = held
+"""
+
+
 @dataclasses.dataclass
 class Finished:
   code: int
@@ -58,9 +75,12 @@ class Finished:
 
 
 class Process:
-  """A command in the background; its output goes to a file."""
+  """A command in the background; its output goes to a file.
 
-  def __init__(self, directory: pathlib.Path, *command: str):
+  hold: where it prints this, it waits for `release`.
+  """
+
+  def __init__(self, directory: pathlib.Path, *command: str, hold: str = ''):
     self.path = directory / f'output-{time.monotonic_ns()}'
     # XLA_FLAGS asks for eight devices
     environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
@@ -69,6 +89,13 @@ class Process:
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
       'PYTHONFAULTHANDLER': '1',
     }
+    if hold:
+      (directory / 'sitecustomize.py').write_text(HOLDING)
+      environment |= {
+        'HOLD': hold,
+        'RELEASE': f'{self.path}.release',
+        'PYTHONPATH': str(directory),
+      }
     with open(self.path, 'w') as out, open(f'{self.path}.error', 'w') as error:
       self.process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=out, stderr=error, env=environment
@@ -85,6 +112,9 @@ class Process:
         return False
       time.sleep(0.0005)
     return True
+
+  def release(self) -> None:
+    pathlib.Path(f'{self.path}.release').touch()
 
   def end(self) -> Finished:
     try:
@@ -106,13 +136,14 @@ class Runs:
     (directory / 'text.txt').write_text(' '.join(draw.choices(words, k=4000)))
     (directory / 'small.py').write_text(CONFIG.replace('DIRECTORY', str(directory)))
 
-  def start(self, workdir: pathlib.Path, *flags: str) -> Process:
+  def start(self, workdir: pathlib.Path, *flags: str, hold: str = '') -> Process:
     return Process(
       self.directory,
       'train.py',
       f'--config={self.directory / "small.py"}',
       f'--workdir={workdir}',
       *flags,
+      hold=hold,
     )
 
   def train(self, workdir: pathlib.Path, *flags: str) -> Finished:
@@ -218,15 +249,14 @@ def test_impossible_wishes_end_in_one_line(runs, whole, tmp_path):
 def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numbers):
   last = 0
   for number, step in zip(numbers, (6, 17), strict=True):
-    process = runs.start(tmp_path)
+    process = runs.start(tmp_path, hold=f'step {step}/40')
     assert process.until(lambda: f'step {step}/40' in process.out())
-    if number == signal.SIGTERM:  # it stands still meanwhile, and is asked to stop when it goes on
-      process.process.send_signal(signal.SIGSTOP)
+    if number == signal.SIGTERM:
       holder = f'{tmp_path} is in use by process {process.process.pid} on '
       refused = runs.train(tmp_path)
       assert_plain(refused, 'error: ', holder, 'or give another --workdir')
     process.process.send_signal(number)
-    process.process.send_signal(signal.SIGCONT)
+    process.release()
     done = process.end()
     assert done.code == 0, done.error
     assert 'Traceback' not in done.error
@@ -409,6 +439,7 @@ def test_generate_says_what_is_wrong(runs, whole, tmp_path):
 def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
   def ended(process):
     process.process.send_signal(signal.SIGINT)
+    process.release()
     done = process.end()
     assert (
       done.code == 130
@@ -426,8 +457,9 @@ def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
     '--chunk=1',
     '--max_new_tokens=28',
     '--logit_bias=2:-inf',
+    hold=prompts[1],
   )
-  assert process.until(lambda: process.out().partition(f'\n{prompts[1]}')[2])
+  assert process.until(lambda: f'\n{prompts[1]}' in process.out())
   out = ended(process)
   assert out.startswith(prompts[0]) and f'\n{prompts[-1]}' not in out, (
     'it went on to the next prompt'

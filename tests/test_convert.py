@@ -71,7 +71,7 @@ def test_end_ids_go_wherever_the_model_goes_and_out_again(imported, tmp_path):
 
   config = dataclasses.replace(configs.load(imported / 'run'), init=str(imported / 'run'))
   tokenizer = tokenizers.load(imported / 'run' / 'tokenizer')
-  train.claim(tmp_path / 'tuned', config, tokenizer)
+  train.claim(tmp_path / 'tuned', config, tokenizer, {}, print)
   assert (tmp_path / 'tuned' / GENERATION).read_bytes() == (
     imported / 'run' / GENERATION
   ).read_bytes()

@@ -398,27 +398,34 @@ def unknown_field(path: str, name: str, known, kind: str = '') -> str:
 
 
 def save(config: Config, directory: str | os.PathLike) -> None:
-  """Writes config.json, atomically."""
-  files.replace(pathlib.Path(directory) / FILE, json.dumps(to_dict(config), indent=2) + '\n')
+  """Writes config.json, sealed, atomically."""
+  values = files.sealed(json.loads(json.dumps(to_dict(config))))
+  files.replace(pathlib.Path(directory) / FILE, json.dumps(values, indent=2) + '\n')
 
 
 def load(directory: str | os.PathLike) -> Config:
-  """Reads config.json. Raises FileNotFoundError, or ValueError for a file that is not a Config."""
+  """Reads config.json. Raises FileNotFoundError, or ValueError for a file that is not a Config, or
+  was edited since it was sealed.
+  """
   path = pathlib.Path(directory) / FILE
   if not path.exists():
     raise FileNotFoundError(
       f'{path} does not exist: {directory} is not the directory of a run; train one with train.py '
       '--workdir'
     )
+  remedy = f'where that is meant, run python convert.py seal --workdir {directory}'
+  return of(files.unsealed(files.json_object(path.read_bytes(), path), path, remedy), str(path))
+
+
+def of(values: dict, place: str) -> Config:
+  """The Config of what `to_dict` gave, by this version or an older one.
+
+  Raises ValueError, naming the place that they come from.
+  """
   try:
-    return of(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
-
-
-def of(values: dict) -> Config:
-  """The Config of what `to_dict` gave, by this version or an older one. Raises ValueError."""
-  return from_dict(Config, _renamed(values))
+    return from_dict(Config, _renamed(values))
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(f'{place}: {error}') from error
 
 
 def _renamed(values: dict) -> dict:
@@ -469,22 +476,6 @@ def changes(old: Config, new: Config) -> dict[str, str]:
 
 def _under(path: str, names_: tuple[str, ...]) -> bool:
   return any(path == name or path.startswith(name + '.') for name in names_)
-
-
-def check_unchanged(
-  config: Config, directory: str | os.PathLike, allow_change: bool = False
-) -> None:
-  """Raises ValueError where the directory was begun with another model or data order, unless that
-  is allowed.
-  """
-  begun = (pathlib.Path(directory) / FILE).exists()
-  lines = differences(load(directory), config) if begun else []
-  if lines and not allow_change:
-    raise ValueError(
-      f'{directory} was begun with another model or data order:\n  '
-      + '\n  '.join(lines)
-      + '\nUse another --workdir, or --allow_config_change to go on all the same.'
-    )
 
 
 def _flat(value, path: str = '') -> dict:

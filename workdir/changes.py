@@ -6,23 +6,12 @@ back to its middle.
 """
 
 import math
-import pathlib
 
 from training import config as configs
 from training.config import Config
 from training.optimizer import make_schedule
 
 JUMP = 1.5  # of the rate: a factor, up or down, that no schedule is meant to have within a step
-
-
-def before(record: dict, directory: pathlib.Path) -> Config | None:
-  """The config that a checkpoint was written under: its record's, or, where it was written before
-  records held one, the directory's; None where neither can be read.
-  """
-  try:
-    return configs.of(record['config']) if 'config' in record else configs.load(directory)
-  except (FileNotFoundError, ValueError):
-    return None
 
 
 def described(old: Config, new: Config, step: int, updates: int) -> list[str]:

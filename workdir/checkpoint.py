@@ -104,6 +104,7 @@ class Checkpoints:
     donated: bool = True,
     references: dict | None = None,
     config: dict | None = None,
+    run: dict | None = None,
   ) -> None:
     """Starts writing; returns once the state may be donated. Waits for the save before it, and
     raises what that raised.
@@ -111,7 +112,8 @@ class Checkpoints:
     data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False
       promises that the state stays as it is until `wait`, which saves a copy. references: of models
       whose frozen parameters are not in `state`, where these are (workdir/frozen.py). config: what
-      the state was trained with, JSON-able.
+      the state was trained with, JSON-able. run: what else of the directory it belongs to
+      (workdir/seals.py), JSON-able.
     """
     import orbax.checkpoint as ocp
 
@@ -144,7 +146,8 @@ class Checkpoints:
       'leaves': shapes,
       'spilled': [*spilled],
       'references': references or {},
-    } | ({} if config is None else {'config': config})
+    }
+    record |= {name: x for name, x in (('config', config), ('run', run)) if x is not None}
     for name, x in spilled.items():  # the next step changes them
       x.export(_aside(path) / name)
     if spilled:
@@ -170,11 +173,18 @@ class Checkpoints:
     path = self._path(step).with_suffix('.json')
     try:
       sealed = json.loads(path.read_text())
-      if _seal(sealed['record']) != sealed:
+      record = sealed['record']
+      if _seal(record) != sealed:
         raise ValueError('it was changed since it was written')
-      return sealed['record']
+      if record['step'] != step:
+        raise ValueError(f'it is of step {record["step"]}, under another name')
+      return record
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise ValueError(f'{path} is damaged: {error}') from error
+
+  def amend(self, step: int, values: dict) -> None:
+    """Puts other values into the record of `step`. Raises as `record`."""
+    self._write_record(step, self.record(step) | values)
 
   def best(self, among: Iterable[int] | None = None) -> int | None:
     """The step with the lowest validation loss (of all, or of those given); None where no
@@ -228,6 +238,7 @@ class Checkpoints:
     for step in reversed(steps):
       problems = self.problems(step)
       if not problems:
+        self._check_one_run()
         return step
       self._log(
         f'WARNING: checkpoint {step} is damaged and will not be used: ' + '; '.join(problems)
@@ -238,6 +249,21 @@ class Checkpoints:
         'start over'
       )
     return None
+
+  def _check_one_run(self) -> None:
+    """Raises ValueError where checkpoints of several runs lie beside each other."""
+    runs: dict[str, list[int]] = {}
+    for step in self.steps():
+      with contextlib.suppress(ValueError):  # `problems` tells of it
+        run = self.record(step).get('run', {}).get('id')
+        runs.setdefault(run, []).append(step)
+    runs.pop(None, None)  # of older versions, and of an import
+    if len(runs) > 1:
+      of = ', '.join(f'{steps} of run {run[:8]}' for run, steps in runs.items())
+      raise ValueError(
+        f'{self.directory} holds checkpoints of different runs: {of}; move away those that are not '
+        'of this one, directory and record'
+      )
 
   def restore(self, step: int, target, only: str = '', some: bool = False):
     """The state of `step` in the shape of `target`, an abstract tree with shardings (see
@@ -389,7 +415,7 @@ class Checkpoints:
       for p in sorted(path.rglob('*'))
       if p.is_file()
     }
-    files.replace(path.with_suffix('.json'), json.dumps(_seal(record)))
+    self._write_record(step, record)
     # Later steps are of a past that was gone back from, because its checkpoints were damaged.
     known = [old for old in self.steps() if old <= step]
     keep = {*known[-self._keep_last :], self.best(known)}
@@ -398,6 +424,9 @@ class Checkpoints:
         self._remove(old)
     for left in self._unfinished():
       shutil.rmtree(left)
+
+  def _write_record(self, step: int, record: dict) -> None:
+    files.replace(self._path(step).with_suffix('.json'), json.dumps(_seal(record)))
 
   def _remove(self, step: int) -> None:
     self._path(step).with_suffix('.json').unlink(
@@ -456,7 +485,7 @@ def _by_the_system(path: pathlib.Path) -> Iterator[None]:
 
 def _seal(record: dict) -> dict:
   """A record with the digest by which it is known to be unharmed."""
-  return {'sha256': hashlib.sha256(json.dumps(record).encode()).hexdigest(), 'record': record}
+  return {'sha256': files.digest(record), 'record': record}
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -6,13 +6,15 @@ parser reads the file.
 """
 
 import concurrent.futures
+import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,13 +67,58 @@ def lowest(losses: Mapping[int, float]) -> int | None:
   return min(finite, key=finite.get, default=None)
 
 
-def append_line(file: TextIO, line: Mapping[str, float]):
-  """Writes one line and hands it to the operating system, so that it outlives a killed process."""
-  valid = {
-    name: value if math.isfinite(value) else str(float(value)) for name, value in line.items()
-  }
-  file.write(json.dumps(valid) + '\n')
-  file.flush()
+class Lines:
+  """A metrics.jsonl that lines are appended to, and what is in it so far."""
+
+  def __init__(self, path: pathlib.Path):
+    content = path.read_bytes() if path.exists() else b''
+    self._bytes, self._digest = len(content), hashlib.sha256(content)
+    self._file = open(path, 'ab')
+
+  def append(self, line: Mapping[str, float]) -> None:
+    """Writes one line and hands it to the operating system, so that it outlives a killed
+    process.
+    """
+    valid = {
+      name: value if math.isfinite(value) else str(float(value)) for name, value in line.items()
+    }
+    content = (json.dumps(valid) + '\n').encode()
+    self._file.write(content)
+    self._file.flush()
+    self._bytes += len(content)
+    self._digest.update(content)
+
+  def mark(self) -> dict:
+    """What `problem` knows the file's content of now by, JSON-able."""
+    return {'bytes': self._bytes, 'sha256': self._digest.hexdigest()}
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def problem(path: pathlib.Path, mark: Mapping[str, Any]) -> str:
+  """What is wrong with a file that was marked: that its beginning is not what it was; or ''."""
+  if not path.exists():
+    return f'{path} is missing'
+  with open(path, 'rb') as file:
+    content = file.read(mark['bytes'])
+  if len(content) < mark['bytes']:
+    return f'{path} has {len(content)} bytes, {mark["bytes"]} were written'
+  if hashlib.sha256(content).hexdigest() != mark['sha256']:
+    return f'{path} was changed since it was written'
+  return ''
+
+
+def begin_anew(path: pathlib.Path, step: int, totals: Mapping[str, float]) -> str:
+  """Puts a file that is not what was written aside, if there is one, and begins another with what
+  was known at `step`; returns where the old one is, or ''.
+  """
+  aside = ''
+  if path.exists():
+    number = next(n for n in itertools.count(1) if not path.with_suffix(f'.damaged-{n}').exists())
+    aside = str(path.rename(path.with_suffix(f'.damaged-{number}')))
+  files.replace(path, json.dumps({'step': step, **totals}) + '\n')
+  return aside
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from decode.generating import generating
 from model import params, transformer
 from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
+from workdir import seals
 from workdir.checkpoint import Checkpoints
 
 
@@ -39,7 +40,7 @@ def open_run(
   Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a
   checkpoint that is not there or damaged, and for a mesh that the devices do not fill.
   """
-  config = configs.load(workdir)
+  config = seals.opened(workdir)
   model_config = generating(config.model)
   checkpoints = Checkpoints(workdir)
   step = _step(checkpoints, checkpoint)
@@ -49,15 +50,16 @@ def open_run(
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
     model = checkpoints.model(target, step)
+  seals.check_own(checkpoints.record(step), pathlib.Path(workdir))
   tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
   tokenizer.generation = generation.read(workdir)
   return Run(config, model, tokenizer, mesh)
 
 
 def _step(checkpoints: Checkpoints, checkpoint: str) -> int | None:
-  """The step of a checkpoint by name; None is the last that is whole."""
+  """The step of a checkpoint by name; None where there is none."""
   if checkpoint == 'last':
-    return None
+    return checkpoints.latest()
   best = checkpoints.best()
   known = {str(step): step for step in checkpoints.steps()}
   if best is not None:

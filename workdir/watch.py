@@ -31,8 +31,8 @@ import jax
 from model import flops
 from workdir.metrics import (
   FILE,
+  Lines,
   TensorBoard,
-  append_line,
   drop_from,
   nonfinite,
   read_metrics,
@@ -92,7 +92,7 @@ class Watch:
     self._stream = stream or sys.stdout
     events = self.path.parent / 'tensorboard'
     self._tensorboard = TensorBoard(events, steps.start) if tensorboard and self._write else None
-    self._view: _Lines | None = None
+    self._view: _Plain | None = None
     self._window = _Window()
     self._pending: tuple[int, Any, int] | None = None
     self._line: dict[str, Any] = {}
@@ -102,7 +102,7 @@ class Watch:
 
   def __enter__(self) -> 'Watch':
     if self._write:
-      self._view = (_Bar if self._stream.isatty() else _Lines)(self._stream, self._steps)
+      self._view = (_Bar if self._stream.isatty() else _Plain)(self._stream, self._steps)
       self.path.parent.mkdir(parents=True, exist_ok=True)
       dropped = drop_from(self.path, self._steps.start)
       if dropped:
@@ -114,7 +114,7 @@ class Watch:
       self._totals.update(
         {name: kept[-1][name] for name in self._totals if kept and name in kept[-1]}
       )
-      self._file = open(self.path, 'a')
+      self._lines = Lines(self.path)
     self._mark = self._entered = self._clock()
     self._first = True
     return self
@@ -129,7 +129,7 @@ class Watch:
       self._write_line()
     finally:
       if self._write:
-        self._file.close()
+        self._lines.close()
         self._view.close()
     if self._tensorboard:
       # What ends the run is the first error, not one that follows from it.
@@ -186,6 +186,16 @@ class Watch:
         self._write_line()
       self._line = {'step': step, **self._line, **scalars(values)}
 
+  def mark(self) -> dict:
+    """What of the run's numbers a checkpoint is to remember, JSON-able; {} where none are written.
+
+    Next to the mark of metrics.jsonl (workdir.metrics) the totals, for a run whose file is lost.
+    """
+    if not self._write:
+      return {}
+    wall = self._totals['wall_seconds'] + self._clock() - self._entered
+    return self._lines.mark() | {'totals': self._totals | {'wall_seconds': wall}}
+
   def print(self, text: str):
     """Shows a line of text without disturbing the progress bar."""
     if self._view is not None:
@@ -230,7 +240,7 @@ class Watch:
       return
     wall = self._totals['wall_seconds'] + self._clock() - self._entered
     line |= self._totals | {'wall_seconds': wall} | memory()
-    append_line(self._file, line)
+    self._lines.append(line)
     if self._tensorboard:
       self._tensorboard.write(line)
     self._view.show(line)
@@ -348,7 +358,7 @@ def short(number: float) -> str:
   return f'{number:.3g}'
 
 
-class _Lines:
+class _Plain:
   """Plain text, a line per line of metrics: for files and pipes."""
 
   FORMS = {
@@ -390,7 +400,7 @@ class _Lines:
     return '  '.join(form.format(shown[name]) for name, form in self.FORMS.items() if name in shown)
 
 
-class _Bar(_Lines):
+class _Bar(_Plain):
   """For terminals: a progress bar with the last known numbers beside it, within 80 columns."""
 
   FORMS = {

@@ -16,6 +16,7 @@ from conftest import tiny
 from hypothesis import given, settings, strategies as st
 from toy import Toy
 
+import files
 from data import tokenizers
 from data.config import ANONYMISED_KINDS, CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from kernels.blocks import Blocks
@@ -29,6 +30,7 @@ from parallel.pipeline import PipelineConfig
 from training import config as configs, overrides
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig
+from workdir import seals
 
 SIZES = dict.fromkeys(AXES, 1)
 
@@ -381,13 +383,13 @@ def test_differences_are_those_that_change_the_model_or_the_data_order():
 
 
 def test_a_run_of_another_model_is_refused_and_nothing_is_written(tmp_path):
-  configs.check_unchanged(tiny(), tmp_path)  # a fresh directory
+  seals.check_unchanged(tiny(), tmp_path)  # a fresh directory
   configs.save(tiny(), tmp_path)
   before = (tmp_path / configs.FILE).read_bytes()
-  configs.check_unchanged(tiny(train={'steps': 99}), tmp_path)
+  seals.check_unchanged(tiny(train={'steps': 99}), tmp_path)
   other = tiny(model={'width': 64}, data={'seed': 3})
   with pytest.raises(ValueError) as error:
-    configs.check_unchanged(other, tmp_path)
+    seals.check_unchanged(other, tmp_path)
   for part in (
     str(tmp_path),
     '\n  data.seed: 0 -> 3',
@@ -396,7 +398,7 @@ def test_a_run_of_another_model_is_refused_and_nothing_is_written(tmp_path):
     '--allow_config_change',
   ):
     assert part in str(error.value)
-  configs.check_unchanged(other, tmp_path, allow_change=True)
+  seals.check_unchanged(other, tmp_path, allow_change=True)
   assert (tmp_path / configs.FILE).read_bytes() == before
 
 
@@ -560,6 +562,7 @@ def test_the_kind_of_the_objective_decides_its_fields(parse, monkeypatch):
 def test_a_config_of_before_a_field_moved_is_read(tmp_path):
   configs.save(tiny(), tmp_path)
   values = json.loads((tmp_path / configs.FILE).read_text())
+  del values[files.SEAL]
   del values['objective'], values['train']['trained'], values['train']['frozen']
   values['train']['z_loss'] = 0.25
   (tmp_path / configs.FILE).write_text(json.dumps(values))
@@ -623,7 +626,7 @@ def test_a_config_of_before_execution_had_a_part_of_its_own_is_read(tmp_path):
     scan=False,
   )
   # A run of then goes on.
-  configs.check_unchanged(config, tmp_path)
+  seals.check_unchanged(config, tmp_path)
 
 
 @pytest.mark.parametrize('name', sorted(EXECUTION))

@@ -15,9 +15,10 @@ numbers = st.one_of(st.integers(-(10**9), 10**9), st.floats())
 
 
 def write(path, *lines):
-  with open(path, 'a') as file:
-    for line in lines:
-      metrics.append_line(file, line)
+  file = metrics.Lines(path)
+  for line in lines:
+    file.append(line)
+  file.close()
 
 
 @settings(deadline=None)

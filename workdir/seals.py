@@ -1,0 +1,205 @@
+"""Is what lies in a run's directory of the same run as its checkpoints?
+
+A checkpoint's record binds the rest: with which config it was trained (`config`), and under `run`
+which run that was, digests of its tokenizer and of where it ends texts, and how far metrics.jsonl
+was written. Records of older versions lack some of this, and what they lack is not looked at.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import files
+from data.generation import GENERATION
+from data.tokenizer import Tokenizer
+from training import config as configs
+from training.config import Config
+from workdir import metrics
+from workdir.checkpoint import Checkpoints
+
+TOKENIZER = 'tokenizer'
+OWN = (TOKENIZER, GENERATION)  # what else of a directory decides what a model says
+SEAL = 'python convert.py seal --workdir'
+
+
+def run_of(record: Mapping[str, Any]) -> str:
+  """The name of the run that a record is of, or a new one where it has none."""
+  return record.get('run', {}).get('id') or uuid.uuid4().hex
+
+
+def bound(run: str, workdir: pathlib.Path, mark: Mapping[str, Any]) -> dict:
+  """What a record holds under `run`; mark: see workdir.watch.Watch.mark."""
+  return {'id': run, 'metrics': dict(mark), **_own(workdir)}
+
+
+def begun(workdir: str | os.PathLike) -> Config | None:
+  """The config that a directory's last checkpoint was trained with, or, where no record tells,
+  config.json; None in a directory without either.
+
+  Raises ValueError for a config.json that is not one.
+  """
+  kept = _last_config(Checkpoints(workdir))
+  if kept is not None:
+    return kept
+  return configs.load(workdir) if (pathlib.Path(workdir) / configs.FILE).exists() else None
+
+
+def check_unchanged(config: Config, workdir: str | os.PathLike, allow_change: bool = False) -> None:
+  """Raises ValueError where the directory was begun with another model or data order, unless that
+  is allowed.
+  """
+  before = begun(workdir)
+  lines = configs.differences(before, config) if before else []
+  if lines and not allow_change:
+    raise ValueError(
+      f'{workdir} was begun with another model or data order:\n  '
+      + '\n  '.join(lines)
+      + '\nUse another --workdir, or --allow_config_change to go on all the same.'
+    )
+
+
+def opened(workdir: str | os.PathLike) -> Config:
+  """A directory's config.json, for who reads its model.
+
+  Raises FileNotFoundError where there is none, ValueError where it tells of another model than the
+  last checkpoint's record.
+  """
+  path = pathlib.Path(workdir) / configs.FILE
+  kept = _last_config(Checkpoints(workdir))
+  if kept is not None and not path.exists():
+    raise FileNotFoundError(
+      f'{path} does not exist, though there are checkpoints; {SEAL} {workdir} writes it anew from '
+      'the last one'
+    )
+  config = configs.load(workdir)
+  lines = [] if kept is None else configs.differences(kept, config)
+  lines = [line for line in lines if line.startswith('model.')]
+  if lines:
+    raise ValueError(
+      f'{path} is not of the model that the last checkpoint was trained as: {"; ".join(lines)}; '
+      f'bring the file back, or, where that is meant, run {SEAL} {workdir}'
+    )
+  return config
+
+
+def check_tokenizer(record: Mapping[str, Any], workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
+  """Raises ValueError where a run would go on with other tokens than those of its checkpoint."""
+  digest = record.get('run', {}).get('tokenizer')
+  with tempfile.TemporaryDirectory() as directory:
+    tokenizer.save(directory)
+    now = _digest(pathlib.Path(directory))
+  if digest and now != digest:
+    raise ValueError(
+      f'the tokenizer of the data (digest {now[:12]}) is not the one that checkpoint '
+      f'{record["step"]} in {workdir} was trained with ({digest[:12]}); prepare the data with that '
+      'one, data.tokenizer.path, or begin another run'
+    )
+
+
+def check_own(record: Mapping[str, Any], workdir: pathlib.Path) -> None:
+  """Raises ValueError where the run's tokenizer, or where it ends texts, is not what it was."""
+  run, now = record.get('run', {}), _own(workdir)
+  for name in OWN:
+    if name in run and run[name] != now[name]:
+      raise ValueError(
+        f'{workdir / name} was changed since checkpoint {record["step"]} was written; bring it '
+        f'back from a copy, or, where that is meant, run {SEAL} {workdir}'
+      )
+
+
+def keep_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+  """Makes a tokenizer the run's own, with no file of one that was there before."""
+  where = workdir / TOKENIZER
+  with tempfile.TemporaryDirectory() as directory:
+    tokenizer.save(directory)
+    if _digest(where) == _digest(pathlib.Path(directory)):
+      return
+  if where.is_dir():
+    shutil.rmtree(where)
+  tokenizer.save(where)
+
+
+def metrics_problem(record: Mapping[str, Any], workdir: pathlib.Path) -> str:
+  """What is wrong with metrics.jsonl by a checkpoint's record; or ''."""
+  mark = record.get('run', {}).get('metrics')
+  return metrics.problem(workdir / metrics.FILE, mark) if mark else ''
+
+
+def settle_metrics(
+  record: Mapping[str, Any], workdir: pathlib.Path, log: Callable[[str], Any]
+) -> None:
+  """Sees to it that metrics.jsonl holds what it held when a checkpoint was written, or begins
+  another one from the checkpoint's totals, and says so.
+  """
+  problem = metrics_problem(record, workdir)
+  if problem:
+    totals = record['run']['metrics']['totals']
+    aside = metrics.begin_anew(workdir / metrics.FILE, record['step'], totals)
+    log(
+      f'WARNING: {problem}'
+      + (f'; it is now {aside}' if aside else '')
+      + f'. The curve begins at step {record["step"]}; tokens and hours count from its checkpoint'
+    )
+
+
+def reseal(workdir: str | os.PathLike, log: Callable[[str], Any]) -> None:
+  """Makes config.json and OWN, as a person has edited them, those of the run's checkpoints, or
+  writes config.json anew from the last one's record.
+
+  Raises FileNotFoundError where neither is there, ValueError for a file that is no config.
+  """
+  checkpoints = Checkpoints(workdir)
+  path = pathlib.Path(workdir) / configs.FILE
+  if not path.exists():
+    kept = _last_config(checkpoints)
+    if kept is None:
+      raise FileNotFoundError(f'{path} does not exist, and no checkpoint there tells what it was')
+    configs.save(kept, workdir)
+    log(f'{path}: written anew from the last checkpoint')
+    return
+  values = files.json_object(path.read_bytes(), path)
+  values.pop(files.SEAL, None)
+  config = configs.of(values, str(path))
+  before = _last_config(checkpoints)
+  configs.save(config, workdir)
+  for step in checkpoints.steps():
+    run = checkpoints.record(step).get('run', bound(run_of({}), path.parent, {}))
+    checkpoints.amend(step, {'config': configs.to_dict(config), 'run': run | _own(path.parent)})
+  changed = configs.changes(before, config).values() if before else ()
+  log(f'{path}: sealed, with {len(checkpoints.steps())} checkpoints')
+  for line in changed:
+    log(f'  {line}')
+
+
+def _last_config(checkpoints: Checkpoints) -> Config | None:
+  """Of the last record that can be read, where it has one."""
+  for step in reversed(checkpoints.steps()):
+    try:
+      record = checkpoints.record(step)
+    except ValueError:
+      continue  # Checkpoints.latest reports it
+    if 'config' in record:
+      return configs.of(record['config'], f'checkpoint {step} in {checkpoints.directory}')
+  return None
+
+
+def _own(workdir: pathlib.Path) -> dict[str, str]:
+  return {name: _digest(workdir / name) for name in OWN}
+
+
+def _digest(place: pathlib.Path) -> str:
+  """Of a file, or of the files in a directory, hex; '' where there is none."""
+  paths = [place] if place.is_file() else [path for path in place.rglob('*') if path.is_file()]
+  if not paths:
+    return ''
+  total = hashlib.sha256()
+  for path in sorted(paths):
+    name = str(path.relative_to(place))
+    total.update(json.dumps([name, path.stat().st_size]).encode() + path.read_bytes())
+  return total.hexdigest()
