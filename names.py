@@ -1,9 +1,11 @@
-"""Is this name known? One check for every name that comes from a config or a command line,
-and one for what is there without a name.
+"""Is this name known, and what does it stand for? One check for every name that comes from a config
+or a command line, and one for what is there without a name.
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import app
 
@@ -22,6 +24,14 @@ def check(what: str, name: str, known: Iterable[str]) -> str:
       + f' Known: {", ".join(known)}'
     )
   return name
+
+
+def imported(path: str) -> Any:
+  """What 'package.module.name' stands for, its module imported now. Tables have kinds by such
+  texts, so that a run loads, and a reader meets, the kind that is asked for and no other.
+  """
+  module, _, name = path.rpartition('.')
+  return getattr(importlib.import_module(module), name)
 
 
 def only_flags(arguments: Sequence[str], example: str) -> None:

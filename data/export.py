@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.huggingface import DEFINITION, SETTINGS
+from data.sentencepiece import SPACE
 from data.tokenizer import Tokenizer
-from data.tokenizers import SPACE
 
 # For this class AutoTokenizer takes tokenizer.json as it is; others, and what it infers from a
 # config.json, build pre-tokenizers of their own.

@@ -126,6 +126,17 @@ class HuggingFaceTokenizer(Tokenizer):
         f'tokenizers library writes ({type(error).__name__}: {error}); save the tokenizer anew'
       ) from error
 
+  @staticmethod
+  def paths(path: str | os.PathLike) -> list[pathlib.Path]:
+    """The files that make the tokenizer at `path`, a directory or its tokenizer.json;
+    a checkpoint's others stay out.
+    """
+    directory = pathlib.Path(path).expanduser()
+    directory = directory.parent if directory.name == DEFINITION else directory
+    beside = [directory / name for name in (DEFINITION, SETTINGS, SPECIAL_MAP, TEMPLATE)]
+    templates = (directory / MORE_TEMPLATES).glob('*.jinja')
+    return [file for file in beside if file.is_file()] + sorted(templates)
+
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
     encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
@@ -153,24 +164,10 @@ class HuggingFaceTokenizer(Tokenizer):
     return dict(sorted(self._contents.items(), key=lambda item: item[0] == DEFINITION))
 
 
-def paths(path: str | os.PathLike) -> list[pathlib.Path]:
-  """The files that make the tokenizer at `path`, a directory or its tokenizer.json;
-  a checkpoint's others stay out.
-  """
-  directory = pathlib.Path(path).expanduser()
-  directory = directory.parent if directory.name == DEFINITION else directory
-  found = [
-    directory / name
-    for name in (DEFINITION, SETTINGS, SPECIAL_MAP, TEMPLATE)
-    if (directory / name).is_file()
-  ]
-  return found + sorted((directory / MORE_TEMPLATES).glob('*.jinja'))
-
-
 def _contents(directory: pathlib.Path) -> dict[str, bytes]:
-  """The files of `paths` by name, with all templates in the settings."""
+  """The files of HuggingFaceTokenizer.paths by name, with all templates in the settings."""
   contents, more = {}, {}
-  for file in paths(directory):
+  for file in HuggingFaceTokenizer.paths(directory):
     if file.parent.name == MORE_TEMPLATES:
       more[file.stem] = _utf8(file.read_bytes(), f'{MORE_TEMPLATES}/{file.name}')
     else:

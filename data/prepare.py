@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import files
-from data import cache, clean, duplicates, huggingface, shards, sources, tokenizers
+from data import cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
 from data.texts import Texts
+from data.tokenizer import Tokenizer
 
 FORMAT = 3  # part of every key: raise it when the code changes what a config means
 ENCODE_CHARACTERS = 2**22  # encoded at a time: SentencePiece returns Python integers, 36 bytes each
@@ -52,7 +53,7 @@ class Prepared:
   key: str
   directories: tuple[pathlib.Path, pathlib.Path]
   files: str
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: Tokenizer
   train: tuple[shards.PackedSource, ...]
   validation: shards.PackedSource
   report: dict
@@ -127,15 +128,8 @@ def corpus_key(config: DataConfig) -> str:
   trained = config.tokenizer.trained
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
-    path = os.path.expanduser(config.tokenizer.path)
-    if config.tokenizer.kind == 'huggingface':
-      # Beside the tokenizer's files there may be a whole checkpoint.
-      within = [str(file) for file in huggingface.paths(path)]
-    elif os.path.isdir(path):
-      within = sorted(str(file) for file in pathlib.Path(path).rglob('*'))
-    else:
-      within = [path]
-    settings['path'] = sources.content_digest(within, memo)
+    within = tokenizers.of(config.tokenizer.kind).paths(config.tokenizer.path)
+    settings['path'] = sources.content_digest([str(file) for file in within], memo)
 
   cleaning = dataclasses.asdict(config.clean)
   for name in ('word_list', 'classifier'):
@@ -299,7 +293,7 @@ def _encode(
   kept: np.ndarray,
   boundary: np.ndarray,
   bounds: list[int],
-  made: tokenizers.Tokenizer,
+  made: Tokenizer,
   report: dict,
 ) -> list[dict]:
   """Encodes both splits into shards and keeps the held-out text;
@@ -359,7 +353,7 @@ def _sides(
 
 
 def _encoded(
-  made: tokenizers.Tokenizer, sides: Iterator[tuple[bool, str]]
+  made: Tokenizer, sides: Iterator[tuple[bool, str]]
 ) -> Iterator[tuple[bool, str, np.ndarray]]:
   """Adds each text's ids, encoding many texts together."""
   batch, characters = [], 0

@@ -52,6 +52,19 @@ class Tokenizer:
     self.chat_templates: dict[str, str] = {}
     self.generation: dict[str, object] = {}
 
+  @classmethod
+  def read(cls, path: pathlib.Path) -> 'Tokenizer':
+    """From the directory that `save` wrote, and what else a kind comes in. Raises ValueError where
+    a file is not what its name says.
+    """
+    raise NotImplementedError
+
+  @staticmethod
+  def paths(path: str | os.PathLike) -> list[pathlib.Path]:
+    """The files that decide what `read` gives."""
+    path = pathlib.Path(path).expanduser()
+    return sorted(path.rglob('*'), key=str) if path.is_dir() else [path]
+
   @property
   def vocabulary(self) -> int:
     """Number of ids."""

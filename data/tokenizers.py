@@ -1,30 +1,26 @@
-"""Which tokenizers are there, and how is one made, trained and read back?"""
+"""Which tokenizers are there, and how is one made and read back? The only list, by the name that
+--config.data.tokenizer.kind takes; the two kinds that need no training are here.
+"""
 
-import io
 import json
 import os
 import pathlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 import files
 import names
-from data import huggingface
 from data.config import TokenizerConfig
-from data.tokenizer import BOS, EOS, INDEX, PAD, UNK, Tokenizer
+from data.tokenizer import INDEX, Tokenizer
 
-SPACE = '\u2581'  # SentencePiece writes a space as this character
-DEFAULT_VOCABULARY = 4096
-# Unigram's training adds up expected counts thread by thread, so that their number decides which
-# pieces come out; this is SentencePiece's default, on any machine.
-TRAINING_THREADS = 16
-_MODEL = 'tokenizer.model'
-# Appended to a model's protocol buffer, where the last value counts: normalizer_spec (3) with
-# add_dummy_prefix (3) and remove_extra_whitespaces (4) false.
-_AS_IT_STANDS = b'\x1a\x04\x18\x00\x20\x00'
-_BYTE_PIECE = re.compile(r'<0x([0-9A-F]{2})>')
+# Kind -> its class, imported when it is asked for; the kinds are those of data.config.
+KINDS = {
+  'sentencepiece': 'data.sentencepiece.SentencePieceTokenizer',
+  'huggingface': 'data.huggingface.HuggingFaceTokenizer',
+  'byte': 'data.tokenizers.ByteTokenizer',
+  'char': 'data.tokenizers.CharTokenizer',
+}
 
 
 class ByteTokenizer(Tokenizer):
@@ -34,6 +30,10 @@ class ByteTokenizer(Tokenizer):
 
   def __init__(self):
     super().__init__([b''] * 3 + [bytes([i]) for i in range(256)])
+
+  @classmethod
+  def read(cls, path: pathlib.Path) -> 'ByteTokenizer':
+    return cls()
 
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
@@ -53,6 +53,13 @@ class CharTokenizer(Tokenizer):
     self.characters = ''.join(sorted(set(characters)))
     super().__init__([b''] * 3 + [character.encode() for character in self.characters])
     self._codes = np.frombuffer(self.characters.encode('utf-32-le'), np.uint32)
+
+  @classmethod
+  def read(cls, path: pathlib.Path) -> 'CharTokenizer':
+    characters = files.json_object((path / INDEX).read_bytes(), path / INDEX).get('characters')
+    if not isinstance(characters, str):
+      raise ValueError(f'{path / INDEX}: a tokenizer of kind \'char\' has its characters as a text')
+    return cls(characters)
 
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
     return [self._encode(text) for text in texts]
@@ -74,76 +81,9 @@ class CharTokenizer(Tokenizer):
     return {INDEX: json.dumps({'kind': self.kind, 'characters': self.characters}).encode()}
 
 
-class SentencePieceTokenizer(Tokenizer):
-  """A SentencePiece model (Kudo & Richardson 2018, arXiv:1808.06226).
-
-  A model without a bos id (T5's) starts documents with its eos, as GPT-2 does with <|endoftext|>.
-
-  Args:
-    model: the bytes of a .model file.
-    threads: for encoding many texts.
-  """
-
-  kind = 'sentencepiece'
-
-  def __init__(self, model: bytes, threads: int = 0):
-    import sentencepiece
-
-    self.model = model
-    self._threads = threads or os.cpu_count() or 1
-    self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    if processor.eos_id() < 0:
-      raise ValueError(
-        'this SentencePiece model has no eos id, so no document could end; '
-        'train one with eos_id >= 0'
-      )
-    pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
-    super().__init__(
-      [self._bytes(i, piece) for i, piece in enumerate(pieces)],
-      pad=max(processor.pad_id(), 0),
-      eos=processor.eos_id(),
-      bos=processor.bos_id() if processor.bos_id() >= 0 else processor.eos_id(),
-    )
-    byte_ids = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
-    self._space_ids = [] if processor.unk_id() in byte_ids else byte_ids
-    # For parts of a text, which are no beginnings.
-    self._inner = sentencepiece.SentencePieceProcessor(model_proto=model + _AS_IT_STANDS)
-    # 'a' comes out as SPACE + 'a' when the model adds a space before every text;
-    # decoding takes it away again.
-    self._adds_space = processor.encode('a', out_type=str)[0].startswith(SPACE)
-
-  def _bytes(self, index: int, piece: str) -> bytes:
-    if self._processor.is_control(index):
-      return b''
-    if self._processor.is_unknown(index):
-      return ' \u2047 '.encode()
-    if self._processor.is_byte(index):
-      return bytes([int(_BYTE_PIECE.fullmatch(piece)[1], 16)])
-    return piece.replace(SPACE, ' ').encode()
-
-  def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-    if self._space_ids and any(SPACE in text for text in texts):
-      return [
-        self._encode_around_space(text) if SPACE in text else self.encode_arrays([text])[0]
-        for text in texts
-      ]
-    return [
-      np.array(ids, np.int32)
-      for ids in self._processor.encode(list(texts), num_threads=self._threads)
-    ]
-
-  def _encode_around_space(self, text: str) -> np.ndarray:
-    """Spells U+2581 as bytes, which SentencePiece itself would turn into a space."""
-    parts = self._inner.encode((' ' * self._adds_space + text).split(SPACE))
-    ids = [i for part in parts for i in (*self._space_ids, *part)]
-    return np.array(ids[len(self._space_ids) :], np.int32)
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    decoded = super().decode(ids)
-    return decoded.removeprefix(' ') if self._adds_space else decoded
-
-  def _files(self) -> dict[str, bytes]:
-    return super()._files() | {_MODEL: self.model}
+def of(kind: str) -> type[Tokenizer]:
+  """The class of a kind, one of KINDS."""
+  return names.imported(KINDS[kind])
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -157,7 +97,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   """
   path = pathlib.Path(path).expanduser()
   if path.is_file() and path.suffix != '.json':
-    return _sentencepiece(path)
+    return of('sentencepiece').read(path)
   path = path.parent if path.name == INDEX else path
   if not (path / INDEX).is_file():
     raise FileNotFoundError(
@@ -166,27 +106,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
     )
   index = files.parsed((path / INDEX).read_bytes(), path / INDEX)
   if not isinstance(index, dict) or 'kind' not in index:
-    return huggingface.HuggingFaceTokenizer.read(path)
-  kind = names.check(f'{path / INDEX}: kind', index['kind'], ('sentencepiece', 'byte', 'char'))
-  if kind == 'byte':
-    return ByteTokenizer()
-  if kind == 'char':
-    if not isinstance(index.get('characters'), str):
-      raise ValueError(f'{path / INDEX}: a tokenizer of kind \'char\' has its characters as a text')
-    return CharTokenizer(index['characters'])
-  return _sentencepiece(path / _MODEL)
-
-
-def _sentencepiece(path: pathlib.Path) -> SentencePieceTokenizer:
-  try:
-    return SentencePieceTokenizer(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
-  except RuntimeError as error:  # the library's own, without the file's name
-    raise ValueError(
-      f'{path} is no SentencePiece model ({error}); tiktoken\'s files, too, are called '
-      f'{_MODEL}: for one of those give the directory of its {INDEX}'
-    ) from error
+    return of('huggingface').read(path)
+  saved = [kind for kind in KINDS if kind != 'huggingface']
+  return of(names.check(f'{path / INDEX}: kind', index['kind'], saved)).read(path)
 
 
 def build(
@@ -199,98 +121,28 @@ def build(
     training: texts of the training split, to train SentencePiece on.
     everything: texts of both splits, for the 'char' vocabulary
       (as nanoGPT: a list of characters tells nothing).
-    share: of `training` that is to be trained on, see `train_sentencepiece`.
+    share: of `training` that is to be trained on, see data.sentencepiece.train.
 
   Raises:
     ValueError: config.vocabulary isn't the number of ids that came out;
       the file at config.path is of another kind.
   """
-  if config.kind == 'byte':
-    tokenizer = ByteTokenizer()
-  elif config.kind == 'char' and not config.path:
-    tokenizer = CharTokenizer(set().union(*map(set, everything)))
-  elif config.path:
+  if config.path:
     tokenizer = load(config.path)
     if tokenizer.kind != config.kind:
       raise ValueError(
         f'the tokenizer at tokenizer.path={config.path!r} is of kind {tokenizer.kind!r}, not '
         f'{config.kind!r}; set tokenizer.kind to that'
       )
+  elif config.kind == 'byte':
+    tokenizer = ByteTokenizer()
+  elif config.kind == 'char':
+    tokenizer = CharTokenizer(set().union(*map(set, everything)))
   else:
-    tokenizer = SentencePieceTokenizer(train_sentencepiece(config, training, share))
+    tokenizer = of(config.kind).trained(config, training, share)
   if config.vocabulary and config.vocabulary != tokenizer.vocabulary:
     raise ValueError(
       f'tokenizer.vocabulary={config.vocabulary} but this {config.kind!r} tokenizer has '
       f'{tokenizer.vocabulary} ids; set it to that, or to 0'
     )
   return tokenizer
-
-
-def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> bytes:
-  """Trains a model that gives every text back exactly; the same bytes on any machine.
-  Returns the bytes of a .model file.
-
-  Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are
-  code's indentation), bytes for rare characters. BPE is the default: on the standard library it
-  trains 15 times faster than unigram and compresses better (3.7 against 3.5 bytes per token at 4096
-  pieces). Only the given share of the chunks is used, evenly spread.
-  """
-  import sentencepiece
-
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sample(_chunks(texts), share),
-      model_writer=model,
-      model_type=config.algorithm,
-      vocab_size=config.vocabulary or DEFAULT_VOCABULARY,
-      split_by_whitespace=config.split_by_whitespace,
-      pad_id=PAD,
-      bos_id=BOS,
-      eos_id=EOS,
-      unk_id=UNK,
-      byte_fallback=True,
-      character_coverage=0.9999,
-      normalization_rule_name='identity',
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      split_by_unicode_script=False,
-      split_by_number=False,
-      max_sentence_length=4 * _CHUNK,
-      num_threads=TRAINING_THREADS,
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    raise ValueError(
-      f'SentencePiece could not train {config.vocabulary or DEFAULT_VOCABULARY} pieces: {error}\n'
-      'A small corpus supports few pieces: lower tokenizer.vocabulary, or use kind=\'byte\''
-    ) from error
-  return model.getvalue()
-
-
-def _sample(chunks: Iterable[str], share: float) -> Iterator[str]:
-  return (chunk for i, chunk in enumerate(chunks) if int((i + 1) * share) > int(i * share))
-
-
-# Characters given to the trainer at a time; it skips sentences longer than max_sentence_length
-# bytes.
-_CHUNK = 4000
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
-  """Cuts texts at line ends into chunks that the trainer accepts;
-  line ends stay, so they are learned as pieces.
-  """
-  for text in texts:
-    chunk = ''
-    for line in text.splitlines(keepends=True):
-      if len(chunk) + len(line) > _CHUNK and chunk:
-        yield chunk
-        chunk = ''
-      while len(line) > _CHUNK:
-        yield line[:_CHUNK]
-        line = line[_CHUNK:]
-      chunk += line
-    if chunk:
-      yield chunk

@@ -194,6 +194,22 @@ class Mask:
       key_positions=place(self.key_positions, keys),
     )
 
+  def cut(self, queries, keys) -> 'Mask':
+    """The mask of the tokens that two functions take of arrays [B, T] and [B, S], as of segments
+    and positions: `queries` of those of queries, `keys` of those of keys.
+    """
+
+    def of(take, x):
+      return None if x is None else take(x)
+
+    return dataclasses.replace(
+      self,
+      query_segments=of(queries, self.query_segments),
+      key_segments=of(keys, self.key_segments),
+      query_positions=of(queries, self.query_positions),
+      key_positions=of(keys, self.key_positions),
+    )
+
 
 jax.tree_util.register_dataclass(
   Mask,

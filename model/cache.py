@@ -67,6 +67,10 @@ class Cache:
     memory = (None,) * len(self.held) if self.memory is None else self.memory
     return CachedPlaces(self.held, lengths, memory, counts, rows, self.capacity, fresh)
 
+  def remembering(self, memory: tuple, segments: Int[Array, 'B S']) -> 'Cache':
+    """With keys and values of cross-attention, and the segments of its source."""
+    return dataclasses.replace(self, memory=memory, memory_segments=segments)
+
   def longer(self, held: tuple, counts: Int[Array, 'J'], rows: Int[Array, 'J'] | None) -> 'Cache':
     """With these buffers, and so many more tokens in these rows (see Slots.rows)."""
     if rows is None:

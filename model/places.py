@@ -95,6 +95,9 @@ class AnyCache(Protocol):
   ) -> Places:
     """All places, for a call of `tokens` tokens a row, which are the row's where counts is None."""
 
+  def remembering(self, memory: tuple, segments: Int[Array, 'B S']) -> 'AnyCache':
+    """With what cross-attention looks up."""
+
   def longer(
     self, held: tuple, counts: Int[Array, 'B'], rows: Int[Array, 'B'] | None
   ) -> 'AnyCache':

@@ -5,7 +5,6 @@ that there are the one that the run names.
 """
 
 import dataclasses
-import importlib
 
 import names
 from objectives.objective import Objective
@@ -16,8 +15,7 @@ DEFAULT = 'next_token'
 
 def of(kind: str) -> type[Objective]:
   """The kind of this name. Raises ValueError for a name that none has."""
-  module, _, name = KINDS[names.check('objective.kind', kind, KINDS)].rpartition('.')
-  return getattr(importlib.import_module(module), name)
+  return names.imported(KINDS[names.check('objective.kind', kind, KINDS)])
 
 
 def default() -> Objective:

@@ -77,7 +77,7 @@ def spec(*axes: str | None) -> P:
 
 
 def _entry(axis: str) -> tuple[str, ...]:
-  entry = _names(RULES[names.check('logical axis', axis, RULES)])
+  entry = of_entry(RULES[names.check('logical axis', axis, RULES)])
   if whole_rows.value and axis in ('length', 'sequence'):
     return tuple(a for a in entry if a != 'context')
   return entry
@@ -112,6 +112,18 @@ def size(*axes: str) -> int:
   """Into how many parts the mesh in context splits these logical axes together."""
   free = _free()
   return math.prod(free[axis] for axis in mesh_axes(*axes))
+
+
+def of_entry(entry) -> tuple[str, ...]:
+  """The mesh axes of an entry of a spec: a tuple, one name, or None."""
+  if isinstance(entry, tuple):
+    return entry
+  return (entry,) if entry else ()
+
+
+def stacks(axes: tuple[str | None, ...]) -> int:
+  """How many leading axes of a parameter count its matrices, those of layers and of experts."""
+  return sum(axis in ('layers', 'experts') for axis in axes[:2])
 
 
 def whole_or(axis: str, n: int) -> str | None:
@@ -199,23 +211,16 @@ def einsum(
   terms, result = formula.split('->')
   split = dict(zip(terms.split(',')[0], jax.typeof(x).sharding.spec))
   parts = {
-    axis for letter, entry in split.items() if letter not in result for axis in _names(entry)
+    axis for letter, entry in split.items() if letter not in result for axis in of_entry(entry)
   }
   if not parts or not opens():
     return jnp.einsum(formula, x, y, out_sharding=spec(*axes), **kwargs)
 
   # The product leaves the sum open, and the reshard closes it: in two steps that a remat policy can
   # tell apart (parallel.remat), with the transpose of each where it belongs.
-  kept = (tuple(axis for axis in _names(entry) if axis not in parts) for entry in spec(*axes))
+  kept = (tuple(axis for axis in of_entry(entry) if axis not in parts) for entry in spec(*axes))
   sums = jnp.einsum(formula, x, y, out_sharding=P(*kept, unreduced=parts), **kwargs)
   return jax.sharding.reshard(sums, spec(*axes))
-
-
-def _names(entry) -> tuple[str, ...]:
-  """The mesh axes of an entry of a spec: a tuple, one name, or None."""
-  if isinstance(entry, tuple):
-    return entry
-  return (entry,) if entry else ()
 
 
 def local(function, inputs, outputs):

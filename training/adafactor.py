@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from parallel import axes as ax
+
 DECAY = 0.8  # of the schedule, section 7.2
 SMALLEST = 128  # a matrix with less inputs or outputs is kept whole: there is little to save
 LARGEST = 1.0  # RMS of an update, section 6
@@ -38,6 +40,12 @@ class AdafactorState(NamedTuple):
 
   count: Any
   squares: Any
+
+
+def rescaling(settings: dict[str, float], specs, whole: bool) -> optax.GradientTransformation:
+  """Gradients to updates at learning rate 1, before decay; see training.optimizer.OWN."""
+  del whole
+  return scale_by_adafactor(settings['epsilon'], specs)
 
 
 def scale_by_adafactor(epsilon: float, specs) -> optax.GradientTransformation:
@@ -75,13 +83,8 @@ def scale_by_adafactor(epsilon: float, specs) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def stacks_of(spec) -> int:
-  """How many leading axes count matrices, of layers and of experts."""
-  return sum(axis in ('layers', 'experts') for axis in spec.axes[:2])
-
-
 def _below(function, specs, *trees):
-  """function(spec, ..) of each parameter; specs may be a prefix, see optimizer.scale_by_muon."""
+  """function(spec, ..) of each parameter; specs may be a prefix, see muon.scale_by_muon."""
 
   def each(spec, *nodes):
     return jax.tree.map(lambda *leaves: function(spec, *leaves), *nodes)
@@ -93,7 +96,7 @@ def _dimensions(spec, shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The dimensions of a matrix that are its inputs and its outputs; () and all where it is none,
   or too small.
   """
-  first = stacks_of(spec)
+  first = ax.stacks(spec.axes)
   # An embedding's rows are its inputs.
   split = first + (spec.inputs if spec.kind == 'matrix' else 1)
   inputs, outputs = tuple(range(first, split)), tuple(range(split, len(shape)))
@@ -115,7 +118,7 @@ def _inverse_root(squares: Squares, spec):
   rows, columns, elements = squares
   if elements is not None:
     return jax.lax.rsqrt(elements)
-  first = stacks_of(spec)
+  first = ax.stacks(spec.axes)
   mean = rows.mean(range(first, rows.ndim), keepdims=True)
   rows = jax.lax.rsqrt(rows / mean)
   columns = jax.lax.rsqrt(columns)
@@ -127,6 +130,6 @@ def _inverse_root(squares: Squares, spec):
 
 def _clipped(update, spec):
   """Each matrix, or vector, of a layer scaled down to an RMS of at most LARGEST."""
-  one_layer = tuple(range(stacks_of(spec), update.ndim))
+  one_layer = tuple(range(ax.stacks(spec.axes), update.ndim))
   rms = jnp.sqrt(jnp.mean(jnp.square(update), one_layer, keepdims=True))
   return update / jnp.maximum(1.0, rms / LARGEST)

@@ -23,6 +23,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
+from parallel import axes as ax
+
 BLOCK = 256
 SMALLEST = (
   4096  # Elements; below it a tensor stays f32, as in bitsandbytes: there is little to save.
@@ -45,6 +47,17 @@ class Adam8bitState(NamedTuple):
   count: Int[Array, '']
   mu: optax.Updates
   nu: optax.Updates
+
+
+def rescaling(settings: dict[str, float], specs, whole: bool) -> optax.GradientTransformation:
+  """Gradients to updates at learning rate 1, before decay; see training.optimizer.OWN."""
+  del whole
+
+  # As a function, because optax would call a tree that is itself a callable module.
+  def matrices(_):
+    return jax.tree.map(lambda spec: spec.kind == 'matrix', specs)
+
+  return scale_by_adam8bit(settings['b1'], settings['b2'], settings['epsilon'], matrices)
 
 
 def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.GradientTransformation:
@@ -184,12 +197,9 @@ def _run(x: jax.Array) -> int:
   """Length of the longest run along the last axis that lies within one block and on one device."""
   split = jax.typeof(x).sharding.spec[-1]
   return math.gcd(
-    BLOCK, x.shape[-1] // math.prod(jax.typeof(x).sharding.mesh.shape[a] for a in _as_tuple(split))
+    BLOCK,
+    x.shape[-1] // math.prod(jax.typeof(x).sharding.mesh.shape[a] for a in ax.of_entry(split)),
   )
-
-
-def _as_tuple(entry) -> tuple[str, ...]:
-  return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _with_last_axis(x: jax.Array, entry) -> jax.Array:

@@ -2,7 +2,7 @@
 through optax.
 
 Every optimizer is the same chain: its own rescaling of the gradient, decoupled weight decay, the
-schedule.
+schedule. A rescaling that optax has not is a file of its own, imported when a run names it.
 """
 
 import dataclasses
@@ -12,13 +12,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 import names
 from parallel import axes as ax
-from training import adam8bit
-from training.adafactor import scale_by_adafactor, stacks_of
 
 # What each optimizer and each schedule reads, with its defaults; a field that is set but not read
 # is an error.
@@ -30,6 +27,13 @@ OPTIMIZERS = {
   'lion': {'b1': 0.95, 'b2': 0.98},
   'muon': {**_ADAM, 'momentum': 0.95, 'adam_ratio': 1.0},
   'sgd': {'momentum': 0.9},
+}
+# Those whose rescaling is ours and not optax's: a function (settings, specs, whole) ->
+# optax.GradientTransformation, of OptimizerConfig.settings() and what make_optimizer is given.
+OWN = {
+  'adam8bit': 'training.adam8bit.rescaling',
+  'adafactor': 'training.adafactor.rescaling',
+  'muon': 'training.muon.rescaling',
 }
 SCHEDULES = {
   'constant': {},
@@ -67,7 +71,7 @@ class OptimizerConfig:
   Attributes:
     name: 'adamw' (Loshchilov and Hutter, arXiv:1711.05101), 'adam8bit' (see training/adam8bit.py),
       'adafactor' (see training/adafactor.py), 'lion' (Chen et al., arXiv:2302.06675), 'muon' (see
-      `scale_by_muon`; AdamW for all that is not a hidden matrix), 'sgd'.
+      training/muon.py; AdamW for all that is not a hidden matrix), 'sgd'.
     learning_rate: the peak, reached after warm-up.
     schedule: after warm-up: 'constant'; 'cosine' or 'linear' down to final_fraction; 'wsd'
       (warm-up, stable, decay; Hu et al., arXiv:2404.06395), constant until the last decay_fraction
@@ -207,111 +211,12 @@ def clip(grads, norm: Float[Array, ''], max_norm: float):
   return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
 
-def scale_by_muon(momentum: float, specs) -> optax.GradientTransformation:
-  """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): Nesterov momentum,
-  orthogonalised layer by layer.
-
-  A matrix of a layer is seen as [inputs, outputs]: q of [L, D, N, H] is L matrices of D x (N H);
-  every expert is one. Updates are scaled by 0.2 sqrt(max(inputs, outputs)), which gives them the
-  RMS of AdamW's (Liu et al., arXiv:2502.16982, section 2.2). optax.contrib.muon cannot run on
-  matrices that explicit axes shard, and takes 1.4 to 2 times as long on a CPU.
-  """
-
-  def update(updates, state, params=None):
-    del params
-    # specs may be a prefix: below a spec there is the parameter's own node, or nothing where
-    # another group owns it.
-    return jax.tree.map(
-      lambda spec, x: jax.tree.map(lambda m: _muon_update(m, spec), x), specs, updates
-    ), state
-
-  # The orthogonalisation ignores magnitude, so momentum needs neither dampening nor bias
-  # correction.
-  return optax.chain(
-    optax.trace(momentum, nesterov=True),
-    optax.GradientTransformation(optax.init_empty_state, update),
-  )
-
-
-def orthogonalize(x: Float[Array, 'L M N']) -> Float[Array, 'L M N']:
-  """Each matrix U S V^T replaced by nearly U V^T: singular values end between about 0.7 and 1.2.
-
-  Five Newton-Schulz steps of the quintic with Jordan's coefficients; a zero matrix stays zero.
-  Matrix products run at JAX's default precision, whose bfloat16 passes on TPU are enough for it.
-  """
-  if x.shape[1] > x.shape[2]:
-    return orthogonalize(x.mT).mT
-  norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True))
-  x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
-  for _ in range(5):
-    gram = x @ x.mT
-    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-  return x
-
-
-def _muon_update(x: jax.Array, spec) -> jax.Array:
-  stacks = stacks_of(spec)
-  if stacks == 2:
-    x = jnp.moveaxis(
-      x, 1, 0
-    )  # experts, which a mesh may split, before layers: only so can the two become one dimension
-  before, shape = x.shape, x.shape[stacks:]
-  entries = tuple(jax.typeof(x).sharding.spec)
-  stacked = _reshape(x, (-1, *shape), (entries[0] if stacks else None, *entries[stacks:]))
-  layers = stacked.shape[0]
-  fan_in, fan_out = math.prod(shape[: spec.inputs]), math.prod(shape[spec.inputs :])
-  # Each device orthogonalises whole layers: all-to-alls bring them together and take the updates
-  # back to their shards. Layers of zeros fill up the last round, so that any number of layers suits
-  # any mesh.
-  route = _route_to_layers(jax.typeof(stacked).sharding)
-  devices = math.prod(route[-1].mesh.shape[axis] for axis in _mesh_axes(route[-1])[0])
-  stacked = jnp.pad(stacked, [(0, -layers % devices)] + [(0, 0)] * len(shape))
-  for sharding in route[1:]:
-    stacked = jax.sharding.reshard(stacked, sharding)
-  update = orthogonalize(stacked.reshape(-1, fan_in, fan_out)).reshape(stacked.shape)
-  for sharding in route[-2::-1]:
-    update = jax.sharding.reshard(update, sharding)
-  update = _reshape(0.2 * math.sqrt(max(fan_in, fan_out)) * update[:layers], before, entries)
-  return jnp.moveaxis(update, 0, 1) if stacks == 2 else update
-
-
-def _route_to_layers(sharding: NamedSharding) -> list[NamedSharding]:
-  """From `sharding` to the one that splits only dimension 0, one mesh axis a step.
-
-  One axis at a time because the compiler turns such a step into an all-to-all; asked for all at
-  once, it gathers the whole array on every device.
-  """
-  axes, route = _mesh_axes(sharding), [sharding]
-  for dimension in range(1, len(axes)):
-    for axis in reversed(axes[dimension]):
-      axes[dimension] = axes[dimension][:-1]
-      axes[0] = (*axes[0], axis)
-      route.append(NamedSharding(sharding.mesh, P(*axes)))
-  return route
-
-
-def _mesh_axes(sharding: NamedSharding) -> list[tuple[str, ...]]:
-  """The mesh axes that split each dimension."""
-  return [
-    () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    for entry in sharding.spec
-  ]
-
-
-def _reshape(x, shape, entries):
-  return x.reshape(shape, out_sharding=P(*entries) if ax.explicit() else None)
-
-
-def _is_hidden_matrix(spec) -> bool:
-  return spec.kind == 'matrix' and 'vocab' not in spec.axes
-
-
 def _check_spec(path: str, spec) -> None:
   if spec.kind not in KINDS:
     raise ValueError(f'{path}: kind {spec.kind!r} is unknown; known: {list(KINDS)}')
   if 'layers' in spec.axes[1:]:
     raise ValueError(f"{path}: axes {spec.axes} must name 'layers' first")
-  matrix_axes = len(spec.axes) - stacks_of(spec)
+  matrix_axes = len(spec.axes) - ax.stacks(spec.axes)
   if spec.kind == 'matrix' and not 1 <= spec.inputs < matrix_axes:
     raise ValueError(
       f'{path}: inputs={spec.inputs}, but a matrix of axes {spec.axes} contracts over at least 1 '
@@ -322,32 +227,10 @@ def _check_spec(path: str, spec) -> None:
 def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTransformation:
   """What makes the optimizer itself: gradients to updates at learning rate 1, before decay."""
   s = config.settings()
+  if config.name in OWN:
+    return names.imported(OWN[config.name])(s, specs, whole)
   if config.name == 'adamw':
     return optax.scale_by_adam(s['b1'], s['b2'], s['epsilon'])
-  if config.name == 'adam8bit':
-
-    def matrices(_):
-      return jax.tree.map(lambda spec: spec.kind == 'matrix', specs)
-
-    return adam8bit.scale_by_adam8bit(s['b1'], s['b2'], s['epsilon'], matrices)
-  if config.name == 'adafactor':
-    return scale_by_adafactor(s['epsilon'], specs)
   if config.name == 'lion':
     return optax.scale_by_lion(s['b1'], s['b2'])
-  if config.name == 'sgd':
-    return optax.trace(s['momentum'])
-  groups = jax.tree.map(lambda spec: 'muon' if _is_hidden_matrix(spec) else 'adamw', specs)
-  if whole and 'muon' not in jax.tree.leaves(groups):
-    raise ValueError(
-      "optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use "
-      "'adamw'"
-    )
-  return optax.partition(
-    {
-      'muon': scale_by_muon(s['momentum'], specs),
-      'adamw': optax.chain(
-        optax.scale_by_adam(s['b1'], s['b2'], s['epsilon']), optax.scale(s['adam_ratio'])
-      ),
-    },
-    lambda _: groups,
-  )
+  return optax.trace(s['momentum'])

@@ -262,7 +262,7 @@ def test_templates_travel_by_name_and_the_file_goes_first(tmp_path):
     'tokenizer.json',
     'tokenizer_config.json',
   }
-  assert [file.name for file in huggingface.paths(tmp_path / 'a')] == [
+  assert [file.name for file in huggingface.HuggingFaceTokenizer.paths(tmp_path / 'a')] == [
     'tokenizer.json',
     'tokenizer_config.json',
     'chat_template.jinja',

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import cache, shards, tokenizers
+from data import cache, sentencepiece, shards
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import corpus_key, prepare
 
@@ -209,7 +209,7 @@ def test_sentencepiece_is_trained_on_the_training_split_only(tmp_path):
   )
   assert [b'zebra' in piece for piece in prepared.tokenizer.token_bytes].count(True) == 1
   training = decoded(prepared, prepared.train[0])
-  assert tokenizers.train_sentencepiece(made.tokenizer, training) == prepared.tokenizer.model
+  assert sentencepiece.train(made.tokenizer, training) == prepared.tokenizer.model
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'flipped', 'missing', 'index'])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data import sources, tokenizers
-from data.config import SourceConfig, TokenizerConfig
+from data import sentencepiece as pieces, sources, tokenizers
+from data.config import TOKENIZER_KINDS, SourceConfig, TokenizerConfig
 from tests.data.tokenizer_families import CORPUS
 
 T5 = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 't5.model'
@@ -96,7 +96,7 @@ def prefixed(**settings):
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(CORPUS), model_writer=model, model_type='bpe', vocab_size=350, **settings
   )
-  return tokenizers.SentencePieceTokenizer(model.getvalue())
+  return pieces.SentencePieceTokenizer(model.getvalue())
 
 
 @pytest.mark.parametrize('kind', ['byte', 'char', 'bpe'])
@@ -131,9 +131,9 @@ def test_decoding_agrees_with_sentencepiece():
 
 def test_training_is_deterministic_and_uses_the_share():
   config = TokenizerConfig(vocabulary=1024)
-  assert tokenizers.train_sentencepiece(config, corpus()) == trained().model
-  assert tokenizers.train_sentencepiece(config, corpus(), share=0.5) != trained().model
-  assert list(tokenizers._sample('abcdefghij', 0.3)) == ['d', 'g', 'j']
+  assert pieces.train(config, corpus()) == trained().model
+  assert pieces.train(config, corpus(), share=0.5) != trained().model
+  assert list(pieces._sample('abcdefghij', 0.3)) == ['d', 'g', 'j']
 
 
 def test_code_compresses():
@@ -201,6 +201,11 @@ def test_a_loaded_model_keeps_its_ids_and_its_losses_are_counted():
   assert tok.decode(ids) == 'Hello, world!' and tok.losses('Hello, world!', ids) == 0
   assert tok.losses('two  spaces\n', tok.encode('two  spaces\n')) == 2
   assert tok.losses('{', tok.encode('{')) > 0
+
+
+def test_every_kind_that_a_config_may_name_is_a_class():
+  assert tuple(tokenizers.KINDS) == TOKENIZER_KINDS
+  assert all(tokenizers.of(kind).kind == kind for kind in TOKENIZER_KINDS)
 
 
 def test_arrays_are_int32():

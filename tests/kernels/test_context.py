@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention as dispatch, context
+from kernels import attention as dispatch, context, ring
 from kernels.attention import attention
 from kernels.mask import Mask, Relative, zigzag
 from kernels.scoring import Scoring
@@ -252,7 +252,7 @@ def test_zigzag_work_is_the_same_on_all_devices(R):
     late = 2 * R - 1 - mine
     own = [(mine, mine), (late, mine), (late, late)]  # the device's own tokens, in order
     for other in set(range(R)) - {mine}:
-      hop = context._pairs(mine, other)
+      hop = ring._pairs(mine, other)
 
       def chunks(i):
         return jnp.array([[i, 2 * R - 1 - i]])

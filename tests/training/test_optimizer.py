@@ -13,11 +13,11 @@ from flax import nnx
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, PartitionSpec as P
 
-from training import optimizer as opt
+from training import muon, optimizer as opt
 from training.optimizer import OptimizerConfig
 
 STEPS = 20
-orthogonalize = jax.jit(opt.orthogonalize)
+orthogonalize = jax.jit(muon.orthogonalize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +409,7 @@ def test_muon_sees_every_expert_as_a_matrix(sizes):
     Spec(('layers', 'experts', 'embed', 'feed_forward'), 'matrix'),
     np.random.default_rng(0).normal(size=(3, 2, 16, 24)),
   )
-  transformation = opt.scale_by_muon(0.0, {'w': spec})
+  transformation = muon.scale_by_muon(0.0, {'w': spec})
   with jax.set_mesh(mesh(sizes)):
     grads = {'w': jax.device_put(jnp.asarray(values, jnp.float32), P(None, None, 'fsdp', 'tensor'))}
     updates, _ = jax.jit(transformation.update)(grads, transformation.init(grads))
@@ -426,7 +426,7 @@ def test_muon_momentum_is_nesterov():
   first, second = (
     jnp.asarray(np.random.default_rng(i).normal(size=(8, 8)), jnp.float32) for i in range(2)
   )
-  transformation = opt.scale_by_muon(0.9, spec)
+  transformation = muon.scale_by_muon(0.9, spec)
   _, state = transformation.update({'w': first}, transformation.init(params))
   updates, _ = transformation.update({'w': second}, state)
   # Jordan's form: buffer = 0.9 buffer + 0.1 g; direction = 0.9 buffer + 0.1 g.
@@ -488,7 +488,7 @@ def test_sharded_equals_one_device(name):
 )
 def test_muon_moves_whole_layers_without_gathering(name, shape, spec):
   values = random_tree(0, {name: shape})
-  transformation = opt.scale_by_muon(0.95, {name: SPECS[name]})
+  transformation = muon.scale_by_muon(0.95, {name: SPECS[name]})
   expected, _ = jax.jit(transformation.update)(values, transformation.init(values))
   with jax.set_mesh(mesh((2, 4))):
     grads = {name: jax.device_put(values[name], spec)}
@@ -502,7 +502,7 @@ def test_muon_moves_whole_layers_without_gathering(name, shape, spec):
 
 def test_muon_under_auto_axes():
   params = {'q': random_tree(0)['q']}
-  transformation = opt.scale_by_muon(0.95, {'q': SPECS['q']})
+  transformation = muon.scale_by_muon(0.95, {'q': SPECS['q']})
   expected, _ = run(transformation, params)
   with jax.set_mesh(mesh((2, 4), AxisType.Auto)):
     actual, _ = run(transformation, sharded(params))
