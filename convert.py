@@ -35,6 +35,8 @@ from model.tensorfiles import TensorFiles
 from training import config as configs
 from workdir import seals
 from workdir.checkpoint import Checkpoints
+from workdir.open import check_own, config_of
+from workdir.reseal import reseal
 
 SENTENCEPIECE = (
   'tokenizer.model',
@@ -139,7 +141,7 @@ def _generation(source: pathlib.Path, tokenizer) -> dict:
 
 def _export(options) -> None:
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
-  config = seals.opened(workdir).model
+  config = config_of(workdir).model
   family = families.family_of(config, options.family)
   checkpoints = Checkpoints(workdir, log=_log)
   steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {
@@ -147,7 +149,7 @@ def _export(options) -> None:
   }
   steps = {name: step for name, step in steps.items() if step is not None}
   step = steps[names.check('checkpoint', options.checkpoint, steps)]
-  seals.check_own(checkpoints.record(step), workdir)
+  check_own(checkpoints.record(step), workdir)
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
   if tokenizer:
     tokenizer.generation = generations.read(workdir)
@@ -187,7 +189,7 @@ def _export(options) -> None:
 
 
 def _seal(options) -> None:
-  seals.reseal(options.workdir, _log)
+  reseal(options.workdir, _log)
 
 
 def _write_tokenizer(directory: pathlib.Path, tokenizer, config, family: str) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 import jax
 
+import names
 from model import flops, params
 from parallel import axes
-from training import spill, state as states
+from training import state as states
 from training.config import Config
 from training.optimizer import make_optimizer
 from training.state import TrainState
@@ -40,7 +41,7 @@ def make_target(config: Config, make_state, mesh: jax.sharding.Mesh, directory) 
   """
   state = params.abstract(make_state, mesh)
   if config.train.offload_optimizer == 'disk':
-    return spill.on_disk(state, config.train.spill_dir or directory)
+    return names.imported('training.spill.on_disk')(state, config.train.spill_dir or directory)
   return state
 
 
@@ -66,7 +67,9 @@ def begin_state(
   state = dataclasses.replace(
     state, models=state.models | joined({name: state.models[name] for name in given}, frozen)
   )
-  return state if config.train.offload_optimizer != 'disk' else spill.begin(config, state, target)
+  if config.train.offload_optimizer != 'disk':
+    return state
+  return names.imported('training.spill.begin')(config, state, target)
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import names
 from model import rearranged, weights
 from objectives.objective import or_one
 from parallel import offload
-from training import precision, spill, state as states, update
+from training import precision, state as states, update
 from training.config import Config
 from training.gradients import accumulate, check
 from training.optimizer import clip, make_schedule
@@ -39,7 +40,8 @@ def make_step(config: Config, optimizer: optax.GradientTransformation):
   gradients, rule = make_gradients(config), states.rule(config)
   prepared, advance = functools.partial(_prepared, config), functools.partial(_advance, config)
   if config.train.offload_optimizer == 'disk':
-    return Step(spill.SpilledStep(config, gradients, prepared, advance), rule)
+    spilled = names.imported('training.spill.SpilledStep')
+    return Step(spilled(config, gradients, prepared, advance), rule)
   in_parts = config.train.offload_optimizer or config.train.offload_parameters
 
   def step(state: TrainState, frozen, batch):

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -40,7 +42,7 @@ def open_run(
   Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a
   checkpoint that is not there or damaged, and for a mesh that the devices do not fill.
   """
-  config = seals.opened(workdir)
+  config = config_of(workdir)
   model_config = generating(config.model)
   checkpoints = Checkpoints(workdir)
   step = _step(checkpoints, checkpoint)
@@ -50,7 +52,7 @@ def open_run(
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
     model = checkpoints.model(target, step)
-  seals.check_own(checkpoints.record(step), pathlib.Path(workdir))
+  check_own(checkpoints.record(step), pathlib.Path(workdir))
   tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
   tokenizer.generation = generation.read(workdir)
   return Run(config, model, tokenizer, mesh)
@@ -70,3 +72,38 @@ def _step(checkpoints: Checkpoints, checkpoint: str) -> int | None:
       f'checkpoint {step} is damaged: ' + '; '.join(problems) + "; use another, or 'last'"
     )
   return step
+
+
+def config_of(workdir: str | os.PathLike) -> configs.Config:
+  """A directory's config.json, for who reads its model.
+
+  Raises FileNotFoundError where there is none, ValueError where it tells of another model than the
+  last checkpoint's record.
+  """
+  path = pathlib.Path(workdir) / configs.FILE
+  kept = seals.last_config(Checkpoints(workdir))
+  if kept is not None and not path.exists():
+    raise FileNotFoundError(
+      f'{path} does not exist, though there are checkpoints; {seals.SEAL} {workdir} writes it anew '
+      'from the last one'
+    )
+  config = configs.load(workdir)
+  lines = [] if kept is None else configs.differences(kept, config)
+  lines = [line for line in lines if line.startswith('model.')]
+  if lines:
+    raise ValueError(
+      f'{path} is not of the model that the last checkpoint was trained as: {"; ".join(lines)}; '
+      f'bring the file back, or, where that is meant, run {seals.SEAL} {workdir}'
+    )
+  return config
+
+
+def check_own(record: Mapping[str, Any], workdir: pathlib.Path) -> None:
+  """Raises ValueError where the run's tokenizer, or where it ends texts, is not what it was."""
+  run, now = record.get('run', {}), seals.own(workdir)
+  for name in seals.OWN:
+    if name in run and run[name] != now[name]:
+      raise ValueError(
+        f'{workdir / name} was changed since checkpoint {record["step"]} was written; bring it '
+        f'back from a copy, or, where that is meant, run {seals.SEAL} {workdir}'
+      )

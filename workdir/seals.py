@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import files
 from data.generation import GENERATION
 from data.tokenizer import Tokenizer
 from training import config as configs
@@ -35,7 +34,7 @@ def run_of(record: Mapping[str, Any]) -> str:
 
 def bound(run: str, workdir: pathlib.Path, mark: Mapping[str, Any]) -> dict:
   """What a record holds under `run`; mark: see workdir.watch.Watch.mark."""
-  return {'id': run, 'metrics': dict(mark), **_own(workdir)}
+  return {'id': run, 'metrics': dict(mark), **own(workdir)}
 
 
 def begun(workdir: str | os.PathLike) -> Config | None:
@@ -44,7 +43,7 @@ def begun(workdir: str | os.PathLike) -> Config | None:
 
   Raises ValueError for a config.json that is not one.
   """
-  kept = _last_config(Checkpoints(workdir))
+  kept = last_config(Checkpoints(workdir))
   if kept is not None:
     return kept
   return configs.load(workdir) if (pathlib.Path(workdir) / configs.FILE).exists() else None
@@ -64,30 +63,6 @@ def check_unchanged(config: Config, workdir: str | os.PathLike, allow_change: bo
     )
 
 
-def opened(workdir: str | os.PathLike) -> Config:
-  """A directory's config.json, for who reads its model.
-
-  Raises FileNotFoundError where there is none, ValueError where it tells of another model than the
-  last checkpoint's record.
-  """
-  path = pathlib.Path(workdir) / configs.FILE
-  kept = _last_config(Checkpoints(workdir))
-  if kept is not None and not path.exists():
-    raise FileNotFoundError(
-      f'{path} does not exist, though there are checkpoints; {SEAL} {workdir} writes it anew from '
-      'the last one'
-    )
-  config = configs.load(workdir)
-  lines = [] if kept is None else configs.differences(kept, config)
-  lines = [line for line in lines if line.startswith('model.')]
-  if lines:
-    raise ValueError(
-      f'{path} is not of the model that the last checkpoint was trained as: {"; ".join(lines)}; '
-      f'bring the file back, or, where that is meant, run {SEAL} {workdir}'
-    )
-  return config
-
-
 def check_tokenizer(record: Mapping[str, Any], workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
   """Raises ValueError where a run would go on with other tokens than those of its checkpoint."""
   digest = record.get('run', {}).get('tokenizer')
@@ -100,17 +75,6 @@ def check_tokenizer(record: Mapping[str, Any], workdir: pathlib.Path, tokenizer:
       f'{record["step"]} in {workdir} was trained with ({digest[:12]}); prepare the data with that '
       'one, data.tokenizer.path, or begin another run'
     )
-
-
-def check_own(record: Mapping[str, Any], workdir: pathlib.Path) -> None:
-  """Raises ValueError where the run's tokenizer, or where it ends texts, is not what it was."""
-  run, now = record.get('run', {}), _own(workdir)
-  for name in OWN:
-    if name in run and run[name] != now[name]:
-      raise ValueError(
-        f'{workdir / name} was changed since checkpoint {record["step"]} was written; bring it '
-        f'back from a copy, or, where that is meant, run {SEAL} {workdir}'
-      )
 
 
 def keep_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
@@ -148,36 +112,7 @@ def settle_metrics(
     )
 
 
-def reseal(workdir: str | os.PathLike, log: Callable[[str], Any]) -> None:
-  """Makes config.json and OWN, as a person has edited them, those of the run's checkpoints, or
-  writes config.json anew from the last one's record.
-
-  Raises FileNotFoundError where neither is there, ValueError for a file that is no config.
-  """
-  checkpoints = Checkpoints(workdir)
-  path = pathlib.Path(workdir) / configs.FILE
-  if not path.exists():
-    kept = _last_config(checkpoints)
-    if kept is None:
-      raise FileNotFoundError(f'{path} does not exist, and no checkpoint there tells what it was')
-    configs.save(kept, workdir)
-    log(f'{path}: written anew from the last checkpoint')
-    return
-  values = files.json_object(path.read_bytes(), path)
-  values.pop(files.SEAL, None)
-  config = configs.of(values, str(path))
-  before = _last_config(checkpoints)
-  configs.save(config, workdir)
-  for step in checkpoints.steps():
-    run = checkpoints.record(step).get('run', bound(run_of({}), path.parent, {}))
-    checkpoints.amend(step, {'config': configs.to_dict(config), 'run': run | _own(path.parent)})
-  changed = configs.changes(before, config).values() if before else ()
-  log(f'{path}: sealed, with {len(checkpoints.steps())} checkpoints')
-  for line in changed:
-    log(f'  {line}')
-
-
-def _last_config(checkpoints: Checkpoints) -> Config | None:
+def last_config(checkpoints: Checkpoints) -> Config | None:
   """Of the last record that can be read, where it has one."""
   for step in reversed(checkpoints.steps()):
     try:
@@ -189,7 +124,7 @@ def _last_config(checkpoints: Checkpoints) -> Config | None:
   return None
 
 
-def _own(workdir: pathlib.Path) -> dict[str, str]:
+def own(workdir: pathlib.Path) -> dict[str, str]:
   return {name: _digest(workdir / name) for name in OWN}
 
 

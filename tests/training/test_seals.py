@@ -14,9 +14,9 @@ import convert
 from data.generation import GENERATION
 from tests.training.conftest import on, run_here
 from training import config as configs
-from workdir import metrics, seals
+from workdir import metrics
 from workdir.checkpoint import Checkpoints
-from workdir.open import open_run
+from workdir.open import config_of, open_run
 
 
 def four(corpus, steps: int = 4, **parts):
@@ -55,7 +55,7 @@ def edit(path, old: str, new: str):
 
 def test_a_digit_of_config_json_is_seen_and_the_command_that_is_named_seals_it(run, capsys):
   edit(run / configs.FILE, '"norm_epsilon": 1e-05', '"norm_epsilon": 1e-06')
-  for opened in (open_run, configs.load, seals.opened):
+  for opened in (open_run, configs.load, config_of):
     with pytest.raises(ValueError, match='config.json was changed .* convert.py seal --workdir'):
       opened(run)
   convert.main(['seal', '--workdir', str(run)])
