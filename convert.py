@@ -80,6 +80,8 @@ def _import(options) -> None:
     run = configs.Config(model=config, data=data).resolve(
       tokenizer.vocabulary if tokenizer else config.V
     )
+    origin = families.origin(checkpoint.read_json(source))
+    files.replace(partial / seals.ORIGIN, json.dumps(origin, indent=2) + '\n')
     # Small, because a file lies in memory while it is written.
     checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21)
     checkpoints.save(
@@ -142,7 +144,8 @@ def _generation(source: pathlib.Path, tokenizer) -> dict:
 def _export(options) -> None:
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
   config = config_of(workdir).model
-  family = families.family_of(config, options.family)
+  origin = _origin(workdir)
+  family = _family(config, options.family, origin)
   checkpoints = Checkpoints(workdir, log=_log)
   steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {
     str(step): step for step in checkpoints.steps()
@@ -176,6 +179,8 @@ def _export(options) -> None:
       checkpoint.SHARD_BYTES,
       special,
     )
+    if families.name_of(family) == origin['family']:
+      _write_origin(partial, origin)
     if tokenizer:
       _write_tokenizer(partial, tokenizer, config, families.name_of(family))
     else:
@@ -186,6 +191,35 @@ def _export(options) -> None:
     f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
     f'{options.dtype or config.execution.parameter_dtype}'
   )
+
+
+def _origin(workdir: pathlib.Path) -> dict:
+  """What an import kept of config.json, see families.origin; without an import, nothing."""
+  path = workdir / seals.ORIGIN
+  origin = files.json_object(path.read_bytes(), path) if path.exists() else {}
+  origin = {'family': '', 'keys': {}} | origin
+  if not isinstance(origin['keys'], dict):
+    raise ValueError(f'{path}: keys={origin["keys"]!r} must be an object with names')
+  return origin
+
+
+def _family(config, wanted: str, origin: dict):
+  """The family to write: the one that is wanted, else the one that the model came in, else the
+  first that can express it.
+  """
+  if wanted or origin['family'] not in families.FAMILIES:
+    return families.family_of(config, wanted)
+  problems = families.problems(config, families.FAMILIES[origin['family']])
+  if not problems:
+    return families.FAMILIES[origin['family']]
+  _log(f'NOTE: it came as {origin["family"]}, which cannot express {", ".join(problems)} now')
+  return families.family_of(config)
+
+
+def _write_origin(directory: pathlib.Path, origin: dict) -> None:
+  """Keys of the config.json that the model came with, which its own config tells nothing of."""
+  hf = checkpoint.read_json(directory)
+  files.replace(directory / 'config.json', json.dumps(hf | origin['keys'], indent=2) + '\n')
 
 
 def _seal(options) -> None:

@@ -276,10 +276,9 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict
   Raises ValueError where another process does not see it.
   """
   if jax.process_index() == 0:
-    # Where the model that it begins with ends its texts, see data/generation.py.
-    inherited = pathlib.Path(config.init) / 'generation_config.json'
-    if config.init and inherited.is_file():
-      files.replace(workdir / inherited.name, inherited.read_bytes())
+    for inherited in (pathlib.Path(config.init) / name for name in seals.INHERITED):
+      if config.init and inherited.is_file():
+        files.replace(workdir / inherited.name, inherited.read_bytes())
     configs.save(config, workdir)
     seals.keep_tokenizer(tokenizer, workdir)
     seals.settle_metrics(record, workdir, log)

@@ -19,6 +19,7 @@ from model.tensorfiles import INDEX
 from tests.goldens import ours
 from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
 from training import config as configs
+from workdir.seals import ORIGIN
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAYS = {'do_sample': True, 'temperature': 0.25, 'top_p': 0.5, 'typical_p': 0.7}
@@ -72,9 +73,8 @@ def test_end_ids_go_wherever_the_model_goes_and_out_again(imported, tmp_path):
   config = dataclasses.replace(configs.load(imported / 'run'), init=str(imported / 'run'))
   tokenizer = tokenizers.load(imported / 'run' / 'tokenizer')
   train.claim(tmp_path / 'tuned', config, tokenizer, {}, print)
-  assert (tmp_path / 'tuned' / GENERATION).read_bytes() == (
-    imported / 'run' / GENERATION
-  ).read_bytes()
+  for name in (GENERATION, ORIGIN):
+    assert (tmp_path / 'tuned' / name).read_bytes() == (imported / 'run' / name).read_bytes()
 
   command('export', '--workdir', imported / 'run', '--to', tmp_path / 'out')
   assert written(tmp_path / 'out', 'config.json')['eos_token_id'] == [256, 7, 9]
@@ -183,3 +183,34 @@ def test_a_header_that_is_damaged_is_named(tmp_path, header):
   path = tmp_path / 'hf' / 'model.safetensors'
   path.write_bytes(struct.pack('<Q', len(header)) + header.encode())
   refused(tmp_path, 'model.safetensors is truncated or damaged')
+
+
+MISTRAL = LLAMA | {'model_type': 'mistral', 'sliding_window': None, 'attention_dropout': 0.25}
+GPT2 = {
+  'model_type': 'gpt2',
+  'vocab_size': 300,
+  'n_embd': 32,
+  'n_layer': 2,
+  'n_head': 4,
+  'n_positions': 64,
+  'reorder_and_upcast_attn': True,
+  'embd_pdrop': 0.0,
+}
+
+
+@pytest.mark.parametrize('hf', [MISTRAL, GPT2], ids=['mistral', 'gpt2'])
+def test_a_model_goes_out_as_what_it_came_in(tmp_path, hf):
+  """A Mistral without a window is a Llama, number for number, but not for who serves it; and what
+  no ModelConfig tells, as it acts on rounding or on training elsewhere, is not lost.
+  """
+  ours.build(hf | {'vocab_size': 300}, tmp_path / 'hf')
+  command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
+  command('export', '--workdir', tmp_path / 'run', '--to', tmp_path / 'out')
+  out = written(tmp_path / 'out', 'config.json')
+  kept = ('model_type', 'attention_dropout', 'reorder_and_upcast_attn', 'embd_pdrop')
+  assert {key: out.get(key) for key in kept} == {key: hf.get(key) for key in kept}
+  if hf is MISTRAL:
+    command(
+      'export', '--workdir', tmp_path / 'run', '--to', tmp_path / 'llama', '--family', 'llama'
+    )
+    assert written(tmp_path / 'llama', 'config.json')['model_type'] == 'llama'

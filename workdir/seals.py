@@ -23,7 +23,9 @@ from workdir import metrics
 from workdir.checkpoint import Checkpoints
 
 TOKENIZER = 'tokenizer'
-OWN = (TOKENIZER, GENERATION)  # what else of a directory decides what a model says
+ORIGIN = 'origin.json'  # of an imported model, see model.families.origin
+INHERITED = (GENERATION, ORIGIN)  # by runs that begin with this one's model
+OWN = (TOKENIZER, *INHERITED)  # what else of a directory is read back
 SEAL = 'python convert.py seal --workdir'
 
 

@@ -33,6 +33,7 @@ from model.families import (
   qwen3_moe,
   t5,
 )
+from model.families.keys import TRAINING
 from model.params import named_leaves
 
 FAMILIES = {
@@ -94,6 +95,16 @@ def read(
 def _digits(value) -> bool:
   """Whether a value is a number between quotes."""
   return isinstance(value, str) and value.replace('.', '', 1).lstrip('-').isdigit()
+
+
+def origin(hf: dict) -> dict:
+  """What an export of a parsed config.json's model is to have of it though no ModelConfig tells:
+  {'family': .., 'keys': {..}}, JSON-able.
+  """
+  return {
+    'family': TYPES[hf['model_type']],
+    'keys': {key: value for key, value in hf.items() if key in TRAINING},
+  }
 
 
 def name_of(family: ModuleType) -> str:

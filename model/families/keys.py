@@ -24,7 +24,7 @@ HARMLESS = frozenset(
 )
 # These act in training only (Tandem has its own initialisers, losses and no dropout),
 # or on rounding only.
-HARMLESS |= frozenset(
+TRAINING = frozenset(
   '''
     initializer_range initializer_factor attention_dropout hidden_dropout_prob
     attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop dropout_rate hidden_dropout
@@ -32,6 +32,7 @@ HARMLESS |= frozenset(
     reorder_and_upcast_attn
 '''.split()
 )
+HARMLESS |= TRAINING
 
 # Keys that say something only with another value.
 ABSENT = {
