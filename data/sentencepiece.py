@@ -29,6 +29,8 @@ class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model (Kudo & Richardson 2018, arXiv:1808.06226).
 
   A model without a bos id (T5's) starts documents with its eos, as GPT-2 does with <|endoftext|>.
+  Text cannot name a control piece. A user-defined one is, by SentencePiece's definition, a piece of
+  text: what spells it becomes its id, here as elsewhere, and gives the same text back.
 
   Args:
     model: the bytes of a .model file.
