@@ -169,10 +169,14 @@ def train_steps(
     profile.before(step)
     batch = feed.take(state)
     tokens = count(batch)
+    lossy = step == begun.step + 1 and config.model.execution.parameter_dtype != 'float32'
+    moved = names.imported('training.moved.Moved')(config, state) if lossy else None
     state, metrics, step_norms = train_step(state, batch)
     profile.after(step, metrics)
     check_finite(watch.step(step, metrics, tokens), norms, config, checkpoints)
     norms = step_norms
+    for said in moved.lines(state) if moved else ():
+      watch.print(said)
     final, evaluation = step == config.train.steps, {}
 
     if final or every(config.train.eval_every, step):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 
 import jax
@@ -464,7 +465,7 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
     run_here(begun(wrong), tmp_path / 'other')
 
 
-def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path):
+def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path, capsys):
   """At a small rate bf16 loses nine of ten updates, and all of norms, whose scales are near 1."""
   half = ModelConfig(execution=ExecutionConfig(parameter_dtype='bfloat16'))
   base = on(corpus, train={'steps': 1})
@@ -472,7 +473,8 @@ def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path):
     base, model=base.model.with_execution(parameter_dtype='bfloat16', dtype='bfloat16')
   )
   run_here(base, tmp_path / 'base')
-  small = {'optimizer': {'learning_rate': 2e-5}, 'train': {'steps': 2, 'save_every': 2}}
+  capsys.readouterr()
+  small = {'optimizer': {'learning_rate': 2e-5}, 'train': {'steps': 2, 'save_every': 1}}
   begin = dataclasses.replace(on(corpus, **small), init=str(tmp_path / 'base'), model=ModelConfig())
   data = dataclasses.replace(begin.data, tokenizer=TokenizerConfig())
   begin = dataclasses.replace(begin, data=data)
@@ -496,7 +498,18 @@ def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path):
   )
   assert norms and all(shares[name] > 0.9 for name in norms)
   # What is asked for holds.
+  assert 'of the entries trained' not in capsys.readouterr().out
   types, lost = moved(half, tmp_path / 'lost')
+  out = capsys.readouterr().out
+  (said,) = re.findall(r'step 1 moved ([\d.]+)% of the entries trained in bfloat16', out)
+  pairs = [
+    (x, before[name])
+    for name, x in state_of(tmp_path / 'lost', 1).items()
+    if name.startswith('models.policy.')
+  ]
+  share = sum((x != old).sum() for x, old in pairs) / sum(x.size for x, _ in pairs)
+  # A sample: one device's part.
+  assert 0 < share < 0.5 and abs(float(said) / 100 - share) < 0.03
   assert types == {'bfloat16'} and all(lost[name] == 0 for name in norms)
 
 
