@@ -224,8 +224,9 @@ class Course:
     # Who has given up drafts nothing in the chunk that is under way, so that no part of a law is
     # left over when it ends.
     least = self._drafter.least
-    self.fell_back |= all(
-      row.finish or gave_up(np.float32(row.drafted), row.accepted, least) for row in rows
+    going = [row for row in rows if not row.finish]
+    self.fell_back |= bool(going) and all(
+      gave_up(np.float32(row.drafted), row.accepted, least) for row in going
     )
 
   def _trying(self) -> bool:

@@ -162,13 +162,14 @@ class Engine:
     return list(self._unread)
 
   def join(self, row: int, request: Request) -> None:
-    """A free row begins with a request.
+    """A free row begins with a request, `fitted` to it.
 
     Raises ValueError for a row that is not free, and for a request that does not fit.
     """
     if row not in self.free:
       raise ValueError(f'row {row} is not free; these are: {self.free}; release others first')
     self._check_request(request)
+    request = self.fitted(request)
     before = self._tables.automaton
     place = self._tables.add(request.constraint)
     if self._tables.automaton is not before:
@@ -224,6 +225,11 @@ class Engine:
     if leaving.any():
       leaving = self._put(leaving)
       self.state, self.rules = self._run('release', self.state, self.rules, leaving)
+
+  def fitted(self, request: Request) -> Request:
+    """The request with no more new tokens than a row has room for behind its prompt."""
+    room = self.sizes.capacity - len(request.prompt)
+    return dataclasses.replace(request, max_new_tokens=min(request.max_new_tokens, room))
 
   def part_of(self, row: int) -> int:
     """On which part of the mesh a row lives: it is read and written there only."""
@@ -320,10 +326,10 @@ class Engine:
       raise ValueError(
         f'a prompt of {len(prompt)} tokens and max_new_tokens={new}: both must be at least 1'
       )
-    if len(prompt) + new > sizes.capacity:
+    if len(prompt) >= sizes.capacity:
       raise ValueError(
-        f'a prompt of {len(prompt)} tokens and max_new_tokens={new} pass capacity={sizes.capacity} '
-        'of a row; shorten the prompt or ask for fewer'
+        f'a prompt of {len(prompt)} tokens leaves no room for new ones in '
+        f'capacity={sizes.capacity} of a row; shorten the prompt'
       )
     wrong = [i for i in prompt if not 0 <= i < self._vocabulary]
     if wrong:
