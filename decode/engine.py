@@ -97,7 +97,7 @@ class Engine:
   ended stays as it is, and costs what it holds, until then. Not for several threads at a time.
 
   Attributes:
-    sizes, mesh: as they were given.
+    sizes, mesh: as they were given, but for read_tokens beyond model.max_length.
     state, rules: of all rows, on the device.
   """
 
@@ -118,11 +118,15 @@ class Engine:
     Raises ValueError for sizes that the mesh does not split, that the model has no positions for,
     and for experts that drop tokens; NotImplementedError for what has no engine.
     """
+    # A model of few positions reads no more tokens at once than it has of them.
+    read_tokens = min(sizes.read_tokens, config.max_length or sizes.read_tokens)
+    sizes = dataclasses.replace(sizes, read_tokens=read_tokens)
     self.sizes, self.mesh = sizes, mesh
     self._config, self._pad = config, pad
     self._vocabulary = vocabulary or config.V
     with jax.set_mesh(mesh):
       _check(config, sizes)
+      config.check_parameters(dict(mesh.shape))
       self._parts = ax.size('batch')
     self._read_rows = sizes.read_rows or self._parts
     self._programs: dict[str, Any] = {}
@@ -139,7 +143,7 @@ class Engine:
     """All rows are free, whatever they had: also after a call that has failed half-way."""
     self._requests: dict[int, Request] = {}
     self._unread: dict[int, list[int]] = {}
-    self._tables = Tables(self._config.V, self.sizes.states, self.sizes.classes)
+    self._tables = Tables(self._config.table_rows, self.sizes.states, self.sizes.classes)
     self._automaton = self._uploaded()
     self.state, self.rules = self._begun()
 
@@ -237,7 +241,7 @@ class Engine:
 
   def _begin(self) -> tuple[DecodeState, Rules]:
     """The state of rows that are all free, and their rules without an automaton."""
-    sizes, B, V = self.sizes, self.sizes.rows, self._config.V
+    sizes, B, V = self.sizes, self.sizes.rows, self._config.table_rows
 
     def zeros(dtype, *more):
       axes = 'batch', *(None,) * len(more)

@@ -59,6 +59,7 @@ class LoadedModel:
     dtype.
     """
     names.check('weights', weights, ('', 'int8'))
+    model.config.check_parameters(dict(mesh.shape))
     self.tokenizer = tokenizer
     self.mesh = mesh
     self.report: GenerationReport | None = None
@@ -143,7 +144,7 @@ class LoadedModel:
     automaton = places = None
     if options.constraint is not None:
       each = [c for c in _constraints(options, prompts) for _ in range(options.rows)]
-      automaton, places = Automaton.of(each, self.model.config.V)
+      automaton, places = Automaton.of(each, self.model.config.table_rows)
       places = fill(places)
     return Rules(sampling, table, automaton), places, texts, ends
 

@@ -218,7 +218,7 @@ class Session:
 
   def _steps(self, row, rules, places, options, timer):
     generator, begun = self._generator, len(self.ids)
-    prompt = np.zeros((generator.parts, generator.model.config.V), bool)
+    prompt = np.zeros((generator.parts, generator.model.config.table_rows), bool)
     prompt[:, self.ids] = True  # a turn is as a call with all that there is
     state = dataclasses.replace(
       self._read(()),
