@@ -127,32 +127,19 @@ def build(
     ValueError: config.vocabulary isn't the number of ids that came out;
       the file at config.path is of another kind.
   """
-  tokenizer = ready(config)
-  if tokenizer is not None:
-    return tokenizer
-  if config.kind == 'char':
-    made = CharTokenizer(set().union(*map(set, everything)))
+  if config.path:
+    tokenizer = load(config.path)
+    if tokenizer.kind != config.kind:
+      raise ValueError(
+        f'the tokenizer at tokenizer.path={config.path!r} is of kind {tokenizer.kind!r}, not '
+        f'{config.kind!r}; set tokenizer.kind to that'
+      )
+  elif config.kind == 'byte':
+    tokenizer = ByteTokenizer()
+  elif config.kind == 'char':
+    tokenizer = CharTokenizer(set().union(*map(set, everything)))
   else:
-    made = of(config.kind).trained(config, training, share)
-  return _checked(made, config)
-
-
-def ready(config: TokenizerConfig) -> Tokenizer | None:
-  """The tokenizer that a config asks for where it is there without any text; None where it is made
-  of the corpus. Raises as `build`, and as `load`.
-  """
-  if not config.path:
-    return _checked(ByteTokenizer(), config) if config.kind == 'byte' else None
-  tokenizer = load(config.path)
-  if tokenizer.kind != config.kind:
-    raise ValueError(
-      f'the tokenizer at tokenizer.path={config.path!r} is of kind {tokenizer.kind!r}, not '
-      f'{config.kind!r}; set tokenizer.kind to that'
-    )
-  return _checked(tokenizer, config)
-
-
-def _checked(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+    tokenizer = of(config.kind).trained(config, training, share)
   if config.vocabulary and config.vocabulary != tokenizer.vocabulary:
     raise ValueError(
       f'tokenizer.vocabulary={config.vocabulary} but this {config.kind!r} tokenizer has '

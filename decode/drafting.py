@@ -74,9 +74,13 @@ def _misfit(draft: Any, generator: Any, tokens: int) -> str:
       f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model '
       f'({mine.kind!r}, {mine.vocabulary} ids)'
     )
-  if (theirs.V, theirs.table_rows) != (config.V, config.table_rows):
-    sizes = [f'model.vocabulary={c.V} in {c.table_rows} rows' for c in (theirs, config)]
-    return f'it has {sizes[0]}, the model {sizes[1]}'
+  if theirs.V != config.V:
+    return f'it has model.vocabulary={theirs.V}, the model {config.V}'
+  if theirs.table_rows != config.table_rows:
+    return (
+      f'its tables have {theirs.table_rows} rows (model.vocabulary_multiple='
+      f'{theirs.vocabulary_multiple}), the model {config.table_rows}'
+    )
   if draft.mesh != generator.mesh:
     return (
       f'its mesh is {dict(draft.mesh.shape)}, the model has {dict(generator.mesh.shape)} or other '

@@ -254,16 +254,14 @@ class ModelConfig:
   )
   V = property(lambda self: self.vocabulary, doc='Vocabulary; 0 until the tokenizer is known.')
   E = property(lambda self: self.moe.experts, doc='Experts.')
-
-  @property
-  def table_rows(self) -> int:
-    """Rows of embedding and head."""
-    return -(-self.V // self.vocabulary_multiple) * self.vocabulary_multiple
-
-  @property
-  def vocabulary_limit(self) -> int:
-    """From which id on a table's rows are none, as model.vocabulary.Law has it; 0: all are."""
-    return self.V if self.table_rows > self.V else 0
+  table_rows = property(
+    lambda self: -(-self.V // self.vocabulary_multiple) * self.vocabulary_multiple,
+    doc='Rows of embedding and head.',
+  )
+  vocabulary_limit = property(
+    lambda self: self.V if self.table_rows > self.V else 0,
+    doc="From which id on a table's rows are none, as model.vocabulary.Law has it; 0: all are.",
+  )
 
   @property
   def F(self) -> int:

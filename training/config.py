@@ -267,10 +267,8 @@ class Config:
         f'model.execution.pipeline.microbatches={m.execution.pipeline.count(stages)} (default: '
         'mesh.stage); make the batch a multiple, or the microbatches fewer'
       )
-    self.check_parameters(sizes)
-    for role in self.objective.models(m).values():
-      if role.config and role.config != m:
-        dataclasses.replace(self, model=role.config).check_parameters(sizes)
+    for network in dict.fromkeys([m, *(role.config for role in self.objective.models(m).values())]):
+      (network or m).check_parameters(sizes)
     if self.data.sequence_length % (sizes['context'] * tensor):
       raise ValueError(
         f'data.sequence_length={self.data.sequence_length} does not split over '
@@ -279,10 +277,6 @@ class Config:
       )
     if sizes['context'] > 1:
       self._check_context(sizes)
-
-  def check_parameters(self, sizes: dict[str, int]) -> None:
-    """Raises ValueError when a parameter cannot be split evenly over a mesh of these sizes."""
-    self.model.check_parameters(sizes)
 
   def _check_context(self, sizes):
     """The same of rows that are split, and of heads where devices exchange tokens for them."""

@@ -163,14 +163,13 @@ def test_what_a_mesh_does_not_split_is_refused_before_it_is_loaded(
   config = configs.Config(model=model, data=DataConfig(sequence_length=32))
   configs.save(config, tmp_path)
   monkeypatch.setattr(opening.Checkpoints, 'model', lambda *_: pytest.fail('it was read'))
-  monkeypatch.setattr(opening.Checkpoints, 'steps', lambda _: [1])
   with pytest.raises(ValueError, match=words):
     Generator.load(tmp_path, mesh=MeshConfig(data=1, **sizes))
   mesh = mesh_of(**sizes)
   with pytest.raises(ValueError, match=words):
     Engine(model, mesh, Sizes(rows=mesh.shape['fsdp'], capacity=32))
   with pytest.raises(ValueError, match=words):
-    config.check_parameters(dict(mesh.shape))
+    model.check_parameters(dict(mesh.shape))
 
 
 def test_rows_are_counted():
