@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -30,7 +31,7 @@ from data import export, generation as generations, tokenizers
 from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
 from model import checkpoint, families, transformer
-from model.params import abstract
+from model.params import ParamSpec, abstract, specs
 from model.tensorfiles import TensorFiles
 from training import config as configs
 from workdir import seals
@@ -38,6 +39,9 @@ from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of
 from workdir.reseal import reseal
 
+# Of which an import's tables have a multiple of rows, so that as many devices can share them:
+# GPT-2's 50,257 ids have no divisor that a mesh has.
+VOCABULARY_MULTIPLE = 128
 SENTENCEPIECE = (
   'tokenizer.model',
   'spiece.model',
@@ -57,6 +61,7 @@ def _import(options) -> None:
       source,
       dtype=options.dtype,
       compute_dtype=options.compute_dtype,
+      vocabulary_multiple=VOCABULARY_MULTIPLE,
       ignore=options.ignore,
       ignore_keys=tuple(options.ignore_key),
     )
@@ -97,7 +102,8 @@ def _import(options) -> None:
     configs.save(run, partial)
   title = families.TYPES[checkpoint.read_json(source)['model_type']]
   _log(
-    f'{workdir}: {title}, {_count(model):,} parameters in {config.execution.parameter_dtype}, '
+    f'{workdir}: {title}, {_count(model, config):,} parameters in '
+    f'{config.execution.parameter_dtype}, '
     f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
   )
 
@@ -188,7 +194,7 @@ def _export(options) -> None:
     if tokenizer:
       _write_generation(partial, tokenizer.generation)
   _log(
-    f'{target}: {families.name_of(family)}, step {step}, {_count(model):,} parameters in '
+    f'{target}: {families.name_of(family)}, step {step}, {_count(model, config):,} parameters in '
     f'{options.dtype or config.execution.parameter_dtype}'
   )
 
@@ -274,9 +280,10 @@ def _inspect(options) -> None:
       title = families.name_of(families.family_of(config))
     except ValueError:
       title = 'a model of no family'
-  leaves = jax.tree.leaves(jax.eval_shape(functools.partial(transformer.init, config, 0)))
+  model = jax.eval_shape(functools.partial(transformer.init, config, 0))
+  leaves = jax.tree.leaves(model)
   size = sum(x.size * x.dtype.itemsize for x in leaves)
-  count = sum(x.size for x in leaves)
+  count = _count(model, config)
   _log(f'{directory}: {title}, {count:,} parameters, {"/".join(kinds)} in the files')
   _log(
     f'memory per chip in GiB, parameters ({config.execution.parameter_dtype}) split over the chips:'
@@ -289,8 +296,15 @@ def _inspect(options) -> None:
     chips *= 2
 
 
-def _count(model) -> int:
-  return sum(x.size for x in jax.tree.leaves(model))
+def _count(model, config) -> int:
+  """Parameters, but for rows of tables that are no ids."""
+
+  def of(spec):
+    unused = config.table_rows - config.V if 'vocab' in spec.axes else 0
+    return math.prod(spec.shape) - unused * math.prod(spec.shape[1:])
+
+  every = jax.tree.leaves(specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
+  return sum(map(of, every))
 
 
 _log = functools.partial(print, flush=True)

@@ -315,6 +315,14 @@ def show(generator: Generator, completion) -> None:
     print(f"  {shown([id_])!r:>12} {raw:8.3f} (drawn at {processed:.3f})  {likely}")
 
 
+def say_ended(notes) -> None:
+  """Says on stderr of which texts a limit was the end that nobody asked for."""
+  notes = [note for note in notes if note]
+  if notes:
+    several = '' if len(notes) == 1 else f' ({len(notes)} texts ended so; of the first:)'
+    print(f'NOTE:{several} {notes[0]}', file=sys.stderr)
+
+
 def interrupted(completions) -> bool:
   """Whether Ctrl-C has ended them."""
   return any(completion.finish == INTERRUPTED for completion in completions)
@@ -365,6 +373,7 @@ def run() -> None:
   elif not BENCH.value:
     for completion in completions:
       show(generator, completion)
+  say_ended(completion.note for completion in completions)
   if interrupted(completions):
     raise KeyboardInterrupt
   failed = [completion for completion in completions if completion.finish == FAILED]
@@ -395,6 +404,7 @@ def stream(generator: Generator, given, prompts, options: dict) -> None:
     for piece in pieces:
       print(piece, end='', flush=True)
     print(flush=True)
+    say_ended(generator.report.notes)
 
 
 def main(arguments):

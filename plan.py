@@ -302,7 +302,7 @@ def _lower(config, mesh, mode, rows, context, weights):
       '--config.model.vocabulary=50257'
     )
 
-  config.check_parameters(dict(mesh.shape))
+  config.model.check_parameters(dict(mesh.shape))
   model = generating(config.resolve(config.model.vocabulary).model)
   if mode == 'prefill':
     return (

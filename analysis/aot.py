@@ -180,10 +180,12 @@ def decode(
   """
   arrays, row = _abstract(config, mesh, rows, context, weights)
   with jax.set_mesh(mesh):
-    history = History(row(jnp.int32, rows, config.V), row(jnp.bool_, rows, config.V))
+    history = History(
+      row(jnp.int32, rows, config.table_rows), row(jnp.bool_, rows, config.table_rows)
+    )
     state = loop.DecodeState(
       arrays['cache'],
-      row(jnp.float32, rows, config.V),
+      row(jnp.float32, rows, config.table_rows),
       row(jnp.bool_, rows),
       row(jnp.int32, rows),
       history,

@@ -96,6 +96,9 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
     FileNotFoundError: a source matches no file.
   """
   began = time.perf_counter()
+  if config.tokenizer.path or config.tokenizer.kind == 'byte':
+    # What needs no text is found wrong now, and not after hours of reading the corpus.
+    tokenizers.build(config.tokenizer, (), ())
   key = corpus_key(config)
   directory = pathlib.Path(config.cache_dir) / key
   if not (directory / cache.INDEX).exists():

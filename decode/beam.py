@@ -29,7 +29,7 @@ from decode import constrain, loop, sampling as laws
 from decode.loop import Chunk, DecodeState, Rules
 from decode.options import Options
 from decode.report import CallTimer, GenerationReport
-from decode.request import INTERRUPTED, LENGTH, Row, raise_where_all_failed
+from decode.request import INTERRUPTED, Row, raise_where_all_failed
 from model import cache as caches
 from model.transformer import Decoder
 from parallel import axes as ax
@@ -220,13 +220,13 @@ def texts(
       return state, (goes_on, best(state))
 
   used = len(rows) // options.num_samples  # prompts; the others fill the mesh up
-  timer.began(state.rows.cache, int(np.asarray(state.begun)[:used].sum()) * W)
-  left = options.max_new_tokens
-  finish = LENGTH
+  read = int(np.asarray(state.begun)[:used].sum())
+  timer.began(state.rows.cache, read, read * W)
+  left = most = max(row.most for row in rows)
   nothing = [''] * len(rows)
 
   def lengths():
-    return [options.max_new_tokens - left] * (used * W)
+    return [most - left] * (used * W)
 
   count = 1
   state, ahead = timer.first(advance(state, count))
@@ -242,10 +242,10 @@ def texts(
         break
       yield nothing
   except KeyboardInterrupt:
-    finish = INTERRUPTED
+    pass  # with what there is
 
   scores, chunk = jax.tree.map(np.asarray, ahead[1])
-  _fill(rows, options, scores, chunk, finish)
+  _fill(rows, options, scores, chunk)
   timer.came(lengths())
   rows[:] = [row for row in rows if row.error or not np.isneginf(row.score)]
   raise_where_all_failed(rows)
@@ -253,14 +253,14 @@ def texts(
   return timer.report(options.seed, rows)
 
 
-def _fill(rows: list[Row], options: Options, scores, chunk: Chunk, finish: str) -> None:
+def _fill(rows: list[Row], options: Options, scores, chunk: Chunk) -> None:
   """Gives each row its text of the best of its prompt. The first row of a prompt without any
   fails.
   """
   for index, row in enumerate(rows):
     prompt, place = divmod(index, options.num_samples)
     row.add(prompt * options.beams + place, chunk)
-    row.end(finish)
+    row.end(INTERRUPTED)  # if it has not ended by now
     row.score = float(scores[prompt, place])
     if np.isneginf(scores[prompt, 0]) and not place and row.error is None:
       row.fail(

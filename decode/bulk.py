@@ -25,8 +25,9 @@ class Written:
   Attributes:
     ids: with the one that ended it, if one did.
     raw: log-probability of each by the model; processed: by the law that it was drawn from.
-    ended: whether one of its ends ended it; otherwise max_new_tokens did.
+    ended: whether one of its ends ended it; otherwise max_new_tokens did, or the row was full.
     broken: whether it ended because the model's scores were not finite.
+    cut: whether a row has less room than it asks for (Engine.fitted).
   """
 
   ids: list[int] = dataclasses.field(default_factory=list)
@@ -34,6 +35,12 @@ class Written:
   processed: list[float] = dataclasses.field(default_factory=list)
   ended: bool = False
   broken: bool = False
+  cut: bool = False
+
+  @property
+  def full(self) -> bool:
+    """Whether the row's capacity was its end, before max_new_tokens."""
+    return self.cut and not self.ended and not self.broken
 
   def add(self, chunk: Chunk, row: int, request: Request) -> bool:
     """Takes the row's tokens of a chunk (of NumPy arrays); whether there will be no more."""
@@ -74,7 +81,9 @@ def complete(
     while True:
       for row, (index, request) in zip(engine.free, waiting):
         engine.join(row, request)
-        rows[row] = index, request, Written()
+        fitted = engine.fitted(request)
+        cut = fitted.max_new_tokens < request.max_new_tokens
+        rows[row] = index, fitted, Written(cut=cut)
       if not rows:
         return
       while engine.reading:

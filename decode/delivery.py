@@ -22,13 +22,9 @@ def deliver(
   course: Course,
   timer: CallTimer,
   options: Options,
-  most: int,
-  finish: str,
 ) -> Iterator[list[str]]:
-  """Fills the rows with at most so many tokens each, and leaves the generator a report; each step
-  gives the text that is new of each row.
-
-  finish: why a row ends that has not ended itself.
+  """Fills the rows, each as far as it goes, and leaves the generator a report; each step gives the
+  text that is new of each row.
   """
   # Chunk k + 1 runs while chunk k is read; the first token comes alone, and soon.
   count = 1
@@ -36,9 +32,9 @@ def deliver(
   try:
     while True:
       chunk = ahead
-      # The least that a row has when this chunk is read.
-      least = min(len(row.ids) for row in rows if not row.finish) + count
-      count = min(most - least, course.most)
+      # The most that a row still lacks when this chunk is read.
+      left = max(row.most - len(row.ids) for row in rows if not row.finish) - count
+      count = min(left, course.most)
       if count > 0:
         ahead = course.advance(count)
 
@@ -52,11 +48,11 @@ def deliver(
   except KeyboardInterrupt:
     if not any(row.ids for row in rows):
       raise
-    finish = INTERRUPTED
     pieces = [''] * len(rows)
     timer.came([len(row.ids) for row in rows])
 
-  pieces = [piece + row.end(finish) for piece, row in zip(pieces, rows)]
+  # Who has not ended by now was interrupted.
+  pieces = [piece + row.end(INTERRUPTED) for piece, row in zip(pieces, rows)]
   generator.report = timer.report(options.seed, rows, course.fell_back)
   yield pieces
   raise_where_all_failed(rows)

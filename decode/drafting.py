@@ -76,6 +76,11 @@ def _misfit(draft: Any, generator: Any, tokens: int) -> str:
     )
   if theirs.V != config.V:
     return f'it has model.vocabulary={theirs.V}, the model {config.V}'
+  if theirs.table_rows != config.table_rows:
+    return (
+      f'its tables have {theirs.table_rows} rows (model.vocabulary_multiple='
+      f'{theirs.vocabulary_multiple}), the model {config.table_rows}'
+    )
   if draft.mesh != generator.mesh:
     return (
       f'its mesh is {dict(draft.mesh.shape)}, the model has {dict(generator.mesh.shape)} or other '
@@ -224,8 +229,9 @@ class Course:
     # Who has given up drafts nothing in the chunk that is under way, so that no part of a law is
     # left over when it ends.
     least = self._drafter.least
-    self.fell_back |= all(
-      row.finish or gave_up(np.float32(row.drafted), row.accepted, least) for row in rows
+    going = [row for row in rows if not row.finish]
+    self.fell_back |= bool(going) and all(
+      gave_up(np.float32(row.drafted), row.accepted, least) for row in going
     )
 
   def _trying(self) -> bool:

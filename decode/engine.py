@@ -97,7 +97,7 @@ class Engine:
   ended stays as it is, and costs what it holds, until then. Not for several threads at a time.
 
   Attributes:
-    sizes, mesh: as they were given.
+    sizes, mesh: as they were given, but for read_tokens beyond model.max_length.
     state, rules: of all rows, on the device.
   """
 
@@ -118,11 +118,15 @@ class Engine:
     Raises ValueError for sizes that the mesh does not split, that the model has no positions for,
     and for experts that drop tokens; NotImplementedError for what has no engine.
     """
+    # A model of few positions reads no more tokens at once than it has of them.
+    read_tokens = min(sizes.read_tokens, config.max_length or sizes.read_tokens)
+    sizes = dataclasses.replace(sizes, read_tokens=read_tokens)
     self.sizes, self.mesh = sizes, mesh
     self._config, self._pad = config, pad
     self._vocabulary = vocabulary or config.V
     with jax.set_mesh(mesh):
       _check(config, sizes)
+      config.check_parameters(dict(mesh.shape))
       self._parts = ax.size('batch')
     self._read_rows = sizes.read_rows or self._parts
     self._programs: dict[str, Any] = {}
@@ -139,7 +143,7 @@ class Engine:
     """All rows are free, whatever they had: also after a call that has failed half-way."""
     self._requests: dict[int, Request] = {}
     self._unread: dict[int, list[int]] = {}
-    self._tables = Tables(self._config.V, self.sizes.states, self.sizes.classes)
+    self._tables = Tables(self._config.table_rows, self.sizes.states, self.sizes.classes)
     self._automaton = self._uploaded()
     self.state, self.rules = self._begun()
 
@@ -162,13 +166,14 @@ class Engine:
     return list(self._unread)
 
   def join(self, row: int, request: Request) -> None:
-    """A free row begins with a request.
+    """A free row begins with a request, `fitted` to it.
 
     Raises ValueError for a row that is not free, and for a request that does not fit.
     """
     if row not in self.free:
       raise ValueError(f'row {row} is not free; these are: {self.free}; release others first')
     self._check_request(request)
+    request = self.fitted(request)
     before = self._tables.automaton
     place = self._tables.add(request.constraint)
     if self._tables.automaton is not before:
@@ -225,13 +230,18 @@ class Engine:
       leaving = self._put(leaving)
       self.state, self.rules = self._run('release', self.state, self.rules, leaving)
 
+  def fitted(self, request: Request) -> Request:
+    """The request with no more new tokens than a row has room for behind its prompt."""
+    room = self.sizes.capacity - len(request.prompt)
+    return dataclasses.replace(request, max_new_tokens=min(request.max_new_tokens, room))
+
   def part_of(self, row: int) -> int:
     """On which part of the mesh a row lives: it is read and written there only."""
     return row // (self.sizes.rows // self._parts)
 
   def _begin(self) -> tuple[DecodeState, Rules]:
     """The state of rows that are all free, and their rules without an automaton."""
-    sizes, B, V = self.sizes, self.sizes.rows, self._config.V
+    sizes, B, V = self.sizes, self.sizes.rows, self._config.table_rows
 
     def zeros(dtype, *more):
       axes = 'batch', *(None,) * len(more)
@@ -320,10 +330,10 @@ class Engine:
       raise ValueError(
         f'a prompt of {len(prompt)} tokens and max_new_tokens={new}: both must be at least 1'
       )
-    if len(prompt) + new > sizes.capacity:
+    if len(prompt) >= sizes.capacity:
       raise ValueError(
-        f'a prompt of {len(prompt)} tokens and max_new_tokens={new} pass capacity={sizes.capacity} '
-        'of a row; shorten the prompt or ask for fewer'
+        f'a prompt of {len(prompt)} tokens leaves no room for new ones in '
+        f'capacity={sizes.capacity} of a row; shorten the prompt'
       )
     wrong = [i for i in prompt if not 0 <= i < self._vocabulary]
     if wrong:

@@ -17,10 +17,10 @@ from decode import beam
 from decode.defaults import model_defaults
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course, drafter_of
-from decode.loaded import LoadedModel, bucket
+from decode.loaded import LoadedModel, Shared, bucket
 from decode.options import Options
 from decode.report import CallTimer
-from decode.request import INTERRUPTED, LENGTH, Completion, Prompt, Row, several
+from decode.request import INTERRUPTED, Completion, Prompt, Row, several
 from decode.session import Session
 from model.logprobs import logprobs
 from model.vocabulary import TOKENS, Law
@@ -166,54 +166,72 @@ class Generator(LoadedModel):
     if not config.causal:
       raise ValueError('model.causal=False: an encoder writes no text')
 
-    encoded = [self.encoded(prompt) for prompt in prompts for _ in range(copies)]
-    used = len(encoded)
-    count = -(-used // self.parts) * self.parts  # rows that fill the mesh up end before they begin
-    encoded += [encoded[-1][:1]] * (count - used)
+    encoded = [self.encoded(prompt) for prompt in prompts]
+    shared = Shared.of(len(prompts), copies, self.parts)
+    count = len(shared.read) if shared.rows is None else len(shared.rows)
     rules, places, texts, ends = self.rules(options, len(prompts), count)
-    source, begun = None, encoded
+    # Rows that fill the mesh up read a token, and end before they begin.
+    source, begun = None, [*encoded, encoded[-1][:1]]
     if config.encoder_layers:
       # The prompt is what the encoder reads; the decoder starts with padding, as T5's.
-      source, begun = self.padded(encoded), [[self.tokenizer.pad]] * count
+      source = self.padded([begun[i] for i in shared.read])
+      begun = [[self.tokenizer.pad]] * len(begun)
 
-    lengths = np.array([len(ids) for ids in begun], np.int32)
-    capacity = self.limits(int(lengths.max()), options.max_new_tokens)
-    stop_at = np.where(np.arange(count) < used, lengths + options.max_new_tokens, 0)
-    stop_at = stop_at.astype(np.int32)
+    bounds = [self.bound(len(ids), options.max_new_tokens) for ids in begun[:-1]]
+    for ids, bound in zip(begun, bounds):
+      if not bound.most:
+        raise ValueError(
+          f'a prompt of {len(ids)} tokens leaves no room for new ones in '
+          f'model.max_length={self.context}; shorten the prompt'
+        )
+    stop_at = np.zeros(count, np.int32)
+    for row in range(shared.used):
+      stop_at[row] = len(begun[row // copies]) + bounds[row // copies].most
+    capacity = min(self.context, bucket(int(stop_at.max())))
     rows = [
       Row(
-        prompts[i // copies], encoded[i], int(rules.sampling.seed[i]), texts, self.tokenizer, ends
+        prompts[i // copies],
+        encoded[i // copies],
+        int(rules.sampling.seed[i]),
+        texts,
+        self.tokenizer,
+        ends,
+        bounds[i // copies],
       )
-      for i in range(used)
+      for i in range(shared.used)
       for _ in range(options.num_samples // copies)
     ]
     drafter = drafter_of(self, options, int(stop_at.max()))
+    once = [begun[i] for i in shared.read]
 
     def read(engine):
       """The state after the prompts: of this model, or of one that drafts."""
-      limit = engine.model.config.max_length or capacity
       return engine.read(
-        begun,
-        min(capacity, limit),
+        once,
+        min(capacity, engine.context),
         stop_at,
         source=source,
         places=places,
+        rows=shared.rows,
         cache_dtype=options.cache_dtype,
       )
 
-    return rows, self._steps(rows, begun, rules, options, drafter, read)
+    of_rows = [begun[i // copies] if i < shared.used else begun[-1] for i in range(count)]
+    tokens = sum(len(begun[i]) for i in shared.read if i >= 0)
+    return rows, self._steps(rows, of_rows, tokens, rules, options, drafter, read)
 
-  def _steps(self, rows, encoded, rules, options, drafter, read):
+  def _steps(self, rows, prompts, tokens, rules, options, drafter, read):
+    """prompts: of each row, also of those that fill the mesh up. tokens: that are read."""
     timer = CallTimer(self.model)
     rules = self.placed(rules, options.beams)
     state = read(self)
     if options.beams > 1:
-      room = bucket(options.max_new_tokens)
+      room = bucket(max(row.most for row in rows))
       self.report = yield from beam.texts(self, timer, rows, state, rules, options, room)
       return
-    timer.began(state.cache, sum(map(len, encoded[: len(rows)])))
-    course = Course(self, options, drafter, rules, state, encoded, read)
-    yield from deliver(self, rows, course, timer, options, options.max_new_tokens, LENGTH)
+    timer.began(state.cache, tokens, sum(map(len, prompts[: len(rows)])))
+    course = Course(self, options, drafter, rules, state, prompts, read)
+    yield from deliver(self, rows, course, timer, options)
 
 
 def _as_it_comes(given: Mapping[str, Any]) -> Options:

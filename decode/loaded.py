@@ -5,6 +5,7 @@ Arrays come and go here; of texts it knows what their ids are, and of a call its
 join and leave a cache that stays, that is decode.engine.
 """
 
+import dataclasses
 import operator
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from decode.generating import generating_model
 from decode.loop import Chunk, DecodeState, Rules
 from decode.options import Options
 from decode.report import GenerationReport
-from decode.request import Prompt
+from decode.request import Bound, Prompt
 from decode.sampling import sampling_of
 from model import transformer
 from model.cache import APPEND, init_cache
@@ -58,6 +59,7 @@ class LoadedModel:
     dtype.
     """
     names.check('weights', weights, ('', 'int8'))
+    model.config.check_parameters(dict(mesh.shape))
     self.tokenizer = tokenizer
     self.mesh = mesh
     self.report: GenerationReport | None = None
@@ -99,18 +101,24 @@ class LoadedModel:
       spec = ax.spec('batch', *(None,) * (np.ndim(x) - 1))
       return jax.device_put(x, jax.NamedSharding(self.mesh, spec))
 
-  def limits(self, longest: int, new: int) -> int:
-    """The room that a cache needs.
+  @property
+  def context(self) -> int:
+    """Tokens that the model has positions for."""
+    return self.model.config.max_length or sys.maxsize
 
-    Raises ValueError for more tokens than the model has positions for.
+  def bound(self, length: int, new: int) -> Bound:
+    """How far a row goes whose prompt has so many tokens: to `new` ones, or the end of the
+    context.
     """
-    limit = self.model.config.max_length or sys.maxsize
-    if longest + new > limit:
-      raise ValueError(
-        f'a prompt of {longest} tokens and max_new_tokens={new} pass model.max_length={limit}; '
-        'shorten the prompt or ask for fewer'
-      )
-    return min(limit, bucket(longest + new))
+    limit = self.context
+    if length + new <= limit:
+      return Bound(new)
+    most = max(limit - length, 0)
+    return Bound(
+      most,
+      note=f'the context ended it: {length} tokens before it and {most} new ones fill '
+      f'model.max_length={limit}, before max_new_tokens={new}',
+    )
 
   def rules(
     self, options: Options, prompts: int, rows: int
@@ -136,7 +144,7 @@ class LoadedModel:
     automaton = places = None
     if options.constraint is not None:
       each = [c for c in _constraints(options, prompts) for _ in range(options.rows)]
-      automaton, places = Automaton.of(each, self.model.config.V)
+      automaton, places = Automaton.of(each, self.model.config.table_rows)
       places = fill(places)
     return Rules(sampling, table, automaton), places, texts, ends
 
@@ -161,14 +169,25 @@ class LoadedModel:
     *,
     source: tuple[np.ndarray, np.ndarray] | None = None,
     places: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
     cache_dtype: str = '',
     append: int = APPEND,
   ) -> DecodeState:
     """The state after prompts, read in pieces where they are long.
 
-    encoded: ids of each row. stop_at: [B], see DecodeState.
+    encoded: ids of each row. stop_at, places: [B], see DecodeState.
     source: what the encoder of an encoder-decoder reads: ids [B, S], and how many of them [B].
+    rows: [B], where rows share what is read (`Shared`): from which each of them goes on.
     """
+    if rows is not None:
+      never = np.full(len(encoded), np.iinfo(np.int32).max, np.int32)
+      state = self.read(
+        encoded, capacity, never, source=source, cache_dtype=cache_dtype, append=append
+      )
+      with jax.set_mesh(self.mesh):
+        places = None if places is None else self.put(places)
+        return loop.spread(state, self.put(rows), self.put(stop_at), places)
+
     tokens, lengths = self.padded(encoded)
     with jax.set_mesh(self.mesh):
       cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
@@ -222,13 +241,48 @@ class LoadedModel:
     """
     lengths = np.array([len(ids) for ids in rows], np.int32)
     longest = int(lengths.max())
-    limit = self.model.config.max_length or sys.maxsize
+    limit = self.context
     if longest > limit:
       raise ValueError(f'a prompt of {longest} tokens passes model.max_length={limit}; shorten it')
     tokens = np.full((len(rows), min(limit, bucket(longest))), self.tokenizer.pad, np.int32)
     for row, ids in zip(tokens, rows, strict=True):
       row[: len(ids)] = ids
     return tokens, lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """How the samples of prompts share what is read: each prompt is, once on every part of the mesh
+  that has samples of it, for parts send each other nothing.
+
+  Attributes:
+    read: [R], of which prompt each row is that is read; -1: of none, there to fill the mesh up.
+    rows: [B], from which of its part's rows that are read a row of the call goes on; None: from
+      its own.
+    used: how many of the B rows are asked for; the others fill the mesh up, too.
+  """
+
+  read: np.ndarray
+  rows: np.ndarray | None
+  used: int
+
+  @classmethod
+  def of(cls, prompts: int, samples: int, parts: int) -> 'Shared':
+    """For so many samples of each prompt, side by side, on so many parts."""
+    used = prompts * samples
+    prompt = np.full(-(-used // parts) * parts, -1)
+    prompt[:used] = np.arange(used) // samples
+    if samples == 1:
+      return cls(prompt, None, used)
+
+    by_part = prompt.reshape(parts, -1)
+    here = [np.unique(rows[rows >= 0]) for rows in by_part]
+    read = np.full((parts, max(map(len, here))), -1)
+    for row, known in zip(read, here):
+      row[: len(known)] = known
+    # Rows of no prompt end before they begin, behind whichever.
+    rows = [np.searchsorted(known, rows) for known, rows in zip(here, by_part)]
+    return cls(read.ravel(), np.concatenate(rows).astype(np.int32), used)
 
 
 def bucket(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from decode import constrain, sampling as laws
 from decode.sampling import Bias, History, Sampling, make_sampling
-from model.cache import Cache, rows_of, with_rows
+from model.cache import Cache, rows_of, taken, with_rows
 from model.transformer import Decoder
 from parallel import axes as ax
 from parallel.compiler import GENERATION
@@ -142,6 +142,29 @@ def append(
     logits=logits,
     history=dataclasses.replace(state.history, prompt=prompt),
     done=cache.lengths >= state.stop_at,
+  )
+
+
+@jax.jit
+def spread(
+  state: DecodeState,
+  rows: Int[Array, 'B'],
+  stop_at: Int[Array, 'B'],
+  places: Int[Array, 'B'] | None = None,
+) -> DecodeState:
+  """Rows that go on from prompts that were read once each.
+
+  state: after the prompts. rows: from which of its device's prompts each row goes on, see
+  model.cache.Slots. stop_at, places: of the rows, see DecodeState.
+  """
+  cache = taken(state.cache, rows)
+  without = dataclasses.replace(state, cache=None, places=None)
+  return dataclasses.replace(
+    rows_of(without, rows),
+    cache=cache,
+    done=cache.lengths >= stop_at,
+    stop_at=stop_at,
+    places=places,
   )
 
 

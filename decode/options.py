@@ -47,7 +47,8 @@ class Options:
     128,
     Range(1, 2**24, '[]'),
     'Tokens to generate at most.',
-    'A row ends there if it has not ended itself.',
+    "A row ends there if it has not ended itself, and before where the model's context "
+    '(model.max_length) ends, which is said then.',
   )
   temperature: PerRow = law_field(
     np.float32,
@@ -108,16 +109,17 @@ class Options:
     0,
     Range(0, 2**32, '[)', 'must be in [0, 2**32) and whole'),
     'Of the draws; the same seed gives the same text.',
-    'Row i draws with seed + i (behind 2**32 - 1 comes 0); what it draws depends on that and on '
-    'positions only.',
+    'Prompt i draws with seed + i (behind 2**32 - 1 comes 0), of its samples all but the first '
+    'with others that follow from that (decode.sampling.sample_seed). What a row draws depends on '
+    'its seed and on positions only; a completion has it, to be asked for alone.',
   )
   num_samples: Whole = option_field(
     int,
     1,
     Range(1, 2**14, '[]'),
     'Completions of each prompt.',
-    'Rows of their own; of a search the best ones, the best first, and fewer where a constraint or '
-    'logit_bias leaves fewer.',
+    'Rows of their own that share the reading of the prompt; of a search the best ones, the best '
+    'first, and fewer where a constraint or logit_bias leaves fewer.',
   )
   beams: Whole = option_field(
     int,
@@ -222,7 +224,7 @@ class Options:
 
   @property
   def rows(self) -> int:
-    """How often each prompt is read: a search's beams share it."""
+    """Of each prompt when it was read: a search makes its beams of one."""
     return 1 if self.beams > 1 else self.num_samples
 
   def stops(self, vocabulary: int) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -44,7 +44,8 @@ class GenerationReport:
 
   Attributes:
     rows: of a search, all beams.
-    prompt_tokens, new_tokens: of all rows together.
+    prompt_tokens: that were read, those that samples share once (on each part of the mesh that has
+      some of them). new_tokens: of all rows together.
     steps: tokens of the longest row.
     first_token: seconds from the call to the first token, compilation included.
     compile_seconds: of that and all else.
@@ -58,6 +59,7 @@ class GenerationReport:
     drafted, accepted: tokens that a draft proposed, and that were kept.
     fell_back: whether the call went on without drafts, because they cost more than they saved
       (decode.drafting).
+    notes: of rows that a limit ended before max_new_tokens (decode.request.Completion.note).
   """
 
   rows: int
@@ -75,6 +77,7 @@ class GenerationReport:
   drafted: int
   accepted: int
   fell_back: bool
+  notes: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     drafts = f', {self.accepted} of {self.drafted} drafted tokens kept' if self.drafted else ''
@@ -156,11 +159,12 @@ class CallTimer:
     self._compiled_before = self._compiled.seconds
     self._start = time.perf_counter()
 
-  def began(self, cache: Cache, prompt_tokens: int) -> None:
-    """The prompts are on their way into this cache."""
+  def began(self, cache: Cache, prompt_tokens: int, held: int) -> None:
+    """So many tokens of prompts are on their way into this cache, whose rows then hold `held`."""
     self._cache = sum(x.nbytes for x in jax.tree.leaves(cache.held))
     self._per_token = self._cache / cache.capacity / cache.lengths.shape[0]
     self._prompts = prompt_tokens
+    self._held = held
 
   def first(self, chunk: Any) -> Any:
     """The first chunk, when it is there: the next one may be over before anyone reads this one, and
@@ -179,7 +183,7 @@ class CallTimer:
     """rows: of the call (decode.request.Row); seed, fell_back: see GenerationReport."""
     tokens, steps = sum(self._lengths), max(self._lengths)
     timed, took = steps - max(self._before), self._last - self._first
-    cached = self._prompts + tokens / 2  # on average over the steps
+    cached = self._held + tokens / 2  # on average over the steps
     nan = float('nan')
     return GenerationReport(
       rows=len(self._lengths),
@@ -197,6 +201,7 @@ class CallTimer:
       drafted=sum(row.drafted for row in rows),
       accepted=sum(row.accepted for row in rows),
       fell_back=fell_back,
+      notes=tuple(row.note for row in rows if row.note),
     )
 
 

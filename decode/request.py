@@ -36,6 +36,20 @@ def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bound:
+  """How far a row goes.
+
+  Attributes:
+    most: new tokens. finish: why it ends there, if it has not ended itself.
+    note: what else is said of that; '' where that is all that was asked for.
+  """
+
+  most: int
+  finish: str = LENGTH
+  note: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Completion:
   """One generated text.
 
@@ -44,8 +58,9 @@ class Completion:
     prompt_ids: as the model read it.
     text: without the prompt.
     ids: of the text, with the id that ended it, if one did.
-    finish: 'stop' for end-of-text or a stop, 'length' for max_new_tokens, 'cache full',
-      'interrupted', or 'failed', where no token could be drawn: `error` says why.
+    finish: 'stop' for end-of-text or a stop, 'length' for max_new_tokens or the end of the model's
+      context, which `note` tells apart, 'cache full' for a session's capacity, 'interrupted', or
+      'failed', where no token could be drawn: `error` says why.
     stopped_by: the text or id, where finish is 'stop'.
     logprobs: of each id by the model, natural logarithms.
     processed: by the law that it was drawn from (greedy: 0), or what a search sums up.
@@ -55,6 +70,7 @@ class Completion:
     seed: that reproduces this row alone.
     score: of a search, the sum of `processed` over the number of ids ** length_penalty; or None.
     error: why the row failed; '' where it did not.
+    note: which limit ended the row before max_new_tokens; '' where none did.
   """
 
   prompt: Prompt
@@ -71,14 +87,16 @@ class Completion:
   seed: int
   score: float | None = None
   error: str = ''
+  note: str = ''
 
 
 class Row:
   """What has come of one row so far.
 
   Attributes:
-    ids, drafted, accepted, finish, stopped_by, score: as its Completion has them; finish is ''
-      until the row ends.
+    ids, drafted, accepted, finish, stopped_by, score, note: as its Completion has them; finish is
+      '' until the row ends.
+    most: new tokens that it can have.
     error: what would be raised if the row were alone; None where it has not failed.
   """
 
@@ -90,12 +108,15 @@ class Row:
     stops: Sequence[str],
     tokenizer: Tokenizer,
     ends: Sequence[int],
+    bound: Bound,
   ):
     """stops: texts that end the row, without being part of it. ends: ids that do, and are."""
     self._prompt = prompt
     self._prompt_ids = prompt_ids
     self._seed = seed
     self._ends = ends
+    self._bound = bound
+    self.most = bound.most
     self._stream = TextStream(tokenizer, stops)
 
     self.ids: list[int] = []
@@ -109,6 +130,7 @@ class Row:
     self.finish = ''
     self.stopped_by = None
     self.score = None
+    self.note = ''
     self.error: Exception | None = None
 
   def add(self, index: int, chunk: Chunk) -> str:
@@ -137,6 +159,8 @@ class Row:
           'option (logit_bias, a constraint with penalties) made them so'
         )
       )
+    if not self.finish and len(self.ids) >= self.most:
+      self.finish, self.note = self._bound.finish, self._bound.note
     return piece
 
   def fail(self, error: Exception) -> None:
@@ -163,6 +187,7 @@ class Row:
     if before is None and self._stream.stopped is not None:
       # A stop string that ends in a character whose last bytes never came.
       self.finish, self.stopped_by = STOPPED, self._stream.stopped
+      self.note = ''
     self.finish = self.finish or finish
     return rest
 
@@ -183,6 +208,7 @@ class Row:
       seed=self._seed,
       score=self.score,
       error='' if self.error is None else str(self.error),
+      note=self.note,
     )
 
 

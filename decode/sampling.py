@@ -158,25 +158,26 @@ def make_sampling(rows: int, *, vocabulary: int = 0, **given: PerRow) -> Samplin
 
 
 def sampling_of(options: Options, prompts: int, vocabulary: int) -> Sampling:
-  """The sampling of all rows of a call, those of a prompt side by side. Raises as make_sampling."""
-
-  def spread(name):
-    value = getattr(options, name)
-    if value is None or np.ndim(value) == 0:
-      return value
-    if len(value) != prompts:
+  """The sampling of all rows of a call, the samples of a prompt side by side, each with its
+  `sample_seed`. Raises as make_sampling.
+  """
+  given = {name: getattr(options, name) for name in LAW}
+  for name, value in given.items():
+    if value is not None and np.ndim(value) and len(value) != prompts:
       raise ValueError(
         f'{name} has {len(value)} values for {prompts} prompts; give one for all, or one for each'
       )
-    seeds = name == 'seed'
-    return [seed_of(x, row) if seeds else x for x in value for row in range(options.rows)]
+  sampling = make_sampling(prompts, vocabulary=vocabulary, **given)
+  if options.rows == 1:
+    return sampling
 
-  rows = prompts * options.rows
-  return make_sampling(rows, vocabulary=vocabulary, **{name: spread(name) for name in LAW})
+  seeds = [sample_seed(int(seed), i) for seed in sampling.seed for i in range(options.rows)]
+  rows = jax.tree.map(lambda x: np.repeat(x, options.rows, 0), sampling)
+  return dataclasses.replace(rows, seed=np.array(seeds, np.uint32))
 
 
 def seed_of(seed: int, row: int) -> int:
-  """With which seed a row draws where one is given for all: seed + row,
+  """With which seed a prompt's row draws where one seed is given for all prompts: seed + row,
   and behind 2**32 - 1 comes 0.
   """
   return (seed + row) % 2**32 if row else seed  # the first is judged as it was given

@@ -17,7 +17,7 @@ from decode.loaded import LoadedModel, bucket
 from decode.loop import DecodeState
 from decode.options import DRAFTERS, Options
 from decode.report import CallTimer
-from decode.request import FULL, LENGTH, Completion, Prompt, Row
+from decode.request import FULL, Bound, Completion, Prompt, Row
 from decode.sampling import History
 from model.cache import APPEND
 
@@ -42,7 +42,11 @@ class Session:
         'a session is of a decoder: what an encoder has read cannot grow; call the generator for '
         'every text'
       )
-    generator.limits(capacity, 0)
+    if capacity > generator.context:
+      raise ValueError(
+        f'capacity={capacity} tokens of a session pass model.max_length={generator.context}; ask '
+        'for fewer'
+      )
     self._generator = generator
     self._cache_dtype = cache_dtype
     self.capacity = capacity
@@ -194,29 +198,41 @@ class Session:
       raise ValueError(
         'a session that has read nothing cannot go on; append a text first, or give a prompt'
       )
-    row = Row(prompt, list(self.ids), int(rules.sampling.seed[0]), texts, generator.tokenizer, ends)
+    seed, bound = int(rules.sampling.seed[0]), self._bound(options.max_new_tokens)
+    row = Row(prompt, list(self.ids), seed, texts, generator.tokenizer, ends, bound)
     self._turn = self._steps(row, rules, places, options, timer)
     return row, self._turn
 
+  def _bound(self, new):
+    """How far a turn of at most so many new tokens goes."""
+    most = self.capacity - len(self.ids)
+    if new <= most:
+      return Bound(new)
+    if self.capacity == self._generator.context:
+      return self._generator.bound(len(self.ids), new)
+    note = (
+      f'the session ended it: {len(self.ids)} tokens before it and {most} new ones fill '
+      f'capacity={self.capacity}, before max_new_tokens={new}'
+    )
+    return Bound(most, FULL, note)
+
   def _steps(self, row, rules, places, options, timer):
     generator, begun = self._generator, len(self.ids)
-    most = min(options.max_new_tokens, self.capacity - begun)
-    finish = LENGTH if most == options.max_new_tokens else FULL
-    prompt = np.zeros((generator.parts, generator.model.config.V), bool)
+    prompt = np.zeros((generator.parts, generator.model.config.table_rows), bool)
     prompt[:, self.ids] = True  # a turn is as a call with all that there is
     state = dataclasses.replace(
       self._read(()),
-      stop_at=generator.put(self._all(begun + most)),
-      done=generator.put(np.full(generator.parts, not most)),
+      stop_at=generator.put(self._all(begun + row.most)),
+      done=generator.put(np.full(generator.parts, not row.most)),
       history=History(generator.put(np.zeros(prompt.shape, np.int32)), generator.put(prompt)),
       places=None if places is None else generator.put(places),
     )
     course = Course(generator, options, None, generator.placed(rules), state, [self.ids])
     self._state = None  # the course has it, and gives its buffers away
-    timer.began(course.state.cache, begun)
+    timer.began(course.state.cache, begun, begun)
 
     try:
-      yield from deliver(generator, [row], course, timer, options, most, finish)
+      yield from deliver(generator, [row], course, timer, options)
     finally:
       self.ids, self._turn = [*self.ids, *row.ids], None
       # An interrupt may come when they are given away.

@@ -355,10 +355,22 @@ def _whole(slots):
 def repeated(cache: Cache, times: int) -> Cache:
   """Every row so often, copies side by side."""
 
+  def each(lengths):
+    return jnp.repeat(jnp.arange(lengths.shape[0], dtype=jnp.int32), times)
+
+  return taken(cache, ax.local(each, (('batch',),), ('batch',))(cache.lengths))
+
+
+def taken(cache: Cache, rows: Int[Array, 'J']) -> Cache:
+  """A cache of these rows, each device's of its own (see Slots.rows), some of them more than once:
+  what was read of a row is there for all that go on from it.
+  """
+
   def one(x, axes):
-    return ax.local(lambda x: jnp.repeat(x, times, axes.index('batch')), (axes,), axes)(
-      ax.place(x, *axes)
-    )
+    def take(x, rows):
+      return jnp.take(x, rows, axes.index('batch'), mode='clip')
+
+    return ax.local(take, (axes, ('batch',)), axes)(ax.place(x, *axes), rows)
 
   def heads(x):
     return ax.whole_or('kv_heads', x.shape[3])

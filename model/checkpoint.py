@@ -71,6 +71,7 @@ def load(
   *,
   dtype: str = '',
   compute_dtype: str = '',
+  vocabulary_multiple: int = 1,
   ignore: str = '',
   ignore_keys: tuple[str, ...] = (),
   log=print,
@@ -82,7 +83,7 @@ def load(
     config: default: what config.json says.
     mesh: default: all devices, parameters split as far as the width allows.
     dtype: of the parameters where `config` is not given; default: the checkpoint's (float32 for
-      float16). compute_dtype: default: the same.
+      float16). compute_dtype: default: the same. vocabulary_multiple: see ModelConfig; likewise.
     ignore: a pattern of tensors to leave out. ignore_keys: of config.json not to look at.
   Raises: FileNotFoundError, ValueError or NotImplementedError: for what is not supported,
     and with one list of all tensors that are missing, left over, or of another shape or kind.
@@ -92,6 +93,7 @@ def load(
   family, network = families.read(read_json(directory), set(tensors.tensors), ignore_keys)
   if config is None:
     dtype = dtype or stored_dtype(tensors, log)
+    network = dataclasses.replace(network, vocabulary_multiple=vocabulary_multiple)
     config = network.with_execution(parameter_dtype=dtype, dtype=compute_dtype or dtype)
   parts = parts_of(family, config)
   called = resolve(parts, tensors, family)

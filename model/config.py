@@ -6,6 +6,7 @@ network runs is a part of its own: `execution`.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from kernels import attention, blocks
@@ -37,6 +38,8 @@ class ModelConfig:
 
   Attributes:
     vocabulary: V; 0 takes the tokenizer's size.
+    vocabulary_multiple: of which the rows of embedding and head are a multiple, so that devices
+      can share them. Rows behind V are no ids: no law and no loss has them, and no export.
     width, layers, heads: D, L, N.
     kv_heads: K; 0 means as many as heads.
     head_width: H; 0 means width / heads. Of latent attention: the part of a key without position.
@@ -79,6 +82,7 @@ class ModelConfig:
   """
 
   vocabulary: int = 0
+  vocabulary_multiple: int = 1
   width: int = 256
   layers: int = 4
   heads: int = 4
@@ -146,6 +150,7 @@ class ModelConfig:
       layers=1,
       heads=1,
       vocabulary=0,
+      vocabulary_multiple=1,
       kv_heads=0,
       head_width=0,
       feed_forward=0,
@@ -249,6 +254,14 @@ class ModelConfig:
   )
   V = property(lambda self: self.vocabulary, doc='Vocabulary; 0 until the tokenizer is known.')
   E = property(lambda self: self.moe.experts, doc='Experts.')
+  table_rows = property(
+    lambda self: -(-self.V // self.vocabulary_multiple) * self.vocabulary_multiple,
+    doc='Rows of embedding and head.',
+  )
+  vocabulary_limit = property(
+    lambda self: self.V if self.table_rows > self.V else 0,
+    doc="From which id on a table's rows are none, as model.vocabulary.Law has it; 0: all are.",
+  )
 
   @property
   def F(self) -> int:
@@ -378,6 +391,38 @@ class ModelConfig:
           "'circular'"
         )
 
+  def check_parameters(self, sizes: dict[str, int]) -> None:
+    """Raises ValueError when a parameter cannot be split evenly over a mesh of these sizes."""
+    embed, tensor, stages = ('fsdp', 'expert', 'context'), sizes['tensor'], sizes['stage']
+    self.check_stages(stages)
+    if self.table_rows % (tensor * stages):
+      raise ValueError(
+        f'model.vocabulary={self.V} does not split over mesh.tensor={tensor} x '
+        f'mesh.stage={stages}, which share embedding and loss; make model.vocabulary_multiple '
+        f'{tensor * stages}, or a multiple of it (rows that no token has cost little; a new import '
+        'has 128), or an axis smaller'
+      )
+    for field, size, axes in (
+      ('model.width', self.D, embed),
+      ('model.heads', self.N, ('tensor',)),
+      ('model.feed_forward', self.F, ('tensor',)),
+      ('model.moe.experts', self.E, ('expert',)),
+      ('model.moe.feed_forward', self.moe.feed_forward, ('tensor',)),
+      ('model.moe.shared_feed_forward', self.moe.shared_feed_forward, ('tensor',)),
+      ('model.latent.width', self.latent.width, embed),
+      ('model.latent.query_width', self.latent.query_width, embed),
+    ):
+      if size % math.prod(sizes[axis] for axis in axes):
+        raise ValueError(
+          f'{field}={size} does not split over {named_axes(sizes, axes)}; make it a multiple, or '
+          'the axis smaller'
+        )
+    if self.K % tensor and tensor % self.K:
+      raise ValueError(
+        f'model.kv_heads={self.K} and mesh.tensor={tensor}: one has to be a multiple of the other; '
+        'change either'
+      )
+
   @property
   def places(self) -> tuple[tuple[Kind, tuple[int, ...]], ...]:
     """The kind, and the layers in order, of each place of each period: of transformer.Stack's
@@ -391,6 +436,11 @@ class ModelConfig:
       ]
       first += len(kinds) * repeats
     return tuple(places)
+
+
+def named_axes(sizes: dict[str, int], axes: tuple[str, ...]) -> str:
+  """Axes of a mesh with their sizes, as messages have them."""
+  return ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
 
 
 def _repeats(kinds: tuple[Kind, ...], period: int) -> int:

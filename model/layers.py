@@ -215,7 +215,7 @@ class Embedding(nnx.Module):
         else None
       )
 
-    self.tokens = table(config.V, 'vocab')
+    self.tokens = table(config.table_rows, 'vocab')
     self.positions = table(config.max_length if config.position == 'learned' else 0, 'position')
     self.types = table(config.token_types, 'position')
     self.norm = Norm(config, D, rngs) if config.norm_placement == 'post' else None
@@ -277,7 +277,7 @@ class Head(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, V, dtype = config.D, config.V, config.execution.parameter_dtype
+    D, V, dtype = config.D, config.table_rows, config.execution.parameter_dtype
     self.dtype, self.activation = config.execution.dtype, config.activation
     mlm = config.head == 'mlm'
     self.tokens = (

@@ -18,7 +18,7 @@ from model.vocabulary import CHUNK, Law
 Sums = dict[str, Float[Array, '']]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
   x: Float[Array, 'B T D'],
   head: Float[Array, 'V D'],
@@ -27,13 +27,15 @@ def cross_entropy(
   z_loss: float = 0.0,
   softcap: float = 0.0,
   chunk: int = CHUNK,
+  vocabulary: int = 0,
 ) -> tuple[Float[Array, ''], Sums]:
   """Weighted sum over tokens of -log p(target) + z_loss * log(Z)^2, in f32.
 
   The second term is PaLM's (arXiv:2204.02311, section 5).
 
   Args:
-    x, head, softcap: see vocabulary.Law. chunk: logits of a device that are alive at once.
+    x, head, softcap, vocabulary: see vocabulary.Law.
+    chunk: logits of a device that are alive at once.
     targets: next tokens, any valid id where none is predicted.
     weights: how much each counts, not differentiable; 0: not at all, NaN in its x included.
   Returns: the sum, differentiable in x and head; and, not differentiable, weighted sums: `nll` (the
@@ -45,11 +47,11 @@ def cross_entropy(
     weights, targets = arrays
     return _totals(passes.statistics(parts[0], targets, place.columns), weights, z_loss, place)
 
-  law = Law(x, head, softcap=softcap)
+  law = Law(x, head, softcap=softcap, vocabulary=vocabulary)
   return passes.on_devices(run, (law,), (weights, targets), ((), ()), chunk)
 
 
-def _forward(x, head, targets, weights, z_loss, softcap, chunk):
+def _forward(x, head, targets, weights, z_loss, softcap, chunk, vocabulary):
   def run(parts, arrays, place):
     weights, targets = arrays
     seen = passes.statistics(parts[0], targets, place.columns)
@@ -62,12 +64,12 @@ def _forward(x, head, targets, weights, z_loss, softcap, chunk):
 
     return _totals(seen, weights, z_loss, place), passes.pulled(parts, slopes, place)[0]
 
-  law = Law(x, head, softcap=softcap)
+  law = Law(x, head, softcap=softcap, vocabulary=vocabulary)
   outputs = (((), ()), passes.gradient_axes(law))
   return passes.on_devices(run, (law,), (weights, targets), outputs, chunk)
 
 
-def _backward(z_loss, softcap, chunk, gradients, cotangents):
+def _backward(z_loss, softcap, chunk, vocabulary, gradients, cotangents):
   scale, _ = cotangents
   d_x, d_head = gradients
   return (d_x * scale).astype(d_x.dtype), (d_head * scale).astype(d_x.dtype), None, None

@@ -28,7 +28,8 @@ TOKENS = ('batch', 'length')  # logical axes of what there is one of per token
 class Law:
   """What a model says may come next, everywhere: softmax(softcap(hidden head^T) / temperature).
 
-  `Law(*model.scored(x), softcap=model.config.logit_softcap)` is that of final hidden states x.
+  `Law(*model.scored(x), softcap=config.logit_softcap, vocabulary=config.vocabulary_limit)` is that
+  of final hidden states x of a model of this config.
   The array fields are annotated Any because JAX rebuilds registered dataclasses with placeholders.
 
   Attributes:

@@ -124,7 +124,12 @@ def summed_loss(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Arra
   def score(model, x, batch):
     with jax.named_scope('loss'):
       return loss.cross_entropy(
-        *model.scored(x), batch.targets, batch.weights, z_loss, config.logit_softcap
+        *model.scored(x),
+        batch.targets,
+        batch.weights,
+        z_loss,
+        config.logit_softcap,
+        vocabulary=config.vocabulary_limit,
       )
 
   def whole(model, batch):

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.test_docs import python_commands
 from workdir.checkpoint import SPILLED, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -482,7 +483,7 @@ def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
 
 GENERATE_EACH = '''
 import json, os, sys
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=3'
 from absl import flags
 import generate
 load = generate.Generator.load
@@ -553,6 +554,49 @@ def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_pat
       re.escape(f'{tmp_path}/{index}.jsonl:3: ') + '.*' + words
       for index, words in enumerate(lines.values())
     ],
+  )
+
+
+def test_the_pages_commands_of_generation_run(said, tmp_path):
+  """With this run in the place of runs/tiny; --chat needs a model with a template."""
+  (tmp_path / 'in.jsonl').write_text('"def f("\n{"prompt": "x"}\n')
+  typed = [line for name, line in python_commands() if name == 'generate.py']
+  lots = []
+  for line in typed:
+    line = [part for part in line if not part.startswith('--workdir')]
+    if '--chat' not in line:
+      lots.append([re.sub('(in|out)[.]jsonl', rf'{tmp_path}/\g<0>', part) for part in line])
+  assert len(lots) >= 4 and ['--prompt', 'def main('] in lots
+  for lot, out in zip(lots, said(*lots), strict=True):
+    assert out and 'error' not in out, (lot, out)
+  written = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
+  assert len(written) == 2 * 4
+  # 128 new tokens by default, and 32 positions.
+  ended = [one for one in written if one['finish'] == 'length']
+  assert ended and all('model.max_length=32' in one['note'] for one in ended)
+
+
+def test_the_pages_examples_from_python_run(runs, whole):
+  page = (ROOT / 'docs' / 'generation.md').read_text()
+  blocks = re.findall(r'^```python\n(.*?)^```', page, re.M | re.S)
+  assert len(blocks) == 2
+  code = '\n'.join(blocks).replace('runs/tiny', str(whole)).replace('capacity=128', 'capacity=32')
+  done = Process(runs.directory, '-c', code).end()
+  assert done.code == 0 and done.out, done.error
+
+
+def test_the_end_of_the_context_is_said(runs, whole):
+  for flags in (['--stream', '--temperature=0', '--lookup=2'], ['--beams=2']):
+    done = runs.generate(whole, '--prompt=def f(', '--logit_bias=2:-inf', *flags)
+    assert done.code == 0, done.error
+    assert 'NOTE: ' in done.error and 'model.max_length=32' in done.error, (flags, done.error)
+    assert 'max_new_tokens=128' in done.error and done.out.startswith('def f(')
+
+
+def test_a_mesh_that_does_not_split_the_model_is_said(said):
+  assert_said(
+    said(['--mesh=data=1,tensor=3']),
+    [r'model\.vocabulary=260 does not split over mesh\.tensor=3.*; make .*, or an axis smaller'],
   )
 
 

@@ -14,7 +14,7 @@ import files
 import names
 from data.config import DataConfig
 from kernels import attention, context
-from model.config import ModelConfig
+from model.config import ModelConfig, named_axes
 from model.execution import FREE, ExecutionConfig
 from objectives import kinds
 from objectives.objective import Objective
@@ -267,55 +267,16 @@ class Config:
         f'model.execution.pipeline.microbatches={m.execution.pipeline.count(stages)} (default: '
         'mesh.stage); make the batch a multiple, or the microbatches fewer'
       )
-    self.check_parameters(sizes)
-    for role in self.objective.models(m).values():
-      if role.config and role.config != m:
-        dataclasses.replace(self, model=role.config).check_parameters(sizes)
+    for network in dict.fromkeys([m, *(role.config for role in self.objective.models(m).values())]):
+      (network or m).check_parameters(sizes)
     if self.data.sequence_length % (sizes['context'] * tensor):
       raise ValueError(
         f'data.sequence_length={self.data.sequence_length} does not split over '
-        f'{_named(sizes, ("context", "tensor"))}, which share the residual stream; make it a '
+        f'{named_axes(sizes, ("context", "tensor"))}, which share the residual stream; make it a '
         'multiple'
       )
     if sizes['context'] > 1:
       self._check_context(sizes)
-
-  def check_parameters(self, sizes: dict[str, int]) -> None:
-    """Raises ValueError when a parameter cannot be split evenly over a mesh of these sizes."""
-    m, embed, tensor, stages = (
-      self.model,
-      ('fsdp', 'expert', 'context'),
-      sizes['tensor'],
-      sizes['stage'],
-    )
-    m.check_stages(stages)
-    if m.V % (tensor * stages):
-      raise ValueError(
-        f'model.vocabulary={m.V} does not split over mesh.tensor={tensor} x mesh.stage={stages}, '
-        'which share '
-        'embedding and loss; make it a multiple (ids that no token has cost little), or an axis '
-        'smaller'
-      )
-    for field, size, axes in (
-      ('model.width', m.D, embed),
-      ('model.heads', m.N, ('tensor',)),
-      ('model.feed_forward', m.F, ('tensor',)),
-      ('model.moe.experts', m.E, ('expert',)),
-      ('model.moe.feed_forward', m.moe.feed_forward, ('tensor',)),
-      ('model.moe.shared_feed_forward', m.moe.shared_feed_forward, ('tensor',)),
-      ('model.latent.width', m.latent.width, embed),
-      ('model.latent.query_width', m.latent.query_width, embed),
-    ):
-      if size % math.prod(sizes[axis] for axis in axes):
-        raise ValueError(
-          f'{field}={size} does not split over {_named(sizes, axes)}; make it a multiple, or the '
-          'axis smaller'
-        )
-    if m.K % tensor and tensor % m.K:
-      raise ValueError(
-        f'model.kv_heads={m.K} and mesh.tensor={tensor}: one has to be a multiple of the other; '
-        'change either'
-      )
 
   def _check_context(self, sizes):
     """The same of rows that are split, and of heads where devices exchange tokens for them."""
@@ -330,10 +291,6 @@ class Config:
       )
     if R > 1 and strategy != 'gather' and backend != 'auto':
       attention.check_part(backend)
-
-
-def _named(sizes, axes):
-  return ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes if sizes[axis] > 1)
 
 
 def to_dict(config) -> dict:

@@ -40,7 +40,8 @@ def open_run(
   mesh: over how many of this machine's devices; the default is one.
 
   Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a
-  checkpoint that is not there or damaged, and for a mesh that the devices do not fill.
+  checkpoint that is not there or damaged, and for a mesh that the devices do not fill, or that does
+  not split the model.
   """
   config = config_of(workdir)
   model_config = generating(config.model)
@@ -49,6 +50,7 @@ def open_run(
   sizes = mesh.sizes().values()
   devices = jax.local_devices()[: None if -1 in sizes else math.prod(sizes)]
   mesh = make_mesh(mesh, devices)
+  model_config.check_parameters(dict(mesh.shape))
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
     model = checkpoints.model(target, step)

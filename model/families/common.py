@@ -380,7 +380,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )
     if len(experts_at) == config.L:
       changes['feed_forward'] = changes['moe'].feed_forward
-  return dataclasses.replace(config.network, **changes)
+  return dataclasses.replace(config.network, vocabulary_multiple=1, **changes)
 
 
 def _canonical_rope(config: ModelConfig, looks: set[int]) -> RopeConfig:

@@ -333,3 +333,19 @@ def test_what_a_host_of_a_longer_name_is_building_stays(tmp_path):
   with cache.building(tmp_path / 'x', quiet) as mine:
     (mine / cache.INDEX).touch()
   assert theirs.is_dir()
+
+
+@pytest.mark.parametrize('content', [b'{"model": {}', b'{"model": {"type": "nonsense"}}', b''])
+def test_a_broken_tokenizer_is_found_before_the_corpus_is_read(tmp_path, monkeypatch, content):
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'tokenizer.json').write_bytes(content)
+  broken = TokenizerConfig(kind='huggingface', path=str(tmp_path / 'mine'))
+  for name in ('content_digest', 'documents'):
+    monkeypatch.setattr(f'data.sources.{name}', lambda *_: pytest.fail('it was read'))
+  with pytest.raises(ValueError, match='mine'):
+    prepare(config(tmp_path, tokenizer=broken), log=quiet)
+  with pytest.raises(FileNotFoundError, match='no tokenizer at .*none'):
+    none = dataclasses.replace(broken, path=str(tmp_path / 'none'))
+    prepare(config(tmp_path, tokenizer=none), log=quiet)
+  with pytest.raises(ValueError, match="tokenizer.vocabulary=7 but this 'byte' tokenizer has 259"):
+    prepare(config(tmp_path, tokenizer=TokenizerConfig(kind='byte', vocabulary=7)), log=quiet)

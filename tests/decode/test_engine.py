@@ -421,7 +421,10 @@ def test_constraints_come_and_go():
   [
     (dict(prompt=[]), 'a prompt of 0 tokens'),
     (dict(prompt=[V - 2]), r'a prompt has the id 258; ids are in \[0, 258\)'),
-    (dict(max_new_tokens=44), 'a prompt of 5 tokens and max_new_tokens=44 pass capacity=48'),
+    (
+      dict(prompt=[7] * 48),
+      'a prompt of 48 tokens leaves no room for new ones in capacity=48 of a row; shorten',
+    ),
     (dict(ends=range(5)), '5 ids end a row, of at most 4'),
     (dict(sampling=make_sampling(2)), r'its sampling is of \(2,\)'),
     (

@@ -17,7 +17,7 @@ from model.cache import init_cache
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 
-ROW = types.SimpleNamespace(drafted=0, accepted=0)
+ROW = types.SimpleNamespace(drafted=0, accepted=0, note='')
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def watched(clock, model, chunks, rows=(ROW,), compiling=0.0):
   cache = init_cache(model.config, 2, 8)
   timer = CallTimer(model)
   jax.monitoring.record_event_duration_secs(report._COMPILING, compiling)
-  timer.began(cache, 5)
+  timer.began(cache, 5, 5)
   for index, (seconds, lengths) in enumerate(chunks):
     if not index:
       clock.seconds = seconds
@@ -70,7 +70,10 @@ def test_steps_are_timed_from_the_first_token_on(clock, model):
 
 def test_a_first_step_may_make_several_tokens(clock, model):
   found = watched(
-    clock, model, [(2.0, [5]), (202.0, [9])], [types.SimpleNamespace(drafted=8, accepted=7)]
+    clock,
+    model,
+    [(2.0, [5]), (202.0, [9])],
+    [types.SimpleNamespace(drafted=8, accepted=7, note='')],
   )
   assert found.ms_per_token == pytest.approx(
     200.0 / 4 * 1e3

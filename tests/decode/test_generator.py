@@ -17,7 +17,8 @@ from decode.constrain import Constraint
 from decode.generating import generating
 from decode.generator import Generator
 from decode.report import CallTimer
-from decode.request import Row
+from decode.request import Bound, Row
+from decode.sampling import sample_seed
 from kernels.blocks import Blocks
 from model import params, rearranged, transformer
 from model.config import ModelConfig
@@ -115,9 +116,9 @@ def test_a_model_is_filled_to_its_last_token(generator):
     (['a'], {'max_new_tokens': 0}, 'max_new_tokens=0 must be at least 1'),
     (['a'], {'chunk': 0}, 'chunk=0 must be at least 1'),
     (
-      ['a' * 40],
+      ['a' * 63],
       {'max_new_tokens': 24},
-      'a prompt of 41 tokens and max_new_tokens=24 pass model.max_length=64',
+      'a prompt of 64 tokens leaves no room for new ones in model.max_length=64; shorten',
     ),
     (['a'], {'temperature': -1.0, 'max_new_tokens': 4}, 'temperature=-1.0 must be'),
     (['a'], {'top_p': 0.0, 'max_new_tokens': 4}, 'top_p=0.0 must be'),
@@ -240,9 +241,8 @@ def test_stop_strings_end_rows_wherever_chunks_end(generator, chunk):
 
 def test_samples_are_rows_of_their_own(generator):
   found = generator(PROMPTS[:2], max_new_tokens=8, num_samples=3, seed=7)
-  assert [c.seed for c in found] == [7, 8, 9, 10, 11, 12] and [c.prompt for c in found] == [
-    p for p in PROMPTS[:2] for _ in range(3)
-  ]
+  assert [c.seed for c in found] == [sample_seed(s, i) for s in (7, 8) for i in range(3)]
+  assert [c.prompt for c in found] == [p for p in PROMPTS[:2] for _ in range(3)]
   for completion in found:
     assert same(generator(completion.prompt, max_new_tokens=8, seed=completion.seed)[0], completion)
   mixed = generator(PROMPTS[:2], max_new_tokens=8, temperature=[0.0, 1.0], seed=[5, 7])
@@ -364,7 +364,7 @@ def test_a_row_that_nothing_is_left_to_ends_alone(generator):
 def test_a_stop_that_the_last_flush_completes_is_reported(generator):
   """U+FFFD, of a character whose last bytes never come."""
   first = [b + 3 for b in 'é'.encode()][:1]
-  row = Row('', [1], 0, ['\ufffd'], ByteTokenizer(), [])
+  row = Row('', [1], 0, ['\ufffd'], ByteTokenizer(), [], Bound(9))
   chunk = loop.Chunk(
     np.array([first]),
     np.ones((1, 1), bool),
@@ -569,7 +569,7 @@ def test_behind_the_last_seed_comes_the_first(generator):
   assert [c.seed for c in generator(['a', 'b'], max_new_tokens=2, seed=last)] == [last, 0]
   assert [
     c.seed for c in generator(['a', 'b'], max_new_tokens=2, seed=[last, 5], num_samples=2)
-  ] == [last, 0, 5, 6]
+  ] == [last, sample_seed(last, 1), 5, sample_seed(5, 1)]
 
 
 def test_ids_that_the_tokenizer_lacks_are_neither_read_nor_reported(alone):
