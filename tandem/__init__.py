@@ -1,10 +1,10 @@
 """How does another project use Tandem? `from tandem import Generator, train`.
 
-In the repository the rooms (`data`, `model`, ...) are beside this package; a wheel holds them inside
-it, so that nothing of theirs lies in site-packages. They import each other by their plain names,
-which importing this package makes theirs: its directory comes first in sys.path. A module of the
-person's own under such a name, `model.py` beside a script as an example, is then hidden; one that
-was imported before is named in an error.
+In the repository the rooms (`data`, `model`, ...) are beside this package; a wheel holds them
+inside it, so that nothing of theirs lies in site-packages. They import each other by their plain
+names, which importing this package makes theirs: its directory comes first in sys.path. A module of
+the person's own under such a name, `model.py` beside a script as an example, is then hidden; one
+that was imported before is named in an error.
 """
 
 import importlib
