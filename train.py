@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ import files
 import names
 from analysis import hardware
 from commands import mendable
+from data.compressors import compression_baselines
 from data.tokenizer import Tokenizer
 from kernels import attention, context
 from model import params
@@ -40,7 +42,6 @@ from workdir import changes, seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite
-from workdir.report import compression_baselines, write_report
 from workdir.watch import ProfileWindow, Watch
 
 CONFIG = overrides.define_flag()
@@ -289,6 +290,12 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict
   hosts.check_shared(workdir / configs.FILE)
 
 
+def keep_facts(workdir: pathlib.Path, facts: dict) -> None:
+  """Writes what a report made later needs."""
+  if jax.process_index() == 0:
+    files.replace(workdir / seals.FACTS, json.dumps(files.sealed(facts)) + '\n')
+
+
 def main(arguments):
   # 1. Config: what is asked for.
   names.only_flags(arguments, '--config.train.steps=100')
@@ -356,11 +363,13 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
     begun = beginning(config, workdir, checkpoints, make_state, target, feed, allow_change, log)
 
   # 6. Steps, watched; a signal ends them after the one in flight.
+  interrupted = False
   if begun.state is not None:
     steps = range(begun.step + 1, config.train.steps + 1)
     with mendable():
       window = ProfileWindow(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
+      keep_facts(workdir, cost.facts(mesh))
     watching = Watch(
       workdir,
       steps=steps,
@@ -379,24 +388,15 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
     if stopped:
       again = '; the same command goes on from there' if interrupted else ''
       log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}{again}')
-    if interrupted:
-      return True
-
   # 7. Report: what it achieved and what it cost.
   problem = '' if begun.state is not None else seals.metrics_problem(begun.record, workdir)
   if problem:
     log(f'WARNING: {problem}: there is no report of it')
   elif jax.process_index() == 0:
-    report = write_report(
-      workdir,
-      config.report,
-      parameters=cost.parameters,
-      flops_per_token=cost.flops_per_token,
-      chips=mesh.size // (cost.chip.devices if cost.chip else 1),
-      hardware=jax.devices()[0].device_kind,
-    )
-    log(report.read_text() + f'\nwrote {report}')
-  return False
+    write_report = names.imported('workdir.report.write_report')
+    report = write_report(workdir, config.report, **cost.facts(mesh))
+    log((report.read_text() if not interrupted else '') + f'\nwrote {report}')
+  return interrupted
 
 
 def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool, log):
@@ -450,6 +450,15 @@ class RunCost(NamedTuple):
   parameters: int
   flops_per_token: float
   chip: hardware.Chip | None
+
+  def facts(self, mesh: jax.sharding.Mesh) -> dict:
+    """What a report says besides what was measured, JSON-able."""
+    return {
+      'parameters': self.parameters,
+      'flops_per_token': self.flops_per_token,
+      'chips': mesh.size // (self.chip.devices if self.chip else 1),
+      'hardware': jax.devices()[0].device_kind,
+    }
 
 
 def costs(config: configs.Config, make_state, prepared) -> RunCost:

@@ -270,7 +270,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numb
     assert Checkpoints(tmp_path).latest() == int(stopped[1])
     assert checkpoint_of(done.out) == last
     last = int(stopped[1])
-    assert not (tmp_path / 'report.md').exists()
+    assert f'| Steps | {last} |' in (tmp_path / 'report.md').read_text()
   done = runs.train(tmp_path)
   assert done.code == 0 and checkpoint_of(done.out) == last
   assert_same_end(tmp_path, whole)

@@ -1,46 +1,28 @@
-"""What did the run achieve, and what did it cost? report.md and loss.png, written at its end from
-metrics.jsonl.
+"""What did the run achieve, and what did it cost? report.md and loss.png, from metrics.jsonl.
+
+    python -m workdir.report runs/tiny     makes them anew
+
+Training writes them at its end, and when it is interrupted.
 """
 
-import gzip
 import io
-import lzma
 import math
 import os
 import pathlib
 import statistics
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 
+import commands
 import files
 from model import flops
+from training import config as configs
 from training.config import ReportConfig
 from workdir.metrics import FILE, lowest, read_metrics
+from workdir.seals import FACTS
 from workdir.watch import short
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20
-
-
-def compression_baselines(documents: Iterable[str]) -> dict[str, float]:
-  """What general compressors make of the documents, one by one: {'gzip': bits/byte, 'xz':
-  bits/byte} at level 9.
-
-  8 x (sum of compressed sizes, headers included) / (sum of UTF-8 sizes). Raises ValueError when
-  there is no text.
-  """
-  raw = packed_gzip = packed_xz = 0
-  for document in documents:
-    data = document.encode()
-    raw += len(data)
-    packed_gzip += len(gzip.compress(data, 9, mtime=0))
-    # Preset 9 clears a 64 MiB dictionary per document; one that holds the document gives the same
-    # size, 18x sooner.
-    dictionary = min(64 * 2**20, max(4096, 1 << len(data).bit_length()))
-    packed_xz += len(
-      lzma.compress(data, filters=[{'id': lzma.FILTER_LZMA2, 'preset': 9, 'dict_size': dictionary}])
-    )
-  if not raw:
-    raise ValueError('there are no bytes to compress; give documents that are not all empty')
-  return {'gzip': 8 * packed_gzip / raw, 'xz': 8 * packed_xz / raw}
 
 
 def write_report(
@@ -78,6 +60,23 @@ def write_report(
   )
   files.replace(directory / 'report.md', text)
   return directory / 'report.md'
+
+
+def main(arguments: Sequence[str]) -> None:
+  """The command line; what its user can mend ends it with a message."""
+  if len(arguments) != 2:
+    sys.exit('usage: python -m workdir.report RUN')
+  directory = pathlib.Path(arguments[1])
+  with commands.mendable():
+    config, path = configs.load(directory), directory / FACTS
+    if not path.exists():
+      raise FileNotFoundError(
+        f'{path} does not exist: the run is of an older version; when it goes on, it is written'
+      )
+    values = files.json_object(path.read_bytes(), path)
+    facts = files.unsealed(values, path, 'it is written when the run goes on')
+    report = write_report(directory, config.report, **facts)
+  print(report.read_text() + f'\nwrote {report}')
 
 
 def plot(lines: Sequence[dict[str, float]]) -> bytes:
@@ -264,15 +263,19 @@ def _cost(lines, config, chips):
   energy = hours * chips * config.watts_per_chip / 1000 * config.pue
   dollars = hours * chips * config.dollars_per_chip_hour
   carbon = energy * config.kilograms_co2_per_kwh
-  unknown = 'no rate given'
-  return [
+  rows = [
     ('Hours, steps only', f'{lines[-1]["train_seconds"] / 3600:.3g}'),
     ('Hours, with evaluation and checkpoints', f'{hours:.3g}'),
     ('Chip-hours', f'{hours * chips:.3g}'),
-    ('Cost', f'${dollars:,.2f}' if config.dollars_per_chip_hour else unknown),
-    (f'Energy (PUE {config.pue:g})', f'{energy:.3g} kWh' if config.watts_per_chip else unknown),
-    (
-      'CO2',
-      f'{carbon:.3g} kg' if config.watts_per_chip and config.kilograms_co2_per_kwh else unknown,
-    ),
   ]
+  if config.dollars_per_chip_hour:
+    rows.append(('Cost', f'${dollars:,.2f}'))
+  if config.watts_per_chip:
+    rows.append((f'Energy (PUE {config.pue:g})', f'{energy:.3g} kWh'))
+    if config.kilograms_co2_per_kwh:
+      rows.append(('CO2', f'{carbon:.3g} kg'))
+  return rows
+
+
+if __name__ == '__main__':
+  main(sys.argv)

@@ -23,6 +23,7 @@ from workdir import metrics
 from workdir.checkpoint import Checkpoints
 
 TOKENIZER = 'tokenizer'
+FACTS = 'run.json'  # what a report needs besides config and metrics
 ORIGIN = 'origin.json'  # of an imported model, see model.families.origin
 INHERITED = (GENERATION, ORIGIN)  # by runs that begin with this one's model
 OWN = (TOKENIZER, *INHERITED)  # what else of a directory is read back

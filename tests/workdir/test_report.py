@@ -9,9 +9,14 @@ import re
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import files
+from data.compressors import compression_baselines
+from training import config as configs
+from training.config import Config
 from workdir import report
 from workdir.metrics import FILE
-from workdir.report import ReportConfig, compression_baselines, write_report
+from workdir.report import ReportConfig, write_report
+from workdir.seals import FACTS
 
 
 def run(tmp_path, evaluated=True, mfu=True, loss=None):
@@ -89,7 +94,8 @@ def test_every_row_against_hand_arithmetic(tmp_path):
 def test_nothing_is_claimed_without_a_rate_a_peak_or_an_evaluation(tmp_path):
   run(tmp_path, evaluated=False, mfu=False)
   table, text = write(tmp_path)
-  assert [table[name] for name in ('Cost', 'Energy (PUE 1)', 'CO2')] == ['no rate given'] * 3
+  rates = {'Cost', 'Energy (PUE 1)', 'CO2'}
+  assert not rates & table.keys()
   assert (
     'MFU' not in text
     and 'bits per byte' not in text
@@ -97,9 +103,9 @@ def test_nothing_is_claimed_without_a_rate_a_peak_or_an_evaluation(tmp_path):
     and 'Validation' not in text
   )
   table, _ = write(tmp_path, ReportConfig(kilograms_co2_per_kwh=0.5))
-  assert table['CO2'] == 'no rate given'
+  assert not rates & table.keys()
   table, _ = write(tmp_path, ReportConfig(watts_per_chip=500))
-  assert table['Energy (PUE 1)'] == '2 kWh' and table['CO2'] == 'no rate given'
+  assert table['Energy (PUE 1)'] == '2 kWh' and rates & table.keys() == {'Energy (PUE 1)'}
 
 
 @pytest.mark.filterwarnings('error')
@@ -233,3 +239,19 @@ def test_impossible_rates_are_refused(bad):
   (name,) = bad
   with pytest.raises(ValueError, match=f'report.{name}='):
     ReportConfig(**bad)
+
+
+def test_a_run_that_was_interrupted_is_reported_anew_by_its_own_files(tmp_path, capsys):
+  run(tmp_path)
+  configs.save(Config(report=ReportConfig(dollars_per_chip_hour=2.5)), tmp_path)
+  with pytest.raises(SystemExit, match='run.json does not exist'):
+    report.main(['report', str(tmp_path)])
+  facts = {'parameters': 10_000, 'flops_per_token': 75_000.0, 'chips': 4, 'hardware': 'TPU v5e'}
+  (tmp_path / FACTS).write_text(json.dumps(files.sealed(facts)))
+  report.main(['report', str(tmp_path)])
+  table, text = rows(tmp_path / 'report.md')
+  assert table['Cost'] == '$10.00' and table['Hardware'] == '4 x TPU v5e'
+  assert text in capsys.readouterr().out
+  (tmp_path / FACTS).write_text(json.dumps(files.sealed(facts) | {'chips': 8}))
+  with pytest.raises(SystemExit, match='run.json was changed'):
+    report.main(['report', str(tmp_path)])
