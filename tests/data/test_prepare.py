@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import cache, sentencepiece, shards
+from data import cache, sentencepiece, shards, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import corpus_key, prepare
 
