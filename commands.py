@@ -83,6 +83,7 @@ def end(command: Callable[[], object], stopped_code: int = 0) -> None:
   be. After a failure nobody waits for threads: some of them may wait for what will not come.
   """
   code = 1
+  without_64_bits()
   try:
     command()
     return
@@ -109,6 +110,22 @@ def end(command: Callable[[], object], stopped_code: int = 0) -> None:
   with contextlib.suppress(OSError, ValueError):
     sys.stdout.flush()
   os._exit(code)
+
+
+def without_64_bits() -> None:
+  """Undoes JAX_ENABLE_X64, and says so: where types are not named, and in random numbers, it would
+  give others, in a run that goes on from one without it, too.
+  """
+  name, jax = 'JAX_ENABLE_X64', sys.modules.get('jax')
+  if os.environ.get(name, '').lower() in ('', '0', 'false', 'f', 'n', 'no', 'off'):
+    return
+  _say(
+    f'{name}={os.environ[name]} is not heeded: types are those of the config '
+    '(model.execution.dtype), and 64 bits would change results'
+  )
+  os.environ[name] = '0'
+  if jax is not None:
+    jax.config.update('jax_enable_x64', False)
 
 
 def _say(text: str) -> None:

@@ -416,6 +416,7 @@ def main(arguments):
     train.PROCESS,
     train.STOPPED_CODE,
     train.HEARTBEAT,
+    train.MEETING,
   ):
     if flag.present:
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')

@@ -71,6 +71,12 @@ STOPPED_CODE = flags.DEFINE_integer(
 HEARTBEAT = flags.DEFINE_integer(
   'heartbeat_timeout', hosts.HEARTBEAT_TIMEOUT, 'Seconds of silence after which a process is lost.'
 )
+MEETING = flags.DEFINE_integer(
+  'meeting_timeout',
+  hosts.MEETING_TIMEOUT,
+  'Seconds that each process waits for all of them at the start.',
+  lower_bound=1,
+)
 
 
 LOCK = 'lock'  # in a run's directory while a process trains there
@@ -305,7 +311,9 @@ def main(arguments):
   with mendable():
     files.check_local('--workdir', WORKDIR.value)
     config = overrides.from_flag(CONFIG.value)
-    together = hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
+    together = hosts.connect(
+      COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value, MEETING.value
+    )
   with together:
     interrupted = run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
   return STOPPED_CODE.value if interrupted else 0

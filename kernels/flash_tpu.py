@@ -25,7 +25,19 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import flash_tpu_bodies as bodies
 from kernels.blocks import Blocks
 from kernels.flash_tpu_bodies import LOG2E, div, rem
-from kernels.flash_tpu_steps import FLAGS, LANES, StepShape, expected, shape_of, step_of, steps_of
+from kernels.flash_tpu_steps import (
+  FLAGS,
+  LANES,
+  Ranges,
+  StepShape,
+  expected,
+  fits,
+  keys_in_table,
+  ranges_of,
+  shape_of,
+  step_of,
+  steps_of,
+)
 from kernels.mask import Mask
 from kernels.scoring import Scoring
 
@@ -91,39 +103,74 @@ def _call(
   flops: int,
   interpret,
 ):
-  """Runs a kernel over the steps of a mask.
+  """Runs a kernel over the steps of a mask, in one call, or in several where the steps of one would
+  not fit scalar memory.
 
   Its name says which were chosen: of those analysis.roofline knows no time.
 
-  inputs, outputs: (array, or its shape and dtype; which block of it a step sees) each. flops: of a
-  pair of a query and a key.
+  inputs, outputs: (array, or its shape and dtype; which block of it a step sees) each. transposed:
+  as the backward kernel has scores, which also sums over all queries of a row. flops: of a pair of
+  a query and a key.
   """
   kinds = mask.blocks(shape.queries, shape.keys, shape.bq, shape.bk)
   steps = steps_of(kinds, shape.B)
+  ranges = None if fits(steps) else ranges_of(shape, whole_rows=transposed)
   prefix = jnp.zeros(shape.B, jnp.int32) if mask.prefix is None else mask.prefix.astype(jnp.int32)
   arrays, blocks = _ids(mask, shape, transposed)
-  pairs = expected(steps, mask, shape) * shape.R * shape.bk
+  turns = ranges.turns if ranges else 1
+  pairs = expected(steps, mask, shape) * shape.R * shape.bk // turns
   heads = shape.N // shape.G
   moved = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in (*inputs, *outputs))
-  return pl.pallas_call(
-    functools.partial(kernel, shape=shape),
-    name=f'{name}_{shape.R}x{shape.bk}' if shape.chosen else name,
-    interpret=interpret,
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3,
-      grid=(heads, steps.count),
-      in_specs=[*(block for _, block in inputs), *blocks],
-      out_specs=[block for _, block in outputs],
-      scratch_shapes=scratch,
-    ),
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
-    cost_estimate=pl.CostEstimate(
-      flops=pairs * heads * flops, transcendentals=pairs * heads, bytes_accessed=moved
-    ),
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=shape.tuning.vmem * 7 // 8
-    ),
-  )(steps.queries, steps.keys, prefix, *(x for x, _ in inputs), *arrays)
+  made = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs]
+
+  def call(steps, before=()):
+    """`before`: what earlier calls made of the outputs, which this one writes its part of."""
+    passed, scalars = len(before), 3
+    return pl.pallas_call(
+      lambda *refs: kernel(*refs[:scalars], *refs[scalars + passed :], shape=shape),
+      name=f'{name}_{shape.R}x{shape.bk}' if shape.chosen else name,
+      interpret=interpret,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=scalars,
+        grid=(heads, steps.count),
+        in_specs=[
+          *[pl.BlockSpec(memory_space=pl.ANY)] * passed,
+          *(block for _, block in inputs),
+          *blocks,
+        ],
+        out_specs=[block for _, block in outputs],
+        scratch_shapes=scratch,
+      ),
+      out_shape=made,
+      input_output_aliases={scalars + i: i for i in range(passed)},
+      cost_estimate=pl.CostEstimate(
+        flops=pairs * heads * flops, transcendentals=pairs * heads, bytes_accessed=moved // turns
+      ),
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=shape.tuning.vmem * 7 // 8
+      ),
+    )(steps.queries, steps.keys, prefix, *before, *(x for x, _ in inputs), *arrays)
+
+  return call(steps) if ranges is None else _in_turns(call, kinds, shape, ranges, made)
+
+
+def _in_turns(call, kinds, shape: StepShape, ranges: Ranges, made):
+  """The outputs, of calls one after another: each has the steps of a range, and writes its blocks
+  of arrays that are handed on, not copied.
+  """
+  # Small, for it may be a constant of the program: of 2**18 tokens it has millions of entries.
+  kinds = jnp.broadcast_to(jnp.asarray(kinds, jnp.int8), (shape.B, *kinds.shape[1:]))
+  kinds = kinds.reshape(ranges.units, ranges.blocks, kinds.shape[2])
+
+  def turn(i, outputs):
+    # The last range begins early where it would be shorter: what is done twice gives the same.
+    start = jnp.minimum(i * ranges.each, ranges.units - ranges.each)
+    part = jax.lax.dynamic_slice_in_dim(kinds, start, ranges.each)
+    steps = steps_of(part, ranges.each)
+    steps = dataclasses.replace(steps, queries=steps.queries + start * ranges.blocks)
+    return tuple(call(steps, outputs))
+
+  return jax.lax.fori_loop(0, ranges.turns, turn, tuple(jnp.zeros(x.shape, x.dtype) for x in made))
 
 
 def _blocks_of(shape: StepShape):
@@ -218,8 +265,8 @@ def backward(
   """kernels.reference.backward of one device's arrays: gradients of q, k and v, in `dtype`
   (default: theirs where it is None).
 
-  Keys that do not fit VMEM at once go through one after another, with the sum of the queries'
-  gradients in f32.
+  Keys that do not fit VMEM at once, or whose steps of a row do not fit scalar memory, go through
+  one after another, with the sum of the queries' gradients in f32.
   """
   step, S, H = step_of(q, v, 'backward', blocks), k.shape[1], q.shape[3] + v.shape[3]
 
@@ -230,9 +277,11 @@ def backward(
       step.vmem // 2 // ((4 + 2 * jnp.dtype(dtype).itemsize) * H) // step.keys * step.keys,
     )
 
-  if S <= room(dtype or q.dtype):
+  shape = shape_of(q, k, v, scoring, 'backward', blocks)
+  in_table, of_a_part = keys_in_table(scoring.mask, shape, step.keys)
+  if S <= min(room(dtype or q.dtype), in_table):
     return _backward_of(q, k, v, scoring, lse, delta, d_out, interpret, dtype, blocks)
-  most = room(jnp.float32)
+  most = min(room(jnp.float32), of_a_part)
   d_q, parts = 0.0, []
   for start in range(0, S, most):
     part = slice(start, min(S, start + most))
@@ -248,7 +297,8 @@ def backward(
       jnp.float32,
       blocks,
     )
-    d_q += more
+    # One part after another: all at once would keep the sums of each, in f32.
+    d_q, q = jax.lax.optimization_barrier((d_q + more, q))
     parts.append(of_keys)
   return tuple(
     x.astype(dtype or like.dtype)

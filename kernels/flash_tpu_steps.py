@@ -27,6 +27,9 @@ LANES = 128  # of a register
 # needs is then two numbers.
 FIRST, LAST, FIRST_OF_ROW, LAST_OF_ROW, MASKED = (1 << bit for bit in range(5))
 FLAGS = 5
+# Steps of a call: the two numbers of each lie in scalar memory, which has 1 MiB, beside a prefix of
+# each row and what the compiler needs.
+TABLE = 120 << 10
 
 
 def _tuning(direction: str, width: int) -> tuning.Tuning:
@@ -99,6 +102,11 @@ def steps_of(kinds, B: int) -> Steps:
     + (kinds.reshape(-1)[order] != FULL) * MASKED
   )
   return Steps(queries.astype(np.int32), ((order % nk) << FLAGS | flags).astype(np.int32), count)
+
+
+def fits(steps: Steps) -> bool:
+  """Whether one call can read them all."""
+  return steps.queries.size <= TABLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,3 +255,46 @@ def expected(steps: Steps, mask: Mask, shape: StepShape) -> int:
     return shape.B * int((kinds != SKIP).sum())
   halves = 2 if mask.causal and mask.prefix is None else 1
   return -(-shape.B * shape.nq * (shape.S // shape.bk) // halves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+  """How the blocks of queries of all rows, in order, are dealt out to several calls.
+
+  Attributes:
+    units: what is not cut apart, `blocks` blocks of queries that follow one another. each: units of
+      a call. turns: calls.
+  """
+
+  units: int
+  blocks: int
+  each: int
+  turns: int
+
+
+def ranges_of(shape: StepShape, whole_rows: bool) -> Ranges:
+  """As few calls as there can be, alike in size. whole_rows: a kernel that sums over all queries of
+  a row needs them in one call.
+
+  Raises NotImplementedError where not even one unit's steps fit.
+  """
+  blocks = shape.nq if whole_rows else 1
+  units, steps = shape.B * shape.nq // blocks, blocks * (shape.S // shape.bk)
+  if steps > TABLE:
+    raise NotImplementedError(
+      f'backend pallas_tpu: {shape.queries} queries and {shape.keys} keys are {steps} steps of '
+      f'{shape.R} queries and {shape.bk} keys that one call must have, and {TABLE} fit scalar '
+      "memory; split the row over devices (mesh.context), or use model.execution.attention='xla'"
+    )
+  turns = -(-units // (TABLE // steps))
+  return Ranges(units, blocks, -(-units // turns), turns)
+
+
+def keys_in_table(mask: Mask, shape: StepShape, block: int) -> tuple[int, int]:
+  """Of how many keys a call may have all queries of a row: with this mask, and with a part of the
+  keys, in blocks of `block`, whose steps may be all pairs.
+  """
+  part = max(block, TABLE // shape.nq * shape.bk // block * block)
+  pairs = shape.nq * (shape.S // shape.bk)
+  steps = steps_of(mask.blocks(shape.queries, shape.keys, shape.bq, shape.bk), shape.B)
+  return shape.S if fits(steps) or pairs <= TABLE else part, part

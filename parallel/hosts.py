@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import commands
+from parallel import meeting
 
 # XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
 # each use, a train step spends up to half of its time in page faults (docs/measured.md has the
@@ -70,6 +71,7 @@ def connect(
   processes: int = 0,
   process: int = -1,
   heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+  meeting_timeout: int = MEETING_TIMEOUT,
 ):
   """Meets the other processes, if there are others.
   Returns a context in which an error ends them too.
@@ -83,7 +85,9 @@ def connect(
     processes: how many there are.
     process: which one this is.
     heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
-  Raises ValueError for some of the first three without the others, and for values that cannot be.
+    meeting_timeout: seconds that each waits for all.
+  Raises ValueError for some of the first three without the others, for values that cannot be, and
+  for processes that have not come in time.
   """
   import jax
 
@@ -99,23 +103,26 @@ def connect(
         f'need {", ".join(given)}; one process needs none of them'
       )
     _check_place(coordinator, processes, process)
-    # jax gives up with an abort that does not say for whom it waited.
     print(
       f'process {process} of {processes} meets the others at {coordinator}, within '
-      f'{MEETING_TIMEOUT} s or not at all',
+      f'{meeting_timeout} s or not at all',
       flush=True,
     )
+    # jax gives up with an abort that does not say for whom it waited.
+    meeting.meet(coordinator, processes, process, meeting_timeout)
     jax.distributed.initialize(
       coordinator,
       processes,
       process,
       cluster_detection_method='deactivate',
-      initialization_timeout=MEETING_TIMEOUT,
+      initialization_timeout=meeting_timeout,
       heartbeat_timeout_seconds=heartbeat_timeout,
     )
   elif not _alone():
     try:
-      jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
+      jax.distributed.initialize(
+        initialization_timeout=meeting_timeout, heartbeat_timeout_seconds=heartbeat_timeout
+      )
     except ValueError as error:
       if 'coordinator_address' not in str(error):  # what jax misses where it finds no cluster
         raise
@@ -137,6 +144,8 @@ def _check_place(coordinator: str, processes: int, process: int) -> None:
       f'--coordinator={coordinator} is not HOST:PORT; '
       'give the address of process 0 and a free port there'
     )
+  if not 0 < int(port) < 2**16:
+    raise ValueError(f'--coordinator={coordinator}: port {port} is none of 1 to {2**16 - 1}')
   if not 0 <= process < processes:
     raise ValueError(
       f'--process={process} is none of --processes={processes}; give 0 to {processes - 1}'

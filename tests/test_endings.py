@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -251,3 +252,25 @@ def test_addresses_in_a_config_are_refused(tmp_path):
     with pytest.raises(SystemExit, match=r'error: (data|train)\..* is an address .*mount it'):
       train.run(Config(**changes), tmp_path / 'run')
   assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize('value, said', [('1', True), ('true', True), ('0', False)])
+@pytest.mark.parametrize('imported', [True, False], ids=['before', 'after'])
+def test_numbers_of_64_bits_are_not_heeded(value, said, imported):
+  """Whether JAX is imported before the command begins, or by it."""
+  script = f"""
+import commands
+{'import jax' if imported else ''}
+def command():
+  import jax.numpy as jnp
+  print(jnp.arange(3).dtype, jnp.ones(3).dtype)
+commands.end(command)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    env=os.environ | {'JAX_ENABLE_X64': value, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout == 'int32 float32\n'
+  assert (f'JAX_ENABLE_X64={value} is not heeded' in done.stderr) == said

@@ -3,6 +3,7 @@ and does what it proposes fit?
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from analysis import aot, candidates, hardware, memory, roofline, tables
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from decode.options import CHUNK
 from kernels.attention import choose
-from model import flops
+from model import flops, transformer
 from model.config import ModelConfig
 from model.execution import ExecutionConfig
 from parallel import hosts
@@ -116,6 +117,34 @@ def test_cost():
   assert got.cost(None, None) == {'hours': 2.0}
   assert fake(tiny(), peak=1, problem='no').cost(1.0, 1.0) == {}
   assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
+
+
+def test_a_chip_of_two_devices_is_one_chip():
+  """What is paid and drawn is the chip's, what a device can have of its memory is half."""
+  one = fake(tiny(steps=3600), peak=6e9, seconds=2.0)
+  chip = dataclasses.replace(one.chip, devices=2, hbm_bytes=10 * 10**9, usable=0)
+  two = dataclasses.replace(one, chip=chip)
+  assert (one.chips, two.chips) == (8, 4)
+  assert two.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 4 * 1.5, 'kWh': 2 * 4 * 0.2}
+  assert two.available == 5e9 and not two.fits
+  assert dataclasses.replace(two, chip=dataclasses.replace(chip, usable=14 * 10**9)).fits
+
+
+@pytest.mark.parametrize('copies, compiled', [(3.9, False), (4.1, True)])
+def test_parameters_adams_two_and_gradients_must_fit_at_least(copies, compiled, monkeypatch):
+  """Four f32 of a parameter; what has no room for these is refused without compiling."""
+  config = dataclasses.replace(tiny(), mesh=MeshConfig())
+  init = functools.partial(transformer.init, config.model, 0)
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    parameters = sum(x.size for x in jax.tree.leaves(jax.eval_shape(init)))
+  usable = int(copies * 4 * parameters)
+  chip = dataclasses.replace(hardware.lookup('TPU v5 lite'), usable=usable)
+  monkeypatch.setattr(plan, 'chip_of', lambda _: chip)
+  monkeypatch.setattr(plan, 'make_plan', lambda *_: 'compiled')
+  found = plan.attempt(config, jax.devices()[:1])
+  assert (found == 'compiled') == compiled
+  if not compiled:
+    assert 'parameters, optimizer state and gradients alone take' in found.problem
 
 
 def test_a_plan_names_the_attention_that_it_compiled():

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import json
 import random
+import types
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from data import shards
 from data.batch import DTYPES, Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
-from data.loader import train_loader, validation_batches
+from data.loader import _row_sequence, train_loader, validation_batches
 from data.prepare import prepare
 
 
@@ -129,6 +130,28 @@ def test_mixture_follows_the_weights_and_epochs_of_each_source(corpus):
     ]
     assert len(epochs) >= 2 and all(sorted(epoch) == list(range(len(source))) for epoch in epochs)
     assert epochs[0] != epochs[1]
+
+
+class Rows:
+  """A source of which only the number of its rows matters."""
+
+  weight = 1.0
+
+  def __len__(self):
+    return 30
+
+
+def test_no_source_has_the_order_of_another_in_any_epoch(corpus):
+  """Sources of as many rows: an epoch's order is a seed's, and none of theirs is the same."""
+  prepared = types.SimpleNamespace(train=(Rows(), Rows(), Rows()))
+  sequence = _row_sequence(prepared, settings(corpus))
+  drawn = [sequence[i] for i in range(3 * 30 * 4)]
+  orders = []
+  for source in range(3):
+    rows = [row for which, row in drawn if which == source]
+    orders += [tuple(rows[at : at + 30]) for at in range(0, 120, 30)]
+  assert all(sorted(order) == list(range(30)) for order in orders)
+  assert len(set(orders)) == 12
 
 
 def spread(parts, shares):

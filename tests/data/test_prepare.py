@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import cache, sentencepiece, shards
+from data import cache, sentencepiece, shards, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import corpus_key, prepare
 
@@ -62,6 +62,49 @@ def test_the_document_length_is_the_one_that_tokens_see(tmp_path):
   assert lengths.min() < 50 == lengths.max() and prepared.document_length == pytest.approx(
     each.mean()
   )
+
+
+def test_the_document_length_of_sources_is_by_their_weights(tmp_path):
+  """Of one every token stands in a whole row; of the other in the 14 of its text."""
+  write(tmp_path / 'a.jsonl', [f'{i:02} short text' for i in range(40)])
+  write(tmp_path / 'b.jsonl', [f'{i:02}' + 'x' * 97 for i in range(40)])
+
+  def source(name, weight):
+    path = f'{tmp_path}/{name}.jsonl'
+    return SourceConfig(kind='jsonl', path=path, text_field='text', weight=weight)
+
+  loose = CleanConfig(near_duplicates=0.0)
+  for weights, expected in (((1.0, 1.0), (14 + 50) / 2), ((1.0, 3.0), (14 + 3 * 50) / 4)):
+    sources = tuple(map(source, 'ab', weights))
+    prepared = prepare(config(tmp_path, sources=sources, clean=loose), log=quiet)
+    assert prepared.document_length == pytest.approx(expected)
+
+
+def test_the_tail_of_every_source_is_held_out(tmp_path):
+  """Of its characters, wherever documents end: the last fifth."""
+  sizes = {'a': 30, 'b': 200}
+  for name, words in sizes.items():
+    write(tmp_path / f'{name}.jsonl', [text(f'{name}{i}', words) for i in range(10)])
+  sources = tuple(
+    SourceConfig(kind='jsonl', path=f'{tmp_path}/{name}.jsonl', text_field='text') for name in 'ab'
+  )
+  prepared = prepare(config(tmp_path, sources=sources, split='tail'), log=quiet)
+  held_out = ''
+  for source, (name, words) in zip(prepared.train, sizes.items(), strict=True):
+    whole = ''.join(text(f'{name}{i}', words) for i in range(10))
+    training = int(len(whole) * (1 - 0.2))
+    assert ''.join(decoded(prepared, source)) == whole[:training]
+    held_out += whole[training:]
+  assert ''.join(prepared.validation_documents()) == held_out
+
+
+def test_what_a_tokenizer_loses_is_counted_by_characters_and_documents(tmp_path, monkeypatch):
+  write(tmp_path / 'a.jsonl', [text(i) + '\u20ac' * (i % 3) for i in range(30)])
+  monkeypatch.setattr(
+    tokenizers.ByteTokenizer, 'losses', lambda self, text, ids: text.count('\u20ac') - 1
+  )
+  found = prepare(config(tmp_path), log=quiet).report['tokenizer']
+  assert (found['documents_lost'], found['characters_lost']) == (20, 30)
 
 
 def test_every_document_comes_back_on_exactly_one_side(tmp_path, monkeypatch):

@@ -416,6 +416,17 @@ def test_constraints_come_and_go():
     constrain.Tables(V, 28, 1).add(each[0])
 
 
+def test_a_released_row_gives_the_room_of_its_constraint_back():
+  """Of seventy states a constraint takes nine: twenty that come one after another find room."""
+  engine = engine_of('llama')
+  for i in range(20):
+    constraint = constrain.Constraint(ByteTokenizer(), regex=f'{chr(97 + i)}{{2,8}}')
+    sampling = make_sampling(1, vocabulary=V)
+    engine.join(0, Request([3, 4], 2, sampling, constraint=constraint))
+    engine.release([0])
+  assert 0 in engine.free
+
+
 @pytest.mark.parametrize(
   'change, words',
   [

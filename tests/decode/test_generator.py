@@ -7,6 +7,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -213,6 +214,19 @@ def test_log_probabilities_are_those_of_the_training_forward(generator, table):
       assert raw <= likeliest[0][1] and (
         id_ not in dict(likeliest) or abs(dict(likeliest)[id_] - raw) < 1e-6
       )
+
+
+def test_scores_are_of_capped_logits():
+  """As plain log-softmax of the model's own logits, which its cap bends."""
+  model = dataclasses.replace(MODEL, logit_softcap=0.5)
+  generator = make(model)
+  ids = generator.encoded('def main(')
+  with jax.set_mesh(generator.mesh):
+    logits = generator.model.logits(generator.model(jnp.asarray([ids])).hidden)[0]
+    logs = np.asarray(jax.nn.log_softmax(logits))
+  assert 0.3 < np.abs(logits).max() <= 0.5  # the cap bends them
+  expected = logs[np.arange(len(ids) - 1), ids[1:]]
+  np.testing.assert_allclose(generator.score([ids])[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('chunk', [1, 5, 16])

@@ -109,6 +109,21 @@ def test_a_ring_is_read_again_where_it_has_turned():
   assert_scores_are_of_its_ids(session.truncate(295))
 
 
+def test_a_ring_is_read_again_just_where_its_window_is_written_over():
+  """`back` tokens behind the furthest one, which is read again with the 4 that its window sees:
+  up to slots - window of them the ring has.
+  """
+  generator = make(WINDOW)
+  session = generator.session().append(np.random.default_rng(1).integers(3, 259, 500).tolist())
+  past, [ring, _] = list(session.ids), session._state.cache.held
+  assert ring.ring and ring.slots < len(past)
+  whole = generator.session().append(past)
+  for back in range(ring.slots - 6, ring.slots + 2):
+    other = whole.fork().truncate(len(past) + 1 - back)
+    assert (other._state is None) == (back > ring.slots - 4), back
+    assert_scores_are_of_its_ids(other)
+
+
 def test_a_stop_string_and_a_listener_that_leaves(generator):
   free = generator.session().append('abc')(max_new_tokens=30, seed=4)
   stop = free.text[10:12]

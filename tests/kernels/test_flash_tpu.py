@@ -239,6 +239,38 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('case', ['packed', 'causal, soft cap, sinks'])
+def test_calls_for_ranges_of_blocks_are_one_call(case, small_steps, monkeypatch):
+  """Two rows of 3 x 3 blocks. With tables of nine steps a call has a row's, or a part of the
+  queries of both; with four, one block of queries, or a part of the keys, whose sums are added.
+  """
+  (q, k, v, sinks), mask, softcap = inputs_of(case)
+  calls = []
+  monkeypatch.setattr(
+    flash_tpu,
+    'ranges_of',
+    lambda *arguments, **more: (
+      calls.append(flash_tpu_steps.ranges_of(*arguments, **more)) or calls[-1]
+    ),
+  )
+
+  def run(table):
+    monkeypatch.setattr(flash_tpu_steps, 'TABLE', table)
+    attend = attends(Scoring(mask, softcap=softcap, scale=0.3), backend='pallas_tpu')
+    return values_and_gradients(attend, q, k, v, sinks)
+
+  whole = run(flash_tpu_steps.TABLE)
+  assert not calls
+  for table, turns in ((9, {2}), (4, {6, 2})):
+    calls.clear()
+    parts = run(table)
+    assert {call.turns for call in calls} == turns
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+      np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+  with pytest.raises(NotImplementedError, match='3 steps of .* and 2 fit .*mesh.context'):
+    run(2)
+
+
 @pytest.mark.parametrize(
   'parts, T, steps',
   [
@@ -338,6 +370,43 @@ def test_it_compiles(case, topology):
     and 'flash_backward' in program
     and dispatch.HONOURS['pallas_tpu'] >= mask.fields()
   )
+
+
+# B, T, N, K, of heads 128 wide, and whether documents are packed: tables of more than 1 MiB.
+LONG = {
+  '131,072 packed, 64 heads': (1, 131_072, 64, 8, True),
+  '8 x 65,536 packed, 32 heads': (8, 65_536, 32, 8, True),
+  '262,144': (1, 262_144, 32, 8, False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', LONG)
+def test_long_rows_compile(case):
+  """Forward and backward, as the tables of their steps go to scalar memory in parts."""
+  B, T, N, K, packed = LONG[case]
+  try:
+    mesh = make_mesh(MeshConfig(), aot.topology('v5p:1x1x1')[:1])
+  except ImportError as error:
+    pytest.skip(f'v5p cannot be compiled for: {error}')
+  with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
+
+    def abstract(*shape, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
+    def loss(q, k, v, segments):
+      mask = Mask(query_segments=segments, key_segments=segments) if packed else Mask()
+      out, lse = attention(q, k, v, Scoring(mask), backend='pallas_tpu')
+      return jnp.sum(out, dtype=jnp.float32) + lse.sum()
+
+    keys = abstract(B, T, K, 128)
+    program = (
+      jax.jit(jax.grad(loss, (0, 1, 2)))
+      .lower(abstract(B, T, N, 128), keys, keys, abstract(B, T, dtype=jnp.int32))
+      .compile()
+      .as_text()
+    )
+  assert 'flash_forward' in program and 'flash_backward' in program
 
 
 FAULTS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data.batch import Batch
-from parallel import axes, hosts
+from parallel import axes, hosts, meeting
 from parallel.mesh import MeshConfig, make_mesh
 
 
@@ -127,6 +127,7 @@ def initialized(monkeypatch) -> list:
     ({'processes': 2, 'process': 0}, '--coordinator=HOST:PORT missing'),
     ({'coordinator': 'a', 'processes': 2, 'process': 0}, '--coordinator=a is not HOST:PORT'),
     ({'coordinator': 'a:b', 'processes': 2, 'process': 0}, '--coordinator=a:b is not HOST:PORT'),
+    ({'coordinator': 'a:70000', 'processes': 2, 'process': 0}, 'port 70000 is none of 1 to 65535'),
     (
       {'coordinator': 'a:1', 'processes': 2, 'process': 2},
       '--process=2 is none of --processes=2; give 0 to 1',
@@ -144,11 +145,14 @@ def test_half_an_introduction_is_refused(initialized, given, said):
   assert said in str(error.value) and not initialized
 
 
-def test_an_introduction_is_passed_on(initialized, capsys):
-  with hosts.connect('a:1', 3, 2, 17):
+def test_an_introduction_is_passed_on(initialized, capsys, monkeypatch):
+  met = []
+  monkeypatch.setattr(meeting, 'meet', lambda *arguments: met.append(arguments))
+  with hosts.connect('a:1', 3, 2, 17, 70):
     pass
   [(arguments, options)] = initialized
   assert arguments == ('a:1', 3, 2) and options['heartbeat_timeout_seconds'] == 17
+  assert met == [('a:1', 3, 2, 70)] and options['initialization_timeout'] == 70
   assert 'process 2 of 3 meets the others at a:1' in capsys.readouterr().out
 
 

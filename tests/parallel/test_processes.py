@@ -199,6 +199,20 @@ def test_two_processes_write_what_one_writes(tmp_path):
   assert one == other == alone and [len(ids) for ids in alone] == [12, 12]
 
 
+def test_a_process_that_never_comes_is_named_by_all_others(runs, tmp_path):
+  """In one line, before JAX waits for it."""
+  meet = (f'--coordinator=localhost:{free_port()}', '--processes=3', '--meeting_timeout=8')
+  done = [
+    process.end()
+    for process in [runs.start(tmp_path / 'run', *meet, f'--process={i}') for i in (0, 2)]
+  ]
+  for i, process in zip((0, 2), done, strict=True):
+    assert process.code == 1 and 'Traceback' not in process.error, process
+    assert f'process {i} of 3 has waited 8 s' in process.error
+    assert 'process(es) [1] have not come; start all' in process.error
+  assert not (tmp_path / 'run').exists()
+
+
 def test_two_processes_that_slurm_introduces_are_one_bit_for_bit(runs, tmp_path):
   """Two terms have one sum, in whatever order: no tolerance is needed."""
   one, two = tmp_path / 'one', tmp_path / 'two'

@@ -320,6 +320,15 @@ def test_after_damage_the_new_checkpoints_are_the_ones_that_are_kept(copy, mesh)
   assert resumed.latest() == 2
 
 
+def test_the_best_of_a_past_that_was_gone_back_from_does_not_stay(mesh, tmp_path):
+  """Step 3, damaged, had the lowest loss; what goes on from 1 has a best of its own."""
+  checkpoints = Checkpoints(tmp_path, keep_last=1, log=Log())
+  save(checkpoints, 1, 3, loss={1: 2.0, 3: 0.5})
+  flip(files_of(checkpoints, 3)[0], 0)
+  save(checkpoints, 1, 2, loss={1: 2.0, 2: 2.5})
+  assert checkpoints.steps() == [1, 2] and checkpoints.best() == 1
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_names(copy, mesh):
   checkpoints, _ = copy
   target = abstract(lambda: make_state(3, width=24), mesh)

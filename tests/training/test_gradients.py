@@ -1,11 +1,16 @@
 """Are microbatches exactly one big batch, tokens weighted, however unevenly the rows are filled?"""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import B, Trainer, assert_close, make_batches, tiny
 
+from objectives.next_token import NextToken
+from parallel.mesh import MeshConfig, make_mesh
 from training.gradients import accumulate
 
 SGD = {
@@ -46,6 +51,53 @@ def test_the_batches_can_tell_tokens_from_rows():
     for parts in (2, 4):
       counts = [int(batch.weights[i::parts].sum()) for i in range(parts)]
       assert max(counts) > 1.1 * min(counts)
+
+
+def mean_over_targets(model, batch, z_loss):
+  """-log p + z_loss * log(Z)^2 of every target that counts, row by row, over how many these are:
+  nothing of loss or step.
+  """
+  x = model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segments))).hidden
+  logits = jnp.einsum('BTD,VD->BTV', x, model.head.tokens[...])
+  sums = jax.nn.logsumexp(logits, -1)
+  places = list(zip(*np.nonzero(batch.weights)))
+  return sum(
+    sums[i, t] - logits[i, t, batch.targets[i, t]] + z_loss * sums[i, t] ** 2 for i, t in places
+  ) / len(places)
+
+
+@pytest.mark.parametrize(
+  'parts, devices, mesh, z_loss, clip',
+  [
+    (1, 1, {}, 0.0, 0.0),
+    (4, 1, {}, 0.0, 0.0),
+    (2, 4, {'data': 2, 'fsdp': 2}, 0.1, 0.5),
+  ],
+)
+def test_a_step_is_the_absolute_step(parts, devices, mesh, z_loss, clip):
+  """Parameters - rate * gradient of the mean over targets, in rows with padding and two documents:
+  of 128 slots 43 have a target. Where it is clipped, a part of it.
+  """
+  batch, rate = make_batches(1)[0], SGD['learning_rate']
+  assert (batch.weights.size, batch.weights.sum()) == (128, 43)
+  plain = SGD | {'weight_decay': 0.0, 'clip_norm': clip, 'momentum': 0.0}
+  config = tiny(optimizer=plain, mesh=mesh, train={'accumulation': parts})
+  trainer = Trainer(dataclasses.replace(config, objective=NextToken(z_loss=z_loss)), devices)
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    before = Trainer(tiny()).state.models['policy']
+    value = functools.partial(mean_over_targets, z_loss=z_loss)
+    gradient = jax.grad(value)(before, batch)
+    squares = sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(gradient))
+    share = clip / squares**0.5 if clip else 1.0
+    assert share <= 1
+    expected = jax.tree.map(lambda p, g: p - rate * share * g, before, gradient)
+    mean = mean_over_targets(before, batch, 0.0)
+
+  metrics, _ = trainer.step(batch)
+  assert_close(trainer.state.models['policy'], expected, 2e-6)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(gradient)) > 1e-2  # far above what is allowed
+  np.testing.assert_allclose(metrics['loss'], mean, rtol=1e-5)  # what is shown has no z-loss
+  np.testing.assert_allclose(metrics['grad_norm'], np.sqrt(squares), rtol=1e-5)
 
 
 def linear(model, batch, scale):

@@ -2,6 +2,7 @@
 everything that a person needs to know?
 """
 
+import dataclasses
 import math
 import types
 
@@ -109,3 +110,16 @@ def test_f16_overflows_pass_until_the_scale_can_go_no_lower():
   check_finite(BAD | {'loss_scale': 2.0}, NORMS, config, types.SimpleNamespace())
   with pytest.raises(FloatingPointError):
     check_finite(BAD | {'loss_scale': 1.0}, NORMS, config, Records())
+
+
+@pytest.mark.parametrize(
+  'init, said', [('', 'model.init_scale, train.seed'), ('x', '--config.init=x')]
+)
+def test_before_any_update_no_rate_is_to_blame(init, said):
+  done = {'step': 1, 'loss': math.nan, 'grad_norm': 1.0}
+  config = dataclasses.replace(tiny(), init=init)
+  with pytest.raises(FloatingPointError) as error:
+    check_finite(done, {'head': jnp.float32(math.nan)}, config, Records())
+  text = str(error.value)
+  assert 'step 1: loss nan' in text and 'Last good checkpoint: there is none yet. No upd' in text
+  assert said in text and 'learning_rate' not in text and '\n' not in text

@@ -91,6 +91,27 @@ def test_every_row_against_hand_arithmetic(tmp_path):
   assert table['Energy (PUE 1.1)'] == '0.88 kWh' and table['CO2'] == '0.44 kg'
 
 
+def test_the_largest_is_the_largest_wherever_it_was_and_steps_are_counted(tmp_path):
+  """Memory peaks before the end; of 30 steps seven had a number that is not finite, in two lines;
+  the report's unit is that of the last evaluation.
+  """
+  lines = [
+    {'step': 10, 'loss': 3.0, 'host_bytes': 2**30, 'nonfinite_steps': 3},
+    {'step': 20, 'loss': 2.0, 'host_bytes': 5 * 2**30, 'nonfinite_steps': 4},
+    {'step': 30, 'loss': 2.5, 'host_bytes': 3 * 2**30},
+  ]
+  for line, bits in zip(lines, (2.0, 3.0, 5.0), strict=True):
+    line |= {'tokens': 1, 'train_seconds': 1.0, 'wall_seconds': 1.0, 'device_bytes': 2**31}
+    line |= {'validation_loss': 4.0, 'bits_per_byte': bits}
+  (tmp_path / FILE).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  table, _ = write(tmp_path)
+  assert table['Host memory, largest seen'] == '5.00 GiB'
+  assert table['Device memory, peak'] == '2.00 GiB'
+  assert table['Steps with a non-finite number'] == '7'
+  assert table['**Held-out bits per byte**'] == '**5.000**'
+  assert report._bits_per_nat(lines) == 5.0 / 4.0
+
+
 def test_nothing_is_claimed_without_a_rate_a_peak_or_an_evaluation(tmp_path):
   run(tmp_path, evaluated=False, mfu=False)
   table, text = write(tmp_path)
