@@ -467,4 +467,4 @@ def main(arguments):
 
 if __name__ == '__main__':
   hosts.heed_interrupts()
-  commands.end(lambda: app.run(main))
+  commands.end(lambda: app.run(main, flags_parser=overrides.parsed))

@@ -497,4 +497,4 @@ def described(config: configs.Config, cost: RunCost) -> str:
 
 if __name__ == '__main__':
   hosts.heed_interrupts(hosts.STOPPING)
-  commands.end(lambda: app.run(main), hosts.stopped_code())
+  commands.end(lambda: app.run(main, flags_parser=overrides.parsed), hosts.stopped_code())

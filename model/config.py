@@ -47,8 +47,8 @@ class ModelConfig:
     gated: feed-forward is act(x gate) * (x up) rather than act(x up) (Shazeer, arXiv:2002.05202).
     activation: 'gelu' is the tanh approximation, 'gelu_exact' is not; 'clamped_silu' is gpt-oss's:
       gate * sigmoid(1.702 gate) * (up + 1), gate at most 7, up within 7 (gated only).
-    norm_epsilon: added to the mean square (or variance) in norms. norm_offset: norms multiply with
-      1 + scale.
+    norm: 'rms' or 'layer'. norm_epsilon: added to the mean square (or variance) in norms.
+    norm_offset: norms multiply with 1 + scale.
     norm_placement: of the norms of a block: 'pre', before attention and feed-forward; 'post', after
       the residual sum (and after the embedding; no final norm); 'both', before and after, inside
       the residual branch.
@@ -67,6 +67,7 @@ class ModelConfig:
     qk_norm: RMS norm of queries and keys per head before the rotation.
     biases: 'none', on the projections of queries, keys and values, or on every projection and layer
       norm.
+    tie_embeddings: the output's embedding is the input's.
     token_types: rows of a table of segment embeddings (BERT); 0: none.
     embedding_scale: embeddings are multiplied with sqrt(width), rounded to the compute dtype.
     logit_scale: of the final hidden states. head: 'mlm': a projection, activation and norm before,

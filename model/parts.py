@@ -122,10 +122,11 @@ class MoEConfig:
       0: never.
     dispatch: 'dropless'; 'capacity': an expert takes the first capacity_factor * tokens * per_token
       / experts of each device; 'dense': every expert computes every token (the obviously right
-      twin). Where experts are split over devices, a dropless exchange has capacity_factor times the
-      room that a balanced routing needs, and is repeated until it has sent everything.
-    balance_loss: weight of the load-balancing loss (Fedus et al., arXiv:2101.03961, eq. 4), over
-      each 'sequence' or the whole 'batch' as balance_over says. z_loss: weight of log(Z)^2 of the
+      twin).
+    capacity_factor: of 'capacity'. Where experts are split over devices, a dropless exchange has
+      that times the room that a balanced routing needs, and is repeated until all is sent.
+    balance_loss: weight of the load-balancing loss (Fedus et al., arXiv:2101.03961, eq. 4).
+    balance_over: each 'sequence' or the whole 'batch'. z_loss: weight of log(Z)^2 of the
       router (arXiv:2202.08906, eq. 5).
 
   Raises ValueError when a value is impossible.

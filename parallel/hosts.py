@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import commands
-from parallel import meeting
+import names
 
 # XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
 # each use, a train step spends up to half of its time in page faults (docs/measured.md has the
@@ -109,7 +109,7 @@ def connect(
       flush=True,
     )
     # jax gives up with an abort that does not say for whom it waited.
-    meeting.meet(coordinator, processes, process, meeting_timeout)
+    names.imported('parallel.meeting.meet')(coordinator, processes, process, meeting_timeout)
     jax.distributed.initialize(
       coordinator,
       processes,

@@ -24,6 +24,9 @@ class MeshConfig:
   """Sizes of the mesh axes; one of them may be -1: it takes the devices that are left.
 
   Attributes:
+    data: replicas. fsdp: replicas that share parameters, gradients and optimizer state.
+    stage: of a pipeline of layers. expert: parts of the experts. context: parts of a row's tokens.
+    tensor: parts of heads, feed-forward and vocabulary.
     zero: what `fsdp` splits while a step computes (ZeRO, arXiv:1910.02054, section 5): 1 the
       optimizer's state and the parameters it updates, 2 gradients too, 3 also the weights that
       layers compute with. Between steps all are split. With 3 a layer gathers its weights forward

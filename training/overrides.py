@@ -13,25 +13,30 @@ import pathlib
 import re
 import sys
 import traceback
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags, config_path
 
 import files
 import names
 from data import tokenizers
-from data.config import TokenizerConfig
+from data.config import SourceConfig, TokenizerConfig
 from model.execution import ExecutionConfig
 from objectives import kinds
 from training.config import FILE, Config, from_dict, load, unknown_field
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def define_flag(among: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
   """Defines --config=FILE and its overrides; `from_flag` turns the holder's value into a Config."""
   holder = config_flags.DEFINE_config_file(
     'config',
-    help_string='A file under configs/; override fields with --config.a.b=value.',
+    help_string='A file, or a name of one under configs/ (--config=list); override fields with '
+    '--config.a.b=value, which --config.help lists. Default: that of the run in --workdir.',
     flag_values=among,
   )
   among['config'].parser = _ConfigFile('config')
@@ -49,11 +54,18 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
   """
 
   def parse(self, path):
+    if path.endswith('.json'):  # a run's own
+      if _first(_given(), 'init', 'DIRECTORY'):
+        raise ValueError(
+          f'--config.init begins a run, and {path} is of one that has begun: name a config'
+        )
+      return self._overridden(load(pathlib.Path(path).parent), _given())
+    path = _file_of(path)
     file = path.split(':')[0]
     if not os.path.isfile(file):  # which the library would tell only who reads a field
-      names.check(
-        'config', file, sorted(str(found) for found in pathlib.Path(file).parent.glob('*.py'))
-      )
+      beside = pathlib.Path(file).parent.glob('*.py') if '/' in file else ()
+      known = [path.stem for path in (ROOT / 'configs').glob('*.py')]
+      names.check('config', file, sorted(map(str, beside)) or sorted(known))
     try:
       config = super().parse(path)
     except SyntaxError as error:
@@ -68,11 +80,7 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
         f'get_config() of {path} returned {type(config).__name__}; it must return a '
         'training.config.Config'
       )
-    overrides = [
-      argument.removeprefix('--config.')
-      for argument in sys.argv
-      if argument.startswith('--config.')
-    ]
+    overrides = _given()
     try:
       init = _first(overrides, 'init', 'DIRECTORY') or config.init
       files.check_local('config.init', init)
@@ -82,12 +90,60 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     kind = _first(overrides, 'objective.kind', 'NAME')
     if kind and kind != config.objective.kind:
       config = dataclasses.replace(config, objective=kinds.of(kind)())
+    return self._overridden(config, overrides, begun)
+
+  def _overridden(self, config, overrides: list[str], begun: Mapping = MappingProxyType({})):
+    """The mutable copy, which the library then overrides; begun: parts in the place of its own."""
     config = _mutable(config)
     for part, value in begun.items():
       config[part] = _mutable(value)
+    added = re.compile(rf'data\.sources\[{len(config.data.sources)}\]\.')
+    while any(map(added.match, overrides)):
+      config.data.sources.append(_mutable(SourceConfig()))
+      added = re.compile(rf'data\.sources\[{len(config.data.sources)}\]\.')
     for override in overrides:
       _check_path(config, override.split('=')[0])
     return config
+
+
+def _given() -> list[str]:
+  """The overrides on the command line, without '--config.'."""
+  return [x.removeprefix('--config.') for x in sys.argv if x.startswith('--config.')]
+
+
+def _file_of(path: str) -> str:
+  """The file that --config names: 'tiny' is configs/tiny.py, of this repository where there is none
+  below the working directory.
+  """
+  places = [pathlib.Path(path), pathlib.Path('configs', f'{path}.py')]
+  places += [ROOT / path, ROOT / 'configs' / f'{path}.py']
+  return next((str(place) for place in places if place.is_file()), path)
+
+
+def parsed(arguments: list[str]) -> list[str]:
+  """For absl's app.run: what --config.help and --config=list ask for is printed, and nothing else
+  done; without --config a run's --workdir names its own.
+  """
+  text = ' '.join(arguments[1:])
+  config = re.search(r'(?:^| )--?config(?:=| +)(\S+)', text)
+  if '--config.help' in arguments or (config and config[1] == 'list'):
+    wanted = 'text' if '--config.help' in arguments else 'configs'
+    print(names.imported(f'training.reference.{wanted}')())
+    sys.exit()
+  workdir = re.search(r'(?:^| )--?workdir(?:=| +)(\S+)', text)
+  if workdir and not config and (pathlib.Path(workdir[1]) / FILE).exists():
+    arguments = [arguments[0], f'--config={pathlib.Path(workdir[1]) / FILE}', *arguments[1:]]
+  return app.parse_flags_with_usage([_as_tuple(argument) for argument in arguments])
+
+
+def _as_tuple(argument: str) -> str:
+  """--config.a=x,y of a field that holds several values, as the library reads it."""
+  path, _, value = argument.removeprefix('--config.').partition('=')
+  if ',' not in value or not re.fullmatch(r'[^()\[\]\'"]*', value):
+    return argument
+  if not names.imported('training.reference.is_tuple')(path):
+    return argument
+  return f'--config.{path}={tuple(filter(None, value.split(",")))!r}'
 
 
 def _place(file: str, error: Exception) -> str:

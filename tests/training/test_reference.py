@@ -1,0 +1,102 @@
+"""Does the command line show every field of a config, and take what it shows?"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from tests.training.conftest import tiny
+from training import config as configs, overrides, reference
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def parse(monkeypatch):
+  """(arguments of train.py) -> the Config."""
+
+  def parsed(*arguments):
+    among = flags.FlagValues()
+    holder = overrides.define_flag(among)
+    flags.DEFINE_string('workdir', '', '', flag_values=among)
+    monkeypatch.setattr(overrides.app, 'parse_flags_with_usage', among)
+    monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
+    overrides.parsed(sys.argv)
+    return overrides.from_flag(holder.value)
+
+  return parsed
+
+
+def test_every_field_says_what_it_means():
+  fields = {field.path: field for field in reference.fields()}
+  assert not [path for path, field in fields.items() if not field.meaning]
+  # Two by hand, and that none is missing.
+  assert fields['train.steps'].type == 'int' and fields['train.steps'].default == '200'
+  assert fields['mesh.fsdp'].meaning.startswith('replicas that share parameters')
+  flat = configs._flat(configs.to_dict(tiny()))
+  assert {path.replace('.0.', '[0].') for path in flat} - fields.keys() <= {
+    path.replace('.0.', '[0].') for path in flat if '.1.' in path
+  }
+
+
+def test_a_configs_name_is_its_file_from_anywhere(parse, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  whole = parse(f'--config={ROOT / "configs/tiny.py"}')
+  assert parse('--config=tiny') == parse('--config=configs/tiny.py') == whole
+  assert parse('--config=models/gpt2').model.L == 12
+  # The person's own comes first.
+  (tmp_path / 'configs').mkdir()
+  own = (ROOT / 'configs/tiny.py').read_text().replace('def get_config', 'def other')
+  own += '\n\ndef get_config():\n  import dataclasses\n\n'
+  own += '  return dataclasses.replace(other(), init="")\n'
+  (tmp_path / 'configs' / 'mine.py').write_text(own)
+  assert parse('--config=mine') == whole
+  with pytest.raises(flags.Error, match="'tinny' is unknown; did you mean 'tiny'"):
+    parse('--config=tinny')
+
+
+def test_a_run_goes_on_by_its_directory_alone(parse, tmp_path):
+  config = tiny(train={'steps': 7}, optimizer={'learning_rate': 0.5})
+  configs.save(config, tmp_path)
+  assert parse(f'--workdir={tmp_path}') == config
+  longer = parse('--workdir', str(tmp_path), '--config.train.steps=9')
+  assert longer == tiny(train={'steps': 9}, optimizer={'learning_rate': 0.5})
+  with pytest.raises(flags.Error, match='has begun'):
+    parse(f'--workdir={tmp_path}', '--config.init=somewhere')
+  # Another config is not passed over.
+  assert parse(f'--workdir={tmp_path}', '--config=tiny') == parse('--config=tiny')
+
+
+def test_several_values_come_by_commas_and_sources_by_number(parse):
+  config = parse(
+    '--config=tiny',
+    '--config.train.trained=*norm*,*.bias',
+    '--config.model.execution.remat=full',
+    '--config.model.execution.remat_save=query,up',
+    '--config.data.sources[1].kind=text',
+    '--config.data.sources[1].path=a,b.txt',
+    '--config.data.sources[2].path=c.txt',
+    '--config.data.sources[2].kind=text',
+  )
+  assert config.train.trained == ('*norm*', '*.bias')
+  assert config.model.execution.remat_save == ('query', 'up')
+  assert [source.path for source in config.data.sources[1:]] == ['a,b.txt', 'c.txt']
+  with pytest.raises(flags.Error, match='no item 3'):
+    parse('--config=tiny', '--config.data.sources[3].path=c.txt')
+
+
+@pytest.mark.parametrize(
+  'flag, shown', [('--config=list', 'models/llama3_8b'), ('--config.help', 'learning_rate (float')]
+)
+def test_what_there_is_is_listed(flag, shown):
+  done = subprocess.run(
+    [sys.executable, 'train.py', flag],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0 and shown in done.stdout and not done.stderr

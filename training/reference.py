@@ -1,0 +1,106 @@
+"""Which fields has a config, what do they mean, and which configs are there? Read from the code:
+dataclasses, their defaults, and the `Attributes:` of their docstrings.
+"""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+
+from objectives import kinds
+from objectives.objective import Objective
+from training.config import Config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs'
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A field as flags name it, behind --config."""
+
+  path: str
+  type: str
+  default: str
+  meaning: str
+
+
+def fields(cls: type = Config, path: str = '') -> Iterator[Field]:
+  """All fields below a config class, in order; of the objective, those of every kind."""
+  hints, meanings = typing.get_type_hints(cls), described(cls)
+  for field in dataclasses.fields(cls):
+    name, hint = f'{path}{field.name}', hints[field.name]
+    if hint is Objective:
+      for kind in kinds.KINDS:
+        yield from fields(kinds.of(kind), f'{name}.')
+      continue
+    inner = next((x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)), None)
+    if inner is not None:
+      index = '[0]' if typing.get_origin(hint) is tuple else ''
+      yield from fields(inner, f'{name}{index}.')
+    else:
+      yield Field(name, _type(hint), _default(field), meanings.get(field.name, ''))
+
+
+def described(cls: type) -> dict[str, str]:
+  """What the docstrings of a class, and of those that it inherits from, say of its fields."""
+  meanings: dict[str, str] = {}
+  for base in reversed(cls.__mro__):
+    _, _, section = (inspect.cleandoc(base.__doc__ or '')).partition('Attributes:\n')
+    lines = [line for line in re.split(r'\n(?=\S)', section)[0].split('\n') if line.strip()]
+    for entry in re.split(r'\n(?=  \S)', '\n'.join(lines)):
+      # One entry tells of several names, and several short ones may share a line.
+      text = ' '.join(entry.split())
+      parts = re.split(r'(?:^|(?<=[.;] ))((?:\w+, )*\w+): ', text)[1:]
+      for names, meaning in zip(parts[::2], parts[1::2]):
+        meanings |= {name: meaning.strip() for name in names.split(', ')}
+  return meanings
+
+
+def is_tuple(path: str) -> bool:
+  """Whether the field of a path, such as 'train.trained', holds several values."""
+  path = re.sub(r'\[\d+\]', '[0]', path)
+  return any(field.path == path and field.type.endswith('by commas') for field in fields())
+
+
+def text(width: int = 100) -> str:
+  """All fields for a terminal, by section."""
+  lines, section = [], ''
+  for field in fields():
+    head, _, _ = field.path.rpartition('.')
+    if head != section:
+      section = head
+      lines.append(f'\n--config.{section}.*')
+    lines.append(f'  {field.path.rpartition(".")[2]} ({field.type}, {field.default})')
+    if field.meaning:
+      lines.append(
+        textwrap.fill(field.meaning, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+      )
+  return '\n'.join(lines).lstrip('\n')
+
+
+def configs() -> str:
+  """The files under configs/ with the first line of what they say of themselves."""
+  lines = []
+  for path in sorted(CONFIGS.rglob('*.py')):
+    name = str(path.relative_to(CONFIGS).with_suffix(''))
+    says = ast.get_docstring(ast.parse(path.read_text())) or ''
+    lines.append(f'{name:24} {says.split(chr(10))[0]}')
+  return '\n'.join(lines)
+
+
+def _type(hint) -> str:
+  if typing.get_origin(hint) is tuple:
+    return f'{typing.get_args(hint)[0].__name__}s, by commas'
+  return getattr(hint, '__name__', str(hint))
+
+
+def _default(field: dataclasses.Field) -> str:
+  value = field.default
+  if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+    value = field.default_factory()
+  return repr(value)
