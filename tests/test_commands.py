@@ -75,6 +75,21 @@ class Finished:
   error: str
 
 
+@contextlib.contextmanager
+def signals_as_at_a_terminal():
+  """What is started meanwhile heeds SIGHUP and SIGINT, though these tests may run under nohup or in
+  the background, where both are ignored and children inherit that.
+  """
+  ignored = [n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) == signal.SIG_IGN]
+  for number in ignored:
+    signal.signal(number, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    for number in ignored:
+      signal.signal(number, signal.SIG_IGN)
+
+
 class Process:
   """A command in the background; its output goes to a file.
 
@@ -97,7 +112,11 @@ class Process:
         'RELEASE': f'{self.path}.release',
         'PYTHONPATH': str(directory),
       }
-    with open(self.path, 'w') as out, open(f'{self.path}.error', 'w') as error:
+    with (
+      open(self.path, 'w') as out,
+      open(f'{self.path}.error', 'w') as error,
+      signals_as_at_a_terminal(),
+    ):
       self.process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=out, stderr=error, env=environment
       )
