@@ -576,6 +576,7 @@ def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_pat
   )
 
 
+@pytest.mark.slow
 def test_the_pages_commands_of_generation_run(said, tmp_path):
   """With this run in the place of runs/tiny; --chat needs a model with a template."""
   (tmp_path / 'in.jsonl').write_text('"def f("\n{"prompt": "x"}\n')
@@ -595,6 +596,7 @@ def test_the_pages_commands_of_generation_run(said, tmp_path):
   assert ended and all('model.max_length=32' in one['note'] for one in ended)
 
 
+@pytest.mark.slow
 def test_the_pages_examples_from_python_run(runs, whole):
   page = (ROOT / 'docs' / 'generation.md').read_text()
   blocks = re.findall(r'^```python\n(.*?)^```', page, re.M | re.S)

@@ -115,6 +115,12 @@ def test_every_file_has_a_room():
   assert {name.split('.')[0] for name in modules()} <= FLOOR.keys()
 
 
+def test_no_two_test_files_share_a_name():
+  """pytest knows them by it, and leaves one out."""
+  names = [path.name for path in (ROOT / 'tests').rglob('test_*.py')]
+  assert len(names) == len(set(names))
+
+
 def test_no_import_points_up():
   upward = {
     (module, name)

@@ -114,6 +114,7 @@ def test_an_import_is_padded_and_its_export_is_not(imported, tmp_path, capsys):
   assert sizes[0] == sizes[1], 'rows that are no ids are no parameters of the model'
 
 
+@pytest.mark.slow
 def test_an_odd_vocabulary_generates_on_devices_that_share_it(imported):
   several = Generator.load(imported / 'run', mesh=MeshConfig(data=2, tensor=2))
   alone = Generator.load(imported / 'run')

@@ -184,7 +184,10 @@ def test_adafactor_factors_heads_of_64():
   assert squares['up'].elements.shape == TALL['up'] and squares['norm'].elements.shape == (3, 160)
 
 
-@pytest.mark.parametrize('name', opt.OPTIMIZERS)
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(n, marks=[pytest.mark.slow] * (n == 'adam8bit')) for n in opt.OPTIMIZERS],
+)
 def test_layers_that_are_stacked_are_updated_as_if_each_were_alone(name):
   config = OptimizerConfig(name=name, learning_rate=0.05)
 
