@@ -18,6 +18,7 @@ if __name__ == '__main__':
   hosts.leave_at_signals()
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -400,8 +401,12 @@ def stream(generator: Generator, given, prompts, options: dict) -> None:
     for i, prompt in enumerate(prompts)
   ]
   for (_, prompt), pieces in zip(given, streamed, strict=True):
+    # The first piece before its prompt is shown: what is logged while programs are made would else
+    # stand in the midst of the text.
+    pieces = iter(pieces)
+    first = next(pieces, '')
     print(prompt, end='\n' if CHAT.value else '', flush=True)
-    for piece in pieces:
+    for piece in itertools.chain([first], pieces):
       print(piece, end='', flush=True)
     print(flush=True)
     say_ended(generator.report.notes)

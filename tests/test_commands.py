@@ -93,10 +93,13 @@ def signals_as_at_a_terminal():
 class Process:
   """A command in the background; its output goes to a file.
 
-  hold: where it prints this, it waits for `release`.
+  hold: where it prints this, it waits for `release`. terminal: what goes to stderr stands between
+  what goes to stdout, as on a screen.
   """
 
-  def __init__(self, directory: pathlib.Path, *command: str, hold: str = ''):
+  def __init__(
+    self, directory: pathlib.Path, *command: str, hold: str = '', terminal: bool = False
+  ):
     self.path = directory / f'output-{time.monotonic_ns()}'
     # XLA_FLAGS asks for eight devices
     environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
@@ -118,7 +121,11 @@ class Process:
       signals_as_at_a_terminal(),
     ):
       self.process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=out, stderr=error, env=environment
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=out,
+        stderr=out if terminal else error,
+        env=environment,
       )
 
   def out(self) -> str:
@@ -169,8 +176,9 @@ class Runs:
   def train(self, workdir: pathlib.Path, *flags: str) -> Finished:
     return self.start(workdir, *flags).end()
 
-  def generate(self, workdir: pathlib.Path, *flags: str) -> Finished:
-    return Process(self.directory, 'generate.py', f'--workdir={workdir}', *flags).end()
+  def generate(self, workdir: pathlib.Path, *flags: str, terminal: bool = False) -> Finished:
+    command = 'generate.py', f'--workdir={workdir}', *flags
+    return Process(self.directory, *command, terminal=terminal).end()
 
 
 @pytest.fixture(scope='module')
@@ -411,10 +419,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, whole, t
 
 def test_generate_writes_prompt_and_text_and_repeats_itself_by_seed(runs, whole):
   flags = ('--prompt=abc d', '--prompt=', '--max_new_tokens=12', '--temperature=0.9')
-  first, again = runs.generate(whole, *flags, '--seed=1'), runs.generate(whole, *flags, '--seed=1')
+  first = runs.generate(whole, *flags, '--seed=1')
+  again = runs.generate(whole, *flags, '--seed=1', terminal=True)
   assert first.code == again.code == 0, first.error
   assert first.out.startswith('abc d') and len(first.out) > len('abc d\n\n') + 10
-  assert first.out == again.out
+  # On a screen what is logged comes before the text, not in its midst.
+  assert again.out == first.error + first.out and 'attention:' in first.error
 
 
 @pytest.mark.slow
