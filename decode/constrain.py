@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int
 
 from data import generation
 from data.tokenizer import Tokenizer
-from decode import schema as schemas
+from decode import automaton, schema as schemas
 from parallel import axes as ax
 
 FREE = 0  # the state in which everything is allowed, for rows without a constraint
@@ -61,8 +61,8 @@ class Constraint:
       tokenizer: whose ids are generated.
       regex: in the syntax of Rust's regex crate (Python's without look-around and references;
         Unicode's \\w). It is of the whole text, so that ^ and $ are left out. Its
-        repetitions written out have at most MOST_PLACES places; beside that, some take as many
-        states as 2 to the power of a repetition: (a|b)*a(a|b){20}.
+        repetitions written out have at most MOST_PLACES places, and its automaton is made within
+        decode.automaton's limits.
       schema: a dict, JSON text, or a PathLike of a file; what of it is kept, see decode.schema.
 
     Raises:
@@ -256,52 +256,14 @@ def advance(automaton: Automaton, states: Int[Array, 'B'], ids: Int[Array, 'B'])
 
 
 def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
-  """The automaton over bytes: the state after each [S, 256], -1 for none; where a text may end [S];
-  the first state.
-
-  Nothing leads on from the last state, so that -1 is an index, too.
-  """
-  try:
-    import outlines_core
-  except ImportError as error:
-    raise ImportError(
-      'constraints need outlines-core: pip install outlines-core (the extra tandem[constrain])'
-    ) from error
-
+  """See decode.automaton.over_bytes, for expressions of at most MOST_PLACES places."""
   if (places := _places(regex)) > MOST_PLACES:
     raise ValueError(
       f'regex={regex[:200]!r} has {places:,} places with its repetitions written out, of at most '
       f'{MOST_PLACES:,} (a character of a JSON string is 3): lower its counts (maxLength, '
       'maxItems), or leave them out and bound the text by max_new_tokens'
     )
-  EOS, MARK = 256, 257
-  vocabulary = outlines_core.Vocabulary(
-    EOS, {bytes([byte]): [byte] for byte in range(256)} | {b'\0\0': [MARK]}
-  )
-  try:
-    # Without a group around it, which a stray ')' would close.
-    outlines_core.Index(f'{regex}|', vocabulary)
-    # The library prefers: of a|ab it takes the a, unless a match must reach the end (\z). It looks
-    # for matches that begin later, too, in 2 to the power of a repetition many combinations, unless
-    # something of lower rank has matched before (|, the empty text). It knows no first state of
-    # what can be empty, hence a mark in front; and forgets what follows an end, hence one of two
-    # bytes.
-    index = outlines_core.Index(rf'\x00\x00(?:{regex})\z|', vocabulary)
-  except ValueError as error:
-    raise ValueError(
-      f'regex={regex!r} can\'t be used: {str(error).rstrip(".")}. It is in the syntax of Rust\'s '
-      'regex crate, which knows neither look-around nor references, and of the whole text, so that '
-      '^ and $ are left out'
-    ) from error
-
-  transitions = index.get_transitions()
-  first = transitions[index.get_initial_state()].get(MARK)
-  number = {state: i for i, state in enumerate(sorted(transitions))}
-  after = np.full((len(number) + 1, EOS + 1), -1, np.int32)
-  for state, moves in transitions.items():
-    for byte in moves.keys() - {MARK}:
-      after[number[state], byte] = number[moves[byte]]
-  return after[:, :EOS], after[:, EOS] >= 0, number.get(first, len(number))
+  return automaton.over_bytes(regex, places)
 
 
 _PLACE = re.compile(
