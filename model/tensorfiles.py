@@ -93,16 +93,25 @@ class TensorFiles:
     tensor = self.tensors[name]
     dtype, row = DTYPES[tensor.kind], math.prod(tensor.shape[1:])
     rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
-    view = memoryview(rows.reshape(-1).view(np.uint8))
-    offset = tensor.offset + start * row * dtype.itemsize
-    with open(tensor.path, 'rb', buffering=0) as file:
-      file.seek(offset)
-      while len(view):
-        count = file.readinto(view)
-        if not count:
-          raise ValueError(f'{tensor.path} ended within {name}: it was changed while it was read')
-        view = view[count:]
+    read_into(tensor.path, tensor.offset + start * row * dtype.itemsize, rows, name)
     return rows
+
+  @property
+  def kinds(self) -> list[str]:
+    """Dtypes in the files, as they call them."""
+    return sorted({tensor.kind for tensor in self.tensors.values()})
+
+
+def read_into(path: pathlib.Path, offset: int, rows: np.ndarray, name: str) -> None:
+  """Fills an array with a file's bytes from `offset` on, which are the tensor `name`'s."""
+  view = memoryview(rows.reshape(-1).view(np.uint8))
+  with open(path, 'rb', buffering=0) as file:
+    file.seek(offset)
+    while len(view):
+      count = file.readinto(view)
+      if not count:
+        raise ValueError(f'{path} ended within {name}: it was changed while it was read')
+      view = view[count:]
 
 
 def _paths(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:

@@ -52,6 +52,16 @@ from parallel.mesh import MeshConfig, make_mesh
 SHARED_DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
 
 
+def pytest_collection_modifyitems(config, items):
+  """Tests of real models run where they are asked for, `-m real`: whatever else is, they need
+  packages of a hundred MB.
+  """
+  if 'real' not in config.getoption('markexpr'):
+    real = [item for item in items if item.get_closest_marker('real')]
+    config.hook.pytest_deselected(items=real)
+    items[:] = [item for item in items if item not in real]
+
+
 @pytest.fixture(scope='module', autouse=True)
 def few_programs():
   """Programs are forgotten before they are so many that the process dies: Linux grants it 65,530
