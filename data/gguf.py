@@ -54,7 +54,7 @@ _STRING, _ARRAY = 8, 9
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class StoredTensor:
   """Where a tensor lies.
 
   Attributes:
@@ -83,7 +83,7 @@ class GGUF:
 
   Attributes:
     path: of the file. keys: name -> int, float, bool, str, numpy array, or list of str.
-    tensors: name -> Place, in the file's order.
+    tensors: name -> StoredTensor, in the file's order.
 
   Raises: OSError; ValueError that names the file and what it says that cannot be so.
   """
@@ -184,7 +184,7 @@ class _Reader:
     count = self.count(f'the length of {name}', dtype.itemsize)
     return np.frombuffer(self.take(count * dtype.itemsize, name), dtype)
 
-  def tensors(self, count: int, alignment: Any) -> dict[str, Place]:
+  def tensors(self, count: int, alignment: Any) -> dict[str, StoredTensor]:
     """Where they lie, when each lies in the file, on its own, as its type and shape want it."""
     if not (isinstance(alignment, int) and alignment > 0):
       raise ValueError(f'{self.path}: general.alignment={alignment!r} must be at least 1')
@@ -207,7 +207,7 @@ class _Reader:
       places[name] = dataclasses.replace(place, offset=offset)
     return places
 
-  def place(self, name: str) -> Place:
+  def place(self, name: str) -> StoredTensor:
     """A tensor's entry in the header; the offset counts from the header's end."""
     rank = self.number('I', f'the number of dimensions of {name}')
     self.need(
@@ -226,4 +226,4 @@ class _Reader:
       min(shape) > 0 and shape[-1] % entries == 0,
       f'{name} has the shape {list(shape)}, and {title} comes in blocks of {entries}',
     )
-    return Place(title, shape, self.number('Q', f'the offset of {name}'))
+    return StoredTensor(title, shape, self.number('Q', f'the offset of {name}'))

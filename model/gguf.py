@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.gguf import GGUF
+from data.gguf import GGUF, StoredTensor
 from model.layers import rope_frequencies
 from model.parts import RopeConfig
 from model.tensorfiles import DTYPES, Tensor, read_into
@@ -152,26 +152,27 @@ def _config(gguf: GGUF) -> tuple[dict[str, Any], dict[str, int]]:
       f'{gguf.path}: general.architecture={kind!r} is not read; these are: '
       f'{", ".join(ARCHITECTURES)}'
     )
-  if gguf.keys.get('split.count', 1) != 1:
+  count = gguf.get('split.count', int, 1)
+  if count > 1:
     raise NotImplementedError(
-      f'{gguf.path} is one of split.count={gguf.keys["split.count"]} files; join them with '
+      f'{gguf.path} is one of split.count={count} files; join them with '
       "llama.cpp's llama-gguf-split --merge"
     )
 
-  own = {
+  given = {
     name.removeprefix(kind + '.'): _shortest(value)
     for name, value in gguf.keys.items()
     if name.startswith(kind + '.')
   }
   config = {'model_type': kind}
   for theirs, ours in KEYS.items():
-    if theirs in own:
-      config[ours] = own[theirs]
+    if theirs in given:
+      config[ours] = given[theirs]
     elif theirs not in ('attention.head_count_kv', 'rope.freq_base'):
       raise ValueError(f'{gguf.path} has no key {kind}.{theirs}, and it cannot be guessed')
   # What nothing is known of is shown to the family, which refuses it, or is told to ignore it.
-  config |= {f'{kind}.{name}': own[name] for name in own if name not in {*KEYS, *OTHER_KEYS}}
-  if f'{kind}.expert_count' in config and config[f'{kind}.expert_count'] == 0:
+  config |= {f'{kind}.{name}': given[name] for name in given if name not in {*KEYS, *OTHER_KEYS}}
+  if gguf.get(f'{kind}.expert_count', int, 1) == 0:
     config = {name: value for name, value in config.items() if '.expert_' not in name}
 
   for name in KEYS.values():
@@ -180,29 +181,31 @@ def _config(gguf: GGUF) -> tuple[dict[str, Any], dict[str, int]]:
       raise ValueError(f'{gguf.path}: {name}={config[name]!r} must be a number above 0')
   if config['num_hidden_layers'] > len(gguf.tensors):
     raise ValueError(
-      f'{gguf.path}: {kind}.block_count={own["block_count"]} is more than its {len(gguf.tensors)} '
+      f'{gguf.path}: {kind}.block_count={given["block_count"]} is more than its {len(gguf.tensors)} '
       'tensors'
     )
   heads = config['num_attention_heads']
-  config |= _widths(gguf, kind, own, config) | _rope(gguf, kind, own, config)
+  config |= _widths(gguf, kind, config)
+  config |= _rope(gguf, kind, config)
   return config, {'q': heads, 'k': config.get('num_key_value_heads', heads)}
 
 
-def _widths(gguf: GGUF, kind: str, own: dict, config: dict) -> dict[str, Any]:
+def _widths(gguf: GGUF, kind: str, config: dict) -> dict[str, Any]:
   """What follows from tensors, and the width of a head."""
   embedding = gguf.tensors.get('token_embd.weight')
   if embedding is None:
     raise ValueError(f'{gguf.path} has no tensor token_embd.weight')
   heads, width = config['num_attention_heads'], config['hidden_size']
-  head = own.get('attention.key_length', own.get('rope.dimension_count', width // heads))
+  head = gguf.get(f'{kind}.rope.dimension_count', int, width // heads)
+  head = gguf.get(f'{kind}.attention.key_length', int, head)
   for name in ('attention.key_length', 'attention.value_length', 'rope.dimension_count'):
-    if own.get(name, head) != head:
+    if gguf.get(f'{kind}.{name}', int, head) != head:
       raise NotImplementedError(
-        f'{gguf.path}: {kind}.{name}={own[name]} with heads of {head} is not read: queries, keys, '
-        'values and rotary positions of one width are'
+        f'{gguf.path}: {kind}.{name}={gguf.keys[f"{kind}.{name}"]} with heads of {head} is not '
+        'read: queries, keys, values and rotary positions of one width are'
       )
-  if not isinstance(head, int) or head < 2 or head % 2:
-    raise ValueError(f'{gguf.path}: heads of {head!r} have no rotary pairs')
+  if head < 2 or head % 2:
+    raise ValueError(f'{gguf.path}: heads of {head} have no rotary pairs')
   made = {
     'vocab_size': embedding.shape[0],
     'tie_word_embeddings': 'output.weight' not in gguf.tensors,
@@ -214,9 +217,9 @@ def _widths(gguf: GGUF, kind: str, own: dict, config: dict) -> dict[str, Any]:
   return made
 
 
-def _rope(gguf: GGUF, kind: str, own: dict, config: dict) -> dict[str, Any]:
+def _rope(gguf: GGUF, kind: str, config: dict) -> dict[str, Any]:
   """rope_scaling, where there is one."""
-  scaling = own.get('rope.scaling.type', 'none')
+  scaling = gguf.get(f'{kind}.rope.scaling.type', str, 'none')
   if scaling not in ('none', 'linear'):
     raise NotImplementedError(
       f'{gguf.path}: {kind}.rope.scaling.type={scaling!r} is not read; none and linear are'
@@ -225,15 +228,14 @@ def _rope(gguf: GGUF, kind: str, own: dict, config: dict) -> dict[str, Any]:
     factor = gguf.get(f'{kind}.rope.scaling.factor', (int, float))
     return {'rope_scaling': {'rope_type': 'linear', 'factor': _shortest(factor)}}
   place = gguf.tensors.get(ROPE_FACTORS)
-  return {} if place is None else {'rope_scaling': _llama3(gguf, place, config, own)}
+  return {} if place is None else {'rope_scaling': _llama3(gguf, place, config)}
 
 
-def _llama3(gguf: GGUF, place, config: dict, own: dict) -> dict[str, Any]:
+def _llama3(gguf: GGUF, place: StoredTensor, config: dict) -> dict[str, Any]:
   """Llama 3's scaling, of which a file keeps what it makes of each frequency: the settings with
   which it makes the same.
   """
-  head = own.get('attention.key_length', own.get('rope.dimension_count'))
-  head = head or config['hidden_size'] // config['num_attention_heads']
+  head = config['head_dim']
   if place.kind != 'F32' or place.shape != (head // 2,):
     raise ValueError(
       f'{gguf.path}: {ROPE_FACTORS} is {place.kind} {list(place.shape)}, not F32 {[head // 2]}'

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import convert
+from data import gguf_tokenizer
 from data.gguf import GGUF, TYPES
 from model import checkpoint, packages, params
 from model.gguf import GGUFTensors
@@ -261,6 +262,31 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
       GGUF(path)
 
 
+def test_whatever_byte_is_another_the_file_is_read_or_refused_by_name(tmp_path):
+  tokenizer = {
+    'ggml.model': 'gpt2',
+    'ggml.pre': 'gpt-2',
+    'ggml.tokens': ['a', 'b', 'ab', '<end>'],
+    'ggml.token_type': [1, 1, 1, 3],
+    'ggml.merges': ['a b'],
+    'ggml.eos_token_id': 3,
+  }
+  _, path = build(LLAMA | {'num_hidden_layers': 1}, tmp_path, tokenizer=tokenizer)
+  content = path.read_bytes()
+  end = min(place.offset for place in GGUF(path).tensors.values())
+  rng, refused = np.random.default_rng(0), 0
+  for at in range(0, end, 2):
+    changed = bytearray(content)
+    changed[at] = rng.choice([0, 1, 255, changed[at] ^ 1 << rng.integers(8)])
+    path.write_bytes(changed)
+    try:
+      gguf_tokenizer.read(GGUFTensors(GGUF(path)).gguf)
+    except (ValueError, NotImplementedError) as error:
+      assert str(path) in str(error), at
+      refused += 1
+  assert refused > 500
+
+
 @pytest.mark.parametrize(
   'keys, error, words',
   [
@@ -295,6 +321,13 @@ def test_keys_that_do_not_fit_are_named(keys, error, words, tmp_path, monkeypatc
   gguf_files.write(path, LLAMA, ours.tensors(tmp_path / 'hf'), keys=keys)
   with pytest.raises(error, match=words):
     checkpoint.load(path, mesh=ours.MESH)
+
+
+def test_a_key_that_nothing_is_known_of_can_be_ignored(tmp_path):
+  _, path = build(LLAMA, tmp_path, keys={'llama.logit_scale': 1.0, 'llama.expert_count': 0})
+  with pytest.raises(ValueError, match='--ignore_key=llama.logit_scale'):
+    checkpoint.load(path, mesh=ours.MESH)
+  checkpoint.load(path, mesh=ours.MESH, ignore_keys=('llama.logit_scale',))
 
 
 def test_frequencies_of_another_scaling_are_refused(tmp_path):

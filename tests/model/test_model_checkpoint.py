@@ -393,7 +393,7 @@ def test_memory_is_shared_by_chips(tmp_path, capsys, monkeypatch):
       for name, parts in checkpoint.parts_of(family, network).items()
     },
   )
-  monkeypatch.setattr(convert, 'TensorFiles', lambda directory: files)
+  monkeypatch.setattr(checkpoint, 'TensorFiles', lambda directory: files)
   convert.main(['inspect', str(tmp_path)])
   lines = capsys.readouterr().out.splitlines()
   assert '8,030,261,248 parameters' in lines[0]

@@ -18,9 +18,9 @@ from tests.real import make
 
 pytestmark = pytest.mark.real
 GOLDEN = json.loads(make.GOLDEN.read_text())
-# Logits go to 25, and 30 layers of sums of 576 and 1,536 terms in another order round each by some
-# 1e-7 of its size: 3e-5 was seen. A weight out of place moves them by 1 and more.
-CLOSE = 2e-4
+# Logits go to 40, and 30 layers of sums of 576 and 1,536 terms in another order round each by some
+# 1e-7 of its size: 1.1e-4 was seen.
+CLOSE = 5e-4
 
 
 @pytest.fixture(scope='module')
