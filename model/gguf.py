@@ -181,8 +181,8 @@ def _config(gguf: GGUF) -> tuple[dict[str, Any], dict[str, int]]:
       raise ValueError(f'{gguf.path}: {name}={config[name]!r} must be a number above 0')
   if config['num_hidden_layers'] > len(gguf.tensors):
     raise ValueError(
-      f'{gguf.path}: {kind}.block_count={given["block_count"]} is more than its {len(gguf.tensors)} '
-      'tensors'
+      f'{gguf.path}: {kind}.block_count={given["block_count"]} is more than its '
+      f'{len(gguf.tensors)} tensors'
     )
   heads = config['num_attention_heads']
   config |= _widths(gguf, kind, config)
@@ -219,15 +219,18 @@ def _widths(gguf: GGUF, kind: str, config: dict) -> dict[str, Any]:
 
 def _rope(gguf: GGUF, kind: str, config: dict) -> dict[str, Any]:
   """rope_scaling, where there is one."""
-  scaling = gguf.get(f'{kind}.rope.scaling.type', str, 'none')
+  name = f'{kind}.rope.scaling.factor'
+  scaling = gguf.get(f'{kind}.rope.scaling.type', str, 'linear' if name in gguf.keys else 'none')
   if scaling not in ('none', 'linear'):
     raise NotImplementedError(
       f'{gguf.path}: {kind}.rope.scaling.type={scaling!r} is not read; none and linear are'
     )
-  if scaling == 'linear':
-    factor = gguf.get(f'{kind}.rope.scaling.factor', (int, float))
-    return {'rope_scaling': {'rope_type': 'linear', 'factor': _shortest(factor)}}
   place = gguf.tensors.get(ROPE_FACTORS)
+  if scaling == 'linear':
+    if place is not None:
+      raise NotImplementedError(f'{gguf.path}: {ROPE_FACTORS} beside linear scaling is not read')
+    factor = gguf.get(name, (int, float))
+    return {'rope_scaling': {'rope_type': 'linear', 'factor': _shortest(factor)}}
   return {} if place is None else {'rope_scaling': _llama3(gguf, place, config)}
 
 

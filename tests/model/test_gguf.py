@@ -331,7 +331,11 @@ def test_a_key_that_nothing_is_known_of_can_be_ignored(tmp_path):
 
 
 def test_frequencies_of_another_scaling_are_refused(tmp_path):
-  directory, path = build(HF['llama'], tmp_path)
+  _, path = build(HF['llama'], tmp_path, keys={'llama.rope.scaling.factor': 2.0})
+  with pytest.raises(NotImplementedError, match='rope_freqs.weight beside linear scaling'):
+    checkpoint.load(path, mesh=ours.MESH)
+  tensors = ours.tensors(tmp_path / 'hf')
+  gguf_files.write(path, HF['llama'], tensors)
   place = GGUF(path).tensors['rope_freqs.weight']
   content = bytearray(path.read_bytes())
   content[place.offset + 4 : place.offset + 8] = struct.pack('<f', 3.5)
