@@ -78,16 +78,15 @@ class Finished:
 @contextlib.contextmanager
 def signals_as_at_a_terminal():
   """What is started meanwhile heeds SIGHUP and SIGINT, though these tests may run under nohup or in
-  the background, where both are ignored and children inherit that.
+  the background, where both are ignored and children inherit that. Nor does Python know what a
+  library has done: libtpu, once loaded, ignores SIGHUP.
   """
-  ignored = [n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) == signal.SIG_IGN]
-  for number in ignored:
-    signal.signal(number, signal.SIG_DFL)
+  before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGHUP, signal.SIGINT)}
   try:
     yield
   finally:
-    for number in ignored:
-      signal.signal(number, signal.SIG_IGN)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 class Process:
