@@ -615,6 +615,7 @@ def test_the_pages_examples_from_python_run(runs, whole):
   assert done.code == 0 and done.out, done.error
 
 
+@pytest.mark.slow
 def test_the_end_of_the_context_is_said(runs, whole):
   for flags in (['--stream', '--temperature=0', '--lookup=2'], ['--beams=2']):
     done = runs.generate(whole, '--prompt=def f(', '--logit_bias=2:-inf', *flags)

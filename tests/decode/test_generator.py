@@ -309,7 +309,12 @@ def alone():
 
 
 @pytest.mark.parametrize(
-  'sizes', [{'data': 2, 'tensor': 2, 'fsdp': 2}, {'data': 2, 'tensor': 2, 'context': 2}], ids=str
+  'sizes',
+  [
+    {'data': 2, 'tensor': 2, 'fsdp': 2},
+    pytest.param({'data': 2, 'tensor': 2, 'context': 2}, marks=pytest.mark.slow),
+  ],
+  ids=str,
 )
 def test_a_mesh_writes_what_one_device_writes(alone, sizes):
   several = sharing(**sizes)

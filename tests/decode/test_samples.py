@@ -78,6 +78,7 @@ def test_samples_of_other_models_are_rows_alone(kind):
   assert_as_alone(generator, 3, found, max_new_tokens=9)
 
 
+@pytest.mark.slow
 def test_samples_with_a_draft_and_with_constraints_are_rows_alone(generator):
   options = dict(max_new_tokens=8, draft=make(seed=1))
   assert_as_alone(generator, 3, generator(PROMPTS, num_samples=3, seed=5, **options), **options)

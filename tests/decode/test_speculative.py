@@ -244,8 +244,10 @@ FAMILIES = {
   'family',
   [
     'windows in rings',
-    'encoder',
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ('latent', 'experts', 'bytes')),
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ('encoder', 'latent', 'experts', 'bytes')
+    ),
   ],
 )
 def test_families(family):
@@ -478,7 +480,7 @@ def check_draws(drafter, run=None):
 
 
 @pytest.mark.parametrize(
-  'drafter', ['model', 'lookup', pytest.param('exit', marks=pytest.mark.slow)]
+  'drafter', ['lookup', *(pytest.param(x, marks=pytest.mark.slow) for x in ('model', 'exit'))]
 )
 def test_draws_have_the_law_of_the_model(drafter):
   assert (
