@@ -17,7 +17,9 @@ if __name__ == '__main__':
   hosts.use_huge_pages()
   hosts.leave_at_signals()
 
+import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -29,11 +31,15 @@ from absl import app, flags, logging
 import commands
 import files
 import names
+from decode.console import Console
 from decode.constrain import Constraint
+from decode.conversation import Conversation
 from decode.defaults import model_defaults
 from decode.generator import Generator
 from decode.options import COMMAND, DRAFTERS, DRAWING, TABLE
+from decode.prompts import is_chat, piped, read_examples, read_prompts, with_examples
 from decode.request import FAILED, INTERRUPTED
+from decode.results import GrowingFile, progress_bar
 from decode.sampling import seed_of
 from decode.table import TYPES, Option
 from parallel.mesh import AXES, MeshConfig
@@ -56,10 +62,30 @@ PROMPT = flags.DEFINE_multi_string(
 PROMPTS = flags.DEFINE_string(
   'prompts',
   None,
-  'A JSONL file, in each line a text, ids, {"prompt": either} or {"messages": [..]}.',
+  'A JSONL file, in each line a text, ids, {"prompt": either} or {"messages": [..]}; - is stdin.',
 )
 CHAT = flags.DEFINE_bool(
-  'chat', False, "Each prompt is a user's message, put into the tokenizer's chat template."
+  'chat',
+  False,
+  "Each prompt is a user's message, put into the tokenizer's chat template; without any, at a "
+  'terminal, a conversation begins.',
+)
+INTERACTIVE = flags.DEFINE_bool(
+  'interactive', False, 'A conversation at a terminal without a template: one text that goes on.'
+)
+BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size',
+  None,
+  'Prompts that are generated side by side; results are written as they come. Default: all.',
+  lower_bound=1,
+)
+EXAMPLES = flags.DEFINE_string(
+  'examples',
+  None,
+  'A JSONL file, in each line {"prompt": .., "text": ..}, which stand before each prompt.',
+)
+SHOTS = flags.DEFINE_integer(
+  'shots', None, 'So many of the examples, the first ones; default: all.', lower_bound=0
 )
 STREAM = flags.DEFINE_bool(
   'stream',
@@ -97,76 +123,14 @@ def define(option: Option) -> flags.FlagHolder:
   return makers[option.flag](option.name, option.default, option.help)
 
 
+ANSWER = 1024  # new tokens of an answer in a chat at most, where nothing else is said
 OPTIONS = {row.name: define(row) for row in (*TABLE.values(), *COMMAND) if row.flag}
 # Those whose values are read as they are; the others are put together in `options_of`.
 PLAIN = [name for name, row in TABLE.items() if row.type in TYPES]
 
 
-def read_prompts(path: str) -> list[tuple[str, str | list]]:
-  """Prompts of a JSONL file, each behind its place.
-
-  Raises ValueError for a file that cannot be read, and for a line that is no prompt.
-  """
-  try:
-    # Other ends of lines, such as U+2028, may stand in a text.
-    lines = pathlib.Path(path).read_bytes().split(b'\n')
-  except OSError as error:
-    raise ValueError(
-      f'--prompts={path}: {error.strerror}; give a file of a JSON text or object in each line'
-    ) from error
-
-  prompts = []
-  for number, line in enumerate(lines, 1):
-    place = f'{path}:{number}'
-    try:
-      if line.strip():
-        prompts.append((place, prompt_of(json.loads(line.decode('utf-8-sig')))))
-    except (json.JSONDecodeError, RecursionError) as error:
-      raise ValueError(f'{place}: not JSON ({error})') from error
-    except UnicodeDecodeError as error:
-      raise ValueError(
-        f'{place}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8'
-      ) from error
-    except ValueError as error:
-      raise ValueError(f'{place}: {error}') from error
-  if not prompts:
-    raise ValueError(f'{path} holds no prompt')
-  return prompts
-
-
-def prompt_of(given) -> str | list:
-  """A text, ids or messages, by what a line of a JSONL file holds.
-
-  Raises ValueError for anything else.
-  """
-  if isinstance(given, dict):
-    for key in given:
-      names.check('key', key, ('prompt', 'messages'))
-    asked = {key: value for key, value in given.items() if value is not None}
-    if len(asked) != 1:
-      raise ValueError(
-        f'{"both" if asked else "neither"} of "prompt" and "messages"; give one of the two'
-      )
-    if 'messages' in asked and not is_chat(asked['messages']):
-      raise ValueError(
-        f'messages={str(asked["messages"])[:60]!r} must be a list of objects with "role" and '
-        '"content"'
-      )
-    (given,) = asked.values()
-  if not isinstance(given, (str, list)):
-    raise ValueError(
-      f'{str(given)[:60]!r} is neither a text nor an object with "prompt" or "messages"'
-    )
-  return given
-
-
-def is_chat(prompt) -> bool:
-  """Whether a prompt is messages, and neither a text nor ids."""
-  return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-
-
-def readable(generator: Generator, place: str, prompt: str | list) -> str | list:
-  """A text or ids for the generator.
+def readable(generator: Generator, place: str, prompt: str | list, examples) -> str | list:
+  """A text or ids for the generator, behind examples.
 
   Raises ValueError, with the prompt's place, for what the model cannot read.
   """
@@ -175,6 +139,7 @@ def readable(generator: Generator, place: str, prompt: str | list) -> str | list
       raise ValueError(
         'messages with --score, which is of a text or of ids; give these, or leave out --score'
       )
+    prompt = with_examples(examples, prompt, CHAT.value)
     if is_chat(prompt) or CHAT.value:
       message = {'role': 'user', 'content': prompt}
       return generator.chat_ids([message] if isinstance(prompt, str) else prompt)
@@ -188,7 +153,7 @@ def check_flags() -> None:
   """Raises ValueError for flags that do not go together, and for an output that could not be
   written, before anything takes time.
   """
-  for flag in (WORKDIR, OPTIONS['draft'], OUTPUT, PROMPTS):
+  for flag in (WORKDIR, OPTIONS['draft'], OUTPUT, PROMPTS, EXAMPLES):
     files.check_local(f'--{flag.name}', flag.value or '')
   if PROMPTS.value is not None and PROMPT.value != ['']:
     raise ValueError('--prompt and --prompts: give one of the two')
@@ -196,15 +161,32 @@ def check_flags() -> None:
   def given(*flags):
     return [f'--{flag.name}' for flag in flags if flag.present and flag.value is not False]
 
-  if SCORE.value and (unused := given(CHAT, STREAM, BENCH, *OPTIONS.values())):
+  generating = (CHAT, STREAM, BENCH, INTERACTIVE, BATCH_SIZE, EXAMPLES, *OPTIONS.values())
+  if SCORE.value and (unused := given(*generating)):
     raise ValueError(
       f'--score with {", ".join(unused)}: it generates nothing; leave them out, or --score'
     )
   logprobs = [OPTIONS['logprobs']] if OPTIONS['logprobs'].value >= 0 else []
-  if STREAM.value and (unused := given(OUTPUT, BENCH, *logprobs)):
+  if STREAM.value and (unused := given(OUTPUT, BENCH, BATCH_SIZE, *logprobs)):
     raise ValueError(
       f'--stream with {", ".join(unused)}: it prints text alone, as it comes; leave them out, or '
       'give --nostream'
+    )
+  if BENCH.value and BATCH_SIZE.value is not None:
+    raise ValueError('--bench with --batch_size: it times one call; leave out one of the two')
+  if SHOTS.value is not None and EXAMPLES.value is None:
+    raise ValueError(f'--shots={SHOTS.value} without --examples; give a file of them')
+  if INTERACTIVE.value and CHAT.value:
+    raise ValueError('--interactive is --chat without a template; give one of the two')
+  if INTERACTIVE.value and not converses():
+    raise ValueError(
+      '--interactive is a conversation at a terminal, without --prompt and --prompts; leave it out'
+    )
+  unused = given(OUTPUT, BENCH, BATCH_SIZE, EXAMPLES, STREAM, *logprobs)
+  if converses() and unused:
+    raise ValueError(
+      f'{", ".join(unused)} of a conversation, which prints text alone, as it comes; leave them '
+      'out, or give --prompt'
     )
   if OUTPUT.value is not None:
     try:
@@ -348,17 +330,48 @@ def bench(generator: Generator, prompts, options: dict) -> None:
     )
 
 
+def asked() -> list[tuple[str, str | list]]:
+  """Prompts of the command line, of a file, or of a pipe, each behind its place."""
+  if PROMPTS.value is not None:
+    return read_prompts(PROMPTS.value)
+  if PROMPT.present:
+    return [(f'--prompt={text[:40]!r}', text) for text in PROMPT.value]
+  return [('stdin', piped())]
+
+
+def converses() -> bool:
+  """Whether a person is there to talk, and has asked for that."""
+  alone = not PROMPT.present and PROMPTS.value is None
+  at_terminal = sys.stdin is not None and sys.stdin.isatty()
+  return (CHAT.value or INTERACTIVE.value) and not SCORE.value and alone and at_terminal
+
+
+def converse(generator: Generator) -> None:
+  """Talks, until the person ends it."""
+  options = options_of(generator)
+  default = not OPTIONS['max_new_tokens'].present and OPTIONS['defaults'].value != 'model'
+  if CHAT.value and default:
+    # An answer ends itself, and Ctrl-C stops it.
+    options['max_new_tokens'] = ANSWER
+  # Lines are edited, and earlier ones come back by the arrow keys, where Python has it.
+  with contextlib.suppress(ImportError):
+    importlib.import_module('readline')
+  Console(Conversation(generator, chat=not INTERACTIVE.value, **options)).run()
+
+
 def run() -> None:
   """What the flags ask for."""
   check_flags()
   hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
-  if PROMPTS.value is None:
-    given = [(f'--prompt={text[:40]!r}', text) for text in PROMPT.value]
-  else:
-    given = read_prompts(PROMPTS.value)
+  talks = converses()
+  given = [] if talks else asked()
+  examples = [] if EXAMPLES.value is None else read_examples(EXAMPLES.value, SHOTS.value)
   generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
-  prompts = [readable(generator, place, prompt) for place, prompt in given]
+  prompts = [readable(generator, place, prompt, examples) for place, prompt in given]
 
+  if talks:
+    converse(generator)
+    return
   if SCORE.value:
     score(generator, prompts)
     return
@@ -366,14 +379,7 @@ def run() -> None:
   if streams(options):
     stream(generator, given, prompts, options)
     return
-  completions = generator(prompts, **options)
-  if BENCH.value and not interrupted(completions):
-    bench(generator, prompts, options)
-  if OUTPUT.value is not None:
-    write('completions', [dataclasses.asdict(completion) for completion in completions])
-  elif not BENCH.value:
-    for completion in completions:
-      show(generator, completion)
+  completions = complete(generator, prompts, options)
   say_ended(completion.note for completion in completions)
   if interrupted(completions):
     raise KeyboardInterrupt
@@ -384,12 +390,50 @@ def run() -> None:
     raise ValueError(f'{len(failed)} of {len(completions)} texts ended early: {reasons}')
 
 
+def complete(generator: Generator, prompts, options: dict) -> list:
+  """Completions, which are printed or written; in batches as they come."""
+  if BATCH_SIZE.value is not None:
+    return in_batches(generator, prompts, options)
+  completions = generator(prompts, **options)
+  if BENCH.value and not interrupted(completions):
+    bench(generator, prompts, options)
+  if OUTPUT.value is not None:
+    write('completions', [dataclasses.asdict(completion) for completion in completions])
+  elif not BENCH.value:
+    for completion in completions:
+      show(generator, completion)
+  return completions
+
+
+def in_batches(generator: Generator, prompts, options: dict) -> list:
+  """The same of --batch_size prompts at a time; what is returned has no more than their ends."""
+  ends, size = [], BATCH_SIZE.value
+  batches = generator.in_batches(prompts, size, **options)
+  # A bar would stand in the midst of texts that are printed on the same screen.
+  shown = OUTPUT.value is not None or not sys.stdout.isatty()
+  bar = progress_bar(len(prompts)) if shown else contextlib.nullcontext()
+  with contextlib.closing(GrowingFile(OUTPUT.value)) as file, bar as moved:
+    for batch in batches:
+      if OUTPUT.value is not None:
+        file.add(dataclasses.asdict(completion) for completion in batch)
+      else:
+        for completion in batch:
+          show(generator, completion)
+      ends += [completion.end for completion in batch]
+      if moved:
+        moved(size, f'{generator.report.tokens_per_second:.0f} tok/s')
+  if OUTPUT.value is not None:
+    print(f'wrote {len(ends)} completions to {OUTPUT.value}')
+  return ends
+
+
 def streams(options: dict) -> bool:
   """Whether text is printed as it comes."""
   if STREAM.value is not None:
     return STREAM.value
   several = options['num_samples'] > 1 or options['beams'] > 1 or PROMPTS.value is not None
   more = OUTPUT.value is not None or BENCH.value or options['logprobs'] >= 0
+  more = more or BATCH_SIZE.value is not None
   return not several and not more
 
 

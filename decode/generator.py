@@ -18,9 +18,10 @@ from decode.defaults import model_defaults
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course, drafter_of
 from decode.loaded import LoadedModel, Shared, bucket
-from decode.options import Options
+from decode.options import TABLE, Options
 from decode.report import CallTimer
 from decode.request import INTERRUPTED, Completion, Prompt, Row, several
+from decode.sampling import seed_of
 from decode.session import Session
 from model.logprobs import logprobs
 from model.vocabulary import TOKENS, Law
@@ -67,6 +68,38 @@ class Generator(LoadedModel):
     rows, steps = self._run(several(prompts), Options.of(options))
     run_out(steps)
     return [row.completion() for row in rows]
+
+  def in_batches(
+    self, prompts: Sequence[Prompt], size: int, **options
+  ) -> Iterator[list[Completion]]:
+    """Completions as of `__call__`, in order, of so many prompts at a time, as they come. A batch
+    in which every row fails ends nothing: its completions say so. Ctrl-C makes one the last.
+
+    Raises ValueError, before anything is generated, for a size below 1 and for a prompt that leaves
+    no room.
+    """
+    prompts = several(prompts)
+    if size < 1:
+      raise ValueError(f'batch_size={size} must be at least 1: prompts that go side by side')
+    Options.of(options)
+    if not self.model.config.encoder_layers:
+      for prompt in prompts:
+        self.check_room(len(self.encoded(prompt)))
+
+    def batches():
+      for first in range(0, len(prompts), size):
+        part = slice(first, first + size)
+        rows, steps = self._run(prompts[part], Options.of(_of_part(options, part)))
+        try:
+          run_out(steps)
+        except (ValueError, FloatingPointError):
+          if not all(row.error is not None for row in rows):
+            raise
+        yield [row.completion() for row in rows]
+        if any(row.finish == INTERRUPTED for row in rows):
+          return
+
+    return batches()
 
   def stream(self, prompt: Prompt, **options) -> Iterator[str]:
     """Pieces of one completion's text as they come, whole characters each; options: see Options.
@@ -178,12 +211,8 @@ class Generator(LoadedModel):
       begun = [[self.tokenizer.pad]] * len(begun)
 
     bounds = [self.bound(len(ids), options.max_new_tokens) for ids in begun[:-1]]
-    for ids, bound in zip(begun, bounds):
-      if not bound.most:
-        raise ValueError(
-          f'a prompt of {len(ids)} tokens leaves no room for new ones in '
-          f'model.max_length={self.context}; shorten the prompt'
-        )
+    for ids in begun[:-1]:
+      self.check_room(len(ids))
     stop_at = np.zeros(count, np.int32)
     for row in range(shared.used):
       stop_at[row] = len(begun[row // copies]) + bounds[row // copies].most
@@ -232,6 +261,17 @@ class Generator(LoadedModel):
     timer.began(state.cache, tokens, sum(map(len, prompts[: len(rows)])))
     course = Course(self, options, drafter, rules, state, prompts, read)
     yield from deliver(self, rows, course, timer, options)
+
+
+def _of_part(given: Mapping[str, Any], part: slice) -> dict[str, Any]:
+  """Options of a part of the prompts: of each what it would have in a call for all."""
+  options = dict(given)
+  for name in [name for name, row in TABLE.items() if row.per_row and name in given]:
+    if isinstance(given[name], (list, tuple, np.ndarray)) and np.ndim(given[name]):
+      options[name] = given[name][part]
+  if not np.ndim(options.get('seed', 0)):
+    options['seed'] = seed_of(options.get('seed', TABLE['seed'].default), part.start)
+  return options
 
 
 def _as_it_comes(given: Mapping[str, Any]) -> Options:

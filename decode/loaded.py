@@ -120,6 +120,14 @@ class LoadedModel:
       f'model.max_length={limit}, before max_new_tokens={new}',
     )
 
+  def check_room(self, length: int) -> None:
+    """Raises ValueError where the context has no room behind a prompt of so many tokens."""
+    if length >= self.context:
+      raise ValueError(
+        f'a prompt of {length} tokens leaves no room for new ones in '
+        f'model.max_length={self.context}; shorten the prompt'
+      )
+
   def rules(
     self, options: Options, prompts: int, rows: int
   ) -> tuple[Rules, np.ndarray | None, tuple[str, ...], list[int]]:

@@ -89,6 +89,13 @@ class Completion:
   error: str = ''
   note: str = ''
 
+  @property
+  def end(self) -> 'Completion':
+    """Why it ended, without what grows with its length: of many, this can be kept."""
+    return dataclasses.replace(
+      self, prompt='', prompt_ids=[], text='', ids=[], logprobs=[], processed=[], alternatives=[]
+    )
+
 
 class Row:
   """What has come of one row so far.

@@ -30,6 +30,7 @@ class Session:
   Attributes:
     ids: all that was read and written so far, in turns that have ended.
     capacity: how many of them there can be.
+    finish: why the last turn ended, as its Completion says it; '' before, and where it had no end.
   """
 
   def __init__(self, generator: LoadedModel, capacity: int, cache_dtype: str = ''):
@@ -51,6 +52,7 @@ class Session:
     self._cache_dtype = cache_dtype
     self.capacity = capacity
     self.ids: list[int] = []
+    self.finish = ''
     self._turn: Iterator[list[str]] | None = None
     # Behind all ids, or None: they have to be read (again).
     self._state: DecodeState | None = None
@@ -188,7 +190,7 @@ class Session:
   def _run(self, prompt, given):
     """The row of a turn, and an iterator that fills it."""
     options = Options.of(given)
-    _check(options)
+    check_turn(options)
     generator, timer = self._generator, CallTimer(self._generator.model)
     rules, places, texts, ends = generator.rules(options, 1, generator.parts)
     self._end_turn()
@@ -235,6 +237,7 @@ class Session:
       yield from deliver(generator, [row], course, timer, options)
     finally:
       self.ids, self._turn = [*self.ids, *row.ids], None
+      self.finish = row.finish
       # An interrupt may come when they are given away.
       if not any(x.is_deleted() for x in jax.tree.leaves(course.state)):
         written = int(np.asarray(course.state.cache.lengths)[0])
@@ -250,7 +253,7 @@ class Session:
       self._turn = None
 
 
-def _check(options: Options) -> None:
+def check_turn(options: Options) -> None:
   """Raises ValueError or NotImplementedError for options that a session's one row cannot have."""
   for name in ('num_samples', 'beams'):
     if getattr(options, name) > 1:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import IO
 
 import jax
 import numpy as np
@@ -93,11 +94,16 @@ class Process:
   """A command in the background; its output goes to a file.
 
   hold: where it prints this, it waits for `release`. terminal: what goes to stderr stands between
-  what goes to stdout, as on a screen.
+  what goes to stdout, as on a screen. stdin: nothing, where it is not given.
   """
 
   def __init__(
-    self, directory: pathlib.Path, *command: str, hold: str = '', terminal: bool = False
+    self,
+    directory: pathlib.Path,
+    *command: str,
+    hold: str = '',
+    terminal: bool = False,
+    stdin: IO | None = None,
   ):
     self.path = directory / f'output-{time.monotonic_ns()}'
     # XLA_FLAGS asks for eight devices
@@ -122,6 +128,7 @@ class Process:
       self.process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
         stdout=out,
         stderr=out if terminal else error,
         env=environment,
@@ -175,9 +182,15 @@ class Runs:
   def train(self, workdir: pathlib.Path, *flags: str) -> Finished:
     return self.start(workdir, *flags).end()
 
-  def generate(self, workdir: pathlib.Path, *flags: str, terminal: bool = False) -> Finished:
+  def generate(
+    self,
+    workdir: pathlib.Path,
+    *flags: str,
+    terminal: bool = False,
+    stdin: IO | None = None,
+  ) -> Finished:
     command = 'generate.py', f'--workdir={workdir}', *flags
-    return Process(self.directory, *command, terminal=terminal).end()
+    return Process(self.directory, *command, terminal=terminal, stdin=stdin).end()
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,109 @@
+"""Is what an interruption leaves of results valid, and does a bar stand on terminals alone?"""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from data.tokenizers import ByteTokenizer
+from decode.generator import Generator
+from decode.results import GrowingFile, progress_bar
+from model import transformer
+from model.config import ModelConfig
+from parallel.mesh import MeshConfig, make_mesh
+
+CONFIG = ModelConfig(
+  vocabulary=259, width=16, layers=1, heads=1, feed_forward=24, max_length=32, init_scale=1.0
+)
+PROMPTS = ['abc', 'd', 'ef', 'g', 'hi']
+
+
+@pytest.fixture(scope='module')
+def generator():
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    model = jax.jit(transformer.init, static_argnums=(0, 1))(CONFIG, 0)
+  return Generator(model, ByteTokenizer(), mesh)
+
+
+def plain(completion):
+  return completion.prompt, completion.ids, completion.seed
+
+
+@pytest.mark.parametrize(
+  'options', [dict(seed=2**32 - 2), dict(seed=list(range(5)), temperature=[0.0, 0.5, 1, 1, 2])]
+)
+def test_batches_are_parts_of_one_call(generator, options):
+  options |= dict(max_new_tokens=5, num_samples=2)
+  whole = generator(PROMPTS, **options)
+  batches = list(generator.in_batches(PROMPTS, 2, **options))
+  assert [len(batch) for batch in batches] == [4, 4, 2]
+  assert [plain(each) for batch in batches for each in batch] == [plain(each) for each in whole]
+
+
+def test_a_batch_that_fails_as_a_whole_ends_no_other(generator):
+  bias = [None, dict.fromkeys(range(259), -np.inf), None]
+  batches = list(generator.in_batches(PROMPTS[:3], 1, logit_bias=bias, max_new_tokens=3))
+  (failed,) = batches[1]
+  assert [batch[0].finish for batch in batches][::2] != ['failed', 'failed']
+  assert failed.finish == 'failed' and failed.error and failed.end.error == failed.error
+
+
+def test_batches_that_cannot_be_are_refused_before_the_first(generator):
+  with pytest.raises(ValueError, match='batch_size=0 must be at least 1'):
+    generator.in_batches(PROMPTS, 0)
+  with pytest.raises(ValueError, match='a prompt of 41 tokens leaves no room'):
+    generator.in_batches(['a', 'a' * 40], 1)
+  with pytest.raises(ValueError, match="option='topk' is unknown"):
+    generator.in_batches(PROMPTS, 2, topk=3)
+
+
+class Full(io.FileIO):
+  """A disk that takes 30 bytes, and 7 at a time."""
+
+  def write(self, data):
+    if self.tell() + 7 > 30:
+      raise OSError(28, 'No space left on device')
+    return super().write(data[:7])
+
+
+def test_lines_are_there_at_once_and_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  path.write_text('of an earlier run\n')
+  file = GrowingFile(path)
+  assert path.read_text() == 'of an earlier run\n'
+  file.add([{'text': 'é\n'}])
+  assert [json.loads(line) for line in path.read_text().splitlines()] == [{'text': 'é\n'}]
+
+  def interrupted():
+    yield {'text': 'b'}
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    file.add(interrupted())
+  file.close()
+  assert path.read_text() == '{"text": "é\\n"}\n{"text": "b"}\n'
+
+  file = GrowingFile(path)
+  file._file = Full(path, 'w')
+  file.add([{'text': 'c'}])
+  with pytest.raises(OSError, match='No space'):
+    file.add([{'text': 'd' * 30}])
+  file.close()
+  assert path.read_text() == '{"text": "c"}\n'
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_a_bar_is_for_terminals():
+  for stream, shows in ((io.StringIO(), False), (Terminal(), True)):
+    with progress_bar(5, stream) as moved:
+      moved(3, '7 tok/s [x]')
+      moved(3, '9 tok/s')
+    assert ('5/5' in stream.getvalue() and '9 tok/s' in stream.getvalue()) is shows, stream
+    assert shows or stream.getvalue() == ''
