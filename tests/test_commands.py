@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import pty
 import random
 import re
 import signal
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 
+from data.tokenizers import ByteTokenizer
 from tests.test_docs import python_commands
 from workdir.checkpoint import SPILLED, Checkpoints
 
@@ -103,7 +105,7 @@ class Process:
     *command: str,
     hold: str = '',
     terminal: bool = False,
-    stdin: IO | None = None,
+    stdin: IO | int | None = None,
   ):
     self.path = directory / f'output-{time.monotonic_ns()}'
     # XLA_FLAGS asks for eight devices
@@ -187,7 +189,7 @@ class Runs:
     workdir: pathlib.Path,
     *flags: str,
     terminal: bool = False,
-    stdin: IO | None = None,
+    stdin: IO | int | None = None,
   ) -> Finished:
     command = 'generate.py', f'--workdir={workdir}', *flags
     return Process(self.directory, *command, terminal=terminal, stdin=stdin).end()
@@ -522,6 +524,14 @@ def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
   os.close(writer[0])
 
 
+# The command as the leader of a session whose terminal is stdin, and with that for all it shows.
+TERMINAL = '''
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.dup2(0, 1), os.dup2(0, 2)
+os.execv(sys.executable, [sys.executable, 'generate.py', *sys.argv[1:]])
+'''
 GENERATE_EACH = '''
 import json, os, sys
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=3'
@@ -600,14 +610,19 @@ def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_pat
 
 @pytest.mark.slow
 def test_the_pages_commands_of_generation_run(said, tmp_path):
-  """With this run in the place of runs/tiny; --chat needs a model with a template."""
+  """With this run in the place of runs/tiny; --chat needs a model with a template, --interactive a
+  terminal.
+  """
   (tmp_path / 'in.jsonl').write_text('"def f("\n{"prompt": "x"}\n')
+  (tmp_path / 'examples.jsonl').write_text('{"prompt": "a", "text": "b"}\n' * 2)
   typed = [line for name, line in python_commands() if name == 'generate.py']
   lots = []
   for line in typed:
     line = [part for part in line if not part.startswith('--workdir')]
-    if '--chat' not in line:
-      lots.append([re.sub('(in|out)[.]jsonl', rf'{tmp_path}/\g<0>', part) for part in line])
+    if not {'--chat', '--interactive'} & {*line}:
+      lots.append(
+        [re.sub('(in|out|examples)[.]jsonl', rf'{tmp_path}/\g<0>', part) for part in line]
+      )
   assert len(lots) >= 4 and ['--prompt', 'def main('] in lots
   for lot, out in zip(lots, said(*lots), strict=True):
     assert out and 'error' not in out, (lot, out)
@@ -671,6 +686,13 @@ def test_flags_that_cannot_be_are_said(said, tmp_path):
       '--stream',
       '--logprobs=3',
     ): '--stream with --logprobs: it prints text alone.* give --nostream',
+    ('--batch_size=2', '--bench', '--prompt=a'): '--bench with --batch_size',
+    ('--batch_size=2', '--stream', '--prompt=a'): '--stream with --batch_size',
+    ('--shots=2',): '--shots=2 without --examples; give a file',
+    ('--interactive',): '--interactive is a conversation at a terminal',
+    ('--interactive', '--chat'): 'give one of the two',
+    ('--prompts=-',): 'stdin holds no prompt',
+    (f'--examples={tmp_path}/file',): 'file holds no example',
     ('--draft_tokens=9',): 'draft_tokens=9, but nothing drafts; give draft, lookup or early_exit',
     ('--logprobs=260', '--max_new_tokens=2'): 'logprobs=260 must be at most 259',
     (
@@ -681,6 +703,95 @@ def test_flags_that_cannot_be_are_said(said, tmp_path):
   }
   assert_said(said(*lots), lots.values())
   assert sorted(path.name for path in tmp_path.iterdir()) == ['chat.jsonl', 'file']
+
+
+@pytest.mark.slow
+def test_a_conversation_at_a_terminal(runs, whole, tmp_path):
+  """Ctrl-C is what a person types: the terminal makes the signal."""
+  master, slave = pty.openpty()
+  process = Process(
+    runs.directory,
+    '-c',
+    TERMINAL,
+    f'--workdir={whole}',
+    '--interactive',
+    '--max_new_tokens=20',
+    f'--logit_bias={ByteTokenizer().encode("z")[0]}:99',
+    '--chunk=1',
+    hold='z',
+    stdin=slave,
+  )
+  os.close(slave)
+  shown = []
+
+  def until(words):
+    while words not in ''.join(shown):
+      shown.append(os.read(master, 1000).decode())
+    seen, rest = ''.join(shown).split(words, 1)
+    shown[:] = [rest]
+    return seen
+
+  def type_(text):
+    os.write(master, text.encode())
+
+  until('ends the conversation')
+  until('> ')
+  type_('abc d\n')
+  until('z')
+  type_('\x03')
+  until('(stopped; what is written stays')
+  process.release()
+  until('> ')
+  type_(' e\n')
+  until('zzz')
+  until('> ')
+  type_(f'/save {tmp_path}/text\n')
+  until('(wrote 2 turns')
+  until('> ')
+  type_('/nosuch\n')
+  until("error: command='/nosuch' is unknown")
+  until('> ')
+  type_('\x03')
+  until('Ctrl-C again')
+  until('> ')
+  type_('/undo\n')
+  until('1 turns are left')
+  until('> ')
+  type_('\x03')
+  until('Ctrl-C again')
+  until('> ')
+  type_('\x03')
+  done = process.end()
+  os.close(master)
+  assert done.code == 0 and 'Traceback' not in ''.join(shown) + done.error, (shown, done)
+  assert (tmp_path / 'text').read_text() == f'abc dz e{"z" * 20}'
+
+
+@pytest.mark.slow
+def test_a_pipe_is_a_prompt_and_batches_are_written_as_they_come(runs, whole, tmp_path):
+  (tmp_path / 'hi').write_text('abc\n')
+  with open(tmp_path / 'hi') as stdin:
+    piped = runs.generate(whole, '--max_new_tokens=4', '--seed=1', stdin=stdin)
+  given = runs.generate(whole, '--max_new_tokens=4', '--seed=1', '--prompt=abc')
+  assert piped.code == 0 and piped.out == given.out and piped.out.startswith('abc')
+
+  (tmp_path / 'in').write_text(''.join(f'"{i:02}"\n' for i in range(40)))
+  process = Process(
+    runs.directory,
+    'generate.py',
+    f'--workdir={whole}',
+    f'--prompts={tmp_path / "in"}',
+    f'--output={tmp_path / "out"}',
+    '--batch_size=2',
+    '--max_new_tokens=20',
+  )
+  assert process.until(lambda: (tmp_path / 'out').exists() and (tmp_path / 'out').stat().st_size)
+  process.process.send_signal(signal.SIGINT)
+  done = process.end()
+  assert done.code == 130 and 'Traceback' not in done.error, done
+  lines = (tmp_path / 'out').read_bytes().decode().split('\n')
+  written = [json.loads(line)['prompt'] for line in lines[:-1]]
+  assert lines[-1] == '' and written == [f'{i:02}' for i in range(len(written))] and written
 
 
 def test_what_is_asked_is_written(said, tmp_path):
