@@ -421,7 +421,8 @@ def in_batches(generator: Generator, prompts, options: dict) -> list:
           show(generator, completion)
       ends += [completion.end for completion in batch]
       if moved:
-        moved(size, f'{generator.report.tokens_per_second:.0f} tok/s')
+        rate = generator.report.tokens_per_second if generator.report else math.nan
+        moved(size, '' if math.isnan(rate) else f'{rate:.0f} tok/s')
   if OUTPUT.value is not None:
     print(f'wrote {len(ends)} completions to {OUTPUT.value}')
   return ends

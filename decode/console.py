@@ -132,19 +132,20 @@ class Console:
     self._say('Ctrl-C stops an answer; where a line is awaited, twice, or Ctrl-D, ends it all.')
     context, tokens = self.conversation.context, self.conversation.tokens
     limit = '' if context == sys.maxsize else f' of model.max_length={context}'
-    self._say(f'{len(self.conversation.turns)} turns so far, {tokens} tokens{limit}.')
+    self._say(f'{_turns(self.conversation)} so far, {tokens} tokens{limit}.')
 
   def _reset(self) -> None:
     """/reset: begin anew; what the system says stays."""
-    count = self.conversation.reset()
+    before = _turns(self.conversation)
+    self.conversation.reset()
     stays = '; what the system says stays' if self.conversation.system else ''
-    self._say(f'(begun anew, without the {count} turns so far{stays})')
+    self._say(f'(begun anew, without {before}{stays})')
 
   def _undo(self) -> None:
     """/undo: take back the last thing said, and its answer."""
     said = self.conversation.undo().said
     shown = said if len(said) <= SHOWN else f'{said[:SHOWN]}...'
-    self._say(f'(taken back: {shown!r}; {len(self.conversation.turns)} turns are left)')
+    self._say(f'(taken back: {shown!r}; left: {_turns(self.conversation)})')
 
   def _save(self, path: str) -> None:
     """/save FILE: write the conversation, as {"messages": ..} or, without a template, as text."""
@@ -163,7 +164,7 @@ class Console:
     else:
       files.replace(target, self.conversation.text)
     self._saved.add(place)
-    self._say(f'(wrote {len(self.conversation.turns)} turns to {path})')
+    self._say(f'(wrote {_turns(self.conversation)} to {path})')
 
   def _system(self, text: str) -> None:
     """/system TEXT: what the system says, before all turns; without TEXT, nothing."""
@@ -175,3 +176,8 @@ class Console:
 
   def _say(self, text: str) -> None:
     print(text, file=self._out, flush=True)
+
+
+def _turns(conversation: Conversation) -> str:
+  count = len(conversation.turns)
+  return f'{count} turn' if count == 1 else f'{count} turns'

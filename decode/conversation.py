@@ -123,11 +123,9 @@ class Conversation:
       raise ValueError('no turn is there to take back')
     return self.turns.pop()
 
-  def reset(self) -> int:
-    """Forgets all turns, but not what the system says; how many they were."""
-    count = len(self.turns)
+  def reset(self) -> None:
+    """Forgets all turns, but not what the system says."""
     self.turns = []
-    return count
 
   def _ids(self, text: str) -> list[int]:
     """What the model reads when this is said next."""

@@ -755,7 +755,7 @@ def test_a_conversation_at_a_terminal(runs, whole, tmp_path):
   until('Ctrl-C again')
   until('> ')
   type_('/undo\n')
-  until('1 turns are left')
+  until('left: 1 turn)')
   until('> ')
   type_('\x03')
   until('Ctrl-C again')
