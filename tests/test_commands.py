@@ -786,7 +786,7 @@ def test_a_pipe_is_a_prompt_and_batches_are_written_as_they_come(runs, whole, tm
   given = runs.generate(whole, '--max_new_tokens=4', '--seed=1', '--prompt=abc')
   assert piped.code == 0 and piped.out == given.out and piped.out.startswith('abc')
 
-  (tmp_path / 'in').write_text(''.join(f'"{i:02}"\n' for i in range(40)))
+  (tmp_path / 'in').write_text(''.join(f'"{i:02}"\n' for i in range(400)))
   process = Process(
     runs.directory,
     'generate.py',
