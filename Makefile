@@ -14,9 +14,10 @@ demo: $(VENV)/installed
 	  --prompt "def main(" --prompt "class Queue:" --prompt "import "
 
 # A real assistant: SmolLM2-135M-Instruct, out of a package of 93 MB.
+# A conversation at a terminal; elsewhere, one question.
 chat: runs/smollm2
-	$(RUN) generate.py --workdir=runs/smollm2 --chat --temperature=0.2 --top_p=0.9 --seed=1 --max_new_tokens=128 \
-	  --prompt "Why is the sky blue?"
+	if [ -t 0 ]; then set --; else set -- --prompt "Why is the sky blue?"; fi; \
+	$(RUN) generate.py --workdir=runs/smollm2 --chat --temperature=0.2 --top_p=0.9 --seed=1 --max_new_tokens=256 "$$@"
 
 runs/smollm2: | $(VENV)/installed-smollm2
 	$(RUN) convert.py import --from smollm2 --workdir $@
