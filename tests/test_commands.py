@@ -390,6 +390,7 @@ def assert_little_was_lost(seen):
   assert [kill['checkpoint'] for kill in seen] == sorted(kill['checkpoint'] for kill in seen), seen
 
 
+@pytest.mark.slow
 def test_two_kills_change_nothing(runs, whole, tmp_path):
   seen = kill_and_restart(runs, tmp_path, ('step', 'save'), random.Random(1), 40)
   assert_little_was_lost(seen)
@@ -805,6 +806,7 @@ def test_a_pipe_is_a_prompt_and_batches_are_written_as_they_come(runs, whole, tm
   assert lines[-1] == '' and written == [f'{i:02}' for i in range(len(written))] and written
 
 
+@pytest.mark.slow
 def test_what_is_asked_is_written(said, tmp_path):
   (tmp_path / 'in.jsonl').write_text(
     '"a\u2028b\x85c"\r\n{"prompt": "x", "messages": null}\n[5, 6, 7]', encoding='utf-8', newline=''

@@ -98,7 +98,17 @@ def test_it_lowers_as_it_is(path):
   assert 'stablehlo' in lowered.as_text()[:10_000]
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(
+      path,
+      marks=[pytest.mark.slow] * (path.stem in ('gemma3_27b', 'llama3_70b', 'deepseek_v3')),
+      id=path.stem,
+    )
+    for path in FILES
+  ],
+)
 def test_nothing_large_is_replicated_under_fsdp(path):
   config = load(path)
   rows = config.data.batch_size // config.train.accumulation

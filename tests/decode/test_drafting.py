@@ -82,6 +82,7 @@ def test_greedy_completions_are_those_without_drafts(generator, other, expected,
   )
 
 
+@pytest.mark.slow
 def test_a_model_that_drafts_for_itself_is_right(generator, expected):
   found = generator(
     PROMPTS,
@@ -96,6 +97,7 @@ def test_a_model_that_drafts_for_itself_is_right(generator, expected):
   assert all(c.accepted == c.drafted >= 20 or c.finish == 'stop' for c in found)
 
 
+@pytest.mark.slow
 def test_draws_are_scored_and_streamed_as_they_are(generator, other):
   """Log-probabilities are the model's by the training forward pass, and,
   where no option changes the law, those of the draws.
@@ -177,6 +179,7 @@ def test_a_call_of_one_chunk_is_judged_before_it_ends(generator, monkeypatch):
   assert generator.report.fell_back
 
 
+@pytest.mark.slow
 def test_rows_that_draw_stop_drafting_by_themselves(generator):
   costly = make(MODEL, 9)  # as many bytes as the model has: all drafts would have to be kept
   found = generator(PROMPTS, max_new_tokens=60, draft=costly, chunk=5)

@@ -396,7 +396,9 @@ def of_eight(seeds, positions, ids):
   return jnp.argmax(jax.lax.map(draw, (seeds, positions))[:, None] == ids[None], -1)
 
 
-@pytest.mark.parametrize('over', ['seeds', 'positions', 'rows'])
+@pytest.mark.parametrize(
+  'over', ['seeds', 'positions', pytest.param('rows', marks=pytest.mark.slow)]
+)
 def test_few_ids_of_many_are_drawn_alike_and_each_anew(over):
   ids = np.sort(np.random.default_rng(4).choice(20000, 8, replace=False))
   drawn = np.asarray(of_eight(*places(over, 1600), jnp.asarray(ids)))

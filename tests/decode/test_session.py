@@ -254,6 +254,7 @@ def test_a_full_cache_says_so(generator):
     session.append('x')
 
 
+@pytest.mark.slow
 def test_sessions_on_a_mesh():
   session = (
     make(dataclasses.replace(MODEL, vocabulary=260), 4, data=2, tensor=2).session().append('abc')

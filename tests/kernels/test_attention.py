@@ -427,6 +427,7 @@ def test_what_our_kernels_cannot_differentiate_raises():
     )(2.0)
 
 
+@pytest.mark.slow
 def test_wide_counting_changes_nothing_and_wide_numbers_are_refused():
   q, k, v, _ = inputs(140, 140, 2, 1, 8, 8)
   mask = oracle.mask(mask_parts('causal', True, False, 140, 140))

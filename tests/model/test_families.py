@@ -59,7 +59,13 @@ def read(name: str, **changes):
 # What the models compute.
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ('deepseek_v2', 'gemma3', 't5_v1_1')))
+    for name in CASES
+  ],
+)
 def test_it_computes_what_transformers_computed(name, tmp_path):
   golden = np.load(GOLDENS / f'{name}.npz')
   hf = HF[name] | ({'tie_word_embeddings': False} if name == 't5_v1_1' else {})

@@ -154,6 +154,7 @@ def test_what_is_kept_of_types(tmp_path, capsys):
   assert 'have more digits than bfloat16 keeps' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_is_what_import_makes_of_it_and_goes_out_again(tmp_path, capsys):
   directory, path = build(LLAMA, tmp_path)
   run = ['--workdir', str(tmp_path / 'run')]

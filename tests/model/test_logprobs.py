@@ -418,6 +418,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize('name', FAULTS)
+@pytest.mark.slow
 def test_planted_faults_are_seen(monkeypatch, name):
   given = inputs(softcap=2.0, temperature=True)
   expected = oracle(FUNCTIONS, given)

@@ -177,7 +177,7 @@ def test_cached_decode_on_a_mesh(axis_type):
     'gpt-oss',
     pytest.param('deepseek', marks=pytest.mark.slow),
     'relative',
-    'deepseek moe',
+    pytest.param('deepseek moe', marks=pytest.mark.slow),
   ],
 )
 def test_architectures_split_and_decode_on_a_mesh(name):

@@ -120,6 +120,7 @@ def check(model, sizes):
   ],
   ids='-'.join,
 )
+@pytest.mark.slow
 def test_three_axes_are_one_device(axes):
   assert not unordered(check(DENSE, dict.fromkeys(axes, 2)))
 

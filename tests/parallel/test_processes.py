@@ -213,6 +213,7 @@ def test_a_process_that_never_comes_is_named_by_all_others(runs, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_that_slurm_introduces_are_one_bit_for_bit(runs, tmp_path):
   """Two terms have one sum, in whatever order: no tolerance is needed."""
   one, two = tmp_path / 'one', tmp_path / 'two'

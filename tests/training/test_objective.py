@@ -336,6 +336,7 @@ def leaves_of(directory, step):
   return record, {name: np.asarray(x) for name, x in restored.items()}
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_with_a_frozen_reference(corpus, base, registered, tmp_path):
   run_here(with_reference(corpus, base), tmp_path / 'whole')
   run_here(with_reference(corpus, base, 2), tmp_path / 'again')

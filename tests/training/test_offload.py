@@ -177,6 +177,7 @@ def test_every_optimizer_on_disk(optimizer, monkeypatch):
   check(DISK, optimizer=optimizer)
 
 
+@pytest.mark.slow
 def test_on_disk_goes_on_from_the_device_and_back(runs, tmp_path):
   """State on disk and on the device can follow each other; on disk a resumed run is the same bit
   for bit.

@@ -227,6 +227,7 @@ EXPERTS = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_experts_are_balanced_and_reported():
   """On a mesh with microbatches as alone; the bias moves by the loads of the whole batch, and the
   optimizer leaves it alone.
@@ -290,6 +291,7 @@ def split_alone():
   ],
   ids=str,
 )
+@pytest.mark.slow
 def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
   """Three steps with everything recomputed; the bias that balances the load moves alike, too."""
   trainer, metrics = trained(
@@ -465,6 +467,7 @@ def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
     run_here(begun(wrong), tmp_path / 'other')
 
 
+@pytest.mark.slow
 def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path, capsys):
   """At a small rate bf16 loses nine of ten updates, and all of norms, whose scales are near 1."""
   half = ModelConfig(execution=ExecutionConfig(parameter_dtype='bfloat16'))
