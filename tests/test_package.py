@@ -9,6 +9,8 @@ import zipfile
 
 import pytest
 
+import tandem
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -49,6 +51,9 @@ def python(site, where, text: str):
 def test_only_one_name_lies_in_site_packages(installed):
   names = {path.name for path in installed.iterdir() if not path.name.endswith('.dist-info')}
   assert names == {'tandem'}
+  # Each of its modules is claimed, or a person's own would be taken for it.
+  inside = {path.stem for path in (installed / 'tandem').iterdir()} - {'__init__', 'scripts'}
+  assert inside == set(tandem.NAMES)
   for name in ('configs/demo.py', 'configs/models/gpt2.py', 'kernels/tuning.json', 'train.py'):
     assert (installed / 'tandem' / name).exists() == (ROOT / name).exists(), name
 

@@ -120,19 +120,27 @@ def _file_of(path: str) -> str:
   return next((str(place) for place in places if place.is_file()), path)
 
 
+def _value(arguments: list[str], flag: str) -> str:
+  """What a command line gives for a flag, the last time; '' where nothing."""
+  given = ''
+  for argument, behind in zip(arguments, [*arguments[1:], '']):
+    name, equals, value = argument.partition('=')
+    if name in (f'-{flag}', f'--{flag}'):
+      given = value if equals else behind
+  return given
+
+
 def parsed(arguments: list[str]) -> list[str]:
   """For absl's app.run: what --config.help and --config=list ask for is printed, and nothing else
   done; without --config a run's --workdir names its own.
   """
-  text = ' '.join(arguments[1:])
-  config = re.search(r'(?:^| )--?config(?:=| +)(\S+)', text)
-  if '--config.help' in arguments or (config and config[1] == 'list'):
+  config, workdir = (_value(arguments, name) for name in ('config', 'workdir'))
+  if '--config.help' in arguments or config == 'list':
     wanted = 'text' if '--config.help' in arguments else 'configs'
     print(names.imported(f'training.reference.{wanted}')())
     sys.exit()
-  workdir = re.search(r'(?:^| )--?workdir(?:=| +)(\S+)', text)
-  if workdir and not config and (pathlib.Path(workdir[1]) / FILE).exists():
-    arguments = [arguments[0], f'--config={pathlib.Path(workdir[1]) / FILE}', *arguments[1:]]
+  if workdir and not config and (pathlib.Path(workdir) / FILE).exists():
+    arguments = [arguments[0], f'--config={pathlib.Path(workdir) / FILE}', *arguments[1:]]
   return app.parse_flags_with_usage([_as_tuple(argument) for argument in arguments])
 
 
@@ -210,8 +218,7 @@ def _taken_over(init: str) -> str:
   """
   if not init or (pathlib.Path(init) / FILE).exists():
     return init
-  given = re.findall(r'(?<= )--?workdir[= ](\S+)', ' '.join(['', *sys.argv[1:]]))
-  own = given[-1] if given else ''
+  own = _value(sys.argv[1:], 'workdir')
   return own if own and (pathlib.Path(own) / FILE).exists() and load(own).init == init else init
 
 

@@ -60,6 +60,7 @@ def test_a_configs_name_is_its_file_from_anywhere(parse, tmp_path, monkeypatch):
 
 def test_a_run_goes_on_by_its_directory_alone(parse, tmp_path):
   config = tiny(train={'steps': 7}, optimizer={'learning_rate': 0.5})
+  tmp_path = tmp_path / 'of two words'
   configs.save(config, tmp_path)
   assert parse(f'--workdir={tmp_path}') == config
   longer = parse('--workdir', str(tmp_path), '--config.train.steps=9')
