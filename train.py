@@ -61,6 +61,9 @@ PROCESSES = flags.DEFINE_integer(
   'processes', 0, 'With --coordinator: how many processes there are.'
 )
 PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
+SHOW = flags.DEFINE_integer(
+  'show', 0, 'Prints so many training examples, what is learned of them in colour, and ends.'
+)
 STOPPED_CODE = flags.DEFINE_integer(
   'stopped_code',
   0,
@@ -274,7 +277,12 @@ def check_places(config: configs.Config) -> None:
   be, which would else be found out after hours.
   """
   places = {'data.cache_dir': config.data.cache_dir, 'train.spill_dir': config.train.spill_dir}
-  read = {f'data.sources[{i}].path': source.path for i, source in enumerate(config.data.sources)}
+  sources = {'sources': config.data.sources, 'validation': config.data.validation}
+  read = {
+    f'data.{field}[{i}].path': source.path
+    for field, of in sources.items()
+    for i, source in enumerate(of)
+  }
   for name, path in (places | read | {'data.tokenizer.path': config.data.tokenizer.path}).items():
     files.check_local(name, path)
   for directory in filter(None, places.values()):
@@ -315,16 +323,21 @@ def main(arguments):
       COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value, MEETING.value
     )
   with together:
-    interrupted = run(config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value)
+    workdir = pathlib.Path(WORKDIR.value)
+    interrupted = run(config, workdir, PROFILE.value, ALLOW_CHANGE.value, SHOW.value)
   return STOPPED_CODE.value if interrupted else 0
 
 
 def run(
-  config: configs.Config, workdir: pathlib.Path, profile: str = '', allow_change: bool = False
+  config: configs.Config,
+  workdir: pathlib.Path,
+  profile: str = '',
+  allow_change: bool = False,
+  show: int = 0,
 ) -> bool:
   """Trains in `workdir`, from its last whole checkpoint on; returns whether a signal ended it.
 
-  profile, allow_change: as the flags. No other process trains there meanwhile.
+  profile, allow_change, show: as the flags. No other process trains there meanwhile.
   """
   with contextlib.ExitStack() as held:
     with mendable():
@@ -333,10 +346,12 @@ def run(
       if jax.process_index() == 0:
         remedy = 'wait until it ends, end it, or give another --workdir'
         held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
-    return train(config, workdir, profile, allow_change)
+    return train(config, workdir, profile, allow_change, show)
 
 
-def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_change: bool) -> bool:
+def train(
+  config: configs.Config, workdir: pathlib.Path, profile: str, allow_change: bool, show: int
+) -> bool:
   """What `run` does, in a directory that is this process's."""
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   log = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
@@ -354,6 +369,9 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
   # 3. Data: text to token shards, once; then batches, from any position.
   with mendable():
     prepared, config = read(config, workdir, mesh, allow_change, log)
+    if show:
+      log(names.imported('data.showing.examples')(prepared, config.data.sequence_length, show))
+      return False
     feed = fed(config, prepared, mesh)
 
   # 4. Models and optimizer: abstract first, so that shapes, shardings and costs are known before
@@ -415,7 +433,10 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
     with.
   """
   prepared = hosts.first_alone(lambda: config.objective.read(config.data, log), 'data')
-  config = config.resolve(prepared.tokenizer.vocabulary)
+  epochs = config.train.epochs
+  config = config.resolve(prepared.tokenizer.vocabulary, prepared.rows)
+  if epochs:
+    log(f'train.epochs={epochs:g} of {prepared.rows:,} rows: {config.train.steps:,} steps')
   config.check_mesh(dict(mesh.shape))
   seals.check_unchanged(config, workdir, allow_change)
   hosts.check_same('config and data', f'{config} {prepared.key}')

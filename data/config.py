@@ -5,7 +5,9 @@ import math
 
 import names
 
-SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'csv')
+SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'csv', 'parquet')
+ROWS = SOURCE_KINDS[2:]  # kinds whose files hold rows of named fields
+FORMATS = ('', 'chat', 'sharegpt', 'alpaca', 'completion')
 FILTER_PRESETS = ('none', 'code', 'prose')
 ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
 TOKENIZER_KINDS = ('sentencepiece', 'huggingface', 'byte', 'char')
@@ -30,20 +32,38 @@ class SourceConfig:
 
   Attributes:
     kind: 'stdlib' (the running interpreter's own source, without tests), 'text' (a document per
-      file), 'jsonl' (a document per line), 'csv' (a document per record).
+      file), 'jsonl' (a document per line), 'csv' (a document per record), 'parquet' (a document per
+      row; needs the extra 'parquet').
     path: glob of the files ('**' crosses directories, but no links to them); '' for 'stdlib'. Names
       that end in .gz, .bz2, .xz or .zst are decompressed.
-    text_field: the JSON key or CSV column that holds the text; '' for 'stdlib' and 'text'.
+    text_field: the JSON key or column that holds the text; '' for 'stdlib' and 'text', and for
+      records.
+    format: '' for documents; of records to tune on (objective.kind='sft'), which fields they have:
+      'chat', 'sharegpt', 'alpaca' or 'completion' (data/records.py).
+    columns: of records, where a field has another name in the file: 'prompt=question'.
     weight: this source's share of the training examples, relative to the other sources' weights.
   """
 
   kind: str = 'stdlib'
   path: str = ''
   text_field: str = ''
+  format: str = ''
+  columns: tuple[str, ...] = ()
   weight: float = 1.0
 
   def __post_init__(self):
     names.check('source.kind', self.kind, SOURCE_KINDS)
+    names.check('source.format', self.format, FORMATS)
+    if self.format and self.kind not in ROWS:
+      raise ValueError(
+        f'source.format={self.format!r} with kind={self.kind!r}, whose documents have no fields; '
+        f'records are in files of kind {", ".join(ROWS)}'
+      )
+    if self.columns and not self.format:
+      raise ValueError(
+        f'source.columns={self.columns} names fields of records, and source.format is empty; set '
+        'it, or name the field of a document by source.text_field'
+      )
     if bool(self.path) == (self.kind == 'stdlib'):
       remedy = (
         "set source.kind='text' (or 'jsonl', 'csv') to read files; 'stdlib', which is the default, "
@@ -52,12 +72,9 @@ class SourceConfig:
         else 'give a file or a glob'
       )
       raise ValueError(f'source.path={self.path!r} with kind={self.kind!r}: {remedy}')
-    if bool(self.text_field) != (self.kind in ('jsonl', 'csv')):
-      remedy = (
-        "leave it '' (the whole file is the text)"
-        if self.text_field
-        else 'name the field that holds the text'
-      )
+    if bool(self.text_field) != (self.kind in ROWS and not self.format):
+      whole = 'a record is more than a text' if self.format else 'the whole file is the text'
+      remedy = f"leave it '' ({whole})" if self.text_field else 'name the field that holds the text'
       raise ValueError(f'source.text_field={self.text_field!r} with kind={self.kind!r}: {remedy}')
     if not (self.weight > 0 and math.isfinite(self.weight)):
       raise ValueError(
@@ -179,6 +196,8 @@ class DataConfig:
     tokenizer: how text becomes integers.
     sequence_length: T, positions per row.
     batch_size: B, rows per global batch (all processes together).
+    validation: sources that are held out, all of them; then nothing is of `sources`, and
+      validation_fraction is 0. Their weights are not read.
     validation_fraction: held-out share: of the documents ('hash')
       or of each source's characters ('tail').
     split: 'hash' decides by a hash of the document's content, so a document keeps its side as the
@@ -189,6 +208,7 @@ class DataConfig:
   """
 
   sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+  validation: tuple[SourceConfig, ...] = ()
   clean: CleanConfig = CleanConfig()
   tokenizer: TokenizerConfig = TokenizerConfig()
   sequence_length: int = 512
@@ -220,10 +240,15 @@ class DataConfig:
         f'are {self.batch_size * self.sequence_length:,} positions, of at most '
         f'{MOST_POSITIONS:,}; lower one of the two'
       )
-    if not 0 < self.validation_fraction < 1:
+    if self.validation and self.validation_fraction:
+      raise ValueError(
+        f'data.validation has sources of its own, and data.validation_fraction='
+        f'{self.validation_fraction} would hold out more; set it to 0'
+      )
+    if not self.validation and not 0 < self.validation_fraction < 1:
       raise ValueError(
         f'data.validation_fraction={self.validation_fraction} must be between '
-        '0 and 1, both excluded'
+        '0 and 1, both excluded; 0 is for data.validation, which has sources of its own'
       )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'data.seed={self.seed} must be in [0, 2**32)')

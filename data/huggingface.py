@@ -18,7 +18,7 @@ import numpy as np
 
 import files
 import names
-from data.tokenizer import CUT, Tokenizer
+from data.tokenizer import CUT, Encoded, Tokenizer, in_utf8
 
 DEFINITION, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL_MAP, TEMPLATE = 'special_tokens_map.json', 'chat_template.jinja'
@@ -100,12 +100,14 @@ class HuggingFaceTokenizer(Tokenizer):
     super().__init__(token_bytes, pad=pad, bos=ids[first] if first else pad, eos=eos)
     self.special_tokens = roles
     self.chat_templates = _templates(contents, settings)
+    self._control = control
     nonce = secrets.token_hex(16)
     self._hidden = {content: f'{nonce}:{index}:' for content, index in control.items()}
     # The longest first, as the library looks for them.
     self.control_names = re.compile(
       '|'.join(map(re.escape, sorted(control, key=len, reverse=True))) or '(?!)'
     )
+    self._named = re.compile(f'{self.control_names.pattern}|{re.escape(CUT)}')
     self._plain = _build(_anonymous(definition, self._hidden))
 
   @classmethod
@@ -144,14 +146,47 @@ class HuggingFaceTokenizer(Tokenizer):
   def encode(self, text: str, *, special: bool = False) -> list[int]:
     if not special:
       return super().encode(text)
-    # All names but those with CUT in them, under which the plain tokenizer has the control tokens.
-    return super().encode(
-      self.control_names.sub(lambda match: self._hidden[match[0]], text).replace(CUT, '')
-    )
+    return super().encode(''.join(spelled for spelled, _ in self._spelled(text)))
+
+  def encode_with_places(self, text: str) -> Encoded:
+    pieces = [(spelled, *place) for spelled, place in self._spelled(text)]
+    spelled = in_utf8(''.join(piece for piece, *_ in pieces))
+    # Where each character of what is encoded begins and ends in the text.
+    begins, ends = (np.zeros(len(spelled), np.int64) for _ in range(2))
+    at = 0
+    for piece, begin, end in pieces:
+      here = slice(at, at + len(piece))
+      alike = np.arange(begin, begin + len(piece))
+      begins[here] = alike if end - begin == len(piece) else begin
+      ends[here] = alike + 1 if end - begin == len(piece) else end
+      at += len(piece)
+    encoding = self._plain.encode(spelled, add_special_tokens=False)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    # A token of no characters stands between two.
+    last = np.maximum(offsets[:, 1] - 1, offsets[:, 0]).clip(0, max(len(spelled) - 1, 0))
+    first = offsets[:, 0].clip(0, max(len(spelled) - 1, 0))
+    return Encoded(encoding.ids, begins[first], ends[last])
+
+  def _spelled(self, text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Pieces of a text as the plain tokenizer has them, with their places: control tokens under
+    their hidden names, those with CUT in them without it.
+    """
+    at = 0
+    for match in self._named.finditer(text):
+      yield text[at : match.start()], (at, match.start())
+      yield self._hidden.get(match[0], ''), match.span()
+      at = match.end()
+    yield text[at:], (at, len(text))
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     decoded = super().decode(ids)
     return decoded.removeprefix(' ') if self._drops_space else decoded
+
+  def control_ids(self) -> dict[str, int]:
+    return dict(self._control)
+
+  def with_template(self, source: str) -> 'HuggingFaceTokenizer':
+    return HuggingFaceTokenizer(self._contents | {TEMPLATE: source.encode()})
 
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():

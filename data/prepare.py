@@ -21,7 +21,7 @@ import os
 import pathlib
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -66,6 +66,11 @@ class Prepared:
     return self.report['validation']['bytes']
 
   @property
+  def rows(self) -> int:
+    """Training rows of all sources together: what an epoch goes through."""
+    return sum(map(len, self.train))
+
+  @property
   def document_length(self) -> float:
     """Length of the piece of document that a training token stands in,
     averaged over tokens: what attention to it costs.
@@ -95,30 +100,61 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
     cache.CorruptShardError: files in the cache aren't those that were written.
     FileNotFoundError: a source matches no file.
   """
-  began = time.perf_counter()
+  records = [source for source in (*config.sources, *config.validation) if source.format]
+  if records:
+    raise ValueError(
+      f"source.format={records[0].format!r} is of records to tune on: set objective.kind='sft', or "
+      "leave it '' and name the field that holds a document by source.text_field"
+    )
   if config.tokenizer.path or config.tokenizer.kind == 'byte':
     # What needs no text is found wrong now, and not after hours of reading the corpus.
     tokenizers.build(config.tokenizer, (), ())
-  key = corpus_key(config)
-  directory = pathlib.Path(config.cache_dir) / key
-  if not (directory / cache.INDEX).exists():
-    with cache.building(directory, log) as partial:
-      _build_corpus(config, partial, log)
-    log(f'data: wrote {directory}')
-  plan = directory / f'rows-{config.sequence_length}'
-  if not (plan / cache.INDEX).exists():
-    with cache.building(plan, log) as partial:
-      _build_plan(config, directory, partial, log)
-    log(f'data: wrote {plan}')
-  prepared = _load(config, directory, plan, log)
+  began = time.perf_counter()
+  prepared = kept(config, corpus_key(config), _build_corpus, log)
   train, held_out = prepared.report['packing']['train'], prepared.report['validation']
   log(
-    f'data: loaded {directory} in {time.perf_counter() - began:.2f} s: '
+    f'data: loaded {prepared.directories[0]} in {time.perf_counter() - began:.2f} s: '
     f'{sum(entry["pairs"] for entry in train):,} training tokens in '
     f'{sum(entry["rows"] for entry in train):,} rows of {config.sequence_length}, '
     f'{held_out["tokens"]:,} held out ({held_out["bytes"]:,} bytes)'
   )
   return prepared
+
+
+def kept(
+  config: DataConfig, key: str, build: Callable, log: Callable[[str], object], packing=shards.FIT
+) -> Prepared:
+  """What has this key: from the cache, and built first where it is not there.
+
+  Args:
+    build: (config, directory, log), which writes shards, and an index with a report of them.
+    packing: how training rows are filled, one of shards.PACKINGS.
+  """
+  directory = pathlib.Path(config.cache_dir) / key
+  if not (directory / cache.INDEX).exists():
+    with cache.building(directory, log) as partial:
+      build(config, partial, log)
+    log(f'data: wrote {directory}')
+  form = '' if packing == shards.FIT else f'-{packing}'
+  plan = directory / f'rows-{config.sequence_length}{form}'
+  if not (plan / cache.INDEX).exists():
+    with cache.building(plan, log) as partial:
+      _build_plan(config, packing, directory, partial, log)
+    log(f'data: wrote {plan}')
+  return _load(config, directory, plan, log)
+
+
+def described(source: SourceConfig) -> dict:
+  """A source as reports have it, JSON-able."""
+  return dataclasses.asdict(source) | {'columns': [*source.columns]}
+
+
+def identity(of: Iterable[SourceConfig], memo: pathlib.Path) -> list[list[str]]:
+  """What decides which documents some sources give, with digests of their content."""
+  return [
+    [source.kind, source.text_field, sources.content_digest(sources.paths(source), memo)]
+    for source in of
+  ]
 
 
 def corpus_key(config: DataConfig) -> str:
@@ -144,10 +180,7 @@ def corpus_key(config: DataConfig) -> str:
 
   content = {
     'format': FORMAT,
-    'sources': [
-      [source.kind, source.text_field, sources.content_digest(sources.paths(source), memo)]
-      for source in config.sources
-    ],
+    'sources': identity(config.sources, memo),
     'clean': cleaning,
     'tokenizer': settings,
     # What decides besides: the trainer, and (by lower() and isalpha()) the tables of characters.
@@ -155,6 +188,8 @@ def corpus_key(config: DataConfig) -> str:
     'unicode': unicodedata.unidata_version,
     'split': [config.split, config.validation_fraction],
   }
+  if config.validation:
+    content['validation'] = identity(config.validation, memo)
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
@@ -167,9 +202,9 @@ def _build_corpus(
   with _timed(report, 'clean'):
     seen: set[bytes] = set()
     bounds = [0]
-    for source in config.sources:
+    for source in (*config.sources, *config.validation):
       counts = {
-        'source': dataclasses.asdict(source),
+        'source': described(source),
         'read': collections.Counter(),
         'problems': sources.Problems(),
         'dropped': collections.Counter(),
@@ -229,6 +264,9 @@ def _build_corpus(
     f'{report["tokenizer"]["characters_lost"]} characters lost in '
     f'{report["tokenizer"]["documents_lost"]} documents'
   )
+  training_sources = len(config.sources)
+  report['validation_sources'] = report['sources'][training_sources:]
+  report['sources'] = report['sources'][:training_sources]
   cache.write_index(directory, written, report)
 
 
@@ -267,7 +305,10 @@ def _split(config: DataConfig, texts: Texts, kept: np.ndarray, bounds: list[int]
   the others are held out.
   """
   characters = np.frombuffer(texts.characters, np.int64) * kept
-  if config.split == 'hash':
+  if config.validation:
+    training = np.arange(len(texts)) < bounds[len(config.sources)]
+    boundary = np.where(training, characters, 0)
+  elif config.split == 'hash':
     boundary = np.where(texts.hash_shares() < config.validation_fraction, 0, characters)
   else:
     boundary = np.zeros(len(texts), np.int64)
@@ -285,7 +326,8 @@ def _split(config: DataConfig, texts: Texts, kept: np.ndarray, bounds: list[int]
   if (boundary == characters).all():
     raise ValueError(
       f'nothing is held out: none of {int(kept.sum())} documents falls into validation_fraction='
-      f"{config.validation_fraction}; raise it, or use split='tail' for a corpus of few documents"
+      f"{config.validation_fraction}; raise it, use split='tail' for a corpus of few documents, or "
+      'name other sources by data.validation'
     )
   return boundary
 
@@ -371,18 +413,24 @@ def _encoded(
 
 
 def _build_plan(
-  config: DataConfig, corpus: pathlib.Path, directory: pathlib.Path, log: Callable[[str], object]
+  config: DataConfig,
+  packing: str,
+  corpus: pathlib.Path,
+  directory: pathlib.Path,
+  log: Callable[[str], object],
 ) -> None:
   """Packs every split's shards into rows of config.sequence_length."""
   report = cache.read_index(corpus)['report']
   length = config.sequence_length
   began = time.perf_counter()
-  splits = [(counts['train']['shards'], False) for counts in report['sources']]
-  splits.append((report['validation']['shards'], True))
+  splits = [(counts['train']['shards'], packing) for counts in report['sources']]
+  splits.append(
+    (report['validation']['shards'], shards.ALONE if packing == shards.ALONE else shards.ORDER)
+  )
 
   packed, written = [], []
-  for entries, in_order in splits:
-    plans = [shards.write_plan(corpus, directory, entry, length, in_order) for entry in entries]
+  for entries, form in splits:
+    plans = [shards.write_plan(corpus, directory, entry, length, form) for entry in entries]
     rows = [plan['rows'] for plan in plans]
     pairs, squared = (sum(plan[name] for plan in plans) for name in ('pairs', 'squared_pairs'))
     packed.append(
@@ -423,14 +471,15 @@ def _load(
   report = indices[directory]['report'] | {'packing': indices[plan]['report']}
   for of, counts in zip(config.sources, report['sources']):
     # Weight and path may differ from those of the run that built this.
-    counts['source'] = dataclasses.asdict(of)
+    counts['source'] = described(of)
 
   def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:
     return shards.PackedSource(
       name,
       weight,
       tuple(
-        shards.PackedShard(directory, plan, entry['name'], entry['dtype']) for entry in entries
+        shards.PackedShard(directory, plan, entry['name'], entry['dtype'], 'scored' in entry)
+        for entry in entries
       ),
       np.cumsum(packing['rows_per_shard'], dtype=np.int64),
     )
@@ -443,7 +492,7 @@ def _load(
     'validation', 1.0, report['validation']['shards'], report['packing']['validation']
   )
   return Prepared(
-    f'{directory.name}-{config.sequence_length}',
+    f'{directory.name}-{plan.name.removeprefix("rows-")}',
     (directory, plan),
     files.digest([index['files'] for index in indices.values()]),
     tokenizers.load(directory / 'tokenizer'),

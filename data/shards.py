@@ -2,8 +2,9 @@
 read without copying, and never trusted blindly?
 
 A split is a list of shards. A shard is three files: tokens (raw uint16 or uint32), documents (int64
-offsets) and, per sequence length, a packing plan (pieces and rows). An index lists every file with
-its size and checksum.
+offsets) and, per sequence length, a packing plan (pieces and rows); of examples, of which not every
+token is learned, a fourth says which are (raw bool). An index lists every file with its size and
+checksum.
 """
 
 import dataclasses
@@ -13,9 +14,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import cache, packing
+from data import cache, packing as plans
 from data.batch import Batch
 
+# How pieces fill rows: as best they fit, in their order, or one a row.
+FIT, ORDER, ALONE = PACKINGS = 'fit', 'order', 'alone'
 SHARD_TOKENS = 2**26  # a shard is closed at the first document that reaches this: 128 MiB of uint16
 
 
@@ -26,12 +29,14 @@ class ShardWriter:
     directory: an existing directory.
     name: what the files' names begin with.
     vocabulary: tokens are kept as uint16 up to 65,536 ids, else as uint32.
+    scored: whether each document says which of its tokens are learned.
   """
 
-  def __init__(self, directory: pathlib.Path, name: str, vocabulary: int):
+  def __init__(self, directory: pathlib.Path, name: str, vocabulary: int, scored: bool = False):
     self._directory, self._name = directory, name
+    self._suffixes = ['tokens', *(['scored'] if scored else [])]
     self._dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
-    self._file = None
+    self._files = []
     self._offsets = [0]
     self.shards: list[dict] = []
 
@@ -41,11 +46,13 @@ class ShardWriter:
   def __exit__(self, *exception) -> None:
     self._close()
 
-  def add(self, document: np.ndarray) -> None:
-    """Appends a document, int [tokens], bos and eos included."""
-    if self._file is None:
-      self._file = open(self._path('tokens'), 'wb')
-    self._file.write(document.astype(self._dtype).tobytes())
+  def add(self, document: np.ndarray, scored: np.ndarray | None = None) -> None:
+    """Appends a document, int [tokens], bos and eos included; scored: bool [tokens]."""
+    if not self._files:
+      self._files = [open(self._path(suffix), 'wb') for suffix in self._suffixes]
+    contents = [document.astype(self._dtype), *([] if scored is None else [scored])]
+    for file, content in zip(self._files, contents, strict=True):
+      file.write(content.tobytes())
     self._offsets.append(self._offsets[-1] + len(document))
     if self._offsets[-1] >= SHARD_TOKENS:
       self._close()
@@ -54,9 +61,10 @@ class ShardWriter:
     return self._directory / f'{self._name}-{len(self.shards):05d}.{suffix}'
 
   def _close(self) -> None:
-    if self._file is None:
+    if not self._files:
       return
-    self._file.close()
+    for file in self._files:
+      file.close()
     np.save(self._path('documents.npy'), np.array(self._offsets, np.int64))
     self.shards.append(
       {
@@ -66,16 +74,17 @@ class ShardWriter:
         'documents': len(self._offsets) - 1,
         'files': [
           cache.record(self._directory, self._path(suffix).name)
-          for suffix in ('tokens', 'documents.npy')
+          for suffix in (*self._suffixes, 'documents.npy')
         ],
+        **({'scored': True} if 'scored' in self._suffixes else {}),
       }
     )
-    self._file = None
+    self._files = []
     self._offsets = [0]
 
 
 def write_plan(
-  corpus: pathlib.Path, directory: pathlib.Path, shard: dict, length: int, in_order: bool
+  corpus: pathlib.Path, directory: pathlib.Path, shard: dict, length: int, packing: str
 ) -> dict:
   """Packs one shard's documents into rows of `length` and writes the plan.
 
@@ -84,14 +93,14 @@ def write_plan(
     directory: where the plan goes.
     shard: its entry, from ShardWriter.shards.
     length: T.
-    in_order: keep the documents' order (validation) instead of filling rows best.
+    packing: one of PACKINGS.
 
   Returns:
     The plan's entry: rows, pairs, squared_pairs (the sum over pieces of their pairs squared),
     files.
   """
-  pieces = packing.cut(np.load(corpus / f'{shard["name"]}.documents.npy'), length)
-  order, rows = (packing.pack_in_order if in_order else packing.pack)(pieces[:, 1], length)
+  pieces = plans.cut(np.load(corpus / f'{shard["name"]}.documents.npy'), length)
+  order, rows = PLANS[packing](pieces[:, 1], length)
   names = f'{shard["name"]}.pieces.npy', f'{shard["name"]}.rows.npy'
   np.save(directory / names[0], pieces[order])
   np.save(directory / names[1], rows)
@@ -103,6 +112,9 @@ def write_plan(
   }
 
 
+PLANS = {FIT: plans.pack, ORDER: plans.pack_in_order, ALONE: plans.pack_alone}
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedShard:
   """One shard and its plan, memory-mapped when first used.
@@ -111,12 +123,18 @@ class PackedShard:
     corpus, plan: the directories of the tokens and of the plan.
     name: the shard's name.
     dtype: of the tokens on disk.
+    partly: whether not every token is learned.
   """
 
   corpus: pathlib.Path
   plan: pathlib.Path
   name: str
   dtype: str
+  partly: bool = False
+
+  @functools.cached_property
+  def scored(self) -> np.ndarray:
+    return np.memmap(self.corpus / f'{self.name}.scored', bool, 'r')
 
   @functools.cached_property
   def tokens(self) -> np.ndarray:
@@ -140,12 +158,14 @@ class PackedSource:
     weight: share of the examples drawn from here, relative to the other sources.
     shards: in order.
     ends: int64 [shards], cumulative number of rows.
+    alike: whether every piece counts for 1, shared by its tokens, and not every token.
   """
 
   name: str
   weight: float
   shards: tuple[PackedShard, ...]
   ends: np.ndarray
+  alike: bool = False
 
   def __len__(self) -> int:
     return int(self.ends[-1]) if len(self.ends) else 0
@@ -164,7 +184,10 @@ class PackedSource:
       batch.targets[into, here] = piece[1:]
       batch.positions[into, here] = np.arange(n, dtype=np.int32)
       batch.segments[into, here] = segment
-      batch.weights[into, here] = 1
+      weights = (
+        np.float32(shard.scored[start + 1 : start + n + 1]) if shard.partly else np.float32(1)
+      )
+      batch.weights[into, here] = weights / weights.sum() if self.alike else weights
       at += n
 
   def documents(self) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 import files
+import names
 from data import compressed
 from data.config import SourceConfig
 
@@ -42,7 +43,7 @@ class Problems(collections.Counter):
     super().__init__()
     self.first: dict[str, str] = {}
 
-  def add(self, kind: str, path: str, line: int = 0) -> None:
+  def add(self, kind: str, path: str, line: int | str = 0) -> None:
     """Counts one; line 0: the whole file."""
     self[kind] += 1
     self.first.setdefault(kind, f'{path}:{line}' if line else path)
@@ -135,6 +136,9 @@ def _texts(
     yield text
   elif source.kind == 'jsonl':
     yield from _jsonl(path, source.text_field, problems, keys)
+  elif source.kind == 'parquet':
+    for place, row in names.imported('data.parquet.rows')(path):
+      yield from _field(row, source.text_field, problems, keys, *place.rsplit(':', 1))
   else:
     yield from _csv(path, source.text_field, problems)
 
@@ -153,13 +157,20 @@ def _jsonl(path: str, field: str, problems: Problems, keys: dict[str, str]) -> I
       except ValueError:
         problems.add('malformed', path, number)
         continue
-      text = record.get(field) if isinstance(record, dict) else None
-      if isinstance(text, str):
-        yield text
-      else:
-        problems.add('no_text', path, number)
-        if isinstance(record, dict) and len(keys) < SHOWN:
-          keys |= {str(key)[:40]: type(value).__name__ for key, value in record.items()}
+      yield from _field(record, field, problems, keys, path, number)
+
+
+def _field(
+  record, field: str, problems: Problems, keys: dict[str, str], path: str, place
+) -> Iterator[str]:
+  """The text that a record has in a field; of one without, gathers keys with their types."""
+  text = record.get(field) if isinstance(record, dict) else None
+  if isinstance(text, str):
+    yield text
+    return
+  problems.add('no_text', path, place)
+  if isinstance(record, dict) and len(keys) < SHOWN:
+    keys |= {str(key)[:40]: type(value).__name__ for key, value in record.items()}
 
 
 def _csv(path: str, field: str, problems: Problems) -> Iterator[str]:

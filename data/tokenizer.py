@@ -13,6 +13,7 @@ import os
 import pathlib
 import secrets
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,14 @@ PAD, BOS, EOS, UNK = range(4)
 # Within a name of a control token: it is text, see `Tokenizer.encode`. No text can guess it.
 CUT = f'<{secrets.token_hex(16)}>'
 INDEX = 'tokenizer.json'
+
+
+class Encoded(NamedTuple):
+  """Ids of a text, and where each stands in it, [begin, end) in characters."""
+
+  ids: list[int]
+  begins: np.ndarray
+  ends: np.ndarray
 
 
 class Tokenizer:
@@ -93,6 +102,22 @@ class Tokenizer:
         "of kind='huggingface', or put their ids (bos, eos) around the text's"
       )
     return self.encode_arrays([in_utf8(text)])[0].tolist()
+
+  def encode_with_places(self, text: str) -> Encoded:
+    """As encode(text, special=True). Raises as that does."""
+    self.encode(text, special=True)
+    raise NotImplementedError(f'a {self.kind!r} tokenizer does not tell where its tokens stand')
+
+  def control_ids(self) -> dict[str, int]:
+    """Ids of control tokens by name; those that every tokenizer has, where it knows no others."""
+    return {'<pad>': self.pad, '<s>': self.bos, '</s>': self.eos}
+
+  def with_template(self, source: str) -> 'Tokenizer':
+    """The same with this chat template, Jinja text. Raises ValueError for kinds that keep none."""
+    raise ValueError(
+      f'a {self.kind!r} tokenizer keeps no chat template; use one of kind=\'huggingface\', or '
+      "records of format 'completion'"
+    )
 
   def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
     """The UTF-8 bytes of ids, id by id: decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b).

@@ -9,7 +9,10 @@ import dataclasses
 import names
 from objectives.objective import Objective
 
-KINDS = {'next_token': 'objectives.next_token.NextToken'}
+KINDS = {
+  'next_token': 'objectives.next_token.NextToken',
+  'sft': 'objectives.sft.SFT',
+}
 DEFAULT = 'next_token'
 
 

@@ -101,8 +101,8 @@ class Objective:
 
   def read(self, config: DataConfig, log: Callable[[str], Any]) -> Any:
     """What batches are cut from, made once: has `tokenizer`, `key` (of all that decides about
-    batches), `document_length` (for FLOPs), and `validation_documents()` (texts, for what
-    compressors make of them; may be empty).
+    batches), `document_length` (for FLOPs), `rows` (how many there are to train on), and
+    `validation_documents()` (texts, for what compressors make of them; may be empty).
     """
     raise NotImplementedError
 

@@ -29,7 +29,9 @@ class TrainConfig:
   """How long to train, what to watch and when to keep it.
 
   Attributes:
-    steps: optimizer updates in all. seed: of the initial parameters.
+    steps: optimizer updates in all; 0 where epochs says how many. seed: of the initial parameters.
+    epochs: how often all training rows are gone through, in the place of steps; a last batch that
+      is not full counts, and is filled from the next epoch.
     accumulation: microbatches of a step; exactly equal to one big batch.
     offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host'
       in the host's memory (parallel.offload), 'disk' in files without a name (training.spill). It
@@ -53,6 +55,7 @@ class TrainConfig:
   """
 
   steps: int = 200
+  epochs: float = 0.0
   seed: int = 0
   accumulation: int = 1
   offload_optimizer: str = ''
@@ -70,7 +73,8 @@ class TrainConfig:
 
   def __post_init__(self):
     for field, least in (
-      ('steps', 1),
+      ('steps', 0),
+      ('epochs', 0),
       ('accumulation', 1),
       ('log_every', 1),
       ('save_every', 1),
@@ -84,6 +88,11 @@ class TrainConfig:
         raise ValueError(
           f'train.{field}={getattr(self, field)} must be at least {least}, and finite'
         )
+    if (self.steps > 0) == (self.epochs > 0):
+      raise ValueError(
+        f'train.steps={self.steps} and train.epochs={self.epochs}: one of them says how long to '
+        'train; set the other to 0'
+      )
     if self.seed >= 2**32:
       raise ValueError(
         f'train.seed={self.seed} must be below 2**32, of which jax.random.key keeps no more bits'
@@ -193,9 +202,9 @@ class Config:
       )
     if self.train.offload_parameters:
       self._check_offload()
-    make_schedule(
-      self.optimizer, self.train.steps
-    )  # raises where warm-up and decay do not fit into the run
+    if self.train.steps:
+      # Raises where warm-up and decay do not fit into the run.
+      make_schedule(self.optimizer, self.train.steps)
 
   def _check_offload(self):
     """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would
@@ -224,9 +233,11 @@ class Config:
         'layers on every device; use mesh.zero=3'
       )
 
-  def resolve(self, vocabulary: int) -> 'Config':
-    """With the model's open sizes filled in from the data: vocabulary of the tokenizer, longest
-    sequence.
+  def resolve(self, vocabulary: int, rows: int = 2**20) -> 'Config':
+    """With the sizes that are open filled in from the data: vocabulary of the tokenizer, longest
+    sequence, steps that go through so many training rows.
+
+    rows: the default is for programs without data, which how long a run is does not change.
 
     Raises ValueError when the model's vocabulary is too small for the tokenizer.
     """
@@ -240,7 +251,11 @@ class Config:
         f'model.vocabulary={model.vocabulary} is smaller than the tokenizer\'s {vocabulary}; set '
         'it to 0 to take that'
       )
-    return dataclasses.replace(self, model=model)
+    if not self.train.epochs:
+      return dataclasses.replace(self, model=model)
+    steps = math.ceil(self.train.epochs * rows / self.data.batch_size)
+    train = dataclasses.replace(self.train, steps=steps, epochs=0)
+    return dataclasses.replace(self, model=model, train=train)
 
   def check_mesh(self, sizes: dict[str, int]) -> None:
     """Raises ValueError when an array cannot be split evenly over a mesh of these sizes."""

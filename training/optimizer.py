@@ -51,6 +51,7 @@ _OFF_OR_POSITIVE = (0, sys.float_info.max, 'finite and at least 0 (0 turns it of
 LIMITS = {
   'learning_rate': _POSITIVE,
   'warmup_steps': _OFF_OR_POSITIVE,
+  'warmup_fraction': _SHARE,
   'final_fraction': _SHARE,
   'decay_fraction': _SHARE,
   'weight_decay': _OFF_OR_POSITIVE,
@@ -77,6 +78,7 @@ class OptimizerConfig:
       (warm-up, stable, decay; Hu et al., arXiv:2404.06395), constant until the last decay_fraction
       of the run, then linear.
     warmup_steps: linear warm-up from learning_rate / (warmup_steps + 1).
+    warmup_fraction: the same as a share of all steps; one of the two is 0.
     final_fraction: the learning rate at the end of the run, as a share of the peak.
     decay_fraction: the share of all steps over which 'wsd' decays.
     weight_decay: decoupled, times the learning rate; on matrices and embeddings, not on norms and
@@ -96,6 +98,7 @@ class OptimizerConfig:
   learning_rate: float = 1e-3
   schedule: str = 'cosine'
   warmup_steps: int = 0
+  warmup_fraction: float = 0.0
   final_fraction: float = DEFAULT
   decay_fraction: float = DEFAULT
   weight_decay: float = 0.1
@@ -125,6 +128,12 @@ class OptimizerConfig:
       least, most, limit = LIMITS[field.name]
       if not (least <= value <= most and math.isfinite(value)):
         raise ValueError(f'optimizer.{field.name}={value} must be {limit}')
+    if self.warmup_steps and self.warmup_fraction:
+      raise ValueError(
+        f'optimizer.warmup_steps={self.warmup_steps} and '
+        f'optimizer.warmup_fraction={self.warmup_fraction} both say how long the warm-up is; set '
+        'one of them to 0'
+      )
 
   def settings(self) -> dict[str, float]:
     """What this optimizer and schedule read: the fields that are set, else their defaults."""
@@ -139,17 +148,18 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """The learning rate as a function of the number of updates made so far, for a run of `steps`
   updates.
 
-  The first update gets learning_rate / (warmup_steps + 1), update number warmup_steps the peak; the
+  With W steps of warm-up the first update gets learning_rate / (W + 1), update W the peak; the
   final value would be reached at number `steps` and is held after it.
 
   Raises ValueError when warm-up and decay do not fit into the run.
   """
   s, peak = config.settings(), config.learning_rate
-  after = steps - config.warmup_steps
+  warm = config.warmup_steps or round(config.warmup_fraction * steps)
+  after = steps - warm
   decay = round(s.get('decay_fraction', 0) * steps)
   if after < max(1, decay):
     raise ValueError(
-      f'optimizer.warmup_steps={config.warmup_steps} plus a final decay of {decay} steps do not '
+      f'optimizer.warmup_steps={warm} plus a final decay of {decay} steps do not '
       f'fit into {steps} steps; use fewer warm-up steps, a smaller decay_fraction or more steps'
     )
   if config.schedule == 'constant':
@@ -162,10 +172,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     schedule = optax.linear_schedule(
       peak, peak * s['final_fraction'], max(1, decay), transition_begin=after - decay
     )
-  if not config.warmup_steps:
+  if not warm:
     return schedule
-  warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
-  return optax.join_schedules([warmup, schedule], [config.warmup_steps])
+  warmup = optax.linear_schedule(peak / (warm + 1), peak, warm)
+  return optax.join_schedules([warmup, schedule], [warm])
 
 
 def make_optimizer(

@@ -97,10 +97,10 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     config = _mutable(config)
     for part, value in begun.items():
       config[part] = _mutable(value)
-    added = re.compile(rf'data\.sources\[{len(config.data.sources)}\]\.')
-    while any(map(added.match, overrides)):
-      config.data.sources.append(_mutable(SourceConfig()))
-      added = re.compile(rf'data\.sources\[{len(config.data.sources)}\]\.')
+    for field in ('sources', 'validation'):
+      of = config.data[field] = [*config.data[field]]
+      while any(x.startswith(f'data.{field}[{len(of)}].') for x in overrides):
+        of.append(_mutable(SourceConfig()))
     for override in overrides:
       _check_path(config, override.split('=')[0])
     return config

@@ -1,0 +1,274 @@
+"""How do records become rows to tune on? As documents do (data/prepare.py), with what is learned of
+them marked; and no example is ever cut in two by packing.
+
+  read -> render and encode -> fit into a row -> split -> pack
+
+The result lies in the same cache, under a key of the sources' content and of what changes it.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+import names
+from data import cache, prepare as corpora, sources, tokenizers
+from data.config import CleanConfig, DataConfig, SourceConfig
+from data.conversations import TURNS, Example, Writer
+from data.prepare import Prepared
+from data.records import records
+from data.shards import PACKINGS, ShardWriter
+from data.tokenizer import Tokenizer
+
+FORMAT = 1  # part of every key: raise it when the code changes what a config means
+TOO_LONG = ('drop', 'left', 'right')
+WEIGHTINGS = ('token', 'example')
+QUANTILES = {'shortest': 0, 'median': 0.5, '90%': 0.9, '99%': 0.99, 'longest': 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """What is made of records; see objectives/sft.py, whose fields these are.
+
+  Raises ValueError for names that are unknown.
+  """
+
+  template: str = ''
+  turns: str = 'all'
+  too_long: str = 'drop'
+  packing: str = 'fit'
+  weighting: str = 'token'
+
+  def __post_init__(self):
+    names.check('objective.turns', self.turns, TURNS)
+    names.check('objective.too_long', self.too_long, TOO_LONG)
+    names.check('objective.packing', self.packing, PACKINGS)
+    names.check('objective.weighting', self.weighting, WEIGHTINGS)
+
+
+def prepare(
+  config: DataConfig, settings: Settings, log: Callable[[str], object] = print
+) -> Prepared:
+  """Prepares the records of a config's sources, or loads them if that was done before.
+
+  Raises:
+    ValueError: sources that are no records; cleaning that would not be done; a tokenizer that
+      would have to be trained; a record that is none, naming its place; nothing to train on, or
+      nothing held out.
+    cache.CorruptShardError, FileNotFoundError: as data.prepare.prepare.
+  """
+  _check(config)
+  tokenizer = tokenizers.build(config.tokenizer, (), ())
+  template = ''
+  if settings.template:
+    template = pathlib.Path(settings.template).expanduser().read_text()
+  writer = Writer(tokenizer, template, settings.turns)
+  if template:
+    tokenizer = tokenizer.with_template(template)
+  build = functools.partial(_build, settings, tokenizer, writer)
+  key = _key(config, settings, template)
+  prepared = corpora.kept(config, key, build, log, settings.packing)
+  for line in _described(prepared.report):
+    log(line)
+  alike = settings.weighting == 'example'
+  return dataclasses.replace(
+    prepared,
+    key=f'{prepared.key}-{settings.weighting}',
+    train=tuple(dataclasses.replace(source, alike=alike) for source in prepared.train),
+    validation=dataclasses.replace(prepared.validation, alike=alike),
+  )
+
+
+def _check(config: DataConfig) -> None:
+  """Raises ValueError for what a config says of documents, and would not be done to records."""
+  for field, of in (('sources', config.sources), ('validation', config.validation)):
+    for i, source in enumerate(of):
+      if not source.format:
+        raise ValueError(
+          f'data.{field}[{i}] (kind={source.kind!r}, path={source.path!r}) has no format, and '
+          "objective.kind='sft' tunes on records: say which fields its rows have, as in "
+          f'--config.data.{field}[{i}].format=chat, or use objective.kind=next_token for documents'
+        )
+  unread = CleanConfig(anonymise=(), near_duplicates=0)
+  for field in dataclasses.fields(CleanConfig):
+    given = getattr(config.clean, field.name)
+    if field.name != 'exact_duplicates' and given != getattr(unread, field.name):
+      raise ValueError(
+        f'data.clean.{field.name}={given!r} is done to documents and not to records; set it to '
+        f'{getattr(unread, field.name)!r} and clean the file before, as far as it needs it'
+      )
+  if config.split != 'hash' and not config.validation:
+    raise ValueError(
+      f"data.split={config.split!r} would cut a record in two; use 'hash', or data.validation"
+    )
+  if config.tokenizer.trained or config.tokenizer.kind == 'char' and not config.tokenizer.path:
+    raise ValueError(
+      f'data.tokenizer.kind={config.tokenizer.kind!r} without a path would be made of the records; '
+      "tune a model (config.init) with its own tokenizer, or use kind='byte'"
+    )
+
+
+def _key(config: DataConfig, settings: Settings, template: str) -> str:
+  memo = pathlib.Path(config.cache_dir) / 'sources.json'
+  tokenizer = dataclasses.asdict(config.tokenizer)
+  if config.tokenizer.path:
+    within = tokenizers.of(config.tokenizer.kind).paths(config.tokenizer.path)
+    tokenizer['path'] = sources.content_digest([str(file) for file in within], memo)
+  content = {
+    'records': FORMAT,
+    'sources': _identity(config.sources, memo),
+    'validation': _identity(config.validation, memo),
+    'tokenizer': tokenizer,
+    'template': template,
+    'turns': settings.turns,
+    'too_long': [settings.too_long, config.sequence_length],
+    'exact_duplicates': config.clean.exact_duplicates,
+    'validation_fraction': config.validation_fraction,
+  }
+  return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _identity(of, memo):
+  return [
+    [*entry, source.format, *source.columns]
+    for source, entry in zip(of, corpora.identity(of, memo), strict=True)
+  ]
+
+
+def _build(
+  settings: Settings,
+  tokenizer: Tokenizer,
+  writer: Writer,
+  config: DataConfig,
+  directory: pathlib.Path,
+  log: Callable[[str], object],
+) -> None:
+  """Writes the shards of all sources."""
+  began = time.perf_counter()
+  tokenizer.save(directory / 'tokenizer')
+  seen: set[bytes] = set()
+  held_out = collections.Counter(documents=0, tokens=0, scored=0)
+  report = {'sources': [], 'validation_sources': [], 'validation': held_out}
+  with ShardWriter(directory, 'validation', tokenizer.vocabulary, scored=True) as validation:
+
+    def add(shard: ShardWriter, counts: collections.Counter, example: Example) -> None:
+      counts.update(documents=1, tokens=len(example.ids), scored=int(example.scored[1:].sum()))
+      shard.add(example.ids, example.scored)
+
+    for i, source in enumerate(config.sources):
+      trained = collections.Counter(documents=0, tokens=0, scored=0)
+      counts = _counts(source) | {'train': trained}
+      with ShardWriter(directory, f'train-{i}', tokenizer.vocabulary, scored=True) as train:
+        for share, example in _examples(config, settings, writer, source, seen, counts):
+          apart = share < config.validation_fraction
+          add(*((validation, held_out) if apart else (train, trained)), example)
+      trained['shards'] = train.shards
+      report['sources'].append(counts)
+      if not trained['documents']:
+        raise ValueError(
+          f'nothing is left to train on of {source.path!r}: {_counted(counts)}; see '
+          'objective.too_long, data.sequence_length and data.validation_fraction'
+        )
+    for source in config.validation:
+      counts = _counts(source)
+      for _, example in _examples(config, settings, writer, source, seen, counts):
+        add(validation, held_out, example)
+      report['validation_sources'].append(counts)
+  held_out['shards'] = validation.shards
+  if not held_out['documents']:
+    read = sum(counts['read'] for counts in report['sources'])
+    raise ValueError(
+      f'nothing is held out: none of {read} records falls into data.validation_fraction='
+      f'{config.validation_fraction}; raise it, or name a file by data.validation'
+    )
+  for counts in report['sources'] + report['validation_sources']:
+    lengths = np.array(counts.pop('lengths') or [0])
+    counts['lengths'] = {
+      name: int(np.quantile(lengths, q, method='nearest')) for name, q in QUANTILES.items()
+    }
+  # Records have no text of their own that compressors could be compared on.
+  (directory / 'validation.text').write_bytes(b'')
+  np.save(directory / 'validation.text.npy', np.zeros(1, np.int64))
+  held_out['bytes'] = 0
+  report['seconds'] = {'examples': time.perf_counter() - began}
+
+  written = ['validation.text', 'validation.text.npy']
+  written += [f'tokenizer/{path.name}' for path in sorted((directory / 'tokenizer').iterdir())]
+  splits = [counts['train'] for counts in report['sources']] + [held_out]
+  entries = [file for split in splits for shard in split['shards'] for file in shard['files']]
+  entries += [cache.record(directory, name) for name in written]
+  cache.write_index(directory, entries, report)
+
+
+def _counts(source: SourceConfig) -> dict:
+  return {
+    'source': corpora.described(source),
+    'read': 0,
+    'dropped': collections.Counter(),
+    'truncated': 0,
+    'lengths': [],
+  }
+
+
+def _examples(
+  config: DataConfig,
+  settings: Settings,
+  writer: Writer,
+  source: SourceConfig,
+  seen: set[bytes],
+  counts: dict,
+) -> Iterator[tuple[float, Example]]:
+  """The examples of one source that fit into a row, each behind the share of all digests that are
+  below its own; updates `counts` on the way.
+  """
+  most = config.sequence_length + 1  # the last token is a target only
+  for place, record in records(source):
+    counts['read'] += 1
+    example = writer.example(place, record)
+    digest = hashlib.blake2b(example.ids.tobytes() + example.scored.tobytes(), digest_size=16)
+    digest = digest.digest()
+    if config.clean.exact_duplicates and digest in seen:
+      counts['dropped']['exact_duplicate'] += 1
+      continue
+    seen.add(digest)
+    counts['lengths'].append(len(example.ids))
+    if len(example.ids) > most:
+      if settings.too_long == 'drop':
+        counts['dropped']['too_long'] += 1
+        continue
+      keep = slice(-most, None) if settings.too_long == 'left' else slice(most)
+      example = Example(example.ids[keep], example.scored[keep])
+      counts['truncated'] += 1
+      if not example.scored[1:].any():
+        counts['dropped']['nothing_learned_when_truncated'] += 1
+        continue
+    yield int.from_bytes(digest[:8], 'little') / 2.0**64, example
+
+
+def _described(report: dict) -> Iterator[str]:
+  for counts in report['sources'] + report['validation_sources']:
+    of = counts['source']
+    lengths = ', '.join(f'{name} {length:,}' for name, length in counts['lengths'].items())
+    place = f'{of["kind"]} {of["path"]} as {of["format"]!r}'
+    yield f'data: {place}: {_counted(counts)}; tokens: {lengths}'
+  trained = [counts['train'] for counts in report['sources']]
+  tokens, scored, examples = (
+    sum(split[unit] for split in trained) for unit in ('tokens', 'scored', 'documents')
+  )
+  packing = report['packing']['train']
+  rows = sum(split['rows'] for split in packing)
+  yield (
+    f'data: {examples:,} examples of {tokens:,} tokens in {rows:,} rows, of which {scored:,} '
+    f'({scored / tokens:.1%}) are learned; {report["validation"]["documents"]:,} examples held out'
+  )
+
+
+def _counted(counts: dict) -> str:
+  dropped = ', '.join(f'{n:,} {name}' for name, n in counts['dropped'].items()) or 'none'
+  return f'{counts["read"]:,} records; dropped: {dropped}; truncated: {counts["truncated"]:,}'
