@@ -35,7 +35,7 @@ from model import params
 from objectives.objective import Batches
 from parallel import axes, pipeline
 from parallel.mesh import make_mesh
-from training import config as configs, overrides, program
+from training import config as configs, overrides, program, state as states
 from training.program import begin_state, make_program, make_target
 from training.state import TrainState
 from workdir import changes, seals
@@ -128,9 +128,12 @@ def make_evaluate(config: configs.Config, prepared, put):
     first = next(documents, None)
     return {} if first is None else compression_baselines(itertools.chain([first], documents))
 
+  def judged(models, batch):
+    return objective.judged(states.applied(config, models), batch)
+
   @jax.jit
   def eval_step(models, batch, sums):
-    return jax.tree.map(jnp.add, sums, objective.judged(models, batch))
+    return jax.tree.map(jnp.add, sums, judged(models, batch))
 
   def evaluate(models, batches: int = 0) -> dict[str, float]:
     nonlocal shapes
@@ -141,7 +144,7 @@ def make_evaluate(config: configs.Config, prepared, put):
         break
       batch = put(batch)
       if sums is None:
-        shapes = shapes or jax.eval_shape(objective.judged, models, batch)
+        shapes = shapes or jax.eval_shape(judged, models, batch)
         sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
       before, sums = sums, eval_step(models, batch, sums)
       # One batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good.
@@ -179,7 +182,8 @@ def train_steps(
     profile.before(step)
     batch = feed.take(state)
     tokens = count(batch)
-    lossy = step == begun.step + 1 and config.model.execution.parameter_dtype != 'float32'
+    narrow = config.model.execution.parameter_dtype != 'float32' and not config.adapter.kind
+    lossy = step == begun.step + 1 and narrow
     moved = names.imported('training.moved.Moved')(config, state) if lossy else None
     state, metrics, step_norms = train_step(state, batch)
     profile.after(step, metrics)

@@ -14,7 +14,7 @@ import numpy as np
 import names
 from data import generation
 from data.chat import ChatTemplate, quoted
-from data.records import Completion, Conversation, Record
+from data.records import TextRecord, ChatRecord, Record
 from data.tokenizer import Tokenizer, in_utf8
 
 ASSISTANT = 'assistant'
@@ -60,13 +60,13 @@ class Writer:
     turns cannot be told apart, that has nothing to learn, or a turn that no end token closes.
     """
     try:
-      if isinstance(record, Completion):
+      if isinstance(record, TextRecord):
         return self._completion(record)
       return self._conversation(record)
     except ValueError as error:
       raise ValueError(f'{place}: {error}') from error
 
-  def _completion(self, record: Completion) -> Example:
+  def _completion(self, record: TextRecord) -> Example:
     if not record.completion:
       raise ValueError('the completion is empty: there is nothing to learn')
     texts = [in_utf8(record.prompt), in_utf8(record.completion)]
@@ -74,7 +74,7 @@ class Writer:
     ids = np.concatenate([[self._tokenizer.bos], prompt, completion, [self._tokenizer.eos]])
     return Example(ids.astype(np.int32), np.arange(len(ids)) > len(prompt))
 
-  def _conversation(self, record: Conversation) -> Example:
+  def _conversation(self, record: ChatRecord) -> Example:
     if self._template is None:
       raise ValueError(
         f'messages need a chat template, and this {self._tokenizer.kind!r} tokenizer has none; '

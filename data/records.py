@@ -23,7 +23,7 @@ SHOWN = 60  # characters of a value, in a message
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
+class ChatRecord:
   """Messages as chat templates take them.
 
   Attributes:
@@ -38,14 +38,14 @@ class Conversation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
+class TextRecord:
   """A text, and the text that follows it."""
 
   prompt: str
   completion: str
 
 
-Record = Conversation | Completion
+Record = ChatRecord | TextRecord
 
 
 def records(source: SourceConfig) -> Iterator[tuple[str, Record]]:
@@ -186,8 +186,8 @@ class _Reader:
     )
 
 
-def _chat(row: _Reader) -> Conversation:
-  return Conversation(row.messages('messages'), row.items('tools', 'JSON schemas', optional=True))
+def _chat(row: _Reader) -> ChatRecord:
+  return ChatRecord(row.messages('messages'), row.items('tools', 'JSON schemas', optional=True))
 
 
 # Who speaks, as ShareGPT's rows spell it, and as chat templates do.
@@ -201,7 +201,7 @@ SPEAKERS = {
 }
 
 
-def _sharegpt(row: _Reader) -> Conversation:
+def _sharegpt(row: _Reader) -> ChatRecord:
   messages = []
   for i, turn in enumerate(row.items('conversations', '{"from": .., "value": ..}')):
     speaker = turn.get('from') if isinstance(turn, Mapping) else None
@@ -210,18 +210,18 @@ def _sharegpt(row: _Reader) -> Conversation:
       expected = f'a turn, {{"from": .., "value": ..}}, from one of {known}'
       raise row.wrong(f'conversations[{i}]', expected, turn)
     messages.append({'role': SPEAKERS[speaker], 'content': turn['value']})
-  return Conversation(
+  return ChatRecord(
     _behind_system(row, messages), row.items('tools', 'JSON schemas', optional=True)
   )
 
 
-def _alpaca(row: _Reader) -> Conversation:
+def _alpaca(row: _Reader) -> ChatRecord:
   asked, about = row.text('instruction'), row.text('input', default='')
   messages = [
     {'role': 'user', 'content': f'{asked}\n\n{about}' if about else asked},
     {'role': 'assistant', 'content': row.text('output')},
   ]
-  return Conversation(_behind_system(row, messages))
+  return ChatRecord(_behind_system(row, messages))
 
 
 def _behind_system(row: _Reader, messages: list[dict]) -> list[dict]:
@@ -231,13 +231,13 @@ def _behind_system(row: _Reader, messages: list[dict]) -> list[dict]:
 
 def _completion(row: _Reader) -> Record:
   if isinstance(row.value('prompt'), str) and isinstance(row.value('completion'), str):
-    return Completion(row.value('prompt'), row.value('completion'))
+    return TextRecord(row.value('prompt'), row.value('completion'))
   if isinstance(row.value('prompt'), str) or isinstance(row.value('completion'), str):
     other = 'completion' if isinstance(row.value('prompt'), str) else 'prompt'
     raise row.wrong(other, 'a text, as the other one is')
   prompt, completion = row.messages('prompt'), row.messages('completion')
   tools = row.items('tools', 'JSON schemas', optional=True)
-  return Conversation([*prompt, *completion], tools, given=len(prompt))
+  return ChatRecord([*prompt, *completion], tools, given=len(prompt))
 
 
 FORMATS: dict[str, Callable[[_Reader], Record]] = {

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+import names
 from model.config import MoEConfig
-from model.moe import moved
 from model.params import named_leaves
 from model.transformer import Decoder, init
 
@@ -24,6 +24,7 @@ def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
 
   load: choices that fell on each expert, of the layers with experts in order (Output.router).
   """
+  moved = names.imported('model.moe.moved')
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
   row = {
     layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)

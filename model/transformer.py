@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+import names
 from kernels.mask import Mask, Relative
 from model.attention import Attention, LatentAttention, View
 from model.config import Kind, ModelConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
-from model.moe import MoE
 from model.params import param
 from model.places import AnyCache, AnySlots, Places, without
 from model.weights import Weight, gathered, joined, read
@@ -57,7 +57,10 @@ class Block(nnx.Module):
     self.cross_norm, self.cross_post_norm = norm(cross), norm(cross and both)
     self.cross = Attention(config, rngs, cross=True) if cross else None
     self.feed_forward_norm, self.feed_forward_post_norm = norm(), norm(both)
-    self.feed_forward = MoE(config, rngs) if kind.moe else FeedForward(config, rngs)
+    self.routed = kind.moe
+    # Who trains a dense model meets no experts.
+    layer = names.imported('model.moe.MoE') if kind.moe else FeedForward
+    self.feed_forward = layer(config, rngs)
 
   def __call__(self, x: Float[Array, 'B T D'], view: View, slots: AnySlots | None):
     """The new x, the slots written, and what the experts report ({} without)."""
@@ -73,7 +76,7 @@ class Block(nnx.Module):
         x = self._after(x, mixed, self.cross_norm, self.cross_post_norm)
     with jax.named_scope('feed_forward'):
       report = {}
-      if isinstance(self.feed_forward, MoE):  # gathers what it needs itself
+      if self.routed:  # gathers what it needs itself
         h, report = self.feed_forward(
           self._normed(x, self.feed_forward_norm), view.mask.query_segments
         )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data.config import DataConfig
+from model.adaptation import AdapterConfig
 from model.config import ModelConfig
 
 Sums = dict[str, Array]  # what microbatches, devices and batches add up
@@ -34,12 +35,14 @@ class Role:
       is that of the main one.)
     stored: what makes of a frozen model what lies in memory, as `in_bfloat16` or
       model.weights.int8.in_bytes; None leaves it as its config says.
+    adapter: of an adapter, which is no network: its settings; `config` is of the one it lies on.
   """
 
   config: ModelConfig | None
   trained: bool = True
   directory: str = ''
   stored: Callable[[Any], Any] | None = None
+  adapter: AdapterConfig | None = None
 
 
 @runtime_checkable

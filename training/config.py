@@ -14,6 +14,7 @@ import files
 import names
 from data.config import DataConfig
 from kernels import attention, context
+from model.adaptation import AdapterConfig
 from model.config import ModelConfig, named_axes
 from model.execution import FREE, ExecutionConfig
 from objectives import kinds
@@ -164,6 +165,7 @@ class Config:
   objective: Objective = dataclasses.field(default_factory=kinds.default)
   mesh: MeshConfig = MeshConfig()
   report: ReportConfig = ReportConfig()
+  adapter: AdapterConfig = AdapterConfig()
   init: str = ''
 
   def __post_init__(self):
@@ -200,11 +202,27 @@ class Config:
         f"train.accumulation={self.train.accumulation}: parts would not add up to the whole; use "
         "balance_over='sequence', or no accumulation"
       )
+    if self.adapter.kind:
+      self._check_adapter()
     if self.train.offload_parameters:
       self._check_offload()
     if self.train.steps:
       # Raises where warm-up and decay do not fit into the run.
       make_schedule(self.optimizer, self.train.steps)
+
+  def _check_adapter(self):
+    """Raises NotImplementedError where only a model that is trained itself would do."""
+    if self.model.execution.pipeline.schedule == '1f1b':
+      raise NotImplementedError(
+        f"adapter.kind={self.adapter.kind!r} with model.execution.pipeline.schedule='1f1b', which "
+        "finds the gradients of all weights of a stage; use 'gpipe'"
+      )
+    if self.train.offload_parameters:
+      raise NotImplementedError(
+        f'adapter.kind={self.adapter.kind!r} with train.offload_parameters, which is of parameters '
+        "that are trained: an adapter's are few; leave it off, and use mesh.fsdp or "
+        'adapter.base=int8 where the frozen model is too large'
+      )
 
   def _check_offload(self):
     """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would
@@ -420,6 +438,7 @@ IDENTITY = (
   'model',
   'data',
   'objective.kind',
+  'adapter',
   'optimizer.name',
   'train.seed',
   'train.trained',

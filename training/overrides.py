@@ -84,7 +84,8 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     try:
       init = _first(overrides, 'init', 'DIRECTORY') or config.init
       files.check_local('config.init', init)
-      begun = _begun(config, init, _taken_over(init))
+      adapted = _first(overrides, 'adapter.kind', 'NAME') or config.adapter.kind
+      begun = _begun(config, init, _taken_over(init), adapted)
     except FileNotFoundError as error:
       raise ValueError(f'config.init: {error}') from error
     kind = _first(overrides, 'objective.kind', 'NAME')
@@ -222,7 +223,7 @@ def _taken_over(init: str) -> str:
   return own if own and (pathlib.Path(own) / FILE).exists() and load(own).init == init else init
 
 
-def _begun(config: Config, init: str, kept: str = '') -> dict:
+def _begun(config: Config, init: str, kept: str = '', adapted: str = '') -> dict:
   """The parts of a config that change where it begins with the run at `init`;
   not yet checked together. kept: where what it takes from there is read, if elsewhere.
 
@@ -242,8 +243,9 @@ def _begun(config: Config, init: str, kept: str = '') -> dict:
       data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))
     )
   # An update is often less than bf16 can add to a parameter: what is trained is f32 unless the
-  # config says otherwise, whatever it was kept in.
-  model = model.with_execution(parameter_dtype=ExecutionConfig.parameter_dtype)
+  # config says otherwise, whatever it was kept in. What an adapter lies on is not.
+  if not adapted:
+    model = model.with_execution(parameter_dtype=ExecutionConfig.parameter_dtype)
   return {'model': _over(model, config.model), 'data': data, 'init': init}
 
 

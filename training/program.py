@@ -94,7 +94,8 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 def check_models(config: Config) -> None:
   """Raises NotImplementedError or ValueError where the objective does not take the run's models."""
-  config.objective.accepts({name: role.config for name, role in states.roles(config).items()})
+  networks = {name: role for name, role in states.roles(config).items() if not role.adapter}
+  config.objective.accepts({name: role.config for name, role in networks.items()})
 
 
 def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
@@ -110,16 +111,21 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
 
 def flops_per_token(config: Config, document_length: float | None = None) -> float:
   """FLOPs of training for a token of a batch: of every model that is trained, and a forward pass of
-  every other.
+  every other; of one with an adapter, its forward pass and that of the gradient through it.
 
   document_length: mean tokens of a document, where that is known (model/flops.py).
   """
-  length = config.data.sequence_length
-  each = [
-    flops.train_flops_per_token(role.config, length, document_length) / (1 if role.trained else 3)
-    for role in states.roles(config).values()
-  ]
-  return sum(each)
+  length, main = config.data.sequence_length, config.objective.main
+  total = 0.0
+  for name, role in states.roles(config).items():
+    if role.adapter:
+      total += 6 * params.count(jax.eval_shape(lambda: states.new_model(config, states.ADAPTER)))
+      continue
+    # Of three passes: forward, the gradient by what goes in, the gradient by the weights.
+    passes = 3 if role.trained else 2 if name == main and config.adapter.kind else 1
+    whole = flops.train_flops_per_token(role.config, length, document_length)
+    total += whole * passes / 3
+  return total
 
 
 def _placed(x: jax.ShapeDtypeStruct, config: Config) -> jax.ShapeDtypeStruct:

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+import names
 from model import params, transformer
 from objectives.objective import Role
 from parallel import offload
 from training import precision
 from training.config import load
 from training.trainable import Rule, joined
+
+ADAPTER = 'adapter'
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +44,27 @@ class TrainState:
 
 
 def roles(config) -> dict[str, Role]:
-  """The models that a run of this config takes, the main one first."""
-  return {
+  """The models that a run of this config takes, the main one first; an adapter of it last."""
+  models = {
     name: role if role.config else dataclasses.replace(role, config=load(role.directory).model)
     for name, role in config.objective.models(config.model).items()
   }
+  adapter, main = config.adapter, config.objective.main
+  if not adapter.kind:
+    return models
+  stored = names.imported('model.weights.int8.in_bytes') if adapter.base == 'int8' else None
+  base = dataclasses.replace(models[main], trained=False, stored=stored)
+  return models | {main: base, ADAPTER: Role(base.config, adapter=adapter)}
+
+
+def applied(config, models: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The models as the objective takes them: the adapter is on the one that it is of."""
+  if not config.adapter.kind:
+    return models
+  others, main = dict(models), config.objective.main
+  adapter = others.pop(ADAPTER)
+  put = names.imported('model.adapters.applied')
+  return others | {main: put(others[main], adapter, config.adapter)}
 
 
 def rule(config) -> Rule:
@@ -59,10 +78,18 @@ def new_model(config, name: str):
   eval_shape.
   """
   everyone = roles(config)
+  if everyone[name].adapter:
+    return new_adapter(config, new_model(config, config.objective.main))
   # The main one, which is first, begins as it would alone.
   seed = (config.train.seed + list(everyone).index(name)) % 2**32
   model = transformer.init(everyone[name].config, seed)
   return everyone[name].stored(model) if everyone[name].stored else model
+
+
+def new_adapter(config, base):
+  """The adapter of a run of this config, on a base that may be abstract. Traced, as new_model."""
+  key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
+  return names.imported('model.adapters.new')(base, config.adapter, key)
 
 
 def init(

@@ -108,7 +108,7 @@ def make_gradients(config: Config):
 
   def gradients(state: TrainState, frozen, batch):
     check(batch, config.train.accumulation, objective.rows)
-    batch = objective.prepare(joined(state.models, frozen), batch)
+    batch = objective.prepare(states.applied(config, joined(state.models, frozen)), batch)
     denominators = {name: or_one(weight) for name, weight in objective.weights(batch).items()}
     # One backward pass serves all terms: they are brought to the denominator of the first, which is
     # divided by at the end.
@@ -122,7 +122,7 @@ def make_gradients(config: Config):
       if zero < 3:
         again = gathered(trained) if zero == 1 else whole
         trained = weights.joined(trained, again, reduce=zero == 2)
-      terms, sums = objective.sums(joined(trained, frozen), part)
+      terms, sums = objective.sums(states.applied(config, joined(trained, frozen)), part)
       total = sum((terms[name] * shares[name] for name in others), start=terms[first])
       return precision.scale(total * unit, scale), (terms, sums)
 
@@ -166,7 +166,7 @@ def _prepared(config, grads, measured: update.Measured):
 def _advance(config, state: TrainState, measured: update.Measured) -> TrainState:
   """What a step does besides updating parameters by their gradients."""
   models, main = state.models, config.objective.main
-  if config.model.moe.bias_rate:
+  if config.model.moe.bias_rate and not config.adapter.kind:
     # Nothing moves where all experts have the same load.
     load = jnp.where(measured.finite, measured.load, 0)
     models = models | {main: rearranged.balanced(models[main], load, config.model.moe.bias_rate)}

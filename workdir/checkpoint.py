@@ -342,6 +342,7 @@ class Checkpoints:
     record = self.record(step)
     # The policy, or the only model that there is.
     kept = {name.split('.')[1] for name in record['leaves'] if name.startswith('models.')}
+    kept |= {*record.get('references', {})}
     main = MAIN if MAIN in kept or len(kept) != 1 else kept.pop()
     reference = record.get('references', {}).get(main)
     if not reference:

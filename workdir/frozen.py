@@ -7,6 +7,7 @@ saved like what is trained.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,12 @@ def begin(
   models, references, rule = {}, {}, states.rule(config)
   for name, role in states.roles(config).items():
     main = name == config.objective.main
+    if role.adapter:
+      # On the base that there is, whose lengths DoRA begins with.
+      if config.objective.main in models:
+        make = jax.jit(functools.partial(states.new_adapter, config))
+        models[name] = make(models[config.objective.main])
+      continue
     directory = (imported or config.init) if main else role.directory
     if not directory:
       continue

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from data.config import DataConfig, SourceConfig
-from data.records import FIELDS, FORMATS, Completion, Conversation, records
+from data.records import FIELDS, FORMATS, TextRecord, ChatRecord, records
 
 CHAT = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]
 
@@ -28,33 +28,33 @@ def read(path, **fields):
 @pytest.mark.parametrize(
   'format, row, record',
   [
-    ('chat', {'messages': CHAT, 'id': 3}, Conversation(CHAT)),
-    ('chat', {'messages': CHAT, 'tools': [{'name': 'f'}]}, Conversation(CHAT, [{'name': 'f'}])),
+    ('chat', {'messages': CHAT, 'id': 3}, ChatRecord(CHAT)),
+    ('chat', {'messages': CHAT, 'tools': [{'name': 'f'}]}, ChatRecord(CHAT, [{'name': 'f'}])),
     (
       'sharegpt',
       {
         'system': 'Be brief.',
         'conversations': [{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello.'}],
       },
-      Conversation([{'role': 'system', 'content': 'Be brief.'}, *CHAT]),
+      ChatRecord([{'role': 'system', 'content': 'Be brief.'}, *CHAT]),
     ),
     (
       'alpaca',
       {'instruction': 'Add.', 'input': '1 2', 'output': '3'},
-      Conversation(
+      ChatRecord(
         [{'role': 'user', 'content': 'Add.\n\n1 2'}, {'role': 'assistant', 'content': '3'}]
       ),
     ),
     (
       'alpaca',
       {'instruction': 'Hi', 'input': '', 'output': 'Hello.'},
-      Conversation(CHAT),
+      ChatRecord(CHAT),
     ),
-    ('completion', {'prompt': 'a', 'completion': ' b'}, Completion('a', ' b')),
+    ('completion', {'prompt': 'a', 'completion': ' b'}, TextRecord('a', ' b')),
     (
       'completion',
       {'prompt': CHAT[:1], 'completion': CHAT[1:]},
-      Conversation(CHAT, given=1),
+      ChatRecord(CHAT, given=1),
     ),
   ],
 )
@@ -74,7 +74,7 @@ def test_rows_of_every_kind_of_file_are_the_same_records(tmp_path):
     'completion,prompt\n' + ''.join(f' b,"a, ""{i}""\n"\n' for i in range(3))
   )
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
-  expected = [Completion(row['prompt'], row['completion']) for row in rows]
+  expected = [TextRecord(row['prompt'], row['completion']) for row in rows]
   for name in ('rows.jsonl', 'rows.jsonl.gz', 'rows.csv', 'rows.parquet'):
     kind = name.split('.')[1]
     assert read(tmp_path / name, kind=kind, format='completion') == expected, name
@@ -87,19 +87,19 @@ def test_nested_columns_of_a_parquet_file_are_messages(tmp_path):
   pyarrow.parquet.write_table(
     pyarrow.Table.from_pylist([{'messages': CHAT}]), tmp_path / 'a.parquet'
   )
-  assert read(tmp_path / 'a.parquet', kind='parquet', format='chat') == [Conversation(CHAT)]
+  assert read(tmp_path / 'a.parquet', kind='parquet', format='chat') == [ChatRecord(CHAT)]
 
 
 def test_messages_of_a_csv_are_json(tmp_path):
   text = json.dumps(CHAT).replace('"', '""')
   (tmp_path / 'a.csv').write_text(f'messages\n"{text}"\n')
-  assert read(tmp_path / 'a.csv', kind='csv', format='chat') == [Conversation(CHAT)]
+  assert read(tmp_path / 'a.csv', kind='csv', format='chat') == [ChatRecord(CHAT)]
 
 
 def test_columns_may_have_other_names(tmp_path):
   path = jsonl(tmp_path, {'question': 'a', 'answer': 'b'})
   columns = ('prompt=question', 'completion=answer')
-  assert read(path, format='completion', columns=columns) == [Completion('a', 'b')]
+  assert read(path, format='completion', columns=columns) == [TextRecord('a', 'b')]
 
 
 @pytest.mark.parametrize(
