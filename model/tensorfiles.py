@@ -69,10 +69,13 @@ class TensorFiles:
     ValueError for a file that is truncated, damaged, or does not hold what the index says.
   """
 
-  def __init__(self, directory: str | os.PathLike):
+  def __init__(self, directory: str | os.PathLike, file: str = ''):
+    """file: the only one to read; default: those that a checkpoint has."""
     self.directory = pathlib.Path(directory)
     self.tensors: dict[str, Tensor] = {}
-    paths, promised = _paths(self.directory)
+    if file and not (self.directory / file).is_file():
+      raise FileNotFoundError(f'{self.directory / file} does not exist')
+    paths, promised = ([self.directory / file], {}) if file else _paths(self.directory)
     for path in paths:
       for name, tensor in _header(path).items():
         if name in self.tensors:
@@ -237,12 +240,13 @@ def write(
   kind: str,
   produce: Callable[[str], Iterable[np.ndarray]],
   shard_bytes: int,
+  single: str = SINGLE,
 ) -> None:
   """Writes tensors into files of about `shard_bytes`, and their index where there is more than one.
 
   Args:
     shapes: name -> shape, in the order to write. kind: dtype of all, as the file calls it.
-    produce: name -> the tensor's entries in pieces, in order.
+    produce: name -> the tensor's entries in pieces, in order. single: name of the only file.
   """
   shards, room = [[]], shard_bytes
   for name, shape in shapes.items():
@@ -253,7 +257,7 @@ def write(
     shards[-1].append(name)
     room -= size
   titles = (
-    [SINGLE]
+    [single]
     if len(shards) == 1
     else [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
   )

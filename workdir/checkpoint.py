@@ -350,9 +350,10 @@ class Checkpoints:
     here, there = divided({main: target}, lambda name: f'models.{name}' in record['leaves'])
     base = Checkpoints(reference['directory'], log=self._log)
     base.check(reference)
-    here = self._converted(step, here[main], f'models.{main}', some)
+    if jax.tree.leaves(here):
+      here = {main: self._converted(step, here[main], f'models.{main}', some)}
     there = base.model(there[main], reference['step'], some=True)
-    return joined({main: here}, {main: there})[main]
+    return joined(here, {main: there})[main]
 
   def _converted(self, step: int, target, only: str, some: bool):
     """As restore, but floats kept in another type become those of `target`: exactly, where they
@@ -397,7 +398,8 @@ class Checkpoints:
       raise ValueError(
         f'frozen parameters of this run are those of checkpoint {step} in '
         f'{reference["directory"]}, which is not what it '
-        f'was: {"; ".join(problems)}. Bring it back, or begin another run'
+        f'was: {"; ".join(problems)}. Bring it back; where it was moved, say where it is: '
+        'python convert.py rebase --workdir RUN --base DIR'
       )
 
   def _commit(self, step: int, record: dict) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
+import names
 from model import params, transformer
 from training import state as states
-from training.config import Config
+from training.config import Config, load
 from training.state import TrainState
 from training.trainable import divided, joined, shared
 from workdir.checkpoint import Checkpoints
@@ -64,22 +65,41 @@ def begin(
   for name, role in states.roles(config).items():
     main = name == config.objective.main
     if role.adapter:
-      # On the base that there is, whose lengths DoRA begins with.
-      if config.objective.main in models:
-        make = jax.jit(functools.partial(states.new_adapter, config))
-        models[name] = make(models[config.objective.main])
+      models |= _adapter(config, models, imported, log)
       continue
-    directory = (imported or config.init) if main else role.directory
+    own = main and imported and not config.adapter.kind
+    directory = imported if own else config.init if main else role.directory
     if not directory:
       continue
+    check_plain(directory)
     log(f'beginning with the parameters of {directory}' + ('' if main else f' as {name}'))
     checkpoints = Checkpoints(directory, log=log)
     step = checkpoints.latest()
     models[name] = _stored(checkpoints.model(_abstract(config, name), step), role.stored)
     frozen = jax.tree.leaves(rule.parted({name: models[name]})[1])
-    if frozen and not (main and imported):
+    if frozen and not own:
       references[name] = checkpoints.reference(step)
   return _shared(config, models, references), Frozen(config, references)
+
+
+def _adapter(config, models, imported, log):
+  """The adapter by name: the one that was imported, or a new one on the base that there is."""
+  if imported:
+    read = names.imported('workdir.adapted.adapter_of')
+    return {states.ADAPTER: read(config, Checkpoints(imported, log=log), 0)}
+  base = models.get(config.objective.main)
+  # Without a base that was read, a new one is begun with it.
+  make = jax.jit(functools.partial(states.new_adapter, config))
+  return {} if base is None else {states.ADAPTER: make(base)}
+
+
+def check_plain(directory: str | os.PathLike) -> None:
+  """Raises ValueError for the run of an adapter, whose model is in two places."""
+  if load(directory).adapter.kind:
+    raise ValueError(
+      f'{directory} holds an adapter and not a model: merge them first, python convert.py merge '
+      f'--workdir {directory} --to DIR, and begin with DIR'
+    )
 
 
 def _frozen(config, name, reference, log):

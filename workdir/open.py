@@ -46,21 +46,25 @@ def open_run(
   config = config_of(workdir)
   model_config = generating(config.model)
   checkpoints = Checkpoints(workdir)
-  step = _step(checkpoints, checkpoint)
+  step = step_of(checkpoints, checkpoint)
   sizes = mesh.sizes().values()
   devices = jax.local_devices()[: None if -1 in sizes else math.prod(sizes)]
   mesh = make_mesh(mesh, devices)
   model_config.check_parameters(dict(mesh.shape))
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)
-    model = checkpoints.model(target, step)
+    if config.adapter.kind:
+      adapted = names.imported('workdir.adapted.opened')
+      model = adapted(dataclasses.replace(config, model=model_config), checkpoints, step, target)
+    else:
+      model = checkpoints.model(target, step)
   check_own(checkpoints.record(step), pathlib.Path(workdir))
   tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
   tokenizer.generation = generation.read(workdir)
   return Run(config, model, tokenizer, mesh)
 
 
-def _step(checkpoints: Checkpoints, checkpoint: str) -> int | None:
+def step_of(checkpoints: Checkpoints, checkpoint: str) -> int | None:
   """The step of a checkpoint by name; None where there is none."""
   if checkpoint == 'last':
     return checkpoints.latest()

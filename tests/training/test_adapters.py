@@ -1,4 +1,4 @@
-"""Does an adapter train alone, on a model that stays as it is, and is it what merging makes of it?"""
+"""Does an adapter train alone, on a model that stays, and is it what merging makes of it?"""
 
 import dataclasses
 import functools
@@ -117,7 +117,10 @@ def test_the_golden_values():
   assert AdapterConfig(kind='lora', rank=4, alpha=8.0, stabilised=True).scale == 4.0
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize(
+  'family',
+  ['experts', *(pytest.param(x, marks=pytest.mark.slow) for x in FAMILIES if x != 'experts')],
+)
 def test_every_family_takes_one_and_merged_is_applied(one_device, family):
   targets = ('*', 'embedding.tokens') if family != 'biases' else ('*',)
   adapter = dataclasses.replace(LORA, targets=targets)
@@ -130,7 +133,14 @@ def test_every_family_takes_one_and_merged_is_applied(one_device, family):
   assert np.abs(logits(put) - logits(base)).max() > 1e-2
 
 
-@pytest.mark.parametrize('adapter', [LORA, DORA, TABLES], ids=['lora', 'dora', 'with tables'])
+@pytest.mark.parametrize(
+  'adapter',
+  [
+    pytest.param(LORA, id='lora', marks=pytest.mark.slow),
+    pytest.param(DORA, id='dora', marks=pytest.mark.slow),
+    pytest.param(TABLES, id='with tables'),
+  ],
+)
 def test_a_step_is_the_absolute_step_and_the_base_stays(one_device, adapter):
   """Parameters - rate * gradient of the loss of the merged model, by hand; frozen bits stay."""
   run, batch = Run(adapted(adapter)), make_batches(1)[0]
@@ -203,13 +213,19 @@ def whole():
 @pytest.mark.parametrize(
   'family, devices, mesh, train',
   [
-    ('llama', 1, {}, {'accumulation': 2}),
+    pytest.param('llama', 1, {}, {'accumulation': 2}, marks=pytest.mark.slow),
     ('llama', 8, {'data': 2, 'fsdp': 2, 'tensor': 2}, {}),
-    ('llama', 4, {'fsdp': 2, 'data': 2, 'zero': 1}, {'accumulation': 2}),
+    pytest.param(
+      'llama',
+      4,
+      {'fsdp': 2, 'data': 2, 'zero': 1},
+      {'accumulation': 2},
+      marks=pytest.mark.slow,
+    ),
     pytest.param('llama', 4, {'fsdp': 2, 'data': 2, 'zero': 2}, {}, marks=pytest.mark.slow),
     pytest.param('llama', 4, {'stage': 2, 'fsdp': 2}, {}, marks=pytest.mark.slow),
     pytest.param('llama', 4, {'context': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
-    ('experts', 8, {'expert': 2, 'fsdp': 2, 'tensor': 2}, {}),
+    pytest.param('experts', 8, {'expert': 2, 'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
     pytest.param('latent', 4, {'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
   ],
 )

@@ -1,0 +1,132 @@
+"""Is a run with an adapter resumed, opened, merged and moved as what it was trained as?"""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import on, run_here
+
+import convert
+from decode.generator import Generator
+from model.adaptation import AdapterConfig
+from training import config as configs
+from workdir.checkpoint import Checkpoints
+
+LORA = AdapterConfig(kind='lora', rank=2, alpha=64.0)
+
+
+def adapted(corpus, base, steps=4, adapter=LORA, **parts):
+  train = {'steps': steps, 'save_every': 2, 'keep_last': 9}
+  made = on(corpus, train=train, **parts)
+  return dataclasses.replace(made, adapter=adapter, init=str(base))
+
+
+@pytest.fixture(scope='module')
+def base(corpus, tmp_path_factory):
+  """A run whose model is adapted."""
+  directory = tmp_path_factory.mktemp('adapted') / 'base'
+  run_here(on(corpus, train={'steps': 2, 'save_every': 2}), directory)
+  return directory
+
+
+@pytest.fixture(scope='module')
+def lora(corpus, base):
+  directory = base.parent / 'lora'
+  run_here(adapted(corpus, base), directory)
+  return directory
+
+
+def leaves(directory, step):
+  """What a checkpoint holds, by name."""
+  checkpoints = Checkpoints(directory)
+  record = checkpoints.record(step)
+  return record, {name: shape for name, (shape, _) in record['leaves'].items()}
+
+
+def logprobs(workdir):
+  generator = Generator.load(workdir)
+  return generator.score(['some words', 'other ones'])
+
+
+def test_a_checkpoint_holds_the_adapter_and_names_the_base(base, lora):
+  record, kept = leaves(lora, 4)
+  assert {name.split('.')[1] for name in kept if name.startswith('models.')} == {'adapter'}
+  assert record['references']['policy']['directory'] == str(base)
+  sizes = [
+    sum(np.prod(shape) for name, shape in leaves(run, step)[1].items())
+    for run, step in ((base, 2), (lora, 4))
+  ]
+  assert sizes[1] < sizes[0] / 4
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(corpus, base, lora, tmp_path):
+  run_here(adapted(corpus, base, 2), tmp_path)
+  run_here(adapted(corpus, base, 4), tmp_path)
+  for name in sorted(leaves(lora, 4)[1]):
+    if name.startswith('models.adapter'):
+      ours, theirs = (
+        Checkpoints(run).restore(
+          4,
+          {
+            name: jax.ShapeDtypeStruct(
+              leaves(lora, 4)[1][name],
+              'float32',
+              sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            )
+          },
+          some=True,
+        )
+        for run in (tmp_path, lora)
+      )
+      np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_it_generates_as_what_it_is_merged_into(base, lora, tmp_path, capsys):
+  convert.main(['merge', '--workdir', str(lora), '--to', str(tmp_path / 'merged')])
+  assert 'its adapter merged' in capsys.readouterr().out
+  merged = configs.load(tmp_path / 'merged')
+  assert not merged.adapter.kind and not merged.init
+  ours, theirs, before = (logprobs(run) for run in (lora, tmp_path / 'merged', base))
+  for a, b, c in zip(ours, theirs, before, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert np.abs(np.array(a) - np.array(c)).max() > 1e-3
+  with pytest.raises(SystemExit, match='has no adapter'):
+    convert.main(['merge', '--workdir', str(base), '--to', str(tmp_path / 'other')])
+
+
+def test_an_adapter_is_no_model_to_begin_with(corpus, lora, tmp_path):
+  with pytest.raises(SystemExit, match='holds an adapter and not a model: merge them first'):
+    run_here(adapted(corpus, lora), tmp_path)
+
+
+def test_a_base_that_moved_is_told_and_another_one_refused(base, lora, tmp_path, capsys):
+  copy, moved = tmp_path / 'lora', tmp_path / 'moved'
+  shutil.copytree(lora, copy)
+  expected = logprobs(lora)
+  base.rename(moved)
+  try:
+    with pytest.raises(ValueError, match='where it was moved, say where it is: .* rebase'):
+      Generator.load(copy)
+    convert.main(['rebase', '--workdir', str(copy), '--base', str(moved)])
+    for a, b in zip(logprobs(copy), expected, strict=True):
+      np.testing.assert_array_equal(a, b)
+  finally:
+    moved.rename(base)
+  with pytest.raises(SystemExit, match='which is not what it was'):
+    convert.main(['rebase', '--workdir', str(copy), '--base', str(lora)])
+  with pytest.raises(SystemExit, match='has no adapter, and lies on no other'):
+    convert.main(['rebase', '--workdir', str(base), '--base', str(lora)])
+
+
+@pytest.mark.slow
+def test_a_base_in_bytes_is_merged_where_that_is_meant(corpus, base, tmp_path, capsys):
+  small = dataclasses.replace(LORA, base='int8')
+  run_here(adapted(corpus, base, adapter=small), tmp_path / 'small')
+  merge = ['merge', '--workdir', str(tmp_path / 'small'), '--to', str(tmp_path / 'merged')]
+  with pytest.raises(SystemExit, match='adapter.base.*--dequantise writes the numbers'):
+    convert.main(merge)
+  convert.main([*merge, '--dequantise'])
+  for a, b in zip(logprobs(tmp_path / 'small'), logprobs(tmp_path / 'merged'), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)

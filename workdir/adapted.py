@@ -1,0 +1,190 @@
+"""What is done with a run that trained an adapter? It is opened and merged with the model that it
+lies on, which its checkpoints name by place, step and digest; and told where that model went.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from model import adapters, checkpoint, params, peft, transformer
+from model.adaptation import AdapterConfig
+from model.config import ModelConfig
+from training import config as configs, state as states
+from workdir import seals
+from workdir.checkpoint import Checkpoints
+from workdir.open import config_of, step_of
+
+Log = Callable[[str], Any]
+
+
+def adapter_of(config: configs.Config, checkpoints: Checkpoints, step: int) -> adapters.Adapter:
+  """The adapter of a step, on the mesh in context."""
+  target = params.abstract(
+    lambda: states.new_model(config, states.ADAPTER), jax.sharding.get_mesh()
+  )
+  return checkpoints.restore(step, target, f'models.{states.ADAPTER}')
+
+
+def opened(
+  config: configs.Config, checkpoints: Checkpoints, step: int, target: transformer.Decoder
+) -> transformer.Decoder:
+  """The model of a step, in the shape of `target`, with the adapter merged into it.
+
+  Of a base in bytes it is the numbers that these stand for, which the adapter was trained on.
+  """
+  base = checkpoints.model(target, step)
+  stored = states.roles(config)[config.objective.main].stored
+  adapter = adapter_of(config, checkpoints, step)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def merged(base, adapter):
+    if stored is None:
+      return adapters.merged(base, adapter, config.adapter)
+    model = adapters.merged(stored(base), adapter, config.adapter)
+    model.config = untied(model.config)
+    return model
+
+  return merged(base, adapter)
+
+
+def untied(config: ModelConfig) -> ModelConfig:
+  """Of a model that lay in bytes, whose head has numbers of its own, in f32."""
+  return dataclasses.replace(config, tie_embeddings=False).with_execution(parameter_dtype='float32')
+
+
+def merge(
+  workdir: str | os.PathLike, to: str | os.PathLike, name: str, dequantise: bool, log: Log
+) -> None:
+  """Writes a run, at `to`, whose model is that of a checkpoint with its adapter merged; what it was
+  made of stays as it is.
+
+  name: of the checkpoint. Raises ValueError for a run without an adapter, and for a base in bytes
+    where nobody has said that it may become numbers; FileExistsError where `to` is taken.
+  """
+  workdir, config = pathlib.Path(workdir), config_of(workdir)
+  if not config.adapter.kind:
+    raise ValueError(f'{workdir} has no adapter (adapter.kind is empty): there is nothing to merge')
+  if config.adapter.base and not dequantise:
+    raise ValueError(
+      f'{workdir} was trained on a base in {config.adapter.base} (adapter.base), which a sum is '
+      'not: --dequantise writes the numbers, in f32'
+    )
+  model_config = config.model
+  if config.adapter.base:
+    model_config = untied(model_config)
+  checkpoints = Checkpoints(workdir, log=log)
+  step = step_of(checkpoints, name) or checkpoints.latest()
+  mesh = checkpoint.default_mesh(config.model)
+  with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
+    target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
+    model = opened(config, checkpoints, step, target)
+    for kept in seals.OWN:
+      _copy(workdir / kept, partial / kept)
+    run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
+    writer = Checkpoints(partial, log=log)
+    writer.save(
+      0,
+      {'model': model},
+      data={},
+      progress={},
+      donated=False,
+      config=configs.to_dict(run),
+      run=seals.bound(seals.run_of({}), partial, {}),
+    )
+    writer.wait()
+    configs.save(run, partial)
+  log(f'{to}: step {step} of {workdir}, its adapter merged')
+
+
+def export_adapter(
+  workdir: pathlib.Path, name: str, directory: pathlib.Path, family, log: Log
+) -> int:
+  """Writes a checkpoint's adapter as PEFT keeps it; returns its step."""
+  config, checkpoints = config_of(workdir), Checkpoints(workdir, log=log)
+  step = step_of(checkpoints, name) or checkpoints.latest()
+  with jax.set_mesh(checkpoint.default_mesh(config.model)):
+    adapter = jax.device_get(adapter_of(config, checkpoints, step))
+  arrays = {
+    leaf: {part: np.asarray(p[...]) for part, p in parts.items()} for leaf, parts in adapter.items()
+  }
+  peft.write(directory, arrays, config.adapter, config.model, family)
+  return step
+
+
+def import_adapter(
+  source: pathlib.Path, base: pathlib.Path, directory: pathlib.Path, family, log: Log
+) -> None:
+  """Writes a run whose adapter is one of PEFT's, on the model of the run at `base`.
+
+  Raises as peft.read.
+  """
+  config = config_of(base)
+  if config.adapter.kind:
+    raise ValueError(f'--base={base} holds an adapter itself; merge it first (convert.py merge)')
+  settings, arrays = peft.read(source, config.model, family)
+  config = dataclasses.replace(config, adapter=settings, init=str(base))
+  checkpoints = Checkpoints(base, log=log)
+  mesh = checkpoint.default_mesh(config.model)
+  with jax.set_mesh(mesh):
+    target = params.abstract(lambda: states.new_model(config, states.ADAPTER), mesh)
+    leaves = params.named_leaves(target)
+    placed = []
+    for path, x in leaves.items():
+      leaf, _, part = path.rpartition('.')
+      placed.append(jax.device_put(arrays[leaf][part].reshape(x.shape), x.sharding))
+    adapter = jax.tree.unflatten(jax.tree.structure(target), placed)
+    for kept in seals.OWN:
+      _copy(base / kept, directory / kept)
+    writer = Checkpoints(directory, log=log)
+    writer.save(
+      0,
+      {'models': {states.ADAPTER: adapter}},
+      data={},
+      progress={},
+      donated=False,
+      references={config.objective.main: checkpoints.reference(checkpoints.latest())},
+      config=configs.to_dict(config),
+      run=seals.bound(seals.run_of({}), directory, {}),
+    )
+    writer.wait()
+  configs.save(config, directory)
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+  if source.is_dir():
+    shutil.copytree(source, target)
+  elif source.is_file():
+    shutil.copyfile(source, target)
+
+
+def rebase(workdir: str | os.PathLike, base: str | os.PathLike, log: Log) -> None:
+  """Tells a run that the model that its adapter lies on is at `base` now.
+
+  Raises ValueError where another model is there.
+  """
+  workdir, config = pathlib.Path(workdir), configs.load(workdir)
+  if not config.adapter.kind:
+    raise ValueError(f'{workdir} has no adapter, and lies on no other model')
+  checkpoints, there = Checkpoints(workdir, log=log), Checkpoints(base, log=log)
+  main = config.objective.main
+  config = dataclasses.replace(config, init=str(base))
+  for step in checkpoints.steps():
+    references = checkpoints.record(step).get('references', {})
+    reference = references.get(main)
+    if reference is None:
+      raise ValueError(
+        f'checkpoint {step} in {workdir} holds its base itself: nothing is elsewhere'
+      )
+    there.check(reference)
+    moved = reference | {'directory': str(pathlib.Path(base).absolute())}
+    amended = {'references': references | {main: moved}, 'config': configs.to_dict(config)}
+    checkpoints.amend(step, amended)
+  configs.save(config, workdir)
+  log(f'{workdir}: lies on {base}, which is what it was')
