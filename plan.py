@@ -9,11 +9,18 @@ v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 """
 
 import os
+import signal
+import threading
 
 from parallel import hosts
 
 if __name__ == '__main__':
-  hosts.leave_at_signals()
+  # A compilation answers no signal, and libtpu would answer with its own stack: a thread waits for
+  # them, and all that start after it get none.
+  stopping = hosts.heeded(hosts.STOPPING)
+  signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+  waiting = threading.Thread(target=lambda: hosts.leave_by(signal.sigwait(stopping)), daemon=True)
+  waiting.start()
   # What is compiled for is asked of the compiler, not of this machine
   os.environ['JAX_PLATFORMS'] = 'cpu'
 
@@ -31,7 +38,7 @@ import commands
 import files
 import names
 import train
-from analysis import aot, candidates, hardware, memory, roofline, schedule, tables
+from analysis import aot, candidates, enough, hardware, memory, roofline, schedule, tables
 from analysis.hlo import Module
 from decode.generating import generating
 from decode.options import CHUNK
@@ -40,8 +47,8 @@ from kernels.attention import FEW, choose
 from kernels.flash import KERNELS
 from model import flops as counts
 from parallel import axes
-from parallel.mesh import MeshConfig, make_mesh
-from training import config as configs, overrides, program, state as states
+from parallel.mesh import make_mesh
+from training import config as configs, overrides, program
 
 MODES = ('train', 'prefill', 'decode')
 SEARCHED = 3  # meshes whose remat policies and microbatches --search tries
@@ -258,7 +265,8 @@ def resolved(config: configs.Config, devices: list[jax.Device]) -> configs.Confi
   """The config with the size of every mesh axis on these devices.
   Raises ValueError where they do not fit.
   """
-  return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.resolve(len(devices))))
+  sizes = config.mesh.resolve(len(devices))
+  return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
 
 
 def chip_of(devices: list[jax.Device]) -> hardware.Chip:
@@ -320,37 +328,38 @@ def _lower(config, mesh, mode, rows, context, weights):
 def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan | None:
   """The nearest change of a training config that fits, found by compiling; None where none does."""
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  hopeless = set()
   for config in candidates.nearest(plan.config, plan.config.mesh.sizes(), len(devices), slices):
+    # Where what is carried from step to step is too much, no recomputing and no microbatch helps.
+    carried = config.mesh, config.optimizer.name, config.train.offload_optimizer
+    if carried in hopeless:
+      continue
     tried = attempt(config, devices)
-    log(
-      f'  tried {candidates.flags(plan.config, config)}: '
-      f'{"fits" if tried.fits else tables.shortage(tried)}'
-    )
+    verdict = 'fits' if tried.fits else tables.shortage(tried)
+    if tried.problem.startswith(ALONE):
+      hopeless.add(carried)
+      verdict += ', whatever is recomputed'
+    log(f'  tried {candidates.flags(plan.config, config)}: {verdict}')
     if tried.fits:
       return tried
   return None
+
+
+ALONE = 'parameters, optimizer state and gradients alone take'
 
 
 def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
   """The plan for training; without compiling where parameters,
   optimizer state and gradients alone are too much.
   """
-  mesh = make_mesh(config.mesh, devices)
-  chip = chip_of(devices)
-  held = program.abstract_state(config, mesh)
-  sizes = {
-    'parameters': memory.shard_bytes(held.models),
-    'optimizer state': memory.shard_bytes(held.optimizer),
-  }
-  # Gradients are as large as what is trained.
-  trained, _ = states.rule(config).parted(held.models)
-  least = sum(sizes.values()) + memory.shard_bytes(trained)
+  sizes = enough.state_bytes(config, make_mesh(config.mesh, devices))
+  chip, least = chip_of(devices), sum(sizes.values())
   refused = Plan(
     'train',
     config,
     chip,
     len(devices),
-    f'parameters, optimizer state and gradients alone take {least / 1e9:.2f} GB',
+    f'{ALONE} {least / 1e9:.2f} GB',
     sizes,
     None,
     1,
@@ -360,6 +369,22 @@ def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
     0.0,
   )
   return refused if least > refused.available else make_plan(config, devices)
+
+
+def more_chips(plan: Plan) -> str:
+  """What to do where nothing else helps: how many chips hold what a step carries."""
+  found = enough.smallest(plan.config, TOPOLOGY.value, SLICES.value, plan.available)
+  if found is None:
+    return (
+      'none of these fits, nor does a larger slice of this kind over which the batch divides; use '
+      'another kind, or a larger batch'
+    )
+  fsdp = plan.config.mesh.fsdp * found.devices // plan.devices
+  return (
+    f'none of these fits; use more chips: of {found.devices // plan.chip.devices}, parameters, '
+    f'optimizer state and gradients take {found.least / 1e9:.2f} of {plan.available / 1e9:.2f} GB '
+    f'each. Plan it with --topology={found.topology} --config.mesh.fsdp={fsdp}'
+  )
 
 
 def search(config: configs.Config, devices: list[jax.Device], log=print) -> list[Plan]:
@@ -452,11 +477,7 @@ def main(arguments):
     if not plan.fits and MODE.value == 'train' and not SEARCH.value:
       print('\nlooking for the nearest change that fits:', flush=True)
       other = nearest_that_fits(plan, devices, functools.partial(print, flush=True))
-      print(
-        'add ' + candidates.flags(plan.config, other.config)
-        if other
-        else 'none of these fits; use more chips'
-      )
+      print('add ' + candidates.flags(plan.config, other.config) if other else more_chips(plan))
       extra = {'nearest': other and other.to_dict()}
 
   if JSON.value:
@@ -466,5 +487,4 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-  hosts.heed_interrupts()
   commands.end(lambda: app.run(main, flags_parser=overrides.parsed))

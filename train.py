@@ -14,13 +14,11 @@ if __name__ == '__main__':
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 
 import commands
@@ -28,14 +26,14 @@ import files
 import names
 from analysis import hardware
 from commands import mendable
-from data.compressors import compression_baselines
 from data.tokenizer import Tokenizer
 from kernels import attention, context
 from model import params
 from objectives.objective import Batches
 from parallel import axes, pipeline
 from parallel.mesh import make_mesh
-from training import config as configs, overrides, program, state as states
+from training import config as configs, overrides, program
+from training.evaluation import make_evaluate
 from training.program import begin_state, make_program, make_target
 from training.state import TrainState
 from workdir import changes, seals
@@ -112,51 +110,6 @@ class Beginning(NamedTuple):
   record: dict
 
 
-def make_evaluate(config: configs.Config, prepared, put):
-  """The evaluation: (models, batches to read, 0 for all) -> `validation_loss` and what else the
-  objective says.
-
-  Of all batches, it also gives what compressors make of the same documents: gzip_bits_per_byte,
-  xz_bits_per_byte.
-  """
-  objective = config.objective
-  shapes = []  # of the sums, once a batch has shown them
-
-  @functools.cache
-  def baselines():
-    documents = iter(prepared.validation_documents())
-    first = next(documents, None)
-    return {} if first is None else compression_baselines(itertools.chain([first], documents))
-
-  def judged(models, batch):
-    return objective.judged(states.applied(config, models), batch)
-
-  @jax.jit
-  def eval_step(models, batch, sums):
-    return jax.tree.map(jnp.add, sums, judged(models, batch))
-
-  def evaluate(models, batches: int = 0) -> dict[str, float]:
-    nonlocal shapes
-    sums = None
-    rows = objective.validation_batches(prepared, config.data, put.rows)
-    for i, batch in enumerate(rows):
-      if batches and i == batches:
-        break
-      batch = put(batch)
-      if sums is None:
-        shapes = shapes or jax.eval_shape(judged, models, batch)
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-      before, sums = sums, eval_step(models, batch, sums)
-      # One batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good.
-      jax.block_until_ready(before)
-    verdict = objective.verdict({name: float(total) for name, total in sums.items()}, prepared)
-    if batches or jax.process_index():
-      return verdict
-    return verdict | {f'{name}_bits_per_byte': value for name, value in baselines().items()}
-
-  return evaluate
-
-
 def train_steps(
   config,
   begun: Beginning,
@@ -167,9 +120,10 @@ def train_steps(
   watch: Watch,
   profile: ProfileWindow,
   signal: hosts.StopSignal,
+  sample=None,
 ) -> str:
   """Runs the steps that are left; step n is dispatched before n - 1 is looked at. Returns why it
-  stopped early, or ''.
+  stopped early, or ''. sample: workdir.samples.Sampler, where there is to be one.
   """
 
   def every(n, step):
@@ -202,7 +156,12 @@ def train_steps(
         progress = progress.after(evaluation['validation_loss'])
         impatient = progress.impatient(config.train.patience)
         last = config.train.eval_batches and (final or impatient)
-        watch.log(step, evaluate(state.models, 0) if last else evaluation)
+        watch.log(step, evaluate(state.models, 0, go_on=True) if last else evaluation)
+
+    if sample and (final or every(config.train.sample_every, step)):
+      with watch.pause() as done:
+        check_finite(done, norms, config, checkpoints)
+        watch.write_text(step, 'samples', sample(step, state.models))
 
     reason = impatient or signal.after(step)
     better = evaluation and progress.waited == 0
@@ -400,6 +359,10 @@ def train(
       window = ProfileWindow(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
+      sample = None
+      if config.train.sample_every:
+        sampler = names.imported('workdir.samples.Sampler')
+        sample = sampler(config, prepared.tokenizer, mesh, workdir, begun.step)
     watching = Watch(
       workdir,
       steps=steps,
@@ -410,8 +373,9 @@ def train(
     )
     evaluate = make_evaluate(config, prepared, feed.put)
     with watching as watch, hosts.StopSignal() as signal:
+      watch.write_text(begun.step, 'config', names.imported('workdir.report.described')(config))
       stopped = train_steps(
-        config, begun, feed, train_step, evaluate, checkpoints, watch, window, signal
+        config, begun, feed, train_step, evaluate, checkpoints, watch, window, signal, sample
       )
       window.close()
     interrupted = stopped != '' and stopped == signal.name
@@ -424,7 +388,7 @@ def train(
     log(f'WARNING: {problem}: there is no report of it')
   elif jax.process_index() == 0:
     write_report = names.imported('workdir.report.write_report')
-    report = write_report(workdir, config.report, **cost.facts(mesh))
+    report = write_report(workdir, config.report, settings=config, **cost.facts(mesh))
     log((report.read_text() if not interrupted else '') + f'\nwrote {report}')
   return interrupted
 

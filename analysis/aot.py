@@ -11,6 +11,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
@@ -87,7 +88,8 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     if 'support not installed' in first or 'topology not implemented' in first:
       raise ImportError(
         f'no compiler for {asked["platform"]} is installed ({first}); pip install -e .[plan] for '
-        'TPUs, .[cuda] for GPUs'
+        'TPUs; for GPUs, two wheels that compile without one: pip install --no-deps '
+        f'jax-cuda13-plugin=={jaxlib.__version__} jax-cuda13-pjrt=={jaxlib.__version__}'
       ) from error
     raise ValueError(f'topology={name!r}: {first}') from error
 

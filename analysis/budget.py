@@ -2,6 +2,7 @@
 Scaling laws and prices.
 
     python -m analysis.budget --flops 5.76e23 [--chip 'TPU v5p' --chips 1024 --mfu 0.4 --rate 4.2]
+    python -m analysis.budget --flops 5.76e23 --plot budget.png
     python -m analysis.budget --hours 720 --chip 'H100 SXM' --chips 64 [--rate 2.5]
     python -m analysis.budget --dollars 10000 --chip 'H100 SXM' --chips 8 --rate 2.5
 
@@ -11,14 +12,17 @@ corpus (MassiveText): the sizes carry over to others better than the loss does.
 
 import argparse
 import dataclasses
+import io
 import math
 from collections.abc import Sequence
 
 import commands
+import files
 import names
 from analysis import hardware
 
 CHIPS = {chip.name: chip for chip in hardware.CHIPS}
+SPAN = 20  # how far a plot goes beyond the optima, as a factor
 FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward; attention's own products are not in it
 
 
@@ -57,8 +61,13 @@ class ScalingLaw:
 
 
 # Constants: Hoffmann et al., equation 10 (approach 3), and Besiroglu et al., arXiv:2404.10102,
-# table 1, who fitted the same runs again: the first are rounded and fit their own data badly, and
-# contradict the paper's approaches 1 and 2, which the second agree with.
+# table 1, who fitted the same runs again.
+WHY = """\
+The two laws are fits to the same runs. hoffmann's constants are published rounded (0.34 and 0.28),
+and their optimum is sensitive to that: tokens grow as C^0.55 and parameters as C^0.45, which at
+5.76e23 FLOPs asks for 93 tokens a parameter, against the paper's own advice of about 20 (its
+approaches 1 and 2, and Chinchilla itself: 70 B on 1.4 T). besiroglu, the refit, agrees with that
+advice: 18. Where they differ, trust besiroglu."""
 LAWS = {
   'hoffmann': ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
   'besiroglu': ScalingLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
@@ -138,7 +147,7 @@ def _number(value: float) -> str:
   for factor, letter in ((1e12, ' T'), (1e9, ' B'), (1e6, ' M')):
     if value >= factor:
       return f'{value / factor:.3g}{letter}'
-  return f'{value:,.0f}'
+  return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
 
 
 def report(flops: float, fleets: Sequence[Fleet]) -> dict:
@@ -160,7 +169,43 @@ def _laws(flops: float) -> dict:
     ['law', 'parameters', 'tokens', 'tokens/parameter', 'nats/token', 'half the size', 'twice'],
     rows,
   )
+  print(f'\n{WHY}')
   return optima
+
+
+def plot(flops: float) -> bytes:
+  """A PNG of what each law says of models of every size within the budget, their optima marked."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 4.5), dpi=150, layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  optima = {name: law.optimum(flops) for name, law in LAWS.items()}
+  smallest = min(parameters for parameters, _ in optima.values()) / SPAN
+  largest = max(parameters for parameters, _ in optima.values()) * SPAN
+  sizes = [smallest * (largest / smallest) ** (i / 200) for i in range(201)]
+  for (name, law), color in zip(LAWS.items(), ('tab:red', 'tab:blue'), strict=True):
+    losses = [law.loss(size, flops / FLOPS_PER_PARAMETER_AND_TOKEN / size) for size in sizes]
+    axes.plot(sizes, losses, color=color, label=name)
+    parameters, tokens = optima[name]
+    label = (
+      f'{_number(parameters)} parameters, {_number(tokens)} tokens: '
+      f'{tokens / parameters:.3g} a parameter'
+    )
+    axes.plot(parameters, law.loss(parameters, tokens), 'o', color=color, label=label)
+  axes.set(
+    title=f'Which size for {flops:.3g} training FLOPs? (6 FLOPs a parameter and token)',
+    xlabel='parameters',
+    ylabel='predicted loss (nats per token)',
+    xscale='log',
+  )
+  axes.grid(alpha=0.25, linewidth=0.6)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(frameon=False)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png')
+  return buffer.getvalue()
 
 
 def _fleets(flops: float, fleets: Sequence[Fleet]) -> list[dict]:
@@ -211,6 +256,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--pue', type=float, default=1.0, help="the data centre's draw per watt of its machines"
   )
+  parser.add_argument(
+    '--plot', default='', metavar='FILE', help="draw the laws' losses by size into this PNG"
+  )
   return parser
 
 
@@ -245,6 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     results = report(options.flops, fleets)
   except ValueError as error:
     parser.error(str(error))
+  if options.plot:
+    files.replace(options.plot, plot(options.flops))
+    print(f'\nwrote {options.plot}')
   commands.write_json(options.json, 'budget', results)
   return results
 

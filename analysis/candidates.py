@@ -18,21 +18,45 @@ KEEPS = {'none': 0, 'dots': 1, 'full': 2, 'sqrt': 3}
 LARGEST = 8
 
 
+# What `change` changes, and `flags` names.
+PATHS = (
+  'model.execution.remat',
+  'train.accumulation',
+  'optimizer.name',
+  'train.offload_optimizer',
+  *(f'mesh.{axis}' for axis in AXES),
+)
+
+
 def change(
-  config: Config, mesh: dict[str, int] | None = None, policy: str = '', accumulation: int = 0
+  config: Config,
+  mesh: dict[str, int] | None = None,
+  policy: str = '',
+  accumulation: int = 0,
+  optimizer: str = '',
+  offload: str = '',
 ) -> Config:
-  """The config with another mesh, remat policy or number of microbatches. Raises as Config does."""
-  model = config.model.with_execution(remat=policy or config.model.execution.remat)
-  train = dataclasses.replace(config.train, accumulation=accumulation or config.train.accumulation)
+  """The config with another mesh, remat policy, number of microbatches, optimizer, or place of its
+  state. Raises as Config does.
+  """
+  train = {
+    'accumulation': accumulation or config.train.accumulation,
+    'offload_optimizer': offload or config.train.offload_optimizer,
+  }
+  name = optimizer or config.optimizer.name
   return dataclasses.replace(
-    config, model=model, train=train, mesh=MeshConfig(**mesh) if mesh else config.mesh
+    config,
+    model=config.model.with_execution(remat=policy or config.model.execution.remat),
+    train=dataclasses.replace(config.train, **train),
+    optimizer=dataclasses.replace(config.optimizer, name=name),
+    mesh=dataclasses.replace(config.mesh, **(mesh or {})),
   )
 
 
 def flags(old: Config, new: Config) -> str:
   """The flags that turn `old` into `new`, as far as `change` changes it."""
   changed = []
-  for path in ('model.execution.remat', 'train.accumulation', *(f'mesh.{axis}' for axis in AXES)):
+  for path in PATHS:
     value = operator.attrgetter(path)(new)
     if value != operator.attrgetter(path)(old):
       changed.append(f'--config.{path}={value}')
@@ -110,13 +134,19 @@ def nearest(
   config: Config, sizes: dict[str, int], devices: int, slices: int = 1
 ) -> Iterator[Config]:
   """Changes that may need less memory, the nearest first: a remat policy, that with more
-  microbatches, that with another mesh.
+  microbatches; with these, a smaller optimizer state or one in the host's memory; that with another
+  mesh.
   """
   stronger = policies(config)
   stronger = stronger[stronger.index(config.model.execution.remat) + 1 :]
   yield from (change(config, policy=name) for name in stronger)
   least = change(config, policy=stronger[-1]) if stronger else config
   yield from (change(least, accumulation=n) for n in microbatches(least, sizes))
+
+  most = change(least, accumulation=max(microbatches(least, sizes), default=0))
+  smaller = {'optimizer': 'adam8bit'} if config.optimizer.name == 'adamw' else {}
+  elsewhere = {} if config.train.offload_optimizer else {'offload': 'host'}
+  yield from (change(most, **fields) for fields in (smaller, elsewhere) if fields)
 
   def moved(mesh):
     return sum(mesh[axis] != sizes[axis] for axis in AXES)

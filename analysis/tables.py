@@ -8,6 +8,7 @@ from rich.table import Table
 
 from analysis import candidates, roofline
 from decode.options import CHUNK
+from workdir.report import amount
 
 GB = 1e9
 
@@ -28,6 +29,8 @@ def _console() -> Console:
 
 
 def seconds(value: float) -> str:
+  if 0 < value < 1e-6:
+    return f'{value:.3g} s'
   return f'{value:.3f} s' if value >= 1 else f'{1e3 * value:.3f} ms'
 
 
@@ -60,8 +63,9 @@ def show(plan, cost: dict[str, float]) -> None:
   console.print(f'  error: {roofline.ERROR["tpu" if plan.chip.torus else "gpu"]}')
   if cost:
     work = f'{plan.config.train.steps:,} steps' if plan.mode == 'train' else 'a million tokens'
-    units = {'hours': '{:,.2f} hours', 'dollars': '${:,.2f}', 'kWh': '{:,.1f} kWh (chips only)'}
-    costs = [units[name].format(value) for name, value in cost.items()]
+    units = {'hours': '{} hours', 'dollars': '${}', 'kWh': '{} kWh (chips only)'}
+    digits = {'kWh': 1}
+    costs = [units[name].format(amount(value, digits.get(name, 2))) for name, value in cost.items()]
     console.print(f'{work}: ' + ', '.join(costs))
 
 

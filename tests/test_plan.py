@@ -4,7 +4,9 @@ and does what it proposes fit?
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,7 +19,7 @@ from jax.sharding import AxisType
 
 import plan
 import train
-from analysis import aot, candidates, hardware, memory, roofline, tables
+from analysis import aot, candidates, enough, hardware, memory, roofline, tables
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from decode.options import CHUNK
 from kernels.attention import choose
@@ -223,6 +225,61 @@ def test_the_nearest_change_that_fits_is_the_first_that_does(monkeypatch):
     )
   monkeypatch.setattr(plan, 'attempt', attempt(lambda c: False))
   assert plan.nearest_that_fits(fake(config, peak=99e9), devices, log=lambda _: None) is None
+
+
+def test_what_no_recomputing_helps_is_said_once(monkeypatch):
+  """State that is too large is so under every policy; what makes it smaller is tried besides."""
+  config = dataclasses.replace(tiny(), mesh=MeshConfig(data=1, fsdp=8), model=tiny().model)
+  config = dataclasses.replace(config, model=config.model.with_execution(remat='none'))
+  monkeypatch.setattr(
+    plan, 'attempt', lambda c, _: fake(c, peak=1, problem=f'{plan.ALONE} 99.00 GB')
+  )
+  said = []
+  assert plan.nearest_that_fits(fake(config, peak=99e9), jax.devices(), said.append) is None
+  assert all('alone take 99.00 GB, whatever is recomputed' in line for line in said)
+  meshes = [tuple(re.findall(r'--config[.]mesh[.]\w+=\d+', line)) for line in said]
+  assert sum('optimizer.name=adam8bit' in line for line in said) == 1
+  assert sum('train.offload_optimizer=host' in line for line in said) == 1
+  # The policy, and then each mesh, stands once.
+  assert not any(meshes[:3]) and len(meshes) > 4 and len({*meshes[3:]}) == len(meshes[3:])
+
+
+def test_a_mesh_keeps_its_zero():
+  config = dataclasses.replace(tiny(), mesh=MeshConfig(data=-1, zero=1))
+  assert plan.resolved(config, jax.devices()).mesh == MeshConfig(data=8, zero=1)
+  assert candidates.change(config, {'data': 4, 'fsdp': 2}).mesh.zero == 1
+
+
+def test_larger_topologies_have_twice_the_chips():
+  def first(name, count):
+    return list(itertools.islice(enough.larger(name), count))
+
+  assert first('v5e:2x2', 3) == ['v5e:2x4', 'v5e:4x4', 'v5e:4x8']
+  assert first('2*v5p:2x2x2', 2) == ['2*v5p:2x2x4', '2*v5p:2x4x4']
+  assert first('h100:1x1x8', 2) == ['h100:1x2x8', 'h100:1x4x8']
+  *_, last = enough.larger('v5p:4x4x4')
+  assert 50_000 < math.prod(map(int, last.partition(':')[2].split('x'))) <= aot.MOST_CHIPS
+
+
+def test_the_first_topology_that_holds_the_state_is_found():
+  try:
+    aot.topology('v5e:2x2')
+  except ImportError as error:
+    pytest.skip(f'v5e cannot be compiled for: {error}')
+  config = dataclasses.replace(SMALL, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=64))
+  mesh = make_mesh(config.mesh, aot.topology('v5e:2x2'))
+  whole = sum(enough.state_bytes(config, mesh).values())
+  found = enough.smallest(config, 'v5e:2x2', 1, 0.3 * whole)
+  assert (found.topology, found.devices) == ('v5e:4x4', 16) and found.least <= 0.3 * whole
+  odd = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=2))
+  assert enough.smallest(odd, 'v5e:2x2', 1, 0.3 * whole) is None
+
+
+@pytest.mark.parametrize('value, text', [(0.0, '0.00'), (8e-09, '8e-09'), (1234.5, '1,234.50')])
+def test_what_is_small_is_not_printed_as_0(value, text):
+  assert tables.amount(value, 2) == text
+  assert tables.seconds(8e-09) == '8e-09 s' and tables.seconds(8e-06) == '0.008 ms'
 
 
 def test_search_prefers_what_is_fastest_among_what_fits(monkeypatch, capsys):

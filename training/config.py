@@ -47,6 +47,10 @@ class TrainConfig:
     log_every, eval_every, save_every: in steps; eval_every=0 evaluates only at the end.
     eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always
       does).
+    sample_every: in steps; what the model writes then, and at the end, comes into the report and
+      TensorBoard (workdir/samples.py); 0 never writes.
+    sample_prompts, sample_tokens, sample_temperature: after what, how many tokens at most, and how
+      boldly (0 is greedy); the draws are the same each time.
     keep_last: checkpoints to keep besides the best one by validation loss.
     patience: evaluations without a better validation loss before training stops; 0 never stops
       early.
@@ -67,6 +71,10 @@ class TrainConfig:
   log_every: int = 10
   eval_every: int = 0
   eval_batches: int = 0
+  sample_every: int = 0
+  sample_prompts: tuple[str, ...] = ('',)
+  sample_tokens: int = 64
+  sample_temperature: float = 0.7
   save_every: int = 100
   keep_last: int = 2
   patience: int = 0
@@ -82,6 +90,9 @@ class TrainConfig:
       ('keep_last', 1),
       ('eval_every', 0),
       ('eval_batches', 0),
+      ('sample_every', 0),
+      ('sample_tokens', 1),
+      ('sample_temperature', 0),
       ('patience', 0),
       ('seed', 0),
     ):
@@ -105,6 +116,11 @@ class TrainConfig:
         f"train.offload_optimizer={self.offload_optimizer!r} is not 'disk'; leave it empty"
       )
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
+    if self.sample_every and not self.sample_prompts:
+      raise ValueError(
+        f'train.sample_every={self.sample_every} without train.sample_prompts; an empty one is the '
+        'beginning of a text'
+      )
     if self.patience and not self.eval_every:
       raise ValueError(
         f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set '
@@ -114,8 +130,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-  """Rates for the report's costs. A rate of 0 is unknown, and what needs it is reported as 'no rate
-  given'.
+  """Rates for the report's costs. A rate of 0 is unknown, and what needs it has no row there.
 
   Attributes:
     dollars_per_chip_hour: price of a chip, while the run holds it.
@@ -457,7 +472,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def changes(old: Config, new: Config) -> dict[str, str]:
   """The same lines by path, of all that changes what a step does."""
-  before, after = _flat(to_dict(old)), _flat(to_dict(new))
+  before, after = flat(to_dict(old)), flat(to_dict(new))
   return {
     path: f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
     for path in sorted({*before, *after})
@@ -469,13 +484,14 @@ def _under(path: str, names_: tuple[str, ...]) -> bool:
   return any(path == name or path.startswith(name + '.') for name in names_)
 
 
-def _flat(value, path: str = '') -> dict:
+def flat(value, path: str = '') -> dict:
+  """What `to_dict` gave, by path: 'data.sources.0.path' and the like."""
   if isinstance(value, dict):
     return {
       k: v
       for name, item in value.items()
-      for k, v in _flat(item, f'{path}.{name}' if path else name).items()
+      for k, v in flat(item, f'{path}.{name}' if path else name).items()
     }
   if isinstance(value, (list, tuple)) and any(isinstance(v, dict) for v in value):
-    return {k: v for i, item in enumerate(value) for k, v in _flat(item, f'{path}.{i}').items()}
+    return {k: v for i, item in enumerate(value) for k, v in flat(item, f'{path}.{i}').items()}
   return {path: value}

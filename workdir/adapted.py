@@ -41,17 +41,17 @@ def opened(
   """
   base = checkpoints.model(target, step)
   stored = states.roles(config)[config.objective.main].stored
-  adapter = adapter_of(config, checkpoints, step)
+  if stored:
+    base = jax.jit(stored, donate_argnums=0)(base)
+  return merged(config, base, adapter_of(config, checkpoints, step))
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def merged(base, adapter):
-    if stored is None:
-      return adapters.merged(base, adapter, config.adapter)
-    model = adapters.merged(stored(base), adapter, config.adapter)
+
+def merged(config: configs.Config, base, adapter: adapters.Adapter) -> transformer.Decoder:
+  """The model in which the base, as it lies in memory, and its adapter are one."""
+  model = jax.jit(functools.partial(adapters.merged, config=config.adapter))(base, adapter)
+  if config.adapter.base:
     model.config = untied(model.config)
-    return model
-
-  return merged(base, adapter)
+  return model
 
 
 def untied(config: ModelConfig) -> ModelConfig:

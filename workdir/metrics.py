@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -161,7 +161,8 @@ def drop_from(path: str | os.PathLike, step: int) -> int:
 
 
 class TensorBoard:
-  """Writes event files from one background thread, which also pays for the library's import.
+  """Writes event files from one background thread, which also pays for the library's import. Tags
+  are in two groups: validation/ has what evaluations found, train/ all else.
 
   The library's own SummaryWriter has a thread more: where that one dies, as on a full disk, whoever
   hands it something waits for good. Here, an error is raised at the next line.
@@ -174,10 +175,11 @@ class TensorBoard:
     self._writer = None
     self._flushed = 0.0
 
-  def write(self, line: dict[str, float]):
+  def write(self, line: Mapping[str, float | str], evaluated: Collection[str] = ()):
+    """A line of metrics, or of texts (Markdown); evaluated: names that an evaluation gave."""
     # result() raises here what failed over there.
     self._writing = [writing for writing in self._writing if not writing.done() or writing.result()]
-    self._writing.append(self._thread.submit(self._add, line))
+    self._writing.append(self._thread.submit(self._add, line, frozenset(evaluated)))
 
   def close(self):
     """Ends the files. Raises what failed, and OSError where a minute was too short for it."""
@@ -192,7 +194,7 @@ class TensorBoard:
           f'{self._directory} was not written within {CLOSING_SECONDS} s: does its disk answer?'
         ) from error
 
-  def _add(self, line: dict[str, float]):
+  def _add(self, line, evaluated):
     from tensorboardX import event_file_writer, summary
     from tensorboardX.proto import event_pb2
 
@@ -207,8 +209,13 @@ class TensorBoard:
       log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._event(self._first_step, session_log=log)
     for name, value in line.items():
-      if name != 'step':
-        self._event(line['step'], summary=summary.scalar(name, value))
+      if isinstance(value, str):
+        self._event(line['step'], summary=summary.text(name, value))
+      elif name != 'step':
+        # 'validation_loss' as validation/loss, so that it stands beside train/loss.
+        group = 'validation' if name in evaluated else 'train'
+        tag = f'{group}/{name.removeprefix("validation_")}'
+        self._event(line['step'], summary=summary.scalar(tag, value))
     if time.monotonic() - self._flushed > FLUSH_SECONDS:
       self._writer.flush()
       self._flushed = time.monotonic()

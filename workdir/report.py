@@ -1,4 +1,5 @@
-"""What did the run achieve, and what did it cost? report.md and loss.png, from metrics.jsonl.
+"""What did the run achieve, and what did it cost? report.md and loss.png, from metrics.jsonl and
+samples.jsonl.
 
     python -m workdir.report runs/tiny     makes them anew
 
@@ -9,6 +10,7 @@ import io
 import math
 import os
 import pathlib
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ import commands
 import files
 from model import flops
 from training import config as configs
-from training.config import ReportConfig
+from training.config import Config, ReportConfig
+from workdir import samples
 from workdir.metrics import FILE, lowest, read_metrics
 from workdir.seals import FACTS
 from workdir.watch import short
@@ -33,32 +36,39 @@ def write_report(
   flops_per_token: float,
   chips: int,
   hardware: str,
+  settings: Config | None = None,
 ) -> pathlib.Path:
   """Writes report.md and loss.png into the run's directory, each atomically, and returns the path
   of report.md.
 
-  Everything measured comes from metrics.jsonl, so a resumed run is covered whole.
+  Everything measured comes from metrics.jsonl, and what the run wrote on its way from
+  samples.jsonl, so a resumed run is covered whole.
 
   Args:
     parameters: trained ones, all of them. flops_per_token: of training
       (model.flops.train_flops_per_token).
     chips: how many the run held. hardware: their name, as the reader should see it.
+    settings: of the run; None leaves them out.
   Raises ValueError when metrics.jsonl has no training step.
   """
   directory = pathlib.Path(directory)
   lines = read_metrics(directory / FILE)
   if not any('loss' in line for line in lines):
     raise ValueError(f'{directory / FILE} has no training step to report; train first')
-  files.replace(directory / 'loss.png', plot(lines))
+  name = directory.resolve().name
+  title = f'{name}: {short(parameters)} parameters, {short(lines[-1]["tokens"])} tokens'
+  files.replace(directory / 'loss.png', plot(lines, title))
   rows = (
     _progress(lines) + _speed(lines, chips, hardware) + _compute(lines, parameters, flops_per_token)
   )
   rows += _cost(lines, config, chips)
   table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
-  text = (
-    f'# {directory.resolve().name}\n\n![Loss curve](loss.png)\n\n| | |\n| --- | ---: |\n{table}\n'
-  )
-  files.replace(directory / 'report.md', text)
+  parts = [f'# {name}', '![Loss curve](loss.png)', f'| | |\n| --- | ---: |\n{table}']
+  if written := samples.markdown(samples.read(directory)):
+    parts += ['## Samples', written]
+  if settings is not None:
+    parts += ['## Config', described(settings)]
+  files.replace(directory / 'report.md', '\n\n'.join(parts) + '\n')
   return directory / 'report.md'
 
 
@@ -75,18 +85,33 @@ def main(arguments: Sequence[str]) -> None:
       )
     values = files.json_object(path.read_bytes(), path)
     facts = files.unsealed(values, path, 'it is written when the run goes on')
-    report = write_report(directory, config.report, **facts)
+    report = write_report(directory, config.report, settings=config, **facts)
   print(report.read_text() + f'\nwrote {report}')
 
 
-def plot(lines: Sequence[dict[str, float]]) -> bytes:
+def described(config: Config) -> str:
+  """What of a config differs from the defaults, as the flags that say so, in Markdown."""
+  default = Config(objective=type(config.objective)())
+  values, defaults = (configs.flat(configs.to_dict(c)) for c in (config, default))
+  flags = {re.sub(r'\.(\d+)(?=\.)', r'[\1]', path): path for path in values}
+  lines = [
+    f'--config.{flag}={values[path]!r}'
+    for flag, path in flags.items()
+    if values[path] != defaults.get(path) or path == 'objective.kind'
+  ]
+  return samples.fenced('\n'.join(lines))
+
+
+def plot(lines: Sequence[dict[str, float]], title: str) -> bytes:
   """The loss curve as PNG: training (raw and smoothed) and validation in nats per token, on a
   logarithmic axis.
 
   Where evaluations gave bits per byte, the right axis shows the same heights in that unit (nats per
-  token x the ratio of the two at the last evaluation), and gzip and xz, if measured, are lines to
-  get under.
+  token x the ratio of the two at the last evaluation). gzip and xz, if measured, are lines for
+  validation to get under, in its colour and where it was measured: they are of its documents, and
+  say nothing of the training loss.
   """
+  from matplotlib import ticker
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -107,16 +132,22 @@ def plot(lines: Sequence[dict[str, float]]) -> bytes:
       linestyle='none',
       label='validation',
     )
-  seen = losses + validation
+  seen, end = losses + validation, max(1, *steps, *evaluated) * 1.01
   bits_per_nat = _bits_per_nat(lines)
   if bits_per_nat:
     for (name, value), style in zip(_baselines(lines).items(), ('--', ':'), strict=False):
       label = f'{name}: {value:.2f} bits/byte'
-      axes.axhline(value / bits_per_nat, color='0.35', linestyle=style, linewidth=1, label=label)
+      axes.plot(
+        (evaluated[0], end),
+        [value / bits_per_nat] * 2,
+        color='tab:red',
+        linestyle=style,
+        linewidth=1,
+        label=label,
+      )
       seen.append(value / bits_per_nat)
-  axes.set(
-    xlabel='step', ylabel='loss (nats per token)', xlim=(0, max(1, *steps, *evaluated) * 1.01)
-  )
+  axes.set(title=title, xlabel='step', ylabel='loss (nats per token)', xlim=(0, end))
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=(1, 2, 2.5, 5, 10), integer=True))
   axes.xaxis.set_major_formatter('{x:,.0f}')
   axes.grid(alpha=0.25, linewidth=0.6)
   axes.spines[['top', 'right']].set_visible(False)
@@ -139,12 +170,13 @@ def _log_scale(axes, low: float, high: float):
   from matplotlib import ticker
 
   axes.set(yscale='log', ylim=(low, high))
-  # Rounder numbers for a wide range, more of them for a narrow one; the default labels powers of
-  # ten only.
-  digits = (
-    (1, 1.5, 2, 3, 4, 5, 6, 8) if high > 2 * low else tuple(digit / 10 for digit in range(10, 100))
-  )
-  axes.yaxis.set_major_locator(ticker.LogLocator(subs=digits, numticks=99))
+  # Evenly spaced numbers where they are of one size, 1, 2 and 5 of each power of ten elsewhere; the
+  # default labels powers of ten only.
+  if high <= 10 * low:
+    locator = ticker.MaxNLocator(8, steps=(1, 2, 2.5, 5, 10))
+  else:
+    locator = ticker.LogLocator(subs=(1, 2, 5), numticks=99)
+  axes.yaxis.set_major_locator(locator)
   axes.yaxis.set_major_formatter('{x:g}')
   axes.yaxis.set_minor_locator(ticker.NullLocator())
 
@@ -178,6 +210,11 @@ def _last(lines, name):
   return next((line[name] for line in reversed(lines) if name in line), None)
 
 
+def amount(value: float, digits: int) -> str:
+  """With so many decimals, but three digits of what they would make 0: 8e-09."""
+  return f'{value:.3g}' if 0 < value < 10**-digits else f'{value:,.{digits}f}'
+
+
 def _baselines(lines) -> dict[str, float]:
   found = {'gzip -9': _last(lines, 'gzip_bits_per_byte'), 'xz -9': _last(lines, 'xz_bits_per_byte')}
   return {name: value for name, value in found.items() if value is not None}
@@ -187,14 +224,15 @@ def _progress(lines):
   rows = [
     ('Steps', f'{lines[-1]["step"]:,}'),
     ('Tokens', short(lines[-1]['tokens'])),
-    ('Training loss, last', f'{_last(lines, "loss"):.4f} nats/token'),
+    ('Training loss, last', f'{amount(_last(lines, "loss"), 4)} nats/token'),
   ]
   steps, validation = _points(lines, 'validation_loss')
   if validation:
     losses = dict(zip(steps, validation, strict=True))
     best = lowest(losses)
-    of = 'none is finite' if best is None else f'{losses[best]:.4f} at step {best:,}'
-    rows.append(('Validation loss, last (best)', f'{validation[-1]:.4f} ({of}) nats/token'))
+    of = 'none is finite' if best is None else f'{amount(losses[best], 4)} at step {best:,}'
+    last = amount(validation[-1], 4)
+    rows.append(('Validation loss, last (best)', f'{last} ({of}) nats/token'))
   bits = _last(lines, 'bits_per_byte')
   if bits is not None:
     rows.append(('**Held-out bits per byte**', f'**{bits:.3f}**'))
@@ -269,7 +307,7 @@ def _cost(lines, config, chips):
     ('Chip-hours', f'{hours * chips:.3g}'),
   ]
   if config.dollars_per_chip_hour:
-    rows.append(('Cost', f'${dollars:,.2f}'))
+    rows.append(('Cost', f'${amount(dollars, 2)}'))
   if config.watts_per_chip:
     rows.append((f'Energy (PUE {config.pue:g})', f'{energy:.3g} kWh'))
     if config.kilograms_co2_per_kwh:

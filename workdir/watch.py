@@ -96,6 +96,7 @@ class Watch:
     self._window = _Window()
     self._pending: tuple[int, Any, int] | None = None
     self._line: dict[str, Any] = {}
+    self._logged: set[str] = set()  # names that `log` has given: of evaluations
     self._pauses = 0
     self._handed = steps.start - 1
     self._totals = {'tokens': 0, 'train_seconds': 0.0, 'wall_seconds': 0.0}
@@ -184,7 +185,14 @@ class Watch:
     with self.pause():
       if self._line and self._line['step'] != step:
         self._write_line()
-      self._line = {'step': step, **self._line, **scalars(values)}
+      values = scalars(values)
+      self._logged |= values.keys()
+      self._line = {'step': step, **self._line, **values}
+
+  def write_text(self, step: int, name: str, text: str):
+    """Gives TensorBoard a text, as Markdown."""
+    if self._tensorboard:
+      self._tensorboard.write({'step': step, name: text})
 
   def mark(self) -> dict:
     """What of the run's numbers a checkpoint is to remember, JSON-able; {} where none are written.
@@ -242,7 +250,7 @@ class Watch:
     line |= self._totals | {'wall_seconds': wall} | memory()
     self._lines.append(line)
     if self._tensorboard:
-      self._tensorboard.write(line)
+      self._tensorboard.write(line, self._logged)
     self._view.show(line)
 
 

@@ -34,7 +34,9 @@ def config(hf: dict) -> ModelConfig:
     keys('layer_types') or alternating(layers, 2), layers, keys('sliding_window')
   )
   network = gemma_like(keys, **windows)
-  keys.close('hidden_act')  # of the first Gemma; hidden_activation is what counts
+  keys.close(
+    'hidden_act', 'sliding_window_size'
+  )  # of the first Gemma; hidden_activation is what counts
   return network
 
 

@@ -46,7 +46,7 @@ def config(hf: dict) -> ModelConfig:
     keys('layer_types') or gemma2.alternating(layers, every), layers, keys('sliding_window')
   )
   network = gemma2.gemma_like(keys, rope=rope(keys), qk_norm=True, **windows)
-  keys.close('hidden_act')
+  keys.close('hidden_act', 'sliding_window_size')
   return network
 
 

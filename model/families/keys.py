@@ -19,7 +19,7 @@ HARMLESS = frozenset(
     return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
     task_specific_params id2label label2id num_labels problem_type finetuning_task
     classifier_dropout summary_type summary_use_proj summary_activation summary_proj_to_labels
-    summary_first_dropout
+    summary_first_dropout is_llama_config n_special predict_special_tokens
 '''.split()
 )
 # These act in training only (Tandem has its own initialisers, losses and no dropout),
@@ -44,7 +44,13 @@ ABSENT = {
   'quantization_config': None,
   'use_bidirectional_attention': False,
   'sparsity_config': None,
+  'is_encoder_decoder': False,
+  'use_mrope': False,
+  'rope_interleaved': False,
 }
+
+
+NEAR = 0.8  # of difflib's ratios: a slip of the pen, no other word
 
 
 class Keys:
@@ -89,7 +95,8 @@ class Keys:
         f'{name}={self._hf[name]!r}'
         + (
           f' (did you mean {near[0]!r}?)'
-          if (near := difflib.get_close_matches(name, known, 1))
+          # Of keys that say something: another that is not looked at would not help.
+          if (near := difflib.get_close_matches(name, self._read, 1, NEAR))
           else ''
         )
         for name in unknown

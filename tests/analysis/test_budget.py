@@ -142,6 +142,27 @@ def test_the_command(tmp_path, capsys):
   assert 'no rate given' in (printed := capsys.readouterr().out) and 'no watts known' in printed
 
 
+def test_it_is_said_why_the_laws_differ_and_drawn_on_request(tmp_path, capsys):
+  """The sentences' numbers are those of the laws."""
+  file = tmp_path / 'budget.png'
+  budget.main(['--flops', '5.76e23', '--chip', 'H100 SXM', '--plot', str(file)])
+  said = capsys.readouterr().out
+  assert file.read_bytes().startswith(b'\x89PNG') and f'wrote {file}' in said
+  each = {name: law.optimum(5.76e23) for name, law in LAWS.items()}
+  ratios = {name: tokens / parameters for name, (parameters, tokens) in each.items()}
+  assert f'{ratios["hoffmann"]:.0f} tokens a parameter' in ' '.join(said.split())
+  assert f'advice: {ratios["besiroglu"]:.0f}.' in ' '.join(said.split())
+  law = LAWS['hoffmann']
+  assert f'tokens grow as C^{law.alpha / (law.alpha + law.beta):.2f}' in said
+  assert f'parameters as C^{law.beta / (law.alpha + law.beta):.2f}' in said
+
+
+def test_what_is_small_is_not_0(capsys):
+  budget.main(['--dollars', '8e-09', '--chip', 'H100 SXM', '--rate', '2.5'])
+  assert ' 8e-09' in capsys.readouterr().out
+  assert budget._number(8e-09) == '8e-09' and budget._number(12_345) == '12,345'
+
+
 @pytest.mark.parametrize(
   'arguments, words',
   [

@@ -436,6 +436,31 @@ def test_what_no_family_expresses_is_named(config, named):
     families.family_of(config)
 
 
+@pytest.mark.parametrize(
+  'name, keys',
+  [
+    ('llama', {'is_llama_config': True, 'rope_interleaved': False, 'is_encoder_decoder': False}),
+    ('qwen2', {'use_mrope': False}),
+    ('gemma2', {'sliding_window_size': 4096}),
+    ('gpt2', {'n_special': 0, 'predict_special_tokens': True}),
+  ],
+)
+def test_keys_of_published_configs_that_say_nothing_are_no_errors(name, keys):
+  assert families.read(HF[name] | keys) == families.read(HF[name])
+  off = {key for key, value in keys.items() if value is False}
+  for key in off:
+    with pytest.raises(NotImplementedError, match=f'{key}=True'):
+      families.read(HF[name] | {key: True})
+
+
+def test_only_what_would_help_is_suggested():
+  """A key that is not looked at, or is another word, is no help."""
+  for key in ('embedding_size', 'use_caches'):
+    with pytest.raises(ValueError, match='nothing is known of') as error:
+      families.read(HF['llama'] | {key: 1})
+    assert 'did you mean' not in str(error.value)
+
+
 def test_the_family_can_be_chosen():
   config = ModelConfig(vocabulary=8, max_length=8)
   assert [families.family_of(config, name).TYPES[0] for name in ('', 'mistral')] == [

@@ -92,6 +92,7 @@ def test_bits_per_byte_are_bits_of_bytes(config, prepared, one_device):
   assert found['validation_loss'] == pytest.approx(total / tokens, rel=1e-5)
   assert found['bits_per_byte'] == pytest.approx(total / math.log(2) / size, rel=1e-5)
   part = evaluate({'policy': model}, 1)
+  assert evaluate({'policy': model}, go_on=True) == found
   first = next(iter(config.objective.validation_batches(prepared, config.data, feed.put.rows)))
   alone = evaluate({'policy': model}, 10**6)
   assert alone['validation_loss'] == found['validation_loss']

@@ -11,9 +11,10 @@ from hypothesis import given, settings, strategies as st
 
 import files
 from data.compressors import compression_baselines
+from data.config import DataConfig, SourceConfig
 from training import config as configs
-from training.config import Config
-from workdir import report
+from training.config import Config, TrainConfig
+from workdir import report, samples
 from workdir.metrics import FILE
 from workdir.report import ReportConfig, write_report
 from workdir.seals import FACTS
@@ -170,7 +171,7 @@ def test_a_failed_plot_leaves_the_last_report_whole(tmp_path, monkeypatch):
   write(tmp_path)
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-  def fail(lines):
+  def fail(lines, title):
     raise RuntimeError('no fonts')
 
   monkeypatch.setattr(report, 'plot', fail)
@@ -195,13 +196,17 @@ def test_right_axis_is_the_left_one_in_bits_per_byte(tmp_path, monkeypatch):
         gzip_bits_per_byte=3.0,
       )
       for step, loss in enumerate(nats)
-    ]
+    ],
+    'a run',
   )
   left, right = seen[0].axes
   assert right.get_ylim() == pytest.approx([limit * ratio for limit in left.get_ylim()])
   lines = {line.get_label(): line for line in left.get_lines()}
   assert list(lines['validation'].get_ydata()) == nats
   assert lines['gzip -9: 3.00 bits/byte'].get_ydata()[0] == pytest.approx(6.0)
+  # To be beaten by validation: drawn as that is, from where it begins.
+  assert lines['gzip -9: 3.00 bits/byte'].get_color() == lines['validation'].get_color()
+  assert left.get_title() == 'a run' and 'nats per token' in left.get_ylabel()
   assert left.get_ylim()[0] < min(nats) and left.get_ylim()[1] > max(nats)
 
 
@@ -276,3 +281,31 @@ def test_a_run_that_was_interrupted_is_reported_anew_by_its_own_files(tmp_path, 
   (tmp_path / FACTS).write_text(json.dumps(files.sealed(facts) | {'chips': 8}))
   with pytest.raises(SystemExit, match='run.json was changed'):
     report.main(['report', str(tmp_path)])
+
+
+@pytest.mark.parametrize('low, high', [(3.4, 6.8), (3.9, 4.1), (0.02, 11.0), (1.0, 9.5)])
+def test_a_few_round_numbers_stand_at_the_axis(low, high):
+  from matplotlib.figure import Figure
+
+  axes = Figure().subplots()
+  report._log_scale(axes, low, high)
+  ticks = [x for x in axes.yaxis.get_major_locator()() if low <= x <= high]
+  assert 4 <= len(ticks) <= 9 and all(len(f'{x:g}') <= 5 for x in ticks)
+
+
+def test_the_report_holds_config_and_samples_over_time(tmp_path):
+  run(tmp_path)
+  kept = [
+    samples.Sample(step, prompt, f' ``` at {step}')
+    for step in range(10, 101, 10)
+    for prompt in ('def', 'class')
+  ]
+  (tmp_path / samples.FILE).write_text(''.join(map(samples._line, kept)) + '{"step": 11')
+  source = SourceConfig(kind='text', path='*.txt')
+  config = Config(data=DataConfig(sources=(source,)), train=TrainConfig(steps=300))
+  _, text = write(tmp_path, settings=config)
+  assert '--config.train.steps=300\n' in text and "--config.data.sources[0].path='*.txt'" in text
+  assert '--config.train.seed' not in text
+  steps = [int(step) for step in re.findall(r'^Step (\d+):', text, re.M)]
+  assert len(steps) <= samples.SHOWN and steps[-1] == 100 and steps == sorted(steps)
+  assert '````text\nclass ``` at 100\n````' in text

@@ -234,7 +234,9 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     with watch(tmp_path, device, steps, tensorboard=True) as w:
       for step in steps:
         w.step(step, {'loss': device.run(step, 1, step + steps.start)}, tokens=1)
-  found, purged = {}, []
+      w.log(steps[-1], {'validation_loss': 2.0, 'bits_per_byte': 0.5})
+      w.write_text(steps[-1], 'samples', 'a text')
+  found, purged, texts = {}, [], {}
   for file in sorted((tmp_path / 'tensorboard').iterdir(), key=lambda file: file.suffix):
     data = file.read_bytes()
     while data:
@@ -246,10 +248,14 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
         purged.append(event.step)
       for value in event.summary.value:
         found[event.step, value.tag] = value.simple_value
+        texts[value.tag] = list(value.tensor.string_val)
   assert sorted(purged) == [0, 2]
+  assert texts['samples/text_summary'] == [b'a text']
+  evaluated = {'validation_loss': 'validation/loss', 'bits_per_byte': 'validation/bits_per_byte'}
   for line in read_metrics(tmp_path / FILE):
     for name, value in line.items():
-      assert name == 'step' or found[line['step'], name] == pytest.approx(value), name
+      tag = evaluated.get(name, f'train/{name}')
+      assert name == 'step' or found[line['step'], tag] == pytest.approx(value), name
 
 
 def test_real_steps_are_timed_after_they_complete(tmp_path):
