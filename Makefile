@@ -54,9 +54,10 @@ format: $(VENV)/installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The documentation as a site, to be opened in a browser: site/index.html.
+# The documentation as a site, to be opened in a browser: site/index.html. (Its search wants a server, such as
+# python -m http.server --directory site.)
 docs: $(VENV)/installed-docs
-	$(RUN) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs site

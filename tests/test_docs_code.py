@@ -2,8 +2,11 @@
 empty directory; a block with a title is that file.
 """
 
+import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 import types
 
@@ -14,10 +17,14 @@ from kernels import attention
 from model import families
 from objectives import kinds
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import corpus, on, run_here
+
+__all__ = ['corpus']  # a fixture
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Those of generation need a run; test_the_page_of_generation_runs makes one.
 QUICK = ('add-family', 'add-objective', 'add-kernel-feature', 'data')
+OF_A_RUN = ('first-hour', 'generation', 'metrics')  # in runs/first and runs/tiny
+ELSEWHERE = ('training',)  # a config, which tests/test_docs.py builds
 
 
 def blocks(name: str) -> list[tuple[str, str]]:
@@ -56,6 +63,32 @@ def run(name: str, monkeypatch, leave_out: str = 'import transformers') -> None:
 def test_a_page_runs(name, registries):
   assert blocks(name)
   run(name, registries)
+
+
+def test_no_page_with_code_is_left_out():
+  pages = {page.stem for page in (ROOT / 'docs').glob('*.md') if blocks(page.stem)}
+  assert pages == {*QUICK, *OF_A_RUN, *ELSEWHERE}
+
+
+@pytest.fixture(scope='module')
+def begun(tmp_path_factory, corpus):
+  """A directory with the run that pages open, which reads as much as they ask for."""
+  directory = tmp_path_factory.mktemp('begun')
+  run_here(on(corpus, model={'max_length': 256}), directory / 'runs' / 'tiny')
+  shutil.copytree(directory / 'runs' / 'tiny', directory / 'runs' / 'first')
+  return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', OF_A_RUN)
+def test_a_page_of_a_run_runs(name, begun):
+  """In a process of its own: two commands' flags do not go together in one."""
+  code = '\n'.join(code for _, code in blocks(name))
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=begun, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.oracle

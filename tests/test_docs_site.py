@@ -72,9 +72,7 @@ def test_every_page_is_in_the_list_of_the_site_once():
   listed = named(yaml.safe_load((ROOT / 'mkdocs.yml').read_text())['nav'])
   assert len(listed) == len(set(listed))
   assert {page.name for page in DOCS.glob('*.md')} == {page for page in listed if '/' not in page}
-  assert {str(page.relative_to(ROOT)) for page in ROOMS} == {
-    page for page in listed if '/' in page
-  }
+  assert {str(page.relative_to(ROOT)) for page in ROOMS} == {page for page in listed if '/' in page}
 
 
 # Pictures.
