@@ -83,8 +83,9 @@ class Panel:
 
   @property
   def title(self) -> str:
+    what = {'memory': 'Memory', 'flops': 'Operations', 'seconds': 'Time'}[self.quantity]
     of = {'T': 'tokens of the row, T', 'L': 'layers, L'}[self.axis]
-    return f'{self.quantity} by {of}: {self.where}'
+    return f'{what} by {of}: {self.where}'
 
 
 def reasons(panels: Sequence[Panel]) -> Iterator[str]:
@@ -113,8 +114,18 @@ def draw(panels: Sequence[Panel], path: str) -> None:
       for number, line in enumerate(panel.lines):
         _one(axes, line, f'C{number}')
       axes.set(xscale='log', yscale='log', xlabel=panel.axis, ylabel=panel.unit, title=panel.title)
+      sizes = panel.lines[0].sizes
+      axes.set_xticks(sizes, [f'{size:g}' for size in sizes])
+      axes.minorticks_off()
       axes.grid(alpha=0.25, linewidth=0.6)
-      axes.legend(fontsize=8, frameon=False)
+      axes.legend(
+        fontsize=7,
+        columnspacing=1,
+        frameon=False,
+        ncols=2,
+        loc='upper center',
+        bbox_to_anchor=(0.5, -0.12),
+      )
     temporary = f'{path}.part{os.path.splitext(path)[1]}'
     metadata = {'Date': None} if path.endswith('.svg') else {}
     figure.savefig(temporary, dpi=100, metadata=metadata)
