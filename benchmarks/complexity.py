@@ -33,7 +33,7 @@ import numpy as np
 import commands
 from analysis import aot, hardware, roofline
 from analysis.hlo import Module
-from benchmarks import common
+from benchmarks import common, taught
 from configs.models import llama3_8b
 from data.batch import Batch
 from decode.loop import DecodeState, Rules, decode_chunk
@@ -399,33 +399,32 @@ def report(found: dict, platform: str, where: str) -> None:
   )
 
 
-def plot(swept: dict[str, dict], path: str) -> None:
-  """Writes log-log plots of memory, operations and time,
-  columns for T and L of each sweep by what it was compiled for.
-
-  `path` must end as an image does.
+def panels(swept: dict[str, dict]) -> list[taught.Panel]:
+  """What was measured, beside what is taught: of each quantity and of each sweep by what it was
+  compiled for, a panel for T and one for L.
   """
-  from matplotlib.figure import Figure
-
-  names = {'memory': 'bytes', 'flops': 'operations'} | (
-    {'seconds': 's'} if any(map(_timed, swept.values())) else {}
-  )
-  columns = [
-    (where, axis, values) for where, found in swept.items() for axis, values in found.items()
-  ]
-  figure = Figure(figsize=(6 * len(columns), 4 * len(names)), layout='constrained')
-  panels = figure.subplots(len(names), len(columns), squeeze=False)
-  for row, (quantity, unit) in zip(panels, names.items()):
-    for panel, (where, axis, values) in zip(row, columns):
-      for way in WAYS:
-        line = fit(values['sizes'], values[way.name][quantity])
-        label = way.name + (f': {line.exponent:.2f}' if line else '')
-        panel.loglog(values['sizes'], values[way.name][quantity], marker='o', label=label)
-      panel.set(xlabel=axis, ylabel=f'{quantity} ({unit}), {where}')
-      panel.legend(fontsize=7)
-  temporary = f'{path}.part{os.path.splitext(path)[1]}'
-  figure.savefig(temporary, dpi=120)
-  os.replace(temporary, path)
+  units = {'memory': 'bytes', 'flops': 'operations', 'seconds': 's'}
+  made = []
+  for quantity, unit in units.items():
+    for where, found in swept.items():
+      if quantity == 'seconds' and not _timed(found):
+        continue
+      for axis, values in found.items():
+        lines = []
+        for way in WAYS:
+          line = fit(values['sizes'], values[way.name][quantity])
+          power = way.taught['flops' if quantity == 'seconds' else quantity][axis]
+          lines.append(
+            taught.Line(
+              way.name,
+              values['sizes'],
+              values[way.name][quantity],
+              line.exponent if line else None,
+              power,
+            )
+          )
+        made.append(taught.Panel(quantity, unit, axis, where, lines))
+  return made
 
 
 def main(arguments: Sequence[str] | None = None) -> dict:
@@ -473,8 +472,10 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     f'\nT^2 rules from {small:,.0f} tokens on in the model along T; in one as large as Llama 3 8B '
     f'from {large:,.0f} on: below, time is linear in T.'
   )
+  beside = panels({{'cpu': 'CPU'}.get(where, where): values for where, values in found.items()})
+  print('\n' + '\n'.join(taught.reasons(beside)))
   if options.plot:
-    plot(found, options.plot)
+    taught.draw(beside, options.plot)
     print(f'\nwrote {options.plot}')
 
   def named(values):

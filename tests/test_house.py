@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # The top of the house first. What is not there yet has its place already.
 ROOMS = (
-  ['tandem', 'setup', 'notebooks'],
+  ['tandem', 'setup', 'notebooks', 'docs'],
   ['benchmarks'],
   ['train', 'generate', 'evaluate', 'serve', 'plan', 'convert'],
   ['configs'],

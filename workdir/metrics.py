@@ -22,6 +22,43 @@ import numpy as np
 import files
 
 FILE = 'metrics.jsonl'
+# What a line may hold: key -> (unit, meaning). A vector's key is followed by '/' and an index. An
+# objective adds its own (objectives/objective.py, `metrics` and `verdict`).
+KEYS = {
+  'step': ('steps', 'of the line; every line has it'),
+  'loss': (
+    'nats a token',
+    'of training: the mean over what the objective predicts, without z-loss',
+  ),
+  'accuracy': ('0 to 1', 'share of the predicted tokens that no other token outscores'),
+  'predicted_tokens': ('tokens', 'that were predicted in a step'),
+  'grad_norm': ('', 'L2 norm of the gradient of all that is trained, before clipping'),
+  'learning_rate': ('', 'of the step, by its schedule'),
+  'loss_scale': ('', 'that losses are multiplied by, under float16 only'),
+  'expert_load': ('1 is a fair share', 'choices that fell on each expert, of all layers together'),
+  'expert_load_max': ('1 is a fair share', 'the same of the busiest expert of any layer'),
+  'dropped': ('0 to 1', 'share of choices of experts that found no room'),
+  'balance_loss': ('nats a token', 'what balances experts, as it is added to the loss'),
+  'router_z_loss': ('nats a token', "the routers' z-loss, as it is added to the loss"),
+  'validation_loss': ('nats a token', 'of an evaluation; the best checkpoint has the lowest'),
+  'bits_per_byte': ('bits', 'the same per byte of the held-out text, whatever the tokenizer'),
+  'gzip_bits_per_byte': (
+    'bits',
+    'what gzip -9 takes for the same documents; with evaluations of all',
+  ),
+  'xz_bits_per_byte': ('bits', 'what xz -9 takes for them'),
+  'nonfinite_steps': ('steps', 'since the last line with a number that is not finite, if any'),
+  'first_step_seconds': ('s', 'of the first step of a process, compilation included'),
+  'step_seconds': ('s', 'mean of the steps since the last line, from completion to completion'),
+  'tokens_per_second': ('tokens/s', 'of the same steps, padding left out'),
+  'mfu': ('0 to 1', "model FLOP/s of the peak; not where the hardware's peak is unknown"),
+  'tokens': ('tokens', 'since the run began, padding left out'),
+  'train_seconds': ('s', 'in steps, since the run began'),
+  'wall_seconds': ('s', 'the same with evaluations and checkpoints'),
+  'device_bytes': ('bytes', 'peak on the first device, where the backend tells'),
+  'device_share': ('0 to 1', 'of what a device may use'),
+  'host_bytes': ('bytes', 'resident memory of process 0'),
+}
 _NAMES = ('nan', 'inf', '-inf')
 FLUSH_SECONDS, CLOSING_SECONDS = 10, 60  # of TensorBoard's files
 

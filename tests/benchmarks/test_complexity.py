@@ -10,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import complexity
+from benchmarks import complexity, taught
 from benchmarks.complexity import WAYS
 from model import flops, transformer
 
@@ -212,3 +212,40 @@ def test_short_programs_are_timed_and_long_ones_not(monkeypatch):
     math.isnan(complexity.measure(BY_NAME['generation, cache'], small, timed=True)['seconds'])
     and len(ran) == 1
   )
+
+
+def test_what_differs_from_what_is_taught_has_a_reason():
+  sizes = (1, 2, 4, 8)
+  found = {
+    axis: {'sizes': sizes}
+    | {
+      way.name: {
+        'memory': [size ** (2 if axis == 'T' else 0.95) for size in sizes],
+        'flops': [size ** way.taught['flops'][axis] for size in sizes],
+        'seconds': [math.nan] * 4,
+      }
+      for way in WAYS
+    }
+    for axis in ('T', 'L')
+  }
+  panels = complexity.panels({'CPU': found})
+  assert [(panel.quantity, panel.axis) for panel in panels] == [
+    ('memory', 'T'),
+    ('memory', 'L'),
+    ('flops', 'T'),
+    ('flops', 'L'),
+  ]
+  said = list(taught.reasons(panels))
+  # In T all six, which are taught 1; in L both remats, which are taught 0.5, and 0 without a cache.
+  assert [WAYS[i].name in said[6 + n] for n, i in enumerate((2, 3, 4))] == [True] * 3
+  assert len(said) == 9
+  assert 'training, all scores held, memory in T, CPU: 2.00, taught 1: what is taught' in said[0]
+  assert panels[0].lines[0].label == 'training, all scores held: taught 1, measured 2.00 *'
+  assert panels[2].lines[0].label == 'training, all scores held: taught 2, measured 2.00'
+  names = {
+    (way.name, quantity, axis)
+    for way in WAYS
+    for quantity in ('memory', 'flops', 'seconds')
+    for axis in ('T', 'L')
+  }
+  assert taught.WHY.keys() <= names
