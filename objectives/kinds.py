@@ -9,7 +9,11 @@ import dataclasses
 import names
 from objectives.objective import Objective
 
-KINDS = {'next_token': 'objectives.next_token.NextToken'}
+KINDS = {
+  'next_token': 'objectives.next_token.NextToken',
+  'span_corruption': 'objectives.denoise.SpanCorruption',
+  'masked_lm': 'objectives.denoise.MaskedLM',
+}
 DEFAULT = 'next_token'
 
 

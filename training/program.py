@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 
 import names
-from model import flops, params
+from model import params
 from parallel import axes
 from training import state as states
 from training.config import Config
@@ -109,14 +109,14 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
 
 
 def flops_per_token(config: Config, document_length: float | None = None) -> float:
-  """FLOPs of training for a token of a batch: of every model that is trained, and a forward pass of
-  every other.
+  """FLOPs of training for a token of a batch: of every model that is trained a forward pass and
+  twice that backward, and a forward pass of every other.
 
   document_length: mean tokens of a document, where that is known (model/flops.py).
   """
-  length = config.data.sequence_length
+  objective = config.objective
   each = [
-    flops.train_flops_per_token(role.config, length, document_length) / (1 if role.trained else 3)
+    objective.forward_flops(role.config, config.data, document_length) * (3 if role.trained else 1)
     for role in states.roles(config).values()
   ]
   return sum(each)
