@@ -282,10 +282,9 @@ def chip_of(devices: list[jax.Device]) -> hardware.Chip:
 
 def _lower(config, mesh, mode, rows, context, weights):
   """The lowered program, the arguments that it holds by name, tokens and model FLOPs of a run."""
-  T = config.data.sequence_length
   if mode == 'train':
     lowered, state = program.lower_step(config, mesh)
-    tokens = config.data.batch_size * T
+    tokens = config.data.batch_size * config.objective.row_tokens(config.data)
     arrays = {'parameters': state.models, 'optimizer state': state.optimizer}
     return lowered, arrays, tokens, tokens * program.flops_per_token(config)
 

@@ -1,6 +1,7 @@
 """What does one batch of training data look like?"""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,3 +54,41 @@ DTYPES = {
   field.name: np.dtype('float32' if field.name == 'weights' else 'int32')
   for field in dataclasses.fields(Batch)
 }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SourceBatch(Batch):
+  """A batch for an encoder-decoder: the rows are the decoder's, and each has what the encoder reads
+  beside it, [B, S].
+
+  Attributes:
+    source: int32 inputs; 0 where source_segments is 0.
+    source_positions, source_segments: of the source, as of the rows; the tokens of a segment see
+      the source of the same number.
+  """
+
+  source: Any
+  source_positions: Any
+  source_segments: Any
+
+  @classmethod
+  def empty(cls, rows: int, length: int, source_length: int) -> 'SourceBatch':
+    return cls(**vars(Batch.empty(rows, length)), **_sources(np.zeros, rows, source_length))
+
+  @classmethod
+  def abstract(
+    cls,
+    rows: int,
+    length: int,
+    source_length: int,
+    sharding: jax.sharding.Sharding | None = None,
+  ) -> 'SourceBatch':
+    shape_of = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    batch = Batch.abstract(rows, length, sharding)
+    return cls(**vars(batch), **_sources(shape_of, rows, source_length))
+
+
+def _sources(make, rows, length):
+  names = [field.name for field in dataclasses.fields(SourceBatch) if field.name not in DTYPES]
+  return {name: make((rows, length), np.int32) for name in names}

@@ -14,7 +14,7 @@ import numpy as np
 import names
 from data import generation
 from data.chat import ChatTemplate, quoted
-from data.records import TextRecord, ChatRecord, Record
+from data.records import ChatRecord, Record, TextRecord
 from data.tokenizer import Tokenizer, in_utf8
 
 ASSISTANT = 'assistant'

@@ -49,6 +49,7 @@ def contents(tokenizer: Tokenizer, has_encoder: bool = False) -> tuple[dict[str,
 
   makers = {'sentencepiece': _sentencepiece, 'byte': _byte, 'char': _char}
   definition, names = makers[tokenizer.kind](tokenizer)
+  names |= tokenizer.extra
   definition = _whole(definition, names, tokenizer, has_encoder)
   note = _difference(definition, tokenizer, [*names])
   settings = {f'{role}_token': name for name, role in _roles(names, tokenizer).items()}

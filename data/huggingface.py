@@ -188,6 +188,19 @@ class HuggingFaceTokenizer(Tokenizer):
   def with_template(self, source: str) -> 'HuggingFaceTokenizer':
     return HuggingFaceTokenizer(self._contents | {TEMPLATE: source.encode()})
 
+  def extended(self, names: Sequence[str]) -> 'HuggingFaceTokenizer':
+    """With control tokens of these names behind all others."""
+    definition = _json(self._contents, DEFINITION)
+    rules = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+    more = [
+      {'id': self.vocabulary + i, 'content': name, **rules, 'special': True}
+      for i, name in enumerate(names)
+    ]
+    definition['added_tokens'] = [*(definition.get('added_tokens') or []), *more]
+    return HuggingFaceTokenizer(
+      self._contents | {DEFINITION: json.dumps(definition, ensure_ascii=False).encode()}
+    )
+
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():
       # Another tokenizer's would be read with this one.

@@ -87,19 +87,27 @@ class Loader:
   def _read_from(self, example: int) -> Iterator[Batch]:
     import grain
 
-    size, length = self._config.batch_size, self._config.sequence_length
+    size = self._config.batch_size
 
     def batch(b: int) -> Batch:
-      gathered = Batch.empty(len(self._rows), length)
+      gathered = self._empty(len(self._rows))
       for into, row in enumerate(self._rows):
-        source, index = self._sequence[example + int(b) * size + row]
-        self._prepared.train[source].fill(index, gathered, into)
+        self._fill(example + int(b) * size + row, gathered, into)
       return gathered
 
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFERED_BATCHES)
     return iter(
       grain.MapDataset.range((sys.maxsize - example) // size).map(batch).to_iter_dataset(options)
     )
+
+  # What a batch is made of, for loaders of other rows.
+
+  def _empty(self, rows: int) -> Batch:
+    return Batch.empty(rows, self._config.sequence_length)
+
+  def _fill(self, example: int, batch: Batch, into: int) -> None:
+    source, index = self._sequence[example]
+    self._prepared.train[source].fill(index, batch, into)
 
 
 def _row_sequence(prepared: Prepared, config: DataConfig):
@@ -154,12 +162,18 @@ class ValidationBatches:
 
   def __iter__(self) -> Iterator[Batch]:
     for b in range(len(self)):
-      batch = Batch.empty(len(self._rows), self._config.sequence_length)
+      batch = self._empty(len(self._rows))
       for into, row in enumerate(self._rows):
         index = b * self._config.batch_size + row
         if index < len(self._source):
-          self._source.fill(index, batch, into)
+          self._fill(index, batch, into)
       yield batch
+
+  def _empty(self, rows: int) -> Batch:
+    return Batch.empty(rows, self._config.sequence_length)
+
+  def _fill(self, index: int, batch: Batch, into: int) -> None:
+    self._source.fill(index, batch, into)
 
 
 def validation_batches(

@@ -48,6 +48,7 @@ class Tokenizer:
     chat_templates: Jinja texts by name, see data/chat.py; {} when it has none.
     generation: what the run's generation_config.json says of ends and of sampling, see
       data/generation.py; {} when there is none.
+    extra: ids by name that were added behind its own, see data/extra.py; {} when there are none.
   """
 
   kind: str
@@ -60,6 +61,7 @@ class Tokenizer:
     self.special_tokens: dict[str, str] = {}
     self.chat_templates: dict[str, str] = {}
     self.generation: dict[str, object] = {}
+    self.extra: dict[str, int] = {}
 
   @classmethod
   def read(cls, path: pathlib.Path) -> 'Tokenizer':
@@ -157,7 +159,8 @@ class Tokenizer:
       files.replace(pathlib.Path(directory) / name, content)
 
   def _files(self) -> dict[str, bytes]:
-    return {INDEX: json.dumps({'kind': self.kind}).encode()}
+    extra = {'extra': [*self.extra]} if self.extra else {}
+    return {INDEX: json.dumps({'kind': self.kind, **extra}).encode()}
 
 
 def in_utf8(text: str) -> str:

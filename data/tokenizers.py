@@ -78,7 +78,8 @@ class CharTokenizer(Tokenizer):
     return ids + 3
 
   def _files(self) -> dict[str, bytes]:
-    return {INDEX: json.dumps({'kind': self.kind, 'characters': self.characters}).encode()}
+    index = json.loads(super()._files()[INDEX]) | {'characters': self.characters}
+    return {INDEX: json.dumps(index).encode()}
 
 
 def of(kind: str) -> type[Tokenizer]:
@@ -108,7 +109,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
   if not isinstance(index, dict) or 'kind' not in index:
     return of('huggingface').read(path)
   saved = [kind for kind in KINDS if kind != 'huggingface']
-  return of(names.check(f'{path / INDEX}: kind', index['kind'], saved)).read(path)
+  tokenizer = of(names.check(f'{path / INDEX}: kind', index['kind'], saved)).read(path)
+  return names.imported('data.extra.extended')(tokenizer, index.get('extra') or [])
 
 
 def build(

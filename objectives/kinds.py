@@ -12,6 +12,8 @@ from objectives.objective import Objective
 KINDS = {
   'next_token': 'objectives.next_token.NextToken',
   'sft': 'objectives.sft.SFT',
+  'span_corruption': 'objectives.denoise.SpanCorruption',
+  'masked_lm': 'objectives.denoise.MaskedLM',
 }
 DEFAULT = 'next_token'
 

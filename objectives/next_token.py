@@ -39,10 +39,13 @@ class NextToken(Objective):
   def accepts(self, models):
     config = models[MAIN]
     if not config.causal or config.encoder_layers:
-      kind = 'an encoder' if not config.causal else 'an encoder-decoder'
+      kind, other = ('an encoder', 'masked_lm')
+      if config.encoder_layers:
+        kind, other = ('an encoder-decoder', 'span_corruption')
       raise NotImplementedError(
         f'objective.kind={self.kind!r} predicts the next token and model.causal={config.causal}, '
-        f'model.encoder_layers={config.encoder_layers} is {kind}; use a decoder'
+        f'model.encoder_layers={config.encoder_layers} is {kind}; use a decoder, or '
+        f'objective.kind={other!r}'
       )
 
   def read(self, config, log):

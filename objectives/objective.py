@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data.config import DataConfig
+from model import flops
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig
 
@@ -126,6 +127,18 @@ class Objective:
     worked on.
     """
     raise NotImplementedError
+
+  def row_tokens(self, config: DataConfig) -> int:
+    """Of a row without padding, as `tokens` counts them."""
+    return config.sequence_length
+
+  def forward_flops(
+    self, network: ModelConfig, config: DataConfig, document_length: float | None
+  ) -> float:
+    """FLOPs of a forward pass of one of its models, for each of those tokens; document_length: as
+    of what was read, None where that is not known.
+    """
+    return flops.forward_flops_per_token(network, config.sequence_length, document_length)
 
   def prepare(self, models: Mapping[str, Any], batch) -> Any:
     """The batch with what depends on all of it (advantages whitened, statistics of a group), before

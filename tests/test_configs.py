@@ -14,10 +14,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 import plan
 from analysis import aot
-from data.batch import Batch
 from data.config import DataConfig
 from model import params, transformer
 from model.params import abstract
+from objectives.next_token import NextToken
 from parallel import axes
 from parallel.mesh import AXES, MeshConfig, make_mesh
 from training import state as states
@@ -56,8 +56,8 @@ def load(path: pathlib.Path) -> Config:
 
 
 def lower(config: Config, mesh_config: MeshConfig, devices=None):
-  """The abstract state on the mesh, and the lowered train step; of an encoder-decoder, which
-  train.py refuses, the forward pass.
+  """The abstract state on the mesh, and the lowered train step; of an encoder-decoder whose
+  objective train.py refuses, the forward pass.
   """
   mesh = make_mesh(mesh_config, devices)
   config.check_mesh(dict(mesh.shape))
@@ -71,13 +71,16 @@ def lower(config: Config, mesh_config: MeshConfig, devices=None):
     tokens = jax.ShapeDtypeStruct(
       (config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=rows
     )
-    if config.model.encoder_layers:
+    if config.model.encoder_layers and config.objective == NextToken():
       with pytest.raises(NotImplementedError, match='is an encoder-decoder; use a decoder'):
         check_models(config)
       return state, jax.jit(
         lambda state, tokens: state.models['policy'](tokens, source=tokens).hidden
       ).lower(state, tokens)
-    batch = Batch.abstract(*tokens.shape, rows)
+    batch = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+      config.objective.batch_like(config.data),
+    )
     return state, make_step(config, optimizer).lower(state, batch)
 
 

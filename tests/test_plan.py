@@ -26,6 +26,8 @@ from kernels.attention import choose
 from model import flops, transformer
 from model.config import ModelConfig
 from model.execution import ExecutionConfig
+from objectives.denoise import MaskedLM, SpanCorruption
+from objectives.next_token import NextToken
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config, TrainConfig
@@ -56,7 +58,19 @@ def program(text: str) -> list[str]:
   return [re.sub(r', metadata=\{[^}]*\}', '', line) for line in text.splitlines() if ' = ' in line]
 
 
-def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
+ENCODED = {'kv_heads': 4, 'encoder_layers': 2, 'position': 'relative'}
+
+
+@pytest.mark.parametrize(
+  'objective, model',
+  [
+    (NextToken(), {}),
+    pytest.param(SpanCorruption(sentinels=5), ENCODED, marks=pytest.mark.slow),
+    pytest.param(MaskedLM(), {'causal': False}, marks=pytest.mark.slow),
+  ],
+  ids=lambda value: getattr(value, 'kind', ''),
+)
+def test_a_plans_program_is_the_runs(objective, model, tmp_path, monkeypatch):
   """The step that a run executes, with its real state and batch,
   compiles to the program that is planned from shapes alone.
   """
@@ -64,6 +78,8 @@ def test_a_plans_program_is_the_runs(tmp_path, monkeypatch):
     '\n\n'.join(f'{n} sentences, all of them different: {n * n}.' for n in range(200))
   )
   config, ran, make_program = tiny(tmp_path), [], train.make_program
+  network = dataclasses.replace(config.model, **model)
+  config = dataclasses.replace(config, objective=objective, model=network)
 
   def recording(config):
     make_state, step = make_program(config)
@@ -396,6 +412,20 @@ def test_explicit_axes_cost_nothing_against_the_automatic_twin(mesh):
   # 2.0% of so small a model with tensor; of Llama 3 8B -14%
   assert explicit.prediction.operations <= 1.025 * auto.prediction.operations
   assert explicit.seconds <= 1.01 * auto.seconds
+
+
+@pytest.mark.slow
+def test_a_plan_counts_sources_and_targets():
+  objective = SpanCorruption()
+  network = dataclasses.replace(SMALL.model, **ENCODED)
+  got = compiled_for('v5e:2x2', dataclasses.replace(SMALL, model=network, objective=objective))
+  lengths = objective.lengths(SMALL.data)
+  rows = SMALL.data.batch_size
+  assert got.tokens == rows * (lengths.source + lengths.target) > rows * SMALL.data.sequence_length
+  assert got.model_flops == pytest.approx(
+    3 * rows * flops.pair_flops(network, lengths.source, lengths.target)
+  )
+  assert got.prediction.flops * 4 >= 0.9 * got.model_flops
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 
 import names
-from model import flops, params
+from model import params
 from parallel import axes
 from training import state as states
 from training.config import Config
@@ -110,21 +110,20 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
 
 
 def flops_per_token(config: Config, document_length: float | None = None) -> float:
-  """FLOPs of training for a token of a batch: of every model that is trained, and a forward pass of
-  every other; of one with an adapter, its forward pass and that of the gradient through it.
+  """FLOPs of training for a token of a batch: of every model that is trained a forward pass and
+  twice that backward, and a forward pass of every other; of one with an adapter, its forward pass
+  and that of the gradient through it.
 
   document_length: mean tokens of a document, where that is known (model/flops.py).
   """
-  length, main = config.data.sequence_length, config.objective.main
-  total = 0.0
+  objective, total = config.objective, 0.0
   for name, role in states.roles(config).items():
     if role.adapter:
       total += 6 * params.count(jax.eval_shape(lambda: states.new_model(config, states.ADAPTER)))
       continue
-    # Of three passes: forward, the gradient by what goes in, the gradient by the weights.
-    passes = 3 if role.trained else 2 if name == main and config.adapter.kind else 1
-    whole = flops.train_flops_per_token(role.config, length, document_length)
-    total += whole * passes / 3
+    # Of three: forward, the gradient by what goes in, the gradient by the weights.
+    passes = 3 if role.trained else 2 if name == objective.main and config.adapter.kind else 1
+    total += passes * objective.forward_flops(role.config, config.data, document_length)
   return total
 
 

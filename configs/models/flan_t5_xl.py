@@ -7,7 +7,8 @@ Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizer
 directory with the model's tokenizer.json; --config.data.tokenizer.path names another). Hardware:
 parameters, gradients and AdamW's moments in f32 take 46 GB, split over all chips (fsdp). Cost and
 loss are not known: it was not trained at this size here. Its parameters can be imported and
-generate; train.py refuses it: no objective is for an encoder-decoder yet.
+generate; with --config.objective.kind=span_corruption, which 1.1 was pretrained with, train.py goes
+on training it (the default objective is for decoders, and refused).
 """
 
 from data.config import DataConfig, TokenizerConfig

@@ -11,7 +11,7 @@ from data import generation
 from data.chat import ChatTemplate, quoted
 from data.conversations import Writer
 from data.huggingface import HuggingFaceTokenizer
-from data.records import TextRecord, ChatRecord
+from data.records import ChatRecord, TextRecord
 from data.tokenizers import ByteTokenizer
 
 USER, ANSWER = {'role': 'user'}, {'role': 'assistant'}

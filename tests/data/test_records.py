@@ -6,7 +6,7 @@ import json
 import pytest
 
 from data.config import DataConfig, SourceConfig
-from data.records import FIELDS, FORMATS, TextRecord, ChatRecord, records
+from data.records import FIELDS, FORMATS, ChatRecord, TextRecord, records
 
 CHAT = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]
 

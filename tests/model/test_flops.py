@@ -193,3 +193,23 @@ def test_decoding_token_by_token_is_the_forward_pass(changes):
   one_by_one = sum(flops.decode_flops(m, 3, context) for context in range(1, T + 1))
   assert one_by_one == pytest.approx(3 * T * flops.forward_flops_per_token(m, T))
   assert flops.prefill_flops(m, 3, T) == pytest.approx(one_by_one - 3 * (T - 1) * 2 * m.D * m.V)
+
+
+@pytest.mark.parametrize('changes', [{}, {'gated': False, 'K': 4}, {'window': 3}], ids=str)
+def test_a_source_and_a_target_are_an_encoder_a_decoder_and_what_crosses(changes):
+  m, S, T = sizes(encoder_layers=2, **changes), 11, 5
+  head, per_key = 2 * m.D * m.V, 4 * m.N * m.H
+  encoder = flops.forward_flops_per_token(sizes(**changes | dict(L=2, causal=False, window=0)), S)
+  decoder = flops.forward_flops_per_token(sizes(**changes), T)
+  # By the products: queries and output of the target, keys and values of the source, and scores
+  # and sums of every query over all of the source.
+  queries, keys = 2 * 2 * m.D * m.N * m.H * T, 2 * 2 * m.D * m.K * m.H * S
+  crossed = m.L * (queries + keys + per_key * S * T)
+  expected = S * (encoder - head) + T * decoder + crossed
+  assert flops.pair_flops(m, S, T) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_pair_is_of_an_encoder_decoder_of_known_size():
+  for m in (sizes(), sizes(encoder_layers=2, V=0)):
+    with pytest.raises(ValueError, match='only an encoder-decoder whose vocabulary is known'):
+      flops.pair_flops(m, 4, 4)

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import B, V, assert_close, assert_same, host, make_batches, tiny
+from conftest import assert_close, assert_same, host, make_batches, tiny
 from test_objective import Run
 
-from model import adapters, transformer
+from model import adapters
 from model.adaptation import AdapterConfig
-from model.config import LatentConfig, ModelConfig, MoEConfig
-from model.params import named_leaves
-from parallel.mesh import MeshConfig, make_mesh
+from model.config import LatentConfig, MoEConfig
 from training import state as states
 from training.program import flops_per_token
 

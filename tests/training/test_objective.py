@@ -248,7 +248,11 @@ def test_the_loss_is_the_terms_and_their_weights(one_device):
 
 
 def test_the_default_is_one_model_trained_whole():
-  assert Config().objective == NextToken() and list(kinds.KINDS) == ['next_token']
+  assert Config().objective == NextToken() and list(kinds.KINDS) == [
+    'next_token',
+    'span_corruption',
+    'masked_lm',
+  ]
   trainer = Trainer(tiny())
   assert list(trainer.state.models) == ['policy']
   assert len(jax.tree.leaves(trainer.state.optimizer)) >= 2 * len(
