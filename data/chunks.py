@@ -18,7 +18,7 @@ import numpy as np
 from data.batch import Batch
 from data.config import DataConfig
 from data.loader import Loader, ValidationBatches
-from data.prepare import Prepared
+from data.prepared import Prepared
 from data.shards import PackedShard, PackedSource
 from data.tokenizer import Tokenizer
 

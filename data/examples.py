@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import names
-from data import cache, prepare as corpora, sources, tokenizers
+from data import cache, sources, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig
 from data.conversations import TURNS, Example, Writer
-from data.prepare import Prepared
+from data.prepare import identity
+from data.prepared import Prepared, described, kept
 from data.records import records
 from data.shards import PACKINGS, ShardWriter
 from data.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def prepare(
     tokenizer = tokenizer.with_template(template)
   build = functools.partial(_build, settings, tokenizer, writer)
   key = _key(config, settings, template)
-  prepared = corpora.kept(config, key, build, log, settings.packing)
+  prepared = kept(config, key, build, log, settings.packing)
   for line in _described(prepared.report):
     log(line)
   alike = settings.weighting == 'example'
@@ -137,7 +138,7 @@ def _key(config: DataConfig, settings: Settings, template: str) -> str:
 def _identity(of, memo):
   return [
     [*entry, source.format, *source.columns]
-    for source, entry in zip(of, corpora.identity(of, memo), strict=True)
+    for source, entry in zip(of, identity(of, memo), strict=True)
   ]
 
 
@@ -208,7 +209,7 @@ def _build(
 
 def _counts(source: SourceConfig) -> dict:
   return {
-    'source': corpora.described(source),
+    'source': described(source),
     'read': 0,
     'dropped': collections.Counter(),
     'truncated': 0,

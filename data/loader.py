@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from data.batch import Batch
 from data.config import DataConfig
-from data.prepare import Prepared
+from data.prepared import Prepared
 
 THREADS = 2  # gathering rows is copying; more threads than this only contend for the interpreter
 BUFFERED_BATCHES = 8

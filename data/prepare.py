@@ -25,67 +25,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-import files
 from data import cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
+from data.prepared import Prepared, described, kept
 from data.texts import Texts
 from data.tokenizer import Tokenizer
 
 FORMAT = 3  # part of every key: raise it when the code changes what a config means
 ENCODE_CHARACTERS = 2**22  # encoded at a time: SentencePiece returns Python integers, 36 bytes each
 PARALLEL_BYTES = 2**26  # below this, starting worker processes costs more than they save
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """A prepared corpus.
-
-  Attributes:
-    key: hash of everything that determines the training rows, '<corpus key>-<sequence length>'.
-    directories: where the corpus lies, and its packing.
-    files: digest of all files there, by their sizes and checksums.
-    tokenizer: of the corpus.
-    train: the packed rows of each source, with its weight.
-    validation: the packed held-out rows of all sources, in order.
-    report: counts per source and stage, JSON-able.
-  """
-
-  key: str
-  directories: tuple[pathlib.Path, pathlib.Path]
-  files: str
-  tokenizer: Tokenizer
-  train: tuple[shards.PackedSource, ...]
-  validation: shards.PackedSource
-  report: dict
-
-  @property
-  def validation_bytes(self) -> int:
-    """UTF-8 bytes of the held-out text:
-    bits per byte = nats summed over validation / ln 2 / this.
-    """
-    return self.report['validation']['bytes']
-
-  @property
-  def rows(self) -> int:
-    """Training rows of all sources together: what an epoch goes through."""
-    return sum(map(len, self.train))
-
-  @property
-  def document_length(self) -> float:
-    """Length of the piece of document that a training token stands in,
-    averaged over tokens: what attention to it costs.
-    """
-    means = [
-      packing['squared_pairs'] / packing['pairs'] for packing in self.report['packing']['train']
-    ]
-    return float(np.average(means, weights=[source.weight for source in self.train]))
-
-  def validation_documents(self) -> Iterator[str]:
-    """The held-out documents as they were encoded, cleaned, in order."""
-    offsets = np.load(self.directories[0] / 'validation.text.npy')
-    with open(self.directories[0] / 'validation.text', 'rb') as file:
-      for n in np.diff(offsets).tolist():
-        yield file.read(n).decode()
 
 
 def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepared:
@@ -119,34 +67,6 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
     f'{held_out["tokens"]:,} held out ({held_out["bytes"]:,} bytes)'
   )
   return prepared
-
-
-def kept(
-  config: DataConfig, key: str, build: Callable, log: Callable[[str], object], packing=shards.FIT
-) -> Prepared:
-  """What has this key: from the cache, and built first where it is not there.
-
-  Args:
-    build: (config, directory, log), which writes shards, and an index with a report of them.
-    packing: how training rows are filled, one of shards.PACKINGS.
-  """
-  directory = pathlib.Path(config.cache_dir) / key
-  if not (directory / cache.INDEX).exists():
-    with cache.building(directory, log) as partial:
-      build(config, partial, log)
-    log(f'data: wrote {directory}')
-  form = '' if packing == shards.FIT else f'-{packing}'
-  plan = directory / f'rows-{config.sequence_length}{form}'
-  if not (plan / cache.INDEX).exists():
-    with cache.building(plan, log) as partial:
-      _build_plan(config, packing, directory, partial, log)
-    log(f'data: wrote {plan}')
-  return _load(config, directory, plan, log)
-
-
-def described(source: SourceConfig) -> dict:
-  """A source as reports have it, JSON-able."""
-  return dataclasses.asdict(source) | {'columns': [*source.columns]}
 
 
 def identity(of: Iterable[SourceConfig], memo: pathlib.Path) -> list[list[str]]:
@@ -410,96 +330,6 @@ def _encoded(
       encoded = made.encode_arrays([text for _, text in batch])
       yield from ((for_training, text, ids) for (for_training, text), ids in zip(batch, encoded))
       batch, characters = [], 0
-
-
-def _build_plan(
-  config: DataConfig,
-  packing: str,
-  corpus: pathlib.Path,
-  directory: pathlib.Path,
-  log: Callable[[str], object],
-) -> None:
-  """Packs every split's shards into rows of config.sequence_length."""
-  report = cache.read_index(corpus)['report']
-  length = config.sequence_length
-  began = time.perf_counter()
-  splits = [(counts['train']['shards'], packing) for counts in report['sources']]
-  splits.append(
-    (report['validation']['shards'], shards.ALONE if packing == shards.ALONE else shards.ORDER)
-  )
-
-  packed, written = [], []
-  for entries, form in splits:
-    plans = [shards.write_plan(corpus, directory, entry, length, form) for entry in entries]
-    rows = [plan['rows'] for plan in plans]
-    pairs, squared = (sum(plan[name] for plan in plans) for name in ('pairs', 'squared_pairs'))
-    packed.append(
-      {
-        'rows': sum(rows),
-        'pairs': pairs,
-        'squared_pairs': squared,
-        'fill': pairs / (sum(rows) * length),
-        'rows_per_shard': rows,
-      }
-    )
-    written += [file for plan in plans for file in plan['files']]
-
-  seconds = time.perf_counter() - began
-  log(
-    f'data: packed into rows of {length} in {seconds:.1f} s; filled '
-    + ', '.join(f'{split["fill"]:.2%}' for split in packed[:-1])
-    + f' (held out, in order: {packed[-1]["fill"]:.2%})'
-  )
-  cache.write_index(
-    directory, written, {'train': packed[:-1], 'validation': packed[-1], 'seconds': seconds}
-  )
-
-
-def _load(
-  config: DataConfig, directory: pathlib.Path, plan: pathlib.Path, log: Callable[[str], object]
-) -> Prepared:
-  indices = {where: cache.read_index(where) for where in (directory, plan)}
-  size = sum(file['bytes'] for index in indices.values() for file in index['files'])
-  for where, index in indices.items():
-    cache.check(where, index['files'], contents=size <= cache.CHECK_BYTES)
-  if size > cache.CHECK_BYTES:
-    log(
-      f'data: checked the sizes but not the checksums of {size / 1e9:.1f} GB: more than '
-      f'{cache.CHECK_BYTES / 1e9:.1f} GB are not read again at every start'
-    )
-
-  report = indices[directory]['report'] | {'packing': indices[plan]['report']}
-  for of, counts in zip(config.sources, report['sources']):
-    # Weight and path may differ from those of the run that built this.
-    counts['source'] = described(of)
-
-  def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:
-    return shards.PackedSource(
-      name,
-      weight,
-      tuple(
-        shards.PackedShard(directory, plan, entry['name'], entry['dtype'], 'scored' in entry)
-        for entry in entries
-      ),
-      np.cumsum(packing['rows_per_shard'], dtype=np.int64),
-    )
-
-  train = tuple(
-    source(f'{of.kind} {of.path}'.strip(), of.weight, counts['train']['shards'], packing)
-    for of, counts, packing in zip(config.sources, report['sources'], report['packing']['train'])
-  )
-  validation = source(
-    'validation', 1.0, report['validation']['shards'], report['packing']['validation']
-  )
-  return Prepared(
-    f'{directory.name}-{plan.name.removeprefix("rows-")}',
-    (directory, plan),
-    files.digest([index['files'] for index in indices.values()]),
-    tokenizers.load(directory / 'tokenizer'),
-    train,
-    validation,
-    report,
-  )
 
 
 def _describe(counts: dict) -> str:

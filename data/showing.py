@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.batch import Batch
-from data.prepare import Prepared
+from data.prepared import Prepared
 from data.tokenizer import Tokenizer
 
 LEARNED, PLAIN = '\x1b[32m', '\x1b[0m'

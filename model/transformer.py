@@ -57,8 +57,6 @@ class Block(nnx.Module):
     self.cross_norm, self.cross_post_norm = norm(cross), norm(cross and both)
     self.cross = Attention(config, rngs, cross=True) if cross else None
     self.feed_forward_norm, self.feed_forward_post_norm = norm(), norm(both)
-    self.routed = kind.moe
-    # Who trains a dense model meets no experts.
     layer = names.imported('model.moe.MoE') if kind.moe else FeedForward
     self.feed_forward = layer(config, rngs)
 
@@ -76,7 +74,7 @@ class Block(nnx.Module):
         x = self._after(x, mixed, self.cross_norm, self.cross_post_norm)
     with jax.named_scope('feed_forward'):
       report = {}
-      if self.routed:  # gathers what it needs itself
+      if not isinstance(self.feed_forward, FeedForward):  # experts gather themselves
         h, report = self.feed_forward(
           self._normed(x, self.feed_forward_norm), view.mask.query_segments
         )

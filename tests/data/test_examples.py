@@ -161,10 +161,9 @@ def test_documents_have_held_out_sources_too(tmp_path):
 
 def test_a_document_of_parquet_is_one_of_jsonl(tmp_path):
   pyarrow = pytest.importorskip('pyarrow')
-  import pyarrow.parquet
-
+  parquet = pytest.importorskip('pyarrow.parquet')
   table = [{'text': f'document number {i}', 'id': i} for i in range(40)]
-  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / 'a.parquet')
+  parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / 'a.parquet')
   (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in table))
   trained = []
   for kind in ('parquet', 'jsonl'):

@@ -64,8 +64,7 @@ def test_a_row_is_the_record_that_its_format_says(tmp_path, format, row, record)
 
 def test_rows_of_every_kind_of_file_are_the_same_records(tmp_path):
   pyarrow = pytest.importorskip('pyarrow')
-  import pyarrow.parquet
-
+  parquet = pytest.importorskip('pyarrow.parquet')
   rows = [{'prompt': f'a, "{i}"\n', 'completion': ' b'} for i in range(3)]
   plain = jsonl(tmp_path, *rows)
   with gzip.open(tmp_path / 'rows.jsonl.gz', 'wb') as file:
@@ -73,7 +72,7 @@ def test_rows_of_every_kind_of_file_are_the_same_records(tmp_path):
   (tmp_path / 'rows.csv').write_text(
     'completion,prompt\n' + ''.join(f' b,"a, ""{i}""\n"\n' for i in range(3))
   )
-  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
+  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
   expected = [TextRecord(row['prompt'], row['completion']) for row in rows]
   for name in ('rows.jsonl', 'rows.jsonl.gz', 'rows.csv', 'rows.parquet'):
     kind = name.split('.')[1]
@@ -82,11 +81,8 @@ def test_rows_of_every_kind_of_file_are_the_same_records(tmp_path):
 
 def test_nested_columns_of_a_parquet_file_are_messages(tmp_path):
   pyarrow = pytest.importorskip('pyarrow')
-  import pyarrow.parquet
-
-  pyarrow.parquet.write_table(
-    pyarrow.Table.from_pylist([{'messages': CHAT}]), tmp_path / 'a.parquet'
-  )
+  parquet = pytest.importorskip('pyarrow.parquet')
+  parquet.write_table(pyarrow.Table.from_pylist([{'messages': CHAT}]), tmp_path / 'a.parquet')
   assert read(tmp_path / 'a.parquet', kind='parquet', format='chat') == [ChatRecord(CHAT)]
 
 
