@@ -17,8 +17,8 @@ class AdapterConfig:
     kind: '' trains the model itself; 'lora' (Hu et al., arXiv:2106.09685) and 'dora' (Liu et al.,
       arXiv:2402.09353) leave it frozen, and train a low-rank update of its matrices.
     rank: of the updates.
-    alpha: their scale is alpha / rank, or with stabilised alpha / sqrt(rank) (rsLoRA,
-      Kalajdzievski, arXiv:2312.03732).
+    alpha: their scale is alpha / rank.
+    stabilised: it is alpha / sqrt(rank) (rsLoRA, Kalajdzievski, arXiv:2312.03732).
     targets: patterns over names of the model's matrices, such as 'stack.blocks.*.attention.[qv]';
       '*' is all in its blocks, but routers. Tables are named whole: 'embedding.tokens',
       'head.tokens'.

@@ -32,6 +32,7 @@ KEYS = {
   ),
   'accuracy': ('0 to 1', 'share of the predicted tokens that no other token outscores'),
   'predicted_tokens': ('tokens', 'that were predicted in a step'),
+  'learned_examples': ('examples', 'of a step, where objective.weighting=example counts them'),
   'grad_norm': ('', 'L2 norm of the gradient of all that is trained, before clipping'),
   'learning_rate': ('', 'of the step, by its schedule'),
   'loss_scale': ('', 'that losses are multiplied by, under float16 only'),
@@ -41,6 +42,8 @@ KEYS = {
   'balance_loss': ('nats a token', 'what balances experts, as it is added to the loss'),
   'router_z_loss': ('nats a token', "the routers' z-loss, as it is added to the loss"),
   'validation_loss': ('nats a token', 'of an evaluation; the best checkpoint has the lowest'),
+  'validation_accuracy': ('0 to 1', 'the same share of what was held out; not of next_token'),
+  'completion_log_likelihood': ('nats an example', 'of held-out answers: the mean of their sums'),
   'bits_per_byte': ('bits', 'the same per byte of the held-out text, whatever the tokenizer'),
   'gzip_bits_per_byte': (
     'bits',

@@ -6,13 +6,13 @@ samples.jsonl.
 Training writes them at its end, and when it is interrupted.
 """
 
+import argparse
 import io
 import math
 import os
 import pathlib
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 
 import commands
@@ -72,11 +72,11 @@ def write_report(
   return directory / 'report.md'
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message."""
-  if len(arguments) != 2:
-    sys.exit('usage: python -m workdir.report RUN')
-  directory = pathlib.Path(arguments[1])
+  parser = argparse.ArgumentParser(prog='python -m workdir.report', description=__doc__)
+  parser.add_argument('run', metavar='RUN', help='directory of a run, also of an interrupted one')
+  directory = pathlib.Path(parser.parse_args(arguments).run)
   with commands.mendable():
     config, path = configs.load(directory), directory / FACTS
     if not path.exists():
@@ -316,4 +316,4 @@ def _cost(lines, config, chips):
 
 
 if __name__ == '__main__':
-  main(sys.argv)
+  main()

@@ -271,16 +271,16 @@ def test_a_run_that_was_interrupted_is_reported_anew_by_its_own_files(tmp_path, 
   run(tmp_path)
   configs.save(Config(report=ReportConfig(dollars_per_chip_hour=2.5)), tmp_path)
   with pytest.raises(SystemExit, match='run.json does not exist'):
-    report.main(['report', str(tmp_path)])
+    report.main([str(tmp_path)])
   facts = {'parameters': 10_000, 'flops_per_token': 75_000.0, 'chips': 4, 'hardware': 'TPU v5e'}
   (tmp_path / FACTS).write_text(json.dumps(files.sealed(facts)))
-  report.main(['report', str(tmp_path)])
+  report.main([str(tmp_path)])
   table, text = rows(tmp_path / 'report.md')
   assert table['Cost'] == '$10.00' and table['Hardware'] == '4 x TPU v5e'
   assert text in capsys.readouterr().out
   (tmp_path / FACTS).write_text(json.dumps(files.sealed(facts) | {'chips': 8}))
   with pytest.raises(SystemExit, match='run.json was changed'):
-    report.main(['report', str(tmp_path)])
+    report.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize('low, high', [(3.4, 6.8), (3.9, 4.1), (0.02, 11.0), (1.0, 9.5)])
