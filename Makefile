@@ -62,13 +62,15 @@ docs: $(VENV)/installed-docs
 clean:
 	rm -rf $(VENV) runs site
 
+# Modules are compiled when they are first imported: most never are, and all of them take half of the time.
 $(VENV)/installed: setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -e .
+	$(VENV)/bin/python -m pip install -q --no-compile -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(VENV)/bin/python -m pip install -q -e .[test,plan]
+	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true  # a test starts many processes
 	touch $@
 
 $(VENV)/installed-oracle: $(VENV)/installed-test

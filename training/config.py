@@ -48,9 +48,7 @@ class TrainConfig:
     eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always
       does).
     sample_every: in steps; what the model writes then, and at the end, comes into the report and
-      TensorBoard (workdir/samples.py); 0 never writes.
-    sample_prompts, sample_tokens, sample_temperature: after what, how many tokens at most, and how
-      boldly (0 is greedy); the draws are the same each time.
+      TensorBoard (workdir/samples.py); 0 never writes. sample_prompts: after what.
     keep_last: checkpoints to keep besides the best one by validation loss.
     patience: evaluations without a better validation loss before training stops; 0 never stops
       early.
@@ -73,8 +71,6 @@ class TrainConfig:
   eval_batches: int = 0
   sample_every: int = 0
   sample_prompts: tuple[str, ...] = ('',)
-  sample_tokens: int = 64
-  sample_temperature: float = 0.7
   save_every: int = 100
   keep_last: int = 2
   patience: int = 0
@@ -91,8 +87,6 @@ class TrainConfig:
       ('eval_every', 0),
       ('eval_batches', 0),
       ('sample_every', 0),
-      ('sample_tokens', 1),
-      ('sample_temperature', 0),
       ('patience', 0),
       ('seed', 0),
     ):

@@ -21,7 +21,8 @@ from training import state as states
 from training.config import Config
 
 FILE = 'samples.jsonl'
-SEED = 0  # the same draws each time: what differs is the model
+# The same draws each time: what differs is the model.
+OPTIONS = {'max_new_tokens': 64, 'temperature': 0.7, 'seed': 0}
 SHOWN = 6  # steps in a report, the last one among them
 
 
@@ -78,8 +79,7 @@ class Sampler:
       model = merged(self._config, model, models[states.ADAPTER])
     model = jax.tree.unflatten(self._structure, jax.tree.leaves(model))
     generator = Generator(model, self._tokenizer, self._mesh)
-    options = {'max_new_tokens': self._train.sample_tokens, 'seed': SEED}
-    completions = generator(prompts, temperature=self._train.sample_temperature, **options)
+    completions = generator(prompts, **OPTIONS)
     samples = [
       Sample(step, prompt, completion.text) for prompt, completion in zip(prompts, completions)
     ]

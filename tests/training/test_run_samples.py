@@ -4,22 +4,24 @@ import dataclasses
 
 import jax
 import pytest
-from conftest import assert_same, on, run_here
+from conftest import assert_same, on, run_here, tiny
 
 from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
+from model import transformer
+from model.execution import ExecutionConfig
 from model.params import named_leaves
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config, TrainConfig
 from workdir import samples
 from workdir.open import open_run
 
-ASKED = {'sample_every': 2, 'sample_prompts': ('ab', 'The '), 'sample_tokens': 5}
+ASKED = {'sample_every': 2, 'sample_prompts': ('ab', 'The ')}
 MESHES = (
   {'data': 2, 'fsdp': 2, 'tensor': 2},
-  pytest.param({'data': 8}, marks=pytest.mark.slow),
-  pytest.param({'data': 1, 'stage': 2, 'fsdp': 4}, marks=pytest.mark.slow),
-  pytest.param({'data': 1, 'context': 2, 'fsdp': 4}, marks=pytest.mark.slow),
+  {'data': 8},
+  {'data': 1, 'stage': 2, 'fsdp': 4},
+  {'data': 1, 'context': 2, 'fsdp': 4},
 )
 
 
@@ -32,14 +34,29 @@ def written(workdir):
   return [(sample.step, sample.prompt, sample.text) for sample in samples.read(workdir)]
 
 
+def test_a_sampler_writes_what_the_generator_would(tmp_path):
+  """Of a model in hand, with the config that it trains with; the file has it, too."""
+  config = tiny(train=ASKED, model={'execution': ExecutionConfig(remat='full')})
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  tokenizer = ByteTokenizer()
+  with jax.set_mesh(mesh):
+    model = transformer.init(config.model, 0)
+    sampler = samples.Sampler(config, tokenizer, mesh, tmp_path, 0)
+    shown = sampler(4, {'policy': model})
+  completions = Generator(model, tokenizer, mesh)(['ab', 'The '], **samples.OPTIONS)
+  texts = [completion.text for completion in completions]
+  assert written(tmp_path) == [(4, 'ab', texts[0]), (4, 'The ', texts[1])]
+  assert shown == '\n\n'.join(map(samples.fenced, (f'ab{texts[0]}', f'The {texts[1]}')))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
 def test_samples_are_those_of_the_parameters(corpus, tmp_path, mesh):
   config = on(corpus, train=ASKED | {'steps': 3}, mesh=mesh)
   run_here(config, tmp_path / 'run')
   assert [step for step, *_ in written(tmp_path / 'run')] == [2, 2, 3, 3]
-  options = {'max_new_tokens': 5, 'temperature': config.train.sample_temperature, 'seed': 0}
   generator = Generator.load(tmp_path / 'run', mesh=MeshConfig(**mesh))
-  texts = [completion.text for completion in generator(['ab', 'The '], **options)]
+  texts = [completion.text for completion in generator(['ab', 'The '], **samples.OPTIONS)]
   assert [text for step, _, text in written(tmp_path / 'run') if step == 3] == texts
   report = (tmp_path / 'run' / 'report.md').read_text()
   assert 'Step 3:' in report and f'The {texts[1]}' in report
