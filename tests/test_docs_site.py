@@ -21,6 +21,7 @@ from kernels.mask import zigzag
 from model import params, transformer
 from model.config import ModelConfig
 from model.parts import MoEConfig
+from objectives.sft import SFT
 from parallel.mesh import AXES, MeshConfig, make_mesh
 from tests.training.conftest import tiny
 from training.program import lower_step
@@ -179,6 +180,8 @@ def test_every_key_of_a_line_is_in_the_table():
   half = dataclasses.replace(tiny().model.execution, dtype='float16')
   known = written(tiny()) | written(tiny(model={'moe': experts}))
   known |= written(tiny(model={'execution': half}))
+  for weighting in ('token', 'example'):
+    known |= written(dataclasses.replace(tiny(), objective=SFT(weighting=weighting)))
   window = watch._Window()
   window.add(1, {'loss': float('nan')}, 8, 1.0, True)
   window.add(2, {'loss': 1.0}, 8, 1.0, False)
