@@ -2,7 +2,12 @@
 which gives back spans of noise.
 
     python train.py --config=configs/span_corruption.py --workdir=runs/span_corruption
+    python convert.py export --workdir runs/span_corruption --to out/  # T5 1.1 for transformers
 
+Rows of 141 tokens, 21 of them noise in 7 spans: sources of 128 and targets of 29. Two CPU cores
+(AMD EPYC, Zen 5) that other work kept busy (a load of 9): 200 steps in 9.3 minutes, after which the
+validation loss is 5.07 nats a target token, where ln V is 7.67, and 28% of them are right. 1.0 M
+tokens are a beginning: the loss still falls.
 """
 
 from data.config import DataConfig, TokenizerConfig
@@ -23,7 +28,7 @@ def get_config() -> Config:
       activation='gelu',
       norm_epsilon=1e-6,
       position='relative',
-      tie_embeddings=True,
+      attention_scale=1.0,
     ),
     objective=SpanCorruption(),
     data=DataConfig(

@@ -26,7 +26,7 @@ TRAINING, VALIDATION = 0, 1  # whose draws have nothing to do with each other
 Uniform = Callable[[int], np.ndarray]  # (n) -> [n] numbers in [0, 1), the same ones each time
 
 
-class Chunk(NamedTuple):
+class ChunkTokens(NamedTuple):
   """Of each token of a row, int32 [length]: its id, and as in data.batch.Batch its position and
   segment: of its document, of which a chunk may have only a part.
   """
@@ -52,7 +52,7 @@ class Noise(Protocol):
   def empty(self, rows: int) -> Batch:
     """A batch of padding, numpy arrays to be filled in."""
 
-  def fill(self, chunk: Chunk, uniform: Uniform, batch: Batch, into: int) -> None:
+  def fill(self, chunk: ChunkTokens, uniform: Uniform, batch: Batch, into: int) -> None:
     """Writes an example of the chunk into row `into`."""
 
 
@@ -115,11 +115,11 @@ class Chunks:
   def __len__(self) -> int:
     return int(self._ends[-1]) if len(self._ends) else 0
 
-  def __getitem__(self, index: int) -> Chunk:
+  def __getitem__(self, index: int) -> ChunkTokens:
     which = int(np.searchsorted(self._ends, index, side='right'))
     before = int(self._ends[which - 1]) if which else 0
     starts, ends = self._documents[which]
-    chunk = Chunk(*(np.empty(self.length, np.int32) for _ in Chunk._fields))
+    chunk = ChunkTokens(*(np.empty(self.length, np.int32) for _ in ChunkTokens._fields))
     begin = (index - before) * self.length
     document = int(np.searchsorted(ends, begin, side='right'))
     at = segment = 0

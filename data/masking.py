@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 from data.batch import Batch
-from data.chunks import Chunk, Uniform
+from data.chunks import ChunkTokens, Uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Masking:
   def empty(self, rows: int) -> Batch:
     return Batch.empty(rows, self.length)
 
-  def fill(self, chunk: Chunk, uniform: Uniform, batch: Batch, into: int) -> None:
+  def fill(self, chunk: ChunkTokens, uniform: Uniform, batch: Batch, into: int) -> None:
     which, how, other = uniform(3 * self.length).reshape(3, -1)
     text = self._is_text.take(chunk.tokens, mode='clip')
     scored = (which < self.masked) & text

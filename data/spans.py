@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.batch import SourceBatch
-from data.chunks import Chunk, Uniform
+from data.chunks import ChunkTokens, Uniform
 
 
 class Lengths(NamedTuple):
@@ -84,7 +84,7 @@ class Spans:
   def empty(self, rows: int) -> SourceBatch:
     return SourceBatch.empty(rows, self.lengths.target, self.lengths.source)
 
-  def fill(self, chunk: Chunk, uniform: Uniform, batch: SourceBatch, into: int) -> None:
+  def fill(self, chunk: ChunkTokens, uniform: Uniform, batch: SourceBatch, into: int) -> None:
     noise = places(self.lengths, uniform)
     source, target = (
       np.append(collapsed(chunk.tokens, hidden, self.sentinels), self.eos)

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from data.chunks import Chunk, uniform
+from data.chunks import ChunkTokens, uniform
 from data.masking import Masking
 
 TEXT = np.arange(4, 50)  # ids 0 to 3 are special
@@ -20,7 +20,7 @@ def masking(**changes):
 def example(noise, seed=0, index=0):
   draw = np.random.default_rng(7)
   tokens = draw.integers(0, 50, LENGTH).astype(np.int32)
-  chunk = Chunk(tokens, np.arange(LENGTH), 1 + np.arange(LENGTH) // 100)
+  chunk = ChunkTokens(tokens, np.arange(LENGTH), 1 + np.arange(LENGTH) // 100)
   batch = noise.empty(1)
   noise.fill(chunk, functools.partial(uniform, 0, seed, index), batch, 0)
   assert (batch.positions == chunk.positions).all() and (batch.segments == chunk.segments).all()

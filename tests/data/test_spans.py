@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data.batch import SourceBatch
-from data.chunks import Chunk, uniform
+from data.chunks import ChunkTokens, uniform
 from data.spans import Lengths, Spans, collapsed, places, segmented
 
 EOS, START = 1, 0
@@ -81,7 +81,7 @@ def spans(source=64, density=0.15, mean=3.0):
 
 def example(noise, tokens, seed=0, index=0):
   """A row of a batch, as numpy arrays by name."""
-  chunk = Chunk(tokens, np.arange(len(tokens)), np.ones(len(tokens), np.int32))
+  chunk = ChunkTokens(tokens, np.arange(len(tokens)), np.ones(len(tokens), np.int32))
   batch = noise.empty(2)
   noise.fill(chunk, functools.partial(uniform, 0, seed, index), batch, 1)
   assert not any(field[0].any() for field in vars(batch).values())
@@ -107,8 +107,8 @@ def restored(source, target):
 
 
 @given(
-  source=st.integers(64, 400),  # enough for a span of any mean
-  density=st.floats(0.1, 0.5),
+  source=st.integers(40, 400),
+  density=st.floats(0.15, 0.5),
   mean=st.floats(1, 6),
   index=st.integers(0, 2**63),
 )

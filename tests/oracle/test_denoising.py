@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.chunks import Chunk, uniform
+from data.chunks import ChunkTokens, uniform
 from data.masking import Masking
 from data.spans import Lengths, Spans
 from model import checkpoint
@@ -24,7 +24,7 @@ def batch_of(noise):
   batch, draw = noise.empty(ROWS), np.random.default_rng(3)
   for row in range(ROWS):
     tokens = draw.integers(2, 50, noise.length).astype(np.int32)
-    chunk = Chunk(tokens, np.arange(noise.length), np.ones(noise.length, np.int32))
+    chunk = ChunkTokens(tokens, np.arange(noise.length), np.ones(noise.length, np.int32))
     noise.fill(chunk, functools.partial(uniform, 0, 0, row), batch, row)
   return batch
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import B, T, Trainer, V, assert_close, host, on, run_here, tiny
 
 from data import huggingface, tokenizers
-from data.chunks import Chunk, uniform
+from data.chunks import ChunkTokens, uniform
 from data.config import TokenizerConfig
 from data.masking import Masking
 from data.spans import Spans
@@ -84,7 +84,9 @@ def batches(name):
       tokens = draw.integers(3, 259, noise.length).astype(np.int32)
       index = np.arange(noise.length)
       first = noise.length // 3
-      chunk = Chunk(tokens, np.where(index < first, index, index - first), 1 + (index >= first))
+      chunk = ChunkTokens(
+        tokens, np.where(index < first, index, index - first), 1 + (index >= first)
+      )
       noise.fill(chunk, functools.partial(uniform, 0, 0, step * B + row), batch, row)
     batch.weights[[2, 5 + step]] = 0
     made.append(batch)
