@@ -389,7 +389,8 @@ def train(
   elif jax.process_index() == 0:
     write_report = names.imported('workdir.report.write_report')
     report = write_report(workdir, config.report, settings=config, **cost.facts(mesh))
-    log((report.read_text() if not interrupted else '') + f'\nwrote {report}')
+    table, *_ = report.read_text().partition('\n## ')
+    log((table if not interrupted else '') + f'\nwrote {report}')
   return interrupted
 
 
