@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import files
-from data import cache, clean, duplicates, shards, sources, tokenizers
+from data import building, cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
 from data.texts import Texts
 from data.tokenizer import Tokenizer
@@ -101,15 +101,9 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
     tokenizers.build(config.tokenizer, (), ())
   key = corpus_key(config)
   directory = pathlib.Path(config.cache_dir) / key
-  if not (directory / cache.INDEX).exists():
-    with cache.building(directory, log) as partial:
-      _build_corpus(config, partial, log)
-    log(f'data: wrote {directory}')
+  building.once(directory, lambda partial: _build_corpus(config, partial, log), log)
   plan = directory / f'rows-{config.sequence_length}'
-  if not (plan / cache.INDEX).exists():
-    with cache.building(plan, log) as partial:
-      _build_plan(config, directory, partial, log)
-    log(f'data: wrote {plan}')
+  building.once(plan, lambda partial: _build_plan(config, directory, partial, log), log)
   prepared = _load(config, directory, plan, log)
   train, held_out = prepared.report['packing']['train'], prepared.report['validation']
   log(
