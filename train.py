@@ -366,7 +366,7 @@ def train(config: configs.Config, workdir: pathlib.Path, profile: str, allow_cha
 
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written
   # before it is known to fit.
-  checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
+  checkpoints = Checkpoints(workdir, config.train.keep_last, log, timeout=config.train.save_timeout)
   with mendable():
     begun = beginning(config, workdir, checkpoints, make_state, target, feed, allow_change, log)
 

@@ -45,6 +45,8 @@ class TrainConfig:
     eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always
       does).
     keep_last: checkpoints to keep besides the best one by validation loss.
+    save_timeout: seconds that a save may take, beside the steps, before the run ends because of it:
+      its disk does not answer.
     patience: evaluations without a better validation loss before training stops; 0 never stops
       early.
     nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update.
@@ -65,6 +67,7 @@ class TrainConfig:
   eval_batches: int = 0
   save_every: int = 100
   keep_last: int = 2
+  save_timeout: int = 3600
   patience: int = 0
   nonfinite: str = 'stop'
 
@@ -75,6 +78,7 @@ class TrainConfig:
       ('log_every', 1),
       ('save_every', 1),
       ('keep_last', 1),
+      ('save_timeout', 1),
       ('eval_every', 0),
       ('eval_batches', 0),
       ('patience', 0),
