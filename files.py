@@ -68,11 +68,21 @@ def parsed(content: bytes | str, name: str | os.PathLike) -> Any:
     raise ValueError(f'{os.fspath(name)} is not JSON that can be read: {error}') from error
 
 
-_locked: set[pathlib.Path] = set()  # by this process, which the system lets lock a file twice
+_locked: dict[pathlib.Path, object] = {}  # by this process, which the system lets lock a file twice
+
+
+class InUse(ValueError):
+  """Somebody else is in a locked block. sure: whether this machine's system knows that they are."""
+
+  def __init__(self, message: str, sure: bool):
+    super().__init__(message)
+    self.sure = sure
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike, place: str, remedy: str) -> Iterator[None]:
+def locked(
+  path: str | os.PathLike, place: str, remedy: str, elsewhere: bool = False
+) -> Iterator[int]:
   """A block during which no other process is in one with the same file, which is there meanwhile.
 
   The system takes the lock from a process that ends, however it ends: a file that a killed one left
@@ -80,49 +90,58 @@ def locked(path: str | os.PathLike, place: str, remedy: str) -> Iterator[None]:
   GPFS do, if they were not told otherwise); on one that knows no locks, the file's content is
   believed about this machine, and other machines are not seen.
 
-  place: what is locked, for the message; remedy: what to do there.
-  Raises ValueError where another process is in it: its number, machine and when it began.
+  Args:
+    path: of the file. place: what is locked, for the message; remedy: what to do there.
+    elsewhere: whether the content is believed about other machines, too, though nothing here tells
+      whether they live: for callers who find that out (data.building).
+  Gives the open file. Raises InUse, a ValueError, where another process is in the block: its
+  number, machine and when it began.
   """
   path = pathlib.Path(path).absolute()
   fresh = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
   path.parent.mkdir(parents=True, exist_ok=True)
-  if path in _locked:
-    raise ValueError(f'{place} is in use by this process already; {remedy}')
-  file = _lock(path, place, remedy)
-  _locked.add(path)
+  claim = object()
+  # Nor may it be opened here a second time: closing it would give the lock away.
+  if _locked.setdefault(path, claim) is not claim:
+    raise InUse(f'{place} is in use by this process already; {remedy}', sure=True)
   try:
-    yield
+    file = _lock(path, place, remedy, elsewhere)
+    try:
+      yield file
+    finally:
+      if _is_at(file, path):
+        path.unlink()  # while it is locked: who opened it before sees that it is gone
+      os.close(file)
   finally:
-    _locked.discard(path)
-    path.unlink(missing_ok=True)  # while it is locked: who opened it before sees that it is gone
-    os.close(file)
+    del _locked[path]
     for parent in fresh:
       with contextlib.suppress(OSError):  # something was put there
         parent.rmdir()
 
 
-def _lock(path: pathlib.Path, place: str, remedy: str) -> int:
+def _lock(path: pathlib.Path, place: str, remedy: str, elsewhere: bool) -> int:
   """The open and locked file."""
   while True:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      taken = False
+      known, taken = True, False
     except (BlockingIOError, PermissionError):
-      taken = True
+      known = taken = True
     except OSError:  # a file system without locks
-      taken = _lives(_holder(file))
-    if taken:
-      holder = _holder(file)
+      known, taken = False, _lives(_holder(file))
+    holder = _holder(file)
+    here = holder.get('host') == socket.gethostname()
+    if taken or not known and elsewhere and holder and not here:
       os.close(file)
-      raise ValueError(
+      raise InUse(
         f'{place} is in use by process {holder.get("process", "?")} on '
-        f'{holder.get("host", "another machine")}, since {holder.get("since", "?")}; {remedy}'
+        f'{holder.get("host", "another machine")}, since {holder.get("since", "?")}; {remedy}',
+        sure=known and here,
       )
     # Between opening and locking, the one before may have ended and taken its file away.
-    with contextlib.suppress(FileNotFoundError):
-      if os.fstat(file).st_ino == path.stat().st_ino:
-        break
+    if _is_at(file, path):
+      break
     os.close(file)
 
   since = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
@@ -130,6 +149,13 @@ def _lock(path: pathlib.Path, place: str, remedy: str) -> int:
   os.ftruncate(file, 0)
   os.pwrite(file, json.dumps(content).encode(), 0)
   return file
+
+
+def _is_at(file: int, path: pathlib.Path) -> bool:
+  """Whether an open file is the one at a path."""
+  with contextlib.suppress(FileNotFoundError):
+    return os.path.samestat(os.fstat(file), path.stat())
+  return False
 
 
 def _holder(file: int) -> dict:
@@ -146,6 +172,11 @@ def _lives(holder: dict) -> bool:
   process = holder.get('process')
   if holder.get('host') != socket.gethostname() or process in (None, os.getpid()):
     return False
+  return alive(process)
+
+
+def alive(process: int) -> bool:
+  """Whether this machine has a process of that number."""
   try:
     os.kill(process, 0)
   except ProcessLookupError:

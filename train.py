@@ -347,7 +347,7 @@ def train(
 
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written
   # before it is known to fit.
-  checkpoints = Checkpoints(workdir, config.train.keep_last, log=log)
+  checkpoints = Checkpoints(workdir, config.train.keep_last, log, timeout=config.train.save_timeout)
   with mendable():
     begun = beginning(config, workdir, checkpoints, make_state, target, feed, allow_change, log)
 

@@ -1,80 +1,14 @@
-"""How does a directory in the cache appear whole or not at all,
-and how is it known to be intact later?
-"""
+"""How is a directory in the cache known to be intact? How it came there is in data/building.py."""
 
-import contextlib
-import glob
 import json
-import os
 import pathlib
-import shutil
-import socket
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import files
 
 INDEX = 'index.json'  # written last: a directory without it is not finished
 CHECK_BYTES = 2**28  # more than this is not read at every start just to verify its checksums
-
-
-@contextlib.contextmanager
-def building(final: pathlib.Path, log: Callable[[str], object]) -> Iterator[pathlib.Path]:
-  """A directory that becomes `final` in one step when the block ends well,
-  and vanishes when it doesn't.
-  """
-  prefix = f'{final.name}.partial-{socket.gethostname()}-'
-  final.parent.mkdir(parents=True, exist_ok=True)
-  for left in final.parent.glob(f'{glob.escape(prefix)}*'):
-    process = left.name.removeprefix(prefix)
-    if not process.isdecimal():
-      continue  # of a host whose name begins as this one's
-    if int(process) == os.getpid() or not _alive(int(process)):
-      log(f'data: removed {left}, left by a run that was killed')
-      shutil.rmtree(left)
-  partial = final.with_name(f'{prefix}{os.getpid()}')
-  partial.mkdir()
-  try:
-    yield partial
-    _discard_unfinished(final, partial, log)
-    try:
-      os.rename(partial, final)
-    except OSError:
-      if not (final / INDEX).exists():
-        raise
-      log(f'data: {final} was finished by another process first')
-      shutil.rmtree(partial)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-
-
-def _discard_unfinished(
-  final: pathlib.Path, partial: pathlib.Path, log: Callable[[str], object]
-) -> None:
-  """Clears the way to `final` where a directory without an index stands in it: the index came with
-  it in one step, so that somebody has deleted it, and nothing tells whether the rest is whole.
-  """
-  if not final.is_dir() or (final / INDEX).exists():
-    return
-  # Aside before it is looked at again: another process may be putting a whole one there.
-  aside = partial.with_name(f'{partial.name}9')
-  os.rename(final, aside)
-  if (aside / INDEX).exists():
-    os.rename(aside, final)
-    return
-  log(f'data: {final} had no {INDEX}, so that nothing in it could be trusted: prepared anew')
-  shutil.rmtree(aside)
-
-
-def _alive(process: int) -> bool:
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    return True
-  return True
 
 
 class CorruptShardError(ValueError):

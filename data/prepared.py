@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import files
-from data import cache, shards, tokenizers
+from data import building, cache, shards, tokenizers
 from data.config import DataConfig, SourceConfig
 from data.tokenizer import Tokenizer
 
@@ -77,16 +77,10 @@ def kept(
     packing: how training rows are filled, one of shards.PACKINGS.
   """
   directory = pathlib.Path(config.cache_dir) / key
-  if not (directory / cache.INDEX).exists():
-    with cache.building(directory, log) as partial:
-      build(config, partial, log)
-    log(f'data: wrote {directory}')
+  building.once(directory, lambda partial: build(config, partial, log), log)
   form = '' if packing == shards.FIT else f'-{packing}'
   plan = directory / f'rows-{config.sequence_length}{form}'
-  if not (plan / cache.INDEX).exists():
-    with cache.building(plan, log) as partial:
-      _build_plan(config, packing, directory, partial, log)
-    log(f'data: wrote {plan}')
+  building.once(plan, lambda partial: _build_plan(config, packing, directory, partial, log), log)
   return _load(config, directory, plan, log)
 
 

@@ -94,7 +94,9 @@ class Engine:
 
   A row is free, or has a request: `join` gives it one, `read` reads the request's prompt part by
   part, from whose end on every `decode` writes tokens, until `release` frees it. A row that has
-  ended stays as it is, and costs what it holds, until then. Not for several threads at a time.
+  ended stays as it is, and costs what it holds, until then. A prompt that another row of the same
+  part of the mesh is reading when its request joins, as for samples, is read there, for both. Not
+  for several threads at a time.
 
   Attributes:
     sizes, mesh: as they were given, but for read_tokens beyond model.max_length.
@@ -143,6 +145,7 @@ class Engine:
     """All rows are free, whatever they had: also after a call that has failed half-way."""
     self._requests: dict[int, Request] = {}
     self._unread: dict[int, list[int]] = {}
+    self._sharing: dict[int, int] = {}  # rows whose prompt another one reads, and which
     self._tables = Tables(self._config.table_rows, self.sizes.states, self.sizes.classes)
     self._automaton = self._uploaded()
     self.state, self.rules = self._begun()
@@ -152,6 +155,7 @@ class Engine:
     none is compiled later. Without this call, the first calls compile.
     """
     self._reader(weights)
+    self._sharer()
     for alternatives in {0, self.sizes.alternatives}:
       self._decoder(weights, alternatives)
 
@@ -162,7 +166,9 @@ class Engine:
 
   @property
   def reading(self) -> list[int]:
-    """Rows whose prompts are not read to the end; who joined first is first."""
+    """Rows whose prompts are not read to the end, but for those whose prompt another one of these
+    reads; who joined first is first.
+    """
     return list(self._unread)
 
   def join(self, row: int, request: Request) -> None:
@@ -173,19 +179,23 @@ class Engine:
     if row not in self.free:
       raise ValueError(f'row {row} is not free; these are: {self.free}; release others first')
     self._check_request(request)
-    request = self.fitted(request)
+    prompt = [int(i) for i in request.prompt]
+    request = dataclasses.replace(self.fitted(request), prompt=prompt)
     before = self._tables.automaton
     place = self._tables.add(request.constraint)
     if self._tables.automaton is not before:
       self._automaton = self._uploaded()
     self._requests[row] = request
-    self._unread[row] = [int(i) for i in request.prompt]
+    if alike := [other for other in self._unread if self._alike(row, other)]:
+      self._sharing[row] = alike[0]
+    else:
+      self._unread[row] = prompt.copy()
     arguments = self._joining(row, request, place)
     self.state, self.rules = self._run('join', self.state, self.rules, *arguments)
 
   def read(self, weights: Decoder, rows: Iterable[int] | None = None) -> list[int]:
-    """Reads the next C tokens of these rows' prompts, in one call; which of them have come to their
-    end.
+    """Reads the next C tokens of these rows' prompts, in one call; which of them, and of those that
+    share them, have come to their end.
 
     rows: at most J of `reading`, at most J / parts on each part of the mesh (`part_of`); default:
     as many as go together. Raises ValueError for others.
@@ -198,7 +208,7 @@ class Engine:
       del self._unread[row][: self.sizes.read_tokens]
     for row in ended:
       del self._unread[row]
-    return ended
+    return ended + [row for reader in ended for row in self._share(reader)]
 
   def decode(self, weights: Decoder, count: int = 0, alternatives: bool = False) -> Chunk:
     """Up to `count` more tokens of every row whose prompt was read (0: as many as a call makes),
@@ -224,7 +234,7 @@ class Engine:
       if row not in self._requests:
         raise ValueError(f'row {row} has no request; these have: {sorted(self._requests)}')
       self._tables.remove(self._requests.pop(row).constraint)
-      self._unread.pop(row, None)
+      self._pass_on(row)
       leaving[row] = True
     if leaving.any():
       leaving = self._put(leaving)
@@ -238,6 +248,32 @@ class Engine:
   def part_of(self, row: int) -> int:
     """On which part of the mesh a row lives: it is read and written there only."""
     return row // (self.sizes.rows // self._parts)
+
+  def _alike(self, row: int, other: int) -> bool:
+    """Whether one of the two can read the prompt for both."""
+    prompts = self._requests[row].prompt, self._requests[other].prompt
+    return self.part_of(row) == self.part_of(other) and prompts[0] == prompts[1]
+
+  def _share(self, reader: int) -> list[int]:
+    """The rows that go on, from now on, from the prompt that this one has just read."""
+    rows = [row for row, other in self._sharing.items() if other == reader]
+    for row in rows:
+      del self._sharing[row]
+      part = self.part_of(row)
+      places = [self._put(self._named({i: part}, self._parts)) for i in (reader, row)]
+      self._sharer()
+      self.state = self._run('share', self.state, *places)
+    return rows
+
+  def _pass_on(self, row: int) -> None:
+    """A row leaves: what it reads for others, the first of them reads anew."""
+    self._sharing.pop(row, None)
+    left = [other for other, reader in self._sharing.items() if reader == row]
+    if self._unread.pop(row, None) and left:
+      heir, *others = left
+      self._unread[heir] = list(self._requests[heir].prompt)
+      del self._sharing[heir]
+      self._sharing |= dict.fromkeys(others, heir)
 
   def _begin(self) -> tuple[DecodeState, Rules]:
     """The state of rows that are all free, and their rules without an automaton."""
@@ -352,6 +388,13 @@ class Engine:
       arguments, _ = self._reading(())
       self._programs['read'] = self._compiled(
         loop.read, weights, self.state, *arguments, vocabulary=self._vocabulary
+      )
+
+  def _sharer(self) -> None:
+    if 'share' not in self._programs:
+      none = self._named({}, self._parts)
+      self._programs['share'] = self._compiled(
+        loop.share, self.state, self._put(none), self._put(none.copy())
       )
 
   def _decoder(self, weights, alternatives: int) -> str:

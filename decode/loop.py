@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from decode import constrain, sampling as laws
 from decode.sampling import Bias, History, Sampling, make_sampling
-from model.cache import Cache, rows_of, taken, with_rows
+from model.cache import Cache, copied, rows_of, taken, with_rows
 from model.transformer import Decoder
 from parallel import axes as ax
 from parallel.compiler import GENERATION
@@ -229,6 +229,26 @@ def read(
     history=dataclasses.replace(
       state.history, prompt=with_rows(state.history.prompt, rows, prompt)
     ),
+  )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def share(state: DecodeState, sources: Int[Array, 'J'], rows: Int[Array, 'J']) -> DecodeState:
+  """Rows that have joined go on from prompts which others have just read to their ends, as if they
+  had read them themselves.
+
+  sources, rows: whose prompts, and who goes on from them, as model.cache.Slots numbers them.
+  """
+  cache = copied(state.cache, sources, rows)
+  logits, prompt = rows_of((state.logits, state.history.prompt), sources)
+  done = cache.lengths_of(rows) >= rows_of(state.stop_at, rows)
+  history = dataclasses.replace(state.history, prompt=with_rows(state.history.prompt, rows, prompt))
+  return dataclasses.replace(
+    state,
+    cache=cache,
+    logits=with_rows(state.logits, rows, logits),
+    done=with_rows(state.done, rows, done),
+    history=history,
   )
 
 

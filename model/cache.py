@@ -389,6 +389,23 @@ def taken(cache: Cache, rows: Int[Array, 'J']) -> Cache:
   )
 
 
+def copied(cache: Cache, sources: Int[Array, 'J'], rows: Int[Array, 'J']) -> Cache:
+  """With what rows `sources` hold in these rows, too, each device's of its own (see Slots.rows); of
+  no memory.
+  """
+
+  def one(x, axes):
+    index = (slice(None),) * axes.index('batch')
+
+    def put(x, sources, rows):
+      return x.at[*index, rows].set(x.at[*index, sources].get(mode='clip'), mode='drop')
+
+    return ax.local(put, (axes, ('batch',), ('batch',)), axes)(x, sources, rows)
+
+  held = tuple(jax.tree.map(one, held, held.axes()) for held in cache.held)
+  return dataclasses.replace(cache, held=held, lengths=one(cache.lengths, ('batch',)))
+
+
 def reordered(cache: Cache, sources: Int[Array, 'P W'], shared: Int[Array, 'P']) -> Cache:
   """Rows as P groups of W: row w of group p gets the tokens of row sources[p, w] of its group, all
   of which hold equally many.

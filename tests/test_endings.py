@@ -7,8 +7,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from absl import flags
@@ -203,6 +205,61 @@ def test_a_save_that_the_disk_refuses_ends_the_run_and_what_was_saved_stays(runs
   left = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
   assert {*before} <= left and not {'00000008', '00000008.json'} & left
   assert Checkpoints(tmp_path).latest() == 6
+
+
+UNWINDING = """
+import sys, threading
+import commands
+commands.LEAVING = 0.1
+def command():
+  try:
+    raise commands.unanswered('the disk does not answer')
+  finally:
+    if sys.argv[1] == 'waits':
+      threading.Event().wait()
+commands.end(command)
+"""
+
+
+@pytest.mark.parametrize('unwinding', ['waits', 'does not wait'])
+def test_a_disk_that_was_given_up_is_not_waited_for_on_the_way_out(unwinding):
+  done = subprocess.run(
+    [sys.executable, '-c', UNWINDING, unwinding],
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert (done.returncode, done.stderr, done.stdout) == (
+    1,
+    'error: the disk does not answer\n',
+    '',
+  )
+
+
+def test_who_is_no_command_is_not_ended(monkeypatch):
+  monkeypatch.setattr(commands, 'LEAVING', 0.0)
+  monkeypatch.setattr(os, '_exit', pytest.fail)
+  before = threading.active_count()
+  assert str(commands.unanswered('x')) == 'x' and threading.active_count() == before
+
+
+@pytest.mark.slow
+def test_a_save_that_the_disk_never_ends_ends_the_run(runs, tmp_path):
+  """In the record's place is a pipe that nobody reads."""
+  process = runs.start(tmp_path, '--config.train.save_timeout=1', hold='step 1/')
+  assert process.until(lambda: 'step 1/' in process.out())
+  (tmp_path / 'checkpoints').mkdir(exist_ok=True)
+  name = f'00000004.json.{socket.gethostname()}-{process.process.pid}.tmp'
+  os.mkfifo(tmp_path / 'checkpoints' / name)
+  process.release()
+  done = process.end()
+  said = done.error.splitlines()[-1]
+  assert done.code == 1 and 'Traceback' not in done.error, done
+  assert said.startswith(f'error: checkpoint 4 in {tmp_path}/checkpoints is not written after 1 s')
+  (tmp_path / 'checkpoints' / name).unlink()
+  assert Checkpoints(tmp_path).latest() is None
+  assert runs.train(tmp_path, '--config.train.steps=4').code == 0
 
 
 def test_places_that_are_files_or_cannot_be_are_said_in_one_line(tmp_path):

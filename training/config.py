@@ -50,6 +50,8 @@ class TrainConfig:
     sample_every: in steps; what the model writes then, and at the end, comes into the report and
       TensorBoard (workdir/samples.py); 0 never writes. sample_prompts: after what.
     keep_last: checkpoints to keep besides the best one by validation loss.
+    save_timeout: seconds that a save may take, beside the steps, before the run ends because of it:
+      its disk does not answer.
     patience: evaluations without a better validation loss before training stops; 0 never stops
       early.
     nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update.
@@ -73,6 +75,7 @@ class TrainConfig:
   sample_prompts: tuple[str, ...] = ('',)
   save_every: int = 100
   keep_last: int = 2
+  save_timeout: int = 3600
   patience: int = 0
   nonfinite: str = 'stop'
 
@@ -84,6 +87,7 @@ class TrainConfig:
       ('log_every', 1),
       ('save_every', 1),
       ('keep_last', 1),
+      ('save_timeout', 1),
       ('eval_every', 0),
       ('eval_batches', 0),
       ('sample_every', 0),

@@ -16,19 +16,20 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import commands
 import files
+import names
 from model.params import named_leaves
 from objectives.objective import MAIN
 from parallel import hosts
@@ -37,38 +38,9 @@ from training.trainable import divided, joined
 from workdir.metrics import lowest
 
 SPILLED = 'spilled'
+SAVE_TIMEOUT = 3600  # seconds
 # A checkpoint, what it has on disk until orbax has made its directory, and orbax's own.
 WRITTEN = re.compile(r'\d{8,}(\.spilled|\.orbax-checkpoint-tmp.*)?')
-
-
-def _worth_saying(record: logging.LogRecord) -> bool:
-  """Orbax warns at every save that it merges no OCDBT files, which it was told not to write; and
-  what a thread of its ran into is raised by `wait`, with all that it says a second time.
-  """
-  said = str(record.msg)
-  return not said.startswith('[process=%s][thread=%s] Skipping merge of OCDBT') and not (
-    'orbax' in record.pathname and record.exc_info
-  )
-
-
-@functools.cache
-def _quieten() -> None:
-  """Once for the process."""
-  logging.getLogger('absl').addFilter(_worth_saying)
-  sys.excepthook, sys.unraisablehook = _quiet(sys.excepthook), _quiet(sys.unraisablehook)
-
-
-def _quiet(hook: Callable) -> Callable:
-  """A hook of `sys` that does not show what TensorStore's threads raise, hundreds of times, when
-  the loop that waited for them has failed and is gone.
-  """
-
-  def quiet(*what):
-    error = what[1] if len(what) > 1 else what[0].exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
-      hook(*what)
-
-  return quiet
 
 
 class Checkpoints:
@@ -79,6 +51,7 @@ class Checkpoints:
     log: receives a line for everything that a reader of the run should know.
     chunk_bytes: size of a file of a checkpoint, at most; larger ones are written faster and take
       more host memory.
+    timeout: seconds that a save may take, from its beginning to its record.
   """
 
   def __init__(
@@ -87,11 +60,14 @@ class Checkpoints:
     keep_last: int = 2,
     log: Callable[[str], Any] = print,
     chunk_bytes: int = 2**26,
+    timeout: float = SAVE_TIMEOUT,
   ):
     self.directory = pathlib.Path(directory).absolute() / 'checkpoints'
     self._keep_last, self._log, self._chunk_bytes = keep_last, log, chunk_bytes
+    self._timeout = timeout
     self._writer = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._writing: concurrent.futures.Future | None = None
+    self._saving, self._deadline = 0, 0.0  # the step that is being written, and until when
     self._orbax = None
 
   def save(
@@ -107,7 +83,7 @@ class Checkpoints:
     run: dict | None = None,
   ) -> None:
     """Starts writing; returns once the state may be donated. Waits for the save before it, and
-    raises what that raised.
+    raises what that raised; raises as `wait`.
 
     data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False
       promises that the state stays as it is until `wait`, which saves a copy. references: of models
@@ -115,14 +91,9 @@ class Checkpoints:
       the state was trained with, JSON-able. run: what else of the directory it belongs to
       (workdir/seals.py), JSON-able.
     """
-    import orbax.checkpoint as ocp
-
     self.wait()
-    # One file a chunk: OCDBT, orbax's default, holds whole arrays until it commits them, and takes
-    # twice the time.
     if self._orbax is None:
-      _quieten()
-      self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+      self._orbax = names.imported('workdir.writer.Writer')(self._chunk_bytes)
     leaves = named_leaves(state)
     shapes = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
     spilled = {name: x for name, x in leaves.items() if isinstance(x, disk.OnDisk)}
@@ -131,13 +102,6 @@ class Checkpoints:
       # A host copy of a CPU array is a view of it; what is written must not hang on donation
       # sparing viewed buffers.
       leaves = {name: jnp.copy(x) for name, x in leaves.items()}
-    path = self._path(step)
-    if jax.process_index() == 0:
-      self._remove(step)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      for name, x in spilled.items():
-        disk.reserve(_aside(path) / name, x)
-    hosts.barrier(f'checkpoint {step} may be written')
     record = {
       'step': step,
       'validation_loss': validation_loss,
@@ -148,20 +112,27 @@ class Checkpoints:
       'references': references or {},
     }
     record |= {name: x for name, x in (('config', config), ('run', run)) if x is not None}
-    for name, x in spilled.items():  # the next step changes them
-      x.export(_aside(path) / name)
-    if spilled:
-      hosts.barrier(f'checkpoint {step} holds what was on disk')
-    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), leaves)
-    with _by_the_system(path):
-      self._orbax.save(path, args=ocp.args.PyTreeSave(leaves, save_args=pieces))
+    # All that touches the disk is the writer's: here, nobody could give up waiting for it.
+    self._saving, self._deadline = step, time.monotonic() + self._timeout
+    self._writing = self._writer.submit(self._begin, step, leaves, spilled)
+    self.wait()
     self._writing = self._writer.submit(self._commit, step, record)
 
   def wait(self) -> None:
-    """Returns when nothing is being written. Raises what the last save raised."""
-    if self._writing is not None:
-      writing, self._writing = self._writing, None
-      writing.result()
+    """Returns when nothing is being written. Raises what the last save raised, and TimeoutError
+    when it has taken too long: then, it is still being waited for.
+    """
+    if self._writing is None:
+      return
+    left = max(self._deadline - time.monotonic(), 0)
+    if concurrent.futures.wait([self._writing], left).not_done:
+      raise commands.unanswered(
+        f'checkpoint {self._saving} in {self.directory} is not written after {self._timeout:,} s: '
+        'does its disk answer? What was saved before is whole. Mend the disk and run the same '
+        'command again, or, where it is only slow, raise train.save_timeout'
+      )
+    writing, self._writing = self._writing, None
+    writing.result()
 
   def steps(self) -> list[int]:
     """Steps with a record, ascending; says nothing of their files."""
@@ -402,9 +373,24 @@ class Checkpoints:
         'python convert.py rebase --workdir RUN --base DIR'
       )
 
+  def _begin(self, step: int, leaves: dict, spilled: dict) -> None:
+    """Makes room, copies what lies on disk, and has orbax copy the rest and begin to write it."""
+    path = self._path(step)
+    self._orbax.finish(path)  # what was given up, and began after all
+    if jax.process_index() == 0:
+      self._remove(step)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      for name, x in spilled.items():
+        disk.reserve(_aside(path) / name, x)
+    hosts.barrier(f'checkpoint {step} may be written')
+    for name, x in spilled.items():  # the next step changes them
+      x.export(_aside(path) / name)
+    if spilled:
+      hosts.barrier(f'checkpoint {step} holds what was on disk')
+    self._orbax.begin(path, leaves)
+
   def _commit(self, step: int, record: dict) -> None:
-    with _by_the_system(self._path(step)):
-      self._orbax.wait_until_finished()
+    self._orbax.finish(self._path(step))
     if jax.process_index() == 0:
       self._seal_and_tidy(step, record)
     hosts.barrier(f'checkpoint {step} is whole')
@@ -470,20 +456,6 @@ def _aside(path: pathlib.Path) -> pathlib.Path:
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(x: jax.Array, dtype) -> jax.Array:
   return x.astype(dtype)
-
-
-@contextlib.contextmanager
-def _by_the_system(path: pathlib.Path) -> Iterator[None]:
-  """What the operating system refused comes as an OSError about `path`, though TensorStore says it
-  as a ValueError behind hundreds of lines.
-  """
-  try:
-    yield
-  except ValueError as error:
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if not code:
-      raise
-    raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def _seal(record: dict) -> dict:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import commands
 import files
 
 FILE = 'metrics.jsonl'
@@ -230,7 +231,7 @@ class TensorBoard:
       try:
         writing.result(CLOSING_SECONDS)
       except TimeoutError as error:
-        raise OSError(
+        raise commands.unanswered(
           f'{self._directory} was not written within {CLOSING_SECONDS} s: does its disk answer?'
         ) from error
 

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import cache, sentencepiece, shards, tokenizers
+from data import building, cache, sentencepiece, shards, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import corpus_key, prepare
 
@@ -332,7 +332,7 @@ def test_nothing_left_is_an_error_that_names_the_source(tmp_path):
 
 def test_a_race_keeps_the_first_result(tmp_path):
   lines = []
-  with cache.building(tmp_path / 'x', lines.append) as mine:
+  with building.building(tmp_path / 'x', lines.append) as mine:
     (mine / cache.INDEX).write_text('mine')
     shutil.copytree(mine, tmp_path / 'x')
     (tmp_path / 'x' / cache.INDEX).write_text('theirs')
@@ -373,7 +373,7 @@ def test_an_index_of_another_form_is_refused_by_its_name(tmp_path):
 def test_what_a_host_of_a_longer_name_is_building_stays(tmp_path):
   theirs = tmp_path / f'x.partial-{socket.gethostname()}-b-7'
   theirs.mkdir()
-  with cache.building(tmp_path / 'x', quiet) as mine:
+  with building.building(tmp_path / 'x', quiet) as mine:
     (mine / cache.INDEX).touch()
   assert theirs.is_dir()
 

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,33 +15,21 @@ from decode.constrain import Constraint
 from decode.drafting import Course
 from decode.generator import Generator
 from decode.speculative import TRIAL
-from model import transformer
-from model.config import ModelConfig
-from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.small import config_of, generator_of
 
-MODEL = ModelConfig(
-  vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=128, init_scale=1.0
-)
+MODEL = config_of(128)
 PROMPTS = ['def main(', '', 'aaaa']
 DRAFTS = ('draft', 'lookup', 'early_exit')
 
 
-def make(config=MODEL, seed=0, devices=1, **sizes):
-  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
-  with jax.set_mesh(mesh):
-    return Generator(
-      jax.jit(transformer.init, static_argnums=(0, 1))(config, seed), ByteTokenizer(), mesh
-    )
-
-
 @pytest.fixture(scope='module')
 def generator():
-  return make()
+  return generator_of(MODEL)
 
 
 @pytest.fixture(scope='module')
 def other(generator):
-  return make(dataclasses.replace(MODEL, layers=1, max_length=64), 4)
+  return generator_of(dataclasses.replace(MODEL, layers=1, max_length=64), 4)
 
 
 def options_of(kind, other):
@@ -135,8 +122,8 @@ def test_constraints_hold_at_every_drafted_position(generator):
 )
 def test_meshes(sizes):
   whole = dataclasses.replace(MODEL, vocabulary=264)
-  split = make(whole, devices=4 if 'data' in sizes else 2, **sizes)
-  plain = make(whole)(PROMPTS, max_new_tokens=12, temperature=0.0)
+  split = generator_of(whole, **sizes)
+  plain = generator_of(whole)(PROMPTS, max_new_tokens=12, temperature=0.0)
   for options in (dict(lookup=1), dict(draft=split) if 'stage' in sizes else dict(early_exit=1)):
     assert_same(split(PROMPTS, max_new_tokens=12, temperature=0.0, **options), plain)
   if 'stage' in sizes:
@@ -181,7 +168,8 @@ def test_a_call_of_one_chunk_is_judged_before_it_ends(generator, monkeypatch):
 
 @pytest.mark.slow
 def test_rows_that_draw_stop_drafting_by_themselves(generator):
-  costly = make(MODEL, 9)  # as many bytes as the model has: all drafts would have to be kept
+  # As many bytes as the model has: all drafts would have to be kept.
+  costly = generator_of(MODEL, 9)
   found = generator(PROMPTS, max_new_tokens=60, draft=costly, chunk=5)
   assert generator.report.fell_back
   assert all(
@@ -214,12 +202,12 @@ def test_a_draft_that_does_not_fit_raises(generator, other):
   ):
     generator('', max_new_tokens=80, draft=other)
   with pytest.raises(ValueError, match='draft: it has model.vocabulary=300, the model 259'):
-    generator('', max_new_tokens=4, draft=make(dataclasses.replace(MODEL, vocabulary=300)))
+    generator('', max_new_tokens=4, draft=generator_of(dataclasses.replace(MODEL, vocabulary=300)))
   stranger = Generator(other.model, ByteTokenizer(), other.mesh)
   stranger.tokenizer.eos = 65
   with pytest.raises(ValueError, match="draft: it has another tokenizer"):
     generator('', max_new_tokens=4, draft=stranger)
   with pytest.raises(ValueError, match='draft: its mesh is .* or other devices'):
-    generator('', max_new_tokens=4, draft=make(devices=2, data=2))
+    generator('', max_new_tokens=4, draft=generator_of(MODEL, data=2))
   with pytest.raises(NotImplementedError, match='lookup: nothing drafts for a session so far'):
     generator.session()('a', max_new_tokens=4, lookup=1)

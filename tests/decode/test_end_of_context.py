@@ -5,37 +5,23 @@ whoever asked for it.
 import dataclasses
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from data.tokenizers import ByteTokenizer
 from decode.bulk import complete
 from decode.engine import Engine, Request, Sizes
-from decode.generator import Generator
 from decode.sampling import make_sampling
-from model import transformer
-from model.config import ModelConfig
-from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.small import config_of, generator_of
 
 LIMIT = 32
-MODEL = ModelConfig(
-  vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=LIMIT, init_scale=1.0
-)
+MODEL = config_of(LIMIT)
 GOES_ON = {'logit_bias': {2: -np.inf}}  # the end of the text never comes
 SHORT, LONG = 'ab', 'x' * 28
 
 
-def make(config=MODEL, seed=0):
-  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    model = jax.jit(transformer.init, static_argnums=(0, 1))(config, seed)
-  return Generator(model, ByteTokenizer(), mesh)
-
-
 @pytest.fixture(scope='module')
 def generator():
-  return make()
+  return generator_of(MODEL)
 
 
 def assert_ended_by_context(completion):
@@ -89,7 +75,7 @@ def test_a_search_ends_at_the_context(generator):
 
 
 def test_a_draft_with_the_same_context(generator):
-  found = generator([SHORT, LONG], draft=make(seed=1), temperature=0.0, **GOES_ON)
+  found = generator([SHORT, LONG], draft=generator_of(MODEL, seed=1), temperature=0.0, **GOES_ON)
   plain = generator([SHORT, LONG], temperature=0.0, **GOES_ON)
   for completion, expected in zip(found, plain, strict=True):
     assert_ended_by_context(completion)
@@ -136,7 +122,7 @@ def test_rows_of_an_engine_end_where_they_are_full(generator):
 
 
 def test_a_model_without_an_end_has_none():
-  endless = make(dataclasses.replace(MODEL, max_length=0))
+  endless = generator_of(dataclasses.replace(MODEL, max_length=0))
   assert endless.context == sys.maxsize
   (completion,) = endless(SHORT, **GOES_ON)
   assert len(completion.ids) == 128 and completion.note == ''

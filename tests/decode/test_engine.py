@@ -336,6 +336,79 @@ def test_samples_are_requests_of_their_own():
   assert len(set(seeds)) == 1000 and max(seeds) < 2**32 and sample_seed(5, 0) == 5
 
 
+@contextlib.contextmanager
+def counted_reads(engine):
+  """Calls of the program that reads, meanwhile."""
+  run, calls = engine._run, []
+
+  def counting(name, *arguments):
+    calls.extend([name] * (name == 'read'))
+    return run(name, *arguments)
+
+  engine._run = counting
+  try:
+    yield calls
+  finally:
+    del engine._run
+
+
+PARTS = -(-len(REQUESTS[1].prompt) // C)  # in which a prompt is read
+
+
+def check_samples(engine, model):
+  """Rows that join with one prompt read it once on each part of the mesh, all parts at a time, and
+  write bit for bit what each would have written alone.
+  """
+  poison(engine)
+  many = samples(REQUESTS[1], B)
+  with counted_reads(engine) as calls:
+    found = together(engine, model, many)
+  assert len(calls) == PARTS
+  for row in (0, 1, B - 1):
+    assert found[row] == alone(engine, model, many[row], row)
+  assert len({tuple(ids) for ids, *_ in found.values()}) == B
+
+
+@pytest.mark.parametrize(
+  'name, dtype', [FAST[0], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in FAST[1:])]
+)
+def test_samples_share_the_reading_of_their_prompt(name, dtype):
+  engine = engine_of(name, dtype)
+  engine.reset()
+  check_samples(engine, model_of(name, dtype))
+
+
+@pytest.mark.parametrize('leaves', [False, True])
+def test_a_prompt_that_is_half_read_is_shared_and_its_reader_may_leave(leaves):
+  """Then the next one reads it from its beginning, for those that are left."""
+  engine, model = engine_of('llama'), model_of('llama')
+  many = samples(REQUESTS[1], 3)
+  expected = [alone(engine, model, asked, row) for row, asked in enumerate(many)]
+  engine.reset()
+  poison(engine)
+  engine.join(0, many[0])
+  assert engine.read(model) == []
+  for row in (1, 2):
+    engine.join(row, many[row])
+  assert engine.reading == [0]
+  if leaves:
+    engine.release([0])
+    assert engine.reading == [1]
+  rows = [1, 2] if leaves else [0, 1, 2]
+  with counted_reads(engine) as calls:
+    ended = [row for _ in range(PARTS - (not leaves)) for row in engine.read(model)]
+  assert sorted(ended) == rows and not engine.reading
+  assert len(calls) == PARTS - (not leaves)
+
+  texts = {row: bulk.Written() for row in rows}
+  while len(texts) > len(over := [r for r in texts if len(texts[r].ids) == 12]):
+    chunk = jax.tree.map(np.asarray, engine.decode(model, 3))
+    for row in texts.keys() - {*over}:
+      texts[row].add(chunk, row, many[row])
+  engine.release(rows)
+  assert {row: bits(written) for row, written in texts.items()} == {r: expected[r] for r in rows}
+
+
 def check_options(engine, model):
   """What a request asks for holds for it, and for no one after it in its row."""
   engine.reset()
@@ -468,7 +541,7 @@ def test_calls_that_make_no_sense_raise():
     engine.decode(model, 6)
   with pytest.raises(ValueError, match='gives no alternatives'):
     engine.decode(model, alternatives=True)
-  engine.join(2, REQUESTS[0])
+  engine.join(2, REQUESTS[1])
   with pytest.raises(ValueError, match=r'rows \[1, 2\] do not go together: 1 at a time'):
     engine.read(model, [1, 2])
   engine.reset()
@@ -538,6 +611,7 @@ def test_devices_that_share_an_engine_are_one(name, sizes):
   poison(engine)
   found = together(engine, model, REQUESTS)
   assert found[1] == row
+  check_samples(engine, model)
   for index, (ids, raw, *_) in enumerate(expected):
     assert found[index][0] == ids
     np.testing.assert_allclose(found[index][1], raw, atol=1e-4)
@@ -601,6 +675,20 @@ FAULTS = {
     '~ends | (cache',
     '(cache',
     check_between_chunks,
+  ),
+  'samples go on from the logits of another row': (
+    loop,
+    'share',
+    'rows_of((state.logits, state.history.prompt), sources)',
+    'rows_of((state.logits, state.history.prompt), rows)',
+    check_samples,
+  ),
+  'keys of a prompt that is shared are left out': (
+    loop,
+    'copied',
+    '.get(mode=',
+    '.mul(0).at[*index, sources].get(mode=',
+    check_samples,
   ),
   'logits of another row': (
     loop,

@@ -22,30 +22,21 @@ from decode.request import Bound, Row
 from decode.sampling import sample_seed
 from kernels.blocks import Blocks
 from model import params, rearranged, transformer
-from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.small import config_of, generator_of
 from training import config as configs, state as states
 from training.config import Config
 from training.optimizer import make_optimizer
 from workdir.checkpoint import Checkpoints
 
-MODEL = ModelConfig(
-  vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=64, init_scale=1.0
-)
+MODEL = config_of(64)
 CONFIG = Config(model=MODEL, data=DataConfig(sequence_length=64))
 PROMPTS = ['def main(', '', 'naïve']
 
 
-def make(config):
-  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
-  return Generator(model, ByteTokenizer(), mesh)
-
-
 @pytest.fixture(scope='module')
 def generator():
-  return make(MODEL)
+  return generator_of(MODEL)
 
 
 def same(one, other):
@@ -199,7 +190,8 @@ def test_wrong_directories_raise(tmp_path):
 @pytest.mark.parametrize('table', [MODEL.V, MODEL.V + 61])
 def test_log_probabilities_are_those_of_the_training_forward(generator, table):
   """Also with a table of more ids than there are,, whose share of the law is nobody's."""
-  generator = generator if table == MODEL.V else make(dataclasses.replace(MODEL, vocabulary=table))
+  if table != MODEL.V:
+    generator = generator_of(dataclasses.replace(MODEL, vocabulary=table))
   found = generator(PROMPTS[:2], max_new_tokens=12, temperature=0.7, top_k=9, seed=2, logprobs=3)
   for completion in found:
     scores = generator.score([completion.prompt_ids + completion.ids])[0][
@@ -219,7 +211,7 @@ def test_log_probabilities_are_those_of_the_training_forward(generator, table):
 def test_scores_are_of_capped_logits():
   """As plain log-softmax of the model's own logits, which its cap bends."""
   model = dataclasses.replace(MODEL, logit_softcap=0.5)
-  generator = make(model)
+  generator = generator_of(model)
   ids = generator.encoded('def main(')
   with jax.set_mesh(generator.mesh):
     logits = generator.model.logits(generator.model(jnp.asarray([ids])).hidden)[0]

@@ -7,25 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from decode.results import GrowingFile, progress_bar
-from model import transformer
-from model.config import ModelConfig
-from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.small import config_of, generator_of
 
-CONFIG = ModelConfig(
-  vocabulary=259, width=16, layers=1, heads=1, feed_forward=24, max_length=32, init_scale=1.0
-)
 PROMPTS = ['abc', 'd', 'ef', 'g']
 
 
 @pytest.fixture(scope='module')
 def generator():
-  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    model = jax.jit(transformer.init, static_argnums=(0, 1))(CONFIG, 0)
-  return Generator(model, ByteTokenizer(), mesh)
+  return generator_of(config_of(32, layers=1, heads=1))
 
 
 def plain(completion):

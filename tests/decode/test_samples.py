@@ -6,20 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from data.tokenizers import ByteTokenizer
 from decode import loop
 from decode.constrain import Constraint
-from decode.generator import Generator
 from decode.loaded import Shared
 from decode.options import Options
 from decode.sampling import make_sampling, sample_seed, sampling_of
-from model import transformer
-from model.config import ModelConfig
-from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.small import config_of, generator_of
 
-MODEL = ModelConfig(
-  vocabulary=264, width=16, layers=2, heads=2, feed_forward=24, max_length=96, init_scale=1.0
-)
+MODEL = config_of(96, vocabulary=264)
 PROMPTS = ['def main(', 'naïve, and longer than the other', 'x']
 KINDS = {
   'plain': MODEL,
@@ -28,17 +22,9 @@ KINDS = {
 }
 
 
-def make(config=MODEL, seed=0, **sizes):
-  devices = jax.devices()[: int(np.prod([*sizes.values()]))] if sizes else jax.devices()[:1]
-  mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), devices)
-  with jax.set_mesh(mesh):
-    model = jax.jit(transformer.init, static_argnums=(0, 1))(config, seed)
-  return Generator(model, ByteTokenizer(), mesh)
-
-
 @pytest.fixture(scope='module')
 def generator():
-  return make()
+  return generator_of(MODEL)
 
 
 def assert_as_alone(generator, several, found, **options):
@@ -73,14 +59,14 @@ def test_samples_of_several_prompts_are_rows_alone(generator, options):
 
 @pytest.mark.parametrize('kind', ['window', 'encoder-decoder'])
 def test_samples_of_other_models_are_rows_alone(kind):
-  generator = make(KINDS[kind])
+  generator = generator_of(KINDS[kind])
   found = generator(PROMPTS, num_samples=3, seed=5, max_new_tokens=9)
   assert_as_alone(generator, 3, found, max_new_tokens=9)
 
 
 @pytest.mark.slow
 def test_samples_with_a_draft_and_with_constraints_are_rows_alone(generator):
-  options = dict(max_new_tokens=8, draft=make(seed=1))
+  options = dict(max_new_tokens=8, draft=generator_of(MODEL, seed=1))
   assert_as_alone(generator, 3, generator(PROMPTS, num_samples=3, seed=5, **options), **options)
   digits = Constraint(generator.tokenizer, regex='[0-9]{2,6}')
   found = generator(
@@ -146,7 +132,7 @@ def test_a_search_reads_its_prompt_once_and_says_so(generator, monkeypatch):
   ids=str,
 )
 def test_on_a_mesh_each_part_reads_what_its_samples_need(generator, monkeypatch, sizes):
-  several, parts = make(**sizes), sizes['data'] * sizes.get('fsdp', 1)
+  several, parts = generator_of(MODEL, **sizes), sizes['data'] * sizes.get('fsdp', 1)
   expected = generator(PROMPTS, num_samples=3, seed=5, max_new_tokens=9)
   calls = counted(monkeypatch)
   found = several(PROMPTS, num_samples=3, seed=5, max_new_tokens=9)

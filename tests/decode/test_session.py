@@ -4,33 +4,18 @@ forks and takes back?
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
-from data.tokenizers import ByteTokenizer
-from decode.generator import Generator
-from model import transformer
-from model.config import ModelConfig
-from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.small import config_of, generator_of
 
-MODEL = ModelConfig(
-  vocabulary=259, width=16, layers=2, heads=2, feed_forward=24, max_length=96, init_scale=1.0
-)
+MODEL = config_of(96)
 WINDOW = dataclasses.replace(MODEL, window=4, global_every=2, max_length=600)
-
-
-def make(config, devices=1, **sizes):
-  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
-  with jax.set_mesh(mesh):
-    return Generator(
-      jax.jit(transformer.init, static_argnums=(0, 1))(config, 0), ByteTokenizer(), mesh
-    )
 
 
 @pytest.fixture(scope='module')
 def generator():
-  return make(MODEL)
+  return generator_of(MODEL)
 
 
 def whole(generator, ids, **options):
@@ -87,7 +72,7 @@ def test_what_is_taken_back_was_never_there(generator, length):
 
 
 def test_a_ring_is_read_again_where_it_has_turned():
-  generator = make(WINDOW)
+  generator = generator_of(WINDOW)
   assert generator.session()._generator is generator
   session = generator.session().append(np.random.default_rng(0).integers(3, 259, 500).tolist())
   past = list(session.ids)
@@ -113,7 +98,7 @@ def test_a_ring_is_read_again_just_where_its_window_is_written_over():
   """`back` tokens behind the furthest one, which is read again with the 4 that its window sees:
   up to slots - window of them the ring has.
   """
-  generator = make(WINDOW)
+  generator = generator_of(WINDOW)
   session = generator.session().append(np.random.default_rng(1).integers(3, 259, 500).tolist())
   past, [ring, _] = list(session.ids), session._state.cache.held
   assert ring.ring and ring.slots < len(past)
@@ -256,10 +241,9 @@ def test_a_full_cache_says_so(generator):
 
 @pytest.mark.slow
 def test_sessions_on_a_mesh():
-  session = (
-    make(dataclasses.replace(MODEL, vocabulary=260), 4, data=2, tensor=2).session().append('abc')
-  )
-  alone = make(dataclasses.replace(MODEL, vocabulary=260))
+  config = dataclasses.replace(MODEL, vocabulary=260)
+  session = generator_of(config, data=2, tensor=2).session().append('abc')
+  alone = generator_of(config)
   assert (
     session(max_new_tokens=6, temperature=0.0).ids
     == alone.session().append('abc')(max_new_tokens=6, temperature=0.0).ids

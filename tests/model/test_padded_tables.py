@@ -114,6 +114,19 @@ def test_an_import_is_padded_and_its_export_is_not(imported, tmp_path, capsys):
   assert sizes[0] == sizes[1], 'rows that are no ids are no parameters of the model'
 
 
+def test_that_an_import_is_padded_is_said_with_what_changes_it(imported, tmp_path, capsys):
+  command = ['import', '--from', str(imported / 'hf'), '--workdir']
+  convert.main([*command, str(tmp_path / 'padded')])
+  (said,) = [line for line in capsys.readouterr().out.splitlines() if 'rows' in line]
+  for part in ('384 rows', '301 ids', 'model.vocabulary_multiple', '--vocabulary_multiple=1'):
+    assert part in said
+  convert.main([*command, str(tmp_path / 'plain'), '--vocabulary_multiple=1'])
+  assert 'rows' not in capsys.readouterr().out
+  assert configs.load(tmp_path / 'plain').model.table_rows == V
+  with pytest.raises(SystemExit, match='error: model.vocabulary_multiple=0 must be'):
+    convert.main([*command, str(tmp_path / 'none'), '--vocabulary_multiple=0'])
+
+
 @pytest.mark.slow
 def test_an_odd_vocabulary_generates_on_devices_that_share_it(imported):
   several = Generator.load(imported / 'run', mesh=MeshConfig(data=2, tensor=2))

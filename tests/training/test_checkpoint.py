@@ -3,10 +3,13 @@ named and gone back from?
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import math
+import pkgutil
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +178,86 @@ def test_a_failed_save_raises_at_the_next_wait(mesh, tmp_path, monkeypatch):
   with pytest.raises(OSError, match='no space left'):
     checkpoints.wait()
   assert checkpoints.latest() == 1
+
+
+@pytest.fixture
+def blocked(monkeypatch):
+  """(name) -> what it stands for does not return until the test ends, and then does what it did."""
+  answers = threading.Event()
+
+  def block(name):
+    real = pkgutil.resolve_name(name)
+
+    def wait(*given, **how):
+      answers.wait(60)  # a test that is wrong fails, and does not hang
+      return real(*given, **how)
+
+    monkeypatch.setattr(name, wait)
+    return answers
+
+  yield block
+  answers.set()
+
+
+class Clock:
+  """Seconds that pass each time somebody looks."""
+
+  def __init__(self, passing):
+    self.now, self.passing = 0.0, passing
+
+  def monotonic(self):
+    self.now += self.passing
+    return self.now
+
+
+GIVEN_UP = (
+  r'^checkpoint 2 in {}/checkpoints is not written after 3,600 s: does its disk answer\? What was '
+  r'saved before is whole\. .* raise train\.save_timeout$'
+)
+
+
+def test_a_save_that_the_disk_does_not_begin_is_given_up(mesh, tmp_path, monkeypatch, blocked):
+  """Nor does the thread that trains wait for the disk itself, whoever waits there."""
+  checkpoints = Checkpoints(tmp_path)
+  save(checkpoints, 1)
+  answers, clock = blocked('workdir.checkpoint.Checkpoints._remove'), Clock(passing=3600)
+  monkeypatch.setattr('workdir.checkpoint.time', clock)
+  with pytest.raises(TimeoutError, match=GIVEN_UP.format(tmp_path)):
+    checkpoints.save(2, make_state(2), DATA, PROGRESS)
+  assert Checkpoints(tmp_path).latest() == 1
+  answers.set()
+  clock.passing = clock.now = 0
+  save(checkpoints, 2)
+  assert Checkpoints(tmp_path).latest() == 2
+
+
+def test_a_save_that_the_disk_does_not_end_is_given_up(mesh, tmp_path, monkeypatch, blocked):
+  checkpoints, clock = Checkpoints(tmp_path), Clock(passing=0)
+  save(checkpoints, 1)
+  answers = blocked('workdir.checkpoint.files.replace')
+  monkeypatch.setattr('workdir.checkpoint.time', clock)
+  checkpoints.save(2, make_state(2), DATA, PROGRESS)
+  clock.passing = 3600
+  for _ in range(2):
+    with pytest.raises(TimeoutError, match=GIVEN_UP.format(tmp_path)):
+      checkpoints.wait()
+  assert Checkpoints(tmp_path).latest() == 1
+  answers.set()
+  clock.passing = clock.now = 0
+  checkpoints.wait()
+  assert Checkpoints(tmp_path).latest() == 2
+
+
+def test_a_save_within_its_time_that_raises_a_timeout_raises_that(mesh, tmp_path, monkeypatch):
+  def replace(*_):
+    raise TimeoutError(errno.ETIMEDOUT, 'Connection timed out', 'x')
+
+  monkeypatch.setattr('workdir.checkpoint.files.replace', replace)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, make_state(1), DATA, PROGRESS)
+  with pytest.raises(TimeoutError, match='Connection timed out'):
+    checkpoints.wait()
+  checkpoints.wait()
 
 
 @pytest.fixture(scope='module')

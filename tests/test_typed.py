@@ -1,0 +1,154 @@
+"""Do the pages' commands of training, converting and planning run? (Those that generate:
+tests/test_commands.py; those that measure are parsed, in tests/test_docs.py.)
+"""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from tests import gguf_files
+from tests.goldens import ours
+from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
+from tests.test_commands import Process
+from tests.test_docs import PAGES, python_commands
+from workdir.checkpoint import Checkpoints
+
+# Each in a fork: flags of a config read sys.argv once, and what takes long is to import JAX.
+RUN_EACH = '''
+import json, os, sys
+from absl import app
+import commands, convert, train
+from training import overrides
+
+def run(name, line):
+  sys.argv = [name, *line]
+  if name == 'train.py':
+    commands.end(lambda: app.run(train.main, flags_parser=overrides.parsed))
+  else:
+    convert.main(line)
+
+for name, line in json.loads(sys.argv[1]):
+  print('$', name, *line, flush=True)
+  child = os.fork()
+  if not child:
+    code = 0
+    try:
+      run(name, line)
+    except SystemExit as end:
+      code = end.code or 0
+      if isinstance(code, str):
+        print(code)
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+  print('code', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+'''
+# Instead of hours: a few steps on a small text. The model is the page's, but for tiny.py's layers.
+SHORT = (
+  '--config.train.steps=2',
+  '--config.train.eval_batches=1',
+  '--config.optimizer.warmup_steps=1',
+  '--config.data.cache_dir=HERE/cache',
+  '--config.data.sources[0].kind=text',
+  '--config.data.sources[0].path=HERE/input.txt',
+  '--config.data.clean.near_duplicates=0.0',
+  '--config.data.split=tail',
+  '--config.data.sequence_length=32',
+  '--config.data.batch_size=8',
+)
+BESIDES = {
+  'configs/tiny.py': ('--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
+  'configs/finetune.py': (),
+  'configs/shakespeare_char.py': (),
+}
+
+
+def typed(*names: str) -> list[tuple[str, list[str]]]:
+  """The commands of the pages that can be run as they stand, once each, in order: whose, its
+  arguments.
+  """
+  lines = dict.fromkeys((name, tuple(line)) for name, line in python_commands() if name in names)
+  placeholder = re.compile(r'\.\.|(^|=)[A-Z][A-Z:_]*$')
+  return [(name, [*line]) for name, line in lines if not any(map(placeholder.search, line))]
+
+
+def here(line: list[str], directory: pathlib.Path) -> list[str]:
+  """With this directory in the place of the person's own."""
+  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt)')
+  return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
+
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+  """The directory in which all of them ran, what each printed, its code behind it, and errors."""
+  directory = tmp_path_factory.mktemp('typed')
+  (directory / 'input.txt').write_text('\n\n'.join(page.read_text() for page in PAGES))
+  hf = directory / 'path' / 'to' / 'hf_dir'
+  hf.parent.mkdir(parents=True)
+  config = LLAMA | {'vocab_size': 300}
+  ours.build(config, hf)
+  write_tokenizer(hf)
+  gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
+
+  lines = []
+  for name, line in typed('train.py', 'convert.py'):
+    if name == 'train.py':
+      config = next(part.removeprefix('--config=') for part in line if '--config=' in part)
+      short = [part for part in SHORT if part.split('=')[0] not in ' '.join(line)]
+      # What a page asks for twice as many steps goes on from what ran before.
+      line = [part.replace('.steps=400', '.steps=4') for part in line] + short
+      line += BESIDES[config]
+    if 'smollm2' not in line:  # a package of 93 MB, which tests/real imports
+      lines.append((name, here(line, directory)))
+  done = Process(directory, '-c', RUN_EACH, json.dumps(lines)).end()
+  assert done.code == 0, done.error
+  said = done.out.split('$ ')[1:]
+  assert len(said) == len(lines)
+  return directory, list(zip(lines, said)), done.error
+
+
+@pytest.mark.slow
+def test_commands_of_training_and_converting_run(ran):
+  _, each, error = ran
+  for line, said in each:
+    assert said.endswith('code 0\n'), (line, said, error)
+  assert 'Traceback' not in error
+  kinds = [line[0] for (_, line), _ in each if not line[0].startswith('--')]
+  assert {*kinds} == {'import', 'export', 'inspect', 'seal'}
+
+
+@pytest.mark.slow
+def test_what_they_promise_is_there(ran):
+  directory, each, _ = ran
+  runs = directory / 'runs'
+  assert {path.name for path in runs.iterdir()} == {
+    'tiny',
+    'tuned',
+    'llama',
+    'assistant',
+    'shakespeare',
+  }
+  assert Checkpoints(runs / 'tiny').latest() == 4, 'the same directory goes on'
+  assert (runs / 'tuned' / 'report.md').exists()
+  assert (directory / 'path' / 'to' / 'out' / 'model.safetensors').exists()
+  assert any('the run goes on' in said or 'going on from' in said for _, said in each)
+
+
+def plans() -> list:
+  """The commands of planning; a step that trains takes the TPU's compiler over a minute."""
+  short, long = (pytest.mark.slow,), (pytest.mark.slow, pytest.mark.long)
+  return [
+    pytest.param(line, marks=short if '--mode=decode' in line else long)
+    for _, line in typed('plan.py')
+  ]
+
+
+@pytest.mark.parametrize('line', plans(), ids=' '.join)
+def test_commands_of_planning_run(line, tmp_path, topology):
+  """Of two layers; with all of them, docs/plans.md has what they say."""
+  topology(next(part.removeprefix('--topology=') for part in line if '--topology=' in part))
+  done = Process(tmp_path, 'plan.py', *line, '--config.model.layers=2').end()
+  assert done.code == 0 and 'Traceback' not in done.error, done.error
+  assert 'GB' in done.out, done.out
