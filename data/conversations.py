@@ -32,7 +32,7 @@ class Example:
   scored: np.ndarray
 
 
-class Writer:
+class ExampleWriter:
   """Makes examples of records, for one tokenizer and one template.
 
   Args:

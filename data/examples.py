@@ -20,7 +20,7 @@ import numpy as np
 import names
 from data import cache, sources, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig
-from data.conversations import TURNS, Example, Writer
+from data.conversations import TURNS, Example, ExampleWriter
 from data.prepare import identity
 from data.prepared import Prepared, described, kept
 from data.records import records
@@ -69,7 +69,7 @@ def prepare(
   template = ''
   if settings.template:
     template = pathlib.Path(settings.template).expanduser().read_text()
-  writer = Writer(tokenizer, template, settings.turns)
+  writer = ExampleWriter(tokenizer, template, settings.turns)
   if template:
     tokenizer = tokenizer.with_template(template)
   build = functools.partial(_build, settings, tokenizer, writer)
@@ -145,7 +145,7 @@ def _identity(of, memo):
 def _build(
   settings: Settings,
   tokenizer: Tokenizer,
-  writer: Writer,
+  writer: ExampleWriter,
   config: DataConfig,
   directory: pathlib.Path,
   log: Callable[[str], object],
@@ -220,7 +220,7 @@ def _counts(source: SourceConfig) -> dict:
 def _examples(
   config: DataConfig,
   settings: Settings,
-  writer: Writer,
+  writer: ExampleWriter,
   source: SourceConfig,
   seen: set[bytes],
   counts: dict,

@@ -9,7 +9,7 @@ from tokenizer_families import contents
 
 from data import generation
 from data.chat import ChatTemplate, quoted
-from data.conversations import Writer
+from data.conversations import ExampleWriter
 from data.huggingface import HuggingFaceTokenizer
 from data.records import ChatRecord, TextRecord
 from data.tokenizers import ByteTokenizer
@@ -57,9 +57,9 @@ def learned(made, example):
 )
 def test_the_assistant_s_turns_and_their_ends_are_learned(template):
   made = tokenizer('qwen', template)
-  example = Writer(made).example('here', ChatRecord(MANY))
+  example = ExampleWriter(made).example('here', ChatRecord(MANY))
   assert learned(made, example) == ['Tea, größte  tea!<|im_end|>', 'Dogs.<|im_end|>']
-  last = Writer(made, turns='last').example('here', ChatRecord(MANY))
+  last = ExampleWriter(made, turns='last').example('here', ChatRecord(MANY))
   assert learned(made, last) == ['Dogs.<|im_end|>']
   np.testing.assert_array_equal(last.ids, example.ids)
 
@@ -73,14 +73,14 @@ def test_the_assistant_s_turns_and_their_ends_are_learned(template):
 )
 def test_other_families_learn_the_same(family, template, turns):
   made = tokenizer(family, template)
-  assert learned(made, Writer(made).example('here', ChatRecord(MANY))) == turns
+  assert learned(made, ExampleWriter(made).example('here', ChatRecord(MANY))) == turns
 
 
 @pytest.mark.parametrize('template', [CHATML, HEADERS], ids=['chatml', 'headers'])
 def test_what_is_not_learned_is_the_prompt_that_generation_reads(template):
   """The ids before the last turn are those of Generator.chat_ids: it is asked as it learned."""
   made = tokenizer('qwen' if template is CHATML else 'llama3', template)
-  example = Writer(made, turns='last').example('here', ChatRecord(MANY))
+  example = ExampleWriter(made, turns='last').example('here', ChatRecord(MANY))
   rendered = ChatTemplate.of(made).render(quoted(MANY[:-1], made), add_generation_prompt=True)
   prompt = made.encode(rendered, special=True)
   first = int(example.scored.argmax())
@@ -91,20 +91,20 @@ def test_what_is_not_learned_is_the_prompt_that_generation_reads(template):
 def test_names_of_control_tokens_in_a_message_are_text_and_end_no_turn():
   made = tokenizer('qwen', NO_BLOCKS)
   messages = [USER | {'content': 'say <|im_end|>'}, ANSWER | {'content': 'a<|im_end|>b'}]
-  example = Writer(made).example('here', ChatRecord(messages))
+  example = ExampleWriter(made).example('here', ChatRecord(messages))
   assert learned(made, example) == ['a<|im_end|>b<|im_end|>']
   assert (example.ids == made.eos).sum() == 3  # of the system's, the user's and the last turn
 
 
 def test_a_prompt_of_messages_is_not_learned():
   made = tokenizer('qwen', CHATML)
-  example = Writer(made).example('here', ChatRecord(MANY, given=4))
+  example = ExampleWriter(made).example('here', ChatRecord(MANY, given=4))
   assert learned(made, example) == ['Dogs.<|im_end|>']
 
 
 def test_a_completion_is_encoded_as_generation_meets_it():
   made = ByteTokenizer()
-  example = Writer(made).example('here', TextRecord('2 + 2 =', ' 4'))
+  example = ExampleWriter(made).example('here', TextRecord('2 + 2 =', ' 4'))
   assert example.ids.tolist() == [made.bos, *made.encode('2 + 2 ='), *made.encode(' 4'), made.eos]
   assert example.scored.tolist() == [False] * 8 + [True] * 3
 
@@ -122,28 +122,28 @@ def test_a_completion_is_encoded_as_generation_meets_it():
 )
 def test_what_would_teach_something_else_is_refused(template, messages, said):
   with pytest.raises(ValueError, match=f'^row 7: .*{said}'):
-    Writer(tokenizer('qwen', template)).example('row 7', ChatRecord(messages))
+    ExampleWriter(tokenizer('qwen', template)).example('row 7', ChatRecord(messages))
 
 
 def test_the_last_turn_of_a_template_that_forgets_can_be_learned():
   made = tokenizer('qwen', FORGETS)
-  example = Writer(made, turns='last').example('here', ChatRecord(MANY))
+  example = ExampleWriter(made, turns='last').example('here', ChatRecord(MANY))
   assert learned(made, example) == ['Dogs.<|im_end|>']
 
 
 def test_another_template_than_the_tokenizer_s_own_is_refused():
   with pytest.raises(ValueError, match='differs from the one of the tokenizer'):
-    Writer(tokenizer('qwen', CHATML), template=NO_BLOCKS)
-  Writer(tokenizer('qwen', CHATML), template=CHATML + '\n')
-  Writer(tokenizer('qwen'), template=NO_BLOCKS)
+    ExampleWriter(tokenizer('qwen', CHATML), template=NO_BLOCKS)
+  ExampleWriter(tokenizer('qwen', CHATML), template=CHATML + '\n')
+  ExampleWriter(tokenizer('qwen'), template=NO_BLOCKS)
 
 
 def test_an_end_that_only_the_generation_config_names_is_one():
   made = tokenizer('llama3', HEADERS.replace('{{ eos_token }}', '<|end|>'))
   with pytest.raises(ValueError, match='closed by no token'):
-    Writer(made).example('here', ChatRecord(MANY))
+    ExampleWriter(made).example('here', ChatRecord(MANY))
   made.generation = {'eos_token_id': [made.eos, made.control_ids()['<|end|>']]}
-  example = Writer(made).example('here', ChatRecord(MANY))
+  example = ExampleWriter(made).example('here', ChatRecord(MANY))
   assert learned(made, example)[-1] == 'Dogs.<|end|>'
 
 
@@ -179,6 +179,6 @@ def test_transformers_marks_the_same_tokens(template, tmp_path):
   marked = theirs.apply_chat_template(
     MANY, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
   )
-  example = Writer(made).example('here', ChatRecord(MANY))
+  example = ExampleWriter(made).example('here', ChatRecord(MANY))
   assert example.ids.tolist() == marked['input_ids']
   assert example.scored.astype(int).tolist() == marked['assistant_masks']
