@@ -2,7 +2,12 @@
 guesses what is masked.
 
     python train.py --config=configs/mlm.py --workdir=runs/mlm
+    python convert.py export --workdir runs/mlm --to out/  # BertForMaskedLM for transformers
 
+Two CPU cores (AMD EPYC, Zen 5) that other work kept busy (a load of 9): 200 steps in 8.5 minutes,
+after which the validation loss is 6.41 nats a masked token, where ln V is 7.63, and 4% of them are
+guessed right: of a few hundred masked tokens a step it has learned how frequent tokens are, and
+little of their company yet.
 """
 
 from data.config import DataConfig, TokenizerConfig
