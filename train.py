@@ -39,7 +39,7 @@ from training.state import TrainState
 from workdir import changes, seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
-from workdir.progress import Progress, check_finite
+from workdir.progress import Progress, check_finite, worse_than_guessing
 from workdir.watch import ProfileWindow, Watch
 
 CONFIG = overrides.define_flag()
@@ -141,7 +141,10 @@ def train_steps(
     moved = names.imported('training.moved.Moved')(config, state) if lossy else None
     state, metrics, step_norms = train_step(state, batch)
     profile.after(step, metrics)
-    check_finite(watch.step(step, metrics, tokens), norms, config, checkpoints)
+    done = watch.step(step, metrics, tokens)
+    check_finite(done, norms, config, checkpoints)
+    if hint := worse_than_guessing(done, config):
+      watch.print(hint)
     norms = step_norms
     for said in moved.lines(state) if moved else ():
       watch.print(said)
@@ -333,7 +336,8 @@ def train(
   with mendable():
     prepared, config = read(config, workdir, mesh, allow_change, log)
     if show:
-      log(names.imported('data.showing.examples')(prepared, config.data.sequence_length, show))
+      examples = names.imported('data.showing.examples')
+      log(examples(config.objective, prepared, config.data, config.model.causal, show))
       return False
     feed = fed(config, prepared, mesh)
 

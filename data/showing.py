@@ -5,34 +5,46 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.batch import Batch
-from data.prepared import Prepared
+from data.config import DataConfig
 from data.tokenizer import Tokenizer
 
 LEARNED, PLAIN = '\x1b[32m', '\x1b[0m'
 
 
-def examples(prepared: Prepared, length: int, count: int) -> str:
-  """The first `count` examples of each source's rows of `length`, control tokens by their names or
-  ids; green is what is learned.
+def examples(objective, prepared, config: DataConfig, causal: bool, count: int) -> str:
+  """The first `count` examples that a run of this objective trains on, control tokens by their
+  names or ids; green is what is learned.
+
+  causal: whether a target is the token that comes next, and not the one in its place.
   """
-  shown = []
-  for source in prepared.train:
-    for number, (ids, learned) in enumerate(itertools.islice(_examples(source, length), count), 1):
-      head = f'{source.name}, example {number}: {len(ids)} tokens, {int(learned.sum())} learned'
-      shown += [f'--- {head}', _coloured(prepared.tokenizer, ids, learned)]
+  batches = objective.batches(prepared, config, range(config.batch_size))
+  shown, every = [], _examples(batches, causal)
+  for number, (source, ids, learned) in enumerate(itertools.islice(every, count), 1):
+    read = '' if source is None else f'reading {len(source)} tokens, '
+    head = f'--- example {number}: {read}{len(ids)} tokens, {int(learned.sum())} learned'
+    shown.append(head)
+    if source is not None:
+      shown.append(_spelled(prepared.tokenizer, source.tolist()) + '\n->')
+    shown.append(_coloured(prepared.tokenizer, ids, learned))
   return '\n'.join(shown)
 
 
-def _examples(source, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """(ids, which are learned) of every piece of the rows."""
-  for row in range(len(source)):
-    batch = Batch.empty(1, length)
-    source.fill(row, batch, 0)
-    for segment in range(1, int(batch.segments.max()) + 1):
-      inside = batch.segments[0] == segment
-      ids = np.append(batch.tokens[0, inside][:1], batch.targets[0, inside])
-      yield ids, np.append(False, batch.weights[0, inside] > 0)
+def _examples(batches, causal: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray, np.ndarray]]:
+  """(what an encoder reads, or None; ids; which are learned) of every segment of the rows."""
+  while True:
+    batch = batches.take(None)
+    for row in range(len(batch.tokens)):
+      for segment in range(1, int(batch.segments[row].max()) + 1):
+        inside = batch.segments[row] == segment
+        learned = batch.weights[row, inside] > 0
+        tokens, targets = batch.tokens[row, inside], batch.targets[row, inside]
+        if not causal:
+          yield tokens, targets, learned
+          continue
+        source = None
+        if hasattr(batch, 'source'):
+          source = batch.source[row][batch.source_segments[row] == segment]
+        yield source, np.append(tokens[:1], targets), np.append(False, learned)
 
 
 def _coloured(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> str:

@@ -112,7 +112,7 @@ class Tokenizer:
 
   def control_ids(self) -> dict[str, int]:
     """Ids of control tokens by name; those that every tokenizer has, where it knows no others."""
-    return {'<pad>': self.pad, '<s>': self.bos, '</s>': self.eos}
+    return {'<pad>': self.pad, '<s>': self.bos, '</s>': self.eos} | self.extra
 
   def with_template(self, source: str) -> 'Tokenizer':
     """The same with this chat template, Jinja text. Raises ValueError for kinds that keep none."""

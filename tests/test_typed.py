@@ -51,18 +51,26 @@ SHORT = (
   '--config.train.eval_batches=1',
   '--config.optimizer.warmup_steps=1',
   '--config.data.cache_dir=HERE/cache',
+  '--config.data.batch_size=8',
+)
+TEXT = (
   '--config.data.sources[0].kind=text',
   '--config.data.sources[0].path=HERE/input.txt',
   '--config.data.clean.near_duplicates=0.0',
   '--config.data.split=tail',
   '--config.data.sequence_length=32',
-  '--config.data.batch_size=8',
 )
 BESIDES = {
-  'configs/tiny.py': ('--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
-  'configs/finetune.py': (),
-  'configs/shakespeare_char.py': (),
+  'tiny': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
+  'finetune': TEXT,
+  'shakespeare_char': TEXT,
+  'sft': ('--config.train.epochs=0', '--config.optimizer.warmup_fraction=0.0'),
 }
+# Of a model whose package of 93 MB tests/real imports, another one is in its place here.
+CHAT = (
+  '{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}'
+  '{% if add_generation_prompt %}assistant: {% endif %}'
+)
 
 
 def typed(*names: str) -> list[tuple[str, list[str]]]:
@@ -76,7 +84,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt)')
+  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt|orders\.jsonl)')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
 
 
@@ -90,18 +98,30 @@ def ran(tmp_path_factory):
   config = LLAMA | {'vocab_size': 300}
   ours.build(config, hf)
   write_tokenizer(hf)
+  (hf / 'tokenizer_config.json').write_text(
+    json.dumps({'eos_token': '<end>', 'chat_template': CHAT})
+  )
+  pairs = [[f'{i} and {i}?', f'{2 * i}'] for i in range(60)]
+  chats = [
+    {'messages': [{'role': r, 'content': c} for r, c in zip(('user', 'assistant'), pair)]}
+    for pair in pairs
+  ]
+  (directory / 'orders.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
+  texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
+  (hf.parent / 'answers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
   gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
 
   lines = []
   for name, line in typed('train.py', 'convert.py'):
     if name == 'train.py':
       config = next(part.removeprefix('--config=') for part in line if '--config=' in part)
-      short = [part for part in SHORT if part.split('=')[0] not in ' '.join(line)]
+      short = [*SHORT, *BESIDES[pathlib.Path(config).stem]]
+      short = [part for part in short if part.split('=')[0] not in ' '.join(line)]
       # What a page asks for twice as many steps goes on from what ran before.
-      line = [part.replace('.steps=400', '.steps=4') for part in line] + short
-      line += BESIDES[config]
-    if 'smollm2' not in line:  # a package of 93 MB, which tests/real imports
-      lines.append((name, here(line, directory)))
+      line = [part.replace('.steps=400', '.steps=4') for part in line]
+      line = [part for part in line if not re.search(r'epochs=|steps=(22|60|120)$', part)] + short
+    line = ['path/to/hf_dir' if part == 'smollm2' else part for part in line]
+    lines.append((name, here(line, directory)))
   done = Process(directory, '-c', RUN_EACH, json.dumps(lines)).end()
   assert done.code == 0, done.error
   said = done.out.split('$ ')[1:]
@@ -116,7 +136,7 @@ def test_commands_of_training_and_converting_run(ran):
     assert said.endswith('code 0\n'), (line, said, error)
   assert 'Traceback' not in error
   kinds = [line[0] for (_, line), _ in each if not line[0].startswith('--')]
-  assert {*kinds} == {'import', 'export', 'inspect', 'seal'}
+  assert {*kinds} == {'import', 'export', 'inspect', 'merge', 'rebase', 'seal'}
 
 
 @pytest.mark.slow
@@ -127,6 +147,13 @@ def test_what_they_promise_is_there(ran):
     'tiny',
     'tuned',
     'llama',
+    'smollm2',
+    'orders',
+    'merged',
+    'again',
+    'first',
+    'docs',
+    'mixed',
     'assistant',
     'shakespeare',
   }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 
@@ -44,6 +45,20 @@ class Progress:
       return cls()
     record = checkpoints.record(step)['progress']
     return cls(math.inf if record['best'] is None else record['best'], record['waited'])
+
+
+def worse_than_guessing(done: Mapping | None, config) -> str:
+  """What to say of a model that was tuned and is worse, at its first step, than one that knows
+  nothing: of another tokenizer, or of another template. '' where there is nothing to say.
+  """
+  guess = math.log(config.model.V)
+  if done is None or done['step'] != 1 or not config.init or not done['loss'] > guess:
+    return ''
+  return (
+    f'WARNING: the loss begins at {done["loss"]:.2f}, above the {guess:.2f} of guessing among '
+    f'{config.model.V:,} tokens: is the tokenizer, and the chat template, that of {config.init}? '
+    '--show=3 prints what it learns from'
+  )
 
 
 def check_finite(done: dict | None, norms, config, checkpoints) -> None:

@@ -12,7 +12,7 @@ from conftest import tiny
 from hypothesis import given, strategies as st
 
 from model.execution import ExecutionConfig
-from workdir.progress import Progress, check_finite
+from workdir.progress import Progress, check_finite, worse_than_guessing
 
 
 class Records:
@@ -59,6 +59,19 @@ def test_patience_counts_evaluations_without_progress():
   assert not Progress(1.0, 2).impatient(3)
   assert '3 evaluations' in Progress(1.0, 3).impatient(3)
   assert not Progress(1.0, 1000).impatient(0)
+
+
+def test_a_tuned_model_that_begins_worse_than_guessing_is_told():
+  config = dataclasses.replace(tiny(), init='runs/base')
+  begun = {'step': 1, 'loss': math.log(tiny().model.V) + 0.01}
+  assert 'is the tokenizer, and the chat template' in worse_than_guessing(begun, config)
+  for done, of in (
+    (begun | {'loss': math.log(tiny().model.V) - 0.01}, config),
+    (begun | {'step': 2}, config),
+    (begun, tiny()),
+    (None, config),
+  ):
+    assert not worse_than_guessing(done, of)
 
 
 NORMS = {'blocks': {'q': jnp.float32(3), 'k': jnp.float32(math.nan)}, 'head': jnp.float32(0.5)}

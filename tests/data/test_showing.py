@@ -1,0 +1,51 @@
+"""Is what is shown of the data what is trained on?"""
+
+import json
+
+from data import showing
+from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from objectives.denoise import MaskedLM, SpanCorruption
+from objectives.next_token import NextToken
+from objectives.sft import SFT
+
+
+def config(tmp_path, source, **fields):
+  return DataConfig(
+    sources=(source,),
+    clean=CleanConfig(anonymise=(), near_duplicates=0),
+    tokenizer=TokenizerConfig(kind='byte'),
+    batch_size=2,
+    cache_dir=str(tmp_path / 'cache'),
+    **fields,
+  )
+
+
+def shown(objective, config, count=3, causal=True):
+  prepared = objective.read(config, lambda line: None)
+  return showing.examples(objective, prepared, config, causal, count)
+
+
+def test_what_is_learned_of_a_record_is_green(tmp_path):
+  path = tmp_path / 'pairs.jsonl'
+  rows = [{'prompt': f'{i}+{i}=', 'completion': f'{2 * i}.'} for i in range(30)]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  source = SourceConfig(kind='jsonl', path=str(path), format='completion')
+  text = shown(SFT(), config(tmp_path, source, sequence_length=16, validation_fraction=0.2))
+  lines = text.split('\n')
+  assert lines[0].startswith('--- example 1: ') and len(lines) == 6
+  expected = {f'<s>{row["prompt"]}\x1b[32m{row["completion"]}</s>\x1b[0m' for row in rows}
+  assert {*lines[1::2]} < expected
+
+
+def test_documents_and_noise_are_shown_too(tmp_path):
+  for i in range(20):
+    (tmp_path / f'{i}.txt').write_text(f'document number {i} of some words. ' * 6)
+  source = SourceConfig(kind='text', path=str(tmp_path / '*.txt'))
+  data = config(tmp_path, source, sequence_length=64, validation_fraction=0.2)
+  text = shown(NextToken(), data)
+  assert text.count('\x1b[32m') == 3 and 'document number' in text
+  corrupted = shown(SpanCorruption(), data, 1)
+  source, target = corrupted.split('\n->\n')
+  assert '<extra_id_0>' in source and '\x1b[32m<extra_id_0>' in target
+  masked = shown(MaskedLM(), data, 1, causal=False)
+  assert masked.count('[MASK]') + masked.count('<mask>') > 2 and '\x1b[32m' in masked
