@@ -185,6 +185,7 @@ def test_a_plan_that_is_killed_while_it_compiles_is_one_line(
   assert (done.code, done.error) == (code, f'\n{said}\n')
 
 
+@pytest.mark.slow
 def test_a_save_that_the_disk_refuses_ends_the_run_and_what_was_saved_stays(runs, tmp_path):
   """Files may be as large here as all but a checkpoint's largest; orbax says it in 300 lines, and
   its threads, which wait, are not waited for.

@@ -380,6 +380,7 @@ def test_decoding_shows_its_cache(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('mesh', [{'fsdp': 4}, {'fsdp': 2, 'tensor': 2}], ids=str)
 def test_explicit_axes_cost_nothing_against_the_automatic_twin(mesh):
   config = dataclasses.replace(

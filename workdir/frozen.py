@@ -71,7 +71,8 @@ def begin(
     directory = imported if own else config.init if main else role.directory
     if not directory:
       continue
-    check_plain(directory)
+    if not own:
+      check_plain(directory)
     log(f'beginning with the parameters of {directory}' + ('' if main else f' as {name}'))
     checkpoints = Checkpoints(directory, log=log)
     step = checkpoints.latest()

@@ -31,6 +31,7 @@ def product(mesh, size):
     return jax.jit(lambda x, y: x @ y).lower(x, x).compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [
@@ -169,6 +170,7 @@ def attend(topology):
   return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, kind, width, entry',
   [

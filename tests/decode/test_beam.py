@@ -498,6 +498,7 @@ def test_completions(generator, expected):
   assert len(c.alternatives) == len(c.ids) and all(len(pair) == 2 for pair in c.alternatives)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_a_mesh_changes_nothing(sizes, on_one):
   expected, found = on_one, make_generator(sizes, 260)(TEXTS, **HOW)

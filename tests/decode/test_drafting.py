@@ -117,6 +117,7 @@ def test_constraints_hold_at_every_drafted_position(generator):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes', [dict(data=2, tensor=2), pytest.param(dict(stage=2), marks=pytest.mark.slow)]
 )

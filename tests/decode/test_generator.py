@@ -300,6 +300,7 @@ def alone():
   return sharing()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes',
   [

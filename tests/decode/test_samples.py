@@ -57,6 +57,7 @@ def test_samples_of_several_prompts_are_rows_alone(generator, options):
   assert_as_alone(generator, 3, found, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['window', 'encoder-decoder'])
 def test_samples_of_other_models_are_rows_alone(kind):
   generator = generator_of(KINDS[kind])
@@ -122,6 +123,7 @@ def test_a_search_reads_its_prompt_once_and_says_so(generator, monkeypatch):
   assert calls == [(1, 4)] and generator.report.prompt_tokens == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes',
   [

@@ -396,6 +396,7 @@ def of_eight(seeds, positions, ids):
   return jnp.argmax(jax.lax.map(draw, (seeds, positions))[:, None] == ids[None], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'over', ['seeds', 'positions', pytest.param('rows', marks=pytest.mark.slow)]
 )

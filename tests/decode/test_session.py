@@ -71,6 +71,7 @@ def test_what_is_taken_back_was_never_there(generator, length):
   np.testing.assert_allclose(session.logits, generator.session().append(expected).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_ring_is_read_again_where_it_has_turned():
   generator = generator_of(WINDOW)
   assert generator.session()._generator is generator

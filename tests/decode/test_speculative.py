@@ -240,6 +240,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'family',
   [
@@ -271,6 +272,7 @@ def test_families(family):
   assert (carried.accepted < carried.drafted).all()
 
 
+@pytest.mark.slow
 def test_penalties_and_bias_are_those_of_every_drafted_position(model, drafts):
   sampling = greedy(
     3,
@@ -500,6 +502,7 @@ def anew():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fault', ['always accepted', 'p for the residual'])
 def test_faults_of_the_arithmetic_change_the_draws(monkeypatch, fault):
   if fault == 'always accepted':

@@ -442,6 +442,7 @@ def test_wide_counting_changes_nothing_and_wide_numbers_are_refused():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sink_of_nothing_has_no_gradient_where_nothing_is_seen():
   q, k, v, _ = inputs(4, 4, 2, 2, 4, 4)
   nothing = Mask(query_segments=SEGMENTS, key_segments=SEGMENTS + 1)

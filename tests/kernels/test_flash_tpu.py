@@ -223,6 +223,7 @@ def test_no_step_reads_what_another_writes(small_steps):
   assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('parts', [positions(150, 300), {}], ids=['positions', 'in order'])
 def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   """A VMEM in which the gradients of 128 keys find place."""
@@ -239,6 +240,7 @@ def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', ['packed', 'causal, soft cap, sinks'])
 def test_calls_for_ranges_of_blocks_are_one_call(case, small_steps, monkeypatch):
   """Two rows of 3 x 3 blocks. With tables of nine steps a call has a row's, or a part of the

@@ -65,6 +65,7 @@ def slow(*case):
   return pytest.param(*case, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, changes, sizes',
   [

@@ -211,6 +211,7 @@ def test_token_types_pooler_and_head(one_device):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', [T5, BERT], ids=['t5', 'bert'])
 def test_a_mesh_is_one_device(config):
   def run(mesh):

@@ -170,6 +170,7 @@ def test_cached_decode_on_a_mesh(axis_type):
   assert jnp.all(cache.lengths == 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [

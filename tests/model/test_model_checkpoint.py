@@ -72,6 +72,7 @@ def test_how_a_model_runs_is_not_in_a_checkpoint(llama, tmp_path):
     np.testing.assert_array_equal(leaves(again)[name], x, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'hf, mesh',
   [

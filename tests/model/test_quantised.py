@@ -25,6 +25,7 @@ def whole(model):
   return jax.tree.map(plain, model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_logits_are_those_of_the_numbers(name):
   """Few rows go by two digits of a byte, many by numbers made of the bytes: one model."""

@@ -209,6 +209,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, sizes', MESHES, ids=str)
 def test_meshes_are_one_device(name, sizes, monkeypatch):
   """Experts over fsdp come in two pieces."""
@@ -252,6 +253,7 @@ def test_gathered_ahead(reduce, kind):
 # Generation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mixtral', slow('deepseek_v3'), 't5', slow('gpt2')])
 def test_prompts_and_steps_of_a_generator(name):
   """Experts, MLA, an encoder, a tied table: it writes what the model of the numbers would."""

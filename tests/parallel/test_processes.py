@@ -181,6 +181,7 @@ with hosts.connect(coordinator, 2, process, {HEARTBEAT}) if coordinator else alo
 '''
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
   """The slots of a cache are half one's, half the other's."""
   (tmp_path / 'writing.py').write_text(WRITING)

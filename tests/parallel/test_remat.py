@@ -94,6 +94,7 @@ def test_groups_of_layers_are_a_scan_of_all(n):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_kept_inputs_grow_with_the_root_of_the_layers(one_device):
   """Temporary bytes of a wide residual stream through narrow layers:
   N layers' inputs with 'full', about 2 sqrt(N) with 'sqrt'.

@@ -212,6 +212,7 @@ def test_from_disk_to_the_hosts_memory_and_back(runs, tmp_path):
       assert_same({name: whole(x) for name, x in named_leaves(state).items()}, before)
 
 
+@pytest.mark.slow
 def test_on_disk_moves_to_another_mesh(runs, tmp_path):
   run, checkpoints = runs['disk'], Checkpoints(tmp_path, log=lambda _: None)
   with jax.set_mesh(run.mesh):

@@ -161,7 +161,8 @@ def test_other_ends_of_texts_are_seen_and_may_be_meant(run):
 def test_other_files_under_the_same_key_are_seen(run, corpus):
   """An index of a prepared corpus that was edited: bytes of the held-out text."""
   config = four(corpus, 6)
-  index = next((corpus / 'cache').glob('*/index.json'))
+  key = Checkpoints(run).record(4)['data']['key'].partition('-')[0]
+  index = corpus / 'cache' / key / 'index.json'
   before = index.read_bytes()
   try:
     edit(index, '"bytes": ', '"bytes": 1')

@@ -158,6 +158,7 @@ def test_the_states_buffers_are_reused(alone):
   assert all(x.is_deleted() for x in jax.tree.leaves(before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [pytest.param(name, marks=() if name == 'muon' else pytest.mark.slow) for name in OPTIMIZERS],
@@ -360,6 +361,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, caps
   assert losses(tmp_path) == losses(straight)
 
 
+@pytest.mark.slow
 def test_what_changed_at_a_resume_is_said_and_a_jump_of_the_rate_warned_of(
   corpus, tmp_path, capsys
 ):

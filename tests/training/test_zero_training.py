@@ -144,6 +144,7 @@ def test_gradients_are_split_where_they_arise():
   assert used[1] - used[2] > 0.6 * matrices and used[2] - used[3] > 0.6 * matrices, (used, matrices)
 
 
+@pytest.mark.slow
 def test_optimizer_state_in_the_hosts_memory():
   _, state = check(setting({'data': 2, 'fsdp': 4}, offload_optimizer='host'), setting({'data': 1}))
   arrays = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
