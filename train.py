@@ -336,8 +336,7 @@ def train(
   with mendable():
     prepared, config = read(config, workdir, mesh, allow_change, log)
     if show:
-      examples = names.imported('data.showing.examples')
-      log(examples(config.objective, prepared, config.data, config.model.causal, show))
+      log(names.imported('data.showing.examples')(config, prepared, show))
       return False
     feed = fed(config, prepared, mesh)
 

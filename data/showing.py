@@ -5,20 +5,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.config import DataConfig
 from data.tokenizer import Tokenizer
 
 LEARNED, PLAIN = '\x1b[32m', '\x1b[0m'
 
 
-def examples(objective, prepared, config: DataConfig, causal: bool, count: int) -> str:
-  """The first `count` examples that a run of this objective trains on, control tokens by their
-  names or ids; green is what is learned.
-
-  causal: whether a target is the token that comes next, and not the one in its place.
+def examples(config, prepared, count: int) -> str:
+  """The first `count` examples that a run of this config trains on, control tokens by their names
+  or ids; green is what is learned.
   """
-  batches = objective.batches(prepared, config, range(config.batch_size))
-  shown, every = [], _examples(batches, causal)
+  batches = config.objective.batches(prepared, config.data, range(config.data.batch_size))
+  shown, every = [], _examples(batches, config.model.causal)
   for number, (source, ids, learned) in enumerate(itertools.islice(every, count), 1):
     read = '' if source is None else f'reading {len(source)} tokens, '
     head = f'--- example {number}: {read}{len(ids)} tokens, {int(learned.sum())} learned'
@@ -30,7 +27,10 @@ def examples(objective, prepared, config: DataConfig, causal: bool, count: int) 
 
 
 def _examples(batches, causal: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray, np.ndarray]]:
-  """(what an encoder reads, or None; ids; which are learned) of every segment of the rows."""
+  """(what an encoder reads, or None; ids; which are learned) of every segment of the rows.
+
+  causal: whether a target is the token that comes next, and not the one in its place.
+  """
   while True:
     batch = batches.take(None)
     for row in range(len(batch.tokens)):

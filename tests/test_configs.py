@@ -115,6 +115,7 @@ def test_it_lowers_as_it_is(path):
   assert 'stablehlo' in lowered.as_text()[:10_000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'path',
   [

@@ -63,6 +63,8 @@ TEXT = (
 BESIDES = {
   'tiny': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
   'finetune': TEXT,
+  'span_corruption': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
+  'mlm': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
   'shakespeare_char': TEXT,
   'sft': (
     '--config.train.epochs=0',
@@ -122,12 +124,12 @@ def ran(tmp_path_factory):
   for name, line in every:
     if name == 'train.py':
       config = next(part.removeprefix('--config=') for part in line if '--config=' in part)
-      short = [*SHORT, *BESIDES[pathlib.Path(config).stem]]
-      short = [part for part in short if part.split('=')[0] not in ' '.join(line)]
       # What a page asks for twice as many steps goes on from what ran before.
       line = [part.replace('.steps=400', '.steps=4') for part in line]
       line = [part.replace('sequence_length=256', 'sequence_length=48') for part in line]
-      line = [part for part in line if not re.search(r'epochs=|steps=(22|60|120)$', part)] + short
+      line = [part for part in line if not re.search(r'epochs=|steps=(22|60|120)$', part)]
+      short = [*SHORT, *BESIDES[pathlib.Path(config).stem]]
+      line += [part for part in short if part.split('=')[0] not in ' '.join(line)]
     line = ['path/to/hf_dir' if part == 'smollm2' else part for part in line]
     lines.append((name, here(line, directory)))
   done = Process(directory, '-c', RUN_EACH, json.dumps(lines)).end()
@@ -158,6 +160,8 @@ def test_what_they_promise_is_there(ran):
     'smollm2',
     'orders',
     'lora',
+    'mlm',
+    'span_corruption',
     'merged',
     'again',
     'first',

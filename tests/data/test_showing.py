@@ -1,6 +1,7 @@
 """Is what is shown of the data what is trained on?"""
 
 import json
+import types
 
 from data import showing
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
@@ -20,9 +21,11 @@ def config(tmp_path, source, **fields):
   )
 
 
-def shown(objective, config, count=3, causal=True):
-  prepared = objective.read(config, lambda line: None)
-  return showing.examples(objective, prepared, config, causal, count)
+def shown(objective, data, count=3, causal=True):
+  prepared = objective.read(data, lambda line: None)
+  model = types.SimpleNamespace(causal=causal)
+  config = types.SimpleNamespace(objective=objective, data=data, model=model)
+  return showing.examples(config, prepared, count)
 
 
 def test_what_is_learned_of_a_record_is_green(tmp_path):

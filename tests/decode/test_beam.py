@@ -368,6 +368,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_architectures_and_caches_of_several_blocks(name, monkeypatch):
   changes, how, tolerance = ARCHITECTURES[name]

@@ -53,6 +53,7 @@ def expected(generator):
   return generator(PROMPTS, max_new_tokens=30, temperature=0.0, logprobs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', DRAFTS)
 def test_greedy_completions_are_those_without_drafts(generator, other, expected, kind):
   found = generator(
@@ -144,6 +145,7 @@ def ticking(monkeypatch, with_drafts, without):
   monkeypatch.setattr(drafting, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', DRAFTS)
 @pytest.mark.parametrize('faster', ['drafts', 'none'])
 def test_the_clock_decides_and_changes_no_greedy_text(generator, other, monkeypatch, kind, faster):

@@ -32,6 +32,7 @@ def assert_ended_by_context(completion):
     assert said in completion.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options',
   [{'chunk': 3}, {'lookup': 1}, {'temperature': 0.0, 'early_exit': 1}],

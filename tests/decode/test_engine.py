@@ -713,6 +713,7 @@ def traced_anew():
   jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fault',
   [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in FAULTS if name not in FIRST)],

@@ -41,6 +41,7 @@ def assert_as_alone(generator, several, found, **options):
   assert len(set(map(tuple, (c.ids for c in found)))) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options',
   [

@@ -27,6 +27,7 @@ def slow(*case):
   return pytest.param(*case, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, rings',
   [

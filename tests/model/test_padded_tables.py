@@ -61,6 +61,7 @@ def batch():
   return Batch(**values, segments=ones, positions=positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_padded_rows_are_in_no_loss_and_get_no_gradient(kind):
   config = KINDS[kind]

@@ -112,6 +112,7 @@ def check_numbers(config, length: int = 6, rows: int = 4, tolerance: float = 1e-
   assert 1e-4 < distance(actual, before) < 0.5, 'bytes are another model, a near one'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [name if name in QUICK else slow(name) for name in FAMILIES])
 def test_every_family_computes_with_the_numbers_of_its_bytes(name, monkeypatch):
   monkeypatch.setattr(int8, 'FEW', 0)  # digits are rounded: see the next test

@@ -358,6 +358,7 @@ def test_resumed_is_uninterrupted_with_a_frozen_reference(corpus, base, register
   assert configs.load(tmp_path / 'whole').objective == Toy(reference=str(base))
 
 
+@pytest.mark.slow
 def test_another_reference_is_refused(corpus, base, registered, tmp_path):
   shutil.copytree(base, tmp_path / 'base')
   run_here(with_reference(corpus, tmp_path / 'base', 2), tmp_path / 'run')
