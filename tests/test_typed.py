@@ -160,6 +160,7 @@ def test_what_they_promise_is_there(ran):
     'smollm2',
     'orders',
     'lora',
+    'answers',
     'mlm',
     'span_corruption',
     'merged',
