@@ -68,9 +68,11 @@ $(VENV)/installed: setup.cfg
 	$(VENV)/bin/python -m pip install -q --no-compile -e .
 	touch $@
 
+# Tests start many processes: here all modules are compiled, but for files of packages that are no Python 3 and that
+# nobody imports, of which compileall complains.
 $(VENV)/installed-test: $(VENV)/installed
 	$(VENV)/bin/python -m pip install -q -e .[test,plan]
-	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true  # a test starts many processes
+	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 $(VENV)/installed-oracle: $(VENV)/installed-test

@@ -44,11 +44,11 @@ from workdir.adapted import export_adapter, import_adapter, merge, rebase
 from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of
 from workdir.reseal import reseal
+from workdir.untrained import write_run
 
 # Of which an import's tables have a multiple of rows by default, so that as many devices can share
 # them: GPT-2's 50,257 ids have no divisor that a mesh has.
 VOCABULARY_MULTIPLE = 128
-IMPORT_TIMEOUT = 24 * 3600  # seconds that an import may take to write, whatever its size
 SENTENCEPIECE = (
   'tokenizer.model',
   'spiece.model',
@@ -104,19 +104,7 @@ def _import(options) -> None:
     )
     origin = families.origin(opened.hf)
     files.replace(partial / seals.ORIGIN, json.dumps(origin, indent=2) + '\n')
-    # Small, because a file lies in memory while it is written.
-    checkpoints = Checkpoints(partial, log=_log, chunk_bytes=2**21, timeout=IMPORT_TIMEOUT)
-    checkpoints.save(
-      0,
-      {'model': model},
-      data={},
-      progress={},
-      donated=False,
-      config=configs.to_dict(run),
-      run=seals.bound(seals.run_of({}), partial, {}),
-    )
-    checkpoints.wait()
-    configs.save(run, partial)
+    write_run(partial, run, {'model': model}, _log)
   if config.table_rows > config.V:
     _log(
       f'NOTE: embedding and head have {config.table_rows:,} rows for {config.V:,} ids: a multiple '

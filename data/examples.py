@@ -13,12 +13,12 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 import names
-from data import cache, sources, tokenizers
+from data import cache, generation, sources, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig
 from data.conversations import TURNS, Example, ExampleWriter
 from data.prepare import identity
@@ -35,7 +35,15 @@ QUANTILES = {'shortest': 0, 'median': 0.5, '90%': 0.9, '99%': 0.99, 'longest': 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What is made of records; see objectives/sft.py, whose fields these are.
+  """What is made of records.
+
+  Attributes:
+    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
+    turns: of the assistant that are learned: 'all' or the 'last' of each conversation.
+    too_long: what becomes of an example of more than data.sequence_length tokens: 'drop', or cut
+      its 'left' or its 'right' end off.
+    packing: of examples into rows: where they 'fit' best, in 'order', or each 'alone'.
+    weighting: what counts alike: each learned 'token', or each 'example' (a mean of means).
 
   Raises ValueError for names that are unknown.
   """
@@ -66,6 +74,9 @@ def prepare(
   """
   _check(config)
   tokenizer = tokenizers.build(config.tokenizer, (), ())
+  if config.tokenizer.path:
+    # A chat model may end a turn with another token than a document.
+    tokenizer.generation = generation.beside(config.tokenizer.path)
   template = ''
   if settings.template:
     template = pathlib.Path(settings.template).expanduser().read_text()
@@ -73,7 +84,7 @@ def prepare(
   if template:
     tokenizer = tokenizer.with_template(template)
   build = functools.partial(_build, settings, tokenizer, writer)
-  key = _key(config, settings, template)
+  key = _key(config, settings, template, generation.ends(tokenizer))
   prepared = kept(config, key, build, log, settings.packing)
   for line in _described(prepared.report):
     log(line)
@@ -115,7 +126,7 @@ def _check(config: DataConfig) -> None:
     )
 
 
-def _key(config: DataConfig, settings: Settings, template: str) -> str:
+def _key(config: DataConfig, settings: Settings, template: str, ends: Sequence[int]) -> str:
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
   tokenizer = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
@@ -127,6 +138,7 @@ def _key(config: DataConfig, settings: Settings, template: str) -> str:
     'validation': _identity(config.validation, memo),
     'tokenizer': tokenizer,
     'template': template,
+    'ends': [*ends],
     'turns': settings.turns,
     'too_long': [settings.too_long, config.sequence_length],
     'exact_duplicates': config.clean.exact_duplicates,

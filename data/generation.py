@@ -36,6 +36,15 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
   return generation
 
 
+def beside(path: str | os.PathLike) -> dict[str, Any]:
+  """The same of the model whose tokenizer is at a path: in a checkpoint of transformers it lies in
+  one directory with it, in a run beside the tokenizer's.
+  """
+  place = pathlib.Path(path).expanduser()
+  directory = place if place.is_dir() else place.parent
+  return read(directory) or read(directory.parent if directory.name == 'tokenizer' else directory)
+
+
 def end_ids(settings: Mapping[str, Any], place: object) -> list[int]:
   """The ids that a config.json or generation_config.json ends texts with: one, several or none.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import files
 import names
-from data import compressed
+from data import compressed, parquet
 from data.config import SourceConfig
 from data.sources import paths
 
@@ -63,20 +63,12 @@ def records(source: SourceConfig) -> Iterator[tuple[str, Record]]:
 
 def rows(kind: str, path: str) -> Iterator[tuple[str, Row]]:
   """Rows of one file, each behind its place. Raises ValueError for what holds none."""
-  read = names.imported(READERS[kind])
   try:
-    yield from read(path)
+    yield from READERS[kind](path)
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}: not UTF-8 ({error.reason}); save it as UTF-8') from error
   except compressed.damaged() as error:
     raise ValueError(f'{path} cannot be read to its end: {error}') from error
-
-
-READERS = {
-  'jsonl': 'data.records.json_rows',
-  'csv': 'data.records.csv_rows',
-  'parquet': 'data.parquet.rows',
-}
 
 
 def json_rows(path: str) -> Iterator[tuple[str, Row]]:
@@ -111,6 +103,9 @@ def csv_rows(path: str) -> Iterator[tuple[str, Row]]:
         yield place, row
     except csv.Error as error:
       raise ValueError(f'{place}: {error}; mend the row') from error
+
+
+READERS = {'jsonl': json_rows, 'csv': csv_rows, 'parquet': parquet.rows}
 
 
 class _Fields:

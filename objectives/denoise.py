@@ -18,8 +18,8 @@ from data.masking import Masking
 from data.prepare import prepare
 from data.spans import Lengths, Spans
 from model import flops, loss
-from objectives.next_token import NextToken
-from objectives.objective import MAIN, Objective, or_one
+from objectives.next_token import NextToken, token_metrics
+from objectives.objective import MAIN, Objective
 
 MASK = '<mask>'  # of a tokenizer that has none
 
@@ -146,12 +146,7 @@ class SpanCorruption(_Chunked):
     return {self.term: total}, sums
 
   def metrics(self, terms, weights, sums):
-    tokens = or_one(sums['tokens'])
-    return {
-      'loss': sums['nll'] / tokens,
-      'accuracy': sums['correct'] / tokens,
-      'predicted_tokens': sums['tokens'],
-    }
+    return token_metrics(sums)
 
   def judged(self, models, batch):
     return given_back(models[MAIN], batch, 0.0)[1]

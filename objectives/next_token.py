@@ -71,13 +71,7 @@ class NextToken(Objective):
     return {self.term: total}, sums
 
   def metrics(self, terms, weights, sums):
-    tokens = or_one(sums['tokens'])
-    return {
-      'loss': sums['nll'] / tokens,
-      'accuracy': sums['correct'] / tokens,
-      'predicted_tokens': sums['tokens'],
-      **router_metrics(sums),
-    }
+    return token_metrics(sums) | router_metrics(sums)
 
   def judged(self, models, batch):
     _, sums = summed_loss(models[MAIN], batch, 0.0)
@@ -90,6 +84,16 @@ class NextToken(Objective):
     pairs = prepared.report['packing']['validation']['pairs']
     bytes_read = prepared.validation_bytes * tokens / pairs
     return {'validation_loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / bytes_read}
+
+
+def token_metrics(sums: loss.Sums) -> dict[str, Array]:
+  """Of loss.cross_entropy's sums: means over the predicted tokens, and how many these are."""
+  tokens = or_one(sums['tokens'])
+  return {
+    'loss': sums['nll'] / tokens,
+    'accuracy': sums['correct'] / tokens,
+    'predicted_tokens': sums['tokens'],
+  }
 
 
 def router_metrics(sums: loss.Sums) -> dict[str, Array]:

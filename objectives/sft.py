@@ -12,42 +12,20 @@ from objectives.objective import MAIN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFT(NextToken):
+class SFT(NextToken, examples.Settings):
   """Packed examples, each made of a record (data/records.py, data/conversations.py); a target that
   is no answer weighs nothing.
-
-  Attributes:
-    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
-    turns: of the assistant that are learned: 'all' or the 'last' of each conversation.
-    too_long: what becomes of an example of more than data.sequence_length tokens: 'drop', or cut
-      its 'left' or its 'right' end off.
-    packing: of examples into rows: where they 'fit' best, in 'order', or each 'alone'.
-    weighting: what counts alike: each learned 'token', or each 'example' (a mean of means).
   """
 
   kind: str = 'sft'
-  template: str = ''
-  turns: str = 'all'
-  too_long: str = 'drop'
-  packing: str = 'fit'
-  weighting: str = 'token'
   term = 'sft'
 
   def __post_init__(self):
     super().__post_init__()
-    self._settings()
-
-  def _settings(self) -> examples.Settings:
-    return examples.Settings(
-      template=self.template,
-      turns=self.turns,
-      too_long=self.too_long,
-      packing=self.packing,
-      weighting=self.weighting,
-    )
+    examples.Settings.__post_init__(self)
 
   def read(self, config, log):
-    return examples.prepare(config, self._settings(), log)
+    return examples.prepare(config, self, log)
 
   def metrics(self, terms, weights, sums):
     metrics = super().metrics(terms, weights, sums)

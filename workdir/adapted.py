@@ -20,6 +20,7 @@ from training import config as configs, state as states
 from workdir import seals
 from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, step_of
+from workdir.untrained import write_run
 
 Log = Callable[[str], Any]
 
@@ -88,18 +89,7 @@ def merge(
     for kept in seals.OWN:
       _copy(workdir / kept, partial / kept)
     run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
-    writer = Checkpoints(partial, log=log)
-    writer.save(
-      0,
-      {'model': model},
-      data={},
-      progress={},
-      donated=False,
-      config=configs.to_dict(run),
-      run=seals.bound(seals.run_of({}), partial, {}),
-    )
-    writer.wait()
-    configs.save(run, partial)
+    write_run(partial, run, {'model': model}, log)
   log(f'{to}: step {step} of {workdir}, its adapter merged')
 
 
@@ -142,19 +132,8 @@ def import_adapter(
     adapter = jax.tree.unflatten(jax.tree.structure(target), placed)
     for kept in seals.OWN:
       _copy(base / kept, directory / kept)
-    writer = Checkpoints(directory, log=log)
-    writer.save(
-      0,
-      {'models': {states.ADAPTER: adapter}},
-      data={},
-      progress={},
-      donated=False,
-      references={config.objective.main: checkpoints.reference(checkpoints.latest())},
-      config=configs.to_dict(config),
-      run=seals.bound(seals.run_of({}), directory, {}),
-    )
-    writer.wait()
-  configs.save(config, directory)
+    references = {config.objective.main: checkpoints.reference(checkpoints.latest())}
+    write_run(directory, config, {'models': {states.ADAPTER: adapter}}, log, references)
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -175,16 +154,16 @@ def rebase(workdir: str | os.PathLike, base: str | os.PathLike, log: Log) -> Non
   checkpoints, there = Checkpoints(workdir, log=log), Checkpoints(base, log=log)
   main = config.objective.main
   config = dataclasses.replace(config, init=str(base))
-  for step in checkpoints.steps():
-    references = checkpoints.record(step).get('references', {})
-    reference = references.get(main)
-    if reference is None:
+  references = {step: checkpoints.record(step)['references'] for step in checkpoints.steps()}
+  # All are looked at before one is changed.
+  for step, of in references.items():
+    if main not in of:
       raise ValueError(
         f'checkpoint {step} in {workdir} holds its base itself: nothing is elsewhere'
       )
-    there.check(reference)
-    moved = reference | {'directory': str(pathlib.Path(base).absolute())}
-    amended = {'references': references | {main: moved}, 'config': configs.to_dict(config)}
-    checkpoints.amend(step, amended)
+    there.check(of[main])
+  for step, of in references.items():
+    moved = of | {main: of[main] | {'directory': str(pathlib.Path(base).absolute())}}
+    checkpoints.amend(step, {'references': moved, 'config': configs.to_dict(config)})
   configs.save(config, workdir)
   log(f'{workdir}: lies on {base}, which is what it was')

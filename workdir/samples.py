@@ -13,6 +13,7 @@ import jax
 
 import files
 import names
+from data import generation
 from data.tokenizer import Tokenizer
 from decode.generating import generating
 from decode.generator import Generator
@@ -58,6 +59,7 @@ class Sampler:
           f'ones in model.max_length={limit}; shorten it'
         )
     self._train, self._main = config.train, config.objective.main
+    tokenizer.generation = generation.read(directory)  # where its texts end
     self._tokenizer, self._mesh = tokenizer, mesh
     self._config, network = config, generating(config.model)
     if config.adapter.base:

@@ -7,6 +7,7 @@ largest number of a row, and both digits are rows of one product.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -105,7 +106,7 @@ class Int8(Weight):
     # Nothing is split over devices.
     alone = math.prod(jax.sharding.get_abstract_mesh().shape.values() or [1]) == 1
     if mesh.platform() == 'cpu' and alone and rows <= FEW:
-      y = weight._digits(x, rows).reshape(*before, *outputs)
+      y = weight._in_digits(x, rows).reshape(*before, *outputs)
     elif axes is None:
       y = jnp.einsum(formula, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
     else:
@@ -130,20 +131,11 @@ class Int8(Weight):
     outputs = ''.join(letter for letter in right if letter not in summed)
     return left.endswith(summed) and result.endswith(outputs) and not set(outputs) & set(left)
 
-  def _digits(self, x, rows):
+  def _in_digits(self, x, rows):
     x = x.reshape(rows, -1).astype(jnp.float32)
-    tiny = jnp.finfo(jnp.float32).tiny
-    unit = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), tiny) / (cached.BYTE * DIGIT)
-    x = jnp.round(x / unit)
-    high = jnp.round(x / DIGIT)
-    digits = jnp.concatenate([high, x - DIGIT * high]).astype(jnp.int8)
     last = -1 in self.summed
-    shape = (-1, digits.shape[1]) if last else (digits.shape[1], -1)
-    contracted = (((1,), (int(last),)), ((), ()))
-    sums = jax.lax.dot_general(
-      digits, self.values.reshape(shape), contracted, preferred_element_type=jnp.int32
-    ).astype(jnp.float32)
-    return (DIGIT * sums[:rows] + sums[rows:]) * unit
+    shape = (-1, x.shape[1]) if last else (x.shape[1], -1)
+    return _digits(x, self.values.reshape(shape), int(last))
 
   def rows(self, ids, mode=None):
     return self.values.at[ids].get(mode=mode) * self.scale.at[ids].get(mode=mode)
@@ -164,6 +156,32 @@ class Int8(Weight):
     # block's expert, so that of the others none is read.
     y = grouped_matmul.blocked(x, self.values, sizes)
     return (y * self.scale[expert, 0]).astype(rows.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _digits(x, values, last):
+  """x [rows, K] times int8 numbers, whose dimension `last` is summed over.
+
+  The rounding has no slope: the gradient, where an adapter is trained on bytes, is the product's.
+  """
+  rows = len(x)
+  tiny = jnp.finfo(jnp.float32).tiny
+  unit = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), tiny) / (cached.BYTE * DIGIT)
+  x = jnp.round(x / unit)
+  high = jnp.round(x / DIGIT)
+  digits = jnp.concatenate([high, x - DIGIT * high]).astype(jnp.int8)
+  contracted = (((1,), (last,)), ((), ()))
+  sums = jax.lax.dot_general(digits, values, contracted, preferred_element_type=jnp.int32)
+  sums = sums.astype(jnp.float32)
+  return (DIGIT * sums[:rows] + sums[rows:]) * unit
+
+
+def _digits_backward(last, values, cotangent):
+  contracted = (((1,), (1 - last,)), ((), ()))
+  return jax.lax.dot_general(cotangent, values.astype(cotangent.dtype), contracted), None
+
+
+_digits.defvjp(lambda x, values, last: (_digits(x, values, last), values), _digits_backward)
 
 
 def in_bytes(model):

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from templates import CHATML
+from templates import CHATML, HEADERS
 from tokenizer_families import contents
 
 from data import loader
@@ -49,11 +49,11 @@ def config(tmp_path, *sources, **fields):
   )
 
 
-def pieces(prepared, split=None):
+def pieces(prepared, split=None, length=LENGTH):
   """(ids, learned) of each segment of a split's rows, in order."""
   for source in prepared.train if split is None else [split]:
     for row in range(len(source)):
-      batch = Batch.empty(1, LENGTH)
+      batch = Batch.empty(1, length)
       source.fill(row, batch, 0)
       for segment in range(1, batch.segments.max() + 1):
         inside = batch.segments[0] == segment
@@ -210,6 +210,37 @@ def test_the_template_that_is_given_becomes_the_run_s(tmp_path):
   assert prepare(given, settings, quiet).tokenizer.chat_templates == {'default': CHATML}
   with pytest.raises(ValueError, match='chats.jsonl:1: messages need a chat template'):
     prepare(given, Settings(), quiet)
+
+
+@pytest.mark.parametrize('beside', ['run', 'checkpoint'])
+def test_a_turn_may_end_as_the_model_s_generation_config_says(tmp_path, beside):
+  """As Llama 3's do, by <|eot_id|> and not by the eos of documents: in a run that file is beside
+  the tokenizer's directory, in a checkpoint of transformers in it.
+  """
+  template = HEADERS.replace('{{ eos_token }}', '<|end|>')
+  place = tmp_path / 'run' / 'tokenizer'
+  made = HuggingFaceTokenizer(contents('llama3') | {'chat_template.jinja': template.encode()})
+  made.save(place)
+  path = tmp_path / 'chats.jsonl'
+  chats = [
+    [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': f'{i}{i}'}]
+    for i in range(20)
+  ]
+  path.write_text(''.join(json.dumps({'messages': chat}) + '\n' for chat in chats))
+  given = config(
+    tmp_path,
+    SourceConfig(kind='jsonl', path=str(path), format='chat'),
+    tokenizer=TokenizerConfig(kind='huggingface', path=str(place)),
+    sequence_length=128,
+  )
+  with pytest.raises(ValueError, match='closed by no token that ends a text'):
+    prepare(given, Settings(), quiet)
+  end = made.control_ids()['<|end|>']
+  where = place.parent if beside == 'run' else place
+  (where / 'generation_config.json').write_text(json.dumps({'eos_token_id': [made.eos, end]}))
+  prepared = prepare(given, Settings(), quiet)
+  for ids, weights in pieces(prepared, length=128):
+    assert ids[1:][np.flatnonzero(weights)[-1]] == end
 
 
 @pytest.mark.parametrize(

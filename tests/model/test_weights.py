@@ -124,6 +124,24 @@ def test_few_rows_by_digits(name):
   check_numbers(config_of(name), 3, 2, 5e-3)
 
 
+@pytest.mark.parametrize('summed', [(-2,), (-1,)])
+def test_the_gradient_of_few_rows_is_that_of_the_numbers(one_device, summed):
+  """Digits are rounded, which has no slope: without a rule of their own it would be 0."""
+  w, x = (jax.random.normal(jax.random.key(i), size) for i, size in enumerate([(6, 6), (3, 6)]))
+  weight = int8.Int8.of(w, summed, (None, None))
+  formula = 'BD,DF->BF' if summed == (-2,) else 'BD,FD->BF'
+
+  def ours(x):
+    return jnp.sin(weight.product(formula, x, 'float32')).sum()
+
+  def exact(x):
+    return jnp.sin(jnp.einsum(formula, x, weight.numbers('float32'))).sum()
+
+  assert len(x) <= int8.FEW
+  np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(exact)(x), rtol=0, atol=2e-3)
+  assert np.abs(jax.grad(exact)(x)).max() > 1
+
+
 @pytest.mark.parametrize('dispatch', ['dense', slow('capacity')])
 def test_every_dispatch(dispatch, monkeypatch):
   monkeypatch.setattr(int8, 'FEW', 0)

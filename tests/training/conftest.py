@@ -25,6 +25,15 @@ from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig, make_optimizer
 from training.step import make_step
 
+# With which a step is parameters - RATE * gradient.
+RATE = 0.5
+SGD = {
+  'name': 'sgd',
+  'learning_rate': RATE,
+  'weight_decay': 0.0,
+  'clip_norm': 0.0,
+  'momentum': 0.0,
+}
 B, T, V = 8, 16, 264  # V: the byte tokenizer's 259, rounded up to split in eight
 
 

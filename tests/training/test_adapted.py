@@ -12,6 +12,7 @@ import convert
 from decode.generator import Generator
 from model.adaptation import AdapterConfig
 from training import config as configs
+from workdir import samples
 from workdir.checkpoint import Checkpoints
 
 LORA = AdapterConfig(kind='lora', rank=2, alpha=64.0)
@@ -118,6 +119,38 @@ def test_a_base_that_moved_is_told_and_another_one_refused(base, lora, tmp_path,
     convert.main(['rebase', '--workdir', str(copy), '--base', str(lora)])
   with pytest.raises(SystemExit, match='has no adapter, and lies on no other'):
     convert.main(['rebase', '--workdir', str(base), '--base', str(lora)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kept', ['', 'int8'])
+def test_samples_on_the_way_are_of_the_adapted_model(corpus, base, tmp_path, kept):
+  adapter = dataclasses.replace(LORA, base=kept)
+  made = adapted(corpus, base, adapter=adapter)
+  train = dataclasses.replace(made.train, sample_every=4, sample_prompts=('ab', 'The '))
+  run_here(dataclasses.replace(made, train=train), tmp_path)
+  written = [sample.text for sample in samples.read(tmp_path)]
+  ours, theirs = (
+    [completion.text for completion in Generator.load(run)(['ab', 'The '], **samples.OPTIONS)]
+    for run in (tmp_path, base)
+  )
+  assert written == ours != theirs
+
+
+@pytest.mark.slow
+def test_an_adapter_that_was_imported_is_trained_on(corpus, base, lora, tmp_path):
+  out, again = str(tmp_path / 'out'), tmp_path / 'again'
+  convert.main(['export', '--workdir', str(lora), '--to', out])
+  convert.main(['import', '--from', out, '--workdir', str(again), '--base', str(base)])
+  for a, b in zip(logprobs(again), logprobs(lora), strict=True):
+    np.testing.assert_array_equal(a, b)
+  settings = configs.load(again).adapter
+  assert settings.targets == tuple(sorted(settings.targets)) and settings.rank == LORA.rank
+  run_here(adapted(corpus, base, steps=2, adapter=settings), again)
+  record, kept = leaves(again, 2)
+  assert record['references']['policy']['directory'] == str(base)
+  assert {name.split('.')[1] for name in kept if name.startswith('models.')} == {'adapter'}
+  for a, b in zip(logprobs(again), logprobs(lora), strict=True):
+    assert np.abs(a - b).max() > 1e-4
 
 
 @pytest.mark.slow

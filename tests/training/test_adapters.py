@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, assert_same, host, make_batches, tiny
+from conftest import RATE, SGD, assert_close, assert_same, host, make_batches, tiny
 from test_objective import Run
 
 from model import adapters
@@ -16,14 +16,6 @@ from model.config import LatentConfig, MoEConfig
 from training import state as states
 from training.program import flops_per_token
 
-RATE = 0.5
-SGD = {
-  'name': 'sgd',
-  'learning_rate': RATE,
-  'weight_decay': 0.0,
-  'clip_norm': 0.0,
-  'momentum': 0.0,
-}
 LORA = AdapterConfig(kind='lora', rank=4, alpha=8.0)
 DORA = dataclasses.replace(LORA, kind='dora')
 TABLES = dataclasses.replace(LORA, targets=('*', 'embedding.tokens', 'head.tokens'))

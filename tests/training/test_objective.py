@@ -14,7 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import B, Trainer, assert_close, assert_same, host, make_batches, on, run_here, tiny
+from conftest import (
+  RATE,
+  SGD,
+  B,
+  Trainer,
+  assert_close,
+  assert_same,
+  host,
+  make_batches,
+  on,
+  run_here,
+  tiny,
+)
 from toy import CONSTANT, READ, SHARE, Toy
 
 from model import params, transformer
@@ -32,14 +44,6 @@ from workdir.checkpoint import Checkpoints
 from workdir.frozen import begin
 
 ROOT = pathlib.Path(__file__).parents[2]
-RATE = 0.5
-SGD = {
-  'name': 'sgd',
-  'learning_rate': RATE,
-  'weight_decay': 0.0,
-  'clip_norm': 0.0,
-  'momentum': 0.0,
-}
 
 
 def pairs():

@@ -9,21 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import B, T, Trainer, assert_close, host, run_here, tiny
+from conftest import RATE, SGD, B, T, Trainer, assert_close, host, run_here, tiny
 
 from data.batch import Batch
 from data.config import CleanConfig, SourceConfig
 from objectives.sft import SFT
 from workdir.metrics import read_metrics
 
-RATE = 0.5
-SGD = {
-  'name': 'sgd',
-  'learning_rate': RATE,
-  'weight_decay': 0.0,
-  'clip_norm': 0.0,
-  'momentum': 0.0,
-}
 # Lengths that pack into rows of T with very unequal numbers of learned tokens.
 PAIRS = [('a', 'b' * n) for n in range(1, 13)] + [('ask' * 3, 'c' * n) for n in range(1, 5)]
 
