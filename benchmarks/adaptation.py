@@ -140,19 +140,19 @@ def main():
       environment = {'JAX_PLATFORMS': 'cpu'}
       run = train_step.in_process('benchmarks.adaptation', *flags, environment=environment)
       run['tokens_per_second'] = sum(run['tokens']) / sum(run['steps'])
+      run['step_seconds'] = sum(run['steps']) / options.steps
       runs[side].append(run)
 
   best = {side: max(of, key=lambda run: run['tokens_per_second']) for side, of in runs.items()}
   rows = []
   for side, run in best.items():
     filled = sum(run['tokens']) / options.steps / run['positions']
-    step_seconds = sum(run['steps']) / options.steps
     rows.append(
       [
         SIDES[side],
         run['tokens_per_second'],
         f'{filled:.0%}',
-        step_seconds,
+        run['step_seconds'],
         run['peak_bytes'] / 2**30,
       ]
     )

@@ -10,7 +10,7 @@ the same examples, and every epoch sees others.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -73,6 +73,7 @@ class Chunks:
   Attributes:
     name, weight, shards: as of data.shards.PackedSource.
     length, whole: see Noise.
+    parts: as of PackedSource.
   """
 
   name: str
@@ -80,11 +81,12 @@ class Chunks:
   shards: tuple[PackedShard, ...]
   length: int
   whole: bool
+  parts: Mapping[str, range] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, source: PackedSource, noise: Noise) -> 'Chunks':
     """Those of a packed source. Raises ValueError where its text does not fill one."""
-    made = cls(source.name, source.weight, source.shards, noise.length, noise.whole)
+    made = cls(source.name, source.weight, source.shards, noise.length, noise.whole, source.parts)
     if not len(made):
       tokens = sum(int(ends[-1]) for _, ends in made._documents if len(ends))
       raise ValueError(
@@ -107,17 +109,17 @@ class Chunks:
     return tuple(each)
 
   @functools.cached_property
-  def _ends(self) -> np.ndarray:
+  def ends(self) -> np.ndarray:
     """int64 [shards], cumulative number of chunks."""
     counts = [int(ends[-1]) // self.length if len(ends) else 0 for _, ends in self._documents]
     return np.cumsum(counts, dtype=np.int64)
 
   def __len__(self) -> int:
-    return int(self._ends[-1]) if len(self._ends) else 0
+    return int(self.ends[-1]) if len(self.ends) else 0
 
   def __getitem__(self, index: int) -> ChunkTokens:
-    which = int(np.searchsorted(self._ends, index, side='right'))
-    before = int(self._ends[which - 1]) if which else 0
+    which = int(np.searchsorted(self.ends, index, side='right'))
+    before = int(self.ends[which - 1]) if which else 0
     starts, ends = self._documents[which]
     chunk = ChunkTokens(*(np.empty(self.length, np.int32) for _ in ChunkTokens._fields))
     begin = (index - before) * self.length

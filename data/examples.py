@@ -22,7 +22,7 @@ from data import cache, generation, sources, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig
 from data.conversations import TURNS, Example, ExampleWriter
 from data.prepare import identity
-from data.prepared import Prepared, described, kept
+from data.prepared import Prepared, described, held_out_sources, kept
 from data.records import records
 from data.shards import PACKINGS, ShardWriter
 from data.tokenizer import Tokenizer
@@ -144,6 +144,8 @@ def _key(config: DataConfig, settings: Settings, template: str, ends: Sequence[i
     'exact_duplicates': config.clean.exact_duplicates,
     'validation_fraction': config.validation_fraction,
   }
+  if len(held_out_sources(config)) > 1:
+    content['held_out'] = 'apart'
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
@@ -176,12 +178,14 @@ def _build(
 
     for i, source in enumerate(config.sources):
       trained = collections.Counter(documents=0, tokens=0, scored=0)
-      counts = _counts(source) | {'train': trained}
+      counts, before = _counts(source) | {'train': trained}, len(validation.shards)
       with ShardWriter(directory, f'train-{i}', tokenizer.vocabulary, scored=True) as train:
         for share, example in _examples(config, settings, writer, source, seen, counts):
           apart = share < config.validation_fraction
           add(*((validation, held_out) if apart else (train, trained)), example)
       trained['shards'] = train.shards
+      validation.end_shard()
+      counts['held_out_shards'] = len(validation.shards) - before
       report['sources'].append(counts)
       if not trained['documents']:
         raise ValueError(
@@ -189,9 +193,11 @@ def _build(
           'objective.too_long, data.sequence_length and data.validation_fraction'
         )
     for source in config.validation:
-      counts = _counts(source)
+      counts, before = _counts(source), len(validation.shards)
       for _, example in _examples(config, settings, writer, source, seen, counts):
         add(validation, held_out, example)
+      validation.end_shard()
+      counts['held_out_shards'] = len(validation.shards) - before
       report['validation_sources'].append(counts)
   held_out['shards'] = validation.shards
   if not held_out['documents']:

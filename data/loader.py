@@ -5,6 +5,7 @@ training rows; a process reads those that its devices hold. So a position in the
 whole state, whatever the number of processes.
 """
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -156,17 +157,29 @@ class ValidationBatches:
     self._source = prepared.validation
     self._config = config
     self._rows = rows
+    self._held_out = range(len(self._source))
+
+  def parts(self) -> 'dict[str, ValidationBatches]':
+    """Of each source, by name, the same of its rows alone, which no batch mixes with others'; {}
+    where there is one source.
+    """
+    ends, parts = [0, *self._source.ends.tolist()], {}
+    for name, shards in self._source.parts.items():
+      if len(shards):
+        parts[name] = copy.copy(self)
+        parts[name]._held_out = range(ends[shards.start], ends[shards.stop])
+    return parts
 
   def __len__(self) -> int:
-    return -(-len(self._source) // self._config.batch_size)
+    return -(-len(self._held_out) // self._config.batch_size)
 
   def __iter__(self) -> Iterator[Batch]:
     for b in range(len(self)):
       batch = self._empty(len(self._rows))
       for into, row in enumerate(self._rows):
         index = b * self._config.batch_size + row
-        if index < len(self._source):
-          self._fill(index, batch, into)
+        if index < len(self._held_out):
+          self._fill(self._held_out[index], batch, into)
       yield batch
 
   def _empty(self, rows: int) -> Batch:

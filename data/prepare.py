@@ -27,7 +27,7 @@ import numpy as np
 
 from data import cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
-from data.prepared import Prepared, described, kept
+from data.prepared import Prepared, described, held_out_sources, kept
 from data.texts import Texts
 from data.tokenizer import Tokenizer
 
@@ -110,6 +110,8 @@ def corpus_key(config: DataConfig) -> str:
   }
   if config.validation:
     content['validation'] = identity(config.validation, memo)
+  if len(held_out_sources(config)) > 1:
+    content['held_out'] = 'apart'
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
@@ -273,6 +275,7 @@ def _encode(
   ):
     for i, counts in enumerate(report['sources']):
       trained = counts['train'] = collections.Counter(documents=0, bytes=0, tokens=0)
+      before = len(validation.shards)
       with shards.ShardWriter(directory, f'train-{i}', made.vocabulary) as train:
         sides = _sides(texts.read(bounds[i], bounds[i + 1], kept), boundary)
         for for_training, text, ids in _encoded(made, sides):
@@ -287,6 +290,8 @@ def _encode(
             validation_text.write(encoded)
             offsets.append(offsets[-1] + len(encoded))
       trained['shards'] = train.shards
+      validation.end_shard()
+      counts['held_out_shards'] = len(validation.shards) - before
   held_out['shards'] = validation.shards
   np.save(directory / 'validation.text.npy', np.array(offsets, np.int64))
 

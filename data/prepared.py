@@ -25,7 +25,7 @@ class Prepared:
     files: digest of all files there, by their sizes and checksums.
     tokenizer: of the corpus.
     train: the packed rows of each source, with its weight.
-    validation: the packed held-out rows of all sources, in order.
+    validation: the packed held-out rows of all sources, in order; no row is of two.
     report: counts per source and stage, JSON-able.
   """
 
@@ -82,6 +82,11 @@ def kept(
   plan = directory / f'rows-{config.sequence_length}{form}'
   building.once(plan, lambda partial: _build_plan(config, packing, directory, partial, log), log)
   return _load(config, directory, plan, log)
+
+
+def held_out_sources(config: DataConfig) -> tuple[SourceConfig, ...]:
+  """Those of which something is held out."""
+  return config.validation or config.sources
 
 
 def described(source: SourceConfig) -> dict:
@@ -168,6 +173,7 @@ def _load(
   validation = source(
     'validation', 1.0, report['validation']['shards'], report['packing']['validation']
   )
+  validation = dataclasses.replace(validation, parts=_parts(config, report))
   return Prepared(
     f'{directory.name}-{plan.name.removeprefix("rows-")}',
     (directory, plan),
@@ -177,3 +183,19 @@ def _load(
     validation,
     report,
   )
+
+
+def _parts(config: DataConfig, report: dict) -> dict[str, range]:
+  """The shards of what is held out of each source, by a name of its own; {} of one source."""
+  of = held_out_sources(config)
+  if len(of) == 1:
+    return {}
+  counts = report['validation_sources' if config.validation else 'sources']
+  parts, first = {}, 0
+  for source, count in zip(of, counts, strict=True):
+    name = label = source.name or pathlib.PurePath(source.path).stem or source.kind
+    i = 2
+    while name in parts:
+      name, i = f'{label}-{i}', i + 1
+    parts[name] = range(first, first := first + count['held_out_shards'])
+  return parts

@@ -10,7 +10,7 @@ checksum.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -56,6 +56,10 @@ class ShardWriter:
     self._offsets.append(self._offsets[-1] + len(document))
     if self._offsets[-1] >= SHARD_TOKENS:
       self._close()
+
+  def end_shard(self) -> None:
+    """What is added from here on is in another shard, and so in other rows."""
+    self._close()
 
   def _path(self, suffix: str) -> pathlib.Path:
     return self._directory / f'{self._name}-{len(self.shards):05d}.{suffix}'
@@ -159,6 +163,7 @@ class PackedSource:
     shards: in order.
     ends: int64 [shards], cumulative number of rows.
     alike: whether every piece counts for 1, shared by its tokens, and not every token.
+    parts: of what is held out of several sources: the shards of each, by name.
   """
 
   name: str
@@ -166,6 +171,7 @@ class PackedSource:
   shards: tuple[PackedShard, ...]
   ends: np.ndarray
   alike: bool = False
+  parts: Mapping[str, range] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return int(self.ends[-1]) if len(self.ends) else 0

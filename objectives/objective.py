@@ -115,7 +115,9 @@ class Objective:
     raise NotImplementedError
 
   def validation_batches(self, prepared, config: DataConfig, rows: Sequence[int]) -> Iterable:
-    """Batches to evaluate on, the same ones each time."""
+    """Batches to evaluate on, the same ones each time; may have `parts()`, the same by source,
+    which are then evaluated apart, too (data.loader.ValidationBatches).
+    """
     raise NotImplementedError
 
   def batch_like(self, config: DataConfig) -> Any:

@@ -62,7 +62,13 @@ TEXT = (
 )
 BESIDES = {
   'tiny': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
-  'finetune': TEXT,
+  'finetune': (*TEXT, '--config.optimizer.warmup_fraction=0.0'),
+  'domain': (
+    *TEXT,
+    '--config.optimizer.warmup_fraction=0.0',
+    '--config.data.sources[1].path=HERE/input.txt',
+    '--config.data.clean.exact_duplicates=False',
+  ),
   'span_corruption': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
   'mlm': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
   'shakespeare_char': TEXT,

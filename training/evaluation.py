@@ -4,6 +4,8 @@ make of the same documents.
 
 import functools
 import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,15 @@ from training.config import Config
 def make_evaluate(config: Config, prepared, put):
   """The evaluation: (models, batches to read, 0 for all) -> `validation_loss` and what else the
   objective says. With go_on=True, of the same models as the last call, it reads only the batches
-  behind those of that call, and is of all together.
+  behind those of that call, and is of all together. Of several sources it reads batches in turn,
+  and says the same of each, as `validation_loss/NAME`.
 
   Of all batches, it also gives what compressors make of the same documents: gzip_bits_per_byte,
   xz_bits_per_byte.
   """
   objective = config.objective
   shapes = []  # of the sums, once a batch has shown them
-  rows, sums = iter(()), None  # batches to come, and of those read so far
+  rows, sums = iter(()), {}  # batches to come, and the sums of those read so far, by source
 
   @functools.cache
   def baselines():
@@ -41,18 +44,55 @@ def make_evaluate(config: Config, prepared, put):
   def evaluate(models, batches: int = 0, go_on: bool = False) -> dict[str, float]:
     nonlocal shapes, rows, sums
     if not go_on:
-      rows, sums = iter(objective.validation_batches(prepared, config.data, put.rows)), None
-    for batch in itertools.islice(rows, batches or None):
+      rows = _in_turn(objective.validation_batches(prepared, config.data, put.rows))
+      sums = {}
+    for source, batch in itertools.islice(rows, batches or None):
       batch = put(batch)
-      if sums is None:
+      if source not in sums:
         shapes = shapes or jax.eval_shape(judged, models, batch)
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-      before, sums = sums, eval_step(models, batch, sums)
+        sums[source] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      before = sums[source]
+      sums[source] = eval_step(models, batch, before)
       # One batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good.
       jax.block_until_ready(before)
-    verdict = objective.verdict({name: float(total) for name, total in sums.items()}, prepared)
+    verdict = _verdict(objective, prepared, jax.device_get(sums))
     if batches or jax.process_index():
       return verdict
     return verdict | {f'{name}_bits_per_byte': value for name, value in baselines().items()}
 
   return evaluate
+
+
+def _in_turn(batches) -> Iterator[tuple[str, Any]]:
+  """Batches with the names of their sources: of several sources one of each, again and again, until
+  none has more, so that the first few are of all of them.
+  """
+  parts = batches.parts() if hasattr(batches, 'parts') else {}
+  if not parts:
+    for batch in batches:
+      yield '', batch
+    return
+  left = {name: iter(part) for name, part in parts.items()}
+  while left:
+    for name in list(left):
+      batch = next(left[name], None)
+      if batch is None:
+        del left[name]
+      else:
+        yield name, batch
+
+
+def _verdict(objective, prepared, sums: dict[str, Mapping]) -> dict[str, float]:
+  """What the objective says of all sources together, and of each where there are several."""
+  sums = {source: {name: float(x) for name, x in of.items()} for source, of in sums.items()}
+  total = {name: sum(of[name] for of in sums.values()) for name in next(iter(sums.values()))}
+  verdict = objective.verdict(total, prepared)
+  for source, of in sums.items() if len(sums) > 1 else ():
+    # In nats and shares; the bytes of a text are known of all of them together.
+    said = objective.verdict(of, prepared)
+    verdict |= {
+      f'{name}/{source}': said[name]
+      for name in ('validation_loss', 'validation_accuracy')
+      if name in said
+    }
+  return verdict

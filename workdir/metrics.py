@@ -42,7 +42,11 @@ KEYS = {
   'dropped': ('0 to 1', 'share of choices of experts that found no room'),
   'balance_loss': ('nats a token', 'what balances experts, as it is added to the loss'),
   'router_z_loss': ('nats a token', "the routers' z-loss, as it is added to the loss"),
-  'validation_loss': ('nats a token', 'of an evaluation; the best checkpoint has the lowest'),
+  'validation_loss': (
+    'nats a token',
+    'of an evaluation; the best checkpoint has the lowest; followed by / and the name of a source, '
+    'where there are several, of what is held out of it',
+  ),
   'validation_accuracy': ('0 to 1', 'the same share of what was held out; not of next_token'),
   'completion_log_likelihood': ('nats an example', 'of held-out answers: the mean of their sums'),
   'bits_per_byte': ('bits', 'the same per byte of the held-out text, whatever the tokenizer'),

@@ -104,7 +104,8 @@ def described(config: Config) -> str:
 
 def plot(lines: Sequence[dict[str, float]], title: str) -> bytes:
   """The loss curve as PNG: training (raw and smoothed) and validation in nats per token, on a
-  logarithmic axis.
+  logarithmic axis. Validation of several sources has a line for each: where one rises while
+  another falls, the model forgets.
 
   Where evaluations gave bits per byte, the right axis shows the same heights in that unit (nats per
   token x the ratio of the two at the last evaluation). gzip and xz, if measured, are lines for
@@ -133,6 +134,9 @@ def plot(lines: Sequence[dict[str, float]], title: str) -> bytes:
       label='validation',
     )
   seen, end = losses + validation, max(1, *steps, *evaluated) * 1.01
+  for name, (at, values) in _by_source(lines).items():
+    axes.plot(at, values, marker='.', linewidth=1, linestyle='-.', label=f'validation: {name}')
+    seen = seen + values
   bits_per_nat = _bits_per_nat(lines)
   if bits_per_nat:
     for (name, value), style in zip(_baselines(lines).items(), ('--', ':'), strict=False):
@@ -195,6 +199,13 @@ def _points(lines, name):
   return [step for step, _ in found], [value for _, value in found]
 
 
+def _by_source(lines) -> dict[str, tuple[list[float], list[float]]]:
+  """Validation losses by source, where there are several: (steps, values) of each."""
+  prefix = 'validation_loss/'
+  keys = dict.fromkeys(key for line in lines for key in line if key.startswith(prefix))
+  return {key.removeprefix(prefix): _points(lines, key) for key in keys}
+
+
 def _smooth(values: Sequence[float]) -> list[float]:
   # A centred mean whose width grows with the step: a trailing one would lag behind the steep start.
   # Gaps stay gaps.
@@ -233,6 +244,10 @@ def _progress(lines):
     of = 'none is finite' if best is None else f'{amount(losses[best], 4)} at step {best:,}'
     last = amount(validation[-1], 4)
     rows.append(('Validation loss, last (best)', f'{last} ({of}) nats/token'))
+  for name, (_, values) in _by_source(lines).items():
+    rows.append(
+      (f'Validation loss of {name}, first, last', f'{values[0]:.4f}, {values[-1]:.4f} nats/token')
+    )
   bits = _last(lines, 'bits_per_byte')
   if bits is not None:
     rows.append(('**Held-out bits per byte**', f'**{bits:.3f}**'))

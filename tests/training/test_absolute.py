@@ -106,6 +106,39 @@ def test_bits_per_byte_are_bits_of_bytes(config, prepared, one_device):
   assert part['validation_loss'] != found['validation_loss']
 
 
+def test_each_source_is_judged_by_its_own_texts(config, one_device, tmp_path):
+  """What is held out of several sources: the nats of each one's texts, in no batch with others',
+  from the first batches on; and of all together by their tokens.
+  """
+  texts = {'long': [f'{i} aab' * 5 for i in range(9)], 'short': [f'b{i}' for i in range(90)]}
+  held_out = []
+  for name, own in texts.items():
+    path = tmp_path / f'{name}.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in own))
+    held_out.append(SourceConfig(kind='jsonl', path=str(path), text_field='text'))
+  held_out[1] = dataclasses.replace(held_out[1], name='few words')
+  data = dataclasses.replace(config.data, validation=tuple(held_out), validation_fraction=0.0)
+  config = dataclasses.replace(config, data=data)
+  prepared = prepare(config.data, log=lambda _: None)
+
+  shapes = abstract(lambda: transformer.init(config.model, 0), one_device)
+  leaves = map(jnp.asarray, initial_model(config.model, 0))
+  model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+  feed = train.fed(config, prepared, one_device)
+  evaluate = train.make_evaluate(config, prepared, feed.put)
+  sums = [nats(model, own) for own in texts.values()]
+
+  of_all = evaluate({'policy': model})
+  for name, (total, tokens) in zip(('long', 'few words'), sums, strict=True):
+    assert of_all[f'validation_loss/{name}'] == pytest.approx(total / tokens, rel=1e-5)
+  total, tokens = np.sum(sums, 0)
+  assert of_all['validation_loss'] == pytest.approx(total / tokens, rel=1e-5)
+  assert of_all['validation_loss/long'] != pytest.approx(of_all['validation_loss'], rel=1e-3)
+  first_two = evaluate({'policy': model}, 2)
+  assert first_two.keys() >= {'validation_loss/long', 'validation_loss/few words'}
+  assert evaluate({'policy': model}, go_on=True) == of_all
+
+
 def test_flops_are_of_documents_as_long_as_they_are(config, prepared, one_device):
   """Attention reaches back within a document, which is shorter than a row: of a training token the
   piece that it stands in, counted from the texts.

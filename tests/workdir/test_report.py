@@ -210,6 +210,22 @@ def test_right_axis_is_the_left_one_in_bits_per_byte(tmp_path, monkeypatch):
   assert left.get_ylim()[0] < min(nats) and left.get_ylim()[1] > max(nats)
 
 
+def test_each_source_has_a_line_and_a_row(monkeypatch):
+  from matplotlib.figure import Figure
+
+  seen = []
+  monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **kwargs: seen.append(figure))
+  lines = [
+    {'step': 1, 'loss': 3.0, 'validation_loss': 2.5, 'validation_loss/law': 3.0},
+    {'step': 2, 'loss': 2.0, 'validation_loss': 2.0, 'validation_loss/law': 1.5},
+  ]
+  report.plot(lines, 'a run')
+  drawn = {line.get_label(): list(line.get_ydata()) for line in seen[0].axes[0].get_lines()}
+  assert drawn['validation: law'] == [3.0, 1.5] and drawn['validation'] == [2.5, 2.0]
+  rows = dict(report._progress([line | {'tokens': 1} for line in lines]))
+  assert rows['Validation loss of law, first, last'] == '3.0000, 1.5000 nats/token'
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 10) | st.just(math.nan), min_size=1, max_size=200))
 def test_smoothing_stays_within_the_values_and_keeps_gaps(values):
