@@ -132,6 +132,9 @@ def train_steps(
   state, progress = begun.state, begun.progress
   count = jax.jit(config.objective.tokens)
   norms, impatient, run = None, '', seals.run_of(begun.record)
+  if config.init and config.train.eval_every and not begun.step:
+    # What it could do before, to compare with.
+    watch.log(0, evaluate(state.models, config.train.eval_batches))
   for step in range(begun.step + 1, config.train.steps + 1):
     profile.before(step)
     batch = feed.take(state)
@@ -410,6 +413,8 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
   if epochs:
     log(f'train.epochs={epochs:g} of {prepared.rows:,} rows: {config.train.steps:,} steps')
   config.check_mesh(dict(mesh.shape))
+  if config.objective.of_records and config.init:
+    seals.check_inherited(config.init, prepared.tokenizer)
   seals.check_unchanged(config, workdir, allow_change)
   hosts.check_same('config and data', f'{config} {prepared.key}')
   if mesh.shape['stage'] > 1:

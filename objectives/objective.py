@@ -72,6 +72,7 @@ class Objective:
       and generation opens.
     rows: rows of a batch that make up one record (a pair: 2, a group: its size). They follow one
       another, and stay together.
+    of_records: whether it tunes on records, whose ids are to be those that the model knows.
   """
 
   kind: str = ''
@@ -79,6 +80,7 @@ class Objective:
   # Without annotations: facts of a kind, no settings.
   main = MAIN
   rows = 1
+  of_records = False
 
   def __post_init__(self):
     tag = type(self).__dataclass_fields__['kind'].default

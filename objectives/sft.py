@@ -19,6 +19,7 @@ class SFT(NextToken, examples.Settings):
 
   kind: str = 'sft'
   term = 'sft'
+  of_records = True
 
   def __post_init__(self):
     super().__post_init__()

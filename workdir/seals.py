@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from data import tokenizers
 from data.generation import GENERATION
 from data.tokenizer import Tokenizer
 from training import config as configs
@@ -77,6 +78,22 @@ def check_tokenizer(record: Mapping[str, Any], workdir: pathlib.Path, tokenizer:
       f'the tokenizer of the data (digest {now[:12]}) is not the one that checkpoint '
       f'{record["step"]} in {workdir} was trained with ({digest[:12]}); prepare the data with that '
       'one, data.tokenizer.path, or begin another run'
+    )
+
+
+def check_inherited(init: str, tokenizer: Tokenizer) -> None:
+  """Raises ValueError where a model would be tuned on other ids than the run at `init` knows; where
+  that run is gone, nothing is known.
+  """
+  place = pathlib.Path(init) / TOKENIZER
+  if not place.is_dir():
+    return
+  base = tokenizers.load(place)
+  if [*base.token_bytes] != [*tokenizer.token_bytes] or base.eos != tokenizer.eos:
+    raise ValueError(
+      f'the tokenizer of the data ({tokenizer.kind}, {tokenizer.vocabulary:,} ids) is not that of '
+      f'config.init={init} ({base.kind}, {base.vocabulary:,} ids), whose model knows its own ids '
+      'only; leave data.tokenizer out'
     )
 
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from conftest import RATE, SGD, B, T, Trainer, assert_close, host, run_here, tiny
 
+import train
 from data.batch import Batch
 from data.config import CleanConfig, SourceConfig
+from data.tokenizers import ByteTokenizer, CharTokenizer
 from objectives.sft import SFT
+from parallel.mesh import MeshConfig, make_mesh
 from workdir.metrics import read_metrics
 
 # Lengths that pack into rows of T with very unequal numbers of learned tokens.
@@ -157,3 +160,16 @@ def test_how_long_is_said_once():
     tiny(train={'steps': 0})
   with pytest.raises(ValueError, match='warmup_steps=2 and .*warmup_fraction=0.1 both'):
     tiny(optimizer={'warmup_steps': 2, 'warmup_fraction': 0.1})
+
+
+def test_a_model_is_tuned_on_the_ids_that_it_knows(source, tmp_path):
+  base, other = tmp_path / 'base', tmp_path / 'other'
+  ByteTokenizer().save(base / 'tokenizer')
+  CharTokenizer('abc').save(other / 'tokenizer')
+  made = dataclasses.replace(config(source), init=str(base))
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    mesh = jax.sharding.get_mesh()
+    assert train.read(made, tmp_path / 'run', mesh, False, lambda line: None)
+    made = dataclasses.replace(made, init=str(other))
+    with pytest.raises(ValueError, match='not that of config.init=.*other .* leave data.tokenizer'):
+      train.read(made, tmp_path / 'run', mesh, False, lambda line: None)
