@@ -289,6 +289,7 @@ def test_impossible_wishes_end_in_one_line(runs, whole, tmp_path):
 
 
 @pytest.mark.parametrize('numbers', [(signal.SIGTERM, signal.SIGINT)], ids=['SIGTERM, then SIGINT'])
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(runs, whole, tmp_path, numbers):
   last = 0
   for number, step in zip(numbers, (6, 17), strict=True):

@@ -200,7 +200,10 @@ GPT2 = {
 }
 
 
-@pytest.mark.parametrize('hf', [MISTRAL, GPT2], ids=['mistral', 'gpt2'])
+@pytest.mark.parametrize(
+  'hf',
+  [pytest.param(MISTRAL, id='mistral'), pytest.param(GPT2, id='gpt2', marks=pytest.mark.slow)],
+)
 def test_a_model_goes_out_as_what_it_came_in(tmp_path, hf):
   """A Mistral without a window is a Llama, number for number, but not for who serves it; and what
   no ModelConfig tells, as it acts on rounding or on training elsewhere, is not lost.

@@ -366,6 +366,7 @@ SMALL = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_decoding_shows_its_cache(capsys):
   got = compiled_for('v5e:2x2', SMALL, mode='decode', rows=4, context=64)
   model = SMALL.model

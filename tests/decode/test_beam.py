@@ -507,6 +507,7 @@ def test_a_mesh_changes_nothing(sizes, on_one):
   np.testing.assert_allclose([c.score for c in found], [c.score for c in expected], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_constraint_is_kept_to(generator):
   pytest.importorskip('outlines_core', reason='outlines-core is not installed')
   constraint = Constraint(generator.tokenizer, regex='(cat|cow|dog)s?')

@@ -75,6 +75,7 @@ def test_a_search_ends_at_the_context(generator):
   assert fits.ids == found[0].ids and fits.note == ''
 
 
+@pytest.mark.slow
 def test_a_draft_with_the_same_context(generator):
   found = generator([SHORT, LONG], draft=generator_of(MODEL, seed=1), temperature=0.0, **GOES_ON)
   plain = generator([SHORT, LONG], temperature=0.0, **GOES_ON)

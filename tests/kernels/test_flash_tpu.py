@@ -295,6 +295,7 @@ def test_what_a_kernel_declares_follows_the_mask(parts, T, steps, small_steps):
   assert int(made.count) <= 2 * steps or 'query_positions' in parts
 
 
+@pytest.mark.slow
 def test_on_a_mesh(small_steps):
   """Rows over fsdp, heads over tensor, keys in a ring over context, by their log-sum-exp; with
   documents.

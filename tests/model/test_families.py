@@ -62,7 +62,11 @@ def read(name: str, **changes):
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ('deepseek_v2', 'gemma3', 't5_v1_1')))
+    pytest.param(
+      name,
+      marks=[pytest.mark.slow]
+      * (name in ('deepseek_v2', 'deepseek_v3', 'gemma3', 'gpt_oss', 't5_v1_1')),
+    )
     for name in CASES
   ],
 )

@@ -430,7 +430,7 @@ PARTS = [
   [
     ('gpt-oss', 'dropless', MESHES[2], 100.0),
     ('deepseek v3', 'capacity', MESHES[3], 100.0),
-    ('biased', 'dropless', SPLIT[0], 0.3),
+    slow('biased', 'dropless', SPLIT[0], 0.3),
     ('deepseek v3', 'capacity', SPLIT[0], 100.0),
     *(
       slow(case, dispatch, sizes, 100.0)

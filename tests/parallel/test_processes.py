@@ -200,6 +200,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
   assert one == other == alone and [len(ids) for ids in alone] == [12, 12]
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_named_by_all_others(runs, tmp_path):
   """In one line, before JAX waits for it."""
   meet = (f'--coordinator=localhost:{free_port()}', '--processes=3', '--meeting_timeout=8')

@@ -225,6 +225,7 @@ def train(transformation, steps=400):
   return float(loss(params))
 
 
+@pytest.mark.slow
 def test_trains_like_adam(monkeypatch):
   adam = train(optax.scale_by_adam(0.9, 0.95, 1e-8))
   ours = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))

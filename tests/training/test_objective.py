@@ -127,7 +127,12 @@ def test_a_step_is_the_absolute_step(one_device):
 
 @pytest.mark.parametrize(
   'parts, devices, mesh',
-  [(2, 1, {}), (4, 1, {}), (1, 4, {'data': 2, 'fsdp': 2}), (2, 2, {'data': 2})],
+  [
+    (2, 1, {}),
+    pytest.param(4, 1, {}, marks=pytest.mark.slow),
+    pytest.param(1, 4, {'data': 2, 'fsdp': 2}, marks=pytest.mark.slow),
+    (2, 2, {'data': 2}),
+  ],
 )
 def test_microbatches_and_devices_are_one_big_batch(whole, parts, devices, mesh):
   run = Run(toy(mesh=mesh, train={'accumulation': parts}), devices)

@@ -121,6 +121,7 @@ def check(where, mesh=SPLIT, model=(), optimizer='adamw', **training):
   return state, expected
 
 
+@pytest.mark.slow
 def test_in_the_hosts_memory():
   state, _ = check(HOST)
   kinds = {name: x.sharding.memory_kind for name, x in named_leaves(state.models['policy']).items()}

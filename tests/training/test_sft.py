@@ -91,7 +91,7 @@ def test_a_step_is_the_absolute_step(source, one_device, packing, weighting):
   np.testing.assert_allclose(metrics[count], learned, rtol=1e-6)
 
 
-@pytest.mark.parametrize('weighting', ['token', 'example'])
+@pytest.mark.parametrize('weighting', ['token', pytest.param('example', marks=pytest.mark.slow)])
 def test_microbatches_and_devices_of_unequal_counts_are_one_batch(source, weighting):
   objective = SFT(weighting=weighting)
   batch = jax.tree.map(lambda x: x[:B], rows_of(config(source, objective)))

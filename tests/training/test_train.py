@@ -384,6 +384,7 @@ def test_what_changed_at_a_resume_is_said_and_a_jump_of_the_rate_warned_of(
   assert 'jumps' not in said and len(lines) == 3
 
 
+@pytest.mark.slow
 def test_tokens_of_a_run_are_those_that_are_no_padding(corpus, tmp_path):
   """Counted on the host, in the batches that the run read: what rates, MFU and the report say."""
   texts = ['a' * (3 + i % 9) + f' {i}' for i in range(200)]
@@ -402,6 +403,7 @@ def test_tokens_of_a_run_are_those_that_are_no_padding(corpus, tmp_path):
   assert lines[1]['tokens_per_second'] * lines[1]['step_seconds'] == pytest.approx(real[1])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(straight, corpus, tmp_path):
   run_here(on(corpus, train={'steps': 4}), tmp_path)
   run_here(on(corpus, mesh={'data': 2, 'fsdp': 4}), tmp_path)
@@ -518,6 +520,7 @@ def test_what_was_kept_in_bf16_is_trained_in_f32(corpus, tmp_path, capsys):
   assert types == {'bfloat16'} and all(lost[name] == 0 for name in norms)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_though_what_it_began_with_has_moved(corpus, tmp_path, monkeypatch, capsys):
   """It has model and tokenizer of its own, and on the command line stands still where it began."""
   base, workdir = tmp_path / 'base', tmp_path / 'run'

@@ -99,7 +99,7 @@ def gathers_in_loops(text):
 @pytest.mark.parametrize(
   'mesh, model',
   [
-    ({'data': 2, 'fsdp': 4}, {}),
+    pytest.param({'data': 2, 'fsdp': 4}, {}, marks=pytest.mark.slow),
     pytest.param({'data': 1, 'fsdp': 4, 'tensor': 2}, {}, marks=pytest.mark.slow),
     pytest.param({'data': 1, 'fsdp': 4, 'stage': 2}, {}, marks=pytest.mark.slow),
     pytest.param(
