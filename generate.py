@@ -37,7 +37,7 @@ from decode.conversation import Conversation
 from decode.defaults import model_defaults
 from decode.generator import Generator
 from decode.options import COMMAND, DRAFTERS, DRAWING, TABLE
-from decode.prompts import is_chat, piped, read_examples, read_prompts, with_examples
+from decode.prompts import is_chat, named_runs, piped, read_asked, read_examples, with_examples
 from decode.request import FAILED, INTERRUPTED
 from decode.results import GrowingFile, progress_bar
 from decode.sampling import seed_of
@@ -56,13 +56,20 @@ WEIGHTS = flags.DEFINE_enum(
   ['', 'int8'],
   'int8: matrices of one byte a number, which is less exact and faster.',
 )
+ADAPTERS = flags.DEFINE_list(
+  'adapters',
+  [],
+  'name=DIR,..: runs that trained an adapter on this one; --adapter, or "adapter" in a line of '
+  '--prompts, says which writes a text.',
+)
 PROMPT = flags.DEFINE_multi_string(
   'prompt', [''], 'Text to go on from; repeat the flag for several.'
 )
 PROMPTS = flags.DEFINE_string(
   'prompts',
   None,
-  'A JSONL file, in each line a text, ids, {"prompt": either} or {"messages": [..]}; - is stdin.',
+  'A JSONL file, in each line a text, ids, {"prompt": either} or {"messages": [..]}, perhaps with '
+  '"adapter"; - is stdin.',
 )
 CHAT = flags.DEFINE_bool(
   'chat',
@@ -161,7 +168,8 @@ def check_flags() -> None:
   def given(*flags):
     return [f'--{flag.name}' for flag in flags if flag.present and flag.value is not False]
 
-  generating = (CHAT, STREAM, BENCH, INTERACTIVE, BATCH_SIZE, EXAMPLES, *OPTIONS.values())
+  options = [flag for name, flag in OPTIONS.items() if name != 'adapter']
+  generating = (CHAT, STREAM, BENCH, INTERACTIVE, BATCH_SIZE, EXAMPLES, *options)
   if SCORE.value and (unused := given(*generating)):
     raise ValueError(
       f'--score with {", ".join(unused)}: it generates nothing; leave them out, or --score'
@@ -256,9 +264,9 @@ def bias_of(texts: list[str]) -> dict[int, float]:
     raise ValueError(f'--logit_bias={texts}: give id:value, as in --logit_bias=13:-inf') from error
 
 
-def score(generator: Generator, prompts) -> None:
+def score(generator: Generator, prompts, adapter: list[str]) -> None:
   """Prints, or writes, how likely the model finds the prompts, of their own first token on."""
-  scores = generator.score(prompts)
+  scores = generator.score(prompts, adapter=adapter)
   if OUTPUT.value is not None:
     lines = [
       {'prompt': prompt, 'ids': generator.encoded(prompt), 'logprobs': logprobs.tolist()}
@@ -330,13 +338,15 @@ def bench(generator: Generator, prompts, options: dict) -> None:
     )
 
 
-def asked() -> list[tuple[str, str | list]]:
-  """Prompts of the command line, of a file, or of a pipe, each behind its place."""
+def asked() -> list[tuple[str, str | list, str | None]]:
+  """Prompts of the command line, of a file, or of a pipe, each behind its place, with the adapter
+  that a file's line names.
+  """
   if PROMPTS.value is not None:
-    return read_prompts(PROMPTS.value)
+    return read_asked(PROMPTS.value)
   if PROMPT.present:
-    return [(f'--prompt={text[:40]!r}', text) for text in PROMPT.value]
-  return [('stdin', piped())]
+    return [(f'--prompt={text[:40]!r}', text, None) for text in PROMPT.value]
+  return [('stdin', piped(), None)]
 
 
 def converses() -> bool:
@@ -366,16 +376,21 @@ def run() -> None:
   talks = converses()
   given = [] if talks else asked()
   examples = [] if EXAMPLES.value is None else read_examples(EXAMPLES.value, SHOTS.value)
-  generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
-  prompts = [readable(generator, place, prompt, examples) for place, prompt in given]
+  adapters = named_runs(ADAPTERS.value)
+  generator = Generator.load(
+    WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value, adapters
+  )
+  prompts = [readable(generator, place, prompt, examples) for place, prompt, _ in given]
+  default = OPTIONS['adapter'].value
+  adapter = [default if name is None else name for _, _, name in given]
 
   if talks:
     converse(generator)
     return
   if SCORE.value:
-    score(generator, prompts)
+    score(generator, prompts, adapter)
     return
-  options = options_of(generator)
+  options = options_of(generator) | {'adapter': adapter}
   if streams(options):
     stream(generator, given, prompts, options)
     return
@@ -442,10 +457,10 @@ def stream(generator: Generator, given, prompts, options: dict) -> None:
   """Prints each prompt, as it was given, and its text as it comes."""
   # All of them begin before the first is printed: bad options raise then.
   streamed = [
-    generator.stream(prompt, **options | {'seed': seed_of(options['seed'], i)})
-    for i, prompt in enumerate(prompts)
+    generator.stream(prompt, **options | {'seed': seed_of(options['seed'], i), 'adapter': adapter})
+    for i, (prompt, adapter) in enumerate(zip(prompts, options['adapter'], strict=True))
   ]
-  for (_, prompt), pieces in zip(given, streamed, strict=True):
+  for (_, prompt, _), pieces in zip(given, streamed, strict=True):
     # The first piece before its prompt is shown: what is logged while programs are made would else
     # stand in the midst of the text.
     pieces = iter(pieces)

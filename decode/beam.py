@@ -32,6 +32,7 @@ from decode.report import CallTimer, GenerationReport
 from decode.request import INTERRUPTED, Row, raise_where_all_failed
 from model import cache as caches
 from model.transformer import Decoder
+from model.weights import of_rows
 from parallel import axes as ax
 from parallel.compiler import GENERATION
 
@@ -134,6 +135,8 @@ def search(
 
   rules: of all rows; nothing is drawn. vocabulary: as of loop.prefill.
   """
+
+  model = of_rows(model, state.rows.adapters)
 
   def step(_, state):
     rows, lengths = state.rows, state.rows.cache.lengths

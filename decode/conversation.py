@@ -43,12 +43,14 @@ class Conversation:
   """
 
   def __init__(self, generator: Generator, *, chat: bool = True, **options):
-    """options: of every turn, see decode.options.Options; cache_dtype is of the session.
+    """options: of every turn, see decode.options.Options; cache_dtype and adapter are of the
+    session.
 
     Raises ValueError and NotImplementedError for options that a turn cannot have, and where the
     tokenizer has no chat template.
     """
     self._cache_dtype = options.pop('cache_dtype', '')
+    self._adapter = options.pop('adapter', '')
     self._given, self._options = options, Options.of(options)
     check_turn(self._options)
     generator.rules(self._options, 1, generator.parts)
@@ -134,7 +136,7 @@ class Conversation:
     return self._generator.encoded(self.text + text)
 
   def _session_of(self, capacity: int) -> Session:
-    return self._generator.session(capacity, self._cache_dtype)
+    return self._generator.session(capacity, self._cache_dtype, self._adapter)
 
   def _answer(self, text: str, ids: list[int]) -> Iterator[str]:
     pieces, ended, self.note = [], False, ''

@@ -49,6 +49,11 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
       raise ValueError(
         f'draft={options.draft!r} must be a Generator, such as Generator.load(workdir)'
       )
+    if options.draft.adapters:
+      raise NotImplementedError(
+        f'draft: a Generator with adapters ({", ".join(options.draft.adapters)}); nothing drafts '
+        'with several so far: load it without'
+      )
     if misfit := _misfit(options.draft, generator, tokens):
       raise ValueError(f'draft: {misfit}; a draft reads what the model reads')
     return DraftModel(options.draft.model)

@@ -29,6 +29,7 @@ from decode.sampling import History, Sampling
 from model.cache import APPEND, init_cache
 from model.config import ModelConfig
 from model.transformer import Decoder
+from model.weights import adapters
 from parallel import axes as ax
 
 
@@ -46,6 +47,7 @@ class Sizes:
     states, classes: of the automaton that the constraints of all rows share (decode.constrain).
     alternatives: likeliest ids that a call of `decode` gives where it is asked for any.
     cache_dtype: of keys and values; default: as the model computes.
+    adapters: on the weights (model.weights.adapters), of which each row may have one.
 
   Raises ValueError where one of them is no size.
   """
@@ -61,9 +63,10 @@ class Sizes:
   classes: int = 256
   alternatives: int = 0
   cache_dtype: str = ''
+  adapters: int = 0
 
   def __post_init__(self):
-    may_be_none = ('read_rows', 'bias', 'alternatives')
+    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters')
     for field in dataclasses.fields(self):
       value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
       if field.type is int and value < least:
@@ -80,6 +83,7 @@ class Request:
     sampling: of one row, as decode.sampling.make_sampling(1, ..) gives it.
     ends: ids that end the row, and belong to it.
     constraint: what it keeps to, or None.
+    adapter: 0 for the model itself, or i for its i-th adapter (model.weights.bank.Bank.index).
   """
 
   prompt: Sequence[int]
@@ -87,6 +91,7 @@ class Request:
   sampling: Sampling
   ends: Sequence[int] = ()
   constraint: Constraint | None = None
+  adapter: int = 0
 
 
 class Engine:
@@ -95,8 +100,8 @@ class Engine:
   A row is free, or has a request: `join` gives it one, `read` reads the request's prompt part by
   part, from whose end on every `decode` writes tokens, until `release` frees it. A row that has
   ended stays as it is, and costs what it holds, until then. A prompt that another row of the same
-  part of the mesh is reading when its request joins, as for samples, is read there, for both. Not
-  for several threads at a time.
+  part of the mesh is reading when its request joins, as for samples, is read there, for both, where
+  they have the same adapter. Not for several threads at a time.
 
   Attributes:
     sizes, mesh: as they were given, but for read_tokens beyond model.max_length.
@@ -251,8 +256,9 @@ class Engine:
 
   def _alike(self, row: int, other: int) -> bool:
     """Whether one of the two can read the prompt for both."""
-    prompts = self._requests[row].prompt, self._requests[other].prompt
-    return self.part_of(row) == self.part_of(other) and prompts[0] == prompts[1]
+    requests = [self._requests[i] for i in (row, other)]
+    asked = [(request.prompt, request.adapter) for request in requests]
+    return self.part_of(row) == self.part_of(other) and asked[0] == asked[1]
 
   def _share(self, reader: int) -> list[int]:
     """The rows that go on, from now on, from the prompt that this one has just read."""
@@ -293,6 +299,7 @@ class Engine:
       stop_at=zeros(jnp.int32),
       history=History(zeros(jnp.int32, V), zeros(bool, V)),
       places=zeros(jnp.int32),
+      adapters=zeros(jnp.int32) if sizes.adapters else None,
     )
     sampling = jax.tree.map(split, loop.idle_sampling(B, sizes.bias))
     return state, Rules(sampling, zeros(jnp.int32, sizes.ends) - 1)
@@ -308,7 +315,9 @@ class Engine:
     ends = np.full((1, self.sizes.ends), -1, np.int32)
     ends[0, : len(request.ends)] = request.ends
     stop_at = np.array([len(request.prompt) + request.max_new_tokens], np.int32)
-    values = Rules(sampling, ends), stop_at, np.array([place], np.int32)
+    values = [Rules(sampling, ends), stop_at, np.array([place], np.int32)]
+    if self.sizes.adapters:
+      values.append(np.array([request.adapter], np.int32))
     everywhere = jax.tree.map(lambda x: self._put(np.repeat(x, self._parts, 0)), values)
     return self._put(rows), *everywhere
 
@@ -381,10 +390,23 @@ class Engine:
         f'a request is one row, and its sampling is of {request.sampling.seed.shape}; make it with '
         'make_sampling(1, ..)'
       )
+    if not 0 <= request.adapter <= sizes.adapters:
+      raise ValueError(
+        f'adapter={request.adapter} of a request must be in [0, {sizes.adapters}] '
+        '(Sizes.adapters); 0 is none'
+      )
     request.sampling.bias.padded(sizes.bias)  # raises for more
+
+  def _check_weights(self, weights) -> None:
+    if adapters(weights) != self.sizes.adapters:
+      raise ValueError(
+        f'weights with {adapters(weights)} adapters in an engine for {self.sizes.adapters} '
+        '(Sizes.adapters): make both for as many'
+      )
 
   def _reader(self, weights) -> None:
     if 'read' not in self._programs:
+      self._check_weights(weights)
       arguments, _ = self._reading(())
       self._programs['read'] = self._compiled(
         loop.read, weights, self.state, *arguments, vocabulary=self._vocabulary
@@ -401,6 +423,7 @@ class Engine:
     """The name of the program, compiled."""
     name = f'decode with {alternatives} alternatives'
     if name not in self._programs:
+      self._check_weights(weights)
       self._programs[name] = self._compiled(
         loop.decode_chunk,
         weights,

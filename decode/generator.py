@@ -25,6 +25,7 @@ from decode.sampling import seed_of
 from decode.session import Session
 from model.logprobs import logprobs
 from model.vocabulary import TOKENS, Law
+from model.weights import of_rows
 from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
@@ -43,17 +44,19 @@ class Generator(LoadedModel):
     checkpoint: str = 'last',
     mesh: MeshConfig = MeshConfig(data=1),
     weights: str = '',
+    adapters: Mapping[str, str | os.PathLike] | None = None,
   ) -> 'Generator':
     """The model of a run's directory at its 'last' or 'best' checkpoint, or at a step's; see
     workdir.open.
 
-    weights: see LoadedModel.
+    weights: see LoadedModel. adapters: runs that trained one on this checkpoint, by the names that
+      calls have for them (Options.adapter).
     """
     # The one import that points up the house: a person who has a directory begins here.
     from workdir.open import open_run
 
-    run = open_run(workdir, checkpoint, mesh)
-    return cls(run.model, run.tokenizer, run.mesh, weights)
+    run = open_run(workdir, checkpoint, mesh, adapters or {}, weights)
+    return cls(run.model, run.tokenizer, run.mesh, weights, run.adapters)
 
   @property
   def defaults(self) -> dict[str, Any]:
@@ -157,26 +160,32 @@ class Generator(LoadedModel):
 
     return chunks()
 
-  def score(self, texts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
+  def score(
+    self, texts: Prompt | Sequence[Prompt], adapter: str | Sequence[str] = ''
+  ) -> list[np.ndarray]:
     """Log-probabilities, f32, of every id of each text but its first one (a text begins as
     documents do), by the training forward pass.
 
     As in generation they are those among ids that the tokenizer has, where the table of embeddings
-    is larger.
+    is larger. adapter: as of Options, of each text.
     """
     config = self.model.config
     if config.encoder_layers or not config.causal:
       raise ValueError('scores of texts are those of a decoder; this model has an encoder')
 
     encoded = [self.encoded(text) for text in several(texts)]
+    index = self.adapters_of(Options(adapter=adapter), len(encoded))
     unused = -len(encoded) % self.parts  # rows that fill the mesh up
     tokens, lengths = self.padded(encoded + [encoded[-1][:1]] * unused)
     with jax.set_mesh(self.mesh):
-      logprobs = np.asarray(_scored(self.model, self.put(tokens), self.vocabulary))
+      if index is not None:
+        index = self.put(np.pad(index, (0, unused)))
+      logprobs = np.asarray(_scored(self.model, self.put(tokens), index, self.vocabulary))
     return [row[: length - 1] for row, length in zip(logprobs[: len(encoded)], lengths)]
 
-  def session(self, capacity: int = 0, cache_dtype: str = '') -> Session:
+  def session(self, capacity: int = 0, cache_dtype: str = '', adapter: str = '') -> Session:
     """A text that grows, of at most `capacity` tokens; 0: as many as the model has positions for.
+    cache_dtype, adapter: as of Options.
 
     Raises ValueError for a capacity beyond these, and where there is no end of them and no capacity
     is given.
@@ -187,7 +196,7 @@ class Generator(LoadedModel):
         'capacity=0, and the model has no model.max_length; say how many tokens the session may '
         'have'
       )
-    return Session(self, capacity or limit, cache_dtype)
+    return Session(self, capacity or limit, cache_dtype, adapter)
 
   def _run(
     self, prompts: Sequence[Prompt], options: Options
@@ -203,6 +212,7 @@ class Generator(LoadedModel):
     shared = Shared.of(len(prompts), copies, self.parts)
     count = len(shared.read) if shared.rows is None else len(shared.rows)
     rules, places, texts, ends = self.rules(options, len(prompts), count)
+    adapters = self.adapters_of(options, len(prompts))
     # Rows that fill the mesh up read a token, and end before they begin.
     source, begun = None, [*encoded, encoded[-1][:1]]
     if config.encoder_layers:
@@ -241,13 +251,15 @@ class Generator(LoadedModel):
         stop_at,
         source=source,
         places=places,
+        # What drafts has none.
+        adapters=adapters[shared.read] if engine is self and self.adapters else None,
         rows=shared.rows,
         cache_dtype=options.cache_dtype,
       )
 
-    of_rows = [begun[i // copies] if i < shared.used else begun[-1] for i in range(count)]
+    row_prompts = [begun[i // copies] if i < shared.used else begun[-1] for i in range(count)]
     tokens = sum(len(begun[i]) for i in shared.read if i >= 0)
-    return rows, self._steps(rows, of_rows, tokens, rules, options, drafter, read)
+    return rows, self._steps(rows, row_prompts, tokens, rules, options, drafter, read)
 
   def _steps(self, rows, prompts, tokens, rules, options, drafter, read):
     """prompts: of each row, also of those that fill the mesh up. tokens: that are read."""
@@ -286,8 +298,9 @@ def _as_it_comes(given: Mapping[str, Any]) -> Options:
 
 
 @functools.partial(jax.jit, static_argnames='vocabulary')
-def _scored(model, tokens, vocabulary):
+def _scored(model, tokens, adapters, vocabulary):
   """[B, T - 1] log-probabilities of tokens [B, T] after those before them."""
+  model = of_rows(model, adapters)
   targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
   weights = jnp.pad(jnp.ones_like(tokens[:, 1:], jnp.float32), ((0, 0), (0, 1)))
   # Rows that do not split are on all devices.

@@ -8,7 +8,8 @@ join and leave a cache that stays, that is decode.engine.
 import dataclasses
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ class LoadedModel:
     tokenizer, mesh: as they were given.
     parts: into how many the mesh splits rows.
     vocabulary: ids that can be generated are below it.
+    adapters: numbers of those that rows can have, by name.
     report: of the last call that has ended, or None.
   """
 
@@ -54,17 +56,26 @@ class LoadedModel:
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     weights: str = '',
+    adapters: Mapping[str, Any] | None = None,
   ):
     """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute
-    dtype.
+    dtype. adapters: that rows can have, by name: pairs of a model.adapters.Adapter and its config.
+
+    Raises ValueError and NotImplementedError for adapters as model.banks.banked, and for numbers in
+    them that are none.
     """
     names.check('weights', weights, ('', 'int8'))
     model.config.check_parameters(dict(mesh.shape))
     self.tokenizer = tokenizer
     self.mesh = mesh
     self.report: GenerationReport | None = None
+    adapters = adapters or {}
+    self.adapters = {name: 1 + i for i, name in enumerate(adapters)}
     with jax.set_mesh(mesh):
       self.model = jax.jit(generating_model, static_argnames='weights')(model, weights=weights)
+      if adapters:
+        put = names.imported('model.banks.with_adapters')
+        self.model = put(self.model, model.config, adapters)
       self.parts = ax.size('batch')
     # A table of embeddings may have more rows than there are tokens.
     self.vocabulary = min(tokenizer.vocabulary, self.model.config.V)
@@ -156,6 +167,29 @@ class LoadedModel:
       places = fill(places)
     return Rules(sampling, table, automaton), places, texts, ends
 
+  def adapters_of(self, options: Options, prompts: int) -> np.ndarray | None:
+    """[prompts] int32, which adapter each has (model.weights.bank.Bank.index); None where there are
+    none.
+
+    Raises ValueError for a name that none has, and for another number of them.
+    """
+    given = options.adapter
+    each = list(given) if isinstance(given, (list, tuple)) else [given] * prompts
+    if len(each) != prompts:
+      raise ValueError(
+        f'adapter has {len(each)} values for {prompts} prompts; give one for all, or one for each'
+      )
+    for name in filter(None, each):
+      if not self.adapters:
+        raise ValueError(
+          f'adapter={name!r}, and no adapters were loaded: give their runs to Generator.load('
+          "workdir, adapters={'name': 'runs/adapter'}), or to --adapters"
+        )
+      names.check('adapter', name, self.adapters)
+    if not self.adapters:
+      return None
+    return np.array([self.adapters[name] if name else 0 for name in each], np.int32)
+
   def placed(self, rules: Rules, beams: int = 1) -> Rules:
     """Rules on the mesh, those of a row for each of its beams."""
 
@@ -177,20 +211,27 @@ class LoadedModel:
     *,
     source: tuple[np.ndarray, np.ndarray] | None = None,
     places: np.ndarray | None = None,
+    adapters: np.ndarray | None = None,
     rows: np.ndarray | None = None,
     cache_dtype: str = '',
     append: int = APPEND,
   ) -> DecodeState:
     """The state after prompts, read in pieces where they are long.
 
-    encoded: ids of each row. stop_at, places: [B], see DecodeState.
+    encoded: ids of each row. stop_at, places: [B], see DecodeState. adapters: of what is read.
     source: what the encoder of an encoder-decoder reads: ids [B, S], and how many of them [B].
     rows: [B], where rows share what is read (`Shared`): from which each of them goes on.
     """
     if rows is not None:
       never = np.full(len(encoded), np.iinfo(np.int32).max, np.int32)
       state = self.read(
-        encoded, capacity, never, source=source, cache_dtype=cache_dtype, append=append
+        encoded,
+        capacity,
+        never,
+        source=source,
+        adapters=adapters,
+        cache_dtype=cache_dtype,
+        append=append,
       )
       with jax.set_mesh(self.mesh):
         places = None if places is None else self.put(places)
@@ -211,6 +252,7 @@ class LoadedModel:
         self.put(stop_at),
         source,
         None if places is None else self.put(places),
+        None if adapters is None else self.put(adapters),
         vocabulary=self.vocabulary,
       )
       for first in range(AT_ONCE, int(lengths.max()), append):

@@ -19,6 +19,7 @@ from decode import constrain, sampling as laws
 from decode.sampling import Bias, History, Sampling, make_sampling
 from model.cache import Cache, copied, rows_of, taken, with_rows
 from model.transformer import Decoder
+from model.weights import of_rows
 from parallel import axes as ax
 from parallel.compiler import GENERATION
 
@@ -37,6 +38,7 @@ class DecodeState:
     stop_at: [B] int32, length, prompt included, at which a row ends at the latest.
     history: what penalties look at.
     places: [B] int32, where each row is in the automaton of constraints; None without one.
+    adapters: [B] int32, of each row, see model.weights.bank.Bank.index; None for a model without.
   """
 
   cache: Any
@@ -45,6 +47,7 @@ class DecodeState:
   stop_at: Any
   history: Any
   places: Any = None
+  adapters: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +102,7 @@ def prefill(
   stop_at: Int[Array, 'B'],
   source: tuple[Int[Array, 'B S'], Int[Array, 'B S']] | None = None,
   places: Int[Array, 'B'] | None = None,
+  adapters: Int[Array, 'B'] | None = None,
   *,
   vocabulary: int = 0,
 ) -> DecodeState:
@@ -108,15 +112,22 @@ def prefill(
   lengths: of the prompts, at least 1.
   source: of an encoder-decoder, what the encoder reads: ids, and 1 where they count,
     0 where they are padding.
-  places: where rows begin in the automaton of their constraints.
+  places: where rows begin in the automaton of their constraints. adapters: see DecodeState.
   vocabulary: ids from here on are never generated; 0: all may be.
   """
+  model = of_rows(model, adapters)
   if source is not None:
     cache = model.read(cache, *source)
   x, cache, _ = model(tokens, cache=cache, counts=lengths, fresh=True)
   logits = scores(model, last(x, lengths), vocabulary)
   return DecodeState(
-    cache, logits, lengths >= stop_at, stop_at, History.of(tokens, lengths, logits.shape[1]), places
+    cache=cache,
+    logits=logits,
+    done=lengths >= stop_at,
+    stop_at=stop_at,
+    history=History.of(tokens, lengths, logits.shape[1]),
+    places=places,
+    adapters=adapters,
   )
 
 
@@ -132,6 +143,7 @@ def append(
   """Reads more of each row's prompt: the first counts[b] of its tokens; rows whose count is 0 stay
   as they are.
   """
+  model = of_rows(model, state.adapters)
   x, cache, _ = model(tokens, cache=state.cache, counts=counts)
   logits = scores(model, last(x, jnp.maximum(counts, 1)), vocabulary)
   logits = jnp.where((counts > 0)[:, None], logits, state.logits)
@@ -176,12 +188,13 @@ def join(
   joining: Rules,
   stop_at: Int[Array, 'J'],
   places: Int[Array, 'J'],
+  adapters: Int[Array, 'J'] | None = None,
 ) -> tuple[DecodeState, Rules]:
   """Rows begin anew, with nothing of what was there before: empty, and not to be decoded until
   `read` has come to the end of their prompts.
 
   rules, joining: of all rows, and of these; without automata. rows: as model.cache.Slots numbers
-  them. stop_at, places: see DecodeState.
+  them. stop_at, places, adapters: see DecodeState.
   """
   cache = state.cache
   lengths, none = cache.lengths_of(rows), jnp.zeros_like(rows)
@@ -194,6 +207,7 @@ def join(
     stop_at=with_rows(state.stop_at, rows, stop_at),
     history=with_rows(state.history, rows, jax.tree.map(jnp.zeros_like, history)),
     places=with_rows(state.places, rows, places),
+    adapters=None if adapters is None else with_rows(state.adapters, rows, adapters),
   )
   return state, with_rows(rules, rows, joining)
 
@@ -215,8 +229,9 @@ def read(
   rows: as model.cache.Slots numbers them. ends: whether a row's prompt ends with this part, so that
   the row is decoded from now on. vocabulary: as of prefill.
   """
-  x, cache, _ = model(tokens, cache=state.cache, counts=counts, rows=rows)
   before = rows_of(dataclasses.replace(state, cache=None), rows)
+  model = of_rows(model, before.adapters)
+  x, cache, _ = model(tokens, cache=state.cache, counts=counts, rows=rows)
   logits = scores(model, last(x, jnp.maximum(counts, 1)), vocabulary)
   logits = jnp.where((counts > 0)[:, None], logits, before.logits)
   prompt = before.history.prompt | History.of(tokens, counts, logits.shape[1]).prompt
@@ -314,6 +329,7 @@ def decode_chunk(
 
   vocabulary: as of prefill. alternatives: k, see Chunk.
   """
+  model = of_rows(model, state.adapters)
 
   def step(state):
     log_law = next_law(state, rules)

@@ -169,6 +169,15 @@ class Options:
     'What texts keep to; one for all prompts, or one (or None) for each.',
     per_row=True,
   )
+  adapter: PerRow = option_field(
+    str,
+    '',
+    None,
+    'Which of the adapters that were loaded writes a text; default: none of them.',
+    'One for all prompts, or one for each; what the command reads from a file of prompts may name '
+    'its own.',
+    per_row=True,
+  )
   chunk: Whole = option_field(
     int,
     CHUNK,

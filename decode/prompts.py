@@ -8,6 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import files
 import names
 
 STDIN = '-'
@@ -20,10 +21,20 @@ def read_prompts(path: str) -> list[tuple[str, str | list]]:
 
   Raises ValueError for a file that cannot be read, and for a line that is no prompt.
   """
-  prompts = [(place, _judged(place, prompt_of, given)) for place, given in _lines('prompts', path)]
-  if not prompts:
+  return [(place, prompt) for place, prompt, _ in read_asked(path)]
+
+
+def read_asked(path: str) -> list[tuple[str, str | list, str | None]]:
+  """The same, each with the name of the adapter that its line asks for; None where it says nothing
+  of one.
+  """
+  asked = [
+    (place, _judged(place, prompt_of, given), _judged(place, adapter_of, given))
+    for place, given in _lines('prompts', path)
+  ]
+  if not asked:
     raise ValueError(f'{_named(path)} holds no prompt')
-  return prompts
+  return asked
 
 
 def piped() -> str:
@@ -45,8 +56,8 @@ def prompt_of(given) -> str | list:
   """
   if isinstance(given, dict):
     for key in given:
-      names.check('key', key, ('prompt', 'messages'))
-    asked = {key: value for key, value in given.items() if value is not None}
+      names.check('key', key, ('prompt', 'messages', 'adapter'))
+    asked = {key: given[key] for key in ('prompt', 'messages') if given.get(key) is not None}
     if len(asked) != 1:
       raise ValueError(
         f'{"both" if asked else "neither"} of "prompt" and "messages"; give one of the two'
@@ -62,6 +73,34 @@ def prompt_of(given) -> str | list:
       f'{str(given)[:60]!r} is neither a text nor an object with "prompt" or "messages"'
     )
   return given
+
+
+def adapter_of(given) -> str | None:
+  """The adapter that a line of a JSONL file names, '' for the model without any; None where it says
+  nothing of it.
+
+  Raises ValueError for what is no name.
+  """
+  name = given.get('adapter') if isinstance(given, dict) else None
+  if name is not None and not isinstance(name, str):
+    raise ValueError(f'adapter={name!r} must be the name of one that was loaded, or ""')
+  return name
+
+
+def named_runs(texts: Sequence[str]) -> dict[str, str]:
+  """Directories by name, of name=DIR each (--adapters). Raises ValueError for what is something
+  else.
+  """
+  runs = {}
+  for text in texts:
+    name, _, directory = text.partition('=')
+    if not name or not directory:
+      raise ValueError(f'--adapters: {text!r} is no name=DIR, as in orders=runs/orders')
+    if name in runs:
+      raise ValueError(f'--adapters: two are called {name!r}; give each a name of its own')
+    files.check_local('--adapters', directory)
+    runs[name] = directory
+  return runs
 
 
 def is_chat(prompt) -> bool:

@@ -33,7 +33,9 @@ class Session:
     finish: why the last turn ended, as its Completion says it; '' before, and where it had no end.
   """
 
-  def __init__(self, generator: LoadedModel, capacity: int, cache_dtype: str = ''):
+  def __init__(
+    self, generator: LoadedModel, capacity: int, cache_dtype: str = '', adapter: str = ''
+  ):
     """Raises ValueError for a capacity beyond the model's positions, and for an encoder or
     encoder-decoder.
     """
@@ -50,6 +52,8 @@ class Session:
       )
     self._generator = generator
     self._cache_dtype = cache_dtype
+    self._adapter = adapter
+    self._adapters = generator.adapters_of(Options(adapter=adapter), 1)
     self.capacity = capacity
     self.ids: list[int] = []
     self.finish = ''
@@ -122,7 +126,7 @@ class Session:
   def fork(self) -> 'Session':
     """Another session with the same past; from here on each goes its own way."""
     self._end_turn()
-    other = Session(self._generator, self.capacity, self._cache_dtype)
+    other = Session(self._generator, self.capacity, self._cache_dtype, self._adapter)
     other.ids = list(self.ids)
     other._state = self._state and _copy(self._state)
     other._reach = self._reach
@@ -152,6 +156,7 @@ class Session:
         [ids] * generator.parts,
         self.capacity,
         self._all(sys.maxsize),
+        adapters=None if self._adapters is None else self._all(self._adapters[0]),
         cache_dtype=self._cache_dtype,
       )
     else:
@@ -263,10 +268,9 @@ def check_turn(options: Options) -> None:
   for name in DRAFTERS:
     if getattr(options, name):
       raise NotImplementedError(f'{name}: nothing drafts for a session so far; call the generator')
-  if options.cache_dtype:
-    raise ValueError(
-      f'cache_dtype={options.cache_dtype!r} is of a whole session: g.session(cache_dtype=..)'
-    )
+  for name in ('cache_dtype', 'adapter'):
+    if value := getattr(options, name):
+      raise ValueError(f'{name}={value!r} is of a whole session: g.session({name}=..)')
 
 
 def _copy(state: DecodeState) -> DecodeState:

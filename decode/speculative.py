@@ -28,6 +28,7 @@ from decode.sampling import Stream
 from model.cache import Cache
 from model.rearranged import shallow
 from model.transformer import Decoder
+from model.weights import of_rows
 from parallel import axes as ax
 from parallel.compiler import GENERATION
 
@@ -241,6 +242,7 @@ def speculate_chunk(
   The chunk has k + 1 places for each step, so that what is real is no prefix. No cache needs more
   room than for each row's stop_at.
   """
+  model = of_rows(model, carried.state.adapters)
 
   def step(carried):
     cache = carried.state.cache

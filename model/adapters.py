@@ -122,7 +122,7 @@ def applied(model, adapter: Adapter, config: AdapterConfig):
   """
 
   def put(path, p):
-    pair = adapter.get(_name(path))
+    pair = adapter.get(name_of(path))
     return p if pair is None else p.replace(_updated(p, pair, config))
 
   return jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
@@ -134,7 +134,7 @@ def merged(model, adapter: Adapter, config: AdapterConfig):
   """
 
   def put(path, p):
-    pair = adapter.get(_name(path))
+    pair = adapter.get(name_of(path))
     weight = read(p) if pair is None else _updated(p, pair, config)
     if isinstance(weight, Plain):
       return p
@@ -157,10 +157,11 @@ def _updated(p: nnx.Param, pair: Mapping[str, nnx.Param], config: AdapterConfig)
 def _named(model) -> dict[str, nnx.Param]:
   """Parameters by name: 'stack.blocks.0.attention.q'."""
   leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
-  return {_name(path): p for path, p in leaves}
+  return {name_of(path): p for path, p in leaves}
 
 
-def _name(path) -> str:
+def name_of(path) -> str:
+  """Of a parameter, by its path in the tree of a model."""
   return jax.tree_util.keystr(path, simple=True, separator='.')
 
 

@@ -6,6 +6,7 @@ L layers · E experts
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import names
-from model.config import MoEConfig
+from model.config import ModelConfig, MoEConfig
 from model.params import named_leaves
 from model.transformer import Decoder, init
 
@@ -43,25 +44,38 @@ def unstacked(model: Decoder) -> Decoder:
   Traceable; on the mesh that the model is on, in context.
   """
   config, stored = model.config.with_execution(scan=False), named_leaves(model)
-  places = {
-    layer: (place, repeat)
-    for place, (_, layers) in enumerate(model.config.places)
-    for repeat, layer in enumerate(layers)
-  }
+  stacked = stacked_names(model.config)
 
   def leaf(name, shape):
-    stack, _, layer, rest = re.fullmatch(
-      r'(?:(stack|encoder)(\.blocks)\.(\d+)\.)?(.*)', name
-    ).groups()
-    if stack is None:
-      return stored[name]
-    place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
-    x = stored[f'{stack}.blocks.{place}.{rest}']
-    return x if x.shape == shape.shape else jax.lax.slice_in_dim(x, repeat, repeat + 1)
+    name, repeat = stacked(name)
+    x = stored[name]
+    if repeat is None or x.shape == shape.shape:
+      return x
+    return jax.lax.slice_in_dim(x, repeat, repeat + 1)
 
   target = jax.eval_shape(lambda: init(config, 0))
   leaves = [leaf(name, shape) for name, shape in named_leaves(target).items()]
   return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def stacked_names(config: ModelConfig) -> Callable[[str], tuple[str, int | None]]:
+  """Where a leaf of an unstacked model is in the stacked one, of this config: its name there, and
+  its index in the first dimension, or None where layers have no part in it.
+  """
+  places = {
+    layer: (place, repeat)
+    for place, (_, layers) in enumerate(config.places)
+    for repeat, layer in enumerate(layers)
+  }
+
+  def stacked(name):
+    stack, layer, rest = re.fullmatch(r'(?:(stack|encoder)\.blocks\.(\d+)\.)?(.*)', name).groups()
+    if stack is None:
+      return name, None
+    place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
+    return f'{stack}.blocks.{place}.{rest}', repeat
+
+  return stacked
 
 
 def shallow(model: Decoder, layers: int) -> Decoder:

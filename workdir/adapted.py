@@ -7,19 +7,20 @@ import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from data.generation import GENERATION
 from model import adapters, checkpoint, params, peft, transformer
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig
 from training import config as configs, state as states
 from workdir import seals
 from workdir.checkpoint import Checkpoints
-from workdir.open import config_of, step_of
+from workdir.open import check_own, config_of, step_of
 from workdir.untrained import write_run
 
 Log = Callable[[str], Any]
@@ -45,6 +46,69 @@ def opened(
   if stored:
     base = jax.jit(stored, donate_argnums=0)(base)
   return merged(config, base, adapter_of(config, checkpoints, step))
+
+
+def beside(
+  runs: Mapping[str, str | os.PathLike],
+  base: pathlib.Path,
+  config: configs.Config,
+  step: int,
+  weights: str,
+) -> dict[str, tuple[adapters.Adapter, AdapterConfig]]:
+  """The adapters of runs, by the names that these have here, that go beside each other onto one
+  checkpoint of their base, on the mesh in context.
+
+  base, config, step: the base's directory, its config, and which checkpoint. weights: how its
+    matrices will lie in memory (decode.loaded.LoadedModel).
+  Raises ValueError for runs that have no adapter, or one of another checkpoint, or that read or end
+    texts otherwise.
+  """
+  if config.adapter.kind:
+    raise ValueError(
+      f'{base} holds an adapter itself; give the run that it lies on, {config.init}, and it as one '
+      'of the adapters'
+    )
+  digest = Checkpoints(base).reference(step)['digest']
+  read = {}
+  for name, directory in runs.items():
+    run, checkpoints = config_of(directory), Checkpoints(directory)
+    if not run.adapter.kind:
+      raise ValueError(
+        f'adapter {name!r}: {directory} has none (adapter.kind is empty), but a model of its own; '
+        'generate with that'
+      )
+    last = checkpoints.latest()
+    record = checkpoints.record(last)
+    check_own(record, pathlib.Path(directory))
+    reference = record.get('references', {}).get(run.objective.main)
+    if not reference or reference['digest'] != digest or run.model.places != config.model.places:
+      where = (
+        'itself' if not reference else f'at {reference["directory"]}, step {reference["step"]}'
+      )
+      raise ValueError(
+        f'adapter {name!r}: the model that {directory} lies on is kept {where}, and is another one '
+        f'than {base} has at step {step}; give that run and --checkpoint, or merge the adapter '
+        '(convert.py merge)'
+      )
+    if run.adapter.base not in ('', weights):
+      raise ValueError(
+        f'adapter {name!r} was trained on a base in {run.adapter.base} (adapter.base): load it '
+        f'with weights={run.adapter.base!r} (--weights={run.adapter.base})'
+      )
+    _check_texts(name, pathlib.Path(directory), base)
+    read[name] = adapter_of(run, checkpoints, last), run.adapter
+  return read
+
+
+def _check_texts(name: str, directory: pathlib.Path, base: pathlib.Path) -> None:
+  mine, its = seals.own(base), seals.own(directory)
+  for kept in (seals.TOKENIZER, GENERATION):
+    if mine[kept] != its[kept]:
+      raise ValueError(
+        f'adapter {name!r}: {directory / kept} is not what {base / kept} is, and texts of one '
+        'batch are read, and end, in one way; merge it (convert.py merge), or train it on a run '
+        'that has the same (a chat template that objective.template gave is a part of it)'
+      )
 
 
 def merged(config: configs.Config, base, adapter: adapters.Adapter) -> transformer.Decoder:

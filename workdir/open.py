@@ -23,25 +23,31 @@ from workdir.checkpoint import Checkpoints
 @dataclasses.dataclass(frozen=True)
 class Run:
   """What a directory held. model: on `mesh`, as it is stored but with the config of one that
-  generates.
+  generates. adapters: of other runs on it, with their configs, by name.
   """
 
   config: configs.Config
   model: transformer.Decoder
   tokenizer: Tokenizer
   mesh: jax.sharding.Mesh
+  adapters: Mapping[str, Any]
 
 
 def open_run(
-  workdir: str | os.PathLike, checkpoint: str = 'last', mesh: MeshConfig = MeshConfig(data=1)
+  workdir: str | os.PathLike,
+  checkpoint: str = 'last',
+  mesh: MeshConfig = MeshConfig(data=1),
+  adapters: Mapping[str, str | os.PathLike] | None = None,
+  weights: str = '',
 ) -> Run:
   """A run's model at its 'last' or 'best' checkpoint, or at a step's, to generate with.
 
   mesh: over how many of this machine's devices; the default is one.
+  adapters: runs whose adapters lie on this checkpoint, by name; weights: with which they will.
 
   Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a
   checkpoint that is not there or damaged, and for a mesh that the devices do not fill, or that does
-  not split the model.
+  not split the model; for adapters as workdir.adapted.beside.
   """
   config = config_of(workdir)
   model_config = generating(config.model)
@@ -58,10 +64,14 @@ def open_run(
       model = adapted(dataclasses.replace(config, model=model_config), checkpoints, step, target)
     else:
       model = checkpoints.model(target, step)
+    beside = {}
+    if adapters:
+      read = names.imported('workdir.adapted.beside')
+      beside = read(adapters, pathlib.Path(workdir), config, step, weights)
   check_own(checkpoints.record(step), pathlib.Path(workdir))
   tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
   tokenizer.generation = generation.read(workdir)
-  return Run(config, model, tokenizer, mesh)
+  return Run(config, model, tokenizer, mesh, beside)
 
 
 def step_of(checkpoints: Checkpoints, checkpoint: str) -> int | None:

@@ -45,5 +45,26 @@ def joined(model, whole, reduce: bool = True):
   return jax.tree.map(join, model, whole, is_leaf=lambda x: x is None or _is_param(x))
 
 
+def of_rows(model, index):
+  """The model as the rows of a call compute with it, each with an adapter of its own.
+
+  index: [B] int32, as model.weights.bank.Bank has it; None for a model without adapters.
+  """
+  if index is None:
+    return model
+
+  def bind(p):
+    value = p.get_value()
+    return p.replace(value.of_rows(index)) if isinstance(value, Weight) else p
+
+  return jax.tree.map(bind, model, is_leaf=_is_param)
+
+
+def adapters(model) -> int:
+  """How many adapters rows of this model, which may be abstract, can have."""
+  values = (p.get_value() for p in jax.tree.leaves(model, is_leaf=_is_param))
+  return max((value.adapters for value in values if isinstance(value, Weight)), default=0)
+
+
 def _is_param(x) -> bool:
   return isinstance(x, nnx.Variable)

@@ -111,6 +111,12 @@ class LowRank(Weight):
     magnitude = self.magnitude.numbers('float32')
     return jnp.expand_dims(magnitude, summed) / jnp.where(length > 0, length, 1)
 
+  def stretch(self) -> Array:
+    """m / |V| of each output, f32, laid out as the magnitude is."""
+    stretch = self._stretch(self.base.numbers('float32') + self._update())
+    first = stretch.ndim - len(self.axes)
+    return stretch.squeeze(tuple(range(first, first + self.inputs)))
+
   def product(self, formula, x, dtype, axes=None):
     if not self._forward(formula):
       return super().product(formula, x, dtype, axes)
@@ -118,8 +124,7 @@ class LowRank(Weight):
     y = y + self._thin_product(formula, x, dtype, axes)
     if self.magnitude is None:
       return y
-    stretch = self._stretch(self.base.numbers('float32') + self._update())
-    stretch = stretch.reshape(stretch.shape[self.inputs :]).astype(dtype)
+    stretch = self.stretch().astype(dtype)
     return y * jnp.expand_dims(stretch, range(y.ndim - stretch.ndim))
 
   def _forward(self, formula: str) -> bool:

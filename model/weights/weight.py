@@ -32,9 +32,11 @@ class Weight(abc.ABC):
   Attributes:
     axes: logical axes of its dimensions, but for that of stacked layers.
     shape, dtype: of the matrix that it stands for; dtype: that of its numbers before a cast.
+    adapters: that rows of a batch can have on it, each another one (model.weights.bank).
   """
 
   axes: tuple[str | None, ...]
+  adapters = 0
 
   @property
   @abc.abstractmethod
@@ -71,6 +73,10 @@ class Weight(abc.ABC):
   def joined(self, whole: 'Weight') -> 'Weight':
     """What computes with `whole`, of `gathered`; its gradient, if there is one, is self's."""
     return whole
+
+  def of_rows(self, index: Int[Array, 'B']) -> 'Weight':
+    """What computes with rows of a batch that have these adapters; 0: none."""
+    return self
 
   def whole(self, dtype: str, product: bool = True) -> Array:
     """The matrix in `dtype`, gathered along `embed`.

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from decode.prompts import piped, prompt_of, read_examples, read_prompts, with_examples
+from decode.prompts import (
+  named_runs,
+  piped,
+  prompt_of,
+  read_asked,
+  read_examples,
+  read_prompts,
+  with_examples,
+)
 
 
 class Piped(io.TextIOWrapper):
@@ -57,6 +65,23 @@ def test_a_pipe_may_hold_lines_of_prompts(monkeypatch):
   monkeypatch.setattr(sys, 'stdin', Piped(b'\xff'))
   with pytest.raises(ValueError, match='stdin: not UTF-8 .*pipe in UTF-8'):
     piped()
+
+
+def test_lines_name_adapters_and_the_command_their_runs(monkeypatch):
+  lines = b'"a"\n{"prompt": "b", "adapter": "orders"}\n{"prompt": "c", "adapter": ""}\n'
+  monkeypatch.setattr(sys, 'stdin', Piped(lines))
+  assert [(prompt, name) for _, prompt, name in read_asked('-')] == [
+    ('a', None),
+    ('b', 'orders'),
+    ('c', ''),
+  ]
+  monkeypatch.setattr(sys, 'stdin', Piped(b'{"prompt": "b", "adapter": 3}'))
+  with pytest.raises(ValueError, match='stdin:1: adapter=3 must be the name of one'):
+    read_asked('-')
+  assert named_runs(['orders=runs/orders', 'b=c=d']) == {'orders': 'runs/orders', 'b': 'c=d'}
+  for given, said in ((['orders'], "'orders' is no name=DIR"), (['a=b', 'a=c'], "called 'a'")):
+    with pytest.raises(ValueError, match=said):
+      named_runs(given)
 
 
 def test_examples_stand_before_a_prompt(tmp_path):

@@ -97,6 +97,40 @@ def test_it_generates_as_what_it_is_merged_into(base, lora, tmp_path, capsys):
     convert.main(['merge', '--workdir', str(base), '--to', str(tmp_path / 'other')])
 
 
+@pytest.mark.slow
+def test_runs_on_one_base_are_asked_side_by_side(base, lora, tmp_path, capsys):
+  texts, which = ['some words', 'other ones', 'some words'], ['', 'b', 'a']
+  generator = Generator.load(base, adapters={'a': lora, 'b': str(lora)})
+  for text, name, scores in zip(texts, which, generator.score(texts, adapter=which), strict=True):
+    (expected,) = Generator.load(lora if name else base).score(text)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+  with pytest.raises(ValueError, match="'b': .*base has none .adapter.kind is empty."):
+    Generator.load(base, adapters={'b': base})
+  with pytest.raises(ValueError, match='lora holds an adapter itself; give the run that it lies'):
+    Generator.load(lora, adapters={'a': lora})
+  convert.main(['merge', '--workdir', str(lora), '--to', str(tmp_path / 'merged')])
+  with pytest.raises(ValueError, match='is another one than .*merged has at step 0'):
+    Generator.load(tmp_path / 'merged', adapters={'a': lora})
+  copy = tmp_path / 'copy'
+  shutil.copytree(lora, copy)
+  (copy / 'generation_config.json').write_text('{"eos_token_id": 7}')
+  with pytest.raises(ValueError, match='generation_config.json was changed since checkpoint 4'):
+    Generator.load(base, adapters={'a': copy})
+  convert.main(['seal', '--workdir', str(copy)])
+  with pytest.raises(ValueError, match='generation_config.json is not what .*, and end, in one'):
+    Generator.load(base, adapters={'a': copy})
+
+
+@pytest.mark.slow
+def test_an_adapter_on_bytes_goes_beside_others_on_bytes(corpus, base, lora, tmp_path):
+  run_here(adapted(corpus, base, adapter=dataclasses.replace(LORA, base='int8')), tmp_path)
+  with pytest.raises(ValueError, match="'b' was trained on a base in int8 .* --weights=int8"):
+    Generator.load(base, adapters={'a': lora, 'b': tmp_path})
+  generator = Generator.load(base, weights='int8', adapters={'a': lora, 'b': tmp_path})
+  (scores,) = generator.score('some words', adapter='b')
+  np.testing.assert_allclose(scores, logprobs(tmp_path)[0], rtol=0, atol=2e-3)
+
+
 def test_an_adapter_is_no_model_to_begin_with(corpus, lora, tmp_path):
   with pytest.raises(SystemExit, match='holds an adapter and not a model: merge them first'):
     run_here(adapted(corpus, lora), tmp_path)
