@@ -4,6 +4,8 @@
 n adapters · Z rank
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -69,7 +71,20 @@ def banked(
   return adapted
 
 
-_put = jax.jit(banked, static_argnames=('stored', 'configs', 'names', 'rank'))
+@functools.partial(jax.jit, static_argnames=('stored', 'configs', 'names'))
+def _banks(model, stored, adapters, configs, names) -> dict[str, Bank]:
+  """Those of `banked` by their matrices' names, without these: what a program returns as it came is
+  a copy.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(
+    banked(model, stored, adapters, configs, names), is_leaf=_is_param
+  )
+  values = {name_of(path): p.get_value() for path, p in leaves}
+  return {
+    name: dataclasses.replace(value, base=None)
+    for name, value in values.items()
+    if isinstance(value, Bank)
+  }
 
 
 def with_adapters(
@@ -85,7 +100,13 @@ def with_adapters(
         'adapters; take an earlier checkpoint of its run'
       )
   trees, configs = zip(*adapters.values())
-  return _put(model, stored, trees, configs=configs, names=tuple(adapters))
+  known = _banks(model, stored, trees, configs=configs, names=tuple(adapters))
+
+  def put(path, p):
+    bank = known.get(name_of(path))
+    return p if bank is None else p.replace(dataclasses.replace(bank, base=read(p)))
+
+  return jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
 
 
 def _check_matrix(name: str, p: nnx.Param, adapters: Sequence[str]) -> None:

@@ -124,7 +124,7 @@ def test_runs_on_one_base_are_asked_side_by_side(base, lora, tmp_path, capsys):
 @pytest.mark.slow
 def test_an_adapter_on_bytes_goes_beside_others_on_bytes(corpus, base, lora, tmp_path):
   run_here(adapted(corpus, base, adapter=dataclasses.replace(LORA, base='int8')), tmp_path)
-  with pytest.raises(ValueError, match="'b' was trained on a base in int8 .* --weights=int8"):
+  with pytest.raises(ValueError, match="'b' was trained on a base in int8 .*--weights=int8"):
     Generator.load(base, adapters={'a': lora, 'b': tmp_path})
   generator = Generator.load(base, weights='int8', adapters={'a': lora, 'b': tmp_path})
   (scores,) = generator.score('some words', adapter='b')
