@@ -65,13 +65,11 @@ class Block(nnx.Module):
     x = remat.named(x, 'block')
     with jax.named_scope('attention'):
       mixed, slots = self.attention(self._before(x, self.attention_norm), view, slots)
-      x = self._after(
-        x, remat.named(mixed, 'attention_out'), self.attention_norm, self.attention_post_norm
-      )
+      x = self._after(x, remat.named(mixed, 'attention_out'), view, 'attention')
     if self.cross is not None:
       with jax.named_scope('cross'):
         mixed = self.cross.cross(self._before(x, self.cross_norm), view, slots)
-        x = self._after(x, mixed, self.cross_norm, self.cross_post_norm)
+        x = self._after(x, mixed, view, 'cross')
     with jax.named_scope('feed_forward'):
       report = {}
       if not isinstance(self.feed_forward, FeedForward):  # experts gather themselves
@@ -79,10 +77,8 @@ class Block(nnx.Module):
           self._normed(x, self.feed_forward_norm), view.mask.query_segments
         )
       else:
-        h = self.feed_forward(self._before(x, self.feed_forward_norm))
-      x = self._after(
-        x, remat.named(h, 'feed_forward_out'), self.feed_forward_norm, self.feed_forward_post_norm
-      )
+        h = self.feed_forward(self._before(x, self.feed_forward_norm), view.dropped)
+      x = self._after(x, remat.named(h, 'feed_forward_out'), view, 'feed_forward')
     return x, slots, report
 
   def _before(self, x, norm):
@@ -93,12 +89,11 @@ class Block(nnx.Module):
   def _normed(self, x, norm):
     return x if self.placement == 'post' else norm(x)
 
-  def _after(self, x, new, norm, post_norm):
-    return (
-      norm(x + new)
-      if self.placement == 'post'
-      else x + (new if post_norm is None else post_norm(new))
-    )
+  def _after(self, x, new, view, part):
+    norm, post_norm = getattr(self, f'{part}_norm'), getattr(self, f'{part}_post_norm')
+    if self.placement == 'post':
+      return norm(x + view.dropped(new, part))
+    return x + view.dropped(new if post_norm is None else post_norm(new), part)
 
 
 class Stack(nnx.Module):
@@ -171,6 +166,8 @@ class Stack(nnx.Module):
     for i, ((kinds, _), part) in enumerate(zip(self.periods, parts, strict=True)):
       blocks = tuple(list(self.blocks)[first : first + len(kinds)])
       split = ax.size('layers') > 1 and i == pipeline.split_scan(self.periods)
+      if view.drawn is not None:
+        blocks = view.drawn.numbered(blocks, self.periods, i, 'layers' if split else None)
       run = self._pipelined if split else self.scan
       x, part, scanned = run(blocks, x, view, part)
       reports += in_order(scanned)
@@ -292,6 +289,8 @@ class Decoder(nnx.Module):
   With config.causal=False it is an encoder (BERT): every token sees all of its row or segment.
   """
 
+  drawn = None  # what training draws in a call (model.drawn.put)
+
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     if not config.V:
       raise ValueError(
@@ -344,7 +343,7 @@ class Decoder(nnx.Module):
       x, view = self._view(tokens, positions, segments, begin, types, zigzag)
       return self.scaled(self.stack(x, view, cache, counts, fresh, rows))
 
-  def _view(self, tokens, positions, segments, begin, types, zigzag=1):
+  def _view(self, tokens, positions, segments, begin, types, zigzag=1, encoder=False):
     """What the stack is called with: the embedded tokens, and what its layers share.
 
     begin: [B], how many tokens a cache holds of each row; None without.
@@ -368,7 +367,8 @@ class Decoder(nnx.Module):
     mask = Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
-    return x, View(mask, *self.angles(positions))
+    view = View(mask, *self.angles(positions))
+    return (x, view) if self.drawn is None else self.drawn.entered(x, view, encoder)
 
   def angles(self, positions: Int[Array, 'B T']):
     """Of rotary positions, and those of layers with a window; None, None without."""
@@ -478,7 +478,7 @@ class EncoderDecoder(Decoder):
     segments: Int[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B S D']:
     """The encoder's final hidden states; segments: 0 for padding."""
-    x, view = self._view(source, positions, segments, None, None)
+    x, view = self._view(source, positions, segments, None, None, encoder=True)
     return self.encoder(
       x, dataclasses.replace(view, mask=dataclasses.replace(view.mask, causal=False)), None
     ).hidden

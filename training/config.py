@@ -16,10 +16,12 @@ from data.config import DataConfig
 from kernels import attention, context
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig, named_axes
+from model.dropout import DropoutConfig
 from model.execution import FREE, ExecutionConfig
 from objectives import kinds
 from objectives.objective import Objective
 from parallel.mesh import MeshConfig
+from training.costs import ReportConfig
 from training.optimizer import OptimizerConfig, make_schedule
 
 FILE = 'config.json'
@@ -127,39 +129,6 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-  """Rates for the report's costs. A rate of 0 is unknown, and what needs it has no row there.
-
-  Attributes:
-    dollars_per_chip_hour: price of a chip, while the run holds it.
-    watts_per_chip: mean draw of a chip with its share of the host.
-    kilograms_co2_per_kwh: carbon intensity of the grid.
-    pue: power usage effectiveness, the data centre's draw per watt of its machines; 1 leaves
-      cooling out.
-
-  Raises ValueError for negative or non-finite rates and a pue below 1.
-  """
-
-  dollars_per_chip_hour: float = 0.0
-  watts_per_chip: float = 0.0
-  kilograms_co2_per_kwh: float = 0.0
-  pue: float = 1.0
-
-  def __post_init__(self):
-    for field, least in (
-      ('dollars_per_chip_hour', 0),
-      ('watts_per_chip', 0),
-      ('kilograms_co2_per_kwh', 0),
-      ('pue', 1),
-    ):
-      value = getattr(self, field)
-      if not least <= value < math.inf:
-        raise ValueError(
-          f'report.{field}={value} must be a number from {least} up' + (' (0: unknown)', '')[least]
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """Everything that decides a run.
 
@@ -179,6 +148,7 @@ class Config:
   mesh: MeshConfig = MeshConfig()
   report: ReportConfig = ReportConfig()
   adapter: AdapterConfig = AdapterConfig()
+  dropout: DropoutConfig = DropoutConfig()
   init: str = ''
 
   def __post_init__(self):
@@ -215,6 +185,8 @@ class Config:
         f"train.accumulation={self.train.accumulation}: parts would not add up to the whole; use "
         "balance_over='sequence', or no accumulation"
       )
+    if self.draws:
+      names.imported('training.drawing.check')(self)
     if self.adapter.kind:
       self._check_adapter()
     if self.train.offload_parameters:
@@ -222,6 +194,12 @@ class Config:
     if self.train.steps:
       # Raises where warm-up and decay do not fit into the run.
       make_schedule(self.optimizer, self.train.steps)
+
+  @property
+  def draws(self) -> bool:
+    """Whether a step draws anything (training/drawing.py)."""
+    drawn = *dataclasses.astuple(self.dropout), self.adapter.dropout, self.objective.neftune_alpha
+    return any(drawn)
 
   def _check_adapter(self):
     """Raises NotImplementedError where only a model that is trained itself would do."""
@@ -328,6 +306,11 @@ class Config:
     """The same of rows that are split, and of heads where devices exchange tokens for them."""
     m, T, P, tensor = self.model, self.data.sequence_length, sizes['context'], sizes['tensor']
     strategy, backend = m.execution.context, m.execution.attention
+    if self.dropout.attention:
+      raise NotImplementedError(
+        f'dropout.attention={self.dropout.attention} with mesh.context={P}, where no device has '
+        'all weights of a query; use data, fsdp or tensor, or dropout.attention=0'
+      )
     R = P // context.degree(strategy, m.N // tensor, max(1, m.K // tensor), P)
     chunks = math.lcm(P, 2 * R) if R > 1 else P
     if T % chunks:
@@ -451,7 +434,7 @@ IDENTITY = (
   'model',
   'data',
   'objective.kind',
-  'adapter',
+  *(f'adapter.{x.name}' for x in dataclasses.fields(AdapterConfig) if x.name != 'dropout'),
   'optimizer.name',
   'train.seed',
   'train.trained',
