@@ -123,6 +123,8 @@ class LowRank(Weight):
       return y
     stretch = self._stretch(self.base.numbers('float32') + self._update())
     stretch = stretch.reshape(stretch.shape[self.inputs :]).astype(dtype)
+    # As tokens are: devices that share the batch need all of it.
+    stretch = ax.gather(stretch, *self.axes[self.inputs :])
     return y * jnp.expand_dims(stretch, range(y.ndim - stretch.ndim))
 
   def _forward(self, formula: str) -> bool:
