@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import names
-from model.dropout import check_rate
 
 KINDS = ('', 'lora', 'dora')
 BASES = ('', 'int8')
@@ -44,11 +43,12 @@ class AdapterConfig:
       raise ValueError(f'adapter.rank={self.rank} must be at least 1')
     if not 0 < self.alpha < math.inf:
       raise ValueError(f'adapter.alpha={self.alpha} must be above 0, and finite')
-    check_rate('adapter.dropout', self.dropout)
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'adapter.dropout={self.dropout} must be at least 0, and below 1')
     if self.dropout and not self.kind:
       raise ValueError(
         f"adapter.dropout={self.dropout} with adapter.kind='' is of no adapter; choose one, or use "
-        'dropout.residual and its like'
+        'train.dropout'
       )
     if not self.targets:
       raise ValueError("adapter.targets=() names no matrix; ('*',) is all in the model's blocks")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt32
 
 from kernels import draws
 from model.attention import View
-from model.dropout import DropoutConfig
+from model.dropout import Rates
 from model.weights import read
 from model.weights.low_rank import LowRank
 from parallel import axes as ax
@@ -52,7 +52,7 @@ class Drawn:
 
   keys: Any
   layer: Any = None
-  rates: DropoutConfig = dataclasses.field(default=DropoutConfig(), metadata={'static': True})
+  rates: Rates = dataclasses.field(default=Rates(), metadata={'static': True})
   adapter: float = dataclasses.field(default=0.0, metadata={'static': True})
   neftune: float = dataclasses.field(default=0.0, metadata={'static': True})
   first: int = dataclasses.field(default=0, metadata={'static': True})
@@ -88,8 +88,9 @@ class Drawn:
     """
     if len(x) != len(self.keys):
       raise ValueError(
-        f'{len(x)} rows enter a model that draws for {len(self.keys)}: dropout, adapter.dropout '
-        'and objective.neftune_alpha are of objectives that call a model with the rows of a batch'
+        f'{len(x)} rows enter a model that draws for {len(self.keys)}: train.dropout, '
+        'adapter.dropout and objective.neftune_alpha are of objectives that call a model with the '
+        'rows of a batch'
       )
     first, parts = ENCODER if encoder else 0, view.mask.zigzag
     drawn = dataclasses.replace(self, first=first, parts=parts)

@@ -4,19 +4,19 @@ draws.
 
 import dataclasses
 
+import names
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DropoutConfig:
-  """Shares that training sets to 0 (Srivastava et al., JMLR 15, 2014), each step and row others;
-  nothing else does, and 0 leaves all in.
+class Rates:
+  """Shares that a step sets to 0 (Srivastava et al., JMLR 15, 2014); nothing else does, and 0
+  leaves all in.
 
   Attributes:
     embedding: of what enters the first block.
     residual: of what attention and feed-forward, or experts, add to the residual stream.
     attention: of the weights that values are mixed by.
     feed_forward: of the hidden numbers of a feed-forward.
-
-  Raises ValueError for a rate that is none.
   """
 
   embedding: float = 0.0
@@ -24,12 +24,24 @@ class DropoutConfig:
   attention: float = 0.0
   feed_forward: float = 0.0
 
-  def __post_init__(self):
-    for name, rate in dataclasses.asdict(self).items():
-      check_rate(f'dropout.{name}', rate)
+
+PLACES = tuple(field.name for field in dataclasses.fields(Rates))
 
 
-def check_rate(field: str, rate: float) -> None:
-  """Raises ValueError for what is no share that can be left out."""
-  if not 0 <= rate < 1:
-    raise ValueError(f'{field}={rate} must be at least 0, and below 1: a share that is left out')
+def rates(entries: tuple[str, ...]) -> Rates:
+  """Of entries such as 'residual=0.1', the later ones over the earlier; 'all=0.1' is of everything.
+
+  Raises ValueError for what is none.
+  """
+  chosen: dict[str, float] = {}
+  for entry in entries:
+    place, _, given = entry.partition('=')
+    names.check('train.dropout', place, (*PLACES, 'all'))
+    try:
+      rate = float(given)
+    except ValueError:
+      raise ValueError(f"train.dropout={entry!r} has no number; as in '{place}=0.1'") from None
+    if not 0 <= rate < 1:
+      raise ValueError(f'train.dropout={entry!r} must be at least 0, and below 1')
+    chosen |= dict.fromkeys(PLACES, rate) if place == 'all' else {place: rate}
+  return Rates(**chosen)

@@ -16,7 +16,6 @@ from data.config import DataConfig
 from kernels import attention, context
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig, named_axes
-from model.dropout import DropoutConfig
 from model.execution import FREE, ExecutionConfig
 from objectives import kinds
 from objectives.objective import Objective
@@ -25,6 +24,7 @@ from training.costs import ReportConfig
 from training.optimizer import OptimizerConfig, make_schedule
 
 FILE = 'config.json'
+RATES = 'model.dropout.rates'  # of train.dropout; for the runs that have some
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class TrainConfig:
     epochs: how often all training rows are gone through, in the place of steps; a last batch that
       is not full counts, and is filled from the next epoch.
     accumulation: microbatches of a step; exactly equal to one big batch.
+    dropout: shares that are left out in training, each step and row others (model/dropout.py):
+      entries such as residual=0.1, of embedding, residual, attention, feed_forward, or all.
     offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host'
       in the host's memory (parallel.offload), 'disk' in files without a name (training.spill). It
       may change when a run goes on.
@@ -65,6 +67,7 @@ class TrainConfig:
   epochs: float = 0.0
   seed: int = 0
   accumulation: int = 1
+  dropout: tuple[str, ...] = ()
   offload_optimizer: str = ''
   offload_parameters: bool = False
   spill_dir: str = ''
@@ -115,6 +118,8 @@ class TrainConfig:
         f"train.spill_dir={self.spill_dir!r} would not be read: "
         f"train.offload_optimizer={self.offload_optimizer!r} is not 'disk'; leave it empty"
       )
+    if self.dropout:
+      names.imported(RATES)(self.dropout)
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
     if self.sample_every and not self.sample_prompts:
       raise ValueError(
@@ -148,7 +153,6 @@ class Config:
   mesh: MeshConfig = MeshConfig()
   report: ReportConfig = ReportConfig()
   adapter: AdapterConfig = AdapterConfig()
-  dropout: DropoutConfig = DropoutConfig()
   init: str = ''
 
   def __post_init__(self):
@@ -196,10 +200,15 @@ class Config:
       make_schedule(self.optimizer, self.train.steps)
 
   @property
+  def dropout(self):
+    """The model.dropout.Rates of what training leaves out."""
+    return names.imported(RATES)(self.train.dropout)
+
+  @property
   def draws(self) -> bool:
     """Whether a step draws anything (training/drawing.py)."""
-    drawn = *dataclasses.astuple(self.dropout), self.adapter.dropout, self.objective.neftune_alpha
-    return any(drawn)
+    left_out = self.train.dropout and any(dataclasses.astuple(self.dropout))
+    return any((left_out, self.adapter.dropout, self.objective.neftune_alpha))
 
   def _check_adapter(self):
     """Raises NotImplementedError where only a model that is trained itself would do."""
@@ -306,10 +315,10 @@ class Config:
     """The same of rows that are split, and of heads where devices exchange tokens for them."""
     m, T, P, tensor = self.model, self.data.sequence_length, sizes['context'], sizes['tensor']
     strategy, backend = m.execution.context, m.execution.attention
-    if self.dropout.attention:
+    if self.train.dropout and self.dropout.attention:
       raise NotImplementedError(
-        f'dropout.attention={self.dropout.attention} with mesh.context={P}, where no device has '
-        'all weights of a query; use data, fsdp or tensor, or dropout.attention=0'
+        f'train.dropout=attention={self.dropout.attention} with mesh.context={P}: no device has '
+        'all weights of a query; use data, fsdp or tensor, or leave it out'
       )
     R = P // context.degree(strategy, m.N // tensor, max(1, m.K // tensor), P)
     chunks = math.lcm(P, 2 * R) if R > 1 else P

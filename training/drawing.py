@@ -65,16 +65,16 @@ def check(config: Config) -> None:
   run = network.execution
   if dropout.attention and run.attention not in BACKENDS:
     raise NotImplementedError(
-      f'dropout.attention={dropout.attention} with model.execution.attention={run.attention!r}, '
-      f'which never holds the weights that it would leave out; use one of {list(BACKENDS)}, or '
-      'dropout.attention=0'
+      f'train.dropout=attention={dropout.attention} with model.execution.attention='
+      f'{run.attention!r}, which never holds the weights; use one of {list(BACKENDS)}, or leave it '
+      'out'
     )
   if dropout.feed_forward and network.E:
     raise NotImplementedError(
-      f'dropout.feed_forward={dropout.feed_forward} with model.moe.experts={network.E}, whose rows '
-      'lie in an order of their own; use dropout.residual, which is of what experts give back'
+      f'train.dropout=feed_forward={dropout.feed_forward} with model.moe.experts={network.E}: rows '
+      'of experts lie in an order of their own; use residual, which is of what they give back'
     )
-  drawn = {f'dropout.{name}': rate for name, rate in dataclasses.asdict(dropout).items()}
+  drawn = {f'train.dropout={name}': rate for name, rate in dataclasses.asdict(dropout).items()}
   drawn['adapter.dropout'] = config.adapter.dropout
   drawn['objective.neftune_alpha'] = config.objective.neftune_alpha
   if run.pipeline.schedule == '1f1b':

@@ -32,7 +32,7 @@ from model import drawn, rearranged
 from model.adaptation import AdapterConfig
 from model.config import LatentConfig, MoEConfig
 from model.drawn import ENCODER, MATRICES, NUMBERS, Drawn
-from model.dropout import DropoutConfig
+from model.dropout import PLACES, Rates, rates
 from model.execution import ExecutionConfig
 from model.params import named_leaves
 from model.weights.low_rank import LowRank
@@ -45,16 +45,21 @@ from training.drawing import MODEL
 from workdir.metrics import read_metrics
 from workdir.open import open_run
 
-RATES = DropoutConfig(embedding=0.1, residual=0.2, attention=0.3, feed_forward=0.25)
+RATES = Rates(embedding=0.1, residual=0.2, attention=0.3, feed_forward=0.25)
 WHOLE = dataclasses.replace(RATES, attention=0.0)  # what rows that are split may leave out
-RESIDUAL = DropoutConfig(embedding=0.1, residual=0.2)
+RESIDUAL = Rates(embedding=0.1, residual=0.2)
 LORA = AdapterConfig(kind='lora', rank=4, alpha=8.0, dropout=0.3)
 ALPHA = 5.0
 
 
 def config_of(dropout=RATES, objective=SFT(neftune_alpha=ALPHA), adapter=AdapterConfig(), **parts):
-  made = tiny(**{'optimizer': SGD} | parts)
-  return dataclasses.replace(made, dropout=dropout, objective=objective, adapter=adapter)
+  train = {'dropout': entries(dropout)} | parts.get('train', {})
+  made = tiny(**{'optimizer': SGD} | parts | {'train': train})
+  return dataclasses.replace(made, objective=objective, adapter=adapter)
+
+
+def entries(dropout):
+  return tuple(f'{name}={rate}' for name, rate in dataclasses.asdict(dropout).items())
 
 
 # The same in numpy, the hash included: nothing of it is imported.
@@ -263,7 +268,7 @@ FAMILIES = {
 def test_every_architecture_keeps_the_laws(family):
   rates = dataclasses.replace(RATES, feed_forward=0.0) if family == 'experts' else RATES
   like = config_of(rates, model=FAMILIES[family])
-  none = config_of(DropoutConfig(), NextToken(), model=FAMILIES[family])
+  none = config_of(Rates(), NextToken(), model=FAMILIES[family])
   assert abs(alone(like)[1][0]['loss'] / alone(none)[1][0]['loss'] - 1) > 1e-4
   check_like_alone(config_of(rates, **parts_of(2, FAMILIES[family])), 1, like, 5e-6)
   mesh = {'data': 2, 'fsdp': 2, 'tensor': 2}
@@ -362,7 +367,7 @@ def judge(config, models):
 
 def check_evaluation():
   models = alone(KNOWN)[0][-1]
-  still = config_of(DropoutConfig())
+  still = config_of(Rates())
   assert judge(KNOWN, models) == judge(still, models)
   assert models['policy'].drawn is None
 
@@ -374,8 +379,8 @@ def test_an_evaluation_leaves_nothing_out(one_device):
 def test_without_rates_a_step_has_nothing_to_do_with_it(one_device, monkeypatch):
   """Not even as an argument."""
   monkeypatch.setitem(sys.modules, 'training.drawing', None)
-  assert not config_of(DropoutConfig(), SFT()).draws
-  run = Run(config_of(DropoutConfig(), NextToken()))
+  assert not config_of(Rates(), SFT()).draws
+  run = Run(config_of(Rates(), NextToken()))
   run.step.lower(run.state, jax.tree.map(jnp.asarray, make_batches(1)[0]))
 
 
@@ -413,7 +418,7 @@ def adapted_loss(config, models, keys):
 
 def test_a_fresh_adapter_leaves_the_base_as_it_is(one_device):
   """Bitwise, whatever A does not see; and one that has learned is not the same without."""
-  config = config_of(DropoutConfig(), NextToken(), LORA)
+  config = config_of(Rates(), NextToken(), LORA)
   run = Run(config)
   keys = draws.keys_of_rows(jnp.uint32([1, 2]), B)
   without = dataclasses.replace(config, adapter=dataclasses.replace(LORA, dropout=0.0))
@@ -462,11 +467,11 @@ def test_what_cannot_draw_is_refused_by_name(one_device):
   pipelined = {'model': {'execution': ExecutionConfig(pipeline=PipelineConfig(schedule='1f1b'))}}
   kernel = {'model': {'execution': ExecutionConfig(attention='xla')}}
   for make, words in (
-    (lambda: config_of(RATES, **moe), r'feed_forward=0.25 .*experts=4.* use dropout.residual'),
+    (lambda: config_of(RATES, **moe), r'feed_forward=0.25 .*experts=4.* use residual'),
     (lambda: config_of(RATES, **kernel), r"attention=0.3 .*attention='xla'.* use one of .*auto"),
-    (lambda: config_of(WHOLE, **pipelined), r"dropout.embedding=0.1 .*'1f1b'.* use 'gpipe'"),
+    (lambda: config_of(WHOLE, **pipelined), r"train.dropout=embedding=0.1 .*'1f1b'.* use 'gpipe'"),
     (
-      lambda: config_of(DropoutConfig(), **pipelined),
+      lambda: config_of(Rates(), **pipelined),
       r"objective.neftune_alpha=5.0 .*'1f1b'.* use 'gpipe'",
     ),
     (
@@ -476,7 +481,7 @@ def test_what_cannot_draw_is_refused_by_name(one_device):
       r'attention=0.3 with mesh.context=2.* use data, fsdp or tensor',
     ),
     (
-      lambda: drawing.StepDraws(config_of(adapter=LORA, **moe | {'dropout': DropoutConfig()})),
+      lambda: drawing.StepDraws(config_of(adapter=LORA, **moe | {'dropout': Rates()})),
       r'adapter.dropout=0.3 of stack.blocks.0.feed_forward.* leave it out of adapter.targets',
     ),
     (
@@ -493,8 +498,10 @@ def test_what_cannot_draw_is_refused_by_name(one_device):
 @pytest.mark.parametrize(
   'make, words',
   [
-    (lambda: DropoutConfig(residual=1.0), 'dropout.residual=1.0 must be at least 0, and below 1'),
-    (lambda: DropoutConfig(attention=-0.1), 'dropout.attention=-0.1'),
+    (lambda: rates(('residual=1.0',)), "dropout='residual=1.0' must be at least 0, and below 1"),
+    (lambda: tiny(train={'dropout': ('attention=-0.1',)}), "dropout='attention=-0.1' must be"),
+    (lambda: rates(('atention=0.1',)), "dropout='atention' is unknown; did you mean 'attention'"),
+    (lambda: rates(('residual',)), "dropout='residual' has no number; as in 'residual=0.1'"),
     (lambda: AdapterConfig(kind='lora', dropout=1.5), 'adapter.dropout=1.5 must be'),
     (lambda: AdapterConfig(dropout=0.1), "adapter.dropout=0.1 with adapter.kind='' is of no"),
     (lambda: SFT(neftune_alpha=-1.0), 'objective.neftune_alpha=-1.0 must be at least 0'),
@@ -517,10 +524,9 @@ def test_rows_that_are_not_the_batch_s_are_refused(one_device):
 
 @pytest.mark.slow
 def test_resumed_is_uninterrupted_bit_for_bit(corpus, tmp_path):
-  def made(steps):
-    train = {'steps': steps, 'save_every': 2, 'eval_every': 2, 'accumulation': 2}
-    config = on(corpus, train=train, mesh={'data': 2, 'fsdp': 2, 'tensor': 2})
-    return dataclasses.replace(config, dropout=RATES)
+  def made(steps, dropout=RATES):
+    train = {'steps': steps, 'save_every': 2, 'eval_every': 2, 'dropout': entries(dropout)}
+    return on(corpus, train=train | {'accumulation': 2}, mesh={'fsdp': 2, 'tensor': 2})
 
   run_here(made(4), tmp_path / 'straight')
   run_here(made(2), tmp_path / 'twice')
@@ -529,8 +535,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(corpus, tmp_path):
   lines = [read_metrics(tmp_path / name / 'metrics.jsonl') for name in ('straight', 'twice')]
   assert [line.get('loss') for line in lines[0]] == [line.get('loss') for line in lines[1]]
   # It may go on with other rates.
-  changed = dataclasses.replace(made(6), dropout=WHOLE)
-  run_here(changed, tmp_path / 'twice')
+  run_here(made(6, WHOLE), tmp_path / 'twice')
 
 
 original_on, original_keys = drawing.StepDraws.on, drawing.StepDraws.keys
@@ -579,3 +584,9 @@ def test_faults_are_met(fault, monkeypatch, one_device):
   monkeypatch.setattr(*place)
   with pytest.raises(AssertionError):
     law()
+
+
+def test_entries_are_rates():
+  assert rates(()) == Rates() and rates(entries(RATES)) == RATES
+  of_all = rates(('all=0.1', 'attention=0'))
+  assert [getattr(of_all, name) for name in PLACES] == [0.1, 0.1, 0.0, 0.1]
