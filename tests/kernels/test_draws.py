@@ -77,7 +77,11 @@ def test_blocks_of_weights_draw_what_the_whole_does():
   )
 
 
-MESHES = [{'data': 8}, {'fsdp': 4, 'tensor': 2, 'data': 1}, {'context': 2, 'tensor': 2, 'data': 2}]
+MESHES = [
+  pytest.param({'data': 8}, marks=pytest.mark.slow),
+  {'fsdp': 4, 'tensor': 2, 'data': 1},
+  {'context': 2, 'tensor': 2, 'data': 2},
+]
 TOKENS = 'batch', 'length', 'feed_forward'
 WEIGHTS = 'batch', 'kv_heads', 'group', None, None
 
@@ -105,6 +109,7 @@ def test_eight_devices_draw_what_one_does(mesh):
   assert not [name for name in ('all-gather', 'all-reduce', 'all-to-all') if name in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ['reference', 'blocked'])
 def test_attention_mixes_what_is_left_of_its_weights(backend, monkeypatch):
   """By hand, with gradients that are differences; in blocks, too."""

@@ -376,6 +376,7 @@ def test_an_evaluation_leaves_nothing_out(one_device):
   check_evaluation()
 
 
+@pytest.mark.slow
 def test_without_rates_a_step_has_nothing_to_do_with_it(one_device, monkeypatch):
   """Not even as an argument."""
   monkeypatch.setitem(sys.modules, 'training.drawing', None)
@@ -416,6 +417,7 @@ def adapted_loss(config, models, keys):
   return loss(models)
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_leaves_the_base_as_it_is(one_device):
   """Bitwise, whatever A does not see; and one that has learned is not the same without."""
   config = config_of(Rates(), NextToken(), LORA)
