@@ -115,18 +115,29 @@ class Drawn:
 
   # 3. In layers.
 
-  def numbered(self, blocks: Sequence, periods, scan: int, axis: str | None) -> tuple:
+  def numbered(
+    self, blocks: Sequence, periods, scan: int, axis: str | None, shared: int = 1
+  ) -> tuple:
     """Blocks of the scan of this number, stacked by layers, each with what its layer is counted as.
 
-    periods: of the stack, ((kinds, repeats), ..). axis: that the layers are split over.
+    periods: of the stack, ((kinds, repeats), ..). axis: that the layers are split over. shared: how
+      many layers each of the stacked is, of which this is the number of the first.
     """
     before = sum(len(kinds) * repeats for kinds, repeats in periods[:scan])
     kinds, repeats = periods[scan]
     counted = []
     for place, block in enumerate(blocks):
-      numbers = jnp.arange(repeats, dtype=jnp.uint32) * len(kinds) + (self.first + before + place)
+      each = jnp.arange(0, repeats, shared, dtype=jnp.uint32)
+      numbers = each * len(kinds) + (self.first + before + place)
       counted.append(NumberedBlock(block, nnx.Variable(ax.place(numbers, axis), kind='number')))
     return tuple(counted)
+
+  def used(self, blocks: tuple, i: Array) -> tuple:
+    """Numbered blocks, not stacked, when they are used the i-th time."""
+    return tuple(
+      NumberedBlock(block.block, nnx.Variable(block.number[...] + i, kind='number'))
+      for block in blocks
+    )
 
   def of_layer(self, number: Array) -> 'Drawn':
     """The same in a layer."""

@@ -32,7 +32,10 @@ def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
   for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
     if kind.moe:
       bias = block.feed_forward.selection_bias
-      bias[...] = moved(bias[...], load[np.array([row[layer] for layer in layers])], rate)
+      of = load[np.array([row[layer] for layer in layers])]
+      # Of layers that share a router, together.
+      of = of.reshape(-1, model.config.shared_layers, of.shape[1]).sum(1)
+      bias[...] = moved(bias[...], of, rate)
   return model
 
 
@@ -43,6 +46,7 @@ def unstacked(model: Decoder) -> Decoder:
   Traceable; on the mesh that the model is on, in context.
   """
   config, stored = model.config.with_execution(scan=False), named_leaves(model)
+  shared = config.shared_layers
   places = {
     layer: (place, repeat)
     for place, (_, layers) in enumerate(model.config.places)
@@ -55,7 +59,8 @@ def unstacked(model: Decoder) -> Decoder:
     ).groups()
     if stack is None:
       return stored[name]
-    place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
+    place, repeat = places[int(layer) * shared] if stack == 'stack' else (0, int(layer))
+    repeat //= shared
     x = stored[f'{stack}.blocks.{place}.{rest}']
     return x if x.shape == shape.shape else jax.lax.slice_in_dim(x, repeat, repeat + 1)
 
@@ -76,9 +81,14 @@ def shallow(model: Decoder, layers: int) -> Decoder:
       f'model.execution.scan={config.execution.scan}: take at least 1 and at most all of them, of '
       'a model whose layers are each by itself (unstacked)'
     )
+  if layers % config.shared_layers:
+    raise ValueError(
+      f'{layers} layers of a model whose parameters are of model.shared_layers='
+      f'{config.shared_layers} each: take a multiple of it'
+    )
   moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
   model.config = dataclasses.replace(config, layers=layers, moe=moe)
   model.stack.periods = model.config.stacks
-  model.stack.blocks = nnx.List(list(model.stack.blocks)[:layers])
+  model.stack.blocks = nnx.List(list(model.stack.blocks)[: layers // config.shared_layers])
   return model

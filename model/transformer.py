@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 import names
 from kernels.mask import Mask, Relative
+from model import router
 from model.attention import Attention, LatentAttention, View
 from model.config import Kind, ModelConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
@@ -108,6 +109,7 @@ class Stack(nnx.Module):
       config.execution.dtype,
     )
     self.periods = config.encoder_stacks if encoder else config.stacks
+    self.shared = config.shared_layers
     cross = bool(config.encoder_layers) and not encoder
     config.check_stages(ax.size('layers'))
 
@@ -116,9 +118,10 @@ class Stack(nnx.Module):
       keys = ax.place(jax.random.split(rngs.params(), repeats), axis)
       return jax.vmap(lambda key: Block(config, nnx.Rngs(params=key), kind, cross))(keys)
 
+    split = pipeline.split_scan(self.periods)
     self.blocks = nnx.List(
       [
-        born(kind, repeats, 'layers' if i == pipeline.split_scan(self.periods) else None)
+        born(kind, repeats // self.shared, 'layers' if i == split else None)
         for i, (kinds, repeats) in enumerate(self.periods)
         for kind in kinds
       ]
@@ -167,16 +170,17 @@ class Stack(nnx.Module):
       blocks = tuple(list(self.blocks)[first : first + len(kinds)])
       split = ax.size('layers') > 1 and i == pipeline.split_scan(self.periods)
       if view.drawn is not None:
-        blocks = view.drawn.numbered(blocks, self.periods, i, 'layers' if split else None)
+        axis = 'layers' if split else None
+        blocks = view.drawn.numbered(blocks, self.periods, i, axis, self.shared)
       run = self._pipelined if split else self.scan
       x, part, scanned = run(blocks, x, view, part)
-      reports += in_order(scanned)
+      reports += router.in_order(scanned)
       written.append(part)
       first += len(kinds)
 
     if cache is not None:
       cache = cache.longer(places.joined(written).held, places.counts, rows)
-    return Output(self.normed(x), cache, summed(reports) if reports else None)
+    return Output(self.normed(x), cache, router.summed(reports) if reports else None)
 
   def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     """What the last block leaves, as it is scored."""
@@ -200,7 +204,7 @@ class Stack(nnx.Module):
         block = jax.lax.optimization_barrier(block)
       return block(x, view, slots)
 
-    alone = self.remat.alone(blocks)
+    alone = self.remat.alone(blocks) and self.shared == 1
     if alone and not pipeline.inside():
 
       def run(block, x, slots):
@@ -218,10 +222,20 @@ class Stack(nnx.Module):
         reports += [report] if report else []
       return (x, tuple(after), layer + 1), reports
 
+    def shared(carry, blocks):
+      # The same parameters for every layer of a set, and a layer of the buffers for each.
+      def use(carry, i):
+        return period(carry, blocks if view.drawn is None else view.drawn.used(blocks, i))
+
+      return jax.lax.scan(use, carry, jnp.arange(self.shared, dtype=jnp.uint32))
+
     # Only buffers go from layer to layer: what else the places say is the same for all of them, and
     # need not be carried.
     carry = x, places.held, 0 if alone else jnp.int32(0)
-    (x, buffers, _), reports = remat.scan(period, carry, blocks, self.remat)
+    step = period if self.shared == 1 else shared
+    (x, buffers, _), reports = remat.scan(step, carry, blocks, self.remat)
+    if self.shared > 1:
+      reports = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), reports)
     return x, places.carrying(buffers), reports
 
   def _pipelined(self, blocks, x, view, places):
@@ -263,23 +277,6 @@ class Stack(nnx.Module):
       return jax.lax.scan(lambda _, block: (None, block.cross.keys_values(memory)), None, block)[1]
 
     return tuple(map(of_place, self.blocks))
-
-
-def in_order(reports):
-  """Results of a scan over periods, one tree a place of the period, as a list of one tree in the
-  order of layers (or none).
-  """
-
-  def merge(*x):
-    return jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
-
-  return [jax.tree.map(merge, *reports)] if reports else []
-
-
-def summed(reports):
-  """What the layers with experts report: by layer, and losses summed over them."""
-  by_layer = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
-  return {name: x.sum() if name.endswith('loss') else x for name, x in by_layer.items()}
 
 
 class Decoder(nnx.Module):
