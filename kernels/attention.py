@@ -51,9 +51,20 @@ HONOURS = {
     'sinks',
     'relative',
     'value_width',
+    'dropout',
   },
   'blocked': ANY
-  | {'causal', 'window', 'segments', 'positions', 'softcap', 'sinks', 'relative', 'value_width'},
+  | {
+    'causal',
+    'window',
+    'segments',
+    'positions',
+    'softcap',
+    'sinks',
+    'relative',
+    'value_width',
+    'dropout',
+  },
   'pallas_tpu': ANY - {'float64'}
   | {
     'causal',
@@ -123,6 +134,11 @@ def attention(
   scoring = scoring.scaled(H)
   block_sizes.check(blocks, backend, max(H, v.shape[3]))
   if ax.size('length') > 1:
+    if scoring.dropout is not None:
+      raise NotImplementedError(
+        f'attention on a mesh that splits rows in {ax.size("length")} does not honour dropout; '
+        'use other axes, or no dropout of weights'
+      )
     local = cp.Local(
       *(
         functools.partial(function, backend=backend, blocks=blocks)
@@ -286,16 +302,17 @@ def blocked(q, k, v, scoring: Scoring):
   # Scores are as large as everything else of a block together: cheaper to compute again than to
   # keep. Only arrays are arguments, since a scale may be traced: the checkpoint closes over it.
   @functools.partial(jax.checkpoint, prevent_cse=False)
-  def run(q, k, v, mask, sinks, relative):
-    part = dataclasses.replace(scoring, mask=mask, sinks=sinks, relative=relative)
+  def run(q, k, v, mask, sinks, relative, dropout):
+    part = dataclasses.replace(scoring, mask=mask, sinks=sinks, relative=relative, dropout=dropout)
     return reference.attention(q, k, v, part)
 
-  outs, lses = zip(
-    *[
-      run(q[:, queries], k[:, keys], v[:, keys], block, scoring.sinks, scoring.relative)
-      for queries, keys, block in _blocks(scoring, q.shape[1], k.shape[1])
-    ]
-  )
+  def block(queries, keys, mask):
+    dropout = scoring.dropout and scoring.dropout.block(queries, keys)
+    q_part, k_part, v_part = q[:, queries], k[:, keys], v[:, keys]
+    return run(q_part, k_part, v_part, mask, scoring.sinks, scoring.relative, dropout)
+
+  blocks = (block(*part) for part in _blocks(scoring, q.shape[1], k.shape[1]))
+  outs, lses = zip(*blocks)
   return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 
 

@@ -54,6 +54,8 @@ def attention(
   # The log-sum-exp in f32, before weights are rounded to the values' type.
   lse = (top + jnp.log(total))[..., 0]
   weights = weights / jnp.where(total > 0, total, 1.0)
+  if scoring.dropout is not None:
+    weights = scoring.dropout.of_weights(weights)
   out = jnp.einsum('BKGTS,BSKH->BTKGH', weights.astype(v.dtype), v)
   out = jax.lax.reshape(
     out, (B, T, N, v.shape[-1]), out_sharding=ax.out('batch', 'length', 'heads', 'head_width')

@@ -29,6 +29,7 @@ class Scoring:
       (gpt-oss); None: none.
     relative: scores by distance (kernels.mask.Relative), added to the scaled products before the
       cap; None: none.
+    dropout: what is left out of the weights (kernels.draws.Dropout); None: nothing.
     scale: of q k; None: H ** -0.5. Our kernels want a number, the other backends take what is
       traced, too.
 
@@ -43,6 +44,7 @@ class Scoring:
   sinks: Any = None
   relative: Any = None
   scale: Any = None
+  dropout: Any = None
 
   def fields(self) -> set[str]:
     """The parts that are set, in the words of kernels.attention.HONOURS: what a backend must
@@ -52,6 +54,7 @@ class Scoring:
       'softcap': self.softcap,
       'sinks': self.sinks is not None,
       'relative': self.relative is not None,
+      'dropout': self.dropout is not None,
     }
     return self.mask.fields() | {name for name, is_set in named.items() if is_set}
 
@@ -86,5 +89,5 @@ class Scoring:
 
 
 jax.tree_util.register_dataclass(
-  Scoring, data_fields=['mask', 'sinks', 'relative'], meta_fields=['softcap', 'scale']
+  Scoring, data_fields=['mask', 'sinks', 'relative', 'dropout'], meta_fields=['softcap', 'scale']
 )

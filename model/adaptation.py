@@ -22,6 +22,7 @@ class AdapterConfig:
     targets: patterns over names of the model's matrices, such as 'stack.blocks.*.attention.[qv]';
       '*' is all in its blocks, but routers. Tables are named whole: 'embedding.tokens',
       'head.tokens'.
+    dropout: share of what A sees that training sets to 0; the base sees it all.
     base: how the frozen model lies in memory: '' as it was kept, or 'int8'.
 
   Raises ValueError for names that are unknown, and for sizes that make no adapter.
@@ -32,6 +33,7 @@ class AdapterConfig:
   alpha: float = 32.0
   stabilised: bool = False
   targets: tuple[str, ...] = ('*',)
+  dropout: float = 0.0
   base: str = ''
 
   def __post_init__(self):
@@ -41,6 +43,13 @@ class AdapterConfig:
       raise ValueError(f'adapter.rank={self.rank} must be at least 1')
     if not 0 < self.alpha < math.inf:
       raise ValueError(f'adapter.alpha={self.alpha} must be above 0, and finite')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'adapter.dropout={self.dropout} must be at least 0, and below 1')
+    if self.dropout and not self.kind:
+      raise ValueError(
+        f"adapter.dropout={self.dropout} with adapter.kind='' is of no adapter; choose one, or use "
+        'train.dropout'
+      )
     if not self.targets:
       raise ValueError("adapter.targets=() names no matrix; ('*',) is all in the model's blocks")
 

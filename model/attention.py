@@ -34,6 +34,7 @@ class View:
     memory: [B, S, D], what cross-attention looks at, or None: there is none, or the cache holds its
       keys and values.
     memory_mask: who sees what of it.
+    drawn: what training draws (model.drawn.Drawn); None: nothing.
   """
 
   mask: Mask
@@ -42,6 +43,15 @@ class View:
   relative: Relative | None = None
   memory: Any = None
   memory_mask: Mask | None = None
+  drawn: Any = None
+
+  def dropped(self, x: Float[Array, 'B T *S'], site: str) -> Float[Array, 'B T *S']:
+    """What a site of model.drawn.SITES lets through."""
+    return x if self.drawn is None else self.drawn.dropped(x, site)
+
+  def dropout(self, site: str):
+    """What attention leaves out of its weights; None for nothing."""
+    return self.drawn and self.drawn.dropout(site)
 
 
 class Attention(nnx.Module):
@@ -110,6 +120,7 @@ class Attention(nnx.Module):
       sinks=None if self.sinks is None else self.sinks[...],
       relative=view.relative,
       scale=self.scale,
+      dropout=view.dropout('weights'),
     )
     slots = slots and slots.append(k, v, self.window)
     if slots is not None and not slots.fresh:
@@ -123,7 +134,12 @@ class Attention(nnx.Module):
     """The same of another sequence: of view.memory, or of what the cache holds of it."""
     k, v = self.keys_values(view.memory) if slots is None else slots.remembered()
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
-    scoring = Scoring(view.memory_mask, softcap=self.softcap, scale=self.scale)
+    scoring = Scoring(
+      view.memory_mask,
+      softcap=self.softcap,
+      scale=self.scale,
+      dropout=view.dropout('cross_weights'),
+    )
     return self._mix(q, k, v, scoring)
 
   def keys_values(
@@ -212,7 +228,12 @@ class LatentAttention(nnx.Module):
     rope_key = rotate(
       project('BTD,DH->BTH', x, self.rope_key, None, self.dtype)[:, :, None, :], angles
     )
-    scoring = Scoring(Mask(window=self.window), softcap=self.softcap, scale=self.scale)
+    scoring = Scoring(
+      Mask(window=self.window),
+      softcap=self.softcap,
+      scale=self.scale,
+      dropout=view.dropout('weights'),
+    )
     slots = slots and slots.append(
       jnp.concatenate([latent[:, :, None, :], rope_key], -1), None, self.window
     )

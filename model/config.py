@@ -76,6 +76,8 @@ class ModelConfig:
       only.
     init_scale: standard deviation of the initial embedding; projections use 1 / sqrt(inputs),
       residual outputs that divided by sqrt(2 L) (Radford et al., GPT-2).
+    shared_layers: so many layers in a row are one set of parameters, used again and again (ALBERT,
+      Lan et al., arXiv:1909.11942): layers / shared_layers sets; 1: every layer has its own.
     execution: how it runs, see ExecutionConfig; all other fields say what the network is.
 
   Raises ValueError when a value is impossible, NotImplementedError when the attention backend
@@ -120,6 +122,7 @@ class ModelConfig:
   moe: MoEConfig = MoEConfig()
   encoder_layers: int = 0
   init_scale: float = 0.02
+  shared_layers: int = 1
   execution: ExecutionConfig = ExecutionConfig()
 
   def __new__(cls, **values):
@@ -163,6 +166,7 @@ class ModelConfig:
       attention_scale=0,
       token_types=0,
       encoder_layers=0,
+      shared_layers=1,
       relative_buckets=4,
       relative_distance=1,
     )
@@ -230,6 +234,16 @@ class ModelConfig:
       (
         self.token_types and self.encoder_layers,
         'token_types are of an encoder; set model.encoder_layers=0',
+      ),
+      (
+        self.layers % self.shared_layers,
+        f'shared_layers={self.shared_layers} does not divide model.layers={self.layers}: all sets '
+        'of parameters are used as often',
+      ),
+      (
+        self.shared_layers > 1 and (len(set(self.kinds)) > 1 or self.encoder_layers),
+        f'shared_layers={self.shared_layers}: layers of one set of parameters are of one kind, '
+        'and in one stack; set global_every=0, moe.every=1, moe.first=0, encoder_layers=0',
       ),
     ):
       if wrong:
@@ -329,7 +343,9 @@ class ModelConfig:
     does not grow with depth.
     """
     if not self.execution.scan:
-      return tuple(((kind,), 1) for kind in self.kinds)
+      # Those that share parameters are a loop all the same.
+      sets = self.kinds[:: self.shared_layers]
+      return tuple(((kind,), self.shared_layers) for kind in sets)
     left, stacks = self.kinds, []
     # What the windows and the experts repeat after together.
     longest = max(1, self.global_every) * self.moe.every
@@ -357,6 +373,11 @@ class ModelConfig:
     if stages == 1:
       return
     run = self.execution
+    if self.shared_layers > 1:
+      raise NotImplementedError(
+        f'model.shared_layers={self.shared_layers} over mesh.stage={stages}: the gradient of a set '
+        'of parameters would be summed over stages; use data, fsdp, tensor or context'
+      )
     for field, periods in (
       ('model.layers', self.stacks),
       ('model.encoder_layers', (((Kind(),), self.encoder_layers),)),

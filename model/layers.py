@@ -4,6 +4,7 @@ B batch · T length · D width · H head width · F feed-forward width · V voca
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -174,14 +175,17 @@ class FeedForward(nnx.Module):
       param(rngs, (D,), ('norm',), 'zeros', kind='vector', dtype=dtype) if biased else None
     )
 
-  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+  def __call__(
+    self, x: Float[Array, 'B T D'], dropped: Callable = lambda x, site: x
+  ) -> Float[Array, 'B T D']:
+    """dropped: what of the hidden numbers is let through (model.attention.View.dropped)."""
     up = named(project('BTD,DF->BTF', x, self.up, self.up_bias, self.dtype), 'up')
     gate = (
       None
       if self.gate is None
       else named(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype), 'gate')
     )
-    h = activate(gate, up, self.activation)
+    h = dropped(activate(gate, up, self.activation), 'hidden')
     # Row-parallel.
     y = read(self.down).product('BTF,FD->BTD', h, self.dtype, ax.residual(x.shape[1]))
     return add_bias(y, self.down_bias, self.dtype)

@@ -23,7 +23,15 @@ from model.tensorfiles import TensorFiles, write as write_tensors
 
 SETTINGS, TENSORS, PICKLE = 'adapter_config.json', 'adapter_model.safetensors', 'adapter_model.bin'
 PREFIX = 'base_model.model.'
-READ = {'peft_type', 'r', 'lora_alpha', 'use_rslora', 'use_dora', 'target_modules'}
+READ = {
+  'peft_type',
+  'r',
+  'lora_alpha',
+  'lora_dropout',
+  'use_rslora',
+  'use_dora',
+  'target_modules',
+}
 # Of a base, of training, of who wrote it: nothing of these changes what the tensors mean.
 INDIFFERENT = {
   'auto_mapping',
@@ -32,7 +40,6 @@ INDIFFERENT = {
   'exclude_modules',
   'fan_in_fan_out',
   'inference_mode',
-  'lora_dropout',
   'megatron_core',
   'peft_version',
   'qalora_group_size',
@@ -101,7 +108,7 @@ def write(
     'base_model_name_or_path': None,
     'r': config.rank,
     'lora_alpha': config.alpha,
-    'lora_dropout': 0.0,
+    'lora_dropout': config.dropout,
     'use_rslora': config.stabilised,
     'use_dora': config.kind == 'dora',
     'fan_in_fan_out': True in swapped,
@@ -200,7 +207,8 @@ def read(
 
 
 def _fields(config: AdapterConfig) -> dict[str, Any]:
-  return {name: getattr(config, name) for name in ('kind', 'rank', 'alpha', 'stabilised')}
+  fields = 'kind', 'rank', 'alpha', 'stabilised', 'dropout'
+  return {name: getattr(config, name) for name in fields}
 
 
 def _settings(path: pathlib.Path) -> AdapterConfig:
@@ -219,11 +227,15 @@ def _settings(path: pathlib.Path) -> AdapterConfig:
   rank, alpha = given.get('r'), given.get('lora_alpha')
   if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
     raise ValueError(f'{path}: r={rank!r} and lora_alpha={alpha!r} must be numbers')
+  dropout = given.get('lora_dropout') or 0.0
+  if not isinstance(dropout, (int, float)):
+    raise ValueError(f'{path}: lora_dropout={dropout!r} must be a number')
   return AdapterConfig(
     kind='dora' if given.get('use_dora') else 'lora',
     rank=rank,
     alpha=float(alpha),
     stabilised=bool(given.get('use_rslora')),
+    dropout=float(dropout),
   )
 
 

@@ -33,7 +33,10 @@ def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
   for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
     if kind.moe:
       bias = block.feed_forward.selection_bias
-      bias[...] = moved(bias[...], load[np.array([row[layer] for layer in layers])], rate)
+      of = load[np.array([row[layer] for layer in layers])]
+      # Of layers that share a router, together.
+      of = of.reshape(-1, model.config.shared_layers, of.shape[1]).sum(1)
+      bias[...] = moved(bias[...], of, rate)
   return model
 
 
@@ -72,8 +75,11 @@ def stacked_names(config: ModelConfig) -> Callable[[str], tuple[str, int | None]
     stack, layer, rest = re.fullmatch(r'(?:(stack|encoder)\.blocks\.(\d+)\.)?(.*)', name).groups()
     if stack is None:
       return name, None
-    place, repeat = places[int(layer)] if stack == 'stack' else (0, int(layer))
-    return f'{stack}.blocks.{place}.{rest}', repeat
+    if stack == 'encoder':
+      return f'encoder.blocks.0.{rest}', int(layer)
+    # An unstacked model has a place for each set of parameters.
+    place, repeat = places[int(layer) * config.shared_layers]
+    return f'stack.blocks.{place}.{rest}', repeat // config.shared_layers
 
   return stacked
 
@@ -90,9 +96,14 @@ def shallow(model: Decoder, layers: int) -> Decoder:
       f'model.execution.scan={config.execution.scan}: take at least 1 and at most all of them, of '
       'a model whose layers are each by itself (unstacked)'
     )
+  if layers % config.shared_layers:
+    raise ValueError(
+      f'{layers} layers of a model whose parameters are of model.shared_layers='
+      f'{config.shared_layers} each: take a multiple of it'
+    )
   moe = config.moe if any(kind.moe for kind in config.kinds[:layers]) else MoEConfig()
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
   model.config = dataclasses.replace(config, layers=layers, moe=moe)
   model.stack.periods = model.config.stacks
-  model.stack.blocks = nnx.List(list(model.stack.blocks)[:layers])
+  model.stack.blocks = nnx.List(list(model.stack.blocks)[: layers // config.shared_layers])
   return model

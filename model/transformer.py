@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 import names
 from kernels.mask import Mask, Relative
+from model import router
 from model.attention import Attention, LatentAttention, View
 from model.config import Kind, ModelConfig
 from model.layers import Embedding, FeedForward, Head, Norm, Pooler, rope_angles
@@ -65,13 +66,11 @@ class Block(nnx.Module):
     x = remat.named(x, 'block')
     with jax.named_scope('attention'):
       mixed, slots = self.attention(self._before(x, self.attention_norm), view, slots)
-      x = self._after(
-        x, remat.named(mixed, 'attention_out'), self.attention_norm, self.attention_post_norm
-      )
+      x = self._after(x, remat.named(mixed, 'attention_out'), view, 'attention')
     if self.cross is not None:
       with jax.named_scope('cross'):
         mixed = self.cross.cross(self._before(x, self.cross_norm), view, slots)
-        x = self._after(x, mixed, self.cross_norm, self.cross_post_norm)
+        x = self._after(x, mixed, view, 'cross')
     with jax.named_scope('feed_forward'):
       report = {}
       if not isinstance(self.feed_forward, FeedForward):  # experts gather themselves
@@ -79,10 +78,8 @@ class Block(nnx.Module):
           self._normed(x, self.feed_forward_norm), view.mask.query_segments
         )
       else:
-        h = self.feed_forward(self._before(x, self.feed_forward_norm))
-      x = self._after(
-        x, remat.named(h, 'feed_forward_out'), self.feed_forward_norm, self.feed_forward_post_norm
-      )
+        h = self.feed_forward(self._before(x, self.feed_forward_norm), view.dropped)
+      x = self._after(x, remat.named(h, 'feed_forward_out'), view, 'feed_forward')
     return x, slots, report
 
   def _before(self, x, norm):
@@ -93,12 +90,11 @@ class Block(nnx.Module):
   def _normed(self, x, norm):
     return x if self.placement == 'post' else norm(x)
 
-  def _after(self, x, new, norm, post_norm):
-    return (
-      norm(x + new)
-      if self.placement == 'post'
-      else x + (new if post_norm is None else post_norm(new))
-    )
+  def _after(self, x, new, view, part):
+    norm, post_norm = getattr(self, f'{part}_norm'), getattr(self, f'{part}_post_norm')
+    if self.placement == 'post':
+      return norm(x + view.dropped(new, part))
+    return x + view.dropped(new if post_norm is None else post_norm(new), part)
 
 
 class Stack(nnx.Module):
@@ -113,6 +109,7 @@ class Stack(nnx.Module):
       config.execution.dtype,
     )
     self.periods = config.encoder_stacks if encoder else config.stacks
+    self.shared = config.shared_layers
     cross = bool(config.encoder_layers) and not encoder
     config.check_stages(ax.size('layers'))
 
@@ -121,9 +118,10 @@ class Stack(nnx.Module):
       keys = ax.place(jax.random.split(rngs.params(), repeats), axis)
       return jax.vmap(lambda key: Block(config, nnx.Rngs(params=key), kind, cross))(keys)
 
+    split = pipeline.split_scan(self.periods)
     self.blocks = nnx.List(
       [
-        born(kind, repeats, 'layers' if i == pipeline.split_scan(self.periods) else None)
+        born(kind, repeats // self.shared, 'layers' if i == split else None)
         for i, (kinds, repeats) in enumerate(self.periods)
         for kind in kinds
       ]
@@ -171,15 +169,18 @@ class Stack(nnx.Module):
     for i, ((kinds, _), part) in enumerate(zip(self.periods, parts, strict=True)):
       blocks = tuple(list(self.blocks)[first : first + len(kinds)])
       split = ax.size('layers') > 1 and i == pipeline.split_scan(self.periods)
+      if view.drawn is not None:
+        axis = 'layers' if split else None
+        blocks = view.drawn.numbered(blocks, self.periods, i, axis, self.shared)
       run = self._pipelined if split else self.scan
       x, part, scanned = run(blocks, x, view, part)
-      reports += in_order(scanned)
+      reports += router.in_order(scanned)
       written.append(part)
       first += len(kinds)
 
     if cache is not None:
       cache = cache.longer(places.joined(written).held, places.counts, rows)
-    return Output(self.normed(x), cache, summed(reports) if reports else None)
+    return Output(self.normed(x), cache, router.summed(reports) if reports else None)
 
   def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     """What the last block leaves, as it is scored."""
@@ -203,7 +204,7 @@ class Stack(nnx.Module):
         block = jax.lax.optimization_barrier(block)
       return block(x, view, slots)
 
-    alone = self.remat.alone(blocks)
+    alone = self.remat.alone(blocks) and self.shared == 1
     if alone and not pipeline.inside():
 
       def run(block, x, slots):
@@ -221,10 +222,20 @@ class Stack(nnx.Module):
         reports += [report] if report else []
       return (x, tuple(after), layer + 1), reports
 
+    def shared(carry, blocks):
+      # The same parameters for every layer of a set, and a layer of the buffers for each.
+      def use(carry, i):
+        return period(carry, blocks if view.drawn is None else view.drawn.used(blocks, i))
+
+      return jax.lax.scan(use, carry, jnp.arange(self.shared, dtype=jnp.uint32))
+
     # Only buffers go from layer to layer: what else the places say is the same for all of them, and
     # need not be carried.
     carry = x, places.held, 0 if alone else jnp.int32(0)
-    (x, buffers, _), reports = remat.scan(period, carry, blocks, self.remat)
+    step = period if self.shared == 1 else shared
+    (x, buffers, _), reports = remat.scan(step, carry, blocks, self.remat)
+    if self.shared > 1:
+      reports = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), reports)
     return x, places.carrying(buffers), reports
 
   def _pipelined(self, blocks, x, view, places):
@@ -268,29 +279,14 @@ class Stack(nnx.Module):
     return tuple(map(of_place, self.blocks))
 
 
-def in_order(reports):
-  """Results of a scan over periods, one tree a place of the period, as a list of one tree in the
-  order of layers (or none).
-  """
-
-  def merge(*x):
-    return jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]) if len(x) > 1 else x[0]
-
-  return [jax.tree.map(merge, *reports)] if reports else []
-
-
-def summed(reports):
-  """What the layers with experts report: by layer, and losses summed over them."""
-  by_layer = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
-  return {name: x.sum() if name.endswith('loss') else x for name, x in by_layer.items()}
-
-
 class Decoder(nnx.Module):
   """A language model: `model(tokens, ...)` gives final hidden states, `model.logits` the scores of
   them.
 
   With config.causal=False it is an encoder (BERT): every token sees all of its row or segment.
   """
+
+  drawn = None  # what training draws in a call (model.drawn.put)
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     if not config.V:
@@ -344,7 +340,7 @@ class Decoder(nnx.Module):
       x, view = self._view(tokens, positions, segments, begin, types, zigzag)
       return self.scaled(self.stack(x, view, cache, counts, fresh, rows))
 
-  def _view(self, tokens, positions, segments, begin, types, zigzag=1):
+  def _view(self, tokens, positions, segments, begin, types, zigzag=1, encoder=False):
     """What the stack is called with: the embedded tokens, and what its layers share.
 
     begin: [B], how many tokens a cache holds of each row; None without.
@@ -368,7 +364,8 @@ class Decoder(nnx.Module):
     mask = Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
-    return x, View(mask, *self.angles(positions))
+    view = View(mask, *self.angles(positions))
+    return (x, view) if self.drawn is None else self.drawn.entered(x, view, encoder)
 
   def angles(self, positions: Int[Array, 'B T']):
     """Of rotary positions, and those of layers with a window; None, None without."""
@@ -478,7 +475,7 @@ class EncoderDecoder(Decoder):
     segments: Int[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B S D']:
     """The encoder's final hidden states; segments: 0 for padding."""
-    x, view = self._view(source, positions, segments, None, None)
+    x, view = self._view(source, positions, segments, None, None, encoder=True)
     return self.encoder(
       x, dataclasses.replace(view, mask=dataclasses.replace(view.mask, causal=False)), None
     ).hidden

@@ -73,6 +73,7 @@ class Objective:
     rows: rows of a batch that make up one record (a pair: 2, a group: its size). They follow one
       another, and stay together.
     of_records: whether it tunes on records, whose ids are to be those that the model knows.
+    neftune_alpha: of noise on embeddings (model/drawn.py), where a kind has it as a setting.
   """
 
   kind: str = ''
@@ -81,6 +82,7 @@ class Objective:
   main = MAIN
   rows = 1
   of_records = False
+  neftune_alpha = 0.0
 
   def __post_init__(self):
     tag = type(self).__dataclass_fields__['kind'].default

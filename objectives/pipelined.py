@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from data.batch import Batch
 from kernels.mask import Mask
+from model import router
 from model.attention import View
-from model.transformer import Decoder, Output, in_order, summed
+from model.transformer import Decoder, Output
 from parallel import axes as ax, pipeline_1f1b
 
 
@@ -71,4 +72,4 @@ def _forward(model, batch, zigzag, score):
     first, layers, last, rest, tuple(model.stack.blocks), batch, model.config.execution.pipeline
   )
   d_rest.stack.blocks = nnx.List(d_blocks)
-  return (total, sums | summed(in_order(reports)) if reports else sums), d_rest
+  return (total, sums | router.summed(router.in_order(reports)) if reports else sums), d_rest

@@ -3,6 +3,7 @@ supervised finetuning.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -15,15 +16,25 @@ from objectives.objective import MAIN
 class SFT(NextToken, examples.Settings):
   """Packed examples, each made of a record (data/records.py, data/conversations.py); a target that
   is no answer weighs nothing.
+
+  Attributes:
+    neftune_alpha: of noise on embeddings in training, U(-1, 1) alpha / sqrt(tokens of the example x
+      width), which makes answers longer and better liked (NEFTune, Jain et al., arXiv:2310.05914,
+      with 5 to 15); 0: none.
   """
 
   kind: str = 'sft'
+  neftune_alpha: float = 0.0
   term = 'sft'
   of_records = True
 
   def __post_init__(self):
     super().__post_init__()
     examples.Settings.__post_init__(self)
+    if not 0 <= self.neftune_alpha < math.inf:
+      raise ValueError(
+        f'objective.neftune_alpha={self.neftune_alpha} must be at least 0, and finite'
+      )
 
   def read(self, config, log):
     return examples.prepare(config, self, log)

@@ -20,9 +20,11 @@ from model.execution import FREE, ExecutionConfig
 from objectives import kinds
 from objectives.objective import Objective
 from parallel.mesh import MeshConfig
+from training.costs import ReportConfig
 from training.optimizer import OptimizerConfig, make_schedule
 
 FILE = 'config.json'
+RATES = 'model.dropout.rates'  # of train.dropout; for the runs that have some
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class TrainConfig:
     epochs: how often all training rows are gone through, in the place of steps; a last batch that
       is not full counts, and is filled from the next epoch.
     accumulation: microbatches of a step; exactly equal to one big batch.
+    dropout: shares that are left out in training, each step and row others (model/dropout.py):
+      entries such as residual=0.1, of embedding, residual, attention, feed_forward, or all.
     offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host'
       in the host's memory (parallel.offload), 'disk' in files without a name (training.spill). It
       may change when a run goes on.
@@ -63,6 +67,7 @@ class TrainConfig:
   epochs: float = 0.0
   seed: int = 0
   accumulation: int = 1
+  dropout: tuple[str, ...] = ()
   offload_optimizer: str = ''
   offload_parameters: bool = False
   spill_dir: str = ''
@@ -113,6 +118,8 @@ class TrainConfig:
         f"train.spill_dir={self.spill_dir!r} would not be read: "
         f"train.offload_optimizer={self.offload_optimizer!r} is not 'disk'; leave it empty"
       )
+    if self.dropout:
+      names.imported(RATES)(self.dropout)
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
     if self.sample_every and not self.sample_prompts:
       raise ValueError(
@@ -124,39 +131,6 @@ class TrainConfig:
         f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set '
         'train.eval_every'
       )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-  """Rates for the report's costs. A rate of 0 is unknown, and what needs it has no row there.
-
-  Attributes:
-    dollars_per_chip_hour: price of a chip, while the run holds it.
-    watts_per_chip: mean draw of a chip with its share of the host.
-    kilograms_co2_per_kwh: carbon intensity of the grid.
-    pue: power usage effectiveness, the data centre's draw per watt of its machines; 1 leaves
-      cooling out.
-
-  Raises ValueError for negative or non-finite rates and a pue below 1.
-  """
-
-  dollars_per_chip_hour: float = 0.0
-  watts_per_chip: float = 0.0
-  kilograms_co2_per_kwh: float = 0.0
-  pue: float = 1.0
-
-  def __post_init__(self):
-    for field, least in (
-      ('dollars_per_chip_hour', 0),
-      ('watts_per_chip', 0),
-      ('kilograms_co2_per_kwh', 0),
-      ('pue', 1),
-    ):
-      value = getattr(self, field)
-      if not least <= value < math.inf:
-        raise ValueError(
-          f'report.{field}={value} must be a number from {least} up' + (' (0: unknown)', '')[least]
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,6 +189,8 @@ class Config:
         f"train.accumulation={self.train.accumulation}: parts would not add up to the whole; use "
         "balance_over='sequence', or no accumulation"
       )
+    if self.draws:
+      names.imported('training.drawing.check')(self)
     if self.adapter.kind:
       self._check_adapter()
     if self.train.offload_parameters:
@@ -222,6 +198,17 @@ class Config:
     if self.train.steps:
       # Raises where warm-up and decay do not fit into the run.
       make_schedule(self.optimizer, self.train.steps)
+
+  @property
+  def dropout(self):
+    """The model.dropout.Rates of what training leaves out."""
+    return names.imported(RATES)(self.train.dropout)
+
+  @property
+  def draws(self) -> bool:
+    """Whether a step draws anything (training/drawing.py)."""
+    left_out = self.train.dropout and any(dataclasses.astuple(self.dropout))
+    return any((left_out, self.adapter.dropout, self.objective.neftune_alpha))
 
   def _check_adapter(self):
     """Raises NotImplementedError where only a model that is trained itself would do."""
@@ -328,6 +315,11 @@ class Config:
     """The same of rows that are split, and of heads where devices exchange tokens for them."""
     m, T, P, tensor = self.model, self.data.sequence_length, sizes['context'], sizes['tensor']
     strategy, backend = m.execution.context, m.execution.attention
+    if self.train.dropout and self.dropout.attention:
+      raise NotImplementedError(
+        f'train.dropout=attention={self.dropout.attention} with mesh.context={P}: no device has '
+        'all weights of a query; use data, fsdp or tensor, or leave it out'
+      )
     R = P // context.degree(strategy, m.N // tensor, max(1, m.K // tensor), P)
     chunks = math.lcm(P, 2 * R) if R > 1 else P
     if T % chunks:
@@ -451,7 +443,7 @@ IDENTITY = (
   'model',
   'data',
   'objective.kind',
-  'adapter',
+  *(f'adapter.{x.name}' for x in dataclasses.fields(AdapterConfig) if x.name != 'dropout'),
   'optimizer.name',
   'train.seed',
   'train.trained',

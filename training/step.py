@@ -95,6 +95,7 @@ def make_gradients(config: Config):
   all of them; metrics, norms.
   """
   objective, roles = config.objective, states.roles(config)
+  drawing = names.imported('training.drawing.StepDraws')(config) if config.draws else None
   zero = config.mesh.zero
   schedule = make_schedule(config.optimizer, config.train.steps)
   # What is differentiated is a sum over tokens times this, nearly a mean: sums over a large batch
@@ -109,6 +110,7 @@ def make_gradients(config: Config):
   def gradients(state: TrainState, frozen, batch):
     check(batch, config.train.accumulation, objective.rows)
     batch = objective.prepare(states.applied(config, joined(state.models, frozen)), batch)
+    keys = drawing and drawing.keys(state, batch)
     denominators = {name: or_one(weight) for name, weight in objective.weights(batch).items()}
     # One backward pass serves all terms: they are brought to the denominator of the first, which is
     # divided by at the end.
@@ -119,15 +121,17 @@ def make_gradients(config: Config):
     whole = gathered(state.models) if zero == 2 else None
 
     def loss_fn(trained, part, scale):
+      part, keys = part
       if zero < 3:
         again = gathered(trained) if zero == 1 else whole
         trained = weights.joined(trained, again, reduce=zero == 2)
-      terms, sums = objective.sums(states.applied(config, joined(trained, frozen)), part)
+      models = states.applied(config, joined(trained, frozen))
+      terms, sums = objective.sums(drawing.on(models, keys) if drawing else models, part)
       total = sum((terms[name] * shares[name] for name in others), start=terms[first])
       return precision.scale(total * unit, scale), (terms, sums)
 
     grads, (terms, sums) = accumulate(
-      loss_fn, state.models, batch, state.scale, config.train.accumulation, objective.rows
+      loss_fn, state.models, (batch, keys), state.scale, config.train.accumulation, objective.rows
     )
     divisor = denominators[first] * unit * state.scale.scale
 

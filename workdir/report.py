@@ -19,7 +19,8 @@ import commands
 import files
 from model import flops
 from training import config as configs
-from training.config import Config, ReportConfig
+from training.config import Config
+from training.costs import ReportConfig
 from workdir import samples
 from workdir.metrics import FILE, lowest, read_metrics
 from workdir.seals import FACTS

@@ -22,8 +22,8 @@ HARMLESS = frozenset(
     summary_first_dropout is_llama_config n_special predict_special_tokens
 '''.split()
 )
-# These act in training only (Tandem has its own initialisers, losses and no dropout),
-# or on rounding only.
+# These act in training only (whose initialisers, losses and dropout are a run's own), or on
+# rounding only.
 TRAINING = frozenset(
   '''
     initializer_range initializer_factor attention_dropout hidden_dropout_prob

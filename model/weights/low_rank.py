@@ -35,6 +35,8 @@ class LowRank(Weight):
     a, b: the thin matrices, Weights.
     magnitude: m, a Weight with the axes of the outputs; None leaves lengths as they come. Of plain
       matrices only: devices that share a table or an expert do not see a whole column of it.
+    dropout: what A does not see of what it is multiplied with, in training
+      (kernels.draws.Dropout).
     scale: s. inputs: dimensions that the matrix contracts over, behind that of experts.
   """
 
@@ -44,6 +46,7 @@ class LowRank(Weight):
   magnitude: Any
   scale: float = dataclasses.field(metadata={'static': True})
   inputs: int = dataclasses.field(metadata={'static': True})
+  dropout: Any = None
 
   @property
   def axes(self):
@@ -124,7 +127,8 @@ class LowRank(Weight):
     y = y + self._thin_product(formula, x, dtype, axes)
     if self.magnitude is None:
       return y
-    stretch = self.stretch().astype(dtype)
+    # As tokens are: devices that share the batch need all of it.
+    stretch = ax.gather(self.stretch().astype(dtype), *self.axes[self.inputs :])
     return y * jnp.expand_dims(stretch, range(y.ndim - stretch.ndim))
 
   def _forward(self, formula: str) -> bool:
@@ -149,6 +153,8 @@ class LowRank(Weight):
     rows = left.removesuffix(inputs)
     down, up = f'{left},{inputs}{RANK}->{rows}{RANK}', f'{rows}{RANK},{RANK}{outputs}->{result}'
     a, b = self.a.whole(dtype), self.b.whole(dtype)
+    if self.dropout is not None:
+      x = self.dropout.of_tokens(x)
     if axes is None:
       thin = jnp.einsum(down, x, a)
       return jnp.einsum(up, thin * jnp.asarray(self.scale, dtype), b)

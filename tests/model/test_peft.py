@@ -111,8 +111,20 @@ def test_what_would_compute_something_else_is_refused(written, settings, said):
 
 
 def test_what_changes_nothing_is_read(written):
-  change(written, base_model_name_or_path='nobody/nothing', lora_dropout=0.1, rank_pattern={})
+  change(written, base_model_name_or_path='nobody/nothing', lora_dropout=0, rank_pattern={})
   assert peft.read(written, NETWORK, LLAMA)[0] == CONFIG
+
+
+def test_dropout_is_taken_and_given(tmp_path, written):
+  dropping = dataclasses.replace(CONFIG, dropout=0.1)
+  change(written, lora_dropout=0.1)
+  assert peft.read(written, NETWORK, LLAMA)[0] == dropping
+  (tmp_path / 'again').mkdir()
+  peft.write(tmp_path / 'again', arrays(), dropping, NETWORK, LLAMA)
+  assert peft.read(tmp_path / 'again', NETWORK, LLAMA)[0] == dropping
+  change(written, lora_dropout='much')
+  with pytest.raises(ValueError, match="lora_dropout='much' must be a number"):
+    peft.read(written, NETWORK, LLAMA)
 
 
 def test_another_model_s_tensors_are_listed(written):
