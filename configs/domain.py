@@ -8,8 +8,8 @@ knew, so that it forgets less of that, and one sees how much.
 
 Three rows of four are of the domain, one is general, and the rate is warmed up again and decays
 again (both after Ibrahim et al., arXiv:2403.08763). What is held out of each source is evaluated
-apart: `validation_loss/domain` is to fall, `validation_loss/general` not to rise; loss.png shows
-both. Cost and score depend on the model.
+apart, by the name of its file or folder: `validation_loss/domain` is to fall,
+`validation_loss/general` not to rise; loss.png shows both. Cost and score depend on the model.
 """
 
 from data.config import CleanConfig, DataConfig, SourceConfig
@@ -22,8 +22,8 @@ def get_config() -> Config:
     init='runs/base',
     data=DataConfig(
       sources=(
-        SourceConfig(kind='text', path='domain/**/*.txt', name='domain', weight=0.75),
-        SourceConfig(kind='text', path='general/**/*.txt', name='general', weight=0.25),
+        SourceConfig(kind='text', path='domain/**/*.txt', weight=0.75),
+        SourceConfig(kind='text', path='general/**/*.txt', weight=0.25),
       ),
       clean=CleanConfig(anonymise=()),
       sequence_length=1024,

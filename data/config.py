@@ -41,8 +41,6 @@ class SourceConfig:
     format: '' for documents; of records to tune on (objective.kind='sft'), which fields they have:
       'chat', 'sharegpt', 'alpaca' or 'completion' (data/records.py).
     columns: of records, where a field has another name in the file: 'prompt=question'.
-    name: what metrics call what is held out of it, where there are several sources; '' for that of
-      its file, or its kind.
     weight: this source's share of the training examples, relative to the other sources' weights.
   """
 
@@ -51,7 +49,6 @@ class SourceConfig:
   text_field: str = ''
   format: str = ''
   columns: tuple[str, ...] = ()
-  name: str = ''
   weight: float = 1.0
 
   def __post_init__(self):

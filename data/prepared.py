@@ -193,7 +193,9 @@ def _parts(config: DataConfig, report: dict) -> dict[str, range]:
   counts = report['validation_sources' if config.validation else 'sources']
   parts, first = {}, 0
   for source, count in zip(of, counts, strict=True):
-    name = label = source.name or pathlib.PurePath(source.path).stem or source.kind
+    # Of 'plays/**/*.txt', 'plays'.
+    fixed = [part for part in pathlib.PurePath(source.path).parts if not set(part) & set('*?[')]
+    name = label = pathlib.PurePath(fixed[-1]).stem if fixed else source.kind
     i = 2
     while name in parts:
       name, i = f'{label}-{i}', i + 1
