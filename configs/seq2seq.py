@@ -27,7 +27,6 @@ def get_config() -> Config:
       activation='gelu',
       norm_epsilon=1e-6,
       position='relative',
-      attention_scale=1.0,
     ),
     objective=Seq2Seq(target_length=64),
     data=DataConfig(
@@ -39,5 +38,5 @@ def get_config() -> Config:
       validation_fraction=0.05,
     ),
     optimizer=OptimizerConfig(learning_rate=3e-3, schedule='linear', warmup_steps=20),
-    train=TrainConfig(steps=300, log_every=20, eval_every=100, save_every=100),
+    train=TrainConfig(steps=400, log_every=20, eval_every=100, save_every=100),
   )
