@@ -96,8 +96,8 @@ class Packed:
     """Of each of `sides`."""
     return (len(example.ids),)
 
-  def fitted(self, example: Example, config: DataConfig) -> Fitted:
-    """The example as it fits into a row."""
+  def fitted(self, example: Example, config: DataConfig, reserved: int = 0) -> Fitted:
+    """The example as it fits into a row; reserved: tokens that will stand in front of its ids."""
     raise NotImplementedError
 
   def rows_of(self, config: DataConfig, tokenizer: Tokenizer) -> Rows:
@@ -140,8 +140,8 @@ class Settings(Packed):
       'too_long': [self.too_long, config.sequence_length],
     }
 
-  def fitted(self, example, config):
-    most = config.sequence_length + 1  # the last token is a target only
+  def fitted(self, example, config, reserved=0):
+    most = config.sequence_length + 1 - reserved  # the last token is a target only
     if len(example.ids) <= most:
       return Fitted(example)
     if self.too_long == 'drop':

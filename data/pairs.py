@@ -84,10 +84,11 @@ class PairSettings(Packed):
     target = int(example.scored.sum())
     return len(example.ids) - target, target
 
-  def fitted(self, example, config):
+  def fitted(self, example, config, reserved=0):
     lengths = self.lengths(example)
     source, target = np.split(example.ids, lengths[:1])
-    room = self.room(config)
+    length, target_length = self.room(config)
+    room = length - reserved, target_length
     long = [n > most for n, most in zip(lengths, room)]
     for side, is_long, then in zip(SIDES, long, (self.too_long, self.target_too_long)):
       if is_long and then == 'drop':

@@ -354,14 +354,17 @@ def test_float16_holds_what_float16_does_not(source, one_device, monkeypatch):
 
 @pytest.mark.slow
 def test_float16_has_the_gradient_of_f32(source, one_device):
+  """Of a loss that is scaled, as training scales it: else slopes would be too small for float16."""
   wide, narrow = config(source), config(source, model=F16)
   batch = jax.tree.map(jnp.asarray, rows_of(wide))
   leaves = jax.tree.leaves(loud(jax.tree.map(jnp.copy, both(source)[0])))
-  expected, found = (
-    jax.jit(jax.grad(functools.partial(mean_of, made)))(leaves, batch) for made in (wide, narrow)
-  )
+
+  def slopes(made):
+    return jax.jit(jax.grad(lambda x: mean_of(made, x, batch) * 2.0**14))(leaves)
+
+  expected, found = slopes(wide), slopes(narrow)
   for theirs, ours in zip(expected, found):
-    np.testing.assert_allclose(ours, theirs, atol=2e-2 * float(jnp.abs(theirs).max()) + 1e-6)
+    np.testing.assert_allclose(ours, theirs, atol=3e-2 * float(jnp.abs(theirs).max()))
 
 
 def test_float16_of_an_encoder_decoder_is_told_of_bfloat16(source):
@@ -469,7 +472,7 @@ def test_it_learns_to_write_and_to_stop(tmp_path):
       'sample_every': 75,
       'sample_prompts': ('d:ab',),
     },
-    mesh={'data': 2},
+    mesh={'data': -1},
   )
   run_here(made, tmp_path / 'run')
   generator = Generator.load(tmp_path / 'run')
