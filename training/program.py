@@ -109,18 +109,6 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
     return make_program(config)[1].lower(state, batch), state
 
 
-def hint(config: Config) -> str:
-  """What to say of a config where another one would do the same better; '' where nothing is."""
-  model = config.model
-  if not (model.encoder_layers and model.execution.dtype == 'float16'):
-    return ''
-  return (
-    "WARNING: model.execution.dtype='float16' for an encoder-decoder: T5's feed-forwards pass "
-    '65,504, so that they and the residual stream are kept in f32, and the loss is scaled; where '
-    'the hardware has it, --config.model.execution.dtype=bfloat16 needs neither'
-  )
-
-
 def flops_per_token(config: Config, document_length: float | None = None) -> float:
   """FLOPs of training for a token of a batch: of every model that is trained a forward pass and
   twice that backward, and a forward pass of every other; of one with an adapter, its forward pass

@@ -36,7 +36,7 @@ from objectives.seq2seq import Seq2Seq
 from objectives.sft import SFT
 from parallel.mesh import MeshConfig, make_mesh
 from tests.training.test_denoise import T5
-from training import program
+from training import hints, program
 from workdir import samples
 from workdir.metrics import read_metrics
 from workdir.open import open_run
@@ -368,9 +368,9 @@ def test_float16_has_the_gradient_of_f32(source, one_device):
 
 
 def test_float16_of_an_encoder_decoder_is_told_of_bfloat16(source):
-  said = program.hint(config(source, model=F16))
+  said = hints.hint(config(source, model=F16))
   assert 'execution.dtype=bfloat16' in said and 'encoder-decoder' in said
-  assert not program.hint(config(source)) and not program.hint(tiny(model=F16))
+  assert not hints.hint(config(source)) and not hints.hint(tiny(model=F16))
 
 
 @pytest.mark.slow
