@@ -295,7 +295,7 @@ def show(generator: Generator, completion) -> None:
     return generator.tokenizer.decode_bytes(ids).decode('utf-8', errors='replace')
 
   prompt = completion.prompt if isinstance(completion.prompt, str) else shown(completion.prompt)
-  print(f'{prompt}{completion.text}', flush=True)
+  print(f'{prompt}{behind(generator)}{completion.text}', flush=True)
   if OPTIONS['logprobs'].value < 0:
     return
   others = completion.alternatives or [[]] * len(completion.ids)
@@ -304,6 +304,11 @@ def show(generator: Generator, completion) -> None:
   ):
     likely = '  '.join(f'{shown([i])!r} {value:.3f}' for i, value in also)
     print(f"  {shown([id_])!r:>12} {raw:8.3f} (drawn at {processed:.3f})  {likely}")
+
+
+def behind(generator: Generator) -> str:
+  """What stands between a prompt and its text, which does not go on from what an encoder reads."""
+  return '\n' if generator.model.config.encoder_layers else ''
 
 
 def say_ended(notes) -> None:
@@ -465,7 +470,7 @@ def stream(generator: Generator, given, prompts, options: dict) -> None:
     # stand in the midst of the text.
     pieces = iter(pieces)
     first = next(pieces, '')
-    print(prompt, end='\n' if CHAT.value else '', flush=True)
+    print(prompt, end='\n' if CHAT.value else behind(generator), flush=True)
     for piece in itertools.chain([first], pieces):
       print(piece, end='', flush=True)
     print(flush=True)

@@ -350,6 +350,8 @@ def train(
   target = make_target(config, make_state, mesh, workdir)
   cost = costs(config, make_state, prepared)
   log(described(config, cost))
+  if hint := names.imported('training.hints.hint')(config):
+    log(hint)
 
   # 5. Where to start: the last whole checkpoint of this directory, or step 0. Nothing is written
   # before it is known to fit.

@@ -7,7 +7,7 @@ import names
 
 SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'csv', 'parquet')
 ROWS = SOURCE_KINDS[2:]  # kinds whose files hold rows of named fields
-FORMATS = ('', 'chat', 'sharegpt', 'alpaca', 'completion')
+FORMATS = ('', 'chat', 'sharegpt', 'alpaca', 'completion', 'pair')
 FILTER_PRESETS = ('none', 'code', 'prose')
 ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
 TOKENIZER_KINDS = ('sentencepiece', 'huggingface', 'byte', 'char')
@@ -38,8 +38,8 @@ class SourceConfig:
       that end in .gz, .bz2, .xz or .zst are decompressed.
     text_field: the JSON key or column that holds the text; '' for 'stdlib' and 'text', and for
       records.
-    format: '' for documents; of records to tune on (objective.kind='sft'), which fields they have:
-      'chat', 'sharegpt', 'alpaca' or 'completion' (data/records.py).
+    format: '' for documents; of records to tune on, which fields they have: 'chat', 'sharegpt',
+      'alpaca' or 'completion' (objective.kind='sft'), 'pair' ('seq2seq'); see data/records.py.
     columns: of records, where a field has another name in the file: 'prompt=question'.
     weight: this source's share of the training examples, relative to the other sources' weights.
   """

@@ -14,6 +14,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,8 +24,8 @@ from data.config import CleanConfig, DataConfig, SourceConfig
 from data.conversations import TURNS, Example, ExampleWriter
 from data.prepare import identity
 from data.prepared import Prepared, described, held_out_sources, kept
-from data.records import records
-from data.shards import PACKINGS, ShardWriter
+from data.records import Record, records
+from data.shards import PACKINGS, Rows, ShardWriter
 from data.tokenizer import Tokenizer
 
 FORMAT = 1  # part of every key: raise it when the code changes what a config means
@@ -33,13 +34,31 @@ WEIGHTINGS = ('token', 'example')
 QUANTILES = {'shortest': 0, 'median': 0.5, '90%': 0.9, '99%': 0.99, 'longest': 1}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """What is made of records.
+class Writer(Protocol):
+  """What makes examples of records."""
+
+  def example(self, place: str, record: Record) -> Example:
+    """Raises ValueError, naming the place, for a record that makes none."""
+
+
+class Fitted(NamedTuple):
+  """What is left of an example that has to fit into a row.
 
   Attributes:
-    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
-    turns: of the assistant that are learned: 'all' or the 'last' of each conversation.
+    example: None where it is dropped.
+    cut: which parts of it were truncated. dropped: why it is.
+  """
+
+  example: Example | None
+  cut: tuple[str, ...] = ()
+  dropped: str = ''
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+  """What is made of records of any kind.
+
+  Attributes:
     too_long: what becomes of an example of more than data.sequence_length tokens: 'drop', or cut
       its 'left' or its 'right' end off.
     packing: of examples into rows: where they 'fit' best, in 'order', or each 'alone'.
@@ -48,22 +67,97 @@ class Settings:
   Raises ValueError for names that are unknown.
   """
 
-  template: str = ''
-  turns: str = 'all'
   too_long: str = 'drop'
   packing: str = 'fit'
   weighting: str = 'token'
 
+  # Without annotations: facts of a kind, no settings. Which objective it is of, which formats of
+  # records it takes, and by what names lengths are reported.
+  tunes = ''
+  formats = ()
+  sides = ('tokens',)
+
   def __post_init__(self):
-    names.check('objective.turns', self.turns, TURNS)
     names.check('objective.too_long', self.too_long, TOO_LONG)
     names.check('objective.packing', self.packing, PACKINGS)
     names.check('objective.weighting', self.weighting, WEIGHTINGS)
 
+  def writer(self, tokenizer: Tokenizer) -> tuple[Writer, Tokenizer]:
+    """What makes the examples, and the tokenizer of the run. Raises ValueError where the one that
+    is given does not do for it.
+    """
+    raise NotImplementedError
 
-def prepare(
-  config: DataConfig, settings: Settings, log: Callable[[str], object] = print
-) -> Prepared:
+  def facts(self, config: DataConfig) -> dict:
+    """Of the settings that change examples, JSON-able: part of the key."""
+    raise NotImplementedError
+
+  def lengths(self, example: Example) -> tuple[int, ...]:
+    """Of each of `sides`."""
+    return (len(example.ids),)
+
+  def fitted(self, example: Example, config: DataConfig, reserved: int = 0) -> Fitted:
+    """The example as it fits into a row; reserved: tokens that will stand in front of its ids."""
+    raise NotImplementedError
+
+  def rows_of(self, config: DataConfig, tokenizer: Tokenizer) -> Rows:
+    """How examples fill rows."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Packed):
+  """What is made of records of which a decoder learns a part.
+
+  Attributes:
+    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
+    turns: of the assistant that are learned: 'all' or the 'last' of each conversation.
+
+  Raises ValueError for names that are unknown.
+  """
+
+  template: str = ''
+  turns: str = 'all'
+  tunes = 'sft'
+  formats = ('chat', 'sharegpt', 'alpaca', 'completion')
+
+  def __post_init__(self):
+    super().__post_init__()
+    names.check('objective.turns', self.turns, TURNS)
+
+  def writer(self, tokenizer):
+    template = self._template()
+    writer = ExampleWriter(tokenizer, template, self.turns)
+    return writer, tokenizer.with_template(template) if template else tokenizer
+
+  def _template(self) -> str:
+    return pathlib.Path(self.template).expanduser().read_text() if self.template else ''
+
+  def facts(self, config):
+    return {
+      'template': self._template(),
+      'turns': self.turns,
+      'too_long': [self.too_long, config.sequence_length],
+    }
+
+  def fitted(self, example, config, reserved=0):
+    most = config.sequence_length + 1 - reserved  # the last token is a target only
+    if len(example.ids) <= most:
+      return Fitted(example)
+    if self.too_long == 'drop':
+      return Fitted(None, dropped='too_long')
+    keep = slice(-most, None) if self.too_long == 'left' else slice(most)
+    example = Example(example.ids[keep], example.scored[keep])
+    if not example.scored[1:].any():
+      return Fitted(None, self.sides, 'nothing_learned_when_truncated')
+    return Fitted(example, self.sides)
+
+  def rows_of(self, config, tokenizer):
+    del tokenizer
+    return Rows(config.sequence_length, self.packing)
+
+
+def prepare(config: DataConfig, settings: Packed, log: Callable[[str], object] = print) -> Prepared:
   """Prepares the records of a config's sources, or loads them if that was done before.
 
   Raises:
@@ -72,21 +166,16 @@ def prepare(
       nothing held out.
     cache.CorruptShardError, FileNotFoundError: as data.prepare.prepare.
   """
-  _check(config)
+  _check(config, settings)
   tokenizer = tokenizers.build(config.tokenizer, (), ())
   if config.tokenizer.path:
     # A chat model may end a turn with another token than a document.
     tokenizer.generation = generation.beside(config.tokenizer.path)
-  template = ''
-  if settings.template:
-    template = pathlib.Path(settings.template).expanduser().read_text()
-  writer = ExampleWriter(tokenizer, template, settings.turns)
-  if template:
-    tokenizer = tokenizer.with_template(template)
+  writer, tokenizer = settings.writer(tokenizer)
   build = functools.partial(_build, settings, tokenizer, writer)
-  key = _key(config, settings, template, generation.ends(tokenizer))
-  prepared = kept(config, key, build, log, settings.packing)
-  for line in _described(prepared.report):
+  key = _key(config, settings, generation.ends(tokenizer))
+  prepared = kept(config, key, build, log, settings.rows_of(config, tokenizer))
+  for line in _described(prepared.report, settings):
     log(line)
   alike = settings.weighting == 'example'
   return dataclasses.replace(
@@ -97,15 +186,22 @@ def prepare(
   )
 
 
-def _check(config: DataConfig) -> None:
+def _check(config: DataConfig, settings: Packed) -> None:
   """Raises ValueError for what a config says of documents, and would not be done to records."""
   for field, of in (('sources', config.sources), ('validation', config.validation)):
     for i, source in enumerate(of):
       if not source.format:
         raise ValueError(
           f'data.{field}[{i}] (kind={source.kind!r}, path={source.path!r}) has no format, and '
-          "objective.kind='sft' tunes on records: say which fields its rows have, as in "
-          f'--config.data.{field}[{i}].format=chat, or use objective.kind=next_token for documents'
+          f'objective.kind={settings.tunes!r} tunes on records: say which fields its rows have, as '
+          f'in --config.data.{field}[{i}].format={settings.formats[0]}, or use '
+          'objective.kind=next_token for documents'
+        )
+      if source.format not in settings.formats:
+        raise ValueError(
+          f'data.{field}[{i}].format={source.format!r} is not of the records that '
+          f'objective.kind={settings.tunes!r} tunes on: {", ".join(settings.formats)}; name the '
+          f'columns of one of these by data.{field}[{i}].columns, or use another objective'
         )
   unread = CleanConfig(anonymise=(), near_duplicates=0)
   for field in dataclasses.fields(CleanConfig):
@@ -126,7 +222,7 @@ def _check(config: DataConfig) -> None:
     )
 
 
-def _key(config: DataConfig, settings: Settings, template: str, ends: Sequence[int]) -> str:
+def _key(config: DataConfig, settings: Packed, ends: Sequence[int]) -> str:
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
   tokenizer = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
@@ -137,10 +233,8 @@ def _key(config: DataConfig, settings: Settings, template: str, ends: Sequence[i
     'sources': _identity(config.sources, memo),
     'validation': _identity(config.validation, memo),
     'tokenizer': tokenizer,
-    'template': template,
     'ends': [*ends],
-    'turns': settings.turns,
-    'too_long': [settings.too_long, config.sequence_length],
+    **settings.facts(config),
     'exact_duplicates': config.clean.exact_duplicates,
     'validation_fraction': config.validation_fraction,
   }
@@ -157,9 +251,9 @@ def _identity(of, memo):
 
 
 def _build(
-  settings: Settings,
+  settings: Packed,
   tokenizer: Tokenizer,
-  writer: ExampleWriter,
+  writer: Writer,
   config: DataConfig,
   directory: pathlib.Path,
   log: Callable[[str], object],
@@ -207,10 +301,9 @@ def _build(
       f'{config.validation_fraction}; raise it, or name a file by data.validation'
     )
   for counts in report['sources'] + report['validation_sources']:
-    lengths = np.array(counts.pop('lengths') or [0])
-    counts['lengths'] = {
-      name: int(np.quantile(lengths, q, method='nearest')) for name, q in QUANTILES.items()
-    }
+    each = np.array(counts.pop('lengths') or [[0] * len(settings.sides)])
+    quantiles = {side: _quantiles(each[:, i]) for i, side in enumerate(settings.sides)}
+    counts['lengths'] = quantiles if len(quantiles) > 1 else quantiles.popitem()[1]
   # Records have no text of their own that compressors could be compared on.
   (directory / 'validation.text').write_bytes(b'')
   np.save(directory / 'validation.text.npy', np.zeros(1, np.int64))
@@ -225,20 +318,25 @@ def _build(
   cache.write_index(directory, entries, report)
 
 
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+  return {name: int(np.quantile(lengths, q, method='nearest')) for name, q in QUANTILES.items()}
+
+
 def _counts(source: SourceConfig) -> dict:
   return {
     'source': described(source),
     'read': 0,
     'dropped': collections.Counter(),
     'truncated': 0,
+    'cut': collections.Counter(),
     'lengths': [],
   }
 
 
 def _examples(
   config: DataConfig,
-  settings: Settings,
-  writer: ExampleWriter,
+  settings: Packed,
+  writer: Writer,
   source: SourceConfig,
   seen: set[bytes],
   counts: dict,
@@ -246,7 +344,6 @@ def _examples(
   """The examples of one source that fit into a row, each behind the share of all digests that are
   below its own; updates `counts` on the way.
   """
-  most = config.sequence_length + 1  # the last token is a target only
   for place, record in records(source):
     counts['read'] += 1
     example = writer.example(place, record)
@@ -256,26 +353,28 @@ def _examples(
       counts['dropped']['exact_duplicate'] += 1
       continue
     seen.add(digest)
-    counts['lengths'].append(len(example.ids))
-    if len(example.ids) > most:
-      if settings.too_long == 'drop':
-        counts['dropped']['too_long'] += 1
-        continue
-      keep = slice(-most, None) if settings.too_long == 'left' else slice(most)
-      example = Example(example.ids[keep], example.scored[keep])
-      counts['truncated'] += 1
-      if not example.scored[1:].any():
-        counts['dropped']['nothing_learned_when_truncated'] += 1
-        continue
+    counts['lengths'].append(settings.lengths(example))
+    example, cut, dropped = settings.fitted(example, config)
+    counts['truncated'] += bool(cut)
+    counts['cut'].update(cut)
+    if example is None:
+      counts['dropped'][dropped] += 1
+      continue
     yield int.from_bytes(digest[:8], 'little') / 2.0**64, example
 
 
-def _described(report: dict) -> Iterator[str]:
+def _described(report: dict, settings: Packed) -> Iterator[str]:
+  several = len(settings.sides) > 1
   for counts in report['sources'] + report['validation_sources']:
     of = counts['source']
-    lengths = ', '.join(f'{name} {length:,}' for name, length in counts['lengths'].items())
     place = f'{of["kind"]} {of["path"]} as {of["format"]!r}'
-    yield f'data: {place}: {_counted(counts)}; tokens: {lengths}'
+    lengths = counts['lengths'] if several else {settings.sides[0]: counts['lengths']}
+    shown = '; '.join(
+      f'{side}: ' + ', '.join(f'{name} {length:,}' for name, length in quantiles.items())
+      for side, quantiles in lengths.items()
+    )
+    cut = ', '.join(f'{side} {n:,}' for side, n in counts['cut'].items())
+    yield f'data: {place}: {_counted(counts)}{f" ({cut})" if several and cut else ""}; {shown}'
   trained = [counts['train'] for counts in report['sources']]
   tokens, scored, examples = (
     sum(split[unit] for split in trained) for unit in ('tokens', 'scored', 'documents')

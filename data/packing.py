@@ -1,8 +1,8 @@
 """How do documents of any length fill rows of one length, with no token lost or doubled?
 
 A document of n tokens has n - 1 (input, target) pairs. `cut` divides its pairs into pieces of at
-most T; `pack` puts pieces into rows. Only these plans are stored, never the rows themselves: a row
-is gathered when it is asked for.
+most T; `pack` puts pieces into rows, and `pack_both` those of which two lengths have to fit. Only
+these plans are stored, never the rows themselves: a row is gathered when it is asked for.
 """
 
 import numpy as np
@@ -97,3 +97,46 @@ def pack_alone(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray
   """As `pack`, but with one piece in each row."""
   del length
   return np.arange(len(lengths), dtype=np.int64), np.arange(len(lengths) + 1, dtype=np.int64)
+
+
+def pack_both(lengths: np.ndarray, room: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+  """As `pack`, of pieces with two lengths, each of which has a row of its own: first-fit decreasing
+  over windows of WINDOW pieces, the largest first: by the row of which a piece takes most.
+
+  Args:
+    lengths: int64 [pieces, 2], each in [1, room of its side].
+    room: of the two rows.
+  """
+  order, sizes = [], []
+  for start in range(0, len(lengths), WINDOW):
+    filled = _first_fit(lengths[start : start + WINDOW], room)
+    order += [start + piece for row in filled for piece in row]
+    sizes += map(len, filled)
+  return np.array(order, np.int64), np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def _first_fit(lengths: np.ndarray, room: tuple[int, int]) -> list[list[int]]:
+  """Rows of piece indices."""
+  left = np.empty((len(lengths), 2), np.int64)  # what is left of each row
+  rows: list[list[int]] = []
+  order = np.argsort(-(lengths / room).max(1), kind='stable')
+  for piece in order.tolist():
+    fits = (left[: len(rows)] >= lengths[piece]).all(1)
+    row = int(fits.argmax()) if fits.any() else len(rows)
+    if row == len(rows):
+      rows.append([])
+      left[row] = room
+    rows[row].append(piece)
+    left[row] -= lengths[piece]
+  return rows
+
+
+def pack_both_in_order(lengths: np.ndarray, room: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+  """As `pack_both`, but keeps the pieces in order, as `pack_in_order`."""
+  rows, first, second = [0], 0, 0
+  for piece, (a, b) in enumerate(lengths.tolist()):
+    if first + a > room[0] or second + b > room[1]:
+      rows.append(piece)
+      first = second = 0
+    first, second = first + a, second + b
+  return np.arange(len(lengths), dtype=np.int64), np.array([*rows, len(lengths)], np.int64)

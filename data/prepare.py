@@ -50,9 +50,10 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
   """
   records = [source for source in (*config.sources, *config.validation) if source.format]
   if records:
+    kind = 'seq2seq' if records[0].format == 'pair' else 'sft'
     raise ValueError(
-      f"source.format={records[0].format!r} is of records to tune on: set objective.kind='sft', or "
-      "leave it '' and name the field that holds a document by source.text_field"
+      f'source.format={records[0].format!r} is of records to tune on: set objective.kind={kind!r}, '
+      "or leave it '' and name the field that holds a document by source.text_field"
     )
   if config.tokenizer.path or config.tokenizer.kind == 'byte':
     # What needs no text is found wrong now, and not after hours of reading the corpus.

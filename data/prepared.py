@@ -68,20 +68,24 @@ class Prepared:
 
 
 def kept(
-  config: DataConfig, key: str, build: Callable, log: Callable[[str], object], packing=shards.FIT
+  config: DataConfig,
+  key: str,
+  build: Callable,
+  log: Callable[[str], object],
+  rows: shards.Rows | None = None,
 ) -> Prepared:
   """What has this key: from the cache, and built first where it is not there.
 
   Args:
     build: (config, directory, log), which writes shards, and an index with a report of them.
-    packing: how training rows are filled, one of shards.PACKINGS.
+    rows: how training rows are filled; None: with documents, of config.sequence_length.
   """
+  rows = rows or shards.Rows(config.sequence_length)
   directory = pathlib.Path(config.cache_dir) / key
   building.once(directory, lambda partial: build(config, partial, log), log)
-  form = '' if packing == shards.FIT else f'-{packing}'
-  plan = directory / f'rows-{config.sequence_length}{form}'
-  building.once(plan, lambda partial: _build_plan(config, packing, directory, partial, log), log)
-  return _load(config, directory, plan, log)
+  plan = directory / rows.name
+  building.once(plan, lambda partial: _build_plan(rows, directory, partial, log), log)
+  return _load(config, directory, plan, rows, log)
 
 
 def held_out_sources(config: DataConfig) -> tuple[SourceConfig, ...]:
@@ -95,40 +99,25 @@ def described(source: SourceConfig) -> dict:
 
 
 def _build_plan(
-  config: DataConfig,
-  packing: str,
-  corpus: pathlib.Path,
-  directory: pathlib.Path,
-  log: Callable[[str], object],
+  rows: shards.Rows, corpus: pathlib.Path, directory: pathlib.Path, log: Callable[[str], object]
 ) -> None:
-  """Packs every split's shards into rows of config.sequence_length."""
+  """Packs every split's shards into rows."""
   report = cache.read_index(corpus)['report']
-  length = config.sequence_length
   began = time.perf_counter()
-  splits = [(counts['train']['shards'], packing) for counts in report['sources']]
-  splits.append(
-    (report['validation']['shards'], shards.ALONE if packing == shards.ALONE else shards.ORDER)
-  )
+  splits = [(counts['train']['shards'], rows) for counts in report['sources']]
+  splits.append((report['validation']['shards'], rows.in_order))
 
   packed, written = [], []
   for entries, form in splits:
-    plans = [shards.write_plan(corpus, directory, entry, length, form) for entry in entries]
-    rows = [plan['rows'] for plan in plans]
-    pairs, squared = (sum(plan[name] for plan in plans) for name in ('pairs', 'squared_pairs'))
-    packed.append(
-      {
-        'rows': sum(rows),
-        'pairs': pairs,
-        'squared_pairs': squared,
-        'fill': pairs / (sum(rows) * length),
-        'rows_per_shard': rows,
-      }
-    )
+    plans = [form.write_plan(corpus, directory, entry) for entry in entries]
+    totals = {name: sum(plan[name] for plan in plans) for name in ('rows', *form.counts)}
+    per_shard = [plan['rows'] for plan in plans]
+    packed.append({**totals, 'fill': form.fill(totals), 'rows_per_shard': per_shard})
     written += [file for plan in plans for file in plan['files']]
 
   seconds = time.perf_counter() - began
   log(
-    f'data: packed into rows of {length} in {seconds:.1f} s; filled '
+    f'data: packed into rows of {rows.size} in {seconds:.1f} s; filled '
     + ', '.join(f'{split["fill"]:.2%}' for split in packed[:-1])
     + f' (held out, in order: {packed[-1]["fill"]:.2%})'
   )
@@ -138,7 +127,11 @@ def _build_plan(
 
 
 def _load(
-  config: DataConfig, directory: pathlib.Path, plan: pathlib.Path, log: Callable[[str], object]
+  config: DataConfig,
+  directory: pathlib.Path,
+  plan: pathlib.Path,
+  rows: shards.Rows,
+  log: Callable[[str], object],
 ) -> Prepared:
   indices = {where: cache.read_index(where) for where in (directory, plan)}
   size = sum(file['bytes'] for index in indices.values() for file in index['files'])
@@ -156,7 +149,7 @@ def _load(
     counts['source'] = described(of)
 
   def source(name: str, weight: float, entries: list[dict], packing: dict) -> shards.PackedSource:
-    return shards.PackedSource(
+    return rows.source(
       name,
       weight,
       tuple(

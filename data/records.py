@@ -1,8 +1,8 @@
 """What is a record to tune on, and which fields of a row say what? Rows of JSONL, CSV and Parquet
 files, read by a format that is named and never guessed.
 
-A record is a conversation (`messages`, perhaps with `tools`), or a prompt with its completion. What
-a row has besides its format's fields is not read.
+A record is a conversation (`messages`, perhaps with `tools`), a prompt with its completion, or a
+source with its target. What a row has besides its format's fields is not read.
 """
 
 import csv
@@ -45,7 +45,15 @@ class TextRecord:
   completion: str
 
 
-Record = ChatRecord | TextRecord
+@dataclasses.dataclass(frozen=True)
+class PairRecord:
+  """A text that an encoder reads, and the text that a decoder is to write of it."""
+
+  source: str
+  target: str
+
+
+Record = ChatRecord | TextRecord | PairRecord
 
 
 def records(source: SourceConfig) -> Iterator[tuple[str, Record]]:
@@ -235,11 +243,16 @@ def _completion(row: _Reader) -> Record:
   return ChatRecord([*prompt, *completion], tools, given=len(prompt))
 
 
+def _pair(row: _Reader) -> PairRecord:
+  return PairRecord(row.text('source'), row.text('target'))
+
+
 FORMATS: dict[str, Callable[[_Reader], Record]] = {
   'chat': _chat,
   'sharegpt': _sharegpt,
   'alpaca': _alpaca,
   'completion': _completion,
+  'pair': _pair,
 }
 # The fields of each format, and what they say.
 FIELDS = {
@@ -262,5 +275,9 @@ FIELDS = {
     ('prompt', 'a text, or messages'),
     ('completion', 'the text that follows, or messages'),
     ('tools', 'JSON schemas, or nothing'),
+  ),
+  'pair': (
+    ('source', 'a text'),
+    ('target', 'the text that is written of it'),
   ),
 }

@@ -87,36 +87,73 @@ class ShardWriter:
     self._offsets = [0]
 
 
-def write_plan(
-  corpus: pathlib.Path, directory: pathlib.Path, shard: dict, length: int, packing: str
-) -> dict:
-  """Packs one shard's documents into rows of `length` and writes the plan.
-
-  Args:
-    corpus: where the shard is.
-    directory: where the plan goes.
-    shard: its entry, from ShardWriter.shards.
-    length: T.
-    packing: one of PACKINGS.
-
-  Returns:
-    The plan's entry: rows, pairs, squared_pairs (the sum over pieces of their pairs squared),
-    files.
-  """
-  pieces = plans.cut(np.load(corpus / f'{shard["name"]}.documents.npy'), length)
-  order, rows = PLANS[packing](pieces[:, 1], length)
-  names = f'{shard["name"]}.pieces.npy', f'{shard["name"]}.rows.npy'
-  np.save(directory / names[0], pieces[order])
-  np.save(directory / names[1], rows)
-  return {
-    'rows': len(rows) - 1,
-    'pairs': int(pieces[:, 1].sum()),
-    'squared_pairs': int(np.square(pieces[:, 1]).sum()),
-    'files': [cache.record(directory, name) for name in names],
-  }
-
-
 PLANS = {FIT: plans.pack, ORDER: plans.pack_in_order, ALONE: plans.pack_alone}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """How documents fill rows: what plans them, and what reads them.
+
+  Attributes:
+    length: T. packing: one of PACKINGS.
+  """
+
+  length: int
+  packing: str = FIT
+
+  # What a plan counts.
+  counts = ('pairs', 'squared_pairs')
+
+  @property
+  def size(self) -> str:
+    """Of a row, as messages have it."""
+    return str(self.length)
+
+  @property
+  def name(self) -> str:
+    """Of the directory of plans."""
+    return f'rows-{self.size}' + ('' if self.packing == FIT else f'-{self.packing}')
+
+  @property
+  def in_order(self) -> 'Rows':
+    """For what is held out."""
+    return dataclasses.replace(self, packing=ALONE if self.packing == ALONE else ORDER)
+
+  def write_plan(self, corpus: pathlib.Path, directory: pathlib.Path, shard: dict) -> dict:
+    """Packs one shard's documents into rows and writes the plan.
+
+    Args:
+      corpus: where the shard is.
+      directory: where the plan goes.
+      shard: its entry, from ShardWriter.shards.
+
+    Returns:
+      The plan's entry: rows, pairs, squared_pairs (the sum over pieces of their pairs squared),
+      files.
+    """
+    pieces = plans.cut(np.load(corpus / f'{shard["name"]}.documents.npy'), self.length)
+    order, rows = PLANS[self.packing](pieces[:, 1], self.length)
+    return {
+      'pairs': int(pieces[:, 1].sum()),
+      'squared_pairs': int(np.square(pieces[:, 1]).sum()),
+      **written_plan(directory, shard['name'], pieces[order], rows),
+    }
+
+  def fill(self, totals: dict) -> float:
+    """Which share of rows is no padding, by what their plans count together."""
+    return totals['pairs'] / (totals['rows'] * self.length)
+
+  def source(self, *parts) -> 'PackedSource':
+    """What reads the rows; parts: as PackedSource has them."""
+    return PackedSource(*parts)
+
+
+def written_plan(directory: pathlib.Path, name: str, pieces: np.ndarray, rows: np.ndarray) -> dict:
+  """Writes the pieces in the order of rows, and where each row begins; the entry of both."""
+  files = {f'{name}.pieces.npy': pieces, f'{name}.rows.npy': rows}
+  for file, content in files.items():
+    np.save(directory / file, content)
+  return {'rows': len(rows) - 1, 'files': [cache.record(directory, file) for file in files]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +215,9 @@ class PackedSource:
 
   def fill(self, index: int, batch: Batch, into: int) -> None:
     """Writes row `index` into row `into` of a Batch of numpy arrays made by Batch.empty."""
-    which = int(np.searchsorted(self.ends, index, side='right'))
-    shard = self.shards[which]
-    row = index - (int(self.ends[which - 1]) if which else 0)
-    first, last = shard.rows[row : row + 2].tolist()
+    shard, pieces = self.pieces(index)
     at = 0
-    for segment, (start, n) in enumerate(shard.pieces[first:last].tolist(), start=1):
+    for segment, (start, n) in enumerate(pieces, start=1):
       here = slice(at, at + n)
       piece = shard.tokens[start : start + n + 1]
       batch.tokens[into, here] = piece[:-1]
@@ -195,6 +229,14 @@ class PackedSource:
       )
       batch.weights[into, here] = weights / weights.sum() if self.alike else weights
       at += n
+
+  def pieces(self, index: int) -> tuple[PackedShard, list[list[int]]]:
+    """Of row `index`: the shard that they are in, and the plan's entries."""
+    which = int(np.searchsorted(self.ends, index, side='right'))
+    shard = self.shards[which]
+    row = index - (int(self.ends[which - 1]) if which else 0)
+    first, last = shard.rows[row : row + 2].tolist()
+    return shard, shard.pieces[first:last].tolist()
 
   def documents(self) -> Iterator[np.ndarray]:
     """Tokens of every document, in order, bos and eos included."""

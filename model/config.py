@@ -301,6 +301,14 @@ class ModelConfig:
     return kept
 
   @property
+  def stream_dtype(self) -> str:
+    """Of the residual stream and of what a feed-forward adds to it: the compute dtype, but f32 in a
+    T5 of float16, whose feed-forwards give numbers that float16 does not hold.
+    """
+    run = self.execution
+    return 'float32' if self.encoder_layers and run.dtype == 'float16' else run.dtype
+
+  @property
   def value_width(self) -> int:
     """Width of a head's values."""
     return self.latent.value_width or self.H

@@ -71,12 +71,17 @@ def forward_flops_per_token(
   return total
 
 
-def pair_flops(model: ModelConfig, source: Number, target: Number) -> Number:
+def pair_flops(
+  model: ModelConfig, source: Number, target: Number, seen: tuple[Number, ...] = ()
+) -> Number:
   """FLOPs of an encoder-decoder's forward pass over a source of so many tokens and a target: those
   of either stack as above, without masks in the encoder, and in every layer of the decoder
   cross-attention: projections of the target (queries, output) and of the source (keys, values), and
   the two products.
 
+  seen: of packed rows, in which no pair sees another: the length of the source that a token of one
+    stands in, of the target that a token of one does, and of the source that a token of a target
+    sees. Means over tokens make the result exact without a window, as in mean_keys.
   Raises ValueError for a model without an encoder, and while the vocabulary is 0.
   """
   if model.V < 1 or not model.encoder_layers:
@@ -84,12 +89,13 @@ def pair_flops(model: ModelConfig, source: Number, target: Number) -> Number:
       f'vocabulary={model.V}, encoder_layers={model.encoder_layers}: only an encoder-decoder whose '
       'vocabulary is known reads a source and gives a target'
     )
+  source_seen, target_seen, crossing = seen or (source, target, source)
   dense = 2 * (attention_weights(model) + feed_forward_weights(model, False))
   per_key = 4 * model.N * model.H
-  encoder = model.encoder_layers * source * (dense + per_key * source)
-  keys = sum(mean_keys(target, kind.window) for kind in model.kinds)
+  encoder = model.encoder_layers * source * (dense + per_key * source_seen)
+  keys = sum(mean_keys(target_seen, kind.window) for kind in model.kinds)
   crossed = 4 * model.D * model.H * (model.N * target + model.K * source)
-  decoder = model.L * (target * (dense + per_key * source) + crossed) + target * per_key * keys
+  decoder = model.L * (target * (dense + per_key * crossing) + crossed) + target * per_key * keys
   return encoder + decoder + 2 * model.D * model.V * target
 
 

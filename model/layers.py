@@ -155,6 +155,7 @@ class FeedForward(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int = 0):
     D, F, dtype = config.D, width or config.F, config.execution.parameter_dtype
     self.dtype, self.activation = config.execution.dtype, config.activation
+    self.stream_dtype = config.stream_dtype
     self.gate = (
       param(rngs, (D, F), ('embed', 'feed_forward'), D**-0.5, dtype=dtype) if config.gated else None
     )
@@ -185,10 +186,14 @@ class FeedForward(nnx.Module):
       if self.gate is None
       else named(project('BTD,DF->BTF', x, self.gate, self.gate_bias, self.dtype), 'gate')
     )
+    # Where the stream is wider than the compute dtype, already the products of gate and up may pass
+    # what that holds, and the sums over F do.
+    dtype = self.stream_dtype
+    up, gate = (h if h is None else h.astype(dtype) for h in (up, gate))
     h = dropped(activate(gate, up, self.activation), 'hidden')
     # Row-parallel.
-    y = read(self.down).product('BTF,FD->BTD', h, self.dtype, ax.residual(x.shape[1]))
-    return add_bias(y, self.down_bias, self.dtype)
+    y = read(self.down).product('BTF,FD->BTD', h, dtype, ax.residual(x.shape[1]))
+    return add_bias(y, self.down_bias, dtype)
 
 
 def project(formula: str, x: Array, weight: nnx.Param, bias: nnx.Param | None, dtype: str) -> Array:
@@ -209,7 +214,7 @@ class Embedding(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, dtype = config.D, config.execution.parameter_dtype
-    self.dtype = config.execution.dtype
+    self.dtype, self.stream_dtype = config.execution.dtype, config.stream_dtype
     self.scale = config.D**0.5 if config.embedding_scale else 1.0
 
     def table(rows, axis):
@@ -235,7 +240,7 @@ class Embedding(nnx.Module):
       x = x + lookup(self.positions, positions, self.dtype)
     if self.types is not None:
       x = x + lookup(self.types, jnp.zeros_like(tokens) if types is None else types, self.dtype)
-    return x if self.norm is None else self.norm(x)
+    return (x if self.norm is None else self.norm(x)).astype(self.stream_dtype)
 
 
 def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array, 'B T D']:

@@ -45,7 +45,7 @@ class Block(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: Kind = Kind(), cross: bool = False):
-    self.placement = config.norm_placement
+    self.placement, self.dtype = config.norm_placement, config.execution.dtype
 
     def norm(wanted=True):
       return Norm(config, config.D, rngs) if wanted else None
@@ -88,7 +88,8 @@ class Block(nnx.Module):
     return ax.place(self._normed(x, norm), 'batch', 'length', 'width')
 
   def _normed(self, x, norm):
-    return x if self.placement == 'post' else norm(x)
+    # The stream may be of a wider type (ModelConfig.stream_dtype).
+    return (x if self.placement == 'post' else norm(x)).astype(self.dtype)
 
   def _after(self, x, new, view, part):
     norm, post_norm = getattr(self, f'{part}_norm'), getattr(self, f'{part}_post_norm')
@@ -103,11 +104,8 @@ class Stack(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, encoder: bool = False):
-    self.remat, self.pipeline, self.dtype = (
-      config.kept,
-      config.execution.pipeline,
-      config.execution.dtype,
-    )
+    self.remat, run = config.kept, config.execution
+    self.pipeline, self.dtype = run.pipeline, run.dtype
     self.periods = config.encoder_stacks if encoder else config.stacks
     self.shared = config.shared_layers
     cross = bool(config.encoder_layers) and not encoder
@@ -184,7 +182,8 @@ class Stack(nnx.Module):
 
   def normed(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     """What the last block leaves, as it is scored."""
-    return ax.place(x if self.norm is None else self.norm(x), 'batch', 'length', 'width')
+    x = x if self.norm is None else self.norm(x)
+    return ax.place(x.astype(self.dtype), 'batch', 'length', 'width')
 
   def scan(self, blocks, x, view, places: Places | None = None):
     """Periods of blocks, one after another: the new x, `places` with the tokens written, and what

@@ -7,8 +7,6 @@ B rows of a batch · T length · S length of a source
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data.batch import SourceBatch
@@ -17,9 +15,10 @@ from data.extra import extended, id_of
 from data.masking import Masking
 from data.prepare import prepare
 from data.spans import Lengths, Spans
-from model import flops, loss
-from objectives.next_token import NextToken, token_metrics
+from model import flops
+from objectives.next_token import NextToken
 from objectives.objective import MAIN, Objective
+from objectives.targets import Targets
 
 MASK = '<mask>'  # of a tokenizer that has none
 
@@ -46,7 +45,7 @@ class _Chunked(Objective):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpanCorruption(_Chunked):
+class SpanCorruption(_Chunked, Targets):
   """Texts with spans of noise, which the decoder gives back (data/spans.py); one term, of all
   tokens of the targets alike.
 
@@ -58,15 +57,14 @@ class SpanCorruption(_Chunked):
     sentinels: how many <extra_id_..> a tokenizer gets, behind its own ids and counted down to the
       first of these, that has no <extra_id_0> (T5's SentencePiece model: 100 make the ids of T5's
       checkpoints).
-    z_loss: weight of log(Z)^2 (model/loss.py).
   """
 
   kind: str = 'span_corruption'
   noise_density: float = 0.15
   mean_span: float = 3.0
   sentinels: int = 100
-  z_loss: float = 0.0
   term = 'span_corruption'
+  does = 'gives back what an encoder read without it'
 
   def __post_init__(self):
     super().__post_init__()
@@ -75,24 +73,11 @@ class SpanCorruption(_Chunked):
         f'objective.noise_density={self.noise_density} must be above 0 and at most 0.5: a target '
         'is no longer than its source'
       )
-    for name, least in (('mean_span', 1), ('sentinels', 1), ('z_loss', 0)):
+    for name, least in (('mean_span', 1), ('sentinels', 1)):
       if not least <= getattr(self, name) < math.inf:
         raise ValueError(
           f'objective.{name}={getattr(self, name)} must be at least {least}, and finite'
         )
-
-  def accepts(self, models):
-    config = models[MAIN]
-    if not config.encoder_layers:
-      raise NotImplementedError(
-        f'objective.kind={self.kind!r} gives back what an encoder read without it, and '
-        'model.encoder_layers=0 has no encoder; set model.encoder_layers'
-      )
-    if config.execution.pipeline.schedule == '1f1b':
-      raise NotImplementedError(
-        "model.execution.pipeline.schedule='1f1b' runs one stack of layers, and "
-        f"model.encoder_layers={config.encoder_layers} is a second; use 'gpipe' or 'circular'"
-      )
 
   def lengths(self, config) -> Lengths:
     """Of an example. Raises ValueError where data.sequence_length has room for no span."""
@@ -126,9 +111,6 @@ class SpanCorruption(_Chunked):
     lengths = self.lengths(config)
     return SourceBatch.abstract(config.batch_size, lengths.target, lengths.source)
 
-  def tokens(self, batch):
-    return jnp.count_nonzero(batch.segments) + jnp.count_nonzero(batch.source_segments)
-
   def row_tokens(self, config):
     lengths = self.lengths(config)
     return lengths.source + lengths.target
@@ -138,47 +120,10 @@ class SpanCorruption(_Chunked):
     lengths = self.lengths(config)
     return flops.pair_flops(network, lengths.source, lengths.target) / self.row_tokens(config)
 
-  def weights(self, batch):
-    return {self.term: jnp.sum(batch.weights)}
-
-  def sums(self, models, batch):
-    total, sums = given_back(models[MAIN], batch, self.z_loss)
-    return {self.term: total}, sums
-
-  def metrics(self, terms, weights, sums):
-    return token_metrics(sums)
-
-  def judged(self, models, batch):
-    return given_back(models[MAIN], batch, 0.0)[1]
-
 
 def sentinel(span: int) -> str:
   """The name of the id that stands for a span, counted from 0."""
   return f'<extra_id_{span}>'
-
-
-def given_back(model, batch: SourceBatch, z_loss: float):
-  """Sum of an encoder-decoder's loss over the batch's targets, and the sums of
-  loss.cross_entropy.
-  """
-  config = model.config
-  x = model(
-    batch.tokens,
-    batch.positions,
-    batch.segments,
-    source=batch.source,
-    source_positions=batch.source_positions,
-    source_segments=batch.source_segments,
-  ).hidden
-  with jax.named_scope('loss'):
-    return loss.cross_entropy(
-      *model.scored(x),
-      batch.targets,
-      batch.weights,
-      z_loss,
-      config.logit_softcap,
-      vocabulary=config.vocabulary_limit,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

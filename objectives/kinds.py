@@ -12,6 +12,7 @@ from objectives.objective import Objective
 KINDS = {
   'next_token': 'objectives.next_token.NextToken',
   'sft': 'objectives.sft.SFT',
+  'seq2seq': 'objectives.seq2seq.Seq2Seq',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
 }

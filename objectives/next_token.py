@@ -30,6 +30,8 @@ class NextToken(Objective):
   kind: str = 'next_token'
   z_loss: float = 0.0
   term = 'next_token'
+  # What does the same to an encoder-decoder.
+  of_pairs = 'span_corruption'
 
   def __post_init__(self):
     super().__post_init__()
@@ -41,7 +43,7 @@ class NextToken(Objective):
     if not config.causal or config.encoder_layers:
       kind, other = ('an encoder', 'masked_lm')
       if config.encoder_layers:
-        kind, other = ('an encoder-decoder', 'span_corruption')
+        kind, other = ('an encoder-decoder', self.of_pairs)
       raise NotImplementedError(
         f'objective.kind={self.kind!r} predicts the next token and model.causal={config.causal}, '
         f'model.encoder_layers={config.encoder_layers} is {kind}; use a decoder, or '

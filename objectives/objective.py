@@ -138,11 +138,13 @@ class Objective:
     """Of a row without padding, as `tokens` counts them."""
     return config.sequence_length
 
-  def forward_flops(
-    self, network: ModelConfig, config: DataConfig, document_length: float | None
-  ) -> float:
+  def longest_row(self, config: DataConfig) -> int:
+    """Positions that a model needs."""
+    return config.sequence_length
+
+  def forward_flops(self, network: ModelConfig, config: DataConfig, document_length: Any) -> float:
     """FLOPs of a forward pass of one of its models, for each of those tokens; document_length: as
-    of what was read, None where that is not known.
+    of what was read (a number, or what else the objective reads), None where that is not known.
     """
     return flops.forward_flops_per_token(network, config.sequence_length, document_length)
 

@@ -8,36 +8,16 @@ import math
 import jax.numpy as jnp
 
 from data import examples
-from objectives.next_token import NextToken, summed_loss
-from objectives.objective import MAIN
+from objectives.next_token import NextToken
+from objectives.objective import Objective
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SFT(NextToken, examples.Settings):
-  """Packed examples, each made of a record (data/records.py, data/conversations.py); a target that
-  is no answer weighs nothing.
-
-  Attributes:
-    neftune_alpha: of noise on embeddings in training, U(-1, 1) alpha / sqrt(tokens of the example x
-      width), which makes answers longer and better liked (NEFTune, Jain et al., arXiv:2310.05914,
-      with 5 to 15); 0: none.
+class OfExamples(Objective):
+  """What is said of examples that are learned, whoever reads them: packed rows whose segments are
+  examples, with settings of data.examples.Packed.
   """
 
-  kind: str = 'sft'
-  neftune_alpha: float = 0.0
-  term = 'sft'
   of_records = True
-
-  def __post_init__(self):
-    super().__post_init__()
-    examples.Settings.__post_init__(self)
-    if not 0 <= self.neftune_alpha < math.inf:
-      raise ValueError(
-        f'objective.neftune_alpha={self.neftune_alpha} must be at least 0, and finite'
-      )
-
-  def read(self, config, log):
-    return examples.prepare(config, self, log)
 
   def metrics(self, terms, weights, sums):
     metrics = super().metrics(terms, weights, sums)
@@ -46,7 +26,7 @@ class SFT(NextToken, examples.Settings):
     return metrics
 
   def judged(self, models, batch):
-    _, sums = summed_loss(models[MAIN], batch, 0.0)
+    _, sums = self.sums(models, batch)
     # A segment of a row is an example.
     count = batch.segments.max(1).sum().astype(jnp.float32)
     return {name: sums[name] for name in ('nll', 'tokens', 'correct')} | {'examples': count}
@@ -63,3 +43,31 @@ class SFT(NextToken, examples.Settings):
     if self.weighting == 'token':
       verdict['completion_log_likelihood'] = -sums['nll'] / sums['examples']
     return verdict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFT(OfExamples, NextToken, examples.Settings):
+  """Packed examples, each made of a record (data/records.py, data/conversations.py); a target that
+  is no answer weighs nothing.
+
+  Attributes:
+    neftune_alpha: of noise on embeddings in training, U(-1, 1) alpha / sqrt(tokens of the example x
+      width), which makes answers longer and better liked (NEFTune, Jain et al., arXiv:2310.05914,
+      with 5 to 15); 0: none.
+  """
+
+  kind: str = 'sft'
+  neftune_alpha: float = 0.0
+  term = 'sft'
+  of_pairs = 'seq2seq'
+
+  def __post_init__(self):
+    super().__post_init__()
+    examples.Settings.__post_init__(self)
+    if not 0 <= self.neftune_alpha < math.inf:
+      raise ValueError(
+        f'objective.neftune_alpha={self.neftune_alpha} must be at least 0, and finite'
+      )
+
+  def read(self, config, log):
+    return examples.prepare(config, self, log)

@@ -78,6 +78,7 @@ BESIDES = {
     '--config.data.sources[0].path=HERE/orders.jsonl',
     '--config.data.sequence_length=48',
   ),
+  'seq2seq': ('--config.model.layers=1',),
 }
 # Of a model whose package of 93 MB tests/real imports, another one is in its place here.
 CHAT = (
@@ -97,7 +98,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt|orders\.jsonl)')
+  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt|orders\.jsonl|dates\.jsonl)')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
 
 
@@ -120,6 +121,9 @@ def ran(tmp_path_factory):
     for pair in pairs
   ]
   (directory / 'orders.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
+  (directory / 'dates.jsonl').write_text(
+    ''.join(json.dumps({'source': q, 'target': a}) + '\n' for q, a in pairs)
+  )
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
   (hf.parent / 'answers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
   gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
@@ -169,6 +173,7 @@ def test_what_they_promise_is_there(ran):
     'answers',
     'mlm',
     'span_corruption',
+    'dates',
     'merged',
     'again',
     'first',

@@ -157,10 +157,12 @@ class Config:
 
   def __post_init__(self):
     T, B = self.data.sequence_length, self.data.batch_size
-    if self.model.max_length and self.model.max_length < T:
+    longest = self.objective.longest_row(self.data)
+    if 0 < self.model.max_length < longest:
+      field = 'data.sequence_length' if longest == T else 'objective.target_length'
       raise ValueError(
-        f'data.sequence_length={T} passes model.max_length={self.model.max_length}; raise it, or '
-        'set it to 0'
+        f'{field}={longest} passes model.max_length={self.model.max_length}; raise it, or set it '
+        'to 0'
       )
     if B % self.train.accumulation:
       raise ValueError(
@@ -262,7 +264,7 @@ class Config:
     model = dataclasses.replace(
       self.model,
       vocabulary=self.model.vocabulary or vocabulary,
-      max_length=self.model.max_length or self.data.sequence_length,
+      max_length=self.model.max_length or self.objective.longest_row(self.data),
     )
     if model.vocabulary < vocabulary:
       raise ValueError(

@@ -28,11 +28,19 @@ SHOWN = 6  # steps in a report, the last one among them
 
 
 class Sample(NamedTuple):
-  """What was written at a step after a prompt."""
+  """What was written at a step after a prompt; read: which an encoder read, so that the text does
+  not go on from it.
+  """
 
   step: int
   prompt: str
   text: str
+  read: bool = False
+
+  @property
+  def whole(self) -> str:
+    """Both, as they are shown."""
+    return self.prompt + ('\n-> ' if self.read else '') + self.text
 
 
 class Sampler:
@@ -82,12 +90,14 @@ class Sampler:
     model = jax.tree.unflatten(self._structure, jax.tree.leaves(model))
     generator = Generator(model, self._tokenizer, self._mesh)
     completions = generator(prompts, **OPTIONS)
+    read = self._config.model.encoder_layers > 0
     samples = [
-      Sample(step, prompt, completion.text) for prompt, completion in zip(prompts, completions)
+      Sample(step, prompt, completion.text, read)
+      for prompt, completion in zip(prompts, completions)
     ]
     with open(self._path, 'a') as file:
       file.writelines(map(_line, samples))
-    return '\n\n'.join(fenced(sample.prompt + sample.text) for sample in samples)
+    return '\n\n'.join(fenced(sample.whole) for sample in samples)
 
 
 def check(config: Config) -> None:
@@ -129,7 +139,7 @@ def markdown(samples: Sequence[Sample]) -> str:
   for step in steps:
     if step in shown:
       parts.append(f'Step {step:,}:')
-      parts += [fenced(s.prompt + s.text) for s in samples if s.step == step]
+      parts += [fenced(s.whole) for s in samples if s.step == step]
   return '\n\n'.join(parts)
 
 

@@ -7,6 +7,7 @@ from data import showing
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from objectives.denoise import MaskedLM, SpanCorruption
 from objectives.next_token import NextToken
+from objectives.seq2seq import Seq2Seq
 from objectives.sft import SFT
 
 
@@ -38,6 +39,22 @@ def test_what_is_learned_of_a_record_is_green(tmp_path):
   assert lines[0].startswith('--- example 1: ') and len(lines) == 6
   expected = {f'<s>{row["prompt"]}\x1b[32m{row["completion"]}</s>\x1b[0m' for row in rows}
   assert {*lines[1::2]} < expected
+
+
+def test_a_source_is_shown_with_its_target_in_green(tmp_path):
+  path = tmp_path / 'pairs.jsonl'
+  rows = [{'source': f'{i} twice', 'target': f'{2 * i}.'} for i in range(30)]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  source = SourceConfig(kind='jsonl', path=str(path), format='pair')
+  given = config(tmp_path, source, sequence_length=32, validation_fraction=0.2)
+  text = shown(Seq2Seq(prefix='say: ', target_length=16), given)
+  head, *examples = text.split('--- example ')
+  assert not head and len(examples) == 3
+  expected = {
+    f'say: {row["source"]}</s>\n->\n<pad>\x1b[32m{row["target"]}</s>\x1b[0m' for row in rows
+  }
+  assert {example.partition('\n')[2].rstrip('\n') for example in examples} < expected
+  assert examples[0].startswith('1: reading ')
 
 
 def test_documents_and_noise_are_shown_too(tmp_path):
