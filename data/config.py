@@ -7,7 +7,7 @@ import names
 
 SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'csv', 'parquet')
 ROWS = SOURCE_KINDS[2:]  # kinds whose files hold rows of named fields
-FORMATS = ('', 'chat', 'sharegpt', 'alpaca', 'completion')
+FORMATS = ('', 'chat', 'sharegpt', 'alpaca', 'completion', 'label')
 FILTER_PRESETS = ('none', 'code', 'prose')
 ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
 TOKENIZER_KINDS = ('sentencepiece', 'huggingface', 'byte', 'char')
@@ -38,8 +38,8 @@ class SourceConfig:
       that end in .gz, .bz2, .xz or .zst are decompressed.
     text_field: the JSON key or column that holds the text; '' for 'stdlib' and 'text', and for
       records.
-    format: '' for documents; of records to tune on (objective.kind='sft'), which fields they have:
-      'chat', 'sharegpt', 'alpaca' or 'completion' (data/records.py).
+    format: '' for documents; of records to tune on, which fields they have: 'chat', 'sharegpt',
+      'alpaca' or 'completion' (objective.kind='sft'), or 'label' ('classify'; data/records.py).
     columns: of records, where a field has another name in the file: 'prompt=question'.
     name: what metrics call what is held out of it, where there are several sources; '' for that of
       its file, or its kind.

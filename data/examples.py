@@ -13,17 +13,18 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 import names
-from data import cache, generation, sources, tokenizers
+from data import cache, generation, labelled, sources, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig
 from data.conversations import TURNS, Example, ExampleWriter
 from data.prepare import identity
 from data.prepared import Prepared, described, held_out_sources, kept
-from data.records import records
+from data.records import LabelRecord, Record, records
 from data.shards import PACKINGS, ShardWriter
 from data.tokenizer import Tokenizer
 
@@ -34,12 +35,10 @@ QUANTILES = {'shortest': 0, 'median': 0.5, '90%': 0.9, '99%': 0.99, 'longest': 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """What is made of records.
+class Fitting:
+  """How examples become rows, whatever they are of.
 
   Attributes:
-    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
-    turns: of the assistant that are learned: 'all' or the 'last' of each conversation.
     too_long: what becomes of an example of more than data.sequence_length tokens: 'drop', or cut
       its 'left' or its 'right' end off.
     packing: of examples into rows: where they 'fit' best, in 'order', or each 'alone'.
@@ -48,21 +47,62 @@ class Settings:
   Raises ValueError for names that are unknown.
   """
 
-  template: str = ''
-  turns: str = 'all'
   too_long: str = 'drop'
   packing: str = 'fit'
   weighting: str = 'token'
 
   def __post_init__(self):
-    names.check('objective.turns', self.turns, TURNS)
     names.check('objective.too_long', self.too_long, TOO_LONG)
     names.check('objective.packing', self.packing, PACKINGS)
     names.check('objective.weighting', self.weighting, WEIGHTINGS)
 
+  def making(self, tokenizer: Tokenizer) -> 'Making':
+    """What makes examples of records, for a tokenizer."""
+    raise NotImplementedError
+
+
+class Making(NamedTuple):
+  """Attributes:
+  example: (place, record) -> Example; raises ValueError, naming the place.
+  tokenizer: as the run keeps it.
+  key: what decides about the examples, besides records and tokenizer, JSON-able.
+  """
+
+  example: Callable[[str, Record], Example]
+  tokenizer: Tokenizer
+  key: dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Fitting):
+  """What is made of conversations and completions.
+
+  Attributes:
+    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
+    turns: of the assistant that are learned: 'all' or the 'last' of each conversation.
+
+  Raises ValueError for names that are unknown.
+  """
+
+  template: str = ''
+  turns: str = 'all'
+
+  def __post_init__(self):
+    names.check('objective.turns', self.turns, TURNS)
+    super().__post_init__()
+
+  def making(self, tokenizer):
+    template = ''
+    if self.template:
+      template = pathlib.Path(self.template).expanduser().read_text()
+    writer = ExampleWriter(tokenizer, template, self.turns)
+    ends = [*generation.ends(tokenizer)]
+    key = {'template': template, 'ends': ends, 'turns': self.turns}
+    return Making(writer.example, tokenizer.with_template(template) if template else tokenizer, key)
+
 
 def prepare(
-  config: DataConfig, settings: Settings, log: Callable[[str], object] = print
+  config: DataConfig, settings: Fitting, log: Callable[[str], object] = print
 ) -> Prepared:
   """Prepares the records of a config's sources, or loads them if that was done before.
 
@@ -77,14 +117,9 @@ def prepare(
   if config.tokenizer.path:
     # A chat model may end a turn with another token than a document.
     tokenizer.generation = generation.beside(config.tokenizer.path)
-  template = ''
-  if settings.template:
-    template = pathlib.Path(settings.template).expanduser().read_text()
-  writer = ExampleWriter(tokenizer, template, settings.turns)
-  if template:
-    tokenizer = tokenizer.with_template(template)
-  build = functools.partial(_build, settings, tokenizer, writer)
-  key = _key(config, settings, template, generation.ends(tokenizer))
+  making = settings.making(tokenizer)
+  build = functools.partial(_build, settings, making)
+  key = _key(config, settings, making.key)
   prepared = kept(config, key, build, log, settings.packing)
   for line in _described(prepared.report):
     log(line)
@@ -126,7 +161,7 @@ def _check(config: DataConfig) -> None:
     )
 
 
-def _key(config: DataConfig, settings: Settings, template: str, ends: Sequence[int]) -> str:
+def _key(config: DataConfig, settings: Fitting, of_making: dict) -> str:
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
   tokenizer = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
@@ -137,9 +172,7 @@ def _key(config: DataConfig, settings: Settings, template: str, ends: Sequence[i
     'sources': _identity(config.sources, memo),
     'validation': _identity(config.validation, memo),
     'tokenizer': tokenizer,
-    'template': template,
-    'ends': [*ends],
-    'turns': settings.turns,
+    **of_making,
     'too_long': [settings.too_long, config.sequence_length],
     'exact_duplicates': config.clean.exact_duplicates,
     'validation_fraction': config.validation_fraction,
@@ -157,15 +190,14 @@ def _identity(of, memo):
 
 
 def _build(
-  settings: Settings,
-  tokenizer: Tokenizer,
-  writer: ExampleWriter,
+  settings: Fitting,
+  making: Making,
   config: DataConfig,
   directory: pathlib.Path,
   log: Callable[[str], object],
 ) -> None:
   """Writes the shards of all sources."""
-  began = time.perf_counter()
+  began, tokenizer = time.perf_counter(), making.tokenizer
   tokenizer.save(directory / 'tokenizer')
   seen: set[bytes] = set()
   held_out = collections.Counter(documents=0, tokens=0, scored=0)
@@ -180,7 +212,7 @@ def _build(
       trained = collections.Counter(documents=0, tokens=0, scored=0)
       counts, before = _counts(source) | {'train': trained}, len(validation.shards)
       with ShardWriter(directory, f'train-{i}', tokenizer.vocabulary, scored=True) as train:
-        for share, example in _examples(config, settings, writer, source, seen, counts):
+        for share, example in _examples(config, settings, making, source, seen, counts):
           apart = share < config.validation_fraction
           add(*((validation, held_out) if apart else (train, trained)), example)
       trained['shards'] = train.shards
@@ -194,7 +226,7 @@ def _build(
         )
     for source in config.validation:
       counts, before = _counts(source), len(validation.shards)
-      for _, example in _examples(config, settings, writer, source, seen, counts):
+      for _, example in _examples(config, settings, making, source, seen, counts):
         add(validation, held_out, example)
       validation.end_shard()
       counts['held_out_shards'] = len(validation.shards) - before
@@ -237,8 +269,8 @@ def _counts(source: SourceConfig) -> dict:
 
 def _examples(
   config: DataConfig,
-  settings: Settings,
-  writer: ExampleWriter,
+  settings: Fitting,
+  making: Making,
   source: SourceConfig,
   seen: set[bytes],
   counts: dict,
@@ -249,9 +281,11 @@ def _examples(
   most = config.sequence_length + 1  # the last token is a target only
   for place, record in records(source):
     counts['read'] += 1
-    example = writer.example(place, record)
-    digest = hashlib.blake2b(example.ids.tobytes() + example.scored.tobytes(), digest_size=16)
-    digest = digest.digest()
+    example = making.example(place, record)
+    content = example.ids.tobytes() + example.scored.tobytes()
+    if isinstance(record, LabelRecord):
+      content = labelled.identity(record)
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     if config.clean.exact_duplicates and digest in seen:
       counts['dropped']['exact_duplicate'] += 1
       continue
@@ -267,7 +301,7 @@ def _examples(
       if not example.scored[1:].any():
         counts['dropped']['nothing_learned_when_truncated'] += 1
         continue
-    yield int.from_bytes(digest[:8], 'little') / 2.0**64, example
+    yield labelled.share(digest), example
 
 
 def _described(report: dict) -> Iterator[str]:

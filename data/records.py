@@ -1,8 +1,8 @@
 """What is a record to tune on, and which fields of a row say what? Rows of JSONL, CSV and Parquet
 files, read by a format that is named and never guessed.
 
-A record is a conversation (`messages`, perhaps with `tools`), or a prompt with its completion. What
-a row has besides its format's fields is not read.
+A record is a conversation (`messages`, perhaps with `tools`), a prompt with its completion, or a
+text with its label. What a row has besides its format's fields is not read.
 """
 
 import csv
@@ -45,7 +45,15 @@ class TextRecord:
   completion: str
 
 
-Record = ChatRecord | TextRecord
+@dataclasses.dataclass(frozen=True)
+class LabelRecord:
+  """A text, and which of several labels it has."""
+
+  text: str
+  label: str
+
+
+Record = ChatRecord | TextRecord | LabelRecord
 
 
 def records(source: SourceConfig) -> Iterator[tuple[str, Record]]:
@@ -151,6 +159,15 @@ class _Reader:
       raise self.wrong(field, 'a text')
     return value
 
+  def name(self, field: str) -> str:
+    """A text that is not empty, or a whole number as one."""
+    value = self.value(field)
+    if isinstance(value, int) and not isinstance(value, bool):
+      return str(value)
+    if not isinstance(value, str) or not value.strip():
+      raise self.wrong(field, 'a name or a whole number')
+    return value.strip()
+
   def items(self, field: str, of: str, optional: bool = False) -> list | None:
     value = self.value(field)
     if optional and value in (None, ''):
@@ -235,11 +252,16 @@ def _completion(row: _Reader) -> Record:
   return ChatRecord([*prompt, *completion], tools, given=len(prompt))
 
 
+def _label(row: _Reader) -> LabelRecord:
+  return LabelRecord(row.text('text'), row.name('label'))
+
+
 FORMATS: dict[str, Callable[[_Reader], Record]] = {
   'chat': _chat,
   'sharegpt': _sharegpt,
   'alpaca': _alpaca,
   'completion': _completion,
+  'label': _label,
 }
 # The fields of each format, and what they say.
 FIELDS = {
@@ -262,5 +284,9 @@ FIELDS = {
     ('prompt', 'a text, or messages'),
     ('completion', 'the text that follows, or messages'),
     ('tools', 'JSON schemas, or nothing'),
+  ),
+  'label': (
+    ('text', 'a text'),
+    ('label', 'which one it is, a name or a whole number'),
   ),
 }
