@@ -12,6 +12,7 @@ from objectives.objective import Objective
 KINDS = {
   'next_token': 'objectives.next_token.NextToken',
   'sft': 'objectives.sft.SFT',
+  'classify': 'objectives.classify.Classify',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
 }

@@ -78,6 +78,11 @@ BESIDES = {
     '--config.data.sources[0].path=HERE/orders.jsonl',
     '--config.data.sequence_length=48',
   ),
+  'classify': (
+    '--config.train.epochs=0',
+    '--config.optimizer.warmup_fraction=0.0',
+    '--config.data.sequence_length=64',
+  ),
 }
 # Of a model whose package of 93 MB tests/real imports, another one is in its place here.
 CHAT = (
@@ -97,7 +102,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt|orders\.jsonl)')
+  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt|orders\.jsonl|sentiment\.csv)')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
 
 
@@ -120,6 +125,8 @@ def ran(tmp_path_factory):
     for pair in pairs
   ]
   (directory / 'orders.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
+  labelled = [f'number {i} is it,{("positive", "negative")[i % 2]}' for i in range(60)]
+  (directory / 'sentiment.csv').write_text('\n'.join(['text,label', *labelled]) + '\n')
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
   (hf.parent / 'answers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
   gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
@@ -167,6 +174,7 @@ def test_what_they_promise_is_there(ran):
     'orders',
     'lora',
     'answers',
+    'classifier',
     'mlm',
     'span_corruption',
     'merged',

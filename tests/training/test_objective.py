@@ -261,6 +261,7 @@ def test_the_default_is_one_model_trained_whole():
   assert Config().objective == NextToken() and list(kinds.KINDS) == [
     'next_token',
     'sft',
+    'classify',
     'span_corruption',
     'masked_lm',
   ]
