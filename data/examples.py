@@ -139,8 +139,9 @@ def _check(config: DataConfig) -> None:
       if not source.format:
         raise ValueError(
           f'data.{field}[{i}] (kind={source.kind!r}, path={source.path!r}) has no format, and '
-          "objective.kind='sft' tunes on records: say which fields its rows have, as in "
-          f'--config.data.{field}[{i}].format=chat, or use objective.kind=next_token for documents'
+          'the objective is of records: say which fields its rows have, as in '
+          f'--config.data.{field}[{i}].format=chat (of labels, to classify: label), or use '
+          'objective.kind=next_token for documents'
         )
   unread = CleanConfig(anonymise=(), near_duplicates=0)
   for field in dataclasses.fields(CleanConfig):
