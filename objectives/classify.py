@@ -16,7 +16,7 @@ from data.labelled import OVER, LabelLoader, LabelValidation, LabelWriter
 from data.template import CLOZE, PREFIX, Asking, Template, form_of, with_mask
 from kernels import context
 from objectives.next_token import NextToken, summed_loss
-from objectives.objective import MAIN, or_one
+from objectives.objective import MAIN
 from parallel import axes as ax
 
 
@@ -38,6 +38,7 @@ class Classify(NextToken, examples.Fitting):
   form: str = PREFIX
   over: str = 'tokens'
   term = 'classify'
+  of_records = True
 
   def __post_init__(self):
     super().__post_init__()
@@ -117,10 +118,9 @@ class Classify(NextToken, examples.Fitting):
     tokens, which a word may have several of, or of labels.
     """
     del prepared
-    tokens = or_one(sums['tokens'])
     return {
-      'validation_loss': float(sums['nll'] / tokens),
-      'validation_accuracy': float(sums['correct'] / tokens),
+      'validation_loss': sums['nll'] / sums['tokens'],
+      'validation_accuracy': sums['correct'] / sums['tokens'],
     }
 
 
