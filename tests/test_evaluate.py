@@ -91,7 +91,7 @@ def test_a_run_says_how_well_it_classifies(tuned):
     (('--config=tiny',), "objective.kind='next_token' names no template to classify by"),
     (('--config.objective.template=none.toml',), 'none.toml'),
   ],
-  ids=' '.join,
+  ids=range(5),
 )
 def test_what_cannot_be_asked_is_said(tuned, flags, said):
   done = Process(tuned, 'evaluate.py', f'--workdir={tuned}/run', *flags).end()
