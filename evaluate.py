@@ -27,7 +27,7 @@ from data.template import Template
 from decode.generator import Generator
 from evaluation import classify
 from evaluation.prompts import Shots
-from parallel.mesh import mesh_of
+from parallel.flag import mesh_of
 from training import config as configs, overrides
 
 CONFIG = overrides.define_flag()

@@ -42,7 +42,7 @@ from decode.request import FAILED, INTERRUPTED
 from decode.results import GrowingFile, progress_bar
 from decode.sampling import seed_of
 from decode.table import TYPES, Option
-from parallel.mesh import mesh_of
+from parallel.flag import mesh_of
 from training import config as configs
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)

@@ -14,8 +14,6 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-import names
-
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
 # In context, arrays of single devices can be worked on one by one.
 NO_MESH = Mesh(np.empty((), object), ())
@@ -87,18 +85,6 @@ class MeshConfig:
         f'not divide {devices}; change one of them'
       )
     return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
-
-
-def mesh_of(text: str) -> MeshConfig:
-  """The mesh that a flag names, as in data=2,tensor=4."""
-  sizes = {'data': 1}
-  for part in filter(None, text.split(',')):
-    axis, _, size = part.partition('=')
-    names.check('mesh axis', axis, AXES)
-    if not size.lstrip('-').isdigit():
-      raise ValueError(f'--mesh: {part!r} is no axis=size')
-    sizes[axis] = int(size)
-  return MeshConfig(**sizes)
 
 
 def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.Explicit) -> Mesh:
