@@ -42,7 +42,7 @@ from decode.request import FAILED, INTERRUPTED
 from decode.results import GrowingFile, progress_bar
 from decode.sampling import seed_of
 from decode.table import TYPES, Option
-from parallel.mesh import AXES, MeshConfig
+from parallel.flag import mesh_of
 from training import config as configs
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)
@@ -203,18 +203,6 @@ def check_flags() -> None:
       raise ValueError(
         f'--output={OUTPUT.value}: {error.strerror}; give a file that can be written'
       ) from error
-
-
-def mesh_of(text: str) -> MeshConfig:
-  """The mesh that a flag names, as in data=2,tensor=4."""
-  sizes = {'data': 1}
-  for part in filter(None, text.split(',')):
-    axis, _, size = part.partition('=')
-    names.check('mesh axis', axis, AXES)
-    if not size.lstrip('-').isdigit():
-      raise ValueError(f'--mesh: {part!r} is no axis=size')
-    sizes[axis] = int(size)
-  return MeshConfig(**sizes)
 
 
 def options_of(generator: Generator) -> dict:

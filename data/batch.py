@@ -92,3 +92,29 @@ class SourceBatch(Batch):
 def _sources(make, rows, length):
   names = [field.name for field in dataclasses.fields(SourceBatch) if field.name not in DTYPES]
   return {name: make((rows, length), np.int32) for name in names}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LabelBatch(Batch):
+  """A batch whose targets are words of labels; every row has them all beside it, [B, W].
+
+  Attributes:
+    choices: int32, ids of the words of all labels.
+    labels: int32, the number of each one's label.
+  """
+
+  choices: Any
+  labels: Any
+
+  @classmethod
+  def empty(cls, rows: int, length: int, words: int) -> 'LabelBatch':
+    empty = np.zeros((2, rows, words), np.int32)
+    return cls(**vars(Batch.empty(rows, length)), choices=empty[0], labels=empty[1])
+
+  @classmethod
+  def abstract(
+    cls, rows: int, length: int, words: int, sharding: jax.sharding.Sharding | None = None
+  ) -> 'LabelBatch':
+    each = jax.ShapeDtypeStruct((rows, words), np.int32, sharding=sharding)
+    return cls(**vars(Batch.abstract(rows, length, sharding)), choices=each, labels=each)

@@ -14,7 +14,7 @@ import numpy as np
 import names
 from data import generation
 from data.chat import ChatTemplate, quoted
-from data.records import ChatRecord, Record, TextRecord
+from data.records import ChatRecord, LabelRecord, Record, TextRecord
 from data.tokenizer import Tokenizer, in_utf8
 
 ASSISTANT = 'assistant'
@@ -62,6 +62,11 @@ class ExampleWriter:
     try:
       if isinstance(record, TextRecord):
         return self._completion(record)
+      if isinstance(record, LabelRecord):
+        raise ValueError(
+          "records of format 'label' are classified: use objective.kind=classify, whose template "
+          'says in which words'
+        )
       return self._conversation(record)
     except ValueError as error:
       raise ValueError(f'{place}: {error}') from error

@@ -19,12 +19,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 import names
-from data import cache, generation, sources, tokenizers
+from data import cache, generation, labelled, sources, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig
 from data.conversations import TURNS, Example, ExampleWriter
 from data.prepare import identity
 from data.prepared import Prepared, described, held_out_sources, kept
-from data.records import Record, records
+from data.records import LabelRecord, Record, records
 from data.shards import PACKINGS, Rows, ShardWriter
 from data.tokenizer import Tokenizer
 
@@ -106,8 +106,29 @@ class Packed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Packed):
-  """What is made of records of which a decoder learns a part.
+class Sequences(Packed):
+  """What is made of records of which a decoder, or an encoder, learns a part of one sequence."""
+
+  def fitted(self, example, config, reserved=0):
+    most = config.sequence_length + 1 - reserved  # the last token is a target only
+    if len(example.ids) <= most:
+      return Fitted(example)
+    if self.too_long == 'drop':
+      return Fitted(None, dropped='too_long')
+    keep = slice(-most, None) if self.too_long == 'left' else slice(most)
+    example = Example(example.ids[keep], example.scored[keep])
+    if not example.scored[1:].any():
+      return Fitted(None, self.sides, 'nothing_learned_when_truncated')
+    return Fitted(example, self.sides)
+
+  def rows_of(self, config, tokenizer):
+    del tokenizer
+    return Rows(config.sequence_length, self.packing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Sequences):
+  """What is made of conversations and completions.
 
   Attributes:
     template: file of the chat template, for a tokenizer that has none; it becomes the run's.
@@ -139,22 +160,6 @@ class Settings(Packed):
       'turns': self.turns,
       'too_long': [self.too_long, config.sequence_length],
     }
-
-  def fitted(self, example, config, reserved=0):
-    most = config.sequence_length + 1 - reserved  # the last token is a target only
-    if len(example.ids) <= most:
-      return Fitted(example)
-    if self.too_long == 'drop':
-      return Fitted(None, dropped='too_long')
-    keep = slice(-most, None) if self.too_long == 'left' else slice(most)
-    example = Example(example.ids[keep], example.scored[keep])
-    if not example.scored[1:].any():
-      return Fitted(None, self.sides, 'nothing_learned_when_truncated')
-    return Fitted(example, self.sides)
-
-  def rows_of(self, config, tokenizer):
-    del tokenizer
-    return Rows(config.sequence_length, self.packing)
 
 
 def prepare(config: DataConfig, settings: Packed, log: Callable[[str], object] = print) -> Prepared:
@@ -347,8 +352,10 @@ def _examples(
   for place, record in records(source):
     counts['read'] += 1
     example = writer.example(place, record)
-    digest = hashlib.blake2b(example.ids.tobytes() + example.scored.tobytes(), digest_size=16)
-    digest = digest.digest()
+    content = example.ids.tobytes() + example.scored.tobytes()
+    if isinstance(record, LabelRecord):
+      content = labelled.identity(record)
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     if config.clean.exact_duplicates and digest in seen:
       counts['dropped']['exact_duplicate'] += 1
       continue
@@ -360,7 +367,7 @@ def _examples(
     if example is None:
       counts['dropped'][dropped] += 1
       continue
-    yield int.from_bytes(digest[:8], 'little') / 2.0**64, example
+    yield labelled.share(digest), example
 
 
 def _described(report: dict, settings: Packed) -> Iterator[str]:

@@ -2,7 +2,8 @@
 files, read by a format that is named and never guessed.
 
 A record is a conversation (`messages`, perhaps with `tools`), a prompt with its completion, or a
-source with its target. What a row has besides its format's fields is not read.
+source with its target, or a text with its label. What a row has besides its format's fields is not
+read.
 """
 
 import csv
@@ -53,7 +54,15 @@ class PairRecord:
   target: str
 
 
-Record = ChatRecord | TextRecord | PairRecord
+@dataclasses.dataclass(frozen=True)
+class LabelRecord:
+  """A text, and which of several labels it has."""
+
+  text: str
+  label: str
+
+
+Record = ChatRecord | TextRecord | PairRecord | LabelRecord
 
 
 def records(source: SourceConfig) -> Iterator[tuple[str, Record]]:
@@ -159,6 +168,15 @@ class _Reader:
       raise self.wrong(field, 'a text')
     return value
 
+  def name(self, field: str) -> str:
+    """A text that is not empty, or a whole number as one."""
+    value = self.value(field)
+    if isinstance(value, int) and not isinstance(value, bool):
+      return str(value)
+    if not isinstance(value, str) or not value.strip():
+      raise self.wrong(field, 'a name or a whole number')
+    return value.strip()
+
   def items(self, field: str, of: str, optional: bool = False) -> list | None:
     value = self.value(field)
     if optional and value in (None, ''):
@@ -247,12 +265,17 @@ def _pair(row: _Reader) -> PairRecord:
   return PairRecord(row.text('source'), row.text('target'))
 
 
+def _label(row: _Reader) -> LabelRecord:
+  return LabelRecord(row.text('text'), row.name('label'))
+
+
 FORMATS: dict[str, Callable[[_Reader], Record]] = {
   'chat': _chat,
   'sharegpt': _sharegpt,
   'alpaca': _alpaca,
   'completion': _completion,
   'pair': _pair,
+  'label': _label,
 }
 # The fields of each format, and what they say.
 FIELDS = {
@@ -279,5 +302,9 @@ FIELDS = {
   'pair': (
     ('source', 'a text'),
     ('target', 'the text that is written of it'),
+  ),
+  'label': (
+    ('text', 'a text'),
+    ('label', 'which one it is, a name or a whole number'),
   ),
 }

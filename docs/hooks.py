@@ -24,7 +24,7 @@ OTHERS = (
   'launch/README.md',
   'notebooks/generate.ipynb',
 )
-COMMANDS = ('train.py', 'generate.py', 'plan.py')
+COMMANDS = ('train.py', 'generate.py', 'evaluate.py', 'plan.py')
 MARK = re.compile(r'<!-- generated: (\w+)[^>]*-->')
 
 

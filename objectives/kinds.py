@@ -13,6 +13,7 @@ KINDS = {
   'next_token': 'objectives.next_token.NextToken',
   'sft': 'objectives.sft.SFT',
   'seq2seq': 'objectives.seq2seq.Seq2Seq',
+  'classify': 'objectives.classify.Classify',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
 }

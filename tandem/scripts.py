@@ -15,6 +15,11 @@ def generate() -> None:
   _run('generate')
 
 
+def evaluate() -> None:
+  """tandem-evaluate"""
+  _run('evaluate')
+
+
 def plan() -> None:
   """tandem-plan"""
   _run('plan')

@@ -29,6 +29,7 @@ jaxtyping.install_import_hook(
     'kernels',
     'objectives',
     'decode',
+    'evaluation',
     'training.precision',
     'training.adam8bit',
     'training.gradients',

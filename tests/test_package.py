@@ -54,7 +54,8 @@ def test_only_one_name_lies_in_site_packages(installed):
   # Each of its modules is claimed, or a person's own would be taken for it.
   inside = {path.stem for path in (installed / 'tandem').iterdir()} - {'__init__', 'scripts'}
   assert inside == set(tandem.NAMES)
-  for name in ('configs/demo.py', 'configs/models/gpt2.py', 'kernels/tuning.json', 'train.py'):
+  inside = ('configs/templates/sentiment.toml', 'kernels/tuning.json')
+  for name in ('configs/demo.py', 'configs/models/gpt2.py', 'train.py', *inside):
     assert (installed / 'tandem' / name).exists() == (ROOT / name).exists(), name
 
 
@@ -83,7 +84,7 @@ def test_a_module_that_has_its_name_already_is_named(installed, tmp_path):
 @pytest.mark.parametrize('command', ['train', 'convert'])
 def test_commands_are_installed(installed, tmp_path, command):
   entries = next(installed.glob('*.dist-info/entry_points.txt')).read_text()
-  for name in ('train', 'generate', 'plan', 'convert'):
+  for name in ('train', 'generate', 'evaluate', 'plan', 'convert'):
     assert f'tandem-{name} = tandem.scripts:{name}' in entries
   text = f"import sys\nsys.argv = ['tandem-{command}', '--help']\n"
   done = python(installed, tmp_path, text + f'from tandem.scripts import {command}\n{command}()\n')

@@ -79,6 +79,11 @@ BESIDES = {
     '--config.data.sequence_length=48',
   ),
   'seq2seq': ('--config.model.layers=1',),
+  'classify': (
+    '--config.train.epochs=0',
+    '--config.optimizer.warmup_fraction=0.0',
+    '--config.data.sequence_length=64',
+  ),
 }
 # Of a model whose package of 93 MB tests/real imports, another one is in its place here.
 CHAT = (
@@ -98,7 +103,8 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  places = re.compile(r'(?<![\w/])(?=(runs|path/to)/|input\.txt|orders\.jsonl|dates\.jsonl)')
+  names = r'input\.txt|orders\.jsonl|dates\.jsonl|sentiment\.csv'
+  places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
 
 
@@ -124,6 +130,8 @@ def ran(tmp_path_factory):
   (directory / 'dates.jsonl').write_text(
     ''.join(json.dumps({'source': q, 'target': a}) + '\n' for q, a in pairs)
   )
+  labelled = [f'number {i} is it,{("positive", "negative")[i % 2]}' for i in range(60)]
+  (directory / 'sentiment.csv').write_text('\n'.join(['text,label', *labelled]) + '\n')
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
   (hf.parent / 'answers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
   gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
@@ -171,6 +179,7 @@ def test_what_they_promise_is_there(ran):
     'orders',
     'lora',
     'answers',
+    'classifier',
     'mlm',
     'span_corruption',
     'dates',

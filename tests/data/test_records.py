@@ -7,7 +7,7 @@ import pytest
 
 from data import config
 from data.config import DataConfig, SourceConfig
-from data.records import FIELDS, FORMATS, ChatRecord, TextRecord, records
+from data.records import FIELDS, FORMATS, ChatRecord, LabelRecord, TextRecord, records
 
 CHAT = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]
 
@@ -57,6 +57,8 @@ def read(path, **fields):
       {'prompt': CHAT[:1], 'completion': CHAT[1:]},
       ChatRecord(CHAT, given=1),
     ),
+    ('label', {'text': 'a', 'label': 'good '}, LabelRecord('a', 'good')),
+    ('label', {'text': 'a', 'label': 0}, LabelRecord('a', '0')),
   ],
 )
 def test_a_row_is_the_record_that_its_format_says(tmp_path, format, row, record):
@@ -119,6 +121,8 @@ def test_columns_may_have_other_names(tmp_path):
     ('alpaca', {'instruction': 'a', 'output': 3}, "field 'output' .* must be a text, and is 3"),
     ('completion', {'prompt': 'a'}, "field 'completion' .* must be a text, as the other one is"),
     ('completion', {'prompt': 'a', 'completion': CHAT}, "field 'completion' .* must be a text"),
+    ('label', {'text': 'a'}, "field 'label' .* must be a name or a whole number, and is missing"),
+    ('label', {'text': 'a', 'label': True}, "field 'label' .* must be a name.*, and is True"),
   ],
 )
 def test_a_row_that_is_no_record_is_named(tmp_path, format, row, said):
@@ -127,6 +131,7 @@ def test_a_row_that_is_no_record_is_named(tmp_path, format, row, said):
     'sharegpt': {'conversations': [{'from': 'human', 'value': 'a'}]},
     'alpaca': {'instruction': 'a', 'output': 'b'},
     'completion': {'prompt': 'a', 'completion': 'b'},
+    'label': {'text': 'a', 'label': 'b'},
   }[format]
   path = jsonl(tmp_path, good, row)
   with pytest.raises(ValueError, match=f'rows.jsonl:2: {said}'):

@@ -262,6 +262,7 @@ def test_the_default_is_one_model_trained_whole():
     'next_token',
     'sft',
     'seq2seq',
+    'classify',
     'span_corruption',
     'masked_lm',
   ]

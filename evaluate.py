@@ -1,0 +1,181 @@
+"""Says how good a model is:
+
+  python evaluate.py --workdir=runs/smollm2 --config=configs/classify.py --shots=0,4 \\
+    --calibration=none,contextual '--config.data.sources[0].path=sentiment.csv'
+
+What is asked, and of which held-out records, is in the config (of a run that was tuned to classify,
+its own). Every number comes with a 95% interval and a digest of the prompts that it is of.
+"""
+
+from parallel import hosts
+
+if __name__ == '__main__':
+  hosts.use_huge_pages()
+  hosts.leave_at_signals()
+
+import json
+import pathlib
+import time
+
+from absl import app, flags, logging
+
+import commands
+import files
+import names
+from data import labelled
+from data.template import Template
+from decode.generator import Generator
+from evaluation import classify
+from evaluation.prompts import Shots
+from parallel.flag import mesh_of
+from training import config as configs, overrides
+
+CONFIG = overrides.define_flag()
+WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)
+CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a step.")
+MESH = flags.DEFINE_string(
+  'mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4."
+)
+WEIGHTS = flags.DEFINE_enum(
+  'weights',
+  '',
+  ['', 'int8'],
+  'int8: matrices of one byte a number, which is less exact and faster.',
+)
+SHOTS = flags.DEFINE_list(
+  'shots', ['0'], 'How many training examples stand before each question; several by commas.'
+)
+SEED = flags.DEFINE_integer(
+  'seed', 0, 'Decides which examples are shown, and of the bootstrap.', lower_bound=0
+)
+CALIBRATION = flags.DEFINE_list(
+  'calibration',
+  ['none'],
+  "What scores of labels are set against: 'none', 'contextual' (texts without content), 'pmi' (no "
+  'text); several by commas.',
+)
+LIMIT = flags.DEFINE_integer(
+  'limit', 0, 'Only so many of the held-out records, the first ones; 0: all.', lower_bound=0
+)
+OUTPUT = flags.DEFINE_string(
+  'output', None, 'Directory of the results; default: evaluation, in that of the run.'
+)
+
+TASK = 'classify'  # the beginning of every file's name
+
+
+def check_flags() -> list[int]:
+  """How many shots are asked for. Raises ValueError for values that mean nothing."""
+  files.check_local('--workdir', WORKDIR.value)
+  files.check_local('--output', OUTPUT.value or '')
+  for name in CALIBRATION.value:
+    names.check('--calibration', name, classify.CALIBRATIONS)
+  if not all(text.isdecimal() for text in SHOTS.value):
+    raise ValueError(f'--shots={",".join(SHOTS.value)} must be whole numbers, as in --shots=0,4')
+  return [int(text) for text in SHOTS.value]
+
+
+def check_objective(config: configs.Config) -> None:
+  """Raises ValueError for a config that says nothing of classification."""
+  if config.objective.kind != TASK:
+    raise ValueError(
+      f'objective.kind={config.objective.kind!r} names no template to classify by; give '
+      "--config=configs/classify.py, and --config.objective.template for one's own"
+    )
+
+
+def evaluate(
+  config: configs.Config, generator: Generator, ways: list[int], output: pathlib.Path
+) -> list[classify.Result]:
+  """Results of every way to ask, which are printed and written."""
+  template = Template.read(config.objective.template)
+  train, held_out = labelled.split(config.data)
+  held_out = held_out[: LIMIT.value or None]
+  for place, record in train:
+    template.number(place, record)
+  asking = classify.asking_of(generator, template)
+  print(
+    f'{len(held_out)} held-out records of {len(template.labels)} labels; examples from '
+    f'{len(train)} others'
+  )
+
+  results, lines = [], [{'place': place, **vars(record)} for place, record in held_out]
+  for k in ways:
+    began = time.perf_counter()
+    shots = Shots([record for _, record in train], template.labels, k, SEED.value)
+    scores = classify.scored(generator, asking, held_out, shots)
+    seconds = time.perf_counter() - began
+    print(f'{k} shots: {seconds:.1f} s; prompts {scores.prompts}')
+    if scores.cut:
+      print(f'NOTE: {scores.cut} prompts were cut on the left, to fit the context')
+    settings = {
+      'workdir': WORKDIR.value,
+      'checkpoint': CHECKPOINT.value,
+      'weights': WEIGHTS.value,
+      'template': config.objective.template,
+      'shots': k,
+    }
+    for calibration in CALIBRATION.value:
+      result = classify.Result.of(scores, template, calibration, SEED.value, settings)
+      results.append(result)
+      p = classify.probabilities(scores.labels, scores.free, calibration)
+      for line, row in zip(lines, p.tolist(), strict=True):
+        line[f'{k} {calibration}'] = dict(zip(template.labels, row))
+      write(output, result, f'{k}-{calibration}')
+  files.replace(output / f'{TASK}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
+  content = {'results': [result.values() for result in results]}
+  files.replace(output / f'{TASK}.json', json.dumps(content, indent=1) + '\n')
+  return results
+
+
+def write(output: pathlib.Path, result: classify.Result, way: str) -> None:
+  """Prints a way's confusion matrix, and draws it."""
+  print(f'\n{way}\n{classify.confusion_text(result.labels, result.confusion)}')
+  title = f'{WORKDIR.value}\n{way}: accuracy {result.metrics["accuracy"]}'
+  path = output / f'{TASK}-{way}.png'
+  files.replace(path, classify.confusion_picture(result.labels, result.confusion, title))
+
+
+def table(results: list[classify.Result]) -> None:
+  """Prints all metrics of all ways, with their intervals."""
+  metrics = [*results[0].metrics]
+  rows = [
+    [
+      f'{result.settings["shots"]} shots, {result.settings["calibration"]}',
+      *(str(result.metrics[name]) for name in metrics),
+    ]
+    for result in results
+  ]
+  n = results[0].metrics['accuracy'].n
+  commands.table(f'{n} records, with 95% intervals', ['', *metrics], rows)
+
+
+def run() -> None:
+  """What the flags ask for."""
+  ways = check_flags()
+  if CONFIG.value is None:
+    raise ValueError('give --config=configs/classify.py: this directory has no config of its own')
+  config = overrides.from_flag(CONFIG.value)
+  check_objective(config)
+  hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
+  output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
+  output.mkdir(parents=True, exist_ok=True)
+  remedy = 'wait until it ends, end it, or give another --output'
+  with files.locked(output / 'lock', str(output), remedy):
+    mesh = mesh_of(MESH.value)
+    generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh, WEIGHTS.value)
+    results = evaluate(config, generator, ways, output)
+    table(results)
+    print(f'\nwrote {output}/{TASK}.json, .jsonl and a .png of each')
+
+
+def main(arguments):
+  names.only_flags(arguments, '--shots=0,4')
+  logging.set_verbosity(logging.WARNING)
+  with commands.mendable(FloatingPointError, ImportError):
+    run()
+
+
+if __name__ == '__main__':
+  hosts.heed_interrupts()
+  commands.end(lambda: app.run(main, flags_parser=overrides.parsed))

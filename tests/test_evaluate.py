@@ -1,0 +1,98 @@
+"""Does the command say how good a model is, the same each time, and what is wrong before it takes
+long?
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.test_commands import Process
+
+CONFIG = '''
+from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
+from model.config import ModelConfig
+from objectives.classify import Classify
+from training.config import Config, TrainConfig
+from training.optimizer import OptimizerConfig
+
+
+def get_config():
+  return Config(
+    model=ModelConfig(width=32, layers=2, heads=4, feed_forward=64),
+    objective=Classify(template='DIRECTORY/template.toml'),
+    data=DataConfig(
+      sources=(SourceConfig(kind='csv', path='DIRECTORY/texts.csv', format='label'),),
+      clean=CleanConfig(anonymise=(), near_duplicates=0),
+      tokenizer=TokenizerConfig(kind='byte'),
+      sequence_length=64,
+      batch_size=8,
+      validation_fraction=0.5,
+      cache_dir='DIRECTORY/cache',
+    ),
+    optimizer=OptimizerConfig(learning_rate=0.01, schedule='constant'),
+    train=TrainConfig(steps=3, log_every=1),
+  )
+'''
+
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+  """A directory with a run of a few steps."""
+  directory = tmp_path_factory.mktemp('evaluated')
+  (directory / 'config.py').write_text(CONFIG.replace('DIRECTORY', str(directory)))
+  (directory / 'template.toml').write_text(
+    'pattern = "{{ text }}:"\nbetween = " "\n[words]\nup = "high"\ndown = "low"\n'
+  )
+  rows = [f'text {i},{("up", "down")[i % 2]}' for i in range(60)]
+  (directory / 'texts.csv').write_text('\n'.join(['text,label', *rows]) + '\n')
+  done = Process(
+    directory, 'train.py', f'--config={directory}/config.py', f'--workdir={directory}/run'
+  ).end()
+  assert done.code == 0, done.error
+  return directory
+
+
+@pytest.mark.slow
+def test_a_run_says_how_well_it_classifies(tuned):
+  flags = ('--shots=0,2', '--calibration=none,contextual', f'--workdir={tuned}/run')
+  done = Process(tuned, 'evaluate.py', *flags).end()
+  assert done.code == 0 and 'Traceback' not in done.error, done.error
+  output = tuned / 'run' / 'evaluation'
+  results = json.loads((output / 'classify.json').read_text())['results']
+  assert [(r['shots'], r['calibration']) for r in results] == [
+    (0, 'none'),
+    (0, 'contextual'),
+    (2, 'none'),
+    (2, 'contextual'),
+  ]
+  lines = [json.loads(line) for line in (output / 'classify.jsonl').read_text().splitlines()]
+  for result in results:
+    assert result['n'] == len(lines) and np.sum(result['confusion']) == len(lines)
+    way = f'{result["shots"]} {result["calibration"]}'
+    said = [max(line[way], key=line[way].get) == line['label'] for line in lines]
+    assert result['metrics']['accuracy']['value'] == pytest.approx(np.mean(said))
+    assert (output / f'classify-{way.replace(" ", "-")}.png').read_bytes()[:4] == b'\x89PNG'
+  assert results[0]['prompts'] == results[1]['prompts'] != results[2]['prompts']
+  assert '0 shots, contextual' in done.out and 'with 95% intervals' in done.out
+
+  again = Process(tuned, 'evaluate.py', *flags, f'--output={tuned}/again').end()
+  assert again.code == 0, again.error
+  assert json.loads((tuned / 'again' / 'classify.json').read_text())['results'] == results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'flags, said',
+  [
+    (('--shots=two',), '--shots=two must be whole numbers'),
+    (('--calibration=context',), "--calibration='context' is unknown; did you mean 'contextual'"),
+    (('--shots=40',), 'shots=40 shows 20 examples of label'),
+    (('--config=tiny',), "objective.kind='next_token' names no template to classify by"),
+    (('--config.objective.template=none.toml',), 'none.toml'),
+  ],
+  ids=range(5),
+)
+def test_what_cannot_be_asked_is_said(tuned, flags, said):
+  done = Process(tuned, 'evaluate.py', f'--workdir={tuned}/run', *flags).end()
+  assert done.code != 0 and said in done.error and 'Traceback' not in done.error, done.error
