@@ -1,7 +1,5 @@
-"""Which other forms does a model take? Every layer by itself, its first layers only, its routers
-rebalanced: rearranged leaves, of the same values.
-
-L layers · E experts
+"""Which other forms does a model take? Every layer by itself, its first layers only: rearranged
+leaves, of the same values.
 """
 
 import dataclasses
@@ -9,35 +7,11 @@ import re
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
-import names
 from model.config import ModelConfig, MoEConfig
 from model.params import named_leaves
 from model.transformer import Decoder, init
-
-
-def balanced(model: Decoder, load: Float[Array, 'L E'], rate: float) -> Decoder:
-  """The model with the selection bias of every router moved towards experts with less than their
-  share (moe.moved).
-
-  load: choices that fell on each expert, of the layers with experts in order (Output.router).
-  """
-  moved = names.imported('model.moe.moved')
-  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
-  row = {
-    layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)
-  }
-  for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
-    if kind.moe:
-      bias = block.feed_forward.selection_bias
-      of = load[np.array([row[layer] for layer in layers])]
-      # Of layers that share a router, together.
-      of = of.reshape(-1, model.config.shared_layers, of.shape[1]).sum(1)
-      bias[...] = moved(bias[...], of, rate)
-  return model
 
 
 def unstacked(model: Decoder) -> Decoder:

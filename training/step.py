@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 import names
-from model import rearranged, weights
+from model import router, weights
 from objectives.objective import or_one
 from parallel import offload
 from training import precision, state as states, update
@@ -173,6 +173,6 @@ def _advance(config, state: TrainState, measured: update.Measured) -> TrainState
   if config.model.moe.bias_rate and not config.adapter.kind:
     # Nothing moves where all experts have the same load.
     load = jnp.where(measured.finite, measured.load, 0)
-    models = models | {main: rearranged.balanced(models[main], load, config.model.moe.bias_rate)}
+    models = models | {main: router.balanced(models[main], load, config.model.moe.bias_rate)}
   scale = precision.update(state.scale, measured.finite)
   return dataclasses.replace(state, step=state.step + 1, models=models, scale=scale)

@@ -9,7 +9,7 @@ import laws
 import numpy as np
 import pytest
 
-from model import params, rearranged, transformer
+from model import params, router, transformer
 from model.config import MoEConfig
 from model.execution import ExecutionConfig
 from model.params import named_leaves
@@ -228,7 +228,7 @@ def test_layers_report_and_are_balanced_in_their_order(one_device):
   np.testing.assert_array_equal(
     load, [[12 * (expert == layer) for expert in range(14)] for layer in sparse]
   )
-  moved = rearranged.balanced(model, load, 1.0)
+  moved = router.balanced(model, load, 1.0)
   for block, (kind, layers) in zip(moved.stack.blocks, config.places, strict=True):
     for row, layer in zip(block.feed_forward.selection_bias[...] if kind.moe else (), layers):
       assert row.tolist() == [9.0 if expert == layer else 1.0 for expert in range(14)]
