@@ -16,8 +16,8 @@ from model.tensorfiles import TensorFiles
 TENSOR = 'prompt_embeddings'
 KINDS = {'PROMPT_TUNING': 'prompt', 'PREFIX_TUNING': 'prefix'}
 TASKS = {'CAUSAL_LM', 'SEQ_2_SEQ_LM', 'FEATURE_EXTRACTION'}
-# Of what the tokens began as, of training, of a base, of who wrote it: nothing of these changes what
-# the tensor means. (Of a prefix that was trained through a projection, the tensor is what came out.)
+# Of what the tokens began as, of training, of a base, of who wrote it: nothing of these changes
+# what the tensor means. (Of a prefix that was trained through a projection, it is what came out.)
 INDIFFERENT = {
   'auto_mapping',
   'base_model_name_or_path',
@@ -81,8 +81,8 @@ def read(
 ) -> tuple[AdapterConfig, dict[str, dict[str, np.ndarray]]]:
   """The settings and arrays of soft tokens, as `written` takes them.
 
-  given: adapter_config.json, of one of KINDS. place: of it, for messages. Of an encoder-decoder PEFT
-  keeps rows for both stacks by default, of which it reads the encoder's, the first, alone.
+  given: adapter_config.json, of one of KINDS. place: of it, for messages. Of an encoder-decoder
+  PEFT keeps rows for both stacks by default, of which it reads the encoder's, the first, alone.
   Raises NotImplementedError for settings that are not known and change what they mean, ValueError
     for a tensor of another shape.
   """
