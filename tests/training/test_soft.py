@@ -11,6 +11,7 @@ import pytest
 from conftest import RATE, SGD, B, T, assert_close, assert_same, host, tiny
 from test_objective import Run
 
+from data import showing
 from data.batch import Batch
 from data.config import CleanConfig, SourceConfig
 from model import soft
@@ -52,8 +53,8 @@ def source(tmp_path_factory):
   return SourceConfig(kind='jsonl', path=str(path), format='completion')
 
 
-def rows_of(source, adapter, objective=SFT()) -> Batch:
-  """All training rows of a run, as one batch filled up with padding to whole batches of B."""
+def read_for(source, adapter, objective=SFT()):
+  """A config of a run, and what it reads."""
   data = {
     'sources': (source,),
     'validation': (source,),
@@ -63,7 +64,12 @@ def rows_of(source, adapter, objective=SFT()) -> Batch:
     'cache_dir': str(source.path) + '.cache',
   }
   made = dataclasses.replace(tiny(data=data), adapter=adapter, objective=objective)
-  prepared = made.objective.read(made.data, lambda line: None, **program.soft_ids(made))
+  return made, made.objective.read(made.data, lambda line: None, **program.soft_ids(made))
+
+
+def rows_of(source, adapter, objective=SFT()) -> Batch:
+  """All training rows of a run, as one batch filled up with padding to whole batches of B."""
+  _, prepared = read_for(source, adapter, objective)
   batch = Batch.empty(-(-prepared.rows // B) * B, T)
   for row in range(prepared.rows):
     prepared.train[0].fill(row, batch, row)
@@ -315,6 +321,17 @@ def test_examples_begin_with_them(source):
   # Of the pairs that fit without them, some do not.
   lengths = [len(prompt + answer) + 1 + P for prompt, answer in PAIRS]
   assert (batch.segments > 0).sum() == sum(n for n in lengths if n <= T)
+  assert '<264><265><266>' in showing.examples(*read_for(source, PROMPT), 1)
+
+
+def test_a_corpus_without_them_is_the_one_that_it_was(source):
+  """Keys and rows of no prompt are those of before, and every prompt has its own."""
+  keys = [
+    read_for(source, adapter)[1].key
+    for adapter in (AdapterConfig(), PROMPT, dataclasses.replace(PROMPT, tokens=2))
+  ]
+  assert len(set(keys)) == 3
+  assert rows_of(source, AdapterConfig()).tokens.max() < 259
 
 
 @pytest.mark.slow
