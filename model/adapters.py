@@ -19,6 +19,7 @@ from flax import nnx
 
 from model import soft
 from model.adaptation import AdapterConfig
+from model.params import layers_axis
 from model.weights import read
 from model.weights.low_rank import LowRank
 from model.weights.plain import Plain
@@ -83,7 +84,7 @@ def _pair(p: nnx.Param, config: AdapterConfig, key: jax.Array, name: str) -> dic
       f'adapter.rank={config.rank} is more than {name} has, a matrix of {math.prod(ins)} x '
       f'{math.prod(outs)}; lower it, or leave it out of adapter.targets'
     )
-  layers = _layers_axis(p) * stacked
+  layers = layers_axis(p) * stacked
   front, axes_in, axes_out = (
     axes[:experts],
     axes[experts : experts + inputs],
@@ -112,12 +113,6 @@ def _pair(p: nnx.Param, config: AdapterConfig, key: jax.Array, name: str) -> dic
 def inputs_of(p: nnx.Param) -> int:
   """Dimensions that a matrix contracts over; a table's is that of its rows."""
   return 1 if p.kind == 'embedding' else p.inputs
-
-
-def _layers_axis(p: nnx.Param) -> tuple[str | None]:
-  """The logical axis of stacked layers, where stages of a pipeline share them out."""
-  x = jax.tree.leaves(p.get_value())[0]
-  return ('layers',) if ax.explicit() and jax.typeof(x).sharding.spec[0] else (None,)
 
 
 def applied(model, adapter: Adapter, config: AdapterConfig):
@@ -153,7 +148,7 @@ def merged(model, adapter: Adapter, config: AdapterConfig):
 
 def _whole_axes(p: nnx.Param) -> tuple[str | None, ...]:
   axes = tuple(read(p).axes)
-  return _layers_axis(p) * (len(read(p).shape) - len(axes)) + axes
+  return layers_axis(p) * (len(read(p).shape) - len(axes)) + axes
 
 
 def _updated(p: nnx.Param, pair: Mapping[str, nnx.Param], config: AdapterConfig) -> LowRank:

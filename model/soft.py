@@ -25,6 +25,7 @@ from model.adaptation import AdapterConfig
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.layers import lookup
+from model.params import layers_axis
 from model.weights import read
 from model.weights.appended import Appended
 from model.weights.plain import Plain
@@ -87,17 +88,11 @@ def new(model, config: AdapterConfig, key: jax.Array, ids: Sequence[int] | None 
     places = _keys_values(model, drawn)
   return {
     f'stack.blocks.{i}.attention': {
-      part: _parameter(x, _layers_axis(model.stack.blocks[i].attention.k), axes)
+      part: _parameter(x, layers_axis(model.stack.blocks[i].attention.k), axes)
       for part, x in zip(('keys', 'values'), place, strict=True)
     }
     for i, place in enumerate(places)
   }
-
-
-def _layers_axis(p: nnx.Param) -> tuple[str | None]:
-  """The logical axis of stacked layers, where stages of a pipeline share them out."""
-  x = jax.tree.leaves(p.get_value())[0]
-  return ('layers',) if ax.explicit() and jax.typeof(x).sharding.spec[0] else (None,)
 
 
 def _parameter(values: Array, layers: tuple[str | None, ...], axes: tuple[str | None, ...]):

@@ -169,10 +169,8 @@ def test_a_step_is_the_absolute_step_and_the_base_stays(source, one_device):
   assert_same(run.state.models['policy'], base)
 
 
-@pytest.mark.parametrize(
-  'adapter',
-  [pytest.param(PROMPT, id='prompt', marks=pytest.mark.slow), pytest.param(PREFIX, id='prefix')],
-)
+@pytest.mark.slow
+@KINDS
 def test_the_gradient_is_the_slope_in_a_direction(source, one_device, adapter):
   batch = jax.tree.map(lambda x: jnp.asarray(x[:B]), rows_of(source, adapter))
   run = started(adapted(adapter))
