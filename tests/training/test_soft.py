@@ -20,7 +20,7 @@ from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.soft import TABLE
 from model.weights import read
 from objectives.sft import SFT
-from training import program, state as states
+from training import program, soft as soft_runs, state as states
 from training.program import flops_per_token
 
 P = 3
@@ -64,7 +64,9 @@ def read_for(source, adapter, objective=SFT()):
     'cache_dir': str(source.path) + '.cache',
   }
   made = dataclasses.replace(tiny(data=data), adapter=adapter, objective=objective)
-  return made, made.objective.read(made.data, lambda line: None, **program.soft_ids(made))
+  return made, made.objective.read(
+    made.data, lambda line: None, **(soft_runs.ids(made) if adapter.kind else {})
+  )
 
 
 def rows_of(source, adapter, objective=SFT()) -> Batch:
@@ -386,7 +388,7 @@ def test_an_encoder_decoder_has_no_prefix():
     soft.check(network, PREFIX)
   soft.check(network, PROMPT)
   with pytest.raises(ValueError, match='model.vocabulary=0 leaves it open; begin with a run'):
-    program.soft_ids(dataclasses.replace(adapted(PROMPT), model=ModelConfig()))
+    soft_runs.ids(dataclasses.replace(adapted(PROMPT), model=ModelConfig()))
 
 
 @pytest.mark.parametrize(
