@@ -13,9 +13,9 @@ KINDS = ('', *LOW_RANK, *SOFT)
 BASES = ('', 'int8')
 INITIAL = ('vocabulary', 'random', 'text')
 # Of which kinds a field is that others do not read.
-READ_BY = dict.fromkeys(('rank', 'alpha', 'stabilised', 'targets'), LOW_RANK) | dict.fromkeys(
-  ('tokens', 'initial', 'text'), SOFT
-)
+READ_BY = dict.fromkeys(
+  ('rank', 'alpha', 'stabilised', 'targets', 'dropout'), LOW_RANK
+) | dict.fromkeys(('tokens', 'initial', 'text'), SOFT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

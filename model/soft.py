@@ -45,9 +45,14 @@ def check(network: ModelConfig, config: AdapterConfig) -> None:
   for field, value, why in (
     ('encoder_layers', network.encoder_layers, 'has two stacks, whose layers have two attentions'),
     ('latent.width', network.latent.width, 'keeps latents, and neither keys nor values'),
+    (
+      'shared_layers',
+      network.shared_layers > 1 and network.shared_layers,
+      'has layers of one set of parameters',
+    ),
     ('causal', None if network.causal else False, 'keeps no keys and values of earlier tokens'),
   ):
-    if value or value is False:
+    if value or (field == 'causal' and value is False):
       raise NotImplementedError(
         f"adapter.kind='prefix' of a model with model.{field}={value}, which {why}; use "
         "adapter.kind='prompt'"
