@@ -100,6 +100,12 @@ def check_models(config: Config) -> None:
     names.imported('training.soft.check')(config)
 
 
+def read(config: Config, log):
+  """What the objective reads, behind the soft tokens that an adapter has: see Objective.read."""
+  soft = names.imported('training.soft.ids')(config) if config.adapter.soft else {}
+  return config.objective.read(config.data, log, **soft)
+
+
 def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
   """The step that a run of this config takes on a mesh, lowered, and the state that it takes;
   raises as abstract_state does.
