@@ -338,7 +338,10 @@ def _inspect(options) -> None:
     kinds = tensors.kinds
     config = config.with_execution(parameter_dtype=checkpoint.stored_dtype(tensors, _log))
   else:
-    config = configs.load(directory).model
+    run = configs.load(directory)
+    config = run.model
+    if run.adapter.kind:
+      _log(f'{directory}: an adapter of kind {run.adapter.kind!r} on {run.init}, which is:')
     kinds = [checkpoint.KINDS[config.execution.parameter_dtype]]
     try:
       title = families.name_of(families.family_of(config))

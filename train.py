@@ -409,7 +409,7 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
   Raises ValueError for what does not fit the mesh, other processes, or what the directory was begun
     with.
   """
-  prepared = hosts.first_alone(lambda: config.objective.read(config.data, log), 'data')
+  prepared = hosts.first_alone(lambda: program.read(config, log), 'data')
   epochs = config.train.epochs
   config = config.resolve(prepared.tokenizer.vocabulary, prepared.rows)
   if epochs:

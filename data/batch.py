@@ -18,8 +18,8 @@ class Batch:
 
   Attributes:
     tokens: int32 inputs; 0 where segments is 0.
-    targets: int32, the token that follows in the same document; any valid id (the loader's is 0)
-      where weights is 0.
+    targets: int32, the token that follows in the same document; any id (the loader's is 0 where
+      nothing follows), virtual ones included, where weights is 0.
     positions: int32, 0, 1, .. within each segment.
     segments: int32, 1, 2, .. for the pieces of documents in a row, in order; 0 is padding. No
       attention across segments.

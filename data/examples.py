@@ -162,9 +162,15 @@ class Settings(Sequences):
     }
 
 
-def prepare(config: DataConfig, settings: Packed, log: Callable[[str], object] = print) -> Prepared:
+def prepare(
+  config: DataConfig,
+  settings: Packed,
+  log: Callable[[str], object] = print,
+  prompt: Sequence[int] = (),
+) -> Prepared:
   """Prepares the records of a config's sources, or loads them if that was done before.
 
+  prompt: ids, of no token, that stand before every example and are not learned (model.soft).
   Raises:
     ValueError: sources that are no records; cleaning that would not be done; a tokenizer that
       would have to be trained; a record that is none, naming its place; nothing to train on, or
@@ -177,8 +183,9 @@ def prepare(config: DataConfig, settings: Packed, log: Callable[[str], object] =
     # A chat model may end a turn with another token than a document.
     tokenizer.generation = generation.beside(config.tokenizer.path)
   writer, tokenizer = settings.writer(tokenizer)
-  build = functools.partial(_build, settings, tokenizer, writer)
-  key = _key(config, settings, generation.ends(tokenizer))
+  prompt = np.array(prompt, np.int32)
+  build = functools.partial(_build, settings, tokenizer, writer, prompt)
+  key = _key(config, settings, generation.ends(tokenizer), prompt)
   prepared = kept(config, key, build, log, settings.rows_of(config, tokenizer))
   for line in _described(prepared.report, settings):
     log(line)
@@ -227,7 +234,7 @@ def _check(config: DataConfig, settings: Packed) -> None:
     )
 
 
-def _key(config: DataConfig, settings: Packed, ends: Sequence[int]) -> str:
+def _key(config: DataConfig, settings: Packed, ends: Sequence[int], prompt: np.ndarray) -> str:
   memo = pathlib.Path(config.cache_dir) / 'sources.json'
   tokenizer = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
@@ -242,6 +249,7 @@ def _key(config: DataConfig, settings: Packed, ends: Sequence[int]) -> str:
     **settings.facts(config),
     'exact_duplicates': config.clean.exact_duplicates,
     'validation_fraction': config.validation_fraction,
+    **({'prompt': prompt.tolist()} if len(prompt) else {}),
   }
   if len(held_out_sources(config)) > 1:
     content['held_out'] = 'apart'
@@ -259,6 +267,7 @@ def _build(
   settings: Packed,
   tokenizer: Tokenizer,
   writer: Writer,
+  prompt: np.ndarray,
   config: DataConfig,
   directory: pathlib.Path,
   log: Callable[[str], object],
@@ -267,9 +276,11 @@ def _build(
   began = time.perf_counter()
   tokenizer.save(directory / 'tokenizer')
   seen: set[bytes] = set()
+  ids = max([tokenizer.vocabulary, *(prompt + 1)])  # below it are all that are written
+  examples = functools.partial(_examples, config, settings, writer, prompt)
   held_out = collections.Counter(documents=0, tokens=0, scored=0)
   report = {'sources': [], 'validation_sources': [], 'validation': held_out}
-  with ShardWriter(directory, 'validation', tokenizer.vocabulary, scored=True) as validation:
+  with ShardWriter(directory, 'validation', ids, scored=True) as validation:
 
     def add(shard: ShardWriter, counts: collections.Counter, example: Example) -> None:
       counts.update(documents=1, tokens=len(example.ids), scored=int(example.scored[1:].sum()))
@@ -278,8 +289,8 @@ def _build(
     for i, source in enumerate(config.sources):
       trained = collections.Counter(documents=0, tokens=0, scored=0)
       counts, before = _counts(source) | {'train': trained}, len(validation.shards)
-      with ShardWriter(directory, f'train-{i}', tokenizer.vocabulary, scored=True) as train:
-        for share, example in _examples(config, settings, writer, source, seen, counts):
+      with ShardWriter(directory, f'train-{i}', ids, scored=True) as train:
+        for share, example in examples(source, seen, counts):
           apart = share < config.validation_fraction
           add(*((validation, held_out) if apart else (train, trained)), example)
       trained['shards'] = train.shards
@@ -293,7 +304,7 @@ def _build(
         )
     for source in config.validation:
       counts, before = _counts(source), len(validation.shards)
-      for _, example in _examples(config, settings, writer, source, seen, counts):
+      for _, example in examples(source, seen, counts):
         add(validation, held_out, example)
       validation.end_shard()
       counts['held_out_shards'] = len(validation.shards) - before
@@ -342,12 +353,13 @@ def _examples(
   config: DataConfig,
   settings: Packed,
   writer: Writer,
+  prompt: np.ndarray,
   source: SourceConfig,
   seen: set[bytes],
   counts: dict,
 ) -> Iterator[tuple[float, Example]]:
-  """The examples of one source that fit into a row, each behind the share of all digests that are
-  below its own; updates `counts` on the way.
+  """The examples of one source that fit into a row behind the prompt, which they begin with; each
+  behind the share of all digests that are below its own; updates `counts` on the way.
   """
   for place, record in records(source):
     counts['read'] += 1
@@ -360,14 +372,21 @@ def _examples(
       counts['dropped']['exact_duplicate'] += 1
       continue
     seen.add(digest)
-    counts['lengths'].append(settings.lengths(example))
-    example, cut, dropped = settings.fitted(example, config)
+    first, *others = settings.lengths(example)
+    counts['lengths'].append((len(prompt) + first, *others))
+    example, cut, dropped = settings.fitted(example, config, len(prompt))
     counts['truncated'] += bool(cut)
     counts['cut'].update(cut)
     if example is None:
       counts['dropped'][dropped] += 1
       continue
-    yield labelled.share(digest), example
+    yield labelled.share(digest), _behind(prompt, example)
+
+
+def _behind(prompt: np.ndarray, example: Example) -> Example:
+  """The example with a prompt before it, of which nothing is learned."""
+  ids = np.concatenate([prompt, example.ids])
+  return Example(ids, np.concatenate([np.zeros(len(prompt), bool), example.scored]))
 
 
 def _described(report: dict, settings: Packed) -> Iterator[str]:

@@ -59,7 +59,11 @@ def _coloured(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> str
 def _spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
   named = {i: name for name, i in tokenizer.control_ids().items()}
   parts = []
-  for special, run in itertools.groupby(ids, lambda i: not tokenizer.token_bytes[i]):
+
+  def no_text(i):
+    return i >= len(tokenizer.token_bytes) or not tokenizer.token_bytes[i]
+
+  for special, run in itertools.groupby(ids, no_text):
     run = list(run)
     parts.append(''.join(named.get(i, f'<{i}>') for i in run) if special else tokenizer.decode(run))
   return ''.join(parts)

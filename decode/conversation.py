@@ -71,7 +71,7 @@ class Conversation:
     context = self._generator.context
     if len(ids) >= context:
       raise ValueError(
-        f'with this the conversation has {len(ids)} tokens, of model.max_length={context} at most, '
+        f'with this the conversation has {len(ids)} tokens, of {self._generator.limit} at most, '
         f'answer included: {self.room} remain; say less, or make room by /undo or /reset'
       )
     return self._answer(text, ids)

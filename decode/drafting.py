@@ -79,6 +79,11 @@ def _misfit(draft: Any, generator: Any, tokens: int) -> str:
       f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model '
       f'({mine.kind!r}, {mine.vocabulary} ids)'
     )
+  if generator.prompt or draft.prompt:
+    return (
+      'it or the model reads soft tokens before every text (adapter.kind=prompt or prefix), and '
+      'the other does not; use lookup or early_exit'
+    )
   if theirs.V != config.V:
     return f'it has model.vocabulary={theirs.V}, the model {config.V}'
   if theirs.table_rows != config.table_rows:
@@ -158,8 +163,9 @@ class Course:
     generator, drafter = self._generator, self._drafter
     if isinstance(drafter, Lookup):
       memory = np.zeros((len(prompts), self.state.cache.capacity), np.int32)
+      before = generator.before  # at the places that they have in the cache
       for row, prompt in zip(memory, prompts):
-        row[: len(prompt)] = prompt
+        row[: len(before) + len(prompt)] = [*before, *prompt]
       return generator.put(memory), 0.0
     if isinstance(drafter, DraftModel):
       tail = generator.put(np.zeros(len(prompts), np.int32))

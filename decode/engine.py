@@ -116,12 +116,14 @@ class Engine:
     *,
     vocabulary: int = 0,
     pad: int = 0,
+    virtual: int = 0,
   ):
     """An engine for weights of this config (decode.generating.generating_model's), all rows free.
 
     Args:
       vocabulary: ids from here on are never generated; 0: all may be.
       pad: what a chunk has behind a row's end.
+      virtual: soft tokens of the weights (model.soft), whose ids may stand in prompts besides.
     Raises ValueError for sizes that the mesh does not split, that the model has no positions for,
     and for experts that drop tokens; NotImplementedError for what has no engine.
     """
@@ -131,6 +133,7 @@ class Engine:
     self.sizes, self.mesh = sizes, mesh
     self._config, self._pad = config, pad
     self._vocabulary = vocabulary or config.V
+    self._virtual = range(config.table_rows, config.table_rows + virtual)
     with jax.set_mesh(mesh):
       _check(config, sizes)
       config.check_parameters(dict(mesh.shape))
@@ -380,9 +383,12 @@ class Engine:
         f'a prompt of {len(prompt)} tokens leaves no room for new ones in '
         f'capacity={sizes.capacity} of a row; shorten the prompt'
       )
-    wrong = [i for i in prompt if not 0 <= i < self._vocabulary]
+    wrong = [i for i in prompt if not 0 <= i < self._vocabulary and i not in self._virtual]
     if wrong:
-      raise ValueError(f'a prompt has the id {wrong[0]}; ids are in [0, {self._vocabulary})')
+      soft = self._virtual and f' and, of soft tokens, [{self._virtual[0]}, {self._virtual.stop})'
+      raise ValueError(
+        f'a prompt has the id {wrong[0]}; ids are in [0, {self._vocabulary}){soft or ""}'
+      )
     if len(request.ends) > sizes.ends:
       raise ValueError(f'{len(request.ends)} ids end a row, of at most {sizes.ends}; give fewer')
     if request.sampling.seed.shape != (1,):

@@ -44,6 +44,10 @@ def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
   """
 
   def cast(p):
-    return p.replace(p[...].astype(model.config.execution.dtype)) if p.kind != 'vector' else p
+    if p.kind == 'vector':
+      return p
+    # Of all arrays that store it: a table may have soft rows behind its own.
+    dtype = model.config.execution.dtype
+    return p.replace(jax.tree.map(lambda x: x.astype(dtype), p.get_value()))
 
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -176,12 +176,13 @@ class Generator(LoadedModel):
     encoded = [self.encoded(text) for text in several(texts)]
     index = self.adapters_of(Options(adapter=adapter), len(encoded))
     unused = -len(encoded) % self.parts  # rows that fill the mesh up
-    tokens, lengths = self.padded(encoded + [encoded[-1][:1]] * unused)
+    tokens, lengths = self.padded(encoded + [encoded[-1][:1]] * unused, self.prompt)
     with jax.set_mesh(self.mesh):
       if index is not None:
         index = self.put(np.pad(index, (0, unused)))
       logprobs = np.asarray(_scored(self.model, self.put(tokens), index, self.vocabulary))
-    return [row[: length - 1] for row, length in zip(logprobs[: len(encoded)], lengths)]
+    first = len(self.prompt)
+    return [row[first : length - 1] for row, length in zip(logprobs[: len(encoded)], lengths)]
 
   def session(self, capacity: int = 0, cache_dtype: str = '', adapter: str = '') -> Session:
     """A text that grows, of at most `capacity` tokens; 0: as many as the model has positions for.
@@ -190,13 +191,12 @@ class Generator(LoadedModel):
     Raises ValueError for a capacity beyond these, and where there is no end of them and no capacity
     is given.
     """
-    limit = self.model.config.max_length
-    if not capacity and not limit:
+    if not capacity and not self.model.config.max_length:
       raise ValueError(
         'capacity=0, and the model has no model.max_length; say how many tokens the session may '
         'have'
       )
-    return Session(self, capacity or limit, cache_dtype, adapter)
+    return Session(self, capacity or self.context, cache_dtype, adapter)
 
   def _run(
     self, prompts: Sequence[Prompt], options: Options
@@ -217,7 +217,7 @@ class Generator(LoadedModel):
     source, begun = None, [*encoded, encoded[-1][:1]]
     if config.encoder_layers:
       # The prompt is what the encoder reads; the decoder starts with padding, as T5's.
-      source = self.padded([begun[i] for i in shared.read])
+      source = self.padded([begun[i] for i in shared.read], self.prompt)
       begun = [[self.tokenizer.pad]] * len(begun)
 
     bounds = [self.bound(len(ids), options.max_new_tokens) for ids in begun[:-1]]

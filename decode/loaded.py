@@ -28,6 +28,7 @@ from decode.request import Bound, Prompt
 from decode.sampling import sampling_of
 from model import transformer
 from model.cache import APPEND, init_cache
+from model.weights import read
 from parallel import axes as ax
 
 # Prompt lengths and capacities are rounded up to powers of two from here, so that few programs
@@ -47,6 +48,8 @@ class LoadedModel:
     parts: into how many the mesh splits rows.
     vocabulary: ids that can be generated are below it.
     adapters: numbers of those that rows can have, by name.
+    prompt: virtual ids that stand before all that the model reads (model.soft): those that its
+      table has. Nobody who asks sees them, or counts them.
     report: of the last call that has ended, or None.
   """
 
@@ -77,6 +80,7 @@ class LoadedModel:
         put = names.imported('model.banks.with_adapters')
         self.model = put(self.model, model.config, adapters)
       self.parts = ax.size('batch')
+    self.prompt = tuple(read(self.model.embedding.tokens).virtual)
     # A table of embeddings may have more rows than there are tokens.
     self.vocabulary = min(tokenizer.vocabulary, self.model.config.V)
 
@@ -113,9 +117,23 @@ class LoadedModel:
       return jax.device_put(x, jax.NamedSharding(self.mesh, spec))
 
   @property
+  def before(self) -> tuple[int, ...]:
+    """What of `prompt` begins the rows of a cache: all of it, but where an encoder reads it."""
+    return () if self.model.config.encoder_layers else self.prompt
+
+  @property
   def context(self) -> int:
-    """Tokens that the model has positions for."""
-    return self.model.config.max_length or sys.maxsize
+    """Tokens that the model has positions for, behind its soft ones."""
+    limit = self.model.config.max_length
+    return limit - len(self.before) if limit else sys.maxsize
+
+  @property
+  def limit(self) -> str:
+    """The context, as messages have it."""
+    soft = len(self.before)
+    return f'model.max_length={self.context + soft}' + (
+      f' less {soft} soft tokens (adapter.tokens)' if soft else ''
+    )
 
   def bound(self, length: int, new: int) -> Bound:
     """How far a row goes whose prompt has so many tokens: to `new` ones, or the end of the
@@ -128,15 +146,15 @@ class LoadedModel:
     return Bound(
       most,
       note=f'the context ended it: {length} tokens before it and {most} new ones fill '
-      f'model.max_length={limit}, before max_new_tokens={new}',
+      f'{self.limit}, before max_new_tokens={new}',
     )
 
   def check_room(self, length: int) -> None:
     """Raises ValueError where the context has no room behind a prompt of so many tokens."""
     if length >= self.context:
       raise ValueError(
-        f'a prompt of {length} tokens leaves no room for new ones in '
-        f'model.max_length={self.context}; shorten the prompt'
+        f'a prompt of {length} tokens leaves no room for new ones in {self.limit}; shorten the '
+        'prompt'
       )
 
   def rules(
@@ -221,6 +239,8 @@ class LoadedModel:
     encoded: ids of each row. stop_at, places: [B], see DecodeState. adapters: of what is read.
     source: what the encoder of an encoder-decoder reads: ids [B, S], and how many of them [B].
     rows: [B], where rows share what is read (`Shared`): from which each of them goes on.
+
+    Soft tokens come before each row, and are not counted in ids, capacity and stop_at.
     """
     if rows is not None:
       never = np.full(len(encoded), np.iinfo(np.int32).max, np.int32)
@@ -235,9 +255,10 @@ class LoadedModel:
       )
       with jax.set_mesh(self.mesh):
         places = None if places is None else self.put(places)
-        return loop.spread(state, self.put(rows), self.put(stop_at), places)
+        return loop.spread(state, self.put(rows), self.put(self.behind(stop_at)), places)
 
-    tokens, lengths = self.padded(encoded)
+    tokens, lengths = self.padded(encoded, self.before)
+    capacity, stop_at = capacity + len(self.before), self.behind(stop_at)
     with jax.set_mesh(self.mesh):
       cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
       if source is not None:
@@ -259,6 +280,10 @@ class LoadedModel:
         part = tokens[:, first : first + append]
         state = self.append(state, part, np.clip(lengths - first, 0, append))
     return state
+
+  def behind(self, lengths: np.ndarray) -> np.ndarray:
+    """Lengths, int32, of rows with the soft tokens before them."""
+    return np.minimum(lengths, np.iinfo(np.int32).max - len(self.before)) + len(self.before)
 
   def append(self, state: DecodeState, tokens: np.ndarray, counts: np.ndarray) -> DecodeState:
     """The state after more tokens of rows [B, T], the first counts [B] of them."""
@@ -284,19 +309,23 @@ class LoadedModel:
         alternatives=max(options.logprobs, 0),
       )
 
-  def padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids as one array [B, bucket], and their lengths [B].
+  def padded(
+    self, rows: Sequence[Sequence[int]], before: Sequence[int] = ()
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one array [B, bucket], and their lengths [B]; before: ids of all rows, which
+    they then begin with.
 
     Raises ValueError for a row that the model has no positions for.
     """
-    lengths = np.array([len(ids) for ids in rows], np.int32)
-    longest = int(lengths.max())
-    limit = self.context
+    lengths = np.array([len(before) + len(ids) for ids in rows], np.int32)
+    longest, limit = int(lengths.max()), self.model.config.max_length or sys.maxsize
     if longest > limit:
-      raise ValueError(f'a prompt of {longest} tokens passes model.max_length={limit}; shorten it')
+      raise ValueError(
+        f'a prompt of {longest - len(before)} tokens passes {self.limit}; shorten it'
+      )
     tokens = np.full((len(rows), min(limit, bucket(longest))), self.tokenizer.pad, np.int32)
     for row, ids in zip(tokens, rows, strict=True):
-      row[: len(ids)] = ids
+      row[: len(before) + len(ids)] = [*before, *ids]
     return tokens, lengths
 
 

@@ -47,8 +47,7 @@ class Session:
       )
     if capacity > generator.context:
       raise ValueError(
-        f'capacity={capacity} tokens of a session pass model.max_length={generator.context}; ask '
-        'for fewer'
+        f'capacity={capacity} tokens of a session pass {generator.limit}; ask for fewer'
       )
     self._generator = generator
     self._cache_dtype = cache_dtype
@@ -189,7 +188,8 @@ class Session:
     windows = [kind.window for kind, _ in self._generator.model.config.places]
     rings = [held.slots - window for held, window in zip(state.cache.held, windows) if held.ring]
     if self._reach - length + 1 <= min(rings, default=sys.maxsize):
-      cache = dataclasses.replace(state.cache, lengths=self._generator.put(self._all(length - 1)))
+      lengths = self._generator.behind(self._all(length - 1))
+      cache = dataclasses.replace(state.cache, lengths=self._generator.put(lengths))
       self._state = self._behind(dataclasses.replace(state, cache=cache), self.ids[-1:])
 
   def _run(self, prompt, given):
@@ -229,7 +229,7 @@ class Session:
     prompt[:, self.ids] = True  # a turn is as a call with all that there is
     state = dataclasses.replace(
       self._read(()),
-      stop_at=generator.put(self._all(begun + row.most)),
+      stop_at=generator.put(generator.behind(self._all(begun + row.most))),
       done=generator.put(np.full(generator.parts, not row.most)),
       history=History(generator.put(np.zeros(prompt.shape, np.int32)), generator.put(prompt)),
       places=None if places is None else generator.put(places),
@@ -245,7 +245,7 @@ class Session:
       self.finish = row.finish
       # An interrupt may come when they are given away.
       if not any(x.is_deleted() for x in jax.tree.leaves(course.state)):
-        written = int(np.asarray(course.state.cache.lengths)[0])
+        written = int(np.asarray(course.state.cache.lengths)[0]) - len(generator.before)
         self._reach = max(self._reach, written)
         self._state = dataclasses.replace(course.state, places=None)
         if written > len(self.ids):

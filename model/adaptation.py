@@ -7,15 +7,25 @@ import math
 
 import names
 
-KINDS = ('', 'lora', 'dora')
+LOW_RANK = ('lora', 'dora')
+SOFT = ('prompt', 'prefix')
+KINDS = ('', *LOW_RANK, *SOFT)
 BASES = ('', 'int8')
+INITIAL = ('vocabulary', 'random', 'text')
+# Of which kinds a field is that others do not read.
+READ_BY = dict.fromkeys(
+  ('rank', 'alpha', 'stabilised', 'targets', 'dropout'), LOW_RANK
+) | dict.fromkeys(('tokens', 'initial', 'text'), SOFT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
   """Attributes:
     kind: '' trains the model itself; 'lora' (Hu et al., arXiv:2106.09685) and 'dora' (Liu et al.,
-      arXiv:2402.09353) leave it frozen, and train a low-rank update of its matrices.
+      arXiv:2402.09353) leave it frozen, and train a low-rank update of its matrices; 'prompt'
+      (prompt tuning, Lester et al., arXiv:2104.08691) and 'prefix' (prefix tuning, Li and Liang,
+      arXiv:2101.00190) leave it as it is, too, and train what it reads before every text: vectors
+      in the place of embeddings, or keys and values of every layer.
     rank: of the updates.
     alpha: their scale is alpha / rank.
     stabilised: it is alpha / sqrt(rank) (rsLoRA, Kalajdzievski, arXiv:2312.03732).
@@ -23,9 +33,15 @@ class AdapterConfig:
       '*' is all in its blocks, but routers. Tables are named whole: 'embedding.tokens',
       'head.tokens'.
     dropout: share of what A sees that training sets to 0; the base sees it all.
+    tokens: of a prompt or prefix, which every text is longer by.
+    initial: what these begin as: tokens drawn from the 'vocabulary' (of its first 5,000, which are
+      the commonest where a tokenizer sorts them), 'random' numbers, or a 'text' of the tokenizer of
+      config.init. A prefix begins with the keys and values that the model itself has of them.
+    text: that one, again and again or cut, until there are so many tokens.
     base: how the frozen model lies in memory: '' as it was kept, or 'int8'.
 
-  Raises ValueError for names that are unknown, and for sizes that make no adapter.
+  Raises ValueError for names that are unknown, for sizes that make no adapter, and for fields that
+  the kind would not read.
   """
 
   kind: str = ''
@@ -34,6 +50,9 @@ class AdapterConfig:
   stabilised: bool = False
   targets: tuple[str, ...] = ('*',)
   dropout: float = 0.0
+  tokens: int = 20
+  initial: str = 'vocabulary'
+  text: str = ''
   base: str = ''
 
   def __post_init__(self):
@@ -52,8 +71,33 @@ class AdapterConfig:
       )
     if not self.targets:
       raise ValueError("adapter.targets=() names no matrix; ('*',) is all in the model's blocks")
+    names.check('adapter.initial', self.initial, INITIAL)
+    if self.tokens < 1:
+      raise ValueError(f'adapter.tokens={self.tokens} must be at least 1')
+    if (self.initial == 'text') != bool(self.text.strip()):
+      raise ValueError(
+        f"adapter.initial={self.initial!r} with adapter.text={self.text!r}: initial='text' begins "
+        'with a text, and nothing else does; give both, or neither'
+      )
+    self._check_read()
+
+  def _check_read(self):
+    for field in dataclasses.fields(self):
+      kinds, value = READ_BY.get(field.name, KINDS), getattr(self, field.name)
+      # Of no adapter, flags of a low-rank one may stay when it is switched off.
+      other = self.kind not in kinds and (self.kind or kinds == SOFT)
+      if other and value != field.default:
+        raise ValueError(
+          f'adapter.{field.name}={value!r} would not be read by adapter.kind={self.kind!r}: it is '
+          f'of {" and ".join(kinds)}; leave it out'
+        )
 
   @property
   def scale(self) -> float:
     """What the product of the two thin matrices is multiplied with."""
     return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+  @property
+  def soft(self) -> bool:
+    """Whether it stands before texts, as tokens that nobody wrote (model.soft)."""
+    return self.kind in SOFT

@@ -1,5 +1,5 @@
-"""How is a model adapted that stays as it is? Thin matrices beside some of its own: made, put on,
-and merged.
+"""How is a model adapted that stays as it is? Thin matrices beside some of its own, or soft tokens
+before its texts (model/soft.py): made, put on, and merged.
 
 An adapter is a tree of its own, {name of the matrix: {'a': .., 'b': .., ('magnitude': ..)}}, whose
 leaves are parameters like any other: sharded as what they lie on, saved alone, trained alone.
@@ -10,14 +10,16 @@ Z rank
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model import soft
 from model.adaptation import AdapterConfig
+from model.params import layers_axis
 from model.weights import read
 from model.weights.low_rank import LowRank
 from model.weights.plain import Plain
@@ -26,13 +28,16 @@ from parallel import axes as ax
 Adapter = dict[str, dict[str, nnx.Param]]
 
 
-def new(model, config: AdapterConfig, key: jax.Array) -> Adapter:
-  """A new adapter of a model, which may be abstract: B is zero, so that nothing changes yet. On the
-  mesh in context, and traced: use under jit or eval_shape.
+def new(model, config: AdapterConfig, key: jax.Array, ids: Sequence[int] | None = None) -> Adapter:
+  """A new adapter of a model, which may be abstract: B is zero, so that nothing changes yet; soft
+  tokens are as they begin. On the mesh in context, and traced: use under jit or eval_shape.
 
+  ids: of the text that soft tokens begin as, where they do.
   Raises ValueError for a pattern that matches no matrix, NotImplementedError for what cannot have
     an update of this kind.
   """
+  if config.soft:
+    return soft.new(model, config, key, ids)
   adapter = {}
   for i, (name, p) in enumerate(targets(model, config)):
     adapter[name] = _pair(p, config, jax.random.fold_in(key, i), name)
@@ -79,7 +84,7 @@ def _pair(p: nnx.Param, config: AdapterConfig, key: jax.Array, name: str) -> dic
       f'adapter.rank={config.rank} is more than {name} has, a matrix of {math.prod(ins)} x '
       f'{math.prod(outs)}; lower it, or leave it out of adapter.targets'
     )
-  layers = _layers_axis(p) * stacked
+  layers = layers_axis(p) * stacked
   front, axes_in, axes_out = (
     axes[:experts],
     axes[experts : experts + inputs],
@@ -110,16 +115,12 @@ def inputs_of(p: nnx.Param) -> int:
   return 1 if p.kind == 'embedding' else p.inputs
 
 
-def _layers_axis(p: nnx.Param) -> tuple[str | None]:
-  """The logical axis of stacked layers, where stages of a pipeline share them out."""
-  x = jax.tree.leaves(p.get_value())[0]
-  return ('layers',) if ax.explicit() and jax.typeof(x).sharding.spec[0] else (None,)
-
-
 def applied(model, adapter: Adapter, config: AdapterConfig):
   """The model with the adapter on it: other weights in the same places, which share the arrays of
   both.
   """
+  if config.soft:
+    return soft.applied(model, adapter)
 
   def put(path, p):
     pair = adapter.get(name_of(path))
@@ -130,22 +131,24 @@ def applied(model, adapter: Adapter, config: AdapterConfig):
 
 def merged(model, adapter: Adapter, config: AdapterConfig):
   """The model whose matrices are the sums, as numbers of the types that they have; of a base in
-  bytes all are numbers, in f32.
+  bytes all are numbers, in f32. Soft tokens are no sum with anything: they are put on it.
   """
+  low_rank = {} if config.soft else adapter
 
   def put(path, p):
-    pair = adapter.get(name_of(path))
+    pair = low_rank.get(name_of(path))
     weight = read(p) if pair is None else _updated(p, pair, config)
     if isinstance(weight, Plain):
       return p
     return p.replace(ax.place(weight.numbers(weight.dtype), *_whole_axes(p)))
 
-  return jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
+  model = jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
+  return soft.applied(model, adapter) if config.soft else model
 
 
 def _whole_axes(p: nnx.Param) -> tuple[str | None, ...]:
   axes = tuple(read(p).axes)
-  return _layers_axis(p) * (len(read(p).shape) - len(axes)) + axes
+  return layers_axis(p) * (len(read(p).shape) - len(axes)) + axes
 
 
 def _updated(p: nnx.Param, pair: Mapping[str, nnx.Param], config: AdapterConfig) -> LowRank:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels import attention as kernels
 from kernels.mask import Mask, Relative
@@ -35,6 +35,8 @@ class View:
       keys and values.
     memory_mask: who sees what of it.
     drawn: what training draws (model.drawn.Drawn); None: nothing.
+    prefix: [B, T] int32, which keys and values of the layer's prefix stand in a token's place
+      (model.soft); negative: the token's own. None where no layer has one.
   """
 
   mask: Mask
@@ -44,6 +46,7 @@ class View:
   memory: Any = None
   memory_mask: Mask | None = None
   drawn: Any = None
+  prefix: Any = None
 
   def dropped(self, x: Float[Array, 'B T *S'], site: str) -> Float[Array, 'B T *S']:
     """What a site of model.drawn.SITES lets through."""
@@ -99,6 +102,8 @@ class Attention(nnx.Module):
     normed = config.qk_norm and not cross
     self.q_norm = Norm(config, H, rngs, 'rms') if normed else None
     self.k_norm = Norm(config, H, rngs, 'rms') if normed else None
+    # [P, K, H] each, of an adapter (model.soft): no model is born with them.
+    self.prefix_keys = self.prefix_values = None
 
   def __call__(
     self, x: Float[Array, 'B T D'], view: View, slots: AnySlots | None
@@ -113,6 +118,11 @@ class Attention(nnx.Module):
     angles = view.local_angles if self.window else view.angles
     if angles is not None:
       q, k = rotate(q, angles), rotate(k, angles)
+    if view.prefix is not None:
+      k, v = (
+        in_places(x, learned, view.prefix)
+        for x, learned in ((k, self.prefix_keys), (v, self.prefix_values))
+      )
     q, k, v = named(q, 'query'), named(k, 'key'), named(v, 'value')
     scoring = Scoring(
       Mask(window=self.window),
@@ -166,6 +176,23 @@ class Attention(nnx.Module):
     # Row-parallel.
     x = read(self.o).product('BTNH,NHD->BTD', x, self.dtype, ax.residual(x.shape[1]))
     return add_bias(x, self.o_bias, self.dtype)
+
+
+def in_places(
+  x: Float[Array, 'B T K H'], learned: nnx.Param, places: Int[Array, 'B T']
+) -> Float[Array, 'B T K H']:
+  """Keys, normed and turned by their positions, or values, but the learned ones [P, K, H], which
+  are neither, where `places` is not negative.
+  """
+  stored, tokens = read(learned), ('batch', 'length')
+  axes = (*tokens, *stored.axes[1:])
+
+  def put(x, stored, places):
+    rows = stored.rows(jnp.maximum(places, 0), mode='clip').astype(x.dtype)
+    return jnp.where((places >= 0)[..., None, None], rows, x)
+
+  run = ax.local(put, (axes, stored.layout(), tokens), axes)
+  return run(ax.place(x, *axes), stored, ax.place(places, *tokens))
 
 
 class LatentAttention(nnx.Module):

@@ -49,6 +49,12 @@ def banked(
       f'several adapters over mesh.stage={ax.size("layers")}; use a mesh without stages'
     )
   names = names or [str(i + 1) for i in range(len(adapters))]
+  for name, config in zip(names, configs, strict=True):
+    if config is not None and config.soft:
+      raise NotImplementedError(
+        f'adapter {name!r} has soft tokens (adapter.kind={config.kind!r}), which are ids before a '
+        'text and no matrices (model.soft.together); open its run by itself'
+      )
   ranks = [config.rank for config in configs if config is not None]
   rank = rank or max(ranks, default=0)
   if max(ranks, default=0) > rank:

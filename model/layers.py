@@ -228,6 +228,14 @@ class Embedding(nnx.Module):
     self.positions = table(config.max_length if config.position == 'learned' else 0, 'position')
     self.types = table(config.token_types, 'position')
     self.norm = Norm(config, D, rngs) if config.norm_placement == 'post' else None
+    # Of the virtual ids, the last ones, for which layers have keys and values (model.soft).
+    self.prefix_tokens = 0
+
+  def prefix(self, tokens: Int[Array, 'B T']) -> Int[Array, 'B T'] | None:
+    """Which of these keys and values stand in each token's place: see model.attention.View."""
+    if not self.prefix_tokens:
+      return None
+    return tokens - (read(self.tokens).virtual.stop - self.prefix_tokens)
 
   def __call__(
     self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], types: Int[Array, 'B T'] | None
@@ -260,11 +268,7 @@ def lookup(table: nnx.Param, ids: Int[Array, 'B T'], dtype: str) -> Float[Array,
     everyone = jax.lax.all_gather(ids, embed) if embed else ids[None]  # [devices of embed, B, T]
     if rows:
       # Each device answers for its own rows, with zeros for others': the sum is the row.
-      everyone = everyone - jax.lax.axis_index(rows) * table.shape[0]
-      here = (everyone >= 0) & (everyone < table.shape[0])
-      x = jnp.where(
-        here[..., None], table.rows(jnp.where(here, everyone, 0), mode='promise_in_bounds'), 0
-      ).astype(dtype)
+      x = table.rows_here(everyone, jax.lax.axis_index(rows)).astype(dtype)
       x = jax.lax.psum(x, whole) if whole else x
       x = jax.lax.psum_scatter(x, shared, scatter_dimension=2, tiled=True) if shared else x
     else:

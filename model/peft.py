@@ -1,5 +1,6 @@
 """How do an adapter and a directory of PEFT's become each other? adapter_config.json and
-adapter_model.safetensors, of LoRA and DoRA on the linear layers of a causal model.
+adapter_model.safetensors, of LoRA and DoRA on the linear layers of a causal model, and of soft
+tokens (model/peft_soft.py).
 
 There an update is B A with A [Z, inputs] and B [outputs, Z], under the names of transformers'
 modules; here it is A B with the dimensions of our matrix. What decides about the arithmetic is
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import files
+from model import peft_soft
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig
 from model.families.layout import Layout, sizes
@@ -82,6 +84,17 @@ def write(
 
   Raises NotImplementedError for matrices that PEFT has no module of their own for.
   """
+  if config.soft:
+    tensors, settings = peft_soft.written(adapter, config, network)
+  else:
+    tensors, settings = _low_rank(adapter, config, network, family)
+  shapes = {name: x.shape for name, x in sorted(tensors.items())}
+  write_tensors(directory, shapes, 'F32', lambda name: [tensors[name]], 2**62, TENSORS)
+  files.replace(directory / SETTINGS, json.dumps(settings, indent=2) + '\n')
+
+
+def _low_rank(adapter, config, network, family) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """The tensors and settings of an update of matrices."""
   tensors, swapped = {}, set()
   places = list(_places(network, family, adapter))
   for place in places:
@@ -100,8 +113,6 @@ def write(
     swapped.add(place.swapped)
   if len(swapped) > 1:
     raise NotImplementedError('PEFT has one fan_in_fan_out for all modules, and these are of both')
-  shapes = {name: x.shape for name, x in sorted(tensors.items())}
-  write_tensors(directory, shapes, 'F32', lambda name: [tensors[name]], 2**62, TENSORS)
   settings = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM' if network.causal else 'FEATURE_EXTRACTION',
@@ -116,7 +127,7 @@ def write(
     'inference_mode': True,
     'target_modules': _targets([place.module for place in places], network, family),
   }
-  files.replace(directory / SETTINGS, json.dumps(settings, indent=2) + '\n')
+  return tensors, settings
 
 
 def _parts(adapter, place: _Place):
@@ -156,7 +167,11 @@ def read(
       f'{directory / PICKLE} is a pickle, which runs code when it is read; save the adapter anew '
       'as safetensors (PEFT does since 0.6)'
     )
-  config = _settings(directory / SETTINGS)
+  given = _given(directory / SETTINGS)
+  if given.get('peft_type') in peft_soft.KINDS:
+    soft = TensorFiles(directory, TENSORS)
+    return peft_soft.read(given, soft, network, directory / SETTINGS)
+  config = _settings(given, directory / SETTINGS)
   tensors = TensorFiles(directory, TENSORS)
   wanted = {place.module: place for place in _places(network, family)}
   found: dict[str, dict[str, np.ndarray]] = {}
@@ -211,12 +226,16 @@ def _fields(config: AdapterConfig) -> dict[str, Any]:
   return {name: getattr(config, name) for name in fields}
 
 
-def _settings(path: pathlib.Path) -> AdapterConfig:
+def _given(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist: {path.parent} is no adapter of PEFT's")
-  given = files.json_object(path.read_bytes(), path)
+  return files.json_object(path.read_bytes(), path)
+
+
+def _settings(given: Mapping[str, Any], path: pathlib.Path) -> AdapterConfig:
   if given.get('peft_type') != 'LORA':
-    raise NotImplementedError(f"{path}: peft_type={given.get('peft_type')!r}; supported: 'LORA'")
+    known = ', '.join(map(repr, ('LORA', *peft_soft.KINDS)))
+    raise NotImplementedError(f'{path}: peft_type={given.get("peft_type")!r}; supported: {known}')
   for key, value in given.items():
     if key in READ | INDIFFERENT or value in NEUTRAL.get(key, LEFT_OUT):
       continue

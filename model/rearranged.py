@@ -10,8 +10,7 @@ import jax
 from flax import nnx
 
 from model.config import ModelConfig, MoEConfig
-from model.params import named_leaves
-from model.transformer import Decoder, init
+from model.transformer import Decoder
 
 
 def unstacked(model: Decoder) -> Decoder:
@@ -20,19 +19,29 @@ def unstacked(model: Decoder) -> Decoder:
 
   Traceable; on the mesh that the model is on, in context.
   """
-  config, stored = model.config.with_execution(scan=False), named_leaves(model)
+  config = model.config.with_execution(scan=False)
   stacked = stacked_names(model.config)
+  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
+  model.config = config
+  for name in ('stack', *(['encoder'] if config.encoder_layers else [])):
+    stack = getattr(model, name)
+    layers = config.L // config.shared_layers if name == 'stack' else config.encoder_layers
+    blocks = []
+    for i in range(layers):
+      place, repeat = stacked(f'{name}.blocks.{i}.')
+      blocks.append(_layer(stack.blocks[int(place.split('.')[2])], repeat))
+    stack.periods = config.stacks if name == 'stack' else config.encoder_stacks
+    stack.blocks = nnx.List(blocks)
+  return model
 
-  def leaf(name, shape):
-    name, repeat = stacked(name)
-    x = stored[name]
-    if repeat is None or x.shape == shape.shape:
-      return x
-    return jax.lax.slice_in_dim(x, repeat, repeat + 1)
 
-  target = jax.eval_shape(lambda: init(config, 0))
-  leaves = [leaf(name, shape) for name, shape in named_leaves(target).items()]
-  return jax.tree.unflatten(jax.tree.structure(target), leaves)
+def _layer(block, repeat: int):
+  """One layer of those that are stacked at a place."""
+
+  def cut(x):
+    return x if x.shape[0] == 1 else jax.lax.slice_in_dim(x, repeat, repeat + 1)
+
+  return jax.tree.map(cut, block)
 
 
 def stacked_names(config: ModelConfig) -> Callable[[str], tuple[str, int | None]]:

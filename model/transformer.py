@@ -363,7 +363,7 @@ class Decoder(nnx.Module):
     mask = Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
-    view = View(mask, *self.angles(positions))
+    view = View(mask, *self.angles(positions), prefix=self.embedding.prefix(tokens))
     return (x, view) if self.drawn is None else self.drawn.entered(x, view, encoder)
 
   def angles(self, positions: Int[Array, 'B T']):

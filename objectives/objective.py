@@ -74,6 +74,8 @@ class Objective:
       another, and stay together.
     of_records: whether it tunes on records, whose ids are to be those that the model knows.
     neftune_alpha: of noise on embeddings (model/drawn.py), where a kind has it as a setting.
+    prompted: whether `read` takes prompt=(virtual ids), soft tokens that stand before every text
+      that a model reads: counted in lengths, and weighing nothing.
   """
 
   kind: str = ''
@@ -83,6 +85,7 @@ class Objective:
   rows = 1
   of_records = False
   neftune_alpha = 0.0
+  prompted = False
 
   def __post_init__(self):
     tag = type(self).__dataclass_fields__['kind'].default

@@ -27,8 +27,8 @@ class Seq2Seq(OfExamples, Targets, pairs.PairSettings):
     super().__post_init__()
     pairs.PairSettings.__post_init__(self)
 
-  def read(self, config, log):
-    prepared = examples.prepare(config, self, log)
+  def read(self, config, log, prompt=()):
+    prepared = examples.prepare(config, self, log, prompt)
     read = pairs.Pairs(**vars(prepared), form=self.rows_of(config, prepared.tokenizer))
     fills = ', '.join(f'{side} {fill:.1%}' for side, fill in read.fills.items())
     log(f'data: rows of {read.form.size} are filled with {fills}')

@@ -18,6 +18,7 @@ class OfExamples(Objective):
   """
 
   of_records = True
+  prompted = True
 
   def metrics(self, terms, weights, sums):
     metrics = super().metrics(terms, weights, sums)
@@ -69,5 +70,5 @@ class SFT(OfExamples, NextToken, examples.Settings):
         f'objective.neftune_alpha={self.neftune_alpha} must be at least 0, and finite'
       )
 
-  def read(self, config, log):
-    return examples.prepare(config, self, log)
+  def read(self, config, log, prompt=()):
+    return examples.prepare(config, self, log, prompt)

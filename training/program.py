@@ -96,6 +96,14 @@ def check_models(config: Config) -> None:
   """Raises NotImplementedError or ValueError where the objective does not take the run's models."""
   networks = {name: role for name, role in states.roles(config).items() if not role.adapter}
   config.objective.accepts({name: role.config for name, role in networks.items()})
+  if config.adapter.soft:
+    names.imported('training.soft.check')(config)
+
+
+def read(config: Config, log):
+  """What the objective reads, behind the soft tokens that an adapter has: see Objective.read."""
+  soft = names.imported('training.soft.ids')(config) if config.adapter.soft else {}
+  return config.objective.read(config.data, log, **soft)
 
 
 def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
@@ -119,6 +127,8 @@ def flops_per_token(config: Config, document_length: float | None = None) -> flo
   objective, total = config.objective, 0.0
   for name, role in states.roles(config).items():
     if role.adapter:
+      if config.adapter.soft:
+        continue  # looked up, and multiplied with nothing
       total += 6 * params.count(jax.eval_shape(lambda: states.new_model(config, states.ADAPTER)))
       continue
     # Of three: forward, the gradient by what goes in, the gradient by the weights.

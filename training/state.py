@@ -1,7 +1,7 @@
 """What does training carry from step to step?"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,10 +86,13 @@ def new_model(config, name: str):
   return everyone[name].stored(model) if everyone[name].stored else model
 
 
-def new_adapter(config, base):
-  """The adapter of a run of this config, on a base that may be abstract. Traced, as new_model."""
+def new_adapter(config, base, ids: Sequence[int] | None = None):
+  """The adapter of a run of this config, on a base that may be abstract. Traced, as new_model.
+
+  ids: of adapter.text, where it begins as a text.
+  """
   key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
-  return names.imported('model.adapters.new')(base, config.adapter, key)
+  return names.imported('model.adapters.new')(base, config.adapter, key, ids)
 
 
 def init(

@@ -136,6 +136,12 @@ def merge(
   workdir, config = pathlib.Path(workdir), config_of(workdir)
   if not config.adapter.kind:
     raise ValueError(f'{workdir} has no adapter (adapter.kind is empty): there is nothing to merge')
+  if config.adapter.soft:
+    raise ValueError(
+      f'{workdir} has soft tokens (adapter.kind={config.adapter.kind!r}), which the model reads '
+      'before every text: they are no sum with its matrices. generate.py and convert.py export '
+      'take the run as it is'
+    )
   if config.adapter.base and not dequantise:
     raise ValueError(
       f'{workdir} was trained on a base in {config.adapter.base} (adapter.base), which a sum is '

@@ -9,12 +9,14 @@ saved like what is trained.
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 import names
+from data import tokenizers
 from model import params, transformer
 from training import state as states
 from training.config import Config, load
@@ -90,13 +92,23 @@ def _adapter(config, models, imported, log):
     return {states.ADAPTER: read(config, Checkpoints(imported, log=log), 0)}
   base = models.get(config.objective.main)
   # Without a base that was read, a new one is begun with it.
-  make = jax.jit(functools.partial(states.new_adapter, config))
+  ids = None
+  if config.adapter.text:
+    tokenizer = tokenizers.load(pathlib.Path(config.init) / 'tokenizer')
+    ids = tokenizer.encode(config.adapter.text)
+  make = jax.jit(functools.partial(states.new_adapter, config, ids=ids))
   return {} if base is None else {states.ADAPTER: make(base)}
 
 
 def check_plain(directory: str | os.PathLike) -> None:
   """Raises ValueError for the run of an adapter, whose model is in two places."""
-  if load(directory).adapter.kind:
+  config = load(directory)
+  if config.adapter.soft:
+    raise ValueError(
+      f'{directory} holds soft tokens (adapter.kind={config.adapter.kind!r}) and not a model: '
+      f'begin with the one that reads them, {config.init}'
+    )
+  if config.adapter.kind:
     raise ValueError(
       f'{directory} holds an adapter and not a model: merge them first, python convert.py merge '
       f'--workdir {directory} --to DIR, and begin with DIR'

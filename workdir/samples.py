@@ -59,12 +59,14 @@ class Sampler:
     that fills the context, saying what would do.
     """
     check(config)
-    limit = config.model.max_length
+    limit, soft = config.model.max_length, ''
+    if limit and config.adapter.soft:
+      limit, soft = limit - config.adapter.tokens, ' (less the soft tokens)'
     for prompt in config.train.sample_prompts:
       if 0 < limit <= (length := 1 + len(tokenizer.encode(prompt))):
         raise ValueError(
           f'train.sample_prompts: {prompt[:40]!r} is {length} tokens, which leaves no room for new '
-          f'ones in model.max_length={limit}; shorten it'
+          f'ones in model.max_length={limit}{soft}; shorten it'
         )
     self._train, self._main = config.train, config.objective.main
     tokenizer.generation = generation.read(directory)  # where its texts end
@@ -73,7 +75,7 @@ class Sampler:
     if config.adapter.base:
       network = names.imported('workdir.adapted.untied')(network)
     with jax.set_mesh(mesh):
-      abstract = params.abstract(lambda: transformer.init(network, 0), mesh)
+      abstract = params.abstract(lambda: _generating(config, network), mesh)
     self._structure = jax.tree.structure(abstract)
     self._path = pathlib.Path(directory) / FILE
     kept = [sample for sample in read(directory) if sample.step <= first]
@@ -98,6 +100,15 @@ class Sampler:
     with open(self._path, 'a') as file:
       file.writelines(map(_line, samples))
     return '\n\n'.join(fenced(sample.whole) for sample in samples)
+
+
+def _generating(config: Config, network):
+  """A model of a run as it generates, with its adapter merged. Traced."""
+  model = transformer.init(network, 0)
+  if not config.adapter.kind:
+    return model
+  adapter = states.new_adapter(config, model)
+  return names.imported('model.adapters.merged')(model, adapter, config.adapter)
 
 
 def check(config: Config) -> None:

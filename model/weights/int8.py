@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels import cached, grouped_matmul
+from model.weights import read
 from model.weights.weight import Weight, along, gathered_here, in_pieces
 from parallel import axes as ax, mesh
 
@@ -201,5 +202,6 @@ def in_bytes(model):
 
   head = model.head.tokens if model.head.tokens is not None else model.embedding.tokens
   model = jax.tree.map(matrix, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
-  model.head.tokens = nnx.data(head.replace(Int8.of(head[...], (-1,), head.axes)))
+  numbers = read(head).numbers('float32')
+  model.head.tokens = nnx.data(head.replace(Int8.of(numbers, (-1,), head.axes)))
   return model

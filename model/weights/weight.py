@@ -6,7 +6,7 @@ counted from the last, and `axes` never names that of layers. It says which numb
 (`numbers`), how its arrays are laid out (`layout`), and how it becomes whole (`gathered`, and
 inside of a shard_map `here` and `cut`). Then it works in every layer and on every mesh; what it
 multiplies faster than by its numbers, it overrides (`product`, `each`, `grouped`, `scores`), and
-what it looks up without them (`rows`).
+what it looks up without them (`rows`), perhaps behind its own rows (`virtual`).
 
 So groups of int4 or NF4 are codes, scales and `numbers`; fp8 is int8 with another cast; a sparse
 matrix its kept numbers with their places; and a low-rank adapter holds the weight that it lies on,
@@ -104,6 +104,20 @@ class Weight(abc.ABC):
     mode: of ids that are out of bounds (jax.numpy.ndarray.at).
     """
     return self.numbers(self.dtype).at[ids].get(mode=mode)
+
+  def rows_here(self, ids: Int[Array, '...'], part: Int[Array, '']) -> Float[Array, '... D']:
+    """Of a device's part of a table, inside of parallel.axes.local: its rows for ids of the whole
+    table, and zeros for those that other parts have. part: which one this is.
+    """
+    ids = ids - part * self.shape[0]
+    here = (ids >= 0) & (ids < self.shape[0])
+    rows = self.rows(jnp.where(here, ids, 0), mode='promise_in_bounds')
+    return jnp.where(here[..., None], rows, 0)
+
+  @property
+  def virtual(self) -> range:
+    """Ids behind the table that have rows all the same (model.weights.appended)."""
+    return range(0)
 
   def scored(self, x: Float[Array, '*B D'], bias: Array | None, dtype: str) -> tuple[Array, Array]:
     """Hidden states and the table, in `dtype`, whose products are the scores, bias [V] included.
