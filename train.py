@@ -36,7 +36,7 @@ from training import config as configs, overrides, program
 from training.evaluation import make_evaluate
 from training.program import begin_state, make_program, make_target
 from training.state import TrainState
-from workdir import changes, seals
+from workdir import seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite, worse_than_guessing
@@ -218,7 +218,8 @@ def beginning(
     log(f'going on from checkpoint {first}')
     if (before := seals.begun(workdir)) is not None:
       updates = int(state.step) - int(state.scale.skipped_steps)
-      for line in changes.described(before, config, first, updates):
+      changed = names.imported('workdir.changes.described')
+      for line in changed(before, config, first, updates):
         log(line)
     return Beginning(first, state, frozen, progress, record)
   # Checkpoint 0 is an imported model, without a state of training.

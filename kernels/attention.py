@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import names
-from kernels import blocks as block_sizes, context as cp, cudnn, flash, reference
+from kernels import blocks as block_sizes, context as cp, flash, reference
 from kernels.blocks import Blocks
 from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
@@ -268,16 +268,20 @@ def _left_out(q, k, v, mask) -> frozenset[str]:
   """
   if q.shape[1] < FEW:
     return frozenset(flash.KERNELS)
-  if mesh.platform() == 'gpu' and not cudnn.refusal(q, k, v, mask):
+  if mesh.platform() == 'gpu' and not _cudnn('refusal')(q, k, v, mask):
     return frozenset({'pallas_gpu'})
   return _too_new()
 
 
 def _too_new() -> frozenset[str]:
   """Kernels that the GPU at hand cannot run."""
-  return frozenset(
-    {'pallas_gpu'} if mesh.platform() == 'gpu' and cudnn.capability()[0] != 9 else ()
-  )
+  hopper = mesh.platform() != 'gpu' or _cudnn('capability')()[0] == 9
+  return frozenset(() if hopper else {'pallas_gpu'})
+
+
+def _cudnn(name: str):
+  """Of kernels.cudnn, which only GPUs have."""
+  return names.imported(f'kernels.cudnn.{name}')
 
 
 @functools.cache
@@ -367,8 +371,8 @@ def xla(q, k, v, scoring: Scoring):
   if (mask.positioned and T != S) or not mask.fields() <= {'causal', 'window'}:
     dense = mask.allowed(T, S)[:, None]
 
-  if not cudnn.refusal(q, k, v, mask):
-    out = cudnn.attention(q, k, v, scoring)
+  if not _cudnn('refusal')(q, k, v, mask):
+    out = _cudnn('attention')(q, k, v, scoring)
   elif dense is None:
     out = jax.nn.dot_product_attention(
       q, k, v, scale=scale, is_causal=mask.causal, local_window_size=window

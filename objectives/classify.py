@@ -39,7 +39,7 @@ class Classify(NextToken, examples.Sequences):
   over: str = 'tokens'
   term = tunes = 'classify'
   formats = ('label',)
-  of_records = True
+  of_records = prompted = True
 
   def __post_init__(self):
     super().__post_init__()
@@ -88,8 +88,8 @@ class Classify(NextToken, examples.Sequences):
       'too_long': [self.too_long, config.sequence_length],
     }
 
-  def read(self, config, log):
-    return examples.prepare(config, self, log)
+  def read(self, config, log, prompt=()):
+    return examples.prepare(config, self, log, prompt)
 
   def _asking(self, prepared) -> Asking:
     return Asking(Template.read(self.template), prepared.tokenizer, self.form)

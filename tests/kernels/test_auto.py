@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from rows import draw
 
-from kernels import attention as dispatch
+from kernels import attention as dispatch, cudnn
 from kernels.attention import HONOURS, attention
 from kernels.mask import Mask
 from kernels.scoring import Scoring
@@ -88,11 +88,11 @@ def test_auto_on_a_hopper_gpu_is_cudnn_where_it_can_and_our_kernel_where_it_cann
   q, k, v = (x.astype(jnp.bfloat16) for x in inputs(256, 2, 64))
   packed = Mask(**{f'{side}_segments': jnp.zeros((1, 256), jnp.int32) for side in ('query', 'key')})
   for capability in ((9, 0), (8, 0), (10, 0)):
-    monkeypatch.setattr(dispatch.cudnn, 'capability', lambda: capability)
+    monkeypatch.setattr(cudnn, 'capability', lambda: capability)
     for mask in (Mask(), packed):
       attention(q[:1], k[:1], v[:1], Scoring(mask))
   attention(q[:1], *(x[:1].astype(jnp.bfloat16) for x in (k, v)), Scoring(packed))
-  monkeypatch.setattr(dispatch.cudnn, 'capability', lambda: (9, 0))
+  monkeypatch.setattr(cudnn, 'capability', lambda: (9, 0))
   attention(*(x[:1].astype(jnp.float32) for x in (q, k, v)), Scoring(packed))
   attention(
     q[:1, :1],
