@@ -59,10 +59,10 @@ def _of_batch(model: LoadedModel, rows, words, mask: int) -> np.ndarray:
   B, W = len(rows), len(words)
   targets, counts = _filled(words)
   config = model.model.config
-  tokens, lengths = model.padded(rows)
+  tokens, lengths = model.padded(rows, model.prompt)
   with jax.set_mesh(model.mesh):
     if not config.causal:
-      places = np.array([list(ids).index(mask) for ids in rows], np.int32)
+      places = np.array([list(ids).index(mask) for ids in rows], np.int32) + len(model.prompt)
       inside = np.tile(targets[:, 0], (B, 1))
       arrays = map(model.put, (tokens, lengths, places, inside))
       return np.asarray(_inside(model.model, *arrays, vocabulary=model.vocabulary))
@@ -71,7 +71,7 @@ def _of_batch(model: LoadedModel, rows, words, mask: int) -> np.ndarray:
       real = np.arange(tokens.shape[1])[None] < lengths[:, None]
       source = model.put(tokens), model.put(real.astype(np.int32))
       tokens, lengths = model.padded([[model.tokenizer.pad]] * B)
-    capacity = min(model.context, tokens.shape[1] + targets.shape[1])
+    capacity = min(model.context + len(model.before), tokens.shape[1] + targets.shape[1])
     if int(lengths.max()) + targets.shape[1] - 1 > capacity:
       raise ValueError(
         f'a text of {int(lengths.max())} tokens and a word of {targets.shape[1]} pass '

@@ -27,7 +27,8 @@ from evaluation.classify import (
   scored,
 )
 from evaluation.prompts import Shots
-from model import transformer
+from model import adapters, transformer
+from model.adaptation import AdapterConfig
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -137,6 +138,26 @@ def test_scores_are_sums_of_what_generation_scores():
     for j, word in enumerate(asking.words):
       (logs,) = g.score([[*read, *word.ids]])
       np.testing.assert_allclose(made[i, j], logs[len(read) - 1 :].sum(), atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['llama', 't5', 'bert'])
+def test_soft_tokens_stand_before_what_is_asked(name):
+  """The scores are those of texts whose ids begin with theirs."""
+  g, settings = generator(name), AdapterConfig(kind='prompt', tokens=3, initial='random')
+  with jax.set_mesh(g.mesh):
+    soft = jax.jit(lambda model: adapters.new(model, settings, jax.random.key(1)))(g.model)
+    model = adapters.applied(g.model, soft, settings)
+  prompted, asking = Generator(model, MASKED, g.mesh), asking_of(g, template_of(name))
+  rows, words = [list(asking.ids(text)) for text in TEXTS], [w.ids for w in asking.words]
+  mask = -1 if asking.mask is None else asking.mask
+  made = choice_scores(prompted, rows, words, mask)
+  assert prompted.prompt == (V, V + 1, V + 2)
+
+  prompted.prompt = ()
+  expected = choice_scores(prompted, [[V, V + 1, V + 2, *row] for row in rows], words, mask)
+  np.testing.assert_allclose(made, expected, atol=2e-5)
+  assert np.abs(made - choice_scores(g, rows, words, mask)).max() > 0.01
 
 
 def test_company_and_order_change_nothing(monkeypatch):
