@@ -53,7 +53,7 @@ class AdapterConfig:
   def __post_init__(self):
     names.check('adapter.kind', self.kind, KINDS)
     names.check('adapter.base', self.base, BASES)
-    if self != type(self)():
+    if any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
       # Who reads training meets what an adapter is, and not all that it cannot be.
       names.imported('model.adaptable.check')(self)
 
