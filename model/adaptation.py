@@ -11,11 +11,6 @@ LOW_RANK = ('lora', 'dora')
 SOFT = ('prompt', 'prefix')
 KINDS = ('', *LOW_RANK, *SOFT)
 BASES = ('', 'int8')
-INITIAL = ('vocabulary', 'random', 'text')
-# Of which kinds a field is that others do not read.
-READ_BY = dict.fromkeys(
-  ('rank', 'alpha', 'stabilised', 'targets', 'dropout'), LOW_RANK
-) | dict.fromkeys(('tokens', 'initial', 'text'), SOFT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,39 +53,9 @@ class AdapterConfig:
   def __post_init__(self):
     names.check('adapter.kind', self.kind, KINDS)
     names.check('adapter.base', self.base, BASES)
-    if self.rank < 1:
-      raise ValueError(f'adapter.rank={self.rank} must be at least 1')
-    if not 0 < self.alpha < math.inf:
-      raise ValueError(f'adapter.alpha={self.alpha} must be above 0, and finite')
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'adapter.dropout={self.dropout} must be at least 0, and below 1')
-    if self.dropout and not self.kind:
-      raise ValueError(
-        f"adapter.dropout={self.dropout} with adapter.kind='' is of no adapter; choose one, or use "
-        'train.dropout'
-      )
-    if not self.targets:
-      raise ValueError("adapter.targets=() names no matrix; ('*',) is all in the model's blocks")
-    names.check('adapter.initial', self.initial, INITIAL)
-    if self.tokens < 1:
-      raise ValueError(f'adapter.tokens={self.tokens} must be at least 1')
-    if (self.initial == 'text') != bool(self.text.strip()):
-      raise ValueError(
-        f"adapter.initial={self.initial!r} with adapter.text={self.text!r}: initial='text' begins "
-        'with a text, and nothing else does; give both, or neither'
-      )
-    self._check_read()
-
-  def _check_read(self):
-    for field in dataclasses.fields(self):
-      kinds, value = READ_BY.get(field.name, KINDS), getattr(self, field.name)
-      # Of no adapter, flags of a low-rank one may stay when it is switched off.
-      other = self.kind not in kinds and (self.kind or kinds == SOFT)
-      if other and value != field.default:
-        raise ValueError(
-          f'adapter.{field.name}={value!r} would not be read by adapter.kind={self.kind!r}: it is '
-          f'of {" and ".join(kinds)}; leave it out'
-        )
+    if any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
+      # Who reads training meets what an adapter is, and not all that it cannot be.
+      names.imported('model.adaptable.check')(self)
 
   @property
   def scale(self) -> float:

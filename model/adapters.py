@@ -19,7 +19,6 @@ from flax import nnx
 
 from model import soft
 from model.adaptation import AdapterConfig
-from model.params import layers_axis
 from model.weights import read
 from model.weights.low_rank import LowRank
 from model.weights.plain import Plain
@@ -84,7 +83,7 @@ def _pair(p: nnx.Param, config: AdapterConfig, key: jax.Array, name: str) -> dic
       f'adapter.rank={config.rank} is more than {name} has, a matrix of {math.prod(ins)} x '
       f'{math.prod(outs)}; lower it, or leave it out of adapter.targets'
     )
-  layers = layers_axis(p) * stacked
+  layers = soft.layers_axis(p) * stacked
   front, axes_in, axes_out = (
     axes[:experts],
     axes[experts : experts + inputs],
@@ -148,7 +147,7 @@ def merged(model, adapter: Adapter, config: AdapterConfig):
 
 def _whole_axes(p: nnx.Param) -> tuple[str | None, ...]:
   axes = tuple(read(p).axes)
-  return layers_axis(p) * (len(read(p).shape) - len(axes)) + axes
+  return soft.layers_axis(p) * (len(read(p).shape) - len(axes)) + axes
 
 
 def _updated(p: nnx.Param, pair: Mapping[str, nnx.Param], config: AdapterConfig) -> LowRank:

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+import names
 from kernels import attention as kernels
 from kernels.mask import Mask, Relative
 from kernels.scoring import Scoring
@@ -119,10 +120,7 @@ class Attention(nnx.Module):
     if angles is not None:
       q, k = rotate(q, angles), rotate(k, angles)
     if view.prefix is not None:
-      k, v = (
-        in_places(x, learned, view.prefix)
-        for x, learned in ((k, self.prefix_keys), (v, self.prefix_values))
-      )
+      k, v = names.imported('model.prefix.with_prefix')(self, k, v, view.prefix)
     q, k, v = named(q, 'query'), named(k, 'key'), named(v, 'value')
     scoring = Scoring(
       Mask(window=self.window),
@@ -176,23 +174,6 @@ class Attention(nnx.Module):
     # Row-parallel.
     x = read(self.o).product('BTNH,NHD->BTD', x, self.dtype, ax.residual(x.shape[1]))
     return add_bias(x, self.o_bias, self.dtype)
-
-
-def in_places(
-  x: Float[Array, 'B T K H'], learned: nnx.Param, places: Int[Array, 'B T']
-) -> Float[Array, 'B T K H']:
-  """Keys, normed and turned by their positions, or values, but the learned ones [P, K, H], which
-  are neither, where `places` is not negative.
-  """
-  stored, tokens = read(learned), ('batch', 'length')
-  axes = (*tokens, *stored.axes[1:])
-
-  def put(x, stored, places):
-    rows = stored.rows(jnp.maximum(places, 0), mode='clip').astype(x.dtype)
-    return jnp.where((places >= 0)[..., None, None], rows, x)
-
-  run = ax.local(put, (axes, stored.layout(), tokens), axes)
-  return run(ax.place(x, *axes), stored, ax.place(places, *tokens))
 
 
 class LatentAttention(nnx.Module):

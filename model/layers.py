@@ -233,9 +233,8 @@ class Embedding(nnx.Module):
 
   def prefix(self, tokens: Int[Array, 'B T']) -> Int[Array, 'B T'] | None:
     """Which of these keys and values stand in each token's place: see model.attention.View."""
-    if not self.prefix_tokens:
-      return None
-    return tokens - (read(self.tokens).virtual.stop - self.prefix_tokens)
+    count = self.prefix_tokens
+    return tokens - (read(self.tokens).virtual.stop - count) if count else None
 
   def __call__(
     self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], types: Int[Array, 'B T'] | None

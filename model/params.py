@@ -121,12 +121,6 @@ def specs(model) -> Any:
   return jax.tree.map(spec, model, is_leaf=_is_param)
 
 
-def layers_axis(p: nnx.Param) -> tuple[str | None]:
-  """The logical axis of stacked layers, where stages of a pipeline share them out."""
-  x = jax.tree.leaves(p.get_value())[0]
-  return ('layers',) if ax.explicit() and jax.typeof(x).sharding.spec[0] else (None,)
-
-
 def count(model) -> int:
   """Number of parameters of a model, abstract or not."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(model))

@@ -5,7 +5,7 @@ A soft token is a virtual id, behind the rows of the table of embeddings, so tha
 positions, caches and engines know nothing of it: it is a token. What stands for it is trained. Of a
 prompt (Lester et al., arXiv:2104.08691) that is the vector that the first layer reads, a row behind
 the table's (model.weights.appended); of a prefix (Li and Liang, arXiv:2101.00190) the key and the
-value that every layer has in its place (model.attention.in_places), without position and norm,
+value that every layer has in its place (model.prefix.in_places), without position and norm,
 while what the layers compute there is seen by nobody.
 
 The numbers are those of PEFT: a prompt is given after a model's factor of its embeddings, keys and
@@ -25,7 +25,6 @@ from model.adaptation import AdapterConfig
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.layers import lookup
-from model.params import layers_axis
 from model.weights import read
 from model.weights.appended import Appended
 from model.weights.plain import Plain
@@ -98,6 +97,12 @@ def new(model, config: AdapterConfig, key: jax.Array, ids: Sequence[int] | None 
     }
     for i, place in enumerate(places)
   }
+
+
+def layers_axis(p: nnx.Param) -> tuple[str | None]:
+  """The logical axis of stacked layers, where stages of a pipeline share them out."""
+  x = jax.tree.leaves(p.get_value())[0]
+  return ('layers',) if ax.explicit() and jax.typeof(x).sharding.spec[0] else (None,)
 
 
 def _parameter(values: Array, layers: tuple[str | None, ...], axes: tuple[str | None, ...]):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data import tokenizers
 from data.generation import GENERATION
 from model import adapters, checkpoint, params, peft, transformer
 from model.adaptation import AdapterConfig
@@ -32,6 +33,36 @@ def adapter_of(config: configs.Config, checkpoints: Checkpoints, step: int) -> a
     lambda: states.new_model(config, states.ADAPTER), jax.sharding.get_mesh()
   )
   return checkpoints.restore(step, target, f'models.{states.ADAPTER}')
+
+
+def begun(config: configs.Config, models, imported: str | os.PathLike, log: Log) -> dict[str, Any]:
+  """The adapter that a run begins with, by name: the one that was imported into its directory, or
+  a new one on the base among `models`.
+  """
+  if imported:
+    return {states.ADAPTER: adapter_of(config, Checkpoints(imported, log=log), 0)}
+  base = models.get(config.objective.main)
+  # Without a base that was read, a new one is begun with it.
+  ids = None
+  if config.adapter.text:
+    tokenizer = tokenizers.load(pathlib.Path(config.init) / 'tokenizer')
+    ids = tokenizer.encode(config.adapter.text)
+  make = jax.jit(functools.partial(states.new_adapter, config, ids=ids))
+  return {} if base is None else {states.ADAPTER: make(base)}
+
+
+def refuse_as_base(directory: str | os.PathLike) -> None:
+  """Raises ValueError: the model of an adapter's run is in two places, and none to begin with."""
+  config = configs.load(directory)
+  if config.adapter.soft:
+    raise ValueError(
+      f'{directory} holds soft tokens (adapter.kind={config.adapter.kind!r}) and not a model: '
+      f'begin with the one that reads them, {config.init}'
+    )
+  raise ValueError(
+    f'{directory} holds an adapter and not a model: merge them first, python convert.py merge '
+    f'--workdir {directory} --to DIR, and begin with DIR'
+  )
 
 
 def opened(

@@ -7,16 +7,13 @@ saved like what is trained.
 """
 
 import dataclasses
-import functools
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 import names
-from data import tokenizers
 from model import params, transformer
 from training import state as states
 from training.config import Config, load
@@ -67,14 +64,14 @@ def begin(
   for name, role in states.roles(config).items():
     main = name == config.objective.main
     if role.adapter:
-      models |= _adapter(config, models, imported, log)
+      models |= names.imported('workdir.adapted.begun')(config, models, imported, log)
       continue
     own = main and imported and not config.adapter.kind
     directory = imported if own else config.init if main else role.directory
     if not directory:
       continue
-    if not own:
-      check_plain(directory)
+    if not own and load(directory).adapter.kind:
+      names.imported('workdir.adapted.refuse_as_base')(directory)
     log(f'beginning with the parameters of {directory}' + ('' if main else f' as {name}'))
     checkpoints = Checkpoints(directory, log=log)
     step = checkpoints.latest()
@@ -83,36 +80,6 @@ def begin(
     if frozen and not own:
       references[name] = checkpoints.reference(step)
   return _shared(config, models, references), Frozen(config, references)
-
-
-def _adapter(config, models, imported, log):
-  """The adapter by name: the one that was imported, or a new one on the base that there is."""
-  if imported:
-    read = names.imported('workdir.adapted.adapter_of')
-    return {states.ADAPTER: read(config, Checkpoints(imported, log=log), 0)}
-  base = models.get(config.objective.main)
-  # Without a base that was read, a new one is begun with it.
-  ids = None
-  if config.adapter.text:
-    tokenizer = tokenizers.load(pathlib.Path(config.init) / 'tokenizer')
-    ids = tokenizer.encode(config.adapter.text)
-  make = jax.jit(functools.partial(states.new_adapter, config, ids=ids))
-  return {} if base is None else {states.ADAPTER: make(base)}
-
-
-def check_plain(directory: str | os.PathLike) -> None:
-  """Raises ValueError for the run of an adapter, whose model is in two places."""
-  config = load(directory)
-  if config.adapter.soft:
-    raise ValueError(
-      f'{directory} holds soft tokens (adapter.kind={config.adapter.kind!r}) and not a model: '
-      f'begin with the one that reads them, {config.init}'
-    )
-  if config.adapter.kind:
-    raise ValueError(
-      f'{directory} holds an adapter and not a model: merge them first, python convert.py merge '
-      f'--workdir {directory} --to DIR, and begin with DIR'
-    )
 
 
 def _frozen(config, name, reference, log):

@@ -31,12 +31,13 @@ class Weight(abc.ABC):
 
   Attributes:
     axes: logical axes of its dimensions, but for that of stacked layers.
+    virtual: ids behind a table that have rows all the same (model.weights.appended).
     shape, dtype: of the matrix that it stands for; dtype: that of its numbers before a cast.
     adapters: that rows of a batch can have on it, each another one (model.weights.bank).
   """
 
   axes: tuple[str | None, ...]
-  adapters = 0
+  adapters, virtual = 0, range(0)
 
   @property
   @abc.abstractmethod
@@ -111,13 +112,9 @@ class Weight(abc.ABC):
     """
     ids = ids - part * self.shape[0]
     here = (ids >= 0) & (ids < self.shape[0])
-    rows = self.rows(jnp.where(here, ids, 0), mode='promise_in_bounds')
-    return jnp.where(here[..., None], rows, 0)
-
-  @property
-  def virtual(self) -> range:
-    """Ids behind the table that have rows all the same (model.weights.appended)."""
-    return range(0)
+    return jnp.where(
+      here[..., None], self.rows(jnp.where(here, ids, 0), mode='promise_in_bounds'), 0
+    )
 
   def scored(self, x: Float[Array, '*B D'], bias: Array | None, dtype: str) -> tuple[Array, Array]:
     """Hidden states and the table, in `dtype`, whose products are the scores, bias [V] included.
