@@ -392,14 +392,10 @@ def train(
       again = '; the same command goes on from there' if interrupted else ''
       log(f'stopped after step {checkpoints.steps()[-1]}: {stopped}{again}')
   # 7. Report: what it achieved and what it cost.
-  problem = '' if begun.state is not None else seals.metrics_problem(begun.record, workdir)
-  if problem:
-    log(f'WARNING: {problem}: there is no report of it')
-  elif jax.process_index() == 0:
-    write_report = names.imported('workdir.report.write_report')
-    report = write_report(workdir, config.report, settings=config, **cost.facts(mesh))
-    table, *_ = report.read_text().partition('\n## ')
-    log((table if not interrupted else '') + f'\nwrote {report}')
+  if jax.process_index() == 0:
+    conclude = names.imported('workdir.report.conclude')
+    before = begun.record if begun.state is None else None
+    log(conclude(workdir, config, cost.facts(mesh), before, interrupted))
   return interrupted
 
 

@@ -34,7 +34,7 @@ WEIGHTINGS = ('token', 'example')
 QUANTILES = {'shortest': 0, 'median': 0.5, '90%': 0.9, '99%': 0.99, 'longest': 1}
 
 
-class Writer(Protocol):
+class MakesExamples(Protocol):
   """What makes examples of records."""
 
   def example(self, place: str, record: Record) -> Example:
@@ -82,7 +82,7 @@ class Packed:
     names.check('objective.packing', self.packing, PACKINGS)
     names.check('objective.weighting', self.weighting, WEIGHTINGS)
 
-  def writer(self, tokenizer: Tokenizer) -> tuple[Writer, Tokenizer]:
+  def writer(self, tokenizer: Tokenizer) -> tuple[MakesExamples, Tokenizer]:
     """What makes the examples, and the tokenizer of the run. Raises ValueError where the one that
     is given does not do for it.
     """
@@ -266,7 +266,7 @@ def _identity(of, memo):
 def _build(
   settings: Packed,
   tokenizer: Tokenizer,
-  writer: Writer,
+  writer: MakesExamples,
   prompt: np.ndarray,
   config: DataConfig,
   directory: pathlib.Path,
@@ -352,7 +352,7 @@ def _counts(source: SourceConfig) -> dict:
 def _examples(
   config: DataConfig,
   settings: Packed,
-  writer: Writer,
+  writer: MakesExamples,
   prompt: np.ndarray,
   source: SourceConfig,
   seen: set[bytes],

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import commands
 import files
@@ -23,7 +23,7 @@ from training.config import Config
 from training.costs import ReportConfig
 from workdir import samples
 from workdir.metrics import FILE, lowest, read_metrics
-from workdir.seals import FACTS
+from workdir.seals import FACTS, metrics_problem
 from workdir.watch import short
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20
@@ -71,6 +71,22 @@ def write_report(
     parts += ['## Config', described(settings)]
   files.replace(directory / 'report.md', '\n\n'.join(parts) + '\n')
   return directory / 'report.md'
+
+
+def conclude(
+  directory: pathlib.Path, config: Config, facts: Mapping, record: Mapping | None, interrupted: bool
+) -> str:
+  """Writes the report of a run when a process ends; returns what to say.
+
+  record: of the last checkpoint, where this process has done nothing: metrics.jsonl may then not be
+    what that was written with, and there is no report of it.
+  """
+  problem = '' if record is None else metrics_problem(record, directory)
+  if problem:
+    return f'WARNING: {problem}: there is no report of it'
+  report = write_report(directory, config.report, settings=config, **facts)
+  table, *_ = report.read_text().partition('\n## ')
+  return (table if not interrupted else '') + f'\nwrote {report}'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
