@@ -99,9 +99,12 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     for part, value in begun.items():
       config[part] = _mutable(value)
     for field in ('sources', 'validation'):
-      of = config.data[field] = [*config.data[field]]
+      of = [*config.data[field]]
       while any(x.startswith(f'data.{field}[{len(of)}].') for x in overrides):
         of.append(_mutable(SourceConfig()))
+      # A list in the place of an empty tuple would become a tuple, which flags cannot index.
+      del config.data[field]
+      config.data[field] = of
     for override in overrides:
       _check_path(config, override.split('=')[0])
     return config

@@ -502,6 +502,20 @@ def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
       parse(argument, 'x')
 
 
+def test_sources_are_added_where_there_are_none(parse):
+  flags_ = [
+    f'--config.data.validation[{i}].{field}'
+    for i in range(2)
+    for field in ('kind=text', f'path={i}.txt')
+  ]
+  given = parse(*flags_, '--config.data.validation_fraction=0')
+  assert [(of.kind, of.path) for of in given.data.validation] == [
+    ('text', '0.txt'),
+    ('text', '1.txt'),
+  ]
+  assert parse().data.validation == ()
+
+
 def test_an_override_to_no_items_is_possible(parse):
   assert parse('--config.data.clean.anonymise=()').data.clean.anonymise == ()
 
