@@ -49,8 +49,8 @@ class TrainConfig:
       ('*' matches dots, too): trained is what any of the first matches and none of the second does
       (training/trainable.py).
     log_every, eval_every, save_every: in steps; eval_every=0 evaluates only at the end.
-    eval_batches: validation batches an evaluation reads; 0 reads all (the last evaluation always
-      does).
+    eval_batches: validation batches an evaluation reads, of several sources at least one of each; 0
+      reads all (the last evaluation always does).
     sample_every: in steps; what the model writes then, and at the end, comes into the report and
       TensorBoard (workdir/samples.py); 0 never writes. sample_prompts: after what.
     keep_last: checkpoints to keep besides the best one by validation loss.

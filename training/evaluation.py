@@ -4,7 +4,7 @@ make of the same documents.
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from training.config import Config
 def make_evaluate(config: Config, prepared, put):
   """The evaluation: (models, batches to read, 0 for all) -> `validation_loss` and what else the
   objective says. With go_on=True, of the same models as the last call, it reads only the batches
-  behind those of that call, and is of all together. Of several sources it reads batches in turn,
-  and says the same of each, as `validation_loss/NAME`.
+  behind those of that call, and is of all together. Of several sources it reads batches in turn, at
+  least one of each, and says the same of each, as `validation_loss/NAME`.
 
   Of all batches, it also gives what compressors make of the same documents: gzip_bits_per_byte,
   xz_bits_per_byte.
@@ -44,8 +44,11 @@ def make_evaluate(config: Config, prepared, put):
   def evaluate(models, batches: int = 0, go_on: bool = False) -> dict[str, float]:
     nonlocal shapes, rows, sums
     if not go_on:
-      rows = _in_turn(objective.validation_batches(prepared, config.data, put.rows))
-      sums = {}
+      held_out = objective.validation_batches(prepared, config.data, put.rows)
+      parts = held_out.parts() if hasattr(held_out, 'parts') else {}
+      rows, sums = _in_turn(parts or {'': held_out}), {}
+      # The losses of some sources only would be compared with those of all.
+      batches = batches and max(batches, len(parts))
     for source, batch in itertools.islice(rows, batches or None):
       batch = put(batch)
       if source not in sums:
@@ -63,15 +66,10 @@ def make_evaluate(config: Config, prepared, put):
   return evaluate
 
 
-def _in_turn(batches) -> Iterator[tuple[str, Any]]:
-  """Batches with the names of their sources: of several sources one of each, again and again, until
-  none has more, so that the first few are of all of them.
+def _in_turn(parts: Mapping[str, Iterable]) -> Iterator[tuple[str, Any]]:
+  """Batches with the names of their sources: of each one, again and again, until none has more, so
+  that the first few are of all of them.
   """
-  parts = batches.parts() if hasattr(batches, 'parts') else {}
-  if not parts:
-    for batch in batches:
-      yield '', batch
-    return
   left = {name: iter(part) for name, part in parts.items()}
   while left:
     for name in list(left):

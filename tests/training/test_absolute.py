@@ -137,6 +137,7 @@ def test_each_source_is_judged_by_its_own_texts(config, one_device, tmp_path):
   assert of_all['validation_loss/long'] != pytest.approx(of_all['validation_loss'], rel=1e-3)
   first_two = evaluate({'policy': model}, 2)
   assert first_two.keys() >= {'validation_loss/long', 'validation_loss/short'}
+  assert evaluate({'policy': model}, 1) == first_two, 'one of each, however few are asked for'
   assert evaluate({'policy': model}, go_on=True) == of_all
 
 
