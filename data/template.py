@@ -53,6 +53,9 @@ class Template:
 
   def __post_init__(self):
     names.check('normalise', self.normalise, NORMALISATIONS)
+    for name in ('ending', 'between'):
+      if not isinstance(value := getattr(self, name), str):
+        raise ValueError(f'{name}={value!r} must be a text, as in {name} = "\\n"')
     if self.pattern.count(MASK) > 1:
       raise ValueError(f'the pattern has {MASK} {self.pattern.count(MASK)} times; give it once')
     if not re.search(r'\btext\b', self.pattern):
@@ -98,8 +101,9 @@ class Template:
         'a template has a pattern, as in pattern = "{{ text }} It was [MASK].", and a table of '
         'words, as in [words] and positive = ["great", "good"]'
       )
+    # What is no list is told with its label, as a list of one that is no text.
     words = tuple(
-      (label, tuple([given] if isinstance(given, str) else given))
+      (label, tuple(given if isinstance(given, (list, tuple)) else [given]))
       for label, given in values['words'].items()
     )
     return cls(**{**values, 'words': words})

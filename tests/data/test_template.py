@@ -85,6 +85,10 @@ WRONG = {
   'variable': ({'pattern': '{{ text }}{{ title }}'}, "'title' is undefined"),
   'alone': ({'words': {'positive': 'good'}}, 'words are of 1 labels'),
   'empty': ({'words': {'positive': 'good', 'negative': []}}, "words of label 'negative'"),
+  'a number': ({'words': {'positive': 'good', 'negative': 3}}, r"label 'negative': \[3\] must be"),
+  'a table': ({'words': {'positive': 'good', 'negative': {'a': 'b'}}}, "words of label 'negative'"),
+  'ending': ({'ending': 3}, 'ending=3 must be a text'),
+  'between': ({'between': 3}, 'between=3 must be a text'),
   'blank': ({'words': {'positive': 'good', 'negative': ' '}}, "words of label 'negative'"),
 }
 
