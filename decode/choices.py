@@ -74,8 +74,8 @@ def _of_batch(model: LoadedModel, rows, words, mask: int) -> np.ndarray:
     capacity = min(model.context + len(model.before), tokens.shape[1] + targets.shape[1])
     if int(lengths.max()) + targets.shape[1] - 1 > capacity:
       raise ValueError(
-        f'a text of {int(lengths.max())} tokens and a word of {targets.shape[1]} pass '
-        f'model.max_length={model.context}; shorten the text'
+        f'a text of {int(lengths.max()) - len(model.before)} tokens and a word of '
+        f'{targets.shape[1]} pass {model.limit}; shorten the text'
       )
     arrays = (tokens, lengths, np.tile(targets, (B, 1)), np.tile(counts, B))
     arrays = map(model.put, arrays)

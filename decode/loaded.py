@@ -130,8 +130,10 @@ class LoadedModel:
   @property
   def limit(self) -> str:
     """The context, as messages have it."""
-    soft = len(self.before)
-    return f'model.max_length={self.context + soft}' + (
+    return self._limit_behind(len(self.before))
+
+  def _limit_behind(self, soft: int) -> str:
+    return f'model.max_length={self.model.config.max_length}' + (
       f' less {soft} soft tokens (adapter.tokens)' if soft else ''
     )
 
@@ -321,7 +323,8 @@ class LoadedModel:
     longest, limit = int(lengths.max()), self.model.config.max_length or sys.maxsize
     if longest > limit:
       raise ValueError(
-        f'a prompt of {longest - len(before)} tokens passes {self.limit}; shorten it'
+        f'a prompt of {longest - len(before)} tokens passes {self._limit_behind(len(before))}; '
+        'shorten it'
       )
     tokens = np.full((len(rows), min(limit, bucket(longest))), self.tokenizer.pad, np.int32)
     for row, ids in zip(tokens, rows, strict=True):

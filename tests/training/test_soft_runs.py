@@ -11,13 +11,15 @@ from conftest import run_here, tiny
 
 import convert
 from data.config import CleanConfig, SourceConfig
+from data.tokenizers import ByteTokenizer
 from decode.bulk import complete
 from decode.engine import Engine, Request, Sizes
 from decode.generating import generating_model
 from decode.generator import Generator
 from decode.sampling import make_sampling
-from model import soft
+from model import soft, transformer
 from model.adaptation import AdapterConfig
+from model.config import ModelConfig
 from model.tensorfiles import TensorFiles
 from objectives.sft import SFT
 from parallel.mesh import MeshConfig, make_mesh
@@ -194,6 +196,17 @@ def test_rows_of_several_prompts_are_each_alone(base, tuned):
     assert only.ids == texts[i].ids and only.raw == texts[i].raw
   with pytest.raises(ValueError, match=r'of soft tokens, \[264, 270\)'):
     engine.join(0, Request([270], 1, make_sampling(1)))
+
+
+def test_what_an_encoder_reads_has_less_room_by_them(one_device):
+  network = ModelConfig(
+    vocabulary=259, width=16, heads=2, layers=1, encoder_layers=1, max_length=16, feed_forward=16
+  )
+  with jax.set_mesh(one_device):
+    model = transformer.init(network, 0)
+    model = soft.applied(model, soft.new(model, PROMPT, jax.random.key(0)))
+  with pytest.raises(ValueError, match='14 tokens passes model.max_length=16 less 3 soft tokens'):
+    Generator(model, ByteTokenizer(), one_device)('x' * 13)
 
 
 def _adapter(run):
