@@ -37,7 +37,15 @@ from decode.conversation import Conversation
 from decode.defaults import model_defaults
 from decode.generator import Generator
 from decode.options import COMMAND, DRAFTERS, DRAWING, TABLE
-from decode.prompts import is_chat, named_runs, piped, read_asked, read_examples, with_examples
+from decode.prompts import (
+  check_adapters,
+  is_chat,
+  named_runs,
+  piped,
+  read_asked,
+  read_examples,
+  with_examples,
+)
 from decode.request import FAILED, INTERRUPTED
 from decode.results import GrowingFile, progress_bar
 from decode.sampling import seed_of
@@ -370,6 +378,7 @@ def run() -> None:
   given = [] if talks else asked()
   examples = [] if EXAMPLES.value is None else read_examples(EXAMPLES.value, SHOTS.value)
   adapters = named_runs(ADAPTERS.value)
+  check_adapters([*given, ('--adapter', '', OPTIONS['adapter'].value)], [*adapters])
   generator = Generator.load(
     WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value, adapters
   )

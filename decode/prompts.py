@@ -103,6 +103,22 @@ def named_runs(texts: Sequence[str]) -> dict[str, str]:
   return runs
 
 
+def check_adapters(
+  asked: Sequence[tuple[str, str | list, str | None]], runs: Sequence[str]
+) -> None:
+  """Raises ValueError, naming the place, for a line that asks for an adapter that is not one of
+  `runs`: before a model is loaded, which takes time.
+  """
+  for place, _, name in asked:
+    if name and not runs:
+      raise ValueError(
+        f'{place}: adapter={name!r}, and no adapters were loaded; give its run, as in '
+        f'--adapters={name}=runs/{name}'
+      )
+    if name:
+      _judged(place, lambda name: names.check('adapter', name, runs), name)
+
+
 def is_chat(prompt) -> bool:
   """Whether a prompt is messages, and neither a text nor ids."""
   return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)

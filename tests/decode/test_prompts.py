@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from decode.prompts import (
+  check_adapters,
   named_runs,
   piped,
   prompt_of,
@@ -76,6 +77,10 @@ def test_lines_name_adapters_and_the_command_their_runs(monkeypatch):
     ('c', ''),
   ]
   monkeypatch.setattr(sys, 'stdin', Piped(b'{"prompt": "b", "adapter": 3}'))
+  with pytest.raises(ValueError, match="f:2: adapter='order' is unknown; did you mean 'orders'"):
+    check_adapters([('f:1', 'a', None), ('f:2', 'b', 'order'), ('f:3', 'c', '')], ['orders'])
+  with pytest.raises(ValueError, match="f:2: adapter='orders', and no adapters were loaded"):
+    check_adapters([('f:1', 'a', ''), ('f:2', 'b', 'orders')], [])
   with pytest.raises(ValueError, match='stdin:1: adapter=3 must be the name of one'):
     read_asked('-')
   assert named_runs(['orders=runs/orders', 'b=c=d']) == {'orders': 'runs/orders', 'b': 'c=d'}
