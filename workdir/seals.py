@@ -83,13 +83,17 @@ def check_tokenizer(record: Mapping[str, Any], workdir: pathlib.Path, tokenizer:
 
 def check_inherited(init: str, tokenizer: Tokenizer) -> None:
   """Raises ValueError where a model would be tuned on other ids than the run at `init` knows; where
-  that run is gone, nothing is known.
+  that run is gone, nothing is known. Ids that no text has (data/extra.py) may be left out: those of
+  bytes are, behind sentinels that pretraining put there.
   """
   place = pathlib.Path(init) / TOKENIZER
   if not place.is_dir():
     return
   base = tokenizers.load(place)
-  if [*base.token_bytes] != [*tokenizer.token_bytes] or base.eos != tokenizer.eos:
+  known, ids = [*base.token_bytes], [*tokenizer.token_bytes]
+  if not tokenizer.extra:
+    known = known[: len(known) - len(base.extra)]
+  if known != ids or base.eos != tokenizer.eos:
     raise ValueError(
       f'the tokenizer of the data ({tokenizer.kind}, {tokenizer.vocabulary:,} ids) is not that of '
       f'config.init={init} ({base.kind}, {base.vocabulary:,} ids), whose model knows its own ids '

@@ -11,10 +11,12 @@ import shutil
 import pytest
 
 import convert
+from data.extra import extended
 from data.generation import GENERATION
+from data.tokenizers import ByteTokenizer
 from tests.training.conftest import on, run_here
 from training import config as configs
-from workdir import metrics
+from workdir import metrics, seals
 from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, open_run
 
@@ -193,3 +195,18 @@ def test_a_run_of_before_the_seals_goes_on_and_says_so_once(run, corpus, longer,
   assert capsys.readouterr().out.count('is of an older version') == 1
   assert json.loads((run / configs.FILE).read_text())['sha256']
   assert Checkpoints(run).record(6)['run']['id']
+
+
+def test_ids_that_no_text_has_may_be_left_out(tmp_path):
+  """A T5 of bytes has sentinels behind them, and is tuned on records by the bytes."""
+  plain = ByteTokenizer()
+  pretrained = extended(plain, ['<extra_id_0>', '<extra_id_1>'])
+  seals.keep_tokenizer(pretrained, tmp_path)
+  for known in (plain, pretrained):
+    seals.check_inherited(str(tmp_path), known)
+  with pytest.raises(ValueError, match=r'\(byte, 260 ids\) is not that of .* \(byte, 261 ids\)'):
+    seals.check_inherited(str(tmp_path), extended(plain, ['<mask>']))
+  other = tmp_path / 'plain'
+  seals.keep_tokenizer(plain, other)
+  with pytest.raises(ValueError, match=r'\(byte, 261 ids\) is not that of .* \(byte, 259 ids\)'):
+    seals.check_inherited(str(other), pretrained)
