@@ -95,7 +95,7 @@ class PairSettings(Packed):
         return Fitted(None, dropped=side.replace(' tokens', '_too_long'))
     cut = tuple(side for side, is_long in zip(SIDES, long) if is_long)
     if long[0]:
-      source = cut_source(source, room[0], example.kept, self.too_long)
+      source = cut_source(source, room[0], example.kept, self.too_long, reserved)
     if long[1]:
       target = target[-room[1] :] if self.target_too_long == 'left' else target[: room[1]]
     return Fitted(Pair.of(source, target, example.kept), cut)
@@ -105,16 +105,20 @@ class PairSettings(Packed):
     return PairRows(length, self.packing, target_length, tokenizer.pad)
 
 
-def cut_source(source: np.ndarray, most: int, kept: int, side: str) -> np.ndarray:
-  """A source of `most` tokens: its last one is the end's, the first `kept` stay, too.
+def cut_source(
+  source: np.ndarray, most: int, kept: int, side: str, reserved: int = 0
+) -> np.ndarray:
+  """A source of `most` tokens: its last one is the end's, the first `kept` stay, too; behind
+  `reserved` others of the row.
 
   Raises ValueError where nothing is left between them.
   """
   inside = most - kept - 1
   if inside < 1:
     raise ValueError(
-      f'data.sequence_length={most} has no room for a source behind a prefix of {kept} tokens; '
-      'raise it, or shorten objective.prefix'
+      f'data.sequence_length={most + reserved} has no room for a source behind '
+      + (f'{reserved} soft tokens (adapter.tokens) and ' if reserved else '')
+      + f'a prefix of {kept} tokens; raise it, or shorten objective.prefix'
     )
   text = source[kept:-1]
   text = text[-inside:] if side == 'left' else text[:inside]

@@ -208,6 +208,10 @@ def test_what_cannot_be_is_said(tmp_path, change, words):
   given = config(tmp_path, [row], **change.get('data', {}))
   with pytest.raises(ValueError, match=words):
     change.get('objective', Seq2Seq()).read(given, quiet)
+  said = rf'sequence_length={S} has no room for a source behind 5 soft tokens .*prefix of {S - 5}'
+  with pytest.raises(ValueError, match=said):
+    pairs = config(tmp_path, [{'source': 'a' * 30, 'target': 'b'}])
+    Seq2Seq(prefix='p' * (S - 5), too_long='left').read(pairs, quiet, range(300, 305))
   with pytest.raises(ValueError, match='target_length=-1'):
     Seq2Seq(target_length=-1)
   with pytest.raises(ValueError, match='known|one of|target_too_long'):
