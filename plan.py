@@ -172,9 +172,9 @@ class Plan:
     self, dollars_per_chip_hour: float | None, watts_per_chip: float | None
   ) -> dict[str, float]:
     """Hours, dollars and kWh of the whole training run, or of a million tokens;
-    only what is known.
+    only what is known: how long train.epochs are, the data says, which is not read.
     """
-    if self.prediction is None:
+    if self.prediction is None or (self.mode == 'train' and self.config.train.epochs):
       return {}
     runs = self.config.train.steps if self.mode == 'train' else 1e6 / self.tokens
     hours = self.seconds * runs / 3600

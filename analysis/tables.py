@@ -61,6 +61,11 @@ def show(plan, cost: dict[str, float]) -> None:
   for text in plan.prediction.assumptions:
     console.print(f'  assumed: {text}')
   console.print(f'  error: {roofline.ERROR["tpu" if plan.chip.torus else "gpu"]}')
+  if plan.mode == 'train' and plan.config.train.epochs:
+    console.print(
+      f'train.epochs={plan.config.train.epochs:g}: how many steps, the data says, which is not '
+      'read here; for the cost give --config.train.epochs=0 --config.train.steps=1000'
+    )
   if cost:
     work = f'{plan.config.train.steps:,} steps' if plan.mode == 'train' else 'a million tokens'
     units = {'hours': '{} hours', 'dollars': '${}', 'kWh': '{} kWh (chips only)'}

@@ -137,6 +137,16 @@ def test_cost():
   assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
 
 
+def test_epochs_have_no_cost_without_data(capsys):
+  config = tiny()
+  train = dataclasses.replace(config.train, steps=0, epochs=2.0)
+  got = fake(dataclasses.replace(config, train=train), peak=1)
+  assert got.cost(1.5, 200.0) == {}
+  tables.show(got, {})
+  text = capsys.readouterr().out
+  assert 'train.epochs=2: how many steps, the data says' in text and '0 steps' not in text
+
+
 def test_a_chip_of_two_devices_is_one_chip():
   """What is paid and drawn is the chip's, what a device can have of its memory is half."""
   one = fake(tiny(steps=3600), peak=6e9, seconds=2.0)
