@@ -62,6 +62,7 @@ OUTPUT = flags.DEFINE_string(
 )
 
 TASK = 'classify'  # the beginning of every file's name
+PROMPTED = ('classify', 'classify_seq2seq')  # objectives that name a template
 
 
 def check_flags() -> list[int]:
@@ -77,7 +78,7 @@ def check_flags() -> list[int]:
 
 def check_objective(config: configs.Config) -> None:
   """Raises ValueError for a config that says nothing of classification."""
-  if config.objective.kind != TASK:
+  if config.objective.kind not in PROMPTED:
     raise ValueError(
       f'objective.kind={config.objective.kind!r} names no template to classify by; give '
       "--config=configs/classify.py, and --config.objective.template for one's own"
