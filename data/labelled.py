@@ -118,7 +118,11 @@ def in_place(batch, row: int, mask: int) -> None:
   """Moves what is learned at the end of each example of a row of an encoder's batch to where its
   mask is.
   """
-  at = np.flatnonzero(batch.tokens[row] == mask)
+  in_places(batch, row, np.flatnonzero(batch.tokens[row] == mask))
+
+
+def in_places(batch, row: int, at: np.ndarray) -> None:
+  """Moves what is learned in a row, one target of each example, to these places, one of each."""
   learned = np.flatnonzero(batch.weights[row])
   targets, weights = batch.targets[row, learned], batch.weights[row, learned]
   batch.weights[row] = 0

@@ -264,6 +264,7 @@ def test_the_default_is_one_model_trained_whole():
     'seq2seq',
     'classify',
     'classify_seq2seq',
+    'classify_head',
     'span_corruption',
     'masked_lm',
   ]
