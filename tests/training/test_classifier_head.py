@@ -201,16 +201,16 @@ def test_a_head_begins_as_it_says(one_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'name, mesh, adapter, dtype',
+  'name, mesh, adapter',
   [
-    ('decoder', {'data': -1}, '', 'float32'),
-    ('decoder', {'data': 2, 'fsdp': 2, 'tensor': 2}, 'lora', 'bfloat16'),
-    ('pooled bert', {'data': 2, 'fsdp': 4, 'zero': 2}, '', 'float32'),
-    ('bert', {'data': -1}, 'lora', 'float32'),
+    ('decoder', {'data': -1}, ''),
+    ('decoder', {'data': 2, 'fsdp': 2, 'tensor': 2}, 'lora'),
+    ('pooled bert', {'data': 2, 'fsdp': 4, 'zero': 2}, ''),
+    ('bert', {'data': -1}, 'lora'),
   ],
   ids=range(4),
 )
-def test_a_trained_head_is_judged_as_by_hand(tmp_path, name, mesh, adapter, dtype):
+def test_a_trained_head_is_judged_as_by_hand(tmp_path, name, mesh, adapter):
   """From files to a result, of what was held out; and merged, it says the same."""
   made = config(
     tmp_path,
@@ -258,7 +258,7 @@ def test_a_trained_head_is_judged_as_by_hand(tmp_path, name, mesh, adapter, dtyp
   if adapter:
     adapted.merge(run, tmp_path / 'merged', 'last', False, lambda line: None)
     merged = scored(tmp_path / 'merged')[0]
-    np.testing.assert_allclose(merged.labels, scores.labels, atol=1e-5)
+    np.testing.assert_allclose(merged.labels, scores.labels, atol=1e-4)
     assert merged.prompts == scores.prompts
 
 
