@@ -25,10 +25,12 @@ import names
 from data import labelled
 from data.template import Template
 from decode.generator import Generator
-from evaluation import classify
+from evaluation import classify, heads
 from evaluation.prompts import Shots
+from objectives.classify_head import HEAD
 from parallel.flag import mesh_of
 from training import config as configs, overrides
+from workdir.head import head_of
 
 CONFIG = overrides.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)
@@ -62,6 +64,8 @@ OUTPUT = flags.DEFINE_string(
 )
 
 TASK = 'classify'  # the beginning of every file's name
+# Objectives that name a template: of models that are asked by it, and of those with a head.
+PROMPTED, HEADED = ('classify', 'classify_seq2seq'), 'classify_head'
 
 
 def check_flags() -> list[int]:
@@ -75,13 +79,30 @@ def check_flags() -> list[int]:
   return [int(text) for text in SHOTS.value]
 
 
-def check_objective(config: configs.Config) -> None:
-  """Raises ValueError for a config that says nothing of classification."""
-  if config.objective.kind != TASK:
+def check_objective(config: configs.Config, ways: list[int]) -> None:
+  """Raises ValueError for a config that says nothing of classification, or not in these ways."""
+  if config.objective.kind not in (*PROMPTED, HEADED):
     raise ValueError(
       f'objective.kind={config.objective.kind!r} names no template to classify by; give '
       "--config=configs/classify.py, and --config.objective.template for one's own"
     )
+  if config.objective.kind == HEADED and any(ways):
+    raise ValueError(
+      f'--shots={",".join(map(str, ways))}: a head reads texts as they are, without examples; use '
+      '--shots=0'
+    )
+
+
+def scorer(config: configs.Config, generator: Generator, template: Template):
+  """(records, shots) -> their scores, by the words of the template or by the head of the run."""
+  if config.objective.kind != HEADED:
+    asking = classify.asking_of(generator, template)
+    return lambda records, shots: classify.scored(generator, asking, records, shots)
+  place = WORKDIR.value, HEAD, CHECKPOINT.value, generator.mesh
+  head = head_of(*place, config.objective)
+  # What training would leave out is judged all the same, as everybody is.
+  side = 'left' if config.objective.too_long == 'left' else 'right'
+  return lambda records, _: heads.scored(generator, head, template, records, side)
 
 
 def evaluate(
@@ -93,7 +114,7 @@ def evaluate(
   held_out = held_out[: LIMIT.value or None]
   for place, record in train:
     template.number(place, record)
-  asking = classify.asking_of(generator, template)
+  score = scorer(config, generator, template)
   print(
     f'{len(held_out)} held-out records of {len(template.labels)} labels; examples from '
     f'{len(train)} others'
@@ -103,15 +124,16 @@ def evaluate(
   for k in ways:
     began = time.perf_counter()
     shots = Shots([record for _, record in train], template.labels, k, SEED.value)
-    scores = classify.scored(generator, asking, held_out, shots)
+    scores = score(held_out, shots)
     seconds = time.perf_counter() - began
     print(f'{k} shots: {seconds:.1f} s; prompts {scores.prompts}')
     if scores.cut:
-      print(f'NOTE: {scores.cut} prompts were cut on the left, to fit the context')
+      print(f'NOTE: {scores.cut} prompts were cut, to fit the context')
     settings = {
       'workdir': WORKDIR.value,
       'checkpoint': CHECKPOINT.value,
       'weights': WEIGHTS.value,
+      'objective': config.objective.kind,
       'template': config.objective.template,
       'shots': k,
     }
@@ -156,7 +178,7 @@ def run() -> None:
   if CONFIG.value is None:
     raise ValueError('give --config=configs/classify.py: this directory has no config of its own')
   config = overrides.from_flag(CONFIG.value)
-  check_objective(config)
+  check_objective(config, ways)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
   output.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ class LabelWriter:
   def __init__(self, template: Template, tokenizer: Tokenizer, form: str, over: str):
     self.asking, self._over = Asking(template, tokenizer, form), over
     if form == TARGET:
-      raise ValueError(f'form={form!r} answers a source; its examples are pairs of texts')
+      raise ValueError(f'form={form!r} answers a source; its examples are of answers.AnswerWriter')
     self._words = {}
     for word in self.asking.words:
       self._words.setdefault(word.label, word.ids)
@@ -91,17 +91,7 @@ class LabelWriter:
 
   def example(self, place: str, record: Record) -> Example:
     """Raises ValueError, naming the place, for no labelled text, and for an unknown label."""
-    if not isinstance(record, LabelRecord):
-      raise ValueError(
-        f"{place}: objective.kind='classify' takes records of a text and a label; set "
-        'source.format=label'
-      )
-    try:
-      number = self.asking.template.number(place, record)
-      read = self.asking.ids(record.text)
-    except ValueError as error:
-      said = str(error)
-      raise ValueError(said if said.startswith(place) else f'{place}: {said}') from error
+    read, number = asked(self.asking, place, record)
     word = self._words[number]
     if self.asking.form == PREFIX and self._over == 'tokens':
       word = (*word, self.asking.tokenizer.eos)
@@ -109,11 +99,30 @@ class LabelWriter:
     return Example(ids, np.arange(len(ids)) >= len(read))
 
 
+def asked(asking: Asking, place: str, record: Record) -> tuple[tuple[int, ...], int]:
+  """What a model reads for a record, and the number of its label. Raises as LabelWriter.example."""
+  if not isinstance(record, LabelRecord):
+    raise ValueError(
+      f"{place}: objective.kind='classify' takes records of a text and a label; set "
+      'source.format=label'
+    )
+  try:
+    number = asking.template.number(place, record)
+    return asking.ids(record.text), number
+  except ValueError as error:
+    said = str(error)
+    raise ValueError(said if said.startswith(place) else f'{place}: {said}') from error
+
+
 def in_place(batch, row: int, mask: int) -> None:
   """Moves what is learned at the end of each example of a row of an encoder's batch to where its
   mask is.
   """
-  at = np.flatnonzero(batch.tokens[row] == mask)
+  in_places(batch, row, np.flatnonzero(batch.tokens[row] == mask))
+
+
+def in_places(batch, row: int, at: np.ndarray) -> None:
+  """Moves what is learned in a row, one target of each example, to these places, one of each."""
   learned = np.flatnonzero(batch.weights[row])
   targets, weights = batch.targets[row, learned], batch.weights[row, learned]
   batch.weights[row] = 0

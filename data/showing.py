@@ -16,12 +16,19 @@ def examples(config, prepared, count: int) -> str:
   """
   batches = config.objective.batches(prepared, config.data, range(config.data.batch_size))
   shown, every = [], _examples(batches, config.model.causal)
+  # Of a head, what is learned is the number of a label.
+  labels = getattr(config.objective, 'labels', ())
   for number, (source, ids, learned) in enumerate(itertools.islice(every, count), 1):
     read = '' if source is None else f'reading {len(source)} tokens, '
     head = f'--- example {number}: {read}{len(ids)} tokens, {int(learned.sum())} learned'
     shown.append(head)
     if source is not None:
       shown.append(_spelled(prepared.tokenizer, source.tolist()) + '\n->')
+    if labels:
+      (number,) = ids[learned].tolist()
+      text = _spelled(prepared.tokenizer, ids[~learned].tolist()) if source is None else ''
+      shown.append(f'{text} {LEARNED}{labels[number]}{PLAIN}'.lstrip())
+      continue
     shown.append(_coloured(prepared.tokenizer, ids, learned))
   return '\n'.join(shown)
 

@@ -85,13 +85,21 @@ def scored(
 
   mask = asking.mask if asking.form == CLOZE else -1
   sums = choice_scores(model, ids, [word.ids for word in words], mask)
-  if not np.isfinite(sums).all():
-    i = int(np.flatnonzero(~np.isfinite(sums).all(1))[0])
-    place = records[i][0] if i < len(records) else 'a text without content'
-    raise FloatingPointError(f'{place}: the scores of its labels are not finite: {sums[i]}')
+  check_finite(sums, records)
   scores = asking.label_scores(sums)
   n = len(records)
   return Scores(scores[:n], scores[n:], truth, digest.hexdigest(), cut)
+
+
+def check_finite(scores: np.ndarray, records: Sequence[tuple[str, LabelRecord]]) -> None:
+  """Raises FloatingPointError for scores, those of CONTENT_FREE behind those of records, that are
+  no numbers, naming the first record that has them.
+  """
+  wrong = np.flatnonzero(~np.isfinite(scores).all(1))
+  if len(wrong):
+    i = int(wrong[0])
+    place = records[i][0] if i < len(records) else 'a text without content'
+    raise FloatingPointError(f'{place}: the scores of its labels are not finite: {scores[i]}')
 
 
 def probabilities(

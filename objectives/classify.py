@@ -63,7 +63,7 @@ class Classify(NextToken, examples.Sequences):
     if form != self.form:
       needed = f'set objective.form={form!r}'
       if config.encoder_layers:
-        needed = 'evaluate.py asks one by the same template'
+        needed = "objective.kind='classify_seq2seq' tunes one by the same template"
       raise NotImplementedError(
         f'objective.form={self.form!r} is not how a model with model.causal={config.causal} and '
         f'model.encoder_layers={config.encoder_layers} is tuned to classify; {needed}'

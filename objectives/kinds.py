@@ -14,6 +14,8 @@ KINDS = {
   'sft': 'objectives.sft.SFT',
   'seq2seq': 'objectives.seq2seq.Seq2Seq',
   'classify': 'objectives.classify.Classify',
+  'classify_seq2seq': 'objectives.classify_seq2seq.ClassifySeq2Seq',
+  'classify_head': 'objectives.classify_head.ClassifyHead',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
 }

@@ -37,6 +37,8 @@ class Role:
     stored: what makes of a frozen model what lies in memory, as `in_bfloat16` or
       model.weights.int8.in_bytes; None leaves it as its config says.
     adapter: of an adapter, which is no network: its settings; `config` is of the one it lies on.
+    made: of what else is no network (a head), as `config` says that the one it is on is: makes its
+      parameters by a seed, on the mesh in context.
   """
 
   config: ModelConfig | None
@@ -44,6 +46,7 @@ class Role:
   directory: str = ''
   stored: Callable[[Any], Any] | None = None
   adapter: AdapterConfig | None = None
+  made: Callable[[int], Any] | None = None
 
 
 @runtime_checkable

@@ -82,6 +82,43 @@ def test_a_run_says_how_well_it_classifies(tuned):
 
 
 @pytest.mark.slow
+def test_a_head_is_judged_beside_what_is_asked(tuned):
+  """Of the same records, with the same metrics, from the command's own flags; and not with
+  examples, nor of a run that has none.
+  """
+  head = (
+    '--config.objective.kind=classify_head',
+    f'--config.objective.template={tuned}/template.toml',
+  )
+  config, run = f'--config={tuned}/config.py', f'--workdir={tuned}/head'
+  done = Process(tuned, 'train.py', config, *head, run).end()
+  assert done.code == 0, done.error
+  done = Process(tuned, 'evaluate.py', run, '--calibration=none,contextual').end()
+  assert done.code == 0 and 'Traceback' not in done.error, done.error
+  output = tuned / 'head' / 'evaluation'
+  results = json.loads((output / 'classify.json').read_text())['results']
+  assert [(r['objective'], r['calibration']) for r in results] == [
+    ('classify_head', 'none'),
+    ('classify_head', 'contextual'),
+  ]
+  lines = [json.loads(line) for line in (output / 'classify.jsonl').read_text().splitlines()]
+  said = [max(line['0 none'], key=line['0 none'].get) == line['label'] for line in lines]
+  assert results[0]['metrics']['accuracy']['value'] == pytest.approx(np.mean(said))
+
+  done = Process(tuned, 'evaluate.py', run, config, f'--output={tuned}/asked').end()
+  assert done.code == 0, done.error
+  asked = [json.loads(line) for line in (tuned / 'asked' / 'classify.jsonl').open()]
+  assert [line['place'] for line in asked] == [line['place'] for line in lines]
+
+  for flags, said in (
+    ((run, '--shots=0,2'), '--shots=0,2: a head reads texts as they are'),
+    ((f'--workdir={tuned}/run', config, *head), "objective.kind='classify' and has no head"),
+  ):
+    done = Process(tuned, 'evaluate.py', *flags).end()
+    assert done.code != 0 and said in done.error and 'Traceback' not in done.error, done.error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'flags, said',
   [

@@ -180,6 +180,7 @@ def test_what_they_promise_is_there(ran):
     'lora',
     'answers',
     'classifier',
+    'head',
     'mlm',
     'span_corruption',
     'dates',

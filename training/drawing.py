@@ -48,7 +48,7 @@ class StepDraws:
     adapted = self.config.adapter.kind and self.config.objective.main
     drawing = dict(models)
     for i, (name, role) in enumerate(self.roles.items()):
-      if name in models and (role.trained or name == adapted):
+      if name in models and (role.trained or name == adapted) and not role.made:
         drawn = Drawn(
           keys=draws.folded(keys, MODEL, i),
           rates=self.config.dropout,

@@ -94,7 +94,9 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 def check_models(config: Config) -> None:
   """Raises NotImplementedError or ValueError where the objective does not take the run's models."""
-  networks = {name: role for name, role in states.roles(config).items() if not role.adapter}
+  networks = {
+    name: role for name, role in states.roles(config).items() if not (role.adapter or role.made)
+  }
   config.objective.accepts({name: role.config for name, role in networks.items()})
   if config.adapter.soft:
     names.imported('training.soft.check')(config)
@@ -126,10 +128,10 @@ def flops_per_token(config: Config, document_length: float | None = None) -> flo
   """
   objective, total = config.objective, 0.0
   for name, role in states.roles(config).items():
-    if role.adapter:
-      if config.adapter.soft:
+    if role.adapter or role.made:
+      if role.adapter and config.adapter.soft:
         continue  # looked up, and multiplied with nothing
-      total += 6 * params.count(jax.eval_shape(lambda: states.new_model(config, states.ADAPTER)))
+      total += 6 * params.count(jax.eval_shape(lambda: states.new_model(config, name)))
       continue
     # Of three: forward, the gradient by what goes in, the gradient by the weights.
     passes = 3 if role.trained else 2 if name == objective.main and config.adapter.kind else 1

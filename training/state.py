@@ -82,6 +82,8 @@ def new_model(config, name: str):
     return new_adapter(config, new_model(config, config.objective.main))
   # The main one, which is first, begins as it would alone.
   seed = (config.train.seed + list(everyone).index(name)) % 2**32
+  if everyone[name].made:
+    return everyone[name].made(seed)
   model = transformer.init(everyone[name].config, seed)
   return everyone[name].stored(model) if everyone[name].stored else model
 

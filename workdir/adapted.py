@@ -190,8 +190,18 @@ def merge(
     for kept in seals.OWN:
       _copy(workdir / kept, partial / kept)
     run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
-    write_run(partial, run, {'model': model}, log)
+    write_run(partial, run, _models(config, checkpoints, step, model), log)
   log(f'{to}: step {step} of {workdir}, its adapter merged')
+
+
+def _models(config, checkpoints, step, model) -> dict[str, Any]:
+  """What a merged run keeps: the model, with a head that was trained beside the adapter."""
+  made = [name for name, role in states.roles(config).items() if role.made]
+  read = {}
+  for name in made:
+    target = params.abstract(lambda: states.new_model(config, name), jax.sharding.get_mesh())
+    read[name] = checkpoints.restore(step, target, f'models.{name}')
+  return {'models': {config.objective.main: model} | read} if made else {'model': model}
 
 
 def export_adapter(

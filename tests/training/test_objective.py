@@ -263,6 +263,8 @@ def test_the_default_is_one_model_trained_whole():
     'sft',
     'seq2seq',
     'classify',
+    'classify_seq2seq',
+    'classify_head',
     'span_corruption',
     'masked_lm',
   ]

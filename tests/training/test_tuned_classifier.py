@@ -190,7 +190,7 @@ def test_a_tuned_model_classifies_by_the_same_template(files_of, tmp_path, name)
 REFUSED = [
   ({'form': 'cloze'}, {}, "objective.form='cloze' is not how a model.*set objective.form='prefix'"),
   ({}, BERT, "objective.form='prefix' is not how.*set objective.form='cloze'"),
-  ({}, {'encoder_layers': 2}, 'evaluate.py asks one by the same template'),
+  ({}, {'encoder_layers': 2}, "objective.kind='classify_seq2seq' tunes one by the same template"),
 ]
 
 
