@@ -11,7 +11,7 @@ def check(config: Config) -> None:
   if not config.objective.prompted:
     raise NotImplementedError(
       f'adapter.kind={adapter.kind!r} stands before every example, and the rows of '
-      f"objective.kind={config.objective.kind!r} are none; use objective.kind='sft', or "
+      f"objective.kind={config.objective.kind!r} are none; use an objective of records, or "
       "adapter.kind='lora'"
     )
   if adapter.tokens >= length:
