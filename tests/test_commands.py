@@ -547,7 +547,8 @@ import generate
 load = generate.Generator.load
 loaded = {}
 def load_once(*given, **how):
-  return loaded.get(given) or loaded.setdefault(given, load(*given, **how))
+  asked = repr((given, how))
+  return loaded.get(asked) or loaded.setdefault(asked, load(*given, **how))
 generate.Generator.load = load_once
 for line in json.loads(sys.argv[1]):
   flags.FLAGS.unparse_flags()

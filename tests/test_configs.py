@@ -23,7 +23,7 @@ from parallel.mesh import AXES, MeshConfig, make_mesh
 from training import state as states
 from training.config import Config
 from training.optimizer import make_optimizer
-from training.program import check_models, make_program
+from training.program import check_models, lower_step, make_program
 from training.step import make_step
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,6 +75,9 @@ def lower(config: Config, mesh_config: MeshConfig, devices=None):
   """
   mesh = make_mesh(mesh_config, devices)
   config.check_mesh(dict(mesh.shape))
+  if config.adapter.kind:
+    lowered, state = lower_step(config, mesh)
+    return state, lowered
   with jax.set_mesh(mesh):
     model = jax.eval_shape(functools.partial(transformer.init, config.model, config.train.seed))
     optimizer = make_optimizer(

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import files
 from data import huggingface, tokenizers
@@ -85,6 +85,7 @@ def test_special_ids(family):
 @given(text=st.one_of(anything, st.sampled_from(TEXTS + families.CORPUS)))
 @settings(max_examples=60)
 def test_ids_text_and_bytes_are_the_librarys(family, text):
+  assume(not any(name in text for name in control(family)))  # which the next test is of
   tok, lib = ours(family), theirs(family)
   ids = tok.encode(text)
   assert ids == tok.encode(text, special=True) == lib.encode(text, add_special_tokens=False).ids
