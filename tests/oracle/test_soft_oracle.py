@@ -10,7 +10,7 @@ from flax import nnx
 
 from model import checkpoint, families, peft as files_of_peft, soft
 from model.weights import read
-from tests.goldens import make, ours, tiny
+from tests.goldens import ours, tiny
 
 pytestmark = pytest.mark.oracle
 torch = pytest.importorskip('torch', reason='torch is not installed')
@@ -60,6 +60,8 @@ def put_on(base, arrays):
 
 @pytest.mark.parametrize('kind, name', CASES)
 def test_theirs_is_ours_and_goes_back_as_it_was(kind, name, tmp_path):
+  from tests.goldens import make
+
   model = make.build(name, tmp_path / 'hf')
   task = 'SEQ_2_SEQ_LM' if name == 't5' else 'CAUSAL_LM'
   config, base = checkpoint.load(tmp_path / 'hf', mesh=ours.MESH)
@@ -102,6 +104,8 @@ def close(found, expected):
 
 
 def test_a_prefix_through_a_projection_is_what_came_out(tmp_path):
+  from tests.goldens import make
+
   model = make.build('llama', tmp_path / 'hf')
   config, base = checkpoint.load(tmp_path / 'hf', mesh=ours.MESH)
   made = peft.PrefixTuningConfig(

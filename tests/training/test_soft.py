@@ -360,7 +360,11 @@ def test_several_on_one_model_keep_their_ids(one_device):
   'adapter, parts, said',
   [
     (PREFIX, {'model': LATENT}, "adapter.kind='prefix' of a model with model.latent.width=16"),
-    (PROMPT, {'objective': None}, "objective.kind='next_token' are none; use objective.kind='sft'"),
+    (
+      PROMPT,
+      {'objective': None},
+      "objective.kind='next_token' are none; use an objective of records",
+    ),
     (
       dataclasses.replace(PROMPT, tokens=16),
       {},
