@@ -16,12 +16,20 @@ import jax.numpy as jnp
 import names
 
 _policies = jax.checkpoint_policies
+_SUM = 'a sum of products'
+
+
+def summed(x: jax.Array) -> jax.Array:
+  """A sum of products with weights, which is kept where products are, in the place of its terms."""
+  return jax.ad_checkpoint.checkpoint_name(x, _SUM)
 
 
 def _products(primitive, *arrays, **how):
   """Whether to keep: products with weights; of a product whose sum is open (see
-  parallel.axes.einsum), what closes it instead.
+  parallel.axes.einsum), what closes it instead; and what is `summed`.
   """
+  if primitive.name == 'name':
+    return how['name'] == _SUM
   if primitive.name == 'reshard':
     return bool(arrays[0].sharding.spec.unreduced)
   sharding = how.get('out_sharding')

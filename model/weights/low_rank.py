@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.weights.weight import Weight
-from parallel import axes as ax
+from parallel import axes as ax, remat
 
 RANK = 'Z'
 
@@ -124,7 +124,7 @@ class LowRank(Weight):
     if not self._forward(formula):
       return super().product(formula, x, dtype, axes)
     y = self.base.product(formula, x, dtype, axes)
-    y = y + self._thin_product(formula, x, dtype, axes)
+    y = remat.summed(y + self._thin_product(formula, x, dtype, axes))
     if self.magnitude is None:
       return y
     # As tokens are: devices that share the batch need all of it.
