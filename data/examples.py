@@ -28,7 +28,7 @@ from data.records import LabelRecord, Record, records
 from data.shards import PACKINGS, Rows, ShardWriter
 from data.tokenizer import Tokenizer
 
-FORMAT = 1  # part of every key: raise it when the code changes what a config means
+FORMAT = 2  # part of every key: raise it when the code changes what a config means
 TOO_LONG = ('drop', 'left', 'right')
 WEIGHTINGS = ('token', 'example')
 QUANTILES = {'shortest': 0, 'median': 0.5, '90%': 0.9, '99%': 0.99, 'longest': 1}
