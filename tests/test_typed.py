@@ -78,6 +78,7 @@ BESIDES = {
     '--config.data.sources[0].path=HERE/orders.jsonl',
     '--config.data.sequence_length=48',
   ),
+  'prompt_tuning': ('--config.train.epochs=0', '--config.optimizer.warmup_fraction=0.0'),
   'seq2seq': ('--config.model.layers=1',),
   'classify': (
     '--config.train.epochs=0',
@@ -103,7 +104,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  names = r'input\.txt|orders\.jsonl|dates\.jsonl|sentiment\.csv'
+  names = r'input\.txt|(orders|dates|docstrings|tasks|spell)\.jsonl|sentiment\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
 
@@ -130,6 +131,10 @@ def ran(tmp_path_factory):
   (directory / 'dates.jsonl').write_text(
     ''.join(json.dumps({'source': q, 'target': a}) + '\n' for q, a in pairs)
   )
+  for name in ('docstrings', 'tasks', 'spell'):
+    (directory / f'{name}.jsonl').write_text(
+      ''.join(json.dumps({'prompt': q, 'completion': a}) + '\n' for q, a in pairs)
+    )
   labelled = [f'number {i} is it,{("positive", "negative")[i % 2]}' for i in range(60)]
   (directory / 'sentiment.csv').write_text('\n'.join(['text,label', *labelled]) + '\n')
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
@@ -139,13 +144,17 @@ def ran(tmp_path_factory):
   lines = []
   # What other pages begin with is there first.
   every = sorted(typed('train.py', 'convert.py'), key=lambda each: 'smollm2' not in each[1])
+  every.insert(0, ('train.py', ['--config=tiny', '--workdir=runs/demo']))  # for `make demo`
   for name, line in every:
     if name == 'train.py':
       config = next(part.removeprefix('--config=') for part in line if '--config=' in part)
       # What a page asks for twice as many steps goes on from what ran before.
       line = [part.replace('.steps=400', '.steps=4') for part in line]
       line = [part.replace('sequence_length=256', 'sequence_length=48') for part in line]
-      line = [part for part in line if not re.search(r'epochs=|steps=(22|60|120)$', part)]
+      line = [part for part in line if not re.search(r'epochs=|steps=(0|22|60|120|200)$', part)]
+      # Instead of the standard library.
+      line = [part.replace('[1].kind=stdlib', '[1].kind=text') for part in line]
+      line = [f'{part}input.txt' if part.endswith('[1].path=') else part for part in line]
       short = [*SHORT, *BESIDES[pathlib.Path(config).stem]]
       line += [part for part in short if part.split('=')[0] not in ' '.join(line)]
     line = ['path/to/hf_dir' if part == 'smollm2' else part for part in line]
@@ -172,6 +181,11 @@ def test_what_they_promise_is_there(ran):
   directory, each, _ = ran
   runs = directory / 'runs'
   assert {path.name for path in runs.iterdir()} == {
+    'demo',
+    'docstrings',
+    'plays',
+    'tasks',
+    'spell',
     'tiny',
     'tuned',
     'llama',
