@@ -36,7 +36,7 @@ def packed(directory) -> Batch:
     for ids, completion in examples():
       writer.add(ids, completion)
   (entry,) = writer.shards
-  plan = shards.write_plan(directory, directory, entry, T, shards.FIT)
+  plan = shards.Rows(T).write_plan(directory, directory, entry)
   shard = shards.PackedShard(directory, directory, entry['name'], entry['dtype'], True)
   source = shards.PackedSource('pairs', 1.0, (shard,), np.array([plan['rows']]))
   batch = Batch.empty(len(source), T)
