@@ -24,6 +24,7 @@ import files
 import names
 from data import labelled
 from data.template import Template
+from decode import opening
 from decode.generator import Generator
 from evaluation import classify, heads
 from evaluation.prompts import Shots
@@ -33,17 +34,7 @@ from training import config as configs, overrides
 from workdir.head import head_of
 
 CONFIG = overrides.define_flag()
-WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)
-CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a step.")
-MESH = flags.DEFINE_string(
-  'mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4."
-)
-WEIGHTS = flags.DEFINE_enum(
-  'weights',
-  '',
-  ['', 'int8'],
-  'int8: matrices of one byte a number, which is less exact and faster.',
-)
+WORKDIR, CHECKPOINT, MESH, WEIGHTS = opening.define()
 SHOTS = flags.DEFINE_list(
   'shots', ['0'], 'How many training examples stand before each question; several by commas.'
 )

@@ -31,6 +31,7 @@ from absl import app, flags, logging
 import commands
 import files
 import names
+from decode import opening
 from decode.console import Console
 from decode.constrain import Constraint
 from decode.conversation import Conversation
@@ -53,17 +54,7 @@ from decode.table import TYPES, Option
 from parallel.flag import mesh_of
 from training import config as configs
 
-WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True)
-CHECKPOINT = flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a step.")
-MESH = flags.DEFINE_string(
-  'mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4."
-)
-WEIGHTS = flags.DEFINE_enum(
-  'weights',
-  '',
-  ['', 'int8'],
-  'int8: matrices of one byte a number, which is less exact and faster.',
-)
+WORKDIR, CHECKPOINT, MESH, WEIGHTS = opening.define()
 ADAPTERS = flags.DEFINE_list(
   'adapters',
   [],

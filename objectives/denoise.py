@@ -5,7 +5,6 @@ B rows of a batch · T length · S length of a source
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -73,11 +72,7 @@ class SpanCorruption(_Chunked, Targets):
         f'objective.noise_density={self.noise_density} must be above 0 and at most 0.5: a target '
         'is no longer than its source'
       )
-    for name, least in (('mean_span', 1), ('sentinels', 1)):
-      if not least <= getattr(self, name) < math.inf:
-        raise ValueError(
-          f'objective.{name}={getattr(self, name)} must be at least {least}, and finite'
-        )
+    self._check_least(mean_span=1, sentinels=1)
 
   def lengths(self, config) -> Lengths:
     """Of an example. Raises ValueError where data.sequence_length has room for no span."""

@@ -9,6 +9,7 @@ B rows of a batch · T length
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -97,6 +98,13 @@ class Objective:
         f'objective.kind={self.kind!r} cannot have the fields of {tag!r}; give '
         f'--config.objective.kind={self.kind} alone'
       )
+
+  def _check_least(self, **least: int) -> None:
+    """Raises ValueError for settings below these, and for infinite ones."""
+    for name, bound in least.items():
+      value = getattr(self, name)
+      if not bound <= value < math.inf:
+        raise ValueError(f'objective.{name}={value} must be at least {bound}, and finite')
 
   # 1. Models.
 

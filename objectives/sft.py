@@ -3,7 +3,6 @@ supervised finetuning.
 """
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
@@ -65,10 +64,7 @@ class SFT(OfExamples, NextToken, examples.Settings):
   def __post_init__(self):
     super().__post_init__()
     examples.Settings.__post_init__(self)
-    if not 0 <= self.neftune_alpha < math.inf:
-      raise ValueError(
-        f'objective.neftune_alpha={self.neftune_alpha} must be at least 0, and finite'
-      )
+    self._check_least(neftune_alpha=0)
 
   def read(self, config, log, prompt=()):
     return examples.prepare(config, self, log, prompt)

@@ -5,7 +5,6 @@ B rows of a batch · T length of a target · S length of a source
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,7 @@ class Targets(Objective):
 
   def __post_init__(self):
     super().__post_init__()
-    if not 0 <= self.z_loss < math.inf:
-      raise ValueError(f'objective.z_loss={self.z_loss} must be at least 0, and finite')
+    self._check_least(z_loss=0)
 
   def accepts(self, models):
     config = models[MAIN]

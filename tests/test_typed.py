@@ -12,7 +12,7 @@ from tests import gguf_files
 from tests.goldens import ours
 from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
 from tests.test_commands import Process
-from tests.test_docs import PAGES, python_commands
+from tests.test_docs import ON_TUNED, PAGES, python_commands
 from workdir.checkpoint import Checkpoints
 
 # Each in a fork: flags of a config read sys.argv once, and what takes long is to import JAX.
@@ -104,7 +104,8 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  names = r'input\.txt|(orders|dates|docstrings|tasks|spell)\.jsonl|sentiment\.csv'
+  lines = 'orders|dates|docstrings|tasks|spell|ask|answers|mixed|mixed.out'
+  names = rf'input\.txt|({lines})\.jsonl|sentiment\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
 
@@ -213,6 +214,26 @@ def test_what_they_promise_is_there(ran):
   assert (runs / 'tuned' / 'report.md').exists()
   assert (directory / 'path' / 'to' / 'out' / 'model.safetensors').exists()
   assert any('the run goes on' in said or 'going on from' in said for _, said in each)
+
+
+@pytest.mark.slow
+def test_commands_that_use_what_was_tuned_run(ran):
+  """Adapters side by side, soft tokens, and what judges a classifier."""
+  directory, *_ = ran
+  asked = [{'messages': [{'role': 'user', 'content': '3?'}], 'adapter': 'orders'}]
+  asked += [{'prompt': '3?', 'adapter': name} for name in ('again', '')]
+  (directory / 'mixed.jsonl').write_text(''.join(json.dumps(each) + '\n' for each in asked))
+  (directory / 'ask.jsonl').write_text('"3 and 3?"\n"4"\n')
+  lines = [(name, line) for name, line in typed('generate.py') if ON_TUNED & {*line}]
+  lines += [each for each in typed('evaluate.py') if len(each[1]) != 3]  # of a file that is named
+  assert len(lines) == 5
+  for name, line in lines:
+    done = Process(directory, name, *here(line, directory)).end()
+    assert done.code == 0 and 'Traceback' not in done.error, (line, done.error, done.out)
+  assert len((directory / 'mixed.out.jsonl').read_text().splitlines()) == 3
+  assert len((directory / 'answers.jsonl').read_text().splitlines()) == 2
+  for run in ('smollm2', 'classifier', 'head'):
+    assert (directory / 'runs' / run / 'evaluation').is_dir()
 
 
 def plans() -> list:

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.weights.weight import Weight
+from model.weights.above import Above, again
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Appended(Weight):
+class Appended(Above):
   """The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs
   and placeholders.
 
@@ -30,41 +30,17 @@ class Appended(Weight):
   base: Any
   soft: Any
   first: int = dataclasses.field(metadata={'static': True})
-
-  @property
-  def axes(self):
-    return self.base.axes
-
-  @property
-  def shape(self):
-    return self.base.shape
-
-  @property
-  def dtype(self):
-    return self.base.dtype
+  made_of = 'base', 'soft'
 
   @property
   def virtual(self):
     return range(self.first, self.first + self.soft.shape[0])
 
-  def _each(self, function) -> 'Appended':
-    return Appended(function(self.base), function(self.soft), self.first)
-
   def numbers(self, dtype):
     return self.base.numbers(dtype)
 
-  def layout(self):
-    return self._each(lambda weight: weight.layout())
-
-  def gathered(self, dtype):
-    return self._each(lambda weight: weight.gathered(dtype))
-
-  def here(self, shards, dtype):
-    return self._each(lambda weight: weight.here(shards, dtype))
-
   def cut(self, axis, pieces):
-    soft = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (pieces, *x.shape)), self.soft)
-    return Appended(self.base.cut(axis, pieces), soft, self.first)
+    return Appended(self.base.cut(axis, pieces), again(self.soft, pieces), self.first)
 
   def whole(self, dtype, product=True):
     return self.base.whole(dtype, product)

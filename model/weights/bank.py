@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from model.weights.weight import Weight
+from model.weights.above import Above
 from parallel import axes as ax
 
 RANK, MANY = 'Z', 'n'
@@ -33,7 +33,7 @@ FEW = 256
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Bank(Weight):
+class Bank(Above):
   """The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs
   and placeholders.
 
@@ -53,18 +53,7 @@ class Bank(Weight):
   stretch: Any
   index: Any
   inputs: int = dataclasses.field(metadata={'static': True})
-
-  @property
-  def axes(self):
-    return self.base.axes
-
-  @property
-  def shape(self):
-    return self.base.shape
-
-  @property
-  def dtype(self):
-    return self.base.dtype
+  made_of = 'base', 'a', 'b', 'stretch'
 
   @property
   def adapters(self):
@@ -76,19 +65,9 @@ class Bank(Weight):
     index = jnp.broadcast_to(jnp.expand_dims(index, range(len(layers))), (*layers, *index.shape))
     return dataclasses.replace(self, index=index)
 
-  def _each(self, function) -> 'Bank':
-    """With every weight in it replaced."""
-    parts = {name: getattr(self, name) for name in ('base', 'a', 'b', 'stretch')}
-    return dataclasses.replace(
-      self, **{name: weight and function(weight) for name, weight in parts.items()}
-    )
-
   def layout(self):
-    bank = self._each(lambda weight: weight.layout())
+    bank = super().layout()
     return dataclasses.replace(bank, index=None if self.index is None else ('batch',))
-
-  def gathered(self, dtype):
-    return self._each(lambda weight: weight.gathered(dtype))
 
   def numbers(self, dtype):
     raise NotImplementedError(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model.weights.weight import Weight
+from model.weights.above import Above, again
 from parallel import axes as ax, remat
 
 RANK = 'Z'
@@ -26,7 +26,7 @@ RANK = 'Z'
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(Weight):
+class LowRank(Above):
   """The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs
   and placeholders.
 
@@ -47,47 +47,18 @@ class LowRank(Weight):
   scale: float = dataclasses.field(metadata={'static': True})
   inputs: int = dataclasses.field(metadata={'static': True})
   dropout: Any = None
-
-  @property
-  def axes(self):
-    return self.base.axes
-
-  @property
-  def shape(self):
-    return self.base.shape
-
-  @property
-  def dtype(self):
-    return self.base.dtype
-
-  def _each(self, function) -> 'LowRank':
-    """With every weight in it replaced."""
-    fields = {name: getattr(self, name) for name in ('base', 'a', 'b', 'magnitude')}
-    return dataclasses.replace(
-      self, **{name: weight and function(weight) for name, weight in fields.items()}
-    )
-
-  def layout(self):
-    return self._each(lambda weight: weight.layout())
-
-  def gathered(self, dtype):
-    return self._each(lambda weight: weight.gathered(dtype))
-
-  def here(self, shards, dtype):
-    return self._each(lambda weight: weight.here(shards, dtype))
+  made_of = 'base', 'a', 'b', 'magnitude'
 
   def cut(self, axis, pieces):
     outputs = len(self.axes) - ('experts' in self.axes) - self.inputs
-
-    def again(weight):
-      return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (pieces, *x.shape)), weight)
-
     base = self.base.cut(axis, pieces)
     if -axis <= outputs:  # of the outputs, which are B's last dimensions, too
-      return dataclasses.replace(self, base=base, a=again(self.a), b=self.b.cut(axis, pieces))
+      return dataclasses.replace(
+        self, base=base, a=again(self.a, pieces), b=self.b.cut(axis, pieces)
+      )
     # A has the inputs in front of the rank, where the matrix has them in front of its outputs.
     a = self.a.cut(axis + outputs - 1, pieces)
-    return dataclasses.replace(self, base=base, a=a, b=again(self.b))
+    return dataclasses.replace(self, base=base, a=a, b=again(self.b, pieces))
 
   def numbers(self, dtype):
     total = self.base.numbers('float32') + self._update()

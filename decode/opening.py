@@ -1,0 +1,36 @@
+"""Which run does a command open, and how does its model lie in memory? The flags of all commands
+that open one.
+"""
+
+from typing import NamedTuple
+
+from absl import flags
+
+# What is defined here is, for --help, of the command that asks for it.
+flags.disclaim_key_flags()
+
+
+class Opening(NamedTuple):
+  """The holders of the flags of these names."""
+
+  workdir: flags.FlagHolder
+  checkpoint: flags.FlagHolder
+  mesh: flags.FlagHolder
+  weights: flags.FlagHolder
+
+
+def define() -> Opening:
+  """Defines them, for the module that calls."""
+  return Opening(
+    flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True),
+    flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a step."),
+    flags.DEFINE_string(
+      'mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4."
+    ),
+    flags.DEFINE_enum(
+      'weights',
+      '',
+      ['', 'int8'],
+      'int8: matrices of one byte a number, which is less exact and faster.',
+    ),
+  )
