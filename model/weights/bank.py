@@ -26,8 +26,8 @@ from model.weights.above import Above
 from parallel import axes as ax
 
 RANK, MANY = 'Z', 'n'
-# Tokens of a row, times adapters, for which none is copied: as many products for a number of these
-# as memory is waited for.
+# Tokens of a row, times adapters, for which none is copied: about as many products for each of an
+# adapter's numbers as fit into the time of reading it. By the hardware's tables, and not measured.
 FEW = 256
 
 
