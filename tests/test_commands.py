@@ -400,6 +400,17 @@ def test_two_kills_change_nothing(runs, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_kills_of_an_adapter_change_nothing(runs, whole, tmp_path):
+  flags = f'--config.init={whole}', '--config.adapter.kind=lora', '--config.adapter.rank=2'
+  flags += ('--config.adapter.dropout=0.1',)
+  straight = tmp_path / 'straight'
+  assert runs.train(straight, *flags).code == 0
+  seen = kill_and_restart(runs, tmp_path / 'killed', ('step', 'save'), random.Random(1), 40, *flags)
+  assert_little_was_lost(seen)
+  assert_same_end(tmp_path / 'killed', straight)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'flags',
   [(), pytest.param(('--config.train.offload_optimizer=disk',), marks=pytest.mark.long)],
