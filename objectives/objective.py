@@ -35,6 +35,8 @@ class Role:
     trained: False freezes all of it, whatever the run's patterns say (training/trainable.py).
     directory: of the run whose parameters it begins with; '' for a new model. (The run's own `init`
       is that of the main one.)
+    begun: name of another one that it is as that began, and stays: a reference. `config` is the
+      same; under an adapter it is the base, and takes no memory of its own.
     stored: what makes of a frozen model what lies in memory, as `in_bfloat16` or
       model.weights.int8.in_bytes; None leaves it as its config says.
     adapter: of an adapter, which is no network: its settings; `config` is of the one it lies on.
@@ -45,6 +47,7 @@ class Role:
   config: ModelConfig | None
   trained: bool = True
   directory: str = ''
+  begun: str = ''
   stored: Callable[[Any], Any] | None = None
   adapter: AdapterConfig | None = None
   made: Callable[[int], Any] | None = None

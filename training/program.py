@@ -97,7 +97,9 @@ def check_models(config: Config) -> None:
   networks = {
     name: role for name, role in states.roles(config).items() if not (role.adapter or role.made)
   }
-  config.objective.accepts({name: role.config for name, role in networks.items()})
+  taken = {name: role.config for name, role in networks.items()}
+  taken |= dict.fromkeys(states.references(config), taken[config.objective.main])
+  config.objective.accepts(taken)
   if config.adapter.soft:
     names.imported('training.soft.check')(config)
 
@@ -135,6 +137,7 @@ def flops_per_token(config: Config, document_length: float | None = None) -> flo
       continue
     # Of three: forward, the gradient by what goes in, the gradient by the weights.
     passes = 3 if role.trained else 2 if name == objective.main and config.adapter.kind else 1
+    passes += len(states.references(config)) if name == objective.main else 0
     total += passes * objective.forward_flops(role.config, config.data, document_length)
   return total
 

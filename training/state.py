@@ -44,10 +44,15 @@ class TrainState:
 
 
 def roles(config) -> dict[str, Role]:
-  """The models that a run of this config takes, the main one first; an adapter of it last."""
+  """The models that a run of this config holds, the main one first; an adapter of it last.
+
+  What an objective takes as the main one began is not among them where an adapter leaves that as it
+  is (`references`).
+  """
   models = {
     name: role if role.config else dataclasses.replace(role, config=load(role.directory).model)
     for name, role in config.objective.models(config.model).items()
+    if name not in references(config)
   }
   adapter, main = config.adapter, config.objective.main
   if not adapter.kind:
@@ -57,6 +62,12 @@ def roles(config) -> dict[str, Role]:
   return models | {main: base, ADAPTER: Role(base.config, adapter=adapter)}
 
 
+def references(config) -> list[str]:
+  """Names of what the objective takes as the main model began, and finds in an adapter's base."""
+  taken = config.objective.models(config.model) if config.adapter.kind else {}
+  return [name for name, role in taken.items() if role.begun == config.objective.main]
+
+
 def applied(config, models: Mapping[str, Any]) -> Mapping[str, Any]:
   """The models as the objective takes them: the adapter is on the one that it is of."""
   if not config.adapter.kind:
@@ -64,7 +75,9 @@ def applied(config, models: Mapping[str, Any]) -> Mapping[str, Any]:
   others, main = dict(models), config.objective.main
   adapter = others.pop(ADAPTER)
   put = names.imported('model.adapters.applied')
-  return others | {main: put(others[main], adapter, config.adapter)}
+  base = others[main]
+  others |= dict.fromkeys(references(config), base)
+  return others | {main: put(base, adapter, config.adapter)}
 
 
 def rule(config) -> Rule:
@@ -80,8 +93,9 @@ def new_model(config, name: str):
   everyone = roles(config)
   if everyone[name].adapter:
     return new_adapter(config, new_model(config, config.objective.main))
-  # The main one, which is first, begins as it would alone.
-  seed = (config.train.seed + list(everyone).index(name)) % 2**32
+  # The main one, which is first, begins as it would alone, and a reference as what it is of.
+  as_begun = everyone[name].begun or name
+  seed = (config.train.seed + list(everyone).index(as_begun)) % 2**32
   if everyone[name].made:
     return everyone[name].made(seed)
   model = transformer.init(everyone[name].config, seed)

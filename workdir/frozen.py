@@ -62,7 +62,7 @@ def begin(
   """
   models, references, rule = {}, {}, states.rule(config)
   for name, role in states.roles(config).items():
-    main = name == config.objective.main
+    main = config.objective.main in (name, role.begun)
     if role.adapter:
       models |= names.imported('workdir.adapted.begun')(config, models, imported, log)
       continue
@@ -72,7 +72,10 @@ def begin(
       continue
     if not own and load(directory).adapter.kind:
       names.imported('workdir.adapted.refuse_as_base')(directory)
-    log(f'beginning with the parameters of {directory}' + ('' if main else f' as {name}'))
+    log(
+      f'beginning with the parameters of {directory}'
+      + ('' if name == config.objective.main else f' as {name}')
+    )
     checkpoints = Checkpoints(directory, log=log)
     step = checkpoints.latest()
     models[name] = _stored(checkpoints.model(_abstract(config, name), step), role.stored)

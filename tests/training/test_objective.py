@@ -30,6 +30,7 @@ from conftest import (
 from toy import CONSTANT, READ, SHARE, Toy
 
 from model import params, transformer
+from model.adaptation import AdapterConfig
 from model.params import abstract, named_leaves
 from objectives import kinds
 from objectives.next_token import NextToken
@@ -39,7 +40,14 @@ from training import config as configs
 from training.config import Config
 from training.gradients import accumulate
 from training.optimizer import make_optimizer
-from training.program import begin_state, lower_step, make_program, make_target
+from training.program import (
+  begin_state,
+  check_models,
+  flops_per_token,
+  lower_step,
+  make_program,
+  make_target,
+)
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import begin
 
@@ -313,6 +321,29 @@ def test_a_run_has_no_more_fields_than_a_person_can_know():
 
   for kind in kinds.KINDS:
     assert count(Config(objective=kinds.of(kind)())) <= 175, kind
+
+
+@pytest.mark.parametrize('adapter', [{}, {'kind': 'lora', 'rank': 2}], ids=['whole', 'lora'])
+def test_a_reference_is_the_policy_as_it_began(adapter, one_device):
+  """Their scores are the same at first, and ln 2 the loss of every pair; under an adapter the
+  reference is the base itself, without a copy.
+  """
+  config = dataclasses.replace(
+    toy(), objective=Toy(reference='begun'), adapter=AdapterConfig(**adapter)
+  )
+  run, batch = Run(config), pairs()[0]
+  frozen = 'policy' if adapter else 'reference'
+  begun = jax.tree.map(jnp.copy, run.state.models[frozen])
+  assert ('reference' in run.state.models) == (not adapter)
+  metrics, _ = run.go([batch])
+  assert metrics['pairs'] == np.float32(math.log(2))
+  metrics, _ = run.go([batch])
+  assert abs(metrics['pairs'] - math.log(2)) > 1e-3
+  assert_same(run.state.models[frozen], begun)
+  check_models(config)
+  alone = flops_per_token(dataclasses.replace(config, objective=NextToken()))
+  forward = NextToken().forward_flops(config.model, config.data, None)
+  assert flops_per_token(config) == alone + forward
 
 
 # A run with a reference, from its beginning to its end.

@@ -25,8 +25,8 @@ class Toy(NextToken):
   """Chosen and rejected rows by turns: the chosen one is to score higher than the rejected, by more
   than a reference says.
 
-  Attributes: reference: directory of the frozen model; a new one without. stored: how it lies in
-    memory.
+  Attributes: reference: directory of the frozen model; a new one without, or 'begun': the policy as
+    it began. stored: how it lies in memory.
   """
 
   kind: str = 'toy'
@@ -35,12 +35,11 @@ class Toy(NextToken):
   rows = 2
 
   def models(self, config):
-    return {
-      'policy': Role(config),
-      'reference': Role(
-        config, trained=False, directory=self.reference, stored=STORED[self.stored]
-      ),
-    }
+    stored = STORED[self.stored]
+    reference = Role(config, trained=False, directory=self.reference, stored=stored)
+    if self.reference == 'begun':
+      reference = Role(config, trained=False, begun='policy')
+    return {'policy': Role(config), 'reference': reference}
 
   def accepts(self, models):
     if set(models) != {'policy', 'reference'}:
