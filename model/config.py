@@ -311,12 +311,17 @@ class ModelConfig:
   @property
   def value_width(self) -> int:
     """Width of a head's values."""
-    return self.latent.value_width or self.H
+    return (self.latent.width and self.latent.value_width) or self.H
+
+  @property
+  def rope_width(self) -> int:
+    """Width of what latent attention has in a key for its position alone; 0: all of a key turns."""
+    return self.latent.rope_width if self.latent.width else 0
 
   @property
   def _widest(self) -> int:
     """Of a head's keys and values."""
-    return max(self.H + (self.latent.rope_width if self.latent.width else 0), self.value_width)
+    return max(self.H + self.rope_width, self.value_width)
 
   @property
   def attention_spec(self) -> set[str]:

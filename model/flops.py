@@ -67,7 +67,7 @@ def forward_flops_per_token(
     keys = mean_keys(sequence_length, kind.window, document_length)
     keys = keys if model.causal else 2 * keys - 1  # on either side, the token itself once
     total += 2 * (attention_weights(model) + feed_forward_weights(model, kind.moe))
-    total += 2 * model.N * (model.H + model.latent.rope_width + model.value_width) * keys
+    total += 2 * model.N * (model.H + model.rope_width + model.value_width) * keys
   return total
 
 
@@ -113,7 +113,7 @@ def decode_flops(model: ModelConfig, rows: int, context: int) -> Number:
 
   Raises as forward_flops_per_token does.
   """
-  per_key = 2 * model.N * (model.H + model.latent.rope_width + model.value_width)
+  per_key = 2 * model.N * (model.H + model.rope_width + model.value_width)
   seen = sum(
     min(kind.window or context, context) - mean_keys(1, kind.window) for kind in model.kinds
   )

@@ -368,7 +368,7 @@ class Decoder(nnx.Module):
 
   def angles(self, positions: Int[Array, 'B T']):
     """Of rotary positions, and those of layers with a window; None, None without."""
-    config, width = self.config, self.config.latent.rope_width or self.config.H
+    config, width = self.config, self.config.rope_width or self.config.H
     return tuple(
       rope_angles(positions, width, config.rope, local) if config.position == 'rope' else None
       for local in (False, True)

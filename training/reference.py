@@ -1,5 +1,5 @@
-"""Which fields has a config, what do they mean, and which configs are there? Read from the code:
-dataclasses, their defaults, and the `Attributes:` of their docstrings.
+"""Which fields has a config, what do they mean, which of them does a run read, and which configs
+are there? From the code: dataclasses, their defaults, and the `Attributes:` of their docstrings.
 """
 
 import ast
@@ -11,12 +11,21 @@ import textwrap
 import typing
 from collections.abc import Iterator
 
+from model.adaptable import READ_BY
 from objectives import kinds
 from objectives.objective import Objective
-from training.config import Config
+from training.config import Config, flat, to_dict
+from training.optimizer import DEFAULT
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
+
+# Sections of which nothing is read until a field of theirs is set, and which one that is.
+SWITCHES = {'model.latent': 'width', 'model.moe': 'experts', 'adapter': 'kind'}
+# What of rotary positions is read by each way to stretch them, besides the frequencies.
+STRETCHED = {'none': (), 'linear': ('factor',)}
+STRETCHED['llama3'] = ('factor', 'original_length', 'low', 'high')
+STRETCHED['yarn'] = (*STRETCHED['llama3'], 'attention_factor', 'truncate')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +70,35 @@ def described(cls: type) -> dict[str, str]:
   return meanings
 
 
+def read_by(config: Config) -> list[str]:
+  """Paths of the fields that a run of this config reads: another value would change what it is. Of
+  several sources, those of the first.
+
+  The others are switched off: a dense model has no use for a number of experts.
+  """
+  paths = flat(to_dict(config))
+  return [path for path in paths if not re.search(r'\.[1-9]\d*\.', path) and _reads(config, path)]
+
+
+def _reads(config, path):
+  section, _, name = path.rpartition('.')
+  model, optimizer = config.model, config.optimizer
+  if section in SWITCHES and name != SWITCHES[section]:
+    part = {'model.latent': model.latent, 'model.moe': model.moe, 'adapter': config.adapter}[
+      section
+    ]
+    if not getattr(part, SWITCHES[section]):
+      return False
+  if section == 'adapter' and name in READ_BY:
+    return config.adapter.kind in READ_BY[name]
+  if section == 'optimizer' and type(optimizer).__dataclass_fields__[name].default == DEFAULT:
+    return name in optimizer.settings()
+  if section == 'model.rope':
+    stretches = name in STRETCHED['yarn']
+    return model.position == 'rope' and (not stretches or name in STRETCHED[model.rope.scaling])
+  return name not in ('relative_buckets', 'relative_distance') or model.position == 'relative'
+
+
 def is_tuple(path: str) -> bool:
   """Whether the field of a path, such as 'train.trained', holds several values."""
   path = re.sub(r'\[\d+\]', '[0]', path)
@@ -74,7 +112,9 @@ def text(width: int = 100) -> str:
     head, _, _ = field.path.rpartition('.')
     if head != section:
       section = head
-      lines.append(f'\n--config.{section}.*')
+      switch = SWITCHES.get(section)
+      when = f' (read where {section}.{switch} is set)' if switch else ''
+      lines.append(f'\n--config.{section}.*{when}')
     lines.append(f'  {field.path.rpartition(".")[2]} ({field.type}, {field.default})')
     if field.meaning:
       lines.append(

@@ -170,9 +170,10 @@ def _prepared(config, grads, measured: update.Measured):
 def _advance(config, state: TrainState, measured: update.Measured) -> TrainState:
   """What a step does besides updating parameters by their gradients."""
   models, main = state.models, config.objective.main
-  if config.model.moe.bias_rate and not config.adapter.kind:
+  moe = config.model.moe
+  if moe.experts and moe.bias_rate and not config.adapter.kind:
     # Nothing moves where all experts have the same load.
     load = jnp.where(measured.finite, measured.load, 0)
-    models = models | {main: router.balanced(models[main], load, config.model.moe.bias_rate)}
+    models = models | {main: router.balanced(models[main], load, moe.bias_rate)}
   scale = precision.update(state.scale, measured.finite)
   return dataclasses.replace(state, step=state.step + 1, models=models, scale=scale)

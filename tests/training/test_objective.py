@@ -311,18 +311,6 @@ def test_no_page_of_the_step_names_an_objective():
     assert not [kind for kind in kinds.KINDS if f"'{kind}'" in text], path
 
 
-def test_a_run_has_no_more_fields_than_a_person_can_know():
-  def count(value):
-    if dataclasses.is_dataclass(value):
-      return sum(count(getattr(value, field.name)) for field in dataclasses.fields(value))
-    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-      return count(value[0])
-    return 1
-
-  for kind in kinds.KINDS:
-    assert count(Config(objective=kinds.of(kind)())) <= 175, kind
-
-
 @pytest.mark.parametrize('adapter', [{}, {'kind': 'lora', 'rank': 2}], ids=['whole', 'lora'])
 def test_a_reference_is_the_policy_as_it_began(adapter, one_device):
   """Their scores are the same at first, and ln 2 the loss of every pair; under an adapter the

@@ -1,15 +1,21 @@
 """Does the command line show every field of a config, and take what it shows?"""
 
+import collections
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 
+from objectives import kinds
+from parallel.mesh import make_mesh
 from tests.training.conftest import tiny
 from training import config as configs, overrides, reference
+from training.program import lower_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -102,3 +108,52 @@ def test_what_there_is_is_listed(flag, shown):
     text=True,
   )
   assert done.returncode == 0 and shown in done.stdout and not done.stderr
+
+
+def test_a_run_reads_no_more_fields_than_a_person_can_know():
+  """150 of a run whose model has neither experts, latent attention nor an adapter; the table of
+  what is read where (reference.read_by) holds by the tests below.
+  """
+  for kind in kinds.KINDS:
+    config = dataclasses.replace(tiny(), objective=kinds.of(kind)())
+    assert 60 < len(reference.read_by(config)) <= 150, kind
+
+
+def changed(section, names):
+  """The part of a config with other values in these fields."""
+  others = {bool: lambda x: not x, int: lambda x: x + 2, float: lambda x: x + 0.5}
+  known = {'router': 'sigmoid', 'dispatch': 'capacity', 'balance_over': 'batch'}
+  values = {name: getattr(section, name) for name in names}
+  return {name: known.get(name) or others[type(x)](x) for name, x in values.items()}
+
+
+def test_what_is_not_read_changes_no_program():
+  """Of the model all at once; what is off of an adapter and an optimizer is refused where it is
+  set, each by itself.
+  """
+  config = tiny()
+  unread = configs.flat(configs.to_dict(config)).keys() - {*reference.read_by(config)}
+  by_section = collections.defaultdict(list)
+  for path in unread:
+    section, _, name = path.rpartition('.')
+    by_section[section].append(name)
+  model = config.model
+  parts = {
+    part: dataclasses.replace(getattr(model, part), **changed(getattr(model, part), names))
+    for part in ('rope', 'latent', 'moe')
+    for names in [by_section.pop(f'model.{part}')]
+  }
+  parts |= changed(model, by_section.pop('model'))
+  adapter = dataclasses.replace(config.adapter, rank=3, alpha=1.0, stabilised=True, targets=('no',))
+  other = dataclasses.replace(config, model=dataclasses.replace(model, **parts), adapter=adapter)
+  assert other.model.moe.per_token != model.moe.per_token and len(parts) == 5
+
+  mesh = make_mesh(config.mesh, jax.devices()[:1])
+  read = dataclasses.replace(config, model=dataclasses.replace(model, norm_epsilon=1e-3))
+  text, same, differs = (lower_step(each, mesh)[0].as_text() for each in (config, other, read))
+  assert text == same and text != differs
+
+  for name in by_section.pop('optimizer'):
+    with pytest.raises(ValueError, match=f'optimizer.{name}=0.5 would not be read'):
+      dataclasses.replace(config.optimizer, **{name: 0.5})
+  assert {*by_section} == {'adapter'}
