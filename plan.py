@@ -48,7 +48,7 @@ from kernels.flash import KERNELS
 from model import flops as counts
 from parallel import axes
 from parallel.mesh import make_mesh
-from training import config as configs, overrides, program
+from training import config as configs, overrides, program, state as states
 
 MODES = ('train', 'prefill', 'decode')
 SEARCHED = 3  # meshes whose remat policies and microbatches --search tries
@@ -285,7 +285,10 @@ def _lower(config, mesh, mode, rows, context, weights):
   if mode == 'train':
     lowered, state = program.lower_step(config, mesh)
     tokens = config.data.batch_size * config.objective.row_tokens(config.data)
-    arrays = {'parameters': state.models, 'optimizer state': state.optimizer}
+    trained, frozen = states.rule(config).parted(state.models)
+    arrays = {'parameters': trained, 'optimizer state': state.optimizer}
+    if jax.tree.leaves(frozen):
+      arrays = {'frozen parameters': frozen} | arrays
     return lowered, arrays, tokens, tokens * program.flops_per_token(config)
 
   if config.model.encoder_layers or not config.model.causal:

@@ -24,6 +24,7 @@ from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from decode.options import CHUNK
 from kernels.attention import choose
 from model import flops, transformer
+from model.adaptation import AdapterConfig
 from model.config import ModelConfig
 from model.execution import ExecutionConfig
 from objectives.denoise import MaskedLM, SpanCorruption
@@ -173,6 +174,23 @@ def test_parameters_adams_two_and_gradients_must_fit_at_least(copies, compiled, 
   assert (found == 'compiled') == compiled
   if not compiled:
     assert 'parameters, optimizer state and gradients alone take' in found.problem
+
+
+def test_a_plan_of_an_adapter_has_gradients_of_that_alone():
+  """Memory by part: what is frozen is named, and has neither optimizer state nor gradients."""
+  base = dataclasses.replace(tiny(), mesh=MeshConfig())
+  config = dataclasses.replace(base, adapter=AdapterConfig(kind='lora', rank=2))
+  mesh = make_mesh(config.mesh, jax.devices()[:1])
+  _, arrays, *_ = plan._lower(config, mesh, 'train', 0, 0, '')
+  held = {name: memory.shard_bytes(tree) for name, tree in arrays.items()}
+  D, F, L, rank = config.model.D, config.model.F, config.model.L, 2
+  q, kv = config.model.N * config.model.H, config.model.K * config.model.H
+  thin = 2 * (D + q) + 2 * (D + kv) + 3 * (D + F)  # q and o, k and v, gate, up and down
+  assert held['parameters'] == 4 * L * rank * thin
+  assert held['optimizer state'] == pytest.approx(2 * held['parameters'], abs=64)
+  _, whole, *_ = plan._lower(base, mesh, 'train', 0, 0, '')
+  assert held['frozen parameters'] == memory.shard_bytes(whole['parameters'])
+  assert 'frozen parameters' not in whole
 
 
 def test_a_plan_names_the_attention_that_it_compiled():
