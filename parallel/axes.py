@@ -158,6 +158,16 @@ def out(*axes: str | None) -> P | None:
   return spec(*axes) if explicit() else None
 
 
+def of_gradient(x: jax.Array) -> P | None:
+  """The `out_sharding` of the gradient by `x`: laid out as `x` is, and in parts where what comes
+  after adds up those of all devices (parallel.zero).
+  """
+  if not explicit():
+    return None
+  spec = jax.typeof(x).sharding.spec
+  return P(*spec.partitions, unreduced=spec.reduced)
+
+
 def out_like(x: jax.Array, rows: jax.Array, skip: int) -> P | None:
   """The `out_sharding` of looking up `x` in `rows`: laid out as `x`,
   then as `rows` behind its first `skip` dimensions.

@@ -11,6 +11,7 @@ Z rank · E experts, in front of inputs where a matrix is of them
 """
 
 import dataclasses
+import functools
 import string
 from typing import Any
 
@@ -128,12 +129,12 @@ class LowRank(Above):
       x = self.dropout.of_tokens(x)
     if axes is None:
       thin = jnp.einsum(down, x, a)
-      return jnp.einsum(up, thin * jnp.asarray(self.scale, dtype), b)
+      return _raised(up, thin * jnp.asarray(self.scale, dtype), b)
     # Whole along the length, on which the gradient of B would else be in parts. The rank is small,
     # and the gradient that is gathered for it is the one that the base gathers.
     tokens = ['length' if axis == 'sequence' else axis for axis in axes[: -len(outputs)]]
     thin = ax.einsum(down, x, a, (*tokens, None))
-    return ax.place(jnp.einsum(up, thin * jnp.asarray(self.scale, dtype), b), *axes)
+    return ax.place(_raised(up, thin * jnp.asarray(self.scale, dtype), b), *axes)
 
   # Tables [V, D].
 
@@ -165,3 +166,29 @@ class LowRank(Above):
   def grouped(self, rows, sizes, expert):
     thin = self.a.grouped(rows, sizes, expert) * jnp.asarray(self.scale, rows.dtype)
     return self.base.grouped(rows, sizes, expert) + self.b.grouped(thin, sizes, expert)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _raised(formula: str, thin: Array, b: Array) -> Array:
+  """(x A) B, whose gradient by B is a product with the thin factor on the left.
+
+  JAX's own rule has the wide one there, which XLA on a CPU lays out anew for it: more work than the
+  product.
+  """
+  return jnp.einsum(formula, thin, b)
+
+
+def _raised_forward(formula, thin, b):
+  return _raised(formula, thin, b), (thin, b)
+
+
+def _raised_backward(formula, kept, d):
+  thin, b = kept
+  terms, result = formula.split('->')
+  left, right = terms.split(',')
+  d_thin = jnp.einsum(f'{result},{right}->{left}', d, b, out_sharding=ax.of_gradient(thin))
+  d_b = jnp.einsum(f'{left},{result}->{right}', thin, d, out_sharding=ax.of_gradient(b))
+  return d_thin, d_b
+
+
+_raised.defvjp(_raised_forward, _raised_backward)
