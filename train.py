@@ -412,6 +412,7 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
   if epochs:
     log(f'train.epochs={epochs:g} of {prepared.rows:,} rows: {config.train.steps:,} steps')
   config.check_mesh(dict(mesh.shape))
+  program.check_models(config)  # whose vocabulary may have been open
   if config.objective.of_records and config.init:
     seals.check_inherited(config.init, prepared.tokenizer)
   seals.check_unchanged(config, workdir, allow_change)

@@ -35,3 +35,15 @@ def id_of(tokenizer: Tokenizer, name: str) -> int | None:
     (index,) = tokenizer.encode(name, special=True)
     return index
   return tokenizer.extra.get(name)
+
+
+def same_ids(base: Tokenizer, tokenizer: Tokenizer) -> bool:
+  """Whether ids mean the same to a model of `base` as in data of the other. Ids that no text has
+  may be left out there: those of bytes are, behind sentinels that pretraining put there.
+  """
+  known = [*base.token_bytes]
+  if not tokenizer.extra:
+    known = known[: len(known) - len(base.extra)]
+  elif tokenizer.extra != base.extra:
+    return False
+  return known == [*tokenizer.token_bytes] and base.eos == tokenizer.eos

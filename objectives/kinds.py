@@ -18,6 +18,11 @@ KINDS = {
   'classify_head': 'objectives.classify_head.ClassifyHead',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
+  'distil': 'objectives.distil.Distil',
+  'distil_sft': 'objectives.distil.DistilSFT',
+  'distil_seq2seq': 'objectives.distil.DistilSeq2Seq',
+  'distil_span_corruption': 'objectives.distil.DistilSpanCorruption',
+  'distil_masked_lm': 'objectives.distil.DistilMaskedLM',
 }
 DEFAULT = 'next_token'
 

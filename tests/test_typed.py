@@ -80,6 +80,11 @@ BESIDES = {
   ),
   'prompt_tuning': ('--config.train.epochs=0', '--config.optimizer.warmup_fraction=0.0'),
   'seq2seq': ('--config.model.layers=1',),
+  'distil': (
+    *TEXT,
+    '--config.optimizer.warmup_fraction=0.0',
+    '--config.data.clean.filters=none',
+  ),
   'classify': (
     '--config.train.epochs=0',
     '--config.optimizer.warmup_fraction=0.0',
@@ -188,6 +193,9 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
   assert {path.name for path in runs.iterdir()} == {
     'demo',
     'docstrings',
+    'large',
+    'small',
+    'student',
     'plays',
     'tasks',
     'spell',

@@ -18,7 +18,7 @@ from model.adaptation import AdapterConfig
 from model.config import ModelConfig, named_axes
 from model.execution import FREE, ExecutionConfig
 from objectives import kinds
-from objectives.objective import Objective
+from objectives.objective import Objective, Role
 from parallel.mesh import MeshConfig
 from training.costs import ReportConfig
 from training.optimizer import OptimizerConfig, make_schedule
@@ -289,7 +289,6 @@ class Config:
         f'x fsdp {sizes["fsdp"]} x expert {sizes["expert"]}); make the batch a multiple'
       )
     m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
-    m.check_stages(stages)
     if stages > 1 and self.train.offload_parameters:
       raise NotImplementedError(
         'train.offload_parameters brings layers to the device one by one, a stage of a pipeline '
@@ -302,8 +301,15 @@ class Config:
         f'model.execution.pipeline.microbatches={m.execution.pipeline.count(stages)} (default: '
         'mesh.stage); make the batch a multiple, or the microbatches fewer'
       )
-    for network in dict.fromkeys([m, *(role.config for role in self.objective.models(m).values())]):
-      (network or m).check_parameters(sizes)
+    for name, role in self.objective.models(m).items():
+      other = network(role, m)
+      other.check_stages(stages)
+      other.check_parameters(sizes)
+      if 0 < other.max_length < self.objective.longest_row(self.data):
+        raise ValueError(
+          f'rows of {self.objective.longest_row(self.data)} tokens (data.sequence_length) pass '
+          f'max_length={other.max_length} of {name} ({role.directory or "model"}); shorten them'
+        )
     if self.data.sequence_length % (sizes['context'] * tensor):
       raise ValueError(
         f'data.sequence_length={self.data.sequence_length} does not split over '
@@ -412,6 +418,18 @@ def load(directory: str | os.PathLike) -> Config:
     )
   remedy = f'where that is meant, run python convert.py seal --workdir {directory}'
   return of(files.unsealed(files.json_object(path.read_bytes(), path), path, remedy), str(path))
+
+
+def network(role: Role, model: ModelConfig) -> ModelConfig:
+  """Of a model that a run takes beside its own: what another run's is, but run as this one's."""
+  if role.config is not None:
+    return role.config
+  other = load(role.directory).model
+  stored = {name: getattr(other.execution, name) for name in ('parameter_dtype', 'scan')}
+  # Nothing is kept for a backward pass, there is none.
+  plain = {'remat': 'none', 'remat_save': (), 'remat_offload': ()}
+  run = dataclasses.replace(model.execution, **stored, **plain)
+  return dataclasses.replace(other, execution=run)
 
 
 def of(values: dict, place: str) -> Config:

@@ -14,7 +14,7 @@ from model import params, transformer
 from objectives.objective import Role
 from parallel import offload
 from training import precision
-from training.config import load
+from training.config import network
 from training.trainable import Rule, joined
 
 ADAPTER = 'adapter'
@@ -50,7 +50,7 @@ def roles(config) -> dict[str, Role]:
   is (`references`).
   """
   models = {
-    name: role if role.config else dataclasses.replace(role, config=load(role.directory).model)
+    name: dataclasses.replace(role, config=network(role, config.model))
     for name, role in config.objective.models(config.model).items()
     if name not in references(config)
   }

@@ -52,10 +52,13 @@ def worse_than_guessing(done: Mapping | None, config) -> str:
   nothing: of another tokenizer, or of another template. '' where there is nothing to say.
   """
   guess = math.log(config.model.V)
-  if done is None or done['step'] != 1 or not config.init or not done['loss'] > guess:
+  if done is None or done['step'] != 1 or not config.init:
+    return ''
+  begins = done.get('cross_entropy', done['loss'])  # of the text, where the loss is of more
+  if not begins > guess:
     return ''
   return (
-    f'WARNING: the loss begins at {done["loss"]:.2f}, above the {guess:.2f} of guessing among '
+    f'WARNING: the loss begins at {begins:.2f}, above the {guess:.2f} of guessing among '
     f'{config.model.V:,} tokens: is the tokenizer, and the chat template, that of {config.init}? '
     '--show=3 prints what it learns from'
   )

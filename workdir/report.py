@@ -203,10 +203,13 @@ def _log_scale(axes, low: float, high: float):
 
 
 def _bits_per_nat(lines) -> float | None:
+  # Where the loss is of more than the text, no bits of it belong beside.
   ratios = [
     line['bits_per_byte'] / line['validation_loss']
     for line in lines
-    if line.get('bits_per_byte') and line.get('validation_loss')
+    if line.get('bits_per_byte')
+    and line.get('validation_loss')
+    and 'validation_cross_entropy' not in line
   ]
   return next((ratio for ratio in reversed(ratios) if 0 < ratio < math.inf), None)
 

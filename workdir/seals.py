@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import names
 from data import tokenizers
 from data.generation import GENERATION
 from data.tokenizer import Tokenizer
@@ -83,17 +84,13 @@ def check_tokenizer(record: Mapping[str, Any], workdir: pathlib.Path, tokenizer:
 
 def check_inherited(init: str, tokenizer: Tokenizer) -> None:
   """Raises ValueError where a model would be tuned on other ids than the run at `init` knows; where
-  that run is gone, nothing is known. Ids that no text has (data/extra.py) may be left out: those of
-  bytes are, behind sentinels that pretraining put there.
+  that run is gone, nothing is known.
   """
   place = pathlib.Path(init) / TOKENIZER
   if not place.is_dir():
     return
   base = tokenizers.load(place)
-  known, ids = [*base.token_bytes], [*tokenizer.token_bytes]
-  if not tokenizer.extra:
-    known = known[: len(known) - len(base.extra)]
-  if known != ids or base.eos != tokenizer.eos:
+  if not names.imported('data.extra.same_ids')(base, tokenizer):
     raise ValueError(
       f'the tokenizer of the data ({tokenizer.kind}, {tokenizer.vocabulary:,} ids) is not that of '
       f'config.init={init} ({base.kind}, {base.vocabulary:,} ids), whose model knows its own ids '

@@ -275,6 +275,11 @@ def test_the_default_is_one_model_trained_whole():
     'classify_head',
     'span_corruption',
     'masked_lm',
+    'distil',
+    'distil_sft',
+    'distil_seq2seq',
+    'distil_span_corruption',
+    'distil_masked_lm',
   ]
   trainer = Trainer(tiny())
   assert list(trainer.state.models) == ['policy']
