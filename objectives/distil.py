@@ -234,8 +234,10 @@ def final(model, batch, parts: int):
   """Final hidden states [B, T, D] of a decoder, an encoder or an encoder-decoder, and what its
   router reports, or None; parts: as kernels.context.lay_out laid the batch out.
   """
-  sources = {name: getattr(batch, name) for name in SOURCES if hasattr(batch, name)}
-  output = model(batch.tokens, batch.positions, batch.segments, zigzag=parts, **sources)
+  besides = {name: getattr(batch, name) for name in SOURCES if hasattr(batch, name)}
+  if not besides:
+    besides = {'zigzag': parts}
+  output = model(batch.tokens, batch.positions, batch.segments, **besides)
   return output.hidden, output.router
 
 

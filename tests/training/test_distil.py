@@ -246,7 +246,13 @@ def test_a_step_moves_the_student_and_not_the_teacher(teacher, alone):
     pytest.param(4, {'mesh': {'context': 4}, 'context': 'ulysses_ring'}, marks=pytest.mark.slow),
     pytest.param(4, {'mesh': {'stage': 2, 'data': 2}}, marks=pytest.mark.slow),
     pytest.param(
-      2, {'mesh': {'stage': 2}, 'pipeline': {'schedule': 'circular'}}, marks=pytest.mark.slow
+      2,
+      {
+        'mesh': {'stage': 2},
+        'pipeline': {'schedule': 'circular', 'repeats': 2},
+        'model': {'layers': 4},
+      },
+      marks=pytest.mark.slow,
     ),
   ],
   ids=str,
@@ -257,7 +263,10 @@ def test_steps_are_the_same_whatever_the_parts_and_devices(teacher, alone, devic
     CASES['jsd at 2'],
     mesh={'data': 1} | parts.get('mesh', {}),
     train=parts.get('train', {}),
+    model=parts.get('model', {}),
   )
+  if 'model' in parts:
+    alone = stepped(dataclasses.replace(config, mesh=MeshConfig()))
   run = {name: parts[name] for name in ('context',) if name in parts}
   if 'pipeline' in parts:
     run['pipeline'] = PipelineConfig(**parts['pipeline'])
@@ -464,7 +473,9 @@ def forgotten(monkeypatch, name):
   if name == 'temperature of the student':
     plain = distil.law
     monkeypatch.setattr(
-      distil, 'law', lambda model, x, warmth: plain(model, x, 1 if model.config.L == 2 else warmth)
+      distil,
+      'law',
+      lambda model, x, warmth: plain(model, x, 1.0 if model.config.L == 2 else warmth),
     )
   return lambda batch: batch
 
