@@ -34,8 +34,6 @@ KEYS = {
   'accuracy': ('0 to 1', 'share of the predicted tokens that no other token outscores'),
   'predicted_tokens': ('tokens', 'that were predicted in a step'),
   'learned_examples': ('examples', 'of a step, where objective.weighting=example counts them'),
-  'cross_entropy': ('nats a token', 'of the text, where the loss is made of more: distillation'),
-  'divergence': ('nats a token', "of a student's law and its teacher's, at their temperature"),
   'grad_norm': ('', 'L2 norm of the gradient of all that is trained, before clipping'),
   'learning_rate': ('', 'of the step, by its schedule'),
   'loss_scale': ('', 'that losses are multiplied by, under float16 only'),
@@ -50,8 +48,6 @@ KEYS = {
     'where there are several, of what is held out of it',
   ),
   'validation_accuracy': ('0 to 1', 'the same share of what was held out; not of next_token'),
-  'validation_cross_entropy': ('nats a token', 'what cross_entropy is in training'),
-  'validation_divergence': ('nats a token', 'what divergence is in training'),
   'completion_log_likelihood': ('nats an example', 'of held-out answers: the mean of their sums'),
   'bits_per_byte': ('bits', 'the same per byte of the held-out text, whatever the tokenizer'),
   'gzip_bits_per_byte': (
