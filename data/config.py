@@ -7,7 +7,17 @@ import names
 
 SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'csv', 'parquet')
 ROWS = SOURCE_KINDS[2:]  # kinds whose files hold rows of named fields
-FORMATS = ('', 'chat', 'sharegpt', 'alpaca', 'completion', 'pair', 'label')
+FORMATS = (
+  '',
+  'chat',
+  'sharegpt',
+  'alpaca',
+  'completion',
+  'pair',
+  'label',
+  'preference',
+  'judged',
+)
 FILTER_PRESETS = ('none', 'code', 'prose')
 ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
 TOKENIZER_KINDS = ('sentencepiece', 'huggingface', 'byte', 'char')
@@ -39,7 +49,8 @@ class SourceConfig:
     text_field: the JSON key or column that holds the text; '' for 'stdlib' and 'text', and for
       records.
     format: '' for documents; of records to tune on, which fields they have: 'chat', 'sharegpt',
-      'alpaca' or 'completion' (objective.kind='sft'), 'pair' ('seq2seq') or 'label' ('classify');
+      'alpaca' or 'completion' (objective.kind='sft'), 'pair' ('seq2seq'), 'label' ('classify'),
+      'preference' ('preference') or 'judged' ('kto');
       see data/records.py.
     columns: of records, where a field has another name in the file: 'prompt=question'.
     weight: this source's share of the training examples, relative to the other sources' weights.

@@ -14,7 +14,7 @@ import numpy as np
 import names
 from data import generation
 from data.chat import ChatTemplate, quoted
-from data.records import ChatRecord, LabelRecord, Record, TextRecord
+from data.records import ChatRecord, JudgedRecord, LabelRecord, PreferenceRecord, Record, TextRecord
 from data.tokenizer import Tokenizer, in_utf8
 
 ASSISTANT = 'assistant'
@@ -26,10 +26,12 @@ class Example:
   """Attributes:
   ids: int32 [n], what the model reads, and learns to go on with.
   scored: bool [n], which of them it is to learn.
+  notes: numbers that are kept beside it, for rows that read some.
   """
 
   ids: np.ndarray
   scored: np.ndarray
+  notes: tuple[float, ...] = ()
 
 
 class ExampleWriter:
@@ -66,6 +68,11 @@ class ExampleWriter:
         raise ValueError(
           "records of format 'label' are classified: use objective.kind=classify, whose template "
           'says in which words'
+        )
+      if isinstance(record, PreferenceRecord | JudgedRecord):
+        raise ValueError(
+          'records of answers that are compared or judged are learned as such: use '
+          "objective.kind='preference' or 'kto'"
         )
       return self._conversation(record)
     except ValueError as error:

@@ -76,6 +76,7 @@ class Packed:
   tunes = ''
   formats = ()
   sides = ('tokens',)
+  notes = 0  # how many its examples have
 
   def __post_init__(self):
     names.check('objective.too_long', self.too_long, TOO_LONG)
@@ -280,16 +281,19 @@ def _build(
   examples = functools.partial(_examples, config, settings, writer, prompt)
   held_out = collections.Counter(documents=0, tokens=0, scored=0)
   report = {'sources': [], 'validation_sources': [], 'validation': held_out}
-  with ShardWriter(directory, 'validation', ids, scored=True) as validation:
+  shards = functools.partial(
+    ShardWriter, directory, vocabulary=ids, scored=True, notes=settings.notes
+  )
+  with shards('validation') as validation:
 
     def add(shard: ShardWriter, counts: collections.Counter, example: Example) -> None:
       counts.update(documents=1, tokens=len(example.ids), scored=int(example.scored[1:].sum()))
-      shard.add(example.ids, example.scored)
+      shard.add(example.ids, example.scored, example.notes)
 
     for i, source in enumerate(config.sources):
       trained = collections.Counter(documents=0, tokens=0, scored=0)
       counts, before = _counts(source) | {'train': trained}, len(validation.shards)
-      with ShardWriter(directory, f'train-{i}', ids, scored=True) as train:
+      with shards(f'train-{i}') as train:
         for share, example in examples(source, seen, counts):
           apart = share < config.validation_fraction
           add(*((validation, held_out) if apart else (train, trained)), example)
@@ -365,6 +369,7 @@ def _examples(
     counts['read'] += 1
     example = writer.example(place, record)
     content = example.ids.tobytes() + example.scored.tobytes()
+    content += np.array(example.notes, np.float64).tobytes()
     if isinstance(record, LabelRecord):
       content = labelled.identity(record)
     digest = hashlib.blake2b(content, digest_size=16).digest()
@@ -385,6 +390,8 @@ def _examples(
 
 def _behind(prompt: np.ndarray, example: Example) -> Example:
   """The example with a prompt before it, of which nothing is learned."""
+  if not len(prompt):
+    return example
   ids = np.concatenate([prompt, example.ids])
   return Example(ids, np.concatenate([np.zeros(len(prompt), bool), example.scored]))
 

@@ -138,7 +138,7 @@ class Pair(Example):
   @classmethod
   def of(cls, source: np.ndarray, target: np.ndarray, kept: int = 0) -> 'Pair':
     ids = np.concatenate([source, target]).astype(np.int32)
-    return cls(ids, np.arange(len(ids)) >= len(source), kept)
+    return cls(ids, np.arange(len(ids)) >= len(source), kept=kept)
 
 
 class PairWriter:

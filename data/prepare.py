@@ -50,7 +50,8 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
   """
   records = [source for source in (*config.sources, *config.validation) if source.format]
   if records:
-    kind = 'seq2seq' if records[0].format == 'pair' else 'sft'
+    of_others = {'pair': 'seq2seq', 'preference': 'preference', 'judged': 'kto'}
+    kind = of_others.get(records[0].format, 'sft')
     raise ValueError(
       f'source.format={records[0].format!r} is of records to tune on: set objective.kind={kind!r}, '
       "or leave it '' and name the field that holds a document by source.text_field"

@@ -2,13 +2,14 @@
 files, read by a format that is named and never guessed.
 
 A record is a conversation (`messages`, perhaps with `tools`), a prompt with its completion, or a
-source with its target, or a text with its label. What a row has besides its format's fields is not
-read.
+source with its target, a text with its label, a prompt with two answers of which one is preferred,
+or with one that was judged. What a row has besides its format's fields is not read.
 """
 
 import csv
 import dataclasses
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -62,7 +63,29 @@ class LabelRecord:
   label: str
 
 
-Record = ChatRecord | TextRecord | PairRecord | LabelRecord
+@dataclasses.dataclass(frozen=True)
+class PreferenceRecord:
+  """A prompt with two answers, each as it would be without the other.
+
+  Attributes:
+    chosen, rejected: the prompt with either.
+    margin: by how much the chosen one is better, for who reads it; 0 where nothing is said.
+  """
+
+  chosen: ChatRecord | TextRecord
+  rejected: ChatRecord | TextRecord
+  margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedRecord:
+  """A prompt with an answer, and whether it is wanted."""
+
+  answer: ChatRecord | TextRecord
+  label: bool
+
+
+Record = ChatRecord | TextRecord | PairRecord | LabelRecord | PreferenceRecord | JudgedRecord
 
 
 def records(source: SourceConfig) -> Iterator[tuple[str, Record]]:
@@ -177,6 +200,26 @@ class _Reader:
       raise self.wrong(field, 'a name or a whole number')
     return value.strip()
 
+  def number(self, field: str, default: float) -> float:
+    """A finite one, or a text that is one in files of texts."""
+    value = self.value(field)
+    if value is None or self.texts and value == '':
+      return default
+    if self.texts and isinstance(value, str):
+      value = files.parsed(value, f'{self.place}: {field}')
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+      raise self.wrong(field, 'a finite number, or nothing')
+    return float(value)
+
+  def truth(self, field: str) -> bool:
+    value = self.value(field)
+    if self.texts and isinstance(value, str):
+      value = {'true': True, 'false': False}.get(value.strip().lower())
+    if not isinstance(value, bool):
+      raise self.wrong(field, 'true or false')
+    return value
+
   def items(self, field: str, of: str, optional: bool = False) -> list | None:
     value = self.value(field)
     if optional and value in (None, ''):
@@ -261,6 +304,29 @@ def _completion(row: _Reader) -> Record:
   return ChatRecord([*prompt, *completion], tools, given=len(prompt))
 
 
+def _preference(row: _Reader) -> PreferenceRecord:
+  chosen, rejected = (_answered(row, field) for field in ('chosen', 'rejected'))
+  return PreferenceRecord(chosen, rejected, row.number('margin', default=0.0))
+
+
+def _judged(row: _Reader) -> JudgedRecord:
+  return JudgedRecord(_answered(row, 'completion'), row.truth('label'))
+
+
+def _answered(row: _Reader, field: str) -> ChatRecord | TextRecord:
+  """The prompt with the answer of a field, as `_completion` has both; a text behind messages is a
+  turn of the assistant.
+  """
+  if isinstance(row.value('prompt'), str):
+    return TextRecord(row.value('prompt'), row.text(field))
+  prompt, tools = row.messages('prompt'), row.items('tools', 'JSON schemas', optional=True)
+  if isinstance(row.value(field), str):
+    answer = [{'role': SPEAKERS['gpt'], 'content': row.value(field)}]
+  else:
+    answer = row.messages(field)
+  return ChatRecord([*prompt, *answer], tools, given=len(prompt))
+
+
 def _pair(row: _Reader) -> PairRecord:
   return PairRecord(row.text('source'), row.text('target'))
 
@@ -276,6 +342,8 @@ FORMATS: dict[str, Callable[[_Reader], Record]] = {
   'completion': _completion,
   'pair': _pair,
   'label': _label,
+  'preference': _preference,
+  'judged': _judged,
 }
 # The fields of each format, and what they say.
 FIELDS = {
@@ -306,5 +374,18 @@ FIELDS = {
   'label': (
     ('text', 'a text'),
     ('label', 'which one it is, a name or a whole number'),
+  ),
+  'preference': (
+    ('prompt', 'a text, or messages'),
+    ('chosen', 'the answer that is preferred, a text, or messages'),
+    ('rejected', 'the other one, a text, or messages'),
+    ('margin', 'by how much it is preferred, a number, or nothing'),
+    ('tools', 'JSON schemas, or nothing'),
+  ),
+  'judged': (
+    ('prompt', 'a text, or messages'),
+    ('completion', 'an answer, a text, or messages'),
+    ('label', 'whether it is wanted, true or false'),
+    ('tools', 'JSON schemas, or nothing'),
   ),
 }

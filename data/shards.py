@@ -3,14 +3,15 @@ read without copying, and never trusted blindly?
 
 A split is a list of shards. A shard is three files: tokens (raw uint16 or uint32), documents (int64
 offsets) and, per sequence length, a packing plan (pieces and rows); of examples, of which not every
-token is learned, a fourth says which are (raw bool). An index lists every file with its size and
+token is learned, a fourth says which are (raw bool), and a fifth may hold numbers of each (float64
+`notes`). An index lists every file with its size and
 checksum.
 """
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -30,14 +31,23 @@ class ShardWriter:
     name: what the files' names begin with.
     vocabulary: tokens are kept as uint16 up to 65,536 ids, else as uint32.
     scored: whether each document says which of its tokens are learned.
+    notes: how many numbers each has beside it.
   """
 
-  def __init__(self, directory: pathlib.Path, name: str, vocabulary: int, scored: bool = False):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    name: str,
+    vocabulary: int,
+    scored: bool = False,
+    notes: int = 0,
+  ):
     self._directory, self._name = directory, name
     self._suffixes = ['tokens', *(['scored'] if scored else [])]
     self._dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
     self._files = []
     self._offsets = [0]
+    self._noted, self._notes = notes, []
     self.shards: list[dict] = []
 
   def __enter__(self) -> 'ShardWriter':
@@ -46,14 +56,22 @@ class ShardWriter:
   def __exit__(self, *exception) -> None:
     self._close()
 
-  def add(self, document: np.ndarray, scored: np.ndarray | None = None) -> None:
+  def add(
+    self,
+    document: np.ndarray,
+    scored: np.ndarray | None = None,
+    notes: Sequence[float] = (),
+  ) -> None:
     """Appends a document, int [tokens], bos and eos included; scored: bool [tokens]."""
+    if len(notes) != self._noted:
+      raise ValueError(f'{len(notes)} notes of a document; its shard has {self._noted} of each')
     if not self._files:
       self._files = [open(self._path(suffix), 'wb') for suffix in self._suffixes]
     contents = [document.astype(self._dtype), *([] if scored is None else [scored])]
     for file, content in zip(self._files, contents, strict=True):
       file.write(content.tobytes())
     self._offsets.append(self._offsets[-1] + len(document))
+    self._notes.append(notes)
     if self._offsets[-1] >= SHARD_TOKENS:
       self._close()
 
@@ -70,20 +88,21 @@ class ShardWriter:
     for file in self._files:
       file.close()
     np.save(self._path('documents.npy'), np.array(self._offsets, np.int64))
+    suffixes = [*self._suffixes, 'documents.npy']
+    if self._noted:
+      np.save(self._path('notes.npy'), np.array(self._notes, np.float64))
+      suffixes.append('notes.npy')
     self.shards.append(
       {
         'name': f'{self._name}-{len(self.shards):05d}',
         'dtype': self._dtype.name,
         'tokens': self._offsets[-1],
         'documents': len(self._offsets) - 1,
-        'files': [
-          cache.record(self._directory, self._path(suffix).name)
-          for suffix in (*self._suffixes, 'documents.npy')
-        ],
+        'files': [cache.record(self._directory, self._path(suffix).name) for suffix in suffixes],
         **({'scored': True} if 'scored' in self._suffixes else {}),
       }
     )
-    self._files = []
+    self._files, self._notes = [], []
     self._offsets = [0]
 
 
@@ -176,6 +195,10 @@ class PackedShard:
   @functools.cached_property
   def scored(self) -> np.ndarray:
     return np.memmap(self.corpus / f'{self.name}.scored', bool, 'r')
+
+  @functools.cached_property
+  def notes(self) -> np.ndarray:
+    return np.load(self.corpus / f'{self.name}.notes.npy', mmap_mode='r')
 
   @functools.cached_property
   def tokens(self) -> np.ndarray:

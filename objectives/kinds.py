@@ -16,6 +16,7 @@ KINDS = {
   'classify': 'objectives.classify.Classify',
   'classify_seq2seq': 'objectives.classify_seq2seq.ClassifySeq2Seq',
   'classify_head': 'objectives.classify_head.ClassifyHead',
+  'preference': 'objectives.preference.Preference',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
   'distil': 'objectives.distil.Distil',

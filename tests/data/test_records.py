@@ -7,7 +7,16 @@ import pytest
 
 from data import config
 from data.config import DataConfig, SourceConfig
-from data.records import FIELDS, FORMATS, ChatRecord, LabelRecord, TextRecord, records
+from data.records import (
+  FIELDS,
+  FORMATS,
+  ChatRecord,
+  JudgedRecord,
+  LabelRecord,
+  PreferenceRecord,
+  TextRecord,
+  records,
+)
 
 CHAT = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]
 
@@ -59,6 +68,21 @@ def read(path, **fields):
     ),
     ('label', {'text': 'a', 'label': 'good '}, LabelRecord('a', 'good')),
     ('label', {'text': 'a', 'label': 0}, LabelRecord('a', '0')),
+    (
+      'preference',
+      {'prompt': 'a', 'chosen': ' b', 'rejected': ' c', 'margin': 2},
+      PreferenceRecord(TextRecord('a', ' b'), TextRecord('a', ' c'), 2.0),
+    ),
+    (
+      'preference',
+      {'prompt': CHAT[:1], 'chosen': 'Hello.', 'rejected': CHAT[1:], 'tools': [{'name': 'f'}]},
+      PreferenceRecord(*[ChatRecord(CHAT, [{'name': 'f'}], given=1)] * 2),
+    ),
+    (
+      'judged',
+      {'prompt': CHAT[:1], 'completion': CHAT[1:], 'label': False},
+      JudgedRecord(ChatRecord(CHAT, given=1), False),
+    ),
   ],
 )
 def test_a_row_is_the_record_that_its_format_says(tmp_path, format, row, record):
@@ -123,6 +147,17 @@ def test_columns_may_have_other_names(tmp_path):
     ('completion', {'prompt': 'a', 'completion': CHAT}, "field 'completion' .* must be a text"),
     ('label', {'text': 'a'}, "field 'label' .* must be a name or a whole number, and is missing"),
     ('label', {'text': 'a', 'label': True}, "field 'label' .* must be a name.*, and is True"),
+    ('preference', {'prompt': 'a', 'chosen': 'b'}, "field 'rejected' .* must be a text"),
+    (
+      'preference',
+      {'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'margin': 'much'},
+      "field 'margin' .* must be a finite number, or nothing, and is 'much'",
+    ),
+    (
+      'judged',
+      {'prompt': 'a', 'completion': 'b', 'label': 1},
+      "field 'label' .* must be true or false, and is 1",
+    ),
   ],
 )
 def test_a_row_that_is_no_record_is_named(tmp_path, format, row, said):
@@ -132,6 +167,8 @@ def test_a_row_that_is_no_record_is_named(tmp_path, format, row, said):
     'alpaca': {'instruction': 'a', 'output': 'b'},
     'completion': {'prompt': 'a', 'completion': 'b'},
     'label': {'text': 'a', 'label': 'b'},
+    'preference': {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'},
+    'judged': {'prompt': 'a', 'completion': 'b', 'label': True},
   }[format]
   path = jsonl(tmp_path, good, row)
   with pytest.raises(ValueError, match=f'rows.jsonl:2: {said}'):

@@ -273,6 +273,7 @@ def test_the_default_is_one_model_trained_whole():
     'classify',
     'classify_seq2seq',
     'classify_head',
+    'preference',
     'span_corruption',
     'masked_lm',
     'distil',
