@@ -14,7 +14,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -92,6 +92,15 @@ class Packed:
   def facts(self, config: DataConfig) -> dict:
     """Of the settings that change examples, JSON-able: part of the key."""
     raise NotImplementedError
+
+  def completed(self, placed: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Any]]:
+    """The records of a source, with what they take of one another."""
+    return placed
+
+  def identity(self, example: Example) -> bytes:
+    """What two examples have in common that are one."""
+    notes = np.array(example.notes, np.float64)
+    return example.ids.tobytes() + example.scored.tobytes() + notes.tobytes()
 
   def lengths(self, example: Example) -> tuple[int, ...]:
     """Of each of `sides`."""
@@ -365,11 +374,10 @@ def _examples(
   """The examples of one source that fit into a row behind the prompt, which they begin with; each
   behind the share of all digests that are below its own; updates `counts` on the way.
   """
-  for place, record in records(source):
+  for place, record in settings.completed(records(source)):
     counts['read'] += 1
     example = writer.example(place, record)
-    content = example.ids.tobytes() + example.scored.tobytes()
-    content += np.array(example.notes, np.float64).tobytes()
+    content = settings.identity(example)
     if isinstance(record, LabelRecord):
       content = labelled.identity(record)
     digest = hashlib.blake2b(content, digest_size=16).digest()

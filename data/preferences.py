@@ -105,6 +105,7 @@ class ChoiceSettings(Packed):
   formats = ('preference',)
   sides = SIDES
   notes = 2
+  differ = True  # whether one answer tells nothing beside itself
 
   def __post_init__(self):
     super().__post_init__()
@@ -135,7 +136,9 @@ class ChoiceSettings(Packed):
 
   def fitted(self, example, config, reserved=0):
     halves = example.halves
-    if all(np.array_equal(*field) for field in zip(*(vars(half).values() for half in halves))):
+    if self.differ and all(
+      np.array_equal(*field) for field in zip(*(vars(half).values() for half in halves))
+    ):
       return Fitted(None, dropped='answers_are_the_same')
     # The last token of each is a target only.
     over = sum(len(half.ids) - 1 for half in halves) + 2 * reserved - config.sequence_length
@@ -184,7 +187,7 @@ class ChoiceBatch(Batch):
   same pairs; weights are 1 where an answer is predicted.
 
   Attributes:
-    margins: f32 [B, T], of its pair at each token.
+    margins: f32 [B, T], of its pair at each token; of judged answers, 1 for what is wanted.
     reference: f32 [B, T], log-probabilities of the targets by a frozen model, where they are stored
       (objective.reference); 0 elsewhere.
   """

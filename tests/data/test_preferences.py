@@ -2,6 +2,7 @@
 as supervised finetuning would have it?
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,9 +13,11 @@ from tokenizer_families import contents
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.conversations import ExampleWriter
 from data.huggingface import HuggingFaceTokenizer
+from data.judged import mismatched
 from data.preferences import ChoiceBatch, ChoiceWriter
 from data.records import ChatRecord, PreferenceRecord, TextRecord, records
 from data.tokenizers import build
+from objectives.kto import KTO
 from objectives.preference import Preference
 
 T = 40
@@ -77,7 +80,7 @@ def pairs(prepared, length=T):
   for split in (*prepared.train, prepared.validation):
     each = list(halves(split, length))
     for (tokens, targets, weights, margin), other in zip(each[::2], each[1::2], strict=True):
-      assert margin == other[3] and targets[-1] == other[1][-1] == 2  # eos, which is learned
+      assert margin == other[3] and targets[-1] == 2  # eos, which is learned
       assert weights[-1] == other[2][-1] == 1 and {*weights} <= {0, 1}
       prompt, same = (
         text(tokens[: np.flatnonzero(weights)[0] + 1])
@@ -156,3 +159,41 @@ def test_what_is_too_long_is_dropped_or_both_prompts_are_cut_alike(tmp_path, the
 def test_other_settings_are_refused_where_nothing_reads_them():
   with pytest.raises(ValueError, match="weighting='example' is of answers .* leave it 'token'"):
     Preference(weighting='example')
+
+
+def judged(count):
+  return [
+    {
+      'prompt': f'{i:02}' + 'p' * (i % 4),
+      'completion': f'{i:02}' + 'c' * (i % 7),
+      'label': i % 3 > 0,
+    }
+    for i in range(count)
+  ]
+
+
+def test_a_judged_answer_stands_beside_the_one_before_it(tmp_path):
+  given = judged(20)
+  made = config(tmp_path, given)
+  source = dataclasses.replace(made.sources[0], format='judged')
+  made = dataclasses.replace(made, sources=(source,))
+  prepared = KTO().read(made, quiet)
+  others = [given[1], *given[:-1]]
+  assert sorted(pairs(prepared)) == sorted(
+    (row['prompt'], row['completion'], other['completion'], float(row['label']))
+    for row, other in zip(given, others, strict=True)
+  )
+  # Only the end of the other answer gives way where there is no room for both.
+  short = dataclasses.replace(made, sequence_length=16)
+  for prompt, own, other, _ in pairs(KTO().read(short, quiet), 16):
+    row = next(row for row in given if row['prompt'] == prompt)
+    whole = others[given.index(row)]['completion']
+    assert own == row['completion'] and whole.startswith(other) and other
+
+
+def test_one_judged_answer_has_no_other(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(json.dumps(judged(1)[0]))
+  source = SourceConfig(kind='jsonl', path=str(path), format='judged')
+  with pytest.raises(ValueError, match='a.jsonl:1: the only record of its source'):
+    list(mismatched(records(source)))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from objectives.answers import NONE
 from objectives.compared import VARIANTS, Answers, losses, rewards
-from objectives.preference import NONE, Preference
+from objectives.preference import Preference
 
 # Worked out by hand, of two pairs (beta 0.1, labels wrong at 0.1).
 CHOSEN, REJECTED = ([-12, -30.5], [-13, -29], [6, 10]), ([-15, -28], [-14, -29.5], [5, 12])

@@ -17,7 +17,8 @@ from test_objective import Run
 from data.config import CleanConfig, SourceConfig
 from data.preferences import ChoiceBatch
 from model.adaptation import AdapterConfig
-from objectives.preference import NONE, Preference
+from objectives.answers import NONE
+from objectives.preference import Preference
 from training.program import check_models
 
 # Answers of unequal lengths, which pack into rows of T with one to three pairs.

@@ -1,0 +1,177 @@
+"""What do objectives share that compare how likely a policy and a frozen reference find answers?
+Models, batches, log-probabilities of answers; each packed beside the one that it is compared with
+(data/preferences.py).
+
+B rows of a batch · T length · P pairs of a row
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from data import examples
+from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceSettings, ChoiceValidation
+from kernels import context
+from model.logprobs import kl, logprobs, segment_sums
+from model.vocabulary import Law
+from objectives import compared
+from objectives.objective import MAIN, Objective, Role
+from parallel import axes as ax
+
+REFERENCE = 'reference'  # its name among a run's models
+BEGUN, NONE = 'begun', 'none'
+EXPERTS = 'experts'  # the term that balances them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """Attributes:
+  answers: of all places for pairs in the rows, [B, P, 2]. real: bool [B, P], which there are.
+  router: what experts report (Output.router), or None.
+  """
+
+  answers: compared.Answers
+  real: Array
+  router: dict | None
+
+  def total(self, values: Array) -> Float[Array, '']:
+    """The sum of [B, P] over the pairs that there are, for metrics."""
+    values = jax.lax.stop_gradient(values)
+    return jnp.where(self.real, values, 0).sum().astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfAnswers(Objective, ChoiceSettings):
+  """Packed answers, each with the one that it is compared with.
+
+  Attributes:
+    beta: what rewards are log-ratios times: the larger, the closer to the reference it stays.
+    reference: what likelihoods are compared with: the model as the run 'begun' (for nothing under
+      an adapter, where it is the base), the directory of another run, or 'none'.
+  """
+
+  beta: float = 0.1
+  reference: str = BEGUN
+  of_records = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    ChoiceSettings.__post_init__(self)
+    if not 0 < self.beta < math.inf:
+      raise ValueError(f'objective.beta={self.beta} must be above 0, and finite')
+    if not self.reference:
+      raise ValueError(
+        "objective.reference='' names no model; it is 'begun', the directory of a run, or 'none'"
+      )
+
+  def models(self, config):
+    models = {MAIN: Role(config)}
+    if self.reference == BEGUN:
+      models[REFERENCE] = Role(config, trained=False, begun=MAIN)
+    elif self.reference != NONE:
+      models[REFERENCE] = Role(None, trained=False, directory=self.reference)
+    return models
+
+  def accepts(self, models):
+    config = models[MAIN]
+    for name, network in models.items():
+      if not network.causal or network.encoder_layers:
+        kind = 'an encoder-decoder' if network.encoder_layers else 'an encoder'
+        raise NotImplementedError(
+          f'objective.kind={self.kind!r} compares what a decoder writes, and {name!r} with '
+          f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is '
+          f'{kind}; use a decoder'
+        )
+      if network.vocabulary_limit != config.vocabulary_limit or network.V != config.V:
+        raise ValueError(
+          f'objective.reference={self.reference!r} has model.vocabulary={network.vocabulary} and '
+          f'the policy {config.vocabulary}: they read other tokens; use a reference of the same '
+          'tokenizer'
+        )
+    if config.execution.pipeline.schedule == '1f1b':
+      raise NotImplementedError(
+        f'objective.kind={self.kind!r} compares several answers, and model.execution.pipeline.'
+        "schedule='1f1b' is of a loss of tokens; use 'gpipe' or 'circular'"
+      )
+
+  def read(self, config, log):
+    return examples.prepare(config, self, log)
+
+  def batches(self, prepared, config, rows):
+    return ChoiceLoader(prepared, config, rows)
+
+  def validation_batches(self, prepared, config, rows):
+    return ChoiceValidation(prepared, config, rows)
+
+  def batch_like(self, config):
+    return ChoiceBatch.abstract(config.batch_size, config.sequence_length)
+
+  def tokens(self, batch):
+    return jnp.count_nonzero(batch.segments)
+
+
+def score(models, batch: ChoiceBatch) -> Scored:
+  """How likely the models find the answers of a batch as `laid_out`; of a reference that is not
+  among them, batch.reference says it.
+  """
+  policy, router = token_logprobs(models[MAIN], batch)
+  reference = batch.reference
+  if REFERENCE in models:
+    reference, _ = token_logprobs(models[REFERENCE], batch)
+  values = (policy, jax.lax.stop_gradient(reference), jnp.ones_like(policy))
+  answers = compared.Answers(*(by_pairs(value, batch) for value in values))
+  return Scored(answers, answers.lengths.min(-1) > 0, router)
+
+
+def laid_out(model, batch):
+  """The batch as a model on this mesh reads it."""
+  run = model.config.execution
+  return context.lay_out(batch, context.groups(run.context, model.config.N, model.config.K))
+
+
+def token_logprobs(model, batch) -> tuple[Float[Array, 'B T'], dict | None]:
+  """log p of every target that weighs something, 0 elsewhere, of a batch as `laid_out`; and what
+  experts report.
+  """
+  law, router = law_of(model, batch)
+  with jax.named_scope('loss'):
+    return logprobs(law, batch.targets, batch.weights), router
+
+
+def law_of(model, batch) -> tuple[Law, dict | None]:
+  """What a model says comes next, of a batch as `laid_out`; and what experts report."""
+  config = model.config
+  parts = context.groups(config.execution.context, config.N, config.K)
+  x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
+  law = Law(*model.scored(x), softcap=config.logit_softcap, vocabulary=config.vocabulary_limit)
+  return law, router
+
+
+def by_pairs(values: Float[Array, 'B T'], batch) -> Float[Array, 'B P 2']:
+  """Sums over the answers' tokens, of odd and even segments."""
+  B, T = values.shape
+  most = T // 2  # pairs of a row: an answer has a token
+  sums = segment_sums(values, batch.weights, batch.segments, 2 * most)
+  return sums.reshape(B, most, 2, out_sharding=ax.out('batch', None, None))
+
+
+def pairs_of(batch) -> Float[Array, '']:
+  """How many pairs there are: the last segment of a row is its last pair's second answer."""
+  return (batch.segments.max(1) // 2).sum().astype(jnp.float32)
+
+
+def balance(router: dict | None) -> Array:
+  """What balances experts, a sum over tokens; 0 without any."""
+  return jnp.float32(0) if router is None else router['balance_loss'] + router['router_z_loss']
+
+
+def divergence(models, batch) -> Float[Array, '']:
+  """KL of the policy's law of the next token from the reference's, summed over the tokens of the
+  answers, of a batch as `laid_out`.
+  """
+  (policy, _), (reference, _) = (law_of(models[name], batch) for name in (MAIN, REFERENCE))
+  return (kl(policy, reference, batch.weights) * batch.weights).sum()
