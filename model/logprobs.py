@@ -12,7 +12,8 @@ log p, let a be the slope by log p of an id at fixed p; then the slope by its lo
     entropy                 a = -p log p                      so  -p (log p + entropy)
     divergence from q       a, and b by log q: `_slopes`      whose sums are the divergence, too
 
-B batch · T length · D width · V vocabulary · C rows of a chunk of it · S segments of a row
+B batch · T length · D width · V vocabulary · C rows of a chunk of it · S segments of a row ·
+K ids of a token
 """
 
 import dataclasses
@@ -88,6 +89,50 @@ def jsd(
   return _divergence(p, q, weights, float(beta), chunk)
 
 
+def likeliest(
+  law: Law, weights: Float[Array, 'B T'], K: int, *, chunk: int = CHUNK
+) -> tuple[Int[Array, 'B T K'], Float[Array, 'B T K']]:
+  """The K likeliest ids of every token, and their log-probabilities, f32, in order; any where
+  weights are 0. Not differentiable. Raises ValueError for more than the law has.
+  """
+  V = law.vocabulary or law.head.shape[0]
+  if not 0 < K <= V:
+    raise ValueError(f'the likeliest {K} of {V} ids: give at least 1, and at most all of them')
+
+  def best(scores, ids):
+    scores, at = jax.lax.top_k(scores, K)
+    return scores, jnp.take_along_axis(ids, at, -1)
+
+  def run(parts, arrays, place):
+    (weights,) = arrays
+    part, none = parts[0], jnp.zeros_like(weights, jnp.int32)
+    lse = passes.statistics(part, none, place.columns).lse
+
+    def step(carry, chunk):
+      logits = passes.tempered(part, passes.capped(part, chunk))
+      ids = jnp.broadcast_to(chunk['ids'][None, None], logits.shape)
+      more = zip(carry, (logits, ids))
+      return best(*(jnp.concatenate(pair, -1) for pair in more)), None
+
+    shape = (*weights.shape, K)
+    nothing = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32))
+    found, _ = jax.lax.scan(step, nothing, part.chunks)
+    if place.columns:
+      found = best(*(jax.lax.all_gather(x, place.columns, axis=2, tiled=True) for x in found))
+    scores, ids = found
+    return ids, scores - lse[..., None]
+
+  return passes.on_devices(run, (law,), (weights,), ((*TOKENS, None),) * 2, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def logprobs_of(
+  law: Law, ids: Int[Array, 'B T K'], weights: Float[Array, 'B T'], chunk: int = CHUNK
+) -> Float[Array, 'B T K']:
+  """log p of K ids that the law has of every token, f32, otherwise as `logprobs`."""
+  return _several_forward(law, ids, weights, chunk)[0]
+
+
 def segment_sums(
   values: Float[Array, 'B T'],
   weights: Float[Array, 'B T'],
@@ -148,6 +193,54 @@ def _scored_backward(with_entropy, chunk, kept, cotangents):
 
 
 _scored.defvjp(_scored_forward, _scored_backward)
+
+
+def _several_forward(law, ids, weights, chunk):
+  def run(parts, arrays, place):
+    weights, ids = arrays
+    part, none = parts[0], jnp.zeros_like(weights, jnp.int32)
+    lse = passes.statistics(part, none, place.columns).lse
+
+    def step(picked, chunk):
+      logits = passes.tempered(part, passes.capped(part, chunk))
+      at, hit = _places(ids, chunk['ids'])
+      return picked + jnp.where(hit, jnp.take_along_axis(logits, at, -1), 0), None
+
+    picked, _ = jax.lax.scan(step, jnp.zeros(ids.shape, jnp.float32), part.chunks)
+    picked = passes.sum_over(picked, place.columns)
+    return _where_scored(weights, picked - lse[..., None]), lse
+
+  outputs = ((*TOKENS, None), TOKENS)
+  value, lse = passes.on_devices(run, (law,), (weights, ids), outputs, chunk)
+  return value, (law, ids, weights, lse)
+
+
+def _several_backward(chunk, kept, cotangent):
+  law, ids, weights, lse = kept
+
+  def run(parts, arrays, place):
+    _, ids, lse, d_value = arrays
+    total = d_value.sum(-1, keepdims=True)
+
+    def slopes(logits, chunk_ids):
+      _, p = _probabilities(logits[0], lse, chunk_ids)
+      at, hit = _places(ids, chunk_ids)
+      add = jax.vmap(jax.vmap(lambda slope, at, d: slope.at[at].add(d)))
+      return (add(-total * p, at, jnp.where(hit, d_value, 0)),)
+
+    return passes.pulled(parts, slopes, place)
+
+  (d_law,) = _gradients(run, (law,), (weights, ids, lse), (cotangent,), chunk)
+  return d_law, None, None
+
+
+logprobs_of.defvjp(_several_forward, _several_backward)
+
+
+def _places(ids, chunk_ids):
+  """Of [B, T, K] ids: where in a chunk of ids that follow each other they are, and which are."""
+  at = jnp.clip(ids - chunk_ids[0], 0, len(chunk_ids) - 1)
+  return at, chunk_ids[at] == ids
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -274,4 +367,7 @@ def _known(targets, law):
 
 
 def _where_scored(weights, value):
-  return None if value is None else jnp.where(weights != 0, value, 0)
+  if value is None:
+    return None
+  behind = value.ndim - weights.ndim
+  return jnp.where(weights.reshape(*weights.shape, *(1,) * behind) != 0, value, 0)

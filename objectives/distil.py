@@ -25,10 +25,13 @@ from jaxtyping import Array, Float
 import names
 from data import tokenizers
 from data.extra import same_ids
+from data.said import ROWS, WithSaid, batch_of
 from kernels import context
 from model import logprobs, loss
 from model.vocabulary import Law
 from model.weights import int8
+from objectives import coarse
+from objectives.asked import Asked
 from objectives.denoise import MaskedLM, SpanCorruption
 from objectives.next_token import NextToken, router_metrics
 from objectives.objective import MAIN, Objective, Role, in_bfloat16, or_one
@@ -41,6 +44,7 @@ FORWARD, REVERSE, JSD = DIVERGENCES = 'forward_kl', 'reverse_kl', 'jsd'
 HALF = 0.5
 STORED = {'': None, 'bfloat16': in_bfloat16, 'int8': int8.in_bytes}
 SOURCES = ('source', 'source_positions', 'source_segments')
+TOP = ('top_ids', 'top_logs')  # what a teacher said, beside rows
 SUMMED = ('nll', 'tokens', 'correct', 'divergence')
 
 
@@ -55,6 +59,9 @@ class Distilling(Objective):
     divergence: 'forward_kl', 'reverse_kl' or 'jsd'. beta: of 'jsd', between 0 and 1.
     temperature: T, by which logits of both are divided.
     cross_entropy: share of the loss that is the cross-entropy of the text, from 0 to 1.
+    stored_top_k: of each token, how many ids the teacher is asked about once, before the first
+      step, and then never again: its likeliest; all others count as one (objectives/coarse.py). 0:
+      it is held, and says all of every batch.
   """
 
   teacher: str = ''
@@ -63,6 +70,10 @@ class Distilling(Objective):
   beta: float = HALF
   temperature: float = 1.0
   cross_entropy: float = 0.0
+  stored_top_k: int = 0
+
+  # Without annotations: facts of a kind. Whether an epoch has the same rows as the one before.
+  same_rows = True
   # Soft tokens are ids that a teacher has not.
   prompted = False
 
@@ -86,15 +97,17 @@ class Distilling(Objective):
       raise ValueError(
         f'objective.cross_entropy={self.cross_entropy} is a share of the loss: from 0 to 1'
       )
-    if self.z_loss_unread:
+    if self.z_loss and not self.cross_entropy:
       raise ValueError(
         f'objective.z_loss={self.z_loss} is added to the cross-entropy, of which '
         'objective.cross_entropy=0 takes nothing; leave it out, or raise that'
       )
-
-  @property
-  def z_loss_unread(self) -> bool:
-    return bool(self.z_loss) and not self.cross_entropy
+    self._check_least(stored_top_k=0)
+    if self.stored_top_k and not self.same_rows:
+      raise NotImplementedError(
+        f'objective.stored_top_k={self.stored_top_k} of objective.kind={self.kind!r}, whose noise '
+        'is drawn anew for every row: nothing can be said of it beforehand; use 0'
+      )
 
   # 1. Models.
 
@@ -104,18 +117,22 @@ class Distilling(Objective):
         "objective.teacher='' names no run to learn from; give its directory, as in "
         '--config.objective.teacher=runs/large'
       )
+    if self.stored_top_k:
+      return super().models(config)
     stored = STORED[self.teacher_stored]
     teacher = Role(None, trained=False, directory=self.teacher, stored=stored)
     return super().models(config) | {TEACHER: teacher}
 
   def accepts(self, models):
-    student, teacher = models[MAIN], models[TEACHER]
+    student, teacher = models[MAIN], models.get(TEACHER)
     super().accepts(models)
     if student.execution.pipeline.schedule == '1f1b':
       raise NotImplementedError(
         f'objective.kind={self.kind!r} has a second model, the teacher, and '
         "model.execution.pipeline.schedule='1f1b' is of one; use 'gpipe' or 'circular'"
       )
+    if teacher is None:  # looked at where it is asked
+      return
     try:
       super().accepts({MAIN: teacher})
     except (NotImplementedError, ValueError) as error:
@@ -144,24 +161,65 @@ class Distilling(Objective):
       )
     return prepared
 
+  def asked(self):
+    if not self.stored_top_k:
+      return None
+    K = self.stored_top_k
+    live = dataclasses.replace(self, stored_top_k=0)
+    key = ['likeliest', K, self.temperature, self.teacher_stored]
+
+    def answer(teacher, batch):
+      read, _ = final(teacher, batch, 1)
+      said = law(teacher, read, self.temperature)
+      return dict(zip(TOP, logprobs.likeliest(said, batch.weights, K)))
+
+    fields = dict(zip(TOP, (('uint32', K), ('float32', K))))
+    return Asked(TEACHER, live, key, fields, answer)
+
+  def batches(self, prepared, config, rows):
+    if isinstance(prepared, WithSaid):
+      return prepared.batches(config, rows)
+    return super().batches(prepared, config, rows)
+
+  def validation_batches(self, prepared, config, rows):
+    if isinstance(prepared, WithSaid):
+      return prepared.validation_batches(config, rows)
+    return super().validation_batches(prepared, config, rows)
+
+  def batch_like(self, config):
+    rows = super().batch_like(config)
+    if not self.stored_top_k:
+      return rows
+    return batch_of(rows, self.asked().fields, jax.ShapeDtypeStruct)
+
+  def tokens(self, batch):
+    return super().tokens(rows_of(batch))
+
   # 3. Loss, and what is said of it.
 
+  def weights(self, batch):
+    return super().weights(rows_of(batch))
+
   def sums(self, models, batch):
-    student, teacher = models[MAIN], models[TEACHER]
-    parts = 1
-    if not student.config.encoder_layers:
+    student, rows, parts = models[MAIN], rows_of(batch), 1
+    if not (student.config.encoder_layers or self.stored_top_k):
       run, config = student.config.execution, student.config
       parts = context.groups(run.context, config.N, config.K)
-      batch = context.lay_out(batch, parts)
+      rows = context.lay_out(rows, parts)
 
-    x, router = final(student, batch, parts)
-    # Laid out as the student's: a teacher of other heads attends by positions.
-    read, _ = final(teacher, batch, parts)
+    x, router = final(student, rows, parts)
+    if not self.stored_top_k:
+      # Laid out as the student's: a teacher of other heads attends by positions.
+      read, _ = final(models[TEACHER], rows, parts)
     with jax.named_scope('loss'):
-      nll, sums = self._cross_entropy(student, x, batch)
-      laws = [law(teacher, read, self.temperature), law(student, x, self.temperature)]
-      each = self._diverged(jax.lax.stop_gradient(laws[0]), laws[1], batch.weights)
-      divergence = (each * batch.weights).sum()
+      nll, sums = self._cross_entropy(student, x, rows)
+      said = law(student, x, self.temperature)
+      if self.stored_top_k:
+        each = self._diverged_from(batch, said)
+      else:
+        teacher = jax.lax.stop_gradient(law(models[TEACHER], read, self.temperature))
+        each = self._diverged(teacher, said, rows.weights)
+      divergence = (each * rows.weights).sum()
 
     total = (1 - self.cross_entropy) * self.temperature**2 * divergence + nll
     sums = sums | {'divergence': divergence}
@@ -192,6 +250,19 @@ class Distilling(Objective):
       return logprobs.kl(student, teacher, weights)
     return logprobs.jsd(teacher, student, weights, self.beta)
 
+  def _diverged_from(self, batch, student: Law) -> Float[Array, 'B T']:
+    """Of a batch with what the teacher said of its likeliest ids."""
+    weights = batch[ROWS].weights
+    ids, teacher = (ax.place(batch[name], 'batch', 'length', None) for name in TOP)
+    ours = logprobs.logprobs_of(student, ids, weights)
+    if self.divergence == FORWARD:
+      each = coarse.kl(teacher, ours)
+    elif self.divergence == REVERSE:
+      each = coarse.kl(ours, teacher)
+    else:
+      each = coarse.jsd(teacher, ours, self.beta)
+    return jnp.where(weights != 0, each, 0)
+
   def metrics(self, terms, weights, sums):
     """Beside those of the kind that is distilled on: `divergence` at the temperature, without T^2,
     and `cross_entropy`, of which `loss` is made.
@@ -209,7 +280,7 @@ class Distilling(Objective):
     _, sums = self.sums(models, batch)
     kept = {name: sums[name] for name in SUMMED}
     if self.of_records:
-      kept['examples'] = batch.segments.max(1).sum().astype(jnp.float32)
+      kept['examples'] = rows_of(batch).segments.max(1).sum().astype(jnp.float32)
     return kept
 
   def verdict(self, sums, prepared):
@@ -228,6 +299,11 @@ class Distilling(Objective):
     """The loss, of means over tokens."""
     share = self.cross_entropy
     return (1 - share) * self.temperature**2 * divergence + share * nll
+
+
+def rows_of(batch):
+  """Without what is said of them."""
+  return batch[ROWS] if isinstance(batch, dict) else batch
 
 
 def final(model, batch, parts: int):
@@ -281,6 +357,7 @@ class DistilSpanCorruption(Distilling, SpanCorruption):
   """On the noise of texts, by encoder-decoders (objectives/denoise.py)."""
 
   kind: str = 'distil_span_corruption'
+  same_rows = False
   term = 'distil'
 
 
@@ -289,4 +366,5 @@ class DistilMaskedLM(Distilling, MaskedLM):
   """On the masks of texts, by encoders (objectives/denoise.py)."""
 
   kind: str = 'distil_masked_lm'
+  same_rows = False
   term = 'distil'

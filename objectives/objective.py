@@ -165,6 +165,13 @@ class Objective:
     """
     return flops.forward_flops_per_token(network, config.sequence_length, document_length)
 
+  def asked(self) -> Any:
+    """What a frozen model is to say of all rows once, before the first step, so that no step needs
+    it (objectives/asked.py); the data that `batches` is given then has it (data/said.py). None:
+    nothing.
+    """
+    return None
+
   def prepare(self, models: Mapping[str, Any], batch) -> Any:
     """The batch with what depends on all of it (advantages whitened, statistics of a group), before
     microbatches are cut; not differentiated. Everything in a batch is [B, ...]: what is one number

@@ -195,6 +195,7 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
     'docstrings',
     'large',
     'small',
+    'stored',
     'student',
     'plays',
     'tasks',

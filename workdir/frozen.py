@@ -70,19 +70,38 @@ def begin(
     directory = imported if own else config.init if main else role.directory
     if not directory:
       continue
-    if not own and load(directory).adapter.kind:
-      names.imported('workdir.adapted.refuse_as_base')(directory)
-    log(
-      f'beginning with the parameters of {directory}'
-      + ('' if name == config.objective.main else f' as {name}')
-    )
-    checkpoints = Checkpoints(directory, log=log)
-    step = checkpoints.latest()
-    models[name] = _stored(checkpoints.model(_abstract(config, name), step), role.stored)
+    if not own:
+      _check_base(directory)
+    models[name], reference = _read(config, name, directory, log)
     frozen = jax.tree.leaves(rule.parted({name: models[name]})[1])
     if frozen and not own:
-      references[name] = checkpoints.reference(step)
+      references[name] = reference
   return _shared(config, models, references), Frozen(config, references)
+
+
+def opened(config: Config, name: str, log: Callable[[str], Any]) -> tuple[Any, dict]:
+  """A frozen model of another run alone, on the mesh in context, and the reference of it. Raises as
+  `begin`.
+  """
+  directory = states.roles(config)[name].directory
+  _check_base(directory)
+  return _read(config, name, directory, log)
+
+
+def _check_base(directory) -> None:
+  if load(directory).adapter.kind:
+    names.imported('workdir.adapted.refuse_as_base')(directory)
+
+
+def _read(config, name, directory, log):
+  log(
+    f'beginning with the parameters of {directory}'
+    + ('' if name == config.objective.main else f' as {name}')
+  )
+  checkpoints = Checkpoints(directory, log=log)
+  step = checkpoints.latest()
+  model = checkpoints.model(_abstract(config, name), step)
+  return _stored(model, states.roles(config)[name].stored), checkpoints.reference(step)
 
 
 def _frozen(config, name, reference, log):

@@ -211,6 +211,58 @@ def test_split_over_devices(sizes, kind):
     assert gradient.sharding.is_equivalent_to(primal.sharding, primal.ndim)
 
 
+@pytest.mark.parametrize('options, chunk', CASES, ids=str)
+def test_the_likeliest_ids_and_what_given_ones_get(options, chunk):
+  """Ids, log-probabilities, and slopes by the law of a sum of those of given ids."""
+  p, _, _, weights, direction = inputs(**options)
+  log_p = np.where((weights != 0)[..., None], plain(p), 0)
+  K = 4
+  ids, logs = jax.jit(lambda p: lp.likeliest(p, weights, K, chunk=chunk))(p)
+  counted = np.asarray(weights) != 0
+  order = np.argsort(-log_p, -1)[..., :K]
+  np.testing.assert_array_equal(np.asarray(ids)[counted], order[counted])
+  picked = np.take_along_axis(log_p, order, -1)
+  np.testing.assert_allclose(np.asarray(logs)[counted], picked[counted], atol=1e-5)
+
+  slope = direction[..., None] * jnp.arange(1.0, K + 1)[None, None]
+
+  def ours(p):
+    return (lp.logprobs_of(p, ids, weights, chunk) * slope).sum()
+
+  def theirs(p):
+    at = jnp.take_along_axis(plain(p), ids, -1)
+    return jnp.where(counted[..., None], at * slope, 0).sum()
+
+  (a, ours), (b, theirs) = (
+    jax.jit(jax.value_and_grad(f, allow_int=True))(p) for f in (ours, theirs)
+  )
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+  for name in ('hidden', 'head'):
+    np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize('sizes', [MESHES[0], pytest.param(MESHES[4], marks=pytest.mark.slow)])
+def test_the_likeliest_ids_over_devices(sizes):
+  p, _, _, weights, _ = inputs(B=8, T=6, softcap=2.0, temperature=True, limit=5)
+
+  def run(p, weights):
+    ids, logs = lp.likeliest(p, weights, 3)
+
+    def total(p):
+      return (lp.logprobs_of(p, ids, weights) * weights[..., None]).sum()
+
+    return ids, logs, jax.grad(total)(p).head
+
+  expected = jax.jit(run)(p, weights)
+  with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+    p, weights = placed(p), jax.device_put(weights, ax.spec('batch', 'length'))
+    ids, logs, slope = jax.jit(run)(p, weights)
+  counted = np.asarray(weights) != 0
+  np.testing.assert_array_equal(np.asarray(ids)[counted], np.asarray(expected[0])[counted])
+  np.testing.assert_allclose(np.asarray(logs)[counted], np.asarray(expected[1])[counted], atol=1e-5)
+  np.testing.assert_allclose(slope, expected[2], atol=1e-5)
+
+
 def test_both_at_once_are_the_same():
   p, _, targets, weights, _ = inputs(temperature=True)
   logprobs, entropy = lp.logprobs_and_entropy(p, targets, weights)
@@ -342,6 +394,9 @@ def test_what_a_divergence_refuses():
   for beta in (0.0, 1.0, -0.1, 1.5):
     with pytest.raises(ValueError, match=f'beta={beta}.*between 0 and 1'):
       lp.jsd(p, q, weights, beta)
+  for K in (0, 13):
+    with pytest.raises(ValueError, match=f'likeliest {K} of 12 ids: give at least 1, and at most'):
+      lp.likeliest(p, weights, K)
   with pytest.raises(ValueError, match='12 and 11 rows'):
     lp.kl(p, dataclasses.replace(q, head=q.head[:11]), weights)
   with pytest.raises(ValueError, match='vocabulary=0 and 9'):

@@ -15,6 +15,7 @@ from conftest import (
   SGD,
   B,
   T,
+  V,
   assert_close,
   assert_same,
   host,
@@ -34,6 +35,7 @@ from model.adaptation import AdapterConfig
 from model.params import named_leaves
 from objectives import distil
 from objectives.distil import Distil, DistilSeq2Seq, DistilSFT
+from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
 from tests.training import test_seq2seq, test_sft
@@ -398,6 +400,75 @@ def written_over(teacher, **model):
   return written(directory, None, **{'width': 32, 'layers': 1, 'feed_forward': 16} | model)
 
 
+# With what a teacher said once.
+
+
+def asked_batch(objective, both, batch):
+  """The batch with what the teacher says of its likeliest ids."""
+  return {'rows': batch} | objective.asked().answer(both['teacher'], batch)
+
+
+@pytest.mark.parametrize(
+  'divergence',
+  ['jsd', *(pytest.param(name, marks=pytest.mark.slow) for name in ('forward_kl', 'reverse_kl'))],
+)
+def test_what_is_not_among_the_likeliest_is_one_rest(divergence, one_device):
+  """The formula of laws of K ids and of the rest; of all ids it is that of whole laws."""
+  fields = {'divergence': divergence, 'temperature': 2.0, 'cross_entropy': 0.25}
+  stored = {K: Distil(teacher='x', stored_top_k=K, **fields) for K in (5, V)}
+  live = Distil(teacher='x', **fields)
+
+  def run(both, batch):
+    logits = {name: all_logits(model, batch) for name, model in both.items()}
+    batches = {K: asked_batch(objective, both, batch) for K, objective in stored.items()}
+    said = {K: mean(objective, both, batches[K]) for K, objective in stored.items()}
+    return said, mean(live, both, batch), batches[5]['top_ids'], logits
+
+  both, batch = models(), ragged()
+  said, whole, ids, logits = quickly(jax.jit(run), both, batch)(both, batch)
+  np.testing.assert_allclose(said[V], whole, rtol=1e-4)
+
+  def coarse(z):
+    """Logits of K ids and one of the rest, of the same law at the temperature."""
+    z = np.asarray(z, np.float64) / 2
+    z = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    few = np.take_along_axis(z, np.asarray(ids), -1)
+    rest = np.log1p(-np.exp(few).sum(-1, keepdims=True))
+    return 2 * np.concatenate([few, rest], -1)
+
+  plain = dataclasses.replace(live, cross_entropy=0.0)
+  few = {name: coarse(z) for name, z in logits.items()}
+  none = np.zeros(batch.targets.shape, int)
+  divergence, _ = by_hand(plain, few, none, batch.weights)
+  text = dataclasses.replace(live, cross_entropy=1.0)
+  nll, _ = by_hand(text, logits, batch.targets, batch.weights)
+  np.testing.assert_allclose(said[5], 0.75 * divergence + 0.25 * nll, rtol=1e-4)
+  assert said[5] < whole, 'a coarser law is nearer'
+
+
+@pytest.mark.slow
+def test_stored_steps_are_the_same_over_devices(teacher):
+  both, batches = models(), make_batches(2)
+  after = []
+  for devices, mesh in ((1, {}), (8, {'data': 2, 'fsdp': 2, 'tensor': 2}), (2, {'context': 2})):
+    config = distilling(teacher, {'stored_top_k': 5, 'divergence': 'jsd'}, mesh={'data': 1} | mesh)
+    run = Run(config, devices)
+    assert list(run.state.models) == ['policy']
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+      said = [
+        jax.tree.map(np.asarray, asked_batch(config.objective, both, jax.tree.map(jnp.asarray, b)))
+        for b in batches
+      ]
+    with jax.set_mesh(run.mesh):
+      rows = jax.NamedSharding(run.mesh, distil.ax.spec('batch', 'length'))
+      put = hosts.RowShards(rows, (B, T))
+      for batch in said:
+        run.state, metrics, _ = run.step(run.state, put(batch))
+    after.append(jax.device_get(run.state.models))
+  for other in after[1:]:
+    assert_close(other, after[0], 2e-5)
+
+
 # What is refused.
 
 
@@ -410,12 +481,19 @@ def written_over(teacher, **model):
     ({'temperature': 0.0}, 'objective.temperature=0.0 must be above 0'),
     ({'cross_entropy': 1.5}, 'objective.cross_entropy=1.5 is a share'),
     ({'z_loss': 0.1}, 'objective.z_loss=0.1 is added to the cross-entropy.*leave it out, or raise'),
+    ({'stored_top_k': -1}, 'objective.stored_top_k=-1 must be at least 0'),
     ({'teacher_stored': 'int4'}, "objective.teacher_stored='int4' is unknown"),
   ],
 )
 def test_settings_that_cannot_be(fields, match):
   with pytest.raises(ValueError, match=match):
     Distil(teacher='x', **fields)
+
+
+def test_noise_cannot_be_asked_about_beforehand():
+  for kind in (distil.DistilSpanCorruption, distil.DistilMaskedLM):
+    with pytest.raises(NotImplementedError, match='objective.stored_top_k=8 of.*drawn anew.*use 0'):
+      kind(teacher='x', stored_top_k=8)
 
 
 def test_a_teacher_that_cannot_teach(tmp_path, teacher):
@@ -522,3 +600,45 @@ def test_a_run_learns_of_a_run_and_resumes(corpus, tmp_path):
   assert last['bits_per_byte'] > 0
   opened = open_run(tmp_path / 'whole')
   assert opened.model.config.D == 32
+
+
+@pytest.mark.slow
+def test_a_teacher_is_asked_once(corpus, tmp_path):
+  """Whole or not at all, for this teacher and these rows alone; and no step holds it."""
+  teacher = tmp_path / 'teacher'
+  run_here(on(corpus, model=TEACHER, train={'steps': 1, 'save_every': 1}), teacher)
+  cache = tmp_path / 'cache'
+
+  def student(steps=2, **fields):
+    config = on(corpus, train={'steps': steps, 'save_every': 1}, data={'cache_dir': str(cache)})
+    objective = Distil(teacher=str(teacher), stored_top_k=8, temperature=2.0, **fields)
+    return dataclasses.replace(config, objective=objective)
+
+  def kept():
+    return sorted(path for path in cache.glob('said-*') if path.is_dir())
+
+  run_here(student(1), tmp_path / 'run')
+  (first,) = kept()
+  record = Checkpoints(tmp_path / 'run').record(1)
+  assert record['references'] == {} and not [name for name in record['leaves'] if 'teach' in name]
+  written = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+  run_here(student(2), tmp_path / 'run')
+  run_here(student(2), tmp_path / 'again')
+  assert_same(*(leaves_of(tmp_path / name, 2)[1] for name in ('run', 'again')))
+  assert kept() == [first] and written == {p: p.stat().st_mtime_ns for p in first.iterdir()}
+  last = read_metrics(tmp_path / 'run' / 'metrics.jsonl')[-1]
+  assert last['validation_divergence'] > 0
+
+  # Of what is damaged nothing is used, and the remedy is said.
+  (file,) = first.glob('train-0.top_logs')
+  content = file.read_bytes()
+  file.write_bytes(content[:-4] + b'1234')
+  with pytest.raises(SystemExit, match=f'delete {first} and run again'):
+    run_here(student(3), tmp_path / 'run')
+  file.write_bytes(content)
+
+  # A teacher that learned more is another one: a run goes on with the one that it began with.
+  run_here(on(corpus, model=TEACHER, train={'steps': 2, 'save_every': 1}), teacher)
+  with pytest.raises(SystemExit, match='(?s)the data order has changed.*said-'):
+    run_here(student(3), tmp_path / 'run')
+  assert len(kept()) == 2
