@@ -109,7 +109,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  lines = 'orders|dates|docstrings|tasks|spell|ask|answers|mixed|mixed.out'
+  lines = 'orders|dates|docstrings|tasks|spell|ask|said|answers|mixed|mixed.out'
   names = rf'input\.txt|({lines})\.jsonl|sentiment\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
@@ -139,6 +139,10 @@ def prepared(directory: pathlib.Path) -> None:
     (directory / f'{name}.jsonl').write_text(
       ''.join(json.dumps({'prompt': q, 'completion': a}) + '\n' for q, a in pairs)
     )
+  # What `generate.py --output` writes of runs/large, which is asked after it is trained.
+  (directory / 'said.jsonl').write_text(
+    ''.join(json.dumps({'prompt': q, 'text': a}) + '\n' for q, a in pairs)
+  )
   labelled = [f'number {i} is it,{("positive", "negative")[i % 2]}' for i in range(60)]
   (directory / 'sentiment.csv').write_text('\n'.join(['text,label', *labelled]) + '\n')
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
@@ -198,6 +202,7 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
     'stored',
     'student',
     'plays',
+    'pupil',
     'tasks',
     'spell',
     'shared',
@@ -235,11 +240,12 @@ def check_what_was_tuned(directory: pathlib.Path) -> None:
   (directory / 'ask.jsonl').write_text('"3 and 3?"\n"4"\n')
   lines = [(name, line) for name, line in typed('generate.py') if ON_TUNED & {*line}]
   lines += [each for each in typed('evaluate.py') if len(each[1]) != 3]  # of a file that is named
-  assert len(lines) == 5
+  assert len(lines) == 6
   for name, line in lines:
     done = Process(directory, name, *here(line, directory)).end()
     assert done.code == 0 and 'Traceback' not in done.error, (line, done.error, done.out)
   assert len((directory / 'mixed.out.jsonl').read_text().splitlines()) == 3
+  assert json.loads((directory / 'said.jsonl').read_text().splitlines()[0])['prompt'] == '3 and 3?'
   assert len((directory / 'answers.jsonl').read_text().splitlines()) == 2
   for run in ('smollm2', 'classifier', 'head'):
     assert (directory / 'runs' / run / 'evaluation').is_dir()

@@ -642,3 +642,27 @@ def test_a_teacher_is_asked_once(corpus, tmp_path):
   with pytest.raises(SystemExit, match='(?s)the data order has changed.*said-'):
     run_here(student(3), tmp_path / 'run')
   assert len(kept()) == 2
+
+
+@pytest.mark.oracle
+def test_trl_has_the_same_loss():
+  """GKD's generalised divergence, at its own ends too, of ragged masks."""
+  torch = pytest.importorskip('torch')
+  trainer = pytest.importorskip('trl.experimental.gkd').GKDTrainer
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    _, logits = values()
+  batch = ragged()
+  counted = np.asarray(batch.weights) > 0
+  student, teacher = (torch.tensor(np.array(logits[name])) for name in ('policy', 'teacher'))
+  labels = torch.tensor(np.where(counted, np.asarray(batch.targets), -100))
+  for fields, beta in (
+    ({}, 0.0),
+    ({'divergence': 'reverse_kl'}, 1.0),
+    ({'divergence': 'jsd'}, 0.5),
+  ):
+    objective = Distil(teacher='x', temperature=2.0, **fields)
+    expected = trainer.generalized_jsd_loss(
+      student, teacher, labels, beta, temperature=2.0, reduction='batchmean'
+    )
+    _, divergence = by_hand(objective, logits, batch.targets, counted)
+    np.testing.assert_allclose(divergence, float(expected), rtol=1e-5)
