@@ -3,8 +3,11 @@
   python evaluate.py --workdir=runs/smollm2 --config=configs/classify.py --shots=0,4 \\
     --calibration=none,contextual '--config.data.sources[0].path=sentiment.csv'
 
+  python evaluate.py --workdir=runs/reward
+
 What is asked, and of which held-out records, is in the config (of a run that was tuned to classify,
-its own). Every number comes with a 95% interval and a digest of the prompts that it is of.
+or to give rewards, its own). Every number comes with a 95% interval and a digest of the prompts
+that it is of.
 """
 
 from parallel import hosts
@@ -26,11 +29,12 @@ from data import labelled
 from data.template import Template
 from decode import opening
 from decode.generator import Generator
-from evaluation import classify, heads
+from evaluation import classify, heads, rewards
 from evaluation.prompts import Shots
 from objectives.classify_head import HEAD
 from parallel.flag import mesh_of
 from training import config as configs, overrides
+from workdir import reward
 from workdir.head import head_of
 
 CONFIG = overrides.define_flag()
@@ -149,6 +153,34 @@ def write(output: pathlib.Path, result: classify.Result, way: str) -> None:
   files.replace(path, classify.confusion_picture(result.labels, result.confusion, title))
 
 
+def evaluate_rewards(config: configs.Config, output: pathlib.Path) -> None:
+  """Judges a reward model, prints and writes what is said of it, and keeps its scale."""
+  place = WORKDIR.value, mesh_of(MESH.value), CHECKPOINT.value
+  judged = reward.judge(config, *place, LIMIT.value, SEED.value, print)
+  reward.normalise(WORKDIR.value, judged)
+  n = len(judged.differences)
+  rows = [[str(estimate) for estimate in judged.metrics.values()]]
+  commands.table(f'{n} held-out pairs, with 95% intervals', [*judged.metrics], rows)
+  title = f'{WORKDIR.value}\n{n} pairs: accuracy {judged.metrics["accuracy"]}'
+  picture = rewards.calibration_picture(judged.differences, title)
+  files.replace(output / f'{reward.KIND}-calibration.png', picture)
+  content = {
+    'task': reward.KIND,
+    'workdir': WORKDIR.value,
+    'checkpoint': CHECKPOINT.value,
+    'n': n,
+    'metrics': {name: estimate.values() for name, estimate in judged.metrics.items()},
+    'prompts': judged.prompts,
+    'scale': judged.scale,
+  }
+  files.replace(output / f'{reward.KIND}.json', json.dumps(content, indent=1) + '\n')
+  print(
+    f'\nwrote {output}/{reward.KIND}.json and its calibration, and '
+    f'{WORKDIR.value}/{reward.FILE}: reward = {judged.scale["gain"]:.4g} x head + '
+    f'{judged.scale["bias"]:.4g}, of {judged.scale["texts"]} answers'
+  )
+
+
 def table(results: list[classify.Result]) -> None:
   """Prints all metrics of all ways, with their intervals."""
   metrics = [*results[0].metrics]
@@ -169,12 +201,16 @@ def run() -> None:
   if CONFIG.value is None:
     raise ValueError('give --config=configs/classify.py: this directory has no config of its own')
   config = overrides.from_flag(CONFIG.value)
-  check_objective(config, ways)
+  if config.objective.kind != reward.KIND:
+    check_objective(config, ways)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
   output.mkdir(parents=True, exist_ok=True)
   remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):
+    if config.objective.kind == reward.KIND:
+      evaluate_rewards(config, output)
+      return
     mesh = mesh_of(MESH.value)
     generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh, WEIGHTS.value)
     results = evaluate(config, generator, ways, output)

@@ -106,6 +106,7 @@ class ChoiceSettings(Packed):
   sides = SIDES
   notes = 2
   differ = True  # whether one answer tells nothing beside itself
+  unread = 1  # tokens at the end of an answer that are targets only
 
   def __post_init__(self):
     super().__post_init__()
@@ -140,8 +141,8 @@ class ChoiceSettings(Packed):
       np.array_equal(*field) for field in zip(*(vars(half).values() for half in halves))
     ):
       return Fitted(None, dropped='answers_are_the_same')
-    # The last token of each is a target only.
-    over = sum(len(half.ids) - 1 for half in halves) + 2 * reserved - config.sequence_length
+    read = sum(len(half.ids) - self.unread for half in halves)
+    over = read + 2 * reserved - config.sequence_length
     if over <= 0:
       return Fitted(example)
     if self.too_long == 'drop':
@@ -160,14 +161,19 @@ class ChoiceSettings(Packed):
 class ChoiceRows(Rows):
   """How pairs of answers fill rows; a plan's pieces are (begin, begin of the rejected half, end,
   number of the document).
+
+  Attributes:
+    unread: tokens at the end of an answer that take no room.
   """
+
+  unread: int = 1
 
   def write_plan(self, corpus, directory, shard):
     """As Rows.write_plan, of whole pairs; their halves are what the squares are of."""
     offsets = np.load(corpus / f'{shard["name"]}.documents.npy')
     notes = np.load(corpus / f'{shard["name"]}.notes.npy')
     middles = offsets[:-1] + notes[:, 0].astype(np.int64)
-    halves = np.stack([middles - offsets[:-1] - 1, offsets[1:] - middles - 1], 1)
+    halves = np.stack([middles - offsets[:-1], offsets[1:] - middles], 1) - self.unread
     order, rows = PLANS[self.packing](halves.sum(1), self.length)
     pieces = np.stack([offsets[:-1], middles, offsets[1:], np.arange(len(middles))], 1)
     return {

@@ -49,15 +49,17 @@ def scored(
   asked = ['head', template.labels, texts[: len(records)], truth.tolist()]
   digest.update(json.dumps(asked).encode())
 
-  scores = _scores(model, head, ids)
+  scores = scores_of(model, head, ids)
   check_finite(scores, records)
   n = len(records)
   cut = sum(len(a) < len(b) for a, b in zip(ids, whole))
   return Scores(scores[:n], scores[n:], truth, digest.hexdigest(), cut)
 
 
-def _scores(model: LoadedModel, head: heads.Head, ids: Sequence[Sequence[int]]) -> np.ndarray:
-  """[texts, L] f64; texts of about the same length are read together."""
+def scores_of(model: LoadedModel, head: heads.Head, ids: Sequence[Sequence[int]]) -> np.ndarray:
+  """What a head says of texts of these ids, [texts, L] f64; texts of about the same length are read
+  together.
+  """
   labels = head['bias'][...].shape[0]
   size = -(-min(ROWS, len(ids)) // model.parts) * model.parts
   order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))

@@ -62,23 +62,7 @@ class ClassifyHead(Objective, examples.Packed):
     return {MAIN: Role(config), HEAD: Role(config, made=make)}
 
   def accepts(self, models):
-    config = models[MAIN]
-    if config.encoder_layers:
-      raise NotImplementedError(
-        f'objective.kind={self.kind!r} of an encoder-decoder (model.encoder_layers='
-        f"{config.encoder_layers}), which answers; use objective.kind='classify_seq2seq'"
-      )
-    pooled = LAST if config.causal else FIRST
-    if self.pooled != pooled:
-      raise ValueError(
-        f'objective.pooled={self.pooled!r} of a model with model.causal={config.causal}, which has '
-        f'seen all of a text in its {pooled} token; set objective.pooled={pooled!r}'
-      )
-    if config.execution.pipeline.schedule == '1f1b':
-      raise NotImplementedError(
-        f'objective.kind={self.kind!r} has a second model, the head, and '
-        "model.execution.pipeline.schedule='1f1b' is of one; use 'gpipe' or 'circular'"
-      )
+    check_head(self, models[MAIN], "objective.kind='classify_seq2seq'")
 
   # 2. Batches.
 
@@ -124,10 +108,7 @@ class ClassifyHead(Objective, examples.Packed):
     return jnp.count_nonzero(batch.segments)
 
   def forward_flops(self, network, config, document_length):
-    # The vocabulary is not scored.
-    pooler = 2 * network.D**2 * network.pooler
-    unscored = 2 * network.D * network.V
-    return super().forward_flops(network, config, document_length) - unscored + pooler
+    return super().forward_flops(network, config, document_length) + unscored(network)
 
   # 3. Loss, and what is said of it.
 
@@ -154,6 +135,35 @@ class ClassifyHead(Objective, examples.Packed):
       'validation_loss': sums['nll'] / sums['tokens'],
       'validation_accuracy': sums['correct'] / sums['tokens'],
     }
+
+
+def check_head(objective, config, instead: str) -> None:
+  """Raises NotImplementedError or ValueError where a head cannot be on a network of this config;
+  objective: has `kind` and `pooled`; instead: what to use for an encoder-decoder.
+  """
+  if config.encoder_layers:
+    raise NotImplementedError(
+      f'objective.kind={objective.kind!r} of an encoder-decoder (model.encoder_layers='
+      f'{config.encoder_layers}), which answers; use {instead}'
+    )
+  pooled = LAST if config.causal else FIRST
+  if objective.pooled != pooled:
+    raise ValueError(
+      f'objective.pooled={objective.pooled!r} of a model with model.causal={config.causal}, which '
+      f'has seen all of a text in its {pooled} token; set objective.pooled={pooled!r}'
+    )
+  if config.execution.pipeline.schedule == '1f1b':
+    raise NotImplementedError(
+      f'objective.kind={objective.kind!r} has a second model, the head, and '
+      "model.execution.pipeline.schedule='1f1b' is of one; use 'gpipe' or 'circular'"
+    )
+
+
+def unscored(network) -> float:
+  """FLOPs of a token that a head takes besides the layers, less the vocabulary, which nobody
+  scores.
+  """
+  return 2.0 * network.D * (network.D * network.pooler - network.V)
 
 
 def head_loss(model, head: heads.Head, batch: Batch):

@@ -20,6 +20,7 @@ KINDS = {
   'kto': 'objectives.kto.KTO',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
+  'reward': 'objectives.reward.Reward',
   'distil': 'objectives.distil.Distil',
   'distil_sft': 'objectives.distil.DistilSFT',
   'distil_seq2seq': 'objectives.distil.DistilSeq2Seq',

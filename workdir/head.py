@@ -34,7 +34,11 @@ def head_of(
       'trained with'
     )
   checkpoints = Checkpoints(workdir)
-  step = step_of(checkpoints, checkpoint)
+  return restored(config, checkpoints, step_of(checkpoints, checkpoint), name, mesh)
+
+
+def restored(config, checkpoints: Checkpoints, step: int, name: str, mesh) -> heads.Head:
+  """The head `name` of a run's checkpoint, on a mesh."""
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: states.new_model(config, name), mesh)
   return checkpoints.restore(step, target, f'models.{name}')

@@ -36,13 +36,13 @@ class Run:
 def open_run(
   workdir: str | os.PathLike,
   checkpoint: str = 'last',
-  mesh: MeshConfig = MeshConfig(data=1),
+  mesh: MeshConfig | jax.sharding.Mesh = MeshConfig(data=1),
   adapters: Mapping[str, str | os.PathLike] | None = None,
   weights: str = '',
 ) -> Run:
   """A run's model at its 'last' or 'best' checkpoint, or at a step's, to generate with.
 
-  mesh: over how many of this machine's devices; the default is one.
+  mesh: over how many of this machine's devices; the default is one. Or one that is there.
   adapters: runs whose adapters lie on this checkpoint, by name; weights: with which they will.
 
   Raises FileNotFoundError for a directory without a run or without checkpoints, ValueError for a
@@ -53,9 +53,10 @@ def open_run(
   model_config = generating(config.model)
   checkpoints = Checkpoints(workdir)
   step = step_of(checkpoints, checkpoint)
-  sizes = mesh.sizes().values()
-  devices = jax.local_devices()[: None if -1 in sizes else math.prod(sizes)]
-  mesh = make_mesh(mesh, devices)
+  if isinstance(mesh, MeshConfig):
+    sizes = mesh.sizes().values()
+    devices = jax.local_devices()[: None if -1 in sizes else math.prod(sizes)]
+    mesh = make_mesh(mesh, devices)
   model_config.check_parameters(dict(mesh.shape))
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(model_config, config.train.seed), mesh)

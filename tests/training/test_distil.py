@@ -55,6 +55,7 @@ TEACHER = {
   'logit_softcap': 5.0,
   'init_scale': 2.0,
 }
+LONG = (pytest.mark.slow, pytest.mark.long)
 CASES = {
   'forward': {},
   'forward at 2, and the text': {'temperature': 2.0, 'cross_entropy': 0.25, 'z_loss': 0.01},
@@ -238,15 +239,13 @@ def test_a_step_moves_the_student_and_not_the_teacher(teacher, alone):
 @pytest.mark.parametrize(
   'devices, parts',
   [
-    pytest.param(1, {'train': {'accumulation': 4}}, marks=pytest.mark.slow),
+    pytest.param(1, {'train': {'accumulation': 4}}, marks=LONG),
     (8, {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'accumulation': 2}}),
-    pytest.param(8, {'mesh': {'data': 4, 'fsdp': 2, 'zero': 1}}, marks=pytest.mark.slow),
+    pytest.param(8, {'mesh': {'data': 4, 'fsdp': 2, 'zero': 1}}, marks=LONG),
     pytest.param(8, {'mesh': {'data': 2, 'fsdp': 4, 'zero': 2}}, marks=pytest.mark.slow),
-    pytest.param(
-      4, {'mesh': {'context': 2, 'tensor': 2}, 'context': 'ring'}, marks=pytest.mark.slow
-    ),
+    pytest.param(4, {'mesh': {'context': 2, 'tensor': 2}, 'context': 'ring'}, marks=LONG),
     pytest.param(4, {'mesh': {'context': 4}, 'context': 'ulysses_ring'}, marks=pytest.mark.slow),
-    pytest.param(4, {'mesh': {'stage': 2, 'data': 2}}, marks=pytest.mark.slow),
+    pytest.param(4, {'mesh': {'stage': 2, 'data': 2}}, marks=LONG),
     pytest.param(
       2,
       {
@@ -279,7 +278,7 @@ def test_steps_are_the_same_whatever_the_parts_and_devices(teacher, alone, devic
   assert_close(run.state.models, alone[0].state.models, 2e-5)
 
 
-@pytest.mark.parametrize('stored', ['bfloat16', 'int8'])
+@pytest.mark.parametrize('stored', ['int8', pytest.param('bfloat16', marks=LONG)])
 @pytest.mark.slow
 def test_a_teacher_is_kept_in_less(teacher, alone, stored):
   """Its laws are nearly the same."""
@@ -410,7 +409,7 @@ def asked_batch(objective, both, batch):
 
 @pytest.mark.parametrize(
   'divergence',
-  ['jsd', *(pytest.param(name, marks=pytest.mark.slow) for name in ('forward_kl', 'reverse_kl'))],
+  ['jsd', *(pytest.param(name, marks=LONG) for name in ('forward_kl', 'reverse_kl'))],
 )
 def test_what_is_not_among_the_likeliest_is_one_rest(divergence, one_device):
   """The formula of laws of K ids and of the rest; of all ids it is that of whole laws."""

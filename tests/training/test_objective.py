@@ -277,6 +277,7 @@ def test_the_default_is_one_model_trained_whole():
     'kto',
     'span_corruption',
     'masked_lm',
+    'reward',
     'distil',
     'distil_sft',
     'distil_seq2seq',
