@@ -80,6 +80,12 @@ BESIDES = {
   ),
   'prompt_tuning': ('--config.train.epochs=0', '--config.optimizer.warmup_fraction=0.0'),
   'seq2seq': ('--config.model.layers=1',),
+  'reward': (
+    '--config.train.epochs=0',
+    '--config.optimizer.warmup_fraction=0.0',
+    '--config.data.sequence_length=48',
+    '--config.data.validation_fraction=0.3',
+  ),
   'distil': (
     *TEXT,
     '--config.optimizer.warmup_fraction=0.0',
@@ -109,7 +115,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  lines = 'orders|dates|docstrings|tasks|spell|ask|said|answers|mixed|mixed.out'
+  lines = 'orders|dates|docstrings|tasks|spell|ask|said|pairs|answers|mixed|mixed.out'
   names = rf'input\.txt|({lines})\.jsonl|sentiment\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
@@ -139,6 +145,9 @@ def prepared(directory: pathlib.Path) -> None:
     (directory / f'{name}.jsonl').write_text(
       ''.join(json.dumps({'prompt': q, 'completion': a}) + '\n' for q, a in pairs)
     )
+  (directory / 'pairs.jsonl').write_text(
+    ''.join(json.dumps({'prompt': q, 'chosen': a, 'rejected': f'{a}0'}) + '\n' for q, a in pairs)
+  )
   # What `generate.py --output` writes of runs/large, which is asked after it is trained.
   (directory / 'said.jsonl').write_text(
     ''.join(json.dumps({'prompt': q, 'text': a}) + '\n' for q, a in pairs)
@@ -203,6 +212,7 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
     'student',
     'plays',
     'pupil',
+    'reward',
     'tasks',
     'spell',
     'shared',
@@ -240,14 +250,14 @@ def check_what_was_tuned(directory: pathlib.Path) -> None:
   (directory / 'ask.jsonl').write_text('"3 and 3?"\n"4"\n')
   lines = [(name, line) for name, line in typed('generate.py') if ON_TUNED & {*line}]
   lines += [each for each in typed('evaluate.py') if len(each[1]) != 3]  # of a file that is named
-  assert len(lines) == 6
+  assert len(lines) == 7
   for name, line in lines:
     done = Process(directory, name, *here(line, directory)).end()
     assert done.code == 0 and 'Traceback' not in done.error, (line, done.error, done.out)
   assert len((directory / 'mixed.out.jsonl').read_text().splitlines()) == 3
   assert json.loads((directory / 'said.jsonl').read_text().splitlines()[0])['prompt'] == '3 and 3?'
   assert len((directory / 'answers.jsonl').read_text().splitlines()) == 2
-  for run in ('smollm2', 'classifier', 'head'):
+  for run in ('smollm2', 'classifier', 'head', 'reward'):
     assert (directory / 'runs' / run / 'evaluation').is_dir()
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, T, assert_close, host, run_here, tiny
+from conftest import RATE, SGD, T, assert_close, host, quickly, run_here, tiny
 from test_objective import Run
 
 from data.config import CleanConfig, SourceConfig
