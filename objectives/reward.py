@@ -16,14 +16,14 @@ from jaxtyping import Array, Float
 
 import names
 from data import examples
-from data.rewarded import RewardedSettings
 from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceValidation
+from data.rewarded import RewardedSettings
 from kernels import context
 from model import heads
+from objectives.answers import balance, by_pairs, laid_out, pairs_of
 from objectives.classify_head import FIRST, HEAD, LAST, check_head, unscored
 from objectives.next_token import router_metrics
 from objectives.objective import MAIN, Objective, Role, or_one
-from objectives.preference import balance, by_pairs, laid_out, pairs_of
 
 PAIRS, EXPERTS = 'reward', 'experts'  # terms
 

@@ -15,8 +15,8 @@ from conftest import RATE, SGD, T, assert_close, host, quickly, run_here, tiny
 from test_objective import Run
 
 from data.config import CleanConfig, SourceConfig
-from data.rewarded import held_out
 from data.preferences import ChoiceBatch
+from data.rewarded import held_out
 from evaluation.rewards import compared
 from model.adaptation import AdapterConfig
 from objectives.reward import Reward, losses
