@@ -158,7 +158,7 @@ def test_a_step_is_the_absolute_step(source, one_device, objective, model):
   [
     (8, {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'accumulation': 3}}),
     pytest.param(2, {'mesh': {'data': 2, 'zero': 1}}, marks=pytest.mark.long),
-    (2, {'mesh': {'context': 2, 'data': 1}}),
+    pytest.param(2, {'mesh': {'context': 2, 'data': 1}}, marks=pytest.mark.long),
     pytest.param(2, {'mesh': {'stage': 2, 'data': 1}}, marks=pytest.mark.long),
   ],
   ids=str,
