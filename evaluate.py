@@ -61,6 +61,7 @@ OUTPUT = flags.DEFINE_string(
 TASK = 'classify'  # the beginning of every file's name
 # Objectives that name a template: of models that are asked by it, and of those with a head.
 PROMPTED, HEADED = ('classify', 'classify_seq2seq'), 'classify_head'
+REWARDS = 'reward'  # the objective, and the beginning of its files' names
 
 
 def check_flags() -> list[int]:
@@ -163,9 +164,9 @@ def evaluate_rewards(config: configs.Config, output: pathlib.Path) -> None:
   commands.table(f'{n} held-out pairs, with 95% intervals', [*judged.metrics], rows)
   title = f'{WORKDIR.value}\n{n} pairs: accuracy {judged.metrics["accuracy"]}'
   picture = rewards.calibration_picture(judged.differences, title)
-  files.replace(output / f'{reward.KIND}-calibration.png', picture)
+  files.replace(output / f'{REWARDS}-calibration.png', picture)
   content = {
-    'task': reward.KIND,
+    'task': REWARDS,
     'workdir': WORKDIR.value,
     'checkpoint': CHECKPOINT.value,
     'n': n,
@@ -173,9 +174,9 @@ def evaluate_rewards(config: configs.Config, output: pathlib.Path) -> None:
     'prompts': judged.prompts,
     'scale': judged.scale,
   }
-  files.replace(output / f'{reward.KIND}.json', json.dumps(content, indent=1) + '\n')
+  files.replace(output / f'{REWARDS}.json', json.dumps(content, indent=1) + '\n')
   print(
-    f'\nwrote {output}/{reward.KIND}.json and its calibration, and '
+    f'\nwrote {output}/{REWARDS}.json and its calibration, and '
     f'{WORKDIR.value}/{reward.FILE}: reward = {judged.scale["gain"]:.4g} x head + '
     f'{judged.scale["bias"]:.4g}, of {judged.scale["texts"]} answers'
   )
@@ -201,14 +202,14 @@ def run() -> None:
   if CONFIG.value is None:
     raise ValueError('give --config=configs/classify.py: this directory has no config of its own')
   config = overrides.from_flag(CONFIG.value)
-  if config.objective.kind != reward.KIND:
+  if config.objective.kind != REWARDS:
     check_objective(config, ways)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
   output.mkdir(parents=True, exist_ok=True)
   remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):
-    if config.objective.kind == reward.KIND:
+    if config.objective.kind == REWARDS:
       evaluate_rewards(config, output)
       return
     mesh = mesh_of(MESH.value)

@@ -45,7 +45,7 @@ class Reward(Objective, RewardedSettings):
   pooled: str = LAST
   margins: bool = True
   centring: float = 0.0
-  of_records = True
+  of_records = gives_rewards = True
 
   def __post_init__(self):
     super().__post_init__()

@@ -23,14 +23,12 @@ from evaluation import rewards
 from evaluation.heads import scores_of
 from evaluation.intervals import Estimate
 from model import heads
-from objectives.classify_head import HEAD
 from parallel.mesh import MeshConfig
 from training.config import Config
 from workdir.checkpoint import Checkpoints
 from workdir.head import restored
 from workdir.open import config_of, open_run, step_of
 
-KIND = 'reward'
 FILE = 'reward.json'  # in the run's directory: what `normalise` found
 
 
@@ -85,7 +83,7 @@ def open_reward(
   checkpoint.
   """
   config = config_of(workdir)
-  if config.objective.kind != KIND:
+  if not getattr(config.objective, 'gives_rewards', False):
     raise ValueError(
       f'{workdir} was trained with objective.kind={config.objective.kind!r} and gives no rewards; '
       f'train one with --config=configs/reward.py'
@@ -95,7 +93,9 @@ def open_reward(
   scale = _scale(pathlib.Path(workdir), checkpoints.reference(step)) if normalised else {}
   run = open_run(workdir, str(step), mesh)
   model = LoadedModel(run.model, run.tokenizer, run.mesh)
-  head = restored(config, checkpoints, step, HEAD, run.mesh)
+  roles = config.objective.models(config.model)
+  name = next(name for name, role in roles.items() if role.made)
+  head = restored(config, checkpoints, step, name, run.mesh)
   return RewardModel(model, head, **scale)
 
 

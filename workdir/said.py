@@ -17,7 +17,6 @@ import numpy as np
 
 from data import building, cache
 from data.said import Said, SaidWriter, WithSaid
-from objectives.asked import Asked
 from parallel import axes, hosts
 from training.config import Config
 from training.program import check_models
@@ -27,7 +26,7 @@ from workdir.frozen import opened
 
 def kept(config: Config, prepared, log: Callable[[str], Any]) -> WithSaid:
   """The data with what its objective asks for, asked now where it was not before; on the mesh in
-  context.
+  context. What is asked is an objectives/asked.py.
 
   Raises:
     cache.CorruptShardError: answers that are damaged, or others than the directory's name says.
@@ -60,7 +59,7 @@ def kept(config: Config, prepared, log: Callable[[str], Any]) -> WithSaid:
 
 
 def _build(
-  config: Config, asked: Asked, prepared, identity: dict, directory: pathlib.Path, log
+  config: Config, asked: Any, prepared, identity: dict, directory: pathlib.Path, log
 ) -> None:
   """Writes what the model says of every row of every split."""
   began = time.perf_counter()
@@ -90,7 +89,7 @@ def _build(
   )
 
 
-def _load(prepared, asked: Asked, identity: dict, directory: pathlib.Path) -> WithSaid:
+def _load(prepared, asked: Any, identity: dict, directory: pathlib.Path) -> WithSaid:
   index = cache.read_index(directory)
   if index['report'] != identity:
     raise cache.CorruptShardError(
