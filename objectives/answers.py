@@ -7,17 +7,19 @@ B rows of a batch · T length · P pairs of a row
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from data import examples
-from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceSettings, ChoiceValidation
+from data import examples, tokenizers
+from data.extra import same_ids
+from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceValidation
 from kernels import context
 from model.logprobs import kl, logprobs, segment_sums
-from model.vocabulary import Law
 from objectives import compared
+from objectives.distil import final, law
 from objectives.objective import MAIN, Objective, Role
 from parallel import axes as ax
 
@@ -45,7 +47,7 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfAnswers(Objective, ChoiceSettings):
+class OfAnswers(Objective):
   """Packed answers, each with the one that it is compared with.
 
   Attributes:
@@ -60,7 +62,6 @@ class OfAnswers(Objective, ChoiceSettings):
 
   def __post_init__(self):
     super().__post_init__()
-    ChoiceSettings.__post_init__(self)
     if not 0 < self.beta < math.inf:
       raise ValueError(f'objective.beta={self.beta} must be above 0, and finite')
     if not self.reference:
@@ -79,13 +80,7 @@ class OfAnswers(Objective, ChoiceSettings):
   def accepts(self, models):
     config = models[MAIN]
     for name, network in models.items():
-      if not network.causal or network.encoder_layers:
-        kind = 'an encoder-decoder' if network.encoder_layers else 'an encoder'
-        raise NotImplementedError(
-          f'objective.kind={self.kind!r} compares what a decoder writes, and {name!r} with '
-          f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is '
-          f'{kind}; use a decoder'
-        )
+      self._check_network(name, network)
       if network.vocabulary_limit != config.vocabulary_limit or network.V != config.V:
         raise ValueError(
           f'objective.reference={self.reference!r} has model.vocabulary={network.vocabulary} and '
@@ -98,8 +93,30 @@ class OfAnswers(Objective, ChoiceSettings):
         "schedule='1f1b' is of a loss of tokens; use 'gpipe' or 'circular'"
       )
 
+  def _check_network(self, name, network) -> None:
+    if network.causal and not network.encoder_layers:
+      return
+    kind, remedy = 'an encoder', 'use a decoder'
+    if network.encoder_layers:
+      kind = 'an encoder-decoder'
+      remedy = "use a decoder, or for two targets of a source objective.kind='preference_seq2seq'"
+    raise NotImplementedError(
+      f'objective.kind={self.kind!r} compares what a decoder writes, and {name!r} with '
+      f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is {kind}; '
+      f'{remedy}'
+    )
+
   def read(self, config, log):
-    return examples.prepare(config, self, log)
+    prepared = examples.prepare(config, self, log)
+    if self.reference not in (BEGUN, NONE):
+      base = tokenizers.load(pathlib.Path(self.reference) / 'tokenizer')
+      if not same_ids(base, prepared.tokenizer):
+        raise ValueError(
+          f'the tokenizer of objective.reference={self.reference} ({base.kind}, '
+          f'{base.vocabulary:,} ids) is not that of the data ({prepared.tokenizer.kind}, '
+          f'{prepared.tokenizer.vocabulary:,} ids); use a reference of the same tokenizer'
+        )
+    return prepared
 
   def batches(self, prepared, config, rows):
     return ChoiceLoader(prepared, config, rows)
@@ -114,41 +131,35 @@ class OfAnswers(Objective, ChoiceSettings):
     return jnp.count_nonzero(batch.segments)
 
 
-def score(models, batch: ChoiceBatch) -> Scored:
+def score(models, batch, parts: int) -> Scored:
   """How likely the models find the answers of a batch as `laid_out`; of a reference that is not
   among them, batch.reference says it.
   """
-  policy, router = token_logprobs(models[MAIN], batch)
+  policy, router = token_logprobs(models[MAIN], batch, parts)
   reference = batch.reference
   if REFERENCE in models:
-    reference, _ = token_logprobs(models[REFERENCE], batch)
+    reference, _ = token_logprobs(models[REFERENCE], batch, parts)
   values = (policy, jax.lax.stop_gradient(reference), jnp.ones_like(policy))
   answers = compared.Answers(*(by_pairs(value, batch) for value in values))
   return Scored(answers, answers.lengths.min(-1) > 0, router)
 
 
 def laid_out(model, batch):
-  """The batch as a model on this mesh reads it."""
-  run = model.config.execution
-  return context.lay_out(batch, context.groups(run.context, model.config.N, model.config.K))
+  """The batch as a model on this mesh reads it, and in how many parts (kernels.context)."""
+  config = model.config
+  if config.encoder_layers:
+    return batch, 1
+  parts = context.groups(config.execution.context, config.N, config.K)
+  return context.lay_out(batch, parts), parts
 
 
-def token_logprobs(model, batch) -> tuple[Float[Array, 'B T'], dict | None]:
+def token_logprobs(model, batch, parts: int) -> tuple[Float[Array, 'B T'], dict | None]:
   """log p of every target that weighs something, 0 elsewhere, of a batch as `laid_out`; and what
   experts report.
   """
-  law, router = law_of(model, batch)
+  x, router = final(model, batch, parts)
   with jax.named_scope('loss'):
-    return logprobs(law, batch.targets, batch.weights), router
-
-
-def law_of(model, batch) -> tuple[Law, dict | None]:
-  """What a model says comes next, of a batch as `laid_out`; and what experts report."""
-  config = model.config
-  parts = context.groups(config.execution.context, config.N, config.K)
-  x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
-  law = Law(*model.scored(x), softcap=config.logit_softcap, vocabulary=config.vocabulary_limit)
-  return law, router
+    return logprobs(law(model, x, 1.0), batch.targets, batch.weights), router
 
 
 def by_pairs(values: Float[Array, 'B T'], batch) -> Float[Array, 'B P 2']:
@@ -169,9 +180,11 @@ def balance(router: dict | None) -> Array:
   return jnp.float32(0) if router is None else router['balance_loss'] + router['router_z_loss']
 
 
-def divergence(models, batch) -> Float[Array, '']:
+def divergence(models, batch, parts: int) -> Float[Array, '']:
   """KL of the policy's law of the next token from the reference's, summed over the tokens of the
   answers, of a batch as `laid_out`.
   """
-  (policy, _), (reference, _) = (law_of(models[name], batch) for name in (MAIN, REFERENCE))
+  policy, reference = (
+    law(models[name], final(models[name], batch, parts)[0], 1.0) for name in (MAIN, REFERENCE)
+  )
   return (kl(policy, reference, batch.weights) * batch.weights).sum()

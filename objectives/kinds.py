@@ -17,6 +17,7 @@ KINDS = {
   'classify_seq2seq': 'objectives.classify_seq2seq.ClassifySeq2Seq',
   'classify_head': 'objectives.classify_head.ClassifyHead',
   'preference': 'objectives.preference.Preference',
+  'preference_seq2seq': 'objectives.preference_seq2seq.PreferenceSeq2Seq',
   'kto': 'objectives.kto.KTO',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data.judged import JudgedSettings
+from kernels import context
 from objectives import answers
 from objectives.answers import EXPERTS, NONE, REFERENCE, OfAnswers, Scored
 from objectives.next_token import router_metrics
@@ -21,7 +22,7 @@ SIDES = ('wanted', 'unwanted')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KTO(JudgedSettings, OfAnswers):
+class KTO(OfAnswers, JudgedSettings):
   """Packed answers that were judged (data/judged.py), all alike; equation 7 of the paper. The
   divergence that rewards are compared with is that of a whole batch, from answers to other prompts.
 
@@ -36,6 +37,7 @@ class KTO(JudgedSettings, OfAnswers):
 
   def __post_init__(self):
     super().__post_init__()
+    JudgedSettings.__post_init__(self)
     self._check_least(wanted_weight=0, unwanted_weight=0)
     if self.reference == NONE:
       raise ValueError(
@@ -47,8 +49,8 @@ class KTO(JudgedSettings, OfAnswers):
     """Rows as the models read them, the reference's log-probabilities in them; and the divergence
     of the whole batch, for each row.
     """
-    batch = answers.laid_out(models[MAIN], batch)
-    reference, _ = answers.token_logprobs(models[REFERENCE], batch)
+    batch, parts = answers.laid_out(models[MAIN], batch)
+    reference, _ = answers.token_logprobs(models[REFERENCE], batch, parts)
     batch = dataclasses.replace(batch, reference=reference)
     scored = self._scored(models, batch)
     away = scored.total(scored.answers.ratios[..., 1]) / or_one(answers.pairs_of(batch))
@@ -57,7 +59,11 @@ class KTO(JudgedSettings, OfAnswers):
     return {'rows': batch, 'away': away + jnp.zeros_like(batch.weights.max(1))}
 
   def _scored(self, models, batch) -> Scored:
-    return answers.score({MAIN: models[MAIN]}, batch)
+    # The rows are laid out, and the reference's part in them.
+    policy = models[MAIN]
+    run, config = policy.config.execution, policy.config
+    parts = context.groups(run.context, config.N, config.K)
+    return answers.score({MAIN: policy}, batch, parts)
 
   def weights(self, batch):
     rows = batch['rows']

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import names
+from data.preferences import ChoiceSettings
 from objectives import answers, compared
 from objectives.answers import EXPERTS, NONE, REFERENCE, OfAnswers, Scored
 from objectives.next_token import router_metrics
@@ -21,8 +22,8 @@ SIDES = ('chosen', 'rejected')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preference(OfAnswers):
-  """Packed pairs of answers (data/preferences.py), all alike.
+class Comparing(OfAnswers):
+  """Pairs of answers, all alike, whoever reads them.
 
   Attributes:
     variant: of the loss (objectives/compared.py): 'sigmoid' (DPO), 'robust', 'hinge', 'ipo',
@@ -35,7 +36,6 @@ class Preference(OfAnswers):
     sft: weight of the chosen answers' cross-entropy, a mean over their tokens, beside; orpo has 1.
   """
 
-  kind: str = 'preference'
   variant: str = 'sigmoid'
   label_smoothing: float = 0.0
   gamma: float = 0.0
@@ -85,24 +85,13 @@ class Preference(OfAnswers):
     return weights | ({CHOSEN: chosen.sum()} if self.sft else {})
 
   def sums(self, models, batch):
-    scored = self._scored(models, self._laid_out(models, batch))
+    scored = answers.score(models, *answers.laid_out(models[MAIN], batch))
     each = jnp.where(scored.real, compared.losses(scored.answers, self), 0)
     terms = {PAIRS: each.sum(), EXPERTS: answers.balance(scored.router)}
     if self.sft:
       chosen = jnp.where(scored.real, scored.answers.policy[..., 0], 0)
       terms[CHOSEN] = -self.sft * chosen.sum()
     return terms, self._said(scored) | (scored.router or {})
-
-  # Of other models, other layouts and other forward passes.
-
-  def _laid_out(self, models, batch):
-    return answers.laid_out(models[MAIN], batch)
-
-  def _scored(self, models, batch) -> Scored:
-    return answers.score(models, batch)
-
-  def _divergence(self, models, batch) -> Array:
-    return answers.divergence(models, batch)
 
   def _said(self, scored: Scored) -> dict[str, Array]:
     """What metrics are made of."""
@@ -154,11 +143,11 @@ class Preference(OfAnswers):
     return said
 
   def judged(self, models, batch):
-    batch = self._laid_out(models, batch)
-    scored = self._scored(models, batch)
+    batch, parts = answers.laid_out(models[MAIN], batch)
+    scored = answers.score(models, batch, parts)
     sums = self._said(scored) | {'loss': scored.total(compared.losses(scored.answers, self))}
     if REFERENCE in models:
-      sums['kl'] = self._divergence(models, batch)
+      sums['kl'] = answers.divergence(models, batch, parts)
     return sums
 
   def verdict(self, sums, prepared):
@@ -174,3 +163,14 @@ class Preference(OfAnswers):
     if 'kl' in sums:
       said['validation_kl'] = sums['kl'] / sums['tokens']
     return {'validation_loss': loss, **said}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference(Comparing, ChoiceSettings):
+  """Packed pairs of answers that a decoder writes (data/preferences.py)."""
+
+  kind: str = 'preference'
+
+  def __post_init__(self):
+    super().__post_init__()
+    ChoiceSettings.__post_init__(self)

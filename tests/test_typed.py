@@ -91,6 +91,15 @@ BESIDES = {
     '--config.optimizer.warmup_fraction=0.0',
     '--config.data.clean.filters=none',
   ),
+  **dict.fromkeys(
+    ('dpo', 'kto'),
+    (
+      '--config.train.epochs=0',
+      '--config.optimizer.warmup_fraction=0.0',
+      '--config.data.sequence_length=48',
+      '--config.data.validation_fraction=0.2',
+    ),
+  ),
   'classify': (
     '--config.train.epochs=0',
     '--config.optimizer.warmup_fraction=0.0',
@@ -115,7 +124,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  lines = 'orders|dates|docstrings|tasks|spell|ask|said|pairs|answers|mixed|mixed.out'
+  lines = 'orders|dates|docstrings|tasks|spell|ask|said|pairs|judged|answers|mixed|mixed.out'
   names = rf'input\.txt|({lines})\.jsonl|sentiment\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
@@ -141,6 +150,11 @@ def prepared(directory: pathlib.Path) -> None:
   (directory / 'dates.jsonl').write_text(
     ''.join(json.dumps({'source': q, 'target': a}) + '\n' for q, a in pairs)
   )
+  (directory / 'pairs.jsonl').write_text(
+    ''.join(json.dumps({'prompt': q, 'chosen': a, 'rejected': 'no'}) + '\n' for q, a in pairs)
+  )
+  judged = [{'prompt': q, 'completion': a, 'label': len(a) > 1} for q, a in pairs]
+  (directory / 'judged.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in judged))
   for name in ('docstrings', 'tasks', 'spell'):
     (directory / f'{name}.jsonl').write_text(
       ''.join(json.dumps({'prompt': q, 'completion': a}) + '\n' for q, a in pairs)

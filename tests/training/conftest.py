@@ -183,8 +183,11 @@ def corpus(tmp_path_factory) -> pathlib.Path:
   return directory
 
 
-def run_here(config: Config, workdir: pathlib.Path, **options) -> None:
-  """train.run on all 8 devices, compiled quickly; JAX's global settings are put back afterwards."""
+def run_here(config: Config, workdir: pathlib.Path, quick: bool = True, **options) -> None:
+  """train.run on all 8 devices, compiled quickly; JAX's global settings are put back afterwards.
+
+  quick: whether compiling takes longer than the steps.
+  """
   names = (
     'jax_compilation_cache_dir',
     'jax_persistent_cache_min_compile_time_secs',
@@ -192,7 +195,7 @@ def run_here(config: Config, workdir: pathlib.Path, **options) -> None:
     'jax_disable_most_optimizations',
   )
   old = {name: jax.config.values[name] for name in names}
-  jax.config.update('jax_disable_most_optimizations', True)
+  jax.config.update('jax_disable_most_optimizations', quick)
   try:
     with jax.set_mesh(
       make_mesh(MeshConfig(), jax.devices()[:1])

@@ -274,6 +274,7 @@ def test_the_default_is_one_model_trained_whole():
     'classify_seq2seq',
     'classify_head',
     'preference',
+    'preference_seq2seq',
     'kto',
     'span_corruption',
     'masked_lm',
