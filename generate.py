@@ -58,8 +58,8 @@ WORKDIR, CHECKPOINT, MESH, WEIGHTS = opening.define()
 ADAPTERS = flags.DEFINE_list(
   'adapters',
   [],
-  'name=DIR,..: runs that trained an adapter on this one; --adapter, or "adapter" in a line of '
-  '--prompts, says which writes a text.',
+  'name=DIR,..: runs that trained an adapter on this one, low-rank or soft tokens; --adapter, or '
+  '"adapter" in a line of --prompts, says which writes a text.',
 )
 PROMPT = flags.DEFINE_multi_string(
   'prompt', [''], 'Text to go on from; repeat the flag for several.'

@@ -5,6 +5,7 @@ B rows of a batch · T length · S of a source · W words · M tokens of a word 
 """
 
 import functools
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -59,10 +60,11 @@ def _of_batch(model: LoadedModel, rows, words, mask: int) -> np.ndarray:
   B, W = len(rows), len(words)
   targets, counts = _filled(words)
   config = model.model.config
-  tokens, lengths = model.padded(rows, model.prompt)
+  front = model.plain
+  tokens, lengths = model.padded([front.whole(ids) for ids in rows])
   with jax.set_mesh(model.mesh):
     if not config.causal:
-      places = np.array([list(ids).index(mask) for ids in rows], np.int32) + len(model.prompt)
+      places = np.array([list(ids).index(mask) for ids in rows], np.int32) + len(front.soft)
       inside = np.tile(targets[:, 0], (B, 1))
       arrays = map(model.put, (tokens, lengths, places, inside))
       return np.asarray(_inside(model.model, *arrays, vocabulary=model.vocabulary))
@@ -71,11 +73,11 @@ def _of_batch(model: LoadedModel, rows, words, mask: int) -> np.ndarray:
       real = np.arange(tokens.shape[1])[None] < lengths[:, None]
       source = model.put(tokens), model.put(real.astype(np.int32))
       tokens, lengths = model.padded([[model.tokenizer.pad]] * B)
-    capacity = min(model.context + len(model.before), tokens.shape[1] + targets.shape[1])
+    capacity = min(front.positions or sys.maxsize, tokens.shape[1] + targets.shape[1])
     if int(lengths.max()) + targets.shape[1] - 1 > capacity:
       raise ValueError(
-        f'a text of {int(lengths.max()) - len(model.before)} tokens and a word of '
-        f'{targets.shape[1]} pass {model.limit}; shorten the text'
+        f'a text of {int(lengths.max()) - len(front.begins)} tokens and a word of '
+        f'{targets.shape[1]} pass {front.limit}; shorten the text'
       )
     arrays = (tokens, lengths, np.tile(targets, (B, 1)), np.tile(counts, B))
     arrays = map(model.put, arrays)

@@ -130,9 +130,9 @@ class Console:
       self._say(inspect.getdoc(act))
     self._say('A line that ends in \\ goes on in the next one.')
     self._say('Ctrl-C stops an answer; where a line is awaited, twice, or Ctrl-D, ends it all.')
-    context, tokens = self.conversation.context, self.conversation.tokens
-    limit = '' if context == sys.maxsize else f' of model.max_length={context}'
-    self._say(f'{_turns(self.conversation)} so far, {tokens} tokens{limit}.')
+    tokens, limit = self.conversation.tokens, self.conversation.limit
+    of = f' of {limit}' if limit else ''
+    self._say(f'{_turns(self.conversation)} so far, {tokens} tokens{of}.')
 
   def _reset(self) -> None:
     """/reset: begin anew; what the system says stays."""

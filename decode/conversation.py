@@ -8,6 +8,7 @@ rest.
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 
 from decode.generator import Generator
@@ -50,7 +51,7 @@ class Conversation:
     tokenizer has no chat template.
     """
     self._cache_dtype = options.pop('cache_dtype', '')
-    self._adapter = options.pop('adapter', '')
+    (self._front,) = generator.fronts_of(options.pop('adapter', ''), 1)
     self._given, self._options = options, Options.of(options)
     check_turn(self._options)
     generator.rules(self._options, 1, generator.parts)
@@ -58,7 +59,7 @@ class Conversation:
     self.chat, self.system, self.note = chat, '', ''
     self.turns: list[Turn] = []
     self._ids('Hello')
-    self._session = self._session_of(min(generator.context, ROOM))
+    self._session = self._session_of(min(self._front.context, ROOM))
 
   def say(self, text: str) -> Iterator[str]:
     """Pieces of the answer as they come. A turn is one when it has ended, or was stopped behind its
@@ -68,10 +69,9 @@ class Conversation:
     model has positions for.
     """
     ids = self._ids(text)
-    context = self._generator.context
-    if len(ids) >= context:
+    if len(ids) >= self._front.context:
       raise ValueError(
-        f'with this the conversation has {len(ids)} tokens, of {self._generator.limit} at most, '
+        f'with this the conversation has {len(ids)} tokens, of {self._front.limit} at most, '
         f'answer included: {self.room} remain; say less, or make room by /undo or /reset'
       )
     return self._answer(text, ids)
@@ -84,12 +84,12 @@ class Conversation:
   @property
   def room(self) -> int:
     """Tokens that remain for what is said next and its answer."""
-    return max(self._generator.context - self.tokens, 0)
+    return max(self._front.context - self.tokens, 0)
 
   @property
-  def context(self) -> int:
-    """Tokens that the model has positions for; sys.maxsize where there is no end of them."""
-    return self._generator.context
+  def limit(self) -> str:
+    """How many tokens there can be, as messages have it; '' where there is no end of them."""
+    return '' if self._front.context == sys.maxsize else self._front.limit
 
   @property
   def messages(self) -> list[dict[str, str]]:
@@ -136,7 +136,7 @@ class Conversation:
     return self._generator.encoded(self.text + text)
 
   def _session_of(self, capacity: int) -> Session:
-    return self._generator.session(capacity, self._cache_dtype, self._adapter)
+    return self._generator.session(capacity, self._cache_dtype, self._front.adapter)
 
   def _answer(self, text: str, ids: list[int]) -> Iterator[str]:
     pieces, ended, self.note = [], False, ''
@@ -153,9 +153,9 @@ class Conversation:
 
   def _bring(self, ids: list[int]) -> None:
     """Makes the session one that has read these ids, by reading what is new in them."""
-    most = min(self._generator.context, len(ids) + self._options.max_new_tokens)
+    most = min(self._front.context, len(ids) + self._options.max_new_tokens)
     if most > self._session.capacity:
-      self._session = self._session_of(min(self._generator.context, bucket(most)))
+      self._session = self._session_of(min(self._front.context, bucket(most)))
     known = self._session.ids
     same = next(
       (i for i, (a, b) in enumerate(zip(known, ids)) if a != b), min(len(known), len(ids))

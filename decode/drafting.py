@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decode.front import Front
 from decode.loop import Chunk, DecodeState, Rules
 from decode.report import weight_bytes
 from decode.speculative import (
@@ -37,8 +38,10 @@ SHORT = 16
 READ = APPEND - 1  # tokens that a drafter can read at once, which may have one to catch up with
 
 
-def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel | EarlyExit | None:
-  """What these options draft with; tokens: of the longest row when it ends.
+def drafter_of(
+  generator: Any, options: Any, tokens: int, fronts: Sequence[Front]
+) -> Lookup | DraftModel | EarlyExit | None:
+  """What these options draft with; tokens: of the longest row when it ends. fronts: of the prompts.
 
   Raises ValueError for a draft that is none or does not fit the model, or for layers that it does
   not have; NotImplementedError for layers that pipeline stages share.
@@ -54,7 +57,7 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
         f'draft: a Generator with adapters ({", ".join(options.draft.adapters)}); nothing drafts '
         'with several so far: load it without'
       )
-    if misfit := _misfit(options.draft, generator, tokens):
+    if misfit := _misfit(options.draft, generator, tokens, fronts):
       raise ValueError(f'draft: {misfit}; a draft reads what the model reads')
     return DraftModel(options.draft.model)
 
@@ -70,7 +73,7 @@ def drafter_of(generator: Any, options: Any, tokens: int) -> Lookup | DraftModel
   return Lookup(options.lookup) if options.lookup else None
 
 
-def _misfit(draft: Any, generator: Any, tokens: int) -> str:
+def _misfit(draft: Any, generator: Any, tokens: int, fronts: Sequence[Front]) -> str:
   """Why this Generator cannot draft for the other; '' where it can."""
   mine, its = generator.tokenizer, draft.tokenizer
   config, theirs = generator.model.config, draft.model.config
@@ -79,11 +82,13 @@ def _misfit(draft: Any, generator: Any, tokens: int) -> str:
       f'it has another tokenizer ({its.kind!r}, {its.vocabulary} ids) than the model '
       f'({mine.kind!r}, {mine.vocabulary} ids)'
     )
-  if generator.prompt or draft.prompt:
-    return (
-      'it or the model reads soft tokens before every text (adapter.kind=prompt or prefix), and '
-      'the other does not; use lookup or early_exit'
-    )
+  for reader, front in [('it', draft.plain), *(('the model', front) for front in fronts)]:
+    if front.soft:
+      adapter = f' with adapter={front.adapter!r}' if front.adapter else ''
+      return (
+        f'{reader}{adapter} reads soft tokens before every text (adapter.kind=prompt or prefix), '
+        'and the other does not; use lookup or early_exit'
+      )
   if theirs.V != config.V:
     return f'it has model.vocabulary={theirs.V}, the model {config.V}'
   if theirs.table_rows != config.table_rows:
@@ -131,7 +136,9 @@ class Course:
     prompts: Sequence[Sequence[int]],
     read: Callable[[Any], DecodeState] | None = None,
   ):
-    """state: after the prompts. read: what gives the same of a draft."""
+    """state: after the prompts, of which each row's stands in the cache (Front.row). read: what
+    gives the same of a draft.
+    """
     self._generator = generator
     self._options = options
     self._drafter = drafter
@@ -163,9 +170,8 @@ class Course:
     generator, drafter = self._generator, self._drafter
     if isinstance(drafter, Lookup):
       memory = np.zeros((len(prompts), self.state.cache.capacity), np.int32)
-      before = generator.before  # at the places that they have in the cache
       for row, prompt in zip(memory, prompts):
-        row[: len(before) + len(prompt)] = [*before, *prompt]
+        row[: len(prompt)] = prompt
       return generator.put(memory), 0.0
     if isinstance(drafter, DraftModel):
       tail = generator.put(np.zeros(len(prompts), np.int32))

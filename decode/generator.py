@@ -84,10 +84,10 @@ class Generator(LoadedModel):
     prompts = several(prompts)
     if size < 1:
       raise ValueError(f'batch_size={size} must be at least 1: prompts that go side by side')
-    Options.of(options)
+    fronts = self.fronts_of(Options.of(options).adapter, len(prompts))
     if not self.model.config.encoder_layers:
-      for prompt in prompts:
-        self.check_room(len(self.encoded(prompt)))
+      for front, prompt in zip(fronts, prompts):
+        front.check_room(len(self.encoded(prompt)))
 
     def batches():
       for first in range(0, len(prompts), size):
@@ -174,15 +174,18 @@ class Generator(LoadedModel):
       raise ValueError('scores of texts are those of a decoder; this model has an encoder')
 
     encoded = [self.encoded(text) for text in several(texts)]
-    index = self.adapters_of(Options(adapter=adapter), len(encoded))
+    fronts = self.fronts_of(Options(adapter=adapter).adapter, len(encoded))
     unused = -len(encoded) % self.parts  # rows that fill the mesh up
-    tokens, lengths = self.padded(encoded + [encoded[-1][:1]] * unused, self.prompt)
+    rows = [front.whole(ids) for front, ids in zip(fronts, encoded)]
+    tokens, lengths = self.padded(rows + [encoded[-1][:1]] * unused)
+    index = self.indices([*fronts, *[self.plain] * unused])
     with jax.set_mesh(self.mesh):
-      if index is not None:
-        index = self.put(np.pad(index, (0, unused)))
+      index = None if index is None else self.put(index)
       logprobs = np.asarray(_scored(self.model, self.put(tokens), index, self.vocabulary))
-    first = len(self.prompt)
-    return [row[first : length - 1] for row, length in zip(logprobs[: len(encoded)], lengths)]
+    return [
+      row[len(front.soft) : length - 1]
+      for front, row, length in zip(fronts, logprobs, lengths[: len(fronts)])
+    ]
 
   def session(self, capacity: int = 0, cache_dtype: str = '', adapter: str = '') -> Session:
     """A text that grows, of at most `capacity` tokens; 0: as many as the model has positions for.
@@ -196,7 +199,7 @@ class Generator(LoadedModel):
         'capacity=0, and the model has no model.max_length; say how many tokens the session may '
         'have'
       )
-    return Session(self, capacity or self.context, cache_dtype, adapter)
+    return Session(self, capacity, cache_dtype, adapter)
 
   def _run(
     self, prompts: Sequence[Prompt], options: Options
@@ -212,21 +215,24 @@ class Generator(LoadedModel):
     shared = Shared.of(len(prompts), copies, self.parts)
     count = len(shared.read) if shared.rows is None else len(shared.rows)
     rules, places, texts, ends = self.rules(options, len(prompts), count)
-    adapters = self.adapters_of(options, len(prompts))
-    # Rows that fill the mesh up read a token, and end before they begin.
-    source, begun = None, [*encoded, encoded[-1][:1]]
+    # Behind them one for rows that fill the mesh up, which read a token, and end before they begin.
+    fronts = [*self.fronts_of(options.adapter, len(prompts)), self.plain]
+    source, texts_read = None, [*encoded, encoded[-1][:1]]
     if config.encoder_layers:
       # The prompt is what the encoder reads; the decoder starts with padding, as T5's.
-      source = self.padded([begun[i] for i in shared.read], self.prompt)
-      begun = [[self.tokenizer.pad]] * len(begun)
+      whole = [front.whole(ids) for front, ids in zip(fronts, texts_read, strict=True)]
+      source = self.padded([whole[i] for i in shared.read])
+      texts_read = [[self.tokenizer.pad]] * len(texts_read)
 
-    bounds = [self.bound(len(ids), options.max_new_tokens) for ids in begun[:-1]]
-    for ids in begun[:-1]:
-      self.check_room(len(ids))
+    bounds = []
+    for front, ids in zip(fronts[:-1], texts_read):
+      front.check_room(len(ids))
+      bounds.append(front.bound(len(ids), options.max_new_tokens))
+    begun = [front.row(ids) for front, ids in zip(fronts, texts_read)]
     stop_at = np.zeros(count, np.int32)
     for row in range(shared.used):
       stop_at[row] = len(begun[row // copies]) + bounds[row // copies].most
-    capacity = min(self.context, bucket(int(stop_at.max())))
+    capacity = self.room(int(stop_at.max()))
     rows = [
       Row(
         prompts[i // copies],
@@ -240,25 +246,25 @@ class Generator(LoadedModel):
       for i in range(shared.used)
       for _ in range(options.num_samples // copies)
     ]
-    drafter = drafter_of(self, options, int(stop_at.max()))
+    drafter = drafter_of(self, options, int(stop_at.max()), fronts)
     once = [begun[i] for i in shared.read]
+    adapters = self.indices([fronts[i] for i in shared.read])
 
     def read(engine):
       """The state after the prompts: of this model, or of one that drafts."""
       return engine.read(
         once,
-        min(capacity, engine.context),
+        min(capacity, engine.room(capacity)),
         stop_at,
         source=source,
         places=places,
-        # What drafts has none.
-        adapters=adapters[shared.read] if engine is self and self.adapters else None,
-        rows=shared.rows,
+        adapters=adapters if engine is self else None,  # what drafts has none
+        spread=shared.rows,
         cache_dtype=options.cache_dtype,
       )
 
     row_prompts = [begun[i // copies] if i < shared.used else begun[-1] for i in range(count)]
-    tokens = sum(len(begun[i]) for i in shared.read if i >= 0)
+    tokens = sum(len(texts_read[i]) for i in shared.read if i >= 0)
     return rows, self._steps(rows, row_prompts, tokens, rules, options, drafter, read)
 
   def _steps(self, rows, prompts, tokens, rules, options, drafter, read):

@@ -20,11 +20,12 @@ from data import generation
 from data.tokenizer import Tokenizer
 from decode import loop
 from decode.constrain import Automaton, Constraint
+from decode.front import Front
 from decode.generating import generating_model
 from decode.loop import Chunk, DecodeState, Rules
 from decode.options import Options
 from decode.report import GenerationReport
-from decode.request import Bound, Prompt
+from decode.request import Prompt
 from decode.sampling import sampling_of
 from model import transformer
 from model.cache import APPEND, init_cache
@@ -47,9 +48,8 @@ class LoadedModel:
     tokenizer, mesh: as they were given.
     parts: into how many the mesh splits rows.
     vocabulary: ids that can be generated are below it.
-    adapters: numbers of those that rows can have, by name.
-    prompt: virtual ids that stand before all that the model reads (model.soft): those that its
-      table has. Nobody who asks sees them, or counts them.
+    plain: what stands before rows of the model by itself.
+    adapters: the same of each adapter that rows can have, by name.
     report: of the last call that has ended, or None.
   """
 
@@ -64,23 +64,24 @@ class LoadedModel:
     """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute
     dtype. adapters: that rows can have, by name: pairs of a model.adapters.Adapter and its config.
 
-    Raises ValueError and NotImplementedError for adapters as model.banks.banked, and for numbers in
-    them that are none.
+    Raises ValueError and NotImplementedError for adapters as decode.beside.with_adapters.
     """
     names.check('weights', weights, ('', 'int8'))
     model.config.check_parameters(dict(mesh.shape))
     self.tokenizer = tokenizer
     self.mesh = mesh
     self.report: GenerationReport | None = None
-    adapters = adapters or {}
-    self.adapters = {name: 1 + i for i, name in enumerate(adapters)}
+    virtual = tuple(read(model.embedding.tokens).virtual)
+    config = model.config
+    self.plain = Front('', 0, virtual, config.max_length, config.encoder_layers > 0)
+    self.adapters: dict[str, Front] = {}
     with jax.set_mesh(mesh):
-      self.model = jax.jit(generating_model, static_argnames='weights')(model, weights=weights)
       if adapters:
-        put = names.imported('model.banks.with_adapters')
-        self.model = put(self.model, model.config, adapters)
+        put = names.imported('decode.beside.with_adapters')
+        self.model, self.adapters = put(model, adapters, self.plain, weights)
+      else:
+        self.model = jax.jit(generating_model, static_argnames='weights')(model, weights=weights)
       self.parts = ax.size('batch')
-    self.prompt = tuple(read(self.model.embedding.tokens).virtual)
     # A table of embeddings may have more rows than there are tokens.
     self.vocabulary = min(tokenizer.vocabulary, self.model.config.V)
 
@@ -117,47 +118,9 @@ class LoadedModel:
       return jax.device_put(x, jax.NamedSharding(self.mesh, spec))
 
   @property
-  def before(self) -> tuple[int, ...]:
-    """What of `prompt` begins the rows of a cache: all of it, but where an encoder reads it."""
-    return () if self.model.config.encoder_layers else self.prompt
-
-  @property
   def context(self) -> int:
-    """Tokens that the model has positions for, behind its soft ones."""
-    limit = self.model.config.max_length
-    return limit - len(self.before) if limit else sys.maxsize
-
-  @property
-  def limit(self) -> str:
-    """The context, as messages have it."""
-    return self._limit_behind(len(self.before))
-
-  def _limit_behind(self, soft: int) -> str:
-    return f'model.max_length={self.model.config.max_length}' + (
-      f' less {soft} soft tokens (adapter.tokens)' if soft else ''
-    )
-
-  def bound(self, length: int, new: int) -> Bound:
-    """How far a row goes whose prompt has so many tokens: to `new` ones, or the end of the
-    context.
-    """
-    limit = self.context
-    if length + new <= limit:
-      return Bound(new)
-    most = max(limit - length, 0)
-    return Bound(
-      most,
-      note=f'the context ended it: {length} tokens before it and {most} new ones fill '
-      f'{self.limit}, before max_new_tokens={new}',
-    )
-
-  def check_room(self, length: int) -> None:
-    """Raises ValueError where the context has no room behind a prompt of so many tokens."""
-    if length >= self.context:
-      raise ValueError(
-        f'a prompt of {length} tokens leaves no room for new ones in {self.limit}; shorten the '
-        'prompt'
-      )
+    """Tokens that a text can have which the model by itself writes (decode.front.Front)."""
+    return self.plain.context
 
   def rules(
     self, options: Options, prompts: int, rows: int
@@ -187,14 +150,12 @@ class LoadedModel:
       places = fill(places)
     return Rules(sampling, table, automaton), places, texts, ends
 
-  def adapters_of(self, options: Options, prompts: int) -> np.ndarray | None:
-    """[prompts] int32, which adapter each has (model.weights.bank.Bank.index); None where there are
-    none.
+  def fronts_of(self, adapter: str | Sequence[str], prompts: int) -> list[Front]:
+    """What stands before each of so many prompts, by Options.adapter.
 
-    Raises ValueError for a name that none has, and for another number of them.
+    Raises ValueError for a name that no adapter has, and for another number of names.
     """
-    given = options.adapter
-    each = list(given) if isinstance(given, (list, tuple)) else [given] * prompts
+    each = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * prompts
     if len(each) != prompts:
       raise ValueError(
         f'adapter has {len(each)} values for {prompts} prompts; give one for all, or one for each'
@@ -206,9 +167,15 @@ class LoadedModel:
           "workdir, adapters={'name': 'runs/adapter'}), or to --adapters"
         )
       names.check('adapter', name, self.adapters)
-    if not self.adapters:
+    return [self.adapters[name] if name else self.plain for name in each]
+
+  def indices(self, fronts: Sequence[Front]) -> np.ndarray | None:
+    """[B] int32, which low-rank adapter each row has (model.weights.bank.Bank.index); None for a
+    model without.
+    """
+    if not any(front.index for front in self.adapters.values()):
       return None
-    return np.array([self.adapters[name] if name else 0 for name in each], np.int32)
+    return np.array([front.index for front in fronts], np.int32)
 
   def placed(self, rules: Rules, beams: int = 1) -> Rules:
     """Rules on the mesh, those of a row for each of its beams."""
@@ -225,29 +192,28 @@ class LoadedModel:
 
   def read(
     self,
-    encoded: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
     capacity: int,
     stop_at: np.ndarray,
     *,
     source: tuple[np.ndarray, np.ndarray] | None = None,
     places: np.ndarray | None = None,
     adapters: np.ndarray | None = None,
-    rows: np.ndarray | None = None,
+    spread: np.ndarray | None = None,
     cache_dtype: str = '',
     append: int = APPEND,
   ) -> DecodeState:
     """The state after prompts, read in pieces where they are long.
 
-    encoded: ids of each row. stop_at, places: [B], see DecodeState. adapters: of what is read.
+    rows: ids of each, soft tokens and all (decode.front.Front.row), for which capacity and stop_at
+      have room, too. stop_at, places: [B], see DecodeState. adapters: of what is read (`indices`).
     source: what the encoder of an encoder-decoder reads: ids [B, S], and how many of them [B].
-    rows: [B], where rows share what is read (`Shared`): from which each of them goes on.
-
-    Soft tokens come before each row, and are not counted in ids, capacity and stop_at.
+    spread: [B], where rows share what is read (`Shared`): from which each of them goes on.
     """
-    if rows is not None:
-      never = np.full(len(encoded), np.iinfo(np.int32).max, np.int32)
+    if spread is not None:
+      never = np.full(len(rows), np.iinfo(np.int32).max, np.int32)
       state = self.read(
-        encoded,
+        rows,
         capacity,
         never,
         source=source,
@@ -257,10 +223,9 @@ class LoadedModel:
       )
       with jax.set_mesh(self.mesh):
         places = None if places is None else self.put(places)
-        return loop.spread(state, self.put(rows), self.put(self.behind(stop_at)), places)
+        return loop.spread(state, self.put(spread), self.put(stop_at), places)
 
-    tokens, lengths = self.padded(encoded, self.before)
-    capacity, stop_at = capacity + len(self.before), self.behind(stop_at)
+    tokens, lengths = self.padded(rows)
     with jax.set_mesh(self.mesh):
       cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
       if source is not None:
@@ -282,10 +247,6 @@ class LoadedModel:
         part = tokens[:, first : first + append]
         state = self.append(state, part, np.clip(lengths - first, 0, append))
     return state
-
-  def behind(self, lengths: np.ndarray) -> np.ndarray:
-    """Lengths, int32, of rows with the soft tokens before them."""
-    return np.minimum(lengths, np.iinfo(np.int32).max - len(self.before)) + len(self.before)
 
   def append(self, state: DecodeState, tokens: np.ndarray, counts: np.ndarray) -> DecodeState:
     """The state after more tokens of rows [B, T], the first counts [B] of them."""
@@ -311,24 +272,18 @@ class LoadedModel:
         alternatives=max(options.logprobs, 0),
       )
 
-  def padded(
-    self, rows: Sequence[Sequence[int]], before: Sequence[int] = ()
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids as one array [B, bucket], and their lengths [B]; before: ids of all rows, which
-    they then begin with.
+  def room(self, tokens: int) -> int:
+    """A bucket for so many tokens of a row, but no more than the model has positions for."""
+    return min(self.model.config.max_length or sys.maxsize, bucket(tokens))
 
-    Raises ValueError for a row that the model has no positions for.
+  def padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids, for which the model has positions (Front.whole looks), as one array [B, room],
+    and their lengths [B].
     """
-    lengths = np.array([len(before) + len(ids) for ids in rows], np.int32)
-    longest, limit = int(lengths.max()), self.model.config.max_length or sys.maxsize
-    if longest > limit:
-      raise ValueError(
-        f'a prompt of {longest - len(before)} tokens passes {self._limit_behind(len(before))}; '
-        'shorten it'
-      )
-    tokens = np.full((len(rows), min(limit, bucket(longest))), self.tokenizer.pad, np.int32)
+    lengths = np.array([len(ids) for ids in rows], np.int32)
+    tokens = np.full((len(rows), self.room(int(lengths.max()))), self.tokenizer.pad, np.int32)
     for row, ids in zip(tokens, rows, strict=True):
-      row[: len(before) + len(ids)] = [*before, *ids]
+      row[: len(ids)] = ids
     return tokens, lengths
 
 

@@ -173,7 +173,7 @@ class Options:
     str,
     '',
     None,
-    'Which of the adapters that were loaded writes a text; default: none of them.',
+    'Which of the adapters that were loaded, soft tokens among them, writes a text; default: none.',
     'One for all prompts, or one for each; what the command reads from a file of prompts may name '
     'its own.',
     per_row=True,

@@ -13,7 +13,7 @@ import numpy as np
 
 from decode.delivery import deliver, pieces_of, run_out
 from decode.drafting import Course
-from decode.loaded import LoadedModel, bucket
+from decode.loaded import LoadedModel
 from decode.loop import DecodeState
 from decode.options import DRAFTERS, Options
 from decode.report import CallTimer
@@ -36,8 +36,8 @@ class Session:
   def __init__(
     self, generator: LoadedModel, capacity: int, cache_dtype: str = '', adapter: str = ''
   ):
-    """Raises ValueError for a capacity beyond the model's positions, and for an encoder or
-    encoder-decoder.
+    """capacity: 0 is for as many ids as there are positions. Raises ValueError for more than that,
+    and for an encoder or encoder-decoder.
     """
     config = generator.model.config
     if config.encoder_layers or not config.causal:
@@ -45,15 +45,13 @@ class Session:
         'a session is of a decoder: what an encoder has read cannot grow; call the generator for '
         'every text'
       )
-    if capacity > generator.context:
-      raise ValueError(
-        f'capacity={capacity} tokens of a session pass {generator.limit}; ask for fewer'
-      )
+    (front,) = generator.fronts_of(Options(adapter=adapter).adapter, 1)
+    if capacity > front.context:
+      raise ValueError(f'capacity={capacity} tokens of a session pass {front.limit}; ask for fewer')
     self._generator = generator
     self._cache_dtype = cache_dtype
-    self._adapter = adapter
-    self._adapters = generator.adapters_of(Options(adapter=adapter), 1)
-    self.capacity = capacity
+    self._front = front
+    self.capacity = capacity or front.context
     self.ids: list[int] = []
     self.finish = ''
     self._turn: Iterator[list[str]] | None = None
@@ -125,7 +123,7 @@ class Session:
   def fork(self) -> 'Session':
     """Another session with the same past; from here on each goes its own way."""
     self._end_turn()
-    other = Session(self._generator, self.capacity, self._cache_dtype, self._adapter)
+    other = Session(self._generator, self.capacity, self._cache_dtype, self._front.adapter)
     other.ids = list(self.ids)
     other._state = self._state and _copy(self._state)
     other._reach = self._reach
@@ -152,10 +150,10 @@ class Session:
     if state is None:
       self._reach = 0
       state = generator.read(
-        [ids] * generator.parts,
-        self.capacity,
+        [self._front.row(ids)] * generator.parts,
+        self._front.behind(self.capacity),
         self._all(sys.maxsize),
-        adapters=None if self._adapters is None else self._all(self._adapters[0]),
+        adapters=generator.indices([self._front] * generator.parts),
         cache_dtype=self._cache_dtype,
       )
     else:
@@ -168,7 +166,8 @@ class Session:
     """The state after these ids, too."""
     for first in range(0, len(ids), APPEND):
       part = ids[first : first + APPEND]
-      tokens = np.zeros((self._generator.parts, min(APPEND, bucket(len(part)))), np.int32)
+      width = min(APPEND, self._generator.room(len(part)))
+      tokens = np.zeros((self._generator.parts, width), np.int32)
       tokens[:, : len(part)] = part
       state = self._generator.append(state, tokens, self._all(len(part)))
     return state
@@ -188,7 +187,7 @@ class Session:
     windows = [kind.window for kind, _ in self._generator.model.config.places]
     rings = [held.slots - window for held, window in zip(state.cache.held, windows) if held.ring]
     if self._reach - length + 1 <= min(rings, default=sys.maxsize):
-      lengths = self._generator.behind(self._all(length - 1))
+      lengths = self._all(self._front.behind(length - 1))
       cache = dataclasses.replace(state.cache, lengths=self._generator.put(lengths))
       self._state = self._behind(dataclasses.replace(state, cache=cache), self.ids[-1:])
 
@@ -215,8 +214,8 @@ class Session:
     most = self.capacity - len(self.ids)
     if new <= most:
       return Bound(new)
-    if self.capacity == self._generator.context:
-      return self._generator.bound(len(self.ids), new)
+    if self.capacity == self._front.context:
+      return self._front.bound(len(self.ids), new)
     note = (
       f'the session ended it: {len(self.ids)} tokens before it and {most} new ones fill '
       f'capacity={self.capacity}, before max_new_tokens={new}'
@@ -229,12 +228,14 @@ class Session:
     prompt[:, self.ids] = True  # a turn is as a call with all that there is
     state = dataclasses.replace(
       self._read(()),
-      stop_at=generator.put(generator.behind(self._all(begun + row.most))),
+      stop_at=generator.put(self._all(self._front.behind(begun + row.most))),
       done=generator.put(np.full(generator.parts, not row.most)),
       history=History(generator.put(np.zeros(prompt.shape, np.int32)), generator.put(prompt)),
       places=None if places is None else generator.put(places),
     )
-    course = Course(generator, options, None, generator.placed(rules), state, [self.ids])
+    course = Course(
+      generator, options, None, generator.placed(rules), state, [self._front.row(self.ids)]
+    )
     self._state = None  # the course has it, and gives its buffers away
     timer.began(course.state.cache, begun, begun)
 
@@ -245,7 +246,7 @@ class Session:
       self.finish = row.finish
       # An interrupt may come when they are given away.
       if not any(x.is_deleted() for x in jax.tree.leaves(course.state)):
-        written = int(np.asarray(course.state.cache.lengths)[0]) - len(generator.before)
+        written = int(np.asarray(course.state.cache.lengths)[0]) - self._front.behind(0)
         self._reach = max(self._reach, written)
         self._state = dataclasses.replace(course.state, places=None)
         if written > len(self.ids):

@@ -53,7 +53,7 @@ def banked(
     if config is not None and config.soft:
       raise NotImplementedError(
         f'adapter {name!r} has soft tokens (adapter.kind={config.kind!r}), which are ids before a '
-        'text and no matrices (model.soft.together); open its run by itself'
+        'text and no matrices: put it on with model.soft.together (decode.beside does both)'
       )
   ranks = [config.rank for config in configs if config is not None]
   rank = rank or max(ranks, default=0)
@@ -96,15 +96,9 @@ def _banks(model, stored, adapters, configs, names) -> dict[str, Bank]:
 def with_adapters(
   model, stored: ModelConfig, adapters: Mapping[str, tuple[Adapter, AdapterConfig]]
 ):
-  """The model with these adapters by name, as `banked`, whose errors it raises; ValueError too for
-  one with numbers that are none, which would reach the rows of others.
+  """The model with these adapters by name, as `banked`, whose errors it raises. Their numbers are
+  finite: others would reach all rows (decode.beside looks).
   """
-  for name, (adapter, _) in adapters.items():
-    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(adapter)):
-      raise ValueError(
-        f'adapter {name!r} has numbers that are not finite, which would reach rows of other '
-        'adapters; take an earlier checkpoint of its run'
-      )
   trees, configs = zip(*adapters.values())
   known = _banks(model, stored, trees, configs=configs, names=tuple(adapters))
 

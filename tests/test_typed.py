@@ -124,7 +124,7 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  lines = 'orders|dates|docstrings|tasks|spell|ask|said|pairs|judged|answers|mixed|mixed.out'
+  lines = 'orders|dates|docstrings|tasks|spell|ask|said|pairs|judged|answers|beside|mixed|mixed.out'
   names = rf'input\.txt|({lines})\.jsonl|sentiment\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
@@ -149,9 +149,6 @@ def prepared(directory: pathlib.Path) -> None:
   (directory / 'orders.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
   (directory / 'dates.jsonl').write_text(
     ''.join(json.dumps({'source': q, 'target': a}) + '\n' for q, a in pairs)
-  )
-  (directory / 'pairs.jsonl').write_text(
-    ''.join(json.dumps({'prompt': q, 'chosen': a, 'rejected': 'no'}) + '\n' for q, a in pairs)
   )
   judged = [{'prompt': q, 'completion': a, 'label': len(a) > 1} for q, a in pairs]
   (directory / 'judged.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in judged))
@@ -220,6 +217,8 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
   assert {path.name for path in runs.iterdir()} == {
     'demo',
     'docstrings',
+    'dpo',
+    'kto',
     'large',
     'small',
     'stored',
@@ -264,13 +263,16 @@ def check_what_was_tuned(directory: pathlib.Path) -> None:
   (directory / 'ask.jsonl').write_text('"3 and 3?"\n"4"\n')
   lines = [(name, line) for name, line in typed('generate.py') if ON_TUNED & {*line}]
   lines += [each for each in typed('evaluate.py') if len(each[1]) != 3]  # of a file that is named
-  assert len(lines) == 7
+  assert len(lines) == 8
   for name, line in lines:
     done = Process(directory, name, *here(line, directory)).end()
     assert done.code == 0 and 'Traceback' not in done.error, (line, done.error, done.out)
   assert len((directory / 'mixed.out.jsonl').read_text().splitlines()) == 3
   assert json.loads((directory / 'said.jsonl').read_text().splitlines()[0])['prompt'] == '3 and 3?'
-  assert len((directory / 'answers.jsonl').read_text().splitlines()) == 2
+  ours, beside = ((directory / f'{name}.jsonl').read_text() for name in ('answers', 'beside'))
+  assert len(ours.splitlines()) == len(beside.splitlines()) == 2
+  texts = [[json.loads(line)['text'] for line in each.splitlines()] for each in (ours, beside)]
+  assert texts[0] == texts[1], 'soft tokens beside their model are those of their run'
   for run in ('smollm2', 'classifier', 'head', 'reward'):
     assert (directory / 'runs' / run / 'evaluation').is_dir()
 

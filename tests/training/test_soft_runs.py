@@ -106,7 +106,7 @@ def test_a_checkpoint_holds_the_tokens_and_the_run_generates_with_them(base, tun
   assert {name.split('.')[1] for name in leaves} == {'adapter'}
 
   ours, plain = Generator.load(run), Generator.load(base)
-  assert len(ours.prompt) == 3 and ours.context == LENGTH - 3 and not plain.prompt
+  assert len(ours.plain.soft) == 3 and ours.context == LENGTH - 3 and not plain.plain.soft
   text = ours('ab', max_new_tokens=8, temperature=0.0)[0]
   assert text.prompt_ids == plain.encoded('ab')
   # Written token by token is read at once: a cache holds what stands in the soft tokens' places.
@@ -196,6 +196,18 @@ def test_rows_of_several_prompts_are_each_alone(base, tuned):
     assert only.ids == texts[i].ids and only.raw == texts[i].raw
   with pytest.raises(ValueError, match=r'of soft tokens, \[264, 270\)'):
     engine.join(0, Request([270], 1, make_sampling(1)))
+
+
+def test_runs_on_one_base_are_asked_side_by_side(base, tuned):
+  runs = {'prefix': tuned(PREFIX), 'prompt': str(tuned(PROMPT))}
+  together = Generator.load(base, adapters=runs)
+  texts, which = ['some words', 'ab', 'some words'], ['prompt', '', 'prefix']
+  for text, name, ours in zip(texts, which, together.score(texts, adapter=which), strict=True):
+    (theirs,) = Generator.load(runs.get(name, base)).score(text)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=name)
+  assert together.adapters['prompt'].context == LENGTH - 3 and together.context == LENGTH
+  with pytest.raises(ValueError, match='prompt holds an adapter itself; give the run that it lies'):
+    Generator.load(tuned(PROMPT), adapters=runs)
 
 
 def test_what_an_encoder_reads_has_less_room_by_them(one_device):
