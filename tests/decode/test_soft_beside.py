@@ -257,7 +257,7 @@ def test_families_take_them(family):
   'family, sizes',
   [
     ('llama', dict(fsdp=2, context=2, tensor=2)),
-    ('encoder', dict(data=2, fsdp=2)),
+    pytest.param('encoder', dict(data=2, fsdp=2), marks=pytest.mark.long),
   ],
   ids=str,
 )
