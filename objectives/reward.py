@@ -18,7 +18,6 @@ import names
 from data import examples
 from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceValidation
 from data.rewarded import RewardedSettings
-from kernels import context
 from model import heads
 from objectives.answers import balance, by_pairs, laid_out, pairs_of
 from objectives.classify_head import FIRST, HEAD, LAST, check_head, unscored
@@ -91,8 +90,8 @@ class Reward(Objective, RewardedSettings):
     return {PAIRS: pairs_of(batch), EXPERTS: self.tokens(batch).astype(jnp.float32)}
 
   def sums(self, models, batch):
-    batch = laid_out(models[MAIN], batch)
-    rewards, router = rewards_of(models[MAIN], models[HEAD], batch)
+    batch, parts = laid_out(models[MAIN], batch)
+    rewards, router = rewards_of(models[MAIN], models[HEAD], batch, parts)
     real = by_pairs(jnp.ones_like(batch.weights), batch).min(-1) > 0
     margins = by_pairs(batch.margins, batch)[..., 0] if self.margins else 0.0
     each = losses(rewards, margins, self.centring)
@@ -146,11 +145,11 @@ def losses(
 
 
 def rewards_of(
-  model, head: heads.Head, batch: ChoiceBatch
+  model, head: heads.Head, batch: ChoiceBatch, parts: int
 ) -> tuple[Float[Array, 'B P 2'], dict | None]:
-  """Rewards of a batch's answers, as `laid_out`, 0 where there is none; what experts report."""
-  config = model.config
-  parts = context.groups(config.execution.context, config.N, config.K)
+  """Rewards of a batch's answers, as `laid_out` in these parts, 0 where there is none; what experts
+  report.
+  """
   x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
   with jax.named_scope('loss'):
     # What is not read off is 0: no NaN of padding, whose weight is 0, reaches a slope.

@@ -141,7 +141,7 @@ def prepared(directory: pathlib.Path) -> None:
   (hf / 'tokenizer_config.json').write_text(
     json.dumps({'eos_token': '<end>', 'chat_template': CHAT})
   )
-  pairs = [[f'{i} and {i}?', f'{2 * i}'] for i in range(60)]
+  pairs = [[f'{i} and {i}?', f'{2 * i}'] for i in range(150)]
   chats = [
     {'messages': [{'role': r, 'content': c} for r, c in zip(('user', 'assistant'), pair)]}
     for pair in pairs
@@ -163,7 +163,7 @@ def prepared(directory: pathlib.Path) -> None:
   (directory / 'said.jsonl').write_text(
     ''.join(json.dumps({'prompt': q, 'text': a}) + '\n' for q, a in pairs)
   )
-  labelled = [f'number {i} is it,{("positive", "negative")[i % 2]}' for i in range(60)]
+  labelled = [f'number {i} is it,{("positive", "negative")[i % 2]}' for i in range(150)]
   (directory / 'sentiment.csv').write_text('\n'.join(['text,label', *labelled]) + '\n')
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
   (hf.parent / 'answers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
