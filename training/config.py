@@ -59,8 +59,7 @@ class TrainConfig:
     patience: evaluations without a better validation loss before training stops; 0 never stops
       early.
     nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update.
-      (Steps that overflow under f16 loss scaling are always skipped: the scale is what they
-      correct.)
+      (Steps that overflow under f16 loss scaling are always skipped: they correct the scale.)
   """
 
   steps: int = 200
@@ -244,8 +243,7 @@ class Config:
     if self.train.accumulation > 1:
       raise NotImplementedError(
         f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler '
-        'for TPUs fails on sums of gradients in the host\'s memory; use accumulation=1 and more '
-        'chips'
+        'for TPUs fails on sums of gradients in the host\'s memory; use accumulation=1, more chips'
       )
     if self.mesh.zero != 3:
       raise ValueError(
@@ -255,9 +253,7 @@ class Config:
 
   def resolve(self, vocabulary: int, rows: int = 2**20) -> 'Config':
     """With the sizes that are open filled in from the data: vocabulary of the tokenizer, longest
-    sequence, steps that go through so many training rows.
-
-    rows: the default is for programs without data, which how long a run is does not change.
+    sequence, steps that go through so many training rows (any, for programs without data).
 
     Raises ValueError when the model's vocabulary is too small for the tokenizer.
     """
@@ -283,10 +279,9 @@ class Config:
     micro = self.data.batch_size // self.train.accumulation
     if micro % rows:
       raise ValueError(
-        f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / '
-        'train.accumulation='
-        f'{self.train.accumulation}) does not split over {rows} devices (mesh data {sizes["data"]} '
-        f'x fsdp {sizes["fsdp"]} x expert {sizes["expert"]}); make the batch a multiple'
+        f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.'
+        f'accumulation={self.train.accumulation}) does not split over {rows} devices (mesh data '
+        f'{sizes["data"]} x fsdp {sizes["fsdp"]} x expert {sizes["expert"]}); make it a multiple'
       )
     m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
     if stages > 1 and self.train.offload_parameters:
@@ -345,9 +340,7 @@ def to_dict(config) -> dict:
 
 
 def from_dict(cls, values: dict, path: str = 'config'):
-  """A config dataclass from a nested dict. Raises ValueError for unknown names (with the nearest)
-  and wrong types.
-  """
+  """A config dataclass from a nested dict. Raises ValueError for unknown names and wrong types."""
   hints = typing.get_type_hints(cls)
   known = {field.name for field in dataclasses.fields(cls)}
   for name in values:
