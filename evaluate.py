@@ -76,12 +76,22 @@ def check_flags() -> list[int]:
 
 
 def check_objective(config: configs.Config, ways: list[int]) -> None:
-  """Raises ValueError for a config that says nothing of classification, or not in these ways."""
-  if config.objective.kind not in (*PROMPTED, HEADED):
+  """Raises ValueError for a config that says nothing of classification or rewards, or not in these
+  ways.
+  """
+  if config.objective.kind not in (*PROMPTED, HEADED, REWARDS):
     raise ValueError(
       f'objective.kind={config.objective.kind!r} names no template to classify by; give '
       "--config=configs/classify.py, and --config.objective.template for one's own"
     )
+  if config.objective.kind == REWARDS:
+    for flag in (SHOTS, CALIBRATION, WEIGHTS):
+      if flag.value != flag.default:
+        raise ValueError(
+          f'--{flag.name}={flag.value} is of classification, and a reward model (objective.kind='
+          f'{REWARDS!r}) reads answers as they are, as it was trained; leave it out'
+        )
+    return
   if config.objective.kind == HEADED and any(ways):
     raise ValueError(
       f'--shots={",".join(map(str, ways))}: a head reads texts as they are, without examples; use '
@@ -202,8 +212,7 @@ def run() -> None:
   if CONFIG.value is None:
     raise ValueError('give --config=configs/classify.py: this directory has no config of its own')
   config = overrides.from_flag(CONFIG.value)
-  if config.objective.kind != REWARDS:
-    check_objective(config, ways)
+  check_objective(config, ways)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
   output.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,9 @@ from jaxtyping import Array, Float
 from data import examples, tokenizers
 from data.extra import same_ids
 from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceValidation
-from kernels import context
 from model.logprobs import kl, logprobs, segment_sums
 from objectives import compared
-from objectives.distil import final, law
+from objectives.laws import final, law
 from objectives.objective import MAIN, Objective, Role
 from parallel import axes as ax
 
@@ -46,8 +45,31 @@ class Scored:
     return jnp.where(self.real, values, 0).sum().astype(jnp.float32)
 
 
+class OfChoices(Objective):
+  """What is said of pairs of answers in packed rows, whoever reads them: with settings of
+  data.preferences.ChoiceSettings.
+  """
+
+  of_records = True
+
+  def read(self, config, log):
+    return examples.prepare(config, self, log)
+
+  def batches(self, prepared, config, rows):
+    return ChoiceLoader(prepared, config, rows)
+
+  def validation_batches(self, prepared, config, rows):
+    return ChoiceValidation(prepared, config, rows)
+
+  def batch_like(self, config):
+    return ChoiceBatch.abstract(config.batch_size, config.sequence_length)
+
+  def tokens(self, batch):
+    return jnp.count_nonzero(batch.segments)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfAnswers(Objective):
+class OfAnswers(OfChoices):
   """Packed answers, each with the one that it is compared with.
 
   Attributes:
@@ -58,7 +80,6 @@ class OfAnswers(Objective):
 
   beta: float = 0.1
   reference: str = BEGUN
-  of_records = True
 
   def __post_init__(self):
     super().__post_init__()
@@ -107,7 +128,7 @@ class OfAnswers(Objective):
     )
 
   def read(self, config, log):
-    prepared = examples.prepare(config, self, log)
+    prepared = super().read(config, log)
     if self.reference not in (BEGUN, NONE):
       base = tokenizers.load(pathlib.Path(self.reference) / 'tokenizer')
       if not same_ids(base, prepared.tokenizer):
@@ -118,22 +139,10 @@ class OfAnswers(Objective):
         )
     return prepared
 
-  def batches(self, prepared, config, rows):
-    return ChoiceLoader(prepared, config, rows)
-
-  def validation_batches(self, prepared, config, rows):
-    return ChoiceValidation(prepared, config, rows)
-
-  def batch_like(self, config):
-    return ChoiceBatch.abstract(config.batch_size, config.sequence_length)
-
-  def tokens(self, batch):
-    return jnp.count_nonzero(batch.segments)
-
 
 def score(models, batch, parts: int) -> Scored:
-  """How likely the models find the answers of a batch as `laid_out`; of a reference that is not
-  among them, batch.reference says it.
+  """How likely the models find the answers of a batch that is laid out (objectives/laws.py); of a
+  reference that is not among them, batch.reference says it.
   """
   policy, router = token_logprobs(models[MAIN], batch, parts)
   reference = batch.reference
@@ -144,17 +153,8 @@ def score(models, batch, parts: int) -> Scored:
   return Scored(answers, answers.lengths.min(-1) > 0, router)
 
 
-def laid_out(model, batch):
-  """The batch as a model on this mesh reads it, and in how many parts (kernels.context)."""
-  config = model.config
-  if config.encoder_layers:
-    return batch, 1
-  parts = context.groups(config.execution.context, config.N, config.K)
-  return context.lay_out(batch, parts), parts
-
-
 def token_logprobs(model, batch, parts: int) -> tuple[Float[Array, 'B T'], dict | None]:
-  """log p of every target that weighs something, 0 elsewhere, of a batch as `laid_out`; and what
+  """log p of every target that weighs something, 0 elsewhere, of a batch that is laid out; and what
   experts report.
   """
   x, router = final(model, batch, parts)
@@ -182,7 +182,7 @@ def balance(router: dict | None) -> Array:
 
 def divergence(models, batch, parts: int) -> Float[Array, '']:
   """KL of the policy's law of the next token from the reference's, summed over the tokens of the
-  answers, of a batch as `laid_out`.
+  answers, of a batch that is laid out.
   """
   policy, reference = (
     law(models[name], final(models[name], batch, parts)[0], 1.0) for name in (MAIN, REFERENCE)

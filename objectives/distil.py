@@ -26,13 +26,13 @@ import names
 from data import tokenizers
 from data.extra import same_ids
 from data.said import ROWS, WithSaid, batch_of
-from kernels import context
 from model import logprobs, loss
 from model.vocabulary import Law
 from model.weights import int8
 from objectives import coarse
 from objectives.asked import Asked
 from objectives.denoise import MaskedLM, SpanCorruption
+from objectives.laws import final, laid_out, law
 from objectives.next_token import NextToken, router_metrics
 from objectives.objective import MAIN, Objective, Role, in_bfloat16, or_one
 from objectives.seq2seq import Seq2Seq
@@ -43,7 +43,6 @@ TEACHER = 'teacher'  # its name among a run's models
 FORWARD, REVERSE, JSD = DIVERGENCES = 'forward_kl', 'reverse_kl', 'jsd'
 HALF = 0.5
 STORED = {'': None, 'bfloat16': in_bfloat16, 'int8': int8.in_bytes}
-SOURCES = ('source', 'source_positions', 'source_segments')
 TOP = ('top_ids', 'top_logs')  # what a teacher said, beside rows
 SUMMED = ('nll', 'tokens', 'correct', 'divergence')
 
@@ -202,10 +201,8 @@ class Distilling(Objective):
 
   def sums(self, models, batch):
     student, rows, parts = models[MAIN], rows_of(batch), 1
-    if not (student.config.encoder_layers or self.stored_top_k):
-      run, config = student.config.execution, student.config
-      parts = context.groups(run.context, config.N, config.K)
-      rows = context.lay_out(rows, parts)
+    if not self.stored_top_k:
+      rows, parts = laid_out(student, rows)
 
     x, router = final(student, rows, parts)
     if not self.stored_top_k:
@@ -304,26 +301,6 @@ class Distilling(Objective):
 def rows_of(batch):
   """Without what is said of them."""
   return batch[ROWS] if isinstance(batch, dict) else batch
-
-
-def final(model, batch, parts: int):
-  """Final hidden states [B, T, D] of a decoder, an encoder or an encoder-decoder, and what its
-  router reports, or None; parts: as kernels.context.lay_out laid the batch out.
-  """
-  besides = {name: getattr(batch, name) for name in SOURCES if hasattr(batch, name)}
-  if not besides:
-    besides = {'zigzag': parts}
-  output = model(batch.tokens, batch.positions, batch.segments, **besides)
-  return output.hidden, output.router
-
-
-def law(model, x: Float[Array, 'B T D'], temperature: float) -> Law:
-  """What a model with these final hidden states says, at a temperature."""
-  config = model.config
-  warmth = None
-  if temperature != 1:
-    warmth = ax.place(jnp.full(x.shape[0], temperature, jnp.float32), 'batch')
-  return Law(*model.scored(x), warmth, config.logit_softcap, config.vocabulary_limit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data.judged import JudgedSettings
-from kernels import context
 from objectives import answers
 from objectives.answers import EXPERTS, NONE, REFERENCE, OfAnswers, Scored
+from objectives.laws import laid_out, parts_of
 from objectives.next_token import router_metrics
 from objectives.objective import MAIN, or_one
 
@@ -49,7 +49,7 @@ class KTO(OfAnswers, JudgedSettings):
     """Rows as the models read them, the reference's log-probabilities in them; and the divergence
     of the whole batch, for each row.
     """
-    batch, parts = answers.laid_out(models[MAIN], batch)
+    batch, parts = laid_out(models[MAIN], batch)
     reference, _ = answers.token_logprobs(models[REFERENCE], batch, parts)
     batch = dataclasses.replace(batch, reference=reference)
     scored = self._scored(models, batch)
@@ -61,9 +61,7 @@ class KTO(OfAnswers, JudgedSettings):
   def _scored(self, models, batch) -> Scored:
     # The rows are laid out, and the reference's part in them.
     policy = models[MAIN]
-    run, config = policy.config.execution, policy.config
-    parts = context.groups(run.context, config.N, config.K)
-    return answers.score({MAIN: policy}, batch, parts)
+    return answers.score({MAIN: policy}, batch, parts_of(policy))
 
   def weights(self, batch):
     rows = batch['rows']

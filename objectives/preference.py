@@ -14,6 +14,7 @@ import names
 from data.preferences import ChoiceSettings
 from objectives import answers, compared
 from objectives.answers import EXPERTS, NONE, REFERENCE, OfAnswers, Scored
+from objectives.laws import laid_out
 from objectives.next_token import router_metrics
 from objectives.objective import MAIN, or_one
 
@@ -85,7 +86,7 @@ class Comparing(OfAnswers):
     return weights | ({CHOSEN: chosen.sum()} if self.sft else {})
 
   def sums(self, models, batch):
-    scored = answers.score(models, *answers.laid_out(models[MAIN], batch))
+    scored = answers.score(models, *laid_out(models[MAIN], batch))
     each = jnp.where(scored.real, compared.losses(scored.answers, self), 0)
     terms = {PAIRS: each.sum(), EXPERTS: answers.balance(scored.router)}
     if self.sft:
@@ -143,7 +144,7 @@ class Comparing(OfAnswers):
     return said
 
   def judged(self, models, batch):
-    batch, parts = answers.laid_out(models[MAIN], batch)
+    batch, parts = laid_out(models[MAIN], batch)
     scored = answers.score(models, batch, parts)
     sums = self._said(scored) | {'loss': scored.total(compared.losses(scored.answers, self))}
     if REFERENCE in models:

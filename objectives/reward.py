@@ -15,20 +15,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import names
-from data import examples
-from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceValidation
+from data.preferences import ChoiceBatch
 from data.rewarded import RewardedSettings
 from model import heads
-from objectives.answers import balance, by_pairs, laid_out, pairs_of
+from objectives.answers import OfChoices, balance, by_pairs, pairs_of
 from objectives.classify_head import FIRST, HEAD, LAST, check_head, unscored
+from objectives.laws import laid_out
 from objectives.next_token import router_metrics
-from objectives.objective import MAIN, Objective, Role, or_one
+from objectives.objective import MAIN, Role, or_one
 
 PAIRS, EXPERTS = 'reward', 'experts'  # terms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reward(Objective, RewardedSettings):
+class Reward(OfChoices, RewardedSettings):
   """Packed pairs of answers (data/rewarded.py), all alike, and a head of one number
   (model/heads.py): N(0, 1 / sqrt(D + 1)), bias 0.
 
@@ -44,7 +44,7 @@ class Reward(Objective, RewardedSettings):
   pooled: str = LAST
   margins: bool = True
   centring: float = 0.0
-  of_records = gives_rewards = True
+  gives_rewards = True
 
   def __post_init__(self):
     super().__post_init__()
@@ -65,21 +65,6 @@ class Reward(Objective, RewardedSettings):
     check_head(self, models[MAIN], 'a decoder, or an encoder')
 
   # 2. Batches.
-
-  def read(self, config, log):
-    return examples.prepare(config, self, log)
-
-  def batches(self, prepared, config, rows):
-    return ChoiceLoader(prepared, config, rows)
-
-  def validation_batches(self, prepared, config, rows):
-    return ChoiceValidation(prepared, config, rows)
-
-  def batch_like(self, config):
-    return ChoiceBatch.abstract(config.batch_size, config.sequence_length)
-
-  def tokens(self, batch):
-    return jnp.count_nonzero(batch.segments)
 
   def forward_flops(self, network, config, document_length):
     return super().forward_flops(network, config, document_length) + unscored(network)
@@ -147,7 +132,7 @@ def losses(
 def rewards_of(
   model, head: heads.Head, batch: ChoiceBatch, parts: int
 ) -> tuple[Float[Array, 'B P 2'], dict | None]:
-  """Rewards of a batch's answers, as `laid_out` in these parts, 0 where there is none; what experts
+  """Rewards of a batch's answers, laid out in these parts, 0 where there is none; what experts
   report.
   """
   x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)

@@ -173,8 +173,11 @@ def prepared(directory: pathlib.Path) -> None:
 def ran(directory: pathlib.Path) -> list[tuple]:
   """Trains and converts as the pages do: each command, with what it printed, its code behind it."""
   lines = []
-  # What other pages begin with is there first.
-  every = sorted(typed('train.py', 'convert.py'), key=lambda each: 'smollm2' not in each[1])
+  # What other pages begin with is there first, and what begins with another page's run comes last.
+  every = sorted(
+    typed('train.py', 'convert.py'),
+    key=lambda each: ('smollm2' not in each[1], '--config.init=runs/tuned' in each[1]),
+  )
   demo = ['--config=tiny', '--workdir=runs/demo', '--config.data.sequence_length=48']
   every.insert(0, ('train.py', demo))  # for `make demo`
   for name, line in every:
@@ -197,7 +200,9 @@ def ran(directory: pathlib.Path) -> list[tuple]:
     done = Process(directory, '-c', RUN_EACH, json.dumps(part)).end()
     said += done.out.split('$ ')[1:]
     failed = [each for each in said if not each.endswith('code 0\n')]
-    assert done.code == 0 and not failed and 'Traceback' not in done.error, (failed, done.error)
+    errors = re.findall('.*error: .*', done.error)
+    assert done.code == 0 and not failed, '\n'.join([*failed, *errors])
+    assert 'Traceback' not in done.error, done.error
   return list(zip(lines, said, strict=True))
 
 

@@ -49,10 +49,11 @@ def roles(config) -> dict[str, Role]:
   What an objective takes as the main one began is not among them where an adapter leaves that as it
   is (`references`).
   """
+  left_out = references(config)
   models = {
     name: dataclasses.replace(role, config=network(role, config.model))
     for name, role in config.objective.models(config.model).items()
-    if name not in references(config)
+    if name not in left_out
   }
   adapter, main = config.adapter, config.objective.main
   if not adapter.kind:
