@@ -88,8 +88,8 @@ def check_objective(config: configs.Config, ways: list[int]) -> None:
     for flag in (SHOTS, CALIBRATION, WEIGHTS):
       if flag.value != flag.default:
         raise ValueError(
-          f'--{flag.name}={flag.value} is of classification, and a reward model (objective.kind='
-          f'{REWARDS!r}) reads answers as they are, as it was trained; leave it out'
+          f'--{flag.name}={flag.value}: a reward model (objective.kind={REWARDS!r}) reads answers '
+          'as they are, with the weights that it was trained with; leave it out'
         )
     return
   if config.objective.kind == HEADED and any(ways):

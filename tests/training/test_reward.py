@@ -242,6 +242,10 @@ def test_a_run_learns_and_is_judged_and_normalised(source, tmp_path):
   assert said['n'] == len(GIVEN) and said['metrics']['accuracy']['value'] > 0.9
   assert (tmp_path / 'run' / 'evaluation' / 'reward-calibration.png').stat().st_size > 1000
 
+  for flag in ('--shots=4', '--weights=int8', '--calibration=pmi'):
+    refused = Process(tmp_path, 'evaluate.py', f'--workdir={tmp_path / "run"}', flag).end()
+    assert refused.code == 1 and 'reads answers as they are' in refused.error, refused.error
+
   model = open_reward(tmp_path / 'run')
   scores = model.scores(answers())
   np.testing.assert_allclose([scores.mean(), scores.std()], [0, 1], atol=1e-5)
