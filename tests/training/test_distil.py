@@ -446,6 +446,7 @@ def test_what_is_not_among_the_likeliest_is_one_rest(divergence, one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stored_steps_are_the_same_over_devices(teacher):
   both, batches = models(), make_batches(2)
   after = []
