@@ -15,6 +15,7 @@ from data.template import Template
 from data.tokenizers import ByteTokenizer
 from decode import choices
 from decode.choices import choice_scores
+from decode.front import Front
 from decode.generator import Generator
 from evaluation.classify import (
   CONTENT_FREE,
@@ -152,9 +153,9 @@ def test_soft_tokens_stand_before_what_is_asked(name):
   rows, words = [list(asking.ids(text)) for text in TEXTS], [w.ids for w in asking.words]
   mask = -1 if asking.mask is None else asking.mask
   made = choice_scores(prompted, rows, words, mask)
-  assert prompted.prompt == (V, V + 1, V + 2)
+  assert prompted.plain.soft == (V, V + 1, V + 2)
 
-  prompted.prompt = ()
+  prompted.plain = Front()  # asked for by their ids, they are read as any others
   expected = choice_scores(prompted, [[V, V + 1, V + 2, *row] for row in rows], words, mask)
   np.testing.assert_allclose(made, expected, atol=2e-5)
   assert np.abs(made - choice_scores(g, rows, words, mask)).max() > 0.01
