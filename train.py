@@ -342,8 +342,8 @@ def train(
     if show:
       log(names.imported('data.showing.examples')(config, prepared, show))
       return False
-    if config.objective.asked():
-      prepared = names.imported('workdir.said.kept')(config, prepared, log)
+    if completed := config.objective.completed_by:
+      prepared = names.imported(completed)(config, prepared, workdir, log)
     feed = fed(config, prepared, mesh)
 
   # 4. Models and optimizer: abstract first, so that shapes, shardings and costs are known before

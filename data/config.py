@@ -17,6 +17,7 @@ FORMATS = (
   'label',
   'preference',
   'judged',
+  'prompt',
 )
 FILTER_PRESETS = ('none', 'code', 'prose')
 ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
@@ -50,8 +51,8 @@ class SourceConfig:
       records.
     format: '' for documents; of records to tune on, which fields they have: 'chat', 'sharegpt',
       'alpaca' or 'completion' (objective.kind='sft'), 'pair' ('seq2seq'), 'label' ('classify'),
-      'preference' ('preference') or 'judged' ('kto');
-      see data/records.py.
+      'preference' ('preference'), 'judged' ('kto') or 'prompt' ('grpo', 'ppo'); see
+      data/records.py.
     columns: of records, where a field has another name in the file: 'prompt=question'.
     weight: this source's share of the training examples, relative to the other sources' weights.
   """

@@ -50,7 +50,7 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
   """
   records = [source for source in (*config.sources, *config.validation) if source.format]
   if records:
-    of_others = {'pair': 'seq2seq', 'preference': 'preference', 'judged': 'kto'}
+    of_others = {'pair': 'seq2seq', 'judged': 'kto', 'prompt': 'grpo', 'preference': 'preference'}
     kind = of_others.get(records[0].format, 'sft')
     raise ValueError(
       f'source.format={records[0].format!r} is of records to tune on: set objective.kind={kind!r}, '

@@ -3,7 +3,8 @@ files, read by a format that is named and never guessed.
 
 A record is a conversation (`messages`, perhaps with `tools`), a prompt with its completion, or a
 source with its target, a text with its label, a prompt with two answers of which one is preferred,
-or with one that was judged. What a row has besides its format's fields is not read.
+or with one that was judged, or a prompt alone. What a row has besides its format's fields is not
+read, but for what judges the answers to a prompt.
 """
 
 import csv
@@ -85,7 +86,29 @@ class JudgedRecord:
   label: bool
 
 
-Record = ChatRecord | TextRecord | PairRecord | LabelRecord | PreferenceRecord | JudgedRecord
+@dataclasses.dataclass(frozen=True)
+class PromptRecord:
+  """A prompt that a model is to answer.
+
+  Attributes:
+    prompt: a text, or messages. tools: as of ChatRecord.
+    row: all that its row says: what a reward may read.
+  """
+
+  prompt: str | list[dict]
+  tools: list | None
+  row: Row
+
+
+Record = (
+  ChatRecord
+  | TextRecord
+  | PairRecord
+  | LabelRecord
+  | PreferenceRecord
+  | JudgedRecord
+  | PromptRecord
+)
 
 
 def records(source: SourceConfig) -> Iterator[tuple[str, Record]]:
@@ -327,6 +350,12 @@ def _answered(row: _Reader, field: str) -> ChatRecord | TextRecord:
   return ChatRecord([*prompt, *answer], tools, given=len(prompt))
 
 
+def _prompt(row: _Reader) -> PromptRecord:
+  asked = row.value('prompt')
+  prompt = asked if isinstance(asked, str) else row.messages('prompt')
+  return PromptRecord(prompt, row.items('tools', 'JSON schemas', optional=True), row.row)
+
+
 def _pair(row: _Reader) -> PairRecord:
   return PairRecord(row.text('source'), row.text('target'))
 
@@ -344,6 +373,7 @@ FORMATS: dict[str, Callable[[_Reader], Record]] = {
   'label': _label,
   'preference': _preference,
   'judged': _judged,
+  'prompt': _prompt,
 }
 # The fields of each format, and what they say.
 FIELDS = {
@@ -386,6 +416,10 @@ FIELDS = {
     ('prompt', 'a text, or messages'),
     ('completion', 'an answer, a text, or messages'),
     ('label', 'whether it is wanted, true or false'),
+    ('tools', 'JSON schemas, or nothing'),
+  ),
+  'prompt': (
+    ('prompt', 'a text, or messages'),
     ('tools', 'JSON schemas, or nothing'),
   ),
 }

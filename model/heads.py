@@ -21,14 +21,14 @@ from parallel import axes as ax
 Head = dict[str, nnx.Param]
 
 
-def new(config: ModelConfig, labels: int, seed: int) -> Head:
-  """A new head on a network of this config: a normal of standard deviation 1 / sqrt(D + 1), and a
-  bias of zeros. On the mesh in context, and traced: use under jit or eval_shape.
+def new(config: ModelConfig, seed: int, *, labels: int, std: float | None = None) -> Head:
+  """A new head on a network of this config: a normal of standard deviation `std`, or of
+  1 / sqrt(D + 1), and a bias of zeros. On the mesh in context, and traced: use under jit or eval_shape.
 
   It is small, and whole on every device. Muon and ZeRO take it for a table, not for a matrix.
   """
   rngs, dtype = nnx.Rngs(params=jax.random.key(seed)), config.execution.parameter_dtype
-  std = (config.D + 1) ** -0.5
+  std = (config.D + 1) ** -0.5 if std is None else std
   return {
     'weight': param(rngs, (config.D, labels), (None, None), std, kind='embedding', dtype=dtype),
     'bias': param(rngs, (labels,), (None,), 'zeros', kind='vector', dtype=dtype),

@@ -58,7 +58,7 @@ class ClassifyHead(Objective, examples.Packed):
     return Template.read(self.template).labels
 
   def models(self, config):
-    make = functools.partial(heads.new, config, len(self.labels))
+    make = functools.partial(heads.new, labels=len(self.labels))
     return {MAIN: Role(config), HEAD: Role(config, made=make)}
 
   def accepts(self, models):

@@ -160,9 +160,14 @@ class Distilling(Objective):
       )
     return prepared
 
-  def asked(self):
-    if not self.stored_top_k:
-      return None
+  @property
+  def completed_by(self) -> str:
+    return 'workdir.said.kept' if self.stored_top_k else ''
+
+  def asked(self) -> Asked:
+    """What the teacher is to say of all rows once, before the first step, so that no step needs it;
+    the data that `batches` is given then has it (data/said.py).
+    """
     K = self.stored_top_k
     live = dataclasses.replace(self, stored_top_k=0)
     key = ['likeliest', K, self.temperature, self.teacher_stored]

@@ -22,6 +22,8 @@ KINDS = {
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
   'reward': 'objectives.reward.Reward',
+  'grpo': 'objectives.policy.GRPO',
+  'ppo': 'objectives.ppo.PPO',
   'distil': 'objectives.distil.Distil',
   'distil_sft': 'objectives.distil.DistilSFT',
   'distil_seq2seq': 'objectives.distil.DistilSeq2Seq',

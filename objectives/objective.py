@@ -35,13 +35,13 @@ class Role:
     trained: False freezes all of it, whatever the run's patterns say (training/trainable.py).
     directory: of the run whose parameters it begins with; '' for a new model. (The run's own `init`
       is that of the main one.)
-    begun: name of another one that it is as that began, and stays: a reference. `config` is the
-      same; under an adapter it is the base, and takes no memory of its own.
+    begun: name of another one that it begins as, with the same `config`. Frozen it stays that, a
+      reference; under an adapter it is then the base, and takes no memory of its own.
     stored: what makes of a frozen model what lies in memory, as `in_bfloat16` or
       model.weights.int8.in_bytes; None leaves it as its config says.
     adapter: of an adapter, which is no network: its settings; `config` is of the one it lies on.
-    made: of what else is no network (a head), as `config` says that the one it is on is: makes its
-      parameters by a seed, on the mesh in context.
+    made: of what else is no network (a head), as `config` or `directory` say that the one it is on
+      is: makes its parameters for that by a seed, on the mesh in context.
   """
 
   config: ModelConfig | None
@@ -50,7 +50,7 @@ class Role:
   begun: str = ''
   stored: Callable[[Any], Any] | None = None
   adapter: AdapterConfig | None = None
-  made: Callable[[int], Any] | None = None
+  made: Callable[[ModelConfig, int], Any] | None = None
 
 
 @runtime_checkable
@@ -77,9 +77,12 @@ class Objective:
     kind: the tag, as in objectives/kinds.py; a default that nothing else may replace.
     main: name of the model that a run is for: the one of `config.model`, which `config.init` begins
       and generation opens.
+    aside: names of models that nothing but training needs, a critic: a merged run has none.
     rows: rows of a batch that make up one record (a pair: 2, a group: its size). They follow one
       another, and stay together.
     of_records: whether it tunes on records, whose ids are to be those that the model knows.
+    completed_by: name of the function (config, prepared, directory of the run, log) -> prepared data
+      that adds what batches need of the run's models, on its mesh; '': none does.
     neftune_alpha: of noise on embeddings (model/drawn.py), where a kind has it as a setting.
     prompted: whether `read` takes prompt=(virtual ids), soft tokens that stand before every text
       that a model reads: counted in lengths, and weighing nothing.
@@ -89,8 +92,10 @@ class Objective:
 
   # Without annotations: facts of a kind, no settings.
   main = MAIN
+  aside = ()
   rows = 1
   of_records = False
+  completed_by = ''
   neftune_alpha = 0.0
   prompted = False
 
@@ -137,7 +142,8 @@ class Objective:
 
   def validation_batches(self, prepared, config: DataConfig, rows: Sequence[int]) -> Iterable:
     """Batches to evaluate on, the same ones each time; may have `parts()`, the same by source,
-    which are then evaluated apart, too (data.loader.ValidationBatches).
+    which are then evaluated apart, too (data.loader.ValidationBatches); or `of(models)`, those that
+    the models themselves make.
     """
     raise NotImplementedError
 
@@ -164,13 +170,6 @@ class Objective:
     of what was read (a number, or what else the objective reads), None where that is not known.
     """
     return flops.forward_flops_per_token(network, config.sequence_length, document_length)
-
-  def asked(self) -> Any:
-    """What a frozen model is to say of all rows once, before the first step, so that no step needs
-    it (objectives/asked.py); the data that `batches` is given then has it (data/said.py). None:
-    nothing.
-    """
-    return None
 
   def prepare(self, models: Mapping[str, Any], batch) -> Any:
     """The batch with what depends on all of it (advantages whitened, statistics of a group), before

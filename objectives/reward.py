@@ -59,7 +59,7 @@ class Reward(OfChoices, RewardedSettings):
   # 1. Models.
 
   def models(self, config):
-    return {MAIN: Role(config), HEAD: Role(config, made=functools.partial(heads.new, config, 1))}
+    return {MAIN: Role(config), HEAD: Role(config, made=functools.partial(heads.new, labels=1))}
 
   def accepts(self, models):
     check_head(self, models[MAIN], 'a decoder, or an encoder')

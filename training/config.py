@@ -419,8 +419,8 @@ def network(role: Role, model: ModelConfig) -> ModelConfig:
     return role.config
   other = load(role.directory).model
   stored = {name: getattr(other.execution, name) for name in ('parameter_dtype', 'scan')}
-  # Nothing is kept for a backward pass, there is none.
-  plain = {'remat': 'none', 'remat_save': (), 'remat_offload': ()}
+  # Of what is frozen nothing is kept for a backward pass, there is none.
+  plain = {} if role.trained else {'remat': 'none', 'remat_save': (), 'remat_offload': ()}
   run = dataclasses.replace(model.execution, **stored, **plain)
   return dataclasses.replace(other, execution=run)
 

@@ -45,6 +45,7 @@ def make_evaluate(config: Config, prepared, put):
     nonlocal shapes, rows, sums
     if not go_on:
       held_out = objective.validation_batches(prepared, config.data, put.rows)
+      held_out = held_out.of(models) if hasattr(held_out, 'of') else held_out
       parts = held_out.parts() if hasattr(held_out, 'parts') else {}
       rows, sums = _in_turn(parts or {'': held_out}), {}
       # The losses of some sources only would be compared with those of all.

@@ -66,7 +66,9 @@ def roles(config) -> dict[str, Role]:
 def references(config) -> list[str]:
   """Names of what the objective takes as the main model began, and finds in an adapter's base."""
   taken = config.objective.models(config.model) if config.adapter.kind else {}
-  return [name for name, role in taken.items() if role.begun == config.objective.main]
+  return [
+    name for name, role in taken.items() if role.begun == config.objective.main and not role.trained
+  ]
 
 
 def applied(config, models: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -98,7 +100,7 @@ def new_model(config, name: str):
   as_begun = everyone[name].begun or name
   seed = (config.train.seed + list(everyone).index(as_begun)) % 2**32
   if everyone[name].made:
-    return everyone[name].made(seed)
+    return everyone[name].made(everyone[name].config, seed)
   model = transformer.init(everyone[name].config, seed)
   return everyone[name].stored(model) if everyone[name].stored else model
 

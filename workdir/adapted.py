@@ -196,7 +196,8 @@ def merge(
 
 def _models(config, checkpoints, step, model) -> dict[str, Any]:
   """What a merged run keeps: the model, with a head that was trained beside the adapter."""
-  made = [name for name, role in states.roles(config).items() if role.made]
+  aside = config.objective.aside
+  made = [name for name, role in states.roles(config).items() if role.made and name not in aside]
   read = {}
   for name in made:
     target = params.abstract(lambda: states.new_model(config, name), jax.sharding.get_mesh())

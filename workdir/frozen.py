@@ -68,7 +68,7 @@ def begin(
       continue
     own = main and imported and not config.adapter.kind
     directory = imported if own else config.init if main else role.directory
-    if not directory:
+    if not directory or role.made:
       continue
     if not own:
       _check_base(directory)

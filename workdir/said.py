@@ -24,15 +24,16 @@ from workdir.checkpoint import Checkpoints
 from workdir.frozen import opened
 
 
-def kept(config: Config, prepared, log: Callable[[str], Any]) -> WithSaid:
-  """The data with what its objective asks for, asked now where it was not before; on the mesh in
-  context. What is asked is an objectives/asked.py.
+def kept(config: Config, prepared, workdir, log: Callable[[str], Any]) -> WithSaid:
+  """The data with what its objective asks for (`asked`, an objectives/asked.py), asked now where it
+  was not before; on the mesh in context. workdir: of the run, in which nothing of it is kept.
 
   Raises:
     cache.CorruptShardError: answers that are damaged, or others than the directory's name says.
     NotImplementedError: several processes, before one alone has asked.
     FileNotFoundError, ValueError: a model that cannot be opened, or does not fit the run.
   """
+  del workdir
   asked = config.objective.asked()
   live = dataclasses.replace(config, objective=asked.objective)
   check_models(live)

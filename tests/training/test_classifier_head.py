@@ -107,7 +107,7 @@ def new_models(made):
   model = jax.tree.unflatten(
     jax.tree.structure(shape), [*map(jnp.asarray, initial_model(made.model, 0))]
   )
-  head = heads.new(made.model, len(LABELS), 1)
+  head = heads.new(made.model, 1, labels=len(LABELS))
   head['bias'] = head['bias'].replace(jnp.array([0.5, -0.25, 0.0]))
   return {'policy': model, 'head': head}
 
@@ -194,7 +194,7 @@ def test_microbatches_and_devices_are_one_batch(tmp_path, name):
 
 def test_a_head_begins_as_it_says(one_device):
   network = tiny().model
-  head = heads.new(network, 500, 3)
+  head = heads.new(network, 3, labels=500)
   np.testing.assert_allclose(head['weight'][...].std(), (network.D + 1) ** -0.5, rtol=0.03)
   assert not head['bias'][...].any()
 

@@ -1,0 +1,77 @@
+"""Who writes a policy's answers while it is trained? The engine that generates everywhere else, on
+the mesh of the run, with the weights of the step as an argument.
+
+They are in the compute dtype, a layer each, for as long as a rollout takes, and so are the caches.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from data import generation
+from data.tokenizer import Tokenizer
+from decode.bulk import Written, complete
+from decode.engine import Engine, Request, Sizes
+from decode.sampling import make_sampling
+from model.config import ModelConfig
+from objectives.rollout import Asked
+from parallel import axes as ax
+
+LONGEST_READ = 512  # tokens of a prompt that are read in one call
+
+
+class Actor:
+  """Writes answers of one run's policy.
+
+  Args:
+    config: of the policy as it generates (decode.generating.generating).
+    rows: answers that are written side by side, at least; as many as fill the mesh evenly are.
+    length: tokens of a prompt with its answer, at most. new: of an answer.
+    group: answers to a prompt, whose prompt is read once on each part of the mesh that has some.
+    temperature: at which they are drawn; of prompts without a seed the likeliest tokens are taken.
+  Raises NotImplementedError and ValueError as decode.engine.Engine.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    length: int,
+    new: int,
+    group: int,
+    temperature: float,
+  ):
+    with jax.set_mesh(mesh):
+      parts = ax.size('batch')
+    rows = -(-rows // parts) * parts
+    prompts = max(1, rows // parts // group) * parts
+    sizes = Sizes(
+      rows=rows,
+      capacity=length,
+      read_rows=min(prompts, rows),
+      read_tokens=min(length - new, LONGEST_READ),
+      bias=0,
+      ends=max(1, len(generation.ends(tokenizer))),
+    )
+    vocabulary = min(tokenizer.vocabulary, config.V)
+    self._engine = Engine(config, mesh, sizes, vocabulary=vocabulary, pad=tokenizer.pad)
+    self._engine.forget()
+    self._ends, self._new, self._temperature = generation.ends(tokenizer), new, temperature
+
+  def __call__(self, weights, asked: Sequence[Asked]) -> Iterator[tuple[int, Written]]:
+    """(index, what was written) of each, as they end; weights: as decode.generating makes them."""
+    self._engine.reset()
+    try:
+      yield from complete(self._engine, weights, map(self._request, asked))
+    finally:
+      self._engine.forget()
+
+  def _request(self, asked: Asked) -> Request:
+    drawn = asked.seed is not None
+    sampling = make_sampling(
+      1, temperature=self._temperature if drawn else 0.0, seed=asked.seed or 0
+    )
+    return Request(asked.prompt.ids, self._new, sampling, self._ends)

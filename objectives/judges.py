@@ -1,0 +1,263 @@
+"""What is an answer worth? What reward functions say of it, each within a limit of time and beside
+the step's thread, and what reward models say; their weighted sum.
+
+What raises, takes too long, or returns no finite number is an answer without a score: it is named,
+counted, and never 0.
+
+R answers · J judges
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from data.prompts import Prompt
+
+WORKERS = 4  # processes that run a file's function at a time
+START_SECONDS = 60.0  # that its imports may take
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """An answer that is to be judged.
+
+  Attributes:
+    prompt: what it answers. ids: its own, with the one that ends it. text: without that.
+  """
+
+  prompt: Prompt
+  ids: tuple[int, ...]
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """A score, or why there is none."""
+
+  score: float = float('nan')
+  error: str = ''
+
+
+@runtime_checkable
+class Judge(Protocol):
+  """Says what answers are worth."""
+
+  name: str
+
+  def submit(self, answer: Answer) -> None:
+    """Another one; it may be judged at once, beside what the caller does."""
+
+  def verdicts(self) -> list[Verdict]:
+    """Of all that were submitted since the last call, in order."""
+
+  def close(self) -> None:
+    """No more come."""
+
+
+class Worker:
+  """A process that runs the function of a file (objectives/judging.py)."""
+
+  def __init__(self, path: str):
+    before = os.environ.get('PYTHONPATH', '')
+    environment = os.environ | {'PYTHONPATH': f'{ROOT}{os.pathsep}{before}'}
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', 'objectives.judging', path],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      env=environment,
+      start_new_session=True,  # Ctrl-C is the trainer's to hear
+    )
+    self._unread = b''
+
+  def ready(self) -> str:
+    """Waits until it can be asked; why it cannot, or ''."""
+    return self._line(START_SECONDS).get('error', '')
+
+  def judged(self, answer: Answer, seconds: float) -> dict:
+    """What it says of an answer. Raises TimeoutError, after which it is no more to be asked."""
+    asked = json.dumps({'text': answer.text, 'record': answer.prompt.row}, default=str)
+    self._process.stdin.write(asked.encode() + b'\n')
+    self._process.stdin.flush()
+    return self._line(seconds)
+
+  def _line(self, seconds: float) -> dict:
+    # Not a blocking read: only the wait for a file descriptor has a limit.
+    out, until = self._process.stdout, time.monotonic() + seconds
+    with selectors.DefaultSelector() as selector:
+      selector.register(out, selectors.EVENT_READ)
+      while b'\n' not in self._unread:
+        if not selector.select(max(0.0, until - time.monotonic())):
+          raise TimeoutError
+        part = os.read(out.fileno(), 2**16)
+        if not part:
+          raise EOFError
+        self._unread += part
+    line, _, self._unread = self._unread.partition(b'\n')
+    return json.loads(line)
+
+  def kill(self) -> None:
+    self._process.kill()
+    self._process.wait()
+    self._process.stdin.close()
+    self._process.stdout.close()
+
+
+class FileJudge:
+  """The function reward(text, record) -> float of a Python file, in processes of its own, so that
+  it may take its time, hang or exit. It is to be a function of these two alone: which of the
+  processes calls it, and in which order, is not said.
+
+  Raises ValueError for a file that has no such function.
+  """
+
+  def __init__(self, path: str, seconds: float):
+    self.name, self._path, self._seconds = path, path, seconds
+    self._workers: dict[int, Worker] = {}
+    self._threads = concurrent.futures.ThreadPoolExecutor(WORKERS, 'reward')
+    self._waiting: list[concurrent.futures.Future] = []
+    first = Worker(path)
+    try:
+      problem = first.ready()
+    except (TimeoutError, EOFError) as error:
+      problem = (
+        f'its imports took more than {START_SECONDS:g} s'
+        if isinstance(error, TimeoutError)
+        else 'it ended its process'
+      )
+    first.kill()
+    if problem:
+      self.close()
+      raise ValueError(f'objective.reward={path} cannot be used: {problem}')
+
+  def submit(self, answer: Answer) -> None:
+    self._waiting.append(self._threads.submit(self._judge, answer))
+
+  def verdicts(self) -> list[Verdict]:
+    waiting, self._waiting = self._waiting, []
+    return [future.result() for future in waiting]
+
+  def close(self) -> None:
+    self._threads.shutdown(wait=True, cancel_futures=True)
+    for worker in self._workers.values():
+      worker.kill()
+    self._workers = {}
+
+  def _judge(self, answer: Answer) -> Verdict:
+    """In one of the threads, each of which has a process."""
+    thread = threading.get_ident()
+    try:
+      if thread not in self._workers:
+        self._workers[thread] = Worker(self._path)
+        if problem := self._workers[thread].ready():
+          raise OSError(problem)
+      return Verdict(**self._workers[thread].judged(answer, self._seconds))
+    except (TimeoutError, OSError, EOFError) as error:
+      # The next answer gets a new process.
+      if worker := self._workers.pop(thread, None):
+        worker.kill()
+      if isinstance(error, TimeoutError):
+        return Verdict(error=f'it took more than {self._seconds:g} s (objective.reward_timeout)')
+      return Verdict(error=f'it ended its process {error}'.rstrip())
+
+
+class ModelJudge:
+  """A reward model, which reads prompt and answer as they are, its end too.
+
+  scores: (ids of texts) -> rewards, as workdir.reward.RewardModel.scores.
+  """
+
+  def __init__(self, name: str, scores: Callable[[Sequence[Sequence[int]]], np.ndarray]):
+    self.name, self._scores = name, scores
+    self._waiting: list[list[int]] = []
+
+  def submit(self, answer: Answer) -> None:
+    self._waiting.append([*answer.prompt.ids, *answer.ids])
+
+  def verdicts(self) -> list[Verdict]:
+    waiting, self._waiting = self._waiting, []
+    return [Verdict(float(score)) for score in self._scores(waiting)] if waiting else []
+
+  def close(self) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Attributes:
+  each: f64 [J, R], by judge; NaN where one gave none. failures: why, each naming judge and prompt.
+  """
+
+  each: Float[np.ndarray, 'J R']
+  failures: list[str]
+
+
+class Judges:
+  """All that a run's answers are judged by, with what each one's scores weigh."""
+
+  def __init__(self, judges: Sequence[Judge], weights: Sequence[float]):
+    self._judges, self.weights = judges, np.array(weights, np.float64)
+    self._answers: list[Answer] = []
+
+  def submit(self, answer: Answer) -> None:
+    """Begins to judge an answer."""
+    self._answers.append(answer)
+    for judge in self._judges:
+      judge.submit(answer)
+
+  def scores(self) -> Scores:
+    """Of all answers since the last call, in the order in which they were submitted."""
+    answers, self._answers = self._answers, []
+    said = [judge.verdicts() for judge in self._judges]
+    failures = [
+      f'{judge.name} gave no reward to an answer to {answer.prompt.place} '
+      f'({answer.text[:60]!r}): {verdict.error}'
+      for judge, verdicts in zip(self._judges, said)
+      for answer, verdict in zip(answers, verdicts, strict=True)
+      if verdict.error
+    ]
+    each = np.array([[v.score for v in verdicts] for verdicts in said], np.float64)
+    return Scores(each.reshape(len(self._judges), len(answers)), failures)
+
+  def close(self) -> None:
+    """Ends the processes."""
+    for judge in self._judges:
+      judge.close()
+
+
+def totals(
+  each: Float[np.ndarray, 'J R'], weights: Float[np.ndarray, 'J'], group: int = 0
+) -> Float[np.ndarray, 'R']:
+  """The weighted sum of scores, NaN where one is.
+
+  group: how many answers follow one another that are to one prompt, over whose mean and standard
+    deviation each judge's scores are taken before they are added, so that a weight is what it says;
+    0: they are added as they are.
+  """
+  if group:
+    scores = each.reshape(len(each), -1, group)
+    counted = np.isfinite(scores)
+    count = np.maximum(counted.sum(-1, keepdims=True), 1)
+    filled = np.where(counted, scores, 0.0)
+    mean = filled.sum(-1, keepdims=True) / count
+    apart = np.where(counted, scores - mean, 0.0)
+    std = np.sqrt(np.square(apart).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
+    each = np.where(counted, apart / (std + 1e-6), np.nan).reshape(each.shape)
+  return (weights[:, None] * each).sum(0)
+
+
+def is_file(reward: str) -> bool:
+  """Whether a reward is a Python file, and not the directory of a run."""
+  return reward.endswith('.py')

@@ -1,0 +1,66 @@
+"""What calls a reward function that a person wrote, apart from training? A process of its own, which
+may hang, exit or print what it likes: python -m objectives.judging FILE.
+
+A line of JSON comes in for each answer, {"text": .., "record": ..}, and one goes out:
+{"score": number} or {"error": text}. Imports nothing of the project.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+
+FUNCTION = 'reward'
+
+
+def loaded(path: str) -> Callable[[str, dict], float]:
+  """The function of a file. Raises ValueError where it has none; what the file raises passes."""
+  spec = importlib.util.spec_from_file_location('reward_file', path)
+  if spec is None or not os.path.isfile(path):
+    raise ValueError(f'{path} is no Python file')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  function = getattr(module, FUNCTION, None)
+  if not callable(function):
+    raise ValueError(
+      f'{path} has no function {FUNCTION}(text: str, record: dict) -> float; write one'
+    )
+  return function
+
+
+def judged(function: Callable[[str, dict], float], text: str, record: dict) -> dict:
+  """What goes out for an answer; whatever the function raises is told, not passed on."""
+  try:
+    score = function(text, record)
+  except Exception as error:
+    return {'error': f'{type(error).__name__}: {error}'}
+  number = isinstance(score, int | float) or hasattr(score, '__float__')
+  if not number or not math.isfinite(float(score)):
+    return {'error': f'it returned {score!r}, which is no finite number'}
+  return {'score': float(score)}
+
+
+def main(path: str) -> None:
+  """Judges what standard input says, until it ends."""
+  # What the function prints goes to the errors: the answers have standard output for themselves.
+  answers = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)
+
+  def say(content: dict) -> None:
+    answers.write(json.dumps(content) + '\n')
+    answers.flush()
+
+  try:
+    function = loaded(path)
+  except Exception as error:
+    say({'error': f'{type(error).__name__}: {error}'})
+    return
+  say({})
+  for line in sys.stdin:
+    say(judged(function, **json.loads(line)))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1])

@@ -1,0 +1,438 @@
+"""What teaches a model by what it writes itself? A score of each answer: policy gradients, with the
+ratio to the policy that wrote it clipped (PPO, arXiv:1707.06347, equation 7).
+
+    ratio   = policy / behaviour, of a token or of an answer
+    loss    = -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A)     + beta KL(policy || reference)
+
+`grpo` credits answers against those of their group, without a critic; `ppo` is objectives/ppo.py.
+Log-probabilities are at the temperature that answers are drawn at, everywhere.
+
+B rows of a batch, an answer in each · T length
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+import names
+from data import prompts, tokenizers
+from data.extra import same_ids
+from kernels import context
+from model.logprobs import logprobs
+from objectives import advantage
+from objectives.answers import BEGUN, EXPERTS, NONE, REFERENCE, balance
+from objectives.laws import final, laid_out, law
+from objectives.next_token import router_metrics
+from objectives.objective import MAIN, Objective, Role, or_one
+from objectives.rollout import POLICY, HeldOut, RolloutBatch, Rollouts
+
+TOKEN, ANSWER, LONGEST = 'token', 'answer', 'longest'  # what counts alike
+TOKENS, MEANS, SUMS = 'tokens', 'means', 'sums'  # of what ratios are
+LEARNED, MASKED = 'learned', 'masked'
+AS_IS, BY_GROUP = '', 'group'
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """Of the losses without a critic.
+
+  Attributes:
+    baseline: of advantages (objectives/advantage.py). counts: what counts alike: each 'token', each
+      'answer', or an answer as if it were the 'longest'. ratios: of 'tokens', or of answers the
+      'means' or 'sums' of theirs.
+  """
+
+  baseline: str
+  counts: str
+  ratios: str = TOKENS
+
+
+VARIANTS = {
+  'grpo': Variant(advantage.DEVIATION, ANSWER),
+  'dr_grpo': Variant(advantage.MEAN, LONGEST),
+  'dapo': Variant(advantage.DEVIATION, TOKEN),
+  'rloo': Variant(advantage.OTHERS, ANSWER, SUMS),
+  'gspo': Variant(advantage.DEVIATION, ANSWER, MEANS),
+}
+
+
+class Scored(NamedTuple):
+  """Attributes:
+  batch: laid out in `parts` (objectives/laws.py). hidden: final states of the policy, [B, T, D].
+  log_ratio: how many nats likelier it finds each target than who wrote it, [B, T], 0 where none
+    counts. router: what experts report, or None.
+  """
+
+  batch: RolloutBatch
+  parts: int
+  hidden: Any
+  log_ratio: Any
+  router: dict | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfRollouts(Objective):
+  """What learns from its own answers to prompts (data/prompts.py).
+
+  Attributes:
+    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
+    max_new_tokens: of an answer; a prompt has data.sequence_length less this.
+    temperature: at which answers are drawn, and logits divided wherever they are compared.
+    reward: what scores answers: Python files with a function reward(text, record) -> float, and
+      directories of runs of objective.kind='reward'.
+    reward_weights: of each; none: 1 of all.
+    reward_timeout: seconds that a file's function may take for an answer.
+    missing_end: what an answer that did not end by itself has less.
+    reference: what the policy is to stay near where beta > 0: itself as the run 'begun' (for
+      nothing under an adapter, where it is the base), or the directory of another run.
+    beta: weight of KL(policy || reference).
+    clip: by how much the ratio of policy to behaviour may move from 1.
+    epochs: how often a rollout is learned from. minibatches: batches of data.batch_size rows that
+      a rollout is cut into; a step learns from one.
+    stop_kl: nats a token by which the policy may have moved from what wrote the answers, for
+      another epoch to begin; 0: all are gone through.
+    rollout_rows: answers that are written side by side, each with a cache of
+      data.sequence_length; 0: all of a rollout.
+  """
+
+  template: str = ''
+  max_new_tokens: int = 256
+  temperature: float = 1.0
+  reward: tuple[str, ...] = ()
+  reward_weights: tuple[float, ...] = ()
+  reward_timeout: float = 10.0
+  missing_end: float = 0.0
+  reference: str = BEGUN
+  beta: float = 0.0
+  clip: float = 0.2
+  epochs: int = 1
+  minibatches: int = 1
+  stop_kl: float = 0.0
+  rollout_rows: int = 0
+
+  # Without annotations: facts of a kind, no settings.
+  of_records = True
+  completed_by = 'workdir.rollouts.staged'
+  group = 1  # answers to a prompt
+  resamplings = 0  # of groups that teach nothing
+  reward_scale = AS_IS
+  masked = False  # whether what did not end by itself counts nowhere
+  penalised = False  # whether beta is in the loss
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._check_least(
+      max_new_tokens=1, epochs=1, minibatches=1, beta=0, stop_kl=0, rollout_rows=0, missing_end=0
+    )
+    for name, most in (('temperature', math.inf), ('reward_timeout', math.inf), ('clip', 1)):
+      value = getattr(self, name)
+      if not 0 < value < most:
+        raise ValueError(f'objective.{name}={value} must be above 0, and below {most}')
+    if not self.reference or self.reference == NONE:
+      raise ValueError(
+        f"objective.reference={self.reference!r} names no model; it is 'begun' or the directory of "
+        'a run, and without one objective.beta=0'
+      )
+    if self.reference != BEGUN and not self.beta:
+      raise ValueError(
+        f'objective.reference={self.reference!r} would not be read: objective.beta=0; raise that'
+      )
+    if self.reward_weights and len(self.reward_weights) != len(self.reward):
+      raise ValueError(
+        f'objective.reward_weights={self.reward_weights} are not of the {len(self.reward)} entries '
+        'of objective.reward; give one for each'
+      )
+    if not all(map(math.isfinite, self.reward_weights)):
+      raise ValueError(f'objective.reward_weights={self.reward_weights} must be finite')
+    if self.stop_kl and self.epochs == 1:
+      raise ValueError(
+        f'objective.stop_kl={self.stop_kl} is looked at before another epoch, and '
+        'objective.epochs=1 has none; leave it 0'
+      )
+
+  # 1. Models.
+
+  def models(self, config):
+    models = {MAIN: Role(config)}
+    if self.beta and self.reference == BEGUN:
+      models[REFERENCE] = Role(config, trained=False, begun=MAIN)
+    elif self.beta:
+      models[REFERENCE] = Role(None, trained=False, directory=self.reference)
+    return models
+
+  def accepts(self, models):
+    config = models[MAIN]
+    for name, network in models.items():
+      if not network.causal or network.encoder_layers:
+        kind = 'an encoder-decoder' if network.encoder_layers else 'an encoder'
+        raise NotImplementedError(
+          f'objective.kind={self.kind!r} learns from what a decoder writes, and {name!r} with '
+          f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is {kind} '
+          "(T5 among them); use a decoder, or objective.kind='preference_seq2seq'"
+        )
+    if config.execution.pipeline.schedule == '1f1b':
+      raise NotImplementedError(
+        f'objective.kind={self.kind!r} writes with the model that it trains, and '
+        "model.execution.pipeline.schedule='1f1b' splits it over stages; use mesh.fsdp or "
+        'mesh.tensor'
+      )
+    if config.moe.experts and config.moe.dispatch == 'capacity':
+      raise ValueError(
+        "model.moe.dispatch='capacity' drops tokens in training that writing does not drop: their "
+        "log-probabilities would differ; use 'dropless'"
+      )
+    reference = models.get(REFERENCE)
+    if reference is not None and reference.V != config.V:
+      raise ValueError(
+        f'objective.reference={self.reference!r} has model.vocabulary={reference.vocabulary} and '
+        f'the policy {config.vocabulary}: they read other tokens; use a reference of the same '
+        'tokenizer'
+      )
+
+  # 2. Batches.
+
+  def read(self, config, log):
+    longest = config.sequence_length - self.max_new_tokens
+    if longest < 1:
+      raise ValueError(
+        f'objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in '
+        f'data.sequence_length={config.sequence_length}; lower it, or raise that'
+      )
+    if not self.reward:
+      raise ValueError(
+        'objective.reward is empty: nothing says what an answer is worth; give a Python file or a '
+        'run, as in --config.objective.reward=configs/rewards/arithmetic.py'
+      )
+    answers = config.batch_size * self.minibatches
+    if answers % self.group:
+      raise ValueError(
+        f'a rollout of data.batch_size={config.batch_size} x objective.minibatches='
+        f'{self.minibatches} answers is of no whole groups of objective.group={self.group}; make '
+        'it a multiple'
+      )
+    read = prompts.prepare(config, self.template, longest, self.group * self.epochs, log)
+    if self.reference != BEGUN:
+      base = tokenizers.load(f'{self.reference}/tokenizer')
+      if not same_ids(base, read.tokenizer):
+        raise ValueError(
+          f'the tokenizer of objective.reference={self.reference} ({base.kind}, '
+          f'{base.vocabulary:,} ids) is not that of the policy ({read.tokenizer.kind}, '
+          f'{read.tokenizer.vocabulary:,} ids); use a reference of the same tokenizer'
+        )
+    return read
+
+  def batches(self, prepared, config, rows):
+    return Rollouts(prepared, self, config, rows)
+
+  def validation_batches(self, prepared, config, rows):
+    return HeldOut(prepared, config, rows, self.missing_end)
+
+  def batch_like(self, config):
+    return RolloutBatch.abstract(config.batch_size, config.sequence_length)
+
+  def tokens(self, batch):
+    return jnp.count_nonzero(batch.segments)
+
+  def asked_of(self, first: bool) -> tuple[str, ...]:
+    """What of `said` a rollout needs; first: of a process, which compares sampler and trainer."""
+    return (*([POLICY] if first else []), *([REFERENCE] if self.beta else []))
+
+  def said(self, models, batch: RolloutBatch, names_: tuple[str, ...]) -> dict[str, Array]:
+    """By name, f32 [B, T]: log-probabilities of the targets by 'policy' and 'reference'. Not
+    differentiated.
+    """
+    return {
+      name: jnp.where(batch.weights > 0, self._targets(models[name], batch), 0) for name in names_
+    }
+
+  def _targets(self, model, batch) -> Float[Array, 'B T']:
+    """In order, whatever the layout that the mesh computes in."""
+    batch, parts = laid_out(model, batch)
+    x, _ = final(model, batch, parts)
+    scores = logprobs(law(model, x, self.temperature), batch.targets, batch.weights)
+    return context.in_order(scores, parts)
+
+  def credited(self, batch: RolloutBatch, said: dict[str, np.ndarray], coefficient: float):
+    """The rollout [R, T] with what each token is credited with, and what is to be noted of it.
+
+    said: of `asked_of`. coefficient: beta, where it is adapted.
+    """
+    raise NotImplementedError
+
+  # 3. Loss, and what is said of it.
+
+  def policy_sums(self, batch, log_ratio: Float[Array, 'B T'], high: float):
+    """What is minimised of each token, before it is weighed, and the sums of its metrics.
+
+    log_ratio: of policy to behaviour, of each token or spread over an answer.
+    """
+    A, mask = batch.advantages, batch.weights
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - self.clip, 1 + high)
+    losses = -jnp.minimum(ratio * A, clipped * A)
+    stopped = ((ratio < 1 - self.clip) & (A < 0)) | ((ratio > 1 + high) & (A > 0))
+    sums = {'clipped': (stopped * mask).sum()}
+    return losses, sums
+
+  def said_sums(self, batch, log_ratio: Float[Array, 'B T']) -> dict[str, Array]:
+    """Sums of metrics that all kinds have; log_ratio: of each token, 0 where none counts."""
+    mask = batch.weights
+    sums = {
+      'answers': batch.last,
+      'tokens': mask,
+      # Of all answers, those that count nowhere too.
+      'written': batch.lengths,
+      'scores': batch.scores,
+      'failed': batch.failed,
+      'ended': batch.ended,
+      'equal': batch.equal,
+      'surprise': -batch.behaviour * mask,
+      'ratios': jnp.abs(log_ratio) * mask,
+      'moved': (jnp.exp(log_ratio) - 1 - log_ratio) * mask,
+      'kl': (jnp.expm1(batch.reference - batch.behaviour) - (batch.reference - batch.behaviour))
+      * mask,
+    }
+    return {name: x.sum().astype(jnp.float32) for name, x in sums.items()}
+
+  def metrics(self, terms, weights, sums):
+    """`loss`; `reward`, a mean over answers that have one; `answer_length` in tokens; `ended`, the
+    share that ended by itself; `failed_rewards` and `equal_groups`, shares of answers; `entropy`,
+    the mean of -log p of what was drawn, which estimates it; `policy_kl`, by how much the policy
+    has moved from what wrote them, and `log_ratio`, the mean of its absolute value, which in the
+    first step of a rollout is the drift between sampler and trainer; `clip_fraction`, of tokens
+    whose gradient the clip stops; with beta, `kl` of the writing policy from the reference. Per
+    token, in nats.
+    """
+    said = super().metrics(terms, weights, sums)
+    said.pop(EXPERTS, None)
+    tokens, answers = or_one(sums['tokens']), or_one(sums['answers'])
+    said |= self._of_answers(sums) | {
+      'failed_rewards': sums['failed'] / answers,
+      'entropy': sums['surprise'] / tokens,
+      'policy_kl': sums['moved'] / tokens,
+      'log_ratio': sums['ratios'] / tokens,
+      'clip_fraction': sums['clipped'] / tokens,
+    }
+    if self.beta:
+      said['kl'] = sums['kl'] / tokens
+    if self.group > 1:
+      said['equal_groups'] = sums['equal'] / answers
+    return said | router_metrics(sums)
+
+  def _of_answers(self, sums):
+    answers = or_one(jnp.asarray(sums['answers']))
+    return {
+      'reward': sums['scores'] / or_one(jnp.asarray(sums['answers'] - sums['failed'])),
+      'answer_length': sums['written'] / answers,
+      'ended': sums['ended'] / answers,
+    }
+
+  def judged(self, models, batch):
+    del models
+    sums = self.said_sums(batch, jnp.zeros_like(batch.behaviour))
+    return {name: sums[name] for name in ('answers', 'written', 'scores', 'failed', 'ended')}
+
+  def verdict(self, sums, prepared):
+    """`validation_loss`, the mean reward with its sign turned; `validation_reward`,
+    `validation_answer_length`, `validation_ended`.
+    """
+    del prepared
+    said = {f'validation_{name}': float(x) for name, x in self._of_answers(sums).items()}
+    return {'validation_loss': -said['validation_reward'], **said}
+
+  def score_policy(self, models, batch) -> 'Scored':
+    """What the policy says of a batch."""
+    batch, parts = laid_out(models[MAIN], batch)
+    x, router = final(models[MAIN], batch, parts)
+    with jax.named_scope('loss'):
+      policy = logprobs(law(models[MAIN], x, self.temperature), batch.targets, batch.weights)
+    log_ratio = jnp.where(batch.weights > 0, policy - batch.behaviour, 0)
+    return Scored(batch, parts, x, log_ratio, router)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPO(OfRollouts):
+  """Several answers to each prompt, each credited against the others (GRPO, arXiv:2402.03300).
+
+  Attributes:
+    variant: 'grpo'; 'dr_grpo', without the division by the group's deviation and by lengths; 'dapo',
+      in which each token counts alike; 'rloo', a leave-one-out baseline and ratios of answers;
+      'gspo', ratios of answers by the token (arXiv:2507.18071).
+    group: answers to each prompt.
+    clip_high: how far above 1 the ratio may go; 0: as clip.
+    resamplings: how often groups in which no answer is better than another are replaced by those of
+      other prompts (DAPO's dynamic sampling, arXiv:2503.14476).
+    unended: whether an answer that did not end by itself is 'learned' from or 'masked'.
+    reward_scale: '': several rewards are added as they are; 'group': each over its mean and
+      deviation in the group, first.
+  """
+
+  kind: str = 'grpo'
+  variant: str = 'grpo'
+  group: int = 8
+  clip_high: float = 0.0
+  resamplings: int = 0
+  unended: str = LEARNED
+  reward_scale: str = AS_IS
+  penalised = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    names.check('objective.variant', self.variant, VARIANTS)
+    names.check('objective.unended', self.unended, (LEARNED, MASKED))
+    names.check('objective.reward_scale', self.reward_scale, (AS_IS, BY_GROUP))
+    self._check_least(group=2, clip_high=0, resamplings=0)
+
+  @property
+  def masked(self) -> bool:
+    return self.unended == MASKED
+
+  def credited(self, batch, said, coefficient):
+    del coefficient
+    counted = batch.weights.max(1) > 0
+    scores = batch.scores.sum(1, dtype=np.float64)
+    each = advantage.of_groups(
+      scores.reshape(-1, self.group),
+      counted.reshape(-1, self.group),
+      VARIANTS[self.variant].baseline,
+    )
+    advantages = np.float32(each.reshape(-1, 1) * batch.weights)
+    reference = said.get(REFERENCE, batch.behaviour)
+    return dataclasses.replace(batch, advantages=advantages, reference=reference), {}
+
+  def weights(self, batch):
+    answers = (batch.weights.max(1) > 0).sum().astype(jnp.float32)
+    counts = {
+      TOKEN: batch.weights.sum(),
+      ANSWER: answers,
+      LONGEST: answers * self.max_new_tokens,
+    }
+    return {
+      POLICY: counts[VARIANTS[self.variant].counts],
+      EXPERTS: self.tokens(batch).astype(jnp.float32),
+    }
+
+  def sums(self, models, batch):
+    batch, _, _, log_ratio, router = self.score_policy(models, batch)
+    variant, mask = VARIANTS[self.variant], batch.weights
+    lengths = jnp.maximum(mask.sum(1, keepdims=True), 1)
+    ratios = log_ratio
+    if variant.ratios != TOKENS:
+      of_answer = log_ratio.sum(1, keepdims=True)
+      of_answer = of_answer / lengths if variant.ratios == MEANS else of_answer
+      ratios = jnp.broadcast_to(of_answer, log_ratio.shape)
+    losses, sums = self.policy_sums(batch, ratios, self.clip_high or self.clip)
+    if self.beta:
+      apart = jnp.where(mask > 0, batch.reference - batch.behaviour - log_ratio, 0)
+      losses += self.beta * (jnp.expm1(apart) - apart)
+    each = losses * mask
+    # A mean over an answer's tokens, or the sum of them.
+    total = (each / lengths if variant.counts == ANSWER else each).sum()
+    terms = {POLICY: total, EXPERTS: balance(router)}
+    sums = jax.lax.stop_gradient(sums | self.said_sums(batch, log_ratio))
+    return terms, sums | (router or {})

@@ -1,0 +1,445 @@
+"""How does what a policy writes become batches? Prompts are answered by the engine with the weights
+of the step, judged meanwhile, scored by the frozen models, credited; and the whole is cut into the
+batches of the next steps.
+
+    prompts -> answers and what the sampler thought of them (decode.bulk)
+            -> scores (objectives/judges.py), beside the step's thread
+            -> log-probabilities by the reference, values by the critic: one forward pass
+            -> what each token is credited with (objectives/advantage.py)
+            -> epochs x minibatches, each epoch in an order of its own
+
+All of it is a function of the state, the seed and the number of the rollout. Between the first and
+the last batch of a rollout the policy moves on, so that a checkpoint has the rest of it.
+
+R answers of a rollout · B rows of a batch · T length
+"""
+
+import base64
+import dataclasses
+import io
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from data.batch import Batch
+from data.config import DataConfig
+from data.prompts import Prompt, Prompts
+from decode.bulk import Written
+from objectives import advantage
+from objectives.judges import Answer, Judges, totals
+
+POLICY = 'policy'  # what a forward pass says of the policy, by name
+# By which sampler and trainer may differ on one token, with the same weights: rounding.
+DRIFT = {'float32': 1e-4, 'bfloat16': 0.5, 'float16': 0.1}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch(Batch):
+  """A batch of answers, each behind its prompt in a row of its own; `weights` is 1 where a target
+  is one of the answer's tokens and counts. More of each target, all f32 [B, T]:
+
+  Attributes:
+    behaviour: its log-probability by the law that it was drawn from. reference: by the reference, 0
+      without one.
+    advantages: what it is credited with.
+    values, returns: what the critic expected there, and what it is to expect; 0 without one.
+    last: 1 at the last token of every answer. And there: lengths, its tokens; scores, its reward, 0
+      if it has none; failed: 1 if it has none; ended: 1 if it ended by itself; equal: 1 if no
+      answer to its prompt is better than another.
+  """
+
+  behaviour: Any
+  reference: Any
+  advantages: Any
+  values: Any
+  returns: Any
+  last: Any
+  lengths: Any
+  scores: Any
+  failed: Any
+  ended: Any
+  equal: Any
+
+  @classmethod
+  def empty(cls, rows: int, length: int) -> 'RolloutBatch':
+    batch = Batch.empty(rows, length)
+    return cls(**vars(batch), **{name: np.zeros_like(batch.weights) for name in OF_ROLLOUTS})
+
+  @classmethod
+  def abstract(cls, rows: int, length: int, sharding=None) -> 'RolloutBatch':
+    batch = Batch.abstract(rows, length, sharding)
+    return cls(**vars(batch), **dict.fromkeys(OF_ROLLOUTS, batch.weights))
+
+  def cut(self, rows: Sequence[int]) -> 'RolloutBatch':
+    """These rows of it."""
+    return jax.tree.map(lambda x: x[np.asarray(rows)], self)
+
+
+OF_ROLLOUTS = [
+  field.name
+  for field in dataclasses.fields(RolloutBatch)
+  if field.name not in {of.name for of in dataclasses.fields(Batch)}
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A prompt that is to be answered, and with which seed; seed=None: by the likeliest tokens."""
+
+  prompt: Prompt
+  seed: int | None
+
+
+@runtime_checkable
+class Stage(Protocol):
+  """What a rollout needs of a run: its models on its mesh, judges, a journal. (workdir/rollouts.py)
+
+  Attributes:
+    prompts: see data.prompts. judges: of answers. seed: of the run. dtype: that models compute in.
+    log: takes lines for a person.
+  """
+
+  prompts: Prompts
+  judges: Judges
+  seed: int
+  dtype: str
+  log: Callable[[str], Any]
+
+  def answers(self, models: Mapping[str, Any], asked: Sequence[Asked]) -> Iterator:
+    """(index, decode.bulk.Written) of each, as they end."""
+
+  def text(self, ids: Sequence[int]) -> str:
+    """What an answer of these ids says, without the token that ends it."""
+
+  def said(self, models: Mapping[str, Any], batch: RolloutBatch, names: tuple[str, ...]) -> dict:
+    """What Objective.said makes of a batch [B, T], as numpy arrays in every process."""
+
+  def note(self, rollout: int, content: dict) -> None:
+    """Keeps what a rollout was, for who reads the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """Some answers, groups side by side, before they are credited.
+
+  Attributes:
+    asked, written: of each. scores: f64 [R], NaN where there is none. failures: why.
+    seconds: of each phase.
+  """
+
+  asked: list[Asked]
+  written: list[Written]
+  scores: np.ndarray
+  failures: list[str]
+  seconds: dict[str, float]
+
+  def groups(self, chosen: Sequence[int], size: int) -> 'Answers':
+    """Of groups of this size these alone."""
+    rows = [group * size + i for group in chosen for i in range(size)]
+    return dataclasses.replace(
+      self,
+      asked=[self.asked[i] for i in rows],
+      written=[self.written[i] for i in rows],
+      scores=self.scores[rows],
+    )
+
+  def joined(self, other: 'Answers') -> 'Answers':
+    seconds = {name: self.seconds[name] + other.seconds[name] for name in self.seconds}
+    return Answers(
+      self.asked + other.asked,
+      self.written + other.written,
+      np.concatenate([self.scores, other.scores]),
+      self.failures + other.failures,
+      seconds,
+    )
+
+  @property
+  def tokens(self) -> int:
+    return sum(len(written.ids) for written in self.written)
+
+
+def answered(
+  stage: Stage,
+  models: Mapping[str, Any],
+  asked: Sequence[Asked],
+  missing_end: float = 0.0,
+  scaled: int = 0,
+) -> Answers:
+  """Answers with the policy's weights, judged while the others are written.
+
+  missing_end: what an answer that did not end by itself has less. scaled: of how many side by side
+    each judge's scores are brought to one scale (judges.totals).
+  Raises FloatingPointError where the policy's scores are not finite.
+  """
+  began = time.perf_counter()
+  written: dict[int, Written] = {}
+  submitted = []
+  for index, answer in stage.answers(models, asked):
+    if answer.broken:
+      raise FloatingPointError(
+        f'the policy found no finite scores behind {asked[index].prompt.place}; take an earlier '
+        'checkpoint, and a lower optimizer.learning_rate'
+      )
+    written[index] = answer
+    submitted.append(index)
+    text = stage.text(answer.ids[: len(answer.ids) - answer.ended])
+    stage.judges.submit(Answer(asked[index].prompt, tuple(answer.ids), text))
+  ended = time.perf_counter()
+  said = stage.judges.scores()
+  # Which answer ends first is of no account: from here on they are in the order of the prompts.
+  each = np.empty_like(said.each)
+  each[:, submitted] = said.each
+  unended = np.array([not written[i].ended for i in range(len(asked))])
+  scores = totals(each, stage.judges.weights, scaled) - missing_end * unended
+  seconds = {'generate': ended - began, 'judge': time.perf_counter() - ended}
+  return Answers(
+    list(asked), [written[i] for i in range(len(asked))], scores, said.failures, seconds
+  )
+
+
+def laid_out(answers: Answers, length: int, group: int = 1, masked: bool = False) -> RolloutBatch:
+  """The answers, so many to a prompt, as rows of this length, not credited yet.
+
+  masked: whether what did not end by itself counts nowhere (DAPO's overlong filtering).
+  """
+  R = len(answers.written)
+  batch = RolloutBatch.empty(R, length)
+  failed = ~np.isfinite(answers.scores)
+  for row, (asked, written) in enumerate(zip(answers.asked, answers.written)):
+    ids = np.array([*asked.prompt.ids, *written.ids], np.int32)
+    n, first = len(ids) - 1, len(asked.prompt.ids) - 1
+    batch.tokens[row, :n], batch.targets[row, :n] = ids[:-1], ids[1:]
+    batch.positions[row, :n] = np.arange(n)
+    batch.segments[row, :n] = 1
+    batch.behaviour[row, first:n] = written.processed
+    left_out = failed[row] or masked and not written.ended
+    batch.weights[row, first:n] = 0 if left_out else 1
+    batch.last[row, n - 1] = 1
+    batch.lengths[row, n - 1] = len(written.ids)
+    batch.ended[row, n - 1] = written.ended
+    batch.failed[row, n - 1] = failed[row]
+    batch.scores[row, n - 1] = 0 if failed[row] else answers.scores[row]
+  if group > 1:
+    counted = (batch.weights.max(1) > 0).reshape(-1, group)
+    equal = advantage.equal_groups(answers.scores.reshape(-1, group), counted)
+    batch.equal[:] = batch.last * np.repeat(equal, group)[:, None]
+  return batch
+
+
+class Rollouts:
+  """Batches of what the policy wrote (objectives.objective.Batches).
+
+  Args:
+    rows: of all rows of a batch, those that this process takes.
+  """
+
+  def __init__(self, stage: Stage, settings, config: DataConfig, rows: Sequence[int]):
+    self._stage, self._settings, self._config, self._rows = stage, settings, config, list(rows)
+    self._rollouts = self._prompt = 0  # begun, and of all prompts the next one
+    self._coefficient = settings.beta
+    self._batch: RolloutBatch | None = None
+    self._left: list[list[int]] = []  # rows of each batch to come
+    self._checked = False
+
+  def take(self, state) -> RolloutBatch:
+    """The next batch of this rollout, or the first one of the next."""
+    if self._left and len(self._left) % self._settings.minibatches == 0 and self._strayed(state):
+      self._left = []
+    if not self._left:
+      self._begin(state.models)
+    chosen = self._left.pop(0)
+    return self._batch.cut([chosen[row] for row in self._rows])
+
+  def state(self) -> dict:
+    rest = {} if not self._left else {'left': self._left, 'batch': packed(self._batch)}
+    return {
+      'rollouts': self._rollouts,
+      'prompt': self._prompt,
+      'coefficient': self._coefficient,
+      **self._identity(),
+      **rest,
+    }
+
+  def restore(self, position: dict) -> None:
+    differing = [
+      f'{name}: {position.get(name)!r} then, {value!r} now'
+      for name, value in self._identity().items()
+      if position.get(name) != value
+    ]
+    if differing:
+      raise ValueError(
+        'the prompts have changed since this position was saved ('
+        + '; '.join(differing)
+        + '); use '
+        'the data config that it was saved with, or start without it'
+      )
+    self._rollouts, self._prompt = position['rollouts'], position['prompt']
+    self._coefficient = position['coefficient']
+    self._left = position.get('left', [])
+    self._batch = unpacked(position['batch']) if self._left else None
+
+  def _identity(self) -> dict:
+    return {'key': self._stage.prompts.key, 'seed': self._stage.seed}
+
+  def _begin(self, models: Mapping[str, Any]) -> None:
+    """A rollout."""
+    settings, B, T = self._settings, self._config.batch_size, self._config.sequence_length
+    answers = self._answers(models, B * settings.minibatches // settings.group)
+    for line in answers.failures[:3]:
+      self._stage.log(f'WARNING: {line}')
+    if len(answers.failures) > 3:
+      self._stage.log(f'WARNING: and {len(answers.failures) - 3} more of this rollout')
+    if not np.isfinite(answers.scores).any():
+      raise ValueError(
+        f'none of the {len(answers.scores)} answers of rollout {self._rollouts} has a reward: '
+        f'{answers.failures[0]}'
+      )
+    batch = laid_out(answers, T, settings.group, settings.masked)
+
+    began = time.perf_counter()
+    asked = settings.asked_of(first=not self._checked)
+    said = self._said(models, batch, asked)
+    if not self._checked:
+      self._check(batch, said[POLICY])
+      self._checked = True
+    batch, more = settings.credited(batch, said, self._coefficient)
+    seconds = answers.seconds | {'score': time.perf_counter() - began}
+    self._note(answers, batch, seconds, more)
+    self._coefficient = more.pop('next_coefficient', self._coefficient)
+
+    orders = np.random.default_rng([self._stage.seed, 1, self._rollouts])
+    R = len(batch.tokens)
+    self._batch, self._left = batch, []
+    for epoch in range(settings.epochs):
+      order = orders.permutation(R) if settings.minibatches > 1 else np.arange(R)
+      self._left += order.reshape(-1, B).tolist()
+    self._rollouts += 1
+
+  def _answers(self, models, groups: int) -> Answers:
+    """Of so many prompts; with dynamic sampling others in the place of those whose answers are all
+    alike, as long as there are tries left.
+    """
+    settings = self._settings
+    answers = self._next(models, groups)
+    for _ in range(settings.resamplings):
+      counted = np.isfinite(answers.scores).reshape(-1, settings.group)
+      equal = advantage.equal_groups(answers.scores.reshape(-1, settings.group), counted)
+      if not equal.any():
+        break
+      kept = answers.groups(np.flatnonzero(~equal).tolist(), settings.group)
+      answers = kept.joined(self._next(models, int(equal.sum())))
+    return answers
+
+  def _next(self, models, groups: int) -> Answers:
+    """Answers to the next prompts."""
+    prompts, seed, asked = self._stage.prompts, self._stage.seed, []
+    for index in range(self._prompt, self._prompt + groups):
+      prompt = prompts.order(seed, index)
+      # Of an answer's own: no other answer of the run shares its noise.
+      seeds = np.random.SeedSequence([seed, 2, index]).generate_state(self._settings.group)
+      asked += [Asked(prompt, int(each)) for each in seeds]
+    self._prompt += groups
+    scaled = self._settings.group if self._settings.reward_scale == 'group' else 0
+    return answered(self._stage, models, asked, self._settings.missing_end, scaled)
+
+  def _said(self, models, batch: RolloutBatch, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """What the models say of all rows, a batch at a time."""
+    if not names:
+      return {}
+    B = self._config.batch_size
+    parts = [
+      self._stage.said(models, batch.cut(range(first, first + B)), names)
+      for first in range(0, len(batch.tokens), B)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+  def _check(self, batch: RolloutBatch, policy: np.ndarray) -> None:
+    """Raises ValueError where sampler and trainer do not agree on what the policy thinks."""
+    counted = batch.weights > 0
+    drift = np.where(counted, np.abs(policy - batch.behaviour), 0.0)
+    most, limit = float(drift.max()), DRIFT[self._stage.dtype]
+    self._stage.log(
+      f'rollout: sampler and trainer agree on log-probabilities to {most:.2g} nats (on average '
+      f'{drift.sum() / max(counted.sum(), 1):.2g}; limit {limit:g} in {self._stage.dtype})'
+    )
+    if not most <= limit:
+      row, column = np.unravel_index(int(drift.argmax()), drift.shape)
+      raise ValueError(
+        f'the sampler and the trainer differ by {most:.3g} nats on a token (row {row}, place '
+        f'{column}), of at most {limit:g} in {self._stage.dtype}: what is learned would not be of '
+        'what was written. On hardware whose f32 products are of lower precision set '
+        "model.execution.dtype='bfloat16', or JAX_DEFAULT_MATMUL_PRECISION=highest"
+      )
+
+  def _strayed(self, state) -> bool:
+    """Whether the policy is too far from what it was for another epoch."""
+    settings = self._settings
+    if not settings.stop_kl:
+      return False
+    policy = self._said(state.models, self._batch, (POLICY,))[POLICY]
+    counted = self._batch.weights > 0
+    moved = advantage.kl(self._batch.behaviour, policy, advantage.UNBIASED)
+    return float(np.where(counted, moved, 0).sum() / max(counted.sum(), 1)) > settings.stop_kl
+
+  def _note(self, answers: Answers, batch: RolloutBatch, seconds: dict, more: dict) -> None:
+    shown = range(min(self._settings.group, 4))
+    self._stage.note(
+      self._rollouts,
+      {
+        'rollout': self._rollouts,
+        'prompt': answers.asked[0].prompt.text,
+        'answers': [self._stage.text(answers.written[i].ids) for i in shown],
+        'rewards': [float(answers.scores[i]) for i in shown],
+        'reward': float(np.nanmean(answers.scores)),
+        'tokens': answers.tokens,
+        'failed': int(batch.failed.sum()),
+        'equal': int(batch.equal.sum()),
+        'seconds': seconds,
+        **more,
+      },
+    )
+
+
+class HeldOut:
+  """Held-out prompts, answered by the models of an evaluation: one answer each, as in training, with
+  the same draws each time.
+  """
+
+  def __init__(
+    self, stage: Stage, config: DataConfig, rows: Sequence[int], missing_end: float = 0.0
+  ):
+    self._stage, self._config, self._rows = stage, config, list(rows)
+    self._missing_end = missing_end
+
+  def of(self, models: Mapping[str, Any]) -> Iterator[RolloutBatch]:
+    """Batches of the answers, the last one filled up with padding."""
+    prompts, B = self._stage.prompts.validation, self._config.batch_size
+    for first in range(0, len(prompts), B):
+      here = prompts[first : first + B]
+      seeds = np.random.SeedSequence([self._stage.seed, 3, first]).generate_state(len(here))
+      asked = [Asked(prompt, int(seed)) for prompt, seed in zip(here, seeds)]
+      answers = answered(self._stage, models, asked, self._missing_end)
+      for line in answers.failures[:1]:
+        self._stage.log(f'WARNING: {line}')
+      filled = laid_out(answers, self._config.sequence_length)
+      empty = RolloutBatch.empty(B - len(here), self._config.sequence_length)
+      whole = jax.tree.map(lambda x, none: np.concatenate([x, none]), filled, empty)
+      yield whole.cut(self._rows)
+
+
+def packed(batch: RolloutBatch) -> str:
+  """A batch of numpy arrays as text, for a checkpoint's record."""
+  file = io.BytesIO()
+  np.savez(file, **vars(batch))
+  return base64.b64encode(zlib.compress(file.getvalue(), 1)).decode()
+
+
+def unpacked(text: str) -> RolloutBatch:
+  """What `packed` was given."""
+  with np.load(io.BytesIO(zlib.decompress(base64.b64decode(text)))) as arrays:
+    return RolloutBatch(**{name: arrays[name] for name in arrays.files})

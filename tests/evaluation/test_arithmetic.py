@@ -1,0 +1,83 @@
+"""Is a number that a text gives read exactly, and nothing else ever run?"""
+
+import time
+from fractions import Fraction
+
+import pytest
+
+from configs.rewards import arithmetic, brackets
+from evaluation.arithmetic import last_number, value
+
+
+@pytest.mark.parametrize(
+  'text, expected',
+  [
+    ('36', 36),
+    (' $1,234.50 ', Fraction(2469, 2)),
+    ('0.1 + 0.2', Fraction(3, 10)),
+    ('3 * (17 - 5)', 36),
+    ('-2 ** 2', -4),
+    ('2 ** -2', Fraction(1, 4)),
+    ('1 / 3', Fraction(1, 3)),
+  ],
+)
+def test_values_are_exact(text, expected):
+  assert value(text) == expected
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    '1 / 0',
+    '0 ** -1',
+    '2 ** 0.5',
+    '2 ** 65',
+    '9 ** 64 ** 2',
+    '((9 ** 64) ** 64) ** 64',
+    '9' * 31,
+    '(' * 50 + '1' + ')' * 50,
+    '-' * 150 + '1',
+    '1' + '+1' * 200,
+    '__import__("os").system("true")',
+    'x + 1',
+    '[1][0]',
+    '1 if 1 else 2',
+    'True',
+    '1j',
+    '"a" * 9',
+  ],
+)
+def test_what_is_no_bounded_expression_is_refused(text):
+  began = time.monotonic()
+  with pytest.raises(ValueError):
+    value(text)
+  assert time.monotonic() - began < 5  # hours, where one of them is run
+
+
+@pytest.mark.parametrize(
+  'text, expected',
+  [
+    ('so it is 12 + 5 = 17.', 17),
+    ('The answer is $1,200.', 1200),
+    ('-3', -3),
+    ('from 5-3 of them', 3),
+    ('about 12.5%', Fraction(1, 8)),
+    ('3/4', Fraction(3, 4)),
+    ('none at all', None),
+    ('1/0', None),
+    ('7' * 40, None),
+  ],
+)
+def test_the_last_number_of_a_text(text, expected):
+  assert last_number(text) == expected
+
+
+def test_rewards_of_the_configs():
+  assert arithmetic.reward('That makes 36.0', {'answer': 'first 40 - 4\n#### 36'}) == 1.0
+  assert arithmetic.reward('That makes 35', {'answer': 36}) == 0.0
+  assert arithmetic.reward('I do not know', {'answer': '6 * 6'}) == 0.0
+  with pytest.raises(ValueError):
+    arithmetic.reward('36', {'answer': 'many'})
+  balanced = [brackets.reward(text, {'prompt': '(['}) for text in ('])', '])()', ')]', ']', '])x')]
+  assert balanced == [1, 1, 0, 0, 0]

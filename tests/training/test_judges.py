@@ -1,0 +1,97 @@
+"""Is an answer worth what its judges say, to the last bit, and is one that got no score told, counted,
+and never 0; whatever a reward function does?
+"""
+
+import numpy as np
+import pytest
+
+from data.prompts import Prompt
+from objectives.judges import Answer, FileJudge, Judges, ModelJudge, totals
+
+PROMPT = Prompt('asked.jsonl:7', (1, 5), 'a', {'prompt': 'a', 'worth': 0.7})
+
+
+def judged(tmp_path, body, texts, seconds=20.0, head=''):
+  path = tmp_path / 'own.py'
+  path.write_text(f'{head}\ndef reward(text, record):\n  {body}\n')
+  judges = Judges([FileJudge(str(path), seconds)], [1.0])
+  try:
+    for text in texts:
+      judges.submit(Answer(PROMPT, (1, 2), text))
+    return judges.scores()
+  finally:
+    judges.close()
+
+
+def test_rewards_stay_what_they_are(tmp_path):
+  """Fractions and signs: in what an array of ids would make of them, -1.9 is -1."""
+  made = judged(tmp_path, 'return record["worth"] * len(text) - 1.9', ['', 'x', 'xxx'])
+  assert made.each.dtype == np.float64 and not made.failures
+  assert made.each[0].tolist() == [-1.9, 0.7 - 1.9, 0.7 * 3 - 1.9]
+
+
+def test_what_gives_no_score_is_named_and_no_zero(tmp_path):
+  body = (
+    'import os, math\n'
+    '  print("noise")\n'
+    '  if text == "raises": raise KeyError("gone")\n'
+    '  if text == "exits": os._exit(3)\n'
+    '  return {"nan": math.nan, "text": "1", "none": None, "inf": math.inf}.get(text, 1)'
+  )
+  texts = ['ok', 'raises', 'nan', 'exits', 'text', 'none', 'inf', 'ok']
+  made = judged(tmp_path, body, texts)
+  assert np.isnan(made.each[0, 1:-1]).all() and made.each[0, [0, -1]].tolist() == [1, 1]
+  assert len(made.failures) == 6
+  for failure, text, why in zip(
+    made.failures, texts[1:], ('KeyError', 'nan', 'ended its process', "'1'", 'None', 'inf')
+  ):
+    assert 'asked.jsonl:7' in failure and repr(text) in failure and why in failure
+
+
+def test_one_that_hangs_is_ended(tmp_path):
+  body = 'import time\n  time.sleep(60 if text == "hangs" else 0)\n  return 0.5'
+  made = judged(tmp_path, body, ['hangs', 'ok', 'ok'], seconds=0.5)
+  assert np.isnan(made.each[0, 0]) and made.each[0, 1:].tolist() == [0.5, 0.5]
+  assert 'more than 0.5 s' in made.failures[0]
+
+
+@pytest.mark.parametrize(
+  'source, said',
+  [
+    ('def rewards(text, record): return 1', 'no function reward'),
+    ('import nothing_of_this_name', 'nothing_of_this_name'),
+    ('import os; os._exit(1)', 'ended its process'),
+  ],
+)
+def test_a_file_that_cannot_judge_is_refused_at_once(tmp_path, source, said):
+  path = tmp_path / 'own.py'
+  path.write_text(source)
+  with pytest.raises(ValueError, match=said):
+    FileJudge(str(path), 1.0)
+  with pytest.raises(ValueError, match='is no Python file'):
+    FileJudge(str(tmp_path / 'none.py'), 1.0)
+
+
+def test_a_model_reads_prompt_and_answer():
+  read = []
+
+  def scores(ids):
+    read.extend(ids)
+    return np.array([sum(each) / 10 for each in ids])
+
+  judges = Judges([ModelJudge('runs/reward', scores)], [2.0])
+  judges.submit(Answer(PROMPT, (8, 2), 'x'))
+  made = judges.scores()
+  assert read == [[1, 5, 8, 2]] and made.each.tolist() == [[1.6]]
+  assert totals(made.each, judges.weights).tolist() == [3.2]
+  assert judges.scores().each.shape == (1, 0)  # each is asked for once
+
+
+def test_sums_of_several():
+  each = np.array([[1.0, 2.0, 3.0, np.nan], [10.0, 10.0, 40.0, 10.0]])
+  weights = np.array([1.0, 0.5])
+  np.testing.assert_array_equal(totals(each, weights), [6, 7, 23, np.nan])
+  scaled = totals(each, weights, group=2)
+  # (1, 2) -> -+ sqrt(1 / 2); (10, 10) -> 0; (3, nan) -> 0; (40, 10) -> +- sqrt(1 / 2)
+  half = np.sqrt(0.5)
+  np.testing.assert_allclose(scaled, [-half, half, half / 2, np.nan], atol=1e-5)

@@ -1,0 +1,363 @@
+"""Is what a policy learns of its rollouts the formulas of the papers, over one mask, at one
+temperature, whatever the parts and the devices?
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import RATE, SGD, B, T, V, assert_close, tiny
+from test_objective import Run
+
+from model.adaptation import AdapterConfig
+from objectives import policy, ppo
+from objectives.policy import GRPO, VARIANTS
+from objectives.ppo import PPO
+from objectives.rollout import RolloutBatch
+from parallel.mesh import MeshConfig
+from training.program import check_models
+
+MADE = {'max_new_tokens': 8, 'temperature': 0.7, 'reward': ('none.py',), 'clip': 0.1}
+PENALISED = GRPO(**MADE, group=4, beta=0.3, clip_high=0.25)
+CRITICAL = PPO(**MADE, critic='shared', value_coefficient=0.6, value_clip=0.3)
+
+
+def config(objective, **parts):
+  return dataclasses.replace(tiny(**{'optimizer': SGD} | parts), objective=objective)
+
+
+def batch_of(seed=0, rows=B) -> RolloutBatch:
+  """Rows as rollouts leave them, of uneven lengths: one without a reward, one row of padding. What
+  does not count holds what must not be read.
+  """
+  draw = np.random.default_rng(seed)
+  batch = RolloutBatch.empty(rows, T)
+  for row in range(rows - 1):
+    prompt, answer = 1 + row % 4, 1 + (row * 3) % 8
+    n = prompt + answer
+    batch.tokens[row, :n] = draw.integers(3, V, n)
+    batch.targets[row, :n] = draw.integers(3, V, n)
+    batch.positions[row, :n] = np.arange(n)
+    batch.segments[row, :n] = 1
+    here = slice(prompt - 1, n - 1)
+    batch.weights[row, here] = row != 2
+    for name, scale in (('behaviour', 1), ('reference', 1), ('advantages', 2), ('values', 1)):
+      getattr(batch, name)[row, here] = draw.normal(size=answer) * scale
+    batch.behaviour[row, here] -= 5.5  # about what a new model says
+    batch.reference[row, here] -= 5.5
+    batch.returns[row, here] = draw.normal(size=answer)
+    at = (row, n - 2)
+    batch.last[at], batch.lengths[at] = 1, answer
+    batch.scores[at], batch.failed[at] = (0 if row == 2 else draw.normal()), row == 2
+    batch.ended[at] = row % 2
+  batch.weights[:] *= batch.segments > 0
+  return batch
+
+
+def logs_by_hand(model, batch, temperature):
+  """log p of every target, of all logits."""
+  logits = model.logits(
+    model(jnp.asarray(batch.tokens), segments=jnp.asarray(batch.segments)).hidden
+  )
+  law = jax.nn.log_softmax(logits[..., : model.config.vocabulary_limit or None] / temperature)
+  return jnp.take_along_axis(law, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+
+
+def by_hand(model, batch, objective):
+  """The loss of the family, answer by answer."""
+  logs = logs_by_hand(model, batch, objective.temperature)
+  variant, low, high = objective.variant, 1 - objective.clip, 1 + objective.clip_high
+  each, tokens = [], 0
+  for row in range(len(batch.tokens)):
+    places = np.flatnonzero(batch.weights[row])
+    if not len(places):
+      continue
+    log, old, q = logs[row][places], batch.behaviour[row][places], batch.reference[row][places]
+    A, n = batch.advantages[row][places], len(places)
+    ratio = jnp.exp(log - old)
+    if variant == 'gspo':
+      ratio = jnp.full(n, jnp.exp((log - old).sum() / n))
+    if variant == 'rloo':
+      ratio = jnp.full(n, jnp.exp((log - old).sum()))
+    gain = jnp.minimum(ratio * A, jnp.clip(ratio, low, high) * A)
+    penalty = jnp.exp(q - log) - 1 - (q - log)
+    of_tokens = -gain + objective.beta * penalty
+    each.append(of_tokens.sum() if variant in ('dapo', 'dr_grpo') else of_tokens.mean())
+    tokens += n
+  over = {'dapo': tokens, 'dr_grpo': len(each) * objective.max_new_tokens}
+  return sum(each) / over.get(variant, len(each))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_step_is_the_absolute_step(one_device, variant):
+  """Parameters - rate * gradient of the loss, worked out by hand."""
+  objective = dataclasses.replace(PENALISED, variant=variant)
+  run, batch = Run(config(objective)), batch_of()
+  before = jax.tree.map(jnp.copy, run.state.models['policy'])
+  loss, gradient = jax.value_and_grad(by_hand)(before, batch, objective)
+  metrics, _ = run.go([batch])
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=2e-5)
+  expected = jax.tree.map(lambda p, g: p - RATE * g, before, gradient)
+  assert_close(run.state.models['policy'], expected, 5e-6)
+
+
+def critic_by_hand(models, batch, objective):
+  model, head = models['policy'], models['value_head']
+  logs = logs_by_hand(model, batch, objective.temperature)
+  x = model(jnp.asarray(batch.tokens), segments=jnp.asarray(batch.segments)).hidden
+  values = (x @ head['weight'][...] + head['bias'][...])[..., 0]
+  counted = batch.weights > 0
+  ratio = jnp.exp(jnp.where(counted, logs - batch.behaviour, 0))
+  A = batch.advantages
+  gain = jnp.minimum(ratio * A, jnp.clip(ratio, 1 - objective.clip, 1 + objective.clip) * A)
+  was, R, c = batch.values, batch.returns, objective.value_clip
+  clipped = jnp.clip(values, was - c, was + c)
+  miss = 0.5 * jnp.maximum((values - R) ** 2, (clipped - R) ** 2)
+  each = -gain + objective.value_coefficient * miss
+  return jnp.where(counted, each, 0).sum() / counted.sum()
+
+
+def test_a_step_with_a_critic_is_the_absolute_step(one_device):
+  run, batch = Run(config(CRITICAL)), batch_of()
+  trained = {name: run.state.models[name] for name in ('policy', 'value_head')}
+  # From 0 the head's first step would say nothing of the gradient through it.
+  draw = jax.random.normal(jax.random.key(0), trained['value_head']['weight'][...].shape)
+  head = jax.tree.map(jnp.copy, trained['value_head'])
+  head['weight'] = head['weight'].replace(draw)
+  run.state = dataclasses.replace(run.state, models=run.state.models | {'value_head': head})
+  before = jax.tree.map(jnp.copy, {'policy': trained['policy'], 'value_head': head})
+  loss, gradient = jax.value_and_grad(critic_by_hand)(before, batch, CRITICAL)
+  metrics, _ = run.go([batch])
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=2e-5)
+  expected = jax.tree.map(lambda p, g: p - RATE * g, before, gradient)
+  for name in before:
+    assert_close(run.state.models[name], expected[name], 1e-5)
+
+
+def fresh(run, batch, objective):
+  """The batch as the policy itself would have written it."""
+  logs = logs_by_hand(run.state.models['policy'], batch, objective.temperature)
+  behaviour = np.where(batch.weights > 0, np.asarray(logs), 0)
+  return dataclasses.replace(batch, behaviour=behaviour, reference=behaviour)
+
+
+def test_the_first_step_of_a_rollout_is_at_ratio_1(one_device):
+  """Nothing is clipped, and the loss is the mean of the advantages with its sign turned."""
+  run = Run(config(CRITICAL))
+  batch = fresh(run, batch_of(), CRITICAL)
+  metrics, _ = run.go([batch])
+  counted = batch.weights > 0
+  assert metrics['clip_fraction'] == 0 and metrics['log_ratio'] < 2e-6
+  np.testing.assert_allclose(metrics['policy'], -batch.advantages[counted].mean(), atol=1e-5)
+  np.testing.assert_allclose(metrics['entropy'], -batch.behaviour[counted].mean(), rtol=1e-5)
+
+
+def test_metrics_by_hand(one_device):
+  run, batch = Run(config(PENALISED)), batch_of()
+  logs = logs_by_hand(run.state.models['policy'], batch, PENALISED.temperature)
+  metrics, _ = run.go([batch])
+  counted = batch.weights > 0
+  apart = (np.asarray(logs) - batch.behaviour)[counted]
+  ratio, A = np.exp(apart), batch.advantages[counted]
+  stopped = (ratio < 0.9) & (A < 0) | (ratio > 1.25) & (A > 0)
+  expected = {
+    'reward': batch.scores.sum() / (batch.last.sum() - 1),
+    'answer_length': batch.lengths.sum() / batch.last.sum(),
+    'ended': batch.ended.sum() / batch.last.sum(),
+    'failed_rewards': 1 / batch.last.sum(),
+    'policy_kl': (ratio - 1 - apart).mean(),
+    'log_ratio': np.abs(apart).mean(),
+    'clip_fraction': stopped.mean(),
+  }
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+  assert 0 < metrics['clip_fraction'] < 1
+
+
+@pytest.mark.parametrize('objective', [PENALISED, CRITICAL], ids=['grpo', 'ppo'])
+def test_parts_and_what_does_not_count_change_nothing(one_device, objective):
+  """Four microbatches of uneven weight are one batch; NaN where nothing counts is not read."""
+  whole, parts = Run(config(objective)), Run(config(objective, train={'accumulation': 4}))
+  batch = batch_of()
+  spoilt = dataclasses.replace(batch)
+  for name in ('behaviour', 'reference', 'advantages', 'values', 'returns'):
+    filled = np.where(batch.weights > 0, getattr(batch, name), 1e3)
+    spoilt = dataclasses.replace(spoilt, **{name: np.float32(filled)})
+  metrics, again = whole.go([batch])[0], parts.go([spoilt])[0]
+  np.testing.assert_allclose(metrics['loss'], again['loss'], rtol=1e-5)
+  assert_close(whole.state.models, parts.state.models, 1e-5)
+
+
+def test_all_masked_gives_nothing(one_device):
+  run, batch = Run(config(PENALISED)), batch_of()
+  before = jax.tree.map(jnp.copy, run.state.models)
+  metrics, _ = run.go([dataclasses.replace(batch, weights=np.zeros_like(batch.weights))])
+  assert metrics['loss'] == 0 and all(np.isfinite(x).all() for x in metrics.values())
+  assert_close(run.state.models, before, 0)
+
+
+@pytest.mark.parametrize('objective', [PENALISED, CRITICAL], ids=['grpo', 'ppo'])
+def test_the_gradient_is_the_slope(one_device, objective):
+  """By finite differences in a random direction."""
+  run, batch = Run(config(objective)), batch_of()
+  models, trained = run.state.models, ('policy', 'value_head')
+
+  def loss(models):
+    return sum(total / weight for total, weight in objective.loss(models, batch).values())
+
+  moved = {name: models[name] for name in trained if name in models}
+  leaves, tree = jax.tree.flatten(moved)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  way = jax.tree.unflatten(tree, [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves)])
+
+  def along(step):
+    return loss(models | jax.tree.map(lambda x, d: x + step * d, moved, way))
+
+  slope = jax.jvp(jax.jit(along), (0.0,), (1.0,))[1]
+  with jax.enable_x64(False):
+    h = 3e-3
+    by_differences = (along(h) - along(-h)) / (2 * h)
+  np.testing.assert_allclose(slope, by_differences, rtol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', [PENALISED, CRITICAL], ids=['grpo', 'ppo'])
+@pytest.mark.parametrize(
+  'mesh', [{'data': 2, 'fsdp': 2}, {'tensor': 2, 'fsdp': 2}, {'context': 2}], ids=str
+)
+def test_devices_change_rounding_only(objective, mesh):
+  batch = batch_of()
+  whole = Run(config(objective))
+  metrics, _ = whole.go([batch])
+  devices = int(np.prod(list(mesh.values())))
+  run = Run(config(objective, mesh=mesh), devices)
+  again, _ = run.go([batch])
+  for name in metrics:
+    np.testing.assert_allclose(metrics[name], again[name], rtol=2e-4, atol=2e-5, err_msg=name)
+  assert_close(jax.device_get(whole.state.models), jax.device_get(run.state.models), 1e-5)
+  with jax.set_mesh(run.mesh):
+    put = jax.device_put(batch, jax.NamedSharding(run.mesh, jax.P(('data', 'fsdp'))))
+    said = jax.jit(objective.said, static_argnums=2)(run.state.models, put, ('policy',))
+  expected = logs_by_hand(jax.device_get(run.state.models)['policy'], batch, 0.7)
+  expected = np.where(batch.weights > 0, np.asarray(expected), 0)
+  np.testing.assert_allclose(said['policy'], expected, atol=2e-5)
+
+
+def test_credit_of_groups_is_of_the_group_alone():
+  objective = dataclasses.replace(PENALISED, variant='dr_grpo')
+  batch = batch_of()
+  made, _ = objective.credited(batch, {}, 0.0)
+  scores = batch.scores.sum(1).reshape(2, 4)
+  counted = (batch.weights.max(1) > 0).reshape(2, 4)
+  for group, kept, advantages in zip(scores, counted, made.advantages.reshape(2, 4, T)):
+    expected = np.where(kept, group - group[kept].mean(), 0)
+    masks = batch.weights.reshape(2, 4, T)[0 if group is scores[0] else 1]
+    np.testing.assert_allclose(advantages.sum(1), expected * masks.sum(1), atol=1e-5)
+
+
+def test_credit_of_tokens_by_hand():
+  """beta once, KL with its sign, the score at the last token that was written, and whitening over
+  what counts.
+  """
+  objective = dataclasses.replace(CRITICAL, beta=0.4, gamma=0.9, lam=0.5)
+  batch = batch_of()
+  said = {'reference': batch.reference, 'value': batch.values}
+  made, noted = objective.credited(batch, said, 0.4)
+  assert noted == {'beta': 0.4}
+  counted, each = batch.weights > 0, []
+  for row in np.flatnonzero(counted.any(1)):
+    places = np.flatnonzero(counted[row])
+    rewards = -0.4 * (batch.behaviour[row] - batch.reference[row]).astype(np.float64)[places]
+    rewards[-1] += batch.scores[row].sum()
+    values = [*batch.values[row][places].astype(np.float64), 0.0]
+    later, advantages = 0.0, []
+    for t in reversed(range(len(places))):
+      later = rewards[t] + 0.9 * values[t + 1] - values[t] + 0.9 * 0.5 * later
+      advantages.insert(0, later)
+    each.append(advantages)
+    np.testing.assert_allclose(made.returns[row][places], advantages + np.array(values[:-1]), 1e-5)
+  whole = np.concatenate(each)
+  expected = (whole - whole.mean()) / whole.std(ddof=1)
+  np.testing.assert_allclose(made.advantages[counted], expected, rtol=1e-4, atol=1e-6)
+  assert (made.advantages[~counted] == 0).all()
+
+
+def test_the_penalty_adapts_by_the_divergence_of_answers():
+  objective = dataclasses.replace(CRITICAL, beta=0.4, kl_target=2.0)
+  batch = batch_of()
+  said = {'reference': batch.reference, 'value': batch.values}
+  _, noted = objective.credited(batch, said, 0.4)
+  counted = batch.weights > 0
+  answers = counted.any(1).sum()
+  of_answer = (batch.behaviour - batch.reference)[counted].sum() / answers
+  error = np.clip(of_answer / 2 - 1, -0.2, 0.2)
+  np.testing.assert_allclose(
+    noted['next_coefficient'], 0.4 * (1 + error * answers / 10_000), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  'fields, said',
+  [
+    ({'group': 1}, 'group=1 must be at least 2'),
+    ({'variant': 'gppo'}, "variant.*'gppo'"),
+    ({'temperature': 0.0}, 'temperature=0.0 must be above 0'),
+    ({'reward_weights': (1.0, 2.0)}, 'reward_weights'),
+    ({'reference': 'runs/x'}, 'would not be read'),
+    ({'stop_kl': 0.1}, 'epochs=1 has none'),
+    ({'unended': 'dropped'}, 'unended'),
+  ],
+)
+def test_what_means_nothing_is_refused(fields, said):
+  with pytest.raises(ValueError, match=said):
+    GRPO(**fields)
+
+
+def test_models_that_write_no_text_are_refused():
+  encoder = dict(causal=False)
+  seq2seq = dict(encoder_layers=2)
+  for fields in (encoder, seq2seq):
+    with pytest.raises(NotImplementedError, match='learns from what a decoder writes'):
+      check_models(config(PENALISED, model=fields))
+  experts = dataclasses.replace(tiny().model.moe, experts=4, dispatch='capacity')
+  with pytest.raises(ValueError, match="use 'dropless'"):
+    check_models(config(PENALISED, model={'moe': experts}))
+  with pytest.raises(ValueError, match='leaves no room for a prompt'):
+    PENALISED.read(tiny(data={'sequence_length': 8}).data, print)
+
+
+def test_a_critic_is_a_model_of_its_own_and_the_reference_none_under_an_adapter(one_device):
+  """Both begin as the policy; the critic's is trained, and the reference stays, bitwise."""
+  objective = dataclasses.replace(CRITICAL, critic='separate', beta=0.1)
+  run = Run(config(objective))
+  before = jax.tree.map(jnp.copy, run.state.models)
+  assert set(before) == {'policy', 'reference', 'critic', 'value_head'}
+  for name in ('reference', 'critic'):
+    assert_close(before[name], before['policy'], 0)
+  run.go([batch_of()] * 2)
+  assert_close(run.state.models['reference'], before['reference'], 0)
+  for name in ('policy', 'critic'):
+    moved = jax.tree.map(
+      lambda a, b: float(jnp.abs(a - b).max()), run.state.models[name], before[name]
+    )
+    assert min(jax.tree.leaves(moved)) > 0, name
+
+  adapted = dataclasses.replace(
+    config(objective, mesh=dataclasses.asdict(MeshConfig())), adapter=AdapterConfig(kind='lora')
+  )
+  run = Run(adapted)
+  assert set(run.state.models) == {'policy', 'critic', 'value_head', 'adapter'}
+  base = jax.tree.map(jnp.copy, run.state.models['policy'])
+  run.go([batch_of()] * 2)
+  assert_close(run.state.models['policy'], base, 0)
+
+
+def test_clipped_values_stop_the_gradient():
+  batch = dataclasses.replace(batch_of(), values=np.float32([[0.0]]), returns=np.float32([[1.0]]))
+  value = jnp.float32([[0.5]])
+  assert ppo.value_losses(value, batch, 0.2)[0, 0] == np.float32(0.5 * 0.8**2)
+  slope = jax.grad(lambda v: ppo.value_losses(v, batch, 0.2).sum())(value)
+  assert slope[0, 0] == 0
+  assert policy.VARIANTS['dapo'].counts == 'token'

@@ -1,0 +1,293 @@
+"""Does a policy learn from what it writes; is what is learned from what was written; and is a rollout
+a function of state, seed and number, whatever the devices and however often the run was stopped?
+"""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same, run_here, tiny
+
+from data.config import CleanConfig, SourceConfig
+from data.prompts import prepare
+from data.tokenizers import ByteTokenizer
+from model.adaptation import AdapterConfig
+from objectives import rollout
+from objectives.policy import GRPO
+from objectives.ppo import PPO
+from objectives.rollout import Rollouts, laid_out, packed, unpacked
+from parallel.mesh import make_mesh
+from training import config as configs
+from training.program import begin_state, make_program, make_target
+from workdir.checkpoint import Checkpoints
+from workdir.metrics import read_metrics
+from workdir.rollouts import FILE, staged
+
+NEW, LENGTH = 6, 12
+# Fractions, and a reward that everything can be had of: the share of one letter's bytes.
+REWARD = """
+def reward(text, record):
+  return sum(c in record['wanted'] for c in text) / 7 - 0.1
+"""
+SHARED = {'max_new_tokens': NEW, 'beta': 0.1}
+FAMILY = GRPO(**SHARED, group=4, minibatches=2, epochs=2)
+CRITICAL = PPO(**SHARED, critic='shared', minibatches=2, epochs=2, stop_kl=10.0, missing_end=0.5)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A directory with prompts and a reward."""
+  directory = tmp_path_factory.mktemp('prompts')
+  rows = [{'prompt': 'pqr'[: 1 + i % 3] + str(i), 'wanted': 'abcdefghijklm'} for i in range(12)]
+  (directory / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  (directory / 'wanted.py').write_text(REWARD)
+  return directory
+
+
+def config(place, objective, adapter=None, **parts):
+  source = SourceConfig(kind='jsonl', path=str(place / 'prompts.jsonl'), format='prompt')
+  data = {
+    'sources': (source,),
+    'clean': CleanConfig(anonymise=(), near_duplicates=0),
+    'split': 'hash',
+    'validation_fraction': 0.3,
+    'sequence_length': LENGTH,
+    'batch_size': 8,
+    'cache_dir': str(place / 'cache'),
+  }
+  objective = dataclasses.replace(objective, reward=(str(place / 'wanted.py'),))
+  made = tiny(**parts | {'data': data | parts.get('data', {})})
+  return dataclasses.replace(made, objective=objective, adapter=AdapterConfig(**adapter or {}))
+
+
+class Started:
+  """The state and the rollouts of a run that begins, on its mesh."""
+
+  def __init__(self, made, directory, devices=1):
+    self.lines = []
+    mesh = make_mesh(made.mesh, jax.devices()[:devices])
+    self.mesh = jax.set_mesh(mesh)
+    prepared = made.objective.read(made.data, self.lines.append)
+    self.config = made.resolve(prepared.tokenizer.vocabulary, prepared.rows)
+    self.stage = staged(self.config, prepared, directory, self.lines.append)
+    make_state, self.step = make_program(self.config)
+    target = make_target(self.config, make_state, mesh, directory)
+    self.state = begin_state(self.config, make_state, target)
+    rows = range(self.config.data.batch_size)
+    self.rollouts = Rollouts(self.stage, self.config.objective, self.config.data, rows)
+
+  def __enter__(self):
+    self.mesh.__enter__()
+    return self
+
+  def __exit__(self, *error):
+    self.stage.judges.close()
+    self.mesh.__exit__(*error)
+
+
+def test_rows_are_what_was_written(place, tmp_path):
+  """Prompt and answer, the end of it too, at their places; log-probabilities are of the policy."""
+  with Started(config(place, FAMILY), tmp_path) as run:
+    run.rollouts.take(run.state)
+    batch = run.rollouts._batch
+    assert len(batch.tokens) == 16 and 'sampler and trainer agree' in run.lines[-1]
+    said = run.stage.said(run.state.models, batch.cut(range(8)), ('policy',))['policy']
+    prompts = {tuple(prompt.ids) for prompt in run.stage.prompts.train}
+  counted = batch.weights > 0
+  np.testing.assert_allclose(said[counted[:8]], batch.behaviour[:8][counted[:8]], atol=1e-5)
+  ends, groups = 0, []
+  for row in range(16):
+    places = np.flatnonzero(counted[row])
+    first, n = places[0], places[-1] + 1
+    assert places.tolist() == list(range(first, n)) and n == (batch.segments[row] > 0).sum()
+    prompt = tuple(batch.tokens[row, : first + 1].tolist())
+    answer = batch.targets[row, first:n].tolist()
+    assert prompt in prompts and len(answer) <= NEW
+    assert batch.tokens[row, first + 1 : n].tolist() == answer[:-1]
+    ended = answer[-1] == ByteTokenizer().eos
+    ends += ended
+    assert batch.ended[row].sum() == ended and (ended or len(answer) == NEW)
+    text = bytes(i - 3 for i in answer if 3 <= i < 259).decode(errors='replace')
+    expected = sum(c in 'abcdefghijklm' for c in text) / 7 - 0.1
+    np.testing.assert_allclose(batch.scores[row].sum(), expected, rtol=1e-6)
+    assert batch.scores[row, n - 1] == np.float32(expected) and batch.last[row, n - 1] == 1
+    groups.append(prompt)
+  assert all(len(set(groups[i : i + 4])) == 1 for i in range(0, 16, 4))
+
+
+@pytest.mark.parametrize('objective', [FAMILY, CRITICAL], ids=['grpo', 'ppo'])
+def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
+  """Bit for bit, also from within a rollout, whose policy is gone."""
+  made = config(place, objective, train={'steps': 7, 'eval_every': 3, 'save_every': 3})
+  run_here(made, tmp_path / 'whole')
+  # As a process leaves it that was killed behind its third step.
+  shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')
+  for step in Checkpoints(tmp_path / 'stopped').steps():
+    if step > 3:
+      Checkpoints(tmp_path / 'stopped').delete(step)
+  record = Checkpoints(tmp_path / 'stopped').record(3)
+  assert record['data']['left'] and record['data']['rollouts'] == 1
+  run_here(made, tmp_path / 'stopped')
+  states = [
+    Checkpoints(tmp_path / name).restore(7, abstract(made), 'models.policy')
+    for name in ('whole', 'stopped')
+  ]
+  assert_same(*states)
+  lines = [(tmp_path / name / FILE).read_text().split('\n') for name in ('whole', 'stopped')]
+  for a, b in zip(*lines, strict=True):
+    a, b = (json.loads(line or '{}') | {'seconds': 0} for line in (a, b))
+    assert a == b
+  metrics = read_metrics(tmp_path / 'whole')
+  assert {'reward', 'ended', 'entropy', 'kl', 'clip_fraction'} <= metrics[0].keys()
+  assert any('validation_reward' in line for line in metrics)
+
+
+def abstract(made):
+  from model import params
+  from training import state as states
+
+  made = made.resolve(259)
+  return params.abstract(lambda: states.new_model(made, 'policy'), jax.sharding.get_mesh())
+
+
+def test_a_batch_is_kept_as_it_is():
+  batch = rollout.RolloutBatch.empty(2, 3)
+  batch.behaviour[:] = np.float32(0.1)
+  again = unpacked(packed(batch))
+  assert_same(vars(again), vars(batch))
+
+
+def test_dynamic_sampling_replaces_what_teaches_nothing(place, tmp_path):
+  """Groups of equal rewards give way to those of the next prompts, while there are tries."""
+  objective = dataclasses.replace(FAMILY, resamplings=3, minibatches=1, epochs=1)
+  made = config(place, objective)
+  (tmp_path / 'own.py').write_text(
+    'def reward(text, record):\n  return float(len(text) * ("1" in record["prompt"]))\n'
+  )
+  objective = dataclasses.replace(made.objective, reward=(str(tmp_path / 'own.py'),))
+  with Started(dataclasses.replace(made, objective=objective), tmp_path) as run:
+    batch = run.rollouts.take(run.state)
+    assert run.rollouts.state()['prompt'] > 2  # more than the two that a batch has
+    before = run.rollouts.state()['prompt']
+  alike = dataclasses.replace(objective, resamplings=0)
+  with Started(dataclasses.replace(made, objective=alike), tmp_path) as run:
+    few = run.rollouts.take(run.state)
+    assert run.rollouts.state()['prompt'] == 2 < before
+  assert batch.equal.sum() <= few.equal.sum()
+  assert (batch.advantages[batch.equal.sum(1) > 0] == 0).all()
+
+
+def test_a_reward_that_fails_is_counted_and_all_failing_ends_the_run(place, tmp_path):
+  made = config(place, FAMILY)
+  (tmp_path / 'own.py').write_text(
+    'def reward(text, record):\n  return 1 / (len(text) % 2) + len(text)\n'
+  )
+  objective = dataclasses.replace(made.objective, reward=(str(tmp_path / 'own.py'),))
+  with Started(dataclasses.replace(made, objective=objective), tmp_path) as run:
+    run.rollouts.take(run.state)
+    batch = run.rollouts._batch
+    failed = batch.failed.sum(1) > 0
+    assert 0 < failed.sum() < 16
+    assert (batch.weights[failed] == 0).all() and (batch.advantages[failed] == 0).all()
+    assert np.isfinite(batch.advantages).all()
+    told = [line for line in run.lines if 'ZeroDivisionError' in line]
+    assert len(told) == min(3, failed.sum()) and 'prompts.jsonl:' in told[0]
+  (tmp_path / 'own.py').write_text('def reward(text, record):\n  return None\n')
+  with Started(dataclasses.replace(made, objective=objective), tmp_path) as run:
+    with pytest.raises(ValueError, match='none of the 16 answers of rollout 0 has a reward'):
+      run.rollouts.take(run.state)
+
+
+def test_what_did_not_end_may_count_nowhere(place, tmp_path):
+  with Started(config(place, FAMILY), tmp_path) as run:
+    asked = [rollout.Asked(prompt, 5 + i) for i, prompt in enumerate(run.stage.prompts.train[:4])]
+    answers = rollout.answered(run.stage, run.state.models, asked, missing_end=0.25)
+  whole, masked = laid_out(answers, LENGTH, 4), laid_out(answers, LENGTH, 4, masked=True)
+  unended = whole.ended.sum(1) == 0
+  assert unended.any()
+  assert (masked.weights[unended] == 0).all() and (whole.weights[unended].max(1) == 1).all()
+  ended = [not w.ended for w in answers.written]
+  assert ended == unended.tolist()
+
+
+def test_sampler_and_trainer_that_differ_are_told(place, tmp_path, monkeypatch):
+  """A forgotten temperature, or weights that are not the step's, end the run before its first one."""
+  with Started(config(place, FAMILY), tmp_path) as run:
+    run.stage._actor._temperature = 0.5
+    with pytest.raises(ValueError, match='the sampler and the trainer differ by'):
+      run.rollouts.take(run.state)
+
+
+def test_too_far_from_what_wrote_it_another_epoch_does_not_begin(place, tmp_path):
+  objective = dataclasses.replace(CRITICAL, stop_kl=1e-9)
+  with Started(config(place, objective), tmp_path) as run:
+    run.rollouts.take(run.state)
+    run.rollouts.take(run.state)
+    moved = jax.tree.map(lambda x: x * jnp.asarray(1.05, x.dtype), run.state.models['policy'])
+    assert run.rollouts.state()['rollouts'] == 1
+    state = dataclasses.replace(run.state, models=run.state.models | {'policy': moved})
+    run.rollouts.take(state)
+    assert run.rollouts.state()['rollouts'] == 2
+  with Started(config(place, CRITICAL), tmp_path) as run:
+    for _ in range(3):
+      run.rollouts.take(run.state)
+    assert run.rollouts.state()['rollouts'] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'mesh', [{'data': 4, 'fsdp': 2}, {'tensor': 2, 'fsdp': 2}, {'context': 2}], ids=str
+)
+def test_devices_write_the_same(place, tmp_path, mesh):
+  with Started(config(place, FAMILY), tmp_path) as run:
+    run.rollouts.take(run.state)
+    alone = run.rollouts._batch
+  with Started(config(place, FAMILY, mesh=mesh), tmp_path, int(np.prod([*mesh.values()]))) as run:
+    run.rollouts.take(run.state)
+    spread = run.rollouts._batch
+  np.testing.assert_array_equal(alone.tokens, spread.tokens)
+  np.testing.assert_array_equal(alone.targets, spread.targets)
+  for name in ('behaviour', 'reference', 'advantages'):
+    np.testing.assert_allclose(getattr(alone, name), getattr(spread, name), atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'adapter', [{'kind': 'lora'}, {'kind': 'dora'}, {'kind': 'lora', 'base': 'int8'}], ids=str
+)
+def test_an_adapter_writes_and_learns(place, tmp_path, adapter):
+  """The first rollouts are the base's, later ones the adapter's, of which the check is."""
+  fields = {'rank': 4, 'alpha': 8.0} | adapter
+  made = config(place, FAMILY, adapter=fields, train={'steps': 6, 'eval_every': 6})
+  run_here(made, tmp_path / 'run')
+  before = len(read_metrics(tmp_path / 'run'))
+  longer = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=9))
+  run_here(longer, tmp_path / 'run')  # the check again, with an adapter that has moved
+  metrics = read_metrics(tmp_path / 'run')
+  assert len(metrics) > before and all(np.isfinite(line.get('loss', 0)) for line in metrics)
+
+
+def test_prompts_are_read_in_order_of_the_seed_and_refused_by_name(place):
+  made = config(place, FAMILY)
+  read = prepare(made.data, '', LENGTH - NEW, 4, lambda line: None)
+  assert len(read.train) + len(read.validation) == 12 and read.rows == 4 * len(read.train)
+  n = len(read.train)
+  for epoch in range(2):
+    drawn = [read.order(7, epoch * n + i).place for i in range(n)]
+    assert sorted(drawn) == sorted(prompt.place for prompt in read.train)
+  assert [read.order(7, i).place for i in range(n)] != drawn
+  with pytest.raises(ValueError, match='prompts are to train on'):
+    prepare(made.data, '', 1, 4, lambda line: None)
+  wrong = dataclasses.replace(made.data.sources[0], format='chat')
+  with pytest.raises(ValueError, match='format=prompt'):
+    prepare(dataclasses.replace(made.data, sources=(wrong,)), '', 6, 4, lambda line: None)
+
+
+def test_a_config_of_rollouts_survives_its_file(place, tmp_path):
+  made = config(place, CRITICAL)
+  configs.save(made, tmp_path)
+  assert configs.load(tmp_path) == made
