@@ -1,5 +1,5 @@
-"""Which number does a text give? By parsing, exactly, in rational numbers, and never by running what
-somebody wrote: digits, depth and exponents are bounded, so that no input takes long.
+"""Which number does a text give? By parsing, exactly, in rational numbers, and never by running
+what somebody wrote: digits, depth and exponents are bounded, so that no input takes long.
 """
 
 import ast

@@ -23,7 +23,8 @@ Head = dict[str, nnx.Param]
 
 def new(config: ModelConfig, seed: int, *, labels: int, std: float | None = None) -> Head:
   """A new head on a network of this config: a normal of standard deviation `std`, or of
-  1 / sqrt(D + 1), and a bias of zeros. On the mesh in context, and traced: use under jit or eval_shape.
+  1 / sqrt(D + 1), and a bias of zeros. On the mesh in context, and traced: use under jit or
+  eval_shape.
 
   It is small, and whole on every device. Muon and ZeRO take it for a table, not for a matrix.
   """

@@ -56,8 +56,9 @@ class Actor:
       bias=0,
       ends=max(1, len(generation.ends(tokenizer))),
     )
-    vocabulary = min(tokenizer.vocabulary, config.V)
-    self._engine = Engine(config, mesh, sizes, vocabulary=vocabulary, pad=tokenizer.pad)
+    # All ids that the model has, those too that are no token's: the law that is drawn from is the
+    # one that is trained.
+    self._engine = Engine(config, mesh, sizes, vocabulary=config.V, pad=tokenizer.pad)
     self._engine.forget()
     self._ends, self._new, self._temperature = generation.ends(tokenizer), new, temperature
 

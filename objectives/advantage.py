@@ -5,7 +5,7 @@ statistics of all of it.
 A group is the answers to one prompt. Whatever counts in a mean counts in its denominator, by one
 mask; where nothing counts, the result is 0.
 
-R answers · T tokens · n groups · G answers of one
+R answers · T tokens · M groups · G answers of one
 """
 
 import numpy as np
@@ -18,11 +18,11 @@ KL_STEP, KL_HORIZON = 0.2, 10_000  # of the controller of `adapted`, arXiv:1909.
 DEVIATION, MEAN, OTHERS = BASELINES = 'deviation', 'mean', 'others'
 SIMPLE, UNBIASED = KL_ESTIMATES = 'k1', 'k3'
 
-Scores = Float[np.ndarray, 'n G']
+Scores = Float[np.ndarray, 'M G']
 Tokens = Float[np.ndarray, 'R T']
 
 
-def equal_groups(scores: Scores, counted: Bool[np.ndarray, 'n G']) -> Bool[np.ndarray, 'n']:
+def equal_groups(scores: Scores, counted: Bool[np.ndarray, 'M G']) -> Bool[np.ndarray, 'M']:
   """Groups of which no answer is better than another, or of which fewer than two count: there is
   nothing to learn from them.
   """
@@ -31,7 +31,7 @@ def equal_groups(scores: Scores, counted: Bool[np.ndarray, 'n G']) -> Bool[np.nd
   return (counted.sum(1) < 2) | (highest == lowest)
 
 
-def of_groups(scores: Scores, counted: Bool[np.ndarray, 'n G'], baseline: str) -> Scores:
+def of_groups(scores: Scores, counted: Bool[np.ndarray, 'M G'], baseline: str) -> Scores:
   """Of each answer, against those of its group that count; 0 of those that do not.
 
   baseline: 'deviation': (r - mean) / (std + 1e-6), std with n - 1 (GRPO, arXiv:2402.03300,

@@ -1,5 +1,5 @@
-"""What calls a reward function that a person wrote, apart from training? A process of its own, which
-may hang, exit or print what it likes: python -m objectives.judging FILE.
+"""What calls a reward function that a person wrote, apart from training? A process of its own,
+which may hang, exit or print what it likes: python -m objectives.judging FILE.
 
 A line of JSON comes in for each answer, {"text": .., "record": ..}, and one goes out:
 {"score": number} or {"error": text}. Imports nothing of the project.

@@ -81,8 +81,8 @@ class Objective:
     rows: rows of a batch that make up one record (a pair: 2, a group: its size). They follow one
       another, and stay together.
     of_records: whether it tunes on records, whose ids are to be those that the model knows.
-    completed_by: name of the function (config, prepared, directory of the run, log) -> prepared data
-      that adds what batches need of the run's models, on its mesh; '': none does.
+    completed_by: name of the function (config, prepared, directory of the run, log) -> prepared
+      data that adds what batches need of the run's models, on its mesh; '': none does.
     neftune_alpha: of noise on embeddings (model/drawn.py), where a kind has it as a setting.
     prompted: whether `read` takes prompt=(virtual ids), soft tokens that stand before every text
       that a model reads: counted in lengths, and weighing nothing.

@@ -2,7 +2,7 @@
 ratio to the policy that wrote it clipped (PPO, arXiv:1707.06347, equation 7).
 
     ratio   = policy / behaviour, of a token or of an answer
-    loss    = -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A)     + beta KL(policy || reference)
+    loss    = -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A) + beta KL(policy || reference)
 
 `grpo` credits answers against those of their group, without a critic; `ppo` is objectives/ppo.py.
 Log-probabilities are at the temperature that answers are drawn at, everywhere.
@@ -360,9 +360,9 @@ class GRPO(OfRollouts):
   """Several answers to each prompt, each credited against the others (GRPO, arXiv:2402.03300).
 
   Attributes:
-    variant: 'grpo'; 'dr_grpo', without the division by the group's deviation and by lengths; 'dapo',
-      in which each token counts alike; 'rloo', a leave-one-out baseline and ratios of answers;
-      'gspo', ratios of answers by the token (arXiv:2507.18071).
+    variant: 'grpo'; 'dr_grpo', without the division by the group's deviation and by lengths;
+      'dapo', in which each token counts alike; 'rloo', a leave-one-out baseline and ratios of
+      answers; 'gspo', ratios of answers by the token (arXiv:2507.18071).
     group: answers to each prompt.
     clip_high: how far above 1 the ratio may go; 0: as clip.
     resamplings: how often groups in which no answer is better than another are replaced by those of

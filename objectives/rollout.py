@@ -406,8 +406,8 @@ class Rollouts:
 
 
 class HeldOut:
-  """Held-out prompts, answered by the models of an evaluation: one answer each, as in training, with
-  the same draws each time.
+  """Held-out prompts, answered by the models of an evaluation: one answer each, as in training,
+  with the same draws each time.
   """
 
   def __init__(

@@ -55,9 +55,9 @@ class Stage:
     self.seed, self.dtype = config.train.seed, config.model.execution.dtype
     self._config, self._mesh, self._path = config, mesh, workdir / FILE
     self._noted = False
-    network = generating(config.model)
+    self._writing, written_by = _writing(config, mesh)
     self._actor = Actor(
-      network,
+      written_by,
       mesh,
       prompts.tokenizer,
       rows=objective.rollout_rows or data.batch_size * objective.minibatches,
@@ -66,7 +66,6 @@ class Stage:
       group=objective.group,
       temperature=objective.temperature,
     )
-    self._writing = _writing(config, network, mesh)
     rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
     self._put = hosts.RowShards(rows, (data.batch_size, data.sequence_length))
 
@@ -85,7 +84,8 @@ class Stage:
     return self._actor(weights, asked)
 
   def text(self, ids: Sequence[int]) -> str:
-    return self.prompts.tokenizer.decode(list(ids))
+    tokenizer = self.prompts.tokenizer
+    return tokenizer.decode([i for i in ids if i < tokenizer.vocabulary])
 
   def said(self, models, batch: RolloutBatch, names_: tuple[str, ...]) -> dict[str, np.ndarray]:
     with jax.set_mesh(self._mesh):
@@ -112,12 +112,15 @@ def read(path: pathlib.Path) -> list[dict]:
   return [files.json_object(line, f'{path}, line {i}') for i, line in enumerate(lines, 1)]
 
 
-def _writing(config: Config, network, mesh):
-  """models of the state -> weights of the policy, its adapter on it, as generation takes them."""
+def _writing(config: Config, mesh):
+  """(models of the state -> weights of the policy, its adapter on it, as generation takes them; the
+  config that these have).
+  """
   main = config.objective.main
-  writing = dataclasses.replace(config, model=network)
+  writing = dataclasses.replace(config, model=generating(config.model))
   with jax.set_mesh(mesh):
     base = params.abstract(lambda: states.new_model(writing, main), mesh)
+    written_by = jax.eval_shape(generating_model, base).config
   structure = jax.tree.structure(base)
 
   @jax.jit
@@ -126,7 +129,7 @@ def _writing(config: Config, network, mesh):
     own[main] = jax.tree.unflatten(structure, jax.tree.leaves(own[main]))
     return generating_model(states.applied(writing, own)[main])
 
-  return make
+  return make, written_by
 
 
 def _judge(config: Config, reward: str, prepared: Prompts, mesh):
@@ -153,8 +156,8 @@ def _check(config: Config) -> None:
   kind = config.objective.kind
   if config.train.offload_parameters:
     raise NotImplementedError(
-      f"objective.kind={kind!r} with train.offload_parameters, which keeps the weights in the host's "
-      'memory, where nothing writes; use mesh.fsdp, an adapter, or train.offload_optimizer'
+      f'objective.kind={kind!r} with train.offload_parameters, which keeps the weights in the '
+      'memory of the host, where nothing writes; use mesh.fsdp, an adapter, or train.offload_optimizer'
     )
   if config.adapter.soft:
     raise NotImplementedError(

@@ -1,5 +1,5 @@
-"""Is an answer, behind its prompt, balanced brackets? For prompts such as `([`: 1 where every bracket
-is closed by its own kind, and nothing else is written; else 0.
+"""Is an answer, behind its prompt, balanced brackets? For prompts such as `([`: 1 where every
+bracket is closed by its own kind, and nothing else is written; else 0.
 """
 
 CLOSED_BY = {'(': ')', '[': ']', '{': '}'}

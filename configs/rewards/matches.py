@@ -1,5 +1,5 @@
-"""Does an answer match a pattern? For records with a `pattern`, a regular expression in RE2's syntax:
-1 where it matches the whole answer, without white space about it, else 0.
+"""Does an answer match a pattern? For records with a `pattern`, a regular expression in RE2's
+syntax: 1 where it matches the whole answer, without white space about it, else 0.
 
 RE2 takes time in proportion to the text, whatever the pattern. Needs google-re2 (the extra
 `rewards`).

@@ -1,5 +1,5 @@
-"""Is an answer worth what its judges say, to the last bit, and is one that got no score told, counted,
-and never 0; whatever a reward function does?
+"""Is an answer worth what its judges say, to the last bit, and is one that got no score told,
+counted, and never 0; whatever a reward function does?
 """
 
 import numpy as np

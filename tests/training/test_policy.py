@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, B, T, V, assert_close, tiny
+from conftest import RATE, SGD, B, T, V, assert_close, host, tiny
 from test_objective import Run
 
 from model.adaptation import AdapterConfig
@@ -19,6 +19,7 @@ from objectives.rollout import RolloutBatch
 from parallel.mesh import MeshConfig
 from training.program import check_models
 
+UNSCORED = ['.head.tokens.value']
 MADE = {'max_new_tokens': 8, 'temperature': 0.7, 'reward': ('none.py',), 'clip': 0.1}
 PENALISED = GRPO(**MADE, group=4, beta=0.3, clip_high=0.25)
 CRITICAL = PPO(**MADE, critic='shared', value_coefficient=0.6, value_clip=0.3)
@@ -43,7 +44,7 @@ def batch_of(seed=0, rows=B) -> RolloutBatch:
     batch.segments[row, :n] = 1
     here = slice(prompt - 1, n - 1)
     batch.weights[row, here] = row != 2
-    for name, scale in (('behaviour', 1), ('reference', 1), ('advantages', 2), ('values', 1)):
+    for name, scale in (('behaviour', 0.2), ('reference', 0.3), ('advantages', 0.5), ('values', 1)):
       getattr(batch, name)[row, here] = draw.normal(size=answer) * scale
     batch.behaviour[row, here] -= 5.5  # about what a new model says
     batch.reference[row, here] -= 5.5
@@ -107,7 +108,7 @@ def critic_by_hand(models, batch, objective):
   model, head = models['policy'], models['value_head']
   logs = logs_by_hand(model, batch, objective.temperature)
   x = model(jnp.asarray(batch.tokens), segments=jnp.asarray(batch.segments)).hidden
-  values = (x @ head['weight'][...] + head['bias'][...])[..., 0]
+  values = (x @ head['weight'][...])[..., 0] + head['bias'][0]
   counted = batch.weights > 0
   ratio = jnp.exp(jnp.where(counted, logs - batch.behaviour, 0))
   A = batch.advantages
@@ -133,7 +134,7 @@ def test_a_step_with_a_critic_is_the_absolute_step(one_device):
   np.testing.assert_allclose(metrics['loss'], loss, rtol=2e-5)
   expected = jax.tree.map(lambda p, g: p - RATE * g, before, gradient)
   for name in before:
-    assert_close(run.state.models[name], expected[name], 1e-5)
+    assert_close(run.state.models[name], expected[name], 2e-5)
 
 
 def fresh(run, batch, objective):
@@ -207,7 +208,7 @@ def test_the_gradient_is_the_slope(one_device, objective):
   def loss(models):
     return sum(total / weight for total, weight in objective.loss(models, batch).values())
 
-  moved = {name: models[name] for name in trained if name in models}
+  moved, batch = {name: models[name] for name in trained if name in models}, jax.device_put(batch)
   leaves, tree = jax.tree.flatten(moved)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   way = jax.tree.unflatten(tree, [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves)])
@@ -215,10 +216,9 @@ def test_the_gradient_is_the_slope(one_device, objective):
   def along(step):
     return loss(models | jax.tree.map(lambda x, d: x + step * d, moved, way))
 
-  slope = jax.jvp(jax.jit(along), (0.0,), (1.0,))[1]
-  with jax.enable_x64(False):
-    h = 3e-3
-    by_differences = (along(h) - along(-h)) / (2 * h)
+  slope = jax.grad(along)(0.0)
+  h = 3e-4
+  by_differences = (along(h) - along(-h)) / (2 * h)
   np.testing.assert_allclose(slope, by_differences, rtol=2e-2)
 
 
@@ -249,12 +249,14 @@ def test_credit_of_groups_is_of_the_group_alone():
   objective = dataclasses.replace(PENALISED, variant='dr_grpo')
   batch = batch_of()
   made, _ = objective.credited(batch, {}, 0.0)
-  scores = batch.scores.sum(1).reshape(2, 4)
-  counted = (batch.weights.max(1) > 0).reshape(2, 4)
-  for group, kept, advantages in zip(scores, counted, made.advantages.reshape(2, 4, T)):
-    expected = np.where(kept, group - group[kept].mean(), 0)
-    masks = batch.weights.reshape(2, 4, T)[0 if group is scores[0] else 1]
-    np.testing.assert_allclose(advantages.sum(1), expected * masks.sum(1), atol=1e-5)
+  scores, counted = batch.scores.sum(1), batch.weights.max(1) > 0
+  for first in (0, 4):
+    group = [row for row in range(first, first + 4) if counted[row]]
+    for row in range(first, first + 4):
+      credit = scores[row] - scores[group].mean() if row in group else 0.0
+      np.testing.assert_allclose(
+        made.advantages[row], credit * batch.weights[row], rtol=1e-5, err_msg=str(row)
+      )
 
 
 def test_credit_of_tokens_by_hand():
@@ -339,10 +341,10 @@ def test_a_critic_is_a_model_of_its_own_and_the_reference_none_under_an_adapter(
   run.go([batch_of()] * 2)
   assert_close(run.state.models['reference'], before['reference'], 0)
   for name in ('policy', 'critic'):
-    moved = jax.tree.map(
-      lambda a, b: float(jnp.abs(a - b).max()), run.state.models[name], before[name]
-    )
-    assert min(jax.tree.leaves(moved)) > 0, name
+    after = host(run.state.models[name])
+    still = [path for path, x in host(before[name]).items() if (x == after[path]).all()]
+    # A critic scores no words.
+    assert still == ([] if name == 'policy' else UNSCORED), name
 
   adapted = dataclasses.replace(
     config(objective, mesh=dataclasses.asdict(MeshConfig())), adapter=AdapterConfig(kind='lora')
@@ -357,7 +359,7 @@ def test_a_critic_is_a_model_of_its_own_and_the_reference_none_under_an_adapter(
 def test_clipped_values_stop_the_gradient():
   batch = dataclasses.replace(batch_of(), values=np.float32([[0.0]]), returns=np.float32([[1.0]]))
   value = jnp.float32([[0.5]])
-  assert ppo.value_losses(value, batch, 0.2)[0, 0] == np.float32(0.5 * 0.8**2)
+  np.testing.assert_allclose(ppo.value_losses(value, batch, 0.2), 0.5 * 0.8**2, rtol=1e-6)
   slope = jax.grad(lambda v: ppo.value_losses(v, batch, 0.2).sum())(value)
   assert slope[0, 0] == 0
   assert policy.VARIANTS['dapo'].counts == 'token'

@@ -1,5 +1,6 @@
-"""Does a policy learn from what it writes; is what is learned from what was written; and is a rollout
-a function of state, seed and number, whatever the devices and however often the run was stopped?
+"""Does a policy learn from what it writes; is what is learned from what was written; and is a
+rollout a function of state, seed and number, whatever the devices and however often the run was
+stopped?
 """
 
 import dataclasses
@@ -215,7 +216,7 @@ def test_what_did_not_end_may_count_nowhere(place, tmp_path):
 
 
 def test_sampler_and_trainer_that_differ_are_told(place, tmp_path, monkeypatch):
-  """A forgotten temperature, or weights that are not the step's, end the run before its first one."""
+  """A forgotten temperature, or weights that are not the step's, end the run before it begins."""
   with Started(config(place, FAMILY), tmp_path) as run:
     run.stage._actor._temperature = 0.5
     with pytest.raises(ValueError, match='the sampler and the trainer differ by'):
