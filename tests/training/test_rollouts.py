@@ -5,7 +5,6 @@ stopped?
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +124,8 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   """Bit for bit, also from within a rollout, whose policy is gone."""
   made = config(place, objective, train={'steps': 7, 'eval_every': 3, 'save_every': 3})
   run_here(made, tmp_path / 'whole')
-  # As a process leaves it that was killed behind its third step.
-  shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')
-  for step in Checkpoints(tmp_path / 'stopped').steps():
-    if step > 3:
-      Checkpoints(tmp_path / 'stopped').delete(step)
+  three = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=3))
+  run_here(three, tmp_path / 'stopped')
   record = Checkpoints(tmp_path / 'stopped').record(3)
   assert record['data']['left'] and record['data']['rollouts'] == 1
   run_here(made, tmp_path / 'stopped')
@@ -142,7 +138,7 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   for a, b in zip(*lines, strict=True):
     a, b = (json.loads(line or '{}') | {'seconds': 0} for line in (a, b))
     assert a == b
-  metrics = read_metrics(tmp_path / 'whole')
+  metrics = read_metrics(tmp_path / 'whole' / 'metrics.jsonl')
   assert {'reward', 'ended', 'entropy', 'kl', 'clip_fraction'} <= metrics[0].keys()
   assert any('validation_reward' in line for line in metrics)
 
@@ -265,10 +261,10 @@ def test_an_adapter_writes_and_learns(place, tmp_path, adapter):
   fields = {'rank': 4, 'alpha': 8.0} | adapter
   made = config(place, FAMILY, adapter=fields, train={'steps': 6, 'eval_every': 6})
   run_here(made, tmp_path / 'run')
-  before = len(read_metrics(tmp_path / 'run'))
+  before = len(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))
   longer = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=9))
   run_here(longer, tmp_path / 'run')  # the check again, with an adapter that has moved
-  metrics = read_metrics(tmp_path / 'run')
+  metrics = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   assert len(metrics) > before and all(np.isfinite(line.get('loss', 0)) for line in metrics)
 
 
