@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -128,6 +129,8 @@ class FileJudge:
     self._workers: dict[int, Worker] = {}
     self._threads = concurrent.futures.ThreadPoolExecutor(WORKERS, 'reward')
     self._waiting: list[concurrent.futures.Future] = []
+    # A run that ends, however it does, leaves no processes behind.
+    self.close = weakref.finalize(self, _end, self._threads, self._workers)
     first = Worker(path)
     try:
       problem = first.ready()
@@ -149,12 +152,6 @@ class FileJudge:
     waiting, self._waiting = self._waiting, []
     return [future.result() for future in waiting]
 
-  def close(self) -> None:
-    self._threads.shutdown(wait=True, cancel_futures=True)
-    for worker in self._workers.values():
-      worker.kill()
-    self._workers = {}
-
   def _judge(self, answer: Answer) -> Verdict:
     """In one of the threads, each of which has a process."""
     thread = threading.get_ident()
@@ -171,6 +168,12 @@ class FileJudge:
       if isinstance(error, TimeoutError):
         return Verdict(error=f'it took more than {self._seconds:g} s (objective.reward_timeout)')
       return Verdict(error=f'it ended its process {error}'.rstrip())
+
+
+def _end(threads: concurrent.futures.ThreadPoolExecutor, workers: dict[int, Worker]) -> None:
+  threads.shutdown(wait=True, cancel_futures=True)
+  while workers:
+    workers.popitem()[1].kill()
 
 
 class ModelJudge:

@@ -157,7 +157,8 @@ def _check(config: Config) -> None:
   if config.train.offload_parameters:
     raise NotImplementedError(
       f'objective.kind={kind!r} with train.offload_parameters, which keeps the weights in the '
-      'memory of the host, where nothing writes; use mesh.fsdp, an adapter, or train.offload_optimizer'
+      'memory of the host, where nothing writes; use mesh.fsdp, an adapter, or '
+      'train.offload_optimizer'
     )
   if config.adapter.soft:
     raise NotImplementedError(

@@ -1,5 +1,5 @@
-"""Do policies learn what they are rewarded for, from what they write themselves? Demonstrations, each
-of three seeds.
+"""Do policies learn what they are rewarded for, from what they write themselves? Demonstrations,
+each of three seeds.
 """
 
 import dataclasses

@@ -15,13 +15,14 @@ from conftest import assert_same, run_here, tiny
 from data.config import CleanConfig, SourceConfig
 from data.prompts import prepare
 from data.tokenizers import ByteTokenizer
+from model import params
 from model.adaptation import AdapterConfig
 from objectives import rollout
 from objectives.policy import GRPO
 from objectives.ppo import PPO
 from objectives.rollout import Rollouts, laid_out, packed, unpacked
-from parallel.mesh import make_mesh
-from training import config as configs
+from parallel.mesh import MeshConfig, make_mesh
+from training import config as configs, state as states
 from training.program import begin_state, make_program, make_target
 from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
@@ -129,11 +130,7 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   record = Checkpoints(tmp_path / 'stopped').record(3)
   assert record['data']['left'] and record['data']['rollouts'] == 1
   run_here(made, tmp_path / 'stopped')
-  states = [
-    Checkpoints(tmp_path / name).restore(7, abstract(made), 'models.policy')
-    for name in ('whole', 'stopped')
-  ]
-  assert_same(*states)
+  assert_same(*(policy_of(made, tmp_path / name, 7) for name in ('whole', 'stopped')))
   lines = [(tmp_path / name / FILE).read_text().split('\n') for name in ('whole', 'stopped')]
   for a, b in zip(*lines, strict=True):
     a, b = (json.loads(line or '{}') | {'seconds': 0} for line in (a, b))
@@ -143,12 +140,11 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   assert any('validation_reward' in line for line in metrics)
 
 
-def abstract(made):
-  from model import params
-  from training import state as states
-
-  made = made.resolve(259)
-  return params.abstract(lambda: states.new_model(made, 'policy'), jax.sharding.get_mesh())
+def policy_of(made, directory, step):
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    target = params.abstract(lambda: states.new_model(made, 'policy'), mesh)
+    return Checkpoints(directory).restore(step, target, 'models.policy')
 
 
 def test_a_batch_is_kept_as_it_is():
