@@ -29,6 +29,7 @@ KINDS = {
   'distil_seq2seq': 'objectives.distil.DistilSeq2Seq',
   'distil_span_corruption': 'objectives.distil.DistilSpanCorruption',
   'distil_masked_lm': 'objectives.distil.DistilMaskedLM',
+  'gkd': 'objectives.gkd.GKD',
 }
 DEFAULT = 'next_token'
 

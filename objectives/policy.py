@@ -12,6 +12,7 @@ B rows of a batch, an answer in each · T length
 
 import dataclasses
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +21,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import names
-from data import prompts, tokenizers
+from data import tokenizers
 from data.extra import same_ids
-from kernels import context
 from model.logprobs import logprobs
 from objectives import advantage
 from objectives.answers import BEGUN, EXPERTS, NONE, REFERENCE, balance
 from objectives.laws import final, laid_out, law
 from objectives.next_token import router_metrics
-from objectives.objective import MAIN, Objective, Role, or_one
-from objectives.rollout import POLICY, HeldOut, RolloutBatch, Rollouts
+from objectives.objective import MAIN, Role, or_one
+from objectives.rollout import POLICY, RolloutBatch
+from objectives.written import Written
 
 TOKEN, ANSWER, LONGEST = 'token', 'answer', 'longest'  # what counts alike
 TOKENS, MEANS, SUMS = 'tokens', 'means', 'sums'  # of what ratios are
@@ -76,13 +77,10 @@ class Scored(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfRollouts(Objective):
-  """What learns from its own answers to prompts (data/prompts.py).
+class OfRollouts(Written):
+  """What learns from scores of its own answers.
 
   Attributes:
-    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
-    max_new_tokens: of an answer; a prompt has data.sequence_length less this.
-    temperature: at which answers are drawn, and logits divided wherever they are compared.
     reward: what scores answers: Python files with a function reward(text, record) -> float, and
       directories of runs of objective.kind='reward'.
     reward_weights: of each; none: 1 of all.
@@ -92,17 +90,10 @@ class OfRollouts(Objective):
       nothing under an adapter, where it is the base), or the directory of another run.
     beta: weight of KL(policy || reference).
     clip: by how much the ratio of policy to behaviour may move from 1.
-    epochs: how often a rollout is learned from. minibatches: batches of data.batch_size rows that
-      a rollout is cut into; a step learns from one.
     stop_kl: nats a token by which the policy may have moved from what wrote the answers, for
       another epoch to begin; 0: all are gone through.
-    rollout_rows: answers that are written side by side, each with a cache of
-      data.sequence_length; 0: all of a rollout.
   """
 
-  template: str = ''
-  max_new_tokens: int = 256
-  temperature: float = 1.0
   reward: tuple[str, ...] = ()
   reward_weights: tuple[float, ...] = ()
   reward_timeout: float = 10.0
@@ -110,26 +101,12 @@ class OfRollouts(Objective):
   reference: str = BEGUN
   beta: float = 0.0
   clip: float = 0.2
-  epochs: int = 1
-  minibatches: int = 1
   stop_kl: float = 0.0
-  rollout_rows: int = 0
-
-  # Without annotations: facts of a kind, no settings.
-  of_records = True
-  completed_by = 'workdir.rollouts.staged'
-  group = 1  # answers to a prompt
-  resamplings = 0  # of groups that teach nothing
-  reward_scale = AS_IS
-  masked = False  # whether what did not end by itself counts nowhere
-  penalised = False  # whether beta is in the loss
 
   def __post_init__(self):
     super().__post_init__()
-    self._check_least(
-      max_new_tokens=1, epochs=1, minibatches=1, beta=0, stop_kl=0, rollout_rows=0, missing_end=0
-    )
-    for name, most in (('temperature', math.inf), ('reward_timeout', math.inf), ('clip', 1)):
+    self._check_least(beta=0, stop_kl=0, missing_end=0)
+    for name, most in (('reward_timeout', math.inf), ('clip', 1)):
       value = getattr(self, name)
       if not 0 < value < most:
         raise ValueError(f'objective.{name}={value} must be above 0, and below {most}')
@@ -155,6 +132,10 @@ class OfRollouts(Objective):
         'objective.epochs=1 has none; leave it 0'
       )
 
+  @property
+  def penalty(self) -> float:
+    return self.beta
+
   # 1. Models.
 
   def models(self, config):
@@ -166,26 +147,8 @@ class OfRollouts(Objective):
     return models
 
   def accepts(self, models):
+    super().accepts(models)
     config = models[MAIN]
-    for name, network in models.items():
-      if not network.causal or network.encoder_layers:
-        kind = 'an encoder-decoder' if network.encoder_layers else 'an encoder'
-        raise NotImplementedError(
-          f'objective.kind={self.kind!r} learns from what a decoder writes, and {name!r} with '
-          f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is {kind} '
-          "(T5 among them); use a decoder, or objective.kind='preference_seq2seq'"
-        )
-    if config.execution.pipeline.schedule == '1f1b':
-      raise NotImplementedError(
-        f'objective.kind={self.kind!r} writes with the model that it trains, and '
-        "model.execution.pipeline.schedule='1f1b' splits it over stages; use mesh.fsdp or "
-        'mesh.tensor'
-      )
-    if config.moe.experts and config.moe.dispatch == 'capacity':
-      raise ValueError(
-        "model.moe.dispatch='capacity' drops tokens in training that writing does not drop: their "
-        "log-probabilities would differ; use 'dropless'"
-      )
     reference = models.get(REFERENCE)
     if reference is not None and reference.V != config.V:
       raise ValueError(
@@ -197,27 +160,14 @@ class OfRollouts(Objective):
   # 2. Batches.
 
   def read(self, config, log):
-    longest = config.sequence_length - self.max_new_tokens
-    if longest < 1:
-      raise ValueError(
-        f'objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in '
-        f'data.sequence_length={config.sequence_length}; lower it, or raise that'
-      )
     if not self.reward:
       raise ValueError(
         'objective.reward is empty: nothing says what an answer is worth; give a Python file or a '
         'run, as in --config.objective.reward=configs/rewards/arithmetic.py'
       )
-    answers = config.batch_size * self.minibatches
-    if answers % self.group:
-      raise ValueError(
-        f'a rollout of data.batch_size={config.batch_size} x objective.minibatches='
-        f'{self.minibatches} answers is of no whole groups of objective.group={self.group}; make '
-        'it a multiple'
-      )
-    read = prompts.prepare(config, self.template, longest, self.group * self.epochs, log)
+    read = super().read(config, log)
     if self.reference != BEGUN:
-      base = tokenizers.load(f'{self.reference}/tokenizer')
+      base = tokenizers.load(pathlib.Path(self.reference) / 'tokenizer')
       if not same_ids(base, read.tokenizer):
         raise ValueError(
           f'the tokenizer of objective.reference={self.reference} ({base.kind}, '
@@ -226,43 +176,8 @@ class OfRollouts(Objective):
         )
     return read
 
-  def batches(self, prepared, config, rows):
-    return Rollouts(prepared, self, config, rows)
-
-  def validation_batches(self, prepared, config, rows):
-    return HeldOut(prepared, config, rows, self.missing_end)
-
-  def batch_like(self, config):
-    return RolloutBatch.abstract(config.batch_size, config.sequence_length)
-
-  def tokens(self, batch):
-    return jnp.count_nonzero(batch.segments)
-
-  def asked_of(self, first: bool) -> tuple[str, ...]:
-    """What of `said` a rollout needs; first: of a process, which compares sampler and trainer."""
-    return (*([POLICY] if first else []), *([REFERENCE] if self.beta else []))
-
-  def said(self, models, batch: RolloutBatch, names_: tuple[str, ...]) -> dict[str, Array]:
-    """By name, f32 [B, T]: log-probabilities of the targets by 'policy' and 'reference'. Not
-    differentiated.
-    """
-    return {
-      name: jnp.where(batch.weights > 0, self._targets(models[name], batch), 0) for name in names_
-    }
-
-  def _targets(self, model, batch) -> Float[Array, 'B T']:
-    """In order, whatever the layout that the mesh computes in."""
-    batch, parts = laid_out(model, batch)
-    x, _ = final(model, batch, parts)
-    scores = logprobs(law(model, x, self.temperature), batch.targets, batch.weights)
-    return context.in_order(scores, parts)
-
-  def credited(self, batch: RolloutBatch, said: dict[str, np.ndarray], coefficient: float):
-    """The rollout [R, T] with what each token is credited with, and what is to be noted of it.
-
-    said: of `asked_of`. coefficient: beta, where it is adapted.
-    """
-    raise NotImplementedError
+  def asked_of(self, first):
+    return (*super().asked_of(first), *([REFERENCE] if self.beta else []))
 
   # 3. Loss, and what is said of it.
 
@@ -281,37 +196,29 @@ class OfRollouts(Objective):
 
   def said_sums(self, batch, log_ratio: Float[Array, 'B T']) -> dict[str, Array]:
     """Sums of metrics that all kinds have; log_ratio: of each token, 0 where none counts."""
-    mask = batch.weights
+    apart = batch.reference - batch.behaviour
     sums = {
-      'answers': batch.last,
-      'tokens': mask,
-      # Of all answers, those that count nowhere too.
-      'written': batch.lengths,
-      'scores': batch.scores,
-      'failed': batch.failed,
-      'ended': batch.ended,
-      'equal': batch.equal,
-      'surprise': -batch.behaviour * mask,
-      'ratios': jnp.abs(log_ratio) * mask,
-      'moved': (jnp.exp(log_ratio) - 1 - log_ratio) * mask,
-      'kl': (jnp.expm1(batch.reference - batch.behaviour) - (batch.reference - batch.behaviour))
-      * mask,
+      'tokens': jnp.ones_like(log_ratio),
+      'surprise': -batch.behaviour,
+      'ratios': jnp.abs(log_ratio),
+      'moved': jnp.expm1(log_ratio) - log_ratio,
+      'kl': jnp.expm1(apart) - apart,
     }
-    return {name: x.sum().astype(jnp.float32) for name, x in sums.items()}
+    counted = {name: (x * batch.weights).sum().astype(jnp.float32) for name, x in sums.items()}
+    return self.answer_sums(batch) | counted
 
   def metrics(self, terms, weights, sums):
-    """`loss`; `reward`, a mean over answers that have one; `answer_length` in tokens; `ended`, the
-    share that ended by itself; `failed_rewards` and `equal_groups`, shares of answers; `entropy`,
-    the mean of -log p of what was drawn, which estimates it; `policy_kl`, by how much the policy
-    has moved from what wrote them, and `log_ratio`, the mean of its absolute value, which in the
-    first step of a rollout is the drift between sampler and trainer; `clip_fraction`, of tokens
-    whose gradient the clip stops; with beta, `kl` of the writing policy from the reference. Per
-    token, in nats.
+    """`loss`; `reward`, `answer_length`, `ended` (Written.of_answers); `failed_rewards` and
+    `equal_groups`, shares of answers. Per token, in nats: `entropy`, the mean of -log p of what was
+    drawn, which estimates it; `policy_kl`, by how much the policy has moved from what wrote them,
+    and `log_ratio`, the mean of its absolute value, which in the first step of a rollout is the
+    drift between sampler and trainer; with beta, `kl` of the writing policy from the reference.
+    `clip_fraction`: of tokens whose gradient the clip stops.
     """
     said = super().metrics(terms, weights, sums)
     said.pop(EXPERTS, None)
-    tokens, answers = or_one(sums['tokens']), or_one(sums['answers'])
-    said |= self._of_answers(sums) | {
+    tokens, answers = or_one(sums['tokens']), or_one(sums['last'])
+    said |= self.of_answers(sums) | {
       'failed_rewards': sums['failed'] / answers,
       'entropy': sums['surprise'] / tokens,
       'policy_kl': sums['moved'] / tokens,
@@ -324,25 +231,16 @@ class OfRollouts(Objective):
       said['equal_groups'] = sums['equal'] / answers
     return said | router_metrics(sums)
 
-  def _of_answers(self, sums):
-    answers = or_one(jnp.asarray(sums['answers']))
-    return {
-      'reward': sums['scores'] / or_one(jnp.asarray(sums['answers'] - sums['failed'])),
-      'answer_length': sums['written'] / answers,
-      'ended': sums['ended'] / answers,
-    }
-
   def judged(self, models, batch):
     del models
-    sums = self.said_sums(batch, jnp.zeros_like(batch.behaviour))
-    return {name: sums[name] for name in ('answers', 'written', 'scores', 'failed', 'ended')}
+    return self.answer_sums(batch)
 
   def verdict(self, sums, prepared):
     """`validation_loss`, the mean reward with its sign turned; `validation_reward`,
     `validation_answer_length`, `validation_ended`.
     """
     del prepared
-    said = {f'validation_{name}': float(x) for name, x in self._of_answers(sums).items()}
+    said = {f'validation_{name}': float(x) for name, x in self.of_answers(sums).items()}
     return {'validation_loss': -said['validation_reward'], **said}
 
   def score_policy(self, models, batch) -> 'Scored':
@@ -379,7 +277,6 @@ class GRPO(OfRollouts):
   resamplings: int = 0
   unended: str = LEARNED
   reward_scale: str = AS_IS
-  penalised = True
 
   def __post_init__(self):
     super().__post_init__()

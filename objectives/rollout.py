@@ -241,7 +241,7 @@ class Rollouts:
   def __init__(self, stage: Stage, settings, config: DataConfig, rows: Sequence[int]):
     self._stage, self._settings, self._config, self._rows = stage, settings, config, list(rows)
     self._rollouts = self._prompt = 0  # begun, and of all prompts the next one
-    self._coefficient = settings.beta
+    self._coefficient = settings.penalty
     self._batch: RolloutBatch | None = None
     self._left: list[list[int]] = []  # rows of each batch to come
     self._checked = False

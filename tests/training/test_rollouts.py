@@ -18,6 +18,7 @@ from data.tokenizers import ByteTokenizer
 from model import params
 from model.adaptation import AdapterConfig
 from objectives import rollout
+from objectives.gkd import GKD
 from objectives.policy import GRPO
 from objectives.ppo import PPO
 from objectives.rollout import Rollouts, laid_out, packed, unpacked
@@ -135,7 +136,7 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   for a, b in zip(*lines, strict=True):
     a, b = (json.loads(line or '{}') | {'seconds': 0} for line in (a, b))
     assert a == b
-  metrics = read_metrics(tmp_path / 'whole' / 'metrics.jsonl')
+  metrics = metrics_of(tmp_path / 'whole')
   assert {'reward', 'ended', 'entropy', 'kl', 'clip_fraction'} <= metrics[0].keys()
   assert any('validation_reward' in line for line in metrics)
 
@@ -257,10 +258,10 @@ def test_an_adapter_writes_and_learns(place, tmp_path, adapter):
   fields = {'rank': 4, 'alpha': 8.0} | adapter
   made = config(place, FAMILY, adapter=fields, train={'steps': 6, 'eval_every': 6})
   run_here(made, tmp_path / 'run')
-  before = len(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))
+  before = len(metrics_of(tmp_path / 'run'))
   longer = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=9))
   run_here(longer, tmp_path / 'run')  # the check again, with an adapter that has moved
-  metrics = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  metrics = metrics_of(tmp_path / 'run')
   assert len(metrics) > before and all(np.isfinite(line.get('loss', 0)) for line in metrics)
 
 
@@ -278,6 +279,36 @@ def test_prompts_are_read_in_order_of_the_seed_and_refused_by_name(place):
   wrong = dataclasses.replace(made.data.sources[0], format='chat')
   with pytest.raises(ValueError, match='format=prompt'):
     prepare(dataclasses.replace(made.data, sources=(wrong,)), '', 6, 4, lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_teacher_what_to_write(place, tmp_path):
+  """Of its own teacher nothing; of another one to say of its own text what that does."""
+  teacher = config(place, FAMILY, train={'steps': 1, 'seed': 5})
+  run_here(teacher, tmp_path / 'teacher')
+  objective = GKD(max_new_tokens=NEW, teacher=str(tmp_path / 'teacher'), temperature=1.5)
+  made = dataclasses.replace(
+    config(place, FAMILY, train={'steps': 12, 'eval_every': 6}), objective=objective
+  )
+  same = dataclasses.replace(
+    made, init=objective.teacher, train=dataclasses.replace(made.train, steps=1, eval_every=1)
+  )
+  run_here(same, tmp_path / 'same')
+  (said,) = [line for line in metrics_of(tmp_path / 'same') if line['step'] == 0]
+  assert 0 <= said['validation_divergence'] < 1e-6
+
+  run_here(made, tmp_path / 'student')
+  lines = metrics_of(tmp_path / 'student')
+  apart = [line['validation_divergence'] for line in lines if 'validation_divergence' in line]
+  assert apart[-1] < 0.7 * apart[0] and {'answer_length', 'ended'} <= lines[0].keys()
+  with pytest.raises(ValueError, match='teach the student what it wrote itself'):
+    GKD(cross_entropy=0.5)
+  with pytest.raises(NotImplementedError, match='stored_top_k'):
+    GKD(stored_top_k=4)
+
+
+def metrics_of(directory):
+  return read_metrics(directory / 'metrics.jsonl')
 
 
 def test_a_config_of_rollouts_survives_its_file(place, tmp_path):

@@ -1,0 +1,157 @@
+"""What do objectives share that learn from what the trained model writes itself? Prompts, answers
+by the engine (objectives/rollout.py), and what is said of them.
+
+B rows of a batch, an answer in each · T length
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from data import prompts
+from kernels import context
+from model.logprobs import logprobs
+from objectives.laws import final, laid_out, law
+from objectives.objective import MAIN, Objective, or_one
+from objectives.rollout import POLICY, HeldOut, RolloutBatch, Rollouts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written(Objective):
+  """What learns from its own answers to prompts (data/prompts.py).
+
+  Attributes:
+    template: file of the chat template, for a tokenizer that has none; it becomes the run's.
+    max_new_tokens: of an answer; a prompt has data.sequence_length less this.
+    temperature: at which answers are drawn, and logits divided wherever they are compared.
+    epochs: how often a rollout is learned from. minibatches: batches of data.batch_size rows that
+      a rollout is cut into; a step learns from one.
+    rollout_rows: answers that are written side by side, each with a cache of
+      data.sequence_length; 0: all of a rollout.
+  """
+
+  template: str = ''
+  max_new_tokens: int = 256
+  temperature: float = 1.0
+  epochs: int = 1
+  minibatches: int = 1
+  rollout_rows: int = 0
+
+  # Without annotations: facts of a kind, no settings; some kinds have them as such.
+  of_records = True
+  completed_by = 'workdir.rollouts.staged'
+  reward = reward_weights = ()
+  reward_timeout = missing_end = stop_kl = 0.0
+  reward_scale = ''
+  group = 1  # answers to a prompt
+  resamplings = 0  # of groups that teach nothing
+  masked = False  # whether what did not end by itself counts nowhere
+  penalty = 0.0  # with which divergence is taken off rewards, at first
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._check_least(max_new_tokens=1, epochs=1, minibatches=1, rollout_rows=0)
+    if not 0 < self.temperature < math.inf:
+      raise ValueError(f'objective.temperature={self.temperature} must be above 0, and finite')
+
+  # 1. Models.
+
+  def accepts(self, models):
+    config = models[MAIN]
+    for name, network in models.items():
+      if not network.causal or network.encoder_layers:
+        kind = 'an encoder-decoder' if network.encoder_layers else 'an encoder'
+        raise NotImplementedError(
+          f'objective.kind={self.kind!r} learns from what a decoder writes, and {name!r} with '
+          f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is {kind} '
+          "(T5 among them); use a decoder, or objective.kind='preference_seq2seq'"
+        )
+    if config.execution.pipeline.schedule == '1f1b':
+      raise NotImplementedError(
+        f'objective.kind={self.kind!r} writes with the model that it trains, and '
+        "model.execution.pipeline.schedule='1f1b' splits it over stages; use mesh.fsdp or "
+        'mesh.tensor'
+      )
+    if config.moe.experts and config.moe.dispatch == 'capacity':
+      raise ValueError(
+        "model.moe.dispatch='capacity' drops tokens in training that writing does not drop: their "
+        "log-probabilities would differ; use 'dropless'"
+      )
+
+  # 2. Batches.
+
+  def read(self, config, log):
+    longest = config.sequence_length - self.max_new_tokens
+    if longest < 1:
+      raise ValueError(
+        f'objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in '
+        f'data.sequence_length={config.sequence_length}; lower it, or raise that'
+      )
+    answers = config.batch_size * self.minibatches
+    if answers % self.group:
+      raise ValueError(
+        f'a rollout of data.batch_size={config.batch_size} x objective.minibatches='
+        f'{self.minibatches} answers is of no whole groups of objective.group={self.group}; make '
+        'it a multiple'
+      )
+    return prompts.prepare(config, self.template, longest, self.group * self.epochs, log)
+
+  def batches(self, prepared, config, rows):
+    return Rollouts(prepared, self, config, rows)
+
+  def validation_batches(self, prepared, config, rows):
+    return HeldOut(prepared, config, rows, self.missing_end)
+
+  def batch_like(self, config):
+    return RolloutBatch.abstract(config.batch_size, config.sequence_length)
+
+  def tokens(self, batch):
+    return jnp.count_nonzero(batch.segments)
+
+  def asked_of(self, first: bool) -> tuple[str, ...]:
+    """What of `said` a rollout needs; first: of a process, which compares sampler and trainer."""
+    return (POLICY,) if first else ()
+
+  def said(self, models, batch: RolloutBatch, names_: tuple[str, ...]) -> dict[str, Array]:
+    """By name of a model, f32 [B, T]: its log-probabilities of the targets. Not differentiated."""
+    return {
+      name: jnp.where(batch.weights > 0, self._targets(models[name], batch), 0) for name in names_
+    }
+
+  def _targets(self, model, batch) -> Float[Array, 'B T']:
+    """In order, whatever the layout that the mesh computes in."""
+    batch, parts = laid_out(model, batch)
+    x, _ = final(model, batch, parts)
+    scores = logprobs(law(model, x, self.temperature), batch.targets, batch.weights)
+    return context.in_order(scores, parts)
+
+  def credited(
+    self, batch: RolloutBatch, said: dict[str, np.ndarray], coefficient: float
+  ) -> tuple[RolloutBatch, dict]:
+    """The rollout [R, T] with what each token is credited with, and what is to be noted of it.
+
+    said: of `asked_of`. coefficient: `penalty`, as it has been adapted; 'next_coefficient' among
+      the notes is the next one.
+    """
+    del said, coefficient
+    return batch, {}
+
+  # 3. What is said of it.
+
+  def answer_sums(self, batch: RolloutBatch) -> dict[str, Array]:
+    """Sums over the answers of a batch, also those that count nowhere."""
+    names_ = ('last', 'lengths', 'scores', 'failed', 'ended', 'equal')
+    return {name: getattr(batch, name).sum().astype(jnp.float32) for name in names_}
+
+  def of_answers(self, sums) -> dict[str, Array]:
+    """Means of them: `answer_length` in tokens; `ended`, the share that ended by itself; where
+    answers are judged `reward`, of those that have one.
+    """
+    answers = or_one(jnp.asarray(sums['last']))
+    said = {'answer_length': sums['lengths'] / answers, 'ended': sums['ended'] / answers}
+    if self.reward:
+      said['reward'] = sums['scores'] / or_one(jnp.asarray(sums['last'] - sums['failed']))
+    return said
