@@ -15,7 +15,7 @@ from decode.engine import Engine, Request
 from decode.loop import Chunk
 from decode.sampling import sample_seed
 from model.transformer import Decoder
-from parallel import hosts
+from parallel.gathering import everywhere
 
 
 @dataclasses.dataclass
@@ -92,7 +92,7 @@ def complete(
       # No more steps than the one that has most to write still needs.
       left = max(request.max_new_tokens - len(text.ids) for _, request, text in rows.values())
       count = min(engine.sizes.steps, left)
-      chunk = hosts.everywhere(engine.decode(weights, count))
+      chunk = everywhere(engine.decode(weights, count))
       ended = [row for row, (_, request, text) in rows.items() if text.add(chunk, row, request)]
       if not ended and not chunk.real.any():
         raise RuntimeError(f'rows {sorted(rows)} write nothing and do not end: their state is lost')

@@ -158,11 +158,6 @@ class Engine:
     self._automaton = self._uploaded()
     self.state, self.rules = self._begun()
 
-  def forget(self) -> None:
-    """As `reset`, but nothing is held any more: caches take no memory until that is called."""
-    self.state = self.rules = None
-    self._requests = {}
-
   def compile(self, weights: Decoder) -> None:
     """Compiles all programs for weights of these shapes, types and shardings (also abstract ones):
     none is compiled later. Without this call, the first calls compile.

@@ -14,7 +14,7 @@ from decode.bulk import Written, complete
 from decode.engine import Engine, Request, Sizes
 from decode.sampling import make_sampling
 from model.config import ModelConfig
-from objectives.rollout import Asked
+from objectives.rollout import Question
 from parallel import axes as ax
 
 LONGEST_READ = 512  # tokens of a prompt that are read in one call
@@ -59,18 +59,22 @@ class Actor:
     # All ids that the model has, those too that are no token's: the law that is drawn from is the
     # one that is trained.
     self._engine = Engine(config, mesh, sizes, vocabulary=config.V, pad=tokenizer.pad)
-    self._engine.forget()
+    self._forget()
     self._ends, self._new, self._temperature = generation.ends(tokenizer), new, temperature
 
-  def __call__(self, weights, asked: Sequence[Asked]) -> Iterator[tuple[int, Written]]:
+  def __call__(self, weights, asked: Sequence[Question]) -> Iterator[tuple[int, Written]]:
     """(index, what was written) of each, as they end; weights: as decode.generating makes them."""
     self._engine.reset()
     try:
       yield from complete(self._engine, weights, map(self._request, asked))
     finally:
-      self._engine.forget()
+      self._forget()
 
-  def _request(self, asked: Asked) -> Request:
+  def _forget(self) -> None:
+    """Caches take no memory while the policy learns."""
+    self._engine.state = self._engine.rules = None
+
+  def _request(self, asked: Question) -> Request:
     drawn = asked.seed is not None
     sampling = make_sampling(
       1, temperature=self._temperature if drawn else 0.0, seed=asked.seed or 0

@@ -51,6 +51,7 @@ class OfChoices(Objective):
   """
 
   of_records = True
+  loss_unit = 'nats/pair'
 
   def read(self, config, log):
     return examples.prepare(config, self, log)

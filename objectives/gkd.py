@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from objectives.distil import JSD, SUMMED, Distilling
 from objectives.next_token import token_metrics
 from objectives.objective import MAIN, Role
-from objectives.written import Written
+from objectives.own_text import OfOwnText
 
 ANSWERS = ('last', 'lengths', 'ended')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _OnOwnText(Written):
+class _OwnRows(OfOwnText):
   """What objectives.distil.Distilling takes a kind to have."""
 
   # Its own text tells a student nothing that it does not say already.
@@ -41,14 +41,14 @@ class _OnOwnText(Written):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GKD(Distilling, _OnOwnText):
+class GKD(Distilling, _OwnRows):
   """On what the student writes; settings as both have them. `temperature` is that of both laws, and
   answers are drawn at it.
   """
 
   kind: str = 'gkd'
   divergence: str = JSD
-  completed_by = Written.completed_by
+  completed_by = OfOwnText.completed_by
   same_rows = False
   term = 'distil'
 

@@ -198,7 +198,7 @@ class ModelJudge:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class Judgements:
   """Attributes:
   each: f64 [J, R], by judge; NaN where one gave none. failures: why, each naming judge and prompt.
   """
@@ -220,7 +220,7 @@ class Judges:
     for judge in self._judges:
       judge.submit(answer)
 
-  def scores(self) -> Scores:
+  def scores(self) -> Judgements:
     """Of all answers since the last call, in the order in which they were submitted."""
     answers, self._answers = self._answers, []
     said = [judge.verdicts() for judge in self._judges]
@@ -232,7 +232,7 @@ class Judges:
       if verdict.error
     ]
     each = np.array([[v.score for v in verdicts] for verdicts in said], np.float64)
-    return Scores(each.reshape(len(self._judges), len(answers)), failures)
+    return Judgements(each.reshape(len(self._judges), len(answers)), failures)
 
   def close(self) -> None:
     """Ends the processes."""

@@ -29,8 +29,8 @@ from objectives.answers import BEGUN, EXPERTS, NONE, REFERENCE, balance
 from objectives.laws import final, laid_out, law
 from objectives.next_token import router_metrics
 from objectives.objective import MAIN, Role, or_one
+from objectives.own_text import OfOwnText
 from objectives.rollout import POLICY, RolloutBatch
-from objectives.written import Written
 
 TOKEN, ANSWER, LONGEST = 'token', 'answer', 'longest'  # what counts alike
 TOKENS, MEANS, SUMS = 'tokens', 'means', 'sums'  # of what ratios are
@@ -39,7 +39,7 @@ AS_IS, BY_GROUP = '', 'group'
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class Credit:
   """Of the losses without a critic.
 
   Attributes:
@@ -54,15 +54,15 @@ class Variant:
 
 
 VARIANTS = {
-  'grpo': Variant(advantage.DEVIATION, ANSWER),
-  'dr_grpo': Variant(advantage.MEAN, LONGEST),
-  'dapo': Variant(advantage.DEVIATION, TOKEN),
-  'rloo': Variant(advantage.OTHERS, ANSWER, SUMS),
-  'gspo': Variant(advantage.DEVIATION, ANSWER, MEANS),
+  'grpo': Credit(advantage.DEVIATION, ANSWER),
+  'dr_grpo': Credit(advantage.MEAN, LONGEST),
+  'dapo': Credit(advantage.DEVIATION, TOKEN),
+  'rloo': Credit(advantage.OTHERS, ANSWER, SUMS),
+  'gspo': Credit(advantage.DEVIATION, ANSWER, MEANS),
 }
 
 
-class Scored(NamedTuple):
+class Reading(NamedTuple):
   """Attributes:
   batch: laid out in `parts` (objectives/laws.py). hidden: final states of the policy, [B, T, D].
   log_ratio: how many nats likelier it finds each target than who wrote it, [B, T], 0 where none
@@ -77,7 +77,7 @@ class Scored(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfRollouts(Written):
+class OfRollouts(OfOwnText):
   """What learns from scores of its own answers.
 
   Attributes:
@@ -131,6 +131,8 @@ class OfRollouts(Written):
         f'objective.stop_kl={self.stop_kl} is looked at before another epoch, and '
         'objective.epochs=1 has none; leave it 0'
       )
+
+  loss_unit = ''
 
   @property
   def penalty(self) -> float:
@@ -208,7 +210,7 @@ class OfRollouts(Written):
     return self.answer_sums(batch) | counted
 
   def metrics(self, terms, weights, sums):
-    """`loss`; `reward`, `answer_length`, `ended` (Written.of_answers); `failed_rewards` and
+    """`loss`; `reward`, `answer_length`, `ended` (OfOwnText.of_answers); `failed_rewards` and
     `equal_groups`, shares of answers. Per token, in nats: `entropy`, the mean of -log p of what was
     drawn, which estimates it; `policy_kl`, by how much the policy has moved from what wrote them,
     and `log_ratio`, the mean of its absolute value, which in the first step of a rollout is the
@@ -243,14 +245,14 @@ class OfRollouts(Written):
     said = {f'validation_{name}': float(x) for name, x in self.of_answers(sums).items()}
     return {'validation_loss': -said['validation_reward'], **said}
 
-  def score_policy(self, models, batch) -> 'Scored':
+  def score_policy(self, models, batch) -> 'Reading':
     """What the policy says of a batch."""
     batch, parts = laid_out(models[MAIN], batch)
     x, router = final(models[MAIN], batch, parts)
     with jax.named_scope('loss'):
       policy = logprobs(law(models[MAIN], x, self.temperature), batch.targets, batch.weights)
     log_ratio = jnp.where(batch.weights > 0, policy - batch.behaviour, 0)
-    return Scored(batch, parts, x, log_ratio, router)
+    return Reading(batch, parts, x, log_ratio, router)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

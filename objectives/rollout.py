@@ -88,7 +88,7 @@ OF_ROLLOUTS = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Question:
   """A prompt that is to be answered, and with which seed; seed=None: by the likeliest tokens."""
 
   prompt: Prompt
@@ -110,7 +110,7 @@ class Stage(Protocol):
   dtype: str
   log: Callable[[str], Any]
 
-  def answers(self, models: Mapping[str, Any], asked: Sequence[Asked]) -> Iterator:
+  def answers(self, models: Mapping[str, Any], asked: Sequence[Question]) -> Iterator:
     """(index, decode.bulk.Written) of each, as they end."""
 
   def text(self, ids: Sequence[int]) -> str:
@@ -124,7 +124,7 @@ class Stage(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class Answered:
   """Some answers, groups side by side, before they are credited.
 
   Attributes:
@@ -132,13 +132,13 @@ class Answers:
     seconds: of each phase.
   """
 
-  asked: list[Asked]
+  asked: list[Question]
   written: list[Written]
   scores: np.ndarray
   failures: list[str]
   seconds: dict[str, float]
 
-  def groups(self, chosen: Sequence[int], size: int) -> 'Answers':
+  def groups(self, chosen: Sequence[int], size: int) -> 'Answered':
     """Of groups of this size these alone."""
     rows = [group * size + i for group in chosen for i in range(size)]
     return dataclasses.replace(
@@ -148,9 +148,9 @@ class Answers:
       scores=self.scores[rows],
     )
 
-  def joined(self, other: 'Answers') -> 'Answers':
+  def joined(self, other: 'Answered') -> 'Answered':
     seconds = {name: self.seconds[name] + other.seconds[name] for name in self.seconds}
-    return Answers(
+    return Answered(
       self.asked + other.asked,
       self.written + other.written,
       np.concatenate([self.scores, other.scores]),
@@ -166,11 +166,11 @@ class Answers:
 def answered(
   stage: Stage,
   models: Mapping[str, Any],
-  asked: Sequence[Asked],
+  asked: Sequence[Question],
   missing_end: float = 0.0,
   scaled: int = 0,
-) -> Answers:
-  """Answers with the policy's weights, judged while the others are written.
+) -> Answered:
+  """Answered with the policy's weights, judged while the others are written.
 
   missing_end: what an answer that did not end by itself has less. scaled: of how many side by side
     each judge's scores are brought to one scale (judges.totals).
@@ -197,12 +197,12 @@ def answered(
   unended = np.array([not written[i].ended for i in range(len(asked))])
   scores = totals(each, stage.judges.weights, scaled) - missing_end * unended
   seconds = {'generate': ended - began, 'judge': time.perf_counter() - ended}
-  return Answers(
+  return Answered(
     list(asked), [written[i] for i in range(len(asked))], scores, said.failures, seconds
   )
 
 
-def laid_out(answers: Answers, length: int, group: int = 1, masked: bool = False) -> RolloutBatch:
+def laid_out(answers: Answered, length: int, group: int = 1, masked: bool = False) -> RolloutBatch:
   """The answers, so many to a prompt, as rows of this length, not credited yet.
 
   masked: whether what did not end by itself counts nowhere (DAPO's overlong filtering).
@@ -320,7 +320,7 @@ class Rollouts:
       self._left += order.reshape(-1, B).tolist()
     self._rollouts += 1
 
-  def _answers(self, models, groups: int) -> Answers:
+  def _answers(self, models, groups: int) -> Answered:
     """Of so many prompts; with dynamic sampling others in the place of those whose answers are all
     alike, as long as there are tries left.
     """
@@ -335,14 +335,14 @@ class Rollouts:
       answers = kept.joined(self._next(models, int(equal.sum())))
     return answers
 
-  def _next(self, models, groups: int) -> Answers:
-    """Answers to the next prompts."""
+  def _next(self, models, groups: int) -> Answered:
+    """Answered to the next prompts."""
     prompts, seed, asked = self._stage.prompts, self._stage.seed, []
     for index in range(self._prompt, self._prompt + groups):
       prompt = prompts.order(seed, index)
       # Of an answer's own: no other answer of the run shares its noise.
       seeds = np.random.SeedSequence([seed, 2, index]).generate_state(self._settings.group)
-      asked += [Asked(prompt, int(each)) for each in seeds]
+      asked += [Question(prompt, int(each)) for each in seeds]
     self._prompt += groups
     scaled = self._settings.group if self._settings.reward_scale == 'group' else 0
     return answered(self._stage, models, asked, self._settings.missing_end, scaled)
@@ -386,7 +386,7 @@ class Rollouts:
     moved = advantage.kl(self._batch.behaviour, policy, advantage.UNBIASED)
     return float(np.where(counted, moved, 0).sum() / max(counted.sum(), 1)) > settings.stop_kl
 
-  def _note(self, answers: Answers, batch: RolloutBatch, seconds: dict, more: dict) -> None:
+  def _note(self, answers: Answered, batch: RolloutBatch, seconds: dict, more: dict) -> None:
     shown = range(min(self._settings.group, 4))
     self._stage.note(
       self._rollouts,
@@ -422,7 +422,7 @@ class HeldOut:
     for first in range(0, len(prompts), B):
       here = prompts[first : first + B]
       seeds = np.random.SeedSequence([self._stage.seed, 3, first]).generate_state(len(here))
-      asked = [Asked(prompt, int(seed)) for prompt, seed in zip(here, seeds)]
+      asked = [Question(prompt, int(seed)) for prompt, seed in zip(here, seeds)]
       answers = answered(self._stage, models, asked, self._missing_end)
       for line in answers.failures[:1]:
         self._stage.log(f'WARNING: {line}')

@@ -264,17 +264,6 @@ def from_first(function: Callable[[], int | None]) -> int | None:
   return None if answer < 0 else answer
 
 
-def everywhere(tree):
-  """A pytree of global arrays as numpy arrays, whole, in every process."""
-  import jax
-
-  if count() == 1:
-    return jax.device_get(tree)
-  from jax.experimental import multihost_utils
-
-  return multihost_utils.process_allgather(tree, tiled=True)
-
-
 def differing(value: str) -> list[int]:
   """The processes whose value is not that of process 0, in every process."""
   if count() == 1:

@@ -20,14 +20,14 @@ from model.params import abstract
 from objectives.next_token import NextToken
 from parallel import axes
 from parallel.mesh import AXES, MeshConfig, make_mesh
-from training import config as configs, state as states
+from training import config as configs, reference, state as states
 from training.config import Config
 from training.optimizer import make_optimizer
 from training.program import check_models, lower_step, make_program
 from training.step import make_step
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted(path for path in (ROOT / 'configs').rglob('*.py') if path.name != '__init__.py')
+FILES = reference.config_files()
 
 
 def module_of(path: pathlib.Path):

@@ -60,6 +60,7 @@ TEXT = (
   '--config.data.split=tail',
   '--config.data.sequence_length=32',
 )
+PPO = '--config=configs/ppo.py'
 BESIDES = {
   'tiny': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
   'finetune': (*TEXT, '--config.optimizer.warmup_fraction=0.0'),
@@ -91,6 +92,7 @@ BESIDES = {
     '--config.optimizer.warmup_fraction=0.0',
     '--config.data.clean.filters=none',
   ),
+  **dict.fromkeys(('gkd', 'grpo', 'ppo'), ('--config.objective.max_new_tokens=8',)),
   **dict.fromkeys(
     ('dpo', 'kto'),
     (
@@ -124,7 +126,9 @@ def typed(*names: str) -> list[tuple[str, list[str]]]:
 
 def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
-  lines = 'orders|dates|docstrings|tasks|spell|ask|said|pairs|judged|answers|beside|mixed|mixed.out'
+  lines = (
+    'orders|dates|docstrings|tasks|spell|ask|said|pairs|judged|sums|answers|beside|mixed|mixed.out'
+  )
   names = rf'input\.txt|({lines})\.jsonl|sentiment\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
@@ -159,6 +163,9 @@ def prepared(directory: pathlib.Path) -> None:
   (directory / 'pairs.jsonl').write_text(
     ''.join(json.dumps({'prompt': q, 'chosen': a, 'rejected': f'{a}0'}) + '\n' for q, a in pairs)
   )
+  (directory / 'sums.jsonl').write_text(
+    ''.join(json.dumps({'prompt': q, 'answer': a}) + '\n' for q, a in pairs)
+  )
   # What `generate.py --output` writes of runs/large, which is asked after it is trained.
   (directory / 'said.jsonl').write_text(
     ''.join(json.dumps({'prompt': q, 'text': a}) + '\n' for q, a in pairs)
@@ -170,29 +177,35 @@ def prepared(directory: pathlib.Path) -> None:
   gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
 
 
+def shortened(line: list[str]) -> list[str]:
+  """A command of training, of few steps and short rows."""
+  config = next(part.removeprefix('--config=') for part in line if '--config=' in part)
+  # What a page asks for twice as many steps goes on from what ran before.
+  line = [part.replace('.steps=400', '.steps=4') for part in line]
+  line = [part.replace('sequence_length=256', 'sequence_length=48') for part in line]
+  line = [re.sub('sequence_length=(128|96)', 'sequence_length=32', part) for part in line]
+  line = [part.replace('max_new_tokens=24', 'max_new_tokens=8') for part in line]
+  line = [part for part in line if not re.search(r'epochs=|steps=(0|22|60|120|200)$', part)]
+  # Instead of the standard library.
+  line = [part.replace('[1].kind=stdlib', '[1].kind=text') for part in line]
+  line = [f'{part}input.txt' if part.endswith('[1].path=') else part for part in line]
+  short = [*SHORT, *BESIDES[pathlib.Path(config).stem]]
+  return line + [part for part in short if part.split('=')[0] not in ' '.join(line)]
+
+
 def ran(directory: pathlib.Path) -> list[tuple]:
   """Trains and converts as the pages do: each command, with what it printed, its code behind it."""
   lines = []
-  # What other pages begin with is there first, and what begins with another page's run comes last.
+  # What other pages begin with is there first, and what begins with another page's run comes last;
+  # rewards have a scale once they are judged, which is further below.
   every = sorted(
-    typed('train.py', 'convert.py'),
+    (each for each in typed('train.py', 'convert.py') if each[1][0] != PPO),
     key=lambda each: ('smollm2' not in each[1], '--config.init=runs/tuned' in each[1]),
   )
   demo = ['--config=tiny', '--workdir=runs/demo', '--config.data.sequence_length=48']
   every.insert(0, ('train.py', demo))  # for `make demo`
   for name, line in every:
-    if name == 'train.py':
-      config = next(part.removeprefix('--config=') for part in line if '--config=' in part)
-      # What a page asks for twice as many steps goes on from what ran before.
-      line = [part.replace('.steps=400', '.steps=4') for part in line]
-      line = [part.replace('sequence_length=256', 'sequence_length=48') for part in line]
-      line = [part.replace('sequence_length=128', 'sequence_length=32') for part in line]
-      line = [part for part in line if not re.search(r'epochs=|steps=(0|22|60|120|200)$', part)]
-      # Instead of the standard library.
-      line = [part.replace('[1].kind=stdlib', '[1].kind=text') for part in line]
-      line = [f'{part}input.txt' if part.endswith('[1].path=') else part for part in line]
-      short = [*SHORT, *BESIDES[pathlib.Path(config).stem]]
-      line += [part for part in short if part.split('=')[0] not in ' '.join(line)]
+    line = shortened(line) if name == 'train.py' else line
     line = ['path/to/hf_dir' if part == 'smollm2' else part for part in line]
     lines.append((name, here(line, directory)))
   said = []
@@ -223,7 +236,9 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
     'demo',
     'docstrings',
     'dpo',
+    'grpo',
     'kto',
+    'own',
     'large',
     'small',
     'stored',
@@ -272,6 +287,9 @@ def check_what_was_tuned(directory: pathlib.Path) -> None:
   for name, line in lines:
     done = Process(directory, name, *here(line, directory)).end()
     assert done.code == 0 and 'Traceback' not in done.error, (line, done.error, done.out)
+  (ppo,) = [line for _, line in typed('train.py') if line[0] == PPO]
+  done = Process(directory, 'train.py', *here(shortened(ppo), directory)).end()
+  assert done.code == 0 and (directory / 'runs' / 'ppo' / 'rollouts.jsonl').exists(), done.error
   assert len((directory / 'mixed.out.jsonl').read_text().splitlines()) == 3
   assert json.loads((directory / 'said.jsonl').read_text().splitlines()[0])['prompt'] == '3 and 3?'
   ours, beside = ((directory / f'{name}.jsonl').read_text() for name in ('answers', 'beside'))

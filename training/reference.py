@@ -123,10 +123,16 @@ def text(width: int = 100) -> str:
   return '\n'.join(lines).lstrip('\n')
 
 
+def config_files() -> list[pathlib.Path]:
+  """Those under configs/ that build a Config; what is in configs/rewards/ judges answers."""
+  apart = {CONFIGS / 'rewards', CONFIGS / '__init__.py'}
+  return sorted(path for path in CONFIGS.rglob('*.py') if not apart & {path, *path.parents})
+
+
 def configs() -> str:
   """The files under configs/ with the first line of what they say of themselves."""
   lines = []
-  for path in sorted(CONFIGS.rglob('*.py')):
+  for path in config_files():
     name = str(path.relative_to(CONFIGS).with_suffix(''))
     says = ast.get_docstring(ast.parse(path.read_text())) or ''
     lines.append(f'{name:24} {says.split(chr(10))[0]}')

@@ -59,10 +59,9 @@ def write_report(
   name = directory.resolve().name
   title = f'{name}: {short(parameters)} parameters, {short(lines[-1]["tokens"])} tokens'
   files.replace(directory / 'loss.png', plot(lines, title))
-  rows = (
-    _progress(lines) + _speed(lines, chips, hardware) + _compute(lines, parameters, flops_per_token)
-  )
-  rows += _cost(lines, config, chips)
+  unit = 'nats/token' if settings is None else settings.objective.loss_unit
+  rows = _progress(lines, unit) + _speed(lines, chips, hardware)
+  rows += _compute(lines, parameters, flops_per_token) + _cost(lines, config, chips)
   table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
   parts = [f'# {name}', '![Loss curve](loss.png)', f'| | |\n| --- | ---: |\n{table}']
   if written := samples.markdown(samples.read(directory)):
@@ -251,11 +250,11 @@ def _baselines(lines) -> dict[str, float]:
   return {name: value for name, value in found.items() if value is not None}
 
 
-def _progress(lines):
+def _progress(lines, unit='nats/token'):
   rows = [
     ('Steps', f'{lines[-1]["step"]:,}'),
     ('Tokens', short(lines[-1]['tokens'])),
-    ('Training loss, last', f'{amount(_last(lines, "loss"), 4)} nats/token'),
+    ('Training loss, last', f'{amount(_last(lines, "loss"), 4)} {unit}'.strip()),
   ]
   steps, validation = _points(lines, 'validation_loss')
   if validation:
@@ -263,11 +262,17 @@ def _progress(lines):
     best = lowest(losses)
     of = 'none is finite' if best is None else f'{amount(losses[best], 4)} at step {best:,}'
     last = amount(validation[-1], 4)
-    rows.append(('Validation loss, last (best)', f'{last} ({of}) nats/token'))
+    rows.append(('Validation loss, last (best)', f'{last} ({of}) {unit}'.strip()))
   for name, (_, values) in _by_source(lines).items():
     rows.append(
-      (f'Validation loss of {name}, first, last', f'{values[0]:.4f}, {values[-1]:.4f} nats/token')
+      (
+        f'Validation loss of {name}, first, last',
+        f'{values[0]:.4f}, {values[-1]:.4f} {unit}'.strip(),
+      )
     )
+  steps, rewards = _points(lines, 'validation_reward')
+  if rewards:
+    rows.append(('Reward of held-out prompts, first, last', f'{rewards[0]:.4f}, {rewards[-1]:.4f}'))
   bits = _last(lines, 'bits_per_byte')
   if bits is not None:
     rows.append(('**Held-out bits per byte**', f'**{bits:.3f}**'))

@@ -21,8 +21,9 @@ from decode.generating import generating, generating_model
 from model import params
 from objectives.actor import Actor
 from objectives.judges import FileJudge, Judges, ModelJudge, is_file
-from objectives.rollout import Asked, RolloutBatch
+from objectives.rollout import Question, RolloutBatch
 from parallel import axes, hosts
+from parallel.gathering import everywhere
 from training import state as states
 from training.config import Config
 from workdir.reward import open_reward
@@ -30,7 +31,7 @@ from workdir.reward import open_reward
 FILE = 'rollouts.jsonl'
 
 
-def staged(config: Config, prepared: Prompts, workdir, log: Callable[[str], Any]) -> 'Stage':
+def staged(config: Config, prepared: Prompts, workdir, log: Callable[[str], Any]) -> 'RunStage':
   """The prompts with all that rollouts of the run need, on the mesh in context.
 
   Raises NotImplementedError and ValueError for what a policy cannot write with, rewards that cannot
@@ -43,10 +44,10 @@ def staged(config: Config, prepared: Prompts, workdir, log: Callable[[str], Any]
     [_judge(config, reward, prepared, mesh) for reward in config.objective.reward],
     config.objective.reward_weights or [1.0] * len(config.objective.reward),
   )
-  return Stage(config, prepared, mesh, judges, pathlib.Path(workdir), log)
+  return RunStage(config, prepared, mesh, judges, pathlib.Path(workdir), log)
 
 
-class Stage:
+class RunStage:
   """See objectives.rollout.Stage. What prompts say of themselves, it says, too."""
 
   def __init__(self, config, prompts, mesh, judges, workdir, log):
@@ -78,7 +79,7 @@ class Stage:
   def __getattr__(self, name):
     return getattr(self.prompts, name)
 
-  def answers(self, models: Mapping[str, Any], asked: Sequence[Asked]) -> Iterator:
+  def answers(self, models: Mapping[str, Any], asked: Sequence[Question]) -> Iterator:
     with jax.set_mesh(self._mesh):
       weights = self._writing(models)
     return self._actor(weights, asked)
@@ -89,7 +90,7 @@ class Stage:
 
   def said(self, models, batch: RolloutBatch, names_: tuple[str, ...]) -> dict[str, np.ndarray]:
     with jax.set_mesh(self._mesh):
-      return hosts.everywhere(self._said(models, self._put(batch.cut(self._put.rows)), names_))
+      return everywhere(self._said(models, self._put(batch.cut(self._put.rows)), names_))
 
   def note(self, rollout: int, content: dict) -> None:
     if jax.process_index():

@@ -23,7 +23,7 @@ from workdir.reward import judge, normalise
 from workdir.rollouts import FILE
 
 LENGTH, NEW = 24, 10
-TARGET = 4.0  # nats of an answer from the policy as it began
+TARGET = 2.0  # nats of an answer from the policy as it began
 PAIRS = {'(': ')', '[': ']', '{': '}'}
 
 

@@ -198,7 +198,9 @@ def test_a_reward_that_fails_is_counted_and_all_failing_ends_the_run(place, tmp_
 
 def test_what_did_not_end_may_count_nowhere(place, tmp_path):
   with Started(config(place, FAMILY), tmp_path) as run:
-    asked = [rollout.Asked(prompt, 5 + i) for i, prompt in enumerate(run.stage.prompts.train[:4])]
+    asked = [
+      rollout.Question(prompt, 5 + i) for i, prompt in enumerate(run.stage.prompts.train[:4])
+    ]
     answers = rollout.answered(run.stage, run.state.models, asked, missing_end=0.25)
   whole, masked = laid_out(answers, LENGTH, 4), laid_out(answers, LENGTH, 4, masked=True)
   unended = whole.ended.sum(1) == 0

@@ -20,7 +20,7 @@ from objectives.rollout import POLICY, HeldOut, RolloutBatch, Rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Written(Objective):
+class OfOwnText(Objective):
   """What learns from its own answers to prompts (data/prompts.py).
 
   Attributes:
