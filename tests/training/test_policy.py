@@ -91,7 +91,20 @@ def by_hand(model, batch, objective):
   return sum(each) / over.get(variant, len(each))
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+def slow_but(*fast):
+  """Variants, all but these slow."""
+  return [
+    pytest.param(name, marks=[] if name in fast else pytest.mark.slow, id=name) for name in VARIANTS
+  ]
+
+
+BOTH = [
+  pytest.param(PENALISED, id='grpo'),
+  pytest.param(CRITICAL, id='ppo', marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize('variant', slow_but('grpo', 'rloo'))
 def test_a_step_is_the_absolute_step(one_device, variant):
   """Parameters - rate * gradient of the loss, worked out by hand."""
   objective = dataclasses.replace(PENALISED, variant=variant)
@@ -101,7 +114,8 @@ def test_a_step_is_the_absolute_step(one_device, variant):
   metrics, _ = run.go([batch])
   np.testing.assert_allclose(metrics['loss'], loss, rtol=2e-5)
   expected = jax.tree.map(lambda p, g: p - RATE * g, before, gradient)
-  assert_close(run.state.models['policy'], expected, 5e-6)
+  # Rows of the embedding move by up to 10: their norm, at first, is small.
+  assert_close(run.state.models['policy'], expected, 2e-5)
 
 
 def critic_by_hand(models, batch, objective):
@@ -177,7 +191,7 @@ def test_metrics_by_hand(one_device):
   assert 0 < metrics['clip_fraction'] < 1
 
 
-@pytest.mark.parametrize('objective', [PENALISED, CRITICAL], ids=['grpo', 'ppo'])
+@pytest.mark.parametrize('objective', BOTH)
 def test_parts_and_what_does_not_count_change_nothing(one_device, objective):
   """Four microbatches of uneven weight are one batch; NaN where nothing counts is not read."""
   whole, parts = Run(config(objective)), Run(config(objective, train={'accumulation': 4}))
@@ -191,6 +205,7 @@ def test_parts_and_what_does_not_count_change_nothing(one_device, objective):
   assert_close(whole.state.models, parts.state.models, 1e-5)
 
 
+@pytest.mark.slow
 def test_all_masked_gives_nothing(one_device):
   run, batch = Run(config(PENALISED)), batch_of()
   before = jax.tree.map(jnp.copy, run.state.models)
@@ -199,7 +214,8 @@ def test_all_masked_gives_nothing(one_device):
   assert_close(run.state.models, before, 0)
 
 
-@pytest.mark.parametrize('objective', [PENALISED, CRITICAL], ids=['grpo', 'ppo'])
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', BOTH)
 def test_the_gradient_is_the_slope(one_device, objective):
   """By finite differences in a random direction."""
   run, batch = Run(config(objective)), batch_of()
@@ -330,6 +346,7 @@ def test_models_that_write_no_text_are_refused():
     PENALISED.read(tiny(data={'sequence_length': 8}).data, print)
 
 
+@pytest.mark.slow
 def test_a_critic_is_a_model_of_its_own_and_the_reference_none_under_an_adapter(one_device):
   """Both begin as the policy; the critic's is trained, and the reference stays, bitwise."""
   objective = dataclasses.replace(CRITICAL, critic='separate', beta=0.1)

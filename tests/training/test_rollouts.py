@@ -121,7 +121,10 @@ def test_rows_are_what_was_written(place, tmp_path):
   assert all(len(set(groups[i : i + 4])) == 1 for i in range(0, 16, 4))
 
 
-@pytest.mark.parametrize('objective', [FAMILY, CRITICAL], ids=['grpo', 'ppo'])
+@pytest.mark.parametrize(
+  'objective',
+  [pytest.param(FAMILY, id='grpo', marks=pytest.mark.slow), pytest.param(CRITICAL, id='ppo')],
+)
 def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   """Bit for bit, also from within a rollout, whose policy is gone."""
   made = config(place, objective, train={'steps': 7, 'eval_every': 3, 'save_every': 3})
@@ -155,6 +158,7 @@ def test_a_batch_is_kept_as_it_is():
   assert_same(vars(again), vars(batch))
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_replaces_what_teaches_nothing(place, tmp_path):
   """Groups of equal rewards give way to those of the next prompts, while there are tries."""
   objective = dataclasses.replace(FAMILY, resamplings=3, minibatches=1, epochs=1)
@@ -175,6 +179,7 @@ def test_dynamic_sampling_replaces_what_teaches_nothing(place, tmp_path):
   assert (batch.advantages[batch.equal.sum(1) > 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_is_counted_and_all_failing_ends_the_run(place, tmp_path):
   made = config(place, FAMILY)
   (tmp_path / 'own.py').write_text(
@@ -218,6 +223,7 @@ def test_sampler_and_trainer_that_differ_are_told(place, tmp_path, monkeypatch):
       run.rollouts.take(run.state)
 
 
+@pytest.mark.slow
 def test_too_far_from_what_wrote_it_another_epoch_does_not_begin(place, tmp_path):
   objective = dataclasses.replace(CRITICAL, stop_kl=1e-9)
   with Started(config(place, objective), tmp_path) as run:
