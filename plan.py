@@ -3,9 +3,10 @@
     python plan.py --config=configs/models/llama3_8b.py --topology=v5p:4x4x4 [--search]
 
 Compiles the very step that train.py would run (or with --mode=prefill, --mode=decode what
-generates), for hardware that need not be here, and reads the compiled program: does it fit, what
-does it compute and move, how long does it take, what does that cost. Topologies: v5e:16x16,
-v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
+generates, and with --mode=rollout what a policy writes with, beside all that its training holds),
+for hardware that need not be here, and reads the compiled program: does it fit, what does it
+compute and move, how long does it take, what does that cost. Topologies: v5e:16x16, v6e:8x8,
+v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
 """
 
 import os
@@ -38,19 +39,15 @@ import commands
 import files
 import names
 import train
-from analysis import aot, candidates, enough, hardware, memory, roofline, schedule, tables
+from analysis import aot, candidates, enough, hardware, memory, modes, roofline, schedule, tables
 from analysis.hlo import Module
-from decode.generating import generating
-from decode.options import CHUNK
 from kernels import cudnn
 from kernels.attention import FEW, choose
 from kernels.flash import KERNELS
 from model import flops as counts
-from parallel import axes
 from parallel.mesh import make_mesh
-from training import config as configs, overrides, program, state as states
+from training import config as configs, overrides
 
-MODES = ('train', 'prefill', 'decode')
 SEARCHED = 3  # meshes whose remat policies and microbatches --search tries
 
 TOPOLOGY = flags.DEFINE_string(
@@ -59,7 +56,7 @@ TOPOLOGY = flags.DEFINE_string(
 SLICES = flags.DEFINE_integer(
   'slices', 1, 'How many such slices; `data` crosses them.', lower_bound=1
 )
-MODE = flags.DEFINE_string('mode', 'train', f'What runs: {", ".join(MODES)}.')
+MODE = flags.DEFINE_string('mode', 'train', f'What runs: {", ".join(modes.MODES)}.')
 BATCH = flags.DEFINE_integer(
   'batch',
   0,
@@ -95,7 +92,7 @@ class Plan:
   Bytes, FLOPs of hardware and seconds are of one device and one run of the program.
 
   Attributes:
-    mode: one of MODES; a run is a training step, the prefill of all rows,
+    mode: one of analysis.modes.MODES; a run is a training step, the prefill of all rows,
       or CHUNK tokens of every row.
     config: with the mesh's sizes resolved. chip: what a device belongs to. devices: of the mesh.
     problem: why the compiler refused, '' where it did not; then memory and prediction are None.
@@ -154,7 +151,7 @@ class Plan:
     'cached': kernels.cached.
     """
     model = self.config.model
-    if self.mode == 'decode':
+    if self.mode in (modes.DECODE, modes.ROLLOUT):
       return 'cached'
     if model.execution.attention != 'auto' or self.config.mesh.context > 1:
       return model.execution.attention
@@ -230,18 +227,20 @@ def make_plan(
   Raises ValueError or NotImplementedError for what cannot run there whatever the memory;
   too little memory is a Plan's `problem`.
   """
-  names.check('mode', mode, MODES)
+  names.check('mode', mode, modes.MODES)
   mesh, config = make_mesh(config.mesh, devices, axis_type), resolved(config, devices)
   began, chip = time.perf_counter(), chip_of(devices)
-  lowered, arrays, tokens, model_flops = _lower(config, mesh, mode, rows, context, weights)
-  bytes_held = {name: memory.shard_bytes(tree) for name, tree in arrays.items()}
+  made = modes.lower(config, mesh, mode, rows, context, weights)
+  arrays, tokens, model_flops = made.arrays, made.tokens, made.model_flops
+  beside = {name: memory.shard_bytes(tree) for name, tree in made.beside.items()}
+  bytes_held = beside | {name: memory.shard_bytes(tree) for name, tree in arrays.items()}
   plan = functools.partial(Plan, mode, config, chip, mesh.size)
 
   def seconds():
     return time.perf_counter() - began
 
   try:
-    compiled = lowered.compile()
+    compiled = made.lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -252,7 +251,7 @@ def make_plan(
   return plan(
     '',
     bytes_held,
-    memory.parts(compiled, arrays, arrays['parameters'] if mode == 'train' else ()),
+    memory.parts(compiled, arrays, arrays['parameters'] if mode == 'train' else (), beside),
     tokens,
     model_flops,
     schedule.collectives(module, mesh),
@@ -278,53 +277,6 @@ def chip_of(devices: list[jax.Device]) -> hardware.Chip:
       f'device kind {device.device_kind!r} is not in analysis/hardware.py; add its peaks there'
     )
   return chip
-
-
-def _lower(config, mesh, mode, rows, context, weights):
-  """The lowered program, the arguments that it holds by name, tokens and model FLOPs of a run."""
-  if mode == 'train':
-    lowered, state = program.lower_step(config, mesh)
-    tokens = config.data.batch_size * config.objective.row_tokens(config.data)
-    trained, frozen = states.rule(config).parted(state.models)
-    arrays = {'parameters': trained, 'optimizer state': state.optimizer}
-    if jax.tree.leaves(frozen):
-      arrays = {'frozen parameters': frozen} | arrays
-    return lowered, arrays, tokens, tokens * program.flops_per_token(config)
-
-  if config.model.encoder_layers or not config.model.causal:
-    raise NotImplementedError(
-      f'--mode={mode} with model.encoder_layers={config.model.encoder_layers}, '
-      f'model.causal={config.model.causal}: only what a decoder generates is planned so far'
-    )
-  if rows < 1 or context < 1:
-    raise ValueError(f'--mode={mode} needs --batch={rows} and --context={context} to be at least 1')
-  with jax.set_mesh(mesh):
-    over, parts = axes.mesh_axes('batch'), axes.size('batch')
-  if rows % parts:
-    raise ValueError(
-      f'--batch={rows} does not split over '
-      + ' x '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in over)
-      + f'; make it a multiple of {parts}'
-    )
-  if not config.model.vocabulary:
-    raise ValueError(
-      "model.vocabulary=0 is the tokenizer's, which is not read here; set it, as in "
-      '--config.model.vocabulary=50257'
-    )
-
-  config.model.check_parameters(dict(mesh.shape))
-  model = generating(config.resolve(config.model.vocabulary).model)
-  if mode == 'prefill':
-    return (
-      *aot.prefill(model, mesh, rows, context, weights),
-      rows * context,
-      counts.prefill_flops(model, rows, context),
-    )
-  return (
-    *aot.decode(model, mesh, rows, context, weights),
-    rows * CHUNK,
-    CHUNK * counts.decode_flops(model, rows, context),
-  )
 
 
 def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan | None:
@@ -449,10 +401,11 @@ def main(arguments):
       raise app.UsageError(f'--{flag.name} is of train.py; a plan writes nothing but --json')
   logging.set_verbosity(logging.WARNING)
   with commands.mendable():
-    names.check('mode', MODE.value, MODES)
-    if MODE.value == 'train' and (BATCH.present or CONTEXT.present or WEIGHTS.present):
+    names.check('mode', MODE.value, modes.MODES)
+    apart = MODE.value in (modes.TRAIN, modes.ROLLOUT)
+    if apart and (BATCH.present or CONTEXT.present or WEIGHTS.present):
       raise ValueError(
-        '--batch, --context and --weights are of prefill and decode; train takes '
+        f'--batch, --context and --weights are of prefill and decode; {MODE.value} takes '
         '--config.data.batch_size and .sequence_length'
       )
     if SEARCH.value and MODE.value != 'train':

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -61,7 +62,10 @@ def shard_bytes(tree: Any, where: str = 'device') -> int:
 
 
 def parts(
-  compiled: jax.stages.Compiled, arguments: Mapping[str, Any], gradients_of: Any = ()
+  compiled: jax.stages.Compiled,
+  arguments: Mapping[str, Any],
+  gradients_of: Any = (),
+  beside: Mapping[str, int] = MappingProxyType({}),
 ) -> Memory:
   """Divides a compiled program's memory.
 
@@ -69,10 +73,12 @@ def parts(
     arguments: name -> tree of the arrays (abstract ones with shardings) that are passed. What is
       passed beyond them is named 'other arguments'.
     gradients_of: the parameters that the program differentiates.
+    beside: bytes, by name, of what lies there meanwhile and is not passed.
   """
   stats = compiled.memory_analysis()
-  sizes = {name: shard_bytes(tree) for name, tree in arguments.items()}
-  sizes['padding and other arguments'] = max(0, stats.argument_size_in_bytes - sum(sizes.values()))
+  passed = {name: shard_bytes(tree) for name, tree in arguments.items()}
+  padding = max(0, stats.argument_size_in_bytes - sum(passed.values()))
+  sizes = {**beside, **passed, 'padding and other arguments': padding}
 
   # Gradients are returned, by a program that leaves the update to others, or lie among temporaries.
   outputs = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
@@ -84,7 +90,8 @@ def parts(
   sizes['activations and workspace'] = stats.temp_size_in_bytes - inside
   sizes['outputs in new memory'] = outputs - returned
   sizes['code'] = stats.generated_code_size_in_bytes
-  peak = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + sizes['code']
+  apart = sum(beside.values())
+  peak = apart + stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes + sizes['code']
 
   host = (
     stats.host_argument_size_in_bytes
@@ -93,4 +100,4 @@ def parts(
   )
   disk = sum(shard_bytes(tree, 'disk') for tree in arguments.values())
   alive = 0 if host else getattr(stats, 'peak_memory_in_bytes', 0)
-  return Memory(sizes, peak, alive or None, host, disk)
+  return Memory(sizes, peak, alive + apart if alive else None, host, disk)

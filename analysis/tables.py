@@ -45,7 +45,9 @@ def show(plan, cost: dict[str, float]) -> None:
   """Prints all of a plan."""
   console = _console()
   axes = {axis: size for axis, size in plan.config.mesh.sizes().items() if size > 1}
-  run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}[plan.mode]
+  run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}.get(
+    plan.mode, 'a chunk of tokens'
+  )
   console.print(
     f'\n{plan.mode} on {plan.chips} x {plan.chip.name}, mesh {axes or "of one device"}, remat '
     f'{plan.config.model.execution.remat!r}, attention {plan.attention!r}, '
@@ -149,7 +151,11 @@ def _times(console, plan, run):
   table.add_row('predicted', seconds(p.seconds))
   console.print(table)
   mfu = 'MFU unknown' if plan.mfu is None else f'MFU {plan.mfu:.1%}'
-  each = f', {seconds(p.seconds / CHUNK)} a token of every row' if plan.mode == 'decode' else ''
+  each = (
+    f', {seconds(p.seconds / CHUNK)} a token of every row'
+    if plan.mode in ('decode', 'rollout')
+    else ''
+  )
   console.print(
     f'[bold]{seconds(p.seconds)} {run}{each}, {mfu}, {plan.tokens / p.seconds:,.0f} '
     f'tokens/s[/bold]; FLOPs of a device: model {model:.4g}, hardware {p.flops:.4g} '
