@@ -444,10 +444,11 @@ def sized(config: configs.Config, workdir: pathlib.Path) -> configs.Config:
 
 def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:
   """The batches of prepared data, from the first one on."""
-  rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
-  put = hosts.RowShards(rows, (config.data.batch_size, config.data.sequence_length))
-  batches = config.objective.batches(prepared, config.data, put.rows)
-  return Feed(batches, put, prepared.tokenizer)
+  put = hosts.RowShards(
+    jax.NamedSharding(mesh, axes.spec('batch', 'length')),
+    (config.data.batch_size, config.data.sequence_length),
+  )
+  return Feed(config.objective.batches(prepared, config.data, put.rows), put, prepared.tokenizer)
 
 
 class RunCost(NamedTuple):

@@ -49,6 +49,7 @@ class GKD(Distilling, _OwnRows):
   kind: str = 'gkd'
   divergence: str = JSD
   completed_by = OfOwnText.completed_by
+  frozen_passes = 1.0  # the teacher's, of every step
   same_rows = False
   term = 'distil'
 

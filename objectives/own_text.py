@@ -57,6 +57,11 @@ class OfOwnText(Objective):
     if not 0 < self.temperature < math.inf:
       raise ValueError(f'objective.temperature={self.temperature} must be above 0, and finite')
 
+  @property
+  def frozen_passes(self) -> float:
+    """A rollout is scored once, and learned from in each epoch."""
+    return 1 / self.epochs
+
   # 1. Models.
 
   def accepts(self, models):

@@ -136,8 +136,9 @@ def flops_per_token(config: Config, document_length: float | None = None) -> flo
       total += 6 * params.count(jax.eval_shape(lambda: states.new_model(config, name)))
       continue
     # Of three: forward, the gradient by what goes in, the gradient by the weights.
-    passes = 3 if role.trained else 2 if name == objective.main and config.adapter.kind else 1
-    passes += len(states.references(config)) if name == objective.main else 0
+    frozen, main = objective.frozen_passes, name == objective.main
+    passes = 3 if role.trained else 2 if main and config.adapter.kind else frozen
+    passes += frozen * len(states.references(config)) if main else 0
     total += passes * objective.forward_flops(role.config, config.data, document_length)
   return total
 
