@@ -444,10 +444,8 @@ def sized(config: configs.Config, workdir: pathlib.Path) -> configs.Config:
 
 def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:
   """The batches of prepared data, from the first one on."""
-  put = hosts.RowShards(
-    jax.NamedSharding(mesh, axes.spec('batch', 'length')),
-    (config.data.batch_size, config.data.sequence_length),
-  )
+  B, T = config.data.batch_size, config.data.sequence_length
+  put = hosts.RowShards(jax.NamedSharding(mesh, axes.spec('batch', 'length')), (B, T))
   return Feed(config.objective.batches(prepared, config.data, put.rows), put, prepared.tokenizer)
 
 
