@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from configs.rewards import arithmetic, brackets
+from configs.rewards import arithmetic, brackets, matches
 from evaluation.arithmetic import last_number, value
 
 
@@ -79,5 +79,11 @@ def test_rewards_of_the_configs():
   assert arithmetic.reward('I do not know', {'answer': '6 * 6'}) == 0.0
   with pytest.raises(ValueError):
     arithmetic.reward('36', {'answer': 'many'})
+  assert matches.reward(' abc\n', {'pattern': '[a-c]+'}) == 1.0
+  assert matches.reward('abcd', {'pattern': '[a-c]+'}) == 0.0
+  # Which takes an engine that goes back for ever.
+  assert matches.reward('x' * 60, {'pattern': '(x+x+)+y'}) == 0.0
+  with pytest.raises(ValueError, match=r"pattern '\(': missing \)"):
+    matches.reward('x', {'pattern': '('})
   balanced = [brackets.reward(text, {'prompt': '(['}) for text in ('])', '])()', ')]', ']', '])x')]
   assert balanced == [1, 1, 0, 0, 0]

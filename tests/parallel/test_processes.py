@@ -381,3 +381,45 @@ def test_all_stop_for_the_same_reason(runs, tmp_path, flags, code, said):
   done = Group(runs, tmp_path, 2, *LONG, *flags).end()
   assert (done[0].code, done[1].code != 0) == (code, bool(code)), done
   assert said in done[0].out + done[0].error
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_processes_write_and_judge_as_one(runs):
+  """The same answers with the same rewards, which one of them keeps."""
+  prompts, reward = runs.directory / 'prompts.jsonl', runs.directory / 'wanted.py'
+  rows = [{'prompt': f'{"pqr"[: 1 + i % 3]}{i}', 'wanted': 'abcdefghijklm'} for i in range(12)]
+  prompts.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  reward.write_text(
+    'def reward(text, record):\n  return sum(c in record["wanted"] for c in text) / 7 - 0.1\n'
+  )
+  flags = (
+    '--config.objective.kind=ppo',
+    f'--config.objective.reward={reward}',
+    '--config.objective.critic=shared',
+    '--config.objective.minibatches=2',
+    '--config.objective.max_new_tokens=6',
+    '--config.data.sources[0].kind=jsonl',
+    f'--config.data.sources[0].path={prompts}',
+    '--config.data.sources[0].format=prompt',
+    '--config.data.clean.anonymise=()',
+    '--config.data.clean.near_duplicates=0.0',
+    '--config.data.split=hash',
+    '--config.data.validation_fraction=0.3',
+    '--config.data.tokenizer.kind=byte',
+    '--config.data.tokenizer.vocabulary=0',
+    '--config.mesh.data=-1',
+    '--config.model.layers=1',
+    '--config.train.steps=6',
+    '--config.train.eval_every=3',
+  )
+  alone, together = runs.directory / 'wrote_alone', runs.directory / 'wrote_together'
+  train_alone(runs, alone, 2, *flags)
+  train(runs, together, 2, *flags)
+  ours, theirs = ([float(loss) for _, loss in losses(of)] for of in (alone, together))
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+  lines = [
+    [json.loads(line) | {'seconds': 0} for line in (of / 'rollouts.jsonl').read_text().splitlines()]
+    for of in (alone, together)
+  ]
+  assert len(lines[0]) == 1 and lines[0] == lines[1]
