@@ -256,7 +256,9 @@ class Rollouts:
     return self._batch.cut([chosen[row] for row in self._rows])
 
   def state(self) -> dict:
-    rest = {} if not self._left else {'left': self._left, 'batch': packed(self._batch)}
+    rest = {}
+    if self._left:
+      rest = {'left': self._left, 'batch': packed(self._batch), **self._sizes()}
     return {
       'rollouts': self._rollouts,
       'prompt': self._prompt,
@@ -266,17 +268,17 @@ class Rollouts:
     }
 
   def restore(self, position: dict) -> None:
+    now = self._identity() | (self._sizes() if 'left' in position else {})
     differing = [
       f'{name}: {position.get(name)!r} then, {value!r} now'
-      for name, value in self._identity().items()
+      for name, value in now.items()
       if position.get(name) != value
     ]
     if differing:
       raise ValueError(
-        'the prompts have changed since this position was saved ('
-        + '; '.join(differing)
-        + '); use '
-        'the data config that it was saved with, or start without it'
+        f'the prompts, or what a rollout is cut into, have changed since this position was saved '
+        f'({"; ".join(differing)}); use the config that it was saved with, or begin a run with '
+        '--config.init'
       )
     self._rollouts, self._prompt = position['rollouts'], position['prompt']
     self._coefficient = position['coefficient']
@@ -285,6 +287,15 @@ class Rollouts:
 
   def _identity(self) -> dict:
     return {'key': self._stage.prompts.key, 'seed': self._stage.seed}
+
+  def _sizes(self) -> dict:
+    """What the rest of a rollout depends on, besides."""
+    config, settings = self._config, self._settings
+    return {
+      'data.batch_size': config.batch_size,
+      'data.sequence_length': config.sequence_length,
+      'objective.minibatches': settings.minibatches,
+    }
 
   def _begin(self, models: Mapping[str, Any]) -> None:
     """A rollout."""

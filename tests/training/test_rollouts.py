@@ -158,6 +158,21 @@ def test_a_batch_is_kept_as_it_is():
   assert_same(vars(again), vars(batch))
 
 
+def test_the_rest_of_a_rollout_is_of_its_config(place, tmp_path):
+  with Started(config(place, FAMILY), tmp_path) as run:
+    run.rollouts.take(run.state)
+    position = json.loads(json.dumps(run.rollouts.state()))
+    expected = run.rollouts.take(run.state)
+    other = Rollouts(run.stage, run.config.objective, run.config.data, range(8))
+    other.restore(position)
+    assert_same(vars(other.take(None)), vars(expected))  # of nothing but the position
+    fewer = dataclasses.replace(run.config.objective, minibatches=1)
+    with pytest.raises(ValueError, match='objective.minibatches: 2 then, 1 now'):
+      Rollouts(run.stage, fewer, run.config.data, range(8)).restore(position)
+    with pytest.raises(ValueError, match='key: .* then'):
+      other.restore(position | {'key': 'another'})
+
+
 @pytest.mark.slow
 def test_dynamic_sampling_replaces_what_teaches_nothing(place, tmp_path):
   """Groups of equal rewards give way to those of the next prompts, while there are tries."""
