@@ -210,8 +210,8 @@ def ran(directory: pathlib.Path) -> list[tuple]:
     lines.append((name, here(line, directory)))
   said = []
   # A process of each few: none lives longer than it may (tests/test_commands.py).
-  for first in range(0, len(lines), 12):
-    part = lines[first : first + 12]
+  for first in range(0, len(lines), 8):
+    part = lines[first : first + 8]
     done = Process(directory, '-c', RUN_EACH, json.dumps(part)).end()
     said += done.out.split('$ ')[1:]
     failed = [each for each in said if not each.endswith('code 0\n')]
