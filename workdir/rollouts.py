@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 import files
-from data import generation
 from data.extra import same_ids
 from data.prompts import Prompts
 from decode.generating import generating, generating_model
@@ -39,7 +38,6 @@ def staged(config: Config, prepared: Prompts, workdir, log: Callable[[str], Any]
   """
   _check(config)
   mesh = jax.sharding.get_mesh()
-  prepared.tokenizer.generation = generation.read(workdir)
   judges = Judges(
     [_judge(config, reward, prepared, mesh) for reward in config.objective.reward],
     config.objective.reward_weights or [1.0] * len(config.objective.reward),

@@ -35,7 +35,7 @@ REWARD = """
 def reward(text, record):
   return sum(c in record['wanted'] for c in text) / 7 - 0.1
 """
-SHARED = {'max_new_tokens': NEW, 'beta': 0.1}
+SHARED = {'max_new_tokens': NEW, 'beta': 0.1, 'temperature': 0.8}
 FAMILY = GRPO(**SHARED, group=4, minibatches=2, epochs=2)
 CRITICAL = PPO(**SHARED, critic='shared', minibatches=2, epochs=2, stop_kl=10.0, missing_end=0.5)
 
