@@ -456,6 +456,7 @@ IDENTITY = (
   'model',
   'data',
   'objective.kind',
+  'objective.stored_reference',
   *(f'adapter.{x.name}' for x in dataclasses.fields(AdapterConfig) if x.name != 'dropout'),
   'optimizer.name',
   'train.seed',

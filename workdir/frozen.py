@@ -29,6 +29,12 @@ class Frozen:
   config: Config
   references: dict[str, dict]
 
+  @classmethod
+  def of(cls, config: Config, record: dict) -> 'Frozen':
+    """By a checkpoint's record; of a model that the run has no more, nothing."""
+    known, references = states.roles(config), record.get('references', {})
+    return cls(config, {name: references[name] for name in references if name in known})
+
   def kept(self, state: TrainState) -> TrainState:
     """The state, abstract or not, as a checkpoint holds it: without what is by reference."""
     rule = states.rule(self.config)
@@ -62,12 +68,11 @@ def begin(
   """
   models, references, rule = {}, {}, states.rule(config)
   for name, role in states.roles(config).items():
-    main = config.objective.main in (name, role.begun)
     if role.adapter:
       models |= names.imported('workdir.adapted.begun')(config, models, imported, log)
       continue
-    own = main and imported and not config.adapter.kind
-    directory = imported if own else config.init if main else role.directory
+    own = _as_main(config, name) and imported and not config.adapter.kind
+    directory = imported if own else place(config, name)
     if not directory or role.made:
       continue
     if not own:
@@ -79,11 +84,20 @@ def begin(
   return _shared(config, models, references), Frozen(config, references)
 
 
+def place(config: Config, name: str) -> str:
+  """The directory of the run that a model begins with; '' for one that is new."""
+  return config.init if _as_main(config, name) else states.roles(config)[name].directory
+
+
+def _as_main(config, name):
+  return config.objective.main in (name, states.roles(config)[name].begun)
+
+
 def opened(config: Config, name: str, log: Callable[[str], Any]) -> tuple[Any, dict]:
   """A frozen model of another run alone, on the mesh in context, and the reference of it. Raises as
   `begin`.
   """
-  directory = states.roles(config)[name].directory
+  directory = place(config, name)
   _check_base(directory)
   return _read(config, name, directory, log)
 
