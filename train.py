@@ -212,7 +212,7 @@ def beginning(
       )
     if not allow_change:
       seals.check_tokenizer(record, workdir, feed.tokenizer)
-    frozen = Frozen.of(config, record)
+    frozen = Frozen(config, record.get('references', {}))
     state = frozen.completed(checkpoints.restore(first, frozen.kept(target)), log)
     restore_order(feed.batches, record['data'], allow_change, log)
     log(f'going on from checkpoint {first}')

@@ -29,12 +29,6 @@ class Frozen:
   config: Config
   references: dict[str, dict]
 
-  @classmethod
-  def of(cls, config: Config, record: dict) -> 'Frozen':
-    """By a checkpoint's record; of a model that the run has no more, nothing."""
-    known, references = states.roles(config), record.get('references', {})
-    return cls(config, {name: references[name] for name in references if name in known})
-
   def kept(self, state: TrainState) -> TrainState:
     """The state, abstract or not, as a checkpoint holds it: without what is by reference."""
     rule = states.rule(self.config)
@@ -51,6 +45,7 @@ class Frozen:
     models = {
       name: _frozen(self.config, name, reference, log)
       for name, reference in self.references.items()
+      if name in states.roles(self.config)  # which may have changed where that is allowed
     }
     models = _shared(self.config, joined(state.models, state.models | models), self.references)
     return dataclasses.replace(state, models=models)
@@ -68,46 +63,31 @@ def begin(
   """
   models, references, rule = {}, {}, states.rule(config)
   for name, role in states.roles(config).items():
+    main = config.objective.main in (name, role.begun)
     if role.adapter:
       models |= names.imported('workdir.adapted.begun')(config, models, imported, log)
       continue
-    own = _as_main(config, name) and imported and not config.adapter.kind
-    directory = imported if own else place(config, name)
+    own = main and imported and not config.adapter.kind
+    directory = imported if own else config.init if main else role.directory
     if not directory or role.made:
       continue
     if not own:
-      _check_base(directory)
-    models[name], reference = _read(config, name, directory, log)
+      check_base(directory)
+    models[name], reference = read(config, name, directory, log)
     frozen = jax.tree.leaves(rule.parted({name: models[name]})[1])
     if frozen and not own:
       references[name] = reference
   return _shared(config, models, references), Frozen(config, references)
 
 
-def place(config: Config, name: str) -> str:
-  """The directory of the run that a model begins with; '' for one that is new."""
-  return config.init if _as_main(config, name) else states.roles(config)[name].directory
-
-
-def _as_main(config, name):
-  return config.objective.main in (name, states.roles(config)[name].begun)
-
-
-def opened(config: Config, name: str, log: Callable[[str], Any]) -> tuple[Any, dict]:
-  """A frozen model of another run alone, on the mesh in context, and the reference of it. Raises as
-  `begin`.
-  """
-  directory = place(config, name)
-  _check_base(directory)
-  return _read(config, name, directory, log)
-
-
-def _check_base(directory) -> None:
+def check_base(directory) -> None:
+  """Raises ValueError where no model begins with the run there."""
   if load(directory).adapter.kind:
     names.imported('workdir.adapted.refuse_as_base')(directory)
 
 
-def _read(config, name, directory, log):
+def read(config: Config, name: str, directory: str, log) -> tuple[Any, dict]:
+  """A model with the parameters of the run there, and the reference of it."""
   log(
     f'beginning with the parameters of {directory}'
     + ('' if name == config.objective.main else f' as {name}')
@@ -143,5 +123,6 @@ def _shared(config, models, references):
   known = {
     name: (reference['digest'], states.roles(config)[name].stored)
     for name, reference in references.items()
+    if name in models
   }
   return shared(models, known, states.rule(config))

@@ -22,8 +22,8 @@ from parallel import axes, hosts
 from training import state as states
 from training.config import Config
 from training.program import check_models
+from workdir import frozen
 from workdir.checkpoint import Checkpoints
-from workdir.frozen import opened, place
 
 
 def in_rows(config: Config, prepared, workdir, log: Callable[[str], Any]) -> Prepared:
@@ -93,6 +93,20 @@ def _check(config: Config, name: str, directory: str, workdir) -> None:
       "else is in a batch: what it says of a row once is not what it says later; use 'dropless', "
       'or store nothing of it'
     )
+
+
+def place(config: Config, name: str) -> str:
+  """The directory of the run that a model begins with; '' for one that is new."""
+  role = states.roles(config)[name]
+  return config.init if config.objective.main in (name, role.begun) else role.directory
+
+
+def opened(config: Config, name: str, log: Callable[[str], Any]) -> tuple[Any, dict]:
+  """A frozen model of another run alone, on the mesh in context, and the reference of it. Raises as
+  workdir.frozen.begin.
+  """
+  frozen.check_base(place(config, name))
+  return frozen.read(config, name, place(config, name), log)
 
 
 def _build(

@@ -30,8 +30,8 @@ from tests.training import test_preference, test_preference_seq2seq
 from training import config as configs
 from training.program import check_models, flops_per_token
 from workdir.checkpoint import Checkpoints
-from workdir.frozen import opened
 from workdir.metrics import read_metrics
+from workdir.said import opened
 from workdir.untrained import write_run
 
 GIVEN = [('a' * (n % 3), 'b' * (n % 4) + 'e', 'cd' * (n % 5 // 2)) for n in range(30)]
