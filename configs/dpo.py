@@ -8,7 +8,8 @@
 
 Each line of pairs.jsonl is {"prompt": .., "chosen": .., "rejected": ..}: texts, or a prompt of
 messages (data/records.py). Model, tokenizer and chat template are those of config.init. The
-reference is that model as it began: a second copy, or under an adapter the base, for nothing.
+reference is that model as it began: a second copy, or under an adapter the base, for nothing;
+--config.objective.stored_reference=True asks it once, and no step holds it.
 Another loss: --config.objective.variant=ipo (objectives/compared.py). Cost and score depend on the
 model; a step is four forward passes and a backward one.
 """

@@ -75,7 +75,8 @@ class Loader:
       raise ValueError(
         'the data order has changed since this loader state was saved ('
         + '; '.join(differing)
-        + '); use the data config it was saved with, or start without the state'
+        + '); use the data config it was saved with (where keys end in said-..., bring back the '
+        'checkpoint that was asked), or start without the state'
       )
     self._batches.close()
     self._examples = int(state['examples'])

@@ -16,6 +16,7 @@ from data import cache
 from data.loader import Loader, ValidationBatches
 from data.pairs import PairLoader, Pairs, PairValidation
 from data.prepared import Prepared
+from data.shards import PackedSource
 
 ROWS = 'rows'  # the name of a batch's own part
 Fields = Mapping[str, tuple[str, int]]  # of what is said: dtype, and numbers of a token
@@ -107,6 +108,16 @@ class WithSaid:
     """Of all that decides about batches."""
     return f'{self.prepared.key}-{self.digest}'
 
+  @property
+  def in_rows(self) -> Prepared:
+    """The same for batches that have fields of their own for what is said."""
+    return dataclasses.replace(
+      self.prepared,
+      key=self.key,
+      train=tuple(map(InRows, self.prepared.train, self.said)),
+      validation=InRows(self.prepared.validation, self.held_out),
+    )
+
   def batches(self, config, rows) -> Loader:
     """Training batches: {'rows': .., and each field [B, T, K]}."""
     return (SaidPairLoader if isinstance(self.prepared, Pairs) else SaidLoader)(self, config, rows)
@@ -115,6 +126,27 @@ class WithSaid:
     """The same of what is held out."""
     kind = SaidPairValidation if isinstance(self.prepared, Pairs) else SaidValidation
     return kind(self, config, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class InRows:
+  """A source of rows that writes what is said of them into their batches' own fields, [B, T]."""
+
+  source: PackedSource
+  said: Said
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getattr__(self, name):
+    return getattr(self.source, name)
+
+  def fill(self, index: int, batch: Any, into: int) -> None:
+    """As PackedSource.fill."""
+    self.source.fill(index, batch, into)
+    # Views: what is written there is in the batch.
+    fields = {name: getattr(batch, name)[..., None] for name in self.said.fields}
+    self.said.fill(index, {ROWS: batch} | fields, into)
 
 
 def batch_of(rows, fields: Fields, make) -> dict[str, Any]:

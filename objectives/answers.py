@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from data import examples, tokenizers
+from data import examples, preferences, tokenizers
 from data.extra import same_ids
 from data.preferences import ChoiceBatch, ChoiceLoader, ChoiceValidation
 from model.logprobs import kl, logprobs, segment_sums
 from objectives import compared
+from objectives.asked import Asked
 from objectives.laws import final, law
 from objectives.objective import MAIN, Objective, Role
 from parallel import axes as ax
@@ -77,10 +78,13 @@ class OfAnswers(OfChoices):
     beta: what rewards are log-ratios times: the larger, the closer to the reference it stays.
     reference: what likelihoods are compared with: the model as the run 'begun' (for nothing under
       an adapter, where it is the base), the directory of another run, or 'none'.
+    stored_reference: whether the reference is asked once, before the first step, how likely it
+      finds all answers, and is then neither held nor run; 'begun' needs config.init.
   """
 
   beta: float = 0.1
   reference: str = BEGUN
+  stored_reference: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -90,9 +94,16 @@ class OfAnswers(OfChoices):
       raise ValueError(
         "objective.reference='' names no model; it is 'begun', the directory of a run, or 'none'"
       )
+    if self.stored_reference and self.reference == NONE:
+      raise ValueError(
+        "objective.stored_reference=True with objective.reference='none': there is nothing to "
+        'store; leave it out'
+      )
 
   def models(self, config):
     models = {MAIN: Role(config)}
+    if self.stored_reference:
+      return models
     if self.reference == BEGUN:
       models[REFERENCE] = Role(config, trained=False, begun=MAIN)
     elif self.reference != NONE:
@@ -114,6 +125,35 @@ class OfAnswers(OfChoices):
         f'objective.kind={self.kind!r} compares several answers, and model.execution.pipeline.'
         "schedule='1f1b' is of a loss of tokens; use 'gpipe' or 'circular'"
       )
+
+  def begins(self, init, adapter):
+    if not self.stored_reference or self.reference != BEGUN:
+      return
+    if adapter.kind:
+      raise ValueError(
+        f"objective.stored_reference=True with adapter.kind={adapter.kind!r}: the reference "
+        "'begun' is the base that the adapter lies on, and takes no memory of its own; leave it out"
+      )
+    if not init:
+      raise ValueError(
+        "objective.stored_reference=True with objective.reference='begun' and config.init='': what "
+        'is stored is known by the checkpoint that said it, and a model that begins here has none; '
+        'give config.init, or the directory of a run as objective.reference'
+      )
+
+  @property
+  def completed_by(self) -> str:
+    return 'workdir.said.in_rows' if self.stored_reference else ''
+
+  def asked(self) -> Asked:
+    """How likely the reference finds the tokens of all answers."""
+    live = dataclasses.replace(self, stored_reference=False)
+
+    def answer(reference, batch):
+      scores, _ = token_logprobs(reference, batch, 1)
+      return {preferences.REFERENCE: scores[..., None]}
+
+    return Asked(REFERENCE, live, ['logprobs'], {preferences.REFERENCE: ('float32', 1)}, answer)
 
   def _check_network(self, name, network) -> None:
     if network.causal and not network.encoder_layers:

@@ -50,8 +50,9 @@ class KTO(OfAnswers, JudgedSettings):
     of the whole batch, for each row.
     """
     batch, parts = laid_out(models[MAIN], batch)
-    reference, _ = answers.token_logprobs(models[REFERENCE], batch, parts)
-    batch = dataclasses.replace(batch, reference=reference)
+    if not self.stored_reference:
+      reference, _ = answers.token_logprobs(models[REFERENCE], batch, parts)
+      batch = dataclasses.replace(batch, reference=reference)
     scored = self._scored(models, batch)
     away = scored.total(scored.answers.ratios[..., 1]) / or_one(answers.pairs_of(batch))
     away = jax.lax.stop_gradient(jnp.maximum(away, 0))

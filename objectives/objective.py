@@ -131,6 +131,11 @@ class Objective:
     train these.
     """
 
+  def begins(self, init: str, adapter: AdapterConfig) -> None:
+    """Raises ValueError, saying what would do, where the objective cannot train what begins with
+    the run at `init` ('': with none), or under this adapter.
+    """
+
   # 2. Batches.
 
   def read(self, config: DataConfig, log: Callable[[str], Any]) -> Any:

@@ -153,7 +153,8 @@ class Comparing(OfAnswers):
 
   def verdict(self, sums, prepared):
     """`validation_loss`, and what `metrics` says, as validation_..; `validation_kl`, of the laws of
-    the next token, policy from reference, a mean over the tokens of answers, in nats.
+    the next token, policy from reference, a mean over the tokens of answers, in nats. (Of a
+    reference that is stored, no laws are known.)
     """
     del prepared
     loss = sums['loss'] / sums['pairs']

@@ -449,13 +449,13 @@ def _renamed(values: dict) -> dict:
   return values
 
 
-# What decides the parameters' shapes and values, the optimizer's state, or which example comes
-# when. Everything else may change when a run goes on: how long it is, its schedule, what is logged,
-# the mesh.
+# What decides the parameters' shapes and values, the optimizer's state, or which example is when.
+# All else may change when a run goes on: how long it is, its schedule, what is logged, the mesh.
 IDENTITY = (
   'model',
   'data',
   'objective.kind',
+  'objective.stored_reference',
   *(f'adapter.{x.name}' for x in dataclasses.fields(AdapterConfig) if x.name != 'dropout'),
   'optimizer.name',
   'train.seed',

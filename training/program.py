@@ -93,13 +93,16 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def check_models(config: Config) -> None:
-  """Raises NotImplementedError or ValueError where the objective does not take the run's models."""
+  """Raises NotImplementedError or ValueError where the objective does not take the run's models, or
+  what they begin with.
+  """
   networks = {
     name: role for name, role in states.roles(config).items() if not (role.adapter or role.made)
   }
   taken = {name: role.config for name, role in networks.items()}
   taken |= dict.fromkeys(states.references(config), taken[config.objective.main])
   config.objective.accepts(taken)
+  config.objective.begins(config.init, config.adapter)
   if config.adapter.soft:
     names.imported('training.soft.check')(config)
 

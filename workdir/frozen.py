@@ -45,6 +45,7 @@ class Frozen:
     models = {
       name: _frozen(self.config, name, reference, log)
       for name, reference in self.references.items()
+      if name in states.roles(self.config)  # which may have changed where that is allowed
     }
     models = _shared(self.config, joined(state.models, state.models | models), self.references)
     return dataclasses.replace(state, models=models)
@@ -71,29 +72,22 @@ def begin(
     if not directory or role.made:
       continue
     if not own:
-      _check_base(directory)
-    models[name], reference = _read(config, name, directory, log)
+      check_base(directory)
+    models[name], reference = read(config, name, directory, log)
     frozen = jax.tree.leaves(rule.parted({name: models[name]})[1])
     if frozen and not own:
       references[name] = reference
   return _shared(config, models, references), Frozen(config, references)
 
 
-def opened(config: Config, name: str, log: Callable[[str], Any]) -> tuple[Any, dict]:
-  """A frozen model of another run alone, on the mesh in context, and the reference of it. Raises as
-  `begin`.
-  """
-  directory = states.roles(config)[name].directory
-  _check_base(directory)
-  return _read(config, name, directory, log)
-
-
-def _check_base(directory) -> None:
+def check_base(directory) -> None:
+  """Raises ValueError where no model begins with the run there."""
   if load(directory).adapter.kind:
     names.imported('workdir.adapted.refuse_as_base')(directory)
 
 
-def _read(config, name, directory, log):
+def read(config: Config, name: str, directory: str, log) -> tuple[Any, dict]:
+  """A model with the parameters of the run there, and the reference of it."""
   log(
     f'beginning with the parameters of {directory}'
     + ('' if name == config.objective.main else f' as {name}')
@@ -129,5 +123,6 @@ def _shared(config, models, references):
   known = {
     name: (reference['digest'], states.roles(config)[name].stored)
     for name, reference in references.items()
+    if name in models
   }
   return shared(models, known, states.rule(config))

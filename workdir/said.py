@@ -16,12 +16,19 @@ import jax
 import numpy as np
 
 from data import building, cache
+from data.prepared import Prepared
 from data.said import Said, SaidWriter, WithSaid
 from parallel import axes, hosts
+from training import state as states
 from training.config import Config
 from training.program import check_models
+from workdir import frozen
 from workdir.checkpoint import Checkpoints
-from workdir.frozen import opened
+
+
+def in_rows(config: Config, prepared, workdir, log: Callable[[str], Any]) -> Prepared:
+  """As `kept`, in the rows' own batches."""
+  return kept(config, prepared, workdir, log).in_rows
 
 
 def kept(config: Config, prepared, workdir, log: Callable[[str], Any]) -> WithSaid:
@@ -30,21 +37,28 @@ def kept(config: Config, prepared, workdir, log: Callable[[str], Any]) -> WithSa
 
   Raises:
     cache.CorruptShardError: answers that are damaged, or others than the directory's name says.
-    NotImplementedError: several processes, before one alone has asked.
+    NotImplementedError: several processes, before one alone has asked; a model whose answers are
+      not a function of rows.
     FileNotFoundError, ValueError: a model that cannot be opened, or does not fit the run.
   """
-  del workdir
   asked = config.objective.asked()
   live = dataclasses.replace(config, objective=asked.objective)
-  check_models(live)
-  teacher = asked.objective.models(config.model)[asked.model].directory
+  teacher = place(live, asked.model)
+  _check(live, asked.model, teacher, workdir)
   checkpoints = Checkpoints(teacher, log=log)
-  checkpoint = checkpoints.reference(checkpoints.latest())
+  step = checkpoints.latest()
+  if step is None:
+    raise FileNotFoundError(
+      f'{teacher} holds no checkpoint; train with train.py --workdir={teacher} first'
+    )
+  checkpoint = checkpoints.reference(step)
+  run = states.roles(live)[asked.model].config.execution
   identity = {
     'rows': prepared.key,
     'files': prepared.files,
     'checkpoint': [checkpoint['step'], checkpoint['digest']],
     'asked': asked.key,
+    'precision': [run.dtype, run.parameter_dtype],
   }
   digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8)
   directory = pathlib.Path(config.data.cache_dir) / f'said-{digest.hexdigest()}'
@@ -59,17 +73,55 @@ def kept(config: Config, prepared, workdir, log: Callable[[str], Any]) -> WithSa
   return _load(prepared, asked, identity, directory)
 
 
+def _check(config: Config, name: str, directory: str, workdir) -> None:
+  """Raises NotImplementedError or ValueError where a run of this config could not hold the model,
+  or would hold another one than the last checkpoint at `directory`.
+  """
+  check_models(config)
+  config.check_mesh(dict(jax.sharding.get_mesh().shape))
+  role = states.roles(config)[name]
+  if role.begun and 0 in Checkpoints(workdir).steps():
+    raise ValueError(
+      f'{workdir} begins with the model that was imported into it, and not with that of '
+      f'config.init={directory}, which would be asked in its place; use another --workdir, with '
+      f'--config.init={workdir}'
+    )
+  moe = role.config.moe
+  if moe.experts and moe.dispatch == 'capacity':
+    raise NotImplementedError(
+      f"the {name} of {directory} with model.moe.dispatch='capacity' leaves out tokens by what "
+      "else is in a batch: what it says of a row once is not what it says later; use 'dropless', "
+      'or store nothing of it'
+    )
+
+
+def place(config: Config, name: str) -> str:
+  """The directory of the run that a model begins with; '' for one that is new."""
+  role = states.roles(config)[name]
+  return config.init if config.objective.main in (name, role.begun) else role.directory
+
+
+def opened(config: Config, name: str, log: Callable[[str], Any]) -> tuple[Any, dict]:
+  """A frozen model of another run alone, on the mesh in context, and the reference of it. Raises as
+  workdir.frozen.begin.
+  """
+  frozen.check_base(place(config, name))
+  return frozen.read(config, name, place(config, name), log)
+
+
 def _build(
   config: Config, asked: Any, prepared, identity: dict, directory: pathlib.Path, log
 ) -> None:
-  """Writes what the model says of every row of every split."""
+  """Writes what the model says of every row of every split, of a microbatch's rows at a time."""
   began = time.perf_counter()
   model, _ = opened(config, asked.model, log)
-  batch_size, length = config.data.batch_size, config.data.sequence_length
+  data = config.data
+  data = dataclasses.replace(data, batch_size=data.batch_size // config.train.accumulation)
+  batch_size, length = data.batch_size, data.sequence_length
   rows = jax.NamedSharding(jax.sharding.get_mesh(), axes.spec('batch', 'length'))
   put = hosts.RowShards(rows, (batch_size, length))
   answer = jax.jit(asked.answer)
-  empty = config.objective.batch_like(config.data)
+  empty = config.objective.batch_like(data)
   records = []
   for name, split in _splits(prepared).items():
     with SaidWriter(directory, name, asked.fields) as writer:
