@@ -293,8 +293,9 @@ def main(arguments):
       COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value, MEETING.value
     )
   with together:
-    workdir = pathlib.Path(WORKDIR.value)
-    interrupted = run(config, workdir, PROFILE.value, ALLOW_CHANGE.value, SHOW.value)
+    interrupted = run(
+      config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value, SHOW.value
+    )
   return STOPPED_CODE.value if interrupted else 0
 
 
