@@ -28,7 +28,7 @@ from objectives.preference_seq2seq import PreferenceSeq2Seq
 from parallel import hosts
 from tests.training import test_preference, test_preference_seq2seq
 from training import config as configs
-from training.program import check_models, flops_per_token
+from training.program import abstract_state, check_models, flops_per_token
 from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
 from workdir.said import opened
@@ -222,7 +222,8 @@ def test_nothing_counts_what_is_not_run(held):
   live, run = held('preference')
   forward = run.config.objective.forward_flops(run.config.model, run.config.data, None)
   assert flops_per_token(live.config) == flops_per_token(run.config) + forward
-  assert list(run.state.models) == ['policy']
+  planned = [abstract_state(each.config, each.mesh).models for each in (live, run)]
+  assert [list(models) for models in planned] == [['policy', 'reference'], ['policy']]
 
 
 def test_it_is_asked_once_and_known_by_rows_checkpoint_and_question(sources, tmp_path):
