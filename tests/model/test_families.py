@@ -85,7 +85,8 @@ def test_it_computes_what_transformers_computed(name, tmp_path):
       np.testing.assert_allclose(
         actual, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max())
       )
-  np.testing.assert_allclose(total, golden['loss'], rtol=1e-5)
+  # A sum over logits of up to a hundred: other processors add in other orders.
+  np.testing.assert_allclose(total, golden['loss'], rtol=3e-5)
   checkpoint.save(gradients, config, tmp_path / 'gradients')
   saved = ours.tensors(tmp_path / 'gradients')
   assert sorted(saved) == list(golden['names'])
