@@ -19,18 +19,21 @@ from jax.sharding import AxisType
 
 import plan
 import train
-from analysis import aot, candidates, enough, hardware, memory, roofline, tables
+from analysis import aot, candidates, enough, hardware, memory, modes, roofline, tables
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from decode.options import CHUNK
 from kernels.attention import choose
-from model import flops, transformer
+from model import flops, params, transformer
 from model.adaptation import AdapterConfig
+from model.cache import init_cache
 from model.config import ModelConfig
 from model.execution import ExecutionConfig
 from objectives.denoise import MaskedLM, SpanCorruption
 from objectives.next_token import NextToken
+from objectives.ppo import PPO
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
+from training import state as states
 from training.config import Config, TrainConfig
 from training.program import lower_step
 
@@ -511,6 +514,31 @@ def test_what_does_not_split_raises(mesh, words, monkeypatch):
       rows=4,
       context=8,
     )
+
+
+def test_a_rollout_is_planned_beside_what_learns_from_it():
+  """Of what lies there, the policy, a critic, a reference and the optimizer's state are exact."""
+  objective = PPO(max_new_tokens=8, minibatches=2, reward=('none',))
+  config = dataclasses.replace(SMALL, objective=objective, mesh=MeshConfig())
+  mesh = make_mesh(config.mesh, jax.devices()[:1])
+  made = modes.lower(config, mesh, 'rollout', 0, 0, '')
+  bytes_of = {name: memory.shard_bytes(tree) for name, tree in (made.beside | made.arrays).items()}
+  one = 4 * params.count(states.new_model(config, 'policy'))
+  head = 4 * (config.model.width + 1)
+  assert bytes_of['frozen parameters'] == one
+  assert bytes_of['parameters'] == 2 * one + head
+  assert 2 * bytes_of['parameters'] <= bytes_of['optimizer state'] < 2 * (2 * one + head) + 64
+  rows = 2 * config.data.batch_size
+  with jax.set_mesh(mesh):
+    weights = made.arrays['weights that write']
+    cache = init_cache(weights.config, rows, config.data.sequence_length)
+  assert bytes_of['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
+  assert made.tokens == rows * CHUNK
+
+  parts = memory.parts(made.lowered.compile(), made.arrays, (), {'parameters': 1000})
+  assert parts.parts['parameters'] == 1000 and sum(parts.parts.values()) == parts.peak
+  with pytest.raises(ValueError, match="learn from what they write, and .*'next_token' does not"):
+    modes.lower(SMALL, mesh, 'rollout', 0, 0, '')
 
 
 def test_only_decoders_are_planned_to_generate(monkeypatch):

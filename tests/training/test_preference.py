@@ -115,7 +115,9 @@ def test_a_step_is_the_absolute_step(source, one_device, objective):
   metrics, _ = run.go(batches(made))
   np.testing.assert_allclose(metrics['loss'], loss, rtol=2e-6)
   expected = jax.tree.map(lambda p, g: p - RATE * g, before['policy'], gradient)
-  assert_close(run.state.models['policy'], expected, 1e-5)  # of parameters of 1, after a rate of 0.5
+  assert_close(
+    run.state.models['policy'], expected, 1e-5
+  )  # of parameters of 1, after a rate of 0.5
   assert max(np.abs(x).max() for x in host(gradient).values()) > 1e-3
   assert_same(run.state.models['reference'], before['reference'])
 
