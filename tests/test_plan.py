@@ -184,14 +184,14 @@ def test_a_plan_of_an_adapter_has_gradients_of_that_alone():
   base = dataclasses.replace(tiny(), mesh=MeshConfig())
   config = dataclasses.replace(base, adapter=AdapterConfig(kind='lora', rank=2))
   mesh = make_mesh(config.mesh, jax.devices()[:1])
-  _, arrays, *_ = plan._lower(config, mesh, 'train', 0, 0, '')
+  arrays = modes.lower(config, mesh, 'train', 0, 0, '').arrays
   held = {name: memory.shard_bytes(tree) for name, tree in arrays.items()}
   D, F, L, rank = config.model.D, config.model.F, config.model.L, 2
   q, kv = config.model.N * config.model.H, config.model.K * config.model.H
   thin = 2 * (D + q) + 2 * (D + kv) + 3 * (D + F)  # q and o, k and v, gate, up and down
   assert held['parameters'] == 4 * L * rank * thin
   assert held['optimizer state'] == pytest.approx(2 * held['parameters'], abs=64)
-  _, whole, *_ = plan._lower(base, mesh, 'train', 0, 0, '')
+  whole = modes.lower(base, mesh, 'train', 0, 0, '').arrays
   assert held['frozen parameters'] == memory.shard_bytes(whole['parameters'])
   assert 'frozen parameters' not in whole
 
