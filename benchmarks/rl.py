@@ -34,7 +34,7 @@ import numpy as np
 import commands
 from benchmarks import decode, train_step
 
-BOS, FIRST = 1, 3  # what texts begin with, and the first id that is a word
+BOS, EOS, FIRST = 1, 2, 3  # what texts of pairs begin and end with; the first id that is a word
 BETA = 0.1  # of DPO
 OPTIMIZER = {
   'learning_rate': 1e-5,
@@ -58,22 +58,25 @@ class Setting:
   Attributes:
     model: one that benchmarks.decode knows, or 'toy'.
     runs: of each side. steps: of a run that are timed.
-    length: of our rows of pairs; a pair, with its prompt twice, has as many tokens at most.
-    pairs: of a step. prompts: of a rollout. answers: to each. prompt, new: tokens of each.
+    pairs: of a step of DPO. length: tokens of a pair, its prompt twice, at most. rows: of ours in
+      a step, as long as its pairs need.
+    prompts: of a rollout. answers: to each. prompt, new: tokens of each.
   """
 
   model: str = 'bench_30m'
   runs: int = 2
   steps: int = 3
-  length: int = 1024
   pairs: int = 8
+  length: int = 1024
+  rows: int = 3
   prompts: int = 4
   answers: int = 8
   prompt: int = 64
   new: int = 128
 
   @property
-  def rows(self) -> int:
+  def batch(self) -> int:
+    """Answers of a rollout, all of which a step learns from."""
     return self.prompts * self.answers
 
   def network(self):
@@ -86,7 +89,17 @@ class Setting:
     return made.with_execution(parameter_dtype='float32', remat='dots')
 
 
-QUICK = dict(runs=1, steps=2, length=512, pairs=4, prompts=2, answers=4, prompt=32, new=48)
+QUICK = {
+  'runs': 1,
+  'steps': 2,
+  'pairs': 4,
+  'length': 512,
+  'rows': 2,
+  'prompts': 2,
+  'answers': 4,
+  'prompt': 32,
+  'new': 48,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,21 +116,19 @@ class Pair:
 
 
 def pairs_of(setting: Setting) -> tuple[list[Pair], list[Pair]]:
-  """Those of a step that is not timed, and those of the others."""
-  draw, T, V = np.random.default_rng(0), setting.length, setting.network().V
+  """Those of the steps that are not timed, which are half as long, and those of the others."""
+  draw, V = np.random.default_rng(0), setting.network().V
 
   def ids(median: float, most: int) -> list[int]:
     n = np.clip(draw.lognormal(np.log(median), 0.7), 4, most)
     return draw.integers(FIRST, V, int(n)).tolist()
 
-  def answer():
-    return [*ids(T / 10, 3 * T // 8 - 2), 2]
+  def pair(T: int) -> Pair:
+    answers = [[*ids(T / 10, 3 * T // 8 - 2), EOS] for _ in range(2)]
+    return Pair([BOS, *ids(T / 20, T // 8)], *answers)
 
-  every = [
-    Pair([BOS, *ids(T / 20, T // 8)], answer(), answer())
-    for _ in range(setting.pairs * (1 + setting.steps))
-  ]
-  return every[: setting.pairs], every[setting.pairs :]
+  first = [pair(setting.length // 2) for _ in range(setting.pairs)]
+  return first, [pair(setting.length) for _ in range(setting.pairs * setting.steps)]
 
 
 def prompts_of(setting: Setting) -> list[list[int]]:
@@ -168,7 +179,7 @@ def show_dpo(setting: Setting, runs: dict[str, list[dict]]) -> dict:
 def show_grpo(setting: Setting, runs: dict[str, list[dict]]) -> dict:
   """Prints and returns what was measured."""
   best, rows = best_of(runs), []
-  written = setting.rows * setting.new
+  written = setting.batch * setting.new
   for side, run in best.items():
     whole = sum(run['steps'])
     run['tokens_per_second'] = written * setting.steps / whole

@@ -1,6 +1,7 @@
 """What does Tandem take for a step of DPO and of GRPO? The first side of benchmarks.rl."""
 
 import contextlib
+import itertools
 import pathlib
 import tempfile
 import time
@@ -27,6 +28,7 @@ from training.optimizer import OptimizerConfig
 from training.program import begin_state, make_program, make_target
 from workdir import rollouts
 
+STRIDE = 64  # of lengths that rows may have
 REWARD = """
 def reward(text, record):
   return len(text) % 7
@@ -98,35 +100,46 @@ def packed(pairs: list[Pair], length: int) -> ChoiceBatch:
   return batch
 
 
-def dealt(batch: ChoiceBatch, rows: int) -> list[ChoiceBatch]:
-  """Batches of so many rows, the last one filled up with padding."""
-  count, length = batch.tokens.shape
-  empty = ChoiceBatch.empty(-count % rows, length)
+def dealt(pairs: list[Pair], length: int, shape: tuple[int, int]) -> list[ChoiceBatch] | None:
+  """So many batches of so many rows of this length, or None where they are too few for all."""
+  count, rows = shape
+  batch = packed(pairs, length)
+  more = count * rows - len(batch.tokens)
+  if more < 0:
+    return None
+  empty = ChoiceBatch.empty(more, length)
   whole = jax.tree.map(lambda x, none: np.concatenate([x, none]), batch, empty)
-  return [
-    jax.tree.map(lambda x: x[first : first + rows], whole)
-    for first in range(0, len(whole.tokens), rows)
-  ]
+  return [jax.tree.map(lambda x: x[i::count], whole) for i in range(count)]
+
+
+def batches_of(setting: Setting) -> tuple[ChoiceBatch, list[ChoiceBatch]]:
+  """The one that is not timed and those that are, in the shortest rows that have room for all."""
+  first, others = pairs_of(setting)
+  most = max(sum(len(half) - 1 for half in pair.halves) for pair in [*first, *others])
+  for length in itertools.count(-(-most // STRIDE) * STRIDE, STRIDE):
+    warm = dealt(first, length, (1, setting.rows))
+    timed_ = dealt(others, length, (setting.steps, setting.rows))
+    if warm and timed_:
+      return warm[0], timed_
 
 
 def dpo(setting: Setting, directory: str) -> dict:
-  first, others = (packed(pairs, setting.length) for pairs in pairs_of(setting))
-  rows = max(len(first.tokens), -(-len(others.tokens) // setting.steps))
+  warm, batches = batches_of(setting)
+  rows, length = warm.tokens.shape
   seconds: list[float] = []
   with one_device():
-    data = DataConfig(sequence_length=setting.length, batch_size=rows)
+    data = DataConfig(sequence_length=length, batch_size=rows)
     run = Run(setting, directory, Preference(beta=BETA), data)
-    (warm,) = dealt(first, rows)
     before = [run.step(warm) for _ in range(2)]
-    for batch in dealt(others, rows):
+    for batch in batches:
       with timed(seconds):
         run.step(batch)
     facts = run.facts()
-  answers = first.weights * (first.segments % 2)
+  answers = warm.weights * (warm.segments % 2)
   return facts | {
     'steps': seconds,
-    'tokens': int((others.segments > 0).sum()),
-    'positions': rows * setting.length * len(seconds),
+    'tokens': sum(int((batch.segments > 0).sum()) for batch in batches),
+    'positions': sum(batch.tokens.size for batch in batches),
     # Of a whole answer, in the mean, as TRL says it.
     'logp_chosen': before[0]['logprob_chosen'] * float(answers.sum()) / setting.pairs,
     'losses': [metrics['loss'] for metrics in before],
@@ -157,7 +170,7 @@ def prepared(setting: Setting) -> Prompts:
 
 def read_bytes(policy, setting: Setting) -> float:
   """Of weights and cached tokens, that writing one token of every answer reads, in the mean."""
-  m, cached = policy.config, setting.rows * (setting.prompt + setting.new / 2)
+  m, cached = policy.config, setting.batch * (setting.prompt + setting.new / 2)
   one = 2 * m.L * m.K * m.H * np.dtype(m.execution.dtype).itemsize
   return report.weight_bytes(in_compute_dtype(policy)) + cached * one
 
@@ -167,14 +180,14 @@ def grpo(setting: Setting, directory: str) -> dict:
   reward = pathlib.Path(directory) / 'reward.py'
   reward.write_text(REWARD)
   objective = GRPO(reward=(str(reward),), group=setting.answers, max_new_tokens=setting.new)
-  data = DataConfig(sequence_length=setting.prompt + setting.new, batch_size=setting.rows)
+  data = DataConfig(sequence_length=setting.prompt + setting.new, batch_size=setting.batch)
   seconds: list[float] = []
   learning: list[float] = []
   with one_device(), tempfile.TemporaryDirectory() as workdir:
     run = Run(setting, directory, objective, data)
     stage = rollouts.staged(run.config, prepared(setting), workdir, lambda line: None)
     with contextlib.closing(stage.judges):
-      source = Rollouts(stage, run.config.objective, run.config.data, range(setting.rows))
+      source = Rollouts(stage, run.config.objective, run.config.data, range(setting.batch))
       for _ in range(1 + setting.steps):
         with timed(seconds):
           batch = source.take(run.state)
@@ -182,7 +195,7 @@ def grpo(setting: Setting, directory: str) -> dict:
             run.step(batch)
     notes = rollouts.read(pathlib.Path(workdir) / rollouts.FILE)
     facts = run.facts()
-  if any(note['tokens'] != setting.rows * setting.new for note in notes):
+  if any(note['tokens'] != setting.batch * setting.new for note in notes):
     raise RuntimeError(f'an answer is not of {setting.new} tokens: {notes}')
   phases = dict.fromkeys(PHASES, 0.0)
   for note, step, whole in [*zip(notes, learning, seconds, strict=True)][1:]:

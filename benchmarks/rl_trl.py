@@ -11,7 +11,7 @@ import trl
 from datasets import Dataset
 
 from benchmarks import train_step
-from benchmarks.rl import BETA, FIRST, OPTIMIZER, PHASES, Setting, pairs_of, prompts_of
+from benchmarks.rl import BETA, EOS, FIRST, OPTIMIZER, PHASES, Setting, pairs_of, prompts_of
 
 END = '</s>'
 
@@ -103,7 +103,7 @@ def facts() -> dict:
 
 
 def dpo(setting: Setting, directory: str) -> dict:
-  V, end = setting.network().V, 2
+  V, end = setting.network().V, EOS
   first, others = pairs_of(setting)
   rows = [
     {
@@ -163,7 +163,7 @@ def grpo(setting: Setting, directory: str) -> dict:
       max_completion_length=setting.new,
       loss_type='grpo',
       shuffle_dataset=False,
-      **arguments(setting, directory, setting.rows, 1 + setting.steps),
+      **arguments(setting, directory, setting.batch, 1 + setting.steps),
     ),
     train_dataset=Dataset.from_list(rows),
     processing_class=tokenizer(V, V),
@@ -175,7 +175,7 @@ def grpo(setting: Setting, directory: str) -> dict:
     began = time.perf_counter()
     ids, scores = generate(*given, **named)  # on the host
     generating.append(time.perf_counter() - began)
-    if any(len(answer) != setting.new for answer in ids) or len(ids) != setting.rows:
+    if any(len(answer) != setting.new for answer in ids) or len(ids) != setting.batch:
       raise RuntimeError(f'an answer is not of {setting.new} tokens: {[*map(len, ids)]}')
     return ids, scores
 
