@@ -67,12 +67,18 @@ class Run:
     }
 
 
-@contextlib.contextmanager
-def timed(seconds: list[float]):
-  """Appends what the block took."""
-  began = time.perf_counter()
-  yield
-  seconds.append(time.perf_counter() - began)
+class Steps:
+  """Seconds of each step, by the clock and of processors."""
+
+  def __init__(self):
+    self.steps, self.processors = [], []
+
+  @contextlib.contextmanager
+  def timed(self):
+    began, used = time.perf_counter(), time.process_time()
+    yield
+    self.steps.append(time.perf_counter() - began)
+    self.processors.append(time.process_time() - used)
 
 
 def one_device():
@@ -126,18 +132,18 @@ def batches_of(setting: Setting) -> tuple[ChoiceBatch, list[ChoiceBatch]]:
 def dpo(setting: Setting, directory: str) -> dict:
   warm, batches = batches_of(setting)
   rows, length = warm.tokens.shape
-  seconds: list[float] = []
+  steps = Steps()
   with one_device():
     data = DataConfig(sequence_length=length, batch_size=rows)
     run = Run(setting, directory, Preference(beta=BETA), data)
     before = [run.step(warm) for _ in range(2)]
     for batch in batches:
-      with timed(seconds):
+      with steps.timed():
         run.step(batch)
     facts = run.facts()
   answers = warm.weights * (warm.segments % 2)
   return facts | {
-    'steps': seconds,
+    **vars(steps),
     'tokens': sum(int((batch.segments > 0).sum()) for batch in batches),
     'positions': sum(batch.tokens.size for batch in batches),
     # Of a whole answer, in the mean, as TRL says it.
@@ -181,30 +187,30 @@ def grpo(setting: Setting, directory: str) -> dict:
   reward.write_text(REWARD)
   objective = GRPO(reward=(str(reward),), group=setting.answers, max_new_tokens=setting.new)
   data = DataConfig(sequence_length=setting.prompt + setting.new, batch_size=setting.batch)
-  seconds: list[float] = []
-  learning: list[float] = []
+  steps, learning = Steps(), Steps()
   with one_device(), tempfile.TemporaryDirectory() as workdir:
     run = Run(setting, directory, objective, data)
     stage = rollouts.staged(run.config, prepared(setting), workdir, lambda line: None)
     with contextlib.closing(stage.judges):
       source = Rollouts(stage, run.config.objective, run.config.data, range(setting.batch))
       for _ in range(1 + setting.steps):
-        with timed(seconds):
+        with steps.timed():
           batch = source.take(run.state)
-          with timed(learning):
+          with learning.timed():
             run.step(batch)
     notes = rollouts.read(pathlib.Path(workdir) / rollouts.FILE)
     facts = run.facts()
   if any(note['tokens'] != setting.batch * setting.new for note in notes):
     raise RuntimeError(f'an answer is not of {setting.new} tokens: {notes}')
   phases = dict.fromkeys(PHASES, 0.0)
-  for note, step, whole in [*zip(notes, learning, seconds, strict=True)][1:]:
+  for note, step, whole in [*zip(notes, learning.steps, steps.steps, strict=True)][1:]:
     of = note['seconds'] | {'step': step}
     of['other'] = whole - sum(of.values())
     phases = {name: phases[name] + of[name] for name in PHASES}
   return facts | {
-    'steps': seconds[1:],
-    'first_step_seconds': seconds[0],
+    'steps': steps.steps[1:],
+    'processors': steps.processors[1:],
+    'first_step_seconds': steps.steps[0],
     'phases': phases,
     'bandwidth': bandwidth,
     'read_bytes': setting.steps * setting.new * read_bytes(run.state.models['policy'], setting),

@@ -43,18 +43,21 @@ def tokenizer(V: int, end: int):
 
 
 class Steps(transformers.TrainerCallback):
-  """Seconds of each step, which ends when the device has done it, and what is logged of it."""
+  """Seconds of each step, by the clock and of processors, which ends when the device has done it;
+  and what is logged of it.
+  """
 
   def __init__(self):
-    self.seconds, self.logged = [], []
+    self.seconds, self.processors, self.logged = [], [], []
 
   def on_step_begin(self, args, state, control, **_):
-    self._began = time.perf_counter()
+    self._began, self._used = time.perf_counter(), time.process_time()
 
   def on_step_end(self, args, state, control, **_):
     if torch.cuda.is_available():
       torch.cuda.synchronize()
     self.seconds.append(time.perf_counter() - self._began)
+    self.processors.append(time.process_time() - self._used)
 
   def on_log(self, args, state, control, logs, **_):
     self.logged.append(logs)
@@ -135,6 +138,7 @@ def dpo(setting: Setting, directory: str) -> dict:
   halves = [[len(half) for pair in batch for half in pair.halves] for batch in batches]
   return facts() | {
     'steps': steps.seconds[2:],
+    'processors': steps.processors[2:],
     'tokens': sum(map(sum, halves)),
     'positions': sum(len(of) * max(of) for of in halves),
     'logp_chosen': steps.logged[0]['logps/chosen'],
@@ -184,6 +188,7 @@ def grpo(setting: Setting, directory: str) -> dict:
   phases = dict.fromkeys(PHASES, None) | {'generate': sum(generating[1:])}
   return facts() | {
     'steps': steps.seconds[1:],
+    'processors': steps.processors[1:],
     'first_step_seconds': steps.seconds[0],
     'phases': phases | {'other': sum(steps.seconds[1:]) - phases['generate']},
   }

@@ -50,6 +50,7 @@ def test_what_is_asked_for_is_over_what_is_quick():
 
 def dpo(steps, **more):
   found = {'steps': steps, 'tokens': 60, 'positions': 80, 'peak_bytes': 2**30, 'parameters': 5}
+  found['processors'] = [2 * x for x in steps]
   found |= {'device': 'cpu', 'device_peak_bytes': None, 'logp_chosen': -500.0}
   return found | {'losses': [0.6931, 0.5]} | more
 
@@ -57,7 +58,7 @@ def dpo(steps, **more):
 def test_the_ratio_is_of_the_better_runs(capsys):
   runs = {'tandem': [dpo([1.0, 1.0]), dpo([1.0, 3.0])], 'trl': [dpo([2.0, 8.0]), dpo([2.0, 4.0])]}
   found = rl.show_dpo(SETTING, runs)
-  assert found['ratio'] == {'pairs_per_second': pytest.approx(3), 'memory': 1}
+  assert found['ratio'] == pytest.approx({'pairs_per_second': 3, 'processors': 3, 'memory': 1})
   assert 'Tandem' in capsys.readouterr().out
   for wrong in ({'losses': [0.6931, 0.502]}, {'logp_chosen': -501.0}):
     with pytest.raises(RuntimeError, match='not the same was trained'):
@@ -74,7 +75,7 @@ def test_the_phases_are_shares_of_the_step(capsys):
   }
   found = rl.show_grpo(SETTING, runs)
   assert found['ratio'] == pytest.approx(
-    {'tokens_per_second': 3, 'generate': 4, 'else': 2, 'memory': 1}
+    {'tokens_per_second': 3, 'generate': 4, 'else': 2, 'processors': 3, 'memory': 1}
   )
   assert found['share_of_bandwidth'] == pytest.approx(0.25)
   assert found['best']['tandem']['tokens_per_second'] == pytest.approx(2 * 4 * 6)
