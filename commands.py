@@ -33,6 +33,8 @@ PACKAGES = (
   'libtpu',
   'torch',
   'transformers',
+  'peft',
+  'trl',
   'triton',
   'jax-cuda12-plugin',
   'jax-cuda13-plugin',
