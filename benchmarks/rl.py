@@ -104,7 +104,7 @@ QUICK = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Compared:
   """Ids of a prompt and of two answers to it."""
 
   prompt: list[int]
@@ -116,7 +116,7 @@ class Pair:
     return [self.prompt + self.chosen, self.prompt + self.rejected]
 
 
-def pairs_of(setting: Setting) -> tuple[list[Pair], list[Pair]]:
+def pairs_of(setting: Setting) -> tuple[list[Compared], list[Compared]]:
   """Those of the steps that are not timed, which are half as long, and those of the others."""
   draw, V = np.random.default_rng(0), setting.network().V
 
@@ -124,9 +124,9 @@ def pairs_of(setting: Setting) -> tuple[list[Pair], list[Pair]]:
     n = np.clip(draw.lognormal(np.log(median), 0.7), 4, most)
     return draw.integers(FIRST, V, int(n)).tolist()
 
-  def pair(T: int) -> Pair:
+  def pair(T: int) -> Compared:
     answers = [[*ids(T / 10, 3 * T // 8 - 2), EOS] for _ in range(2)]
-    return Pair([BOS, *ids(T / 20, T // 8)], *answers)
+    return Compared([BOS, *ids(T / 20, T // 8)], *answers)
 
   first = [pair(setting.length // 2) for _ in range(setting.pairs)]
   return first, [pair(setting.length) for _ in range(setting.pairs * setting.steps)]

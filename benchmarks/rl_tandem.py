@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.rl import BETA, FIRST, OPTIMIZER, PHASES, Pair, Setting, pairs_of, prompts_of
+from benchmarks.rl import BETA, FIRST, OPTIMIZER, PHASES, Compared, Setting, pairs_of, prompts_of
 from data.config import DataConfig
 from data.packing import pack
 from data.preferences import ChoiceBatch
@@ -35,7 +35,7 @@ def reward(text, record):
 """
 
 
-class Run:
+class Learner:
   """A state of the weights in a directory, and a step, of a config, on the mesh in context."""
 
   def __init__(self, setting: Setting, directory: str, objective, data: DataConfig):
@@ -67,7 +67,7 @@ class Run:
     }
 
 
-class Steps:
+class StepClock:
   """Seconds of each step, by the clock and of processors."""
 
   def __init__(self):
@@ -88,7 +88,7 @@ def one_device():
 # 1. Preferences.
 
 
-def packed(pairs: list[Pair], length: int) -> ChoiceBatch:
+def packed(pairs: list[Compared], length: int) -> ChoiceBatch:
   """Rows of these pairs, as data.preferences.ChoiceSource fills them."""
   sizes = [sum(len(half) - 1 for half in pair.halves) for pair in pairs]
   order, ends = pack(np.array(sizes), length)
@@ -106,7 +106,7 @@ def packed(pairs: list[Pair], length: int) -> ChoiceBatch:
   return batch
 
 
-def dealt(pairs: list[Pair], length: int, shape: tuple[int, int]) -> list[ChoiceBatch] | None:
+def dealt(pairs: list[Compared], length: int, shape: tuple[int, int]) -> list[ChoiceBatch] | None:
   """So many batches of so many rows of this length, or None where they are too few for all."""
   count, rows = shape
   batch = packed(pairs, length)
@@ -132,10 +132,10 @@ def batches_of(setting: Setting) -> tuple[ChoiceBatch, list[ChoiceBatch]]:
 def dpo(setting: Setting, directory: str) -> dict:
   warm, batches = batches_of(setting)
   rows, length = warm.tokens.shape
-  steps = Steps()
+  steps = StepClock()
   with one_device():
     data = DataConfig(sequence_length=length, batch_size=rows)
-    run = Run(setting, directory, Preference(beta=BETA), data)
+    run = Learner(setting, directory, Preference(beta=BETA), data)
     before = [run.step(warm) for _ in range(2)]
     for batch in batches:
       with steps.timed():
@@ -155,7 +155,7 @@ def dpo(setting: Setting, directory: str) -> dict:
 # 2. Rewards.
 
 
-class Ids(Tokenizer):
+class Identity(Tokenizer):
   """The model's own ids, and one behind them, with which therefore no answer ends."""
 
   kind = 'ids'
@@ -166,7 +166,7 @@ class Ids(Tokenizer):
 
 def prepared(setting: Setting) -> Prompts:
   """What data.prompts.prepare would give."""
-  tokenizer = Ids(setting.network().V)
+  tokenizer = Identity(setting.network().V)
   prompts = tuple(
     Prompt(f'prompts:{i}', tuple(ids), tokenizer.decode(ids), {'prompt': i})
     for i, ids in enumerate(prompts_of(setting))
@@ -187,9 +187,9 @@ def grpo(setting: Setting, directory: str) -> dict:
   reward.write_text(REWARD)
   objective = GRPO(reward=(str(reward),), group=setting.answers, max_new_tokens=setting.new)
   data = DataConfig(sequence_length=setting.prompt + setting.new, batch_size=setting.batch)
-  steps, learning = Steps(), Steps()
+  steps, learning = StepClock(), StepClock()
   with one_device(), tempfile.TemporaryDirectory() as workdir:
-    run = Run(setting, directory, objective, data)
+    run = Learner(setting, directory, objective, data)
     stage = rollouts.staged(run.config, prepared(setting), workdir, lambda line: None)
     with contextlib.closing(stage.judges):
       source = Rollouts(stage, run.config.objective, run.config.data, range(setting.batch))

@@ -42,7 +42,7 @@ def tokenizer(V: int, end: int):
   )
 
 
-class Steps(transformers.TrainerCallback):
+class StepCallback(transformers.TrainerCallback):
   """Seconds of each step, by the clock and of processors, which ends when the device has done it;
   and what is logged of it.
   """
@@ -117,7 +117,7 @@ def dpo(setting: Setting, directory: str) -> dict:
     }
     for pair in [*first, *first, *others]
   ]
-  steps = Steps()
+  steps = StepCallback()
   trainer = trl.DPOTrainer(
     model=loaded(directory),
     args=trl.DPOConfig(
@@ -156,7 +156,7 @@ def reward(completions: list[str], **_) -> list[float]:
 def grpo(setting: Setting, directory: str) -> dict:
   V = setting.network().V
   rows = [{'prompt': texts(ids, V)} for ids in prompts_of(setting)]
-  steps, generating = Steps(), []
+  steps, generating = StepCallback(), []
   trainer = trl.GRPOTrainer(
     model=loaded(directory),
     reward_funcs=reward,
