@@ -238,6 +238,7 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
     'demo',
     'docstrings',
     'dpo',
+    'dpo-stored',
     'grpo',
     'kto',
     'own',

@@ -76,20 +76,20 @@ def test_brackets_are_closed(tmp_path, seed):
   prompts = [opened(draw) for _ in range(3000)]
   closers = [{'prompt': prompt, 'completion': closed(draw, prompt)} for prompt in prompts]
   source = written(tmp_path, 'closers', closers, 'completion')
-  base = config(tmp_path, source, 'base', SFT(), 3e-3, 200, train={'seed': seed})
+  base = config(tmp_path, source, 'base', SFT(), 3e-3, 300, train={'seed': seed})
   run_here(base, tmp_path / 'base', quick=False)
 
   source = written(tmp_path, 'asked', [{'prompt': prompt} for prompt in prompts], 'prompt')
-  objective = GRPO(max_new_tokens=NEW, reward=(brackets.__file__,), group=8)
+  objective = GRPO(max_new_tokens=NEW, reward=(brackets.__file__,), group=16, minibatches=2)
   made = config(
     tmp_path,
     source,
     'grpo',
     objective,
     3e-4,
-    120,
+    240,
     init=str(tmp_path / 'base'),
-    train={'seed': seed, 'eval_every': 40, 'eval_batches': 2},
+    train={'seed': seed, 'eval_every': 60, 'eval_batches': 2},
   )
   run_here(made, tmp_path / 'grpo', quick=False)
   lines = read_metrics(tmp_path / 'grpo' / 'metrics.jsonl')
