@@ -274,7 +274,13 @@ def test_devices_write_the_same(place, tmp_path, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'adapter', [{'kind': 'lora'}, {'kind': 'dora'}, {'kind': 'lora', 'base': 'int8'}], ids=str
+  'adapter',
+  [
+    {'kind': 'lora'},
+    pytest.param({'kind': 'dora'}, marks=pytest.mark.long),
+    {'kind': 'lora', 'base': 'int8'},
+  ],
+  ids=str,
 )
 def test_an_adapter_writes_and_learns(place, tmp_path, adapter):
   """The first rollouts are the base's, later ones the adapter's, of which the check is."""
