@@ -11,12 +11,15 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('NPROC', '32')
 # Most of a test's time is the compiler's: without LLVM's optimizations the suite takes a third
 # less, and with XLA's older way to emit fusions, which jaxlib 0.11 no longer has, programs take
-# another fifth less.
+# another fifth less. A tenth of what is left goes into cutting each of them into 32 modules, which
+# many cores would compile at once.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
   ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 )
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+  os.environ['XLA_FLAGS'] += (
+    ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+  )
 
 import hypothesis
 import jax
@@ -50,7 +53,13 @@ import pytest
 
 from parallel.mesh import MeshConfig, make_mesh
 
+ORACLES = pathlib.Path(__file__).parent / 'oracle'
 SHARED_DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
+
+
+def pytest_ignore_collect(collection_path, config):
+  """To import torch and transformers takes ten seconds: not for tests that are left out."""
+  return True if collection_path == ORACLES and 'not oracle' in config.option.markexpr else None
 
 
 def pytest_collection_modifyitems(config, items):
