@@ -183,7 +183,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(name):
 
   @jax.jit
   def full(model, tokens):
-    return model.logits(model(tokens).hidden)[..., : IDS]
+    return model.logits(model(tokens).hidden)[..., :IDS]
 
   asked = [request(n, new=10, temperature=0.0) for n in (1, 7, 8, 17, 30, 2, 25)]
   for index, (ids, raw, *_) in together(engine, model, asked).items():

@@ -571,9 +571,7 @@ def test_other_options_compile_nothing(model, drafts):
   assert speculate_chunk._cache_size() == before
 
 
-@pytest.mark.parametrize(
-  'drafter', [EarlyExit(1), pytest.param(Lookup(2), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('drafter', [EarlyExit(1), pytest.param(Lookup(2), marks=pytest.mark.slow)])
 def test_buffers_are_rewritten_in_place(model, drafter):
   state = start(model)
   carried = Speculation.of(
