@@ -5,9 +5,11 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float
 
 Z = 1.959963984540054  # of the normal law, two-sided, 95%
 RESAMPLES = 1000
+DRAWN = 1_000_000  # indices at once
 LEAST = {'wilson': 10, 'bootstrap': 100}  # with fewer records an interval holds its 95% badly
 
 
@@ -67,3 +69,38 @@ def bootstrap(
   drawn = [statistic(draw.integers(0, n, n)) for _ in range(resamples)]
   low, high = np.quantile(drawn, [0.025, 0.975])
   return Estimate(float(statistic(np.arange(n))), float(low), float(high), n, 'bootstrap')
+
+
+def resampled_sums(
+  statistics: Float[np.ndarray, 'n S'], seed: int = 0, resamples: int = RESAMPLES
+) -> np.ndarray:
+  """[resamples, S]: statistics of documents summed over n that are drawn with putting back. Which
+  are drawn depends on seed and n alone: two calls draw the same.
+  """
+  n = len(statistics)
+  if n < 1:
+    raise ValueError('a statistic of no records; give at least one')
+  draw = np.random.Generator(np.random.Philox(seed))
+  sums = []
+  for first in range(0, resamples, at_once := max(1, DRAWN // n)):
+    rows = min(at_once, resamples - first)
+    # How often which was drawn, of all rows in one count.
+    drawn = draw.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+    sums.append(counts.astype(np.float64) @ statistics)
+  return np.concatenate(sums)
+
+
+def summed(
+  statistics: Float[np.ndarray, 'n S'],
+  value: Callable[[np.ndarray], float],
+  seed: int = 0,
+  resamples: int = RESAMPLES,
+) -> Estimate:
+  """A value of statistics of n documents that were summed, with the percentile interval of the
+  bootstrap over documents.
+  """
+  drawn = [value(total) for total in resampled_sums(statistics, seed, resamples)]
+  low, high = np.quantile(drawn, [0.025, 0.975])
+  said = float(value(statistics.sum(0)))
+  return Estimate(said, float(low), float(high), len(statistics), 'bootstrap')

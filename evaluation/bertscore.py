@@ -1,0 +1,241 @@
+"""How alike are what a model wrote and what it should have written, in meaning? BERTScore (Zhang et
+al., arXiv:1904.09675): every token of one side is compared with the most similar one of the other,
+by the cosine of their hidden states in a model that reads.
+
+  python -m evaluation.bertscore --workdir=runs/bert --answers=answers.jsonl --idf
+
+A line of the file has an `answer`, and `references` (or `reference`): what it is compared with.
+
+B pairs of a batch · T tokens of an answer · S of a reference · D width · n documents
+"""
+
+import collections
+import csv
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from data.classes import ids_of, within
+from decode.generating import generating_model
+from decode.loaded import LoadedModel, bucket
+from evaluation.intervals import Estimate, summed
+from model import rearranged
+from model.transformer import Decoder
+from model.vocabulary import TOKENS
+from parallel import axes as ax
+
+ROWS = 64  # pairs that are read side by side, at most
+PARTS = ('precision', 'recall', 'f1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What changes the number, with the model.
+
+  Attributes:
+    layer: whose output is compared, from 1 on; 0: the last one. Which is best was found on human
+      ratings, for each model (bert-base 9 of 12, bert-large 18 of 24, in bert-score's table).
+    idf: weighs a token of an id in c of n references by log((n + 1) / (c + 1)); otherwise all weigh
+      the same.
+    baseline: a file of bert-score, LAYER,P,R,F: what unlike texts get, which becomes 0; '': none.
+  """
+
+  layer: int = 0
+  idf: bool = False
+  baseline: str = ''
+
+  @property
+  def name(self) -> str:
+    """For a number of it."""
+    rescaled = f'rescaled by {os.path.basename(self.baseline)}' if self.baseline else 'not rescaled'
+    layer = f'layer {self.layer}' if self.layer else 'last layer'
+    return f'BERTScore ({layer}, {"idf" if self.idf else "no idf"}, {rescaled})'
+
+
+class BertScore:
+  """Scores of texts by a model of any family: an encoder, an encoder of an encoder-decoder, or what
+  a decoder makes of a text that it reads from left to right.
+
+  Raises ValueError for a layer that the model does not have, and for a baseline without it.
+  """
+
+  def __init__(self, model: LoadedModel, settings: Settings = Settings()):
+    config = model.model.config
+    layers = config.encoder_layers or config.L
+    if not 0 <= settings.layer <= layers:
+      raise ValueError(
+        f'layer={settings.layer}: this model has {layers}; give one in [1, {layers}], or 0 for the '
+        'last'
+      )
+    self._layer = settings.layer or layers
+    self.settings = dataclasses.replace(settings, layer=self._layer)
+    self._baseline = _baseline(settings.baseline, self._layer)
+    self._loaded = model
+    self._seq2seq = config.encoder_layers > 0
+    with jax.set_mesh(model.mesh):
+      self._model = _first_layers(model.model, self._layer)
+
+  def __call__(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """[n, 3] f64: precision, recall and F1 of each answer; of several references the best of each.
+
+    An answer, or a reference, without a token of its own has 0, before it is rescaled. Raises
+    ValueError for no answers, and for an answer without references.
+    """
+    if not answers or len(answers) != len(references) or not all(references):
+      raise ValueError(
+        f'{len(answers)} answers and {len(references)} lists of references: give each answer a '
+        'list of at least one'
+      )
+    said = [self._ids(text) for text in answers]
+    true = [[self._ids(text) for text in each] for each in references]
+    weights = self._weights([*itertools.chain.from_iterable(true)])
+    pairs = [(i, a, b) for i, a in enumerate(said) for b in true[i]]
+    scores = np.full((len(answers), 3), -np.inf)
+    for here, made in self._batches(pairs, weights):
+      np.maximum.at(scores, [pairs[p][0] for p in here], made)
+    return (scores - self._baseline) / (1 - self._baseline)
+
+  def _ids(self, text: str) -> list[int]:
+    tokenizer, limit = self._loaded.tokenizer, self._loaded.context
+    if self._seq2seq:  # whose encoder reads no beginning of text
+      ids = tokenizer.encode(text)
+      return [*(ids if limit is None else ids[: limit - 1]), tokenizer.eos]
+    causal = self._loaded.model.config.causal
+    return within(ids_of(text, tokenizer, causal), limit, 'right', causal)
+
+  def _weights(self, references: Sequence[Sequence[int]]) -> Mapping[int, float]:
+    """Of every id."""
+    if not self.settings.idf:
+      # What every text has says nothing of it, but that of a T5 counts, as in bert-score.
+      around = () if self._seq2seq else (self._loaded.tokenizer.bos, self._loaded.tokenizer.eos)
+      return collections.defaultdict(lambda: 1.0, {i: 0.0 for i in around})
+    n = len(references)
+    counts = collections.Counter(itertools.chain.from_iterable(map(set, references)))
+    weights = {i: math.log((n + 1) / (count + 1)) for i, count in counts.items()}
+    return collections.defaultdict(lambda: math.log(n + 1), weights)
+
+  def _batches(self, pairs, weights) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(places of pairs, their scores [.., 3]): pairs of about the same lengths side by side."""
+    model, empty = self._loaded, 1 if self._seq2seq else 2
+    groups = collections.defaultdict(list)
+    for p, (_, said, true) in enumerate(pairs):
+      groups[model.room(len(said)), model.room(len(true))].append(p)
+    for places in groups.values():
+      size = -(-min(ROWS, bucket(len(places), 1)) // model.parts) * model.parts
+      for first in range(0, len(places), size):
+        here = places[first : first + size]
+        rows = here + [here[-1]] * (size - len(here))  # that fill the batch up
+        sides = [[pairs[p][side] for p in rows] for side in (1, 2)]
+        scores = self._scored(*sides, weights)[: len(here)]
+        for row, p in zip(scores, here):
+          if min(map(len, pairs[p][1:])) <= empty - (
+            model.model.config.causal and not self._seq2seq
+          ):
+            row[:] = 0
+        yield here, scores
+
+  def _scored(self, said, true, weights) -> np.ndarray:
+    """[B, 3] f64"""
+    model, arrays = self._loaded, []
+    for ids in (said, true):
+      tokens, lengths = model.padded(ids)
+      weighed = np.zeros(tokens.shape, np.float32)
+      for row, each in zip(weighed, ids):
+        row[: len(each)] = [weights[i] for i in each]
+      arrays.append([*map(model.put, (tokens, lengths, weighed))])
+    with jax.set_mesh(model.mesh):
+      states = [
+        _states(self._model, tokens, lengths, seq2seq=self._seq2seq)
+        for tokens, lengths, _ in arrays
+      ]
+      (_, T, w), (_, S, v) = arrays
+      return np.array(_matched(*states, T, S, w, v), np.float64)
+
+
+def estimates(scores: Float[np.ndarray, 'n 3'], seed: int = 0) -> dict[str, Estimate]:
+  """Means over documents, with their intervals."""
+  ones = np.ones((len(scores), 1))
+  return {
+    part: summed(np.concatenate([scores[:, i : i + 1], ones], 1), lambda t: t[0] / t[1], seed)
+    for i, part in enumerate(PARTS)
+  }
+
+
+def _baseline(path: str, layer: int) -> np.ndarray:
+  """[3]: what to subtract."""
+  if not path:
+    return np.zeros(3)
+  with open(path, newline='', encoding='utf-8') as file:
+    rows = [*csv.DictReader(file)]
+  for row in rows:
+    try:
+      if int(row['LAYER']) == layer:
+        made = np.array([float(row[name]) for name in 'PRF'])
+        break
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(f'{path} has no lines of LAYER,P,R,F: {error!r} in {row}') from error
+  else:
+    raise ValueError(f'{path} has no line of layer {layer}; it has {len(rows)} layers')
+  if not (made < 1).all():
+    raise ValueError(f'{path} has {made} for layer {layer}; a baseline is below 1')
+  return made
+
+
+def _first_layers(model: Decoder, layers: int) -> Decoder:
+  """The model up to one of its layers, or its encoder's, with the final norm."""
+  if model.config.execution.scan:
+    model = jax.jit(generating_model)(model)
+  if not model.config.encoder_layers:
+    return rearranged.shallow(model, layers)
+  model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
+  model.config = dataclasses.replace(model.config, encoder_layers=layers)
+  model.encoder.periods = model.config.encoder_stacks
+  model.encoder.blocks = nnx.List(list(model.encoder.blocks)[:layers])
+  return model
+
+
+@functools.partial(jax.jit, static_argnames='seq2seq')
+def _states(model, tokens: Int[jax.Array, 'B T'], lengths: Int[jax.Array, 'B'], *, seq2seq: bool):
+  """[B, T, D] f32 hidden states of length 1, those of padding 0."""
+  real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):
+    tokens = ax.place(tokens, *TOKENS)
+    segments = ax.place(real.astype(jnp.int32), *TOKENS)
+    if seq2seq:
+      x = model.encode(tokens, segments=segments)
+    else:
+      x = model(tokens, segments=segments).hidden
+    x = ax.place(x, 'batch', None, None).astype(jnp.float32)
+  # A state of padding may be anything.
+  x = jnp.where(real[:, :, None], x, 0)
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+
+
+@jax.jit
+def _matched(said, true, T, S, said_weights, true_weights):
+  """[B, 3] of states [B, T, D] and [B, S, D], the first T and S [B] of each, and weights of tokens.
+
+  What padding would match is -inf, and not 0 as in bert-score, where a token that is like nothing
+  gets more in company of longer texts.
+  """
+  alike = jnp.einsum('BTD,BSD->BTS', said, true, precision='highest')
+  there = jnp.arange(said.shape[1])[None] < T[:, None], jnp.arange(true.shape[1])[None] < S[:, None]
+  best = (
+    jnp.where(there[1][:, None, :], alike, -jnp.inf).max(2),
+    jnp.where(there[0][:, :, None], alike, -jnp.inf).max(1),
+  )
+  P, R = (
+    jnp.where(real, x * weights, 0).sum(1) / jnp.where(weights.sum(1) > 0, weights.sum(1), 1)
+    for x, weights, real in zip(best, (said_weights, true_weights), there)
+  )
+  f1 = jnp.where(P + R != 0, 2 * P * R / jnp.where(P + R != 0, P + R, 1), 0)
+  return jnp.stack([P, R, f1], 1)

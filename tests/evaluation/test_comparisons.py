@@ -1,0 +1,185 @@
+"""Do intervals hold what they say, in a simulation, and are tests of two sides on the same documents
+those of their definitions?
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from evaluation import paired
+from evaluation.intervals import resampled_sums, summed, wilson
+
+TRIALS = 1000
+
+
+def mean(total):
+  return float(total[0] / total[1])
+
+
+def with_ones(values):
+  return np.stack([values, np.ones(len(values))], 1)
+
+
+def skewed(draw, n):
+  """Scores as ROUGE gives them: many near 0, all within [0, 1]."""
+  return draw.beta(0.7, 2, n)
+
+
+def covered(interval_of, truth: float) -> float:
+  """The share of simulated samples whose interval holds the truth."""
+  draw = np.random.default_rng(7)
+  made = [interval_of(draw) for _ in range(TRIALS)]
+  return np.mean([each.low <= truth <= each.high for each in made])
+
+
+@pytest.mark.parametrize('n', [100, 200])
+def test_intervals_of_means_cover_95_percent(n):
+  share = covered(lambda draw: summed(with_ones(skewed(draw, n)), mean, 0, 400), 0.7 / 2.7)
+  assert abs(share - 0.95) <= 0.015
+
+
+def test_intervals_of_differences_cover_95_percent():
+  """Of two systems that find the same documents hard."""
+
+  def sample(draw):
+    first = skewed(draw, 100)
+    second = 0.7 * first + 0.3 * draw.beta(2, 1, 100)
+    return paired.difference(with_ones(first), with_ones(second), mean, 0, 400)
+
+  truth = 0.3 * (2 / 3 - 0.7 / 2.7)
+  assert abs(covered(sample, truth) - 0.95) <= 0.015
+
+
+def test_intervals_of_ratios_cover_95_percent():
+  def sample(draw):
+    first = skewed(draw, 100)
+    second = first * draw.uniform(0.4, 1, 100)
+    return paired.ratio(with_ones(first), with_ones(second), mean, 0.0, 0, 400)
+
+  assert abs(covered(sample, 0.7) - 0.95) <= 0.015
+
+
+@pytest.mark.parametrize('n, p', [(10, 0.5), (10, 0.3), (20, 0.2), (50, 0.1)])
+def test_wilsons_interval_covers_from_ten_records_on_the_mean_over_shares(n, p):
+  """Of so few records there are few intervals, and by the share it is more or less: on the mean
+  over shares near p, 95%.
+  """
+  shares = np.linspace(max(p - 0.1, 0.02), p + 0.1, 41)
+  intervals = [wilson(k, n) for k in range(n + 1)]
+  inside = [
+    sum(
+      math.comb(n, k) * q**k * (1 - q) ** (n - k)
+      for k, each in enumerate(intervals)
+      if each.low <= q <= each.high
+    )
+    for q in shares
+  ]
+  assert abs(np.mean(inside) - 0.95) <= 0.015
+
+
+def test_sums_are_of_documents_that_are_drawn_alike():
+  statistics = np.random.default_rng(0).integers(0, 9, (30, 3)).astype(float)
+  sums = resampled_sums(statistics, 4, 500)
+  assert (sums == resampled_sums(statistics, 4, 500)).all()
+  assert (sums != resampled_sums(statistics, 5, 500)).any()
+  both = resampled_sums(np.concatenate([statistics, statistics[::-1]], 1), 4, 500)
+  assert (both[:, :3] == sums).all(), 'what is beside a document is drawn with it'
+  ones = resampled_sums(np.eye(30), 4, 500)
+  assert (ones.sum(1) == 30).all() and (ones @ statistics == sums).all()
+  # n draws with putting back: of each document 1 on average, with variance 1 - 1 / n.
+  assert abs(ones.mean() - 1) < 1e-12 and abs(ones.var() - 29 / 30) < 0.03
+
+
+def test_a_difference_of_equals_is_nothing_and_of_a_shift_exact():
+  first = with_ones(skewed(np.random.default_rng(1), 120))
+  made = paired.difference(first, first, mean)
+  assert (made.value, made.low, made.high) == (0, 0, 0)
+  moved = first + [0.25, 0]
+  made = paired.difference(first, moved, mean)
+  np.testing.assert_allclose([made.value, made.low, made.high], 0.25, atol=1e-12)
+  same = paired.ratio(first, first, mean, chance=0.1)
+  assert (same.value, same.low, same.high) == (1, 1, 1)
+
+
+def test_a_ratio_is_that_above_chance_and_nothing_at_chance():
+  first, second = with_ones(np.full(100, 0.75)), with_ones(np.full(100, 0.375))
+  assert paired.ratio(first, second, mean).value == 0.5
+  assert paired.ratio(first, second, mean, chance=0.25).value == 0.25
+  assert paired.ratio(first, second, mean, chance=0.75) is None
+  noisy = with_ones((np.arange(100) % 2).astype(float))
+  assert paired.ratio(noisy, noisy, mean, chance=0.45) is None, 'its interval holds 0.45'
+  assert paired.ratio(noisy, noisy, mean, chance=0.2).value == 1
+
+
+def test_a_permutation_test_is_that_of_all_swaps():
+  """By brute force; and with all differences of one sign only both extremes are as far."""
+  draw = np.random.default_rng(3)
+  first, second = draw.normal(0, 1, (2, 9))
+  d = second - first
+  ways = [abs(np.dot(signs, d)) for signs in itertools.product([1, -1], repeat=9)]
+  expected = np.mean([way >= abs(d.sum()) - 1e-12 for way in ways])
+  assert paired.permutation_test(with_ones(first), with_ones(second), mean) == expected
+  better = paired.permutation_test(with_ones(first), with_ones(first + 1 + abs(d)), mean)
+  assert better == 2 / 2**9
+  assert paired.permutation_test(with_ones(first), with_ones(first), mean) == 1
+
+
+def test_a_permutation_test_of_many_documents_is_near_the_normal_law():
+  draw = np.random.default_rng(5)
+  first = draw.normal(0, 1, 300)
+  second = first + draw.normal(0.1, 1, 300)
+  d = second - first
+  z = abs(d.sum()) / math.sqrt((d**2).sum())
+  expected = math.erfc(z / math.sqrt(2))
+  made = paired.permutation_test(with_ones(first), with_ones(second), mean, seed=1)
+  assert made == pytest.approx(expected, abs=0.02) and 0.001 < made < 0.5
+  # Of no difference, p is as often below any level as the level says.
+  values = [
+    paired.permutation_test(
+      with_ones(x := draw.normal(0, 1, 20)), with_ones(x + draw.normal(0, 1, 20)), mean, swaps=199
+    )
+    for _ in range(200)
+  ]
+  assert np.mean(np.array(values) <= 0.1) == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_test_of_a_value_that_is_no_mean():
+  """Of a share of sums, as BLEU is one: swapping both answers of a document swaps both sums."""
+  draw = np.random.default_rng(2)
+  first, second = draw.integers(0, 9, (2, 8, 2)) + [0.0, 5.0]
+
+  def share(total):
+    return float(total[0] / total[1])
+
+  def swapped(signs):
+    signs = np.array(signs)[:, None]
+    one, other = np.where(signs, second, first).sum(0), np.where(signs, first, second).sum(0)
+    return abs(share(one) - share(other))
+
+  seen = swapped([False] * 8)
+  ways = [swapped(signs) for signs in itertools.product([False, True], repeat=8)]
+  assert paired.permutation_test(first, second, share) == np.mean(np.array(ways) >= seen - 1e-12)
+
+
+@pytest.mark.parametrize('b, c, p', [(1, 7, 0.0703), (6, 16, 0.0525), (0, 0, 1.0), (5, 5, 1.0)])
+def test_mcnemars_test_is_that_of_published_examples(b, c, p):
+  """Fagerland, Lydersen and Laake (2013), tables 1 and 2; and what says nothing."""
+  assert paired.mcnemar(b, c) == paired.mcnemar(c, b) == pytest.approx(p, abs=5e-5)
+
+
+def test_holms_correction_is_that_of_a_worked_example():
+  np.testing.assert_allclose(paired.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+  assert paired.holm([0.5, 0.9]) == [1.0, 1.0] and paired.holm([]) == []
+  with pytest.raises(ValueError, match='no probabilities'):
+    paired.holm([1.5])
+
+
+def test_what_are_no_pairs_is_refused():
+  with pytest.raises(ValueError, match='are no pairs'):
+    paired.difference(np.ones((3, 2)), np.ones((4, 2)), mean)
+  with pytest.raises(ValueError, match='-1 and 3 documents'):
+    paired.mcnemar(-1, 3)
+  with pytest.raises(ValueError, match='no records'):
+    resampled_sums(np.ones((0, 2)))
