@@ -66,7 +66,7 @@ def score_pairs(
   continuations: as many, each behind its context.
 
   Which pairs are beside which, and in which order, changes rounding only. Raises ValueError for an
-  empty one, for a pair that the model has no positions for (see `room`; cut the context), and for an
+  empty one, for a pair that passes the model's positions (see `room`; cut the context), and for an
   encoder.
   """
   if not model.model.config.causal:
