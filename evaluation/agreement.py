@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 import names
-from evaluation.intervals import RESAMPLES, Estimate
+from evaluation.intervals import RESAMPLES, Estimate, percentiles
 
 SCALES = ('nominal', 'ordinal', 'interval')
 WEIGHTS = ('none', 'linear', 'quadratic')
@@ -46,8 +46,7 @@ def krippendorff_estimate(
   for _ in range(resamples):
     matrix = each[draw.integers(0, len(each), len(each))].sum(0)
     drawn.append(_alpha(matrix, _distances(ratings, matrix, scale)))
-  low, high = np.nanquantile(drawn, [0.025, 0.975])
-  return Estimate(said, float(low), float(high), len(each), 'bootstrap')
+  return Estimate(said, *percentiles(drawn, len(each)), len(each), 'bootstrap')
 
 
 def cohen(

@@ -24,8 +24,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
+import commands
+import files
 from data.classes import ids_of, within
-from decode.generating import generating_model
+from data.tokenizer import in_utf8
 from decode.loaded import LoadedModel, bucket
 from evaluation.intervals import Estimate, summed
 from model import rearranged
@@ -81,6 +83,8 @@ class BertScore:
     self._baseline = _baseline(settings.baseline, self._layer)
     self._loaded = model
     self._seq2seq = config.encoder_layers > 0
+    self._causal = config.causal and not self._seq2seq
+    self._around = 1 if self._seq2seq or self._causal else 2  # ids that stand around any text
     with jax.set_mesh(model.mesh):
       self._model = _first_layers(model.model, self._layer)
 
@@ -95,8 +99,8 @@ class BertScore:
         f'{len(answers)} answers and {len(references)} lists of references: give each answer a '
         'list of at least one'
       )
-    said = [self._ids(text) for text in answers]
-    true = [[self._ids(text) for text in each] for each in references]
+    said = [self._ids(text.strip()) for text in answers]
+    true = [[self._ids(text.strip()) for text in each] for each in references]
     weights = self._weights([*itertools.chain.from_iterable(true)])
     pairs = [(i, a, b) for i, a in enumerate(said) for b in true[i]]
     scores = np.full((len(answers), 3), -np.inf)
@@ -107,10 +111,8 @@ class BertScore:
   def _ids(self, text: str) -> list[int]:
     tokenizer, limit = self._loaded.tokenizer, self._loaded.context
     if self._seq2seq:  # whose encoder reads no beginning of text
-      ids = tokenizer.encode(text)
-      return [*(ids if limit is None else ids[: limit - 1]), tokenizer.eos]
-    causal = self._loaded.model.config.causal
-    return within(ids_of(text, tokenizer, causal), limit, 'right', causal)
+      return [*tokenizer.encode(in_utf8(text))[: limit - 1], tokenizer.eos]
+    return within(ids_of(text, tokenizer, self._causal), limit, 'right', self._causal)
 
   def _weights(self, references: Sequence[Sequence[int]]) -> Mapping[int, float]:
     """Of every id."""
@@ -125,7 +127,7 @@ class BertScore:
 
   def _batches(self, pairs, weights) -> Iterator[tuple[list[int], np.ndarray]]:
     """(places of pairs, their scores [.., 3]): pairs of about the same lengths side by side."""
-    model, empty = self._loaded, 1 if self._seq2seq else 2
+    model = self._loaded
     groups = collections.defaultdict(list)
     for p, (_, said, true) in enumerate(pairs):
       groups[model.room(len(said)), model.room(len(true))].append(p)
@@ -137,9 +139,7 @@ class BertScore:
         sides = [[pairs[p][side] for p in rows] for side in (1, 2)]
         scores = self._scored(*sides, weights)[: len(here)]
         for row, p in zip(scores, here):
-          if min(map(len, pairs[p][1:])) <= empty - (
-            model.model.config.causal and not self._seq2seq
-          ):
+          if min(map(len, pairs[p][1:])) <= self._around:
             row[:] = 0
         yield here, scores
 
@@ -192,12 +192,13 @@ def _baseline(path: str, layer: int) -> np.ndarray:
 
 def _first_layers(model: Decoder, layers: int) -> Decoder:
   """The model up to one of its layers, or its encoder's, with the final norm."""
-  if model.config.execution.scan:
-    model = jax.jit(generating_model)(model)
-  if not model.config.encoder_layers:
+  config = model.config
+  if layers == (config.encoder_layers or config.L):
+    return model
+  if not config.encoder_layers:
     return rearranged.shallow(model, layers)
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
-  model.config = dataclasses.replace(model.config, encoder_layers=layers)
+  model.config = dataclasses.replace(config, encoder_layers=layers)
   model.encoder.periods = model.config.encoder_stacks
   model.encoder.blocks = nnx.List(list(model.encoder.blocks)[:layers])
   return model
@@ -239,3 +240,59 @@ def _matched(said, true, T, S, said_weights, true_weights):
   )
   f1 = jnp.where(P + R != 0, 2 * P * R / jnp.where(P + R != 0, P + R, 1), 0)
   return jnp.stack([P, R, f1], 1)
+
+
+def read(path: str) -> tuple[list[str], list[list[str]]]:
+  """Answers and their references, of a file of lines. Raises ValueError, naming the line, for one
+  without them.
+  """
+  answers, references = [], []
+  with open(path, 'rb') as file:
+    for number, line in enumerate(file, 1):
+      row = files.json_object(line, f'{path}:{number}')
+      given = row.get('references', row.get('reference'))
+      given = [given] if isinstance(given, str) else given
+      if not isinstance(row.get('answer'), str) or not given or not all(map(_is_text, given)):
+        raise ValueError(
+          f'{path}:{number} needs an answer, a text, and references, a list of texts (or a '
+          f'reference); it has {", ".join(row) or "nothing"}'
+        )
+      answers.append(row['answer'])
+      references.append([*given])
+  return answers, references
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """The command line."""
+  from decode.generator import Generator
+  from parallel.flag import mesh_of
+
+  parser = commands.parser(__doc__.split('\n')[0])
+  parser.add_argument('--workdir', required=True, help='a run whose model reads the texts')
+  parser.add_argument('--answers', required=True, metavar='FILE', help='of JSON lines')
+  parser.add_argument('--layer', type=int, default=0, help='whose output is compared; 0: the last')
+  parser.add_argument('--idf', action='store_true', help='rare tokens of references weigh more')
+  parser.add_argument('--baseline', default='', metavar='FILE', help="one of bert-score's tables")
+  parser.add_argument('--checkpoint', default='last')
+  parser.add_argument('--mesh', default='data=1', help='sizes of axes, as in data=2,tensor=4')
+  parser.add_argument('--seed', type=int, default=0, help='of the bootstrap')
+  options = parser.parse_args(arguments)
+  with commands.mendable():
+    answers, references = read(options.answers)
+    settings = Settings(options.layer, options.idf, options.baseline)
+    model = Generator.load(options.workdir, options.checkpoint, mesh_of(options.mesh))
+    scorer = BertScore(model, settings)
+    made = estimates(scorer(answers, references), options.seed)
+    title = f'{scorer.settings.name} of {len(answers)} answers, with 95% intervals'
+    commands.table(title, [*made], [[*map(str, made.values())]])
+    results = {'name': scorer.settings.name, 'workdir': options.workdir}
+    results |= {part: estimate.values() for part, estimate in made.items()}
+    commands.write_json(options.json, 'bertscore', results)
+
+
+def _is_text(value) -> bool:
+  return isinstance(value, str)
+
+
+if __name__ == '__main__':
+  commands.end(main)

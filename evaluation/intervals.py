@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -67,17 +68,33 @@ def bootstrap(
     raise ValueError('a statistic of no records; give at least one')
   draw = np.random.Generator(np.random.Philox(seed))
   drawn = [statistic(draw.integers(0, n, n)) for _ in range(resamples)]
-  low, high = np.quantile(drawn, [0.025, 0.975])
-  return Estimate(float(statistic(np.arange(n))), float(low), float(high), n, 'bootstrap')
+  low, high = percentiles(drawn, n)
+  return Estimate(float(statistic(np.arange(n))), low, high, n, 'bootstrap')
+
+
+def percentiles(drawn: Sequence[float] | np.ndarray, n: int) -> tuple[float, float]:
+  """The ends of a 95% interval among values of resamples of n records, each of which is one of them
+  (there may be infinite ones); those that are no numbers are left out.
+
+  Plain 2.5% tails would be of an interval that is too short: a resample varies by a factor of
+  sqrt(1 - 1 / n) less, and as the normal law, where a mean of few follows Student's. Hesterberg's
+  expanded percentiles (arXiv:1411.5279, section 5) make up for both.
+  """
+  v = max(n - 1, 1)
+  # The quantile of Student's law by that of the normal one (Fisher and Cornish).
+  t = Z + (Z**3 + Z) / (4 * v) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * v * v)
+  tail = statistics.NormalDist().cdf(-t * math.sqrt(n / v))
+  low, high = np.nanquantile(drawn, [tail, 1 - tail], method='nearest')
+  return float(low), float(high)
 
 
 def resampled_sums(
-  statistics: Float[np.ndarray, 'n S'], seed: int = 0, resamples: int = RESAMPLES
+  documents: Float[np.ndarray, 'n S'], seed: int = 0, resamples: int = RESAMPLES
 ) -> np.ndarray:
-  """[resamples, S]: statistics of documents summed over n that are drawn with putting back. Which
+  """[resamples, S]: statistics of documents, summed over n that are drawn with putting back. Which
   are drawn depends on seed and n alone: two calls draw the same.
   """
-  n = len(statistics)
+  n = len(documents)
   if n < 1:
     raise ValueError('a statistic of no records; give at least one')
   draw = np.random.Generator(np.random.Philox(seed))
@@ -87,20 +104,19 @@ def resampled_sums(
     # How often which was drawn, of all rows in one count.
     drawn = draw.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
-    sums.append(counts.astype(np.float64) @ statistics)
+    sums.append(counts.astype(np.float64) @ documents)
   return np.concatenate(sums)
 
 
 def summed(
-  statistics: Float[np.ndarray, 'n S'],
+  documents: Float[np.ndarray, 'n S'],
   value: Callable[[np.ndarray], float],
   seed: int = 0,
   resamples: int = RESAMPLES,
 ) -> Estimate:
-  """A value of statistics of n documents that were summed, with the percentile interval of the
+  """A value of the sums of statistics of n documents, with the percentile interval of the
   bootstrap over documents.
   """
-  drawn = [value(total) for total in resampled_sums(statistics, seed, resamples)]
-  low, high = np.quantile(drawn, [0.025, 0.975])
-  said = float(value(statistics.sum(0)))
-  return Estimate(said, float(low), float(high), len(statistics), 'bootstrap')
+  n = len(documents)
+  drawn = [value(total) for total in resampled_sums(documents, seed, resamples)]
+  return Estimate(float(value(documents.sum(0))), *percentiles(drawn, n), n, 'bootstrap')

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from evaluation.intervals import RESAMPLES, Estimate, resampled_sums
+from evaluation.intervals import RESAMPLES, Estimate, percentiles, resampled_sums
 
 SWAPS = 10_000  # that a permutation test draws
 ENUMERATED = 12  # documents, of which it goes through all 2^n ways to swap them
@@ -20,8 +20,8 @@ Value = Callable[[np.ndarray], float]  # of statistics [S] that were summed
 
 
 def difference(
-  first: Float[np.ndarray, 'n S'],
-  second: Float[np.ndarray, 'n S'],
+  first: Float[np.ndarray, '_ _'],
+  second: Float[np.ndarray, '_ _'],
   value: Value,
   seed: int = 0,
   resamples: int = RESAMPLES,
@@ -33,8 +33,8 @@ def difference(
 
 
 def ratio(
-  first: Float[np.ndarray, 'n S'],
-  second: Float[np.ndarray, 'n S'],
+  first: Float[np.ndarray, '_ _'],
+  second: Float[np.ndarray, '_ _'],
   value: Value,
   chance: float = 0.0,
   seed: int = 0,
@@ -43,8 +43,8 @@ def ratio(
   """(second - chance) / (first - chance), as `difference`; None where the interval of first reaches
   down to chance: there is nothing to divide by.
   """
-  sums = resampled_sums(first, seed, resamples)
-  if np.quantile([value(total) for total in sums], 0.025) <= chance:
+  drawn = [value(total) for total in resampled_sums(first, seed, resamples)]
+  if percentiles(drawn, len(first))[0] <= chance:
     return None
 
   def share(x, y):
@@ -58,15 +58,13 @@ def _compared(first, second, value, how, seed, resamples) -> Estimate:
   n, S = first.shape
   both = resampled_sums(np.concatenate([first, second], 1), seed, resamples)
   drawn = [how(value(total[:S]), value(total[S:])) for total in both]
-  # One of the values that were drawn: of infinite ones there is no mean.
-  low, high = np.quantile(drawn, [0.025, 0.975], method='nearest')
-  said = how(value(first.sum(0)), value(second.sum(0)))
-  return Estimate(float(said), float(low), float(high), n, 'bootstrap')
+  said = float(how(value(first.sum(0)), value(second.sum(0))))
+  return Estimate(said, *percentiles(drawn, n), n, 'bootstrap')
 
 
 def permutation_test(
-  first: Float[np.ndarray, 'n S'],
-  second: Float[np.ndarray, 'n S'],
+  first: Float[np.ndarray, '_ _'],
+  second: Float[np.ndarray, '_ _'],
   value: Value,
   seed: int = 0,
   swaps: int = SWAPS,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from evaluation.intervals import RESAMPLES, Estimate
+from evaluation.intervals import RESAMPLES, Estimate, percentiles
 
 FIRST, SECOND, TIE = range(3)
 PRIOR = 0.5  # of a win, that either side of every pair is given: so that no strength is infinite
@@ -126,9 +126,8 @@ def strengths(
   drawn = np.stack(
     [fitted(_known(each[draw.integers(0, n, n)].sum(0), each), prior) for _ in range(resamples)]
   )
-  low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
   return {
-    name: Estimate(float(said[i]), float(low[i]), float(high[i]), n, 'bootstrap')
+    name: Estimate(float(said[i]), *percentiles(drawn[:, i], n), n, 'bootstrap')
     for i, name in enumerate(systems)
   }
 

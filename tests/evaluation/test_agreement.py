@@ -82,8 +82,8 @@ def test_alpha_of_chance_is_nothing_and_of_agreement_all():
 
 
 def test_kappa_is_that_of_examples():
-  """Of 50 grants, both say yes to 20 and no to 15; one alone to 5 and 10: 0.4. Weighted quadratically
-  it is that of Fleiss and Cohen (1973), by their formula.
+  """Of 50 grants, both say yes to 20 and no to 15, one alone to 5 and to 10: 0.4. Weighted, it is
+  1 - the mean cost over that of all pairs.
   """
   first = np.repeat([1.0, 1, 0, 0], [20, 5, 10, 15])
   second = np.repeat([1.0, 0, 1, 0], [20, 5, 10, 15])
@@ -101,7 +101,7 @@ def test_kappa_is_that_of_examples():
 
 
 def test_strengths_are_those_of_agrestis_example():
-  made = fitted(np.stack([WINS, 0 * WINS], -1).astype(float), prior=0)
+  made = fitted(np.stack([WINS, 0 * WINS], -1).astype(float), prior=0.0)
   expected = [1.5814, 1.4364, 1.2945, 1.2476, 1.1077, 0.6839, 0]
   np.testing.assert_allclose(made - made[-1], expected, atol=6e-5)
 
@@ -111,7 +111,7 @@ def test_of_two_systems_the_strengths_are_in_closed_form():
   counts = np.zeros((2, 2, 2))
   counts[0, 1] = 30, 6
   counts[1, 0] = 10, 6
-  made = fitted(counts, prior=0)
+  made = fitted(counts, prior=0.0)
   np.testing.assert_allclose(made, [math.log(3) / 2, -math.log(3) / 2], atol=1e-9)
   half = fitted(counts, prior=0.5)
   assert half[0] - half[1] == pytest.approx(math.log(30.5 / 10.5))
@@ -132,7 +132,7 @@ def test_the_likelihood_has_its_maximum_there():
       total += law @ [counts[i, j, 0], counts[j, i, 0], counts[i, j, 1] + counts[j, i, 1]]
     return total
 
-  made = fitted(counts, prior=0)
+  made = fitted(counts, prior=0.0)
   best_t = max(np.linspace(-3, 3, 6001), key=lambda t: likelihood(made, t))
   best = likelihood(made, best_t)
   for i, step in itertools.product(range(3), (-0.02, 0.02)):
@@ -143,7 +143,7 @@ def test_what_always_wins_has_no_strength_without_a_prior():
   counts = np.zeros((2, 2, 2))
   counts[0, 1, 0] = 7
   with pytest.raises(ValueError, match='no finite strengths .*give a prior of 0.5'):
-    fitted(counts, prior=0)
+    fitted(counts, prior=0.0)
   made = fitted(counts)
   assert made[0] - made[1] == pytest.approx(math.log(7.5 / 0.5))
   apart = np.zeros((4, 4, 2))

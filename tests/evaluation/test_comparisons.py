@@ -1,5 +1,5 @@
-"""Do intervals hold what they say, in a simulation, and are tests of two sides on the same documents
-those of their definitions?
+"""Do intervals hold what they say, in a simulation, and are tests of two sides on the same
+documents those of their definitions?
 """
 
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evaluation import paired
-from evaluation.intervals import resampled_sums, summed, wilson
+from evaluation.intervals import percentiles, resampled_sums, summed, wilson
 
 TRIALS = 1000
 
@@ -27,38 +27,50 @@ def skewed(draw, n):
   return draw.beta(0.7, 2, n)
 
 
-def covered(interval_of, truth: float) -> float:
-  """The share of simulated samples whose interval holds the truth."""
-  draw = np.random.default_rng(7)
-  made = [interval_of(draw) for _ in range(TRIALS)]
-  return np.mean([each.low <= truth <= each.high for each in made])
+def test_intervals_cover_95_percent():
+  """Of a mean; of a difference and a ratio of two systems that find the same documents hard."""
+  draw, n = np.random.default_rng(7), 100
+  inside = {'mean': 0, 'difference': 0, 'ratio': 0}
+  truth = {'mean': 0.7 / 2.7, 'difference': 0.3 * (2 / 3 - 0.7 / 2.7), 'ratio': 0.7}
+  for trial in range(TRIALS):
+    first = skewed(draw, n)
+    second, third = 0.7 * first + 0.3 * draw.beta(2, 1, n), first * draw.uniform(0.4, 1, n)
+    sums = resampled_sums(np.stack([first, second, third], 1), trial)
+    drawn = {
+      'mean': sums[:, 0] / n,
+      'difference': (sums[:, 1] - sums[:, 0]) / n,
+      'ratio': sums[:, 2] / sums[:, 0],
+    }
+    for name, values in drawn.items():
+      low, high = percentiles(values, n)
+      inside[name] += low <= truth[name] <= high
+  for name, count in inside.items():
+    assert abs(count / TRIALS - 0.95) <= 0.015, name
 
 
-@pytest.mark.parametrize('n', [100, 200])
-def test_intervals_of_means_cover_95_percent(n):
-  share = covered(lambda draw: summed(with_ones(skewed(draw, n)), mean, 0, 400), 0.7 / 2.7)
-  assert abs(share - 0.95) <= 0.015
+def test_estimates_are_of_those_draws():
+  """What the simulation is of is what is given out."""
+  draw = np.random.default_rng(8)
+  first, second = with_ones(skewed(draw, 50)), with_ones(skewed(draw, 50))
+  one, other = (np.array([mean(t) for t in resampled_sums(x, 3)]) for x in (first, second))
+
+  def assert_is(made, drawn):
+    assert (made.low, made.high) == pytest.approx(percentiles(drawn, 50)) and made.n == 50
+
+  assert_is(summed(first, mean, 3), one)
+  assert_is(paired.difference(first, second, mean, 3), other - one)
+  assert_is(paired.ratio(first, second, mean, 0.05, 3), (other - 0.05) / (one - 0.05))
 
 
-def test_intervals_of_differences_cover_95_percent():
-  """Of two systems that find the same documents hard."""
+def test_percentiles_are_those_of_students_law():
+  """Of all quantiles of a normal law: at n = 100, Student's 1.9842 times sqrt(100 / 99)."""
+  from scipy.special import ndtri
 
-  def sample(draw):
-    first = skewed(draw, 100)
-    second = 0.7 * first + 0.3 * draw.beta(2, 1, 100)
-    return paired.difference(with_ones(first), with_ones(second), mean, 0, 400)
-
-  truth = 0.3 * (2 / 3 - 0.7 / 2.7)
-  assert abs(covered(sample, truth) - 0.95) <= 0.015
-
-
-def test_intervals_of_ratios_cover_95_percent():
-  def sample(draw):
-    first = skewed(draw, 100)
-    second = first * draw.uniform(0.4, 1, 100)
-    return paired.ratio(with_ones(first), with_ones(second), mean, 0.0, 0, 400)
-
-  assert abs(covered(sample, 0.7) - 0.95) <= 0.015
+  drawn = ndtri((np.arange(200_000) + 0.5) / 200_000)
+  low, high = percentiles(drawn, 100)
+  assert -low == pytest.approx(high)
+  assert high == pytest.approx(1.98422 * math.sqrt(100 / 99), abs=2e-4)
+  assert percentiles([math.nan, 1.0, 2.0], 1) == (1, 2)
 
 
 @pytest.mark.parametrize('n, p', [(10, 0.5), (10, 0.3), (20, 0.2), (50, 0.1)])
