@@ -260,11 +260,11 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
   done, more = running.evaluate(model, tasks, ways, setting, of, output)
   failed |= more
   page.write(output, of, failed)
-  rows = [
-    [f'{each.name} ({each.n})', name, running.shown(metric), f'{each.chance or "":.3}']
-    for each in done
-    for name, metric in [*each.metrics.items()][:2]
-  ]
+  rows = []
+  for each in done:
+    for i, (name, metric) in enumerate([*each.metrics.items()][:2]):
+      chance = f'{each.chance:.3g}' if each.chance and not i else ''
+      rows.append([f'{each.name} ({each.n})', name, running.shown(metric), chance])
   commands.table('scores, with 95% intervals', ['task-shots (n)', '', 'score', 'chance'], rows)
   for note in page.notes(done):
     print(f'NOTE: {note}')

@@ -26,6 +26,7 @@ from parallel import axes as ax
 
 ROWS = 64  # continuations that are read side by side, at most
 HELD = 2**15  # tokens that these hold at a time, at most, but for a row that is longer
+LONG = 256  # tokens of a row from which on a batch is rather cut in two than filled up
 SHARED = 16  # tokens of a context from which on it pays to read it apart from what follows it
 
 Ids = Sequence[int]
@@ -150,6 +151,8 @@ def _whole(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tup
       _length(flat[min(size, len(flat)) - 1][0], limit), model.parts
     ):
       size //= 2
+    if len(flat) < size and flat[-1][0] > LONG:
+      size = max(model.parts, 1 << len(flat).bit_length() - 1)
     here, flat = flat[:size], flat[size:]
     B = min(size, bucket(-(-len(here) // model.parts), 1) * model.parts)
     T = _length(here[-1][0], limit)

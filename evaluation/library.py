@@ -1,5 +1,5 @@
-"""What can be asked where there is no data? The interpreter's own library: its modules, and what its
-functions are for.
+"""What can be asked where there is no data? The interpreter's own library: its modules, and what
+its functions are for.
 """
 
 import ast

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import files
-from evaluation.running import SAID, Line, Summary, read_lines, shown
+from evaluation.running import SAID, Summary, read_lines, shown
+from evaluation.scoring import Line
 
 PAGE, PICTURE, VALUES = 'evaluation.md', 'evaluation.png', 'evaluation.json'
 SHOWN = 2  # questions of each task
@@ -62,7 +63,10 @@ def page(
       rows = [[value, shown(each[first]), each[first]['n']] for value, each in summary.by.items()]
       parts += [f'## {summary.name} by {summary.settings["task"]["by"]}']
       parts.append(_table(['', first, 'n'], rows))
-  parts.append('## As examples')
+  parts.append(
+    '## As examples\n\nThe first questions of each, without the examples that stood before. Of '
+    'choices, log-probabilities: `*` is right, `>` was said.'
+  )
   for summary in summaries:
     parts += _examples(output, summary)
   return '\n\n'.join(parts) + '\n'
@@ -133,7 +137,8 @@ def _said(line: Line) -> str:
 
 def _fenced(*texts: str) -> str:
   """Texts in a block that none of them can end."""
-  shown = [text if len(text) <= LONGEST else f'.. {text[-LONGEST:]}' for text in texts]
+  given = [text for text in texts if text]
+  shown = [text if len(text) <= LONGEST else f'.. {text[-LONGEST:]}' for text in given]
   longest = max([2, *(len(run) for run in re.findall('`+', ' '.join(shown)))])
   fence = '`' * (longest + 1)
   return '\n'.join([f'{fence}text', *shown, fence])
@@ -164,7 +169,8 @@ def picture(summaries: Sequence[Summary], title: str) -> bytes:
   for ax, (name, tasks) in zip(axes, panels.items()):
     sweep = any(len(of) > 1 for of in tasks.values())
     for i, (task, of) in enumerate(tasks.items()):
-      x = [summary.shots if sweep else i for summary in of]
+      # Side by side, so that no interval hides another.
+      x = [summary.shots + 0.03 * i if sweep else i for summary in of]
       _marks(ax, x, of, name, task, f'C{i}')
     ax.set_title(name, fontsize=9)
     if sweep:
@@ -190,7 +196,7 @@ def _marks(
   nothing = [[math.nan if v is None else v for v in each] for each in values]
   y = [value for value, _, _ in nothing]
   errors = [[max(v - low, 0) for v, low, _ in nothing], [max(h - v, 0) for v, _, h in nothing]]
-  ax.errorbar(x, y, errors, fmt='o-', color=colour, capsize=3, label=task)
+  ax.errorbar(x, y, errors, fmt='o-', color=colour, capsize=3, markersize=4, label=task)
   if of[0].chance:
     ends = (min(x) - 0.3, max(x) + 0.3)
     ax.plot(ends, [of[0].chance] * 2, ':', color=colour, linewidth=1)

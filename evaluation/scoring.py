@@ -7,7 +7,7 @@ of `Scorer.block`, so that an evaluation that was interrupted goes on with the s
 
 import abc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -250,6 +250,9 @@ class Writing(Scorer):
     self._cut = [len(a) < len(b) for a, b in zip(self._ids, whole)]
 
   def lines(self, first=0):
+    # What was written before counts in what metrics say of themselves: how many references.
+    for each in {len(each.references): each for each in self.asked[:first]}.values():
+      self._stats(each, '', dict(each.row) | {'samples': self.task.kind.samples, 'passed': 0})
     written = writing.answers(self.model, self._ids, self.task.kind, self.setting.seed, first)
     for i, answers in enumerate(written, first):
       each = self.asked[i]
@@ -264,12 +267,6 @@ class Writing(Scorer):
     said = [self._extracted(each, answer.text) for answer in answers]
     if kind.passed is not None:
       row |= {'samples': len(said), 'passed': sum(bool(kind.passed(text, row)) for text in said)}
-    stats = {}
-    for metric in self._metrics:
-      try:
-        stats[metric.name] = metric.statistics(said[0], list(each.references), row).tolist()
-      except ValueError as error:
-        raise ValueError(f'{each.place}: {error}') from error
     line = {
       'answers': [answer.text for answer in answers],
       'judged': said,
@@ -283,7 +280,14 @@ class Writing(Scorer):
       'endless': sum(answer.finish == 'length' for answer in answers),
       'failed': sum(answer.finish == FAILED for answer in answers),
     }
-    return line | counts | {'stats': stats}
+    return line | counts | {'stats': self._stats(each, said[0], row)}
+
+  def _stats(self, each: Example, said: str, row: dict) -> dict[str, list[float]]:
+    references = [*each.references]
+    try:
+      return {m.name: m.statistics(said, references, row).tolist() for m in self._metrics}
+    except ValueError as error:
+      raise ValueError(f'{each.place}: {error}') from error
 
   def _extracted(self, each: Example, text: str) -> str:
     if self.task.kind.extract is None:
@@ -296,6 +300,6 @@ class Writing(Scorer):
       raise ValueError(f'{each.place}: {at_fault(where, error)}') from error
 
 
-def plain(values: Sequence[float]) -> list[float | None]:
+def plain(values: Iterable[float]) -> list[float | None]:
   """As JSON has them: None for what is no number."""
   return [float(x) if math.isfinite(x) else None for x in values]

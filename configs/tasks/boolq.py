@@ -1,7 +1,7 @@
 """Yes or no, by a paragraph (qa/boolq.jsonl).
 
-BoolQ, Clark et al., arXiv:1905.10044. More answers are yes than no: who always says so has the share
-of these, not `chance`.
+BoolQ, Clark et al., arXiv:1905.10044. More answers are yes than no: who always says
+so has the share of these, not `chance`.
 """
 
 from evaluation.task import Choice, Task

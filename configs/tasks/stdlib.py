@@ -1,4 +1,4 @@
-"""Bits per byte of modules of the interpreter's library that training holds out; no data is needed."""
+"""Bits per byte of the interpreter's library, modules that training holds out; without any data."""
 
 from evaluation.library import modules
 from evaluation.task import Perplexity, Task
