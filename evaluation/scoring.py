@@ -119,7 +119,7 @@ class Choosing(Scorer):
     said = -1 if nan else int(normalised.argmax())
     return line | {'said': said, 'nan': int(nan), 'stats': stats}
 
-  def _size(self, choice: str, score) -> float:
+  def _size(self, choice: str, score) -> int:
     """What the log-probability of a choice is divided by; a choice of no text by 1."""
     sizes = {
       'sum': 1,
