@@ -6,13 +6,15 @@ n documents · S statistics of a document · L labels
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from evaluation.intervals import Estimate, summed, wilson
 from evaluation.metrics import BINS, f1_of_counts
-from evaluation.task import Choice, Classify, Generate, Perplexity, Task
+from evaluation.task import Choice, Classify, Perplexity, Task
+from evaluation.text_metrics import METRICS, Metric, made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,63 +42,83 @@ class Measure:
     return summed(statistics, self.value, seed)
 
 
-def measures(task: Task, labels: Sequence[str] = ()) -> list[Measure]:
-  """Those of a task, the one that it is judged by first. labels: of a Classify."""
+def measures(task: Task) -> list[Measure]:
+  """Those of a task, the one that it is judged by first."""
   kind = task.kind
   if isinstance(kind, Choice):
-    first = _share(_accuracy(kind))
-    return [first] if first.name == 'accuracy (sum)' else [first, _share('accuracy (sum)')]
+    first = f'accuracy (per {kind.normalise})' if kind.normalise != 'sum' else 'accuracy (sum)'
+    first = 'accuracy (pmi)' if kind.calibration == 'pmi' else first
+    return [_share(name) for name in dict.fromkeys([first, 'accuracy (sum)'])]
   if isinstance(kind, Classify):
-    return [_share('accuracy'), _macro_f1(len(labels)), _calibration_error()]
+    return [_share('accuracy'), OTHERS['macro F1'], OTHERS['calibration error']]
   if isinstance(kind, Perplexity):
-    return [
-      Measure('bits per byte', _ratio(2, lambda x: x / math.log(2)), lower_is_better=True),
-      Measure('perplexity per token', _ratio(1, math.exp), lower_is_better=True),
-      Measure('perplexity per word', _ratio(3, math.exp), lower_is_better=True),
-      Measure('nats per token', _ratio(1, float), lower_is_better=True),
-    ]
-  assert isinstance(kind, Generate)
-  return [
-    Measure(m.name, m.value, m.lower_is_better, m.rate, lambda m=m: m.signature)
-    for m in task.measured
-  ]
+    return [OTHERS[name] for name in FORETOLD]
+  return [_of_texts(metric) for metric in task.measured]
 
 
-def _accuracy(kind: Choice) -> str:
-  how = 'pmi' if kind.calibration == 'pmi' else f'per {kind.normalise}'
-  return f'accuracy ({"sum" if how == "per sum" else how})'
+def named(name: str, settings: Mapping[str, Any]) -> Measure:
+  """The one of a name in the summary of a task with these settings (Task.values).
+
+  Raises ValueError for that of a metric that only the task's file knows, and is no mean.
+  """
+  if name in OTHERS:
+    return OTHERS[name]
+  if name.startswith('accuracy'):
+    return _share(name)
+  known = [made(metric) for metric in settings['metrics'] if metric in METRICS]
+  for metric in known:
+    if metric.name == name:
+      return _of_texts(metric)
+  raise ValueError(
+    f'{name!r} is a metric of a task of its own, and how it adds up is not known here'
+  )
+
+
+def _of_texts(metric: Metric) -> Measure:
+  return Measure(
+    metric.name, metric.value, metric.lower_is_better, metric.rate, lambda: metric.signature
+  )
 
 
 def _share(name: str) -> Measure:
   return Measure(name, lambda total: float(total[0] / total[1]) if total[1] else 0.0, rate=True)
 
 
-def _ratio(below: int, of: Callable[[float], float]):
+def _ratio(name: str, below: int, of: Callable[[float], float]) -> Measure:
   """Of nats, tokens, bytes and words: `of` nats over one of the others."""
 
   def value(total):
     if not total[below]:
       return math.nan
     try:
-      return of(total[0] / total[below])
+      return of(float(total[0] / total[below]))
     except OverflowError:
       return math.inf
 
-  return value
+  return Measure(name, value, lower_is_better=True)
 
 
-def _macro_f1(labels: int) -> Measure:
-  def value(total):
-    return f1_of_counts(total[:labels], total[labels:])
-
-  return Measure('macro F1', value)
+def _macro_f1(total: np.ndarray) -> float:
+  labels = len(total) // 2
+  return f1_of_counts(total[:labels], total[labels:])
 
 
-def _calibration_error() -> Measure:
-  def value(total):
-    return float(np.abs(total[:-1]).sum() / total[-1]) if total[-1] else 0.0
+def _calibration_error(total: np.ndarray) -> float:
+  return float(np.abs(total[:-1]).sum() / total[-1]) if total[-1] else 0.0
 
-  return Measure('calibration error', value, lower_is_better=True)
+
+FORETOLD = ('bits per byte', 'perplexity per token', 'perplexity per word', 'nats per token')
+OTHERS = {
+  measure.name: measure
+  for measure in (
+    _ratio(FORETOLD[0], 2, lambda x: x / math.log(2)),
+    _ratio(FORETOLD[1], 1, math.exp),
+    _ratio(FORETOLD[2], 3, math.exp),
+    _ratio(FORETOLD[3], 1, float),
+    Measure('macro F1', _macro_f1),
+    Measure('calibration error', _calibration_error, lower_is_better=True),
+  )
+}
 
 
 def classified(probabilities: np.ndarray, truth: int) -> dict[str, list[float]]:

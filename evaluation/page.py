@@ -62,7 +62,7 @@ def page(
       first = next(iter(summary.metrics))
       rows = [[value, shown(each[first]), each[first]['n']] for value, each in summary.by.items()]
       parts += [f'## {summary.name} by {summary.settings["task"]["by"]}']
-      parts.append(_table(['', first, 'n'], rows))
+      parts.append(table(['', first, 'n'], rows))
   parts.append(
     '## As examples\n\nThe first questions of each, without the examples that stood before. Of '
     'choices, log-probabilities: `*` is right, `>` was said.'
@@ -82,7 +82,7 @@ def _scores(summaries: Iterable[Summary]) -> str:
       lower = ' ↓' if metric['lower_is_better'] else ''
       rows.append([*task, name + lower, shown(metric), metric['n'], chance])
       first = False
-  return _table(['task', 'shots', 'metric (↓ lower is better)', 'score', 'n', 'chance'], rows)
+  return table(['task', 'shots', 'metric (↓ lower is better)', 'score', 'n', 'chance'], rows)
 
 
 def notes(summaries: Iterable[Summary]) -> list[str]:
@@ -108,7 +108,7 @@ def _settings(summaries: Iterable[Summary]) -> str:
     ]
     said = '; '.join([said, *signatures])
     rows.append([summary.name, kind['name'], said, settings['seed'], f'`{summary.prompts}`'])
-  return _table(['', 'kind', 'settings', 'seed', 'digest of the prompts'], rows)
+  return table(['', 'kind', 'settings', 'seed', 'digest of the prompts'], rows)
 
 
 def _examples(output: pathlib.Path, summary: Summary) -> list[str]:
@@ -144,7 +144,9 @@ def _fenced(*texts: str) -> str:
   return '\n'.join([f'{fence}text', *shown, fence])
 
 
-def _table(headers: Sequence, rows: Iterable[Sequence]) -> str:
+def table(headers: Sequence, rows: Iterable[Sequence]) -> str:
+  """In Markdown."""
+
   def line(cells):
     # A pipe ends a cell, and what looks like a tag is one.
     texts = (' '.join(str(cell).split()) for cell in cells)

@@ -230,7 +230,7 @@ def summarised(name: str, settings: dict, scored: Scorer, lines: Sequence[Line])
         groups.setdefault(str(each.row.get(task.by)), []).append(line['stats'][first.name])
     for value, statistics in sorted(groups.items()):
       by[value] = {
-        first.name: _plain(first.estimate(np.array(statistics, np.float64), seed).values())
+        first.name: finite(first.estimate(np.array(statistics, np.float64), seed).values())
       }
   counts = {what: sum(line.get(what, 0) for line in lines) for what in COUNTED}
   chance = scored.chance
@@ -250,12 +250,13 @@ def _digits(value: float | None) -> str:
   return f'{value:.3f}' if abs(value) < 10 else f'{value:,.2f}'
 
 
-def _plain(values: dict) -> dict:
-  """As JSON has them: None for what is no number."""
-  return {
-    name: None if isinstance(value, float) and not math.isfinite(value) else value
-    for name, value in values.items()
-  }
+def finite(values: Any) -> Any:
+  """As JSON has it: None for what is no number."""
+  if isinstance(values, Mapping):
+    return {name: finite(value) for name, value in values.items()}
+  if isinstance(values, list | tuple):
+    return [finite(value) for value in values]
+  return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def read_lines(path: pathlib.Path) -> Iterator[Line]:

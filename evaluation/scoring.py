@@ -142,7 +142,6 @@ class Labelling(Scorer):
     super().__init__(model, task, setting, asked)
     self._asking = asking_of(model, self._template)
     self._free = None
-    self.measures = measures(task, self._template.labels)
     for each in asked:
       for text, label in ((each.prompt, each.choices[0]), *each.shots):
         self._template.number(each.place, LabelRecord(text, label))

@@ -1,5 +1,5 @@
-"""Is a continuation's score that of its tokens in a forward pass over the whole text, whichever pairs
-share a context or a batch; and is it told when a greedy model would write it?
+"""Is a continuation's score that of its tokens in a forward pass over the whole text, whichever
+pairs share a context or a batch; and is it told when a greedy model would write it?
 """
 
 import jax
@@ -72,7 +72,7 @@ def test_what_a_greedy_model_writes_is_told():
 
 def test_a_stream_compiles_few_programs():
   """Of any number of pairs, whose lengths are anything up to the context."""
-  g, rng = generator('llama'), np.random.default_rng(0)
+  rng = np.random.default_rng(0)
   contexts = [rng.integers(3, 200, rng.integers(1, 60)).tolist() for _ in range(120)]
   pairs = [(c, rng.integers(3, 200, rng.integers(1, 9)).tolist()) for c in contexts for _ in 'ab']
   before = choices._behind._cache_size() + choices._alone._cache_size()

@@ -136,7 +136,7 @@ def test_minimal_pairs_are_choices_without_a_prompt():
 
 
 def test_shots_never_leak_the_one_that_is_asked():
-  """Not even where another row asks the same (there are seven questions, each two times or more)."""
+  """Not even where another row asks the same: there are seven questions, each twice or more."""
   leaked = 0
   for seed in range(20):
     for k in (1, 2, 5):
