@@ -35,7 +35,7 @@ from data.template import Template
 from decode import opening
 from decode.generator import Generator
 from evaluation import classify, heads, page, rewards, running, task
-from evaluation.examples import Setting
+from evaluation.examples import Manner
 from evaluation.prompts import Shots
 from objectives.classify_head import HEAD
 from parallel.flag import mesh_of
@@ -255,9 +255,9 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
       print(f'ERROR: task {name}: {error}')
   step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
   of = {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
-  setting = Setting(DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value)
+  manner = Manner(DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value)
   model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
-  done, more = running.evaluate(model, tasks, ways, setting, of, output)
+  done, more = running.evaluate(model, tasks, ways, manner, of, output)
   failed |= more
   page.write(output, of, failed)
   rows = []

@@ -32,7 +32,7 @@ SHARED = 16  # tokens of a context from which on it pays to read it apart from w
 Ids = Sequence[int]
 
 
-class Scored(NamedTuple):
+class PairScore(NamedTuple):
   """Of a continuation behind its context.
 
   Attributes:
@@ -59,7 +59,7 @@ class _Group(NamedTuple):
 
 def score_pairs(
   model: LoadedModel, contexts: Sequence[Ids], continuations: Sequence[Ids]
-) -> list[Scored]:
+) -> list[PairScore]:
   """Scores of pairs of ids, in their order; a context that several have is read once.
 
   contexts: what the model reads, with all that begins a text (bos); of an encoder-decoder what its
@@ -73,13 +73,13 @@ def score_pairs(
   if not model.model.config.causal:
     raise ValueError('an encoder writes nothing behind a text; ask it for words in a mask')
   groups = _grouped(model, contexts, continuations)
-  scores: list[Scored | None] = [None] * len(contexts)
+  scores: list[PairScore | None] = [None] * len(contexts)
   apart = model.model.config.encoder_layers > 0
   whole = [g for g in groups if not apart and (len(g.behind) == 1 or len(g.context) < SHARED)]
   shared = [g for g in groups if apart or not (len(g.behind) == 1 or len(g.context) < SHARED)]
   for pairs, sums in (*_whole(model, whole), *_shared(model, shared)):
     for row, (index, ids) in pairs.items():
-      scores[index] = Scored(float(sums[0][row]), len(ids), bool(sums[1][row]))
+      scores[index] = PairScore(float(sums[0][row]), len(ids), bool(sums[1][row]))
   return scores
 
 

@@ -14,9 +14,9 @@ from decode.choices import room
 from decode.loaded import LoadedModel
 from evaluation.prompts import Shots
 from evaluation.task import (
-  Choice,
-  Classify,
+  Classification,
   Generate,
+  MultipleChoice,
   Perplexity,
   Row,
   Task,
@@ -27,7 +27,7 @@ from evaluation.task import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Manner:
   """How tasks are asked.
 
   Attributes:
@@ -45,13 +45,14 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class Item:
   """One question of a task.
 
   Attributes:
     place: of its row. prompt: its own, without what stands before it.
-    shots: (prompt, answer) of the examples before it; of a Classify (text, label).
-    choices, truth: of a Choice or Classify, and which is right. references: of a Generate.
+    shots: (prompt, answer) of the examples before it; of a Classification (text, label).
+    choices, truth: of a MultipleChoice, and which is right; of a Classification its label.
+    references: of a Generate.
     digest: of all that is asked, and what would be right.
   """
 
@@ -70,7 +71,7 @@ def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
 
   Raises ValueError where none is left.
   """
-  shows = isinstance(task.kind, Classify | Generate) or bool(task.prompt)
+  shows = isinstance(task.kind, Classification | Generate) or bool(task.prompt)
   shows = shows and not isinstance(task.kind, Perplexity)
   fit = [k for k in shots if shows or not k]
   if not fit:
@@ -81,44 +82,44 @@ def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
   return fit, [k for k in shots if k not in fit]
 
 
-def examples(task: Task, k: int, setting: Setting) -> list[Example]:
+def examples(task: Task, k: int, manner: Manner) -> list[Item]:
   """The questions of a task, each with k examples before it, in the order of its rows.
 
   Raises ValueError, naming the place, for rows that are not what the task takes, and for more
   examples than there are; FileNotFoundError naming --data.
   """
-  every = [_plain(task, *placed) for placed in rows_of(task, task.data, setting.data)]
-  asked = every[: setting.limit or None]
+  every = [_plain(task, *placed) for placed in rows_of(task, task.data, manner.data)]
+  asked = every[: manner.limit or None]
   if not asked:
     raise ValueError(f'{task.data} has no rows; give a file that has some')
   pool = every
   if k and task.shots:
-    pool = [_plain(task, *placed) for placed in rows_of(task, task.shots, setting.data)]
-  shown = _Shown(task, pool, k, setting.seed) if k else None
-  return [_frozen(task, each, shown.before(each) if shown else (), setting) for each in asked]
+    pool = [_plain(task, *placed) for placed in rows_of(task, task.shots, manner.data)]
+  shown = _Shown(task, pool, k, manner.seed) if k else None
+  return [_frozen(task, each, shown.before(each) if shown else (), manner) for each in asked]
 
 
-def digest_of(asked: Sequence[Example]) -> str:
+def digest_of(asked: Sequence[Item]) -> str:
   """Of a set of questions."""
   return hashlib.blake2b(' '.join(e.digest for e in asked).encode(), digest_size=16).hexdigest()
 
 
-def _plain(task: Task, place: str, row: Row) -> Example:
+def _plain(task: Task, place: str, row: Row) -> Item:
   """A row as a question, with nothing before it."""
   kind = task.kind
-  if isinstance(kind, Classify):
+  if isinstance(kind, Classification):
     label = str(field_of(kind.label, place, row))
-    return Example(place, row, str(field_of(kind.text, place, row)), choices=(label,))
+    return Item(place, row, str(field_of(kind.text, place, row)), choices=(label,))
   prompt = rendered(task.prompt, 'prompt', place, row)
-  if isinstance(kind, Choice):
+  if isinstance(kind, MultipleChoice):
     choices = _choices(kind, place, row)
-    return Example(place, row, prompt, choices=choices, truth=_truth(kind, choices, place, row))
+    return Item(place, row, prompt, choices=choices, truth=_truth(kind, choices, place, row))
   if isinstance(kind, Generate):
-    return Example(place, row, prompt, references=_references(task, kind, place, row))
-  return Example(place, row, prompt)
+    return Item(place, row, prompt, references=_references(task, kind, place, row))
+  return Item(place, row, prompt)
 
 
-def _choices(kind: Choice, place: str, row: Row) -> tuple[str, ...]:
+def _choices(kind: MultipleChoice, place: str, row: Row) -> tuple[str, ...]:
   if isinstance(kind.choices, tuple):
     return tuple(rendered(text, 'choices', place, row) for text in kind.choices)
   given = field_of(kind.choices, place, row)
@@ -129,7 +130,7 @@ def _choices(kind: Choice, place: str, row: Row) -> tuple[str, ...]:
   return tuple(map(str, given))
 
 
-def _truth(kind: Choice, choices: tuple[str, ...], place: str, row: Row) -> int:
+def _truth(kind: MultipleChoice, choices: tuple[str, ...], place: str, row: Row) -> int:
   given = kind.answer if isinstance(kind.answer, int) else field_of(kind.answer, place, row)
   if isinstance(given, str) and given in choices:
     return choices.index(given)
@@ -155,34 +156,34 @@ def _references(task: Task, kind: Generate, place: str, row: Row) -> tuple[str, 
 class _Shown:
   """k examples of a pool, never the one that is asked."""
 
-  def __init__(self, task: Task, pool: Sequence[Example], k: int, seed: int):
+  def __init__(self, task: Task, pool: Sequence[Item], k: int, seed: int):
     self._task, self._of = task, {}
-    field = task.kind.label if isinstance(task.kind, Classify) else task.balanced
+    field = task.kind.label if isinstance(task.kind, Classification) else task.balanced
     for each in pool:
       label = str(field_of(field, each.place, each.row)) if field else ''
       self._of.setdefault(LabelRecord(each.prompt, label), each)
     labels = sorted({record.label for record in self._of})
     self._shots = Shots([*self._of], labels, k, seed)
 
-  def before(self, asked: Example) -> tuple[tuple[str, str], ...]:
+  def before(self, asked: Item) -> tuple[tuple[str, str], ...]:
     """(prompt, answer) of each. Whoever has its prompt is the one that is asked."""
     shown = [self._of[record] for record in self._shots.before(asked.prompt)]
     return tuple((each.prompt, self._answer(each)) for each in shown)
 
-  def _answer(self, shot: Example) -> str:
-    if isinstance(self._task.kind, Classify):
+  def _answer(self, shot: Item) -> str:
+    if isinstance(self._task.kind, Classification):
       return shot.choices[0]
     if self._task.target:
       return rendered(self._task.target, 'target', shot.place, shot.row)
-    if isinstance(self._task.kind, Choice):
+    if isinstance(self._task.kind, MultipleChoice):
       return shot.choices[shot.truth]
     if not shot.references:
       raise ValueError(f'{shot.place}: there is no answer to show; give the task a target')
     return shot.references[0]
 
 
-def _frozen(task: Task, asked: Example, shots, setting: Setting) -> Example:
-  said = [setting.system, task.instruction, shots, asked.prompt, asked.choices, asked.truth]
+def _frozen(task: Task, asked: Item, shots, manner: Manner) -> Item:
+  said = [manner.system, task.instruction, shots, asked.prompt, asked.choices, asked.truth]
   content = json.dumps([*said, asked.references]).encode()
   digest = hashlib.blake2b(content, digest_size=8).hexdigest()
   return dataclasses.replace(asked, shots=shots, digest=digest)
@@ -194,28 +195,28 @@ class Asker:
   Raises ValueError for a kind that the model cannot be asked, and for a chat without a template.
   """
 
-  def __init__(self, model: LoadedModel, task: Task, setting: Setting):
-    self.model, self.task, self.setting = model, task, setting
+  def __init__(self, model: LoadedModel, task: Task, manner: Manner):
+    self.model, self.task, self.manner = model, task, manner
     self._tokenizer = model.tokenizer
     config, kind = model.model.config, type(task.kind).__name__
     self.encoder = config.encoder_layers > 0
-    if not config.causal and not isinstance(task.kind, Classify):
+    if not config.causal and not isinstance(task.kind, Classification):
       raise ValueError(
         f'a {kind} is of a model that writes, and this one is an encoder; it can be asked to '
-        'Classify, by a template with a mask'
+        'Classification, by a template with a mask'
       )
     if self.encoder and isinstance(task.kind, Perplexity):
       raise ValueError(
         'a Perplexity is of a text that a decoder goes through from left to right, and this model '
-        'is an encoder-decoder; ask it a Choice or Generate'
+        'is an encoder-decoder; ask it a MultipleChoice or Generate'
       )
-    if setting.chat and isinstance(task.kind, Classify | Perplexity):
+    if manner.chat and isinstance(task.kind, Classification | Perplexity):
       raise ValueError(f'--chat: a {kind} reads texts as they are, not as turns; leave it out')
-    self._chat = ChatTemplate.of(self._tokenizer) if setting.chat else None
+    self._chat = ChatTemplate.of(self._tokenizer) if manner.chat else None
 
-  def text(self, asked: Example) -> str:
+  def text(self, asked: Item) -> str:
     """All that the model reads before its answer; of a chat with its template's marks."""
-    task, system = self.task, self.setting.system
+    task, system = self.task, self.manner.system
     if not self._chat:
       before = [text for text in (system, task.instruction) if text]
       shown = [f'{prompt}{task.space}{answer}' for prompt, answer in asked.shots]

@@ -13,7 +13,7 @@ import numpy as np
 
 from evaluation.intervals import Estimate, summed, wilson
 from evaluation.metrics import BINS, f1_of_counts
-from evaluation.task import Choice, Classify, Perplexity, Task
+from evaluation.task import Classification, MultipleChoice, Perplexity, Task
 from evaluation.text_metrics import METRICS, Metric, made
 
 
@@ -45,11 +45,11 @@ class Measure:
 def measures(task: Task) -> list[Measure]:
   """Those of a task, the one that it is judged by first."""
   kind = task.kind
-  if isinstance(kind, Choice):
+  if isinstance(kind, MultipleChoice):
     first = f'accuracy (per {kind.normalise})' if kind.normalise != 'sum' else 'accuracy (sum)'
     first = 'accuracy (pmi)' if kind.calibration == 'pmi' else first
     return [_share(name) for name in dict.fromkeys([first, 'accuracy (sum)'])]
-  if isinstance(kind, Classify):
+  if isinstance(kind, Classification):
     return [_share('accuracy'), OTHERS['macro F1'], OTHERS['calibration error']]
   if isinstance(kind, Perplexity):
     return [OTHERS[name] for name in FORETOLD]

@@ -19,7 +19,7 @@ import numpy as np
 
 import files
 from decode.generator import Generator
-from evaluation.examples import Example, Setting, digest_of, examples, ways
+from evaluation.examples import Item, Manner, digest_of, examples, ways
 from evaluation.scoring import Line, Scorer, scorer
 from evaluation.task import Task
 
@@ -65,7 +65,7 @@ class Summary:
     return f'{self.task}-{self.shots}'
 
 
-class Place:
+class TaskFiles:
   """Where one task with k examples is written.
 
   Raises ValueError where other settings were there before, by what differs.
@@ -88,7 +88,7 @@ class Place:
     """What was made of all lines; None where they are not all there."""
     return Summary(**self._kept) if 'metrics' in self._kept else None
 
-  def begin(self, asked: Sequence[Example], block: int) -> list[Line]:
+  def begin(self, asked: Sequence[Item], block: int) -> list[Line]:
     """The lines that are there, in whole blocks. Raises ValueError where they are of other
     questions.
     """
@@ -139,7 +139,7 @@ def evaluate(
   model: Generator,
   tasks: Mapping[str, Task],
   shots: Sequence[int],
-  setting: Setting,
+  manner: Manner,
   run: Mapping[str, Any],
   output: pathlib.Path,
   log: Callable[[str], Any] = print,
@@ -152,7 +152,7 @@ def evaluate(
   where the directory has another evaluation of one of them.
   """
   failed: dict[str, str] = {}
-  asked: list[tuple[str, Task, Place]] = []
+  asked: list[tuple[str, Task, TaskFiles]] = []
   for name, task in tasks.items():
     try:
       fit, left_out = ways(task, shots)
@@ -162,15 +162,15 @@ def evaluate(
     if left_out:
       log(f'NOTE: {name} shows no examples; --shots={",".join(map(str, left_out))} is left out')
     for k in fit:
-      settings = {'shots': k, 'task': task.values(), **_of_setting(setting), 'run': dict(run)}
-      asked.append((name, task, Place(output, f'{name}-{k}', settings)))
+      settings = {'shots': k, 'task': task.values(), **_of_manner(manner), 'run': dict(run)}
+      asked.append((name, task, TaskFiles(output, f'{name}-{k}', settings)))
 
   summaries = []
   for name, task, place in asked:
     if name in failed:
       continue
     try:
-      summaries.append(_one(model, name, task, setting, place, log))
+      summaries.append(_one(model, name, task, manner, place, log))
     except (Exception, MemoryError) as error:
       said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
       failed[name] = said.split('\n')[0]
@@ -178,24 +178,24 @@ def evaluate(
   return summaries, failed
 
 
-def _of_setting(setting: Setting) -> dict:
+def _of_manner(manner: Manner) -> dict:
   """What of it decides the lines: where the data lies does not."""
-  values = dataclasses.asdict(setting)
+  values = dataclasses.asdict(manner)
   del values['data']
   return values
 
 
-def _one(model, name: str, task: Task, setting: Setting, place: Place, log) -> Summary:
+def _one(model, name: str, task: Task, manner: Manner, place: TaskFiles, log) -> Summary:
   if place.summary is not None:
     log(f'{place.summary.name}: is there already')
     return place.summary
   k = place.settings['shots']
-  asked = examples(task, k, setting)
-  scored = scorer(model, task, setting, asked)
+  asked = examples(task, k, manner)
+  scored = scorer(model, task, manner, asked)
   lines = place.begin(asked, scored.block)
   if lines:
     log(f'{name}-{k}: {len(lines)} of {len(asked)} are there already')
-  progress = Progress(f'{name}, {k} shots', len(asked), len(lines), log)
+  progress = ProgressLine(f'{name}, {k} shots', len(asked), len(lines), log)
   if len(lines) < len(asked):
     for more in scored.lines(len(lines)):
       place.add(more)
@@ -209,7 +209,7 @@ def _one(model, name: str, task: Task, setting: Setting, place: Place, log) -> S
 
 def summarised(name: str, settings: dict, scored: Scorer, lines: Sequence[Line]) -> Summary:
   """What lines of all questions say together."""
-  task, seed = scored.task, scored.setting.seed
+  task, seed = scored.task, scored.manner.seed
   metrics = {}
   for measure in scored.measures:
     statistics = [line['stats'][measure.name] for line in lines if line['stats'] is not None]
@@ -266,7 +266,7 @@ def read_lines(path: pathlib.Path) -> Iterator[Line]:
       yield files.json_object(line, f'{path}:{number}')
 
 
-class Progress:
+class ProgressLine:
   """Says how far it is, and how long the rest will take: on a terminal in one line, elsewhere now
   and then.
   """

@@ -18,9 +18,9 @@ from decode.generator import Generator
 from decode.request import FAILED
 from evaluation import writing
 from evaluation.classify import CONTENT_FREE, asking_of, label_scores, probabilities
-from evaluation.examples import Asker, Example, Setting, fitted
+from evaluation.examples import Asker, Item, Manner, fitted
 from evaluation.measures import Measure, chance_of, classified, measures
-from evaluation.task import Choice, Classify, Generate, Perplexity, Task, at_fault
+from evaluation.task import Classification, Generate, MultipleChoice, Perplexity, Task, at_fault
 
 Line = dict
 # Tokens of a window where the model has no end of positions, and what it reads at a time at most.
@@ -36,9 +36,9 @@ class Scorer(abc.ABC):
 
   block = 64
 
-  def __init__(self, model: Generator, task: Task, setting: Setting, asked: Sequence[Example]):
-    self.model, self.task, self.setting, self.asked = model, task, setting, asked
-    self.asker = Asker(model, task, setting)
+  def __init__(self, model: Generator, task: Task, manner: Manner, asked: Sequence[Item]):
+    self.model, self.task, self.manner, self.asked = model, task, manner, asked
+    self.asker = Asker(model, task, manner)
     self.measures: list[Measure] = measures(task)
 
   def lines(self, first: int = 0) -> Iterator[list[Line]]:
@@ -53,7 +53,7 @@ class Scorer(abc.ABC):
       ]
 
   @abc.abstractmethod
-  def scores(self, asked: Sequence[Example]) -> list[Line]:
+  def scores(self, asked: Sequence[Item]) -> list[Line]:
     """What a line says besides, of each."""
 
   @property
@@ -62,14 +62,19 @@ class Scorer(abc.ABC):
     return chance_of(self.task, [])
 
 
-def scorer(model: Generator, task: Task, setting: Setting, asked: Sequence[Example]) -> Scorer:
+def scorer(model: Generator, task: Task, manner: Manner, asked: Sequence[Item]) -> Scorer:
   """Of the task's kind. Raises ValueError where the model cannot be asked so."""
-  kinds = {Choice: Choosing, Classify: Labelling, Perplexity: Foretelling, Generate: Writing}
-  return kinds[type(task.kind)](model, task, setting, asked)
+  kinds = {
+    MultipleChoice: Choosing,
+    Classification: Labelling,
+    Perplexity: Foretelling,
+    Generate: Writing,
+  }
+  return kinds[type(task.kind)](model, task, manner, asked)
 
 
 class Choosing(Scorer):
-  """Of a Choice: log-probabilities of the choices of each, whose context is read once."""
+  """Of a MultipleChoice: log-probabilities of the choices of each, whose context is read once."""
 
   def scores(self, asked):
     kind, contexts, behind, cuts = self.task.kind, [], [], []
@@ -81,7 +86,7 @@ class Choosing(Scorer):
       cuts.append(cut)
     pairs = len(contexts)
     if kind.calibration == 'pmi':
-      empty = Example('', {}, kind.empty)
+      empty = Item('', {}, kind.empty)
       for each in asked:
         answers = [self.asker.answer(choice) for choice in each.choices]
         ids, of_answers, _ = self.asker.pairs(self.asker.text(empty), answers)
@@ -96,7 +101,7 @@ class Choosing(Scorer):
       lines.append(self._line(each, own, nothing) | {'cut': int(cut)})
     return lines
 
-  def _line(self, each: Example, scored, free) -> Line:
+  def _line(self, each: Item, scored, free) -> Line:
     sums = np.array([score.logprob for score in scored])
     line = {
       'choices': [*each.choices],
@@ -135,11 +140,11 @@ class Choosing(Scorer):
 
 
 class Labelling(Scorer):
-  """Of a Classify: probabilities of labels, as evaluation.classify has them."""
+  """Of a Classification: probabilities of labels, as evaluation.classify has them."""
 
-  def __init__(self, model, task, setting, asked):
+  def __init__(self, model, task, manner, asked):
     self._template = Template.read(task.kind.template)
-    super().__init__(model, task, setting, asked)
+    super().__init__(model, task, manner, asked)
     self._asking = asking_of(model, self._template)
     self._free = None
     for each in asked:
@@ -172,7 +177,7 @@ class Labelling(Scorer):
       )
     return lines
 
-  def _shown(self, each: Example) -> list[LabelRecord]:
+  def _shown(self, each: Item) -> list[LabelRecord]:
     return [LabelRecord(*shot) for shot in each.shots]
 
   @property
@@ -233,8 +238,8 @@ def windows(
 class Writing(Scorer):
   """Of a Generate: answers, and what metrics make of them."""
 
-  def __init__(self, model, task, setting, asked):
-    super().__init__(model, task, setting, asked)
+  def __init__(self, model, task, manner, asked):
+    super().__init__(model, task, manner, asked)
     self._metrics = task.measured
     kind = task.kind
     self.block = max(1, writing.ROWS // kind.samples) if self.asker.encoder else 1
@@ -252,7 +257,7 @@ class Writing(Scorer):
     # What was written before counts in what metrics say of themselves: how many references.
     for each in {len(each.references): each for each in self.asked[:first]}.values():
       self._stats(each, '', dict(each.row) | {'samples': self.task.kind.samples, 'passed': 0})
-    written = writing.answers(self.model, self._ids, self.task.kind, self.setting.seed, first)
+    written = writing.answers(self.model, self._ids, self.task.kind, self.manner.seed, first)
     for i, answers in enumerate(written, first):
       each = self.asked[i]
       line = {'i': i, 'place': each.place, 'digest': each.digest, 'prompt': each.prompt}
@@ -261,7 +266,7 @@ class Writing(Scorer):
   def scores(self, asked):
     raise NotImplementedError('answers end in an order of their own; ask for lines')
 
-  def _line(self, each: Example, answers: Sequence[writing.Answer]) -> Line:
+  def _line(self, each: Item, answers: Sequence[writing.Reply]) -> Line:
     kind, row = self.task.kind, dict(each.row)
     said = [self._extracted(each, answer.text) for answer in answers]
     if kind.passed is not None:
@@ -281,14 +286,14 @@ class Writing(Scorer):
     }
     return line | counts | {'stats': self._stats(each, said[0], row)}
 
-  def _stats(self, each: Example, said: str, row: dict) -> dict[str, list[float]]:
+  def _stats(self, each: Item, said: str, row: dict) -> dict[str, list[float]]:
     references = [*each.references]
     try:
       return {m.name: m.statistics(said, references, row).tolist() for m in self._metrics}
     except ValueError as error:
       raise ValueError(f'{each.place}: {error}') from error
 
-  def _extracted(self, each: Example, text: str) -> str:
+  def _extracted(self, each: Item, text: str) -> str:
     if self.task.kind.extract is None:
       return text.strip()
     try:

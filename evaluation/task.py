@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
   """Which of a row's own choices does the model find likeliest behind the prompt? With an empty
   prompt, which of several texts: minimal pairs.
 
@@ -122,7 +122,7 @@ class Perplexity:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classify:
+class Classification:
   """Which label does a text have, by a template's pattern and words (data/template.py)?
 
   Attributes:
@@ -139,7 +139,7 @@ class Classify:
     names.check('calibration', self.calibration, CALIBRATIONS)
 
 
-Kind = Choice | Generate | Perplexity | Classify
+Kind = MultipleChoice | Generate | Perplexity | Classification
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Task:
   """A task.
 
   Attributes:
-    kind: a Choice, Generate, Perplexity or Classify.
+    kind: a MultipleChoice, Generate, Perplexity or Classification.
     data: a file of rows, .jsonl, .csv or .parquet, or of one row with a `text`, .txt (also
       compressed), below --data where it is no absolute path; or a function that gives rows.
     about: what it is, in a line.
@@ -159,8 +159,8 @@ class Task:
     balanced: the field by whose values examples are as many of each; '': they are not.
     metrics: of a Generate, names in evaluation.text_metrics.METRICS, or such metrics.
     by: the field by whose values scores are told apart, too; '': none.
-    chance: the score of who knows nothing, for what is left after tuning; None: of a Choice and a
-      Classify that of guessing, else 0.
+    chance: the score of who knows nothing, for what is left after tuning; None: of a
+      MultipleChoice and a Classification that of guessing, else 0.
     rows: what is made of a row before all else: rows, perhaps none.
 
   Raises ValueError for what makes no sense.
@@ -183,7 +183,9 @@ class Task:
 
   def __post_init__(self):
     if not isinstance(self.kind, Kind):
-      raise ValueError(f'kind={self.kind!r} must be a Choice, Generate, Perplexity or Classify')
+      raise ValueError(
+        f'kind={self.kind!r} must be a MultipleChoice, Generate, Perplexity or Classification'
+      )
     if not self.data:
       raise ValueError("data='' must be a file of rows, or a function that gives rows")
     for source in (self.data, self.shots):
@@ -216,8 +218,8 @@ class Task:
       )
     if isinstance(kind, Generate) and not kind.references and not self.target and not kind.passed:
       raise ValueError('a Generate needs references (a field) or a target (Jinja text) to judge by')
-    if isinstance(kind, Classify) and (self.prompt or self.target):
-      raise ValueError('a Classify is asked by its template; leave prompt and target out')
+    if isinstance(kind, Classification) and (self.prompt or self.target):
+      raise ValueError('a Classification is asked by its template; leave prompt and target out')
 
   @property
   def measured(self) -> list[Metric]:

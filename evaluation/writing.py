@@ -25,7 +25,7 @@ READ = 256  # tokens of a prompt that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Reply:
   """A text. finish: 'stop', 'length', or 'failed' where the model's scores were not finite."""
 
   text: str
@@ -34,7 +34,7 @@ class Answer:
 
 def answers(
   model: Generator, prompts: Sequence[Sequence[int]], kind: Generate, seed: int, first: int = 0
-) -> Iterator[list[Answer]]:
+) -> Iterator[list[Reply]]:
   """Of each prompt from the first one on, in order, so many as the kind asks for. What is written
   depends on a prompt, its number, and all prompts' longest; of an encoder-decoder on which are in
   a batch with it, too: begin at a multiple of ROWS.
@@ -46,7 +46,7 @@ def answers(
   yield from _continuous(model, prompts, kind, seed, first, longest)
 
 
-def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Answer]]:
+def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Reply]]:
   front, parts = model.plain, model.parts
   soft, ends = len(front.begins), generation.ends(model.tokenizer)
   capacity = min(front.positions or longest + soft, bucket(longest + soft))
@@ -80,7 +80,7 @@ def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Ans
     text = texts.setdefault(index, _Text(model, kind.stops))
     return text.stopped_by(written.ids)
 
-  ended: dict[int, Answer] = {}
+  ended: dict[int, Reply] = {}
   due = 0  # the first sample of the next prompt
   for index, written in complete(engine, model.model, requests(), over):
     ended[index] = texts.pop(index).answer(written)
@@ -103,16 +103,16 @@ class _Text:
     self._seen = len(ids)
     return self._stream.stopped is not None
 
-  def answer(self, written: Written) -> Answer:
+  def answer(self, written: Written) -> Reply:
     """What has come of it."""
     text = ''.join([*self._pieces, self._stream.end()])
     stopped = self._stream.stopped is not None or written.ended
     if written.broken and not stopped:
-      return Answer(text, FAILED)
-    return Answer(text, STOPPED if stopped else LENGTH)
+      return Reply(text, FAILED)
+    return Reply(text, STOPPED if stopped else LENGTH)
 
 
-def _in_batches(model: Generator, prompts, kind, seed, first) -> Iterator[list[Answer]]:
+def _in_batches(model: Generator, prompts, kind, seed, first) -> Iterator[list[Reply]]:
   options = {
     'max_new_tokens': kind.max_new_tokens,
     'temperature': kind.temperature,
@@ -124,7 +124,7 @@ def _in_batches(model: Generator, prompts, kind, seed, first) -> Iterator[list[A
   for batch in model.in_batches(prompts[first:], size, **options):
     for begin in range(0, len(batch), kind.samples):
       rows = batch[begin : begin + kind.samples]
-      yield [Answer(row.text, row.finish) for row in rows]
+      yield [Reply(row.text, row.finish) for row in rows]
 
 
 def _stages(model: Generator) -> bool:

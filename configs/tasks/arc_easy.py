@@ -3,12 +3,12 @@
 ARC, Clark et al., arXiv:1803.05457.
 """
 
-from evaluation.task import Choice, Task
+from evaluation.task import MultipleChoice, Task
 
 
 def get_task() -> Task:
   return Task(
-    Choice('choices', 'answer', normalise='character'),
+    MultipleChoice('choices', 'answer', normalise='character'),
     'choices/arc_easy.jsonl',
     prompt='Question: {{ question }}\nAnswer:',
   )

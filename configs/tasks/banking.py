@@ -3,12 +3,12 @@
 Banking77, Casanueva et al., arXiv:2003.04807.
 """
 
-from evaluation.task import Classify, Task
+from evaluation.task import Classification, Task
 
 
 def get_task() -> Task:
   return Task(
-    Classify('configs/templates/banking.toml', calibration='contextual'),
+    Classification('configs/templates/banking.toml', calibration='contextual'),
     'classification/banking_test.csv',
     shots='classification/banking_train.csv',
   )

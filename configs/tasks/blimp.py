@@ -3,12 +3,12 @@
 BLiMP, Warstadt et al., arXiv:1912.00582.
 """
 
-from evaluation.task import Choice, Task
+from evaluation.task import MultipleChoice, Task
 
 
 def get_task() -> Task:
   return Task(
-    Choice(('{{ good }}', '{{ bad }}'), 0, normalise='sum'),
+    MultipleChoice(('{{ good }}', '{{ bad }}'), 0, normalise='sum'),
     'acceptability/blimp.jsonl',
     by='phenomenon',
   )

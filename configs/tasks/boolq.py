@@ -4,12 +4,12 @@ BoolQ, Clark et al., arXiv:1905.10044. More answers are yes than no: who always 
 so has the share of these, not `chance`.
 """
 
-from evaluation.task import Choice, Task
+from evaluation.task import MultipleChoice, Task
 
 
 def get_task() -> Task:
   return Task(
-    Choice(('yes', 'no'), 'answer', normalise='sum'),
+    MultipleChoice(('yes', 'no'), 'answer', normalise='sum'),
     'qa/boolq.jsonl',
     prompt='{{ context }}\nQuestion: {{ question }}?\nAnswer:',
     balanced='answer',

@@ -3,8 +3,8 @@
 Pang and Lee 2005, arXiv:cs/0506075.
 """
 
-from evaluation.task import Classify, Task
+from evaluation.task import Classification, Task
 
 
 def get_task() -> Task:
-  return Task(Classify('configs/templates/sentiment.toml'), 'classification/sentiment.csv')
+  return Task(Classification('configs/templates/sentiment.toml'), 'classification/sentiment.csv')

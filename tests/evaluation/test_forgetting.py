@@ -9,7 +9,7 @@ import pytest
 
 from decode.generator import Generator
 from evaluation import compare, page, running
-from evaluation.examples import Setting
+from evaluation.examples import Manner
 from evaluation.forgetting import KEPT, LOST, UNSURE, Change, advice, change, mean_retention
 from evaluation.measures import measures, named
 from evaluation.task import Perplexity, Task
@@ -101,13 +101,13 @@ def evaluations(tmp_path_factory):
   for name, model in models.items():
     (directory / name).mkdir()
     _, failed = running.evaluate(
-      model, TASKS, [0], Setting(), {'workdir': name}, directory / name, [].append
+      model, TASKS, [0], Manner(), {'workdir': name}, directory / name, [].append
     )
     assert not failed
     page.write(directory / name, {'workdir': name}, {})
   (directory / 'c').mkdir()
   asked = {'choose': dataclasses.replace(CHOICE, prompt='{{ q }}')}
-  running.evaluate(first, asked, [0], Setting(), {'workdir': 'c'}, directory / 'c', [].append)
+  running.evaluate(first, asked, [0], Manner(), {'workdir': 'c'}, directory / 'c', [].append)
   return directory
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from decode import choices
-from decode.choices import Scored, room, score_pairs
+from decode.choices import PairScore, room, score_pairs
 from tests.evaluation.test_label_scores import SIZES, generator
 
 LONG = [*range(10, 50)]
@@ -25,7 +25,7 @@ PAIRS = [
 ]
 
 
-def scored(name='llama', pairs=PAIRS, **sizes) -> list[Scored]:
+def scored(name='llama', pairs=PAIRS, **sizes) -> list[PairScore]:
   return score_pairs(generator(name, **sizes), *zip(*pairs))
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from data.batch import Batch
 from evaluation import page, running, scoring, task as tasks
-from evaluation.examples import Asker, Setting, examples, fitted
+from evaluation.examples import Asker, Manner, examples, fitted
 from evaluation.intervals import wilson
 from evaluation.scoring import scorer, windows
-from evaluation.task import Choice, Classify, Generate, Perplexity, Task
+from evaluation.task import Classification, Generate, MultipleChoice, Perplexity, Task
 from objectives import next_token
 from tests.evaluation.test_label_scores import generator
 
@@ -33,7 +33,7 @@ def rows():
   return iter(ROWS)
 
 
-CHOICE = Task(Choice('options', 'a'), rows, prompt='Q: {{ q }}?\nA:', balanced='a')
+CHOICE = Task(MultipleChoice('options', 'a'), rows, prompt='Q: {{ q }}?\nA:', balanced='a')
 WRITE = Task(
   Generate(stops=('7', 'zz'), max_new_tokens=6),
   rows,
@@ -42,12 +42,12 @@ WRITE = Task(
   metrics=('chrf', 'exact_match'),
 )
 FORETELL = Task(Perplexity(window=24, stride=10), rows, prompt='{{ q }} {{ options }} and so on')
-QUIET = Setting()
+QUIET = Manner()
 
 
-def lines_of(task, setting=QUIET, k=0, name='llama', **sizes):
-  asked = examples(task, k, setting)
-  scored = scorer(generator(name, **sizes), task, setting, asked)
+def lines_of(task, manner=QUIET, k=0, name='llama', **sizes):
+  asked = examples(task, k, manner)
+  scored = scorer(generator(name, **sizes), task, manner, asked)
   return [line for some in scored.lines() for line in some], scored
 
 
@@ -55,7 +55,7 @@ def check_choices_by_hand() -> None:
   """Each choice alone, by Generator.score, for every normalisation."""
   g = generator('llama')
   for normalise in tasks.NORMALISATIONS:
-    task = dataclasses.replace(CHOICE, kind=Choice('options', 'a', normalise=normalise))
+    task = dataclasses.replace(CHOICE, kind=MultipleChoice('options', 'a', normalise=normalise))
     lines, _ = lines_of(task, k=2)
     for line, each in list(zip(lines, examples(task, 2, QUIET)))[:3]:
       shown = ''.join(f'{q} {a}\n\n' for q, a in each.shots)
@@ -113,7 +113,7 @@ def test_eight_devices_score_alike(task):
 
 
 def test_pmi_takes_off_what_is_said_of_nothing():
-  kind = Choice('options', 'a', normalise='sum', calibration='pmi', empty='A:')
+  kind = MultipleChoice('options', 'a', normalise='sum', calibration='pmi', empty='A:')
   lines, scored = lines_of(dataclasses.replace(CHOICE, kind=kind))
   g = generator('llama')
   for line, row in list(zip(lines, ROWS))[:3]:
@@ -125,7 +125,7 @@ def test_pmi_takes_off_what_is_said_of_nothing():
 
 def test_minimal_pairs_are_choices_without_a_prompt():
   pairs = [{'good': 'it is', 'bad': 'it are'}, {'good': 'they are', 'bad': 'they is'}]
-  task = Task(Choice(('{{ good }}', '{{ bad }}'), 0, normalise='sum'), lambda: iter(pairs))
+  task = Task(MultipleChoice(('{{ good }}', '{{ bad }}'), 0, normalise='sum'), lambda: iter(pairs))
   lines, _ = lines_of(task)
   for line, pair in zip(lines, pairs):
     sums = [logs.sum() for logs in generator('llama').score([*pair.values()])]
@@ -140,7 +140,7 @@ def test_shots_never_leak_the_one_that_is_asked():
   leaked = 0
   for seed in range(20):
     for k in (1, 2, 5):
-      for each in examples(CHOICE, k, Setting(seed=seed)):
+      for each in examples(CHOICE, k, Manner(seed=seed)):
         assert len(each.shots) == k
         leaked += each.prompt in [prompt for prompt, _ in each.shots]
   assert not leaked
@@ -151,7 +151,7 @@ def test_shots_are_balanced_and_a_function_of_the_seed():
   task = dataclasses.replace(CHOICE, data=lambda: iter(pool))
   for each in examples(task, 4, QUIET):
     assert sorted(answer for _, answer in each.shots) == ['no', 'no', 'yes', 'yes']
-  shown = [[e.shots for e in examples(task, 4, Setting(seed=seed))] for seed in (0, 0, 1)]
+  shown = [[e.shots for e in examples(task, 4, Manner(seed=seed))] for seed in (0, 0, 1)]
   assert shown[0] == shown[1] != shown[2]
   with pytest.raises(ValueError, match="shots=10 shows 5 examples of label '1', and there are 4"):
     examples(task, 10, QUIET)
@@ -212,32 +212,38 @@ def test_answers_are_those_of_the_generator():
     (row_,) = g(f'{row["q"]} ', max_new_tokens=6, temperature=0.0, stop=['7', 'zz'])
     assert line['answers'] == [row_.text] and line['finish'] == [row_.finish]
   drawn = Generate(stops=('7',), max_new_tokens=6, temperature=1.0, samples=2)
-  lines, _ = lines_of(dataclasses.replace(WRITE, kind=drawn), Setting(limit=4))
+  lines, _ = lines_of(dataclasses.replace(WRITE, kind=drawn), Manner(limit=4))
   for i, line in enumerate(lines):
     rows_ = g(f'{ROWS[i]["q"]} ', max_new_tokens=6, stop=['7'], num_samples=2, seed=i)
     assert line['answers'] == [each.text for each in rows_]
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes_and_chooses():
-  lines, _ = lines_of(WRITE, name='t5')
+  lines, _ = lines_of(WRITE, Manner(limit=3), name='t5')
   (row,) = generator('t5')(ROWS[0]['q'] + ' ', max_new_tokens=6, temperature=0.0, stop=['7', 'zz'])
   assert lines[0]['answers'] == [row.text]
   assert len(lines_of(CHOICE, name='t5')[0]) == len(ROWS)
+
+
+def test_what_a_model_cannot_be_asked_is_said():
   for name, task, said in (
     ('t5', FORETELL, 'this model is an encoder-decoder'),
     ('bert', CHOICE, 'this one is an encoder'),
   ):
     with pytest.raises(ValueError, match=said):
       lines_of(task, name=name)
+  with pytest.raises(ValueError, match='has no chat template'):
+    lines_of(CHOICE, Manner(chat=True))
 
 
 # What is written.
 
 
-def evaluated(output, setting=QUIET, shots=(0, 2), asked=None, said=None):
+def evaluated(output, manner=QUIET, shots=(0, 2), asked=None, said=None):
   asked = asked or {'choose': CHOICE, 'write': WRITE, 'foretell': FORETELL}
   log = (said if said is not None else []).append
-  return running.evaluate(generator('llama'), asked, shots, setting, {'step': 3}, output, log)
+  return running.evaluate(generator('llama'), asked, shots, manner, {'step': 3}, output, log)
 
 
 def content(output):
@@ -262,12 +268,8 @@ def test_what_was_interrupted_ends_with_the_same_bytes(tmp_path, monkeypatch):
   )
   for name in ('choose-2', 'write-0', 'foretell-0'):
     lines = expected[f'{name}.jsonl']
-    for cut in (
-      lines.index(b'\n', len(lines) // 2) + 1,
-      len(lines) // 2,
-      len(lines) - 1,
-      len(lines),
-    ):
+    line = lines.index(b'\n', len(lines) // 2) + 1
+    for cut in (line, line + 9, len(lines)) if name != 'write-0' else (line + 9,):
       (part / f'{name}.jsonl').write_bytes(lines[:cut])
       kept = json.loads(expected[f'{name}.json'])
       (part / f'{name}.json').write_text(json.dumps({'settings': kept['settings']}))
@@ -282,10 +284,10 @@ def test_other_settings_in_the_same_place_are_refused_by_name(tmp_path):
   said = []
   evaluated(tmp_path, asked={'choose': CHOICE}, said=said)
   assert said == ['choose-0: is there already', 'choose-2: is there already']
-  for setting, name in ((Setting(seed=1), 'seed was 0 and is 1'), (Setting(limit=4), 'limit')):
+  for manner, name in ((Manner(seed=1), 'seed was 0 and is 1'), (Manner(limit=4), 'limit')):
     with pytest.raises(ValueError, match=f'of another evaluation .{name}'):
-      evaluated(tmp_path, setting, asked={'write': WRITE, 'choose': CHOICE})
-  other = dataclasses.replace(CHOICE, kind=Choice('options', 'a', normalise='byte'))
+      evaluated(tmp_path, manner, asked={'write': WRITE, 'choose': CHOICE})
+  other = dataclasses.replace(CHOICE, kind=MultipleChoice('options', 'a', normalise='byte'))
   with pytest.raises(ValueError, match="task.kind.normalise was 'character' and is 'byte'"):
     evaluated(tmp_path, asked={'choose': other})
   assert content(tmp_path) == before
@@ -357,15 +359,18 @@ def test_prompts_that_are_too_long_are_cut_and_counted(tmp_path):
 @pytest.mark.parametrize(
   'made, said',
   [
-    (lambda: Choice(('a',), 0), 'a choice is of 2 or more'),
-    (lambda: Choice('options', 'a', normalise='letter'), "normalise='letter' is unknown"),
+    (lambda: MultipleChoice(('a',), 0), 'a choice is of 2 or more'),
+    (lambda: MultipleChoice('options', 'a', normalise='letter'), "normalise='letter' is unknown"),
     (lambda: Generate(samples=3), 'are all the same; give a temperature'),
     (lambda: Perplexity(window=4, stride=5), 'at most the window'),
-    (lambda: Task(Choice('o', 'a'), 'rows.xml'), "the kind of rows.xml='xml' is unknown"),
+    (lambda: Task(MultipleChoice('o', 'a'), 'rows.xml'), "the kind of rows.xml='xml' is unknown"),
     (lambda: dataclasses.replace(CHOICE, prompt='{{ q'), "prompt, at '{{ q'"),
     (lambda: dataclasses.replace(WRITE, metrics=('chrff',)), "did you mean 'chrf'"),
     (lambda: dataclasses.replace(WRITE, metrics=()), 'give some of'),
-    (lambda: examples(Task(Choice('o', 'a'), 'rows.jsonl'), 0, QUIET), 'by --data=DIRECTORY'),
+    (
+      lambda: examples(Task(MultipleChoice('o', 'a'), 'rows.jsonl'), 0, QUIET),
+      'by --data=DIRECTORY',
+    ),
     (lambda: tasks.read('arc_eazy'), "did you mean 'arc_easy'"),
   ],
   ids=range(10),
@@ -380,9 +385,13 @@ def test_ready_tasks_ask_of_real_data(shared_data):
   """Each gives questions with an answer, and shows examples where it can."""
   for name in tasks.known():
     _, task = tasks.read(name)
-    asked = examples(task, 0, Setting(str(shared_data), limit=3))
+    asked = examples(task, 0, Manner(str(shared_data), limit=3))
     assert len(asked) == 3
     if not isinstance(task.kind, Perplexity):
       assert all(len(each.references or each.choices) for each in asked)
-    if isinstance(task.kind, Classify | Generate) or task.prompt and isinstance(task.kind, Choice):
-      assert len(examples(task, 2, Setting(str(shared_data), limit=3))[0].shots) == 2
+    if (
+      isinstance(task.kind, Classification | Generate)
+      or task.prompt
+      and isinstance(task.kind, MultipleChoice)
+    ):
+      assert len(examples(task, 2, Manner(str(shared_data), limit=3))[0].shots) == 2
