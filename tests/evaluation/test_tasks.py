@@ -5,6 +5,7 @@ evaluation that was interrupted end with the same bytes?
 import copy
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -255,25 +256,24 @@ def test_what_was_interrupted_ends_with_the_same_bytes(tmp_path, monkeypatch):
   monkeypatch.setattr(scoring.Scorer, 'block', 6)
   monkeypatch.setattr(scoring.Foretelling, 'block', 6)
   whole, part = tmp_path / 'whole', tmp_path / 'part'
-  for place in (whole, part):
-    place.mkdir()
-    summaries, failed = evaluated(place)
-    assert not failed and len(summaries) == 5
+  whole.mkdir()
+  summaries, failed = evaluated(whole, shots=(0,))
+  assert not failed and len(summaries) == 3
+  shutil.copytree(whole, part)
   expected = content(whole)
-  assert content(part) == expected
   calls = []
   pairs = scoring.score_pairs
   monkeypatch.setattr(
     scoring, 'score_pairs', lambda m, c, b: calls.append(len(c)) or pairs(m, c, b)
   )
-  for name in ('choose-2', 'write-0', 'foretell-0'):
+  for name in ('choose-0', 'write-0', 'foretell-0'):
     lines = expected[f'{name}.jsonl']
     line = lines.index(b'\n', len(lines) // 2) + 1
     for cut in (line, line + 9, len(lines)) if name != 'write-0' else (line + 9,):
       (part / f'{name}.jsonl').write_bytes(lines[:cut])
       kept = json.loads(expected[f'{name}.json'])
       (part / f'{name}.json').write_text(json.dumps({'settings': kept['settings']}))
-      evaluated(part)
+      evaluated(part, shots=(0,))
       assert content(part) == expected, (name, cut)
   assert sum(calls) < 5 * 100, 'what was there is not scored again'
 
