@@ -139,6 +139,11 @@ class HuggingFaceTokenizer(Tokenizer):
     templates = (directory / MORE_TEMPLATES).glob('*.jinja')
     return [file for file in beside if file.is_file()] + sorted(templates)
 
+  @property
+  def begins(self) -> bool:
+    """Whether its files say that a text begins with `bos`, as transformers then has it."""
+    return self._plain.encode('a').ids[:1] == [self.bos]
+
   def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
     encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
