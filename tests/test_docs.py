@@ -28,6 +28,11 @@ module = importlib.import_module(sys.argv[1])
 from absl import flags
 from training import overrides
 def read(line):
+  subcommands = getattr(module, 'SUBCOMMANDS', {})
+  if line and line[0] in subcommands:
+    own = importlib.import_module(subcommands[line[0]].rpartition('.')[0])
+    own.parser().parse_args(line[1:])
+    return
   if any('..' in part or re.search('(^|=)[A-Z][A-Z:_]*$|config.init', part) for part in line):
     for part in line:
       name = part.lstrip('-').partition('=')[0]
@@ -42,7 +47,7 @@ for line in json.loads(sys.argv[2]):
   if not (child := os.fork()):
     try:
       read(line)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       print(line, error, flush=True)
     os._exit(0)
   os.waitpid(child, 0)
