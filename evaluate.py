@@ -2,6 +2,7 @@
 
   python evaluate.py --workdir=runs/smollm2 --tasks=docstrings,stdlib --limit=50
   python evaluate.py --workdir=runs/smollm2 --tasks=arc_easy,squad --shots=0,3 --data=DIRECTORY
+  python evaluate.py --workdir=runs/smollm2 --lm_eval=our_task --lm_eval_path=DIRECTORY
   python evaluate.py compare runs/base/evaluation runs/tuned/evaluation
 
   python evaluate.py --workdir=runs/smollm2 --config=configs/classify.py --shots=0,4 \\
@@ -34,7 +35,7 @@ from data import labelled
 from data.template import Template
 from decode import opening
 from decode.generator import Generator
-from evaluation import classify, heads, page, rewards, running, task
+from evaluation import classify, harness, heads, page, rewards, running, task
 from evaluation.examples import Manner
 from evaluation.prompts import Shots
 from objectives.classify_head import HEAD
@@ -52,6 +53,12 @@ TASKS = flags.DEFINE_list(
   [],
   "What is asked: names of configs/tasks, or paths of one's own files; several by commas. 'list' "
   'lists them.',
+)
+LM_EVAL = flags.DEFINE_list(
+  'lm_eval', [], "What is asked: tasks of EleutherAI's lm-evaluation-harness; several by commas."
+)
+LM_EVAL_PATH = flags.DEFINE_string(
+  'lm_eval_path', '', "Directory of more of its tasks, one's own YAML files."
 )
 DATA = flags.DEFINE_string('data', '.', "Directory of the tasks' files.")
 SYSTEM = flags.DEFINE_string(
@@ -230,9 +237,17 @@ def table(results: list[classify.Result]) -> None:
 
 
 def check_tasks() -> None:
-  """Raises ValueError for flags that mean nothing beside --tasks, or without them."""
+  """Raises ValueError for flags that mean nothing beside --tasks or --lm_eval, or without them."""
+  if TASKS.value and LM_EVAL.value:
+    raise ValueError(
+      '--tasks and --lm_eval: tasks of ours and of the harness; ask for them one after the other'
+    )
+  if LM_EVAL_PATH.value and not LM_EVAL.value:
+    raise ValueError(f'--lm_eval_path={LM_EVAL_PATH.value} is of --lm_eval; name tasks by that')
+  if LM_EVAL.value and (DATA.value, CALIBRATION.value) != (DATA.default, CALIBRATION.default):
+    raise ValueError('--data and --calibration are not of --lm_eval, whose files say both')
   if not TASKS.value:
-    for flag in (DATA, SYSTEM, CHAT):
+    for flag in (DATA, SYSTEM, CHAT) if not LM_EVAL.value else ():
       if flag.value != flag.default:
         raise ValueError(f'--{flag.name}={flag.value} is of tasks; name some by --tasks')
   elif CALIBRATION.value != CALIBRATION.default:
@@ -273,6 +288,24 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
     sys.exit(f'error: {len(failed)} of {len(tasks | failed)} tasks failed: {", ".join(failed)}')
 
 
+def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:
+  """Runs tasks of the lm-evaluation-harness, and prints and writes what comes of it."""
+  if len(ways) > 1:
+    raise ValueError(
+      f'--shots={",".join(SHOTS.value)} beside --lm_eval: its tasks are run once; give one number, '
+      'or none for what each task says'
+    )
+  shots = None if SHOTS.value == SHOTS.default else ways[0]
+  given = LIMIT.value, SEED.value, CHAT.value, SYSTEM.value
+  settings = harness.Settings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
+  step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
+  of = {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
+  model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
+  rows = harness.evaluate(model, settings, of, output)
+  commands.table('lm_eval, with 95% intervals', ['task', 'metric', 'score', 'n'], rows)
+  print(f'\nwrote {output}/lm_eval.json, and lm_eval-TASK.jsonl of each')
+
+
 def run() -> None:
   """What the flags ask for."""
   ways = check_flags()
@@ -285,11 +318,11 @@ def run() -> None:
   remedy = 'wait until it ends, end it, or give another --output'
   output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
   output.mkdir(parents=True, exist_ok=True)
-  if TASKS.value:
+  if TASKS.value or LM_EVAL.value:
     cache = pathlib.Path(config_of(WORKDIR.value).data.cache_dir) / 'xla'
     hosts.cache_compilations(cache)
     with files.locked(output / 'lock', str(output), remedy):
-      evaluate_tasks(ways, output)
+      (evaluate_tasks if TASKS.value else evaluate_harness)(ways, output)
     return
   if CONFIG.value is None:
     raise ValueError('give --config=configs/classify.py: this directory has no config of its own')
