@@ -26,11 +26,12 @@ from data.tokenizer import in_utf8
 from decode.choices import PairScore, room, score_pairs
 from decode.generator import Generator
 from evaluation import writing
-from evaluation.intervals import Z, bootstrap, wilson
+from evaluation.intervals import bootstrap, wilson
 from evaluation.running import ProgressLine, finite
 from evaluation.task import Generate
 
 PAIRS = 1024  # that are scored between two lines of progress
+RESAMPLES = 200  # of documents, whose metric may take long
 NEW = 256  # tokens of an answer whose task names no other number, as there
 # What a task may say of generation; all else would change answers, and is refused.
 KNOWN = ('until', 'do_sample', 'temperature', 'max_gen_toks')
@@ -112,7 +113,7 @@ def evaluate(
       num_fewshot=settings.shots,
       limit=settings.limit or None,
       log_samples=True,
-      bootstrap_iters=1000,
+      bootstrap_iters=0,  # in forks, which JAX's threads do not survive; see `estimated`
       random_seed=settings.seed,
       numpy_random_seed=settings.seed,
       torch_random_seed=settings.seed,
@@ -281,8 +282,7 @@ def _written(results, version, settings, of, output) -> list[list[str]]:
     for key, value in results['results'][name].items():
       metric, _, way = key.partition(',')
       if way and not metric.endswith('_stderr') and isinstance(value, int | float):
-        error = results['results'][name].get(f'{metric}_stderr,{way}')
-        metrics[key] = estimated(value, error, metric, way, samples, settings.seed)
+        metrics[key] = estimated(value, metric, way, samples, settings.seed)
         rows.append([name, key, shown(metrics[key]), str(len(samples))])
     documents = {json.dumps(sample['arguments'], default=str) for sample in samples}
     digest = hashlib.blake2b(''.join(sorted(documents)).encode(), digest_size=16).hexdigest()
@@ -295,11 +295,10 @@ def _written(results, version, settings, of, output) -> list[list[str]]:
   return rows
 
 
-def estimated(
-  value: float, error: Any, metric: str, way: str, samples: Sequence[Mapping], seed: int
-) -> dict:
-  """The harness's value with a 95% interval: Wilson's of rates, the bootstrap's of other means of
-  documents; of what is no mean by the harness's own standard error, where it has one.
+def estimated(value: float, metric: str, way: str, samples: Sequence[Mapping], seed: int) -> dict:
+  """The harness's value with a 95% interval: Wilson's of rates; the bootstrap's, over documents, of
+  means, and of what the harness's own function for that metric makes of them (BLEU, perplexity).
+  Of a task's own function there is none: method 'none'.
   """
   each = [
     sample[metric] for sample in samples if sample.get('filter', way) == way and metric in sample
@@ -310,10 +309,18 @@ def estimated(
       rate = np.isin(x, (0, 1)).all()
       of_mean = wilson(int(x.sum()), len(x)) if rate else None
       return (of_mean or bootstrap(lambda i: float(x[i].mean()), len(x), seed)).values()
-  known = isinstance(error, int | float) and np.isfinite(error)
-  low, high = (value - Z * error, value + Z * error) if known else (None, None)
-  method = 'standard error of lm_eval' if known else 'none'
-  return {'value': value, 'low': low, 'high': high, 'n': len(each), 'method': method}
+  of_all = registered(metric)
+  if each and of_all is not None and np.isclose(of_all(each), value, rtol=1e-9, atol=1e-12):
+    of = bootstrap(lambda i: of_all([each[j] for j in i]), len(each), seed, RESAMPLES)
+    return of.values()
+  return {'value': value, 'low': None, 'high': None, 'n': len(each), 'method': 'none'}
+
+
+def registered(metric: str) -> Callable[[Sequence], float] | None:
+  """What the harness makes of a metric of all documents, where it knows one."""
+  from lm_eval.api import registry
+
+  return registry.get_metric_aggregation(metric)
 
 
 def shown(metric: Mapping[str, Any]) -> str:

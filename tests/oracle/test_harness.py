@@ -145,7 +145,7 @@ def check(said, expected):
       np.testing.assert_allclose(
         found['value'], expected[name][metric], rtol=1e-5, atol=1e-6, err_msg=f'{name} {metric}'
       )
-      assert found['low'] is None or found['low'] <= found['value'] <= found['high']
+      assert found['low'] <= found['value'] <= found['high'], (name, metric, found)
   assert {*said['tasks']} == {*expected}
 
 
