@@ -291,6 +291,8 @@ def test_other_settings_in_the_same_place_are_refused_by_name(tmp_path):
   with pytest.raises(ValueError, match="task.kind.normalise was 'character' and is 'byte'"):
     evaluated(tmp_path, asked={'choose': other})
   assert content(tmp_path) == before
+  with pytest.raises(ValueError, match='of another evaluation .seed was 0 and is 1'):
+    evaluated(tmp_path, Manner(seed=1), asked={'write': WRITE})
   # The same settings, and other data: an interrupted one does not go on.
   (tmp_path / 'choose-0.json').write_text(
     json.dumps({'settings': json.loads(before['choose-0.json'])['settings']})
@@ -317,7 +319,9 @@ def test_a_task_that_raises_is_named_and_others_go_on(tmp_path):
   asked = {'bad': bad, 'wrong': wrong, 'choose': CHOICE}
   summaries, failed = evaluated(tmp_path, asked=asked, shots=(0,))
   assert [each.task for each in summaries] == ['choose']
-  assert 'the disk is gone' in failed['bad']
+  assert (
+    failed['bad'].endswith('RuntimeError: the disk is gone') and 'test_tasks.py:' in failed['bad']
+  )
   assert "rows():1: prompt failed: UndefinedError: 'question' is undefined" in failed['wrong']
   assert 'the row has q, options, a' in failed['wrong']
 
