@@ -4,6 +4,7 @@
     --calibration=none,contextual '--config.data.sources[0].path=sentiment.csv'
 
   python evaluate.py --workdir=runs/reward
+  python evaluate.py rate runs/base/evaluation runs/tuned/evaluation
 
 What is asked, and of which held-out records, is in the config (of a run that was tuned to classify,
 or to give rewards, its own). Every number comes with a 95% interval and a digest of the prompts
@@ -18,6 +19,7 @@ if __name__ == '__main__':
 
 import json
 import pathlib
+import sys
 import time
 
 from absl import app, flags, logging
@@ -62,6 +64,7 @@ TASK = 'classify'  # the beginning of every file's name
 # Objectives that name a template: of models that are asked by it, and of those with a head.
 PROMPTED, HEADED = ('classify', 'classify_seq2seq'), 'classify_head'
 REWARDS = 'reward'  # the objective, and the beginning of its files' names
+SUBCOMMANDS = {'rate': 'evaluation.rate.main'}
 
 
 def check_flags() -> list[int]:
@@ -237,4 +240,7 @@ def main(arguments):
 
 if __name__ == '__main__':
   hosts.heed_interrupts()
-  commands.end(lambda: app.run(main, flags_parser=overrides.parsed))
+  if sys.argv[1:2] and sys.argv[1] in SUBCOMMANDS:
+    commands.end(lambda: names.imported(SUBCOMMANDS[sys.argv[1]])(sys.argv[2:]))
+  else:
+    commands.end(lambda: app.run(main, flags_parser=overrides.parsed))
