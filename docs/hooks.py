@@ -52,6 +52,8 @@ def flags() -> str:
   for name in ('', 'import', 'export', 'inspect', 'seal'):
     said = _run('convert.py', *filter(None, [name]), '--help')
     parts += [f'## convert.py {name}'.rstrip(), f'```text\n{said.strip()}\n```']
+  said = _run('evaluate.py', 'rate', '--help')
+  parts += ['## evaluate.py rate', f'```text\n{said.strip()}\n```']
   return '\n\n'.join(parts)
 
 

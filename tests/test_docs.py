@@ -94,7 +94,13 @@ def commands() -> dict[str, list[list[str]]]:
 def python_commands() -> list[tuple[str, list[str]]]:
   """(file or module, its arguments) of every `python ...`."""
   every = [words[1:] for lines in commands().values() for words in lines if words[0] == 'python']
-  return [(w[1], w[2:]) if w[0] == '-m' else (w[0], w[1:]) for w in every]
+  named = [(w[1], w[2:]) if w[0] == '-m' else (w[0], w[1:]) for w in every]
+  return [
+    (f'evaluation.{words[0]}', words[1:])
+    if file == 'evaluate.py' and words and re.fullmatch('[a-z]+', words[0])
+    else (file, words)
+    for file, words in named
+  ]
 
 
 def problems(*command: str) -> str:

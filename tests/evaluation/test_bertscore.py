@@ -12,7 +12,7 @@ import pytest
 
 from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
-from evaluation.bertscore import BertScore, Settings, estimates, read
+from evaluation.bertscore import BertScore, BertSettings, estimates, read
 from model import rearranged, transformer
 from parallel.mesh import MeshConfig, make_mesh
 from tests.evaluation.test_label_scores import CONFIGS
@@ -38,7 +38,7 @@ def generator(name: str, **sizes: int) -> Generator:
 
 @functools.cache
 def scores(name: str, layer: int = 1, idf: bool = False) -> np.ndarray:
-  return BertScore(generator(name), Settings(layer, idf))(SAID, TRUE)
+  return BertScore(generator(name), BertSettings(layer, idf))(SAID, TRUE)
 
 
 @jax.jit
@@ -52,7 +52,7 @@ def by_hand(name: str, said: str, true: str, layer: int, weight) -> list[float]:
   """Of one pair, from states of texts that are read alone, token by token."""
   model, tokenizer = generator(name), ByteTokenizer()
   if name == 't5':
-    cut = BertScore(model, Settings(layer))._model
+    cut = BertScore(model, BertSettings(layer))._model
     assert len(cut.encoder.blocks) == layer
   else:
     cut = rearranged.shallow(model.model, layer)
@@ -111,7 +111,7 @@ def test_weights_are_those_of_rare_tokens():
 
 @pytest.mark.parametrize('name', ['bert', 't5'])
 def test_a_score_is_of_its_pair_alone(name):
-  scorer = BertScore(generator(name), Settings(1))
+  scorer = BertScore(generator(name), BertSettings(1))
   alone = np.concatenate([scorer([said], [true]) for said, true in zip(SAID, TRUE)])
   np.testing.assert_allclose(alone, scores(name), atol=1e-5)
   np.testing.assert_allclose(scorer(SAID[::-1], TRUE[::-1])[::-1], scores(name), atol=1e-5)
@@ -122,22 +122,22 @@ def test_a_score_is_of_its_pair_alone(name):
   [('bert', {'data': 2, 'context': 2, 'tensor': 2}), ('t5', {'fsdp': 2, 'tensor': 2})],
 )
 def test_meshes_give_the_same_scores(name, sizes):
-  made = BertScore(generator(name, **sizes), Settings(1))(SAID, TRUE)
+  made = BertScore(generator(name, **sizes), BertSettings(1))(SAID, TRUE)
   np.testing.assert_allclose(made, scores(name), atol=1e-5)
 
 
 def test_a_baseline_becomes_nothing(tmp_path):
   path = tmp_path / 'table.tsv'
   path.write_text('LAYER,P,R,F\n0,0,0,0\n1,0.2,0.3,0.25\n')
-  scorer = BertScore(generator('bert'), Settings(1, baseline=str(path)))
+  scorer = BertScore(generator('bert'), BertSettings(1, baseline=str(path)))
   expected = (scores('bert') - [0.2, 0.3, 0.25]) / (1 - np.array([0.2, 0.3, 0.25]))
   np.testing.assert_allclose(scorer(SAID, TRUE), expected, atol=1e-5)
   assert scorer.settings.name == 'BERTScore (layer 1, no idf, rescaled by table.tsv)'
   with pytest.raises(ValueError, match='has no line of layer 2; it has 2 layers'):
-    BertScore(generator('bert'), Settings(baseline=str(path)))
+    BertScore(generator('bert'), BertSettings(baseline=str(path)))
   path.write_text('LAYER;P\n1;2\n')
   with pytest.raises(ValueError, match='no lines of LAYER,P,R,F'):
-    BertScore(generator('bert'), Settings(1, baseline=str(path)))
+    BertScore(generator('bert'), BertSettings(1, baseline=str(path)))
 
 
 def test_means_have_intervals():
@@ -149,8 +149,8 @@ def test_means_have_intervals():
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r'layer=3: this model has 2; give one in \[1, 2\]'):
-    BertScore(generator('bert'), Settings(3))
-  scorer = BertScore(generator('bert'), Settings(1))
+    BertScore(generator('bert'), BertSettings(3))
+  scorer = BertScore(generator('bert'), BertSettings(1))
   for answers, references in (([], []), (['a'], [[]]), (['a'], [])):
     with pytest.raises(ValueError, match='give each answer a list'):
       scorer(answers, references)
