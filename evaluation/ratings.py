@@ -2,6 +2,7 @@
 shown, and each rating, committed before the next is asked for.
 """
 
+import collections
 import csv
 import dataclasses
 import datetime
@@ -74,28 +75,30 @@ def read_answers(place: str | os.PathLike) -> dict[str, tuple[str, str]]:
   """{key: (prompt, answer)} of a directory of results, or of one file of JSON lines.
 
   A line has a `prompt`, and an `answer` or `answers`, of which the first counts; others are left
-  out. What is the same on both sides is known by `id`, `digest` or the prompt, and by its file in
-  a directory. Raises ValueError where there is none.
+  out. What is the same on both sides is known by its `id` or its prompt, how often that came
+  before, and in a directory by its file. Raises ValueError where there is none.
   """
   place = pathlib.Path(place)
   names = sorted(place.glob('*.jsonl')) if place.is_dir() else [place]
   found: dict[str, tuple[str, str]] = {}
+  times: collections.Counter = collections.Counter()
   for path in names:
     with open(path, 'rb') as file:
       for number, line in enumerate(file, 1):
         if not line.strip():
           continue
         row = files.json_object(line, f'{path}:{number}')
-        answer = row.get('answer', (row.get('answers') or [None])[0])
+        several = row.get('answers')
+        first = several[0] if isinstance(several, list) and several else None
+        answer = row.get('answer', first)
         if not isinstance(answer, str) or not isinstance(row.get('prompt'), str):
           continue
-        known = row.get('id', row.get('digest', row['prompt']))
+        # Not by a digest of all that was asked: what stands before a prompt is a way to answer it.
+        known = row.get('id', row['prompt'])
         key = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
         key = f'{path.stem}:{key}' if place.is_dir() else key
-        if key in found:
-          raise ValueError(
-            f'{path}:{number} is the same question as one before; remove one of them'
-          )
+        times[key] += 1
+        key += f'.{times[key]}' if times[key] > 1 else ''
         found[key] = (row['prompt'], answer)
   if not found:
     raise ValueError(
