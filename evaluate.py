@@ -1,14 +1,18 @@
 """Says how good a model is:
 
+  python evaluate.py --workdir=runs/smollm2 --tasks=docstrings,stdlib --limit=50
+  python evaluate.py --workdir=runs/smollm2 --tasks=arc_easy,squad --shots=0,3 --data=DIRECTORY
+  python evaluate.py compare runs/base/evaluation runs/tuned/evaluation
+
   python evaluate.py --workdir=runs/smollm2 --config=configs/classify.py --shots=0,4 \\
     --calibration=none,contextual '--config.data.sources[0].path=sentiment.csv'
 
   python evaluate.py --workdir=runs/reward
   python evaluate.py rate runs/base/evaluation runs/tuned/evaluation
 
-What is asked, and of which held-out records, is in the config (of a run that was tuned to classify,
-or to give rewards, its own). Every number comes with a 95% interval and a digest of the prompts
-that it is of.
+What is asked is in tasks (configs/tasks, --tasks=list; docs/evaluate.md), or, without --tasks, in
+the config (of a run that was tuned to classify, or to give rewards, its own). Every number comes
+with a 95% interval and a digest of the prompts that it is of.
 """
 
 from parallel import hosts
@@ -31,16 +35,32 @@ from data import labelled
 from data.template import Template
 from decode import opening
 from decode.generator import Generator
-from evaluation import classify, heads, rewards
+from evaluation import classify, heads, page, rewards, running, task
+from evaluation.examples import Manner
 from evaluation.prompts import Shots
 from objectives.classify_head import HEAD
 from parallel.flag import mesh_of
 from training import config as configs, overrides
 from workdir import reward
+from workdir.checkpoint import Checkpoints
 from workdir.head import head_of
+from workdir.open import config_of, step_of
 
 CONFIG = overrides.define_flag()
-WORKDIR, CHECKPOINT, MESH, WEIGHTS = opening.define()
+WORKDIR, CHECKPOINT, MESH, WEIGHTS = opening.define(required=False)
+TASKS = flags.DEFINE_list(
+  'tasks',
+  [],
+  "What is asked: names of configs/tasks, or paths of one's own files; several by commas. 'list' "
+  'lists them.',
+)
+DATA = flags.DEFINE_string('data', '.', "Directory of the tasks' files.")
+SYSTEM = flags.DEFINE_string(
+  'system', '', "Text before each prompt of a task; with --chat the system's message."
+)
+CHAT = flags.DEFINE_bool(
+  'chat', False, "Prompts of tasks are a user's turns, by the chat template of the run."
+)
 SHOTS = flags.DEFINE_list(
   'shots', ['0'], 'How many training examples stand before each question; several by commas.'
 )
@@ -54,12 +74,14 @@ CALIBRATION = flags.DEFINE_list(
   'text); several by commas.',
 )
 LIMIT = flags.DEFINE_integer(
-  'limit', 0, 'Only so many of the held-out records, the first ones; 0: all.', lower_bound=0
+  'limit', 0, 'Only so many of the questions or records, the first ones; 0: all.', lower_bound=0
 )
 OUTPUT = flags.DEFINE_string(
   'output', None, 'Directory of the results; default: evaluation, in that of the run.'
 )
 
+# What is not of one run: by what a command line begins with, and who takes what comes behind it.
+SUBCOMMANDS = {'compare': 'evaluation.compare.main'}
 TASK = 'classify'  # the beginning of every file's name
 # Objectives that name a template: of models that are asked by it, and of those with a head.
 PROMPTED, HEADED = ('classify', 'classify_seq2seq'), 'classify_head'
@@ -209,17 +231,73 @@ def table(results: list[classify.Result]) -> None:
   commands.table(f'{n} records, with 95% intervals', ['', *metrics], rows)
 
 
+def check_tasks() -> None:
+  """Raises ValueError for flags that mean nothing beside --tasks, or without them."""
+  if not TASKS.value:
+    for flag in (DATA, SYSTEM, CHAT):
+      if flag.value != flag.default:
+        raise ValueError(f'--{flag.name}={flag.value} is of tasks; name some by --tasks')
+  elif CALIBRATION.value != CALIBRATION.default:
+    raise ValueError(
+      f'--calibration={",".join(CALIBRATION.value)} beside --tasks: a task says how it is '
+      'calibrated; leave it out, or change the task'
+    )
+
+
+def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
+  """Asks tasks, and writes and prints what comes of it; ends the process with an error where one of
+  them failed.
+  """
+  tasks, failed = {}, {}
+  for name in dict.fromkeys(TASKS.value):
+    try:
+      tasks.update([task.read(name)])
+    except ValueError as error:
+      failed[name] = str(error)
+      print(f'ERROR: task {name}: {error}')
+  step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
+  of = {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
+  manner = Manner(DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value)
+  model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
+  done, more = running.evaluate(model, tasks, ways, manner, of, output)
+  failed |= more
+  page.write(output, of, failed)
+  rows = []
+  for each in done:
+    for i, (name, metric) in enumerate([*each.metrics.items()][:2]):
+      chance = f'{each.chance:.3g}' if each.chance and not i else ''
+      rows.append([f'{each.name} ({each.n})', name, running.shown(metric), chance])
+  commands.table('scores, with 95% intervals', ['task-shots (n)', '', 'score', 'chance'], rows)
+  for note in page.notes(done):
+    print(f'NOTE: {note}')
+  print(f'\nwrote {output}/{page.PAGE}, {page.PICTURE}, {page.VALUES} and a .jsonl of each')
+  if failed:
+    sys.exit(f'error: {len(failed)} of {len(tasks | failed)} tasks failed: {", ".join(failed)}')
+
+
 def run() -> None:
   """What the flags ask for."""
   ways = check_flags()
+  check_tasks()
+  if TASKS.value == ['list']:
+    print(task.listing())
+    return
+  if not WORKDIR.value:
+    raise ValueError('give the directory of a run by --workdir')
+  remedy = 'wait until it ends, end it, or give another --output'
+  output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
+  output.mkdir(parents=True, exist_ok=True)
+  if TASKS.value:
+    cache = pathlib.Path(config_of(WORKDIR.value).data.cache_dir) / 'xla'
+    hosts.cache_compilations(cache)
+    with files.locked(output / 'lock', str(output), remedy):
+      evaluate_tasks(ways, output)
+    return
   if CONFIG.value is None:
     raise ValueError('give --config=configs/classify.py: this directory has no config of its own')
   config = overrides.from_flag(CONFIG.value)
   check_objective(config, ways)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
-  output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
-  output.mkdir(parents=True, exist_ok=True)
-  remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):
     if config.objective.kind == REWARDS:
       evaluate_rewards(config, output)

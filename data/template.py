@@ -132,7 +132,8 @@ class Template:
     """
     before, _, behind = self.pattern.partition(MASK)
     stripped = before.rstrip()
-    return _compiled(stripped), _compiled(behind), before[len(stripped) :]
+    sides = (compiled(side, 'the pattern') for side in (stripped, behind))
+    return *sides, before[len(stripped) :]
 
   @property
   def space(self) -> str:
@@ -307,7 +308,11 @@ def _mask_name(tokenizer: Tokenizer) -> str:
   return tokenizer.special_tokens.get('mask_token', SPELLED)
 
 
-def _compiled(source: str):
+def compiled(source: str, name: str):
+  """Jinja text, in a sandbox, where a name that is not there is an error; `name`: what it is.
+
+  Raises ValueError for what is none.
+  """
   import jinja2
   import jinja2.sandbox
 
@@ -317,7 +322,7 @@ def _compiled(source: str):
   try:
     return environment.from_string(source)
   except jinja2.TemplateError as error:
-    raise ValueError(f'the pattern, at {source!r}: {error}') from error
+    raise ValueError(f'{name}, at {source!r}: {error}') from error
 
 
 def _render(template, text: str) -> str:

@@ -7,7 +7,7 @@ hurry. Which rows a request shares its time with changes nothing in what comes o
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -67,9 +67,15 @@ def samples(request: Request, n: int) -> list[Request]:
 
 
 def complete(
-  engine: Engine, weights: Decoder, requests: Iterable[Request]
+  engine: Engine,
+  weights: Decoder,
+  requests: Iterable[Request],
+  over: Callable[[int, Written], bool] = lambda index, written: False,
 ) -> Iterator[tuple[int, Written]]:
   """(index of a request, what has come of it), as they end, in the free rows of an engine.
+
+  over: whether a request has ended by what has come of it so far, as by a text; it is asked of each
+    whenever there is more, once.
 
   Requests are taken as rows become free for them, so that they need not all be there at once. Rows
   are freed whenever one stops to listen. Raises as Engine.join, for a request that does not fit.
@@ -93,7 +99,11 @@ def complete(
       left = max(request.max_new_tokens - len(text.ids) for _, request, text in rows.values())
       count = min(engine.sizes.steps, left)
       chunk = everywhere(engine.decode(weights, count))
-      ended = [row for row, (_, request, text) in rows.items() if text.add(chunk, row, request)]
+      ended = []
+      for row, (index, request, text) in rows.items():
+        full = text.add(chunk, row, request)
+        if over(index, text) or full:
+          ended.append(row)
       if not ended and not chunk.real.any():
         raise RuntimeError(f'rows {sorted(rows)} write nothing and do not end: their state is lost')
       engine.release(ended)

@@ -1,29 +1,305 @@
-"""How likely does a model find each of several words, behind a text, in it, or in answer to it? The
-text is read once for all of them.
+"""How likely does a model find texts behind texts? What several of them follow is read once for all
+of them.
 
-B rows of a batch · T length · S of a source · W words · M tokens of a word · D width
+Pairs are laid into few shapes, so that a stream of any length compiles a bounded number of programs
+and takes a bounded memory: contexts of about the same length side by side, rounded up to a bucket.
+
+B contexts that are read together · J continuations behind them · T length · M tokens of a
+continuation · S of a source · W words · D width
 """
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decode.loaded import LoadedModel
+from decode.loaded import LoadedModel, bucket
 from decode.loop import last
-from model.cache import APPEND, init_cache, repeated
-from model.logprobs import logprobs
+from model.cache import APPEND, init_cache, rows_of, taken
+from model.logprobs import logprobs, logprobs_and_greedy
 from model.vocabulary import TOKENS, Law
 from parallel import axes as ax
 
-ROWS = 64  # that go on side by side, of all words together, at most
+ROWS = 64  # continuations that are read side by side, at most
+HELD = 2**15  # tokens that these hold at a time, at most, but for a row that is longer
+LONG = 256  # tokens of a row from which on a batch is rather cut in two than filled up
+SHARED = 16  # tokens of a context from which on it pays to read it apart from what follows it
+
+Ids = Sequence[int]
+
+
+class PairScore(NamedTuple):
+  """Of a continuation behind its context.
+
+  Attributes:
+    logprob: of all of its tokens, summed, in nats. tokens: how many these are.
+    greedy: whether a model that takes the likeliest token each time writes it; not where the
+      model's scores are not finite.
+  """
+
+  logprob: float
+  tokens: int
+  greedy: bool
+
+
+class _Group(NamedTuple):
+  """A context, and what follows it: (index of the pair, its continuation)."""
+
+  context: tuple[int, ...]
+  behind: list[tuple[int, tuple[int, ...]]]
+
+  @property
+  def longest(self) -> int:
+    return max(len(ids) for _, ids in self.behind)
+
+
+def score_pairs(
+  model: LoadedModel, contexts: Sequence[Ids], continuations: Sequence[Ids]
+) -> list[PairScore]:
+  """Scores of pairs of ids, in their order; a context that several have is read once.
+
+  contexts: what the model reads, with all that begins a text (bos); of an encoder-decoder what its
+    encoder reads, whose decoder writes the continuation from its beginning on.
+  continuations: as many, each behind its context.
+
+  Which pairs are beside which, and in which order, changes rounding only. Raises ValueError for an
+  empty one, for a pair that passes the model's positions (see `room`; cut the context), and for an
+  encoder.
+  """
+  if not model.model.config.causal:
+    raise ValueError('an encoder writes nothing behind a text; ask it for words in a mask')
+  groups = _grouped(model, contexts, continuations)
+  scores: list[PairScore | None] = [None] * len(contexts)
+  apart = model.model.config.encoder_layers > 0
+  whole = [g for g in groups if not apart and (len(g.behind) == 1 or len(g.context) < SHARED)]
+  shared = [g for g in groups if apart or not (len(g.behind) == 1 or len(g.context) < SHARED)]
+  for pairs, sums in (*_whole(model, whole), *_shared(model, shared)):
+    for row, (index, ids) in pairs.items():
+      scores[index] = PairScore(float(sums[0][row]), len(ids), bool(sums[1][row]))
+  return scores
+
+
+def room(model: LoadedModel, continuation: int) -> int:
+  """Tokens that a context can have in front of a continuation of so many, the last of which the
+  model need not read; sys.maxsize where there is no end of them.
+  """
+  if model.model.config.encoder_layers or model.context == sys.maxsize:
+    return model.context
+  return model.context + 1 - continuation
+
+
+def _grouped(model: LoadedModel, contexts, continuations) -> list[_Group]:
+  """Pairs by context, in an order that depends on nothing but these; none has more than ROWS
+  continuations.
+  """
+  if len(contexts) != len(continuations):
+    raise ValueError(
+      f'{len(contexts)} contexts and {len(continuations)} continuations are no pairs; give as many'
+    )
+  by_context: dict[tuple[int, ...], list] = {}
+  for i, pair in enumerate(zip(contexts, continuations)):
+    if not all(map(len, pair)):
+      raise ValueError(
+        f'pair {i} has {"a context" if len(pair[1]) else "a continuation"} of no ids'
+      )
+    context, ids = (tuple(map(int, each)) for each in pair)
+    if len(context) > room(model, len(ids)):
+      raise ValueError(
+        f'pair {i}: {len(context)} tokens and {len(ids)} behind them pass {model.plain.limit}; cut '
+        f'the context to {room(model, len(ids))}'
+      )
+    by_context.setdefault(context, []).append((i, ids))
+  order = sorted(by_context, key=lambda context: (len(context), context))
+  return [
+    _Group(context, by_context[context][first : first + ROWS])
+    for context in order
+    for first in range(0, len(by_context[context]), ROWS)
+  ]
+
+
+def _rows(length: int, parts: int, most: int = ROWS) -> int:
+  """How many rows of so many tokens are read side by side: a power of two for each part."""
+  fit = max(1, min(most, HELD // length) // parts)
+  return (1 << fit.bit_length() - 1) * parts
+
+
+def _length(tokens: int, limit: int) -> int:
+  """A bucket for contexts: powers of two, and what is half way between them from 128 on."""
+  least = bucket(tokens)
+  half = least // 4 * 3
+  return min(half if tokens <= half and half > 128 else least, limit or sys.maxsize)
+
+
+# One continuation, or next to no context: a row of its own, by the pass that training makes.
+
+
+def _whole(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tuple]]:
+  """({row: pair}, what its program says of all rows) of pairs that share nothing."""
+  soft, limit = model.plain.soft, model.plain.positions
+  flat = [
+    (len(soft) + len(g.context) + len(ids) - 1, i, ids, g) for g in groups for i, ids in g.behind
+  ]
+  flat.sort(key=lambda pair: (pair[0], len(pair[2]), pair[1]))
+  while flat:
+    size = _rows(_length(flat[0][0], limit), model.parts)
+    # Sorted, the last of a batch is the longest: longer ones make the batch smaller.
+    while size > model.parts and size > _rows(
+      _length(flat[min(size, len(flat)) - 1][0], limit), model.parts
+    ):
+      size //= 2
+    if len(flat) < size and flat[-1][0] > LONG:
+      size = max(model.parts, 1 << len(flat).bit_length() - 1)
+    here, flat = flat[:size], flat[size:]
+    B = min(size, bucket(-(-len(here) // model.parts), 1) * model.parts)
+    T = _length(here[-1][0], limit)
+    M = min(T, bucket(max(len(ids) for _, _, ids, _ in here), 8))
+    tokens = np.full((B, T), model.tokenizer.pad, np.int32)
+    targets, counts = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
+    begins = np.zeros(B, np.int32)
+    for row, (length, _, ids, group) in enumerate(here):
+      tokens[row, :length] = [*soft, *group.context, *ids[:-1]]
+      targets[row, : len(ids)], counts[row] = ids, len(ids)
+      begins[row] = len(soft) + len(group.context) - 1
+    with jax.set_mesh(model.mesh):
+      arrays = map(model.put, (tokens, begins, targets, counts))
+      sums = _alone(model.model, *arrays, vocabulary=model.vocabulary)
+      yield {row: (i, ids) for row, (_, i, ids, _) in enumerate(here)}, jax.device_get(sums)
+
+
+@functools.partial(jax.jit, static_argnames='vocabulary')
+def _alone(model, tokens, begins, targets, counts, *, vocabulary):
+  """([B] log-probabilities, [B] whether greedy) of targets [B, M], the first counts [B] of each,
+  the first of which the token at begins [B] of tokens [B, T] foretells.
+  """
+  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):
+    x = ax.place(model(ax.place(tokens, *TOKENS)).hidden, 'batch', None, None)
+
+  def take(x, begins):
+    at = begins[:, None] + jnp.arange(targets.shape[1])[None]
+    return jnp.take_along_axis(x, at[..., None], 1, mode='clip')
+
+  rows = ('batch', None, None)
+  hidden = ax.local(take, (rows, ('batch',)), rows)(x, begins)
+  return _judged(model, hidden, targets, counts, vocabulary)
+
+
+# Several continuations of one context: the cache that was filled by it is copied for each.
+
+
+def _shared(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tuple]]:
+  """As _whole, of groups whose contexts are read once."""
+  queue, encoder = list(groups), model.model.config.encoder_layers > 0
+  front, parts = model.plain, model.parts
+  while queue:
+    here, rows = _together(queue, model)
+    queue = queue[len(here) :]
+    by_part = [[g for g, part in here if part == p] for p in range(parts)]
+    B = bucket(max(map(len, by_part)), 1)
+    M = max(len(ids) for g, _ in here for _, ids in g.behind)
+    M = 1 if M == 1 else bucket(M, 8)
+    T = _length(max(len(front.whole(g.context)) for g, _ in here), front.positions)
+    filled = _laid(model, by_part, (B, rows // parts), T, M)
+    pairs, tokens, lengths, at, targets, counts = filled
+    source = None
+    with jax.set_mesh(model.mesh):
+      if encoder:
+        real = np.arange(T)[None] < lengths[:, None]
+        source = model.put(tokens), model.put(real.astype(np.int32))
+        tokens, lengths = model.padded([[model.tokenizer.pad]] * len(tokens))
+      capacity = tokens.shape[1] + M
+      capacity = min(capacity, front.positions or capacity)
+      arrays = map(model.put, (tokens, lengths, at, targets, counts))
+      sums = _behind(model.model, *arrays, source, capacity=capacity, vocabulary=model.vocabulary)
+      yield pairs, jax.device_get(sums)
+
+
+def _together(groups: list[_Group], model: LoadedModel) -> tuple[list[tuple[_Group, int]], int]:
+  """The first of these groups that go into one call, each with its part of the mesh, and how many
+  rows of continuations the call has.
+  """
+  parts, here, longest = model.parts, [], 0
+  used = [0] * parts  # rows of each part
+  for group in groups:
+    longest = max(longest, len(group.context) + group.longest)
+    most = max(_rows(longest, parts) // parts, bucket(len(group.behind), 1))
+    part = used.index(min(used))
+    if here and max(used[part] + len(group.behind), *used) > most:
+      break
+    here.append((group, part))
+    used[part] += len(group.behind)
+  return here, bucket(max(used), 1) * parts
+
+
+def _laid(model: LoadedModel, by_part, sizes: tuple[int, int], T: int, M: int):
+  """Groups as arrays: {row: pair}, tokens [B, T], lengths [B], of which context (of its part) each
+  continuation is [J], targets [J, M], counts [J].
+  """
+  (contexts, behind), parts = sizes, len(by_part)
+  tokens = np.full((contexts * parts, T), model.tokenizer.pad, np.int32)
+  lengths = np.ones(contexts * parts, np.int32)
+  at, counts = np.zeros(behind * parts, np.int32), np.zeros(behind * parts, np.int32)
+  targets, pairs = np.zeros((behind * parts, M), np.int32), {}
+  for part, groups in enumerate(by_part):
+    row = part * behind
+    for number, group in enumerate(groups):
+      whole = model.plain.whole(group.context)
+      place = part * contexts + number
+      tokens[place, : len(whole)], lengths[place] = whole, len(whole)
+      for index, ids in group.behind:
+        at[row], counts[row] = number, len(ids)
+        targets[row, : len(ids)] = ids
+        pairs[row] = index, ids
+        row += 1
+  return pairs, tokens, lengths, at, targets, counts
+
+
+@functools.partial(jax.jit, static_argnames=('capacity', 'vocabulary'))
+def _behind(model, tokens, lengths, rows, targets, counts, source, *, capacity, vocabulary):
+  """([J] log-probabilities, [J] whether greedy) of targets [J, M], the first counts [J] ids of
+  each, behind rows [J] (see model.cache.Slots) of tokens [B, T], the first lengths [B] of each.
+  """
+  M = targets.shape[1]
+  cache = init_cache(model.config, tokens.shape[0], capacity, '', max(M, APPEND))
+  if source is not None:
+    cache = model.read(cache, *source)
+  x, cache, _ = model(tokens, cache=cache, counts=lengths, fresh=True)
+
+  # The last token of a context foretells the first ones of all that follow it; each of these
+  # foretells its next one.
+  hidden = rows_of(ax.place(last(x, lengths), 'batch', None), rows)[:, None]
+  if M > 1:
+    begun = taken(cache, rows)
+    more = model(targets[:, :-1], cache=begun, counts=jnp.maximum(counts - 1, 0)).hidden
+    hidden = jnp.concatenate([hidden, ax.place(more, 'batch', None, None)], 1)
+  return _judged(model, hidden, targets, counts, vocabulary)
+
+
+def _judged(model, hidden, targets, counts, vocabulary):
+  """Of a few tokens a row, which the mesh does not split: sums of the first counts [J]."""
+  weights = (jnp.arange(targets.shape[1])[None] < counts[:, None]).astype(jnp.float32)
+  with ax.whole_rows(True):
+    law, targets, weights = _law(model, hidden, targets, weights, vocabulary)
+    logs, greedy = logprobs_and_greedy(law, targets, weights)
+  logs, greedy = (ax.place(each, 'batch', None) for each in (logs, greedy))
+  return logs.sum(1), greedy.all(1)
+
+
+def _law(model, hidden, targets, weights, vocabulary):
+  targets, weights = (ax.place(a, *TOKENS) for a in (targets, weights))
+  x = ax.place(hidden, *TOKENS, 'width')
+  law = Law(*model.scored(x), softcap=model.config.logit_softcap, vocabulary=vocabulary)
+  return law, targets, weights
+
+
+# The same words for all texts.
 
 
 def choice_scores(
-  model: LoadedModel, texts: Sequence[Sequence[int]], words: Sequence[Sequence[int]], mask: int = -1
+  model: LoadedModel, texts: Sequence[Ids], words: Sequence[Ids], mask: int = -1
 ) -> np.ndarray:
   """Log-probabilities of words, [texts, words] f32, summed over their tokens.
 
@@ -36,88 +312,33 @@ def choice_scores(
   """
   if not texts or not words or not all(words):
     raise ValueError('a choice is of at least one word, each of at least one id, behind a text')
-  config = model.model.config
-  if not config.causal and (mask < 0 or max(map(len, words)) > 1):
+  if model.model.config.causal:
+    pairs = [(text, word) for text in texts for word in words]
+    scored = score_pairs(model, *zip(*pairs))
+    sums = np.array([each.logprob for each in scored], np.float32)
+    return sums.reshape(len(texts), len(words))
+  if mask < 0 or max(map(len, words)) > 1:
     raise ValueError('an encoder finds words of one id each in the place of a mask; name its id')
-  longest = max(map(len, words))
-  alone = not config.causal or longest == 1
-  size = max(1, ROWS // (4 if alone else len(words)))
-  size = -(-min(size, len(texts)) // model.parts) * model.parts
-
-  # Texts of about the same length side by side: less padding.
+  inside = np.array([word[0] for word in words], np.int32)
+  size = -(-min(ROWS // 4, len(texts)) // model.parts) * model.parts
   order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
   scores = np.zeros((len(texts), len(words)), np.float32)
   for first in range(0, len(order), size):
     here = order[first : first + size]
     rows = [texts[i] for i in here]
     rows += [rows[-1]] * (size - len(rows))  # that fill the batch up
-    scores[here] = _of_batch(model, rows, words, mask)[: len(here)]
+    scores[here] = _in_masks(model, rows, inside, mask)[: len(here)]
   return scores
 
 
-def _of_batch(model: LoadedModel, rows, words, mask: int) -> np.ndarray:
+def _in_masks(model: LoadedModel, rows, inside: np.ndarray, mask: int) -> np.ndarray:
   """[B, W]"""
-  B, W = len(rows), len(words)
-  targets, counts = _filled(words)
-  config = model.model.config
   front = model.plain
   tokens, lengths = model.padded([front.whole(ids) for ids in rows])
+  places = np.array([list(ids).index(mask) for ids in rows], np.int32) + len(front.soft)
   with jax.set_mesh(model.mesh):
-    if not config.causal:
-      places = np.array([list(ids).index(mask) for ids in rows], np.int32) + len(front.soft)
-      inside = np.tile(targets[:, 0], (B, 1))
-      arrays = map(model.put, (tokens, lengths, places, inside))
-      return np.asarray(_inside(model.model, *arrays, vocabulary=model.vocabulary))
-    source = None
-    if config.encoder_layers:
-      real = np.arange(tokens.shape[1])[None] < lengths[:, None]
-      source = model.put(tokens), model.put(real.astype(np.int32))
-      tokens, lengths = model.padded([[model.tokenizer.pad]] * B)
-    capacity = min(front.positions or sys.maxsize, tokens.shape[1] + targets.shape[1])
-    if int(lengths.max()) + targets.shape[1] - 1 > capacity:
-      raise ValueError(
-        f'a text of {int(lengths.max()) - len(front.begins)} tokens and a word of '
-        f'{targets.shape[1]} pass {front.limit}; shorten the text'
-      )
-    arrays = (tokens, lengths, np.tile(targets, (B, 1)), np.tile(counts, B))
-    arrays = map(model.put, arrays)
-    sums = _behind(
-      model.model, *arrays, source, words=W, capacity=capacity, vocabulary=model.vocabulary
-    )
-    return np.asarray(sums).reshape(B, W)
-
-
-def _filled(words) -> tuple[np.ndarray, np.ndarray]:
-  """Words as one array [W, M], filled up with their own first id, and how many ids each has."""
-  counts = np.array([len(word) for word in words], np.int32)
-  filled = np.array([[*word, *[word[0]] * (counts.max() - len(word))] for word in words], np.int32)
-  return filled, counts
-
-
-@functools.partial(jax.jit, static_argnames=('words', 'capacity', 'vocabulary'))
-def _behind(model, tokens, lengths, targets, counts, source, *, words, capacity, vocabulary):
-  """[B W] log-probabilities of words [B W, M], the first counts [B W] ids of each, behind tokens
-  [B, T].
-  """
-  M = targets.shape[1]
-  cache = init_cache(model.config, tokens.shape[0], capacity, '', max(M, APPEND))
-  if source is not None:
-    cache = model.read(cache, *source)
-  x, cache, _ = model(tokens, cache=cache, counts=lengths, fresh=True)
-
-  # The last token of the text foretells the first ones of all words; each foretells its next one.
-  def spread(x):
-    return jnp.repeat(x, words, 0)
-
-  hidden = ax.local(spread, (('batch', None),), ('batch', None))(
-    ax.place(last(x, lengths), 'batch', None)
-  )[:, None]
-  if M > 1:
-    begun = repeated(cache, words)
-    more = model(targets[:, :-1], cache=begun, counts=counts - 1).hidden
-    hidden = jnp.concatenate([hidden, ax.place(more, 'batch', None, None)], 1)
-  weights = (jnp.arange(M)[None] < counts[:, None]).astype(jnp.float32)
-  return _logprobs(model, hidden, targets, weights, vocabulary).sum(1)
+    arrays = map(model.put, (tokens, lengths, places, np.tile(inside, (len(rows), 1))))
+    return np.asarray(_inside(model.model, *arrays, vocabulary=model.vocabulary))
 
 
 @functools.partial(jax.jit, static_argnames='vocabulary')
@@ -130,13 +351,7 @@ def _inside(model, tokens, lengths, places, targets, *, vocabulary):
     x = ax.place(model(tokens, segments=segments).hidden, 'batch', None, None)
   shape = (*targets.shape, x.shape[-1])
   hidden = jnp.broadcast_to(last(x, places + 1)[:, None], shape)
-  return _logprobs(model, hidden, targets, jnp.ones(targets.shape, jnp.float32), vocabulary)
-
-
-def _logprobs(model, hidden, targets, weights, vocabulary):
-  """Of a few tokens a row, which the mesh does not split."""
   with ax.whole_rows(True):
-    targets, weights = (ax.place(a, *TOKENS) for a in (targets, weights))
-    x = ax.place(hidden, *TOKENS, 'width')
-    law = Law(*model.scored(x), softcap=model.config.logit_softcap, vocabulary=vocabulary)
+    weights = jnp.ones(targets.shape, jnp.float32)
+    law, targets, weights = _law(model, hidden, targets, weights, vocabulary)
     return ax.place(logprobs(law, targets, weights), 'batch', None)

@@ -19,10 +19,10 @@ class Opening(NamedTuple):
   weights: flags.FlagHolder
 
 
-def define() -> Opening:
-  """Defines them, for the module that calls."""
+def define(required: bool = True) -> Opening:
+  """Defines them, for the module that calls. required: whether --workdir is."""
   return Opening(
-    flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=True),
+    flags.DEFINE_string('workdir', None, 'Directory of a run of train.py.', required=required),
     flags.DEFINE_string('checkpoint', 'last', "'last', 'best', or a step."),
     flags.DEFINE_string(
       'mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4."

@@ -66,29 +66,36 @@ def scored(
   """
   if not records:
     raise ValueError('there are no records to classify; see data.validation_fraction')
-  template, words = asking.template, asking.words
+  template = asking.template
   truth = np.array([template.number(place, record) for place, record in records])
-  longest = max(len(word.ids) for word in words)
-  limit = model.context - (longest if asking.form == PREFIX else 0)
   digest = hashlib.blake2b(digest_size=16)
   digest.update(json.dumps([asking.form, template.values()], sort_keys=True).encode())
 
-  cut, ids = 0, []
-  texts = [(record.text, record.text) for _, record in records]
-  for text, never in [*texts, *((text, None) for text in CONTENT_FREE)]:
-    shown = shots.before(never)
+  asked = [(record.text, shots.before(record.text)) for _, record in records]
+  asked += [(text, shots.before()) for text in CONTENT_FREE]
+  for text, shown in asked:
     digest.update(json.dumps([*template.asked(text, shown)]).encode())
-    whole = asking.ids(text, shown)
-    ids.append(asking.fitted(whole, limit))
-    cut += len(ids[-1]) < len(whole)
   digest.update(json.dumps(truth.tolist()).encode())
 
-  mask = asking.mask if asking.form == CLOZE else -1
-  sums = choice_scores(model, ids, [word.ids for word in words], mask)
-  check_finite(sums, records)
-  scores = asking.label_scores(sums)
+  scores, cut = label_scores(model, asking, asked)
+  check_finite(scores, records)
   n = len(records)
-  return Scores(scores[:n], scores[n:], truth, digest.hexdigest(), cut)
+  return Scores(scores[:n], scores[n:], truth, digest.hexdigest(), int(cut.sum()))
+
+
+def label_scores(
+  model: LoadedModel, asking: Asking, asked: Sequence[tuple[str, Sequence[LabelRecord]]]
+) -> tuple[np.ndarray, np.ndarray]:
+  """(f64 [n, L], see Asking.label_scores; bool [n], which prompts were cut on the left to fit the
+  context) of texts, each with the examples that are shown before it.
+  """
+  words = [word.ids for word in asking.words]
+  limit = model.context - (max(map(len, words)) if asking.form == PREFIX else 0)
+  whole = [asking.ids(text, shown) for text, shown in asked]
+  ids = [asking.fitted(each, limit) for each in whole]
+  sums = choice_scores(model, ids, words, asking.mask if asking.form == CLOZE else -1)
+  cut = np.array([len(a) < len(b) for a, b in zip(ids, whole)])
+  return asking.label_scores(sums), cut
 
 
 def check_finite(scores: np.ndarray, records: Sequence[tuple[str, LabelRecord]]) -> None:

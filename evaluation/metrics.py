@@ -23,9 +23,15 @@ def macro_f1(truth: Int[np.ndarray, 'B'], said: Int[np.ndarray, 'B'], labels: in
   anywhere is left out.
   """
   counts = confusion(truth, said, labels)
-  hits, both = np.diag(counts), counts.sum(0) + counts.sum(1)
+  return f1_of_counts(np.diag(counts), counts.sum(0) + counts.sum(1))
+
+
+def f1_of_counts(hits: np.ndarray, both: np.ndarray) -> float:
+  """The same of how often each label was rightly said [L], and true or said, counted twice where it
+  was both [L].
+  """
   seen = both > 0
-  return float(np.mean(2 * hits[seen] / both[seen]))
+  return float(np.mean(2 * hits[seen] / both[seen])) if seen.any() else 0.0
 
 
 def calibration_error(confidence: Float[np.ndarray, 'B'], right: np.ndarray) -> float:

@@ -3,6 +3,7 @@ that is asked.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -51,11 +52,12 @@ class Shots:
     """
     shown = []
     for label, (of, count) in self._by_label.items():
-      others = [record for record in of if record.text != text]
+      others = [*itertools.islice((record for record in of if record.text != text), count)]
       if len(others) < count:
+        named = f' of label {label!r}' if label else ''
         raise ValueError(
-          f'shots={self.k} shows {count} examples of label {label!r}, and there are {len(others)} '
-          'besides the record that is asked; ask for fewer shots, or give more training records'
+          f'shots={self.k} shows {count} examples{named}, and there are {len(others)} besides the '
+          'record that is asked; ask for fewer shots, or give more training records'
         )
-      shown += others[:count]
+      shown += others
     return ranked(shown, self._seed)

@@ -36,10 +36,12 @@ class Metric(abc.ABC):
   Attributes:
     name: with every setting that changes the number.
     lower_is_better: as of error rates.
+    rate: whether it is a share of documents, each of which counts 0 or 1.
   """
 
   name: str
   lower_is_better = False
+  rate = False
 
   @abc.abstractmethod
   def statistics(self, answer: str, references: list[str], row: dict) -> np.ndarray:
@@ -186,6 +188,7 @@ class ExactMatch(Mean):
   """The share of answers that are one of their references, normalised."""
 
   name = 'exact match (SQuAD)'
+  rate = True
 
   def of(self, answer, references, row):
     return float(normalised(answer) in map(normalised, _needed(self, references)))
@@ -206,6 +209,7 @@ class NumberMatch(Mean):
   """The share of answers whose last number is the last one of a reference (GSM8K: '#### 18')."""
 
   name = 'number match'
+  rate = True
 
   def of(self, answer, references, row):
     numbers = [last_number(text) for text in _needed(self, references)]

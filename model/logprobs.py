@@ -22,7 +22,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model import vocabulary as passes
 from model.vocabulary import CHUNK, TOKENS, Law
@@ -56,6 +56,28 @@ def logprobs_and_entropy(
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
   """`logprobs` and `entropy`, by the same passes."""
   return _scored(law, targets, weights, True, chunk)
+
+
+def logprobs_and_greedy(
+  law: Law,
+  targets: Int[Array, 'B T'],
+  weights: Float[Array, 'B T'],
+  *,
+  chunk: int = CHUNK,
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+  """`logprobs`, and whether no other id is likelier; True where weights are 0. By the same pass,
+  and not differentiable.
+  """
+
+  def run(parts, arrays, place):
+    weights, targets = arrays
+    seen = passes.statistics(parts[0], targets, place.columns)
+    known = _known(targets, law)
+    logprob = jnp.where(known, seen.picked - seen.lse, -jnp.inf)
+    greedy = (weights == 0) | (known & (seen.picked >= seen.top) & jnp.isfinite(seen.lse))
+    return _where_scored(weights, logprob), greedy
+
+  return passes.on_devices(run, (law,), (weights, targets), (TOKENS, TOKENS), chunk)
 
 
 def entropy(law: Law, weights: Float[Array, 'B T'], *, chunk: int = CHUNK) -> Float[Array, 'B T']:

@@ -3,6 +3,7 @@ long?
 """
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -133,3 +134,69 @@ def test_a_head_is_judged_beside_what_is_asked(tuned):
 def test_what_cannot_be_asked_is_said(tuned, flags, said):
   done = Process(tuned, 'evaluate.py', f'--workdir={tuned}/run', *flags).end()
   assert done.code != 0 and said in done.error and 'Traceback' not in done.error, done.error
+
+
+TASKS = '''
+from evaluation.task import Generate, Perplexity, Task
+
+
+def rows():
+  for i in range(120):
+    yield {'text': f'text {i} ' * (1 + i % 3)}
+
+
+def get_task():
+  return KIND
+'''
+OWN = {
+  'write': "Task(Generate(max_new_tokens=40), rows, prompt='{{ text }}', target='x', metrics=('chrf',))",
+  'foretell': "Task(Perplexity(), rows, prompt='{{ text }}')",
+  'broken': "Task(Perplexity(), 'texts.jsonl', prompt='{{ text }}')",
+}
+
+
+@pytest.mark.slow
+def test_what_was_killed_goes_on_with_the_same_bytes(tuned):
+  """By kill -9 while it writes; a task whose data is missing is named, and does not stop others."""
+  for name, kind in OWN.items():
+    (tuned / f'{name}.py').write_text(TASKS.replace('KIND', kind))
+
+  def command(output):
+    names = ','.join(f'{tuned}/{name}.py' for name in OWN)
+    flags = f'--workdir={tuned}/run', f'--tasks={names}', f'--output={tuned}/{output}'
+    return Process(tuned, 'evaluate.py', *flags)
+
+  whole = command('whole').end()
+  said = 'texts.jsonl is not there; give the directory that has texts.jsonl by --data=DIRECTORY'
+  assert whole.code == 1 and said in whole.out and 'Traceback' not in whole.error
+  assert whole.error.endswith('error: 1 of 3 tasks failed: broken\n')
+
+  killed, lines = command('killed'), tuned / 'killed' / 'write-0.jsonl'
+  assert killed.until(lambda: lines.exists() and lines.stat().st_size > 2000)
+  killed.process.send_signal(signal.SIGSTOP)  # so that it cannot end meanwhile
+  second = command('killed').end()
+  assert second.code != 0 and 'is in use by process' in second.error
+  killed.process.kill()
+  killed.end()
+  before = lines.read_bytes()
+  assert not (tuned / 'killed' / 'foretell-0.json').exists()
+  done = command('killed').end()
+  assert f'{before.count(10)} of 120 are there already' in done.out
+  for path in (tuned / 'whole').iterdir():
+    assert (tuned / 'killed' / path.name).read_bytes() == path.read_bytes(), path.name
+  assert {line['i'] for line in map(json.loads, open(lines))} == {*range(120)}
+
+
+@pytest.mark.slow
+def test_flags_of_tasks_are_checked_before_anything_is_read(tuned):
+  run = f'--workdir={tuned}/run'
+  for flags, said in (
+    ((run, '--data=.', '--chat'), '--chat=True is of tasks; name some by --tasks'),
+    ((run, '--tasks=blimp', '--calibration=pmi'), 'a task says how it is calibrated'),
+    (('--tasks=blimp',), 'give the directory of a run by --workdir'),
+    ((run, '--tasks=blimps'), "--tasks='blimps' is unknown; did you mean 'blimp'"),
+  ):
+    done = Process(tuned, 'evaluate.py', *flags).end()
+    assert done.code != 0 and said in done.error + done.out, (flags, done.error)
+  done = Process(tuned, 'evaluate.py', '--tasks=list').end()
+  assert done.code == 0 and 'arc_easy' in done.out and 'stdlib' in done.out

@@ -124,8 +124,8 @@ def text(width: int = 100) -> str:
 
 
 def config_files() -> list[pathlib.Path]:
-  """Those under configs/ that build a Config; what is in configs/rewards/ judges answers."""
-  apart = {CONFIGS / 'rewards', CONFIGS / '__init__.py'}
+  """Those under configs/ that build a Config; in rewards/ are judges, in tasks/ questions."""
+  apart = {CONFIGS / 'rewards', CONFIGS / 'tasks', CONFIGS / '__init__.py'}
   return sorted(path for path in CONFIGS.rglob('*.py') if not apart & {path, *path.parents})
 
 

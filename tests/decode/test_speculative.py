@@ -195,7 +195,7 @@ def expected(model):
 
 
 @pytest.mark.parametrize(
-  'k', [k if k in (4, 8) else pytest.param(k, marks=pytest.mark.slow) for k in range(1, 9)]
+  'k', [k if k == 4 else pytest.param(k, marks=pytest.mark.slow) for k in range(1, 9)]
 )
 def test_greedy_is_plain_greedy(model, drafts, expected, k):
   """To the cache's last slot, and with an end in the middle of drafts;
@@ -514,7 +514,9 @@ def test_faults_of_the_arithmetic_change_the_draws(monkeypatch, fault):
     check_draws(DraftModel(make(SMALL, 5)), anew())
 
 
-@pytest.mark.parametrize('fault', ['nothing is taken back', 'always accepted'])
+@pytest.mark.parametrize(
+  'fault', ['nothing is taken back', pytest.param('always accepted', marks=pytest.mark.slow)]
+)
 def test_faults_change_greedy_texts(model, drafts, expected, monkeypatch, fault):
   if fault == 'always accepted':
     monkeypatch.setattr(speculative, 'accepted', lambda log_p, log_q, ids, noise: noise < 1)
@@ -569,7 +571,7 @@ def test_other_options_compile_nothing(model, drafts):
   assert speculate_chunk._cache_size() == before
 
 
-@pytest.mark.parametrize('drafter', [EarlyExit(1), Lookup(2)])
+@pytest.mark.parametrize('drafter', [EarlyExit(1), pytest.param(Lookup(2), marks=pytest.mark.slow)])
 def test_buffers_are_rewritten_in_place(model, drafter):
   state = start(model)
   carried = Speculation.of(

@@ -265,17 +265,19 @@ def test_planted_faults_are_found(monkeypatch):
 
   with pytest.raises(AssertionError):
     follows_its_definition(wrong_sign)
-  filled = choices._filled
+  laid = choices._laid
 
-  def cut(words):
-    targets, counts = filled(words)
-    return targets, np.maximum(counts - 1, 1)
+  def cut(*given):
+    *rest, counts = laid(*given)
+    return *rest, np.maximum(counts - 1, 1)
 
-  def turned(words):
-    return filled(words[::-1])
+  def turned(*given):
+    pairs, *rest = laid(*given)
+    return dict(zip(reversed(pairs), pairs.values())), *rest
 
+  monkeypatch.setattr(choices, 'SHARED', 1)
   for fault in (cut, turned):
-    monkeypatch.setattr(choices, '_filled', fault)
+    monkeypatch.setattr(choices, '_laid', fault)
     with pytest.raises(AssertionError):
       test_scores_are_those_of_each_word_alone('llama')
 

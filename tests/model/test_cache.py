@@ -154,8 +154,8 @@ def test_more_tokens_than_a_ring_has_room_for_raise(one_device):
     match=r'7 tokens at once overwrite what a window of 3 .* ring of 8 slots; '
     r'append at most 6, or .*append=7',
   ):
-    model(laws.tokens_of(config, 1, 7), cache=cache)
-  model(laws.tokens_of(config, 1, 7), cache=cache, fresh=True)
+    jax.eval_shape(lambda: model(laws.tokens_of(config, 1, 7), cache=cache))
+  jax.eval_shape(lambda: model(laws.tokens_of(config, 1, 7), cache=cache, fresh=True))
 
 
 def test_a_token_beyond_the_capacity_is_not_written(one_device):

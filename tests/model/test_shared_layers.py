@@ -149,12 +149,13 @@ def test_in_bytes_and_with_an_adapter(one_device):
   config = CONFIGS['two sets']
   tokens, run = laws.tokens_of(config, 2, 9), laws.forward()
   model = laws.make_model(config)
+  small = jax.jit(in_bytes)
   np.testing.assert_allclose(
-    run(in_bytes(model), tokens), run(in_bytes(copies(model)), tokens), atol=1e-4
+    run(small(model), tokens), run(small(copies(model)), tokens), atol=1e-4
   )
   settings = AdapterConfig(kind='lora', rank=2, targets=('stack.blocks.*.attention.[qv]',))
   adapter = laws.randomised(jax.jit(lambda m: adapters.new(m, settings, jax.random.key(0)))(model))
-  applied = adapters.applied(model, adapter, settings)
+  applied = jax.jit(lambda m, a: adapters.applied(m, a, settings))(model, adapter)
   merged = jax.jit(lambda m, a: adapters.merged(m, a, settings))(model, adapter)
   np.testing.assert_allclose(run(applied, tokens), run(copies(merged), tokens), atol=1e-4)
 

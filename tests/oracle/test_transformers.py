@@ -165,7 +165,8 @@ def test_loss_and_every_gradient(name, tmp_path):
   expected.backward()
   make.save_gradients(theirs, tmp_path / 'theirs')
   total, _, gradients = ours.loss_and_gradients(model, name)
-  np.testing.assert_allclose(total, expected.item(), rtol=1e-5)
+  # Of a dozen labels: one last digit of f32 more or less in each logit, by the processor.
+  np.testing.assert_allclose(total, expected.item(), rtol=3e-5)
   checkpoint.save(gradients, model.config, tmp_path / 'ours')
   found, wanted = ours.tensors(tmp_path / 'ours'), ours.tensors(tmp_path / 'theirs')
   wrong = ours.compare_gradients(

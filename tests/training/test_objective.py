@@ -120,17 +120,23 @@ def by_hand(policy, reference, batch):
 def test_a_step_is_the_absolute_step(one_device):
   """Parameters - rate * gradient of the sum over terms of sum / weight, worked out by hand."""
   run, batch = Run(toy()), pairs()[0]
-  before = jax.tree.map(jnp.copy, run.state.models)
-  loss, gradient = jax.value_and_grad(by_hand)(before['policy'], before['reference'], batch)
+  before = jax.device_get(run.state.models)
+
+  @jax.jit
+  def worked_out(policy, reference):
+    loss, gradient = jax.value_and_grad(by_hand)(policy, reference, batch)
+    moved = jax.tree.map(lambda p, g: p - RATE * g, policy, gradient)
+    return loss, gradient, moved, jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, gradient))
+
+  loss, gradient, expected, lengths = worked_out(before['policy'], before['reference'])
   metrics, norms = run.go([batch])
   np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
   np.testing.assert_allclose(
     metrics['loss'], sum(metrics[name] for name in ('pairs', 'tokens', 'constant')), rtol=1e-6
   )
-  expected = jax.tree.map(lambda p, g: p - RATE * g, before['policy'], gradient)
   assert_close(run.state.models['policy'], expected, 2e-6)
   assert max(np.abs(x).max() for x in host(gradient).values()) > 1e-3
-  assert_close(norms, jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, gradient)), 1e-5)
+  assert_close(norms, lengths, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -252,14 +258,13 @@ def test_records_never_straddle_a_microbatch():
 def test_the_loss_is_the_terms_and_their_weights(one_device):
   batch = jax.tree.map(jnp.asarray, pairs()[0])
   models = Run(toy()).state.models
-  prepared = Toy().prepare(models, batch)
-  loss = Toy().loss(models, prepared)
+  loss = jax.jit(lambda models: Toy().loss(models, Toy().prepare(models, batch)))(models)
   assert [float(weight) for _, weight in loss.values()] == [
     3,
     (batch.weights > 0).sum(),
     CONSTANT,
   ]
-  value = by_hand(models['policy'], models['reference'], pairs()[0])
+  value = jax.jit(lambda p, r: by_hand(p, r, pairs()[0]))(models['policy'], models['reference'])
   np.testing.assert_allclose(
     sum(total / weight for total, weight in loss.values()), value, rtol=1e-5
   )

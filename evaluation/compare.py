@@ -1,0 +1,240 @@
+"""How do evaluations of the same questions differ? `evaluate.py compare BEFORE AFTER [AFTER ..]`:
+paired differences, what was kept of each task, and what a gain has cost.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+import commands
+import files
+from evaluation import page
+from evaluation.forgetting import LINE, LOST, Change, advice, change, mean_retention, percent
+from evaluation.measures import named
+from evaluation.paired import holm
+from evaluation.running import Summary, differences, finite, read_lines
+
+PAGE, PICTURE, VALUES = 'compare.md', 'compare.png', 'compare.json'
+
+
+def parser() -> argparse.ArgumentParser:
+  made = argparse.ArgumentParser(
+    prog='evaluate.py compare',
+    description='Compares evaluations of the same questions, one by one: what is gained, what is '
+    f'kept (a WARNING below {LINE:.0%}), and whether it may be luck.',
+  )
+  made.add_argument('before', help='directory of an evaluation (--output of evaluate.py)')
+  made.add_argument('after', nargs='+', help='of another model, or of several')
+  made.add_argument('--target', default='', help='the tasks that it was tuned for, by commas')
+  made.add_argument('--output', default='', help='directory of the page; default: the first after')
+  made.add_argument('--seed', type=int, default=0, help='of the bootstrap')
+  return made
+
+
+def main(arguments: Sequence[str]) -> None:
+  """The command; its exit status is 0 also where something was forgotten: that is a finding."""
+  given = parser().parse_args(arguments)
+  with commands.mendable(ImportError):
+    output = pathlib.Path(given.output or given.after[0])
+    target = [name for name in given.target.split(',') if name]
+    before = {s.name: s for s in _read(given.before)}
+    known = {summary.task for summary in before.values()}
+    for name in target:
+      if name not in known:
+        raise ValueError(f'--target={name} is none of the tasks of {given.before}: {known}')
+    changes = {}
+    for after in given.after:
+      changes[after] = compared(before, given.before, after, given.seed)
+      show(given.before, after, changes[after], target)
+    write(output, given.before, changes, target)
+    print(f'\nwrote {output}/{PAGE}, {PICTURE} and {VALUES}')
+
+
+def _read(directory: str) -> list[Summary]:
+  summaries = page.read(pathlib.Path(directory))
+  if not summaries:
+    raise ValueError(f'{directory} has no evaluation; write one by evaluate.py --tasks=..')
+  return summaries
+
+
+def compared(before: Mapping[str, Summary], place: str, after: str, seed: int = 0) -> list[Change]:
+  """Changes of all tasks that both have, each metric; those that one alone has are said.
+
+  Raises ValueError where they have none in common, and for other questions or settings.
+  """
+  others = {summary.name: summary for summary in _read(after)}
+  shared = [name for name in before if name in others]
+  for name in sorted(before.keys() ^ others.keys()):
+    print(f'NOTE: {name} is in {place if name in before else after} only')
+  if not shared:
+    raise ValueError(f'{place} and {after} have no task in common; evaluate both with the same')
+  changes = []
+  for name in shared:
+    _check_same(before[name], others[name])
+    lines = [[*read_lines(pathlib.Path(at) / f'{name}.jsonl')] for at in (place, after)]
+    if [line['digest'] for line in lines[0]] != [line['digest'] for line in lines[1]]:
+      raise ValueError(f'{name}: the lines of {place} and {after} are of other questions')
+    for metric in before[name].metrics:
+      measure = named(metric, before[name].settings['task'])
+      sides = [[line['stats'] and line['stats'][metric] for line in of] for of in lines]
+      chance = before[name].chance if metric == next(iter(before[name].metrics)) else 0.0
+      changes.append(change(name, measure, *sides, chance, seed))
+  return changes
+
+
+def _check_same(before: Summary, after: Summary) -> None:
+  """Raises ValueError where two summaries are not of the same questions, asked in the same way."""
+  ways = [{k: v for k, v in s.settings.items() if k != 'run'} for s in (before, after)]
+  lines = differences(*ways)
+  if before.prompts != after.prompts:
+    lines.append(f'the questions were {before.prompts} and are {after.prompts}')
+  if lines:
+    raise ValueError(
+      f'{before.name} was asked otherwise: {"; ".join(lines)}; evaluate both in the same way'
+    )
+
+
+def _rows(changes: Sequence[Change]) -> list[list[str]]:
+  adjusted = holm([each.p for each in changes])
+  return [
+    [
+      each.task,
+      each.metric + (' ↓' if each.lower_is_better else ''),
+      f'{each.before:.3f}',
+      f'{each.after:.3f}',
+      f'{each.difference.value:+.3f} [{each.difference.low:+.3f}, {each.difference.high:+.3f}]',
+      f'{each.p:.2g}',
+      f'{p:.2g}',
+      percent(each.retention),
+      percent(each.corrected) if each.chance else '',
+      each.verdict,
+    ]
+    for each, p in zip(changes, adjusted)
+  ]
+
+
+LEGEND = f"""Differences and retentions are of the same questions on both sides, with the 95%
+interval of a paired bootstrap. p: that a difference as large is luck (McNemar's of rates, else a
+permutation test); Holm: corrected for as many tests as there are. Retention is after / before, and
+before / after where lower is better; above chance, both less the score of guessing, and undefined
+where the model was at chance before. Not shown above {LINE:.0%}: the interval reaches below it."""
+HEADERS = (
+  'task',
+  'metric (↓ lower is better)',
+  'before',
+  'after',
+  'difference',
+  'p',
+  'p (Holm)',
+  'retention',
+  'above chance',
+  '',
+)
+
+
+def show(before: str, after: str, changes: Sequence[Change], target: Sequence[str]) -> None:
+  """Prints it."""
+  rows = [[row[0], row[1], row[4], row[6], row[7], row[8]] for row in _rows(changes)]
+  headers = ['task', 'metric', 'difference', 'p (Holm)', 'retention', 'above chance']
+  commands.table(f'{before} -> {after}, with 95% intervals', headers, rows)
+  for line in _said(changes, target):
+    print(line)
+
+
+def firsts(changes: Sequence[Change]) -> list[Change]:
+  """Of each task the metric that it is judged by."""
+  seen: dict[str, Change] = {}
+  for each in changes:
+    seen.setdefault(each.task, each)
+  return [*seen.values()]
+
+
+def _split(changes: Sequence[Change], target: Sequence[str]) -> tuple[list[Change], list[Change]]:
+  """Changes of what it was tuned for, and of the others."""
+  of = [each for each in firsts(changes) if each.task.rpartition('-')[0] in target]
+  return of, [each for each in firsts(changes) if each not in of]
+
+
+def _said(changes: Sequence[Change], target: Sequence[str]) -> list[str]:
+  tuned, others = _split(changes, target)
+  lines = [f'NOTE: {c.task}: {c.left_out} questions have no score' for c in others if c.left_out]
+  lines += advice(others)
+  mean = mean_retention(others)
+  if mean is not None:
+    warn = f'  {LOST}' if mean < LINE else ''
+    of = f'{len(others)} task{"s" * (len(others) > 1)}'
+    lines.append(f'mean retention of {of}: {mean:.1%}{warn}')
+  for each in tuned:
+    lines.append(f'target {each.task}: {each.metric} {each.before:.3f} -> {each.after:.3f}')
+  return lines
+
+
+def write(
+  output: pathlib.Path,
+  before: str,
+  changes: Mapping[str, Sequence[Change]],
+  target: Sequence[str],
+) -> None:
+  """Page, picture and values."""
+  parts = ['# What was gained, and what was kept', f'![retention]({PICTURE})']
+  for after, of in changes.items():
+    parts += [f'## {before} → {after}', page.table(HEADERS, _rows(of))]
+    parts.append('\n'.join(f'- {line}' for line in _said(of, target)))
+  parts.append(LEGEND)
+  values = {
+    'before': before,
+    'after': {after: [each.values() for each in of] for after, of in changes.items()},
+    'target': [*target],
+  }
+  files.replace(output / VALUES, json.dumps(finite(values), indent=1) + '\n')
+  files.replace(output / PICTURE, picture(changes, target))
+  files.replace(output / PAGE, '\n\n'.join(parts) + '\n')
+
+
+def picture(changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> bytes:
+  """A PNG: what was kept of each task, and, where there is a target, its gain against that."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9 if target else 5.5, 4), layout='constrained')
+  axes = figure.subplots(1, 2 if target else 1, squeeze=False)[0]
+  left = axes[0]
+  for i, (after, of) in enumerate(changes.items()):
+    _, others = _split(of, target)
+    kept = [(each.task, each.corrected or each.retention) for each in others]
+    kept = [(task, estimate) for task, estimate in kept if estimate is not None]
+    y = [j + 0.15 * i for j in range(len(kept))]
+    x = [min(e.value, 2) for _, e in kept]
+    errors = [[max(e.value - max(e.low, 0), 0) for _, e in kept]]
+    errors.append([max(min(e.high, 2) - e.value, 0) for _, e in kept])
+    left.errorbar(x, y, xerr=errors, fmt='o', capsize=3, markersize=4, label=after)
+    left.set_yticks(range(len(kept)), [task for task, _ in kept], fontsize=8)
+  left.axvline(LINE, color='C3', linewidth=1, linestyle='--')
+  left.axvline(1, color='0.6', linewidth=1)
+  left.set(xlabel='retention, above chance where there is one', ylim=left.get_ylim()[::-1])
+  left.legend(fontsize=7)
+  if target:
+    _trade_off(axes[1], changes, target)
+  file = io.BytesIO()
+  figure.savefig(file, dpi=110, format='png')
+  return file.getvalue()
+
+
+def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> None:
+  """What the target gained, in per cent of before, against the mean of what was kept."""
+  for after, of in changes.items():
+    tuned, others = _split(of, target)
+    kept = mean_retention(others)
+    gains = [(c.before - c.after if c.lower_is_better else c.after - c.before) for c in tuned]
+    relative = [100 * g / abs(c.before) for g, c in zip(gains, tuned) if c.before]
+    if kept is None or not relative:
+      print(f'NOTE: {after} has no point: nothing to divide by', file=sys.stderr)
+      continue
+    ax.plot([100 * kept], [sum(relative) / len(relative)], 'o', label=after)
+  ax.axvline(100 * LINE, color='C3', linewidth=1, linestyle='--')
+  ax.axhline(0, color='0.6', linewidth=1)
+  ax.set(xlabel='mean retention of the others, %', ylabel=f'gain on {", ".join(target)}, %')
+  if ax.get_legend_handles_labels()[0]:
+    ax.legend(fontsize=7)

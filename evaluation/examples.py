@@ -1,0 +1,281 @@
+"""What exactly is a model asked? The rows of a task as prompts, with the examples that are shown
+before each, frozen before any model sees them; and the same as ids of one model.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+
+from data.chat import ChatTemplate, quoted
+from data.records import LabelRecord
+from data.tokenizer import in_utf8
+from decode.choices import room
+from decode.loaded import LoadedModel
+from evaluation.prompts import Shots
+from evaluation.task import (
+  Classification,
+  Generate,
+  MultipleChoice,
+  Perplexity,
+  Row,
+  Task,
+  field_of,
+  rendered,
+  rows_of,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manner:
+  """How tasks are asked.
+
+  Attributes:
+    data: the directory that relative paths of tasks are below.
+    limit: the first rows of each task; 0: all. seed: of the examples shown, of draws and intervals.
+    system: text before all else; of a chat, what the system says.
+    chat: whether prompts are turns of a user, by the chat template of the run.
+  """
+
+  data: str = '.'
+  limit: int = 0
+  seed: int = 0
+  system: str = ''
+  chat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One question of a task.
+
+  Attributes:
+    place: of its row. prompt: its own, without what stands before it.
+    shots: (prompt, answer) of the examples before it; of a Classification (text, label).
+    choices, truth: of a MultipleChoice, and which is right; of a Classification its label.
+    references: of a Generate.
+    digest: of all that is asked, and what would be right.
+  """
+
+  place: str
+  row: Row
+  prompt: str
+  shots: tuple[tuple[str, str], ...] = ()
+  choices: tuple[str, ...] = ()
+  truth: int = 0
+  references: tuple[str, ...] = ()
+  digest: str = ''
+
+
+def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
+  """Of numbers of examples those that a task can be asked with, and the others.
+
+  Raises ValueError where none is left.
+  """
+  shows = isinstance(task.kind, Classification | Generate) or bool(task.prompt)
+  shows = shows and not isinstance(task.kind, Perplexity)
+  fit = [k for k in shots if shows or not k]
+  if not fit:
+    raise ValueError(
+      f'--shots={",".join(map(str, shots))}: a {type(task.kind).__name__} without a question shows '
+      'no examples; use --shots=0'
+    )
+  return fit, [k for k in shots if k not in fit]
+
+
+def examples(task: Task, k: int, manner: Manner) -> list[Item]:
+  """The questions of a task, each with k examples before it, in the order of its rows.
+
+  Raises ValueError, naming the place, for rows that are not what the task takes, and for more
+  examples than there are; FileNotFoundError naming --data.
+  """
+  every = [_plain(task, *placed) for placed in rows_of(task, task.data, manner.data)]
+  asked = every[: manner.limit or None]
+  if not asked:
+    raise ValueError(f'{task.data} has no rows; give a file that has some')
+  pool = every
+  if k and task.shots:
+    pool = [_plain(task, *placed) for placed in rows_of(task, task.shots, manner.data)]
+  shown = _Shown(task, pool, k, manner.seed) if k else None
+  return [_frozen(task, each, shown.before(each) if shown else (), manner) for each in asked]
+
+
+def digest_of(asked: Sequence[Item]) -> str:
+  """Of a set of questions."""
+  return hashlib.blake2b(' '.join(e.digest for e in asked).encode(), digest_size=16).hexdigest()
+
+
+def _plain(task: Task, place: str, row: Row) -> Item:
+  """A row as a question, with nothing before it."""
+  kind = task.kind
+  if isinstance(kind, Classification):
+    label = str(field_of(kind.label, place, row))
+    return Item(place, row, str(field_of(kind.text, place, row)), choices=(label,))
+  prompt = rendered(task.prompt, 'prompt', place, row)
+  if isinstance(kind, MultipleChoice):
+    choices = _choices(kind, place, row)
+    return Item(place, row, prompt, choices=choices, truth=_truth(kind, choices, place, row))
+  if isinstance(kind, Generate):
+    return Item(place, row, prompt, references=_references(task, kind, place, row))
+  return Item(place, row, prompt)
+
+
+def _choices(kind: MultipleChoice, place: str, row: Row) -> tuple[str, ...]:
+  if isinstance(kind.choices, tuple):
+    return tuple(rendered(text, 'choices', place, row) for text in kind.choices)
+  given = field_of(kind.choices, place, row)
+  if not isinstance(given, list | tuple) or len(given) < 2:
+    raise ValueError(
+      f'{place}: {kind.choices!r} must be a list of 2 choices or more: {given!r:.60}'
+    )
+  return tuple(map(str, given))
+
+
+def _truth(kind: MultipleChoice, choices: tuple[str, ...], place: str, row: Row) -> int:
+  given = kind.answer if isinstance(kind.answer, int) else field_of(kind.answer, place, row)
+  if isinstance(given, str) and given in choices:
+    return choices.index(given)
+  number = int(given) if isinstance(given, str) and given.isdecimal() else given
+  if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
+    raise ValueError(
+      f'{place}: the answer {given!r} is neither the number of one of {len(choices)} choices, from '
+      '0, nor its text'
+    )
+  return number
+
+
+def _references(task: Task, kind: Generate, place: str, row: Row) -> tuple[str, ...]:
+  if not kind.references:
+    return (rendered(task.target, 'target', place, row),) if task.target else ()
+  given = field_of(kind.references, place, row)
+  texts = [given] if isinstance(given, str) else given
+  if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+    raise ValueError(f'{place}: {kind.references!r} must be a text or several: {given!r:.60}')
+  return tuple(texts)
+
+
+class _Shown:
+  """k examples of a pool, never the one that is asked."""
+
+  def __init__(self, task: Task, pool: Sequence[Item], k: int, seed: int):
+    self._task, self._of = task, {}
+    field = task.kind.label if isinstance(task.kind, Classification) else task.balanced
+    for each in pool:
+      label = str(field_of(field, each.place, each.row)) if field else ''
+      self._of.setdefault(LabelRecord(each.prompt, label), each)
+    labels = sorted({record.label for record in self._of})
+    self._shots = Shots([*self._of], labels, k, seed)
+
+  def before(self, asked: Item) -> tuple[tuple[str, str], ...]:
+    """(prompt, answer) of each. Whoever has its prompt is the one that is asked."""
+    shown = [self._of[record] for record in self._shots.before(asked.prompt)]
+    return tuple((each.prompt, self._answer(each)) for each in shown)
+
+  def _answer(self, shot: Item) -> str:
+    if isinstance(self._task.kind, Classification):
+      return shot.choices[0]
+    if self._task.target:
+      return rendered(self._task.target, 'target', shot.place, shot.row)
+    if isinstance(self._task.kind, MultipleChoice):
+      return shot.choices[shot.truth]
+    if not shot.references:
+      raise ValueError(f'{shot.place}: there is no answer to show; give the task a target')
+    return shot.references[0]
+
+
+def _frozen(task: Task, asked: Item, shots, manner: Manner) -> Item:
+  said = [manner.system, task.instruction, shots, asked.prompt, asked.choices, asked.truth]
+  content = json.dumps([*said, asked.references]).encode()
+  digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+  return dataclasses.replace(asked, shots=shots, digest=digest)
+
+
+class Asker:
+  """Questions of a task as one model reads them.
+
+  Raises ValueError for a kind that the model cannot be asked, and for a chat without a template.
+  """
+
+  def __init__(self, model: LoadedModel, task: Task, manner: Manner):
+    self.model, self.task, self.manner = model, task, manner
+    self._tokenizer = model.tokenizer
+    config, kind = model.model.config, type(task.kind).__name__
+    self.encoder = config.encoder_layers > 0
+    if not config.causal and not isinstance(task.kind, Classification):
+      raise ValueError(
+        f'a {kind} is of a model that writes, and this one is an encoder; it can be asked to '
+        'Classification, by a template with a mask'
+      )
+    if self.encoder and isinstance(task.kind, Perplexity):
+      raise ValueError(
+        'a Perplexity is of a text that a decoder goes through from left to right, and this model '
+        'is an encoder-decoder; ask it a MultipleChoice or Generate'
+      )
+    if manner.chat and isinstance(task.kind, Classification | Perplexity):
+      raise ValueError(f'--chat: a {kind} reads texts as they are, not as turns; leave it out')
+    self._chat = ChatTemplate.of(self._tokenizer) if manner.chat else None
+
+  def text(self, asked: Item) -> str:
+    """All that the model reads before its answer; of a chat with its template's marks."""
+    task, system = self.task, self.manner.system
+    if not self._chat:
+      before = [text for text in (system, task.instruction) if text]
+      shown = [f'{prompt}{task.space}{answer}' for prompt, answer in asked.shots]
+      return task.between.join([*before, *shown, asked.prompt])
+    turns = [*asked.shots, (asked.prompt, None)]
+    messages = [{'role': 'system', 'content': system}] if system else []
+    for i, (prompt, answer) in enumerate(turns):
+      said = task.instruction + task.between + prompt if task.instruction and not i else prompt
+      messages.append({'role': 'user', 'content': said})
+      if answer is not None:
+        messages.append({'role': 'assistant', 'content': answer})
+    quote = quoted(messages, self._tokenizer)
+    return self._chat.render(quote, add_generation_prompt=True)
+
+  def ids(self, text: str) -> list[int]:
+    """Of what `text` gave, with what begins or ends it."""
+    ids = self._encoded(text)
+    if self._chat:
+      return ids
+    return [*ids, self._tokenizer.eos] if self.encoder else [self._tokenizer.bos, *ids]
+
+  def pairs(self, text: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
+    """What the model reads, each answer's ids behind it, and whether it was cut to fit.
+
+    White space at the end of a text belongs to the answer, and a text with its answer is encoded as
+    one and cut where the text ends: so tokens are those that a text of both has.
+    """
+    if not self._chat:
+      stripped = text.rstrip()
+      answers = [text[len(stripped) :] + answer for answer in answers]
+      text = stripped
+    if self.encoder:
+      behind = [[*self._encoded(a.strip()), self._tokenizer.eos] for a in answers]
+    else:
+      first = len(self._encoded(text))
+      behind = [self._encoded(text + answer)[first:] for answer in answers]
+    for answer, ids in zip(answers, behind):
+      if not ids:
+        raise ValueError(f'{answer!r} becomes no token behind {text[-40:]!r}; give another text')
+    limit = min(room(self.model, len(ids)) for ids in behind)
+    ids = self.ids(text)
+    cut = fitted(ids, limit)
+    return cut, behind, len(cut) < len(ids)
+
+  def answer(self, choice: str) -> str:
+    """A choice as it stands behind the prompt."""
+    if self._chat:
+      return quoted(choice, self._tokenizer)
+    return f'{self.task.space}{choice}' if self.task.prompt else choice
+
+  def _encoded(self, text: str) -> list[int]:
+    return list(self._tokenizer.encode(in_utf8(text), special=self._chat is not None))
+
+
+def fitted(ids: list[int], limit: int) -> list[int]:
+  """The last so many ids, behind the one that begins the text.
+
+  Raises ValueError where there is no room for any.
+  """
+  if limit < 1:
+    raise ValueError(f'an answer leaves room for {limit} tokens before it; shorten it')
+  return ids if len(ids) <= limit else [*ids[:1], *ids[len(ids) - limit + 1 :]]

@@ -1,0 +1,143 @@
+"""What did a model lose that it could do before? Two evaluations of the same frozen questions,
+before and after, question by question.
+
+Retention is what is left of a score, s1 / s0, and s0 / s1 where lower is better; corrected for
+chance c, (s1 - c) / (s0 - c), of which there is none where s0 is at chance.
+
+n questions, in the same order on both sides · S statistics of a question (evaluation/measures.py)
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from evaluation import paired
+from evaluation.intervals import Estimate
+from evaluation.measures import Measure
+
+LINE = 0.8  # of what could be done before: below it, a model is said to have forgotten
+KEPT, UNSURE, LOST = 'kept', 'not shown above 80%', 'WARNING: below 80%'
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """Of one task and metric, from before to after.
+
+  Attributes:
+    task: with its number of examples. metric: its name. chance: the score of who knows nothing.
+    before, after: the scores. difference: after less before.
+    retention, corrected: see above; None where there is none.
+    p: that a difference as large is luck: McNemar's of rates, else of a permutation test.
+    left_out: questions that have no score on a side.
+  """
+
+  task: str
+  metric: str
+  lower_is_better: bool
+  chance: float
+  before: float
+  after: float
+  difference: Estimate
+  retention: Estimate | None
+  corrected: Estimate | None
+  p: float
+  left_out: int
+
+  @property
+  def verdict(self) -> str:
+    """By the worse of the two retentions that there are; '' where there is none."""
+    there = [each for each in (self.retention, self.corrected) if each is not None]
+    if any(each.value < LINE for each in there):
+      return LOST
+    if any(each.low < LINE for each in there):
+      return UNSURE
+    return KEPT if there else ''
+
+  @property
+  def better(self) -> bool:
+    """Whether it is the better afterwards."""
+    return self.after < self.before if self.lower_is_better else self.after > self.before
+
+  def values(self) -> dict:
+    """JSON-able."""
+    return dataclasses.asdict(self) | {'verdict': self.verdict}
+
+
+def change(
+  task: str,
+  measure: Measure,
+  before: Sequence[Sequence[float] | None],
+  after: Sequence[Sequence[float] | None],
+  chance: float = 0.0,
+  seed: int = 0,
+) -> Change:
+  """Of the statistics of the same questions before and after; None where a side has no score.
+
+  Raises ValueError where no question has one on both sides.
+  """
+  pairs = [pair for pair in zip(before, after, strict=True) if None not in pair]
+  if not pairs:
+    raise ValueError(f'{task}: no question has a score on both sides')
+  first, second = (np.array(side, np.float64) for side in zip(*pairs))
+  value, lower = measure.value, measure.lower_is_better
+  return Change(
+    task=task,
+    metric=measure.name,
+    lower_is_better=lower,
+    chance=chance,
+    before=value(first.sum(0)),
+    after=value(second.sum(0)),
+    difference=paired.difference(first, second, value, seed),
+    retention=_left(first, second, measure, 0.0, seed),
+    corrected=_left(first, second, measure, chance, seed) if chance and not lower else None,
+    p=_luck(first, second, measure, seed),
+    left_out=len(before) - len(pairs),
+  )
+
+
+def _left(first, second, measure: Measure, chance: float, seed: int) -> Estimate | None:
+  """Retention. Of an unchanged model it is 1, whatever is drawn."""
+  if measure.lower_is_better:
+    first, second = second, first
+  left = paired.ratio(first, second, measure.value, chance, seed)
+  if left is not None and np.array_equal(first, second):
+    return dataclasses.replace(left, value=1.0, low=1.0, high=1.0)
+  return left
+
+
+def _luck(first, second, measure: Measure, seed: int) -> float:
+  if measure.rate:
+    right = first[:, 0] > 0, second[:, 0] > 0
+    return paired.mcnemar(int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))
+  return paired.permutation_test(first, second, measure.value, seed)
+
+
+def mean_retention(changes: Sequence[Change]) -> float | None:
+  """Of the retentions that there are, those that are corrected where they can be."""
+  there = [c.corrected or c.retention for c in changes]
+  kept = [each.value for each in there if each is not None]
+  return float(np.mean(kept)) if kept else None
+
+
+def advice(changes: Sequence[Change]) -> list[str]:
+  """A line for each that is not shown to be kept, and one of all."""
+  lines = []
+  for each in changes:
+    left = [(name, of) for name, of in _named(each).items() if of is not None and of.low < LINE]
+    for name, of in left:
+      said = LOST if of.value < LINE else UNSURE
+      lines.append(f'{each.task}: {said}: {name} {percent(of)}')
+  return lines
+
+
+def _named(change: Change) -> Mapping[str, Estimate | None]:
+  return {'retention': change.retention, 'retention above chance': change.corrected}
+
+
+def percent(estimate: Estimate | None) -> str:
+  """A retention for people."""
+  if estimate is None:
+    return 'undefined'
+  low, high = (f'{x:.0%}' if np.isfinite(x) else 'any' for x in (estimate.low, estimate.high))
+  return f'{estimate.value:.1%} [{low}, {high}]{" (few)" if estimate.small else ""}'

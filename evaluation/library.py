@@ -1,0 +1,52 @@
+"""What can be asked where there is no data? The interpreter's own library: its modules, and what
+its functions are for.
+"""
+
+import ast
+from collections.abc import Iterator
+
+from data import clean
+from data.config import CleanConfig, SourceConfig
+from data.sources import Problems, documents
+from evaluation.task import Row
+
+# Of modules by their hash, as training tells them apart (data/prepare.py): those that it holds out
+# with data.split='hash' and a validation_fraction of this or more.
+SHARE = 0.02
+CHARACTERS = 6000  # of a module
+LINES = (4, 24)  # of a function, without its docstring
+DESCRIPTION = 20  # characters of a docstring's first line, at least
+
+
+def held_out() -> Iterator[str]:
+  """Modules that training holds out, in a fixed order."""
+  config = CleanConfig(filters='code', near_duplicates=0)
+  for text in documents(SourceConfig(), Problems()):
+    cleaned = clean.clean(text, config)
+    if not cleaned.dropped and int.from_bytes(cleaned.digest[:8], 'little') < SHARE * 2**64:
+      yield cleaned.text
+
+
+def modules() -> Iterator[Row]:
+  """{'text': the first CHARACTERS of a module}"""
+  for text in held_out():
+    yield {'text': text[:CHARACTERS]}
+
+
+def functions() -> Iterator[Row]:
+  """{'function': its text without docstring and comments, 'docstring': what its first line says}"""
+  for text in held_out():
+    try:
+      nodes = [*ast.walk(ast.parse(text))]
+    except SyntaxError:  # cleaning may have masked what it takes for an address
+      continue
+    for node in nodes:
+      if not isinstance(node, ast.FunctionDef):
+        continue
+      said = (ast.get_docstring(node) or '').split('\n')[0]
+      if len(said) < DESCRIPTION or len(node.body) < 2:
+        continue
+      node.body = node.body[1:]
+      function = ast.unparse(node)
+      if LINES[0] <= function.count('\n') + 1 <= LINES[1]:
+        yield {'function': function, 'docstring': said}

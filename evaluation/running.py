@@ -1,0 +1,307 @@
+"""How does an evaluation run? A task with a number of examples is one file of lines, which an
+interrupted one goes on with, and a summary when all lines are there. Other settings have no
+business in the same place.
+
+NAME-K.jsonl has a line for each question, NAME-K.json the settings and then the summary.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import files
+from decode.generator import Generator
+from evaluation.examples import Item, Manner, digest_of, examples, ways
+from evaluation.scoring import Line, Scorer, scorer
+from evaluation.task import Task
+
+COUNTED = ('cut', 'nan', 'empty', 'endless', 'failed')
+# What is said of each, where it is not 0.
+SAID = {
+  'cut': 'prompts were cut on the left to fit the context',
+  'nan': 'questions have scores that are no finite numbers: a choice counts as wrong, a text not',
+  'empty': 'answers, or texts, are empty',
+  'endless': 'answers ended at max_new_tokens',
+  'failed': 'answers ended where the scores were not finite',
+}
+SECONDS = 20.0  # between lines of progress where nobody looks at a terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What is said of a model by one task with k examples.
+
+  Attributes:
+    task: its name. settings: all that decides the lines, JSON-able. n: questions.
+    prompts: digest of all questions. chance: the score of who knows nothing.
+    metrics: {name: its value, low, high, n, method, lower_is_better}, the first first.
+    by: {value of Task.by: {the first metric's name: the same}}.
+    counts: of COUNTED.
+  """
+
+  task: str
+  settings: dict
+  n: int
+  prompts: str
+  chance: float
+  metrics: dict[str, dict]
+  by: dict[str, dict]
+  counts: dict[str, int]
+
+  @property
+  def shots(self) -> int:
+    return self.settings['shots']
+
+  @property
+  def name(self) -> str:
+    return f'{self.task}-{self.shots}'
+
+
+class TaskFiles:
+  """Where one task with k examples is written.
+
+  Raises ValueError where other settings were there before, by what differs.
+  """
+
+  def __init__(self, output: pathlib.Path, name: str, settings: Mapping[str, Any]):
+    self.lines_file, self.file = output / f'{name}.jsonl', output / f'{name}.json'
+    self.settings = json.loads(json.dumps(settings))
+    self._kept = files.json_object(self.file.read_bytes(), self.file) if self.file.exists() else {}
+    was = self._kept.get('settings', self.settings)
+    lines = differences(was, self.settings)
+    if lines:
+      raise ValueError(
+        f'{self.file} is of another evaluation ({"; ".join(lines)}); give another --output, or '
+        'remove it'
+      )
+
+  @property
+  def summary(self) -> Summary | None:
+    """What was made of all lines; None where they are not all there."""
+    return Summary(**self._kept) if 'metrics' in self._kept else None
+
+  def begin(self, asked: Sequence[Item], block: int) -> list[Line]:
+    """The lines that are there, in whole blocks. Raises ValueError where they are of other
+    questions.
+    """
+    if not self._kept:
+      self.lines_file.unlink(missing_ok=True)
+      files.replace(self.file, json.dumps({'settings': self.settings}, indent=1) + '\n')
+    content = self.lines_file.read_bytes() if self.lines_file.exists() else b''
+    ends = content.split(b'\n')[:-1]  # a last line that was cut short is none
+    kept = ends if len(ends) == len(asked) else ends[: len(ends) // block * block]
+    lines = [files.json_object(line, f'{self.lines_file}:{i}') for i, line in enumerate(kept, 1)]
+    for line, each in zip(lines, asked):
+      if line.get('digest') != each.digest:
+        raise ValueError(
+          f'{self.lines_file}: line {line.get("i")} is of another question than {each.place}: the '
+          'data was changed since; give another --output'
+        )
+    if len(lines) > len(asked):
+      raise ValueError(f'{self.lines_file} has more lines than questions; give another --output')
+    length = sum(len(line) + 1 for line in kept)
+    if length < len(content):
+      os.truncate(self.lines_file, length)
+    return lines
+
+  def add(self, lines: Sequence[Line]) -> None:
+    """Writes lines behind those that are there."""
+    with open(self.lines_file, 'a') as file:
+      file.write(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
+      file.flush()
+      os.fsync(file.fileno())
+
+  def end(self, summary: Summary) -> None:
+    files.replace(self.file, json.dumps(dataclasses.asdict(summary), indent=1) + '\n')
+
+
+def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:
+  """In which fields two settings differ, and how."""
+  lines = []
+  for name in dict.fromkeys([*was, *now]):
+    a, b = was.get(name), now.get(name)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += differences(a, b, f'{path}{name}.')
+    elif a != b:
+      lines.append(f'{path}{name} was {a!r:.80} and is {b!r:.80}')
+  return lines
+
+
+def evaluate(
+  model: Generator,
+  tasks: Mapping[str, Task],
+  shots: Sequence[int],
+  manner: Manner,
+  run: Mapping[str, Any],
+  output: pathlib.Path,
+  log: Callable[[str], Any] = print,
+) -> tuple[list[Summary], dict[str, str]]:
+  """(summaries, {name of a task that failed: why}), which are written into a directory.
+
+  tasks: by name. shots: how many examples stand before each question; several. run: what is
+    evaluated, JSON-able.
+  A task that raises is named and the others go on. Raises ValueError, before anything is scored,
+  where the directory has another evaluation of one of them.
+  """
+  failed: dict[str, str] = {}
+  asked: list[tuple[str, Task, TaskFiles]] = []
+  for name, task in tasks.items():
+    try:
+      fit, left_out = ways(task, shots)
+    except ValueError as error:
+      failed[name] = str(error)
+      continue
+    if left_out:
+      log(f'NOTE: {name} shows no examples; --shots={",".join(map(str, left_out))} is left out')
+    for k in fit:
+      settings = {'shots': k, 'task': task.values(), **_of_manner(manner), 'run': dict(run)}
+      asked.append((name, task, TaskFiles(output, f'{name}-{k}', settings)))
+
+  summaries = []
+  for name, task, place in asked:
+    if name in failed:
+      continue
+    try:
+      summaries.append(_one(model, name, task, manner, place, log))
+    except (Exception, MemoryError) as error:
+      said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+      failed[name] = said.split('\n')[0]
+      log(f'ERROR: task {name}: {failed[name]}')
+  return summaries, failed
+
+
+def _of_manner(manner: Manner) -> dict:
+  """What of it decides the lines: where the data lies does not."""
+  values = dataclasses.asdict(manner)
+  del values['data']
+  return values
+
+
+def _one(model, name: str, task: Task, manner: Manner, place: TaskFiles, log) -> Summary:
+  if place.summary is not None:
+    log(f'{place.summary.name}: is there already')
+    return place.summary
+  k = place.settings['shots']
+  asked = examples(task, k, manner)
+  scored = scorer(model, task, manner, asked)
+  lines = place.begin(asked, scored.block)
+  if lines:
+    log(f'{name}-{k}: {len(lines)} of {len(asked)} are there already')
+  progress = ProgressLine(f'{name}, {k} shots', len(asked), len(lines), log)
+  if len(lines) < len(asked):
+    for more in scored.lines(len(lines)):
+      place.add(more)
+      lines += more
+      progress.at(len(lines))
+  progress.end()
+  summary = summarised(name, place.settings, scored, lines)
+  place.end(summary)
+  return summary
+
+
+def summarised(name: str, settings: dict, scored: Scorer, lines: Sequence[Line]) -> Summary:
+  """What lines of all questions say together."""
+  task, seed = scored.task, scored.manner.seed
+  metrics = {}
+  for measure in scored.measures:
+    statistics = [line['stats'][measure.name] for line in lines if line['stats'] is not None]
+    if not statistics:
+      raise ValueError(f'none of {len(lines)} texts has a finite score; the model is broken')
+    estimate = measure.estimate(np.array(statistics, np.float64), seed)
+    more = {'lower_is_better': measure.lower_is_better}
+    signature = measure.signature()
+    metrics[measure.name] = (
+      estimate.values() | more | ({'signature': signature} if signature else {})
+    )
+  by: dict[str, dict] = {}
+  if task.by:
+    first = scored.measures[0]
+    groups: dict[str, list] = {}
+    for line, each in zip(lines, scored.asked):
+      if line['stats'] is not None:
+        groups.setdefault(str(each.row.get(task.by)), []).append(line['stats'][first.name])
+    for value, statistics in sorted(groups.items()):
+      by[value] = {
+        first.name: finite(first.estimate(np.array(statistics, np.float64), seed).values())
+      }
+  counts = {what: sum(line.get(what, 0) for line in lines) for what in COUNTED}
+  chance = scored.chance
+  return Summary(name, settings, len(lines), digest_of(scored.asked), chance, metrics, by, counts)
+
+
+def shown(metric: Mapping[str, Any]) -> str:
+  """A metric of a summary with its interval."""
+  few = ' (few)' if metric['small'] else ''
+  value, low, high = (_digits(metric[name]) for name in ('value', 'low', 'high'))
+  return f'{value} [{low}, {high}]{few}'
+
+
+def _digits(value: float | None) -> str:
+  if value is None:
+    return 'no number'
+  return f'{value:.3f}' if abs(value) < 10 else f'{value:,.2f}'
+
+
+def finite(values: Any) -> Any:
+  """As JSON has it: None for what is no number."""
+  if isinstance(values, Mapping):
+    return {name: finite(value) for name, value in values.items()}
+  if isinstance(values, list | tuple):
+    return [finite(value) for value in values]
+  return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def read_lines(path: pathlib.Path) -> Iterator[Line]:
+  """Of a file that is complete."""
+  with open(path, 'rb') as file:
+    for number, line in enumerate(file, 1):
+      yield files.json_object(line, f'{path}:{number}')
+
+
+class ProgressLine:
+  """Says how far it is, and how long the rest will take: on a terminal in one line, elsewhere now
+  and then.
+  """
+
+  def __init__(self, what: str, total: int, done: int, log: Callable[[str], Any]):
+    self._what, self._total, self._first, self._log = what, total, done, log
+    self._began = self._said = time.monotonic()
+    self._terminal = sys.stdout.isatty()
+
+  def at(self, done: int) -> None:
+    """So many are done."""
+    now = time.monotonic()
+    if now - self._said < (0.2 if self._terminal else SECONDS) or done == self._total:
+      return
+    self._said = now
+    rate = (done - self._first) / max(now - self._began, 1e-9)
+    left = (self._total - done) / rate if rate else 0
+    text = (
+      f'{self._what}: {done} of {self._total}, {done / self._total:.0%}, {rate:.3g} a second, '
+      f'{duration(left)} left'
+    )
+    if self._terminal:
+      print(f'\r\033[K{text}', end='', flush=True)
+    else:
+      self._log(text)
+
+  def end(self) -> None:
+    if self._terminal:
+      print('\r\033[K', end='', flush=True)
+    self._log(f'{self._what}: {self._total} in {duration(time.monotonic() - self._began)}')
+
+
+def duration(seconds: float) -> str:
+  """As people say it."""
+  if seconds < 100:
+    return f'{seconds:.0f} s'
+  minutes = round(seconds / 60)
+  return f'{minutes} min' if minutes < 100 else f'{minutes // 60} h {minutes % 60} min'

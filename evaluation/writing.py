@@ -1,0 +1,132 @@
+"""What does a model write behind prompts, however many there are? Rows of one engine, which prompts
+join as others end; of an encoder-decoder batches of the generator.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from data import generation
+from decode.bulk import Written, complete, samples
+from decode.engine import Engine, Request, Sizes
+from decode.generator import Generator
+from decode.loaded import bucket
+from decode.request import FAILED, LENGTH, STOPPED
+from decode.sampling import make_sampling, seed_of
+from decode.text import TextStream
+from evaluation.task import Generate
+from model.weights import adapters
+from parallel import axes as ax
+
+ROWS = 16  # that are written side by side, at most
+HELD = 2**15  # tokens that these hold together, at most, but for a row that is longer
+READ = 256  # tokens of a prompt that are read at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """A text. finish: 'stop', 'length', or 'failed' where the model's scores were not finite."""
+
+  text: str
+  finish: str
+
+
+def answers(
+  model: Generator, prompts: Sequence[Sequence[int]], kind: Generate, seed: int, first: int = 0
+) -> Iterator[list[Reply]]:
+  """Of each prompt from the first one on, in order, so many as the kind asks for. What is written
+  depends on a prompt, its number, and all prompts' longest; of an encoder-decoder on which are in
+  a batch with it, too: begin at a multiple of ROWS.
+  """
+  if model.model.config.encoder_layers or _stages(model):
+    yield from _in_batches(model, prompts, kind, seed, first)
+    return
+  longest = max(map(len, prompts)) + kind.max_new_tokens
+  yield from _continuous(model, prompts, kind, seed, first, longest)
+
+
+def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Reply]]:
+  front, parts = model.plain, model.parts
+  soft, ends = len(front.begins), generation.ends(model.tokenizer)
+  capacity = min(front.positions or longest + soft, bucket(longest + soft))
+  rows = max(1, min(ROWS, HELD // capacity) // parts) * parts
+  sizes = Sizes(
+    rows=rows,
+    capacity=capacity,
+    read_rows=max(1, rows // 4 // parts) * parts,
+    read_tokens=min(READ, capacity),
+    bias=0,
+    ends=max(1, len(ends)),
+    adapters=adapters(model.model),
+  )
+  engine = Engine(
+    model.model.config,
+    model.mesh,
+    sizes,
+    vocabulary=model.vocabulary,
+    pad=model.tokenizer.pad,
+    virtual=len(front.soft),
+  )
+  texts: dict[int, _Text] = {}
+
+  def requests() -> Iterator[Request]:
+    for i in range(first, len(prompts)):
+      sampling = make_sampling(1, temperature=kind.temperature, seed=seed_of(seed, i))
+      request = Request(front.row(prompts[i]), kind.max_new_tokens, sampling, ends)
+      yield from samples(request, kind.samples)
+
+  def over(index: int, written: Written) -> bool:
+    text = texts.setdefault(index, _Text(model, kind.stops))
+    return text.stopped_by(written.ids)
+
+  ended: dict[int, Reply] = {}
+  due = 0  # the first sample of the next prompt
+  for index, written in complete(engine, model.model, requests(), over):
+    ended[index] = texts.pop(index).answer(written)
+    while all(due + j in ended for j in range(kind.samples)):
+      yield [ended.pop(due + j) for j in range(kind.samples)]
+      due += kind.samples
+
+
+class _Text:
+  """An answer while it grows."""
+
+  def __init__(self, model: Generator, stops: Sequence[str]):
+    self._stream = TextStream(model.tokenizer, stops)
+    self._pieces: list[str] = []
+    self._seen = 0
+
+  def stopped_by(self, ids: Sequence[int]) -> bool:
+    """Whether a stop has come, with these ids, of which the first ones were there before."""
+    self._pieces.append(self._stream.add(ids[self._seen :]))
+    self._seen = len(ids)
+    return self._stream.stopped is not None
+
+  def answer(self, written: Written) -> Reply:
+    """What has come of it."""
+    text = ''.join([*self._pieces, self._stream.end()])
+    stopped = self._stream.stopped is not None or written.ended
+    if written.broken and not stopped:
+      return Reply(text, FAILED)
+    return Reply(text, STOPPED if stopped else LENGTH)
+
+
+def _in_batches(model: Generator, prompts, kind, seed, first) -> Iterator[list[Reply]]:
+  options = {
+    'max_new_tokens': kind.max_new_tokens,
+    'temperature': kind.temperature,
+    'num_samples': kind.samples,
+    'stop': kind.stops,
+    'seed': seed_of(seed, first),
+  }
+  size = max(1, ROWS // kind.samples)
+  for batch in model.in_batches(prompts[first:], size, **options):
+    for begin in range(0, len(batch), kind.samples):
+      rows = batch[begin : begin + kind.samples]
+      yield [Reply(row.text, row.finish) for row in rows]
+
+
+def _stages(model: Generator) -> bool:
+  with jax.set_mesh(model.mesh):
+    return ax.size('layers') > 1

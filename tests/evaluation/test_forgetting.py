@@ -1,0 +1,168 @@
+"""Is what a model has lost told, by its own definitions, and only of the same questions?"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from decode.generator import Generator
+from evaluation import compare, page, running
+from evaluation.examples import Manner
+from evaluation.forgetting import KEPT, LOST, UNSURE, Change, advice, change, mean_retention
+from evaluation.measures import measures, named
+from evaluation.task import Perplexity, Task
+from tests.evaluation.test_label_scores import generator
+from tests.evaluation.test_tasks import CHOICE, ROWS, WRITE
+
+SHARE = named('accuracy', {})
+BITS = named('bits per byte', {})
+
+
+def rates(right: int, n: int = 200) -> list[list[float]]:
+  return [[float(i < right), 1.0] for i in range(n)]
+
+
+def changed(before: int, after: int, chance: float = 0.25) -> Change:
+  return change('t', SHARE, rates(before), rates(after), chance)
+
+
+def test_retention_is_what_its_definition_says():
+  made = changed(150, 120)
+  assert made.retention.value == pytest.approx(120 / 150)
+  assert made.corrected.value == pytest.approx((0.6 - 0.25) / (0.75 - 0.25))
+  assert made.difference.value == pytest.approx(-0.15) and made.p == pytest.approx(2**-29)
+  assert made.corrected.low < 0.7 < made.corrected.high
+  # Lower is better: nats and bytes of each text, twice as many afterwards.
+  nats = [[float(i % 7 + 1), 1.0, 1.0, 1.0] for i in range(200)]
+  double = [[2 * n, *rest] for n, *rest in nats]
+  made = change('t', BITS, nats, double)
+  assert made.retention.value == pytest.approx(0.5) and made.corrected is None
+  assert not made.better and made.verdict == LOST
+
+
+def test_who_is_unchanged_has_kept_exactly_everything():
+  rng = np.random.default_rng(0)
+  for right in (60, 110, 200):
+    some = rng.permutation(rates(right)).tolist()
+    made = change('t', SHARE, some, some, 0.25)
+    assert made.p == 1 and made.difference.values()['value'] == 0
+    for each in (made.retention, made.corrected):
+      assert each is None or (each.value, each.low, each.high) == (1, 1, 1)
+  assert made.verdict == KEPT and mean_retention([made]) == 1 and not advice([made])
+
+
+def test_verdicts_are_by_the_worse_of_the_retentions():
+  assert changed(180, 178).verdict == KEPT
+  assert changed(180, 100).verdict == LOST
+  # 88% of the score is kept, and 78% of what is above chance.
+  made = changed(110, 97)
+  assert made.retention.value > 0.8 > made.corrected.value and made.verdict == LOST
+  # 20 of 40 instead of 22, but others: 8 are lost and 6 won.
+  sides = [1] * 22 + [0] * 18, [1] * 14 + [0] * 8 + [1] * 6 + [0] * 12
+  made = change('t', SHARE, *([[float(x), 1.0] for x in side] for side in sides))
+  assert made.retention.value >= 0.8 > made.retention.low and made.verdict == UNSURE
+  assert advice([made])[0].startswith('t: not shown above 80%: retention 90.9% [')
+
+
+def test_at_chance_there_is_nothing_to_keep():
+  made = changed(55, 40)
+  assert made.corrected is None and made.retention is not None
+  made = change('t', SHARE, rates(0), rates(5), 0.25)
+  assert made.corrected is None and made.retention is None and made.verdict == ''
+
+
+def test_what_has_no_score_is_left_out_and_counted():
+  made = change('t', SHARE, [None, *rates(3, 5)], [*rates(3, 5), None])
+  assert made.left_out == 2 and made.difference.n == 4
+  with pytest.raises(ValueError, match='no question has a score on both sides'):
+    change('t', SHARE, [None], [[1.0, 1.0]])
+
+
+# The command, on two models.
+
+
+def rows():
+  return iter(ROWS)
+
+
+FORETELL = Task(Perplexity(), rows, prompt='{{ q }} {{ options }}')
+TASKS = {'choose': CHOICE, 'foretell': FORETELL}
+
+
+@pytest.fixture(scope='module')
+def evaluations(tmp_path_factory):
+  """Directories of two models, and one of the first with other examples."""
+  directory = tmp_path_factory.mktemp('compared')
+  first = generator('llama')
+  other = jax.tree.map(lambda x: x * 0.5, first.model)
+  models = {'a': first, 'b': Generator(other, first.tokenizer, first.mesh)}
+  for name, model in models.items():
+    (directory / name).mkdir()
+    _, failed = running.evaluate(
+      model, TASKS, [0], Manner(), {'workdir': name}, directory / name, [].append
+    )
+    assert not failed
+    page.write(directory / name, {'workdir': name}, {})
+  (directory / 'c').mkdir()
+  asked = {'choose': dataclasses.replace(CHOICE, prompt='{{ q }}')}
+  running.evaluate(first, asked, [0], Manner(), {'workdir': 'c'}, directory / 'c', [].append)
+  return directory
+
+
+def test_two_evaluations_are_compared_question_by_question(evaluations, capsys):
+  a, b = (str(evaluations / name) for name in 'ab')
+  compare.main([a, b, '--target=choose'])
+  said = capsys.readouterr().out
+  assert 'foretell-0' in said and 'mean retention of 1 task:' in said and 'target choose-0' in said
+  values = json.loads((evaluations / 'b' / compare.VALUES).read_text())
+  by_name = {(each['task'], each['metric']): each for each in values['after'][b]}
+  lines = [
+    [json.loads(line) for line in open(evaluations / name / 'foretell-0.jsonl')] for name in 'ab'
+  ]
+  nats = [sum(line['nats'] for line in of) for of in lines]
+  bits = by_name['foretell-0', 'bits per byte']
+  assert bits['retention']['value'] == pytest.approx(nats[0] / nats[1])
+  assert {metric for _, metric in by_name} >= {'accuracy (sum)', 'accuracy (per character)'}
+  assert (evaluations / 'b' / compare.PICTURE).read_bytes()[:4] == b'\x89PNG'
+  assert 'p (Holm)' in (evaluations / 'b' / compare.PAGE).read_text()
+
+
+def test_a_model_compared_with_itself_is_exactly_the_same(evaluations, tmp_path, capsys):
+  a = str(evaluations / 'a')
+  compare.main([a, a, f'--output={tmp_path}'])
+  said = capsys.readouterr().out
+  assert 'mean retention of 2 tasks: 100.0%' in said and 'WARNING' not in said
+  for each in json.loads((tmp_path / compare.VALUES).read_text())['after'][a]:
+    assert each['difference']['value'] == each['difference']['low'] == 0
+    assert each['retention'] is None or each['retention']['low'] == 1
+
+
+@pytest.mark.parametrize(
+  'arguments, said',
+  [
+    (['a', 'c'], "choose-0 was asked otherwise: task.prompt was 'Q: {{ q }}?"),
+    (['a', 'nowhere'], 'nowhere has no evaluation'),
+    (['a', 'b', '--target=chooses'], '--target=chooses is none of the tasks'),
+  ],
+  ids=range(3),
+)
+def test_what_cannot_be_compared_is_said(evaluations, monkeypatch, arguments, said):
+  monkeypatch.chdir(evaluations)
+  with pytest.raises(SystemExit) as error:
+    compare.main(arguments)
+  assert said in str(error.value)
+
+
+def test_measures_are_known_again_by_their_names():
+  for task in (*TASKS.values(), WRITE):
+    for measure in measures(task):
+      again = named(measure.name, task.values())
+      assert (again.name, again.lower_is_better, again.rate) == (
+        measure.name,
+        measure.lower_is_better,
+        measure.rate,
+      )
+  with pytest.raises(ValueError, match='how it adds up is not known'):
+    named('my own', {'metrics': ['chrf']})
