@@ -49,11 +49,11 @@ def flags() -> str:
   parts = []
   for command in COMMANDS:
     parts += [f'## {command}', _table(('flag', 'type', 'default', ''), _flags(command))]
-  for name in ('', 'import', 'export', 'inspect', 'seal'):
-    said = _run('convert.py', *filter(None, [name]), '--help')
-    parts += [f'## convert.py {name}'.rstrip(), f'```text\n{said.strip()}\n```']
-  said = _run('evaluate.py', 'rate', '--help')
-  parts += ['## evaluate.py rate', f'```text\n{said.strip()}\n```']
+  others = [('evaluate.py', 'compare'), ('evaluate.py', 'rate')]
+  others += [('convert.py', name) for name in ('', 'import', 'export', 'inspect', 'seal')]
+  for command, name in others:
+    said = _run(command, *filter(None, [name]), '--help')
+    parts += [f'## {command} {name}'.rstrip(), f'```text\n{said.strip()}\n```']
   return '\n\n'.join(parts)
 
 

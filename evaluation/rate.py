@@ -39,7 +39,7 @@ TOKEN = 8  # characters of a token, at least
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message, not a traceback."""
-  options = _parser().parse_args(arguments)
+  options = parser().parse_args(arguments)
   with commands.mendable(ImportError):
     if options.report or options.export:
       _report(options)
@@ -47,13 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
       serve(_study(options), options)
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+  """What the command takes."""
+  made = argparse.ArgumentParser(
     prog='python evaluate.py rate',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
+  add = made.add_argument
   add('places', nargs='*', metavar='A B', help='results, or files of JSON lines')
   add('--mode', default='', help=f'{PAIRS} (default of two places) or {SCALES}')
   add('--criteria', default=','.join(CRITERIA), help='of scales, by commas')
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
   add('--report', action='store_true', help='say what was rated, and serve nothing')
   add('--export', default='', metavar='FILE.csv', help='write all ratings, and serve nothing')
   add('--json', default='', metavar='FILE', help='write what the report says')
-  return parser
+  return made
 
 
 def _study(options) -> Study:

@@ -28,6 +28,11 @@ module = importlib.import_module(sys.argv[1])
 from absl import flags
 from training import overrides
 def read(line):
+  subcommands = getattr(module, 'SUBCOMMANDS', {})
+  if line and line[0] in subcommands:
+    own = importlib.import_module(subcommands[line[0]].rpartition('.')[0])
+    own.parser().parse_args(line[1:])
+    return
   if any('..' in part or re.search('(^|=)[A-Z][A-Z:_]*$|config.init', part) for part in line):
     for part in line:
       name = part.lstrip('-').partition('=')[0]
@@ -42,7 +47,7 @@ for line in json.loads(sys.argv[2]):
   if not (child := os.fork()):
     try:
       read(line)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       print(line, error, flush=True)
     os._exit(0)
   os.waitpid(child, 0)
@@ -94,13 +99,7 @@ def commands() -> dict[str, list[list[str]]]:
 def python_commands() -> list[tuple[str, list[str]]]:
   """(file or module, its arguments) of every `python ...`."""
   every = [words[1:] for lines in commands().values() for words in lines if words[0] == 'python']
-  named = [(w[1], w[2:]) if w[0] == '-m' else (w[0], w[1:]) for w in every]
-  return [
-    (f'evaluation.{words[0]}', words[1:])
-    if file == 'evaluate.py' and words and re.fullmatch('[a-z]+', words[0])
-    else (file, words)
-    for file, words in named
-  ]
+  return [(w[1], w[2:]) if w[0] == '-m' else (w[0], w[1:]) for w in every]
 
 
 def problems(*command: str) -> str:
