@@ -81,7 +81,11 @@ OUTPUT = flags.DEFINE_string(
 )
 
 # What is not of one run: by what a command line begins with, and who takes what comes behind it.
-SUBCOMMANDS = {'compare': 'evaluation.compare.main', 'rate': 'evaluation.rate.main'}
+SUBCOMMANDS = {
+  'bias': 'evaluation.bias.main',
+  'compare': 'evaluation.compare.main',
+  'rate': 'evaluation.rate.main',
+}
 TASK = 'classify'  # the beginning of every file's name
 # Objectives that name a template: of models that are asked by it, and of those with a head.
 PROMPTED, HEADED = ('classify', 'classify_seq2seq'), 'classify_head'

@@ -40,7 +40,7 @@ EXPORTED = ('rater', 'key', 'system', 'criterion', 'value', 'left', 'at', 'promp
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class RatedItem:
   """A prompt, and the answer of each system."""
 
   key: str
@@ -108,7 +108,9 @@ def read_answers(place: str | os.PathLike) -> dict[str, tuple[str, str]]:
   return found
 
 
-def items_of(sides: Sequence[Mapping[str, tuple[str, str]]]) -> tuple[list[Item], dict[str, int]]:
+def items_of(
+  sides: Sequence[Mapping[str, tuple[str, str]]],
+) -> tuple[list[RatedItem], dict[str, int]]:
   """(What all sides answer, how many questions were left out and why).
 
   Raises ValueError where sides have different prompts by one key, or nothing in common.
@@ -127,7 +129,7 @@ def items_of(sides: Sequence[Mapping[str, tuple[str, str]]]) -> tuple[list[Item]
     if len(sides) > 1 and len(set(answers)) == 1:
       equal += 1
       continue
-    items.append(Item(key, first[key][0], answers))
+    items.append(RatedItem(key, first[key][0], answers))
   if not items:
     reason = f'{equal} answers are the same on both sides' if equal else 'no question is on all'
     raise ValueError(f'there is nothing to rate: {reason}; give other results')
@@ -158,7 +160,7 @@ class Study:
     self,
     path: str | os.PathLike,
     systems: Sequence[str],
-    items: Sequence[Item],
+    items: Sequence[RatedItem],
     mode: str,
     criteria: Sequence[str],
     seed: int,
@@ -227,7 +229,9 @@ class Study:
     self.criteria: list[str] = settings['criteria']
     self.seed: int = settings['seed']
     rows = self._db.execute('SELECT key, prompt, answers FROM item ORDER BY number')
-    self.items = [Item(key, prompt, tuple(json.loads(answers))) for key, prompt, answers in rows]
+    self.items = [
+      RatedItem(key, prompt, tuple(json.loads(answers))) for key, prompt, answers in rows
+    ]
     sides = [-1] if self.mode == PAIRS else range(len(self.systems))
     self._units = [Unit(i, system) for i in range(len(self.items)) for system in sides]
 

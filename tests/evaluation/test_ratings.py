@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from evaluation import rate
-from evaluation.ratings import PAIRS, SCALES, Item, Study, Unit, items_of, read_answers
+from evaluation.ratings import PAIRS, SCALES, RatedItem, Study, Unit, items_of, read_answers
 from evaluation.strengths import FIRST, SECOND, TIE
 from tests.evaluation import browser
 
@@ -26,7 +26,9 @@ pytest.importorskip('starlette', reason='starlette serves the page')
 from evaluation import rating_page
 
 ROOT = pathlib.Path(__file__).parents[2]
-ITEMS = [Item(f'k{i}', f'question {i}', (f'from one {i}', f'from other {i}')) for i in range(40)]
+ITEMS = [
+  RatedItem(f'k{i}', f'question {i}', (f'from one {i}', f'from other {i}')) for i in range(40)
+]
 SCRIPT = '<b>x</b><script>document.title="run"</script><img src=x onerror="document.title=\'run\'">'
 
 
@@ -164,7 +166,7 @@ def test_who_may_not_call_is_answered_so(tmp_path):
 
 def test_what_is_sent_can_run_nothing(tmp_path):
   """Headers that forbid it are on all answers, and the script has no way to make markup of text."""
-  of = study(tmp_path, items=[Item('k', SCRIPT, (SCRIPT, 'b'))])
+  of = study(tmp_path, items=[RatedItem('k', SCRIPT, (SCRIPT, 'b'))])
   app = page(of)
   for path, kind, method in (
     ('/', 'text/html', 'GET'),
@@ -378,7 +380,7 @@ def test_a_report_of_scales(tmp_path, capsys):
 
 
 def test_ratings_are_exported(tmp_path, capsys):
-  items = [Item('k', '=1+1', ('a,"b"\nc', '-2')), *ITEMS[:2]]
+  items = [RatedItem('k', '=1+1', ('a,"b"\nc', '-2')), *ITEMS[:2]]
   of = study(tmp_path, items=items)
   of.save('ann', Unit(0), {'preference': TIE})
   of.save('ann', Unit(1), {'preference': SECOND})
@@ -417,7 +419,7 @@ def test_a_browser_shows_text_and_is_used_by_keys(tmp_path):
   """Of a model that writes scripts; by a person who never touches the mouse."""
   if not browser.executable():
     pytest.skip('no chromium is installed')
-  items = [Item(f'k{i}', f'question {i}', (SCRIPT, f'b {i}\n{SCRIPT}')) for i in range(4)]
+  items = [RatedItem(f'k{i}', f'question {i}', (SCRIPT, f'b {i}\n{SCRIPT}')) for i in range(4)]
   write(tmp_path, items)
   server = Server(tmp_path)
   try:
