@@ -85,6 +85,7 @@ SUBCOMMANDS = {
   'bias': 'evaluation.bias.main',
   'compare': 'evaluation.compare.main',
   'rate': 'evaluation.rate.main',
+  'safety': 'evaluation.safety.main',
 }
 TASK = 'classify'  # the beginning of every file's name
 # Objectives that name a template: of models that are asked by it, and of those with a head.

@@ -18,11 +18,11 @@ import numpy as np
 
 import commands
 import files
-from evaluation import page, task as tasks
+import names
 from evaluation.bias_rows import GROUPS, KINDS, PAIRS, UNKNOWN
 from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference, holm, mcnemar
-from evaluation.running import read_lines
+from evaluation.placed import results
 
 SHOWN = 2  # sentences of either side of a category
 FILE = 'bias.json'
@@ -186,29 +186,11 @@ def _mean(values: np.ndarray, seed: int, resamples: int) -> Estimate:
 REPORTS = {PAIRS: preferences, GROUPS: gaps_of_groups, UNKNOWN: unknowns}
 
 
-def answers_of(
-  lines: Sequence[Mapping], rows: Mapping[str, Sequence[Mapping]], name: str
-) -> list[Answered]:
-  """Lines of results with their rows, by their places; a place that is of several rows has as many
-  lines, in the same order.
-
-  Raises ValueError for a line without its row.
-  """
-  answered, waiting = [], {place: iter(of) for place, of in rows.items()}
-  for line in lines:
-    row = next(waiting.get(line['place'], iter(())), None)
-    if row is None or row.get('bias') not in KINDS or 'logprobs' not in line:
-      raise ValueError(
-        f'{name}: {line["place"]} is no row of bias, of which the task made a question; give the '
-        '--data that it was evaluated with'
-      )
-    said = line['said']
-    answered.append(
-      Answered(
-        dict(row), tuple(line['choices']), tuple(line['logprobs']), said, said == line['truth']
-      )
-    )
-  return answered
+def answered_of(line: Mapping, row: Mapping) -> Answered:
+  """Of a line of a MultipleChoice's results and its row."""
+  said = line['said']
+  logprobs, right = tuple(line['logprobs']), said == line['truth']
+  return Answered(dict(row), tuple(line['choices']), logprobs, said, right)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -229,25 +211,13 @@ def main(arguments: Sequence[str]) -> None:
   """The command."""
   options = parser().parse_args(arguments)
   with commands.mendable(ImportError):
-    known = dict(map(tasks.read, filter(None, options.tasks.split(','))))
     place, said = pathlib.Path(options.results), {}
-    for summary in page.read(place):
-      if summary.task not in known and summary.task not in tasks.known():
-        continue
-      task = known.get(summary.task) or tasks.read(summary.task)[1]
-      rows: dict[str, list] = {}
-      try:
-        for at, row in tasks.rows_of(task, task.data, options.data):
-          rows.setdefault(at, []).append(row)
-      except FileNotFoundError as error:
-        print(f'NOTE: {summary.name} is left out: {error}')
-        continue
-      kinds = {row.get('bias') for of in rows.values() for row in of}
-      if len(kinds) != 1 or not kinds <= {*KINDS}:
-        continue
-      lines = [*read_lines(place / f'{summary.name}.jsonl')]
-      answered = answers_of(lines, rows, summary.name)
-      said[summary.name] = show(summary.name, summary.prompts, kinds.pop(), answered, options.seed)
+    own = [*filter(None, options.tasks.split(','))]
+    for summary, told in results(place, options.data, own, 'bias'):
+      kinds = {row['bias'] for _, row in told}
+      kind = names.check(f'bias of rows of {summary.task}', kinds.pop(), KINDS)
+      answered = [answered_of(*pair) for pair in told if pair[1]['bias'] == kind]
+      said[summary.name] = show(summary.name, summary.prompts, kind, answered, options.seed)
     if not said:
       raise ValueError(f'{place} has no results of tasks of bias; evaluate --tasks=crows_pairs, ..')
     files.replace(place / FILE, json.dumps(said, indent=1, ensure_ascii=False) + '\n')

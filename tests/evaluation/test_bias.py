@@ -2,9 +2,7 @@
 its definitions?
 """
 
-import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
@@ -183,9 +181,3 @@ def test_results_of_a_model_become_a_report(tmp_path, capsys, monkeypatch):
   assert 'they are a | they are x' in text and 'p (Holm)' in text
   with pytest.raises(SystemExit, match='no results of tasks of bias'):
     bias.main([str(tmp_path), f'--data={tmp_path}'])
-
-
-def test_findings_are_json():
-  [first, _] = preferences([pair('a', 1.0)] * 3)
-  assert json.loads(json.dumps(first.values()))['p'] == pytest.approx(0.25)
-  assert not math.isnan(dataclasses.replace(first, p=0.5).p)
