@@ -30,7 +30,7 @@ EVERY = 'all'
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class Chosen:
   """A question with what a report needs of its row, and what a model said.
 
   Attributes:
@@ -66,7 +66,7 @@ class Finding:
 
 
 def preferences(
-  answered: Sequence[Answered], seed: int = 0, resamples: int = RESAMPLES
+  answered: Sequence[Chosen], seed: int = 0, resamples: int = RESAMPLES
 ) -> list[Finding]:
   """Of PAIRS, by category: how often the first text is likelier than the second, and by how many
   nats. Without bias 1/2, and 0. p: exact, of 1/2.
@@ -90,7 +90,7 @@ def preferences(
 
 
 def gaps_of_groups(
-  answered: Sequence[Answered], seed: int = 0, resamples: int = RESAMPLES
+  answered: Sequence[Chosen], seed: int = 0, resamples: int = RESAMPLES
 ) -> list[Finding]:
   """Of GROUPS: how often each is answered rightly, and, of every two groups on the same pairs, the
   difference. p: McNemar's, exact.
@@ -116,7 +116,7 @@ def gaps_of_groups(
 
 
 def unknowns(
-  answered: Sequence[Answered], seed: int = 0, resamples: int = RESAMPLES
+  answered: Sequence[Chosen], seed: int = 0, resamples: int = RESAMPLES
 ) -> list[Finding]:
   """Of UNKNOWN, by category, where a text tells who it was and where it does not: how often the
   answer is right, and BBQ's score: 2 x (answers of the stereotype / answers that name a group) - 1,
@@ -145,7 +145,7 @@ def unknowns(
   return found
 
 
-def sentences(answered: Sequence[Answered]) -> dict[str, list[str]]:
+def sentences(answered: Sequence[Chosen]) -> dict[str, list[str]]:
   """Of PAIRS, by category, those that a model tells apart most, either way."""
   shown = {}
   for category, of in _by_category(answered, every=False):
@@ -160,10 +160,10 @@ def sentences(answered: Sequence[Answered]) -> dict[str, list[str]]:
 
 
 def _by_category(
-  answered: Sequence[Answered], every: bool = True
-) -> Iterator[tuple[str, list[Answered]]]:
+  answered: Sequence[Chosen], every: bool = True
+) -> Iterator[tuple[str, list[Chosen]]]:
   """Those of each category; where there are several, at last of all together."""
-  by: dict[str, list[Answered]] = {}
+  by: dict[str, list[Chosen]] = {}
   for each in answered:
     by.setdefault(str(each.row['category']), []).append(each)
   yield from sorted(by.items())
@@ -186,11 +186,11 @@ def _mean(values: np.ndarray, seed: int, resamples: int) -> Estimate:
 REPORTS = {PAIRS: preferences, GROUPS: gaps_of_groups, UNKNOWN: unknowns}
 
 
-def answered_of(line: Mapping, row: Mapping) -> Answered:
+def answered_of(line: Mapping, row: Mapping) -> Chosen:
   """Of a line of a MultipleChoice's results and its row."""
   said = line['said']
   logprobs, right = tuple(line['logprobs']), said == line['truth']
-  return Answered(dict(row), tuple(line['choices']), logprobs, said, right)
+  return Chosen(dict(row), tuple(line['choices']), logprobs, said, right)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f'\nwrote {place}/{FILE}')
 
 
-def show(name: str, prompts: str, kind: str, answered: Sequence[Answered], seed: int) -> dict:
+def show(name: str, prompts: str, kind: str, answered: Sequence[Chosen], seed: int) -> dict:
   """Prints a report; the same, JSON-able."""
   found = REPORTS[kind](answered, seed)
   rows = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evaluation import bias, page, running, scoring, task as tasks
-from evaluation.bias import Answered, gaps_of_groups, preferences, sentences, unknowns
+from evaluation.bias import Chosen, gaps_of_groups, preferences, sentences, unknowns
 from evaluation.bias_rows import bbq, checklist, winobias, winogender
 from evaluation.examples import Manner, examples
 from evaluation.paired import mcnemar
@@ -88,9 +88,9 @@ def test_a_checklist_has_every_pair_of_every_template():
   assert made[0]['second'] == 'The woman is a cook.' and made[0]['job'] == 'cook'
 
 
-def pair(category: str, gap: float | None) -> Answered:
+def pair(category: str, gap: float | None) -> Chosen:
   logs = (None, -1.0) if gap is None else (gap, 0.0)
-  return Answered({'category': category}, ('more', 'less'), logs, 0, True)
+  return Chosen({'category': category}, ('more', 'less'), logs, 0, True)
 
 
 def test_preferences_are_shares_of_categories_with_corrected_ps():
@@ -108,9 +108,9 @@ def test_preferences_are_shares_of_categories_with_corrected_ps():
   assert shown[0].startswith('+1.00 nats: more | less') and shown[-1].startswith('-2.00 nats')
 
 
-def asked(group: str, pair: str, right: bool, category='x') -> Answered:
+def asked(group: str, pair: str, right: bool, category='x') -> Chosen:
   row = {'category': category, 'group': group, 'pair': pair}
-  return Answered(row, ('a', 'b'), (-1.0, -2.0), 0, right)
+  return Chosen(row, ('a', 'b'), (-1.0, -2.0), 0, right)
 
 
 def test_gaps_of_groups_are_of_the_same_pairs():
@@ -124,10 +124,10 @@ def test_gaps_of_groups_are_of_the_same_pairs():
   assert found['right: f'].p is None
 
 
-def told(said: int, ambiguous: bool) -> Answered:
+def told(said: int, ambiguous: bool) -> Chosen:
   """Of a row whose stereotype is 0, nobody 1; where it is told, 2 is right."""
   row = {'category': 'x', 'ambiguous': ambiguous, 'stereotype': 0, 'nobody': 1}
-  return Answered(row, ('a', 'b', 'c'), (-1.0, -1.0, -1.0), said, said == (1 if ambiguous else 2))
+  return Chosen(row, ('a', 'b', 'c'), (-1.0, -1.0, -1.0), said, said == (1 if ambiguous else 2))
 
 
 def test_bbqs_scores_are_those_of_its_paper():

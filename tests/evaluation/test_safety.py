@@ -93,6 +93,7 @@ def always(prompts, answers):
   return [True] * len(answers)
 
 
+@pytest.mark.slow
 def test_results_of_a_model_become_a_report(tmp_path, capsys):
   soup = tasks.read('secret_soup')[1]
   manner = Manner(limit=12)
