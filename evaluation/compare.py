@@ -67,8 +67,9 @@ def compared(before: Mapping[str, Summary], place: str, after: str, seed: int = 
   """
   others = {summary.name: summary for summary in _read(after)}
   shared = [name for name in before if name in others]
-  for name in sorted(before.keys() ^ others.keys()):
-    print(f'NOTE: {name} is in {place if name in before else after} only')
+  for of, names in ((place, before.keys() - others), (after, others.keys() - before.keys())):
+    if names:
+      print(f'NOTE: in {of} only: {", ".join(sorted(names))}')
   if not shared:
     raise ValueError(f'{place} and {after} have no task in common; evaluate both with the same')
   changes = []

@@ -3,6 +3,7 @@ its functions are for.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 
 from data import clean
@@ -18,13 +19,15 @@ LINES = (4, 24)  # of a function, without its docstring
 DESCRIPTION = 20  # characters of a docstring's first line, at least
 
 
-def held_out() -> Iterator[str]:
+@functools.cache
+def held_out() -> tuple[str, ...]:
   """Modules that training holds out, in a fixed order."""
-  config = CleanConfig(filters='code', near_duplicates=0)
+  config, texts = CleanConfig(filters='code', near_duplicates=0), []
   for text in documents(SourceConfig(), Problems()):
     cleaned = clean.clean(text, config)
     if not cleaned.dropped and int.from_bytes(cleaned.digest[:8], 'little') < SHARE * 2**64:
-      yield cleaned.text
+      texts.append(cleaned.text)
+  return tuple(texts)
 
 
 def modules() -> Iterator[Row]:

@@ -32,6 +32,7 @@ SAID = {
   'endless': 'answers ended at max_new_tokens',
   'failed': 'answers ended where the scores were not finite',
 }
+SETTLED = 16  # questions after which it is said how long the others take
 SECONDS = 20.0  # between lines of progress where nobody looks at a terminal
 
 
@@ -282,12 +283,13 @@ class ProgressLine:
     if now - self._said < (0.2 if self._terminal else SECONDS) or done == self._total:
       return
     self._said = now
-    rate = (done - self._first) / max(now - self._began, 1e-9)
-    left = (self._total - done) / rate if rate else 0
-    text = (
-      f'{self._what}: {done} of {self._total}, {done / self._total:.0%}, {rate:.3g} a second, '
-      f'{duration(left)} left'
-    )
+    text = f'{self._what}: {done} of {self._total}, {done / self._total:.0%}'
+    here = done - self._first
+    # The first ones waited for programs to be compiled, and for those that are beside them.
+    if here >= min(SETTLED, self._total / 5):
+      rate = here / max(now - self._began, 1e-9)
+      left = duration((self._total - done) / rate)
+      text += f', {rate:.3g} a second, {left} left'
     if self._terminal:
       print(f'\r\033[K{text}', end='', flush=True)
     else:

@@ -119,7 +119,10 @@ def test_a_score_is_of_its_pair_alone(name):
 
 @pytest.mark.parametrize(
   'name, sizes',
-  [('bert', {'data': 2, 'context': 2, 'tensor': 2}), ('t5', {'fsdp': 2, 'tensor': 2})],
+  [
+    ('bert', {'data': 2, 'context': 2, 'tensor': 2}),
+    pytest.param('t5', {'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
+  ],
 )
 def test_meshes_give_the_same_scores(name, sizes):
   made = BertScore(generator(name, **sizes), BertSettings(1))(SAID, TRUE)
