@@ -255,7 +255,10 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
   tasks, failed = {}, {}
   for name in dict.fromkeys(TASKS.value):
     try:
-      tasks.update([task.read(name)])
+      own, read = task.read(name)
+      if own in tasks:
+        raise ValueError(f'two tasks are called {own!r}; rename the file of one')
+      tasks[own] = read
     except ValueError as error:
       failed[name] = str(error)
       print(f'ERROR: task {name}: {error}')
@@ -290,10 +293,10 @@ def run() -> None:
     raise ValueError('give the directory of a run by --workdir')
   remedy = 'wait until it ends, end it, or give another --output'
   output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
-  output.mkdir(parents=True, exist_ok=True)
   if TASKS.value:
     cache = pathlib.Path(config_of(WORKDIR.value).data.cache_dir) / 'xla'
     hosts.cache_compilations(cache)
+    output.mkdir(parents=True, exist_ok=True)
     with files.locked(output / 'lock', str(output), remedy):
       evaluate_tasks(ways, output)
     return
@@ -302,6 +305,7 @@ def run() -> None:
   config = overrides.from_flag(CONFIG.value)
   check_objective(config, ways)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
+  output.mkdir(parents=True, exist_ok=True)
   with files.locked(output / 'lock', str(output), remedy):
     if config.objective.kind == REWARDS:
       evaluate_rewards(config, output)

@@ -73,13 +73,13 @@ def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
   """
   shows = isinstance(task.kind, Classification | Generate) or bool(task.prompt)
   shows = shows and not isinstance(task.kind, Perplexity)
-  fit = [k for k in shots if shows or not k]
+  fit = [k for k in dict.fromkeys(shots) if shows or not k]
   if not fit:
     raise ValueError(
       f'--shots={",".join(map(str, shots))}: a {type(task.kind).__name__} without a question shows '
       'no examples; use --shots=0'
     )
-  return fit, [k for k in shots if k not in fit]
+  return fit, [k for k in dict.fromkeys(shots) if k not in fit]
 
 
 def examples(task: Task, k: int, manner: Manner) -> list[Item]:

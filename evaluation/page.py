@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import files
-from evaluation.running import SAID, Summary, read_lines, shown
+from evaluation.running import SAID, Summary, read_lines, settings_in, shown
 from evaluation.scoring import Line
 
 PAGE, PICTURE, VALUES = 'evaluation.md', 'evaluation.png', 'evaluation.json'
@@ -34,13 +34,7 @@ def write(output: pathlib.Path, run: Mapping, failed: Mapping[str, str]) -> list
 
 def read(output: pathlib.Path) -> list[Summary]:
   """All that are complete, by task and number of examples."""
-  found = []
-  for path in output.glob('*-*.json'):
-    if not re.fullmatch(r'.+-\d+', path.stem):
-      continue
-    content = files.json_object(path.read_bytes(), path)
-    if {'task', 'metrics', 'prompts'} <= content.keys() and isinstance(content['metrics'], dict):
-      found.append(Summary(**content))
+  found = [Summary(**content) for _, content in settings_in(output) if 'metrics' in content]
   return sorted(found, key=lambda summary: (summary.task, summary.shots))
 
 

@@ -10,13 +10,16 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+import commands
 import files
 from decode.generator import Generator
 from evaluation.examples import Item, Manner, digest_of, examples, ways
@@ -115,13 +118,33 @@ class TaskFiles:
 
   def add(self, lines: Sequence[Line]) -> None:
     """Writes lines behind those that are there."""
-    with open(self.lines_file, 'a') as file:
+    with open(self.lines_file, 'a', encoding='utf-8') as file:
       file.write(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
       file.flush()
       os.fsync(file.fileno())
 
   def end(self, summary: Summary) -> None:
     files.replace(self.file, json.dumps(dataclasses.asdict(summary), indent=1) + '\n')
+
+
+def settings_in(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
+  """(file, what it holds) of all tasks of a directory that were begun."""
+  for path in sorted(output.glob('*-*.json')):
+    if re.fullmatch(r'.+-\d+', path.stem):
+      content = files.json_object(path.read_bytes(), path)
+      if isinstance(content.get('settings'), dict):
+        yield path, content
+
+
+def _check_alone(output: pathlib.Path, common: Mapping[str, Any]) -> None:
+  """Raises ValueError where tasks of a directory were asked otherwise, or of another model."""
+  now = json.loads(json.dumps(common))
+  for path, content in settings_in(output):
+    was = {name: value for name, value in content['settings'].items() if name in now}
+    if lines := differences(was, now):
+      raise ValueError(
+        f'{path} is of another evaluation ({"; ".join(lines)}); give another --output, or remove it'
+      )
 
 
 def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:
@@ -152,6 +175,8 @@ def evaluate(
   A task that raises is named and the others go on. Raises ValueError, before anything is scored,
   where the directory has another evaluation of one of them.
   """
+  common = {**_of_manner(manner), 'run': dict(run)}
+  _check_alone(output, common)
   failed: dict[str, str] = {}
   asked: list[tuple[str, Task, TaskFiles]] = []
   for name, task in tasks.items():
@@ -163,7 +188,7 @@ def evaluate(
     if left_out:
       log(f'NOTE: {name} shows no examples; --shots={",".join(map(str, left_out))} is left out')
     for k in fit:
-      settings = {'shots': k, 'task': task.values(), **_of_manner(manner), 'run': dict(run)}
+      settings = {'shots': k, 'task': task.values(), **common}
       asked.append((name, task, TaskFiles(output, f'{name}-{k}', settings)))
 
   summaries = []
@@ -172,11 +197,19 @@ def evaluate(
       continue
     try:
       summaries.append(_one(model, name, task, manner, place, log))
-    except (Exception, MemoryError) as error:
-      said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
-      failed[name] = said.split('\n')[0]
+    except Exception as error:  # the file of a task can fail in any way that a program can
+      failed[name] = _why(error)
       log(f'ERROR: task {name}: {failed[name]}')
   return summaries, failed
+
+
+def _why(error: Exception) -> str:
+  """What an error says, in a line; of one that is no check's, where it was raised, too."""
+  if isinstance(error, ValueError | OSError | ImportError):
+    return commands.said(error).split('\n')[0]
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  said = str(error).split('\n')[0]
+  return f'{frame.filename}:{frame.lineno}: {type(error).__name__}: {said}'
 
 
 def _of_manner(manner: Manner) -> dict:
