@@ -80,7 +80,7 @@ def by_hand(name: str, said: str, true: str, layer: int, weight) -> list[float]:
   'name, layer',
   [
     ('bert', 1),
-    ('t5', 1),
+    pytest.param('t5', 1, marks=pytest.mark.slow),
     pytest.param('bert', 2, marks=pytest.mark.slow),
     pytest.param('llama', 1, marks=pytest.mark.slow),
   ],
@@ -109,7 +109,7 @@ def test_weights_are_those_of_rare_tokens():
   np.testing.assert_allclose(made[1], by_hand('bert', SAID[1], TRUE[1][0], 1, weight), atol=2e-5)
 
 
-@pytest.mark.parametrize('name', ['bert', 't5'])
+@pytest.mark.parametrize('name', ['bert', pytest.param('t5', marks=pytest.mark.slow)])
 def test_a_score_is_of_its_pair_alone(name):
   scorer = BertScore(generator(name), BertSettings(1))
   alone = np.concatenate([scorer([said], [true]) for said, true in zip(SAID, TRUE)])
