@@ -34,8 +34,8 @@ def written(directory, name, rows, kind):
 
 
 def opened(draw):
-  """Brackets that are open, two to four of them."""
-  return ''.join(draw.choices('([{', k=draw.randint(2, 4)))
+  """Brackets that are open, two to six of them."""
+  return ''.join(draw.choices('([{', k=draw.randint(2, 6)))
 
 
 def closed(draw, text):
