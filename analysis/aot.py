@@ -133,7 +133,9 @@ def _tpus(name: str, kind: str, shape: str, slices: int) -> dict:
   return asked
 
 
-def _abstract(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str):
+def _abstract(
+  config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str, whole: bool = False
+):
   """What generation holds as shapes and shardings, the matrices in the compute dtype;
   and a maker of arrays split along the rows.
 
@@ -147,7 +149,9 @@ def _abstract(config: ModelConfig, mesh: Mesh, rows: int, context: int, weights:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of(shape))
 
   with jax.set_mesh(mesh):
-    model = params.abstract(lambda: generating_model(transformer.init(config, 0), weights), mesh)
+    model = params.abstract(
+      lambda: generating_model(transformer.init(config, 0), weights, whole), mesh
+    )
     cache = params.abstract(lambda: init_cache(model.config, rows, context), mesh)
   return {'parameters': model, 'cache': cache}, row
 
@@ -173,14 +177,21 @@ def prefill(
 
 
 def decode(
-  config: ModelConfig, mesh: Mesh, rows: int, context: int, weights: str = '', steps: int = CHUNK
+  config: ModelConfig,
+  mesh: Mesh,
+  rows: int,
+  context: int,
+  weights: str = '',
+  steps: int = CHUNK,
+  whole: bool = False,
 ) -> tuple[jax.stages.Lowered, dict]:
   """The program that generates `steps` tokens of each of `rows` rows
   with a cache of `context` tokens, and what it holds.
 
+  whole: whether matrices that fsdp splits are gathered beforehand (decode.generating).
   Raises ValueError as prefill does.
   """
-  arrays, row = _abstract(config, mesh, rows, context, weights)
+  arrays, row = _abstract(config, mesh, rows, context, weights, whole)
   with jax.set_mesh(mesh):
     history = History(
       row(jnp.int32, rows, config.table_rows), row(jnp.bool_, rows, config.table_rows)

@@ -9,6 +9,7 @@ from analysis import aot
 from decode.generating import generating
 from decode.options import CHUNK
 from model import flops as counts
+from objectives.own_text import WHOLE
 from parallel import axes
 from training import program, state as states
 from training.config import Config
@@ -84,7 +85,7 @@ def _rollout(config, mesh):
   rows = objective.rollout_rows or data.batch_size * objective.minibatches
   _check(config, mesh, rows, f'objective.rollout_rows (or a rollout)={rows}')
   model = generating(config.resolve(config.model.vocabulary).model)
-  made = _decode(model, mesh, rows, data.sequence_length, '')
+  made = _decode(model, mesh, rows, data.sequence_length, '', objective.rollout_weights == WHOLE)
   beside = _training(config, program.abstract_state(config, mesh))
   return dataclasses.replace(
     made,
@@ -96,8 +97,8 @@ def _rollout(config, mesh):
   )
 
 
-def _decode(model, mesh, rows, context, weights):
-  lowered = aot.decode(model, mesh, rows, context, weights)
+def _decode(model, mesh, rows, context, weights, whole=False):
+  lowered = aot.decode(model, mesh, rows, context, weights, whole=whole)
   return Lowered(*lowered, rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context))
 
 

@@ -9,7 +9,7 @@ import jax
 from kernels.blocks import Blocks
 from model import params, rearranged, transformer
 from model.config import ModelConfig
-from model.weights import int8
+from model.weights import gathered, int8, joined
 from parallel import axes as ax
 
 
@@ -30,12 +30,19 @@ def generating(config: ModelConfig) -> ModelConfig:
   )
 
 
-def generating_model(model: transformer.Decoder, weights: str = '') -> transformer.Decoder:
+def generating_model(
+  model: transformer.Decoder, weights: str = '', whole: bool = False
+) -> transformer.Decoder:
   """The model as generation holds it: every layer by itself, but over pipeline stages,
   and in the compute dtype or in bytes.
+
+  whole: matrices that `fsdp` splits are gathered here, instead of at every token; tables and
+    experts stay as they are.
   """
   model = in_compute_dtype(model if ax.size('layers') > 1 else rearranged.unstacked(model))
-  return int8.in_bytes(model) if weights else model
+  model = int8.in_bytes(model) if weights else model
+  dtype = model.config.execution.dtype
+  return joined(model, gathered(model, dtype), reduce=False) if whole else model
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
@@ -47,7 +54,7 @@ def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
     if p.kind == 'vector':
       return p
     # Of all arrays that store it: a table may have soft rows behind its own.
-    dtype = model.config.execution.dtype
     return p.replace(jax.tree.map(lambda x: x.astype(dtype), p.get_value()))
 
+  dtype = model.config.execution.dtype
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

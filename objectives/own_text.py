@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+import names
 from data import prompts
 from kernels import context
 from model.logprobs import logprobs
 from objectives.laws import final, laid_out, law
 from objectives.objective import MAIN, Objective, or_one
 from objectives.rollout import POLICY, HeldOut, RolloutBatch, Rollouts
+
+SPLIT, WHOLE = 'split', 'whole'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,9 @@ class OfOwnText(Objective):
       a rollout is cut into; a step learns from one.
     rollout_rows: answers that are written side by side, each with a cache of
       data.sequence_length; 0: all of a rollout.
+    rollout_weights: what writes: 'split' over the mesh as the model is trained, so that what
+      mesh.fsdp splits is gathered at every token; or 'whole' along fsdp for as long as a rollout
+      takes, where memory has room for that.
   """
 
   template: str = ''
@@ -39,6 +45,7 @@ class OfOwnText(Objective):
   epochs: int = 1
   minibatches: int = 1
   rollout_rows: int = 0
+  rollout_weights: str = SPLIT
 
   # Without annotations: facts of a kind, no settings; some kinds have them as such.
   of_records = True
@@ -54,6 +61,7 @@ class OfOwnText(Objective):
   def __post_init__(self):
     super().__post_init__()
     self._check_least(max_new_tokens=1, epochs=1, minibatches=1, rollout_rows=0)
+    names.check('objective.rollout_weights', self.rollout_weights, (SPLIT, WHOLE))
     if not 0 < self.temperature < math.inf:
       raise ValueError(f'objective.temperature={self.temperature} must be above 0, and finite')
 

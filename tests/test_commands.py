@@ -411,11 +411,8 @@ def test_two_kills_of_an_adapter_change_nothing(runs, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'flags',
-  [(), pytest.param(('--config.train.offload_optimizer=disk',), marks=pytest.mark.long)],
-  ids=str,
-)
+@pytest.mark.long
+@pytest.mark.parametrize('flags', [(), ('--config.train.offload_optimizer=disk',)], ids=str)
 def test_twelve_kills_change_nothing(runs, tmp_path, flags):
   steps, draw = 200, random.Random(2)
   whole = tmp_path / 'whole'

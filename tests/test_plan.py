@@ -30,6 +30,7 @@ from model.config import ModelConfig
 from model.execution import ExecutionConfig
 from objectives.denoise import MaskedLM, SpanCorruption
 from objectives.next_token import NextToken
+from objectives.policy import GRPO
 from objectives.ppo import PPO
 from parallel import hosts
 from parallel.mesh import MeshConfig, make_mesh
@@ -539,6 +540,25 @@ def test_a_rollout_is_planned_beside_what_learns_from_it():
   assert parts.parts['parameters'] == 1000 and sum(parts.parts.values()) == parts.peak
   with pytest.raises(ValueError, match="learn from what they write, and .*'next_token' does not"):
     modes.lower(SMALL, mesh, 'rollout', 0, 0, '')
+
+
+@pytest.mark.slow
+def test_whole_weights_are_not_gathered_at_a_token():
+  """They are as large as on one device, tables apart; what is still gathered is of the tables."""
+  mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+  gathers, sizes = {}, {}
+  for weights in ('split', 'whole'):
+    objective = GRPO(max_new_tokens=8, reward=('none',), rollout_weights=weights)
+    config = dataclasses.replace(SMALL, objective=objective, mesh=MeshConfig(fsdp=4))
+    made = modes.lower(config, mesh, 'rollout', 0, 0, '')
+    gathers[weights] = len(re.findall(r'= \S+ all-gather\(', made.lowered.compile().as_text()))
+    leaves = jax.tree.leaves(
+      made.arrays['weights that write'], is_leaf=lambda x: hasattr(x, 'kind')
+    )
+    matrices = [p.get_value() for p in leaves if getattr(p, 'kind', '') == 'matrix']
+    sizes[weights] = sum(map(memory.shard_bytes, matrices))
+  assert sizes['whole'] == 4 * sizes['split']
+  assert gathers['whole'] < gathers['split'] / 4
 
 
 def test_only_decoders_are_planned_to_generate(monkeypatch):

@@ -20,6 +20,7 @@ from decode.generating import generating, generating_model
 from model import params
 from objectives.actor import Actor
 from objectives.judges import FileJudge, Judges, ModelJudge, is_file
+from objectives.own_text import WHOLE
 from objectives.rollout import Question, RolloutBatch
 from parallel import axes, hosts
 from parallel.gathering import everywhere
@@ -115,7 +116,7 @@ def _writing(config: Config, mesh):
   """(models of the state -> weights of the policy, its adapter on it, as generation takes them; the
   config that these have).
   """
-  main = config.objective.main
+  main, whole = config.objective.main, config.objective.rollout_weights == WHOLE
   writing = dataclasses.replace(config, model=generating(config.model))
   with jax.set_mesh(mesh):
     base = params.abstract(lambda: states.new_model(writing, main), mesh)
@@ -126,7 +127,7 @@ def _writing(config: Config, mesh):
   def make(models):
     own = {name: models[name] for name in (main, states.ADAPTER) if name in models}
     own[main] = jax.tree.unflatten(structure, jax.tree.leaves(own[main]))
-    return generating_model(states.applied(writing, own)[main])
+    return generating_model(states.applied(writing, own)[main], whole=whole)
 
   return make, written_by
 

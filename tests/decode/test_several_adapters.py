@@ -27,6 +27,7 @@ from model.weights.bank import Bank
 from model.weights.int8 import Int8
 from model.weights.plain import Plain
 from parallel.mesh import MeshConfig, make_mesh
+from tests.thinned import rest_long
 
 LORA = AdapterConfig(kind='lora', rank=3, alpha=6.0)
 CONFIGS = {
@@ -365,7 +366,7 @@ def check_merged(generator, models, atol=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', rest_long(FAMILIES, {1, 2, 4, 5, 6}))
 def test_every_family_takes_several(family):
   models = models_of(family)
   check_merged(models.together(), models)
@@ -375,7 +376,7 @@ def test_every_family_takes_several(family):
 @pytest.mark.parametrize(
   ['family', 'sizes'],
   [
-    ('llama', dict(data=2, tensor=4)),
+    pytest.param('llama', dict(data=2, tensor=4), marks=pytest.mark.long),
     ('llama', dict(fsdp=4, tensor=2)),
     ('latent', dict(data=2, fsdp=2, tensor=2)),
     ('llama', dict(data=2, context=4)),

@@ -3,6 +3,7 @@ Three dispatches, a loop in numpy, many devices.
 """
 
 import functools
+import itertools
 import math
 import re
 
@@ -21,6 +22,7 @@ from model.moe import MoE, moved, route
 from model.params import abstract, named_leaves
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
+from tests.thinned import rest_long
 
 D, F = 8, 12
 CASES = {
@@ -407,8 +409,9 @@ def on_mesh(mesh, config, x, segments):
     ), layer
 
 
-def slow(*values):
-  return pytest.param(*values, marks=pytest.mark.slow)
+def slow(*values, rest=False):
+  """rest: of a product, of which other cases meet every value; for `make test-all`."""
+  return pytest.param(*values, marks=[pytest.mark.slow, *([pytest.mark.long] if rest else [])])
 
 
 # With a factor of 0.3 the exchange between experts' devices takes several rounds.
@@ -433,12 +436,14 @@ PARTS = [
     slow('biased', 'dropless', SPLIT[0], 0.3),
     ('deepseek v3', 'capacity', SPLIT[0], 100.0),
     *(
-      slow(case, dispatch, sizes, 100.0)
-      for sizes in MESHES
-      for case, dispatch in (
-        ('gpt-oss', 'dropless'),
-        ('deepseek v3', 'capacity'),
-        ('mixtral', 'dense'),
+      slow(case, dispatch, sizes, 100.0, rest=i % 3 != j)
+      for i, sizes in enumerate(MESHES)
+      for j, (case, dispatch) in enumerate(
+        (
+          ('gpt-oss', 'dropless'),
+          ('deepseek v3', 'capacity'),
+          ('mixtral', 'dense'),
+        )
       )
     ),
     *(
@@ -446,13 +451,15 @@ PARTS = [
       for dispatch, factor in (('dropless', 0.3), ('dense', 1.0))
     ),
     *(
-      slow(case, dispatch, sizes, factor)
-      for sizes in PARTS
-      for case, dispatch, factor in (
-        ('biased', 'dropless', 0.3),
-        ('biased', 'dropless', 100.0),
-        ('deepseek v3', 'capacity', 100.0),
-        ('biased', 'dense', 1.0),
+      slow(case, dispatch, sizes, factor, rest=i % 2 != j % 2)
+      for i, sizes in enumerate(PARTS)
+      for j, (case, dispatch, factor) in enumerate(
+        (
+          ('biased', 'dropless', 0.3),
+          ('biased', 'dropless', 100.0),
+          ('deepseek v3', 'capacity', 100.0),
+          ('biased', 'dense', 1.0),
+        )
       )
     ),
   ],
@@ -613,8 +620,10 @@ def test_bfloat16_experts_under_an_f32_router(dispatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('dispatch', DISPATCHES)
+@pytest.mark.parametrize(
+  'dispatch, dtype',
+  rest_long(itertools.product(DISPATCHES, ['bfloat16', 'float16']), {0, 3, 4}),
+)
 def test_half_precision_on_split_experts(dispatch, dtype):
   config = make_config('biased', dispatch, execution=ExecutionConfig(dtype=dtype))
   x, segments = inputs()

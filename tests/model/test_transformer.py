@@ -220,7 +220,7 @@ def test_layers_report_and_are_balanced_in_their_order(one_device):
   np.testing.assert_array_equal(
     load, [[12 * (expert == layer) for expert in range(14)] for layer in sparse]
   )
-  moved = jax.jit(router.balanced)(model, load, 1.0)
+  moved = jax.jit(router.balanced, static_argnums=2)(model, load, 1.0)
   for block, (kind, layers) in zip(moved.stack.blocks, config.places, strict=True):
     for row, layer in zip(block.feed_forward.selection_bias[...] if kind.moe else (), layers):
       assert row.tolist() == [9.0 if expert == layer else 1.0 for expert in range(14)]

@@ -259,11 +259,8 @@ def test_the_loss_is_the_terms_and_their_weights(one_device):
   batch = jax.tree.map(jnp.asarray, pairs()[0])
   models = Run(toy()).state.models
   loss = jax.jit(lambda models: Toy().loss(models, Toy().prepare(models, batch)))(models)
-  assert [float(weight) for _, weight in loss.values()] == [
-    3,
-    (batch.weights > 0).sum(),
-    CONSTANT,
-  ]
+  weights = {name: float(weight) for name, (_, weight) in loss.items()}
+  assert weights == {'pairs': 3, 'tokens': (batch.weights > 0).sum(), 'constant': CONSTANT}
   value = jax.jit(lambda p, r: by_hand(p, r, pairs()[0]))(models['policy'], models['reference'])
   np.testing.assert_allclose(
     sum(total / weight for total, weight in loss.values()), value, rtol=1e-5

@@ -4,6 +4,7 @@ said to be?
 
 import dataclasses
 import functools
+import itertools
 import tempfile
 
 import jax
@@ -17,6 +18,7 @@ from model.config import MoEConfig
 from model.execution import ExecutionConfig
 from model.params import named_leaves
 from parallel.mesh import make_mesh
+from tests.thinned import rest_long
 from tests.training.test_zero_training import batch, setting
 from training import spill
 from training.config import TrainConfig
@@ -139,7 +141,7 @@ def test_in_the_hosts_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'where',
-  [HOST, {'offload_parameters': True}, {'offload_optimizer': 'host'}],
+  rest_long([HOST, {'offload_parameters': True}, {'offload_optimizer': 'host'}], {0}),
   ids=['both', 'parameters', 'optimizer'],
 )
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
@@ -149,24 +151,29 @@ def test_every_optimizer_in_the_hosts_memory(optimizer, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'setting_',
-  [
-    {'model': {'execution': ExecutionConfig(remat='dots')}},
-    {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}},
-    {'mesh': {'data': 2, 'fsdp': 2, 'context': 2}},
-    {
-      'mesh': {'data': 2, 'fsdp': 2, 'expert': 2},
-      'model': {
-        'moe': MoEConfig(
-          experts=4, per_token=2, feed_forward=16, selection_bias=True, bias_rate=0.01
-        )
-      },
-    },
-    {'model': {'execution': ExecutionConfig(remat='full', parameter_dtype='bfloat16')}},
-  ],
+  'where, setting_',
+  rest_long(
+    itertools.product(
+      [HOST, DISK | {'offload_parameters': True}],
+      [
+        {'model': {'execution': ExecutionConfig(remat='dots')}},
+        {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}},
+        {'mesh': {'data': 2, 'fsdp': 2, 'context': 2}},
+        {
+          'mesh': {'data': 2, 'fsdp': 2, 'expert': 2},
+          'model': {
+            'moe': MoEConfig(
+              experts=4, per_token=2, feed_forward=16, selection_bias=True, bias_rate=0.01
+            )
+          },
+        },
+        {'model': {'execution': ExecutionConfig(remat='full', parameter_dtype='bfloat16')}},
+      ],
+    ),
+    {1, 3, 4, 5, 7, 8},
+  ),
   ids=str,
 )
-@pytest.mark.parametrize('where', [HOST, DISK | {'offload_parameters': True}], ids=['host', 'disk'])
 def test_with_everything_else(where, setting_):
   check(where, **setting_)
 

@@ -34,14 +34,14 @@ def written(directory, name, rows, kind):
 
 
 def opened(draw):
-  """Brackets that are open, two to five of them."""
-  return ''.join(draw.choices('([{', k=draw.randint(2, 5)))
+  """Brackets that are open, two to six of them."""
+  return ''.join(draw.choices('([{', k=draw.randint(2, 6)))
 
 
 def closed(draw, text):
-  """By somebody who guesses more often than not."""
+  """By somebody who is right about half of the time, a bracket."""
   right = [PAIRS[bracket] for bracket in reversed(text)]
-  return ''.join(draw.choice(')]}') if draw.random() < 0.6 else bracket for bracket in right)
+  return ''.join(draw.choice(')]}') if draw.random() < 0.8 else bracket for bracket in right)
 
 
 def config(directory, source, name, objective, rate, steps, length=LENGTH, **fields):
@@ -56,7 +56,12 @@ def config(directory, source, name, objective, rate, steps, length=LENGTH, **fie
       'batch_size': 64,
       'cache_dir': str(directory / 'cache'),
     },
-    optimizer={'learning_rate': rate, 'schedule': 'constant', 'warmup_fraction': 0.0},
+    optimizer={
+      'learning_rate': rate,
+      'schedule': 'constant',
+      'warmup_fraction': 0.0,
+      **fields.pop('optimizer', {}),
+    },
     train={
       'steps': steps,
       'save_every': steps,
@@ -89,6 +94,7 @@ def test_brackets_are_closed(tmp_path, seed):
     3e-4,
     180,
     init=str(tmp_path / 'base'),
+    optimizer={'schedule': 'linear'},
     train={'seed': seed, 'eval_every': 60, 'eval_batches': 2},
   )
   run_here(made, tmp_path / 'grpo', quick=False)

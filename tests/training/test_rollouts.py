@@ -257,13 +257,21 @@ def test_too_far_from_what_wrote_it_another_epoch_does_not_begin(place, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'mesh', [{'data': 4, 'fsdp': 2}, {'tensor': 2, 'fsdp': 2}, {'context': 2}], ids=str
+  'mesh, weights',
+  [
+    ({'data': 4, 'fsdp': 2}, 'split'),
+    ({'tensor': 2, 'fsdp': 2}, 'whole'),
+    ({'context': 2}, 'split'),
+  ],
+  ids=str,
 )
-def test_devices_write_the_same(place, tmp_path, mesh):
+def test_devices_write_the_same(place, tmp_path, mesh, weights):
   with Started(config(place, FAMILY), tmp_path) as run:
     run.rollouts.take(run.state)
     alone = run.rollouts._batch
-  with Started(config(place, FAMILY, mesh=mesh), tmp_path, int(np.prod([*mesh.values()]))) as run:
+  objective = dataclasses.replace(FAMILY, rollout_weights=weights)
+  devices = int(np.prod([*mesh.values()]))
+  with Started(config(place, objective, mesh=mesh), tmp_path, devices) as run:
     run.rollouts.take(run.state)
     spread = run.rollouts._batch
   np.testing.assert_array_equal(alone.tokens, spread.tokens)

@@ -26,6 +26,8 @@ from training.program import flops_per_token
 P = 3
 PROMPT = AdapterConfig(kind='prompt', tokens=P)
 PREFIX = dataclasses.replace(PROMPT, kind='prefix')
+# Of a product each value is met by CI, the rest by `make test-all`.
+SLOW = {True: [pytest.mark.slow], False: [pytest.mark.slow, pytest.mark.long]}
 KINDS = pytest.mark.parametrize('adapter', [PROMPT, PREFIX], ids=['prompt', 'prefix'])
 FAMILIES = {
   'llama': {},
@@ -110,10 +112,10 @@ def texts(draw, width, vocabulary=250):
       adapter,
       family,
       id=f'{adapter.kind} {family}',
-      marks=() if (adapter.kind, family) == ('prefix', 'windows') else pytest.mark.slow,
+      marks=[] if (adapter, family) == (PREFIX, 'windows') else SLOW[i % 2 == j],
     )
-    for adapter in (PROMPT, PREFIX)
-    for family in [*FAMILIES, 'latent']
+    for j, adapter in enumerate((PROMPT, PREFIX))
+    for i, family in enumerate([*FAMILIES, 'latent'])
     if (adapter.kind, family) != ('prefix', 'latent')
   ],
 )
@@ -239,15 +241,15 @@ def whole(source):
     pytest.param(PROMPT, 'llama', 1, {}, {'accumulation': 4}, marks=pytest.mark.slow),
     (PROMPT, 'llama', 8, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'accumulation': 2}),
     pytest.param(PREFIX, 'llama', 4, {'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
-    pytest.param(PREFIX, 'llama', 1, {}, {'accumulation': 4}, marks=pytest.mark.slow),
+    pytest.param(PREFIX, 'llama', 1, {}, {'accumulation': 4}, marks=SLOW[False]),
     pytest.param(PREFIX, 'llama', 4, {'stage': 2, 'fsdp': 2}, {}, marks=pytest.mark.slow),
-    pytest.param(PROMPT, 'llama', 4, {'stage': 2, 'fsdp': 2}, {}, marks=pytest.mark.slow),
-    pytest.param(PREFIX, 'llama', 4, {'context': 2, 'data': 2}, {}, marks=pytest.mark.slow),
+    pytest.param(PROMPT, 'llama', 4, {'stage': 2, 'fsdp': 2}, {}, marks=SLOW[False]),
+    pytest.param(PREFIX, 'llama', 4, {'context': 2, 'data': 2}, {}, marks=SLOW[False]),
     pytest.param(PROMPT, 'llama', 4, {'context': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
-    pytest.param(PREFIX, 'llama', 8, {'tensor': 4, 'data': 2}, {}, marks=pytest.mark.slow),
+    pytest.param(PREFIX, 'llama', 8, {'tensor': 4, 'data': 2}, {}, marks=SLOW[False]),
     pytest.param(PROMPT, 'gemma', 4, {'fsdp': 2, 'data': 2, 'zero': 1}, {}, marks=pytest.mark.slow),
     pytest.param(PREFIX, 'llama', 4, {'fsdp': 2, 'data': 2, 'zero': 2}, {}, marks=pytest.mark.slow),
-    pytest.param(PROMPT, 'experts', 4, {'expert': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
+    pytest.param(PROMPT, 'experts', 4, {'expert': 2, 'tensor': 2}, {}, marks=SLOW[False]),
     pytest.param(PREFIX, 'experts', 4, {'expert': 2, 'fsdp': 2}, {}, marks=pytest.mark.slow),
   ],
 )
