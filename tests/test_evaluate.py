@@ -149,7 +149,8 @@ def get_task():
   return KIND
 '''
 OWN = {
-  'write': "Task(Generate(max_new_tokens=40), rows, prompt='{{ text }}', target='x', metrics=('chrf',))",
+  'write': "Task(Generate(max_new_tokens=40), rows, prompt='{{ text }}', target='x', "
+  "metrics=('chrf',))",
   'foretell': "Task(Perplexity(), rows, prompt='{{ text }}')",
   'broken': "Task(Perplexity(), 'texts.jsonl', prompt='{{ text }}')",
 }
