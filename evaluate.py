@@ -306,7 +306,7 @@ def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:
     )
   shots = None if SHOTS.value == SHOTS.default else ways[0]
   given = LIMIT.value, SEED.value, CHAT.value, SYSTEM.value
-  settings = harness.Settings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
+  settings = harness.HarnessSettings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
   step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
   of = {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
   model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)

@@ -67,7 +67,7 @@ def importable() -> Iterator[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class HarnessSettings:
   """What of the harness's is to be run, and how.
 
   Attributes:
@@ -90,7 +90,7 @@ class Settings:
 
 def evaluate(
   model: Generator,
-  settings: Settings,
+  settings: HarnessSettings,
   of: Mapping[str, Any],
   output: pathlib.Path,
   log: Callable[[str], Any] = print,
@@ -126,7 +126,7 @@ def evaluate(
   return _written(results, version, settings, of, output)
 
 
-def adapter(model: Generator, settings: Settings, log: Callable[[str], Any] = print):
+def adapter(model: Generator, settings: HarnessSettings, log: Callable[[str], Any] = print):
   """The model as the harness takes it, an lm_eval.api.model.TemplateLM; within `importable`."""
   from lm_eval.api.model import TemplateLM
 
@@ -218,7 +218,7 @@ def written(
   model: Generator,
   requests: Sequence[tuple[str, Mapping]],
   encode: Callable[[str], list[int]],
-  settings: Settings,
+  settings: HarnessSettings,
   log: Callable[[str], Any],
 ) -> list[str]:
   """Answers to (text, what is said of generation), in their order."""

@@ -9,7 +9,7 @@ import pytest
 from data import tokenizers
 from decode.generator import Generator
 from evaluation import harness
-from evaluation.harness import Settings
+from evaluation.harness import HarnessSettings
 from model import checkpoint
 from parallel.mesh import MeshConfig, make_mesh
 from tests.goldens import ours
@@ -157,7 +157,7 @@ def test_a_decoder_has_the_same_numbers(tmp_path, tasks, kind, bos, chat):
   model = models(tmp_path / 'hf', LLAMA, bos, mesh)
   out = tmp_path / 'out'
   out.mkdir()
-  settings = Settings(tuple(names), str(tasks), chat=chat, system='Say it.' if chat else '')
+  settings = HarnessSettings(tuple(names), str(tasks), chat=chat, system='Say it.' if chat else '')
   rows = harness.evaluate(model, settings, {}, out, print)
   assert len(rows) >= len(names)
   said = json.loads((out / 'lm_eval.json').read_text())
@@ -172,6 +172,6 @@ def test_an_encoder_decoder_has_the_same_numbers(tmp_path, tasks):
   names = ['our_choices', 'our_last', 'our_writes', 'our_choices_shown']
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   model = models(tmp_path / 'hf', T5, 't5', mesh)
-  harness.evaluate(model, Settings(tuple(names), str(tasks)), {}, tmp_path, print)
+  harness.evaluate(model, HarnessSettings(tuple(names), str(tasks)), {}, tmp_path, print)
   said = json.loads((tmp_path / 'lm_eval.json').read_text())
   check(said, theirs(tmp_path / 'hf', names, tasks, backend='seq2seq'))
