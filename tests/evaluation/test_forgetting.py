@@ -10,7 +10,16 @@ import pytest
 from decode.generator import Generator
 from evaluation import compare, page, running
 from evaluation.examples import Manner
-from evaluation.forgetting import KEPT, LOST, UNSURE, Change, advice, change, mean_retention
+from evaluation.forgetting import (
+  AT_CHANCE,
+  KEPT,
+  LOST,
+  UNSURE,
+  Change,
+  advice,
+  change,
+  mean_retention,
+)
 from evaluation.measures import measures, named
 from evaluation.task import Perplexity, Task
 from tests.evaluation.test_label_scores import generator
@@ -68,9 +77,10 @@ def test_verdicts_are_by_the_worse_of_the_retentions():
 
 def test_at_chance_there_is_nothing_to_keep():
   made = changed(55, 40)
-  assert made.corrected is None and made.retention is not None
+  assert made.corrected is None and made.retention is not None and made.verdict == AT_CHANCE
+  assert mean_retention([made, changed(200, 200)]) == 1 and 'nothing to lose' in advice([made])[0]
   made = change('t', SHARE, rates(0), rates(5), 0.25)
-  assert made.corrected is None and made.retention is None and made.verdict == ''
+  assert made.corrected is None and made.retention is None and made.verdict == AT_CHANCE
 
 
 def test_what_has_no_score_is_left_out_and_counted():
