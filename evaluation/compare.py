@@ -120,8 +120,8 @@ def _rows(changes: Sequence[Change]) -> list[list[str]]:
 LEGEND = f"""Differences and retentions are of the same questions on both sides, with the 95%
 interval of a paired bootstrap. p: that a difference as large is luck (McNemar's of rates, else a
 permutation test); Holm: corrected for as many tests as there are. Retention is after / before, and
-before / after where lower is better; above chance, both less the score of guessing. A task at which
-the model was at chance before counts nowhere. Not shown above {LINE:.0%}: the interval reaches below
+before / after where lower is better; above chance, both less the score of guessing. Tasks at which
+the model was at chance before count nowhere. Not shown above {LINE:.0%}: the interval ends below
 it."""
 HEADERS = (
   'task',

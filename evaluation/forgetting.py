@@ -134,8 +134,8 @@ def advice(changes: Sequence[Change]) -> list[str]:
   for each in changes:
     if each.at_chance:
       lines.append(
-        f'{each.task}: {AT_CHANCE}: {each.metric} {each.before:.3f}, guessing gets '
-        f'{each.chance:.3f}; it had nothing to lose'
+        f'{each.task}: {AT_CHANCE}: the interval of {each.metric} {each.before:.3f} reaches down to '
+        f'{each.chance:.3f}; what is left of it says nothing'
       )
       continue
     left = [(name, of) for name, of in _named(each).items() if of is not None and of.low < LINE]

@@ -78,7 +78,7 @@ def test_verdicts_are_by_the_worse_of_the_retentions():
 def test_at_chance_there_is_nothing_to_keep():
   made = changed(55, 40)
   assert made.corrected is None and made.retention is not None and made.verdict == AT_CHANCE
-  assert mean_retention([made, changed(200, 200)]) == 1 and 'nothing to lose' in advice([made])[0]
+  assert mean_retention([made, changed(200, 200)]) == 1 and 'says nothing' in advice([made])[0]
   made = change('t', SHARE, rates(0), rates(5), 0.25)
   assert made.corrected is None and made.retention is None and made.verdict == AT_CHANCE
 
