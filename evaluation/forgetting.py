@@ -134,7 +134,7 @@ def advice(changes: Sequence[Change]) -> list[str]:
   for each in changes:
     if each.at_chance:
       lines.append(
-        f'{each.task}: {AT_CHANCE}: the interval of {each.metric} {each.before:.3f} reaches down to '
+        f'{each.task}: {AT_CHANCE}: the interval of {each.metric} {each.before:.3f} reaches '
         f'{each.chance:.3f}; what is left of it says nothing'
       )
       continue
