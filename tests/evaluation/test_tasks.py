@@ -400,6 +400,7 @@ def test_what_is_no_task_is_said(made, said):
   assert said in str(error.value)
 
 
+@pytest.mark.slow
 def test_ready_tasks_ask_of_real_data(shared_data):
   """Each gives questions with an answer, and shows examples where it can."""
   for name in tasks.known():
