@@ -8,6 +8,7 @@
     --calibration=none,contextual '--config.data.sources[0].path=sentiment.csv'
 
   python evaluate.py --workdir=runs/reward
+  python evaluate.py rate runs/base/evaluation runs/tuned/evaluation
 
 What is asked is in tasks (configs/tasks, --tasks=list; docs/evaluate.md), or, without --tasks, in
 the config (of a run that was tuned to classify, or to give rewards, its own). Every number comes
@@ -80,7 +81,12 @@ OUTPUT = flags.DEFINE_string(
 )
 
 # What is not of one run: by what a command line begins with, and who takes what comes behind it.
-SUBCOMMANDS = {'compare': 'evaluation.compare.main'}
+SUBCOMMANDS = {
+  'bias': 'evaluation.bias.main',
+  'compare': 'evaluation.compare.main',
+  'rate': 'evaluation.rate.main',
+  'safety': 'evaluation.safety.main',
+}
 TASK = 'classify'  # the beginning of every file's name
 # Objectives that name a template: of models that are asked by it, and of those with a head.
 PROMPTED, HEADED = ('classify', 'classify_seq2seq'), 'classify_head'

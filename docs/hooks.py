@@ -49,7 +49,7 @@ def flags() -> str:
   parts = []
   for command in COMMANDS:
     parts += [f'## {command}', _table(('flag', 'type', 'default', ''), _flags(command))]
-  others = [('evaluate.py', 'compare')]
+  others = [('evaluate.py', name) for name in ('compare', 'rate', 'bias', 'safety')]
   others += [('convert.py', name) for name in ('', 'import', 'export', 'inspect', 'seal')]
   for command, name in others:
     said = _run(command, *filter(None, [name]), '--help')

@@ -40,7 +40,7 @@ PARTS = ('precision', 'recall', 'f1')
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class BertSettings:
   """What changes the number, with the model.
 
   Attributes:
@@ -70,7 +70,7 @@ class BertScore:
   Raises ValueError for a layer that the model does not have, and for a baseline without it.
   """
 
-  def __init__(self, model: LoadedModel, settings: Settings = Settings()):
+  def __init__(self, model: LoadedModel, settings: BertSettings = BertSettings()):
     config = model.model.config
     layers = config.encoder_layers or config.L
     if not 0 <= settings.layer <= layers:
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   with commands.mendable():
     answers, references = read(options.answers)
-    settings = Settings(options.layer, options.idf, options.baseline)
+    settings = BertSettings(options.layer, options.idf, options.baseline)
     model = Generator.load(options.workdir, options.checkpoint, mesh_of(options.mesh))
     scorer = BertScore(model, settings)
     made = estimates(scorer(answers, references), options.seed)

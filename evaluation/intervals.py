@@ -78,7 +78,7 @@ def percentiles(drawn: Sequence[float] | np.ndarray, n: int) -> tuple[float, flo
 
   Plain 2.5% tails would be of an interval that is too short: a resample varies by a factor of
   sqrt(1 - 1 / n) less, and as the normal law, where a mean of few follows Student's. Hesterberg's
-  expanded percentiles (arXiv:1411.5279, section 5) make up for both.
+  expanded percentiles (arXiv:1411.5279) make up for both.
   """
   v = max(n - 1, 1)
   # The quantile of Student's law by that of the normal one (Fisher and Cornish).

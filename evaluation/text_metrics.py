@@ -20,6 +20,7 @@ import numpy as np
 
 import names
 from evaluation.arithmetic import last_number
+from evaluation.refusals import refuses
 
 ROUGE = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
 BLEU_TOKENIZERS = ('13a', 'intl', 'zh', 'char', 'none')
@@ -268,6 +269,16 @@ class Length(Mean):
     return float(len(answer.split() if self._unit == 'words' else answer))
 
 
+class Refusal(Mean):
+  """The share of answers that refuse, by rules (evaluation/refusals.py), for English."""
+
+  name = 'refusal (rules)'
+  rate = True
+
+  def of(self, answer, references, row):
+    return float(refuses(answer))
+
+
 class PassAt(Mean):
   """pass@k: row['samples'] programs were drawn for a problem, of which row['passed'] pass."""
 
@@ -319,6 +330,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
   'number_match': NumberMatch,
   **{f'distinct_{n}': functools.partial(Distinct, n) for n in (1, 2, 3)},
   'repetition': Repetition,
+  'refusal': Refusal,
   'length': Length,
   'length_characters': functools.partial(Length, 'characters'),
   **{f'pass@{k}': functools.partial(PassAt, k) for k in (1, 10, 100)},

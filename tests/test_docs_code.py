@@ -22,7 +22,15 @@ from tests.training.conftest import corpus, on, run_here
 __all__ = ['corpus']  # a fixture
 
 ROOT = pathlib.Path(__file__).parents[1]
-QUICK = ('adaptation', 'add-family', 'add-objective', 'add-kernel-feature', 'data')
+QUICK = (
+  'adaptation',
+  'add-family',
+  'add-objective',
+  'add-kernel-feature',
+  'data',
+  'scores',
+  'safety',
+)
 OF_A_RUN = ('first-hour', 'generation', 'metrics')  # in runs/first and runs/tiny
 ELSEWHERE = ('training',)  # a config, which tests/test_docs.py builds
 

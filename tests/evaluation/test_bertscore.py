@@ -12,8 +12,8 @@ import pytest
 
 from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
-from evaluation.bertscore import BertScore, Settings, estimates, read
-from model import transformer
+from evaluation.bertscore import BertScore, BertSettings, estimates, read
+from model import rearranged, transformer
 from parallel.mesh import MeshConfig, make_mesh
 from tests.evaluation.test_label_scores import CONFIGS
 
@@ -38,7 +38,7 @@ def generator(name: str, **sizes: int) -> Generator:
 
 @functools.cache
 def scores(name: str, layer: int = 1, idf: bool = False) -> np.ndarray:
-  return BertScore(generator(name), Settings(layer, idf))(SAID, TRUE)
+  return BertScore(generator(name), BertSettings(layer, idf))(SAID, TRUE)
 
 
 @jax.jit
@@ -51,7 +51,11 @@ def hidden(model, tokens, segments):
 def by_hand(name: str, said: str, true: str, layer: int, weight) -> list[float]:
   """Of one pair, from states of texts that are read alone, token by token."""
   model, tokenizer = generator(name), ByteTokenizer()
-  scorer = BertScore(model, Settings(layer))
+  if name == 't5':
+    cut = BertScore(model, BertSettings(layer))._model
+    assert len(cut.encoder.blocks) == layer
+  else:
+    cut = rearranged.shallow(model.model, layer)
   around = {'t5': (0, 1), 'llama': (1, 0)}.get(name, (1, 1))
 
   def states(text):
@@ -60,7 +64,7 @@ def by_hand(name: str, said: str, true: str, layer: int, weight) -> list[float]:
     tokens = np.array([ids + [tokenizer.pad] * (64 - len(ids))], np.int32)
     real = (np.arange(64)[None] < len(ids)).astype(np.int32)
     with jax.set_mesh(model.mesh):
-      x = hidden(scorer._model, *map(model.put, (tokens, real)))
+      x = hidden(cut, *map(model.put, (tokens, real)))
     return ids, np.asarray(x[0, : len(ids)], np.float64)
 
   (a, x), (b, y) = states(said.strip()), states(true.strip())
@@ -76,7 +80,7 @@ def by_hand(name: str, said: str, true: str, layer: int, weight) -> list[float]:
   'name, layer',
   [
     ('bert', 1),
-    ('t5', 1),
+    pytest.param('t5', 1, marks=pytest.mark.slow),
     pytest.param('bert', 2, marks=pytest.mark.slow),
     pytest.param('llama', 1, marks=pytest.mark.slow),
   ],
@@ -105,9 +109,9 @@ def test_weights_are_those_of_rare_tokens():
   np.testing.assert_allclose(made[1], by_hand('bert', SAID[1], TRUE[1][0], 1, weight), atol=2e-5)
 
 
-@pytest.mark.parametrize('name', ['bert', 't5'])
+@pytest.mark.parametrize('name', ['bert', pytest.param('t5', marks=pytest.mark.slow)])
 def test_a_score_is_of_its_pair_alone(name):
-  scorer = BertScore(generator(name), Settings(1))
+  scorer = BertScore(generator(name), BertSettings(1))
   alone = np.concatenate([scorer([said], [true]) for said, true in zip(SAID, TRUE)])
   np.testing.assert_allclose(alone, scores(name), atol=1e-5)
   np.testing.assert_allclose(scorer(SAID[::-1], TRUE[::-1])[::-1], scores(name), atol=1e-5)
@@ -115,25 +119,28 @@ def test_a_score_is_of_its_pair_alone(name):
 
 @pytest.mark.parametrize(
   'name, sizes',
-  [('bert', {'data': 2, 'context': 2, 'tensor': 2}), ('t5', {'fsdp': 2, 'tensor': 2})],
+  [
+    ('bert', {'data': 2, 'context': 2, 'tensor': 2}),
+    pytest.param('t5', {'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
+  ],
 )
 def test_meshes_give_the_same_scores(name, sizes):
-  made = BertScore(generator(name, **sizes), Settings(1))(SAID, TRUE)
+  made = BertScore(generator(name, **sizes), BertSettings(1))(SAID, TRUE)
   np.testing.assert_allclose(made, scores(name), atol=1e-5)
 
 
 def test_a_baseline_becomes_nothing(tmp_path):
   path = tmp_path / 'table.tsv'
   path.write_text('LAYER,P,R,F\n0,0,0,0\n1,0.2,0.3,0.25\n')
-  scorer = BertScore(generator('bert'), Settings(1, baseline=str(path)))
+  scorer = BertScore(generator('bert'), BertSettings(1, baseline=str(path)))
   expected = (scores('bert') - [0.2, 0.3, 0.25]) / (1 - np.array([0.2, 0.3, 0.25]))
   np.testing.assert_allclose(scorer(SAID, TRUE), expected, atol=1e-5)
   assert scorer.settings.name == 'BERTScore (layer 1, no idf, rescaled by table.tsv)'
   with pytest.raises(ValueError, match='has no line of layer 2; it has 2 layers'):
-    BertScore(generator('bert'), Settings(baseline=str(path)))
+    BertScore(generator('bert'), BertSettings(baseline=str(path)))
   path.write_text('LAYER;P\n1;2\n')
   with pytest.raises(ValueError, match='no lines of LAYER,P,R,F'):
-    BertScore(generator('bert'), Settings(1, baseline=str(path)))
+    BertScore(generator('bert'), BertSettings(1, baseline=str(path)))
 
 
 def test_means_have_intervals():
@@ -145,8 +152,8 @@ def test_means_have_intervals():
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r'layer=3: this model has 2; give one in \[1, 2\]'):
-    BertScore(generator('bert'), Settings(3))
-  scorer = BertScore(generator('bert'), Settings(1))
+    BertScore(generator('bert'), BertSettings(3))
+  scorer = BertScore(generator('bert'), BertSettings(1))
   for answers, references in (([], []), (['a'], [[]]), (['a'], [])):
     with pytest.raises(ValueError, match='give each answer a list'):
       scorer(answers, references)

@@ -177,7 +177,7 @@ def test_a_test_of_a_value_that_is_no_mean():
 
 @pytest.mark.parametrize('b, c, p', [(1, 7, 0.0703), (6, 16, 0.0525), (0, 0, 1.0), (5, 5, 1.0)])
 def test_mcnemars_test_is_that_of_published_examples(b, c, p):
-  """Fagerland, Lydersen and Laake (2013), tables 1 and 2; and what says nothing."""
+  """The two of Fagerland, Lydersen and Laake (2013); and what says nothing."""
   assert paired.mcnemar(b, c) == paired.mcnemar(c, b) == pytest.approx(p, abs=5e-5)
 
 

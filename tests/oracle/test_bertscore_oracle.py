@@ -8,7 +8,7 @@ import pytest
 from data import tokenizers
 from data.huggingface import HuggingFaceTokenizer
 from decode.generator import Generator
-from evaluation.bertscore import BertScore, Settings
+from evaluation.bertscore import BertScore, BertSettings
 from model import checkpoint
 from tests.data import tokenizer_families as families
 from tests.goldens import ours
@@ -85,14 +85,14 @@ def test_scores_are_those_of_bert_score(both, layer, idf, tmp_path):
     expected = utils.bert_cos_score_idf(theirs, TRUE, SAID, fast, weights, device='cpu')
   finally:
     theirs.encoder.layer = whole
-  made = BertScore(model, Settings(layer, idf))(SAID, [[text] for text in TRUE])
+  made = BertScore(model, BertSettings(layer, idf))(SAID, [[text] for text in TRUE])
   np.testing.assert_allclose(made, expected.numpy(), atol=2e-5)
   assert made[:, 2].min() < 0.9 and made[3] == pytest.approx([1, 1, 1], abs=1e-5)
 
   # As bert_score.score rescales.
   baseline = torch.tensor([0.3, 0.2, 0.25])
   file = table(tmp_path, ['0,0,0', '0,0,0', *['0.3,0.2,0.25'] * 2])
-  made = BertScore(model, Settings(layer, idf, file))(SAID, [[text] for text in TRUE])
+  made = BertScore(model, BertSettings(layer, idf, file))(SAID, [[text] for text in TRUE])
   expected = (expected - baseline) / (1 - baseline)
   np.testing.assert_allclose(made, expected.numpy(), atol=3e-5)
 
@@ -105,7 +105,7 @@ def test_matching_is_greedy_cos_idf(both):
   from evaluation import bertscore
 
   model, _, _ = both
-  scorer = BertScore(model, Settings(2, idf=True))
+  scorer = BertScore(model, BertSettings(2, idf=True))
   ids = [[scorer._ids(text.strip()) for text in side] for side in (SAID, TRUE)]
   weights = scorer._weights(ids[1])
   arguments, states = [], []
@@ -127,7 +127,7 @@ def test_matching_is_greedy_cos_idf(both):
 
 def test_of_several_references_each_number_is_the_best(both):
   model, _, _ = both
-  scorer = BertScore(model, Settings(2))
+  scorer = BertScore(model, BertSettings(2))
   one, other = (scorer(SAID, [[text] for text in texts]) for texts in (TRUE, TRUE[::-1]))
   made = scorer(SAID, [[*pair] for pair in zip(TRUE, TRUE[::-1])])
   np.testing.assert_allclose(made, np.maximum(one, other), atol=1e-6)
