@@ -120,8 +120,9 @@ def _rows(changes: Sequence[Change]) -> list[list[str]]:
 LEGEND = f"""Differences and retentions are of the same questions on both sides, with the 95%
 interval of a paired bootstrap. p: that a difference as large is luck (McNemar's of rates, else a
 permutation test); Holm: corrected for as many tests as there are. Retention is after / before, and
-before / after where lower is better; above chance, both less the score of guessing, and undefined
-where the model was at chance before. Not shown above {LINE:.0%}: the interval reaches below it."""
+before / after where lower is better; above chance, both less the score of guessing. Tasks at which
+the model was at chance before count nowhere. Not shown above {LINE:.0%}: the interval ends below
+it."""
 HEADERS = (
   'task',
   'metric (↓ lower is better)',
@@ -138,8 +139,8 @@ HEADERS = (
 
 def show(before: str, after: str, changes: Sequence[Change], target: Sequence[str]) -> None:
   """Prints it."""
-  rows = [[row[0], row[1], row[4], row[6], row[7], row[8]] for row in _rows(changes)]
-  headers = ['task', 'metric', 'difference', 'p (Holm)', 'retention', 'above chance']
+  rows = [[*row[:5], *row[6:9]] for row in _rows(changes)]
+  headers = ['task', 'metric', 'before', 'after', *HEADERS[4:5], *HEADERS[6:9]]
   commands.table(f'{before} -> {after}, with 95% intervals', headers, rows)
   for line in _said(changes, target):
     print(line)
@@ -166,7 +167,8 @@ def _said(changes: Sequence[Change], target: Sequence[str]) -> list[str]:
   mean = mean_retention(others)
   if mean is not None:
     warn = f'  {LOST}' if mean < LINE else ''
-    of = f'{len(others)} task{"s" * (len(others) > 1)}'
+    count = sum(not each.at_chance for each in others)
+    of = f'{count} task{"s" * (count > 1)}'
     lines.append(f'mean retention of {of}: {mean:.1%}{warn}')
   for each in tuned:
     lines.append(f'target {each.task}: {each.metric} {each.before:.3f} -> {each.after:.3f}')
@@ -204,7 +206,7 @@ def picture(changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> b
   left = axes[0]
   for i, (after, of) in enumerate(changes.items()):
     _, others = _split(of, target)
-    kept = [(each.task, each.corrected or each.retention) for each in others]
+    kept = [(c.task, c.corrected or c.retention) for c in others if not c.at_chance]
     kept = [(task, estimate) for task, estimate in kept if estimate is not None]
     y = [j + 0.15 * i for j in range(len(kept))]
     x = [min(e.value, 2) for _, e in kept]

@@ -18,6 +18,7 @@ from evaluation.measures import Measure
 
 LINE = 0.8  # of what could be done before: below it, a model is said to have forgotten
 KEPT, UNSURE, LOST = 'kept', 'not shown above 80%', 'WARNING: below 80%'
+AT_CHANCE = 'at chance before'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +47,20 @@ class Change:
 
   @property
   def verdict(self) -> str:
-    """By the worse of the two retentions that there are; '' where there is none."""
+    """By the worse of the two retentions that there are; who was at chance had nothing to lose."""
+    if self.at_chance:
+      return AT_CHANCE
     there = [each for each in (self.retention, self.corrected) if each is not None]
     if any(each.value < LINE for each in there):
       return LOST
     if any(each.low < LINE for each in there):
       return UNSURE
     return KEPT if there else ''
+
+  @property
+  def at_chance(self) -> bool:
+    """Whether it was at chance before: what is left of that says nothing."""
+    return bool(self.chance) and not self.lower_is_better and self.corrected is None
 
   @property
   def better(self) -> bool:
@@ -115,7 +123,7 @@ def _luck(first, second, measure: Measure, seed: int) -> float:
 
 def mean_retention(changes: Sequence[Change]) -> float | None:
   """Of the retentions that there are, those that are corrected where they can be."""
-  there = [c.corrected or c.retention for c in changes]
+  there = [c.corrected or c.retention for c in changes if not c.at_chance]
   kept = [each.value for each in there if each is not None]
   return float(np.mean(kept)) if kept else None
 
@@ -124,6 +132,12 @@ def advice(changes: Sequence[Change]) -> list[str]:
   """A line for each that is not shown to be kept, and one of all."""
   lines = []
   for each in changes:
+    if each.at_chance:
+      lines.append(
+        f'{each.task}: {AT_CHANCE}: the interval of {each.metric} {each.before:.3f} reaches '
+        f'{each.chance:.3f}; what is left of it says nothing'
+      )
+      continue
     left = [(name, of) for name, of in _named(each).items() if of is not None and of.low < LINE]
     for name, of in left:
       said = LOST if of.value < LINE else UNSURE

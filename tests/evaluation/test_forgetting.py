@@ -10,7 +10,16 @@ import pytest
 from decode.generator import Generator
 from evaluation import compare, page, running
 from evaluation.examples import Manner
-from evaluation.forgetting import KEPT, LOST, UNSURE, Change, advice, change, mean_retention
+from evaluation.forgetting import (
+  AT_CHANCE,
+  KEPT,
+  LOST,
+  UNSURE,
+  Change,
+  advice,
+  change,
+  mean_retention,
+)
 from evaluation.measures import measures, named
 from evaluation.task import Perplexity, Task
 from tests.evaluation.test_label_scores import generator
@@ -68,9 +77,10 @@ def test_verdicts_are_by_the_worse_of_the_retentions():
 
 def test_at_chance_there_is_nothing_to_keep():
   made = changed(55, 40)
-  assert made.corrected is None and made.retention is not None
+  assert made.corrected is None and made.retention is not None and made.verdict == AT_CHANCE
+  assert mean_retention([made, changed(200, 200)]) == 1 and 'says nothing' in advice([made])[0]
   made = change('t', SHARE, rates(0), rates(5), 0.25)
-  assert made.corrected is None and made.retention is None and made.verdict == ''
+  assert made.corrected is None and made.retention is None and made.verdict == AT_CHANCE
 
 
 def test_what_has_no_score_is_left_out_and_counted():
@@ -133,7 +143,8 @@ def test_a_model_compared_with_itself_is_exactly_the_same(evaluations, tmp_path,
   a = str(evaluations / 'a')
   compare.main([a, a, f'--output={tmp_path}'])
   said = capsys.readouterr().out
-  assert 'mean retention of 2 tasks: 100.0%' in said and 'WARNING' not in said
+  # Weights of no training choose by chance.
+  assert 'mean retention of 1 task: 100.0%' in said and 'WARNING' not in said
   for each in json.loads((tmp_path / compare.VALUES).read_text())['after'][a]:
     assert each['difference']['value'] == each['difference']['low'] == 0
     assert each['retention'] is None or each['retention']['low'] == 1

@@ -73,7 +73,7 @@ def test_what_a_greedy_model_writes_is_told():
 def test_a_stream_compiles_few_programs():
   """Of any number of pairs, whose lengths are anything up to the context."""
   rng = np.random.default_rng(0)
-  contexts = [rng.integers(3, 200, rng.integers(1, 60)).tolist() for _ in range(120)]
+  contexts = [rng.integers(3, 200, rng.integers(1, 60)).tolist() for _ in range(96)]
   pairs = [(c, rng.integers(3, 200, rng.integers(1, 9)).tolist()) for c in contexts for _ in 'ab']
   before = choices._behind._cache_size() + choices._alone._cache_size()
   for first in range(0, len(pairs), 48):
