@@ -28,6 +28,7 @@ QUICK = (
   'add-objective',
   'add-kernel-feature',
   'data',
+  'evaluate',
   'scores',
   'safety',
 )
