@@ -69,7 +69,7 @@ ENCODED = {'kv_heads': 4, 'encoder_layers': 2, 'position': 'relative'}
 @pytest.mark.parametrize(
   'objective, model',
   [
-    (NextToken(), {}),
+    pytest.param(NextToken(), {}, marks=pytest.mark.slow),
     pytest.param(SpanCorruption(sentinels=5), ENCODED, marks=pytest.mark.slow),
     pytest.param(MaskedLM(), {'causal': False}, marks=pytest.mark.slow),
   ],

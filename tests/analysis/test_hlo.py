@@ -157,6 +157,7 @@ def closed_form(model, tokens, length):
   return 3 * tokens * (flops.forward_flops_per_token(model, length) + masked)
 
 
+@pytest.mark.slow
 def test_products_of_a_step_are_the_closed_form(tpu_step):
   config, mesh = tpu_step.config, tpu_step.mesh
   wanted = closed_form(

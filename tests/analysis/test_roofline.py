@@ -198,6 +198,7 @@ def test_our_attention_takes_the_bundles_of_its_tiles(attend, name, kind, width,
   assert any('half of which a mask cuts (2 x)' in line for line in found.assumptions)
 
 
+@pytest.mark.slow
 def test_attention_that_is_not_tabled_says_so(attend, monkeypatch):
   """Its products at the peak are all that is known."""
   mesh, chip, text = attend('v6e:1x1', 128)
@@ -212,6 +213,7 @@ def test_attention_that_is_not_tabled_says_so(attend, monkeypatch):
   assert all('128 wide: no bundles are tabled for a TPU v6e' in line for line in found.assumptions)
 
 
+@pytest.mark.slow
 def test_the_bundles_of_the_table_are_not_those_of_chosen_steps(attend):
   mesh, chip, text = attend('v6e:1x1', 128, Blocks(forward_queries=512, forward_keys=512))
   found = roofline.predict(text, mesh, chip)

@@ -121,7 +121,8 @@ def sums(name: str, asking, texts, **sizes) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-  'name', ['llama', 't5', 'bert', pytest.param('gemma', marks=pytest.mark.slow)]
+  'name',
+  ['llama', *(pytest.param(name, marks=pytest.mark.slow) for name in ('t5', 'bert', 'gemma'))],
 )
 def test_scores_are_those_of_each_word_alone(name):
   asking = asking_of(generator(name), template_of(name))

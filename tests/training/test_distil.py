@@ -240,7 +240,11 @@ def test_a_step_moves_the_student_and_not_the_teacher(teacher, alone):
   'devices, parts',
   [
     pytest.param(1, {'train': {'accumulation': 4}}, marks=LONG),
-    (8, {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'accumulation': 2}}),
+    pytest.param(
+      8,
+      {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'accumulation': 2}},
+      marks=pytest.mark.slow,
+    ),
     pytest.param(8, {'mesh': {'data': 4, 'fsdp': 2, 'zero': 1}}, marks=LONG),
     pytest.param(8, {'mesh': {'data': 2, 'fsdp': 4, 'zero': 2}}, marks=pytest.mark.slow),
     pytest.param(4, {'mesh': {'context': 2, 'tensor': 2}, 'context': 'ring'}, marks=LONG),

@@ -89,7 +89,7 @@ def test_a_step_is_the_absolute_step(source, whole):
 @pytest.mark.parametrize(
   'parts, devices, mesh',
   [
-    (4, 1, {}),
+    pytest.param(4, 1, {}, marks=pytest.mark.slow),
     pytest.param(2, 4, {'data': 2, 'context': 2}, marks=pytest.mark.slow),
     pytest.param(1, 4, {'fsdp': 2, 'tensor': 2, 'zero': 2}, marks=pytest.mark.slow),
   ],

@@ -142,7 +142,7 @@ def test_a_step_is_the_absolute_step(one_device):
 @pytest.mark.parametrize(
   'parts, devices, mesh',
   [
-    (2, 1, {}),
+    pytest.param(2, 1, {}, marks=pytest.mark.slow),
     pytest.param(4, 1, {}, marks=pytest.mark.slow),
     pytest.param(1, 4, {'data': 2, 'fsdp': 2}, marks=pytest.mark.slow),
     (2, 2, {'data': 2}),
@@ -448,6 +448,7 @@ def test_a_checkpoint_of_before_models_had_names_is_read_bit_for_bit(tmp_path):
     assert_same(checkpoints.model(target.models['policy']), state.models['policy'])
 
 
+@pytest.mark.slow
 def test_a_frozen_part_is_kept_where_it_came_from(corpus, base, registered, tmp_path):
   """A policy that trains its head only, on a base: the checkpoint holds the head, and opens as a
   whole.

@@ -232,6 +232,7 @@ def test_on_disk_moves_to_another_mesh(runs, tmp_path):
     assert_same(checkpoints.restore(1, other.target), state)
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_nothing_that_counts(runs, tmp_path):
   """Killed between the copy of what was on disk and the rest; and a changed byte of the copy is
   seen.
@@ -255,6 +256,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(runs, tmp_path):
   assert 'was changed' in checkpoints.problems(1)[0]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_leaves_no_trace_on_disk(runs):
   run = runs['disk']
   state, _ = run.go(run.begin(), 1)
@@ -273,6 +275,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_on_disk(runs):
   assert_same(after, before)
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_in_memory(runs):
   """Of a state on disk no array is left on a device, and a step takes and makes only slices."""
   run = runs['disk']

@@ -132,7 +132,7 @@ def whole(source):
 @pytest.mark.parametrize(
   'parts, devices, mesh, train',
   [
-    (2, 2, {'data': 2}, {}),
+    pytest.param(2, 2, {'data': 2}, {}, marks=pytest.mark.slow),
     pytest.param(4, 1, {}, {}, marks=pytest.mark.slow),
     pytest.param(1, 4, {'data': 2, 'context': 2}, {}, marks=pytest.mark.slow),
     pytest.param(2, 4, {'fsdp': 2, 'tensor': 2, 'zero': 3}, {}, marks=pytest.mark.slow),

@@ -34,14 +34,14 @@ def written(directory, name, rows, kind):
 
 
 def opened(draw):
-  """Brackets that are open, two to six of them."""
-  return ''.join(draw.choices('([{', k=draw.randint(2, 6)))
+  """Brackets that are open, two to five of them."""
+  return ''.join(draw.choices('([{', k=draw.randint(2, 5)))
 
 
 def closed(draw, text):
   """By somebody who is right about half of the time, a bracket."""
   right = [PAIRS[bracket] for bracket in reversed(text)]
-  return ''.join(draw.choice(')]}') if draw.random() < 0.8 else bracket for bracket in right)
+  return ''.join(draw.choice(')]}') if draw.random() < 0.65 else bracket for bracket in right)
 
 
 def config(directory, source, name, objective, rate, steps, length=LENGTH, **fields):

@@ -121,9 +121,9 @@ def test_rows_are_what_was_written(place, tmp_path):
   assert all(len(set(groups[i : i + 4])) == 1 for i in range(0, 16, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'objective',
-  [pytest.param(FAMILY, id='grpo', marks=pytest.mark.slow), pytest.param(CRITICAL, id='ppo')],
+  'objective', [pytest.param(FAMILY, id='grpo'), pytest.param(CRITICAL, id='ppo')]
 )
 def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   """Bit for bit, also from within a rollout, whose policy is gone."""

@@ -39,12 +39,17 @@ from workdir.metrics import read_metrics
 
 BATCHES = make_batches(3)
 MESHES = (
-  {'data': 8},
-  {'fsdp': 8},
   {'data': 2, 'fsdp': 4},
-  {'data': 4, 'tensor': 2},
   {'stage': 2, 'fsdp': 2, 'tensor': 2},
-  pytest.param({'data': 1, 'fsdp': 2, 'context': 4}, marks=pytest.mark.slow),
+  *(
+    pytest.param(mesh, marks=pytest.mark.slow)
+    for mesh in (
+      {'data': 8},
+      {'fsdp': 8},
+      {'data': 4, 'tensor': 2},
+      {'data': 1, 'fsdp': 2, 'context': 4},
+    )
+  ),
 )
 
 
@@ -421,6 +426,7 @@ def begun(config):
   return dataclasses.replace(config, **overrides._begun(config, config.init))
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_another_runs_parameters_and_tokenizer(
   straight, corpus, tmp_path, capsys
 ):
