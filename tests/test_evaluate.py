@@ -139,6 +139,8 @@ def test_what_cannot_be_asked_is_said(tuned, flags, said):
 TASKS = '''
 from evaluation.task import Generate, Perplexity, Task
 
+TEXT = '{{ text }}'
+
 
 def rows():
   for i in range(120):
@@ -149,10 +151,9 @@ def get_task():
   return KIND
 '''
 OWN = {
-  'write': "Task(Generate(max_new_tokens=40), rows, prompt='{{ text }}', target='x', "
-  "metrics=('chrf',))",
-  'foretell': "Task(Perplexity(), rows, prompt='{{ text }}')",
-  'broken': "Task(Perplexity(), 'texts.jsonl', prompt='{{ text }}')",
+  'write': "Task(Generate(max_new_tokens=40), rows, prompt=TEXT, target='x', metrics=('chrf',))",
+  'foretell': 'Task(Perplexity(), rows, prompt=TEXT)',
+  'broken': "Task(Perplexity(), 'texts.jsonl', prompt=TEXT)",
 }
 
 
