@@ -91,6 +91,7 @@ OUTPUT = flags.DEFINE_string(
 SUBCOMMANDS = {
   'bias': 'evaluation.bias.main',
   'compare': 'evaluation.compare.main',
+  'contamination': 'evaluation.contamination.main',
   'rate': 'evaluation.rate.main',
   'safety': 'evaluation.safety.main',
 }
