@@ -9,7 +9,7 @@ from analysis import aot
 from decode.generating import generating
 from decode.options import CHUNK
 from model import flops as counts
-from objectives.own_text import WHOLE
+from objectives.rollout import WHOLE
 from parallel import axes
 from training import program, state as states
 from training.config import Config

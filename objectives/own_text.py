@@ -17,9 +17,7 @@ from kernels import context
 from model.logprobs import logprobs
 from objectives.laws import final, laid_out, law
 from objectives.objective import MAIN, Objective, or_one
-from objectives.rollout import POLICY, HeldOut, RolloutBatch, Rollouts
-
-SPLIT, WHOLE = 'split', 'whole'
+from objectives.rollout import POLICY, SPLIT, WHOLE, HeldOut, RolloutBatch, Rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

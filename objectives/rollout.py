@@ -33,6 +33,7 @@ from objectives import advantage
 from objectives.judges import Answer, Judges, totals
 
 POLICY = 'policy'  # what a forward pass says of the policy, by name
+SPLIT, WHOLE = 'split', 'whole'  # how the weights lie that write
 # By which sampler and trainer may differ on one token, with the same weights: rounding.
 DRIFT = {'float32': 1e-4, 'bfloat16': 0.5, 'float16': 0.1}
 

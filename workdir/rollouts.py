@@ -20,8 +20,7 @@ from decode.generating import generating, generating_model
 from model import params
 from objectives.actor import Actor
 from objectives.judges import FileJudge, Judges, ModelJudge, is_file
-from objectives.own_text import WHOLE
-from objectives.rollout import Question, RolloutBatch
+from objectives.rollout import WHOLE, Question, RolloutBatch
 from parallel import axes, hosts
 from parallel.gathering import everywhere
 from training import state as states
