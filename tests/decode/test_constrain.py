@@ -45,6 +45,9 @@ def made(kind):
 
 
 KINDS = ('byte', 'bpe', 'gpt2', 'llama2', 'gemma')
+MOSTLY_SLOW = [
+  pytest.param(kind, marks=[] if kind in ('byte', 'llama2') else pytest.mark.slow) for kind in KINDS
+]
 
 
 def after(constraint, ids):
@@ -111,7 +114,7 @@ REGEXES = [
 ]
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', MOSTLY_SLOW)
 def test_random_walks_match(kind):
   tokenizer = made(kind)
   for regex in REGEXES:
@@ -163,7 +166,7 @@ def check_person(value):
   )
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', MOSTLY_SLOW)
 def test_random_walks_are_json_of_the_schema(kind):
   tokenizer = made(kind)
   constraint = Constraint(tokenizer, schema=PERSON)

@@ -223,7 +223,9 @@ def test_scores_are_of_capped_logits():
   np.testing.assert_allclose(generator.score([ids])[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('chunk', [1, 5, 16])
+@pytest.mark.parametrize(
+  'chunk', [5, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (1, 16))]
+)
 def test_stop_strings_end_rows_wherever_chunks_end(generator, chunk):
   free = generator(PROMPTS[:2], max_new_tokens=30, seed=3)
   stop = free[0].text[7:9]

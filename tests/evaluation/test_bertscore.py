@@ -120,7 +120,7 @@ def test_a_score_is_of_its_pair_alone(name):
 @pytest.mark.parametrize(
   'name, sizes',
   [
-    ('bert', {'data': 2, 'context': 2, 'tensor': 2}),
+    pytest.param('bert', {'data': 2, 'context': 2, 'tensor': 2}, marks=pytest.mark.slow),
     pytest.param('t5', {'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
   ],
 )

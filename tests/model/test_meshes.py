@@ -78,7 +78,11 @@ def check(mesh, expected, config=CONFIG):
     assert laid_out_alike or AxisType.Auto in mesh.axis_types, name
 
 
-@pytest.mark.parametrize('sizes', MESHES, ids=str)
+@pytest.mark.parametrize(
+  'sizes',
+  [pytest.param(sizes, marks=pytest.mark.slow) for sizes in MESHES[:2]] + MESHES[2:],
+  ids=str,
+)
 def test_eight_devices_are_one(sizes, expected):
   check(make_mesh(MeshConfig(**sizes)), expected)
 

@@ -479,7 +479,7 @@ def test_eight_devices_are_one(case, dispatch, sizes, factor):
 
 @pytest.mark.parametrize(
   'dispatch, sizes',
-  [('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])],
+  [slow('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])],
   ids=str,
 )
 def test_wide_experts_in_pieces(dispatch, sizes, monkeypatch):
