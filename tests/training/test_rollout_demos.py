@@ -51,7 +51,11 @@ def config(directory, source, name, objective, rate, steps, length=LENGTH, asked
     data={
       'sources': (source,),
       'clean': CleanConfig(anonymise=(), near_duplicates=0, exact_duplicates=False),
-      **({'validation': asked} if asked else {'split': 'hash', 'validation_fraction': 0.1}),
+      **(
+        {'validation': asked, 'validation_fraction': 0.0}
+        if asked
+        else {'split': 'hash', 'validation_fraction': 0.1}
+      ),
       'sequence_length': length,
       'batch_size': 64,
       'cache_dir': str(directory / 'cache'),
