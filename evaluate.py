@@ -264,6 +264,13 @@ def check_tasks() -> None:
     )
 
 
+def opened() -> tuple[Generator, dict]:
+  """The model of the flags, and what results say of it."""
+  step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
+  model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
+  return model, {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
+
+
 def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
   """Asks tasks, and writes and prints what comes of it; ends the process with an error where one of
   them failed.
@@ -278,10 +285,8 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
     except ValueError as error:
       failed[name] = str(error)
       print(f'ERROR: task {name}: {error}')
-  step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
-  of = {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
   manner = Manner(DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value)
-  model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
+  model, of = opened()
   done, more = running.evaluate(model, tasks, ways, manner, of, output)
   failed |= more
   page.write(output, of, failed)
@@ -308,9 +313,7 @@ def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:
   shots = None if SHOTS.value == SHOTS.default else ways[0]
   given = LIMIT.value, SEED.value, CHAT.value, SYSTEM.value
   settings = harness.HarnessSettings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
-  step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
-  of = {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
-  model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
+  model, of = opened()
   rows = harness.evaluate(model, settings, of, output)
   commands.table('lm_eval, with 95% intervals', ['task', 'metric', 'score', 'n'], rows)
   print(f'\nwrote {output}/lm_eval.json, and lm_eval-TASK.jsonl of each')

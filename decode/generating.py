@@ -50,11 +50,12 @@ def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
   norms and biases keep their own precision.
   """
 
+  dtype = model.config.execution.dtype
+
   def cast(p):
     if p.kind == 'vector':
       return p
     # Of all arrays that store it: a table may have soft rows behind its own.
     return p.replace(jax.tree.map(lambda x: x.astype(dtype), p.get_value()))
 
-  dtype = model.config.execution.dtype
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -19,10 +19,10 @@ import numpy as np
 import commands
 import files
 import names
+from evaluation import placed
 from evaluation.bias_rows import GROUPS, KINDS, PAIRS, UNKNOWN
 from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference, holm, mcnemar
-from evaluation.placed import results
 
 SHOWN = 2  # sentences of either side of a category
 FILE = 'bias.json'
@@ -195,14 +195,7 @@ def answered_of(line: Mapping, row: Mapping) -> Chosen:
 
 def parser() -> argparse.ArgumentParser:
   """What the command takes."""
-  made = argparse.ArgumentParser(
-    prog='evaluate.py bias',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  made.add_argument('results', help='directory of an evaluation (--output of evaluate.py)')
-  made.add_argument('--data', default='.', help='directory of the files that were asked')
-  made.add_argument('--tasks', default='', help="files of one's own tasks, by commas")
+  made = placed.parser('bias', __doc__)
   made.add_argument('--seed', type=int, default=0, help='of the bootstrap')
   return made
 
@@ -213,7 +206,7 @@ def main(arguments: Sequence[str]) -> None:
   with commands.mendable(ImportError):
     place, said = pathlib.Path(options.results), {}
     own = [*filter(None, options.tasks.split(','))]
-    for summary, told in results(place, options.data, own, 'bias'):
+    for summary, told in placed.results(place, options.data, own, 'bias'):
       kinds = {row['bias'] for _, row in told}
       kind = names.check(f'bias of rows of {summary.task}', kinds.pop(), KINDS)
       answered = [answered_of(*pair) for pair in told if pair[1]['bias'] == kind]

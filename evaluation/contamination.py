@@ -69,7 +69,7 @@ class Runs:
       self._by_first[run[:FIRST]].setdefault(run, set()).add(of)
     return True
 
-  def found(self, text: str) -> dict:
+  def within(self, text: str) -> dict:
     """{of: the first run of its that stands in this text}."""
     words, seen = words_of(text), {}
     for i in range(len(words) - LEAST + 1):
@@ -130,7 +130,7 @@ def contaminated(
       )
   seen: dict[str, dict[int, str]] = {name: {} for name in asked}
   for text in training:
-    for (name, i), run in runs.found(text).items():
+    for (name, i), run in runs.within(text).items():
       seen[name].setdefault(i, run)
   return [
     Contaminated(
@@ -143,26 +143,28 @@ def contaminated(
   ]
 
 
-def scored(one: Contaminated, items: Sequence[Item], results: pathlib.Path, seed: int):
+def scored(of_task: Contaminated, items: Sequence[Item], results: pathlib.Path, seed: int):
   """With scores of an evaluation of the task, without examples, of the same questions."""
-  (summary,) = [s for s in page.read(results) if s.name == f'{one.task}-0'] or [None]
+  (summary,) = [s for s in page.read(results) if s.name == f'{of_task.task}-0'] or [None]
   if summary is None:
-    print(f'NOTE: {results} has no evaluation of {one.task} without examples')
-    return one
+    print(f'NOTE: {results} has no evaluation of {of_task.task} without examples')
+    return of_task
   lines = [*read_lines(results / f'{summary.name}.jsonl')]
   if [line['digest'] for line in lines] != [item.digest for item in items[: len(lines)]]:
-    raise ValueError(f'{results}/{summary.name}.jsonl is of other questions; give its --data')
+    raise ValueError(
+      f'{results}/{summary.name}.jsonl is of other questions; give its --data, --limit and --system'
+    )
   metric = next(iter(summary.metrics))
   measure, scores = named(metric, summary.settings['task']), {}
   for which, wanted in (('found', True), ('others', False)):
     of = [
       line['stats'][metric]
       for line in lines
-      if line['stats'] is not None and (line['i'] in one.shown) is wanted
+      if line['stats'] is not None and (line['i'] in of_task.shown) is wanted
     ]
     if of:
       scores[which] = measure.estimate(np.array(of, np.float64), seed)
-  return dataclasses.replace(one, metric=metric, scores=scores)
+  return dataclasses.replace(of_task, metric=metric, scores=scores)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str]) -> None:
       name, task = tasks.read(name)
       asked[name] = examples(task, 0, Manner(given.data, given.limit, given.seed, given.system))
     sources = [source_of(path, given.field) for path in given.training]
-    done = contaminated(asked, told(sources), given.words)
+    done = contaminated(asked, texts(sources), given.words)
     if given.results:
       place = pathlib.Path(given.results)
       done = [scored(each, asked[each.task], place, given.seed) for each in done]
@@ -226,7 +228,7 @@ def source_of(path: str, field: str) -> SourceConfig:
   return SourceConfig(kind=kind, path=path, text_field='' if kind == 'text' else field)
 
 
-def told(sources: Sequence[SourceConfig]) -> Iterable[str]:
+def texts(sources: Sequence[SourceConfig]) -> Iterable[str]:
   """Texts of the sources, and at the end what of them could not be read."""
   problems, count, began = Problems(), 0, time.monotonic()
   for source in sources:

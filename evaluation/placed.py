@@ -1,10 +1,24 @@
 """Which row was each line of results made of? For reports of what a line does not say itself."""
 
+import argparse
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from evaluation import page, task as tasks
 from evaluation.running import Summary, read_lines
+
+
+def parser(name: str, about: str) -> argparse.ArgumentParser:
+  """Of a command that reports on results: where they are, and what they are of."""
+  made = argparse.ArgumentParser(
+    prog=f'evaluate.py {name}',
+    description=about,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  made.add_argument('results', help='directory of an evaluation (--output of evaluate.py)')
+  made.add_argument('--data', default='.', help='directory of the files that were asked')
+  made.add_argument('--tasks', default='', help="files of one's own tasks, by commas")
+  return made
 
 
 def results(

@@ -148,7 +148,7 @@ def serve(study: Study, options) -> None:
   try:
     uvicorn.Server(config).run(sockets=[opened])
   except KeyboardInterrupt:
-    pass
+    pass  # how it is ended, as was said; ratings were saved when they were given
   finally:
     study.close()
   print('\nended; every rating is saved. What came of them: the same command with --report')

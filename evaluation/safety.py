@@ -19,10 +19,10 @@ import numpy as np
 import commands
 import files
 import names
+from evaluation import placed
 from evaluation.bias import Finding
 from evaluation.intervals import wilson
 from evaluation.paired import holm, mcnemar
-from evaluation.placed import results
 from evaluation.refusals import refuses
 from evaluation.task import Row, field_of
 
@@ -157,14 +157,7 @@ def _outcomes(told, label: str, attack: str) -> dict[str, bool]:
 
 def parser() -> argparse.ArgumentParser:
   """What the command takes."""
-  made = argparse.ArgumentParser(
-    prog='evaluate.py safety',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  made.add_argument('results', help='directory of an evaluation (--output of evaluate.py)')
-  made.add_argument('--data', default='.', help='directory of the files that were asked')
-  made.add_argument('--tasks', default='', help="files of one's own tasks, by commas")
+  made = placed.parser('safety', __doc__)
   made.add_argument(
     '--judge',
     default='evaluation.safety.by_rules',
@@ -181,7 +174,7 @@ def main(arguments: Sequence[str]) -> None:
     judge = _judge(options.judge)
     place, said = pathlib.Path(options.results), {}
     own = [*filter(None, options.tasks.split(','))]
-    for summary, told in results(place, options.data, own, 'safety'):
+    for summary, told in placed.results(place, options.data, own, 'safety'):
       rows, answers = [row for _, row in told], [line['answers'][0] for line, _ in told]
       refused = [bool(x) for x in judge([row['prompt'] for row in rows], answers)]
       if len(refused) != len(rows):

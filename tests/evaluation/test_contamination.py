@@ -52,7 +52,7 @@ def test_it_is_what_looking_for_every_run_everywhere_finds():
   assert all([runs.add(text, i) for i, text in enumerate(asked)])
   found = {}
   for text in training:
-    found |= runs.found(text)
+    found |= runs.within(text)
   padded = [f' {text} ' for text in training]
   grams = {
     i: [' '.join(text.split()[j : j + LEAST]) for j in range(12 - LEAST + 1)]

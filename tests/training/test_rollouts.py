@@ -282,18 +282,22 @@ def test_devices_write_the_same(place, tmp_path, mesh, weights):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'adapter',
+  'adapter, objective, mesh',
   [
-    {'kind': 'lora'},
-    pytest.param({'kind': 'dora'}, marks=pytest.mark.long),
-    {'kind': 'lora', 'base': 'int8'},
+    ({'kind': 'lora'}, FAMILY, {}),
+    pytest.param({'kind': 'dora'}, FAMILY, {}, marks=pytest.mark.long),
+    (
+      {'kind': 'lora', 'base': 'int8'},
+      dataclasses.replace(FAMILY, rollout_weights='whole'),
+      {'data': 4, 'fsdp': 2},
+    ),
   ],
-  ids=str,
+  ids=['lora', 'dora', 'int8, whole'],
 )
-def test_an_adapter_writes_and_learns(place, tmp_path, adapter):
+def test_an_adapter_writes_and_learns(place, tmp_path, adapter, objective, mesh):
   """The first rollouts are the base's, later ones the adapter's, of which the check is."""
   fields = {'rank': 4, 'alpha': 8.0} | adapter
-  made = config(place, FAMILY, adapter=fields, train={'steps': 6, 'eval_every': 6})
+  made = config(place, objective, adapter=fields, mesh=mesh, train={'steps': 6, 'eval_every': 6})
   run_here(made, tmp_path / 'run')
   before = len(metrics_of(tmp_path / 'run'))
   longer = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=9))
