@@ -12,7 +12,6 @@ if __name__ == '__main__':
   hosts.leave_at_signals()
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
@@ -39,7 +38,7 @@ from training.state import TrainState
 from workdir import seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
-from workdir.progress import Progress, check_finite, worse_than_guessing
+from workdir.progress import Progress, check_finite, cost_of
 from workdir.watch import ProfileWindow, Watch
 
 CONFIG = overrides.define_flag()
@@ -121,9 +120,11 @@ def train_steps(
   profile: ProfileWindow,
   signal: hosts.StopSignal,
   sample=None,
+  ask=None,
 ) -> str:
   """Runs the steps that are left; step n is dispatched before n - 1 is looked at. Returns why it
-  stopped early, or ''. sample: workdir.samples.Sampler, where there is to be one.
+  stopped early, or ''. sample, ask: workdir.samples.Sampler and workdir.tasks.Asked, where there
+  are to be some.
   """
 
   def every(n, step):
@@ -132,9 +133,11 @@ def train_steps(
   state, progress = begun.state, begun.progress
   count = jax.jit(config.objective.tokens)
   norms, impatient, run = None, '', seals.run_of(begun.record)
+  # What it could do before, to compare with.
   if config.init and config.train.eval_every and not begun.step:
-    # What it could do before, to compare with.
     watch.log(0, evaluate(state.models, config.train.eval_batches))
+  if ask and config.init and not begun.step:
+    watch.log(0, ask(0, state.models, watch.print))
   for step in range(begun.step + 1, config.train.steps + 1):
     profile.before(step)
     batch = feed.take(state)
@@ -146,12 +149,12 @@ def train_steps(
     profile.after(step, metrics)
     done = watch.step(step, metrics, tokens)
     check_finite(done, norms, config, checkpoints)
-    if hint := worse_than_guessing(done, config):
+    if hint := names.imported('training.hints.worse_than_guessing')(done, config):
       watch.print(hint)
     norms = step_norms
     for said in moved.lines(state) if moved else ():
       watch.print(said)
-    final, evaluation = step == config.train.steps, {}
+    final, evaluation, cost = step == config.train.steps, {}, None
 
     if final or every(config.train.eval_every, step):
       with watch.pause() as done:
@@ -159,10 +162,20 @@ def train_steps(
         # What decides about the best checkpoint and about stopping is of the same batches each
         # time; the last number is of all.
         evaluation = evaluate(state.models, config.train.eval_batches)
-        progress = progress.after(evaluation['validation_loss'])
+
+    if ask and (final or every(config.evaluation.every, step)):
+      with watch.pause() as done:
+        check_finite(done, norms, config, checkpoints)
+        evaluation |= ask(step, state.models, watch.print)
+
+    if evaluation:
+      with watch.pause(), mendable():
+        cost = cost_of(config.train.best, evaluation)
+        progress = progress if cost is None else progress.after(cost)
         impatient = progress.impatient(config.train.patience)
-        last = config.train.eval_batches and (final or impatient)
-        watch.log(step, evaluate(state.models, 0, go_on=True) if last else evaluation)
+        if 'validation_loss' in evaluation and config.train.eval_batches and (final or impatient):
+          evaluation |= evaluate(state.models, 0, go_on=True)
+        watch.log(step, evaluation)
 
     if sample and (final or every(config.train.sample_every, step)):
       with watch.pause() as done:
@@ -170,7 +183,7 @@ def train_steps(
         watch.write_text(step, 'samples', sample(step, state.models))
 
     reason = impatient or signal.after(step)
-    better = evaluation and progress.waited == 0
+    better = cost is not None and progress.waited == 0
     if final or reason or better or every(config.train.save_every, step):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
@@ -179,7 +192,7 @@ def train_steps(
           begun.frozen.kept(state),
           feed.batches.state(),
           progress.record(),
-          evaluation.get('validation_loss'),
+          cost,
           references=begun.frozen.references,
           config=configs.to_dict(config),
           run=seals.bound(run, watch.path.parent, watch.mark()),
@@ -197,7 +210,7 @@ def beginning(
   latest = checkpoints.latest()
   first = latest or 0
   record = {} if latest is None else checkpoints.record(latest)
-  progress = Progress.resume(checkpoints, first)
+  progress = Progress.resume(checkpoints, first, config.train.best)
   ended = progress.impatient(config.train.patience)
   if first >= config.train.steps:
     ended = ended or f'train.steps={config.train.steps}'
@@ -333,7 +346,7 @@ def train(
     mesh = make_mesh(config.mesh)
     # What can be known without the data is, and again with it.
     config.check_mesh(dict(mesh.shape))
-    seals.check_unchanged(sized(config, workdir), workdir, allow_change)
+    seals.check_unchanged(seals.sized(config, workdir), workdir, allow_change)
   jax.set_mesh(mesh)
   log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
 
@@ -371,10 +384,12 @@ def train(
       window = ProfileWindow(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
-      sample = None
+      place = config, prepared.tokenizer, mesh, workdir, begun.step
+      sample = ask = None
       if config.train.sample_every:
-        sampler = names.imported('workdir.samples.Sampler')
-        sample = sampler(config, prepared.tokenizer, mesh, workdir, begun.step)
+        sample = names.imported('workdir.samples.Sampler')(*place)
+      if config.evaluation.tasks:
+        ask = names.imported('workdir.tasks.Asked')(*place)
     watching = Watch(
       workdir,
       steps=steps,
@@ -387,7 +402,7 @@ def train(
     with watching as watch, hosts.StopSignal() as signal:
       watch.write_text(begun.step, 'config', names.imported('workdir.report.described')(config))
       stopped = train_steps(
-        config, begun, feed, train_step, evaluate, checkpoints, watch, window, signal, sample
+        config, begun, feed, train_step, evaluate, checkpoints, watch, window, signal, sample, ask
       )
       window.close()
     interrupted = stopped != '' and stopped == signal.name
@@ -425,22 +440,6 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
       pipeline.describe(config.model.stacks, config.model.execution.pipeline, mesh.shape['stage'])
     )
   return prepared, config
-
-
-def sized(config: configs.Config, workdir: pathlib.Path) -> configs.Config:
-  """The config with the sizes that it leaves open as the run in the directory had them."""
-  begun = seals.begun(workdir)
-  if begun is None:
-    return config
-  before = begun.model
-  return dataclasses.replace(
-    config,
-    model=dataclasses.replace(
-      config.model,
-      vocabulary=config.model.vocabulary or before.vocabulary,
-      max_length=config.model.max_length or before.max_length,
-    ),
-  )
 
 
 def fed(config: configs.Config, prepared, mesh: jax.sharding.Mesh) -> Feed:

@@ -8,12 +8,12 @@ import json
 import math
 import os
 import pathlib
+import re
 import typing
 
 import files
 import names
 from data.config import DataConfig
-from kernels import attention, context
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig, named_axes
 from model.execution import FREE, ExecutionConfig
@@ -22,6 +22,7 @@ from objectives.objective import Objective, Role
 from parallel.mesh import MeshConfig
 from training.costs import ReportConfig
 from training.optimizer import OptimizerConfig, make_schedule
+from training.tasks import EvaluationConfig
 
 FILE = 'config.json'
 RATES = 'model.dropout.rates'  # of train.dropout; for the runs that have some
@@ -53,11 +54,13 @@ class TrainConfig:
       reads all (the last evaluation always does).
     sample_every: in steps; what the model writes then, and at the end, comes into the report and
       TensorBoard (workdir/samples.py); 0 never writes. sample_prompts: after what.
-    keep_last: checkpoints to keep besides the best one by validation loss.
+    keep_last: checkpoints to keep besides the best one.
     save_timeout: seconds that a save may take, beside the steps, before the run ends because of it:
       its disk does not answer.
-    patience: evaluations without a better validation loss before training stops; 0 never stops
-      early.
+    best: which checkpoint is the best, and what training waits for: 'lowest' or 'highest' and the
+      name of what evaluations say, of a validation or of a task (config.evaluation), as in
+      'highest boolq-0/accuracy'.
+    patience: evaluations that were no better before training stops; 0 never stops early.
     nonfinite: what a loss or gradient that is not finite does: 'stop' the run or 'skip' the update.
       (Steps that overflow under f16 loss scaling are always skipped: they correct the scale.)
   """
@@ -80,6 +83,7 @@ class TrainConfig:
   save_every: int = 100
   keep_last: int = 2
   save_timeout: int = 3600
+  best: str = 'lowest validation_loss'
   patience: int = 0
   nonfinite: str = 'stop'
 
@@ -120,12 +124,17 @@ class TrainConfig:
     if self.dropout:
       names.imported(RATES)(self.dropout)
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))
+    if not re.fullmatch('(lowest|highest) .+', self.best):
+      raise ValueError(
+        f'train.best={self.best!r} must be lowest or highest and the name of a metric, as in '
+        "'lowest validation_loss' or 'highest boolq-0/accuracy'"
+      )
     if self.sample_every and not self.sample_prompts:
       raise ValueError(
         f'train.sample_every={self.sample_every} without train.sample_prompts; an empty one is the '
         'beginning of a text'
       )
-    if self.patience and not self.eval_every:
+    if self.patience and not self.eval_every and '/' not in self.best:
       raise ValueError(
         f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set '
         'train.eval_every'
@@ -152,6 +161,7 @@ class Config:
   mesh: MeshConfig = MeshConfig()
   report: ReportConfig = ReportConfig()
   adapter: AdapterConfig = AdapterConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
   init: str = ''
 
   def __post_init__(self):
@@ -193,9 +203,9 @@ class Config:
     if self.draws:
       names.imported('training.drawing.check')(self)
     if self.adapter.kind:
-      self._check_adapter()
+      names.imported('training.together.check_adapter')(self)
     if self.train.offload_parameters:
-      self._check_offload()
+      names.imported('training.together.check_offloaded')(self)
     if self.train.steps:
       # Raises where warm-up and decay do not fit into the run.
       make_schedule(self.optimizer, self.train.steps)
@@ -210,46 +220,6 @@ class Config:
     """Whether a step draws anything (training/drawing.py)."""
     left_out = self.train.dropout and any(dataclasses.astuple(self.dropout))
     return any((left_out, self.adapter.dropout, self.objective.neftune_alpha))
-
-  def _check_adapter(self):
-    """Raises NotImplementedError where only a model that is trained itself would do."""
-    if self.model.execution.pipeline.schedule == '1f1b':
-      raise NotImplementedError(
-        f"adapter.kind={self.adapter.kind!r} with model.execution.pipeline.schedule='1f1b', which "
-        "finds the gradients of all weights of a stage; use 'gpipe'"
-      )
-    if self.train.offload_parameters:
-      raise NotImplementedError(
-        f'adapter.kind={self.adapter.kind!r} with train.offload_parameters, which is of parameters '
-        "that are trained: an adapter's are few; leave it off, and use mesh.fsdp or "
-        'adapter.base=int8 where the frozen model is too large'
-      )
-
-  def _check_offload(self):
-    """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would
-    come to the device all at once.
-    """
-    if self.model.execution.remat == 'none':
-      raise ValueError(
-        "train.offload_parameters with model.execution.remat='none' would keep on the device the "
-        "weights of all layers, for the backward pass; use model.execution.remat='full' or 'dots'"
-      )
-    if self.model.execution.remat == 'sqrt':
-      raise NotImplementedError(
-        "train.offload_parameters with model.execution.remat='sqrt', whose groups of layers are a "
-        "reshape that the compiler for TPUs does not do in the host's memory; use "
-        "model.execution.remat='full'"
-      )
-    if self.train.accumulation > 1:
-      raise NotImplementedError(
-        f'train.offload_parameters with train.accumulation={self.train.accumulation}: the compiler '
-        'for TPUs fails on sums of gradients in the host\'s memory; use accumulation=1, more chips'
-      )
-    if self.mesh.zero != 3:
-      raise ValueError(
-        f'train.offload_parameters with mesh.zero={self.mesh.zero}, which holds the weights of all '
-        'layers on every device; use mesh.zero=3'
-      )
 
   def resolve(self, vocabulary: int, rows: int = 2**20) -> 'Config':
     """With the sizes that are open filled in from the data: vocabulary of the tokenizer, longest
@@ -312,26 +282,7 @@ class Config:
         'multiple'
       )
     if sizes['context'] > 1:
-      self._check_context(sizes)
-
-  def _check_context(self, sizes):
-    """The same of rows that are split, and of heads where devices exchange tokens for them."""
-    m, T, P, tensor = self.model, self.data.sequence_length, sizes['context'], sizes['tensor']
-    strategy, backend = m.execution.context, m.execution.attention
-    if self.train.dropout and self.dropout.attention:
-      raise NotImplementedError(
-        f'train.dropout=attention={self.dropout.attention} with mesh.context={P}: no device has '
-        'all weights of a query; use data, fsdp or tensor, or leave it out'
-      )
-    R = P // context.degree(strategy, m.N // tensor, max(1, m.K // tensor), P)
-    chunks = math.lcm(P, 2 * R) if R > 1 else P
-    if T % chunks:
-      raise ValueError(
-        f'data.sequence_length={T} does not split into {chunks} chunks (mesh.context={P}, '
-        f'model.execution.context={strategy!r}); make it a multiple'
-      )
-    if R > 1 and strategy != 'gather' and backend != 'auto':
-      attention.check_part(backend)
+      names.imported('training.together.check_split_rows')(self, sizes)
 
 
 def to_dict(config) -> dict:

@@ -1,4 +1,7 @@
-"""What works, and would work better otherwise? Said before a run begins."""
+"""What works, and would work better otherwise? Said before a run begins, or at its first step."""
+
+import math
+from collections.abc import Mapping
 
 from training.config import Config
 
@@ -12,4 +15,21 @@ def hint(config: Config) -> str:
     "WARNING: model.execution.dtype='float16' for an encoder-decoder: T5's feed-forwards pass "
     '65,504, so that they and the residual stream are kept in f32, and the loss is scaled; where '
     'the hardware has it, --config.model.execution.dtype=bfloat16 needs neither'
+  )
+
+
+def worse_than_guessing(done: Mapping | None, config) -> str:
+  """What to say of a model that was tuned and is worse, at its first step, than one that knows
+  nothing: of another tokenizer, or of another template. '' where there is nothing to say.
+  """
+  guess = math.log(config.model.V)
+  if done is None or done['step'] != 1 or not config.init:
+    return ''
+  begins = done.get('cross_entropy', done['loss'])  # of the text, where the loss is of more
+  if not begins > guess:
+    return ''
+  return (
+    f'WARNING: the loss begins at {begins:.2f}, above the {guess:.2f} of guessing among '
+    f'{config.model.V:,} tokens: is the tokenizer, and the chat template, that of {config.init}? '
+    '--show=3 prints what it learns from'
   )

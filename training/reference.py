@@ -22,6 +22,7 @@ CONFIGS = ROOT / 'configs'
 
 # Sections of which nothing is read until a field of theirs is set, and which one that is.
 SWITCHES = {'model.latent': 'width', 'model.moe': 'experts', 'adapter': 'kind'}
+SWITCHES['evaluation'] = 'tasks'
 # What of rotary positions is read by each way to stretch them, besides the frequencies.
 STRETCHED = {'none': (), 'linear': ('factor',)}
 STRETCHED['llama3'] = ('factor', 'original_length', 'low', 'high')
@@ -84,9 +85,12 @@ def _reads(config, path):
   section, _, name = path.rpartition('.')
   model, optimizer = config.model, config.optimizer
   if section in SWITCHES and name != SWITCHES[section]:
-    part = {'model.latent': model.latent, 'model.moe': model.moe, 'adapter': config.adapter}[
-      section
-    ]
+    part = {
+      'model.latent': model.latent,
+      'model.moe': model.moe,
+      'adapter': config.adapter,
+      'evaluation': config.evaluation,
+    }[section]
     if not getattr(part, SWITCHES[section]):
       return False
   if section == 'adapter' and name in READ_BY:

@@ -4,7 +4,7 @@
                                 spilled/ those that lie on disk (training.disk), copied from there a
                                 few layers at a time while the run waits
     checkpoints/00000100.json   the record: written last, so that without it the directory does not
-                                count; holds the data loader's state, the validation loss, size and
+                                count; holds the data loader's state, what tells the best one, size and
                                 digest of every file, and its own digest
 
 A kill while saving leaves a directory without a record; a truncated or changed file no longer
@@ -36,6 +36,7 @@ from parallel import hosts
 from training import disk
 from training.trainable import divided, joined
 from workdir.metrics import lowest
+from workdir.progress import LOSS
 
 SPILLED = 'spilled'
 SAVE_TIMEOUT = 3600  # seconds
@@ -76,7 +77,7 @@ class Checkpoints:
     state,
     data: dict,
     progress: dict,
-    validation_loss: float | None = None,
+    cost: float | None = None,
     donated: bool = True,
     references: dict | None = None,
     config: dict | None = None,
@@ -85,11 +86,12 @@ class Checkpoints:
     """Starts writing; returns once the state may be donated. Waits for the save before it, and
     raises what that raised; raises as `wait`.
 
-    data, progress: JSON-able; of the data loader, and of what the run has achieved. donated: False
-      promises that the state stays as it is until `wait`, which saves a copy. references: of models
-      whose frozen parameters are not in `state`, where these are (workdir/frozen.py). config: what
-      the state was trained with, JSON-able. run: what else of the directory it belongs to
-      (workdir/seals.py), JSON-able.
+    data, progress: JSON-able; of the data loader, and of what the run has achieved. cost: what the
+      best checkpoint has the lowest of; None where it was not judged. donated: False promises that
+      the state stays as it is until `wait`, which saves a copy. references: of models whose frozen
+      parameters are not in `state`, where these are (workdir/frozen.py). config: what the state was
+      trained with, JSON-able. run: what else of the directory it belongs to (workdir/seals.py),
+      JSON-able.
     """
     self.wait()
     if self._orbax is None:
@@ -104,7 +106,7 @@ class Checkpoints:
       leaves = {name: jnp.copy(x) for name, x in leaves.items()}
     record = {
       'step': step,
-      'validation_loss': validation_loss,
+      'cost': cost,
       'data': data,
       'progress': progress,
       'leaves': shapes,
@@ -158,18 +160,21 @@ class Checkpoints:
     self._write_record(step, self.record(step) | values)
 
   def best(self, among: Iterable[int] | None = None) -> int | None:
-    """The step with the lowest validation loss (of all, or of those given); None where no
-    checkpoint was evaluated, or none to a finite loss.
+    """The step with the lowest cost (of all, or of those given), which is the validation loss, or
+    what train.best named when the last of them was saved; None where none was judged by that, or
+    none to a finite cost.
     """
-    losses = {}
-    for step in self.steps() if among is None else among:
+    costs, of = {}, None
+    for step in sorted(self.steps() if among is None else among, reverse=True):
       try:
-        loss = self.record(step)['validation_loss']
+        record = self.record(step)
       except ValueError:
         continue  # restore() reports it
-      if loss is not None:
-        losses[step] = loss
-    return lowest(losses)
+      of = of or _cost_of(record)
+      cost = record.get('cost', record.get('validation_loss'))
+      if cost is not None and of == _cost_of(record):
+        costs[step] = cost
+    return lowest(dict(sorted(costs.items())))
 
   def problems(self, step: int) -> list[str]:
     """What is wrong with a checkpoint: files that are missing, truncated or changed since they were
@@ -456,6 +461,11 @@ def _aside(path: pathlib.Path) -> pathlib.Path:
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(x: jax.Array, dtype) -> jax.Array:
   return x.astype(dtype)
+
+
+def _cost_of(record: dict) -> str:
+  """What a checkpoint was judged by."""
+  return record['progress'].get('of', LOSS)
 
 
 def _seal(record: dict) -> dict:

@@ -27,6 +27,7 @@ from workdir.seals import FACTS, metrics_problem
 from workdir.watch import short
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20
+ASKED = re.compile(r'[^/]+-\d+/')  # the beginning of a score's key: TASK-SHOTS/METRIC
 
 
 def write_report(
@@ -225,6 +226,12 @@ def _by_source(lines) -> dict[str, tuple[list[float], list[float]]]:
   return {key.removeprefix(prefix): _points(lines, key) for key in keys}
 
 
+def _by_task(lines) -> dict[str, list[float]]:
+  """Scores of tasks that the run was asked (workdir/tasks.py), of each in its order."""
+  keys = dict.fromkeys(key for line in lines for key in line if ASKED.match(key))
+  return {key: _points(lines, key)[1] for key in keys}
+
+
 def _smooth(values: Sequence[float]) -> list[float]:
   # A centred mean whose width grows with the step: a trailing one would lag behind the steep start.
   # Gaps stay gaps.
@@ -270,6 +277,8 @@ def _progress(lines, unit='nats/token'):
         f'{values[0]:.4f}, {values[-1]:.4f} {unit}'.strip(),
       )
     )
+  for name, values in _by_task(lines).items():
+    rows.append((f'{name}, first, last', f'{amount(values[0], 4)}, {amount(values[-1], 4)}'))
   steps, rewards = _points(lines, 'validation_reward')
   if rewards:
     rows.append(('Reward of held-out prompts, first, last', f'{rewards[0]:.4f}, {rewards[-1]:.4f}'))

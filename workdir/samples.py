@@ -12,14 +12,9 @@ from typing import Any, NamedTuple
 import jax
 
 import files
-import names
-from data import generation
 from data.tokenizer import Tokenizer
-from decode.generating import generating
-from decode.generator import Generator
-from model import params, transformer
-from training import state as states
 from training.config import Config
+from workdir.in_hand import InHand
 
 FILE = 'samples.jsonl'
 # The same draws each time: what differs is the model.
@@ -44,8 +39,7 @@ class Sample(NamedTuple):
 
 
 class Sampler:
-  """Writes samples of a run with the parameters that it has in hand, through the generator that
-  generate.py uses: a copy of the matrices in the compute dtype is in memory meanwhile.
+  """Writes samples of a run with the parameters that it has in hand.
 
   What is drawn depends on the parameters alone, so that a run with samples trains as one without.
   """
@@ -58,7 +52,9 @@ class Sampler:
     Raises NotImplementedError where there is nothing to generate with, and ValueError for a prompt
     that fills the context, saying what would do.
     """
-    check(config)
+    remedy = 'leave train.sample_every at 0, and write with generate.py from its checkpoints'
+    asked = f'train.sample_every={config.train.sample_every}'
+    self._in_hand = InHand(config, tokenizer, mesh, directory, asked, remedy)
     limit, soft = config.model.max_length, ''
     if limit and config.adapter.soft:
       limit, soft = limit - config.adapter.tokens, ' (less the soft tokens)'
@@ -68,15 +64,8 @@ class Sampler:
           f'train.sample_prompts: {prompt[:40]!r} is {length} tokens, which leaves no room for new '
           f'ones in model.max_length={limit}{soft}; shorten it'
         )
-    self._train, self._main = config.train, config.objective.main
-    tokenizer.generation = generation.read(directory)  # where its texts end
-    self._tokenizer, self._mesh = tokenizer, mesh
-    self._config, network = config, generating(config.model)
-    if config.adapter.base:
-      network = names.imported('workdir.adapted.untied')(network)
-    with jax.set_mesh(mesh):
-      abstract = params.abstract(lambda: _generating(config, network), mesh)
-    self._structure = jax.tree.structure(abstract)
+    self._prompts = list(config.train.sample_prompts)
+    self._read = config.model.encoder_layers > 0
     self._path = pathlib.Path(directory) / FILE
     kept = [sample for sample in read(directory) if sample.step <= first]
     if self._path.exists():
@@ -84,51 +73,14 @@ class Sampler:
 
   def __call__(self, step: int, models: Mapping[str, Any]) -> str:
     """Samples with the models as they are after a step; returns them as Markdown."""
-    prompts = list(self._train.sample_prompts)
-    model = models[self._main]
-    if self._config.adapter.kind:
-      merged = names.imported('workdir.adapted.merged')
-      model = merged(self._config, model, models[states.ADAPTER])
-    model = jax.tree.unflatten(self._structure, jax.tree.leaves(model))
-    generator = Generator(model, self._tokenizer, self._mesh)
-    completions = generator(prompts, **OPTIONS)
-    read = self._config.model.encoder_layers > 0
+    completions = self._in_hand.generator(models)(self._prompts, **OPTIONS)
     samples = [
-      Sample(step, prompt, completion.text, read)
-      for prompt, completion in zip(prompts, completions)
+      Sample(step, prompt, completion.text, self._read)
+      for prompt, completion in zip(self._prompts, completions)
     ]
     with open(self._path, 'a') as file:
       file.writelines(map(_line, samples))
     return '\n\n'.join(fenced(sample.whole) for sample in samples)
-
-
-def _generating(config: Config, network):
-  """A model of a run as it generates, with its adapter merged. Traced."""
-  model = transformer.init(network, 0)
-  if not config.adapter.kind:
-    return model
-  adapter = states.new_adapter(config, model)
-  return names.imported('model.adapters.merged')(model, adapter, config.adapter)
-
-
-def check(config: Config) -> None:
-  """Raises NotImplementedError for a run that cannot be sampled from."""
-  remedy = 'leave train.sample_every at 0, and write with generate.py from its checkpoints'
-  if jax.process_count() > 1:
-    raise NotImplementedError(
-      f'train.sample_every={config.train.sample_every} in {jax.process_count()} processes, each of '
-      f'which holds a part of the texts; {remedy}'
-    )
-  if config.train.offload_parameters:
-    raise NotImplementedError(
-      f'train.sample_every={config.train.sample_every} with train.offload_parameters, which keeps '
-      f"the weights in the host's memory, where nothing generates; {remedy}"
-    )
-  if not config.model.causal:
-    raise NotImplementedError(
-      f'train.sample_every={config.train.sample_every} with model.causal=False: an encoder writes '
-      'no text; leave train.sample_every at 0'
-    )
 
 
 def read(directory: str | os.PathLike) -> list[Sample]:

@@ -5,6 +5,7 @@ which run that was, digests of its tokenizer and of where it ends texts, and how
 was written. Records of older versions lack some of this, and what they lack is not looked at.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -52,6 +53,22 @@ def begun(workdir: str | os.PathLike) -> Config | None:
   if kept is not None:
     return kept
   return configs.load(workdir) if (pathlib.Path(workdir) / configs.FILE).exists() else None
+
+
+def sized(config: Config, workdir: str | os.PathLike) -> Config:
+  """The config with the sizes that it leaves open as the run in the directory had them."""
+  kept = begun(workdir)
+  if kept is None:
+    return config
+  before = kept.model
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      config.model,
+      vocabulary=config.model.vocabulary or before.vocabulary,
+      max_length=config.model.max_length or before.max_length,
+    ),
+  )
 
 
 def check_unchanged(config: Config, workdir: str | os.PathLike, allow_change: bool = False) -> None:

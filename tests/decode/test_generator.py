@@ -135,12 +135,12 @@ def save_run(workdir, model=MODEL):
   checkpoints = Checkpoints(workdir, log=lambda _: None)
   with jax.set_mesh(mesh):
     state = jax.jit(lambda: states.init(config, optimizer))()
-    checkpoints.save(3, state, {}, {}, validation_loss=1.0)
+    checkpoints.save(3, state, {}, {}, cost=1.0)
     checkpoints.wait()
     later = dataclasses.replace(
       state, models={'policy': jax.jit(transformer.init, static_argnums=(0, 1))(model, 9)}
     )
-    checkpoints.save(5, later, {}, {}, validation_loss=2.0)
+    checkpoints.save(5, later, {}, {}, cost=2.0)
     checkpoints.wait()
   return state.models['policy'], later.models['policy']
 

@@ -87,7 +87,7 @@ def test_what_is_saved_comes_back_bitwise_with_its_shardings(mesh, tmp_path):
   for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
   record = checkpoints.record(3)
-  assert (record['step'], record['data'], record['progress'], record['validation_loss']) == (
+  assert (record['step'], record['data'], record['progress'], record['cost']) == (
     3,
     DATA,
     PROGRESS,

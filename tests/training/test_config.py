@@ -247,8 +247,8 @@ def leaves(cls, known: frozenset = frozenset()) -> int:
   return total
 
 
-def test_the_whole_config_stays_under_175_fields():
-  assert 60 < leaves(Config) < 175
+def test_the_whole_config_stays_under_182_fields():
+  assert 60 < leaves(Config) < 182
 
 
 TEXT = st.text(max_size=8)

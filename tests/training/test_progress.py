@@ -12,7 +12,8 @@ from conftest import tiny
 from hypothesis import given, strategies as st
 
 from model.execution import ExecutionConfig
-from workdir.progress import Progress, check_finite, worse_than_guessing
+from training.hints import worse_than_guessing
+from workdir.progress import Progress, check_finite
 
 
 class Records:
