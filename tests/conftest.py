@@ -52,6 +52,7 @@ import pathlib
 import pytest
 
 from parallel.mesh import MeshConfig, make_mesh
+from tests.thinned import rest_long
 
 ORACLES = pathlib.Path(__file__).parent / 'oracle'
 SHARED_DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
@@ -62,10 +63,12 @@ def pytest_ignore_collect(collection_path, config):
   return True if collection_path == ORACLES and 'not oracle' in config.option.markexpr else None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
   """Tests of real models run where they are asked for, `-m real`: whatever else is, they need
-  packages of a hundred MB.
+  packages of a hundred MB. All others are marked before -m chooses among them.
   """
+  rest_long(items)
   if 'real' not in config.getoption('markexpr'):
     real = [item for item in items if item.get_closest_marker('real')]
     config.hook.pytest_deselected(items=real)

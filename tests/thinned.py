@@ -1,17 +1,18 @@
-"""Which cases of a product does CI run, and which are left to `make test-all`?"""
+"""Which cases of the slow tests does CI run? Of each test the first and the last: of a product
+these differ in everything that it is a product of. `make test-all` runs the others, too.
+"""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import pytest
 
 
-def rest_long(cases: Iterable, kept: Collection[int]) -> list:
-  """The cases of a slow test, all but the `kept` ones, by number, marked `long`; those should meet
-  every value of what the cases are products of.
-  """
-  return [
-    case
-    if number in kept
-    else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.long)
-    for number, case in enumerate(cases)
-  ]
+def rest_long(items: Iterable[pytest.Item]) -> None:
+  """Marks the cases between the first and the last one of every slow test as `long`."""
+  cases: dict[str, list[pytest.Item]] = {}
+  for item in items:
+    if item.get_closest_marker('slow') and not item.get_closest_marker('long'):
+      cases.setdefault(item.nodeid.partition('[')[0], []).append(item)
+  for of_one_test in cases.values():
+    for item in of_one_test[1:-1]:
+      item.add_marker('long')

@@ -4,7 +4,7 @@
                                 spilled/ those that lie on disk (training.disk), copied from there a
                                 few layers at a time while the run waits
     checkpoints/00000100.json   the record: written last, so that without it the directory does not
-                                count; holds the data loader's state, what tells the best one, size and
+                                count; holds the loader's state, its cost (see `best`), size and
                                 digest of every file, and its own digest
 
 A kill while saving leaves a directory without a record; a truncated or changed file no longer

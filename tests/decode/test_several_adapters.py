@@ -27,7 +27,6 @@ from model.weights.bank import Bank
 from model.weights.int8 import Int8
 from model.weights.plain import Plain
 from parallel.mesh import MeshConfig, make_mesh
-from tests.thinned import rest_long
 
 LORA = AdapterConfig(kind='lora', rank=3, alpha=6.0)
 CONFIGS = {
@@ -241,6 +240,7 @@ def test_a_generator_takes_one_for_each_prompt(generator):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_searches_drafts_sessions_and_batches_take_one(generator):
   greedy = dict(max_new_tokens=10, temperature=0.0)
   expected = [
@@ -366,7 +366,7 @@ def check_merged(generator, models, atol=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', rest_long(FAMILIES, {1, 2, 4, 5, 6}))
+@pytest.mark.parametrize('family', FAMILIES)
 def test_every_family_takes_several(family):
   models = models_of(family)
   check_merged(models.together(), models)

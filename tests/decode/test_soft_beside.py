@@ -208,6 +208,7 @@ def test_each_ends_at_the_context_of_its_own(generator):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_searches_drafts_sessions_and_talks_have_them(generator):
   models = models_of()
   for how in (dict(lookup=2), dict(early_exit=1)):

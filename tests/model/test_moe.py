@@ -22,7 +22,6 @@ from model.moe import MoE, moved, route
 from model.params import abstract, named_leaves
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
-from tests.thinned import rest_long
 
 D, F = 8, 12
 CASES = {
@@ -409,9 +408,7 @@ def on_mesh(mesh, config, x, segments):
     ), layer
 
 
-def slow(*values, rest=False):
-  """rest: of a product, of which other cases meet every value; for `make test-all`."""
-  return pytest.param(*values, marks=[pytest.mark.slow, *([pytest.mark.long] if rest else [])])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 # With a factor of 0.3 the exchange between experts' devices takes several rounds.
@@ -436,7 +433,7 @@ PARTS = [
     slow('biased', 'dropless', SPLIT[0], 0.3),
     ('deepseek v3', 'capacity', SPLIT[0], 100.0),
     *(
-      slow(case, dispatch, sizes, 100.0, rest=i % 3 != j)
+      slow(case, dispatch, sizes, 100.0)
       for i, sizes in enumerate(MESHES)
       for j, (case, dispatch) in enumerate(
         (
@@ -451,7 +448,7 @@ PARTS = [
       for dispatch, factor in (('dropless', 0.3), ('dense', 1.0))
     ),
     *(
-      slow(case, dispatch, sizes, factor, rest=i % 2 != j % 2)
+      slow(case, dispatch, sizes, factor)
       for i, sizes in enumerate(PARTS)
       for j, (case, dispatch, factor) in enumerate(
         (
@@ -622,7 +619,7 @@ def test_bfloat16_experts_under_an_f32_router(dispatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'dispatch, dtype',
-  rest_long(itertools.product(DISPATCHES, ['bfloat16', 'float16']), {0, 3, 4}),
+  list(itertools.product(DISPATCHES, ['bfloat16', 'float16'])),
 )
 def test_half_precision_on_split_experts(dispatch, dtype):
   config = make_config('biased', dispatch, execution=ExecutionConfig(dtype=dtype))

@@ -129,6 +129,7 @@ def test_that_an_import_is_padded_is_said_with_what_changes_it(imported, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_odd_vocabulary_generates_on_devices_that_share_it(imported):
   several = Generator.load(imported / 'run', mesh=MeshConfig(data=2, tensor=2))
   alone = Generator.load(imported / 'run')

@@ -21,7 +21,6 @@ from model.execution import ExecutionConfig
 from parallel import axes as ax
 from parallel.mesh import AXES, MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
-from tests.thinned import rest_long
 from training import state as states
 from training.config import Config
 from training.optimizer import OptimizerConfig, make_optimizer
@@ -115,10 +114,7 @@ def check(model, sizes):
 
 @pytest.mark.parametrize(
   'axes',
-  [
-    pytest.param(axes, marks=[pytest.mark.long] if 'expert' in axes else [])
-    for axes in itertools.combinations(AXES, 3)
-  ],
+  list(itertools.combinations(AXES, 3)),
   ids='-'.join,
 )
 @pytest.mark.slow
@@ -135,9 +131,7 @@ def test_three_axes_with_experts_are_one_device(axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'sizes', rest_long([{'tensor': 4, axis: 2} for axis in AXES[1:-1]], {0, 2}), ids=str
-)
+@pytest.mark.parametrize('sizes', [{'tensor': 4, axis: 2} for axis in AXES[1:-1]], ids=str)
 def test_more_tensor_shards_than_keys_are_one_device(sizes):
   check(DENSE, sizes)
 

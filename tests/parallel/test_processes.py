@@ -272,6 +272,7 @@ def test_four_processes_are_one(runs, tmp_path, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_two_processes_wrote_is_read_by_any_number(runs, tmp_path):
   whole = tmp_path / 'whole'
   train_alone(runs, whole, 1, *SMALL)
@@ -298,6 +299,7 @@ def whole(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_stops_all_after_the_same_step(runs, whole, tmp_path, number):
   group = Group(runs, tmp_path, 2, *LONG, '--stopped_code=75')

@@ -40,7 +40,6 @@ from model.weights.plain import Plain
 from objectives.next_token import NextToken
 from objectives.sft import SFT
 from parallel.pipeline import PipelineConfig
-from tests.thinned import rest_long
 from training import drawing, evaluation, state as states
 from training.drawing import MODEL
 from workdir.metrics import read_metrics
@@ -216,9 +215,7 @@ MESHES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'rates, accumulation, devices, mesh', rest_long(MESHES, {1, 3, 4, 5, 7}), ids=str
-)
+@pytest.mark.parametrize('rates, accumulation, devices, mesh', MESHES, ids=str)
 def test_devices_draw_what_one_does(rates, accumulation, devices, mesh):
   config = config_of(rates, **parts_of(accumulation, **mesh))
   check_like_alone(config, devices, config_of(rates), 5e-6)
@@ -234,16 +231,13 @@ FOUR = config_of(model={'layers': 4})
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'execution',
-  rest_long(
-    [
-      {'remat': 'full'},
-      {'remat': 'sqrt'},
-      {'remat': 'dots'},
-      {'remat': 'full', 'remat_save': ('attention_out',)},
-      {'attention': 'reference'},
-    ],
-    {1, 3, 4},
-  ),
+  [
+    {'remat': 'full'},
+    {'remat': 'sqrt'},
+    {'remat': 'dots'},
+    {'remat': 'full', 'remat_save': ('attention_out',)},
+    {'attention': 'reference'},
+  ],
   ids=str,
 )
 def test_however_it_runs_it_draws_the_same(execution):
@@ -270,7 +264,7 @@ FAMILIES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', rest_long(FAMILIES, {1, 2, 4}))
+@pytest.mark.parametrize('family', FAMILIES)
 def test_every_architecture_keeps_the_laws(family):
   rates = dataclasses.replace(RATES, feed_forward=0.0) if family == 'experts' else RATES
   like = config_of(rates, model=FAMILIES[family])
@@ -282,7 +276,7 @@ def test_every_architecture_keeps_the_laws(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', rest_long(FAMILIES, {0, 3}))
+@pytest.mark.parametrize('family', FAMILIES)
 def test_layers_one_by_one_draw_as_in_a_scan(family, one_device):
   config = config_of(model=FAMILIES[family], dropout=WHOLE if family != 'experts' else RESIDUAL)
   model = alone(config)[0][-1]['policy']
