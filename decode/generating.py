@@ -9,7 +9,7 @@ import jax
 from kernels.blocks import Blocks
 from model import params, rearranged, transformer
 from model.config import ModelConfig
-from model.weights import gathered, int8, joined
+from model.weights import Weight, gathered, int8, joined
 from parallel import axes as ax
 
 
@@ -55,7 +55,7 @@ def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
   def cast(p):
     if p.kind == 'vector':
       return p
-    # Of all arrays that store it: a table may have soft rows behind its own.
-    return p.replace(jax.tree.map(lambda x: x.astype(dtype), p.get_value()))
+    value = p.get_value()
+    return p.replace(value.cast(dtype) if isinstance(value, Weight) else value.astype(dtype))
 
   return jax.tree.map(cast, model, is_leaf=lambda x: isinstance(x, params.nnx.Param))

@@ -45,6 +45,9 @@ class ExecutionConfig:
     context: how devices that share a row attend to all of it (kernels.context).
     remat, remat_save, remat_offload: what is kept of each block for the backward pass, see
       parallel.remat.Remat.
+    stored: how matrices lie in memory and in checkpoints, PATTERN=SCHEME each
+      (model/weights/scheme.py); such a model generates, and is a base for adapters. Default: as
+      numbers of parameter_dtype.
     pipeline: see parallel.pipeline. scan: layers of a kind are stacked, and one program runs over
       them; False: each has its own, whose matrices decoding reads where they lie, and which takes
       the longer to compile the more layers there are.
@@ -54,6 +57,7 @@ class ExecutionConfig:
 
   dtype: str = 'float32'
   parameter_dtype: str = 'float32'
+  stored: tuple[str, ...] = ()
   attention: str = 'auto'
   attention_blocks: Blocks = Blocks()
   context: str = 'ring'

@@ -491,6 +491,8 @@ class EncoderDecoder(Decoder):
 
 def init(config: ModelConfig, seed: int) -> Decoder:
   """A new model, born sharded on the mesh in context. Traced: use under jit or jax.eval_shape."""
-  return (EncoderDecoder if config.encoder_layers else Decoder)(
-    config, nnx.Rngs(params=jax.random.key(seed))
-  )
+  kind = EncoderDecoder if config.encoder_layers else Decoder
+  model = kind(config, nnx.Rngs(params=jax.random.key(seed)))
+  if config.execution.stored:
+    return names.imported('model.weights.scheme.stored')(model, config.execution.stored)
+  return model

@@ -34,8 +34,15 @@ class Above(Weight):
   def dtype(self):
     return self.base.dtype
 
+  @property
+  def coded(self):
+    return self.base.coded
+
   def layout(self):
     return self._each(lambda weight: weight.layout())
+
+  def cast(self, dtype):
+    return self._each(lambda weight: weight.cast(dtype))
 
   def gathered(self, dtype):
     return self._each(lambda weight: weight.gathered(dtype))

@@ -43,6 +43,7 @@ class Int8(Weight):
   scale: Any
   summed: tuple[int, ...] = dataclasses.field(metadata={'static': True})
   axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
+  coded = True
 
   @classmethod
   def of(cls, x: jax.Array, summed: tuple[int, ...], axes: tuple[str | None, ...]) -> 'Int8':
@@ -191,17 +192,18 @@ def in_bytes(model):
   Routers, which are computed with in f32, stay as they are, and so do norms and biases. So does the
   table that tokens are looked up in: a step reads a row of it for each token, which is no time, and
   bytes would make the model's input less exact. Where it is the output embedding, too, that becomes
-  a copy in bytes.
+  a copy in bytes. What is in codes already stays as it is.
   """
 
   def matrix(p):
-    if p.kind != 'matrix' or p.wide:
+    if p.kind != 'matrix' or p.wide or read(p).coded:
       return p
     outputs = len(p.axes) - ('experts' in p.axes) - p.inputs
     return p.replace(Int8.of(p[...], tuple(range(-outputs - p.inputs, -outputs)), p.axes))
 
   head = model.head.tokens if model.head.tokens is not None else model.embedding.tokens
   model = jax.tree.map(matrix, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
-  numbers = read(head).numbers('float32')
-  model.head.tokens = nnx.data(head.replace(Int8.of(numbers, (-1,), head.axes)))
+  if not read(head).coded:
+    numbers = read(head).numbers('float32')
+    model.head.tokens = nnx.data(head.replace(Int8.of(numbers, (-1,), head.axes)))
   return model

@@ -34,10 +34,11 @@ class Weight(abc.ABC):
     virtual: ids behind a table that have rows all the same (model.weights.appended).
     shape, dtype: of the matrix that it stands for; dtype: that of its numbers before a cast.
     adapters: that rows of a batch can have on it, each another one (model.weights.bank).
+    coded: whether it is stored in codes, which no cast is of.
   """
 
   axes: tuple[str | None, ...]
-  adapters, virtual = 0, range(0)
+  adapters, virtual, coded = 0, range(0), False
 
   @property
   @abc.abstractmethod
@@ -70,6 +71,10 @@ class Weight(abc.ABC):
   @abc.abstractmethod
   def cut(self, axis: int, pieces: int) -> 'Weight':
     """In equal pieces along `axis`, counted from the last; they are a new first dimension."""
+
+  def cast(self, dtype: str) -> 'Weight':
+    """With its numbers in `dtype`, once and for all; what is in codes stays as it is."""
+    return self if self.coded else jax.tree.map(lambda x: x.astype(dtype), self)
 
   def joined(self, whole: 'Weight') -> 'Weight':
     """What computes with `whole`, of `gathered`; its gradient, if there is one, is self's."""

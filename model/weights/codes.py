@@ -1,0 +1,172 @@
+"""How does a matrix of codes multiply? Numbers of 4 or 8 bits with a scale for each block: groups
+along what is summed over, an output, a square, or the whole.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.weights.grids import GRIDS, Grid, packed, spread, unpacked
+from model.weights.weight import Weight, along, gathered_here, in_pieces
+from parallel import axes as ax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codes(Weight):
+  """A matrix on a grid.
+
+  Attributes:
+    codes: int8 or fp8 of the matrix's shape; of 4 bits uint8, half as many along `packs`.
+    scale: f32, for each block. zero: f32, the same, the code that stands for 0; None: 0.
+    grid: of model.weights.grids. blocks: their size in each dimension.
+    packs: the dimension along which two codes share a byte, counted from the last.
+  """
+
+  codes: Any
+  scale: Any
+  zero: Any
+  grid: str = dataclasses.field(metadata={'static': True})
+  blocks: tuple[int, ...] = dataclasses.field(metadata={'static': True})
+  packs: int = dataclasses.field(metadata={'static': True})
+  axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
+  coded = True
+
+  @classmethod
+  def of(
+    cls,
+    x: jax.Array,
+    grid: str,
+    blocks: tuple[int, ...],
+    packs: int,
+    axes: tuple[str | None, ...],
+    symmetric: bool = True,
+    shrink: jax.Array | float = 1.0,
+  ) -> 'Codes':
+    """The nearest codes of numbers [.., *blocks' dimensions].
+
+    shrink: of the largest of each block, so much is on the grid, and what is beyond is clipped.
+    """
+    scale, zero = _scales(x.astype(jnp.float32), GRIDS[grid], blocks, symmetric, shrink)
+    return cls.with_scales(x, scale, zero, grid, blocks, packs, axes)
+
+  @classmethod
+  def with_scales(cls, x, scale, zero, grid, blocks, packs, axes) -> 'Codes':
+    """The nearest codes with these scales."""
+    wide = spread(scale, blocks)
+    x = x.astype(jnp.float32) / jnp.where(wide > 0, wide, 1)
+    codes = GRIDS[grid].nearest(x if zero is None else x + spread(zero, blocks))
+    if GRIDS[grid].packed:
+      codes = packed(codes, packs, blocks[packs])
+    return cls(codes, scale, zero, grid, blocks, packs, axes)
+
+  @property
+  def shape(self):
+    shape = list(self.codes.shape)
+    shape[self.packs] *= 1 + GRIDS[self.grid].packed
+    return tuple(shape)
+
+  @property
+  def dtype(self):
+    return self.scale.dtype
+
+  @property
+  def scale_axes(self) -> tuple[str | None, ...]:
+    """As `axes`, of the scale."""
+    rank = len(self.axes)
+    return tuple(None if self.scale.shape[n - rank] == 1 else a for n, a in enumerate(self.axes))
+
+  def numbers(self, dtype):
+    codes = self.codes
+    if GRIDS[self.grid].packed:
+      codes = unpacked(codes, self.packs, self.blocks[self.packs], self.grid == 'int4')
+    x = GRIDS[self.grid].stands_for(codes)
+    if self.zero is not None:
+      x = x - spread(self.zero, self.blocks)
+    return (x * spread(self.scale, self.blocks)).astype(dtype)
+
+  def _map(self, one) -> 'Codes':
+    """one: (an array, its axes) -> what is in its place."""
+    zero = None if self.zero is None else one(self.zero, self.scale_axes)
+    codes, scale = one(self.codes, self.axes), one(self.scale, self.scale_axes)
+    return dataclasses.replace(self, codes=codes, scale=scale, zero=zero)
+
+  def layout(self):
+    return self._map(lambda _, axes: axes)
+
+  def gathered(self, dtype):
+    return self._map(lambda x, axes: ax.gather(x, *along(axes, x)))
+
+  def here(self, shards, dtype):
+    return self._map(lambda x, axes: gathered_here(x, axes, shards))
+
+  def cut(self, axis, pieces):
+    if (
+      self.scale.shape[axis] % pieces
+      and self.scale.shape[axis] > 1
+      or (GRIDS[self.grid].packed and axis == self.packs and self.scale.shape[axis] == 1)
+    ):
+      raise ValueError(
+        f'{self.grid} in blocks of {self.blocks[axis]} is not cut into {pieces} pieces of '
+        f'{self.shape[axis] // pieces}; use smaller groups'
+      )
+
+    def one(x, _):
+      if x.shape[axis] == 1:
+        return jnp.broadcast_to(x[None], (pieces, *x.shape))
+      return in_pieces(x, axis, pieces)
+
+    return self._map(one)
+
+  def whole(self, dtype, product=True):
+    return self.gathered(dtype).numbers(dtype)
+
+  def rows(self, ids, mode=None):
+    if self.blocks[0] > 1 or self.packs == -len(self.blocks):
+      return super().rows(ids, mode)
+    # The scale of a row beside it: what is looked up is a table of fewer rows.
+    return self._map(lambda x, _: x.at[ids].get(mode=mode)).numbers(self.dtype)
+
+
+def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, jax.Array | None]:
+  """Of each block the scale, and the zero point where sides may differ."""
+  if symmetric:
+    # The side with fewer codes holds the largest number: -8..7 by 7, so that no sign is favoured.
+    return _reduced(jnp.abs(x), blocks, jnp.max) * shrink / min(-grid.lowest, grid.highest), None
+  low = jnp.minimum(_reduced(x, blocks, jnp.min), 0) * shrink  # 0 is a number of the grid
+  high = jnp.maximum(_reduced(x, blocks, jnp.max), 0) * shrink
+  scale = (high - low) / (grid.highest - grid.lowest)
+  zero = jnp.round(grid.lowest - low / jnp.where(scale > 0, scale, 1))
+  return scale, zero
+
+
+def _reduced(x, blocks, how):
+  """One number for each block."""
+  for axis, block in zip(range(-len(blocks), 0), blocks):
+    at = x.ndim + axis
+    shape = (*x.shape[:at], x.shape[at] // block, block, *x.shape[at + 1 :])
+    x = how(x.reshape(shape), at + 1)
+  return x
+
+
+def blocks_of(
+  shape: tuple[int, ...], summed: tuple[int, ...], group: int, name: str = ''
+) -> tuple[int, ...]:
+  """Blocks of groups along what is summed over, 0: all of it is one; one output in each.
+
+  Where several dimensions are (heads and their widths), a group is a part of the last one, or some
+  whole ones. Raises ValueError where groups do not fill them.
+  """
+  blocks, left = [1] * len(shape), group or math.prod(shape[n] for n in summed)
+  for n in sorted(summed, reverse=True):
+    blocks[n] = min(left, shape[n])
+    if shape[n] % blocks[n] or left % blocks[n]:
+      raise ValueError(
+        f'groups of {group} do not divide the {shape[n]} that {name or "a matrix"} sums over; use '
+        f'group={math.gcd(group, shape[n])}, or leave it out by a pattern'
+      )
+    left //= blocks[n]
+  return tuple(blocks)

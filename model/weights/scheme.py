@@ -1,0 +1,187 @@
+"""Which matrices of a model are stored how? Schemes, and the patterns that say where each holds.
+
+  int8                    bytes, a scale for each output (model.weights.int8)
+  int8:group=128          bytes in groups along what is summed over
+  int4:group=64           4 bits, symmetric; int4:group=64:asymmetric with a zero point for each group
+  nf4:group=64            16 quantiles of a normal law
+  fp8                     float8_e4m3fn, a scale for each output; fp8:tensor one for all of a
+                          matrix; fp8:block=128 one for each square
+  keep                    as it is
+
+`model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
+whose pattern matches a parameter's name holds. '*' matches dots, too. Routers, norms and biases stay
+as they are, and so do head and tables unless a pattern begins with `head`.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+import names
+from model.weights import read
+from model.weights.codes import Codes, blocks_of
+from model.weights.grids import GRIDS
+from model.weights.int8 import Int8
+from model.weights.weight import Weight
+from parallel import axes as ax
+
+GROUP = 128  # of 4 bits, where nobody says another
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+  """How a matrix is stored.
+
+  Attributes:
+    grid: of model.weights.grids, or 'keep'.
+    group: numbers along what is summed over that share a scale; 0: all of an output.
+    block: size of a square that shares one; 0: none. tensor: whether all of a matrix does.
+    symmetric: whether 0 is the middle of the codes.
+
+  Raises ValueError for what does not go together.
+  """
+
+  grid: str
+  group: int = 0
+  block: int = 0
+  tensor: bool = False
+  symmetric: bool = True
+
+  def __post_init__(self):
+    names.check('a scheme', self.grid, [*GRIDS, 'keep'])
+    if min(self.group, self.block) < 0 or bool(self.group) + bool(self.block) + self.tensor > 1:
+      raise ValueError(
+        f'a scheme of group={self.group}, block={self.block}, tensor={self.tensor}: one of them '
+        'says which numbers share a scale, and sizes are at least 1'
+      )
+    size = self.group or self.block
+    if self.grid in GRIDS and GRIDS[self.grid].packed and (size < 2 or size % 2):
+      raise ValueError(
+        f'{self.grid}: two codes share a byte, in groups of an even size; use {self.grid}:group=64'
+      )
+    if not self.symmetric and self.grid not in ('int8', 'int4'):
+      raise ValueError(f'{self.grid}:asymmetric: only int8 and int4 have a zero point; leave it out')
+
+  @classmethod
+  def parse(cls, text: str) -> 'Scheme':
+    """Of a text such as 'int4:group=64:asymmetric'. Raises ValueError for another."""
+    grid, *options = text.split(':')
+    values = {'group': GROUP} if grid in GRIDS and GRIDS[grid].packed else {}
+    for option in options:
+      name, equals, value = option.partition('=')
+      if name in ('group', 'block') and value.isdecimal():
+        values |= {'group': 0, name: int(value)}
+      elif option in ('tensor', 'asymmetric'):
+        values |= {'tensor': True, 'group': 0} if option == 'tensor' else {'symmetric': False}
+      else:
+        known = 'group=N, block=N, tensor, asymmetric'
+        raise ValueError(f'the scheme {text!r}: {option!r} is none of {known}')
+    return cls(grid, **values)
+
+  def blocks(self, shape, summed: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Sizes of blocks of a matrix; shape: without stacked layers, and of an expert."""
+    if self.tensor or self.block:
+      # Of a matrix as it multiplies: what is summed over, and what is not.
+      if self.block and any(size % self.block for size in shape if size > self.block):
+        raise ValueError(
+          f'{name} of {shape}: squares of {self.block} do not divide it; use a block that does, or '
+          'leave it out by a pattern'
+        )
+      return tuple(min(self.block or size, size) for size in shape)
+    return blocks_of(shape, summed, self.group, name)
+
+  def of(self, x: jax.Array, summed: tuple[int, ...], axes, name: str = '') -> Weight:
+    """The nearest numbers on the grid, of a matrix [.., outputs and inputs].
+
+    summed: which dimensions a product sums over, counted from the last. Raises ValueError where
+    blocks do not fill it, or a device's part of it.
+    """
+    if self == Scheme('int8'):
+      return Int8.of(x, summed, axes)
+    rank = len(axes) - ('experts' in axes)
+    blocks = self.blocks(x.shape[-rank:], summed, name)
+    blocks = (1,) * (len(axes) - rank) + blocks
+    _check_shards(x.shape[-len(axes) :], blocks, axes, self, name)
+    return Codes.of(x, self.grid, blocks, max(summed), axes, self.symmetric)
+
+
+def parsed(entries: Sequence[str]) -> list[tuple[str, Scheme]]:
+  """(pattern, scheme) of each entry. Raises ValueError for one that is none."""
+  found = []
+  for entry in entries:
+    pattern, equals, scheme = entry.partition('=')
+    if not pattern or not equals:
+      raise ValueError(f'{entry!r} is no PATTERN=SCHEME, as in *=int4:group=64')
+    found.append((pattern, Scheme.parse(scheme)))
+  return found
+
+
+def scheme_of(name: str, p: nnx.Param, entries: Sequence[tuple[str, Scheme]]) -> Scheme | None:
+  """How a parameter is to be stored; None: as it is."""
+  of_table = name.startswith(('head.', 'embedding.'))
+  if p.kind == 'vector' or p.wide or (of_table and name != 'head.tokens'):
+    return None
+  for pattern, scheme in entries:
+    if fnmatch.fnmatchcase(name, pattern) and (pattern.startswith('head') or not of_table):
+      return None if scheme.grid == 'keep' else scheme
+  return None
+
+
+def stored(model, entries: Sequence[str]):
+  """The model with its matrices as entries say. A head that is tied to the table becomes a copy
+  where a pattern names it. Traced.
+
+  Raises ValueError for a pattern that matches no matrix, and for blocks that do not fill one.
+  """
+  rules, met = parsed(entries), set()
+
+  def matrix(path, p):
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    met.update(pattern for pattern, _ in rules if fnmatch.fnmatchcase(name, pattern))
+    scheme = scheme_of(name, p, rules)
+    if scheme is None:
+      return p
+    return p.replace(scheme.of(p.get_value(), summed_of(p), p.axes, name))
+
+  tied = model.head.tokens is None
+  made = jax.tree_util.tree_map_with_path(matrix, model, is_leaf=_is_param)
+  met |= {pattern for pattern, _ in rules if fnmatch.fnmatchcase('head.tokens', pattern)}
+  scheme = scheme_of('head.tokens', model.embedding.tokens, rules)
+  if tied and scheme is not None:
+    table = model.embedding.tokens
+    numbers = read(table).numbers('float32')
+    value = scheme.of(numbers, (-1,), table.axes, 'head.tokens')
+    made.head.tokens = nnx.data(table.replace(value))
+  for pattern, _ in rules:
+    if pattern not in met:
+      raise ValueError(f'model.execution.stored: {pattern!r} matches no parameter of this model')
+  return made
+
+
+def summed_of(p: nnx.Param) -> tuple[int, ...]:
+  """Which dimensions a product with a parameter sums over, counted from the last."""
+  if p.kind == 'embedding':
+    return (-1,)
+  outputs = len(p.axes) - ('experts' in p.axes) - p.inputs
+  return tuple(range(-outputs - p.inputs, -outputs))
+
+
+def _check_shards(shape, blocks, axes, scheme: Scheme, name: str) -> None:
+  for size, block, axis in zip(shape, blocks, axes):
+    shards = ax.size(axis) if axis else 1
+    # A scale that all share is on every device, but two codes of a byte are in one block.
+    split = size // block > 1 or (GRIDS[scheme.grid].packed and block > 1)
+    if shards > 1 and split and size // block % shards:
+      raise ValueError(
+        f'{name}: {size // block} blocks of {block} along {axis!r} ({scheme}) do not split over '
+        f'{shards} devices; use smaller groups (at most {math.gcd(size // shards, block)}), or fewer '
+        'devices along it'
+      )
+
+
+def _is_param(x) -> bool:
+  return isinstance(x, nnx.Variable)
