@@ -7,6 +7,7 @@
     python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum
+    python convert.py quantise --workdir RUN --to RUN2 --scheme=int4:group=64   matrices in codes
     python convert.py rebase --workdir RUN --base RUN2  the model that an adapter is on was moved
     python convert.py seal --workdir RUN                a config.json that was edited on purpose
 
@@ -288,6 +289,14 @@ def _merge(options) -> None:
   merge(options.workdir, options.to, options.checkpoint, options.dequantise, _log)
 
 
+def _quantise(options) -> None:
+  entries = [*options.store, *([f'*={options.scheme}'] if options.scheme else [])]
+  if not entries:
+    raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME')
+  run = names.imported('workdir.compressed.quantise')
+  run(options.workdir, options.to, entries, options.method, options.checkpoint, _log)
+
+
 def _rebase(options) -> None:
   rebase(options.workdir, options.base, _log)
 
@@ -465,6 +474,25 @@ def main(arguments: list[str] | None = None) -> None:
   made.add_argument(
     '--dequantise', action='store_true', help='a base in bytes becomes numbers, in f32'
   )
+  made = command('quantise', _quantise, 'a run -> one with its matrices in codes')
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument('--to', required=True, metavar='RUN2')
+  made.add_argument(
+    '--scheme',
+    default='',
+    help='of all matrices but tables, head and routers: int8, int8:group=128, int4:group=64 '
+    '(:asymmetric), nf4:group=64, fp8 (:tensor, :block=128)',
+  )
+  made.add_argument(
+    '--store',
+    action='append',
+    default=[],
+    metavar='PATTERN=SCHEME',
+    help='of parameters whose names match, before --scheme; again for more; head=int8, '
+    "'*.down=keep'",
+  )
+  made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
+  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   made = command('rebase', _rebase, 'where the base of an adapter is now')
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument('--base', required=True, metavar='RUN2')

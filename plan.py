@@ -63,8 +63,8 @@ BATCH = flags.DEFINE_integer(
   'Rows that prefill or decode works on (train takes config.data.batch_size).',
   lower_bound=0,
 )
-WEIGHTS = flags.DEFINE_enum(
-  'weights', '', ['', 'int8'], 'Of prefill and decode: int8 for matrices of one byte a number.'
+WEIGHTS = flags.DEFINE_string(
+  'weights', '', 'Of prefill and decode: matrices in codes, as of generate.py: int8, int4:group=64.'
 )
 CONTEXT = flags.DEFINE_integer(
   'context', 0, 'Tokens of a row: of the prompt, or of the cache.', lower_bound=0

@@ -255,23 +255,6 @@ def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> 
     )
 
 
-def check_places(config: configs.Config) -> None:
-  """Raises ValueError or OSError where what the run reads and writes besides its directory cannot
-  be, which would else be found out after hours.
-  """
-  places = {'data.cache_dir': config.data.cache_dir, 'train.spill_dir': config.train.spill_dir}
-  sources = {'sources': config.data.sources, 'validation': config.data.validation}
-  read = {
-    f'data.{field}[{i}].path': source.path
-    for field, of in sources.items()
-    for i, source in enumerate(of)
-  }
-  for name, path in (places | read | {'data.tokenizer.path': config.data.tokenizer.path}).items():
-    files.check_local(name, path)
-  for directory in filter(None, places.values()):
-    files.check_writable(pathlib.Path(directory) / 'writable')
-
-
 def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict, log) -> None:
   """Writes what makes the directory this run's, which goes on from a checkpoint of this record.
 
@@ -326,7 +309,7 @@ def run(
   with contextlib.ExitStack() as held:
     with mendable():
       files.check_local('--workdir', workdir)
-      check_places(config)
+      names.imported('workdir.outside.check')(config)
       if jax.process_index() == 0:
         remedy = 'wait until it ends, end it, or give another --workdir'
         held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))

@@ -9,7 +9,7 @@ import jax
 from kernels.blocks import Blocks
 from model import params, rearranged, transformer
 from model.config import ModelConfig
-from model.weights import Weight, gathered, int8, joined
+from model.weights import Weight, gathered, joined, scheme
 from parallel import axes as ax
 
 
@@ -34,13 +34,13 @@ def generating_model(
   model: transformer.Decoder, weights: str = '', whole: bool = False
 ) -> transformer.Decoder:
   """The model as generation holds it: every layer by itself, but over pipeline stages,
-  and in the compute dtype or in bytes.
+  and in the compute dtype or in codes.
 
   whole: matrices that `fsdp` splits are gathered here, instead of at every token; tables and
     experts stay as they are.
   """
   model = in_compute_dtype(model if ax.size('layers') > 1 else rearranged.unstacked(model))
-  model = int8.in_bytes(model) if weights else model
+  model = scheme.everywhere(weights)(model) if weights else model
   dtype = model.config.execution.dtype
   return joined(model, gathered(model, dtype), reduce=False) if whole else model
 

@@ -30,6 +30,7 @@ from decode.sampling import sampling_of
 from model import transformer
 from model.cache import APPEND, init_cache
 from model.weights import read
+from model.weights.scheme import Scheme
 from parallel import axes as ax
 
 # Prompt lengths and capacities are rounded up to powers of two from here, so that few programs
@@ -61,12 +62,14 @@ class LoadedModel:
     weights: str = '',
     adapters: Mapping[str, Any] | None = None,
   ):
-    """weights: 'int8' holds matrices in bytes (model.weights.int8); default: in the compute
-    dtype. adapters: that rows can have, by name: pairs of a model.adapters.Adapter and its config.
+    """weights: a scheme (model.weights.scheme) by which matrices are held; default: in the compute
+    dtype, or as the run has them. adapters: that rows can have, by name: pairs of a
+    model.adapters.Adapter and its config.
 
     Raises ValueError and NotImplementedError for adapters as decode.beside.with_adapters.
     """
-    names.check('weights', weights, ('', 'int8'))
+    if weights:
+      Scheme.parse(weights)
     model.config.check_parameters(dict(mesh.shape))
     self.tokenizer = tokenizer
     self.mesh = mesh

@@ -27,10 +27,10 @@ def define(required: bool = True) -> Opening:
     flags.DEFINE_string(
       'mesh', 'data=1', "Over this machine's devices: sizes of axes, as in data=2,tensor=4."
     ),
-    flags.DEFINE_enum(
+    flags.DEFINE_string(
       'weights',
       '',
-      ['', 'int8'],
-      'int8: matrices of one byte a number, which is less exact and faster.',
+      'Holds matrices in codes, by a scheme of model/weights/scheme.py: int8, int4:group=64, '
+      'nf4:group=64, fp8, ...; less exact, and smaller.',
     ),
   )

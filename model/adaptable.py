@@ -5,6 +5,7 @@ import math
 
 import names
 from model.adaptation import KINDS, LOW_RANK, SOFT, AdapterConfig
+from model.weights.scheme import Scheme
 
 INITIAL = ('vocabulary', 'random', 'text')
 # Of which kinds a field is that others do not read.
@@ -17,6 +18,8 @@ def check(config: AdapterConfig) -> None:
   """Raises ValueError for sizes and names that make none, and for fields that its kind would not
   read.
   """
+  if config.base:
+    Scheme.parse(config.base)
   if config.rank < 1:
     raise ValueError(f'adapter.rank={config.rank} must be at least 1')
   if not 0 < config.alpha < math.inf:

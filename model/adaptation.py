@@ -10,7 +10,6 @@ import names
 LOW_RANK = ('lora', 'dora')
 SOFT = ('prompt', 'prefix')
 KINDS = ('', *LOW_RANK, *SOFT)
-BASES = ('', 'int8')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,8 @@ class AdapterConfig:
       the commonest where a tokenizer sorts them), 'random' numbers, or a 'text' of the tokenizer of
       config.init. A prefix begins with the keys and values that the model itself has of them.
     text: that one, again and again or cut, until there are so many tokens.
-    base: how the frozen model lies in memory: '' as it was kept, or 'int8'.
+    base: how the frozen model lies in memory: '' as it was kept, or a scheme of
+      model/weights/scheme.py, such as int8 or nf4:group=64.
 
   Raises ValueError for names that are unknown, for sizes that make no adapter, and for fields that
   the kind would not read.
@@ -52,7 +52,6 @@ class AdapterConfig:
 
   def __post_init__(self):
     names.check('adapter.kind', self.kind, KINDS)
-    names.check('adapter.base', self.base, BASES)
     if any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
       # Who reads training meets what an adapter is, and not all that it cannot be.
       names.imported('model.adaptable.check')(self)

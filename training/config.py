@@ -369,7 +369,7 @@ def network(role: Role, model: ModelConfig) -> ModelConfig:
   if role.config is not None:
     return role.config
   other = load(role.directory).model
-  stored = {name: getattr(other.execution, name) for name in ('parameter_dtype', 'scan')}
+  stored = {name: getattr(other.execution, name) for name in ('parameter_dtype', 'stored', 'scan')}
   # Of what is frozen nothing is kept for a backward pass, there is none.
   plain = {} if role.trained else {'remat': 'none', 'remat_save': (), 'remat_offload': ()}
   run = dataclasses.replace(model.execution, **stored, **plain)

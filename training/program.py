@@ -101,6 +101,8 @@ def check_models(config: Config) -> None:
   }
   taken = {name: role.config for name, role in networks.items()}
   taken |= dict.fromkeys(states.references(config), taken[config.objective.main])
+  if config.model.execution.stored and not config.adapter.kind:
+    names.imported('training.together.refuse_codes')(config)
   config.objective.accepts(taken)
   config.objective.begins(config.init, config.adapter)
   if config.adapter.soft:

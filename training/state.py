@@ -58,7 +58,7 @@ def roles(config) -> dict[str, Role]:
   adapter, main = config.adapter, config.objective.main
   if not adapter.kind:
     return models
-  stored = names.imported('model.weights.int8.in_bytes') if adapter.base == 'int8' else None
+  stored = names.imported('model.weights.scheme.everywhere')(adapter.base) if adapter.base else None
   base = dataclasses.replace(models[main], trained=False, stored=stored)
   return models | {main: base, ADAPTER: Role(base.config, adapter=adapter)}
 

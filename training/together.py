@@ -22,6 +22,14 @@ def check_adapter(config: Config) -> None:
     )
 
 
+def refuse_codes(config: Config) -> None:
+  """Raises ValueError: numbers that lie in codes are not trained."""
+  raise ValueError(
+    f'model.execution.stored={config.model.execution.stored}: a model in codes is not trained '
+    'itself; train an adapter on it (adapter.kind=lora), or begin with the run that it was made of'
+  )
+
+
 def check_offloaded(config: Config) -> None:
   """Raises ValueError or NotImplementedError where parameters that lie in the host's memory would
   come to the device all at once.

@@ -187,8 +187,7 @@ def merge(
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
     model = opened(config, checkpoints, step, target)
-    for kept in seals.OWN:
-      _copy(workdir / kept, partial / kept)
+    copied(workdir, partial)
     run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
     write_run(partial, run, _models(config, checkpoints, step, model), log)
   log(f'{to}: step {step} of {workdir}, its adapter merged')
@@ -242,17 +241,18 @@ def import_adapter(
       leaf, _, part = path.rpartition('.')
       placed.append(jax.device_put(arrays[leaf][part].reshape(x.shape), x.sharding))
     adapter = jax.tree.unflatten(jax.tree.structure(target), placed)
-    for kept in seals.OWN:
-      _copy(base / kept, directory / kept)
+    copied(base, directory)
     references = {config.objective.main: checkpoints.reference(checkpoints.latest())}
     write_run(directory, config, {'models': {states.ADAPTER: adapter}}, log, references)
 
 
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  if source.is_dir():
-    shutil.copytree(source, target)
-  elif source.is_file():
-    shutil.copyfile(source, target)
+def copied(workdir: pathlib.Path, to: pathlib.Path) -> None:
+  """Copies what a run has besides its config and checkpoints (seals.OWN)."""
+  for name in seals.OWN:
+    if (workdir / name).is_dir():
+      shutil.copytree(workdir / name, to / name)
+    elif (workdir / name).is_file():
+      shutil.copyfile(workdir / name, to / name)
 
 
 def rebase(workdir: str | os.PathLike, base: str | os.PathLike, log: Log) -> None:

@@ -135,16 +135,16 @@ def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, 
   """Of each block the scale, and the zero point where sides may differ."""
   if symmetric:
     # The side with fewer codes holds the largest number: -8..7 by 7, so that no sign is favoured.
-    return _reduced(jnp.abs(x), blocks, jnp.max) * shrink / min(-grid.lowest, grid.highest), None
-  low = jnp.minimum(_reduced(x, blocks, jnp.min), 0) * shrink  # 0 is a number of the grid
-  high = jnp.maximum(_reduced(x, blocks, jnp.max), 0) * shrink
+    return reduced(jnp.abs(x), blocks, jnp.max) * shrink / min(-grid.lowest, grid.highest), None
+  low = jnp.minimum(reduced(x, blocks, jnp.min), 0) * shrink  # 0 is a number of the grid
+  high = jnp.maximum(reduced(x, blocks, jnp.max), 0) * shrink
   scale = (high - low) / (grid.highest - grid.lowest)
   zero = jnp.round(grid.lowest - low / jnp.where(scale > 0, scale, 1))
   return scale, zero
 
 
-def _reduced(x, blocks, how):
-  """One number for each block."""
+def reduced(x, blocks, how):
+  """One number for each block of a matrix, by a function of (array, axis)."""
   for axis, block in zip(range(-len(blocks), 0), blocks):
     at = x.ndim + axis
     shape = (*x.shape[:at], x.shape[at] // block, block, *x.shape[at + 1 :])
@@ -160,13 +160,16 @@ def blocks_of(
   Where several dimensions are (heads and their widths), a group is a part of the last one, or some
   whole ones. Raises ValueError where groups do not fill them.
   """
-  blocks, left = [1] * len(shape), group or math.prod(shape[n] for n in summed)
+  size = math.prod(shape[n] for n in summed)
+  blocks, left = [1] * len(shape), group or size
   for n in sorted(summed, reverse=True):
     blocks[n] = min(left, shape[n])
-    if shape[n] % blocks[n] or left % blocks[n]:
-      raise ValueError(
-        f'groups of {group} do not divide the {shape[n]} that {name or "a matrix"} sums over; use '
-        f'group={math.gcd(group, shape[n])}, or leave it out by a pattern'
-      )
-    left //= blocks[n]
+    left = -1 if shape[n] % blocks[n] or left % blocks[n] else left // blocks[n]
+  if left != 1:
+    last = shape[max(summed)]
+    raise ValueError(
+      f'groups of {group} do not divide the {size} numbers that {name or "a matrix"} sums over'
+      f'{f", {last} together" if last < size else ""}; use group={math.gcd(group, last)}, or leave '
+      'it out by a pattern'
+    )
   return tuple(blocks)

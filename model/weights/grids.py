@@ -69,10 +69,10 @@ class Grid:
 GRIDS = {
   grid.name: grid
   for grid in (
-    Grid('int8', -127, 127),
-    Grid('int4', -8, 7, packed=True),
-    Grid('nf4', -1, 1, packed=True),
-    Grid('fp8', -448, 448),
+    Grid('int8', -127.0, 127.0),
+    Grid('int4', -8.0, 7.0, packed=True),
+    Grid('nf4', -1.0, 1.0, packed=True),
+    Grid('fp8', -448.0, 448.0),
   )
 }
 

@@ -1,31 +1,31 @@
 """Which matrices of a model are stored how? Schemes, and the patterns that say where each holds.
 
-  int8                    bytes, a scale for each output (model.weights.int8)
-  int8:group=128          bytes in groups along what is summed over
-  int4:group=64           4 bits, symmetric; int4:group=64:asymmetric with a zero point for each group
-  nf4:group=64            16 quantiles of a normal law
-  fp8                     float8_e4m3fn, a scale for each output; fp8:tensor one for all of a
-                          matrix; fp8:block=128 one for each square
-  keep                    as it is
+  int8              bytes, a scale for each output (model.weights.int8)
+  int8:group=128    bytes in groups along what is summed over; :asymmetric with a zero point each
+  int4:group=64     4 bits, the same
+  nf4:group=64      16 quantiles of a normal law
+  fp8               float8_e4m3fn, a scale for each output; fp8:tensor one for all of a matrix;
+                    fp8:block=128 one for each square
+  keep              as it is
 
 `model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
-whose pattern matches a parameter's name holds. '*' matches dots, too. Routers, norms and biases stay
-as they are, and so do head and tables unless a pattern begins with `head`.
+whose pattern matches a parameter's name holds. '*' matches dots, too. Routers, norms and biases
+stay as they are, and so do head and tables unless a pattern begins with `head`.
 """
 
 import dataclasses
 import fnmatch
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
 
 import names
-from model.weights import read
+from model.weights import int8, read
 from model.weights.codes import Codes, blocks_of
 from model.weights.grids import GRIDS
-from model.weights.int8 import Int8
 from model.weights.weight import Weight
 from parallel import axes as ax
 
@@ -64,7 +64,9 @@ class Scheme:
         f'{self.grid}: two codes share a byte, in groups of an even size; use {self.grid}:group=64'
       )
     if not self.symmetric and self.grid not in ('int8', 'int4'):
-      raise ValueError(f'{self.grid}:asymmetric: only int8 and int4 have a zero point; leave it out')
+      raise ValueError(
+        f'{self.grid}:asymmetric: only int8 and int4 have a zero point; leave it out'
+      )
 
   @classmethod
   def parse(cls, text: str) -> 'Scheme':
@@ -94,19 +96,27 @@ class Scheme:
       return tuple(min(self.block or size, size) for size in shape)
     return blocks_of(shape, summed, self.group, name)
 
-  def of(self, x: jax.Array, summed: tuple[int, ...], axes, name: str = '') -> Weight:
+  def of(
+    self,
+    x: jax.Array,
+    summed: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    name: str = '',
+    shrink: jax.Array | float = 1.0,
+  ) -> Weight:
     """The nearest numbers on the grid, of a matrix [.., outputs and inputs].
 
-    summed: which dimensions a product sums over, counted from the last. Raises ValueError where
+    summed: which dimensions a product sums over, counted from the last. shrink: see Codes.of.
+    Raises ValueError where
     blocks do not fill it, or a device's part of it.
     """
     if self == Scheme('int8'):
-      return Int8.of(x, summed, axes)
+      return int8.Int8.of(x, summed, axes)
     rank = len(axes) - ('experts' in axes)
     blocks = self.blocks(x.shape[-rank:], summed, name)
     blocks = (1,) * (len(axes) - rank) + blocks
     _check_shards(x.shape[-len(axes) :], blocks, axes, self, name)
-    return Codes.of(x, self.grid, blocks, max(summed), axes, self.symmetric)
+    return Codes.of(x, self.grid, blocks, max(summed), axes, self.symmetric, shrink)
 
 
 def parsed(entries: Sequence[str]) -> list[tuple[str, Scheme]]:
@@ -131,9 +141,11 @@ def scheme_of(name: str, p: nnx.Param, entries: Sequence[tuple[str, Scheme]]) ->
   return None
 
 
-def stored(model, entries: Sequence[str]):
+def stored(model, entries: Sequence[str], make: Callable[..., Weight] = Scheme.of):
   """The model with its matrices as entries say. A head that is tied to the table becomes a copy
   where a pattern names it. Traced.
+
+  make: (scheme, numbers, what is summed over, axes, name) -> the weight.
 
   Raises ValueError for a pattern that matches no matrix, and for blocks that do not fill one.
   """
@@ -143,9 +155,9 @@ def stored(model, entries: Sequence[str]):
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     met.update(pattern for pattern, _ in rules if fnmatch.fnmatchcase(name, pattern))
     scheme = scheme_of(name, p, rules)
-    if scheme is None:
+    if scheme is None or read(p).coded:
       return p
-    return p.replace(scheme.of(p.get_value(), summed_of(p), p.axes, name))
+    return p.replace(make(scheme, p.get_value(), summed_of(p), p.axes, name))
 
   tied = model.head.tokens is None
   made = jax.tree_util.tree_map_with_path(matrix, model, is_leaf=_is_param)
@@ -154,12 +166,23 @@ def stored(model, entries: Sequence[str]):
   if tied and scheme is not None:
     table = model.embedding.tokens
     numbers = read(table).numbers('float32')
-    value = scheme.of(numbers, (-1,), table.axes, 'head.tokens')
+    value = make(scheme, numbers, (-1,), table.axes, 'head.tokens')
     made.head.tokens = nnx.data(table.replace(value))
   for pattern, _ in rules:
     if pattern not in met:
       raise ValueError(f'model.execution.stored: {pattern!r} matches no parameter of this model')
   return made
+
+
+def everywhere(text: str) -> Callable:
+  """model -> the same with all its matrices by one scheme, and a head in bytes: how a model is held
+  that was saved as numbers. Traced.
+
+  Raises ValueError for a text that is no scheme.
+  """
+  if Scheme.parse(text) == Scheme('int8'):
+    return int8.in_bytes
+  return functools.partial(stored, entries=(f'*={text}', 'head*=int8'))
 
 
 def summed_of(p: nnx.Param) -> tuple[int, ...]:
@@ -177,9 +200,9 @@ def _check_shards(shape, blocks, axes, scheme: Scheme, name: str) -> None:
     split = size // block > 1 or (GRIDS[scheme.grid].packed and block > 1)
     if shards > 1 and split and size // block % shards:
       raise ValueError(
-        f'{name}: {size // block} blocks of {block} along {axis!r} ({scheme}) do not split over '
-        f'{shards} devices; use smaller groups (at most {math.gcd(size // shards, block)}), or fewer '
-        'devices along it'
+        f'{name}: {size // block} blocks of {block} along {axis!r} do not split over {shards} '
+        f'devices; use smaller ones (at most {math.gcd(size // shards, block)}), or fewer devices '
+        'along it'
       )
 
 

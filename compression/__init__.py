@@ -1,0 +1,1 @@
+"""A smaller model: in codes, or with numbers left out; and what that cost."""

@@ -1,0 +1,54 @@
+"""Which codes stand for a model's matrices? Those nearest to its numbers, by a scale that holds the
+largest of each block (`nearest`), or one that clips it where that is nearer for all (`clipped`).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+import names
+from model.weights.codes import reduced
+from model.weights.scheme import Scheme, stored
+from model.weights.weight import Weight
+
+# Of the largest number of a block, what may be on the grid's edge (as MSE observers try).
+SHRINKS = tuple(1 - i / 40 for i in range(21))
+
+
+def nearest(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: str) -> Weight:
+  """Rounds to the nearest codes: |W - Wq| is at most half of a step."""
+  return scheme.of(x, summed, axes, name)
+
+
+def clipped(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: str) -> Weight:
+  """The same by the scale of each block, of SHRINKS, with the least sum of squared errors."""
+  whole = scheme.of(x, summed, axes, name)
+  if not hasattr(whole, 'blocks'):  # of model.weights.int8, an output of which is a block
+    return whole
+
+  def tried(shrink):
+    made = scheme.of(x, summed, axes, name, shrink)
+    return reduced(
+      jnp.square(made.numbers('float32') - x.astype(jnp.float32)), whole.blocks, jnp.sum
+    )
+
+  def better(best, shrink):
+    error, chosen = best
+    now = tried(shrink)
+    return (jnp.minimum(now, error), jnp.where(now < error, shrink, chosen)), None
+
+  first = tried(jnp.float32(1)), jnp.ones_like(whole.scale)
+  (_, chosen), _ = jax.lax.scan(better, first, jnp.float32(SHRINKS[1:]))
+  return scheme.of(x, summed, axes, name, chosen)
+
+
+METHODS = {'rtn': nearest, 'mse': clipped}
+
+
+def quantised(model, entries: Sequence[str], method: str = 'rtn'):
+  """The model with its matrices in codes, by the entries of model.execution.stored. Traced.
+
+  Raises ValueError for an unknown method, and as model.weights.scheme.stored.
+  """
+  return stored(model, entries, METHODS[names.check('--method', method, METHODS)])

@@ -1,0 +1,209 @@
+"""Are codes the nearest, is a model in codes the model of their numbers, and is what does not fit
+refused?
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings, strategies as st
+
+from compression.quantise import METHODS, quantised
+from model import transformer
+from model.config import ModelConfig
+from model.weights import Weight, read
+from model.weights.codes import Codes, blocks_of
+from model.weights.grids import GRIDS, NF4, packed, unpacked
+from model.weights.scheme import Scheme, parsed, scheme_of, stored
+from parallel.mesh import MeshConfig, make_mesh
+from tests.model import laws
+from tests.model.test_weights import config_of, everything
+
+SCHEMES = (
+  'int8:group=2',
+  'int8:group=2:asymmetric',
+  'int4:group=2',
+  'int4:group=2:asymmetric',
+  'nf4:group=2',
+  'fp8',
+  'fp8:tensor',
+)
+
+
+def coded(x, grid, group, symmetric=True, shrink=1.0):
+  x = jnp.asarray(x, jnp.float32)
+  blocks = blocks_of(x.shape, (-2,), group)
+  return Codes.of(x, grid, blocks, -2, (None, None), symmetric, shrink)
+
+
+def test_bytes_are_those_of_the_formats():
+  """Two codes in a byte, the first half of a group in the low bits; -8 is 8, -1 is 15."""
+  codes = jnp.int8([[-8, -7], [-1, 0], [1, 2], [6, 7]])
+  made = packed(codes, -2, 4)
+  assert made.dtype == jnp.uint8 and made.tolist() == [[0x18, 0x29], [0x6F, 0x70]]
+  assert (unpacked(made, -2, 4, True) == codes).all()
+  assert unpacked(jnp.uint8([[0x18]]), -1, 2, False).tolist() == [[8, 1]]
+
+
+def test_values_by_hand():
+  """The largest is 7 steps, or 127; a zero point holds both sides; fp8 saturates at 448."""
+  x = [[0.7], [-0.3], [0.1], [-0.7]]
+  made = coded(x, 'int4', 4)
+  np.testing.assert_allclose(made.scale, [[0.1]], rtol=1e-6)
+  assert unpacked(made.codes, -2, 4, True).ravel().tolist() == [7, -3, 1, -7]
+  made = coded([[0.0], [1.5], [0.5], [1.0]], 'int4', 4, symmetric=False)
+  np.testing.assert_allclose([made.scale.item(), made.zero.item()], [0.1, -8], rtol=1e-6)
+  np.testing.assert_allclose(made.numbers('float32').ravel(), [0, 1.5, 0.5, 1], atol=1e-6)
+  made = coded([[2.0], [-2.0], [0.1592], [0.0]], 'nf4', 4)
+  assert unpacked(made.codes, -2, 4, False).ravel().tolist() == [15, 0, 8, 7]
+  clipped_ = coded([[896.0], [1.0]], 'fp8', 2, shrink=0.5)
+  np.testing.assert_array_equal(clipped_.numbers('float32').ravel(), [448, 1])
+
+
+@settings(max_examples=25)
+@given(
+  st.sampled_from(list(GRIDS)),
+  st.sampled_from([2, 4, 8]),
+  st.booleans(),
+  st.integers(0, 2**32 - 1),
+  st.floats(1e-3, 1e3),
+)
+def test_no_number_is_further_than_half_a_step(grid, group, symmetric, seed, size):
+  """Brute force: of all numbers of the grid none is nearer."""
+  x = np.random.default_rng(seed).normal(0, size, (8, 3)).astype(np.float32)
+  symmetric |= not grid.startswith('int')
+  made = coded(x, grid, group, symmetric)
+  scale = np.repeat(np.asarray(made.scale), group, 0)
+  if grid == 'nf4':
+    steps = np.float32(NF4)
+  elif grid == 'fp8':
+    steps = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
+    steps = steps[np.isfinite(steps)]
+  else:
+    steps = np.arange(GRIDS[grid].lowest, GRIDS[grid].highest + 1, dtype=np.float32)
+  zero = 0 if made.zero is None else np.repeat(np.asarray(made.zero), group, 0)
+  best = np.abs((steps[:, None, None] - zero) * scale - x).min(0)
+  error = np.abs(np.asarray(made.numbers('float32')) - x)
+  np.testing.assert_allclose(error, best, atol=2e-6 * np.abs(x).max())
+  if grid.startswith('int'):
+    assert (error <= scale * 0.5 * (1 + 1e-5)).all()
+
+
+def test_clipping_is_nearer_where_it_is_chosen():
+  """By its own sum of squares, and never further; one number among many is clipped."""
+  x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+  x[0] = 6
+  model = {'w': nnx.Param(jnp.asarray(x), axes=(None, None), kind='matrix', inputs=1, wide=False)}
+
+  def error(method):
+    scheme = Scheme.parse('int4:group=32')
+    made = METHODS[method](scheme, model['w'].get_value(), (-2,), (None, None), 'w')
+    return np.square(made.numbers('float32') - x).reshape(2, 32, 8).sum(1)
+
+  rtn, mse = error('rtn'), error('mse')
+  assert (mse <= rtn * (1 + 1e-6)).all() and mse[0].sum() < 0.9 * rtn[0].sum()
+
+
+def plain(model):
+  """With the numbers of all codes."""
+
+  def numbers(p):
+    coded_ = isinstance(p.get_value(), Weight)
+    return p.replace(read(p).numbers('float32')) if coded_ else p
+
+  return jax.tree.map(numbers, model, is_leaf=_is_param)
+
+
+def _is_param(x):
+  return isinstance(x, nnx.Variable)
+
+
+def check(family, sizes, scheme):
+  """What a model in codes computes is what its numbers compute, on a mesh, too."""
+  config = config_of(family).with_execution(stored=(f'*={scheme}', f'head*={scheme}'))
+  mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: 8 if sizes else 1])
+  with jax.set_mesh(mesh):
+    model = jax.jit(functools.partial(transformer.init, config, 0))()
+    kinds = [read(p) for p in jax.tree.leaves(model, is_leaf=_is_param)]
+    assert sum(isinstance(kind, Codes) for kind in kinds) >= 5
+    made, wanted = everything()(model), everything()(jax.jit(plain)(model))
+  for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
+EXPERTS = {'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}
+
+
+@pytest.mark.parametrize(
+  'family, sizes, scheme',
+  [
+    ('llama', MESH, 'int4:group=2:asymmetric'),
+    ('t5', {}, 'nf4:group=2'),
+    *(
+      pytest.param(family, sizes, SCHEMES[i % len(SCHEMES)], marks=pytest.mark.slow)
+      for i, (family, sizes) in enumerate(
+        (family, sizes)
+        for family in ('qwen3_moe', 'deepseek_v3', 't5', 'gemma2', 'bert', 'gpt_oss', 'mixtral')
+        for sizes in ({}, MESH, EXPERTS if family in ('qwen3_moe', 'mixtral') else MESH)
+      )
+    ),
+  ],
+  ids=str,
+)
+def test_a_model_in_codes_is_that_of_their_numbers(family, sizes, scheme):
+  check(family, sizes, scheme)
+
+
+def test_patterns_place_schemes():
+  rules = parsed(['*.down=keep', '*.attention.*=int8', '*=int4:group=64', 'head*=fp8'])
+  matrix = nnx.Param(jnp.zeros((2, 2)), axes=(None, None), kind='matrix', inputs=1, wide=False)
+  table = nnx.Param(jnp.zeros((2, 2)), axes=(None, None), kind='embedding', inputs=1, wide=False)
+  router = nnx.Param(jnp.zeros((2, 2)), axes=(None, None), kind='matrix', inputs=1, wide=True)
+  assert scheme_of('stack.blocks.0.mlp.down', matrix, rules) is None
+  assert scheme_of('stack.blocks.0.attention.q', matrix, rules) == Scheme('int8')
+  assert scheme_of('stack.blocks.0.mlp.up', matrix, rules) == Scheme('int4', 64)
+  assert scheme_of('stack.blocks.0.moe.router', router, rules) is None
+  assert scheme_of('embedding.tokens', table, rules) is None
+  assert scheme_of('head.tokens', table, rules) == Scheme('fp8')
+  assert scheme_of('head.tokens', table, parsed(['*=int8'])) is None
+
+
+def test_a_tied_head_gets_codes_of_its_own_and_the_table_stays(one_device):
+  config = ModelConfig(**laws.TINY | {'tie_embeddings': True})
+  model = jax.jit(functools.partial(transformer.init, config, 0))()
+  made = jax.jit(functools.partial(quantised, entries=('head*=int8:group=8',)))(model)
+  table = np.asarray(made.embedding.tokens[...])
+  np.testing.assert_array_equal(table, model.embedding.tokens[...])
+  head = read(made.head.tokens)
+  assert isinstance(head, Codes) and head.blocks == (1, 8)
+  np.testing.assert_allclose(head.numbers('float32'), table, atol=np.abs(table).max() / 253)
+
+
+@pytest.mark.parametrize(
+  'text, words',
+  [
+    ('int5', "'int5' is unknown; did you mean 'int8'|'int5' is unknown; did you mean 'int4'"),
+    ('int4:grp=64', "'grp=64' is none of group=N"),
+    ('int4:group=3', 'two codes share a byte'),
+    ('int4:tensor', 'two codes share a byte'),
+    ('nf4:group=64:asymmetric', 'only int8 and int4 have a zero point'),
+    ('fp8:tensor:block=64', 'one of them'),
+  ],
+)
+def test_schemes_that_mean_nothing(text, words):
+  with pytest.raises(ValueError, match=words):
+    Scheme.parse(text)
+
+
+def test_what_does_not_fit_is_said(one_device):
+  model = jax.jit(functools.partial(transformer.init, ModelConfig(**laws.TINY), 0))()
+  with pytest.raises(ValueError, match='groups of 48 do not divide.*use group=16, or leave it out'):
+    jax.eval_shape(functools.partial(stored, entries=('*=int8:group=48',)), model)
+  with pytest.raises(ValueError, match="'\\*.nowhere' matches no parameter"):
+    jax.eval_shape(functools.partial(stored, entries=('*.nowhere=int8',)), model)
+  with pytest.raises(ValueError, match="'int8' is no PATTERN=SCHEME"):
+    parsed(['int8'])
