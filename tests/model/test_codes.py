@@ -142,7 +142,7 @@ EXPERTS = {'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}
   'family, sizes, scheme',
   [
     ('llama', MESH, 'int4:group=2:asymmetric'),
-    ('t5', {}, 'nf4:group=2'),
+    ('t5', {}, 'fp8'),
     *(
       pytest.param(family, sizes, SCHEMES[i % len(SCHEMES)], marks=pytest.mark.slow)
       for i, (family, sizes) in enumerate(
