@@ -90,8 +90,12 @@ OUTPUT = flags.DEFINE_string(
 # What is not of one run: by what a command line begins with, and who takes what comes behind it.
 SUBCOMMANDS = {
   'bias': 'evaluation.bias.main',
+  'canaries': 'evaluation.canaries.main',
+  'card': 'workdir.card.main',
   'compare': 'evaluation.compare.main',
   'contamination': 'evaluation.contamination.main',
+  'knowledge': 'evaluation.knowledge.main',
+  'memorisation': 'workdir.memorised.main',
   'rate': 'evaluation.rate.main',
   'safety': 'evaluation.safety.main',
 }

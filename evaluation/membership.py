@@ -28,9 +28,7 @@ def min_k_name(share: float) -> str:
   return f'min-{share:g}%'
 
 
-def token_logprobs(
-  model: Generator, passages: Sequence[Passage]
-) -> list[Float[np.ndarray, '_']]:
+def token_logprobs(model: Generator, passages: Sequence[Passage]) -> list[Float[np.ndarray, '_']]:
   """Of each, the log-probabilities of what training asks for, by the pass that training makes.
 
   Raises FloatingPointError, naming the passage, where one is no finite number.

@@ -98,9 +98,7 @@ class Passages(list[Passage]):
     return self
 
 
-def drawn(
-  texts: Iterable[str], of: str, tokenizer: Tokenizer, cut: Cut
-) -> Passages:
+def drawn(texts: Iterable[str], of: str, tokenizer: Tokenizer, cut: Cut) -> Passages:
   """Of documents that are streamed, one passage each, every one of them with the same chance
   (Vitter's algorithm R): memory holds those that are drawn.
   """
