@@ -60,8 +60,8 @@ class Space:
       )
     if len({*self.alphabet}) != len(self.alphabet) or len(self.alphabet) < 2 or self.length < 1:
       raise ValueError(
-        f'--alphabet={self.alphabet!r} and --length={self.length}: give two characters or more, all '
-        'different, and at least one place for them'
+        f'--alphabet={self.alphabet!r} and --length={self.length}: give two characters or more, '
+        'all different, and at least one place for them'
       )
 
   @property
@@ -319,8 +319,8 @@ def text_of(content: dict) -> list[str]:
   parts = [
     f'# Canaries in {content["workdir"]}',
     f'Secrets among {bound}' + ('' if content['exact'] else f': {most}') + '. '
-    f'Without memory {content["chance"]:.2f} bits on average. Seed {content["seed"]}, digest of the '
-    f'secrets `{content["prompts"]}`.',
+    f'Without memory {content["chance"]:.2f} bits on average. Seed {content["seed"]}, digest of '
+    f'the secrets `{content["prompts"]}`.',
     page.table(['in training', 'secrets', 'exposure, bits', 'likeliest of all'], rows),
   ]
   kept_out = next(iter(content['exposure'].values()))

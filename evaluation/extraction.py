@@ -1,4 +1,4 @@
-"""Does a model write what it has read, word for word? The likeliest continuations of prompts against
+"""Does a model write what it has read, word for word? The likeliest continuations of prompts beside
 the true ones (Carlini et al. 2021, arXiv:2012.07805; 2023, arXiv:2202.07646: "k-extractable").
 """
 
@@ -58,7 +58,7 @@ def compared(ids: Sequence[int], truth: Sequence[int]) -> Recalled:
 
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-  """The fewest ids that are put in, taken out or replaced to make one of the other (Levenshtein)."""
+  """The fewest ids to put in, take out or replace to make one of the other (Levenshtein)."""
   a, b = np.asarray(a, np.int64), np.asarray(b, np.int64)
   places = np.arange(len(b) + 1)
   row = places

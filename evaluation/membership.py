@@ -1,5 +1,5 @@
-"""Can one tell from a model's scores whether it has read a text? Scores of texts that it was trained
-on against those of others, by how well they tell the two apart.
+"""Can one tell from a model's scores whether it has read a text? Scores of texts that it has read
+and of others, by how well they tell the two apart.
 
 A score alone says nothing: easy text is likely whether it was read or not.
 """
@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from data.tokenizer import Tokenizer
 from decode.generator import Generator
@@ -21,6 +20,7 @@ ROWS = 16  # texts that are scored together
 SHARE = 20  # K, in per cent
 FALSE = 0.05  # of the control, that may be taken for members
 LOSS, ZLIB = 'mean log-probability', 'log-probability per byte of zlib'
+BLIND = 'zlib alone, without the model'  # tells the sides apart only where they are unlike
 
 
 def min_k_name(share: float) -> str:
@@ -28,7 +28,7 @@ def min_k_name(share: float) -> str:
   return f'min-{share:g}%'
 
 
-def token_logprobs(model: Generator, passages: Sequence[Passage]) -> list[Float[np.ndarray, '_']]:
+def token_logprobs(model: Generator, passages: Sequence[Passage]) -> list[np.ndarray]:
   """Of each, the log-probabilities of what training asks for, by the pass that training makes.
 
   Raises FloatingPointError, naming the passage, where one is no finite number.
@@ -49,7 +49,7 @@ def token_logprobs(model: Generator, passages: Sequence[Passage]) -> list[Float[
   return logprobs
 
 
-def min_k(logprobs: Float[np.ndarray, '_'], share: float = SHARE) -> float:
+def min_k(logprobs: np.ndarray, share: float = SHARE) -> float:
   """Min-K% Prob (Shi et al. 2023, arXiv:2310.16789): the mean over the unlikeliest share of tokens,
   in per cent; one at least.
   """
@@ -61,7 +61,8 @@ def scores(
   logprobs: Sequence[np.ndarray], passages: Sequence[Passage], tokenizer: Tokenizer, share: float
 ) -> dict[str, np.ndarray]:
   """{name: of each passage}; higher means likelier read. Besides Min-K%: the loss (Yeom et al.
-  2018, arXiv:1709.01604), and by what zlib makes of the text (Carlini et al. 2021).
+  2018, arXiv:1709.01604), by what zlib makes of the text (Carlini et al. 2021), and BLIND: what
+  tells texts apart without the model is no memory of its.
   """
   texts = [tokenizer.decode_bytes(p.ids[p.learned :]) for p in passages]
   zipped = np.array([len(zlib.compress(text, 9)) for text in texts])
@@ -69,6 +70,7 @@ def scores(
     min_k_name(share): np.array([min_k(each, share) for each in logprobs]),
     LOSS: np.array([each.mean() for each in logprobs]),
     ZLIB: np.array([each.sum() for each in logprobs]) / zipped,
+    BLIND: -zipped / np.array([max(len(text), 1) for text in texts]),
   }
 
 

@@ -1,6 +1,6 @@
-"""What has a model kept of the text that it was trained on? Passages of it beside others of text that
-was held out: what it writes behind prompts, what its scores give away, and what of its own text
-stands in the training text. No rate without a control: likely text is likely unread, too.
+"""What has a model kept of the text that it was trained on? Passages of it beside others that were
+held out: what it writes behind prompts, what its scores give away, and what of its own text stands
+in the training text. No rate without a control: likely text is likely unread, too.
 """
 
 import dataclasses
@@ -153,7 +153,8 @@ def write(output: pathlib.Path, run: Mapping[str, Any], asked: Asked, memory: Me
     'run': dict(run),
     'settings': cut | more,
     'sides': {
-      name: {'of': side.of, 'n': len(side), 'short': side.short, 'prompts': side.digest}
+      name: {'of': side.of, 'n': len(side), 'documents': side.documents}
+      | {'short': side.short, 'prompts': side.digest}
       for name, side in (('members', asked.members), ('control', asked.control))
     },
     'findings': {
@@ -184,13 +185,22 @@ def verdicts(found: Mapping[str, Findings]) -> dict[str, str]:
         f'{word}: beyond the control in {", ".join(shows)}' if shows else 'not beyond the control'
       )
   if MEMBERSHIP in found:
-    shows = [name for name, of in found[MEMBERSHIP].items() if _beyond(of['auc'], 0.5, 1)]
-    said[MEMBERSHIP] = (
-      f'TOLD APART: what was read has a higher {", ".join(shows)}'
-      if shows
-      else 'what was read is not told from what was not'
-    )
+    said[MEMBERSHIP] = _told({name: of['auc'] for name, of in found[MEMBERSHIP].items()})
   return said
+
+
+def _told(aucs: Mapping[str, Estimate]) -> str:
+  """What scores say; nothing where the sides are unlike without them."""
+  blind = aucs[membership.BLIND]
+  if not blind.low <= 0.5 <= blind.high:
+    return (
+      'UNLIKE: the control is other text than what was read, and told from it without the model '
+      f'(AUC {blind}); scores say nothing of memory'
+    )
+  shows = [name for name, auc in aucs.items() if _beyond(auc, 0.5, 1)]
+  if not shows:
+    return 'what was read is not told from what was not'
+  return f'TOLD APART: what was read has a higher {", ".join(shows)}'
 
 
 def _beyond(estimate: Estimate, chance: float, sign: int) -> bool:
@@ -208,14 +218,22 @@ def text_of(values: Mapping, lines: Iterable[Mapping] = ()) -> list[str]:
     f'Of {run}. 95% intervals.',
   ]
   rows = [
-    [name, side['of'], side['n'], side['short'], f'`{side["prompts"]}`']
+    [name, side['of'], side['n'], side['documents'], side['short'], f'`{side["prompts"]}`']
     for name, side in sides.items()
   ]
-  parts.append(page.table(['', 'passages of', 'n', 'too short', 'digest'], rows))
+  parts.append(
+    page.table(['', 'passages of', 'n', 'documents', 'pieces too short', 'digest'], rows)
+  )
   parts.append(
     f'Prompts of {settings["prompt"]} tokens, {settings["new"]} behind them, seed '
     f'{settings["seed"]}.'
   )
+  few = [name for name, side in sides.items() if side['documents'] < side['n']]
+  if few:
+    parts.append(
+      f'NOTE: several passages of a document ({", ".join(few)}): intervals take them for '
+      'independent, and are too short.'
+    )
   for part, of in values['findings'].items():
     parts += [f'## {part.capitalize()}', f'**{values["said"][part]}.**', _table(part, of, settings)]
     if part == EXTRACTION:

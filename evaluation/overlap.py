@@ -1,5 +1,5 @@
-"""How much of what a model writes stands in the text that it was trained on? Runs of words that both
-have, and pieces that resemble each other, beside what people wrote at the same places.
+"""How much of what a model writes stands in the text that it was trained on? Runs of words that
+both have, and pieces that resemble each other, beside what people wrote at the same places.
 
 The text is streamed: memory holds the words of what was written.
 """

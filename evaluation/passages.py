@@ -1,15 +1,17 @@
-"""Which pieces of text is a model asked to go on with? Passages of documents, each a prompt and what
-truly follows it, drawn by a seed from a stream of any length.
+"""Which pieces of text is a model asked to go on with? Passages of documents, each a prompt and
+what truly follows it, drawn by a seed from a stream of any length.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from data.tokenizer import Tokenizer
+
+FEW = 10  # documents, of which one passage each would tell next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Passage:
   """A piece of a document.
 
   Attributes:
-    place: where it is from.
+    place, document: where it is from.
     prompt: ids, with what begins a text. behind: those that truly follow.
     learned: the first of all ids that training asks for; the one that begins a text is not.
   """
@@ -26,6 +28,7 @@ class Passage:
   prompt: tuple[int, ...]
   behind: tuple[int, ...]
   learned: int = 1
+  document: str = ''
 
   @property
   def ids(self) -> list[int]:
@@ -67,20 +70,23 @@ class Cut:
         f'{limit}; make them smaller'
       )
 
-  def passage(self, place: str, ids: Sequence[int], bos: int) -> Passage | None:
+  def passage(self, place: str, ids: Sequence[int], bos: int, document: str = '') -> Passage | None:
     """The beginning of a document, with bos or from its middle; None where it is too short."""
     at = self.prompt + int(ids[0] == bos)
     if len(ids) < at + self.new:
       return None
-    return Passage(place, tuple(map(int, ids[:at])), tuple(map(int, ids[at : at + self.new])))
+    prompt, behind = (tuple(map(int, part)) for part in (ids[:at], ids[at : at + self.new]))
+    return Passage(place, prompt, behind, document=document or place)
 
 
 class Passages(list[Passage]):
-  """Those that were drawn. of: what from, in words. short: documents that were too short."""
+  """Those that were drawn. of: what from, in words. documents: how many these were, fewer than
+  passages where several are of one. short: pieces that were too short.
+  """
 
-  def __init__(self, passages: Iterable[Passage], of: str, short: int):
+  def __init__(self, passages: Iterable[Passage], of: str, documents: int, short: int):
     super().__init__(passages)
-    self.of, self.short = of, short
+    self.of, self.documents, self.short = of, documents, short
 
   @property
   def digest(self) -> str:
@@ -88,36 +94,60 @@ class Passages(list[Passage]):
     content = ' '.join(passage.digest for passage in self)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
-  def checked(self, cut: Cut) -> 'Passages':
-    """Itself. Raises ValueError where there is none."""
-    if not self:
+
+class Drawing:
+  """Draws passages from a stream, the beginning of each document with the same chance (Vitter's
+  algorithm R): memory holds those that are drawn. Intervals take passages for independent, which
+  those of one document are not: only where fewer than FEW begin, other parts are taken, too. (And
+  what is drawn by pieces is of long documents, beside a control that has few.)
+  """
+
+  def __init__(self, cut: Cut):
+    self._cut = cut
+    self._draw = np.random.Generator(np.random.Philox(cut.seed))
+    self._kept: tuple[list[Passage], list[Passage]] = ([], [])
+    self._met, self._short = [0, 0], 0
+
+  @property
+  def full(self) -> bool:
+    """Whether there are as many documents as passages are wanted."""
+    return len(self._kept[0]) == self._cut.limit
+
+  def add(self, passage: Passage | None, inside: bool) -> None:
+    """One more, or None of a piece that is too short; inside: of a document, not its beginning."""
+    if passage is None:
+      self._short += 1
+      return
+    kept = self._kept[inside]
+    self._met[inside] += 1
+    if len(kept) < self._cut.limit:
+      kept.append(passage)
+    elif (at := int(self._draw.integers(0, self._met[inside]))) < len(kept):
+      kept[at] = passage
+
+  def passages(self, of: str) -> Passages:
+    """What was drawn. Raises ValueError where all was too short."""
+    firsts, more = self._kept
+    if not firsts and not more:
       raise ValueError(
-        f'{self.of}: none of {self.short} documents has {cut.prompt + cut.new} tokens, '
-        f'--prompt={cut.prompt} and --new={cut.new}; make these smaller, or give longer documents'
+        f'{of}: none of {self._short} pieces has {self._cut.prompt + self._cut.new} tokens, '
+        f'--prompt={self._cut.prompt} and --new={self._cut.new}; make these smaller, or give '
+        'longer documents'
       )
-    return self
+    kept = firsts if len(firsts) >= FEW else [*firsts, *more][: self._cut.limit]
+    return Passages(kept, of, len({passage.document for passage in kept}), self._short)
 
 
 def drawn(texts: Iterable[str], of: str, tokenizer: Tokenizer, cut: Cut) -> Passages:
-  """Of documents that are streamed, one passage each, every one of them with the same chance
-  (Vitter's algorithm R): memory holds those that are drawn.
+  """Of documents that are streamed: the beginning of each, or, of few, their other parts, too.
+
+  Raises ValueError where all are too short.
   """
-  draw = np.random.Generator(np.random.Philox(cut.seed))
-  kept: list[Passage] = []
-  long = short = 0
-  for number, ids in enumerate(_encoded(texts, tokenizer), 1):
-    passage = cut.passage(f'{of}, document {number}', ids, tokenizer.bos)
-    if passage is None:
-      short += 1
-      continue
-    long += 1
-    if len(kept) < cut.limit:
-      kept.append(passage)
-    elif (at := int(draw.integers(0, long))) < cut.limit:
-      kept[at] = passage
-  return Passages(kept, of, short).checked(cut)
-
-
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-  for text in texts:
-    yield [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
+  drawing, size = Drawing(cut), cut.prompt + cut.new
+  for number, text in enumerate(texts, 1):
+    ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
+    place = f'{of}, document {number}'
+    drawing.add(cut.passage(place, ids, tokenizer.bos), False)
+    for at in range(size + 1, len(ids) - size + 1, size) if number < FEW else ():
+      drawing.add(cut.passage(f'{place}, token {at}', ids[at:], tokenizer.bos, place), True)
+  return drawing.passages(of)

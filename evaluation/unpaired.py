@@ -1,12 +1,13 @@
 """Do two sets of other documents differ? Differences of what is not paired, and how well a score
 tells the sets apart, with intervals.
+
+Sets are f64 [n] and [m].
 """
 
 import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float
 
 from evaluation.intervals import RESAMPLES, Estimate, bootstrap, percentiles, wilson
 
@@ -24,21 +25,19 @@ def rate_difference(first: int, n: int, second: int, m: int) -> Estimate:
   return Estimate(gap, low, high, min(n, m), 'wilson')
 
 
-def mean(values: Float[np.ndarray, 'n'], seed: int = 0) -> Estimate:
+def mean(values: np.ndarray, seed: int = 0) -> Estimate:
   """With the percentile interval of the bootstrap."""
   return bootstrap(lambda i: float(values[i].mean()), len(values), seed)
 
 
-def mean_difference(
-  first: Float[np.ndarray, 'n'], second: Float[np.ndarray, 'm'], seed: int = 0
-) -> Estimate:
+def mean_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Estimate:
   """Mean of first less that of second."""
   return compared(first, second, lambda a, b: float(a.mean() - b.mean()), seed)
 
 
 def compared(
-  first: Float[np.ndarray, 'n'],
-  second: Float[np.ndarray, 'm'],
+  first: np.ndarray,
+  second: np.ndarray,
   value: Callable[[np.ndarray, np.ndarray], float],
   seed: int = 0,
   resamples: int = RESAMPLES,
@@ -58,7 +57,7 @@ def compared(
   return Estimate(float(value(*sides)), *percentiles(drawn, n), n, 'bootstrap')
 
 
-def auc(first: Float[np.ndarray, 'n'], second: Float[np.ndarray, 'm']) -> float:
+def auc(first: np.ndarray, second: np.ndarray) -> float:
   """How often one of first is larger than one of second, where as large counts half: the area
   under the curve of true over false positives; 1/2 tells nothing apart.
   """

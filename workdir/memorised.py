@@ -3,9 +3,10 @@
     python evaluate.py memorisation --workdir=RUN
     python evaluate.py memorisation --workdir=RUN --training='read/*.txt' --control='other/*.txt'
 
-Passages of the rows that the run was trained on, cut into a prompt and what truly follows, beside as
-many of what it held out: what the model writes behind the prompts (extraction), how well its scores
-tell which it has read (membership), and what of its own text stands in the training text (overlap).
+Passages of the rows that the run was trained on, cut into a prompt and what truly follows, beside
+as many of what it held out: what the model writes behind the prompts (extraction), how well its
+scores tell which it has read (membership), and what of its own text stands in the training text
+(overlap).
 Of a model that was imported, name text that it has read, and text of the same kind that it has not.
 """
 

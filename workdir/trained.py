@@ -1,7 +1,9 @@
-"""Which text has a run been trained on, and which was held out from it? The rows that its loader had
-given when a checkpoint was written, and no others: of a large corpus a short run reads a part.
+"""Which text has a run been trained on, and which was held out from it? The rows that its loader
+had given when a checkpoint was written, and no others: of a large corpus a short run reads a part.
 """
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -11,14 +13,14 @@ import numpy as np
 
 from data.loader import row_sequence
 from data.prepared import Prepared
-from data.shards import PackedSource
-from evaluation.passages import Cut, Passage, Passages
+from data.shards import PackedShard, PackedSource
+from evaluation.passages import Cut, Drawing, Passage, Passages
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config
 from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, step_of
 
-MOST = 2**20  # examples among which rows are drawn, at most
+MOST = 2**17  # examples among which rows are drawn, at most
 
 
 class Trained(NamedTuple):
@@ -36,10 +38,10 @@ class Trained(NamedTuple):
   def members(self, cut: Cut) -> Passages:
     """Passages of rows that were read. Raises ValueError where none is long enough."""
     draw = np.random.Generator(np.random.Philox(cut.seed))
-    few = self.examples <= MOST
-    order = draw.permutation(self.examples) if few else draw.integers(0, self.examples, MOST)
+    every = self.examples <= MOST
+    order = draw.permutation(self.examples) if every else draw.integers(0, self.examples, MOST)
     sequence = row_sequence(self.prepared, self.config.data)
-    rows = dict.fromkeys(sequence[int(example)] for example in order[: 50 * cut.limit])
+    rows = dict.fromkeys(sequence[int(example)] for example in order)
     placed = ((self.prepared.train[source], row) for source, row in rows)
     return _passages(placed, f'{self.examples:,} rows that were read', self._bos, cut)
 
@@ -97,26 +99,33 @@ def trained(
 
 
 def _passages(rows: Iterable[tuple[PackedSource, int]], of: str, bos: int, cut: Cut) -> Passages:
-  """Of each piece of a document in some rows, until there are enough; where not all is learned (an
-  answer behind a question), what is learned is what the model has to go on with.
+  """Of the pieces of documents in some rows, which are in an order by chance; where not all is
+  learned (an answer behind a question), what is learned is what the model has to go on with.
   """
-  kept: list[Passage] = []
-  short = 0
+  drawing = Drawing(cut)
   for source, row in rows:
+    if drawing.full:
+      break
     shard, pieces = source.pieces(row)
+    bounds = _bounds(shard)
     for start, n in pieces:
-      if len(kept) == cut.limit:
-        return Passages(kept, of, short)
       place = f'{source.name} row {row}, token {start}'
       ids = np.asarray(shard.tokens[start : start + n + 1]).tolist()
       if shard.partly:
         passage = _answer(place, ids, shard.scored[start : start + n + 1], cut)
       else:
         passage = cut.passage(place, ids, bos)
-      short += passage is None
+      begin = int(bounds[np.searchsorted(bounds, start, 'right') - 1])
       if passage is not None:
-        kept.append(passage)
-  return Passages(kept, of, short).checked(cut)
+        passage = dataclasses.replace(passage, document=f'{source.name} {shard.name} {begin}')
+      drawing.add(passage, begin != start)
+  return drawing.passages(of)
+
+
+@functools.cache
+def _bounds(shard: PackedShard) -> np.ndarray:
+  """Where its documents begin, and the last one ends."""
+  return np.load(shard.corpus / f'{shard.name}.documents.npy', mmap_mode='r')
 
 
 def _answer(place: str, ids: list[int], scored: np.ndarray, cut: Cut) -> Passage | None:
