@@ -17,7 +17,7 @@ from evaluation.intervals import Estimate
 from evaluation.passages import Passage
 
 ROWS = 16  # texts that are scored together
-SHARE = 20  # K, in per cent
+SHARE = 20.0  # K, in per cent
 FALSE = 0.05  # of the control, that may be taken for members
 LOSS, ZLIB = 'mean log-probability', 'log-probability per byte of zlib'
 BLIND = 'zlib alone, without the model'  # tells the sides apart only where they are unlike

@@ -1,5 +1,6 @@
 """What is to be told of a run to whoever uses its model? RUN/MODEL_CARD.md: what the run's
-directory holds, in blocks that are written anew each time, and what only a person knows, which stays.
+directory holds, in blocks that are written anew each time, and what only a person knows, which
+stays.
 
     python evaluate.py card RUN
     python evaluate.py card RUN --watts=350 --co2=0.38 --pue=1.2
