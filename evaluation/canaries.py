@@ -242,7 +242,7 @@ def write(options) -> None:
     f'wrote {path}, {len(texts)} lines of {options.count * len(repeats)} secrets out of '
     f'2^{math.log2(space.size):.1f}, and {path.with_suffix(".json")}, which tells them: do not '
     'train on that one.\nPut the lines among the files of a source (as a source of their own they '
-    'are read as often as its weight says), and hold out other sources (data.validation; a fraction '
+    'are read as often as its weight says), and hold out other sources (data.validation; a share '
     'would hold out some of them). Cleaning takes repeats for duplicates, and numbers for personal '
     'data; train with\n  --config.data.clean.exact_duplicates=False '
     "--config.data.clean.near_duplicates=0 '--config.data.clean.anonymise=()'"
