@@ -276,8 +276,11 @@ def ask(options) -> None:
   found = exposures(model, space, secrets, options.candidates, options.seed)
   content = report(options, space, canaries, found)
   output = pathlib.Path(options.output or pathlib.Path(options.workdir) / 'evaluation')
-  files.replace(output / FILE, json.dumps(content, indent=1) + '\n')
-  files.replace(output / PAGE, '\n\n'.join(text_of(content)) + '\n')
+  output.mkdir(parents=True, exist_ok=True)
+  remedy = 'wait until it ends, end it, or give another --output'
+  with files.locked(output / 'lock', str(output), remedy):
+    files.replace(output / FILE, json.dumps(content, indent=1) + '\n')
+    files.replace(output / PAGE, '\n\n'.join(text_of(content)) + '\n')
   print('\n'.join(text_of(content)[1:]))
   print(f'\nwrote {output}/{FILE} and {PAGE}')
 

@@ -90,7 +90,9 @@ def measured(model: Generator, asked: Asked, parts: Iterable[str], log=print) ->
   found: dict[str, Findings] = {}
   written: list[dict] = []
   if EXTRACTION in parts:
-    made = {side: extraction.recalled(model, passages) for side, passages in sides.items()}
+    every = extraction.recalled(model, [*asked.members, *asked.control])
+    n = len(asked.members)
+    made = {'members': every[:n], 'control': every[n:]}
     found[EXTRACTION] = extraction.findings(made['members'], made['control'], asked.cut.seed)
     for side, of in made.items():
       for line, each in zip(lines[side], of, strict=True):
