@@ -39,6 +39,7 @@ ALPHABET = 'abcdefghijklmnopqrstuvwxyz'
 LENGTH, COUNT, CANDIDATES = 8, 8, 1000
 FILE, PAGE = 'canaries.json', 'canaries.md'
 CHANCE = 1 / math.log(2)  # the mean exposure of a rank that is as likely as any other
+TIMES = {0: 'kept out', 1: 'once'}
 OTHERS = 2**16  # added to the seed: candidates are drawn apart from the secrets
 
 
@@ -313,14 +314,14 @@ def text_of(content: dict) -> list[str]:
   """Paragraphs of Markdown."""
   bound = f'{content["candidates"]} others of 2^{content["space"]["bits"]:.1f}'
   most = f'no exposure above {content["most"]:.1f} bits can be shown'
-  rows, found = [], 0
+  rows = []
   for n, each in content['exposure'].items():
     of = [canary for canary in content['canaries'] if canary['repeats'] == int(n)]
     first = sum(canary['above'] == 0 for canary in of)
-    found += first if int(n) else 0
+    most_shown = ', the most that can be shown' if first == len(of) else ''
     few = ' (few)' if each['small'] else ''
-    value = f'{each["value"]:.2f} [{each["low"]:.2f}, {each["high"]:.2f}]{few}'
-    rows.append([f'{n} times' if int(n) else 'kept out', len(of), value, first])
+    value = f'{each["value"]:.2f} [{each["low"]:.2f}, {each["high"]:.2f}]{few}{most_shown}'
+    rows.append([TIMES.get(int(n), f'{n} times'), len(of), value, first])
   parts = [
     f'# Canaries in {content["workdir"]}',
     f'Secrets among {bound}' + ('' if content['exact'] else f': {most}') + '. '
@@ -331,7 +332,8 @@ def text_of(content: dict) -> list[str]:
   kept_out = next(iter(content['exposure'].values()))
   seen = [int(n) for n, each in content['exposure'].items() if each['low'] > kept_out['high']]
   said = (
-    f'**Memorised** from {min(seen)} repeats on: the interval lies above that of what was kept out.'
+    f'**Memorised**: what was {TIMES.get(min(seen), f"{min(seen)} times")} in the training text, '
+    'or more often, is exposed beyond what was kept out.'
     if any(seen)
     else 'No more exposed than what was kept out.'
   )

@@ -149,6 +149,13 @@ def test_a_whole_space_is_gone_through():
   assert all(each.exact and each.n == 13 for each in exposed)
 
 
+def test_what_is_as_likely_is_no_less_likely(monkeypatch):
+  """A model to which all is one exposes nothing."""
+  monkeypatch.setattr(canaries, '_logprobs', lambda model, texts: [0.0] * len(texts))
+  exposed = canaries.exposures(models()[1], SPACE, SECRETS, 200, 0)
+  assert {each.bits for each in exposed} == {0.0} and {each.p for each in exposed} == {1.0}
+
+
 def test_canaries_are_written_as_they_are_to_be_trained_on(tmp_path, capsys):
   path = tmp_path / 'canaries.jsonl'
   canaries.main([str(path), '--count=3', '--repeats=1,4', '--length=5'])
@@ -227,6 +234,7 @@ def test_passages_are_the_beginnings_of_documents():
     assert len(made) == made.documents == 30 and made.short == 100
     counts[[int(TOKENIZER.decode(p.prompt)[:3]) for p in made]] += 1
   assert not counts[::2].any() and counts[1::2].min() > 2  # each of 100 is in 12 of 40
+  assert abs(counts[160:].sum() - 240) < 40  # the last ones no more often
   first = made[0]
   assert len(first.prompt) == 11 and first.prompt[0] == TOKENIZER.bos and len(first.behind) == 20
   few = drawn(['y' * 100] * 3, 'x', TOKENIZER, cut)

@@ -26,7 +26,7 @@ def half_read(tmp_path_factory):
   where = tmp_path_factory.mktemp('read')
   draw = random.Random(0)
   texts = [
-    ''.join(draw.choices('abcdefgh ', k=draw.choice([5, 30, 40]))) + f' {i}' for i in range(300)
+    ''.join(draw.choices('abcdefgh ', k=draw.choice([5, 30, 120]))) + f' {i}' for i in range(300)
   ]
   (where / 'a.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
   data = DataConfig(
