@@ -10,6 +10,8 @@
 
   python evaluate.py --workdir=runs/reward
   python evaluate.py rate runs/base/evaluation runs/tuned/evaluation
+  python evaluate.py memorisation --workdir=runs/tiny
+  python evaluate.py card runs/tiny
 
 What is asked is in tasks (configs/tasks, --tasks=list; docs/evaluate.md), or, without --tasks, in
 the config (of a run that was tuned to classify, or to give rewards, its own). Every number comes
