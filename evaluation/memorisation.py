@@ -41,6 +41,7 @@ class Asked:
 
   Attributes:
     cut: how passages are. members: of the training text. control: of other text of its kind.
+    by_chance: whether chance alone parted the two, and nothing else that could tell them apart.
     training: the training text, streamed; of one that is not there no overlap is asked.
     share: K of Min-K%, in per cent. words: of a run. temperature: at which the model writes by
       itself, behind the control's prompts.
@@ -55,6 +56,7 @@ class Asked:
   share: float = membership.SHARE
   words: int = WORDS
   temperature: float = 1.0
+  by_chance: bool = False
 
   def __post_init__(self):
     if not self.control:
@@ -150,7 +152,8 @@ def _overlap(model: Generator, asked: Asked, log) -> tuple[Findings, list[dict]]
 def write(output: pathlib.Path, run: Mapping[str, Any], asked: Asked, memory: Memory) -> dict:
   """Writes lines, values and a page into a directory; the values."""
   cut = dataclasses.asdict(asked.cut)
-  more = {'share': asked.share, 'words': asked.words, 'temperature': asked.temperature}
+  names = ('share', 'words', 'temperature', 'by_chance')
+  more = {name: getattr(asked, name) for name in names}
   values = {
     'run': dict(run),
     'settings': cut | more,
@@ -235,6 +238,11 @@ def text_of(values: Mapping, lines: Iterable[Mapping] = ()) -> list[str]:
     parts.append(
       f'NOTE: several passages of a document ({", ".join(few)}): intervals take them for '
       'independent, and are too short.'
+    )
+  if not settings['by_chance']:
+    parts.append(
+      'NOTE: it was not chance that parted members and control: style or subject may tell them '
+      'apart, too, and be taken for memory.'
     )
   for part, of in values['findings'].items():
     parts += [f'## {part.capitalize()}', f'**{values["said"][part]}.**', _table(part, of, settings)]

@@ -89,7 +89,8 @@ def run(options) -> None:
   )
   output = pathlib.Path(options.output or pathlib.Path(options.workdir) / 'evaluation')
   output.mkdir(parents=True, exist_ok=True)
-  given = options.share, options.words, options.temperature
+  by_chance = not options.control and config.data.split == 'hash' and not config.data.validation
+  given = options.share, options.words, options.temperature, by_chance
   asked = Asked(cut, members, control, _training(options, read, parts), *given)
   of = {'workdir': options.workdir, 'step': step, 'weights': options.weights}
   remedy = 'wait until it ends, end it, or give another --output'
