@@ -90,6 +90,7 @@ def rise(
   """The cut between periods, with the largest step to the worse for how many documents each side
   has; None where no cut leaves SIDE of them on either.
 
+  Steps are of means over documents, each by its own value; `before` and `after` are of their sums.
   p: how often dates that are dealt out anew have as large a step anywhere (a permutation test of
   the largest, so that looking everywhere is accounted for).
   """

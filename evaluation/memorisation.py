@@ -21,6 +21,7 @@ from evaluation.writing import continued
 EXTRACTION, MEMBERSHIP, OVERLAP = PARTS = ('extraction', 'membership', 'overlap')
 FILE, LINES, PAGE = 'memorisation.json', 'memorisation.jsonl', 'memorisation.md'
 WRITTEN = 'memorisation-written.jsonl'  # what the model wrote by itself, and what stands where
+UNSURE = 'by memory or because it is other text'
 SHOWN = 3  # passages that were written word for word
 # Which way each points when something was kept.
 MORE = {
@@ -166,7 +167,7 @@ def write(output: pathlib.Path, run: Mapping[str, Any], asked: Asked, memory: Me
       part: {what: {name: each.values() for name, each in of.items()} for what, of in each.items()}
       for part, each in memory.findings.items()
     },
-    'said': verdicts(memory.findings),
+    'said': verdicts(memory.findings, asked.by_chance),
   }
   files.replace(output / FILE, json.dumps(finite(values), indent=1) + '\n')
   for name, lines in ((LINES, memory.lines), (WRITTEN, memory.written)):
@@ -177,24 +178,27 @@ def write(output: pathlib.Path, run: Mapping[str, Any], asked: Asked, memory: Me
   return values
 
 
-def verdicts(found: Mapping[str, Findings]) -> dict[str, str]:
-  """{part: what its intervals say}."""
+def verdicts(found: Mapping[str, Findings], by_chance: bool) -> dict[str, str]:
+  """{part: what its intervals say}. by_chance: see Asked."""
   said = {}
   for part in (EXTRACTION, OVERLAP):
-    shows = [
-      what for what, of in found.get(part, {}).items() if _beyond(of['difference'], 0.0, MORE[what])
-    ]
-    if part in found:
-      word = 'MEMORISED' if part == EXTRACTION else 'COPIES'
-      said[part] = (
-        f'{word}: beyond the control in {", ".join(shows)}' if shows else 'not beyond the control'
-      )
+    if part not in found:
+      continue
+    shows = [what for what, of in found[part].items() if _beyond(of['difference'], 0.0, MORE[what])]
+    if not shows:
+      said[part] = 'not beyond the control'
+    elif part == OVERLAP:
+      said[part] = f'COPIES: beyond the control in {", ".join(shows)}'
+    elif by_chance or extraction.EXACT in shows:
+      said[part] = f'MEMORISED: beyond the control in {", ".join(shows)}'
+    else:
+      said[part] = f'BEYOND THE CONTROL in {", ".join(shows)}, {UNSURE}'
   if MEMBERSHIP in found:
-    said[MEMBERSHIP] = _told({name: of['auc'] for name, of in found[MEMBERSHIP].items()})
+    said[MEMBERSHIP] = _told({name: of['auc'] for name, of in found[MEMBERSHIP].items()}, by_chance)
   return said
 
 
-def _told(aucs: Mapping[str, Estimate]) -> str:
+def _told(aucs: Mapping[str, Estimate], by_chance: bool) -> str:
   """What scores say; nothing where the sides are unlike without them."""
   blind = aucs[membership.BLIND]
   if not blind.low <= 0.5 <= blind.high:
@@ -205,7 +209,7 @@ def _told(aucs: Mapping[str, Estimate]) -> str:
   shows = [name for name, auc in aucs.items() if _beyond(auc, 0.5, 1)]
   if not shows:
     return 'what was read is not told from what was not'
-  return f'TOLD APART: what was read has a higher {", ".join(shows)}'
+  return f'TOLD APART by a higher {", ".join(shows)}' + ('' if by_chance else f', {UNSURE}')
 
 
 def _beyond(estimate: Estimate, chance: float, sign: int) -> bool:

@@ -159,7 +159,10 @@ def _data(config: Config, record: Mapping) -> str:
   """Sources and what cleaning dropped and masked, by the cache that the run read."""
   key = record.get('data', {}).get('key', '')
   if not key:
-    return card.FILL + ' This run was imported: what its model was trained on is not known here.'
+    return (
+      'This run was imported: what its model was trained on is not known here; say it below this '
+      'block.'
+    )
   place = pathlib.Path(config.data.cache_dir) / key.partition('-')[0]
   if not (place / cache.INDEX).is_file():
     return f'The counts are not there: {place}, which train.py prepares anew from the sources.'
@@ -240,7 +243,7 @@ def _energy(
   """What the run took, by hours that it measured and rates that a person gives."""
   formula = 'kWh = chip-hours x watts x PUE / 1000; kg CO2 = kWh x kg/kWh.'
   if not lines or not facts:
-    return f'{card.FILL} No hours are recorded here. {formula}'
+    return f'No hours are recorded here; say below this block what is known. {formula}'
   given = dataclasses.replace(config.report, **rates)
   rows = report.cost(lines, given, facts['chips'])
   parts = [page.table(['', ''], [('Hardware', f'{facts["chips"]} x {facts["hardware"]}'), *rows])]

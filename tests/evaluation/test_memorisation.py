@@ -76,7 +76,7 @@ def models() -> tuple[Generator, Generator]:
 
 def asked(**changes) -> Asked:
   sides = [drawn(texts, of, TOKENIZER, CUT) for texts, of in ((READ, 'read'), (OTHERS, 'not'))]
-  return Asked(CUT, *sides, **changes)
+  return Asked(CUT, *sides, **{'by_chance': True} | changes)
 
 
 def test_who_learned_by_heart_is_caught_and_who_did_not_is_not():
@@ -88,14 +88,19 @@ def test_who_learned_by_heart_is_caught_and_who_did_not_is_not():
   for name in ('min-20%', membership.LOSS):
     assert made.findings[MEMBERSHIP][name]['auc'].value > 0.95
     assert made.findings[MEMBERSHIP][name]['caught'].value > 0.8
-  said = memorisation.verdicts(made.findings)
+  said = memorisation.verdicts(made.findings, True)
   assert said[EXTRACTION].startswith('MEMORISED') and said[MEMBERSHIP].startswith('TOLD APART')
+  # Of sides that chance did not part, scores alone prove nothing; words do.
+  said = memorisation.verdicts(made.findings, False)
+  assert said[EXTRACTION].startswith('MEMORISED') and memorisation.UNSURE in said[MEMBERSHIP]
+  less = {what: of for what, of in made.findings[EXTRACTION].items() if what != extraction.EXACT}
+  assert memorisation.UNSURE in memorisation.verdicts({EXTRACTION: less}, False)[EXTRACTION]
   for line in made.lines:
     assert line['exact'] == (line['said'] == line['truth'])
     assert line['of'] == 'members' or not line['exact']
 
   made = memorisation.measured(knows_not, asked(), (EXTRACTION, MEMBERSHIP), lambda line: None)
-  said = memorisation.verdicts(made.findings)
+  said = memorisation.verdicts(made.findings, True)
   assert said[EXTRACTION].startswith('not') and said[MEMBERSHIP].startswith('what was read is not')
 
 
@@ -222,7 +227,7 @@ def test_a_control_of_other_text_is_no_proof():
   made = memorisation.measured(
     knows, Asked(CUT, asked().members, plain), (MEMBERSHIP,), lambda line: None
   )
-  assert memorisation.verdicts(made.findings)[MEMBERSHIP].startswith('UNLIKE')
+  assert memorisation.verdicts(made.findings, True)[MEMBERSHIP].startswith('UNLIKE')
 
 
 def test_passages_are_the_beginnings_of_documents():
