@@ -37,7 +37,7 @@ PLACE = '{secret}'
 TEMPLATE = 'The secret word of the day is {secret}.'
 ALPHABET = 'abcdefghijklmnopqrstuvwxyz'
 LENGTH, COUNT, CANDIDATES = 8, 8, 1000
-FILE, PAGE = 'canaries.json', 'canaries.md'
+FILE, PAGE = 'exposure.json', 'exposure.md'
 CHANCE = 1 / math.log(2)  # the mean exposure of a rank that is as likely as any other
 TIMES = {0: 'kept out', 1: 'once'}
 OTHERS = 2**16  # added to the seed: candidates are drawn apart from the secrets
@@ -271,12 +271,14 @@ def ask(options) -> None:
   if options.candidates < 1:
     raise ValueError(f'--candidates={options.candidates} must be at least 1')
   space, made = read(pathlib.Path(options.file))
+  output = pathlib.Path(options.output or pathlib.Path(options.workdir) / 'evaluation')
+  if pathlib.Path(options.file).with_suffix('.json').resolve() == (output / FILE).resolve():
+    raise ValueError(f'{output}/{FILE} tells the secrets, and would be lost; give another --output')
   model = Generator.load(options.workdir, options.checkpoint, mesh_of(options.mesh))
   canaries = made['canaries']
   secrets = [canary['secret'] for canary in canaries]
   found = exposures(model, space, secrets, options.candidates, options.seed)
   content = report(options, space, canaries, found)
-  output = pathlib.Path(options.output or pathlib.Path(options.workdir) / 'evaluation')
   output.mkdir(parents=True, exist_ok=True)
   remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):

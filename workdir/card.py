@@ -32,7 +32,7 @@ GIVEN = 'card.json'  # in the run's directory: rates that a person gave once
 # Flags and the fields of ReportConfig that they are.
 RATES = {'watts': 'watts_per_chip', 'co2': 'kilograms_co2_per_kwh', 'pue': 'pue'}
 RESULTS = ('*-*.json', 'bias.json', 'safety.json', 'lm_eval.json', 'classify.json', 'reward.json')
-RESULTS += ('memorisation.json', 'canaries.json', 'contamination.json', 'knowledge.json')
+RESULTS += ('memorisation.json', 'exposure.json', 'contamination.json', 'knowledge.json')
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from tests.test_commands import Process
 from training.config import Config, TrainConfig
 from workdir import card, memorised
-from workdir.trained import Trained
+from workdir.trained import Trained, _answer
 
 CUT = Cut(prompt=8, new=8, limit=40)
 
@@ -76,6 +76,15 @@ def test_short_documents_are_said(half_read):
   run, _, _ = half_read
   with pytest.raises(ValueError, match=r'36 rows that were read: none of \d+ pieces has 60 tokens'):
     run.members(Cut(30, 30, 10))
+
+
+def test_of_an_answer_what_is_learned_is_to_be_written():
+  ids, scored = [1, 70, 71, 72, 80, 81, 82, 2], np.array([0, 0, 0, 0, 1, 1, 1, 1], bool)
+  passage = _answer('here', ids, scored, Cut(prompt=5, new=3))
+  assert (passage.prompt, passage.behind, passage.learned) == ((1, 70, 71, 72), (80, 81, 82), 4)
+  assert _answer('here', ids, scored, Cut(prompt=2, new=3)) is None  # the prompt is longer
+  assert _answer('here', ids, scored, Cut(prompt=5, new=5)) is None  # the answer is shorter
+  assert _answer('here', ids, scored & False, Cut(prompt=5, new=3)) is None
 
 
 CONFIG = '''
