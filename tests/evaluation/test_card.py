@@ -107,6 +107,7 @@ def test_a_rise_is_found_where_it_is_and_nowhere_else():
   assert knowledge.rise(periods[:9], statistics(0.0)[:9], measure) is None
 
 
+@pytest.mark.slow
 def test_dates_are_read_and_told_by_the_command(tmp_path, capsys):
   rows = [{'date': f'{2020 + i % 3}-0{1 + i % 9}-02', 'text': f'text {i}'} for i in range(30)]
   (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))

@@ -29,14 +29,14 @@ TOKENIZER = ByteTokenizer()
 CONFIG = ModelConfig(
   vocabulary=260, width=32, layers=1, heads=2, feed_forward=64, max_length=64, tie_embeddings=True
 )
-CUT = Cut(prompt=10, new=14, limit=12)
+CUT = Cut(prompt=8, new=10, limit=12)
 SPACE = Space('pin {secret}', 'abcdefgh', 6)
 SECRETS = SPACE.secrets(8, 0)  # the first half of which is trained on
 
 
 def documents(seed: int, count: int = 12) -> list[str]:
   draw = random.Random(seed)
-  return [''.join(draw.choices('abcdefghijklmnop', k=26)) for _ in range(count)]
+  return [''.join(draw.choices('abcdefghijklmnop', k=20)) for _ in range(count)]
 
 
 READ, OTHERS = documents(0), documents(1)
@@ -47,7 +47,7 @@ def models() -> tuple[Generator, Generator]:
   """(one that learned READ and half of SECRETS by heart, one that learned nothing)."""
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   texts = [*READ, *map(SPACE.text, SECRETS[:4])]
-  batch = Batch.empty(len(texts), 28)
+  batch = Batch.empty(len(texts), 22)
   for row, text in enumerate(texts):
     ids = [TOKENIZER.bos, *TOKENIZER.encode(text), TOKENIZER.eos]
     n = len(ids) - 1
@@ -68,9 +68,9 @@ def models() -> tuple[Generator, Generator]:
       change, state = optimizer.update(slope, state)
       return (optax.apply_updates(model, change), state), loss
 
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=300))
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=190))
     (model, _), losses = run((new, optimizer.init(new)))
-  assert losses[-1] < 0.25, 'the test is of a model that knows its text'
+  assert losses[-1] < 0.3, 'the test is of a model that knows its text'
   return Generator(model, TOKENIZER, mesh), Generator(new, TOKENIZER, mesh)
 
 
@@ -206,6 +206,11 @@ def test_scores_tell_apart_as_their_definitions_say():
   b = np.arange(20.0)
   assert unpaired.caught(np.array([17.5, 18.0, 18.5, 30.0]), b) == 0.5
   assert unpaired.caught(np.array([18.5, 19.5]), b[:19]) == 1.0  # of 19, none
+  # Of means, the interval is that of the normal law.
+  a, b = draw.normal(1, 2, 200), draw.normal(0, 1, 300)
+  gap = unpaired.mean_difference(a, b)
+  half = 1.96 * math.sqrt(a.var() / 200 + b.var() / 300)
+  assert (gap.low, gap.high) == pytest.approx((gap.value - half, gap.value + half), abs=0.06)
   # Newcombe 1998, table II, method 10.
   gap = unpaired.rate_difference(56, 70, 48, 80)
   assert (gap.value, gap.low, gap.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
@@ -278,7 +283,7 @@ def test_overlaps_are_found_and_no_others():
   [
     (lambda: Cut(prompt=0), '--prompt=0 must be at least 1'),
     (lambda: Cut().check_context(64, 'model.max_length=64'), 'pass model.max_length=64'),
-    (lambda: drawn(['short'], 'it', TOKENIZER, CUT), 'it: none of 1 pieces has 24 tokens'),
+    (lambda: drawn(['short'], 'it', TOKENIZER, CUT), 'it: none of 1 pieces has 18 tokens'),
     (lambda: Asked(CUT, asked().members, Passages([], 'x', 0, 0)), 'there is no control'),
     (lambda: asked(share=0.0), '--share=0.0 is K of Min-K%'),
     (lambda: Space('no place'), 'must have {secret} once'),
