@@ -211,6 +211,7 @@ def test_scores_tell_apart_as_their_definitions_say():
   gap = unpaired.mean_difference(a, b)
   half = 1.96 * math.sqrt(a.var() / 200 + b.var() / 300)
   assert (gap.low, gap.high) == pytest.approx((gap.value - half, gap.value + half), abs=0.06)
+  assert unpaired.mean_difference(a, a).high > 0.3  # each side is drawn by itself
   # Newcombe 1998, table II, method 10.
   gap = unpaired.rate_difference(56, 70, 48, 80)
   assert (gap.value, gap.low, gap.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
