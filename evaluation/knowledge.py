@@ -1,7 +1,8 @@
 """Up to when does a model know what happened? Scores of texts or questions by their dates, and from
 when on they are worse.
 
-    python evaluate.py --workdir=RUN --tasks=dated,dated_questions --data=DIRECTORY
+    python evaluate.py --workdir=RUN --tasks=dated --data=DIRECTORY
+    python evaluate.py --workdir=RUN --tasks=dated_questions --shots=3 --data=DIRECTORY
     python evaluate.py knowledge RUN/evaluation --data=DIRECTORY --by=month
 
 A rise is looked for at every date, and told where it is larger than chance would make the largest
