@@ -10,6 +10,8 @@
 
   python evaluate.py --workdir=runs/reward
   python evaluate.py rate runs/base/evaluation runs/tuned/evaluation
+  python evaluate.py memorisation --workdir=runs/tiny
+  python evaluate.py card runs/tiny
 
 What is asked is in tasks (configs/tasks, --tasks=list; docs/evaluate.md), or, without --tasks, in
 the config (of a run that was tuned to classify, or to give rewards, its own). Every number comes
@@ -90,8 +92,12 @@ OUTPUT = flags.DEFINE_string(
 # What is not of one run: by what a command line begins with, and who takes what comes behind it.
 SUBCOMMANDS = {
   'bias': 'evaluation.bias.main',
+  'canaries': 'evaluation.canaries.main',
+  'card': 'workdir.card.main',
   'compare': 'evaluation.compare.main',
   'contamination': 'evaluation.contamination.main',
+  'knowledge': 'evaluation.knowledge.main',
+  'memorisation': 'workdir.memorised.main',
   'rate': 'evaluation.rate.main',
   'safety': 'evaluation.safety.main',
 }

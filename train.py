@@ -154,26 +154,22 @@ def train_steps(
     norms = step_norms
     for said in moved.lines(state) if moved else ():
       watch.print(said)
-    final, evaluation, cost = step == config.train.steps, {}, None
+    final, cost = step == config.train.steps, None
 
-    if final or every(config.train.eval_every, step):
+    validated = final or every(config.train.eval_every, step)
+    asked = ask and (final or every(config.evaluation.every, step))
+    if validated or asked:
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
         # What decides about the best checkpoint and about stopping is of the same batches each
         # time; the last number is of all.
-        evaluation = evaluate(state.models, config.train.eval_batches)
-
-    if ask and (final or every(config.evaluation.every, step)):
-      with watch.pause() as done:
-        check_finite(done, norms, config, checkpoints)
-        evaluation |= ask(step, state.models, watch.print)
-
-    if evaluation:
-      with watch.pause(), mendable():
-        cost = cost_of(config.train.best, evaluation)
+        evaluation = evaluate(state.models, config.train.eval_batches) if validated else {}
+        evaluation |= ask(step, state.models, watch.print) if asked else {}
+        with mendable():
+          cost = cost_of(config.train.best, evaluation)
         progress = progress if cost is None else progress.after(cost)
         impatient = progress.impatient(config.train.patience)
-        if 'validation_loss' in evaluation and config.train.eval_batches and (final or impatient):
+        if validated and config.train.eval_batches and (final or impatient):
           evaluation |= evaluate(state.models, 0, go_on=True)
         watch.log(step, evaluation)
 

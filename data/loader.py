@@ -26,7 +26,7 @@ class Loader:
     self._prepared = prepared
     self._config = config
     self._rows = rows
-    self._sequence = _row_sequence(prepared, config)
+    self._sequence = row_sequence(prepared, config)
     self._examples = 0
     self._batches = self._read_from(0)
 
@@ -112,7 +112,7 @@ class Loader:
     self._prepared.train[source].fill(index, batch, into)
 
 
-def _row_sequence(prepared: Prepared, config: DataConfig):
+def row_sequence(prepared: Prepared, config: DataConfig):
   """The endless sequence of training rows, a grain.MapDataset of (source, row): each source in a
   new random order in every epoch, mixed in exact proportion to the weights (which grain rounds to
   1% of the smallest).

@@ -109,7 +109,7 @@ def _examples(output: pathlib.Path, summary: Summary) -> list[str]:
   """The first questions of a task, with what was said."""
   parts = []
   for line, _ in zip(read_lines(output / f'{summary.name}.jsonl'), range(SHOWN)):
-    parts += [f'{summary.name}, {line["place"]}:', _fenced(line['prompt'], _said(line))]
+    parts += [f'{summary.name}, {line["place"]}:', fenced(line['prompt'], _said(line))]
   return parts
 
 
@@ -129,7 +129,7 @@ def _said(line: Line) -> str:
   return f'{line["tokens"]} tokens, {line["nats"]} nats'
 
 
-def _fenced(*texts: str) -> str:
+def fenced(*texts: str) -> str:
   """Texts in a block that none of them can end."""
   given = [text for text in texts if text]
   shown = [text if len(text) <= LONGEST else f'.. {text[-LONGEST:]}' for text in given]

@@ -46,7 +46,8 @@ def answers(
   yield from _continuous(model, prompts, kind, seed, first, longest)
 
 
-def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Reply]]:
+def engine_of(model: Generator, longest: int) -> Engine:
+  """For rows of a decoder of at most so many tokens, prompts and new ones."""
   front, parts = model.plain, model.parts
   soft, ends = len(front.begins), generation.ends(model.tokenizer)
   capacity = min(front.positions or longest + soft, bucket(longest + soft))
@@ -60,7 +61,7 @@ def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Rep
     ends=max(1, len(ends)),
     adapters=adapters(model.model),
   )
-  engine = Engine(
+  return Engine(
     model.model.config,
     model.mesh,
     sizes,
@@ -68,6 +69,41 @@ def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Rep
     pad=model.tokenizer.pad,
     virtual=len(front.soft),
   )
+
+
+def continued(
+  model: Generator,
+  prompts: Sequence[Sequence[int]],
+  new: int,
+  temperature: float = 0.0,
+  seed: int = 0,
+) -> list[Written]:
+  """Ids that are written behind each of some prompts, of ids, in order: `new` ones, or fewer where
+  the text ends.
+
+  Raises NotImplementedError for a model that is no decoder, and for layers in stages.
+  """
+  config = model.model.config
+  if config.encoder_layers or not config.causal or _stages(model):
+    raise NotImplementedError(
+      'texts are gone on with by a decoder whose layers are together; this model has an encoder, '
+      'or the mesh has stages'
+    )
+  engine = engine_of(model, max(map(len, prompts)) + new)
+  ends = generation.ends(model.tokenizer)
+
+  def requests() -> Iterator[Request]:
+    for i, prompt in enumerate(prompts):
+      sampling = make_sampling(1, temperature=temperature, seed=seed_of(seed, i))
+      yield Request(model.plain.row(prompt), new, sampling, ends)
+
+  done = dict(complete(engine, model.model, requests()))
+  return [done[i] for i in range(len(prompts))]
+
+
+def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Reply]]:
+  engine, ends = engine_of(model, longest), generation.ends(model.tokenizer)
+  front = model.plain
   texts: dict[int, _Text] = {}
 
   def requests() -> Iterator[Request]:

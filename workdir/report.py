@@ -14,6 +14,7 @@ import pathlib
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import commands
 import files
@@ -61,8 +62,8 @@ def write_report(
   title = f'{name}: {short(parameters)} parameters, {short(lines[-1]["tokens"])} tokens'
   files.replace(directory / 'loss.png', plot(lines, title))
   unit = 'nats/token' if settings is None else settings.objective.loss_unit
-  rows = _progress(lines, unit) + _speed(lines, chips, hardware)
-  rows += _compute(lines, parameters, flops_per_token) + _cost(lines, config, chips)
+  rows = achieved(lines, unit, parameters, flops_per_token, chips, hardware)
+  rows += cost(lines, config, chips)
   table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
   parts = [f'# {name}', '![Loss curve](loss.png)', f'| | |\n| --- | ---: |\n{table}']
   if written := samples.markdown(samples.read(directory)):
@@ -71,6 +72,19 @@ def write_report(
     parts += ['## Config', described(settings)]
   files.replace(directory / 'report.md', '\n\n'.join(parts) + '\n')
   return directory / 'report.md'
+
+
+def achieved(
+  lines: Sequence[Mapping[str, float]],
+  unit: str,
+  parameters: int,
+  flops_per_token: float,
+  chips: int,
+  hardware: str,
+) -> list[tuple[str, str]]:
+  """(what, how much) of a run; unit: of its loss. The others are as write_report has them."""
+  rows = _progress(lines, unit) + _speed(lines, chips, hardware)
+  return rows + _compute(lines, parameters, flops_per_token)
 
 
 def conclude(
@@ -345,11 +359,27 @@ def _compute(lines, parameters, flops_per_token):
   ]
 
 
-def _cost(lines, config, chips):
+class Spent(NamedTuple):
+  """What a run took."""
+
+  hours: float
+  kwh: float
+  kilograms_co2: float
+
+
+def spent(lines: Sequence[Mapping[str, float]], config: ReportConfig, chips: int) -> Spent:
+  """By the hours of a run, evaluation and checkpoints included; 0 of what has no rate."""
   hours = lines[-1]['wall_seconds'] / 3600
-  energy = hours * chips * config.watts_per_chip / 1000 * config.pue
+  kwh = hours * chips * config.watts_per_chip / 1000 * config.pue
+  return Spent(hours, kwh, kwh * config.kilograms_co2_per_kwh)
+
+
+def cost(
+  lines: Sequence[Mapping[str, float]], config: ReportConfig, chips: int
+) -> list[tuple[str, str]]:
+  """(what, how much) of hours, and of what follows from them by the rates that are known."""
+  hours, energy, carbon = spent(lines, config, chips)
   dollars = hours * chips * config.dollars_per_chip_hour
-  carbon = energy * config.kilograms_co2_per_kwh
   rows = [
     ('Hours, steps only', f'{lines[-1]["train_seconds"] / 3600:.3g}'),
     ('Hours, with evaluation and checkpoints', f'{hours:.3g}'),

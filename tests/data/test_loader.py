@@ -15,7 +15,7 @@ import pytest
 from data import shards
 from data.batch import DTYPES, Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
-from data.loader import _row_sequence, train_loader, validation_batches
+from data.loader import row_sequence, train_loader, validation_batches
 from data.prepare import prepare
 
 
@@ -144,7 +144,7 @@ class Rows:
 def test_no_source_has_the_order_of_another_in_any_epoch(corpus):
   """Sources of as many rows: an epoch's order is a seed's, and none of theirs is the same."""
   prepared = types.SimpleNamespace(train=(Rows(), Rows(), Rows()))
-  sequence = _row_sequence(prepared, settings(corpus))
+  sequence = row_sequence(prepared, settings(corpus))
   drawn = [sequence[i] for i in range(3 * 30 * 4)]
   orders = []
   for source in range(3):

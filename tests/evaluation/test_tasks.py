@@ -402,10 +402,10 @@ def test_what_is_no_task_is_said(made, said):
 
 @pytest.mark.slow
 def test_ready_tasks_ask_of_real_data(shared_data):
-  """Each gives questions with an answer, and shows examples where it can; but for those of files
-  that a person has to bring.
-  """
-  for name in {*tasks.known()} - {'advbench', 'bbq', 'winobias'}:
+  """Each gives questions with an answer, and shows examples where it can."""
+  # Formats of files that nobody has put there.
+  absent = {'advbench', 'bbq', 'dated', 'dated_questions', 'winobias'}
+  for name in sorted({*tasks.known()} - absent):
     _, task = tasks.read(name)
     asked = examples(task, 0, Manner(str(shared_data), limit=3))
     assert len(asked) == 3

@@ -1,0 +1,137 @@
+"""Does a model card keep what a person wrote, and tell what was found? And is it found from when on
+a model knows nothing?
+"""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from evaluation import card, knowledge, page, running
+from evaluation.examples import Manner
+from evaluation.measures import OTHERS
+from evaluation.running import Summary
+from evaluation.task import Perplexity, Task
+from tests.evaluation.test_label_scores import generator
+
+BLOCKS = {name: f'what is said of {name}' for name in card.BLOCKS}
+BLOCKS[card.FRONT] = 'library_name: tandem'
+
+
+def metadata(text: str) -> dict:
+  """As Hugging Face reads it: between the first two lines of ---."""
+  assert text.startswith('---\n')
+  return yaml.safe_load(text.split('---\n')[1])
+
+
+def test_what_a_person_wrote_is_kept():
+  new = card.written('it', BLOCKS)
+  assert metadata(new) == {'library_name': 'tandem'}
+  filled = new.replace('# license: apache-2.0', 'license: mit')
+  filled = filled.replace(card.FILL + ' What this model is', 'It sorts mail. What this model is')
+  filled = filled.replace('<!-- end scores -->', '<!-- end scores -->\n\nThese surprised us.')
+  changed = {**BLOCKS, 'scores': 'other scores\n<!-- end scores -->', card.FRONT: 'tags: [x]'}
+  text, gone = card.rewritten(filled, changed, 'CARD')
+  assert not gone and metadata(text) == {'tags': ['x'], 'license': 'mit'}
+  for kept in ('It sorts mail.', 'These surprised us.', 'other scores', 'what is said of energy'):
+    assert kept in text
+  assert 'what is said of scores' not in text
+  # Again, with the same, nothing changes; nor by an editor that takes away ends of lines.
+  assert card.rewritten(text, changed, 'CARD')[0] == text
+  assert card.rewritten(text.replace('\n\n', ' \n\n'), changed, 'CARD')[1] == []
+
+
+def test_what_would_be_lost_is_refused():
+  new = card.written('it', BLOCKS)
+  with pytest.raises(ValueError, match="CARD: the block 'bias' was changed by hand"):
+    card.rewritten(new.replace('said of bias', 'known of bias'), BLOCKS, 'CARD')
+  with pytest.raises(ValueError, match='CARD is a card that this has not written'):
+    card.rewritten('# My model\n', BLOCKS, 'CARD')
+  with pytest.raises(ValueError, match="the block 'data' has no end"):
+    card.rewritten(new.replace('<!-- end data -->', ''), BLOCKS, 'CARD')
+  begin, end = new.index('<!-- begin safety'), new.index('<!-- end safety -->')
+  without = new[:begin] + new[end + len('<!-- end safety -->') :]
+  text, gone = card.rewritten(without, BLOCKS, 'CARD')
+  assert gone == ['safety'] and text == without
+
+
+def test_scores_are_told_as_hugging_face_lists_them(tmp_path):
+  of = {'value': 0.25, 'low': 0.1, 'high': 0.4, 'n': 40, 'method': 'wilson', 'small': False}
+  of['lower_is_better'] = False
+  settings = {'shots': 0, 'run': {'workdir': 'x', 'step': 3}}
+  nan = {**of, 'value': None}
+  metrics = {'accuracy (per byte)': of, 'chrF2': nan}
+  summary = Summary('arc', settings, 40, 'abc123', 0.25, metrics, {}, {})
+  found = [(tmp_path, summary)]
+  text = card.written('it', {**BLOCKS, card.FRONT: card.front('it', found)})
+  ((result,),) = [each['results'] for each in metadata(text)['model-index']]
+  (metric,) = result['metrics']
+  assert metric['value'] == 0.25 and metric['args']['n'] == 40
+  assert metric['type'] == 'accuracy_per_byte' and result['dataset']['type'] == 'arc'
+  table = card.scores(found, [], 3)
+  assert '| arc | 0 | accuracy (per byte) | 0.250 [0.100, 0.400] | 40 | 0.25 | 3 |' in table
+  assert 'Of other checkpoints' not in table
+  assert 'Of other checkpoints than the last, 7: 3.' in card.scores(found, [], 7)
+  assert card.scores([], [], 3).startswith('Not evaluated')
+
+  assert 'evaluate.py bias' in card.of_results('bias', [tmp_path])
+  findings = [{'category': 'age', 'what': 'nats more', **of, 'p': 0.01}] * 40
+  (tmp_path / 'bias.json').write_text(json.dumps({'t-0': {'prompts': 'd', 'findings': findings}}))
+  said = card.of_results('bias', [tmp_path])
+  assert '| age | nats more | 40 | 0.250 [0.100, 0.400] | 0.01 |' in said and 'And 10 more' in said
+  (tmp_path / 'bias.json').write_text('{"t-0": {}}')
+  with pytest.raises(ValueError, match='bias.json is not what bias writes'):
+    card.of_results('bias', [tmp_path])
+
+
+def test_a_rise_is_found_where_it_is_and_nowhere_else():
+  draw = np.random.default_rng(0)
+  periods = [f'{2018 + i // 20}' for i in range(160)]
+  late = np.array([period >= '2023' for period in periods])
+  measure = OTHERS['bits per byte']
+
+  def statistics(rise):
+    nats = draw.normal(100, 10, 160) + rise * late
+    return np.stack([nats, *[np.full(160, 100.0)] * 3], 1)
+
+  found = knowledge.rise(periods, statistics(8.0), measure)
+  assert found.period == '2023' and found.shown and found.p < 0.01
+  assert found.before.n == 100 and found.after.value > found.before.high
+  # A fall is no rise, and nothing is none; a p that looks at every cut is below 0.05 as rarely.
+  assert not knowledge.rise(periods, statistics(-8.0), measure).shown
+  shown = [knowledge.rise(periods, statistics(0.0), measure, seed, 60).shown for seed in range(100)]
+  assert sum(shown) <= 11  # of 100, 5 are expected
+  by = knowledge.by_period(periods, statistics(8.0), measure, 0)
+  assert [*by] == [str(2018 + i) for i in range(8)] and {each.n for each in by.values()} == {20}
+  assert knowledge.rise(periods[:9], statistics(0.0)[:9], measure) is None
+
+
+@pytest.mark.slow
+def test_dates_are_read_and_told_by_the_command(tmp_path, capsys):
+  rows = [{'date': f'{2020 + i % 3}-0{1 + i % 9}-02', 'text': f'text {i}'} for i in range(30)]
+  (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  own = "from evaluation.knowledge import dated\nfrom evaluation.task import Perplexity, Task\n\n\n"
+  own += 'def get_task():\n  return Task(Perplexity(), "texts.jsonl", '
+  own += "prompt='{{ text }}', rows=dated, by='year')\n"
+  (tmp_path / 'own.py').write_text(own)
+  task = Task(Perplexity(), 'texts.jsonl', prompt='{{ text }}', rows=knowledge.dated, by='year')
+  manner = Manner(str(tmp_path))
+  running.evaluate(generator('llama'), {'own': task}, [0], manner, {'workdir': 'x'}, tmp_path)
+  page.write(tmp_path, {'workdir': 'x'}, {})
+  flags = [str(tmp_path), f'--data={tmp_path}', f'--tasks={tmp_path}/own.py']
+  knowledge.main(flags)
+  assert 'No rise is shown' in capsys.readouterr().out
+  made = json.loads((tmp_path / knowledge.FILE).read_text())['own-0']
+  assert [*made['periods']] == ['2020', '2021', '2022']
+  (summary,) = page.read(tmp_path)
+  for year, of in made['periods'].items():
+    assert of['value'] == pytest.approx(summary.by[year]['bits per byte']['value'])
+  knowledge.main([*flags, '--by=month'])
+  assert len(json.loads((tmp_path / knowledge.FILE).read_text())['own-0']['periods']) == 9
+
+  for wrong in ('yesterday', '2024-13-01', '20'):
+    with pytest.raises(ValueError, match='is no date, as 2024-03-31, 2024-03 or 2024'):
+      knowledge.day_of(wrong)
+  with pytest.raises(SystemExit, match='no results of tasks of dates'):
+    knowledge.main([str(tmp_path), f'--data={tmp_path}'])
