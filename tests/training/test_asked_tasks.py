@@ -65,7 +65,7 @@ def test_it_is_asked_and_judged(letters, corpus, tmp_path):
   assert list(said) == [2, 4, 5]
   name, read = task.read(letters)
   for step in said:
-    model = Generator.load(tmp_path / 'run', str(step))
+    model = Generator.load(tmp_path / 'run', str(step), config.mesh)
     output = tmp_path / str(step)
     output.mkdir()
     (summary,), _ = running.evaluate(model, {name: read}, [1], Manner(limit=12), {}, output)
