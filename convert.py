@@ -214,6 +214,10 @@ def _export(options) -> None:
       model = checkpoints.model(
         abstract(functools.partial(transformer.init, config, 0), mesh), step
       )
+      if config.execution.stored:
+        _log(f'NOTE: codes ({", ".join(config.execution.stored)}) are written as their numbers')
+        model = jax.jit(names.imported('model.weights.scheme.dequantised'))(model)
+        config = model.config
     special = {}
     if tokenizer:
       ends = [*generations.ends(tokenizer)]

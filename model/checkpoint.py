@@ -321,8 +321,22 @@ def stored_dtype(tensors: TensorFiles | GGUFTensors, log) -> str:
 
 
 def default_mesh(config: ModelConfig) -> Mesh:
-  """All devices, parameters split over as many as divide the width."""
-  return make_mesh(MeshConfig(fsdp=math.gcd(jax.device_count(), config.D)))
+  """All devices, parameters split over as many as divide the width, and as groups of codes split
+  over.
+  """
+  shards = math.gcd(jax.device_count(), config.D)
+  while config.execution.stored and shards > 1 and not _splits(config, shards):
+    shards //= 2
+  return make_mesh(MeshConfig(fsdp=shards))
+
+
+def _splits(config: ModelConfig, shards: int) -> bool:
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=shards))):
+    try:
+      jax.eval_shape(functools.partial(transformer.init, config, 0))
+    except ValueError:
+      return False
+  return True
 
 
 def opened(path: str | os.PathLike) -> Opened:

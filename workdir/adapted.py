@@ -18,6 +18,7 @@ from data.generation import GENERATION
 from model import adapters, checkpoint, params, peft, transformer
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig
+from model.weights.scheme import dequantised, numbers_config
 from training import config as configs, state as states
 from workdir import seals
 from workdir.checkpoint import Checkpoints
@@ -173,10 +174,11 @@ def merge(
       'before every text: they are no sum with its matrices. generate.py and convert.py export '
       'take the run as it is'
     )
-  if config.adapter.base and not dequantise:
+  coded = config.adapter.base or ', '.join(config.model.execution.stored)
+  if coded and not dequantise:
     raise ValueError(
-      f'{workdir} was trained on a base in {config.adapter.base} (adapter.base), which a sum is '
-      'not: --dequantise writes the numbers, in f32'
+      f'{workdir} was trained on a base in {coded} (adapter.base, or a run in codes), which a sum '
+      'is not: --dequantise writes the numbers, in f32'
     )
   model_config = config.model
   if config.adapter.base:
@@ -187,6 +189,9 @@ def merge(
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
     model = opened(config, checkpoints, step, target)
+    if coded:
+      model = jax.jit(dequantised)(model)
+      model_config = numbers_config(model_config, model.head.tokens is not None)
     copied(workdir, partial)
     run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
     write_run(partial, run, _models(config, checkpoints, step, model), log)

@@ -52,14 +52,14 @@ def quantise(
     raise FileNotFoundError(f'{workdir} has no checkpoint')
   check_own(checkpoints.record(step), workdir)
   small = config.model.with_execution(stored=tuple(entries))
-  mesh = checkpoint.default_mesh(config.model)
+  in_codes = functools.partial(quantised, entries=entries, method=method)
+  mesh = checkpoint.default_mesh(small)
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
-    # What does not fit is said before anything is read.
-    jax.eval_shape(functools.partial(quantised, entries=entries, method=method), target)
+    jax.eval_shape(in_codes, target)  # what does not fit is said before anything is read
     model = checkpoints.model(target, step)
     before = model_bytes(model)
-    model = jax.jit(functools.partial(quantised, entries=entries, method=method))(model)
+    model = jax.jit(in_codes)(model)
     copied(workdir, partial)
     run = dataclasses.replace(config, model=small, init='')
     write_run(partial, run, {'model': model}, log)

@@ -23,6 +23,7 @@ import jax
 from flax import nnx
 
 import names
+from model.config import ModelConfig
 from model.weights import int8, read
 from model.weights.codes import Codes, blocks_of
 from model.weights.grids import GRIDS
@@ -183,6 +184,25 @@ def everywhere(text: str) -> Callable:
   if Scheme.parse(text) == Scheme('int8'):
     return int8.in_bytes
   return functools.partial(stored, entries=(f'*={text}', 'head*=int8'))
+
+
+def dequantised(model):
+  """The model with the numbers that its codes stand for, and a config that says so. Traced."""
+
+  def numbers(p):
+    dtype = config.execution.parameter_dtype
+    return p.replace(read(p).numbers(dtype)) if read(p).coded else p
+
+  config = model.config
+  made = jax.tree.map(numbers, model, is_leaf=_is_param)
+  made.config = numbers_config(config, model.head.tokens is not None)
+  return made
+
+
+def numbers_config(config: ModelConfig, head: bool) -> ModelConfig:
+  """Of a model whose codes have become numbers; head: whether it has one of its own."""
+  tied = config.tie_embeddings and not head
+  return dataclasses.replace(config, tie_embeddings=tied).with_execution(stored=())
 
 
 def summed_of(p: nnx.Param) -> tuple[int, ...]:

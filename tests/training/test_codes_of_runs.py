@@ -1,0 +1,99 @@
+"""Is a run in codes a run like others: opened, asked, adapted, merged and exported as the numbers
+that its codes stand for?
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import on, run_here
+
+import convert
+from decode.generator import Generator
+from model.adaptation import AdapterConfig
+from model.params import named_leaves
+from model.weights.scheme import dequantised
+from parallel.mesh import MeshConfig
+from workdir.open import open_run
+
+LORA = AdapterConfig(kind='lora', rank=2, alpha=64.0)
+TEXTS = ['some words', 'other ones']
+
+
+@pytest.fixture(scope='module')
+def runs(corpus, tmp_path_factory):
+  """A run as numbers, and in codes of 4 bits."""
+  directory = tmp_path_factory.mktemp('compressed')
+  run_here(on(corpus, train={'steps': 2, 'save_every': 2}), directory / 'run')
+  command = ['quantise', '--workdir', f'{directory}/run', '--to', f'{directory}/codes']
+  convert.main([*command, '--scheme=int4:group=8', '--store=head*=int8', '--method=mse'])
+  return directory
+
+
+def scores(model):
+  return model.score(TEXTS)
+
+
+def alike(a, b, atol=1e-5):
+  for one, other in zip(a, b, strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+
+
+def test_it_generates_as_its_numbers(runs, capsys):
+  coded = Generator.load(runs / 'codes')
+  run = open_run(runs / 'codes')
+  with jax.set_mesh(run.mesh):
+    numbers = jax.jit(dequantised)(run.model)
+  plain = Generator(numbers, run.tokenizer, run.mesh)
+  # A head in bytes multiplies by digits on a CPU.
+  alike(scores(coded), scores(plain), 1e-3)
+  assert (
+    max(np.abs(a - b).max() for a, b in zip(scores(coded), scores(Generator.load(runs / 'run'))))
+    > 1e-3
+  )
+  sizes = [
+    sum(x.nbytes for x in jax.tree.leaves(open_run(runs / name).model.stack))
+    for name in ('run', 'codes')
+  ]
+  # 4 bits of 32, and a scale of 32 bits for 8 numbers; norms besides.
+  assert 0.24 < sizes[1] / sizes[0] < 0.29
+  mesh = Generator.load(runs / 'codes', mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+  alike(scores(mesh), scores(plain), 1e-3)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_on_it_and_merged(corpus, runs, tmp_path):
+  """QLoRA: the base is kept where it is, bit for bit, and the sum is one of numbers."""
+  before = {n: np.asarray(x) for n, x in named_leaves(open_run(runs / 'codes').model).items()}
+  config = dataclasses.replace(
+    on(corpus, train={'steps': 3, 'save_every': 2}),
+    model=open_run(runs / 'codes').config.model,
+    adapter=LORA,
+    init=str(runs / 'codes'),
+  )
+  run_here(config, tmp_path / 'lora')
+  after = named_leaves(open_run(runs / 'codes').model)
+  assert all((np.asarray(after[name]) == x).all() for name, x in before.items())
+  merge = ['merge', '--workdir', f'{tmp_path}/lora', '--to', f'{tmp_path}/merged']
+  with pytest.raises(SystemExit, match='--dequantise writes the numbers'):
+    convert.main(merge)
+  convert.main([*merge, '--dequantise'])
+  tuned = scores(Generator.load(tmp_path / 'lora'))
+  alike(tuned, scores(Generator.load(tmp_path / 'merged')), 1e-3)
+  assert np.abs(tuned[0] - scores(Generator.load(runs / 'codes'))[0]).max() > 1e-2
+
+
+def test_what_it_is_not_for_is_said(corpus, runs, tmp_path):
+  command = ['quantise', '--to', f'{tmp_path}/x', '--workdir']
+  with pytest.raises(SystemExit, match='is in codes already'):
+    convert.main([*command, f'{runs}/codes', '--scheme=int8'])
+  with pytest.raises(SystemExit, match='groups of 48 do not divide the 32'):
+    convert.main([*command, f'{runs}/run', '--scheme=int8:group=48'])
+  with pytest.raises(SystemExit, match="--method='gpqt' is unknown"):
+    convert.main([*command, f'{runs}/run', '--scheme=int8', '--method=gpqt'])
+  assert not (tmp_path / 'x').exists()
+  coded = open_run(runs / 'codes').config.model
+  config = dataclasses.replace(on(corpus), model=coded, init=str(runs / 'codes'))
+  with pytest.raises((ValueError, SystemExit), match='train an adapter on it'):
+    run_here(config, tmp_path / 'trained')
