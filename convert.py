@@ -8,6 +8,7 @@
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum
     python convert.py quantise --workdir RUN --to RUN2 --scheme=int4:group=64   matrices in codes
+    python convert.py judge RUN RUN2                    what that cost: KL, agreement, bytes, speed
     python convert.py rebase --workdir RUN --base RUN2  the model that an adapter is on was moved
     python convert.py seal --workdir RUN                a config.json that was edited on purpose
 
@@ -33,14 +34,13 @@ import jax
 import commands
 import files
 import names
-from data import export, generation as generations, gguf_tokenizer, tokenizers
+from data import generation as generations, tokenizers
 from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
-from data.gguf import GGUF
 from model import checkpoint, families, packages, peft, transformer
 from model.params import ParamSpec, abstract, specs
 from training import config as configs
-from workdir import seals
+from workdir import carried, seals
 from workdir.adapted import export_adapter, import_adapter, merge, rebase
 from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of
@@ -50,12 +50,6 @@ from workdir.untrained import write_run
 # Of which an import's tables have a multiple of rows by default, so that as many devices can share
 # them: GPT-2's 50,257 ids have no divisor that a mesh has.
 VOCABULARY_MULTIPLE = 128
-SENTENCEPIECE = (
-  'tokenizer.model',
-  'spiece.model',
-  'sentencepiece.bpe.model',
-  'sentencepiece.model',
-)
 
 
 def _import(options) -> None:
@@ -87,14 +81,15 @@ def _import(options) -> None:
     tokenizer = (
       None
       if options.tokenizer == 'none'
-      else _tokenizer(
+      else carried.tokenizer_in(
         pathlib.Path(options.tokenizer or source),
         bool(options.tokenizer),
+        _log,
         None if options.tokenizer else getattr(opened.tensors, 'gguf', None),
       )
     )
     if tokenizer:
-      if generation := _generation(source, opened, tokenizer):
+      if generation := carried.generation_in(source, opened, tokenizer, _log):
         files.replace(partial / GENERATION, json.dumps(generation, indent=2) + '\n')
       tokenizer.save(partial / 'tokenizer')
       data = dataclasses.replace(
@@ -143,50 +138,6 @@ def _source(name: str) -> pathlib.Path:
   if name in packages.PACKAGES:
     return packages.path(name)
   return packages.from_hub(name) if packages.is_hub_name(name) else path
-
-
-def _tokenizer(path: pathlib.Path, wanted: bool, gguf: GGUF | None = None):
-  """The tokenizer at a path, or in a checkpoint's directory or file; None where there is none and
-  none was asked for.
-  """
-  if gguf:
-    tokenizer = gguf_tokenizer.read(gguf)
-    if tokenizer is None:
-      _log(f'NOTE: {path} holds no tokenizer')
-    return tokenizer
-  models = [path / name for name in SENTENCEPIECE if (path / name).is_file()]
-  if (path / 'tokenizer.json').is_file() or not models:
-    try:
-      return tokenizers.load(path)
-    except FileNotFoundError:
-      if wanted:
-        raise
-      _log(f'NOTE: {path} holds no tokenizer.json and no SentencePiece model')
-      return None
-  return tokenizers.load(models[0])
-
-
-def _generation(source: pathlib.Path, opened: checkpoint.Opened, tokenizer) -> dict:
-  """What generation_config.json says, with all ids that it and config.json end texts with.
-
-  {} where neither says more than the tokenizer.
-  """
-  gguf = getattr(opened.tensors, 'gguf', None)
-  generation = gguf_tokenizer.generation(gguf) if gguf else generations.read(source)
-  ids = [
-    *generations.end_ids(opened.hf, source / 'config.json'),
-    *generations.end_ids(generation, source / GENERATION),
-  ]
-  ids = list(dict.fromkeys([tokenizer.eos, *ids]))
-  if unknown := [i for i in ids if i >= tokenizer.vocabulary]:
-    _log(
-      f'NOTE: eos_token_id has {unknown}, but the tokenizer only {tokenizer.vocabulary} ids: no '
-      'text ends there'
-    )
-  ids = [i for i in ids if i < tokenizer.vocabulary]
-  if len(ids) > 1:
-    _log(f'texts end with the ids {", ".join(map(str, ids))}')
-  return generation | {'eos_token_id': ids} if generation or len(ids) > 1 else {}
 
 
 def _export(options) -> None:
@@ -238,11 +189,11 @@ def _export(options) -> None:
     if families.name_of(family) == origin['family']:
       _write_origin(partial, origin)
     if tokenizer:
-      _write_tokenizer(partial, tokenizer, config, families.name_of(family))
+      carried.write_tokenizer(partial, tokenizer, config, families.name_of(family), _log)
     else:
       _log('NOTE: no tokenizer is written: the run has none')
     if tokenizer:
-      _write_generation(partial, tokenizer.generation)
+      carried.write_generation(partial, tokenizer.generation)
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model, config):,} parameters in '
     f'{options.dtype or config.execution.parameter_dtype}'
@@ -301,41 +252,18 @@ def _quantise(options) -> None:
   run(options.workdir, options.to, entries, options.method, options.checkpoint, _log)
 
 
+def _judge(options) -> None:
+  names.imported('workdir.judged.judge')(
+    options.original, options.smaller, options.text, options.limit, _log
+  )
+
+
 def _rebase(options) -> None:
   rebase(options.workdir, options.base, _log)
 
 
 def _seal(options) -> None:
   reseal(options.workdir, _log)
-
-
-def _write_tokenizer(directory: pathlib.Path, tokenizer, config, family: str) -> None:
-  """Files that give others the tokenizer's ids, or none that would give them other ones."""
-  model = getattr(tokenizer, 'model', None)  # of SentencePiece
-  try:
-    contents, note = export.contents(tokenizer, bool(config.encoder_layers))
-    if model:
-      contents = {'tokenizer.model': model} | contents
-  except ValueError as error:
-    # Under another name: AutoTokenizer would make a tokenizer of it, with other ids.
-    contents, note = {'sentencepiece.model': model}, f'no tokenizer for transformers: {error}'
-  for name, content in contents.items():
-    files.replace(directory / name, content)
-  if note:
-    _log(f'NOTE: {note}')
-  if family == 'qwen2' and 'Qwen2' not in export.class_of(tokenizer):
-    _log(
-      "NOTE: transformers' AutoTokenizer makes Qwen2Tokenizer of whatever stands beside a qwen2 "
-      'model; load this one by PreTrainedTokenizerFast.from_pretrained(DIR)'
-    )
-
-
-def _write_generation(directory: pathlib.Path, generation: dict) -> None:
-  """generation_config.json, which transformers prefers to config.json where both tell of ids."""
-  hf = checkpoint.read_json(directory)
-  keys = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
-  ids = {key: hf[key] for key in keys if hf.get(key) is not None}
-  files.replace(directory / GENERATION, json.dumps(generation | ids, indent=2) + '\n')
 
 
 def _inspect(options) -> None:
@@ -497,6 +425,17 @@ def main(arguments: list[str] | None = None) -> None:
   )
   made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
+  made = command('judge', _judge, 'what it cost to make a run smaller')
+  made.add_argument('original', metavar='RUN')
+  made.add_argument('smaller', metavar='RUN2')
+  made.add_argument(
+    '--text',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help="what both read; again for more; default: held-out modules of Python's own library",
+  )
+  made.add_argument('--limit', type=int, default=64, help='texts (default: %(default)s); 0: all')
   made = command('rebase', _rebase, 'where the base of an adapter is now')
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument('--base', required=True, metavar='RUN2')
@@ -505,7 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
   )
   options = parser.parse_args(arguments)
   try:
-    for name in ('workdir', 'from', 'to', 'directory'):
+    for name in ('workdir', 'from', 'to', 'directory', 'original', 'smaller'):
       files.check_local(name, getattr(options, name, ''))
     options.run(options)
   except re.error as error:

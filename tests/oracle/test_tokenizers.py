@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 
-import convert
 from data import huggingface, tokenizers
 from data.chat import ChatTemplate
 from model.config import ModelConfig
 from tests.data import test_tokenizer, tokenizer_families as families
 from tests.data.templates import CONVERSATIONS, TEMPLATES, TURNS
+from workdir import carried
 
 pytestmark = pytest.mark.oracle
 TEXTS = families.CORPUS + [
@@ -123,7 +123,7 @@ def test_spans_are_the_assistants_tokens(template, tmp_path):
 def exported(tokenizer, directory, model_type):
   """The directory of an export, as convert.py writes it beside a config.json of this type."""
   config = ModelConfig(encoder_layers=1 if model_type == 't5' else 0)
-  convert._write_tokenizer(directory, tokenizer, config, model_type)
+  carried.write_tokenizer(directory, tokenizer, config, model_type, print)
   (directory / 'config.json').write_text(json.dumps({'model_type': model_type}))
   return directory
 

@@ -1,0 +1,139 @@
+"""What did it cost to make this run smaller? Both read the same texts; a table and a file of
+figures, each with its n and a 95% interval over documents.
+"""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import commands
+import files
+from compression.judge import costs
+from decode.generator import Generator
+from decode.report import weight_bytes
+from evaluation import library
+from evaluation.intervals import Estimate, bootstrap
+from workdir.checkpoint import Checkpoints
+from workdir.open import config_of, step_of
+
+FILE = 'judged.json'
+ROWS, LENGTH = 4, 512  # texts side by side, and tokens of each at most
+WRITTEN = 64  # tokens by which speed is measured
+
+
+def judge(
+  original: str | os.PathLike,
+  smaller: str | os.PathLike,
+  texts: Sequence[str],
+  limit: int,
+  log: Callable[[str], Any],
+) -> dict:
+  """Figures of two runs, which it prints and writes into the smaller one's directory.
+
+  texts: files of text; none: modules of the interpreter's library that training on it holds out.
+  limit: so many texts at most. Raises ValueError for runs that do not read alike.
+  """
+  documents = [pathlib.Path(path).read_text() for path in texts] or list(library.held_out())
+  documents = documents[:limit] if limit else documents
+  if not documents:
+    raise ValueError('there is no text to judge by; give some by --text')
+  models = [Generator.load(directory) for directory in (original, smaller)]
+  encoded = [models[0].encoded(text)[:LENGTH] for text in documents]
+  if encoded != [models[1].encoded(text)[:LENGTH] for text in documents]:
+    raise ValueError(f'{original} and {smaller} have different tokenizers; no token is the same')
+  if models[0].model.config.encoder_layers or not models[0].model.config.causal:
+    raise NotImplementedError(
+      'judge reads texts from left to right, as a decoder; evaluate.py asks all'
+    )
+
+  sums = _sums(models, encoded)
+  tokens = np.array([len(ids) - 1 for ids in encoded], np.float64)
+  written = np.array([_bytes(models[0], ids) for ids in encoded], np.float64)
+  figures = {
+    'KL, nats a token': _ratio(sums['kl'], tokens),
+    'same likeliest token': _ratio(sums['agrees'], tokens),
+    'bits per byte before': _ratio(sums['before'] / math.log(2), written),
+    'bits per byte after': _ratio(sums['after'] / math.log(2), written),
+    'perplexity, after / before': _ratio(sums['after'] - sums['before'], tokens, np.exp),
+  }
+  directories = original, smaller
+  values = {
+    'original': str(original),
+    'smaller': str(smaller),
+    'stored': list(config_of(smaller).model.execution.stored),
+    'n': {'tokens': int(tokens.sum()), 'documents': len(documents)},
+    'figures': {name: estimate.values() for name, estimate in figures.items()},
+    'KL, 99% of tokens below': float(np.quantile(sums['each'], 0.99)),
+    'bytes on disk': [_on_disk(directory) for directory in directories],
+    'bytes in memory': [weight_bytes(model.model) for model in models],
+    'tokens a second here': [_speed(model, encoded[0][:16]) for model in models],
+  }
+  files.replace(pathlib.Path(smaller) / FILE, json.dumps(values, indent=1) + '\n')
+  _print(values, figures, log)
+  return values
+
+
+def _sums(models: Sequence[Generator], encoded: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+  """By document; 'each': KL of every token."""
+  vocabulary = min(model.vocabulary for model in models)
+  run = jax.jit(costs, static_argnums=4)
+  sums: dict[str, list] = {name: [] for name in ('kl', 'agrees', 'before', 'after')}
+  each = []
+  for first in range(0, len(encoded), ROWS):
+    here = list(encoded[first : first + ROWS])
+    lengths = np.array([len(ids) for ids in here] + [1] * (ROWS - len(here)), np.int32)
+    tokens = np.zeros((ROWS, LENGTH), np.int32)
+    for row, ids in enumerate(here):
+      tokens[row, : len(ids)] = ids
+    with jax.set_mesh(models[0].mesh):
+      made = run(*(m.model for m in models), *map(models[0].put, (tokens, lengths)), vocabulary)
+    made = jax.device_get(made)
+    for name, part in zip(sums, (made.kl, made.agrees, *made.nats)):
+      sums[name] += part.sum(1, dtype=np.float64)[: len(here)].tolist()
+    each += [made.kl[row, : len(ids) - 1] for row, ids in enumerate(here)]
+  return {name: np.array(values) for name, values in sums.items()} | {'each': np.concatenate(each)}
+
+
+def _ratio(above: np.ndarray, below: np.ndarray, shown=float) -> Estimate:
+  return bootstrap(lambda i: float(shown(above[i].sum() / below[i].sum())), len(above), 0)
+
+
+def _bytes(model: Generator, ids: Sequence[int]) -> int:
+  """That tokens behind the first one stand for."""
+  return max(1, len(model.tokenizer.decode(ids[1:]).encode()))
+
+
+def _on_disk(directory) -> int:
+  """Bytes of a run's last checkpoint."""
+  checkpoints = Checkpoints(directory)
+  step = step_of(checkpoints, 'last')
+  place = checkpoints.directory / f'{step:08d}'
+  return sum(path.stat().st_size for path in place.rglob('*') if path.is_file())
+
+
+def _speed(model: Generator, prompt: Sequence[int]) -> float:
+  """Tokens of one row, greedily; the second time, when programs are there."""
+  for _ in range(2):
+    began = time.perf_counter()
+    (made,) = model([list(prompt)], max_new_tokens=WRITTEN, temperature=0.0)
+    seconds = time.perf_counter() - began
+  return len(made.ids) / seconds
+
+
+def _print(values: dict, figures: dict[str, Estimate], log) -> None:
+  rows = [[name, str(estimate)] for name, estimate in figures.items()]
+  rows.append(['KL, 99% of tokens below', f'{values["KL, 99% of tokens below"]:.3f}'])
+  for name in ('bytes on disk', 'bytes in memory', 'tokens a second here'):
+    before, after = values[name]
+    rows.append([name, f'{before:,.0f} -> {after:,.0f} ({after / before:.0%})'])
+  n = values['n']
+  title = f'{n["tokens"]:,} tokens of {n["documents"]} documents, with 95% intervals over documents'
+  commands.table(title, ['', ''], rows)
+  log(f'\nwrote {values["smaller"]}/{FILE}')
