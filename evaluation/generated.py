@@ -19,7 +19,7 @@ from evaluation.task import Row
 
 ASKED = 0.1  # of what rows are about, the share that is asked and not learned
 QUESTIONS = 150  # of a task
-DRAWS = 1000  # for a row, before there is none to be found
+DRAWS = 5000  # without a row that was not seen, before there is none to be found
 
 Made = Iterator[tuple[str, Row]]  # (what a row is about, the row), without end
 
@@ -87,14 +87,16 @@ def docstrings() -> tuple[tuple[str, tuple[str, ...], str], ...]:
   every = []
   for text in documents(SourceConfig(), Problems()):
     try:
-      nodes = [*ast.walk(ast.parse(text))]
+      waiting: list[ast.AST] = [ast.parse(text)]
     except SyntaxError:  # which the library has for its own tests
       continue
-    for node in nodes:
+    while waiting:
+      node = waiting.pop()
       if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
         arguments = node.args.args if isinstance(node, ast.FunctionDef) else ()
         names = tuple(each.arg for each in arguments if each.arg != 'self')
         every.append((getattr(node, 'name', '').strip('_'), names, ast.get_docstring(node) or ''))
+        waiting += node.body
   return tuple(each for each in every if each[2])
 
 
@@ -116,10 +118,16 @@ def _on_a_line(text: str) -> str:
 def docstring_questions(draw: random.Random) -> Made:
   """What a part of a function's description is, to be copied from there: its name, its last
   argument, or what it does. Who copies one of the three without a question is right for a third.
+
+  Those that are asked are of functions as they are. Those that are learned have name, arguments and
+  docstring of three others, so that nothing is to be gained by heart.
   """
   known = [each for each in sentences() if each[0] and each[1]]
+  learned = [each for each in known if not is_asked(each[2])]
   while True:
     name, names, said = draw.choice(known)
+    if not is_asked(said):
+      name, names = draw.choice(learned)[0], draw.choice(learned)[1]
     answers = {
       'What is it called?': name,
       'What is its last argument?': names[-1],
@@ -131,30 +139,20 @@ def docstring_questions(draw: random.Random) -> Made:
       yield said, {'source': source, 'target': answers[question], 'class': question}
 
 
-def shuffled_words(draw: random.Random) -> Made:
-  """Whether a sentence of a docstring is as it was written, or its words were shuffled."""
-  while True:
-    said = draw.choice(sentences())[2]
-    target = draw.choice(('acceptable', 'unacceptable'))
-    text = said if target == 'acceptable' else shuffled(said, draw)
-    source = f'Sentence: {text}\nAcceptable or unacceptable:'
-    yield said, {'source': source, 'target': target, 'class': target}
-
-
 def shuffled_pairs(draw: random.Random) -> Made:
-  """The same, as two texts of which one is to be found likelier."""
+  """A sentence of a docstring, and its words shuffled: one of the two is to be found likelier."""
   while True:
     said = draw.choice(sentences())[2]
     yield said, {'source': said, 'target': said, 'other': shuffled(said, draw), 'class': ''}
 
 
 def shuffled(sentence: str, draw: random.Random) -> str:
-  """Its words in another order, but for the first one; the period stays, too."""
-  first, *words = sentence.removesuffix('.').split()
+  """Its words in another order, but for the first one; what it ends with stays, too."""
+  first, *words = sentence[:-1].split()
   other = words
   while other == words:
     other = draw.sample(words, len(words))
-  return ' '.join([first, *other]) + '.'
+  return ' '.join([first, *other]) + sentence[-1]
 
 
 # Templates.
@@ -182,15 +180,30 @@ DENIED = (
 )
 
 
+def feeling(draw: random.Random) -> tuple[str, str]:
+  """A sentence, and whether it is of praise or blame."""
+  target, other = draw.sample([*FEELINGS], 2)
+  pattern = draw.choice(AFFIRMED + DENIED)
+  word = draw.choice(FEELINGS[other if pattern in DENIED else target])
+  a = 'an' if word[0] in 'aeiou' else 'a'
+  return pattern.format(thing=draw.choice(THINGS), word=word, a=a), target
+
+
 def templated_sentiment(draw: random.Random) -> Made:
   """Whether a sentence is of praise or blame; some deny what their adjective says."""
   while True:
-    target, other = draw.sample([*FEELINGS], 2)
-    pattern = draw.choice(AFFIRMED + DENIED)
-    word = draw.choice(FEELINGS[other if pattern in DENIED else target])
-    a = 'an' if word[0] in 'aeiou' else 'a'
-    text = pattern.format(thing=draw.choice(THINGS), word=word, a=a)
+    text, target = feeling(draw)
     yield text, {'source': f'Sentence: {text}\nSentiment:', 'target': target, 'class': target}
+
+
+def shuffled_words(draw: random.Random) -> Made:
+  """Whether such a sentence is as it should be, or its words were shuffled."""
+  while True:
+    said, _ = feeling(draw)
+    target = draw.choice(('acceptable', 'unacceptable'))
+    text = said if target == 'acceptable' else shuffled(said, draw)
+    source = f'Sentence: {text}\nAcceptable or unacceptable:'
+    yield said, {'source': source, 'target': target, 'class': target}
 
 
 PEOPLE = (
@@ -247,17 +260,16 @@ def dialogue_summaries(draw: random.Random) -> Made:
 
 GENERAL = ('number_words', 'docstring_questions', 'templated_sentiment', 'shuffled_words')
 TARGET = 'dialogue_summaries'
-MAKERS: dict[str, Callable[[random.Random], Made]] = {
-  each.__name__: each
-  for each in (
-    number_words,
-    docstring_questions,
-    templated_sentiment,
-    shuffled_words,
-    shuffled_pairs,
-    dialogue_summaries,
-  )
+# Of each how many classes there are, which have as many rows.
+CLASSES = {
+  number_words: 2,
+  docstring_questions: 3,
+  templated_sentiment: 2,
+  shuffled_words: 2,
+  shuffled_pairs: 1,
+  dialogue_summaries: 2,
 }
+MAKERS: dict[str, Callable[[random.Random], Made]] = {each.__name__: each for each in CLASSES}
 
 # Rows of them.
 
@@ -274,18 +286,24 @@ def rows(name: str, count: int, asked: bool = False, seed: int = 0) -> list[Row]
 
   Raises ValueError where there are not so many.
   """
-  draw = random.Random(f'{name} {asked} {seed}')
+  draw, maker = random.Random(f'{name} {asked} {seed}'), MAKERS[name]
+  made, seen = maker(draw), set()
+  each_class = -(-count // CLASSES[maker])
   of_class: dict[str, list[Row]] = {}
-  seen, made = set(), MAKERS[name](draw)
-  for _ in range(DRAWS * count):
+  vain = 0
+  while vain < DRAWS:
     about, row = next(made)
-    if is_asked(about) != asked or (asked and row['source'] in seen):
+    vain += 1
+    if is_asked(about) != asked or asked and row['source'] in seen:
       continue
     seen.add(row['source'])
-    of_class.setdefault(row['class'], []).append(row)
-    least = min(map(len, of_class.values()))
-    if least * len(of_class) >= count and len(seen) > DRAWS // 100:
-      every = [each for of in of_class.values() for each in of[: -(-count // len(of_class))]]
+    of = of_class.setdefault(row['class'], [])
+    if len(of) == each_class:
+      continue
+    of.append(row)
+    vain = 0
+    if sum(map(len, of_class.values())) == each_class * CLASSES[maker]:
+      every = [row for of in of_class.values() for row in of]
       draw.shuffle(every)
       return every[:count]
   raise ValueError(f'{name} has no {count} rows that differ; ask for fewer')

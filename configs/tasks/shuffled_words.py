@@ -1,4 +1,4 @@
-"""Is a sentence of a docstring as it was written, or were its words shuffled? Without any data."""
+"""Is a templated sentence as it should be, or were its words shuffled? Without any data."""
 
 from evaluation import generated
 from evaluation.task import MultipleChoice, Task
