@@ -86,8 +86,11 @@ DOCUMENTED = re.compile(
 )
 
 
+Described = tuple[str, tuple[str, ...], str]  # name, arguments, docstring
+
+
 @functools.cache
-def docstrings() -> tuple[tuple[str, tuple[str, ...], str], ...]:
+def docstrings() -> tuple[Described, ...]:
   """(name, arguments, docstring) of what the interpreter's library documents, in a fixed order; a
   class has no arguments.
   """
@@ -101,7 +104,7 @@ def docstrings() -> tuple[tuple[str, tuple[str, ...], str], ...]:
 
 
 @functools.cache
-def sentences() -> tuple[tuple[str, tuple[str, ...], str], ...]:
+def sentences() -> tuple[Described, ...]:
   """Those whose first paragraph is a sentence of 4 to 12 words, which they have here; once each."""
   shape, once = re.compile(r"[A-Z][a-z]+( [A-Za-z',-]+){3,11}\."), {}
   for name, names, said in docstrings():
@@ -119,15 +122,15 @@ def docstring_questions(draw: random.Random) -> Made:
   """What a part of a function's description is, to be copied from there: its name, its last
   argument, or what it does. Who copies one of the three without a question is right for a third.
 
-  Those that are asked are of functions as they are. Those that are learned have name, arguments and
-  docstring of three others, so that nothing is to be gained by heart.
+  Those that are asked are of functions as they are. Those that are learned are put together of two
+  others, so that nothing is to be gained by heart: it is copying that is learned.
   """
   known = [each for each in sentences() if each[0] and each[1]]
   learned = [each for each in known if not is_asked(each[2])]
   while True:
-    name, names, said = draw.choice(known)
+    name, names, said = about = draw.choice(known)
     if not is_asked(said):
-      name, names = draw.choice(learned)[0], draw.choice(learned)[1]
+      name, names, said = _together(about, draw.choice(learned), draw)
     answers = {
       'What is it called?': name,
       'What is its last argument?': names[-1],
@@ -136,7 +139,16 @@ def docstring_questions(draw: random.Random) -> Made:
     question = draw.choice([*answers])
     if len(set(answers.values())) == len(answers):
       source = f'{name} ({", ".join(names)}): {said}\nQuestion: {question}\nAnswer:'
-      yield said, {'source': source, 'target': answers[question], 'class': question}
+      yield about[2], {'source': source, 'target': answers[question], 'class': question}
+
+
+def _together(one: Described, other: Described, draw: random.Random) -> Described:
+  """A function that there is not: halves of the names and docstrings of two."""
+  name = '_'.join(dict.fromkeys((one[0].split('_')[0], other[0].split('_')[-1])))
+  words, more = one[2].split(), other[2].split()
+  said = ' '.join([*words[: len(words) // 2], *more[len(more) // 2 :]])
+  arguments = [*dict.fromkeys(one[1] + other[1])]
+  return name, tuple(draw.sample(arguments, min(len(arguments), draw.randint(1, 3)))), said
 
 
 def shuffled_pairs(draw: random.Random) -> Made:
