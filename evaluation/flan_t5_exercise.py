@@ -31,8 +31,14 @@ from evaluation.generated import Row
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY, DECODER = 'tiny', 'smollm2'
 STAGES = 'stages.json'
-# Rows that are made: of each general task, of the target, and texts of them in the corpus.
-GENERAL_ROWS, TARGET_ROWS, TEXTS = 5000, 1000, 4000
+# Rows that are made to learn from; so many texts of them are pretrained on, too.
+GENERAL_ROWS = {
+  'number_words': 5000,
+  'docstring_questions': 12_000,
+  'templated_sentiment': 3000,
+  'shuffled_words': 5000,
+}
+TARGET_ROWS, TEXTS = 1000, 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +76,8 @@ class Recipe:
 
 def tiny(place: pathlib.Path) -> Recipe:
   """A T5 of 1.5 M parameters: span corruption, then four tasks at once."""
-  common = (f'--config.data.cache_dir={place}/cache', '--config.optimizer.name=muon')
+  common = (f'--config.data.cache_dir={place}/cache', '--config.data.batch_size=8')
+  fast = ('--config.optimizer.name=muon', '--config.optimizer.learning_rate=0.01')
   pretrain = (
     'train.py',
     '--config=configs/span_corruption.py',
@@ -79,13 +86,16 @@ def tiny(place: pathlib.Path) -> Recipe:
     f'--config.data.sources[0].path={place}/data/corpus.jsonl',
     '--config.data.sources[0].text_field=text',
     '--config.data.clean.near_duplicates=0',
+    '--config.data.clean.anonymise=()',
+    '--config.data.tokenizer.vocabulary=1024',
     '--config.model.layers=2',
     '--config.model.encoder_layers=2',
-    '--config.data.batch_size=16',
-    '--config.optimizer.learning_rate=0.01',
-    '--config.train.steps=100',
+    # A scale of 1, which T5 has, is of weights that begin smaller.
+    '--config.model.attention_scale=0',
+    '--config.train.steps=300',
     '--config.train.eval_every=0',
     *common,
+    *fast,
   )
   teach = (
     'train.py',
@@ -93,25 +103,23 @@ def tiny(place: pathlib.Path) -> Recipe:
     f'--config.init={place}/pretrained',
     f'--workdir={place}/{BASE}',
     f'--config.data.sources[0].path={place}/data/general.jsonl',
-    '--config.data.batch_size=16',
     '--config.objective.target_length=64',
-    '--config.optimizer.learning_rate=0.01',
-    '--config.train.steps=600',
-    '--config.train.eval_every=200',
+    '--config.train.steps=1500',
+    '--config.train.eval_every=300',
     *common,
+    *fast,
   )
   begin = (
     ('pretrained', 'span corruption, of docstrings and of rows that are learned', pretrain),
     (BASE, 'four tasks at once', teach),
   )
   tuning = (
-    '--config.data.batch_size=16',
     '--config.objective.target_length=64',
-    '--config.train.steps=80',
+    '--config.train.steps=100',
     '--config.train.eval_every=0',
     *common,
   )
-  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 1e-2, 3e-4, 1e-2, tuning)
+  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 3e-3, 3e-4, 3e-3, tuning)
 
 
 def flan_t5(place: pathlib.Path, directory: str) -> Recipe:
@@ -246,7 +254,7 @@ def tuning_of(
 
 def write_rows(place: pathlib.Path, recipe: Recipe) -> None:
   """Files of rows to learn from; always the same ones."""
-  general = [row for name in generated.GENERAL for row in generated.rows(name, GENERAL_ROWS)]
+  general = [row for name in generated.GENERAL for row in generated.rows(name, GENERAL_ROWS[name])]
   random.Random(0).shuffle(general)
   target = generated.rows(generated.TARGET, TARGET_ROWS)
   corpus = generated.corpus([*general[:TEXTS], *target])
