@@ -75,7 +75,7 @@ def advised(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
   """What the table says of a way."""
   chosen = outcome is recommended(outcomes)
   if outcome.lost:
-    said = f'forgets {", ".join(outcome.lost)}'
+    said = f'forgets {len(outcome.lost)} of {len(outcome.others)} tasks'
     return f'{said}; the least bad' if chosen else said
   if chosen:
     return 'take this'
@@ -113,12 +113,15 @@ def write(
   tables = {
     'What the model could do before': (BEFORE, before_rows(before)),
     'What it has learned': (LEARNED, learned_rows(outcomes)),
-    'What it has kept': (['task', *(way.name for way in ways)], kept_rows(outcomes)),
+    'What it has kept, of its scores above chance': (
+      ['task', *(way.name for way in ways)],
+      kept_rows(outcomes),
+    ),
     'Which way to take': (ADVICE, advice_rows(outcomes, stages)),
   }
   for title, (headers, rows) in tables.items():
-    commands.table(f'{title}, with 95% intervals', headers, rows)
-  parts = ['# What was gained by tuning, and what was forgotten']
+    commands.table(title, headers, rows)
+  parts = ['# What was gained by tuning, and what was forgotten', 'Intervals are of 95%.']
   for title, (headers, rows) in tables.items():
     parts += [f'## {title}', page.table(headers, rows)]
     if headers[1:2] == [ways[0].name]:
@@ -175,10 +178,11 @@ def kept_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
   """A row of each task: retention, above chance where there is one, by each way."""
   rows = []
   for changes in zip(*(each.others for each in outcomes), strict=True):
-    cells = [
-      each.verdict if each.at_chance else percent(each.corrected or each.retention)
-      for each in changes
-    ]
+    cells = []
+    for each in changes:
+      kept = percent(each.corrected or each.retention)
+      warned = f'{kept} {LOST.split(":")[0]}' if each.verdict == LOST else kept
+      cells.append(each.verdict if each.at_chance else warned)
     rows.append([changes[0].task, *cells])
   return rows
 

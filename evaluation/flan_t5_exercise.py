@@ -144,7 +144,7 @@ def decoder(place: pathlib.Path) -> Recipe:
     '--config.train.eval_batches=4',
     f'--config.data.cache_dir={place}/cache',
   )
-  tasks = ('docstring_questions', 'templated_sentiment', 'shuffled_pairs', 'stdlib')
+  tasks = ('number_words', 'docstring_questions', 'templated_sentiment', 'shuffled_pairs')
   begin = ((BASE, 'the model', bring),)
   return Recipe(begin, 'configs/sft.py', 'completion', 1e-3, 2e-5, 1e-3, tuning, tasks, 40)
 

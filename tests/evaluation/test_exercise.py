@@ -72,14 +72,14 @@ def test_advice_is_by_the_rule():
   assert exercise_report.recommended(every) is replay  # within 95% of the gain, and keeps more
   said = [exercise_report.advised(each, every) for each in every]
   assert said == [
-    'forgets t0',
+    'forgets 1 of 2 tasks',
     'keeps all, and learns 29% as much',
     'keeps all, and less of it',
     'take this',
   ]
   worse = outcome('worse', 0.99, 0.5, 0.5)
   assert exercise_report.recommended([worse, full]) is full
-  assert exercise_report.advised(full, [worse, full]) == 'forgets t0; the least bad'
+  assert exercise_report.advised(full, [worse, full]) == 'forgets 1 of 2 tasks; the least bad'
 
 
 @pytest.mark.parametrize(
