@@ -3,6 +3,7 @@ gained on the target and kept of the rest, and which way is to be taken, by a ru
 """
 
 import dataclasses
+import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,6 @@ def write(
       parts.append('\n'.join(f'- {line}' for line in warnings(outcomes)) or LEGEND_KEPT)
       parts += [f'![what was kept, and what was gained]({PICTURE})']
   parts += [RULE, '## How it was done', '```sh\n' + '\n'.join(typed(stages)) + '\n```']
-  changes = {each.way.name: [each.target, *each.others] for each in outcomes}
   values = {
     'target': target,
     'before': [vars(each) for each in before],
@@ -142,9 +142,35 @@ def write(
     'stages': {name: dict(stage) for name, stage in stages.items()},
   }
   files.replace(workdir / VALUES, json.dumps(finite(values), indent=1) + '\n')
-  files.replace(workdir / PICTURE, compare.picture(changes, [target]))
+  files.replace(workdir / PICTURE, picture(outcomes, target))
   files.replace(workdir / PAGE, '\n\n'.join(parts) + '\n')
   return outcomes
+
+
+def picture(outcomes: Sequence[Outcome], target: str) -> bytes:
+  """A PNG: what each way has kept of each task, and the score on the target against the mean of
+  that; before tuning all was kept.
+  """
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(10, 4), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  of_way = {each.way.name: [each.target, *each.others] for each in outcomes}
+  compare.what_was_kept(left, of_way, [target])
+  first = outcomes[0].target
+  right.plot([100], [first.before], 's', color='0.4', label='before')
+  for each in outcomes:
+    d = each.target.difference
+    errors = [[max(d.value - d.low, 0)], [max(d.high - d.value, 0)]]
+    right.errorbar(
+      [100 * each.kept], [each.target.after], errors, fmt='o', capsize=3, label=each.way.name
+    )
+  right.axvline(100 * LINE, color='C3', linewidth=1, linestyle='--')
+  right.set(xlabel='mean retention of the others, %', ylabel=f'{target}: {first.metric}')
+  right.legend(fontsize=7)
+  file = io.BytesIO()
+  figure.savefig(file, dpi=110, format='png')
+  return file.getvalue()
 
 
 BEFORE = ['task', 'metric', 'score', 'n', 'chance', 'above chance']
