@@ -24,7 +24,7 @@ has kept most is taken. Where every way has lost a task, the one that kept most 
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Tuning:
   """To tune a model.
 
   Attributes:
@@ -43,7 +43,7 @@ class Way:
 class Outcome:
   """Of a way: how the target and the other tasks changed, each by its first metric."""
 
-  way: Way
+  way: Tuning
   target: Change
   others: tuple[Change, ...]
 
@@ -86,7 +86,9 @@ def advised(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
   return 'keeps all, and less of it'
 
 
-def read(workdir: pathlib.Path, ways: Sequence[Way], target: str, seed: int = 0) -> list[Outcome]:
+def read(
+  workdir: pathlib.Path, ways: Sequence[Tuning], target: str, seed: int = 0
+) -> list[Outcome]:
   """Of the results of a model before and after each way.
 
   Raises ValueError where some are missing, or of other questions.
@@ -103,7 +105,7 @@ def read(workdir: pathlib.Path, ways: Sequence[Way], target: str, seed: int = 0)
 
 
 def write(
-  workdir: pathlib.Path, ways: Sequence[Way], target: str, stages: Mapping[str, Mapping]
+  workdir: pathlib.Path, ways: Sequence[Tuning], target: str, stages: Mapping[str, Mapping]
 ) -> list[Outcome]:
   """Page, picture and values of all that was done; prints what matters.
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import commands
 import files
 from evaluation import exercise_report, generated, task
-from evaluation.exercise_report import BASE, Way
+from evaluation.exercise_report import BASE, Tuning
 from evaluation.generated import Row
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ class Recipe:
   Attributes:
     begin: (name, what for, command) of what makes or brings it, the last one as BASE.
     config: of train.py, by which it is tuned. format: of the records that this takes.
-    high, low, lora: rates. tuning: flags of every way. tasks: what is to be kept.
+    high, low, lora: rates. shared: flags of every way. tasks: what is to be kept.
     limit: questions of each task; 0: all.
   """
 
@@ -58,19 +58,21 @@ class Recipe:
   high: float
   low: float
   lora: float
-  tuning: tuple[str, ...]
+  shared: tuple[str, ...]
   tasks: tuple[str, ...] = generated.GENERAL
   limit: int = 0
 
   @property
-  def ways(self) -> list[Way]:
+  def ways(self) -> list[Tuning]:
     """All that are compared."""
     adapter = ('--config.adapter.kind=lora', '--config.adapter.rank=8')
     return [
-      Way('full', f'all weights, at {self.high:g}', self.high),
-      Way('lower', f'all weights, at {self.low:g}', self.low),
-      Way('lora', f'LoRA of rank 8, at {self.lora:g}', self.lora, adapter),
-      Way('replay', f'all weights, at {self.high:g}; half is replayed', self.high, replayed=True),
+      Tuning('full', f'all weights, at {self.high:g}', self.high),
+      Tuning('lower', f'all weights, at {self.low:g}', self.low),
+      Tuning('lora', f'LoRA of rank 8, at {self.lora:g}', self.lora, adapter),
+      Tuning(
+        'replay', f'all weights, at {self.high:g}; half is replayed', self.high, replayed=True
+      ),
     ]
 
 
@@ -114,27 +116,27 @@ def tiny(place: pathlib.Path) -> Recipe:
     ('pretrained', 'span corruption, of docstrings and of rows that are learned', pretrain),
     (BASE, 'four tasks at once', teach),
   )
-  tuning = (
+  shared = (
     '--config.objective.target_length=64',
     '--config.train.steps=100',
     '--config.train.eval_every=0',
     *common,
   )
-  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 3e-3, 3e-4, 3e-3, tuning)
+  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 3e-3, 3e-4, 3e-3, shared)
 
 
 def flan_t5(place: pathlib.Path, directory: str) -> Recipe:
   """Flan-T5 or another T5 in transformers' form."""
   bring = ('convert.py', 'import', '--from', directory, '--workdir', f'{place}/{BASE}')
-  tuning = ('--config.data.batch_size=16', f'--config.data.cache_dir={place}/cache')
+  shared = ('--config.data.batch_size=16', f'--config.data.cache_dir={place}/cache')
   begin = ((BASE, 'the model', bring),)
-  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 1e-3, 3e-5, 1e-3, tuning)
+  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 1e-3, 3e-5, 1e-3, shared)
 
 
 def decoder(place: pathlib.Path) -> Recipe:
   """SmolLM2-135M-Instruct."""
   bring = ('convert.py', 'import', '--from', DECODER, '--workdir', f'{place}/{BASE}')
-  tuning = (
+  shared = (
     '--config.data.sequence_length=192',
     '--config.data.batch_size=2',
     '--config.train.epochs=0',
@@ -146,7 +148,7 @@ def decoder(place: pathlib.Path) -> Recipe:
   )
   tasks = ('number_words', 'docstring_questions', 'templated_sentiment', 'shuffled_pairs')
   begin = ((BASE, 'the model', bring),)
-  return Recipe(begin, 'configs/sft.py', 'completion', 1e-3, 2e-5, 1e-3, tuning, tasks, 40)
+  return Recipe(begin, 'configs/sft.py', 'completion', 1e-3, 2e-5, 1e-3, shared, tasks, 40)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -227,7 +229,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def tuning_of(
-  place: pathlib.Path, recipe: Recipe, way: Way, options: argparse.Namespace
+  place: pathlib.Path, recipe: Recipe, way: Tuning, options: argparse.Namespace
 ) -> tuple[str, ...]:
   """The command that tunes by a way."""
   sources = [options.train or f'{place}/data/target.jsonl']
@@ -246,7 +248,7 @@ def tuning_of(
     f'--config={recipe.config}',
     f'--config.init={place}/{BASE}',
     f'--workdir={place}/{way.name}',
-    *recipe.tuning,
+    *recipe.shared,
     *flags,
     f'--config.optimizer.learning_rate={way.rate:g}',
     *way.flags,

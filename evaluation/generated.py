@@ -19,7 +19,7 @@ from evaluation.task import Row
 
 ASKED = 0.1  # of what rows are about, the share that is asked and not learned
 QUESTIONS = 150  # of a task
-DRAWS = 5000  # without a row that was not seen, before there is none to be found
+DRAWS = 2000  # without a row that was not seen, before there is none to be found
 
 Made = Iterator[tuple[str, Row]]  # (what a row is about, the row), without end
 
