@@ -5,10 +5,10 @@ what it is tuned on, and, as a second source, what it is to keep.
       '--config.data.sources[0].path=dialogues.jsonl' --workdir=runs/tuned
 
 Each line of the file is {"source": .., "target": ..}; other files by --config.data.sources[0].kind,
-.format and .columns (data/records.py), and another one to be replayed, a row of five, by
-`--config.data.sources[1].kind=jsonl` and the like, with weights. Model and tokenizer are those of
-config.init. evaluation/flan_t5_exercise.py tunes by it, and shows what each rate forgets. Cost and
-score depend on the model.
+.format and .columns (data/records.py). A second file, to be replayed so that less is forgotten, is
+--config.data.sources[1].kind=jsonl, .format=pair, .path and .weight, beside 1 of the first. Model
+and tokenizer are those of config.init. `python -m evaluation.flan_t5_exercise` tunes by it at
+several rates, and shows what each forgets. Cost and score depend on the model.
 """
 
 from data.config import CleanConfig, DataConfig, SourceConfig
