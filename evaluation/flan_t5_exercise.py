@@ -33,10 +33,10 @@ TINY, DECODER = 'tiny', 'smollm2'
 STAGES = 'stages.json'
 # Rows that are made to learn from; so many texts of them are pretrained on, too.
 GENERAL_ROWS = {
-  'number_words': 5000,
-  'docstring_questions': 12_000,
+  'number_words': 6000,
+  'docstring_questions': 5000,
   'templated_sentiment': 3000,
-  'shuffled_words': 5000,
+  'shuffled_words': 6000,
 }
 TARGET_ROWS, TEXTS = 1000, 4000
 
@@ -107,7 +107,7 @@ def tiny(place: pathlib.Path) -> Recipe:
     f'--workdir={place}/{BASE}',
     f'--config.data.sources[0].path={place}/data/general.jsonl',
     '--config.objective.target_length=64',
-    '--config.train.steps=1500',
+    '--config.train.steps=900',
     '--config.train.eval_every=300',
     *common,
     *fast,

@@ -8,7 +8,6 @@ digest whether it is asked or learned: no draw and no seed puts it on both sides
 
 import functools
 import hashlib
-import inspect
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -80,81 +79,63 @@ def number_words(draw: random.Random) -> Made:
 
 
 # By its text: to parse the library takes ten times as long, and finds few more.
-DOCUMENTED = re.compile(
-  r'^ *(?:def (\w+)\(([^()]*)\)|class (\w+)[^\n]*)[^\n:]*:\n +r?"""(.+?)"""',
-  re.MULTILINE | re.DOTALL,
-)
-
-
-Described = tuple[str, tuple[str, ...], str]  # name, arguments, docstring
+DOCUMENTED = re.compile(r'^ *(?:def|class) [^\n]*:\n +r?"""(.+?)"""', re.MULTILINE | re.DOTALL)
 
 
 @functools.cache
-def docstrings() -> tuple[Described, ...]:
-  """(name, arguments, docstring) of what the interpreter's library documents, in a fixed order; a
-  class has no arguments.
-  """
+def docstrings() -> tuple[str, ...]:
+  """Of what the interpreter's library documents, on a line each, in a fixed order."""
+  texts = documents(SourceConfig(), Problems())
+  return tuple(' '.join(said.split()) for text in texts for said in DOCUMENTED.findall(text))
+
+
+@functools.cache
+def sentences() -> tuple[str, ...]:
+  """The first sentences of docstrings that are of 4 to 12 words."""
+  shape = re.compile(r"[A-Z][a-z]+( [A-Za-z',-]+){3,11}\.(?= |$)")
+  first = (shape.match(said) for said in docstrings())
+  return tuple(sorted({each[0] for each in first if each}))
+
+
+VERBS = (
+  'Return Returns Set Create Get Add Construct Read Parse Write Convert Process Remove Find Format '
+  'Test Configure Generate Delete Send Check Load Open Close Make Copy Run Produce Call Print'
+).split()
+NOUNS = (
+  'file object list widget string class name text path value module data event line number command '
+  'item message function type instance header code directory element server address handler option '
+  'window variable frame exception node sequence mode request tree method stream context'
+).split()
+
+
+@functools.cache
+def described() -> tuple[tuple[str, str, str], ...]:
+  """(sentence, its verb, its first noun) of those that begin with one of VERBS and have NOUNS."""
   every = []
-  for text in documents(SourceConfig(), Problems()):
-    for function, arguments, kind, said in DOCUMENTED.findall(text):
-      names = [re.split('[:=]', each)[0].strip(' *\n') for each in arguments.split(',')]
-      names = [name for name in names if name.isidentifier() and name not in ('self', 'cls')]
-      every.append(((function or kind).strip('_'), tuple(names), inspect.cleandoc(said)))
+  for said in sentences():
+    verb, *words = said[:-1].split()
+    nouns = [word for word in words if word in NOUNS]
+    if verb in VERBS and nouns:
+      every.append((said, verb, nouns[0]))
   return tuple(every)
 
 
-@functools.cache
-def sentences() -> tuple[Described, ...]:
-  """Those whose first paragraph is a sentence of 4 to 12 words, which they have here; once each."""
-  shape, once = re.compile(r"[A-Z][a-z]+( [A-Za-z',-]+){3,11}\."), {}
-  for name, names, said in docstrings():
-    first = _on_a_line(said.split('\n\n')[0])
-    if shape.fullmatch(first):
-      once[first] = (name, names, first)
-  return tuple(sorted(once.values()))
-
-
-def _on_a_line(text: str) -> str:
-  return ' '.join(text.split())
-
-
 def docstring_questions(draw: random.Random) -> Made:
-  """What a part of a function's description is, to be copied from there: its name, its last
-  argument, or what it does. Who copies one of the three without a question is right for a third.
-
-  Those that are asked are of functions as they are. Those that are learned are put together of two
-  others, so that nothing is to be gained by heart: it is copying that is learned.
+  """What a docstring says is done, or with what: a word of it. Who gives one of the two without a
+  look at the question is right for a half.
   """
-  known = [each for each in sentences() if each[0] and each[1]]
-  learned = [each for each in known if not is_asked(each[2])]
   while True:
-    name, names, said = about = draw.choice(known)
-    if not is_asked(said):
-      name, names, said = _together(about, draw.choice(learned), draw)
-    answers = {
-      'What is it called?': name,
-      'What is its last argument?': names[-1],
-      'What does it do?': said,
-    }
+    said, verb, noun = draw.choice(described())
+    answers = {'What is done?': verb, 'With what?': noun}
     question = draw.choice([*answers])
-    if len(set(answers.values())) == len(answers):
-      source = f'{name} ({", ".join(names)}): {said}\nQuestion: {question}\nAnswer:'
-      yield about[2], {'source': source, 'target': answers[question], 'class': question}
-
-
-def _together(one: Described, other: Described, draw: random.Random) -> Described:
-  """A function that there is not: halves of the names and docstrings of two."""
-  name = '_'.join(dict.fromkeys((one[0].split('_')[0], other[0].split('_')[-1])))
-  words, more = one[2].split(), other[2].split()
-  said = ' '.join([*words[: len(words) // 2], *more[len(more) // 2 :]])
-  arguments = [*dict.fromkeys(one[1] + other[1])]
-  return name, tuple(draw.sample(arguments, min(len(arguments), draw.randint(1, 3)))), said
+    source = f'{said}\nQuestion: {question}\nAnswer:'
+    yield said, {'source': source, 'target': answers[question], 'class': question}
 
 
 def shuffled_pairs(draw: random.Random) -> Made:
   """A sentence of a docstring, and its words shuffled: one of the two is to be found likelier."""
   while True:
-    said = draw.choice(sentences())[2]
+    said = draw.choice(sentences())
     yield said, {'source': said, 'target': said, 'other': shuffled(said, draw), 'class': ''}
 
 
@@ -275,7 +256,7 @@ TARGET = 'dialogue_summaries'
 # Of each how many classes there are, which have as many rows.
 CLASSES = {
   number_words: 2,
-  docstring_questions: 3,
+  docstring_questions: 2,
   templated_sentiment: 2,
   shuffled_words: 2,
   shuffled_pairs: 1,
@@ -335,8 +316,8 @@ def corpus(learned: list[Row]) -> list[str]:
   """Texts to pretrain on: all docstrings, but for those with a sentence that is asked, and rows
   that are learned from.
   """
-  held = [said for _, _, said in sentences() if is_asked(said)]
-  read = dict.fromkeys(_on_a_line(said) for _, _, said in docstrings())
+  held = [said for said in sentences() if is_asked(said)]
+  read = dict.fromkeys(docstrings())
   texts = [said for said in read if not any(each in said for each in held)]
   texts += [f'{row["source"]} {row["target"]}' for row in learned]
   random.Random(0).shuffle(texts)
