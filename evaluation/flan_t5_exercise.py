@@ -77,7 +77,7 @@ class Recipe:
 
 
 def tiny(place: pathlib.Path) -> Recipe:
-  """A T5 with rotary positions, of 1.4 M parameters: span corruption, then four tasks at once."""
+  """A T5 with rotary positions, of 1.3 M parameters: span corruption, then four tasks at once."""
   common = (f'--config.data.cache_dir={place}/cache', '--config.data.batch_size=8')
   fast = ('--config.optimizer.name=muon', '--config.optimizer.learning_rate=0.01')
   pretrain = (
@@ -92,7 +92,7 @@ def tiny(place: pathlib.Path) -> Recipe:
     '--config.data.tokenizer.vocabulary=1024',
     '--config.model.layers=2',
     '--config.model.encoder_layers=2',
-    # Of T5's own, relative positions, it takes more steps than these to make use.
+    # T5's own positions, relative ones, take a model this small more steps than there are here.
     '--config.model.position=rope',
     '--config.model.attention_scale=0',
     '--config.train.steps=300',

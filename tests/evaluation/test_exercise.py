@@ -98,6 +98,24 @@ def test_flags_that_mean_nothing_are_refused_first(flags, said, tmp_path):
   assert not (tmp_path / 'exercise').exists()
 
 
+def notebook_shows(place: pathlib.Path, environment: dict) -> None:
+  """The notebook, of an exercise that is over."""
+  import nbclient
+  import nbformat
+
+  notebook = nbformat.read(ROOT / 'notebooks' / 'flan_t5_exercise.ipynb', as_version=4)
+  (chosen,) = (cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', []))
+  chosen.source = f'MODEL, WORKDIR = "tiny", {str(place)!r}'
+  resources = {'metadata': {'path': str(ROOT / 'notebooks')}}
+  environment = environment | {'PYTHONPATH': str(ROOT)}
+  nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute(env=environment)
+  outputs = [output for cell in notebook.cells for output in cell.get('outputs', ())]
+  kinds = {kind for output in outputs for kind in output.get('data', ())}
+  assert {'image/png', 'text/markdown'} <= kinds
+  printed = ''.join(output.get('text', '') for output in outputs)
+  assert '== full: is there already' in printed and '  after: ' in printed
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_full_tuning_at_a_high_rate_forgets_what_others_keep(tmp_path):
@@ -138,5 +156,6 @@ def test_full_tuning_at_a_high_rate_forgets_what_others_keep(tmp_path):
   }
   assert kept & {*forgotten}, 'what is kept by LoRA or replay'
   assert report['recommended'] != 'full'
+  notebook_shows(place, clean)
   page = (place / exercise_report.PAGE).read_text()
   assert 'WARNING: below 80%' in page and (place / exercise_report.PICTURE).stat().st_size > 10_000
