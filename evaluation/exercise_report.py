@@ -177,7 +177,7 @@ def picture(outcomes: Sequence[Outcome], target: str) -> bytes:
 
 BEFORE = ['task', 'metric', 'score', 'n', 'chance', 'above chance']
 LEARNED = ['way', 'what', 'metric', 'before', 'after', 'difference']
-ADVICE = ['way', 'gain on the target', 'mean kept', 'lost', 'trained in', 'advice']
+ADVICE = ['way', 'gain on the target', 'mean kept', 'trained in', 'advice']
 LEGEND_KEPT = 'Nothing was lost.'
 
 
@@ -186,9 +186,11 @@ def before_rows(before: Sequence[Summary]) -> list[list[str]]:
   rows = []
   for each in before:
     name, metric = next(iter(each.metrics.items()))
-    above = not metric['lower_is_better'] and metric['low'] > each.chance
-    said = '' if metric['lower_is_better'] else 'yes' if above else 'no'
-    rows.append([each.task, name, shown(metric), f'{each.n}', f'{each.chance:.3g}', said])
+    above = 'yes' if metric['low'] > each.chance else 'no'
+    said = (
+      [f'{each.chance:.3g}', above] if each.chance and not metric['lower_is_better'] else ['', '']
+    )
+    rows.append([each.task, name, shown(metric), f'{each.n}', *said])
   return rows
 
 
@@ -225,9 +227,8 @@ def advice_rows(outcomes: Sequence[Outcome], stages: Mapping[str, Mapping]) -> l
   for each in outcomes:
     seconds = stages.get(each.way.name, {}).get('seconds')
     gained = f'{each.gain:+.3f}'
-    lost = ', '.join(each.lost) or 'none'
     took = '' if seconds is None else duration(seconds)
-    rows.append([each.way.name, gained, f'{each.kept:.0%}', lost, took, advised(each, outcomes)])
+    rows.append([each.way.name, gained, f'{each.kept:.0%}', took, advised(each, outcomes)])
   return rows
 
 

@@ -118,11 +118,11 @@ def tiny(place: pathlib.Path) -> Recipe:
   )
   shared = (
     '--config.objective.target_length=64',
-    '--config.train.steps=100',
+    '--config.train.steps=200',
     '--config.train.eval_every=0',
     *common,
   )
-  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 3e-3, 3e-4, 3e-3, shared)
+  return Recipe(begin, 'configs/tune_pairs.py', 'pair', 3e-3, 1e-3, 1e-3, shared)
 
 
 def flan_t5(place: pathlib.Path, directory: str) -> Recipe:
