@@ -24,7 +24,7 @@ has kept most is taken. Where every way has lost a task, the one that kept most 
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
+class Attempt:
   """To tune a model.
 
   Attributes:
@@ -43,7 +43,7 @@ class Tuning:
 class Outcome:
   """Of a way: how the target and the other tasks changed, each by its first metric."""
 
-  way: Tuning
+  way: Attempt
   target: Change
   others: tuple[Change, ...]
 
@@ -87,7 +87,7 @@ def advised(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
 
 
 def read(
-  workdir: pathlib.Path, ways: Sequence[Tuning], target: str, seed: int = 0
+  workdir: pathlib.Path, ways: Sequence[Attempt], target: str, seed: int = 0
 ) -> list[Outcome]:
   """Of the results of a model before and after each way.
 
@@ -105,7 +105,7 @@ def read(
 
 
 def write(
-  workdir: pathlib.Path, ways: Sequence[Tuning], target: str, stages: Mapping[str, Mapping]
+  workdir: pathlib.Path, ways: Sequence[Attempt], target: str, stages: Mapping[str, Mapping]
 ) -> list[Outcome]:
   """Page, picture and values of all that was done; prints what matters.
 

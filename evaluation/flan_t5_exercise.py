@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import commands
 import files
 from evaluation import exercise_report, generated, task
-from evaluation.exercise_report import BASE, Tuning
+from evaluation.exercise_report import BASE, Attempt
 from evaluation.generated import Row
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -63,14 +63,14 @@ class Recipe:
   limit: int = 0
 
   @property
-  def ways(self) -> list[Tuning]:
+  def ways(self) -> list[Attempt]:
     """All that are compared."""
     adapter = ('--config.adapter.kind=lora', '--config.adapter.rank=8')
     return [
-      Tuning('full', f'all weights, at {self.high:g}', self.high),
-      Tuning('lower', f'all weights, at {self.low:g}', self.low),
-      Tuning('lora', f'LoRA of rank 8, at {self.lora:g}', self.lora, adapter),
-      Tuning(
+      Attempt('full', f'all weights, at {self.high:g}', self.high),
+      Attempt('lower', f'all weights, at {self.low:g}', self.low),
+      Attempt('lora', f'LoRA of rank 8, at {self.lora:g}', self.lora, adapter),
+      Attempt(
         'replay', f'all weights, at {self.high:g}; half is replayed', self.high, replayed=True
       ),
     ]
@@ -229,7 +229,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def tuning_of(
-  place: pathlib.Path, recipe: Recipe, way: Tuning, options: argparse.Namespace
+  place: pathlib.Path, recipe: Recipe, way: Attempt, options: argparse.Namespace
 ) -> tuple[str, ...]:
   """The command that tunes by a way."""
   sources = [options.train or f'{place}/data/target.jsonl']

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from evaluation import exercise_report, flan_t5_exercise, generated
-from evaluation.exercise_report import Outcome, Tuning
+from evaluation.exercise_report import Outcome, Attempt
 from evaluation.forgetting import LOST, Change
 from evaluation.intervals import Estimate
 
@@ -61,7 +61,7 @@ def change(task: str, before: float, after: float, chance: float = 0.0) -> Chang
 
 def outcome(name: str, target: float, *others: float) -> Outcome:
   changes = tuple(change(f't{i}', 0.9, after, 0.5) for i, after in enumerate(others))
-  return Outcome(Tuning(name, '', 1e-3), change('target', 0.2, target), changes)
+  return Outcome(Attempt(name, '', 1e-3), change('target', 0.2, target), changes)
 
 
 def test_advice_is_by_the_rule():
