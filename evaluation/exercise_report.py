@@ -25,7 +25,7 @@ has kept most is taken. Where every way has lost a task, the one that kept most 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-  """To tune a model.
+  """A way to tune a model.
 
   Attributes:
     name: of its directory. about: in a line. rate: the learning rate. flags: of train.py, besides.

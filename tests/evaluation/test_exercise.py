@@ -11,7 +11,7 @@ import time
 import pytest
 
 from evaluation import exercise_report, flan_t5_exercise, generated
-from evaluation.exercise_report import Outcome, Attempt
+from evaluation.exercise_report import Attempt, Outcome
 from evaluation.forgetting import LOST, Change
 from evaluation.intervals import Estimate
 
