@@ -219,7 +219,7 @@ def what_was_kept(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[
     kept = [(task, estimate) for task, estimate in kept if estimate is not None]
     y = [j + 0.15 * i for j in range(len(kept))]
     x = [min(e.value, 2) for _, e in kept]
-    errors = [[max(e.value - max(e.low, 0), 0) for _, e in kept]]
+    errors = [[max(e.value - max(e.low, -2), 0) for _, e in kept]]
     errors.append([max(min(e.high, 2) - e.value, 0) for _, e in kept])
     ax.errorbar(x, y, xerr=errors, fmt='o', capsize=3, markersize=4, label=after)
     ax.set_yticks(range(len(kept)), [task for task, _ in kept], fontsize=8)
