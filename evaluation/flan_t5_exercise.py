@@ -303,8 +303,11 @@ class Stages:
     typed = f'python {shlex.join(command)}'
     was = self._begun.get(name)
     if was and was['typed'] != typed:
+      before, now = ({*shlex.split(command)} for command in (was['typed'], typed))
+      old, new = (' '.join(sorted(a - b)) for a, b in ((before, now), (now, before)))
       raise ValueError(
-        f'{self._file}: {name} was {was["typed"]}, and is {typed}; give another --workdir'
+        f'{self._file}: {name} was run with {old or "less"}, and is now with {new or "less"}; give '
+        'another --workdir'
       )
     if was and was['over']:
       print(f'== {name}: is there already')

@@ -42,7 +42,7 @@ def test_a_stage_is_run_once_to_its_end(stages, tmp_path, capsys):
   assert (tmp_path / 'ran').read_text() == 'abB'
   assert [*stages().done] == ['a', 'b'] and stages().done['b']['seconds'] is None
   assert '== a: is there already' in capsys.readouterr().out
-  with pytest.raises(ValueError, match='a was python note.py a, and is python note.py z'):
+  with pytest.raises(ValueError, match='a was run with a, and is now with z'):
     stages().run('a', 'other', ('note.py', 'z'))
 
 
