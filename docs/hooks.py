@@ -22,6 +22,7 @@ OTHERS = (
   'benchmarks/README.md',
   'kernels/README.md',
   'launch/README.md',
+  'notebooks/flan_t5_exercise.ipynb',
   'notebooks/generate.ipynb',
 )
 COMMANDS = ('train.py', 'generate.py', 'evaluate.py', 'plan.py')

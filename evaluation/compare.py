@@ -203,26 +203,30 @@ def picture(changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> b
 
   figure = Figure(figsize=(9 if target else 5.5, 4), layout='constrained')
   axes = figure.subplots(1, 2 if target else 1, squeeze=False)[0]
-  left = axes[0]
+  what_was_kept(axes[0], changes, target)
+  if target:
+    _trade_off(axes[1], changes, target)
+  file = io.BytesIO()
+  figure.savefig(file, dpi=110, format='png')
+  return file.getvalue()
+
+
+def what_was_kept(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> None:
+  """Of each task but the target, with intervals, side by side."""
   for i, (after, of) in enumerate(changes.items()):
     _, others = _split(of, target)
     kept = [(c.task, c.corrected or c.retention) for c in others if not c.at_chance]
     kept = [(task, estimate) for task, estimate in kept if estimate is not None]
     y = [j + 0.15 * i for j in range(len(kept))]
     x = [min(e.value, 2) for _, e in kept]
-    errors = [[max(e.value - max(e.low, 0), 0) for _, e in kept]]
+    errors = [[max(e.value - max(e.low, -2), 0) for _, e in kept]]
     errors.append([max(min(e.high, 2) - e.value, 0) for _, e in kept])
-    left.errorbar(x, y, xerr=errors, fmt='o', capsize=3, markersize=4, label=after)
-    left.set_yticks(range(len(kept)), [task for task, _ in kept], fontsize=8)
-  left.axvline(LINE, color='C3', linewidth=1, linestyle='--')
-  left.axvline(1, color='0.6', linewidth=1)
-  left.set(xlabel='retention, above chance where there is one', ylim=left.get_ylim()[::-1])
-  left.legend(fontsize=7)
-  if target:
-    _trade_off(axes[1], changes, target)
-  file = io.BytesIO()
-  figure.savefig(file, dpi=110, format='png')
-  return file.getvalue()
+    ax.errorbar(x, y, xerr=errors, fmt='o', capsize=3, markersize=4, label=after)
+    ax.set_yticks(range(len(kept)), [task for task, _ in kept], fontsize=8)
+  ax.axvline(LINE, color='C3', linewidth=1, linestyle='--')
+  ax.axvline(1, color='0.6', linewidth=1)
+  ax.set(xlabel='retention, above chance where there is one', ylim=ax.get_ylim()[::-1])
+  ax.legend(fontsize=7)
 
 
 def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 with nothing large left whole on every device?
 """
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -18,6 +19,7 @@ from data.config import DataConfig
 from model import params, transformer
 from model.params import abstract
 from objectives.next_token import NextToken
+from objectives.seq2seq import Seq2Seq
 from parallel import axes
 from parallel.mesh import AXES, MeshConfig, make_mesh
 from training import config as configs, reference, state as states
@@ -63,6 +65,10 @@ def load(path: pathlib.Path) -> Config:
   )
   config = module.get_config()
   assert isinstance(config, Config)
+  if config.init and isinstance(config.objective, Seq2Seq) and not config.model.encoder_layers:
+    # Its model is that of the run that it begins with.
+    model = dataclasses.replace(config.model, encoder_layers=1, position='relative')
+    config = dataclasses.replace(config, model=model)
   vocabulary = config.data.tokenizer.vocabulary or {'byte': 259, 'char': 80}.get(
     config.data.tokenizer.kind, 4096
   )

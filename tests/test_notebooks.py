@@ -15,14 +15,23 @@ from notebooks import colab
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / 'notebooks' / 'generate.ipynb'
+EXERCISE = NOTEBOOK.with_name('flan_t5_exercise.ipynb')  # tests/evaluation/test_exercise.py runs it
 
 
-def cells():
-  return json.loads(NOTEBOOK.read_text())['cells']
+def cells(notebook=NOTEBOOK):
+  return json.loads(notebook.read_text())['cells']
 
 
-def test_it_is_kept_without_outputs():
-  assert all(not cell.get('outputs') and cell.get('execution_count') is None for cell in cells())
+@pytest.mark.parametrize('notebook', [NOTEBOOK, EXERCISE], ids=lambda path: path.stem)
+def test_it_is_kept_without_outputs(notebook):
+  kept = cells(notebook)
+  assert all(not cell.get('outputs') and cell.get('execution_count') is None for cell in kept)
+
+
+def test_notebooks_fetch_the_code_in_the_same_way():
+  other = ''.join(next(cell for cell in cells(EXERCISE) if cell['cell_type'] == 'code')['source'])
+  lines = [line for line in other.splitlines() if 'metrics' not in line]
+  assert lines == first_cell().splitlines()
 
 
 def first_cell():
