@@ -28,6 +28,7 @@ import math
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
 import jax
 
@@ -351,6 +352,40 @@ def _take_import(made: argparse.ArgumentParser) -> None:
   )
 
 
+def _take_smaller(command: Callable) -> None:
+  """The commands that make a run smaller, and say what that cost."""
+  made = command('quantise', _quantise, 'a run -> one with its matrices in codes')
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument('--to', required=True, metavar='RUN2')
+  made.add_argument(
+    '--scheme',
+    default='',
+    help='of all matrices but tables, head and routers: int8, int8:group=128, int4:group=64 '
+    '(:asymmetric), nf4:group=64, fp8 (:tensor, :block=128)',
+  )
+  made.add_argument(
+    '--store',
+    action='append',
+    default=[],
+    metavar='PATTERN=SCHEME',
+    help='of parameters whose names match, before --scheme; again for more; head=int8, '
+    "'*.down=keep'",
+  )
+  made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
+  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
+  made = command('judge', _judge, 'what it cost to make a run smaller')
+  made.add_argument('original', metavar='RUN')
+  made.add_argument('smaller', metavar='RUN2')
+  made.add_argument(
+    '--text',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help="what both read; again for more; default: held-out modules of Python's own library",
+  )
+  made.add_argument('--limit', type=int, default=64, help='texts (default: %(default)s); 0: all')
+
+
 def main(arguments: list[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message, not a traceback."""
   parser = argparse.ArgumentParser(
@@ -406,36 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
   made.add_argument(
     '--dequantise', action='store_true', help='a base in bytes becomes numbers, in f32'
   )
-  made = command('quantise', _quantise, 'a run -> one with its matrices in codes')
-  made.add_argument('--workdir', required=True, metavar='RUN')
-  made.add_argument('--to', required=True, metavar='RUN2')
-  made.add_argument(
-    '--scheme',
-    default='',
-    help='of all matrices but tables, head and routers: int8, int8:group=128, int4:group=64 '
-    '(:asymmetric), nf4:group=64, fp8 (:tensor, :block=128)',
-  )
-  made.add_argument(
-    '--store',
-    action='append',
-    default=[],
-    metavar='PATTERN=SCHEME',
-    help='of parameters whose names match, before --scheme; again for more; head=int8, '
-    "'*.down=keep'",
-  )
-  made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
-  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
-  made = command('judge', _judge, 'what it cost to make a run smaller')
-  made.add_argument('original', metavar='RUN')
-  made.add_argument('smaller', metavar='RUN2')
-  made.add_argument(
-    '--text',
-    action='append',
-    default=[],
-    metavar='FILE',
-    help="what both read; again for more; default: held-out modules of Python's own library",
-  )
-  made.add_argument('--limit', type=int, default=64, help='texts (default: %(default)s); 0: all')
+  _take_smaller(command)
   made = command('rebase', _rebase, 'where the base of an adapter is now')
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument('--base', required=True, metavar='RUN2')

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,6 @@ import names
 from analysis import hardware
 from commands import mendable
 from data.tokenizer import Tokenizer
-from kernels import attention, context
 from model import params
 from objectives.objective import Batches
 from parallel import axes, pipeline
@@ -109,35 +109,79 @@ class Beginning(NamedTuple):
   record: dict
 
 
+def every(n: int, step: int) -> bool:
+  """Whether it is due at a step, every n; 0: never."""
+  return bool(n) and step % n == 0
+
+
+class Visits(NamedTuple):
+  """What looks at the models on their way: `evaluate`, of the validation data
+  (training.evaluation), and, where there are to be some, `ask`, of tasks (workdir.tasks.TaskAsker),
+  and `sample` (workdir.samples.Sampler).
+  """
+
+  evaluate: Callable
+  ask: Callable | None
+  sample: Callable | None
+
+  @classmethod
+  def of(cls, evaluate: Callable, config: configs.Config, *place) -> 'Visits':
+    """What the config asks for. Raises ValueError and NotImplementedError for what cannot be."""
+    ask = names.imported('workdir.tasks.TaskAsker') if config.evaluation.tasks else None
+    sample = names.imported('workdir.samples.Sampler') if config.train.sample_every else None
+    return cls(evaluate, *(make and make(config, *place) for make in (ask, sample)))
+
+  def due(self, config: configs.Config, step: int) -> bool:
+    """Whether a step is followed by a judgement."""
+    asked = self.ask and every(config.evaluation.every, step)
+    return bool(asked) or step == config.train.steps or every(config.train.eval_every, step)
+
+  def judged(self, config, step: int, models, progress: Progress, watch: Watch):
+    """(progress, the cost by train.best, or None where it is not said) after a step, which is
+    logged; step 0: before the first one.
+    """
+    final, evaluation = step == config.train.steps, {}
+    validated = final or every(config.train.eval_every, step)
+    if validated:
+      # What decides about the best checkpoint and about stopping is of the same batches each time;
+      # the last number is of all.
+      evaluation = self.evaluate(models, config.train.eval_batches)
+    if self.ask and (final or every(config.evaluation.every, step)):
+      evaluation |= self.ask(step, models, watch.print)
+    with mendable():
+      cost = cost_of(config.train.best, evaluation)
+    progress = progress if cost is None else progress.after(cost)
+    if (
+      validated
+      and config.train.eval_batches
+      and (final or progress.impatient(config.train.patience))
+    ):
+      evaluation |= self.evaluate(models, 0, go_on=True)
+    if evaluation:
+      watch.log(step, evaluation)
+    return progress, cost
+
+
 def train_steps(
   config,
   begun: Beginning,
   feed: Feed,
   train_step,
-  evaluate,
+  visits: Visits,
   checkpoints: Checkpoints,
   watch: Watch,
   profile: ProfileWindow,
   signal: hosts.StopSignal,
-  sample=None,
-  ask=None,
 ) -> str:
   """Runs the steps that are left; step n is dispatched before n - 1 is looked at. Returns why it
-  stopped early, or ''. sample, ask: workdir.samples.Sampler and workdir.tasks.Asked, where there
-  are to be some.
+  stopped early, or ''.
   """
-
-  def every(n, step):
-    return bool(n) and step % n == 0
-
   state, progress = begun.state, begun.progress
   count = jax.jit(config.objective.tokens)
   norms, impatient, run = None, '', seals.run_of(begun.record)
-  # What it could do before, to compare with.
-  if config.init and config.train.eval_every and not begun.step:
-    watch.log(0, evaluate(state.models, config.train.eval_batches))
-  if ask and config.init and not begun.step:
-    watch.log(0, ask(0, state.models, watch.print))
+  if config.init and not begun.step:
+    # What it could do before, to compare with.
+    visits.judged(config, 0, state.models, Progress(), watch)
   for step in range(begun.step + 1, config.train.steps + 1):
     profile.before(step)
     batch = feed.take(state)
@@ -156,27 +200,16 @@ def train_steps(
       watch.print(said)
     final, cost = step == config.train.steps, None
 
-    validated = final or every(config.train.eval_every, step)
-    asked = ask and (final or every(config.evaluation.every, step))
-    if validated or asked:
+    if visits.due(config, step):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
-        # What decides about the best checkpoint and about stopping is of the same batches each
-        # time; the last number is of all.
-        evaluation = evaluate(state.models, config.train.eval_batches) if validated else {}
-        evaluation |= ask(step, state.models, watch.print) if asked else {}
-        with mendable():
-          cost = cost_of(config.train.best, evaluation)
-        progress = progress if cost is None else progress.after(cost)
+        progress, cost = visits.judged(config, step, state.models, progress, watch)
         impatient = progress.impatient(config.train.patience)
-        if validated and config.train.eval_batches and (final or impatient):
-          evaluation |= evaluate(state.models, 0, go_on=True)
-        watch.log(step, evaluation)
 
-    if sample and (final or every(config.train.sample_every, step)):
+    if visits.sample and (final or every(config.train.sample_every, step)):
       with watch.pause() as done:
         check_finite(done, norms, config, checkpoints)
-        watch.write_text(step, 'samples', sample(step, state.models))
+        watch.write_text(step, 'samples', visits.sample(step, state.models))
 
     reason = impatient or signal.after(step)
     better = cost is not None and progress.waited == 0
@@ -223,7 +256,7 @@ def beginning(
       seals.check_tokenizer(record, workdir, feed.tokenizer)
     frozen = Frozen(config, record.get('references', {}))
     state = frozen.completed(checkpoints.restore(first, frozen.kept(target)), log)
-    restore_order(feed.batches, record['data'], allow_change, log)
+    names.imported('workdir.changes.restore_order')(feed.batches, record['data'], allow_change, log)
     log(f'going on from checkpoint {first}')
     if (before := seals.begun(workdir)) is not None:
       updates = int(state.step) - int(state.scale.skipped_steps)
@@ -235,20 +268,6 @@ def beginning(
   models, frozen = begin(config, log, workdir if latest == 0 else '')
   state = begin_state(config, make_state, target, models)
   return Beginning(first, state, frozen, progress, record)
-
-
-def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> None:
-  """Goes on in the data where `position` was taken; in other data, if that is allowed, from its
-  beginning.
-  """
-  try:
-    batches.restore(position)
-  except ValueError as error:
-    if not allow_change:
-      raise
-    log(
-      f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning'
-    )
 
 
 def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict, log) -> None:
@@ -345,7 +364,7 @@ def train(
     make_state, train_step = make_program(config)
   target = make_target(config, make_state, mesh, workdir)
   cost = costs(config, make_state, prepared)
-  log(described(config, cost))
+  log(names.imported('training.hints.described')(config, cost))
   if hint := names.imported('training.hints.hint')(config):
     log(hint)
 
@@ -364,11 +383,7 @@ def train(
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
       place = config, prepared.tokenizer, mesh, workdir, begun.step
-      sample = ask = None
-      if config.train.sample_every:
-        sample = names.imported('workdir.samples.Sampler')(*place)
-      if config.evaluation.tasks:
-        ask = names.imported('workdir.tasks.Asked')(*place)
+      visits = Visits.of(make_evaluate(config, prepared, feed.put), *place)
     watching = Watch(
       workdir,
       steps=steps,
@@ -377,11 +392,10 @@ def train(
       devices=mesh.size,
       peak=hardware.peak(cost.chip, config.model.execution.dtype),
     )
-    evaluate = make_evaluate(config, prepared, feed.put)
     with watching as watch, hosts.StopSignal() as signal:
       watch.write_text(begun.step, 'config', names.imported('workdir.report.described')(config))
       stopped = train_steps(
-        config, begun, feed, train_step, evaluate, checkpoints, watch, window, signal, sample, ask
+        config, begun, feed, train_step, visits, checkpoints, watch, window, signal
       )
       window.close()
     interrupted = stopped != '' and stopped == signal.name
@@ -456,20 +470,6 @@ def costs(config: configs.Config, make_state, prepared) -> RunCost:
     params.count(models[config.objective.main]),
     program.flops_per_token(config, prepared.document_length),
     hardware.lookup(device.device_kind, cores),
-  )
-
-
-def described(config: configs.Config, cost: RunCost) -> str:
-  """The line of the log about the model."""
-  model = config.model
-  chosen = model.execution.attention
-  if chosen == 'auto':
-    in_parts = context.in_parts(model.execution.context, model.N, model.K)
-    chosen = attention.choose(model.attention_spec, in_parts=in_parts)
-  split = f', rows split by {model.execution.context!r}' if axes.size('length') > 1 else ''
-  return (
-    f'model: {cost.parameters:,} parameters, {cost.flops_per_token:.3g} training FLOPs a token, '
-    f'attention {chosen!r}{split}'
   )
 
 

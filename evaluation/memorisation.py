@@ -37,7 +37,7 @@ Findings = dict[str, dict[str, Estimate]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class MemoryQuestions:
   """What is asked of a model.
 
   Attributes:
@@ -72,7 +72,7 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class Remembered:
   """What came of it: findings by part, and lines for every passage and every text written."""
 
   findings: dict[str, Findings]
@@ -80,7 +80,9 @@ class Memory:
   written: list[dict]
 
 
-def measured(model: Generator, asked: Asked, parts: Iterable[str], log=print) -> Memory:
+def measured(
+  model: Generator, asked: MemoryQuestions, parts: Iterable[str], log=print
+) -> Remembered:
   """Raises ValueError where the context is too short, FloatingPointError where scores are not
   finite.
   """
@@ -114,7 +116,7 @@ def measured(model: Generator, asked: Asked, parts: Iterable[str], log=print) ->
     log(f'{MEMBERSHIP}: {sum(map(len, sides.values()))} passages')
   if OVERLAP in parts:
     found[OVERLAP], written = _overlap(model, asked, log)
-  return Memory(found, [*lines['members'], *lines['control']], written)
+  return Remembered(found, [*lines['members'], *lines['control']], written)
 
 
 def _line(model: Generator, i: int, side: str, passage) -> dict:
@@ -129,7 +131,7 @@ def _line(model: Generator, i: int, side: str, passage) -> dict:
   }
 
 
-def _overlap(model: Generator, asked: Asked, log) -> tuple[Findings, list[dict]]:
+def _overlap(model: Generator, asked: MemoryQuestions, log) -> tuple[Findings, list[dict]]:
   """What the model writes behind the control's prompts, and what follows these in truth: neither
   was trained on, so that what stands in the training text does by memory, or by chance.
   """
@@ -150,7 +152,9 @@ def _overlap(model: Generator, asked: Asked, log) -> tuple[Findings, list[dict]]
   return overlap.findings(written, control, asked.cut.seed), lines
 
 
-def write(output: pathlib.Path, run: Mapping[str, Any], asked: Asked, memory: Memory) -> dict:
+def write(
+  output: pathlib.Path, run: Mapping[str, Any], asked: MemoryQuestions, memory: Remembered
+) -> dict:
   """Writes lines, values and a page into a directory; the values."""
   cut = dataclasses.asdict(asked.cut)
   names = ('share', 'words', 'temperature', 'by_chance')
@@ -179,7 +183,7 @@ def write(output: pathlib.Path, run: Mapping[str, Any], asked: Asked, memory: Me
 
 
 def verdicts(found: Mapping[str, Findings], by_chance: bool) -> dict[str, str]:
-  """{part: what its intervals say}. by_chance: see Asked."""
+  """{part: what its intervals say}. by_chance: see MemoryQuestions."""
   said = {}
   for part in (EXTRACTION, OVERLAP):
     if part not in found:

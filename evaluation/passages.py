@@ -95,7 +95,7 @@ class Passages(list[Passage]):
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-class Drawing:
+class PassageDraw:
   """Draws passages from a stream, the beginning of each document with the same chance (Vitter's
   algorithm R): memory holds those that are drawn. Intervals take passages for independent, which
   those of one document are not: only where fewer than FEW begin, other parts are taken, too. (And
@@ -143,7 +143,7 @@ def drawn(texts: Iterable[str], of: str, tokenizer: Tokenizer, cut: Cut) -> Pass
 
   Raises ValueError where all are too short.
   """
-  drawing, size = Drawing(cut), cut.prompt + cut.new
+  drawing, size = PassageDraw(cut), cut.prompt + cut.new
   for number, text in enumerate(texts, 1):
     ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
     place = f'{of}, document {number}'

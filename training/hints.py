@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from kernels import attention, context
+from parallel import axes
 from training.config import Config
 
 
@@ -32,4 +34,18 @@ def worse_than_guessing(done: Mapping | None, config) -> str:
     f'WARNING: the loss begins at {begins:.2f}, above the {guess:.2f} of guessing among '
     f'{config.model.V:,} tokens: is the tokenizer, and the chat template, that of {config.init}? '
     '--show=3 prints what it learns from'
+  )
+
+
+def described(config: Config, cost) -> str:
+  """The line of the log about the model, which costs a train.RunCost."""
+  model = config.model
+  chosen = model.execution.attention
+  if chosen == 'auto':
+    in_parts = context.in_parts(model.execution.context, model.N, model.K)
+    chosen = attention.choose(model.attention_spec, in_parts=in_parts)
+  split = f', rows split by {model.execution.context!r}' if axes.size('length') > 1 else ''
+  return (
+    f'model: {cost.parameters:,} parameters, {cost.flops_per_token:.3g} training FLOPs a token, '
+    f'attention {chosen!r}{split}'
   )

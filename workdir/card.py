@@ -31,7 +31,8 @@ from workdir.seals import FACTS, ORIGIN
 GIVEN = 'card.json'  # in the run's directory: rates that a person gave once
 # Flags and the fields of ReportConfig that they are.
 RATES = {'watts': 'watts_per_chip', 'co2': 'kilograms_co2_per_kwh', 'pue': 'pue'}
-RESULTS = ('*-*.json', 'bias.json', 'safety.json', 'lm_eval.json', 'classify.json', 'reward.json')
+WHOLE = ('classify.json', 'reward.json')  # of evaluate.py without tasks
+RESULTS = ('*-*.json', 'bias.json', 'safety.json', 'lm_eval.json', *WHOLE)
 RESULTS += ('memorisation.json', 'exposure.json', 'contamination.json', 'knowledge.json')
 
 
@@ -210,8 +211,8 @@ def _others(places: Sequence[pathlib.Path]) -> list[str]:
   """What other commands wrote than that of tasks."""
   said = []
   for place in places:
-    for name in ('classify', 'reward'):
-      path = place / f'{name}.json'
+    for name in WHOLE:
+      path = place / name
       if not path.is_file():
         continue
       content = files.json_object(path.read_bytes(), path)

@@ -7,6 +7,7 @@ back to its middle.
 
 import math
 
+from objectives.objective import Batches
 from training import config as configs
 from training.config import Config
 from training.optimizer import make_schedule
@@ -36,3 +37,17 @@ def described(old: Config, new: Config, step: int, updates: int) -> list[str]:
       "schedule='wsd' and 'constant' can be made longer before they decay"
     )
   return said
+
+
+def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> None:
+  """Goes on in the data where `position` was taken; in other data, if that is allowed, from its
+  beginning.
+  """
+  try:
+    batches.restore(position)
+  except ValueError as error:
+    if not allow_change:
+      raise
+    log(
+      f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning'
+    )

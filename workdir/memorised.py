@@ -21,7 +21,7 @@ from data.config import SourceConfig
 from data.sources import paths
 from decode.generator import Generator
 from evaluation import contamination, memorisation
-from evaluation.memorisation import OVERLAP, PAGE, PARTS, Asked
+from evaluation.memorisation import OVERLAP, PAGE, PARTS, MemoryQuestions
 from evaluation.passages import Cut, Passages, drawn
 from parallel import hosts
 from parallel.flag import mesh_of
@@ -51,9 +51,16 @@ def parser() -> argparse.ArgumentParser:
   add('--new', type=int, default=cut.new, help='tokens behind it')
   add('--limit', type=int, default=cut.limit, help='passages of each side, at most')
   add('--seed', type=int, default=0, help='of what is drawn, and of the bootstrap')
-  add('--share', type=float, default=Asked.share, help='K of Min-K%%, in per cent of tokens')
-  add('--words', type=int, default=Asked.words, help='of a run that is no chance')
-  add('--temperature', type=float, default=Asked.temperature, help='of what is written by itself')
+  add(
+    '--share', type=float, default=MemoryQuestions.share, help='K of Min-K%%, in per cent of tokens'
+  )
+  add('--words', type=int, default=MemoryQuestions.words, help='of a run that is no chance')
+  add(
+    '--temperature',
+    type=float,
+    default=MemoryQuestions.temperature,
+    help='of what is written by itself',
+  )
   add('--output', default='', help='directory of the results; default: evaluation, in the run')
   return made
 
@@ -91,7 +98,7 @@ def run(options) -> None:
   output.mkdir(parents=True, exist_ok=True)
   by_chance = not options.control and config.data.split == 'hash' and not config.data.validation
   given = options.share, options.words, options.temperature, by_chance
-  asked = Asked(cut, members, control, _training(options, read, parts), *given)
+  asked = MemoryQuestions(cut, members, control, _training(options, read, parts), *given)
   of = {'workdir': options.workdir, 'step': step, 'weights': options.weights}
   remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):

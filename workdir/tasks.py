@@ -21,7 +21,7 @@ from workdir.in_hand import InHand
 DIRECTORY = 'evaluations'
 
 
-class Asked:
+class TaskAsker:
   """Asks the model that a run has in hand. It draws by seeds of its own, so that a run that is
   asked trains as one that is not.
   """

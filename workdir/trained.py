@@ -14,7 +14,7 @@ import numpy as np
 from data.loader import row_sequence
 from data.prepared import Prepared
 from data.shards import PackedShard, PackedSource
-from evaluation.passages import Cut, Drawing, Passage, Passages
+from evaluation.passages import Cut, Passage, PassageDraw, Passages
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config
 from workdir.checkpoint import Checkpoints
@@ -102,7 +102,7 @@ def _passages(rows: Iterable[tuple[PackedSource, int]], of: str, bos: int, cut: 
   """Of the pieces of documents in some rows, which are in an order by chance; where not all is
   learned (an answer behind a question), what is learned is what the model has to go on with.
   """
-  drawing = Drawing(cut)
+  drawing = PassageDraw(cut)
   for source, row in rows:
     if drawing.full:
       break

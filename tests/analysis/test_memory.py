@@ -21,6 +21,7 @@ def found(step):
   )
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_compilers_peak(tpu_step):
   got, stats = found(tpu_step), tpu_step.compiled.memory_analysis()
   peak = (

@@ -72,6 +72,7 @@ def test_a_side_that_would_not_run_cudnn_is_no_measurement_of_it():
     train_gpu.side_of('cudnn', 4096, 1, True, False)
 
 
+@pytest.mark.slow
 def test_rows_that_say_nothing_leave_the_mask_without_segments(one_device):
   """What cuDNN honours; the loss is that of rows that hold one document each and say so."""
   made, losses = train_gpu.config(4096, 'reference', rehearsal=True), []

@@ -153,6 +153,7 @@ def rescored(model, prompt, texts, source=None):
   return [found[i, np.arange(len(text)), text] for i, text in enumerate(texts)]
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy(model):
   expected = start(model, PROMPTS)
   _, chunk = decode_chunk(model, expected, rules(3, temperature=0.0), steps=NEW, pad=PAD)

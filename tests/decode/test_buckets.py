@@ -76,6 +76,7 @@ def test_logits_of_other_buckets_differ_by_rounding(dtype, bound, buckets, monke
       assert same == 16 or dtype == 'bfloat16'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('buckets', BUCKETS)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_draws_of_other_buckets_are_the_same(dtype, buckets, monkeypatch):

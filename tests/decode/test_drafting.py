@@ -102,6 +102,7 @@ def test_draws_are_scored_and_streamed_as_they_are(generator, other):
     assert one.text == whole.text.split(stop)[0]
 
 
+@pytest.mark.slow
 def test_constraints_hold_at_every_drafted_position(generator):
   options = dict(
     max_new_tokens=24,
@@ -156,6 +157,7 @@ def test_the_clock_decides_and_changes_no_greedy_text(generator, other, monkeypa
   assert generator.report.fell_back == (faster == 'none')
 
 
+@pytest.mark.slow
 def test_a_call_of_one_chunk_is_judged_before_it_ends(generator, monkeypatch):
   ticking(monkeypatch, 1.0, 0.01)
   generator(

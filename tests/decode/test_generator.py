@@ -352,6 +352,7 @@ def test_scores_that_are_not_finite_raise(generator):
     broken('a', max_new_tokens=3)
 
 
+@pytest.mark.slow
 def test_a_row_that_nothing_is_left_to_ends_alone(generator):
   """Its constraint allows what its bias forbids; the rows beside it are as without it."""
   only_a = Constraint(generator.tokenizer, regex='a+')

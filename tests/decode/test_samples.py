@@ -79,6 +79,7 @@ def test_samples_with_a_draft_and_with_constraints_are_rows_alone(generator):
   assert all(completion.text.isdigit() for completion in found[:3])
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_read_once_and_in_pieces(generator, monkeypatch):
   options = dict(max_new_tokens=8, num_samples=3, seed=5)
   prompts = ['abc' * 17, 'x']

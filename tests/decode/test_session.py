@@ -95,6 +95,7 @@ def test_a_ring_is_read_again_where_it_has_turned():
   assert_scores_are_of_its_ids(session.truncate(295))
 
 
+@pytest.mark.slow
 def test_a_ring_is_read_again_just_where_its_window_is_written_over():
   """`back` tokens behind the furthest one, which is read again with the 4 that its window sees:
   up to slots - window of them the ring has.

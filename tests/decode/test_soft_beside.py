@@ -119,6 +119,7 @@ def check_written(generator, models, atol=1e-5, **options):
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_scores_are_the_forward_pass_of_one_adapter(generator):
   check_scores(generator, models_of(), ['sums', 'spell'])
 

@@ -194,6 +194,7 @@ def expected(model):
   return {eos: plain(model, greedy(3), eos) for eos in (NEVER, eos)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'k', [k if k == 4 else pytest.param(k, marks=pytest.mark.slow) for k in range(1, 9)]
 )
@@ -289,6 +290,7 @@ def test_penalties_and_bias_are_those_of_every_drafted_position(model, drafts):
   assert rows[0][0] != plain(model, greedy(3))[0][0][0]
 
 
+@pytest.mark.slow
 def test_rows_that_are_broken_end_and_say_so(model, drafts):
   state = start(model)
   state = dataclasses.replace(state, logits=state.logits.at[1].set(jnp.nan))
@@ -328,6 +330,7 @@ def test_lookup():
       assert by_hand == (new.tolist() if there else None)
 
 
+@pytest.mark.slow
 def test_repetitive_texts_are_drafted_by_lookup(model):
   """A bias makes the text go round; then all but the first drafts are kept."""
   sampling = greedy(3, logit_bias={5: 60.0}, vocabulary=40)
@@ -514,6 +517,7 @@ def test_faults_of_the_arithmetic_change_the_draws(monkeypatch, fault):
     check_draws(DraftModel(make(SMALL, 5)), anew())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fault', ['nothing is taken back', pytest.param('always accepted', marks=pytest.mark.slow)]
 )
@@ -529,6 +533,7 @@ def test_faults_change_greedy_texts(model, drafts, expected, monkeypatch, fault)
     )
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_in_other_company(model, drafts):
   """Chunks, neighbours, their ends and a row's own length change nothing;
   a row that gives up drafting does so by itself.

@@ -18,7 +18,7 @@ from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from evaluation import canaries, extraction, membership, memorisation, overlap, unpaired
 from evaluation.canaries import Exposure, Space
-from evaluation.memorisation import EXTRACTION, MEMBERSHIP, PARTS, Asked
+from evaluation.memorisation import EXTRACTION, MEMBERSHIP, PARTS, MemoryQuestions
 from evaluation.passages import Cut, Passage, Passages, drawn
 from model import transformer
 from model.config import ModelConfig
@@ -74,9 +74,9 @@ def models() -> tuple[Generator, Generator]:
   return Generator(model, TOKENIZER, mesh), Generator(new, TOKENIZER, mesh)
 
 
-def asked(**changes) -> Asked:
+def asked(**changes) -> MemoryQuestions:
   sides = [drawn(texts, of, TOKENIZER, CUT) for texts, of in ((READ, 'read'), (OTHERS, 'not'))]
-  return Asked(CUT, *sides, **{'by_chance': True} | changes)
+  return MemoryQuestions(CUT, *sides, **{'by_chance': True} | changes)
 
 
 def test_who_learned_by_heart_is_caught_and_who_did_not_is_not():
@@ -231,7 +231,7 @@ def test_a_control_of_other_text_is_no_proof():
   knows, _ = models()
   plain = drawn(['a' * 40 + str(i) for i in range(12)], 'plain', TOKENIZER, CUT)
   made = memorisation.measured(
-    knows, Asked(CUT, asked().members, plain), (MEMBERSHIP,), lambda line: None
+    knows, MemoryQuestions(CUT, asked().members, plain), (MEMBERSHIP,), lambda line: None
   )
   assert memorisation.verdicts(made.findings, True)[MEMBERSHIP].startswith('UNLIKE')
 
@@ -285,7 +285,7 @@ def test_overlaps_are_found_and_no_others():
     (lambda: Cut(prompt=0), '--prompt=0 must be at least 1'),
     (lambda: Cut().check_context(64, 'model.max_length=64'), 'pass model.max_length=64'),
     (lambda: drawn(['short'], 'it', TOKENIZER, CUT), 'it: none of 1 pieces has 18 tokens'),
-    (lambda: Asked(CUT, asked().members, Passages([], 'x', 0, 0)), 'there is no control'),
+    (lambda: MemoryQuestions(CUT, asked().members, Passages([], 'x', 0, 0)), 'there is no control'),
     (lambda: asked(share=0.0), '--share=0.0 is K of Min-K%'),
     (lambda: Space('no place'), 'must have {secret} once'),
     (lambda: Space(alphabet='aa'), 'all different'),

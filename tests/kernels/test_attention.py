@@ -454,6 +454,7 @@ def test_a_sink_of_nothing_has_no_gradient_where_nothing_is_seen():
   np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.slow
 def test_memory_of_blocked_follows_the_mask(monkeypatch):
   monkeypatch.setattr(dispatch, 'BLOCK', 256)
   T, N, layers = 1024, 4, 3

@@ -144,6 +144,7 @@ def test_chosen_blocks_are_taken_and_change_nothing(case, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_devices_that_share_a_row_keep_to_the_blocks(monkeypatch):
   """Each works on a quarter, zig-zag, so on two chunks of 128 queries."""
   q, k, v = (draw(2, 1024, heads, 8) for heads in (2, 1, 1))

@@ -570,6 +570,7 @@ def test_capacity_is_each_devices_own():
   np.testing.assert_array_equal(stats['load'], sum(part['load'] for _, part in alone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dispatch', MOSTLY_SLOW)
 def test_stacked_scanned_and_rematerialised(dispatch):
   """As a stack uses it: born under vmap, scanned, recomputed in the backward pass;

@@ -81,6 +81,7 @@ def test_padded_rows_are_in_no_loss_and_get_no_gradient(kind):
     assert not np.asarray(x[y.shape[0] :]).any(), 'rows that are no ids'
 
 
+@pytest.mark.slow
 def test_a_loss_that_has_them_is_found(monkeypatch):
   """The planted fault: without the limit, 83 more rows are in the normaliser."""
   plain_loss = loss.cross_entropy
@@ -145,6 +146,7 @@ def test_an_odd_vocabulary_generates_on_devices_that_share_it(imported):
   engine.compile(alone.model)
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_a_padded_import_are_those_of_the_checkpoint(imported):
   """All 301 ids are in the law of the unpadded model, and no others in the padded one's."""
   config, plain = checkpoint.load(imported / 'hf', mesh=mesh_of())

@@ -73,6 +73,7 @@ def check_copies(model, batch, tolerance=2e-5):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', ['two sets', *(pytest.param(x, marks=pytest.mark.slow) for x in ('one set', 'experts'))]
 )

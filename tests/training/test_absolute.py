@@ -106,6 +106,7 @@ def test_bits_per_byte_are_bits_of_bytes(config, prepared, one_device):
   assert part['validation_loss'] != found['validation_loss']
 
 
+@pytest.mark.slow
 def test_each_source_is_judged_by_its_own_texts(config, one_device, tmp_path):
   """What is held out of several sources: the nats of each one's texts, in no batch with others',
   from the first batches on; and of all together by their tokens.
@@ -157,6 +158,7 @@ def test_flops_are_of_documents_as_long_as_they_are(config, prepared, one_device
   assert expected < 0.995 * flops.train_flops_per_token(config.model, T)
 
 
+@pytest.mark.slow
 def test_what_a_run_says_of_tokens_and_bytes_is_counted(config, prepared, tmp_path):
   """The tokens of two steps are those with a target, padding left out, and what is reported at the
   end is of all held-out rows.

@@ -109,6 +109,7 @@ def test_the_golden_values():
   assert AdapterConfig(kind='lora', rank=4, alpha=8.0, stabilised=True).scale == 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'family',
   ['experts', *(pytest.param(x, marks=pytest.mark.slow) for x in FAMILIES if x != 'experts')],
@@ -159,6 +160,7 @@ def test_a_step_is_the_absolute_step_and_the_base_stays(one_device, adapter):
   assert norms.keys() == thin.keys()
 
 
+@pytest.mark.slow
 def test_the_lengths_of_dora_are_constants_in_the_gradient(one_device):
   """Section 4.3: d/dm goes through, |V| does not; by finite differences with |V| held."""
   from model.weights.low_rank import LowRank
@@ -202,6 +204,7 @@ def whole():
   return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'family, devices, mesh, train',
   [
@@ -263,6 +266,7 @@ def test_what_is_kept_of_a_product_is_its_sum(one_device):
   assert thin < 1.15 * whole  # 1.6 times as much, where both are kept
 
 
+@pytest.mark.slow
 def test_a_base_in_bytes_is_adapted(one_device):
   adapter = dataclasses.replace(LORA, base='int8')
   run = Run(adapted(adapter))
@@ -307,7 +311,7 @@ def test_settings_that_make_no_adapter_are_refused():
     ({'rank': 0}, 'adapter.rank=0 must be at least 1'),
     ({'alpha': 0.0}, 'adapter.alpha=0.0 must be above 0'),
     ({'targets': ()}, 'adapter.targets=.* names no matrix'),
-    ({'base': 'int4'}, "adapter.base='int4' is unknown"),
+    ({'base': 'int5'}, "a scheme='int5' is unknown"),
   ):
     with pytest.raises(ValueError, match=said):
       AdapterConfig(**{'kind': 'lora'} | fields)

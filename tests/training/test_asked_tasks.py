@@ -21,7 +21,7 @@ from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
 from workdir.open import open_run
 from workdir.progress import Progress, cost_of
-from workdir.tasks import Asked
+from workdir.tasks import TaskAsker
 
 BEST = 'highest letters-1/accuracy (sum)'
 TASK = '''"""Which letter follows?"""
@@ -134,7 +134,7 @@ def test_what_cannot_be_asked_is_refused_at_the_start(changes, words, letters, t
   config = dataclasses.replace(tiny(train={'best': best}), evaluation=evaluation)
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   with pytest.raises((ValueError, OSError), match=words):
-    Asked(config, ByteTokenizer(), mesh, tmp_path, 0)
+    TaskAsker(config, ByteTokenizer(), mesh, tmp_path, 0)
 
 
 def test_configs_that_say_half_of_it():

@@ -153,6 +153,7 @@ def values():
   return quickly(jax.jit(run), *given)(*given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CASES)
 def test_the_loss_is_the_formula_of_what_counts(name, one_device):
   said, logits = values()

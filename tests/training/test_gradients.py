@@ -24,6 +24,7 @@ def whole():
   return trainer, trainer.run(make_batches(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parts, devices, mesh', [(2, 1, {}), (4, 1, {}), (2, 4, {'data': 2, 'fsdp': 2})]
 )

@@ -139,6 +139,7 @@ def test_a_step_is_the_absolute_step(one_device):
   assert_close(norms, lengths, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parts, devices, mesh',
   [
@@ -203,6 +204,7 @@ def test_only_what_is_trained_has_state_elsewhere(where):
   assert not [name for name in names if 'reference' in name or 'embedding' in name]
 
 
+@pytest.mark.slow
 def test_a_part_of_a_model_can_be_frozen_and_costs_no_gradient():
   """Frozen below the head, a step is a forward pass, about a third, and the head's gradient."""
   cheap = tiny(train={'frozen': ('policy.stack.*', '*.embedding.*')})
@@ -473,6 +475,7 @@ def test_a_frozen_part_is_kept_where_it_came_from(corpus, base, registered, tmp_
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stored', ['', 'bfloat16', 'int8'])
 def test_what_is_frozen_and_equal_is_in_memory_once(corpus, base, stored, one_device):
   config = with_reference(corpus, base)

@@ -135,6 +135,7 @@ def critic_by_hand(models, batch, objective):
   return jnp.where(counted, each, 0).sum() / counted.sum()
 
 
+@pytest.mark.slow
 def test_a_step_with_a_critic_is_the_absolute_step(one_device):
   run, batch = Run(config(CRITICAL)), batch_of()
   trained = {name: run.state.models[name] for name in ('policy', 'value_head')}
@@ -159,6 +160,7 @@ def fresh(run, batch, objective):
   return dataclasses.replace(batch, behaviour=behaviour, reference=behaviour)
 
 
+@pytest.mark.slow
 def test_the_first_step_of_a_rollout_is_at_ratio_1(one_device):
   """Nothing is clipped, and the loss is the mean of the advantages with its sign turned."""
   run = Run(config(CRITICAL))
@@ -192,6 +194,7 @@ def test_metrics_by_hand(one_device):
   assert 0 < metrics['clip_fraction'] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', BOTH)
 def test_parts_and_what_does_not_count_change_nothing(one_device, objective):
   """Four microbatches of uneven weight are one batch; NaN where nothing counts is not read."""

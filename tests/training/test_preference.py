@@ -149,6 +149,7 @@ def test_microbatches_and_devices_are_one_big_batch(source, whole, parts, device
     np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_packed_is_alone(source, whole):
   made = config(source, Preference(packing='alone'), data={'batch_size': 16})
   run = with_reference(Run(made))

@@ -88,6 +88,7 @@ def alone(policy, reference, source):
   return losses.mean() - MADE.sft * sums[0][::2].sum() / counted[::2].sum()
 
 
+@pytest.mark.slow
 def test_it_is_the_loss_of_each_pair_alone(source):
   made = config(source)
   run = with_reference(Run(made))

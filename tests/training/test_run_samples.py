@@ -34,6 +34,7 @@ def written(workdir):
   return [(sample.step, sample.prompt, sample.text) for sample in samples.read(workdir)]
 
 
+@pytest.mark.slow
 def test_a_sampler_writes_what_the_generator_would(tmp_path):
   """Of a model in hand, with the config that it trains with; the file has it, too."""
   config = tiny(train=ASKED, model={'execution': ExecutionConfig(remat='full')})

@@ -135,6 +135,7 @@ def both(source):
   return model, *quickly(run, *arguments)(*arguments), batch
 
 
+@pytest.mark.slow
 def test_packed_pairs_are_what_each_is_alone(source, one_device):
   """Loss and gradient, which all leaves have; and the loss is what numpy says that a mean is."""
   _, ((loss, logits), gradient), (packed, slopes), batch = both(source)
@@ -332,6 +333,7 @@ def mean_of(config, leaves, batch):
   return total / weight
 
 
+@pytest.mark.slow
 def test_float16_holds_what_float16_does_not(source, one_device, monkeypatch):
   """The loss is that of f32, where a residual stream of float16 has none."""
   wide, narrow = config(source), config(source, model=F16)

@@ -188,6 +188,7 @@ def test_what_is_stored_is_what_it_says_of_every_row(held, kind, tmp_path, monke
   monkeypatch.setattr(Said, 'fill', fill)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [*KINDS][:1] + [pytest.param(k, marks=SLOW) for k in [*KINDS][1:]])
 def test_a_step_is_that_of_a_reference_that_is_held(held, kind, tmp_path):
   """Its loss, its update and what is said of held-out answers; but for the divergence of laws."""
@@ -226,6 +227,7 @@ def test_nothing_counts_what_is_not_run(held):
   assert [list(models) for models in planned] == [['policy', 'reference'], ['policy']]
 
 
+@pytest.mark.slow
 def test_it_is_asked_once_and_known_by_rows_checkpoint_and_question(sources, tmp_path):
   """What is damaged, or of something else, is refused; a loader goes on to the bit."""
   directory = tmp_path / 'begun'

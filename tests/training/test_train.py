@@ -187,6 +187,7 @@ def test_every_optimizer_on_a_mesh_is_itself_alone_and_survives_a_checkpoint(nam
   assert_same(trainer.state, again)
 
 
+@pytest.mark.slow
 def test_f16_overflow_is_skipped_and_halves_the_scale():
   trainer = Trainer(
     tiny(

@@ -122,6 +122,7 @@ def by_hand(model, name):
   return total / weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [

@@ -130,6 +130,7 @@ def test_a_stage_with_experts():
   check(setting({'data': 2, 'fsdp': 4, 'zero': 2}, moe), setting({'data': 1}, moe))
 
 
+@pytest.mark.slow
 def test_gradients_are_split_where_they_arise():
   """With 1 the backward loop carries whole gradients, with 2 and 3 shards; with 1 and 2 there are
   whole weights besides.

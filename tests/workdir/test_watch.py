@@ -317,6 +317,7 @@ def test_profile_traces_the_steps_named(tmp_path, monkeypatch):
   assert events == list(range(8))
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace(tmp_path):
   window = ProfileWindow('1', tmp_path, range(3))
   for step in range(3):
