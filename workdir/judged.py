@@ -24,7 +24,7 @@ from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, step_of
 
 FILE = 'judged.json'
-ROWS, LENGTH = 4, 512  # texts side by side, and tokens of each at most
+ROWS, LENGTH = 4, 512  # texts side by side, and tokens of each, or as many as the models have
 WRITTEN = 64  # tokens by which speed is measured
 
 
@@ -45,15 +45,16 @@ def judge(
   if not documents:
     raise ValueError('there is no text to judge by; give some by --text')
   models = [Generator.load(directory) for directory in (original, smaller)]
-  encoded = [models[0].encoded(text)[:LENGTH] for text in documents]
-  if encoded != [models[1].encoded(text)[:LENGTH] for text in documents]:
+  length = min(LENGTH, *(model.model.config.max_length or LENGTH for model in models))
+  encoded = [models[0].encoded(text)[:length] for text in documents]
+  if encoded != [models[1].encoded(text)[:length] for text in documents]:
     raise ValueError(f'{original} and {smaller} have different tokenizers; no token is the same')
   if models[0].model.config.encoder_layers or not models[0].model.config.causal:
     raise NotImplementedError(
       'judge reads texts from left to right, as a decoder; evaluate.py asks all'
     )
 
-  sums = _sums(models, encoded)
+  sums = _sums(models, encoded, length)
   tokens = np.array([len(ids) - 1 for ids in encoded], np.float64)
   written = np.array([_bytes(models[0], ids) for ids in encoded], np.float64)
   figures = {
@@ -73,14 +74,18 @@ def judge(
     'KL, 99% of tokens below': float(np.quantile(sums['each'], 0.99)),
     'bytes on disk': [_on_disk(directory) for directory in directories],
     'bytes in memory': [weight_bytes(model.model) for model in models],
-    'tokens a second here': [_speed(model, encoded[0][:16]) for model in models],
+    'tokens a second here': [
+      _speed(model, encoded[0][:16], min(WRITTEN, length - 16)) for model in models
+    ],
   }
   files.replace(pathlib.Path(smaller) / FILE, json.dumps(values, indent=1) + '\n')
   _print(values, figures, log)
   return values
 
 
-def _sums(models: Sequence[Generator], encoded: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+def _sums(
+  models: Sequence[Generator], encoded: Sequence[Sequence[int]], length: int
+) -> dict[str, np.ndarray]:
   """By document; 'each': KL of every token."""
   vocabulary = min(model.vocabulary for model in models)
   run = jax.jit(costs, static_argnums=4)
@@ -89,7 +94,7 @@ def _sums(models: Sequence[Generator], encoded: Sequence[Sequence[int]]) -> dict
   for first in range(0, len(encoded), ROWS):
     here = list(encoded[first : first + ROWS])
     lengths = np.array([len(ids) for ids in here] + [1] * (ROWS - len(here)), np.int32)
-    tokens = np.zeros((ROWS, LENGTH), np.int32)
+    tokens = np.zeros((ROWS, length), np.int32)
     for row, ids in enumerate(here):
       tokens[row, : len(ids)] = ids
     with jax.set_mesh(models[0].mesh):
@@ -118,11 +123,11 @@ def _on_disk(directory) -> int:
   return sum(path.stat().st_size for path in place.rglob('*') if path.is_file())
 
 
-def _speed(model: Generator, prompt: Sequence[int]) -> float:
+def _speed(model: Generator, prompt: Sequence[int], count: int) -> float:
   """Tokens of one row, greedily; the second time, when programs are there."""
   for _ in range(2):
     began = time.perf_counter()
-    (made,) = model([list(prompt)], max_new_tokens=WRITTEN, temperature=0.0)
+    (made,) = model([list(prompt)], max_new_tokens=count, temperature=0.0)
     seconds = time.perf_counter() - began
   return len(made.ids) / seconds
 
