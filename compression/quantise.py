@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import names
 from model.weights.codes import reduced
+from model.weights.int8 import Int8
 from model.weights.scheme import Scheme, stored
 from model.weights.weight import Weight
 
@@ -24,14 +25,10 @@ def nearest(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: s
 def clipped(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: str) -> Weight:
   """The same by the scale of each block, of SHRINKS, with the least sum of squared errors."""
   whole = scheme.of(x, summed, axes, name)
-  if not hasattr(whole, 'blocks'):  # of model.weights.int8, an output of which is a block
-    return whole
 
   def tried(shrink):
     made = scheme.of(x, summed, axes, name, shrink)
-    return reduced(
-      jnp.square(made.numbers('float32') - x.astype(jnp.float32)), whole.blocks, jnp.sum
-    )
+    return _of_scales(made, jnp.square(made.numbers('float32') - x.astype(jnp.float32)))
 
   def better(best, shrink):
     error, chosen = best
@@ -41,6 +38,13 @@ def clipped(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: s
   first = tried(jnp.float32(1)), jnp.ones_like(whole.scale)
   (_, chosen), _ = jax.lax.scan(better, first, jnp.float32(SHRINKS[1:]))
   return scheme.of(x, summed, axes, name, chosen)
+
+
+def _of_scales(made: Weight, errors: jax.Array) -> jax.Array:
+  """Sums over all numbers that share a scale, laid out as the scales are."""
+  if isinstance(made, Int8):
+    return errors.sum(made.summed, keepdims=True)
+  return reduced(errors, made.blocks, jnp.sum)
 
 
 METHODS = {'rtn': nearest, 'mse': clipped}

@@ -204,6 +204,8 @@ class Config:
       names.imported('training.drawing.check')(self)
     if self.adapter.kind:
       names.imported('training.together.check_adapter')(self)
+    if '/' in self.train.best and not self.evaluation.tasks:
+      names.imported('training.together.check_best')(self)
     if self.train.offload_parameters:
       names.imported('training.together.check_offloaded')(self)
     if self.train.steps:

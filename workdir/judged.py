@@ -47,6 +47,8 @@ def judge(
   models = [Generator.load(directory) for directory in (original, smaller)]
   length = min(LENGTH, *(model.model.config.max_length or LENGTH for model in models))
   encoded = [models[0].encoded(text)[:length] for text in documents]
+  if any(len(ids) < 2 for ids in encoded):
+    raise ValueError('a text has no tokens to be judged by; leave empty ones out')
   if encoded != [models[1].encoded(text)[:length] for text in documents]:
     raise ValueError(f'{original} and {smaller} have different tokenizers; no token is the same')
   if models[0].model.config.encoder_layers or not models[0].model.config.causal:
@@ -74,9 +76,7 @@ def judge(
     'KL, 99% of tokens below': float(np.quantile(sums['each'], 0.99)),
     'bytes on disk': [_on_disk(directory) for directory in directories],
     'bytes in memory': [weight_bytes(model.model) for model in models],
-    'tokens a second here': [
-      _speed(model, encoded[0][:16], min(WRITTEN, length - 16)) for model in models
-    ],
+    'tokens a second here': [_speed(model, encoded[0][: length // 4], length) for model in models],
   }
   files.replace(pathlib.Path(smaller) / FILE, json.dumps(values, indent=1) + '\n')
   _print(values, figures, log)
@@ -123,8 +123,9 @@ def _on_disk(directory) -> int:
   return sum(path.stat().st_size for path in place.rglob('*') if path.is_file())
 
 
-def _speed(model: Generator, prompt: Sequence[int], count: int) -> float:
+def _speed(model: Generator, prompt: Sequence[int], length: int) -> float:
   """Tokens of one row, greedily; the second time, when programs are there."""
+  count = min(WRITTEN, length - len(prompt))
   for _ in range(2):
     began = time.perf_counter()
     (made,) = model([list(prompt)], max_new_tokens=count, temperature=0.0)

@@ -58,7 +58,8 @@ def cost_of(best: str, evaluation: Mapping[str, float]) -> float | None:
   Raises ValueError where one that reads the validation data was to say it.
   """
   extreme, name = best.split(maxsplit=1)
-  if 'validation_loss' in evaluation and '/' not in name:
+  of_task = '/' in name and not name.startswith('validation_')
+  if 'validation_loss' in evaluation and not of_task:
     names.check('train.best: the metric', name, evaluation)
   if name not in evaluation:
     return None

@@ -24,6 +24,8 @@ class Codes(Weight):
     scale: f32, for each block. zero: f32, the same, the code that stands for 0; None: 0.
     grid: of model.weights.grids. blocks: their size in each dimension.
     packs: the dimension along which two codes share a byte, counted from the last.
+    scale_axes: as `axes`, of the scale: None where all of a dimension is one block. Known from the
+      whole matrix: a device's part may have one block of several.
   """
 
   codes: Any
@@ -33,6 +35,7 @@ class Codes(Weight):
   blocks: tuple[int, ...] = dataclasses.field(metadata={'static': True})
   packs: int = dataclasses.field(metadata={'static': True})
   axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
+  scale_axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
   coded = True
 
   @classmethod
@@ -61,7 +64,9 @@ class Codes(Weight):
     codes = GRIDS[grid].nearest(x if zero is None else x + spread(zero, blocks))
     if GRIDS[grid].packed:
       codes = packed(codes, packs, blocks[packs])
-    return cls(codes, scale, zero, grid, blocks, packs, axes)
+    parts = scale.shape[-len(axes) :]
+    scale_axes = tuple(axis if count > 1 else None for axis, count in zip(axes, parts))
+    return cls(codes, scale, zero, grid, blocks, packs, axes, scale_axes)
 
   @property
   def shape(self):
@@ -72,12 +77,6 @@ class Codes(Weight):
   @property
   def dtype(self):
     return self.scale.dtype
-
-  @property
-  def scale_axes(self) -> tuple[str | None, ...]:
-    """As `axes`, of the scale."""
-    rank = len(self.axes)
-    return tuple(None if self.scale.shape[n - rank] == 1 else a for n, a in enumerate(self.axes))
 
   def numbers(self, dtype):
     codes = self.codes
@@ -124,12 +123,6 @@ class Codes(Weight):
   def whole(self, dtype, product=True):
     return self.gathered(dtype).numbers(dtype)
 
-  def rows(self, ids, mode=None):
-    if self.blocks[0] > 1 or self.packs == -len(self.blocks):
-      return super().rows(ids, mode)
-    # The scale of a row beside it: what is looked up is a table of fewer rows.
-    return self._map(lambda x, _: x.at[ids].get(mode=mode)).numbers(self.dtype)
-
 
 def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, jax.Array | None]:
   """Of each block the scale, and the zero point where sides may differ."""
@@ -153,23 +146,24 @@ def reduced(x, blocks, how):
 
 
 def blocks_of(
-  shape: tuple[int, ...], summed: tuple[int, ...], group: int, name: str = ''
+  shape: tuple[int, ...], dimensions: tuple[int, ...], size: int, name: str = ''
 ) -> tuple[int, ...]:
-  """Blocks of groups along what is summed over, 0: all of it is one; one output in each.
+  """Blocks of so many numbers along dimensions that a product takes as one, such as heads and their
+  widths; 0: all of them are one. 1 along the others.
 
-  Where several dimensions are (heads and their widths), a group is a part of the last one, or some
-  whole ones. Raises ValueError where groups do not fill them.
+  A block is a part of the last of the dimensions, or some whole ones. dimensions: counted from the
+  last. Raises ValueError where blocks do not fill them.
   """
-  size = math.prod(shape[n] for n in summed)
-  blocks, left = [1] * len(shape), group or size
-  for n in sorted(summed, reverse=True):
+  every = math.prod(shape[n] for n in dimensions)
+  blocks, left = [1] * len(shape), size or every
+  for n in sorted(dimensions, reverse=True):
     blocks[n] = min(left, shape[n])
     left = -1 if shape[n] % blocks[n] or left % blocks[n] else left // blocks[n]
   if left != 1:
-    last = shape[max(summed)]
+    last = shape[max(dimensions)]
+    parts = f', in parts of {last},' if last < every else ''
     raise ValueError(
-      f'groups of {group} do not divide the {size} numbers that {name or "a matrix"} sums over'
-      f'{f", {last} together" if last < size else ""}; use group={math.gcd(group, last)}, or leave '
-      'it out by a pattern'
+      f'blocks of {size} do not divide the {every} numbers{parts} of {name or "a matrix"}; use '
+      f'{math.gcd(size, last)}, or leave it out by a pattern'
     )
   return tuple(blocks)

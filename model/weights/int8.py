@@ -46,11 +46,20 @@ class Int8(Weight):
   coded = True
 
   @classmethod
-  def of(cls, x: jax.Array, summed: tuple[int, ...], axes: tuple[str | None, ...]) -> 'Int8':
-    """The nearest numbers of a byte."""
+  def of(
+    cls,
+    x: jax.Array,
+    summed: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    shrink: jax.Array | float = 1.0,
+  ) -> 'Int8':
+    """The nearest numbers of a byte. shrink: of the largest of each output, so much is one; what is
+    beyond is clipped.
+    """
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(summed, keepdims=True) / cached.BYTE
-    values = jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    scale = jnp.abs(x).max(summed, keepdims=True) * shrink / cached.BYTE
+    values = jnp.round(x / jnp.where(scale > 0, scale, 1))
+    values = jnp.clip(values, -cached.BYTE, cached.BYTE).astype(jnp.int8)
     return cls(values, scale, summed, axes)
 
   @property

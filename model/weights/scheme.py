@@ -85,17 +85,23 @@ class Scheme:
         raise ValueError(f'the scheme {text!r}: {option!r} is none of {known}')
     return cls(grid, **values)
 
-  def blocks(self, shape, summed: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """Sizes of blocks of a matrix; shape: without stacked layers, and of an expert."""
-    if self.tensor or self.block:
-      # Of a matrix as it multiplies: what is summed over, and what is not.
-      if self.block and any(size % self.block for size in shape if size > self.block):
-        raise ValueError(
-          f'{name} of {shape}: squares of {self.block} do not divide it; use a block that does, or '
-          'leave it out by a pattern'
-        )
-      return tuple(min(self.block or size, size) for size in shape)
-    return blocks_of(shape, summed, self.group, name)
+  def blocks(self, shape: tuple[int, ...], summed: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Sizes of blocks of a matrix; shape: without stacked layers, and of an expert.
+
+    Raises ValueError where they do not fill it.
+    """
+    if self.tensor:
+      return shape
+    if not self.block:
+      return blocks_of(shape, summed, self.group, name)
+    # A square of the matrix as it multiplies: [all that is summed over, all that is not].
+    others = tuple(n for n in range(-len(shape), 0) if n not in summed)
+    blocks = [1] * len(shape)
+    for dimensions in (summed, others):
+      size = min(self.block, math.prod(shape[n] for n in dimensions))
+      for n, block in zip(range(-len(shape), 0), blocks_of(shape, dimensions, size, name)):
+        blocks[n] *= block
+    return tuple(blocks)
 
   def of(
     self,
@@ -108,11 +114,10 @@ class Scheme:
     """The nearest numbers on the grid, of a matrix [.., outputs and inputs].
 
     summed: which dimensions a product sums over, counted from the last. shrink: see Codes.of.
-    Raises ValueError where
-    blocks do not fill it, or a device's part of it.
+    Raises ValueError where blocks do not fill it, or a device's part of it.
     """
     if self == Scheme('int8'):
-      return int8.Int8.of(x, summed, axes)
+      return int8.Int8.of(x, summed, axes, shrink)
     rank = len(axes) - ('experts' in axes)
     blocks = self.blocks(x.shape[-rank:], summed, name)
     blocks = (1,) * (len(axes) - rank) + blocks
@@ -131,47 +136,52 @@ def parsed(entries: Sequence[str]) -> list[tuple[str, Scheme]]:
   return found
 
 
-def scheme_of(name: str, p: nnx.Param, entries: Sequence[tuple[str, Scheme]]) -> Scheme | None:
-  """How a parameter is to be stored; None: as it is."""
+def rule_of(
+  name: str, p: nnx.Param, rules: Sequence[tuple[str, Scheme]]
+) -> tuple[str, Scheme] | None:
+  """Which (pattern, scheme) holds of a parameter: the first that matches; None for none."""
   of_table = name.startswith(('head.', 'embedding.'))
   if p.kind == 'vector' or p.wide or (of_table and name != 'head.tokens'):
     return None
-  for pattern, scheme in entries:
+  for pattern, scheme in rules:
     if fnmatch.fnmatchcase(name, pattern) and (pattern.startswith('head') or not of_table):
-      return None if scheme.grid == 'keep' else scheme
+      return pattern, scheme
   return None
 
 
 def stored(model, entries: Sequence[str], make: Callable[..., Weight] = Scheme.of):
-  """The model with its matrices as entries say. A head that is tied to the table becomes a copy
-  where a pattern names it. Traced.
+  """The model with its matrices as entries say; those in codes already stay. A head that is tied to
+  the table becomes a copy where a pattern names it. Traced.
 
   make: (scheme, numbers, what is summed over, axes, name) -> the weight.
 
-  Raises ValueError for a pattern that matches no matrix, and for blocks that do not fill one.
+  Raises ValueError for a pattern that holds of no matrix, and for blocks that do not fill one.
   """
-  rules, met = parsed(entries), set()
+  rules, held = parsed(entries), set()
+
+  def coded(name, p):
+    pattern, scheme = rule_of(name, p, rules) or ('', Scheme('keep'))
+    held.add(pattern)
+    if scheme.grid == 'keep' or read(p).coded:
+      return None
+    return p.replace(make(scheme, read(p).numbers('float32'), summed_of(p), p.axes, name))
 
   def matrix(path, p):
-    name = jax.tree_util.keystr(path, simple=True, separator='.')
-    met.update(pattern for pattern, _ in rules if fnmatch.fnmatchcase(name, pattern))
-    scheme = scheme_of(name, p, rules)
-    if scheme is None or read(p).coded:
-      return p
-    return p.replace(make(scheme, p.get_value(), summed_of(p), p.axes, name))
+    made = coded(jax.tree_util.keystr(path, simple=True, separator='.'), p)
+    return p if made is None else made
 
-  tied = model.head.tokens is None
   made = jax.tree_util.tree_map_with_path(matrix, model, is_leaf=_is_param)
-  met |= {pattern for pattern, _ in rules if fnmatch.fnmatchcase('head.tokens', pattern)}
-  scheme = scheme_of('head.tokens', model.embedding.tokens, rules)
-  if tied and scheme is not None:
-    table = model.embedding.tokens
-    numbers = read(table).numbers('float32')
-    value = make(scheme, numbers, (-1,), table.axes, 'head.tokens')
-    made.head.tokens = nnx.data(table.replace(value))
+  if model.head.tokens is None:
+    head = coded('head.tokens', model.embedding.tokens)
+    if head is not None:
+      made.head.tokens = nnx.data(head)
   for pattern, _ in rules:
-    if pattern not in met:
-      raise ValueError(f'model.execution.stored: {pattern!r} matches no parameter of this model')
+    if pattern not in held:
+      raise ValueError(
+        f'{pattern!r} of model.execution.stored holds of no matrix: none has such a name (routers, '
+        'norms, biases and tables are left out, and the head but by a pattern that begins with '
+        'head), or patterns before it match first'
+      )
   return made
 
 

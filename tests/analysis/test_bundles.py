@@ -105,9 +105,9 @@ def test_the_table_has_every_chip_that_is_known():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-  'name, forward, backward',
-  [('v5e:1x1', 4150, 9000), pytest.param('v6e:1x1', 2400, 4800, marks=pytest.mark.long)],
+  'name, forward, backward', [('v5e:1x1', 4150, 9000), ('v6e:1x1', 2400, 4800)]
 )
 def test_our_kernels_are_scheduled_no_worse_than_jaxs(topology, name, forward, backward):
   topology(name)

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.weights import Weight, read
 from model.weights.codes import Codes, blocks_of
 from model.weights.grids import GRIDS, NF4, packed, unpacked
-from model.weights.scheme import Scheme, parsed, scheme_of, stored
+from model.weights.scheme import Scheme, parsed, rule_of, stored
 from parallel.mesh import MeshConfig, make_mesh
 from tests.model import laws
 from tests.model.test_weights import config_of, everything
@@ -92,19 +92,31 @@ def test_no_number_is_further_than_half_a_step(grid, group, symmetric, seed, siz
     assert (error <= scale * 0.5 * (1 + 1e-5)).all()
 
 
+def test_squares_are_of_the_matrix_as_it_multiplies():
+  """[D, N, H] and [N, H, D] with heads of 4: 8 outputs, or inputs, are two heads."""
+  assert Scheme.parse('fp8:block=8').blocks((16, 6, 4), (-3,), 'q') == (8, 2, 4)
+  assert Scheme.parse('fp8:block=8').blocks((6, 4, 16), (-3, -2), 'o') == (2, 4, 8)
+  assert Scheme.parse('fp8:block=64').blocks((16, 6, 4), (-3,), 'q') == (16, 6, 4)
+  assert Scheme.parse('int4:group=8').blocks((6, 4, 16), (-3, -2), 'o') == (2, 4, 1)
+
+
 def test_clipping_is_nearer_where_it_is_chosen():
   """By its own sum of squares, and never further; one number among many is clipped."""
   x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
   x[0] = 6
   model = {'w': nnx.Param(jnp.asarray(x), axes=(None, None), kind='matrix', inputs=1, wide=False)}
 
-  def error(method):
-    scheme = Scheme.parse('int4:group=32')
+  def error(method, scheme='int4:group=32'):
+    scheme = Scheme.parse(scheme)
     made = METHODS[method](scheme, model['w'].get_value(), (-2,), (None, None), 'w')
     return np.square(made.numbers('float32') - x).reshape(2, 32, 8).sum(1)
 
   rtn, mse = error('rtn'), error('mse')
   assert (mse <= rtn * (1 + 1e-6)).all() and mse[0].sum() < 0.9 * rtn[0].sum()
+  rtn, mse = (error(method, 'int8').sum(0) for method in ('rtn', 'mse'))
+  assert (mse <= rtn * (1 + 1e-6)).all()
+  clipped = Scheme.parse('int8').of(jnp.asarray(x), (-2,), (None, None), 'w', 0.5)
+  np.testing.assert_allclose(clipped.numbers('float32')[0], 3, rtol=1e-6)
 
 
 def plain(model):
@@ -121,14 +133,14 @@ def _is_param(x):
   return isinstance(x, nnx.Variable)
 
 
-def check(family, sizes, scheme):
+def check(family, sizes, *entries, least=5):
   """What a model in codes computes is what its numbers compute, on a mesh, too."""
-  config = config_of(family).with_execution(stored=(f'*={scheme}', f'head*={scheme}'))
+  config = config_of(family).with_execution(stored=entries)
   mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: 8 if sizes else 1])
   with jax.set_mesh(mesh):
     model = jax.jit(functools.partial(transformer.init, config, 0))()
     kinds = [read(p) for p in jax.tree.leaves(model, is_leaf=_is_param)]
-    assert sum(isinstance(kind, Codes) for kind in kinds) >= 5
+    assert sum(isinstance(kind, Codes) for kind in kinds) >= least
     made, wanted = everything()(model), everything()(jax.jit(plain)(model))
   for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
@@ -155,7 +167,13 @@ EXPERTS = {'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}
   ids=str,
 )
 def test_a_model_in_codes_is_that_of_their_numbers(family, sizes, scheme):
-  check(family, sizes, scheme)
+  check(family, sizes, f'*={scheme}', f'head*={scheme}')
+
+
+@pytest.mark.slow
+def test_a_device_with_one_block_of_several_gathers_all_scales():
+  """Of what an expert sums over two devices have a block each."""
+  check('mixtral', EXPERTS, '*.gate=int8:group=16', '*.up=int4:group=16', least=2)
 
 
 def test_patterns_place_schemes():
@@ -163,13 +181,13 @@ def test_patterns_place_schemes():
   matrix = nnx.Param(jnp.zeros((2, 2)), axes=(None, None), kind='matrix', inputs=1, wide=False)
   table = nnx.Param(jnp.zeros((2, 2)), axes=(None, None), kind='embedding', inputs=1, wide=False)
   router = nnx.Param(jnp.zeros((2, 2)), axes=(None, None), kind='matrix', inputs=1, wide=True)
-  assert scheme_of('stack.blocks.0.mlp.down', matrix, rules) is None
-  assert scheme_of('stack.blocks.0.attention.q', matrix, rules) == Scheme('int8')
-  assert scheme_of('stack.blocks.0.mlp.up', matrix, rules) == Scheme('int4', 64)
-  assert scheme_of('stack.blocks.0.moe.router', router, rules) is None
-  assert scheme_of('embedding.tokens', table, rules) is None
-  assert scheme_of('head.tokens', table, rules) == Scheme('fp8')
-  assert scheme_of('head.tokens', table, parsed(['*=int8'])) is None
+  assert rule_of('stack.blocks.0.mlp.down', matrix, rules) == ('*.down', Scheme('keep'))
+  assert rule_of('stack.blocks.0.attention.q', matrix, rules)[1] == Scheme('int8')
+  assert rule_of('stack.blocks.0.mlp.up', matrix, rules)[1] == Scheme('int4', 64)
+  assert rule_of('stack.blocks.0.moe.router', router, rules) is None
+  assert rule_of('embedding.tokens', table, rules) is None
+  assert rule_of('head.tokens', table, rules)[1] == Scheme('fp8')
+  assert rule_of('head.tokens', table, parsed(['*=int8'])) is None
 
 
 def test_a_tied_head_gets_codes_of_its_own_and_the_table_stays(one_device):
@@ -201,9 +219,11 @@ def test_schemes_that_mean_nothing(text, words):
 
 def test_what_does_not_fit_is_said(one_device):
   model = jax.jit(functools.partial(transformer.init, ModelConfig(**laws.TINY), 0))()
-  with pytest.raises(ValueError, match='groups of 48 do not divide.*use group=16, or leave it out'):
+  with pytest.raises(ValueError, match='blocks of 48 do not divide.*use 16, or leave it out'):
     jax.eval_shape(functools.partial(stored, entries=('*=int8:group=48',)), model)
-  with pytest.raises(ValueError, match="'\\*.nowhere' matches no parameter"):
+  with pytest.raises(ValueError, match="'\\*.nowhere' of .* holds of no matrix"):
     jax.eval_shape(functools.partial(stored, entries=('*.nowhere=int8',)), model)
+  with pytest.raises(ValueError, match="'\\*.down' of .* patterns before it match first"):
+    jax.eval_shape(functools.partial(stored, entries=('*=int8', '*.down=fp8')), model)
   with pytest.raises(ValueError, match="'int8' is no PATTERN=SCHEME"):
     parsed(['int8'])

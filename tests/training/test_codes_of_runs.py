@@ -88,7 +88,7 @@ def test_what_it_is_not_for_is_said(corpus, runs, tmp_path):
   command = ['quantise', '--to', f'{tmp_path}/x', '--workdir']
   with pytest.raises(SystemExit, match='is in codes already'):
     convert.main([*command, f'{runs}/codes', '--scheme=int8'])
-  with pytest.raises(SystemExit, match='groups of 48 do not divide the 32'):
+  with pytest.raises(SystemExit, match='blocks of 48 do not divide the 32'):
     convert.main([*command, f'{runs}/run', '--scheme=int8:group=48'])
   with pytest.raises(SystemExit, match="--method='gpqt' is unknown"):
     convert.main([*command, f'{runs}/run', '--scheme=int8', '--method=gpqt'])
