@@ -51,13 +51,18 @@ def letters(tmp_path):
   return str(path)
 
 
+def asked(config, best, evaluation):
+  train = dataclasses.replace(config.train, best=best)
+  return dataclasses.replace(config, train=train, evaluation=evaluation)
+
+
 def test_it_is_asked_and_judged(letters, corpus, tmp_path):
   """What metrics.jsonl says is what evaluate.py says of the same checkpoint, and the best one is
   the first of those that answer best.
   """
   evaluation = {'tasks': (letters,), 'every': 2, 'shots': 1, 'limit': 12}
-  train = {'steps': 5, 'best': BEST, 'save_every': 1, 'keep_last': 9}
-  config = dataclasses.replace(on(corpus, train=train), evaluation=EvaluationConfig(**evaluation))
+  config = on(corpus, train={'steps': 5, 'save_every': 1, 'keep_last': 9})
+  config = asked(config, BEST, EvaluationConfig(**evaluation))
   run_here(config, tmp_path / 'run')
 
   lines = {line['step']: line for line in read_metrics(tmp_path / 'run' / 'metrics.jsonl')}
@@ -131,7 +136,7 @@ def test_another_metric_begins_anew():
 def test_what_cannot_be_asked_is_refused_at_the_start(changes, words, letters, tmp_path):
   best = changes.pop('best', 'lowest validation_loss')
   evaluation = EvaluationConfig(**{'tasks': (letters,), 'every': 2} | changes)
-  config = dataclasses.replace(tiny(train={'best': best}), evaluation=evaluation)
+  config = asked(tiny(), best, evaluation)
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   with pytest.raises((ValueError, OSError), match=words):
     TaskAsker(config, ByteTokenizer(), mesh, tmp_path, 0)
@@ -142,4 +147,5 @@ def test_configs_that_say_half_of_it():
     EvaluationConfig(tasks=('arc_easy',))
   with pytest.raises(ValueError, match="train.best='validation_loss' must be lowest or highest"):
     TrainConfig(best='validation_loss')
-  assert Config().evaluation.tasks == ()
+  with pytest.raises(ValueError, match='is of a task, and evaluation.tasks names none'):
+    Config(train=TrainConfig(best=BEST))
