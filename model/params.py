@@ -122,5 +122,6 @@ def specs(model) -> Any:
 
 
 def count(model) -> int:
-  """Number of parameters of a model, abstract or not."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(model))
+  """Number of parameters of a model, abstract or not: of numbers, however they are stored."""
+  every = jax.tree.leaves(specs(model), is_leaf=lambda x: isinstance(x, ParamSpec))
+  return sum(math.prod(spec.shape) for spec in every)

@@ -147,7 +147,7 @@ def _model(workdir: pathlib.Path, config: Config) -> str:
     ('Heads (of keys and values)', f'{model.heads} ({model.kv_heads or model.heads})'),
     ('Vocabulary', f'{model.vocabulary:,}'),
     ('Context', f'{model.max_length:,} tokens' if model.max_length else 'no end of positions'),
-    ('Parameters in', model.execution.parameter_dtype),
+    ('Parameters in', ', '.join([model.execution.parameter_dtype, *model.execution.stored])),
   ]
   if config.adapter.kind:
     rows.append(('Adapter', f'{config.adapter.kind}, on {config.init}'))

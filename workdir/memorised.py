@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
   add('--workdir', required=True, help='directory of the run')
   add('--checkpoint', default='last', help="'last', 'best', or a step")
   add('--mesh', default='data=1', help='sizes of axes, as in data=2')
-  add('--weights', default='', choices=['', 'int8'], help='int8: matrices in bytes')
+  add('--weights', default='', help='holds matrices in codes, as generate.py: int8, nf4:group=64')
   kinds = ', '.join(contamination.KINDS)
   add('--training', action='append', default=[], help=f'text that was read ({kinds}); several')
   add('--control', action='append', default=[], help='text that was not; default: held-out rows')

@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import given, settings, strategies as st
 
 from compression.quantise import METHODS, quantised
-from model import transformer
+from model import params, transformer
 from model.config import ModelConfig
 from model.weights import Weight, read
 from model.weights.codes import Codes, blocks_of
@@ -196,6 +196,7 @@ def test_a_tied_head_gets_codes_of_its_own_and_the_table_stays(one_device):
   made = jax.jit(functools.partial(quantised, entries=('head*=int8:group=8',)))(model)
   table = np.asarray(made.embedding.tokens[...])
   np.testing.assert_array_equal(table, model.embedding.tokens[...])
+  assert params.count(made) == params.count(model) + table.size
   head = read(made.head.tokens)
   assert isinstance(head, Codes) and head.blocks == (1, 8)
   np.testing.assert_allclose(head.numbers('float32'), table, atol=np.abs(table).max() / 253)
