@@ -28,7 +28,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -51,6 +51,7 @@ from workdir.untrained import write_run
 # Of which an import's tables have a multiple of rows by default, so that as many devices can share
 # them: GPT-2's 50,257 ids have no divisor that a mesh has.
 VOCABULARY_MULTIPLE = 128
+PLANNED = 1024  # positions of a cache by which the time of a token is predicted
 
 
 def _import(options) -> None:
@@ -255,8 +256,33 @@ def _quantise(options) -> None:
 
 def _judge(options) -> None:
   names.imported('workdir.judged.judge')(
-    options.original, options.smaller, options.text, options.limit, _log
+    options.original,
+    options.smaller,
+    options.text,
+    options.limit,
+    options.by_layer,
+    _predicted((options.original, options.smaller), options.topology),
+    _log,
   )
+
+
+def _predicted(runs: Sequence[str], topologies: Sequence[str]) -> dict[str, list[float]]:
+  """Milliseconds a token of one row of each run, by topology, as plan.py --mode=decode has them."""
+  if not topologies:
+    return {}
+  make, topology = names.imported('plan.make_plan'), names.imported('analysis.aot.topology')
+  found = {}
+  for text in topologies:
+    devices = topology(text)
+    found[text] = []
+    for run in runs:
+      config = config_of(run)
+      context = min(config.model.max_length or PLANNED, PLANNED)
+      made = make(config, devices, 'decode', rows=1, context=context)
+      if made.problem:
+        raise ValueError(f'{run} on {text}: {made.problem}')
+      found[text].append(1e3 * made.seconds / made.tokens)
+  return found
 
 
 def _rebase(options) -> None:
@@ -384,6 +410,20 @@ def _take_smaller(command: Callable) -> None:
     help="what both read; again for more; default: held-out modules of Python's own library",
   )
   made.add_argument('--limit', type=int, default=64, help='texts (default: %(default)s); 0: all')
+  made.add_argument(
+    '--by_layer',
+    type=int,
+    default=0,
+    metavar='TOKENS',
+    help='read so many tokens once for each matrix of each layer, to see what it costs alone',
+  )
+  made.add_argument(
+    '--topology',
+    action='append',
+    default=[],
+    metavar='KIND:SHAPE',
+    help='predict the time of a token there, as plan.py does; again for more',
+  )
 
 
 def main(arguments: list[str] | None = None) -> None:

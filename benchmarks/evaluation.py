@@ -48,7 +48,7 @@ YAML = {
 def words() -> list[str]:
   from evaluation import library
 
-  return ' '.join(library.held_out()).split(' ')
+  return ' '.join(library.held_out()).split()
 
 
 def build(directory: pathlib.Path) -> None:
@@ -78,7 +78,7 @@ def build(directory: pathlib.Path) -> None:
   def some(tokens):
     """Words of about so many tokens."""
     first = draw.randrange(len(text) - 2 * tokens)
-    return ' '.join(text[first : first + max(1, tokens // 3)])
+    return ' '.join(text[first : first + max(1, tokens // 2)])
 
   for name, (kind, tokens, count) in TASKS.items():
     rows = [
@@ -236,6 +236,7 @@ def main():
       for side in SIDES:
         flags = ['--side', side, '--what', what, '--directory', directory]
         made = train_step.in_process('benchmarks.evaluation', *flags, environment=environment)
+        print(f'{what}, {side}: {made["first"]:.1f} s, again {made["again"]:.1f} s', flush=True)
         runs[f'{what}, {side}'] = made
 
   rows, ratios = [], {}

@@ -22,10 +22,11 @@ from decode.loop import last
 from model.cache import APPEND, init_cache, rows_of, taken
 from model.logprobs import logprobs, logprobs_and_greedy
 from model.vocabulary import TOKENS, Law
-from parallel import axes as ax
+from parallel import axes as ax, mesh
 
 ROWS = 64  # continuations that are read side by side, at most
 HELD = 2**15  # tokens that these hold at a time, at most, but for a row that is longer
+CACHED = 2**12  # the same on a CPU, in whose cache a layer's activations then stay
 LONG = 256  # tokens of a row from which on a batch is rather cut in two than filled up
 SHARED = 16  # tokens of a context from which on it pays to read it apart from what follows it
 
@@ -113,25 +114,34 @@ def _grouped(model: LoadedModel, contexts, continuations) -> list[_Group]:
         f'the context to {room(model, len(ids))}'
       )
     by_context.setdefault(context, []).append((i, ids))
-  order = sorted(by_context, key=lambda context: (len(context), context))
-  return [
-    _Group(context, by_context[context][first : first + ROWS])
-    for context in order
-    for first in range(0, len(by_context[context]), ROWS)
+  groups = [
+    _Group(context, behind[first : first + ROWS])
+    for context, behind in by_context.items()
+    for first in range(0, len(behind), ROWS)
   ]
+  # Beside which they are filled up least: contexts of a bucket, by the longest of what follows.
+  return sorted(groups, key=lambda g: (_length(len(g.context), 0), g.longest, g.context))
 
 
-def _rows(length: int, parts: int, most: int = ROWS) -> int:
+def _rows(length: int, parts: int) -> int:
   """How many rows of so many tokens are read side by side: a power of two for each part."""
-  fit = max(1, min(most, HELD // length) // parts)
+  held = CACHED * parts if mesh.platform() == 'cpu' else HELD
+  fit = max(1, min(ROWS, held // length) // parts)
   return (1 << fit.bit_length() - 1) * parts
 
 
 def _length(tokens: int, limit: int) -> int:
-  """A bucket for contexts: powers of two, and what is half way between them from 128 on."""
-  least = bucket(tokens)
-  half = least // 4 * 3
-  return min(half if tokens <= half and half > 128 else least, limit or sys.maxsize)
+  """A bucket for contexts: powers of two, and from 128 on three steps between them."""
+  whole = bucket(tokens)
+  step = whole // 8 if whole > 128 else whole
+  return min(-(-tokens // step) * step, limit or sys.maxsize)
+
+
+def _few(tokens: int) -> int:
+  """A bucket for continuations: 1, 4, 8, 12, 16, and then as contexts."""
+  if tokens == 1:
+    return 1
+  return -(-tokens // 4) * 4 if tokens <= 16 else bucket(tokens)
 
 
 # One continuation, or next to no context: a row of its own, by the pass that training makes.
@@ -199,8 +209,7 @@ def _shared(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tu
     queue = queue[len(here) :]
     by_part = [[g for g, part in here if part == p] for p in range(parts)]
     B = bucket(max(map(len, by_part)), 1)
-    M = max(len(ids) for g, _ in here for _, ids in g.behind)
-    M = 1 if M == 1 else bucket(M, 8)
+    M = _few(max(g.longest for g, _ in here))
     T = _length(max(len(front.whole(g.context)) for g, _ in here), front.positions)
     filled = _laid(model, by_part, (B, rows // parts), T, M)
     pairs, tokens, lengths, at, targets, counts = filled

@@ -21,7 +21,8 @@ from parallel import axes as ax
 
 ROWS = 16  # that are written side by side, at most
 HELD = 2**15  # tokens that these hold together, at most, but for a row that is longer
-READ = 256  # tokens of a prompt that are read at a time
+READ = 256  # tokens of a prompt that are read at a time, at most
+PART = 32  # of which they are a multiple: what is read beyond a prompt is thrown away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +43,20 @@ def answers(
   if model.model.config.encoder_layers or _stages(model):
     yield from _in_batches(model, prompts, kind, seed, first)
     return
-  longest = max(map(len, prompts)) + kind.max_new_tokens
-  yield from _continuous(model, prompts, kind, seed, first, longest)
+  yield from _continuous(model, prompts, kind, seed, first)
 
 
-def engine_of(model: Generator, longest: int) -> Engine:
-  """For rows of a decoder of at most so many tokens, prompts and new ones."""
+def engine_of(model: Generator, prompt: int, new: int) -> Engine:
+  """For rows of a decoder: prompts of at most so many tokens, and as many new ones."""
   front, parts = model.plain, model.parts
-  soft, ends = len(front.begins), generation.ends(model.tokenizer)
-  capacity = min(front.positions or longest + soft, bucket(longest + soft))
+  prompt, ends = prompt + len(front.begins), generation.ends(model.tokenizer)
+  capacity = min(front.positions or prompt + new, bucket(prompt + new))
   rows = max(1, min(ROWS, HELD // capacity) // parts) * parts
   sizes = Sizes(
     rows=rows,
     capacity=capacity,
     read_rows=max(1, rows // 4 // parts) * parts,
-    read_tokens=min(READ, capacity),
+    read_tokens=min(READ, -(-prompt // PART) * PART, capacity),
     bias=0,
     ends=max(1, len(ends)),
     adapters=adapters(model.model),
@@ -89,7 +89,7 @@ def continued(
       'texts are gone on with by a decoder whose layers are together; this model has an encoder, '
       'or the mesh has stages'
     )
-  engine = engine_of(model, max(map(len, prompts)) + new)
+  engine = engine_of(model, max(map(len, prompts)), new)
   ends = generation.ends(model.tokenizer)
 
   def requests() -> Iterator[Request]:
@@ -101,8 +101,9 @@ def continued(
   return [done[i] for i in range(len(prompts))]
 
 
-def _continuous(model, prompts, kind, seed, first, longest) -> Iterator[list[Reply]]:
-  engine, ends = engine_of(model, longest), generation.ends(model.tokenizer)
+def _continuous(model, prompts, kind, seed, first) -> Iterator[list[Reply]]:
+  engine = engine_of(model, max(map(len, prompts)), kind.max_new_tokens)
+  ends = generation.ends(model.tokenizer)
   front = model.plain
   texts: dict[int, _Text] = {}
 

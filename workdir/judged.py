@@ -1,5 +1,5 @@
-"""What did it cost to make this run smaller? Both read the same texts; a table and a file of
-figures, each with its n and a 95% interval over documents.
+"""What did it cost to make this run smaller? Both read the same texts; a table, a page with
+pictures and a file of figures, each with its n and a 95% interval over documents.
 """
 
 import json
@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,14 @@ import numpy as np
 
 import commands
 import files
+from compression import sensitivity
 from compression.judge import costs
 from decode.generator import Generator
 from decode.report import weight_bytes
 from evaluation import library
 from evaluation.intervals import Estimate, bootstrap
+from evaluation.running import ProgressLine
+from workdir import judged_page
 from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, step_of
 
@@ -33,12 +36,16 @@ def judge(
   smaller: str | os.PathLike,
   texts: Sequence[str],
   limit: int,
+  by_layer: int,
+  chips: Mapping[str, Sequence[float]],
   log: Callable[[str], Any],
 ) -> dict:
   """Figures of two runs, which it prints and writes into the smaller one's directory.
 
   texts: files of text; none: modules of the interpreter's library that training on it holds out.
-  limit: so many texts at most. Raises ValueError for runs that do not read alike.
+  limit: so many texts at most. by_layer: of so many tokens, what each matrix alone costs; 0: not
+  asked. chips: milliseconds a token that are predicted of both, by name.
+  Raises ValueError for runs that do not read alike.
   """
   documents = [pathlib.Path(path).read_text() for path in texts] or list(library.held_out())
   documents = documents[:limit] if limit else documents
@@ -77,10 +84,59 @@ def judge(
     'bytes on disk': [_on_disk(directory) for directory in directories],
     'bytes in memory': [weight_bytes(model.model) for model in models],
     'tokens a second here': [_speed(model, encoded[0][: length // 4], length) for model in models],
+    'predicted ms a token': {name: list(both) for name, both in chips.items()},
   }
-  files.replace(pathlib.Path(smaller) / FILE, json.dumps(values, indent=1) + '\n')
-  _print(values, figures, log)
+  grids, notes = _grids(models, encoded, by_layer, length, log)
+  values |= {'by layer': {name: _listed(grid) for name, grid in grids.items()}}
+  _write(pathlib.Path(smaller), values, figures, sums['each'], grids, notes, log)
   return values
+
+
+def _grids(
+  models: Sequence[Generator],
+  encoded: Sequence[Sequence[int]],
+  tokens: int,
+  length: int,
+  log: Callable[[str], Any],
+) -> tuple[dict[str, dict[sensitivity.Place, float]], list[str]]:
+  """How far each matrix is from what it was, and what it costs alone; and what is to be said."""
+  original, smaller = (model.model for model in models)
+  if [model.mesh.size for model in models] != [1, 1]:
+    return {}, ['by layer only models on one device are compared']
+  try:
+    errors = jax.device_get(jax.jit(sensitivity.distances)(original, smaller))
+    places = sensitivity.places(original, errors)
+  except ValueError as error:
+    return {}, [str(error)]
+  grids = {'|W - W\'| / |W|': {place: float(errors[place.name][place.index]) for place in places}}
+  if not tokens:
+    return grids, ['what each matrix costs alone was not asked (--by_layer=256)']
+
+  ids = [i for text in encoded for i in text][:tokens]
+  row = np.array([ids[: min(length, len(ids))]], np.int32)
+  lengths = np.array([row.shape[1]], np.int32)
+  vocabulary = min(model.vocabulary for model in models)
+
+  @jax.jit
+  def alone(original, smaller, chosen):
+    made = sensitivity.exchanged(original, smaller, chosen)
+    return costs(original, made, row, lengths, vocabulary).kl.sum() / (row.shape[1] - 1)
+
+  progress, costs_of = ProgressLine('matrices, one by one', len(places), 0, log), {}
+  with jax.set_mesh(models[0].mesh):
+    for done, place in enumerate(places, 1):
+      chosen = {name: np.zeros(len(each), bool) for name, each in errors.items()}
+      chosen[place.name][place.index] = True
+      costs_of[place] = float(alone(original, smaller, chosen))
+      progress.at(done)
+  progress.end()
+  return grids | {f'KL of it alone, {row.shape[1]} tokens': costs_of}, []
+
+
+def _listed(grid: Mapping[sensitivity.Place, float]) -> list[dict]:
+  return [
+    {'layer': place.layer, 'kind': place.kind, 'value': value} for place, value in grid.items()
+  ]
 
 
 def _sums(
@@ -133,13 +189,28 @@ def _speed(model: Generator, prompt: Sequence[int], length: int) -> float:
   return len(made.ids) / seconds
 
 
-def _print(values: dict, figures: dict[str, Estimate], log) -> None:
+def _write(directory, values, figures: Mapping[str, Estimate], each, grids, notes, log) -> None:
   rows = [[name, str(estimate)] for name, estimate in figures.items()]
   rows.append(['KL, 99% of tokens below', f'{values["KL, 99% of tokens below"]:.3f}'])
-  for name in ('bytes on disk', 'bytes in memory', 'tokens a second here'):
-    before, after = values[name]
+  sides = {
+    name: values[name] for name in ('bytes on disk', 'bytes in memory', 'tokens a second here')
+  }
+  for name, (before, after) in sides.items():
     rows.append([name, f'{before:,.0f} -> {after:,.0f} ({after / before:.0%})'])
+  for name, (before, after) in values['predicted ms a token'].items():
+    rows.append([f'predicted ms a token, {name}', f'{before:.3f} -> {after:.3f}'])
   n = values['n']
   title = f'{n["tokens"]:,} tokens of {n["documents"]} documents, with 95% intervals over documents'
   commands.table(title, ['', ''], rows)
-  log(f'\nwrote {values["smaller"]}/{FILE}')
+
+  kl = figures['KL, nats a token']
+  notes = [*judged_page.notes(values, (kl.high - kl.low) / kl.value if kl.value else 0.0), *notes]
+  for note in notes:
+    log(note)
+  image = judged_page.picture(
+    each, list(grids.items()), f'{values["original"]} -> {values["smaller"]}'
+  )
+  files.replace(directory / judged_page.PICTURE, image)
+  files.replace(directory / judged_page.PAGE, judged_page.page(values, rows, notes))
+  files.replace(directory / FILE, json.dumps(values, indent=1) + '\n')
+  log(f'\nwrote {FILE}, {judged_page.PAGE} and {judged_page.PICTURE} in {directory}')

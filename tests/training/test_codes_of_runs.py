@@ -1,8 +1,9 @@
 """Is a run in codes a run like others: opened, asked, adapted, merged and exported as the numbers
-that its codes stand for?
+that its codes stand for? And is what is said of its cost true?
 """
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 from conftest import on, run_here
 
 import convert
+from compression import sensitivity
 from decode.generator import Generator
 from model.adaptation import AdapterConfig
 from model.params import named_leaves
+from model.weights import read
 from model.weights.scheme import dequantised
 from parallel.mesh import MeshConfig
+from workdir.judged import judge
 from workdir.open import open_run
 
 LORA = AdapterConfig(kind='lora', rank=2, alpha=64.0)
@@ -97,3 +101,66 @@ def test_what_it_is_not_for_is_said(corpus, runs, tmp_path):
   config = dataclasses.replace(on(corpus), model=coded, init=str(runs / 'codes'))
   with pytest.raises((ValueError, SystemExit), match='train an adapter on it'):
     run_here(config, tmp_path / 'trained')
+
+
+@pytest.fixture(scope='module')
+def models(runs):
+  return [open_run(runs / name).model for name in ('run', 'codes')]
+
+
+def test_distances_are_those_of_the_matrices(models):
+  original, smaller = models
+  errors = jax.device_get(jax.jit(sensitivity.distances)(original, smaller))
+  before = named_leaves(original)
+  q = np.asarray(before['stack.blocks.0.attention.q'], np.float64)
+  made = np.asarray(read(smaller.stack.blocks[0].attention.q).numbers('float32'), np.float64)
+  expected = [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in zip(q, made, strict=True)]
+  np.testing.assert_allclose(errors['stack.blocks.0.attention.q'], expected, rtol=1e-5)
+
+  places = sensitivity.places(original, errors)
+  kinds = {place.kind for place in places}
+  assert {'attention.q', 'head.tokens'} <= kinds and not any('norm' in kind for kind in kinds)
+  assert {place.layer for place in places} == {-1, *range(original.config.L)}
+
+
+def test_exchanged_is_one_or_the_other(models):
+  """All of them, none of them, and one layer of one matrix."""
+  original, smaller = models
+  errors = jax.device_get(jax.jit(sensitivity.distances)(original, smaller))
+
+  def made(fill, place=None):
+    chosen = {name: np.full(len(each), fill) for name, each in errors.items()}
+    if place:
+      chosen[place.name][place.index] = True
+    return jax.jit(sensitivity.distances)(
+      original, jax.jit(sensitivity.exchanged)(original, smaller, chosen)
+    )
+
+  for name, each in made(False).items():
+    assert not np.any(each), name
+  for name, each in made(True).items():
+    np.testing.assert_allclose(each, errors[name], rtol=1e-5, err_msg=name)
+  place = sensitivity.places(original, errors)[-1]
+  for name, each in made(False, place).items():
+    assert np.flatnonzero(each).tolist() == ([place.index] if name == place.name else []), name
+
+
+@pytest.mark.slow
+def test_the_page(runs, tmp_path, capsys):
+  text = tmp_path / 'text'
+  text.write_text('A few words, to be read by both. ' * 8)
+  command = ['judge', f'{runs}/run', f'{runs}/codes', f'--text={text}']
+  convert.main([*command, '--by_layer=24'])
+  values = json.loads((runs / 'codes' / 'judged.json').read_text())
+  weights, alone = values['by layer'].values()
+  assert len(weights) == len(alone) and all(each['value'] >= 0 for each in alone)
+  page = (runs / 'codes' / 'judged.md').read_text()
+  assert 'does not say whether the smaller model will do' in page and 'judged.png' in page
+  assert (runs / 'codes' / 'judged.png').read_bytes().startswith(b'\x89PNG')
+  assert page.count('KL, nats a token') == 1
+
+  # A run beside itself has lost nothing, exactly.
+  same = judge(runs / 'run', runs / 'run', [str(text)], 0, 0, {'nowhere': (2.0, 1.0)}, print)
+  assert same['figures']['KL, nats a token']['value'] == 0
+  assert same['by layer'] == {"|W - W'| / |W|": []}
+  assert '2.000 -> 1.000' in (runs / 'run' / 'judged.md').read_text()
