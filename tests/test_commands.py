@@ -426,6 +426,7 @@ def test_twelve_kills_change_nothing(runs, tmp_path, flags):
   assert_same_end(tmp_path / 'killed', whole, steps)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, whole, tmp_path):
   workdir = tmp_path / 'run'
   subprocess.run(['cp', '-r', str(whole), str(workdir)], check=True)
@@ -495,6 +496,7 @@ def test_generate_says_what_is_wrong(runs, whole, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_generate_in_one_line(runs, whole, tmp_path):
   def ended(process, then):
     process.process.send_signal(signal.SIGINT)

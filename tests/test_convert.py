@@ -55,6 +55,7 @@ def imported(tmp_path_factory):
   return directory
 
 
+@pytest.mark.slow
 def test_all_end_ids_of_a_checkpoint_end_a_text(imported):
   generator = Generator.load(imported / 'run')
   assert ends_of(generator.tokenizer) == (256, 7, 9)

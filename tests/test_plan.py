@@ -180,6 +180,7 @@ def test_parameters_adams_two_and_gradients_must_fit_at_least(copies, compiled, 
     assert 'parameters, optimizer state and gradients alone take' in found.problem
 
 
+@pytest.mark.slow
 def test_a_plan_of_an_adapter_has_gradients_of_that_alone():
   """Memory by part: what is frozen is named, and has neither optimizer state nor gradients."""
   base = dataclasses.replace(tiny(), mesh=MeshConfig())

@@ -34,6 +34,7 @@ def test_parts_add_up_to_the_compilers_peak(tpu_step):
   assert sum(got.parts.values()) == got.peak == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_arguments_are_what_their_shardings_say(tpu_step):
   got = found(tpu_step).parts
   model = tpu_step.state.models['policy']

@@ -39,6 +39,7 @@ def points():
   return {way.name: complexity.measure(way, SMALL, timed=False) for way in WAYS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', WAYS, ids=lambda way: way.name)
 def test_what_is_compiled_is_what_is_traced(way, points):
   """But for recomputation: attention's own, inside that of a block,

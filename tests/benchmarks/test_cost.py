@@ -36,6 +36,7 @@ def test_more_chips_where_one_is_too_small():
     cost.least_chips(TOY, count, 1e3)
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_toy(monkeypatch, capsys):
   monkeypatch.setattr(cost, 'MODELS', {'toy': TOY})
   results = cost.main(['--rate', '3'])

@@ -49,6 +49,7 @@ def test_a_model_that_does_not_split_is_refused():
     zero.measure(zero.setting(MODEL, 3), 3)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(zero, 'MODELS', {'small': MODEL})
   found = zero.main(['--chips', '4', '--json', str(tmp_path / 'z.json')])

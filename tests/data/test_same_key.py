@@ -6,6 +6,8 @@ import random
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import hashlib, json, os, pathlib, sys
 cores, directory, cache = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -49,6 +51,7 @@ def documents(count):
     yield ' '.join(f'{pair} {word()} {word()} and {word()}.' for pair in pairs)
 
 
+@pytest.mark.slow
 def test_other_hash_seeds_core_counts_and_locales_prepare_the_same_bytes(tmp_path):
   lines = [json.dumps({'text': text}) for text in documents(120)]
   # Names whose order and characters depend on the locale, and one that is no UTF-8.

@@ -181,6 +181,7 @@ def check_scores(
   return found
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_training_forward_pass(model):
   found = check_scores(model)
   greedy, _ = run(model, PROMPTS, 1)

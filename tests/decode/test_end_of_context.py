@@ -52,6 +52,7 @@ def test_by_default_and_asked_for_more_each_row_ends_at_the_context(generator, o
   assert generator.report.notes == ()
 
 
+@pytest.mark.slow
 def test_rows_that_end_themselves_say_nothing(generator):
   stopped, cut = generator([SHORT, LONG], seed=3, logit_bias=[{2: 1e9}, GOES_ON['logit_bias']])
   assert stopped.finish == 'stop' and stopped.note == ''
@@ -66,6 +67,7 @@ def test_a_stop_as_the_very_last_token_is_a_stop(generator):
     assert (stopped.finish, stopped.note) == ('stop', '') and stopped.ids == free.ids
 
 
+@pytest.mark.slow
 def test_a_search_ends_at_the_context(generator):
   found = generator([SHORT, LONG], beams=3, num_samples=2, **GOES_ON)
   assert len(found) == 4
@@ -123,6 +125,7 @@ def test_rows_of_an_engine_end_where_they_are_full(generator):
   assert written[0].ids == written[1].ids == written[2].ids
 
 
+@pytest.mark.slow
 def test_a_model_without_an_end_has_none():
   endless = generator_of(dataclasses.replace(MODEL, max_length=0))
   assert endless.context == sys.maxsize

@@ -176,6 +176,7 @@ def merged_generator(name):
   return models_of().alone(name)
 
 
+@pytest.mark.slow
 def test_rows_of_several_adapters_are_each_alone_and_the_merged_model():
   check_company(engine_of(), banked())
   texts = [written.ids for _, written in sorted(complete(engine_of(), banked(), REQUESTS[:4]))]

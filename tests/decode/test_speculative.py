@@ -555,6 +555,7 @@ def test_a_seed_draws_the_same_in_other_company(model, drafts):
   assert [row[0] for row in shorter] == [row[0][:9] for row in rows]
 
 
+@pytest.mark.slow
 def test_other_options_compile_nothing(model, drafts):
   def run(sampling, eos=NEVER, least=0.0):
     return speculated(model, DraftModel(drafts['same']), sampling, 4, eos, least)
@@ -576,7 +577,8 @@ def test_other_options_compile_nothing(model, drafts):
   assert speculate_chunk._cache_size() == before
 
 
-@pytest.mark.parametrize('drafter', [EarlyExit(1), pytest.param(Lookup(2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('drafter', [EarlyExit(1), Lookup(2)])
 def test_buffers_are_rewritten_in_place(model, drafter):
   state = start(model)
   carried = Speculation.of(

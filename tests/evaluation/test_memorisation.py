@@ -79,6 +79,7 @@ def asked(**changes) -> MemoryQuestions:
   return MemoryQuestions(CUT, *sides, **{'by_chance': True} | changes)
 
 
+@pytest.mark.slow
 def test_who_learned_by_heart_is_caught_and_who_did_not_is_not():
   knows, knows_not = models()
   made = memorisation.measured(knows, asked(), (EXTRACTION, MEMBERSHIP), lambda line: None)

@@ -203,6 +203,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(
     np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_pallas_tpu_attends_to_another_sequence():
   """Queries and keys of different lengths, with padding and without; few queries, which fill no
   block.
@@ -302,6 +303,7 @@ def test_low_precision_inputs_keep_a_precise_log_sum_exp(backend):
   np.testing.assert_allclose(out.astype(np.float32), expected_out, atol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', EXACT)
 def test_the_log_sum_exp_has_the_same_gradient_everywhere(backend):
   q, k, v, _ = inputs(6, 6, 4, 2, 4, 4)

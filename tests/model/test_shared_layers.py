@@ -145,6 +145,7 @@ def test_on_meshes(sizes):
     check_copies(laws.make_model(CONFIGS['two sets']), placed)
 
 
+@pytest.mark.slow
 def test_in_bytes_and_with_an_adapter(one_device):
   """Of int8, and of matrices that share an update as they share their numbers."""
   config = CONFIGS['two sets']

@@ -242,6 +242,7 @@ def test_meshes_are_one_device(name, sizes, monkeypatch):
   assert distance(outputs[1], outputs[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_stages_gather_bytes_ahead(monkeypatch):
   """Over stages layers stay stacked, and what one keeps whole for its microbatches is bytes."""
   monkeypatch.setattr(int8, 'FEW', 0)

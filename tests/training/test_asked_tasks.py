@@ -56,6 +56,7 @@ def asked(config, best, evaluation):
   return dataclasses.replace(config, train=train, evaluation=evaluation)
 
 
+@pytest.mark.slow
 def test_it_is_asked_and_judged(letters, corpus, tmp_path):
   """What metrics.jsonl says is what evaluate.py says of the same checkpoint, and the best one is
   the first of those that answer best.

@@ -163,6 +163,7 @@ def test_the_loss_is_the_formula_of_what_counts(name, one_device):
   np.testing.assert_allclose(said[name], expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_teaches_nothing(one_device):
   """Exactly 0, its gradient too."""
   student = models()['policy']

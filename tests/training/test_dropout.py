@@ -177,6 +177,7 @@ def check_known_masks(models, metrics):
     np.testing.assert_allclose(metrics[step]['loss'], by_hand, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_leaves_out_what_is_known_by_hand():
   check_known_masks(*alone(KNOWN))
   # Which is not what all of it would give, nor what another step draws.
@@ -198,6 +199,7 @@ def parts_of(accumulation=1, model=(), **mesh):
   return {'train': {'accumulation': accumulation}, 'mesh': mesh, 'model': dict(model)}
 
 
+@pytest.mark.slow
 def test_microbatches_draw_what_the_batch_does():
   check_like_alone(config_of(**parts_of(4)))
 

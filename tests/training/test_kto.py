@@ -66,6 +66,7 @@ def whole(source):
   return before, run, run.go(batches(made))
 
 
+@pytest.mark.slow
 def test_a_step_is_the_absolute_step(source, whole):
   before, run, (metrics, _) = whole
   with open(source.path) as lines:

@@ -170,6 +170,7 @@ def test_the_batches_can_tell_the_denominators_apart():
     assert tokens[0] != tokens[1] and real[0] != real[1]
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_and_has_no_optimizer_state(whole):
   begun, run, _ = whole
   after = host(run.state.models)
@@ -354,6 +355,7 @@ def test_a_reference_is_the_policy_as_it_began(adapter, one_device):
 # A run with a reference, from its beginning to its end.
 
 
+@pytest.mark.slow
 def test_a_record_that_devices_would_cut_apart_is_refused():
   with pytest.raises(ValueError, match='8 rows over 8 devices.*records of 2 rows apart.*of 16, or'):
     Run(toy(), 8).go(pairs()[:1])

@@ -143,6 +143,7 @@ TALL_SPECS = {
 }
 
 
+@pytest.mark.slow
 def test_adafactor_is_optax_on_each_matrix_of_each_layer():
   config = OptimizerConfig(
     name='adafactor', learning_rate=0.05, schedule='linear', warmup_steps=2, weight_decay=0.0

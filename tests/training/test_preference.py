@@ -165,6 +165,7 @@ def test_packed_is_alone(source, whole):
   np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('adapter', [{}, {'kind': 'lora', 'rank': 2}], ids=['whole', 'lora'])
 def test_it_begins_at_ln_2_and_the_reference_stays(source, adapter):
   made = config(source, adapter=adapter, optimizer=SGD | {'learning_rate': 0.05})
@@ -182,6 +183,7 @@ def test_it_begins_at_ln_2_and_the_reference_stays(source, adapter):
   assert set(metrics) >= {'logprob_chosen', 'logprob_rejected', 'rewards_chosen'}
 
 
+@pytest.mark.slow
 def test_validation_is_of_held_out_pairs(source, whole):
   run, _ = whole
   made = run.config

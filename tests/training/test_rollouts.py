@@ -158,6 +158,7 @@ def test_a_batch_is_kept_as_it_is():
   assert_same(vars(again), vars(batch))
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_rollout_is_of_its_config(place, tmp_path):
   with Started(config(place, FAMILY), tmp_path) as run:
     run.rollouts.take(run.state)
@@ -230,6 +231,7 @@ def test_what_did_not_end_may_count_nowhere(place, tmp_path):
   assert ended == unended.tolist()
 
 
+@pytest.mark.slow
 def test_sampler_and_trainer_that_differ_are_told(place, tmp_path, monkeypatch):
   """A forgotten temperature, or weights that are not the step's, end the run before it begins."""
   with Started(config(place, FAMILY), tmp_path) as run:

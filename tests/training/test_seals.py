@@ -88,6 +88,7 @@ def test_without_config_json_the_checkpoint_says_what_the_model_was(run, corpus)
   assert open_run(run).config.model == configs.of(Checkpoints(run).record(4)['config'], '').model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', ['cut', 'deleted', 'one bit'])
 def test_metrics_that_are_not_what_was_written_are_put_aside(run, corpus, longer, capsys, damage):
   path = run / metrics.FILE
@@ -136,6 +137,7 @@ def test_a_checkpoint_under_another_step_is_damaged(run):
   assert 'it is of step 4, under another name' in said[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_named(run, corpus, tmp_path):
   run_here(four(corpus, 6), tmp_path / 'other')
   for name in ('00000006', '00000006.json'):

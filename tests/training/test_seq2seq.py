@@ -200,6 +200,7 @@ def crossed(batch):
   return dataclasses.replace(batch, source_segments=others.astype(np.int32))
 
 
+@pytest.mark.slow
 def test_faults_that_are_planted_change_the_loss(source, one_device):
   """Else the law above would not see them."""
   before, ((loss, _), _), _, batch = both(source)

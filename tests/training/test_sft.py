@@ -91,7 +91,8 @@ def test_a_step_is_the_absolute_step(source, one_device, packing, weighting):
   np.testing.assert_allclose(metrics[count], learned, rtol=1e-6)
 
 
-@pytest.mark.parametrize('weighting', ['token', pytest.param('example', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('weighting', ['token', 'example'])
 def test_microbatches_and_devices_of_unequal_counts_are_one_batch(source, weighting):
   objective = SFT(weighting=weighting)
   batch = jax.tree.map(lambda x: x[:B], rows_of(config(source, objective)))
@@ -131,6 +132,7 @@ def test_the_gradient_is_the_slope_in_a_direction(source, one_device):
   assert np.isfinite(value) and all(np.abs(g).max() > 0 for g in host(gradient).values())
 
 
+@pytest.mark.slow
 def test_epochs_say_how_many_steps_and_what_is_held_out_is_judged(source, tmp_path):
   made = config(
     source,

@@ -235,6 +235,7 @@ def whole(source):
   return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'adapter, family, devices, mesh, train',
   [

@@ -147,6 +147,7 @@ def held(sources, reference):
   return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [*KINDS][:1] + [pytest.param(k, marks=SLOW) for k in [*KINDS][1:]])
 def test_what_is_stored_is_what_it_says_of_every_row(held, kind, tmp_path, monkeypatch):
   """In training and in what is held out; another row's, or another model's, is not."""
@@ -284,6 +285,7 @@ def test_it_is_asked_once_and_known_by_rows_checkpoint_and_question(sources, tmp
   assert completed(run, workdir)[0].key not in (prepared.key, moved.key)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_stored_is_refused(sources, tmp_path):
   with pytest.raises(ValueError, match="reference='none': there is nothing to store; leave it out"):
     Preference(reference='none', stored_reference=True)

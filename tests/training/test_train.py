@@ -555,6 +555,7 @@ def test_a_run_goes_on_though_what_it_began_with_has_moved(corpus, tmp_path, mon
     resume(4)
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
   (straight / 'report.md').unlink()
   before = sorted(path.name for path in (straight / 'checkpoints').iterdir())
@@ -585,6 +586,7 @@ def test_another_model_or_data_order_is_refused_and_the_run_stays_as_it_is(strai
   assert {path: path.read_bytes() for path in straight.rglob('*') if path.is_file()} == kept
 
 
+@pytest.mark.slow
 def test_an_allowed_change_of_the_data_starts_the_new_order_loudly(corpus, tmp_path, capsys):
   run_here(on(corpus, train={'steps': 2}), tmp_path)
   other = on(corpus, data={'seed': 1}, train={'steps': 4})
@@ -604,6 +606,7 @@ def test_an_allowed_change_of_the_data_starts_the_new_order_loudly(corpus, tmp_p
 EXPLODING = {'optimizer': {'name': 'sgd', 'learning_rate': 1e37, 'clip_norm': 0.0}}
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(corpus, tmp_path):
   with pytest.raises(FloatingPointError) as error:
     run_here(on(corpus, **EXPLODING, train={'save_every': 1}), tmp_path / 'stop')
@@ -637,6 +640,7 @@ def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(corpus, tmp_path)
   }
 
 
+@pytest.mark.slow
 def test_training_stops_when_patience_ends_and_stays_stopped(corpus, tmp_path, capsys):
   stuck = {
     'optimizer': {'learning_rate': 1e-30},
