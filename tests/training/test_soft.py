@@ -239,19 +239,19 @@ def whole(source):
 @pytest.mark.parametrize(
   'adapter, family, devices, mesh, train',
   [
-    pytest.param(PROMPT, 'llama', 1, {}, {'accumulation': 4}, marks=pytest.mark.slow),
+    (PROMPT, 'llama', 1, {}, {'accumulation': 4}),
     (PROMPT, 'llama', 8, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'accumulation': 2}),
-    pytest.param(PREFIX, 'llama', 4, {'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
+    (PREFIX, 'llama', 4, {'fsdp': 2, 'tensor': 2}, {}),
     pytest.param(PREFIX, 'llama', 1, {}, {'accumulation': 4}, marks=SLOW[False]),
-    pytest.param(PREFIX, 'llama', 4, {'stage': 2, 'fsdp': 2}, {}, marks=pytest.mark.slow),
+    (PREFIX, 'llama', 4, {'stage': 2, 'fsdp': 2}, {}),
     pytest.param(PROMPT, 'llama', 4, {'stage': 2, 'fsdp': 2}, {}, marks=SLOW[False]),
     pytest.param(PREFIX, 'llama', 4, {'context': 2, 'data': 2}, {}, marks=SLOW[False]),
-    pytest.param(PROMPT, 'llama', 4, {'context': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
+    (PROMPT, 'llama', 4, {'context': 2, 'tensor': 2}, {}),
     pytest.param(PREFIX, 'llama', 8, {'tensor': 4, 'data': 2}, {}, marks=SLOW[False]),
-    pytest.param(PROMPT, 'gemma', 4, {'fsdp': 2, 'data': 2, 'zero': 1}, {}, marks=pytest.mark.slow),
-    pytest.param(PREFIX, 'llama', 4, {'fsdp': 2, 'data': 2, 'zero': 2}, {}, marks=pytest.mark.slow),
+    (PROMPT, 'gemma', 4, {'fsdp': 2, 'data': 2, 'zero': 1}, {}),
+    (PREFIX, 'llama', 4, {'fsdp': 2, 'data': 2, 'zero': 2}, {}),
     pytest.param(PROMPT, 'experts', 4, {'expert': 2, 'tensor': 2}, {}, marks=SLOW[False]),
-    pytest.param(PREFIX, 'experts', 4, {'expert': 2, 'fsdp': 2}, {}, marks=pytest.mark.slow),
+    (PREFIX, 'experts', 4, {'expert': 2, 'fsdp': 2}, {}),
   ],
 )
 def test_devices_and_microbatches_are_one(whole, source, adapter, family, devices, mesh, train):
