@@ -27,7 +27,7 @@ from evaluation import page, task as tasks
 from evaluation.examples import Item, Manner, examples
 from evaluation.intervals import Estimate, wilson
 from evaluation.measures import named
-from evaluation.running import read_lines
+from evaluation.running import check_own, read_lines
 
 WORDS = 13  # of a run that is no chance
 LEAST = 8  # a text of fewer words is found everywhere: nothing is said of it
@@ -197,6 +197,9 @@ def main(arguments: Sequence[str]) -> None:
       name, task = tasks.read(name)
       asked[name] = examples(task, 0, Manner(given.data, given.limit, given.seed, given.system))
     sources = [source_of(path, given.field) for path in given.training]
+    path = pathlib.Path(given.output or given.results or '.') / FILE
+    own = {'words': given.words, 'training': given.training, 'asked': _settings(given)}
+    check_own(path, own)
     done = contaminated(asked, texts(sources), given.words)
     if given.results:
       place = pathlib.Path(given.results)
@@ -210,11 +213,15 @@ def main(arguments: Sequence[str]) -> None:
     for each in done:
       for i, run in [*each.shown.items()][:2]:
         print(f'{each.task}: {asked[each.task][i].place}: "{run}"')
-    path = pathlib.Path(given.output or given.results or '.') / FILE
-    content = {'words': given.words, 'training': given.training}
-    content['tasks'] = [each.values() for each in done]
+    content = own | {'tasks': [each.values() for each in done]}
     files.replace(path, json.dumps(content, indent=1) + '\n')
     print(f'\nwrote {path}')
+
+
+def _settings(given) -> dict:
+  """What was looked for."""
+  fields = 'tasks', 'data', 'limit', 'seed', 'system', 'field'
+  return {name: getattr(given, name) for name in fields}
 
 
 def source_of(path: str, field: str) -> SourceConfig:

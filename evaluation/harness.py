@@ -27,9 +27,10 @@ from decode.choices import PairScore, room, score_pairs
 from decode.generator import Generator
 from evaluation import writing
 from evaluation.intervals import bootstrap, wilson
-from evaluation.running import ProgressLine, finite
+from evaluation.running import ProgressLine, check_own, finite
 from evaluation.task import Generate
 
+FILE = 'lm_eval.json'
 PAIRS = 1024  # that are scored between two lines of progress
 RESAMPLES = 200  # of documents, whose metric may take long
 NEW = 256  # tokens of an answer whose task names no other number, as there
@@ -98,8 +99,10 @@ def evaluate(
   """Runs it; rows of a table: task, metric, score with its interval, documents.
 
   of: what is said of the model in the results. Writes lm_eval.json, and of each task's documents
-  lm_eval-TASK.jsonl. Raises ValueError for tasks that it does not know, ImportError without it.
+  lm_eval-TASK.jsonl. Raises ValueError for tasks that it does not know, and where the directory has
+  another evaluation; ImportError without it.
   """
+  check_own(output / FILE, {**of, 'settings': dataclasses.asdict(settings)})
   if not model.model.config.causal:
     raise ValueError('an encoder writes nothing behind a text, which is all that --lm_eval asks')
   with importable() as lm_eval:
@@ -291,7 +294,7 @@ def _written(results, version, settings, of, output) -> list[list[str]]:
     lines = (json.dumps(finite(sample), default=str) + '\n' for sample in samples)
     files.replace(output / f'lm_eval-{name}.jsonl', ''.join(lines))
   said = {'lm_eval': version, **of, 'settings': dataclasses.asdict(settings), 'tasks': tasks}
-  files.replace(output / 'lm_eval.json', json.dumps(finite(said), indent=1) + '\n')
+  files.replace(output / FILE, json.dumps(finite(said), indent=1) + '\n')
   return rows
 
 

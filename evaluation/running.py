@@ -147,6 +147,17 @@ def _check_alone(output: pathlib.Path, common: Mapping[str, Any]) -> None:
       )
 
 
+def check_own(path: pathlib.Path, now: Mapping[str, Any]) -> None:
+  """Raises ValueError where a file has results of other settings than these."""
+  if not path.exists():
+    return
+  content, now = files.json_object(path.read_bytes(), path), json.loads(json.dumps(now))
+  if lines := differences({name: content.get(name) for name in now}, now):
+    raise ValueError(
+      f'{path} is of another evaluation ({"; ".join(lines)}); give another --output, or remove it'
+    )
+
+
 def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:
   """In which fields two settings differ, and how."""
   lines = []

@@ -102,6 +102,8 @@ def test_the_command_tells_scores_apart(tmp_path, capsys):
   assert made['scores']['others']['value'] == np.mean(right[5:])
   assert examples(task, 0, manner)[0].digest == lines[0]['digest']
 
+  with pytest.raises(SystemExit, match='another evaluation .words was 13 and is 12'):
+    contamination.main([*flags, '--words=12'])
   other = {'q': sentence(draw, 15), 'c': ['a', 'b'], 'a': 0}
   (tmp_path / 'rows.jsonl').write_text(json.dumps(other) + '\n')
   with pytest.raises(SystemExit, match='is of other questions; give its --data'):
