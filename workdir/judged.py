@@ -22,6 +22,7 @@ from decode.report import weight_bytes
 from evaluation import library
 from evaluation.intervals import Estimate, bootstrap
 from evaluation.running import ProgressLine
+from model.weights.scheme import dequantised
 from workdir import judged_page
 from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, step_of
@@ -124,6 +125,8 @@ def _grids(
 
   progress, costs_of = ProgressLine('matrices, one by one', len(places), 0, log), {}
   with jax.set_mesh(models[0].mesh):
+    # Codes become numbers once, and not for each of the matrices.
+    original, smaller = map(jax.jit(dequantised), (original, smaller))
     for done, place in enumerate(places, 1):
       chosen = {name: np.zeros(len(each), bool) for name, each in errors.items()}
       chosen[place.name][place.index] = True
