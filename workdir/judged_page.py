@@ -60,6 +60,7 @@ def picture(
   spread.semilogy(shares, np.maximum(np.quantile(each, shares), 1e-8))
   spread.axvline(0.99, color='grey', linewidth=0.8, linestyle=':')
   spread.set(xlabel='share of tokens with less', ylabel='KL, nats', title='KL by token')
+  spread.title.set_fontsize(9)
   spread.grid(alpha=0.3)
 
   for axes, (name, values) in zip(maps, grids):
