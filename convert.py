@@ -250,7 +250,17 @@ def _quantise(options) -> None:
   if not entries:
     raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME')
   run = names.imported('workdir.compressed.quantise')
-  run(options.workdir, options.to, entries, options.method, options.checkpoint, _log)
+  calibration = names.imported('workdir.calibrated.from_options')(options)
+  run(
+    options.workdir,
+    options.to,
+    entries,
+    options.method,
+    options.checkpoint,
+    _log,
+    calibration,
+    options.act_order,
+  )
 
 
 def _judge(options) -> None:
@@ -371,7 +381,15 @@ def _take_smaller(command: Callable) -> None:
     help='of parameters whose names match, before --scheme; again for more; head=int8, '
     "'*.down=keep'",
   )
-  made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
+  made.add_argument(
+    '--method',
+    default='rtn',
+    help='rtn rounds, mse clips where that is nearer; gptq looks at rows of calibration',
+  )
+  made.add_argument(
+    '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'
+  )
+  names.imported('workdir.calibrated.take_options')(made)
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   made = command('judge', _judge, 'what it cost to make a run smaller')
   made.add_argument('original', metavar='RUN')

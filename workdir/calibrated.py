@@ -2,6 +2,7 @@
 imported, modules of the interpreter's library that judging does not read.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import os
@@ -55,6 +56,34 @@ class Calibration:
     for name, least in (('samples', 1), ('length', 0), ('seed', 0)):
       if getattr(self, name) < least:
         raise ValueError(f'--{name}={getattr(self, name)} must be at least {least}')
+
+
+def take_options(made: argparse.ArgumentParser) -> None:
+  """What a command takes, all of it optional."""
+  add = made.add_argument
+  add(
+    '--calibrate',
+    metavar='FILE',
+    help='text, or JSONL of texts or records, that a method of calibration looks at; default: the '
+    "run's training rows, or Python's library where it has none",
+  )
+  add('--calibrate_format', help=f'of records: {", ".join(FORMATS)}; default: chat')
+  add('--samples', type=int, help='rows; default: 128')
+  add('--length', type=int, help=f'tokens of a row; default: {LENGTH}, or as the run was trained')
+  add('--seed', type=int, help='of which rows; default: 0')
+
+
+def from_options(options) -> Calibration | None:
+  """Of a command line's options; None where none is given."""
+  given = {
+    'file': options.calibrate,
+    'format': options.calibrate_format,
+    'samples': options.samples,
+    'length': options.length,
+    'seed': options.seed,
+  }
+  given = {name: value for name, value in given.items() if value is not None}
+  return Calibration(**given) if given else None
 
 
 class Rows(NamedTuple):
