@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 import names
+from compression.awq import Scaling, searched, smoothed
 from compression.gptq import Gptq
 from compression.kept import Kept
 from compression.quantise import METHODS, nearest
-from compression.walk import Change, by_matrix, estimate, walk
+from compression.walk import Change, by_matrix, estimate, layers_of, walk
 from data.batch import Batch
+from model.config import ModelConfig
 from model.transformer import Decoder
 from model.weights import read
 from model.weights.scheme import parsed, rule_of, stored, summed_of
@@ -43,24 +45,71 @@ class Method:
       raise ValueError(f'--act_order is of gptq, and --method is {self.name}; leave it out')
 
 
-def gptq(method: Method, rules) -> Change:
-  """Each matrix by its own X^T X, with scales that clip where that is nearer."""
-  run = Gptq(METHODS['mse'], method.act_order)
+@dataclasses.dataclass(frozen=True)
+class By:
+  """What is done to a layer by a method; `rules` of model.weights.scheme.parsed."""
 
-  def coded(name, p, statistics):
-    _, scheme = rule_of(name, p, rules)
-    return run(scheme, read(p).numbers('float32'), summed_of(p), p.axes, name, statistics)
+  method: Method
+  rules: Any
+  config: ModelConfig
 
-  return Change(by_matrix(coded), functools.partial(coded_by, rules=rules))
+  def gptq(self) -> Change:
+    """Each matrix by its own X^T X, with scales that clip where that is nearer."""
+    run = Gptq(METHODS['mse'], self.method.act_order)
+
+    def coded(name, p, statistics):
+      x = read(p).numbers('float32')
+      return run(self._scheme(name, p), x, summed_of(p), p.axes, name, statistics)
+
+    return Change(by_matrix(coded), self.wanted)
+
+  def awq(self) -> Change:
+    """Scales by the error of what comes out, then clipping where that is nearer."""
+    return self._scaled(Scaling(searched, False, self.config), METHODS['mse'], products=True)
+
+  def smoothquant(self) -> Change:
+    """Scales by the largest of both sides, then rounding."""
+    return self._scaled(Scaling(smoothed, True, self.config), nearest, products=False)
+
+  def wanted(self, name: str, p) -> bool:
+    """Whether rules put a parameter in codes."""
+    rule = rule_of(name, p, self.rules)
+    return rule is not None and rule[1].grid != 'keep' and not read(p).coded
+
+  def left(self, model) -> list[str]:
+    """Names of matrices for whose scales there is no place."""
+    if self.method.name == 'gptq':
+      return []
+    scaling = Scaling(None, self.method.name == 'smoothquant', self.config)
+    return [
+      name
+      for layer in dict.fromkeys(
+        layer._replace(repeat=0, number=0) for layer in layers_of(self.config)
+      )
+      for name in scaling.without(
+        getattr(model, layer.side).blocks[layer.place], layer.prefix, self.wanted
+      )
+    ]
+
+  def _scheme(self, name: str, p):
+    return rule_of(name, p, self.rules)[1]
+
+  def _scaled(self, scaling: Scaling, method, products: bool) -> Change:
+    def rounds(name, p, x):
+      return nearest(self._scheme(name, p), x, summed_of(p), p.axes, name).numbers('float32')
+
+    def coded(name, p, statistics):
+      x = read(p).numbers('float32')
+      return method(self._scheme(name, p), x, summed_of(p), p.axes, name)
+
+    def make(prefix, layer, statistics):
+      layer = scaling(prefix, layer, statistics, rounds)
+      return by_matrix(coded)(prefix, layer, statistics)
+
+    return Change(make, self.wanted, products)
 
 
-def coded_by(name: str, p, rules) -> bool:
-  """Whether rules put a parameter in codes."""
-  rule = rule_of(name, p, rules)
-  return rule is not None and rule[1].grid != 'keep' and not read(p).coded
-
-
-CALIBRATED = {'gptq': gptq}
+CALIBRATED = {'gptq': By.gptq, 'awq': By.awq, 'smoothquant': By.smoothquant}
 
 
 def calibrated(
@@ -78,7 +127,10 @@ def calibrated(
   Raises ValueError and NotImplementedError as walk and stored do.
   """
   jax.eval_shape(functools.partial(stored, entries=entries), model)  # what does not fit is said
-  change = CALIBRATED[method.name](method, parsed(entries))
+  by = By(method, parsed(entries), model.config)
+  change = CALIBRATED[method.name](by)
+  if left := by.left(model):
+    log(f'no place for scales, rounded as they are: {", ".join(left)}')
   for line in _expected(model, batches, change):
     log(line)
   model = walk(model, batches, change, log, kept)

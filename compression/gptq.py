@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from compression.calibration import Statistics
 from model.weights.codes import Codes
+from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS, spread
 from model.weights.int8 import Int8
 from model.weights.scheme import Scheme
@@ -54,7 +55,7 @@ class Gptq:
     def flat(y):
       return jnp.broadcast_to(y, x.shape).astype(jnp.float32).reshape(*lead, inputs, -1)
 
-    grid = GRIDS['int8'] if isinstance(weight, Int8) else GRIDS[weight.grid]
+    grid = GRIDS[scheme.grid]
     run = functools.partial(rounded, grid=grid, damping=self.damping, act_order=self.act_order)
     arguments = flat(x), flat(scale), None if zero is None else flat(zero), statistics.products
     numbers = jax.lax.map(lambda a: run(*a), arguments) if lead else run(*arguments)
@@ -65,6 +66,7 @@ def wide_scales(weight: Weight):
   """Scale and zero point, or None, that can be multiplied with the matrix."""
   if isinstance(weight, Int8):
     return weight.scale, None
+  weight = weight.single() if isinstance(weight, Doubled) else weight
   zero = None if weight.zero is None else spread(weight.zero, weight.blocks)
   return spread(weight.scale, weight.blocks), zero
 
@@ -74,6 +76,8 @@ def with_numbers(weight: Weight, x) -> Weight:
   if isinstance(weight, Int8):
     values = jnp.round(x / jnp.where(weight.scale > 0, weight.scale, 1))
     return dataclasses.replace(weight, values=jnp.clip(values, -127, 127).astype(jnp.int8))
+  if isinstance(weight, Doubled):
+    return weight.with_numbers(x)
   return Codes.with_scales(
     x, weight.scale, weight.zero, weight.grid, weight.blocks, weight.packs, weight.axes
   )
