@@ -3,6 +3,7 @@ that its codes stand for?
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from conftest import on, run_here
 
 import convert
 from compression.kept import Kept
+from compression.quantise import quantised
 from decode.generator import Generator
 from model.adaptation import AdapterConfig
 from model.params import named_leaves
@@ -45,7 +47,12 @@ def alike(a, b, atol=1e-5):
 
 def test_it_generates_as_its_numbers(runs, capsys):
   coded = Generator.load(runs / 'codes')
-  run = open_run(runs / 'codes')
+  run, before = open_run(runs / 'codes'), open_run(runs / 'run')
+  with jax.set_mesh(run.mesh):  # all at once, where quantise takes one layer after another
+    entries = run.config.model.execution.stored
+    whole = jax.jit(functools.partial(quantised, entries=entries, method='mse'))(before.model)
+  pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(run.model), strict=True)
+  assert all((a == b).all() for a, b in pairs)
   with jax.set_mesh(run.mesh):
     numbers = jax.jit(dequantised)(run.model)
   plain = Generator(numbers, run.tokenizer, run.mesh)
@@ -87,6 +94,7 @@ def test_an_adapter_is_trained_on_it_and_merged(corpus, runs, tmp_path):
   assert np.abs(tuned[0] - scores(Generator.load(runs / 'codes'))[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_method_looks_at_the_runs_own_rows_and_goes_on_where_it_was_killed(
   runs, tmp_path, capsys, monkeypatch
 ):
