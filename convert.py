@@ -251,7 +251,17 @@ def _quantise(options) -> None:
   if not entries:
     raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME')
   run = names.imported('workdir.compressed.quantise')
-  run(options.workdir, options.to, entries, options.method, options.checkpoint, _log)
+  calibration = names.imported('workdir.calibrated.from_options')(options)
+  run(
+    options.workdir,
+    options.to,
+    entries,
+    options.method,
+    options.checkpoint,
+    _log,
+    calibration,
+    options.act_order,
+  )
 
 
 def _judge(options) -> None:
@@ -387,7 +397,7 @@ def _take_smaller(command: Callable) -> None:
     '--scheme',
     default='',
     help='of all matrices but tables, head and routers: int8, int8:group=128, int4:group=64 '
-    '(:asymmetric), nf4:group=64, fp8 (:tensor, :block=128)',
+    '(:asymmetric, :double), nf4:group=64 (:double), fp8 (:tensor, :block=128)',
   )
   made.add_argument(
     '--store',
@@ -397,7 +407,15 @@ def _take_smaller(command: Callable) -> None:
     help='of parameters whose names match, before --scheme; again for more; head=int8, '
     "'*.down=keep'",
   )
-  made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
+  made.add_argument(
+    '--method',
+    default='rtn',
+    help='rtn rounds, mse clips where that is nearer; gptq, awq and smoothquant look at text',
+  )
+  made.add_argument(
+    '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'
+  )
+  names.imported('workdir.calibrated.take_options')(made)
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   made = command('judge', _judge, 'what it cost to make a run smaller')
   made.add_argument('original', metavar='RUN')
