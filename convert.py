@@ -8,6 +8,7 @@
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum
     python convert.py quantise --workdir RUN --to RUN2 --scheme=int4:group=64   matrices in codes
+    python convert.py prune --workdir RUN --to RUN2 --scheme=2:4   fewer numbers, heads or layers
     python convert.py judge RUN RUN2                    what that cost: KL, agreement, bytes, speed
     python convert.py rebase --workdir RUN --base RUN2  the model that an adapter is on was moved
     python convert.py seal --workdir RUN                a config.json that was edited on purpose
@@ -253,6 +254,14 @@ def _quantise(options) -> None:
   run(options.workdir, options.to, entries, options.method, options.checkpoint, _log)
 
 
+def _prune(options) -> None:
+  asked = names.imported('workdir.pruned.Asked')(
+    options.scheme, options.method, options.scope, tuple(options.keep)
+  )
+  run = names.imported('workdir.pruned.prune')
+  run(options.workdir, options.to, asked, options.checkpoint, _log)
+
+
 def _judge(options) -> None:
   names.imported('workdir.judged.judge')(
     options.original, options.smaller, options.text, options.limit, _log
@@ -373,6 +382,7 @@ def _take_smaller(command: Callable) -> None:
   )
   made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
+  _take_prune(command('prune', _prune, 'a run -> one with fewer numbers, heads or layers'))
   made = command('judge', _judge, 'what it cost to make a run smaller')
   made.add_argument('original', metavar='RUN')
   made.add_argument('smaller', metavar='RUN2')
@@ -384,6 +394,34 @@ def _take_smaller(command: Callable) -> None:
     help="what both read; again for more; default: held-out modules of Python's own library",
   )
   made.add_argument('--limit', type=int, default=64, help='texts (default: %(default)s); 0: all')
+
+
+def _take_prune(made: argparse.ArgumentParser) -> None:
+  """The options of pruning."""
+  made.add_argument('--workdir', required=True, metavar='RUN')
+  made.add_argument('--to', required=True, metavar='RUN2')
+  made.add_argument(
+    '--scheme',
+    required=True,
+    help='2:4, packed, also as 2:4+int8; 0.5, the share of numbers that go; what stays of '
+    'heads=6,channels=1024,layers=20',
+  )
+  made.add_argument(
+    '--method',
+    default='magnitude',
+    help='magnitude, the smallest go; wanda, those that add least; sparsegpt, and others make up '
+    'for them',
+  )
+  made.add_argument(
+    '--scope',
+    default='',
+    help='a share is of each row (output), of each layer (matrix), or global; default: row of '
+    'wanda, else layer',
+  )
+  made.add_argument(
+    '--keep', action='append', default=[], metavar='PATTERN', help="parameters to keep; '*.down'"
+  )
+  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -220,3 +221,42 @@ def _block(w, factor, keep, pattern: Pattern):
 
   w, errors, _ = jax.lax.fori_loop(0, len(w), one, (w, jnp.zeros_like(w), chosen))
   return w, errors
+
+
+def shared_out(scores: Mapping[str, Array], inputs: Mapping[str, tuple[int, ...]], share: float):
+  """How many of each matrix stay, {name: [..]}, where a share of all of them together goes: of
+  equal scores those of the first.
+
+  scores: of stacks of matrices. inputs: as `stays` has them.
+  """
+  ranks = {name: -min(inputs[name]) for name in scores}
+
+  def above(bits: int) -> dict[str, np.ndarray]:
+    return {
+      name: np.asarray(_above(x, np.int32(bits), ranks[name]), np.int64)
+      for name, x in scores.items()
+    }
+
+  total = sum(x.size for x in scores.values())
+  keep = total - round(share * total)
+  low, high = -1, INFINITE
+  while high - low > 1:
+    middle = (low + high) // 2
+    if sum(x.sum() for x in above(middle).values()) < keep:
+      high = middle
+    else:
+      low = middle
+  certain, possible = above(high), above(high - 1)
+  rest = keep - sum(x.sum() for x in certain.values())
+  for name, x in certain.items():
+    flat, equal = x.reshape(-1), (possible[name] - x).reshape(-1)
+    ahead = np.cumsum(equal) - equal
+    flat += np.clip(rest - ahead, 0, equal)
+    rest = max(0, rest - equal.sum())
+  return certain
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _above(scores, bits, rank: int):
+  ours = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+  return (ours > bits).sum(tuple(range(scores.ndim - rank, scores.ndim)), dtype=jnp.int32)

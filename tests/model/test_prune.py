@@ -1,6 +1,4 @@
-"""Do the numbers go that a reference in float64 takes away, as many as asked, and is what is left of
-a layer, a head or a channel where it was?
-"""
+"""Do the numbers go that a reference in float64 takes away, and as many as asked?"""
 
 import numpy as np
 import pytest

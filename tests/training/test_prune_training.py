@@ -61,7 +61,9 @@ def test_the_schedule_is_cubic_and_moments_go_with_numbers():
 
 def test_kept_is_training_of_what_is_left():
   """The update of what is not 0 is Adam's of it alone; tables and norms are not looked at."""
-  plain, masked = (Trainer(tiny(optimizer={'prune': prune, 'clip_norm': 0.0})) for prune in ('', 'kept'))
+  plain, masked = (
+    Trainer(tiny(optimizer={'prune': prune, 'clip_norm': 0.0})) for prune in ('', 'kept')
+  )
 
   def emptied(path, x):
     name = jax.tree_util.keystr(path)
@@ -116,7 +118,10 @@ def test_a_run_goes_on_and_is_begun_with(corpus, tmp_path):
   parts = {'optimizer': {'prune': '0.5:end=4:every=1'}}
   run_here(on(corpus, train={'steps': 6, 'save_every': 3}, **parts), tmp_path / 'whole')
   config = on(corpus, train={'steps': 6, 'save_every': 3}, **parts)
-  run_here(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6, keep_last=9)), tmp_path / 'a')
+  run_here(
+    dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6, keep_last=9)),
+    tmp_path / 'a',
+  )
   assert_same(open_run(tmp_path / 'whole').model, open_run(tmp_path / 'a').model)
 
 

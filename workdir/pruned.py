@@ -1,0 +1,233 @@
+"""How does a run become one with fewer numbers, or fewer parts? Its checkpoint, pruned, in a run of
+its own; what it was made of stays as it is.
+
+N:M is stored packed (model.execution.stored); of other shares the numbers that went are 0, and
+optimizer.prune='kept' has training keep them so; heads, channels and layers are not there any more.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import names
+from compression import structured
+from compression.prune import METHODS, Pattern, highest, shared_out, stays
+from model import checkpoint, params, transformer
+from model.weights import read
+from model.weights.scheme import parsed, rule_of, stored, summed_of
+from workdir.adapted import copied
+from workdir.checkpoint import Checkpoints
+from workdir.compressed import model_bytes
+from workdir.open import check_own, config_of, step_of
+from workdir.untrained import write_run
+
+Log = Callable[[str], Any]
+BLOCKS = '*.blocks.*'
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What is to go, and how it is chosen.
+
+  Attributes:
+    scheme: as 2:4, 2:4+int8, 0.5, heads=6,channels=1024,layers=20.
+    method: of compression.prune. scope: of its Pattern; '': the method's.
+    keep: patterns of parameters that stay as they are.
+
+  Raises ValueError for what does not go together.
+  """
+
+  scheme: str
+  method: str = 'magnitude'
+  scope: str = ''
+  keep: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    names.check('--method', self.method, METHODS)
+    if self.units:
+      if self.scope or self.keep or self.method == 'sparsegpt':
+        raise ValueError(
+          f'--scheme={self.scheme} takes parts of all layers by --method=magnitude or wanda, '
+          'without --scope and --keep; leave those out'
+        )
+      return
+    pattern = self.pattern
+    if pattern.sparse and self.scope:
+      raise ValueError(f'--scope={self.scope}: {self.scheme} is of groups; leave it out')
+    if pattern.scope == 'global' and self.method != 'magnitude':
+      raise ValueError(
+        f'--scope=global with --method={self.method}, whose scores are of one matrix; use layer or '
+        'row'
+      )
+
+  @functools.cached_property
+  def units(self) -> dict[str, int]:
+    """Parts that stay, by name; {} where numbers go."""
+    return structured.parse(self.scheme)
+
+  @functools.cached_property
+  def pattern(self) -> Pattern:
+    """Of the numbers that go."""
+    scope = self.scope or ('row' if self.method == 'wanda' else 'layer')
+    text, plus, _ = self.scheme.partition('+')
+    pattern = Pattern.parse(text, scope)
+    if plus and not pattern.sparse:
+      raise ValueError(
+        f'--scheme={self.scheme}: only what is left of N:M is stored by another scheme; prune '
+        'first, and quantise the run'
+      )
+    return pattern
+
+  @property
+  def entries(self) -> tuple[str, ...]:
+    """Of model.execution.stored."""
+    kept = [f'{pattern}=keep' for pattern in self.keep]
+    return (*kept, f'{BLOCKS}={self.scheme}') if self.pattern.sparse else ()
+
+
+def prune(
+  workdir: str | os.PathLike, to: str | os.PathLike, asked: Asked, name: str, log: Log
+) -> None:
+  """Writes a pruned run at `to`. name: of the checkpoint.
+
+  Raises ValueError for a run that is an adapter or in codes, and for what does not fit;
+    FileExistsError where `to` is taken.
+  """
+  workdir, config = pathlib.Path(workdir), config_of(workdir)
+  if config.adapter.kind:
+    raise ValueError(
+      f'{workdir} holds an adapter: prune the run that it lies on, {config.init}, or merge them '
+      'first (convert.py merge)'
+    )
+  if config.model.execution.stored:
+    raise ValueError(
+      f'{workdir} is in codes already ({", ".join(config.model.execution.stored)}); prune the run '
+      'that it was made of'
+    )
+  checkpoints = Checkpoints(workdir, log=log)
+  step = step_of(checkpoints, name)
+  if step is None:
+    raise FileNotFoundError(f'{workdir} has no checkpoint')
+  check_own(checkpoints.record(step), workdir)
+  small = small_config(config.model, asked)
+  mesh = checkpoint.default_mesh(small)
+  with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
+    target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
+    jax.eval_shape(functools.partial(_packed, asked=asked), target)  # said before anything is read
+    model = checkpoints.model(target, step)
+    before = model_bytes(model), params.count(model)
+    model = cut(model, small, asked, mesh) if asked.units else thinned(model, asked)
+    for line in described(model, asked):
+      log(line)
+    model = jax.jit(functools.partial(_packed, asked=asked), donate_argnums=0)(model)
+    optimizer = config.optimizer
+    if not asked.units and not asked.entries:
+      optimizer = dataclasses.replace(optimizer, prune='kept')
+    run = dataclasses.replace(config, model=small, init='', optimizer=optimizer)
+    copied(workdir, partial)
+    write_run(partial, run, {'model': model}, log)
+  after = model_bytes(model)
+  log(
+    f'{to}: step {step} of {workdir}, {before[1]:,} -> {params.count(model):,} parameters, '
+    f'{before[0] / 2**20:,.1f} MiB as {after / 2**20:,.1f} MiB ({after / before[0]:.0%}), by '
+    f'{asked.method}'
+  )
+  if run.optimizer.prune == 'kept' and not asked.units:
+    log('what went is 0, and takes as much memory as before; training keeps it so')
+
+
+def small_config(config, asked: Asked):
+  """Of the pruned model."""
+  if asked.units:
+    return structured.smaller(config, asked.units)
+  return config.with_execution(stored=asked.entries)
+
+
+def _packed(model, asked: Asked):
+  """The model as it is stored. Traced."""
+  if asked.units or not asked.entries:
+    return model
+  return stored(model, asked.entries)
+
+
+def goes(name: str, p, asked: Asked) -> bool:
+  """Whether numbers of a parameter go: it is a matrix of a block, and no router."""
+  entries = [*(f'{pattern}=keep' for pattern in asked.keep), f'{BLOCKS}=1:2']
+  rule = rule_of(name, p, parsed(entries))
+  return rule is not None and rule[1].grid == 'keep' and bool(rule[1].sparse)
+
+
+def thinned(model, asked: Asked):
+  """The model with 0 for what goes, by the size of numbers."""
+  flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
+  chosen = {_name(path): p for path, p in flat if goes(_name(path), p, asked)}
+  if not chosen:
+    raise ValueError(f'--keep={",".join(asked.keep)} leaves no matrix to prune; leave some out')
+  counts = {}
+  if asked.pattern.scope == 'global':
+    sizes = {name: jnp.abs(read(p).numbers(p.dtype)) for name, p in chosen.items()}
+    summed = {name: summed_of(p) for name, p in chosen.items()}
+    counts = shared_out(sizes, summed, asked.pattern.share)
+
+  def one(path, p):
+    name = _name(path)
+    if name not in chosen:
+      return p
+    return p.replace(_thin(p.get_value(), summed_of(p), asked.pattern, counts.get(name)))
+
+  return jax.tree_util.tree_map_with_path(one, model, is_leaf=_is_param)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _thin(x, summed, pattern, counts):
+  scores = jnp.abs(x.astype(jnp.float32))
+  if counts is None:
+    keep = stays(scores, summed, pattern)
+  else:
+    axes = tuple(range(x.ndim + min(summed), x.ndim))
+    keep = highest(scores, jnp.expand_dims(counts, axes), axes)
+  return jnp.where(keep, x, jnp.zeros((), x.dtype))
+
+
+def cut(model, small, asked: Asked, mesh):
+  """The model with fewer parts."""
+  if small.L < model.config.L:
+    raise NotImplementedError('layers')
+  found = structured.scores(model, None)
+  return structured.without(model, small, structured.chosen(model.config, small, found, None), mesh)
+
+
+def described(model, asked: Asked) -> list[str]:
+  """Lines about what went, by kind of matrix, and what stays as it is."""
+  if asked.units:
+    return []
+  gone: dict[str, np.ndarray] = {}
+  left: dict[str, int] = {}
+  for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param):
+    name, size = _name(path), math.prod(p.shape)
+    if goes(name, p, asked):
+      kind = '.'.join(name.split('.')[3:])
+      zeros = int(np.asarray(jnp.sum(p.get_value() == 0)))
+      gone[kind] = gone.get(kind, 0) + np.array([zeros, size])
+    else:
+      kind = name.split('.')[0] if p.kind == 'embedding' else name.split('.')[-1]
+      kind = 'norms and biases' if p.kind == 'vector' else kind
+      left[kind] = left.get(kind, 0) + size
+  lines = [f'{kind}: {n:,} of {size:,} are 0 ({n / size:.2%})' for kind, (n, size) in gone.items()]
+  return [*lines, *(f'kept as it is: {kind}, {size:,} numbers' for kind, size in left.items())]
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='.')
+
+
+def _is_param(x) -> bool:
+  return hasattr(x, 'get_value')
