@@ -149,51 +149,49 @@ def wanda(w: Float[Array, 'K R'], norms: Float[Array, 'K']) -> Float[Array, '_ _
 
 
 def sparsegpt(
-  w: Float[Array, 'K R'], hessian: Float[Array, 'K K'], pattern: Pattern
+  w: Float[Array, 'K R'], products: Float[Array, 'K K'], pattern: Pattern
 ) -> Float[Array, 'K R']:
-  """What is left, with the error of what goes spread over inputs behind it.
+  """What is left, with the error of what goes spread over inputs behind it. Traced.
 
-  hessian: X^T X over tokens. Inputs that never are anything but 0 have numbers of 0.
+  products: X^T X over tokens. Inputs that never are anything but 0 have numbers of 0.
   """
-  hessian = np.asarray(hessian, np.float64)
-  dead = np.diag(hessian) == 0
-  factor = jnp.asarray(inverse_factor(hessian), jnp.float32)
-  w = jnp.where(dead[:, None], 0, jnp.asarray(w, jnp.float32))
-  done, (inputs, outputs) = [], w.shape
   size = BLOCK
   if pattern.sparse:
     size = max(1, BLOCK // pattern.sparse[1]) * pattern.sparse[1]
-    jax.eval_shape(lambda: stays(w, (-2,), pattern))  # raises where they do not fill it
+    jax.eval_shape(lambda: stays(w, (-2,), pattern))  # raises where groups do not fill it
+  (inputs, outputs), done = w.shape, []
   # So that as many go of all blocks as of the whole.
   many = outputs if pattern.scope == 'layer' else 1
-  for first in range(0, inputs, size):
-    last = min(first + size, inputs)
-    goes = pattern.goes(last * many) - pattern.goes(first * many)
-    block, errors = _block(
-      w[: last - first], factor[first:last, first:last], (last - first) * many - goes, pattern
-    )
-    done.append(block)
-    w = w[last - first :] - factor[first:last, last:].T @ errors
+  with jax.default_matmul_precision('highest'):
+    factor = inverse_factor(products)
+    w = jnp.where(jnp.diagonal(products)[:, None] == 0, 0, w.astype(jnp.float32))
+    for first in range(0, inputs, size):
+      last = min(first + size, inputs)
+      goes = pattern.goes(last * many) - pattern.goes(first * many)
+      count = last - first
+      block, errors = _block(
+        w[:count], factor[first:last, first:last], count * many - goes, pattern
+      )
+      done.append(block)
+      w = w[count:] - factor[first:last, last:].T @ errors
   return jnp.concatenate(done)
 
 
-def inverse_factor(hessian: np.ndarray) -> np.ndarray:
-  """U, upper, of (H + damping)^-1 = U^T U. Of inputs that are always 0 H has 1.
+def inverse_factor(products: Float[Array, 'K K']) -> Float[Array, 'K K']:
+  """U, upper, of (H + damping)^-1 = U^T U; of inputs that are always 0 H has the mean diagonal.
 
-  Raises ValueError for what is not finite.
+  H = R R^T with R upper, which is Cholesky's factor from the other end: U is R^-1, and no inverse
+  of H is formed, which f32 might not hold.
   """
-  if not np.isfinite(hessian).all():
-    raise ValueError('a Hessian that is not finite: activations are none; look at the calibration')
-  hessian = hessian.copy()
-  diagonal = np.diag(hessian)
-  dead = diagonal == 0
-  mean = diagonal[~dead].mean() if not dead.all() else 1.0
-  at = np.arange(len(hessian))
-  hessian[at, at] = np.where(dead, mean, diagonal) + DAMP * mean
-  return np.linalg.cholesky(np.linalg.inv(hessian)).T
+  diagonal = jnp.diagonal(products).astype(jnp.float32)
+  live = diagonal > 0
+  mean = diagonal.sum() / jnp.maximum(live.sum(), 1)
+  mean = jnp.where(mean > 0, mean, 1)
+  whole = products.astype(jnp.float32) + jnp.diag(jnp.where(live, 0, mean) + DAMP * mean)
+  root = jnp.linalg.cholesky(whole[::-1, ::-1])[::-1, ::-1]
+  return jax.scipy.linalg.solve_triangular(root, jnp.eye(len(root)), lower=False)
 
 
-@functools.partial(jax.jit, static_argnames='pattern')
 def _block(w, factor, keep, pattern: Pattern):
   """Of a block of inputs what is left, and the errors that those behind them make up for."""
   diagonal = jnp.diagonal(factor)[:, None]

@@ -19,15 +19,17 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from compression import walk
+from data.batch import Batch
 from model import transformer
 from model.config import ModelConfig
 from model.params import abstract
 from model.weights import read
 
 UNITS = ('heads', 'channels', 'layers')
-Arrays = Mapping[str, np.ndarray]
 
 
 def parse(text: str) -> dict[str, int]:
@@ -69,98 +71,114 @@ def smaller(config: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
   return dataclasses.replace(config, **changes | {'layers': sizes.get('layers', config.L)})
 
 
-def scores(
-  model: transformer.Decoder, norms: Mapping[tuple[int, str], np.ndarray] | None
-) -> dict[tuple[int, str], np.ndarray]:
-  """Of the key/value groups, ('heads'), and channels of each layer.
+def without(prefix: str, layer, statistics: Mapping, config: ModelConfig, small: ModelConfig):
+  """A layer with the heads and channels that add most, whose arrays have a first dimension of 1.
+  Traced.
 
-  norms: of the inputs of (layer, 'attention.o' or 'feed_forward.down'); None: by magnitude.
-  """
-  found, config = {}, model.config
-  for (block, row), layer in _layers(config).items():
-
-    def of(name):
-      p = functools.reduce(getattr, name.split('.'), model.stack.blocks[block])
-      return None if p is None else np.asarray(read(p).numbers('float32')[row], np.float64)
-
-    o = _norm(of('attention.o'), (2,))
-    if norms is None:
-      v = np.repeat(_norm(of('attention.v'), (0, 2)), config.N // of('attention.v').shape[1])
-      heads = v * _norm(o, (1,))
-    else:
-      heads = _norm(norms[layer, 'attention.o'].reshape(o.shape) * o, (1,))
-    found[layer, 'heads'] = _norm(heads.reshape(config.K, -1), (1,))
-    if config.moe.experts:
-      continue
-    channels = _norm(of('feed_forward.down'), (1,))
-    if norms is None:
-      for name in ('up', 'gate') if config.gated else ('up',):
-        channels = channels * _norm(of(f'feed_forward.{name}'), (0,))
-    else:
-      channels = channels * norms[layer, 'feed_forward.down'].reshape(-1)
-    found[layer, 'channels'] = channels
-  return found
-
-
-def chosen(
-  config: ModelConfig,
-  small: ModelConfig,
-  scores: Mapping[tuple[int, str], np.ndarray],
-  influence: Sequence[float] | None,
-) -> list[dict[str, np.ndarray]]:
-  """Of each layer that stays: its number in the model, and which heads, kv_heads and feed_forward
-  of it stay, in order.
-
-  influence: of each layer, where some go.
+  statistics: of what 'attention.o' and 'feed_forward.down' multiply, by name behind `prefix`
+    (compression.calibration); {}: by magnitude.
   """
 
-  def highest(values, count):
-    return np.sort(np.argsort(-np.asarray(values), kind='stable')[:count])
+  def numbers(name):
+    p = functools.reduce(getattr, name.split('.'), layer)
+    return None if p is None else read(p).numbers('float32')[0]
 
-  layers = range(config.L) if small.L == config.L else highest(influence, small.L)
-  made = []
-  for layer in map(int, layers):
-    groups = np.arange(config.K)
-    if small.K < config.K:
-      groups = highest(scores[layer, 'heads'], small.K)
-    heads = (groups[:, None] * config.G + np.arange(config.G)).ravel()
-    picked = {'layer': layer, 'heads': heads, 'kv_heads': groups}
-    if small.F < config.F:
-      picked['feed_forward'] = highest(scores[layer, 'channels'], small.F)
-    made.append(picked)
-  kinds = [config.kinds[picked['layer']] for picked in made]
-  if kinds != list(small.kinds):
-    raise ValueError(
-      'layers of this model differ (windows, experts), and those that are left follow one another '
-      f'in another order than model.window, model.global_every and model.moe say: {kinds}; let '
-      'another number stay, or prune heads and channels'
-    )
+  def added(name, x):
+    """Norms of what each input of a matrix adds."""
+    found = statistics.get(f'{prefix}.{name}')
+    norm = _norm(x, (x.ndim - 1,))
+    return norm if found is None else norm * jnp.sqrt(found.squares).reshape(norm.shape)
+
+  picked = {}
+  if small.N < config.N:
+    heads = _norm(added('attention.o', numbers('attention.o')), (1,))
+    if not statistics:
+      v = _norm(numbers('attention.v'), (0, 2))
+      heads = heads * jnp.repeat(v, config.N // len(v))
+    groups = _highest(_norm(heads.reshape(config.K, -1), (1,)), small.K)
+    every = groups[:, None] * config.G + jnp.arange(config.G)[None]
+    picked |= {'heads': every.reshape(-1), 'kv_heads': groups}
+  if small.F < config.F:
+    channels = added('feed_forward.down', numbers('feed_forward.down'))
+    for name in () if statistics else ('up', 'gate') if config.gated else ('up',):
+      channels = channels * _norm(numbers(f'feed_forward.{name}'), (0,))
+    picked['feed_forward'] = _highest(channels, small.F)
+
+  def one(p):
+    x = p.get_value()
+    for axis, logical in enumerate(p.axes):
+      if logical in picked:
+        x = jnp.take(x, picked[logical], axis + 1)
+    return p.replace(x)
+
+  return jax.tree.map(one, layer, is_leaf=_is_param)
+
+
+def by_magnitude(model: transformer.Decoder, small: ModelConfig) -> transformer.Decoder:
+  """The model whose layers have fewer heads and channels, and its old config; on one device."""
+  run = jax.jit(functools.partial(without, '', statistics={}, config=model.config, small=small))
+  made = jax.tree.map(lambda x: x, model)  # a copy, to be written to
+  for block, layers in enumerate(model.stack.blocks):
+    each = [run(layer=jax.tree.map(lambda x: x[i : i + 1], layers)) for i in range(_depth(layers))]
+    made.stack.blocks[block] = jax.tree.map(lambda *xs: jnp.concatenate(xs), *each)
   return made
 
 
-def without(model: transformer.Decoder, small: ModelConfig, picked: Sequence[Mapping], mesh):
-  """The model of `small` with what is picked of each layer, on the mesh in context."""
-  config, target = model.config, abstract(functools.partial(transformer.init, small, 0), mesh)
-  places, before = _layers(config), _named(model)
-  old = {layer: place for place, layer in places.items()}
-  new = _layers(small)
+def influence(model: transformer.Decoder, batches: Sequence[Batch]) -> list[float]:
+  """1 - cos(what comes in, what goes out) of each layer, over the tokens of calibration."""
+
+  def apart(shell, block, x, batch):
+    y = walk._through(shell, block, x, batch, None, 'stack')
+    real = batch.segments > 0
+    a, b = x.astype(jnp.float32), y.astype(jnp.float32)
+    cos = (a * b).sum(-1) / jnp.maximum(_norm(a, (-1,)) * _norm(b, (-1,)), 1e-30)
+    return jnp.where(real, 1 - cos, 0).sum(), y
+
+  run, shell, found = jax.jit(apart), walk._shell(model), []
+  states = [walk._entered(shell, batch, 'stack') for batch in batches]
+  tokens = sum(int((batch.segments > 0).sum()) for batch in batches)
+  for layer in walk.layers_of(model.config):
+    blocks = model.stack.blocks[layer.place]
+    block = jax.tree.map(lambda x: x[layer.repeat : layer.repeat + 1], blocks)
+    sums, states = zip(*(run(shell, block, x, b) for x, b in zip(states, batches)))
+    states = [np.asarray(x) for x in states]
+    found.append(float(sum(sums)) / tokens)
+    if not np.isfinite(found[-1]):
+      raise ValueError(f'{layer} gives NaN or infinity on rows of calibration; look at the model')
+  return found
+
+
+def left(config: ModelConfig, small: ModelConfig, influence: Sequence[float] | None) -> list[int]:
+  """The layers that stay, in order. Raises ValueError where they would not be those of `small`."""
+  if small.L == config.L:
+    return [*range(config.L)]
+  layers = sorted(np.argsort(-np.asarray(influence), kind='stable')[: small.L].tolist())
+  kinds = [config.kinds[layer] for layer in layers]
+  if kinds != list(small.kinds):
+    raise ValueError(
+      f'layers {layers} would stay, which differ (windows, experts) and follow one another in '
+      'another order than model.window, model.global_every and model.moe say; let another number '
+      'stay, or prune heads and channels'
+    )
+  return layers
+
+
+def joined(model: transformer.Decoder, small: ModelConfig, layers: Sequence[int], mesh):
+  """The model of `small`, of the layers of `model` that stay; on the mesh in context."""
+  target = abstract(functools.partial(transformer.init, small, 0), mesh)
+  old = {layer: place for place, layer in _layers(model.config).items()}
+  new, before = _layers(small), _named(model)
 
   def one(path, p):
     name = _name(path)
-    value = p.get_value()
-    parts = name.split('.')
+    value, parts = p.get_value(), name.split('.')
     if parts[:2] != ['stack', 'blocks']:
       return p.replace(before[name].get_value())
-    rest, rows = '.'.join(parts[3:]), []
+    rows = []
     for row in range(value.shape[0]):
-      of = picked[new[int(parts[2]), row]]
-      block, index = old[of['layer']]
-      x = np.asarray(before[f'stack.blocks.{block}.{rest}'].get_value()[index])
-      for axis, logical in enumerate(p.axes):
-        if logical in of and x.shape[axis] != value.shape[axis + 1]:
-          x = x.take(of[logical], axis)
-      rows.append(x)
-    return p.replace(jax.device_put(np.stack(rows), value.sharding))
+      block, index = old[layers[new[int(parts[2]), row]]]
+      rows.append(before['.'.join(['stack.blocks', str(block), *parts[3:]])].get_value()[index])
+    return p.replace(jax.device_put(jnp.stack(rows), value.sharding))
 
   return jax.tree_util.tree_map_with_path(one, target, is_leaf=_is_param)
 
@@ -174,8 +192,17 @@ def _layers(config: ModelConfig) -> dict[tuple[int, int], int]:
   }
 
 
-def _norm(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-  return np.sqrt(np.square(x).sum(axes))
+def _highest(scores, count: int):
+  """Places of the highest, in order."""
+  return jnp.sort(jnp.argsort(-scores, stable=True)[:count])
+
+
+def _depth(layers) -> int:
+  return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _norm(x, axes: tuple[int, ...]):
+  return jnp.sqrt(jnp.square(x).sum(axes))
 
 
 def _named(model) -> dict:

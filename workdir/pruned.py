@@ -7,10 +7,11 @@ optimizer.prune='kept' has training keep them so; heads, channels and layers are
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import names
-from compression import structured
-from compression.prune import METHODS, Pattern, highest, shared_out, stays
+from compression import bounded, structured, walk
+from compression.bounded import Bound
+from compression.calibration import sizes_of
+from compression.kept import Kept
+from compression.prune import METHODS, Pattern, highest, shared_out, sparsegpt, stays, wanda
+from data import tokenizers
+from data.batch import Batch
+from evaluation import library
 from model import checkpoint, params, transformer
 from model.weights import read
 from model.weights.scheme import parsed, rule_of, stored, summed_of
+from parallel.mesh import MeshConfig, make_mesh
+from training.config import Config
 from workdir.adapted import copied
 from workdir.checkpoint import Checkpoints
 from workdir.compressed import model_bytes
@@ -31,6 +40,7 @@ from workdir.untrained import write_run
 
 Log = Callable[[str], Any]
 BLOCKS = '*.blocks.*'
+HELD_OUT = 16  # texts that a bound is looked at again with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +50,8 @@ class Asked:
   Attributes:
     scheme: as 2:4, 2:4+int8, 0.5, heads=6,channels=1024,layers=20.
     method: of compression.prune. scope: of its Pattern; '': the method's.
-    keep: patterns of parameters that stay as they are.
+    keep: patterns of parameters that stay as they are. bound: in the place of a scheme, what it may
+      cost.
 
   Raises ValueError for what does not go together.
   """
@@ -49,9 +60,15 @@ class Asked:
   method: str = 'magnitude'
   scope: str = ''
   keep: tuple[str, ...] = ()
+  bound: Bound | None = None
 
   def __post_init__(self):
     names.check('--method', self.method, METHODS)
+    if bool(self.scheme) == bool(self.bound):
+      raise ValueError(
+        f'--scheme={self.scheme or "''"}: give one, as 2:4 or 0.5, or a bound that finds the share '
+        'of numbers that go (--max_kl, --max_perplexity_increase), and not both'
+      )
     if self.units:
       if self.scope or self.keep or self.method == 'sparsegpt':
         raise ValueError(
@@ -77,7 +94,7 @@ class Asked:
   def pattern(self) -> Pattern:
     """Of the numbers that go."""
     scope = self.scope or ('row' if self.method == 'wanda' else 'layer')
-    text, plus, _ = self.scheme.partition('+')
+    text, plus, _ = (self.scheme or '0.5').partition('+')
     pattern = Pattern.parse(text, scope)
     if plus and not pattern.sparse:
       raise ValueError(
@@ -87,6 +104,11 @@ class Asked:
     return pattern
 
   @property
+  def calibrated(self) -> bool:
+    """Whether rows are needed."""
+    return self.method != 'magnitude' or self.bound is not None or 'layers' in self.units
+
+  @property
   def entries(self) -> tuple[str, ...]:
     """Of model.execution.stored."""
     kept = [f'{pattern}=keep' for pattern in self.keep]
@@ -94,9 +116,15 @@ class Asked:
 
 
 def prune(
-  workdir: str | os.PathLike, to: str | os.PathLike, asked: Asked, name: str, log: Log
+  workdir: str | os.PathLike,
+  to: str | os.PathLike,
+  asked: Asked,
+  name: str,
+  rows: Callable[[Config, Log], Sequence[Batch]],
+  log: Log,
 ) -> None:
-  """Writes a pruned run at `to`. name: of the checkpoint.
+  """Writes a pruned run at `to`. name: of the checkpoint. rows: of calibration, where they are
+  needed.
 
   Raises ValueError for a run that is an adapter or in codes, and for what does not fit;
     FileExistsError where `to` is taken.
@@ -118,13 +146,20 @@ def prune(
     raise FileNotFoundError(f'{workdir} has no checkpoint')
   check_own(checkpoints.record(step), workdir)
   small = small_config(config.model, asked)
-  mesh = checkpoint.default_mesh(small)
+  mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
     jax.eval_shape(functools.partial(_packed, asked=asked), target)  # said before anything is read
+    batches = rows(config, log) if asked.calibrated else []
+    kept = Kept(_unfinished(to), _work(workdir, checkpoints, step, asked, batches))
     model = checkpoints.model(target, step)
     before = model_bytes(model), params.count(model)
-    model = cut(model, small, asked, mesh) if asked.units else thinned(model, asked)
+    if asked.units:
+      model = cut(model, small, asked, batches, kept, log)
+    elif asked.bound:
+      asked, model = within(model, asked, batches, workdir, log)
+    else:
+      model = thinned(model, asked, batches, kept, log)
     for line in described(model, asked):
       log(line)
     model = jax.jit(functools.partial(_packed, asked=asked), donate_argnums=0)(model)
@@ -134,14 +169,34 @@ def prune(
     run = dataclasses.replace(config, model=small, init='', optimizer=optimizer)
     copied(workdir, partial)
     write_run(partial, run, {'model': model}, log)
+  kept.remove()
   after = model_bytes(model)
   log(
     f'{to}: step {step} of {workdir}, {before[1]:,} -> {params.count(model):,} parameters, '
     f'{before[0] / 2**20:,.1f} MiB as {after / 2**20:,.1f} MiB ({after / before[0]:.0%}), by '
     f'{asked.method}'
   )
-  if run.optimizer.prune == 'kept' and not asked.units:
+  if optimizer.prune == 'kept' and not asked.units:
     log('what went is 0, and takes as much memory as before; training keeps it so')
+
+
+def _unfinished(to) -> pathlib.Path:
+  """Where layers that are done lie until all are."""
+  to = pathlib.Path(to).absolute()
+  return to.with_name(f'.{to.name}.layers')
+
+
+def _work(workdir, checkpoints: Checkpoints, step: int, asked: Asked, batches) -> dict:
+  """What layers that are done depend on."""
+  digest = hashlib.sha256()
+  for x in jax.tree.leaves(list(batches)):
+    digest.update(np.ascontiguousarray(x).tobytes())
+  return {
+    'run': str(workdir),
+    'checkpoint': checkpoints.reference(step)['digest'],
+    'calibration': digest.hexdigest(),
+    **dataclasses.asdict(asked),
+  }
 
 
 def small_config(config, asked: Asked):
@@ -165,12 +220,19 @@ def goes(name: str, p, asked: Asked) -> bool:
   return rule is not None and rule[1].grid == 'keep' and bool(rule[1].sparse)
 
 
-def thinned(model, asked: Asked):
-  """The model with 0 for what goes, by the size of numbers."""
+def thinned(model, asked: Asked, batches, kept: Kept | None, log: Log):
+  """The model with 0 for what goes."""
   flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
   chosen = {_name(path): p for path, p in flat if goes(_name(path), p, asked)}
   if not chosen:
     raise ValueError(f'--keep={",".join(asked.keep)} leaves no matrix to prune; leave some out')
+  if asked.method != 'magnitude':
+    change = walk.Change(
+      walk.by_matrix(functools.partial(_change, asked)),
+      lambda name, p: goes(name, p, asked),
+      asked.method == 'sparsegpt',
+    )
+    return walk.walk(model, batches, change, log, kept)
   counts = {}
   if asked.pattern.scope == 'global':
     sizes = {name: jnp.abs(read(p).numbers(p.dtype)) for name, p in chosen.items()}
@@ -197,12 +259,59 @@ def _thin(x, summed, pattern, counts):
   return jnp.where(keep, x, jnp.zeros((), x.dtype))
 
 
-def cut(model, small, asked: Asked, mesh):
+def _change(asked: Asked, name: str, p, statistics):
+  """A matrix, or those of experts, by what it multiplies. Traced."""
+  x, (lead, inputs) = read(p).numbers('float32'), sizes_of(p)
+  flat = x.reshape(math.prod(lead), inputs, -1)
+  if asked.method == 'wanda':
+    scores = jax.vmap(wanda)(flat, jnp.sqrt(statistics.squares).reshape(-1, inputs))
+    made = jnp.where(stays(scores, (-2,), asked.pattern), flat, 0)
+  else:
+    products = statistics.products.reshape(-1, inputs, inputs)
+    made = jax.lax.map(lambda both: sparsegpt(*both, asked.pattern), (flat, products))
+  return made.reshape(x.shape).astype(p.dtype)
+
+
+def cut(model, small, asked: Asked, batches, kept: Kept | None, log: Log):
   """The model with fewer parts."""
-  if small.L < model.config.L:
-    raise NotImplementedError('layers')
-  found = structured.scores(model, None)
-  return structured.without(model, small, structured.chosen(model.config, small, found, None), mesh)
+  mesh, config = jax.sharding.get_mesh(), model.config
+  influence = None
+  if small.L < config.L:
+    influence = structured.influence(model, batches)
+    log('influence of layers: ' + ', '.join(f'{i} {x:.4f}' for i, x in enumerate(influence)))
+  layers = structured.left(config, small, influence)
+  gone = sorted({*range(config.L)} - {*layers})
+  if gone:
+    log(f'layers that go: {", ".join(map(str, gone))}')
+  narrower = (small.N, small.F) != (config.N, config.F)
+  if narrower and asked.method == 'magnitude':
+    model = structured.by_magnitude(model, small)
+  elif narrower:
+    make = functools.partial(structured.without, config=config, small=small)
+    read_by = ('attention.o', 'feed_forward.down')
+    change = walk.Change(make, lambda name, p: name.endswith(read_by), False)
+    model = walk.walk(model, batches, change, log, kept)
+  return structured.joined(model, small, layers, mesh)
+
+
+def within(model, asked: Asked, batches, workdir: pathlib.Path, log: Log):
+  """(what is asked, with its share, the model): as much as the bound lets go."""
+  tokenizer = tokenizers.load(workdir / 'tokenizer')
+  vocabulary = min(tokenizer.vocabulary, model.config.V)
+  rows, length = batches[0].tokens.shape
+  texts = [tokenizer.encode(text) for text in library.held_out()[:HELD_OUT]]
+  texts = [ids for ids in texts if len(ids) > 1]
+  both = batches, bounded.rows_of(texts, rows, length)
+  costs = [bounded.cost_on(model, each, asked.bound, vocabulary) for each in both]
+
+  def with_share(share):
+    return dataclasses.replace(asked, scheme=f'{share:.2f}', bound=None)
+
+  def make(share):
+    return thinned(model, with_share(share), batches, None, lambda _: None)
+
+  share, made = bounded.search(make, costs, asked.bound, log)
+  return with_share(share), made
 
 
 def described(model, asked: Asked) -> list[str]:

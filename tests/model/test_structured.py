@@ -2,13 +2,13 @@
 go that add least?
 """
 
-import dataclasses
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from compression import structured
+from compression.calibration import Statistics
 from model.config import RopeConfig
 from tests.model import laws
 
@@ -18,12 +18,11 @@ def named(model):
   return {structured._name(path): p for path, p in flat}
 
 
-def silenced(model, small, picked):
-  """The model whose parts that go are multiplied with 0 where they are read; by hand, and not by
-  what takes them out.
+def silenced(model, made, layers):
+  """The model whose parts that went are multiplied with 0 where they are read: those whose values
+  are not among the others'.
   """
-  config, G = model.config, model.config.G
-  stays = {one['layer']: one for one in picked}
+  config, there = model.config, named(made)
 
   def one(path, p):
     name, x = structured._name(path), np.array(p.get_value())
@@ -31,15 +30,16 @@ def silenced(model, small, picked):
     if parts[-1] not in ('o', 'down', 'o_bias', 'down_bias'):
       return p
     for row, layer in enumerate(config.places[int(parts[2])][1]):
-      if layer not in stays:
+      if layer not in layers:
         x[row] = 0
-      elif parts[-1] == 'o':
-        lost = set(range(config.K)) - {*stays[layer]['kv_heads'].tolist()}
-        for group in lost:
-          x[row, group * G : (group + 1) * G] = 0
-      elif parts[-1] == 'down' and 'feed_forward' in stays[layer]:
-        x[row, [*set(range(config.F)) - {*stays[layer]['feed_forward'].tolist()}]] = 0
-    return p.replace(jax.numpy.asarray(x))
+      elif parts[-1] in ('o', 'down'):
+        new = layers.index(layer)
+        block = next(i for i, (_, ls) in enumerate(made.config.places) if new in ls)
+        place = made.config.places[block][1].index(new)
+        left = there[f'stack.blocks.{block}.{".".join(parts[3:])}'].get_value()[place]
+        left = {np.asarray(y).tobytes() for y in left}
+        x[row, [y.tobytes() not in left for y in x[row]]] = 0
+    return p.replace(jnp.asarray(x))
 
   return jax.tree_util.tree_map_with_path(one, model, is_leaf=structured._is_param)
 
@@ -60,19 +60,16 @@ def test_what_is_left_is_the_model_in_which_the_rest_is_silent(name, changes, te
   config = laws.make_config(name, **changes)
   model, sizes = laws.make_model(config), structured.parse(text)
   small = structured.smaller(config, sizes)
-  influence = [0.3, 0.1, 0.2, 0.4][: config.L]
-  picked = structured.chosen(config, small, structured.scores(model, None), influence)
-  made = structured.without(model, small, picked, one_device)
+  layers = structured.left(config, small, [0.3, 0.1, 0.2, 0.4][: config.L])
+  made = structured.joined(structured.by_magnitude(model, small), small, layers, one_device)
   for unit, size in sizes.items():
     have = {'heads': small.N, 'channels': small.F, 'layers': small.L}[unit]
     assert have == size < {'heads': config.N, 'channels': config.F, 'layers': config.L}[unit]
   wanted = {n: p.get_value().shape for n, p in named(laws.make_model(small)).items()}
   assert {n: p.get_value().shape for n, p in named(made).items()} == wanted
   tokens = laws.tokens_of(config, 2, 9)
-  run = laws.forward()
-  np.testing.assert_allclose(
-    run(made, tokens), laws.forward()(silenced(model, small, picked), tokens), atol=1e-4
-  )
+  outputs = laws.forward()(made, tokens), laws.forward()(silenced(model, made, layers), tokens)
+  np.testing.assert_allclose(*outputs, atol=1e-4)
 
 
 def test_those_go_that_add_least(one_device):
@@ -85,19 +82,22 @@ def test_those_go_that_add_least(one_device):
   block.attention.v[...] = block.attention.v[...].at[1, :, 0].multiply(0.01)
   block.feed_forward.up[...] = block.feed_forward.up[...].at[2, :, 5].multiply(0.01)
   small = structured.smaller(config, {'heads': 2, 'channels': 23, 'layers': 2})
-  picked = structured.chosen(config, small, structured.scores(model, None), [0.1, 0.2, 0.3])
-  assert [one['layer'] for one in picked] == [1, 2]
-  assert picked[0]['kv_heads'].tolist() == [1] and picked[0]['heads'].tolist() == [2, 3]
-  assert 5 not in picked[1]['feed_forward'] and len(picked[1]['feed_forward']) == 23
-  norms = {}
-  for layer in range(3):
-    norms[layer, 'attention.o'] = np.ones(16)
-    norms[layer, 'attention.o'][8:] = 0
-    norms[layer, 'feed_forward.down'] = np.ones(24)
-    norms[layer, 'feed_forward.down'][layer] = 0
-  picked = structured.chosen(config, small, structured.scores(model, norms), [0.1, 0.2, 0.3])
-  assert [one['kv_heads'].tolist() for one in picked] == [[0], [0]]
-  assert [*set(range(24)) - {*picked[1]['feed_forward'].tolist()}] == [2]
+  assert structured.left(config, small, [0.1, 0.2, 0.3]) == [1, 2]
+  made = structured.by_magnitude(model, small).stack.blocks[0]
+  np.testing.assert_array_equal(made.attention.q[1], block.attention.q[1, :, 2:])
+  np.testing.assert_array_equal(made.attention.k[1], block.attention.k[1, :, 1:])
+  rest = [i for i in range(24) if i != 5]
+  np.testing.assert_array_equal(made.feed_forward.down[2], block.feed_forward.down[2, rest])
+  sizes = jnp.ones(16).at[8:].set(0), jnp.ones(24).at[7].set(0)
+  seen = {
+    f'x.{name}': Statistics(None, None, size, None, None)
+    for name, size in zip(('attention.o', 'feed_forward.down'), sizes)
+  }
+  layer = jax.tree.map(lambda x: x[:1], block)
+  made = structured.without('x', layer, seen, config, small)
+  np.testing.assert_array_equal(made.attention.v[0], block.attention.v[0, :, :1])
+  rest = [i for i in range(24) if i != 7]
+  np.testing.assert_array_equal(made.feed_forward.gate[0], block.feed_forward.gate[0][:, rest])
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,8 @@ def test_what_is_no_smaller_model(name, text, words):
     structured.smaller(laws.make_config(name), structured.parse(text))
 
 
-def test_layers_that_differ_stay_in_their_order(one_device):
+def test_layers_that_differ_stay_in_their_order():
   config = laws.make_config('gemma2', layers=4)
   small = structured.smaller(config, {'layers': 3})
-  with pytest.raises(ValueError, match='layers of this model differ'):
-    structured.chosen(config, small, {}, [0.1, 0.2, 0.3, 0.4])
-  assert dataclasses.replace(small, layers=4) == dataclasses.replace(config, head_width=config.H)
+  with pytest.raises(ValueError, match='let another number stay'):
+    structured.left(config, small, [0.1, 0.2, 0.3, 0.4])
