@@ -255,11 +255,15 @@ def _quantise(options) -> None:
 
 
 def _prune(options) -> None:
-  asked = names.imported('workdir.pruned.Asked')(
-    options.scheme, options.method, options.scope, tuple(options.keep)
+  bound = names.imported('compression.bounded.Bound').parse(
+    options.max_kl, options.max_perplexity_increase
   )
+  asked = names.imported('workdir.pruned.Asked')(
+    options.scheme, options.method, options.scope, tuple(options.keep), bound
+  )
+  rows = names.imported('workdir.pruned.interim')(options.workdir)
   run = names.imported('workdir.pruned.prune')
-  run(options.workdir, options.to, asked, options.checkpoint, _log)
+  run(options.workdir, options.to, asked, options.checkpoint, rows, _log)
 
 
 def _judge(options) -> None:
@@ -402,7 +406,7 @@ def _take_prune(made: argparse.ArgumentParser) -> None:
   made.add_argument('--to', required=True, metavar='RUN2')
   made.add_argument(
     '--scheme',
-    required=True,
+    default='',
     help='2:4, packed, also as 2:4+int8; 0.5, the share of numbers that go; what stays of '
     'heads=6,channels=1024,layers=20',
   )
@@ -420,6 +424,15 @@ def _take_prune(made: argparse.ArgumentParser) -> None:
   )
   made.add_argument(
     '--keep', action='append', default=[], metavar='PATTERN', help="parameters to keep; '*.down'"
+  )
+  made.add_argument(
+    '--max_kl',
+    default='',
+    help='in the place of --scheme: the share of numbers that go is searched, the most that keeps '
+    'KL to the original below this, in nats a token',
+  )
+  made.add_argument(
+    '--max_perplexity_increase', default='', help='the same of the perplexity, as 2%%'
   )
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
 

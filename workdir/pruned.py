@@ -66,8 +66,8 @@ class Asked:
     names.check('--method', self.method, METHODS)
     if bool(self.scheme) == bool(self.bound):
       raise ValueError(
-        f'--scheme={self.scheme or "''"}: give one, as 2:4 or 0.5, or a bound that finds the share '
-        'of numbers that go (--max_kl, --max_perplexity_increase), and not both'
+        f'--scheme={self.scheme}: give one, as 2:4 or 0.5, or a bound that finds the share of '
+        'numbers that go (--max_kl, --max_perplexity_increase), and not both'
       )
     if self.units:
       if self.scope or self.keep or self.method == 'sparsegpt':
@@ -151,7 +151,9 @@ def prune(
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
     jax.eval_shape(functools.partial(_packed, asked=asked), target)  # said before anything is read
     batches = rows(config, log) if asked.calibrated else []
-    kept = Kept(_unfinished(to), _work(workdir, checkpoints, step, asked, batches))
+    kept = None
+    if asked.method != 'magnitude' and not asked.bound:
+      kept = Kept(_unfinished(to), _work(workdir, checkpoints, step, asked, batches))
     model = checkpoints.model(target, step)
     before = model_bytes(model), params.count(model)
     if asked.units:
@@ -169,7 +171,8 @@ def prune(
     run = dataclasses.replace(config, model=small, init='', optimizer=optimizer)
     copied(workdir, partial)
     write_run(partial, run, {'model': model}, log)
-  kept.remove()
+  if kept:
+    kept.remove()
   after = model_bytes(model)
   log(
     f'{to}: step {step} of {workdir}, {before[1]:,} -> {params.count(model):,} parameters, '
@@ -340,3 +343,21 @@ def _name(path) -> str:
 
 def _is_param(x) -> bool:
   return hasattr(x, 'get_value')
+
+
+def interim(workdir):
+  def rows(config, log):
+    from data.config import SourceConfig
+    from data.sources import Problems, documents
+
+    tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
+    held = set(library.held_out())
+    texts = []
+    for text in documents(SourceConfig(), Problems()):
+      if len(text) > 6000 and text not in held:
+        texts.append(tokenizer.encode(text[:4000]))
+      if len(texts) == 64:
+        break
+    return bounded.rows_of([ids for ids in texts if len(ids) > 512], 4, 512)
+
+  return rows
