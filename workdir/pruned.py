@@ -164,7 +164,7 @@ def prune(
       model = thinned(model, asked, batches, kept, log)
     for line in described(model, asked):
       log(line)
-    model = jax.jit(functools.partial(_packed, asked=asked), donate_argnums=0)(model)
+    model = jax.jit(functools.partial(_packed, asked=asked))(model)
     optimizer = config.optimizer
     if not asked.units and not asked.entries:
       optimizer = dataclasses.replace(optimizer, prune='kept')
@@ -356,7 +356,7 @@ def interim(workdir):
     for text in documents(SourceConfig(), Problems()):
       if len(text) > 6000 and text not in held:
         texts.append(tokenizer.encode(text[:4000]))
-      if len(texts) == 64:
+      if len(texts) == 32:
         break
     return bounded.rows_of([ids for ids in texts if len(ids) > 512], 4, 512)
 
