@@ -251,7 +251,17 @@ def _quantise(options) -> None:
   if not entries:
     raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME')
   run = names.imported('workdir.compressed.quantise')
-  run(options.workdir, options.to, entries, options.method, options.checkpoint, _log)
+  calibration = names.imported('workdir.calibrated.from_options')(options)
+  run(
+    options.workdir,
+    options.to,
+    entries,
+    options.method,
+    options.checkpoint,
+    _log,
+    calibration,
+    options.act_order,
+  )
 
 
 def _prune(options) -> None:
@@ -261,9 +271,9 @@ def _prune(options) -> None:
   asked = names.imported('workdir.pruned.Asked')(
     options.scheme, options.method, options.scope, tuple(options.keep), bound
   )
-  rows = names.imported('workdir.pruned.interim')(options.workdir)
+  calibration = names.imported('workdir.calibrated.from_options')(options)
   run = names.imported('workdir.pruned.prune')
-  run(options.workdir, options.to, asked, options.checkpoint, rows, _log)
+  run(options.workdir, options.to, asked, options.checkpoint, calibration, _log)
 
 
 def _judge(options) -> None:
@@ -384,7 +394,15 @@ def _take_smaller(command: Callable) -> None:
     help='of parameters whose names match, before --scheme; again for more; head=int8, '
     "'*.down=keep'",
   )
-  made.add_argument('--method', default='rtn', help='rtn rounds, mse clips where that is nearer')
+  made.add_argument(
+    '--method',
+    default='rtn',
+    help='rtn rounds, mse clips where that is nearer; gptq looks at rows of calibration',
+  )
+  made.add_argument(
+    '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'
+  )
+  names.imported('workdir.calibrated.take_options')(made)
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   _take_prune(command('prune', _prune, 'a run -> one with fewer numbers, heads or layers'))
   made = command('judge', _judge, 'what it cost to make a run smaller')
@@ -434,6 +452,7 @@ def _take_prune(made: argparse.ArgumentParser) -> None:
   made.add_argument(
     '--max_perplexity_increase', default='', help='the same of the perplexity, as 2%%'
   )
+  names.imported('workdir.calibrated.take_options')(made)
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
 
 

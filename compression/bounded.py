@@ -109,8 +109,10 @@ def cost_on(original, batches: Sequence[Batch], bound: Bound, vocabulary: int):
   """
 
   def sums(original, smaller, batch):
-    weights = ax.place(jnp.asarray(batch.weights > 0, jnp.float32), *TOKENS)
-    targets = ax.place(jnp.asarray(batch.targets), *TOKENS)
+    behind = ((0, 0), (0, 1))
+    same = (batch.segments[:, :-1] == batch.segments[:, 1:]) & (batch.segments[:, 1:] > 0)
+    weights = ax.place(jnp.pad(same, behind).astype(jnp.float32), *TOKENS)
+    targets = ax.place(jnp.pad(batch.tokens[:, 1:], behind), *TOKENS)
 
     def law(model):
       x = model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segments))).hidden
@@ -134,15 +136,13 @@ def cost_on(original, batches: Sequence[Batch], bound: Bound, vocabulary: int):
 
 
 def rows_of(encoded: Sequence[Sequence[int]], rows: int, length: int) -> list[Batch]:
-  """Batches of one text a row, of so many tokens at most."""
+  """Batches of one text a row, of so many tokens at most, as rows of calibration are."""
   made = []
   for first in range(0, len(encoded), rows):
     batch = Batch.empty(rows, length)
     for row, ids in enumerate(encoded[first : first + rows]):
-      ids = list(ids)[: length + 1]
-      count = len(ids) - 1
-      batch.tokens[row, :count], batch.targets[row, :count] = ids[:-1], ids[1:]
-      batch.positions[row, :count] = np.arange(count)
-      batch.segments[row, :count] = batch.weights[row, :count] = 1
+      ids = list(ids)[:length]
+      batch.tokens[row, : len(ids)], batch.segments[row, : len(ids)] = ids, 1
+      batch.positions[row, : len(ids)] = np.arange(len(ids))
     made.append(batch)
   return made

@@ -2,6 +2,7 @@
 largest of each block (`nearest`), or one that clips it where that is nearer for all (`clipped`).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -24,10 +25,11 @@ def nearest(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: s
 
 def clipped(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: str) -> Weight:
   """The same by the scale of each block, of SHRINKS, with the least sum of squared errors."""
-  whole = scheme.of(x, summed, axes, name)
+  single = dataclasses.replace(scheme, double=False)
+  whole = single.of(x, summed, axes, name)
 
   def tried(shrink):
-    made = scheme.of(x, summed, axes, name, shrink)
+    made = single.of(x, summed, axes, name, shrink)
     return _of_scales(made, jnp.square(made.numbers('float32') - x.astype(jnp.float32)))
 
   def better(best, shrink):

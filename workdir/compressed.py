@@ -4,6 +4,7 @@ what it was made of stays as it is.
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -12,13 +13,24 @@ from typing import Any
 
 import jax
 
-from compression.quantise import quantised
+import files
+import names
+from compression.calibrated import CALIBRATED, Method, calibrated
+from compression.kept import Kept
+from compression.quantise import METHODS, quantised
+from data import tokenizers
+from decode.generating import generating
 from model import checkpoint, params, transformer
 from model.weights import read
+from model.weights.scheme import parsed, stored
+from parallel.mesh import MeshConfig, make_mesh
 from workdir.adapted import copied
+from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of, step_of
 from workdir.untrained import write_run
+
+FILE = 'compressed.json'  # by what a run became what it is
 
 
 def quantise(
@@ -28,10 +40,13 @@ def quantise(
   method: str,
   name: str,
   log: Callable[[str], Any],
+  calibration: Calibration | None = None,
+  act_order: bool = False,
 ) -> None:
   """Writes a run, at `to`, whose matrices are in codes.
 
-  entries: of model.execution.stored. method: of compression.quantise. name: of the checkpoint.
+  entries: of model.execution.stored. method: of compression.quantise, or of compression.calibrated,
+    which looks at rows of `calibration`. name: of the checkpoint.
   Raises ValueError for a run that is an adapter or in codes already, and for entries that do not
     fit; FileExistsError where `to` is taken.
   """
@@ -52,18 +67,42 @@ def quantise(
     raise FileNotFoundError(f'{workdir} has no checkpoint')
   check_own(checkpoints.record(step), workdir)
   small = config.model.with_execution(stored=tuple(entries))
-  in_codes = functools.partial(quantised, entries=entries, method=method)
-  mesh = checkpoint.default_mesh(small)
+  network, mesh, by = config.model, checkpoint.default_mesh(small), None
+  names.check('--method', method, [*METHODS, *CALIBRATED])
+  if method in CALIBRATED:
+    if any(scheme.sparse for _, scheme in parsed(entries)):
+      raise NotImplementedError(
+        f'--method={method} chooses codes of whole matrices: use rtn or mse for N:M, of what '
+        'python convert.py prune --scheme=2:4 --method=sparsegpt leaves'
+      )
+    by = Method(method, act_order)
+    network, mesh = generating(config.model), make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+  elif calibration is not None or act_order:
+    raise ValueError(
+      f'--method={method} looks at no text: leave out what says of which, or use one of '
+      + ', '.join(CALIBRATED)
+    )
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
-    target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
-    jax.eval_shape(in_codes, target)  # what does not fit is said before anything is read
+    target = params.abstract(lambda: transformer.init(network, 0), mesh)
+    # What does not fit is said before anything is read.
+    jax.eval_shape(functools.partial(stored, entries=entries), target)
     model = checkpoints.model(target, step)
-    before = model_bytes(model)
-    model = jax.jit(in_codes)(model)
+    before, facts = model_bytes(model), {'method': method, 'stored': list(entries)}
+    if by is None:
+      model = jax.jit(functools.partial(quantised, entries=entries, method=method))(model)
+    else:
+      tokenizer = tokenizers.load(workdir / 'tokenizer')
+      rows = rows_of(workdir, config, name, tokenizer, calibration or Calibration(), log)
+      facts |= {'act_order': act_order, 'calibration': rows.described}
+      kept = Kept(layers_beside(to), facts | {'of': checkpoints.reference(step)})
+      model = calibrated(model, rows.batches, entries, by, log, kept)
     copied(workdir, partial)
+    files.replace(partial / FILE, json.dumps(facts, indent=1) + '\n')
     run = dataclasses.replace(config, model=small, init='')
     write_run(partial, run, {'model': model}, log)
-  for line in kept(model):
+  if by is not None:
+    kept.remove()
+  for line in kept_as_it_is(model):
     log(line)
   after = model_bytes(model)
   log(
@@ -72,12 +111,18 @@ def quantise(
   )
 
 
+def layers_beside(to: str | os.PathLike) -> pathlib.Path:
+  """Where layers lie that are done, until a run is."""
+  to = pathlib.Path(to).absolute()
+  return to.with_name(f'.{to.name}.layers')
+
+
 def model_bytes(model) -> int:
   """Of all arrays of a model."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
 
 
-def kept(model) -> list[str]:
+def kept_as_it_is(model) -> list[str]:
   """Lines about what is not in codes, and how many bytes that is."""
   size: dict[str, int] = {}
 

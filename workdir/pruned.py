@@ -7,34 +7,36 @@ optimizer.prune='kept' has training keep them so; heads, channels and layers are
 
 import dataclasses
 import functools
-import hashlib
+import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import files
 import names
 from compression import bounded, structured, walk
 from compression.bounded import Bound
+from compression.calibrated import _expected as expected
 from compression.calibration import sizes_of
 from compression.kept import Kept
 from compression.prune import METHODS, Pattern, highest, shared_out, sparsegpt, stays, wanda
 from data import tokenizers
-from data.batch import Batch
 from evaluation import library
 from model import checkpoint, params, transformer
 from model.weights import read
 from model.weights.scheme import parsed, rule_of, stored, summed_of
 from parallel.mesh import MeshConfig, make_mesh
-from training.config import Config
 from workdir.adapted import copied
+from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
-from workdir.compressed import model_bytes
+from workdir.compressed import FILE, layers_beside, model_bytes
 from workdir.open import check_own, config_of, step_of
 from workdir.untrained import write_run
 
@@ -120,11 +122,11 @@ def prune(
   to: str | os.PathLike,
   asked: Asked,
   name: str,
-  rows: Callable[[Config, Log], Sequence[Batch]],
+  calibration: Calibration | None,
   log: Log,
 ) -> None:
-  """Writes a pruned run at `to`. name: of the checkpoint. rows: of calibration, where they are
-  needed.
+  """Writes a pruned run at `to`. name: of the checkpoint. calibration: which rows are looked at;
+  None: the default ones, where there is need.
 
   Raises ValueError for a run that is an adapter or in codes, and for what does not fit;
     FileExistsError where `to` is taken.
@@ -145,21 +147,30 @@ def prune(
   if step is None:
     raise FileNotFoundError(f'{workdir} has no checkpoint')
   check_own(checkpoints.record(step), workdir)
+  if calibration is not None and not asked.calibrated:
+    raise ValueError(
+      '--method=magnitude looks at no text: leave out what says of which, or use wanda or sparsegpt'
+    )
   small = small_config(config.model, asked)
   mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
     jax.eval_shape(functools.partial(_packed, asked=asked), target)  # said before anything is read
-    batches = rows(config, log) if asked.calibrated else []
-    kept = None
-    if asked.method != 'magnitude' and not asked.bound:
-      kept = Kept(_unfinished(to), _work(workdir, checkpoints, step, asked, batches))
+    facts, batches, kept = dataclasses.asdict(asked), [], None
+    if asked.calibrated:
+      tokenizer = tokenizers.load(workdir / 'tokenizer')
+      given = calibration or Calibration()
+      batches, facts['calibration'] = rows_of(workdir, config, name, tokenizer, given, log)
+    if asked.method != 'magnitude':
+      work = facts | {'of': checkpoints.reference(step)}
+      kept = functools.partial(_kept, layers_beside(to), work)
     model = checkpoints.model(target, step)
     before = model_bytes(model), params.count(model)
     if asked.units:
       model = cut(model, small, asked, batches, kept, log)
     elif asked.bound:
-      asked, model = within(model, asked, batches, workdir, log)
+      asked, model = within(model, asked, batches, tokenizer, kept, log)
+      facts |= {'share': asked.pattern.share}
     else:
       model = thinned(model, asked, batches, kept, log)
     for line in described(model, asked):
@@ -170,9 +181,9 @@ def prune(
       optimizer = dataclasses.replace(optimizer, prune='kept')
     run = dataclasses.replace(config, model=small, init='', optimizer=optimizer)
     copied(workdir, partial)
+    files.replace(partial / FILE, json.dumps(facts, indent=1) + '\n')
     write_run(partial, run, {'model': model}, log)
-  if kept:
-    kept.remove()
+  shutil.rmtree(layers_beside(to), ignore_errors=True)
   after = model_bytes(model)
   log(
     f'{to}: step {step} of {workdir}, {before[1]:,} -> {params.count(model):,} parameters, '
@@ -183,23 +194,10 @@ def prune(
     log('what went is 0, and takes as much memory as before; training keeps it so')
 
 
-def _unfinished(to) -> pathlib.Path:
-  """Where layers that are done lie until all are."""
-  to = pathlib.Path(to).absolute()
-  return to.with_name(f'.{to.name}.layers')
-
-
-def _work(workdir, checkpoints: Checkpoints, step: int, asked: Asked, batches) -> dict:
-  """What layers that are done depend on."""
-  digest = hashlib.sha256()
-  for x in jax.tree.leaves(list(batches)):
-    digest.update(np.ascontiguousarray(x).tobytes())
-  return {
-    'run': str(workdir),
-    'checkpoint': checkpoints.reference(step)['digest'],
-    'calibration': digest.hexdigest(),
-    **dataclasses.asdict(asked),
-  }
+def _kept(directory: pathlib.Path, work: dict, asked: Asked) -> Kept:
+  """Where layers that are done lie, of this one of what is tried."""
+  (directory / asked.scheme).mkdir(parents=True, exist_ok=True)
+  return Kept(directory / asked.scheme, work)
 
 
 def small_config(config, asked: Asked):
@@ -223,7 +221,7 @@ def goes(name: str, p, asked: Asked) -> bool:
   return rule is not None and rule[1].grid == 'keep' and bool(rule[1].sparse)
 
 
-def thinned(model, asked: Asked, batches, kept: Kept | None, log: Log):
+def thinned(model, asked: Asked, batches, kept: Callable[[Asked], Kept] | None, log: Log):
   """The model with 0 for what goes."""
   flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
   chosen = {_name(path): p for path, p in flat if goes(_name(path), p, asked)}
@@ -235,7 +233,9 @@ def thinned(model, asked: Asked, batches, kept: Kept | None, log: Log):
       lambda name, p: goes(name, p, asked),
       asked.method == 'sparsegpt',
     )
-    return walk.walk(model, batches, change, log, kept)
+    for line in expected(model, batches, change):
+      log(line)
+    return walk.walk(model, batches, change, log, kept and kept(asked))
   counts = {}
   if asked.pattern.scope == 'global':
     sizes = {name: jnp.abs(read(p).numbers(p.dtype)) for name, p in chosen.items()}
@@ -275,7 +275,7 @@ def _change(asked: Asked, name: str, p, statistics):
   return made.reshape(x.shape).astype(p.dtype)
 
 
-def cut(model, small, asked: Asked, batches, kept: Kept | None, log: Log):
+def cut(model, small, asked: Asked, batches, kept: Callable[[Asked], Kept] | None, log: Log):
   """The model with fewer parts."""
   mesh, config = jax.sharding.get_mesh(), model.config
   influence = None
@@ -293,13 +293,12 @@ def cut(model, small, asked: Asked, batches, kept: Kept | None, log: Log):
     make = functools.partial(structured.without, config=config, small=small)
     read_by = ('attention.o', 'feed_forward.down')
     change = walk.Change(make, lambda name, p: name.endswith(read_by), False)
-    model = walk.walk(model, batches, change, log, kept)
+    model = walk.walk(model, batches, change, log, kept and kept(asked))
   return structured.joined(model, small, layers, mesh)
 
 
-def within(model, asked: Asked, batches, workdir: pathlib.Path, log: Log):
+def within(model, asked: Asked, batches, tokenizer, kept, log: Log):
   """(what is asked, with its share, the model): as much as the bound lets go."""
-  tokenizer = tokenizers.load(workdir / 'tokenizer')
   vocabulary = min(tokenizer.vocabulary, model.config.V)
   rows, length = batches[0].tokens.shape
   texts = [tokenizer.encode(text) for text in library.held_out()[:HELD_OUT]]
@@ -311,7 +310,7 @@ def within(model, asked: Asked, batches, workdir: pathlib.Path, log: Log):
     return dataclasses.replace(asked, scheme=f'{share:.2f}', bound=None)
 
   def make(share):
-    return thinned(model, with_share(share), batches, None, lambda _: None)
+    return thinned(model, with_share(share), batches, kept, lambda _: None)
 
   share, made = bounded.search(make, costs, asked.bound, log)
   return with_share(share), made
@@ -343,21 +342,3 @@ def _name(path) -> str:
 
 def _is_param(x) -> bool:
   return hasattr(x, 'get_value')
-
-
-def interim(workdir):
-  def rows(config, log):
-    from data.config import SourceConfig
-    from data.sources import Problems, documents
-
-    tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
-    held = set(library.held_out())
-    texts = []
-    for text in documents(SourceConfig(), Problems()):
-      if len(text) > 6000 and text not in held:
-        texts.append(tokenizer.encode(text[:4000]))
-      if len(texts) == 32:
-        break
-    return bounded.rows_of([ids for ids in texts if len(ids) > 512], 4, 512)
-
-  return rows

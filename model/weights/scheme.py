@@ -4,6 +4,7 @@
   int8:group=128    bytes in groups along what is summed over; :asymmetric with a zero point each
   int4:group=64     4 bits, the same
   nf4:group=64      16 quantiles of a normal law
+  nf4:group=64:double   its scales in 8 bits; of each scheme with groups or squares
   fp8               float8_e4m3fn, a scale for each output; fp8:tensor one for all of a matrix;
                     fp8:block=128 one for each square
   2:4               2 numbers of every 4 along what is summed over, the largest, and where they
@@ -29,6 +30,7 @@ import names
 from model.config import ModelConfig
 from model.weights import int8, read
 from model.weights.codes import Codes, blocks_of
+from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS
 from model.weights.plain import Plain
 from model.weights.sparse import MOST, Sparse
@@ -36,6 +38,11 @@ from model.weights.weight import Weight
 from parallel import axes as ax
 
 GROUP = 128  # of 4 bits, where nobody says another
+OPTIONS = {
+  'tensor': {'tensor': True, 'group': 0},
+  'asymmetric': {'symmetric': False},
+  'double': {'double': True},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Scheme:
     grid: of model.weights.grids, or 'keep'.
     group: numbers along what is summed over that share a scale; 0: all of an output.
     block: size of a square that shares one; 0: none. tensor: whether all of a matrix does.
-    symmetric: whether 0 is the middle of the codes.
+    symmetric: whether 0 is the middle of the codes. double: whether scales are in codes, too.
     sparse: (N, M) where N numbers of every M are there, and lie as the rest says; (): all are.
 
   Raises ValueError for what does not go together.
@@ -57,6 +64,7 @@ class Scheme:
   block: int = 0
   tensor: bool = False
   symmetric: bool = True
+  double: bool = False
   sparse: tuple[int, ...] = ()
 
   def __post_init__(self):
@@ -81,6 +89,12 @@ class Scheme:
         f'{self.grid}:asymmetric: only int8 and int4 have a zero point; leave it out'
       )
 
+    if self.double and not size:
+      raise ValueError(
+        f'{self.grid}:double: scales of groups are many enough to be in codes; use '
+        f'{self.grid}:group=64:double, or leave it out'
+      )
+
   @classmethod
   def parse(cls, text: str) -> 'Scheme':
     """Of a text such as 'int4:group=64:asymmetric' or '2:4'. Raises ValueError for another."""
@@ -95,10 +109,10 @@ class Scheme:
       name, equals, value = option.partition('=')
       if name in ('group', 'block') and value.isdecimal():
         values |= {'group': 0, name: int(value)}
-      elif option in ('tensor', 'asymmetric'):
-        values |= {'tensor': True, 'group': 0} if option == 'tensor' else {'symmetric': False}
+      elif option in OPTIONS:
+        values |= OPTIONS[option]
       else:
-        known = 'group=N, block=N, tensor, asymmetric'
+        known = f'group=N, block=N, {", ".join(OPTIONS)}'
         raise ValueError(f'the scheme {text!r}: {option!r} is none of {known}')
     return cls(grid, **values)
 
@@ -139,7 +153,8 @@ class Scheme:
     blocks = self.blocks(x.shape[-rank:], summed, name)
     blocks = (1,) * (len(axes) - rank) + blocks
     _check_shards(x.shape[-len(axes) :], blocks, axes, self, name)
-    return Codes.of(x, self.grid, blocks, max(summed), axes, self.symmetric, shrink)
+    made = Codes.of(x, self.grid, blocks, max(summed), axes, self.symmetric, shrink)
+    return Doubled.of(x, made) if self.double else made
 
 
 def parsed(entries: Sequence[str]) -> list[tuple[str, Scheme]]:

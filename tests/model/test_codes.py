@@ -16,6 +16,7 @@ from model import params, transformer
 from model.config import ModelConfig
 from model.weights import Weight, read
 from model.weights.codes import Codes, blocks_of
+from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS, NF4, packed, unpacked
 from model.weights.scheme import Scheme, parsed, rule_of, stored
 from parallel.mesh import MeshConfig, make_mesh
@@ -28,6 +29,7 @@ SCHEMES = (
   'int4:group=2',
   'int4:group=2:asymmetric',
   'nf4:group=2',
+  'nf4:group=2:double',
   'fp8',
   'fp8:tensor',
 )
@@ -92,6 +94,29 @@ def test_no_number_is_further_than_half_a_step(grid, group, symmetric, seed, siz
     assert (error <= scale * 0.5 * (1 + 1e-5)).all()
 
 
+def test_scales_in_codes_are_near_to_what_they_were():
+  """By half of a step of theirs; numbers by half of their own step, and what the largest loses."""
+  draw = np.random.default_rng(0)
+  x = jnp.asarray(draw.normal(size=(64, 512)) * np.exp(draw.normal(size=(1, 512))), jnp.float32)
+  x = x.at[:32, 7].set(0)
+  made, plain_ = (
+    Scheme.parse(text).of(x, (-2,), (None, None))
+    for text in ('int4:group=32:double', 'int4:group=32')
+  )
+  assert made.blocks == (1, 256) and made.base.scale.dtype == jnp.int8
+  assert made.step.shape == (2, 2) and made.mean.shape == (1, 1)
+  np.testing.assert_allclose(made.mean, plain_.scale.mean(keepdims=True), rtol=1e-5)
+  apart = np.abs(plain_.scale - made.mean).reshape(2, 2, 256)
+  np.testing.assert_allclose(made.step, apart.max(-1) / 127, rtol=1e-5)
+  scale, lost = np.asarray(made.single().scale), np.repeat(np.asarray(made.step), 256, 1) / 2
+  assert (np.abs(scale - plain_.scale) <= lost * 1.001).all()
+  bound = np.repeat(scale / 2 + 7 * lost, 32, 0) * 1.001
+  error = np.abs(np.asarray(made.numbers('float32')) - x)
+  assert (error <= bound).all() and (np.asarray(made.numbers('float32'))[:32, 7] == 0).all()
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+  assert size == 64 * 512 // 2 + 2 * 512 + 4 * 4 + 4
+
+
 def test_squares_are_of_the_matrix_as_it_multiplies():
   """[D, N, H] and [N, H, D] with heads of 4: 8 outputs, or inputs, are two heads."""
   assert Scheme.parse('fp8:block=8').blocks((16, 6, 4), (-3,), 'q') == (8, 2, 4)
@@ -140,7 +165,7 @@ def check(family, sizes, *entries, least=5):
   with jax.set_mesh(mesh):
     model = jax.jit(functools.partial(transformer.init, config, 0))()
     kinds = [read(p) for p in jax.tree.leaves(model, is_leaf=_is_param)]
-    assert sum(isinstance(kind, Codes) for kind in kinds) >= least
+    assert sum(isinstance(kind, Codes | Doubled) for kind in kinds) >= least
     made, wanted = everything()(model), everything()(jax.jit(plain)(model))
   for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
@@ -153,7 +178,7 @@ EXPERTS = {'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}
 @pytest.mark.parametrize(
   'family, sizes, scheme',
   [
-    ('llama', MESH, 'int4:group=2:asymmetric'),
+    ('llama', MESH, 'int4:group=2:asymmetric:double'),
     ('t5', {}, 'fp8'),
     *(
       pytest.param(family, sizes, SCHEMES[i % len(SCHEMES)], marks=pytest.mark.slow)
@@ -211,6 +236,7 @@ def test_a_tied_head_gets_codes_of_its_own_and_the_table_stays(one_device):
     ('int4:tensor', 'two codes share a byte'),
     ('nf4:group=64:asymmetric', 'only int8 and int4 have a zero point'),
     ('fp8:tensor:block=64', 'one of them'),
+    ('fp8:double', 'use fp8:group=64:double'),
   ],
 )
 def test_schemes_that_mean_nothing(text, words):
