@@ -135,7 +135,8 @@ def influence(model: transformer.Decoder, batches: Sequence[Batch]) -> list[floa
     return jnp.where(real, 1 - cos, 0).sum(), y
 
   run, shell, found = jax.jit(apart), walk._shell(model), []
-  states = [walk._entered(shell, batch, None, 'stack') for batch in batches]
+  enter = jax.jit(functools.partial(walk._entered, side='stack'))
+  states = [enter(shell, batch, None) for batch in batches]
   tokens = sum(int((batch.segments > 0).sum()) for batch in batches)
   for layer in walk.layers_of(model.config):
     blocks = model.stack.blocks[layer.place]
