@@ -68,38 +68,37 @@ def search(
   """(share, what was made of it): the largest share of numbers to go whose costs hold.
 
   costs: of calibration, by which it is searched, and of held-out texts, by which what was found is
-    judged; where that is too much, the next smaller shares are tried.
+    judged; where that is too much, less is searched by both.
   Raises ValueError where no share holds.
   """
+  places = 'calibration', 'held-out texts'
 
-  def tried(share):
-    made = make(share)
-    cost = costs[0](made)
-    log(f'{share:.2f} of the numbers: {bound.said(cost)}, on calibration')
-    return cost <= bound.most, made
+  def holds(made, share, which):
+    cost = costs[which](made)
+    log(f'{share:.2f} of the numbers: {bound.said(cost)}, on {places[which]}')
+    return cost <= bound.most
 
-  low, high, best = 0, round(HIGHEST / STEP) + 1, None
-  while high - low > 1:
-    middle = (low + high) // 2
-    holds, made = tried(middle * STEP)
-    if holds:
-      low, best = middle, made
-    else:
-      high = middle
-  while low:
-    cost = costs[1](best)
-    log(f'{low * STEP:.2f} of the numbers: {bound.said(cost)}, on held-out texts')
-    if cost <= bound.most:
-      return low * STEP, best
-    holds = False
-    while low > 1 and not holds:
-      low -= 1
-      holds, best = tried(low * STEP)
-    low *= holds
-  raise ValueError(
-    f'no share of numbers that go, from {STEP:.0%} on, keeps {bound.name} below {bound.most:g}; '
-    'allow more, or use a method that costs less (sparsegpt)'
-  )
+  def largest(below, checks):
+    """The largest multiple of STEP below one that holds, 0 for none, and what was made of it."""
+    low, best = 0, None
+    while below - low > 1:
+      middle = (low + below) // 2
+      made = make(middle * STEP)
+      if all(holds(made, middle * STEP, which) for which in checks):
+        low, best = middle, made
+      else:
+        below = middle
+    return low, best
+
+  found, made = largest(round(HIGHEST / STEP) + 1, [0])
+  if found and not holds(made, found * STEP, 1):
+    found, made = largest(found, [0, 1])
+  if not found:
+    raise ValueError(
+      f'no share of numbers that go, from {STEP:.0%} on, keeps {bound.name} below {bound.most:g}; '
+      'allow more, or use a method that costs less (sparsegpt)'
+    )
+  return found * STEP, made
 
 
 def cost_on(original, batches: Sequence[Batch], bound: Bound, vocabulary: int):

@@ -139,7 +139,7 @@ def test_as_much_goes_as_a_bound_lets(runs, monkeypatch):
   monkeypatch.setattr('workdir.pruned.HELD_OUT', 2)
   prune(runs, 'bounded', '--max_kl=0.01', '--samples=8')
   tries = [line for line in lines if 'on calibration' in line]
-  assert 5 < len(tries) < 10 and any('holds' in line for line in tries)
+  assert 5 < len(tries) < 15 and any('holds' in line for line in tries)
   assert any('holds, on held-out texts' in line for line in lines)
   share = json.loads((runs / 'bounded' / 'compressed.json').read_text())['share']
   assert 0.3 <= share < 0.9
