@@ -265,12 +265,7 @@ def _quantise(options) -> None:
 
 
 def _prune(options) -> None:
-  bound = names.imported('compression.bounded.Bound').parse(
-    options.max_kl, options.max_perplexity_increase
-  )
-  asked = names.imported('workdir.pruned.Asked')(
-    options.scheme, options.method, options.scope, tuple(options.keep), bound
-  )
+  asked = names.imported('workdir.prune_request.from_options')(options)
   calibration = names.imported('workdir.calibrated.from_options')(options)
   run = names.imported('workdir.pruned.prune')
   run(options.workdir, options.to, asked, options.checkpoint, calibration, _log)
@@ -404,7 +399,8 @@ def _take_smaller(command: Callable) -> None:
   )
   names.imported('workdir.calibrated.take_options')(made)
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
-  _take_prune(command('prune', _prune, 'a run -> one with fewer numbers, heads or layers'))
+  made = command('prune', _prune, 'a run -> one with fewer numbers, heads or layers')
+  names.imported('workdir.prune_request.take_options')(made)
   made = command('judge', _judge, 'what it cost to make a run smaller')
   made.add_argument('original', metavar='RUN')
   made.add_argument('smaller', metavar='RUN2')
@@ -416,44 +412,6 @@ def _take_smaller(command: Callable) -> None:
     help="what both read; again for more; default: held-out modules of Python's own library",
   )
   made.add_argument('--limit', type=int, default=64, help='texts (default: %(default)s); 0: all')
-
-
-def _take_prune(made: argparse.ArgumentParser) -> None:
-  """The options of pruning."""
-  made.add_argument('--workdir', required=True, metavar='RUN')
-  made.add_argument('--to', required=True, metavar='RUN2')
-  made.add_argument(
-    '--scheme',
-    default='',
-    help='2:4, packed, also as 2:4+int8; 0.5, the share of numbers that go; what stays of '
-    'heads=6,channels=1024,layers=20',
-  )
-  made.add_argument(
-    '--method',
-    default='magnitude',
-    help='magnitude, the smallest go; wanda, those that add least; sparsegpt, and others make up '
-    'for them',
-  )
-  made.add_argument(
-    '--scope',
-    default='',
-    help='a share is of each row (output), of each layer (matrix), or global; default: row of '
-    'wanda, else layer',
-  )
-  made.add_argument(
-    '--keep', action='append', default=[], metavar='PATTERN', help="parameters to keep; '*.down'"
-  )
-  made.add_argument(
-    '--max_kl',
-    default='',
-    help='in the place of --scheme: the share of numbers that go is searched, the most that keeps '
-    'KL to the original below this, in nats a token',
-  )
-  made.add_argument(
-    '--max_perplexity_increase', default='', help='the same of the perplexity, as 2%%'
-  )
-  names.imported('workdir.calibrated.take_options')(made)
-  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
 
 
 def main(arguments: list[str] | None = None) -> None:

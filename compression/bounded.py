@@ -21,7 +21,7 @@ HIGHEST = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class QualityBound:
   """Attributes:
   name: 'kl', in nats a token, or 'perplexity_increase', a share.
   most: what it may be.
@@ -31,7 +31,7 @@ class Bound:
   most: float
 
   @classmethod
-  def parse(cls, most_kl: str, most_increase: str) -> 'Bound | None':
+  def parse(cls, most_kl: str, most_increase: str) -> 'QualityBound | None':
     """Of --max_kl=0.05 and --max_perplexity_increase=2%; None of neither.
 
     Raises ValueError for both, and for what is no number above 0.
@@ -62,7 +62,7 @@ class Bound:
 def search(
   make: Callable[[float], Any],
   costs: Sequence[Callable[[Any], float]],
-  bound: Bound,
+  bound: QualityBound,
   log: Callable[[str], Any],
 ) -> tuple[float, Any]:
   """(share, what was made of it): the largest share of numbers to go whose costs hold.
@@ -101,7 +101,7 @@ def search(
   return found * STEP, made
 
 
-def cost_on(original, batches: Sequence[Batch], bound: Bound, vocabulary: int):
+def cost_on(original, batches: Sequence[Batch], bound: QualityBound, vocabulary: int):
   """A function of a smaller model: what it costs on these rows, by what the bound is of.
 
   vocabulary: ids below it are the tokenizer's.

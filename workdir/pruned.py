@@ -20,107 +20,33 @@ import jax.numpy as jnp
 import numpy as np
 
 import files
-import names
 from compression import bounded, structured, walk
-from compression.bounded import Bound
 from compression.calibrated import _expected as expected
 from compression.calibration import sizes_of
 from compression.kept import Kept
-from compression.prune import METHODS, Pattern, highest, shared_out, sparsegpt, stays, wanda
+from compression.prune import highest, shared_out, sparsegpt, stays, wanda
 from data import tokenizers
 from evaluation import library
 from model import checkpoint, params, transformer
 from model.weights import read
-from model.weights.scheme import parsed, rule_of, stored, summed_of
+from model.weights.scheme import stored, summed_of
 from parallel.mesh import MeshConfig, make_mesh
 from workdir.adapted import copied
 from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
 from workdir.compressed import FILE, layers_beside, model_bytes
 from workdir.open import check_own, config_of, step_of
+from workdir.prune_request import PruneRequest
 from workdir.untrained import write_run
 
 Log = Callable[[str], Any]
-BLOCKS = '*.blocks.*'
 HELD_OUT = 16  # texts that a bound is looked at again with
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-  """What is to go, and how it is chosen.
-
-  Attributes:
-    scheme: as 2:4, 2:4+int8, 0.5, heads=6,channels=1024,layers=20.
-    method: of compression.prune. scope: of its Pattern; '': the method's.
-    keep: patterns of parameters that stay as they are. bound: in the place of a scheme, what it may
-      cost.
-
-  Raises ValueError for what does not go together.
-  """
-
-  scheme: str
-  method: str = 'magnitude'
-  scope: str = ''
-  keep: tuple[str, ...] = ()
-  bound: Bound | None = None
-
-  def __post_init__(self):
-    names.check('--method', self.method, METHODS)
-    if bool(self.scheme) == bool(self.bound):
-      raise ValueError(
-        f'--scheme={self.scheme}: give one, as 2:4 or 0.5, or a bound that finds the share of '
-        'numbers that go (--max_kl, --max_perplexity_increase), and not both'
-      )
-    if self.units:
-      if self.scope or self.keep or self.method == 'sparsegpt':
-        raise ValueError(
-          f'--scheme={self.scheme} takes parts of all layers by --method=magnitude or wanda, '
-          'without --scope and --keep; leave those out'
-        )
-      return
-    pattern = self.pattern
-    if pattern.sparse and self.scope:
-      raise ValueError(f'--scope={self.scope}: {self.scheme} is of groups; leave it out')
-    if pattern.scope == 'global' and self.method != 'magnitude':
-      raise ValueError(
-        f'--scope=global with --method={self.method}, whose scores are of one matrix; use layer or '
-        'row'
-      )
-
-  @functools.cached_property
-  def units(self) -> dict[str, int]:
-    """Parts that stay, by name; {} where numbers go."""
-    return structured.parse(self.scheme)
-
-  @functools.cached_property
-  def pattern(self) -> Pattern:
-    """Of the numbers that go."""
-    scope = self.scope or ('row' if self.method == 'wanda' else 'layer')
-    text, plus, _ = (self.scheme or '0.5').partition('+')
-    pattern = Pattern.parse(text, scope)
-    if plus and not pattern.sparse:
-      raise ValueError(
-        f'--scheme={self.scheme}: only what is left of N:M is stored by another scheme; prune '
-        'first, and quantise the run'
-      )
-    return pattern
-
-  @property
-  def calibrated(self) -> bool:
-    """Whether rows are needed."""
-    return self.method != 'magnitude' or self.bound is not None or 'layers' in self.units
-
-  @property
-  def entries(self) -> tuple[str, ...]:
-    """Of model.execution.stored."""
-    kept = [f'{pattern}=keep' for pattern in self.keep]
-    return (*kept, f'{BLOCKS}={self.scheme}') if self.pattern.sparse else ()
 
 
 def prune(
   workdir: str | os.PathLike,
   to: str | os.PathLike,
-  asked: Asked,
+  asked: PruneRequest,
   name: str,
   calibration: Calibration | None,
   log: Log,
@@ -190,47 +116,42 @@ def prune(
     f'{before[0] / 2**20:,.1f} MiB as {after / 2**20:,.1f} MiB ({after / before[0]:.0%}), by '
     f'{asked.method}'
   )
-  if optimizer.prune == 'kept' and not asked.units:
+  if optimizer != config.optimizer:
     log('what went is 0, and takes as much memory as before; training keeps it so')
 
 
-def _kept(directory: pathlib.Path, work: dict, asked: Asked) -> Kept:
+def _kept(directory: pathlib.Path, work: dict, asked: PruneRequest) -> Kept:
   """Where layers that are done lie, of this one of what is tried."""
   (directory / asked.scheme).mkdir(parents=True, exist_ok=True)
   return Kept(directory / asked.scheme, work)
 
 
-def small_config(config, asked: Asked):
+def small_config(config, asked: PruneRequest):
   """Of the pruned model."""
   if asked.units:
     return structured.smaller(config, asked.units)
   return config.with_execution(stored=asked.entries)
 
 
-def _packed(model, asked: Asked):
+def _packed(model, asked: PruneRequest):
   """The model as it is stored. Traced."""
   if asked.units or not asked.entries:
     return model
   return stored(model, asked.entries)
 
 
-def goes(name: str, p, asked: Asked) -> bool:
-  """Whether numbers of a parameter go: it is a matrix of a block, and no router."""
-  entries = [*(f'{pattern}=keep' for pattern in asked.keep), f'{BLOCKS}=1:2']
-  rule = rule_of(name, p, parsed(entries))
-  return rule is not None and rule[1].grid == 'keep' and bool(rule[1].sparse)
-
-
-def thinned(model, asked: Asked, batches, kept: Callable[[Asked], Kept] | None, log: Log):
+def thinned(
+  model, asked: PruneRequest, batches, kept: Callable[[PruneRequest], Kept] | None, log: Log
+):
   """The model with 0 for what goes."""
   flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
-  chosen = {_name(path): p for path, p in flat if goes(_name(path), p, asked)}
+  chosen = {_name(path): p for path, p in flat if asked.goes(_name(path), p)}
   if not chosen:
     raise ValueError(f'--keep={",".join(asked.keep)} leaves no matrix to prune; leave some out')
   if asked.method != 'magnitude':
     change = walk.Change(
       walk.by_matrix(functools.partial(_change, asked)),
-      lambda name, p: goes(name, p, asked),
+      asked.goes,
       asked.method == 'sparsegpt',
     )
     for line in expected(model, batches, change):
@@ -262,7 +183,7 @@ def _thin(x, summed, pattern, counts):
   return jnp.where(keep, x, jnp.zeros((), x.dtype))
 
 
-def _change(asked: Asked, name: str, p, statistics):
+def _change(asked: PruneRequest, name: str, p, statistics):
   """A matrix, or those of experts, by what it multiplies. Traced."""
   x, (lead, inputs) = read(p).numbers('float32'), sizes_of(p)
   flat = x.reshape(math.prod(lead), inputs, -1)
@@ -275,7 +196,9 @@ def _change(asked: Asked, name: str, p, statistics):
   return made.reshape(x.shape).astype(p.dtype)
 
 
-def cut(model, small, asked: Asked, batches, kept: Callable[[Asked], Kept] | None, log: Log):
+def cut(
+  model, small, asked: PruneRequest, batches, kept: Callable[[PruneRequest], Kept] | None, log: Log
+):
   """The model with fewer parts."""
   mesh, config = jax.sharding.get_mesh(), model.config
   influence = None
@@ -297,7 +220,7 @@ def cut(model, small, asked: Asked, batches, kept: Callable[[Asked], Kept] | Non
   return structured.joined(model, small, layers, mesh)
 
 
-def within(model, asked: Asked, batches, tokenizer, kept, log: Log):
+def within(model, asked: PruneRequest, batches, tokenizer, kept, log: Log):
   """(what is asked, with its share, the model): as much as the bound lets go."""
   vocabulary = min(tokenizer.vocabulary, model.config.V)
   rows, length = batches[0].tokens.shape
@@ -316,7 +239,7 @@ def within(model, asked: Asked, batches, tokenizer, kept, log: Log):
   return with_share(share), made
 
 
-def described(model, asked: Asked) -> list[str]:
+def described(model, asked: PruneRequest) -> list[str]:
   """Lines about what went, by kind of matrix, and what stays as it is."""
   if asked.units:
     return []
@@ -324,7 +247,7 @@ def described(model, asked: Asked) -> list[str]:
   left: dict[str, int] = {}
   for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param):
     name, size = _name(path), math.prod(p.shape)
-    if goes(name, p, asked):
+    if asked.goes(name, p):
       kind = '.'.join(name.split('.')[3:])
       zeros = int(np.asarray(jnp.sum(p.get_value() == 0)))
       gone[kind] = gone.get(kind, 0) + np.array([zeros, size])

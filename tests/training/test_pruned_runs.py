@@ -13,7 +13,7 @@ from conftest import assert_same, on, run_here
 
 import convert
 from compression import bounded
-from compression.bounded import Bound
+from compression.bounded import QualityBound
 from decode.generator import Generator
 from model.weights import read
 from model.weights.sparse import Sparse
@@ -149,14 +149,19 @@ def test_a_bound_is_met_by_the_largest_share():
   """Of a cost that is the share squared; held-out texts that cost more take some of it back."""
   lines = []
   share, made = bounded.search(
-    lambda share: share, [lambda x: x**2, lambda x: 1.3 * x**2], Bound('kl', 0.25), lines.append
+    lambda share: share,
+    [lambda x: x**2, lambda x: 1.3 * x**2],
+    QualityBound('kl', 0.25),
+    lines.append,
   )
   assert share == made == pytest.approx(0.43) and 1.3 * 0.44**2 > 0.25
   assert lines[0] == '0.48 of the numbers: KL 0.2304 of 0.25 nats a token: holds, on calibration'
   with pytest.raises(ValueError, match='no share of numbers'):
-    bounded.search(lambda share: share, [lambda x: 1.0] * 2, Bound('kl', 0.25), lines.append)
-  assert Bound.parse('', '2%') == Bound('perplexity_increase', 0.02)
-  assert Bound('perplexity_increase', 0.02).said(0.03) == 'perplexity +3.00% of +2.00%: too much'
+    bounded.search(lambda share: share, [lambda x: 1.0] * 2, QualityBound('kl', 0.25), lines.append)
+  assert QualityBound.parse('', '2%') == QualityBound('perplexity_increase', 0.02)
+  assert (
+    QualityBound('perplexity_increase', 0.02).said(0.03) == 'perplexity +3.00% of +2.00%: too much'
+  )
 
 
 @pytest.mark.parametrize(
