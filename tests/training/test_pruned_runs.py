@@ -15,6 +15,7 @@ import convert
 from compression import bounded
 from compression.bounded import QualityBound
 from decode.generator import Generator
+from model.adaptation import AdapterConfig
 from model.weights import read
 from model.weights.sparse import Sparse
 from parallel.mesh import MeshConfig
@@ -121,6 +122,26 @@ def test_what_begins_with_it_keeps_its_zeros(runs, corpus, tmp_path, monkeypatch
     gone = np.asarray(p[...]) == 0
     assert (np.asarray(after[name][...])[gone] == 0).all()
     assert (np.asarray(after[name][...])[~gone] != np.asarray(p[...])[~gone]).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_on_groups(runs, corpus, tmp_path):
+  """The base stays bit for bit, and tokens that it writes are another model's."""
+  base = prune(runs, 'groups', '--scheme=2:4', '--method=wanda', '--samples=8')
+  before = {name: np.asarray(x) for name, x in named_leaves(base.model).items()}
+  config = dataclasses.replace(
+    on(corpus, train={'steps': 3, 'save_every': 3}),
+    model=base.config.model,
+    adapter=AdapterConfig(kind='lora', rank=2, alpha=64.0),
+    init=str(runs / 'groups'),
+  )
+  run_here(config, tmp_path / 'lora')
+  after = named_leaves(open_run(runs / 'groups').model)
+  assert all((np.asarray(after[name]) == x).all() for name, x in before.items())
+  tuned, plain = (Generator.load(path) for path in (tmp_path / 'lora', runs / 'groups'))
+  assert np.abs(tuned.score(TEXTS)[0] - plain.score(TEXTS)[0]).max() > 1e-2
+  (one,) = plain(['some'], max_new_tokens=6, temperature=0.0)
+  assert len(one.ids) == 6 and np.isfinite(one.logprobs).all()
 
 
 @pytest.mark.slow
