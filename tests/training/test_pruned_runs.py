@@ -16,6 +16,7 @@ from compression import bounded
 from compression.bounded import QualityBound
 from decode.generator import Generator
 from model.adaptation import AdapterConfig
+from model.params import named_leaves
 from model.weights import read
 from model.weights.sparse import Sparse
 from parallel.mesh import MeshConfig
