@@ -248,10 +248,15 @@ def _merge(options) -> None:
 
 def _quantise(options) -> None:
   entries = [*options.store, *([f'*={options.scheme}'] if options.scheme else [])]
-  if not entries:
-    raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME')
-  run = names.imported('workdir.compressed.quantise')
+  bound = names.imported('compression.bounded.from_options')(options)
   calibration = names.imported('workdir.calibrated.from_options')(options)
+  if bool(entries) == bool(bound):
+    raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME, or a bound: --max_kl')
+  if bound:
+    find = names.imported('workdir.bounded_codes.entries')
+    entries = find(options.workdir, options.checkpoint, options.method, bound, calibration, _log)
+    calibration = None
+  run = names.imported('workdir.compressed.quantise')
   run(
     options.workdir,
     options.to,
@@ -398,6 +403,7 @@ def _take_smaller(command: Callable) -> None:
     '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'
   )
   names.imported('workdir.calibrated.take_options')(made)
+  names.imported('compression.bounded.take_options')(made, 'how many kinds of matrices take 4 bits')
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   made = command('prune', _prune, 'a run -> one with fewer numbers, heads or layers')
   names.imported('workdir.prune_request.take_options')(made)

@@ -1,7 +1,8 @@
-"""How much can go within a bound? The largest share, by bisection on rows of calibration, that
+"""How much smaller can a model be within a bound? As much, by bisection on rows of calibration, as
 keeps it there, and on texts that were held out, too.
 """
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +16,6 @@ from data.batch import Batch
 from model.logprobs import kl, logprobs
 from model.vocabulary import TOKENS, Law
 from parallel import axes as ax
-
-STEP = 0.01  # shares are multiples of it
-HIGHEST = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,46 +57,67 @@ class QualityBound:
     return f'perplexity {cost:+.2%} of {self.most:+.2%}: {holds}'
 
 
+def take_options(made: argparse.ArgumentParser, what: str) -> None:
+  """What a command takes that searches within a bound; what: is searched."""
+  made.add_argument(
+    '--max_kl',
+    default='',
+    help=f'in the place of --scheme: {what} is searched, the most that keeps KL to the original '
+    'within this, in nats a token',
+  )
+  made.add_argument(
+    '--max_perplexity_increase', default='', help='the same of the perplexity, as 2%%'
+  )
+
+
+def from_options(options) -> QualityBound | None:
+  """Of a command line's options."""
+  return QualityBound.parse(options.max_kl, options.max_perplexity_increase)
+
+
 def search(
-  make: Callable[[float], Any],
+  make: Callable[[int], Any],
   costs: Sequence[Callable[[Any], float]],
   bound: QualityBound,
+  count: int,
+  said: Callable[[int], str],
   log: Callable[[str], Any],
-) -> tuple[float, Any]:
-  """(share, what was made of it): the largest share of numbers to go whose costs hold.
+) -> tuple[int, Any]:
+  """(number, what was made of it): the largest number, of 1 to `count`, whose costs hold; larger
+  ones cost more. said: of a number, what is made of it.
 
   costs: of calibration, by which it is searched, and of held-out texts, by which what was found is
     judged; where that is too much, less is searched by both.
-  Raises ValueError where no share holds.
+  Raises ValueError where none holds.
   """
   places = 'calibration', 'held-out texts'
 
-  def holds(made, share, which):
+  def holds(made, number, which):
     cost = costs[which](made)
-    log(f'{share:.2f} of the numbers: {bound.said(cost)}, on {places[which]}')
+    log(f'{said(number)}: {bound.said(cost)}, on {places[which]}')
     return cost <= bound.most
 
   def largest(below, checks):
-    """The largest multiple of STEP below one that holds, 0 for none, and what was made of it."""
+    """The largest number below one that holds, 0 for none, and what was made of it."""
     low, best = 0, None
     while below - low > 1:
       middle = (low + below) // 2
-      made = make(middle * STEP)
-      if all(holds(made, middle * STEP, which) for which in checks):
+      made = make(middle)
+      if all(holds(made, middle, which) for which in checks):
         low, best = middle, made
       else:
         below = middle
     return low, best
 
-  found, made = largest(round(HIGHEST / STEP) + 1, [0])
-  if found and not holds(made, found * STEP, 1):
+  found, made = largest(count + 1, [0])
+  if found and not holds(made, found, 1):
     found, made = largest(found, [0, 1])
   if not found:
     raise ValueError(
-      f'no share of numbers that go, from {STEP:.0%} on, keeps {bound.name} below {bound.most:g}; '
-      'allow more, or use a method that costs less (sparsegpt)'
+      f'nothing that was tried, from {said(1)} on, keeps {bound.name} within {bound.most:g}; allow '
+      'more, or use a method that costs less'
     )
-  return found * STEP, made
+  return found, made
 
 
 def cost_on(original, batches: Sequence[Batch], bound: QualityBound, vocabulary: int):

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 
 import names
-from compression import structured
+from compression import bounded, structured
 from compression.bounded import QualityBound
 from compression.prune import METHODS, Pattern
 from model.weights.scheme import parsed, rule_of
@@ -117,20 +117,12 @@ def take_options(made: argparse.ArgumentParser) -> None:
   made.add_argument(
     '--keep', action='append', default=[], metavar='PATTERN', help="parameters to keep; '*.down'"
   )
-  made.add_argument(
-    '--max_kl',
-    default='',
-    help='in the place of --scheme: the share of numbers that go is searched, the most that keeps '
-    'KL to the original below this, in nats a token',
-  )
-  made.add_argument(
-    '--max_perplexity_increase', default='', help='the same of the perplexity, as 2%%'
-  )
+  bounded.take_options(made, 'the share of numbers that go')
   calibrated.take_options(made)
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
 
 
 def from_options(options) -> PruneRequest:
   """Of a command line's options."""
-  bound = QualityBound.parse(options.max_kl, options.max_perplexity_increase)
+  bound = bounded.from_options(options)
   return PruneRequest(options.scheme, options.method, options.scope, tuple(options.keep), bound)

@@ -26,12 +26,12 @@ from compression.calibration import sizes_of
 from compression.kept import Kept
 from compression.prune import highest, shared_out, sparsegpt, stays, wanda
 from data import tokenizers
-from evaluation import library
 from model import checkpoint, params, transformer
 from model.weights import read
 from model.weights.scheme import stored, summed_of
 from parallel.mesh import MeshConfig, make_mesh
 from workdir.adapted import copied
+from workdir.bounded_codes import costs_of
 from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
 from workdir.compressed import FILE, layers_beside, model_bytes
@@ -40,7 +40,7 @@ from workdir.prune_request import PruneRequest
 from workdir.untrained import write_run
 
 Log = Callable[[str], Any]
-HELD_OUT = 16  # texts that a bound is looked at again with
+MOST = 95  # percent of the numbers that may go
 
 
 def prune(
@@ -222,21 +222,19 @@ def cut(
 
 def within(model, asked: PruneRequest, batches, tokenizer, kept, log: Log):
   """(what is asked, with its share, the model): as much as the bound lets go."""
-  vocabulary = min(tokenizer.vocabulary, model.config.V)
-  rows, length = batches[0].tokens.shape
-  texts = [tokenizer.encode(text) for text in library.held_out()[:HELD_OUT]]
-  texts = [ids for ids in texts if len(ids) > 1]
-  both = batches, bounded.rows_of(texts, rows, length)
-  costs = [bounded.cost_on(model, each, asked.bound, vocabulary) for each in both]
+  costs = costs_of(model, batches, tokenizer, asked.bound)
 
-  def with_share(share):
-    return dataclasses.replace(asked, scheme=f'{share:.2f}', bound=None)
+  def with_share(percent):
+    return dataclasses.replace(asked, scheme=f'{percent / 100:.2f}', bound=None)
 
-  def make(share):
-    return thinned(model, with_share(share), batches, kept, lambda _: None)
+  def make(percent):
+    return thinned(model, with_share(percent), batches, kept, lambda _: None)
 
-  share, made = bounded.search(make, costs, asked.bound, log)
-  return with_share(share), made
+  def said(percent):
+    return f'{percent}% of the numbers'
+
+  percent, made = bounded.search(make, costs, asked.bound, MOST, said, log)
+  return with_share(percent), made
 
 
 def described(model, asked: PruneRequest) -> list[str]:

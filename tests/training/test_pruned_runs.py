@@ -158,7 +158,7 @@ def test_as_much_goes_as_a_bound_lets(runs, monkeypatch):
   """By magnitude, each try is said; what is found holds on held-out texts, too."""
   lines = []
   monkeypatch.setattr(convert, '_log', lines.append)
-  monkeypatch.setattr('workdir.pruned.HELD_OUT', 2)
+  monkeypatch.setattr('workdir.bounded_codes.HELD_OUT', 2)
   prune(runs, 'bounded', '--max_kl=0.01', '--samples=8')
   tries = [line for line in lines if 'on calibration' in line]
   assert 5 < len(tries) < 15 and any('holds' in line for line in tries)
@@ -167,23 +167,39 @@ def test_as_much_goes_as_a_bound_lets(runs, monkeypatch):
   assert 0.3 <= share < 0.9
 
 
-def test_a_bound_is_met_by_the_largest_share():
+def test_a_bound_is_met_by_the_largest_number():
   """Of a cost that is the share squared; held-out texts that cost more take some of it back."""
-  lines = []
-  share, made = bounded.search(
-    lambda share: share,
-    [lambda x: x**2, lambda x: 1.3 * x**2],
-    QualityBound('kl', 0.25),
-    lines.append,
-  )
-  assert share == made == pytest.approx(0.43) and 1.3 * 0.44**2 > 0.25
-  assert lines[0] == '0.48 of the numbers: KL 0.2304 of 0.25 nats a token: holds, on calibration'
-  with pytest.raises(ValueError, match='no share of numbers'):
-    bounded.search(lambda share: share, [lambda x: 1.0] * 2, QualityBound('kl', 0.25), lines.append)
+  lines, bound = [], QualityBound('kl', 0.25)
+
+  def search(*costs):
+    said = '{}%'.format
+    return bounded.search(lambda n: n / 100, costs, bound, 95, said, lines.append)
+
+  assert search(lambda x: x**2, lambda x: 1.3 * x**2) == (43, 0.43) and 1.3 * 0.44**2 > 0.25
+  assert lines[0] == '48%: KL 0.2304 of 0.25 nats a token: holds, on calibration'
+  assert '50%: KL 0.3250 of 0.25 nats a token: too much, on held-out texts' in lines
+  assert search(lambda x: x**2, lambda x: x**2) == (50, 0.5)
+  with pytest.raises(ValueError, match='nothing that was tried, from 1% on'):
+    search(lambda x: 1.0, lambda x: 0.0)
   assert QualityBound.parse('', '2%') == QualityBound('perplexity_increase', 0.02)
-  assert (
-    QualityBound('perplexity_increase', 0.02).said(0.03) == 'perplexity +3.00% of +2.00%: too much'
-  )
+  over = QualityBound('perplexity_increase', 0.02).said(0.03)
+  assert over == 'perplexity +3.00% of +2.00%: too much'
+
+
+@pytest.mark.slow
+def test_as_many_bits_as_a_bound_asks(runs, monkeypatch):
+  """Between all in 8 bits and all in 4: kinds of matrices that cost least have 4."""
+  lines = []
+  monkeypatch.setattr(convert, '_log', lines.append)
+  monkeypatch.setattr('workdir.bounded_codes.HELD_OUT', 2)
+  monkeypatch.setattr('workdir.bounded_codes.LOW', 'int4:group=8')
+  command = ['quantise', '--workdir', f'{runs}/run', '--to', f'{runs}/bits', '--samples=8']
+  convert.main([*command, '--max_kl=1e-4'])
+  stored = open_run(runs / 'bits').config.model.execution.stored
+  low = [entry for entry in stored if entry.endswith('=int4:group=8')]
+  alone = [line for line in lines if ' alone' in line]
+  assert stored[-1] == '*=int8' and 0 < len(low) < len(alone) == 7
+  assert any('holds, on held-out texts' in line for line in lines)
 
 
 @pytest.mark.parametrize(
