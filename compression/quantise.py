@@ -3,7 +3,9 @@ largest of each block (`nearest`), or one that clips it where that is nearer for
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import names
 from model.weights.codes import reduced
 from model.weights.int8 import Int8
-from model.weights.scheme import Scheme, stored
+from model.weights.scheme import Scheme, parsed, rule_of, stored, summed_of
 from model.weights.weight import Weight
 
 # Of the largest number of a block, what may be on the grid's edge (as MSE observers try).
@@ -58,3 +60,31 @@ def quantised(model, entries: Sequence[str], method: str = 'rtn'):
   Raises ValueError for an unknown method, and as model.weights.scheme.stored.
   """
   return stored(model, entries, METHODS[names.check('--method', method, METHODS)])
+
+
+def streamed(target, entries: Sequence[str], method: str, take: Callable[[str, Any], Any]):
+  """The same of a model that is taken parameter by parameter, and layer by layer made codes of: at
+  no time is more in memory than the codes, the parameters that stay, and one stack of layers.
+
+  target: the model, abstract. take: (name, abstract parameter) -> the parameter.
+  """
+  rules, how = parsed(entries), METHODS[names.check('--method', method, METHODS)]
+
+  @functools.partial(jax.jit, static_argnames=('name', 'scheme'), donate_argnums=0)
+  def coded(p, name, scheme):
+    def one(x):
+      return how(scheme, x, summed_of(p), p.axes, name)
+
+    x = p.get_value()
+    return p.replace(jax.lax.map(one, x) if x.ndim > len(p.axes) else one(x))
+
+  def parameter(path, p):
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    taken = take(name, p)
+    _, scheme = rule_of(name, p, rules) or ('', Scheme('keep'))
+    return taken if scheme.grid == 'keep' else coded(taken, name, scheme)
+
+  made = jax.tree_util.tree_map_with_path(
+    parameter, target, is_leaf=lambda x: hasattr(x, 'get_value')
+  )
+  return jax.jit(functools.partial(quantised, entries=entries, method=method))(made)

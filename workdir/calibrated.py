@@ -157,7 +157,11 @@ def _own(workdir, config: Config, checkpoint: str, calibration: Calibration, log
       loader.close()
   kind = SourceBatch if config.model.encoder_layers else Batch
   fields = [field.name for field in dataclasses.fields(kind)]
-  return [kind(**{name: np.asarray(getattr(batch, name)) for name in fields}) for batch in taken]
+  batches = [kind(**{name: np.array(getattr(batch, name)) for name in fields}) for batch in taken]
+  over = count * data.batch_size - calibration.samples
+  for x in jax.tree.leaves(batches[-1]) if over else ():
+    x[-over:] = 0
+  return batches
 
 
 def _of_examples(config: Config, tokenizer, calibration: Calibration, length: int, log: Log):

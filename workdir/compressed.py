@@ -17,7 +17,7 @@ import files
 import names
 from compression.calibrated import CALIBRATED, Method, calibrated
 from compression.kept import Kept
-from compression.quantise import METHODS, quantised
+from compression.quantise import METHODS, streamed
 from data import tokenizers
 from decode.generating import generating
 from model import checkpoint, params, transformer
@@ -86,15 +86,15 @@ def quantise(
     target = params.abstract(lambda: transformer.init(network, 0), mesh)
     # What does not fit is said before anything is read.
     jax.eval_shape(functools.partial(stored, entries=entries), target)
-    model = checkpoints.model(target, step)
-    before, facts = model_bytes(model), {'method': method, 'stored': list(entries)}
+    before, facts = model_bytes(target), {'method': method, 'stored': list(entries)}
     if by is None:
-      model = jax.jit(functools.partial(quantised, entries=entries, method=method))(model)
+      model = streamed(target, entries, method, functools.partial(_taken, checkpoints, step))
     else:
       tokenizer = tokenizers.load(workdir / 'tokenizer')
       rows = rows_of(workdir, config, name, tokenizer, calibration or Calibration(), log)
       facts |= {'act_order': act_order, 'calibration': rows.described}
       kept = Kept(layers_beside(to), facts | {'of': checkpoints.reference(step)})
+      model = checkpoints.model(target, step)
       model = calibrated(model, rows.batches, entries, by, log, kept)
     copied(workdir, partial)
     files.replace(partial / FILE, json.dumps(facts, indent=1) + '\n')
@@ -109,6 +109,14 @@ def quantise(
     f'{to}: step {step} of {workdir}, {before / 2**20:,.1f} MiB as {after / 2**20:,.1f} MiB '
     f'({after / before:.0%}), by {method}'
   )
+
+
+def _taken(checkpoints: Checkpoints, step: int, name: str, p):
+  """A parameter of a checkpoint, alone."""
+  alone = p
+  for key in reversed(name.split('.')):
+    alone = {key: alone}
+  return jax.tree.leaves(checkpoints.model(alone, step, some=True), is_leaf=_is_param)[0]
 
 
 def layers_beside(to: str | os.PathLike) -> pathlib.Path:
@@ -132,5 +140,9 @@ def kept_as_it_is(model) -> list[str]:
       kind = name.split('.')[0] if p.kind != 'vector' else 'norms and biases'
       size[kind] = size.get(kind, 0) + math.prod(p.shape) * p.dtype.itemsize
 
-  jax.tree_util.tree_map_with_path(look, model, is_leaf=lambda x: hasattr(x, 'get_value'))
+  jax.tree_util.tree_map_with_path(look, model, is_leaf=_is_param)
   return [f'kept as it is: {kind}, {count / 2**20:,.1f} MiB' for kind, count in size.items()]
+
+
+def _is_param(x) -> bool:
+  return hasattr(x, 'get_value')

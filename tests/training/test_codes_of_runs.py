@@ -3,6 +3,9 @@ that its codes stand for?
 """
 
 import dataclasses
+import functools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +13,8 @@ import pytest
 from conftest import on, run_here
 
 import convert
+from compression.kept import Kept
+from compression.quantise import quantised
 from decode.generator import Generator
 from model.adaptation import AdapterConfig
 from model.params import named_leaves
@@ -42,7 +47,12 @@ def alike(a, b, atol=1e-5):
 
 def test_it_generates_as_its_numbers(runs, capsys):
   coded = Generator.load(runs / 'codes')
-  run = open_run(runs / 'codes')
+  run, before = open_run(runs / 'codes'), open_run(runs / 'run')
+  with jax.set_mesh(run.mesh):  # all at once, where quantise takes one layer after another
+    entries = run.config.model.execution.stored
+    whole = jax.jit(functools.partial(quantised, entries=entries, method='mse'))(before.model)
+  pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(run.model), strict=True)
+  assert all((a == b).all() for a, b in pairs)
   with jax.set_mesh(run.mesh):
     numbers = jax.jit(dequantised)(run.model)
   plain = Generator(numbers, run.tokenizer, run.mesh)
@@ -84,6 +94,70 @@ def test_an_adapter_is_trained_on_it_and_merged(corpus, runs, tmp_path):
   assert np.abs(tuned[0] - scores(Generator.load(runs / 'codes'))[0]).max() > 1e-2
 
 
+@pytest.mark.slow
+def test_a_method_looks_at_the_runs_own_rows_and_goes_on_where_it_was_killed(
+  runs, tmp_path, capsys, monkeypatch
+):
+  """What was kept of it is as if nothing had been; what it was made by stands in the run."""
+  command = ['quantise', '--workdir', f'{runs}/run', '--scheme=int4:group=8', '--method=gptq']
+  command += ['--samples=16', '--to']
+  convert.main([*command, f'{tmp_path}/whole'])
+  said = capsys.readouterr().out
+  assert 'training rows of' in said and 'layer 1 of 2: done' in said
+  facts = json.loads((tmp_path / 'whole/compressed.json').read_text())
+  assert facts['method'] == 'gptq' and facts['calibration']['samples'] == 16
+  write = Kept.write
+
+  def killed(self, name, layer):
+    if name == 'layer 1':
+      raise KeyboardInterrupt
+    write(self, name, layer)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Kept, 'write', killed)
+    with pytest.raises(KeyboardInterrupt):
+      convert.main([*command, f'{tmp_path}/again'])
+  assert (tmp_path / '.again.layers/layer-0.layer').exists()
+  with pytest.raises(SystemExit, match='layers of other work'):
+    convert.main([*command, f'{tmp_path}/again', '--seed=1'])
+  convert.main([*command, f'{tmp_path}/again'])
+  assert 'layer 0: done before' in capsys.readouterr().out
+  assert not (tmp_path / '.again.layers').exists()
+  models = [named_leaves(open_run(tmp_path / name).model) for name in ('whole', 'again')]
+  assert all((np.asarray(x) == models[1][name]).all() for name, x in models[0].items())
+
+
+def test_records_are_calibrated_by_as_the_template_has_them(runs, tmp_path, capsys):
+  texts = tmp_path / 'texts.jsonl'
+  texts.write_text('\n'.join(json.dumps({'text': f'some words {i}'}) for i in range(30)))
+  command = ['quantise', '--workdir', f'{runs}/run', '--scheme=int8', '--method=smoothquant']
+  command += ['--length=16', '--calibrate', str(texts), '--to', f'{tmp_path}/smooth']
+  convert.main([*command, '--samples=40'])
+  said = capsys.readouterr().out
+  assert 'no place for scales, rounded as they are: stack.blocks.0.attention.o' in said
+  assert 'NOTE: 40 rows were asked for, and there is text for no more' in said
+  alike(scores(Generator.load(tmp_path / 'smooth')), scores(Generator.load(runs / 'run')), 0.05)
+  records = tmp_path / 'records.jsonl'
+  turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+  records.write_text(json.dumps({'messages': turns}))
+  command[-3:-1] = [str(records), '--to']
+  with pytest.raises(SystemExit, match='messages need a chat template'):
+    convert.main([*command[:-1], f'{tmp_path}/chat'])
+
+
+def test_codes_that_are_damaged_are_not_read(runs, tmp_path):
+  shutil.copytree(runs / 'codes', tmp_path / 'codes')
+  place = tmp_path / 'codes/checkpoints'
+  largest = max(
+    (path for path in place.rglob('*') if path.is_file()), key=lambda p: p.stat().st_size
+  )
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  with pytest.raises((ValueError, FileNotFoundError), match='damaged|whole|changed'):
+    open_run(tmp_path / 'codes')
+
+
 def test_what_it_is_not_for_is_said(corpus, runs, tmp_path):
   command = ['quantise', '--to', f'{tmp_path}/x', '--workdir']
   with pytest.raises(SystemExit, match='is in codes already'):
@@ -92,6 +166,11 @@ def test_what_it_is_not_for_is_said(corpus, runs, tmp_path):
     convert.main([*command, f'{runs}/run', '--scheme=int8:group=48'])
   with pytest.raises(SystemExit, match="--method='gpqt' is unknown"):
     convert.main([*command, f'{runs}/run', '--scheme=int8', '--method=gpqt'])
+  with pytest.raises(SystemExit, match='--method=mse looks at no text'):
+    convert.main([*command, f'{runs}/run', '--scheme=int8', '--method=mse', '--samples=4'])
+  few = ['--method=gptq', '--samples=1', '--length=16']
+  with pytest.raises(SystemExit, match='16 tokens .* fewer than the 32 inputs of stack.blocks.0'):
+    convert.main([*command, f'{runs}/run', '--scheme=int8', *few])
   assert not (tmp_path / 'x').exists()
   coded = open_run(runs / 'codes').config.model
   config = dataclasses.replace(on(corpus), model=coded, init=str(runs / 'codes'))
