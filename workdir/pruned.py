@@ -240,14 +240,17 @@ def within(model, asked: PruneRequest, batches, tokenizer, kept, log: Log):
 def described(model, asked: PruneRequest) -> list[str]:
   """Lines about what went, by kind of matrix, and what stays as it is."""
   if asked.units:
-    return []
+    config = model.config
+    left = {'heads': config.N, 'keys and values': config.K, 'channels': config.F}
+    left['layers'] = config.L
+    return [f'{unit} now: {count:,}' for unit, count in left.items()]
   gone: dict[str, np.ndarray] = {}
   left: dict[str, int] = {}
   for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param):
     name, size = _name(path), math.prod(p.shape)
     if asked.goes(name, p):
       kind = '.'.join(name.split('.')[3:])
-      zeros = int(np.asarray(jnp.sum(p.get_value() == 0)))
+      zeros = int((np.asarray(p.get_value()) == 0).sum())
       gone[kind] = gone.get(kind, 0) + np.array([zeros, size])
     else:
       kind = name.split('.')[0] if p.kind == 'embedding' else name.split('.')[-1]
