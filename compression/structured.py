@@ -118,9 +118,10 @@ def by_magnitude(model: transformer.Decoder, small: ModelConfig) -> transformer.
   """The model whose layers have fewer heads and channels, and its old config; on one device."""
   run = jax.jit(functools.partial(without, '', statistics={}, config=model.config, small=small))
   made = jax.tree.map(lambda x: x, model)  # a copy, to be written to
-  for block, layers in enumerate(model.stack.blocks):
+  for block, layers in enumerate(jax.device_get(list(model.stack.blocks))):
     each = [run(layer=jax.tree.map(lambda x: x[i : i + 1], layers)) for i in range(_depth(layers))]
-    made.stack.blocks[block] = jax.tree.map(lambda *xs: jnp.concatenate(xs), *each)
+    each = jax.device_get(each)
+    made.stack.blocks[block] = jax.tree.map(lambda *xs: jnp.asarray(np.concatenate(xs)), *each)
   return made
 
 
@@ -168,18 +169,19 @@ def joined(model: transformer.Decoder, small: ModelConfig, layers: Sequence[int]
   """The model of `small`, of the layers of `model` that stay; on the mesh in context."""
   target = abstract(functools.partial(transformer.init, small, 0), mesh)
   old = {layer: place for place, layer in _layers(model.config).items()}
-  new, before = _layers(small), _named(model)
+  new = _layers(small)
+  before = {name: np.asarray(p.get_value()) for name, p in _named(model).items()}
 
   def one(path, p):
     name = _name(path)
     value, parts = p.get_value(), name.split('.')
     if parts[:2] != ['stack', 'blocks']:
-      return p.replace(before[name].get_value())
+      return p.replace(jax.device_put(before[name], value.sharding))
     rows = []
     for row in range(value.shape[0]):
       block, index = old[layers[new[int(parts[2]), row]]]
-      rows.append(before['.'.join(['stack.blocks', str(block), *parts[3:]])].get_value()[index])
-    return p.replace(jax.device_put(jnp.stack(rows), value.sharding))
+      rows.append(before['.'.join(['stack.blocks', str(block), *parts[3:]])][index])
+    return p.replace(jax.device_put(np.stack(rows), value.sharding))
 
   return jax.tree_util.tree_map_with_path(one, target, is_leaf=_is_param)
 

@@ -69,7 +69,9 @@ def reference(w, hessian, pattern, block):
   return w
 
 
-@pytest.mark.parametrize('text', ['0.5', '0.3', '2:4', '4:8'])
+@pytest.mark.parametrize(
+  'text', ['0.5', '2:4', *(pytest.param(text, marks=pytest.mark.slow) for text in ('0.3', '4:8'))]
+)
 def test_sparsegpt_is_its_reference(text, monkeypatch):
   """In blocks of 16, whose errors those behind make up for; an input is dead."""
   monkeypatch.setattr('compression.prune.BLOCK', 16)

@@ -83,13 +83,13 @@ def check(family, sizes, *entries):
   [
     ('llama', MESH, ('*=2:4', 'head*=2:4')),
     *(
-      pytest.param(*case, marks=pytest.mark.slow)
-      for case in (
-        ('mixtral', EXPERTS, ('*=2:4+int8',)),
-        ('deepseek_v3', MESH, ('*.down=keep', '*.o=keep', '*.q=keep', '*=2:4')),
-        ('t5', {}, ('*.o=keep', '*=2:4', 'head*=2:4')),
-        ('gemma2', MESH, ('*=2:4+int4:group=2',)),
-        ('bert', MESH, ('*=2:4',)),
+      pytest.param(*case, marks=[pytest.mark.slow, *marks])
+      for case, *marks in (
+        (('mixtral', EXPERTS, ('*=2:4+int8',)),),
+        (('t5', {}, ('*.o=keep', '*=2:4', 'head*=2:4')), pytest.mark.long),
+        (('gemma2', MESH, ('*=2:4+int4:group=2',)), pytest.mark.long),
+        (('bert', MESH, ('*=2:4',)), pytest.mark.long),
+        (('deepseek_v3', MESH, ('*.down=keep', '*.o=keep', '*.q=keep', '*=2:4')), pytest.mark.long),
       )
     ),
   ],
@@ -106,7 +106,8 @@ def test_what_stays_is_stored_by_another_scheme(one_device):
   config = ModelConfig(**laws.TINY)
   model = jax.jit(functools.partial(transformer.init, config, 0))()
   model.stack.blocks[0].feed_forward.up = p
-  made = stored(model, ('*.up=2:4+int4:group=8',)).stack.blocks[0].feed_forward.up.get_value()
+  made = jax.jit(functools.partial(stored, entries=('*.up=2:4+int4:group=8',)))(model)
+  made = made.stack.blocks[0].feed_forward.up.get_value()
   assert isinstance(made.kept, Codes) and made.kept.blocks == (8, 1)
   found, kept = np.asarray(numbers(made)), left(x, 2, 4, 0)
   assert ((found == 0) | (kept != 0)).all()

@@ -49,6 +49,7 @@ def runs(corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_loses_numbers_goes_on_bit_for_bit(runs, corpus, tmp_path):
   shutil.copytree(runs / 'run', tmp_path / 'run')
   last = Checkpoints(tmp_path / 'run').directory / '00000004'
@@ -126,6 +127,7 @@ def test_what_begins_with_it_keeps_its_zeros(runs, corpus, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_is_trained_on_groups(runs, corpus, tmp_path):
   """The base stays bit for bit, and tokens that it writes are another model's."""
   base = prune(runs, 'groups', '--scheme=2:4', '--method=wanda', '--samples=8')
@@ -146,6 +148,7 @@ def test_an_adapter_is_trained_on_groups(runs, corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_layers_heads_and_channels_by_calibration(runs):
   made = prune(runs, 'parts', '--scheme=heads=2,channels=24,layers=1', '--method=wanda')
   config = made.config.model
@@ -154,6 +157,7 @@ def test_layers_heads_and_channels_by_calibration(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_as_much_goes_as_a_bound_lets(runs, monkeypatch):
   """By magnitude, each try is said; what is found holds on held-out texts, too."""
   lines = []
@@ -187,6 +191,7 @@ def test_a_bound_is_met_by_the_largest_number():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_as_many_bits_as_a_bound_asks(runs, monkeypatch):
   """Between all in 8 bits and all in 4: kinds of matrices that cost least have 4."""
   lines = []
