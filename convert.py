@@ -384,7 +384,7 @@ def _take_smaller(command: Callable) -> None:
     '--scheme',
     default='',
     help='of all matrices but tables, head and routers: int8, int8:group=128, int4:group=64 '
-    '(:asymmetric), nf4:group=64, fp8 (:tensor, :block=128)',
+    '(:asymmetric, :double), nf4:group=64 (:double), fp8 (:tensor, :block=128)',
   )
   made.add_argument(
     '--store',
@@ -397,7 +397,7 @@ def _take_smaller(command: Callable) -> None:
   made.add_argument(
     '--method',
     default='rtn',
-    help='rtn rounds, mse clips where that is nearer; gptq looks at rows of calibration',
+    help='rtn rounds, mse clips where that is nearer; gptq, awq and smoothquant look at text',
   )
   made.add_argument(
     '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'

@@ -173,6 +173,7 @@ def small(one_device):
   return laws.make_model(config), batches_of(config)
 
 
+@pytest.mark.slow
 def test_a_layer_sees_what_the_changed_ones_before_it_make(small, monkeypatch):
   model, batches = small
   made, seen = walked(monkeypatch, model, batches, Change(by_matrix(smaller), everything))

@@ -53,6 +53,7 @@ def check(family, method):
   return lines
 
 
+@pytest.mark.slow
 def test_gptq_is_nearer_than_rounding(one_device):
   lines = check('llama', 'gptq')
   assert lines[0].startswith('memory: the model') and 'TFLOP' in lines[1]
@@ -120,6 +121,7 @@ def test_scales_are_those_of_the_papers(one_device):
   np.testing.assert_allclose(s, np.sqrt(size.max(0) / largest), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_few_bits_take_powers_of_two(one_device):
   """Of bf16 numbers others would leave another model; 1 + w has no place for any."""
   config = config_of('gemma2').with_execution(parameter_dtype='bfloat16')
