@@ -13,7 +13,7 @@ import jax
 
 from compression import bounded
 from compression.bounded import QualityBound
-from compression.quantise import quantised
+from compression.quantise import METHODS, quantised
 from data import tokenizers
 from evaluation import library
 from model import params, transformer
@@ -42,6 +42,15 @@ def entries(
   Raises ValueError where HIGH of all costs more than the bound lets.
   """
   workdir, config = pathlib.Path(workdir), config_of(workdir)
+  if method not in METHODS:
+    raise ValueError(
+      f'--method={method}: a bound is searched by {" or ".join(METHODS)}, which take seconds a try; '
+      'use one of them'
+    )
+  if config.adapter.kind or config.model.execution.stored:
+    raise ValueError(
+      f'{workdir} holds an adapter, or is in codes already: quantise the run that it was made of'
+    )
   checkpoints, tokenizer = Checkpoints(workdir), tokenizers.load(workdir / 'tokenizer')
   mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   with jax.set_mesh(mesh):
