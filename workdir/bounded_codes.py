@@ -44,8 +44,8 @@ def entries(
   workdir, config = pathlib.Path(workdir), config_of(workdir)
   if method not in METHODS:
     raise ValueError(
-      f'--method={method}: a bound is searched by {" or ".join(METHODS)}, which take seconds a try; '
-      'use one of them'
+      f'--method={method}: a bound is searched by {" or ".join(METHODS)}, which take seconds a '
+      'try; use one of them'
     )
   if config.adapter.kind or config.model.execution.stored:
     raise ValueError(
