@@ -156,7 +156,7 @@ def thinned(
     )
     for line in expected(model, batches, change):
       log(line)
-    return walk.walk(model, batches, change, log, kept and kept(asked))
+    return _finite(walk.walk(model, batches, change, log, kept and kept(asked)))
   counts = {}
   if asked.pattern.scope == 'global':
     sizes = {name: jnp.abs(read(p).numbers(p.dtype)) for name, p in chosen.items()}
@@ -170,6 +170,17 @@ def thinned(
     return p.replace(_thin(p.get_value(), summed_of(p), asked.pattern, counts.get(name)))
 
   return jax.tree_util.tree_map_with_path(one, model, is_leaf=_is_param)
+
+
+def _finite(model):
+  """The model. Raises ValueError where what made up for the rest is no number."""
+  for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param):
+    if not np.isfinite(np.asarray(p.get_value())).all():
+      raise ValueError(
+        f'{_name(path)} holds NaN or infinity now: its inputs are too much alike for f32 to tell '
+        'them apart; give more samples, or use --method=wanda'
+      )
+  return model
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
