@@ -104,7 +104,7 @@ def walk(
   run = jax.jit(_through, static_argnames='side')
   make = jax.jit(change.make, static_argnums=0)
   add = jax.jit(_added, donate_argnums=0)
-  shell, began = _shell(model), time.perf_counter()
+  shell, began, here = _shell(model), time.perf_counter(), 0
 
   @functools.lru_cache
   def shapes(layer):
@@ -130,7 +130,9 @@ def walk(
         made = jax.device_get(make(layer.prefix, block, sums))
         if kept is not None:
           kept.write(str(layer), made)
-        left = (time.perf_counter() - began) * (len(every) / (len(_done(done)) + 1) - 1)
+        here += 1
+        behind = len(every) - 1 - every.index(layer)
+        left = (time.perf_counter() - began) / here * behind
         log(f'{layer} of {len(every)}: done; about {left / 60:.1f} minutes more')
       done.setdefault((side, layer.place), []).append(made)
       states = [
@@ -141,10 +143,6 @@ def walk(
       normed = jax.jit(lambda shell, x: shell.encoder.normed(x))
       memory = [np.asarray(normed(shell, x)) for x in states]
   return _joined(model, done)
-
-
-def _done(done) -> list:
-  return [block for blocks in done.values() for block in blocks]
 
 
 def layers_of(config: ModelConfig) -> list[Layer]:

@@ -36,9 +36,9 @@ class Calibration:
   """Which rows, and how many.
 
   Attributes:
-    file: '' for the run's own training rows, or the library; else a text, or a .jsonl whose rows
-      have a `text` each, or are records of `format`.
-    format: of records, see data.records; messages are what the chat template makes of them.
+    file: '' for the run's own training rows, or the library; else a text, or a .jsonl of records.
+    format: of records, see data.records; messages are what the chat template makes of them. '': of
+      texts where the first row has a `text`, else 'chat'.
     samples: rows. length: tokens of each; 0: LENGTH, or that of the run's own.
     seed: of which are drawn.
 
@@ -46,13 +46,18 @@ class Calibration:
   """
 
   file: str = ''
-  format: str = 'chat'
+  format: str = ''
   samples: int = 128
   length: int = 0
   seed: int = 0
 
   def __post_init__(self):
-    names.check('--calibrate_format', self.format, FORMATS)
+    names.check('--calibrate_format', self.format, ('', *FORMATS))
+    if self.format and not self.file.endswith('.jsonl'):
+      raise ValueError(
+        f'--calibrate_format={self.format} is of records, and --calibrate={self.file!r} is no '
+        '.jsonl file of them; leave it out, or give one'
+      )
     for name, least in (('samples', 1), ('length', 0), ('seed', 0)):
       if getattr(self, name) < least:
         raise ValueError(f'--{name}={getattr(self, name)} must be at least {least}')
@@ -67,7 +72,10 @@ def take_options(made: argparse.ArgumentParser) -> None:
     help='text, or JSONL of texts or records, that a method of calibration looks at; default: the '
     "run's training rows, or Python's library where it has none",
   )
-  add('--calibrate_format', help=f'of records: {", ".join(FORMATS)}; default: chat')
+  add(
+    '--calibrate_format',
+    help=f'of records: {", ".join(FORMATS)}; default: chat, or texts, where rows have a text',
+  )
   add('--samples', type=int, help='rows; default: 128')
   add('--length', type=int, help=f'tokens of a row; default: {LENGTH}, or as the run was trained')
   add('--seed', type=int, help='of which rows; default: 0')
@@ -262,7 +270,7 @@ def _encoded(config: Config, tokenizer: Tokenizer, calibration: Calibration):
   else:
     source = _source(calibration)
     first = next(records.json_rows(calibration.file), (None, {}))[1]
-    if 'text' in first:
+    if 'text' in first and not calibration.format:
       source = SourceConfig(kind='jsonl', path=calibration.file, text_field='text')
       texts = tuple(documents(source, Problems()))
     else:
@@ -286,7 +294,7 @@ def _library() -> tuple[str, ...]:
 
 
 def _source(calibration: Calibration) -> SourceConfig:
-  return SourceConfig(kind='jsonl', path=calibration.file, format=calibration.format)
+  return SourceConfig(kind='jsonl', path=calibration.file, format=calibration.format or 'chat')
 
 
 def _batches(whole: Batch) -> list[Batch]:

@@ -62,6 +62,8 @@ def test_an_encoder_decoder_reads_one_half_and_writes_the_other(run):
 def test_what_cannot_be_is_said(run):
   with pytest.raises(ValueError, match="--calibrate_format='chta' is unknown"):
     Calibration(format='chta')
+  with pytest.raises(ValueError, match="'texts.txt' is no .jsonl file"):
+    Calibration(file='texts.txt', format='chat')
   with pytest.raises(ValueError, match='--samples=0 must be at least 1'):
     Calibration(samples=0)
   with pytest.raises(ValueError, match='--length=6 passes model.max_length=4'):
