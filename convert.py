@@ -8,6 +8,7 @@
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum
     python convert.py quantise --workdir RUN --to RUN2 --scheme=int4:group=64   matrices in codes
+    python convert.py prune --workdir RUN --to RUN2 --scheme=2:4   fewer numbers, heads or layers
     python convert.py judge RUN RUN2                    what that cost: KL, agreement, bytes, speed
     python convert.py rebase --workdir RUN --base RUN2  the model that an adapter is on was moved
     python convert.py seal --workdir RUN                a config.json that was edited on purpose
@@ -248,10 +249,15 @@ def _merge(options) -> None:
 
 def _quantise(options) -> None:
   entries = [*options.store, *([f'*={options.scheme}'] if options.scheme else [])]
-  if not entries:
-    raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME')
-  run = names.imported('workdir.compressed.quantise')
+  bound = names.imported('compression.bounded.from_options')(options)
   calibration = names.imported('workdir.calibrated.from_options')(options)
+  if bool(entries) == bool(bound):
+    raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME, or a bound: --max_kl')
+  if bound:
+    find = names.imported('workdir.bounded_codes.entries')
+    entries = find(options.workdir, options.checkpoint, options.method, bound, calibration, _log)
+    calibration = None
+  run = names.imported('workdir.compressed.quantise')
   run(
     options.workdir,
     options.to,
@@ -262,6 +268,13 @@ def _quantise(options) -> None:
     calibration,
     options.act_order,
   )
+
+
+def _prune(options) -> None:
+  asked = names.imported('workdir.prune_request.from_options')(options)
+  calibration = names.imported('workdir.calibrated.from_options')(options)
+  run = names.imported('workdir.pruned.prune')
+  run(options.workdir, options.to, asked, options.checkpoint, calibration, _log)
 
 
 def _judge(options) -> None:
@@ -416,7 +429,10 @@ def _take_smaller(command: Callable) -> None:
     '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'
   )
   names.imported('workdir.calibrated.take_options')(made)
+  names.imported('compression.bounded.take_options')(made, 'how many kinds of matrices take 4 bits')
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
+  made = command('prune', _prune, 'a run -> one with fewer numbers, heads or layers')
+  names.imported('workdir.prune_request.take_options')(made)
   made = command('judge', _judge, 'what it cost to make a run smaller')
   made.add_argument('original', metavar='RUN')
   made.add_argument('smaller', metavar='RUN2')

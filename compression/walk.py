@@ -319,6 +319,11 @@ def _checked(layer: Layer, block, sums: dict[str, Statistics], log: Log) -> dict
     p = parameters[name]
     (_, inputs) = calibration.sizes_of(p)
     if 'experts' not in p.axes:
+      if dead := int((found.squares == 0).sum()):
+        log(
+          f'NOTE: {dead} of the {inputs} inputs of {name} are 0 for all tokens of calibration: '
+          f'nothing is known of what they are multiplied with in {layer}'
+        )
       continue
     few = np.flatnonzero(np.asarray(found.count) < inputs)
     if len(few):

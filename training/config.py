@@ -411,6 +411,7 @@ IDENTITY = (
   'objective.stored_reference',
   *(f'adapter.{x.name}' for x in dataclasses.fields(AdapterConfig) if x.name != 'dropout'),
   'optimizer.name',
+  'optimizer.prune',
   'train.seed',
   'train.trained',
   'train.frozen',

@@ -90,6 +90,8 @@ class OptimizerConfig:
     adam_ratio: of 'muon': learning rate of the AdamW group (not its decay) as a multiple of
       learning_rate. Muon's updates are scaled to the RMS of AdamW's, so that one learning rate can
       serve both groups.
+    prune: numbers that become 0 while it trains, and stay so, as in '0.5:begin=100:end=500', '2:4'
+      or 'kept' (see training/prune.py). A run that begins with a pruned one keeps what is 0.
 
   Raises ValueError when a value is impossible, or is set and would not be read.
   """
@@ -108,6 +110,7 @@ class OptimizerConfig:
   epsilon: float = DEFAULT
   momentum: float = DEFAULT
   adam_ratio: float = DEFAULT
+  prune: str = ''
 
   def __post_init__(self):
     names.check('optimizer.name', self.name, OPTIMIZERS)
@@ -115,7 +118,9 @@ class OptimizerConfig:
     read = {**OPTIMIZERS[self.name], **SCHEDULES[self.schedule]}
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name in ('name', 'schedule') or (field.default == DEFAULT and value == DEFAULT):
+      if field.name in ('name', 'schedule', 'prune') or (
+        field.default == DEFAULT and value == DEFAULT
+      ):
         continue
       if field.default == DEFAULT and field.name not in read:
         readers = [
@@ -151,8 +156,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   With W steps of warm-up the first update gets learning_rate / (W + 1), update W the peak; the
   final value would be reached at number `steps` and is held after it.
 
-  Raises ValueError when warm-up and decay do not fit into the run.
+  Raises ValueError when warm-up and decay, or the steps of pruning, do not fit into the run.
   """
+  if config.prune:
+    names.imported('training.prune.parsed')(config.prune, steps)
   s, peak = config.settings(), config.learning_rate
   warm = config.warmup_steps or round(config.warmup_fraction * steps)
   after = steps - warm
@@ -201,10 +208,15 @@ def make_optimizer(
   def decayed(_):
     return jax.tree.map(lambda spec: spec.kind != 'vector', specs)
 
-  return optax.chain(
+  chain = optax.chain(
     _rescaling(config, specs, whole),
     optax.add_decayed_weights(config.weight_decay, mask=decayed),
     optax.scale_by_learning_rate(make_schedule(config, steps)),
+  )
+  return (
+    chain
+    if not config.prune
+    else names.imported('training.prune.pruning')(chain, config.prune, steps, specs)
   )
 
 

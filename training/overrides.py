@@ -126,12 +126,15 @@ def _file_of(path: str) -> str:
 
 def _value(arguments: list[str], flag: str) -> str:
   """What a command line gives for a flag, the last time; '' where nothing."""
-  given = ''
-  for argument, behind in zip(arguments, [*arguments[1:], '']):
-    name, equals, value = argument.partition('=')
-    if name in (f'-{flag}', f'--{flag}'):
-      given = value if equals else behind
-  return given
+  pairs = [(*x.partition('='), behind) for x, behind in zip(arguments, [*arguments[1:], ''])]
+  return next(
+    (
+      value if equals else behind
+      for name, equals, value, behind in reversed(pairs)
+      if name in (f'-{flag}', f'--{flag}')
+    ),
+    '',
+  )
 
 
 def parsed(arguments: list[str]) -> list[str]:
@@ -238,7 +241,8 @@ def _begun(config: Config, init: str, kept: str = '', adapted: str = '') -> dict
   """
   if not init:
     return {}
-  model, data = load(kept or init).model, config.data
+  run = load(kept or init)
+  model, data, optimizer = run.model, config.data, config.optimizer
   if data.tokenizer == TokenizerConfig():
     path = pathlib.Path(kept or init) / 'tokenizer'
     kind = tokenizers.load(path).kind
@@ -249,7 +253,11 @@ def _begun(config: Config, init: str, kept: str = '', adapted: str = '') -> dict
   # config says otherwise, whatever it was kept in. What an adapter lies on is not.
   if not adapted:
     model = model.with_execution(parameter_dtype=ExecutionConfig.parameter_dtype)
-  return {'model': _over(model, config.model), 'data': data, 'init': init}
+    # What is 0 in a run that was pruned does not come back by the way.
+    optimizer = dataclasses.replace(
+      optimizer, prune=optimizer.prune or (run.optimizer.prune and 'kept')
+    )
+  return {'model': _over(model, config.model), 'data': data, 'init': init, 'optimizer': optimizer}
 
 
 def _over(below, above):

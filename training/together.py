@@ -14,6 +14,11 @@ def check_adapter(config: Config) -> None:
       f"adapter.kind={config.adapter.kind!r} with model.execution.pipeline.schedule='1f1b', which "
       "finds the gradients of all weights of a stage; use 'gpipe'"
     )
+  if config.optimizer.prune:
+    raise ValueError(
+      f'optimizer.prune={config.optimizer.prune!r} with adapter.kind={config.adapter.kind!r}: what '
+      'is frozen keeps its zeros, and an adapter has none to keep; leave it out'
+    )
   if config.train.offload_parameters:
     raise NotImplementedError(
       f'adapter.kind={config.adapter.kind!r} with train.offload_parameters, which is of parameters '

@@ -132,6 +132,7 @@ def _near(pattern: str, known: list[str]) -> list[str]:
   first.
   """
   bare = pattern.strip('*.')
-  near = [name for name in known if bare and bare in name]
-  near = near or difflib.get_close_matches(bare, known, 3, 0.4)
+  near = [name for name in known if bare and bare in name] or (
+    difflib.get_close_matches(bare, known, 3, 0.4)
+  )
   return (near or known)[:3]

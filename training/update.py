@@ -133,8 +133,9 @@ def run(parts: Iterable[Section], prepared: Callable, measured: Measured, grads,
 
 def _at_once(part, prepared, measured, grads, state, parameters):
   before = state, parameters
-  grads = prepared(offload.to_device(grads), measured)
-  after = part.update(measured.finite, grads, *offload.to_device(before))
+  after = part.update(
+    measured.finite, prepared(offload.to_device(grads), measured), *offload.to_device(before)
+  )
   return offload.back(after, before)
 
 

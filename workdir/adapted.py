@@ -235,7 +235,8 @@ def import_adapter(
   if config.adapter.kind:
     raise ValueError(f'--base={base} holds an adapter itself; merge it first (convert.py merge)')
   settings, arrays = peft.read(source, config.model, family)
-  config = dataclasses.replace(config, adapter=settings, init=str(base))
+  optimizer = dataclasses.replace(config.optimizer, prune='')  # what is frozen keeps its zeros
+  config = dataclasses.replace(config, adapter=settings, init=str(base), optimizer=optimizer)
   checkpoints = Checkpoints(base, log=log)
   mesh = checkpoint.default_mesh(config.model)
   with jax.set_mesh(mesh):

@@ -22,7 +22,7 @@ from data import tokenizers
 from decode.generating import generating
 from model import checkpoint, params, transformer
 from model.weights import read
-from model.weights.scheme import stored
+from model.weights.scheme import parsed, stored
 from parallel.mesh import MeshConfig, make_mesh
 from workdir.adapted import copied
 from workdir.calibrated import Calibration, rows as rows_of
@@ -70,6 +70,11 @@ def quantise(
   network, mesh, by = config.model, checkpoint.default_mesh(small), None
   names.check('--method', method, [*METHODS, *CALIBRATED])
   if method in CALIBRATED:
+    if any(scheme.sparse for _, scheme in parsed(entries)):
+      raise NotImplementedError(
+        f'--method={method} chooses codes of whole matrices: use rtn or mse for N:M, of what '
+        'python convert.py prune --scheme=2:4 --method=sparsegpt leaves'
+      )
     by = Method(method, act_order)
     network, mesh = generating(config.model), make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   elif calibration is not None or act_order:

@@ -7,6 +7,8 @@
   nf4:group=64:double   its scales in 8 bits; of each scheme with groups or squares
   fp8               float8_e4m3fn, a scale for each output; fp8:tensor one for all of a matrix;
                     fp8:block=128 one for each square
+  2:4               2 numbers of every 4 along what is summed over, the largest, and where they
+                    stood (model.weights.sparse); 2:4+int8, 2:4+int4:group=64: those by a scheme
   keep              as it is
 
 `model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
@@ -18,6 +20,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -29,6 +32,8 @@ from model.weights import int8, read
 from model.weights.codes import Codes, blocks_of
 from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS
+from model.weights.plain import Plain
+from model.weights.sparse import MOST, Sparse
 from model.weights.weight import Weight
 from parallel import axes as ax
 
@@ -49,6 +54,7 @@ class Scheme:
     group: numbers along what is summed over that share a scale; 0: all of an output.
     block: size of a square that shares one; 0: none. tensor: whether all of a matrix does.
     symmetric: whether 0 is the middle of the codes. double: whether scales are in codes, too.
+    sparse: (N, M) where N numbers of every M are there, and lie as the rest says; (): all are.
 
   Raises ValueError for what does not go together.
   """
@@ -59,9 +65,15 @@ class Scheme:
   tensor: bool = False
   symmetric: bool = True
   double: bool = False
+  sparse: tuple[int, ...] = ()
 
   def __post_init__(self):
-    names.check('a scheme', self.grid, [*GRIDS, 'keep'])
+    names.check('a scheme', self.grid, [*GRIDS, 'keep', 'N:M'])
+    if self.sparse and not 0 < self.sparse[0] < self.sparse[1] <= MOST:
+      raise ValueError(
+        f'{self.sparse[0]}:{self.sparse[1]} keeps fewer numbers of each group than its size, at '
+        f'most {MOST}, and at least one; use 2:4'
+      )
     if min(self.group, self.block) < 0 or bool(self.group) + bool(self.block) + self.tensor > 1:
       raise ValueError(
         f'a scheme of group={self.group}, block={self.block}, tensor={self.tensor}: one of them '
@@ -85,7 +97,12 @@ class Scheme:
 
   @classmethod
   def parse(cls, text: str) -> 'Scheme':
-    """Of a text such as 'int4:group=64:asymmetric'. Raises ValueError for another."""
+    """Of a text such as 'int4:group=64:asymmetric' or '2:4'. Raises ValueError for another."""
+    if pattern := re.fullmatch(r'(\d+):(\d+)(?:\+(.+))?', text):
+      rest = cls.parse(pattern[3] or 'keep')
+      if rest.sparse:
+        raise ValueError(f'the scheme {text!r} says twice what is kept; use one, as in 2:4+int8')
+      return dataclasses.replace(rest, sparse=(int(pattern[1]), int(pattern[2])))
     grid, *options = text.split(':')
     values = {'group': GROUP} if grid in GRIDS and GRIDS[grid].packed else {}
     for option in options:
@@ -177,9 +194,10 @@ def stored(model, entries: Sequence[str], make: Callable[..., Weight] = Scheme.o
   def coded(name, p):
     pattern, scheme = rule_of(name, p, rules) or ('', Scheme('keep'))
     held.add(pattern)
-    if scheme.grid == 'keep' or read(p).coded:
+    if scheme == Scheme('keep') or read(p).coded:
       return None
-    return p.replace(make(scheme, read(p).numbers('float32'), summed_of(p), p.axes, name))
+    dtype = read(p).dtype if scheme.grid == 'keep' else 'float32'
+    return p.replace(_made(make, scheme, read(p).numbers(dtype), summed_of(p), p.axes, name))
 
   def matrix(path, p):
     made = coded(jax.tree_util.keystr(path, simple=True, separator='.'), p)
@@ -198,6 +216,20 @@ def stored(model, entries: Sequence[str], make: Callable[..., Weight] = Scheme.o
         'head), or patterns before it match first'
       )
   return made
+
+
+def _made(make, scheme: Scheme, x, summed, axes, name: str) -> Weight:
+  """A matrix by `make`, or what of it is left."""
+  if not scheme.sparse:
+    return make(scheme, x, summed, axes, name)
+  rest = dataclasses.replace(scheme, sparse=())
+
+  def kept(numbers):
+    if rest.grid == 'keep':
+      return Plain(numbers, axes)
+    return make(rest, numbers, summed, axes, name)
+
+  return Sparse.of(x, scheme.sparse, max(summed), axes, kept, name)
 
 
 def everywhere(text: str) -> Callable:

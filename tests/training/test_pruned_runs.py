@@ -1,0 +1,226 @@
+"""Is a pruned run one like others: with as many numbers as asked, on any mesh, exported, trained on
+with its zeros, and finished after a kill?
+"""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import assert_same, on, run_here
+
+import convert
+from compression import bounded
+from compression.bounded import QualityBound
+from decode.generator import Generator
+from model.adaptation import AdapterConfig
+from model.params import named_leaves
+from model.weights import read
+from model.weights.sparse import Sparse
+from parallel.mesh import MeshConfig
+from training import overrides
+from workdir.checkpoint import Checkpoints
+from workdir.open import open_run
+
+TEXTS = ['some words', 'other ones']
+
+
+def matrices(run) -> dict:
+  flat = jax.tree_util.tree_leaves_with_path(run.model, is_leaf=lambda x: hasattr(x, 'get_value'))
+  named = {jax.tree_util.keystr(path, simple=True, separator='.'): p for path, p in flat}
+  return {name: p for name, p in named.items() if '.blocks.' in name and p.kind == 'matrix'}
+
+
+def prune(runs, name, *options):
+  target = runs / name
+  if not target.exists():
+    convert.main(['prune', '--workdir', f'{runs}/run', '--to', f'{target}', *options])
+  return open_run(target)
+
+
+@pytest.fixture(scope='module')
+def runs(corpus, tmp_path_factory):
+  directory = tmp_path_factory.mktemp('pruned')
+  train = {'steps': 4, 'save_every': 2, 'keep_last': 9}
+  run_here(on(corpus, train=train, optimizer={'prune': '0.3:end=4:every=1'}), directory / 'run')
+  return directory
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_run_that_loses_numbers_goes_on_bit_for_bit(runs, corpus, tmp_path):
+  shutil.copytree(runs / 'run', tmp_path / 'run')
+  last = Checkpoints(tmp_path / 'run').directory / '00000004'
+  shutil.rmtree(last)
+  train = {'steps': 4, 'save_every': 2, 'keep_last': 9}
+  run_here(on(corpus, train=train, optimizer={'prune': '0.3:end=4:every=1'}), tmp_path / 'run')
+  assert_same(open_run(tmp_path / 'run').model, open_run(runs / 'run').model)
+  for p in matrices(open_run(runs / 'run')).values():
+    zeros = (np.asarray(p[...]) == 0).reshape(p.shape[0], -1)
+    assert (zeros.sum(1) == round(0.3 * zeros.shape[1])).all()
+
+
+@pytest.mark.slow
+def test_groups_are_stored_packed_and_read_so(runs, corpus):
+  """By what adds least on the run's own rows; on a mesh, and as its numbers exported."""
+  made = prune(runs, 'groups', '--scheme=2:4', '--method=wanda', '--samples=8')
+  for name, p in matrices(made).items():
+    weight = read(p)
+    assert isinstance(weight, Sparse) and weight.pattern == (2, 4), name
+  scores = Generator.load(runs / 'groups').score(TEXTS)
+  mesh = Generator.load(runs / 'groups', mesh=MeshConfig(data=2, fsdp=2, tensor=2)).score(TEXTS)
+  convert.main(['export', '--workdir', f'{runs}/groups', '--to', f'{runs}/theirs'])
+  convert.main(['import', '--from', f'{runs}/theirs', '--workdir', f'{runs}/back'])
+  for a, b, c in zip(scores, mesh, Generator.load(runs / 'back').score(TEXTS), strict=True):
+    np.testing.assert_allclose(b, a, atol=1e-5)
+    np.testing.assert_allclose(c, a, atol=1e-5)
+  said = json.loads((runs / 'groups' / 'compressed.json').read_text())
+  assert said['method'] == 'wanda' and said['calibration']['samples'] == 8
+
+
+@pytest.mark.slow
+def test_a_kill_between_layers_changes_nothing(runs, monkeypatch):
+  """Another process finds the first layer done, and finishes as one that was not killed."""
+  from compression.kept import Kept
+
+  options = '--scheme=0.5', '--method=sparsegpt', '--samples=8', '--keep=*.o'
+  whole = prune(runs, 'whole', *options)
+  written = Kept.write
+
+  def killed(self, name, layer):
+    written(self, name, layer)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Kept, 'write', killed)
+    with pytest.raises(KeyboardInterrupt):
+      prune(runs, 'killed', *options)
+  assert not (runs / 'killed').exists() and (runs / '.killed.layers').exists()
+  lines = []
+  monkeypatch.setattr(convert, '_log', lines.append)
+  again = prune(runs, 'killed', *options)
+  assert 'layer 0: done before' in lines and not (runs / '.killed.layers').exists()
+  assert_same(again.model, whole.model)
+  for name, p in matrices(whole).items():
+    share = (np.asarray(p[...]) == 0).reshape(p.shape[0], -1).mean(1)
+    assert (share < 0.35 if name.endswith('.o') else share == 0.5).all(), name
+
+
+@pytest.mark.slow
+def test_what_begins_with_it_keeps_its_zeros(runs, corpus, tmp_path, monkeypatch):
+  """Whatever its config says of pruning; and is refused as an adapter's."""
+  before = matrices(prune(runs, 'half', '--scheme=0.5', '--scope=global'))
+  total = sum((np.asarray(p[...]) == 0).sum() for p in before.values())
+  assert total == round(0.5 * sum(np.asarray(p[...]).size for p in before.values()))
+  config = dataclasses.replace(on(corpus, train={'steps': 2}), init=str(runs / 'half'))
+  begun = overrides._begun(config, str(runs / 'half'))
+  assert begun['optimizer'].prune == 'kept'
+  assert overrides._begun(config, str(runs / 'half'), adapted='lora')['optimizer'].prune == ''
+  run_here(dataclasses.replace(config, **begun), tmp_path / 'tuned')
+  after = matrices(open_run(tmp_path / 'tuned'))
+  for name, p in before.items():
+    gone = np.asarray(p[...]) == 0
+    assert (np.asarray(after[name][...])[gone] == 0).all()
+    assert (np.asarray(after[name][...])[~gone] != np.asarray(p[...])[~gone]).mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_adapter_is_trained_on_groups(runs, corpus, tmp_path):
+  """The base stays bit for bit, and tokens that it writes are another model's."""
+  base = prune(runs, 'groups', '--scheme=2:4', '--method=wanda', '--samples=8')
+  before = {name: np.asarray(x) for name, x in named_leaves(base.model).items()}
+  config = dataclasses.replace(
+    on(corpus, train={'steps': 3, 'save_every': 3}),
+    model=base.config.model,
+    adapter=AdapterConfig(kind='lora', rank=2, alpha=64.0),
+    init=str(runs / 'groups'),
+  )
+  run_here(config, tmp_path / 'lora')
+  after = named_leaves(open_run(runs / 'groups').model)
+  assert all((np.asarray(after[name]) == x).all() for name, x in before.items())
+  tuned, plain = (Generator.load(path) for path in (tmp_path / 'lora', runs / 'groups'))
+  assert np.abs(tuned.score(TEXTS)[0] - plain.score(TEXTS)[0]).max() > 1e-2
+  (one,) = plain(['some'], max_new_tokens=6, temperature=0.0)
+  assert len(one.ids) == 6 and np.isfinite(one.logprobs).all()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_layers_heads_and_channels_by_calibration(runs):
+  made = prune(runs, 'parts', '--scheme=heads=2,channels=24,layers=1', '--method=wanda')
+  config = made.config.model
+  assert (config.N, config.K, config.F, config.L) == (2, 1, 24, 1)
+  assert np.isfinite(Generator.load(runs / 'parts').score(TEXTS)[0]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_as_much_goes_as_a_bound_lets(runs, monkeypatch):
+  """By magnitude, each try is said; what is found holds on held-out texts, too."""
+  lines = []
+  monkeypatch.setattr(convert, '_log', lines.append)
+  monkeypatch.setattr('workdir.bounded_codes.HELD_OUT', 2)
+  prune(runs, 'bounded', '--max_kl=0.01', '--samples=8')
+  tries = [line for line in lines if 'on calibration' in line]
+  assert 5 < len(tries) < 15 and any('holds' in line for line in tries)
+  assert any('holds, on held-out texts' in line for line in lines)
+  share = json.loads((runs / 'bounded' / 'compressed.json').read_text())['share']
+  assert 0.3 <= share < 0.9
+
+
+def test_a_bound_is_met_by_the_largest_number():
+  """Of a cost that is the share squared; held-out texts that cost more take some of it back."""
+  lines, bound = [], QualityBound('kl', 0.25)
+
+  def search(*costs):
+    said = '{}%'.format
+    return bounded.search(lambda n: n / 100, costs, bound, 95, said, lines.append)
+
+  assert search(lambda x: x**2, lambda x: 1.3 * x**2) == (43, 0.43) and 1.3 * 0.44**2 > 0.25
+  assert lines[0] == '48%: KL 0.2304 of 0.25 nats a token: holds, on calibration'
+  assert '50%: KL 0.3250 of 0.25 nats a token: too much, on held-out texts' in lines
+  assert search(lambda x: x**2, lambda x: x**2) == (50, 0.5)
+  with pytest.raises(ValueError, match='nothing that was tried, from 1% on'):
+    search(lambda x: 1.0, lambda x: 0.0)
+  assert QualityBound.parse('', '2%') == QualityBound('perplexity_increase', 0.02)
+  over = QualityBound('perplexity_increase', 0.02).said(0.03)
+  assert over == 'perplexity +3.00% of +2.00%: too much'
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_as_many_bits_as_a_bound_asks(runs, monkeypatch):
+  """Between all in 8 bits and all in 4: kinds of matrices that cost least have 4."""
+  lines = []
+  monkeypatch.setattr(convert, '_log', lines.append)
+  monkeypatch.setattr('workdir.bounded_codes.HELD_OUT', 2)
+  monkeypatch.setattr('workdir.bounded_codes.LOW', 'int4:group=8')
+  command = ['quantise', '--workdir', f'{runs}/run', '--to', f'{runs}/bits', '--samples=8']
+  convert.main([*command, '--max_kl=1e-4'])
+  stored = open_run(runs / 'bits').config.model.execution.stored
+  low = [entry for entry in stored if entry.endswith('=int4:group=8')]
+  alone = [line for line in lines if ' alone' in line]
+  assert stored[-1] == '*=int8' and 0 < len(low) < len(alone) == 7
+  assert any('holds, on held-out texts' in line for line in lines)
+
+
+@pytest.mark.parametrize(
+  'options, words',
+  [
+    (['--scheme=0.5', '--max_kl=1'], 'give one, as 2:4 or 0.5'),
+    ([], 'give one, as 2:4 or 0.5'),
+    (['--scheme=2:5x'], 'no N:M, as 2:4'),
+    (['--scheme=0.5+int8'], 'prune first, and quantise'),
+    (['--scheme=heads=2', '--scope=row'], 'leave those out'),
+    (['--scheme=2:4', '--scope=row'], 'is of groups'),
+    (['--scheme=0.5', '--scope=global', '--method=wanda'], 'use layer or row'),
+    (['--scheme=0.5', '--method=wanad'], "did you mean 'wanda'"),
+    (['--max_kl=x'], 'a number above 0'),
+  ],
+)
+def test_what_means_nothing_is_one_line(options, words):
+  with pytest.raises(SystemExit, match=words):
+    convert.main(['prune', '--workdir=nowhere', '--to=nowhere2', *options])
