@@ -73,6 +73,7 @@ def _import(options) -> None:
       vocabulary_multiple=options.vocabulary_multiple,
       ignore=options.ignore,
       ignore_keys=tuple(options.ignore_key),
+      codes='none' if options.dequantise else options.codes,
     )
     data = DataConfig(
       sequence_length=min(
@@ -111,7 +112,7 @@ def _import(options) -> None:
   title = families.TYPES[opened.hf['model_type']]
   _log(
     f'{workdir}: {title}, {_count(model, config):,} parameters in '
-    f'{config.execution.parameter_dtype}, '
+    f'{config.execution.parameter_dtype}{" and codes" if config.execution.stored else ""}, '
     f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
   )
 
@@ -343,6 +344,16 @@ def _take_import(made: argparse.ArgumentParser) -> None:
   )
   made.add_argument('--tokenizer', default='', metavar='PATH', help="another than DIR's, or none")
   made.add_argument('--base', default='', metavar='RUN2', help="of an adapter of PEFT's: its model")
+  made.add_argument(
+    '--codes',
+    default='exact',
+    choices=('exact', 'close'),
+    help='of a checkpoint in codes, what stays: those that stand for the same numbers here, bit for '
+    'bit, or also those where the last digits of f32 differ (default: %(default)s)',
+  )
+  made.add_argument(
+    '--dequantise', action='store_true', help='nothing stays in codes: numbers, to be trained'
+  )
   made.add_argument(
     '--vocabulary_multiple',
     type=int,

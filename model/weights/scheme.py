@@ -6,6 +6,7 @@
   nf4:group=64      16 quantiles of a normal law
   fp8               float8_e4m3fn, a scale for each output; fp8:tensor one for all of a matrix;
                     fp8:block=128 one for each square
+  mxfp4:group=32    floats of 4 bits, scales that are powers of two
   keep              as it is
 
 `model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
@@ -31,6 +32,7 @@ from model.weights.weight import Weight
 from parallel import axes as ax
 
 GROUP = 128  # of 4 bits, where nobody says another
+MX_GROUP = 32  # of mxfp4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Scheme:
   def parse(cls, text: str) -> 'Scheme':
     """Of a text such as 'int4:group=64:asymmetric'. Raises ValueError for another."""
     grid, *options = text.split(':')
-    values = {'group': GROUP} if grid in GRIDS and GRIDS[grid].packed else {}
+    size = MX_GROUP if grid == 'mxfp4' else GROUP
+    values = {'group': size} if grid in GRIDS and GRIDS[grid].packed else {}
     for option in options:
       name, equals, value = option.partition('=')
       if name in ('group', 'block') and value.isdecimal():
@@ -84,6 +87,14 @@ class Scheme:
         known = 'group=N, block=N, tensor, asymmetric'
         raise ValueError(f'the scheme {text!r}: {option!r} is none of {known}')
     return cls(grid, **values)
+
+  def __str__(self) -> str:
+    """What `parse` reads."""
+    sizes = [f'{name}={size}' for name in ('group', 'block') if (size := getattr(self, name))]
+    flags = [
+      name for name, on in (('tensor', self.tensor), ('asymmetric', not self.symmetric)) if on
+    ]
+    return ':'.join([self.grid, *sizes, *flags])
 
   def blocks(self, shape: tuple[int, ...], summed: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Sizes of blocks of a matrix; shape: without stacked layers, and of an expert.
