@@ -348,8 +348,8 @@ def _take_import(made: argparse.ArgumentParser) -> None:
     '--codes',
     default='exact',
     choices=('exact', 'close'),
-    help='of a checkpoint in codes, what stays: those that stand for the same numbers here, bit for '
-    'bit, or also those where the last digits of f32 differ (default: %(default)s)',
+    help='of a checkpoint in codes, what stays: those that stand for the same numbers here, bit '
+    'for bit, or also those where the last digits of f32 differ (default: %(default)s)',
   )
   made.add_argument(
     '--dequantise', action='store_true', help='nothing stays in codes: numbers, to be trained'

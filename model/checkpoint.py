@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import files
+import names
 from data.gguf import GGUF
 from model import families, filled, transformer
 from model.config import ModelConfig
@@ -29,6 +30,7 @@ from model.gguf import GGUFTensors
 from model.params import abstract, named_leaves
 from model.quantised_files import KEY, QuantisedTensors
 from model.quantised_files.fitted import Fitted, fitted
+from model.quantised_files.outgoing import FORMAT, outgoing
 from model.stream import Region, fetch
 from model.tensorfiles import DTYPES, TensorFiles, write
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
@@ -201,14 +203,22 @@ def save(
     )
 
 
-def write_files(model, config, directory, family, dtype, shard_bytes, special):
-  leaves, parts = named_leaves(model), parts_of(family, config)
+def write_files(model, config, directory, family, dtype, shard_bytes, special, form=''):
+  """form: '', which writes numbers, or compressed-tensors for a model in codes."""
+  leaves, parts, coded = named_leaves(model), parts_of(family, config), None
+  if form:
+    names.check('--format', form, [FORMAT])
+    params = filled.params(model)
+    coded = outgoing(params, config.execution.stored, parts, family.TIED, PIECE)
   if not all(x.is_fully_addressable for x in leaves.values()):
     raise ValueError(
       'some shards of this model lie on devices of other processes; export in one process'
     )
 
   def produce(name):
+    if coded and name in coded.tensors:
+      yield from coded.tensors[name].pieces()
+      return
     first = parts[name][0].layout
     for start, stop in first.chunks(PIECE):
       low, high = first.rows(start, stop)
@@ -229,10 +239,13 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
       yield rows
 
   with jax.set_mesh(NO_MESH):
+    made = coded.tensors if coded else {}
+    instead = coded.instead if coded else ()
+    shapes = {name: of[0].layout.shape for name, of in parts.items() if name not in instead}
     write(
       directory,
-      {name: shares[0].layout.shape for name, shares in parts.items()},
-      KINDS[dtype],
+      shapes | {name: tensor.shape for name, tensor in made.items()},
+      dict.fromkeys(shapes, KINDS[dtype]) | {name: tensor.kind for name, tensor in made.items()},
       produce,
       shard_bytes,
     )
@@ -240,6 +253,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
     family.to_hf(config)
     | {'torch_dtype': dtype}
     | {f'{name}_token_id': special.get(name) for name in ('bos', 'eos', 'pad')}
+    | ({KEY: coded.settings} if coded else {})
   )
   files.replace(directory / 'config.json', json.dumps(hf, indent=2) + '\n')
 

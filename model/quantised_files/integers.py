@@ -21,6 +21,7 @@ from model.quantised_files.coded import (
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of AWQ: which of eight columns each nibble holds, lowest first
 SAMPLED = 4  # matrices whose mean decides about the version
+CERTAIN = 4  # standard errors
 
 
 def gptq(settings: dict, found: Found) -> None:
@@ -90,11 +91,11 @@ class _Packed:
       )
     return index
 
-  def mean(self) -> float:
-    """Of codes less zero points as they are stored, in steps."""
+  def above(self) -> np.ndarray:
+    """Codes of some rows less zero points as they are stored."""
     rows = min(self.shape[0], 256)
-    codes = self.codes(0, rows).astype(np.float64)
-    return float((codes - self.raw_zeros()[self.index(), :rows].T).mean())
+    codes = self.codes(0, rows).astype(np.float32)
+    return (codes - self.raw_zeros()[self.index(), :rows].T).ravel()
 
   def take(self, less: int) -> None:
     """less: than meant, what zero points are stored as."""
@@ -134,17 +135,19 @@ def _less(matrices: list[_Packed], settings: dict, found: Found) -> int:
   if len(stored) == 1 and stored <= {-1, 0}:
     less = -stored.pop()
   else:
-    away = float(np.mean([matrix.mean() for matrix in matrices[:SAMPLED]]))
-    if not min(abs(away), abs(away - 1)) < 0.25:
-      raise ValueError(
-        f'{found.files.directory}: whether zero points are stored as they are (v2) or less 1 (v1) '
-        f'cannot be told: codes are {away:.2f} steps above them in the mean of '
-        f'{matrices[0].module} and others, where 0 would be v2 and 1 v1; the files are damaged'
-      )
+    above = np.concatenate([matrix.above() for matrix in matrices[:SAMPLED]])
+    away, error = above.mean(), above.std() / len(above) ** 0.5
     less = round(away)
+    if less not in (0, 1) or abs(away - less) + CERTAIN * error > 0.5:
+      less = int(said != 'gptq_v2')
+      found.note(
+        f'NOTE: zero points are read as those of {said}, as config.json says: by the values they '
+        f'could be of either version (codes lie {away:.2f} steps above them in the mean, give or '
+        f'take {error:.2f}; 0 is v2, 1 is v1)'
+      )
   if (said == 'gptq_v2') == bool(less):
     found.note(
-      f'config.json calls zero points those of {said}, and by their values they are stored '
+      f'NOTE: config.json calls zero points those of {said}, and by their values they are stored '
       f'{"less 1 (v1)" if less else "as they are (v2)"}: so they are read'
     )
   return less

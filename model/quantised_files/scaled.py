@@ -70,7 +70,7 @@ def compressed_tensors(settings: dict, found: Found) -> None:
   for module, ending in found.ending('weight_packed', 'weight_scale', 'input_scale'):
     found.used |= {f'{module}.input_scale', f'{module}.output_scale', f'{module}.input_zero_point'}
   if settings.get('kv_cache_scheme'):
-    found.note('keys and values in the cache stay numbers: its scales of them are not read')
+    found.note('NOTE: keys and values in the cache stay numbers: its scales of them are not read')
     found.used |= {f'{m}.{e}' for m, e in found.ending('k_scale', 'v_scale', 'q_scale')}
   found.used &= {*found.files.tensors}
 
@@ -217,6 +217,8 @@ def _take(name, stored, shape, grid, blocks, scale, found, bits=0, zero='', inde
 
 
 def _pair(name: str, value) -> tuple[int, int]:
+  if isinstance(value, str) and re.fullmatch(r'\d+x\d+', value):
+    value = [int(size) for size in value.split('x')]
   if not isinstance(value, list) or len(value) != 2:
     raise ValueError(f'quantization_config in config.json: {name}={value!r} must be two sizes')
   return whole_number(name, value[0]), whole_number(name, value[1])
@@ -230,6 +232,6 @@ def _matrix(name: str, shape: tuple[int, ...], found: Found) -> tuple[int, int]:
 
 def _activations(kind: str) -> str:
   return (
-    f'activations, which the checkpoint rounds to {kind} as it runs, stay numbers: results are '
+    f'NOTE: activations, which the checkpoint rounds to {kind} as it runs, stay numbers: results are '
     'those of its weights, and nearer to the model before'
   )

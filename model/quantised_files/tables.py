@@ -30,7 +30,7 @@ def bitsandbytes(settings: dict, found: Found) -> None:
       _take_bytes(name.removesuffix('.SCB'), found)
   if settings.get('load_in_8bit') and any(name.endswith('.SCB') for name in found.used):
     found.note(
-      'activations, which LLM.int8 rounds to int8 but for outliers, stay numbers: results are '
+      'NOTE: activations, which LLM.int8 rounds to int8 but for outliers, stay numbers: results are '
       'those of its weights'
     )
 

@@ -165,7 +165,10 @@ def blocks_of(
   blocks, left = [1] * len(shape), size or every
   for n in sorted(dimensions, reverse=True):
     blocks[n] = min(left, shape[n])
-    left = -1 if shape[n] % blocks[n] or left % blocks[n] else left // blocks[n]
+    if shape[n] % blocks[n] or left % blocks[n]:
+      left = 0
+      break
+    left //= blocks[n]
   if left != 1:
     last = shape[max(dimensions)]
     parts = f', in parts of {last},' if last < every else ''
