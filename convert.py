@@ -167,7 +167,9 @@ def _export(options) -> None:
       model = checkpoints.model(
         abstract(functools.partial(transformer.init, config, 0), mesh), step
       )
-      if config.execution.stored:
+      if options.format:
+        config = names.imported('model.weights.scheme.untied')(config, model)
+      elif config.execution.stored:
         _log(f'NOTE: codes ({", ".join(config.execution.stored)}) are written as their numbers')
         model = jax.jit(names.imported('model.weights.scheme.dequantised'))(model)
         config = model.config
@@ -187,6 +189,7 @@ def _export(options) -> None:
       options.dtype or config.execution.parameter_dtype,
       checkpoint.SHARD_BYTES,
       special,
+      options.format,
     )
     if families.name_of(family) == origin['family']:
       _write_origin(partial, origin)
@@ -199,12 +202,15 @@ def _export(options) -> None:
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model, config):,} parameters in '
     f'{options.dtype or config.execution.parameter_dtype}'
+    f'{f" and codes ({options.format})" if options.format else ""}'
   )
 
 
 def _export_adapter(options, run: configs.Config) -> None:
   """As PEFT keeps it; the base is exported from where it is."""
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
+  if options.format:
+    raise ValueError(f'--format={options.format}: an adapter is no codes; leave it out')
   if options.dtype not in ('', 'float32'):
     raise ValueError(f'--dtype={options.dtype}: an adapter is kept in float32; leave it out')
   family = _family(run.model, options.family, _origin(workdir))
@@ -440,6 +446,12 @@ def main(arguments: list[str] | None = None) -> None:
     default='',
     choices=('float32', 'bfloat16', 'float16'),
     help="default: the parameters'",
+  )
+  made.add_argument(
+    '--format',
+    default='',
+    choices=('', 'compressed-tensors'),
+    help='of a run in codes, which they are written as; default: their numbers',
   )
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   command('inspect', _inspect, 'family, parameters, dtype, memory', reading).add_argument(

@@ -226,6 +226,12 @@ def numbers_config(config: ModelConfig, head: bool) -> ModelConfig:
   return dataclasses.replace(config, tie_embeddings=tied).with_execution(stored=())
 
 
+def untied(config: ModelConfig, model) -> ModelConfig:
+  """The config of a model in codes whose head, where a copy of the table lies in codes, is its own."""
+  tied = config.tie_embeddings and model.head.tokens is None
+  return dataclasses.replace(config, tie_embeddings=tied)
+
+
 def summed_of(p: nnx.Param) -> tuple[int, ...]:
   """Which dimensions a product with a parameter sums over, counted from the last."""
   if p.kind == 'embedding':

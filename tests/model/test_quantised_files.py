@@ -2,7 +2,6 @@
 is one that is damaged named?
 """
 
-
 import numpy as np
 import pytest
 
