@@ -5,6 +5,8 @@ A method is a function of (quantization_config, Found) that tells of each matrix
 see coded.py. What of them a weight of ours can hold is fitted.py's.
 """
 
+from typing import Any
+
 import numpy as np
 
 import names
@@ -35,7 +37,7 @@ class QuantisedTensors:
   Raises: ValueError or NotImplementedError for what is damaged or not read; it names the tensor.
   """
 
-  def __init__(self, files: TensorFiles, settings: dict):
+  def __init__(self, files: TensorFiles, settings: Any):
     method = method_of(settings)
     found = Found(files)
     METHODS[method](settings, found)
@@ -60,7 +62,7 @@ class QuantisedTensors:
     return self.files.read(name, start, stop)
 
 
-def method_of(settings: dict) -> str:
+def method_of(settings: Any) -> str:
   """Of a quantization_config. Raises ValueError for one that is not read."""
   if not isinstance(settings, dict):
     raise ValueError(f'{KEY}={settings!r} in config.json must be an object')
