@@ -181,13 +181,14 @@ def save(
   dtype: str = '',
   shard_bytes: int = SHARD_BYTES,
   special: dict | None = None,
+  form: str = '',
 ) -> None:
   """Writes a model as transformers keeps it: config.json and *.safetensors; whole, or not at all.
 
   Args:
     directory: must not exist. family: default: the first that can express the config.
     dtype: default: the parameters'.
-    special: bos_token_id and others for config.json.
+    special: bos_token_id and others for config.json. form: see write_files.
   Raises ValueError for a config that no family expresses,
   FileExistsError for a directory that is there.
   """
@@ -200,6 +201,7 @@ def save(
       dtype or config.execution.parameter_dtype,
       shard_bytes,
       special or {},
+      form,
     )
 
 

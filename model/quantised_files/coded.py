@@ -87,8 +87,7 @@ class Found:
 
   def __init__(self, files: TensorFiles):
     self.files, self.coded, self.used, self.notes = files, {}, set(), []
-    # A matrix whose codes do not lie row by row is read whole, and asked for piece by piece.
-    self.whole = functools.lru_cache(maxsize=4)(self._whole)
+    self._whole, self._module = {}, ''
 
   def ending(self, *endings: str) -> Iterable[tuple[str, str]]:
     """(module, ending) of the tensors that are called so."""
@@ -138,11 +137,18 @@ class Found:
     if line not in self.notes:
       self.notes.append(line)
 
-  def _whole(self, name: str) -> np.ndarray:
-    tensor = self.files.tensors[name]
-    if not tensor.shape:
-      return self.files.read(name, 0, 1).reshape(())
-    return self.files.read(name, 0, tensor.shape[0])
+  def whole(self, name: str) -> np.ndarray:
+    """A tensor that does not lie row by row, whose pieces are asked for one after the other: so
+    what was read last of one module stays, and nothing else.
+    """
+    module = name.rpartition('.')[0]
+    if module != self._module:
+      self._whole.clear()
+      self._module = module
+    if name not in self._whole:
+      shape = self.files.tensors[name].shape
+      self._whole[name] = self.files.read(name, 0, shape[0] if shape else 1).reshape(shape)
+    return self._whole[name]
 
 
 def blocked(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:

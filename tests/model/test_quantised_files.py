@@ -169,7 +169,12 @@ FORMS = {
   'fp8 whose squares are not whole': (
     LLAMA,
     files.fp8(64),
-    ['stack.blocks.*.feed_forward.down=fp8:block=32', '*=fp8:block=64'],
+    [
+      'stack.blocks.*.feed_forward.down=fp8:block=32',
+      'stack.blocks.*.feed_forward.gate=fp8',
+      'stack.blocks.*.feed_forward.up=fp8',
+      '*=fp8:tensor',
+    ],
     'rounds to fp8',
   ),
   'mxfp4': (
@@ -185,8 +190,10 @@ FORMS = {
     'down: 1 of its 2 tensors are no codes, such as model.layers.1.mlp.down_proj.weight',
   ),
 }
-# Of what is loaded, not looked at only: all others are slow.
+# Of what is loaded and goes out again, not looked at only: all others are slow.
 QUICK = ('int4 asymmetric',)
+OUT = ('int4', 'int4 asymmetric', 'packed bytes', 'int8', 'int8 asymmetric', 'fp8')
+OUT += ('fp8 of a tensor', 'fp8 in squares', 'fp8 of DeepSeek')
 
 
 @pytest.fixture(scope='module')
@@ -240,9 +247,11 @@ def test_a_file_gives_the_numbers_of_its_codes(name, built):
   assert not fitted(config, parts, called, tensors, 'none').stored
 
 
-@pytest.mark.parametrize(
-  'name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
-)
+def slow_but_quick(every):
+  return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in every]
+
+
+@pytest.mark.parametrize('name', slow_but_quick(FORMS))
 def test_a_model_keeps_them(name, built):
   """Its codes stand for the same numbers, bit for bit, and so do the numbers without codes."""
   _, expected, _ = load(built(name) / 'plain')
@@ -250,6 +259,38 @@ def test_a_model_keeps_them(name, built):
     config, model, _ = load(built(name) / 'codes', codes)
     assert bool(config.execution.stored) == (codes == 'exact' and bool(FORMS[name][2]))
     same(numbers(model), numbers(expected))
+
+
+@pytest.mark.parametrize('name', slow_but_quick(OUT))
+def test_codes_go_out_as_they_came(name, built, tmp_path, monkeypatch):
+  """As compressed-tensors, and in again, bit for bit: in pieces, and of compressed-tensors itself
+  with the same tensors, but for scales, which are f32.
+  """
+  config, model, _ = load(built(name) / 'codes')
+  monkeypatch.setattr(checkpoint, 'PIECE', 1000)
+  checkpoint.save(model, config, tmp_path / 'out', form='compressed-tensors')
+  again, back, _ = load(tmp_path / 'out')
+  assert again.execution.stored == config.execution.stored
+  same(leaves(back), leaves(model))
+  if FORMS[name][1][1]['quant_method'] == 'compressed-tensors':
+    found, expected = everything(tmp_path / 'out'), everything(built(name) / 'codes')
+    same(found, {key: x.astype(found[key].dtype) for key, x in expected.items()})
+
+
+@pytest.mark.parametrize(
+  'name, words',
+  [
+    ('nf4', r'q_proj.weight lies in nf4:group=32, of which it has no form'),
+    ('mxfp4', 'experts.gate_up_proj is no matrix of a linear layer'),
+    ('fp4', 'no matrix of the run lies in codes'),
+  ],
+)
+@pytest.mark.slow
+def test_codes_without_a_form_are_named(name, words, built, tmp_path):
+  config, model, _ = load(built(name) / 'codes')
+  with pytest.raises(ValueError, match=words):
+    checkpoint.save(model, config, tmp_path / 'out', form='compressed-tensors')
+  assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.slow
@@ -496,9 +537,42 @@ def test_numbers_that_are_said_to_be_codes(built, tmp_path):
     load(tmp_path)
 
 
-def test_memory_is_that_of_a_packed_matrix_and_a_piece(built, tmp_path, monkeypatch):
-  """Of AWQ, whose matrices are read whole and packed, and unpacked in pieces."""
-  x = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
-  module = 'model.layers.0.mlp.down_proj'
-  shape = {'hidden_size': 1024, 'intermediate_size': 1024, 'num_hidden_layers': 1}
-  tensors, _ = FORMS['int4'][1][0](module, x)
+@pytest.mark.slow
+def test_memory_is_that_of_a_packed_matrix_and_a_piece(tmp_path, monkeypatch):
+  """Of AWQ, whose matrices are read packed as a whole, and unpacked piece by piece."""
+  rng, (D, F) = np.random.default_rng(0), (128, 2048)
+  hf = LLAMA | {'hidden_size': D, 'intermediate_size': F, 'num_hidden_layers': 1}
+  family, config = families.read(hf)
+  tensors = {}
+  for name, parts in checkpoint.parts_of(family, config).items():
+    shape, module = parts[0].layout.shape, name.removesuffix('.weight')
+    if not files.is_linear(name) or len(shape) == 1:
+      tensors[name] = np.zeros(shape, np.float32)
+      continue
+    words = rng.integers(-(2**31), 2**31, (shape[1], shape[0] // 8)).astype(np.int32)
+    scales = np.ones((shape[1] // 64, shape[0]), np.float16)
+    tensors |= {f'{module}.qweight': words, f'{module}.scales': scales}
+    tensors[f'{module}.qzeros'] = words[: len(scales)]
+  settings = {'quant_method': 'awq', 'bits': 4, 'group_size': 64}
+  (tmp_path / 'config.json').write_text(json.dumps(hf | {KEY: settings}))
+  files.write(tmp_path, tensors)
+  del tensors, words, scales
+
+  piece, packed, whole, peaks = 2**13, D * F // 2, 4 * D * F, []
+  fill = checkpoint._fill
+
+  def measured(*arguments):
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    fill(*arguments)
+    peaks.append(tracemalloc.get_traced_memory()[1] - before)
+
+  monkeypatch.setattr(checkpoint, 'PIECE', piece)
+  monkeypatch.setattr(checkpoint, '_fill', measured)
+  for codes in ('none', 'exact'):
+    load(tmp_path, codes)  # programs stay in memory
+    peaks.clear()
+    tracemalloc.start()
+    load(tmp_path, codes)
+    tracemalloc.stop()
+    assert packed < max(peaks) < packed + 48 * piece < whole / 2, (codes, max(peaks))
