@@ -232,6 +232,6 @@ def _matrix(name: str, shape: tuple[int, ...], found: Found) -> tuple[int, int]:
 
 def _activations(kind: str) -> str:
   return (
-    f'NOTE: activations, which the checkpoint rounds to {kind} as it runs, stay numbers: results are '
-    'those of its weights, and nearer to the model before'
+    f'NOTE: activations, which the checkpoint rounds to {kind} as it runs, stay numbers: results '
+    'are those of its weights, and nearer to the model before'
   )

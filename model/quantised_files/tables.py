@@ -30,8 +30,8 @@ def bitsandbytes(settings: dict, found: Found) -> None:
       _take_bytes(name.removesuffix('.SCB'), found)
   if settings.get('load_in_8bit') and any(name.endswith('.SCB') for name in found.used):
     found.note(
-      'NOTE: activations, which LLM.int8 rounds to int8 but for outliers, stay numbers: results are '
-      'those of its weights'
+      'NOTE: activations, which LLM.int8 rounds to int8 but for outliers, stay numbers: results '
+      'are those of its weights'
     )
 
 

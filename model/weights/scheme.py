@@ -227,7 +227,7 @@ def numbers_config(config: ModelConfig, head: bool) -> ModelConfig:
 
 
 def untied(config: ModelConfig, model) -> ModelConfig:
-  """The config of a model in codes whose head, where a copy of the table lies in codes, is its own."""
+  """Of a model in codes, of which a head that is a copy of the table in codes is its own."""
   tied = config.tie_embeddings and model.head.tokens is None
   return dataclasses.replace(config, tie_embeddings=tied)
 

@@ -281,7 +281,7 @@ def test_codes_go_out_as_they_came(name, built, tmp_path, monkeypatch):
   'name, words',
   [
     ('nf4', r'q_proj.weight lies in nf4:group=32, of which it has no form'),
-    ('mxfp4', 'experts.gate_up_proj is no matrix of a linear layer'),
+    ('mxfp4', 'experts.down_proj is no matrix of a linear layer'),
     ('fp4', 'no matrix of the run lies in codes'),
   ],
 )
