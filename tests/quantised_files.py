@@ -6,6 +6,7 @@ that they stand for, in float64.
 
 import json
 import pathlib
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -271,33 +272,39 @@ def _experts(name, x):
 
 
 def build(hf: dict, directory: pathlib.Path, form, chosen=lambda name: True) -> None:
-  """Writes `codes` and `plain`, a checkpoint in codes and the one of their numbers.
+  """Writes `codes` and `plain`, a checkpoint in codes and the one of their numbers, of weights that
+  are drawn from their names; see in_codes.
+  """
+  ours.build(hf, directory / 'plain')
+  in_codes(directory / 'plain', directory / 'codes', form, chosen)
+
+
+def in_codes(plain: pathlib.Path, codes: pathlib.Path, form, chosen=lambda name: True) -> None:
+  """Writes a checkpoint in codes beside one of numbers, which become those of the codes.
 
   form: (writer, quantization_config). chosen: whether a matrix of this name lies in codes.
   """
   writer, settings = form
-  ours.build(hf, directory / 'plain')
-  made, plain = {}, {}
-  for name, x in ours.tensors(directory / 'plain').items():
+  made, numbers = {}, {}
+  for name, x in ours.tensors(plain).items():
     module, linear, _ = name.rpartition('.weight')
+    tensors, numbers[name] = {name: x}, x
     if settings['quant_method'] == 'mxfp4':
       if name.endswith(('experts.gate_up_proj', 'experts.down_proj')):
-        tensors, numbers = writer(name, x)
-      else:
-        tensors, numbers = {name: x}, x
+        tensors, numbers[name] = writer(name, x)
     elif linear and x.ndim == 2 and is_linear(name) and chosen(name):
-      tensors, numbers = writer(module, x)
-    else:
-      tensors, numbers = {name: x}, x
+      tensors, numbers[name] = writer(module, x)
     made |= tensors
-    plain[name] = np.float32(numbers)
-  (directory / 'codes').mkdir()
-  (directory / 'codes' / 'config.json').write_text(
-    json.dumps(hf | {'quantization_config': settings})
-  )
-  write(directory / 'codes', made)
-  (directory / 'plain' / 'model.safetensors').unlink()
-  write(directory / 'plain', plain)
+  shutil.copytree(plain, codes)
+  for directory, tensors in ((plain, numbers), (codes, made)):
+    (directory / 'model.safetensors').unlink()
+    write(directory, {key: as_stored(x) for key, x in tensors.items()})
+  hf = json.loads((plain / 'config.json').read_text())
+  (codes / 'config.json').write_text(json.dumps(hf | {'quantization_config': settings}))
+
+
+def as_stored(x: np.ndarray) -> np.ndarray:
+  return x.astype(np.float32) if x.dtype == np.float64 else x
 
 
 def is_linear(name: str) -> bool:
