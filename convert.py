@@ -40,6 +40,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
 from model import checkpoint, families, packages, peft, transformer
 from model.params import ParamSpec, abstract, specs
+from model.quantised_files.fitted import fitted
 from training import config as configs
 from workdir import carried, seals
 from workdir.adapted import export_adapter, import_adapter, merge, rebase
@@ -281,11 +282,15 @@ def _inspect(options) -> None:
     hf, tensors = opened.hf, opened.tensors
     family, config = families.read(hf, set(tensors.tensors), tuple(options.ignore_key))
     parts, title = checkpoint.parts_of(family, config), families.name_of(family)
-    checkpoint.check(
-      parts, checkpoint.resolve(parts, tensors, family), tensors, family, options.ignore
-    )
+    called = checkpoint.resolve(parts, tensors, family)
+    checkpoint.check(parts, called, tensors, family, options.ignore)
     kinds = tensors.kinds
-    config = config.with_execution(parameter_dtype=checkpoint.stored_dtype(tensors, _log))
+    kept = fitted(config, parts, called, tensors, 'exact')
+    for line in (*getattr(tensors, 'notes', ()), *kept.lines):
+      _log(line)
+    apart = checkpoint.in_codes(kept, parts, called)
+    dtype = checkpoint.stored_dtype(tensors, _log, apart)
+    config = config.with_execution(parameter_dtype=dtype, stored=kept.stored)
   else:
     run = configs.load(directory)
     config = run.model

@@ -55,6 +55,9 @@ def fitted(config: ModelConfig, parts, called: dict[str, str], tensors, keep: st
   """
   names.check('--codes', keep, KEPT)
   coded = getattr(tensors, 'coded', {})
+  if not coded and keep != 'exact':
+    nothing = f'NOTE: nothing in {tensors.directory} lies in codes that could be kept or not'
+    return Fitted((), frozenset(), (nothing,))
   of: dict[str, list] = collections.defaultdict(list)
   for name, shares in parts.items():
     for share in shares:
