@@ -29,7 +29,7 @@ from model.families.layout import Layout, sizes
 from model.gguf import GGUFTensors
 from model.params import abstract, named_leaves
 from model.quantised_files import KEY, QuantisedTensors
-from model.quantised_files.fitted import Fitted, fitted
+from model.quantised_files.fitted import KeptCodes, fitted
 from model.quantised_files.outgoing import FORMAT, outgoing
 from model.stream import Region, fetch
 from model.tensorfiles import DTYPES, TensorFiles, write
@@ -165,7 +165,9 @@ def _fill(built: dict, shares: list[TensorShare], tensors: Tensors, name: str) -
       target.put(part.layout, rows[target.of_codes], region)
 
 
-def in_codes(kept: Fitted, parts: dict[str, list[TensorShare]], called: dict[str, str]) -> set[str]:
+def in_codes(
+  kept: KeptCodes, parts: dict[str, list[TensorShare]], called: dict[str, str]
+) -> set[str]:
   """Tensors in the files that stay in codes."""
   return {
     called[name] for name, shares in parts.items() if all(s.leaf in kept.leaves for s in shares)

@@ -35,7 +35,7 @@ SPLIT = 128  # of an output's codes that share one scale: so that devices can sh
 
 
 @dataclasses.dataclass(frozen=True)
-class Fitted:
+class KeptCodes:
   """Attributes:
   stored: of model.execution. leaves: the parameters in codes. lines: what is kept, and what becomes
     numbers and why.
@@ -46,7 +46,7 @@ class Fitted:
   lines: tuple[str, ...]
 
 
-def fitted(config: ModelConfig, parts, called: dict[str, str], tensors, keep: str) -> Fitted:
+def fitted(config: ModelConfig, parts, called: dict[str, str], tensors, keep: str) -> KeptCodes:
   """What a model keeps of a checkpoint's codes.
 
   Args:
@@ -57,7 +57,7 @@ def fitted(config: ModelConfig, parts, called: dict[str, str], tensors, keep: st
   coded = getattr(tensors, 'coded', {})
   if not coded and keep != 'exact':
     nothing = f'NOTE: nothing in {tensors.directory} lies in codes that could be kept or not'
-    return Fitted((), frozenset(), (nothing,))
+    return KeptCodes((), frozenset(), (nothing,))
   of: dict[str, list] = collections.defaultdict(list)
   for name, shares in parts.items():
     for share in shares:
@@ -84,7 +84,7 @@ def fitted(config: ModelConfig, parts, called: dict[str, str], tensors, keep: st
 
   kept = {name: scheme for name, scheme in schemes.items() if scheme.grid != 'keep'}
   stored = _entries(schemes) if kept else ()
-  return Fitted(stored, frozenset(kept), tuple(_lines(kept, stored, why)))
+  return KeptCodes(stored, frozenset(kept), tuple(_lines(kept, stored, why)))
 
 
 def _codable(name: str, p) -> bool:
