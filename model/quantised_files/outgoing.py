@@ -27,7 +27,7 @@ BITS = {'int4': 4, 'int8': 8, 'fp8': 8}
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class ToWrite:
   """One to be written: its shape, kind, and what gives its entries in pieces, in order."""
 
   shape: tuple[int, ...]
@@ -38,11 +38,11 @@ class Written:
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
   """Attributes:
-  tensors: name -> Written. instead: names in transformers that those are in the place of.
+  tensors: name -> ToWrite. instead: names in transformers that those are in the place of.
   settings: the quantization_config.
   """
 
-  tensors: dict[str, Written]
+  tensors: dict[str, ToWrite]
   instead: frozenset[str]
   settings: dict
 
@@ -137,24 +137,24 @@ class _Matrix:
     floats = 'float-quantized' if scheme.grid == 'fp8' else 'int-quantized'
     self.format = 'pack-quantized' if self.packed else floats
 
-  def tensors(self, module: str) -> dict[str, Written]:
+  def tensors(self, module: str) -> dict[str, ToWrite]:
     counts = blocked(self.shape, self.blocks)
     if self.packed:
       words = (self.shape[0], -(-self.shape[1] * self.bits // 32))
       made = {
-        f'{module}.weight_packed': Written(words, 'I32', self._words),
-        f'{module}.weight_shape': Written((2,), 'I64', lambda: iter([np.int64(self.shape)])),
+        f'{module}.weight_packed': ToWrite(words, 'I32', self._words),
+        f'{module}.weight_shape': ToWrite((2,), 'I64', lambda: iter([np.int64(self.shape)])),
       }
     else:
       kind = 'F8_E4M3' if self.grid == 'fp8' else 'I8'
-      made = {f'{module}.weight': Written(self.shape, kind, lambda: self._rows('codes'))}
+      made = {f'{module}.weight': ToWrite(self.shape, kind, lambda: self._rows('codes'))}
     flat = counts if counts != (1, 1) else (1,)
-    made[f'{module}.weight_scale'] = Written(flat, 'F32', lambda: self._table('scale'))
+    made[f'{module}.weight_scale'] = ToWrite(flat, 'F32', lambda: self._table('scale'))
     if self.zeros and self.packed:
       words = (-(-counts[0] * self.bits // 32), counts[1])
-      made[f'{module}.weight_zero_point'] = Written(words, 'I32', self._zero_words)
+      made[f'{module}.weight_zero_point'] = ToWrite(words, 'I32', self._zero_words)
     elif self.zeros:
-      made[f'{module}.weight_zero_point'] = Written(flat, 'I8', self._zeros)
+      made[f'{module}.weight_zero_point'] = ToWrite(flat, 'I8', self._zeros)
     return made
 
   def _words(self):
