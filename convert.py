@@ -41,6 +41,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
 from model import checkpoint, families, packages, peft, transformer
 from model.params import ParamSpec, abstract, specs
+from model.quantised_files.fitted import fitted
 from training import config as configs
 from workdir import carried, seals
 from workdir.adapted import export_adapter, import_adapter, merge, rebase
@@ -75,6 +76,7 @@ def _import(options) -> None:
       vocabulary_multiple=options.vocabulary_multiple,
       ignore=options.ignore,
       ignore_keys=tuple(options.ignore_key),
+      codes='none' if options.dequantise else options.codes,
     )
     data = DataConfig(
       sequence_length=min(
@@ -113,7 +115,7 @@ def _import(options) -> None:
   title = families.TYPES[opened.hf['model_type']]
   _log(
     f'{workdir}: {title}, {_count(model, config):,} parameters in '
-    f'{config.execution.parameter_dtype}, '
+    f'{config.execution.parameter_dtype}{" and codes" if config.execution.stored else ""}, '
     f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
   )
 
@@ -168,7 +170,9 @@ def _export(options) -> None:
       model = checkpoints.model(
         abstract(functools.partial(transformer.init, config, 0), mesh), step
       )
-      if config.execution.stored:
+      if options.format:
+        config = names.imported('model.weights.scheme.untied')(config, model)
+      elif config.execution.stored:
         _log(f'NOTE: codes ({", ".join(config.execution.stored)}) are written as their numbers')
         model = jax.jit(names.imported('model.weights.scheme.dequantised'))(model)
         config = model.config
@@ -188,6 +192,7 @@ def _export(options) -> None:
       options.dtype or config.execution.parameter_dtype,
       checkpoint.SHARD_BYTES,
       special,
+      options.format,
     )
     if families.name_of(family) == origin['family']:
       _write_origin(partial, origin)
@@ -200,12 +205,15 @@ def _export(options) -> None:
   _log(
     f'{target}: {families.name_of(family)}, step {step}, {_count(model, config):,} parameters in '
     f'{options.dtype or config.execution.parameter_dtype}'
+    f'{f" and codes ({options.format})" if options.format else ""}'
   )
 
 
 def _export_adapter(options, run: configs.Config) -> None:
   """As PEFT keeps it; the base is exported from where it is."""
   workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
+  if options.format:
+    raise ValueError(f'--format={options.format}: an adapter is no codes; leave it out')
   if options.dtype not in ('', 'float32'):
     raise ValueError(f'--dtype={options.dtype}: an adapter is kept in float32; leave it out')
   family = _family(run.model, options.family, _origin(workdir))
@@ -323,11 +331,15 @@ def _inspect(options) -> None:
     hf, tensors = opened.hf, opened.tensors
     family, config = families.read(hf, set(tensors.tensors), tuple(options.ignore_key))
     parts, title = checkpoint.parts_of(family, config), families.name_of(family)
-    checkpoint.check(
-      parts, checkpoint.resolve(parts, tensors, family), tensors, family, options.ignore
-    )
+    called = checkpoint.resolve(parts, tensors, family)
+    checkpoint.check(parts, called, tensors, family, options.ignore)
     kinds = tensors.kinds
-    config = config.with_execution(parameter_dtype=checkpoint.stored_dtype(tensors, _log))
+    kept = fitted(config, parts, called, tensors, 'exact')
+    for line in (*getattr(tensors, 'notes', ()), *kept.lines):
+      _log(line)
+    apart = checkpoint.in_codes(kept, parts, called)
+    dtype = checkpoint.stored_dtype(tensors, _log, apart)
+    config = config.with_execution(parameter_dtype=dtype, stored=kept.stored)
   else:
     run = configs.load(directory)
     config = run.model
@@ -392,6 +404,16 @@ def _take_import(made: argparse.ArgumentParser) -> None:
   )
   made.add_argument('--tokenizer', default='', metavar='PATH', help="another than DIR's, or none")
   made.add_argument('--base', default='', metavar='RUN2', help="of an adapter of PEFT's: its model")
+  made.add_argument(
+    '--codes',
+    default='exact',
+    choices=('exact', 'close'),
+    help='of a checkpoint in codes, what stays: those that stand for the same numbers here, bit '
+    'for bit, or also those where the last digits of f32 differ (default: %(default)s)',
+  )
+  made.add_argument(
+    '--dequantise', action='store_true', help='nothing stays in codes: numbers, to be trained'
+  )
   made.add_argument(
     '--vocabulary_multiple',
     type=int,
@@ -503,6 +525,12 @@ def main(arguments: list[str] | None = None) -> None:
     default='',
     choices=('float32', 'bfloat16', 'float16'),
     help="default: the parameters'",
+  )
+  made.add_argument(
+    '--format',
+    default='',
+    choices=('', 'compressed-tensors'),
+    help='of a run in codes, which they are written as; default: their numbers',
   )
   made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
   command('inspect', _inspect, 'family, parameters, dtype, memory', reading).add_argument(

@@ -21,13 +21,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 import files
+import names
 from data.gguf import GGUF
-from model import families, transformer
+from model import families, filled, transformer
 from model.config import ModelConfig
 from model.families.layout import Layout, sizes
 from model.gguf import GGUFTensors
 from model.params import abstract, named_leaves
-from model.stream import Filling, Region, fetch
+from model.quantised_files import KEY, QuantisedTensors
+from model.quantised_files.fitted import KeptCodes, fitted
+from model.quantised_files.outgoing import FORMAT, outgoing
+from model.stream import Region, fetch
 from model.tensorfiles import DTYPES, TensorFiles, write
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 
@@ -58,7 +62,10 @@ class Opened:
   """A checkpoint that was opened: its parsed config.json, and its tensors, which are not read."""
 
   hf: dict
-  tensors: TensorFiles | GGUFTensors
+  tensors: 'Tensors'
+
+
+Tensors = TensorFiles | GGUFTensors | QuantisedTensors
 
 
 def parts_of(family, config: ModelConfig) -> dict[str, list[TensorShare]]:
@@ -84,6 +91,7 @@ def load(
   vocabulary_multiple: int = 1,
   ignore: str = '',
   ignore_keys: tuple[str, ...] = (),
+  codes: str = 'exact',
   log=print,
 ) -> tuple[ModelConfig, transformer.Decoder]:
   """The model of a checkpoint of transformers, sharded over a mesh, and its config.
@@ -95,45 +103,75 @@ def load(
     dtype: of the parameters where `config` is not given; default: the checkpoint's (float32 for
       float16). compute_dtype: default: the same. vocabulary_multiple: see ModelConfig; likewise.
     ignore: a pattern of tensors to leave out. ignore_keys: of config.json not to look at.
+    codes: of what lies in codes there, what stays so, one of quantised_files.fitted.KEPT; where
+      `config` is given, what that says.
   Raises: FileNotFoundError, ValueError or NotImplementedError: for what is not supported,
     and with one list of all tensors that are missing, left over, or of another shape or kind.
   """
   source = directory if isinstance(directory, Opened) else opened(directory)
   tensors = source.tensors
   family, network = families.read(source.hf, set(tensors.tensors), ignore_keys)
-  if config is None:
-    dtype = dtype or stored_dtype(tensors, log)
-    network = dataclasses.replace(network, vocabulary_multiple=vocabulary_multiple)
-    config = network.with_execution(parameter_dtype=dtype, dtype=compute_dtype or dtype)
+  given = config
+  config = given or dataclasses.replace(network, vocabulary_multiple=vocabulary_multiple)
   parts = parts_of(family, config)
   called = resolve(parts, tensors, family)
   tied = check(parts, called, tensors, family, ignore)
+  if given is None:
+    kept = fitted(config, parts, called, tensors, codes)
+    for line in (*getattr(tensors, 'notes', ()), *kept.lines):
+      log(line)
+    dtype = dtype or stored_dtype(tensors, log, in_codes(kept, parts, called))
+    config = config.with_execution(
+      parameter_dtype=dtype, dtype=compute_dtype or dtype, stored=kept.stored
+    )
   for name, other in tied.items():
     _check_equal(tensors, name, called[other])
   mesh = mesh or default_mesh(config)
   with jax.set_mesh(mesh):
     target = abstract(functools.partial(transformer.init, config, 0), mesh)
-    leaves = named_leaves(target)
-    mapped = {part.leaf for shares in parts.values() for part in shares}
-    if mapped != leaves.keys():
-      raise RuntimeError(
-        f'the name map of {family.__name__} and the model differ in '
-        f'{sorted(mapped ^ leaves.keys())}'
-      )
+  params = filled.params(target)
+  mapped = {part.leaf for shares in parts.values() for part in shares}
+  if mapped != params.keys():
+    raise RuntimeError(
+      f'the name map of {family.__name__} and the model differ in {sorted(mapped ^ params.keys())}'
+    )
   with jax.set_mesh(NO_MESH):
-    built = {leaf: Filling(x) for leaf, x in leaves.items()}
+    built = {leaf: filled.filling(p) for leaf, p in params.items()}
     place = {name: tensors.tensors[called[name]] for name in parts}
     for name in sorted(parts, key=lambda name: (str(place[name].path), place[name].offset)):
-      first = parts[name][0].layout
-      for start, stop in first.chunks(PIECE):
-        wanted = [part for part in parts[name] if built[part.leaf].wants(part.region(start, stop))]
-        if wanted:
-          rows = tensors.read(called[name], *first.rows(start, stop))
-          for part in wanted:
-            built[part.leaf].put(part.layout.bring(rows), part.region(start, stop))
-  return config, jax.tree.unflatten(
-    jax.tree.structure(target), [built[leaf].array() for leaf in leaves]
-  )
+      _fill(built, parts[name], tensors, called[name])
+  leaves = jax.tree.leaves([built[leaf].value() for leaf in params])
+  return config, jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def _fill(built: dict, shares: list[TensorShare], tensors: Tensors, name: str) -> None:
+  """Brings a tensor, piece by piece, to the parameters that have shares of it.
+
+  name: in the files.
+  """
+  first = shares[0].layout
+  step = math.lcm(*(built[part.leaf].step(part.layout) for part in shares))
+  for start, stop in first.chunks(PIECE, step):
+    rows = {}  # of codes, and of numbers: what is wanted is read once
+    for part in shares:
+      target, region = built[part.leaf], part.region(start, stop)
+      if not target.wants(region):
+        continue
+      if target.of_codes not in rows:
+        low, high = first.rows(start, stop)
+        rows[target.of_codes] = (
+          tensors.coded[name].piece(low, high) if target.of_codes else tensors.read(name, low, high)
+        )
+      target.put(part.layout, rows[target.of_codes], region)
+
+
+def in_codes(
+  kept: KeptCodes, parts: dict[str, list[TensorShare]], called: dict[str, str]
+) -> set[str]:
+  """Tensors in the files that stay in codes."""
+  return {
+    called[name] for name, shares in parts.items() if all(s.leaf in kept.leaves for s in shares)
+  }
 
 
 def save(
@@ -145,13 +183,14 @@ def save(
   dtype: str = '',
   shard_bytes: int = SHARD_BYTES,
   special: dict | None = None,
+  form: str = '',
 ) -> None:
   """Writes a model as transformers keeps it: config.json and *.safetensors; whole, or not at all.
 
   Args:
     directory: must not exist. family: default: the first that can express the config.
     dtype: default: the parameters'.
-    special: bos_token_id and others for config.json.
+    special: bos_token_id and others for config.json. form: see write_files.
   Raises ValueError for a config that no family expresses,
   FileExistsError for a directory that is there.
   """
@@ -164,17 +203,26 @@ def save(
       dtype or config.execution.parameter_dtype,
       shard_bytes,
       special or {},
+      form,
     )
 
 
-def write_files(model, config, directory, family, dtype, shard_bytes, special):
-  leaves, parts = named_leaves(model), parts_of(family, config)
+def write_files(model, config, directory, family, dtype, shard_bytes, special, form=''):
+  """form: '', which writes numbers, or compressed-tensors for a model in codes."""
+  leaves, parts, coded = named_leaves(model), parts_of(family, config), None
+  if form:
+    names.check('--format', form, [FORMAT])
+    params = filled.params(model)
+    coded = outgoing(params, config.execution.stored, parts, family.TIED, PIECE)
   if not all(x.is_fully_addressable for x in leaves.values()):
     raise ValueError(
       'some shards of this model lie on devices of other processes; export in one process'
     )
 
   def produce(name):
+    if coded and name in coded.tensors:
+      yield from coded.tensors[name].pieces()
+      return
     first = parts[name][0].layout
     for start, stop in first.chunks(PIECE):
       low, high = first.rows(start, stop)
@@ -195,10 +243,13 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
       yield rows
 
   with jax.set_mesh(NO_MESH):
+    made = coded.tensors if coded else {}
+    instead = coded.instead if coded else ()
+    shapes = {name: of[0].layout.shape for name, of in parts.items() if name not in instead}
     write(
       directory,
-      {name: shares[0].layout.shape for name, shares in parts.items()},
-      KINDS[dtype],
+      shapes | {name: tensor.shape for name, tensor in made.items()},
+      dict.fromkeys(shapes, KINDS[dtype]) | {name: tensor.kind for name, tensor in made.items()},
       produce,
       shard_bytes,
     )
@@ -206,6 +257,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
     family.to_hf(config)
     | {'torch_dtype': dtype}
     | {f'{name}_token_id': special.get(name) for name in ('bos', 'eos', 'pad')}
+    | ({KEY: coded.settings} if coded else {})
   )
   files.replace(directory / 'config.json', json.dumps(hf, indent=2) + '\n')
 
@@ -213,7 +265,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special):
 def check(
   parts: dict[str, list[TensorShare]],
   called: dict[str, str],
-  tensors: TensorFiles | GGUFTensors,
+  tensors: Tensors,
   family,
   ignore: str = '',
 ) -> dict[str, str]:
@@ -284,7 +336,7 @@ def resolve(parts, tensors, family) -> dict[str, str]:
   return max(spellings, key=lambda called: sum(name in tensors.tensors for name in called.values()))
 
 
-def _check_equal(tensors: TensorFiles | GGUFTensors, name: str, other: str) -> None:
+def _check_equal(tensors: Tensors, name: str, other: str) -> None:
   rows = tensors.tensors[name].shape[0]
   step = max(1, PIECE * rows // max(1, math.prod(tensors.tensors[name].shape)))
   for start in range(0, rows, step):
@@ -298,10 +350,15 @@ def _check_equal(tensors: TensorFiles | GGUFTensors, name: str, other: str) -> N
       )
 
 
-def stored_dtype(tensors: TensorFiles | GGUFTensors, log) -> str:
-  """The dtype to keep a checkpoint's parameters in: bfloat16 where most of it is, else float32."""
+def stored_dtype(tensors: Tensors, log, apart: set[str] = frozenset()) -> str:
+  """The dtype to keep a checkpoint's parameters in: bfloat16 where most of it is, else float32.
+
+  apart: tensors that do not count, as they stay in codes.
+  """
   bits = {}
-  for tensor in tensors.tensors.values():
+  for name, tensor in tensors.tensors.items():
+    if name in apart:
+      continue
     bits[tensor.kind] = bits.get(tensor.kind, 0) + math.prod(tensor.shape)
   most = max((kind for kind in bits if kind in DTYPES), key=bits.get, default='F32')
   dtype = 'bfloat16' if most == 'BF16' else 'float32'
@@ -348,7 +405,11 @@ def opened(path: str | os.PathLike) -> Opened:
   if path.is_file():
     tensors = GGUFTensors(GGUF(path))
     return Opened(tensors.config, tensors)
-  return Opened(read_json(path), TensorFiles(path))
+  hf, tensors = read_json(path), TensorFiles(path)
+  if hf.get(KEY) is None:
+    return Opened(hf, tensors)
+  plain = {name: value for name, value in hf.items() if name != KEY}
+  return Opened(plain, QuantisedTensors(tensors, hf[KEY]))
 
 
 def read_json(directory: pathlib.Path) -> dict:

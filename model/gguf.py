@@ -3,12 +3,14 @@ under transformers' names, in transformers' order and as plain numbers.
 
 What differs: names; rows of Llama's q and k, which lie in the order of interleaved rotary pairs;
 types of blocks, which become float32 (a scale of 16 bits times a code has more digits than bfloat16
-keeps); and that a head is tied to the embedding where the file has none.
+keeps) unless a model keeps their codes (model.quantised_files.ggml); and that a head is tied to the
+embedding where the file has none.
 """
 
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from data.gguf import GGUF, StoredTensor
 from model.layers import rope_frequencies
 from model.parts import RopeConfig
+from model.quantised_files import ggml
 from model.tensorfiles import DTYPES, Tensor, read_into
 
 # Theirs -> transformers'. {} is the layer.
@@ -62,6 +65,7 @@ class GGUFTensors:
   Attributes:
     directory: the file. config: what a config.json would say.
     tensors: name in transformers -> Tensor, whose kind is that of what `read` gives.
+    coded: the same -> Coded, of matrices in blocks.
     kinds: types in the file.
 
   Raises: ValueError for a file that is damaged, or lacks what is needed; NotImplementedError for an
@@ -79,17 +83,26 @@ class GGUFTensors:
         kind = place.kind if place.kind in DTYPES else 'F32'
         self._places[name] = place
         self.tensors[name] = Tensor(gguf.path, kind, place.shape, place.offset)
+    self.coded = {
+      name: ggml.coded(place.kind, self.tensors[name], functools.partial(self._blocks, name))
+      for name, place in self._places.items()
+      if place.kind not in DTYPES and len(place.shape) == 2
+    }
     if {place.kind for place in gguf.tensors.values()} - DTYPES.keys():
       _library()  # said before there is anything to undo
 
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
     """Rows `start` to `stop` of a tensor's first dimension."""
+    return self._ordered(name, start, stop, self._rows)
+
+  def _ordered(self, name: str, start: int, stop: int, read: Callable) -> np.ndarray:
+    """What `read` gives of (name, rows), in transformers' order."""
     if not (heads := self._permuted(name)):
-      return self._rows(name, start, stop)
+      return read(name, start, stop)
     # A head's rows lie as its pairs do, (0, H/2), (1, H/2 + 1), ..: whole heads are put in order.
     width = self.tensors[name].shape[0] // heads
     first, last = start // width * width, -(-stop // width) * width
-    rows = self._rows(name, first, last)
+    rows = read(name, first, last)
     pairs = rows.reshape(-1, width // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)[start - first : stop - first]
 
@@ -107,6 +120,18 @@ class GGUFTensors:
     row = place.bytes // place.shape[0]
     shape = (stop - start, *place.shape[1:-1], place.row_bytes)
     return self._decoded(name, place.offset + start * row, shape)
+
+  def _blocks(self, name: str, start: int, stop: int) -> np.ndarray:
+    """Bytes of rows of a matrix, [rows, blocks, bytes of one]."""
+    place = self._places[name]
+    size = place.row_bytes // (place.shape[1] // ggml.ENTRIES[place.kind])
+
+    def read(name, start, stop):
+      each = np.empty((stop - start, place.row_bytes // size, size), np.uint8)
+      read_into(self.directory, place.offset + start * place.row_bytes, each, name)
+      return each
+
+    return self._ordered(name, start, stop, read)
 
   def _decoded(self, name: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
     place, kind = self._places[name], self.tensors[name].kind

@@ -25,6 +25,16 @@ DTYPES = {
   'F16': np.dtype('float16'),
   'BF16': np.dtype(jnp.bfloat16),
 }
+# Of codes, and of what describes them: read as they are, and no parameters by themselves.
+CODES = {
+  'I64': np.dtype('int64'),
+  'I32': np.dtype('int32'),
+  'I16': np.dtype('int16'),
+  'I8': np.dtype('int8'),
+  'U8': np.dtype('uint8'),
+  'F8_E4M3': np.dtype(jnp.float8_e4m3fn),
+  'F8_E8M0': np.dtype(jnp.float8_e8m0fnu),
+}
 WIDTHS = {
   'F64': 8,
   'F32': 4,
@@ -94,7 +104,7 @@ class TensorFiles:
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
     """Rows `start` to `stop` of a tensor's first dimension."""
     tensor = self.tensors[name]
-    dtype, row = DTYPES[tensor.kind], math.prod(tensor.shape[1:])
+    dtype, row = (DTYPES | CODES)[tensor.kind], math.prod(tensor.shape[1:])
     rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
     read_into(tensor.path, tensor.offset + start * row * dtype.itemsize, rows, name)
     return rows
@@ -237,7 +247,7 @@ def _check_entry(name: str, entry) -> None:
 def write(
   directory: pathlib.Path,
   shapes: dict[str, tuple[int, ...]],
-  kind: str,
+  kind: str | dict[str, str],
   produce: Callable[[str], Iterable[np.ndarray]],
   shard_bytes: int,
   single: str = SINGLE,
@@ -245,12 +255,15 @@ def write(
   """Writes tensors into files of about `shard_bytes`, and their index where there is more than one.
 
   Args:
-    shapes: name -> shape, in the order to write. kind: dtype of all, as the file calls it.
+    shapes: name -> shape, in the order to write. kind: dtype of all, or name -> dtype, as the file
+      calls it.
     produce: name -> the tensor's entries in pieces, in order. single: name of the only file.
   """
+  dtypes = DTYPES | CODES
+  kinds = dict.fromkeys(shapes, kind) if isinstance(kind, str) else kind
+  sizes = {name: math.prod(shape) * WIDTHS[kinds[name]] for name, shape in shapes.items()}
   shards, room = [[]], shard_bytes
-  for name, shape in shapes.items():
-    size = math.prod(shape) * WIDTHS[kind]
+  for name, size in sizes.items():
     if size > room and shards[-1]:
       shards.append([])
       room = shard_bytes
@@ -264,23 +277,28 @@ def write(
   for title, shard in zip(titles, shards, strict=True):
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name in shard:
-      begin, end = end, end + math.prod(shapes[name]) * WIDTHS[kind]
-      header[name] = {'dtype': kind, 'shape': list(shapes[name]), 'data_offsets': [begin, end]}
+      begin, end = end, end + sizes[name]
+      header[name] = {
+        'dtype': kinds[name],
+        'shape': list(shapes[name]),
+        'data_offsets': [begin, end],
+      }
     encoded = json.dumps(header, separators=(',', ':')).encode()
     encoded += b' ' * (-len(encoded) % 8)
     with open(directory / title, 'wb') as file:
       file.write(struct.pack('<Q', len(encoded)) + encoded)
       for name in shard:
         for piece in produce(name):
-          file.write(np.ascontiguousarray(piece, DTYPES[kind]).reshape(-1).view(np.uint8).data)
+          file.write(
+            np.ascontiguousarray(piece, dtypes[kinds[name]]).reshape(-1).view(np.uint8).data
+          )
         if file.tell() != 8 + len(encoded) + header[name]['data_offsets'][1]:
           raise RuntimeError(f'{name}: {file.tell()} bytes in {title} are not what its header says')
       file.flush()
       os.fsync(file.fileno())
   if len(shards) > 1:
-    total = sum(math.prod(shape) for shape in shapes.values()) * WIDTHS[kind]
     index = {
-      'metadata': {'total_size': total},
+      'metadata': {'total_size': sum(sizes.values())},
       'weight_map': {name: title for title, shard in zip(titles, shards) for name in shard},
     }
     files.replace(directory / INDEX, json.dumps(index, indent=2) + '\n')

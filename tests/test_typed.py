@@ -5,10 +5,11 @@ tests/test_commands.py; those that measure are parsed, in tests/test_docs.py.)
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 
-from tests import gguf_files
+from tests import gguf_files, quantised_files
 from tests.goldens import ours
 from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
 from tests.test_commands import Process
@@ -175,6 +176,10 @@ def prepared(directory: pathlib.Path) -> None:
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
   (hf.parent / 'answers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
   gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
+  shutil.copytree(hf, directory / 'plain')
+  quantised_files.in_codes(
+    directory / 'plain', hf.parent / 'codes_dir', quantised_files.gptq(4, 16)
+  )
 
 
 def shortened(line: list[str]) -> list[str]:
@@ -251,6 +256,9 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
     'demo',
     'docstrings',
     'int4',
+    'theirs',
+    'numbers',
+    'q4_1',
     'qlora',
     'dpo',
     'dpo-stored',

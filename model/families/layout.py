@@ -97,15 +97,16 @@ class Layout:
     length = dict(self.lengths)
     return tuple(math.prod(length[name] for name in group) for group in self.groups)
 
-  def chunks(self, limit: int) -> Iterator[tuple[int, int]]:
+  def chunks(self, limit: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Ranges of the first name there, so that each holds at most `limit` entries where that is
-    possible.
+    possible, and begins at a multiple.
     """
     name, length = self.lengths[0]
     whole = (
       self.take is not None and self.take[0] == name
     )  # its entries are reordered: all are needed at once
-    step = length if whole else max(1, limit * length // max(1, math.prod(self.shape)))
+    step = max(1, limit * length // max(1, math.prod(self.shape)))
+    step = length if whole else max(1, step // multiple) * multiple
     return ((start, min(start + step, length)) for start in range(0, length, step))
 
   def rows(self, start: int, stop: int) -> tuple[int, int]:

@@ -128,12 +128,19 @@ def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, 
   """Of each block the scale, and the zero point where sides may differ."""
   if symmetric:
     # The side with fewer codes holds the largest number: -8..7 by 7, so that no sign is favoured.
-    return reduced(jnp.abs(x), blocks, jnp.max) * shrink / min(-grid.lowest, grid.highest), None
+    scale = reduced(jnp.abs(x), blocks, jnp.max) * shrink / min(-grid.lowest, grid.highest)
+    return (_power_above(scale) if grid.name == 'mxfp4' else scale), None
   low = jnp.minimum(reduced(x, blocks, jnp.min), 0) * shrink  # 0 is a number of the grid
   high = jnp.maximum(reduced(x, blocks, jnp.max), 0) * shrink
   scale = (high - low) / (grid.highest - grid.lowest)
   zero = jnp.round(grid.lowest - low / jnp.where(scale > 0, scale, 1))
   return scale, zero
+
+
+def _power_above(x: jax.Array) -> jax.Array:
+  """The least power of two that is not below a number; 0 of 0."""
+  mantissa, exponent = jnp.frexp(x)
+  return jnp.ldexp(jnp.sign(mantissa), exponent - (mantissa == 0.5))
 
 
 def reduced(x, blocks, how):
@@ -158,7 +165,10 @@ def blocks_of(
   blocks, left = [1] * len(shape), size or every
   for n in sorted(dimensions, reverse=True):
     blocks[n] = min(left, shape[n])
-    left = -1 if shape[n] % blocks[n] or left % blocks[n] else left // blocks[n]
+    if shape[n] % blocks[n] or left % blocks[n]:
+      left = 0
+      break
+    left //= blocks[n]
   if left != 1:
     last = shape[max(dimensions)]
     parts = f', in parts of {last},' if last < every else ''

@@ -4,6 +4,8 @@ share a byte.
 int8, int4: whole numbers, by a scale, and by a zero point where both sides of 0 are not alike.
 nf4: 16 quantiles of a normal law (QLoRA, arXiv:2305.14314, appendix E).
 fp8: float8_e4m3fn, of 4 bits of exponent and 3 of mantissa, up to 448.
+mxfp4: floats of 2 bits of exponent and one of mantissa, by a power of two (OCP's microscaling
+formats, 1.0).
 """
 
 import dataclasses
@@ -33,6 +35,9 @@ NF4 = (
   1.0,
 )
 FP8 = jnp.float8_e4m3fn
+# Of a float of 4 bits: by exponent and mantissa, and the same below 0.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+TABLES = {'nf4': NF4, 'mxfp4': E2M1}  # code -> what it stands for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +60,18 @@ class Grid:
     if self.name == 'nf4':
       middles = jnp.float32((np.float32(NF4[1:]) + np.float32(NF4[:-1])) / 2)
       return sum((x > middle).astype(jnp.int8) for middle in middles)
+    if self.name == 'mxfp4':
+      sizes = np.float32(E2M1[:8])
+      size = sum((jnp.abs(x) > middle).astype(jnp.int8) for middle in (sizes[1:] + sizes[:-1]) / 2)
+      return size + 8 * (x < 0).astype(jnp.int8)
     return jnp.round(x).astype(jnp.int8)
 
   def stands_for(self, codes: jax.Array) -> jax.Array:
     """What codes are before their scale, f32."""
-    if self.name == 'nf4':
+    if self.name in TABLES:
       # Not a gather, of which a CPU makes a loop: 16 choices that become one select each.
-      table = jnp.float32(NF4)
-      return sum(jnp.where(codes == i, table[i], 0) for i in range(len(NF4)) if NF4[i])
+      table = TABLES[self.name]
+      return sum(jnp.where(codes == i, jnp.float32(x), 0) for i, x in enumerate(table) if x)
     return codes.astype(jnp.float32)
 
 
@@ -73,6 +82,7 @@ GRIDS = {
     Grid('int4', -8.0, 7.0, packed=True),
     Grid('nf4', -1.0, 1.0, packed=True),
     Grid('fp8', -448.0, 448.0),
+    Grid('mxfp4', -6.0, 6.0, packed=True),
   )
 }
 

@@ -9,6 +9,7 @@
                     fp8:block=128 one for each square
   2:4               2 numbers of every 4 along what is summed over, the largest, and where they
                     stood (model.weights.sparse); 2:4+int8, 2:4+int4:group=64: those by a scheme
+  mxfp4:group=32    floats of 4 bits, scales that are powers of two
   keep              as it is
 
 `model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
@@ -43,6 +44,7 @@ OPTIONS = {
   'asymmetric': {'symmetric': False},
   'double': {'double': True},
 }
+MX_GROUP = 32  # of mxfp4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Scheme:
         raise ValueError(f'the scheme {text!r} says twice what is kept; use one, as in 2:4+int8')
       return dataclasses.replace(rest, sparse=(int(pattern[1]), int(pattern[2])))
     grid, *options = text.split(':')
-    values = {'group': GROUP} if grid in GRIDS and GRIDS[grid].packed else {}
+    size = MX_GROUP if grid == 'mxfp4' else GROUP
+    values = {'group': size} if grid in GRIDS and GRIDS[grid].packed else {}
     for option in options:
       name, equals, value = option.partition('=')
       if name in ('group', 'block') and value.isdecimal():
@@ -115,6 +118,14 @@ class Scheme:
         known = f'group=N, block=N, {", ".join(OPTIONS)}'
         raise ValueError(f'the scheme {text!r}: {option!r} is none of {known}')
     return cls(grid, **values)
+
+  def __str__(self) -> str:
+    """What `parse` reads."""
+    sizes = [f'{name}={size}' for name in ('group', 'block') if (size := getattr(self, name))]
+    flags = [
+      name for name, on in (('tensor', self.tensor), ('asymmetric', not self.symmetric)) if on
+    ]
+    return ':'.join([self.grid, *sizes, *flags])
 
   def blocks(self, shape: tuple[int, ...], summed: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Sizes of blocks of a matrix; shape: without stacked layers, and of an expert.
@@ -260,6 +271,12 @@ def numbers_config(config: ModelConfig, head: bool) -> ModelConfig:
   """Of a model whose codes have become numbers; head: whether it has one of its own."""
   tied = config.tie_embeddings and not head
   return dataclasses.replace(config, tie_embeddings=tied).with_execution(stored=())
+
+
+def untied(config: ModelConfig, model) -> ModelConfig:
+  """Of a model in codes, of which a head that is a copy of the table in codes is its own."""
+  tied = config.tie_embeddings and model.head.tokens is None
+  return dataclasses.replace(config, tie_embeddings=tied)
 
 
 def summed_of(p: nnx.Param) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.weights import Weight, read
 from model.weights.codes import Codes, blocks_of
 from model.weights.doubled import Doubled
-from model.weights.grids import GRIDS, NF4, packed, unpacked
+from model.weights.grids import GRIDS, TABLES, packed, unpacked
 from model.weights.scheme import Scheme, parsed, rule_of, stored
 from parallel.mesh import MeshConfig, make_mesh
 from tests.model import laws
@@ -30,6 +30,7 @@ SCHEMES = (
   'int4:group=2:asymmetric',
   'nf4:group=2',
   'nf4:group=2:double',
+  'mxfp4:group=2',
   'fp8',
   'fp8:tensor',
 )
@@ -61,6 +62,10 @@ def test_values_by_hand():
   np.testing.assert_allclose(made.numbers('float32').ravel(), [0, 1.5, 0.5, 1], atol=1e-6)
   made = coded([[2.0], [-2.0], [0.1592], [0.0]], 'nf4', 4)
   assert unpacked(made.codes, -2, 4, False).ravel().tolist() == [15, 0, 8, 7]
+  made = coded([[12.0], [-3.0], [0.9], [-11.5]], 'mxfp4', 4)  # by 2: the largest is 6
+  assert made.scale.item() == 2
+  assert unpacked(made.codes, -2, 4, False).ravel().tolist() == [7, 11, 1, 15]
+  assert coded([[12.1], [0.0]], 'mxfp4', 2).scale.item() == 4
   clipped_ = coded([[896.0], [1.0]], 'fp8', 2, shrink=0.5)
   np.testing.assert_array_equal(clipped_.numbers('float32').ravel(), [448, 1])
 
@@ -79,8 +84,8 @@ def test_no_number_is_further_than_half_a_step(grid, group, symmetric, seed, siz
   symmetric |= not grid.startswith('int')
   made = coded(x, grid, group, symmetric)
   scale = np.repeat(np.asarray(made.scale), group, 0)
-  if grid == 'nf4':
-    steps = np.float32(NF4)
+  if grid in TABLES:
+    steps = np.float32(TABLES[grid])
   elif grid == 'fp8':
     steps = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
     steps = steps[np.isfinite(steps)]

@@ -12,8 +12,11 @@ import pytest
 import convert
 from data import gguf_tokenizer
 from data.gguf import GGUF, TYPES
-from model import checkpoint, packages, params
+from model import checkpoint, families, packages, params
 from model.gguf import GGUFTensors
+from model.quantised_files import ggml
+from model.quantised_files.fitted import KEPT, fitted
+from model.tensorfiles import Tensor
 from tests import gguf_files
 from tests.gguf_files import key, raw, tensor, text
 from tests.goldens import ours
@@ -127,6 +130,54 @@ def test_every_type_is_read(kind, tmp_path):
         [decoded(kind, block) for block in data[row].reshape(256 // entries, size)]
       )
       np.testing.assert_allclose(whole[row], expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+  'kind, kept',
+  [
+    ('Q8_0', '*=int8:group=32'),
+    ('Q4_0', '*=int4:group=32'),
+    ('Q4_1', '*=int4:group=32:asymmetric'),
+    ('Q5_1', ''),
+  ],
+)
+def test_blocks_that_are_codes_of_ours(kind, kept, tmp_path):
+  """The same numbers, bit for bit, of q and k in transformers' order; of Q4_1 but for the last
+  digits, which are kept where that is asked for.
+  """
+  hf = LLAMA | {'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 1}
+  matrices = [f'self_attn.{x}_proj' for x in 'qkvo'] + [
+    f'mlp.{x}_proj' for x in ('gate', 'up', 'down')
+  ]
+  kinds = {f'model.layers.0.{name}.weight': kind for name in matrices}
+  _, path = build(hf, tmp_path, kinds=kinds | {'lm_head.weight': 'Q8_0'})
+  opened = checkpoint.opened(path)
+  tensors = opened.tensors
+  assert tensors.coded.keys() == kinds.keys() | {'lm_head.weight'}
+  for name in kinds if kept else ():
+    for start, stop in ((0, 32), (5, 6), (7, 30)):
+      found = tensors.coded[name].piece(start, stop).numbers()
+      expected = tensors.read(name, start, stop)
+      exact = kind != 'Q4_1'
+      np.testing.assert_allclose(found, expected, 0, 0 if exact else 3e-7 * abs(expected).max())
+
+  family, config = families.read(opened.hf, set(tensors.tensors))
+  parts = checkpoint.parts_of(family, config)
+  called = checkpoint.resolve(parts, tensors, family)
+  stored = {keep: fitted(config, parts, called, tensors, keep).stored for keep in KEPT}
+  close = ('head.tokens=int8:group=32', *((kept,) if kept else ()))
+  exact = close if kind != 'Q4_1' else close[:1]
+  assert stored == {'exact': exact, 'close': close, 'none': ()}
+
+
+def test_a_block_of_one_number():
+  """Q4_1 has no step then; by hand, with the low bits first: 2 * 3 - 1, and 15 * 2 - 1."""
+  one, zero, two, least = (np.float16([x]).view(np.uint8) for x in (0.75, 0, 2, -1))
+  codes = np.uint8([0xF3] * 16)
+  blocks = np.stack([[*zero, *one, *codes], [*two, *least, *codes]]).reshape(1, 2, 20)
+  place = Tensor(pathlib.Path(), 'F32', (1, 64), 0)
+  found = ggml.coded('Q4_1', place, lambda start, stop: blocks).piece(0, 1).numbers()
+  assert found.tolist() == [[0.75] * 32 + [5] * 16 + [29] * 16]
 
 
 def test_sizes_of_types_are_the_packages():

@@ -1,0 +1,209 @@
+"""How do GPTQ's and AWQ's files hold a matrix? Both lie [inputs, outputs], codes in int32, groups
+along the inputs.
+
+GPTQ packs along the inputs, AWQ along the outputs, eight of them in the order 0, 2, 4, 6, 1, 3, 5,
+7. GPTQ's zero points are one less than meant in its first version and not in the second, and both
+are called "gptq": so they are judged by their values. Those of a symmetric file are all one number;
+others have the version by which the matrices' mean is nearer to 0.
+"""
+
+import numpy as np
+
+from model.quantised_files.coded import (
+  FLOATS,
+  Coded,
+  Found,
+  grid_of,
+  known,
+  unpacked,
+  whole_number,
+)
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of AWQ: which of eight columns each nibble holds, lowest first
+SAMPLED = 4  # matrices whose mean decides about the version
+CERTAIN = 4  # standard errors
+
+
+def gptq(settings: dict, found: Found) -> None:
+  """Matrices called .qweight, with .scales, .qzeros and perhaps .g_idx."""
+  known('checkpoint_format', settings.get('checkpoint_format') or '', ('', 'gptq', 'gptq_v2'))
+  known('bits', settings.get('bits'), (2, 3, 4, 8))
+  matrices = [_Packed(module, settings, found) for module, _ in found.ending('qweight')]
+  if not matrices:
+    return
+  less = _less(matrices, settings, found)
+  for matrix in matrices:
+    matrix.take(less)
+
+
+class _Packed:
+  """One matrix of GPTQ: what its tensors say before its codes are read."""
+
+  def __init__(self, module: str, settings: dict, found: Found):
+    self.module, self.found, bits = module, found, settings['bits']
+    name = f'{module}.qweight'
+    self.tensor = found.place(name, ('I32',))
+    words, outputs = _two(self.tensor.shape, name, found)
+    index = f'{module}.g_idx'
+    if index in found.files.tensors:  # tells of a matrix's own bits, where settings are of most
+      inputs = found.place(index, ('I32',)).shape[0]
+      bits = words * 32 // inputs if inputs else 0
+      if bits not in (2, 3, 4, 8) or bits * inputs != words * 32:
+        raise ValueError(
+          f'{found.files.directory}: {name} is {list(self.tensor.shape)}, which are no codes of '
+          f'the {inputs} inputs that {index} has'
+        )
+    self.bits, self.shape = bits, (outputs, words * 32 // bits)
+    scales = found.place(f'{module}.scales', FLOATS, name)
+    groups = scales.shape[0] if scales.shape else 0
+    if not groups or scales.shape != (groups, outputs) or self.shape[1] % groups:
+      raise ValueError(
+        f'{found.files.directory}: {module}.scales is {list(scales.shape)}, no groups of the '
+        f'{self.shape[1]} inputs and {outputs} outputs of {name}'
+      )
+    self.groups = groups
+    self.zeros = found.shaped(
+      f'{module}.qzeros', ('I32',), (groups, -(-outputs * bits // 32)), of=name
+    )
+    found.used |= {name, f'{module}.scales', index}
+
+  def raw_zeros(self) -> np.ndarray:
+    """Zero points [groups, outputs] as they are stored, less the middle of the codes."""
+    raw = unpacked(self.zeros(0, self.groups), self.bits)[:, : self.shape[0]]
+    return raw.astype(np.int32) - 2 ** (self.bits - 1)
+
+  def codes(self, start: int, stop: int) -> np.ndarray:
+    words = self.found.whole(f'{self.module}.qweight')[:, start:stop].T
+    codes = unpacked(words, self.bits)
+    return (codes.astype(np.int16) - 2 ** (self.bits - 1)).astype(np.int8)
+
+  def index(self) -> np.ndarray:
+    """The group of each input."""
+    plain = np.arange(self.shape[1]) // (self.shape[1] // self.groups)
+    name = f'{self.module}.g_idx'
+    if name not in self.found.files.tensors:
+      return plain
+    index = self.found.whole(name)
+    if index.min() < 0 or index.max() >= self.groups:
+      raise ValueError(
+        f'{self.found.files.directory}: {name} has groups {index.min()} to {index.max()}, and '
+        f'there are scales of {self.groups}'
+      )
+    return index
+
+  def above(self) -> np.ndarray:
+    """Codes of some rows less zero points as they are stored."""
+    rows = min(self.shape[0], 256)
+    codes = self.codes(0, rows).astype(np.float32)
+    return (codes - self.raw_zeros()[self.index(), :rows].T).ravel()
+
+  def take(self, less: int) -> None:
+    """less: than meant, what zero points are stored as."""
+    index, groups, found = self.index(), self.groups, self.found
+    size = self.shape[1] // groups
+    plain = np.array_equal(index, np.arange(self.shape[1]) // size)
+
+    def table(whole, start, stop):
+      x = whole()[:, start:stop].T
+      return x if plain else x[:, index]
+
+    def scales(start, stop):
+      return table(lambda: found.whole(f'{self.module}.scales'), start, stop)
+
+    def zeros(start, stop):
+      return table(lambda: self.raw_zeros() + less, start, stop)
+
+    found.take(
+      f'{self.module}.weight',
+      Coded(
+        self.tensor,
+        self.shape,
+        grid_of(self.bits),
+        (1, size if plain else 1),
+        self.codes,
+        scales,
+        zeros if (self.raw_zeros() + less).any() else None,
+        why='' if plain else 'g_idx puts its inputs in groups out of order (desc_act)',
+      ),
+    )
+
+
+def _less(matrices: list[_Packed], settings: dict, found: Found) -> int:
+  """How much less than meant zero points are stored as: 1, or 0 in the second version."""
+  said = settings.get('checkpoint_format') or 'gptq'
+  stored = {int(value) for matrix in matrices for value in np.unique(matrix.raw_zeros())}
+  if len(stored) == 1 and stored <= {-1, 0}:
+    less = -stored.pop()
+  else:
+    above = np.concatenate([matrix.above() for matrix in matrices[:SAMPLED]])
+    away, error = above.mean(), above.std() / len(above) ** 0.5
+    less = round(away)
+    if less not in (0, 1) or abs(away - less) + CERTAIN * error > 0.5:
+      less = int(said != 'gptq_v2')
+      found.note(
+        f'NOTE: zero points are read as those of {said}, as config.json says: by the values they '
+        f'could be of either version (codes lie {away:.2f} steps above them in the mean, give or '
+        f'take {error:.2f}; 0 is v2, 1 is v1)'
+      )
+  if (said == 'gptq_v2') == bool(less):
+    found.note(
+      f'NOTE: config.json calls zero points those of {said}, and by their values they are stored '
+      f'{"less 1 (v1)" if less else "as they are (v2)"}: so they are read'
+    )
+  return less
+
+
+def awq(settings: dict, found: Found) -> None:
+  """Matrices called .qweight, with .scales and .qzeros."""
+  known('version', str(settings.get('version', 'gemm')).lower(), ('gemm',))
+  known('bits', settings.get('bits', settings.get('w_bit')), (4,))
+  size = settings.get('group_size', settings.get('q_group_size', 128))
+  if size != -1:
+    whole_number('group_size', size)
+  for module, _ in found.ending('qweight'):
+    _take_awq(module, size, found)
+
+
+def _take_awq(module: str, size: int, found: Found) -> None:
+  name = f'{module}.qweight'
+  tensor = found.place(name, ('I32',))
+  inputs, words = _two(tensor.shape, name, found)
+  outputs, size = words * 8, inputs if size == -1 else size
+  if inputs % size:
+    raise ValueError(
+      f'{found.files.directory}: {name} has {inputs} inputs, which groups of {size} '
+      '(quantization_config.group_size) do not fill'
+    )
+  groups = inputs // size
+  found.shaped(f'{module}.scales', FLOATS, (groups, outputs), of=name)
+  found.shaped(f'{module}.qzeros', ('I32',), (groups, words), of=name)
+
+  def columns(tensor, start, stop):
+    first = start // 8
+    codes = unpacked(found.whole(tensor)[:, first : -(-stop // 8)], 4)
+    each = codes.reshape(len(codes), -1, 8)
+    plain = np.empty(each.shape, np.int8)
+    plain[..., list(ORDER)] = each.astype(np.int8) - 8
+    return plain.reshape(len(codes), -1)[:, start - 8 * first : stop - 8 * first].T
+
+  def scales(start, stop):
+    return found.whole(f'{module}.scales')[:, start:stop].T
+
+  def codes(start, stop):
+    return columns(name, start, stop)
+
+  def zeros(start, stop):
+    return columns(f'{module}.qzeros', start, stop)
+
+  some = zeros if zeros(0, outputs).any() else None
+  found.take(
+    f'{module}.weight',
+    Coded(tensor, (outputs, inputs), 'int4', (1, size), codes, scales, some),
+    name,
+  )
+
+
+def _two(shape: tuple[int, ...], name: str, found: Found) -> tuple[int, int]:
+  if len(shape) != 2 or not min(shape):
+    raise ValueError(f'{found.files.directory}: {name} is {list(shape)}, which is no matrix')
+  return shape
