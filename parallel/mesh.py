@@ -147,3 +147,8 @@ def platform() -> str:
   else:
     name = mesh.abstract_device.platform
   return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+def alone() -> bool:
+  """Whether the mesh in context has one device, or none was given."""
+  return math.prod(jax.sharding.get_abstract_mesh().shape.values() or [1]) == 1

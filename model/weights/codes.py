@@ -123,6 +123,42 @@ class Codes(Weight):
   def whole(self, dtype, product=True):
     return self.gathered(dtype).numbers(dtype)
 
+  def product(self, formula, x, dtype, axes=None):
+    left, right = formula.split('->')[0].split(',')
+    # What is summed over: the last dimensions of x, and the matrix's first.
+    inputs = sum(letter in left for letter in right)
+    alone = mesh.alone() and self.codes.ndim == len(self.axes)
+    if not alone or not left.endswith(right[:inputs]) or set(right[inputs:]) & set(left):
+      return super().product(formula, x, dtype, axes)
+    matrix = self.as_coded(inputs)
+    rows = x.reshape(-1, math.prod(self.shape[:inputs]))
+    if matrix is not None:
+      y = quantised_matmul.product(rows, matrix)
+      if y is not None:
+        y = y.reshape(*x.shape[: x.ndim - inputs], *self.shape[inputs:])
+        return y.astype(dtype)
+    return self._in_parts(formula, x, dtype, right[0])
+
+  def as_coded(self, inputs: int) -> quantised_matmul.Coded | None:
+    """As kernels take it; inputs: dimensions that are summed over, the first ones. None for other
+    grids than whole numbers, and for blocks of several outputs, or of inputs that pack across them.
+    """
+    whole = inputs + len(self.axes)
+    del whole
+    outputs = self.shape[inputs:]
+    if self.grid not in ('int8', 'int4') or self.scale.shape[inputs:] != outputs:
+      return None
+    if self.packs != inputs - len(self.axes) - 1 + 0 and GRIDS[self.grid].packed:
+      return None
+
+    def matrix(x):
+      return None if x is None else x.reshape(1, -1, math.prod(outputs))
+
+    pack = self.blocks[self.packs] if GRIDS[self.grid].packed else 0
+    return quantised_matmul.Coded(
+      matrix(self.codes), matrix(self.scale), matrix(self.zero), pack
+    )
+
 
 def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, jax.Array | None]:
   """Of each block the scale, and the zero point where sides may differ."""
