@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float
 
 import names
 from parallel import mesh
@@ -72,6 +73,58 @@ class Coded:
     if self.zero is not None:
       codes = codes - self.zero[:, :, None]
     return (codes * self.scale[:, :, None]).reshape(E, K, F).astype(dtype)
+
+
+def product(x: Float[Array, 'M K'], w: Coded) -> Float[Array, 'M F']:
+  """Rows times one matrix, f32, by what `choose` says; differentiable in x."""
+  return _product(x, w, choose(x, w))
+
+
+def choose(x, w: Coded) -> str:
+  """What multiplies these rows on the platform that is compiled for, said once; 'numbers' where that
+  is none of ours.
+  """
+  platform, rows = mesh.platform(), x.shape[0]
+  if platform == 'tpu':
+    refusal = names.imported('kernels.quantised_matmul_tpu.refusal')(w, x.dtype)
+    return _said('numbers' if refusal else 'pallas_tpu', platform, refusal)
+  if platform == 'cpu' and rows <= FEW and w.group % 2 == 0:
+    return 'in_registers'
+  return 'numbers' if platform == 'cpu' else _said('numbers', platform, 'there is no kernel')
+
+
+@functools.cache
+def _said(chosen: str, platform: str, why: str) -> str:
+  """What codes multiply by, printed once."""
+  if jax.process_index() == 0:
+    reason = f', with numbers made of them before: {why}' if why else ''
+    print(f'codes are multiplied by {chosen!r} on a {platform}{reason}', file=sys.stderr)
+  return chosen
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, w, backend):
+  if backend == 'in_registers':
+    return in_registers(x, w)
+  if backend == 'reference':
+    return reference(x[None], w)[0]
+  run = names.imported('kernels.quantised_matmul_tpu.product')
+  return run(x[None], w, jnp.zeros((1,), jnp.int32))[0]
+
+
+def _backward(backend, residuals, cotangent):
+  x, w = residuals
+  numbers = w.numbers(jnp.float32)[0]
+  gradient = jnp.einsum('MF,KF->MK', cotangent, numbers).astype(x.dtype)
+  return gradient, jax.tree.map(_no_gradient, w)
+
+
+def _no_gradient(x):
+  # Of whole numbers there is none, of scales it is not asked.
+  return np.zeros(x.shape, jax.dtypes.float0) if x.dtype.kind in 'iu' else jnp.zeros_like(x)
+
+
+_product.defvjp(lambda x, w, backend: (_product(x, w, backend), (x, w)), _backward)
 
 
 def reference(x: Float[Array, 'E M K'], w: Coded) -> Float[Array, 'E M F']:

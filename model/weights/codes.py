@@ -9,9 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels import quantised_matmul
 from model.weights.grids import GRIDS, Grid, packed, spread, unpacked
 from model.weights.weight import Weight, along, gathered_here, in_pieces
-from parallel import axes as ax
+from parallel import axes as ax, mesh
+
+# Numbers that a CPU makes of codes at a time: at most so many, and an eighth of the matrix or less.
+PART, PARTS = 1 << 18, 8
 
 
 @jax.tree_util.register_dataclass
@@ -125,39 +129,59 @@ class Codes(Weight):
 
   def product(self, formula, x, dtype, axes=None):
     left, right = formula.split('->')[0].split(',')
-    # What is summed over: the last dimensions of x, and the matrix's first.
     inputs = sum(letter in left for letter in right)
-    alone = mesh.alone() and self.codes.ndim == len(self.axes)
-    if not alone or not left.endswith(right[:inputs]) or set(right[inputs:]) & set(left):
+    # A product sums over the last dimensions of x and the first of the matrix; other ones (against a
+    # cache, MLA sums over what are outputs elsewhere) take the numbers, and so do several devices.
+    plain = left.endswith(right[:inputs]) and not set(right[inputs:]) & set(left)
+    if not plain or not mesh.alone() or self.codes.ndim > len(self.axes):
       return super().product(formula, x, dtype, axes)
     matrix = self.as_coded(inputs)
     rows = x.reshape(-1, math.prod(self.shape[:inputs]))
-    if matrix is not None:
+    if matrix is not None and quantised_matmul.choose(rows, matrix) != 'numbers':
       y = quantised_matmul.product(rows, matrix)
-      if y is not None:
-        y = y.reshape(*x.shape[: x.ndim - inputs], *self.shape[inputs:])
-        return y.astype(dtype)
-    return self._in_parts(formula, x, dtype, right[0])
+      return y.reshape(*x.shape[: x.ndim - inputs], *self.shape[inputs:]).astype(dtype)
+    if mesh.platform() != 'cpu':
+      return super().product(formula, x, dtype, axes)
+    return self._in_parts(formula, x, dtype, x.ndim - inputs)
 
   def as_coded(self, inputs: int) -> quantised_matmul.Coded | None:
-    """As kernels take it; inputs: dimensions that are summed over, the first ones. None for other
-    grids than whole numbers, and for blocks of several outputs, or of inputs that pack across them.
+    """As kernels take it, of a product that sums over so many dimensions, the first ones.
+
+    None for other grids than whole numbers, and for blocks of several outputs.
     """
-    whole = inputs + len(self.axes)
-    del whole
-    outputs = self.shape[inputs:]
+    outputs, size = self.shape[inputs:], math.prod(self.shape[inputs:])
+    packed_ = GRIDS[self.grid].packed
     if self.grid not in ('int8', 'int4') or self.scale.shape[inputs:] != outputs:
       return None
-    if self.packs != inputs - len(self.axes) - 1 + 0 and GRIDS[self.grid].packed:
+    if packed_ and self.packs != inputs - 1 - len(self.shape):
       return None
-
-    def matrix(x):
-      return None if x is None else x.reshape(1, -1, math.prod(outputs))
-
-    pack = self.blocks[self.packs] if GRIDS[self.grid].packed else 0
-    return quantised_matmul.Coded(
-      matrix(self.codes), matrix(self.scale), matrix(self.zero), pack
+    arrays = (
+      None if x is None else x.reshape(1, -1, size) for x in (self.codes, self.scale, self.zero)
     )
+    return quantised_matmul.Coded(*arrays, self.blocks[self.packs] if packed_ else 0)
+
+  def _in_parts(self, formula, x, dtype, axis: int):
+    """Numbers of a part of the inputs at a time. axis: of x, that the matrix's first dimension is
+    summed with.
+    """
+    rank = len(self.axes)
+    # Blocks stay whole: of two codes in a byte, and of a scale where there are several.
+    count = self.scale.shape[0]
+    if count == 1 and not (GRIDS[self.grid].packed and self.packs == -rank):
+      count = self.shape[0]
+    least = max(PARTS, math.prod(self.shape) / PART)
+    parts = min((n for n in range(1, count + 1) if count % n == 0 and n >= least), default=count)
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    @jax.checkpoint  # or a gradient keeps all numbers
+    def add(y, part):
+      rows, weight = part
+      numbers = weight.numbers(dtype)
+      return y + jnp.einsum(formula, rows, numbers, preferred_element_type=wide), None
+
+    whole = jax.eval_shape(lambda x, w: jnp.einsum(formula, x, w.numbers(dtype)), x, self)
+    pieces = in_pieces(x, axis - x.ndim, parts), self.cut(-rank, parts)
+    return jax.lax.scan(add, jnp.zeros(whole.shape, wide), pieces)[0].astype(dtype)
 
 
 def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, jax.Array | None]:
