@@ -81,8 +81,8 @@ def product(x: Float[Array, 'M K'], w: Coded) -> Float[Array, 'M F']:
 
 
 def choose(x, w: Coded) -> str:
-  """What multiplies these rows on the platform that is compiled for, said once; 'numbers' where that
-  is none of ours.
+  """What multiplies these rows on the platform that is compiled for, said once; 'numbers' where
+  that is none of ours.
   """
   platform, rows = mesh.platform(), x.shape[0]
   if platform == 'tpu':
@@ -142,7 +142,7 @@ def in_registers(x: Float[Array, 'M K'], w: Coded) -> Float[Array, 'M F']:
 
 
 def _row(x: Float[Array, 'K'], w: Coded) -> Float[Array, '1 F']:
-  (_, K, F), G = w.shape, w.scale.shape[1]
+  F, G = w.shape[2], w.scale.shape[1]
   # Each sum is of two kinds of products: of low and high bits, or of a first and a second half.
   # XLA's CPU hands sums of one kind to a library, with their products written out before.
   half = (w.pack or w.group) // 2

@@ -1,5 +1,5 @@
-"""How does a TPU multiply codes that it reads from main memory as they are? A Pallas kernel that makes
-numbers of them in registers.
+"""How does a TPU multiply codes that it reads from main memory as they are? A Pallas kernel that
+makes numbers of them in registers.
 
 Numbers of 16 bits are what the matrix unit takes, and to make them must take less time than to read
 the codes. Of four codes of 4 bits that are a word's each quarter two are moved, masked and put into
@@ -108,8 +108,8 @@ def product(x, w, which, used=None, *, interpret=False):
 
   used: [I] whether a block has rows; of others the result means nothing, and nothing is read.
   """
-  (I, b, K), (_, _, F) = x.shape, w.shape
-  used = jnp.ones((I,), jnp.int32) if used is None else used.astype(jnp.int32)
+  (blocks, b, K), F = x.shape, w.shape[2]
+  used = jnp.ones((blocks,), jnp.int32) if used is None else used.astype(jnp.int32)
   if w.pack:
     x = _in_order(x, w.pack, w.group)
   padded = -(-b // 16) * 16
@@ -135,9 +135,9 @@ def product(x, w, which, used=None, *, interpret=False):
     body(which, used, x, *(refs.pop(0) if here else None for here in there), *refs)
 
   cost = pl.CostEstimate(
-    flops=2 * I * padded * K * F,
+    flops=2 * blocks * padded * K * F,
     transcendentals=0,
-    bytes_accessed=I * (w.codes[0].size + 4 * w.scale[0].size + 2 * padded * (K + F)),
+    bytes_accessed=blocks * (w.codes[0].size + 4 * w.scale[0].size + 2 * padded * (K + F)),
   )
   y = pl.pallas_call(
     kernel,
@@ -146,7 +146,7 @@ def product(x, w, which, used=None, *, interpret=False):
     cost_estimate=cost,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
-      grid=(I, F // outputs, K // inputs),
+      grid=(blocks, F // outputs, K // inputs),
       in_specs=[
         pl.BlockSpec((1, padded, inputs), rows),
         *(spec for spec, here in zip(specs, there) if here),
@@ -154,7 +154,7 @@ def product(x, w, which, used=None, *, interpret=False):
       out_specs=pl.BlockSpec((1, padded, outputs), lambda i, f, k, *_: (i, 0, f)),
       scratch_shapes=[pltpu.VMEM((padded, outputs), jnp.float32)],
     ),
-    out_shape=jax.ShapeDtypeStruct((I, padded, F), x.dtype),
+    out_shape=jax.ShapeDtypeStruct((blocks, padded, F), x.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
   )(which.astype(jnp.int32), used, x, *(a for a in given if a is not None))
   return y[:, :b]

@@ -130,8 +130,8 @@ class Codes(Weight):
   def product(self, formula, x, dtype, axes=None):
     left, right = formula.split('->')[0].split(',')
     inputs = sum(letter in left for letter in right)
-    # A product sums over the last dimensions of x and the first of the matrix; other ones (against a
-    # cache, MLA sums over what are outputs elsewhere) take the numbers, and so do several devices.
+    # A product sums over the last dimensions of x and the first of the matrix; other ones (against
+    # a cache, MLA sums over what are outputs elsewhere) take numbers, and so do several devices.
     plain = left.endswith(right[:inputs]) and not set(right[inputs:]) & set(left)
     if not plain or not mesh.alone() or self.codes.ndim > len(self.axes):
       return super().product(formula, x, dtype, axes)

@@ -1,8 +1,8 @@
 """What is a matrix whose outputs lie in front of its inputs? One of bytes, as a CPU multiplies it
 fastest.
 
-XLA's CPU lays the right side of a product of bytes out anew, whenever it multiplies; the left side it
-reads as it is, if what is summed over comes last. So the weights are the left side. A table of
+XLA's CPU lays the right side of a product of bytes out anew, whenever it multiplies; the left side
+it reads as it is, if what is summed over comes last. So the weights are the left side. A table of
 embeddings lies so already.
 """
 

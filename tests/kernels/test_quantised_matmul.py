@@ -64,8 +64,8 @@ def test_codes_multiply_as_their_numbers(case):
 @pytest.mark.parametrize('scheme', ['int4:group=64', 'int8:group=32:asymmetric', 'nf4:group=64'])
 @pytest.mark.parametrize('rows', [1, 5])
 def test_no_matrix_of_numbers_lies_in_memory(scheme, rows):
-  """Of a program on a CPU: it has less room than an eighth of the numbers takes, and they are right;
-  so is the gradient by the rows.
+  """Of a program on a CPU: it has a fraction of the room that they take, and its products are
+  theirs; so is the gradient by the rows.
   """
   w = Scheme.parse(scheme).of(jax.random.normal(jax.random.key(0), (1024, 512)), (-2,), (None,) * 2)
   x = jax.random.normal(jax.random.key(1), (rows, 1024))
