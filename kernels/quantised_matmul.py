@@ -148,14 +148,17 @@ def _row(x: Float[Array, 'K'], w: Coded) -> Float[Array, '1 F']:
   half = (w.pack or w.group) // 2
   summed = max(n for n in range(1, min(half, SUMMED) + 1) if half % n == 0)
   rows = x.reshape(-1, 2, half // summed, summed, 1)
+  # Codes alone XLA would make numbers of before the loop over tokens, once for all of them, and
+  # keep those in memory: hence a bit of the row's, which is 0.
+  stored = w.codes[0] ^ (x[0] == jnp.inf).astype(w.codes.dtype)
   if w.pack:
-    codes = w.codes[0].reshape(-1, half // summed, summed, F).astype(jnp.uint32)
+    codes = stored.reshape(-1, half // summed, summed, F).astype(jnp.uint32)
     halves = tuple(
       jax.lax.bitcast_convert_type(((codes << shift) & FRACTION) ^ ONE, jnp.float32)
       for shift in SHIFTS
     )
   else:
-    codes = w.codes[0].reshape(-1, 2, half // summed, summed, F).astype(jnp.float32)
+    codes = stored.reshape(-1, 2, half // summed, summed, F).astype(jnp.float32)
     halves = codes[:, 0], codes[:, 1]
   products = tuple(rows[:, n] * codes for n, codes in enumerate(halves))
 

@@ -6,6 +6,7 @@
   nf4:group=64      16 quantiles of a normal law
   fp8               float8_e4m3fn, a scale for each output; fp8:tensor one for all of a matrix;
                     fp8:block=128 one for each square
+  int8:activations  products of bytes by bytes: tokens have a scale each, as they come; fp8 likewise
   keep              as it is
 
 `model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
@@ -25,6 +26,7 @@ from flax import nnx
 import names
 from model.config import ModelConfig
 from model.weights import int8, read
+from model.weights.activated import Activated
 from model.weights.codes import Codes, blocks_of
 from model.weights.grids import GRIDS
 from model.weights.weight import Weight
@@ -42,6 +44,7 @@ class Scheme:
     group: numbers along what is summed over that share a scale; 0: all of an output.
     block: size of a square that shares one; 0: none. tensor: whether all of a matrix does.
     symmetric: whether 0 is the middle of the codes.
+    activations: whether tokens become codes, too, before a product (model.weights.activated).
 
   Raises ValueError for what does not go together.
   """
@@ -51,6 +54,7 @@ class Scheme:
   block: int = 0
   tensor: bool = False
   symmetric: bool = True
+  activations: bool = False
 
   def __post_init__(self):
     names.check('a scheme', self.grid, [*GRIDS, 'keep'])
@@ -63,6 +67,13 @@ class Scheme:
     if self.grid in GRIDS and GRIDS[self.grid].packed and (size < 2 or size % 2):
       raise ValueError(
         f'{self.grid}: two codes share a byte, in groups of an even size; use {self.grid}:group=64'
+      )
+    plain = self.grid in ('int8', 'fp8') and self.symmetric and not size
+    if self.activations and not plain:
+      raise ValueError(
+        f'{self.grid}:activations with group={self.group}, block={self.block}, symmetric='
+        f'{self.symmetric}: a product of codes is scaled once; use int8:activations or '
+        'fp8:activations'
       )
     if not self.symmetric and self.grid not in ('int8', 'int4'):
       raise ValueError(
@@ -78,10 +89,12 @@ class Scheme:
       name, equals, value = option.partition('=')
       if name in ('group', 'block') and value.isdecimal():
         values |= {'group': 0, name: int(value)}
+      elif option == 'activations':
+        values |= {'activations': True}
       elif option in ('tensor', 'asymmetric'):
         values |= {'tensor': True, 'group': 0} if option == 'tensor' else {'symmetric': False}
       else:
-        known = 'group=N, block=N, tensor, asymmetric'
+        known = 'group=N, block=N, tensor, asymmetric, activations'
         raise ValueError(f'the scheme {text!r}: {option!r} is none of {known}')
     return cls(grid, **values)
 
@@ -116,6 +129,9 @@ class Scheme:
     summed: which dimensions a product sums over, counted from the last. shrink: see Codes.of.
     Raises ValueError where blocks do not fill it, or a device's part of it.
     """
+    if self.activations:
+      stored_ = dataclasses.replace(self, activations=False)
+      return Activated(stored_.of(x, summed, axes, name, shrink))
     if self == Scheme('int8'):
       return int8.Int8.of(x, summed, axes, shrink)
     rank = len(axes) - ('experts' in axes)
