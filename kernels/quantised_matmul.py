@@ -25,7 +25,9 @@ import names
 from parallel import mesh
 
 FEW = 3  # rows, up to which one after another on a CPU is faster than numbers for all of them
-SUMMED = 16  # inputs of a loop's sum: it is written out, and more are not
+# Inputs of a loop's sum, of bytes and of 4 bits: LLVM writes it out, and then takes outputs side by
+# side; of more it does not.
+SUMMED = {False: 16, True: 8}
 # A code of 4 bits as the upper fraction of an f32 that begins with 1: 1 + (code + 8) / 16.
 FRACTION, ONE, SHIFTS = 0x00780000, 0x3FC00000, (19, 15)
 STEPS, OFFSET = 16, 24  # code = STEPS * number - OFFSET
@@ -146,7 +148,7 @@ def _row(x: Float[Array, 'K'], w: Coded) -> Float[Array, '1 F']:
   # Each sum is of two kinds of products: of low and high bits, or of a first and a second half.
   # XLA's CPU hands sums of one kind to a library, with their products written out before.
   half = (w.pack or w.group) // 2
-  summed = max(n for n in range(1, min(half, SUMMED) + 1) if half % n == 0)
+  summed = max(n for n in range(1, min(half, SUMMED[bool(w.pack)]) + 1) if half % n == 0)
   rows = x.reshape(-1, 2, half // summed, summed, 1)
   # Codes alone XLA would make numbers of before the loop over tokens, once for all of them, and
   # keep those in memory: hence a bit of the row's, which is 0.

@@ -147,16 +147,3 @@ def platform() -> str:
   else:
     name = mesh.abstract_device.platform
   return 'gpu' if name in ('cuda', 'rocm') else name
-
-
-def kind() -> str:
-  """The device that is compiled for, as jax calls it: 'TPU v5 lite', 'NVIDIA H100 80GB HBM3'."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.abstract_device is None:
-    return jax.devices()[0].device_kind
-  return mesh.abstract_device.device_kind
-
-
-def alone() -> bool:
-  """Whether the mesh in context has one device, or none was given."""
-  return math.prod(jax.sharding.get_abstract_mesh().shape.values() or [1]) == 1

@@ -17,7 +17,7 @@ from kernels import cached
 from model.weights.above import Above
 from model.weights.codes import Codes
 from model.weights.grids import FP8, GRIDS
-from parallel import axes as ax, mesh
+from parallel import axes as ax, mesh, target
 
 # TPUs whose matrix unit has products of fp8; those before compute them in bfloat16.
 FP8_TPUS = ('TPU7x',)
@@ -104,7 +104,7 @@ def check_platform(fp8: bool) -> None:
   """Raises NotImplementedError where the compiler has no product of fp8 for the chip; on a CPU,
   says once that it computes the same in f32.
   """
-  platform, kind = mesh.platform(), mesh.kind()
+  platform, kind = mesh.platform(), target.kind()
   if not fp8:
     return
   if platform == 'tpu' and kind not in FP8_TPUS:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kernels import quantised_matmul
 from model.weights.grids import GRIDS, Grid, packed, spread, unpacked
 from model.weights.weight import Weight, along, gathered_here, in_pieces
-from parallel import axes as ax, mesh
+from parallel import axes as ax, mesh, target
 
 # Numbers that a CPU makes of codes at a time: at most so many, and an eighth of the matrix or less.
 PART, PARTS = 1 << 18, 8
@@ -133,7 +133,7 @@ class Codes(Weight):
     # A product sums over the last dimensions of x and the first of the matrix; other ones (against
     # a cache, MLA sums over what are outputs elsewhere) take numbers, and so do several devices.
     plain = left.endswith(right[:inputs]) and not set(right[inputs:]) & set(left)
-    if not plain or not mesh.alone() or self.codes.ndim > len(self.axes):
+    if not plain or not target.alone() or self.codes.ndim > len(self.axes):
       return super().product(formula, x, dtype, axes)
     matrix = self.as_coded(inputs)
     rows = x.reshape(-1, math.prod(self.shape[:inputs]))

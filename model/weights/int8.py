@@ -18,7 +18,7 @@ from flax import nnx
 from kernels import cached, grouped_matmul
 from model.weights import read
 from model.weights.weight import Weight, along, gathered_here, in_pieces
-from parallel import axes as ax, mesh
+from parallel import axes as ax, mesh, target
 
 DIGIT = 128  # what a high digit counts
 FEW = 8  # rows, above which a CPU makes numbers of the bytes for all of them at once
@@ -114,7 +114,7 @@ class Int8(Weight):
     weight = self.gathered(dtype)
     before = x.shape[: x.ndim - len(self.summed)]
     outputs, rows = weight._outputs(), math.prod(before)
-    if mesh.platform() == 'cpu' and mesh.alone() and rows <= FEW:
+    if mesh.platform() == 'cpu' and target.alone() and rows <= FEW:
       y = weight._in_digits(x, rows).reshape(*before, *outputs)
     elif axes is None:
       y = jnp.einsum(formula, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from model.weights.int8 import Int8
 from model.weights.weight import Weight
-from parallel import mesh
+from parallel import mesh, target
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +91,7 @@ def turned(model):
 
   Tables lie so already, and experts, of whom few are read, stay as they are.
   """
-  if mesh.platform() != 'cpu' or not mesh.alone():
+  if mesh.platform() != 'cpu' or not target.alone():
     return model
 
   def turn(p):
