@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 import names
 from parallel import mesh
 
-FEW = 3  # rows, up to which one after another on a CPU is faster than numbers for all of them
+FEW = 4  # rows, up to which one after another on a CPU is faster than numbers for all of them
 # Inputs of a loop's sum, of bytes and of 4 bits: LLVM writes it out, and then takes outputs side by
 # side; of more it does not.
 SUMMED = {False: 16, True: 8}

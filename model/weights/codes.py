@@ -174,14 +174,20 @@ class Codes(Weight):
     wide = jnp.promote_types(dtype, jnp.float32)
 
     @jax.checkpoint  # or a gradient keeps all numbers
-    def add(y, part):
-      rows, weight = part
-      numbers = weight.numbers(dtype)
-      return y + jnp.einsum(formula, rows, numbers, preferred_element_type=wide), None
+    def product(rows, part):
+      return jnp.einsum(formula, rows, part.numbers(dtype), preferred_element_type=wide)
 
-    whole = jax.eval_shape(lambda x, w: jnp.einsum(formula, x, w.numbers(dtype)), x, self)
-    pieces = in_pieces(x, axis - x.ndim, parts), self.cut(-rank, parts)
-    return jax.lax.scan(add, jnp.zeros(whole.shape, wide), pieces)[0].astype(dtype)
+    rows, pieces = in_pieces(x, axis - x.ndim, parts), self.cut(-rank, parts)
+    y = None
+    for n in range(parts):
+      part = jax.tree.map(lambda a: a[n], pieces)
+      # After what came before, and not at once or before the loop over tokens, which would take
+      # room for all numbers: a bit of that, which is 0, is in the codes.
+      before = (x if y is None else y).ravel()[0] == jnp.inf
+      codes = (part.codes.view(jnp.uint8) ^ before.astype(jnp.uint8)).view(part.codes.dtype)
+      more = product(rows[n], dataclasses.replace(part, codes=codes))
+      y = more if y is None else y + more
+    return y.astype(dtype)
 
 
 def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, jax.Array | None]:
