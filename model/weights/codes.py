@@ -9,9 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels import quantised_matmul
 from model.weights.grids import GRIDS, Grid, packed, spread, unpacked
 from model.weights.weight import Weight, along, gathered_here, in_pieces
-from parallel import axes as ax
+from parallel import axes as ax, mesh, target
+
+# Numbers that a CPU makes of codes at a time: at most so many, and an eighth of the matrix or less.
+PART, PARTS = 1 << 18, 8
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +126,68 @@ class Codes(Weight):
 
   def whole(self, dtype, product=True):
     return self.gathered(dtype).numbers(dtype)
+
+  def product(self, formula, x, dtype, axes=None):
+    left, right = formula.split('->')[0].split(',')
+    inputs = sum(letter in left for letter in right)
+    # A product sums over the last dimensions of x and the first of the matrix; other ones (against
+    # a cache, MLA sums over what are outputs elsewhere) take numbers, and so do several devices.
+    plain = left.endswith(right[:inputs]) and not set(right[inputs:]) & set(left)
+    if not plain or not target.alone() or self.codes.ndim > len(self.axes):
+      return super().product(formula, x, dtype, axes)
+    matrix = self.as_coded(inputs)
+    rows = x.reshape(-1, math.prod(self.shape[:inputs]))
+    if matrix is not None and quantised_matmul.choose(rows, matrix) != 'numbers':
+      y = quantised_matmul.product(rows, matrix)
+      return y.reshape(*x.shape[: x.ndim - inputs], *self.shape[inputs:]).astype(dtype)
+    if mesh.platform() != 'cpu':
+      return super().product(formula, x, dtype, axes)
+    return self._in_parts(formula, x, dtype, x.ndim - inputs)
+
+  def as_coded(self, inputs: int) -> quantised_matmul.Coded | None:
+    """As kernels take it, of a product that sums over so many dimensions, the first ones.
+
+    None for other grids than whole numbers, and for blocks of several outputs.
+    """
+    outputs, size = self.shape[inputs:], math.prod(self.shape[inputs:])
+    packed_ = GRIDS[self.grid].packed
+    if self.grid not in ('int8', 'int4') or self.scale.shape[inputs:] != outputs:
+      return None
+    if packed_ and self.packs != inputs - 1 - len(self.shape):
+      return None
+    arrays = (
+      None if x is None else x.reshape(1, -1, size) for x in (self.codes, self.scale, self.zero)
+    )
+    return quantised_matmul.Coded(*arrays, self.blocks[self.packs] if packed_ else 0)
+
+  def _in_parts(self, formula, x, dtype, axis: int):
+    """Numbers of a part of the inputs at a time. axis: of x, that the matrix's first dimension is
+    summed with.
+    """
+    rank = len(self.axes)
+    # Blocks stay whole: of two codes in a byte, and of a scale where there are several.
+    count = self.scale.shape[0]
+    if count == 1 and not (GRIDS[self.grid].packed and self.packs == -rank):
+      count = self.shape[0]
+    least = max(PARTS, math.prod(self.shape) / PART)
+    parts = min((n for n in range(1, count + 1) if count % n == 0 and n >= least), default=count)
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    @jax.checkpoint  # or a gradient keeps all numbers
+    def product(rows, part):
+      return jnp.einsum(formula, rows, part.numbers(dtype), preferred_element_type=wide)
+
+    rows, pieces = in_pieces(x, axis - x.ndim, parts), self.cut(-rank, parts)
+    y = None
+    for n in range(parts):
+      part = jax.tree.map(lambda a: a[n], pieces)
+      # After what came before, and not at once or before the loop over tokens, which would take
+      # room for all numbers: a bit of that, which is 0, is in the codes.
+      before = (x if y is None else y).ravel()[0] == jnp.inf
+      codes = (part.codes.view(jnp.uint8) ^ before.astype(jnp.uint8)).view(part.codes.dtype)
+      more = product(rows[n], dataclasses.replace(part, codes=codes))
+      y = more if y is None else y + more
+    return y.astype(dtype)
 
 
 def _scales(x, grid: Grid, blocks, symmetric: bool, shrink) -> tuple[jax.Array, jax.Array | None]:

@@ -18,7 +18,7 @@ from flax import nnx
 from kernels import cached, grouped_matmul
 from model.weights import read
 from model.weights.weight import Weight, along, gathered_here, in_pieces
-from parallel import axes as ax, mesh
+from parallel import axes as ax, mesh, target
 
 DIGIT = 128  # what a high digit counts
 FEW = 8  # rows, above which a CPU makes numbers of the bytes for all of them at once
@@ -114,9 +114,7 @@ class Int8(Weight):
     weight = self.gathered(dtype)
     before = x.shape[: x.ndim - len(self.summed)]
     outputs, rows = weight._outputs(), math.prod(before)
-    # Nothing is split over devices.
-    alone = math.prod(jax.sharding.get_abstract_mesh().shape.values() or [1]) == 1
-    if mesh.platform() == 'cpu' and alone and rows <= FEW:
+    if mesh.platform() == 'cpu' and target.alone() and rows <= FEW:
       y = weight._in_digits(x, rows).reshape(*before, *outputs)
     elif axes is None:
       y = jnp.einsum(formula, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -181,9 +179,12 @@ def _digits(x, values, last):
   x = jnp.round(x / unit)
   high = jnp.round(x / DIGIT)
   digits = jnp.concatenate([high, x - DIGIT * high]).astype(jnp.int8)
-  contracted = (((1,), (last,)), ((), ()))
-  sums = jax.lax.dot_general(digits, values, contracted, preferred_element_type=jnp.int32)
-  sums = sums.astype(jnp.float32)
+  # The bytes go first where they can: XLA's CPU lays out anew what goes second (see `turned`).
+  operands = ((values, 1), (digits, 1)) if last else ((digits, 1), (values, 0))
+  (left, axis), (right, other) = operands
+  contracted = (((axis,), (other,)), ((), ()))
+  sums = jax.lax.dot_general(left, right, contracted, preferred_element_type=jnp.int32)
+  sums = (sums.T if last else sums).astype(jnp.float32)
   return (DIGIT * sums[:rows] + sums[rows:]) * unit
 
 

@@ -10,6 +10,7 @@
   2:4               2 numbers of every 4 along what is summed over, the largest, and where they
                     stood (model.weights.sparse); 2:4+int8, 2:4+int4:group=64: those by a scheme
   mxfp4:group=32    floats of 4 bits, scales that are powers of two
+  int8:activations  products of bytes by bytes: tokens have a scale each, as they come; fp8 likewise
   keep              as it is
 
 `model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
@@ -30,6 +31,7 @@ from flax import nnx
 import names
 from model.config import ModelConfig
 from model.weights import int8, read
+from model.weights.activated import Activated
 from model.weights.codes import Codes, blocks_of
 from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS
@@ -43,6 +45,7 @@ OPTIONS = {
   'tensor': {'tensor': True, 'group': 0},
   'asymmetric': {'symmetric': False},
   'double': {'double': True},
+  'activations': {'activations': True},
 }
 MX_GROUP = 32  # of mxfp4
 
@@ -57,6 +60,7 @@ class Scheme:
     block: size of a square that shares one; 0: none. tensor: whether all of a matrix does.
     symmetric: whether 0 is the middle of the codes. double: whether scales are in codes, too.
     sparse: (N, M) where N numbers of every M are there, and lie as the rest says; (): all are.
+    activations: whether tokens become codes, too, before a product (model.weights.activated).
 
   Raises ValueError for what does not go together.
   """
@@ -68,6 +72,7 @@ class Scheme:
   symmetric: bool = True
   double: bool = False
   sparse: tuple[int, ...] = ()
+  activations: bool = False
 
   def __post_init__(self):
     names.check('a scheme', self.grid, [*GRIDS, 'keep', 'N:M'])
@@ -85,6 +90,19 @@ class Scheme:
     if self.grid in GRIDS and GRIDS[self.grid].packed and (size < 2 or size % 2):
       raise ValueError(
         f'{self.grid}: two codes share a byte, in groups of an even size; use {self.grid}:group=64'
+      )
+    plain = self.grid in ('int8', 'fp8') and self.symmetric and not size
+    if self.activations and not plain:
+      raise ValueError(
+        f'{self.grid}:activations with group={self.group}, block={self.block}, symmetric='
+        f'{self.symmetric}: a product of codes is scaled once; use int8:activations or '
+        'fp8:activations'
+      )
+    if self.activations and self.sparse:
+      n, m = self.sparse
+      raise ValueError(
+        f'{n}:{m}+{self.grid}:activations: what is kept of a group is not multiplied as codes; use '
+        f'{n}:{m}+{self.grid}'
       )
     if not self.symmetric and self.grid not in ('int8', 'int4'):
       raise ValueError(
@@ -158,6 +176,9 @@ class Scheme:
     summed: which dimensions a product sums over, counted from the last. shrink: see Codes.of.
     Raises ValueError where blocks do not fill it, or a device's part of it.
     """
+    if self.activations:
+      stored_ = dataclasses.replace(self, activations=False)
+      return Activated(stored_.of(x, summed, axes, name, shrink))
     if self == Scheme('int8'):
       return int8.Int8.of(x, summed, axes, shrink)
     rank = len(axes) - ('experts' in axes)
