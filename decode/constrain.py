@@ -33,6 +33,10 @@ MOST_PLACES = 6144
 _NEVER = 0  # the class of tokens that are never allowed
 
 
+class NoRoom(ValueError):
+  """A constraint has to wait until others have left."""
+
+
 class Constraint:
   """A set of texts, as an automaton over a tokenizer's ids.
 
@@ -146,7 +150,7 @@ class Tables:
   def add(self, constraint: Constraint | None) -> int:
     """The state in which a row of this constraint begins.
 
-    Raises ValueError where no states or classes are left for it, and as Automaton.of.
+    Raises NoRoom where no states or classes are left for it, and ValueError as Automaton.of.
     """
     if constraint is None:
       return FREE
@@ -173,7 +177,7 @@ class Tables:
         break
       begin = first + len(constraint.next)
     if begin + states > self._shape[0]:
-      raise ValueError(
+      raise NoRoom(
         f'a constraint of {states} states finds no room among {self._shape[0]}, of which others '
         'have some; wait until these have left, or make room for more states'
       )
@@ -183,7 +187,7 @@ class Tables:
     classes, tables = _together(firsts, self._vocabulary)
     S, C = self._shape
     if tables[0].shape[1] > C:
-      raise ValueError(
+      raise NoRoom(
         f'constraints tell {tables[0].shape[1]} classes of tokens apart together, of at most {C}; '
         'wait until others have left, or make room for more classes'
       )
