@@ -211,7 +211,8 @@ class Engine:
     rules = dataclasses.replace(self.rules, automaton=self._automaton)
     self.state, chunk = self._run(name, weights, self.state, rules, np.int32(count))
     for row in self._requests.keys() - self._unread.keys() - self._sharing.keys():
-      self._prefixes.wrote(row, count)
+      request = self._requests[row]
+      self._prefixes.wrote(row, count, len(request.prompt) + request.max_new_tokens)
     return chunk
 
   def release(self, rows: Iterable[int]) -> None:

@@ -55,9 +55,9 @@ class Prefixes:
       self._held[row] = min(self._written[row] // self.block, len(self._marks[row]))
     self.use(row)
 
-  def wrote(self, row: int, tokens: int) -> None:
-    """It has written at most so many more behind them."""
-    self._written[row] += tokens
+  def wrote(self, row: int, tokens: int, most: int) -> None:
+    """It has written at most so many more behind them, and no more than `most` in all."""
+    self._written[row] = min(self._written[row] + tokens, most)
 
   def forget(self, row: int) -> None:
     """What it holds is nobody's."""

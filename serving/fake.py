@@ -178,6 +178,11 @@ class FakeService(Desk):
     self._came = threading.Event()
     self._ended = threading.Event()
 
+  @property
+  def idle(self) -> bool:
+    """Whether there is nothing to do."""
+    return self._scheduler.idle
+
   def step(self) -> bool:
     """One step; whether there is more to do at once."""
     more = self._scheduler.step()
@@ -188,7 +193,7 @@ class FakeService(Desk):
 
   def run(self) -> None:
     """Steps until nothing is left that can go on."""
-    while self.step() or (self._scheduler.stats().waiting and self._scheduler.stats().free):
+    while self.step():
       pass
 
   @contextlib.contextmanager

@@ -215,6 +215,7 @@ class Scheduler:
     except Exception as error:
       log.exception('the engine has failed; %d samples end', len(self._rows))
       self._begin_anew(error)
+      return True
     return bool(self._rows or self._leaving or self._ahead)
 
   def end_all(self, finish: str, error: Failure | None = None) -> None:
@@ -286,6 +287,9 @@ class Scheduler:
         else:
           self._end(sample, FAILED, Failure(kind=calls.INVALID, message=str(error)))
         continue
+      except Exception as error:
+        self._end(sample, FAILED, _lost(error))
+        raise
       if sample is self._stuck:
         self._stuck = None
       self._queue.turn(sample)
@@ -426,11 +430,14 @@ class Scheduler:
 
   def _begin_anew(self, error: Exception) -> None:
     """The engine's rows are lost."""
-    failure = Failure(
-      kind=calls.DEVICE, message=f'the device has failed ({type(error).__name__}); ask again'
-    )
     self._ahead = self._came = None
     for sample in list(self._rows.values()):
-      self._end(sample, FAILED, failure)
+      self._end(sample, FAILED, _lost(error))
     self._leaving = []
     self._engine.reset()
+
+
+def _lost(error: Exception) -> Failure:
+  """What is said of an error that is none of the caller's."""
+  message = f'the device has failed ({type(error).__name__}); ask again'
+  return Failure(kind=calls.DEVICE, message=message)
