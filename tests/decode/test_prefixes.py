@@ -10,13 +10,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-
-from decode import bulk, loop, prefixes
-from decode.engine import Engine, Request, Sizes
-from decode.prefixes import Prefixes
-from decode.sampling import make_sampling
-from model import cache
-from tests.decode.test_engine import (
+from test_engine import (
   IDS,
   bits,
   compilations,
@@ -27,6 +21,12 @@ from tests.decode.test_engine import (
   to_its_end,
   traced_anew,  # noqa: F401
 )
+
+from decode import bulk, loop, prefixes
+from decode.engine import Engine, Request, Sizes
+from decode.prefixes import Prefixes
+from decode.sampling import make_sampling
+from model import cache
 
 C, CAPACITY = 8, 56
 SIZES = Sizes(
@@ -116,6 +116,7 @@ def check_what_differs(engine, model):
   (ids, *_), _ = run(engine, model, 2, asked(LONG[:18], new=20))
   goes_on = asked([*LONG[:18], *ids], new=4)
   expected = missed(engine, model, goes_on)
+  engine.reset()
   run(engine, model, 2, asked(LONG[:18], new=20))
   assert run(engine, model, 1, goes_on) == (expected, 16)
 
