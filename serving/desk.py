@@ -22,7 +22,7 @@ from decode.sampling import Sampling, sample_seed, sampling_of
 from serving import call as calls
 from serving.call import Call, Limits, NotReady, Stats
 from serving.constraints import Constraints
-from serving.scheduler import AnyEngine, Sample, Scheduler
+from serving.scheduler import AnyEngine, RowCall, Scheduler
 from serving.ticket import Ticket
 
 
@@ -104,7 +104,7 @@ class Desk:
     ticket = Ticket(call, now, self._cancel)
     ticket.usage.prompt = len(ids)
     samples = [
-      Sample(
+      RowCall(
         call.key,
         call.priority,
         now,

@@ -79,7 +79,7 @@ class AnyEngine(Protocol):
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Sample(Waiting):
+class RowCall(Waiting):
   """One row's worth of a call.
 
   Attributes:
@@ -110,7 +110,7 @@ class _Ahead:
   """A chunk that was begun: for whom, row by row, how many tokens, and when."""
 
   chunk: Any
-  rows: dict[int, Sample]
+  rows: dict[int, RowCall]
   count: int
 
 
@@ -123,15 +123,15 @@ class Scheduler:
   def __init__(self, engine: AnyEngine, limits: Limits, clock: Callable[[], float]):
     self._engine, self._limits, self._clock = engine, limits, clock
     self._queue = Queue(limits.patience)
-    self._rows: dict[int, Sample] = {}  # that have one
-    self._writing: dict[int, Sample] = {}  # of these, whose prompt was read
+    self._rows: dict[int, RowCall] = {}  # that have one
+    self._writing: dict[int, RowCall] = {}  # of these, whose prompt was read
     self._leaving: list[int] = []
     self._ahead: _Ahead | None = None
-    self._stuck: Sample | None = None  # whose constraint waits for others to leave
+    self._stuck: RowCall | None = None  # whose constraint waits for others to leave
 
     # What other threads hand over.
     self._lock = threading.Lock()
-    self._arrived: list[Sample] = []
+    self._arrived: list[RowCall] = []
     self._cancelled: list[tuple[Ticket, str, Failure | None]] = []
     self._waiting = 0
     self._until: float | None = None  # all ends then
@@ -146,7 +146,7 @@ class Scheduler:
 
   # From any thread.
 
-  def submit(self, samples: Sequence[Sample]) -> None:
+  def submit(self, samples: Sequence[RowCall]) -> None:
     """All of them wait, or none. Raises QueueFull, and NotReady behind `end_all`."""
     with self._lock:
       if self._over:
@@ -299,7 +299,7 @@ class Scheduler:
       if sample.ticket.times.began is None:
         sample.ticket.times.began = now
 
-  def _may(self, sample: Sample) -> bool:
+  def _may(self, sample: RowCall) -> bool:
     """Whether it can join. Of constraints none overtakes one that waits for room."""
     if sample.constraint is not None:
       return False
@@ -309,7 +309,7 @@ class Scheduler:
       other.request.constraint for other in self._rows.values()
     )
 
-  def _note_read(self, row: int, sample: Sample) -> None:
+  def _note_read(self, row: int, sample: RowCall) -> None:
     cached, prompt = self._engine.cached(row), len(sample.request.prompt)
     if sample.index == sample.ticket.call.samples[0]:
       sample.ticket.usage.cached = cached
@@ -328,7 +328,7 @@ class Scheduler:
     self._counts['steps'] += 1
     return _Ahead(chunk, rows, count)
 
-  def _count(self, rows: dict[int, Sample]) -> int:
+  def _count(self, rows: dict[int, RowCall]) -> int:
     """Tokens of the next chunk: one where someone waits for his first, fewer where prompts are
     read meanwhile, and no more than fit into the gap.
     """
@@ -352,7 +352,7 @@ class Scheduler:
       if self._rows.get(row) is sample:  # and has not ended meanwhile
         self._add(row, sample, chunk)
 
-  def _add(self, row: int, sample: Sample, chunk: Chunk) -> None:
+  def _add(self, row: int, sample: RowCall, chunk: Chunk) -> None:
     text, before = sample.text, len(sample.text.ids)
     piece = text.add(row, chunk)
     if text.finish:
@@ -373,7 +373,7 @@ class Scheduler:
     )
     self.cancel(ticket, FAILED, Failure(kind=calls.SLOW, message=message))
 
-  def _event(self, sample: Sample, piece: str, before: int, **end) -> Event:
+  def _event(self, sample: RowCall, piece: str, before: int, **end) -> Event:
     """What has come of it behind its first ids."""
     ids, raw, processed, likeliest = sample.text.since(before)
     return Event(
@@ -389,13 +389,13 @@ class Scheduler:
       **end,
     )
 
-  def _put(self, sample: Sample, event: Event) -> None:
+  def _put(self, sample: RowCall, event: Event) -> None:
     self._counts['generated'] += len(event.ids)
     sample.ticket.put(event)
 
   def _end(
     self,
-    sample: Sample,
+    sample: RowCall,
     finish: str,
     error: Failure | None = None,
     piece: str = '',

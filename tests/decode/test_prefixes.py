@@ -201,11 +201,11 @@ FAULTS = {
     'x.at[:, (sources + 1) % 3].get',
   ),
   'salts are alike': (prefixes.Prefixes, 'marks', '{request.salt}', ''),
-  'what was written is shared': (
+  'a ring is taken for whole': (
     prefixes.Prefixes,
-    'wrote',
-    'self._written[row] = min(self._written[row] + tokens, most)',
-    'self.read(row, tokens)',
+    '_find',
+    'self._written[row] - tokens <= self._slack',
+    'True',
   ),
 }
 
@@ -223,7 +223,8 @@ def test_planted_faults_are_noticed(fault, monkeypatch, traced_anew):  # noqa: F
   names = dict(vars(inspect.getmodule(function)))
   exec(text.replace(old, new), names)
   monkeypatch.setattr(owner if owner is not cache else loop, name, names[name])
-  engine, model = engine_of.__wrapped__('llama'), model_of('llama')
+  model = 'windows' if 'ring' in fault else 'llama'
+  engine, model = engine_of.__wrapped__(model), model_of(model)
   with pytest.raises(AssertionError):
     check_hits(engine, model)
     check_what_differs(engine, model)
