@@ -99,6 +99,7 @@ class Engine:
     self._cached: dict[int, int] = {}
     self._tables = Tables(self._config.table_rows, self.sizes.states, self.sizes.classes)
     self._automaton = self._uploaded()
+    self.state = self.rules = None  # before there is room for others
     self.state, self.rules = self._begun()
     windows = zip(self._windows, self.state.cache.held, strict=True)
     rings = [held.slots - window + 1 for window, held in windows if held.ring]

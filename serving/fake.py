@@ -55,6 +55,7 @@ class FakeEngine:
     self.lost: Exception | None = None
     self.broken: set[int] = set()
     self.calls: list[str] = []
+    self._resets = 0
     self._clear()
 
   def _clear(self) -> None:
@@ -103,7 +104,7 @@ class FakeEngine:
   def cached(self, row: int) -> int:
     return 0
 
-  def decode(self, count: int, alternatives: bool) -> Chunk:
+  def decode(self, count: int, alternatives: bool) -> tuple[int, Chunk]:
     self._note('decode')
     B, C = self.sizes.rows, self.sizes.steps
     k = self.sizes.alternatives if alternatives else 0
@@ -123,7 +124,7 @@ class FakeEngine:
       for place in range(count):
         if row in self._writing:
           self._write_one(chunk, row, place)
-    return chunk
+    return self._resets, chunk
 
   def _write_one(self, chunk: Chunk, row: int, place: int) -> None:
     request = self._requests[row]
@@ -134,9 +135,11 @@ class FakeEngine:
     if ended or self._written[row] == request.max_new_tokens:
       del self._writing[row]
 
-  def taken(self, chunk: Chunk) -> Chunk:
+  def taken(self, chunk: tuple[int, Chunk]) -> Chunk:
     self._note('taken')
-    return chunk
+    if chunk[0] != self._resets:
+      raise RuntimeError('a chunk of a state that is lost')
+    return chunk[1]
 
   def forget(self, row: int) -> None:
     self._note('forget')
@@ -150,6 +153,7 @@ class FakeEngine:
 
   def reset(self) -> None:
     self.calls.append('reset')
+    self._resets += 1
     self._clear()
 
 

@@ -86,7 +86,8 @@ class RowCall(Waiting):
     ticket, index: whose, and which of its samples. request: what the engine is asked for.
     text: what has come of it. alternatives: how many of each token it has.
     until: when it is late. constraint: that is being made, and will be the request's.
-    place: its row in the engine; -1: none. begun: tokens in chunks that were begun.
+    place: its row in the engine, which it has had since `began`; -1: none. begun: tokens in chunks
+      that were begun.
   """
 
   ticket: Ticket
@@ -97,6 +98,7 @@ class RowCall(Waiting):
   until: float | None = None
   constraint: concurrent.futures.Future | None = None
   place: int = -1
+  began: float = 0.0
   begun: int = 0
 
   @property
@@ -295,7 +297,7 @@ class Scheduler:
       self._queue.turn(sample)
       with self._lock:
         self._waiting -= 1
-      sample.place, self._rows[row] = row, sample
+      sample.place, sample.began, self._rows[row] = row, now, sample
       if sample.ticket.times.began is None:
         sample.ticket.times.began = now
 
@@ -407,9 +409,7 @@ class Scheduler:
       del self._rows[row]
       self._writing.pop(row, None)
       self._leaving.append(row)
-      if self._came is not None:
-        began = sample.ticket.times.began or self._clock()
-        self._lasted += RECENT * (self._clock() - began - self._lasted)
+      self._lasted += RECENT * (self._clock() - sample.began - self._lasted)
     else:
       self._queue.remove(sample)
       with self._lock:

@@ -19,7 +19,8 @@ _numbers = itertools.count(1)
 class Ticket:
   """A call that was taken.
 
-  Iterating gives its events, as they come, until every sample has ended; one reader, once.
+  Iterating gives its events, as they come, until every sample has ended; one reader, once. An event
+  loop's reader that stops before the end cancels it.
 
   Attributes:
     id: that no other ticket of this process has.
@@ -121,3 +122,5 @@ class Ticket:
           yield event
     finally:
       self._wake = None
+      if not self.done:
+        self.cancel()
