@@ -8,6 +8,7 @@ from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.sizes import Request, Sizes
 from model.weights import adapters
+from parallel import hosts
 from parallel.gathering import everywhere
 
 BLOCK = 128  # tokens of prompts that are shared together, about
@@ -50,6 +51,11 @@ class EngineRows:
       raise NotImplementedError(
         'the model has an encoder: what a server writes with is a decoder alone so far; use '
         'generate.py for an encoder-decoder'
+      )
+    if hosts.count() > 1:
+      raise NotImplementedError(
+        f'{hosts.count()} processes: a server is one process so far; run one on each host, with a '
+        'mesh of its own devices'
       )
     self.sizes, self._model = sizes, model
     self._engine: Engine | None = None

@@ -5,6 +5,8 @@ prompt was read before or not, and after a restart? And what a Generator writes?
 import contextlib
 import dataclasses
 import functools
+import json
+import pathlib
 import time
 
 import jax
@@ -252,6 +254,19 @@ def test_scores_that_are_not_finite_end_their_row_alone(served, monkeypatch):
   assert ruined and broken[0][-1].kind == calls.BROKEN and other == expected
 
 
+def test_texts_keep_to_a_schema(served):
+  schema = {'type': 'object', 'properties': {'a': {'type': 'boolean'}}, 'required': ['a']}
+  options = Options(max_new_tokens=24, seed=2)
+  tickets = [
+    served.submit(Call(prompt='b', options=options, schema=each))
+    for each in (schema, json.dumps(schema))
+  ]
+  said = [result(ticket)[0] for ticket in tickets]
+  assert json.loads(said[0][1]).keys() == {'a'} and said[0] == said[1]
+  with pytest.raises(ValueError, match='of at most 65536'):
+    served.submit(Call(prompt='b', options=options, schema={'description': 'x' * 70000}))
+
+
 def test_a_hostile_constraint_is_its_own_mistake(served):
   many = call('a', regex='[ab]{200}')
   other = result(served.submit(ASKED[5]))
@@ -281,6 +296,29 @@ def test_draining_lets_texts_end():
       served.submit(ASKED[0])
     ends = [said[-1][0] for ticket in tickets for said in result(ticket).values()]
     assert set(ends) <= {'stop', 'length'} and served.closed(10)
+
+
+@pytest.mark.slow
+def test_every_row_has_the_adapter_that_it_asks_for(monkeypatch):
+  """As of the generator; and nobody goes on from what another adapter has read."""
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'decode')
+  from test_several_adapters import models_of
+
+  made = models_of().together()
+  with running(made) as served:
+    assert served.adapters == ('orders', 'tables', 'lengths')
+    names, texts = ['', *served.adapters], {}
+    for order in (names, names[::-1]):
+      tickets = {name: served.submit(call(SYSTEM, adapter=name, seed=3)) for name in order}
+      for name, ticket in tickets.items():
+        (said,) = result(ticket).values()
+        assert texts.setdefault(name, said) == said
+    assert len({text for _, text, *_ in texts.values()}) == 4
+    for name, (ids, text, raw, *_) in texts.items():
+      (completion,) = made(SYSTEM, adapter=name, seed=3, max_new_tokens=12)
+      assert (list(ids), text) == (completion.ids, completion.text)
+    with pytest.raises(ValueError, match="adapter='order' is unknown; did you mean 'orders'"):
+      served.submit(call('a', adapter='order'))
 
 
 @pytest.mark.slow
