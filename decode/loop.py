@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Int
 
 from decode import constrain, sampling as laws
 from decode.sampling import Bias, History, Sampling, make_sampling
-from model.cache import Cache, begun, copied, rows_of, taken, with_rows
+from model.begun import begun
+from model.cache import Cache, copied, rows_of, taken, with_rows
 from model.transformer import Decoder
 from model.weights import of_rows
 from parallel import axes as ax

@@ -7,7 +7,6 @@ K key/value heads · H head width · P groups of W rows
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -405,43 +404,6 @@ def copied(cache: Cache, sources: Int[Array, 'J'], rows: Int[Array, 'J']) -> Cac
 
   held = tuple(jax.tree.map(one, held, held.axes()) for held in cache.held)
   return dataclasses.replace(cache, held=held, lengths=one(cache.lengths, ('batch',)))
-
-
-def begun(
-  cache: Cache,
-  sources: Int[Array, 'J'],
-  rows: Int[Array, 'J'],
-  counts: Int[Array, 'J'],
-  windows: Sequence[int],
-) -> Cache:
-  """With the first `counts` tokens of rows `sources`, and no others, in these rows: what `sources`
-  held when they had no more, each device's of its own (see Slots.rows); of no memory.
-
-  A ring has to have them still, as far as a window that comes next sees them. windows: of every
-  place.
-  """
-
-  def one(held, window):
-    def put(held, sources, rows, counts):
-      def move(x):
-        taken = x.at[:, sources].get(mode='clip')
-        if held.ring:
-          # It has later tokens in the place of those that no window sees, and they may be NaN.
-          where = cached.positions(held, jnp.arange(held.slots, dtype=jnp.int32), counts)
-          seen = (where >= 0) & (where > counts[:, None] - window)
-          seen = seen.reshape(1, *seen.shape[:1], 1, held.slots, *(1,) * (x.ndim - 4))
-          taken = jnp.where(seen, taken, 0)
-        return x.at[:, rows].set(taken, mode='drop')
-
-      return jax.tree.map(move, held)
-
-    axes = held.axes()
-    return ax.local(put, (axes, ('batch',), ('batch',), ('batch',)), axes)(
-      held, sources, rows, counts
-    )
-
-  held = tuple(map(one, cache.held, windows))
-  return dataclasses.replace(cache, held=held, lengths=with_rows(cache.lengths, rows, counts))
 
 
 def reordered(cache: Cache, sources: Int[Array, 'P W'], shared: Int[Array, 'P']) -> Cache:

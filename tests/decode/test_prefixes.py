@@ -26,7 +26,7 @@ from decode import bulk, loop, prefixes
 from decode.engine import Engine, Request, Sizes
 from decode.prefixes import Prefixes
 from decode.sampling import make_sampling
-from model import cache
+from model import begun
 
 C, CAPACITY = 8, 56
 SIZES = Sizes(
@@ -194,12 +194,8 @@ FAULTS = {
     'with_rows(history.prompt, rows, prompt)',
     'history.prompt',
   ),
-  'from another row': (
-    cache,
-    'begun',
-    'x.at[:, sources].get',
-    'x.at[:, (sources + 1) % 3].get',
-  ),
+  'from another row': (begun, '_moved', 'sources[j], 0, at', '(sources[j] + 1) % 3, 0, at'),
+  'a block too few': (begun, '_moved', '-(-counts.max() // block)', 'counts.max() // block'),
   'salts are alike': (prefixes.Prefixes, 'marks', '{request.salt}', ''),
   'a ring is taken for whole': (
     prefixes.Prefixes,
@@ -222,7 +218,7 @@ def test_planted_faults_are_noticed(fault, monkeypatch, traced_anew):  # noqa: F
   assert text.count(old) == 1, f'{old!r} is not what it says any more'
   names = dict(vars(inspect.getmodule(function)))
   exec(text.replace(old, new), names)
-  monkeypatch.setattr(owner if owner is not cache else loop, name, names[name])
+  monkeypatch.setattr(owner, name, names[name])
   model = 'windows' if 'ring' in fault else 'llama'
   engine, model = engine_of.__wrapped__(model), model_of(model)
   with pytest.raises(AssertionError):

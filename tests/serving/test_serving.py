@@ -299,6 +299,7 @@ def test_draining_lets_texts_end():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_row_has_the_adapter_that_it_asks_for(monkeypatch):
   """As of the generator; and nobody goes on from what another adapter has read."""
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'decode')
@@ -323,10 +324,11 @@ def test_every_row_has_the_adapter_that_it_asks_for(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_devices_that_share_a_server_are_one():
+@pytest.mark.parametrize('sizes', [dict(data=2, tensor=2), dict(data=1, context=2)], ids=str)
+def test_devices_that_share_a_server_are_one(sizes):
   with running(generator()) as one:
     expected = [result(one.submit(each)) for each in ASKED]
-  with running(generator(data=2, tensor=2), rows=4) as many:
+  with running(generator(**sizes), rows=4) as many:
     assert [
       {sample: said[:2] for sample, said in result(many.submit(each)).items()} for each in ASKED
     ] == [{sample: said[:2] for sample, said in each.items()} for each in expected]
