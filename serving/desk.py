@@ -6,6 +6,7 @@ serving/fake.py).
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ class Desk:
     self._constraints = Constraints(tokenizer, engine.sizes, limits)
     self._scheduler = Scheduler(engine, limits, clock)
     self._ends = generation.ends(tokenizer)
+    self._turning = threading.Lock()
 
   @property
   def adapters(self) -> tuple[str, ...]:
@@ -129,10 +131,17 @@ class Desk:
 
   def drain(self, seconds: float) -> None:
     """See serving.service.Service."""
-    if self.state in (calls.STARTING, calls.READY):
-      self.state = calls.DRAINING
+    if self._turn(calls.STARTING, calls.DRAINING) or self._turn(calls.READY, calls.DRAINING):
       self._scheduler.drain(self.clock() + seconds)
       self._woken()
+
+  def _turn(self, before: str, after: str) -> bool:
+    """From one state to another, if it is the first."""
+    with self._turning:
+      if self.state != before:
+        return False
+      self.state = after
+      return True
 
   def _cancel(self, ticket: Ticket) -> None:
     if not ticket.done:

@@ -224,6 +224,9 @@ class FakeService(Desk):
     if hasattr(self, '_came'):
       self._came.set()
 
+  def ready(self, timeout: float | None = None) -> bool:
+    return self.state == calls.READY
+
   def closed(self, timeout: float | None = None) -> bool:
     return self._ended.wait(timeout)
 

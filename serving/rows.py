@@ -10,6 +10,7 @@ from decode.sizes import Request, Sizes
 from model.weights import adapters
 from parallel import hosts
 from parallel.gathering import everywhere
+from serving.call import CLOSED, NotReady
 
 BLOCK = 128  # tokens of prompts that are shared together, about
 LONGEST = 4096  # tokens of a row of a model that has no end of positions
@@ -91,7 +92,10 @@ class EngineRows:
     return self._engine.reading
 
   def check(self, request: Request) -> None:
-    self._engine.check(request)
+    engine = self._engine  # which may end now
+    if engine is None:
+      raise NotReady(CLOSED)
+    engine.check(request)
 
   def choose(self, request: Request) -> int:
     return self._engine.choose(request)

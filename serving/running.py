@@ -48,10 +48,14 @@ class Running(Desk):
       limits=limits,
       clock=clock,
     )
-    self._wake, self._ended = threading.Event(), threading.Event()
+    self._wake, self._begun, self._ended = (threading.Event() for _ in range(3))
     self._closing = False
     self._thread = threading.Thread(target=self._main, name='engine', daemon=True)
     self._thread.start()
+
+  def ready(self, timeout: float | None = None) -> bool:
+    self._begun.wait(timeout)
+    return self.state == calls.READY
 
   def closed(self, timeout: float | None = None) -> bool:
     return self._ended.wait(timeout)
@@ -72,15 +76,17 @@ class Running(Desk):
   def _main(self) -> None:
     try:
       self._engine.begin(self._came)
-      self.state = calls.READY if self.state == calls.STARTING else self.state
+      self._turn(calls.STARTING, calls.READY)
+      self._begun.set()
       self._serve()
     except _Stopped:
       self.state = calls.CLOSED
-    except Exception as error:
+    except BaseException as error:
       log.exception('the server has failed')
       self.error = f'{type(error).__name__}: {error}'
       self.state = FAILED
     finally:
+      self._begun.set()
       self._scheduler.end_all(*self._last_words())
       self._constraints.close()
       self._engine.end()

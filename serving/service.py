@@ -51,6 +51,9 @@ class Service(Protocol):
     Raises QueueFull where as many wait as may, and NotReady in a state other than 'ready'.
     """
 
+  def ready(self, timeout: float | None = None) -> bool:
+    """Waits until it does not start any more, for so many seconds; whether it is 'ready'."""
+
   def stats(self) -> Stats:
     """What it is doing now."""
 

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +48,7 @@ def generator(name='llama', dtype='float32', **sizes):
 @contextlib.contextmanager
 def running(made: Generator, limits: Limits = Limits(), **sizes):
   served = Running(made, limits=limits, **SIZES | sizes)
-  while served.state == calls.STARTING:
-    time.sleep(0.01)
-  assert served.state == calls.READY, served.error
+  assert served.ready(), served.error
   try:
     yield served
   finally:
@@ -150,9 +147,8 @@ def test_bytes_are_the_same_of_every_cache_and_after_a_restart(name, dtype, size
     assert [result(ticket) for ticket in tickets] == expected
 
 
-@pytest.mark.parametrize(
-  'every', [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.long])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('every', [False, pytest.param(True, marks=pytest.mark.long)])
 def test_it_writes_what_a_generator_writes(served, every):
   """The same ids and texts, of greedy and of drawn ones, in f32; log-probabilities by rounding."""
   from decode.constrain import Constraint
