@@ -357,6 +357,6 @@ class Anything(RuleBasedStateMachine):
 
 
 Anything.TestCase.settings = hypothesis.settings(
-  max_examples=60, stateful_step_count=40, deadline=None
+  max_examples=40, stateful_step_count=40, deadline=None
 )
 TestAnything = Anything.TestCase
