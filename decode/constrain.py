@@ -30,7 +30,12 @@ SMALLEST = 64  # the tables' sides are rounded up to powers of two from here
 # Of an expression's places (characters, classes), repetitions written out: at this many the library
 # takes some 6 s, and 18,000 states; both grow with them.
 MOST_PLACES = 6144
+MOST_MOVES = 2**29  # bytes of what kinds of tokens do to all states
 _NEVER = 0  # the class of tokens that are never allowed
+
+
+class NoRoom(ValueError):
+  """A constraint has to wait until others have left."""
 
 
 class Constraint:
@@ -146,7 +151,7 @@ class Tables:
   def add(self, constraint: Constraint | None) -> int:
     """The state in which a row of this constraint begins.
 
-    Raises ValueError where no states or classes are left for it, and as Automaton.of.
+    Raises NoRoom where no states or classes are left for it, and ValueError as Automaton.of.
     """
     if constraint is None:
       return FREE
@@ -173,7 +178,7 @@ class Tables:
         break
       begin = first + len(constraint.next)
     if begin + states > self._shape[0]:
-      raise ValueError(
+      raise NoRoom(
         f'a constraint of {states} states finds no room among {self._shape[0]}, of which others '
         'have some; wait until these have left, or make room for more states'
       )
@@ -183,7 +188,7 @@ class Tables:
     classes, tables = _together(firsts, self._vocabulary)
     S, C = self._shape
     if tables[0].shape[1] > C:
-      raise ValueError(
+      raise NoRoom(
         f'constraints tell {tables[0].shape[1]} classes of tokens apart together, of at most {C}; '
         'wait until others have left, or make room for more classes'
       )
@@ -321,6 +326,7 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
         longer[here, byte] = known.setdefault(move.tobytes(), len(moves))
         if longer[here, byte] == len(moves):
           moves.append(move)
+          _check_moves(regex, len(moves) * move.nbytes)
       here = longer[here, byte]
     classes[index] = here
   classes[[*generation.ends(tokenizer)]] = len(moves)
@@ -342,6 +348,15 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
   # _NEVER.
   table, merged = _merged(renumbered[table[kept]])
   return merged[classes[1:]].astype(np.int32), table
+
+
+def _check_moves(regex: str, nbytes: int) -> None:
+  """Raises ValueError where states, times kinds of tokens, take too much memory."""
+  if nbytes > MOST_MOVES:
+    raise ValueError(
+      f'regex={regex[:200]!r} takes more than {MOST_MOVES / 2**20:g} MiB for what tokens do to its '
+      'states: shorten it, or lower its counts (maxLength, maxItems)'
+    )
 
 
 def _useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:

@@ -1,5 +1,5 @@
 """Who reads and writes for many requests at once, with the same bits for each whatever the others
-do? One state of B rows, which requests join and leave one by one, and four programs of fixed shape.
+do? One state of B rows, which requests join and leave one by one, and few programs of fixed shape.
 
 What a program of another shape computes differs in its last bits: 1e-5 of keys in f32, 0.1 in
 bfloat16, enough to write another token. So prompts are read by one program only, [J, C] tokens
@@ -14,7 +14,7 @@ B rows · J rows that are read together · C tokens of each · V vocabulary
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,76 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode import loop
-from decode.constrain import Automaton, Constraint, Tables
+from decode.constrain import Automaton, Tables
 from decode.loop import Chunk, DecodeState, Rules
-from decode.options import CHUNK
-from decode.sampling import History, Sampling
-from model.cache import APPEND, init_cache
+from decode.prefixes import Prefixes
+from decode.sampling import History
+from decode.sizes import Request, Sizes, check, idle_request
+from model.cache import init_cache
 from model.config import ModelConfig
 from model.transformer import Decoder
 from model.weights import adapters
 from parallel import axes as ax
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-  """What an engine has room for; each is part of the shape of its programs.
-
-  Attributes:
-    rows: B, requests that are in it at a time.
-    capacity: tokens that a row holds at most, prompt and new ones.
-    read_rows: J, rows that are read together; 0: one of each part of the mesh.
-    read_tokens: C, tokens of each of them that are read together.
-    steps: tokens of each row that a call of `decode` makes at most.
-    bias: ids that a request may have a bias for. ends: ids that may end it.
-    states, classes: of the automaton that the constraints of all rows share (decode.constrain).
-    alternatives: likeliest ids that a call of `decode` gives where it is asked for any.
-    cache_dtype: of keys and values; default: as the model computes.
-    adapters: on the weights (model.weights.adapters), of which each row may have one.
-
-  Raises ValueError where one of them is no size.
-  """
-
-  rows: int = 8
-  capacity: int = 2048
-  read_rows: int = 0
-  read_tokens: int = APPEND
-  steps: int = CHUNK
-  bias: int = 300
-  ends: int = 8
-  states: int = 4096
-  classes: int = 256
-  alternatives: int = 0
-  cache_dtype: str = ''
-  adapters: int = 0
-
-  def __post_init__(self):
-    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters')
-    for field in dataclasses.fields(self):
-      value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
-      if field.type is int and value < least:
-        raise ValueError(f'{field.name}={value} of an engine must be at least {least}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """What one row is asked for.
-
-  Attributes:
-    prompt: ids, at least one.
-    max_new_tokens: how many to write at most.
-    sampling: of one row, as decode.sampling.make_sampling(1, ..) gives it.
-    ends: ids that end the row, and belong to it.
-    constraint: what it keeps to, or None.
-    adapter: 0 for the model itself, or i for its i-th adapter (model.weights.bank.Bank.index).
-  """
-
-  prompt: Sequence[int]
-  max_new_tokens: int
-  sampling: Sampling
-  ends: Sequence[int] = ()
-  constraint: Constraint | None = None
-  adapter: int = 0
 
 
 class Engine:
@@ -134,8 +74,9 @@ class Engine:
     self._config, self._pad = config, pad
     self._vocabulary = vocabulary or config.V
     self._virtual = range(config.table_rows, config.table_rows + virtual)
+    self._windows = tuple(kind.window for kind, _ in config.places)
     with jax.set_mesh(mesh):
-      _check(config, sizes)
+      check(config, sizes)
       config.check_parameters(dict(mesh.shape))
       self._parts = ax.size('batch')
     self._read_rows = sizes.read_rows or self._parts
@@ -154,18 +95,34 @@ class Engine:
     self._requests: dict[int, Request] = {}
     self._unread: dict[int, list[int]] = {}
     self._sharing: dict[int, int] = {}  # rows whose prompt another one reads, and which
+    self._fresh: set[int] = set()  # rows that have read nothing
+    self._cached: dict[int, int] = {}
     self._tables = Tables(self._config.table_rows, self.sizes.states, self.sizes.classes)
     self._automaton = self._uploaded()
+    self.state = self.rules = None  # before there is room for others
     self.state, self.rules = self._begun()
+    windows = zip(self._windows, self.state.cache.held, strict=True)
+    rings = [held.slots - window + 1 for window, held in windows if held.ring]
+    self._prefixes = Prefixes(self.sizes.rows, self.sizes.block, min(rings, default=None))
+    self._weights: Decoder | None = None  # by which prefixes were read
 
-  def compile(self, weights: Decoder) -> None:
+  def compile(
+    self, weights: Decoder, came: Callable[[int, int], None] = lambda done, total: None
+  ) -> None:
     """Compiles all programs for weights of these shapes, types and shardings (also abstract ones):
     none is compiled later. Without this call, the first calls compile.
+
+    came: hears how many there are so far, of how many.
     """
-    self._reader(weights)
-    self._sharer()
-    for alternatives in {0, self.sizes.alternatives}:
-      self._decoder(weights, alternatives)
+    decoders = sorted({0, self.sizes.alternatives})
+    steps = [lambda: self._reader(weights), self._sharer]
+    steps += [self._resumer] if self.sizes.block else []
+    steps += [lambda k=k: self._decoder(weights, k) for k in decoders]
+    total = len(self._programs) + len(steps)
+    for left, step in zip(range(len(steps), 0, -1), steps):
+      came(total - left, total)
+      step()
+    came(total, total)
 
   @property
   def free(self) -> list[int]:
@@ -186,7 +143,7 @@ class Engine:
     """
     if row not in self.free:
       raise ValueError(f'row {row} is not free; these are: {self.free}; release others first')
-    self._check_request(request)
+    self.check(request)
     prompt = [int(i) for i in request.prompt]
     request = dataclasses.replace(self.fitted(request), prompt=prompt)
     before = self._tables.automaton
@@ -197,9 +154,21 @@ class Engine:
     if alike := [other for other in self._unread if self._alike(row, other)]:
       self._sharing[row] = alike[0]
     else:
-      self._unread[row] = prompt.copy()
+      self._begin_unread(row)
     arguments = self._joining(row, request, place)
     self.state, self.rules = self._run('join', self.state, self.rules, *arguments)
+
+  def choose(self, request: Request) -> int:
+    """Which of the free rows is to take a request, so that others find what they have read."""
+    return self._prefixes.choose(request, self.free, list(map(self._beside, range(self._parts))))
+
+  def cached(self, row: int) -> int:
+    """Tokens of the prompt of a row that it has from others, and needed not to read."""
+    return self._cached.get(row, 0)
+
+  def forget(self, row: int) -> None:
+    """Nobody goes on from what this row has read, as where its scores are not finite."""
+    self._prefixes.forget(row)
 
   def read(self, weights: Decoder, rows: Iterable[int] | None = None) -> list[int]:
     """Reads the next C tokens of these rows' prompts, in one call; which of them, and of those that
@@ -209,10 +178,19 @@ class Engine:
     as many as go together. Raises ValueError for others.
     """
     chosen = self._together() if rows is None else list(rows)
+    if self.sizes.block:
+      if weights is not self._weights:
+        self._prefixes.clear()
+        self._weights = weights
+      for row in chosen:
+        if row in self._fresh:
+          self._resume(row)
     arguments, ended = self._reading(chosen)
     self._reader(weights)
     self.state = self._run('read', weights, self.state, *arguments)
+    self._fresh -= set(chosen)
     for row in chosen:
+      self._prefixes.read(row, len(self._unread[row][: self.sizes.read_tokens]))
       del self._unread[row][: self.sizes.read_tokens]
     for row in ended:
       del self._unread[row]
@@ -233,6 +211,9 @@ class Engine:
     name = self._decoder(weights, k)
     rules = dataclasses.replace(self.rules, automaton=self._automaton)
     self.state, chunk = self._run(name, weights, self.state, rules, np.int32(count))
+    for row in self._requests.keys() - self._unread.keys() - self._sharing.keys():
+      request = self._requests[row]
+      self._prefixes.wrote(row, count, len(request.prompt) + request.max_new_tokens)
     return chunk
 
   def release(self, rows: Iterable[int]) -> None:
@@ -243,6 +224,9 @@ class Engine:
         raise ValueError(f'row {row} has no request; these have: {sorted(self._requests)}')
       self._tables.remove(self._requests.pop(row).constraint)
       self._pass_on(row)
+      self._fresh.discard(row)
+      self._cached.pop(row, None)
+      self._prefixes.use(row)
       leaving[row] = True
     if leaving.any():
       leaving = self._put(leaving)
@@ -257,10 +241,39 @@ class Engine:
     """On which part of the mesh a row lives: it is read and written there only."""
     return row // (self.sizes.rows // self._parts)
 
+  def _beside(self, part: int) -> range:
+    """The rows of a part of the mesh, which can take what others of them have read."""
+    here = self.sizes.rows // self._parts
+    return range(part * here, (part + 1) * here)
+
+  def _begin_unread(self, row: int) -> None:
+    """A row is to read its prompt, of which it has nothing."""
+    self._unread[row] = list(self._requests[row].prompt)
+    self._fresh.add(row)
+
+  def _resume(self, row: int) -> None:
+    """A row that is about to read takes the beginning of its prompt from a row that holds it."""
+    request, part = self._requests[row], self.part_of(row)
+    tokens, source = self._prefixes.find(request, self._beside(part))
+    self._prefixes.begin(row, request, tokens)
+    if not tokens:
+      return
+    self._prefixes.use(source)
+    prompt = np.zeros((self._parts, self._config.table_rows), bool)
+    # Soft tokens are no ids that a penalty could be about.
+    prompt[part, [i for i in request.prompt[:tokens] if i not in self._virtual]] = True
+    counts = np.full(self._parts, tokens, np.int32)
+    places = [self._named({i: part}, self._parts) for i in (source, row)]
+    self._resumer()
+    arguments = map(self._put, (*places, counts, prompt))
+    self.state = self._run('resume', self.state, *arguments)
+    del self._unread[row][:tokens]
+    self._cached[row] = tokens
+
   def _alike(self, row: int, other: int) -> bool:
     """Whether one of the two can read the prompt for both."""
     requests = [self._requests[i] for i in (row, other)]
-    asked = [(request.prompt, request.adapter) for request in requests]
+    asked = [(request.prompt, request.adapter, request.salt) for request in requests]
     return self.part_of(row) == self.part_of(other) and asked[0] == asked[1]
 
   def _share(self, reader: int) -> list[int]:
@@ -272,6 +285,8 @@ class Engine:
       places = [self._put(self._named({i: part}, self._parts)) for i in (reader, row)]
       self._sharer()
       self.state = self._run('share', self.state, *places)
+      self._cached[row] = len(self._requests[row].prompt)
+      self._prefixes.begin(row, self._requests[row], self._cached[row])
     return rows
 
   def _pass_on(self, row: int) -> None:
@@ -280,7 +295,7 @@ class Engine:
     left = [other for other, reader in self._sharing.items() if reader == row]
     if self._unread.pop(row, None) and left:
       heir, *others = left
-      self._unread[heir] = list(self._requests[heir].prompt)
+      self._begin_unread(heir)
       del self._sharing[heir]
       self._sharing |= dict.fromkeys(others, heir)
 
@@ -372,7 +387,8 @@ class Engine:
       rows[index] = row % here
     return rows
 
-  def _check_request(self, request: Request) -> None:
+  def check(self, request: Request) -> None:
+    """Raises ValueError for a request that no row could take."""
     prompt, new, sizes = request.prompt, request.max_new_tokens, self.sizes
     if len(prompt) < 1 or new < 1:
       raise ValueError(
@@ -425,6 +441,15 @@ class Engine:
         loop.share, self.state, self._put(none), self._put(none.copy())
       )
 
+  def _resumer(self) -> None:
+    if 'resume' not in self._programs:
+      none = self._named({}, self._parts)
+      prompt = np.zeros((self._parts, self._config.table_rows), bool)
+      arguments = map(self._put, (none, none.copy(), np.zeros_like(none), prompt))
+      self._programs['resume'] = self._compiled(
+        loop.resume, self.state, *arguments, windows=self._windows
+      )
+
   def _decoder(self, weights, alternatives: int) -> str:
     """The name of the program, compiled."""
     name = f'decode with {alternatives} alternatives'
@@ -464,37 +489,3 @@ class Engine:
 
   def _uploaded(self) -> Automaton:
     return jax.device_put(self._tables.automaton, jax.NamedSharding(self.mesh, jax.P()))
-
-
-def idle_request(bias: int) -> Request:
-  """What asks for nothing, in the shapes of what does."""
-  return Request([0], 1, loop.idle_sampling(1, bias))
-
-
-def _check(config: ModelConfig, sizes: Sizes) -> None:
-  """Raises as Engine says; with the mesh in context."""
-  parts = ax.size('batch')
-  for name in ('rows', 'read_rows'):
-    value = getattr(sizes, name)
-    if value % parts:
-      raise ValueError(
-        f'{name}={value} do not split over the {parts} parts of the mesh (data x fsdp x expert); '
-        'make it a multiple'
-      )
-  if sizes.read_rows > sizes.rows:
-    raise ValueError(f'read_rows={sizes.read_rows} of rows={sizes.rows}: read at most all of them')
-  if config.encoder_layers:
-    raise NotImplementedError(
-      f'an engine for model.encoder_layers={config.encoder_layers}: what an encoder reads joins no '
-      'running batch so far; use decode.generator.Generator'
-    )
-  if ax.size('layers') > 1:
-    raise NotImplementedError(
-      f'an engine over mesh.stage={ax.size("layers")}: stages write all rows of a cache at once; '
-      'use a mesh without stages, or decode.generator.Generator'
-    )
-  if config.moe.experts and config.moe.dispatch == 'capacity':
-    raise ValueError(
-      "model.moe.dispatch='capacity' drops tokens for want of room, which depends on who else is "
-      "there; use 'dropless', as decode.generating.generating does"
-    )

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from decode import constrain, sampling as laws
 from decode.sampling import Bias, History, Sampling, make_sampling
+from model.begun import begun
 from model.cache import Cache, copied, rows_of, taken, with_rows
 from model.transformer import Decoder
 from model.weights import of_rows
@@ -264,6 +265,29 @@ def share(state: DecodeState, sources: Int[Array, 'J'], rows: Int[Array, 'J']) -
     logits=with_rows(state.logits, rows, logits),
     done=with_rows(state.done, rows, done),
     history=history,
+  )
+
+
+@functools.partial(jax.jit, static_argnames='windows', donate_argnums=0)
+def resume(
+  state: DecodeState,
+  sources: Int[Array, 'J'],
+  rows: Int[Array, 'J'],
+  counts: Int[Array, 'J'],
+  prompt: Bool[Array, 'J V'],
+  *,
+  windows: tuple[int, ...],
+) -> DecodeState:
+  """Rows that have joined have read the first tokens of their prompts already, as others have.
+
+  sources, rows: who has read them, and who goes on from there, as model.cache.Slots numbers them.
+  counts: how many. prompt: which ids are among them. windows: of every place of the cache.
+  """
+  history = state.history
+  return dataclasses.replace(
+    state,
+    cache=begun(state.cache, sources, rows, counts, windows),
+    history=dataclasses.replace(history, prompt=with_rows(history.prompt, rows, prompt)),
   )
 
 

@@ -170,6 +170,14 @@ class Row:
       self.finish, self.note = self._bound.finish, self._bound.note
     return piece
 
+  def since(self, count: int) -> tuple[list, list, list, list]:
+    """Ids behind the first ones, their log-probabilities by the model and by the law, and their
+    alternatives, if every token has some.
+    """
+    every = self.ids, self._raw, self._processed, self._alternatives
+    ids, raw, processed, alternatives = (each[count:] for each in every)
+    return ids, raw, processed, alternatives
+
   def fail(self, error: Exception) -> None:
     """The row ends here, because of that; others go on."""
     self.finish, self.error = FAILED, error

@@ -1,0 +1,117 @@
+"""What has an engine room for, and what is a row of it asked for?"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from decode.constrain import Constraint
+from decode.loop import idle_sampling
+from decode.options import CHUNK
+from decode.sampling import Sampling
+from model.cache import APPEND
+from model.config import ModelConfig
+from parallel import axes as ax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What an engine has room for; each is part of the shape of its programs.
+
+  Attributes:
+    rows: B, requests that are in it at a time.
+    capacity: tokens that a row holds at most, prompt and new ones.
+    read_rows: J, rows that are read together; 0: one of each part of the mesh.
+    read_tokens: C, tokens of each of them that are read together.
+    steps: tokens of each row that a call of `decode` makes at most.
+    bias: ids that a request may have a bias for. ends: ids that may end it.
+    states, classes: of the automaton that the constraints of all rows share (decode.constrain).
+    alternatives: likeliest ids that a call of `decode` gives where it is asked for any.
+    cache_dtype: of keys and values; default: as the model computes.
+    adapters: on the weights (model.weights.adapters), of which each row may have one.
+    block: tokens of a prompt that are shared together with whoever begins with the same
+      (decode.prefixes); a multiple of read_tokens. 0: nothing is shared.
+
+  Raises ValueError where one of them is no size.
+  """
+
+  rows: int = 8
+  capacity: int = 2048
+  read_rows: int = 0
+  read_tokens: int = APPEND
+  steps: int = CHUNK
+  bias: int = 300
+  ends: int = 8
+  states: int = 4096
+  classes: int = 256
+  alternatives: int = 0
+  cache_dtype: str = ''
+  adapters: int = 0
+  block: int = 0
+
+  def __post_init__(self):
+    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block')
+    for field in dataclasses.fields(self):
+      value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
+      if field.type is int and value < least:
+        raise ValueError(f'{field.name}={value} of an engine must be at least {least}')
+    if self.block % self.read_tokens:
+      raise ValueError(
+        f'block={self.block} of an engine must be a multiple of read_tokens={self.read_tokens}, so '
+        'that what comes behind a block is read in the same parts as if nothing were there'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What one row is asked for.
+
+  Attributes:
+    prompt: ids, at least one.
+    max_new_tokens: how many to write at most.
+    sampling: of one row, as decode.sampling.make_sampling(1, ..) gives it.
+    ends: ids that end the row, and belong to it.
+    constraint: what it keeps to, or None.
+    adapter: 0 for the model itself, or i for its i-th adapter (model.weights.bank.Bank.index).
+    salt: what is read is shared with others of the same salt only (Sizes.block).
+  """
+
+  prompt: Sequence[int]
+  max_new_tokens: int
+  sampling: Sampling
+  ends: Sequence[int] = ()
+  constraint: Constraint | None = None
+  adapter: int = 0
+  salt: str = ''
+
+
+def idle_request(bias: int) -> Request:
+  """What asks for nothing, in the shapes of what does."""
+  return Request([0], 1, idle_sampling(1, bias))
+
+
+def check(config: ModelConfig, sizes: Sizes) -> None:
+  """Raises as Engine says; with the mesh in context."""
+  parts = ax.size('batch')
+  for name in ('rows', 'read_rows'):
+    value = getattr(sizes, name)
+    if value % parts:
+      raise ValueError(
+        f'{name}={value} do not split over the {parts} parts of the mesh (data x fsdp x expert); '
+        'make it a multiple'
+      )
+  if sizes.read_rows > sizes.rows:
+    raise ValueError(f'read_rows={sizes.read_rows} of rows={sizes.rows}: read at most all of them')
+  if config.encoder_layers:
+    raise NotImplementedError(
+      f'an engine for model.encoder_layers={config.encoder_layers}: what an encoder reads joins no '
+      'running batch so far; use decode.generator.Generator'
+    )
+  if ax.size('layers') > 1:
+    raise NotImplementedError(
+      f'an engine over mesh.stage={ax.size("layers")}: stages write all rows of a cache at once; '
+      'use a mesh without stages, or decode.generator.Generator'
+    )
+  if config.moe.experts and config.moe.dispatch == 'capacity':
+    raise ValueError(
+      "model.moe.dispatch='capacity' drops tokens for want of room, which depends on who else is "
+      "there; use 'dropless', as decode.generating.generating does"
+    )

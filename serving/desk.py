@@ -1,0 +1,196 @@
+"""What becomes of a call, from its words to rows and back? It is judged, made samples of, and
+scheduled; a constraint is made meanwhile, beside the engine's thread.
+
+Everything of a service but the thread that steps (serving/running.py, and for tests
+serving/fake.py).
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import names
+from data import generation
+from data.tokenizer import Tokenizer
+from decode.engine import Request
+from decode.front import Front
+from decode.request import Bound, Row
+from decode.sampling import Sampling, sample_seed, sampling_of
+from serving import call as calls
+from serving.call import Call, Limits, NotReady, Stats
+from serving.constraints import Constraints
+from serving.scheduler import AnyEngine, RowCall, Scheduler
+from serving.ticket import Ticket
+
+
+class Desk:
+  """Takes calls, for an engine that is stepped elsewhere. A serving.service.Service, but for
+  `closed` and `close`.
+
+  Attributes: as of serving.service.Service.
+  """
+
+  def __init__(
+    self,
+    engine: AnyEngine,
+    tokenizer: Tokenizer,
+    *,
+    vocabulary: int = 0,
+    plain: Front = Front(),
+    adapters: Mapping[str, Front] | None = None,
+    limits: Limits = Limits(),
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """vocabulary: ids below it are read and written; 0: all of the tokenizer's. plain, adapters:
+    see decode.loaded.LoadedModel.
+    """
+    self.tokenizer, self.limits, self.clock = tokenizer, limits, clock
+    self.vocabulary = vocabulary or tokenizer.vocabulary
+    self.state, self.progress, self.error = calls.STARTING, (0, 0), ''
+    self.alternatives = engine.sizes.alternatives
+    self._engine, self._plain, self._fronts = engine, plain, dict(adapters or {})
+    self._constraints = Constraints(tokenizer, engine.sizes, limits)
+    self._scheduler = Scheduler(engine, limits, clock)
+    self._ends = generation.ends(tokenizer)
+    self._turning = threading.Lock()
+
+  @property
+  def adapters(self) -> tuple[str, ...]:
+    return tuple(self._fronts)
+
+  def encoded(self, prompt: str | Sequence[int]) -> list[int]:
+    """The ids that the model reads. Raises ValueError for none, and for what is no id."""
+    if isinstance(prompt, str):
+      return [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+    ids = list(prompt)
+    if not ids:
+      raise ValueError('a prompt has no ids; give at least one')
+    for i in ids:
+      if (
+        not isinstance(i, (int, np.integer)) or isinstance(i, bool) or not 0 <= i < self.vocabulary
+      ):
+        raise ValueError(f'a prompt has the id {i!r}; ids are in [0, {self.vocabulary})')
+    return [int(i) for i in ids]
+
+  def room(self, tokens: int, adapter: str = '') -> int:
+    """New tokens for which there is room behind a prompt of so many, at most."""
+    return max(0, self._engine.sizes.capacity - self._front(adapter).behind(tokens))
+
+  def submit(self, call: Call) -> Ticket:
+    """See serving.service.Service."""
+    if self.state != calls.READY:
+      raise NotReady(self.state)
+    self._check(call)
+    front, ids = self._front(call.options.adapter), self.encoded(call.prompt)
+    self._check_room(call, len(ids))
+    texts, stop_ids = call.options.stops(self.vocabulary)
+    ends = (*(() if call.ignore_end else self._ends), *stop_ids)
+    plain = dataclasses.replace(call.options, num_samples=1)
+    sampling = sampling_of(plain, 1, self.vocabulary)
+    request = Request(
+      front.row(ids),
+      call.options.max_new_tokens,
+      sampling,
+      ends,
+      adapter=front.index,
+      salt=call.salt,
+    )
+    self._engine.check(request)
+
+    made = self._constraints.made(call)
+    now = self.clock()
+    ticket = Ticket(call, now, self._cancel)
+    ticket.usage.prompt = len(ids)
+    samples = [
+      RowCall(
+        call.key,
+        call.priority,
+        now,
+        ticket=ticket,
+        index=index,
+        request=dataclasses.replace(request, sampling=_of_sample(sampling, index)),
+        text=Row(call.prompt, ids, 0, texts, self.tokenizer, ends, Bound(request.max_new_tokens)),
+        alternatives=max(call.options.logprobs, 0),
+        until=None if call.seconds is None else now + call.seconds,
+        constraint=made,
+      )
+      for index in call.samples
+    ]
+    self._scheduler.submit(samples)
+    self._woken()
+    if made is not None:
+      made.add_done_callback(lambda _: self._woken())
+    return ticket
+
+  def stats(self) -> Stats:
+    return dataclasses.replace(self._scheduler.stats(), compiled=self.progress[0])
+
+  def drain(self, seconds: float) -> None:
+    """See serving.service.Service."""
+    if self._turn(calls.STARTING, calls.DRAINING) or self._turn(calls.READY, calls.DRAINING):
+      self._scheduler.drain(self.clock() + seconds)
+      self._woken()
+
+  def _turn(self, before: str, after: str) -> bool:
+    """From one state to another, if it is the first."""
+    with self._turning:
+      if self.state != before:
+        return False
+      self.state = after
+      return True
+
+  def _cancel(self, ticket: Ticket) -> None:
+    if not ticket.done:
+      self._scheduler.cancel(ticket)
+      self._woken()
+
+  def _woken(self) -> None:
+    """There is something to do: for who steps."""
+
+  def _front(self, adapter: str) -> Front:
+    if not adapter:
+      return self._plain
+    if not self._fronts:
+      raise ValueError(f'adapter={adapter!r}, and no adapters were loaded; leave it out')
+    names.check('adapter', adapter, self._fronts)
+    return self._fronts[adapter]
+
+  def _check(self, call: Call) -> None:
+    """Raises ValueError for what passes a limit."""
+    options, limits = call.options, self.limits
+    _within('num_samples', options.num_samples, limits.samples)
+    _within('logprobs', options.logprobs, self.alternatives)
+    _within('stop: texts and ids', len(options.stop), limits.stops)
+    for stop in options.stop:
+      if isinstance(stop, str):
+        _within('characters of a stop', len(stop), limits.stop_length)
+    for name in ('seed', 'adapter'):
+      if isinstance(getattr(options, name), (list, tuple, np.ndarray)):
+        raise ValueError(f'{name} of a call is one value, not several')
+
+  def _check_room(self, call: Call, tokens: int) -> None:
+    new, room = call.options.max_new_tokens, self.room(tokens, call.options.adapter)
+    if new > room:
+      raise ValueError(
+        f'a prompt of {tokens} tokens and max_new_tokens={new} pass the '
+        f'{self.room(0, call.options.adapter)} tokens that a row holds; ask for at most {room} new '
+        'ones, or shorten the prompt'
+        if room
+        else f'a prompt of {tokens} tokens leaves no room for new ones, of the '
+        f'{self.room(0, call.options.adapter)} tokens that a row holds; shorten it'
+      )
+
+
+def _within(what: str, value: Any, most: int) -> None:
+  if value > most:
+    raise ValueError(f'{what}: {value}, of at most {most} that this server takes; ask for fewer')
+
+
+def _of_sample(sampling: Sampling, index: int) -> Sampling:
+  """Of sample number `index`: with its own seed."""
+  seed = np.array([sample_seed(int(sampling.seed[0]), index)], np.uint32)
+  return dataclasses.replace(sampling, seed=seed)
