@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from compression.calibration import Statistics
+from model.weights.activated import Activated
 from model.weights.codes import Codes
 from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS, spread
@@ -47,6 +48,9 @@ class Gptq:
 
   def __call__(self, scheme: Scheme, x, summed, axes, name: str, statistics: Statistics) -> Weight:
     """The codes. Traced."""
+    if scheme.activations:
+      alone = dataclasses.replace(scheme, activations=False)
+      return Activated(self(alone, x, summed, axes, name, statistics))
     weight = self.scales(scheme, x, summed, axes, name)
     scale, zero = wide_scales(weight)
     lead = x.shape[: 'experts' in axes]

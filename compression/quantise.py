@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import names
 from model.weights.codes import reduced
 from model.weights.int8 import Int8
-from model.weights.scheme import Scheme, parsed, rule_of, stored, summed_of
+from model.weights.scheme import Scheme, made_by, parsed, rule_of, stored, summed_of
 from model.weights.weight import Weight
 
 # Of the largest number of a block, what may be on the grid's edge (as MSE observers try).
@@ -27,7 +27,7 @@ def nearest(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: s
 
 def clipped(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: str) -> Weight:
   """The same by the scale of each block, of SHRINKS, with the least sum of squared errors."""
-  single = dataclasses.replace(scheme, double=False)
+  single = dataclasses.replace(scheme, double=False, activations=False)
   whole = single.of(x, summed, axes, name)
 
   def tried(shrink):
@@ -73,7 +73,7 @@ def streamed(target, entries: Sequence[str], method: str, take: Callable[[str, A
   @functools.partial(jax.jit, static_argnames=('name', 'scheme'), donate_argnums=0)
   def coded(p, name, scheme):
     def one(x):
-      return how(scheme, x, summed_of(p), p.axes, name)
+      return made_by(how, scheme, x, summed_of(p), p.axes, name)
 
     x = p.get_value()
     return p.replace(jax.lax.map(one, x) if x.ndim > len(p.axes) else one(x))

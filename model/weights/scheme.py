@@ -229,7 +229,7 @@ def stored(model, entries: Sequence[str], make: Callable[..., Weight] = Scheme.o
     if scheme == Scheme('keep') or read(p).coded:
       return None
     dtype = read(p).dtype if scheme.grid == 'keep' else 'float32'
-    return p.replace(_made(make, scheme, read(p).numbers(dtype), summed_of(p), p.axes, name))
+    return p.replace(made_by(make, scheme, read(p).numbers(dtype), summed_of(p), p.axes, name))
 
   def matrix(path, p):
     made = coded(jax.tree_util.keystr(path, simple=True, separator='.'), p)
@@ -250,8 +250,8 @@ def stored(model, entries: Sequence[str], make: Callable[..., Weight] = Scheme.o
   return made
 
 
-def _made(make, scheme: Scheme, x, summed, axes, name: str) -> Weight:
-  """A matrix by `make`, or what of it is left."""
+def made_by(make: Callable, scheme: Scheme, x, summed, axes, name: str) -> Weight:
+  """A matrix by `make`, as of `stored`; where a scheme is sparse, what of it is left. Traced."""
   if not scheme.sparse:
     return make(scheme, x, summed, axes, name)
   rest = dataclasses.replace(scheme, sparse=())

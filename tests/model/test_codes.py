@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 
-from compression.quantise import METHODS, quantised
+from compression.quantise import METHODS, quantised, streamed
 from model import params, transformer
 from model.config import ModelConfig
 from model.weights import Weight, read
@@ -259,3 +259,22 @@ def test_what_does_not_fit_is_said(one_device):
     jax.eval_shape(functools.partial(stored, entries=('*=int8', '*.down=fp8')), model)
   with pytest.raises(ValueError, match="'int8' is no PATTERN=SCHEME"):
     parsed(['int8'])
+
+
+def test_parameter_by_parameter_is_the_same():
+  """As of a checkpoint that is never in memory as a whole."""
+  schemes = {'q': '2:4', 'down': '2:4+int8', 'up': 'int4:group=4:double', '': 'int8:activations'}
+  config, entries = config_of('llama'), tuple(f'*{name}={of}' for name, of in schemes.items())
+  model = jax.jit(lambda: transformer.init(config, 0))()
+  whole = jax.jit(lambda m: quantised(m, entries, 'mse'))(model)
+  by_name = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): p
+    for path, p in jax.tree_util.tree_leaves_with_path(
+      model, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+  }
+  copied = jax.tree.map(jnp.copy, by_name)
+  made = streamed(model, entries, 'mse', lambda name, p: copied[name])
+  assert jax.tree.structure(made) == jax.tree.structure(whole)
+  for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(whole), strict=True):
+    assert (one == other).all()
