@@ -211,6 +211,7 @@ async function write() {
   const answer = new Answer(turn('assistant', ''));
   const stopping = (running = new AbortController());
   busy(true);
+  at('log').scrollTop = at('log').scrollHeight;
   let done = false;
   let near = true; // whether the end is in sight, and is to be kept there
   try {
@@ -271,7 +272,6 @@ function send() {
   if (running || !text.trim()) return;
   question.value = '';
   turn('user', text);
-  at('log').scrollTop = at('log').scrollHeight;
   write();
 }
 
