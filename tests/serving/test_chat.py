@@ -37,7 +37,9 @@ def halves(text: str) -> list[dict]:
   """A character whose bytes are in two tokens."""
   whole = text.encode()
   parts = (whole[:1], whole[1:])
-  return [{'token': '?', 'bytes': list(part), 'logprob': -0.1, 'top_logprobs': []} for part in parts]
+  return [
+    {'token': '?', 'bytes': list(part), 'logprob': -0.1, 'top_logprobs': []} for part in parts
+  ]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -150,7 +152,9 @@ def test_the_page_names_no_other_place_and_makes_no_markup():
   for path, (kind, content) in chat.routes().items():
     text = content.decode()
     assert kind.endswith('charset=utf-8'), path
-    assert not re.search(r'https?:|\b//\w|innerHTML|outerHTML|insertAdjacent|\beval\b|style="', text)
+    assert not re.search(
+      r'https?:|\b//\w|innerHTML|outerHTML|insertAdjacent|\beval\b|style="', text
+    )
   policy = chat.HEADERS['Content-Security-Policy']
   assert "default-src 'none'" in policy and 'unsafe' not in policy
 
