@@ -28,5 +28,5 @@ HEADERS = {
 
 
 def routes() -> dict[str, tuple[str, bytes]]:
-  """path -> (content type, content) of what is served by GET, to anyone: there is no secret in it."""
+  """path -> (content type, content) of what GET gives to anyone: there is no secret in it."""
   return {path: (kind, (HERE / name).read_bytes()) for path, (name, kind) in FILES.items()}
