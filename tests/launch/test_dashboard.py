@@ -1,9 +1,7 @@
-"""Does every query of the dashboard, of the autoscaler and of the adapter name what /metrics has?"""
+"""Does every query of the dashboard and of the autoscaler name what /metrics has?"""
 
 import json
 import re
-
-import pytest
 
 from tests.launch import documents
 
@@ -19,9 +17,7 @@ def queries() -> list[str]:
   """Every query of the dashboard."""
   made = dashboard()
   asked = [target['expr'] for panel in made['panels'] for target in panel['targets']]
-  return asked + [
-    each['query'] for each in made['templating']['list'] if each['type'] == 'query'
-  ]
+  return asked + [each['query'] for each in made['templating']['list'] if each['type'] == 'query']
 
 
 def names_of(query: str) -> set[str]:
