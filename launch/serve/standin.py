@@ -17,16 +17,18 @@ STEP = 0.05  # seconds between two events of an answer
 
 class Standin:
   """Attributes: running, waiting: requests. done: how many had an answer. draining: whether it
-  takes no more.
+  takes no more. opened: connections.
   """
 
   def __init__(self, rows: int, queue: int):
     self._rows, self._queue = rows, queue
     self.running = self.waiting = self.done = 0
+    self.opened = 0
     self.draining = False
     self._free = asyncio.Semaphore(rows)
 
   async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    self.opened += 1
     with contextlib.suppress(wire.Broken, OSError):
       first, headers = await wire.read_head(reader)
       body = b''.join([piece async for piece in wire.read_body(reader, headers)])
@@ -41,6 +43,7 @@ class Standin:
       else:
         writer.write(wire.error('404 Not Found', f'no {path}'))
     await wire.closed(writer)
+    self.opened -= 1
 
   def metrics(self) -> str:
     label = '{model_name="standin"}'
@@ -94,8 +97,10 @@ async def serve(options: argparse.Namespace) -> None:
   standin.draining = True
   while standin.running or standin.waiting:
     await asyncio.sleep(STEP)
-  await asyncio.sleep(STEP)  # the last bytes
   server.close()
+  await asyncio.sleep(STEP)  # who came last is heard
+  while standin.opened:
+    await asyncio.sleep(STEP)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pytest
 from launch.serve import rehearse, wire
 from launch.serve.autoscale import Autoscaler
 from launch.serve.proxy import Backend, Proxy
-from launch.serve.rehearse import Failed, Result
+from launch.serve.rehearse import Failed, Outcome
 
 METRIC = 'tandem_num_requests_waiting'
 
@@ -149,10 +149,10 @@ def test_a_server_that_does_not_drain_is_found(tmp_path, monkeypatch):
 
 
 def test_a_lost_request_is_found():
-  fine = [Result('done', 'a', 3), Result('refused')]
+  fine = [Outcome('done', 'a', 3), Outcome('refused')]
   rehearse.check_none_lost(fine)
   for outcome in ('no end', 'broken off', 'error 502', 'no answer'):
     with pytest.raises(Failed, match=f'lost .*1 {outcome}'):
-      rehearse.check_none_lost([fine[0], Result(outcome)])
+      rehearse.check_none_lost([fine[0], Outcome(outcome)])
   with pytest.raises(Failed, match='there were requests'):
     rehearse.check_none_lost([])
