@@ -40,7 +40,7 @@ class Failed(Exception):
 
 
 @dataclasses.dataclass
-class Outcome:
+class Heard:
   """What came of a request. outcome: 'done', 'refused' (429) or what went wrong. replica: that
   answered; ''.
   """
@@ -99,7 +99,7 @@ class Cluster:
     self._options = options
     self.proxy = Proxy()
     self.replicas: list[Replica] = []
-    self.results: list[Outcome] = []
+    self.results: list[Heard] = []
     self._names = itertools.count(1)
     self._began = time.monotonic()
 
@@ -142,7 +142,7 @@ class Cluster:
     self.say(f'{replica.backend.name} has ended with code {code}, and {running} requests then')
     check(code == 0, f'{replica.backend.name} drains, and ends with 0')
 
-  async def ask(self) -> Outcome:
+  async def ask(self) -> Heard:
     """One request, to its end."""
     body = {'messages': [{'role': 'user', 'content': 'Count!'}], 'stream': True}
     body |= {'max_tokens': self._options.tokens, 'ignore_eos': True, 'temperature': 0}
@@ -153,7 +153,7 @@ class Cluster:
       json.dumps(body).encode(),
       content_type='application/json',
     )
-    result = Outcome('no answer')
+    result = Heard('no answer')
     try:
       async with wire.asked(self.proxy.port, sent) as (status, headers, pieces):
         result.replica = headers.get('x-replica', '')
@@ -204,12 +204,12 @@ def check(truth: bool, claim: str) -> None:
     raise Failed(f'not so: {claim}')
 
 
-def counted(results: list[Outcome]) -> str:
+def counted(results: list[Heard]) -> str:
   outcomes = collections.Counter(each.outcome for each in results)
   return ', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items())) or 'none'
 
 
-def check_none_lost(results: list[Outcome]) -> None:
+def check_none_lost(results: list[Heard]) -> None:
   check(bool(results), 'there were requests')
   lost = [each for each in results if each.outcome not in ('done', 'refused')]
   check(not lost, f'no accepted request is lost ({counted(results)})')

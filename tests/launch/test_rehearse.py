@@ -13,7 +13,7 @@ import pytest
 from launch.serve import rehearse, wire
 from launch.serve.autoscale import Autoscaler
 from launch.serve.proxy import Backend, Proxy
-from launch.serve.rehearse import Failed, Outcome
+from launch.serve.rehearse import Failed, Heard
 
 METRIC = 'tandem_num_requests_waiting'
 
@@ -149,10 +149,10 @@ def test_a_server_that_does_not_drain_is_found(tmp_path, monkeypatch):
 
 
 def test_a_lost_request_is_found():
-  fine = [Outcome('done', 'a', 3), Outcome('refused')]
+  fine = [Heard('done', 'a', 3), Heard('refused')]
   rehearse.check_none_lost(fine)
   for outcome in ('no end', 'broken off', 'error 502', 'no answer'):
     with pytest.raises(Failed, match=f'lost .*1 {outcome}'):
-      rehearse.check_none_lost([fine[0], Outcome(outcome)])
+      rehearse.check_none_lost([fine[0], Heard(outcome)])
   with pytest.raises(Failed, match='there were requests'):
     rehearse.check_none_lost([])
