@@ -34,7 +34,7 @@ import time
 
 import commands
 from benchmarks import train_step
-from benchmarks.serving_load import SHARES, Stream, Work, loads, over_http, processor_seconds
+from benchmarks.serving_load import SHARES, Seen, Work, loads, over_http, processor_seconds
 from launch.serve import wire
 
 SIDES = {
@@ -135,7 +135,7 @@ def engine(options: argparse.Namespace) -> dict:
   if service.state != 'ready':
     raise RuntimeError(f'the engine is {service.state}: {service.error}')
 
-  async def ask(prompt: str, new: int, stream: Stream) -> None:
+  async def ask(prompt: str, new: int, stream: Seen) -> None:
     made = Options(max_new_tokens=new, temperature=0.0)
     async for event in service.submit(Call(prompt=prompt, options=made, ignore_end=True)):
       if event.error is not None:

@@ -57,7 +57,7 @@ class Work:
 
 
 @dataclasses.dataclass
-class Stream:
+class Seen:
   """What a client saw of an answer. times: of its events; tokens: of all of them together."""
 
   asked: float
@@ -66,12 +66,12 @@ class Stream:
   failed: str = ''
 
 
-# Of a prompt and so many new tokens; writes into the Stream what comes. Its RuntimeErrors are kept.
-Ask = Callable[[str, int, Stream], Awaitable[None]]
+# Of a prompt and so many new tokens; writes into the Seen what comes. Its RuntimeErrors are kept.
+Ask = Callable[[str, int, Seen], Awaitable[None]]
 
 
-async def answer(ask: Ask, prompt: str, new: int) -> Stream:
-  stream = Stream(time.perf_counter())
+async def answer(ask: Ask, prompt: str, new: int) -> Seen:
+  stream = Seen(time.perf_counter())
   try:
     await ask(prompt, new, stream)
   except (wire.Broken, RuntimeError) as error:
@@ -79,7 +79,7 @@ async def answer(ask: Ask, prompt: str, new: int) -> Stream:
   return stream
 
 
-async def closed(ask: Ask, requests: Sequence[tuple[str, int]], clients: int) -> list[Stream]:
+async def closed(ask: Ask, requests: Sequence[tuple[str, int]], clients: int) -> list[Seen]:
   """Each client asks again when it has its answer."""
   streams, waiting = [], iter(requests)
 
@@ -93,7 +93,7 @@ async def closed(ask: Ask, requests: Sequence[tuple[str, int]], clients: int) ->
 
 async def poisson(
   ask: Ask, requests: Sequence[tuple[str, int]], rate: float, seed: int
-) -> list[Stream]:
+) -> list[Seen]:
   """Requests come at random, so many a second, whoever waits."""
   import numpy as np
 
@@ -105,7 +105,7 @@ async def poisson(
   return list(await asyncio.gather(*tasks))
 
 
-def summary(streams: Sequence[Stream], seconds: float, processor: float) -> dict:
+def summary(streams: Sequence[Seen], seconds: float, processor: float) -> dict:
   """What came of a load. processor: seconds of the server's processors."""
   import numpy as np
 
@@ -166,7 +166,7 @@ async def loads(
 def over_http(port: int, model: str) -> Ask:
   """Of a server that speaks as OpenAI's."""
 
-  async def ask(prompt: str, new: int, stream: Stream) -> None:
+  async def ask(prompt: str, new: int, stream: Seen) -> None:
     body = {'model': model, 'prompt': prompt, 'max_tokens': new, 'temperature': 0}
     body |= {'stream': True, 'stream_options': {'include_usage': True}, 'ignore_eos': True}
     content = json.dumps(body).encode()

@@ -11,21 +11,21 @@ import time
 import pytest
 
 from benchmarks import serving, serving_load
-from benchmarks.serving_load import Stream, Work
+from benchmarks.serving_load import Seen, Work
 from data.tokenizers import ByteTokenizer
 from launch.serve import wire
 
 
 def test_a_summary_is_of_what_was_seen():
-  fine = [Stream(0.0, [1.0, 2.0, 4.0], 7), Stream(1.0, [1.5], 1)]
-  found = serving_load.summary([*fine, Stream(0.0, [9.0], 5, 'gone')], 4.0, 0.5)
+  fine = [Seen(0.0, [1.0, 2.0, 4.0], 7), Seen(1.0, [1.5], 1)]
+  found = serving_load.summary([*fine, Seen(0.0, [9.0], 5, 'gone')], 4.0, 0.5)
   assert (found['requests'], found['failed'], found['tokens']) == (3, 1, 8)
   assert found['tokens_per_second'] == 2 and found['requests_per_second'] == 0.5
   assert found['tokens_per_event'] == 2 and found['cpu_ms_per_token'] == 62.5
   assert found['first_p50'] == 0.75 and found['gap_p50'] == 1.5
   assert found['token_p50'] == found['token_p99'] == 0.5
   with pytest.raises(RuntimeError, match="no request of 1 had an answer: \\['gone'\\]"):
-    serving_load.summary([Stream(0.0, [], 0, 'gone')], 1.0, 1.0)
+    serving_load.summary([Seen(0.0, [], 0, 'gone')], 1.0, 1.0)
 
 
 def test_a_closed_loop_has_so_many_at_a_time_and_arrivals_wait_for_nobody():
@@ -102,7 +102,7 @@ def test_processor_seconds_are_of_all_of_a_tree():
 
 def test_the_table_is_of_the_better_run(capsys):
   options = serving.parser().parse_args(['--clients=2', '--workdir=w'])
-  each = serving_load.summary([Stream(0.0, [1.0, 2.0], 4)], 2.0, 0.4)
+  each = serving_load.summary([Seen(0.0, [1.0, 2.0], 4)], 2.0, 0.4)
 
   def run(cpu):
     loads = {str(share): each for share in serving_load.SHARES}
