@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from tests.launch import documents
 
 # Functions, words and labels of PromQL, and of Grafana's own.
@@ -51,3 +53,25 @@ def test_panels_are_of_one_source_and_do_not_overlap():
     }
     assert not cells & taken and place['x'] + place['w'] <= 24
     cells |= taken
+
+
+def exported() -> dict[str, set[str]]:
+  """The series that a server exports, with their labels."""
+  metrics = pytest.importorskip('serving.metrics')
+  ends = {'histogram': ('_bucket', '_sum', '_count'), 'counter': ('_total',), 'gauge': ('',)}
+  return {
+    name.removesuffix('_total') + end: set(labels)
+    for name, (kind, labels, *_) in metrics.TABLE.items()
+    for end in ends[kind]
+  }
+
+
+def test_every_query_names_what_is_exported():
+  series = exported()
+  autoscaler = documents.kubernetes('kubernetes.yaml')[2]
+  asked = [each['pods']['metric']['name'] for each in autoscaler['spec']['metrics']]
+  for query in [*queries(), *asked]:
+    names = names_of(query)
+    assert names and names <= series.keys(), query
+    for name in names:
+      assert labels_of(query) <= series[name], query
