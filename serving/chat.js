@@ -236,7 +236,8 @@ async function write() {
     if (stopping.signal.aborted) {
       answer.end('stopped');
     } else {
-      say(`${error.message}.`.replace(/([.!?])\.$/, '$1'));
+      const said = `${error.message}.`.replace(/([.!?])\.$/, '$1');
+      say(said[0].toUpperCase() + said.slice(1));
       if (answer.turn.content) answer.end('broken off');
     }
   } finally {

@@ -168,7 +168,7 @@ def test_a_person_talks_by_keys_and_reads_text(tmp_path):
     b.until('document.title === "small"')
     # No key: said, with the question back in its box, and the field to give one.
     ask(b, 'hello')
-    b.until(f'{ERROR} === "give a key."')
+    b.until(f'{ERROR} === "Give a key."')
     assert b.value('document.getElementById("question").value') == 'hello'
     assert b.value('document.activeElement.id') == 'key'
     b.type(KEY)
@@ -212,7 +212,7 @@ def test_a_person_talks_by_keys_and_reads_text(tmp_path):
     assert server.gone.wait(browser.WAIT)
 
     # Failures: half an answer is marked, none gives the question back.
-    for question, said in (('failing', 'the device has failed.'), ('broken', 'broke off.')):
+    for question, said in (('failing', 'The device has failed.'), ('broken', 'broke off.')):
       ask(b, question)
       b.until(f'{ERROR}.endsWith("{said}") && {ENDS}.startsWith("broken off") && {IDLE}')
     assert not [e for e in b.events if e.get('method') == 'Runtime.exceptionThrown']
