@@ -193,6 +193,10 @@ def test_a_person_talks_by_keys_and_reads_text(tmp_path):
     assert '1.8%' in b.value('document.getElementById("likely").textContent')
     b.press('Escape')
     assert b.value('document.getElementById("likely").hidden')
+    rectangle = b.value('document.querySelector(".token").getBoundingClientRect().toJSON()')
+    place = {'x': rectangle['x'] + 2, 'y': rectangle['y'] + 2}
+    b('Input.dispatchMouseEvent', type='mouseMoved', **place)
+    b.until('document.getElementById("likely").textContent.includes("95.1%")')
     sent = server.asked[-1]
     assert sent['seed'] == 7 and sent['stream'] and 'temperature' not in sent
     assert [m['role'] for m in sent['messages']] == ['user']
