@@ -157,7 +157,9 @@ class Answer:
   def _piece(self, index, choice, content, event, logprobs) -> dict:
     said: dict = {'index': index}
     if self._asked.chat:
-      content, called = self._called(choice) if self._asked.tools and event.finish else (content, [])
+      content, called = (
+        self._called(choice) if self._asked.tools and event.finish else (content, [])
+      )
       said['delta'] = {'content': content} if content else {}
       if called:
         said['delta']['tool_calls'] = [{'index': i, **each} for i, each in enumerate(called)]

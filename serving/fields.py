@@ -58,7 +58,9 @@ def parsed(content: bytes) -> dict:
   except RecursionError as error:
     raise Refused('the body is nested too deep') from error
   except UnicodeEncodeError as error:
-    raise Refused('the body has half of a character (a lone surrogate): no text has that') from error
+    raise Refused(
+      'the body has half of a character (a lone surrogate): no text has that'
+    ) from error
   except ValueError as error:
     raise Refused(f'the body is no JSON: {error}') from error
   if not isinstance(values, dict):

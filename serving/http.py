@@ -18,8 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving import call as calls
-from serving import chat, metrics, wire
+from serving import call as calls, chat, metrics, wire
 from serving.answers import Answer, failure
 from serving.call import Event, NotReady, QueueFull
 from serving.fields import Refused, parsed
@@ -287,7 +286,7 @@ def _unserved(error: NotReady | QueueFull) -> Refused:
 
 
 def sse(said: dict) -> bytes:
-  """A server-sent event. What is not ASCII is escaped: some clients take U+2028 for a line's end."""
+  """A server-sent event. What is not ASCII is escaped: U+2028 ends a line for some clients."""
   return f'data: {json.dumps(said, separators=(",", ":"), allow_nan=False)}\n\n'.encode()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.chat import ChatTemplate
-from serving.fields import Refused, json_object, mapping, one_of, text, boolean, wrong
+from serving.fields import Refused, boolean, json_object, mapping, one_of, text, wrong
 
 OPEN, CLOSE = '<tool_call>', '</tool_call>'
 NO_PARAMETERS = {'type': 'object', 'properties': {}, 'additionalProperties': False}

@@ -448,9 +448,7 @@ def tokens(values: dict) -> dict:
 
 
 _TOKENIZE = mapping({'model': text, 'prompt': text, 'messages': several(_message, 1, MESSAGES)})
-DETOKENIZE = mapping(
-  {'model': text, 'tokens': several(whole(0, LAST), 0, 2**24)}, ('tokens',)
-)
+DETOKENIZE = mapping({'model': text, 'tokens': several(whole(0, LAST), 0, 2**24)}, ('tokens',))
 
 
 def unsupported_path(path: str) -> Refused:
