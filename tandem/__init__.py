@@ -17,7 +17,7 @@ ROOT = HERE if (HERE / 'model').is_dir() else HERE.parent
 NAMES = (
   *('analysis', 'benchmarks', 'configs', 'data', 'decode', 'evaluation', 'kernels', 'model'),
   *('launch', 'objectives', 'parallel', 'serving', 'training', 'workdir'),
-  *('commands', 'convert', 'evaluate', 'files', 'generate', 'names', 'plan', 'train'),
+  *('commands', 'convert', 'evaluate', 'files', 'generate', 'names', 'plan', 'serve', 'train'),
 )
 # What `from tandem import ..` gives, imported when it is asked for.
 PUBLIC = {
