@@ -30,6 +30,7 @@ SMALLEST = 64  # the tables' sides are rounded up to powers of two from here
 # Of an expression's places (characters, classes), repetitions written out: at this many the library
 # takes some 6 s, and 18,000 states; both grow with them.
 MOST_PLACES = 6144
+MOST_MOVES = 2**29  # bytes of what kinds of tokens do to all states
 _NEVER = 0  # the class of tokens that are never allowed
 
 
@@ -325,6 +326,7 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
         longer[here, byte] = known.setdefault(move.tobytes(), len(moves))
         if longer[here, byte] == len(moves):
           moves.append(move)
+          _check_moves(regex, len(moves) * move.nbytes)
       here = longer[here, byte]
     classes[index] = here
   classes[[*generation.ends(tokenizer)]] = len(moves)
@@ -346,6 +348,15 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
   # _NEVER.
   table, merged = _merged(renumbered[table[kept]])
   return merged[classes[1:]].astype(np.int32), table
+
+
+def _check_moves(regex: str, nbytes: int) -> None:
+  """Raises ValueError where states, times kinds of tokens, take too much memory."""
+  if nbytes > MOST_MOVES:
+    raise ValueError(
+      f'regex={regex[:200]!r} takes more than {MOST_MOVES / 2**20:g} MiB for what tokens do to its '
+      'states: shorten it, or lower its counts (maxLength, maxItems)'
+    )
 
 
 def _useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:

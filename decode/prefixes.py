@@ -74,18 +74,20 @@ class Prefixes:
     return self._find(self.marks(request), rows)
 
   def choose(self, request: Request, free: Sequence[int], parts: Sequence[Sequence[int]]) -> int:
-    """Which of the free rows is to take a request, so that the beginnings that are held serve best.
+    """Which of the free rows is to take a request, so that the beginnings that are held serve best,
+    and parts of the mesh have equally much to do.
 
     parts: rows that can copy from one another.
     """
     marks = self.marks(request)
+    found = [(*self._find(marks, part), part) for part in parts]
 
     def order(row):
-      part = next(part for part in parts if row in part)
-      tokens, source = self._find(marks, part)
+      tokens, source, part = next(each for each in found if row in each[-1])
       # Nothing is lost where the row itself holds the beginning, and nothing beyond it.
       whole = row == source and self._held[row] * self.block == tokens
-      return -tokens, not whole and self._held[row] > 0, self._used[row], row
+      gives_way = not whole and self._held[row] > 0
+      return -tokens, len(set(part) - set(free)), gives_way, self._used[row], row
 
     return min(free, key=order)
 

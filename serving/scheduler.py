@@ -363,6 +363,10 @@ class Scheduler:
         error = Failure(kind=calls.BROKEN, message=str(text.error))
         self._engine.forget(row)
       self._end(sample, text.finish, error, piece, before)
+    elif sample.left <= 0 and not (self._ahead and self._ahead.rows.get(row) is sample):
+      # It never ends by itself, and nobody is to wait for that.
+      error = _lost(RuntimeError('a row that writes nothing'))
+      self._end(sample, FAILED, error, piece, before)
     elif len(text.ids) > before:
       self._put(sample, self._event(sample, piece, before))
       if sample.ticket.unread > self._limits.unread:

@@ -20,6 +20,7 @@ from analysis import aot, schedule
 from data import sources, tokenizers
 from data.config import SourceConfig, TokenizerConfig
 from data.huggingface import HuggingFaceTokenizer
+from data.tokenizers import ByteTokenizer
 from decode import automaton, constrain
 from decode.constrain import FREE, Automaton, Constraint
 from parallel import axes as ax
@@ -458,3 +459,10 @@ def test_an_expression_of_too_many_states_ends_within_its_limit(monkeypatch):
     ValueError, match=r'\{24\}.* takes more than .* s or .* GiB .*lower its counts'
   ):
     constrain._over_bytes('(a|b)*a(a|b){24}')
+
+
+def test_what_tokens_do_is_bounded_too(monkeypatch):
+  constrain.Constraint(ByteTokenizer(), regex='[a-z]{40}')
+  monkeypatch.setattr(constrain, 'MOST_MOVES', 2**8)
+  with pytest.raises(ValueError, match=r'\{40\}.* takes more than .* MiB .*lower its counts'):
+    constrain.Constraint(ByteTokenizer(), regex='[a-z]{40}')

@@ -174,6 +174,7 @@ def test_what_is_of_least_use_goes_first():
   # On another part of the mesh nothing is found.
   assert held.find(b[0], [2, 3]) == (0, -1) and held.find(b[0], [0, 1]) == (4, 1)
   assert held.choose(b[0], [0, 2, 3], [[0, 1], [2, 3]]) == 0
+  assert held.choose(asked([9, 9, 9]), [1, 2, 3], [[0, 1], [2, 3]]) in (2, 3), 'where less is done'
 
 
 def test_a_block_is_a_whole_number_of_parts():
