@@ -16,8 +16,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE if (HERE / 'model').is_dir() else HERE.parent
 NAMES = (
   *('analysis', 'benchmarks', 'configs', 'data', 'decode', 'evaluation', 'kernels', 'model'),
-  *('objectives', 'parallel', 'serving', 'training', 'workdir'),
-  *('commands', 'convert', 'evaluate', 'files', 'generate', 'names', 'plan', 'train'),
+  *('launch', 'objectives', 'parallel', 'serving', 'training', 'workdir'),
+  *('commands', 'convert', 'evaluate', 'files', 'generate', 'names', 'plan', 'serve', 'train'),
 )
 # What `from tandem import ..` gives, imported when it is asked for.
 PUBLIC = {

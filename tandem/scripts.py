@@ -20,6 +20,11 @@ def evaluate() -> None:
   _run('evaluate')
 
 
+def serve() -> None:
+  """tandem-serve"""
+  _run('serve')
+
+
 def plan() -> None:
   """tandem-plan"""
   _run('plan')

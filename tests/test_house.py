@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The top of the house first. What is not there yet has its place already.
 ROOMS = (
   ['tandem', 'setup', 'notebooks', 'docs'],
-  ['benchmarks'],
+  ['benchmarks', 'launch'],
   ['train', 'generate', 'evaluate', 'serve', 'plan', 'convert'],
   ['configs'],
   ['analysis'],

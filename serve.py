@@ -1,0 +1,226 @@
+"""Serves a model to many, by the API that OpenAI's clients speak:
+
+  python serve.py --workdir=runs/chat --port=8000
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "hello"}]}'
+
+What a request gets depends on its prompt, options and seed alone, whoever else asks: docs/serve.md.
+SIGTERM, or Ctrl-C, drains it. `python serve.py serve` is how SageMaker starts its containers.
+"""
+
+from parallel import hosts
+
+if __name__ == '__main__':
+  hosts.use_huge_pages()
+  hosts.leave_at_signals()
+
+import os
+import pathlib
+import socket
+import sys
+import time
+
+from absl import app, flags, logging
+
+import commands
+import files
+import names
+from decode import opening
+from decode.defaults import model_defaults
+from decode.generator import Generator
+from decode.prompts import named_runs
+from parallel.flag import mesh_of
+from serving.call import Limits
+from serving.running import Running
+from training import config as configs
+
+LOCAL = ('127.0.0.1', 'localhost', '::1')
+PORT, SAGEMAKER_PORT = 8000, 8080
+SAGEMAKER_MODEL = '/opt/ml/model'
+
+WORKDIR, CHECKPOINT, MESH, WEIGHTS = opening.define(required=False)
+HOST = flags.DEFINE_string(
+  'host', LOCAL[0], 'Address to listen at; another than this machine alone demands --api_keys.'
+)
+PORT_FLAG = flags.DEFINE_integer(
+  'port', PORT, '0: one that is free.', lower_bound=0, upper_bound=2**16 - 1
+)
+HOSTS = flags.DEFINE_list(
+  'hosts', [], "More names that clients call this machine by (their Host header); '*': any."
+)
+API_KEYS = flags.DEFINE_string(
+  'api_keys', None, 'A file of keys, one a line: KEY, or NAME KEY. It is read anew as it changes.'
+)
+NAME = flags.DEFINE_string(
+  'served_model_name', None, "Of the model in requests; default: the directory's."
+)
+ADAPTERS = flags.DEFINE_list(
+  'adapters',
+  [],
+  'name=DIR,..: runs that trained an adapter on this one; requests have the name for their model.',
+)
+ROWS = flags.DEFINE_integer(
+  'rows',
+  None,
+  'Texts that are written at a time. Default: 16 for each part of the mesh.',
+  lower_bound=1,
+)
+MAX_MODEL_LEN = flags.DEFINE_integer(
+  'max_model_len',
+  None,
+  "Tokens of a prompt and its text together. Default: the model's context.",
+  lower_bound=2,
+)
+CACHE_DTYPE = flags.DEFINE_string(
+  'cache_dtype', '', 'Of keys and values: float32, bfloat16, int8; default: as the model computes.'
+)
+DEFAULTS = flags.DEFINE_enum(
+  'defaults',
+  'openai',
+  ['openai', 'model'],
+  "Of options that a request does not give: OpenAI's, or those of the model's "
+  'generation_config.json, which are printed.',
+)
+WAITING = flags.DEFINE_integer(
+  'waiting',
+  Limits.waiting,
+  'Samples that wait for a row at most; beyond: status 429.',
+  lower_bound=1,
+)
+SAMPLES = flags.DEFINE_integer('max_n', Limits.samples, 'n of a request at most.', lower_bound=1)
+MAX_GAP_MS = flags.DEFINE_float(
+  'max_gap_ms', Limits.gap_ms, 'Between two tokens of a text, about, at most.', lower_bound=1
+)
+DRAIN_SECONDS = flags.DEFINE_float(
+  'drain_seconds',
+  25.0,
+  'That texts have to end after SIGTERM; what there is of them then is their answer.',
+  lower_bound=0,
+)
+ACCESS_LOG = flags.DEFINE_bool(
+  'access_log', True, 'A line of JSON on stderr for each request, without prompts and texts.'
+)
+
+
+def say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def check_flags(sagemaker: bool) -> None:
+  """Raises ValueError for flags that make no sense, before anything takes time."""
+  if not WORKDIR.value:
+    raise ValueError('--workdir is missing: give the directory of a run of train.py or convert.py')
+  files.check_local('--workdir', WORKDIR.value)
+  if HOST.value not in LOCAL and API_KEYS.value is None and not sagemaker:
+    raise ValueError(
+      f'--host={HOST.value} is for others, too, and --api_keys is not given; give a file of keys, '
+      'one a line, each drawn by: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+    )
+
+
+def as_sagemaker() -> None:
+  """What is not given is as its containers have it; who may ask is AWS's matter there."""
+  for flag, value in (
+    (WORKDIR, SAGEMAKER_MODEL),
+    (PORT_FLAG, SAGEMAKER_PORT),
+    (HOST, '0.0.0.0'),
+    (HOSTS, ['*']),
+  ):
+    if not flag.present:
+      flags.FLAGS[flag.name].value = value
+
+
+def known_hosts() -> list[str]:
+  """Names that clients may call it by."""
+  more = [] if HOST.value in LOCAL else [socket.gethostname(), socket.getfqdn()]
+  return [*LOCAL, HOST.value, *HOSTS.value, *more]
+
+
+def defaults_of(generator: Generator) -> dict:
+  """Options of requests that do not give them."""
+  if DEFAULTS.value == 'openai':
+    return {}
+  options, left = model_defaults(generator.tokenizer.generation)
+  shown = ', '.join(f'{name}={value}' for name, value in options.items()) or 'none'
+  say(f'defaults of the model: {shown}')
+  if left:
+    say(f'NOTE: of generation_config.json, not taken: {", ".join(left)}')
+  return options
+
+
+def address(opened: socket.socket) -> str:
+  """As a person opens it."""
+  host = HOST.value if HOST.value not in ('0.0.0.0', '::') else socket.gethostname()
+  host = f'[{host}]' if ':' in host else host
+  return f'http://{host}:{opened.getsockname()[1]}/'
+
+
+def run(sagemaker: bool) -> Running:
+  """Serves, until it is told to end; what is left of it."""
+  try:
+    from serving import http, listening
+    from serving.guard import Keys
+    from serving.wire import Served
+  except ImportError as error:
+    raise ImportError(
+      f'what serves is not installed ({error}): pip install starlette uvicorn prometheus-client '
+      '(the extra tandem[serve])'
+    ) from error
+
+  check_flags(sagemaker)
+  keys = None if API_KEYS.value is None else Keys(API_KEYS.value)
+  adapters = named_runs(ADAPTERS.value)
+  name = NAME.value or pathlib.Path(WORKDIR.value).resolve().name
+  if name in adapters:
+    raise ValueError(f'--adapters: one is called {name!r}, as the model is; give another name')
+  opened = listening.bound(HOST.value, PORT_FLAG.value)
+  hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
+  generator = Generator.load(
+    WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value, adapters
+  )
+  sizes = {'rows': ROWS.value, 'capacity': MAX_MODEL_LEN.value, 'cache_dtype': CACHE_DTYPE.value}
+  check_length(generator)
+  service = Running(
+    generator,
+    limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
+    **{name: value for name, value in sizes.items() if value},
+  )
+  served = Served(name=name, defaults=defaults_of(generator), created=int(time.time()))
+  if ACCESS_LOG.value:
+    listening.log_access()
+  say(
+    f'{name!r}: {service.stats().rows} rows of {service.room(0)} tokens; compiling. A page to talk '
+    f'to it, and the API below /v1: {address(opened)}'
+  )
+  made = http.app(service, served, hosts=known_hosts(), keys=keys)
+  listening.listen(made, service, opened, DRAIN_SECONDS.value, say)
+  return service
+
+
+def check_length(generator: Generator) -> None:
+  """Raises ValueError for more tokens than the model has positions for."""
+  context, asked = generator.model.config.max_length, MAX_MODEL_LEN.value
+  if asked and context and asked > context:
+    raise ValueError(
+      f'--max_model_len={asked} passes model.max_length={context}; give at most that'
+    )
+
+
+def main(arguments):
+  sagemaker = arguments[1:] == ['serve']
+  if sagemaker:
+    as_sagemaker()
+  else:
+    names.only_flags(arguments, '--workdir=runs/chat')
+  logging.set_verbosity(logging.WARNING)
+  with commands.mendable(FloatingPointError, ImportError):
+    service = run(sagemaker)
+  if service.error:
+    sys.exit(f'error: the server has failed: {service.error}')
+  say('ended')
+  if not service.closed(0):
+    os._exit(0)  # a program is being compiled still, and nobody waits for it
+
+
+if __name__ == '__main__':
+  commands.end(lambda: app.run(main))

@@ -1,0 +1,264 @@
+"""How does what comes of a request reach a client of OpenAI's? As one object when all of it is
+there, or in pieces as it comes; both say the same.
+
+`index` is of a choice: sample i of prompt p is p * n + i.
+"""
+
+import codecs
+import dataclasses
+import math
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+from data.tokenizer import Tokenizer
+from serving import call as calls
+from serving.call import Event
+from serving.fields import Refused
+from serving.ticket import Ticket
+from serving.wire import Asked
+
+LEAST = -9999.0  # stands for what JSON has no number for
+
+
+@dataclasses.dataclass
+class Choice:
+  """What has come of one sample so far.
+
+  Attributes:
+    offset: characters of all its tokens, behind the prompt where that is echoed.
+    begun: whether anything was said of it. at: when its last tokens came.
+  """
+
+  text: str = ''
+  ids: list[int] = dataclasses.field(default_factory=list)
+  logprobs: list[dict] = dataclasses.field(default_factory=list)
+  last: Event | None = None
+  offset: int = 0
+  begun: bool = False
+  at: float | None = None
+  decoder: codecs.IncrementalDecoder = dataclasses.field(
+    default_factory=lambda: codecs.getincrementaldecoder('utf-8')(errors='replace')
+  )
+
+
+class Answer:
+  """Of one request.
+
+  Attributes:
+    id: that no other answer has.
+  """
+
+  def __init__(self, asked: Asked, tickets: Sequence[Ticket], tokenizer: Tokenizer):
+    self._asked, self._tickets, self._tokenizer = asked, tickets, tokenizer
+    self.id = f'{"chatcmpl" if asked.chat else "cmpl"}-{uuid.uuid4().hex}'
+    self._created = int(time.time())
+    self._names = {i: name for name, i in tokenizer.control_ids().items()}
+    self._choices: dict[int, Choice] = {}
+    for p, ticket in enumerate(tickets):
+      for sample in ticket.call.samples:
+        self._choices[self.index(p, sample)] = Choice(offset=len(self._echoed(p)))
+
+  def index(self, prompt: int, sample: int) -> int:
+    """Of the choice."""
+    return prompt * self._asked.calls[0].options.num_samples + sample
+
+  def since(self, prompt: int, event: Event) -> float | None:
+    """When the last tokens before an event's came, of its sample; None for the first."""
+    choice = self._choices[self.index(prompt, event.sample)]
+    before = choice.at
+    if event.ids:
+      choice.at = event.at
+    return before
+
+  def add(self, prompt: int, event: Event) -> Iterator[dict]:
+    """Takes an event of a prompt; the pieces that say it to a client that streams."""
+    index = self.index(prompt, event.sample)
+    choice = self._choices[index]
+    logprobs = self._logprobs(choice, event) if self._asked.logprobs >= 0 else None
+    choice.ids += event.ids
+    choice.text += event.text
+    if event.finish:
+      choice.last = event
+    if not self._asked.stream:
+      choice.logprobs += logprobs or []
+      return
+    if not choice.begun:
+      choice.begun = True
+      yield from self._opening(prompt, index)
+    # With tools nothing is said before it is clear whether it is a call.
+    whole = self._asked.tools is not None
+    content = (choice.text if event.finish else '') if whole else event.text
+    if content or event.finish or (logprobs and not whole) or (self._asked.ids and event.ids):
+      yield self._piece(index, choice, content, event, logprobs)
+
+  def whole(self) -> dict:
+    """All of it, in one."""
+    said = self._head('chat.completion' if self._asked.chat else 'text_completion')
+    choices = []
+    for p, ticket in enumerate(self._tickets):
+      for sample in ticket.call.samples:
+        choices.append(self._choice(p, self.index(p, sample)))
+    return said | {'choices': choices, 'usage': self.usage()}
+
+  def usage(self) -> dict:
+    """Tokens of all prompts and choices."""
+    usages = [ticket.usage for ticket in self._tickets]
+    prompt, new = sum(u.prompt for u in usages), sum(u.completion for u in usages)
+    return {
+      'prompt_tokens': prompt,
+      'completion_tokens': new,
+      'total_tokens': prompt + new,
+      'prompt_tokens_details': {'cached_tokens': sum(u.cached for u in usages)},
+    }
+
+  def last(self) -> dict:
+    """The piece that has the usage, behind all others."""
+    return self._head(self._kind()) | {'choices': [], 'usage': self.usage()}
+
+  @property
+  def finishes(self) -> list[str]:
+    """Why choices ended, those that have."""
+    return [choice.last.finish for choice in self._choices.values() if choice.last is not None]
+
+  def _kind(self) -> str:
+    return 'chat.completion.chunk' if self._asked.chat else 'text_completion'
+
+  def _head(self, kind: str) -> dict:
+    return {
+      'id': self.id,
+      'object': kind,
+      'created': self._created,
+      'model': self._asked.model,
+      'seed': self._asked.seed,
+    }
+
+  def _echoed(self, prompt: int) -> str:
+    if not self._asked.echo:
+      return ''
+    given = self._asked.calls[prompt].prompt
+    return given if isinstance(given, str) else self._tokenizer.decode(given)
+
+  def _opening(self, prompt: int, index: int) -> Iterator[dict]:
+    """What stands before a choice's text."""
+    choice: dict = {'index': index, 'finish_reason': None, 'logprobs': None}
+    if self._asked.chat:
+      choice['delta'] = {'role': 'assistant', 'content': ''}
+    else:
+      choice['text'] = self._echoed(prompt)
+    if self._asked.ids:
+      choice['prompt_token_ids'] = self._prompt_ids(prompt)
+    if self._asked.chat or self._asked.echo or self._asked.ids:
+      yield self._head(self._kind()) | {'choices': [choice]} | self._no_usage()
+
+  def _no_usage(self) -> dict:
+    return {'usage': None} if self._asked.include_usage else {}
+
+  def _piece(self, index, choice, content, event, logprobs) -> dict:
+    said: dict = {'index': index}
+    if self._asked.chat:
+      content, called = (
+        self._called(choice) if self._asked.tools and event.finish else (content, [])
+      )
+      said['delta'] = {'content': content} if content else {}
+      if called:
+        said['delta']['tool_calls'] = [{'index': i, **each} for i, each in enumerate(called)]
+    else:
+      called, said['text'] = [], content
+    said['logprobs'] = None if logprobs is None else self._shaped(logprobs)
+    said |= self._end(event, called)
+    if self._asked.ids:
+      said['token_ids'] = list(event.ids)
+    return self._head(self._kind()) | {'choices': [said]} | self._no_usage()
+
+  def _choice(self, prompt: int, index: int) -> dict:
+    choice = self._choices[index]
+    said: dict = {'index': index}
+    called: list[dict] = []
+    if self._asked.chat:
+      content, called = self._called(choice)
+      message: dict = {'role': 'assistant', 'content': content, 'refusal': None}
+      if called:
+        message |= {'content': content or None, 'tool_calls': called}
+      said['message'] = message
+    else:
+      said['text'] = self._echoed(prompt) + choice.text
+    said['logprobs'] = None if self._asked.logprobs < 0 else self._shaped(choice.logprobs)
+    said |= self._end(choice.last, called)
+    if self._asked.ids:
+      said |= {'token_ids': choice.ids, 'prompt_token_ids': self._prompt_ids(prompt)}
+    return said
+
+  def _called(self, choice: Choice) -> tuple[str, list[dict]]:
+    tools = self._asked.tools
+    return (choice.text, []) if tools is None else tools.read(choice.text)
+
+  def _prompt_ids(self, prompt: int) -> list[int]:
+    given = self._asked.calls[prompt].prompt
+    if isinstance(given, str):
+      return [self._tokenizer.bos, *self._tokenizer.encode(given)]
+    return list(given)
+
+  def _end(self, event: Event, called: Sequence) -> dict:
+    """finish_reason, and what else is known of it. OpenAI has a word for two ends; of the others
+    stop_reason says which it was.
+    """
+    if not event.finish:
+      return {'finish_reason': None}
+    if event.finish == calls.STOPPED:
+      said = {'finish_reason': 'stop', 'stop_reason': event.stopped_by}
+    elif event.finish == calls.LENGTH:
+      said = {'finish_reason': 'length', 'stop_reason': None}
+    else:
+      said = {'finish_reason': 'length', 'stop_reason': event.finish}
+    if called:
+      said['finish_reason'] = 'tool_calls'
+    return said | ({'note': event.note} if event.note else {})
+
+  def _logprobs(self, choice: Choice, event: Event) -> list[dict]:
+    """Of each token what is known of it."""
+    said = []
+    others = event.alternatives or ((),) * len(event.ids)
+    for i, value, likeliest in zip(event.ids, event.logprobs, others, strict=True):
+      one = self._token(i, value) | {'offset': choice.offset}
+      # Characters are counted where they begin; those of a half one when it is whole.
+      choice.offset += len(choice.decoder.decode(self._tokenizer.decode_bytes([i])))
+      said.append(one | {'top_logprobs': [self._token(*each) for each in likeliest]})
+    return said
+
+  def _token(self, i: int, value: float) -> dict:
+    written = self._tokenizer.decode_bytes([i])
+    text = written.decode('utf-8', errors='replace') if written else self._names.get(i, '')
+    value = value if math.isfinite(value) else LEAST
+    return {'token': text, 'logprob': value, 'bytes': list(written)}
+
+  def _shaped(self, tokens: Sequence[dict]) -> dict:
+    """As a chat's answer has them, or a completion's."""
+    if self._asked.chat:
+      return {'content': [{k: v for k, v in each.items() if k != 'offset'} for each in tokens]}
+    return {
+      'tokens': [_name(each) for each in tokens],
+      'token_logprobs': [each['logprob'] for each in tokens],
+      'top_logprobs': [
+        {_name(other): other['logprob'] for other in each['top_logprobs']} for each in tokens
+      ]
+      if self._asked.logprobs
+      else None,
+      'text_offset': [each['offset'] for each in tokens],
+    }
+
+
+def _name(token: dict) -> str:
+  """Of a token in a completion's answer, which has no bytes: half a character is spelled out."""
+  try:
+    bytes(token['bytes']).decode()
+  except UnicodeDecodeError:
+    return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in token['bytes'])
+  return token['token']
+
+
+def failure(event: Event) -> Refused:
+  """What is said of a sample that has failed."""
+  kind = event.error.kind if event.error is not None else calls.BROKEN
+  status = {calls.INVALID: 400, calls.SLOW: 408}.get(kind, 500)
+  return Refused(event.error.message if event.error else 'it has failed', status=status, code=kind)

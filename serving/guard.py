@@ -1,0 +1,204 @@
+"""Who may ask what of a server that others can reach? Whoever calls it by a name that it has, from
+no other page, with a key where there are keys, in JSON of bounded size, and in bounded time.
+
+What is asked, and what is answered, is logged by no line: only who, what kind, how long, how much.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.fields import Refused
+
+access = logging.getLogger('serving.access')
+log = logging.getLogger(__name__)
+
+LEAST_KEY = 16  # characters
+PATIENCE = 60.0  # seconds in which a body has to come, and a piece of an answer has to be taken
+GONE = 499  # the status in the log of who went before there was an answer; nginx's word
+# What balancers and browsers ask without a key; nothing of it is a secret.
+OPEN = frozenset({'/health', '/ping'})
+HEADERS = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
+
+
+class Keys:
+  """API keys of a file, one a line: `key` or `name key`; what begins with # says something to
+  people. It is read anew when it has changed.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    """Raises ValueError for a file without keys, or with a key that is too short, and OSError."""
+    self._path = pathlib.Path(path)
+    self._read()
+
+  def name(self, given: str) -> str | None:
+    """Whose key this is; None for nobody's. How long it takes says nothing of keys."""
+    self._reread()
+    digest, found = hashlib.sha256(given.encode()).digest(), None
+    for name, known in self._known:
+      if hmac.compare_digest(digest, known):
+        found = name
+    return found
+
+  def _reread(self) -> None:
+    try:
+      if self._path.stat().st_mtime_ns != self._at:
+        self._read()
+        log.warning('API keys were read anew: %d', len(self._known))
+    except (OSError, ValueError) as error:
+      log.error('API keys stay as they were: %s', error)
+
+  def _read(self) -> None:
+    self._at = self._path.stat().st_mtime_ns
+    known = []
+    for number, line in enumerate(self._path.read_text(encoding='utf-8').splitlines(), 1):
+      words = line.split()
+      if not words or words[0].startswith('#'):
+        continue
+      if len(words) > 2 or len(words[-1]) < LEAST_KEY:
+        raise ValueError(
+          f'{self._path}, line {number}: a line is `key` or `name key`, and a key has {LEAST_KEY} '
+          'characters at least'
+        )
+      digest = hashlib.sha256(words[-1].encode()).digest()
+      known.append((words[0] if len(words) == 2 else digest.hex()[:8], digest))
+    if not known:
+      raise ValueError(f'{self._path} has no keys; write one a line')
+    self._known = known
+
+
+class Guard:
+  """Stands before an app. The app finds in scope['state'] who asks (`key`), the request's `id`, and
+  `log`, to which it adds what the access log is to say.
+  """
+
+  def __init__(
+    self,
+    app: ASGIApp,
+    *,
+    hosts: Sequence[str],
+    keys: Keys | None = None,
+    body: int = 2**20,
+    pages: Sequence[str] = (),
+  ):
+    """hosts: names that it may be called by; '*' is any. body: bytes of one. pages: paths that
+    anybody may see.
+    """
+    self._app, self._keys, self._body = app, keys, body
+    self._hosts = {host.lower() for host in hosts}
+    self._open = OPEN | {*pages}
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    began, said = time.monotonic(), {'status': 500}
+    state = scope.setdefault('state', {})
+    state |= {'key': '', 'id': f'req-{uuid.uuid4().hex}', 'log': said, 'body': b''}
+
+    async def answer(message):
+      if message['type'] == 'http.response.start':
+        said['status'] = message['status']
+        names = {name.lower() for name, _ in message['headers']}
+        more = {**HEADERS, 'x-request-id': state['id']}
+        headers = [(name.lower().encode(), value.encode()) for name, value in more.items()]
+        added = [(name, value) for name, value in headers if name not in names]
+        message = message | {'headers': [*message['headers'], *added]}
+      await send(message)
+
+    try:
+      try:
+        self._check(Request(scope), state)
+        if scope['method'] == 'POST':
+          state['body'] = await self._content(Request(scope, receive))
+      except Refused as error:
+        await refusal(error)(scope, receive, answer)
+        return
+      except ClientDisconnect:
+        said['status'] = GONE
+        return
+      await self._app(scope, receive, answer)
+    finally:
+      line = {
+        'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        'id': state['id'],
+        'key': state['key'],
+        'method': scope['method'],
+        'path': scope['path'][:200],
+        'seconds': round(time.monotonic() - began, 4),
+      }
+      access.info('%s', json.dumps(line | said))
+
+  def _check(self, request: Request, state: dict) -> None:
+    host = request.headers.get('host', '')
+    if '*' not in self._hosts and without_port(host) not in self._hosts:
+      # Else a page elsewhere, whose name was made to point here, could ask in a browser's name.
+      raise Refused(
+        f'{host[:80]!r} is no name of this server; add it with --hosts', status=421, code='host'
+      )
+    origin = request.headers.get('origin')
+    if origin is not None and origin.partition('://')[2].lower() != host.lower():
+      raise Refused('another page calls, and there is no sharing between', status=403)
+    if self._keys is None or request.url.path in self._open:
+      return
+    scheme, _, given = request.headers.get('authorization', '').partition(' ')
+    name = self._keys.name(given.strip()) if scheme.lower() == 'bearer' else None
+    if name is None:
+      raise Refused(
+        'the API key is missing or wrong; send Authorization: Bearer KEY',
+        status=401,
+        code='invalid_api_key',
+      )
+    state['key'] = name
+
+  async def _content(self, request: Request) -> bytes:
+    """A body. Raises Refused for one that is no JSON, too long, or does not come."""
+    kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
+    if kind != 'application/json':
+      # What a page elsewhere can send without asking is of another type.
+      raise Refused('a request is JSON: send Content-Type: application/json', status=415)
+    too_long = Refused(f'a body has at most {self._body} bytes', status=413)
+    length = request.headers.get('content-length', '0')
+    if length.isdecimal() and int(length[:20]) > self._body:
+      raise too_long
+    content = bytearray()
+    try:
+      async with asyncio.timeout(PATIENCE):
+        async for piece in request.stream():
+          content += piece
+          if len(content) > self._body:
+            raise too_long
+    except TimeoutError:
+      raise Refused(f'the body has not come within {PATIENCE:g} s', status=408) from None
+    return bytes(content)
+
+
+def refusal(error: Refused) -> JSONResponse:
+  """As a client of OpenAI's reads it."""
+  headers = {}
+  if error.retry_after is not None:
+    headers['Retry-After'] = str(max(1, round(error.retry_after)))
+  if error.status == 401:
+    headers['WWW-Authenticate'] = 'Bearer'
+  if error.status in (408, 413):
+    headers['Connection'] = 'close'  # what is left of the body is no request
+  return JSONResponse(error.body(), error.status, headers)
+
+
+def without_port(host: str) -> str:
+  """Of a Host header, in lower case; of an IPv6 address what is in its brackets."""
+  host = host.lower()
+  if host.startswith('['):
+    return host[1:].partition(']')[0]
+  return host.rpartition(':')[0] if ':' in host else host

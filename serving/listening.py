@@ -1,0 +1,168 @@
+"""How does a server listen, and how does it end? On one port, from its first moment on: while
+programs are compiled, /health says so. A signal drains it; a second one ends it now.
+"""
+
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from decode.results import progress_bar
+from serving import call as calls
+from serving.service import Service
+
+CONNECTIONS = 512  # at a time; who comes beyond is told so
+HEADERS = 30.0  # seconds in which the head of a request has to come
+KEPT = 30  # seconds that a connection without a request is kept
+ENDING = 5  # seconds that what is sent has to be taken, when all is written
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL = 0.2
+
+
+def bound(host: str, port: int) -> socket.socket:
+  """A port that nobody else has, on which nobody is heard so far. Raises ValueError."""
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  opened = socket.socket(family, socket.SOCK_STREAM)
+  opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    opened.bind((host, port))
+  except OSError as error:
+    raise ValueError(
+      f'--host={host} --port={port}: {error.strerror}; give another --port (0: one that is free)'
+    ) from error
+  return opened
+
+
+def listen(
+  app: ASGIApp,
+  service: Service,
+  opened: socket.socket,
+  drain_seconds: float,
+  say: Callable[[str], None],
+) -> None:
+  """Until a signal has drained the service, or it has failed. say: what a person is to know."""
+  config = uvicorn.Config(
+    app,
+    http=_Impatient,
+    ws='none',
+    log_level='warning',
+    access_log=False,
+    server_header=False,
+    limit_concurrency=CONNECTIONS,
+    timeout_keep_alive=KEPT,
+    timeout_graceful_shutdown=ENDING,
+    lifespan='off',
+  )
+  server = _Server(config, service, drain_seconds, say)
+
+  def end():
+    service.closed()
+    server.should_exit = True
+
+  threading.Thread(target=end, daemon=True).start()
+  threading.Thread(target=_say_progress, args=(service, say), daemon=True).start()
+  server.run(sockets=[opened])
+
+
+class _Server(uvicorn.Server):
+  """Which a signal drains first: who waits for an answer gets it, who comes is sent away."""
+
+  def __init__(self, config, service: Service, drain_seconds: float, say: Callable[[str], None]):
+    super().__init__(config)
+    self._service, self._drain_seconds, self._say = service, drain_seconds, say
+
+  @contextlib.contextmanager
+  def capture_signals(self) -> Iterator[None]:
+    before = {number: signal.signal(number, self._drain) for number in SIGNALS}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+  def _drain(self, number, _) -> None:
+    # Of another thread: whoever holds a lock of the service may be the one that was interrupted.
+    threading.Thread(target=self._drained, args=(signal.Signals(number).name,), daemon=True).start()
+
+  def _drained(self, name: str) -> None:
+    service = self._service
+    if service.state not in (calls.STARTING, calls.READY):
+      self._say(f'{name} again: ends now')
+      self.should_exit = self.force_exit = True
+      return
+    stats = service.stats()
+    left = stats.rows - stats.free + stats.waiting
+    self._say(
+      f'{name}: takes no more requests; {left} samples have {self._drain_seconds:g} s to end'
+    )
+    service.drain(self._drain_seconds)
+    # A program that is being compiled is not interrupted.
+    if not service.closed(self._drain_seconds + ENDING):
+      self.should_exit = self.force_exit = True
+
+
+class _Impatient(H11Protocol):
+  """Which closes connections whose request does not come."""
+
+  _late = None
+
+  def connection_made(self, transport) -> None:
+    super().connection_made(transport)
+    self._late = self.loop.call_later(HEADERS, self._close)
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    asked = self.cycle is not None and not self.cycle.response_complete
+    if asked:
+      self._forget()
+    elif self._late is None:
+      self._late = self.loop.call_later(HEADERS, self._close)
+
+  def connection_lost(self, exc) -> None:
+    self._forget()
+    super().connection_lost(exc)
+
+  def _forget(self) -> None:
+    if self._late is not None:
+      self._late.cancel()
+      self._late = None
+
+  def _close(self) -> None:
+    if not self.transport.is_closing():
+      self.transport.close()
+
+
+def _say_progress(service: Service, say: Callable[[str], None]) -> None:
+  """A bar at a terminal, and a line when it is ready."""
+  began, before = time.monotonic(), 0
+  with contextlib.ExitStack() as stack:
+    moved = None
+    while service.state == calls.STARTING:
+      done, total = service.progress
+      if total and moved is None:
+        moved = stack.enter_context(progress_bar(total))
+      if moved is not None and done > before:
+        moved(done - before, 'compiling')
+        before = done
+      if service.ready(POLL):
+        break
+  if service.state == calls.READY:
+    programs = service.progress[1]
+    say(f'ready: {programs} programs compiled in {time.monotonic() - began:.1f} s')
+
+
+def log_access() -> None:
+  """Lines of the access log go to stderr, as they are."""
+  handler = logging.StreamHandler(sys.stderr)
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  access = logging.getLogger('serving.access')
+  access.handlers, access.propagate = [handler], False
+  access.setLevel(logging.INFO)
