@@ -101,7 +101,8 @@ class _Server(uvicorn.Server):
     stats = service.stats()
     left = stats.rows - stats.free + stats.waiting
     self._say(
-      f'{name}: takes no more requests; {left} samples have {self._drain_seconds:g} s to end'
+      f'{name}: takes no more requests; texts that are not at their end: {left}, which have '
+      f'{self._drain_seconds:g} s'
     )
     service.drain(self._drain_seconds)
     # A program that is being compiled is not interrupted.
