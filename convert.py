@@ -29,7 +29,6 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
 
 import jax
 
@@ -43,7 +42,7 @@ from model import checkpoint, families, packages, peft, transformer
 from model.params import ParamSpec, abstract, specs
 from model.quantised_files.fitted import fitted
 from training import config as configs
-from workdir import carried, seals
+from workdir import carried, seals, smaller
 from workdir.adapted import export_adapter, import_adapter, merge, rebase
 from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of
@@ -53,7 +52,6 @@ from workdir.untrained import write_run
 # Of which an import's tables have a multiple of rows by default, so that as many devices can share
 # them: GPT-2's 50,257 ids have no divisor that a mesh has.
 VOCABULARY_MULTIPLE = 128
-PLANNED = 1024  # positions of a cache by which the time of a token is predicted
 
 
 def _import(options) -> None:
@@ -255,67 +253,6 @@ def _merge(options) -> None:
   merge(options.workdir, options.to, options.checkpoint, options.dequantise, _log)
 
 
-def _quantise(options) -> None:
-  entries = [*options.store, *([f'*={options.scheme}'] if options.scheme else [])]
-  bound = names.imported('compression.bounded.from_options')(options)
-  calibration = names.imported('workdir.calibrated.from_options')(options)
-  if bool(entries) == bool(bound):
-    raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME, or a bound: --max_kl')
-  if bound:
-    find = names.imported('workdir.bounded_codes.entries')
-    entries = find(options.workdir, options.checkpoint, options.method, bound, calibration, _log)
-    calibration = None
-  run = names.imported('workdir.compressed.quantise')
-  run(
-    options.workdir,
-    options.to,
-    entries,
-    options.method,
-    options.checkpoint,
-    _log,
-    calibration,
-    options.act_order,
-  )
-
-
-def _prune(options) -> None:
-  asked = names.imported('workdir.prune_request.from_options')(options)
-  calibration = names.imported('workdir.calibrated.from_options')(options)
-  run = names.imported('workdir.pruned.prune')
-  run(options.workdir, options.to, asked, options.checkpoint, calibration, _log)
-
-
-def _judge(options) -> None:
-  names.imported('workdir.judged.judge')(
-    options.original,
-    options.smaller,
-    options.text,
-    options.limit,
-    options.by_layer,
-    _predicted((options.original, options.smaller), options.topology),
-    _log,
-  )
-
-
-def _predicted(runs: Sequence[str], topologies: Sequence[str]) -> dict[str, list[float]]:
-  """Milliseconds a token of one row of each run, by topology, as plan.py --mode=decode has them."""
-  if not topologies:
-    return {}
-  make, topology = names.imported('plan.make_plan'), names.imported('analysis.aot.topology')
-  found = {}
-  for text in topologies:
-    devices = topology(text)
-    found[text] = []
-    for run in runs:
-      config = config_of(run)
-      context = min(config.model.max_length or PLANNED, PLANNED)
-      made = make(config, devices, 'decode', rows=1, context=context)
-      if made.problem:
-        raise ValueError(f'{run} on {text}: {made.problem}')
-      found[text].append(1e3 * made.seconds / made.tokens)
-  return found
-
-
 def _rebase(options) -> None:
   rebase(options.workdir, options.base, _log)
 
@@ -423,65 +360,6 @@ def _take_import(made: argparse.ArgumentParser) -> None:
   )
 
 
-def _take_smaller(command: Callable) -> None:
-  """The commands that make a run smaller, and say what that cost."""
-  made = command('quantise', _quantise, 'a run -> one with its matrices in codes')
-  made.add_argument('--workdir', required=True, metavar='RUN')
-  made.add_argument('--to', required=True, metavar='RUN2')
-  made.add_argument(
-    '--scheme',
-    default='',
-    help='of all matrices but tables, head and routers: int8, int8:group=128, int4:group=64 '
-    '(:asymmetric, :double), nf4:group=64 (:double), fp8 (:tensor, :block=128)',
-  )
-  made.add_argument(
-    '--store',
-    action='append',
-    default=[],
-    metavar='PATTERN=SCHEME',
-    help='of parameters whose names match, before --scheme; again for more; head=int8, '
-    "'*.down=keep'",
-  )
-  made.add_argument(
-    '--method',
-    default='rtn',
-    help='rtn rounds, mse clips where that is nearer; gptq, awq and smoothquant look at text',
-  )
-  made.add_argument(
-    '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'
-  )
-  names.imported('workdir.calibrated.take_options')(made)
-  names.imported('compression.bounded.take_options')(made, 'how many kinds of matrices take 4 bits')
-  made.add_argument('--checkpoint', default='last', help="'last', 'best', or a step")
-  made = command('prune', _prune, 'a run -> one with fewer numbers, heads or layers')
-  names.imported('workdir.prune_request.take_options')(made)
-  made = command('judge', _judge, 'what it cost to make a run smaller')
-  made.add_argument('original', metavar='RUN')
-  made.add_argument('smaller', metavar='RUN2')
-  made.add_argument(
-    '--text',
-    action='append',
-    default=[],
-    metavar='FILE',
-    help="what both read; again for more; default: held-out modules of Python's own library",
-  )
-  made.add_argument('--limit', type=int, default=64, help='texts (default: %(default)s); 0: all')
-  made.add_argument(
-    '--by_layer',
-    type=int,
-    default=0,
-    metavar='TOKENS',
-    help='read so many tokens once for each matrix of each layer, to see what it costs alone',
-  )
-  made.add_argument(
-    '--topology',
-    action='append',
-    default=[],
-    metavar='KIND:SHAPE',
-    help='predict the time of a token there, as plan.py does; again for more',
-  )
-
-
 def main(arguments: list[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message, not a traceback."""
   parser = argparse.ArgumentParser(
@@ -543,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
   made.add_argument(
     '--dequantise', action='store_true', help='a base in bytes becomes numbers, in f32'
   )
-  _take_smaller(command)
+  smaller.take_options(command)
   made = command('rebase', _rebase, 'where the base of an adapter is now')
   made.add_argument('--workdir', required=True, metavar='RUN')
   made.add_argument('--base', required=True, metavar='RUN2')

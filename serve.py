@@ -159,7 +159,7 @@ def run(sagemaker: bool) -> Running:
   """Serves, until it is told to end; what is left of it."""
   try:
     from serving import http, listening
-    from serving.guard import Keys
+    from serving.guard import ApiKeys
     from serving.wire import Served
   except ImportError as error:
     raise ImportError(
@@ -168,7 +168,7 @@ def run(sagemaker: bool) -> Running:
     ) from error
 
   check_flags(sagemaker)
-  keys = None if API_KEYS.value is None else Keys(API_KEYS.value)
+  keys = None if API_KEYS.value is None else ApiKeys(API_KEYS.value)
   adapters = named_runs(ADAPTERS.value)
   name = NAME.value or pathlib.Path(WORKDIR.value).resolve().name
   if name in adapters:

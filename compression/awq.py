@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from compression import calibration
-from compression.calibration import Statistics
+from compression.calibration import InputStatistics
 from compression.folding import Fold, folded, folds, seen, tied
 from model.config import ModelConfig
 from model.weights import read
@@ -26,7 +26,7 @@ SMOOTHING = 0.5
 TINY = 1e-5
 
 
-def searched(fold: Fold, matrices, found: Statistics, statistics, rounds: Callable):
+def searched(fold: Fold, matrices, found: InputStatistics, statistics, rounds: Callable):
   """AWQ's scales of a fold. matrices: the sinks that are rounded, by name in the model. rounds:
   (name, parameter, numbers) -> the numbers of the nearest codes.
   """
@@ -57,7 +57,7 @@ def searched(fold: Fold, matrices, found: Statistics, statistics, rounds: Callab
   return scales(tries[jnp.argmin(errors)])
 
 
-def smoothed(fold: Fold, matrices, found: Statistics, statistics, rounds):
+def smoothed(fold: Fold, matrices, found: InputStatistics, statistics, rounds):
   """SmoothQuant's."""
   largest = 0.0
   for p in matrices.values():
@@ -107,7 +107,9 @@ class Scaling:
     named = calibration.matrices(layer, prefix)
     return [name for name, p in named.items() if wanted(name, p) and name not in placed]
 
-  def __call__(self, prefix: str, layer, statistics: Mapping[str, Statistics], rounds: Callable):
+  def __call__(
+    self, prefix: str, layer, statistics: Mapping[str, InputStatistics], rounds: Callable
+  ):
     """The layer with scales in all places. rounds: see `searched`. Traced."""
     by_path = {name.removeprefix(f'{prefix}.'): s for name, s in statistics.items()}
     for fold in self.places(layer):

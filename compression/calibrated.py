@@ -16,7 +16,7 @@ from compression.awq import Scaling, searched, smoothed
 from compression.gptq import Gptq
 from compression.kept import Kept
 from compression.quantise import METHODS, nearest
-from compression.walk import Change, by_matrix, estimate, layers_of, walk
+from compression.walk import LayerChange, by_matrix, estimate, layers_of, walk
 from data.batch import Batch
 from model.config import ModelConfig
 from model.transformer import Decoder
@@ -53,7 +53,7 @@ class By:
   rules: Any
   config: ModelConfig
 
-  def gptq(self) -> Change:
+  def gptq(self) -> LayerChange:
     """Each matrix by its own X^T X, with scales that clip where that is nearer."""
     run = Gptq(METHODS['mse'], self.method.act_order)
 
@@ -61,13 +61,13 @@ class By:
       x = read(p).numbers('float32')
       return run(self._scheme(name, p), x, summed_of(p), p.axes, name, statistics)
 
-    return Change(by_matrix(coded), self.wanted)
+    return LayerChange(by_matrix(coded), self.wanted)
 
-  def awq(self) -> Change:
+  def awq(self) -> LayerChange:
     """Scales by the error of what comes out, then clipping where that is nearer."""
     return self._scaled(Scaling(searched, False, self.config), METHODS['mse'], products=True)
 
-  def smoothquant(self) -> Change:
+  def smoothquant(self) -> LayerChange:
     """Scales by the largest of both sides, then rounding."""
     return self._scaled(Scaling(smoothed, True, self.config), nearest, products=False)
 
@@ -94,7 +94,7 @@ class By:
   def _scheme(self, name: str, p):
     return rule_of(name, p, self.rules)[1]
 
-  def _scaled(self, scaling: Scaling, method, products: bool) -> Change:
+  def _scaled(self, scaling: Scaling, method, products: bool) -> LayerChange:
     def rounds(name, p, x):
       return nearest(self._scheme(name, p), x, summed_of(p), p.axes, name).numbers('float32')
 
@@ -106,7 +106,7 @@ class By:
       layer = scaling(prefix, layer, statistics, rounds)
       return by_matrix(coded)(prefix, layer, statistics)
 
-    return Change(make, self.wanted, products)
+    return LayerChange(make, self.wanted, products)
 
 
 CALIBRATED = {'gptq': By.gptq, 'awq': By.awq, 'smoothquant': By.smoothquant}

@@ -26,7 +26,7 @@ from model.weights.scheme import summed_of
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class InputStatistics:
   """Of what a matrix was multiplied with: X [tokens, I], all f32; of experts [E, ..] each.
 
   Attributes:
@@ -41,13 +41,13 @@ class Statistics:
   products: Any
 
   @classmethod
-  def zeros(cls, lead: tuple[int, ...], inputs: int, products: bool) -> 'Statistics':
+  def zeros(cls, lead: tuple[int, ...], inputs: int, products: bool) -> 'InputStatistics':
     """Of no token yet."""
     row = jnp.zeros((*lead, inputs), jnp.float32)
     square = jnp.zeros((*lead, inputs, inputs), jnp.float32) if products else None
     return cls(jnp.zeros(lead, jnp.float32), row, row, row, square)
 
-  def and_of(self, other: 'Statistics') -> 'Statistics':
+  def and_of(self, other: 'InputStatistics') -> 'InputStatistics':
     """Of the tokens of both."""
     both = jax.tree.map(jnp.add, self, other)
     return dataclasses.replace(both, largest=jnp.maximum(self.largest, other.largest))
@@ -109,7 +109,7 @@ class Watched(Above):
     return self.base.grouped(_seen(_of_groups, rows, self.zeros, (sizes, expert)), sizes, expert)
 
 
-def _seen(count: Callable, x, zeros: Statistics, which):
+def _seen(count: Callable, x, zeros: InputStatistics, which):
   """x; count: (x, zeros, which) -> the statistics, which are called the derivative by `zeros`."""
 
   @jax.custom_vjp
@@ -156,12 +156,12 @@ def _of_groups(x, zeros, which):
     (products,) = pulled(x)
   total = [jax.ops.segment_sum(y, expert, E) for y in (jnp.abs(x), jnp.square(x))]
   largest = jnp.maximum(jax.ops.segment_max(jnp.abs(x), expert, E), 0)
-  return Statistics(sizes.astype(jnp.float32), *total, largest, products)
+  return InputStatistics(sizes.astype(jnp.float32), *total, largest, products)
 
 
 def _summed(x, count, products):
   size = jnp.abs(x)
-  return Statistics(count, size.sum(0), jnp.square(x).sum(0), size.max(0), products)
+  return InputStatistics(count, size.sum(0), jnp.square(x).sum(0), size.max(0), products)
 
 
 def sizes_of(p) -> tuple[tuple[int, ...], int]:
@@ -194,7 +194,7 @@ def watched(block, prefix: str, real: Mapping[str, Any], zeros):
 def begun(block, wanted: Callable[[str, Any], bool], prefix: str, products: bool):
   """Zeros for each wanted matrix of a layer, by name."""
   return {
-    name: Statistics.zeros(*sizes_of(p), products)
+    name: InputStatistics.zeros(*sizes_of(p), products)
     for name, p in matrices(block, prefix).items()
     if wanted(name, p)
   }
@@ -207,7 +207,7 @@ def matrices(block, prefix: str) -> dict[str, Any]:
   return {name: p for name, p in named.items() if p.kind == 'matrix' and not p.wide}
 
 
-def filled(sums: Statistics, few: np.ndarray, own: bool) -> Statistics:
+def filled(sums: InputStatistics, few: np.ndarray, own: bool) -> InputStatistics:
   """With other statistics for experts that saw too few tokens.
 
   own: each expert has inputs of its own: independent ones, of the mean size of all; else what all
@@ -218,7 +218,7 @@ def filled(sums: Statistics, few: np.ndarray, own: bool) -> Statistics:
     mean = jnp.maximum(sums.squares.sum() / jnp.maximum(sums.count.sum() * inputs, 1), 1e-30)
     row = jnp.broadcast_to(mean, (inputs,))
     square = None if sums.products is None else mean * jnp.eye(inputs)
-    other = Statistics(jnp.float32(1), jnp.sqrt(row), row, jnp.sqrt(row), square)
+    other = InputStatistics(jnp.float32(1), jnp.sqrt(row), row, jnp.sqrt(row), square)
   else:
     other = jax.tree.map(lambda x: x.sum(0), sums)
     other = dataclasses.replace(other, largest=sums.largest.max(0))

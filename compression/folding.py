@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from compression import calibration
-from compression.calibration import Statistics
+from compression.calibration import InputStatistics
 
 # act(x / t)^.. t is s to this power, of activations without a gate.
 HOMOGENEOUS = {'relu': 1.0, 'relu2': 0.5}
@@ -97,7 +97,7 @@ def _feed_forward(layer, config, before: bool) -> list[Fold]:
   return made
 
 
-def seen(fold: Fold, statistics: Mapping[str, Statistics]) -> Statistics | None:
+def seen(fold: Fold, statistics: Mapping[str, InputStatistics]) -> InputStatistics | None:
   """What a fold's sinks see, by paths; of experts that share their inputs, together. None where it
   is not known.
   """

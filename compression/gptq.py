@@ -20,7 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from compression.calibration import Statistics
+from compression.calibration import InputStatistics
 from model.weights.activated import Activated
 from model.weights.codes import Codes
 from model.weights.doubled import Doubled
@@ -46,7 +46,9 @@ class Gptq:
   act_order: bool = False
   damping: float = DAMPING
 
-  def __call__(self, scheme: Scheme, x, summed, axes, name: str, statistics: Statistics) -> Weight:
+  def __call__(
+    self, scheme: Scheme, x, summed, axes, name: str, statistics: InputStatistics
+  ) -> Weight:
     """The codes. Traced."""
     if scheme.activations:
       alone = dataclasses.replace(scheme, activations=False)

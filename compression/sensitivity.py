@@ -13,7 +13,7 @@ from model.weights import read
 from model.weights.scheme import dequantised
 
 
-class Place(NamedTuple):
+class MatrixPlace(NamedTuple):
   """A matrix of a layer.
 
   Attributes:
@@ -27,7 +27,7 @@ class Place(NamedTuple):
   index: int
 
 
-def places(model, errors: Mapping[str, np.ndarray]) -> list[Place]:
+def places(model, errors: Mapping[str, np.ndarray]) -> list[MatrixPlace]:
   """All places of `distances` that are not as they were. model: one of both.
 
   Raises ValueError where norms or biases are among them: scales were folded into these, and a
@@ -47,7 +47,7 @@ def places(model, errors: Mapping[str, np.ndarray]) -> list[Place]:
         block, kind = name.removeprefix(f'{stack}.blocks.').split('.', 1)
         layers = known[int(block)][1] if known else range(len(each))
         kind = kind if known else f'encoder {kind}'
-    found += [Place(layers[i], kind, name, i) for i, error in enumerate(each) if error > 0]
+    found += [MatrixPlace(layers[i], kind, name, i) for i, error in enumerate(each) if error > 0]
   return sorted(found)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from compression import calibration
-from compression.calibration import Statistics
+from compression.calibration import InputStatistics
 from compression.kept import Kept
 from data.batch import Batch
 from model.config import Kind, ModelConfig
@@ -32,7 +32,7 @@ Log = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class LayerChange:
   """What is done to each layer.
 
   Attributes:
@@ -43,13 +43,13 @@ class Change:
     products: whether these have X^T X.
   """
 
-  make: Callable[[str, Any, Mapping[str, Statistics]], Any]
+  make: Callable[[str, Any, Mapping[str, InputStatistics]], Any]
   wanted: Callable[[str, Any], bool]
   products: bool = True
 
 
-def by_matrix(change: Callable[[str, Any, Statistics], Weight]) -> Callable:
-  """A Change's `make` of what is done to each wanted matrix by itself.
+def by_matrix(change: Callable[[str, Any, InputStatistics], Weight]) -> Callable:
+  """A LayerChange's `make` of what is done to each wanted matrix by itself.
 
   change: (name, parameter, statistics) -> the weight in its place; here the parameter has no
     dimension of layers.
@@ -86,7 +86,7 @@ class Layer(NamedTuple):
 
 
 def walk(
-  model: Decoder, batches: Sequence[Batch], change: Change, log: Log, kept: Kept | None = None
+  model: Decoder, batches: Sequence[Batch], change: LayerChange, log: Log, kept: Kept | None = None
 ) -> Decoder:
   """The model with all its layers changed, on the mesh in context, of one device.
 
@@ -159,7 +159,7 @@ def layers_of(config: ModelConfig) -> list[Layer]:
   return encoder + sorted(decoder, key=lambda layer: layer.number)
 
 
-def check_tokens(model: Decoder, batches: Sequence[Batch], change: Change) -> None:
+def check_tokens(model: Decoder, batches: Sequence[Batch], change: LayerChange) -> None:
   """Raises ValueError where a matrix sums over more numbers than there are tokens, so that they
   cannot tell its inputs apart. Experts, who see a part of them, are looked at in the walk.
   """
@@ -178,7 +178,7 @@ def check_tokens(model: Decoder, batches: Sequence[Batch], change: Change) -> No
         )
 
 
-def estimate(model: Decoder, batches: Sequence[Batch], change: Change) -> dict[str, int]:
+def estimate(model: Decoder, batches: Sequence[Batch], change: LayerChange) -> dict[str, int]:
   """Bytes of `layer` and `statistics`, of the largest layer, on the device, and of `states` on the
   host; `flops` of all.
   """
@@ -279,11 +279,11 @@ def _called(model: Decoder, batch: Batch, side: str, memory, stack):
   return model(batch.tokens, batch.positions, batch.segments, **more).hidden
 
 
-def _zeros(block, prefix: str, change: Change):
+def _zeros(block, prefix: str, change: LayerChange):
   return calibration.begun(block, change.wanted, prefix, change.products)
 
 
-def _statistics(shell, block, x, batch, memory, layer: Layer, change: Change):
+def _statistics(shell, block, x, batch, memory, layer: Layer, change: LayerChange):
   """Of a layer's matrices, by name. Traced."""
   real = {'': batch.segments > 0}
   if hasattr(batch, 'source'):
@@ -301,7 +301,9 @@ def _added(sums, more):
   return {name: sums[name].and_of(more[name]) for name in sums}
 
 
-def _checked(layer: Layer, block, sums: dict[str, Statistics], log: Log) -> dict[str, Statistics]:
+def _checked(
+  layer: Layer, block, sums: dict[str, InputStatistics], log: Log
+) -> dict[str, InputStatistics]:
   """Statistics that can be used: of numbers, and of experts that saw something.
 
   An expert that saw fewer tokens than it has inputs gets the sums of all experts where these have

@@ -35,7 +35,7 @@ STEPS, OFFSET = 16, 24  # code = STEPS * number - OFFSET
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Coded:
+class CodedOperand:
   """Matrices in codes, as they multiply: whole numbers, 0 moved, times a scale for each group.
 
   The fields are annotated Any because JAX rebuilds registered dataclasses with tracers, specs and
@@ -77,12 +77,12 @@ class Coded:
     return (codes * self.scale[:, :, None]).reshape(E, K, F).astype(dtype)
 
 
-def product(x: Float[Array, 'M K'], w: Coded) -> Float[Array, 'M F']:
+def product(x: Float[Array, 'M K'], w: CodedOperand) -> Float[Array, 'M F']:
   """Rows times one matrix, f32, by what `choose` says; differentiable in x."""
   return _product(x, w, choose(x, w))
 
 
-def choose(x, w: Coded) -> str:
+def choose(x, w: CodedOperand) -> str:
   """What multiplies these rows on the platform that is compiled for, said once; 'numbers' where
   that is none of ours.
   """
@@ -129,12 +129,12 @@ def _no_gradient(x):
 _product.defvjp(lambda x, w, backend: (_product(x, w, backend), (x, w)), _backward)
 
 
-def reference(x: Float[Array, 'E M K'], w: Coded) -> Float[Array, 'E M F']:
+def reference(x: Float[Array, 'E M K'], w: CodedOperand) -> Float[Array, 'E M F']:
   """Rows times their matrix, f32."""
   return jnp.einsum('EMK,EKF->EMF', x, w.numbers(x.dtype), preferred_element_type=jnp.float32)
 
 
-def in_registers(x: Float[Array, 'M K'], w: Coded) -> Float[Array, 'M F']:
+def in_registers(x: Float[Array, 'M K'], w: CodedOperand) -> Float[Array, 'M F']:
   """Few rows times one matrix, f32."""
   # A quotient XLA does not compute again for everyone who reads it, as it would what x comes from,
   # in the innermost loop; nor does it know that this one is x.
@@ -143,7 +143,7 @@ def in_registers(x: Float[Array, 'M K'], w: Coded) -> Float[Array, 'M F']:
   return jnp.concatenate([_row(row, w) for row in x])
 
 
-def _row(x: Float[Array, 'K'], w: Coded) -> Float[Array, '1 F']:
+def _row(x: Float[Array, 'K'], w: CodedOperand) -> Float[Array, '1 F']:
   F, G = w.shape[2], w.scale.shape[1]
   # Each sum is of two kinds of products: of low and high bits, or of a first and a second half.
   # XLA's CPU hands sums of one kind to a library, with their products written out before.

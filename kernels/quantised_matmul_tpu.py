@@ -103,7 +103,7 @@ def _in_order(x, pack: int, group: int):
 
 
 def product(x, w, which, used=None, *, interpret=False):
-  """Blocks of rows [I, b, K], each times matrix `which` [I] of w (kernels.quantised_matmul.Coded):
+  """Blocks of rows [I, b, K], each times matrix `which` [I] of w (a CodedOperand):
   [I, b, F] in x's type, summed in f32.
 
   used: [I] whether a block has rows; of others the result means nothing, and nothing is read.

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from data.tokenizer import Tokenizer
 from serving import call as calls
 from serving.call import Event
-from serving.fields import Refused
+from serving.fields import Denied
 from serving.ticket import Ticket
-from serving.wire import Asked
+from serving.wire import AskedCall
 
 LEAST = -9999.0  # stands for what JSON has no number for
 
 
 @dataclasses.dataclass
-class Choice:
+class AnsweredChoice:
   """What has come of one sample so far.
 
   Attributes:
@@ -42,22 +42,22 @@ class Choice:
   )
 
 
-class Answer:
+class HttpAnswer:
   """Of one request.
 
   Attributes:
     id: that no other answer has.
   """
 
-  def __init__(self, asked: Asked, tickets: Sequence[Ticket], tokenizer: Tokenizer):
+  def __init__(self, asked: AskedCall, tickets: Sequence[Ticket], tokenizer: Tokenizer):
     self._asked, self._tickets, self._tokenizer = asked, tickets, tokenizer
     self.id = f'{"chatcmpl" if asked.chat else "cmpl"}-{uuid.uuid4().hex}'
     self._created = int(time.time())
     self._names = {i: name for name, i in tokenizer.control_ids().items()}
-    self._choices: dict[int, Choice] = {}
+    self._choices: dict[int, AnsweredChoice] = {}
     for p, ticket in enumerate(tickets):
       for sample in ticket.call.samples:
-        self._choices[self.index(p, sample)] = Choice(offset=len(self._echoed(p)))
+        self._choices[self.index(p, sample)] = AnsweredChoice(offset=len(self._echoed(p)))
 
   def index(self, prompt: int, sample: int) -> int:
     """Of the choice."""
@@ -189,7 +189,7 @@ class Answer:
       said |= {'token_ids': choice.ids, 'prompt_token_ids': self._prompt_ids(prompt)}
     return said
 
-  def _called(self, choice: Choice) -> tuple[str, list[dict]]:
+  def _called(self, choice: AnsweredChoice) -> tuple[str, list[dict]]:
     tools = self._asked.tools
     return (choice.text, []) if tools is None else tools.read(choice.text)
 
@@ -215,7 +215,7 @@ class Answer:
       said['finish_reason'] = 'tool_calls'
     return said | ({'note': event.note} if event.note else {})
 
-  def _logprobs(self, choice: Choice, event: Event) -> list[dict]:
+  def _logprobs(self, choice: AnsweredChoice, event: Event) -> list[dict]:
     """Of each token what is known of it."""
     said = []
     others = event.alternatives or ((),) * len(event.ids)
@@ -257,8 +257,8 @@ def _name(token: dict) -> str:
   return token['token']
 
 
-def failure(event: Event) -> Refused:
+def failure(event: Event) -> Denied:
   """What is said of a sample that has failed."""
   kind = event.error.kind if event.error is not None else calls.BROKEN
   status = {calls.INVALID: 400, calls.SLOW: 408}.get(kind, 500)
-  return Refused(event.error.message if event.error else 'it has failed', status=status, code=kind)
+  return Denied(event.error.message if event.error else 'it has failed', status=status, code=kind)

@@ -16,7 +16,7 @@ Check = Callable[[str, Any], Any]
 KINDS = {401: 'authentication_error', 404: 'not_found_error', 429: 'rate_limit_error'}
 
 
-class Refused(Exception):
+class Denied(Exception):
   """What a server does not do for who asks.
 
   Attributes:
@@ -44,27 +44,25 @@ class Refused(Exception):
 
 
 def parsed(content: bytes) -> dict:
-  """A body of JSON, an object. Raises Refused for what is something else, also for what Python
+  """A body of JSON, an object. Raises Denied for what is something else, also for what Python
   takes and JSON does not have: NaN, names that are there twice, halves of characters.
   """
   try:
     text = content.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise Refused(f'the body is not UTF-8, from byte {error.start} on') from error
+    raise Denied(f'the body is not UTF-8, from byte {error.start} on') from error
   try:
     values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     if '\\u' in text:
       json.dumps(values, ensure_ascii=False).encode()
   except RecursionError as error:
-    raise Refused('the body is nested too deep') from error
+    raise Denied('the body is nested too deep') from error
   except UnicodeEncodeError as error:
-    raise Refused(
-      'the body has half of a character (a lone surrogate): no text has that'
-    ) from error
+    raise Denied('the body has half of a character (a lone surrogate): no text has that') from error
   except ValueError as error:
-    raise Refused(f'the body is no JSON: {error}') from error
+    raise Denied(f'the body is no JSON: {error}') from error
   if not isinstance(values, dict):
-    raise Refused(f'the body is {type_of(values)}; give an object')
+    raise Denied(f'the body is {type_of(values)}; give an object')
   return values
 
 
@@ -93,9 +91,9 @@ def shown(value: Any) -> str:
   return text if len(text) <= SHOWN else f'{text[:SHOWN]}...'
 
 
-def wrong(name: str, value: Any, must: str) -> Refused:
+def wrong(name: str, value: Any, must: str) -> Denied:
   """What is said of a value that is not as it must be."""
-  return Refused(f'{name}={shown(value)} must be {must}', name)
+  return Denied(f'{name}={shown(value)} must be {must}', name)
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -133,7 +131,7 @@ def number(must: str, holds: Callable[[float], bool]) -> Check:
     except OverflowError:
       right = False
     if not right:
-      raise Refused(f'{name}={shown(value)} {must}', name)
+      raise Denied(f'{name}={shown(value)} {must}', name)
     return float(value)
 
   return check
@@ -146,7 +144,7 @@ def several(check: Check, least: int, most: int) -> Check:
     if not isinstance(value, list):
       raise wrong(name, value, 'an array')
     if not least <= len(value) <= most:
-      raise Refused(f'{name} has {len(value)} parts, of [{least}, {most}]', name)
+      raise Denied(f'{name} has {len(value)} parts, of [{least}, {most}]', name)
     return [check(f'{name}[{i}]', each) for i, each in enumerate(value)]
 
   return check_all
@@ -166,7 +164,7 @@ def only(value: Any) -> Check:
 
   def check(name, given):
     if given is not value and given != value:
-      raise Refused(f'{name}={shown(given)} is not supported; leave it out', name)
+      raise Denied(f'{name}={shown(given)} is not supported; leave it out', name)
     return value
 
   return check
@@ -188,15 +186,15 @@ def mapping(
       place = f'{within}{key}' if len(key) <= SHOWN else f'{within}{key[:SHOWN]}...'
       if key in refused:
         if each is not None:
-          raise Refused(f'{place} is not supported: {refused[key]}', place, code='unsupported')
+          raise Denied(f'{place} is not supported: {refused[key]}', place, code='unsupported')
       elif key not in fields:
         known = ', '.join(fields)
-        raise Refused(f'{place} is not known here; known: {known}', place, code='unknown_field')
+        raise Denied(f'{place} is not known here; known: {known}', place, code='unknown_field')
       elif each is not None:
         checked[key] = fields[key](place, each)
     for key in needed:
       if key not in checked:
-        raise Refused(f'{within}{key} is missing', f'{within}{key}')
+        raise Denied(f'{within}{key} is missing', f'{within}{key}')
     return checked
 
   return check

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.fields import Refused
+from serving.fields import Denied
 
 access = logging.getLogger('serving.access')
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ OPEN = frozenset({'/health', '/ping'})
 HEADERS = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
 
 
-class Keys:
+class ApiKeys:
   """API keys of a file, one a line: `key` or `name key`; what begins with # says something to
   people. It is read anew when it has changed.
   """
@@ -78,7 +78,7 @@ class Keys:
     self._known = known
 
 
-class Guard:
+class ServerGuard:
   """Stands before an app. The app finds in scope['state'] who asks (`key`), the request's `id`, and
   `log`, to which it adds what the access log is to say.
   """
@@ -88,7 +88,7 @@ class Guard:
     app: ASGIApp,
     *,
     hosts: Sequence[str],
-    keys: Keys | None = None,
+    keys: ApiKeys | None = None,
     body: int = 2**20,
     pages: Sequence[str] = (),
   ):
@@ -122,7 +122,7 @@ class Guard:
         self._check(Request(scope), state)
         if scope['method'] == 'POST':
           state['body'] = await self._content(Request(scope, receive))
-      except Refused as error:
+      except Denied as error:
         await refusal(error)(scope, receive, answer)
         return
       except ClientDisconnect:
@@ -144,18 +144,18 @@ class Guard:
     host = request.headers.get('host', '')
     if '*' not in self._hosts and without_port(host) not in self._hosts:
       # Else a page elsewhere, whose name was made to point here, could ask in a browser's name.
-      raise Refused(
+      raise Denied(
         f'{host[:80]!r} is no name of this server; add it with --hosts', status=421, code='host'
       )
     origin = request.headers.get('origin')
     if origin is not None and origin.partition('://')[2].lower() != host.lower():
-      raise Refused('another page calls, and there is no sharing between', status=403)
+      raise Denied('another page calls, and there is no sharing between', status=403)
     if self._keys is None or request.url.path in self._open:
       return
     scheme, _, given = request.headers.get('authorization', '').partition(' ')
     name = self._keys.name(given.strip()) if scheme.lower() == 'bearer' else None
     if name is None:
-      raise Refused(
+      raise Denied(
         'the API key is missing or wrong; send Authorization: Bearer KEY',
         status=401,
         code='invalid_api_key',
@@ -163,12 +163,12 @@ class Guard:
     state['key'] = name
 
   async def _content(self, request: Request) -> bytes:
-    """A body. Raises Refused for one that is no JSON, too long, or does not come."""
+    """A body. Raises Denied for one that is no JSON, too long, or does not come."""
     kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind != 'application/json':
       # What a page elsewhere can send without asking is of another type.
-      raise Refused('a request is JSON: send Content-Type: application/json', status=415)
-    too_long = Refused(f'a body has at most {self._body} bytes', status=413)
+      raise Denied('a request is JSON: send Content-Type: application/json', status=415)
+    too_long = Denied(f'a body has at most {self._body} bytes', status=413)
     length = request.headers.get('content-length', '0')
     if length.isdecimal() and int(length[:20]) > self._body:
       raise too_long
@@ -180,11 +180,11 @@ class Guard:
           if len(content) > self._body:
             raise too_long
     except TimeoutError:
-      raise Refused(f'the body has not come within {PATIENCE:g} s', status=408) from None
+      raise Denied(f'the body has not come within {PATIENCE:g} s', status=408) from None
     return bytes(content)
 
 
-def refusal(error: Refused) -> JSONResponse:
+def refusal(error: Denied) -> JSONResponse:
   """As a client of OpenAI's reads it."""
   headers = {}
   if error.retry_after is not None:

@@ -19,13 +19,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import call as calls, chat, metrics, wire
-from serving.answers import Answer, failure
+from serving.answers import HttpAnswer, failure
 from serving.call import Event, NotReady, QueueFull
-from serving.fields import Refused, parsed
-from serving.guard import GONE, PATIENCE, Guard, Keys, refusal
+from serving.fields import Denied, parsed
+from serving.guard import GONE, PATIENCE, ApiKeys, ServerGuard, refusal
 from serving.service import Service
 from serving.ticket import Ticket
-from serving.wire import Asked, Reader, Served
+from serving.wire import AskedCall, Reader, Served
 
 AGAIN = 5.0  # seconds after which who was not served may try again
 BODY = 2**20  # bytes of a request, and of each token that a row holds so many more
@@ -37,7 +37,7 @@ def app(
   served: Served,
   *,
   hosts: Sequence[str],
-  keys: Keys | None = None,
+  keys: ApiKeys | None = None,
   watching: metrics.Metrics | None = None,
 ) -> ASGIApp:
   """The server. hosts: names that it may be called by; '*' is any. keys: None for no keys.
@@ -67,11 +67,11 @@ def app(
   }.items():
     routes.append(Route(path, called(call), methods=['POST']))
   for path in ('/v1/completions', '/v1/chat/completions', '/invocations'):
-    routes.append(Route(path, Written(api, path), methods=['POST']))
+    routes.append(Route(path, WrittenSample(api, path), methods=['POST']))
   inner = Starlette(
     routes=routes, exception_handlers={HTTPException: _not_found, Exception: _failed}
   )
-  return Guard(
+  return ServerGuard(
     inner,
     hosts=hosts,
     keys=keys,
@@ -86,7 +86,7 @@ def called(call: Callable[[Request], Awaitable[Response]]):
   async def answer(request: Request) -> Response:
     try:
       return await call(request)
-    except Refused as error:
+    except Denied as error:
       return refusal(error)
 
   return answer
@@ -95,13 +95,13 @@ def called(call: Callable[[Request], Awaitable[Response]]):
 async def _not_found(request: Request, error: HTTPException) -> Response:
   if error.status_code == 404:
     return refusal(wire.unsupported_path(request.url.path))
-  refused = Refused(f'{request.method} {request.url.path[:80]}: {error.detail}')
+  refused = Denied(f'{request.method} {request.url.path[:80]}: {error.detail}')
   refused.status = error.status_code
   return refusal(refused)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-  return refusal(Refused('a fault of the server; its log says more', status=500))
+  return refusal(Denied('a fault of the server; its log says more', status=500))
 
 
 class Api:
@@ -159,7 +159,7 @@ class Api:
     } | ({'parent': self.served.name} if adapter else {})
 
 
-class Written:
+class WrittenSample:
   """An endpoint whose answers the model writes."""
 
   def __init__(self, api: Api, path: str):
@@ -174,7 +174,7 @@ class Written:
           raise NotReady(self._api.service.state)
         asked = await asyncio.to_thread(self._asked, state)
         await self._submit(asked, tickets)
-        answer = Answer(asked, tickets, self._api.service.tokenizer)
+        answer = HttpAnswer(asked, tickets, self._api.service.tokenizer)
         async with _watched(receive, tickets, state['log']):
           if asked.stream:
             await self._stream(asked, answer, tickets, scope, receive, _patient(send))
@@ -183,7 +183,7 @@ class Written:
             await JSONResponse(body)(scope, receive, _patient(send))
       except (NotReady, QueueFull) as error:
         raise _unserved(error) from error
-    except Refused as error:
+    except Denied as error:
       await refusal(error)(scope, receive, send)
     except _Gone:
       state['log']['status'] = GONE
@@ -192,21 +192,21 @@ class Written:
         ticket.cancel()
       self._note(state['log'], tickets)
 
-  def _asked(self, state: dict) -> Asked:
+  def _asked(self, state: dict) -> AskedCall:
     values, reader = parsed(state['body']), self._api.reader
     chats = self._path == '/v1/chat/completions'
     if self._path == '/invocations':
       if ('messages' in values) == ('prompt' in values):
-        raise Refused('give one of messages (a chat) and prompt (a completion)', 'messages')
+        raise Denied('give one of messages (a chat) and prompt (a completion)', 'messages')
       chats = 'messages' in values
     return (reader.chat if chats else reader.completion)(values, state['key'])
 
-  async def _submit(self, asked: Asked, tickets: list[Ticket]) -> None:
+  async def _submit(self, asked: AskedCall, tickets: list[Ticket]) -> None:
     for call in asked.calls:
       with wire.refusing():
         tickets.append(await asyncio.to_thread(self._api.service.submit, call))
 
-  async def _whole(self, answer: Answer, tickets: Sequence[Ticket]) -> dict:
+  async def _whole(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> dict:
     async with contextlib.aclosing(merged(tickets)) as events:
       async for prompt, event in events:
         self._api.watching.heard(answer.since(prompt, event), event)
@@ -241,7 +241,7 @@ class Written:
           pieces = b''.join(map(sse, answer.add(prompt, event)))
           if pieces:
             await say(pieces)
-    except Refused as error:
+    except Denied as error:
       if not begun:
         raise
       await say(sse(error.body()), more=False)
@@ -266,23 +266,25 @@ class _Gone(Exception):
 
 
 def _check(event: Event) -> None:
-  """Raises Refused for a sample that has failed."""
+  """Raises Denied for a sample that has failed."""
   if event.finish == calls.FAILED:
     raise failure(event)
 
 
-def _check_served(answer: Answer, tickets: Sequence[Ticket], event: Event | None = None) -> None:
-  """Raises Refused where all that there is of an answer is that the server stops."""
+def _check_served(
+  answer: HttpAnswer, tickets: Sequence[Ticket], event: Event | None = None
+) -> None:
+  """Raises Denied where all that there is of an answer is that the server stops."""
   finishes = [event.finish] if event is not None else answer.finishes
   written = sum(ticket.usage.completion for ticket in tickets)
   if not written and all(finish == calls.DRAINED for finish in finishes):
     raise _unserved(NotReady(calls.DRAINING))
 
 
-def _unserved(error: NotReady | QueueFull) -> Refused:
+def _unserved(error: NotReady | QueueFull) -> Denied:
   if isinstance(error, QueueFull):
-    return Refused(str(error), status=429, code='queue_full', retry_after=error.retry_after)
-  return Refused(str(error), status=503, code=error.state, retry_after=AGAIN)
+    return Denied(str(error), status=429, code='queue_full', retry_after=error.retry_after)
+  return Denied(str(error), status=503, code=error.state, retry_after=AGAIN)
 
 
 def sse(said: dict) -> bytes:

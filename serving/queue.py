@@ -1,4 +1,4 @@
-"""Who goes next? Keys take turns, so that nobody waits for all that another has asked for; a
+"""Who goes next? ApiKeys take turns, so that nobody waits for all that another has asked for; a
 priority goes before others, until one of these has waited too long.
 """
 

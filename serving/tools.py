@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.chat import ChatTemplate
-from serving.fields import Refused, boolean, json_object, mapping, one_of, text, wrong
+from serving.fields import Denied, boolean, json_object, mapping, one_of, text, wrong
 
 OPEN, CLOSE = '<tool_call>', '</tool_call>'
 NO_PARAMETERS = {'type': 'object', 'properties': {}, 'additionalProperties': False}
@@ -49,7 +49,7 @@ def check_choice(name: str, value: Any) -> Any:
 
 
 def readable(messages: Sequence[Mapping]) -> list[dict]:
-  """Messages as templates read them: arguments of a call are an object there. Raises Refused."""
+  """Messages as templates read them: arguments of a call are an object there. Raises Denied."""
   return [
     {**message, 'tool_calls': [_call(i, call) for call in message['tool_calls']]}
     if 'tool_calls' in message
@@ -63,7 +63,7 @@ def _call(i: int, call: Mapping) -> dict:
   try:
     arguments = json.loads(call['function']['arguments'])
   except (ValueError, RecursionError) as error:
-    raise Refused(f'{place}: arguments are no JSON: {error}', place) from error
+    raise Denied(f'{place}: arguments are no JSON: {error}', place) from error
   return {**call, 'function': {**call['function'], 'arguments': arguments}}
 
 
@@ -82,23 +82,23 @@ class Tools:
 
   @classmethod
   def of(cls, given: Mapping[str, Any], template: ChatTemplate | None) -> 'Tools | None':
-    """None where no tool is to be called. Raises Refused."""
+    """None where no tool is to be called. Raises Denied."""
     tools, choice = given.get('tools'), given.get('tool_choice')
     if not tools:
       for name in ('tool_choice', 'parallel_tool_calls'):
         if name in given and choice != 'none':
-          raise Refused(f'{name} without tools', name)
+          raise Denied(f'{name} without tools', name)
       return None
     choice = 'auto' if choice is None else choice
     names = [tool['function']['name'] for tool in tools]
     if len({*names}) < len(names):
-      raise Refused('two of tools have one name', 'tools')
+      raise Denied('two of tools have one name', 'tools')
     if choice == 'none':
       return None
     source = '' if template is None else template.source
     if choice == 'auto':
       if 'tools' not in source or OPEN not in source:
-        raise Refused(
+        raise Denied(
           'tool_choice=auto: the chat template of this model shows it no tools, or does not teach '
           f'it to write {OPEN}; give tool_choice=required, or the name of a tool, and describe it '
           'in a message',
@@ -108,11 +108,11 @@ class Tools:
     elif choice == 'required':
       forced = tuple(names)
     elif choice['name'] not in names:
-      raise Refused(f'tool_choice: {choice["name"]!r} is none of tools', 'tool_choice')
+      raise Denied(f'tool_choice: {choice["name"]!r} is none of tools', 'tool_choice')
     else:
       forced = (choice['name'],)
     if forced and given.get('parallel_tool_calls'):
-      raise Refused(
+      raise Denied(
         'parallel_tool_calls with a call that is forced, which is one; leave it out',
         'parallel_tool_calls',
       )
@@ -125,10 +125,10 @@ class Tools:
     return {'tools': list(self.tools)}
 
   def keeps(self, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the text keeps to, as a Call has it. Raises Refused."""
+    """What the text keeps to, as a Call has it. Raises Denied."""
     for name in ('regex', 'response_format'):
       if name in given:
-        raise Refused(f'{name} with tools; leave out one, or give tool_choice=none', name)
+        raise Denied(f'{name} with tools; leave out one, or give tool_choice=none', name)
     if not self.forced:
       return {}
     calls = [

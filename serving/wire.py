@@ -2,7 +2,7 @@
 not supported, is refused by its name, and none is passed over.
 
     reader = Reader(service, Served(name='chat'))
-    asked = reader.chat(parsed(body), key='')     # or completion; Refused, with the field
+    asked = reader.chat(parsed(body), key='')     # or completion; Denied, with the field
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from serving import tools as tool_calls
 from serving.call import Call
 from serving.fields import (
   Check,
-  Refused,
+  Denied,
   boolean,
   json_object,
   mapping,
@@ -77,7 +77,7 @@ class Served:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class AskedCall:
   """A request.
 
   Attributes:
@@ -117,7 +117,7 @@ def _bias(name: str, value: Any) -> dict[int, float]:
   biases = {}
   for key, each in value.items():
     if not (key.isascii() and key.isdecimal() and len(key) < 10):
-      raise Refused(f'{name} has the name {shown(key)}, which is no id of a token', name)
+      raise Denied(f'{name} has the name {shown(key)}, which is no id of a token', name)
     biases[int(key)] = number('must be in [-100, 100]', lambda x: abs(x) <= 100)(
       f'{name}.{key}', each
     )
@@ -127,7 +127,7 @@ def _bias(name: str, value: Any) -> dict[int, float]:
 def _stop(name: str, value: Any) -> list[str]:
   stops = [value] if isinstance(value, str) else several(text, 0, 1024)(name, value)
   if '' in stops:
-    raise Refused(f'{name} has an empty text, at which all would end', name)
+    raise Denied(f'{name} has an empty text, at which all would end', name)
   return stops
 
 
@@ -154,7 +154,7 @@ def _content(name: str, value: Any) -> str:
 def _part(name: str, value: Any) -> str:
   kind = value.get('type') if isinstance(value, dict) else None
   if kind not in ('text', None):
-    raise Refused(f'{name}: a part of type {shown(kind)}, and the model reads text alone', name)
+    raise Denied(f'{name}: a part of type {shown(kind)}, and the model reads text alone', name)
   part = mapping({'type': one_of('text'), 'text': text}, ('type', 'text'))(name, value)
   return part['text']
 
@@ -176,7 +176,7 @@ _MESSAGE = mapping(
 def _message(name: str, value: Any) -> dict:
   message = _MESSAGE(name, value)
   if 'content' not in message and 'tool_calls' not in message:
-    raise Refused(f'{name}.content is missing', f'{name}.content')
+    raise Denied(f'{name}.content is missing', f'{name}.content')
   if message['role'] == 'developer':  # OpenAI's newer name of it, which no template has
     message['role'] = 'system'
   return message
@@ -264,24 +264,24 @@ class Reader:
     """Names that a request may have for its model: the server's, and its adapters'."""
     return [self._served.name, *self._service.adapters]
 
-  def completion(self, values: dict, key: str = '') -> Asked:
-    """Raises Refused."""
+  def completion(self, values: dict, key: str = '') -> AskedCall:
+    """Raises Denied."""
     given = COMPLETION('', values)
     prompts, logprobs = given['prompt'], given.get('logprobs', -1)
     if given.get('echo') and logprobs >= 0:
-      raise Refused('logprobs with echo: of a prompt none are given; leave out one', 'logprobs')
+      raise Denied('logprobs with echo: of a prompt none are given; leave out one', 'logprobs')
     return self._asked(
       given, key, prompts, logprobs, given.get('max_tokens'), COMPLETION_TOKENS, chat=False
     )
 
-  def chat(self, values: dict, key: str = '') -> Asked:
-    """Raises Refused."""
+  def chat(self, values: dict, key: str = '') -> AskedCall:
+    """Raises Denied."""
     given = CHAT('', values)
     most = [given[name] for name in ('max_tokens', 'max_completion_tokens') if name in given]
     if len(most) == 2 and most[0] != most[1]:
-      raise Refused('max_tokens and max_completion_tokens differ; give the latter', 'max_tokens')
+      raise Denied('max_tokens and max_completion_tokens differ; give the latter', 'max_tokens')
     if 'top_logprobs' in given and not given.get('logprobs'):
-      raise Refused('top_logprobs without logprobs; give logprobs=true', 'top_logprobs')
+      raise Denied('top_logprobs without logprobs; give logprobs=true', 'top_logprobs')
     logprobs = given.get('top_logprobs', 0) if given.get('logprobs') else -1
     tools = tool_calls.Tools.of(given, self.template)
     variables = {} if tools is None else tools.variables
@@ -293,7 +293,7 @@ class Reader:
     """What the model reads that is to answer these messages."""
     tokenizer = self._service.tokenizer
     if self.template is None:
-      raise Refused(
+      raise Denied(
         'this model has no chat template: it may be a base model; ask /v1/completions', 'messages'
       )
     try:
@@ -304,13 +304,13 @@ class Reader:
       )
       return list(tokenizer.encode(content, special=True))
     except ValueError as error:
-      raise Refused(f'messages: {error}', 'messages') from error
+      raise Denied(f'messages: {error}', 'messages') from error
 
   def adapter(self, given: Mapping[str, Any]) -> str:
     """Which adapter a request's model is; '' for none."""
     model = given.get('model', self._served.name)
     if model not in self.models:
-      raise Refused(
+      raise Denied(
         f'the model {shown(model)} is not served here; there is {", ".join(self.models)}',
         'model',
         status=404,
@@ -318,14 +318,14 @@ class Reader:
       )
     return '' if model == self._served.name else model
 
-  def _asked(self, given, key, prompts, logprobs, new, default, *, chat, tools=None) -> Asked:
+  def _asked(self, given, key, prompts, logprobs, new, default, *, chat, tools=None) -> AskedCall:
     adapter, options = self.adapter(given), self._options(given)
     most, name = self._service.alternatives, 'top_logprobs' if chat else 'logprobs'
     if logprobs > most:
-      raise Refused(f'{name}={logprobs}, of at most {most}; ask for fewer', name)
+      raise Denied(f'{name}={logprobs}, of at most {most}; ask for fewer', name)
     rows, limit = options['num_samples'] * len(prompts), self._service.limits.samples
     if len(prompts) > 1 and rows > limit:
-      raise Refused(
+      raise Denied(
         f'{len(prompts)} prompts with n={options["num_samples"]} are {rows} texts, of at most '
         f'{limit} of one request; send several',
         'prompt',
@@ -364,8 +364,8 @@ class Reader:
         )
     streams = given.get('stream', False)
     if 'stream_options' in given and not streams:
-      raise Refused('stream_options without stream; give stream=true', 'stream_options')
-    return Asked(
+      raise Denied('stream_options without stream; give stream=true', 'stream_options')
+    return AskedCall(
       chat=chat,
       model=given.get('model', self._served.name),
       calls=tuple(calls),
@@ -397,11 +397,11 @@ class Reader:
     schema = given.get('response_format', {}).get('json_schema')
     if (kind == 'json_schema') != (schema is not None):
       place = 'response_format.json_schema'
-      raise Refused(f'{place} goes with type json_schema, and with that alone', place)
+      raise Denied(f'{place} goes with type json_schema, and with that alone', place)
     if kind == 'text':
       return {'regex': given['regex']} if 'regex' in given else {}
     if 'regex' in given:
-      raise Refused('regex and response_format are both given; leave out one', 'regex')
+      raise Denied('regex and response_format are both given; leave out one', 'regex')
     return {'schema': ANY_OBJECT if schema is None else schema['schema']}
 
 
@@ -415,7 +415,7 @@ class refusing:
 
   def __exit__(self, kind, error, trace) -> None:
     if isinstance(error, ValueError):
-      raise Refused(said(str(error)), param_of(str(error))) from error
+      raise Denied(said(str(error)), param_of(str(error))) from error
 
 
 # Fields, by the names that options have.
@@ -440,10 +440,10 @@ def param_of(message: str) -> str | None:
 
 
 def tokens(values: dict) -> dict:
-  """A request of /tokenize: a prompt, or messages. Raises Refused."""
+  """A request of /tokenize: a prompt, or messages. Raises Denied."""
   given = _TOKENIZE('', values)
   if ('prompt' in given) == ('messages' in given):
-    raise Refused('give one of prompt and messages', 'prompt')
+    raise Denied('give one of prompt and messages', 'prompt')
   return given
 
 
@@ -451,6 +451,6 @@ _TOKENIZE = mapping({'model': text, 'prompt': text, 'messages': several(_message
 DETOKENIZE = mapping({'model': text, 'tokens': several(whole(0, LAST), 0, 2**24)}, ('tokens',))
 
 
-def unsupported_path(path: str) -> Refused:
+def unsupported_path(path: str) -> Denied:
   """Of what OpenAI has, and this server does not."""
-  return Refused(f'{path[:80]} is not served here', status=404, code='unknown_url')
+  return Denied(f'{path[:80]} is not served here', status=404, code='unknown_url')

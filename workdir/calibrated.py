@@ -94,7 +94,7 @@ def from_options(options) -> Calibration | None:
   return Calibration(**given) if given else None
 
 
-class Rows(NamedTuple):
+class CalibrationRows(NamedTuple):
   """Batches of rows, all of one shape, and what is said of them, JSON-able."""
 
   batches: list[Batch]
@@ -108,7 +108,7 @@ def rows(
   tokenizer: Tokenizer,
   calibration: Calibration,
   log: Log,
-) -> Rows:
+) -> CalibrationRows:
   """Rows of calibration for a run, on the mesh in context, and a line about them.
 
   Raises ValueError for a file without tokens, and for lengths that the model has no places for.
@@ -139,7 +139,7 @@ def rows(
   )
   if described['samples'] < calibration.samples:
     log(f'NOTE: {calibration.samples} rows were asked for, and there is text for no more')
-  return Rows(batches, described)
+  return CalibrationRows(batches, described)
 
 
 def _own(workdir, config: Config, checkpoint: str, calibration: Calibration, log: Log):

@@ -15,6 +15,7 @@ import numpy as np
 
 import commands
 import files
+import names
 from compression import sensitivity
 from compression.judge import costs
 from decode.generator import Generator
@@ -29,6 +30,7 @@ from workdir.open import config_of, step_of
 
 FILE = 'judged.json'
 ROWS, LENGTH = 4, 512  # texts side by side, and tokens of each, or as many as the models have
+PLANNED = 1024  # positions of a cache, at most, by which the time of a token is predicted
 WRITTEN = 64  # tokens by which speed is measured
 
 
@@ -38,15 +40,15 @@ def judge(
   texts: Sequence[str],
   limit: int,
   by_layer: int,
-  chips: Mapping[str, Sequence[float]],
+  topologies: Sequence[str],
   log: Callable[[str], Any],
 ) -> dict:
   """Figures of two runs, which it prints and writes into the smaller one's directory.
 
   texts: files of text; none: modules of the interpreter's library that training on it holds out.
   limit: so many texts at most. by_layer: of so many tokens, what each matrix alone costs; 0: not
-  asked. chips: milliseconds a token that are predicted of both, by name.
-  Raises ValueError for runs that do not read alike.
+  asked. topologies: where the time of a token is predicted (analysis.predicted).
+  Raises ValueError for runs that do not read alike, ImportError without a topology's compiler.
   """
   documents = [pathlib.Path(path).read_text() for path in texts] or list(library.held_out())
   documents = documents[:limit] if limit else documents
@@ -85,12 +87,26 @@ def judge(
     'bytes on disk': [_on_disk(directory) for directory in directories],
     'bytes in memory': [weight_bytes(model.model) for model in models],
     'tokens a second here': [_speed(model, encoded[0][: length // 4], length) for model in models],
-    'predicted ms a token': {name: list(both) for name, both in chips.items()},
+    'predicted ms a token': _predicted((original, smaller), topologies),
   }
   grids, notes = _grids(models, encoded, by_layer, length, log)
   values |= {'by layer': {name: _listed(grid) for name, grid in grids.items()}}
   _write(pathlib.Path(smaller), values, figures, sums['each'], grids, notes, log)
   return values
+
+
+def _predicted(runs: Sequence, topologies: Sequence[str]) -> dict[str, list[float]]:
+  """Milliseconds a token of one row of each run, by topology."""
+  if not topologies:
+    return {}
+  ms_per_token = names.imported('analysis.predicted.ms_per_token')
+
+  def of(run, topology):
+    config = config_of(run).model
+    context = min(config.max_length or PLANNED, PLANNED)
+    return ms_per_token(config, topology, context=context)
+
+  return {topology: [of(run, topology) for run in runs] for topology in topologies}
 
 
 def _grids(
@@ -99,7 +115,7 @@ def _grids(
   tokens: int,
   length: int,
   log: Callable[[str], Any],
-) -> tuple[dict[str, dict[sensitivity.Place, float]], list[str]]:
+) -> tuple[dict[str, dict[sensitivity.MatrixPlace, float]], list[str]]:
   """How far each matrix is from what it was, and what it costs alone; and what is to be said."""
   original, smaller = (model.model for model in models)
   if [model.mesh.size for model in models] != [1, 1]:
@@ -136,7 +152,7 @@ def _grids(
   return grids | {f'KL of it alone, {row.shape[1]} tokens': costs_of}, []
 
 
-def _listed(grid: Mapping[sensitivity.Place, float]) -> list[dict]:
+def _listed(grid: Mapping[sensitivity.MatrixPlace, float]) -> list[dict]:
   return [
     {'layer': place.layer, 'kind': place.kind, 'value': value} for place, value in grid.items()
   ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from compression.sensitivity import Place
+from compression.sensitivity import MatrixPlace
 
 PAGE, PICTURE = 'judged.md', 'judged.png'
 # Fewer tokens than this decide nothing: the page says so instead of calling a model fine.
@@ -43,7 +43,7 @@ def notes(values: Mapping, width: float) -> list[str]:
 
 
 def picture(
-  each: np.ndarray, grids: Sequence[tuple[str, Mapping[Place, float]]], title: str
+  each: np.ndarray, grids: Sequence[tuple[str, Mapping[MatrixPlace, float]]], title: str
 ) -> bytes:
   """A PNG. each: KL of every token. grids: (what, value of each place), one heat map of each."""
   from matplotlib.colors import LogNorm

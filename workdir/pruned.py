@@ -149,7 +149,7 @@ def thinned(
   if not chosen:
     raise ValueError(f'--keep={",".join(asked.keep)} leaves no matrix to prune; leave some out')
   if asked.method != 'magnitude':
-    change = walk.Change(
+    change = walk.LayerChange(
       walk.by_matrix(functools.partial(_change, asked)),
       asked.goes,
       asked.method == 'sparsegpt',
@@ -226,7 +226,7 @@ def cut(
   elif narrower:
     make = functools.partial(structured.without, config=config, small=small)
     read_by = ('attention.o', 'feed_forward.down')
-    change = walk.Change(make, lambda name, p: name.endswith(read_by), False)
+    change = walk.LayerChange(make, lambda name, p: name.endswith(read_by), False)
     model = walk.walk(model, batches, change, log, kept and kept(asked))
   return structured.joined(model, small, layers, mesh)
 

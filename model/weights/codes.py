@@ -144,7 +144,7 @@ class Codes(Weight):
       return super().product(formula, x, dtype, axes)
     return self._in_parts(formula, x, dtype, x.ndim - inputs)
 
-  def as_coded(self, inputs: int) -> quantised_matmul.Coded | None:
+  def as_coded(self, inputs: int) -> quantised_matmul.CodedOperand | None:
     """As kernels take it, of a product that sums over so many dimensions, the first ones.
 
     None for other grids than whole numbers, and for blocks of several outputs.
@@ -158,7 +158,7 @@ class Codes(Weight):
     arrays = (
       None if x is None else x.reshape(1, -1, size) for x in (self.codes, self.scale, self.zero)
     )
-    return quantised_matmul.Coded(*arrays, self.blocks[self.packs] if packed_ else 0)
+    return quantised_matmul.CodedOperand(*arrays, self.blocks[self.packs] if packed_ else 0)
 
   def _in_parts(self, formula, x, dtype, axis: int):
     """Numbers of a part of the inputs at a time. axis: of x, that the matrix's first dimension is

@@ -13,7 +13,7 @@ import pytest
 
 from compression import calibration, walk as walks
 from compression.kept import Kept
-from compression.walk import Change, by_matrix, layers_of, walk
+from compression.walk import LayerChange, by_matrix, layers_of, walk
 from data.batch import Batch, SourceBatch
 from model.weights import Plain, read
 from model.weights.above import Above
@@ -138,7 +138,7 @@ def test_statistics_are_of_what_every_matrix_multiplies(family, monkeypatch, one
   """As they write it down in a call of the model: layers, experts, encoder and cross-attention."""
   config = config_of(family)
   model, batches = laws.make_model(config), batches_of(config)
-  _, seen = walked(monkeypatch, model, batches, Change(same, everything))
+  _, seen = walked(monkeypatch, model, batches, LayerChange(same, everything))
   written = recorded(model, batches)
   assert {name for _, name in seen} == written.keys()
   used = collections.Counter()
@@ -176,7 +176,7 @@ def small(one_device):
 @pytest.mark.slow
 def test_a_layer_sees_what_the_changed_ones_before_it_make(small, monkeypatch):
   model, batches = small
-  made, seen = walked(monkeypatch, model, batches, Change(by_matrix(smaller), everything))
+  made, seen = walked(monkeypatch, model, batches, LayerChange(by_matrix(smaller), everything))
   name = 'stack.blocks.0.attention.q'
   for number, x in enumerate(recorded(made, batches)[name][:2]):
     other = recorded(made, batches)[name][2 + number]
@@ -189,7 +189,7 @@ def test_a_layer_sees_what_the_changed_ones_before_it_make(small, monkeypatch):
 
 def test_a_walk_that_was_killed_goes_on_with_the_same_bits(small, tmp_path):
   model, batches = small
-  change, lines = Change(by_matrix(smaller), everything, products=False), []
+  change, lines = LayerChange(by_matrix(smaller), everything, products=False), []
 
   def run():
     kept = Kept(tmp_path / 'layers', {'method': 'smaller'})
@@ -212,7 +212,7 @@ def test_a_walk_that_was_killed_goes_on_with_the_same_bits(small, tmp_path):
 
 def test_what_cannot_be_calibrated_is_named(small, monkeypatch):
   model, batches = small
-  change = Change(by_matrix(smaller), everything)
+  change = LayerChange(by_matrix(smaller), everything)
   with pytest.raises(ValueError, match='36 tokens .* fewer than the 48 inputs of .*feed_forward'):
     walk(model, batches[:1], change, print)
   value = model.stack.blocks[0].feed_forward.up
@@ -225,7 +225,7 @@ def test_what_cannot_be_calibrated_is_named(small, monkeypatch):
 
 
 def test_experts_that_saw_too_few_tokens_get_others_statistics():
-  sums = calibration.Statistics(
+  sums = calibration.InputStatistics(
     jnp.float32([9, 1]),
     jnp.float32([[9, 18], [1, 5]]),
     jnp.float32([[9, 36], [1, 25]]),

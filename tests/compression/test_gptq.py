@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compression.calibration import Statistics
+from compression.calibration import InputStatistics
 from compression.gptq import Gptq, wide_scales
 from compression.quantise import METHODS
 from model.weights.grids import NF4
@@ -31,7 +31,7 @@ def layer(seed: int = 0, inputs: int = IN):
 
 
 def statistics(products):
-  return Statistics(None, None, None, None, jnp.asarray(products, jnp.float32))
+  return InputStatistics(None, None, None, None, jnp.asarray(products, jnp.float32))
 
 
 def made(scheme, w, products, scales='rtn', **settings):

@@ -12,7 +12,7 @@ import pytest
 from compression import calibration
 from compression.awq import Scaling, searched, smoothed
 from compression.calibrated import CALIBRATED, Method, calibrated
-from compression.calibration import Statistics
+from compression.calibration import InputStatistics
 from compression.folding import Fold, folds
 from compression.quantise import nearest, quantised
 from model.weights import read
@@ -22,7 +22,7 @@ from tests.compression.test_folding import run
 from tests.model import laws
 from tests.model.test_weights import config_of
 
-ONE = Statistics(*map(np.float32, (1, [1], [1], [1], [[1]])))
+ONE = InputStatistics(*map(np.float32, (1, [1], [1], [1], [[1]])))
 ENTRIES = ('*=int4:group=2',)
 
 
@@ -95,7 +95,7 @@ def test_scales_are_those_of_the_papers(one_device):
   draw = np.random.default_rng(0)
   x = (draw.normal(size=(200, config.D)) * np.exp(draw.normal(size=config.D))).astype(np.float32)
   size = np.abs(x)
-  one = Statistics(*map(jnp.float32, (200, size.sum(0), (x**2).sum(0), size.max(0), x.T @ x)))
+  one = InputStatistics(*map(jnp.float32, (200, size.sum(0), (x**2).sum(0), size.max(0), x.T @ x)))
   scheme = Scheme.parse('int4:group=8')
 
   def rounds(name, p, w):

@@ -9,7 +9,7 @@ import pytest
 
 from analysis import aot
 from kernels import quantised_matmul, quantised_matmul_tpu as tpu
-from kernels.quantised_matmul import Coded
+from kernels.quantised_matmul import CodedOperand
 from model.weights.scheme import Scheme
 from parallel.mesh import MeshConfig, make_mesh
 
@@ -26,7 +26,7 @@ def made(E, K, F, group, pack=0, zero=False, seed=0):
   if pack:
     halves = (codes & 15).reshape(E, K // pack, 2, pack // 2, F)
     stored = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(E, K // 2, F).astype(np.uint8)
-  return Coded(jnp.asarray(stored), jnp.asarray(scale), zeros, pack), numbers
+  return CodedOperand(jnp.asarray(stored), jnp.asarray(scale), zeros, pack), numbers
 
 
 # K, F, group, pack, zero

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compression import structured
-from compression.calibration import Statistics
+from compression.calibration import InputStatistics
 from model.config import RopeConfig
 from tests.model import laws
 
@@ -94,7 +94,7 @@ def test_those_go_that_add_least(one_device):
   np.testing.assert_array_equal(made.feed_forward.down[...][2], down[2, rest])
   sizes = np.float32(np.arange(16) < 8), np.float32(np.arange(24) != 7)
   seen = {
-    f'x.{name}': Statistics(None, None, size, None, None)
+    f'x.{name}': InputStatistics(None, None, size, None, None)
     for name, size in zip(('attention.o', 'feed_forward.down'), sizes)
   }
   layer = jax.tree.map(lambda x: x[:1], block)

@@ -13,7 +13,7 @@ from data.tokenizers import ByteTokenizer
 from serving import call as calls
 from serving.call import Limits
 from serving.fake import SIZES, FakeService
-from serving.guard import Keys
+from serving.guard import ApiKeys
 from serving.http import app
 from serving.wire import Served
 
@@ -256,7 +256,7 @@ def test_who_may_not_ask_is_told_why(tmp_path):
   file = tmp_path / 'keys'
   file.write_text(f'# of the team\nann {KEY}\n')
   served = service()
-  made = app(served, Served(name='m'), hosts=['testserver'], keys=Keys(file))
+  made = app(served, Served(name='m'), hosts=['testserver'], keys=ApiKeys(file))
   with served.by_itself(), TestClient(made) as one:
     bearer = {'Authorization': f'Bearer {KEY}'}
 
@@ -289,7 +289,7 @@ def test_who_may_not_ask_is_told_why(tmp_path):
     file.write_text('short\n')  # is no key: those from before stay
     assert status(**json_type, Authorization=f'Bearer {KEY}2') == 200
   with pytest.raises(ValueError, match='line 1: a line is'):
-    Keys(file)
+    ApiKeys(file)
 
 
 def test_a_full_queue_and_a_server_that_starts_or_stops_say_when_to_come_again():

@@ -28,13 +28,13 @@ def listening(keys, write=None):
   """A client of a server on a port of this machine."""
   import uvicorn
 
-  from serving.guard import Keys
+  from serving.guard import ApiKeys
   from serving.http import app
   from serving.listening import bound
   from serving.wire import Served
 
   served, opened = service(write), bound('127.0.0.1', 0)
-  made = app(served, Served(name='m'), hosts=['127.0.0.1'], keys=Keys(keys))
+  made = app(served, Served(name='m'), hosts=['127.0.0.1'], keys=ApiKeys(keys))
   server = uvicorn.Server(uvicorn.Config(made, log_level='warning', lifespan='off'))
   thread = threading.Thread(target=server.run, kwargs={'sockets': [opened]}, daemon=True)
   with served.by_itself():
