@@ -15,8 +15,8 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE if (HERE / 'model').is_dir() else HERE.parent
 NAMES = (
-  *('analysis', 'benchmarks', 'configs', 'data', 'decode', 'evaluation', 'kernels', 'model'),
-  *('launch', 'objectives', 'parallel', 'serving', 'training', 'workdir'),
+  *('analysis', 'benchmarks', 'compression', 'configs', 'data', 'decode', 'evaluation', 'kernels'),
+  *('launch', 'model', 'objectives', 'parallel', 'serving', 'training', 'workdir'),
   *('commands', 'convert', 'evaluate', 'files', 'generate', 'names', 'plan', 'serve', 'train'),
 )
 # What `from tandem import ..` gives, imported when it is asked for.
