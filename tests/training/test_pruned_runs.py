@@ -21,6 +21,7 @@ from model.weights import read
 from model.weights.sparse import Sparse
 from parallel.mesh import MeshConfig
 from training import overrides
+from workdir import smaller
 from workdir.checkpoint import Checkpoints
 from workdir.open import open_run
 
@@ -99,7 +100,7 @@ def test_a_kill_between_layers_changes_nothing(runs, monkeypatch):
       prune(runs, 'killed', *options)
   assert not (runs / 'killed').exists() and (runs / '.killed.layers').exists()
   lines = []
-  monkeypatch.setattr(convert, '_log', lines.append)
+  monkeypatch.setattr(smaller, '_log', lines.append)
   again = prune(runs, 'killed', *options)
   assert 'layer 0: done before' in lines and not (runs / '.killed.layers').exists()
   assert_same(again.model, whole.model)
@@ -161,7 +162,7 @@ def test_layers_heads_and_channels_by_calibration(runs):
 def test_as_much_goes_as_a_bound_lets(runs, monkeypatch):
   """By magnitude, each try is said; what is found holds on held-out texts, too."""
   lines = []
-  monkeypatch.setattr(convert, '_log', lines.append)
+  monkeypatch.setattr(smaller, '_log', lines.append)
   monkeypatch.setattr('workdir.bounded_codes.HELD_OUT', 2)
   prune(runs, 'bounded', '--max_kl=0.01', '--samples=8')
   tries = [line for line in lines if 'on calibration' in line]
@@ -195,7 +196,7 @@ def test_a_bound_is_met_by_the_largest_number():
 def test_as_many_bits_as_a_bound_asks(runs, monkeypatch):
   """Between all in 8 bits and all in 4: kinds of matrices that cost least have 4."""
   lines = []
-  monkeypatch.setattr(convert, '_log', lines.append)
+  monkeypatch.setattr(smaller, '_log', lines.append)
   monkeypatch.setattr('workdir.bounded_codes.HELD_OUT', 2)
   monkeypatch.setattr('workdir.bounded_codes.LOW', 'int4:group=8')
   command = ['quantise', '--workdir', f'{runs}/run', '--to', f'{runs}/bits', '--samples=8']
