@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/*.md'), *ROOT.glob('*/README.md')])
 # Files of prompts by which the pages ask a run that was tuned before, and not any one.
 ON_TUNED = {'--prompts=mixed.jsonl', '--prompts=ask.jsonl'}
-BY_ABSL = ('train.py', 'generate.py', 'evaluate.py', 'plan.py')
+BY_ABSL = ('train.py', 'generate.py', 'evaluate.py', 'serve.py', 'plan.py')
 # Reads the flags of each command line without running it, in a fork of its own, since config flags
 # Reads the flags of each command line without running it, in a fork of its own because config
 # flags read sys.argv once; prints what is wrong, a line each. Lines with a placeholder (FILE, ..)
