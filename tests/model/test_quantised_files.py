@@ -547,7 +547,7 @@ def test_numbers_that_are_said_to_be_codes(built, tmp_path):
 @pytest.mark.slow
 def test_memory_is_that_of_a_packed_matrix_and_a_piece(tmp_path, monkeypatch):
   """Of AWQ, whose matrices are read packed as a whole, and unpacked piece by piece."""
-  rng, (D, F) = np.random.default_rng(0), (128, 2048)
+  rng, (D, F) = np.random.default_rng(0), (256, 2048)
   hf = LLAMA | {'hidden_size': D, 'intermediate_size': F, 'num_hidden_layers': 1}
   family, config = families.read(hf)
   tensors = {}
