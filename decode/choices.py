@@ -131,17 +131,15 @@ def _rows(length: int, parts: int) -> int:
 
 
 def _length(tokens: int, limit: int) -> int:
-  """A bucket for contexts: powers of two, and from 128 on three steps between them."""
-  whole = bucket(tokens)
-  step = whole // 8 if whole > 128 else whole
-  return min(-(-tokens // step) * step, limit or sys.maxsize)
+  """A bucket for contexts: powers of two, and what is half way between them from 128 on."""
+  least = bucket(tokens)
+  half = least // 4 * 3
+  return min(half if tokens <= half and half > 128 else least, limit or sys.maxsize)
 
 
 def _few(tokens: int) -> int:
-  """A bucket for continuations: 1, 4, 8, 12, 16, and then as contexts."""
-  if tokens == 1:
-    return 1
-  return -(-tokens // 4) * 4 if tokens <= 16 else bucket(tokens)
+  """A bucket for continuations. Finer ones would fill up less, and compile for longer than that."""
+  return 1 if tokens == 1 else bucket(tokens, 8)
 
 
 # One continuation, or next to no context: a row of its own, by the pass that training makes.
