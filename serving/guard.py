@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 LEAST_KEY = 16  # characters
 PATIENCE = 60.0  # seconds in which a body has to come, and a piece of an answer has to be taken
 GONE = 499  # the status in the log of who went before there was an answer; nginx's word
-# What balancers and browsers ask without a key; nothing of it is a secret.
-OPEN = frozenset({'/health', '/ping'})
+# What balancers and clusters ask: without a key, and by an address instead of a name. Nothing of it
+# is a secret.
+PROBES = frozenset({'/health', '/ping', '/v2/health/ready', '/v2/health/live'})
 HEADERS = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
 
 
@@ -97,7 +98,7 @@ class ServerGuard:
     """
     self._app, self._keys, self._body = app, keys, body
     self._hosts = {host.lower() for host in hosts}
-    self._open = OPEN | {*pages}
+    self._open = PROBES | {*pages}
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope['type'] != 'http':
@@ -141,6 +142,9 @@ class ServerGuard:
       access.info('%s', json.dumps(line | said))
 
   def _check(self, request: Request, state: dict) -> None:
+    _check_framing(request)
+    if request.url.path in PROBES:
+      return
     host = request.headers.get('host', '')
     if '*' not in self._hosts and without_port(host) not in self._hosts:
       # Else a page elsewhere, whose name was made to point here, could ask in a browser's name.
@@ -184,6 +188,18 @@ class ServerGuard:
     return bytes(content)
 
 
+def _check_framing(request: Request) -> None:
+  """Raises Denied for a head that a proxy in front might read otherwise than this server: where a
+  body ends, and for whom it is, is said once.
+  """
+  lengths = request.headers.getlist('content-length')
+  encodings = request.headers.getlist('transfer-encoding')
+  if len(lengths) + len(encodings) > 1:
+    raise Denied('Content-Length and Transfer-Encoding: give one of them, once', code='framing')
+  if len(request.headers.getlist('host')) > 1:
+    raise Denied('Host is given more than once', code='framing')
+
+
 def refusal(error: Denied) -> JSONResponse:
   """As a client of OpenAI's reads it."""
   headers = {}
@@ -191,7 +207,7 @@ def refusal(error: Denied) -> JSONResponse:
     headers['Retry-After'] = str(max(1, round(error.retry_after)))
   if error.status == 401:
     headers['WWW-Authenticate'] = 'Bearer'
-  if error.status in (408, 413):
+  if error.status in (408, 413) or error.code == 'framing':
     headers['Connection'] = 'close'  # what is left of the body is no request
   return JSONResponse(error.body(), error.status, headers)
 

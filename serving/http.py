@@ -56,6 +56,8 @@ def app(
   for path, call in {
     '/health': api.health,
     '/ping': api.health,
+    '/v2/health/ready': api.health,
+    '/v2/health/live': api.live,
     '/metrics': api.metrics,
     '/v1/models': api.models,
     '/v1/models/{name:path}': api.model,
@@ -67,7 +69,7 @@ def app(
   }.items():
     routes.append(Route(path, called(call), methods=['POST']))
   for path in ('/v1/completions', '/v1/chat/completions', '/invocations'):
-    routes.append(Route(path, WrittenSample(api, path), methods=['POST']))
+    routes.append(Route(path, WrittenEndpoint(api, path), methods=['POST']))
   inner = Starlette(
     routes=routes, exception_handlers={HTTPException: _not_found, Exception: _failed}
   )
@@ -117,6 +119,10 @@ class Api:
     said = {'status': self.service.state, 'compiled': done, 'programs': total}
     return JSONResponse(said, 200 if self.service.state == calls.READY else 503)
 
+  async def live(self, request: Request) -> Response:
+    """Whether the process answers; what starts, or drains, is no reason to kill it."""
+    return JSONResponse({'status': self.service.state})
+
   async def metrics(self, request: Request) -> Response:
     return Response(self.watching.text(), media_type=metrics.TYPE)
 
@@ -159,7 +165,7 @@ class Api:
     } | ({'parent': self.served.name} if adapter else {})
 
 
-class WrittenSample:
+class WrittenEndpoint:
   """An endpoint whose answers the model writes."""
 
   def __init__(self, api: Api, path: str):

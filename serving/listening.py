@@ -41,15 +41,9 @@ def bound(host: str, port: int) -> socket.socket:
   return opened
 
 
-def listen(
-  app: ASGIApp,
-  service: Service,
-  opened: socket.socket,
-  drain_seconds: float,
-  say: Callable[[str], None],
-) -> None:
-  """Until a signal has drained the service, or it has failed. say: what a person is to know."""
-  config = uvicorn.Config(
+def config(app: ASGIApp) -> uvicorn.Config:
+  """How connections are treated."""
+  return uvicorn.Config(
     app,
     http=_Impatient,
     ws='none',
@@ -61,7 +55,17 @@ def listen(
     timeout_graceful_shutdown=ENDING,
     lifespan='off',
   )
-  server = _Server(config, service, drain_seconds, say)
+
+
+def listen(
+  app: ASGIApp,
+  service: Service,
+  opened: socket.socket,
+  drain_seconds: float,
+  say: Callable[[str], None],
+) -> None:
+  """Until a signal has drained the service, or it has failed. say: what a person is to know."""
+  server = _Server(config(app), service, drain_seconds, say)
 
   def end():
     service.closed()

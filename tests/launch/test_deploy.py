@@ -14,8 +14,13 @@ import sys
 import jsonschema
 import pytest
 import yaml
+from starlette.testclient import TestClient
 
+from serving.guard import ApiKeys
+from serving.http import app
+from serving.wire import Served
 from tests.launch import documents
+from tests.serving.test_http import service
 
 ROOT = pathlib.Path(__file__).parents[2]
 SERVE = documents.SERVE
@@ -254,9 +259,43 @@ def test_a_machine_sets_itself_up_and_counts_who_waits(tmp_path):
   assert (tmp_path / 'said').read_text().endswith('--dimensions Stack=chat --value 7\n')
 
 
+def probed() -> set[str]:
+  """Paths that clusters and balancers ask to know how a server is."""
+  deployment, *_ = documents.kubernetes('kubernetes.yaml')
+  [service] = documents.kubernetes('kserve.yaml')
+  every = [container(deployment), service['spec']['predictor']['containers'][0]]
+  found = {
+    each[probe]['httpGet']['path']
+    for each in every
+    for probe in ('startupProbe', 'readinessProbe', 'livenessProbe')
+    if probe in each
+  }
+  return found | {worked('ec2.yaml').resources['Targets']['Properties']['HealthCheckPath'], '/ping'}
+
+
+def test_probes_are_answered_by_an_address_and_without_a_key(tmp_path):
+  keys = tmp_path / 'keys'
+  keys.write_text('k' * 20)
+  served = service()
+  made = app(served, Served(name='m'), hosts=['chat.example.org'], keys=ApiKeys(keys))
+  client = TestClient(made, base_url='http://10.1.2.3:8000')
+  assert client.get('/v1/models').status_code == 421
+  with served.by_itself():
+    assert {path: client.get(path).status_code for path in probed()} == dict.fromkeys(probed(), 200)
+    served.drain(0)
+    served.closed()
+  # What has drained is not ready, and is not to be killed for that.
+  alive = {path for path in probed() if client.get(path).status_code == 200}
+  assert alive == {'/v2/health/live'}
+
+
+def test_whom_others_reach_asks_for_keys_and_takes_any_name():
+  for name, given in servers().items():
+    assert given['host'] == '0.0.0.0' and given['hosts'] == '*' and given['api_keys'], name
+
+
+@pytest.mark.slow
 def test_the_server_has_every_flag():
-  if not (ROOT / 'serve.py').exists():
-    pytest.skip('serve.py is not here yet')
   done = subprocess.run(
     [sys.executable, 'serve.py', '--help'],
     cwd=ROOT,

@@ -7,6 +7,7 @@ import json
 import threading
 
 import pytest
+import uvicorn
 
 from tests.serving.test_http import KEY, TEXT, TOKENIZER, service
 
@@ -26,16 +27,14 @@ CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
 @contextlib.contextmanager
 def listening(keys, write=None):
   """A client of a server on a port of this machine."""
-  import uvicorn
-
   from serving.guard import ApiKeys
   from serving.http import app
-  from serving.listening import bound
+  from serving.listening import bound, config
   from serving.wire import Served
 
   served, opened = service(write), bound('127.0.0.1', 0)
   made = app(served, Served(name='m'), hosts=['127.0.0.1'], keys=ApiKeys(keys))
-  server = uvicorn.Server(uvicorn.Config(made, log_level='warning', lifespan='off'))
+  server = uvicorn.Server(config(made))
   thread = threading.Thread(target=server.run, kwargs={'sockets': [opened]}, daemon=True)
   with served.by_itself():
     opened.listen()

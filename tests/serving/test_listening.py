@@ -1,0 +1,71 @@
+"""Is a request that can be read in two ways refused, on a real connection, and does one that never
+comes keep none?
+"""
+
+import contextlib
+import socket
+import threading
+
+import pytest
+import uvicorn
+
+from serving import listening
+from serving.http import app
+from serving.listening import bound, config
+from serving.wire import Served
+from tests.serving.test_http import service
+
+HEAD = b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n'
+
+
+@contextlib.contextmanager
+def served():
+  """Where a server listens."""
+  one, opened = service(), bound('127.0.0.1', 0)
+  server = uvicorn.Server(config(app(one, Served(name='m'), hosts=['127.0.0.1'])))
+  thread = threading.Thread(target=server.run, kwargs={'sockets': [opened]}, daemon=True)
+  with one.by_itself():
+    opened.listen()
+    thread.start()
+    yield opened.getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope='module')
+def address():
+  with served() as where:
+    yield where
+
+
+def answered(address, sent: bytes) -> bytes:
+  """All that comes back until the server ends the connection."""
+  with socket.create_connection(address) as connection:
+    connection.sendall(sent)
+    connection.settimeout(60)
+    return b''.join(iter(lambda: connection.recv(4096), b''))
+
+
+@pytest.mark.parametrize(
+  'rest',
+  [
+    b'Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /health HTTP/1.1\r\n',
+    b'Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcde',
+    b'Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n',
+    b'Content-Length: +4\r\n\r\nabcd',
+    b'Content-Length : 4\r\n\r\nabcd',
+    b'Host: evil\r\nContent-Length: 4\r\n\r\nabcd',
+    b'Transfer-Encoding: chunked\r\n\r\nZZ\r\nab\r\n0\r\n\r\n',
+  ],
+)
+def test_a_request_has_one_meaning(address, rest):
+  """What a proxy may read otherwise is one 400, and behind it nothing is read."""
+  said = answered(address, HEAD + rest)
+  assert said.count(b'HTTP/1.1 ') == 1 and said.startswith(b'HTTP/1.1 400'), said
+
+
+@pytest.mark.parametrize('sent', [b'', HEAD])
+def test_a_head_that_does_not_come_ends_its_connection(monkeypatch, sent):
+  monkeypatch.setattr(listening, 'HEADERS', 0.2)
+  with served() as address:
+    assert answered(address, sent) == b''
