@@ -131,13 +131,13 @@ def calibrated(
   change = CALIBRATED[method.name](by)
   if left := by.left(model):
     log(f'no place for scales, rounded as they are: {", ".join(left)}')
-  for line in _expected(model, batches, change):
+  for line in expected(model, batches, change):
     log(line)
   model = walk(model, batches, change, log, kept)
   return jax.jit(functools.partial(stored, entries=entries, make=nearest))(model)
 
 
-def _expected(model, batches, change) -> list[str]:
+def expected(model, batches, change) -> list[str]:
   of = estimate(model, batches, change)
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
   mib = {name: f'{count / 2**20:,.0f} MiB' for name, count in (of | {'model': size}).items()}

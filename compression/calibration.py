@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import grouped_matmul
+from model.params import by_name, is_param, name_of
 from model.weights import read
 from model.weights.above import Above
 from model.weights.scheme import summed_of
@@ -180,7 +181,7 @@ def watched(block, prefix: str, real: Mapping[str, Any], zeros):
   """
 
   def one(path, p):
-    name = name_of(prefix, path)
+    name = f'{prefix}.{name_of(path)}'
     if name not in zeros:
       return p
     of_memory = '.cross.k' in name or '.cross.v' in name
@@ -202,8 +203,7 @@ def begun(block, wanted: Callable[[str, Any], bool], prefix: str, products: bool
 
 def matrices(block, prefix: str) -> dict[str, Any]:
   """A layer's matrices by the name that they have in the model; routers are none of them."""
-  flat = jax.tree_util.tree_leaves_with_path(block, is_leaf=is_param)
-  named = {name_of(prefix, path): p for path, p in flat}
+  named = {f'{prefix}.{name}': p for name, p in by_name(block).items()}
   return {name: p for name, p in named.items() if p.kind == 'matrix' and not p.wide}
 
 
@@ -228,13 +228,3 @@ def filled(sums: InputStatistics, few: np.ndarray, own: bool) -> InputStatistics
     return jnp.where(which.reshape(-1, *(1,) * (x.ndim - 1)), y[None], x)
 
   return jax.tree.map(chosen, sums, other)
-
-
-def name_of(prefix: str, path) -> str:
-  """Of a parameter, by its path in a layer."""
-  return f'{prefix}.{jax.tree_util.keystr(path, simple=True, separator=".")}'
-
-
-def is_param(x) -> bool:
-  """Whether a node is a parameter, and no array of one."""
-  return hasattr(x, 'get_value')

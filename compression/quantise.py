@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import names
+from model.params import is_param, name_of
 from model.weights.codes import reduced
 from model.weights.int8 import Int8
 from model.weights.scheme import Scheme, made_by, parsed, rule_of, stored, summed_of
@@ -79,12 +80,10 @@ def streamed(target, entries: Sequence[str], method: str, take: Callable[[str, A
     return p.replace(jax.lax.map(one, x) if x.ndim > len(p.axes) else one(x))
 
   def parameter(path, p):
-    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    name = name_of(path)
     taken = take(name, p)
     _, scheme = rule_of(name, p, rules) or ('', Scheme('keep'))
     return taken if scheme.grid == 'keep' else coded(taken, name, scheme)
 
-  made = jax.tree_util.tree_map_with_path(
-    parameter, target, is_leaf=lambda x: hasattr(x, 'get_value')
-  )
+  made = jax.tree_util.tree_map_with_path(parameter, target, is_leaf=is_param)
   return jax.jit(functools.partial(quantised, entries=entries, method=method))(made)

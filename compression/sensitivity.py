@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.params import by_name, is_param, name_of
 from model.weights import read
 from model.weights.scheme import dequantised
 
@@ -34,7 +35,7 @@ def places(model, errors: Mapping[str, np.ndarray]) -> list[MatrixPlace]:
   matrix without its norm is none of either model.
   """
   config, found = model.config, []
-  vectors = {name for name, p in _named(model).items() if p.kind == 'vector'}
+  vectors = {name for name, p in by_name(model).items() if p.kind == 'vector'}
   for name, each in errors.items():
     if name in vectors and np.any(each > 0):
       raise ValueError(
@@ -73,7 +74,7 @@ def exchanged(original, smaller, chosen: Mapping[str, jax.Array]):
   before, _ = _both(original, smaller)
 
   def one(path, p):
-    name = _name(path)
+    name = name_of(path)
     x = read(before[name]).numbers('float32')
     if name not in chosen:
       return p.replace(x)
@@ -81,14 +82,14 @@ def exchanged(original, smaller, chosen: Mapping[str, jax.Array]):
     here = here.reshape(here.shape + (1,) * (x.ndim - here.ndim))
     return p.replace(jnp.where(here, read(p).numbers('float32'), x))
 
-  return jax.tree_util.tree_map_with_path(one, dequantised(smaller), is_leaf=_is_param)
+  return jax.tree_util.tree_map_with_path(one, dequantised(smaller), is_leaf=is_param)
 
 
 def _both(original, smaller) -> tuple[dict, dict]:
   """Parameters by name; where only the smaller one has a head of its own, the original's is its
   table.
   """
-  before, after = _named(original), _named(smaller)
+  before, after = by_name(original), by_name(smaller)
   if 'head.tokens' in after:
     before.setdefault('head.tokens', before['embedding.tokens'])
   for name in before.keys() | after.keys():
@@ -99,16 +100,3 @@ def _both(original, smaller) -> tuple[dict, dict]:
         'the same shapes are compared'
       )
   return before, after
-
-
-def _named(model) -> dict:
-  flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
-  return {_name(path): p for path, p in flat}
-
-
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='.')
-
-
-def _is_param(x) -> bool:
-  return hasattr(x, 'get_value')

@@ -26,7 +26,7 @@ from compression import walk
 from data.batch import Batch
 from model import transformer
 from model.config import ModelConfig
-from model.params import abstract
+from model.params import abstract, by_name, is_param, name_of
 from model.weights import read
 
 UNITS = ('heads', 'channels', 'layers')
@@ -111,7 +111,7 @@ def without(prefix: str, layer, statistics: Mapping, config: ModelConfig, small:
         x = jnp.take(x, picked[logical], axis + 1)
     return p.replace(x)
 
-  return jax.tree.map(one, layer, is_leaf=_is_param)
+  return jax.tree.map(one, layer, is_leaf=is_param)
 
 
 def by_magnitude(model: transformer.Decoder, small: ModelConfig) -> transformer.Decoder:
@@ -129,14 +129,14 @@ def influence(model: transformer.Decoder, batches: Sequence[Batch]) -> list[floa
   """1 - cos(what comes in, what goes out) of each layer, over the tokens of calibration."""
 
   def apart(shell, block, x, batch):
-    y = walk._through(shell, block, x, batch, None, 'stack')
+    y = walk.through(shell, block, x, batch, None, 'stack')
     real = batch.segments > 0
     a, b = x.astype(jnp.float32), y.astype(jnp.float32)
     cos = (a * b).sum(-1) / jnp.maximum(_norm(a, (-1,)) * _norm(b, (-1,)), 1e-30)
     return jnp.where(real, 1 - cos, 0).sum(), y
 
-  run, shell, found = jax.jit(apart), walk._shell(model), []
-  enter = jax.jit(functools.partial(walk._entered, side='stack'))
+  run, shell, found = jax.jit(apart), walk.without_layers(model), []
+  enter = jax.jit(functools.partial(walk.entered, side='stack'))
   states = [enter(shell, batch, None) for batch in batches]
   tokens = sum(int((batch.segments > 0).sum()) for batch in batches)
   for layer in walk.layers_of(model.config):
@@ -170,10 +170,10 @@ def joined(model: transformer.Decoder, small: ModelConfig, layers: Sequence[int]
   target = abstract(functools.partial(transformer.init, small, 0), mesh)
   old = {layer: place for place, layer in _layers(model.config).items()}
   new = _layers(small)
-  before = {name: np.asarray(p.get_value()) for name, p in _named(model).items()}
+  before = {name: np.asarray(p.get_value()) for name, p in by_name(model).items()}
 
   def one(path, p):
-    name = _name(path)
+    name = name_of(path)
     value, parts = p.get_value(), name.split('.')
     if parts[:2] != ['stack', 'blocks']:
       return p.replace(jax.device_put(before[name], value.sharding))
@@ -183,7 +183,7 @@ def joined(model: transformer.Decoder, small: ModelConfig, layers: Sequence[int]
       rows.append(before['.'.join(['stack.blocks', str(block), *parts[3:]])][index])
     return p.replace(jax.device_put(np.stack(rows), value.sharding))
 
-  return jax.tree_util.tree_map_with_path(one, target, is_leaf=_is_param)
+  return jax.tree_util.tree_map_with_path(one, target, is_leaf=is_param)
 
 
 def _layers(config: ModelConfig) -> dict[tuple[int, int], int]:
@@ -206,16 +206,3 @@ def _depth(layers) -> int:
 
 def _norm(x, axes: tuple[int, ...]):
   return jnp.sqrt(jnp.square(x).sum(axes))
-
-
-def _named(model) -> dict:
-  flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
-  return {_name(path): p for path, p in flat}
-
-
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='.')
-
-
-def _is_param(x) -> bool:
-  return hasattr(x, 'get_value')

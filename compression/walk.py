@@ -24,6 +24,7 @@ from compression.calibration import InputStatistics
 from compression.kept import Kept
 from data.batch import Batch
 from model.config import Kind, ModelConfig
+from model.params import is_param, name_of
 from model.transformer import Decoder, Output
 from model.weights.weight import Weight
 from parallel.remat import Remat
@@ -57,14 +58,14 @@ def by_matrix(change: Callable[[str, Any, InputStatistics], Weight]) -> Callable
 
   def make(prefix, layer, statistics):
     def one(path, p):
-      name = calibration.name_of(prefix, path)
+      name = f'{prefix}.{name_of(path)}'
       if name not in statistics:
         return p
       alone = p.replace(jax.tree.map(lambda x: x[0], p.get_value()))
       made = change(name, alone, statistics[name])
       return p.replace(jax.tree.map(lambda x: x[None], made))
 
-    return jax.tree_util.tree_map_with_path(one, layer, is_leaf=calibration.is_param)
+    return jax.tree_util.tree_map_with_path(one, layer, is_leaf=is_param)
 
   return make
 
@@ -101,10 +102,10 @@ def walk(
   done: dict[tuple[str, int], list] = {}
   memory = [None] * len(batches)
   seen = jax.jit(_statistics, static_argnames=('layer', 'change'))
-  run = jax.jit(_through, static_argnames='side')
+  run = jax.jit(through, static_argnames='side')
   make = jax.jit(change.make, static_argnums=0)
   add = jax.jit(_added, donate_argnums=0)
-  shell, began, here = _shell(model), time.perf_counter(), 0
+  shell, began, here = without_layers(model), time.perf_counter(), 0
 
   @functools.lru_cache
   def shapes(layer):
@@ -114,7 +115,7 @@ def walk(
     return jax.eval_shape(functools.partial(change.make, layer.prefix), block, zeros)
 
   for side in dict.fromkeys(layer.side for layer in every):
-    enter = jax.jit(functools.partial(_entered, side=side))
+    enter = jax.jit(functools.partial(entered, side=side))
     states = [np.asarray(enter(shell, batch, read)) for batch, read in zip(batches, memory)]
     stack = getattr(model, side)
     for layer in (layer for layer in every if layer.side == side):
@@ -237,7 +238,7 @@ class _Given:
     return None
 
 
-def _shell(model: Decoder) -> Decoder:
+def without_layers(model: Decoder) -> Decoder:
   """The model without its layers."""
   shell = jax.tree.map(lambda x: x, model)  # a copy, to be written to
   for side in ('stack', 'encoder'):
@@ -247,12 +248,12 @@ def _shell(model: Decoder) -> Decoder:
   return shell
 
 
-def _entered(shell: Decoder, batch: Batch, memory, side: str):
+def entered(shell: Decoder, batch: Batch, memory, side: str):
   """What the first layer of a side sees. Traced."""
   return _called(shell, batch, side, memory, _Given(None))
 
 
-def _through(shell: Decoder, block, x, batch: Batch, memory, side: str):
+def through(shell: Decoder, block, x, batch: Batch, memory, side: str):
   """What a layer makes of x. Traced."""
   model = jax.tree.map(lambda x: x, shell)
   stack = getattr(model, side)
@@ -292,7 +293,7 @@ def _statistics(shell, block, x, batch, memory, layer: Layer, change: LayerChang
 
   def total(zeros):
     watched = calibration.watched(block, layer.prefix, real, zeros)
-    return _through(shell, watched, x, batch, memory, layer.side).sum(dtype=jnp.float32)
+    return through(shell, watched, x, batch, memory, layer.side).sum(dtype=jnp.float32)
 
   return jax.grad(total)(_zeros(block, layer.prefix, change))
 

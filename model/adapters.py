@@ -11,7 +11,6 @@ Z rank
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax import nnx
 
 from model import soft
 from model.adaptation import AdapterConfig
+from model.params import by_name, is_param, name_of
 from model.weights import read
 from model.weights.low_rank import LowRank
 from model.weights.plain import Plain
@@ -45,7 +45,7 @@ def new(model, config: AdapterConfig, key: jax.Array, ids: Sequence[int] | None 
 
 def targets(model, config: AdapterConfig) -> Iterator[tuple[str, nnx.Param]]:
   """The parameters that a config's patterns name, in the model's order. Raises as `new`."""
-  known = {name: p for name, p in _named(model).items() if p.kind in ('matrix', 'embedding')}
+  known = {name: p for name, p in by_name(model).items() if p.kind in ('matrix', 'embedding')}
   # Tables and routers are adapted where they are meant, and not because a pattern is wide.
   wide = {name for name, p in known.items() if p.kind == 'embedding' or p.wide}
   chosen = set()
@@ -125,7 +125,7 @@ def applied(model, adapter: Adapter, config: AdapterConfig):
     pair = adapter.get(name_of(path))
     return p if pair is None else p.replace(_updated(p, pair, config))
 
-  return jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
+  return jax.tree_util.tree_map_with_path(put, model, is_leaf=is_param)
 
 
 def merged(model, adapter: Adapter, config: AdapterConfig):
@@ -141,7 +141,7 @@ def merged(model, adapter: Adapter, config: AdapterConfig):
       return p
     return p.replace(ax.place(weight.numbers(weight.dtype), *_whole_axes(p)))
 
-  model = jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
+  model = jax.tree_util.tree_map_with_path(put, model, is_leaf=is_param)
   return soft.applied(model, adapter) if config.soft else model
 
 
@@ -154,18 +154,3 @@ def _updated(p: nnx.Param, pair: Mapping[str, nnx.Param], config: AdapterConfig)
   magnitude = read(pair['magnitude']) if 'magnitude' in pair else None
   a, b = read(pair['a']), read(pair['b'])
   return LowRank(read(p), a, b, magnitude, config.scale, inputs_of(p))
-
-
-def _named(model) -> dict[str, nnx.Param]:
-  """Parameters by name: 'stack.blocks.0.attention.q'."""
-  leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
-  return {name_of(path): p for path, p in leaves}
-
-
-def name_of(path) -> str:
-  """Of a parameter, by its path in the tree of a model."""
-  return jax.tree_util.keystr(path, simple=True, separator='.')
-
-
-def _is_param(x: Any) -> bool:
-  return isinstance(x, nnx.Variable)

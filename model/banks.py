@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.adaptation import AdapterConfig
-from model.adapters import Adapter, inputs_of, name_of
+from model.adapters import Adapter, inputs_of
 from model.config import ModelConfig
+from model.params import is_param, name_of
 from model.rearranged import stacked_names
 from model.weights import read
 from model.weights.bank import Bank
@@ -71,7 +72,7 @@ def banked(
     _check_matrix(source, p, [name for name, pair in zip(names, pairs) if pair])
     return p.replace(_bank(p, pairs, configs, rank, layer, model.config.execution.dtype))
 
-  adapted = jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
+  adapted = jax.tree_util.tree_map_with_path(put, model, is_leaf=is_param)
   if left:
     raise ValueError(f'adapters have matrices that this model has not: {", ".join(sorted(left))}')
   return adapted
@@ -83,7 +84,7 @@ def _banks(model, stored, adapters, configs, names) -> dict[str, Bank]:
   a copy.
   """
   leaves = jax.tree_util.tree_leaves_with_path(
-    banked(model, stored, adapters, configs, names), is_leaf=_is_param
+    banked(model, stored, adapters, configs, names), is_leaf=is_param
   )
   values = {name_of(path): p.get_value() for path, p in leaves}
   return {
@@ -106,7 +107,7 @@ def with_adapters(
     bank = known.get(name_of(path))
     return p if bank is None else p.replace(dataclasses.replace(bank, base=read(p)))
 
-  return jax.tree_util.tree_map_with_path(put, model, is_leaf=_is_param)
+  return jax.tree_util.tree_map_with_path(put, model, is_leaf=is_param)
 
 
 def _check_matrix(name: str, p: nnx.Param, adapters: Sequence[str]) -> None:
@@ -178,7 +179,3 @@ def _of_layer(p: nnx.Param, layer: int | None) -> jax.Array:
   if layer is None or len(x) == 1:
     return x
   return jax.lax.slice_in_dim(x, layer, layer + 1)
-
-
-def _is_param(x) -> bool:
-  return isinstance(x, nnx.Variable)

@@ -27,7 +27,7 @@ from model import families, filled, transformer
 from model.config import ModelConfig
 from model.families.layout import Layout, sizes
 from model.gguf import GGUFTensors
-from model.params import abstract, named_leaves
+from model.params import abstract, by_name, named_leaves
 from model.quantised_files import KEY, QuantisedTensors
 from model.quantised_files.fitted import KeptCodes, fitted
 from model.quantised_files.outgoing import FORMAT, outgoing
@@ -129,7 +129,7 @@ def load(
   mesh = mesh or default_mesh(config)
   with jax.set_mesh(mesh):
     target = abstract(functools.partial(transformer.init, config, 0), mesh)
-  params = filled.params(target)
+  params = by_name(target)
   mapped = {part.leaf for shares in parts.values() for part in shares}
   if mapped != params.keys():
     raise RuntimeError(
@@ -212,7 +212,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special, f
   leaves, parts, coded = named_leaves(model), parts_of(family, config), None
   if form:
     names.check('--format', form, [FORMAT])
-    params = filled.params(model)
+    params = by_name(model)
     coded = outgoing(params, config.execution.stored, parts, family.TIED, PIECE)
   if not all(x.is_fully_addressable for x in leaves.values()):
     raise ValueError(

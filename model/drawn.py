@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt32
 from kernels import draws
 from model.attention import View
 from model.dropout import Rates
+from model.params import is_param
 from model.weights import read
 from model.weights.low_rank import LowRank
 from parallel import axes as ax
@@ -147,7 +148,7 @@ class Drawn:
     """A layer whose matrices with an adapter on them leave out some of what A sees."""
     if not self.adapter:
       return block
-    leaves, structure = jax.tree.flatten(block, is_leaf=_is_param)
+    leaves, structure = jax.tree.flatten(block, is_leaf=is_param)
 
     def put(i, p):
       weight = read(p)
@@ -178,7 +179,3 @@ def put(model, drawn: Drawn):
   model = jax.tree.map(lambda x: x, model)  # a copy
   model.drawn = nnx.data(drawn)
   return model
-
-
-def _is_param(x: Any) -> bool:
-  return isinstance(x, nnx.Variable)

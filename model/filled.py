@@ -6,7 +6,6 @@ A weight's arrays are filled one by one: codes, scales and zero points, each whe
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -106,12 +105,6 @@ class InCodes:
 
 
 PARTS = ('codes', 'values', 'scale', 'zero')
-
-
-def params(model) -> dict[str, nnx.Param]:
-  """A model's parameters by name, in the order of their leaves."""
-  found = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): p for path, p in found}
 
 
 def filling(p: nnx.Param) -> Numbers | InCodes:

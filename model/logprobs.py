@@ -47,17 +47,6 @@ def logprobs(
   return _scored(law, targets, weights, False, chunk)[0]
 
 
-def logprobs_and_entropy(
-  law: Law,
-  targets: Int[Array, 'B T'],
-  weights: Float[Array, 'B T'],
-  *,
-  chunk: int = CHUNK,
-) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
-  """`logprobs` and `entropy`, by the same passes."""
-  return _scored(law, targets, weights, True, chunk)
-
-
 def logprobs_and_greedy(
   law: Law,
   targets: Int[Array, 'B T'],

@@ -64,20 +64,30 @@ def param(
   return nnx.Param(ax.place(value, *axes), axes=axes, kind=kind, inputs=inputs, wide=wide)
 
 
-def _is_param(x) -> bool:
+# For jax.tree's is_leaf: a parameter is one, whatever arrays it is stored in.
+def is_param(x) -> bool:
   return isinstance(x, nnx.Variable)
+
+
+def name_of(path) -> str:
+  """Of a parameter, or its array, by the path in a tree: 'stack.blocks.0.attention.q'."""
+  # From an nnx.Param to its array is a step of its own.
+  of_array = path[-1:] == (jax.tree_util.GetAttrKey('value'),)
+  return jax.tree_util.keystr(path[:-1] if of_array else path, simple=True, separator='.')
+
+
+def by_name(model) -> dict[str, nnx.Param]:
+  """A model's parameters, in the order of its leaves; each is one, whatever it is stored in."""
+  return {
+    name_of(path): p for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_param)
+  }
 
 
 def named_leaves(tree, prefix: str = '') -> dict[str, Any]:
   """Leaves by name, in the order of jax.tree.leaves: 'stack.blocks.0.attention.q'."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  names_ = (
-    jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
-    for path, _ in leaves
-  )
   return {
-    f'{prefix}.{name}' if prefix else name: leaf
-    for name, (_, leaf) in zip(names_, leaves, strict=True)
+    f'{prefix}.{name_of(path)}' if prefix else name_of(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
@@ -118,7 +128,7 @@ def specs(model) -> Any:
     stacked = ('layers',) * (len(shape) - len(p.axes))
     return ParamSpec(shape, (*stacked, *p.axes), p.kind, p.inputs)
 
-  return jax.tree.map(spec, model, is_leaf=_is_param)
+  return jax.tree.map(spec, model, is_leaf=is_param)
 
 
 def count(model) -> int:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from model.params import named_leaves
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -111,9 +113,9 @@ def norms_by_module(tree) -> dict[str, float]:
     unit = jnp.where(largest > 0, largest, 1)
     return largest * jnp.sqrt(jnp.sum(jnp.square(x / unit)))
 
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  norms = jax.device_get(jax.jit(lambda xs: [norm(x) for x in xs])([x for _, x in leaves]))
-  parameters = {_name(path): float(n) for (path, _), n in zip(leaves, norms, strict=True)}
+  leaves = named_leaves(tree)
+  norms = jax.device_get(jax.jit(lambda xs: [norm(x) for x in xs])([*leaves.values()]))
+  parameters = dict(zip(leaves, map(float, norms), strict=True))
   modules = {}
   for name, n in parameters.items():
     modules.setdefault(name.split('.')[0], []).append(n)
@@ -123,9 +125,3 @@ def norms_by_module(tree) -> dict[str, float]:
 def non_finite(norms: dict[str, float]) -> list[str]:
   """Names whose norm is not finite, in order."""
   return [name for name, n in norms.items() if not math.isfinite(n)]
-
-
-def _name(path) -> str:
-  if path[-1] == jax.tree_util.GetAttrKey('value'):  # An nnx.Param adds a step of its own.
-    path = path[:-1]
-  return jax.tree_util.keystr(path, simple=True, separator='.')

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 
-from model.params import named_leaves
+from model.params import is_param, name_of, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ def shared(models: dict[str, Any], sources: Mapping[str, Any], rule: Rule) -> di
 
 
 def _is_parameter(x) -> bool:
-  return x is None or isinstance(x, nnx.Variable)
+  return x is None or is_param(x)
 
 
 def _named(models) -> dict[str, Any]:
@@ -122,7 +121,7 @@ def _named(models) -> dict[str, Any]:
   same.
   """
   return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): p
+    name_of(path): p
     for path, p in jax.tree_util.tree_leaves_with_path(dict(models), is_leaf=_is_parameter)
   }
 

@@ -97,9 +97,7 @@ def costs_of(model, batches, tokenizer, bound: QualityBound) -> list[Callable[[A
 def _kinds(model) -> dict[str, int]:
   """Numbers of each kind of matrix in layers, as attention.q."""
   kinds, rules = {}, parsed([f'*.blocks.*={HIGH}'])
-  flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: hasattr(x, 'get_value'))
-  for path, p in flat:
-    name = jax.tree_util.keystr(path, simple=True, separator='.')
+  for name, p in params.by_name(model).items():
     if rule_of(name, p, rules):
       kind = '.'.join(name.split('.')[3:])
       kinds[kind] = kinds.get(kind, 0) + math.prod(p.shape)

@@ -116,7 +116,7 @@ def _taken(checkpoints: Checkpoints, step: int, name: str, p):
   alone = p
   for key in reversed(name.split('.')):
     alone = {key: alone}
-  return jax.tree.leaves(checkpoints.model(alone, step, some=True), is_leaf=_is_param)[0]
+  return jax.tree.leaves(checkpoints.model(alone, step, some=True), is_leaf=params.is_param)[0]
 
 
 def layers_beside(to: str | os.PathLike) -> pathlib.Path:
@@ -134,15 +134,9 @@ def kept_as_it_is(model) -> list[str]:
   """Lines about what is not in codes, and how many bytes that is."""
   size: dict[str, int] = {}
 
-  def look(path, p):
+  for name, p in params.by_name(model).items():
     if not read(p).coded:
-      name = jax.tree_util.keystr(path, simple=True, separator='.')
       kind = name.split('.')[0] if p.kind != 'vector' else 'norms and biases'
       size[kind] = size.get(kind, 0) + math.prod(p.shape) * p.dtype.itemsize
 
-  jax.tree_util.tree_map_with_path(look, model, is_leaf=_is_param)
   return [f'kept as it is: {kind}, {count / 2**20:,.1f} MiB' for kind, count in size.items()]
-
-
-def _is_param(x) -> bool:
-  return hasattr(x, 'get_value')

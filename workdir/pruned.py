@@ -21,7 +21,7 @@ import numpy as np
 
 import files
 from compression import bounded, structured, walk
-from compression.calibrated import _expected as expected
+from compression.calibrated import expected
 from compression.calibration import sizes_of
 from compression.kept import Kept
 from compression.prune import highest, shared_out, sparsegpt, stays, wanda
@@ -144,8 +144,7 @@ def thinned(
   model, asked: PruneRequest, batches, kept: Callable[[PruneRequest], Kept] | None, log: Log
 ):
   """The model with 0 for what goes."""
-  flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param)
-  chosen = {_name(path): p for path, p in flat if asked.goes(_name(path), p)}
+  chosen = {name: p for name, p in params.by_name(model).items() if asked.goes(name, p)}
   if not chosen:
     raise ValueError(f'--keep={",".join(asked.keep)} leaves no matrix to prune; leave some out')
   if asked.method != 'magnitude':
@@ -164,20 +163,20 @@ def thinned(
     counts = shared_out(sizes, summed, asked.pattern.share)
 
   def one(path, p):
-    name = _name(path)
+    name = params.name_of(path)
     if name not in chosen:
       return p
     return p.replace(_thin(p.get_value(), summed_of(p), asked.pattern, counts.get(name)))
 
-  return jax.tree_util.tree_map_with_path(one, model, is_leaf=_is_param)
+  return jax.tree_util.tree_map_with_path(one, model, is_leaf=params.is_param)
 
 
 def _finite(model):
   """The model. Raises ValueError where what made up for the rest is no number."""
-  for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param):
+  for name, p in params.by_name(model).items():
     if not np.isfinite(np.asarray(p.get_value())).all():
       raise ValueError(
-        f'{_name(path)} holds NaN or infinity now: its inputs are too much alike for f32 to tell '
+        f'{name} holds NaN or infinity now: its inputs are too much alike for f32 to tell '
         'them apart; give more samples, or use --method=wanda'
       )
   return model
@@ -257,8 +256,8 @@ def described(model, asked: PruneRequest) -> list[str]:
     return [f'{unit} now: {count:,}' for unit, count in left.items()]
   gone: dict[str, np.ndarray] = {}
   left: dict[str, int] = {}
-  for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_param):
-    name, size = _name(path), math.prod(p.shape)
+  for name, p in params.by_name(model).items():
+    size = math.prod(p.shape)
     if asked.goes(name, p):
       kind = '.'.join(name.split('.')[3:])
       zeros = int((np.asarray(p.get_value()) == 0).sum())
@@ -269,11 +268,3 @@ def described(model, asked: PruneRequest) -> list[str]:
       left[kind] = left.get(kind, 0) + size
   lines = [f'{kind}: {n:,} of {size:,} are 0 ({n / size:.2%})' for kind, (n, size) in gone.items()]
   return [*lines, *(f'kept as it is: {kind}, {size:,} numbers' for kind, size in left.items())]
-
-
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='.')
-
-
-def _is_param(x) -> bool:
-  return hasattr(x, 'get_value')

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 import names
-from model import filled, transformer
+from model import transformer
 from model.config import ModelConfig
 from model.families.layout import Layout
+from model.params import by_name
 from model.weights.codes import blocks_of
 from model.weights.grids import GRIDS
 from model.weights.scheme import Scheme, rule_of, summed_of
@@ -66,7 +67,7 @@ def fitted(config: ModelConfig, parts, called: dict[str, str], tensors, keep: st
   with jax.set_mesh(NO_MESH):
     model = jax.eval_shape(functools.partial(transformer.init, config, 0))
   schemes, why = {}, {}
-  for name, p in filled.params(model).items():
+  for name, p in by_name(model).items():
     found = of.get(name, ())
     if not any(entry[2] for entry in found):
       if _codable(name, p):

@@ -7,6 +7,7 @@ layers, experts, embedding and head may ask of it; each way of storing one is a 
 import jax
 from flax import nnx
 
+from model.params import is_param
 from model.weights.gathered import Gathered
 from model.weights.plain import Plain
 from model.weights.weight import Weight
@@ -30,7 +31,7 @@ def gathered(model, dtype: str):
       return None
     return read(p).gathered(dtype)
 
-  return jax.tree.map(whole, model, is_leaf=_is_param)
+  return jax.tree.map(whole, model, is_leaf=is_param)
 
 
 def joined(model, whole, reduce: bool = True):
@@ -42,7 +43,7 @@ def joined(model, whole, reduce: bool = True):
   def join(p, whole):
     return p if whole is None else p.replace(read(p).joined(whole) if reduce else whole)
 
-  return jax.tree.map(join, model, whole, is_leaf=lambda x: x is None or _is_param(x))
+  return jax.tree.map(join, model, whole, is_leaf=lambda x: x is None or is_param(x))
 
 
 def of_rows(model, index):
@@ -57,14 +58,10 @@ def of_rows(model, index):
     value = p.get_value()
     return p.replace(value.of_rows(index)) if isinstance(value, Weight) else p
 
-  return jax.tree.map(bind, model, is_leaf=_is_param)
+  return jax.tree.map(bind, model, is_leaf=is_param)
 
 
 def adapters(model) -> int:
   """How many adapters rows of this model, which may be abstract, can have."""
-  values = (p.get_value() for p in jax.tree.leaves(model, is_leaf=_is_param))
+  values = (p.get_value() for p in jax.tree.leaves(model, is_leaf=is_param))
   return max((value.adapters for value in values if isinstance(value, Weight)), default=0)
-
-
-def _is_param(x) -> bool:
-  return isinstance(x, nnx.Variable)

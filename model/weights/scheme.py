@@ -30,6 +30,7 @@ from flax import nnx
 
 import names
 from model.config import ModelConfig
+from model.params import is_param, name_of
 from model.weights import int8, read
 from model.weights.activated import Activated
 from model.weights.codes import Codes, blocks_of
@@ -232,10 +233,10 @@ def stored(model, entries: Sequence[str], make: Callable[..., Weight] = Scheme.o
     return p.replace(made_by(make, scheme, read(p).numbers(dtype), summed_of(p), p.axes, name))
 
   def matrix(path, p):
-    made = coded(jax.tree_util.keystr(path, simple=True, separator='.'), p)
+    made = coded(name_of(path), p)
     return p if made is None else made
 
-  made = jax.tree_util.tree_map_with_path(matrix, model, is_leaf=_is_param)
+  made = jax.tree_util.tree_map_with_path(matrix, model, is_leaf=is_param)
   if model.head.tokens is None:
     head = coded('head.tokens', model.embedding.tokens)
     if head is not None:
@@ -283,7 +284,7 @@ def dequantised(model):
     return p.replace(read(p).numbers(dtype)) if read(p).coded else p
 
   config = model.config
-  made = jax.tree.map(numbers, model, is_leaf=_is_param)
+  made = jax.tree.map(numbers, model, is_leaf=is_param)
   made.config = numbers_config(config, model.head.tokens is not None)
   return made
 
@@ -319,7 +320,3 @@ def _check_shards(shape, blocks, axes, scheme: Scheme, name: str) -> None:
         f'devices; use smaller ones (at most {math.gcd(size // shards, block)}), or fewer devices '
         'along it'
       )
-
-
-def _is_param(x) -> bool:
-  return isinstance(x, nnx.Variable)

@@ -15,6 +15,7 @@ from compression import calibration, walk as walks
 from compression.kept import Kept
 from compression.walk import LayerChange, by_matrix, layers_of, walk
 from data.batch import Batch, SourceBatch
+from model.params import is_param
 from model.weights import Plain, read
 from model.weights.above import Above
 from tests.model import laws
@@ -83,7 +84,7 @@ def recorded(model, batches):
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     return p.replace(Recorder(read(p), name, p.inputs))
 
-  model = jax.tree_util.tree_map_with_path(record, model, is_leaf=calibration.is_param)
+  model = jax.tree_util.tree_map_with_path(record, model, is_leaf=is_param)
   SEEN.clear()
 
   @jax.jit

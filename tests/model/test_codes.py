@@ -267,13 +267,7 @@ def test_parameter_by_parameter_is_the_same():
   config, entries = config_of('llama'), tuple(f'*{name}={of}' for name, of in schemes.items())
   model = jax.jit(lambda: transformer.init(config, 0))()
   whole = jax.jit(lambda m: quantised(m, entries, 'mse'))(model)
-  by_name = {
-    jax.tree_util.keystr(path, simple=True, separator='.'): p
-    for path, p in jax.tree_util.tree_leaves_with_path(
-      model, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )
-  }
-  copied = jax.tree.map(jnp.copy, by_name)
+  copied = jax.tree.map(jnp.copy, params.by_name(model))
   made = streamed(model, entries, 'mse', lambda name, p: copied[name])
   assert jax.tree.structure(made) == jax.tree.structure(whole)
   for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(whole), strict=True):

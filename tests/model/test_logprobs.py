@@ -275,13 +275,6 @@ def test_the_likeliest_ids_over_devices(sizes):
   np.testing.assert_allclose(slope, expected[2], atol=1e-5)
 
 
-def test_both_at_once_are_the_same():
-  p, _, targets, weights, _ = inputs(temperature=True)
-  logprobs, entropy = lp.logprobs_and_entropy(p, targets, weights)
-  np.testing.assert_array_equal(logprobs, lp.logprobs(p, targets, weights))
-  np.testing.assert_array_equal(entropy, lp.entropy(p, weights))
-
-
 def test_a_law_diverges_from_itself_by_nothing():
   p, q, _, weights, _ = inputs(softcap=2.0, temperature=True)
   assert (KL(p, p, weights) == 0).all()

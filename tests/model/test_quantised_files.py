@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model import checkpoint, families, filled
-from model.params import named_leaves
+from model import checkpoint, families
+from model.params import by_name, named_leaves
 from model.quantised_files import KEY, QuantisedTensors, coded as coding
 from model.quantised_files.fitted import fitted
 from model.tensorfiles import TensorFiles
@@ -217,7 +217,7 @@ def load(directory, codes='exact', mesh=ours.MESH, **options):
 
 
 def numbers(model):
-  return {name: np.asarray(read(p).numbers('float32')) for name, p in filled.params(model).items()}
+  return {name: np.asarray(read(p).numbers('float32')) for name, p in by_name(model).items()}
 
 
 def same(found, expected):
@@ -273,7 +273,7 @@ def test_codes_go_out_as_they_came(name, built, tmp_path, monkeypatch):
   checkpoint.save(model, config, tmp_path / 'out', form='compressed-tensors')
   again, back, _ = load(tmp_path / 'out')
   if name in QUICK:  # the numbers of a matrix of all layers: of others, test_a_model_keeps_them
-    down = read(filled.params(model)['stack.blocks.0.feed_forward.down']).numbers('float32')
+    down = read(by_name(model)['stack.blocks.0.feed_forward.down']).numbers('float32')
     plain = ours.tensors(built(name) / 'plain')
     for i, x in enumerate(np.asarray(down)):
       np.testing.assert_array_equal(x, plain[f'model.layers.{i}.mlp.down_proj.weight'].T)

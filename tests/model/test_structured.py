@@ -10,22 +10,18 @@ import pytest
 from compression import structured
 from compression.calibration import InputStatistics
 from model.config import RopeConfig
+from model.params import by_name, is_param, name_of
 from tests.model import laws
-
-
-def named(model):
-  flat = jax.tree_util.tree_leaves_with_path(model, is_leaf=structured._is_param)
-  return {structured._name(path): p for path, p in flat}
 
 
 def silenced(model, made, layers):
   """The model whose parts that went are multiplied with 0 where they are read: those whose values
   are not among the others'.
   """
-  config, there = model.config, named(made)
+  config, there = model.config, by_name(made)
 
   def one(path, p):
-    name, x = structured._name(path), np.array(p.get_value())
+    name, x = name_of(path), np.array(p.get_value())
     parts = name.split('.')
     if parts[-1] not in ('o', 'down', 'o_bias', 'down_bias'):
       return p
@@ -41,7 +37,7 @@ def silenced(model, made, layers):
         x[row, [y.tobytes() not in left for y in x[row]]] = 0
     return p.replace(jnp.asarray(x))
 
-  return jax.tree_util.tree_map_with_path(one, model, is_leaf=structured._is_param)
+  return jax.tree_util.tree_map_with_path(one, model, is_leaf=is_param)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +61,8 @@ def test_what_is_left_is_the_model_in_which_the_rest_is_silent(name, changes, te
   for unit, size in sizes.items():
     have = {'heads': small.N, 'channels': small.F, 'layers': small.L}[unit]
     assert have == size < {'heads': config.N, 'channels': config.F, 'layers': config.L}[unit]
-  wanted = {n: p.get_value().shape for n, p in named(laws.make_model(small)).items()}
-  assert {n: p.get_value().shape for n, p in named(made).items()} == wanted
+  wanted = {n: p.get_value().shape for n, p in by_name(laws.make_model(small)).items()}
+  assert {n: p.get_value().shape for n, p in by_name(made).items()} == wanted
   tokens = laws.tokens_of(config, 2, 9)
   outputs = laws.forward()(made, tokens), laws.forward()(silenced(model, made, layers), tokens)
   np.testing.assert_allclose(*outputs, atol=1e-4)
