@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evaluation.ratings import PAIRS, PREFERENCE, TIE, Study, Unit, rater_of
+from serving.pages import HEADERS, without_port
 
 BODY = 16_384  # bytes
 HERE = pathlib.Path(__file__).parent
@@ -24,19 +25,6 @@ PAGES = {
   '/': ('rating.html', 'text/html; charset=utf-8'),
   '/rating.js': ('rating.js', 'text/javascript; charset=utf-8'),
   '/rating.css': ('rating.css', 'text/css; charset=utf-8'),
-}
-HEADERS = {
-  'Content-Security-Policy': (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-  ),
-  'X-Content-Type-Options': 'nosniff',
-  'X-Frame-Options': 'DENY',
-  'Referrer-Policy': 'no-referrer',
-  'Cross-Origin-Opener-Policy': 'same-origin',
-  'Cross-Origin-Resource-Policy': 'same-origin',
-  'Cache-Control': 'no-store',
 }
 
 
@@ -77,7 +65,7 @@ class Guard:
 
   def _check(self, request: Request) -> None:
     host = request.headers.get('host', '')
-    if _without_port(host) not in self._hosts:
+    if without_port(host) not in self._hosts:
       # Else a page elsewhere, whose name was made to point here, could read what is shown.
       raise Refused(421, f'{host[:80]!r} is no name of this server; add it with --hosts')
     if request.url.path in PAGES:
@@ -203,11 +191,3 @@ async def _body(request: Request) -> dict:
 
 def _error(status: int, message: str) -> Response:
   return JSONResponse({'error': message}, status)
-
-
-def _without_port(host: str) -> str:
-  """Of a Host header, in lower case; of an IPv6 address what is in its brackets."""
-  host = host.lower()
-  if host.startswith('['):
-    return host[1:].partition(']')[0]
-  return host.rpartition(':')[0] if ':' in host else host

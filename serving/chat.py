@@ -1,7 +1,7 @@
 """What does a browser get at `/`? A page of three files to talk to the model with; nothing of it is
 fetched from elsewhere, and what a model wrote is text to it.
 
-    for path, (kind, content) in chat.routes().items(): ...     # answered with chat.HEADERS
+    for path, (kind, content) in chat.routes().items(): ...     # answered with pages.HEADERS
 """
 
 import pathlib
@@ -11,19 +11,6 @@ FILES = {
   '/': ('chat.html', 'text/html; charset=utf-8'),
   '/chat.js': ('chat.js', 'text/javascript; charset=utf-8'),
   '/chat.css': ('chat.css', 'text/css; charset=utf-8'),
-}
-HEADERS = {
-  'Content-Security-Policy': (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-  ),
-  'X-Content-Type-Options': 'nosniff',
-  'X-Frame-Options': 'DENY',
-  'Referrer-Policy': 'no-referrer',
-  'Cross-Origin-Opener-Policy': 'same-origin',
-  'Cross-Origin-Resource-Policy': 'same-origin',
-  'Cache-Control': 'no-cache',
 }
 
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.fields import Denied
+from serving.pages import without_port
 
 access = logging.getLogger('serving.access')
 log = logging.getLogger(__name__)
@@ -210,11 +211,3 @@ def refusal(error: Denied) -> JSONResponse:
   if error.status in (408, 413) or error.code == 'framing':
     headers['Connection'] = 'close'  # what is left of the body is no request
   return JSONResponse(error.body(), error.status, headers)
-
-
-def without_port(host: str) -> str:
-  """Of a Host header, in lower case; of an IPv6 address what is in its brackets."""
-  host = host.lower()
-  if host.startswith('['):
-    return host[1:].partition(']')[0]
-  return host.rpartition(':')[0] if ':' in host else host

@@ -23,6 +23,7 @@ from serving.answers import HttpAnswer, failure
 from serving.call import Event, NotReady, QueueFull
 from serving.fields import Denied, parsed
 from serving.guard import GONE, PATIENCE, ApiKeys, ServerGuard, refusal
+from serving.pages import HEADERS
 from serving.service import Service
 from serving.ticket import Ticket
 from serving.wire import AskedCall, Reader, Served
@@ -44,15 +45,15 @@ def app(
   watching: what /metrics says; None for metrics of its own.
   """
   api = Api(service, served, watching or metrics.Metrics(service, served.name))
-  pages = chat.routes()
+  files = chat.routes()
 
   def page(kind: str, content: bytes):
     async def answer(request: Request) -> Response:
-      return Response(content, headers={'Content-Type': kind, **chat.HEADERS})
+      return Response(content, headers={'Content-Type': kind, **HEADERS})
 
     return answer
 
-  routes = [Route(path, page(*pages[path])) for path in pages]
+  routes = [Route(path, page(*files[path])) for path in files]
   for path, call in {
     '/health': api.health,
     '/ping': api.health,
@@ -78,7 +79,7 @@ def app(
     hosts=hosts,
     keys=keys,
     body=BODY + BODY_TOKEN * service.room(0),
-    pages=[*pages],
+    pages=[*files],
   )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.weights.above import Above
 from model.weights.codes import Codes
 from model.weights.grids import spread
-from model.weights.weight import Weight, along, gathered_here, in_pieces
+from model.weights.weight import along, gathered_here, in_pieces
 from parallel import axes as ax
 
 BLOCK = 256
@@ -20,7 +21,7 @@ BLOCK = 256
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Doubled(Weight):
+class Doubled(Above):
   """Codes whose scales are codes. It multiplies as the codes with the scales that these stand for.
 
   Attributes:
@@ -35,7 +36,6 @@ class Doubled(Weight):
   blocks: tuple[int, ...] = dataclasses.field(metadata={'static': True})
   step_axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
   mean_axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
-  coded = True
 
   @classmethod
   def of(cls, x: jax.Array, weight: Codes) -> 'Doubled':
@@ -62,14 +62,6 @@ class Doubled(Weight):
     """The same codes with f32 scales; one that comes out below 0 was nearly 0."""
     scale = self.mean + spread(self.step, self.blocks) * self.base.scale.astype(jnp.float32)
     return dataclasses.replace(self.base, scale=jnp.maximum(scale, 0))
-
-  @property
-  def axes(self):
-    return self.base.axes
-
-  @property
-  def shape(self):
-    return self.base.shape
 
   @property
   def dtype(self):

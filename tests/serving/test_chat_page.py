@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from serving import chat
+from serving import chat, pages
 from tests.evaluation import browser
 
 SCRIPT = '<script>document.title = "taken"</script><img src=x onerror="document.title=1"> a & b'
@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def do_GET(self):
     if self.path in chat.FILES:
       kind, content = chat.routes()[self.path]
-      self._send(200, content, {'Content-Type': kind, **chat.HEADERS})
+      self._send(200, content, {'Content-Type': kind, **pages.HEADERS})
     elif self.path == '/v1/models':
       self._json({'data': [{'id': 'small'}]})
     else:
@@ -155,7 +155,7 @@ def test_the_page_names_no_other_place_and_makes_no_markup():
     assert not re.search(
       r'https?:|\b//\w|innerHTML|outerHTML|insertAdjacent|\beval\b|style="', text
     )
-  policy = chat.HEADERS['Content-Security-Policy']
+  policy = pages.HEADERS['Content-Security-Policy']
   assert "default-src 'none'" in policy and 'unsafe' not in policy
 
 
