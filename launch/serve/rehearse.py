@@ -143,7 +143,7 @@ class Cluster:
     check(code == 0, f'{replica.backend.name} drains, and ends with 0')
 
   async def ask(self) -> Heard:
-    """One request, to its end."""
+    """One request, to its end. Raises Failed where it is one that a replica cannot take."""
     body = {'messages': [{'role': 'user', 'content': 'Count!'}], 'stream': True}
     body |= {'max_tokens': self._options.tokens, 'ignore_eos': True, 'temperature': 0}
     body |= json.loads(self._options.body)
@@ -157,6 +157,9 @@ class Cluster:
     try:
       async with wire.asked(self.proxy.port, sent) as (status, headers, pieces):
         result.replica = headers.get('x-replica', '')
+        if 400 <= status < 500 and status != 429:
+          said = b''.join([piece async for piece in pieces]).decode(errors='replace')
+          raise Failed(f'{result.replica} takes no such request; see --body: {said[:300]}')
         if status != 200:
           result.outcome = 'refused' if status == 429 else f'error {status}'
         else:
@@ -175,7 +178,7 @@ class Cluster:
   @contextlib.asynccontextmanager
   async def load(self, clients: int):
     """A block in which so many clients ask, one request after the other; it ends when they have
-    their last answers.
+    their last answers. Raises Failed as soon as one of them does.
     """
     over = asyncio.Event()
 
@@ -185,12 +188,16 @@ class Cluster:
         if result.outcome == 'refused':
           await asyncio.sleep(0.2)
 
-    tasks = [asyncio.create_task(client()) for _ in range(clients)]
     try:
-      yield
-    finally:
-      over.set()
-      await asyncio.gather(*tasks)
+      async with asyncio.TaskGroup() as group:
+        for _ in range(clients):
+          group.create_task(client())
+        try:
+          yield
+        finally:
+          over.set()
+    except* Failed as failures:
+      raise failures.exceptions[0] from None
 
   async def close(self) -> None:
     for replica in self.replicas:
