@@ -43,10 +43,10 @@ def measure(topology: str, rows: int, grid: str) -> dict:
 
 def coded(grid: str, array):
   """The matrix, of arrays of a shape and a dtype."""
-  from kernels.quantised_matmul import Coded
+  from kernels.quantised_matmul import CodedOperand
 
   stored = array((1, SIZE // 2, SIZE), 'uint8') if BITS[grid] else array((1, SIZE, SIZE), 'int8')
-  return Coded(stored, array((1, SIZE // GROUP, SIZE), 'float32'), None, BITS[grid])
+  return CodedOperand(stored, array((1, SIZE // GROUP, SIZE), 'float32'), None, BITS[grid])
 
 
 def sizes(grid: str) -> tuple[int, int]:

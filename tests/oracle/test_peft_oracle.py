@@ -8,6 +8,7 @@ import pytest
 
 import convert
 from model import adapters, checkpoint, families, peft as files_of_peft
+from model.params import by_name
 from tests.goldens import ours, tiny
 
 pytestmark = pytest.mark.oracle
@@ -65,7 +66,7 @@ def test_theirs_is_ours_and_goes_back_as_it_was(name, kind, tmp_path):
   assert (settings.kind == 'dora') == (kind == 'dora')
 
   def parameter(leaf, part, x):
-    p = dict(adapters._named(base))[leaf]
+    p = by_name(base)[leaf]
     axes = (None,) * (x.ndim - (len(p[...].shape) - len(p.axes)))
     from flax import nnx
 
