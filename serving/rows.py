@@ -6,7 +6,8 @@ from typing import Any
 from decode.engine import Engine
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
-from decode.sizes import Request, Sizes
+from decode.paged import PagedEngine
+from decode.sizes import Request, Sizes, Use
 from model.weights import adapters
 from parallel import hosts
 from parallel.gathering import everywhere
@@ -68,7 +69,8 @@ class EngineRows:
     """
     model = self._model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    self._engine = Engine(
+    engine = PagedEngine if self.sizes.pages else Engine
+    self._engine = engine(
       model.model.config,
       model.mesh,
       self.sizes,
@@ -97,6 +99,9 @@ class EngineRows:
       raise NotReady(CLOSED)
     engine.check(request)
 
+  def takes(self, request: Request) -> bool:
+    return self._engine.takes(request)
+
   def choose(self, request: Request) -> int:
     return self._engine.choose(request)
 
@@ -108,6 +113,13 @@ class EngineRows:
 
   def cached(self, row: int) -> int:
     return self._engine.cached(row)
+
+  def seat(self) -> list[int]:
+    return self._engine.seat()
+
+  def use(self) -> Use:
+    engine = self._engine  # which is not there at first, and at the end
+    return Use() if engine is None else engine.use()
 
   def decode(self, count: int, alternatives: bool) -> Any:
     return self._engine.decode(self._model.model, count, alternatives)
