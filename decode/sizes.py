@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from decode.constrain import Constraint
 from decode.loop import idle_sampling
-from decode.options import CHUNK
+from decode.options import CHUNK, TABLE
 from decode.sampling import Sampling
 from model.cache import APPEND
 from model.config import ModelConfig
@@ -29,6 +29,8 @@ class Sizes:
     adapters: on the weights (model.weights.adapters), of which each row may have one.
     block: tokens of a prompt that are shared together with whoever begins with the same
       (decode.prefixes); a multiple of read_tokens. 0: nothing is shared.
+    lookup: every step drafts what followed the last `lookup` tokens where the row has had them
+      before (decode.drafted); 0: nothing drafts. draft_tokens: how many it drafts.
 
   Raises ValueError where one of them is no size.
   """
@@ -46,9 +48,11 @@ class Sizes:
   cache_dtype: str = ''
   adapters: int = 0
   block: int = 0
+  lookup: int = 0
+  draft_tokens: int = TABLE['draft_tokens'].default
 
   def __post_init__(self):
-    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block')
+    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block', 'lookup')
     for field in dataclasses.fields(self):
       value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
       if field.type is int and value < least:
@@ -57,6 +61,11 @@ class Sizes:
       raise ValueError(
         f'block={self.block} of an engine must be a multiple of read_tokens={self.read_tokens}, so '
         'that what comes behind a block is read in the same parts as if nothing were there'
+      )
+    if self.lookup and self.draft_tokens >= self.read_tokens:
+      raise ValueError(
+        f'draft_tokens={self.draft_tokens} of an engine must be below read_tokens='
+        f'{self.read_tokens}: rings of slots have no room for more at once; draft fewer'
       )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from decode.drafted import DraftingEngine
 from decode.engine import Engine
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
@@ -68,7 +69,8 @@ class EngineRows:
     """
     model = self._model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    self._engine = Engine(
+    made = DraftingEngine if self.sizes.lookup else Engine
+    self._engine = made(
       model.model.config,
       model.mesh,
       self.sizes,
