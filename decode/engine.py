@@ -235,11 +235,19 @@ class Engine:
       raise ValueError('this engine gives no alternatives: make it with Sizes(alternatives=..)')
     name, rows = self._decoder(weights, k), self.seat()
     rules = dataclasses.replace(self.rules, automaton=self._automaton)
-    self.state, chunk = self._run(name, weights, self.state, rules, np.int32(count))
+    chunk = self._write(name, weights, rules, np.int32(count))
     for row in rows:
       request = self._requests[row]
-      self._prefixes.wrote(row, count, len(request.prompt) + request.max_new_tokens)
+      self._prefixes.wrote(row, self._most(count), len(request.prompt) + request.max_new_tokens)
     return chunk
+
+  def _write(self, name: str, weights: Decoder, rules: Rules, count: np.int32) -> Chunk:
+    self.state, chunk = self._run(name, weights, self.state, rules, count)
+    return chunk
+
+  def _most(self, count: int) -> int:
+    """Slots of a row that a chunk of so many steps may write."""
+    return count
 
   def release(self, rows: Iterable[int]) -> None:
     """Frees these rows, whatever they are doing. Raises ValueError for one that is free already."""

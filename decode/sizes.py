@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from decode.constrain import Constraint
 from decode.loop import idle_sampling
-from decode.options import CHUNK
+from decode.options import CHUNK, TABLE
 from decode.sampling import Sampling
 from model.cache import APPEND
 from model.config import ModelConfig
@@ -32,6 +32,8 @@ class Sizes:
     pages: of `block` tokens each, in which all rows' tokens lie (decode.paged); 0: every row has
       room for its capacity. host_pages: for which there is room on the host besides, where rows
       wait.
+    lookup: every step drafts what followed the last `lookup` tokens where the row has had them
+      before (decode.drafted); 0: nothing drafts. draft_tokens: how many it drafts.
 
   Raises ValueError where one of them is no size.
   """
@@ -51,9 +53,11 @@ class Sizes:
   block: int = 0
   pages: int = 0
   host_pages: int = 0
+  lookup: int = 0
+  draft_tokens: int = TABLE['draft_tokens'].default
 
   def __post_init__(self):
-    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block', 'pages')
+    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block', 'lookup', 'pages')
     may_be_none += ('host_pages',)
     for field in dataclasses.fields(self):
       value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
@@ -72,6 +76,17 @@ class Sizes:
       raise ValueError(
         f'host_pages={self.host_pages} of an engine without pages, in which no row ever waits; '
         'give pages, too'
+      )
+
+    if self.lookup and self.draft_tokens >= self.read_tokens:
+      raise ValueError(
+        f'draft_tokens={self.draft_tokens} of an engine must be below read_tokens='
+        f'{self.read_tokens}: rings of slots have no room for more at once; draft fewer'
+      )
+    if self.lookup and self.pages:
+      raise ValueError(
+        f'lookup={self.lookup} with pages={self.pages} of an engine: drafts that are rejected have no '
+        'place in pages so far; give lookup=0, or pages=0'
       )
 
 

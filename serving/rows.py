@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from decode.drafted import DraftingEngine
 from decode.engine import Engine
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.paged import PagedEngine
 from decode.sizes import Request, Sizes, Use
+from model.config import ModelConfig
 from model.weights import adapters
 from parallel import hosts
 from parallel.gathering import everywhere
@@ -22,12 +24,21 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
 
   Raises ValueError for sizes that make no sense.
   """
-  context = model.model.config.max_length or LONGEST
-  capacity = given.get('capacity') or context
+  config, count = model.model.config, adapters(model.model)
+  return row_sizes(config, model.parts, model.vocabulary, count, **given)
+
+
+def row_sizes(
+  config: ModelConfig, parts: int, vocabulary: int, adapters: int = 0, **given: int
+) -> Sizes:
+  """The same of a model of this config, of so many ids and adapters; parts: of the mesh, that have
+  rows of their own.
+  """
+  capacity = given.get('capacity') or config.max_length or LONGEST
   read = given.get('read_tokens') or min(BLOCK, capacity)
   asked = {
-    'rows': 16 * model.parts,
-    'alternatives': min(20, model.vocabulary),
+    'rows': 16 * parts,
+    'alternatives': min(20, vocabulary),
     'ends': 32,
     'states': 2**13,
     'classes': 512,
@@ -35,7 +46,7 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
     **given,
     'capacity': capacity,
     'read_tokens': read,
-    'adapters': adapters(model.model),
+    'adapters': adapters,
   }
   return Sizes(**asked)
 
@@ -69,8 +80,8 @@ class EngineRows:
     """
     model = self._model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    engine = PagedEngine if self.sizes.pages else Engine
-    self._engine = engine(
+    made = DraftingEngine if self.sizes.lookup else PagedEngine if self.sizes.pages else Engine
+    self._engine = made(
       model.model.config,
       model.mesh,
       self.sizes,

@@ -98,8 +98,8 @@ class RowCall(Waiting):
     ticket, index: whose, and which of its samples. request: what the engine is asked for.
     text: what has come of it. alternatives: how many of each token it has.
     until: when it is late. constraint: that is being made, and will be the request's.
-    place: its row in the engine, which it has had since `began`; -1: none. begun: tokens in chunks
-      that were begun.
+    place: its row in the engine, which it has had since `began`; -1: none. begun: tokens that it
+      has, or has at least when the chunks that were begun are there.
   """
 
   ticket: Ticket
@@ -207,6 +207,8 @@ class Scheduler:
       generated_tokens=counts['generated'],
       prefix_queries=counts['queried'],
       prefix_hits=counts['hit'],
+      drafted=counts['drafted'],
+      accepted=counts['accepted'],
       finished=dict(self._finished),
       errors=dict(self._errors),
       refused=counts['refused'],
@@ -385,6 +387,9 @@ class Scheduler:
       error = _lost(RuntimeError('a row that writes nothing'))
       self._end(sample, FAILED, error, piece, before)
     elif len(text.ids) > before:
+      # Of a chunk with drafts there may be more than was certain.
+      coming = self._ahead.count if self._ahead and self._ahead.rows.get(row) is sample else 0
+      sample.begun = max(sample.begun, len(text.ids) + coming)
       self._put(sample, self._event(sample, piece, before))
       if sample.ticket.unread > self._limits.unread:
         self._end_slow(sample.ticket)
@@ -442,6 +447,7 @@ class Scheduler:
     # A stop text may turn out as the last bytes are taken.
     finish = finish if error or finish not in calls.OF_TEXTS else text.finish
     self._finished[finish] += 1
+    self._counts.update(drafted=text.drafted, accepted=text.accepted)
     if error is not None:
       self._errors[error.kind] += 1
     end = dict(finish=finish, note=text.note, error=error)
