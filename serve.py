@@ -81,6 +81,13 @@ DEFAULTS = flags.DEFINE_enum(
   "Of options that a request does not give: OpenAI's, or those of the model's "
   'generation_config.json, which are printed.',
 )
+REASONING = flags.DEFINE_enum(
+  'reasoning',
+  'auto',
+  ['auto', 'think', 'none'],
+  'Whether <think>..</think> of a chat is its reasoning_content; auto: where the chat template has '
+  'these marks.',
+)
 WAITING = flags.DEFINE_integer(
   'waiting',
   Limits.waiting,
@@ -185,7 +192,9 @@ def run(sagemaker: bool) -> Running:
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
     **{name: value for name, value in sizes.items() if value},
   )
-  served = Served(name=name, defaults=defaults_of(generator), created=int(time.time()))
+  served = Served(
+    name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
+  )
   if ACCESS_LOG.value:
     listening.log_access()
   say(

@@ -24,9 +24,10 @@ from serving.call import Event, NotReady, QueueFull
 from serving.fields import Denied, parsed
 from serving.guard import GONE, PATIENCE, ApiKeys, ServerGuard, refusal
 from serving.pages import HEADERS
+from serving.reader import Reader, refusing
 from serving.service import Service
 from serving.ticket import Ticket
-from serving.wire import AskedCall, Reader, Served
+from serving.wire import AskedCall, Served
 
 AGAIN = 5.0  # seconds after which who was not served may try again
 BODY = 2**20  # bytes of a request, and of each token that a row holds so many more
@@ -152,7 +153,7 @@ class Api:
   async def detokenize(self, request: Request) -> Response:
     given = wire.DETOKENIZE('', parsed(request.state.body))
     self.reader.adapter(given)
-    with wire.refusing():
+    with refusing():
       return JSONResponse({'prompt': self.service.tokenizer.decode(given['tokens'])})
 
   def _card(self, name: str) -> dict:
@@ -210,7 +211,7 @@ class WrittenEndpoint:
 
   async def _submit(self, asked: AskedCall, tickets: list[Ticket]) -> None:
     for call in asked.calls:
-      with wire.refusing():
+      with refusing():
         tickets.append(await asyncio.to_thread(self._api.service.submit, call))
 
   async def _whole(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> dict:
