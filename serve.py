@@ -94,6 +94,11 @@ WAITING = flags.DEFINE_integer(
   'Samples that wait for a row at most; beyond: status 429.',
   lower_bound=1,
 )
+PROMPT_LOGPROBS = flags.DEFINE_bool(
+  'prompt_logprobs',
+  False,
+  'Whether requests may ask for log-probabilities of their prompts: one more row, and a program.',
+)
 SAMPLES = flags.DEFINE_integer('max_n', Limits.samples, 'n of a request at most.', lower_bound=1)
 MAX_GAP_MS = flags.DEFINE_float(
   'max_gap_ms', Limits.gap_ms, 'Between two tokens of a text, about, at most.', lower_bound=1
@@ -190,6 +195,7 @@ def run(sagemaker: bool) -> Running:
   service = Running(
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
+    scores=PROMPT_LOGPROBS.value,
     **{name: value for name, value in sizes.items() if value},
   )
   served = Served(

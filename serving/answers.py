@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 from data.tokenizer import Tokenizer
+from decode.scorer import PromptScores
 from serving import call as calls
 from serving.call import Event
 from serving.fields import Denied
@@ -52,13 +53,14 @@ class HttpAnswer:
   """Of one request.
 
   Attributes:
-    id: that no other answer has.
+    id: that no other answer has. scores: of each prompt, where they are asked for.
   """
 
   def __init__(self, asked: AskedCall, tickets: Sequence[Ticket], tokenizer: Tokenizer):
     self._asked, self._tickets, self._tokenizer = asked, tickets, tokenizer
     self.id = f'{"chatcmpl" if asked.chat else "cmpl"}-{uuid.uuid4().hex}'
     self._created = int(time.time())
+    self.scores: list[PromptScores] = []
     self._names = {i: name for name, i in tokenizer.control_ids().items()}
     self._choices: dict[int, AnsweredChoice] = {}
     for p, ticket in enumerate(tickets):
@@ -111,7 +113,10 @@ class HttpAnswer:
     for p, ticket in enumerate(self._tickets):
       for sample in ticket.call.samples:
         choices.append(self._choice(p, self.index(p, sample)))
-    return said | {'choices': choices, 'usage': self.usage()}
+    said |= {'choices': choices, 'usage': self.usage()}
+    if self._asked.chat and self._asked.prompt_logprobs >= 0:
+      said['prompt_logprobs'] = self._prompt_logprobs(0)
+    return said
 
   def usage(self) -> dict:
     """Tokens of all prompts and choices."""
@@ -158,6 +163,8 @@ class HttpAnswer:
       choice['delta'] = {'role': 'assistant', 'content': ''}
     else:
       choice['text'] = self._echoed(prompt)
+      if echoed := self._echoed_logprobs(prompt):
+        choice['logprobs'] = self._shaped(echoed)
     if self._asked.ids:
       choice['prompt_token_ids'] = self._prompt_ids(prompt)
     if self._asked.chat or self._asked.echo or self._asked.ids:
@@ -195,7 +202,10 @@ class HttpAnswer:
       said['message'] = message
     else:
       said['text'] = self._echoed(prompt) + choice.text
-    said['logprobs'] = None if self._asked.logprobs < 0 else self._shaped(choice.logprobs)
+      if self._asked.prompt_logprobs >= 0:
+        said['prompt_logprobs'] = self._prompt_logprobs(prompt)
+    tokens = self._echoed_logprobs(prompt) + choice.logprobs
+    said['logprobs'] = None if self._asked.logprobs < 0 else self._shaped(tokens)
     said |= self._end(choice.last, choice.called)
     if self._asked.ids:
       said |= {'token_ids': choice.ids, 'prompt_token_ids': self._prompt_ids(prompt)}
@@ -234,6 +244,36 @@ class HttpAnswer:
       said.append(one | {'top_logprobs': [self._token(*each) for each in likeliest]})
     return said
 
+  def _echoed_logprobs(self, prompt: int) -> list[dict]:
+    """Of the prompt's tokens, as of others; the first one has none."""
+    if not (self._asked.echo and self._asked.logprobs >= 0):
+      return []
+    scores, said, offset = self.scores[prompt], [], 0
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    for place, i in enumerate(self._prompt_ids(prompt)):
+      value = scores.logprobs[place - 1] if place else 0.0
+      likeliest = scores.alternatives[place - 1][: self._asked.logprobs] if place else ()
+      one = self._token(i, value) | {'offset': offset}
+      offset += len(decoder.decode(self._tokenizer.decode_bytes([i])))
+      said.append(one | {'top_logprobs': [self._token(*each) for each in likeliest]})
+    said[0] |= {'logprob': None, 'top_logprobs': None}
+    return said
+
+  def _prompt_logprobs(self, prompt: int) -> list[dict | None]:
+    """As vLLM has them: of each id but the first its own, and the likeliest, by their ids."""
+    scores, said = self.scores[prompt], [None]
+    for place, i in enumerate(self._prompt_ids(prompt)[1:]):
+      likeliest = scores.alternatives[place][: self._asked.prompt_logprobs]
+      each = {i: (scores.logprobs[place], scores.ranks[place])}
+      for rank, (other, value) in enumerate(likeliest, 1):
+        each.setdefault(other, (value, rank))
+      said.append({str(i): self._ranked(i, *known) for i, known in each.items()})
+    return said
+
+  def _ranked(self, i: int, value: float, rank: int) -> dict:
+    token = self._token(i, value)
+    return {'logprob': token['logprob'], 'rank': rank, 'decoded_token': token['token']}
+
   def _token(self, i: int, value: float) -> dict:
     written = self._tokenizer.decode_bytes([i])
     text = written.decode('utf-8', errors='replace') if written else self._names.get(i, '')
@@ -248,7 +288,8 @@ class HttpAnswer:
       'tokens': [_name(each) for each in tokens],
       'token_logprobs': [each['logprob'] for each in tokens],
       'top_logprobs': [
-        {_name(other): other['logprob'] for other in each['top_logprobs']} for each in tokens
+        each['top_logprobs'] and {_name(other): other['logprob'] for other in each['top_logprobs']}
+        for each in tokens
       ]
       if self._asked.logprobs
       else None,

@@ -45,7 +45,7 @@ class Reader:
     given = COMPLETION('', values)
     prompts, logprobs = given['prompt'], given.get('logprobs', -1)
     if given.get('echo') and logprobs >= 0:
-      raise Denied('logprobs with echo: of a prompt none are given; leave out one', 'logprobs')
+      self._check_scores('logprobs', 'logprobs with echo', logprobs)
     return self._asked(
       given, key, prompts, logprobs, given.get('max_tokens'), COMPLETION_TOKENS, chat=False
     )
@@ -132,6 +132,11 @@ class Reader:
     most, name = self._service.alternatives, 'top_logprobs' if chat else 'logprobs'
     if logprobs > most:
       raise Denied(f'{name}={logprobs}, of at most {most}; ask for fewer', name)
+    scores = given.get('prompt_logprobs', -1)
+    if scores >= 0:
+      self._check_scores('prompt_logprobs', 'prompt_logprobs', scores)
+      if given.get('stream'):
+        raise Denied('prompt_logprobs with stream; leave out one', 'prompt_logprobs')
     rows, limit = options['num_samples'] * len(prompts), self._service.limits.samples
     if len(prompts) > 1 and rows > limit:
       raise Denied(
@@ -183,7 +188,17 @@ class Reader:
       echo=given.get('echo', False),
       ids=given.get('return_token_ids', False),
       logprobs=logprobs,
+      prompt_logprobs=scores,
     )
+
+  def _check_scores(self, name: str, what: str, alternatives: int) -> None:
+    most = self._service.alternatives
+    if not self._service.scores:
+      raise Denied(
+        f'{what}: this server scores no prompts; it has to be started with --prompt_logprobs', name
+      )
+    if alternatives > most:
+      raise Denied(f'{name}={alternatives}, of at most {most}; ask for fewer', name)
 
   def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
     """Those that all prompts share."""

@@ -47,7 +47,6 @@ REFUSED = {
   'reasoning_effort': 'say it in a message',
   'verbosity': 'say it in a message',
   'web_search_options': 'the server fetches nothing',
-  'prompt_logprobs': 'of the prompt no log-probabilities are given',
   'min_tokens': 'give ignore_eos, with max_tokens',
   'use_beam_search': 'a search is of no server; use generate.py',
   'safety_identifier': 'nothing is kept of a request',
@@ -79,6 +78,8 @@ class AskedCall:
     chat: whether it is a chat's. model: as it named it. calls: one of each prompt.
     stream, include_usage, echo: as they were asked for. ids: whether ids are to be in the answer.
     logprobs: alternatives of each token, or -1 for no log-probabilities at all.
+    prompt_logprobs: the same, of the prompt's, in vLLM's form. scores: as many alternatives as
+      either that, or an echo with logprobs, takes of a prompt; -1 for none.
     manner: how the parts of a chat's text are told apart; None where there are none.
   """
 
@@ -90,7 +91,12 @@ class AskedCall:
   echo: bool = False
   ids: bool = False
   logprobs: int = -1
+  prompt_logprobs: int = -1
   manner: Manner | None = None
+
+  @property
+  def scores(self) -> int:
+    return max(self.prompt_logprobs, self.logprobs if self.echo else -1)
 
   @property
   def seed(self) -> int:
@@ -206,6 +212,7 @@ COMMON: dict[str, Check] = {
   'stop_token_ids': several(whole(0, LAST), 0, 1024),
   'ignore_eos': boolean,
   'return_token_ids': boolean,
+  'prompt_logprobs': whole(0, 1000),
   'priority': whole(0, 100),
   'seconds': number('must be positive, and at most a day', lambda x: 0 < x <= SECONDS),
   'cache_salt': text,
