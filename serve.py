@@ -91,11 +91,23 @@ DEFAULTS = flags.DEFINE_enum(
   "Of options that a request does not give: OpenAI's, or those of the model's "
   'generation_config.json, which are printed.',
 )
+REASONING = flags.DEFINE_enum(
+  'reasoning',
+  'auto',
+  ['auto', 'think', 'none'],
+  'Whether <think>..</think> of a chat is its reasoning_content; auto: where the chat template has '
+  'these marks.',
+)
 WAITING = flags.DEFINE_integer(
   'waiting',
   Limits.waiting,
   'Samples that wait for a row at most; beyond: status 429.',
   lower_bound=1,
+)
+PROMPT_LOGPROBS = flags.DEFINE_bool(
+  'prompt_logprobs',
+  False,
+  'Whether requests may ask for log-probabilities of their prompts: one more row, and a program.',
 )
 SAMPLES = flags.DEFINE_integer('max_n', Limits.samples, 'n of a request at most.', lower_bound=1)
 MAX_GAP_MS = flags.DEFINE_float(
@@ -198,9 +210,12 @@ def run(sagemaker: bool) -> Running:
   service = Running(
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
+    scores=PROMPT_LOGPROBS.value,
     **{name: value for name, value in sizes.items() if value},
   )
-  served = Served(name=name, defaults=defaults_of(generator), created=int(time.time()))
+  served = Served(
+    name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
+  )
   if ACCESS_LOG.value:
     listening.log_access()
   say(

@@ -85,7 +85,7 @@ class Sizes:
       )
     if self.lookup and self.pages:
       raise ValueError(
-        f'lookup={self.lookup} with pages={self.pages} of an engine: drafts that are rejected have no '
+        f'lookup={self.lookup} with pages={self.pages} of an engine: rejected drafts have no '
         'place in pages so far; give lookup=0, or pages=0'
       )
 

@@ -8,7 +8,7 @@ and whose clock stands still.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from data.tokenizer import Tokenizer
 from decode.engine import Request, Sizes
 from decode.front import Front
 from decode.loop import Chunk
+from decode.scorer import PromptScores
 from decode.sizes import Use
 from serving import call as calls
 from serving.call import Limits
@@ -170,6 +171,20 @@ class FakeEngine:
     self._clear()
 
 
+def scored(ids: Sequence[int], front: Front, alternatives: int) -> Iterator[PromptScores]:
+  """A scorer of prompts, two tokens at a time: id i has -i / 8, and rank i; the likeliest are 0, 1
+  and so on.
+  """
+  found = PromptScores()
+  others = [(i, -i / 8) for i in range(alternatives)]
+  for first in range(1, len(ids), 2):
+    for i in ids[first : first + 2]:
+      found.logprobs.append(-i / 8)
+      found.ranks.append(i)
+      found.alternatives.append(others)
+    yield found
+
+
 class FakeService(Desk):
   """A serving.service.Service that goes on when it is told to, by `step` and `run`, or `by_itself`
   on a thread.
@@ -186,24 +201,25 @@ class FakeService(Desk):
     limits: Limits = Limits(),
     adapters: Mapping[str, Front] | None = None,
     state: str = calls.READY,
+    scores: bool = False,
   ):
     self.engine = FakeEngine(write, sizes)
     super().__init__(
-      self.engine, tokenizer, limits=limits, adapters=adapters, clock=StandingClock()
+      self.engine,
+      tokenizer,
+      limits=limits,
+      adapters=adapters,
+      clock=StandingClock(),
+      scorer=scored if scores else None,
     )
     self.state, self.progress = state, (7, 7)
     self._came = threading.Event()
     self._ended = threading.Event()
 
-  @property
-  def idle(self) -> bool:
-    """Whether there is nothing to do."""
-    return self._scheduler.idle
-
   def step(self) -> bool:
     """One step; whether there is more to do at once."""
-    more = self._scheduler.step()
-    if self.state == calls.DRAINING and self._scheduler.idle:
+    more = self._step()
+    if self.state == calls.DRAINING and self.idle:
       self.state = calls.CLOSED
       self._ended.set()
     return more
@@ -244,7 +260,7 @@ class FakeService(Desk):
     return self._ended.wait(timeout)
 
   def close(self) -> None:
-    self._scheduler.end_all(calls.DRAINED)
+    self._end_all(calls.DRAINED)
     self.state = calls.CLOSED
     self._constraints.close()
     self._ended.set()

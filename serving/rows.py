@@ -1,13 +1,15 @@
 """How does a model come to rows that a scheduler can have? An engine with its weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from decode.drafted import DraftingEngine
 from decode.engine import Engine
+from decode.front import Front
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.paged import PagedEngine
+from decode.scorer import PromptScorer, PromptScores
 from decode.sizes import Request, Sizes, Use
 from model.config import ModelConfig
 from model.weights import adapters
@@ -57,8 +59,11 @@ class EngineRows:
   Attributes: as of AnyEngine.
   """
 
-  def __init__(self, model: LoadedModel, sizes: Sizes):
-    """Raises NotImplementedError for a model without a decoder."""
+  def __init__(self, model: LoadedModel, sizes: Sizes, scores: bool = False):
+    """scores: whether it scores prompts, too, for which there is one more row, and a program.
+
+    Raises NotImplementedError for a model without a decoder.
+    """
     config = model.model.config
     if config.encoder_layers or not config.causal:
       raise NotImplementedError(
@@ -72,6 +77,8 @@ class EngineRows:
       )
     self.sizes, self._model = sizes, model
     self._engine: Engine | None = None
+    self._scorer: PromptScorer | None = None
+    self._scores = scores
 
   def begin(self, came: Callable[[int, int], None]) -> None:
     """Compiles all programs; came: hears how many there are so far, of how many.
@@ -90,11 +97,33 @@ class EngineRows:
       virtual=virtual,
     )
     self.sizes = self._engine.sizes
-    self._engine.compile(model.model, came)
+    if not self._scores:
+      self._engine.compile(model.model, came)
+      return
+    counts = [0]
+
+    def came_one(done: int, total: int) -> None:
+      counts[:] = [total + 1]
+      came(done, total + 1)
+
+    self._engine.compile(model.model, came_one)
+    self._scorer = PromptScorer(
+      model.model.config,
+      model.mesh,
+      self.sizes,
+      model.model,
+      vocabulary=model.vocabulary,
+      pad=model.tokenizer.pad,
+    )
+    came(*counts * 2)
 
   def end(self) -> None:
     """Gives the memory of rows back."""
-    self._engine = None
+    self._engine = self._scorer = None
+
+  def scored(self, ids: Sequence[int], front: Front, alternatives: int) -> Iterator[PromptScores]:
+    """See decode.scorer.PromptScorer."""
+    return self._scorer(self._model.model, ids, front, alternatives)
 
   @property
   def free(self) -> list[int]:
