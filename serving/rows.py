@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from decode.engine import Engine
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.paged import PagedEngine
-from decode.sizes import Request, Sizes, Use
+from decode.sizes import Request, Sizes, Use, check
 from model.weights import adapters
 from parallel import hosts
 from parallel.gathering import everywhere
@@ -47,7 +49,9 @@ class EngineRows:
   """
 
   def __init__(self, model: LoadedModel, sizes: Sizes):
-    """Raises NotImplementedError for a model without a decoder."""
+    """Raises ValueError and NotImplementedError for sizes that the mesh does not take, and for a
+    model without a decoder.
+    """
     config = model.model.config
     if config.encoder_layers or not config.causal:
       raise NotImplementedError(
@@ -59,6 +63,8 @@ class EngineRows:
         f'{hosts.count()} processes: a server is one process so far; run one on each host, with a '
         'mesh of its own devices'
       )
+    with jax.set_mesh(model.mesh):
+      check(config, sizes)
     self.sizes, self._model = sizes, model
     self._engine: Engine | None = None
 
