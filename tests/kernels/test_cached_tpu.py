@@ -115,6 +115,7 @@ def test_some_rows_of_a_buffer_are_looked_at(small_blocks, rows):
     np.testing.assert_array_equal(part, whole[some])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', [{}, dict(dtype='int8'), dict(latent=9)], ids=str)
 def test_pages_are_the_slots_that_they_hold(how):
   """In any order, those of several rows between one another; others are NaN."""
@@ -189,7 +190,10 @@ CASES = {
     pytest.param('tpu7x:1x1x1', marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  'case',
+  [pytest.param(case, marks=[pytest.mark.slow] * case.startswith('pages')) for case in CASES],
+)
 def test_it_compiles(chip, case):
   how = dict(dtype='bfloat16', Hv=0, window=0, ring=False, of=0, pages=0) | CASES[case]
   device = aot.topology(chip)[0]
