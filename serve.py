@@ -84,6 +84,18 @@ LOOKUP = flags.DEFINE_integer(
 DRAFT_TOKENS = flags.DEFINE_integer(
   'draft_tokens', None, 'Drafted at a time, with --lookup. Default: 4.', lower_bound=1
 )
+PAGES = flags.DEFINE_integer(
+  'pages',
+  0,
+  'Of 128 tokens each, that all texts share; 0: each row has room for --max_model_len.',
+  lower_bound=0,
+)
+HOST_PAGES = flags.DEFINE_integer(
+  'host_pages',
+  0,
+  'That have room in the host\'s memory besides, where texts wait that --pages do not hold.',
+  lower_bound=0,
+)
 DEFAULTS = flags.DEFINE_enum(
   'defaults',
   'openai',
@@ -206,6 +218,7 @@ def run(sagemaker: bool) -> Running:
   )
   sizes = {'rows': ROWS.value, 'capacity': MAX_MODEL_LEN.value, 'cache_dtype': CACHE_DTYPE.value}
   sizes |= {'lookup': LOOKUP.value, 'draft_tokens': DRAFT_TOKENS.value}
+  sizes |= {'pages': PAGES.value, 'host_pages': HOST_PAGES.value}
   check_length(generator)
   service = Running(
     generator,
@@ -219,12 +232,20 @@ def run(sagemaker: bool) -> Running:
   if ACCESS_LOG.value:
     listening.log_access()
   say(
-    f'{name!r}: {service.stats().rows} rows of {service.room(0)} tokens; compiling. A page to talk '
-    f'to it, and the API below /v1: {address(opened)}'
+    f'{name!r}: {service.stats().rows} rows of {service.room(0)} tokens{in_pages(service)}; '
+    f'compiling. A page to talk to it, and the API below /v1: {address(opened)}'
   )
   made = http.app(service, served, hosts=known_hosts(), keys=keys)
   listening.listen(made, service, opened, DRAIN_SECONDS.value, say)
   return service
+
+
+def in_pages(service: Running) -> str:
+  """What is said of memory that rows share."""
+  if not PAGES.value:
+    return ''
+  host = f', {HOST_PAGES.value} more on the host' if HOST_PAGES.value else ''
+  return f' in {PAGES.value} pages of {service.page} tokens{host}'
 
 
 def check_length(generator: Generator) -> None:

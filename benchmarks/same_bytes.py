@@ -1,6 +1,7 @@
 """Does a server give the same bytes on this machine, whatever else it does?
 
-    python -m benchmarks.same_bytes --workdir=runs/tiny [--mesh=tensor=2 --weights=int8 --calls=24]
+    python -m benchmarks.same_bytes --workdir=runs/tiny [--mesh=tensor=2 --weights=int8 --calls=24
+                                   --pages=40 --host_pages=40]
 
 The promise of `serving/` is held by tests on CPUs. Of a TPU, a GPU and their compilers it is to be
 seen: calls of random ids, whose prompts begin alike or not, are answered one by one with nothing
@@ -94,7 +95,8 @@ def measured(arguments: argparse.Namespace) -> dict:
   """Opens, serves, and checks."""
   model = Generator.load(arguments.workdir, mesh=mesh_of(arguments.mesh), weights=arguments.weights)
   capacity = min(model.context, 5 * BLOCK + arguments.new)
-  served = Running(model, rows=arguments.rows * model.parts, capacity=capacity)
+  pages = dict(pages=arguments.pages, host_pages=arguments.host_pages)
+  served = Running(model, rows=arguments.rows * model.parts, capacity=capacity, **pages)
   if not served.ready():
     raise ValueError(f'the server is {served.state}: {served.error}')
   new = min(arguments.new, capacity // 2)
@@ -119,6 +121,8 @@ def main():
   parser.add_argument('--mesh', default='data=1', help='as of generate.py')
   parser.add_argument('--weights', default='', help='as of generate.py')
   parser.add_argument('--rows', type=int, default=8, help='on each part of the mesh')
+  parser.add_argument('--pages', type=int, default=0, help='as of serve.py')
+  parser.add_argument('--host_pages', type=int, default=0, help='as of serve.py')
   parser.add_argument('--calls', type=int, default=24)
   parser.add_argument('--new', type=int, default=48, help='tokens of each answer')
   arguments = parser.parse_args()

@@ -49,13 +49,16 @@ class FakeEngine:
   ends, its end included, or max_new_tokens.
 
   Attributes: as of AnyEngine. lost: raised by the next call, once (a device's error). broken: rows
-  whose scores are not finite from now on. calls: names of all calls.
+  whose scores are not finite from now on. waiting: rows that there is no room for, for now. full:
+  whether there is none for a new request. calls: names of all calls.
   """
 
   def __init__(self, write: Callable[[Request], Iterable[int]] = echo, sizes: Sizes = SIZES):
     self.sizes, self._write = sizes, write
     self.lost: Exception | None = None
     self.broken: set[int] = set()
+    self.waiting: set[int] = set()
+    self.full = False
     self.calls: list[str] = []
     self._resets = 0
     self._clear()
@@ -84,7 +87,7 @@ class FakeEngine:
     pass
 
   def takes(self, request: Request) -> bool:
-    return bool(self.free)
+    return bool(self.free) and not self.full
 
   def choose(self, request: Request) -> int:
     return self.free[0]
@@ -110,7 +113,7 @@ class FakeEngine:
     return 0
 
   def seat(self) -> list[int]:
-    return [row for row in self._requests if row not in self._unread]
+    return [row for row in self._requests if row not in {*self._unread, *self.waiting}]
 
   def use(self) -> Use:
     tokens = sum(len(request.prompt) for request in list(self._requests.values()))
@@ -133,7 +136,7 @@ class FakeEngine:
     for row in self.broken & self._writing.keys():
       del self._writing[row]
     self.broken = set()
-    for row in list(self._writing):
+    for row in self._writing.keys() - self.waiting:
       for place in range(count):
         if row in self._writing:
           self._write_one(chunk, row, place)

@@ -29,7 +29,7 @@ TABLE = {
   'tandem_kv_cache_usage_perc': (
     'gauge',
     MODEL,
-    'Share of the tokens that rows could hold, 0 to 1.',
+    'Share of the tokens for which there is memory, or of --pages, that is in use, 0 to 1.',
   ),
   'tandem_prompt_tokens_total': (
     'counter',
@@ -53,7 +53,7 @@ TABLE = {
     MODEL,
     'Of these, those that were kept.',
   ),
-  'tandem_num_preemptions_total': ('counter', MODEL, 'Rows that had to give way.'),
+  'tandem_num_preemptions_total': ('counter', MODEL, 'How often a row had to wait for room.'),
   'tandem_request_success_total': (
     'counter',
     (*MODEL, 'finished_reason'),

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from decode.drafted import DraftingEngine
 from decode.engine import Engine
 from decode.front import Front
@@ -10,7 +12,7 @@ from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.paged import PagedEngine
 from decode.scorer import PromptScorer, PromptScores
-from decode.sizes import Request, Sizes, Use
+from decode.sizes import Request, Sizes, Use, check
 from model.config import ModelConfig
 from model.weights import adapters
 from parallel import hosts
@@ -62,7 +64,8 @@ class EngineRows:
   def __init__(self, model: LoadedModel, sizes: Sizes, scores: bool = False):
     """scores: whether it scores prompts, too, for which there is one more row, and a program.
 
-    Raises NotImplementedError for a model without a decoder.
+    Raises ValueError and NotImplementedError for sizes that the mesh does not take, and for a
+    model without a decoder.
     """
     config = model.model.config
     if config.encoder_layers or not config.causal:
@@ -75,6 +78,8 @@ class EngineRows:
         f'{hosts.count()} processes: a server is one process so far; run one on each host, with a '
         'mesh of its own devices'
       )
+    with jax.set_mesh(model.mesh):
+      check(config, sizes)
     self.sizes, self._model = sizes, model
     self._engine: Engine | None = None
     self._scorer: PromptScorer | None = None

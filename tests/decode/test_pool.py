@@ -181,7 +181,9 @@ Anything.TestCase.settings = hypothesis.settings(
 TestAnything = Anything.TestCase
 
 
-@pytest.mark.parametrize('host', [0, 7, 40])
+@pytest.mark.parametrize(
+  'host', [7, pytest.param(0, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.slow)]
+)
 def test_ten_thousand_operations(host):
   """A long life: fragmentation harms nobody, and no row waits for ever."""
   draw, memory = random.Random(host), Memory(16, host)

@@ -115,6 +115,38 @@ def test_some_rows_of_a_buffer_are_looked_at(small_blocks, rows):
     np.testing.assert_array_equal(part, whole[some])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [{}, dict(dtype='int8'), dict(latent=9)], ids=str)
+def test_pages_are_the_slots_that_they_hold(how):
+  """In any order, those of several rows between one another; others are NaN."""
+  S, page = 80, 16
+  q, held, layer, first, lengths, queries = made(2, S, **how)
+  n = S // page
+  table = np.random.default_rng(0).permutation(B * n + 3)[: B * n].reshape(B, n)
+
+  def paged(x):
+    if x is None:
+      return None
+    parts = x.reshape(*x.shape[:3], n, page, *x.shape[4:]).swapaxes(2, 3)
+    parts = parts.reshape(x.shape[0], B * n, K, page, *x.shape[4:])
+    none = np.nan if jnp.issubdtype(x.dtype, jnp.floating) else 99
+    pages = jnp.full((x.shape[0], B * n + 3, *parts.shape[2:]), none, x.dtype)
+    return pages.at[:, table.reshape(-1)].set(parts)
+
+  arrays = map(paged, (held.keys, held.values, held.key_scales, held.value_scales))
+  pages, table = Held(*arrays, paged=True), jnp.asarray(table, jnp.int32)
+  how = dict(scoring=Scoring(Mask(), scale=0.3), Hv=how.get('latent') or H)
+  run = jax.jit(functools.partial(cached.blocks, **how))
+  expected = run(q, held, (layer, first), lengths, queries)
+  found = run(q, pages, (layer, first), lengths, queries, pages=table)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+  how |= dict(T=2, interpret=True)
+  kernel = cached_tpu.blocks(q, pages, (layer, first), lengths, queries[:, 0], pages=table, **how)
+  total = [mixed / total[..., None] for _, total, mixed in (kernel, expected)]
+  np.testing.assert_allclose(*total, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('fault', ['a row of slots too few', 'no rescaling'])
 def test_planted_faults_break_it(small_blocks, fault, monkeypatch):
   if fault == 'no rescaling':
@@ -143,6 +175,9 @@ CASES = {
   'bytes': dict(H=128, M=4, S=4096, dtype='int8'),
   'ring': dict(H=256, M=2, S=1280, window=1024, ring=True),
   'some rows': dict(H=128, M=512, S=2048, of=32),
+  'pages': dict(H=128, M=4, S=128, pages=64),
+  'pages of bytes': dict(H=64, M=4, S=128, dtype='int8', pages=64),
+  'pages of a latent': dict(H=576, M=128, S=256, Hv=512, pages=16),
 }
 
 
@@ -155,9 +190,12 @@ CASES = {
     pytest.param('tpu7x:1x1x1', marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  'case',
+  [pytest.param(case, marks=[pytest.mark.slow] * case.startswith('pages')) for case in CASES],
+)
 def test_it_compiles(chip, case):
-  how = dict(dtype='bfloat16', Hv=0, window=0, ring=False, of=0) | CASES[case]
+  how = dict(dtype='bfloat16', Hv=0, window=0, ring=False, of=0, pages=0) | CASES[case]
   device = aot.topology(chip)[0]
 
   def shape(shape, dtype='bfloat16'):
@@ -165,10 +203,12 @@ def test_it_compiles(chip, case):
 
   S, H, M, B = how['S'], how['H'], how['M'], 8
   vector, number = (
-    shape((1, how['of'] or B, 1, S, H), how['dtype']),
-    shape((1, B, 1, S), 'float32') if how['dtype'] == 'int8' else None,
+    shape((1, how['of'] or how['pages'] * B or B, 1, S, H), how['dtype']),
+    shape((1, how['pages'] * B or B, 1, S), 'float32') if how['dtype'] == 'int8' else None,
   )
-  held = Held(vector, None if how['Hv'] else vector, number, number, how['ring'])
+  held = Held(
+    vector, None if how['Hv'] else vector, number, number, how['ring'], bool(how['pages'])
+  )
   run = functools.partial(
     cached_tpu.blocks,
     scoring=Scoring(Mask(window=how['window']), scale=0.1),
@@ -179,5 +219,7 @@ def test_it_compiles(chip, case):
     numbers = shape((B,), 'int32')
     given = shape((B, 1, M, H)), held, (0, 0), numbers, numbers
     rows = {'rows': numbers} if how['of'] else {}
+    if how['pages']:
+      rows = {'pages': shape((B, how['pages']), 'int32')}
     text = jax.jit(run).lower(*given, **rows).compile().as_text()
   assert 'tpu_custom_call' in text

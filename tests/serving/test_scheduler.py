@@ -191,6 +191,35 @@ def test_a_row_that_stops_to_write_does_not_wait_for_ever():
   assert events(ticket)[-1].error.kind == calls.DEVICE and text_of(events(other)) == 'x' * 8
 
 
+def test_a_row_that_waits_for_room_goes_on_where_it_was():
+  served = service('x' * 100)
+  ticket, other = served.submit(call('a', new=40)), served.submit(call('b', new=40))
+  while not ticket.usage.completion:
+    served.step()
+  served.engine.waiting = {0}
+  for _ in range(5):
+    served.step()
+  waits, goes = text_of(events(ticket)), text_of(events(other))
+  for _ in range(30):
+    served.step()
+  assert len(goes) > len(waits) + 8 and not ticket.done and other.done
+  served.engine.waiting = set()
+  served.run()
+  assert waits + text_of(events(ticket)) == 'x' * 40 and ticket.done
+
+
+def test_nobody_overtakes_who_waits_for_room():
+  served = service('x', rows=2)
+  served.engine.full = True
+  tickets = [served.submit(call('a')) for _ in range(3)]
+  for _ in range(4):
+    served.step()
+  assert served.stats().waiting == 3 and 'join' not in served.engine.calls
+  served.engine.full = False
+  served.run()
+  assert [finish(ticket) for ticket in tickets] == ['stop'] * 3
+
+
 def test_who_does_not_read_is_ended():
   served = service('x' * 100, unread=8)
   ticket = served.submit(call(new=60))
@@ -325,6 +354,10 @@ class Anything(RuleBasedStateMachine):
   def break_row(self, row):
     self.served.engine.broken.add(row)
 
+  @rule(rows=st.sets(st.integers(0, 2)), full=st.booleans())
+  def fill(self, rows, full):
+    self.served.engine.waiting, self.served.engine.full = rows, full
+
   @rule()
   def lose(self):
     self.served.engine.lost = RuntimeError('lost')
@@ -341,6 +374,7 @@ class Anything(RuleBasedStateMachine):
   def teardown(self):
     """All that is left goes on to its end."""
     self.served.engine.lost, self.served.engine.broken = None, set()
+    self.served.engine.waiting, self.served.engine.full = set(), False
     self.served.run()
     self.served.run()
     assert self.served.idle and self.served.engine.free == [0, 1, 2]
