@@ -27,6 +27,7 @@ import files
 import names
 from decode import opening
 from decode.defaults import model_defaults
+from decode.embedder import POOLINGS
 from decode.generator import Generator
 from decode.prompts import named_runs
 from parallel.flag import mesh_of
@@ -98,6 +99,13 @@ PROMPT_LOGPROBS = flags.DEFINE_bool(
   'prompt_logprobs',
   False,
   'Whether requests may ask for log-probabilities of their prompts: one more row, and a program.',
+)
+POOLING = flags.DEFINE_enum(
+  'pooling',
+  None,
+  POOLINGS,
+  "How /v1/embeddings makes one vector of those of a text's tokens. Default: mean of an encoder, "
+  'which has nothing but that; of a decoder, no embeddings.',
 )
 SAMPLES = flags.DEFINE_integer('max_n', Limits.samples, 'n of a request at most.', lower_bound=1)
 MAX_GAP_MS = flags.DEFINE_float(
@@ -196,6 +204,7 @@ def run(sagemaker: bool) -> Running:
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
     scores=PROMPT_LOGPROBS.value,
+    pooling=POOLING.value or ('' if generator.model.config.causal else 'mean'),
     **{name: value for name, value in sizes.items() if value},
   )
   served = Served(

@@ -8,9 +8,11 @@ from the event loop. Who goes away, or does not take what is sent, is not writte
 
 import asyncio
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,15 +21,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from data.classes import ids_of
 from decode.scorer import PromptScores
 from serving import call as calls, chat, metrics, wire
 from serving.answers import HttpAnswer, failure
 from serving.call import Event, NotReady, QueueFull
+from serving.embeddings import AskedEmbeddings
 from serving.fields import Denied, parsed
 from serving.guard import GONE, PATIENCE, ApiKeys, ServerGuard, refusal
+from serving.jobs import JobFailed
 from serving.pages import HEADERS
 from serving.reader import Reader, refusing
-from serving.scoring import ScoringFailed
 from serving.service import Service
 from serving.ticket import Ticket
 from serving.wire import AskedCall, Served
@@ -71,6 +75,7 @@ def app(
   for path, call in {
     '/tokenize': api.tokenize,
     '/detokenize': api.detokenize,
+    '/v1/embeddings': api.embeddings,
   }.items():
     routes.append(Route(path, called(call), methods=['POST']))
   for path in ('/v1/completions', '/v1/chat/completions', '/invocations'):
@@ -147,9 +152,10 @@ class Api:
     def ids():
       if 'messages' in given:
         return self.reader.chat_ids(given['messages'])
-      return self.service.encoded(given['prompt'])
+      return ids_of(given['prompt'], self.service.tokenizer, self.service.writes)
 
-    made = await asyncio.to_thread(ids)
+    with refusing():
+      made = await asyncio.to_thread(ids)
     most = self.service.room(0, self.reader.adapter(given))
     return JSONResponse({'tokens': made, 'count': len(made), 'max_model_len': most})
 
@@ -158,6 +164,23 @@ class Api:
     self.reader.adapter(given)
     with refusing():
       return JSONResponse({'prompt': self.service.tokenizer.decode(given['tokens'])})
+
+  async def embeddings(self, request: Request) -> Response:
+    """Vectors of texts."""
+    state, service = request.state, self.service
+    made = functools.partial(AskedEmbeddings, parsed(state.body), service, self.reader)
+    asked = await asyncio.to_thread(made)
+    try:
+      with refusing():
+        vectors = service.embed(asked.texts, asked.adapter)
+      async with _watched(request.receive, [vectors], state.log):
+        answer = asked.answer(await came(vectors, service))
+    except (NotReady, QueueFull) as error:
+      raise _unserved(error) from error
+    except _Gone:
+      raise Denied('whoever asked has gone', status=GONE) from None
+    state.log['prompt_tokens'] = answer['usage']['prompt_tokens']
+    return JSONResponse(answer)
 
   def _card(self, name: str) -> dict:
     adapter = '' if name == self.served.name else name
@@ -225,15 +248,7 @@ class WrittenEndpoint:
 
   async def _scored(self, scores: Sequence[Future]) -> list[PromptScores]:
     """Of each prompt; its text is written meanwhile."""
-    try:
-      return [await asyncio.wrap_future(each) for each in scores]
-    except ScoringFailed as error:
-      status = 500 if self._api.service.state == calls.READY else 503
-      raise Denied(str(error), status=status, code=calls.DEVICE) from error
-    except asyncio.CancelledError:
-      if any(each.cancelled() for each in scores):
-        raise _Gone from None
-      raise
+    return [await came(each, self._api.service) for each in scores]
 
   async def _whole(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> dict:
     async with contextlib.aclosing(merged(tickets)) as events:
@@ -288,6 +303,19 @@ class WrittenEndpoint:
     log['completion_tokens'] = sum(usage.completion for usage in usages)
     for ticket in tickets:
       self._api.watching.ended(ticket)
+
+
+async def came(result: Future, service: Service) -> Any:
+  """What comes of a job. Raises Denied, and _Gone where it was cancelled."""
+  try:
+    return await asyncio.wrap_future(result)
+  except JobFailed as error:
+    status = 500 if service.state == calls.READY else 503
+    raise Denied(str(error), status=status, code=calls.DEVICE) from error
+  except asyncio.CancelledError:
+    if result.cancelled():
+      raise _Gone from None
+    raise
 
 
 class _Gone(Exception):

@@ -39,7 +39,7 @@ class ChatTokenizer(ByteTokenizer):
 def service(write=None, rows=2, **limits):
   write = write or (lambda request: TOKENIZER.encode(TEXT))
   sizes = dataclasses.replace(SIZES, rows=rows)
-  return FakeService(ChatTokenizer(), write, sizes=sizes, limits=Limits(**limits))
+  return FakeService(ChatTokenizer(), write, sizes=sizes, limits=Limits(**limits), embeds=True)
 
 
 @pytest.fixture(scope='module')

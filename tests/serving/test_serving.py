@@ -17,7 +17,7 @@ from decode.generator import Generator
 from decode.options import Options
 from model.config import LatentConfig
 from model.execution import ExecutionConfig
-from serving import call as calls, scoring
+from serving import call as calls, jobs
 from serving.call import Call, Limits
 from serving.running import Running
 from tests.decode.small import config_of, generator_of
@@ -215,7 +215,7 @@ def test_prompts_are_scored_as_a_forward_pass_scores_them(served):
   expected = generator().score(prompts)
   scorer = served._engine._scorer
   program, scorer._program = scorer._program, lambda *_: 1 / 0
-  with pytest.raises(scoring.ScoringFailed, match='ZeroDivisionError'):
+  with pytest.raises(jobs.JobFailed, match='ZeroDivisionError'):
     served.score(SYSTEM, '', 0).result(60)
   scorer._program = program
   for prompt, logprobs in zip(prompts, expected, strict=True):
