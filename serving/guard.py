@@ -125,7 +125,7 @@ class ServerGuard:
         if scope['method'] == 'POST':
           state['body'] = await self._content(Request(scope, receive))
       except Denied as error:
-        await refusal(error)(scope, receive, answer)
+        await refusal(error, scope['path'])(scope, receive, answer)
         return
       except ClientDisconnect:
         said['status'] = GONE
@@ -201,8 +201,8 @@ def _check_framing(request: Request) -> None:
     raise Denied('Host is given more than once', code='framing')
 
 
-def refusal(error: Denied) -> JSONResponse:
-  """As a client of OpenAI's reads it."""
+def refusal(error: Denied, path: str) -> JSONResponse:
+  """As a client of OpenAI's reads it; on KServe's paths, as its clients do."""
   headers = {}
   if error.retry_after is not None:
     headers['Retry-After'] = str(max(1, round(error.retry_after)))
@@ -210,4 +210,5 @@ def refusal(error: Denied) -> JSONResponse:
     headers['WWW-Authenticate'] = 'Bearer'
   if error.status in (408, 413) or error.code == 'framing':
     headers['Connection'] = 'close'  # what is left of the body is no request
-  return JSONResponse(error.body(), error.status, headers)
+  body = {'error': str(error)} if f'{path}/'.startswith('/v2/') else error.body()
+  return JSONResponse(body, error.status, headers)
