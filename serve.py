@@ -120,6 +120,12 @@ DRAIN_SECONDS = flags.DEFINE_float(
 ACCESS_LOG = flags.DEFINE_bool(
   'access_log', True, 'A line of JSON on stderr for each request, without prompts and texts.'
 )
+LOG_PROMPTS = flags.DEFINE_bool(
+  'log_prompts', False, 'Whether the access log has what is asked, and what is written, too.'
+)
+TRACES = flags.DEFINE_string(
+  'traces', None, 'Collector of OpenTelemetry that gets a span of each request: http://host:4318.'
+)
 
 
 def say(text: str) -> None:
@@ -131,6 +137,10 @@ def check_flags(sagemaker: bool) -> None:
   if not WORKDIR.value:
     raise ValueError('--workdir is missing: give the directory of a run of train.py or convert.py')
   files.check_local('--workdir', WORKDIR.value)
+  if LOG_PROMPTS.value and not ACCESS_LOG.value:
+    raise ValueError(
+      '--log_prompts with --noaccess_log, whose lines they would be in; leave out one'
+    )
   if HOST.value not in LOCAL and API_KEYS.value is None and not sagemaker:
     raise ValueError(
       f'--host={HOST.value} is for others, too, and --api_keys is not given; give a file of keys, '
@@ -210,15 +220,37 @@ def run(sagemaker: bool) -> Running:
   served = Served(
     name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
   )
+  traces = None if TRACES.value is None else traces_to(TRACES.value, name)
   if ACCESS_LOG.value:
     listening.log_access()
   say(
     f'{name!r}: {service.stats().rows} rows of {service.room(0)} tokens; compiling. A page to talk '
     f'to it, and the API below /v1: {address(opened)}'
   )
-  made = http.app(service, served, hosts=known_hosts(), keys=keys)
+  made = http.app(
+    service,
+    served,
+    hosts=known_hosts(),
+    keys=keys,
+    traced=(lambda inner: inner) if traces is None else traces.before(service.clock),
+    log_prompts=LOG_PROMPTS.value,
+  )
   listening.listen(made, service, opened, DRAIN_SECONDS.value, say)
+  if traces is not None:
+    traces.close()
   return service
+
+
+def traces_to(endpoint: str, name: str):
+  """See serving.tracing."""
+  try:
+    from serving import tracing
+  except ImportError as error:
+    raise ImportError(
+      f'--traces: what traces is not installed ({error}): pip install opentelemetry-sdk '
+      'opentelemetry-exporter-otlp-proto-http (the extra tandem[trace])'
+    ) from error
+  return tracing.Traces(tracing.exporter_to(endpoint), name)
 
 
 def check_length(generator: Generator) -> None:

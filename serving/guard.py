@@ -1,7 +1,8 @@
 """Who may ask what of a server that others can reach? Whoever calls it by a name that it has, from
 no other page, with a key where there are keys, in JSON of bounded size, and in bounded time.
 
-What is asked, and what is answered, is logged by no line: only who, what kind, how long, how much.
+What is asked, and what is answered, is logged by no line, unless whoever serves wants that: only
+who, what kind, how long, how much.
 """
 
 import asyncio
@@ -93,10 +94,12 @@ class ServerGuard:
     keys: ApiKeys | None = None,
     body: int = 2**20,
     pages: Sequence[str] = (),
+    log_prompts: bool = False,
   ):
     """hosts: names that it may be called by; '*' is any. body: bytes of one. pages: paths that
-    anybody may see.
+    anybody may see. log_prompts: whether lines have what is asked and written, too.
     """
+    self._log_prompts = log_prompts
     self._app, self._keys, self._body = app, keys, body
     self._hosts = {host.lower() for host in hosts}
     self._open = PROBES | {*pages}
@@ -108,6 +111,7 @@ class ServerGuard:
     began, said = time.monotonic(), {'status': 500}
     state = scope.setdefault('state', {})
     state |= {'key': '', 'id': f'req-{uuid.uuid4().hex}', 'log': said, 'body': b''}
+    state['log_prompts'] = self._log_prompts
 
     async def answer(message):
       if message['type'] == 'http.response.start':
@@ -140,6 +144,8 @@ class ServerGuard:
         'path': scope['path'][:200],
         'seconds': round(time.monotonic() - began, 4),
       }
+      if self._log_prompts and state['body']:
+        line['asked'] = state['body'].decode('utf-8', errors='replace')
       access.info('%s', json.dumps(line | said))
 
   def _check(self, request: Request, state: dict) -> None:

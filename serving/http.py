@@ -37,9 +37,12 @@ def app(
   hosts: Sequence[str],
   keys: ApiKeys | None = None,
   watching: metrics.Metrics | None = None,
+  traced: Callable[[ASGIApp], ASGIApp] = lambda inner: inner,
+  log_prompts: bool = False,
 ) -> ASGIApp:
   """The server. hosts: names that it may be called by; '*' is any. keys: None for no keys.
-  watching: what /metrics says; None for metrics of its own.
+  watching: what /metrics says; None for metrics of its own. traced: puts serving.tracing.Traced
+  before it. log_prompts: whether the access log has what is asked, and written.
   """
   api = Api(service, served, watching or metrics.Metrics(service, served.name))
   files = chat.routes()
@@ -76,11 +79,12 @@ def app(
     routes=routes, exception_handlers={HTTPException: _not_found, Exception: _failed}
   )
   return ServerGuard(
-    inner,
+    traced(inner),
     hosts=hosts,
     keys=keys,
     body=BODY + BODY_TOKEN * service.room(0),
     pages=[*files],
+    log_prompts=log_prompts,
   )
 
 

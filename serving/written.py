@@ -42,8 +42,10 @@ class WrittenEndpoint:
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     tickets: list[Ticket] = []
+    answer = None
     scores: list[Future] = []
     state = scope['state']
+    state['tickets'] = tickets
     try:
       try:
         if self._service.state != calls.READY:
@@ -68,6 +70,8 @@ class WrittenEndpoint:
       for each in [*tickets, *scores]:
         each.cancel()
       self._note(state['log'], tickets)
+      if answer is not None and state['log_prompts']:
+        state['log']['written'] = answer.written
 
   async def _submit(self, asked: AskedCall, tickets: list[Ticket], scores: list[Future]) -> None:
     service = self._service
