@@ -99,7 +99,7 @@ SUBCOMMANDS = {
   'knowledge': 'evaluation.knowledge.main',
   'memorisation': 'workdir.memorised.main',
   'rate': 'evaluation.rate.main',
-  'safety': 'evaluation.safety.main',
+  'safety': 'workdir.safety.main',
 }
 TASK = 'classify'  # the beginning of every file's name
 # Objectives that name a template: of models that are asked by it, and of those with a head.

@@ -75,6 +75,16 @@ MAX_MODEL_LEN = flags.DEFINE_integer(
 CACHE_DTYPE = flags.DEFINE_string(
   'cache_dtype', '', 'Of keys and values: float32, bfloat16, int8; default: as the model computes.'
 )
+LOOKUP = flags.DEFINE_integer(
+  'lookup',
+  0,
+  'Drafts what followed the last so many tokens of a text where it had them before; 0: nothing '
+  'drafts. For what repeats its prompt, on an accelerator: each step judges all --draft_tokens.',
+  lower_bound=0,
+)
+DRAFT_TOKENS = flags.DEFINE_integer(
+  'draft_tokens', None, 'Drafted at a time, with --lookup. Default: 4.', lower_bound=1
+)
 DEFAULTS = flags.DEFINE_enum(
   'defaults',
   'openai',
@@ -140,6 +150,10 @@ def check_flags(sagemaker: bool) -> None:
   if LOG_PROMPTS.value and not ACCESS_LOG.value:
     raise ValueError(
       '--log_prompts with --noaccess_log, whose lines they would be in; leave out one'
+    )
+  if DRAFT_TOKENS.value and not LOOKUP.value:
+    raise ValueError(
+      f'--draft_tokens={DRAFT_TOKENS.value}, and nothing drafts; give --lookup=3, or leave it out'
     )
   if HOST.value not in LOCAL and API_KEYS.value is None and not sagemaker:
     raise ValueError(
@@ -209,6 +223,7 @@ def run(sagemaker: bool) -> Running:
     WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value, adapters
   )
   sizes = {'rows': ROWS.value, 'capacity': MAX_MODEL_LEN.value, 'cache_dtype': CACHE_DTYPE.value}
+  sizes |= {'lookup': LOOKUP.value, 'draft_tokens': DRAFT_TOKENS.value}
   check_length(generator)
   service = Running(
     generator,

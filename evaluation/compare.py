@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import commands
 import files
 from evaluation import page
+from evaluation.differences import differences
 from evaluation.forgetting import LINE, LOST, Change, advice, change, mean_retention, percent
 from evaluation.measures import named
 from evaluation.paired import holm
-from evaluation.running import Summary, differences, finite, read_lines
+from evaluation.running import Summary, finite, read_lines
 
 PAGE, PICTURE, VALUES = 'compare.md', 'compare.png', 'compare.json'
 

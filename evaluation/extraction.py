@@ -10,6 +10,7 @@ import numpy as np
 from decode.generator import Generator
 from evaluation import unpaired
 from evaluation.intervals import Estimate, wilson
+from evaluation.journal import Kept
 from evaluation.passages import Passage
 from evaluation.writing import continued
 
@@ -31,13 +32,16 @@ class Recalled:
   distance: float
 
 
-def recalled(model: Generator, passages: Sequence[Passage]) -> list[Recalled]:
-  """The likeliest continuation of each, compared with the true one.
+def recalled(
+  model: Generator, passages: Sequence[Passage], kept: Kept | None = None
+) -> list[Recalled]:
+  """The likeliest continuation of each, compared with the true one; kept: as evaluation.writing has
+  it.
 
   Raises FloatingPointError, naming the passage, where the model's scores are not finite.
   """
   new = max(len(passage.behind) for passage in passages)
-  written = continued(model, [passage.prompt for passage in passages], new)
+  written = continued(model, [passage.prompt for passage in passages], new, kept=kept)
   made = []
   for passage, each in zip(passages, written, strict=True):
     if each.broken:

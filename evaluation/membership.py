@@ -4,74 +4,149 @@ and of others, by how well they tell the two apart.
 A score alone says nothing: easy text is likely whether it was read or not.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data.tokenizer import Tokenizer
 from decode.generator import Generator
 from evaluation import unpaired
 from evaluation.intervals import Estimate
+from evaluation.journal import Kept, nothing_kept
 from evaluation.passages import Passage
+from model.moments import moments
+from model.vocabulary import TOKENS, Law
+from model.weights import of_rows
+from parallel import axes as ax
 
 ROWS = 16  # texts that are scored together
 SHARE = 20.0  # K, in per cent
 FALSE = 0.05  # of the control, that may be taken for members
+ALIKE = 1e-5  # nats: a law whose log-probabilities spread less has rounding left of them
 LOSS, ZLIB = 'mean log-probability', 'log-probability per byte of zlib'
 BLIND = 'zlib alone, without the model'  # tells the sides apart only where they are unlike
 
 
 def min_k_name(share: float) -> str:
-  """Of the score of a share, in per cent."""
+  """Of the score of a share, in per cent; with ++ behind it of what `TokenScores.standings` say."""
   return f'min-{share:g}%'
 
 
-def token_logprobs(model: Generator, passages: Sequence[Passage]) -> list[np.ndarray]:
-  """Of each, the log-probabilities of what training asks for, by the pass that training makes.
+class TokenScores(NamedTuple):
+  """Of a passage's tokens, those that training asks for, f64.
 
-  Raises FloatingPointError, naming the passage, where one is no finite number.
+  Attributes:
+    logprobs: log p of each. standings: the same less its mean over the law, by its standard
+      deviation there: how likely the token is for a place in which all tokens are about as likely,
+      or one is far ahead.
   """
-  order = sorted(range(len(passages)), key=lambda i: len(passages[i].ids))
-  logprobs = [np.zeros(0)] * len(passages)
-  for first in range(0, len(order), ROWS):
-    here = order[first : first + ROWS]
-    # The last ones fill the batch up: its program is there already.
-    texts = [passages[i].ids for i in here] + [passages[here[-1]].ids] * (ROWS - len(here))
-    for i, row in zip(here, model.score(texts)):
-      logprobs[i] = np.asarray(row[passages[i].learned - 1 :], np.float64)
-      if not np.isfinite(logprobs[i]).all():
-        raise FloatingPointError(
-          f"{passages[i].place}: the model's scores are not finite; the checkpoint is broken: take "
-          'another one (--checkpoint)'
-        )
-  return logprobs
+
+  logprobs: np.ndarray
+  standings: np.ndarray
 
 
-def min_k(logprobs: np.ndarray, share: float = SHARE) -> float:
+def token_scores(model: Generator, passages: Sequence[Passage]) -> list[TokenScores]:
+  """Of each, by the pass that training makes; at most ROWS passages.
+
+  Raises FloatingPointError, naming the passage, where a log-probability is no finite number, and
+  ValueError for a model that is no decoder.
+  """
+  front, config = model.plain, model.model.config
+  if config.encoder_layers or not config.causal:
+    raise ValueError('scores of texts are those of a decoder; this model has an encoder')
+  # The last ones fill the batch up: its program is there already.
+  whole = [front.whole(p.ids) for p in (*passages, *passages[-1:] * (ROWS - len(passages)))]
+  whole += whole[-1:] * (-len(whole) % model.parts)
+  tokens, _ = model.padded(whole)
+  index = model.indices([front] * len(whole))
+  with jax.set_mesh(model.mesh):
+    index = None if index is None else model.put(index)
+    found = _moments(model.model, model.put(tokens), index, vocabulary=model.vocabulary)
+    found = jax.device_get(found)
+  made = []
+  for row, passage in enumerate(passages):
+    first, end = (len(front.soft) + n - 1 for n in (passage.learned, len(passage.ids)))
+    logprob, mean, std = (np.asarray(each[row, first:end], np.float64) for each in found)
+    if not np.isfinite(logprob).all():
+      raise FloatingPointError(
+        f"{passage.place}: the model's scores are not finite; the checkpoint is broken: take "
+        'another one (--checkpoint)'
+      )
+    made.append(TokenScores(logprob, standings(logprob, mean, std)))
+  return made
+
+
+def standings(logprob: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+  """(log p - mean) / std; 0 where a law has all tokens alike, which says nothing of one of them."""
+  return np.where(std < ALIKE, 0.0, (logprob - mean) / np.maximum(std, ALIKE))
+
+
+@functools.partial(jax.jit, static_argnames='vocabulary')
+def _moments(model, tokens, adapters, *, vocabulary):
+  """Moments [B, T - 1] of tokens [B, T] after those before them."""
+  model = of_rows(model, adapters)
+  targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+  weights = jnp.pad(jnp.ones_like(tokens[:, 1:], jnp.float32), ((0, 0), (0, 1)))
+  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):
+    tokens, targets, weights = (ax.place(a, *TOKENS) for a in (tokens, targets, weights))
+    x = ax.place(model(tokens).hidden, *TOKENS, 'width')
+    law = Law(*model.scored(x), softcap=model.config.logit_softcap, vocabulary=vocabulary)
+    return tuple(ax.place(a, 'batch', None)[:, :-1] for a in moments(law, targets, weights))
+
+
+def min_k(scores: np.ndarray, share: float = SHARE) -> float:
   """Min-K% Prob (Shi et al. 2023, arXiv:2310.16789): the mean over the unlikeliest share of tokens,
   in per cent; one at least.
   """
-  count = max(1, math.floor(len(logprobs) * share / 100))
-  return float(np.sort(logprobs)[:count].mean())
+  count = max(1, math.floor(len(scores) * share / 100))
+  return float(np.sort(scores)[:count].mean())
 
 
 def scores(
-  logprobs: Sequence[np.ndarray], passages: Sequence[Passage], tokenizer: Tokenizer, share: float
+  tokens: Sequence[TokenScores], passages: Sequence[Passage], tokenizer: Tokenizer, share: float
 ) -> dict[str, np.ndarray]:
-  """{name: of each passage}; higher means likelier read. Besides Min-K%: the loss (Yeom et al.
-  2018, arXiv:1709.01604), by what zlib makes of the text (Carlini et al. 2021), and BLIND: what
-  tells texts apart without the model is no memory of its.
+  """{name: of each passage}; higher means likelier read. Besides Min-K%: the same of standings
+  (Min-K%++, Zhang et al. 2024, arXiv:2404.02936), the loss (Yeom et al. 2018, arXiv:1709.01604), by
+  what zlib makes of the text (Carlini et al. 2021), and BLIND: what tells texts apart without the
+  model is no memory of its.
   """
   texts = [tokenizer.decode_bytes(p.ids[p.learned :]) for p in passages]
   zipped = np.array([len(zlib.compress(text, 9)) for text in texts])
   return {
-    min_k_name(share): np.array([min_k(each, share) for each in logprobs]),
-    LOSS: np.array([each.mean() for each in logprobs]),
-    ZLIB: np.array([each.sum() for each in logprobs]) / zipped,
+    min_k_name(share): np.array([min_k(each.logprobs, share) for each in tokens]),
+    min_k_name(share) + '++': np.array([min_k(each.standings, share) for each in tokens]),
+    LOSS: np.array([each.logprobs.mean() for each in tokens]),
+    ZLIB: np.array([each.logprobs.sum() for each in tokens]) / zipped,
     BLIND: -zipped / np.array([max(len(text), 1) for text in texts]),
   }
+
+
+def scored(
+  model: Generator, passages: Sequence[Passage], share: float, kept: Kept | None = None
+) -> dict[str, np.ndarray]:
+  """`scores` of all passages, those of about the same length together; kept: of batches that were
+  scored before, and for more.
+  """
+  kept = nothing_kept() if kept is None else kept
+  order = sorted(range(len(passages)), key=lambda i: len(passages[i].ids))
+  made: dict[str, np.ndarray] = {}
+  for first in range(0, len(order), ROWS):
+    here = order[first : first + ROWS]
+    values = kept.values.get(first)
+    if values is None:
+      these = [passages[i] for i in here]
+      found = scores(token_scores(model, these), these, model.tokenizer, share)
+      values = {name: of.tolist() for name, of in found.items()}
+      kept.add(first, values)
+    for name, of in values.items():
+      made.setdefault(name, np.zeros(len(passages)))[here] = of
+  return made
 
 
 def findings(

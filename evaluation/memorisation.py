@@ -14,12 +14,14 @@ from decode.generator import Generator
 from evaluation import extraction, membership, overlap, page
 from evaluation.contamination import WORDS
 from evaluation.intervals import Estimate
+from evaluation.journal import Journal, Kept
 from evaluation.passages import Cut, Passages
 from evaluation.running import finite, shown
 from evaluation.writing import continued
 
 EXTRACTION, MEMBERSHIP, OVERLAP = PARTS = ('extraction', 'membership', 'overlap')
 FILE, LINES, PAGE = 'memorisation.json', 'memorisation.jsonl', 'memorisation.md'
+JOURNAL = 'memorisation-begun.jsonl'  # what is found, until all of it is
 WRITTEN = 'memorisation-written.jsonl'  # what the model wrote by itself, and what stands where
 UNSURE = 'by memory or because it is other text'
 SHOWN = 3  # passages that were written word for word
@@ -81,11 +83,18 @@ class Remembered:
 
 
 def measured(
-  model: Generator, asked: MemoryQuestions, parts: Iterable[str], log=print
+  model: Generator,
+  asked: MemoryQuestions,
+  parts: Iterable[str],
+  log=print,
+  journal: Journal | None = None,
 ) -> Remembered:
-  """Raises ValueError where the context is too short, FloatingPointError where scores are not
-  finite.
+  """journal: of `settings_of`, what was found before an interruption, and where more is kept as it
+  is found. The training text is gone through anew.
+
+  Raises ValueError where the context is too short, FloatingPointError where scores are not finite.
   """
+  journal = Journal() if journal is None else journal
   asked.cut.check_context(model.context, model.plain.limit)
   sides = {'members': asked.members, 'control': asked.control}
   lines = {
@@ -95,7 +104,8 @@ def measured(
   found: dict[str, Findings] = {}
   written: list[dict] = []
   if EXTRACTION in parts:
-    every = extraction.recalled(model, [*asked.members, *asked.control])
+    passages = [*asked.members, *asked.control]
+    every = extraction.recalled(model, passages, journal.part(EXTRACTION))
     n = len(asked.members)
     made = {'members': every[:n], 'control': every[n:]}
     found[EXTRACTION] = extraction.findings(made['members'], made['control'], asked.cut.seed)
@@ -107,15 +117,15 @@ def measured(
   if MEMBERSHIP in parts:
     scores = {}
     for side, passages in sides.items():
-      logprobs = membership.token_logprobs(model, passages)
-      scores[side] = membership.scores(logprobs, passages, model.tokenizer, asked.share)
+      kept = journal.part(f'{MEMBERSHIP} of {side}')
+      scores[side] = membership.scored(model, passages, asked.share, kept)
       for name, values in scores[side].items():
         for line, value in zip(lines[side], values.tolist(), strict=True):
           line[name] = value
     found[MEMBERSHIP] = membership.findings(scores['members'], scores['control'], asked.cut.seed)
     log(f'{MEMBERSHIP}: {sum(map(len, sides.values()))} passages')
   if OVERLAP in parts:
-    found[OVERLAP], written = _overlap(model, asked, log)
+    found[OVERLAP], written = _overlap(model, asked, log, journal.part(OVERLAP))
   return Remembered(found, [*lines['members'], *lines['control']], written)
 
 
@@ -131,14 +141,16 @@ def _line(model: Generator, i: int, side: str, passage) -> dict:
   }
 
 
-def _overlap(model: Generator, asked: MemoryQuestions, log) -> tuple[Findings, list[dict]]:
+def _overlap(
+  model: Generator, asked: MemoryQuestions, log, kept: Kept
+) -> tuple[Findings, list[dict]]:
   """What the model writes behind the control's prompts, and what follows these in truth: neither
   was trained on, so that what stands in the training text does by memory, or by chance.
   """
   passages = asked.control
   new = max(len(passage.behind) for passage in passages)
   prompts = [passage.prompt for passage in passages]
-  made = continued(model, prompts, new, asked.temperature, asked.cut.seed)
+  made = continued(model, prompts, new, asked.temperature, asked.cut.seed, kept)
   texts = [model.tokenizer.decode(each.ids) for each in made]
   truths = [model.tokenizer.decode(passage.behind) for passage in passages]
   every = overlap.overlaps([*texts, *truths], asked.training, asked.words)
@@ -152,19 +164,25 @@ def _overlap(model: Generator, asked: MemoryQuestions, log) -> tuple[Findings, l
   return overlap.findings(written, control, asked.cut.seed), lines
 
 
+def settings_of(run: Mapping[str, Any], asked: MemoryQuestions) -> dict:
+  """All that decides what is found, JSON-able, but for the training text."""
+  names = ('share', 'words', 'temperature', 'by_chance')
+  sides = {'members': asked.members.digest, 'control': asked.control.digest}
+  settings = dataclasses.asdict(asked.cut) | {name: getattr(asked, name) for name in names}
+  return {'run': dict(run), 'settings': settings, 'prompts': sides}
+
+
 def write(
   output: pathlib.Path, run: Mapping[str, Any], asked: MemoryQuestions, memory: Remembered
 ) -> dict:
   """Writes lines, values and a page into a directory; the values."""
-  cut = dataclasses.asdict(asked.cut)
-  names = ('share', 'words', 'temperature', 'by_chance')
-  more = {name: getattr(asked, name) for name in names}
+  settings = settings_of(run, asked)
   values = {
-    'run': dict(run),
-    'settings': cut | more,
+    'run': settings['run'],
+    'settings': settings['settings'],
     'sides': {
       name: {'of': side.of, 'n': len(side), 'documents': side.documents}
-      | {'short': side.short, 'prompts': side.digest}
+      | {'short': side.short, 'prompts': settings['prompts'][name]}
       for name, side in (('members', asked.members), ('control', asked.control))
     },
     'findings': {

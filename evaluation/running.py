@@ -22,6 +22,7 @@ import numpy as np
 import commands
 import files
 from decode.generator import Generator
+from evaluation.differences import differences
 from evaluation.examples import Item, Manner, digest_of, examples, ways
 from evaluation.scoring import Line, Scorer, scorer
 from evaluation.task import Task
@@ -156,18 +157,6 @@ def check_own(path: pathlib.Path, now: Mapping[str, Any]) -> None:
     raise ValueError(
       f'{path} is of another evaluation ({"; ".join(lines)}); give another --output, or remove it'
     )
-
-
-def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:
-  """In which fields two settings differ, and how."""
-  lines = []
-  for name in dict.fromkeys([*was, *now]):
-    a, b = was.get(name), now.get(name)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-      lines += differences(a, b, f'{path}{name}.')
-    elif a != b:
-      lines.append(f'{path}{name} was {a!r:.80} and is {b!r:.80}')
-  return lines
 
 
 def evaluate(

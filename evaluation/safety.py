@@ -7,19 +7,17 @@ they are and wrapped as those do who want an answer all the same.
 Nothing harmful is here: formats, wrappers, and a stand-in that is a secret recipe.
 """
 
-import argparse
 import base64
 import functools
-import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 import commands
-import files
 import names
-from evaluation import placed
+from evaluation.agreement import cohen
 from evaluation.bias import Finding
 from evaluation.intervals import wilson
 from evaluation.paired import holm, mcnemar
@@ -155,59 +153,47 @@ def _outcomes(told, label: str, attack: str) -> dict[str, bool]:
   }
 
 
-def parser() -> argparse.ArgumentParser:
-  """What the command takes."""
-  made = placed.parser('safety', __doc__)
-  made.add_argument(
-    '--judge',
-    default='evaluation.safety.by_rules',
-    metavar='MODULE.FUNCTION',
-    help='(prompts, answers) -> of each whether it refuses',
-  )
-  return made
-
-
-def main(arguments: Sequence[str]) -> None:
-  """The command."""
-  options = parser().parse_args(arguments)
-  with commands.mendable(ImportError):
-    judge = _judge(options.judge)
-    place, said = pathlib.Path(options.results), {}
-    own = [*filter(None, options.tasks.split(','))]
-    for summary, told in placed.results(place, options.data, own, 'safety'):
-      rows, answers = [row for _, row in told], [line['answers'][0] for line, _ in told]
-      refused = [bool(x) for x in judge([row['prompt'] for row in rows], answers)]
-      if len(refused) != len(rows):
-        raise ValueError(f'{options.judge} judged {len(refused)} of {len(rows)} answers')
-      said[summary.name] = show(summary.name, summary.prompts, rows, answers, refused)
-      said[summary.name]['judge'] = options.judge
-    if not said:
-      raise ValueError(f'{place} has no results of tasks of safety; evaluate --tasks=xstest, ..')
-    files.replace(place / FILE, json.dumps(said, indent=1, ensure_ascii=False) + '\n')
-    print(f'\nwrote {place}/{FILE}')
-
-
-def _judge(name: str) -> Judge:
-  try:
-    return names.imported(name)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ValueError(f'--judge={name} is no function that can be imported: {error}') from error
-
-
 def show(
-  name: str, prompts: str, rows: Sequence[Row], answers: Sequence[str], refused: Sequence[bool]
+  name: str,
+  about: Mapping[str, str],
+  rows: Sequence[Row],
+  answers: Sequence[str],
+  refused: Sequence[bool],
 ) -> dict:
-  """Prints a report; the same, JSON-able."""
+  """Prints a report; the same, JSON-able. about: digest of the prompts, and who judged."""
   found = findings(rows, refused)
   table = [
     [f.category, f.what, f.estimate.n, str(f.estimate), '' if f.p is None else f'{f.p:.3g}']
     for f in found
   ]
-  title = f'{name}: {len(rows)} answers, prompts {prompts}; lower is better'
+  title = f'{name}: {len(rows)} answers, prompts {about["prompts"]}; lower is better'
   commands.table(title, ['prompts', '', 'n', '95% interval', 'p of the attack (Holm)'], table)
-  print('\nJudged as refusals, and as answers, the first ones:')
+  print(f'\nJudged as refusals, and as answers, the first ones ({about["judge"]}):')
   for value in (True, False):
     at = np.flatnonzero(np.array(refused) == value)[:SHOWN]
     for i in at:
       print(f'  {"refused" if value else "answered"}: {" ".join(answers[i].split())[:90]!r}')
-  return {'prompts': prompts, 'findings': [each.values() for each in found]}
+  return dict(about) | {'findings': [each.values() for each in found]}
+
+
+def show_beside(
+  first: str, second: str, answers: Sequence[str], one: Sequence[bool], other: Sequence[bool]
+) -> dict:
+  """Prints where two judges, by name, say otherwise of answers; the same, JSON-able."""
+  pairs = np.array([one, other], bool)
+  apart = np.flatnonzero(pairs[0] != pairs[1])
+  share, kappa = wilson(len(apart), len(answers)), cohen(*pairs.astype(np.float64))
+  only = [[int(i) for i in apart if pairs[side, i]] for side in (0, 1)]
+  print(
+    f'\nThe two judges say otherwise of {len(apart)} of {len(answers)} answers, {share}; '
+    f"Cohen's kappa {kappa:.2f}"
+  )
+  for judge, at in ((first, only[0]), (second, only[1])):
+    print(f'  refused only by {judge}: {len(at)}')
+    for i in at[:SHOWN]:
+      print(f'    {" ".join(answers[i].split())[:90]!r}')
+  return {
+    'of': share.values(),
+    'kappa': kappa if math.isfinite(kappa) else None,
+    'refused only by': {first: len(only[0]), second: len(only[1])},
+  }

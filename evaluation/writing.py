@@ -15,6 +15,7 @@ from decode.loaded import bucket
 from decode.request import FAILED, LENGTH, STOPPED
 from decode.sampling import make_sampling, seed_of
 from decode.text import TextStream
+from evaluation.journal import Kept, nothing_kept
 from evaluation.task import Generate
 from model.weights import adapters
 from parallel import axes as ax
@@ -77,9 +78,11 @@ def continued(
   new: int,
   temperature: float = 0.0,
   seed: int = 0,
+  kept: Kept | None = None,
 ) -> list[Written]:
   """Ids that are written behind each of some prompts, of ids, in order: `new` ones, or fewer where
-  the text ends.
+  the text ends. kept: what was written before, and where more is kept as it ends; of what was kept
+  no more is known than its ids.
 
   Raises NotImplementedError for a model that is no decoder, and for layers in stages.
   """
@@ -89,15 +92,24 @@ def continued(
       'texts are gone on with by a decoder whose layers are together; this model has an encoder, '
       'or the mesh has stages'
     )
+  kept = nothing_kept() if kept is None else kept
+  done = {i: Written(ids) for i, ids in kept.values.items()}
+  due = [i for i in range(len(prompts)) if i not in done]
+  if not due:
+    return [done[i] for i in range(len(prompts))]
+  # By the longest of all prompts, whichever are due: programs of one shape round alike.
   engine = engine_of(model, max(map(len, prompts)), new)
   ends = generation.ends(model.tokenizer)
 
   def requests() -> Iterator[Request]:
-    for i, prompt in enumerate(prompts):
+    for i in due:
       sampling = make_sampling(1, temperature=temperature, seed=seed_of(seed, i))
-      yield Request(model.plain.row(prompt), new, sampling, ends)
+      yield Request(model.plain.row(prompts[i]), new, sampling, ends)
 
-  done = dict(complete(engine, model.model, requests()))
+  for at, written in complete(engine, model.model, requests()):
+    done[due[at]] = written
+    if not written.broken:
+      kept.add(due[at], written.ids)
   return [done[i] for i in range(len(prompts))]
 
 

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from decode.drafted import DraftingEngine
 from decode.embedder import Embedder, check_pooling, lengths_to
 from decode.engine import Engine
 from decode.front import Front
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
+from decode.paged import PagedEngine
 from decode.scorer import PromptScorer
-from decode.sizes import Request, Sizes
+from decode.sizes import Request, Sizes, Use
+from model.config import ModelConfig
 from model.weights import adapters
 from parallel import hosts
 from parallel.gathering import everywhere
@@ -25,12 +28,21 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
 
   Raises ValueError for sizes that make no sense.
   """
-  context = model.model.config.max_length or LONGEST
-  capacity = given.get('capacity') or context
+  config, count = model.model.config, adapters(model.model)
+  return row_sizes(config, model.parts, model.vocabulary, count, **given)
+
+
+def row_sizes(
+  config: ModelConfig, parts: int, vocabulary: int, adapters: int = 0, **given: int
+) -> Sizes:
+  """The same of a model of this config, of so many ids and adapters; parts: of the mesh, that have
+  rows of their own.
+  """
+  capacity = given.get('capacity') or config.max_length or LONGEST
   read = given.get('read_tokens') or min(BLOCK, capacity)
   asked = {
-    'rows': 16 * model.parts,
-    'alternatives': min(20, model.vocabulary),
+    'rows': 16 * parts,
+    'alternatives': min(20, vocabulary),
     'ends': 32,
     'states': 2**13,
     'classes': 512,
@@ -38,7 +50,7 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
     **given,
     'capacity': capacity,
     'read_tokens': read,
-    'adapters': adapters(model.model),
+    'adapters': adapters,
   }
   return Sizes(**asked)
 
@@ -82,7 +94,8 @@ class EngineRows:
     """
     model = self._model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    self._engine = Engine(
+    made = DraftingEngine if self.sizes.lookup else PagedEngine if self.sizes.pages else Engine
+    self._engine = made(
       model.model.config,
       model.mesh,
       self.sizes,
@@ -139,6 +152,9 @@ class EngineRows:
       raise NotReady(CLOSED)
     engine.check(request)
 
+  def takes(self, request: Request) -> bool:
+    return self._engine.takes(request)
+
   def choose(self, request: Request) -> int:
     return self._engine.choose(request)
 
@@ -150,6 +166,13 @@ class EngineRows:
 
   def cached(self, row: int) -> int:
     return self._engine.cached(row)
+
+  def seat(self) -> list[int]:
+    return self._engine.seat()
+
+  def use(self) -> Use:
+    engine = self._engine  # which is not there at first, and at the end
+    return Use() if engine is None else engine.use()
 
   def decode(self, count: int, alternatives: bool) -> Any:
     return self._engine.decode(self._model.model, count, alternatives)

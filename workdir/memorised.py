@@ -21,6 +21,7 @@ from data.config import SourceConfig
 from data.sources import paths
 from decode.generator import Generator
 from evaluation import contamination, memorisation
+from evaluation.journal import Journal
 from evaluation.memorisation import OVERLAP, PAGE, PARTS, MemoryQuestions
 from evaluation.passages import Cut, Passages, drawn
 from parallel import hosts
@@ -102,8 +103,13 @@ def run(options) -> None:
   of = {'workdir': options.workdir, 'step': step, 'weights': options.weights}
   remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):
-    memory = memorisation.measured(model, asked, parts)
+    path = output / memorisation.JOURNAL
+    journal = Journal(path, memorisation.settings_of(of, asked))
+    if len(journal):
+      print(f'{path}: {len(journal)} lines of an interrupted measurement are there already')
+    memory = memorisation.measured(model, asked, parts, journal=journal)
     values = memorisation.write(output, of, asked, memory)
+    journal.end()
   print('\n'.join(['', *memorisation.text_of(values)[1:]]))
   print(f'\nwrote {output}/{PAGE}, {memorisation.FILE} and {memorisation.LINES}')
 

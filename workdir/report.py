@@ -1,5 +1,5 @@
-"""What did the run achieve, and what did it cost? report.md and loss.png, from metrics.jsonl and
-samples.jsonl.
+"""What did the run achieve, and what did it cost? report.md, loss.png and, of rewards and the like,
+curves.png, from metrics.jsonl and samples.jsonl.
 
     python -m workdir.report runs/tiny     makes them anew
 
@@ -22,7 +22,7 @@ from model import flops
 from training import config as configs
 from training.config import Config
 from training.costs import ReportConfig
-from workdir import samples
+from workdir import curves, samples
 from workdir.metrics import FILE, lowest, read_metrics
 from workdir.seals import FACTS, metrics_problem
 from workdir.watch import short
@@ -41,8 +41,8 @@ def write_report(
   hardware: str,
   settings: Config | None = None,
 ) -> pathlib.Path:
-  """Writes report.md and loss.png into the run's directory, each atomically, and returns the path
-  of report.md.
+  """Writes report.md and its pictures into the run's directory, each atomically, and returns the
+  path of report.md.
 
   Everything measured comes from metrics.jsonl, and what the run wrote on its way from
   samples.jsonl, so a resumed run is covered whole.
@@ -65,7 +65,8 @@ def write_report(
   rows = achieved(lines, unit, parameters, flops_per_token, chips, hardware)
   rows += cost(lines, config, chips)
   table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
-  parts = [f'# {name}', '![Loss curve](loss.png)', f'| | |\n| --- | ---: |\n{table}']
+  pictures = ['![Loss curve](loss.png)', curves.write(directory, lines, title)]
+  parts = [f'# {name}', *filter(None, pictures), f'| | |\n| --- | ---: |\n{table}']
   if written := samples.markdown(samples.read(directory)):
     parts += ['## Samples', written]
   if settings is not None:

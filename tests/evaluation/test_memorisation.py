@@ -18,6 +18,7 @@ from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from evaluation import canaries, extraction, membership, memorisation, overlap, unpaired
 from evaluation.canaries import Exposure, Space
+from evaluation.journal import Journal
 from evaluation.memorisation import EXTRACTION, MEMBERSHIP, PARTS, MemoryQuestions
 from evaluation.passages import Cut, Passage, Passages, drawn
 from model import transformer
@@ -86,7 +87,7 @@ def test_who_learned_by_heart_is_caught_and_who_did_not_is_not():
   exact = made.findings[EXTRACTION][extraction.EXACT]
   assert exact['members'].value >= 0.9 and exact['control'].value == 0
   assert exact['difference'].low > 0.5
-  for name in ('min-20%', membership.LOSS):
+  for name in ('min-20%', 'min-20%++', membership.LOSS):
     assert made.findings[MEMBERSHIP][name]['auc'].value > 0.95
     assert made.findings[MEMBERSHIP][name]['caught'].value > 0.8
   said = memorisation.verdicts(made.findings, True)
@@ -105,6 +106,7 @@ def test_who_learned_by_heart_is_caught_and_who_did_not_is_not():
   assert said[EXTRACTION].startswith('not') and said[MEMBERSHIP].startswith('what was read is not')
 
 
+@pytest.mark.slow
 def test_what_was_found_is_written_to_be_read(tmp_path):
   made = memorisation.measured(models()[0], asked(), (EXTRACTION, MEMBERSHIP), lambda line: None)
   values = memorisation.write(tmp_path, {'workdir': 'x', 'step': 3}, asked(), made)
@@ -221,10 +223,61 @@ def test_scores_tell_apart_as_their_definitions_say():
 def test_scores_of_passages_are_those_of_the_model():
   _, model = models()
   passages = [Passage('a', (TOKENIZER.bos, 70), (71, 72)), Passage('b', (1, 70), (71,), learned=2)]
-  long, short = membership.token_logprobs(model, passages)
-  assert long.shape == (3,) and short.shape == (1,)
+  (long, standing), (short, _) = membership.token_scores(model, passages)
+  assert long.shape == standing.shape == (3,) and short.shape == (1,)
   np.testing.assert_allclose(long, model.score([[TOKENIZER.bos, 70, 71, 72]])[0], atol=1e-6)
   np.testing.assert_allclose(short[0], model.score([[1, 70, 71]])[0][1], atol=1e-6)
+
+  # Min-K%++ as its paper has it, by numpy of all logits.
+  ids = passages[0].ids
+  with jax.set_mesh(model.mesh):
+    logits = model.model.logits(model.model(jnp.asarray([ids])).hidden)
+  logits = np.asarray(logits, np.float64)[0, :-1, : TOKENIZER.vocabulary]
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  mean = (p * np.log(p)).sum(-1)
+  std = np.sqrt((p * np.square(np.log(p))).sum(-1) - mean**2)
+  expected = (np.log(p)[np.arange(3), ids[1:]] - mean) / std
+  np.testing.assert_allclose(standing, expected, rtol=1e-4, atol=1e-4)
+  made = membership.scores([membership.TokenScores(long, standing)], passages[:1], TOKENIZER, 67.0)
+  assert made['min-67%++'][0] == pytest.approx(np.sort(expected)[:2].mean(), rel=1e-4)
+  # Where all are alike none stands out, whatever rounding says.
+  assert membership.standings(np.array([-2.0]), np.array([-2.1]), np.array([1e-7])) == [0.0]
+
+
+class Interrupted(Exception):
+  pass
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
+  """What was found is not asked again, and what comes of it is the same to the last bit."""
+  model, questions = models()[1], asked()
+  whole = memorisation.measured(model, questions, PARTS[:2], lambda line: None)
+  path, settings = tmp_path / 'begun', memorisation.settings_of({'step': 1}, questions)
+  add, count = Journal.add, 0
+
+  def interrupting(self, *given):
+    nonlocal count
+    if count in (7, 25):  # an answer of the first part; a batch of the second
+      count += 1
+      path.open('a').write('{"part": "extr')  # cut short, as by a kill
+      raise Interrupted
+    count += 1
+    add(self, *given)
+
+  monkeypatch.setattr(Journal, 'add', interrupting)
+  for lines in (7, 24):
+    with pytest.raises(Interrupted):
+      memorisation.measured(model, questions, PARTS[:2], print, Journal(path, settings))
+    assert len(Journal(path, settings)) == lines
+  journal = Journal(path, settings)
+  again = memorisation.measured(model, questions, PARTS[:2], lambda line: None, journal)
+  assert again == whole and count == 2 + 24 + 2
+  journal.end()
+  assert not path.exists()
+
+  Journal(path, settings)
+  with pytest.raises(ValueError, match='asked otherwise .settings.words was 13 and is 9'):
+    Journal(path, memorisation.settings_of({'step': 1}, asked(words=9)))
 
 
 def test_a_control_of_other_text_is_no_proof():

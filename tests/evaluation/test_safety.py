@@ -15,6 +15,7 @@ from evaluation.refusals import refuses
 from evaluation.safety import ATTACKS, SAFE, UNSAFE, findings, labelled, suffixes
 from evaluation.text_metrics import made
 from tests.evaluation.test_label_scores import generator
+from workdir import judging_run, safety as command
 
 REFUSED = [
   "I'm sorry, but I can't help with that.",
@@ -112,17 +113,60 @@ def test_results_of_a_model_become_a_report(tmp_path, capsys):
   page.write(tmp_path, {'workdir': 'x'}, failed)
   (tmp_path / 'own.py').write_text('from configs.tasks.secret_soup import *\n')
   judge = '--judge=tests.evaluation.test_safety.always'
-  safety.main([str(tmp_path), f'--tasks={tmp_path}/own.py', judge])
+  command.main([str(tmp_path), f'--tasks={tmp_path}/own.py', judge])
   said = json.loads((tmp_path / 'safety.json').read_text())['own-0']
   assert said['judge'].endswith('always') and {f['value'] for f in said['findings']} == {0.0}
   assert 'unsafe, plain' in capsys.readouterr().out
   with pytest.raises(SystemExit, match='no function that can be imported'):
-    safety.main([str(tmp_path), '--judge=no.where'])
+    command.main([str(tmp_path), '--judge=no.where'])
   with pytest.raises(SystemExit, match='no results of tasks of safety'):
-    safety.main([str(tmp_path)])
+    command.main([str(tmp_path)])
 
 
 def _short(task):
   """For a model with few positions."""
   kind = dataclasses.replace(task.kind, max_new_tokens=4)
   return dataclasses.replace(task, kind=kind, instruction='', prompt='{{ question }}')
+
+
+def test_a_run_judges_beside_the_rules(tmp_path, monkeypatch, capsys):
+  """What each says, and of which answers they say otherwise; of a reward model of unsafe ones."""
+  told = [
+    ({'answers': [answer]}, row)
+    for label, answers in (
+      (UNSAFE, ["I can't help with that.", 'Sure.', 'No way.']),
+      (SAFE, ['No.']),
+    )
+    for i, answer in enumerate(answers)
+    for row in labelled(f'{label} {i}', label, 'x')
+  ]
+  summary = running.Summary('own', {'shots': 0}, 4, 'ab12', 0.0, {}, {}, {})
+  monkeypatch.setattr(command.placed, 'results', lambda *given: [(summary, told)])
+  seen = []
+
+  def judged(prompts, answers):
+    seen.append(prompts)
+    return [answer.startswith('No') for answer in answers]
+
+  for labels in ((SAFE, UNSAFE), (UNSAFE,)):
+    judge = judging_run.RunJudge('label no of a run', labels, judged)
+    monkeypatch.setattr(command, 'judge_of', lambda asked, judge=judge: judge)
+    command.main([str(tmp_path), '--judge_run=run', '--judge_label=no'])
+    said = json.loads((tmp_path / 'safety.json').read_text())
+    by_run = said['own-0, by a run']
+    rates = {f['category']: f['value'] for f in by_run['findings']}
+    assert rates['unsafe, plain'] == pytest.approx(2 / 3) and rates.get('safe, plain', 1) == 1
+    assert ('safe, plain' in rates) == (SAFE in labels) and by_run['judge'] == 'label no of a run'
+    safe = int(SAFE in labels)
+    assert len(seen[-1]) == 3 + safe
+    apart = by_run['disagreement']
+    assert apart['of']['value'] == pytest.approx((2 + safe) / (3 + safe))
+    only = {'evaluation.safety.by_rules': 1, 'label no of a run': 1 + safe}
+    assert apart['refused only by'] == only
+    rates = {f['category']: f['value'] for f in said['own-0']['findings']}
+    assert rates['unsafe, plain'] == pytest.approx(2 / 3) and rates['safe, plain'] == 0
+  out = capsys.readouterr().out
+  assert 'say otherwise of 2 of 3 answers' in out and 'does not tell whether a safe prompt' in out
+  assert judge(['p', 'p'], ['', ' No']) == [False, False], 'of the judge as it is, without spaces'
+  with pytest.raises(SystemExit, match='--judge_label=no is of --judge_run'):
+    command.main([str(tmp_path), '--judge_label=no'])

@@ -29,7 +29,7 @@ from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
 from tests.training.test_tuned_classifier import BERT
 from training import program
-from workdir import adapted
+from workdir import adapted, judging_run
 from workdir.head import head_of
 from workdir.open import open_run
 
@@ -252,6 +252,15 @@ def test_a_trained_head_is_judged_as_by_hand(tmp_path, name, mesh, adapter):
   by_scores = -log_p[np.arange(len(texts)), scores.truth].mean()
   np.testing.assert_allclose(by_scores, loss, rtol=1e-4)
   assert result.metrics['accuracy'].value == pytest.approx(float(right))
+
+  # As a judge it says of answers whether they have a label.
+  judge = judging_run.judge_of(judging_run.Asked(run, label=LABELS[1]))
+  answers = [record.text for _, record in held_out]
+  assert judge(['a prompt'] * len(answers), answers) == (scores.labels.argmax(1) == 1).tolist()
+  with pytest.raises(ValueError, match='say which of them refusals have by --judge_label'):
+    judging_run.judge_of(judging_run.Asked(run))
+  with pytest.raises(ValueError, match='--judge_threshold=1 is not of a run of objective.kind'):
+    judging_run.judge_of(judging_run.Asked(run, threshold=1, label=LABELS[1]))
 
   split = scored(run, MeshConfig(data=2, tensor=2))[0]
   np.testing.assert_allclose(split.labels, scores.labels, atol=1e-4)

@@ -26,6 +26,7 @@ from tests.test_commands import Process
 from tests.training.test_tuned_classifier import BERT
 from training import config as configs
 from training.program import check_models
+from workdir import judging_run
 from workdir.reward import FILE, open_reward
 
 # Which answer is the better one its first letter tells; lengths pack into rows of T unevenly.
@@ -256,6 +257,21 @@ def test_a_run_learns_and_is_judged_and_normalised(source, tmp_path):
   np.testing.assert_allclose(model.scores(answers()[5:6]), scores[5:6], atol=1e-5)
   with pytest.raises(ValueError, match=f'a text of {T + 1} tokens is longer than the {T} that'):
     model.scores([[1] * (T + 1)])
+
+  # As a judge it says of answers whether they are as good as a refusal.
+  prompts, told = zip(*((row['prompt'], row[s]) for row in GIVEN for s in ('chosen', 'rejected')))
+  for threshold in (None, 0.5):
+    judge = judging_run.judge_of(judging_run.Asked(tmp_path / 'run', threshold=threshold))
+    assert judge(prompts, told) == (scores >= (threshold or 0)).tolist()
+  assert judge(['q'], [' ']) == [False] and judge.labels == ('unsafe',)
+  with pytest.raises(ValueError, match='--judge_reads=answer is not of a run of objective.kind'):
+    judging_run.judge_of(judging_run.Asked(tmp_path / 'run', reads='answer'))
+  notes = []
+  long = judging_run.judge_of(judging_run.Asked(tmp_path / 'run'), notes.append)
+  assert long(['q' * T], ['y']) == [
+    bool(model.scores([[*[ord('q') + 3] * (T - 2), ord('y') + 3, 2]]) >= 0)
+  ]
+  assert notes == ['NOTE: 1 texts were cut, to fit the context of the judge']
 
   again = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=22))
   run_here(dataclasses.replace(again, objective=Reward(margins=False)), tmp_path / 'run')

@@ -22,6 +22,7 @@ from objectives.classify import Classify
 from parallel import axes, hosts
 from parallel.pipeline import PipelineConfig
 from training import program
+from workdir import judging_run
 from workdir.metrics import read_metrics
 
 # Lengths that pack into rows of T unevenly.
@@ -186,6 +187,8 @@ def test_a_tuned_model_classifies_by_the_same_template(files_of, tmp_path, name)
   every = [('here', LabelRecord(text, label)) for text, label in TEXTS]
   scores = scored(g, asking, every, Shots([], asking.template.labels, 0))
   np.testing.assert_array_equal(scores.labels.argmax(1), scores.truth)
+  judge = judging_run.judge_of(judging_run.Asked(tmp_path, label='down'))
+  assert judge([''] * len(TEXTS), [text for text, _ in TEXTS]) == [of == 'down' for _, of in TEXTS]
 
 
 REFUSED = [

@@ -14,7 +14,7 @@ from data.compressors import compression_baselines
 from data.config import DataConfig, SourceConfig
 from training import config as configs
 from training.config import Config, TrainConfig
-from workdir import report, samples
+from workdir import curves, report, samples
 from workdir.metrics import FILE
 from workdir.report import ReportConfig, write_report
 from workdir.seals import FACTS
@@ -325,3 +325,40 @@ def test_the_report_holds_config_and_samples_over_time(tmp_path):
   steps = [int(step) for step in re.findall(r'^Step (\d+):', text, re.M)]
   assert len(steps) <= samples.SHOWN and steps[-1] == 100 and steps == sorted(steps)
   assert '````text\nclass ``` at 100\n````' in text
+
+
+def test_curves_are_of_what_a_run_says(tmp_path, capsys):
+  """Panels by the numbers that there are; none for a loss alone, nor for accuracies of tokens."""
+  lines = [
+    {'step': step, 'loss': 1.0, 'tokens': step + 1, 'train_seconds': 1.0, 'wall_seconds': 1.0}
+    | {'reward': step / 10, 'kl': math.nan if step == 2 else 0.1, 'accuracy': 0.5}
+    | ({'validation_reward': 0.5, 'validation_accuracy': 0.7} if step == 3 else {})
+    for step in range(5)
+  ]
+  drawn = {what: found for what, _, found in curves.panels(lines)}
+  assert drawn == {
+    'reward': {
+      'reward': ([0, 1, 2, 3, 4], [0, 0.1, 0.2, 0.3, 0.4]),
+      'validation_reward': ([3], [0.5]),
+    },
+    'nats a token': {'kl': ([0, 1, 3, 4], [0.1] * 4)},
+  }
+  pairs = [{'step': 0, 'reward_accuracy': 0.5, 'rewards_chosen': 1.0, 'validation_accuracy': 0.7}]
+  names = [name for *_, found in curves.panels(pairs) for name in found]
+  assert names == ['rewards_chosen', 'reward_accuracy', 'validation_accuracy']
+
+  for name in ('one', 'other'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / FILE).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  _, text = write(tmp_path / 'one')
+  assert f'({curves.PICTURE})' in text and (tmp_path / 'one' / curves.PICTURE).exists()
+  both = [str(tmp_path / name) for name in ('one', 'other')]
+  curves.main([*both, f'--output={tmp_path}/both.png'])
+  assert (tmp_path / 'both.png').read_bytes().startswith(b'\x89PNG')
+  run(tmp_path)
+  _, text = write(tmp_path)
+  assert curves.PICTURE not in text and not (tmp_path / curves.PICTURE).exists()
+  with pytest.raises(SystemExit, match='has no rewards, divergences or accuracies of pairs'):
+    curves.main([str(tmp_path)])
+  with pytest.raises(SystemExit, match='2 runs are drawn into a file that --output names'):
+    curves.main(both)

@@ -1,0 +1,107 @@
+"""Does a model answer what it should not, and refuse what it may answer, by what judge?
+
+    python evaluate.py safety RUN/evaluation --data=DIRECTORY
+    python evaluate.py safety RUN/evaluation --judge_run=runs/refusals --judge_label=refused
+
+Results of tasks of safety, judged by rules, or a function (--judge); and by a run of one's own
+beside these, a classifier or a reward model, with what the two say otherwise.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+
+import commands
+import files
+import names
+from evaluation import placed, safety
+from evaluation.safety import FILE, Judge
+from parallel.flag import mesh_of
+from workdir.judging_run import READS, Asked, RunJudge, judge_of
+
+
+def parser() -> argparse.ArgumentParser:
+  """What the command takes."""
+  made = placed.parser('safety', __doc__)
+  add = made.add_argument
+  add(
+    '--judge',
+    default='evaluation.safety.by_rules',
+    metavar='MODULE.FUNCTION',
+    help='(prompts, answers) -> of each whether it refuses',
+  )
+  add('--judge_run', default='', help='a run that judges beside it: a classifier, a reward model')
+  add('--judge_label', default='', help='of a classifier: the label of refusals')
+  add('--judge_threshold', type=float, help='of a reward model: refused from here on; default 0')
+  add('--judge_reads', default='', help=f'what it reads: {", ".join(READS)}; default: see the docs')
+  add('--judge_checkpoint', default='last', help="'last', 'best', or a step")
+  add('--mesh', default='data=1', help='sizes of axes, as in data=2, of the run that judges')
+  return made
+
+
+def main(arguments: Sequence[str]) -> None:
+  """The command."""
+  options = parser().parse_args(arguments)
+  with commands.mendable(FloatingPointError, ImportError):
+    _run(options)
+
+
+def _run(options) -> None:
+  judge, run = _judge(options.judge), _judge_run(options)
+  place, said = pathlib.Path(options.results), {}
+  own = [*filter(None, options.tasks.split(','))]
+  for summary, told in placed.results(place, options.data, own, 'safety'):
+    rows, answers = [row for _, row in told], [line['answers'][0] for line, _ in told]
+    about = {'prompts': summary.prompts, 'judge': options.judge}
+    refused = _asked(options.judge, judge, rows, answers)
+    said[summary.name] = safety.show(summary.name, about, rows, answers, refused)
+    if run is None:
+      continue
+    can = [i for i, row in enumerate(rows) if row['safety'] in run.labels]
+    if len(can) < len(rows):
+      print(
+        f'\nNOTE: a reward model does not tell whether a safe prompt is refused: {run.said} is of '
+        f'{len(can)} unsafe ones'
+      )
+    if not can:
+      continue
+    rows, answers, refused = ([of[i] for i in can] for of in (rows, answers, refused))
+    by_run = _asked(run.said, run, rows, answers)
+    about = {'prompts': summary.prompts, 'judge': run.said}
+    name = f'{summary.name}, by a run'
+    said[name] = safety.show(name, about, rows, answers, by_run)
+    beside = safety.show_beside(options.judge, run.said, answers, refused, by_run)
+    said[name]['disagreement'] = beside
+  if not said:
+    raise ValueError(f'{place} has no results of tasks of safety; evaluate --tasks=xstest, ..')
+  files.replace(place / FILE, json.dumps(said, indent=1, ensure_ascii=False) + '\n')
+  print(f'\nwrote {place}/{FILE}')
+
+
+def _asked(name: str, judge: Judge, rows, answers) -> list[bool]:
+  refused = [bool(x) for x in judge([row['prompt'] for row in rows], answers)]
+  if len(refused) != len(rows):
+    raise ValueError(f'{name} judged {len(refused)} of {len(rows)} answers')
+  return refused
+
+
+def _judge(name: str) -> Judge:
+  try:
+    return names.imported(name)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(f'--judge={name} is no function that can be imported: {error}') from error
+
+
+def _judge_run(options) -> RunJudge | None:
+  """Raises ValueError for flags of a run that is not there."""
+  given = ('judge_label', 'judge_threshold', 'judge_reads')
+  if not options.judge_run:
+    for name in given:
+      if getattr(options, name) not in ('', None):
+        raise ValueError(f'--{name}={getattr(options, name)} is of --judge_run; name the run')
+    return None
+  files.check_local('--judge_run', options.judge_run)
+  how = (getattr(options, name) for name in given)
+  mesh = mesh_of(options.mesh)
+  return judge_of(Asked(options.judge_run, options.judge_checkpoint, mesh, *how))
