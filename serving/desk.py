@@ -144,23 +144,24 @@ class Desk:
     """Whether texts are embedded."""
     return self._embedder is not None
 
-  def score(self, prompt: str | Sequence[int], adapter: str, alternatives: int) -> Future:
+  def score(self, call: Call, alternatives: int) -> Future:
     """See serving.service.Service."""
     if self._scorer is None:
       raise ValueError('prompt_logprobs: this server scores no prompts')
     _within('prompt_logprobs', alternatives, self.alternatives)
-    front, ids = self._front(adapter), self.encoded(prompt)
+    adapter = call.options.adapter
+    front, ids = self._front(adapter), self.encoded(call.prompt)
     self._check_fits(ids, adapter)
-    return self._submitted(self._scorer(ids, front, alternatives))
+    return self._submitted(self._scorer(ids, front, alternatives), call.key, call.priority)
 
-  def embed(self, texts: Sequence[Sequence[int]], adapter: str) -> Future:
+  def embed(self, texts: Sequence[Sequence[int]], adapter: str, key: str = '') -> Future:
     """See serving.service.Service."""
     if self._embedder is None:
       raise ValueError('this server embeds no texts')
     rows = [self.encoded(ids) for ids in texts]
     for row in rows:
       self._check_fits(row, adapter)
-    return self._submitted(self._embedder(rows, self._front(adapter)))
+    return self._submitted(self._embedder(rows, self._front(adapter)), key, 0)
 
   def _check_fits(self, ids: Sequence[int], adapter: str) -> None:
     if self._front(adapter).behind(len(ids)) > self._engine.sizes.capacity:
@@ -169,10 +170,10 @@ class Desk:
         'shorten it'
       )
 
-  def _submitted(self, job: Job) -> Future:
+  def _submitted(self, job: Job, key: str, priority: int) -> Future:
     if self.state != calls.READY:
       raise NotReady(self.state)
-    made = self._jobs.submit(job)
+    made = self._jobs.submit(job, key, priority)
     self._woken()
     return made
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from decode.embedder import Embedder, check_pooling, lengths_to
 from decode.front import Front
 from decode.loaded import LoadedModel
-from decode.sizes import Request, Sizes
+from decode.sizes import Request, Sizes, Use
 from serving.jobs import Job
 
 WRITES_NOTHING = 'this model is an encoder, which writes nothing; ask /v1/embeddings'
@@ -48,6 +48,12 @@ class EncoderRows:
 
   def check(self, request: Request) -> None:
     raise ValueError(WRITES_NOTHING)
+
+  def seat(self) -> list[int]:
+    return []
+
+  def use(self) -> Use:
+    return Use()
 
   def release(self, rows: Sequence[int]) -> None:
     """There are none."""

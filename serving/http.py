@@ -169,7 +169,7 @@ class Api:
     asked = await asyncio.to_thread(made)
     try:
       with refusing():
-        vectors = service.embed(asked.texts, asked.adapter)
+        vectors = service.embed(asked.texts, asked.adapter, state.key)
       async with watched(request.receive, [vectors], state.log):
         answer = asked.answer(await came(vectors, service))
     except (NotReady, QueueFull) as error:

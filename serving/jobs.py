@@ -1,9 +1,8 @@
 """What is read besides texts that are written, and when? Prompts to be scored, texts to be
 embedded: one job after another, part by part, between the steps of those that write, who wait for
-one part at a time.
+one part at a time. Keys take turns, as for rows.
 """
 
-import collections
 import dataclasses
 import logging
 import threading
@@ -12,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from serving.call import Limits, QueueFull
+from serving.queue import Queue, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ class JobFailed(Exception):
   """The device has failed, or the server ends."""
 
 
-@dataclasses.dataclass
-class _Waiting:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Waiting(Waiting):
   job: Job
   result: Future
 
@@ -35,16 +35,19 @@ class Jobs:
     self._limits, self._clock = limits, clock
     self._until: float | None = None
     self._lock = threading.Lock()
-    self._waiting: collections.deque[_Waiting] = collections.deque()
+    self._waiting = Queue(limits.patience)
     self._now: _Waiting | None = None
     self._over = False
 
   @property
   def idle(self) -> bool:
-    return self._now is None and not self._waiting
+    return self._now is None and not len(self._waiting)
 
-  def submit(self, job: Job) -> Future:
-    """What comes of a job, when it is there, or JobFailed. Raises QueueFull."""
+  def submit(self, job: Job, key: str = '', priority: int = 0) -> Future:
+    """What comes of a job, when it is there, or JobFailed. key, priority: see serving.call.Call.
+
+    Raises QueueFull.
+    """
     with self._lock:
       if len(self._waiting) >= self._limits.waiting:
         raise QueueFull(
@@ -52,11 +55,11 @@ class Jobs:
           'again later',
           1.0,
         )
-      waiting = _Waiting(job, Future())
+      waiting = _Waiting(key, priority, self._clock(), job=job, result=Future())
       if self._over:
         waiting.result.set_exception(JobFailed('the server ends'))
       else:
-        self._waiting.append(waiting)
+        self._waiting.add(waiting)
     return waiting.result
 
   def drain(self, until: float) -> None:
@@ -69,9 +72,10 @@ class Jobs:
       self.end_all()
     if self._now is None:
       with self._lock:
-        if not self._waiting:
+        self._now = self._waiting.next(self._clock())
+        if self._now is None:
           return
-        self._now = self._waiting.popleft()
+        self._waiting.turn(self._now)
     if self._now.result.cancelled():
       self._now.job.close()
       self._now = None
@@ -89,7 +93,8 @@ class Jobs:
     """Nobody gets anything any more."""
     with self._lock:
       self._over = True
-      left, self._waiting = [*self._waiting], collections.deque()
+      left = [*self._waiting]
+      self._waiting = Queue(self._limits.patience)
     for waiting in [*left, *([self._now] if self._now else [])]:
       self._finish(waiting, JobFailed('the server ends'))
 

@@ -56,12 +56,12 @@ class Service(Protocol):
     Raises QueueFull where as many wait as may, and NotReady in a state other than 'ready'.
     """
 
-  def score(self, prompt: str | Sequence[int], adapter: str, alternatives: int) -> Future:
-    """The decode.scorer.PromptScores of a prompt, when they are there, or
+  def score(self, call: Call, alternatives: int) -> Future:
+    """The decode.scorer.PromptScores of a call's prompt, when they are there, or
     serving.jobs.JobFailed. Raises as `submit`, and ValueError where prompts are not scored.
     """
 
-  def embed(self, texts: Sequence[Sequence[int]], adapter: str) -> Future:
+  def embed(self, texts: Sequence[Sequence[int]], adapter: str, key: str = '') -> Future:
     """Vectors of texts of these ids, [texts, D] f32, or JobFailed. Raises as `score`."""
 
   def ready(self, timeout: float | None = None) -> bool:

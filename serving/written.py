@@ -54,7 +54,7 @@ class WrittenEndpoint:
         await self._submit(asked, tickets, scores)
         answer = HttpAnswer(asked, tickets, self._service.tokenizer)
         async with watched(receive, [*tickets, *scores], state['log']):
-          answer.scores = await self._scored(scores)
+          answer.scores = await self._scored(scores, asked.calls[0].seconds)
           if asked.stream:
             await self._stream(asked, answer, tickets, scope, receive, _patient(send))
           else:
@@ -79,12 +79,16 @@ class WrittenEndpoint:
       with refusing():
         tickets.append(await asyncio.to_thread(service.submit, call))
         if asked.scores >= 0:
-          known = call.prompt, call.options.adapter, asked.scores
-          scores.append(await asyncio.to_thread(service.score, *known))
+          scores.append(await asyncio.to_thread(service.score, call, asked.scores))
 
-  async def _scored(self, scores: Sequence[Future]) -> list[PromptScores]:
-    """Of each prompt; its text is written meanwhile."""
-    return [await came(each, self._service) for each in scores]
+  async def _scored(self, scores: Sequence[Future], seconds: float | None) -> list[PromptScores]:
+    """Of each prompt, within so many seconds; its text is written meanwhile."""
+    try:
+      async with asyncio.timeout(seconds):
+        return [await came(each, self._service) for each in scores]
+    except TimeoutError:
+      message = f'the prompt was not scored within seconds={seconds:g}; give more'
+      raise Denied(message, 'seconds', status=408, code=calls.DEADLINE) from None
 
   async def _whole(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> dict:
     async with contextlib.aclosing(merged(tickets)) as events:
@@ -144,7 +148,8 @@ class WrittenEndpoint:
 async def came(result: Future, service: Service) -> Any:
   """What comes of a job. Raises Denied, and Gone where it was cancelled."""
   try:
-    return await asyncio.wrap_future(result)
+    # A reader that waits no longer does not cancel it by that.
+    return await asyncio.shield(asyncio.wrap_future(result))
   except JobFailed as error:
     status = 500 if service.state == calls.READY else 503
     raise Denied(str(error), status=status, code=calls.DEVICE) from error
