@@ -27,6 +27,7 @@ import files
 import names
 from decode import opening
 from decode.defaults import model_defaults
+from decode.embedder import POOLINGS
 from decode.generator import Generator
 from decode.prompts import named_runs
 from parallel.flag import mesh_of
@@ -121,6 +122,13 @@ PROMPT_LOGPROBS = flags.DEFINE_bool(
   False,
   'Whether requests may ask for log-probabilities of their prompts: one more row, and a program.',
 )
+POOLING = flags.DEFINE_enum(
+  'pooling',
+  None,
+  POOLINGS,
+  "How /v1/embeddings makes one vector of those of a text's tokens. Default: mean of an encoder, "
+  'which has nothing but that; of a decoder, no embeddings.',
+)
 SAMPLES = flags.DEFINE_integer('max_n', Limits.samples, 'n of a request at most.', lower_bound=1)
 MAX_GAP_MS = flags.DEFINE_float(
   'max_gap_ms', Limits.gap_ms, 'Between two tokens of a text, about, at most.', lower_bound=1
@@ -134,6 +142,12 @@ DRAIN_SECONDS = flags.DEFINE_float(
 ACCESS_LOG = flags.DEFINE_bool(
   'access_log', True, 'A line of JSON on stderr for each request, without prompts and texts.'
 )
+LOG_PROMPTS = flags.DEFINE_bool(
+  'log_prompts', False, 'Whether the access log has what is asked, and what is written, too.'
+)
+TRACES = flags.DEFINE_string(
+  'traces', None, 'Collector of OpenTelemetry that gets a span of each request: http://host:4318.'
+)
 
 
 def say(text: str) -> None:
@@ -145,6 +159,10 @@ def check_flags(sagemaker: bool) -> None:
   if not WORKDIR.value:
     raise ValueError('--workdir is missing: give the directory of a run of train.py or convert.py')
   files.check_local('--workdir', WORKDIR.value)
+  if LOG_PROMPTS.value and not ACCESS_LOG.value:
+    raise ValueError(
+      '--log_prompts with --noaccess_log, whose lines they would be in; leave out one'
+    )
   if DRAFT_TOKENS.value and not LOOKUP.value:
     raise ValueError(
       f'--draft_tokens={DRAFT_TOKENS.value}, and nothing drafts; give --lookup=3, or leave it out'
@@ -224,19 +242,30 @@ def run(sagemaker: bool) -> Running:
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
     scores=PROMPT_LOGPROBS.value,
+    pooling=POOLING.value or ('' if generator.model.config.causal else 'mean'),
     **{name: value for name, value in sizes.items() if value},
   )
   served = Served(
     name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
   )
+  traces = None if TRACES.value is None else traces_to(TRACES.value, name)
   if ACCESS_LOG.value:
     listening.log_access()
   say(
     f'{name!r}: {service.stats().rows} rows of {service.room(0)} tokens{in_pages(service)}; '
     f'compiling. A page to talk to it, and the API below /v1: {address(opened)}'
   )
-  made = http.app(service, served, hosts=known_hosts(), keys=keys)
+  made = http.app(
+    service,
+    served,
+    hosts=known_hosts(),
+    keys=keys,
+    traced=(lambda inner: inner) if traces is None else traces.before(service.clock),
+    log_prompts=LOG_PROMPTS.value,
+  )
   listening.listen(made, service, opened, DRAIN_SECONDS.value, say)
+  if traces is not None:
+    traces.close()
   return service
 
 
@@ -246,6 +275,18 @@ def in_pages(service: Running) -> str:
     return ''
   host = f', {HOST_PAGES.value} more on the host' if HOST_PAGES.value else ''
   return f' in {PAGES.value} pages of {service.page} tokens{host}'
+
+
+def traces_to(endpoint: str, name: str):
+  """See serving.tracing."""
+  try:
+    from serving import tracing
+  except ImportError as error:
+    raise ImportError(
+      f'--traces: what traces is not installed ({error}): pip install opentelemetry-sdk '
+      'opentelemetry-exporter-otlp-proto-http (the extra tandem[trace])'
+    ) from error
+  return tracing.Traces(tracing.exporter_to(endpoint), name)
 
 
 def check_length(generator: Generator) -> None:

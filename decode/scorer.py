@@ -8,7 +8,7 @@ k likeliest
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -74,9 +74,9 @@ class PromptScorer:
 
   def __call__(
     self, weights: Decoder, ids: Sequence[int], front: Front, alternatives: int
-  ) -> Iterator[PromptScores]:
-    """What is known so far, after each call of the program; the last is all. Not for two prompts at
-    a time, nor for more tokens than a row holds.
+  ) -> Generator[None, None, PromptScores]:
+    """Those of a prompt; it stops behind each call of the program. Not for two prompts at a time,
+    nor for more tokens than a row holds.
 
     front: what stands before the ids. alternatives: of each id, at most sizes.alternatives.
     """
@@ -103,9 +103,9 @@ class PromptScorer:
       found.alternatives += [
         [*zip(*pair)][:alternatives] for pair in zip(likeliest, values, strict=True)
       ]
-      if first + self._sizes.read_tokens >= len(row) - 1:
-        self._cache = cache
-      yield found
+      yield
+    self._cache = cache
+    return found
 
   def _arguments(
     self, read: Sequence[int], targets: Sequence[int], adapter: int

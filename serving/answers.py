@@ -134,6 +134,11 @@ class HttpAnswer:
     return self._head(self._kind()) | {'choices': [], 'usage': self.usage()}
 
   @property
+  def written(self) -> list[str]:
+    """What has come of each choice, with the marks of its parts."""
+    return [self._tokenizer.decode(choice.ids) for choice in self._choices.values()]
+
+  @property
   def finishes(self) -> list[str]:
     """Why choices ended, those that have."""
     return [choice.last.finish for choice in self._choices.values() if choice.last is not None]

@@ -24,8 +24,8 @@ from decode.sampling import Sampling, sample_seed, sampling_of
 from serving import call as calls
 from serving.call import Call, Failure, Limits, NotReady, Stats
 from serving.constraints import Constraints
+from serving.jobs import Job, Jobs
 from serving.scheduler import AnyEngine, RowCall, Scheduler
-from serving.scoring import Scorer, Scoring
 from serving.ticket import Ticket
 
 
@@ -46,10 +46,13 @@ class Desk:
     adapters: Mapping[str, Front] | None = None,
     limits: Limits = Limits(),
     clock: Callable[[], float] = time.monotonic,
-    scorer: Scorer | None = None,
+    scorer: Callable[[Sequence[int], Front, int], Job] | None = None,
+    embedder: Callable[[Sequence[Sequence[int]], Front], Job] | None = None,
+    writes: bool = True,
   ):
     """vocabulary: ids below it are read and written; 0: all of the tokenizer's. plain, adapters:
-    see decode.loaded.LoadedModel. scorer: of prompts, where they are scored.
+    see decode.loaded.LoadedModel. scorer: of prompts, where they are scored. embedder:
+    of texts, where they are embedded. writes: whether it writes texts.
     """
     self.tokenizer, self.limits, self.clock = tokenizer, limits, clock
     self.vocabulary = vocabulary or tokenizer.vocabulary
@@ -58,7 +61,8 @@ class Desk:
     self._engine, self._plain, self._fronts = engine, plain, dict(adapters or {})
     self._constraints = Constraints(tokenizer, engine.sizes, limits)
     self._scheduler = Scheduler(engine, limits, clock)
-    self._scoring = None if scorer is None else Scoring(scorer, limits, clock)
+    self._jobs = Jobs(limits, clock)
+    self._scorer, self._embedder, self.writes = scorer, embedder, writes
     self._ends = generation.ends(tokenizer)
     self._turning = threading.Lock()
 
@@ -133,42 +137,60 @@ class Desk:
   @property
   def scores(self) -> bool:
     """Whether prompts are scored."""
-    return self._scoring is not None
+    return self._scorer is not None
 
-  def score(self, prompt: str | Sequence[int], adapter: str, alternatives: int) -> Future:
+  @property
+  def embeds(self) -> bool:
+    """Whether texts are embedded."""
+    return self._embedder is not None
+
+  def score(self, call: Call, alternatives: int) -> Future:
     """See serving.service.Service."""
-    if self.state != calls.READY:
-      raise NotReady(self.state)
-    if self._scoring is None:
+    if self._scorer is None:
       raise ValueError('prompt_logprobs: this server scores no prompts')
     _within('prompt_logprobs', alternatives, self.alternatives)
-    front, ids = self._front(adapter), self.encoded(prompt)
-    if front.behind(len(ids)) > self._engine.sizes.capacity:
+    adapter = call.options.adapter
+    front, ids = self._front(adapter), self.encoded(call.prompt)
+    self._check_fits(ids, adapter)
+    return self._submitted(self._scorer(ids, front, alternatives), call.key, call.priority)
+
+  def embed(self, texts: Sequence[Sequence[int]], adapter: str, key: str = '') -> Future:
+    """See serving.service.Service."""
+    if self._embedder is None:
+      raise ValueError('this server embeds no texts')
+    rows = [self.encoded(ids) for ids in texts]
+    for row in rows:
+      self._check_fits(row, adapter)
+    return self._submitted(self._embedder(rows, self._front(adapter)), key, 0)
+
+  def _check_fits(self, ids: Sequence[int], adapter: str) -> None:
+    if self._front(adapter).behind(len(ids)) > self._engine.sizes.capacity:
       raise ValueError(
-        f'a prompt of {len(ids)} tokens, of at most {self.room(0, adapter)} that a row holds; '
+        f'a text of {len(ids)} tokens, of at most {self.room(0, adapter)} that a row holds; '
         'shorten it'
       )
-    made = self._scoring.submit(ids, front, alternatives)
+
+  def _submitted(self, job: Job, key: str, priority: int) -> Future:
+    if self.state != calls.READY:
+      raise NotReady(self.state)
+    made = self._jobs.submit(job, key, priority)
     self._woken()
     return made
 
   @property
   def idle(self) -> bool:
     """Whether there is nothing to do."""
-    return self._scheduler.idle and (self._scoring is None or self._scoring.idle)
+    return self._scheduler.idle and self._jobs.idle
 
   def _step(self) -> bool:
     """One step of all that there is; whether there is more to do at once."""
     more = self._scheduler.step()
-    if self._scoring is not None:
-      self._scoring.step()
-      more = more or not self._scoring.idle
-    return more
+    self._jobs.step()
+    return more or not self._jobs.idle
 
   def _end_all(self, finish: str, error: Failure | None = None) -> None:
     self._scheduler.end_all(finish, error)
-    if self._scoring is not None:
-      self._scoring.end_all()
+    self._jobs.end_all()
 
   def stats(self) -> Stats:
     return dataclasses.replace(self._scheduler.stats(), compiled=self.progress[0])
@@ -177,8 +199,7 @@ class Desk:
     """See serving.service.Service."""
     if self._turn(calls.STARTING, calls.DRAINING) or self._turn(calls.READY, calls.DRAINING):
       self._scheduler.drain(self.clock() + seconds)
-      if self._scoring is not None:
-        self._scoring.drain(self.clock() + seconds)
+      self._jobs.drain(self.clock() + seconds)
       self._woken()
 
   def _turn(self, before: str, after: str) -> bool:

@@ -8,7 +8,7 @@ and whose clock stands still.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -174,18 +174,23 @@ class FakeEngine:
     self._clear()
 
 
-def scored(ids: Sequence[int], front: Front, alternatives: int) -> Iterator[PromptScores]:
-  """A scorer of prompts, two tokens at a time: id i has -i / 8, and rank i; the likeliest are 0, 1
-  and so on.
-  """
+def scored(
+  ids: Sequence[int], front: Front, alternatives: int
+) -> Generator[None, None, PromptScores]:
+  """A scorer of prompts: id i has -i / 8, and rank i; the likeliest are 0, 1 and so on."""
   found = PromptScores()
-  others = [(i, -i / 8) for i in range(alternatives)]
-  for first in range(1, len(ids), 2):
-    for i in ids[first : first + 2]:
-      found.logprobs.append(-i / 8)
-      found.ranks.append(i)
-      found.alternatives.append(others)
-    yield found
+  for i in ids[1:]:
+    found.logprobs.append(-i / 8)
+    found.ranks.append(i)
+    found.alternatives.append([(i, -i / 8) for i in range(alternatives)])
+    yield
+  return found
+
+
+def embedded(texts: Sequence[Sequence[int]], front: Front) -> Generator[None, None, np.ndarray]:
+  """An embedder, of 4 numbers: of a text's first ids, from 0 on where there are fewer."""
+  yield
+  return np.array([[*ids, 0, 0, 0, 0][:4] for ids in texts], np.float32)
 
 
 class FakeService(Desk):
@@ -205,6 +210,7 @@ class FakeService(Desk):
     adapters: Mapping[str, Front] | None = None,
     state: str = calls.READY,
     scores: bool = False,
+    embeds: bool = False,
   ):
     self.engine = FakeEngine(write, sizes)
     super().__init__(
@@ -214,6 +220,7 @@ class FakeService(Desk):
       adapters=adapters,
       clock=StandingClock(),
       scorer=scored if scores else None,
+      embedder=embedded if embeds else None,
     )
     self.state, self.progress = state, (7, 7)
     self._came = threading.Event()

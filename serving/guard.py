@@ -1,7 +1,8 @@
 """Who may ask what of a server that others can reach? Whoever calls it by a name that it has, from
 no other page, with a key where there are keys, in JSON of bounded size, and in bounded time.
 
-What is asked, and what is answered, is logged by no line: only who, what kind, how long, how much.
+What is asked, and what is answered, is logged by no line, unless whoever serves wants that: only
+who, what kind, how long, how much.
 """
 
 import asyncio
@@ -93,10 +94,12 @@ class ServerGuard:
     keys: ApiKeys | None = None,
     body: int = 2**20,
     pages: Sequence[str] = (),
+    log_prompts: bool = False,
   ):
     """hosts: names that it may be called by; '*' is any. body: bytes of one. pages: paths that
-    anybody may see.
+    anybody may see. log_prompts: whether lines have what is asked and written, too.
     """
+    self._log_prompts = log_prompts
     self._app, self._keys, self._body = app, keys, body
     self._hosts = {host.lower() for host in hosts}
     self._open = PROBES | {*pages}
@@ -108,6 +111,7 @@ class ServerGuard:
     began, said = time.monotonic(), {'status': 500}
     state = scope.setdefault('state', {})
     state |= {'key': '', 'id': f'req-{uuid.uuid4().hex}', 'log': said, 'body': b''}
+    state['log_prompts'] = self._log_prompts
 
     async def answer(message):
       if message['type'] == 'http.response.start':
@@ -125,7 +129,7 @@ class ServerGuard:
         if scope['method'] == 'POST':
           state['body'] = await self._content(Request(scope, receive))
       except Denied as error:
-        await refusal(error)(scope, receive, answer)
+        await refusal(error, scope['path'])(scope, receive, answer)
         return
       except ClientDisconnect:
         said['status'] = GONE
@@ -140,6 +144,8 @@ class ServerGuard:
         'path': scope['path'][:200],
         'seconds': round(time.monotonic() - began, 4),
       }
+      if self._log_prompts and state['body']:
+        line['asked'] = state['body'].decode('utf-8', errors='replace')
       access.info('%s', json.dumps(line | said))
 
   def _check(self, request: Request, state: dict) -> None:
@@ -201,8 +207,8 @@ def _check_framing(request: Request) -> None:
     raise Denied('Host is given more than once', code='framing')
 
 
-def refusal(error: Denied) -> JSONResponse:
-  """As a client of OpenAI's reads it."""
+def refusal(error: Denied, path: str) -> JSONResponse:
+  """As a client of OpenAI's reads it; on KServe's paths, as its clients do."""
   headers = {}
   if error.retry_after is not None:
     headers['Retry-After'] = str(max(1, round(error.retry_after)))
@@ -210,4 +216,5 @@ def refusal(error: Denied) -> JSONResponse:
     headers['WWW-Authenticate'] = 'Bearer'
   if error.status in (408, 413) or error.code == 'framing':
     headers['Connection'] = 'close'  # what is left of the body is no request
-  return JSONResponse(error.body(), error.status, headers)
+  body = {'error': str(error)} if f'{path}/'.startswith('/v2/') else error.body()
+  return JSONResponse(body, error.status, headers)

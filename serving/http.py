@@ -1,38 +1,31 @@
-"""How is a service asked over HTTP, in the words of OpenAI's API?
+"""How is a service asked over HTTP, in the words of OpenAI's API, SageMaker's and KServe's?
 
-    uvicorn.run(app(service, Served(name='chat'), hosts=['localhost']))
-
-Requests are read on other threads, for a long prompt takes time; what comes of them reaches clients
-from the event loop. Who goes away, or does not take what is sent, is not written for any more.
+uvicorn.run(app(service, Served(name='chat'), hosts=['localhost']))
 """
 
 import asyncio
-import contextlib
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Future
+import functools
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
-from decode.scorer import PromptScores
-from serving import call as calls, chat, metrics, wire
-from serving.answers import HttpAnswer, failure
-from serving.call import Event, NotReady, QueueFull
+from data.classes import ids_of
+from serving import call as calls, chat, kserve, metrics, wire
+from serving.call import NotReady, QueueFull
+from serving.embeddings import AskedEmbeddings
 from serving.fields import Denied, parsed
-from serving.guard import GONE, PATIENCE, ApiKeys, ServerGuard, refusal
+from serving.guard import GONE, ApiKeys, ServerGuard, refusal
 from serving.pages import HEADERS
 from serving.reader import Reader, refusing
-from serving.scoring import ScoringFailed
 from serving.service import Service
-from serving.ticket import Ticket
 from serving.wire import AskedCall, Served
+from serving.written import Asked, Gone, WrittenEndpoint, came, unserved, watched
 
-AGAIN = 5.0  # seconds after which who was not served may try again
 BODY = 2**20  # bytes of a request, and of each token that a row holds so many more
 BODY_TOKEN = 16
 
@@ -44,9 +37,12 @@ def app(
   hosts: Sequence[str],
   keys: ApiKeys | None = None,
   watching: metrics.Metrics | None = None,
+  traced: Callable[[ASGIApp], ASGIApp] = lambda inner: inner,
+  log_prompts: bool = False,
 ) -> ASGIApp:
   """The server. hosts: names that it may be called by; '*' is any. keys: None for no keys.
-  watching: what /metrics says; None for metrics of its own.
+  watching: what /metrics says; None for metrics of its own. traced: puts serving.tracing.Traced
+  before it. log_prompts: whether the access log has what is asked, and written.
   """
   api = Api(service, served, watching or metrics.Metrics(service, served.name))
   files = chat.routes()
@@ -66,24 +62,29 @@ def app(
     '/metrics': api.metrics,
     '/v1/models': api.models,
     '/v1/models/{name:path}': api.model,
+    **kserve.routes(service, api.reader),
   }.items():
     routes.append(Route(path, called(call)))
   for path, call in {
     '/tokenize': api.tokenize,
     '/detokenize': api.detokenize,
+    '/v1/embeddings': api.embeddings,
   }.items():
     routes.append(Route(path, called(call), methods=['POST']))
-  for path in ('/v1/completions', '/v1/chat/completions', '/invocations'):
-    routes.append(Route(path, WrittenEndpoint(api, path), methods=['POST']))
+  infer = kserve.INFER, kserve.asked(api.reader)
+  for path, asked in (*api.written.items(), infer):
+    endpoint = WrittenEndpoint(service, api.watching, asked)
+    routes.append(Route(path, endpoint, methods=['POST']))
   inner = Starlette(
     routes=routes, exception_handlers={HTTPException: _not_found, Exception: _failed}
   )
   return ServerGuard(
-    inner,
+    traced(inner),
     hosts=hosts,
     keys=keys,
     body=BODY + BODY_TOKEN * service.room(0),
     pages=[*files],
+    log_prompts=log_prompts,
   )
 
 
@@ -94,21 +95,22 @@ def called(call: Callable[[Request], Awaitable[Response]]):
     try:
       return await call(request)
     except Denied as error:
-      return refusal(error)
+      return refusal(error, request.url.path)
 
   return answer
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
   if error.status_code == 404:
-    return refusal(wire.unsupported_path(request.url.path))
+    return refusal(wire.unsupported_path(request.url.path), request.url.path)
   refused = Denied(f'{request.method} {request.url.path[:80]}: {error.detail}')
   refused.status = error.status_code
-  return refusal(refused)
+  return refusal(refused, request.url.path)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-  return refusal(Denied('a fault of the server; its log says more', status=500))
+  refused = Denied('a fault of the server; its log says more', status=500)
+  return refusal(refused, request.url.path)
 
 
 class Api:
@@ -147,9 +149,10 @@ class Api:
     def ids():
       if 'messages' in given:
         return self.reader.chat_ids(given['messages'])
-      return self.service.encoded(given['prompt'])
+      return ids_of(given['prompt'], self.service.tokenizer, self.service.writes)
 
-    made = await asyncio.to_thread(ids)
+    with refusing():
+      made = await asyncio.to_thread(ids)
     most = self.service.room(0, self.reader.adapter(given))
     return JSONResponse({'tokens': made, 'count': len(made), 'max_model_len': most})
 
@@ -158,6 +161,43 @@ class Api:
     self.reader.adapter(given)
     with refusing():
       return JSONResponse({'prompt': self.service.tokenizer.decode(given['tokens'])})
+
+  async def embeddings(self, request: Request) -> Response:
+    """Vectors of texts."""
+    state, service = request.state, self.service
+    made = functools.partial(AskedEmbeddings, parsed(state.body), service, self.reader)
+    asked = await asyncio.to_thread(made)
+    try:
+      with refusing():
+        vectors = service.embed(asked.texts, asked.adapter, state.key)
+      async with watched(request.receive, [vectors], state.log):
+        answer = asked.answer(await came(vectors, service))
+    except (NotReady, QueueFull) as error:
+      raise unserved(error) from error
+    except Gone:
+      raise Denied('whoever asked has gone', status=GONE) from None
+    state.log['prompt_tokens'] = answer['usage']['prompt_tokens']
+    return JSONResponse(answer)
+
+  @property
+  def written(self) -> dict[str, Callable[[Scope], Asked]]:
+    """How requests of texts are read, by their paths."""
+    completion, chat = self.reader.completion, self.reader.chat
+
+    def invoked(values: dict, key: str) -> AskedCall:
+      if ('messages' in values) == ('prompt' in values):
+        raise Denied('give one of messages (a chat) and prompt (a completion)', 'messages')
+      return (chat if 'messages' in values else completion)(values, key)
+
+    def read(asked: Callable[[dict, str], AskedCall]) -> Callable[[Scope], Asked]:
+      def of(scope: Scope) -> Asked:
+        state = scope['state']
+        return asked(parsed(state['body']), state['key']), lambda answer: answer
+
+      return of
+
+    paths = {'/v1/completions': completion, '/v1/chat/completions': chat, '/invocations': invoked}
+    return {path: read(asked) for path, asked in paths.items()}
 
   def _card(self, name: str) -> dict:
     adapter = '' if name == self.served.name else name
@@ -168,220 +208,3 @@ class Api:
       'owned_by': 'tandem',
       'max_model_len': self.service.room(0, adapter),
     } | ({'parent': self.served.name} if adapter else {})
-
-
-class WrittenEndpoint:
-  """An endpoint whose answers the model writes."""
-
-  def __init__(self, api: Api, path: str):
-    self._api, self._path = api, path
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    tickets: list[Ticket] = []
-    scores: list[Future] = []
-    state = scope['state']
-    try:
-      try:
-        if self._api.service.state != calls.READY:
-          raise NotReady(self._api.service.state)
-        asked = await asyncio.to_thread(self._asked, state)
-        await self._submit(asked, tickets, scores)
-        answer = HttpAnswer(asked, tickets, self._api.service.tokenizer)
-        async with _watched(receive, [*tickets, *scores], state['log']):
-          answer.scores = await self._scored(scores)
-          if asked.stream:
-            await self._stream(asked, answer, tickets, scope, receive, _patient(send))
-          else:
-            body = await self._whole(answer, tickets)
-            await JSONResponse(body)(scope, receive, _patient(send))
-      except (NotReady, QueueFull) as error:
-        raise _unserved(error) from error
-    except Denied as error:
-      await refusal(error)(scope, receive, send)
-    except _Gone:
-      state['log']['status'] = GONE
-    finally:
-      for each in [*tickets, *scores]:
-        each.cancel()
-      self._note(state['log'], tickets)
-
-  def _asked(self, state: dict) -> AskedCall:
-    values, reader = parsed(state['body']), self._api.reader
-    chats = self._path == '/v1/chat/completions'
-    if self._path == '/invocations':
-      if ('messages' in values) == ('prompt' in values):
-        raise Denied('give one of messages (a chat) and prompt (a completion)', 'messages')
-      chats = 'messages' in values
-    return (reader.chat if chats else reader.completion)(values, state['key'])
-
-  async def _submit(self, asked: AskedCall, tickets: list[Ticket], scores: list[Future]) -> None:
-    service = self._api.service
-    for call in asked.calls:
-      with refusing():
-        tickets.append(await asyncio.to_thread(service.submit, call))
-        if asked.scores >= 0:
-          known = call.prompt, call.options.adapter, asked.scores
-          scores.append(await asyncio.to_thread(service.score, *known))
-
-  async def _scored(self, scores: Sequence[Future]) -> list[PromptScores]:
-    """Of each prompt; its text is written meanwhile."""
-    try:
-      return [await asyncio.wrap_future(each) for each in scores]
-    except ScoringFailed as error:
-      status = 500 if self._api.service.state == calls.READY else 503
-      raise Denied(str(error), status=status, code=calls.DEVICE) from error
-    except asyncio.CancelledError:
-      if any(each.cancelled() for each in scores):
-        raise _Gone from None
-      raise
-
-  async def _whole(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> dict:
-    async with contextlib.aclosing(merged(tickets)) as events:
-      async for prompt, event in events:
-        self._api.watching.heard(answer.since(prompt, event), event)
-        _check(event)
-        for _ in answer.add(prompt, event):
-          pass
-    _check_served(answer, tickets)
-    return answer.whole()
-
-  async def _stream(self, asked, answer, tickets, scope, receive, send) -> None:
-    """Pieces, as events of server-sent ones. What goes wrong before the first is an answer like any
-    other; behind it, an event is all that can say it.
-    """
-    begun = False
-
-    async def say(content: bytes, more: bool = True) -> None:
-      nonlocal begun
-      if not begun:
-        begun = True
-        headers = [(b'content-type', b'text/event-stream; charset=utf-8')]
-        headers += [(b'cache-control', b'no-cache'), (b'x-accel-buffering', b'no')]
-        await send({'type': 'http.response.start', 'status': 200, 'headers': headers})
-      await send({'type': 'http.response.body', 'body': content, 'more_body': more})
-
-    try:
-      async with contextlib.aclosing(merged(tickets)) as events:
-        async for prompt, event in events:
-          self._api.watching.heard(answer.since(prompt, event), event)
-          _check(event)
-          if not begun and event.finish == calls.DRAINED:
-            _check_served(answer, tickets, event)
-          pieces = b''.join(map(sse, answer.add(prompt, event)))
-          if pieces:
-            await say(pieces)
-    except Denied as error:
-      if not begun:
-        raise
-      await say(sse(error.body()), more=False)
-      return
-    last = sse(answer.last()) if asked.include_usage else b''
-    await say(last + b'data: [DONE]\n\n', more=False)
-
-  def _note(self, log: dict, tickets: Sequence[Ticket]) -> None:
-    """For the access log, and the metrics."""
-    if not tickets:
-      return
-    usages = [ticket.usage for ticket in tickets]
-    log['prompt_tokens'] = sum(usage.prompt for usage in usages)
-    log['cached_tokens'] = sum(usage.cached for usage in usages)
-    log['completion_tokens'] = sum(usage.completion for usage in usages)
-    for ticket in tickets:
-      self._api.watching.ended(ticket)
-
-
-class _Gone(Exception):
-  """Nobody takes what is sent."""
-
-
-def _check(event: Event) -> None:
-  """Raises Denied for a sample that has failed."""
-  if event.finish == calls.FAILED:
-    raise failure(event)
-
-
-def _check_served(
-  answer: HttpAnswer, tickets: Sequence[Ticket], event: Event | None = None
-) -> None:
-  """Raises Denied where all that there is of an answer is that the server stops."""
-  finishes = [event.finish] if event is not None else answer.finishes
-  written = sum(ticket.usage.completion for ticket in tickets)
-  if not written and all(finish == calls.DRAINED for finish in finishes):
-    raise _unserved(NotReady(calls.DRAINING))
-
-
-def _unserved(error: NotReady | QueueFull) -> Denied:
-  if isinstance(error, QueueFull):
-    return Denied(str(error), status=429, code='queue_full', retry_after=error.retry_after)
-  return Denied(str(error), status=503, code=error.state, retry_after=AGAIN)
-
-
-def sse(said: dict) -> bytes:
-  """A server-sent event. What is not ASCII is escaped: U+2028 ends a line for some clients."""
-  return f'data: {json.dumps(said, separators=(",", ":"), allow_nan=False)}\n\n'.encode()
-
-
-async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
-  """Events of several tickets, as they come, each with its ticket's number. They wait until they
-  are taken.
-  """
-  if len(tickets) == 1:
-    async with contextlib.aclosing(aiter(tickets[0])) as events:
-      async for event in events:
-        yield 0, event
-    return
-  queue: asyncio.Queue = asyncio.Queue(1)
-
-  async def pump(number, ticket):
-    async with contextlib.aclosing(aiter(ticket)) as events:
-      async for event in events:
-        await queue.put((number, event))
-    await queue.put((number, None))
-
-  pumps = [asyncio.create_task(pump(i, ticket)) for i, ticket in enumerate(tickets)]
-  try:
-    left = len(tickets)
-    while left:
-      number, event = await queue.get()
-      if event is None:
-        left -= 1
-      else:
-        yield number, event
-  finally:
-    for task in pumps:
-      task.cancel()
-    await asyncio.gather(*pumps, return_exceptions=True)
-
-
-@contextlib.asynccontextmanager
-async def _watched(
-  receive: Receive, asked: Sequence[Ticket | Future], log: dict
-) -> AsyncIterator[None]:
-  """A block in which a client that goes away cancels what it has asked for."""
-
-  async def watch():
-    while (await receive())['type'] != 'http.disconnect':
-      pass
-    log['gone'] = True
-    for each in asked:
-      each.cancel()
-
-  watching = asyncio.create_task(watch())
-  try:
-    yield
-  finally:
-    watching.cancel()
-    await asyncio.gather(watching, return_exceptions=True)
-
-
-def _patient(send: Send) -> Send:
-  """The same, which raises _Gone where what is sent is not taken in time."""
-
-  async def within(message) -> None:
-    try:
-      async with asyncio.timeout(PATIENCE):
-        await send(message)
-    except (TimeoutError, OSError) as error:
-      raise _Gone from error
-
-  return within

@@ -15,6 +15,7 @@ from decode.options import LAW, Options
 from decode.sampling import seed_of
 from serving import parts, tools as tool_calls
 from serving.call import Call
+from serving.encoder import WRITES_NOTHING
 from serving.fields import SHOWN, Denied, shown
 from serving.parts import Manner
 from serving.service import Service
@@ -128,6 +129,8 @@ class Reader:
     return '' if model == self._served.name else model
 
   def _asked(self, given, key, prompts, logprobs, new, default, *, chat, tools=None) -> AskedCall:
+    if not self._service.writes:
+      raise Denied(WRITES_NOTHING, status=404, code='unsupported')
     adapter, options = self.adapter(given), self._options(given)
     most, name = self._service.alternatives, 'top_logprobs' if chat else 'logprobs'
     if logprobs > most:

@@ -1,23 +1,25 @@
 """How does a model come to rows that a scheduler can have? An engine with its weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from decode.drafted import DraftingEngine
+from decode.embedder import Embedder, check_pooling, lengths_to
 from decode.engine import Engine
 from decode.front import Front
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.paged import PagedEngine
-from decode.scorer import PromptScorer, PromptScores
+from decode.scorer import PromptScorer
 from decode.sizes import Request, Sizes, Use, check
 from model.config import ModelConfig
 from model.weights import adapters
 from parallel import hosts
 from parallel.gathering import everywhere
 from serving.call import CLOSED, NotReady
+from serving.jobs import Job
 
 BLOCK = 128  # tokens of prompts that are shared together, about
 LONGEST = 4096  # tokens of a row of a model that has no end of positions
@@ -61,18 +63,21 @@ class EngineRows:
   Attributes: as of AnyEngine.
   """
 
-  def __init__(self, model: LoadedModel, sizes: Sizes, scores: bool = False):
+  def __init__(self, model: LoadedModel, sizes: Sizes, scores: bool = False, pooling: str = ''):
     """scores: whether it scores prompts, too, for which there is one more row, and a program.
+    pooling: by which it embeds texts; '': it does not.
 
-    Raises ValueError and NotImplementedError for sizes that the mesh does not take, and for a
-    model without a decoder.
+    Raises ValueError and NotImplementedError for sizes that the mesh does not take, for a model that
+    is no decoder alone, and as decode.embedder.check_pooling.
     """
     config = model.model.config
-    if config.encoder_layers or not config.causal:
+    if config.encoder_layers:
       raise NotImplementedError(
-        'the model has an encoder: what a server writes with is a decoder alone so far; use '
-        'generate.py for an encoder-decoder'
+        f'model.encoder_layers={config.encoder_layers}: an encoder-decoder is not served; use '
+        'generate.py'
       )
+    if pooling:
+      check_pooling(pooling, causal=True)
     if hosts.count() > 1:
       raise NotImplementedError(
         f'{hosts.count()} processes: a server is one process so far; run one on each host, with a '
@@ -83,7 +88,8 @@ class EngineRows:
     self.sizes, self._model = sizes, model
     self._engine: Engine | None = None
     self._scorer: PromptScorer | None = None
-    self._scores = scores
+    self._embedder: Embedder | None = None
+    self._scores, self._pooling = scores, pooling
 
   def begin(self, came: Callable[[int, int], None]) -> None:
     """Compiles all programs; came: hears how many there are so far, of how many.
@@ -102,33 +108,39 @@ class EngineRows:
       virtual=virtual,
     )
     self.sizes = self._engine.sizes
-    if not self._scores:
-      self._engine.compile(model.model, came)
-      return
-    counts = [0]
+    lengths = len(lengths_to(self.sizes.capacity)) if self._pooling else 0
+    more, counts = self._scores + lengths, [0, 0]
 
     def came_one(done: int, total: int) -> None:
-      counts[:] = [total + 1]
-      came(done, total + 1)
+      counts[:] = done, total
+      came(done, total)
 
-    self._engine.compile(model.model, came_one)
-    self._scorer = PromptScorer(
-      model.model.config,
-      model.mesh,
-      self.sizes,
-      model.model,
-      vocabulary=model.vocabulary,
-      pad=model.tokenizer.pad,
-    )
-    came(*counts * 2)
+    self._engine.compile(model.model, lambda done, total: came_one(done, total + more))
+    if self._scores:
+      self._scorer = PromptScorer(
+        model.model.config,
+        model.mesh,
+        self.sizes,
+        model.model,
+        vocabulary=model.vocabulary,
+        pad=model.tokenizer.pad,
+      )
+      came_one(counts[0] + 1, counts[1])
+    if self._pooling:
+      heard = lambda: came_one(counts[0] + 1, counts[1])  # noqa: E731
+      self._embedder = Embedder(model, self._pooling, self.sizes.capacity, heard)
 
   def end(self) -> None:
     """Gives the memory of rows back."""
-    self._engine = self._scorer = None
+    self._engine = self._scorer = self._embedder = None
 
-  def scored(self, ids: Sequence[int], front: Front, alternatives: int) -> Iterator[PromptScores]:
+  def scored(self, ids: Sequence[int], front: Front, alternatives: int) -> Job:
     """See decode.scorer.PromptScorer."""
     return self._scorer(self._model.model, ids, front, alternatives)
+
+  def embedded(self, texts: Sequence[Sequence[int]], front: Front) -> Job:
+    """See decode.embedder.Embedder."""
+    return self._embedder(texts, front)
 
   @property
   def free(self) -> list[int]:

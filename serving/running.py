@@ -16,6 +16,7 @@ from decode.request import FAILED
 from serving import call as calls
 from serving.call import Failure, Limits
 from serving.desk import Desk
+from serving.encoder import EncoderRows
 from serving.rows import EngineRows, sizes_for
 
 log = logging.getLogger(__name__)
@@ -33,13 +34,17 @@ class Running(Desk):
     limits: Limits = Limits(),
     clock: Callable[[], float] = time.monotonic,
     scores: bool = False,
+    pooling: str = '',
     **sizes: int,
   ):
-    """scores: whether prompts are scored, too. sizes: of serving.rows.sizes_for.
+    """scores: whether prompts are scored, too. pooling: by which texts are embedded
+    (decode.embedder); '': they are not. sizes: of serving.rows.sizes_for.
 
     Raises ValueError and NotImplementedError for what cannot be served.
     """
-    rows = EngineRows(model, sizes_for(model, **sizes), scores)
+    writes = model.model.config.causal
+    kind = EngineRows if writes else EncoderRows
+    rows = kind(model, sizes_for(model, **sizes), scores, pooling)
     super().__init__(
       rows,
       model.tokenizer,
@@ -49,6 +54,8 @@ class Running(Desk):
       limits=limits,
       clock=clock,
       scorer=rows.scored if scores else None,
+      embedder=rows.embedded if pooling else None,
+      writes=writes,
     )
     self._wake, self._begun, self._ended = (threading.Event() for _ in range(3))
     self._closing = False

@@ -26,7 +26,7 @@ class Service(Protocol):
     clock: gives seconds, of Event.at and Times; never back.
     state: one of serving.call.STATES. progress: programs that are compiled, and that will be.
     error: why state is 'failed'; ''.
-    scores: whether prompts are scored.
+    writes, scores, embeds: whether texts are written, prompts scored, texts embedded.
   """
 
   tokenizer: Tokenizer
@@ -38,7 +38,9 @@ class Service(Protocol):
   state: str
   progress: tuple[int, int]
   error: str
+  writes: bool
   scores: bool
+  embeds: bool
 
   def encoded(self, prompt: str | Sequence[int]) -> list[int]:
     """The ids that the model reads. Raises ValueError for none, and for what is no id."""
@@ -54,10 +56,13 @@ class Service(Protocol):
     Raises QueueFull where as many wait as may, and NotReady in a state other than 'ready'.
     """
 
-  def score(self, prompt: str | Sequence[int], adapter: str, alternatives: int) -> Future:
-    """The decode.scorer.PromptScores of a prompt, when they are there, or
-    serving.scoring.ScoringFailed. Raises as `submit`, and ValueError where prompts are not scored.
+  def score(self, call: Call, alternatives: int) -> Future:
+    """The decode.scorer.PromptScores of a call's prompt, when they are there, or
+    serving.jobs.JobFailed. Raises as `submit`, and ValueError where prompts are not scored.
     """
+
+  def embed(self, texts: Sequence[Sequence[int]], adapter: str, key: str = '') -> Future:
+    """Vectors of texts of these ids, [texts, D] f32, or JobFailed. Raises as `score`."""
 
   def ready(self, timeout: float | None = None) -> bool:
     """Waits until it does not start any more, for so many seconds; whether it is 'ready'."""

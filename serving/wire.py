@@ -48,6 +48,9 @@ REFUSED = {
   'verbosity': 'say it in a message',
   'web_search_options': 'the server fetches nothing',
   'min_tokens': 'give ignore_eos, with max_tokens',
+  'beams': 'a search is of no server; use generate.py',
+  'num_beams': 'a search is of no server; use generate.py',
+  'length_penalty': 'a search is of no server; use generate.py',
   'use_beam_search': 'a search is of no server; use generate.py',
   'safety_identifier': 'nothing is kept of a request',
   'prompt_cache_key': 'prefixes are shared by themselves; to keep them apart give cache_salt',
@@ -132,15 +135,21 @@ def _stop(name: str, value: Any) -> list[str]:
   return stops
 
 
-def _prompt(name: str, value: Any) -> list[str | list[int]]:
+def prompts_of(most: int) -> Check:
   """One prompt, text or ids, or several of either."""
   ids = several(whole(0, LAST), 1, 2**24)
-  if isinstance(value, str):
-    return [value]
-  if isinstance(value, list) and value and not isinstance(value[0], (list, str)):
-    return [ids(name, value)]
-  one = lambda place, each: each if isinstance(each, str) else ids(place, each)  # noqa: E731
-  return several(one, 1, PROMPTS)(name, value)
+
+  def one(name: str, value: Any) -> str | list[int]:
+    return value if isinstance(value, str) else ids(name, value)
+
+  def check(name: str, value: Any) -> list[str | list[int]]:
+    if isinstance(value, str):
+      return [value]
+    if isinstance(value, list) and value and not isinstance(value[0], (list, str)):
+      return [ids(name, value)]
+    return several(one, 1, most)(name, value)
+
+  return check
 
 
 def _content(name: str, value: Any) -> str:
@@ -218,7 +227,7 @@ COMMON: dict[str, Check] = {
   'cache_salt': text,
 } | {name: _law(name) for name in LAW if name != 'logit_bias'}
 COMPLETION = mapping(
-  COMMON | {'prompt': _prompt, 'logprobs': whole(0, 1000), 'echo': boolean},
+  COMMON | {'prompt': prompts_of(PROMPTS), 'logprobs': whole(0, 1000), 'echo': boolean},
   ('prompt',),
   REFUSED,
 )

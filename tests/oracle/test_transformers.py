@@ -121,6 +121,33 @@ def test_padding_is_not_seen(name):
   assert_close(found[mask == 1], expected[mask == 1])
 
 
+@pytest.mark.parametrize('name, pooling', [('bert', 'mean'), ('bert', 'first'), ('llama', 'last')])
+def test_pooled_states(name, pooling):
+  """As decode.embedder has them, of texts of unlike lengths side by side."""
+  import torch
+
+  from data.tokenizers import ByteTokenizer
+  from decode.embedder import Embedder
+  from decode.generator import Generator
+
+  theirs, _, model, _ = case(name)
+  tokens = tiny.inputs(name)['tokens'][0]
+  texts = [tokens.tolist(), tokens[:5].tolist()]
+  made = Generator(model, ByteTokenizer(), ours.MESH)
+  job = Embedder(made, pooling, 32)(texts, made.plain)
+  while True:
+    try:
+      next(job)
+    except StopIteration as end:
+      found = end.value
+      break
+  for vector, text in zip(found, texts, strict=True):
+    with torch.no_grad():
+      states = theirs.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+    at = {'first': 0, 'last': -1}
+    assert_close(vector, states.mean(0) if pooling == 'mean' else states[at[pooling]])
+
+
 @pytest.mark.parametrize('name', CAUSAL)
 def test_greedy_tokens(name):
   from tests.goldens import make

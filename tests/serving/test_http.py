@@ -39,7 +39,7 @@ class ChatTokenizer(ByteTokenizer):
 def service(write=None, rows=2, **limits):
   write = write or (lambda request: TOKENIZER.encode(TEXT))
   sizes = dataclasses.replace(SIZES, rows=rows)
-  return FakeService(ChatTokenizer(), write, sizes=sizes, limits=Limits(**limits))
+  return FakeService(ChatTokenizer(), write, sizes=sizes, limits=Limits(**limits), embeds=True)
 
 
 @pytest.fixture(scope='module')
@@ -173,6 +173,8 @@ def test_a_sample_can_be_asked_for_alone(client):
 REFUSED = [
   (COMPLETION | {'best_of': 2}, 'best_of', 'ask for n'),
   (COMPLETION | {'suffix': 'x'}, 'suffix', ''),
+  (COMPLETION | {'beams': 4}, 'beams', 'use generate.py'),
+  (COMPLETION | {'use_beam_search': True}, 'use_beam_search', 'use generate.py'),
   (COMPLETION | {'frequency': 1}, 'frequency', 'known: model'),
   (COMPLETION | {'temperature': -1}, 'temperature', '0 \\(greedy\\)'),
   (COMPLETION | {'temperature': 'hot'}, 'temperature', ''),
@@ -352,7 +354,9 @@ def test_a_drained_call_is_handed_back():
 
 
 async def ask(served, asked, gone, hear=None):
-  """Messages that the app sends to a client, which goes away when `gone` is set."""
+  """Messages that the app sends to a client, which goes away when `gone` is set. hear:
+  takes each.
+  """
   body, sent = json.dumps(asked).encode(), []
   came = [{'type': 'http.request', 'body': body, 'more_body': False}]
 
@@ -365,7 +369,7 @@ async def ask(served, asked, gone, hear=None):
   async def send(message):
     sent.append(message)
     if hear is not None:
-      hear(message)
+      await hear(message)
 
   path = '/v1/completions'
   headers = [(b'host', b'x'), (b'content-type', b'application/json')]

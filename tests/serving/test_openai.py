@@ -71,6 +71,10 @@ def test_the_client_reads_answers_and_errors(keys):
     assert ''.join(chunk.choices[0].delta.content or '' for chunk in chunks) == TEXT
     assert chunks[-1].choices[0].finish_reason == 'stop' and last.usage.completion_tokens
 
+    vectors = client.embeddings.create(model='m', input=['a', 'bc'])  # as base64
+    assert [each.index for each in vectors.data] == [0, 1] and vectors.usage.total_tokens == 5
+    assert sum(x * x for x in vectors.data[1].embedding) == pytest.approx(1)
+
     text = client.completions.create(model='m', prompt='a', max_tokens=60, logprobs=1)
     assert text.choices[0].text == TEXT and text.choices[0].logprobs.top_logprobs
 

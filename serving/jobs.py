@@ -1,0 +1,107 @@
+"""What is read besides texts that are written, and when? Prompts to be scored, texts to be
+embedded: one job after another, part by part, between the steps of those that write, who wait for
+one part at a time. Keys take turns, as for rows.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import Any
+
+from serving.call import Limits, QueueFull
+from serving.queue import Queue, Waiting
+
+log = logging.getLogger(__name__)
+
+Job = Generator[None, None, Any]  # which goes on part by part, and returns what comes of it
+
+
+class JobFailed(Exception):
+  """The device has failed, or the server ends."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Waiting(Waiting):
+  job: Job
+  result: Future
+
+
+class Jobs:
+  """Those that wait. `submit` may be called from any thread; they go on by that of `step`."""
+
+  def __init__(self, limits: Limits, clock: Callable[[], float]):
+    self._limits, self._clock = limits, clock
+    self._until: float | None = None
+    self._lock = threading.Lock()
+    self._waiting = Queue(limits.patience)
+    self._now: _Waiting | None = None
+    self._over = False
+
+  @property
+  def idle(self) -> bool:
+    return self._now is None and not len(self._waiting)
+
+  def submit(self, job: Job, key: str = '', priority: int = 0) -> Future:
+    """What comes of a job, when it is there, or JobFailed. key, priority: see serving.call.Call.
+
+    Raises QueueFull.
+    """
+    with self._lock:
+      if len(self._waiting) >= self._limits.waiting:
+        raise QueueFull(
+          f'{len(self._waiting)} requests wait to be read, of at most {self._limits.waiting}; come '
+          'again later',
+          1.0,
+        )
+      waiting = _Waiting(key, priority, self._clock(), job=job, result=Future())
+      if self._over:
+        waiting.result.set_exception(JobFailed('the server ends'))
+      else:
+        self._waiting.add(waiting)
+    return waiting.result
+
+  def drain(self, until: float) -> None:
+    """What has not ended by then ends."""
+    self._until = until
+
+  def step(self) -> None:
+    """Another part."""
+    if self._until is not None and self._clock() >= self._until:
+      self.end_all()
+    if self._now is None:
+      with self._lock:
+        self._now = self._waiting.next(self._clock())
+        if self._now is None:
+          return
+        self._waiting.turn(self._now)
+    if self._now.result.cancelled():
+      self._now.job.close()
+      self._now = None
+      return
+    try:
+      next(self._now.job)
+    except StopIteration as end:
+      self._finish(self._now, end.value)
+    except Exception as error:
+      log.exception('a job has failed')
+      message = f'the device has failed ({type(error).__name__}); ask again'
+      self._finish(self._now, JobFailed(message))
+
+  def end_all(self) -> None:
+    """Nobody gets anything any more."""
+    with self._lock:
+      self._over = True
+      left = [*self._waiting]
+      self._waiting = Queue(self._limits.patience)
+    for waiting in [*left, *([self._now] if self._now else [])]:
+      self._finish(waiting, JobFailed('the server ends'))
+
+  def _finish(self, waiting: _Waiting, result: Any) -> None:
+    self._now = None
+    if waiting.result.set_running_or_notify_cancel():
+      if isinstance(result, Exception):
+        waiting.result.set_exception(result)
+      else:
+        waiting.result.set_result(result)
