@@ -3,10 +3,11 @@
     python plan.py --config=configs/models/llama3_8b.py --topology=v5p:4x4x4 [--search]
 
 Compiles the very step that train.py would run (or with --mode=prefill, --mode=decode what
-generates, and with --mode=rollout what a policy writes with, beside all that its training holds),
-for hardware that need not be here, and reads the compiled program: does it fit, what does it
-compute and move, how long does it take, what does that cost. Topologies: v5e:16x16, v6e:8x8,
-v5p:4x4x4, 2*v5e:16x16 (two slices), h100:1x4x8 (four nodes of eight).
+generates, with --mode=serve what serve.py writes and reads with, in as many rows as fit, and with
+--mode=rollout what a policy writes with, beside all that its training holds), for hardware that
+need not be here, and reads the compiled program: does it fit, what does it compute and move, how
+long does it take, what does that cost. Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4, 2*v5e:16x16 (two
+slices), h100:1x4x8 (four nodes of eight).
 """
 
 import os
@@ -41,6 +42,7 @@ import names
 import train
 from analysis import aot, candidates, enough, hardware, memory, modes, roofline, schedule, tables
 from analysis.hlo import Module
+from analysis.served import Served, serve
 from kernels import cudnn
 from kernels.attention import FEW, choose
 from kernels.flash import KERNELS
@@ -60,7 +62,8 @@ MODE = flags.DEFINE_string('mode', 'train', f'What runs: {", ".join(modes.MODES)
 BATCH = flags.DEFINE_integer(
   'batch',
   0,
-  'Rows that prefill or decode works on (train takes config.data.batch_size).',
+  'Rows that prefill, decode or a server works on (train takes config.data.batch_size); of a '
+  'server 0 is as many as fit, and no more than 256.',
   lower_bound=0,
 )
 WEIGHTS = flags.DEFINE_string(
@@ -92,8 +95,8 @@ class Plan:
   Bytes, FLOPs of hardware and seconds are of one device and one run of the program.
 
   Attributes:
-    mode: one of analysis.modes.MODES; a run is a training step, the prefill of all rows,
-      or CHUNK tokens of every row.
+    mode: one of analysis.modes.MODES; a run is a training step, the prefill of all rows, a part of
+      prompts, or CHUNK tokens of every row.
     config: with the mesh's sizes resolved. chip: what a device belongs to. devices: of the mesh.
     problem: why the compiler refused, '' where it did not; then memory and prediction are None.
     held: bytes of the arguments by name, known in any case.
@@ -151,7 +154,7 @@ class Plan:
     'cached': kernels.cached.
     """
     model = self.config.model
-    if self.mode in (modes.DECODE, modes.ROLLOUT):
+    if self.mode in (*modes.WRITE, modes.READ):
       return 'cached'
     if model.execution.attention != 'auto' or self.config.mesh.context > 1:
       return model.execution.attention
@@ -222,7 +225,7 @@ def make_plan(
   """Compiles what `config` runs in this mode on these devices.
 
   Args:
-    rows, context, weights: of prefill and decode; see the flags --batch, --context, --weights.
+    rows, context, weights: of what generates; see the flags --batch, --context, --weights.
     axis_type: Auto for the twin that XLA's partitioner lays out.
   Raises ValueError or NotImplementedError for what cannot run there whatever the memory;
   too little memory is a Plan's `problem`.
@@ -381,6 +384,30 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
   return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
 
 
+def make_served(
+  config: configs.Config,
+  devices: list[jax.Device],
+  rows: int = 0,
+  context: int = 0,
+  weights: str = '',
+  log=print,
+) -> Served:
+  """A server on these devices, of so many rows of `context` tokens; 0: of as many as fit, and of
+  as many as the model has positions for. Raises as served.serve and make_plan do.
+  """
+  context, chip = context or config.model.max_length, chip_of(devices)
+
+  def plan(mode, rows):
+    made = make_plan(config, devices, mode, rows, context, weights=weights)
+    verdict = 'fits' if made.fits else tables.shortage(made)
+    log(f'  {rows} rows of {context:,} tokens, what {modes.DOES[mode]}: {verdict}')
+    return made
+
+  available = (chip.usable or chip.hbm_bytes) / chip.devices
+  mesh = make_mesh(config.mesh, devices)
+  return serve(config.model, mesh, plan, available, rows, context, weights)
+
+
 def main(arguments):
   names.only_flags(arguments, '--config.train.steps=100')
   if train.CONFIG.value is None or not TOPOLOGY.value:
@@ -405,7 +432,7 @@ def main(arguments):
     apart = MODE.value in (modes.TRAIN, modes.ROLLOUT)
     if apart and (BATCH.present or CONTEXT.present or WEIGHTS.present):
       raise ValueError(
-        f'--batch, --context and --weights are of prefill and decode; {MODE.value} takes '
+        f'--batch, --context and --weights are of what generates; {MODE.value} takes '
         '--config.data.batch_size and .sequence_length'
       )
     if SEARCH.value and MODE.value != 'train':
@@ -422,6 +449,18 @@ def main(arguments):
       plans = search(config, devices, log=functools.partial(print, flush=True))
       tables.ranking(resolved(config, devices), plans)
       plan, extra = plans[0], {'candidates': [p.to_dict() for p in plans]}
+    elif MODE.value == modes.SERVE:
+      print('compiling servers:', flush=True)
+      found = make_served(
+        config,
+        devices,
+        BATCH.value,
+        CONTEXT.value,
+        WEIGHTS.value,
+        functools.partial(print, flush=True),
+      )
+      plan, extra = found.write, {'read': found.read.to_dict(), 'times': found.times()}
+      extra['rows'], extra['context'] = found.rows, found.context
     else:
       plan = make_plan(
         config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value
@@ -429,6 +468,8 @@ def main(arguments):
       extra = {}
 
     tables.show(plan, plan.cost(DOLLARS.value, WATTS.value))
+    if MODE.value == modes.SERVE:
+      tables.served(found)
     if not plan.fits and MODE.value == 'train' and not SEARCH.value:
       print('\nlooking for the nearest change that fits:', flush=True)
       other = nearest_that_fits(plan, devices, functools.partial(print, flush=True))

@@ -74,6 +74,16 @@ MAX_MODEL_LEN = flags.DEFINE_integer(
 CACHE_DTYPE = flags.DEFINE_string(
   'cache_dtype', '', 'Of keys and values: float32, bfloat16, int8; default: as the model computes.'
 )
+LOOKUP = flags.DEFINE_integer(
+  'lookup',
+  0,
+  'Drafts what followed the last so many tokens of a text where it had them before; 0: nothing '
+  'drafts. For what repeats its prompt, on an accelerator: each step judges all --draft_tokens.',
+  lower_bound=0,
+)
+DRAFT_TOKENS = flags.DEFINE_integer(
+  'draft_tokens', None, 'Drafted at a time, with --lookup. Default: 4.', lower_bound=1
+)
 DEFAULTS = flags.DEFINE_enum(
   'defaults',
   'openai',
@@ -81,11 +91,23 @@ DEFAULTS = flags.DEFINE_enum(
   "Of options that a request does not give: OpenAI's, or those of the model's "
   'generation_config.json, which are printed.',
 )
+REASONING = flags.DEFINE_enum(
+  'reasoning',
+  'auto',
+  ['auto', 'think', 'none'],
+  'Whether <think>..</think> of a chat is its reasoning_content; auto: where the chat template has '
+  'these marks.',
+)
 WAITING = flags.DEFINE_integer(
   'waiting',
   Limits.waiting,
   'Samples that wait for a row at most; beyond: status 429.',
   lower_bound=1,
+)
+PROMPT_LOGPROBS = flags.DEFINE_bool(
+  'prompt_logprobs',
+  False,
+  'Whether requests may ask for log-probabilities of their prompts: one more row, and a program.',
 )
 SAMPLES = flags.DEFINE_integer('max_n', Limits.samples, 'n of a request at most.', lower_bound=1)
 MAX_GAP_MS = flags.DEFINE_float(
@@ -111,6 +133,10 @@ def check_flags(sagemaker: bool) -> None:
   if not WORKDIR.value:
     raise ValueError('--workdir is missing: give the directory of a run of train.py or convert.py')
   files.check_local('--workdir', WORKDIR.value)
+  if DRAFT_TOKENS.value and not LOOKUP.value:
+    raise ValueError(
+      f'--draft_tokens={DRAFT_TOKENS.value}, and nothing drafts; give --lookup=3, or leave it out'
+    )
   if HOST.value not in LOCAL and API_KEYS.value is None and not sagemaker:
     raise ValueError(
       f'--host={HOST.value} is for others, too, and --api_keys is not given; give a file of keys, '
@@ -179,13 +205,17 @@ def run(sagemaker: bool) -> Running:
     WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value, adapters
   )
   sizes = {'rows': ROWS.value, 'capacity': MAX_MODEL_LEN.value, 'cache_dtype': CACHE_DTYPE.value}
+  sizes |= {'lookup': LOOKUP.value, 'draft_tokens': DRAFT_TOKENS.value}
   check_length(generator)
   service = Running(
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
+    scores=PROMPT_LOGPROBS.value,
     **{name: value for name, value in sizes.items() if value},
   )
-  served = Served(name=name, defaults=defaults_of(generator), created=int(time.time()))
+  served = Served(
+    name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
+  )
   if ACCESS_LOG.value:
     listening.log_access()
   say(

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from analysis import aot
+from analysis import aot, served
 from decode.generating import generating
 from decode.options import CHUNK
 from model import flops as counts
@@ -14,7 +14,12 @@ from parallel import axes
 from training import program, state as states
 from training.config import Config
 
-TRAIN, PREFILL, DECODE, ROLLOUT = MODES = 'train', 'prefill', 'decode', 'rollout'
+TRAIN, PREFILL, DECODE, ROLLOUT = 'train', 'prefill', 'decode', 'rollout'
+# What a server writes with, and reads with, which plan.py's --mode=serve compiles beside it.
+SERVE, READ = 'serve', 'read'
+MODES = TRAIN, PREFILL, DECODE, ROLLOUT, SERVE, READ
+WRITE = DECODE, ROLLOUT, SERVE  # CHUNK tokens of every row
+DOES = {SERVE: 'writes', READ: 'reads'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +41,12 @@ class Lowered:
 def lower(
   config: Config, mesh: jax.sharding.Mesh, mode: str, rows: int, context: int, weights: str
 ) -> Lowered:
-  """A step of training; the prefill of all rows; CHUNK tokens of every row; or the same of a
-  rollout, beside all that training holds.
+  """A step of training; the prefill of all rows; CHUNK tokens of every row; the same of a rollout,
+  beside all that training holds; the same of a server, and the part of prompts that it reads at a
+  time.
 
-  rows, context, weights: of prefill and decode. Raises ValueError and NotImplementedError for what
-  does not split over the mesh, and for what writes nothing.
+  rows, context, weights: of all but training and rollouts. Raises ValueError and
+  NotImplementedError for what does not split over the mesh, and for what writes nothing.
   """
   if mode == TRAIN:
     return _step(config, mesh)
@@ -58,6 +64,8 @@ def lower(
   if mode == PREFILL:
     lowered = aot.prefill(model, mesh, rows, context, weights)
     return Lowered(*lowered, rows * context, counts.prefill_flops(model, rows, context))
+  if mode in (SERVE, READ):
+    return _serve(model, mesh, mode, rows, context, weights)
   return _decode(model, mesh, rows, context, weights)
 
 
@@ -100,6 +108,15 @@ def _rollout(config, mesh):
 def _decode(model, mesh, rows, context, weights, whole=False):
   lowered = aot.decode(model, mesh, rows, context, weights, whole=whole)
   return Lowered(*lowered, rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context))
+
+
+def _serve(model, mesh, mode, rows, context, weights):
+  lowered, arrays, sizes = served.lowered(model, mesh, rows, context, weights, mode == READ)
+  if mode == SERVE:
+    return Lowered(lowered, arrays, rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context))
+  prompts = sizes.read_rows or served.parts_of(mesh)
+  model_flops = sizes.read_tokens * counts.decode_flops(model, prompts, context)
+  return Lowered(lowered, arrays, prompts * sizes.read_tokens, model_flops)
 
 
 def _check(config, mesh, rows, named) -> None:

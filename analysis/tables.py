@@ -45,7 +45,7 @@ def show(plan, cost: dict[str, float]) -> None:
   """Prints all of a plan."""
   console = _console()
   axes = {axis: size for axis, size in plan.config.mesh.sizes().items() if size > 1}
-  run = {'train': 'a step', 'prefill': 'a prefill', 'decode': 'a chunk of tokens'}.get(
+  run = {'train': 'a step', 'prefill': 'a prefill', 'read': 'a part of prompts'}.get(
     plan.mode, 'a chunk of tokens'
   )
   console.print(
@@ -153,7 +153,7 @@ def _times(console, plan, run):
   mfu = 'MFU unknown' if plan.mfu is None else f'MFU {plan.mfu:.1%}'
   each = (
     f', {seconds(p.seconds / CHUNK)} a token of every row'
-    if plan.mode in ('decode', 'rollout')
+    if plan.mode in ('decode', 'rollout', 'serve')
     else ''
   )
   console.print(
@@ -161,6 +161,23 @@ def _times(console, plan, run):
     f'tokens/s[/bold]; FLOPs of a device: model {model:.4g}, hardware {p.flops:.4g} '
     f'({p.flops / model:.2f} x)'
   )
+
+
+def served(found) -> None:
+  """Prints what a server holds, and how long people wait for it (analysis.served.Served)."""
+  console, (prompt, answer) = _console(), found.request
+  pool, tokens = found.write.held['cache'], found.rows * found.context
+  table = _table(
+    f'a server of {found.rows} rows of {found.context:,} tokens, prompts of {prompt:,} and answers '
+    f'of {answer:,}, caches full',
+    'what',
+    'predicted',
+  )
+  table.add_row('cache of a device', f'{pool / GB:.2f} GB for {tokens:,} tokens')
+  table.add_row('peak of a device, as it reads', f'{found.read.memory.peak / GB:.2f} GB')
+  for name, value in found.times().items():
+    table.add_row(name, f'{value:,.0f}' if name.startswith('tokens/s') else seconds(value))
+  console.print(table)
 
 
 def ranking(config, plans) -> None:

@@ -83,8 +83,8 @@ class Drafts:
 # not have yet, though `state` has been advanced by it (and holds, of the cache, the lengths only);
 # it returns the memory, the model's cache, as long as it was, and Drafts. `read`: the memory after
 # tokens [B, T], the first counts[b] of each row, that came without it where rows had these lengths.
-# `always`: whether it drafts in every step. `least`: f32, a row stops drafting where less than this
-# share of its drafts is kept (see gave_up).
+# `always`: whether every step judges k drafts, though no row may have any. `least`: f32, a row
+# stops drafting where less than this share of its drafts is kept (see gave_up).
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +97,7 @@ class Lookup:
 
   n: int = dataclasses.field(metadata={'static': True})
   least: Any = 0.0
-  always = False
+  always: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
     lengths = state.cache.lengths

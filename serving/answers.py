@@ -12,9 +12,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 from data.tokenizer import Tokenizer
+from decode.scorer import PromptScores
 from serving import call as calls
 from serving.call import Event
 from serving.fields import Denied
+from serving.parts import Parted, Said
 from serving.ticket import Ticket
 from serving.wire import AskedCall
 
@@ -26,11 +28,16 @@ class AnsweredChoice:
   """What has come of one sample so far.
 
   Attributes:
+    text: of a chat only what is for who asked; beside it reasoning, and calls of tools. parted:
+      tells them apart, where it has to be done.
     offset: characters of all its tokens, behind the prompt where that is echoed.
     begun: whether anything was said of it. at: when its last tokens came.
   """
 
+  parted: Parted | None = None
   text: str = ''
+  reasoning: str = ''
+  called: list[dict] = dataclasses.field(default_factory=list)
   ids: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[dict] = dataclasses.field(default_factory=list)
   last: Event | None = None
@@ -46,18 +53,22 @@ class HttpAnswer:
   """Of one request.
 
   Attributes:
-    id: that no other answer has.
+    id: that no other answer has. scores: of each prompt, where they are asked for.
   """
 
   def __init__(self, asked: AskedCall, tickets: Sequence[Ticket], tokenizer: Tokenizer):
     self._asked, self._tickets, self._tokenizer = asked, tickets, tokenizer
     self.id = f'{"chatcmpl" if asked.chat else "cmpl"}-{uuid.uuid4().hex}'
     self._created = int(time.time())
+    self.scores: list[PromptScores] = []
     self._names = {i: name for name, i in tokenizer.control_ids().items()}
     self._choices: dict[int, AnsweredChoice] = {}
     for p, ticket in enumerate(tickets):
       for sample in ticket.call.samples:
-        self._choices[self.index(p, sample)] = AnsweredChoice(offset=len(self._echoed(p)))
+        self._choices[self.index(p, sample)] = AnsweredChoice(
+          parted=None if asked.manner is None else Parted(asked.manner),
+          offset=len(self._echoed(p)),
+        )
 
   def index(self, prompt: int, sample: int) -> int:
     """Of the choice."""
@@ -77,7 +88,13 @@ class HttpAnswer:
     choice = self._choices[index]
     logprobs = self._logprobs(choice, event) if self._asked.logprobs >= 0 else None
     choice.ids += event.ids
-    choice.text += event.text
+    said = Said(content=event.text)
+    if choice.parted is not None:
+      said = choice.parted.add(event.text, last=bool(event.finish))
+    called_before = len(choice.called)
+    choice.text += said.content
+    choice.reasoning += said.reasoning
+    choice.called += said.calls
     if event.finish:
       choice.last = event
     if not self._asked.stream:
@@ -86,11 +103,8 @@ class HttpAnswer:
     if not choice.begun:
       choice.begun = True
       yield from self._opening(prompt, index)
-    # With tools nothing is said before it is clear whether it is a call.
-    whole = self._asked.tools is not None
-    content = (choice.text if event.finish else '') if whole else event.text
-    if content or event.finish or (logprobs and not whole) or (self._asked.ids and event.ids):
-      yield self._piece(index, choice, content, event, logprobs)
+    if said != Said() or event.finish or logprobs or (self._asked.ids and event.ids):
+      yield self._piece(index, choice, said, called_before, event, logprobs)
 
   def whole(self) -> dict:
     """All of it, in one."""
@@ -99,7 +113,10 @@ class HttpAnswer:
     for p, ticket in enumerate(self._tickets):
       for sample in ticket.call.samples:
         choices.append(self._choice(p, self.index(p, sample)))
-    return said | {'choices': choices, 'usage': self.usage()}
+    said |= {'choices': choices, 'usage': self.usage()}
+    if self._asked.chat and self._asked.prompt_logprobs >= 0:
+      said['prompt_logprobs'] = self._prompt_logprobs(0)
+    return said
 
   def usage(self) -> dict:
     """Tokens of all prompts and choices."""
@@ -146,6 +163,8 @@ class HttpAnswer:
       choice['delta'] = {'role': 'assistant', 'content': ''}
     else:
       choice['text'] = self._echoed(prompt)
+      if echoed := self._echoed_logprobs(prompt):
+        choice['logprobs'] = self._shaped(echoed)
     if self._asked.ids:
       choice['prompt_token_ids'] = self._prompt_ids(prompt)
     if self._asked.chat or self._asked.echo or self._asked.ids:
@@ -154,19 +173,17 @@ class HttpAnswer:
   def _no_usage(self) -> dict:
     return {'usage': None} if self._asked.include_usage else {}
 
-  def _piece(self, index, choice, content, event, logprobs) -> dict:
+  def _piece(self, index, choice, new: Said, called_before: int, event, logprobs) -> dict:
+    """new: what has come, with calls behind those that there were before."""
     said: dict = {'index': index}
     if self._asked.chat:
-      content, called = (
-        self._called(choice) if self._asked.tools and event.finish else (content, [])
-      )
-      said['delta'] = {'content': content} if content else {}
-      if called:
-        said['delta']['tool_calls'] = [{'index': i, **each} for i, each in enumerate(called)]
+      delta = {'reasoning_content': new.reasoning, 'content': new.content}
+      delta['tool_calls'] = [{'index': called_before + i, **c} for i, c in enumerate(new.calls)]
+      said['delta'] = {name: value for name, value in delta.items() if value}
     else:
-      called, said['text'] = [], content
+      said['text'] = new.content
     said['logprobs'] = None if logprobs is None else self._shaped(logprobs)
-    said |= self._end(event, called)
+    said |= self._end(event, choice.called)
     if self._asked.ids:
       said['token_ids'] = list(event.ids)
     return self._head(self._kind()) | {'choices': [said]} | self._no_usage()
@@ -174,24 +191,25 @@ class HttpAnswer:
   def _choice(self, prompt: int, index: int) -> dict:
     choice = self._choices[index]
     said: dict = {'index': index}
-    called: list[dict] = []
     if self._asked.chat:
-      content, called = self._called(choice)
+      # Where there is something else instead, there is no content.
+      content = choice.text or (None if choice.called or choice.reasoning else '')
       message: dict = {'role': 'assistant', 'content': content, 'refusal': None}
-      if called:
-        message |= {'content': content or None, 'tool_calls': called}
+      if choice.reasoning:
+        message['reasoning_content'] = choice.reasoning
+      if choice.called:
+        message['tool_calls'] = choice.called
       said['message'] = message
     else:
       said['text'] = self._echoed(prompt) + choice.text
-    said['logprobs'] = None if self._asked.logprobs < 0 else self._shaped(choice.logprobs)
-    said |= self._end(choice.last, called)
+      if self._asked.prompt_logprobs >= 0:
+        said['prompt_logprobs'] = self._prompt_logprobs(prompt)
+    tokens = self._echoed_logprobs(prompt) + choice.logprobs
+    said['logprobs'] = None if self._asked.logprobs < 0 else self._shaped(tokens)
+    said |= self._end(choice.last, choice.called)
     if self._asked.ids:
       said |= {'token_ids': choice.ids, 'prompt_token_ids': self._prompt_ids(prompt)}
     return said
-
-  def _called(self, choice: AnsweredChoice) -> tuple[str, list[dict]]:
-    tools = self._asked.tools
-    return (choice.text, []) if tools is None else tools.read(choice.text)
 
   def _prompt_ids(self, prompt: int) -> list[int]:
     given = self._asked.calls[prompt].prompt
@@ -211,7 +229,7 @@ class HttpAnswer:
       said = {'finish_reason': 'length', 'stop_reason': None}
     else:
       said = {'finish_reason': 'length', 'stop_reason': event.finish}
-    if called:
+    if called and event.finish == calls.STOPPED:
       said['finish_reason'] = 'tool_calls'
     return said | ({'note': event.note} if event.note else {})
 
@@ -225,6 +243,36 @@ class HttpAnswer:
       choice.offset += len(choice.decoder.decode(self._tokenizer.decode_bytes([i])))
       said.append(one | {'top_logprobs': [self._token(*each) for each in likeliest]})
     return said
+
+  def _echoed_logprobs(self, prompt: int) -> list[dict]:
+    """Of the prompt's tokens, as of others; the first one has none."""
+    if not (self._asked.echo and self._asked.logprobs >= 0):
+      return []
+    scores, said, offset = self.scores[prompt], [], 0
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    for place, i in enumerate(self._prompt_ids(prompt)):
+      value = scores.logprobs[place - 1] if place else 0.0
+      likeliest = scores.alternatives[place - 1][: self._asked.logprobs] if place else ()
+      one = self._token(i, value) | {'offset': offset}
+      offset += len(decoder.decode(self._tokenizer.decode_bytes([i])))
+      said.append(one | {'top_logprobs': [self._token(*each) for each in likeliest]})
+    said[0] |= {'logprob': None, 'top_logprobs': None}
+    return said
+
+  def _prompt_logprobs(self, prompt: int) -> list[dict | None]:
+    """As vLLM has them: of each id but the first its own, and the likeliest, by their ids."""
+    scores, said = self.scores[prompt], [None]
+    for place, i in enumerate(self._prompt_ids(prompt)[1:]):
+      likeliest = scores.alternatives[place][: self._asked.prompt_logprobs]
+      each = {i: (scores.logprobs[place], scores.ranks[place])}
+      for rank, (other, value) in enumerate(likeliest, 1):
+        each.setdefault(other, (value, rank))
+      said.append({str(i): self._ranked(i, *known) for i, known in each.items()})
+    return said
+
+  def _ranked(self, i: int, value: float, rank: int) -> dict:
+    token = self._token(i, value)
+    return {'logprob': token['logprob'], 'rank': rank, 'decoded_token': token['token']}
 
   def _token(self, i: int, value: float) -> dict:
     written = self._tokenizer.decode_bytes([i])
@@ -240,7 +288,8 @@ class HttpAnswer:
       'tokens': [_name(each) for each in tokens],
       'token_logprobs': [each['logprob'] for each in tokens],
       'top_logprobs': [
-        {_name(other): other['logprob'] for other in each['top_logprobs']} for each in tokens
+        each['top_logprobs'] and {_name(other): other['logprob'] for other in each['top_logprobs']}
+        for each in tokens
       ]
       if self._asked.logprobs
       else None,

@@ -9,6 +9,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from decode.front import Front
 from decode.request import Bound, Row
 from decode.sampling import Sampling, sample_seed, sampling_of
 from serving import call as calls
-from serving.call import Call, Limits, NotReady, Stats
+from serving.call import Call, Failure, Limits, NotReady, Stats
 from serving.constraints import Constraints
 from serving.scheduler import AnyEngine, RowCall, Scheduler
+from serving.scoring import Scorer, Scoring
 from serving.ticket import Ticket
 
 
@@ -44,9 +46,10 @@ class Desk:
     adapters: Mapping[str, Front] | None = None,
     limits: Limits = Limits(),
     clock: Callable[[], float] = time.monotonic,
+    scorer: Scorer | None = None,
   ):
     """vocabulary: ids below it are read and written; 0: all of the tokenizer's. plain, adapters:
-    see decode.loaded.LoadedModel.
+    see decode.loaded.LoadedModel. scorer: of prompts, where they are scored.
     """
     self.tokenizer, self.limits, self.clock = tokenizer, limits, clock
     self.vocabulary = vocabulary or tokenizer.vocabulary
@@ -55,6 +58,7 @@ class Desk:
     self._engine, self._plain, self._fronts = engine, plain, dict(adapters or {})
     self._constraints = Constraints(tokenizer, engine.sizes, limits)
     self._scheduler = Scheduler(engine, limits, clock)
+    self._scoring = None if scorer is None else Scoring(scorer, limits, clock)
     self._ends = generation.ends(tokenizer)
     self._turning = threading.Lock()
 
@@ -126,6 +130,46 @@ class Desk:
       made.add_done_callback(lambda _: self._woken())
     return ticket
 
+  @property
+  def scores(self) -> bool:
+    """Whether prompts are scored."""
+    return self._scoring is not None
+
+  def score(self, prompt: str | Sequence[int], adapter: str, alternatives: int) -> Future:
+    """See serving.service.Service."""
+    if self.state != calls.READY:
+      raise NotReady(self.state)
+    if self._scoring is None:
+      raise ValueError('prompt_logprobs: this server scores no prompts')
+    _within('prompt_logprobs', alternatives, self.alternatives)
+    front, ids = self._front(adapter), self.encoded(prompt)
+    if front.behind(len(ids)) > self._engine.sizes.capacity:
+      raise ValueError(
+        f'a prompt of {len(ids)} tokens, of at most {self.room(0, adapter)} that a row holds; '
+        'shorten it'
+      )
+    made = self._scoring.submit(ids, front, alternatives)
+    self._woken()
+    return made
+
+  @property
+  def idle(self) -> bool:
+    """Whether there is nothing to do."""
+    return self._scheduler.idle and (self._scoring is None or self._scoring.idle)
+
+  def _step(self) -> bool:
+    """One step of all that there is; whether there is more to do at once."""
+    more = self._scheduler.step()
+    if self._scoring is not None:
+      self._scoring.step()
+      more = more or not self._scoring.idle
+    return more
+
+  def _end_all(self, finish: str, error: Failure | None = None) -> None:
+    self._scheduler.end_all(finish, error)
+    if self._scoring is not None:
+      self._scoring.end_all()
+
   def stats(self) -> Stats:
     return dataclasses.replace(self._scheduler.stats(), compiled=self.progress[0])
 
@@ -133,6 +177,8 @@ class Desk:
     """See serving.service.Service."""
     if self._turn(calls.STARTING, calls.DRAINING) or self._turn(calls.READY, calls.DRAINING):
       self._scheduler.drain(self.clock() + seconds)
+      if self._scoring is not None:
+        self._scoring.drain(self.clock() + seconds)
       self._woken()
 
   def _turn(self, before: str, after: str) -> bool:

@@ -8,7 +8,7 @@ and whose clock stands still.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from data.tokenizer import Tokenizer
 from decode.engine import Request, Sizes
 from decode.front import Front
 from decode.loop import Chunk
+from decode.scorer import PromptScores
+from decode.sizes import Use
 from serving import call as calls
 from serving.call import Limits
 from serving.desk import Desk
@@ -81,6 +83,9 @@ class FakeEngine:
   def check(self, request: Request) -> None:
     pass
 
+  def takes(self, request: Request) -> bool:
+    return bool(self.free)
+
   def choose(self, request: Request) -> int:
     return self.free[0]
 
@@ -103,6 +108,14 @@ class FakeEngine:
 
   def cached(self, row: int) -> int:
     return 0
+
+  def seat(self) -> list[int]:
+    return [row for row in self._requests if row not in self._unread]
+
+  def use(self) -> Use:
+    tokens = sum(len(request.prompt) for request in list(self._requests.values()))
+    tokens += sum(list(self._written.values()))
+    return Use(tokens, self.sizes.rows * self.sizes.capacity)
 
   def decode(self, count: int, alternatives: bool) -> tuple[int, Chunk]:
     self._note('decode')
@@ -150,11 +163,26 @@ class FakeEngine:
       del self._requests[row]  # raises for one that is free
       self._unread.pop(row, None)
       self._writing.pop(row, None)
+      self._written.pop(row, None)
 
   def reset(self) -> None:
     self.calls.append('reset')
     self._resets += 1
     self._clear()
+
+
+def scored(ids: Sequence[int], front: Front, alternatives: int) -> Iterator[PromptScores]:
+  """A scorer of prompts, two tokens at a time: id i has -i / 8, and rank i; the likeliest are 0, 1
+  and so on.
+  """
+  found = PromptScores()
+  others = [(i, -i / 8) for i in range(alternatives)]
+  for first in range(1, len(ids), 2):
+    for i in ids[first : first + 2]:
+      found.logprobs.append(-i / 8)
+      found.ranks.append(i)
+      found.alternatives.append(others)
+    yield found
 
 
 class FakeService(Desk):
@@ -173,24 +201,25 @@ class FakeService(Desk):
     limits: Limits = Limits(),
     adapters: Mapping[str, Front] | None = None,
     state: str = calls.READY,
+    scores: bool = False,
   ):
     self.engine = FakeEngine(write, sizes)
     super().__init__(
-      self.engine, tokenizer, limits=limits, adapters=adapters, clock=StandingClock()
+      self.engine,
+      tokenizer,
+      limits=limits,
+      adapters=adapters,
+      clock=StandingClock(),
+      scorer=scored if scores else None,
     )
     self.state, self.progress = state, (7, 7)
     self._came = threading.Event()
     self._ended = threading.Event()
 
-  @property
-  def idle(self) -> bool:
-    """Whether there is nothing to do."""
-    return self._scheduler.idle
-
   def step(self) -> bool:
     """One step; whether there is more to do at once."""
-    more = self._scheduler.step()
-    if self.state == calls.DRAINING and self._scheduler.idle:
+    more = self._step()
+    if self.state == calls.DRAINING and self.idle:
       self.state = calls.CLOSED
       self._ended.set()
     return more
@@ -231,7 +260,7 @@ class FakeService(Desk):
     return self._ended.wait(timeout)
 
   def close(self) -> None:
-    self._scheduler.end_all(calls.DRAINED)
+    self._end_all(calls.DRAINED)
     self.state = calls.CLOSED
     self._constraints.close()
     self._ended.set()

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,15 +19,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from decode.scorer import PromptScores
 from serving import call as calls, chat, metrics, wire
 from serving.answers import HttpAnswer, failure
 from serving.call import Event, NotReady, QueueFull
 from serving.fields import Denied, parsed
 from serving.guard import GONE, PATIENCE, ApiKeys, ServerGuard, refusal
 from serving.pages import HEADERS
+from serving.reader import Reader, refusing
+from serving.scoring import ScoringFailed
 from serving.service import Service
 from serving.ticket import Ticket
-from serving.wire import AskedCall, Reader, Served
+from serving.wire import AskedCall, Served
 
 AGAIN = 5.0  # seconds after which who was not served may try again
 BODY = 2**20  # bytes of a request, and of each token that a row holds so many more
@@ -152,7 +156,7 @@ class Api:
   async def detokenize(self, request: Request) -> Response:
     given = wire.DETOKENIZE('', parsed(request.state.body))
     self.reader.adapter(given)
-    with wire.refusing():
+    with refusing():
       return JSONResponse({'prompt': self.service.tokenizer.decode(given['tokens'])})
 
   def _card(self, name: str) -> dict:
@@ -174,15 +178,17 @@ class WrittenEndpoint:
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     tickets: list[Ticket] = []
+    scores: list[Future] = []
     state = scope['state']
     try:
       try:
         if self._api.service.state != calls.READY:
           raise NotReady(self._api.service.state)
         asked = await asyncio.to_thread(self._asked, state)
-        await self._submit(asked, tickets)
+        await self._submit(asked, tickets, scores)
         answer = HttpAnswer(asked, tickets, self._api.service.tokenizer)
-        async with _watched(receive, tickets, state['log']):
+        async with _watched(receive, [*tickets, *scores], state['log']):
+          answer.scores = await self._scored(scores)
           if asked.stream:
             await self._stream(asked, answer, tickets, scope, receive, _patient(send))
           else:
@@ -195,8 +201,8 @@ class WrittenEndpoint:
     except _Gone:
       state['log']['status'] = GONE
     finally:
-      for ticket in tickets:
-        ticket.cancel()
+      for each in [*tickets, *scores]:
+        each.cancel()
       self._note(state['log'], tickets)
 
   def _asked(self, state: dict) -> AskedCall:
@@ -208,10 +214,26 @@ class WrittenEndpoint:
       chats = 'messages' in values
     return (reader.chat if chats else reader.completion)(values, state['key'])
 
-  async def _submit(self, asked: AskedCall, tickets: list[Ticket]) -> None:
+  async def _submit(self, asked: AskedCall, tickets: list[Ticket], scores: list[Future]) -> None:
+    service = self._api.service
     for call in asked.calls:
-      with wire.refusing():
-        tickets.append(await asyncio.to_thread(self._api.service.submit, call))
+      with refusing():
+        tickets.append(await asyncio.to_thread(service.submit, call))
+        if asked.scores >= 0:
+          known = call.prompt, call.options.adapter, asked.scores
+          scores.append(await asyncio.to_thread(service.score, *known))
+
+  async def _scored(self, scores: Sequence[Future]) -> list[PromptScores]:
+    """Of each prompt; its text is written meanwhile."""
+    try:
+      return [await asyncio.wrap_future(each) for each in scores]
+    except ScoringFailed as error:
+      status = 500 if self._api.service.state == calls.READY else 503
+      raise Denied(str(error), status=status, code=calls.DEVICE) from error
+    except asyncio.CancelledError:
+      if any(each.cancelled() for each in scores):
+        raise _Gone from None
+      raise
 
   async def _whole(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> dict:
     async with contextlib.aclosing(merged(tickets)) as events:
@@ -332,15 +354,17 @@ async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Event]]:
 
 
 @contextlib.asynccontextmanager
-async def _watched(receive: Receive, tickets: Sequence[Ticket], log: dict) -> AsyncIterator[None]:
+async def _watched(
+  receive: Receive, asked: Sequence[Ticket | Future], log: dict
+) -> AsyncIterator[None]:
   """A block in which a client that goes away cancels what it has asked for."""
 
   async def watch():
     while (await receive())['type'] != 'http.disconnect':
       pass
     log['gone'] = True
-    for ticket in tickets:
-      ticket.cancel()
+    for each in asked:
+      each.cancel()
 
   watching = asyncio.create_task(watch())
   try:

@@ -43,6 +43,16 @@ TABLE = {
     MODEL,
     'Tokens of prompts that had been read before.',
   ),
+  'tandem_spec_decode_num_draft_tokens_total': (
+    'counter',
+    MODEL,
+    'Tokens that were drafted, of samples that have ended.',
+  ),
+  'tandem_spec_decode_num_accepted_tokens_total': (
+    'counter',
+    MODEL,
+    'Of these, those that were kept.',
+  ),
   'tandem_num_preemptions_total': ('counter', MODEL, 'Rows that had to give way.'),
   'tandem_request_success_total': (
     'counter',
@@ -156,6 +166,8 @@ def _values(stats: Stats) -> dict[str, Any]:
     'tandem_generation_tokens_total': stats.generated_tokens,
     'tandem_prefix_cache_queries_total': stats.prefix_queries,
     'tandem_prefix_cache_hits_total': stats.prefix_hits,
+    'tandem_spec_decode_num_draft_tokens_total': stats.drafted,
+    'tandem_spec_decode_num_accepted_tokens_total': stats.accepted,
     'tandem_num_preemptions_total': stats.preempted,
     'tandem_request_success_total': {k: n for k, n in stats.finished.items() if k != calls.FAILED},
     'tandem_request_errors_total': stats.errors,

@@ -1,12 +1,17 @@
 """How does a model come to rows that a scheduler can have? An engine with its weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from decode.drafted import DraftingEngine
 from decode.engine import Engine
+from decode.front import Front
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
-from decode.sizes import Request, Sizes
+from decode.paged import PagedEngine
+from decode.scorer import PromptScorer, PromptScores
+from decode.sizes import Request, Sizes, Use
+from model.config import ModelConfig
 from model.weights import adapters
 from parallel import hosts
 from parallel.gathering import everywhere
@@ -21,12 +26,21 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
 
   Raises ValueError for sizes that make no sense.
   """
-  context = model.model.config.max_length or LONGEST
-  capacity = given.get('capacity') or context
+  config, count = model.model.config, adapters(model.model)
+  return row_sizes(config, model.parts, model.vocabulary, count, **given)
+
+
+def row_sizes(
+  config: ModelConfig, parts: int, vocabulary: int, adapters: int = 0, **given: int
+) -> Sizes:
+  """The same of a model of this config, of so many ids and adapters; parts: of the mesh, that have
+  rows of their own.
+  """
+  capacity = given.get('capacity') or config.max_length or LONGEST
   read = given.get('read_tokens') or min(BLOCK, capacity)
   asked = {
-    'rows': 16 * model.parts,
-    'alternatives': min(20, model.vocabulary),
+    'rows': 16 * parts,
+    'alternatives': min(20, vocabulary),
     'ends': 32,
     'states': 2**13,
     'classes': 512,
@@ -34,7 +48,7 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
     **given,
     'capacity': capacity,
     'read_tokens': read,
-    'adapters': adapters(model.model),
+    'adapters': adapters,
   }
   return Sizes(**asked)
 
@@ -45,8 +59,11 @@ class EngineRows:
   Attributes: as of AnyEngine.
   """
 
-  def __init__(self, model: LoadedModel, sizes: Sizes):
-    """Raises NotImplementedError for a model without a decoder."""
+  def __init__(self, model: LoadedModel, sizes: Sizes, scores: bool = False):
+    """scores: whether it scores prompts, too, for which there is one more row, and a program.
+
+    Raises NotImplementedError for a model without a decoder.
+    """
     config = model.model.config
     if config.encoder_layers or not config.causal:
       raise NotImplementedError(
@@ -60,6 +77,8 @@ class EngineRows:
       )
     self.sizes, self._model = sizes, model
     self._engine: Engine | None = None
+    self._scorer: PromptScorer | None = None
+    self._scores = scores
 
   def begin(self, came: Callable[[int, int], None]) -> None:
     """Compiles all programs; came: hears how many there are so far, of how many.
@@ -68,7 +87,8 @@ class EngineRows:
     """
     model = self._model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    self._engine = Engine(
+    made = DraftingEngine if self.sizes.lookup else PagedEngine if self.sizes.pages else Engine
+    self._engine = made(
       model.model.config,
       model.mesh,
       self.sizes,
@@ -77,11 +97,33 @@ class EngineRows:
       virtual=virtual,
     )
     self.sizes = self._engine.sizes
-    self._engine.compile(model.model, came)
+    if not self._scores:
+      self._engine.compile(model.model, came)
+      return
+    counts = [0]
+
+    def came_one(done: int, total: int) -> None:
+      counts[:] = [total + 1]
+      came(done, total + 1)
+
+    self._engine.compile(model.model, came_one)
+    self._scorer = PromptScorer(
+      model.model.config,
+      model.mesh,
+      self.sizes,
+      model.model,
+      vocabulary=model.vocabulary,
+      pad=model.tokenizer.pad,
+    )
+    came(*counts * 2)
 
   def end(self) -> None:
     """Gives the memory of rows back."""
-    self._engine = None
+    self._engine = self._scorer = None
+
+  def scored(self, ids: Sequence[int], front: Front, alternatives: int) -> Iterator[PromptScores]:
+    """See decode.scorer.PromptScorer."""
+    return self._scorer(self._model.model, ids, front, alternatives)
 
   @property
   def free(self) -> list[int]:
@@ -97,6 +139,9 @@ class EngineRows:
       raise NotReady(CLOSED)
     engine.check(request)
 
+  def takes(self, request: Request) -> bool:
+    return self._engine.takes(request)
+
   def choose(self, request: Request) -> int:
     return self._engine.choose(request)
 
@@ -108,6 +153,13 @@ class EngineRows:
 
   def cached(self, row: int) -> int:
     return self._engine.cached(row)
+
+  def seat(self) -> list[int]:
+    return self._engine.seat()
+
+  def use(self) -> Use:
+    engine = self._engine  # which is not there at first, and at the end
+    return Use() if engine is None else engine.use()
 
   def decode(self, count: int, alternatives: bool) -> Any:
     return self._engine.decode(self._model.model, count, alternatives)

@@ -32,13 +32,14 @@ class Running(Desk):
     *,
     limits: Limits = Limits(),
     clock: Callable[[], float] = time.monotonic,
+    scores: bool = False,
     **sizes: int,
   ):
-    """sizes: of serving.rows.sizes_for.
+    """scores: whether prompts are scored, too. sizes: of serving.rows.sizes_for.
 
     Raises ValueError and NotImplementedError for what cannot be served.
     """
-    rows = EngineRows(model, sizes_for(model, **sizes))
+    rows = EngineRows(model, sizes_for(model, **sizes), scores)
     super().__init__(
       rows,
       model.tokenizer,
@@ -47,6 +48,7 @@ class Running(Desk):
       adapters=model.adapters,
       limits=limits,
       clock=clock,
+      scorer=rows.scored if scores else None,
     )
     self._wake, self._begun, self._ended = (threading.Event() for _ in range(3))
     self._closing = False
@@ -87,7 +89,7 @@ class Running(Desk):
       self.state = FAILED
     finally:
       self._begun.set()
-      self._scheduler.end_all(*self._last_words())
+      self._end_all(*self._last_words())
       self._constraints.close()
       self._engine.end()
       self._ended.set()
@@ -96,11 +98,11 @@ class Running(Desk):
     """Steps, until there is nothing to do and nothing will be."""
     while not self._closing:
       self._wake.clear()
-      more = self._scheduler.step()
-      if self.state == calls.DRAINING and self._scheduler.idle:
+      more = self._step()
+      if self.state == calls.DRAINING and self.idle:
         break
       if not more:
-        self._wake.wait(None if self._scheduler.idle else POLL)
+        self._wake.wait(None if self.idle else POLL)
     self.state = calls.CLOSED
 
   def _last_words(self) -> tuple:

@@ -5,6 +5,7 @@ stands still.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
 from data.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ class Service(Protocol):
     clock: gives seconds, of Event.at and Times; never back.
     state: one of serving.call.STATES. progress: programs that are compiled, and that will be.
     error: why state is 'failed'; ''.
+    scores: whether prompts are scored.
   """
 
   tokenizer: Tokenizer
@@ -36,6 +38,7 @@ class Service(Protocol):
   state: str
   progress: tuple[int, int]
   error: str
+  scores: bool
 
   def encoded(self, prompt: str | Sequence[int]) -> list[int]:
     """The ids that the model reads. Raises ValueError for none, and for what is no id."""
@@ -49,6 +52,11 @@ class Service(Protocol):
     kind 'invalid', the only event of each sample.
 
     Raises QueueFull where as many wait as may, and NotReady in a state other than 'ready'.
+    """
+
+  def score(self, prompt: str | Sequence[int], adapter: str, alternatives: int) -> Future:
+    """The decode.scorer.PromptScores of a prompt, when they are there, or
+    serving.scoring.ScoringFailed. Raises as `submit`, and ValueError where prompts are not scored.
     """
 
   def ready(self, timeout: float | None = None) -> bool:

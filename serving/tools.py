@@ -1,19 +1,19 @@
-"""How does a model call tools? It writes a call as JSON, because it has to (a schema), or because
-its template taught it how (<tool_call>..</tool_call>); what it wrote is then read.
+"""Which tools may a chat's model call, and what does its text keep to where it has to? What it then
+writes is read by serving.parts.
 
-A constraint has a name and arguments of one call: {"name": .., "arguments": {..}}.
+A constraint has a name and arguments of one call: {"name": .., "arguments": {..}}, or of several
+calls an array of such.
 """
 
 import dataclasses
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.chat import ChatTemplate
 from serving.fields import Denied, boolean, json_object, mapping, one_of, text, wrong
+from serving.parts import CALL, FORCED
 
-OPEN, CLOSE = '<tool_call>', '</tool_call>'
+SEVERAL = 8  # calls that a text which has to be calls holds at most
 NO_PARAMETERS = {'type': 'object', 'properties': {}, 'additionalProperties': False}
 
 check_tool = mapping(
@@ -73,16 +73,20 @@ class Tools:
 
   Attributes:
     tools: as the template reads them. forced: names of those of which it has to call one; () where
-      it may write what it likes. several: whether there may be several calls.
+      it may write what it likes. form: how calls are written, see serving.parts.
+    several: whether there may be several calls.
   """
 
   tools: tuple[Mapping, ...]
   forced: tuple[str, ...]
+  form: str
   several: bool
 
   @classmethod
-  def of(cls, given: Mapping[str, Any], template: ChatTemplate | None) -> 'Tools | None':
-    """None where no tool is to be called. Raises Denied."""
+  def of(cls, given: Mapping[str, Any], form: str) -> 'Tools | None':
+    """None where no tool is to be called. form: in which the model calls them by itself; '' where
+    it does not. Raises Denied.
+    """
     tools, choice = given.get('tools'), given.get('tool_choice')
     if not tools:
       for name in ('tool_choice', 'parallel_tool_calls'):
@@ -90,34 +94,35 @@ class Tools:
           raise Denied(f'{name} without tools', name)
       return None
     choice = 'auto' if choice is None else choice
-    names = [tool['function']['name'] for tool in tools]
+    names = tuple(tool['function']['name'] for tool in tools)
     if len({*names}) < len(names):
       raise Denied('two of tools have one name', 'tools')
     if choice == 'none':
       return None
-    source = '' if template is None else template.source
     if choice == 'auto':
-      if 'tools' not in source or OPEN not in source:
+      if not form:
         raise Denied(
-          'tool_choice=auto: the chat template of this model shows it no tools, or does not teach '
-          f'it to write {OPEN}; give tool_choice=required, or the name of a tool, and describe it '
-          'in a message',
+          'tool_choice=auto: the chat template of this model shows it no tools, or writes calls in '
+          f'a form that is not read here ({CALL[0]}, or an object with name and parameters); give '
+          'tool_choice=required, or the name of a tool, and describe it in a message',
           'tool_choice',
         )
-      forced = ()
-    elif choice == 'required':
-      forced = tuple(names)
+      several = given.get('parallel_tool_calls', True)
+      return cls(tools=tuple(tools), forced=(), form=form, several=several)
+    if choice == 'required':
+      forced = names
     elif choice['name'] not in names:
       raise Denied(f'tool_choice: {choice["name"]!r} is none of tools', 'tool_choice')
     else:
       forced = (choice['name'],)
-    if forced and given.get('parallel_tool_calls'):
-      raise Denied(
-        'parallel_tool_calls with a call that is forced, which is one; leave it out',
-        'parallel_tool_calls',
-      )
-    several = given.get('parallel_tool_calls', True)
-    return cls(tools=tuple(tools), forced=forced, several=several)
+    # An array is what a model has to be asked for: one that may be of any length need not end.
+    several = given.get('parallel_tool_calls', False)
+    return cls(tools=tuple(tools), forced=forced, form=FORCED, several=several)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of those that may be called."""
+    return self.forced or tuple(tool['function']['name'] for tool in self.tools)
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -144,35 +149,7 @@ class Tools:
       for tool in self.tools
       if tool['function']['name'] in self.forced
     ]
-    return {'schema': calls[0] if len(calls) == 1 else {'anyOf': calls}}
-
-  def read(self, content: str) -> tuple[str, list[dict]]:
-    """What was written beside calls, and the calls as answers have them. What is no whole call, as
-    where max_tokens has cut it off, stays text.
-    """
-    if self.forced:
-      call = _written(content)
-      return ('', [call]) if call else (content, [])
-    beside, calls, rest = '', [], content
-    while OPEN in rest:
-      before, _, after = rest.partition(OPEN)
-      inner, closed, after = after.partition(CLOSE)
-      call = _written(inner) if closed else None
-      if call is None or (calls and not self.several):
-        break
-      beside, rest = beside + before, after
-      calls.append(call)
-    beside += rest
-    return (beside.strip() if calls else content), calls
-
-
-def _written(content: str) -> dict | None:
-  try:
-    call = json.loads(content)
-    name, arguments = call['name'], call['arguments']
-  except (ValueError, RecursionError, KeyError, TypeError):
-    return None
-  if not isinstance(name, str) or not isinstance(arguments, dict):
-    return None
-  function = {'name': name, 'arguments': json.dumps(arguments, ensure_ascii=False)}
-  return {'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': function}
+    one = calls[0] if len(calls) == 1 else {'anyOf': calls}
+    if self.several:
+      return {'schema': {'type': 'array', 'items': one, 'minItems': 1, 'maxItems': SEVERAL}}
+    return {'schema': one}

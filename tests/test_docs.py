@@ -135,6 +135,7 @@ def test_arguments_of_benchmarks_and_convert_are_known():
   assert not said, said
 
 
+@pytest.mark.slow
 def test_a_wrong_flag_is_found():
   wrong = ['--config=configs/tiny.py', '--config.modle.width=64']
   assert 'modle' in problems(ABSL, 'train', json.dumps([wrong]))

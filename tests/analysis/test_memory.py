@@ -47,6 +47,7 @@ def test_arguments_are_what_their_shardings_say(tpu_step):
   assert got['optimizer state'] == pytest.approx(2 * got['parameters'], abs=64)
 
 
+@pytest.mark.slow
 def test_all_arguments_are_accounted_for(tpu_step):
   stats = tpu_step.compiled.memory_analysis()
   # And the batch: four arrays of int32, rows split over fsdp

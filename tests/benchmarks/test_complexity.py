@@ -58,6 +58,7 @@ def test_what_is_compiled_is_what_is_traced(way, points):
   )
 
 
+@pytest.mark.slow
 def test_calls_are_those_of_the_policy(points):
   """None computes a block once, full again for its gradient, sqrt again for its group and again for
   its gradient; generation once a token.

@@ -480,6 +480,7 @@ def on_one():
   return make_generator({}, 260)(TEXTS, **HOW)  # 260 split where 259 do not
 
 
+@pytest.mark.slow
 def test_completions(generator, expected):
   assert [c.prompt for c in expected] == [text for text in TEXTS for _ in range(2)]
   for best, other in zip(expected[::2], expected[1::2]):

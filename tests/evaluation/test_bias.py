@@ -143,6 +143,7 @@ def test_bbqs_scores_are_those_of_its_paper():
   assert unknowns([told(1, True)] * 3)[1].estimate.value == 0
 
 
+@pytest.mark.slow
 def test_results_of_a_model_become_a_report(tmp_path, capsys, monkeypatch):
   """From a file to what is printed, of a small model; each of its numbers by hand."""
   lines = [

@@ -106,6 +106,7 @@ def test_who_learned_by_heart_is_caught_and_who_did_not_is_not():
   assert said[EXTRACTION].startswith('not') and said[MEMBERSHIP].startswith('what was read is not')
 
 
+@pytest.mark.slow
 def test_what_was_found_is_written_to_be_read(tmp_path):
   made = memorisation.measured(models()[0], asked(), (EXTRACTION, MEMBERSHIP), lambda line: None)
   values = memorisation.write(tmp_path, {'workdir': 'x', 'step': 3}, asked(), made)

@@ -46,6 +46,7 @@ def test_scores_are_those_of_the_whole_text():
   assert np.ptp(logs(scored())) > 1
 
 
+@pytest.mark.slow
 def test_company_and_order_change_rounding_only(monkeypatch):
   expected = logs(scored())
   np.testing.assert_allclose(logs(scored(pairs=PAIRS[::-1]))[::-1], expected, atol=2e-5)

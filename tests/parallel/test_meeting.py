@@ -53,6 +53,7 @@ def test_without_the_first_one_the_others_say_so(port):
   assert time.monotonic() - began < 15
 
 
+@pytest.mark.slow
 def test_who_goes_again_is_missing_and_strangers_are_not_counted(port):
   """A process that has come and was lost, one of another run, and what a scan of ports sends."""
   with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -130,6 +130,35 @@ def test_an_answer_has_the_form_of_openais(client):
   assert answer['choices'][0]['prompt_token_ids'] == [5, 6, 7]
 
 
+def test_prompts_are_scored_where_that_is_asked_for():
+  """In vLLM's form, and echoed in OpenAI's, whole and streamed."""
+  served = FakeService(ChatTokenizer(), lambda request: [70, 2], scores=True)
+  with served.by_itself(), TestClient(app(served, Served(name='m'), hosts=['*'])) as one:
+    asked = {'prompt': [[1, 5, 9], [7]], 'logprobs': 2, 'echo': True}
+    whole = one.post('/v1/completions', json=asked).json()['choices']
+    assert whole[0]['logprobs']['token_logprobs'] == [None, -5 / 8, -9 / 8, -0.5, -0.5]
+    assert whole[0]['logprobs']['top_logprobs'][0] is None
+    assert [*whole[0]['logprobs']['top_logprobs'][1].values()] == [0.0, -1 / 8]
+    assert whole[1]['logprobs']['token_logprobs'] == [None, -0.5, -0.5]
+    offsets, text = whole[0]['logprobs']['text_offset'], whole[0]['text']
+    assert text == TOKENIZER.decode([1, 5, 9, 70]) and offsets[-1] == len(text)
+    streamed = pieces(one.post('/v1/completions', json=asked | {'stream': True}))
+    for index, said in joined(streamed, False).items():
+      assert said['logprobs'] == whole[index]['logprobs']['token_logprobs']
+
+    answer = one.post('/v1/completions', json={'prompt': [1, 9], 'prompt_logprobs': 1}).json()
+    first, second = answer['choices'][0]['prompt_logprobs']
+    token = TOKENIZER.decode([9])
+    assert first is None
+    assert second['9'] == {'logprob': -9 / 8, 'rank': 9, 'decoded_token': token}
+    assert second['0']['rank'] == 1 and len(second) == 2
+    chat = one.post('/v1/chat/completions', json=CHAT | {'prompt_logprobs': 0}).json()
+    assert len(chat['prompt_logprobs']) == chat['usage']['prompt_tokens']
+    for more, says in (({'stream': True}, 'stream'), ({'prompt_logprobs': 21}, 'at most 20')):
+      refused = one.post('/v1/completions', json=COMPLETION | {'prompt_logprobs': 1} | more)
+      assert refused.status_code == 400 and says in refused.json()['error']['message']
+
+
 def test_a_sample_can_be_asked_for_alone(client):
   served = service(lambda request: TOKENIZER.encode(str(request.sampling.seed[0])))
   with served.by_itself(), TestClient(app(served, Served(name='m'), hosts=['*'])) as one:
@@ -159,7 +188,8 @@ REFUSED = [
   (COMPLETION | {'stop': ['x'] * 17}, 'stop', 'at most 16'),
   (COMPLETION | {'stop': ''}, 'stop', 'empty'),
   (COMPLETION | {'logprobs': 21}, 'logprobs', 'at most 20'),
-  (COMPLETION | {'logprobs': 1, 'echo': True}, 'logprobs', 'echo'),
+  (COMPLETION | {'logprobs': 1, 'echo': True}, 'logprobs', 'echo.*--prompt_logprobs'),
+  (COMPLETION | {'prompt_logprobs': 1}, 'prompt_logprobs', '--prompt_logprobs'),
   (COMPLETION | {'logit_bias': {'x': 1}}, 'logit_bias', 'no id'),
   (COMPLETION | {'logit_bias': {'3': 101}}, 'logit_bias.3', '100'),
   (COMPLETION | {'seed': -1}, 'seed', 'integer'),

@@ -17,7 +17,7 @@ from decode.generator import Generator
 from decode.options import Options
 from model.config import LatentConfig
 from model.execution import ExecutionConfig
-from serving import call as calls
+from serving import call as calls, scoring
 from serving.call import Call, Limits
 from serving.running import Running
 from tests.decode.small import config_of, generator_of
@@ -58,7 +58,7 @@ def running(made: Generator, limits: Limits = Limits(), **sizes):
 
 @pytest.fixture(scope='module')
 def served():
-  with running(generator()) as it:
+  with running(generator(), scores=True) as it:
     yield it
 
 
@@ -201,8 +201,36 @@ def test_nothing_is_compiled_once_it_is_ready(served):
   assert served.progress[0] == served.progress[1] == served.stats().compiled
   with compilations() as names:
     tickets = [served.submit(dataclasses.replace(one, salt='x')) for one in ASKED * 2]
+    scores = [served.score(SYSTEM, '', 2), served.score('a', '', 0)]
     [result(ticket) for ticket in tickets]
+    [each.result(60) for each in scores]
   assert not names
+
+
+def test_prompts_are_scored_as_a_forward_pass_scores_them(served):
+  """Of one token, of less than a call's, across several calls, up to all that a row holds; also
+  where a call before has failed half-way.
+  """
+  prompts = [[5], [5, 9], SYSTEM + 'Why?', 'x' * 54]
+  expected = generator().score(prompts)
+  scorer = served._engine._scorer
+  program, scorer._program = scorer._program, lambda *_: 1 / 0
+  with pytest.raises(scoring.ScoringFailed, match='ZeroDivisionError'):
+    served.score(SYSTEM, '', 0).result(60)
+  scorer._program = program
+  for prompt, logprobs in zip(prompts, expected, strict=True):
+    scores = served.score(prompt, '', 3).result(60)
+    np.testing.assert_allclose(scores.logprobs, logprobs, atol=1e-5)
+    ids = served.encoded(prompt)[1:]
+    for i, value, rank, likeliest in zip(
+      ids, scores.logprobs, scores.ranks, scores.alternatives, strict=True
+    ):
+      values = [each for _, each in likeliest]
+      assert len(values) == 3 and values == sorted(values, reverse=True)
+      assert (rank <= 3) == (i in dict(likeliest))
+      assert rank > 3 or likeliest[rank - 1] == (i, pytest.approx(value, abs=1e-6))
+  with pytest.raises(ValueError, match='of at most 56'):
+    served.score('x' * 56, '', 0)
 
 
 def test_a_device_that_fails_ends_who_had_a_row_and_goes_on(served, monkeypatch):
@@ -302,7 +330,11 @@ def test_every_row_has_the_adapter_that_it_asks_for(monkeypatch):
   from test_several_adapters import models_of
 
   made = models_of().together()
-  with running(made) as served:
+  with running(made, scores=True) as served:
+    for name in ('', 'tables', 'lengths'):
+      (expected,) = made.score(SYSTEM, adapter=name)
+      scores = served.score(SYSTEM, name, 0).result(60)
+      np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
     assert served.adapters == ('orders', 'tables', 'lengths')
     names, texts = ['', *served.adapters], {}
     for order in (names, names[::-1]):
@@ -324,7 +356,9 @@ def test_every_row_has_the_adapter_that_it_asks_for(monkeypatch):
 def test_devices_that_share_a_server_are_one(sizes):
   with running(generator()) as one:
     expected = [result(one.submit(each)) for each in ASKED]
-  with running(generator(**sizes), rows=4) as many:
+  with running(generator(**sizes), rows=4, scores=True) as many:
+    scores = many.score(SYSTEM, '', 2).result(60)
+    np.testing.assert_allclose(scores.logprobs, generator().score(SYSTEM)[0], atol=1e-4)
     assert [
       {sample: said[:2] for sample, said in result(many.submit(each)).items()} for each in ASKED
     ] == [{sample: said[:2] for sample, said in each.items()} for each in expected]

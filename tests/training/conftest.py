@@ -213,3 +213,11 @@ def on(corpus: pathlib.Path, **parts) -> Config:
     'cache_dir': str(corpus / 'cache'),
   }
   return tiny(**parts | {'data': data | parts.get('data', {})})
+
+
+@pytest.fixture(scope='session')
+def two_steps(corpus, tmp_path_factory) -> pathlib.Path:
+  """A run of two steps on the corpus, which tests read, begin with and copy."""
+  directory = tmp_path_factory.mktemp('two_steps')
+  run_here(on(corpus, train={'steps': 2, 'save_every': 2}), directory)
+  return directory

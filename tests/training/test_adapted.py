@@ -25,11 +25,9 @@ def adapted(corpus, base, steps=4, adapter=LORA, **parts):
 
 
 @pytest.fixture(scope='module')
-def base(corpus, tmp_path_factory):
+def base(two_steps, tmp_path_factory):
   """A run whose model is adapted."""
-  directory = tmp_path_factory.mktemp('adapted') / 'base'
-  run_here(on(corpus, train={'steps': 2, 'save_every': 2}), directory)
-  return directory
+  return shutil.copytree(two_steps, tmp_path_factory.mktemp('adapted') / 'base')
 
 
 @pytest.fixture(scope='module')
@@ -62,6 +60,7 @@ def test_a_checkpoint_holds_the_adapter_and_names_the_base(base, lora):
   assert sizes[1] < sizes[0] / 4
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_bit_for_bit(corpus, base, lora, tmp_path):
   run_here(adapted(corpus, base, 2), tmp_path)
   run_here(adapted(corpus, base, 4), tmp_path)

@@ -1,6 +1,7 @@
 """Is a checkpoint of others in codes, once it is imported, a run like others in codes?"""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ TEXTS = ['some words', 'other ones']
 
 
 @pytest.fixture(scope='module')
-def runs(corpus, tmp_path_factory):
+def runs(two_steps, tmp_path_factory):
   """A checkpoint by GPTQ of a run that was trained: hf/, codes/; and what import makes of it:
   numbers/, kept/.
   """
   directory = tmp_path_factory.mktemp('others')
-  run_here(on(corpus, train={'steps': 2, 'save_every': 2}), directory / 'run')
+  shutil.copytree(two_steps, directory / 'run')
   convert.main(['export', '--workdir', f'{directory}/run', '--to', f'{directory}/hf'])
   files.in_codes(directory / 'hf', directory / 'codes', files.gptq(4, 16, symmetric=False))
   source = ['import', '--vocabulary_multiple=1', '--from', f'{directory}/codes', '--workdir']

@@ -30,10 +30,10 @@ TEXTS = ['some words', 'other ones']
 
 
 @pytest.fixture(scope='module')
-def runs(corpus, tmp_path_factory):
+def runs(two_steps, tmp_path_factory):
   """A run as numbers, and in codes of 4 bits."""
   directory = tmp_path_factory.mktemp('compressed')
-  run_here(on(corpus, train={'steps': 2, 'save_every': 2}), directory / 'run')
+  shutil.copytree(two_steps, directory / 'run')
   command = ['quantise', '--workdir', f'{directory}/run', '--to', f'{directory}/codes']
   convert.main([*command, '--scheme=int4:group=8', '--store=head*=int8', '--method=mse'])
   return directory
@@ -130,6 +130,7 @@ def test_a_method_looks_at_the_runs_own_rows_and_goes_on_where_it_was_killed(
   assert all((np.asarray(x) == models[1][name]).all() for name, x in models[0].items())
 
 
+@pytest.mark.slow
 def test_records_are_calibrated_by_as_the_template_has_them(runs, tmp_path, capsys):
   texts = tmp_path / 'texts.jsonl'
   texts.write_text('\n'.join(json.dumps({'text': f'some words {i}'}) for i in range(30)))

@@ -329,6 +329,7 @@ def test_no_page_of_the_step_names_an_objective():
     assert not [kind for kind in kinds.KINDS if f"'{kind}'" in text], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('adapter', [{}, {'kind': 'lora', 'rank': 2}], ids=['whole', 'lora'])
 def test_a_reference_is_the_policy_as_it_began(adapter, one_device):
   """Their scores are the same at first, and ln 2 the loss of every pair; under an adapter the
@@ -362,11 +363,9 @@ def test_a_record_that_devices_would_cut_apart_is_refused():
 
 
 @pytest.fixture(scope='module')
-def base(corpus, tmp_path_factory):
+def base(two_steps, tmp_path_factory):
   """A run whose model a policy begins with, and a reference is."""
-  directory = tmp_path_factory.mktemp('base')
-  run_here(on(corpus, train={'steps': 1, 'save_every': 1}), directory)
-  return directory
+  return shutil.copytree(two_steps, tmp_path_factory.mktemp('begun') / 'base')
 
 
 @pytest.fixture
@@ -403,7 +402,7 @@ def test_resumed_is_uninterrupted_with_a_frozen_reference(corpus, base, register
   assert_same(whole, again)
   # The reference is not in the checkpoint but by name.
   assert not [name for name in whole if 'reference' in name]
-  assert record['references'] == {'reference': Checkpoints(base).reference(1)} and record[
+  assert record['references'] == {'reference': Checkpoints(base).reference(2)} and record[
     'references'
   ]['reference']['directory'] == str(base)
   assert configs.load(tmp_path / 'whole').objective == Toy(reference=str(base))
@@ -416,10 +415,10 @@ def test_another_reference_is_refused(corpus, base, registered, tmp_path):
   for path in (tmp_path / 'base' / 'checkpoints').iterdir():
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   run_here(
-    on(corpus, train={'steps': 1, 'save_every': 1, 'seed': 5}), tmp_path / 'base', allow_change=True
+    on(corpus, train={'steps': 2, 'save_every': 2, 'seed': 5}), tmp_path / 'base', allow_change=True
   )
   with pytest.raises(
-    SystemExit, match=r'(?s)checkpoint 1 in .*base, which is not what it was: its digest was'
+    SystemExit, match=r'(?s)checkpoint 2 in .*base, which is not what it was: its digest was'
   ):
     run_here(with_reference(corpus, tmp_path / 'base'), tmp_path / 'run')
   shutil.rmtree(tmp_path / 'base' / 'checkpoints')
@@ -427,6 +426,7 @@ def test_another_reference_is_refused(corpus, base, registered, tmp_path):
     run_here(with_reference(corpus, tmp_path / 'base'), tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_models_had_names_is_read_bit_for_bit(tmp_path):
   """Its leaves were `model.NAME`, and `optimizer.*.NAME` without a model's."""
   trainer = Trainer(tiny())

@@ -118,6 +118,7 @@ def test_metrics_that_are_not_what_was_written_are_put_aside(run, corpus, longer
   assert [line['loss'] for line in lines[1:]] == losses[4:] and lines[-1]['tokens'] == tokens
 
 
+@pytest.mark.slow
 def test_what_was_written_after_the_checkpoint_changes_nothing(run, corpus, longer, capsys):
   with open(run / metrics.FILE, 'a') as file:
     file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')

@@ -105,6 +105,7 @@ def texts(draw, width, vocabulary=250):
   return jnp.asarray(draw.integers(3, vocabulary, (2, width)), jnp.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'adapter, family',
   [

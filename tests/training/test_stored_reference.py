@@ -220,6 +220,7 @@ def test_a_step_is_that_of_a_reference_that_is_held(held, kind, tmp_path):
   assert abs(metrics['kl' if kind == 'kto' else 'log_ratio']) > 1e-3
 
 
+@pytest.mark.slow
 def test_nothing_counts_what_is_not_run(held):
   live, run = held('preference')
   forward = run.config.objective.forward_flops(run.config.model, run.config.data, None)

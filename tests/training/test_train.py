@@ -145,6 +145,7 @@ def test_training_with_the_gpu_kernels_is_training(blocks, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_initial_parameters_do_not_depend_on_the_mesh(alone):
   trainer = Trainer(tiny(mesh={'fsdp': 4, 'data': 2}), 8)
   with jax.set_mesh(trainer.mesh):
