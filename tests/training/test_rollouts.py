@@ -287,23 +287,24 @@ def test_ppo_on_devices_is_ppo_on_one(place, tmp_path):
   """Two rollouts with all that is made of them: answers, scores, values, credit, steps of the
   policy and of its critic, the coefficient that adapts.
   """
-  objective = dataclasses.replace(CRITICAL, critic='separate', kl_target=0.01, missing_end=0.1)
+  fields = {'critic': 'separate', 'kl_target': 0.01, 'minibatches': 1}
+  objective = dataclasses.replace(CRITICAL, **fields)
   names = ('policy', 'critic', 'value_head')
   said, models = {}, {}
-  for name, mesh in (('one', {}), ('four', {'data': 2, 'tensor': 2})):
-    made = config(place, objective, mesh=mesh, train={'steps': 8, 'eval_every': 4})
+  for name, mesh in (('one', {}), ('eight', {'data': 4, 'tensor': 2})):
+    made = config(place, objective, mesh=mesh, train={'steps': 4, 'save_every': 4, 'eval_every': 4})
     run_here(made, tmp_path / name)
     said[name] = [json.loads(line) for line in (tmp_path / name / FILE).read_text().splitlines()]
-    models[name] = {model: policy_of(made, tmp_path / name, 8, model) for model in names}
-  for one, four in zip(*said.values(), strict=True):
-    assert one['answers'] == four['answers'] and one['prompt'] == four['prompt']
-    np.testing.assert_allclose(one['rewards'], four['rewards'], rtol=1e-6)
-    np.testing.assert_allclose(one['beta'], four['beta'], rtol=1e-5)
+    models[name] = {model: policy_of(made, tmp_path / name, 4, model) for model in names}
+  for one, eight in zip(*said.values(), strict=True):
+    assert one['answers'] == eight['answers'] and one['prompt'] == eight['prompt']
+    np.testing.assert_allclose(one['rewards'], eight['rewards'], rtol=1e-6)
+    np.testing.assert_allclose(one['beta'], eight['beta'], rtol=1e-5)
   assert said['one'][0]['beta'] != said['one'][1]['beta']
   told = ('loss', 'reward', 'kl', 'policy_kl', 'value_loss', 'explained', 'clip_fraction')
-  for one, four in zip(*(metrics_of(tmp_path / name) for name in said), strict=True):
+  for one, eight in zip(*(metrics_of(tmp_path / name) for name in said), strict=True):
     for key in told:
-      np.testing.assert_allclose(one.get(key, 0), four.get(key, 0), rtol=1e-3, atol=2e-5)
+      np.testing.assert_allclose(one.get(key, 0), eight.get(key, 0), rtol=1e-3, atol=2e-5)
   assert_close(*models.values(), 3e-5)
 
 
