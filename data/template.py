@@ -304,6 +304,17 @@ def with_mask(tokenizer: Tokenizer) -> Tokenizer:
   return tokenizer if id_of(tokenizer, name) is not None else extended(tokenizer, [name])
 
 
+def mask_of(tokenizer: Tokenizer) -> int:
+  """The id of its mask. Raises ValueError where it has none."""
+  mask = id_of(tokenizer, _mask_name(tokenizer))
+  if mask is None:
+    raise ValueError(
+      f'the {tokenizer.kind!r} tokenizer has no mask, by which an encoder is asked; take a model '
+      'that was trained with masks'
+    )
+  return mask
+
+
 def _mask_name(tokenizer: Tokenizer) -> str:
   return tokenizer.special_tokens.get('mask_token', SPELLED)
 

@@ -327,24 +327,32 @@ def choice_scores(
   if mask < 0 or max(map(len, words)) > 1:
     raise ValueError('an encoder finds words of one id each in the place of a mask; name its id')
   inside = np.array([word[0] for word in words], np.int32)
+  return masked_scores(model, texts, np.tile(inside, (len(texts), 1)), mask)
+
+
+def masked_scores(
+  model: LoadedModel, texts: Sequence[Ids], inside: np.ndarray, mask: int
+) -> np.ndarray:
+  """Log-probabilities, f32, by an encoder, of the ids [texts, W] in the place of the mask that each
+  text has; texts of about the same length are read together.
+  """
   size = -(-min(ROWS // 4, len(texts)) // model.parts) * model.parts
   order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-  scores = np.zeros((len(texts), len(words)), np.float32)
+  scores = np.zeros(inside.shape, np.float32)
   for first in range(0, len(order), size):
     here = order[first : first + size]
-    rows = [texts[i] for i in here]
-    rows += [rows[-1]] * (size - len(rows))  # that fill the batch up
-    scores[here] = _in_masks(model, rows, inside, mask)[: len(here)]
+    here += here[-1:] * (size - len(here))  # that fill the batch up
+    scores[here] = _in_masks(model, [texts[i] for i in here], inside[here], mask)
   return scores
 
 
 def _in_masks(model: LoadedModel, rows, inside: np.ndarray, mask: int) -> np.ndarray:
-  """[B, W]"""
+  """[B, W] of rows with the ids [B, W]."""
   front = model.plain
   tokens, lengths = model.padded([front.whole(ids) for ids in rows])
   places = np.array([list(ids).index(mask) for ids in rows], np.int32) + len(front.soft)
   with jax.set_mesh(model.mesh):
-    arrays = map(model.put, (tokens, lengths, places, np.tile(inside, (len(rows), 1))))
+    arrays = map(model.put, (tokens, lengths, places, inside))
     return np.asarray(_inside(model.model, *arrays, vocabulary=model.vocabulary))
 
 

@@ -189,6 +189,17 @@ def _frozen(task: Task, asked: Item, shots, manner: Manner) -> Item:
   return dataclasses.replace(asked, shots=shots, digest=digest)
 
 
+def is_pairs(task: Task) -> bool:
+  """Whether it asks which of two texts is the likelier one, and nothing besides."""
+  kind = task.kind
+  return (
+    isinstance(kind, MultipleChoice)
+    and not isinstance(kind.choices, str)
+    and (len(kind.choices), kind.normalise, kind.calibration) == (2, 'sum', 'none')
+    and not (task.prompt or task.instruction)
+  )
+
+
 class Asker:
   """Questions of a task as one model reads them.
 
@@ -200,10 +211,11 @@ class Asker:
     self._tokenizer = model.tokenizer
     config, kind = model.model.config, type(task.kind).__name__
     self.encoder = config.encoder_layers > 0
-    if not config.causal and not isinstance(task.kind, Classification):
+    if not config.causal and not (isinstance(task.kind, Classification) or is_pairs(task)):
       raise ValueError(
         f'a {kind} is of a model that writes, and this one is an encoder; it can be asked to '
-        'Classification, by a template with a mask'
+        'Classification, by a template with a mask, and which of two texts is likelier: a '
+        "MultipleChoice of two, with an empty prompt and normalise='sum'"
       )
     if self.encoder and isinstance(task.kind, Perplexity):
       raise ValueError(

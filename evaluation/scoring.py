@@ -12,14 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data.records import LabelRecord
-from data.template import Template
-from decode.choices import room, score_pairs
+from data.template import Template, mask_of
+from decode.choices import PairScore, room, score_pairs
 from decode.generator import Generator
 from decode.request import FAILED
 from evaluation import writing
 from evaluation.classify import CONTENT_FREE, asking_of, label_scores, probabilities
 from evaluation.examples import Asker, Item, Manner, fitted
 from evaluation.measures import Measure, chance_of, classified, measures
+from evaluation.pseudo import pair_scores
 from evaluation.task import Classification, Generate, MultipleChoice, Perplexity, Task, at_fault
 
 Line = dict
@@ -70,7 +71,10 @@ def scorer(model: Generator, task: Task, manner: Manner, asked: Sequence[Item]) 
     Perplexity: Foretelling,
     Generate: Writing,
   }
-  return kinds[type(task.kind)](model, task, manner, asked)
+  made = kinds[type(task.kind)]
+  if made is Choosing and not model.model.config.causal:
+    made = Filling
+  return made(model, task, manner, asked)
 
 
 class Choosing(Scorer):
@@ -137,6 +141,24 @@ class Choosing(Scorer):
   @property
   def chance(self):
     return chance_of(self.task, [len(each.choices) for each in self.asked])
+
+
+class Filling(Choosing):
+  """Of pairs of texts, by an encoder: pseudo-log-likelihoods of what both have."""
+
+  def __init__(self, model, task, manner, asked):
+    super().__init__(model, task, manner, asked)
+    if manner.system or manner.chat:
+      raise ValueError('--system and --chat are of models that write; leave them out')
+    mask_of(model.tokenizer)
+
+  def scores(self, asked):
+    pairs = pair_scores(self.model, [tuple(each.choices) for each in asked])
+    lines = []
+    for each, pair in zip(asked, pairs, strict=True):
+      scored = [PairScore(math.fsum(logs), len(logs), False) for logs in pair]
+      lines.append(self._line(each, scored, None) | {'cut': 0})
+    return lines
 
 
 class Labelling(Scorer):

@@ -4,11 +4,13 @@ token that these stand for: what objectives compare models by.
 B rows of a batch · T length · D width
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import context
-from model.vocabulary import Law
+from model.logprobs import logprobs
+from model.vocabulary import TOKENS, Law
 from parallel import axes as ax
 
 SOURCES = ('source', 'source_positions', 'source_segments')
@@ -46,3 +48,42 @@ def law(model, x: Float[Array, 'B T D'], temperature: float) -> Law:
   if temperature != 1:
     warmth = ax.place(jnp.full(x.shape[0], temperature, jnp.float32), 'batch')
   return Law(*model.scored(x), warmth, config.logit_softcap, config.vocabulary_limit)
+
+
+def target_logprobs(
+  model, x: Float[Array, 'B T D'], batch, temperature: float, most: int, parts: int
+) -> Float[Array, 'B T']:
+  """log p of the targets of a batch, laid out in these parts, 0 where weights are; differentiable
+  in the hidden states x and the head.
+
+  most: targets that count, of each row, which follow one another, at most. What stands before and
+    behind them does not meet the head: rows are cut to as many places as this before it, one shape
+    whatever the prompts. Where the mesh splits rows along their length, whose devices would wait
+    for those with the answers, all places do.
+  """
+  targets, weights = batch.targets, batch.weights
+  length = targets.shape[1]
+  if most >= length or parts > 1 or ax.size('length') > 1:
+    return logprobs(law(model, x, temperature), targets, weights)
+  begins = jnp.minimum((weights > 0).argmax(1), length - most)
+
+  def cut(whole, begins):
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, most))(whole, begins)
+
+  def inside(x, targets, weights, begins):
+    return tuple(cut(whole, begins) for whole in (x, targets, weights))
+
+  def spread(part, begins):
+    zeros = jnp.zeros((part.shape[0], length), part.dtype)
+    put = jax.vmap(lambda row, some, at: jax.lax.dynamic_update_slice_in_dim(row, some, at, 0))
+    return put(zeros, part, begins)
+
+  begin, row, vector = ('batch',), ('batch', None), ('batch', None, None)
+  arrays = ax.local(inside, (vector, row, row, begin), (vector, row, row))(
+    ax.place(x, *vector), targets, weights, begins
+  )
+  x, targets, weights = (
+    ax.place(a, *names) for a, names in zip(arrays, ((*TOKENS, 'width'), TOKENS, TOKENS))
+  )
+  found = logprobs(law(model, x, temperature), targets, weights)
+  return ax.local(spread, (row, begin), row)(ax.place(found, *row), begins)

@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 import names
 from data import prompts
 from kernels import context
-from model.logprobs import logprobs
-from objectives.laws import final, laid_out, law
+from objectives.laws import final, laid_out, target_logprobs
 from objectives.objective import MAIN, Objective, or_one
 from objectives.rollout import POLICY, SPLIT, WHOLE, HeldOut, RolloutBatch, Rollouts
 
@@ -136,7 +135,7 @@ class OfOwnText(Objective):
     """In order, whatever the layout that the mesh computes in."""
     batch, parts = laid_out(model, batch)
     x, _ = final(model, batch, parts)
-    scores = logprobs(law(model, x, self.temperature), batch.targets, batch.weights)
+    scores = target_logprobs(model, x, batch, self.temperature, self.max_new_tokens, parts)
     return context.in_order(scores, parts)
 
   def credited(

@@ -23,10 +23,9 @@ from jaxtyping import Array, Float
 import names
 from data import tokenizers
 from data.extra import same_ids
-from model.logprobs import logprobs
 from objectives import advantage
 from objectives.answers import BEGUN, EXPERTS, NONE, REFERENCE, balance
-from objectives.laws import final, laid_out, law
+from objectives.laws import final, laid_out, target_logprobs
 from objectives.next_token import router_metrics
 from objectives.objective import MAIN, Role, or_one
 from objectives.own_text import OfOwnText
@@ -250,7 +249,7 @@ class OfRollouts(OfOwnText):
     batch, parts = laid_out(models[MAIN], batch)
     x, router = final(models[MAIN], batch, parts)
     with jax.named_scope('loss'):
-      policy = logprobs(law(models[MAIN], x, self.temperature), batch.targets, batch.weights)
+      policy = target_logprobs(models[MAIN], x, batch, self.temperature, self.max_new_tokens, parts)
     log_ratio = jnp.where(batch.weights > 0, policy - batch.behaviour, 0)
     return Reading(batch, parts, x, log_ratio, router)
 

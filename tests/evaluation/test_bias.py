@@ -4,6 +4,7 @@ its definitions?
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,10 @@ from evaluation.bias import Chosen, gaps_of_groups, preferences, sentences, unkn
 from evaluation.bias_rows import bbq, checklist, winobias, winogender
 from evaluation.examples import Manner, examples
 from evaluation.paired import mcnemar
-from tests.evaluation.test_label_scores import generator
+from evaluation.pseudo import pair_scores, shared
+from evaluation.scoring import scorer
+from evaluation.task import MultipleChoice, Task
+from tests.evaluation.test_label_scores import generator, logits_of
 
 BBQ = {
   'example_id': 7,
@@ -182,3 +186,32 @@ def test_results_of_a_model_become_a_report(tmp_path, capsys, monkeypatch):
   assert 'they are a | they are x' in text and 'p (Holm)' in text
   with pytest.raises(SystemExit, match='no results of tasks of bias'):
     bias.main([str(tmp_path), f'--data={tmp_path}'])
+
+
+def test_an_encoder_finds_pairs_by_what_they_share():
+  """Each token that both have masked by itself, from all logits of one row alone."""
+  g, pairs = generator('bert'), [('he is mad', 'she is mad'), ('a cook sat', 'a cat sat by')]
+  assert shared([7, 1, 2, 3], [1, 2, 9, 3]) == ([1, 2, 3], [0, 1, 3])
+  expected = []
+  for pair in pairs:
+    ids = [g.tokenizer.encode(text) for text in pair]
+    for own, places in zip(ids, shared(*ids)):
+      total = 0.0
+      for i in places:
+        row = [g.tokenizer.bos, *own, g.tokenizer.eos]
+        row[1 + i] = 259
+        logs = jax.nn.log_softmax(logits_of(g, row)[1 + i, : g.tokenizer.vocabulary])
+        total += float(logs[own[i]])
+      expected.append(total)
+  rows = [{'first': a, 'second': b, 'bias': 'pairs', 'category': 'x'} for a, b in pairs]
+  kind = MultipleChoice(('{{ first }}', '{{ second }}'), 0, normalise='sum')
+  task = Task(kind, lambda: iter(rows))
+  asked = examples(task, 0, Manner())
+  lines = [line for some in scorer(g, task, Manner(), asked).lines() for line in some]
+  np.testing.assert_allclose([x for line in lines for x in line['logprobs']], expected, atol=1e-4)
+  assert all(len({*line['tokens']}) == 1 for line in lines), 'as many of either'
+  assert lines[0]['said'] == int(expected[1] > expected[0])
+  with pytest.raises(ValueError, match='--system and --chat are of models that write'):
+    scorer(g, task, Manner(system='x'), asked)
+  with pytest.raises(ValueError, match='have no token in common'):
+    pair_scores(g, [('abc', 'xyz')])

@@ -119,6 +119,15 @@ def test_a_step_is_the_absolute_step(one_device, variant):
   assert_close(run.state.models['policy'], expected, 2e-5)
 
 
+def test_the_head_meets_no_more_than_answers_can_have(one_device):
+  """Of rows of T tokens so many places as an answer's: logits of a prompt are never made."""
+  run, batch = Run(config(PENALISED)), batch_of()
+  made = str(jax.make_jaxpr(PENALISED.sums)(run.state.models, batch))
+  assert f'f32[{B},{PENALISED.max_new_tokens},{V}]' in made and f'f32[{B},{T},{V}]' not in made
+  every = dataclasses.replace(PENALISED, max_new_tokens=T)
+  assert f'f32[{B},{T},{V}]' in str(jax.make_jaxpr(every.sums)(run.state.models, batch))
+
+
 def critic_by_hand(models, batch, objective):
   model, head = models['policy'], models['value_head']
   logs = logs_by_hand(model, batch, objective.temperature)

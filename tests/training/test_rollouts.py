@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, run_here, tiny
+from conftest import assert_close, assert_same, run_here, tiny
 
 from data.config import CleanConfig, SourceConfig
 from data.prompts import prepare
@@ -144,11 +144,11 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   assert any('validation_reward' in line for line in metrics)
 
 
-def policy_of(made, directory, step):
+def policy_of(made, directory, step, name='policy'):
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    target = params.abstract(lambda: states.new_model(made, 'policy'), mesh)
-    return Checkpoints(directory).restore(step, target, 'models.policy')
+    target = params.abstract(lambda: states.new_model(made, name), mesh)
+    return Checkpoints(directory).restore(step, target, f'models.{name}')
 
 
 def test_a_batch_is_kept_as_it_is():
@@ -280,6 +280,32 @@ def test_devices_write_the_same(place, tmp_path, mesh, weights):
   np.testing.assert_array_equal(alone.targets, spread.targets)
   for name in ('behaviour', 'reference', 'advantages'):
     np.testing.assert_allclose(getattr(alone, name), getattr(spread, name), atol=2e-5)
+
+
+@pytest.mark.slow
+def test_ppo_on_devices_is_ppo_on_one(place, tmp_path):
+  """Two rollouts with all that is made of them: answers, scores, values, credit, steps of the
+  policy and of its critic, the coefficient that adapts.
+  """
+  fields = {'critic': 'separate', 'kl_target': 0.01, 'minibatches': 1}
+  objective = dataclasses.replace(CRITICAL, **fields)
+  names = ('policy', 'critic', 'value_head')
+  said, models = {}, {}
+  for name, mesh in (('one', {}), ('eight', {'data': 4, 'tensor': 2})):
+    made = config(place, objective, mesh=mesh, train={'steps': 4, 'save_every': 4, 'eval_every': 4})
+    run_here(made, tmp_path / name)
+    said[name] = [json.loads(line) for line in (tmp_path / name / FILE).read_text().splitlines()]
+    models[name] = {model: policy_of(made, tmp_path / name, 4, model) for model in names}
+  for one, eight in zip(*said.values(), strict=True):
+    assert one['answers'] == eight['answers'] and one['prompt'] == eight['prompt']
+    np.testing.assert_allclose(one['rewards'], eight['rewards'], rtol=1e-6)
+    np.testing.assert_allclose(one['beta'], eight['beta'], rtol=1e-5)
+  assert said['one'][0]['beta'] != said['one'][1]['beta']
+  told = ('loss', 'reward', 'kl', 'policy_kl', 'value_loss', 'explained', 'clip_fraction')
+  for one, eight in zip(*(metrics_of(tmp_path / name) for name in said), strict=True):
+    for key in told:
+      np.testing.assert_allclose(one.get(key, 0), eight.get(key, 0), rtol=1e-3, atol=2e-5)
+  assert_close(*models.values(), 3e-5)
 
 
 @pytest.mark.slow
