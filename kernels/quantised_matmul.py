@@ -4,8 +4,10 @@ A step of decoding waits for weights: codes are a half or a quarter of their byt
 are made of them behind main memory.
 
 `reference`: the oracle, a matrix of numbers.
-`in_registers`: for few rows on a CPU, where XLA makes one loop of unpacking and multiplying, over
+`in_registers`: for one row on a CPU, where XLA makes one loop of unpacking and multiplying, over
 outputs side by side, if it is written as sums over few inputs each.
+`in_digits`: for a few rows there, in two digits of a byte each: codes become bytes once for all of
+them, which is a fourth of their numbers, and a library multiplies bytes by bytes.
 `pallas_tpu`: a kernel for TPUs (quantised_matmul_tpu).
 
 M rows · E matrices · K inputs · F outputs · G groups of inputs
@@ -24,10 +26,12 @@ from jaxtyping import Array, Float
 import names
 from parallel import mesh
 
-FEW = 4  # rows, up to which one after another on a CPU is faster than numbers for all of them
+FEW = 8  # rows, above which a CPU makes numbers of bytes and codes for all of them at once
+BYTE, DIGIT = 127, 128  # the largest of a digit, and what a high one counts
 # Inputs of a loop's sum, of bytes and of 4 bits: LLVM writes it out, and then takes outputs side by
 # side; of more it does not.
 SUMMED = {False: 16, True: 8}
+ADDED = 8  # groups of a loop's sum, for the same reason
 # A code of 4 bits as the upper fraction of an f32 that begins with 1: 1 + (code + 8) / 16.
 FRACTION, ONE, SHIFTS = 0x00780000, 0x3FC00000, (19, 15)
 STEPS, OFFSET = 16, 24  # code = STEPS * number - OFFSET
@@ -90,9 +94,11 @@ def choose(x, w: CodedOperand) -> str:
   if platform == 'tpu':
     refusal = names.imported('kernels.quantised_matmul_tpu.refusal')(w, x.dtype)
     return _said('numbers' if refusal else 'pallas_tpu', platform, refusal)
-  if platform == 'cpu' and rows <= FEW and w.group % 2 == 0:
+  if platform != 'cpu':
+    return _said('numbers', platform, 'there is no kernel')
+  if rows == 1 and w.group % 2 == 0:
     return 'in_registers'
-  return 'numbers' if platform == 'cpu' else _said('numbers', platform, 'there is no kernel')
+  return 'in_digits' if rows <= FEW else 'numbers'
 
 
 @functools.cache
@@ -106,8 +112,8 @@ def _said(chosen: str, platform: str, why: str) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, w, backend):
-  if backend == 'in_registers':
-    return in_registers(x, w)
+  if backend in ON_CPU:
+    return ON_CPU[backend](x, w)
   if backend == 'reference':
     return reference(x[None], w)[0]
   run = names.imported('kernels.quantised_matmul_tpu.product')
@@ -143,6 +149,53 @@ def in_registers(x: Float[Array, 'M K'], w: CodedOperand) -> Float[Array, 'M F']
   return jnp.concatenate([_row(row, w) for row in x])
 
 
+def in_digits(x: Float[Array, 'M K'], w: CodedOperand) -> Float[Array, 'M F']:
+  """A few rows times one matrix, f32; of a row's largest number 15 bits count."""
+  M, F, G = x.shape[0], w.shape[2], w.scale.shape[1]
+  high_low, unit = digits(x)
+  stored = _after(w.codes[0], x)
+  if w.pack:
+    halves = stored.reshape(-1, w.pack // 2, F)
+    halves = (halves << 4).view(jnp.int8) >> 4, halves.view(jnp.int8) >> 4
+    stored = jnp.concatenate(halves, 1)
+  codes = stored.reshape(G, -1, F)
+  rows = high_low.reshape(2 * M, G, -1)
+  sums = jnp.einsum('DGK,GKF->GDF', rows, codes, preferred_element_type=jnp.int32)
+  # In two steps, and of two kinds of sums, for what `_row` says of them.
+  added = max(n for n in range(1, ADDED + 1) if G % n == 0)
+  sums = sums.astype(jnp.float32).reshape(-1, added, 2, M, F)
+  sums = sums * w.scale[0].reshape(-1, added, 1, 1, F)
+  high, low = jax.lax.reduce((sums[:, :, 0], sums[:, :, 1]), (jnp.float32(0),) * 2, _add, (1,))
+  y = sum(DIGIT * high + low) * unit
+  return y if w.zero is None else y - _of_offsets(x, w.zero[0] * w.scale[0])
+
+
+def digits(x: Float[Array, 'M K']):
+  """Rows in two digits of a byte: int8 [2 M, K], high ones first; what a low one counts [M, 1]."""
+  tiny = jnp.finfo(jnp.float32).tiny
+  unit = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), tiny) / (BYTE * DIGIT)
+  x = jnp.round(x / unit)
+  high = jnp.round(x / DIGIT)
+  return jnp.concatenate([high, x - DIGIT * high]).astype(jnp.int8), unit
+
+
+def _after(codes, x):
+  """Codes alone XLA would make numbers of before the loop over tokens, once for all of them, and
+  keep those in memory: hence a bit of the rows', which is 0.
+  """
+  return codes ^ (x.ravel()[0] == jnp.inf).astype(codes.dtype)
+
+
+def _add(a, b):
+  return a[0] + b[0], a[1] + b[1]
+
+
+def _of_offsets(x, offset: Float[Array, 'G F']):
+  """What inputs of each group together add, times so much."""
+  groups = x.astype(jnp.float32).reshape(len(x), len(offset), -1).sum(2)
+  return jnp.einsum('MG,GF->MF', groups, offset)
+
+
 def _row(x: Float[Array, 'K'], w: CodedOperand) -> Float[Array, '1 F']:
   F, G = w.shape[2], w.scale.shape[1]
   # Each sum is of two kinds of products: of low and high bits, or of a first and a second half.
@@ -150,9 +203,7 @@ def _row(x: Float[Array, 'K'], w: CodedOperand) -> Float[Array, '1 F']:
   half = (w.pack or w.group) // 2
   summed = max(n for n in range(1, min(half, SUMMED[bool(w.pack)]) + 1) if half % n == 0)
   rows = x.reshape(-1, 2, half // summed, summed, 1)
-  # Codes alone XLA would make numbers of before the loop over tokens, once for all of them, and
-  # keep those in memory: hence a bit of the row's, which is 0.
-  stored = w.codes[0] ^ (x[0] == jnp.inf).astype(w.codes.dtype)
+  stored = _after(w.codes[0], x)
   if w.pack:
     codes = stored.reshape(-1, half // summed, summed, F).astype(jnp.uint32)
     halves = tuple(
@@ -163,11 +214,7 @@ def _row(x: Float[Array, 'K'], w: CodedOperand) -> Float[Array, '1 F']:
     codes = stored.reshape(-1, 2, half // summed, summed, F).astype(jnp.float32)
     halves = codes[:, 0], codes[:, 1]
   products = tuple(rows[:, n] * codes for n, codes in enumerate(halves))
-
-  def add(a, b):
-    return a[0] + b[0], a[1] + b[1]
-
-  low, high = jax.lax.reduce(products, (jnp.float32(0),) * 2, add, (2,))
+  low, high = jax.lax.reduce(products, (jnp.float32(0),) * 2, _add, (2,))
   sums = (low + high).reshape(G, -1, F).sum(1)
   scale = w.scale[0]
   offset = 0.0 if w.zero is None else w.zero[0]
@@ -175,5 +222,8 @@ def _row(x: Float[Array, 'K'], w: CodedOperand) -> Float[Array, '1 F']:
     sums, offset = STEPS * sums, offset + OFFSET
   y = (sums * scale).sum(0, keepdims=True)
   if w.pack or w.zero is not None:
-    y = y - jnp.einsum('G,GF->F', x.reshape(G, -1).sum(1), offset * scale)[None]
+    y = y - _of_offsets(x[None], offset * scale)
   return y
+
+
+ON_CPU = {'in_registers': in_registers, 'in_digits': in_digits}

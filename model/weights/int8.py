@@ -15,13 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import cached, grouped_matmul
+from kernels import cached, grouped_matmul, quantised_matmul
 from model.weights import read
 from model.weights.weight import Weight, along, gathered_here, in_pieces
 from parallel import axes as ax, mesh, target
-
-DIGIT = 128  # what a high digit counts
-FEW = 8  # rows, above which a CPU makes numbers of the bytes for all of them at once
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +111,7 @@ class Int8(Weight):
     weight = self.gathered(dtype)
     before = x.shape[: x.ndim - len(self.summed)]
     outputs, rows = weight._outputs(), math.prod(before)
-    if mesh.platform() == 'cpu' and target.alone() and rows <= FEW:
+    if mesh.platform() == 'cpu' and target.alone() and rows <= quantised_matmul.FEW:
       y = weight._in_digits(x, rows).reshape(*before, *outputs)
     elif axes is None:
       y = jnp.einsum(formula, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -174,18 +171,14 @@ def _digits(x, values, last):
   The rounding has no slope: the gradient, where an adapter is trained on bytes, is the product's.
   """
   rows = len(x)
-  tiny = jnp.finfo(jnp.float32).tiny
-  unit = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), tiny) / (cached.BYTE * DIGIT)
-  x = jnp.round(x / unit)
-  high = jnp.round(x / DIGIT)
-  digits = jnp.concatenate([high, x - DIGIT * high]).astype(jnp.int8)
+  digits, unit = quantised_matmul.digits(x)
   # The bytes go first where they can: XLA's CPU lays out anew what goes second (see `turned`).
   operands = ((values, 1), (digits, 1)) if last else ((digits, 1), (values, 0))
   (left, axis), (right, other) = operands
   contracted = (((axis,), (other,)), ((), ()))
   sums = jax.lax.dot_general(left, right, contracted, preferred_element_type=jnp.int32)
   sums = (sums.T if last else sums).astype(jnp.float32)
-  return (DIGIT * sums[:rows] + sums[rows:]) * unit
+  return (quantised_matmul.DIGIT * sums[:rows] + sums[rows:]) * unit
 
 
 def _digits_backward(last, values, cotangent):

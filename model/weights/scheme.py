@@ -140,11 +140,15 @@ class Scheme:
 
   def __str__(self) -> str:
     """What `parse` reads."""
+    kept = f'{self.sparse[0]}:{self.sparse[1]}' if self.sparse else ''
+    if kept and self.grid == 'keep':
+      return kept
     sizes = [f'{name}={size}' for name in ('group', 'block') if (size := getattr(self, name))]
     flags = [
-      name for name, on in (('tensor', self.tensor), ('asymmetric', not self.symmetric)) if on
+      name for name, of in OPTIONS.items() if all(getattr(self, key) == of[key] for key in of)
     ]
-    return ':'.join([self.grid, *sizes, *flags])
+    rest = ':'.join([self.grid, *sizes, *flags])
+    return f'{kept}+{rest}' if kept else rest
 
   def blocks(self, shape: tuple[int, ...], summed: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Sizes of blocks of a matrix; shape: without stacked layers, and of an expert.

@@ -53,6 +53,7 @@ def test_codes_multiply_as_their_numbers(case):
   near(quantised_matmul.reference(jnp.asarray(x), w), expected, 1e-6)
   one = jax.tree.map(lambda a: a[:1], w)
   near(jax.jit(quantised_matmul.in_registers)(jnp.asarray(x[0]), one), expected[0], 4e-6)
+  near(jax.jit(quantised_matmul.in_digits)(jnp.asarray(x[0]), one), expected[0], 1e-4)
   which, used = jnp.array([1, 0, 1, 0], jnp.int32), jnp.array([1, 1, 0, 1])
   blocks = jnp.asarray(x)[jnp.array([1, 0, 1, 0])]
   found = tpu.product(blocks, w, which, used, interpret=True)
@@ -62,10 +63,10 @@ def test_codes_multiply_as_their_numbers(case):
 
 
 @pytest.mark.parametrize('scheme', ['int4:group=64', 'int8:group=32:asymmetric', 'nf4:group=64'])
-@pytest.mark.parametrize('rows', [1, 5])
+@pytest.mark.parametrize('rows', [1, 5, 9])
 def test_no_matrix_of_numbers_lies_in_memory(scheme, rows):
-  """Of a program on a CPU: it has a fraction of the room that they take, and its products are
-  theirs; so is the gradient by the rows.
+  """Of a program on a CPU: it has a fraction of the room that they take, or of digits a byte for
+  each, and sums of groups; its products are theirs, and so is the gradient by the rows.
   """
   w = Scheme.parse(scheme).of(jax.random.normal(jax.random.key(0), (1024, 512)), (-2,), (None,) * 2)
   x = jax.random.normal(jax.random.key(1), (rows, 1024))
@@ -75,9 +76,11 @@ def test_no_matrix_of_numbers_lies_in_memory(scheme, rows):
 
   compiled = jax.jit(run).lower(x, w).compile()
   room = compiled.memory_analysis().temp_size_in_bytes
-  assert room < 4 * 1024 * 512 / 5, f'{room} bytes beside {4 * 1024 * 512} of a matrix in f32'
+  digits = 1 < rows <= quantised_matmul.FEW and w.grid in ('int8', 'int4')
+  bound = 1024 * 512 + 1.1 * 8 * 2 * rows * w.scale.size if digits else 4 * 1024 * 512 / 5
+  assert room < bound, f'{room} bytes beside {4 * 1024 * 512} of a matrix in f32'
   numbers = np.asarray(w.numbers('float32'), np.float64)
-  near(compiled(x, w), np.asarray(x, np.float64) @ numbers, 5e-6)
+  near(compiled(x, w), np.asarray(x, np.float64) @ numbers, 1e-4 if digits else 5e-6)
   gradient = jax.jit(jax.grad(lambda x: (run(x, w) * jnp.cos(jnp.arange(512.0))[None]).sum()))(x)
   near(gradient, np.broadcast_to(numbers @ np.cos(np.arange(512.0)), x.shape), 5e-6)
 

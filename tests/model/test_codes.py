@@ -249,6 +249,25 @@ def test_schemes_that_mean_nothing(text, words):
     Scheme.parse(text)
 
 
+@pytest.mark.parametrize(
+  'text',
+  [
+    'keep',
+    'int8',
+    'int8:group=32:asymmetric',
+    'nf4:group=64:double',
+    'fp8:tensor',
+    'fp8:block=128:double',
+    'int8:activations',
+    'fp8:tensor:activations',
+    '2:4',
+    '2:4+int4:group=64',
+  ],
+)
+def test_a_scheme_is_written_as_it_is_read(text):
+  assert str(Scheme.parse(text)) == text
+
+
 def test_what_does_not_fit_is_said(one_device):
   model = jax.jit(functools.partial(transformer.init, ModelConfig(**laws.TINY), 0))()
   with pytest.raises(ValueError, match='blocks of 48 do not divide.*use 16, or leave it out'):

@@ -15,6 +15,7 @@ from data.tokenizers import ByteTokenizer
 from decode.generating import generating
 from decode.generator import Generator
 from decode.report import weight_bytes
+from kernels import quantised_matmul
 from model import families, moe as moe_module, rearranged
 from model.execution import ExecutionConfig
 from model.weights import Gathered, Plain, Weight, gathered, int8, joined, read
@@ -115,7 +116,7 @@ def check_numbers(config, length: int = 6, rows: int = 4, tolerance: float = 1e-
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [name if name in QUICK else slow(name) for name in FAMILIES])
 def test_every_family_computes_with_the_numbers_of_its_bytes(name, monkeypatch):
-  monkeypatch.setattr(int8, 'FEW', 0)  # digits are rounded: see the next test
+  monkeypatch.setattr(quantised_matmul, 'FEW', 0)  # digits are rounded: see the next test
   check_numbers(config_of(name))
 
 
@@ -137,14 +138,14 @@ def test_the_gradient_of_few_rows_is_that_of_the_numbers(one_device, summed):
   def exact(x):
     return jnp.sin(jnp.einsum(formula, x, weight.numbers('float32'))).sum()
 
-  assert len(x) <= int8.FEW
+  assert len(x) <= quantised_matmul.FEW
   np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(exact)(x), rtol=0, atol=2e-3)
   assert np.abs(jax.grad(exact)(x)).max() > 1
 
 
 @pytest.mark.parametrize('dispatch', ['dense', slow('capacity')])
 def test_every_dispatch(dispatch, monkeypatch):
-  monkeypatch.setattr(int8, 'FEW', 0)
+  monkeypatch.setattr(quantised_matmul, 'FEW', 0)
   config = config_of('mixtral')
   moe = dataclasses.replace(config.moe, dispatch=dispatch, capacity_factor=100.0)
   check_numbers(dataclasses.replace(config, moe=moe))
@@ -152,7 +153,7 @@ def test_every_dispatch(dispatch, monkeypatch):
 
 @pytest.mark.parametrize('dtype', ['bfloat16', slow('float16')])
 def test_other_compute_dtypes_round_once_more(dtype, monkeypatch):
-  monkeypatch.setattr(int8, 'FEW', 0)
+  monkeypatch.setattr(quantised_matmul, 'FEW', 0)
   config = config_of('mixtral').with_execution(dtype=dtype)
   # A step of rounding may send a token to another expert: all see all.
   config = dataclasses.replace(
@@ -232,7 +233,7 @@ MESHES = [
 @pytest.mark.parametrize('name, sizes', MESHES, ids=str)
 def test_meshes_are_one_device(name, sizes, monkeypatch):
   """Experts over fsdp come in two pieces."""
-  monkeypatch.setattr(int8, 'FEW', 0)
+  monkeypatch.setattr(quantised_matmul, 'FEW', 0)
   monkeypatch.setattr(moe_module, '_pieces', lambda F: 2)
   outputs = []
   for mesh in ({}, sizes):
@@ -245,7 +246,7 @@ def test_meshes_are_one_device(name, sizes, monkeypatch):
 @pytest.mark.slow
 def test_stages_gather_bytes_ahead(monkeypatch):
   """Over stages layers stay stacked, and what one keeps whole for its microbatches is bytes."""
-  monkeypatch.setattr(int8, 'FEW', 0)
+  monkeypatch.setattr(quantised_matmul, 'FEW', 0)
   config = laws.make_config('llama', vocabulary=48, execution=ExecutionConfig(remat='none'))
   outputs = []
   for mesh in ({}, {'stage': 2, 'fsdp': 2}):
@@ -323,7 +324,7 @@ int8_grouped, int8_product = Int8.grouped, Int8.product
   ids=lambda x: getattr(x, '__name__', x),
 )
 def test_planted_faults_break_the_law(method, fault, name, monkeypatch):
-  monkeypatch.setattr(int8, 'FEW', 0)
+  monkeypatch.setattr(quantised_matmul, 'FEW', 0)
   monkeypatch.setattr(Int8, method, fault)
   with pytest.raises(AssertionError):
     check_numbers(config_of(name))

@@ -76,6 +76,27 @@ def test_it_generates_as_its_numbers(runs, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  'scheme', ['int8:activations', pytest.param('fp8:activations', marks=pytest.mark.slow)]
+)
+def test_what_multiplies_codes_by_codes_is_opened_as_it_was_written(runs, tmp_path, scheme):
+  """And so it scores: not as the numbers that its codes stand for, but near them."""
+  command = ['quantise', '--workdir', f'{runs}/run', '--to', f'{tmp_path}/low']
+  convert.main([*command, f'--scheme={scheme}', '--store=head*=int8'])
+  run, before = open_run(tmp_path / 'low'), open_run(runs / 'run')
+  entries = run.config.model.execution.stored
+  assert entries == ('head*=int8', f'*={scheme}')
+  with jax.set_mesh(run.mesh):
+    made = jax.jit(functools.partial(quantised, entries=entries))(before.model)
+    numbers = jax.jit(dequantised)(run.model)
+  assert jax.tree.structure(made.stack) == jax.tree.structure(run.model.stack)
+  assert all((a == b).all() for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(run.model)))
+  found = scores(Generator.load(tmp_path / 'low'))
+  plain = scores(Generator(numbers, run.tokenizer, run.mesh))
+  alike(found, plain, 0.1)
+  assert max(np.abs(a - b).max() for a, b in zip(found, plain)) > 1e-3
+
+
 def test_an_adapter_is_trained_on_it_and_merged(corpus, runs, tmp_path):
   """QLoRA: the base is kept where it is, bit for bit, and the sum is one of numbers."""
   before = {n: np.asarray(x) for n, x in named_leaves(open_run(runs / 'codes').model).items()}
