@@ -18,7 +18,8 @@ LOOP = 16  # clients of the closed loop that the others are compared by
 @dataclasses.dataclass(frozen=True)
 class Work:
   """What is asked for. prompt, answer: least and most tokens. shared: of a system prompt.
-  clients: of closed loops. shares: of the rate of one of them, that Poisson arrivals have. requests: of each measurement, and twice the clients at least.
+  clients: of closed loops. shares: of the rate of one of them, that Poisson arrivals have.
+  requests: of each measurement, and twice the clients at least.
   """
 
   prompt: tuple[int, int] = (32, 512)

@@ -26,7 +26,7 @@ from decode.constrain import Automaton, Tables
 from decode.loop import Chunk, DecodeState, Rules
 from decode.prefixes import Prefixes
 from decode.sampling import History
-from decode.sizes import Request, Sizes, check, idle_request
+from decode.sizes import Request, Sizes, Use, check, check_request, idle_request
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.transformer import Decoder
@@ -114,15 +114,19 @@ class Engine:
 
     came: hears how many there are so far, of how many.
     """
-    decoders = sorted({0, self.sizes.alternatives})
-    steps = [lambda: self._reader(weights), self._sharer]
-    steps += [self._resumer] if self.sizes.block else []
-    steps += [lambda k=k: self._decoder(weights, k) for k in decoders]
+    steps = self._compiling(weights)
     total = len(self._programs) + len(steps)
     for left, step in zip(range(len(steps), 0, -1), steps):
       came(total - left, total)
       step()
     came(total, total)
+
+  def _compiling(self, weights: Decoder) -> list[Callable]:
+    """What makes the programs that are not there from the beginning."""
+    decoders = sorted({0, self.sizes.alternatives})
+    steps = [lambda: self._reader(weights), self._sharer]
+    steps += [self._resumer] if self.sizes.block else []
+    return steps + [lambda k=k: self._decoder(weights, k) for k in decoders]
 
   @property
   def free(self) -> list[int]:
@@ -135,6 +139,25 @@ class Engine:
     reads; who joined first is first.
     """
     return list(self._unread)
+
+  @property
+  def writing(self) -> list[int]:
+    """Rows whose prompts are read to the end."""
+    return [row for row in self._requests if row not in self._unread and row not in self._sharing]
+
+  def takes(self, request: Request) -> bool:
+    """Whether one of the free rows can take a request now."""
+    return bool(self.free)
+
+  def seat(self) -> list[int]:
+    """The rows that write in a chunk which is decoded next."""
+    return self.writing
+
+  def use(self) -> Use:
+    """Of memory, now; from any thread."""
+    rows = set(list(self._requests)) - self._fresh - self._sharing.keys()
+    tokens = sum(map(self._prefixes.written, rows))
+    return Use(tokens, self.sizes.rows * self.sizes.capacity)
 
   def join(self, row: int, request: Request) -> None:
     """A free row begins with a request, `fitted` to it.
@@ -178,17 +201,19 @@ class Engine:
     as many as go together. Raises ValueError for others.
     """
     chosen = self._together() if rows is None else list(rows)
-    if self.sizes.block:
-      if weights is not self._weights:
-        self._prefixes.clear()
-        self._weights = weights
-      for row in chosen:
-        if row in self._fresh:
-          self._resume(row)
+    if weights is not self._weights:
+      self._forget_all()
+      self._weights = weights
+    for row in chosen:
+      if row in self._fresh:
+        self._resume(row)
+    self._fresh -= set(chosen)
+    chosen = self._seated(chosen)
+    if not chosen:
+      return []
     arguments, ended = self._reading(chosen)
     self._reader(weights)
     self.state = self._run('read', weights, self.state, *arguments)
-    self._fresh -= set(chosen)
     for row in chosen:
       self._prefixes.read(row, len(self._unread[row][: self.sizes.read_tokens]))
       del self._unread[row][: self.sizes.read_tokens]
@@ -208,10 +233,10 @@ class Engine:
     k = self.sizes.alternatives if alternatives else 0
     if alternatives and not k:
       raise ValueError('this engine gives no alternatives: make it with Sizes(alternatives=..)')
-    name = self._decoder(weights, k)
+    name, rows = self._decoder(weights, k), self.seat()
     rules = dataclasses.replace(self.rules, automaton=self._automaton)
     chunk = self._write(name, weights, rules, np.int32(count))
-    for row in self._requests.keys() - self._unread.keys() - self._sharing.keys():
+    for row in rows:
       request = self._requests[row]
       self._prefixes.wrote(row, self._most(count), len(request.prompt) + request.max_new_tokens)
     return chunk
@@ -254,6 +279,17 @@ class Engine:
     here = self.sizes.rows // self._parts
     return range(part * here, (part + 1) * here)
 
+  def _seated(self, rows: list[int]) -> list[int]:
+    """Those of the rows that have room for the next part of their prompts."""
+    return rows
+
+  def _found(self, row: int, request: Request) -> tuple[int, int]:
+    """How much of the prompt need not be read in this row, and whose it is; see Prefixes.find."""
+    return self._prefixes.find(request, self._beside(self.part_of(row)))
+
+  def _forget_all(self) -> None:
+    self._prefixes.clear()
+
   def _begin_unread(self, row: int) -> None:
     """A row is to read its prompt, of which it has nothing."""
     self._unread[row] = list(self._requests[row].prompt)
@@ -262,7 +298,7 @@ class Engine:
   def _resume(self, row: int) -> None:
     """A row that is about to read takes the beginning of its prompt from a row that holds it."""
     request, part = self._requests[row], self.part_of(row)
-    tokens, source = self._prefixes.find(request, self._beside(part))
+    tokens, source = self._found(row, request)
     self._prefixes.begin(row, request, tokens)
     if not tokens:
       return
@@ -318,8 +354,9 @@ class Engine:
     def split(x):
       return ax.place(jnp.asarray(x), 'batch', *(None,) * (x.ndim - 1))
 
+    of_cache = sizes.capacity, sizes.cache_dtype, sizes.read_tokens, sizes.pages, sizes.block
     state = DecodeState(
-      cache=init_cache(self._config, B, sizes.capacity, sizes.cache_dtype, sizes.read_tokens),
+      cache=init_cache(self._config, B, *of_cache),
       logits=zeros(jnp.float32, V),
       done=~zeros(bool),
       stop_at=zeros(jnp.int32),
@@ -397,35 +434,7 @@ class Engine:
 
   def check(self, request: Request) -> None:
     """Raises ValueError for a request that no row could take."""
-    prompt, new, sizes = request.prompt, request.max_new_tokens, self.sizes
-    if len(prompt) < 1 or new < 1:
-      raise ValueError(
-        f'a prompt of {len(prompt)} tokens and max_new_tokens={new}: both must be at least 1'
-      )
-    if len(prompt) >= sizes.capacity:
-      raise ValueError(
-        f'a prompt of {len(prompt)} tokens leaves no room for new ones in '
-        f'capacity={sizes.capacity} of a row; shorten the prompt'
-      )
-    wrong = [i for i in prompt if not 0 <= i < self._vocabulary and i not in self._virtual]
-    if wrong:
-      soft = self._virtual and f' and, of soft tokens, [{self._virtual[0]}, {self._virtual.stop})'
-      raise ValueError(
-        f'a prompt has the id {wrong[0]}; ids are in [0, {self._vocabulary}){soft or ""}'
-      )
-    if len(request.ends) > sizes.ends:
-      raise ValueError(f'{len(request.ends)} ids end a row, of at most {sizes.ends}; give fewer')
-    if request.sampling.seed.shape != (1,):
-      raise ValueError(
-        f'a request is one row, and its sampling is of {request.sampling.seed.shape}; make it with '
-        'make_sampling(1, ..)'
-      )
-    if not 0 <= request.adapter <= sizes.adapters:
-      raise ValueError(
-        f'adapter={request.adapter} of a request must be in [0, {sizes.adapters}] '
-        '(Sizes.adapters); 0 is none'
-      )
-    request.sampling.bias.padded(sizes.bias)  # raises for more
+    check_request(request, self.sizes, self._vocabulary, self._virtual)
 
   def _check_weights(self, weights) -> None:
     if adapters(weights) != self.sizes.adapters:

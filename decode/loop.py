@@ -322,6 +322,33 @@ def release(
   return dataclasses.replace(after, cache=cache), dataclasses.replace(rules, sampling=sampling)
 
 
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def hold(
+  state: DecodeState,
+  kept: tuple[Bool[Array, 'B'], Int[Array, 'B']],
+  leaving: Bool[Array, 'B'],
+  returning: Bool[Array, 'B'],
+) -> tuple[DecodeState, tuple[Bool[Array, 'B'], Int[Array, 'B']]]:
+  """Rows wait, ended and empty to all others, and go on later as if nothing had been.
+
+  kept: of rows that wait, whether they had ended, and how many tokens they hold.
+  """
+
+  def move(done, lengths, kept, leaving, returning):
+    mine = done, lengths
+    nothing = jnp.ones_like(done), jnp.zeros_like(lengths)
+    back = [jnp.where(returning, was, is_now) for was, is_now in zip(kept, mine)]
+    gone = [jnp.where(leaving, none, is_now) for none, is_now in zip(nothing, back)]
+    kept = [jnp.where(leaving, is_now, was) for is_now, was in zip(mine, kept)]
+    return *gone, tuple(kept)
+
+  rows = ('batch',)
+  run = ax.local(move, (rows, rows, (rows, rows), rows, rows), (rows, rows, (rows, rows)))
+  done, lengths, kept = run(state.done, state.cache.lengths, kept, leaving, returning)
+  cache = dataclasses.replace(state.cache, lengths=lengths)
+  return dataclasses.replace(state, cache=cache, done=done), kept
+
+
 def idle_sampling(rows: int, width: int) -> Sampling:
   """Of rows that no one uses, as numpy arrays: greedy, without bias, which is cheapest.
 

@@ -55,6 +55,10 @@ class Prefixes:
       self._held[row] = min(self._written[row] // self.block, len(self._marks[row]))
     self.use(row)
 
+  def written(self, row: int) -> int:
+    """Tokens that it holds, at most."""
+    return self._written[row]
+
   def wrote(self, row: int, tokens: int, most: int) -> None:
     """It has written at most so many more behind them, and no more than `most` in all."""
     self._written[row] = min(self._written[row] + tokens, most)

@@ -31,6 +31,9 @@ class Sizes:
       (decode.prefixes); a multiple of read_tokens. 0: nothing is shared.
     lookup: every step drafts what followed the last `lookup` tokens where the row has had them
       before (decode.drafted); 0: nothing drafts. draft_tokens: how many it drafts.
+    pages: of `block` tokens each, in which all rows' tokens lie (decode.paged); 0: every row has
+      room for its capacity. host_pages: for which there is room on the host besides, where rows
+      wait.
 
   Raises ValueError where one of them is no size.
   """
@@ -48,11 +51,14 @@ class Sizes:
   cache_dtype: str = ''
   adapters: int = 0
   block: int = 0
+  pages: int = 0
+  host_pages: int = 0
   lookup: int = 0
   draft_tokens: int = TABLE['draft_tokens'].default
 
   def __post_init__(self):
-    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block', 'lookup')
+    may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block', 'pages')
+    may_be_none += ('host_pages', 'lookup')
     for field in dataclasses.fields(self):
       value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
       if field.type is int and value < least:
@@ -67,6 +73,34 @@ class Sizes:
         f'draft_tokens={self.draft_tokens} of an engine must be below read_tokens='
         f'{self.read_tokens}: rings of slots have no room for more at once; draft fewer'
       )
+    if self.lookup and self.pages:
+      raise ValueError(
+        f'lookup={self.lookup} of an engine with pages={self.pages}: nothing drafts for rows that '
+        'may have to wait so far; use pages=0, or lookup=0'
+      )
+    if self.pages and not self.block:
+      raise ValueError(
+        f'pages={self.pages} of an engine are of block=0 tokens; give a block, such as 128'
+      )
+    if self.host_pages and not self.pages:
+      raise ValueError(
+        f'host_pages={self.host_pages} of an engine without pages, in which no row ever waits; '
+        'give pages, too'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """Of an engine's memory.
+
+  Attributes:
+    tokens, room: for which it is in use, and for which there is some, on the device.
+    preempted: how often a row had to wait for others' sake.
+  """
+
+  tokens: int = 0
+  room: int = 0
+  preempted: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +141,8 @@ def check(config: ModelConfig, sizes: Sizes) -> None:
         f'{name}={value} do not split over the {parts} parts of the mesh (data x fsdp x expert); '
         'make it a multiple'
       )
+  if sizes.pages:
+    _check_pages(sizes, parts)
   if sizes.read_rows > sizes.rows:
     raise ValueError(f'read_rows={sizes.read_rows} of rows={sizes.rows}: read at most all of them')
   if config.encoder_layers:
@@ -124,3 +160,54 @@ def check(config: ModelConfig, sizes: Sizes) -> None:
       "model.moe.dispatch='capacity' drops tokens for want of room, which depends on who else is "
       "there; use 'dropless', as decode.generating.generating does"
     )
+
+
+def _check_pages(sizes: Sizes, parts: int) -> None:
+  least = -(-sizes.capacity // sizes.block)
+  if sizes.pages % parts or sizes.host_pages % parts:
+    raise ValueError(
+      f'pages={sizes.pages} and host_pages={sizes.host_pages} do not split over the {parts} parts '
+      'of the mesh (data x fsdp x expert); make them multiples'
+    )
+  if sizes.pages // parts < least:
+    raise ValueError(
+      f'pages={sizes.pages} of {sizes.block} tokens do not hold a row of '
+      f'capacity={sizes.capacity} on each of {parts} parts of the mesh; give at least '
+      f'{least * parts}, or a smaller capacity'
+    )
+  if ax.size('slots') > 1:
+    raise NotImplementedError(
+      f'pages over mesh.context={ax.size("slots")}: a page is whole on every device of a part; use '
+      'pages=0, or a mesh without context'
+    )
+
+
+def check_request(request: Request, sizes: Sizes, vocabulary: int, virtual: range) -> None:
+  """Raises ValueError for a request that no row could take. virtual: ids of soft tokens."""
+  prompt, new = request.prompt, request.max_new_tokens
+  if len(prompt) < 1 or new < 1:
+    raise ValueError(
+      f'a prompt of {len(prompt)} tokens and max_new_tokens={new}: both must be at least 1'
+    )
+  if len(prompt) >= sizes.capacity:
+    raise ValueError(
+      f'a prompt of {len(prompt)} tokens leaves no room for new ones in '
+      f'capacity={sizes.capacity} of a row; shorten the prompt'
+    )
+  wrong = [i for i in prompt if not 0 <= i < vocabulary and i not in virtual]
+  if wrong:
+    soft = virtual and f' and, of soft tokens, [{virtual[0]}, {virtual.stop})'
+    raise ValueError(f'a prompt has the id {wrong[0]}; ids are in [0, {vocabulary}){soft or ""}')
+  if len(request.ends) > sizes.ends:
+    raise ValueError(f'{len(request.ends)} ids end a row, of at most {sizes.ends}; give fewer')
+  if request.sampling.seed.shape != (1,):
+    raise ValueError(
+      f'a request is one row, and its sampling is of {request.sampling.seed.shape}; make it with '
+      'make_sampling(1, ..)'
+    )
+  if not 0 <= request.adapter <= sizes.adapters:
+    raise ValueError(
+      f'adapter={request.adapter} of a request must be in [0, {sizes.adapters}] '
+      '(Sizes.adapters); 0 is none'
+    )
+  request.sampling.bias.padded(sizes.bias)  # raises for more

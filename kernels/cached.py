@@ -7,7 +7,7 @@ together block by block (Milakov & Gimelshein, arXiv:1805.02867); where a mesh s
 devices put theirs together at the end.
 
 R layers that a buffer stacks · B rows, of a call: all of a buffer's, or some · T new tokens ·
-S slots · N query heads · K key/value heads · G = N/K · H head width
+S slots · N query heads · K key/value heads · G = N/K · H head width · P pages
 """
 
 import dataclasses
@@ -43,6 +43,9 @@ class Held:
       other types.
     ring: whether position p is in slot p % S, where it stays until position p + S; otherwise p is
       in slot p.
+    paged: whether dimension 1 is of pages instead of rows, each of S slots, and a table [B, n] says
+      which of them hold a row: position p is in slot p % S of page table[b, p // S]. A number
+      beyond the pages is none.
   """
 
   keys: Any
@@ -50,6 +53,7 @@ class Held:
   key_scales: Any = None
   value_scales: Any = None
   ring: bool = False
+  paged: bool = False
 
   @property
   def slots(self) -> int:
@@ -58,7 +62,7 @@ class Held:
   def axes(self) -> 'Held':
     """Logical axes of every array, in its place."""
     heads = ax.whole_or('kv_heads', self.keys.shape[2]) if self.keys.shape[2] > 1 else None
-    vector = ('layers', 'batch', heads, None if self.ring else 'slots')
+    vector = ('layers', 'batch', heads, None if self.ring or self.paged else 'slots')
 
     def there(x, axes):
       return None if x is None else axes
@@ -69,11 +73,12 @@ class Held:
       there(self.key_scales, vector),
       there(self.value_scales, vector),
       self.ring,
+      self.paged,
     )
 
 
 jax.tree_util.register_dataclass(
-  Held, data_fields=['keys', 'values', 'key_scales', 'value_scales'], meta_fields=['ring']
+  Held, data_fields=['keys', 'values', 'key_scales', 'value_scales'], meta_fields=['ring', 'paged']
 )
 
 
@@ -104,6 +109,7 @@ def attention(
   *,
   value_width: int = 0,
   rows: Int[Array, 'B'] | None = None,
+  table: Int[Array, 'B n'] | None = None,
 ) -> Float[Array, 'B T N Hv']:
   """Causal attention of new tokens to the slots of one layer, theirs among them; not to be
   differentiated.
@@ -116,6 +122,7 @@ def attention(
     value_width: of latent attention, how much of a key is the value.
     rows: which of its device's rows of the buffers each row is; what a number beyond them yields
       means nothing. None: all, in order.
+    table: of these rows, where what is held is paged: which of its device's pages are theirs.
   Raises NotImplementedError for another mask, and where heads do not go together on a mesh.
   """
   if not scoring.mask.causal or (extra := scoring.mask.fields() - {'causal', 'window'}):
@@ -130,7 +137,7 @@ def attention(
       f'{N} query heads and {K} key heads do not go together over mesh.tensor={t}: '
       'it must divide the key heads, or be a multiple of them'
     )
-  parts = ax.mesh_axes('slots') if not held.ring else ()
+  parts = ax.mesh_axes('slots') if not (held.ring or held.paged) else ()
   sinks, relative = scoring.sinks, scoring.relative
   run = functools.partial(
     _local,
@@ -143,7 +150,8 @@ def attention(
   optional = {
     'sinks': (sinks, ('heads',)),
     'table': (None if relative is None else relative.table, (None, 'heads')),
-    'rows': (rows, ('batch',)),
+    'rows': (None if held.paged else rows, ('batch',)),
+    'pages': (table if held.paged else None, ('batch', None)),
   }
   optional = {name: pair for name, pair in optional.items() if pair[0] is not None}
   result = ('batch', None, 'heads', 'head_width')
@@ -177,7 +185,7 @@ def _local(
   axes that split the query heads only.
 
   optional: this device's part of the sinks and of the relative's table in `scoring`, and its rows
-  of the buffers, as far as there are any.
+  of the buffers or their pages, as far as there are any.
   """
   B, T, N, H = q.shape
   S, K = held.keys.shape[3], held.keys.shape[2]
@@ -195,13 +203,16 @@ def _local(
   rows = optional.get('rows')
   if rows is not None:
     rows = jnp.minimum(rows, held.keys.shape[1] - 1)  # none of them reads beyond the buffers
+  pages = optional.get('pages')
+  if pages is not None:
+    pages = jnp.minimum(pages, held.keys.shape[1] - 1)
 
   # The TPU's kernel is for the few queries of generation; it has no relative scores, and knows no
   # slots of other devices.
   relative = scoring.relative
   if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
     top, total, mixed = cached_tpu.blocks(
-      q, held, (layer, first), lengths, queries[:, 0], scoring, T=T, Hv=Hv, rows=rows
+      q, held, (layer, first), lengths, queries[:, 0], scoring, T=T, Hv=Hv, rows=rows, pages=pages
     )
   else:
     if relative is not None:
@@ -217,6 +228,7 @@ def _local(
       Hv=Hv,
       offset=offset,
       rows=rows,
+      pages=pages,
     )
 
   # Devices' shares of the softmax, each relative to its own greatest score, are brought to the
@@ -261,19 +273,28 @@ def blocks(
   Hv: int,
   offset=0,
   rows=None,
+  pages=None,
 ):
   """What a device's slots give to the softmax: its greatest score, the sum of weights, and the
   weighted sum of values, wide.
 
   q: of M = G x T queries of a key head, those of a head side by side. at: the layer, and the first
-  of the key heads. offset: of the first slot. rows: [B] of the buffers, or None: all, in order. A
-  relative's table is [buckets, K, G]; sinks join later, when all slots' shares are together.
+  of the key heads. offset: of the first slot. rows: [B] of the buffers, or None: all, in order.
+  pages: [B, n] of rows whose slots lie in pages, or None. A relative's table is [buckets, K, G];
+  sinks join later, when all slots' shares are together.
   """
   B, K, M, H = q.shape
   S, window = held.slots, scoring.mask.window
   block, wide = min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
+  if pages is not None:
+    # As many as a block of slots that lie side by side has, so that sums are of the same parts.
+    pages = _in_steps(pages, S)
+    block = S * pages.shape[2]
+    S = block * pages.shape[1]
 
   def cut(buffer, start):
+    if pages is not None:
+      return _gathered(buffer, at, pages[:, start // block], K)
     return _cut(buffer, at, start, (B, K, block), rows)
 
   def step(index, carry):
@@ -338,6 +359,23 @@ def _cut(buffer, at, start, shape, rows):
   return jnp.concatenate(
     [jax.lax.dynamic_slice(buffer, (layer, row, *behind), size)[0] for row in rows]
   )
+
+
+def _in_steps(pages: Int[Array, 'B n'], slots: int) -> Int[Array, 'B steps p']:
+  """The pages of every step, each of so many slots; behind a row's last one, any."""
+  n = pages.shape[1]
+  each = max(1, min(n, BLOCK // slots))
+  pages = jnp.pad(pages, ((0, 0), (0, -n % each)))
+  return pages.reshape(pages.shape[0], -1, each)
+
+
+def _gathered(buffer, at, pages: Int[Array, 'B p'], K: int):
+  """These pages of a layer, those of a row side by side: [B, K, p x S, ...]."""
+  layer, first = at
+  x = jnp.moveaxis(buffer.at[layer, pages].get(mode='clip'), 1, 2)
+  if K != x.shape[1]:
+    x = jax.lax.dynamic_slice_in_dim(x, first, K, 1)
+  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _scores(q, keys, scales, where, used, queries, scoring):

@@ -153,16 +153,18 @@ def blocks(
   T: int,
   Hv: int,
   rows=None,
+  pages=None,
   interpret=False,
 ):
   """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a
-  row at starts [B].
+  row at starts [B], and that a step is of one page, where there are pages.
 
   q: [B, K, G x T, H].
   """
   B, K, M, H = q.shape
-  S = held.slots
-  block = min(S, BLOCK)
+  S, block = held.slots, min(held.slots, BLOCK)
+  if pages is not None:
+    S, block = S * pages.shape[1], S
   bounds = _bounds(scoring.mask.window, held.ring, S, block, T)
   padded = -(-M // ROWS) * ROWS
   q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - M), (0, 0)))
@@ -188,8 +190,9 @@ def blocks(
     _kernel, bounds=bounds, scoring=scoring, ring=held.ring, S=S, block=block, T=T, Hv=Hv
   )
 
-  # Which rows of the buffers these are is a matter of index maps, that read one more vector.
-  named = () if rows is None else (rows,)
+  # Which rows of the buffers these are, or which pages, is a matter of index maps, that read one
+  # more vector.
+  named = tuple(x.reshape(-1) for x in (rows, pages) if x is not None)
 
   def kernel(*refs):
     """The body, with None for what is not held."""
@@ -206,7 +209,7 @@ def blocks(
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3 + len(named),
       grid=(B, K, -(-S // block)),
-      in_specs=[mine(H), *_held(held, bounds, block)],
+      in_specs=[mine(H), *_held(held, bounds, block, S // block)],
       out_specs=[mine(LANES), mine(LANES), mine(Hv)],
       scratch_shapes=[scratch(LANES), scratch(LANES), scratch(Hv)],
     ),
@@ -229,15 +232,17 @@ def _queries(rows: int, width: int):
   return pl.BlockSpec((1, 1, rows, width), lambda b, h, i, *_: (b, h, 0, 0))
 
 
-def _held(held, bounds, block: int):
+def _held(held, bounds, block: int, blocks: int):
   """The blocks of what is held of keys, values and their scales, as far as there are any."""
 
   # Past a row's last block its step names that one again, which is there already: nothing is
-  # copied.
-  def at(b, h, i, scalars, lengths, starts, rows=None):
+  # copied. named: of rows, or of their pages, which are blocks of their own.
+  def at(b, h, i, scalars, lengths, starts, named=None):
     begin, last = bounds(lengths, starts, b)
-    row = b if rows is None else rows[b]
-    return scalars[0], row, scalars[1] + h, jnp.minimum(begin + i, last), 0
+    index, head = jnp.minimum(begin + i, last), scalars[1] + h
+    if held.paged:
+      return scalars[0], named[b * blocks + index], head, 0, 0
+    return scalars[0], b if named is None else named[b], head, index, 0
 
   # Scales are numbers of slots, along lanes.
   def scale_at(b, h, i, *given):

@@ -25,8 +25,8 @@ def begun(
   """With the first `counts` tokens of rows `sources`, and no others, in these rows: what `sources`
   held when they had no more, each device's of its own (see Slots.rows); of no memory.
 
-  A ring has to have them still, as far as a window that comes next sees them. windows: of every
-  place.
+  A ring has to have them still, as far as a window that comes next sees them. Of what is in pages
+  nothing is moved: a table names them. windows: of every place.
   """
 
   def one(held, window):
@@ -39,6 +39,8 @@ def begun(
       return _moved(held, sources, rows, jnp.full_like(counts, held.slots), seen)
 
     axes = held.axes()
+    if held.paged:
+      return held
     return ax.local(put, (axes, ('batch',), ('batch',), ('batch',)), axes)(
       held, sources, rows, counts
     )

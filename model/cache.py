@@ -2,7 +2,7 @@
 whole and rewritten in place.
 
 R layers of a place of a period · B rows · J of them that a call is about · T new tokens · S slots ·
-K key/value heads · H head width · P groups of W rows
+K key/value heads · H head width · P groups of W rows · n pages of a row
 """
 
 import dataclasses
@@ -39,12 +39,16 @@ class Cache:
     memory: keys and values of cross-attention of every place, [R, B, S', K, H] each, or None before
       the source was read (and without one).
     memory_segments: [B, S'] int32, 0 where the source is padding; or None.
+    table: [B, n] int32, which of its device's pages hold each row, see kernels.cached.Held.paged;
+      None: rows have slots of their own in all places, as they have in rings. Who hands pages out
+      writes it.
   """
 
   held: Any
   lengths: Any
   memory: Any = None
   memory_segments: Any = None
+  table: Any = None
   capacity: int = 0
 
   def lengths_of(self, rows: Int[Array, 'J'] | None) -> Int[Array, 'J']:
@@ -60,12 +64,15 @@ class Cache:
     """
     lengths = self.lengths_of(rows)
     counts = jnp.full_like(lengths, tokens) if counts is None else counts
+    table = self.table
+    if rows is not None or table is not None:
+      _check_some(self, fresh)
     if rows is not None:
-      _check_rows(self, fresh)
       # A place of the call that is about no row looks at nothing.
       lengths = jnp.where(counts > 0, lengths, 0)
+      table = None if table is None else rows_of(table, rows)
     memory = (None,) * len(self.held) if self.memory is None else self.memory
-    return CachedPlaces(self.held, lengths, memory, counts, rows, self.capacity, fresh)
+    return CachedPlaces(self.held, lengths, memory, counts, rows, table, self.capacity, fresh)
 
   def remembering(self, memory: tuple, segments: Int[Array, 'B S']) -> 'Cache':
     """With keys and values of cross-attention, and the segments of its source."""
@@ -104,12 +111,13 @@ class CachedPlaces(places.Places):
 
   Attributes:
     memory: of each place, see Cache.
-    counts, rows, capacity, fresh: see Slots.
+    counts, rows, table, capacity, fresh: see Slots.
   """
 
   memory: tuple = ()
   counts: Any = None
   rows: Any = None
+  table: Any = None
   capacity: int = 0
   fresh: bool = False
 
@@ -128,14 +136,15 @@ class CachedPlaces(places.Places):
       self.capacity,
       self.fresh,
       self.rows,
+      self.table if self.held[place].paged else None,
     )
 
 
-def _check_rows(cache: Cache, fresh: bool) -> None:
+def _check_some(cache: Cache, fresh: bool) -> None:
   if fresh:
     raise NotImplementedError(
-      'rows of a cache with fresh=True: a call that fills buffers from their beginning is about '
-      'all rows; append to empty rows instead (fresh=False)'
+      'rows or pages of a cache with fresh=True: a call that fills buffers from their beginning is '
+      'about all rows, and slots side by side; append to empty rows instead (fresh=False)'
     )
   if cache.memory is not None:
     raise NotImplementedError(
@@ -163,6 +172,7 @@ class Slots:
       ones; as many as a device has, or more: none, and its count is 0. None: all rows, in order.
       Where a mesh splits rows, those of a call are split alike, and a number counts the rows of
       its own device: what is on another cannot be named.
+    table: [J, n] int32, of these rows, where `held` is paged; None otherwise.
   """
 
   held: Any
@@ -173,6 +183,7 @@ class Slots:
   capacity: int
   fresh: bool
   rows: Any = None
+  table: Any = None
 
   def append(
     self, keys: Float[Array, 'J T K H'], values: Float[Array, 'J T K Hv'] | None, window: int = 0
@@ -190,10 +201,10 @@ class Slots:
         f'{held.slots} slots; append at most {held.slots - window + 1}, or make the cache with '
         f'init_cache(.., append={T})'
       )
-    tokens = Held(keys, values, ring=held.ring)
+    tokens = Held(keys, values)
     if held.keys.dtype == jnp.int8:
       pairs = [(None, None) if x is None else cached.quantised(x) for x in (keys, values)]
-      tokens = Held(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], held.ring)
+      tokens = Held(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1])
 
     axes, written = held.axes(), {}
     write = self._fill if self.fresh else self._scatter
@@ -206,9 +217,8 @@ class Slots:
   def look(self, q: Float[Array, 'J T N H'], **how) -> Float[Array, 'J T N Hv']:
     """Attention of the call's tokens to all that is held; how: see kernels.cached.attention."""
     queries = self.lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    return cached.attention(
-      q, self.held, self.layer, self.lengths + self.counts, queries, rows=self.rows, **how
-    )
+    lengths, which = self.lengths + self.counts, dict(rows=self.rows, table=self.table)
+    return cached.attention(q, self.held, self.layer, lengths, queries, **which, **how)
 
   def remembered(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
     """This layer's keys and values of cross-attention."""
@@ -247,40 +257,56 @@ class Slots:
     )
 
   def _scatter(self, buffer, axes, x):
-    """Tokens [J, T, K, ...] behind those of their rows."""
+    """Tokens [J, T, K, ...] behind those of their rows, whose pages are there already."""
     S, T, parts = buffer.shape[3], x.shape[1], ax.mesh_axes('slots') if axes[3] else ()
-    some = () if self.rows is None else (self.rows,)
+    paged = self.held.paged
+    which = self.table if paged else self.rows
+    some = () if which is None else (which,)
 
-    def put(buffer, x, layer, lengths, counts, rows=None):
+    def put(buffer, x, layer, lengths, counts, which=None):
       index = jnp.arange(T, dtype=jnp.int32)[None]
       where = lengths[:, None] + index
       inside = (index < counts[:, None]) & (where < self.capacity)
+      if paged:
+        # Padding goes to the page behind the last one: nowhere.
+        pages = jnp.take_along_axis(which, jnp.minimum(where // S, which.shape[1] - 1), 1)
+        at = layer, jnp.where(inside, pages, buffer.shape[1]), slice(None), where % S
+        return buffer.at[at].set(x, mode='drop', unique_indices=True)
       where = where % S if self.held.ring else where
       if parts:
         where = where - jax.lax.axis_index(parts) * buffer.shape[3]
       # Padding, and what another device has room for, goes behind the last slot: nowhere.
       where = jnp.where(inside & (where >= 0), where, buffer.shape[3])
-      rows = jnp.arange(buffer.shape[1], dtype=jnp.int32) if rows is None else rows
+      rows = jnp.arange(buffer.shape[1], dtype=jnp.int32) if which is None else which
       return buffer.at[layer, rows[:, None], :, where].set(x, mode='drop', unique_indices=True)
 
     tokens = ('batch', None, *axes[2:3], *axes[4:])
-    run = ax.local(put, (axes, tokens, (), *(('batch',),) * (2 + len(some))), axes)
+    named = [('batch', *(None,) * (each.ndim - 1)) for each in some]
+    run = ax.local(put, (axes, tokens, (), ('batch',), ('batch',), *named), axes)
     layer = jnp.asarray(self.layer, jnp.int32)
     return run(buffer, ax.place(x, *tokens), layer, self.lengths, self.counts, *some)
 
 
 jax.tree_util.register_dataclass(
-  Cache, data_fields=['held', 'lengths', 'memory', 'memory_segments'], meta_fields=['capacity']
+  Cache,
+  data_fields=['held', 'lengths', 'memory', 'memory_segments', 'table'],
+  meta_fields=['capacity'],
 )
 jax.tree_util.register_dataclass(
   Slots,
-  data_fields=['held', 'memory', 'layer', 'lengths', 'counts', 'rows'],
+  data_fields=['held', 'memory', 'layer', 'lengths', 'counts', 'rows', 'table'],
   meta_fields=['capacity', 'fresh'],
 )
 
 
 def init_cache(
-  config: ModelConfig, rows: int, capacity: int, dtype: str = '', append: int = APPEND
+  config: ModelConfig,
+  rows: int,
+  capacity: int,
+  dtype: str = '',
+  append: int = APPEND,
+  pages: int = 0,
+  page: int = 0,
 ) -> Cache:
   """An empty cache for `rows` sequences of at most `capacity` tokens; a layer with a window has a
   ring of slots, if that is less.
@@ -292,6 +318,8 @@ def init_cache(
     dtype: of keys and values; default: the compute dtype. 'int8': with an f32 scale for each
       vector.
     append: tokens that may follow others in one call, at most.
+    pages: of `page` slots each, in which all rows' tokens lie that are in no ring, and of which
+      none is anyone's so far; 0: every row has slots of its own.
   Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which
   generates nothing; NotImplementedError on a mesh with stages for an encoder-decoder or layers of
   which some are on every stage.
@@ -323,25 +351,35 @@ def init_cache(
 
   def held(window, repeats):
     least = _whole(window + append - 1) if window else most
-    ring, S = least < most, min(least, most)
-    shape = jax.ShapeDtypeStruct((repeats, rows, K, S, H), dtype)
-    axes = Held(shape, None, ring=ring).axes().keys
+    ring, B, S = least < most, rows, min(least, most)
+    paged = bool(pages) and not ring
+    if paged:
+      B, S = pages, page
+    shape = jax.ShapeDtypeStruct((repeats, B, K, S, H), dtype)
+    axes = Held(shape, None, ring=ring, paged=paged).axes().keys
 
     def zeros(width, dtype, axes):
       return ax.place(
-        jnp.zeros((repeats, rows, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes
+        jnp.zeros((repeats, B, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes
       )
 
     vectors = [zeros((H,), dtype, axes), None if latent.width else zeros((H,), dtype, axes)]
     scales = [
       None if x is None or dtype != 'int8' else zeros((), jnp.float32, axes[:4]) for x in vectors
     ]
-    return Held(*vectors, *scales, ring)
+    return Held(*vectors, *scales, ring, paged)
 
   lengths = ax.place(jnp.zeros((rows,), jnp.int32, out_sharding=ax.out('batch')), 'batch')
+  table = None
+  if pages:
+    none = jnp.full(
+      (rows, -(-capacity // page)), pages, jnp.int32, out_sharding=ax.out('batch', None)
+    )
+    table = ax.place(none, 'batch', None)
   return Cache(
     tuple(held(kind.window, len(layers)) for kind, layers in config.places),
     lengths,
+    table=table,
     capacity=capacity,
   )
 
@@ -402,7 +440,8 @@ def copied(cache: Cache, sources: Int[Array, 'J'], rows: Int[Array, 'J']) -> Cac
 
     return ax.local(put, (axes, ('batch',), ('batch',)), axes)(x, sources, rows)
 
-  held = tuple(jax.tree.map(one, held, held.axes()) for held in cache.held)
+  # Pages are shared by the table that names them.
+  held = tuple(held if held.paged else jax.tree.map(one, held, held.axes()) for held in cache.held)
   return dataclasses.replace(cache, held=held, lengths=one(cache.lengths, ('batch',)))
 
 

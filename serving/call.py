@@ -186,12 +186,12 @@ class Stats:
 
   Attributes:
     rows, free, reading, writing: rows there are, and what they do. waiting: samples that have none.
-    tokens, room: that rows hold, and could.
+    tokens, room: for which memory is in use, and for which there is some.
     prompt_tokens: that were read. generated_tokens: that reached who asked.
     prefix_queries, prefix_hits: tokens of prompts that were looked up, and those that were there.
     drafted, accepted: of samples that have ended, tokens that were drafted, and those kept.
     finished: samples by `finish`. errors: failures by kind. refused: calls by QueueFull.
-    preempted: rows that had to give way; a server of slots has none.
+    preempted: how often a row had to wait for others' sake; never where rows have no pages.
     compiled: programs. steps: calls of the program that decodes; step_seconds: about how long
       each of its tokens took.
   """

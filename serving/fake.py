@@ -16,6 +16,7 @@ from data.tokenizer import Tokenizer
 from decode.engine import Request, Sizes
 from decode.front import Front
 from decode.loop import Chunk
+from decode.sizes import Use
 from serving import call as calls
 from serving.call import Limits
 from serving.desk import Desk
@@ -81,6 +82,9 @@ class FakeEngine:
   def check(self, request: Request) -> None:
     pass
 
+  def takes(self, request: Request) -> bool:
+    return bool(self.free)
+
   def choose(self, request: Request) -> int:
     return self.free[0]
 
@@ -103,6 +107,14 @@ class FakeEngine:
 
   def cached(self, row: int) -> int:
     return 0
+
+  def seat(self) -> list[int]:
+    return [row for row in self._requests if row not in self._unread]
+
+  def use(self) -> Use:
+    tokens = sum(len(request.prompt) for request in list(self._requests.values()))
+    tokens += sum(list(self._written.values()))
+    return Use(tokens, self.sizes.rows * self.sizes.capacity)
 
   def decode(self, count: int, alternatives: bool) -> tuple[int, Chunk]:
     self._note('decode')
@@ -150,6 +162,7 @@ class FakeEngine:
       del self._requests[row]  # raises for one that is free
       self._unread.pop(row, None)
       self._writing.pop(row, None)
+      self._written.pop(row, None)
 
   def reset(self) -> None:
     self.calls.append('reset')

@@ -7,7 +7,8 @@ from decode.drafted import DraftingEngine
 from decode.engine import Engine
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
-from decode.sizes import Request, Sizes
+from decode.paged import PagedEngine
+from decode.sizes import Request, Sizes, Use
 from model.config import ModelConfig
 from model.weights import adapters
 from parallel import hosts
@@ -79,8 +80,9 @@ class EngineRows:
     """
     model = self._model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    made = DraftingEngine if self.sizes.lookup else Engine
-    self._engine = made(
+    engine = PagedEngine if self.sizes.pages else Engine
+    engine = DraftingEngine if self.sizes.lookup else engine
+    self._engine = engine(
       model.model.config,
       model.mesh,
       self.sizes,
@@ -109,6 +111,9 @@ class EngineRows:
       raise NotReady(CLOSED)
     engine.check(request)
 
+  def takes(self, request: Request) -> bool:
+    return self._engine.takes(request)
+
   def choose(self, request: Request) -> int:
     return self._engine.choose(request)
 
@@ -120,6 +125,13 @@ class EngineRows:
 
   def cached(self, row: int) -> int:
     return self._engine.cached(row)
+
+  def seat(self) -> list[int]:
+    return self._engine.seat()
+
+  def use(self) -> Use:
+    engine = self._engine  # which is not there at first, and at the end
+    return Use() if engine is None else engine.use()
 
   def decode(self, count: int, alternatives: bool) -> Any:
     return self._engine.decode(self._model.model, count, alternatives)

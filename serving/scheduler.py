@@ -22,6 +22,7 @@ from decode.constrain import NoRoom
 from decode.engine import Request, Sizes
 from decode.loop import Chunk
 from decode.request import FAILED, Row
+from decode.sizes import Use
 from serving import call as calls
 from serving.call import Event, Failure, Limits, NotReady, QueueFull, Stats
 from serving.queue import Queue, Waiting
@@ -48,8 +49,11 @@ class AnyEngine(Protocol):
   def check(self, request: Request) -> None:
     """Raises ValueError for a request that no row could take. From any thread."""
 
+  def takes(self, request: Request) -> bool:
+    """Whether one of the free rows can take it now."""
+
   def choose(self, request: Request) -> int:
-    """Which of the free rows is to take it."""
+    """Which of them is to."""
 
   def join(self, row: int, request: Request) -> None:
     """A free row begins with a request. Raises decode.constrain.NoRoom where its constraint has to
@@ -62,11 +66,19 @@ class AnyEngine(Protocol):
   def cached(self, row: int) -> int:
     """Tokens of the row's prompt that need not be read."""
 
+  def seat(self) -> Sequence[int]:
+    """The rows whose prompt was read, and that there is room for: the others wait, and write later
+    what they would have written now.
+    """
+
   def decode(self, count: int, alternatives: bool) -> Any:
-    """Begins a chunk of so many tokens of every row whose prompt was read."""
+    """Begins a chunk of so many tokens of each of these."""
 
   def taken(self, chunk: Any) -> Chunk:
     """A chunk that was begun, as numpy arrays, when it is there."""
+
+  def use(self) -> Use:
+    """Of its memory, now. From any thread."""
 
   def forget(self, row: int) -> None:
     """Nobody goes on from what this row has read."""
@@ -182,15 +194,15 @@ class Scheduler:
 
   def stats(self) -> Stats:
     rows, sizes, counts = list(self._rows.values()), self._engine.sizes, self._counts
-    writing = len(self._writing)
+    writing, use = len(self._writing), self._engine.use()
     return Stats(
       rows=sizes.rows,
       free=sizes.rows - len(rows),
       reading=len(rows) - writing,
       writing=writing,
       waiting=self._waiting,
-      tokens=sum(len(row.request.prompt) + len(row.text.ids) for row in rows),
-      room=sizes.rows * sizes.capacity,
+      tokens=use.tokens,
+      room=use.room,
       prompt_tokens=counts['prompt'],
       generated_tokens=counts['generated'],
       prefix_queries=counts['queried'],
@@ -200,6 +212,7 @@ class Scheduler:
       finished=dict(self._finished),
       errors=dict(self._errors),
       refused=counts['refused'],
+      preempted=use.preempted,
       steps=counts['steps'],
       step_seconds=self._seconds,
     )
@@ -280,8 +293,8 @@ class Scheduler:
     """Free rows are taken."""
     while self._engine.free:
       sample = self._queue.next(now, self._may)
-      if sample is None:
-        return
+      if sample is None or not self._engine.takes(sample.request):
+        return  # whose turn it is waits for room, and nobody overtakes it
       row = self._engine.choose(sample.request)
       try:
         self._engine.join(row, sample.request)
@@ -321,7 +334,11 @@ class Scheduler:
 
   def _next_chunk(self) -> _Ahead | None:
     """The next chunk, begun; None where no row has more to write."""
-    rows = {row: sample for row, sample in self._writing.items() if sample.left > 0}
+    if all(sample.left <= 0 for sample in self._writing.values()):
+      return None
+    seated = self._engine.seat()
+    rows = {row: sample for row, sample in self._writing.items() if row in seated}
+    rows = {row: sample for row, sample in rows.items() if sample.left > 0}
     if not rows:
       return None
     count = min(self._count(rows), max(sample.left for sample in rows.values()))
