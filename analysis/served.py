@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from analysis import memory
 from decode.engine import Engine
@@ -32,7 +33,7 @@ class _Lowering(Engine):
   def _compiled(self, function, *arguments, **static):
     if function.__wrapped__ == self._begin:
       return self._shapes
-    if 'steps' in static:
+    if isinstance(arguments[-1], np.int32):  # of how many steps
       arguments = arguments[:-1]  # all of them: the compiler's account wants a number
     with jax.set_mesh(self.mesh):
       return function.lower(*arguments, **static)
@@ -41,16 +42,16 @@ class _Lowering(Engine):
     with jax.set_mesh(self.mesh):
       return params.abstract(self._begin, self.mesh)
 
-  def _put(self, x):
-    with jax.set_mesh(self.mesh):
-      return _abstract(x, self.mesh, ax.spec('batch', *(None,) * (x.ndim - 1)))
+  def _puts(self, xs):
+    return [_abstract(x, self._splits.of(x.ndim)) for x in xs]
 
   def _uploaded(self):
-    return jax.tree.map(lambda x: _abstract(x, self.mesh, jax.P()), self._tables.automaton)
+    everywhere = jax.NamedSharding(self.mesh, jax.P())
+    return jax.tree.map(lambda x: _abstract(x, everywhere), self._tables.automaton)
 
 
-def _abstract(x, mesh, spec):
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+def _abstract(x, sharding):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def lowered(

@@ -34,7 +34,7 @@ import time
 
 import commands
 from benchmarks import train_step
-from benchmarks.serving_load import SHARES, Seen, Work, loads, over_http, processor_seconds
+from benchmarks.serving_load import Seen, Work, loads, over_http, processor_seconds
 from launch.serve import wire
 
 SIDES = {
@@ -199,7 +199,7 @@ def show(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
   """Prints the best run of each side, by CPU time, for each load; returns all of them."""
   work, best = work_of(options), {}
   titles = {('closed', str(each)): f'{each} clients, each one at a time' for each in work.clients}
-  for share in SHARES:
+  for share in work.shares:
     titles['poisson', str(share)] = f"Poisson arrivals, {share} of the first one's rate"
   for (kind, key), title in titles.items():
     found = {
@@ -252,6 +252,7 @@ def work_of(options: argparse.Namespace) -> Work:
     answer=pair(options.answer),
     shared=options.shared,
     clients=tuple(int(each) for each in options.clients.split(',')),
+    shares=tuple(float(each) for each in options.shares.split(',') if each),
     requests=options.requests,
     rows=options.rows,
   )
@@ -275,6 +276,7 @@ def parser() -> argparse.ArgumentParser:
   add('--workdir', default='runs/smollm2', help='of the model')
   add('--sides', default=','.join(SIDES), help='of ' + ', '.join(SIDES))
   add('--clients', default='1,4,16,64', help='of closed loops, with commas between')
+  add('--shares', default='0.25,0.5,0.75', help="of a loop's rate, of Poisson arrivals; '': none")
   add('--requests', type=int, default=Work.requests, help='of each measurement')
   add('--rows', type=int, default=Work.rows, help='that run at a time')
   add('--prompt', default='32-512', help='tokens of prompts')

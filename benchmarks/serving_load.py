@@ -12,20 +12,21 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from launch.serve import wire
 
-SHARES = (0.25, 0.5, 0.75)  # of the closed loop's rate, that Poisson arrivals have
 LOOP = 16  # clients of the closed loop that the others are compared by
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
   """What is asked for. prompt, answer: least and most tokens. shared: of a system prompt.
-  clients: of closed loops. requests: of each measurement, and twice the clients at least.
+  clients: of closed loops. shares: of the rate of one of them, that Poisson arrivals have.
+  requests: of each measurement, and twice the clients at least.
   """
 
   prompt: tuple[int, int] = (32, 512)
   answer: tuple[int, int] = (16, 256)
   shared: int = 0
   clients: tuple[int, ...] = (1, 4, 16, 64)
+  shares: tuple[float, ...] = (0.25, 0.5, 0.75)
   requests: int = 64
   rows: int = 16
   seed: int = 0
@@ -156,7 +157,7 @@ async def loads(
     found['closed'][clients] = await measured(lambda some: closed(ask, some, clients), count)
   loop = LOOP if LOOP in work.clients else work.clients[-1]
   rate = rate or found['closed'][loop]['requests_per_second']
-  for share in SHARES:
+  for share in work.shares:
     found['poisson'][share] = await measured(
       lambda some: poisson(ask, some, share * rate, work.seed), work.requests
     )

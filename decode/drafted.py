@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from decode.calling import flattened
 from decode.engine import Engine
 from decode.loop import Chunk, Rules
 from decode.sizes import Sizes
@@ -27,6 +28,7 @@ from model.cache import rows_of, with_rows
 from model.config import ModelConfig
 from model.transformer import Decoder
 from parallel import axes as ax
+from parallel.compiler import GENERATION
 
 
 class DraftingEngine(Engine):
@@ -43,9 +45,7 @@ class DraftingEngine(Engine):
     super().__init__(config, mesh, sizes, **given)
     ids = np.zeros((self._parts, self.sizes.capacity), np.int32)
     rows = self._named({}, self._parts)
-    self._programs['remember'] = self._compiled(
-      remember, self._drafts, self._put(rows), self._put(ids)
-    )
+    self._programs['remember'] = self._compiled(remember, self._drafts, *self._puts([rows, ids]))
 
   def reset(self) -> None:
     self._drafts = None  # before there is room for others
@@ -62,7 +62,7 @@ class DraftingEngine(Engine):
       ids = np.zeros((self._parts, self.sizes.capacity), np.int32)
       ids[part, : len(prompt)] = prompt
       places = self._named({row: part}, self._parts)
-      self._drafts = self._run('remember', self._drafts, self._put(places), self._put(ids))
+      self._drafts = self._run('remember', self._drafts, *self._puts([places, ids]))
     return ended
 
   def _nothing(self) -> Speculation:
@@ -83,7 +83,8 @@ class DraftingEngine(Engine):
 
   def _write(self, name: str, weights: Decoder, rules: Rules, count: np.int32) -> Chunk:
     carried = dataclasses.replace(self._drafts, state=self.state)
-    carried, chunk = self._run(name, weights, self._drafter, carried, rules, count)
+    arguments = self._leaves(weights), self._drafter, carried, rules, count
+    carried, chunk = self._run(name, *arguments)
     self.state, self._drafts = carried.state, dataclasses.replace(carried, state=None)
     return chunk
 
@@ -95,19 +96,13 @@ class DraftingEngine(Engine):
     name = f'decode with {alternatives} alternatives'
     if name not in self._programs:
       self._check_weights(weights)
-      self._programs[name] = self._compiled(
-        speculate_chunk,
-        weights,
-        self._drafter,
-        dataclasses.replace(self._drafts, state=self.state),
-        dataclasses.replace(self.rules, automaton=self._automaton),
-        np.int32(0),
-        steps=self.sizes.steps,
-        k=self.sizes.draft_tokens,
-        pad=self._pad,
-        vocabulary=self._vocabulary,
-        alternatives=alternatives,
-      )
+      static = dict(steps=self.sizes.steps, pad=self._pad, vocabulary=self._vocabulary)
+      static |= dict(k=self.sizes.draft_tokens, alternatives=alternatives)
+      program = flattened(speculate_chunk, weights, 2, GENERATION, **static)
+      carried = dataclasses.replace(self._drafts, state=self.state)
+      rules = dataclasses.replace(self.rules, automaton=self._automaton)
+      arguments = self._leaves(weights), self._drafter, carried, rules, np.int32(0)
+      self._programs[name] = self._compiled(program, *arguments)
     return name
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode import loop
+from decode.calling import Leaves, Splits, flattened
 from decode.constrain import Automaton, Tables
 from decode.loop import Chunk, DecodeState, Rules
 from decode.prefixes import Prefixes
@@ -32,6 +33,7 @@ from model.config import ModelConfig
 from model.transformer import Decoder
 from model.weights import adapters
 from parallel import axes as ax
+from parallel.compiler import GENERATION
 
 
 class Engine:
@@ -81,6 +83,7 @@ class Engine:
       self._parts = ax.size('batch')
     self._read_rows = sizes.read_rows or self._parts
     self._programs: dict[str, Any] = {}
+    self._leaves, self._splits = Leaves(), Splits(mesh)
     self._begun = self._compiled(jax.jit(self._begin))
     self.reset()
     self._programs['join'] = self._compiled(
@@ -213,7 +216,7 @@ class Engine:
       return []
     arguments, ended = self._reading(chosen)
     self._reader(weights)
-    self.state = self._run('read', weights, self.state, *arguments)
+    self.state = self._run('read', self._leaves(weights), self.state, *arguments)
     for row in chosen:
       self._prefixes.read(row, len(self._unread[row][: self.sizes.read_tokens]))
       del self._unread[row][: self.sizes.read_tokens]
@@ -242,7 +245,7 @@ class Engine:
     return chunk
 
   def _write(self, name: str, weights: Decoder, rules: Rules, count: np.int32) -> Chunk:
-    self.state, chunk = self._run(name, weights, self.state, rules, count)
+    self.state, chunk = self._run(name, self._leaves(weights), self.state, rules, count)
     return chunk
 
   def _most(self, count: int) -> int:
@@ -309,7 +312,7 @@ class Engine:
     counts = np.full(self._parts, tokens, np.int32)
     places = [self._named({i: part}, self._parts) for i in (source, row)]
     self._resumer()
-    arguments = map(self._put, (*places, counts, prompt))
+    arguments = self._puts((*places, counts, prompt))
     self.state = self._run('resume', self.state, *arguments)
     del self._unread[row][:tokens]
     self._cached[row] = tokens
@@ -326,7 +329,7 @@ class Engine:
     for row in rows:
       del self._sharing[row]
       part = self.part_of(row)
-      places = [self._put(self._named({i: part}, self._parts)) for i in (reader, row)]
+      places = self._puts([self._named({i: part}, self._parts) for i in (reader, row)])
       self._sharer()
       self.state = self._run('share', self.state, *places)
       self._cached[row] = len(self._requests[row].prompt)
@@ -381,8 +384,9 @@ class Engine:
     values = [Rules(sampling, ends), stop_at, np.array([place], np.int32)]
     if self.sizes.adapters:
       values.append(np.array([request.adapter], np.int32))
-    everywhere = jax.tree.map(lambda x: self._put(np.repeat(x, self._parts, 0)), values)
-    return self._put(rows), *everywhere
+    leaves, structure = jax.tree.flatten(values)
+    rows, *leaves = self._puts([rows, *(np.repeat(x, self._parts, 0) for x in leaves)])
+    return rows, *structure.unflatten(leaves)
 
   def _reading(self, chosen: Sequence[int]):
     """What loop.read takes of these rows besides model and state; whose prompts end with it."""
@@ -408,7 +412,7 @@ class Engine:
       counts[index] = len(ids)
       ends[index] = len(self._unread[row]) <= C
     rows = self._named(places, J)
-    arguments = tuple(map(self._put, (rows, tokens, counts, ends)))
+    arguments = tuple(self._puts((rows, tokens, counts, ends)))
     return arguments, [row for row, index in places.items() if ends[index]]
 
   def _together(self) -> list[int]:
@@ -447,9 +451,9 @@ class Engine:
     if 'read' not in self._programs:
       self._check_weights(weights)
       arguments, _ = self._reading(())
-      self._programs['read'] = self._compiled(
-        loop.read, weights, self.state, *arguments, vocabulary=self._vocabulary
-      )
+      program = flattened(loop.read, weights, 1, vocabulary=self._vocabulary)
+      leaves = self._leaves(weights)
+      self._programs['read'] = self._compiled(program, leaves, self.state, *arguments)
 
   def _sharer(self) -> None:
     if 'share' not in self._programs:
@@ -462,7 +466,7 @@ class Engine:
     if 'resume' not in self._programs:
       none = self._named({}, self._parts)
       prompt = np.zeros((self._parts, self._config.table_rows), bool)
-      arguments = map(self._put, (none, none.copy(), np.zeros_like(none), prompt))
+      arguments = self._puts((none, none.copy(), np.zeros_like(none), prompt))
       self._programs['resume'] = self._compiled(
         loop.resume, self.state, *arguments, windows=self._windows
       )
@@ -472,17 +476,12 @@ class Engine:
     name = f'decode with {alternatives} alternatives'
     if name not in self._programs:
       self._check_weights(weights)
-      self._programs[name] = self._compiled(
-        loop.decode_chunk,
-        weights,
-        self.state,
-        dataclasses.replace(self.rules, automaton=self._automaton),
-        np.int32(0),
-        steps=self.sizes.steps,
-        pad=self._pad,
-        vocabulary=self._vocabulary,
-        alternatives=alternatives,
-      )
+      static = dict(steps=self.sizes.steps, pad=self._pad, vocabulary=self._vocabulary)
+      static |= dict(alternatives=alternatives)
+      program = flattened(loop.decode_chunk, weights, 1, GENERATION, **static)
+      rules = dataclasses.replace(self.rules, automaton=self._automaton)
+      arguments = self._leaves(weights), self.state, rules, np.int32(0)
+      self._programs[name] = self._compiled(program, *arguments)
     return name
 
   def _compiled(self, function, *arguments, **static) -> jax.stages.Compiled:
@@ -497,12 +496,11 @@ class Engine:
       return self._programs[name](*arguments)
 
   def _put(self, x: np.ndarray) -> jax.Array:
-    """On the mesh, split along its rows. Of a new array each time: on a CPU the device may go on
-    using the memory of what it is given.
-    """
-    with jax.set_mesh(self.mesh):
-      spec = ax.spec('batch', *(None,) * (x.ndim - 1))
-    return jax.device_put(x, jax.NamedSharding(self.mesh, spec))
+    return self._puts([x])[0]
+
+  def _puts(self, xs: Sequence[np.ndarray]) -> list[jax.Array]:
+    """On the mesh, split along their rows."""
+    return self._splits.put(xs)
 
   def _uploaded(self) -> Automaton:
     return jax.device_put(self._tables.automaton, jax.NamedSharding(self.mesh, jax.P()))

@@ -67,8 +67,8 @@ class EngineRows:
     """scores: whether it scores prompts, too, for which there is one more row, and a program.
     pooling: by which it embeds texts; '': it does not.
 
-    Raises ValueError and NotImplementedError for sizes that the mesh does not take, for a model that
-    is no decoder alone, and as decode.embedder.check_pooling.
+    Raises ValueError and NotImplementedError for sizes that the mesh does not take, for a model
+    that is no decoder alone, and as decode.embedder.check_pooling.
     """
     config = model.model.config
     if config.encoder_layers:
