@@ -579,6 +579,9 @@ def test_rows_of_a_cache_that_cannot_be_named_raise():
     empty = cache.init_cache(model.config, 2, 16)
     with pytest.raises(NotImplementedError, match='rows or pages of a cache with fresh=True'):
       jax.eval_shape(lambda: model(tokens, cache=empty, rows=row, fresh=True))
+    paged = cache.init_cache(model.config, 1, 16, pages=4, page=8)
+    with pytest.raises(NotImplementedError, match='pages of a cache with fresh=True'):
+      jax.eval_shape(lambda: model(tokens, cache=paged, fresh=True))
     memorised = dataclasses.replace(empty, memory=((None, None),) * 2)
     with pytest.raises(NotImplementedError, match='rows of a cache of an encoder-decoder'):
       jax.eval_shape(lambda: model(tokens, cache=memorised, rows=row))
