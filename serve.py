@@ -229,6 +229,7 @@ def run(sagemaker: bool) -> Running:
   name = NAME.value or pathlib.Path(WORKDIR.value).resolve().name
   if name in adapters:
     raise ValueError(f'--adapters: one is called {name!r}, as the model is; give another name')
+  traces = None if TRACES.value is None else traces_to(TRACES.value, name)
   opened = listening.bound(HOST.value, PORT_FLAG.value)
   hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
   generator = Generator.load(
@@ -238,23 +239,22 @@ def run(sagemaker: bool) -> Running:
   sizes |= {'lookup': LOOKUP.value, 'draft_tokens': DRAFT_TOKENS.value}
   sizes |= {'pages': PAGES.value, 'host_pages': HOST_PAGES.value}
   check_length(generator)
+  writes = generator.model.config.causal
+  if not writes:
+    check_encoder()
   service = Running(
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
     scores=PROMPT_LOGPROBS.value,
-    pooling=POOLING.value or ('' if generator.model.config.causal else 'mean'),
+    pooling=POOLING.value or ('' if writes else 'mean'),
     **{name: value for name, value in sizes.items() if value},
   )
   served = Served(
     name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
   )
-  traces = None if TRACES.value is None else traces_to(TRACES.value, name)
   if ACCESS_LOG.value:
     listening.log_access()
-  say(
-    f'{name!r}: {service.stats().rows} rows of {service.room(0)} tokens{in_pages(service)}; '
-    f'compiling. A page to talk to it, and the API below /v1: {address(opened)}'
-  )
+  say(f'{name!r}: {what_it_does(service, writes)}: {address(opened)}')
   made = http.app(
     service,
     served,
@@ -267,6 +267,15 @@ def run(sagemaker: bool) -> Running:
   if traces is not None:
     traces.close()
   return service
+
+
+def what_it_does(service: Running, writes: bool) -> str:
+  if not writes:
+    return f'embeds texts of {service.room(0)} tokens at most; compiling. /v1/embeddings is below'
+  return (
+    f'{service.stats().rows} rows of {service.room(0)} tokens{in_pages(service)}; compiling. A page '
+    'to talk to it, and the API below /v1'
+  )
 
 
 def in_pages(service: Running) -> str:
@@ -287,6 +296,15 @@ def traces_to(endpoint: str, name: str):
       'opentelemetry-exporter-otlp-proto-http (the extra tandem[trace])'
     ) from error
   return tracing.Traces(tracing.exporter_to(endpoint), name)
+
+
+def check_encoder() -> None:
+  """Raises ValueError for flags of what an encoder does not do."""
+  for flag in (ROWS, CACHE_DTYPE, LOOKUP, DRAFT_TOKENS, MAX_GAP_MS, SAMPLES, REASONING):
+    if flag.present:
+      raise ValueError(
+        f'--{flag.name}: the model is an encoder, which writes nothing; leave it out'
+      )
 
 
 def check_length(generator: Generator) -> None:

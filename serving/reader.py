@@ -16,7 +16,7 @@ from decode.sampling import seed_of
 from serving import parts, tools as tool_calls
 from serving.call import Call
 from serving.encoder import WRITES_NOTHING
-from serving.fields import SHOWN, Denied, shown
+from serving.fields import SHOWN, Check, Denied, shown
 from serving.parts import Manner
 from serving.service import Service
 from serving.wire import ANY_OBJECT, CHAT, COMMON, COMPLETION, AskedCall, Served
@@ -43,7 +43,7 @@ class Reader:
 
   def completion(self, values: dict, key: str = '') -> AskedCall:
     """Raises Denied."""
-    given = COMPLETION('', values)
+    given = self._checked(COMPLETION, values)
     prompts, logprobs = given['prompt'], given.get('logprobs', -1)
     if given.get('echo') and logprobs >= 0:
       self._check_scores('logprobs', 'logprobs with echo', logprobs)
@@ -53,7 +53,7 @@ class Reader:
 
   def chat(self, values: dict, key: str = '') -> AskedCall:
     """Raises Denied."""
-    given = CHAT('', values)
+    given = self._checked(CHAT, values)
     most = [given[name] for name in ('max_tokens', 'max_completion_tokens') if name in given]
     if len(most) == 2 and most[0] != most[1]:
       raise Denied('max_tokens and max_completion_tokens differ; give the latter', 'max_tokens')
@@ -68,6 +68,11 @@ class Reader:
       given, key, [self._chat_encoded(prompt)], logprobs, new, None, chat=True, tools=tools
     )
     return dataclasses.replace(asked, manner=self._manner(asked.calls[0], prompt, tools))
+
+  def _checked(self, fields: Check, values: dict) -> dict:
+    if not self._service.writes:
+      raise Denied(WRITES_NOTHING, status=404, code='unsupported')
+    return fields('', values)
 
   def chat_ids(self, messages: Sequence[Mapping], **variables) -> list[int]:
     """What the model reads that is to answer these messages."""
@@ -129,8 +134,6 @@ class Reader:
     return '' if model == self._served.name else model
 
   def _asked(self, given, key, prompts, logprobs, new, default, *, chat, tools=None) -> AskedCall:
-    if not self._service.writes:
-      raise Denied(WRITES_NOTHING, status=404, code='unsupported')
     adapter, options = self.adapter(given), self._options(given)
     most, name = self._service.alternatives, 'top_logprobs' if chat else 'logprobs'
     if logprobs > most:

@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from data.tokenizers import ByteTokenizer
+from decode.embedder import check_pooling
 from serving.fake import FakeService
 from serving.http import app
 from serving.running import Running
@@ -18,7 +19,7 @@ from serving.wire import Served
 from tests.decode.small import config_of, generator_of
 
 SIZES = dict(rows=1, capacity=48, read_tokens=8, block=8, steps=2, alternatives=2)
-TEXTS = ['a', 'a longer text', 'x' * 40, 'é']
+TEXTS = ['é', 'a longer text', 'x' * 40]
 
 
 @functools.cache
@@ -79,6 +80,7 @@ def test_an_encoder_is_asked_for_nothing_else(encoder):
   for path, asked in (
     ('/v1/completions', {'prompt': 'a'}),
     ('/v1/completions', {'prompt': 'a', 'stream': True}),
+    ('/v1/chat/completions', {'messages': [{'role': 'user', 'content': 'a'}]}),
     ('/v1/embeddings', {'input': 'x' * 60}),
     ('/v1/embeddings', {'input': 'a', 'dimensions': 99}),
     ('/v1/embeddings', {'input': 'a', 'user': 'me'}),
@@ -87,7 +89,7 @@ def test_an_encoder_is_asked_for_nothing_else(encoder):
   ):
     response = encoder.post(path, json=asked)
     assert response.status_code in (400, 404) and response.json()['error']['message'], path
-    if path == '/v1/completions':
+    if path.endswith('completions'):
       assert 'ask /v1/embeddings' in response.json()['error']['message']
   ids = encoder.post('/tokenize', json={'prompt': 'a'}).json()['tokens']
   assert ids == [1, *ByteTokenizer().encode('a'), 2]
@@ -96,7 +98,7 @@ def test_an_encoder_is_asked_for_nothing_else(encoder):
   with pytest.raises(ValueError, match="pooling='max' must be one of mean"):
     Running(generator(False), pooling='max', **SIZES)
   with pytest.raises(ValueError, match="pooling='first' of a decoder"):
-    Running(generator(True), pooling='first', **SIZES)
+    check_pooling('first', causal=True)
 
 
 @pytest.mark.slow
