@@ -15,6 +15,7 @@ import numpy as np
 from analysis import memory
 from decode.engine import Engine
 from decode.generating import generating, generating_model
+from decode.loop import DecodeState
 from decode.options import CHUNK
 from decode.sizes import Sizes
 from model import params, transformer
@@ -71,9 +72,13 @@ def lowered(
     program = made._programs['read']
   else:
     program = made._programs[made._decoder(model, 0)]
-  state = dataclasses.replace(made.state, cache=None)
-  arrays = {'parameters': model, 'cache': made.state.cache, "rows' state": state}
+  state = made.state
+  arrays = {'parameters': model, 'cache': state.cache, "rows' state": without_cache(state)}
   return program, arrays, made.sizes
+
+
+def without_cache(state: DecodeState) -> DecodeState:
+  return dataclasses.replace(state, cache=None)
 
 
 def parts_of(mesh: jax.sharding.Mesh) -> int:
