@@ -43,8 +43,11 @@ class _Lowering(Engine):
     with jax.set_mesh(self.mesh):
       return params.abstract(self._begin, self.mesh)
 
+  def _put(self, x):
+    return _abstract(x, self._splits.of(x.ndim))
+
   def _puts(self, xs):
-    return [_abstract(x, self._splits.of(x.ndim)) for x in xs]
+    return list(map(self._put, xs))
 
   def _uploaded(self):
     everywhere = jax.NamedSharding(self.mesh, jax.P())

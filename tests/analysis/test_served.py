@@ -19,7 +19,7 @@ CONFIG = ModelConfig(vocabulary=264, width=32, layers=2, heads=4, kv_heads=2, fe
 def test_what_is_planned_is_what_an_engine_has():
   mesh, config = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), generating(CONFIG)
   program, arrays, sizes = served.lowered(config, mesh, 4, 96, '', reads=True)
-  engine = Engine(config, mesh, sizes, vocabulary=config.V)
+  engine = Engine(arrays['parameters'].config, mesh, sizes, vocabulary=config.V)
 
   def said(tree):
     return [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(tree)]
