@@ -273,8 +273,8 @@ def what_it_does(service: Running, writes: bool) -> str:
   if not writes:
     return f'embeds texts of {service.room(0)} tokens at most; compiling. /v1/embeddings is below'
   return (
-    f'{service.stats().rows} rows of {service.room(0)} tokens{in_pages(service)}; compiling. A page '
-    'to talk to it, and the API below /v1'
+    f'{service.stats().rows} rows of {service.room(0)} tokens{in_pages(service)}; compiling. A '
+    'page to talk to it, and the API below /v1'
   )
 
 

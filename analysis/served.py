@@ -15,6 +15,7 @@ import numpy as np
 from analysis import memory
 from decode.engine import Engine
 from decode.generating import generating, generating_model
+from decode.loop import DecodeState
 from decode.options import CHUNK
 from decode.sizes import Sizes
 from model import params, transformer
@@ -42,8 +43,11 @@ class _Lowering(Engine):
     with jax.set_mesh(self.mesh):
       return params.abstract(self._begin, self.mesh)
 
+  def _put(self, x):
+    return _abstract(x, self._splits.of(x.ndim))
+
   def _puts(self, xs):
-    return [_abstract(x, self._splits.of(x.ndim)) for x in xs]
+    return list(map(self._put, xs))
 
   def _uploaded(self):
     everywhere = jax.NamedSharding(self.mesh, jax.P())
@@ -71,9 +75,13 @@ def lowered(
     program = made._programs['read']
   else:
     program = made._programs[made._decoder(model, 0)]
-  state = dataclasses.replace(made.state, cache=None)
-  arrays = {'parameters': model, 'cache': made.state.cache, "rows' state": state}
+  state = made.state
+  arrays = {'parameters': model, 'cache': state.cache, "rows' state": without_cache(state)}
   return program, arrays, made.sizes
+
+
+def without_cache(state: DecodeState) -> DecodeState:
+  return dataclasses.replace(state, cache=None)
 
 
 def parts_of(mesh: jax.sharding.Mesh) -> int:

@@ -33,7 +33,8 @@ import tempfile
 import time
 
 import commands
-from benchmarks import train_step
+from benchmarks import serving_picture, train_step
+from benchmarks.serving_inside import PREFIX, TAIL, OwnTime, sharing
 from benchmarks.serving_load import Seen, Work, loads, over_http, processor_seconds
 from launch.serve import wire
 
@@ -128,8 +129,11 @@ def engine(options: argparse.Namespace) -> dict:
   from serving.call import Call
   from serving.running import Running
 
-  work = work_of(options)
-  service = Running(Generator.load(options.workdir), rows=work.rows, capacity=work.capacity)
+  work, own = work_of(options), OwnTime()
+  model = Generator.load(options.workdir)
+  # Room for what is shared, where the model has it.
+  capacity = min(max(work.capacity, PREFIX + 2 * TAIL), model.context)
+  service = Running(model, rows=work.rows, capacity=capacity)
   while service.state == 'starting':
     time.sleep(0.1)
   if service.state != 'ready':
@@ -145,7 +149,11 @@ def engine(options: argparse.Namespace) -> dict:
         stream.tokens += len(event.ids)
 
   try:
+    began = own.begun()
     found = asyncio.run(loads(ask, work, requests_of(options), time.process_time, options.rate))
+    found['own_share'] = own.share(began)
+    if capacity > PREFIX + TAIL:
+      found['sharing'] = sharing(service)
   finally:
     service.close()
   return found
@@ -219,12 +227,38 @@ def show(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
     for side, run in found.items():
       if run['failed']:
         print(f'{SIDES[side]}: {run["failed"]} of {run["requests"]} requests failed')
+  for run in runs.get('engine', ()):
+    print(inside_said(run))
   if 'offline' in runs:
     best['offline'] = min(
       (run['offline'] for run in runs['offline']), key=lambda each: each['cpu_ms_per_token']
     )
     print(f'\n{offline_said(best, work)}')
   return {'best': best, 'runs': runs}
+
+
+def inside_said(run: dict) -> str:
+  """What the scheduler costs, and what it saves."""
+  said = f'the scheduler by itself takes {run["own_share"]:.1%} of the processor time'
+  if 'sharing' in run:
+    saved = run['sharing']
+    said += (
+      f'; first token of a prompt whose {saved["tokens"]:,} tokens were read before: '
+      f'{saved["read_before"] * 1e3:.0f} ms, otherwise {saved["new"] * 1e3:.0f} '
+      f'({saved["times"]:.1f}x)'
+    )
+  return said
+
+
+def picture(options: argparse.Namespace, found: dict) -> None:
+  """Of the best run of each side, by CPU time."""
+  sides: dict = {}
+  for load, each in found['best'].items():
+    kind, _, clients = load.partition(' ')
+    for side, run in each.items() if kind == 'closed' else ():
+      sides.setdefault(SIDES[side], {})[int(clients)] = run
+  serving_picture.draw(sides, options.picture)
+  print(f'wrote {options.picture}')
 
 
 def offline_said(best: dict, work: Work) -> str:
@@ -289,6 +323,7 @@ def parser() -> argparse.ArgumentParser:
   add(
     '--rate', type=float, default=0.0, help="requests a second; 0: what the first side's loop had"
   )
+  add('--picture', default='', help='to draw throughput against waiting to, as .svg or .png')
   add('--run', help='measure one side in this process')
   add('--directory', default='', help='of exported weights and of logs')
   return made
@@ -322,7 +357,10 @@ def main() -> None:
           )
           rate = rate or run.get('rate', 0.0)
           taken.append(run)
-    commands.write_json(options.json, 'serving', show(options, runs))
+    found = show(options, runs)
+    if options.picture:
+      picture(options, found)
+    commands.write_json(options.json, 'serving', found)
 
 
 if __name__ == '__main__':

@@ -22,6 +22,8 @@ from serving.call import CLOSED, NotReady
 from serving.jobs import Job
 
 BLOCK = 128  # tokens of prompts that are shared together, about
+READ_BY_CPU = 64  # tokens of a prompt that a CPU reads together: more gain nothing there, and the
+# last part of a prompt costs as much as a whole one
 LONGEST = 4096  # tokens of a row of a model that has no end of positions
 
 
@@ -31,6 +33,9 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
   Raises ValueError for sizes that make no sense.
   """
   config, count = model.model.config, adapters(model.model)
+  if model.mesh.devices.flat[0].platform == 'cpu' and not given.get('read_tokens'):
+    longest = given.get('capacity') or config.max_length or LONGEST
+    given['read_tokens'] = min(READ_BY_CPU, longest)
   return row_sizes(config, model.parts, model.vocabulary, count, **given)
 
 

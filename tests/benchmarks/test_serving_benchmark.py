@@ -100,12 +100,13 @@ def test_processor_seconds_are_of_all_of_a_tree():
   assert serving_load.processor_seconds(os.getpid()) >= time.process_time() - 0.1
 
 
-def test_the_table_is_of_the_better_run(capsys):
-  options = serving.parser().parse_args(['--clients=2', '--workdir=w'])
+def test_the_table_and_the_picture_are_of_the_better_run(capsys, tmp_path):
+  to = tmp_path / 'serving.svg'
+  options = serving.parser().parse_args(['--clients=2', '--workdir=w', f'--picture={to}'])
   each = serving_load.summary([Seen(0.0, [1.0, 2.0], 4)], 2.0, 0.4)
 
   def run(cpu):
-    loads = {str(share): each for share in serving_load.SHARES}
+    loads = {str(share): each for share in Work.shares}
     return {'closed': {'2': each | {'cpu_ms_per_token': cpu}}, 'poisson': loads}
 
   bare = {'offline': {'tokens_per_second': 4.0, 'cpu_ms_per_token': 1.0}}
@@ -118,3 +119,8 @@ def test_the_table_is_of_the_better_run(capsys):
   assert serving.missing('vllm', serving.parser().parse_args(['--vllm=no-such'])) == (
     'no-such is not installed; give --vllm=PATH'
   )
+  serving.picture(options, found)
+  drawn = to.read_text()
+  assert all(side in drawn for side in ('Tandem, serve.py', 'vLLM')) and '<svg' in drawn
+  inside = {'own_share': 0.02, 'sharing': dict(tokens=1024, new=0.5, read_before=0.1, times=5.0)}
+  assert serving.inside_said(inside).endswith('were read before: 100 ms, otherwise 500 (5.0x)')
