@@ -26,7 +26,7 @@ PANELS: tuple[tuple[str, tuple[float, float] | None, tuple[str, ...]], ...] = (
   ('reward of an answer', None, ('rewards_chosen', 'rewards_rejected')),
   ('reward of an answer', None, ('reward_chosen', 'reward_rejected')),
   ('reward of an answer', None, ('rewards_wanted', 'rewards_unwanted')),
-  ('share of pairs that are told right', (0, 1), ('reward_accuracy',)),
+  ('share of pairs told right', (0, 1), ('reward_accuracy',)),
   ('nats a token', None, ('kl', 'policy_kl')),
   ('nats a token', None, ('divergence', 'cross_entropy')),
   ('entropy, nats a token', None, ('entropy',)),
@@ -45,17 +45,12 @@ def panels(lines: Sequence[Mapping[str, float]]) -> list[tuple[str, tuple | None
   drawn = []
   for what, limits, keys in PANELS:
     names = [name for key in keys for name in (key, EVALUATED.get(key, f'validation_{key}'))]
-    # An accuracy alone is of tokens: that of pairs comes with one of training.
-    found = {name: points(lines, name) for name in names} if any_of(lines, keys) else {}
+    found = {name: points(lines, name) for name in names}
     found = {name: of for name, of in found.items() if of[0]}
-    if found:
+    # An accuracy alone is of tokens: that of pairs comes with one of training.
+    if found.keys() - EVALUATED.values():
       drawn.append((what, limits, found))
   return drawn
-
-
-def any_of(lines: Sequence[Mapping[str, float]], keys: Sequence[str]) -> bool:
-  """Whether training says one of these."""
-  return any(key in line for line in lines for key in keys)
 
 
 def points(lines: Sequence[Mapping[str, float]], name: str) -> Points:

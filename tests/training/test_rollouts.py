@@ -287,15 +287,14 @@ def test_ppo_on_devices_is_ppo_on_one(place, tmp_path):
   """Two rollouts with all that is made of them: answers, scores, values, credit, steps of the
   policy and of its critic, the coefficient that adapts.
   """
-  fields = {'critic': 'separate', 'kl_target': 0.01, 'minibatches': 1}
-  objective = dataclasses.replace(CRITICAL, **fields)
+  objective = dataclasses.replace(CRITICAL, critic='separate', kl_target=0.01, missing_end=0.1)
   names = ('policy', 'critic', 'value_head')
   said, models = {}, {}
   for name, mesh in (('one', {}), ('eight', {'data': 4, 'tensor': 2})):
-    made = config(place, objective, mesh=mesh, train={'steps': 4, 'save_every': 4, 'eval_every': 4})
+    made = config(place, objective, mesh=mesh, train={'steps': 8, 'eval_every': 4})
     run_here(made, tmp_path / name)
     said[name] = [json.loads(line) for line in (tmp_path / name / FILE).read_text().splitlines()]
-    models[name] = {model: policy_of(made, tmp_path / name, 4, model) for model in names}
+    models[name] = {model: policy_of(made, tmp_path / name, 8, model) for model in names}
   for one, eight in zip(*said.values(), strict=True):
     assert one['answers'] == eight['answers'] and one['prompt'] == eight['prompt']
     np.testing.assert_allclose(one['rewards'], eight['rewards'], rtol=1e-6)
