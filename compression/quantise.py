@@ -1,5 +1,6 @@
 """Which codes stand for a model's matrices? Those nearest to its numbers, by a scale that holds the
-largest of each block (`nearest`), or one that clips it where that is nearer for all (`clipped`).
+largest of each block (`nearest`), or one that clips it, or of floats leaves room above it, where
+that is nearer for all (`clipped`).
 """
 
 import dataclasses
@@ -19,6 +20,9 @@ from model.weights.weight import Weight
 
 # Of the largest number of a block, what may be on the grid's edge (as MSE observers try).
 SHRINKS = tuple(1 - i / 40 for i in range(21))
+# The same of fp8: errors of a float are shares of it, which clipping makes no smaller; but how many
+# numbers lie just above a power of two, where steps are coarsest, is the scale's choice.
+GROWN = tuple(2 ** (i / 20) for i in range(21))
 
 
 def nearest(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: str) -> Weight:
@@ -27,7 +31,7 @@ def nearest(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: s
 
 
 def clipped(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: str) -> Weight:
-  """The same by the scale of each block, of SHRINKS, with the least sum of squared errors."""
+  """The same by the scale of each block, of SHRINKS or GROWN, with the least squared errors."""
   single = dataclasses.replace(scheme, double=False, activations=False)
   whole = single.of(x, summed, axes, name)
 
@@ -41,7 +45,8 @@ def clipped(scheme: Scheme, x: jax.Array, summed: tuple[int, ...], axes, name: s
     return (jnp.minimum(now, error), jnp.where(now < error, shrink, chosen)), None
 
   first = tried(jnp.float32(1)), jnp.ones_like(whole.scale)
-  (_, chosen), _ = jax.lax.scan(better, first, jnp.float32(SHRINKS[1:]))
+  sizes = GROWN if scheme.grid == 'fp8' else SHRINKS
+  (_, chosen), _ = jax.lax.scan(better, first, jnp.float32(sizes[1:]))
   return scheme.of(x, summed, axes, name, chosen)
 
 

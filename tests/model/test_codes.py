@@ -145,6 +145,8 @@ def test_clipping_is_nearer_where_it_is_chosen():
   assert (mse <= rtn * (1 + 1e-6)).all() and mse[0].sum() < 0.9 * rtn[0].sum()
   rtn, mse = (error(method, 'int8').sum(0) for method in ('rtn', 'mse'))
   assert (mse <= rtn * (1 + 1e-6)).all()
+  rtn, mse = error('rtn', 'fp8').sum(), error('mse', 'fp8').sum()  # a scale with room above it
+  assert mse < 0.95 * rtn
   clipped = Scheme.parse('int8').of(jnp.asarray(x), (-2,), (None, None), 'w', 0.5)
   np.testing.assert_allclose(clipped.numbers('float32')[0], 3, rtol=1e-6)
 
