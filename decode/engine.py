@@ -14,21 +14,20 @@ B rows · J rows that are read together · C tokens of each · V vocabulary
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from decode import loop
 from decode.calling import Leaves, Splits, flattened
 from decode.constrain import Automaton, Tables
-from decode.loop import Chunk, DecodeState, Rules
+from decode.idle import idle_state
+from decode.loop import Chunk, Rules
 from decode.prefixes import Prefixes
-from decode.sampling import History
 from decode.sizes import Request, Sizes, Use, check, check_request, idle_request
-from model.cache import init_cache
 from model.config import ModelConfig
 from model.transformer import Decoder
 from model.weights import adapters
@@ -84,7 +83,7 @@ class Engine:
     self._read_rows = sizes.read_rows or self._parts
     self._programs: dict[str, Any] = {}
     self._leaves, self._splits = Leaves(), Splits(mesh)
-    self._begun = self._compiled(jax.jit(self._begin))
+    self._begun = self._compiled(jax.jit(functools.partial(idle_state, config, sizes)))
     self.reset()
     self._programs['join'] = self._compiled(
       loop.join, self.state, self.rules, *self._joining(0, idle_request(sizes.bias), 0)
@@ -345,30 +344,6 @@ class Engine:
       self._begin_unread(heir)
       del self._sharing[heir]
       self._sharing |= dict.fromkeys(others, heir)
-
-  def _begin(self) -> tuple[DecodeState, Rules]:
-    """The state of rows that are all free, and their rules without an automaton."""
-    sizes, B, V = self.sizes, self.sizes.rows, self._config.table_rows
-
-    def zeros(dtype, *more):
-      axes = 'batch', *(None,) * len(more)
-      return ax.place(jnp.zeros((B, *more), dtype, out_sharding=ax.out(*axes)), *axes)
-
-    def split(x):
-      return ax.place(jnp.asarray(x), 'batch', *(None,) * (x.ndim - 1))
-
-    of_cache = sizes.capacity, sizes.cache_dtype, sizes.read_tokens, sizes.pages, sizes.block
-    state = DecodeState(
-      cache=init_cache(self._config, B, *of_cache),
-      logits=zeros(jnp.float32, V),
-      done=~zeros(bool),
-      stop_at=zeros(jnp.int32),
-      history=History(zeros(jnp.int32, V), zeros(bool, V)),
-      places=zeros(jnp.int32),
-      adapters=zeros(jnp.int32) if sizes.adapters else None,
-    )
-    sampling = jax.tree.map(split, loop.idle_sampling(B, sizes.bias))
-    return state, Rules(sampling, zeros(jnp.int32, sizes.ends) - 1)
 
   def _joining(self, row: int, request: Request, place: int):
     """What loop.join takes of a request besides the state: a row of each part of the mesh, of

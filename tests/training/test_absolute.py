@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import T, initial_model, run_here, tiny
 
 import train
 from data.config import SourceConfig
@@ -19,6 +18,7 @@ from model import flops, transformer
 from model.params import abstract
 from objectives.next_token import NextToken
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import T, initial_model, run_here, tiny
 from training.program import make_program
 from workdir.metrics import read_metrics
 

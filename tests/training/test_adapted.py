@@ -6,11 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import on, run_here
 
 import convert
 from decode.generator import Generator
 from model.adaptation import AdapterConfig
+from tests.training.conftest import on, run_here
 from training import config as configs
 from workdir import samples
 from workdir.checkpoint import Checkpoints

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, assert_close, assert_same, host, make_batches, tiny
 from test_objective import Run
 
 from data.batch import Batch
@@ -15,6 +14,7 @@ from model import adapters
 from model.adaptation import AdapterConfig
 from model.config import LatentConfig, MoEConfig
 from model.execution import ExecutionConfig
+from tests.training.conftest import RATE, SGD, assert_close, assert_same, host, make_batches, tiny
 from training import state as states
 from training.program import flops_per_token, make_program
 

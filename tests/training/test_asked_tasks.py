@@ -7,7 +7,6 @@ import json
 
 import jax
 import pytest
-from conftest import assert_same, on, run_here, tiny
 
 from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
@@ -15,6 +14,7 @@ from evaluation import running, task
 from evaluation.examples import Manner
 from model.params import named_leaves
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import assert_same, on, run_here, tiny
 from training.config import Config, TrainConfig
 from training.tasks import EvaluationConfig
 from workdir.checkpoint import Checkpoints

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same
 from jax.sharding import PartitionSpec as P
 
 from model.params import abstract, named_leaves
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import assert_same
 from workdir.checkpoint import Checkpoints
 
 DATA, PROGRESS = {'examples': 24, 'key': 'abc'}, {'best': None, 'waited': 0}

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SGD, T, assert_close, host, initial_model, quickly, run_here, tiny
 
 from data import labelled, showing
 from data.classes import within
@@ -27,6 +26,16 @@ from objectives.classify_head import HEAD, ClassifyHead
 from parallel import axes, hosts
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
+from tests.training.conftest import (
+  SGD,
+  T,
+  assert_close,
+  host,
+  initial_model,
+  quickly,
+  run_here,
+  tiny,
+)
 from tests.training.test_tuned_classifier import BERT
 from training import program
 from workdir import adapted, judging_run

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import on, run_here
 
 import convert
 from decode.generator import Generator
@@ -13,6 +12,7 @@ from model.adaptation import AdapterConfig
 from model.params import named_leaves
 from tests import quantised_files as files
 from tests.goldens import ours
+from tests.training.conftest import on, run_here
 from workdir.open import open_run
 
 TEXTS = ['some words', 'other ones']

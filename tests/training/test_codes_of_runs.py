@@ -10,7 +10,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import on, run_here
 
 import convert
 from compression import sensitivity
@@ -22,6 +21,7 @@ from model.params import named_leaves
 from model.weights import read
 from model.weights.scheme import dequantised
 from parallel.mesh import MeshConfig
+from tests.training.conftest import on, run_here
 from workdir.judged import judge
 from workdir.open import open_run
 

@@ -12,7 +12,6 @@ import typing
 
 import pytest
 from absl import flags
-from conftest import tiny
 from hypothesis import given, settings, strategies as st
 from toy import Toy
 
@@ -27,6 +26,7 @@ from objectives import kinds
 from objectives.next_token import NextToken
 from parallel.mesh import AXES
 from parallel.pipeline import PipelineConfig
+from tests.training.conftest import tiny
 from training import config as configs, overrides
 from training.config import Config, TrainConfig
 from training.optimizer import OptimizerConfig

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import B, T, Trainer, V, assert_close, assert_same, host, on, run_here, tiny
 
 from data import huggingface, tokenizers
 from data.chunks import ChunkTokens, uniform
@@ -26,6 +25,18 @@ from objectives.next_token import NextToken
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
 from tests.data import tokenizer_families as families
+from tests.training.conftest import (
+  B,
+  T,
+  Trainer,
+  V,
+  assert_close,
+  assert_same,
+  host,
+  on,
+  run_here,
+  tiny,
+)
 from training import program
 from training.config import Config
 from workdir.metrics import read_metrics

@@ -11,7 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
+
+from data.config import SourceConfig
+from data.extra import extended
+from data.tokenizers import ByteTokenizer, CharTokenizer
+from model import logprobs, transformer
+from model.adaptation import AdapterConfig
+from model.params import named_leaves
+from objectives import distil
+from objectives.distil import Distil, DistilSeq2Seq, DistilSFT
+from parallel import hosts
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.pipeline import PipelineConfig
+from tests.training import test_seq2seq, test_sft
+from tests.training.conftest import (
   SGD,
   B,
   T,
@@ -26,19 +39,6 @@ from conftest import (
   run_here,
   tiny,
 )
-
-from data.config import SourceConfig
-from data.extra import extended
-from data.tokenizers import ByteTokenizer, CharTokenizer
-from model import logprobs, transformer
-from model.adaptation import AdapterConfig
-from model.params import named_leaves
-from objectives import distil
-from objectives.distil import Distil, DistilSeq2Seq, DistilSFT
-from parallel import hosts
-from parallel.mesh import MeshConfig, make_mesh
-from parallel.pipeline import PipelineConfig
-from tests.training import test_seq2seq, test_sft
 from tests.training.test_objective import Run, leaves_of
 from training import config as configs
 from training.program import check_models, flops_per_token, lower_step

@@ -11,18 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
-  SGD,
-  B,
-  T,
-  Trainer,
-  assert_close,
-  assert_same,
-  make_batches,
-  on,
-  run_here,
-  tiny,
-)
 from test_denoise import BERT, MASKS, SPANS, T5, batches as noised_batches
 from test_objective import Run
 
@@ -40,6 +28,18 @@ from model.weights.plain import Plain
 from objectives.next_token import NextToken
 from objectives.sft import SFT
 from parallel.pipeline import PipelineConfig
+from tests.training.conftest import (
+  SGD,
+  B,
+  T,
+  Trainer,
+  assert_close,
+  assert_same,
+  make_batches,
+  on,
+  run_here,
+  tiny,
+)
 from training import drawing, evaluation, state as states
 from training.drawing import MODEL
 from workdir.metrics import read_metrics

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import B, Trainer, assert_close, make_batches, tiny
 
 from objectives.next_token import NextToken
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import B, Trainer, assert_close, make_batches, tiny
 from training.gradients import accumulate
 
 SGD = {

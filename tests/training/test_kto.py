@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, T, assert_close
 from test_objective import Run
 from test_preference import batches, config, with_reference
 
 from data.config import SourceConfig
 from objectives.answers import NONE
 from objectives.kto import KTO
+from tests.training.conftest import RATE, T, assert_close
 
 GIVEN = [('a' * (n % 3), 'b' * (n % 4) + 'c' * (n % 2), n % 3 > 0) for n in range(1, 16)]
 MADE = KTO(beta=0.7, wanted_weight=1.5, unwanted_weight=0.8)

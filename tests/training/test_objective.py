@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
+from toy import CONSTANT, READ, SHARE, Toy
+
+from model import params, transformer
+from model.adaptation import AdapterConfig
+from model.params import abstract, named_leaves
+from objectives import kinds
+from objectives.next_token import NextToken
+from parallel import axes, hosts
+from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import (
   RATE,
   SGD,
   B,
@@ -27,15 +36,6 @@ from conftest import (
   run_here,
   tiny,
 )
-from toy import CONSTANT, READ, SHARE, Toy
-
-from model import params, transformer
-from model.adaptation import AdapterConfig
-from model.params import abstract, named_leaves
-from objectives import kinds
-from objectives.next_token import NextToken
-from parallel import axes, hosts
-from parallel.mesh import MeshConfig, make_mesh
 from training import config as configs
 from training.config import Config
 from training.gradients import accumulate

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import on, run_here
 
 from analysis.memory import shard_bytes
 from model.config import MoEConfig
 from model.execution import ExecutionConfig
 from model.params import named_leaves
 from parallel.mesh import make_mesh
+from tests.training.conftest import on, run_here
 from tests.training.test_zero_training import batch, setting
 from training import spill
 from training.config import TrainConfig

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, B, T, V, assert_close, host, tiny
 from test_objective import Run
 
 from model.adaptation import AdapterConfig
@@ -18,6 +17,7 @@ from objectives.ppo import PPO
 from objectives.rollout import RolloutBatch
 from parallel import axes
 from parallel.mesh import MeshConfig
+from tests.training.conftest import RATE, SGD, B, T, V, assert_close, host, tiny
 from training.program import check_models
 
 UNSCORED = ['.head.tokens.value']

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, T, assert_close, assert_same, host, tiny
 from test_objective import Run
 
 from data.config import CleanConfig, SourceConfig
@@ -19,6 +18,7 @@ from data.preferences import ChoiceBatch
 from model.adaptation import AdapterConfig
 from objectives.answers import NONE
 from objectives.preference import Preference
+from tests.training.conftest import RATE, SGD, T, assert_close, assert_same, host, tiny
 from training.program import check_models
 
 # Answers of unequal lengths, which pack into rows of T with one to three pairs.

@@ -8,12 +8,12 @@ import random
 
 import numpy as np
 import pytest
-from conftest import run_here, tiny
 
 from data.config import CleanConfig, SourceConfig
 from decode.generator import Generator
 from objectives.preference import Preference
 from objectives.sft import SFT
+from tests.training.conftest import run_here, tiny
 from workdir.metrics import read_metrics
 
 LENGTH = 64

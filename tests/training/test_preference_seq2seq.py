@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SGD, assert_close, tiny
 from test_objective import Run
 from test_preference import with_reference
 
@@ -17,6 +16,7 @@ from data.source_choices import SourceChoiceBatch
 from model.adaptation import AdapterConfig
 from objectives.preference import Preference
 from objectives.preference_seq2seq import PreferenceSeq2Seq
+from tests.training.conftest import SGD, assert_close, tiny
 from tests.training.test_denoise import T5
 
 S, T = 32, 24

@@ -8,10 +8,10 @@ import types
 
 import jax.numpy as jnp
 import pytest
-from conftest import tiny
 from hypothesis import given, strategies as st
 
 from model.execution import ExecutionConfig
+from tests.training.conftest import tiny
 from training.hints import worse_than_guessing
 from workdir.progress import Progress, check_finite
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Trainer, make_batches, tiny
 
 from model.adaptation import AdapterConfig
 from model.params import ParamSpec, named_leaves
 from parallel.mesh import MeshConfig
+from tests.training.conftest import Trainer, make_batches, tiny
 from training.optimizer import OptimizerConfig, make_optimizer
 from training.prune import parsed
 

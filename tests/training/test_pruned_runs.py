@@ -9,7 +9,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same, on, run_here
 
 import convert
 from compression import bounded
@@ -20,6 +19,7 @@ from model.params import named_leaves
 from model.weights import read
 from model.weights.sparse import Sparse
 from parallel.mesh import MeshConfig
+from tests.training.conftest import assert_same, on, run_here
 from training import overrides
 from workdir import smaller
 from workdir.checkpoint import Checkpoints

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, T, assert_close, host, quickly, run_here, tiny
 from test_objective import Run
 
 from data.config import CleanConfig, SourceConfig
@@ -23,6 +22,7 @@ from objectives.reward import Reward, losses
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
 from tests.test_commands import Process
+from tests.training.conftest import RATE, SGD, T, assert_close, host, quickly, run_here, tiny
 from tests.training.test_tuned_classifier import BERT
 from training import config as configs
 from training.program import check_models

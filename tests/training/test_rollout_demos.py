@@ -8,7 +8,6 @@ import random
 
 import numpy as np
 import pytest
-from conftest import run_here, tiny
 
 from configs.rewards import brackets
 from data.config import CleanConfig, SourceConfig
@@ -18,6 +17,7 @@ from objectives.ppo import PPO
 from objectives.reward import Reward
 from objectives.sft import SFT
 from parallel.mesh import MeshConfig
+from tests.training.conftest import run_here, tiny
 from workdir.metrics import read_metrics
 from workdir.reward import judge, normalise
 from workdir.rollouts import FILE

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, assert_same, run_here, tiny
 
 from data.config import CleanConfig, SourceConfig
 from data.prompts import prepare
@@ -23,6 +22,7 @@ from objectives.policy import GRPO
 from objectives.ppo import PPO
 from objectives.rollout import Rollouts, laid_out, packed, unpacked
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import assert_close, assert_same, run_here, tiny
 from training import config as configs, state as states
 from training.program import begin_state, make_program, make_target
 from workdir.checkpoint import Checkpoints

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import pytest
-from conftest import assert_same, on, run_here, tiny
 
 from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
@@ -12,6 +11,7 @@ from model import transformer
 from model.execution import ExecutionConfig
 from model.params import named_leaves
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import assert_same, on, run_here, tiny
 from training.config import Config, TrainConfig
 from workdir import samples
 from workdir.open import open_run

@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
+
+from data.batch import SourceBatch
+from data.config import CleanConfig, SourceConfig
+from decode.generator import Generator
+from model import flops, transformer
+from model.adaptation import AdapterConfig
+from model.config import ModelConfig
+from model.execution import ExecutionConfig
+from objectives.seq2seq import Seq2Seq
+from objectives.sft import SFT
+from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import (
   RATE,
   SGD,
   B,
@@ -24,17 +35,6 @@ from conftest import (
   run_here,
   tiny,
 )
-
-from data.batch import SourceBatch
-from data.config import CleanConfig, SourceConfig
-from decode.generator import Generator
-from model import flops, transformer
-from model.adaptation import AdapterConfig
-from model.config import ModelConfig
-from model.execution import ExecutionConfig
-from objectives.seq2seq import Seq2Seq
-from objectives.sft import SFT
-from parallel.mesh import MeshConfig, make_mesh
 from tests.training.test_denoise import T5
 from training import hints, program
 from workdir import samples

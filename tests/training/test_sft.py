@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, B, T, Trainer, assert_close, host, run_here, tiny
 
 import train
 from data.batch import Batch
@@ -17,6 +16,7 @@ from data.config import CleanConfig, SourceConfig
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from objectives.sft import SFT
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import RATE, SGD, B, T, Trainer, assert_close, host, run_here, tiny
 from workdir.metrics import read_metrics
 
 # Lengths that pack into rows of T with very unequal numbers of learned tokens.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, B, T, assert_close, assert_same, host, tiny
 from test_objective import Run
 
 from data import showing
@@ -20,6 +19,7 @@ from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.soft import TABLE
 from model.weights import read
 from objectives.sft import SFT
+from tests.training.conftest import RATE, SGD, B, T, assert_close, assert_same, host, tiny
 from training import program, soft as soft_runs, state as states
 from training.program import flops_per_token
 

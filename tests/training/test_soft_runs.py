@@ -7,7 +7,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import run_here, tiny
 
 import convert
 from data.config import CleanConfig, SourceConfig
@@ -23,6 +22,7 @@ from model.config import ModelConfig
 from model.tensorfiles import TensorFiles
 from objectives.sft import SFT
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import run_here, tiny
 from training import config as configs, state as states
 from workdir import samples
 from workdir.adapted import adapter_of

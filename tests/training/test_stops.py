@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run_here, tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data.config import CleanConfig, SourceConfig, TokenizerConfig
 from decode.generator import Generator
 from objectives.sft import SFT
+from tests.training.conftest import run_here, tiny
 
 TEMPLATE = (
   '{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<end>{% endfor %}'

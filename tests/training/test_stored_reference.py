@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, assert_same, initial_model, quickly, run_here
 from test_objective import Run, leaves_of
 
 import files
@@ -27,6 +26,7 @@ from objectives.preference import Preference
 from objectives.preference_seq2seq import PreferenceSeq2Seq
 from parallel import hosts
 from tests.training import test_preference, test_preference_seq2seq
+from tests.training.conftest import assert_close, assert_same, initial_model, quickly, run_here
 from training import config as configs
 from training.program import abstract_state, check_models, flops_per_token
 from workdir.checkpoint import Checkpoints

@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
+
+from data.config import SourceConfig, TokenizerConfig
+from kernels import flash_gpu, mosaic_gpu_compat
+from kernels.blocks import Blocks
+from model.config import ModelConfig, MoEConfig
+from model.execution import ExecutionConfig
+from model.params import abstract, named_leaves
+from tests.training.conftest import (
   Trainer,
   assert_close,
   assert_same,
@@ -25,13 +32,6 @@ from conftest import (
   run_here,
   tiny,
 )
-
-from data.config import SourceConfig, TokenizerConfig
-from kernels import flash_gpu, mosaic_gpu_compat
-from kernels.blocks import Blocks
-from model.config import ModelConfig, MoEConfig
-from model.execution import ExecutionConfig
-from model.params import abstract, named_leaves
 from training import config as configs, overrides
 from training.optimizer import OPTIMIZERS, make_schedule
 from workdir.checkpoint import Checkpoints

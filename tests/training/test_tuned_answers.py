@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import run_here, tiny
 
 from data import labelled
 from data.answers import AnswerWriter
@@ -21,6 +20,7 @@ from evaluation.prompts import Shots
 from model import transformer
 from objectives.classify_seq2seq import ClassifySeq2Seq
 from parallel.mesh import MeshConfig, make_mesh
+from tests.training.conftest import run_here, tiny
 from tests.training.test_denoise import T5
 from training import program
 

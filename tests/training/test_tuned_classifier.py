@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RATE, SGD, T, Trainer, V, assert_close, run_here, tiny
 
 from data.config import CleanConfig, SourceConfig
 from data.records import LabelRecord
@@ -21,6 +20,7 @@ from model.config import ModelConfig
 from objectives.classify import Classify
 from parallel import axes, hosts
 from parallel.pipeline import PipelineConfig
+from tests.training.conftest import RATE, SGD, T, Trainer, V, assert_close, run_here, tiny
 from training import program
 from workdir import judging_run
 from workdir.metrics import read_metrics
