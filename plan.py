@@ -42,7 +42,7 @@ import names
 import train
 from analysis import aot, candidates, enough, hardware, memory, modes, roofline, schedule, tables
 from analysis.hlo import Module
-from analysis.served import Served, serve
+from analysis.served import PlannedServer, serve
 from kernels import cudnn
 from kernels.attention import FEW, choose
 from kernels.flash import KERNELS
@@ -391,7 +391,7 @@ def make_served(
   context: int = 0,
   weights: str = '',
   log=print,
-) -> Served:
+) -> PlannedServer:
   """A server on these devices, of so many rows of `context` tokens; 0: of as many as fit, and of
   as many as the model has positions for. Raises as served.serve and make_plan do.
   """

@@ -100,7 +100,7 @@ def bytes_of(config: ModelConfig, mesh: jax.sharding.Mesh, context: int, weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class PlannedServer:
   """A server, by the plans (plan.Plan) of what it writes and reads with.
 
   Attributes:
@@ -146,7 +146,7 @@ def serve(
   rows: int,
   context: int,
   weights: str,
-) -> Served:
+) -> PlannedServer:
   """A server of so many rows; 0: of as many as fit, and at most MOST_ROWS.
 
   plan: a plan.Plan of a mode, 'serve' or 'read', of so many rows. available: bytes of a device.
@@ -154,7 +154,7 @@ def serve(
   """
   parts = parts_of(mesh)
   if rows:
-    return Served(plan('serve', rows), plan('read', rows), rows, context, parts)
+    return PlannedServer(plan('serve', rows), plan('read', rows), rows, context, parts)
   held, row = bytes_of(generating(config), mesh, context, weights)
   rows = min(MOST_ROWS // parts, int((available * (1 - SPARE) - held) // row)) * parts
   while rows > 0:
@@ -162,7 +162,7 @@ def serve(
     if write.fits:
       tried = plan('read', rows)
       if tried.fits:
-        return Served(write, tried, rows, context, parts)
+        return PlannedServer(write, tried, rows, context, parts)
     short = tried.memory.peak - available if tried.memory else row
     rows -= max(1, -int(-short // row)) * parts
   raise ValueError(

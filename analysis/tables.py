@@ -164,7 +164,7 @@ def _times(console, plan, run):
 
 
 def served(found) -> None:
-  """Prints what a server holds, and how long people wait for it (analysis.served.Served)."""
+  """Prints what a server holds, and how long people wait for it (analysis.served.PlannedServer)."""
   console, (prompt, answer) = _console(), found.request
   pool, tokens = found.write.held['cache'], found.rows * found.context
   table = _table(

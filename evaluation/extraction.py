@@ -10,7 +10,7 @@ import numpy as np
 from decode.generator import Generator
 from evaluation import unpaired
 from evaluation.intervals import Estimate, wilson
-from evaluation.journal import Kept
+from evaluation.journal import JournalPart
 from evaluation.passages import Passage
 from evaluation.writing import continued
 
@@ -33,7 +33,7 @@ class Recalled:
 
 
 def recalled(
-  model: Generator, passages: Sequence[Passage], kept: Kept | None = None
+  model: Generator, passages: Sequence[Passage], kept: JournalPart | None = None
 ) -> list[Recalled]:
   """The likeliest continuation of each, compared with the true one; kept: as evaluation.writing has
   it.

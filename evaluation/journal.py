@@ -48,9 +48,9 @@ class Journal:
   def __len__(self) -> int:
     return sum(map(len, self._found.values()))
 
-  def part(self, name: str) -> 'Kept':
+  def part(self, name: str) -> 'JournalPart':
     """The values of one part."""
-    return Kept(self, name, self._found.get(name, {}))
+    return JournalPart(self, name, self._found.get(name, {}))
 
   def add(self, part: str, i: int, value: Any) -> None:
     """Writes a value, JSON-able, which has come of the i-th question of a part."""
@@ -67,7 +67,7 @@ class Journal:
       self._path.unlink()
 
 
-class Kept:
+class JournalPart:
   """Of a part: values that are there, and a place for more."""
 
   def __init__(self, journal: Journal, part: str, values: Mapping[int, Any]):
@@ -78,6 +78,6 @@ class Kept:
     self._journal.add(self._part, i, value)
 
 
-def nothing_kept() -> Kept:
+def nothing_kept() -> JournalPart:
   """Where nothing is kept."""
   return Journal().part('')

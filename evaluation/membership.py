@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 from decode.generator import Generator
 from evaluation import unpaired
 from evaluation.intervals import Estimate
-from evaluation.journal import Kept, nothing_kept
+from evaluation.journal import JournalPart, nothing_kept
 from evaluation.passages import Passage
 from model.moments import moments
 from model.vocabulary import TOKENS, Law
@@ -128,7 +128,7 @@ def scores(
 
 
 def scored(
-  model: Generator, passages: Sequence[Passage], share: float, kept: Kept | None = None
+  model: Generator, passages: Sequence[Passage], share: float, kept: JournalPart | None = None
 ) -> dict[str, np.ndarray]:
   """`scores` of all passages, those of about the same length together; kept: of batches that were
   scored before, and for more.

@@ -14,7 +14,7 @@ from decode.generator import Generator
 from evaluation import extraction, membership, overlap, page
 from evaluation.contamination import WORDS
 from evaluation.intervals import Estimate
-from evaluation.journal import Journal, Kept
+from evaluation.journal import Journal, JournalPart
 from evaluation.passages import Cut, Passages
 from evaluation.running import finite, shown
 from evaluation.writing import continued
@@ -142,7 +142,7 @@ def _line(model: Generator, i: int, side: str, passage) -> dict:
 
 
 def _overlap(
-  model: Generator, asked: MemoryQuestions, log, kept: Kept
+  model: Generator, asked: MemoryQuestions, log, kept: JournalPart
 ) -> tuple[Findings, list[dict]]:
   """What the model writes behind the control's prompts, and what follows these in truth: neither
   was trained on, so that what stands in the training text does by memory, or by chance.

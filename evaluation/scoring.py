@@ -73,7 +73,7 @@ def scorer(model: Generator, task: Task, manner: Manner, asked: Sequence[Item]) 
   }
   made = kinds[type(task.kind)]
   if made is Choosing and not model.model.config.causal:
-    made = Filling
+    made = BlankFilling
   return made(model, task, manner, asked)
 
 
@@ -143,7 +143,7 @@ class Choosing(Scorer):
     return chance_of(self.task, [len(each.choices) for each in self.asked])
 
 
-class Filling(Choosing):
+class BlankFilling(Choosing):
   """Of pairs of texts, by an encoder: pseudo-log-likelihoods of what both have."""
 
   def __init__(self, model, task, manner, asked):

@@ -15,7 +15,7 @@ from decode.loaded import bucket
 from decode.request import FAILED, LENGTH, STOPPED
 from decode.sampling import make_sampling, seed_of
 from decode.text import TextStream
-from evaluation.journal import Kept, nothing_kept
+from evaluation.journal import JournalPart, nothing_kept
 from evaluation.task import Generate
 from model.weights import adapters
 from parallel import axes as ax
@@ -78,7 +78,7 @@ def continued(
   new: int,
   temperature: float = 0.0,
   seed: int = 0,
-  kept: Kept | None = None,
+  kept: JournalPart | None = None,
 ) -> list[Written]:
   """Ids that are written behind each of some prompts, of ids, in order: `new` ones, or fewer where
   the text ends. kept: what was written before, and where more is kept as it ends; of what was kept

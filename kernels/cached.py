@@ -150,8 +150,7 @@ def attention(
   optional = {
     'sinks': (sinks, ('heads',)),
     'table': (None if relative is None else relative.table, (None, 'heads')),
-    'rows': (None if held.paged else rows, ('batch',)),
-    'pages': (table if held.paged else None, ('batch', None)),
+    'named': (table, ('batch', None)) if held.paged else (rows, ('batch',)),
   }
   optional = {name: pair for name, pair in optional.items() if pair[0] is not None}
   result = ('batch', None, 'heads', 'head_width')
@@ -200,19 +199,16 @@ def _local(
   offset = jax.lax.axis_index(parts) * S if parts else 0
   q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  rows = optional.get('rows')
-  if rows is not None:
-    rows = jnp.minimum(rows, held.keys.shape[1] - 1)  # none of them reads beyond the buffers
-  pages = optional.get('pages')
-  if pages is not None:
-    pages = jnp.minimum(pages, held.keys.shape[1] - 1)
+  named = optional.get('named')
+  if named is not None:
+    named = jnp.minimum(named, held.keys.shape[1] - 1)  # none of them reads beyond the buffers
 
   # The TPU's kernel is for the few queries of generation; it has no relative scores, and knows no
   # slots of other devices.
   relative = scoring.relative
   if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
     top, total, mixed = cached_tpu.blocks(
-      q, held, (layer, first), lengths, queries[:, 0], scoring, T=T, Hv=Hv, rows=rows, pages=pages
+      q, held, (layer, first), lengths, queries[:, 0], scoring, T=T, Hv=Hv, named=named
     )
   else:
     if relative is not None:
@@ -227,8 +223,7 @@ def _local(
       dataclasses.replace(scoring, relative=relative),
       Hv=Hv,
       offset=offset,
-      rows=rows,
-      pages=pages,
+      named=named,
     )
 
   # Devices' shares of the softmax, each relative to its own greatest score, are brought to the
@@ -272,30 +267,24 @@ def blocks(
   *,
   Hv: int,
   offset=0,
-  rows=None,
-  pages=None,
+  named=None,
 ):
   """What a device's slots give to the softmax: its greatest score, the sum of weights, and the
   weighted sum of values, wide.
 
   q: of M = G x T queries of a key head, those of a head side by side. at: the layer, and the first
-  of the key heads. offset: of the first slot. rows: [B] of the buffers, or None: all, in order.
-  pages: [B, n] of rows whose slots lie in pages, or None. A relative's table is [buckets, K, G];
-  sinks join later, when all slots' shares are together.
+  of the key heads. offset: of the first slot. named: [B] rows of the buffers, None: all, in order;
+  or [B, n] the pages of each, where they are paged. A relative's table is [buckets, K, G]; sinks
+  join later, when all slots' shares are together.
   """
   B, K, M, H = q.shape
-  S, window = held.slots, scoring.mask.window
-  block, wide = min(S, BLOCK), jnp.promote_types(q.dtype, jnp.float32)
-  if pages is not None:
-    # As many as a block of slots that lie side by side has, so that sums are of the same parts.
-    pages = _in_steps(pages, S)
-    block = S * pages.shape[2]
-    S = block * pages.shape[1]
+  window, wide = scoring.mask.window, jnp.promote_types(q.dtype, jnp.float32)
+  S, block, pages = _steps(held, named)
 
   def cut(buffer, start):
     if pages is not None:
       return _gathered(buffer, at, pages[:, start // block], K)
-    return _cut(buffer, at, start, (B, K, block), rows)
+    return _cut(buffer, at, start, (B, K, block), named)
 
   def step(index, carry):
     top, total, mixed = carry
@@ -361,12 +350,18 @@ def _cut(buffer, at, start, shape, rows):
   )
 
 
-def _in_steps(pages: Int[Array, 'B n'], slots: int) -> Int[Array, 'B steps p']:
-  """The pages of every step, each of so many slots; behind a row's last one, any."""
-  n = pages.shape[1]
+def _steps(held: Held, named):
+  """Slots of a row in all and of a step; and the pages of every step [B, steps, p], each of so many
+  slots: behind a row's last one, any.
+  """
+  slots = held.slots
+  if not held.paged:
+    return slots, min(slots, BLOCK), None
+  # As many as a block of slots that lie side by side has, so that sums are of the same parts.
+  B, n = named.shape
   each = max(1, min(n, BLOCK // slots))
-  pages = jnp.pad(pages, ((0, 0), (0, -n % each)))
-  return pages.reshape(pages.shape[0], -1, each)
+  pages = jnp.pad(named, ((0, 0), (0, -n % each))).reshape(B, -1, each)
+  return slots * each * pages.shape[1], slots * each, pages
 
 
 def _gathered(buffer, at, pages: Int[Array, 'B p'], K: int):

@@ -152,25 +152,21 @@ def blocks(
   *,
   T: int,
   Hv: int,
-  rows=None,
-  pages=None,
+  named=None,
   interpret=False,
 ):
   """As kernels.cached.blocks, but that queries are those of T tokens side by side, the first of a
   row at starts [B], and that a step is of one page, where there are pages.
 
-  q: [B, K, G x T, H].
+  q: [B, K, G x T, H]. named: [B] rows of the buffers, or [B, n] pages where they are paged.
   """
   B, K, M, H = q.shape
   S, block = held.slots, min(held.slots, BLOCK)
-  if pages is not None:
-    S, block = S * pages.shape[1], S
+  if held.paged:
+    S, block = S * named.shape[1], S
   bounds = _bounds(scoring.mask.window, held.ring, S, block, T)
   padded = -(-M // ROWS) * ROWS
   q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - M), (0, 0)))
-
-  def row(x):
-    return None if x is None else x[:, :, :, None]
 
   def out(width):
     return jax.ShapeDtypeStruct((B, K, padded, width), jnp.float32)
@@ -184,7 +180,8 @@ def blocks(
     transcendentals=B * K * padded * S,
     bytes_accessed=B * K * S * (H + (0 if held.values is None else Hv)) * size + 2 * q.size * 4,
   )
-  given = [held.keys, held.values, row(held.key_scales), row(held.value_scales)]
+  scales = [None if x is None else x[:, :, :, None] for x in (held.key_scales, held.value_scales)]
+  given = [held.keys, held.values, *scales]
   there = [x is not None for x in given]
   body = functools.partial(
     _kernel, bounds=bounds, scoring=scoring, ring=held.ring, S=S, block=block, T=T, Hv=Hv
@@ -192,7 +189,7 @@ def blocks(
 
   # Which rows of the buffers these are, or which pages, is a matter of index maps, that read one
   # more vector.
-  named = tuple(x.reshape(-1) for x in (rows, pages) if x is not None)
+  named = () if named is None else (named.reshape(-1),)
 
   def kernel(*refs):
     """The body, with None for what is not held."""

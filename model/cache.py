@@ -324,27 +324,7 @@ def init_cache(
   generates nothing; NotImplementedError on a mesh with stages for an encoder-decoder or layers of
   which some are on every stage.
   """
-  names.check('dtype of a cache', dtype, DTYPES)
-  if not config.causal:
-    raise ValueError(
-      'model.causal=False: an encoder sees all tokens at once and has no use for a cache'
-    )
-  if config.max_length and capacity > config.max_length:
-    raise ValueError(
-      f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer '
-      'tokens'
-    )
-  if capacity < 1 or append < 1:
-    raise ValueError(
-      f'a cache of capacity={capacity} tokens with append={append} at once: both must be at least 1'
-    )
-  if ax.size('layers') > 1 and (len(config.stacks) > 1 or config.encoder_layers):
-    scans = f'layers of {len(config.stacks)} scans (model.stacks)'
-    unsplit = f'model.encoder_layers={config.encoder_layers}' if config.encoder_layers else scans
-    raise NotImplementedError(
-      f'a cache for {unsplit} is not split over mesh.stage={ax.size("layers")}; generate on a mesh '
-      'without stages'
-    )
+  _check_asked(config, capacity, dtype, append)
   dtype, latent = dtype or config.execution.dtype, config.latent
   K, H = (1, latent.width + latent.rope_width) if latent.width else (config.K, config.H)
   most = _whole(-(-capacity // ax.size('slots'))) * ax.size('slots')
@@ -382,6 +362,31 @@ def init_cache(
     table=table,
     capacity=capacity,
   )
+
+
+def _check_asked(config: ModelConfig, capacity: int, dtype: str, append: int) -> None:
+  """Raises as init_cache says."""
+  names.check('dtype of a cache', dtype, DTYPES)
+  if not config.causal:
+    raise ValueError(
+      'model.causal=False: an encoder sees all tokens at once and has no use for a cache'
+    )
+  if config.max_length and capacity > config.max_length:
+    raise ValueError(
+      f'a cache of {capacity} tokens passes model.max_length={config.max_length}; ask for fewer '
+      'tokens'
+    )
+  if capacity < 1 or append < 1:
+    raise ValueError(
+      f'a cache of capacity={capacity} tokens with append={append} at once: both must be at least 1'
+    )
+  if ax.size('layers') > 1 and (len(config.stacks) > 1 or config.encoder_layers):
+    scans = f'layers of {len(config.stacks)} scans (model.stacks)'
+    unsplit = f'model.encoder_layers={config.encoder_layers}' if config.encoder_layers else scans
+    raise NotImplementedError(
+      f'a cache for {unsplit} is not split over mesh.stage={ax.size("layers")}; generate on a mesh '
+      'without stages'
+    )
 
 
 def _whole(slots):

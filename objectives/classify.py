@@ -33,6 +33,7 @@ class Classify(NextToken, examples.Sequences):
       learned, too), or the words of all 'labels', of one token each.
   """
 
+  tells_labels = 'words'
   kind: str = 'classify'
   template: str = 'configs/templates/sentiment.toml'
   form: str = PREFIX

@@ -38,6 +38,7 @@ class ClassifyHead(Objective, examples.Packed):
     pooled: what of a text the head reads: an encoder's 'first' token, or a decoder's 'last'.
   """
 
+  tells_labels = HEAD
   kind: str = 'classify_head'
   template: str = 'configs/templates/sentiment.toml'
   pooled: str = LAST

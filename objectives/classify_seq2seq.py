@@ -18,6 +18,7 @@ class ClassifySeq2Seq(Seq2Seq):
     template: file of the pattern and of the labels' words (data/template.py).
   """
 
+  tells_labels = 'words'
   kind: str = 'classify_seq2seq'
   template: str = 'configs/templates/sentiment.toml'
   term = tunes = 'classify_seq2seq'

@@ -16,7 +16,7 @@ from decode.scorer import PromptScores
 from serving import call as calls
 from serving.call import Event
 from serving.fields import Denied
-from serving.parts import Parted, Said
+from serving.parts import ChatParts, Parted
 from serving.ticket import Ticket
 from serving.wire import AskedCall
 
@@ -88,7 +88,7 @@ class HttpAnswer:
     choice = self._choices[index]
     logprobs = self._logprobs(choice, event) if self._asked.logprobs >= 0 else None
     choice.ids += event.ids
-    said = Said(content=event.text)
+    said = ChatParts(content=event.text)
     if choice.parted is not None:
       said = choice.parted.add(event.text, last=bool(event.finish))
     called_before = len(choice.called)
@@ -103,7 +103,7 @@ class HttpAnswer:
     if not choice.begun:
       choice.begun = True
       yield from self._opening(prompt, index)
-    if said != Said() or event.finish or logprobs or (self._asked.ids and event.ids):
+    if said != ChatParts() or event.finish or logprobs or (self._asked.ids and event.ids):
       yield self._piece(index, choice, said, called_before, event, logprobs)
 
   def whole(self) -> dict:
@@ -178,7 +178,7 @@ class HttpAnswer:
   def _no_usage(self) -> dict:
     return {'usage': None} if self._asked.include_usage else {}
 
-  def _piece(self, index, choice, new: Said, called_before: int, event, logprobs) -> dict:
+  def _piece(self, index, choice, new: ChatParts, called_before: int, event, logprobs) -> dict:
     """new: what has come, with calls behind those that there were before."""
     said: dict = {'index': index}
     if self._asked.chat:

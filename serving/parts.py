@@ -1,7 +1,7 @@
 """Which part of what a chat model writes is for whom? Its thoughts, its calls of tools and its
 answer are told apart as they come, in whatever pieces.
 
-    parted = Parted(Manner(thinks=True))
+    parted = Parted(ChatManner(thinks=True))
     parted.add('<think>two and'); parted.add(' two</think>4', last=True)
 
 What stands between the marks of thoughts comes first, if at all. White space beside marks belongs
@@ -29,7 +29,7 @@ REASONING = ('auto', 'think', 'none')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Manner:
+class ChatManner:
   """How a text is written.
 
   Attributes:
@@ -47,7 +47,7 @@ class Manner:
 
 
 @dataclasses.dataclass
-class Said:
+class ChatParts:
   """Parts of a text. calls: as OpenAI's answers have them."""
 
   reasoning: str = ''
@@ -58,7 +58,7 @@ class Said:
 class Parted:
   """One text that is told apart. All that `add` gives, together, does not depend on the pieces."""
 
-  def __init__(self, manner: Manner):
+  def __init__(self, manner: ChatManner):
     self._manner = manner
     self._held = ''  # of which nothing is certain
     self._space = ''  # that has been left out before a call's mark, if text follows
@@ -68,17 +68,17 @@ class Parted:
     if manner.within:
       self._state = self._thinking
 
-  def add(self, text: str, last: bool = False) -> Said:
+  def add(self, text: str, last: bool = False) -> ChatParts:
     """What is certain by now. last: there is no more of it."""
     self._held += text
-    said = Said()
+    said = ChatParts()
     while self._state(said, last):
       pass
     return said
 
   # States: each takes what it can; whether another one goes on from there.
 
-  def _before(self, said: Said, last: bool) -> bool:
+  def _before(self, said: ChatParts, last: bool) -> bool:
     start = self._held.lstrip()
     if len(start) < len(THINK[0]) and THINK[0].startswith(start) and not last:
       return False
@@ -87,7 +87,7 @@ class Parted:
       self._begin(self._thinking, start[len(THINK[0]) :])
     return True
 
-  def _thinking(self, said: Said, last: bool) -> bool:
+  def _thinking(self, said: ChatParts, last: bool) -> bool:
     if self._skips():
       return False
     before, closed, after = self._held.partition(THINK[1])
@@ -100,7 +100,7 @@ class Parted:
     self._held = before[certain:]
     return False
 
-  def _answer(self, said: Said, last: bool) -> bool:
+  def _answer(self, said: ChatParts, last: bool) -> bool:
     if self._skips():
       return False
     if self._manner.calls == MARKED:
@@ -114,7 +114,7 @@ class Parted:
     self._tell(said, self._take())
     return False
 
-  def _until_call(self, said: Said, last: bool) -> bool:
+  def _until_call(self, said: ChatParts, last: bool) -> bool:
     before, opened, after = self._held.partition(CALL[0])
     if opened:
       kept = before.rstrip()
@@ -129,7 +129,7 @@ class Parted:
     self._held = '' if last else before[certain:]
     return False
 
-  def _calling(self, said: Said, last: bool) -> bool:
+  def _calling(self, said: ChatParts, last: bool) -> bool:
     inner, closed, after = self._held.partition(CALL[1])
     if not closed and not last:
       return False
@@ -143,13 +143,13 @@ class Parted:
     self._begin(self._answer if self._manner.several else self._rest, after)
     return True
 
-  def _rest(self, said: Said, last: bool) -> bool:
+  def _rest(self, said: ChatParts, last: bool) -> bool:
     """Behind the only call that there may be."""
     if not self._skips():
       self._tell(said, self._take())
     return False
 
-  def _read_whole(self, said: Said) -> bool:
+  def _read_whole(self, said: ChatParts) -> bool:
     """Reads calls that are all that there is of an answer; whether they are."""
     calls, behind = [], 0
     for value, end in _values(self._held):
@@ -169,7 +169,7 @@ class Parted:
     self._tell(said, rest)
     return True
 
-  def _begin(self, state: Callable[[Said, bool], bool], held: str) -> None:
+  def _begin(self, state: Callable[[ChatParts, bool], bool], held: str) -> None:
     """Behind a mark."""
     self._held, self._state, self._fresh = held, state, True
 
@@ -184,7 +184,7 @@ class Parted:
     text, self._held = self._held, ''
     return text
 
-  def _tell(self, said: Said, text: str) -> None:
+  def _tell(self, said: ChatParts, text: str) -> None:
     if text:
       said.content += text if self._called and not self._content else self._space + text
       self._space, self._content = '', True
@@ -247,7 +247,7 @@ def call_form(template: ChatTemplate | None) -> str:
     written = template.render([asked, {'role': 'assistant', 'content': '', 'tool_calls': [call]}])
   except ValueError:
     return ''
-  marked = Parted(Manner(calls=MARKED, names=('weather',))).add(written, last=True).calls
+  marked = Parted(ChatManner(calls=MARKED, names=('weather',))).add(written, last=True).calls
   if marked:
     return MARKED
   for place, character in enumerate(written):

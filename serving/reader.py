@@ -17,7 +17,7 @@ from serving import parts, tools as tool_calls
 from serving.call import Call
 from serving.encoder import WRITES_NOTHING
 from serving.fields import SHOWN, Check, Denied, shown
-from serving.parts import Manner
+from serving.parts import ChatManner
 from serving.service import Service
 from serving.wire import ANY_OBJECT, CHAT, COMMON, COMPLETION, AskedCall, Served
 
@@ -84,15 +84,15 @@ class Reader:
     except ValueError as error:
       raise Denied(f'messages: {error}', 'messages') from error
 
-  def _manner(self, call: Call, prompt: str, tools: tool_calls.Tools | None) -> Manner | None:
+  def _manner(self, call: Call, prompt: str, tools: tool_calls.Tools | None) -> ChatManner | None:
     """How the text behind a prompt is told apart. One that keeps to something has no thoughts."""
     thinks = self._thinks and call.regex is None and call.schema is None
     if not thinks and tools is None:
       return None
     within = thinks and prompt.rstrip().endswith(parts.THINK[0])
     if tools is None:
-      return Manner(thinks=thinks, within=within)
-    return Manner(
+      return ChatManner(thinks=thinks, within=within)
+    return ChatManner(
       thinks=thinks, within=within, calls=tools.form, names=tools.names, several=tools.several
     )
 

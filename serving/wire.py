@@ -24,7 +24,7 @@ from serving.fields import (
   whole,
   wrong,
 )
-from serving.parts import Manner
+from serving.parts import ChatManner
 
 PROMPTS = 64  # of one request
 MESSAGES = 4096
@@ -95,7 +95,7 @@ class AskedCall:
   ids: bool = False
   logprobs: int = -1
   prompt_logprobs: int = -1
-  manner: Manner | None = None
+  manner: ChatManner | None = None
 
   @property
   def scores(self) -> int:

@@ -662,7 +662,7 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
     (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
     (
       ('--topology=v5e:2x2', '--batch=8'),
-      '--batch, --context and --weights are of prefill and decode',
+      '--batch, --context and --weights are of what generates; train takes',
     ),
   ],
 )

@@ -19,19 +19,18 @@ from decode.generator import Generator
 from evaluation import classify
 from evaluation.heads import scores_of
 from evaluation.safety import LABELS, UNSAFE
-from objectives.classify_head import HEAD
 from parallel.mesh import MeshConfig
 from training.config import Config
 from workdir.head import head_of
 from workdir.open import config_of
 from workdir.reward import open_reward
 
-HEADED, PROMPTED = 'classify_head', ('classify', 'classify_seq2seq')
+WORDS = 'words'  # by which labels are told; otherwise by a head of that name
 ANSWER, BOTH, CHAT = READS = ('answer', 'both', 'chat')
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class JudgeRequest:
   """How a run is to judge.
 
   Attributes:
@@ -79,14 +78,14 @@ class RunJudge:
     return refused.tolist()
 
 
-def judge_of(asked: Asked, log: Callable[[str], object] = print) -> RunJudge:
+def judge_of(asked: JudgeRequest, log: Callable[[str], object] = print) -> RunJudge:
   """The judge that a run is. Raises ValueError for a run that is none, and for what is asked of the
   other kind.
   """
   config = config_of(asked.workdir)
   kind = config.objective.kind
   rewards = getattr(config.objective, 'gives_rewards', False)
-  if not rewards and kind not in (HEADED, *PROMPTED):
+  if not (rewards or getattr(config.objective, 'tells_labels', '')):
     raise ValueError(
       f'--judge_run={asked.workdir} was trained with objective.kind={kind!r}, and tells no '
       'refusals; give a classifier (configs/classify.py) or a reward model (configs/reward.py)'
@@ -104,7 +103,7 @@ def judge_of(asked: Asked, log: Callable[[str], object] = print) -> RunJudge:
   return _by_reward(asked, log) if rewards else _by_label(asked, config, log)
 
 
-def _by_reward(asked: Asked, log) -> RunJudge:
+def _by_reward(asked: JudgeRequest, log) -> RunJudge:
   model = open_reward(asked.workdir, asked.mesh, asked.checkpoint)
   threshold = asked.threshold or 0.0
   writer = ExampleWriter(model.tokenizer)
@@ -133,7 +132,7 @@ def _by_reward(asked: Asked, log) -> RunJudge:
   return RunJudge(said, (UNSAFE,), judged)
 
 
-def _by_label(asked: Asked, config: Config, log) -> RunJudge:
+def _by_label(asked: JudgeRequest, config: Config, log) -> RunJudge:
   template = Template.read(config.objective.template)
   if not asked.label:
     raise ValueError(
@@ -142,8 +141,9 @@ def _by_label(asked: Asked, config: Config, log) -> RunJudge:
     )
   at = template.labels.index(names.check('--judge_label', asked.label, template.labels))
   model = Generator.load(asked.workdir, asked.checkpoint, asked.mesh)
-  if config.objective.kind == HEADED:
-    head = head_of(asked.workdir, HEAD, asked.checkpoint, model.mesh, config.objective)
+  told = config.objective.tells_labels
+  if told != WORDS:
+    head = head_of(asked.workdir, told, asked.checkpoint, model.mesh, config.objective)
     score = _of_head(model, head, 'left' if config.objective.too_long == 'left' else 'right')
   else:
     asking = classify.asking_of(model, template)

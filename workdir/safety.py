@@ -18,7 +18,7 @@ import names
 from evaluation import placed, safety
 from evaluation.safety import FILE, Judge
 from parallel.flag import mesh_of
-from workdir.judging_run import READS, Asked, RunJudge, judge_of
+from workdir.judging_run import READS, JudgeRequest, RunJudge, judge_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,4 +104,4 @@ def _judge_run(options) -> RunJudge | None:
   files.check_local('--judge_run', options.judge_run)
   how = (getattr(options, name) for name in given)
   mesh = mesh_of(options.mesh)
-  return judge_of(Asked(options.judge_run, options.judge_checkpoint, mesh, *how))
+  return judge_of(JudgeRequest(options.judge_run, options.judge_checkpoint, mesh, *how))

@@ -71,7 +71,7 @@ def test_a_server_that_does_not_fit_is_refused_by_what_is_lacking(monkeypatch):
 def test_times_follow_from_two_programs():
   write = types.SimpleNamespace(seconds=CHUNK * 0.01)
   read = types.SimpleNamespace(seconds=0.004, tokens=2 * 128)
-  times = served.Served(write, read, rows=32, context=2048, parts=2).times()
+  times = served.PlannedServer(write, read, rows=32, context=2048, parts=2).times()
   assert times['a token of every row'] == pytest.approx(0.01)
   assert times['first token, alone'] == pytest.approx(8 * 0.004 + 0.01)
   assert times['first token, among rows that write'] == pytest.approx(8 * (0.004 + 0.04) + 0.01)

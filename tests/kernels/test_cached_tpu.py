@@ -109,7 +109,7 @@ def test_some_rows_of_a_buffer_are_looked_at(small_blocks, rows):
   starts, some = queries[:, 0], jnp.array(rows)
   expected = cached_tpu.blocks(q, held, (layer, first), lengths, starts, **how)
   found = cached_tpu.blocks(
-    q[some], held, (layer, first), lengths[some], starts[some], rows=some.astype(jnp.int32), **how
+    q[some], held, (layer, first), lengths[some], starts[some], named=some.astype(jnp.int32), **how
   )
   for part, whole in zip(found, expected):
     np.testing.assert_array_equal(part, whole[some])
@@ -138,11 +138,11 @@ def test_pages_are_the_slots_that_they_hold(how):
   how = dict(scoring=Scoring(Mask(), scale=0.3), Hv=how.get('latent') or H)
   run = jax.jit(functools.partial(cached.blocks, **how))
   expected = run(q, held, (layer, first), lengths, queries)
-  found = run(q, pages, (layer, first), lengths, queries, pages=table)
+  found = run(q, pages, (layer, first), lengths, queries, named=table)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
   how |= dict(T=2, interpret=True)
-  kernel = cached_tpu.blocks(q, pages, (layer, first), lengths, queries[:, 0], pages=table, **how)
+  kernel = cached_tpu.blocks(q, pages, (layer, first), lengths, queries[:, 0], named=table, **how)
   total = [mixed / total[..., None] for _, total, mixed in (kernel, expected)]
   np.testing.assert_allclose(*total, rtol=1e-5, atol=1e-5)
 
@@ -218,8 +218,8 @@ def test_it_compiles(chip, case):
   with jax.set_mesh(make_mesh(MeshConfig(), [device])):
     numbers = shape((B,), 'int32')
     given = shape((B, 1, M, H)), held, (0, 0), numbers, numbers
-    rows = {'rows': numbers} if how['of'] else {}
+    named = numbers if how['of'] else None
     if how['pages']:
-      rows = {'pages': shape((B, how['pages']), 'int32')}
-    text = jax.jit(run).lower(*given, **rows).compile().as_text()
+      named = shape((B, how['pages']), 'int32')
+    text = jax.jit(run).lower(*given, named=named).compile().as_text()
   assert 'tpu_custom_call' in text

@@ -13,7 +13,7 @@ from data.chat import ChatTemplate
 from data.tokenizers import ByteTokenizer
 from serving.fake import SIZES as SMALL, FakeService
 from serving.http import app
-from serving.parts import BARE, FORCED, MARKED, Manner, Parted, Said, call_form
+from serving.parts import BARE, FORCED, MARKED, ChatManner, ChatParts, Parted, call_form
 from serving.wire import Served
 from tests.serving.test_http import TOKENIZER, pieces
 
@@ -56,7 +56,7 @@ READ = [
 
 def read(manner, *texts):
   """All that is told of a text in these pieces; of calls their names and arguments."""
-  parted, said = Parted(Manner(names=NAMES, **manner)), Said()
+  parted, said = Parted(ChatManner(names=NAMES, **manner)), ChatParts()
   for i, text in enumerate(texts):
     more = parted.add(text, last=i == len(texts) - 1)
     said.reasoning += more.reasoning

@@ -326,7 +326,9 @@ def test_no_page_of_the_step_names_an_objective():
       met = {name for name in names if name.split('.')[0] == 'objectives'}
       assert met <= allowed, f'{path}: {met}'
     text = path.read_text()
-    assert not [kind for kind in kinds.KINDS if f"'{kind}'" in text], path
+    # What is drawn has names of its own, one of which is a metric's.
+    drawn = {'reward'} if path.name == 'curves.py' else set()
+    assert not [kind for kind in kinds.KINDS.keys() - drawn if f"'{kind}'" in text], path
 
 
 @pytest.mark.slow

@@ -261,13 +261,13 @@ def test_a_run_learns_and_is_judged_and_normalised(source, tmp_path):
   # As a judge it says of answers whether they are as good as a refusal.
   prompts, told = zip(*((row['prompt'], row[s]) for row in GIVEN for s in ('chosen', 'rejected')))
   for threshold in (None, 0.5):
-    judge = judging_run.judge_of(judging_run.Asked(tmp_path / 'run', threshold=threshold))
+    judge = judging_run.judge_of(judging_run.JudgeRequest(tmp_path / 'run', threshold=threshold))
     assert judge(prompts, told) == (scores >= (threshold or 0)).tolist()
   assert judge(['q'], [' ']) == [False] and judge.labels == ('unsafe',)
   with pytest.raises(ValueError, match='--judge_reads=answer is not of a run of objective.kind'):
-    judging_run.judge_of(judging_run.Asked(tmp_path / 'run', reads='answer'))
+    judging_run.judge_of(judging_run.JudgeRequest(tmp_path / 'run', reads='answer'))
   notes = []
-  long = judging_run.judge_of(judging_run.Asked(tmp_path / 'run'), notes.append)
+  long = judging_run.judge_of(judging_run.JudgeRequest(tmp_path / 'run'), notes.append)
   assert long(['q' * T], ['y']) == [
     bool(model.scores([[*[ord('q') + 3] * (T - 2), ord('y') + 3, 2]]) >= 0)
   ]

@@ -187,7 +187,7 @@ def test_a_tuned_model_classifies_by_the_same_template(files_of, tmp_path, name)
   every = [('here', LabelRecord(text, label)) for text, label in TEXTS]
   scores = scored(g, asking, every, Shots([], asking.template.labels, 0))
   np.testing.assert_array_equal(scores.labels.argmax(1), scores.truth)
-  judge = judging_run.judge_of(judging_run.Asked(tmp_path, label='down'))
+  judge = judging_run.judge_of(judging_run.JudgeRequest(tmp_path, label='down'))
   assert judge([''] * len(TEXTS), [text for text, _ in TEXTS]) == [of == 'down' for _, of in TEXTS]
 
 
