@@ -447,6 +447,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs, whole, t
   assert_same_end(workdir, whole)
 
 
+@pytest.mark.slow
 def test_generate_writes_prompt_and_text_and_repeats_itself_by_seed(runs, whole):
   flags = ('--prompt=abc d', '--prompt=', '--max_new_tokens=12', '--temperature=0.9')
   first = runs.generate(whole, *flags, '--seed=1')
@@ -477,6 +478,7 @@ def test_drafts_are_timed_and_write_the_same(runs, whole, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_generate_says_what_is_wrong(runs, whole, tmp_path):
   assert_plain(
     runs.generate(tmp_path / 'nowhere'),

@@ -114,6 +114,7 @@ def test_defaults_of_the_model_are_those_of_transformers():
   assert options == {'temperature': 0.25, 'top_p': 0.5} and left == ['typical_p=0.7']
 
 
+@pytest.mark.slow
 def test_defaults_of_the_model_are_taken_when_asked_for_and_printed(imported):
   done = subprocess.run(
     [sys.executable, 'generate.py', f'--workdir={imported / "run"}', '--prompt=def f(']

@@ -518,6 +518,7 @@ def test_what_does_not_split_raises(mesh, words, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_rollout_is_planned_beside_what_learns_from_it():
   """Of what lies there, the policy, a critic, a reference and the optimizer's state are exact."""
   objective = PPO(max_new_tokens=8, minibatches=2, reward=('none',))

@@ -200,6 +200,7 @@ def test_bad_options_raise_at_once(generator, options, words):
     generator.stream('a', max_new_tokens=4, **options)
 
 
+@pytest.mark.slow
 def test_a_draft_that_does_not_fit_raises(generator, other):
   with pytest.raises(
     ValueError,

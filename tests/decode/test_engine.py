@@ -587,6 +587,7 @@ def test_rows_of_a_cache_that_cannot_be_named_raise():
       jax.eval_shape(lambda: model(tokens, cache=memorised, rows=row))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, sizes',
   [

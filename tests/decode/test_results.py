@@ -23,6 +23,7 @@ def plain(completion):
   return completion.prompt, completion.ids, completion.seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options', [dict(seed=2**32 - 2), dict(seed=[5, 2, 9, 1], temperature=[0.0, 0.5, 1, 2])]
 )

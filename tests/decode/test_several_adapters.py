@@ -220,6 +220,7 @@ PROMPTS = ['one text', 'another, longer text', 'one text', 'one text']
 WHICH = ['orders', 'tables', '', 'lengths']
 
 
+@pytest.mark.slow
 def test_texts_are_scored_with_one_each(generator):
   scored = generator.score(PROMPTS, adapter=WHICH)
   for prompt, name, scores in zip(PROMPTS, WHICH, scored):

@@ -248,6 +248,7 @@ class Interrupted(Exception):
   pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
   """What was found is not asked again, and what comes of it is the same to the last bit."""
   model, questions = models()[1], asked()

@@ -282,6 +282,7 @@ def test_what_does_not_fit_is_said(one_device):
     parsed(['int8'])
 
 
+@pytest.mark.slow
 def test_parameter_by_parameter_is_the_same():
   """As of a checkpoint that is never in memory as a whole."""
   schemes = {'q': '2:4', 'down': '2:4+int8', 'up': 'int4:group=4:double', '': 'int8:activations'}
