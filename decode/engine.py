@@ -83,7 +83,8 @@ class Engine:
     self._read_rows = sizes.read_rows or self._parts
     self._programs: dict[str, Any] = {}
     self._leaves, self._splits = Leaves(), Splits(mesh)
-    self._begun = self._compiled(jax.jit(functools.partial(idle_state, config, sizes)))
+    self._begin = functools.partial(idle_state, config, sizes)
+    self._begun = self._compiled(jax.jit(self._begin))
     self.reset()
     self._programs['join'] = self._compiled(
       loop.join, self.state, self.rules, *self._joining(0, idle_request(sizes.bias), 0)
