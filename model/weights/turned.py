@@ -48,7 +48,8 @@ class Turned(Weight):
 
   @property
   def shape(self):
-    return self._back(self.inner.shape)
+    shape, stacked = self.inner.shape, len(self.inner.shape) - len(self.inner.axes)
+    return (*shape[:stacked], *self._back(shape[stacked:]))
 
   @property
   def dtype(self):

@@ -622,15 +622,15 @@ FAULTS = {
   'rows ignored where tokens are written': (
     cache.Slots,
     '_scatter',
-    'is None else rows',
-    'is None else jnp.arange(x.shape[0], dtype=jnp.int32)',
+    'if which is None else which\n',
+    'if which is None else jnp.arange(x.shape[0], dtype=jnp.int32)\n',
     check_company,
   ),
   'rows ignored where slots are looked at': (
     cached,
     '_local',
-    "rows = optional.get('rows')",
-    'rows = jnp.arange(B) if held.keys.shape[1] > B else None',
+    "named = optional.get('named')",
+    'named = jnp.arange(B) if held.keys.shape[1] > B else None',
     check_company,
   ),
   'positions of other rows': (
