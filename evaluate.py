@@ -41,12 +41,11 @@ from decode.generator import Generator
 from evaluation import classify, harness, heads, page, rewards, running, task
 from evaluation.examples import Manner
 from evaluation.prompts import Shots
-from objectives.classify_head import HEAD
 from parallel.flag import mesh_of
 from training import config as configs, overrides
 from workdir import reward
 from workdir.checkpoint import Checkpoints
-from workdir.head import head_of
+from workdir.head import WORDS, head_of, labels_by
 from workdir.open import config_of, step_of
 
 CONFIG = overrides.define_flag()
@@ -102,8 +101,6 @@ SUBCOMMANDS = {
   'safety': 'workdir.safety.main',
 }
 TASK = 'classify'  # the beginning of every file's name
-# Objectives that name a template: of models that are asked by it, and of those with a head.
-PROMPTED, HEADED = ('classify', 'classify_seq2seq'), 'classify_head'
 REWARDS = 'reward'  # the objective, and the beginning of its files' names
 
 
@@ -122,7 +119,8 @@ def check_objective(config: configs.Config, ways: list[int]) -> None:
   """Raises ValueError for a config that says nothing of classification or rewards, or not in these
   ways.
   """
-  if config.objective.kind not in (*PROMPTED, HEADED, REWARDS):
+  told = labels_by(config)
+  if not told and config.objective.kind != REWARDS:
     raise ValueError(
       f'objective.kind={config.objective.kind!r} names no template to classify by; give '
       "--config=configs/classify.py, and --config.objective.template for one's own"
@@ -135,7 +133,7 @@ def check_objective(config: configs.Config, ways: list[int]) -> None:
           'as they are, with the weights that it was trained with; leave it out'
         )
     return
-  if config.objective.kind == HEADED and any(ways):
+  if told != WORDS and any(ways):
     raise ValueError(
       f'--shots={",".join(map(str, ways))}: a head reads texts as they are, without examples; use '
       '--shots=0'
@@ -144,10 +142,11 @@ def check_objective(config: configs.Config, ways: list[int]) -> None:
 
 def scorer(config: configs.Config, generator: Generator, template: Template):
   """(records, shots) -> their scores, by the words of the template or by the head of the run."""
-  if config.objective.kind != HEADED:
+  told = labels_by(config)
+  if told == WORDS:
     asking = classify.asking_of(generator, template)
     return lambda records, shots: classify.scored(generator, asking, records, shots)
-  place = WORKDIR.value, HEAD, CHECKPOINT.value, generator.mesh
+  place = WORKDIR.value, told, CHECKPOINT.value, generator.mesh
   head = head_of(*place, config.objective)
   # What training would leave out is judged all the same, as everybody is.
   side = 'left' if config.objective.too_long == 'left' else 'right'

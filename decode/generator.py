@@ -181,7 +181,7 @@ class Generator(LoadedModel):
     index = self.indices([*fronts, *[self.plain] * unused])
     with jax.set_mesh(self.mesh):
       index = None if index is None else self.put(index)
-      logprobs = np.asarray(_scored(self.model, self.put(tokens), index, self.vocabulary))
+      logprobs = np.asarray(scored_tokens(self.model, self.put(tokens), index, self.vocabulary))
     return [
       row[len(front.soft) : length - 1]
       for front, row, length in zip(fronts, logprobs, lengths[: len(fronts)])
@@ -303,9 +303,11 @@ def _as_it_comes(given: Mapping[str, Any]) -> Options:
   return options
 
 
-@functools.partial(jax.jit, static_argnames='vocabulary')
-def _scored(model, tokens, adapters, vocabulary):
-  """[B, T - 1] log-probabilities of tokens [B, T] after those before them."""
+@functools.partial(jax.jit, static_argnames=('vocabulary', 'score'))
+def scored_tokens(model, tokens, adapters, vocabulary, score=logprobs):
+  """What `score`(law, targets, weights) has of tokens [B, T] after those before them, [B, T - 1]:
+  log-probabilities, or model.moments.
+  """
   model = of_rows(model, adapters)
   targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
   weights = jnp.pad(jnp.ones_like(tokens[:, 1:], jnp.float32), ((0, 0), (0, 1)))
@@ -314,4 +316,5 @@ def _scored(model, tokens, adapters, vocabulary):
     tokens, targets, weights = (ax.place(a, *TOKENS) for a in (tokens, targets, weights))
     x = ax.place(model(tokens).hidden, *TOKENS, 'width')
     law = Law(*model.scored(x), softcap=model.config.logit_softcap, vocabulary=vocabulary)
-    return ax.place(logprobs(law, targets, weights), 'batch', None)[:, :-1]
+    scores = score(law, targets, weights)
+    return jax.tree.map(lambda x: ax.place(x, 'batch', None)[:, :-1], scores)

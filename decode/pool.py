@@ -139,8 +139,9 @@ class Pool:
         self._free.append(page.place)
 
   def table(self, row: int) -> list[int]:
-    """Where its pages are; places: on the host."""
-    return [self.places if page.place < 0 else page.place for page in self._rows[row].pages]
+    """Where its pages are, if it has any; `places`: on the host."""
+    pages = self._rows[row].pages if row in self._rows else []
+    return [self.places if page.place < 0 else page.place for page in pages]
 
   def seat(self, wants: Mapping[int, int]) -> tuple[set[int], list[Move]]:
     """Room for some rows to have so many tokens, as far as there is: which rows have all that they
@@ -252,7 +253,6 @@ def table_of(pools: Sequence[Pool], rows: int, width: int) -> np.ndarray:
   table = np.full((rows, width), pools[0].places, np.int32)
   for part, pool in enumerate(pools):
     for row in range(part * here, (part + 1) * here):
-      if row in pool._rows:
-        places = pool.table(row)
-        table[row, : len(places)] = places
+      places = pool.table(row)
+      table[row, : len(places)] = places
   return table

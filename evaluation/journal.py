@@ -35,7 +35,7 @@ class Journal:
       files.json_object(line, f'{path}:{i}') for i, line in enumerate(whole.splitlines(), 1)
     ]
     now = json.loads(json.dumps(settings))
-    if apart := differences(first['settings'], now):
+    if apart := differences(_held(path, first, 'settings'), now):
       raise ValueError(
         f'{path} is of a measurement that was interrupted, and asked otherwise '
         f'({"; ".join(apart)}); ask as it did to go on with it, remove it, or give another --output'
@@ -43,7 +43,8 @@ class Journal:
     if len(whole) < len(content):
       os.truncate(path, len(whole))
     for line in lines:
-      self._found.setdefault(line['part'], {})[line['i']] = line['value']
+      part, i, value = (_held(path, line, name) for name in ('part', 'i', 'value'))
+      self._found.setdefault(part, {})[i] = value
 
   def __len__(self) -> int:
     return sum(map(len, self._found.values()))
@@ -65,6 +66,12 @@ class Journal:
     """The results are written: nothing is gone on with."""
     if self._path is not None:
       self._path.unlink()
+
+
+def _held(path: pathlib.Path, line: Mapping[str, Any], name: str) -> Any:
+  if name not in line:
+    raise ValueError(f'{path} has a line without {name!r}, and is no journal; remove it')
+  return line[name]
 
 
 class JournalPart:

@@ -4,26 +4,21 @@ and of others, by how well they tell the two apart.
 A score alone says nothing: easy text is likely whether it was read or not.
 """
 
-import functools
 import math
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from decode.generator import Generator
+from decode.generator import Generator, scored_tokens
 from evaluation import unpaired
 from evaluation.intervals import Estimate
 from evaluation.journal import JournalPart, nothing_kept
 from evaluation.passages import Passage
 from model.moments import moments
-from model.vocabulary import TOKENS, Law
-from model.weights import of_rows
-from parallel import axes as ax
 
 ROWS = 16  # texts that are scored together
 SHARE = 20.0  # K, in per cent
@@ -67,7 +62,7 @@ def token_scores(model: Generator, passages: Sequence[Passage]) -> list[TokenSco
   index = model.indices([front] * len(whole))
   with jax.set_mesh(model.mesh):
     index = None if index is None else model.put(index)
-    found = _moments(model.model, model.put(tokens), index, vocabulary=model.vocabulary)
+    found = scored_tokens(model.model, model.put(tokens), index, model.vocabulary, moments)
     found = jax.device_get(found)
   made = []
   for row, passage in enumerate(passages):
@@ -85,19 +80,6 @@ def token_scores(model: Generator, passages: Sequence[Passage]) -> list[TokenSco
 def standings(logprob: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
   """(log p - mean) / std; 0 where a law has all tokens alike, which says nothing of one of them."""
   return np.where(std < ALIKE, 0.0, (logprob - mean) / np.maximum(std, ALIKE))
-
-
-@functools.partial(jax.jit, static_argnames='vocabulary')
-def _moments(model, tokens, adapters, *, vocabulary):
-  """Moments [B, T - 1] of tokens [B, T] after those before them."""
-  model = of_rows(model, adapters)
-  targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-  weights = jnp.pad(jnp.ones_like(tokens[:, 1:], jnp.float32), ((0, 0), (0, 1)))
-  with ax.whole_rows(tokens.shape[1] % ax.size('length') > 0):
-    tokens, targets, weights = (ax.place(a, *TOKENS) for a in (tokens, targets, weights))
-    x = ax.place(model(tokens).hidden, *TOKENS, 'width')
-    law = Law(*model.scored(x), softcap=model.config.logit_softcap, vocabulary=vocabulary)
-    return tuple(ax.place(a, 'batch', None)[:, :-1] for a in moments(law, targets, weights))
 
 
 def min_k(scores: np.ndarray, share: float = SHARE) -> float:

@@ -1,7 +1,8 @@
 """How does a request show in traces, beside those of whoever asked? As a span with its phases:
 queue, prefill, decode; by W3C's context, in and out.
 
-    app(service, served, hosts=[..], traces=Traces(exporter_to('http://collector:4318'), 'chat'))
+    traces = Traces(exporter_to('http://collector:4318'), 'chat')
+    app(service, served, hosts=[..], traced=traces.before(service.clock))
 
 Spans are made of times that are there anyway, and exported by a thread of their own from a bounded
 queue: a collector that is slow, or away, costs spans and no request anything. What is asked and
@@ -196,6 +197,9 @@ class Traced:
       await self._app(scope, receive, send)
       return
 
+    def wall(seconds: float) -> int:
+      return at + int((seconds - began) * 1e9)
+
     async def answer(message):
       if message['type'] == 'http.response.start':
         headers = [*message['headers'], *self._traces.headers(span)]
@@ -206,6 +210,5 @@ class Traced:
       await self._app(scope, receive, answer)
     finally:
       state = scope['state']
-      wall = lambda seconds: at + int((seconds - began) * 1e9)  # noqa: E731
       now = max(self._clock(), began)
       self._traces.ended(span, state['log'], state.get('tickets', ()), wall, now)

@@ -7,8 +7,18 @@ import jax
 from model import heads, params
 from objectives.objective import Objective
 from training import state as states
+from training.config import Config
 from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, step_of
+
+WORDS = 'words'
+
+
+def labels_by(config: Config) -> str:
+  """By what a run tells labels apart: WORDS that follow a text, a head of this name, or '', not at
+  all.
+  """
+  return getattr(config.objective, 'tells_labels', '')
 
 
 def head_of(

@@ -21,11 +21,10 @@ from evaluation.heads import scores_of
 from evaluation.safety import LABELS, UNSAFE
 from parallel.mesh import MeshConfig
 from training.config import Config
-from workdir.head import head_of
+from workdir.head import WORDS, head_of, labels_by
 from workdir.open import config_of
 from workdir.reward import open_reward
 
-WORDS = 'words'  # by which labels are told; otherwise by a head of that name
 ANSWER, BOTH, CHAT = READS = ('answer', 'both', 'chat')
 
 
@@ -85,7 +84,7 @@ def judge_of(asked: JudgeRequest, log: Callable[[str], object] = print) -> RunJu
   config = config_of(asked.workdir)
   kind = config.objective.kind
   rewards = getattr(config.objective, 'gives_rewards', False)
-  if not (rewards or getattr(config.objective, 'tells_labels', '')):
+  if not (rewards or labels_by(config)):
     raise ValueError(
       f'--judge_run={asked.workdir} was trained with objective.kind={kind!r}, and tells no '
       'refusals; give a classifier (configs/classify.py) or a reward model (configs/reward.py)'
@@ -141,7 +140,7 @@ def _by_label(asked: JudgeRequest, config: Config, log) -> RunJudge:
     )
   at = template.labels.index(names.check('--judge_label', asked.label, template.labels))
   model = Generator.load(asked.workdir, asked.checkpoint, asked.mesh)
-  told = config.objective.tells_labels
+  told = labels_by(config)
   if told != WORDS:
     head = head_of(asked.workdir, told, asked.checkpoint, model.mesh, config.objective)
     score = _of_head(model, head, 'left' if config.objective.too_long == 'left' else 'right')

@@ -368,3 +368,12 @@ def test_scores_that_are_no_numbers_are_said():
       memorisation.measured(broken, asked(), (part,), lambda line: None)
   with pytest.raises(FloatingPointError, match="'pin .*': the model.s scores are not finite"):
     canaries.exposures(broken, SPACE, SECRETS, 20, 0)
+
+
+def test_a_file_that_is_no_journal_is_said(tmp_path):
+  path = tmp_path / 'begun.jsonl'
+  for text, missing in (('{"a": 1}\n', 'settings'), ('{"settings": {}}\n{"part": "x"}\n', 'i')):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"begun.jsonl has a line without '{missing}'"):
+      Journal(path, {})
+    assert path.read_text() == text

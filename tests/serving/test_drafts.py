@@ -4,12 +4,19 @@ Generator with the same drafts writes?
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from decode.constrain import Constraint
 from serving.call import Call
-from tests.serving.test_serving import ASKED, SIZES, call, check_company, generator, result, running
+from tests.serving.test_serving import (
+  ASKED,
+  SIZES,
+  call,
+  check_company,
+  check_written,
+  generator,
+  running,
+)
 
 DRAFTS = dict(lookup=2, draft_tokens=3)
 AGAIN = 'to be, or not to be, or not to be, '
@@ -48,14 +55,7 @@ def test_bytes_are_the_same_in_any_company(drafting):
 @pytest.mark.slow
 def test_it_writes_what_a_generator_with_the_same_drafts_writes(drafting):
   for one in REPEATING:
-    completions = generator()(one.prompt, **options_of(one))
-    said = result(drafting.submit(one))
-    for sample, completion in enumerate(completions):
-      ids, text, raw, processed, _, (finish, stopped_by) = said[sample]
-      assert (list(ids), text) == (completion.ids, completion.text)
-      assert (finish, stopped_by) == (completion.finish, completion.stopped_by)
-      np.testing.assert_allclose(raw, completion.logprobs, atol=1e-4)
-      np.testing.assert_allclose(processed, completion.processed, atol=1e-4)
+    check_written(drafting, one, generator()(one.prompt, **options_of(one)))
 
 
 @pytest.mark.slow

@@ -147,6 +147,17 @@ def test_bytes_are_the_same_of_every_cache_and_after_a_restart(name, dtype, size
     assert [result(ticket) for ticket in tickets] == expected
 
 
+def check_written(served, one: Call, completions):
+  """What is served of a call are these completions of a Generator's."""
+  said = result(served.submit(one))
+  for sample, completion in enumerate(completions):
+    ids, text, raw, processed, _, (finish, stopped_by) = said[sample]
+    assert (list(ids), text) == (completion.ids, completion.text)
+    assert (finish, stopped_by) == (completion.finish, completion.stopped_by)
+    np.testing.assert_allclose(raw, completion.logprobs, atol=1e-4)
+    np.testing.assert_allclose(processed, completion.processed, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('every', [False, pytest.param(True, marks=pytest.mark.long)])
 def test_it_writes_what_a_generator_writes(served, every):
@@ -165,14 +176,7 @@ def test_it_writes_what_a_generator_writes(served, every):
     options['presence_penalty'] = one.options.presence_penalty
     if one.regex:
       options['constraint'] = Constraint(served.tokenizer, regex=one.regex)
-    completions = generator()(one.prompt, **options)
-    said = result(served.submit(one))
-    for sample, completion in enumerate(completions):
-      ids, text, raw, processed, _, (finish, stopped_by) = said[sample]
-      assert (list(ids), text) == (completion.ids, completion.text)
-      assert (finish, stopped_by) == (completion.finish, completion.stopped_by)
-      np.testing.assert_allclose(raw, completion.logprobs, atol=1e-4)
-      np.testing.assert_allclose(processed, completion.processed, atol=1e-4)
+    check_written(served, one, generator()(one.prompt, **options))
 
 
 def test_a_sample_can_be_asked_for_alone(served):
