@@ -3,8 +3,7 @@
 import json
 import re
 
-import pytest
-
+from serving import metrics
 from tests.launch import documents
 
 # Functions, words and labels of PromQL, and of Grafana's own.
@@ -57,7 +56,6 @@ def test_panels_are_of_one_source_and_do_not_overlap():
 
 def exported() -> dict[str, set[str]]:
   """The series that a server exports, with their labels."""
-  metrics = pytest.importorskip('serving.metrics')
   ends = {'histogram': ('_bucket', '_sum', '_count'), 'counter': ('_total',), 'gauge': ('',)}
   return {
     name.removesuffix('_total') + end: set(labels)
