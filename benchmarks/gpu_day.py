@@ -38,7 +38,7 @@ LEAVING = 5.0  # seconds for what comes after the last piece
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DayPiece:
   """A benchmark.
 
   Attributes:
@@ -64,14 +64,14 @@ _TRAIN = 'benchmarks.train_gpu --quick --sides='
 _TOY_TRAIN = 'benchmarks.train_gpu --rehearse --quick --steps=1 --sides='
 _TOY_DECODE = 'benchmarks.decode --model=toy --runs=1 --batches=2 --sides='
 PIECES = (
-  Piece(
+  DayPiece(
     'environment',
     'bandwidth, large products, clocks',
     30,
     'benchmarks.gpu_environment',
     'benchmarks.gpu_environment',
   ),
-  Piece(
+  DayPiece(
     'masks',
     'errors of our attention kernel, values and gradients, of every mask, beside f64',
     90,
@@ -79,7 +79,7 @@ PIECES = (
     'benchmarks.attention_masks --rehearse',
     keeps=True,
   ),
-  Piece(
+  DayPiece(
     'attention',
     "attention of ours, cuDNN, jax's Mosaic and torch: TFLOP/s and errors",
     220,
@@ -87,7 +87,7 @@ PIECES = (
     'benchmarks.attention --rehearse',
     keeps=True,
   ),
-  Piece(
+  DayPiece(
     'train',
     'a step of 1B with our kernel and with cuDNN: tokens/s, MFU, memory',
     80,
@@ -95,14 +95,14 @@ PIECES = (
     f'{_TOY_TRAIN}xla',
     keeps=True,
   ),
-  Piece(
+  DayPiece(
     'decode_1b',
     '1B in bfloat16, 1, 8 and 64 rows: tokens/s, share of the bandwidth',
     110,
     _decode('bench_1b', 'ours'),
     f'{_TOY_DECODE}ours',
   ),
-  Piece(
+  DayPiece(
     'grouped_matmul',
     "products of experts' rows: TFLOP/s beside one large product",
     90,
@@ -110,28 +110,28 @@ PIECES = (
     'benchmarks.grouped_matmul_gpu --rehearse',
     keeps=True,
   ),
-  Piece(
+  DayPiece(
     'decode_1b_int8',
     'the same in int8',
     110,
     _decode('bench_1b', 'int8'),
     f'{_TOY_DECODE}int8',
   ),
-  Piece(
+  DayPiece(
     'decode_8b',
     '8B in bfloat16, 1, 8 and 64 rows',
     150,
     _decode('llama3_8b', 'ours'),
     f'{_TOY_DECODE}ours',
   ),
-  Piece(
+  DayPiece(
     'decode_8b_int8',
     'the same in int8',
     150,
     _decode('llama3_8b', 'int8'),
     f'{_TOY_DECODE}int8',
   ),
-  Piece(
+  DayPiece(
     'train_torch',
     'a step of 1B with transformers, compiled and not',
     110,
@@ -139,14 +139,14 @@ PIECES = (
     f'{_TOY_TRAIN}torch',
     keeps=True,
   ),
-  Piece(
+  DayPiece(
     'grpo',
     "GRPO of 1B beside TRL's: written tokens/s, phases",
     240,
     'benchmarks.rl --kinds=grpo --model=bench_1b --runs=1 --steps=2 --prompts=8 --new=256',
     'benchmarks.rl --kinds=grpo --model=toy --quick --steps=1 --new=8 --prompt=8',
   ),
-  Piece(
+  DayPiece(
     'train_xla',
     "a step of 1B with XLA's dense scores and its blocks",
     240,
@@ -177,7 +177,7 @@ class Day:
     """Seconds that a piece may take yet."""
     return self._ends - LEAVING - time.time()
 
-  def take(self, piece: Piece) -> None:
+  def take(self, piece: DayPiece) -> None:
     """Runs a piece, or says why not, and writes that down."""
     seconds = TOY_SECONDS if self.rehearsal else piece.seconds
     if seconds > self.left():
@@ -187,7 +187,7 @@ class Day:
       self.pieces[piece.name] = self._run(piece, seconds)
     self.save()
 
-  def _run(self, piece: Piece, seconds: float) -> dict:
+  def _run(self, piece: DayPiece, seconds: float) -> dict:
     most = min(LONGER * seconds, self.left())
     command = shlex.split(piece.toy if self.rehearsal else piece.command)
     command += [f'--budget={min(seconds, most):.0f}'] if piece.keeps else []
@@ -267,7 +267,7 @@ def reason(printed: str, said: str, measured: bool) -> str:
   return train_step.reason(said)
 
 
-def chosen(only: str) -> list[Piece]:
+def chosen(only: str) -> list[DayPiece]:
   """Pieces by name, with commas between, in their own order; all for ''. Raises ValueError for one
   that is not there.
   """

@@ -42,7 +42,7 @@ if told == ['crash']:
 
 
 def piece(name, told='', seconds=1.0, **more):
-  return gpu_day.Piece(name, 'nothing', seconds, f'fake {told}', f'fake {told}', **more)
+  return gpu_day.DayPiece(name, 'nothing', seconds, f'fake {told}', f'fake {told}', **more)
 
 
 @pytest.fixture
