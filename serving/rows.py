@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from decode.drafted import DraftingEngine
+from decode.drafted_pages import DraftingPagedEngine
 from decode.embedder import Embedder, check_pooling, lengths_to
 from decode.engine import Engine
 from decode.front import Front
@@ -62,6 +63,15 @@ def row_sizes(
   return Sizes(**asked)
 
 
+# By whether they draft, and whether they have pages.
+ENGINES = {
+  (False, False): Engine,
+  (True, False): DraftingEngine,
+  (False, True): PagedEngine,
+  (True, True): DraftingPagedEngine,
+}
+
+
 class EngineRows:
   """A serving.scheduler.AnyEngine, of decode.engine.Engine. `begin` comes before all else.
 
@@ -103,7 +113,7 @@ class EngineRows:
     """
     model = self._model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    made = DraftingEngine if self.sizes.lookup else PagedEngine if self.sizes.pages else Engine
+    made = ENGINES[bool(self.sizes.lookup), bool(self.sizes.pages)]
     self._engine = made(
       model.model.config,
       model.mesh,
