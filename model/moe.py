@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels.grouped_matmul import Groups
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param
@@ -67,6 +68,7 @@ class MoE(nnx.Module):
       raise ValueError('model.moe.experts=0: a mixture of experts needs at least one')
     F, biased = moe.feed_forward or config.F, config.biases == 'all'
     self.moe, self.dtype, self.activation = moe, config.execution.dtype, config.activation
+    self.backend = config.execution.experts
     inner, outer = (
       ('experts', 'expert_embed', 'feed_forward'),
       ('experts', 'feed_forward', 'expert_embed'),
@@ -118,9 +120,8 @@ class MoE(nnx.Module):
       ),
       'sequence' in tokens,
     )
-    run = functools.partial(
-      _layer, moe=self.moe, activation=self.activation, axes=axes, dtype=self.dtype
-    )
+    choices = dict(activation=self.activation, dtype=self.dtype, backend=self.backend)
+    run = functools.partial(_layer, moe=self.moe, axes=axes, **choices)
     everywhere = {name: (None,) * value.ndim for name, value in routing.items()}
     y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, layout), (tokens, STATS))(
       ax.place(x, *tokens), segments, routing, experts
@@ -140,7 +141,7 @@ def moved(
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
+def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype, backend):
   """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights."""
   x = (
     jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
@@ -179,7 +180,8 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
   # less to 3% more memory whole than in pieces, which compute 30% more with remat 'none'.
   pieces = _pieces(experts['up'].shape[2]) if axes.shards else 1
   compute = functools.partial(_in_pieces, activation=activation, gather=gather, pieces=pieces)
-  y = DISPATCHES[moe.dispatch](x, expert, gates, experts, moe=moe, compute=compute, axes=axes)
+  dispatch = functools.partial(DISPATCHES[moe.dispatch], moe=moe, axes=axes, backend=backend)
+  y = dispatch(x, expert, gates, experts, compute=compute)
   y = y.astype(x.dtype).reshape(B, T, D)
   if axes.sequence and axes.columns:
     return jax.lax.psum_scatter(y, axes.columns, scatter_dimension=1, tiled=True), stats
@@ -249,13 +251,13 @@ def _losses(logits, scores, choices, real, moe, axes):
   }
 
 
-def dense(x, expert, gates, experts, *, moe, compute, axes):
+def dense(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Every expert computes every token: obviously right.
 
   All dispatches take and give the same, but for what capacity drops.
 
   x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere
-  experts: stored weights by name, of those here.
+  experts: stored weights by name, of those here. backend: of grouped products, where there are any.
   Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over
   axes.columns.
   """
@@ -285,9 +287,10 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
   )
 
 
-def dropless(x, expert, gates, experts, *, moe, compute, axes):
+def dropless(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Each choice is computed, whatever the routing: on one device at once, on several in rounds."""
-  run = functools.partial(_sorted, compute=compute)
+  # Of an exchange's slots those are filled that a balanced routing needs.
+  run = functools.partial(_sorted, compute=compute, backend=backend, filled=expert.size)
   if not axes.experts:
     y = run(jnp.repeat(x, expert.shape[1], 0), gates.reshape(-1), expert.reshape(-1), experts)
     return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
@@ -297,7 +300,7 @@ def dropless(x, expert, gates, experts, *, moe, compute, axes):
   return in_rounds(run, exchange, x, gates, experts, rounds)
 
 
-def capacity(x, expert, gates, experts, *, moe, compute, axes):
+def capacity(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Each expert computes C slots of each device, filled or not.
 
   The caller has sent to nowhere what does not fit.
@@ -318,7 +321,7 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes):
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
-def _sorted(rows, gates, expert, experts, *, compute):
+def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
   """Rows [M, D], each through its expert [M] and times its gate [M].
 
   One grouped product per weight, of rows sorted by expert.
@@ -331,12 +334,11 @@ def _sorted(rows, gates, expert, experts, *, compute):
   # goes through them group by group, and none is filled up to the size of the largest.
   order = jnp.argsort(expert, stable=True)
   position = inverse(order, order.size)
-  sizes = count(expert, E)
-  sorted_expert = jnp.minimum(expert[order], E - 1)
+  groups = Groups(count(expert, E), jnp.minimum(expert[order], E - 1), backend, filled)
 
   def product(rows, w, bias):
-    y = w.grouped(rows, sizes, sorted_expert)
-    return y if bias is None else y + bias.rows(sorted_expert)
+    y = w.grouped(rows, groups)
+    return y if bias is None else y + bias.rows(groups.of_row)
 
   y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
   return _permute(y, position, order)
