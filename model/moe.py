@@ -292,7 +292,7 @@ def dropless(x, expert, gates, experts, *, moe, compute, axes, backend):
   # Of an exchange's slots those are filled that a balanced routing needs.
   run = functools.partial(_sorted, compute=compute, backend=backend, filled=expert.size)
   if not axes.experts:
-    y = run(jnp.repeat(x, expert.shape[1], 0), gates.reshape(-1), expert.reshape(-1), experts)
+    y = run(x, gates.reshape(-1), expert.reshape(-1), experts)
     return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
   E = experts['up'].shape[0]
   exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
@@ -313,16 +313,17 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes, backend):
     expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)
   ).reshape(-1)
   choice = inverse(slot, E * C)
-  rows = _permute(jnp.repeat(x, expert.shape[1], 0), choice, slot).reshape(E, C, D)
+  rows = _permute(x, choice, slot, expert.shape[1]).reshape(E, C, D)
   y = from_experts(compute(to_experts(rows, axes.experts), experts, _each), axes.experts)
-  return _combine(_permute(y.reshape(E * C, D), slot, choice), gates)
+  return _combine(_permute(y.reshape(E * C, D), slot, choice, 1), gates)
 
 
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
 def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
-  """Rows [M, D], each through its expert [M] and times its gate [M].
+  """Rows, each through its experts [M] and times their gates [M]; [M, D]. Of M / rows choices each,
+  side by side.
 
   One grouped product per weight, of rows sorted by expert.
   E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
@@ -340,8 +341,9 @@ def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
     y = w.grouped(rows, groups)
     return y if bias is None else y + bias.rows(groups.of_row)
 
-  y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
-  return _permute(y, position, order)
+  sorted_rows = _permute(rows, order, position, order.size // len(rows))
+  y = compute(sorted_rows, experts, product, _permute(gates, order, position, 1))
+  return _permute(y, position, order, 1)
 
 
 def _each(rows, w, bias):
@@ -404,19 +406,28 @@ def _pieces(F):
   )
 
 
-@jax.custom_vjp
-def _permute(x, index, back):
-  """Rows index[0], index[1], ... of x; zeros for a row that is not there.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _permute(x, index, back, copies):
+  """Entries index[0], index[1], ... of x, each of which counts `copies` times; zeros for one that
+  is not there.
 
   `back` is the same the other way. As both ways are known, the gradient is a gather too, where jax
   would scatter and add.
   """
-  return x.at[index].get(mode='fill', fill_value=0)
+  return x.at[index // copies].get(mode='fill', fill_value=0)
+
+
+def _permute_backward(copies, kept, dy):
+  index, back = kept
+  dx = _permute(dy, back, index, 1)
+  if copies > 1:
+    dx = dx.reshape(-1, copies, *dx.shape[1:]).sum(1, dtype=jnp.float32).astype(dy.dtype)
+  return dx, None, None
 
 
 _permute.defvjp(
-  lambda x, index, back: (_permute(x, index, back), (index, back)),
-  lambda kept, dy: (_permute(dy, *kept[::-1]), None, None),
+  lambda x, index, back, copies: (_permute(x, index, back, copies), (index, back)),
+  _permute_backward,
 )
 
 
