@@ -3,7 +3,10 @@ gradients.
 """
 
 import functools
+import pathlib
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from analysis import aot
 from kernels import grouped_blocks as blocks, grouped_matmul as gm, grouped_matmul_tpu as gt
+from parallel.mesh import MeshConfig, make_mesh
 
 SHAPES = [(1, 1), (3, 8), (90, 4), (300, 6), (600, 3)]  # rows, groups
 INTERPRETED = [(3, 8), (200, 4)]
 WIDTHS = {'pallas_tpu': (128, 256)}  # D, F; of others:
 NARROW = (5, 7)
+STEPS = {name: getattr(gt, name) for name in ('ROWS', 'CHUNK', 'OUTPUTS', 'OUTER', 'OUTER_CHUNK')}
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -174,6 +180,68 @@ def test_auto_is_the_kernel_on_tpus_for_what_it_takes(monkeypatch, capsys):
   monkeypatch.setattr(gm.mesh, 'platform', lambda: 'gpu')
   assert gm.choose(x, w) == 'blocked'
   gm._said.cache_clear()
+
+
+FAULTS = {
+  'a group writes over another one': (
+    'jnp.where(_between(c * steps.chunk, low, high, product.shape), product, y[at, :])',
+    'product',
+  ),
+  'what no group has is left as it was': ('y[...] = jnp.zeros_like(y)', 'pass'),
+  'sums do not begin anew': ('sums[...] = jnp.zeros_like(sums)', 'pass'),
+  'rows behind the groups are in a gradient': ('if masked:', 'if False:'),
+  'groups without rows have no gradient': ('int(every)', '0'),
+  'the last chunk of a group is left out': (
+    'pl.cdiv(high, steps.chunk), chunk',
+    'high // steps.chunk, chunk',
+  ),
+  'the last row of a group is left out': ('(row < high)', '(row < high - 1)'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_planted_fault_is_caught(fault, monkeypatch):
+  old, new = FAULTS[fault]
+  source = pathlib.Path(gt.__file__).read_text()
+  assert source.count(old) == 1, f'{old!r} is not there once: plant the fault where it is now'
+  mutant = types.ModuleType(gt.__name__)
+  monkeypatch.setitem(sys.modules, gt.__name__, mutant)
+  exec(compile(source.replace(old, new), gt.__name__, 'exec'), mutant.__dict__)
+  for name in STEPS:
+    monkeypatch.setattr(mutant, name, getattr(gt, name))
+  run.clear_cache()
+  with pytest.raises(AssertionError, match='Not equal|Mismatch|not close'):
+    for sizes in ([0, 0, 0, 0], [8, 16, 24, 42], [1, 0, 1, 5]):
+      check(90, 4, np.array(sizes), 'pallas_tpu')
+  run.clear_cache()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('numbers', ['bfloat16', 'int8'])
+@pytest.mark.parametrize('topology', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1', 'tpu7x:1x1x1'])
+def test_it_compiles(topology, numbers, monkeypatch):
+  """Forward and backward, for TPUs that are not here, in the steps that they have."""
+  for name, value in STEPS.items():
+    monkeypatch.setattr(gt, name, value)
+  device, M, E = aot.topology(topology)[0], 3000, 4
+  place = jax.sharding.SingleDeviceSharding(device)
+
+  def array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  def run(x, w, dy, sizes):
+    # Of bytes by rows only.
+    given = (x,) if numbers == 'int8' else (x, w)
+    y, pull = jax.vjp(lambda x, w=w: gm.grouped_matmul(x, w, sizes), *given)
+    return y, pull(dy)
+
+  with jax.set_mesh(make_mesh(MeshConfig(), [device])):
+    x, dy = array('bfloat16', M, 2048), array('bfloat16', M, 768)
+    compiled = jax.jit(run).lower(x, array(numbers, E, 2048, 768), dy, array('int32', E)).compile()
+  kernels = set(re.findall(r'%(grouped_[a-z]+)', compiled.as_text()))
+  wanted = {'grouped_forward', 'grouped_rows'}
+  assert kernels == (wanted if numbers == 'int8' else wanted | {'grouped_matrices'})
 
 
 def test_what_is_not_honoured_raises():
