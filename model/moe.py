@@ -337,25 +337,30 @@ def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
   position = inverse(order, order.size)
   groups = Groups(count(expert, E), jnp.minimum(expert[order], E - 1), backend, filled)
 
-  def product(rows, w, bias):
-    y = w.grouped(rows, groups)
-    return y if bias is None else y + bias.rows(groups.of_row)
+  def product(rows, w, bias, gates=None):
+    return _biased(w.grouped(rows, groups), bias and bias.rows(groups.of_row), gates)
 
   sorted_rows = _permute(rows, order, position, order.size // len(rows))
   y = compute(sorted_rows, experts, product, _permute(gates, order, position, 1))
   return _permute(y, position, order, 1)
 
 
-def _each(rows, w, bias):
+def _each(rows, w, bias, gates=None):
   """Rows [E, C, D], of each expert as many."""
-  y = w.each(rows)
-  return y if bias is None else y + bias.numbers(rows.dtype)[:, None]
+  return _biased(w.each(rows), bias and bias.numbers(rows.dtype)[:, None], gates)
+
+
+def _biased(y, bias, gates):
+  """Products of rows that were multiplied with their gates, if given, and so is the bias."""
+  if bias is None:
+    return y
+  return y + (bias if gates is None else bias * gates[..., None].astype(bias.dtype))
 
 
 def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces):
-  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; in the type of the rows.
+  """act(rows gate) * (rows up) down, of `product(rows, weight, bias, gates)`; in the type of the
+  rows. Times `gates`, if given.
 
-  Times `gates` in f32, if given.
   A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients
   scattered, piece by piece, and what a piece computes is computed again in the backward pass: of a
   model's largest arrays, only a piece is there at a time.
@@ -366,10 +371,12 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
       return product(rows, w[name], w.get(f'{name}_bias'))
 
     h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
-    y = product(h, w['down'], w.get('down_bias'))
-    # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece
-    # once more.
-    return y if gates is None else y.astype(jnp.float32) * gates[..., None]
+    if gates is None:
+      return product(h, w['down'], w.get('down_bias'))
+    # Before the last product and not behind it, or the gradient of the gates would need that once
+    # more.
+    h = (h.astype(jnp.float32) * gates[..., None]).astype(h.dtype)
+    return product(h, w['down'], w.get('down_bias'), gates)
 
   if pieces == 1:
     return feed_forward(gather(experts)).astype(rows.dtype)
