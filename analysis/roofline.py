@@ -1,7 +1,7 @@
 """How long would a compiled program take? The roofline, and a walk along its schedule.
 
 TPU: XLA operations take their estimated cycles / clock, Pallas kernels what they declare on the
-roofline, our attention the bundles of its tiles if that is more, collectives what their bytes take
+roofline, our attention and experts their bundles if that is more, collectives what their bytes take
 on the links, less what runs beside them. Against hardware this came within 10% on forward attention
 kernels and was optimistic backward; stalls of memory, throttling and imbalance are not modelled: it
 ranks, it does not certify.
@@ -31,6 +31,7 @@ from model import flops as counts
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
 # Kernels of kernels.flash_tpu, by name.
 ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}
+GROUPED = 'grouped_'  # kernels of kernels.grouped_matmul_tpu
 # cuDNN's attention: products by direction, and the share of an H100's peak that was published for
 # head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
 # backward (arXiv:2407.08608, figures 5 and 6).
@@ -141,6 +142,22 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
   # The mask cuts an unknown share of the tiles: they count as half whole and half masked.
   tiles = declared(i).transcendentals / TILE**2
   return tiles * (step.whole + step.masked) / 2 / (chip.clock * cores)
+
+
+def grouped_seconds(i: Instruction, chip: Chip) -> float | None:
+  """What the matrix unit takes for the rows that one of the experts' kernels declares, by the
+  bundles of its chunks (kernels.tuning); None for another kernel. Raises LookupError for one
+  without an entry.
+  """
+  if not i.name.startswith(GROUPED):
+    return None
+  shares = (tuning.grouped_share(kind, i.name) for kind in chip.kinds)
+  share = next(filter(None, shares), None)
+  if share is None:
+    raise LookupError(
+      f'experts: no bundles are tabled for a {chip.name}, so their FLOPs at the peak'
+    )
+  return declared(i).flops / (chip.bfloat16 / chip.devices * share)
 
 
 def cudnn_flops(i: Instruction) -> float | None:
@@ -374,7 +391,7 @@ class _Walk:
       )
       return self._roofline(self._products(computation, i), moved)
     if self.tpu:
-      least = self._attention(computation, i)
+      least = self._by_bundles(computation, i)
     else:
       least = cost.flops / (self.peak * FLASH_EFFICIENCY)
       self._assume(
@@ -383,15 +400,21 @@ class _Walk:
       )
     return max(self._roofline(cost.flops, cost.moved), least)
 
-  def _attention(self, computation, i):
+  def _by_bundles(self, computation, i):
     """Seconds by the bundles of its tiles; 0 of a kernel of which that is not known."""
     try:
       seconds = attention_seconds(self.module, computation, i, self.chip)
+      if seconds is not None:
+        self._assume('attention kernels: the bundles of their tiles, half of which a mask cuts')
+        return seconds
+      seconds = grouped_seconds(i, self.chip)
     except LookupError as error:
       self._assume(str(error))
       return 0.0
     if seconds is not None:
-      self._assume('attention kernels: the bundles of their tiles, half of which a mask cuts')
+      self._assume(
+        'experts: rows of a balanced routing, each group with a chunk of rows more, by bundles'
+      )
     return seconds or 0.0
 
 
