@@ -114,7 +114,16 @@ def _memory(console, plan):
 
 def _collectives(console, plan):
   table = _table(
-    'collectives of a device', 'kind', 'mesh axes', 'of', 'times', 'MB', 'on the links', 'exposed'
+    'collectives of a device',
+    'kind',
+    'mesh axes',
+    'of',
+    'times',
+    'started',
+    'MB',
+    'on the links',
+    'start to done',
+    'exposed',
   )
   rows = collections.defaultdict(list)
   for c in plan.collectives:
@@ -127,11 +136,32 @@ def _collectives(console, plan):
       ' x '.join(axes),
       str(alike[0].size),
       f'{times:,}',
+      _started(alike),
       f'{sent / 1e6:,.2f}',
       seconds(plan.prediction.links.get(key, 0.0)),
+      _distance(plan.prediction.between.get(key, 0.0), alike),
       seconds(plan.prediction.exposed.get(key, 0.0)),
     )
   console.print(table if rows else '\nno collectives')
+  if rows:
+    p = plan.prediction
+    console.print(
+      f'collectives take {seconds(sum(p.links.values()))} on the links, of which '
+      f'{seconds(sum(p.exposed.values()))} ({p.exposed_share:.0%}) beside no work'
+    )
+
+
+def _started(alike) -> str:
+  """How many of them are asynchronous, and by whom."""
+  started = sum(c.count for c in alike if c.started)
+  offloaded = sum(c.count for c in alike if c.rings)
+  return f'{started:,}' + (f' ({offloaded:,} on the SparseCore)' if offloaded else '')
+
+
+def _distance(between: float, alike) -> str:
+  """From a start to what waits for it, in the mean."""
+  started = sum(c.count for c in alike if c.started)
+  return seconds(between / started) if started else '-'
 
 
 def _times(console, plan, run):
