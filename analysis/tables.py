@@ -8,6 +8,7 @@ from rich.table import Table
 
 from analysis import candidates, roofline
 from decode.options import CHUNK
+from parallel import compiler
 from workdir.report import amount
 
 GB = 1e9
@@ -54,6 +55,8 @@ def show(plan, cost: dict[str, float]) -> None:
     f'{plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
     f'compiled in {plan.compile_seconds:.1f} s'
   )
+  if plan.mode == 'train':
+    console.print(compiler.said(plan.compiled_with))
   _memory(console, plan)
   if plan.prediction is None:
     return

@@ -160,11 +160,18 @@ def tell(entries: tuple[str, ...], log: Callable[[str], None]) -> None:
   """Logs what the step is compiled with on the mesh in context, where anything is asked for.
   Raises ValueError for what the compiler does not know.
   """
-  table, options = here(entries)
-  if options:
-    check(options)
-    values = ', '.join(f'{name}={value}' for name, value in options.items())
-    log(f'compiler: {table!r} (--config.train.compiler=none: as it comes): {values}')
+  found = here(entries)
+  if found.options:
+    check(found.options)
+    log(said(found))
+
+
+def said(found: Chosen) -> str:
+  """A line of what a step is compiled with."""
+  if not found.options:
+    return f'compiler: {found.table!r}, as it comes'
+  values = ', '.join(f'{name}={value}' for name, value in found.options.items())
+  return f'compiler: {found.table!r} (--config.train.compiler=none: as it comes): {values}'
 
 
 def check(options: Mapping[str, str]) -> None:
