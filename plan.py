@@ -217,7 +217,7 @@ class Plan:
       'prediction': tables.json_able(dataclasses.asdict(self.prediction)) if known else None,
       'mfu': self.mfu,
       'compile_seconds': self.compile_seconds,
-      'error': roofline.ERROR['tpu' if self.chip.torus else 'gpu'],
+      'error': tables.error(self.chip),
       'config': configs.to_dict(self.config),
     }
 

@@ -39,12 +39,10 @@ CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
 CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52
 # Bytes/s of a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
 HOST_BANDWIDTH = 16e9
-ERROR = {
-  'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls '
-  'dominate; it ranks, it does not certify',
-  'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak '
-  f'compute and {EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%',
-}
+GPU_ERROR = (
+  f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute '
+  f'and {EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%'
+)
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is the part that is written
 _NOTABLE = 1e6  # bytes of an operation from which it is said that nothing else is known of it

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis import candidates, roofline
+from analysis import candidates, published, roofline
 from decode.options import CHUNK
 from parallel import compiler
 from workdir.report import amount
@@ -33,6 +33,11 @@ def seconds(value: float) -> str:
   if 0 < value < 1e-6:
     return f'{value:.3g} s'
   return f'{value:.3f} s' if value >= 1 else f'{1e3 * value:.3f} ms'
+
+
+def error(chip) -> str:
+  """What predictions for a chip are worth."""
+  return published.band(chip) if chip.torus else roofline.GPU_ERROR
 
 
 def shortage(plan) -> str:
@@ -65,7 +70,7 @@ def show(plan, cost: dict[str, float]) -> None:
   _times(console, plan, run)
   for text in plan.prediction.assumptions:
     console.print(f'  assumed: {text}')
-  console.print(f'  error: {roofline.ERROR["tpu" if plan.chip.torus else "gpu"]}')
+  console.print(f'  error: {error(plan.chip)}')
   if plan.mode == 'train' and plan.config.train.epochs:
     console.print(
       f'train.epochs={plan.config.train.epochs:g}: how many steps, the data says, which is not '
