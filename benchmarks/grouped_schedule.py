@@ -7,8 +7,9 @@ jax's megablox, compiled for TPUs that aren't here.
 Rows and matrices as a device has them in the models' configs, in bfloat16: the products of tokens
 with the inner matrices (D to F) and with the outer ones (F to D), each forward, by rows (with the
 matrix transposed) and by matrices. A share is what a chunk of rows takes at the peak of the matrix
-unit, over the bundles of the loop that computes it; fetches that nothing hides, a visit's first
-bundles and chunks that two groups share are not in it. megablox is given tiles of 512 rows, 1,024
+unit, over the bundles of the loop that computes it, and 100% where these are fewer: then it is the
+unit that takes the time. Fetches that nothing hides, a visit's first bundles and chunks that two
+groups share are not in it. megablox is given tiles of 512 rows, 1,024
 inputs and 1,024 outputs, or all where there are fewer. --write puts the smallest share of each
 kernel and kind of TPU where plan.py looks (kernels/grouped.json). Needs libtpu (the extra `plan`).
 """
@@ -118,10 +119,9 @@ def child(directory: str) -> None:
     found = {
       'kind': kind,
       'bundles': body.bundles,
-      'ideal': ideal,
-      'share': ideal / body.bundles,
+      'ideal': round(ideal),
+      'share': min(1.0, ideal / body.bundles),
       'spills': body.uses.get('VSTORE:SPILL', 0.0),
-      'blocks': [(b.bundles, round(b.matrix)) for b in blocks if b.bundles > 100],
     }
     print(json.dumps(job | found), flush=True)
 
@@ -154,20 +154,32 @@ def main():
     child(options.child)
     return
 
-  cells = itertools.product(
-    options.topologies.split(','), options.models.split(','), (False, True), KERNELS
-  )
+  fields = 'topology', 'model', 'outer', 'direction', 'backend'
   backends, results, rows = options.backends.split(','), [], []
-  for topology, model, outer, direction in cells:
-    job = {'topology': topology, 'model': model, 'outer': outer, 'direction': direction}
-    found = measure([job | {'backend': backend} for backend in backends])
-    results += found
+  for topology in options.topologies.split(','):
+    cells = itertools.product(
+      [topology], options.models.split(','), (False, True), KERNELS, backends
+    )
+    results += measure([dict(zip(fields, cell)) for cell in cells])
+  for at in range(0, len(results), len(backends)):
+    found = results[at : at + len(backends)]
     said = [f'{f["share"]:.0%}' if 'share' in f else 'does not compile' for f in found]
-    first = [found[0].get(name, '') for name in ('bundles', 'spills')]
-    rows.append([topology, model, 'F to D' if outer else 'D to F', direction, *said, *first])
+    first = [found[0].get(name, '') for name in ('bundles', 'ideal', 'spills')]
+    product = 'F to D' if found[0]['outer'] else 'D to F'
+    names = [found[0][name] for name in ('topology', 'model', 'direction')]
+    rows.append([*names, product, *said, *first])
   commands.table(
     'Share of the matrix unit, by bundles',
-    ['TPU', 'model', 'product', 'direction', *backends, 'bundles', 'stores that spill'],
+    [
+      'TPU',
+      'model',
+      'direction',
+      'product',
+      *backends,
+      'bundles',
+      'at the peak',
+      'stores that spill',
+    ],
     rows,
   )
   if options.write:
