@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from decode.constrain import Constraint
+from decode.constrain import Constraint, NoRoom
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.sizes import Request, Sizes
@@ -85,6 +85,7 @@ class LeadingRows(EngineRows):
     super().end()
 
   def join(self, row: int, request: Request) -> None:
+    self.check(request)  # or others would hear of what no row takes
     sampling = jax.tree.map(np.asarray, request.sampling)
     self._do('join', row, dataclasses.replace(request, sampling=sampling))
 
@@ -147,7 +148,7 @@ class FollowingRows(EngineRows):
       elif name == 'taken':
         self.taken(chunks.popleft())
       elif name == 'join':
-        with contextlib.suppress(ValueError):  # which process 0 has met as well
+        with contextlib.suppress(NoRoom):  # which process 0 finds as well
           self.join(*arguments)
       else:
         getattr(self, name)(*arguments)
@@ -182,10 +183,10 @@ def heed(say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def _ending() -> Iterator[None]:
-  """Within, an error of a device is Lost; one of a request, which the others meet, too, is not."""
+  """Within, an error is Lost; but where a constraint has to wait, which the others find, too."""
   try:
     yield
-  except ValueError:
+  except NoRoom:
     raise
   except Exception as error:
     raise Lost(LOST.format(hosts.count())) from error

@@ -162,7 +162,7 @@ def test_one_that_is_lost_ends_all_with_503(start):
   other.process.wait()
   os.write(writing, b'\n')
   done = first.end()
-  assert done.code == 7, done
+  assert done.code == 7, done.error[-6000:]
   lines = done.out.splitlines()
   finish, kind, error = json.loads(lines[-2])
   assert (finish, kind, lines[-1]) == ('failed', 'gone', 'failed')
