@@ -196,7 +196,8 @@ class Day:
       path = pathlib.Path(directory) / 'found.json'
       code, printed, said = ended([*command, f'--json={path}'], most)
       results = json.loads(path.read_text())['results'] if path.exists() else {}
-    print(printed, flush=True)
+    # But for where its own file was, which is a part of ours.
+    print(*(line for line in printed.splitlines() if line[:6] != 'wrote '), sep='\n', flush=True)
     taken = {'seconds': round(time.time() - began, 1), 'command': shlex.join(command)}
     if code is None:
       taken['error'] = f'ended after {most:.0f} s'
@@ -307,7 +308,8 @@ def main() -> int:
   # As an interruption, so that what runs is ended, too.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   for piece in pieces:
-    print(f'--- {piece.name}: {piece.says}', flush=True)
+    toys = ' (a toy, rehearsed)' if options.rehearse else ''
+    print(f'--- {piece.name}{toys}: {piece.says}', flush=True)
     day.take(piece)
     if 'left_out' in day.pieces[piece.name]:
       print(day.pieces[piece.name]['left_out'])
