@@ -171,7 +171,7 @@ class Plan:
     return choose(spec, platform, without=without)
 
   @property
-  def compiled_with(self) -> compiler.Chosen:
+  def compiled_with(self) -> compiler.ChosenOptions:
     """The table of compiler options, and the options; none but for a step of training."""
     entries = self.config.train.compiler if self.mode == modes.TRAIN else (compiler.NONE,)
     return compiler.chosen(entries, self.chip.kinds[0], self.config.mesh.sizes())

@@ -49,7 +49,7 @@ TPU v5e | 64b          | v5e:16x16 |  512 | fsdp=256          |    13.472 | -
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class PublishedRun:
   """One that was published.
 
   Attributes:
@@ -84,13 +84,13 @@ class Run:
 
 
 @functools.cache
-def runs() -> tuple[Run, ...]:
+def runs() -> tuple[PublishedRun, ...]:
   """Every one of the table."""
   made = []
   for line in _TABLE.strip().splitlines()[1:]:
     chip, model, topology, rows, mesh, *times = [cell.strip() for cell in line.split('|')]
     published, predicted = (None if time == '-' else float(time) for time in times)
-    made.append(Run(chip, model, topology, int(rows), mesh, published, predicted))
+    made.append(PublishedRun(chip, model, topology, int(rows), mesh, published, predicted))
   return tuple(made)
 
 

@@ -24,7 +24,7 @@ GENERATION = {
 }
 
 
-class Option(NamedTuple):
+class CompilerOption(NamedTuple):
   """An option of XLA:TPU, what it is set to, and why."""
 
   name: str
@@ -32,19 +32,19 @@ class Option(NamedTuple):
   why: str
 
 
-VMEM = Option(
+VMEM = CompilerOption(
   'xla_tpu_scoped_vmem_limit_kib',
   '98304',
   'an operation may hold 96 MiB of the 128 of VMEM: larger tiles of products, fewer passes',
 )
 # A collective is carried by the products beside it, a part in each.
 FUSED = (
-  Option(
+  CompilerOption(
     'xla_tpu_enable_async_collective_fusion_fuse_all_gather',
     'true',
     'the gather of the next weights goes on within the fusions of products before it',
   ),
-  Option(
+  CompilerOption(
     'xla_tpu_enable_async_collective_fusion_multiple_steps',
     'true',
     'over several of them, where one is shorter than the gather',
@@ -52,17 +52,17 @@ FUSED = (
 )
 # A collective is the SparseCore's work, beside all that the TensorCore does.
 OFFLOADED = (
-  Option(
+  CompilerOption(
     'xla_tpu_enable_sparse_core_collective_offload_all_gather',
     'true',
     'the SparseCore gathers weights while the TensorCore multiplies',
   ),
-  Option(
+  CompilerOption(
     'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter',
     'true',
     'and scatters gradients, which cannot be fused',
   ),
-  Option(
+  CompilerOption(
     'xla_tpu_enable_sparse_core_collective_offload_all_reduce',
     'true',
     'and sums what replicas have',
@@ -88,7 +88,7 @@ SPARSE = ('v5p', 'v6e', 'tpu7x')
 BEST: dict[tuple[str, str], str] = {}
 
 
-class Chosen(NamedTuple):
+class ChosenOptions(NamedTuple):
   """What holds for a chip and a mesh: the table's name, and the options with changes made."""
 
   table: str
@@ -123,7 +123,7 @@ def parsed(entries: tuple[str, ...]) -> tuple[str, dict[str, str]]:
   return table, changes
 
 
-def chosen(entries: tuple[str, ...], device_kind: str, sizes: Mapping[str, int]) -> Chosen:
+def chosen(entries: tuple[str, ...], device_kind: str, sizes: Mapping[str, int]) -> ChosenOptions:
   """What train.compiler stands for on a mesh of these sizes and devices.
 
   Raises ValueError for a table that is not for them.
@@ -143,10 +143,10 @@ def chosen(entries: tuple[str, ...], device_kind: str, sizes: Mapping[str, int])
       f"{generation} has none; use 'fused'"
     )
   options = {option.name: option.value for option in TABLES.get(table, ())} | changes
-  return Chosen(table, {name: value for name, value in options.items() if value})
+  return ChosenOptions(table, {name: value for name, value in options.items() if value})
 
 
-def here(entries: tuple[str, ...]) -> Chosen:
+def here(entries: tuple[str, ...]) -> ChosenOptions:
   """The same of the mesh in context."""
   return chosen(entries, target.kind(), jax.sharding.get_abstract_mesh().shape)
 
@@ -166,7 +166,7 @@ def tell(entries: tuple[str, ...], log: Callable[[str], None]) -> None:
     log(said(found))
 
 
-def said(found: Chosen) -> str:
+def said(found: ChosenOptions) -> str:
   """A line of what a step is compiled with."""
   if not found.options:
     return f'compiler: {found.table!r}, as it comes'

@@ -134,7 +134,7 @@ class FollowingRows(EngineRows):
 
   def follow(self) -> None:
     """Until process 0 ends. Raises what jax does where it is gone."""
-    messages, heard = Messages(NAME), Heard()
+    messages, heard = Messages(NAME), HeardCalls()
     messages.live()
     chunks: collections.deque[Any] = collections.deque()
     while True:
@@ -230,7 +230,7 @@ class Sent:
     return self._numbers[x], x.regex, np.asarray(x.classes), np.asarray(x.next)
 
 
-class Heard:
+class HeardCalls:
   """Unpacks it: a constraint that a row has still is the one that it was."""
 
   def __init__(self):

@@ -16,7 +16,7 @@ import pytest
 from decode.constrain import Constraint
 from decode.sampling import make_sampling
 from decode.sizes import Request
-from serving.several import Heard, Sent
+from serving.several import HeardCalls, Sent
 from tests.test_commands import Process
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -181,7 +181,7 @@ class Known(Constraint):
 
 
 def test_constraints_are_the_same_for_as_long_as_they_are_there():
-  sent, heard = Sent(), Heard()
+  sent, heard = Sent(), HeardCalls()
   some, other = Known('a'), Known('a')
   first, again, third = (
     heard.unpacked(sent.packed(('join', 0, request(each)))) for each in (some, some, other)
@@ -198,4 +198,4 @@ def test_a_message_makes_no_other_objects():
       return os.system, ('false',)
 
   with pytest.raises(pickle.UnpicklingError, match='has a posix.system'):
-    Heard().unpacked(pickle.dumps(('join', Harm())))
+    HeardCalls().unpacked(pickle.dumps(('join', Harm())))
