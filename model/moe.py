@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul import Groups
+from kernels.grouped_matmul import Groups, chosen
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param
@@ -35,7 +35,9 @@ from parallel.experts import (
 ROUTING = 'router', 'router_bias', 'selection_bias'
 EXPERTS = 'gate', 'up', 'down', 'gate_bias', 'up_bias', 'down_bias'
 LANES = 128  # of a vector register
-PIECE = 4096  # columns of the feed-forward width that are gathered and computed at once
+# Columns of the feed-forward width that are gathered and computed at once; more where a matrix of
+# all experts here has no more numbers than WHOLE: a sum over pieces is written and read for each.
+PIECE, WHOLE = 4096, 1 << 27
 STATS = {'load': (None,), 'dropped': (), 'balance_loss': (), 'router_z_loss': ()}
 
 
@@ -178,7 +180,8 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype, backe
 
   # Where no shards are gathered, pieces buy little: compiled for v5p, layers of Mixtral take 27%
   # less to 3% more memory whole than in pieces, which compute 30% more with remat 'none'.
-  pieces = _pieces(experts['up'].shape[2]) if axes.shards else 1
+  columns = max(PIECE, WHOLE // (len(routing['router']) * experts['up'].shape[0]))
+  pieces = _pieces(experts['up'].shape[2], columns) if axes.shards else 1
   compute = functools.partial(_in_pieces, activation=activation, gather=gather, pieces=pieces)
   dispatch = functools.partial(DISPATCHES[moe.dispatch], moe=moe, axes=axes, backend=backend)
   y = dispatch(x, expert, gates, experts, compute=compute)
@@ -330,8 +333,8 @@ def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
   One grouped product per weight, of rows sorted by expert.
   E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
   """
-  E = experts['up'].shape[0]
-  if E == 1:
+  E, up = experts['up'].shape[0], experts['up']
+  if E == 1 and chosen(rows, up, backend) != 'pallas_tpu':  # which leaves empty slots out
     return compute(rows[None], experts, _each, gates[None])[0]
   # Sorted, an expert's rows lie side by side, those of none at the end: one product for all experts
   # goes through them group by group, and none is filled up to the size of the largest.
@@ -402,13 +405,13 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
   return y.astype(rows.dtype)
 
 
-def _pieces(F):
-  """The fewest equal pieces of whole lanes that are no wider than PIECE; 1 where there are none."""
+def _pieces(F, most=PIECE):
+  """The fewest equal pieces of whole lanes no wider than `most`; 1 where there are none."""
   return next(
     (
       n
       for n in range(1, F + 1)
-      if F % n == 0 and F // n <= PIECE and (n == 1 or F // n % LANES == 0)
+      if F % n == 0 and F // n <= most and (n == 1 or F // n % LANES == 0)
     ),
     1,
   )
