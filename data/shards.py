@@ -11,12 +11,15 @@ checksum.
 import dataclasses
 import functools
 import pathlib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from data import cache, packing as plans
-from data.batch import Batch
+
+if typing.TYPE_CHECKING:
+  from data.batch import Batch  # which is JAX's: whoever only writes shards needs none
 
 # How pieces fill rows: as best they fit, in their order, or one a row.
 FIT, ORDER, ALONE = PACKINGS = 'fit', 'order', 'alone'
@@ -236,7 +239,7 @@ class PackedSource:
   def __len__(self) -> int:
     return int(self.ends[-1]) if len(self.ends) else 0
 
-  def fill(self, index: int, batch: Batch, into: int) -> None:
+  def fill(self, index: int, batch: 'Batch', into: int) -> None:
     """Writes row `index` into row `into` of a Batch of numpy arrays made by Batch.empty."""
     shard, pieces = self.pieces(index)
     at = 0
