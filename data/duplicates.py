@@ -219,6 +219,30 @@ def _joined(firsts: np.ndarray, links: list[np.ndarray]) -> np.ndarray:
   return first[cluster]
 
 
+def join(earlier: np.ndarray, links: np.ndarray) -> None:
+  """Joins clusters by links, in place.
+
+  Args:
+    earlier: int64 [documents], for each document one that is earlier in its cluster; the first of a
+      cluster has itself. May be memory-mapped: what is read and written are the links' own.
+    links: int64 [links, 2].
+  """
+  firsts = _first_of(earlier, links.reshape(-1)).reshape(-1, 2)
+  earlier[links] = firsts  # shortens the way for those that come
+  firsts = firsts[firsts[:, 0] != firsts[:, 1]]
+  known, places = np.unique(firsts, return_inverse=True)
+  clusters = _joined(np.arange(len(known)), [places.reshape(-1, 2)])
+  earlier[known] = known[clusters]
+
+
+def _first_of(earlier: np.ndarray, documents: np.ndarray) -> np.ndarray:
+  while True:
+    before = earlier[documents]
+    if (before == documents).all():
+      return documents
+    documents = before
+
+
 def band_keys(values: np.ndarray) -> np.ndarray:
   """One uint64 key per document from the values of a band, [documents, values]:
   a random linear hash modulo 2^64.
