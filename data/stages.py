@@ -66,7 +66,9 @@ class _Columns:
     order = np.lexsort((digests[:, 1], digests[:, 0]))
     np.save(path / 'bytes.npy', np.array(self.bytes, np.int64))
     np.save(path / 'characters.npy', np.array(self.characters, np.int64))
-    np.save(path / 'masked.npy', np.array(self.masked, np.uint32).reshape(len(order), -1))
+    np.save(
+      path / 'masked.npy', np.array(self.masked, np.uint32).reshape(-1, len(ANONYMISED_KINDS))
+    )
     np.save(path / 'hashes.npy', digests[:, 0].astype(np.uint64))
     digests[order, 0].astype(np.uint64).tofile(path / 'digests-0')
     digests[order, 1].astype(np.uint64).tofile(path / 'digests-1')
