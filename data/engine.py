@@ -33,9 +33,10 @@ LOST = 12  # workers that one task may lose before it is given up
 BLAMED = 3  # of them at the same document, before that one is left out
 FAILED = 3  # times that the system may refuse a task something, before that is the error
 EVERY = 10  # seconds between lines of progress
+WORTH = 1  # seconds of a stage that are worth a line at its end
 AT = 'at'  # file of the number of the document that a worker is at
 DECISIVE = 'sentencepiece', 'tokenizers', 'datasketch'
-PRELOADED = ('data.stages',)  # imported once for all processes
+PRELOADED = 'data.stages', 'data.stages_encode'  # imported once for all processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,16 +353,13 @@ class _Progress:
     )
 
   def end(self) -> None:
-    notes = [
-      f'{count:,} {what}'
-      for count, what in ((self._before, 'done before'), (self.lost, 'done again'))
-      if count
-    ]
-    self._log(
-      f'data: {self._stage}: {self._tasks:,} part{"s" * (self._tasks != 1)} in '
-      + _time(time.monotonic() - self._began)
-      + ''.join(f', {note}' for note in notes)
-    )
+    """Of a stage that takes a moment and goes well, nothing."""
+    took = time.monotonic() - self._began
+    notes = [(self._before, 'done before'), (self.lost, 'done again')]
+    notes = [f', {count:,} {what}' for count, what in notes if count]
+    if notes or took >= WORTH:
+      parts = f'{self._tasks:,} part{"s" * (self._tasks != 1)}'
+      self._log(f'data: {self._stage}: {parts} in {_time(took)}' + ''.join(notes))
 
 
 def _time(seconds: float) -> str:

@@ -15,7 +15,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -28,12 +27,12 @@ import numpy as np
 import names
 from data import cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
+from data.encoding import encoded_by, sides_of
 from data.prepared import Prepared, described, held_out_sources, kept
 from data.texts import Texts
 from data.tokenizer import Tokenizer
 
 FORMAT = 3  # part of every key: raise it when the code changes what a config means
-ENCODE_CHARACTERS = 2**22  # encoded at a time: SentencePiece returns Python integers, 36 bytes each
 PARALLEL_BYTES = 2**26  # below this, starting worker processes costs more than they save
 
 
@@ -330,31 +329,6 @@ def conclude(
   names += [f'tokenizer/{path.name}' for path in sorted((directory / 'tokenizer').iterdir())]
   written = [file for split in splits for shard in split['shards'] for file in shard['files']]
   return written + [cache.record(directory, name) for name in names]
-
-
-def sides_of(
-  documents: Iterator[tuple[int, str]], boundary: np.ndarray
-) -> Iterator[tuple[bool, str]]:
-  """Cuts documents at their boundaries: (is for training, text), without empty texts."""
-  for d, text in documents:
-    for for_training, part in ((True, text[: boundary[d]]), (False, text[boundary[d] :])):
-      if part:
-        yield for_training, part
-
-
-def encoded_by(
-  made: Tokenizer, sides: Iterator[tuple[bool, str]]
-) -> Iterator[tuple[bool, str, np.ndarray]]:
-  """Adds each text's ids, encoding many texts together."""
-  batch, characters = [], 0
-  for side in itertools.chain(sides, [None]):
-    if side is not None:
-      batch.append(side)
-      characters += len(side[1])
-    if batch and (side is None or characters >= ENCODE_CHARACTERS):
-      encoded = made.encode_arrays([text for _, text in batch])
-      yield from ((for_training, text, ids) for (for_training, text), ids in zip(batch, encoded))
-      batch, characters = [], 0
 
 
 def described_counts(counts: dict) -> str:

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data import cache, prepare, shards, tokenizers
+from data import cache, shards, tokenizers
 from data.config import TokenizerConfig
+from data.encoding import encoded_by, sides_of
 from data.engine import Output
 from data.partitions import Work, raw
 from data.stages import boundary, texts
@@ -67,8 +68,8 @@ def encode(out: Output, directory: str, part: int, side: tuple[str, float]) -> d
     open(out.path / 'text', 'wb') as held_out,
   ):
     files = dict(zip(SIDES, (train, validation)))
-    sides = prepare.sides_of(texts(work, part), boundary(work, part, side))
-    for for_training, text, ids in prepare.encoded_by(made, sides):
+    sides = sides_of(texts(work, part), boundary(work, part, side))
+    for for_training, text, ids in encoded_by(made, sides):
       losses = made.losses(text, ids)
       lost.update(documents_lost=losses > 0, characters_lost=losses)
       name, content = SIDES[not for_training], text.encode()
