@@ -17,14 +17,16 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import resource
 import secrets
 import shutil
 import socket
 import struct
+import sys
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import names
 from data import cache
@@ -95,8 +97,18 @@ def versions() -> tuple[tuple[str, str], ...]:
   return ('unicode', unicode), *((name, importlib.metadata.version(name)) for name in DECISIVE)
 
 
-def perform(task: Task) -> tuple[dict, bool]:
-  """The report of a task, and whether it was done before; in a worker."""
+class Done(NamedTuple):
+  """What comes of a task: its report, whether it was done before, and the greatest memory (bytes)
+  that its process has had so far.
+  """
+
+  report: dict
+  before: bool
+  peak: int
+
+
+def perform(task: Task) -> Done:
+  """Does a task, or finds it done; in a worker."""
   if task.versions != versions():
     raise ValueError(
       f'a worker on {socket.gethostname()} has {dict(versions())}, and who prepares the corpus '
@@ -104,7 +116,7 @@ def perform(task: Task) -> tuple[dict, bool]:
     )
   place = pathlib.Path(task.place)
   if (report := finished(place)) is not None:
-    return report, True
+    return Done(report, True, _peak())
   shutil.rmtree(place, ignore_errors=True)  # damaged
   task.aside.mkdir(parents=True)
   try:
@@ -120,7 +132,12 @@ def perform(task: Task) -> tuple[dict, bool]:
         raise
   finally:
     shutil.rmtree(task.aside, ignore_errors=True)
-  return cache.read_index(place)['report'], False
+  return Done(cache.read_index(place)['report'], False, _peak())
+
+
+def _peak() -> int:
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def finished(place: pathlib.Path) -> dict | None:
@@ -151,8 +168,8 @@ class Engine(Protocol):
   def submit(self, number: int, task: Task) -> None:
     """Begins a task, of which `next` tells by this number."""
 
-  def next(self, seconds: float) -> tuple[int, Any] | None:
-    """The number of a task that has ended, and what `perform` gave, the error it raised, or Lost;
+  def next(self, seconds: float) -> tuple[int, Done | Exception] | None:
+    """The number of a task that has ended, and Done, the error that it raised, or Lost;
     None where none has within so many seconds.
     """
 
@@ -188,7 +205,7 @@ class Local:
     with contextlib.suppress(OSError):  # it died idle; `next` finds that out
       worker.pipe.send(task)
 
-  def next(self, seconds: float) -> tuple[int, Any] | None:
+  def next(self, seconds: float) -> tuple[int, Done | Exception] | None:
     pipes = {worker.pipe: number for number, worker in self._busy.items()}
     ready = multiprocessing.connection.wait([*pipes], seconds)
     if not ready:
@@ -227,7 +244,7 @@ def _work(pipe) -> None:
       pipe.send(outcome_of(pipe.recv()))
 
 
-def outcome_of(task: Task) -> Any:
+def outcome_of(task: Task) -> Done | Exception:
   """What `perform` gives, or the error that it raised, as something that can be sent."""
   try:
     return perform(task)
@@ -268,8 +285,8 @@ def run(
         waiting.appendleft((number, troubles.again(task, outcome)))
         progress.lost += 1
       else:
-        reports[number], before = outcome
-        progress.done(task, before)
+        reports[number] = outcome.report
+        progress.done(task, outcome)
     progress.say()
   progress.end()
   return [reports[number] for number in range(len(tasks))]
@@ -328,15 +345,16 @@ class _Progress:
     self._stage, self._log, self._tasks = stage, log, len(tasks)
     self._total = sum(task.weight for task in tasks)
     self._began = self._said = time.monotonic()
-    self._ended = self._before = 0
+    self._ended = self._before = self._peak = 0
     self._weight = self._weight_before = 0.0
     self.lost = 0
 
-  def done(self, task: Task, before: bool) -> None:
+  def done(self, task: Task, outcome: Done) -> None:
     self._ended += 1
     self._weight += task.weight
-    self._before += before
-    self._weight_before += task.weight * before
+    self._before += outcome.before
+    self._weight_before += task.weight * outcome.before
+    self._peak = max(self._peak, outcome.peak)
 
   def say(self) -> None:
     now = time.monotonic()
@@ -359,7 +377,8 @@ class _Progress:
     notes = [f', {count:,} {what}' for count, what in notes if count]
     if notes or took >= WORTH:
       parts = f'{self._tasks:,} part{"s" * (self._tasks != 1)}'
-      self._log(f'data: {self._stage}: {parts} in {_time(took)}' + ''.join(notes))
+      memory = f', at most {self._peak / 1e6:,.0f} MB a process'
+      self._log(f'data: {self._stage}: {parts} in {_time(took)}{memory}' + ''.join(notes))
 
 
 def _time(seconds: float) -> str:

@@ -5,7 +5,7 @@ never repeats by itself: what becomes of one that is lost is decided in one plac
 import contextlib
 from typing import Any
 
-from data.engine import Lost, Task, outcome_of
+from data.engine import Done, Lost, Task, outcome_of
 
 STORE = 100 * 2**20  # bytes: only tasks and their reports pass through it
 
@@ -27,10 +27,11 @@ class OnRay:
     except ImportError as error:
       raise ValueError(f'--engine=ray needs Ray: pip install -e .[ray] ({error})') from error
     self._ray, self._workers = ray, workers
-    own = {} if address else {'num_cpus': workers, 'object_store_memory': STORE}
-    quiet = {'include_dashboard': False, 'log_to_driver': False, 'logging_level': 'warning'}
+    own = {'num_cpus': workers, 'object_store_memory': STORE, 'include_dashboard': False}
+    # What Ray shows of logs may be those of others on the same machines.
+    quiet = {'log_to_driver': False, 'logging_level': 'warning'}
     try:
-      ray.init(address=address or 'local', **own, **({} if address else quiet))
+      ray.init(address=address or 'local', **quiet, **({} if address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
       raise ValueError(
         f'--ray_address={address}: no Ray answers ({error}); begin one by ray start --head, or '
@@ -47,7 +48,7 @@ class OnRay:
   def submit(self, number: int, task: Task) -> None:
     self._numbers[self._call.remote(task)] = number
 
-  def next(self, seconds: float) -> tuple[int, Any] | None:
+  def next(self, seconds: float) -> tuple[int, Done | Exception] | None:
     ready, _ = self._ray.wait([*self._numbers], num_returns=1, timeout=seconds)
     if not ready:
       return None
