@@ -16,7 +16,8 @@ import numpy as np
 from data import compressed, duplicates, sources
 from data.config import SourceConfig
 
-PART_BYTES = 2**25  # of files as they are on disk: what a worker does before it tells of it
+PART_BYTES = 2**24  # of files as they are on disk, and more where there would be too many parts
+MOST_PARTS = 4096  # as each is some files of each stage, and each task of some stages reads all
 NUMBERS = 'numbers.npy'
 
 
@@ -44,22 +45,25 @@ def partitions(of: Sequence[SourceConfig]) -> list[Partition]:
   """The parts of sources, in order: lines of a JSONL file that is not compressed are divided, and
   other files are taken whole, small ones together.
   """
-  return [part for i, source in enumerate(of) for part in _parts(i, source)]
+  paths = [sources.paths(source) for source in of]
+  total = sum(os.path.getsize(path) for each in paths for path in each)
+  size = max(PART_BYTES, -(-total // MOST_PARTS))
+  return [part for i, source in enumerate(of) for part in _parts(i, source.kind, paths[i], size)]
 
 
-def _parts(number: int, source: SourceConfig) -> Iterator[Partition]:
+def _parts(number: int, kind: str, paths: Sequence[str], most: int) -> Iterator[Partition]:
   together, size = [], 0
-  for path in sources.paths(source):
+  for path in paths:
     status = os.stat(path)
     file = path, status.st_size, status.st_mtime_ns
-    whole = source.kind != 'jsonl' or path.endswith(compressed.SUFFIXES)
-    divided = not whole and status.st_size > PART_BYTES
-    if together and (divided or size + status.st_size > PART_BYTES):
+    whole = kind != 'jsonl' or path.endswith(compressed.SUFFIXES)
+    divided = not whole and status.st_size > most
+    if together and (divided or size + status.st_size > most):
       yield Partition(number, tuple(together))
       together, size = [], 0
     if divided:
-      for begin in range(0, status.st_size, PART_BYTES):
-        yield Partition(number, (file,), (begin, min(begin + PART_BYTES, status.st_size)))
+      for begin in range(0, status.st_size, most):
+        yield Partition(number, (file,), (begin, min(begin + most, status.st_size)))
     else:
       together.append(file)
       size += status.st_size
