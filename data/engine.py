@@ -24,6 +24,7 @@ import socket
 import struct
 import sys
 import time
+import types
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -38,7 +39,8 @@ EVERY = 10  # seconds between lines of progress
 WORTH = 1  # seconds of a stage that are worth a line at its end
 AT = 'at'  # file of the number of the document that a worker is at
 DECISIVE = 'sentencepiece', 'tokenizers', 'datasketch'
-PRELOADED = 'data.stages', 'data.stages_encode'  # imported once for all processes
+# Imported once for all processes.
+PRELOADED = 'data.stages', 'data.stages_encode', 'datasketch', 'scipy.sparse.csgraph'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,12 @@ class _Worker:
   def __init__(self, context):
     self.pipe, theirs = context.Pipe()
     self.process = context.Process(target=_work, args=(theirs,), daemon=True)
-    self.process.start()
+    # A child imports anew what its parent was started by, which may be much, and does nothing here.
+    main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
+    try:
+      self.process.start()
+    finally:
+      sys.modules['__main__'] = main
     theirs.close()  # so that the pipe ends with the process
 
 

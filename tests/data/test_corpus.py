@@ -28,7 +28,7 @@ def text(rng, words):
 def sources_at(place):
   """Lines, files, a compressed file and records of columns, with all that is counted in them."""
   rng = random.Random(0)
-  texts = [text(rng, rng.randrange(3, 120)) for _ in range(120)]
+  texts = [text(rng, rng.randrange(3, 60)) for _ in range(120)]
   near = [f'{each} and more' for each in texts[10:30]]
   near += [texts[40] + f' {i}' for i in range(50)]  # more than are compared all at once
   lines = [json.dumps({'text': each}) for each in texts + near + texts[:9]]
@@ -43,9 +43,9 @@ def sources_at(place):
   with gzip.open(place / 'b.jsonl.gz', 'wt') as file:
     file.write('\n'.join(lines[:60]))
   for i in range(9):
-    (place / f'c{i}.txt').write_text(text(rng, 300))
+    (place / f'c{i}.txt').write_text(text(rng, 100))
   (place / 'd.txt').write_bytes(b'\xff\xfe' + os.urandom(30))
-  rows = [f'"{text(rng, 40)}",{i}' for i in range(30)]
+  rows = [f'"{text(rng, 30)}",{i}' for i in range(20)]
   (place / 'e.csv').write_text('body,number\n' + '\n'.join(rows) + '\n')
   return (
     SourceConfig(kind='jsonl', path=f'{place}/*.jsonl*', text_field='text'),
@@ -59,11 +59,17 @@ def config(place, **changed):
     sources=sources_at(place),
     tokenizer=TokenizerConfig(vocabulary=512, training_bytes=20_000),
     sequence_length=64,
-    clean=CleanConfig(near_duplicates=0.9),  # few bands
+    clean=CleanConfig(near_duplicates=1.0),  # one band, and so few tasks
     split='tail',
     validation_fraction=0.2,
   )
   return DataConfig(**given | changed)
+
+
+def _plain(place, **changed):
+  """With few stages."""
+  clean = CleanConfig(near_duplicates=0.0)
+  return config(place, tokenizer=TokenizerConfig(kind='byte'), clean=clean, **changed)
 
 
 def quiet(_):
@@ -118,19 +124,22 @@ class Here:
 @pytest.fixture
 def small(monkeypatch):
   """Many parts, buckets, shards and blocks of little."""
-  monkeypatch.setattr(partitions, 'PART_BYTES', 3000)
-  monkeypatch.setattr(corpus, 'BUCKET', 120)
-  monkeypatch.setattr(shards, 'SHARD_TOKENS', 900)
+  monkeypatch.setattr(partitions, 'PART_BYTES', 6000)
+  monkeypatch.setattr(corpus, 'BUCKET', 150)
+  monkeypatch.setattr(shards, 'SHARD_TOKENS', 4000)
   monkeypatch.setattr(stages, 'BLOCK', 7)
   monkeypatch.setattr(os, 'fsync', lambda _: None)
 
 
 VARIANTS = {
-  'tail': {},
-  'hash': {'split': 'hash', 'tokenizer': TokenizerConfig(kind='byte')},
-  'char': {'tokenizer': TokenizerConfig(kind='char')},
-  'apart': {'validation_fraction': 0.0, 'validation': True},
-  'all': {'clean': CleanConfig(exact_duplicates=False, near_duplicates=0.0), 'split': 'hash'},
+  'tail': {'clean': CleanConfig(near_duplicates=0.9)},
+  'hash': {'split': 'hash', 'tokenizer': TokenizerConfig(kind='char')},
+  'apart': {
+    'validation_fraction': 0.0,
+    'validation': True,
+    'tokenizer': TokenizerConfig(kind='byte'),
+    'clean': CleanConfig(exact_duplicates=False, near_duplicates=0.0),
+  },
 }
 
 
@@ -145,22 +154,22 @@ def test_parts_in_any_order_come_to_the_bytes_of_the_whole(tmp_path, small, name
   last = Here(order=lambda numbers: numbers[-1])
   assert together(made, tmp_path / 'parts', last) == expected
   counts = json.loads(expected['index.json'])['report']['sources'][0]
-  assert len(counts['problems']) >= 3 and len(counts['train']['shards']) > 3
+  assert len(counts['problems']) >= 3 and len(counts['train']['shards']) > 1
 
 
 def test_processes_that_die_change_nothing(tmp_path, small):
-  """Of one worker, two and four, of which every few tasks one is killed."""
-  made = config(tmp_path, tokenizer=TokenizerConfig(kind='byte'))
+  """Of two workers and four, of which every few tasks one is killed."""
+  made = _plain(tmp_path)
   expected = alone(made, tmp_path / 'alone')
-  for workers, every in ((1, 0), (2, 40), (4, 25)):
+  for workers, every in ((2, 9), (4, 7)):
     lines = []
     with contextlib.closing(Dying(workers, every)) as by:
       assert together(made, tmp_path / f'by {workers}', by, lines.append) == expected
-    assert any('done again' in line for line in lines) == bool(every)
+    assert any('done again' in line for line in lines)
 
 
 class Dying(engine.Local):
-  """Kills the worker of one task of so many, at any moment of it. 0: of none."""
+  """Kills the worker of one task of so many, at any moment of it."""
 
   def __init__(self, workers, every):
     super().__init__(workers)
@@ -168,17 +177,24 @@ class Dying(engine.Local):
 
   def submit(self, number, task):
     super().submit(number, task)
-    if self._every and self._rng.randrange(self._every) == 0:
+    if self._rng.randrange(self._every) == 0:
       time.sleep(self._rng.random() / 100)
       os.kill(self._busy[number].process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
+def test_one_worker_is_as_good(tmp_path):
+  made = config(tmp_path)
+  with contextlib.closing(engine.Local(1)) as by:
+    assert together(made, tmp_path / 'one', by) == alone(made, tmp_path / 'alone')
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('trial', range(10))
 def test_whoever_dies_and_when_the_bytes_are_the_same(tmp_path, small, trial):
-  made = config(tmp_path)
+  made = config(tmp_path, clean=CleanConfig(near_duplicates=0.9))
   expected = alone(made, tmp_path / 'alone')
-  with contextlib.closing(Dying(2, 8 + trial)) as by:
+  with contextlib.closing(Dying(2, 5 + trial)) as by:
     by._rng.seed(trial)
     assert together(made, tmp_path / 'together', by) == expected
 
@@ -201,7 +217,7 @@ class Deadly(engine.Local):
 
 @pytest.mark.parametrize('dies', [False, True])
 def test_a_poisoned_document_is_named_counted_and_left_out(tmp_path, small, monkeypatch, dies):
-  made = config(tmp_path, tokenizer=TokenizerConfig(kind='byte'), split='hash')
+  made = _plain(tmp_path, split='hash')
   expected = alone(made, tmp_path / 'alone')
   lines = (tmp_path / 'a.jsonl').read_bytes().splitlines(keepends=True)
   number = len(lines) - 20  # in a part behind the first
@@ -255,10 +271,10 @@ class Stopping(Here):
 
 
 def test_the_same_command_goes_on_from_what_is_whole(tmp_path, small):
-  made = config(tmp_path, tokenizer=TokenizerConfig(kind='byte'))
+  made = _plain(tmp_path)
   expected = alone(made, tmp_path / 'alone')
   with pytest.raises(KeyboardInterrupt):
-    together(made, tmp_path / 'again', Stopping(60))
+    together(made, tmp_path / 'again', Stopping(30))
   (work,) = (tmp_path / 'again').glob('*.work')
   done = sorted(work.glob('clean/*/texts'))
   damaged = next(path for path in done if path.stat().st_size)
@@ -270,7 +286,7 @@ def test_the_same_command_goes_on_from_what_is_whole(tmp_path, small):
   assert f'{len(done) - 1} done before' in line, line
 
   with pytest.raises(KeyboardInterrupt):
-    together(made, tmp_path / 'changed', Stopping(60))
+    together(made, tmp_path / 'changed', Stopping(30))
   os.utime(tmp_path / 'e.csv')  # whose bytes are the same
   assert together(made, tmp_path / 'changed', Here(), said.append) == expected
   assert any('begun of other files' in line for line in said)
