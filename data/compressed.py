@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import BinaryIO
 
+SUFFIXES = ('.gz', '.bz2', '.xz', '.zst')
+
 
 def opened(path: str) -> BinaryIO:
   """A file as it is, or decompressed by what its name ends in: .gz, .bz2, .xz or .zst."""
