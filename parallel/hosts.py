@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import commands
+import files
 import names
 
 # XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
@@ -291,7 +292,7 @@ def check_shared(path: str | os.PathLike) -> None:
   """Raises ValueError, in every process, where not all see the file
   that process 0 has just written.
   """
-  path = pathlib.Path(path)
+  path = files.place(path)
   barrier(f'wrote {path.name}')
   for look in range(LOOKS):
     others = differing(str(int(path.stat().st_mtime)) if path.exists() else '')

@@ -1,0 +1,138 @@
+"""How is a bucket's directory one process's, and what can be promised of that?"""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+import files
+from remote import system
+from remote.system import answering
+
+BEAT, STALE = 10, 60  # seconds between a holder's signs of life; without one, until it is dead
+
+
+class _Lease:
+  """A lock's object, renewed by a thread until it is given back."""
+
+  def __init__(self, place, root):
+    self.place, self.root, self.lost = place, root, ''
+    self.mark = uuid.uuid4().hex
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._renew, daemon=True)
+
+  def content(self) -> bytes:
+    return json.dumps({**files.this_process(), 'mark': self.mark, 'beat': time.time()}).encode()
+
+  def begin(self) -> None:
+    _leases[self.root] = self
+    self._thread.start()
+
+  def end(self) -> None:
+    self._ended.set()
+    self._thread.join()
+    _leases.pop(self.root, None)
+    if not self.lost:
+      self.place.unlink(missing_ok=True)
+
+  def _renew(self) -> None:
+    last = time.monotonic()
+    while not self._ended.wait(BEAT):
+      try:
+        held = _holder(self.place)
+        if held.get('mark') not in (self.mark, None):
+          self.lost = f'process {held.get("process")} on {held.get("host")} took it over'
+          return
+        with answering(self.place) as system:
+          system.pipe_file(self.place.path, self.content())
+        last = time.monotonic()
+      except OSError as error:
+        if time.monotonic() - last > STALE / 2:
+          self.lost = f'it could not be renewed for {STALE / 2:.0f} s: {error}'
+          return
+
+
+@contextlib.contextmanager
+def locked(path, place: str, remedy: str) -> Iterator[None]:
+  """As files.locked, by an object that its holder renews every BEAT seconds.
+
+  It is made only where there is none, which the bucket promises. One that is not renewed for STALE
+  seconds is taken over, at once where its process was of this machine and is gone. What this cannot
+  promise: a holder that was stopped that long, and goes on, writes until it looks again, which it
+  does at each beat; checkpoints are therefore sealed last, and a run's records name the run.
+  """
+  system.check(path.parent, write=True)
+  lease = _Lease(path, path.parent)
+  if path.parent in _leases:
+    raise files.InUse(f'{place} is in use by this process already; {remedy}', sure=True)
+  while not _created(path, lease.content()):
+    _wait_for_end(path, place, remedy)
+  lease.begin()
+  try:
+    yield
+  finally:
+    lease.end()
+
+
+def _created(path, content: bytes) -> bool:
+  """Whether this made the object, which nobody had."""
+  try:
+    with answering(path) as system:
+      system.pipe_file(path.path, content, mode='create')
+    return True
+  except FileExistsError:
+    return False
+  except OSError as error:
+    if isinstance(error.__cause__, FileExistsError) or _taken(error):
+      return False
+    raise
+
+
+def _taken(error: OSError) -> bool:
+  return bool(re.search('PreconditionFailed|ConditionalRequestConflict|412|409', str(error)))
+
+
+def _wait_for_end(path, place: str, remedy: str) -> None:
+  """Returns once the lock's object is gone. Raises files.InUse where its holder lives."""
+  before, told, until = _holder(path), False, time.monotonic() + STALE
+  while before and (held := _holder(path)) == before:
+    gone = held.get('host') == socket.gethostname() and not files.alive(held.get('process') or 0)
+    if gone or time.monotonic() > until:
+      path.unlink(missing_ok=True)
+      return
+    if not told:
+      told = True
+      print(f'waiting {STALE} s, at most, for a sign of life of {_named(held)} in {place}')
+    time.sleep(1)
+  if held:
+    raise files.InUse(f'{place} is in use by {_named(held)}; {remedy}', sure=False)
+
+
+def _named(held: dict) -> str:
+  return (
+    f'process {held.get("process", "?")} on {held.get("host", "another machine")}, since '
+    f'{held.get("since", "?")}'
+  )
+
+
+def _holder(path) -> dict:
+  try:
+    return files.json_object(path.read_bytes(), path)
+  except (FileNotFoundError, ValueError):
+    return {}
+
+
+_leases: dict[object, _Lease] = {}
+
+
+def check_held(place) -> None:
+  for root, lease in _leases.items():
+    if lease.lost and (place == root or str(place).startswith(f'{root}/')):
+      raise OSError(
+        f'{root} is not this process\'s any more, so that {place} is not written: {lease.lost}; '
+        'what was saved before is whole'
+      )
