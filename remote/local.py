@@ -61,9 +61,13 @@ class Staging:
 
 def kvstore(place: Address) -> dict:
   """Where TensorStore reads and writes, with the endpoint that fsspec has."""
-  spec = {'driver': 's3' if place.scheme == 's3' else 'gcs', 'bucket': place.bucket}
+  if place.scheme == 'gs':
+    return {'driver': 'gcs', 'bucket': place.bucket, 'path': f'{place.key}/'}
+  spec = {'driver': 's3', 'bucket': place.bucket, 'path': f'{place.key}/'}
+  if 'AWS_ACCESS_KEY_ID' in os.environ:  # nothing else is looked for, and complained of
+    spec['aws_credentials'] = {'type': 'environment'}
   endpoint = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL')
-  if place.scheme == 's3' and endpoint:
+  if endpoint:
     region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
     spec |= {'endpoint': endpoint, 'aws_region': region}
-  return spec | {'path': place.key + '/'}
+  return spec

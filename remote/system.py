@@ -42,6 +42,10 @@ def answering(place, first: bool = False) -> Iterator[Any]:
   try:
     yield _system(place.scheme, first)
   except FileNotFoundError as error:
+    if _no_bucket(error):
+      raise FileNotFoundError(
+        f'there is no bucket {place.scheme}://{place.bucket}; make it, or correct the name'
+      ) from error
     raise FileNotFoundError(f'{place} does not exist') from error
   except (FileExistsError, UnicodeError):
     raise
@@ -81,14 +85,7 @@ def check(place, write: bool) -> None:
   `write`, written.
   """
   with answering(place, first=True) as system:
-    try:
-      listed(system, place.bucket if not place.key else place.path)
-      if not place.is_dir():
-        system.ls(place.bucket, detail=False)
-    except FileNotFoundError as error:
-      raise FileNotFoundError(
-        f'there is no bucket {place.scheme}://{place.bucket}; make it, or correct the name'
-      ) from error
+    listed(system, place.path)
     if write:
       probe = place / f'.writable-{uuid.uuid4().hex[:12]}'
       system.pipe_file(probe.path, b'')
@@ -96,7 +93,14 @@ def check(place, write: bool) -> None:
 
 
 def listed(system, path: str) -> list[dict]:
+  """What lies directly below; [] where there is nothing."""
   try:
     return system.ls(path, detail=True)
-  except FileNotFoundError:
+  except FileNotFoundError as error:
+    if _no_bucket(error):
+      raise
     return []
+
+
+def _no_bucket(error: FileNotFoundError) -> bool:
+  return re.search('bucket (does|doesn)|NoSuchBucket', str(error)) is not None

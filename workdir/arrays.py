@@ -5,6 +5,7 @@ The service keeps a tag of each object, which changes with its content: by those
 its files, and one listing tells whether they are what was written.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ READ_BYTES = 2**30  # asked for at once, by a process
 WAITS = {'max_retries': 8, 'initial_delay': '500ms', 'max_delay': '15s'}
 
 
+@functools.cache
 def context() -> ts.Context:
   """With bounded retries: TensorStore's own are 32."""
   return ts.Context({'s3_request_retries': WAITS, 'gcs_request_retries': WAITS})
