@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import names
 
@@ -55,6 +55,23 @@ def place(path: str | os.PathLike) -> pathlib.Path:
 def here(path: str | os.PathLike) -> pathlib.Path:
   """A path, for who reads files only: of a bucket's address, of a copy on this machine."""
   return names.imported('remote.local.here')(place(path)) if remote(path) else place(path)
+
+
+def kept(path: str | os.PathLike) -> pathlib.Path:
+  """A directory that is read and written as files: of a bucket's address, this machine's for it."""
+  return names.imported('remote.local.kept')(place(path)) if remote(path) else place(path)
+
+
+def worked_on(path: str | os.PathLike) -> contextlib.AbstractContextManager[pathlib.Path]:
+  """A block with a directory that is read and written as files, and what lies there afterwards."""
+  if remote(path):
+    return names.imported('remote.local.worked_on')(place(path))
+  return contextlib.nullcontext(place(path))
+
+
+def stream(path: str | os.PathLike) -> BinaryIO:
+  """A file to be read from its beginning; in a bucket, by ranges, ahead."""
+  return place(path).stream() if remote(path) else open(path, 'rb')
 
 
 def remove(path: pathlib.Path) -> None:

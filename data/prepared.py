@@ -81,7 +81,7 @@ def kept(
     rows: how training rows are filled; None: with documents, of config.sequence_length.
   """
   rows = rows or shards.Rows(config.sequence_length)
-  directory = pathlib.Path(config.cache_dir) / key
+  directory = files.kept(config.cache_dir) / key
   building.once(directory, lambda partial: build(config, partial, log), log)
   plan = directory / rows.name
   building.once(plan, lambda partial: _build_plan(rows, directory, partial, log), log)

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import pathlib
 import platform
 import re
 import signal
@@ -60,7 +59,7 @@ def cache_compilations(directory: str | os.PathLike) -> None:
   """
   import jax
 
-  path = pathlib.Path(directory).absolute()
+  path = files.kept(directory).absolute()
   path.mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', str(path))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -16,7 +16,7 @@ import io
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from remote import lease
 from remote.system import answering, listed
@@ -145,6 +145,17 @@ class Address:
     """Of one level, as '*.json'."""
     return [place for place in self.iterdir() if fnmatch.fnmatchcase(place.name, pattern)]
 
+  def matching(self) -> 'list[Address]':
+    """Objects whose keys this one's, with * ? [] and **, matches; none behind a dot's name."""
+    with answering(self) as system:
+      entries = system.glob(self.path, detail=True)
+    places = [
+      Address(f'{self.scheme}://{name}')
+      for name, entry in sorted(entries.items())
+      if entry['type'] == 'file'
+    ]
+    return [place for place in places if not any(p.startswith('.') for p in place._pure.parts)]
+
   def rglob(self, pattern: str) -> 'list[Address]':
     return [place for place in self.found() if fnmatch.fnmatchcase(place.name, pattern)]
 
@@ -159,6 +170,11 @@ class Address:
         content += part
     return content
 
+  def stream(self) -> BinaryIO:
+    """The object from its beginning, by ranges and ahead: BLOCK_BYTES are in memory."""
+    with answering(self) as system:
+      return system.open(self.path, 'rb', block_size=BLOCK_BYTES, cache_type='readahead')
+
   def read_text(self, encoding: str = 'utf-8') -> str:
     return self.read_bytes().decode(encoding)
 
@@ -170,11 +186,7 @@ class Address:
       return _Written(self, binary='b' in mode)
     if mode not in ('r', 'rb'):
       raise ValueError(f'{self} cannot be opened as {mode!r}: objects are written whole')
-    if self.suffix == GROWING:
-      file = io.BytesIO(self.read_bytes())
-    else:
-      with answering(self) as system:
-        file = system.open(self.path, 'rb', block_size=BLOCK_BYTES, cache_type='readahead')
+    file = io.BytesIO(self.read_bytes()) if self.suffix == GROWING else self.stream()
     return file if 'b' in mode else io.TextIOWrapper(file, encoding='utf-8')
 
   # Writing. A holder of a lock that was lost to another process writes nothing more.
@@ -187,6 +199,12 @@ class Address:
     if self.suffix == GROWING:  # parts of what was here are of nothing any more
       for part in _part_names(self):
         part.unlink(missing_ok=True)
+
+  def send(self, path: pathlib.Path) -> None:
+    """The object is then what a file holds."""
+    lease.check_held(self)
+    with answering(self) as system:
+      system.put_file(str(path), self.path)
 
   def write_text(self, text: str) -> None:
     self.write_bytes(text.encode())

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 import jax
 
 import files
+import names
 from model import flops
 from workdir.metrics import (
   FILE,
@@ -93,7 +94,7 @@ class Watch:
     self._stream = stream or sys.stdout
     events = self.path.parent / 'tensorboard'
     self._tensorboard = TensorBoard(events, steps.start) if tensorboard and self._write else None
-    self._view: _Plain | None = None
+    self._view: Plain | None = None
     self._window = _Window()
     self._pending: tuple[int, Any, int] | None = None
     self._line: dict[str, Any] = {}
@@ -104,7 +105,9 @@ class Watch:
 
   def __enter__(self) -> 'Watch':
     if self._write:
-      self._view = (_Bar if self._stream.isatty() else _Plain)(self._stream, self._steps)
+      self._view = (names.imported('workdir.bar.Bar') if self._stream.isatty() else Plain)(
+        self._stream, self._steps
+      )
       self.path.parent.mkdir(parents=True, exist_ok=True)
       dropped = drop_from(self.path, self._steps.start)
       if dropped:
@@ -316,7 +319,7 @@ def short(number: float) -> str:
   return f'{number:.3g}'
 
 
-class _Plain:
+class Plain:
   """Plain text, a line per line of metrics: for files and pipes."""
 
   FORMS = {
@@ -356,44 +359,3 @@ class _Plain:
       left = (self._steps.stop - 1 - line['step']) * line['step_seconds']
       shown['left'] = datetime.timedelta(seconds=round(left))
     return '  '.join(form.format(shown[name]) for name, form in self.FORMS.items() if name in shown)
-
-
-class _Bar(_Plain):
-  """For terminals: a progress bar with the last known numbers beside it, within 80 columns."""
-
-  FORMS = {
-    'loss': 'loss {:.3f}',
-    'tokens_per_second': '{} tok/s',
-    'mfu': 'MFU {:.0%}',
-    'left': '{} left',
-    'bits_per_byte': '{:.3f} bits/byte',
-  }
-
-  def __init__(self, stream: TextIO, steps: range):
-    super().__init__(stream, steps)
-    from rich import console, progress
-
-    self._progress = progress.Progress(
-      progress.MofNCompleteColumn(),
-      progress.BarColumn(bar_width=6),
-      progress.TextColumn('{task.description}'),
-      console=console.Console(file=stream),
-    )
-    self._task = self._progress.add_task(
-      'first step: compiling', total=steps.stop - 1, completed=max(steps.start - 1, 0)
-    )
-    self._known: dict[str, float] = {}
-    self._progress.start()
-
-  def print(self, text: str):
-    self._progress.console.print(text, markup=False, highlight=False)
-
-  def show(self, line: dict[str, float]):
-    self._known |= line
-    self._progress.update(self._task, description=self._describe(self._known))
-
-  def advance(self, step: int):
-    self._progress.update(self._task, completed=step)
-
-  def close(self):
-    self._progress.stop()
