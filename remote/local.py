@@ -66,6 +66,7 @@ def worked_on(place: Address) -> Iterator[pathlib.Path]:
       ended.set()
       sending.join()
       staging.send()
+      print(f'sent to {place} what was written to {staging.directory}')
 
 
 def kept(place: Address) -> pathlib.Path:
@@ -111,8 +112,10 @@ def _version(path: pathlib.Path) -> tuple[int, int]:
   return status.st_size, status.st_mtime_ns
 
 
-def kvstore(place: Address) -> dict:
+def kvstore(place: Address | pathlib.Path) -> dict:
   """Where TensorStore reads and writes, with the endpoint that fsspec has."""
+  if not isinstance(place, Address):
+    return {'driver': 'file', 'path': f'{place}/'}
   if place.scheme == 'gs':
     return {'driver': 'gcs', 'bucket': place.bucket, 'path': f'{place.key}/'}
   spec = {'driver': 's3', 'bucket': place.bucket, 'path': f'{place.key}/'}
