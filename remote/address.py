@@ -9,6 +9,7 @@ A bucket has no rename and no append. An object appears whole or not at all, whi
 PART_BYTES, and then the next part, whose name tells of what it goes on.
 """
 
+import base64
 import datetime
 import fnmatch
 import hashlib
@@ -243,7 +244,9 @@ def _stat(entry: dict) -> Stat:
     changed = datetime.datetime.fromisoformat(changed)
   if isinstance(changed, datetime.datetime):
     changed = changed.timestamp()
-  tag = entry.get('ETag') or entry.get('md5Hash') or entry.get('crc32c') or entry.get('etag') or ''
+  tag = entry.get('ETag') or entry.get('crc32c') or entry.get('etag') or ''
+  if 'md5Hash' in entry:  # as S3 has it
+    tag = base64.b64decode(entry['md5Hash']).hex()
   return Stat(int(entry.get('size') or 0), float(changed), str(tag).strip('"'))
 
 

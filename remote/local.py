@@ -117,6 +117,8 @@ def kvstore(place: Address | pathlib.Path) -> dict:
   if not isinstance(place, Address):
     return {'driver': 'file', 'path': f'{place}/'}
   if place.scheme == 'gs':
+    if emulator := os.environ.get('STORAGE_EMULATOR_HOST'):  # gcsfs's name for it
+      os.environ.setdefault('TENSORSTORE_GCS_HTTP_URL', emulator)
     return {'driver': 'gcs', 'bucket': place.bucket, 'path': f'{place.key}/'}
   spec = {'driver': 's3', 'bucket': place.bucket, 'path': f'{place.key}/'}
   if 'AWS_ACCESS_KEY_ID' in os.environ:  # nothing else is looked for, and complained of

@@ -33,16 +33,20 @@ def _system(scheme: str, first: bool = False):
     kept = fsspec.filesystem('s3', config_kwargs={'retries': retries, **waits}, **plain)
     kept.retries = 1  # those of botocore have a backoff, and know what is worth another try
     return kept
-  return fsspec.filesystem('gcs', timeout=READ_SECONDS, **plain)
+  # Not fsspec's choice, which asks a second service of what kind each bucket is.
+  return importlib.import_module('gcsfs.core').GCSFileSystem(timeout=READ_SECONDS, **plain)
 
 
 @contextlib.contextmanager
-def answering(place, first: bool = False) -> Iterator[Any]:
-  """The file system of a place; what it refuses comes as an OSError of one line."""
+def answering(place, first: bool = False, writing: bool = False) -> Iterator[Any]:
+  """The file system of a place; what it refuses comes as an OSError of one line.
+
+  first: whether to give up within seconds. writing: whether only a bucket can be missing.
+  """
   try:
     yield _system(place.scheme, first)
   except FileNotFoundError as error:
-    if _no_bucket(error):
+    if _no_bucket(error) or writing:
       raise FileNotFoundError(
         f'there is no bucket {place.scheme}://{place.bucket}; make it, or correct the name'
       ) from error
@@ -84,7 +88,7 @@ def check(place, write: bool) -> None:
   """Raises OSError, within seconds, where there is no such bucket, or it may not be listed or, with
   `write`, written.
   """
-  with answering(place, first=True) as system:
+  with answering(place, first=True, writing=write) as system:
     listed(system, place.path)
     if write:
       probe = place / f'.writable-{uuid.uuid4().hex[:12]}'
