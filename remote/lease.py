@@ -25,9 +25,6 @@ class _Lease:
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._renew, daemon=True)
 
-  def content(self) -> bytes:
-    return json.dumps({**files.this_process(), 'mark': self.mark, 'beat': time.time()}).encode()
-
   def begin(self) -> None:
     _leases[self.root] = self
     self._thread.start()
@@ -48,12 +45,17 @@ class _Lease:
           self.lost = f'process {held.get("process")} on {held.get("host")} took it over'
           return
         with answering(self.place) as system:
-          system.pipe_file(self.place.path, self.content())
+          system.pipe_file(self.place.path, content_of(self.mark))
         last = time.monotonic()
       except OSError as error:
         if time.monotonic() - last > STALE / 2:
           self.lost = f'it could not be renewed for {STALE / 2:.0f} s: {error}'
           return
+
+
+def content_of(mark: str, **more) -> bytes:
+  """What a lock's object holds; mark: of its holder. more: instead of what this process is."""
+  return json.dumps({**files.this_process(), 'mark': mark, 'beat': time.time(), **more}).encode()
 
 
 @contextlib.contextmanager
@@ -69,7 +71,7 @@ def locked(path, place: str, remedy: str) -> Iterator[None]:
   lease = _Lease(path, path.parent)
   if path.parent in _leases:
     raise files.InUse(f'{place} is in use by this process already; {remedy}', sure=True)
-  while not _created(path, lease.content()):
+  while not _created(path, content_of(lease.mark)):
     _wait_for_end(path, place, remedy)
   lease.begin()
   try:
@@ -129,7 +131,13 @@ def _holder(path) -> dict:
 _leases: dict[object, _Lease] = {}
 
 
+def lost(root) -> str:
+  """Why a place is this process's no more; ''."""
+  return _leases[root].lost if root in _leases else ''
+
+
 def check_held(place) -> None:
+  """Raises OSError where a place is below one that was this process's, and is no more."""
   for root, lease in _leases.items():
     if lease.lost and (place == root or str(place).startswith(f'{root}/')):
       raise OSError(

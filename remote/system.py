@@ -15,7 +15,7 @@ RETRIES, CONNECT_SECONDS, READ_SECONDS = 6, 5, 30  # of a request
 
 
 @functools.cache
-def _system(scheme: str, first: bool = False):
+def of(scheme: str, first: bool = False):
   """fsspec's file system; first: one that gives up within seconds."""
   module, extra = DRIVERS[scheme]
   try:
@@ -37,6 +37,11 @@ def _system(scheme: str, first: bool = False):
   return importlib.import_module('gcsfs.core').GCSFileSystem(timeout=READ_SECONDS, **plain)
 
 
+def forget() -> None:
+  """For who changes the environment: it is read again."""
+  of.cache_clear()
+
+
 @contextlib.contextmanager
 def answering(place, first: bool = False, writing: bool = False) -> Iterator[Any]:
   """The file system of a place; what it refuses comes as an OSError of one line.
@@ -44,7 +49,7 @@ def answering(place, first: bool = False, writing: bool = False) -> Iterator[Any
   first: whether to give up within seconds. writing: whether only a bucket can be missing.
   """
   try:
-    yield _system(place.scheme, first)
+    yield of(place.scheme, first)
   except FileNotFoundError as error:
     if _no_bucket(error) or writing:
       raise FileNotFoundError(
@@ -64,7 +69,7 @@ def _unanswered(place, error: Exception) -> OSError | ValueError:
   remedy = f'does {_endpoint(place.scheme)} answer, and may this machine ask it?'
   kind: type[OSError] = OSError
   if isinstance(error, PermissionError) or re.search(
-    'Credential|Forbidden|Denied|401|403', name + said
+    r'Credential|Forbidden|Denied|\b40[13]\b', f'{name} {said}'
   ):
     kind, remedy = PermissionError, _CREDENTIALS[place.scheme]
   return kind(f'{place}: {name}: {said}; {remedy}')
