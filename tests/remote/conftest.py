@@ -1,4 +1,4 @@
-"""A server of S3's protocol in this process, a bucket of it, and what stands between them and fails."""
+"""A server of S3's protocol in this process, a bucket of it, and what stands between and fails."""
 
 import http.client
 import http.server
@@ -91,14 +91,19 @@ def proxy(server):
   made.shutdown()
 
 
-_numbers = itertools.count()
+_numbers, _reached = itertools.count(), {}
 
 
 @pytest.fixture
-def bucket(proxy, monkeypatch, tmp_path):
-  """An empty bucket, as an Address."""
+def bucket(request, server, monkeypatch, tmp_path):
+  """An empty bucket, as an Address; reached through `proxy` by tests that have it, too."""
+  port = server
+  if 'proxy' in request.fixturenames:
+    proxy = request.getfixturevalue('proxy')
+    port = proxy.server_address[1]
+    proxy.faults, proxy.seen, proxy.stall = lambda method, path: None, [], 0.0
   settings = {
-    'AWS_ENDPOINT_URL': f'http://127.0.0.1:{proxy.server_address[1]}',
+    'AWS_ENDPOINT_URL': f'http://127.0.0.1:{port}',
     'AWS_ACCESS_KEY_ID': 'key',
     'AWS_SECRET_ACCESS_KEY': 'secret',
     'AWS_DEFAULT_REGION': 'us-east-1',
@@ -107,12 +112,20 @@ def bucket(proxy, monkeypatch, tmp_path):
   }
   for name, value in settings.items():
     monkeypatch.setenv(name, value)
-  proxy.faults, proxy.seen, proxy.stall = lambda method, path: None, [], 0.0
   pause = 'botocore.retries.standard.ExponentialBackoff.delay_amount'
   monkeypatch.setattr(pause, lambda self, context: 0.0)
   logging.getLogger('werkzeug').setLevel(logging.ERROR)
-  system.forget()
+  if _reached.get('port') != port:  # else its clients, which take a second to make, are kept
+    system.forget()
+    _reached['port'] = port
   name = f'bucket-{next(_numbers)}'
   system.of('s3').mkdir(name)
   yield files.place(f's3://{name}')
+
+
+@pytest.fixture
+def anew():
+  """For who changes how it is asked."""
   system.forget()
+  yield
+  _reached.clear()

@@ -147,7 +147,7 @@ def test_who_has_lost_a_lock_writes_nothing_more(bucket, monkeypatch):
   assert (run / 'lock').exists(), 'it is the other one\'s'
 
 
-def test_a_missing_bucket_and_a_missing_library_are_one_line(bucket, monkeypatch):
+def test_a_missing_bucket_and_a_missing_library_are_one_line(bucket, monkeypatch, anew):
   with pytest.raises(FileNotFoundError, match='there is no bucket s3://nowhere-at-all; make it'):
     system.check(files.place('s3://nowhere-at-all/run'), write=True)
   monkeypatch.setitem(system.DRIVERS, 's3', ('no_such_module', 's3'))
@@ -168,10 +168,9 @@ FAULTS = [503, 'reset', pytest.param(500, marks=SLOW), pytest.param('stall', mar
 
 
 @pytest.mark.parametrize('fault', FAULTS)
-def test_a_request_that_fails_is_made_again(bucket, proxy: Proxy, monkeypatch, fault):
-  """Every other one fails; what was written is whole."""
+def test_a_request_that_fails_is_made_again(bucket, proxy: Proxy, monkeypatch, anew, fault):
+  """Every third one fails; what was written is whole."""
   monkeypatch.setattr(system, 'READ_SECONDS', 0.2)
-  system.forget()
   proxy.stall, count = 0.6, iter(range(10**6))
   proxy.faults = lambda method, path: None if next(count) % 3 else fault
   for i in range(3):
@@ -179,8 +178,7 @@ def test_a_request_that_fails_is_made_again(bucket, proxy: Proxy, monkeypatch, f
     assert (bucket / f'{i}').read_bytes() == b'%d' % i * 1000
 
 
-def test_requests_that_always_fail_end(bucket, proxy: Proxy, monkeypatch):
-  system.forget()
+def test_requests_that_always_fail_end(bucket, proxy: Proxy):
   proxy.faults = lambda method, path: 503
   with pytest.raises(OSError, match=f'{bucket}/x: .*; does http://127.0.0.1.* answer'):
     files.replace(bucket / 'x', b'')
