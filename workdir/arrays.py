@@ -30,7 +30,7 @@ def context() -> ts.Context:
   return ts.Context({'s3_request_retries': WAITS, 'gcs_request_retries': WAITS})
 
 
-class Writer:
+class BucketWriter:
   """Writes arrays in the background, as workdir.writer.Writer does on a disk."""
 
   def __init__(self, chunk_bytes: int):

@@ -4,10 +4,10 @@ from typing import TextIO
 
 from rich import console, progress
 
-from workdir.watch import Plain
+from workdir.watch import PlainView
 
 
-class Bar(Plain):
+class Bar(PlainView):
   """For terminals: a progress bar with the last known numbers beside it, within 80 columns."""
 
   FORMS = {

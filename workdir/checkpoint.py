@@ -95,7 +95,7 @@ class Checkpoints:
     """
     self.wait()
     if self._orbax is None:
-      kind = 'arrays.Writer' if files.remote(self.directory) else 'writer.Writer'
+      kind = 'arrays.BucketWriter' if files.remote(self.directory) else 'writer.Writer'
       self._orbax = names.imported(f'workdir.{kind}')(self._chunk_bytes)
     leaves = named_leaves(state)
     shapes = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}

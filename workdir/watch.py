@@ -94,7 +94,7 @@ class Watch:
     self._stream = stream or sys.stdout
     events = self.path.parent / 'tensorboard'
     self._tensorboard = TensorBoard(events, steps.start) if tensorboard and self._write else None
-    self._view: Plain | None = None
+    self._view: PlainView | None = None
     self._window = _Window()
     self._pending: tuple[int, Any, int] | None = None
     self._line: dict[str, Any] = {}
@@ -105,7 +105,7 @@ class Watch:
 
   def __enter__(self) -> 'Watch':
     if self._write:
-      self._view = (names.imported('workdir.bar.Bar') if self._stream.isatty() else Plain)(
+      self._view = (names.imported('workdir.bar.Bar') if self._stream.isatty() else PlainView)(
         self._stream, self._steps
       )
       self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -319,7 +319,7 @@ def short(number: float) -> str:
   return f'{number:.3g}'
 
 
-class Plain:
+class PlainView:
   """Plain text, a line per line of metrics: for files and pipes."""
 
   FORMS = {

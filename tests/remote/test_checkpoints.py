@@ -107,7 +107,7 @@ def flat(tree: State) -> dict:
 @pytest.mark.slow
 def test_what_a_killed_writer_left_is_not_used_and_goes_with_the_next_save(bucket):
   checkpoints = saved(bucket / 'run', 2)
-  writer = arrays.Writer(2**20)
+  writer = arrays.BucketWriter(2**20)
   writer.begin(checkpoints.directory / '00000004', flat(state(4)))
   writer.finish(checkpoints.directory / '00000004')  # and no record
   said.clear()
