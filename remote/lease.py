@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import pathlib
 import re
 import socket
 import threading
@@ -14,6 +16,7 @@ from remote import system
 from remote.system import answering
 
 BEAT, STALE = 10, 60  # seconds between a holder's signs of life; without one, until it is dead
+SETTLES = 2  # seconds after which whoever took a lock over at the same time has done so
 
 
 class _Lease:
@@ -55,7 +58,16 @@ class _Lease:
 
 def content_of(mark: str, **more) -> bytes:
   """What a lock's object holds; mark: of its holder. more: instead of what this process is."""
-  return json.dumps({**files.this_process(), 'mark': mark, 'beat': time.time(), **more}).encode()
+  own = {'space': _space(), 'mark': mark, 'beat': time.time()}
+  return json.dumps({**files.this_process(), **own, **more}).encode()
+
+
+def _space() -> str:
+  """Within which a process's number means something: containers may share a host's name."""
+  with contextlib.suppress(OSError):
+    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    return f'{boot}-{os.stat("/proc/self/ns/pid").st_ino}'
+  return ''
 
 
 @contextlib.contextmanager
@@ -68,11 +80,15 @@ def locked(path, place: str, remedy: str) -> Iterator[None]:
   does at each beat; checkpoints are therefore sealed last, and a run's records name the run.
   """
   system.check(path.parent, write=True)
-  lease = _Lease(path, path.parent)
+  lease, taken = _Lease(path, path.parent), False
   if path.parent in _leases:
     raise files.InUse(f'{place} is in use by this process already; {remedy}', sure=True)
   while not _created(path, content_of(lease.mark)):
     _wait_for_end(path, place, remedy)
+    taken = True
+  # Two that took the same one over: the later one's object is there.
+  if taken and _settled(path).get('mark') != lease.mark:
+    raise files.InUse(f'{place} is in use by {_named(_holder(path))}; {remedy}', sure=False)
   lease.begin()
   try:
     yield
@@ -102,7 +118,8 @@ def _wait_for_end(path, place: str, remedy: str) -> None:
   """Returns once the lock's object is gone. Raises files.InUse where its holder lives."""
   before, told, until = _holder(path), False, time.monotonic() + STALE
   while before and (held := _holder(path)) == before:
-    gone = held.get('host') == socket.gethostname() and not files.alive(held.get('process') or 0)
+    here = held.get('host') == socket.gethostname() and held.get('space') == _space()
+    gone = here and not files.alive(held.get('process') or 0)
     if gone or time.monotonic() > until:
       path.unlink(missing_ok=True)
       return
@@ -112,6 +129,11 @@ def _wait_for_end(path, place: str, remedy: str) -> None:
     time.sleep(1)
   if held:
     raise files.InUse(f'{place} is in use by {_named(held)}; {remedy}', sure=False)
+
+
+def _settled(path) -> dict:
+  time.sleep(SETTLES)
+  return _holder(path)
 
 
 def _named(held: dict) -> str:

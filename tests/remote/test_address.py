@@ -112,6 +112,7 @@ def held_by(place, **changed) -> None:
 
 def test_a_lock_whose_holder_is_gone_is_taken_over(bucket, monkeypatch):
   """Of this machine at once; of another where it gives no sign of life."""
+  monkeypatch.setattr(lease, 'SETTLES', 0)
   lock = bucket / 'run' / 'lock'
   held_by(lock, process=2**22 + 1)  # beyond what Linux counts to
   with files.locked(lock, 'run', 'wait'):
@@ -120,6 +121,15 @@ def test_a_lock_whose_holder_is_gone_is_taken_over(bucket, monkeypatch):
   held_by(lock, host='elsewhere')
   with files.locked(lock, 'run', 'wait'):
     pass
+
+
+def test_of_two_that_take_a_lock_over_one_goes_on(bucket, monkeypatch):
+  lock = bucket / 'run' / 'lock'
+  held_by(lock, process=2**22 + 1)
+  monkeypatch.setattr(lease.time, 'sleep', lambda _: held_by(lock, host='elsewhere'))
+  with pytest.raises(files.InUse, match='on elsewhere'):
+    with files.locked(lock, 'run', 'wait'):
+      pass
 
 
 def test_a_holder_that_lives_elsewhere_is_heeded(bucket, monkeypatch):

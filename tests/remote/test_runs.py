@@ -21,7 +21,7 @@ from training.config import Config, TrainConfig
 
 def get_config():
   data = DataConfig(
-    sources=(SourceConfig(kind='text', path='docs/*.md'),),
+    sources=(SourceConfig(kind='text', path='TEXT/*.md'),),
     clean=CleanConfig(near_duplicates=0.0),
     tokenizer=TokenizerConfig(kind='byte'),
     sequence_length=16,
@@ -35,7 +35,9 @@ def get_config():
 
 def command(tmp_path, workdir, *more) -> list[str]:
   path = tmp_path / 'small.py'
-  path.write_text(CONFIG)
+  path.write_text(CONFIG.replace('TEXT', str(tmp_path)))
+  for name in ('data', 'cost', 'plans'):
+    (tmp_path / f'{name}.md').write_bytes((ROOT / 'docs' / f'{name}.md').read_bytes())
   cache = f'--config.data.cache_dir={tmp_path / "cache"}'
   return [sys.executable, 'train.py', f'--config={path}', f'--workdir={workdir}', cache, *more]
 
@@ -89,8 +91,8 @@ def test_a_run_that_is_killed_in_a_bucket_ends_as_one_on_a_disk(bucket, tmp_path
 def test_everything_of_a_run_may_be_in_a_bucket(bucket, tmp_path, monkeypatch):
   """Text, cache, the model that it begins with, itself; and what is done with it."""
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
-  for path in sorted((ROOT / 'docs').glob('*.md'))[:3]:
-    (bucket / 'text' / path.name).write_bytes(path.read_bytes())
+  for name in ('data', 'cost'):
+    (bucket / 'text' / f'{name}.md').send(ROOT / 'docs' / f'{name}.md')
   places = (
     f'--config.data.sources[0].path={bucket}/text/*.md',
     f'--config.data.cache_dir={bucket}/cache',
