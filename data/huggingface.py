@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 import files
-import files
 import names
 from data.tokenizer import CUT, Encoded, Tokenizer, in_utf8
 
