@@ -186,8 +186,11 @@ def train_steps(
     profile.before(step)
     batch = feed.take(state)
     tokens = count(batch)
-    narrow = config.model.execution.parameter_dtype != 'float32' and not config.adapter.kind
-    lossy = step == begun.step + 1 and narrow
+    lossy = (
+      step == begun.step + 1
+      and config.model.execution.parameter_dtype != 'float32'
+      and not config.adapter.kind
+    )
     moved = names.imported('training.moved.Moved')(config, state) if lossy else None
     state, metrics, step_norms = train_step(state, batch)
     profile.after(step, metrics)
@@ -345,8 +348,9 @@ def train(
     # What can be known without the data is, and again with it.
     config.check_mesh(dict(mesh.shape))
     seals.check_unchanged(seals.sized(config, workdir), workdir, allow_change)
-  jax.set_mesh(mesh)
-  log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
+    jax.set_mesh(mesh)
+    log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
+    names.imported('parallel.compiler.tell')(config.train.compiler, log)
 
   # 3. Data: text to token shards, once; then batches, from any position.
   with mendable():
@@ -383,8 +387,10 @@ def train(
       window = traced(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
-      place = config, prepared.tokenizer, mesh, workdir, begun.step
-      visits = Visits.of(make_evaluate(config, prepared, feed.put), *place)
+      visits = Visits.of(
+        make_evaluate(config, prepared, feed.put),
+        *(config, prepared.tokenizer, mesh, workdir, begun.step),
+      )
     watching = Watch(
       workdir,
       steps=steps,
@@ -466,9 +472,8 @@ def costs(config: configs.Config, make_state, prepared) -> RunCost:
   """On the devices here."""
   device = jax.devices()[0]
   cores = getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
-  models = jax.eval_shape(make_state).models
   return RunCost(
-    params.count(models[config.objective.main]),
+    params.count(jax.eval_shape(make_state).models[config.objective.main]),
     program.flops_per_token(config, prepared.document_length),
     hardware.lookup(device.device_kind, cores),
   )

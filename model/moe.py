@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels.grouped_matmul import RowGroups
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param
@@ -67,6 +68,7 @@ class MoE(nnx.Module):
       raise ValueError('model.moe.experts=0: a mixture of experts needs at least one')
     F, biased = moe.feed_forward or config.F, config.biases == 'all'
     self.moe, self.dtype, self.activation = moe, config.execution.dtype, config.activation
+    self.backend = config.execution.experts
     inner, outer = (
       ('experts', 'expert_embed', 'feed_forward'),
       ('experts', 'feed_forward', 'expert_embed'),
@@ -118,9 +120,8 @@ class MoE(nnx.Module):
       ),
       'sequence' in tokens,
     )
-    run = functools.partial(
-      _layer, moe=self.moe, activation=self.activation, axes=axes, dtype=self.dtype
-    )
+    choices = dict(activation=self.activation, dtype=self.dtype, backend=self.backend)
+    run = functools.partial(_layer, moe=self.moe, axes=axes, **choices)
     everywhere = {name: (None,) * value.ndim for name, value in routing.items()}
     y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, layout), (tokens, STATS))(
       ax.place(x, *tokens), segments, routing, experts
@@ -140,7 +141,7 @@ def moved(
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
+def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype, backend):
   """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights."""
   x = (
     jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
@@ -179,7 +180,8 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
   # less to 3% more memory whole than in pieces, which compute 30% more with remat 'none'.
   pieces = _pieces(experts['up'].shape[2]) if axes.shards else 1
   compute = functools.partial(_in_pieces, activation=activation, gather=gather, pieces=pieces)
-  y = DISPATCHES[moe.dispatch](x, expert, gates, experts, moe=moe, compute=compute, axes=axes)
+  dispatch = functools.partial(DISPATCHES[moe.dispatch], moe=moe, axes=axes, backend=backend)
+  y = dispatch(x, expert, gates, experts, compute=compute)
   y = y.astype(x.dtype).reshape(B, T, D)
   if axes.sequence and axes.columns:
     return jax.lax.psum_scatter(y, axes.columns, scatter_dimension=1, tiled=True), stats
@@ -249,13 +251,13 @@ def _losses(logits, scores, choices, real, moe, axes):
   }
 
 
-def dense(x, expert, gates, experts, *, moe, compute, axes):
+def dense(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Every expert computes every token: obviously right.
 
   All dispatches take and give the same, but for what capacity drops.
 
   x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere
-  experts: stored weights by name, of those here.
+  experts: stored weights by name, of those here. backend: of grouped products, where there are any.
   Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over
   axes.columns.
   """
@@ -285,11 +287,12 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
   )
 
 
-def dropless(x, expert, gates, experts, *, moe, compute, axes):
+def dropless(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Each choice is computed, whatever the routing: on one device at once, on several in rounds."""
-  run = functools.partial(_sorted, compute=compute)
+  # Of an exchange's slots those are filled that a balanced routing needs.
+  run = functools.partial(_sorted, compute=compute, backend=backend, filled=expert.size)
   if not axes.experts:
-    y = run(jnp.repeat(x, expert.shape[1], 0), gates.reshape(-1), expert.reshape(-1), experts)
+    y = run(x, gates.reshape(-1), expert.reshape(-1), experts)
     return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
   E = experts['up'].shape[0]
   exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
@@ -297,7 +300,7 @@ def dropless(x, expert, gates, experts, *, moe, compute, axes):
   return in_rounds(run, exchange, x, gates, experts, rounds)
 
 
-def capacity(x, expert, gates, experts, *, moe, compute, axes):
+def capacity(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Each expert computes C slots of each device, filled or not.
 
   The caller has sent to nowhere what does not fit.
@@ -310,16 +313,17 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes):
     expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)
   ).reshape(-1)
   choice = inverse(slot, E * C)
-  rows = _permute(jnp.repeat(x, expert.shape[1], 0), choice, slot).reshape(E, C, D)
+  rows = _permute(x, choice, slot, expert.shape[1]).reshape(E, C, D)
   y = from_experts(compute(to_experts(rows, axes.experts), experts, _each), axes.experts)
-  return _combine(_permute(y.reshape(E * C, D), slot, choice), gates)
+  return _combine(_permute(y.reshape(E * C, D), slot, choice, 1), gates)
 
 
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
-def _sorted(rows, gates, expert, experts, *, compute):
-  """Rows [M, D], each through its expert [M] and times its gate [M].
+def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
+  """Rows, each through its experts [M] and times their gates [M]; [M, D]. Of M / rows choices each,
+  side by side.
 
   One grouped product per weight, of rows sorted by expert.
   E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
@@ -331,27 +335,32 @@ def _sorted(rows, gates, expert, experts, *, compute):
   # goes through them group by group, and none is filled up to the size of the largest.
   order = jnp.argsort(expert, stable=True)
   position = inverse(order, order.size)
-  sizes = count(expert, E)
-  sorted_expert = jnp.minimum(expert[order], E - 1)
+  groups = RowGroups(count(expert, E), jnp.minimum(expert[order], E - 1), backend, filled)
 
-  def product(rows, w, bias):
-    y = w.grouped(rows, sizes, sorted_expert)
-    return y if bias is None else y + bias.rows(sorted_expert)
+  def product(rows, w, bias, gates=None):
+    return _biased(w.grouped(rows, groups), bias and bias.rows(groups.of_row), gates)
 
-  y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
-  return _permute(y, position, order)
+  sorted_rows = _permute(rows, order, position, order.size // len(rows))
+  y = compute(sorted_rows, experts, product, _permute(gates, order, position, 1))
+  return _permute(y, position, order, 1)
 
 
-def _each(rows, w, bias):
+def _each(rows, w, bias, gates=None):
   """Rows [E, C, D], of each expert as many."""
-  y = w.each(rows)
-  return y if bias is None else y + bias.numbers(rows.dtype)[:, None]
+  return _biased(w.each(rows), bias and bias.numbers(rows.dtype)[:, None], gates)
+
+
+def _biased(y, bias, gates):
+  """Products of rows that were multiplied with their gates, if given, and so is the bias."""
+  if bias is None:
+    return y
+  return y + (bias if gates is None else bias * gates[..., None].astype(bias.dtype))
 
 
 def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces):
-  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; in the type of the rows.
+  """act(rows gate) * (rows up) down, of `product(rows, weight, bias, gates)`; in the type of the
+  rows. Times `gates`, if given.
 
-  Times `gates` in f32, if given.
   A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients
   scattered, piece by piece, and what a piece computes is computed again in the backward pass: of a
   model's largest arrays, only a piece is there at a time.
@@ -362,10 +371,12 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
       return product(rows, w[name], w.get(f'{name}_bias'))
 
     h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
-    y = product(h, w['down'], w.get('down_bias'))
-    # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece
-    # once more.
-    return y if gates is None else y.astype(jnp.float32) * gates[..., None]
+    if gates is None:
+      return product(h, w['down'], w.get('down_bias'))
+    # Before the last product and not behind it, or the gradient of the gates would need that once
+    # more.
+    h = (h.astype(jnp.float32) * gates[..., None]).astype(h.dtype)
+    return product(h, w['down'], w.get('down_bias'), gates)
 
   if pieces == 1:
     return feed_forward(gather(experts)).astype(rows.dtype)
@@ -402,19 +413,28 @@ def _pieces(F):
   )
 
 
-@jax.custom_vjp
-def _permute(x, index, back):
-  """Rows index[0], index[1], ... of x; zeros for a row that is not there.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _permute(x, index, back, copies):
+  """Entries index[0], index[1], ... of x, each of which counts `copies` times; zeros for one that
+  is not there.
 
   `back` is the same the other way. As both ways are known, the gradient is a gather too, where jax
   would scatter and add.
   """
-  return x.at[index].get(mode='fill', fill_value=0)
+  return x.at[index // copies].get(mode='fill', fill_value=0)
+
+
+def _permute_backward(copies, kept, dy):
+  index, back = kept
+  dx = _permute(dy, back, index, 1)
+  if copies > 1:
+    dx = dx.reshape(-1, copies, *dx.shape[1:]).sum(1, dtype=jnp.float32).astype(dy.dtype)
+  return dx, None, None
 
 
 _permute.defvjp(
-  lambda x, index, back: (_permute(x, index, back), (index, back)),
-  lambda kept, dy: (_permute(dy, *kept[::-1]), None, None),
+  lambda x, index, back, copies: (_permute(x, index, back, copies), (index, back)),
+  _permute_backward,
 )
 
 
