@@ -13,6 +13,7 @@ from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
+TEXT = '\n'.join(f'{i} times {i + 1} is {i * i + i}.' for i in range(400))
 CONFIG = """
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from model.config import ModelConfig
@@ -21,7 +22,7 @@ from training.config import Config, TrainConfig
 
 def get_config():
   data = DataConfig(
-    sources=(SourceConfig(kind='text', path='TEXT/*.md'),),
+    sources=(SourceConfig(kind='text', path='HERE/*.md'),),
     clean=CleanConfig(near_duplicates=0.0),
     tokenizer=TokenizerConfig(kind='byte'),
     sequence_length=16,
@@ -35,9 +36,8 @@ def get_config():
 
 def command(tmp_path, workdir, *more) -> list[str]:
   path = tmp_path / 'small.py'
-  path.write_text(CONFIG.replace('TEXT', str(tmp_path)))
-  for name in ('data', 'cost', 'plans'):
-    (tmp_path / f'{name}.md').write_bytes((ROOT / 'docs' / f'{name}.md').read_bytes())
+  path.write_text(CONFIG.replace('HERE', str(tmp_path)))
+  (tmp_path / 'text.md').write_text(TEXT)
   cache = f'--config.data.cache_dir={tmp_path / "cache"}'
   return [sys.executable, 'train.py', f'--config={path}', f'--workdir={workdir}', cache, *more]
 
@@ -91,8 +91,7 @@ def test_a_run_that_is_killed_in_a_bucket_ends_as_one_on_a_disk(bucket, tmp_path
 def test_everything_of_a_run_may_be_in_a_bucket(bucket, tmp_path, monkeypatch):
   """Text, cache, the model that it begins with, itself; and what is done with it."""
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
-  for name in ('data', 'cost'):
-    (bucket / 'text' / f'{name}.md').send(ROOT / 'docs' / f'{name}.md')
+  (bucket / 'text' / 'text.md').write_text(TEXT)
   places = (
     f'--config.data.sources[0].path={bucket}/text/*.md',
     f'--config.data.cache_dir={bucket}/cache',
