@@ -114,8 +114,8 @@ REWARDS = 'reward'  # the objective, and the beginning of its files' names
 
 def check_flags() -> list[int]:
   """How many shots are asked for. Raises ValueError for values that mean nothing."""
-  files.check_local('--workdir', WORKDIR.value)
-  files.check_local('--output', OUTPUT.value or '')
+  files.check_local('--workdir', WORKDIR.value, buckets=True)
+  files.check_local('--output', OUTPUT.value or '', buckets=True)
   for name in CALIBRATION.value:
     names.check('--calibration', name, classify.CALIBRATIONS)
   if not all(text.isdecimal() for text in SHOTS.value):
@@ -342,8 +342,13 @@ def run() -> None:
     return
   if not WORKDIR.value:
     raise ValueError('give the directory of a run by --workdir')
+  with files.worked_on(OUTPUT.value or files.place(WORKDIR.value) / 'evaluation') as output:
+    judge(ways, output)
+
+
+def judge(ways, output: pathlib.Path) -> None:
+  """What the flags ask for of a run; what is found out is written into `output`."""
   remedy = 'wait until it ends, end it, or give another --output'
-  output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
   if TASKS.value or LM_EVAL.value:
     cache = pathlib.Path(config_of(WORKDIR.value).data.cache_dir) / 'xla'
     hosts.cache_compilations(cache)

@@ -176,7 +176,7 @@ def check_flags(sagemaker: bool) -> None:
   """Raises ValueError for flags that make no sense, before anything takes time."""
   if not WORKDIR.value:
     raise ValueError('--workdir is missing: give the directory of a run of train.py or convert.py')
-  files.check_local('--workdir', WORKDIR.value)
+  files.check_local('--workdir', WORKDIR.value, buckets=True)
   if LOG_PROMPTS.value and not ACCESS_LOG.value:
     raise ValueError(
       '--log_prompts with --noaccess_log, whose lines they would be in; leave out one'
@@ -244,7 +244,7 @@ def run(sagemaker: bool) -> Running | None:
   check_flags(sagemaker)
   keys = None if API_KEYS.value is None else ApiKeys(API_KEYS.value)
   adapters = named_runs(ADAPTERS.value)
-  name = NAME.value or pathlib.Path(WORKDIR.value).resolve().name
+  name = NAME.value or files.place(WORKDIR.value).resolve().name
   if name in adapters:
     raise ValueError(f'--adapters: one is called {name!r}, as the model is; give another name')
   traces = None if TRACES.value is None else traces_to(TRACES.value, name)

@@ -39,7 +39,7 @@ from workdir import seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite, cost_of
-from workdir.watch import ProfileWindow, Watch
+from workdir.watch import Watch
 
 CONFIG = overrides.define_flag()
 WORKDIR = flags.DEFINE_string(
@@ -170,7 +170,7 @@ def train_steps(
   visits: Visits,
   checkpoints: Checkpoints,
   watch: Watch,
-  profile: ProfileWindow,
+  profile,
   signal: hosts.StopSignal,
 ) -> str:
   """Runs the steps that are left; step n is dispatched before n - 1 is looked at. Returns why it
@@ -279,7 +279,7 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict
   Raises ValueError where another process does not see it.
   """
   if jax.process_index() == 0:
-    for inherited in (pathlib.Path(config.init) / name for name in seals.INHERITED):
+    for inherited in (files.place(config.init) / name for name in seals.INHERITED):
       if config.init and inherited.is_file():
         files.replace(workdir / inherited.name, inherited.read_bytes())
     configs.save(config, workdir)
@@ -301,14 +301,14 @@ def main(arguments):
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)
   with mendable():
-    files.check_local('--workdir', WORKDIR.value)
+    files.check_local('--workdir', WORKDIR.value, buckets=True)
     config = overrides.from_flag(CONFIG.value)
     together = hosts.connect(
       COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value, MEETING.value
     )
   with together:
     interrupted = run(
-      config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value, SHOW.value
+      config, files.place(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value, SHOW.value
     )
   return STOPPED_CODE.value if interrupted else 0
 
@@ -326,8 +326,8 @@ def run(
   """
   with contextlib.ExitStack() as held:
     with mendable():
-      files.check_local('--workdir', workdir)
-      names.imported('workdir.outside.check')(config)
+      files.check_local('--workdir', workdir, buckets=True)
+      names.imported('workdir.outside.check')(config, workdir)
       if jax.process_index() == 0:
         remedy = 'wait until it ends, end it, or give another --workdir'
         held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
@@ -383,7 +383,8 @@ def train(
   if begun.state is not None:
     steps = range(begun.step + 1, config.train.steps + 1)
     with mendable():
-      window = ProfileWindow(profile, workdir / 'profile', steps)
+      traced = names.imported('workdir.profile.ProfileWindow')
+      window = traced(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
       visits = Visits.of(

@@ -7,7 +7,6 @@ import difflib
 import json
 import math
 import os
-import pathlib
 import re
 import typing
 
@@ -354,14 +353,14 @@ def unknown_field(path: str, name: str, known, kind: str = '') -> str:
 def save(config: Config, directory: str | os.PathLike) -> None:
   """Writes config.json, sealed, atomically."""
   values = files.sealed(json.loads(json.dumps(to_dict(config))))
-  files.replace(pathlib.Path(directory) / FILE, json.dumps(values, indent=2) + '\n')
+  files.replace(files.place(directory) / FILE, json.dumps(values, indent=2) + '\n')
 
 
 def load(directory: str | os.PathLike) -> Config:
   """Reads config.json. Raises FileNotFoundError, or ValueError for a file that is not a Config, or
   was edited since it was sealed.
   """
-  path = pathlib.Path(directory) / FILE
+  path = files.place(directory) / FILE
   if not path.exists():
     raise FileNotFoundError(
       f'{path} does not exist: {directory} is not the directory of a run; train one with train.py '
