@@ -21,6 +21,7 @@ import numpy as np
 
 import commands
 import files
+from data import compressed
 from data.config import SourceConfig
 from data.sources import Problems, documents
 from evaluation import page, task as tasks
@@ -227,7 +228,7 @@ def _settings(given) -> dict:
 def source_of(path: str, field: str) -> SourceConfig:
   """Of files by their name. Raises ValueError for another kind."""
   name = pathlib.PurePath(path)
-  while name.suffix in tasks.COMPRESSED:
+  while name.suffix in compressed.SUFFIXES:
     name = name.with_suffix('')
   if name.suffix not in KINDS:
     raise ValueError(f'--training={path} must end in one of {", ".join(KINDS)}, perhaps compressed')
