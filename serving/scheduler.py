@@ -24,7 +24,7 @@ from decode.loop import Chunk
 from decode.request import FAILED, Row
 from decode.sizes import Use
 from serving import call as calls
-from serving.call import Event, Failure, Limits, EngineLost, NotReady, QueueFull, Stats
+from serving.call import EngineLost, Event, Failure, Limits, NotReady, QueueFull, Stats
 from serving.queue import Queue, Waiting
 from serving.ticket import Ticket
 

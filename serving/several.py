@@ -183,7 +183,7 @@ def heed(say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def _ending() -> Iterator[None]:
-  """Within, an error is EngineLost; but where a constraint has to wait, which the others find, too."""
+  """Within, an error is EngineLost; but that a constraint has to wait, the others find as well."""
   try:
     yield
   except NoRoom:

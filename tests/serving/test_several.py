@@ -131,7 +131,7 @@ def answers(out: str):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes',
-  [{}, pytest.param(dict(lookup=2, pages=8, host_pages=8), marks=pytest.mark.long)],
+  [{}, pytest.param(dict(lookup=2, pages=6, host_pages=8), marks=pytest.mark.long)],
   ids=str,
 )
 def test_two_processes_serve_what_one_does(start, sizes):
