@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 PULSE = 1.0  # seconds
-PATIENCE = 10.0  # seconds without a pulse after which a process is lost
+PATIENCE = 20.0  # seconds without a pulse after which a process is lost
 PART = 2**19  # bytes of a value; a longer message is several
 WAIT = 1000  # milliseconds that a look for the next message lasts, in which no signal is heeded
 

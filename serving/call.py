@@ -180,6 +180,18 @@ class Limits:
         raise ValueError(f'{field.name}={getattr(self, field.name)} of a server must be positive')
 
 
+@dataclasses.dataclass
+class JobCounts:
+  """Of jobs of a kind. done, failed: how many have ended so. tokens: of those that are done.
+  seconds: that these took together, from when each was asked for.
+  """
+
+  done: int = 0
+  failed: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stats:
   """What a service is doing, and has done since it began.
@@ -192,6 +204,8 @@ class Stats:
     drafted, accepted: of samples that have ended, tokens that were drafted, and those kept.
     finished: samples by `finish`. errors: failures by kind. refused: calls by QueueFull.
     preempted: how often a row had to wait for others' sake; never where rows have no pages.
+    jobs_waiting: texts to be embedded and prompts to be scored that wait. jobs: those that have
+      ended, by kind (serving.jobs.KINDS).
     compiled: programs. steps: calls of the program that decodes; step_seconds: about how long
       each of its tokens took.
   """
@@ -213,6 +227,8 @@ class Stats:
   errors: Mapping[str, int] = dataclasses.field(default_factory=dict)
   refused: int = 0
   preempted: int = 0
+  jobs_waiting: int = 0
+  jobs: Mapping[str, JobCounts] = dataclasses.field(default_factory=dict)
   compiled: int = 0
   steps: int = 0
   step_seconds: float = 0.0
@@ -226,7 +242,7 @@ class QueueFull(Exception):
     self.retry_after = retry_after
 
 
-class Lost(ConnectionError):
+class EngineLost(ConnectionError):
   """An engine that cannot begin anew: the server ends."""
 
 

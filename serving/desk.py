@@ -152,7 +152,8 @@ class Desk:
     adapter = call.options.adapter
     front, ids = self._front(adapter), self.encoded(call.prompt)
     self._check_fits(ids, adapter)
-    return self._submitted(self._scorer(ids, front, alternatives), call.key, call.priority)
+    job = self._scorer(ids, front, alternatives)
+    return self._submitted(job, 'score', len(ids), key=call.key, priority=call.priority)
 
   def embed(self, texts: Sequence[Sequence[int]], adapter: str, key: str = '') -> Future:
     """See serving.service.Service."""
@@ -161,7 +162,8 @@ class Desk:
     rows = [self.encoded(ids) for ids in texts]
     for row in rows:
       self._check_fits(row, adapter)
-    return self._submitted(self._embedder(rows, self._front(adapter)), key, 0)
+    job = self._embedder(rows, self._front(adapter))
+    return self._submitted(job, 'embedding', sum(map(len, rows)), key=key)
 
   def _check_fits(self, ids: Sequence[int], adapter: str) -> None:
     if self._front(adapter).behind(len(ids)) > self._engine.sizes.capacity:
@@ -170,10 +172,10 @@ class Desk:
         'shorten it'
       )
 
-  def _submitted(self, job: Job, key: str, priority: int) -> Future:
+  def _submitted(self, job: Job, kind: str, tokens: int, **more: Any) -> Future:
     if self.state != calls.READY:
       raise NotReady(self.state)
-    made = self._jobs.submit(job, key, priority)
+    made = self._jobs.submit(job, kind, tokens, **more)
     self._woken()
     return made
 
@@ -193,7 +195,14 @@ class Desk:
     self._jobs.end_all()
 
   def stats(self) -> Stats:
-    return dataclasses.replace(self._scheduler.stats(), compiled=self.progress[0])
+    stats, jobs = self._scheduler.stats(), self._jobs
+    return dataclasses.replace(
+      stats,
+      compiled=self.progress[0],
+      refused=stats.refused + jobs.refused,
+      jobs_waiting=jobs.waiting,
+      jobs={kind: dataclasses.replace(counts) for kind, counts in jobs.counts.items()},
+    )
 
   def drain(self, seconds: float) -> None:
     """See serving.service.Service."""

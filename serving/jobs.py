@@ -10,11 +10,12 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any
 
-from serving.call import Limits, QueueFull
+from serving.call import JobCounts, Limits, QueueFull
 from serving.queue import Queue, Waiting
 
 log = logging.getLogger(__name__)
 
+KINDS = 'embedding', 'score'
 Job = Generator[None, None, Any]  # which goes on part by part, and returns what comes of it
 
 
@@ -26,6 +27,8 @@ class JobFailed(Exception):
 class _Waiting(Waiting):
   job: Job
   result: Future
+  kind: str
+  tokens: int
 
 
 class Jobs:
@@ -38,24 +41,35 @@ class Jobs:
     self._waiting = Queue(limits.patience)
     self._now: _Waiting | None = None
     self._over = False
+    self.counts = {kind: JobCounts() for kind in KINDS}  # of those that have ended
+    self.refused = 0
+
+  @property
+  def waiting(self) -> int:
+    """How many wait for their turn."""
+    return len(self._waiting)
 
   @property
   def idle(self) -> bool:
     return self._now is None and not len(self._waiting)
 
-  def submit(self, job: Job, key: str = '', priority: int = 0) -> Future:
-    """What comes of a job, when it is there, or JobFailed. key, priority: see serving.call.Call.
+  def submit(self, job: Job, kind: str, tokens: int, *, key: str = '', priority: int = 0) -> Future:
+    """What comes of a job, when it is there, or JobFailed. kind: of KINDS. tokens: that it reads.
+    key, priority: see serving.call.Call.
 
     Raises QueueFull.
     """
     with self._lock:
       if len(self._waiting) >= self._limits.waiting:
+        self.refused += 1
         raise QueueFull(
           f'{len(self._waiting)} requests wait to be read, of at most {self._limits.waiting}; come '
           'again later',
           1.0,
         )
-      waiting = _Waiting(key, priority, self._clock(), job=job, result=Future())
+      waiting = _Waiting(
+        key, priority, self._clock(), job=job, result=Future(), kind=kind, tokens=tokens
+      )
       if self._over:
         waiting.result.set_exception(JobFailed('the server ends'))
       else:
@@ -100,8 +114,13 @@ class Jobs:
 
   def _finish(self, waiting: _Waiting, result: Any) -> None:
     self._now = None
+    counts = self.counts[waiting.kind]
     if waiting.result.set_running_or_notify_cancel():
       if isinstance(result, Exception):
+        counts.failed += 1
         waiting.result.set_exception(result)
       else:
+        counts.done += 1
+        counts.tokens += waiting.tokens
+        counts.seconds += self._clock() - waiting.since
         waiting.result.set_result(result)

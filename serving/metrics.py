@@ -19,6 +19,7 @@ from serving.ticket import Ticket
 
 TYPE = CONTENT_TYPE_LATEST
 MODEL = ('model_name',)
+KIND = (*MODEL, 'kind')
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
 LONG = (*SHORT[4:], 10, 20, 40, 80, 160, 320, 640)
 
@@ -68,6 +69,19 @@ TABLE = {
     'counter',
     MODEL,
     'Requests for which there was no room in the queue.',
+  ),
+  'tandem_num_jobs_waiting': (
+    'gauge',
+    MODEL,
+    'Texts to be embedded, and prompts to be scored, that wait.',
+  ),
+  'tandem_jobs_done_total': ('counter', KIND, 'Of these, those that are done, by what they were.'),
+  'tandem_jobs_failed_total': ('counter', KIND, 'Those that have failed.'),
+  'tandem_job_tokens_total': ('counter', KIND, 'Tokens of those that are done.'),
+  'tandem_job_seconds_total': (
+    'counter',
+    KIND,
+    'That those that are done took together, from when each was asked for.',
   ),
   'tandem_time_to_first_token_seconds': (
     'histogram',
@@ -172,4 +186,9 @@ def _values(stats: Stats) -> dict[str, Any]:
     'tandem_request_success_total': {k: n for k, n in stats.finished.items() if k != calls.FAILED},
     'tandem_request_errors_total': stats.errors,
     'tandem_requests_refused_total': stats.refused,
+    'tandem_num_jobs_waiting': stats.jobs_waiting,
+    'tandem_jobs_done_total': {kind: each.done for kind, each in stats.jobs.items()},
+    'tandem_jobs_failed_total': {kind: each.failed for kind, each in stats.jobs.items()},
+    'tandem_job_tokens_total': {kind: each.tokens for kind, each in stats.jobs.items()},
+    'tandem_job_seconds_total': {kind: each.seconds for kind, each in stats.jobs.items()},
   }

@@ -128,7 +128,7 @@ class Running(Desk):
     while not self._closing:
       self._wake.clear()
       if self._gone:
-        raise calls.Lost(self._gone)
+        raise calls.EngineLost(self._gone)
       more = self._step()
       if self.state == calls.DRAINING and self.idle:
         break

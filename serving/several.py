@@ -28,7 +28,7 @@ from decode.loop import Chunk
 from decode.sizes import Request, Sizes
 from parallel import hosts
 from parallel.messages import PATIENCE, Messages
-from serving.call import Lost
+from serving.call import EngineLost
 from serving.rows import EngineRows, sizes_for
 
 NAME = 'serving'
@@ -112,7 +112,7 @@ class LeadingRows(EngineRows):
     self._do('release', list(rows))
 
   def reset(self) -> None:
-    raise Lost(LOST.format(hosts.count()))
+    raise EngineLost(LOST.format(hosts.count()))
 
   def _do(self, name: str, *arguments: Any) -> Any:
     """What EngineRows does, with the others."""
@@ -183,13 +183,13 @@ def heed(say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def _ending() -> Iterator[None]:
-  """Within, an error is Lost; but where a constraint has to wait, which the others find, too."""
+  """Within, an error is EngineLost; but that a constraint has to wait, the others find as well."""
   try:
     yield
   except NoRoom:
     raise
   except Exception as error:
-    raise Lost(LOST.format(hosts.count())) from error
+    raise EngineLost(LOST.format(hosts.count())) from error
 
 
 def _check(rows: EngineRows, scores: bool, pooling: str) -> None:

@@ -12,8 +12,10 @@ from starlette.testclient import TestClient
 
 from data.tokenizers import ByteTokenizer
 from decode.embedder import check_pooling
-from serving.fake import FakeService
+from serving.call import Call, JobCounts, Limits, QueueFull
+from serving.fake import SIZES as SMALL, FakeService
 from serving.http import app
+from serving.metrics import Metrics
 from serving.running import Running
 from serving.wire import Served
 from tests.decode.small import config_of, generator_of
@@ -130,3 +132,39 @@ def test_forms_of_answers():
   with TestClient(app(FakeService(ByteTokenizer()), Served(name='m'), hosts=['*'])) as client:
     refused = client.post('/v1/embeddings', json={'input': 'a'})
     assert refused.status_code == 404 and '--pooling=last' in refused.json()['error']['message']
+
+
+def test_jobs_are_counted_by_kind():
+  """With their tokens, and the time that they took; what fails and what is refused, too."""
+
+  served = FakeService(
+    ByteTokenizer(), scores=True, embeds=True, limits=Limits(waiting=2), sizes=SMALL
+  )
+  first = served.embed([[5, 6, 7], [8]], '')
+  served.score(Call(prompt=[5, 6, 7, 8, 9]), 0)
+  with pytest.raises(QueueFull):
+    served.embed([[5]], '')
+  assert served.stats().jobs_waiting == 2 and served.stats().refused == 1
+  served.clock.advance(2.0)
+  served.run()
+  assert len(first.result(0)) == 2
+  served._embedder = lambda texts, front: _failing()
+  lost = served.embed([[5]], '')
+  served.run()
+  assert lost.exception(0) is not None
+  stats = served.stats()
+  assert stats.jobs['embedding'] == JobCounts(done=1, failed=1, tokens=4, seconds=2.0)
+  assert (stats.jobs['score'].done, stats.jobs['score'].tokens) == (1, 5)
+  said = Metrics(served, 'm').text().decode()
+  for line in (
+    'tandem_jobs_done_total{kind="embedding",model_name="m"} 1.0',
+    'tandem_job_tokens_total{kind="score",model_name="m"} 5.0',
+    'tandem_job_seconds_total{kind="embedding",model_name="m"} 2.0',
+    'tandem_num_jobs_waiting{model_name="m"} 0.0',
+  ):
+    assert line in said, said
+
+
+def _failing():
+  yield
+  raise RuntimeError('no device')
