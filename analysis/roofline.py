@@ -1,7 +1,7 @@
 """How long would a compiled program take? The roofline, and a walk along its schedule.
 
 TPU: XLA operations take their estimated cycles / clock, Pallas kernels what they declare on the
-roofline, our attention the bundles of its tiles if that is more, collectives what their bytes take
+roofline, our attention and experts their bundles if that is more, collectives what their bytes take
 on the links, less what runs beside them. Against hardware this came within 10% on forward attention
 kernels and was optimistic backward; stalls of memory, throttling and imbalance are not modelled: it
 ranks, it does not certify.
@@ -31,6 +31,7 @@ from model import flops as counts
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
 # Kernels of kernels.flash_tpu, by name.
 ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}
+GROUPED = 'grouped_(forward|rows|matrices)'  # kernels of kernels.grouped_matmul_tpu
 # cuDNN's attention: products by direction, and the share of an H100's peak that was published for
 # head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
 # backward (arXiv:2407.08608, figures 5 and 6).
@@ -39,12 +40,10 @@ CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
 CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52
 # Bytes/s of a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
 HOST_BANDWIDTH = 16e9
-ERROR = {
-  'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls '
-  'dominate; it ranks, it does not certify',
-  'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak '
-  f'compute and {EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%',
-}
+GPU_ERROR = (
+  f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute '
+  f'and {EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%'
+)
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is the part that is written
 _NOTABLE = 1e6  # bytes of an operation from which it is said that nothing else is known of it
@@ -61,6 +60,7 @@ class Prediction:
     copies: waits for transfers to and from host memory or VMEM.
     links: (kind, mesh axes) -> seconds that those collectives take.
     exposed: of these, what a chip waits for them, beside no work.
+    between: of these, what passes from the starts of those that are started to what waits for them.
     roofline: 'compute', 'memory', 'links AXES' and 'network AXES' (between slices or nodes) ->
       seconds that each would take alone; `bound` names the largest.
     flops: hardware FLOPs of a chip.
@@ -74,6 +74,7 @@ class Prediction:
   copies: float
   links: dict[tuple[str, tuple[str, ...]], float]
   exposed: dict[tuple[str, tuple[str, ...]], float]
+  between: dict[tuple[str, tuple[str, ...]], float]
   roofline: dict[str, float]
   flops: float
   memory_bytes: float
@@ -82,6 +83,11 @@ class Prediction:
   @property
   def bound(self) -> str:
     return max(self.roofline, key=self.roofline.get)
+
+  @property
+  def exposed_share(self) -> float:
+    """Of the time that collectives take, what a chip waits for them; 0 where there are none."""
+    return sum(self.exposed.values()) / (sum(self.links.values()) or 1.0)
 
 
 class Cost(NamedTuple):
@@ -141,6 +147,23 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
   # The mask cuts an unknown share of the tiles: they count as half whole and half masked.
   tiles = declared(i).transcendentals / TILE**2
   return tiles * (step.whole + step.masked) / 2 / (chip.clock * cores)
+
+
+def grouped_seconds(i: Instruction, chip: Chip) -> float | None:
+  """What the matrix unit takes for the rows that one of the experts' kernels declares, by the
+  bundles of its chunks (kernels.tuning); None for another kernel. Raises LookupError for one
+  without an entry.
+  """
+  kernel = re.search(GROUPED, i.name)  # behind which derivative it is
+  if kernel is None:
+    return None
+  shares = (tuning.grouped_share(kind, kernel[0]) for kind in chip.kinds)
+  share = next(filter(None, shares), None)
+  if share is None:
+    raise LookupError(
+      f'experts: no bundles are tabled for a {chip.name}, so their FLOPs at the peak'
+    )
+  return declared(i).flops / (chip.bfloat16 / chip.devices * share)
 
 
 def cudnn_flops(i: Instruction) -> float | None:
@@ -235,7 +258,7 @@ class _Walk:
     sums, self_time = collections.Counter(), 0.0
     # Links, network and copies each do one thing at a time, beside the computation: `free` and
     # `dma_free` say when they are done with what they have been given. What was started is pending,
-    # as when it is ready, and what the wait for it would be counted as.
+    # as when it is ready, what the wait for it would be counted as, and when it was started.
     pending = {}
     free = collections.Counter()
     dma_free = 0.0
@@ -257,16 +280,23 @@ class _Walk:
         sums['network', collective.kind, collective.axes] += far
         waited = ('exposed', collective.kind, collective.axes)
         free[lane] = max(self_time, free[lane]) + near + far
+        if collective.rings:
+          self._assume(
+            'collectives on the SparseCore take what the links of their rings do, beside the '
+            'TensorCore; what they read and write of main memory meanwhile was not counted'
+          )
         if collective.started:
-          pending[i.name] = (free[lane], waited)
+          pending[i.name] = (free[lane], waited, self_time)
         else:
           sums[waited] += free[lane] - self_time
           self_time = free[lane]
       elif i.opcode.endswith('-start'):
         dma_free = max(self_time, dma_free) + self._transfer(computation, i)
-        pending[i.name] = (dma_free, 'copies')
+        pending[i.name] = (dma_free, 'copies', self_time)
       elif i.opcode.endswith('-done') or schedule.ends(self.module, i):
-        ready, kind = pending[self._origin(computation, i, pending)]
+        ready, kind, began = pending[self._origin(computation, i, pending)]
+        if kind != 'copies':
+          sums['between', *kind[1:]] += self_time - began
         sums[kind] += max(0.0, ready - self_time)
         self_time = max(self_time, ready)
       else:
@@ -374,7 +404,7 @@ class _Walk:
       )
       return self._roofline(self._products(computation, i), moved)
     if self.tpu:
-      least = self._attention(computation, i)
+      least = self._by_bundles(computation, i)
     else:
       least = cost.flops / (self.peak * FLASH_EFFICIENCY)
       self._assume(
@@ -383,15 +413,21 @@ class _Walk:
       )
     return max(self._roofline(cost.flops, cost.moved), least)
 
-  def _attention(self, computation, i):
+  def _by_bundles(self, computation, i):
     """Seconds by the bundles of its tiles; 0 of a kernel of which that is not known."""
     try:
       seconds = attention_seconds(self.module, computation, i, self.chip)
+      if seconds is not None:
+        self._assume('attention kernels: the bundles of their tiles, half of which a mask cuts')
+        return seconds
+      seconds = grouped_seconds(i, self.chip)
     except LookupError as error:
       self._assume(str(error))
       return 0.0
     if seconds is not None:
-      self._assume('attention kernels: the bundles of their tiles, half of which a mask cuts')
+      self._assume(
+        'experts: rows of a balanced routing, each group with a chunk of rows more, by bundles'
+      )
     return seconds or 0.0
 
 
@@ -428,13 +464,15 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
   sums = walk.run(module.entry)
   flops, moved = _totals(module)
   roofline = collections.Counter({'compute': flops / walk.peak, 'memory': moved / walk.memory})
-  links, exposed = collections.Counter(), {}
+  links, exposed, between = collections.Counter(), {}, {}
   for key, value in sums.items():
     if key[0] in ('links', 'network') and value:
       links[key[1:]] += value
       roofline[f'{key[0]} {" x ".join(key[2]) or "of one device"}'] += value
     elif key[0] == 'exposed':
       exposed[key[1:]] = value
+    elif key[0] == 'between':
+      between[key[1:]] = value
 
   return Prediction(
     sums['time'],
@@ -443,6 +481,7 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
     sums['copies'],
     dict(links),
     exposed,
+    between,
     dict(roofline),
     flops,
     moved,

@@ -26,7 +26,8 @@ from flax import nnx
 import commands
 from analysis import aot, hlo
 from benchmarks import common
-from kernels.grouped_matmul import block_rows, grouped_matmul
+from kernels.grouped_blocks import block_rows
+from kernels.grouped_matmul import grouped_matmul
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward
 from model.moe import MoE

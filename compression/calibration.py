@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import grouped_matmul
+from kernels.grouped_matmul import grouped_matmul
 from model.params import by_name, is_param, name_of
 from model.weights import read
 from model.weights.above import Above
@@ -106,8 +106,8 @@ class Watched(Above):
   def each(self, rows):
     return self.base.each(_seen(_of_each, rows, self.zeros, None))
 
-  def grouped(self, rows, sizes, expert):
-    return self.base.grouped(_seen(_of_groups, rows, self.zeros, (sizes, expert)), sizes, expert)
+  def grouped(self, rows, groups):
+    return self.base.grouped(_seen(_of_groups, rows, self.zeros, groups), groups)
 
 
 def _seen(count: Callable, x, zeros: InputStatistics, which):
@@ -145,18 +145,18 @@ def _of_each(x, zeros, _):
   return jax.vmap(_summed)(x, (x != 0).any(-1).sum(-1, dtype=jnp.float32), products)
 
 
-def _of_groups(x, zeros, which):
+def _of_groups(x, zeros, groups):
   """x [M, I], sorted by expert."""
-  (sizes, expert), E = which, zeros.count.shape[0]
+  sizes, E = groups.sizes, zeros.count.shape[0]
   mine = (jnp.arange(len(x)) < sizes.sum())[:, None]
   x = jnp.where(mine, x.astype(jnp.float32), 0)
   products = None
   if zeros.products is not None:
     # The gradient of the matrices is the sum of outer products of each group.
-    _, pulled = jax.vjp(lambda w: grouped_matmul.blocked(x, w, sizes), zeros.products)
+    _, pulled = jax.vjp(lambda w: grouped_matmul(x, w, sizes), zeros.products)
     (products,) = pulled(x)
-  total = [jax.ops.segment_sum(y, expert, E) for y in (jnp.abs(x), jnp.square(x))]
-  largest = jnp.maximum(jax.ops.segment_max(jnp.abs(x), expert, E), 0)
+  total = [jax.ops.segment_sum(y, groups.of_row, E) for y in (jnp.abs(x), jnp.square(x))]
+  largest = jnp.maximum(jax.ops.segment_max(jnp.abs(x), groups.of_row, E), 0)
   return InputStatistics(sizes.astype(jnp.float32), *total, largest, products)
 
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+import files
 import names
 from data import cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
@@ -88,11 +89,11 @@ def corpus_key(config: DataConfig) -> str:
   """
   import importlib.metadata
 
-  memo = pathlib.Path(config.cache_dir) / 'sources.json'
+  memo = files.kept(config.cache_dir) / 'sources.json'
   trained = config.tokenizer.trained
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
-    within = tokenizers.of(config.tokenizer.kind).paths(config.tokenizer.path)
+    within = tokenizers.of(config.tokenizer.kind).paths(files.here(config.tokenizer.path))
     settings['path'] = sources.content_digest([str(file) for file in within], memo)
 
   cleaning = dataclasses.asdict(config.clean)
@@ -201,7 +202,7 @@ def _cleaned(
       counts['read'].update(documents=1, characters=len(text))
       yield text
 
-  large = sum(map(os.path.getsize, sources.paths(source))) > PARALLEL_BYTES
+  large = sum(map(sources.size, sources.paths(source))) > PARALLEL_BYTES
   for document in clean.clean_all(
     reading(), config.clean, workers=(os.cpu_count() or 1) if large else 1
   ):

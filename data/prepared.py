@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import files
-from data import building, cache, shards, tokenizers
+from data import building, cache, mirrored, shards, tokenizers
 from data.config import DataConfig, SourceConfig
 from data.tokenizer import Tokenizer
 
@@ -81,10 +81,15 @@ def kept(
     rows: how training rows are filled; None: with documents, of config.sequence_length.
   """
   rows = rows or shards.Rows(config.sequence_length)
-  directory = pathlib.Path(config.cache_dir) / key
-  building.once(directory, lambda partial: build(config, partial, log), log)
+  place = files.kept(config.cache_dir)
+  directory = place / key
+
+  def once(name: str, build: Callable) -> None:
+    building.once(place / name, mirrored.built(config.cache_dir, name, build, log), log)
+
+  once(key, lambda partial: build(config, partial, log))
   plan = directory / rows.name
-  building.once(plan, lambda partial: _build_plan(rows, directory, partial, log), log)
+  once(f'{key}/{rows.name}', lambda partial: _build_plan(rows, directory, partial, log))
   return _load(config, directory, plan, rows, log)
 
 

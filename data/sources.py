@@ -70,9 +70,7 @@ def paths(source: SourceConfig) -> list[str]:
       matches += [os.path.join(directory, name) for name in names if name.endswith('.py')]
     where = f'the standard library at {root}'
   else:
-    matches = [
-      path for path in set(_matches(os.path.expanduser(source.path))) if os.path.isfile(path)
-    ]
+    matches = found(source.path)
     where = f'path={source.path!r} (seen from {os.getcwd()})'
     if os.path.isdir(os.path.expanduser(source.path)):
       where += f", which is a folder: path='{source.path.rstrip('/')}/**/*' takes all files in it"
@@ -83,6 +81,18 @@ def paths(source: SourceConfig) -> list[str]:
   compressed.check(matches)
   # By their bytes: what a name's characters are depends on the locale.
   return sorted(matches, key=os.fsencode)
+
+
+def found(pattern: str) -> list[str]:
+  """The files that a glob matches."""
+  if files.remote(pattern):
+    return [str(place) for place in files.place(pattern).matching()]
+  return [path for path in set(_matches(os.path.expanduser(pattern))) if os.path.isfile(path)]
+
+
+def size(path: str) -> int:
+  """In bytes."""
+  return files.place(path).stat().st_size
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -306,14 +316,15 @@ def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
   changed = False
   total = hashlib.blake2b(digest_size=16)
   for path in names:
-    status = os.stat(path)
-    name = os.path.abspath(path)
+    status = files.place(path).stat()
+    name = path if files.remote(path) else os.path.abspath(path)
+    version = [status.st_size, status.tag if files.remote(path) else status.st_mtime_ns]
     entry = memo.get(name)
-    if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+    if entry is None or entry[:2] != version:
       now = time.time()
-      with open(path, 'rb') as file:
+      with files.stream(path) as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-      entry = [status.st_size, status.st_mtime_ns, digest]
+      entry = [*version, digest]
       if now - status.st_mtime > RACY_SECONDS:
         memo[name], changed = entry, True
     total.update(os.fsencode(os.path.basename(path)) + f'\0{entry[2]}\n'.encode())

@@ -2,156 +2,103 @@
 group, as experts want them.
 
 `reference`: the jnp oracle, each row with its own copy of its matrix, [M, D, F] in memory.
-`blocked`: a scan over blocks of rows of one group each, at most 1.25 times the ideal work. `auto`:
-`blocked`. `lax.ragged_dot` is not among them: XLA expands it to a product per group and row, E
-times the work, on GPU always and on TPU for the gradient of the matrices up to jax 0.10.2
-(benchmarks/grouped_matmul.py).
+`blocked`: a scan over blocks of rows of one group each, at most 1.25 times the ideal work
+(kernels.grouped_blocks). `pallas_tpu`: a kernel that computes what rows there are
+(kernels.grouped_matmul_tpu). `auto`: that on a TPU where it takes the operands, else `blocked`;
+which it is is printed once. `lax.ragged_dot` is not among them: XLA expands it to a product per
+group and row, E times the work, on GPU always and on TPU for the gradient of the matrices up to jax
+0.10.2 (benchmarks/grouped_matmul.py). A kernel for GPUs is not there yet.
 
-M rows · E groups · D width of a row · F width of a product · b rows of a block
+M rows · E groups · D width of a row · F width of a product
 """
 
+import dataclasses
+import functools
+import sys
+from typing import Any
+
 import jax
-import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 import names
+from parallel import mesh
 
-# Rows a block: what a vector register holds, and what feeds a matrix unit from memory without
-# waiting.
-LEAST, MOST = 8, 512
+# Imported when it is asked for.
+BACKENDS = {
+  'reference': 'kernels.grouped_blocks.reference',
+  'blocked': 'kernels.grouped_blocks.blocked',
+  'pallas_tpu': 'kernels.grouped_matmul_tpu.grouped',
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowGroups:
+  """How rows lie in groups, and what multiplies them.
+
+  The fields are annotated Any because JAX rebuilds registered dataclasses with tracers.
+
+  Attributes:
+    sizes: rows of each group, int32 [E]. of_row: which group a row is of, below E also behind the
+      last group's, int32 [M].
+    backend, filled: see grouped_matmul.
+  """
+
+  sizes: Any
+  of_row: Any
+  backend: str = dataclasses.field(default='auto', metadata={'static': True})
+  filled: int = dataclasses.field(default=0, metadata={'static': True})
+
+  def multiply(self, x: Float[Array, 'M D'], w: Array) -> Float[Array, 'M F']:
+    return grouped_matmul(x, w, self.sizes, backend=self.backend, filled=self.filled)
 
 
 def grouped_matmul(
-  x: Float[Array, 'M D'], w: Float[Array, 'E D F'], sizes: Int[Array, 'E'], *, backend: str = 'auto'
+  x: Float[Array, 'M D'],
+  w: Float[Array, 'E D F'] | Int[Array, 'E D F'],
+  sizes: Int[Array, 'E'],
+  *,
+  backend: str = 'auto',
+  filled: int = 0,
 ) -> Float[Array, 'M F']:
   """The first sizes[0] rows times w[0], the next sizes[1] rows times w[1], and so on;
   differentiable in x and w.
 
   Args:
+    w: in x's type, or int8, whose numbers are made as they multiply.
     sizes: rows of each group; their sum is at most M. Rows behind it are zeros in the result and
       contribute nothing to gradients, whatever they hold, NaN included.
-    backend: 'auto', 'reference' or 'blocked'.
+    backend: 'auto' or one of BACKENDS.
+    filled: how many rows are expected in all groups together, which a kernel's cost is declared by
+      and nothing else depends on; 0: all.
   Returns: the products, summed in f32 (or wider, as x is), in x's type.
-  Raises ValueError for an unknown backend, or when x and w differ in type.
+  Raises: ValueError for an unknown backend, or when x and w differ in type; NotImplementedError for
+    operands that the backend does not take.
   """
-  if x.dtype != w.dtype:
+  if w.dtype not in (x.dtype, 'int8'):
     raise ValueError(
       f'rows are {x.dtype} and matrices {w.dtype}; cast one of them, nothing is cast here'
     )
-  names.check('grouped_matmul backend', backend, ('auto', *BACKENDS))
-  return BACKENDS['blocked' if backend == 'auto' else backend](x, w, sizes)
+  backend = chosen(x, w, backend)
+  if backend == 'pallas_tpu':
+    return names.imported(BACKENDS[backend])(x, w, sizes, filled or x.shape[0])
+  return names.imported(BACKENDS[backend])(x, w, sizes)
 
 
-def reference(x, w, sizes):
-  """Same contract as grouped_matmul, obviously right: each row has its own matrix."""
-  ends = jnp.cumsum(sizes)
-  row = jnp.arange(x.shape[0], dtype=sizes.dtype)
-  group = (row[:, None] >= ends[None]).sum(1)
-  used = row < ends[-1]
-  mine = w.astype(_wide(x))[jnp.minimum(group, len(w) - 1)]
-  y = jnp.einsum('MD,MDF->MF', _keep(x, used).astype(mine.dtype), mine)
-  return _keep(y, used).astype(x.dtype)  # kept here too, so that no gradient comes back from there
-
-
-@jax.custom_vjp
-def blocked(x, w, sizes):
-  """Same contract as grouped_matmul: block by block, the backward pass too."""
-  return _products(x, w, sizes, 'MD,DF->MF')
-
-
-def _forward(x, w, sizes):
-  return blocked(x, w, sizes), (x, w, sizes)
-
-
-def _backward(residuals, dy):
-  x, w, sizes = residuals
-  return _products(dy, w, sizes, 'MF,DF->MD'), _outer_products(x, dy, w, sizes), None
-
-
-blocked.defvjp(_forward, _backward)
-BACKENDS = {'reference': reference, 'blocked': blocked}
-
-
-def block_rows(M: int, E: int) -> int:
-  """Rows of a block: the largest power of two that pads by at most a quarter, between LEAST and
-  MOST (and no more than M).
-
-  Every group may leave its last block all but empty, which is E * (b - 1) rows at worst and half of
-  that on average.
+def chosen(x, w, backend: str) -> str:
+  """The backend of these operands: what `auto` means on the platform that is compiled for is said
+  once. Raises ValueError for one that is unknown.
   """
-  return min(M, MOST, max(LEAST, 1 << max(0, (M // (4 * E)).bit_length() - 1)))
+  if names.check('grouped_matmul backend', backend, ('auto', *BACKENDS)) != 'auto':
+    return backend
+  if mesh.platform() != 'tpu':
+    return 'blocked'
+  refusal = names.imported('kernels.grouped_matmul_tpu.refusal')(x, w, automatic=True)
+  return _said('blocked' if refusal else 'pallas_tpu', refusal)
 
 
-def _products(x, w, sizes, formula):
-  """Rows times the matrix of their group; each block writes its own rows and leaves the others as
-  they are.
-  """
-  M, F = x.shape[0], w.shape['EDF'.index(formula[-1])]
-  b = block_rows(M, w.shape[0])
-
-  def product(y, group, start, mine):
-    part = jnp.einsum(
-      formula, _cut(x, start, mine), w[group], preferred_element_type=_wide(x)
-    ).astype(x.dtype)
-    kept = jax.lax.dynamic_slice_in_dim(y, start, b, 0)
-    return jax.lax.dynamic_update_slice_in_dim(y, jnp.where(mine[:, None], part, kept), start, 0)
-
-  return _scan(product, jnp.zeros((M, F), x.dtype), sizes, M, b)
-
-
-def _outer_products(x, dy, w, sizes):
-  """The gradient of the matrices: summed in place, in f32."""
-  M = x.shape[0]
-
-  def add(dw, group, start, mine):
-    part = jnp.einsum(
-      'MD,MF->DF', _cut(x, start, mine), _cut(dy, start, mine), preferred_element_type=dw.dtype
-    )
-    return dw.at[group].add(part)
-
-  dw = _scan(add, jnp.zeros(w.shape, _wide(x)), sizes, M, block_rows(M, w.shape[0]))
-  # Else what scatters it to shards decides about its layout in the loop, where XLA for TPU then
-  # transposes a matrix for every block.
-  return with_layout_constraint(dw, Layout(major_to_minor=(0, 1, 2))).astype(w.dtype)
-
-
-def _scan(update, carry, sizes, M, b):
-  """`update(carry, group, start, mine)` block by block: b rows from `start` on, of which `mine` [b]
-  are the group's.
-
-  Blocks left over have no row and change nothing. They are computed all the same: a lax.cond around
-  the update saved no time on a CPU, and makes XLA for GPU copy the whole carry in every step (jax
-  0.10.2).
-  """
-  E = len(sizes)
-  blocks = -(-sizes // b)
-  last = jnp.cumsum(blocks)
-  # No division of M rows among the groups needs more blocks, so their number is static.
-  index = jnp.arange((M + min(E, M) * (b - 1)) // b, dtype=sizes.dtype)
-  group = jnp.minimum((index[:, None] >= last[None]).sum(1), E - 1)
-  within = (index - (last - blocks)[group]) * b
-  first = (jnp.cumsum(sizes) - sizes)[group] + within
-  rows = jnp.clip(sizes[group] - within, 0, b)
-
-  def block(carry, found):
-    group, first, rows = found
-    start = jnp.minimum(first, M - b)  # the last block would reach over the end
-    row = start + jnp.arange(b, dtype=start.dtype)
-    mine = (row >= first) & (row < first + rows)
-    return update(carry, group, start, mine), None
-
-  return jax.lax.scan(block, carry, (group, first, rows))[0]
-
-
-def _cut(x, start, mine):
-  """A block of rows, zeros where they are another group's or nobody's."""
-  return _keep(jax.lax.dynamic_slice_in_dim(x, start, mine.size, 0), mine)
-
-
-def _keep(x, rows):
-  return jnp.where(rows[:, None], x, jnp.zeros((), x.dtype))
-
-
-def _wide(x):
-  return jnp.promote_types(x.dtype, jnp.float32)
+@functools.cache
+def _said(chosen: str, why: str) -> str:
+  if jax.process_index() == 0:
+    print(f"experts: 'auto' is {chosen!r} on a tpu{why and f' for {why}'}", file=sys.stderr)
+  return chosen

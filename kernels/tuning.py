@@ -1,8 +1,9 @@
-"""How large are the steps of our attention on a TPU, and what do they take? A table, written by
-`benchmarks.tpu_schedule --tune`.
+"""How large are the steps of our attention on a TPU, and what do they take? And what share of the
+matrix unit do experts use? Tables, written by `benchmarks.tpu_schedule --tune` and
+`benchmarks.grouped_schedule --write`.
 
-It was made with a compiler, not on a TPU: final instruction bundles of a tile, 1024 x 1024 pairs of
-a query and a key (analysis.bundles).
+They were made with a compiler, not on a TPU: final instruction bundles of a tile, 1024 x 1024 pairs
+of a query and a key, and of a chunk of rows (analysis.bundles).
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import pathlib
 
 TILE = 1024
 TABLE = pathlib.Path(__file__).with_name('tuning.json')
+GROUPED = TABLE.with_name('grouped.json')
 VMEM = {
   'TPU v4': 16 << 20,
   'TPU v5 lite': 128 << 20,
@@ -57,3 +59,11 @@ def lookup(kind: str, direction: str, width: int) -> Tuning | None:
 @functools.cache
 def _table() -> dict:
   return json.loads(TABLE.read_text())
+
+
+def grouped_share(kind: str, kernel: str) -> float | None:
+  """Of the matrix unit's peak, by bundles, that a kernel of kernels.grouped_matmul_tpu reaches;
+  None for an unknown kind.
+  """
+  shares = json.loads(GROUPED.read_text())['shares'].get(kind, {}) if GROUPED.exists() else {}
+  return shares.get(kernel)

@@ -10,6 +10,7 @@ import dataclasses
 from kernels.attention import HONOURS
 from kernels.blocks import Blocks
 from kernels.context import STRATEGIES
+from kernels.grouped_matmul import BACKENDS
 from model.parts import check
 from parallel.pipeline import PipelineConfig
 from parallel.remat import POLICIES, Remat
@@ -19,6 +20,7 @@ CHOICES = {
   'parameter_dtype': ('float32', 'bfloat16'),
   'attention': ('auto', *HONOURS),
   'context': STRATEGIES,
+  'experts': ('auto', *BACKENDS),
   'remat': tuple(POLICIES),
 }
 # What may change when a run goes on. The others decide what lies in its checkpoints: of which
@@ -27,6 +29,7 @@ FREE = (
   'attention',
   'attention_blocks',
   'context',
+  'experts',
   'remat',
   'remat_save',
   'remat_offload',
@@ -43,6 +46,7 @@ class ExecutionConfig:
     attention: backend of kernels.attention. attention_blocks: what its kernels work on at a time,
       see kernels.blocks.
     context: how devices that share a row attend to all of it (kernels.context).
+    experts: backend of kernels.grouped_matmul, by which experts multiply their tokens.
     remat, remat_save, remat_offload: what is kept of each block for the backward pass, see
       parallel.remat.Remat.
     stored: how matrices lie in memory and in checkpoints, PATTERN=SCHEME each
@@ -61,6 +65,7 @@ class ExecutionConfig:
   attention: str = 'auto'
   attention_blocks: Blocks = Blocks()
   context: str = 'ring'
+  experts: str = 'auto'
   remat: str = 'none'
   remat_save: tuple[str, ...] = ()
   remat_offload: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels.grouped_matmul import RowGroups, chosen
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param
@@ -34,7 +35,9 @@ from parallel.experts import (
 ROUTING = 'router', 'router_bias', 'selection_bias'
 EXPERTS = 'gate', 'up', 'down', 'gate_bias', 'up_bias', 'down_bias'
 LANES = 128  # of a vector register
-PIECE = 4096  # columns of the feed-forward width that are gathered and computed at once
+# Columns of the feed-forward width that are gathered and computed at once; more where a matrix of
+# all experts here has no more numbers than WHOLE: a sum over pieces is written and read for each.
+PIECE, WHOLE = 4096, 1 << 27
 STATS = {'load': (None,), 'dropped': (), 'balance_loss': (), 'router_z_loss': ()}
 
 
@@ -67,6 +70,7 @@ class MoE(nnx.Module):
       raise ValueError('model.moe.experts=0: a mixture of experts needs at least one')
     F, biased = moe.feed_forward or config.F, config.biases == 'all'
     self.moe, self.dtype, self.activation = moe, config.execution.dtype, config.activation
+    self.backend = config.execution.experts
     inner, outer = (
       ('experts', 'expert_embed', 'feed_forward'),
       ('experts', 'feed_forward', 'expert_embed'),
@@ -118,9 +122,8 @@ class MoE(nnx.Module):
       ),
       'sequence' in tokens,
     )
-    run = functools.partial(
-      _layer, moe=self.moe, activation=self.activation, axes=axes, dtype=self.dtype
-    )
+    choices = dict(activation=self.activation, dtype=self.dtype, backend=self.backend)
+    run = functools.partial(_layer, moe=self.moe, axes=axes, **choices)
     everywhere = {name: (None,) * value.ndim for name, value in routing.items()}
     y, stats = ax.local(run, (tokens, ('batch', 'length'), everywhere, layout), (tokens, STATS))(
       ax.place(x, *tokens), segments, routing, experts
@@ -140,7 +143,7 @@ def moved(
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
+def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype, backend):
   """What a device does: x [B, T, D] are its tokens, `experts` its shards of the weights."""
   x = (
     jax.lax.all_gather(x, axes.columns, axis=1, tiled=True) if axes.sequence and axes.columns else x
@@ -177,10 +180,13 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype):
 
   # Where no shards are gathered, pieces buy little: compiled for v5p, layers of Mixtral take 27%
   # less to 3% more memory whole than in pieces, which compute 30% more with remat 'none'.
-  pieces = _pieces(experts['up'].shape[2]) if axes.shards else 1
+  columns = max(PIECE, WHOLE // (len(routing['router']) * experts['up'].shape[0]))
+  pieces = _pieces(experts['up'].shape[2], columns) if axes.shards else 1
   compute = functools.partial(_in_pieces, activation=activation, gather=gather, pieces=pieces)
-  y = DISPATCHES[moe.dispatch](x, expert, gates, experts, moe=moe, compute=compute, axes=axes)
-  y = y.astype(x.dtype).reshape(B, T, D)
+  dispatch = functools.partial(DISPATCHES[moe.dispatch], moe=moe, axes=axes, backend=backend)
+  y = dispatch(x, expert, gates, experts, compute=compute)
+  # Of padding zeros anyway, but its gradient may hold anything, too.
+  y = jnp.where(real[:, None], y.astype(x.dtype), 0).reshape(B, T, D)
   if axes.sequence and axes.columns:
     return jax.lax.psum_scatter(y, axes.columns, scatter_dimension=1, tiled=True), stats
   return _sum_over(y, axes.columns), stats
@@ -249,13 +255,13 @@ def _losses(logits, scores, choices, real, moe, axes):
   }
 
 
-def dense(x, expert, gates, experts, *, moe, compute, axes):
+def dense(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Every expert computes every token: obviously right.
 
   All dispatches take and give the same, but for what capacity drops.
 
   x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere
-  experts: stored weights by name, of those here.
+  experts: stored weights by name, of those here. backend: of grouped products, where there are any.
   Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over
   axes.columns.
   """
@@ -285,19 +291,21 @@ def dense(x, expert, gates, experts, *, moe, compute, axes):
   )
 
 
-def dropless(x, expert, gates, experts, *, moe, compute, axes):
+def dropless(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Each choice is computed, whatever the routing: on one device at once, on several in rounds."""
-  run = functools.partial(_sorted, compute=compute)
+  # Of an exchange's slots those are filled that a balanced routing needs.
+  run = functools.partial(_sorted, compute=compute, backend=backend, filled=expert.size)
   if not axes.experts:
-    y = run(jnp.repeat(x, expert.shape[1], 0), gates.reshape(-1), expert.reshape(-1), experts)
-    return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
+    # First choices before second ones: a sum over the first dimension is of whole registers.
+    y = run(x, gates.T.reshape(-1), expert.T.reshape(-1), experts)
+    return y.reshape(-1, *x.shape).sum(0, dtype=jnp.float32)
   E = experts['up'].shape[0]
   exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
   rounds = plan(expert, exchange, axes.rows + axes.length + axes.columns)
   return in_rounds(run, exchange, x, gates, experts, rounds)
 
 
-def capacity(x, expert, gates, experts, *, moe, compute, axes):
+def capacity(x, expert, gates, experts, *, moe, compute, axes, backend):
   """Each expert computes C slots of each device, filled or not.
 
   The caller has sent to nowhere what does not fit.
@@ -318,40 +326,45 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes):
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
-def _sorted(rows, gates, expert, experts, *, compute):
-  """Rows [M, D], each through its expert [M] and times its gate [M].
+def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
+  """Rows, each through its experts [M] and times their gates [M]: [M, D]. Of several choices all
+  rows' first ones come first.
 
   One grouped product per weight, of rows sorted by expert.
   E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
   """
-  E = experts['up'].shape[0]
-  if E == 1:
+  E, up = experts['up'].shape[0], experts['up']
+  if E == 1 and chosen(rows, up, backend) != 'pallas_tpu':  # which leaves empty slots out
     return compute(rows[None], experts, _each, gates[None])[0]
   # Sorted, an expert's rows lie side by side, those of none at the end: one product for all experts
   # goes through them group by group, and none is filled up to the size of the largest.
   order = jnp.argsort(expert, stable=True)
   position = inverse(order, order.size)
-  sizes = count(expert, E)
-  sorted_expert = jnp.minimum(expert[order], E - 1)
+  groups = RowGroups(count(expert, E), jnp.minimum(expert[order], E - 1), backend, filled)
 
-  def product(rows, w, bias):
-    y = w.grouped(rows, sizes, sorted_expert)
-    return y if bias is None else y + bias.rows(sorted_expert)
+  def product(rows, w, bias, gates=None):
+    return _biased(w.grouped(rows, groups), bias and bias.rows(groups.of_row), gates)
 
-  y = compute(_permute(rows, order, position), experts, product, _permute(gates, order, position))
-  return _permute(y, position, order)
+  y = compute(_spread(rows, order, position), experts, product, _spread(gates, order, position))
+  return _spread(y, position, order)
 
 
-def _each(rows, w, bias):
+def _each(rows, w, bias, gates=None):
   """Rows [E, C, D], of each expert as many."""
-  y = w.each(rows)
-  return y if bias is None else y + bias.numbers(rows.dtype)[:, None]
+  return _biased(w.each(rows), bias and bias.numbers(rows.dtype)[:, None], gates)
+
+
+def _biased(y, bias, gates):
+  """Products of rows that were multiplied with their gates, if given, and so is the bias."""
+  if bias is None:
+    return y
+  return y + (bias if gates is None else bias * gates[..., None].astype(bias.dtype))
 
 
 def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces):
-  """act(rows gate) * (rows up) down, of `product(rows, weight, bias)`; in the type of the rows.
+  """act(rows gate) * (rows up) down, of `product(rows, weight, bias, gates)`; in the type of the
+  rows. Times `gates`, if given.
 
-  Times `gates` in f32, if given.
   A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients
   scattered, piece by piece, and what a piece computes is computed again in the backward pass: of a
   model's largest arrays, only a piece is there at a time.
@@ -362,10 +375,12 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
       return product(rows, w[name], w.get(f'{name}_bias'))
 
     h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
-    y = product(h, w['down'], w.get('down_bias'))
-    # Here and not of the sum, or the gradient of the gates would need the sum, and that every piece
-    # once more.
-    return y if gates is None else y.astype(jnp.float32) * gates[..., None]
+    if gates is None:
+      return product(h, w['down'], w.get('down_bias'))
+    # Before the last product and not behind it, or the gradient of the gates would need that once
+    # more.
+    h = (h.astype(jnp.float32) * gates[..., None]).astype(h.dtype)
+    return product(h, w['down'], w.get('down_bias'), gates)
 
   if pieces == 1:
     return feed_forward(gather(experts)).astype(rows.dtype)
@@ -390,13 +405,13 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
   return y.astype(rows.dtype)
 
 
-def _pieces(F):
-  """The fewest equal pieces of whole lanes that are no wider than PIECE; 1 where there are none."""
+def _pieces(F, most=PIECE):
+  """The fewest equal pieces of whole lanes no wider than `most`; 1 where there are none."""
   return next(
     (
       n
       for n in range(1, F + 1)
-      if F % n == 0 and F // n <= PIECE and (n == 1 or F // n % LANES == 0)
+      if F % n == 0 and F // n <= most and (n == 1 or F // n % LANES == 0)
     ),
     1,
   )
@@ -415,6 +430,26 @@ def _permute(x, index, back):
 _permute.defvjp(
   lambda x, index, back: (_permute(x, index, back), (index, back)),
   lambda kept, dy: (_permute(dy, *kept[::-1]), None, None),
+)
+
+
+@jax.custom_vjp
+def _spread(x, order, position):
+  """Rows order[0], order[1], ... of as many copies of x, one behind the other, as that needs; each
+  is there once. As `_permute` otherwise, without a look at every number for rows that are not.
+  """
+  return x.at[order % len(x)].get(mode='promise_in_bounds')
+
+
+def _spread_backward(kept, dy):
+  order, position, shape = kept
+  copies = dy.at[position].get(mode='promise_in_bounds').reshape(-1, *shape)
+  return copies.sum(0, dtype=jnp.float32).astype(dy.dtype), None, None
+
+
+_spread.defvjp(
+  lambda x, order, position: (_spread(x, order, position), (order, position, x.shape)),
+  _spread_backward,
 )
 
 

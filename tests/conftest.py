@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 
 # A trace is a million small objects, most of which stay: to look through them for circles as often
-# as Python does is a seventh of the suite, and to write the stack of each operation into its program
+# as Python does is a seventh of the suite, and to write each operation's stack into its program
 # a twelfth. (Commands that tests start have the latter from the environment, too.)
 gc.set_threshold(200_000, 50, 50)
 os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')

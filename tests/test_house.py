@@ -32,7 +32,7 @@ ROOMS = (
   ['kernels'],
   ['data'],
   ['parallel'],
-  ['files', 'names', 'commands'],
+  ['files', 'names', 'commands', 'remote'],
 )
 FLOOR = {name: len(ROOMS) - i for i, names in enumerate(ROOMS) for name in names}
 # Generator.load('runs/x') is where a person begins who has a directory; python -m data.prepare

@@ -42,8 +42,8 @@ class Activated(Above):
   def each(self, rows):
     return self.base.each(rows)
 
-  def grouped(self, rows, sizes, expert):
-    return self.base.grouped(rows, sizes, expert)
+  def grouped(self, rows, groups):
+    return self.base.grouped(rows, groups)
 
   def product(self, formula, x, dtype, axes=None):
     left, right = formula.split('->')[0].split(',')

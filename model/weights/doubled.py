@@ -117,8 +117,8 @@ class Doubled(Above):
   def each(self, rows):
     return self.single().each(rows)
 
-  def grouped(self, rows, sizes, expert):
-    return self.single().grouped(rows, sizes, expert)
+  def grouped(self, rows, groups):
+    return self.single().grouped(rows, groups)
 
 
 def blocks_of_scales(counts: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import cached, grouped_matmul, quantised_matmul
+from kernels import cached, quantised_matmul
 from model.weights import read
 from model.weights.weight import Weight, along, gathered_here, in_pieces
 from parallel import axes as ax, mesh, target
@@ -155,13 +155,11 @@ class Int8(Weight):
     y = jnp.einsum('ECD,EDF->ECF', rows, values, preferred_element_type=jnp.float32)
     return (y * self.scale).astype(rows.dtype)
 
-  def grouped(self, rows, sizes, expert):
+  def grouped(self, rows, groups):
     # Sums of bytes are up to 127 times those of the numbers, which f16 might not hold.
     x = rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows
-    # `grouped_matmul` refuses operands of two types; `blocked` makes numbers of the bytes of a
-    # block's expert, so that of the others none is read.
-    y = grouped_matmul.blocked(x, self.values, sizes)
-    return (y * self.scale[expert, 0]).astype(rows.dtype)
+    # Numbers are made of the bytes of experts that have rows, so that of the others none is read.
+    return (groups.multiply(x, self.values) * self.scale[groups.of_row, 0]).astype(rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -163,9 +163,9 @@ class LowRank(Above):
     thin = self.a.each(rows) * jnp.asarray(self.scale, rows.dtype)
     return self.base.each(rows) + self.b.each(thin)
 
-  def grouped(self, rows, sizes, expert):
-    thin = self.a.grouped(rows, sizes, expert) * jnp.asarray(self.scale, rows.dtype)
-    return self.base.grouped(rows, sizes, expert) + self.b.grouped(thin, sizes, expert)
+  def grouped(self, rows, groups):
+    thin = self.a.grouped(rows, groups) * jnp.asarray(self.scale, rows.dtype)
+    return self.base.grouped(rows, groups) + self.b.grouped(thin, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import RowGroups
 from parallel import axes as ax, zero
 
 
@@ -146,16 +146,9 @@ class Weight(abc.ABC):
     """Rows of each expert, as many of each, times its matrix."""
     return jnp.einsum('ECD,EDF->ECF', rows, self.numbers(rows.dtype))
 
-  def grouped(
-    self, rows: Float[Array, 'M D'], sizes: Int[Array, 'E'], expert: Int[Array, '...']
-  ) -> Float[Array, 'M F']:
-    """Rows, sorted by expert, times the matrix of theirs: see kernels.grouped_matmul.
-
-    sizes: rows of each expert. expert: the same by row, below E also for rows behind the last
-      expert's.
-    """
-    del expert
-    return grouped_matmul(rows, self.numbers(rows.dtype), sizes)
+  def grouped(self, rows: Float[Array, 'M D'], groups: RowGroups) -> Float[Array, 'M F']:
+    """Rows, sorted by expert, times the matrix of theirs: see kernels.grouped_matmul."""
+    return groups.multiply(rows, self.numbers(rows.dtype))
 
 
 def along(axes: tuple[str | None, ...], x: jax.Array) -> tuple[str | None, ...]:

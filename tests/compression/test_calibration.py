@@ -70,9 +70,9 @@ class Recorder(Above):
     jax.debug.callback(self.write, x.reshape(*x.shape[:2], -1))
     return self.base.product(formula, x, dtype, axes)
 
-  def grouped(self, rows, sizes, expert):
-    jax.debug.callback(self.write, rows, sizes)
-    return self.base.grouped(rows, sizes, expert)
+  def grouped(self, rows, groups):
+    jax.debug.callback(self.write, rows, groups.sizes)
+    return self.base.grouped(rows, groups)
 
 
 def recorded(model, batches):

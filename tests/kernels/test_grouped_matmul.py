@@ -3,7 +3,10 @@ gradients.
 """
 
 import functools
+import pathlib
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kernels import grouped_matmul as gm
+from analysis import aot
+from kernels import grouped_blocks as blocks, grouped_matmul as gm, grouped_matmul_tpu as gt
+from parallel.mesh import MeshConfig, make_mesh
 
 SHAPES = [(1, 1), (3, 8), (90, 4), (300, 6), (600, 3)]  # rows, groups
-D, F = 5, 7
+INTERPRETED = [(3, 8), (200, 4)]
+WIDTHS = {'pallas_tpu': (128, 256)}  # D, F; of others:
+NARROW = (5, 7)
+STEPS = {name: getattr(gt, name) for name in ('ROWS', 'CHUNK', 'OUTPUTS', 'OUTER', 'OUTER_CHUNK')}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def small_steps():
+  """So that few rows are several tiles of several chunks, and few columns several parts."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in (('ROWS', 64), ('CHUNK', 16), ('OUTER_CHUNK', 32)):
+      patch.setattr(gt, name, value)
+    for name in ('OUTPUTS', 'OUTER'):
+      patch.setattr(gt, name, 128)
+    yield
 
 
 def loop(x, w, dy, sizes):
@@ -37,13 +56,14 @@ def run(x, w, dy, sizes, backend):
   return y, *pull(dy)
 
 
-def operands(M, E, dtype=jnp.float32, seed=0):
+def operands(M, E, dtype=jnp.float32, seed=0, backend=''):
   draw = np.random.default_rng(seed).normal
+  D, F = WIDTHS.get(backend, NARROW)
   return [jnp.asarray(draw(size=shape), dtype) for shape in ((M, D), (E, D, F), (M, F))]
 
 
 def check(M, E, sizes, backend):
-  x, w, dy = operands(M, E)
+  x, w, dy = operands(M, E, backend=backend)
   wanted = loop(x, w, dy, sizes)
   # Rows behind the last group may hold anything.
   unused = jnp.arange(M)[:, None] >= sizes.sum()
@@ -54,13 +74,23 @@ def check(M, E, sizes, backend):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4, err_msg=f'{name} of sizes {sizes}')
 
 
-@pytest.mark.parametrize('backend', gm.BACKENDS)
-@given(st.data(), st.sampled_from(SHAPES))
-@settings(max_examples=40)
-def test_the_loop_over_groups(backend, data, shape):
+def check_drawn(data, shape, backend):
   M, E = shape
   cuts = data.draw(st.lists(st.integers(0, M), min_size=E, max_size=E))
   check(M, E, np.diff(sorted(cuts), prepend=0), backend)
+
+
+@pytest.mark.parametrize('backend', ['reference', 'blocked'])
+@given(st.data(), st.sampled_from(SHAPES))
+@settings(max_examples=40)
+def test_the_loop_over_groups(backend, data, shape):
+  check_drawn(data, shape, backend)
+
+
+@given(st.data(), st.sampled_from(INTERPRETED))
+@settings(max_examples=15)
+def test_the_loop_over_groups_interpreted(data, shape):
+  check_drawn(data, shape, 'pallas_tpu')
 
 
 @pytest.mark.parametrize('backend', gm.BACKENDS)
@@ -73,15 +103,16 @@ def test_empty_groups_one_group_whole_blocks_and_a_ragged_tail(sizes, backend):
   check(90, 4, np.array(sizes), backend)
 
 
-def test_the_matrix_of_a_group_without_rows_changes_nothing():
+@pytest.mark.parametrize('backend', ['blocked', 'pallas_tpu'])
+def test_the_matrix_of_a_group_without_rows_changes_nothing(backend):
   """Not even NaN: no block is its own, and those left over, which fall to the last group, write
   nothing.
   """
-  x, w, dy = operands(90, 4)
+  x, w, dy = operands(90, 4, backend=backend)
   sizes = np.array([0, 50, 30, 0])
   poisoned = jnp.where(jnp.asarray(sizes == 0)[:, None, None], jnp.nan, w)
   for a, b in zip(
-    run(x, poisoned, dy, jnp.asarray(sizes, jnp.int32), 'blocked'), loop(x, w, dy, sizes)
+    run(x, poisoned, dy, jnp.asarray(sizes, jnp.int32), backend), loop(x, w, dy, sizes)
   ):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
@@ -91,8 +122,8 @@ def test_half_precision_is_summed_in_f32(backend):
   """All terms positive, so that one rounding is all that may separate the result from the exact
   one.
   """
-  M, sizes = 4000, np.array([3000, 900])
-  x, w, dy = (abs(a) for a in operands(M, 2, jnp.bfloat16))
+  M, sizes = (400, np.array([300, 90])) if backend in WIDTHS else (4000, np.array([3000, 900]))
+  x, w, dy = (abs(a) for a in operands(M, 2, jnp.bfloat16, backend=backend))
   for name, a, b in zip(
     ('y', 'dx', 'dw'), run(x, w, dy, jnp.asarray(sizes, jnp.int32), backend), loop(x, w, dy, sizes)
   ):
@@ -105,9 +136,10 @@ def test_half_precision_is_summed_in_f32(backend):
 )
 def test_padding_stays_within_a_quarter(M, E):
   """Whatever the sizes: the number of blocks is static."""
-  b = gm.block_rows(M, E)
+  b = blocks.block_rows(M, E)
+  D, F = NARROW
   abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((M, D), (E, D, F))]
-  jaxpr = jax.make_jaxpr(lambda x, w, s: gm.blocked(x, w, s))(
+  jaxpr = jax.make_jaxpr(lambda x, w, s: blocks.blocked(x, w, s))(
     *abstract, jax.ShapeDtypeStruct((E,), jnp.int32)
   )
   lengths = [int(found) for found in re.findall(r'length=(\d+)', str(jaxpr))]
@@ -115,10 +147,101 @@ def test_padding_stays_within_a_quarter(M, E):
 
 
 @pytest.mark.parametrize(
-  'M, E, rows', [(1, 64, 1), (6, 2, 6), (100, 64, 8), (16384, 64, 64), (10**6, 8, gm.MOST)]
+  'M, E, rows', [(1, 64, 1), (6, 2, 6), (100, 64, 8), (16384, 64, 64), (10**6, 8, blocks.MOST)]
 )
 def test_blocks_are_neither_tiny_nor_huge(M, E, rows):
-  assert gm.block_rows(M, E) == rows
+  assert blocks.block_rows(M, E) == rows
+
+
+@pytest.mark.parametrize('backend', ['blocked', 'pallas_tpu'])
+def test_bytes_multiply_as_the_numbers_that_they_are(backend):
+  """Forward and in the gradient of rows; bytes have none."""
+  x, w, dy = operands(90, 4, backend=backend)
+  w, sizes = jnp.round(40 * w).astype(jnp.int8), np.array([20, 0, 41, 9])
+
+  @jax.jit
+  def run(x, dy):
+    y, pull = jax.vjp(lambda x: gm.grouped_matmul(x, w, jnp.asarray(sizes), backend=backend), x)
+    return y, *pull(dy)
+
+  for a, b in zip(run(x, dy), loop(x, w, dy, sizes)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2)
+
+
+def test_auto_is_the_kernel_on_tpus_for_what_it_takes(monkeypatch, capsys):
+  monkeypatch.setattr(gm.mesh, 'platform', lambda: 'tpu')
+  gm._said.cache_clear()
+  x, w, _ = operands(90, 4, jnp.bfloat16, backend='pallas_tpu')
+  assert gm.chosen(x, w, 'auto') == 'pallas_tpu'
+  assert gm.chosen(x.astype(jnp.float32), w.astype(jnp.float32), 'auto') == 'blocked'
+  assert gm.chosen(x[:, :96], w[:, :96], 'auto') == 'blocked'
+  said = capsys.readouterr().err
+  assert "'pallas_tpu'" in said and 'rows in float32' in said and '96 x 256' in said
+  monkeypatch.setattr(gm.mesh, 'platform', lambda: 'gpu')
+  assert gm.chosen(x, w, 'auto') == 'blocked'
+  gm._said.cache_clear()
+
+
+FAULTS = {
+  'a group writes over another one': (
+    'jnp.where(_between(c * steps.chunk, low, high, product.shape), product, y[at, :])',
+    'product',
+  ),
+  'what no group has is left as it was': ('y[...] = jnp.zeros_like(y)', 'pass'),
+  'sums do not begin anew': ('sums[...] = jnp.zeros_like(sums)', 'pass'),
+  'rows behind the groups are in a gradient': ('if masked:', 'if False:'),
+  'groups without rows have no gradient': ('int(every)', '0'),
+  'the last chunk of a group is left out': (
+    'pl.cdiv(high, steps.chunk), chunk',
+    'high // steps.chunk, chunk',
+  ),
+  'the last row of a group is left out': ('(row < high)', '(row < high - 1)'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_planted_fault_is_caught(fault, monkeypatch):
+  old, new = FAULTS[fault]
+  source = pathlib.Path(gt.__file__).read_text()
+  assert source.count(old) == 1, f'{old!r} is not there once: plant the fault where it is now'
+  mutant = types.ModuleType(gt.__name__)
+  monkeypatch.setitem(sys.modules, gt.__name__, mutant)
+  exec(compile(source.replace(old, new), gt.__name__, 'exec'), mutant.__dict__)
+  for name in STEPS:
+    monkeypatch.setattr(mutant, name, getattr(gt, name))
+  run.clear_cache()
+  with pytest.raises(AssertionError, match='Not equal|Mismatch|not close'):
+    for sizes in ([0, 0, 0, 0], [8, 16, 24, 42], [1, 0, 1, 5]):
+      check(90, 4, np.array(sizes), 'pallas_tpu')
+  run.clear_cache()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('numbers', ['bfloat16', 'int8'])
+@pytest.mark.parametrize('topology', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1', 'tpu7x:1x1x1'])
+def test_it_compiles(topology, numbers, monkeypatch):
+  """Forward and backward, for TPUs that are not here, in the steps that they have."""
+  for name, value in STEPS.items():
+    monkeypatch.setattr(gt, name, value)
+  device, M, E = aot.topology(topology)[0], 3000, 4
+  place = jax.sharding.SingleDeviceSharding(device)
+
+  def array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  def run(x, w, dy, sizes):
+    # Of bytes by rows only.
+    given = (x,) if numbers == 'int8' else (x, w)
+    y, pull = jax.vjp(lambda x, w=w: gm.grouped_matmul(x, w, sizes), *given)
+    return y, pull(dy)
+
+  with jax.set_mesh(make_mesh(MeshConfig(), [device])):
+    x, dy = array('bfloat16', M, 2048), array('bfloat16', M, 768)
+    compiled = jax.jit(run).lower(x, array(numbers, E, 2048, 768), dy, array('int32', E)).compile()
+  kernels = set(re.findall(r'%(grouped_[a-z]+)', compiled.as_text()))
+  wanted = {'grouped_forward', 'grouped_rows'}
+  assert kernels == (wanted if numbers == 'int8' else wanted | {'grouped_matrices'})
 
 
 def test_what_is_not_honoured_raises():
@@ -128,3 +251,5 @@ def test_what_is_not_honoured_raises():
     gm.grouped_matmul(x, w, sizes, backend='block')
   with pytest.raises(ValueError, match='bfloat16 and matrices float32'):
     gm.grouped_matmul(x.astype(jnp.bfloat16), w, sizes)
+  with pytest.raises(NotImplementedError, match="5 x 7, not multiples of 128; use 'blocked'"):
+    gm.grouped_matmul(x, w, sizes, backend='pallas_tpu')

@@ -15,6 +15,7 @@ from flax import nnx
 from hypothesis import given, strategies as st
 from jax.sharding import AxisType
 
+from kernels import grouped_matmul_tpu
 from model import moe as moe_module
 from model.config import ModelConfig, MoEConfig
 from model.execution import ExecutionConfig
@@ -475,13 +476,25 @@ def test_eight_devices_are_one(case, dispatch, sizes, factor):
 
 
 @pytest.mark.parametrize(
+  'sizes, factor', [(MESHES[2], 100.0), slow(SPLIT[0], 0.3), slow(SPLIT[2], 100.0)], ids=str
+)
+def test_the_kernel_on_eight_devices_is_the_loop_on_one(sizes, factor, monkeypatch):
+  for name, value in (('LANES', 1), ('ROWS', 32), ('CHUNK', 16), ('OUTER_CHUNK', 16)):
+    monkeypatch.setattr(grouped_matmul_tpu, name, value)
+  kernel = ExecutionConfig(experts='pallas_tpu')
+  config = make_config('biased', capacity_factor=factor, execution=kernel)
+  actual, _ = on_mesh(make_mesh(MeshConfig(**sizes)), config, *inputs())
+  close(actual, expected('biased'))
+
+
+@pytest.mark.parametrize(
   'dispatch, sizes',
   [slow('dropless', SPLIT[0]), slow('capacity', SPLIT[0]), slow('dense', SPLIT[2])],
   ids=str,
 )
 def test_wide_experts_in_pieces(dispatch, sizes, monkeypatch):
   """Weights gathered, computed and scattered a third at a time: the same values and gradients."""
-  monkeypatch.setattr(moe_module, '_pieces', lambda F: 3 if F % 3 == 0 else 2)
+  monkeypatch.setattr(moe_module, '_pieces', lambda F, most: 3 if F % 3 == 0 else 2)
   config = make_config(
     'biased', dispatch, capacity_factor=90.0
   )  # a factor of its own, or run() would remember the whole ones
@@ -497,6 +510,7 @@ def test_only_what_is_gathered_comes_in_pieces(sizes, split, monkeypatch):
   """Elsewhere a second forward pass would buy nothing."""
   seen, in_pieces = [], moe_module._in_pieces
   monkeypatch.setattr(moe_module, 'PIECE', 4)
+  monkeypatch.setattr(moe_module, 'WHOLE', 0)
   monkeypatch.setattr(moe_module, 'LANES', 1)
   monkeypatch.setattr(
     moe_module,
@@ -571,12 +585,16 @@ def test_capacity_is_each_devices_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dispatch', MOSTLY_SLOW)
-def test_stacked_scanned_and_rematerialised(dispatch):
+@pytest.mark.parametrize('dispatch', [*MOSTLY_SLOW, 'pallas_tpu'])
+def test_stacked_scanned_and_rematerialised(dispatch, monkeypatch):
   """As a stack uses it: born under vmap, scanned, recomputed in the backward pass;
   the same as a loop over layers.
   """
-  config = make_config('deepseek v3', dispatch)
+  if dispatch == 'pallas_tpu':
+    monkeypatch.setattr(grouped_matmul_tpu, 'LANES', 1)
+    config = make_config('deepseek v3', execution=ExecutionConfig(experts=dispatch))
+  else:
+    config = make_config('deepseek v3', dispatch)
   stack = make_moe(config, layers=2)
   assert stack.down[...].shape == (2, 8, F, D)
   x, segments = inputs()

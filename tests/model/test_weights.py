@@ -306,14 +306,13 @@ def test_prompts_and_steps_of_a_generator(name):
 # Faults.
 
 
-def without_scale(self, rows, sizes, expert):
-  return int8_grouped(
-    dataclasses.replace(self, scale=jnp.ones_like(self.scale)), rows, sizes, expert
-  )
+def without_scale(self, rows, groups):
+  return int8_grouped(dataclasses.replace(self, scale=jnp.ones_like(self.scale)), rows, groups)
 
 
-def of_the_next_expert(self, rows, sizes, expert):
-  return int8_grouped(self, rows, sizes, (expert + 1) % self.shape[0])
+def of_the_next_expert(self, rows, groups):
+  other = (groups.of_row + 1) % self.shape[0]
+  return int8_grouped(self, rows, dataclasses.replace(groups, of_row=other))
 
 
 def product_without_scale(self, formula, x, dtype, axes=None):
