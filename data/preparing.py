@@ -12,6 +12,7 @@ import os
 from absl import app, flags
 
 import commands
+import files
 import names
 from data import corpus
 from data.engine import Engine, Local
@@ -54,6 +55,11 @@ def run(arguments) -> None:
       raise ValueError(
         f'objective.kind={config.objective.kind!r} reads records, which are few: train.py prepares '
         'them by itself; this is for documents (objective.kind=next_token, denoise)'
+      )
+    if ENGINE.value == 'ray' and RAY_ADDRESS.value and files.remote(config.data.cache_dir):
+      raise ValueError(
+        f'data.cache_dir={config.data.cache_dir} is a bucket, of which each machine has a copy of '
+        'its own: give a directory that all machines share, and copy the corpus from there'
       )
     engine = engine_of(ENGINE.value, WORKERS.value, RAY_ADDRESS.value)
     log = functools.partial(print, flush=True)

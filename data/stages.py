@@ -26,7 +26,7 @@ import numpy as np
 from data import cache, clean as cleaning, duplicates, sources
 from data.config import ANONYMISED_KINDS, CleanConfig, SourceConfig
 from data.engine import Output
-from data.partitions import Partition, Signatures, Work, raw
+from data.partitions import Partition, Signatures, Work, raw, version
 from data.sentencepiece import chunked
 
 KILLED = 'it ended its process'
@@ -139,12 +139,12 @@ def _read(
   """The texts of a part, each behind its place: path, and number there from 1."""
   read = 0
   for path, *seen in part.files:
-    status = os.stat(path)
-    if [status.st_size, status.st_mtime_ns] != seen:
+    size, changed = version(path)
+    if [size, changed] != seen:
       raise ValueError(
-        f'{path} has {status.st_size:,} bytes and was changed at {status.st_mtime_ns} ns, and had '
-        f'{seen[0]:,} of {seen[1]} ns when its corpus was begun: every machine must see the same '
-        'files, and they must stay as they are meanwhile; begin again'
+        f'{path} has {size:,} bytes of {changed} (its time or tag), and had {seen[0]:,} of '
+        f'{seen[1]} when its corpus was begun: every machine must see the same files, and they '
+        'must stay as they are meanwhile; begin again'
       )
     out.at(read)
     for number, text in enumerate(sources.of_file(source, path, problems, keys, span), 1):
