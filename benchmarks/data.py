@@ -263,8 +263,8 @@ def bounded(gigabytes: float, texts: list[str]) -> dict:
 
 ENGINES = {
   'alone': 'prepare(config, log)',
-  'local': 'prepare(config, log, functools.partial(corpus.build, engine=engine.Local(2)))',
-  'ray': "prepare(config, log, functools.partial(corpus.build, engine=on_ray.OnRay('', 2)))",
+  'local': 'prepare(config, log, functools.partial(corpus.build, engine=engine.LocalEngine(2)))',
+  'ray': "prepare(config, log, functools.partial(corpus.build, engine=on_ray.RayEngine('', 2)))",
 }
 PREPARE_BY = """
 import functools, json, re, sys, time

@@ -77,7 +77,7 @@ def version(path: str) -> tuple[int, int | str]:
   return status.st_size, status.tag if files.remote(path) else status.st_mtime_ns
 
 
-class Work:
+class Workspace:
   """The directory in which a corpus is made; what each task left there.
 
   Args:
@@ -132,7 +132,7 @@ class Signatures:
     numbers: of the documents that index 0, 1, .. stand for.
   """
 
-  def __init__(self, work: Work, numbers: np.ndarray):
+  def __init__(self, work: Workspace, numbers: np.ndarray):
     self._work, self._numbers = work, numbers
 
   def __getitem__(self, index) -> np.ndarray:

@@ -15,7 +15,7 @@ import commands
 import files
 import names
 from data import corpus
-from data.engine import Engine, Local
+from data.engine import LocalEngine, TaskEngine
 from data.prepare import prepare
 from training import overrides
 
@@ -33,14 +33,14 @@ RAY_ADDRESS = flags.DEFINE_string(
 )
 
 
-def engine_of(kind: str, workers: int, ray_address: str) -> Engine:
+def engine_of(kind: str, workers: int, ray_address: str) -> TaskEngine:
   """Raises ValueError for flags that do not go together, and where there is no Ray."""
   here = workers or len(os.sched_getaffinity(0))
   if kind == 'local':
     if ray_address:
       raise ValueError(f'--ray_address={ray_address} is of --engine=ray; set that, or leave it out')
-    return Local(here)
-  return names.imported('data.on_ray.OnRay')(ray_address, workers if ray_address else here)
+    return LocalEngine(here)
+  return names.imported('data.on_ray.RayEngine')(ray_address, workers if ray_address else here)
 
 
 def run(arguments) -> None:

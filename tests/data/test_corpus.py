@@ -200,7 +200,7 @@ def test_processes_that_die_change_nothing(tmp_path, small):
     assert any('done again' in line for line in lines)
 
 
-class Dying(engine.Local):
+class Dying(engine.LocalEngine):
   """Kills the worker of one task of so many, at any moment of it."""
 
   def __init__(self, workers, every):
@@ -217,7 +217,7 @@ class Dying(engine.Local):
 @pytest.mark.slow
 def test_one_worker_is_as_good(tmp_path):
   made = config(tmp_path)
-  with contextlib.closing(engine.Local(1)) as by:
+  with contextlib.closing(engine.LocalEngine(1)) as by:
     assert together(made, tmp_path / 'one', by) == alone(made, tmp_path / 'alone')
 
 
@@ -241,7 +241,7 @@ def deadly(out, *arguments):
   return stages.clean(out, *arguments)
 
 
-class Deadly(engine.Local):
+class Deadly(engine.LocalEngine):
   def submit(self, number, task):
     call = task.call.replace('data.stages.clean', f'{__name__}.deadly')
     super().submit(number, dataclasses.replace(task, call=call))
@@ -326,7 +326,7 @@ def test_the_same_command_goes_on_from_what_is_whole(tmp_path, small):
 
 class Lossy(Here):
   def next(self, seconds):
-    return super().next(seconds)[0], engine.Lost('out of memory')
+    return super().next(seconds)[0], engine.WorkerLost('out of memory')
 
 
 def test_a_task_that_nobody_can_do_is_an_error_that_names_it(tmp_path, small):
@@ -339,7 +339,7 @@ def test_a_task_that_nobody_can_do_is_an_error_that_names_it(tmp_path, small):
 
 
 def test_a_worker_of_other_versions_or_files_is_refused(tmp_path, small, monkeypatch):
-  task = engine.Task('data.stages.clean', str(tmp_path / 'x'), ())
+  task = engine.CorpusTask('data.stages.clean', str(tmp_path / 'x'), ())
   with pytest.raises(ValueError, match='install the same on all machines'):
     engine.perform(task)
   made = config(tmp_path)
