@@ -1,7 +1,7 @@
 """How fast is each stage of the data pipeline, against what the machine could do,
 and does memory stay bounded?
 
-    python -m benchmarks.data [--json FILE] [--gigabytes 1]
+    python -m benchmarks.data [--json FILE] [--gigabytes 1] [--engines 0.1]
 
 Each rate is divided by that of a named peer that works on the same bytes in the same run.
 """
@@ -261,13 +261,82 @@ def bounded(gigabytes: float, texts: list[str]) -> dict:
   }
 
 
+ENGINES = {
+  'alone': 'prepare(config, log)',
+  'local': 'prepare(config, log, functools.partial(corpus.build, engine=engine.LocalEngine(2)))',
+  'ray': "prepare(config, log, functools.partial(corpus.build, engine=on_ray.RayEngine('', 2)))",
+}
+PREPARE_BY = """
+import functools, json, re, sys, time
+from data import corpus, engine, on_ray
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.prepare import prepare
+source = SourceConfig(kind='jsonl', path=sys.argv[1], text_field='text')
+config = DataConfig(
+  sources=(source,), tokenizer=TokenizerConfig(vocabulary=4096), cache_dir=sys.argv[2]
+)
+lines = []
+log = lambda line: lines.append(line) or print(line, file=sys.stderr)
+began = time.perf_counter()
+prepared = {}
+seconds = time.perf_counter() - began
+peaks = re.findall(r'data: (\\w+): .* at most ([\\d,]+) MB', '\\n'.join(lines))
+peaks = {{stage: int(peak.replace(',', '')) for stage, peak in peaks}}
+print(json.dumps({{'seconds': seconds, 'files': prepared.files, 'peak_mb': peaks}}))
+"""
+
+
+def engines(gigabytes: float, texts: list[str]) -> dict[str, dict]:
+  """One corpus prepared by one process as `train.py` does, by two of data/engine.py, and by two of
+  a Ray cluster that begins for it: seconds, MB of a worker by stage, whether the bytes are equal.
+  """
+  found = {}
+  with tempfile.TemporaryDirectory() as directory:
+    corpus = pathlib.Path(directory) / 'corpus.jsonl'
+    size = write_corpus(corpus, gigabytes * 1e9, texts)
+    for name, call in ENGINES.items():
+      command = [sys.executable, '-c', PREPARE_BY.format(call), str(corpus), f'{directory}/{name}']
+      output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+      found[name] = json.loads(output.splitlines()[-1]) | {'corpus_bytes': size}
+  expected = found['alone']['files']
+  for run in found.values():
+    run['same_bytes'] = run.pop('files') == expected
+  return found
+
+
+def show_engines(found: dict[str, dict]) -> None:
+  size = found['alone']['corpus_bytes'] / 1e6
+  commands.table(
+    f'A corpus of {size:,.0f} MB by one process, by two, and by two of a Ray cluster',
+    ('engine', 'seconds', 'MB/s', 'to local', 'MB a worker', 'same bytes'),
+    [
+      (
+        name,
+        run['seconds'],
+        size / run['seconds'],
+        run['seconds'] / found['local']['seconds'],
+        max(run['peak_mb'].values(), default=0),
+        'yes' if run['same_bytes'] else 'NO',
+      )
+      for name, run in found.items()
+    ],
+  )
+
+
 def main() -> None:
   parser = commands.parser(__doc__.split('\n')[0])
   parser.add_argument(
     '--gigabytes', type=float, default=1.0, help='size of the generated corpus; 0 leaves it out'
   )
+  parser.add_argument(
+    '--engines', type=float, default=0.0, help='only: GB of a corpus for one process, two, and Ray'
+  )
   arguments = parser.parse_args()
   texts = list(sources.documents(SourceConfig(), collections.Counter()))
+  if arguments.engines:
+    show_engines(found := engines(arguments.engines, texts))
+    commands.write_json(arguments.json, 'data', {'engines': found})
+    return
   rates = stages(texts)
   with tempfile.TemporaryDirectory() as directory:
     rates |= loading(directory) | appetite(directory)

@@ -26,8 +26,8 @@ import numpy as np
 import files
 from data import cache, content, duplicates, prepare, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
-from data.engine import Engine, Task, run
-from data.partitions import NUMBERS, Partition, Work, partitions
+from data.engine import CorpusTask, TaskEngine, run
+from data.partitions import NUMBERS, Partition, Workspace, partitions
 from data.prepared import conclude_plans, described
 from data.stages_encode import SIDES
 
@@ -40,7 +40,7 @@ QUARANTINE = 'quarantine.jsonl'
 
 
 def build(
-  config: DataConfig, directory: pathlib.Path, log: Callable[[str], object], engine: Engine
+  config: DataConfig, directory: pathlib.Path, log: Callable[[str], object], engine: TaskEngine
 ) -> None:
   """Writes what data.prepare writes, and the rows of config.sequence_length beside it.
 
@@ -83,11 +83,11 @@ class _Corpus:
     config: DataConfig,
     path: pathlib.Path,
     parts: Sequence[Partition],
-    engine: Engine,
+    engine: TaskEngine,
     log: Callable[[str], object],
   ):
     self._config, self._parts, self._engine, self._log = config, parts, engine, log
-    self._work = Work(path)
+    self._work = Workspace(path)
     self._sources = (*config.sources, *config.validation)
     self._seconds: dict[str, float] = {}
 
@@ -115,7 +115,7 @@ class _Corpus:
   ) -> list[dict]:
     began = time.perf_counter()
     tasks = [
-      Task(f'{module}.{stage}', str(self._work.of(place or stage, i)), each, weight)
+      CorpusTask(f'{module}.{stage}', str(self._work.of(place or stage, i)), each, weight)
       for i, (each, weight) in enumerate(zip(arguments, weights, strict=True))
     ]
     reports = run(self._engine, stage, tasks, self._log)

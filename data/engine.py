@@ -1,6 +1,6 @@
 """Who does the tasks of a stage, and what becomes of one whose worker dies? An engine does them, in
-processes of this machine (`Local`) or on a cluster (data/on_ray.py); `run` gives it tasks, and
-again those that were lost.
+processes of this machine (`LocalEngine`) or on a cluster (data/on_ray.py); `run` gives it tasks,
+and again those that were lost.
 
 A task is a function of its arguments that fills a directory. The directory appears whole, with an
 index, or not at all; one that is there is a task that is done, whoever did it and when. So any
@@ -44,7 +44,7 @@ PRELOADED = 'data.stages', 'data.stages_encode', 'datasketch', 'scipy.sparse.csg
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class CorpusTask:
   """One task.
 
   Attributes:
@@ -72,7 +72,7 @@ class Task:
     return place.with_name(f'{place.name}.{self.attempt}.tmp')
 
 
-class Output:
+class TaskOutput:
   """What a task writes into.
 
   Attributes:
@@ -99,7 +99,7 @@ def versions() -> tuple[tuple[str, str], ...]:
   return ('unicode', unicode), *((name, importlib.metadata.version(name)) for name in DECISIVE)
 
 
-class Done(NamedTuple):
+class TaskDone(NamedTuple):
   """What comes of a task: its report, whether it was done before, and the greatest memory (bytes)
   that its process has had so far.
   """
@@ -109,7 +109,7 @@ class Done(NamedTuple):
   peak: int
 
 
-def perform(task: Task) -> Done:
+def perform(task: CorpusTask) -> TaskDone:
   """Does a task, or finds it done; in a worker."""
   if task.versions != versions():
     raise ValueError(
@@ -118,11 +118,11 @@ def perform(task: Task) -> Done:
     )
   place = pathlib.Path(task.place)
   if (report := finished(place)) is not None:
-    return Done(report, True, _peak())
+    return TaskDone(report, True, _peak())
   shutil.rmtree(place, ignore_errors=True)  # damaged
   task.aside.mkdir(parents=True)
   try:
-    with contextlib.closing(Output(task.aside, task.without)) as output:
+    with contextlib.closing(TaskOutput(task.aside, task.without)) as output:
       report = names.imported(task.call)(output, *task.arguments)
     within = sorted(path for path in task.aside.rglob('*') if path.is_file())
     written = [cache.record(task.aside, str(path.relative_to(task.aside))) for path in within]
@@ -134,7 +134,7 @@ def perform(task: Task) -> Done:
         raise
   finally:
     shutil.rmtree(task.aside, ignore_errors=True)
-  return Done(cache.read_index(place)['report'], False, _peak())
+  return TaskDone(cache.read_index(place)['report'], False, _peak())
 
 
 def _peak() -> int:
@@ -154,11 +154,11 @@ def finished(place: pathlib.Path) -> dict | None:
   return index['report']
 
 
-class Lost(Exception):
+class WorkerLost(Exception):
   """A worker ended in the middle of a task."""
 
 
-class Engine(Protocol):
+class TaskEngine(Protocol):
   """Does tasks somewhere.
 
   Attributes:
@@ -167,11 +167,11 @@ class Engine(Protocol):
 
   slots: int
 
-  def submit(self, number: int, task: Task) -> None:
+  def submit(self, number: int, task: CorpusTask) -> None:
     """Begins a task, of which `next` tells by this number."""
 
-  def next(self, seconds: float) -> tuple[int, Done | Exception] | None:
-    """The number of a task that has ended, and Done, the error that it raised, or Lost;
+  def next(self, seconds: float) -> tuple[int, TaskDone | Exception] | None:
+    """The number of a task that has ended, and TaskDone, the error that it raised, or WorkerLost;
     None where none has within so many seconds.
     """
 
@@ -179,7 +179,7 @@ class Engine(Protocol):
     """Ends all workers."""
 
 
-class Local:
+class LocalEngine:
   """Processes of this machine, a task at a time each; one that dies is replaced.
 
   Args:
@@ -201,13 +201,13 @@ class Local:
     """Numbers of the processes."""
     return [each.process.pid for each in (*self._idle, *self._busy.values())]
 
-  def submit(self, number: int, task: Task) -> None:
+  def submit(self, number: int, task: CorpusTask) -> None:
     worker = self._idle.pop() if self._idle else _Worker(self._context)
     self._busy[number] = worker
     with contextlib.suppress(OSError):  # it died idle; `next` finds that out
       worker.pipe.send(task)
 
-  def next(self, seconds: float) -> tuple[int, Done | Exception] | None:
+  def next(self, seconds: float) -> tuple[int, TaskDone | Exception] | None:
     pipes = {worker.pipe: number for number, worker in self._busy.items()}
     ready = multiprocessing.connection.wait([*pipes], seconds)
     if not ready:
@@ -219,7 +219,7 @@ class Local:
     except (EOFError, OSError):
       worker.process.join()
       worker.pipe.close()
-      return number, Lost(f'its process ended with code {worker.process.exitcode}')
+      return number, WorkerLost(f'its process ended with code {worker.process.exitcode}')
     self._idle.append(worker)
     return number, outcome
 
@@ -251,7 +251,7 @@ def _work(pipe) -> None:
       pipe.send(outcome_of(pipe.recv()))
 
 
-def outcome_of(task: Task) -> Done | Exception:
+def outcome_of(task: CorpusTask) -> TaskDone | Exception:
   """What `perform` gives, or the error that it raised, as something that can be sent."""
   try:
     return perform(task)
@@ -262,7 +262,7 @@ def outcome_of(task: Task) -> Done | Exception:
 
 
 def run(
-  engine: Engine, stage: str, tasks: Sequence[Task], log: Callable[[str], object]
+  engine: TaskEngine, stage: str, tasks: Sequence[CorpusTask], log: Callable[[str], object]
 ) -> list[dict]:
   """Does all tasks of a stage; their reports, in the order of the tasks.
 
@@ -275,7 +275,7 @@ def run(
   """
   reports: dict[int, dict] = {}
   waiting = collections.deque(enumerate(tasks))
-  at_work: dict[int, Task] = {}
+  at_work: dict[int, CorpusTask] = {}
   troubles = _Troubles(stage)
   progress = _Progress(stage, tasks, log)
   while waiting or at_work:
@@ -308,19 +308,19 @@ class _Troubles:
     self._refused: collections.Counter = collections.Counter()
     self._at: collections.Counter = collections.Counter()  # by place and document
 
-  def again(self, task: Task, error: Exception) -> Task:
+  def again(self, task: CorpusTask, error: Exception) -> CorpusTask:
     """The task to do now. Raises the error that ends all."""
     what = f'{self._stage}: {pathlib.Path(task.place).name}'
     if isinstance(error, OSError):
       self._refused[task.place] += 1
       if self._refused[task.place] >= FAILED:
         raise error
-    elif not isinstance(error, Lost):
+    elif not isinstance(error, WorkerLost):
       raise error
 
     document = _last_document(task)
     shutil.rmtree(task.aside, ignore_errors=True)
-    if not isinstance(error, Lost):
+    if not isinstance(error, WorkerLost):
       return task
     self._lost[task.place] += 1
     if document is not None:
@@ -336,7 +336,7 @@ class _Troubles:
     return task
 
 
-def _last_document(task: Task) -> int | None:
+def _last_document(task: CorpusTask) -> int | None:
   """The one that a worker was at; None where it did not say."""
   try:
     (document,) = struct.unpack('<q', (task.aside / AT).read_bytes())
@@ -348,7 +348,7 @@ def _last_document(task: Task) -> int | None:
 class _Progress:
   """What is said of a stage while it goes on: parts, share, rate, and what is left of it."""
 
-  def __init__(self, stage: str, tasks: Sequence[Task], log: Callable[[str], object]):
+  def __init__(self, stage: str, tasks: Sequence[CorpusTask], log: Callable[[str], object]):
     self._stage, self._log, self._tasks = stage, log, len(tasks)
     self._total = sum(task.weight for task in tasks)
     self._began = self._said = time.monotonic()
@@ -356,7 +356,7 @@ class _Progress:
     self._weight = self._weight_before = 0.0
     self.lost = 0
 
-  def done(self, task: Task, outcome: Done) -> None:
+  def done(self, task: CorpusTask, outcome: TaskDone) -> None:
     self._ended += 1
     self._weight += task.weight
     self._before += outcome.before

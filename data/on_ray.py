@@ -5,12 +5,12 @@ never repeats by itself: what becomes of one that is lost is decided in one plac
 import contextlib
 from typing import Any
 
-from data.engine import Done, Lost, Task, outcome_of
+from data.engine import CorpusTask, TaskDone, WorkerLost, outcome_of
 
 STORE = 100 * 2**20  # bytes: only tasks and their reports pass through it
 
 
-class OnRay:
+class RayEngine:
   """An engine: a cluster that runs, or one of this machine's that ends with it.
 
   Args:
@@ -45,10 +45,10 @@ class OnRay:
     """Of the cluster as it is: machines may come and go."""
     return self._workers or max(1, int(self._ray.cluster_resources().get('CPU', 1)))
 
-  def submit(self, number: int, task: Task) -> None:
+  def submit(self, number: int, task: CorpusTask) -> None:
     self._numbers[self._call.remote(task)] = number
 
-  def next(self, seconds: float) -> tuple[int, Done | Exception] | None:
+  def next(self, seconds: float) -> tuple[int, TaskDone | Exception] | None:
     ready, _ = self._ray.wait([*self._numbers], num_returns=1, timeout=seconds)
     if not ready:
       return None
@@ -56,7 +56,7 @@ class OnRay:
     try:
       return number, self._ray.get(ready[0])
     except self._ray.exceptions.RayError as error:
-      return number, Lost(f'{type(error).__name__}: {str(error).splitlines()[0]}')
+      return number, WorkerLost(f'{type(error).__name__}: {str(error).splitlines()[0]}')
 
   def close(self) -> None:
     with contextlib.suppress(Exception):  # whatever is left of it

@@ -7,12 +7,12 @@ Nothing that comes out depends on where parts begin.
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+import files
 from data import compressed, duplicates, sources
 from data.config import SourceConfig
 
@@ -27,12 +27,12 @@ class Partition:
 
   Attributes:
     source: its number.
-    files: path, size and time of change (ns) of each, as they were when parts were made.
+    files: path and `version` of each, as they were when parts were made.
     span: of the only file, which bytes lines begin in; () for whole files.
   """
 
   source: int
-  files: tuple[tuple[str, int, int], ...]
+  files: tuple[tuple[str, int, int | str], ...]
   span: tuple[int, ...] = ()
 
   @property
@@ -46,7 +46,7 @@ def partitions(of: Sequence[SourceConfig]) -> list[Partition]:
   other files are taken whole, small ones together.
   """
   paths = [sources.paths(source) for source in of]
-  total = sum(os.path.getsize(path) for each in paths for path in each)
+  total = sum(sources.size(path) for each in paths for path in each)
   size = max(PART_BYTES, -(-total // MOST_PARTS))
   return [part for i, source in enumerate(of) for part in _parts(i, source.kind, paths[i], size)]
 
@@ -54,24 +54,30 @@ def partitions(of: Sequence[SourceConfig]) -> list[Partition]:
 def _parts(number: int, kind: str, paths: Sequence[str], most: int) -> Iterator[Partition]:
   together, size = [], 0
   for path in paths:
-    status = os.stat(path)
-    file = path, status.st_size, status.st_mtime_ns
-    whole = kind != 'jsonl' or path.endswith(compressed.SUFFIXES)
-    divided = not whole and status.st_size > most
-    if together and (divided or size + status.st_size > most):
+    file = path, *version(path)
+    # What is in a bucket is read from its beginning.
+    whole = kind != 'jsonl' or path.endswith(compressed.SUFFIXES) or files.remote(path)
+    divided = not whole and file[1] > most
+    if together and (divided or size + file[1] > most):
       yield Partition(number, tuple(together))
       together, size = [], 0
     if divided:
-      for begin in range(0, status.st_size, most):
-        yield Partition(number, (file,), (begin, min(begin + most, status.st_size)))
+      for begin in range(0, file[1], most):
+        yield Partition(number, (file,), (begin, min(begin + most, file[1])))
     else:
       together.append(file)
-      size += status.st_size
+      size += file[1]
   if together:
     yield Partition(number, tuple(together))
 
 
-class Work:
+def version(path: str) -> tuple[int, int | str]:
+  """Size of a file and what changes with its content: its time (ns), or a bucket's tag."""
+  status = files.place(path).stat()
+  return status.st_size, status.tag if files.remote(path) else status.st_mtime_ns
+
+
+class Workspace:
   """The directory in which a corpus is made; what each task left there.
 
   Args:
@@ -126,7 +132,7 @@ class Signatures:
     numbers: of the documents that index 0, 1, .. stand for.
   """
 
-  def __init__(self, work: Work, numbers: np.ndarray):
+  def __init__(self, work: Workspace, numbers: np.ndarray):
     self._work, self._numbers = work, numbers
 
   def __getitem__(self, index) -> np.ndarray:

@@ -12,9 +12,10 @@ import os
 from absl import app, flags
 
 import commands
+import files
 import names
 from data import corpus
-from data.engine import Engine, Local
+from data.engine import LocalEngine, TaskEngine
 from data.prepare import prepare
 from training import overrides
 
@@ -32,14 +33,14 @@ RAY_ADDRESS = flags.DEFINE_string(
 )
 
 
-def engine_of(kind: str, workers: int, ray_address: str) -> Engine:
+def engine_of(kind: str, workers: int, ray_address: str) -> TaskEngine:
   """Raises ValueError for flags that do not go together, and where there is no Ray."""
   here = workers or len(os.sched_getaffinity(0))
   if kind == 'local':
     if ray_address:
       raise ValueError(f'--ray_address={ray_address} is of --engine=ray; set that, or leave it out')
-    return Local(here)
-  return names.imported('data.on_ray.OnRay')(ray_address, workers if ray_address else here)
+    return LocalEngine(here)
+  return names.imported('data.on_ray.RayEngine')(ray_address, workers if ray_address else here)
 
 
 def run(arguments) -> None:
@@ -54,6 +55,11 @@ def run(arguments) -> None:
       raise ValueError(
         f'objective.kind={config.objective.kind!r} reads records, which are few: train.py prepares '
         'them by itself; this is for documents (objective.kind=next_token, denoise)'
+      )
+    if ENGINE.value == 'ray' and RAY_ADDRESS.value and files.remote(config.data.cache_dir):
+      raise ValueError(
+        f'data.cache_dir={config.data.cache_dir} is a bucket, of which each machine has a copy of '
+        'its own: give a directory that all machines share, and copy the corpus from there'
       )
     engine = engine_of(ENGINE.value, WORKERS.value, RAY_ADDRESS.value)
     log = functools.partial(print, flush=True)

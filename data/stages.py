@@ -25,15 +25,15 @@ import numpy as np
 
 from data import cache, clean as cleaning, duplicates, sources
 from data.config import ANONYMISED_KINDS, CleanConfig, SourceConfig
-from data.engine import Output
-from data.partitions import Partition, Signatures, Work, raw
+from data.engine import TaskOutput
+from data.partitions import Partition, Signatures, Workspace, raw, version
 from data.sentencepiece import chunked
 
 KILLED = 'it ended its process'
 BLOCK = 2**20  # documents, or pairs of them, in memory
 
 
-class Places(sources.Problems):
+class PlacedProblems(sources.Problems):
   """Problems, and where each kind was met first: path, and line within what is read of it."""
 
   def __init__(self):
@@ -75,13 +75,13 @@ class _Columns:
     order.astype(np.int64).tofile(path / 'order')
 
 
-def clean(out: Output, config: CleanConfig, source: SourceConfig, part: Partition) -> dict:
+def clean(out: TaskOutput, config: CleanConfig, source: SourceConfig, part: Partition) -> dict:
   """Reads and cleans a part.
 
   A document on which the code fails is left out, as 'poisoned', with its place; so is one that
   ended a worker's process, whose number is in out.without.
   """
-  problems, keys, columns = Places(), {}, _Columns()
+  problems, keys, columns = PlacedProblems(), {}, _Columns()
   span = sources.Span(*part.span) if part.span else None
   counts = {'documents': 0, 'characters': 0, 'repaired': 0}
   fates, reasons, poisoned = bytearray(), [], []
@@ -129,22 +129,22 @@ def clean(out: Output, config: CleanConfig, source: SourceConfig, part: Partitio
 
 
 def _read(
-  out: Output,
+  out: TaskOutput,
   source: SourceConfig,
   part: Partition,
   span: sources.Span | None,
-  problems: Places,
+  problems: PlacedProblems,
   keys: dict[str, str],
 ) -> Iterator[tuple[tuple[str, int], str]]:
   """The texts of a part, each behind its place: path, and number there from 1."""
   read = 0
   for path, *seen in part.files:
-    status = os.stat(path)
-    if [status.st_size, status.st_mtime_ns] != seen:
+    size, changed = version(path)
+    if [size, changed] != seen:
       raise ValueError(
-        f'{path} has {status.st_size:,} bytes and was changed at {status.st_mtime_ns} ns, and had '
-        f'{seen[0]:,} of {seen[1]} ns when its corpus was begun: every machine must see the same '
-        'files, and they must stay as they are meanwhile; begin again'
+        f'{path} has {size:,} bytes of {changed} (its time or tag), and had {seen[0]:,} of '
+        f'{seen[1]} when its corpus was begun: every machine must see the same files, and they '
+        'must stay as they are meanwhile; begin again'
       )
     out.at(read)
     for number, text in enumerate(sources.of_file(source, path, problems, keys, span), 1):
@@ -153,9 +153,9 @@ def _read(
       out.at(read)
 
 
-def exact(out: Output, directory: str, bucket: int, buckets: int) -> dict:
+def exact(out: TaskOutput, directory: str, bucket: int, buckets: int) -> dict:
   """Which documents with digests of a bucket repeat an earlier one."""
-  work = Work(directory)
+  work = Workspace(directory)
   firsts, seconds, numbers = [], [], []
   for part in work.parts:
     where = work.of('clean', part)
@@ -181,11 +181,11 @@ def _range(keys: np.ndarray, bucket: int, buckets: int) -> slice:
   )
 
 
-def bands(out: Output, directory: str, part: int, buckets: int, threshold: float) -> dict:
+def bands(out: TaskOutput, directory: str, part: int, buckets: int, threshold: float) -> dict:
   """The keys of each band of a part's documents, those that repeat an earlier one apart: sorted,
   with the documents' numbers in the part.
   """
-  work = Work(directory)
+  work = Workspace(directory)
   alive = np.flatnonzero(work.kept('exact', buckets, part))
   signatures = raw(work.of('clean', part) / 'signatures', np.uint32)
   signatures = signatures.reshape(-1, duplicates.HASHES)
@@ -200,12 +200,12 @@ def bands(out: Output, directory: str, part: int, buckets: int, threshold: float
 
 
 def near(
-  out: Output, directory: str, band: int, bucket: int, buckets: int, threshold: float
+  out: TaskOutput, directory: str, band: int, bucket: int, buckets: int, threshold: float
 ) -> dict:
   """Of the documents with a band's keys in a bucket, each that resembles another, with the first of
   its cluster.
   """
-  work = Work(directory)
+  work = Workspace(directory)
   bands_, _ = duplicates.bands(threshold)
   keys, numbers = [], []
   for part in work.parts:
@@ -224,13 +224,13 @@ def near(
   return {'documents': len(key), 'links': len(linked)}
 
 
-def clusters(out: Output, directory: str, tasks: int) -> dict:
+def clusters(out: TaskOutput, directory: str, tasks: int) -> dict:
   """Which documents are not the first of their cluster, by the links that `near` found.
 
   Links are read block by block, and a forest of all documents is on disk: for each one that is
   earlier in its cluster. The first document of each cluster is its root.
   """
-  work = Work(directory)
+  work = Workspace(directory)
   total = int(work.numbers[-1])
   forest = out.path / 'forest'
   with open(forest, 'wb') as file:
@@ -256,7 +256,7 @@ def clusters(out: Output, directory: str, tasks: int) -> dict:
   return {'documents': total, 'links': links, 'dropped': dropped}
 
 
-def keep(out: Output, directory: str, part: int, buckets: int, near_: int, held: float) -> dict:
+def keep(out: TaskOutput, directory: str, part: int, buckets: int, near_: int, held: float) -> dict:
   """What is left of a part: `kept`, and how many of its documents were dropped and why, in the
   order in which the reasons were met.
 
@@ -264,7 +264,7 @@ def keep(out: Output, directory: str, part: int, buckets: int, near_: int, held:
     buckets, near_: tasks of `exact` and of `clusters`; 0 where they were not to run.
     held: share of documents that are held out by their hashes.
   """
-  work = Work(directory)
+  work = Workspace(directory)
   where = work.of('clean', part)
   report = cache.read_index(where)['report']
   fates = np.load(where / 'fates.npy').copy()
@@ -296,7 +296,7 @@ def keep(out: Output, directory: str, part: int, buckets: int, near_: int, held:
   }
 
 
-def boundary(work: Work, part: int, side: tuple[str, float]) -> np.ndarray:
+def boundary(work: Workspace, part: int, side: tuple[str, float]) -> np.ndarray:
   """How many leading characters of each document are for training, int64 [documents]; as
   data.prepare has it of a whole corpus.
 
@@ -314,7 +314,7 @@ def boundary(work: Work, part: int, side: tuple[str, float]) -> np.ndarray:
   return np.clip(int(value) - begins, 0, characters)
 
 
-def texts(work: Work, part: int) -> Iterator[tuple[int, str]]:
+def texts(work: Workspace, part: int) -> Iterator[tuple[int, str]]:
   """Numbers in the part, and texts, of the documents that are kept."""
   where = work.of('clean', part)
   kept = np.load(work.of('keep', part) / 'kept.npy')
@@ -326,11 +326,11 @@ def texts(work: Work, part: int) -> Iterator[tuple[int, str]]:
         file.seek(size, os.SEEK_CUR)
 
 
-def look(out: Output, directory: str, part: int, side: tuple[str, float], kind: str) -> dict:
+def look(out: TaskOutput, directory: str, part: int, side: tuple[str, float], kind: str) -> dict:
   """For kind 'char', which characters there are; for another, in how many chunks a tokenizer's
   trainer gets each document: `chunks`.
   """
-  work = Work(directory)
+  work = Workspace(directory)
   if kind == 'char':
     return {
       'characters': ''.join(sorted(set().union(*(set(text) for _, text in texts(work, part)))))
@@ -345,12 +345,12 @@ def look(out: Output, directory: str, part: int, side: tuple[str, float], kind: 
 
 
 def sample(
-  out: Output, directory: str, part: int, side: tuple[str, float], first: int, share: float
+  out: TaskOutput, directory: str, part: int, side: tuple[str, float], first: int, share: float
 ) -> dict:
   """The chunks of a part that are trained on, by their numbers among all of the corpus; `first` is
   that of the part's first one.
   """
-  work = Work(directory)
+  work = Workspace(directory)
   training = boundary(work, part, side)
   begins = first + np.cumsum(chunks := np.load(work.of('look', part) / 'chunks.npy')) - chunks
   sizes = array.array('q')

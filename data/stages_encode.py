@@ -17,8 +17,8 @@ import numpy as np
 from data import cache, shards, tokenizers
 from data.config import TokenizerConfig
 from data.encoding import encoded_by, sides_of
-from data.engine import Output
-from data.partitions import Work, raw
+from data.engine import TaskOutput
+from data.partitions import Workspace, raw
 from data.stages import boundary, texts
 from data.tokenizer import Tokenizer
 
@@ -26,11 +26,11 @@ SIDES = 'train', 'validation'
 COPIED = 2**24  # bytes at a time
 
 
-def tokenizer(out: Output, directory: str, config: TokenizerConfig) -> dict:
+def tokenizer(out: TaskOutput, directory: str, config: TokenizerConfig) -> dict:
   """The tokenizer of a corpus, trained on the chunks that `sample` chose, or of the characters that
   `look` found, where it is to be.
   """
-  work = Work(directory)
+  work = Workspace(directory)
 
   def sampled() -> Iterator[str]:
     for part in work.parts:
@@ -54,9 +54,9 @@ def loaded(path: str) -> Tokenizer:
   return tokenizers.load(path)
 
 
-def encode(out: Output, directory: str, part: int, side: tuple[str, float]) -> dict:
+def encode(out: TaskOutput, directory: str, part: int, side: tuple[str, float]) -> dict:
   """Tokens of a part's documents, and how many each has, by side; the text of those held out."""
-  work = Work(directory)
+  work = Workspace(directory)
   made = loaded(str(work.of('tokenizer', 0) / 'tokenizer'))
   dtype = shards.dtype_of(made.vocabulary)
   counts = {name: {'documents': 0, 'bytes': 0, 'tokens': 0} for name in SIDES}
@@ -87,7 +87,7 @@ def encode(out: Output, directory: str, part: int, side: tuple[str, float]) -> d
 
 
 def shard(
-  out: Output,
+  out: TaskOutput,
   directory: str,
   name: str,
   side: str,
@@ -99,7 +99,7 @@ def shard(
   Args:
     slices: part, and of its documents of this side the first, and the one behind the last.
   """
-  work = Work(directory)
+  work = Workspace(directory)
   made = loaded(str(work.of('tokenizer', 0) / 'tokenizer'))
   dtype = shards.dtype_of(made.vocabulary)
   lengths = []
@@ -118,9 +118,9 @@ def shard(
   return {'shard': entry, 'plan': form.write_plan(out.path, out.path / rows.name, entry)}
 
 
-def held_out(out: Output, directory: str) -> dict:
+def held_out(out: TaskOutput, directory: str) -> dict:
   """The held-out text of all parts, and where each document begins."""
-  work = Work(directory)
+  work = Workspace(directory)
   sizes = [np.zeros(1, np.int64)]
   with open(out.path / 'validation.text', 'wb') as file:
     for part in work.parts:

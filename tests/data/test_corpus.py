@@ -12,9 +12,12 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from data import clean as cleaning, corpus, engine, partitions, shards, stages
+from data import clean as cleaning, corpus, duplicates, engine, partitions, shards, stages
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 
@@ -57,7 +60,7 @@ def sources_at(place):
 def config(place, **changed):
   given = dict(
     sources=sources_at(place),
-    tokenizer=TokenizerConfig(vocabulary=512, training_bytes=20_000),
+    tokenizer=TokenizerConfig(vocabulary=512, training_bytes=6_000),
     sequence_length=64,
     clean=CleanConfig(near_duplicates=1.0),  # one band, and so few tasks
     split='tail',
@@ -157,6 +160,35 @@ def test_parts_in_any_order_come_to_the_bytes_of_the_whole(tmp_path, small, name
   assert len(counts['problems']) >= 3 and len(counts['train']['shards']) > 1
 
 
+def test_a_shard_ends_with_the_document_that_fills_it_exactly(tmp_path, small, monkeypatch):
+  made = _plain(tmp_path)
+  where = prepare(_in(made, tmp_path / 'sized'), log=quiet).directories[0]
+  ends = np.load(where / 'train-0-00000.documents.npy')
+  monkeypatch.setattr(shards, 'SHARD_TOKENS', int(ends[3]))
+  expected = alone(made, tmp_path / 'alone')
+  assert together(made, tmp_path / 'parts', Here()) == expected
+  first = next(each for each in _shards(expected) if each['name'] == 'train-0-00000')
+  assert first['documents'] == 3 and first['tokens'] == shards.SHARD_TOKENS
+
+
+def _shards(written):
+  report = json.loads(written['index.json'])['report']
+  return [shard for source in report['sources'] for shard in source['train']['shards']]
+
+
+def test_links_join_what_they_join_however_they_are_divided():
+  rng = np.random.default_rng(0)
+  links = rng.integers(0, 300, (200, 2))
+  earlier = np.arange(300)
+  for begin in range(0, len(links), 7):
+    duplicates.join(earlier, links[begin : begin + 7])
+  graph = coo_array((np.ones(200), (links[:, 0], links[:, 1])), shape=(300, 300))
+  _, cluster = connected_components(graph, directed=False)
+  firsts = np.array([np.argmax(cluster == each) for each in cluster])
+  assert ((earlier != np.arange(300)) == (firsts != np.arange(300))).all()
+  assert (firsts[earlier] == firsts).all() and (earlier <= np.arange(300)).all()
+
+
 def test_processes_that_die_change_nothing(tmp_path, small):
   """Of two workers and four, of which every few tasks one is killed."""
   made = _plain(tmp_path)
@@ -168,7 +200,7 @@ def test_processes_that_die_change_nothing(tmp_path, small):
     assert any('done again' in line for line in lines)
 
 
-class Dying(engine.Local):
+class Dying(engine.LocalEngine):
   """Kills the worker of one task of so many, at any moment of it."""
 
   def __init__(self, workers, every):
@@ -185,7 +217,7 @@ class Dying(engine.Local):
 @pytest.mark.slow
 def test_one_worker_is_as_good(tmp_path):
   made = config(tmp_path)
-  with contextlib.closing(engine.Local(1)) as by:
+  with contextlib.closing(engine.LocalEngine(1)) as by:
     assert together(made, tmp_path / 'one', by) == alone(made, tmp_path / 'alone')
 
 
@@ -209,7 +241,7 @@ def deadly(out, *arguments):
   return stages.clean(out, *arguments)
 
 
-class Deadly(engine.Local):
+class Deadly(engine.LocalEngine):
   def submit(self, number, task):
     call = task.call.replace('data.stages.clean', f'{__name__}.deadly')
     super().submit(number, dataclasses.replace(task, call=call))
@@ -294,7 +326,7 @@ def test_the_same_command_goes_on_from_what_is_whole(tmp_path, small):
 
 class Lossy(Here):
   def next(self, seconds):
-    return super().next(seconds)[0], engine.Lost('out of memory')
+    return super().next(seconds)[0], engine.WorkerLost('out of memory')
 
 
 def test_a_task_that_nobody_can_do_is_an_error_that_names_it(tmp_path, small):
@@ -307,7 +339,7 @@ def test_a_task_that_nobody_can_do_is_an_error_that_names_it(tmp_path, small):
 
 
 def test_a_worker_of_other_versions_or_files_is_refused(tmp_path, small, monkeypatch):
-  task = engine.Task('data.stages.clean', str(tmp_path / 'x'), ())
+  task = engine.CorpusTask('data.stages.clean', str(tmp_path / 'x'), ())
   with pytest.raises(ValueError, match='install the same on all machines'):
     engine.perform(task)
   made = config(tmp_path)

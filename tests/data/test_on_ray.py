@@ -29,10 +29,10 @@ def workers_of_ray(process='self'):
 
 
 @pytest.mark.slow
-def test_a_cluster_whose_workers_die_writes_the_same_bytes(tmp_path, small, monkeypatch):  # noqa: F811
-  from data.on_ray import OnRay
+def test_a_cluster_whose_workers_die_writes_the_same(tmp_path, small, monkeypatch):  # noqa: F811
+  from data.on_ray import RayEngine
 
-  class Dying(OnRay):
+  class Dying(RayEngine):
     """Kills some worker behind every fortieth task."""
 
     killed, given = 0, 0
@@ -54,8 +54,8 @@ def test_a_cluster_whose_workers_die_writes_the_same_bytes(tmp_path, small, monk
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
-  from data.on_ray import OnRay
+  from data.on_ray import RayEngine
 
   monkeypatch.setitem(sys.modules, 'ray', None)
   with pytest.raises(ValueError, match=r'--engine=ray needs Ray: pip install -e .\[ray\]'):
-    OnRay('', 2)
+    RayEngine('', 2)
