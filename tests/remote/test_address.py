@@ -88,7 +88,7 @@ def test_what_reads_files_is_refused_by_name(bucket):
   for text, said in (('s3:///x', 'names no bucket'), ('s3://b/../x', r'no \. and no')):
     with pytest.raises(ValueError, match=said):
       files.place(text)
-  with pytest.raises(ValueError, match='those of buckets'):
+  with pytest.raises(ValueError, match='and in buckets .s3, gs. here'):
     files.check_local('--workdir', 'http://host/x', buckets=True)
   assert files.place('file:///tmp/x') == pathlib.Path('/tmp/x')
 
