@@ -31,7 +31,7 @@ from model import flops as counts
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
 # Kernels of kernels.flash_tpu, by name.
 ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}
-GROUPED = 'grouped_'  # kernels of kernels.grouped_matmul_tpu
+GROUPED = 'grouped_(forward|rows|matrices)'  # kernels of kernels.grouped_matmul_tpu
 # cuDNN's attention: products by direction, and the share of an H100's peak that was published for
 # head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
 # backward (arXiv:2407.08608, figures 5 and 6).
@@ -154,9 +154,10 @@ def grouped_seconds(i: Instruction, chip: Chip) -> float | None:
   bundles of its chunks (kernels.tuning); None for another kernel. Raises LookupError for one
   without an entry.
   """
-  if not i.name.startswith(GROUPED):
+  kernel = re.search(GROUPED, i.name)  # behind which derivative it is
+  if kernel is None:
     return None
-  shares = (tuning.grouped_share(kind, i.name) for kind in chip.kinds)
+  shares = (tuning.grouped_share(kind, kernel[0]) for kind in chip.kinds)
   share = next(filter(None, shares), None)
   if share is None:
     raise LookupError(

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import files
 
+SUFFIXES = ('.gz', '.bz2', '.xz', '.zst')
+
 
 def opened(path: str) -> BinaryIO:
   """A file as it is, or decompressed by what its name ends in: .gz, .bz2, .xz or .zst."""

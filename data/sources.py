@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import files
 import names
@@ -28,6 +30,9 @@ STDLIB_EXCLUDED = frozenset(
 # mtime (git: "racily clean").
 RACY_SECONDS = 2.0
 SHOWN = 20  # keys of records, in a message
+# What a disk says that fails, and not a file that is damaged: a wait may mend it, and what the file
+# holds is not lost.
+OF_DISKS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Problems(collections.Counter):
@@ -119,14 +124,18 @@ def documents(source: SourceConfig, problems: Problems) -> Iterator[str]:
   keys: dict[str, str] = {}
   documents = 0
   for path in paths(source):
-    try:
-      for text in _texts(source, path, problems, keys):
-        documents += 1
-        yield text
-    except UnicodeDecodeError:
-      problems.add('undecodable', path)
-    except compressed.damaged():
-      problems.add('unreadable', path)
+    for text in of_file(source, path, problems, keys):
+      documents += 1
+      yield text
+  check_found(source, documents, problems, keys)
+
+
+def check_found(
+  source: SourceConfig, documents: int, problems: Problems, keys: dict[str, str]
+) -> None:
+  """Raises ValueError where no record of a source has the field that should hold the text;
+  `keys` are those that records without it have.
+  """
   if keys and not documents:
     shown = ', '.join(f'{key} ({kind})' for key, kind in [*keys.items()][:SHOWN])
     raise ValueError(
@@ -136,16 +145,62 @@ def documents(source: SourceConfig, problems: Problems) -> Iterator[str]:
     )
 
 
-def _texts(
-  source: SourceConfig, path: str, problems: Problems, keys: dict[str, str]
+class Span:
+  """The lines of a file that begin at bytes of [begin, end).
+
+  Attributes:
+    lines: how many have been read.
+  """
+
+  def __init__(self, begin: int, end: int):
+    self._begin, self._end, self.lines = begin, end, 0
+
+  def of(self, file: BinaryIO) -> Iterator[bytes]:
+    """Those lines."""
+    at = self._begin
+    if at:
+      # Whoever reads what is before this has the line that goes on here.
+      file.seek(at - 1)
+      at += len(file.readline()) - 1
+    for line in file:
+      if at >= self._end:
+        return
+      at += len(line)
+      self.lines += 1
+      yield line
+
+
+def of_file(
+  source: SourceConfig,
+  path: str,
+  problems: Problems,
+  keys: dict[str, str],
+  span: Span | None = None,
 ) -> Iterator[str]:
-  """The texts of one file."""
+  """The texts of one file, or of a span of one whose lines are records; updates `problems`, and
+  `keys` by those of records without a text. Raises OSError where the disk fails.
+  """
+  try:
+    yield from _texts(source, path, problems, keys, span)
+  except UnicodeDecodeError:
+    problems.add('undecodable', path)
+  except compressed.damaged() as error:
+    if getattr(error, 'errno', None) in OF_DISKS:
+      raise
+    problems.add('unreadable', path)
+
+
+def _texts(
+  source: SourceConfig, path: str, problems: Problems, keys: dict[str, str], span: Span | None
+) -> Iterator[str]:
   if source.kind in ('stdlib', 'text'):
     with compressed.opened(path) as file:
       text = file.read().decode('utf-8-sig')
     yield text
   elif source.kind == 'jsonl':
-    yield from _jsonl(path, source.text_field, problems, keys)
+    with compressed.opened(path) as file:
+      lines = span.of(file) if span else file
+      yield from _jsonl(lines, path, source.text_field, problems, keys)
   elif source.kind == 'parquet':
     for place, row in names.imported('data.parquet.rows')(path):
       yield from _field(row, source.text_field, problems, keys, *place.rsplit(':', 1))
@@ -153,21 +208,22 @@ def _texts(
     yield from _csv(path, source.text_field, problems)
 
 
-def _jsonl(path: str, field: str, problems: Problems, keys: dict[str, str]) -> Iterator[str]:
+def _jsonl(
+  lines: Iterable[bytes], path: str, field: str, problems: Problems, keys: dict[str, str]
+) -> Iterator[str]:
   """Texts of a file; of the records without one, gathers keys with the types of their values."""
-  with compressed.opened(path) as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        record = files.parsed(line.decode('utf-8-sig'), path)
-      except UnicodeDecodeError:
-        problems.add('undecodable', path, number)
-        continue
-      except ValueError:
-        problems.add('malformed', path, number)
-        continue
-      yield from _field(record, field, problems, keys, path, number)
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      record = files.parsed(line.decode('utf-8-sig'), path)
+    except UnicodeDecodeError:
+      problems.add('undecodable', path, number)
+      continue
+    except ValueError:
+      problems.add('malformed', path, number)
+      continue
+    yield from _field(record, field, problems, keys, path, number)
 
 
 def _field(

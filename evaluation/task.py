@@ -23,7 +23,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASKS = ROOT / 'configs' / 'tasks'
 NORMALISATIONS = (*OF_WORDS, 'byte')
 TEXT = 'txt'
-COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 
 Row = dict[str, Any]
 
@@ -253,7 +252,7 @@ class Task:
 def kind_of(path: str) -> str:
   """How a file of rows is read, by its name. Raises ValueError for another."""
   name = pathlib.PurePath(path)
-  while name.suffix in COMPRESSED:
+  while name.suffix in compressed.SUFFIXES:
     name = name.with_suffix('')
   return names.check(f'the kind of {path}', name.suffix.removeprefix('.'), [*READERS, TEXT])
 

@@ -79,18 +79,19 @@ def grouped_matmul(
     raise ValueError(
       f'rows are {x.dtype} and matrices {w.dtype}; cast one of them, nothing is cast here'
     )
-  names.check('grouped_matmul backend', backend, ('auto', *BACKENDS))
-  if backend == 'auto':
-    backend = choose(x, w)
+  backend = chosen(x, w, backend)
   if backend == 'pallas_tpu':
     return names.imported(BACKENDS[backend])(x, w, sizes, filled or x.shape[0])
   return names.imported(BACKENDS[backend])(x, w, sizes)
 
 
-def choose(x, w) -> str:
-  """What `auto` means for these operands on the platform that is compiled for, said once."""
-  platform = mesh.platform()
-  if platform != 'tpu':
+def chosen(x, w, backend: str) -> str:
+  """The backend of these operands: what `auto` means on the platform that is compiled for is said
+  once. Raises ValueError for one that is unknown.
+  """
+  if names.check('grouped_matmul backend', backend, ('auto', *BACKENDS)) != 'auto':
+    return backend
+  if mesh.platform() != 'tpu':
     return 'blocked'
   refusal = names.imported('kernels.grouped_matmul_tpu.refusal')(x, w, automatic=True)
   return _said('blocked' if refusal else 'pallas_tpu', refusal)

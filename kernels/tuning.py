@@ -63,7 +63,7 @@ def _table() -> dict:
 
 def grouped_share(kind: str, kernel: str) -> float | None:
   """Of the matrix unit's peak, by bundles, that a kernel of kernels.grouped_matmul_tpu reaches;
-  None for an unknown kind. kernel: the beginning of its name is one of the table's.
+  None for an unknown kind.
   """
   shares = json.loads(GROUPED.read_text())['shares'].get(kind, {}) if GROUPED.exists() else {}
-  return next((share for name, share in shares.items() if kernel.startswith(name)), None)
+  return shares.get(kernel)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul import RowGroups
+from kernels.grouped_matmul import RowGroups, chosen
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param
@@ -35,7 +35,9 @@ from parallel.experts import (
 ROUTING = 'router', 'router_bias', 'selection_bias'
 EXPERTS = 'gate', 'up', 'down', 'gate_bias', 'up_bias', 'down_bias'
 LANES = 128  # of a vector register
-PIECE = 4096  # columns of the feed-forward width that are gathered and computed at once
+# Columns of the feed-forward width that are gathered and computed at once; more where a matrix of
+# all experts here has no more numbers than WHOLE: a sum over pieces is written and read for each.
+PIECE, WHOLE = 4096, 1 << 27
 STATS = {'load': (None,), 'dropped': (), 'balance_loss': (), 'router_z_loss': ()}
 
 
@@ -178,11 +180,13 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype, backe
 
   # Where no shards are gathered, pieces buy little: compiled for v5p, layers of Mixtral take 27%
   # less to 3% more memory whole than in pieces, which compute 30% more with remat 'none'.
-  pieces = _pieces(experts['up'].shape[2]) if axes.shards else 1
+  columns = max(PIECE, WHOLE // (len(routing['router']) * experts['up'].shape[0]))
+  pieces = _pieces(experts['up'].shape[2], columns) if axes.shards else 1
   compute = functools.partial(_in_pieces, activation=activation, gather=gather, pieces=pieces)
   dispatch = functools.partial(DISPATCHES[moe.dispatch], moe=moe, axes=axes, backend=backend)
   y = dispatch(x, expert, gates, experts, compute=compute)
-  y = y.astype(x.dtype).reshape(B, T, D)
+  # Of padding zeros anyway, but its gradient may hold anything, too.
+  y = jnp.where(real[:, None], y.astype(x.dtype), 0).reshape(B, T, D)
   if axes.sequence and axes.columns:
     return jax.lax.psum_scatter(y, axes.columns, scatter_dimension=1, tiled=True), stats
   return _sum_over(y, axes.columns), stats
@@ -292,8 +296,9 @@ def dropless(x, expert, gates, experts, *, moe, compute, axes, backend):
   # Of an exchange's slots those are filled that a balanced routing needs.
   run = functools.partial(_sorted, compute=compute, backend=backend, filled=expert.size)
   if not axes.experts:
-    y = run(x, gates.reshape(-1), expert.reshape(-1), experts)
-    return y.reshape(*expert.shape, -1).sum(1, dtype=jnp.float32)
+    # First choices before second ones: a sum over the first dimension is of whole registers.
+    y = run(x, gates.T.reshape(-1), expert.T.reshape(-1), experts)
+    return y.reshape(-1, *x.shape).sum(0, dtype=jnp.float32)
   E = experts['up'].shape[0]
   exchange = Exchange(axes.experts, E, _slots(moe, len(x), moe.experts // E))
   rounds = plan(expert, exchange, axes.rows + axes.length + axes.columns)
@@ -313,23 +318,23 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes, backend):
     expert < E, expert * C + rank(expert, E), E * C + jnp.arange(expert.size).reshape(expert.shape)
   ).reshape(-1)
   choice = inverse(slot, E * C)
-  rows = _permute(x, choice, slot, expert.shape[1]).reshape(E, C, D)
+  rows = _permute(jnp.repeat(x, expert.shape[1], 0), choice, slot).reshape(E, C, D)
   y = from_experts(compute(to_experts(rows, axes.experts), experts, _each), axes.experts)
-  return _combine(_permute(y.reshape(E * C, D), slot, choice, 1), gates)
+  return _combine(_permute(y.reshape(E * C, D), slot, choice), gates)
 
 
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
 def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
-  """Rows, each through its experts [M] and times their gates [M]; [M, D]. Of M / rows choices each,
-  side by side.
+  """Rows, each through its experts [M] and times their gates [M]: [M, D]. Of several choices all
+  rows' first ones come first.
 
   One grouped product per weight, of rows sorted by expert.
   E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
   """
-  E = experts['up'].shape[0]
-  if E == 1:
+  E, up = experts['up'].shape[0], experts['up']
+  if E == 1 and chosen(rows, up, backend) != 'pallas_tpu':  # which leaves empty slots out
     return compute(rows[None], experts, _each, gates[None])[0]
   # Sorted, an expert's rows lie side by side, those of none at the end: one product for all experts
   # goes through them group by group, and none is filled up to the size of the largest.
@@ -340,9 +345,8 @@ def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
   def product(rows, w, bias, gates=None):
     return _biased(w.grouped(rows, groups), bias and bias.rows(groups.of_row), gates)
 
-  sorted_rows = _permute(rows, order, position, order.size // len(rows))
-  y = compute(sorted_rows, experts, product, _permute(gates, order, position, 1))
-  return _permute(y, position, order, 1)
+  y = compute(_spread(rows, order, position), experts, product, _spread(gates, order, position))
+  return _spread(y, position, order)
 
 
 def _each(rows, w, bias, gates=None):
@@ -401,40 +405,51 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
   return y.astype(rows.dtype)
 
 
-def _pieces(F):
-  """The fewest equal pieces of whole lanes that are no wider than PIECE; 1 where there are none."""
+def _pieces(F, most=PIECE):
+  """The fewest equal pieces of whole lanes no wider than `most`; 1 where there are none."""
   return next(
     (
       n
       for n in range(1, F + 1)
-      if F % n == 0 and F // n <= PIECE and (n == 1 or F // n % LANES == 0)
+      if F % n == 0 and F // n <= most and (n == 1 or F // n % LANES == 0)
     ),
     1,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _permute(x, index, back, copies):
-  """Entries index[0], index[1], ... of x, each of which counts `copies` times; zeros for one that
-  is not there.
+@jax.custom_vjp
+def _permute(x, index, back):
+  """Rows index[0], index[1], ... of x; zeros for a row that is not there.
 
   `back` is the same the other way. As both ways are known, the gradient is a gather too, where jax
   would scatter and add.
   """
-  return x.at[index // copies].get(mode='fill', fill_value=0)
-
-
-def _permute_backward(copies, kept, dy):
-  index, back = kept
-  dx = _permute(dy, back, index, 1)
-  if copies > 1:
-    dx = dx.reshape(-1, copies, *dx.shape[1:]).sum(1, dtype=jnp.float32).astype(dy.dtype)
-  return dx, None, None
+  return x.at[index].get(mode='fill', fill_value=0)
 
 
 _permute.defvjp(
-  lambda x, index, back, copies: (_permute(x, index, back, copies), (index, back)),
-  _permute_backward,
+  lambda x, index, back: (_permute(x, index, back), (index, back)),
+  lambda kept, dy: (_permute(dy, *kept[::-1]), None, None),
+)
+
+
+@jax.custom_vjp
+def _spread(x, order, position):
+  """Rows order[0], order[1], ... of as many copies of x, one behind the other, as that needs; each
+  is there once. As `_permute` otherwise, without a look at every number for rows that are not.
+  """
+  return x.at[order % len(x)].get(mode='promise_in_bounds')
+
+
+def _spread_backward(kept, dy):
+  order, position, shape = kept
+  copies = dy.at[position].get(mode='promise_in_bounds').reshape(-1, *shape)
+  return copies.sum(0, dtype=jnp.float32).astype(dy.dtype), None, None
+
+
+_spread.defvjp(
+  lambda x, order, position: (_spread(x, order, position), (order, position, x.shape)),
+  _spread_backward,
 )
 
 

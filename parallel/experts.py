@@ -107,15 +107,15 @@ def in_rounds(
 
   Args:
     function: (rows [M, D], gates [M], experts [M], weights) -> [M, D], in the type of the rows. An
-      expert is one of the E here, or E: of an empty slot, whose row and gate are 0 and whose result
-      goes nowhere. Differentiable but for `experts`.
+      expert is one of the E here, or E: of an empty slot, whose gate is 0, and its row, too, if E
+      is 1, else any; its result goes nowhere. Differentiable but for `experts`.
     x: [n, D]. gates: [n, k], f32. weights: of the E experts here, a pytree.
   """
 
   def add_round(i, y):
     rows, gate, expert = _sent(exchange, rounds, i, x, gates)
     results = _returned(exchange, rounds, i, function(rows, gate, expert, weights))
-    return y + results.sum(1, dtype=jnp.float32)
+    return y + results.sum(0, dtype=jnp.float32)
 
   return _repeat(rounds, add_round, jnp.zeros(x.shape, jnp.float32))
 
@@ -135,8 +135,8 @@ def _backward(function, exchange, arguments, dy):
       lambda rows, gate, weights: function(rows, gate, expert, weights), rows, gate, weights
     )
     d_rows, d_gate, d_weights = pull(_sent(exchange, rounds, i, dy.astype(x.dtype), gates)[0])
-    d_x = _returned(exchange, rounds, i, d_rows).sum(1, dtype=jnp.float32)
-    d_gates = _returned(exchange, rounds, i, d_gate[:, None])[..., 0]
+    d_x = _returned(exchange, rounds, i, d_rows).sum(0, dtype=jnp.float32)
+    d_gates = _returned(exchange, rounds, i, d_gate[:, None])[..., 0].T
     return jax.tree.map(jnp.add, sums, (d_x, d_gates, d_weights))
 
   zeros = jax.tree.map(jnp.zeros_like, (x.astype(jnp.float32), gates, weights))
@@ -169,20 +169,28 @@ def _sent(exchange, rounds, i, x, gates):
   def pick(values, index, fill):
     return send(values.at[index].get(mode='fill', fill_value=fill))
 
-  return pick(x, choice // k, 0), pick(gates.reshape(-1), choice, 0), pick(rounds.expert, at, E)
+  gate, expert = pick(gates.reshape(-1), choice, 0), pick(rounds.expert, at, E)
+  # An empty slot's row is zeros where one expert computes all, whoever they are for; several look
+  # at their own only.
+  return (
+    (pick(x, choice // k, 0) if E == 1 else send(x.at[choice // k].get(mode='clip'))),
+    gate,
+    expert,
+  )
 
 
 def _returned(exchange, rounds, i, rows):
-  """What became of the rows [P * C, D] of round i, of each choice of this device;
-  zeros for those of other rounds; [n, k, D].
+  """What became of the rows [P * C, D] of round i, of each choice of this device, all tokens' first
+  ones first; zeros for those of other rounds; [k, n, D].
   """
   axes, _, C = exchange
   rows = jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=0, tiled=True)
   # Where a choice's row was put in round i, its slot of its device's C; of other rounds, and of
-  # choices that go nowhere, out of bounds, which gives zeros.
-  slot = rounds.place - i * C
-  here = (slot >= 0) & (slot < C) & (rounds.owner < rounds.sizes.size)
-  return rows.at[jnp.where(here, rounds.owner * C + slot, len(rows))].get(mode='fill', fill_value=0)
+  # choices that go nowhere, none.
+  slot = (rounds.place - i * C).T
+  here = (slot >= 0) & (slot < C) & (rounds.owner.T < rounds.sizes.size)
+  at = jnp.where(here, rounds.owner.T * C + slot, 0)
+  return jnp.where(here[..., None], rows.at[at].get(mode='promise_in_bounds'), 0)
 
 
 def count(group: jax.Array, groups: int) -> jax.Array:

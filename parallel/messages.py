@@ -16,7 +16,7 @@ import jax
 PULSE = 1.0  # seconds
 PATIENCE = 10.0  # seconds without a pulse after which a process is lost
 PART = 2**19  # bytes of a value; a longer message is several
-WAIT = 10_000  # milliseconds that a look for the next message lasts
+WAIT = 1000  # milliseconds that a look for the next message lasts, in which no signal is heeded
 
 
 class Messages:

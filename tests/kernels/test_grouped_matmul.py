@@ -172,13 +172,13 @@ def test_auto_is_the_kernel_on_tpus_for_what_it_takes(monkeypatch, capsys):
   monkeypatch.setattr(gm.mesh, 'platform', lambda: 'tpu')
   gm._said.cache_clear()
   x, w, _ = operands(90, 4, jnp.bfloat16, backend='pallas_tpu')
-  assert gm.choose(x, w) == 'pallas_tpu'
-  assert gm.choose(x.astype(jnp.float32), w.astype(jnp.float32)) == 'blocked'
-  assert gm.choose(x[:, :96], w[:, :96]) == 'blocked'
+  assert gm.chosen(x, w, 'auto') == 'pallas_tpu'
+  assert gm.chosen(x.astype(jnp.float32), w.astype(jnp.float32), 'auto') == 'blocked'
+  assert gm.chosen(x[:, :96], w[:, :96], 'auto') == 'blocked'
   said = capsys.readouterr().err
   assert "'pallas_tpu'" in said and 'rows in float32' in said and '96 x 256' in said
   monkeypatch.setattr(gm.mesh, 'platform', lambda: 'gpu')
-  assert gm.choose(x, w) == 'blocked'
+  assert gm.chosen(x, w, 'auto') == 'blocked'
   gm._said.cache_clear()
 
 

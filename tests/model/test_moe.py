@@ -494,7 +494,7 @@ def test_the_kernel_on_eight_devices_is_the_loop_on_one(sizes, factor, monkeypat
 )
 def test_wide_experts_in_pieces(dispatch, sizes, monkeypatch):
   """Weights gathered, computed and scattered a third at a time: the same values and gradients."""
-  monkeypatch.setattr(moe_module, '_pieces', lambda F: 3 if F % 3 == 0 else 2)
+  monkeypatch.setattr(moe_module, '_pieces', lambda F, most: 3 if F % 3 == 0 else 2)
   config = make_config(
     'biased', dispatch, capacity_factor=90.0
   )  # a factor of its own, or run() would remember the whole ones
@@ -510,6 +510,7 @@ def test_only_what_is_gathered_comes_in_pieces(sizes, split, monkeypatch):
   """Elsewhere a second forward pass would buy nothing."""
   seen, in_pieces = [], moe_module._in_pieces
   monkeypatch.setattr(moe_module, 'PIECE', 4)
+  monkeypatch.setattr(moe_module, 'WHOLE', 0)
   monkeypatch.setattr(moe_module, 'LANES', 1)
   monkeypatch.setattr(
     moe_module,
