@@ -85,14 +85,10 @@ def check_local(what: str, path: str | os.PathLike, buckets: bool = False) -> No
   """
   scheme = re.match(r'([a-z][a-z0-9+.-]*):/', str(path))
   if scheme and not (buckets and scheme[1] in ('s3', 'gs', 'file')):
+    where = 'on file systems and in buckets (s3, gs)' if buckets else 'on file systems'
     raise ValueError(
-      f'{what}={path} is an address ({scheme[1]}), and '
-      + (
-        'those of buckets (s3, gs) are known; copy it to one, or to a directory, and give that'
-        if buckets
-        else 'files are read and written on file systems here; mount it as a directory (gcsfuse, '
-        'mount-s3, ...) and give that, or copy it'
-      )
+      f'{what}={path} is an address ({scheme[1]}), and files are read and written {where} here; '
+      'mount it as a directory (gcsfuse, mount-s3, ...) and give that, or copy it'
     )
 
 

@@ -313,8 +313,8 @@ def test_a_config_file_that_fails_is_said_with_its_line(tmp_path, monkeypatch, t
 @pytest.mark.parametrize(
   'command, said',
   [
-    (['train.py', '--config=configs/tiny.py', '--workdir=gs://b/run'], '--workdir=gs://b/run'),
-    (['generate.py', '--workdir=s3://b/run'], '--workdir=s3://b/run'),
+    (['train.py', '--config=configs/tiny.py', '--workdir=hdfs://b/run'], '--workdir=hdfs://b/run'),
+    (['generate.py', '--workdir=ftp://b/run'], '--workdir=ftp://b/run'),
     (['convert.py', 'export', '--workdir=runs/x', '--to=gs://b/x'], 'to=gs://b/x'),
   ],
   ids=['train', 'generate', 'convert'],
@@ -323,12 +323,12 @@ def test_addresses_are_refused_before_anything_is_made(tmp_path, command, said):
   done = Process(tmp_path, *command).end()
   assert done.code == 1 and f'error: {said} is an address' in done.error.splitlines()[-1]
   assert 'Traceback' not in done.error and not done.out
-  assert not (ROOT / 'gs:').exists() and not (ROOT / 's3:').exists()
+  assert not (ROOT / 'gs:').exists() and not (ROOT / 'hdfs:').exists()
 
 
 def test_addresses_in_a_config_are_refused(tmp_path):
   for changes in (
-    {'data': DataConfig(cache_dir='gs://b/cache')},
+    {'data': DataConfig(cache_dir='hdfs://b/cache')},
     {'train': TrainConfig(offload_optimizer='disk', spill_dir='s3:/b')},
     {'data': DataConfig(sources=(SourceConfig(kind='text', path='https://x.org/a.txt'),))},
   ):

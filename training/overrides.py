@@ -20,6 +20,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags, config_path
 
+import commands
 import files
 import names
 from data import tokenizers
@@ -146,8 +147,12 @@ def parsed(arguments: list[str]) -> list[str]:
     wanted = 'text' if '--config.help' in arguments else 'configs'
     print(names.imported(f'training.reference.{wanted}')())
     sys.exit()
-  if workdir and not config and (files.place(workdir) / FILE).exists():
-    arguments = [arguments[0], f'--config={files.place(workdir) / FILE}', *arguments[1:]]
+  if workdir and not config:
+    with commands.mendable():
+      files.check_local('--workdir', workdir, buckets=True)
+      path = files.place(workdir) / FILE
+      if path.exists():
+        arguments = [arguments[0], f'--config={path}', *arguments[1:]]
   return app.parse_flags_with_usage([_as_tuple(argument) for argument in arguments])
 
 

@@ -88,7 +88,7 @@ def test_what_reads_files_is_refused_by_name(bucket):
   for text, said in (('s3:///x', 'names no bucket'), ('s3://b/../x', r'no \. and no')):
     with pytest.raises(ValueError, match=said):
       files.place(text)
-  with pytest.raises(ValueError, match='those of buckets'):
+  with pytest.raises(ValueError, match='and in buckets .s3, gs. here'):
     files.check_local('--workdir', 'http://host/x', buckets=True)
   assert files.place('file:///tmp/x') == pathlib.Path('/tmp/x')
 
@@ -166,6 +166,7 @@ def test_a_missing_bucket_and_a_missing_library_are_one_line(bucket, monkeypatch
     files.replace(bucket / 'x', b'')
 
 
+@pytest.mark.slow
 def test_who_may_not_is_told_at_once(bucket, proxy: Proxy):
   proxy.faults = lambda method, path: 403
   with pytest.raises(PermissionError, match='give credentials.*AWS_PROFILE'):
@@ -174,7 +175,12 @@ def test_who_may_not_is_told_at_once(bucket, proxy: Proxy):
 
 
 SLOW = pytest.mark.slow
-FAULTS = [503, 'reset', pytest.param(500, marks=SLOW), pytest.param('stall', marks=SLOW)]
+FAULTS = [
+  503,
+  pytest.param('reset', marks=SLOW),
+  pytest.param(500, marks=SLOW),
+  pytest.param('stall', marks=SLOW),
+]
 
 
 @pytest.mark.parametrize('fault', FAULTS)
@@ -188,6 +194,7 @@ def test_a_request_that_fails_is_made_again(bucket, proxy: Proxy, monkeypatch, a
     assert (bucket / f'{i}').read_bytes() == b'%d' % i * 1000
 
 
+@pytest.mark.slow
 def test_requests_that_always_fail_end(bucket, proxy: Proxy):
   proxy.faults = lambda method, path: 503
   with pytest.raises(OSError, match=f'{bucket}/x: .*; does http://127.0.0.1.* answer'):
